@@ -1,0 +1,51 @@
+"""The ways a run can end badly, each with the exit code that the command line returns.
+
+Every message is one to three lines: what was wrong, what was found, what was expected.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class HivitError(Exception):
+    """An error a user can cause or must know of; printed without a traceback."""
+
+    exit_code = 1
+
+
+class ConfigError(HivitError, ValueError):
+    """A config value, flag or input path that cannot work."""
+
+    exit_code = 2
+
+
+class DivergedError(HivitError):
+    """The loss or the gradient is no longer finite."""
+
+    exit_code = 3
+
+
+class DataError(HivitError):
+    """The dataset cannot be read, or is not what it says it is."""
+
+    exit_code = 4
+
+
+class CheckpointError(HivitError):
+    """No checkpoint can be used where one is needed."""
+
+    exit_code = 5
+
+
+class Interrupted(HivitError):
+    """SIGTERM or Ctrl-C arrived; the state is saved and the same command goes on."""
+
+    exit_code = 75
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> ConfigError:
+    """The error for a name that is not known, with the nearest one that is."""
+    known = list(known)
+    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}?" if near else "known: " + ", ".join(known)
+    return ConfigError(f"unknown {kind} {name!r}; {hint}")

@@ -1,0 +1,89 @@
+"""The networks by name."""
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from flax import nnx
+
+from hivit_jax.errors import unknown
+from hivit_jax.models.hivit import Classifier, HiViT
+from hivit_jax.models.mae import MaskedAutoencoder
+
+Model = Classifier | MaskedAutoencoder
+
+# Official T, S, B; Large and the 24-block Base are MMPretrain's.
+SIZES: dict[str, dict[str, Any]] = {
+    "hivit_tiny": dict(embed_dim=384, depths=(1, 1, 10), num_heads=6),
+    "hivit_small": dict(embed_dim=384, depths=(2, 2, 20), num_heads=6),
+    "hivit_base": dict(embed_dim=512, depths=(2, 2, 20), num_heads=8),
+    "hivit_base_24": dict(embed_dim=512, depths=(2, 2, 24), num_heads=8),
+    "hivit_large": dict(embed_dim=768, depths=(2, 2, 40), num_heads=12),
+}
+# MMPretrain's classifier: the 79.05 M of the second published table.
+CLASSIFIER_EXTRAS = {"hivit_base_24": dict(fc_norm=False, layer_norm_eps=1e-5)}
+NAMES = [*SIZES, *(f"mae_{name}" for name in SIZES)]
+
+
+def override_names(name: str) -> list[str]:
+    """The keyword overrides that `create_model` takes for this model."""
+    model = MaskedAutoencoder if name.startswith("mae_") else Classifier
+    parameters = [
+        *inspect.signature(HiViT.__init__).parameters,
+        *inspect.signature(model.__init__).parameters,
+    ]
+    hidden = {"self", "rngs", "encoder", "sincos_position"}
+    return [p for p in dict.fromkeys(parameters) if p not in hidden]
+
+
+def create_model(
+    name: str,
+    *,
+    image_size: int | Sequence[int] = 224,
+    in_channels: int = 3,
+    seed: int | jax.Array = 0,
+    **overrides: Any,
+) -> Model:
+    """Builds a network with freshly drawn float32 parameters.
+
+    Args:
+      name: one of `NAMES`: hivit_{tiny,small,base,large,base_24}, or mae_ before it.
+      image_size: side or (height, width) in pixels.
+      in_channels: channels of an image.
+      seed: integer or key that the parameters are drawn from.
+      overrides: keyword arguments of `HiViT` and `Classifier` or `MaskedAutoencoder`,
+        among them num_classes, embed_dim, depths, drop_path_rate, dtype.
+
+    Raises:
+      ConfigError: an unknown name or override, or sizes that do not fit each other.
+    """
+    if name not in NAMES:
+        raise unknown("model name", name, NAMES)
+    known = override_names(name)
+    for key in overrides:
+        if key not in known:
+            raise unknown(f"override of {name}", key, known)
+    size = name.removeprefix("mae_")
+    arguments = dict(SIZES[size], image_size=image_size, in_channels=in_channels)
+    if name.startswith("mae_"):
+        return MaskedAutoencoder(rngs=nnx.Rngs(seed), **{**arguments, **overrides})
+    arguments |= CLASSIFIER_EXTRAS.get(size, {})
+    return Classifier(rngs=nnx.Rngs(seed), **{**arguments, **overrides})
+
+
+def split(model: nnx.Module) -> tuple[nnx.GraphDef, dict]:
+    """Module -> (structure, parameters as nested dicts of arrays); `nnx.merge` undoes it."""
+    graphdef, state = nnx.split(model)
+    return graphdef, nnx.to_pure_dict(state)
+
+
+def named_leaves(tree: Any) -> dict[str, Any]:
+    """Leaves of a pytree by path, such as ``encoder/stages/0/1/mlp/fc1/kernel``."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {leaf_name(path): leaf for path, leaf in leaves}
+
+
+def leaf_name(path: tuple) -> str:
+    """A key path of `jax.tree_util` as the name that `named_leaves` gives."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")

@@ -1,0 +1,360 @@
+"""HiViT: the encoder, and the classifier on top of it (Zhang et al., ICLR 2023).
+
+Before the main stage no two units ever meet. So the units that are not wanted are
+dropped as pixels, before anything is computed, and the stem is a row-wise network on
+one flat matrix of cells.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from hivit_jax.errors import ConfigError
+from hivit_jax.models import positions
+from hivit_jax.models.layers import (
+    INIT,
+    AttentionBlock,
+    LayerNorm,
+    Linear,
+    MlpBlock,
+    PatchMerge,
+)
+
+
+def parameter_count(module: nnx.Module) -> int:
+    """Number of parameters, fixed position tables included (as published)."""
+    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(module, nnx.Param)))
+
+
+def row_cost(module: nnx.Module, rows: int, layer_norm_cost: int) -> int:
+    """Multiply-adds of all Linears of `module`, each applied to `rows` rows.
+
+    Every element that a LayerNorm puts out counts `layer_norm_cost`.
+    """
+    cost = 0
+    for path, leaf in nnx.to_flat_state(nnx.state(module, nnx.Param)):
+        if path[-1] == "kernel":
+            cost += rows * leaf.size
+        elif path[-1] == "scale":
+            cost += rows * leaf.size * layer_norm_cost
+    return cost
+
+
+def attention_cost(block: AttentionBlock, tokens: int, layer_norm_cost: int) -> int:
+    """`row_cost` of an attention block plus its two attention products."""
+    products = 2 * tokens * tokens * block.attn.proj.in_features
+    return row_cost(block, tokens, layer_norm_cost) + products
+
+
+class PatchEmbed(nnx.Module):
+    """Cells [T, cell*cell*in_channels] -> [T, dim]: Linear, LayerNorm.
+
+    The official strided convolution is this Linear; its weight and bias keep PyTorch's
+    default, uniform in +-1/sqrt(fan_in).
+    """
+
+    def __init__(self, fan_in: int, dim: int, *, eps: float, dtype, rngs: nnx.Rngs):
+        def uniform(key, shape, dtype):
+            return jax.random.uniform(key, shape, dtype, -1, 1) / np.sqrt(fan_in)
+
+        self.proj = nnx.Linear(
+            fan_in,
+            dim,
+            kernel_init=uniform,
+            bias_init=uniform,
+            dtype=dtype,
+            rngs=rngs,
+        )
+        self.norm = LayerNorm(dim, epsilon=eps, dtype=dtype, rngs=rngs)
+
+    def __call__(self, cells: jax.Array) -> jax.Array:
+        return self.norm(self.proj(cells))
+
+
+class HiViT(nnx.Module):
+    """The encoder, without head: the one that pretraining and every other task calls.
+
+    Args:
+      image_size: side, or (height, width), in pixels; a multiple of `patch_size`.
+      in_channels: channels of an image.
+      embed_dim: width E of the main stage; stem stages have E/4, E/2.
+      depths: blocks per stage. A stem stage has two MLP blocks for each one named.
+      num_heads: heads of the main stage.
+      mlp_ratio, stem_mlp_ratio: hidden width over width, main stage and stem.
+      drop_path_rate: of the last block; earlier ones rise linearly from 0.
+      patch_size: side of a unit in pixels.
+      inner_patches: cells per unit side, ``2 ** (len(depths) - 1)``.
+      relative_position: relative position bias in the main stage.
+      layer_norm_eps: of every LayerNorm.
+      sincos_position: start `absolute_pos_embed` as the sine-cosine table instead of
+        normal(0.02). It is trained either way (official: pretraining does so too,
+        although a comment there says frozen).
+      dtype: compute dtype, "float32" or "bfloat16"; parameters are float32.
+
+    Raises:
+      ConfigError: sizes that do not fit each other.
+    """
+
+    def __init__(
+        self,
+        *,
+        image_size: int | Sequence[int] = 224,
+        in_channels: int = 3,
+        embed_dim: int,
+        depths: Sequence[int],
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        stem_mlp_ratio: float = 3.0,
+        drop_path_rate: float = 0.0,
+        patch_size: int = 16,
+        inner_patches: int = 4,
+        relative_position: bool = True,
+        layer_norm_eps: float = 1e-6,
+        sincos_position: bool = False,
+        dtype: str = "float32",
+        rngs: nnx.Rngs,
+    ):
+        self.grid = check_grid(image_size, patch_size)
+        stems = len(depths) - 1
+        if stems < 1 or inner_patches != 2**stems or min(depths) < 1:
+            raise ConfigError(
+                f"depths={tuple(depths)} with inner_patches={inner_patches}: expected "
+                "positive depths and inner_patches = 2 ** (number of stages - 1)"
+            )
+        if patch_size % inner_patches:
+            raise ConfigError(
+                f"patch_size={patch_size} is not a multiple of "
+                f"inner_patches={inner_patches}"
+            )
+        check_heads("embed_dim", embed_dim, "num_heads", num_heads)
+        if embed_dim % (2**stems) or embed_dim % 4:
+            raise ConfigError(
+                f"embed_dim={embed_dim}: expected a multiple of {max(4, 2**stems)}"
+            )
+
+        self.image_size = tuple(side * patch_size for side in self.grid)
+        self.in_channels, self.embed_dim = in_channels, embed_dim
+        self.patch_size, self.inner_patches = patch_size, inner_patches
+        self.dtype = jnp.dtype(dtype)
+        common = dict(eps=layer_norm_eps, dtype=self.dtype, rngs=rngs)
+        blocks = [2 * depth for depth in depths[:-1]] + [depths[-1]]
+        # One rate per residual block in order; PatchMerge takes none.
+        rates = iter(np.linspace(0, drop_path_rate, sum(blocks), dtype=np.float32))
+        numbers = iter(range(sum(blocks)))
+
+        width = embed_dim // 2**stems
+        fan_in = (patch_size // inner_patches) ** 2 * in_channels
+        self.patch_embed = PatchEmbed(fan_in, width, **common)
+        stages, merges = [], []
+        for count in blocks[:-1]:
+            stages.append(
+                nnx.List(
+                    MlpBlock(
+                        width,
+                        stem_mlp_ratio,
+                        number=next(numbers),
+                        drop_rate=float(next(rates)),
+                        **common,
+                    )
+                    for _ in range(count)
+                )
+            )
+            merges.append(PatchMerge(width, **common))
+            width *= 2
+        stages.append(
+            nnx.List(
+                AttentionBlock(
+                    width,
+                    num_heads,
+                    mlp_ratio,
+                    number=next(numbers),
+                    drop_rate=float(next(rates)),
+                    grid=self.grid if relative_position else None,
+                    **common,
+                )
+                for _ in range(blocks[-1])
+            )
+        )
+        self.stages, self.merges = nnx.List(stages), nnx.List(merges)
+        units = self.grid[0] * self.grid[1]
+        table = (
+            positions.sincos_table(self.grid, embed_dim)
+            if sincos_position
+            else INIT(rngs.params(), (units, embed_dim), jnp.float32)
+        )
+        self.absolute_pos_embed = nnx.Param(jnp.asarray(table))
+
+    def __call__(
+        self,
+        images: jax.Array,
+        *,
+        ids_keep: jax.Array | None = None,
+        key_mask: jax.Array | None = None,
+        sample_keys: jax.Array | None = None,
+    ) -> list[jax.Array]:
+        """Output of every stage, for all units or for the kept ones.
+
+        Args:
+          images: [B, H, W, C] float, normalised.
+          ids_keep: int [B, K], the units to keep, in the order wanted; None for all.
+          key_mask: [B, K], nonzero = the unit may be attended to.
+          sample_keys: [B] keys for drop path; None (evaluation) drops nothing.
+
+        Returns:
+          In merge order and compute dtype: [B*K*16, E/4], [B*K*4, E/2], [B, K, E].
+
+        Raises:
+          ConfigError: images of another size or channel count than built for.
+        """
+        expected = (*self.image_size, self.in_channels)
+        if images.shape[1:] != expected:
+            raise ConfigError(
+                f"images are {images.shape[1:]} (height, width, channels); "
+                f"this model was built for {expected}"
+            )
+        units = positions.patchify(images, self.patch_size)  # [B, N, P*P*C]
+        position = self.absolute_pos_embed[...]  # [N, E]
+        ids = jnp.arange(len(position))  # [N]
+        if ids_keep is not None:
+            units = jnp.take_along_axis(units, ids_keep[:, :, None], axis=1)
+            position, ids = position[ids_keep], ids_keep  # [B, K, E], [B, K]
+        cells = positions.units_to_cells(
+            units.astype(self.dtype), self.patch_size, self.inner_patches
+        )
+        x = self.patch_embed(cells)  # [B*K*16, E/4]
+        outputs = []
+        for blocks, merge in zip(self.stages, self.merges, strict=False):
+            for block in blocks:
+                x = block(x, sample_keys=sample_keys)
+            outputs.append(x)
+            x = merge(x)  # a quarter of the rows, twice as wide
+        x = x.reshape(len(images), -1, self.embed_dim)  # [B, K, E]
+        x = x + position.astype(self.dtype)
+        relative_index = positions.relative_position_index(ids, self.grid)
+        for block in self.stages[-1]:
+            x = block(
+                x,
+                relative_index=relative_index,
+                key_mask=key_mask,
+                sample_keys=sample_keys,
+            )
+        return [*outputs, x]
+
+    def features(self, images: jax.Array) -> list[jax.Array]:
+        """Feature pyramid in raster order, from the end of every stage.
+
+        [B, H, W, C] -> [B, H/4, W/4, E/4], [B, H/8, W/8, E/2], [B, H/16, W/16, E].
+        """
+        inner = self.inner_patches
+        return [
+            positions.tokens_to_map(x, self.grid, inner >> level)
+            for level, x in enumerate(self(images))
+        ]
+
+    def macs(
+        self, units: int, kept: int | None = None, *, layer_norm_cost: int = 5
+    ) -> int:
+        """Cost of one image of `units` units of which `kept` are encoded.
+
+        Counts as the published tables do, see `Classifier.macs`; there the patch
+        convolution runs on all units (here it runs on the kept ones).
+        """
+        kept = units if kept is None else kept
+        cells = self.inner_patches**2
+        cost = row_cost(self.patch_embed.proj, units * cells, layer_norm_cost)
+        cost += row_cost(self.patch_embed.norm, units * cells, layer_norm_cost)
+        for blocks, merge in zip(self.stages, self.merges, strict=False):
+            cost += row_cost(blocks, kept * cells, layer_norm_cost)
+            cells //= 4
+            cost += row_cost(merge, kept * cells, layer_norm_cost)
+        for block in self.stages[-1]:
+            cost += attention_cost(block, kept, layer_norm_cost)
+        return cost
+
+
+class Classifier(nnx.Module):
+    """HiViT with mean pooling, LayerNorm and a linear head (official ``HiViT``).
+
+    Args:
+      num_classes: classes of the head.
+      fc_norm: LayerNorm between pooling and head; MMPretrain's HiViT has none.
+      encoder: arguments of `HiViT`.
+    """
+
+    def __init__(
+        self, *, num_classes: int = 1000, fc_norm: bool = True, rngs: nnx.Rngs, **encoder
+    ):
+        self.encoder = HiViT(rngs=rngs, **encoder)
+        dim, eps = self.encoder.embed_dim, self.encoder.patch_embed.norm.epsilon
+        # Pooled features, their norm and the logits are float32 in any compute dtype.
+        self.fc_norm = LayerNorm(dim, epsilon=eps, rngs=rngs) if fc_norm else None
+        self.head = Linear(dim, num_classes, rngs=rngs)
+
+    def __call__(
+        self, images: jax.Array, *, sample_keys: jax.Array | None = None
+    ) -> jax.Array:
+        """[B, H, W, C] -> logits [B, num_classes] float32; keys as in `HiViT`."""
+        return self.head(self.pooled(images, sample_keys=sample_keys))
+
+    def pooled(
+        self, images: jax.Array, *, sample_keys: jax.Array | None = None
+    ) -> jax.Array:
+        """[B, H, W, C] -> what the head sees, [B, E] float32."""
+        tokens = self.encoder(images, sample_keys=sample_keys)[-1]  # [B, N, E]
+        pooled = tokens.astype(jnp.float32).mean(1)
+        return pooled if self.fc_norm is None else self.fc_norm(pooled)
+
+    def features(self, images: jax.Array) -> list[jax.Array]:
+        """The encoder's feature pyramid, see `HiViT.features`."""
+        return self.encoder.features(images)
+
+    def parameter_count(self) -> int:
+        """Parameters, head included: 66.42 M for hivit_base."""
+        return parameter_count(self)
+
+    def macs(
+        self,
+        image_size: int | Sequence[int] | None = None,
+        *,
+        layer_norm_cost: int = 5,
+    ) -> int:
+        """What one image costs, counted as in the published tables: 15.85 G for base.
+
+        Multiply-adds of convolution, Linears and both attention products, plus
+        `layer_norm_cost` per LayerNorm output (5: the fvcore rule behind the published
+        figures; 0: multiply-adds alone). Activations, biases and softmax count 0.
+        """
+        units = count_units(self.encoder, image_size)
+        cost = self.encoder.macs(units, layer_norm_cost=layer_norm_cost)
+        if self.fc_norm is not None:
+            cost += row_cost(self.fc_norm, 1, layer_norm_cost)
+        return cost + row_cost(self.head, 1, layer_norm_cost)
+
+
+def count_units(encoder: HiViT, image_size: int | Sequence[int] | None) -> int:
+    """Units of an image of this size (None: the encoder's own)."""
+    grid = check_grid(image_size or encoder.image_size, encoder.patch_size)
+    return grid[0] * grid[1]
+
+
+def check_grid(image_size: int | Sequence[int], patch_size: int) -> positions.Grid:
+    """Units per column and row of an image; ConfigError if they do not fill it."""
+    sides = (image_size,) * 2 if isinstance(image_size, int) else tuple(image_size)
+    if len(sides) != 2 or min(sides) < patch_size or any(s % patch_size for s in sides):
+        raise ConfigError(
+            f"image_size={image_size} is not filled by units of {patch_size} pixels; "
+            f"expected height and width to be multiples of patch_size={patch_size}"
+        )
+    return sides[0] // patch_size, sides[1] // patch_size
+
+
+def check_heads(dim_name: str, dim: int, heads_name: str, heads: int) -> None:
+    """ConfigError unless `heads` heads divide the width `dim`."""
+    if heads < 1 or dim % heads:
+        raise ConfigError(
+            f"{heads_name}={heads} does not divide {dim_name}={dim}; "
+            "expected a width that is a multiple of the number of heads"
+        )

@@ -1,0 +1,189 @@
+"""Blocks of HiViT: MLP block, attention block, patch merge.
+
+Parameters are float32. `dtype` is what matrix products run in and what blocks hand on;
+LayerNorm statistics and the softmax are float32 whatever it is.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from hivit_jax.models.positions import Grid
+
+# Official: trunc_normal_(std=.02) cut at +-2 absolute, that is at 100 sigma.
+INIT = nnx.initializers.normal(0.02)
+Linear = partial(nnx.Linear, kernel_init=INIT)
+# Two-pass variance: the one-pass form loses the small variances that HiViT's eps of
+# 1e-6 is there for.
+LayerNorm = partial(nnx.LayerNorm, use_fast_variance=False)
+
+
+def drop_path(
+    x: jax.Array, rate: float, sample_keys: jax.Array | None, draw: int
+) -> jax.Array:
+    """Drops the residual branch of whole samples (stochastic depth).
+
+    Args:
+      x: [B*T, C] or [B, T, C], the branch.
+      rate: probability of dropping; a kept branch is divided by ``1 - rate``.
+      sample_keys: [B] keys, one per sample, or None for no dropping.
+      draw: number of this draw, so that no two branches share one.
+    """
+    if sample_keys is None or rate == 0.0:
+        return x
+
+    def keep(key):
+        return jax.random.bernoulli(jax.random.fold_in(key, draw), 1.0 - rate)
+
+    scale = jax.vmap(keep)(sample_keys).astype(x.dtype) / (1.0 - rate)
+    per_sample = x.reshape(len(scale), -1, x.shape[-1])
+    return (per_sample * scale[:, None, None]).reshape(x.shape)
+
+
+class Mlp(nnx.Module):
+    """fc1, exact (erf) GELU, fc2: [..., C] -> [..., C]."""
+
+    def __init__(self, dim: int, ratio: float, *, dtype, rngs: nnx.Rngs):
+        hidden = int(dim * ratio)
+        self.fc1 = Linear(dim, hidden, dtype=dtype, rngs=rngs)
+        self.fc2 = Linear(hidden, dim, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))
+
+
+class Attention(nnx.Module):
+    """Multi-head self-attention over units, with optional relative position bias.
+
+    Args:
+      grid: the units that relative positions span; None for no bias.
+    """
+
+    def __init__(
+        self, dim: int, num_heads: int, grid: Grid | None, *, dtype, rngs: nnx.Rngs
+    ):
+        # The kernel keeps its head axis, [C, 3, heads, C/heads], so that heads can be
+        # sharded; flattened it is the official [q | k | v] matrix.
+        self.qkv = nnx.LinearGeneral(
+            dim,
+            (3, num_heads, dim // num_heads),
+            kernel_init=INIT,
+            dtype=dtype,
+            rngs=rngs,
+        )
+        self.proj = Linear(dim, dim, dtype=dtype, rngs=rngs)
+        if grid is None:
+            self.relative_position_bias_table = None
+        else:
+            rows = (2 * grid[0] - 1) * (2 * grid[1] - 1)
+            table = INIT(rngs.params(), (rows, num_heads), jnp.float32)
+            self.relative_position_bias_table = nnx.Param(table)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        relative_index: jax.Array | None = None,
+        key_mask: jax.Array | None = None,
+    ) -> jax.Array:
+        """[B, K, C] -> [B, K, C].
+
+        Args:
+          relative_index: int [K, K] or [B, K, K], rows of the table.
+          key_mask: [B, K], nonzero = may be attended. A sample with no key left gets
+            a uniform softmax, never NaN.
+        """
+        q, k, v = jnp.moveaxis(self.qkv(x), 2, 0)  # each [B, K, heads, C/heads]
+        bias = None
+        if self.relative_position_bias_table is not None:
+            bias = self.relative_position_bias_table[...][relative_index]
+            bias = jnp.moveaxis(bias, -1, -3)  # [(B,) heads, K, K]
+            bias = bias if bias.ndim == 4 else bias[None]
+        mask = None if key_mask is None else (key_mask != 0)[:, None, None, :]
+        out = jax.nn.dot_product_attention(q, k, v, bias=bias, mask=mask)
+        return self.proj(out.reshape(x.shape))
+
+
+class MlpBlock(nnx.Module):
+    """Stem block, ``x + MLP(LN(x))``: rows [T, C] never meet.
+
+    Its only norm is called ``norm2`` as in the official code.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        mlp_ratio: float,
+        *,
+        number: int,
+        drop_rate: float,
+        eps: float,
+        dtype,
+        rngs: nnx.Rngs,
+    ):
+        self.norm2 = LayerNorm(dim, epsilon=eps, dtype=dtype, rngs=rngs)
+        self.mlp = Mlp(dim, mlp_ratio, dtype=dtype, rngs=rngs)
+        self.number, self.drop_rate = number, drop_rate
+
+    def __call__(
+        self, x: jax.Array, *, sample_keys: jax.Array | None = None
+    ) -> jax.Array:
+        branch = self.mlp(self.norm2(x))
+        return x + drop_path(branch, self.drop_rate, sample_keys, 2 * self.number)
+
+
+class AttentionBlock(MlpBlock):
+    """Main-stage block: attention, then MLP, each behind a LayerNorm. [B, K, C]."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float,
+        *,
+        number: int = 0,
+        drop_rate: float = 0.0,
+        eps: float,
+        dtype,
+        rngs: nnx.Rngs,
+        grid: Grid | None = None,
+    ):
+        super().__init__(
+            dim,
+            mlp_ratio,
+            number=number,
+            drop_rate=drop_rate,
+            eps=eps,
+            dtype=dtype,
+            rngs=rngs,
+        )
+        self.norm1 = LayerNorm(dim, epsilon=eps, dtype=dtype, rngs=rngs)
+        self.attn = Attention(dim, num_heads, grid, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        *,
+        relative_index: jax.Array | None = None,
+        key_mask: jax.Array | None = None,
+        sample_keys: jax.Array | None = None,
+    ) -> jax.Array:
+        branch = self.attn(self.norm1(x), relative_index, key_mask)
+        draw = 2 * self.number + 1
+        x = x + drop_path(branch, self.drop_rate, sample_keys, draw)
+        return super().__call__(x, sample_keys=sample_keys)
+
+
+class PatchMerge(nnx.Module):
+    """Four neighbouring cells become one: [T, C] -> [T/4, 2C], tokens in merge order."""
+
+    def __init__(self, dim: int, *, eps: float, dtype, rngs: nnx.Rngs):
+        self.norm = LayerNorm(4 * dim, epsilon=eps, dtype=dtype, rngs=rngs)
+        self.reduction = Linear(
+            4 * dim, 2 * dim, use_bias=False, dtype=dtype, rngs=rngs
+        )
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = x.reshape(len(x) // 4, -1)  # [T/4, 4C]
+        return self.reduction(self.norm(x))

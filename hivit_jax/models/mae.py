@@ -1,0 +1,243 @@
+"""Masked autoencoder over HiViT: only the visible units are embedded and encoded.
+
+He et al., CVPR 2022, as the official HiViT code has it (``masked_autoencoder.py``,
+``models_mae_hivit.py``): no class token, a latent of all three stages, a plain decoder.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from hivit_jax.errors import ConfigError
+from hivit_jax.models import positions
+from hivit_jax.models.hivit import (
+    HiViT,
+    attention_cost,
+    check_heads,
+    count_units,
+    parameter_count,
+    row_cost,
+)
+from hivit_jax.models.layers import INIT, AttentionBlock, LayerNorm, Linear
+
+
+class FixedTable(nnx.Param):
+    """A table that is stored and counted with the parameters but never trained."""
+
+
+class MAEOutput(NamedTuple):
+    """What the masked autoencoder returns; N units, K of them visible.
+
+    loss: float32 scalar, mean squared error over the removed units of the batch.
+    pred: [B, N, P*P*C] float32, in the target's (perhaps normalised) pixels.
+    mask: [B, N] float32, 0 keep, 1 removed.
+    latent: [B, K, 7E] (multi-scale) or [B, K, E], input of the decoder embedding.
+    unit_loss: [B, N] float32, mean squared error of each unit, visible ones too.
+    """
+
+    loss: jax.Array
+    pred: jax.Array
+    mask: jax.Array
+    latent: jax.Array
+    unit_loss: jax.Array
+
+
+def visible_units(units: int, mask_ratio: float) -> int:
+    """How many of `units` units stay visible, ``int(units * (1 - mask_ratio))``.
+
+    Raises:
+      ConfigError: a ratio outside (0, 1), or one that keeps no unit.
+    """
+    if not 0 < mask_ratio < 1:
+        raise ConfigError(f"mask_ratio={mask_ratio}; expected 0 < mask_ratio < 1")
+    kept = int(units * (1 - mask_ratio))
+    if kept == 0:
+        raise ConfigError(
+            f"mask_ratio={mask_ratio} keeps none of {units} units; "
+            f"expected at most {1 - 1 / units:.4f}"
+        )
+    return kept
+
+
+def random_masking(
+    noise: jax.Array, kept: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The `kept` units of lowest noise stay; ties go to the lower unit number.
+
+    Args:
+      noise: [B, N].
+
+    Returns:
+      ids_keep int [B, kept], in order of noise; ids_restore int [B, N], the place of
+      each unit in that order; mask [B, N] float32, 0 keep, 1 removed.
+    """
+    ids_shuffle = jnp.argsort(noise, axis=1, stable=True)
+    ids_restore = jnp.argsort(ids_shuffle, axis=1)
+    mask = (ids_restore >= kept).astype(jnp.float32)
+    return ids_shuffle[:, :kept], ids_restore, mask
+
+
+class MaskedAutoencoder(nnx.Module):
+    """HiViT encoder on visible units, transformer decoder on all of them.
+
+    Args:
+      decoder_embed_dim, decoder_depth, decoder_num_heads: the decoder's size; its MLP
+        ratio is 4, it has neither relative positions nor drop path.
+      multi_scale: decode all three stages, 7E wide behind a LayerNorm (official
+        ``hifeat``). False: the main stage alone, with no norm (the official module
+        holds an unused one then).
+      norm_pix_loss: targets normalised per unit. The official constructor ignores
+        False; here it counts.
+      encoder: arguments of `HiViT`.
+    """
+
+    def __init__(
+        self,
+        *,
+        decoder_embed_dim: int = 512,
+        decoder_depth: int = 6,
+        decoder_num_heads: int = 16,
+        multi_scale: bool = True,
+        norm_pix_loss: bool = True,
+        relative_position: bool = False,
+        rngs: nnx.Rngs,
+        **encoder,
+    ):
+        check_heads(
+            "decoder_embed_dim", decoder_embed_dim, "decoder_num_heads", decoder_num_heads
+        )
+        if decoder_embed_dim % 4:
+            raise ConfigError(
+                f"decoder_embed_dim={decoder_embed_dim}: expected a multiple of 4"
+            )
+        self.encoder = HiViT(
+            sincos_position=True,
+            relative_position=relative_position,
+            rngs=rngs,
+            **encoder,
+        )
+        dim, eps = self.encoder.embed_dim, self.encoder.patch_embed.norm.epsilon
+        common = dict(dtype=self.encoder.dtype, rngs=rngs)
+        self.multi_scale, self.norm_pix_loss = multi_scale, norm_pix_loss
+        # Each stem stage adds inner**2 cells of its width: 4E + 2E + E for three stages.
+        width = dim * (2 * self.encoder.inner_patches - 1) if multi_scale else dim
+        self.norm = LayerNorm(width, epsilon=eps, **common) if multi_scale else None
+        self.decoder_embed = Linear(width, decoder_embed_dim, **common)
+        self.mask_token = nnx.Param(
+            INIT(rngs.params(), (decoder_embed_dim,), jnp.float32)
+        )
+        self.decoder_pos_embed = FixedTable(
+            jnp.asarray(positions.sincos_table(self.encoder.grid, decoder_embed_dim))
+        )
+        self.decoder_blocks = nnx.List(
+            AttentionBlock(decoder_embed_dim, decoder_num_heads, 4.0, eps=eps, **common)
+            for _ in range(decoder_depth)
+        )
+        self.decoder_norm = LayerNorm(decoder_embed_dim, epsilon=eps, **common)
+        pixels = self.encoder.patch_size**2 * self.encoder.in_channels
+        self.decoder_pred = Linear(decoder_embed_dim, pixels, **common)
+
+    def __call__(
+        self,
+        images: jax.Array,
+        *,
+        noise: jax.Array,
+        mask_ratio: float = 0.75,
+        sample_keys: jax.Array | None = None,
+    ) -> MAEOutput:
+        """Masks, encodes, decodes and scores a batch.
+
+        Args:
+          images: [B, H, W, C] float32, normalised.
+          noise: [B, N]; the units with the lowest stay visible.
+          mask_ratio: share of units to remove.
+          sample_keys: [B] keys for drop path in the encoder, or None.
+        """
+        kept = visible_units(noise.shape[1], mask_ratio)
+        ids_keep, ids_restore, mask = random_masking(noise, kept)
+        latent = self.encode(images, ids_keep, sample_keys)
+        pred = self.decode(latent, ids_restore)
+        unit_loss = self.unit_loss(images, pred)
+        loss = (unit_loss * mask).sum() / mask.sum()
+        return MAEOutput(loss, pred, mask, latent, unit_loss)
+
+    def encode(
+        self,
+        images: jax.Array,
+        ids_keep: jax.Array,
+        sample_keys: jax.Array | None = None,
+    ) -> jax.Array:
+        """Images [B, H, W, C], kept units int [B, K] -> latent [B, K, 7E or E].
+
+        The multi-scale latent holds the stages' cells in merge order.
+        """
+        stages = self.encoder(images, ids_keep=ids_keep, sample_keys=sample_keys)
+        if not self.multi_scale:
+            return stages[-1]
+        per_unit = [x.reshape(*ids_keep.shape, -1) for x in stages]  # 4E, 2E, E wide
+        return self.norm(jnp.concatenate(per_unit, axis=-1))
+
+    def decode(self, latent: jax.Array, ids_restore: jax.Array) -> jax.Array:
+        """Latent [B, K, 7E or E], places int [B, N] -> pred [B, N, P*P*C] float32."""
+        x = self.decoder_embed(latent)  # [B, K, D]
+        batch, kept, dim = x.shape
+        removed = ids_restore.shape[1] - kept
+        tokens = jnp.broadcast_to(
+            self.mask_token[...].astype(x.dtype), (batch, removed, dim)
+        )
+        x = jnp.concatenate([x, tokens], axis=1)  # [B, N, D], visible first
+        x = jnp.take_along_axis(x, ids_restore[:, :, None], axis=1)  # image order
+        table = jax.lax.stop_gradient(self.decoder_pos_embed[...])
+        x = x + table.astype(x.dtype)
+        for block in self.decoder_blocks:
+            x = block(x)
+        return self.decoder_pred(self.decoder_norm(x)).astype(jnp.float32)
+
+    def targets(self, images: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """What is to be predicted: units [B, N, P*P*C], and their mean and scale.
+
+        The units' pixels are ``targets * scale + mean`` with mean, scale [B, N, 1];
+        without pixel normalisation these are 0 and 1. The variance is the unbiased one.
+        """
+        units = positions.patchify(
+            images.astype(jnp.float32), self.encoder.patch_size
+        )
+        if not self.norm_pix_loss:
+            return units, jnp.zeros_like(units[..., :1]), jnp.ones_like(units[..., :1])
+        mean = units.mean(-1, keepdims=True)
+        scale = jnp.sqrt(units.var(-1, keepdims=True, ddof=1) + 1e-6)
+        return (units - mean) / scale, mean, scale
+
+    def unit_loss(self, images: jax.Array, pred: jax.Array) -> jax.Array:
+        """Mean squared error of every unit, [B, N] float32."""
+        return jnp.square(pred - self.targets(images)[0]).mean(-1)
+
+    def features(self, images: jax.Array) -> list[jax.Array]:
+        """The encoder's feature pyramid, see `HiViT.features`."""
+        return self.encoder.features(images)
+
+    def parameter_count(self) -> int:
+        """Parameters, decoder and fixed table included: 87.04 M for mae_hivit_base."""
+        return parameter_count(self)
+
+    def macs(
+        self,
+        image_size: int | Sequence[int] | None = None,
+        *,
+        mask_ratio: float = 0.75,
+        layer_norm_cost: int = 5,
+    ) -> int:
+        """What one image costs in the forward pass, counted as `Classifier.macs`."""
+        units = count_units(self.encoder, image_size)
+        kept = visible_units(units, mask_ratio)
+        cost = self.encoder.macs(units, kept, layer_norm_cost=layer_norm_cost)
+        if self.norm is not None:
+            cost += row_cost(self.norm, kept, layer_norm_cost)
+        cost += row_cost(self.decoder_embed, kept, layer_norm_cost)
+        for block in self.decoder_blocks:
+            cost += attention_cost(block, units, layer_norm_cost)
+        cost += row_cost(self.decoder_norm, units, layer_norm_cost)
+        return cost + row_cost(self.decoder_pred, units, layer_norm_cost)

@@ -1,0 +1,274 @@
+"""The networks against the official code's outputs, in float32."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import reference
+from reference import FIXTURES, golden, probe
+from flax import nnx
+
+from hivit_jax.models import split
+from hivit_jax.models.mae import random_masking
+from hivit_jax.models.positions import (
+    merge_order,
+    patchify,
+    relative_position_index,
+    tokens_to_map,
+    units_to_cells,
+    unpatchify,
+)
+from hivit_jax.weights import latent_order, to_official
+
+MINI_MAES = ["mae_mini", "mae_mini_rpe", "mae_mini_nohifeat", "mae_mini_nohifeat_rpe"]
+
+
+def close(actual, expected, atol, rtol=0.0):
+    np.testing.assert_allclose(np.asarray(actual), expected, atol=atol, rtol=rtol)
+
+
+def official_stages(model, images, ids_keep=None):
+    """The stages that the golden data name, in their layout [B, K, h, w, C]."""
+    encoder, stages = model.encoder, {}
+    units, inner = images.shape[0], encoder.inner_patches
+    kept = encoder.absolute_pos_embed.shape[0] if ids_keep is None else ids_keep.shape[1]
+
+    def record(name, x, inner):
+        count = len(x) // (units * inner * inner)
+        cells = tokens_to_map(x, (count, 1), inner)  # units stacked in one column
+        stages[name] = cells.reshape(units, count, inner, inner, -1)
+
+    patches = patchify(images, encoder.patch_size)
+    # The official code embeds all units and drops the masked ones after that.
+    every = encoder.patch_embed(units_to_cells(patches, encoder.patch_size, inner))
+    record("patch_embed", every, inner)
+    position = encoder.absolute_pos_embed[...]
+    if ids_keep is not None:
+        patches = jnp.take_along_axis(patches, ids_keep[:, :, None], 1)
+        position = position[ids_keep]
+    x = encoder.patch_embed(units_to_cells(patches, encoder.patch_size, inner))
+    for number, (blocks, merge) in enumerate(
+        zip(encoder.stages, encoder.merges, strict=False), 1
+    ):
+        for block in blocks:
+            x = block(x)
+        record(f"stage{number}", x, inner)
+        x, inner = merge(x), inner // 2
+        record(f"merge{number}", x, inner)
+    x = x.reshape(units, kept, -1) + position
+    stages["pos_added"] = x
+    ids = jnp.arange(kept) if ids_keep is None else ids_keep
+    index = relative_position_index(ids, encoder.grid)
+    depth = len(encoder.stages[-1])
+    named = {0: "main_first", depth // 2 - 1: "main_mid", depth - 1: "main_last"}
+    for number, block in enumerate(encoder.stages[-1]):
+        x = block(x, relative_index=index)
+        if number in named:
+            stages[named[number]] = x
+    if hasattr(model, "fc_norm"):
+        stages["pooled"] = x.mean(1)
+        stages["fc_norm"] = model.fc_norm(stages["pooled"])
+    return stages
+
+
+def check_stages(stages, arrays):
+    assert set(arrays["stage_names"]) == set(stages)
+    for number, name in enumerate(arrays["stage_names"]):
+        x = np.asarray(stages[name])
+        close(x.mean(), arrays["stage_mean"][number], 2e-5)
+        close(x.std(), arrays["stage_std"][number], 2e-5)
+        close(x.mean(tuple(range(x.ndim - 1))), arrays[f"chanmean/{name}"], 2e-5)
+        part = x if x.ndim == 2 else x[:, [0, 1, 17, -1]]
+        part = part[..., : {2: None, 3: 16, 5: 8}[x.ndim]]
+        close(part, arrays[f"slice/{name}"], 2e-5)
+
+
+@pytest.mark.parametrize("size", ["tiny", "small", "base"])
+def test_classifier_logits_and_stages(size):
+    model, _ = reference.build_fixture(f"cls_{size}")
+    arrays = golden(f"cls_{size}")
+    images = jnp.asarray(reference.images("cls224", 2, 224))
+    graphdef, params = split(model)
+
+    @jax.jit
+    def run(params, images):
+        model = nnx.merge(graphdef, params)
+        return model(images), official_stages(model, images)
+
+    logits, stages = run(params, images)
+    close(logits, arrays["logits"], 2e-5)
+    check_stages(stages, arrays)
+
+
+def test_mmpretrain_classifier():
+    state = reference.state_dict("mmpretrain_tiny")
+    model, _ = reference.build("hivit_tiny", state, fc_norm=False, layer_norm_eps=1e-5)
+    logits = nnx.jit(model)(jnp.asarray(reference.images("cls224", 2, 224)))
+    close(logits, golden("mmpretrain_tiny")["logits"], 2e-5)
+
+
+def mae_loss(graphdef, images, noise):
+    def loss(params):
+        out = nnx.merge(graphdef, params)(images, noise=noise)
+        return out.loss, out
+
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))
+
+
+def official_gradients(model, gradients):
+    """Gradients by official name. They permute like parameters do."""
+    return to_official(gradients, model)
+
+
+@pytest.mark.parametrize("fixture", MINI_MAES)
+def test_mini_mae_outputs_and_all_gradients(fixture):
+    model, params = reference.build_fixture(fixture)
+    arrays, facts = golden(fixture), FIXTURES[fixture]
+    images = jnp.asarray(reference.images("mini64", 3, 64))
+    noise = jnp.asarray(reference.noise("mini64", 3, 16))
+    run = mae_loss(split(model)[0], images, noise)
+    (loss, out), gradients = run(params)
+
+    close(loss, facts["loss_f64"], 2e-6)
+    close(out.pred, arrays["pred"], 2e-5)
+    np.testing.assert_array_equal(out.mask, arrays["mask"])
+    latent = np.asarray(out.latent)
+    if model.multi_scale:
+        latent = latent[..., np.argsort(latent_order(model.encoder))]
+    close(latent, arrays["latent"], 2e-5)
+
+    ids_keep, ids_restore, _ = random_masking(noise, 4)
+    np.testing.assert_array_equal(ids_keep, arrays["ids_keep"])
+    np.testing.assert_array_equal(ids_restore, arrays["ids_restore"])
+
+    official = official_gradients(model, gradients)
+    assert not official.pop("decoder_pos_embed").any()
+    assert official.keys() == facts["grad_norm"].keys()
+    for name, gradient in official.items():
+        if f"grad/{name}" in arrays:
+            close(gradient, arrays[f"grad/{name}"], 2e-6)
+        close(np.linalg.norm(gradient), facts["grad_norm"][name], 1e-7, 1e-4)
+        close(probe(name, gradient), facts["grad_probe"][name], 1e-5)
+
+
+def test_base_mae():
+    model, params = reference.build_fixture("mae_base")
+    arrays, facts = golden("mae_base"), FIXTURES["mae_base"]
+    images = jnp.asarray(reference.images("mae224", 2, 224))
+    noise = jnp.asarray(reference.noise("mae224", 2, 196))
+    (loss, out), gradients = mae_loss(split(model)[0], images, noise)(params)
+
+    close(loss, facts["loss_f64"], 2e-6)
+    np.testing.assert_array_equal(out.mask, arrays["mask"])
+    pred, latent = np.asarray(out.pred), np.asarray(out.latent)
+    latent = latent[..., np.argsort(latent_order(model.encoder))]
+    close(pred[0, ::4], arrays["pred_sample0_every4"], 2e-5)
+    close(pred.mean(-1), arrays["pred_tokmean"], 2e-5)
+    close(pred.std(-1), arrays["pred_tokstd"], 2e-5)
+    close(pred.mean((0, 1)), arrays["pred_chanmean"], 2e-5)
+    close(latent[:, :4], arrays["latent_first4"], 2e-5)
+    close(latent.mean(-1), arrays["latent_tokmean"], 2e-5)
+    close(latent.std(-1), arrays["latent_tokstd"], 2e-5)
+    close(latent.mean((0, 1)), arrays["latent_chanmean"], 2e-5)
+    ids_keep = random_masking(noise, 49)[0]
+    np.testing.assert_array_equal(ids_keep, arrays["ids_keep"])
+    check_stages(jax.jit(lambda i: official_stages(model, i, ids_keep))(images), arrays)
+
+    official = official_gradients(model, gradients)
+    assert not official.pop("decoder_pos_embed").any()
+    assert official.keys() == facts["grad_norm"].keys()
+    for name, gradient in official.items():
+        close(np.linalg.norm(gradient), facts["grad_norm"][name], 1e-7, 1e-4)
+        close(probe(name, gradient), facts["grad_probe"][name], 1e-4)
+
+
+def shrunk(state):
+    facts = FIXTURES["lowvar_eps"]
+    factor = np.float32(facts["factor"])
+    ends = tuple(facts["shrunk_suffixes"])
+    return {k: v * factor if k.endswith(ends) else v for k, v in state.items()}
+
+
+def test_layer_norm_eps_everywhere():
+    """Low-variance weights: an eps of 1e-5 in any one norm moves these by 1e-3."""
+    arrays = golden("lowvar_eps")
+    images = jnp.asarray(reference.images("mini64", 3, 64))
+    config = {
+        reference.OUR_NAMES.get(k, k): v
+        for k, v in FIXTURES["mae_mini"]["config"].items()
+    }
+    state = shrunk(reference.state_dict("mae_mini"))
+    model, _ = reference.build("mae_hivit_base", state, **config)
+    noise = jnp.asarray(reference.noise("mini64", 3, 16))
+    out = model(images, noise=noise)
+    close(out.loss, FIXTURES["lowvar_eps"]["loss_f64"], 2e-6)
+    close(out.pred, arrays["pred"], 2e-5)
+    latent = np.asarray(out.latent)[..., np.argsort(latent_order(model.encoder))]
+    close(latent, arrays["latent"], 2e-5)
+
+    config = {reference.OUR_NAMES.get(k, k): v for k, v in reference.MINI_CLASSIFIER.items()}
+    state = shrunk(reference.state_dict("features_mini_rpe"))
+    model, _ = reference.build("hivit_base", state, **config)
+    close(model(images), arrays["cls_logits"], 2e-5)
+
+
+@pytest.mark.parametrize("norm_pix_loss", [True, False])
+def test_loss_of_a_given_prediction(norm_pix_loss):
+    model, _ = reference.build_fixture("mae_mini")
+    model.norm_pix_loss = norm_pix_loss
+    images = jnp.asarray(reference.images("mini64", 3, 64))
+    pred = jnp.asarray(reference.normal("loss/pred", (3, 16, 768)))
+    mask = golden("mae_mini")["mask"]
+    loss = (model.unit_loss(images, pred) * mask).sum() / mask.sum()
+    arrays = golden("mae_loss_only")
+    close(loss, arrays[f"loss_norm_pix_{norm_pix_loss}"], 2e-6)
+    image = unpatchify(pred[:1], (4, 4), 16)[0]
+    np.testing.assert_array_equal(
+        image.transpose(2, 0, 1), arrays["unpatchify_pred_sample0"]
+    )
+
+
+def test_features_with_relative_positions():
+    model, _ = reference.build_fixture("features_mini_rpe")
+    arrays = golden("features_mini_rpe")
+    images = jnp.asarray(reference.images("mini64", 3, 64))
+    ids_keep = jnp.asarray(arrays["ids_keep"])
+    grid = model.encoder.grid
+    np.testing.assert_array_equal(
+        relative_position_index(jnp.arange(16), grid), arrays["relative_position_index"]
+    )
+    np.testing.assert_array_equal(
+        relative_position_index(ids_keep, grid), arrays["gathered_index"]
+    )
+    stage1, stage2, main = model.encoder(images, ids_keep=ids_keep)
+    close(main, arrays["feat"], 2e-5)
+    for x, name in ((stage1, "hifeat_stage1"), (stage2, "hifeat_stage2")):
+        expected = arrays[name]
+        x = x.reshape(*expected.shape[:2], -1, expected.shape[-1])
+        raster = x[:, :, np.argsort(merge_order(expected.shape[2]))]
+        close(raster.reshape(expected.shape), expected, 2e-5)
+    key_mask = jnp.asarray(arrays["key_mask"])
+    masked = model.encoder(images, ids_keep=ids_keep, key_mask=key_mask)[-1]
+    close(masked, arrays["feat_masked"], 2e-5)
+    close(model.encoder(images)[-1], arrays["feat_full"], 2e-5)
+    close(model(images), arrays["logits"], 2e-5)
+
+
+def test_mini_classifier_gradients():
+    model, params = reference.build_fixture("features_mini_rpe")
+    graphdef, arrays = split(model)[0], golden("cls_mini_grad")
+    images = jnp.asarray(reference.images("mini64", 3, 64))
+    labels = jnp.asarray(reference.labels("mini64", 3, 10))
+    np.testing.assert_array_equal(labels, arrays["labels"])
+
+    def loss(params):
+        logits = nnx.merge(graphdef, params)(images)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    value, gradients = jax.jit(jax.value_and_grad(loss))(params)
+    close(value, FIXTURES["cls_mini_grad"]["loss_f64"], 2e-6)
+    official = official_gradients(model, gradients)
+    assert {f"grad/{name}" for name in official} == {k for k in arrays if "grad/" in k}
+    for name, gradient in official.items():
+        close(gradient, arrays[f"grad/{name}"], 2e-6)
