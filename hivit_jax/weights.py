@@ -7,13 +7,16 @@ decoder embedding behind it are permuted here instead of the activations there.
 """
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from flax import nnx
 
+from hivit_jax import checkpoint
 from hivit_jax.errors import CheckpointError
-from hivit_jax.models import Model, leaf_name, split
+from hivit_jax.models import Model, create_model, leaf_name, split
 from hivit_jax.models.hivit import HiViT
 from hivit_jax.models.mae import MaskedAutoencoder
 from hivit_jax.models.positions import merge_order
@@ -70,9 +73,7 @@ def _entry(path: str, shape: tuple[int, ...], model: Model) -> Entry:
         return Entry(name, lambda a: a.reshape(shape), lambda a: a[None])
     if parts[-2] == "qkv":  # kernel [E, 3, heads, E/heads], bias without the E
         flat = (shape[0], -1) if leaf == "kernel" else (-1,)
-        return Entry(
-            name, lambda a: a.T.reshape(shape), lambda a: a.reshape(flat).T
-        )
+        return Entry(name, lambda a: a.T.reshape(shape), lambda a: a.reshape(flat).T)
     permuted = isinstance(model, MaskedAutoencoder) and model.multi_scale
     if permuted and name in ("norm.weight", "norm.bias", "decoder_embed.weight"):
         order = latent_order(encoder)
@@ -134,3 +135,27 @@ def _official_name(name: str) -> str:
     """MMPretrain's name for an entry as the official code calls it."""
     name = name.removeprefix("backbone.").replace("head.fc.", "head.")
     return "absolute_pos_embed" if name == "pos_embed" else name
+
+
+def load_pretrained(path: str | Path, **overrides: Any) -> Model:
+    """A model with the parameters of a checkpoint: a workdir, or one of its steps.
+
+    Args:
+      path: ``DIR``, ``DIR/checkpoints`` or ``DIR/checkpoints/STEP``; the newest step of
+        a directory. Averaged parameters are taken where the run kept them.
+      overrides: as in `create_model`; the rest is what the run was configured with.
+
+    Raises:
+      CheckpointError: no checkpoint there.
+      ConfigError: the overrides make another model than the checkpoint's.
+    """
+    step = checkpoint.find(path)
+    stored = checkpoint.load_config(step)["model"]
+    arguments = {k: v for k, v in stored.items() if v is not None} | overrides
+    abstract = nnx.eval_shape(lambda: create_model(**arguments))
+    graphdef, params = split(abstract)
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    params = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), params
+    )
+    return nnx.merge(graphdef, checkpoint.load_params(step, params))

@@ -23,7 +23,11 @@ MANIFEST = json.loads((GOLDEN / "manifest.json").read_text())
 FIXTURES = MANIFEST["fixtures"]
 
 # The names under which the golden data describe a model, and ours.
-OUR_NAMES = {"img_size": "image_size", "hifeat": "multi_scale", "rpe": "relative_position"}
+OUR_NAMES = {
+    "img_size": "image_size",
+    "hifeat": "multi_scale",
+    "rpe": "relative_position",
+}
 SUPERVISED = {"cls_tiny", "cls_small", "cls_base"}
 MINI_CLASSIFIER = FIXTURES["features_mini_rpe"]["config"]
 

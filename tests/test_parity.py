@@ -6,8 +6,8 @@ import numpy as np
 import optax
 import pytest
 import reference
-from reference import FIXTURES, golden, probe
 from flax import nnx
+from reference import FIXTURES, golden, probe
 
 from hivit_jax.models import split
 from hivit_jax.models.mae import random_masking
@@ -32,7 +32,9 @@ def official_stages(model, images, ids_keep=None):
     """The stages that the golden data name, in their layout [B, K, h, w, C]."""
     encoder, stages = model.encoder, {}
     units, inner = images.shape[0], encoder.inner_patches
-    kept = encoder.absolute_pos_embed.shape[0] if ids_keep is None else ids_keep.shape[1]
+    kept = (
+        encoder.absolute_pos_embed.shape[0] if ids_keep is None else ids_keep.shape[1]
+    )
 
     def record(name, x, inner):
         count = len(x) // (units * inner * inner)
@@ -207,7 +209,9 @@ def test_layer_norm_eps_everywhere():
     latent = np.asarray(out.latent)[..., np.argsort(latent_order(model.encoder))]
     close(latent, arrays["latent"], 2e-5)
 
-    config = {reference.OUR_NAMES.get(k, k): v for k, v in reference.MINI_CLASSIFIER.items()}
+    config = {
+        reference.OUR_NAMES.get(k, k): v for k, v in reference.MINI_CLASSIFIER.items()
+    }
     state = shrunk(reference.state_dict("features_mini_rpe"))
     model, _ = reference.build("hivit_base", state, **config)
     close(model(images), arrays["cls_logits"], 2e-5)

@@ -26,15 +26,13 @@ CLASSIFIER_EXTRAS = {"hivit_base_24": dict(fc_norm=False, layer_norm_eps=1e-5)}
 NAMES = [*SIZES, *(f"mae_{name}" for name in SIZES)]
 
 
-def override_names(name: str) -> list[str]:
-    """The keyword overrides that `create_model` takes for this model."""
-    model = MaskedAutoencoder if name.startswith("mae_") else Classifier
-    parameters = [
-        *inspect.signature(HiViT.__init__).parameters,
-        *inspect.signature(model.__init__).parameters,
-    ]
-    hidden = {"self", "rngs", "encoder", "sincos_position"}
-    return [p for p in dict.fromkeys(parameters) if p not in hidden]
+def override_parameters(*classes: type) -> dict[str, inspect.Parameter]:
+    """What `create_model` takes as overrides, for these classes of model or for all."""
+    found = {}
+    for each in (HiViT, *(classes or (Classifier, MaskedAutoencoder))):
+        found |= inspect.signature(each.__init__).parameters
+    hidden = {"self", "rngs", "encoder", "sincos_position", "image_size", "in_channels"}
+    return {name: p for name, p in found.items() if name not in hidden}
 
 
 def create_model(
@@ -60,16 +58,16 @@ def create_model(
     """
     if name not in NAMES:
         raise unknown("model name", name, NAMES)
-    known = override_names(name)
+    model = MaskedAutoencoder if name.startswith("mae_") else Classifier
+    known = override_parameters(model)
     for key in overrides:
         if key not in known:
             raise unknown(f"override of {name}", key, known)
     size = name.removeprefix("mae_")
-    arguments = dict(SIZES[size], image_size=image_size, in_channels=in_channels)
-    if name.startswith("mae_"):
-        return MaskedAutoencoder(rngs=nnx.Rngs(seed), **{**arguments, **overrides})
-    arguments |= CLASSIFIER_EXTRAS.get(size, {})
-    return Classifier(rngs=nnx.Rngs(seed), **{**arguments, **overrides})
+    arguments = SIZES[size] | dict(image_size=image_size, in_channels=in_channels)
+    if model is Classifier:
+        arguments |= CLASSIFIER_EXTRAS.get(size, {})
+    return model(rngs=nnx.Rngs(seed), **arguments | overrides)
 
 
 def split(model: nnx.Module) -> tuple[nnx.GraphDef, dict]:

@@ -285,7 +285,12 @@ class Classifier(nnx.Module):
     """
 
     def __init__(
-        self, *, num_classes: int = 1000, fc_norm: bool = True, rngs: nnx.Rngs, **encoder
+        self,
+        *,
+        num_classes: int = 1000,
+        fc_norm: bool = True,
+        rngs: nnx.Rngs,
+        **encoder,
     ):
         self.encoder = HiViT(rngs=rngs, **encoder)
         dim, eps = self.encoder.embed_dim, self.encoder.patch_embed.norm.epsilon

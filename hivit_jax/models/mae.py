@@ -107,7 +107,10 @@ class MaskedAutoencoder(nnx.Module):
         **encoder,
     ):
         check_heads(
-            "decoder_embed_dim", decoder_embed_dim, "decoder_num_heads", decoder_num_heads
+            "decoder_embed_dim",
+            decoder_embed_dim,
+            "decoder_num_heads",
+            decoder_num_heads,
         )
         if decoder_embed_dim % 4:
             raise ConfigError(
@@ -202,9 +205,7 @@ class MaskedAutoencoder(nnx.Module):
         The units' pixels are ``targets * scale + mean`` with mean, scale [B, N, 1];
         without pixel normalisation these are 0 and 1. The variance is the unbiased one.
         """
-        units = positions.patchify(
-            images.astype(jnp.float32), self.encoder.patch_size
-        )
+        units = positions.patchify(images.astype(jnp.float32), self.encoder.patch_size)
         if not self.norm_pix_loss:
             return units, jnp.zeros_like(units[..., :1]), jnp.ones_like(units[..., :1])
         mean = units.mean(-1, keepdims=True)

@@ -1,0 +1,209 @@
+"""What a checkpoint is, and orbax behind it.
+
+``DIR/checkpoints/STEP/`` holds the items *params*, *ema* (if kept), *optimizer* (its
+state and the step) and *config*. Each can be restored alone. A step that was not
+written to the end has no final name and is never seen.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from absl import logging
+
+from hivit_jax.errors import CheckpointError, ConfigError
+from hivit_jax.metrics import say
+from hivit_jax.models import leaf_name, named_leaves
+
+logging.set_verbosity(logging.ERROR)  # orbax narrates every save
+
+
+class Checkpoints:
+    """The checkpoints of one run, written in the background.
+
+    Args:
+      workdir: the run's directory.
+      keep: how many of the newest to keep.
+    """
+
+    def __init__(self, workdir: str | Path, keep: int):
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, cleanup_tmp_directories=True
+        )
+        self.directory = Path(workdir).absolute() / "checkpoints"
+        self._manager = ocp.CheckpointManager(self.directory, options=options)
+
+    def latest_step(self) -> int | None:
+        """Newest complete step, or None."""
+        return self._manager.latest_step()
+
+    def save(self, state: Mapping[str, Any], config: str) -> None:
+        """Starts writing a train state and its config, JSON text.
+
+        Does nothing if that step is already there.
+        """
+        step = int(state["step"])
+        if step in self._manager.all_steps():
+            return
+        save = ocp.args.StandardSave
+        items = {
+            "params": save(state["params"]),
+            "optimizer": save({k: state[k] for k in ("opt_state", "step")}),
+            "config": ocp.args.JsonSave(json.loads(config)),
+        }
+        if "ema" in state:
+            items["ema"] = save(state["ema"])
+        self._manager.save(step, args=ocp.args.Composite(**items))
+
+    def restore(self, step: int, abstract_state: Any, shardings: Any) -> dict[str, Any]:
+        """The train state of a step.
+
+        Args:
+          abstract_state: shapes and dtypes of the state.
+          shardings: where each array is to lie, in the same structure.
+
+        Raises:
+          ConfigError: the checkpoint is of another model or optimizer.
+        """
+        wanted = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+            abstract_state,
+            shardings,
+        )
+        path = self.directory / str(step)
+        state = {"params": _restore(path, "params", wanted["params"])}
+        optimizer = {k: wanted[k] for k in ("opt_state", "step")}
+        state |= _restore(path, "optimizer", optimizer)
+        if "ema" in wanted:
+            # Averaging switched on in the middle of a run starts from the parameters.
+            item = "ema" if (path / "ema").exists() else "params"
+            state["ema"] = _restore(path, item, wanted["ema"])
+        return state
+
+    def close(self) -> None:
+        """Waits until everything is on disk; raises if a write failed."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def find(path: str | Path) -> Path:
+    """The newest step directory under a workdir, a checkpoints directory or a step.
+
+    Raises:
+      CheckpointError: there is none.
+    """
+    path = Path(path).absolute()
+    if (path / "checkpoints").is_dir():
+        path = path / "checkpoints"
+    if (path / "params").is_dir():
+        return path
+    steps = [p for p in path.glob("*") if p.name.isdigit() and (p / "params").is_dir()]
+    if not steps:
+        raise CheckpointError(f"no checkpoint in {path}; expected a workdir or a step")
+    return max(steps, key=lambda p: int(p.name))
+
+
+def load_config(step_path: Path) -> dict[str, Any]:
+    """The resolved config that a checkpoint was trained with."""
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
+        return checkpointer.restore(step_path / "config")
+
+
+def load_params(step_path: Path, abstract_params: Any) -> Any:
+    """Parameters of a step, averaged ones where kept, on the given shardings."""
+    item = "ema" if (step_path / "ema").is_dir() else "params"
+    return _restore(step_path, item, abstract_params)
+
+
+def load_encoder(step_path: Path, abstract_encoder: Any) -> Any:
+    """What a step of any model holds of this encoder, on the given shardings.
+
+    Returns:
+      The same nested dicts, without the entries that the checkpoint does not have.
+    """
+    item = "ema" if (step_path / "ema").is_dir() else "params"
+    stored = _metadata(step_path, item).get("encoder", {})
+    common = {"encoder": _common(abstract_encoder, stored)}
+    shapes = {"encoder": _common(stored, abstract_encoder)}
+    _compare(step_path, named_leaves(shapes), named_leaves(common))
+    restore_args = ocp.checkpoint_utils.construct_restore_args(common)
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        args = ocp.args.PyTreeRestore(
+            item=common, restore_args=restore_args, partial_restore=True
+        )
+        return checkpointer.restore(step_path / item, args=args)["encoder"]
+
+
+def load_pretrained_params(config: Any, params: Any) -> Any:
+    """`params` with what the checkpoint `config.init_from` holds of them.
+
+    Pretraining goes on with everything. A classifier takes the encoder; relative
+    position tables that pretraining did not have start from 0, and the head's std goes
+    from 0.02 down to 2e-5 (official ``main_finetune.py``).
+
+    Raises:
+      CheckpointError: no checkpoint there.
+      ConfigError: it is of another model.
+    """
+    path = find(config.init_from)
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params
+    )
+    if config.task == "mae":
+        say(f"starting from all parameters of {path}")
+        return load_params(path, abstract)
+    loaded = named_leaves(load_encoder(path, abstract["encoder"]))
+
+    def choose(key_path, leaf):
+        name = leaf_name(key_path)
+        if name in loaded:
+            return loaded[name]
+        if name.endswith("relative_position_bias_table"):
+            return jnp.zeros_like(leaf)
+        raise ConfigError(f"init_from: {path} has no encoder/{name}")
+
+    encoder = jax.tree_util.tree_map_with_path(choose, params["encoder"])
+    head = params["head"] | {"kernel": params["head"]["kernel"] * (2e-5 / 0.02)}
+    zeros = len(named_leaves(encoder)) - len(loaded)
+    say(
+        f"starting from {len(loaded)} encoder arrays of {path}; "
+        f"{zeros} relative tables from 0, norm and head anew"
+    )
+    return params | {"encoder": encoder, "head": head}
+
+
+def _common(tree: Any, other: Any) -> Any:
+    """The part of nested dicts that `other` has too; keys compare as strings."""
+    if not isinstance(tree, Mapping):
+        return tree
+    other = {str(key): value for key, value in other.items()}
+    return {k: _common(v, other[str(k)]) for k, v in tree.items() if str(k) in other}
+
+
+def _restore(step_path: Path, item: str, abstract: Any) -> Any:
+    _compare(
+        step_path, named_leaves(_metadata(step_path, item)), named_leaves(abstract)
+    )
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore(step_path / item, abstract)
+
+
+def _metadata(step_path: Path, item: str) -> Any:
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.metadata(step_path / item).item_metadata.tree
+
+
+def _compare(path: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """ConfigError with the first difference of names, shapes or dtypes."""
+    for name in [*expected, *found]:
+        sides = [side.get(name) for side in (found, expected)]
+        texts = ["nothing" if x is None else f"{x.dtype}{list(x.shape)}" for x in sides]
+        if texts[0] != texts[1]:
+            raise ConfigError(
+                f"{path} is a checkpoint of another model or optimizer:\n"
+                f"{name} is {texts[0]} there; this config makes it {texts[1]}"
+            )

@@ -1,0 +1,106 @@
+"""A recipe file and its overrides on the command line -> one locked ConfigDict."""
+
+import ast
+import importlib.util
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from hivit_jax.errors import ConfigError, unknown
+from hivit_jax.models import override_parameters
+
+SCALARS = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
+
+
+def load(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
+    """Reads a recipe and applies overrides.
+
+    Args:
+      path: a Python file with ``get_config() -> ConfigDict``.
+      overrides: ``--config.model.depths=(1,1,4)`` and the like. Every override of the
+        model is a key of ``config.model``, named in the file or not.
+
+    Raises:
+      ConfigError: no such file, an unknown key (with the nearest known one), a value of
+        another type than the recipe's.
+    """
+    config = _read(Path(path))
+    for name, parameter in override_parameters().items():
+        if name not in config.model:
+            kind = parameter.annotation
+            config.model[name] = placeholder(kind if kind in SCALARS else tuple)
+    config.lock()
+    for override in overrides:
+        key, equals, text = override.removeprefix("--config.").partition("=")
+        if not override.startswith("--config.") or not equals:
+            raise ConfigError(
+                f"cannot read {override!r}; expected --config.KEY=VALUE, --workdir=DIR, "
+                "--mode=MODE"
+            )
+        _set(config, key, text)
+    return config
+
+
+def to_json(config: ConfigDict) -> str:
+    """The config as readable JSON text."""
+    return json.dumps(json.loads(config.to_json_best_effort()), indent=2) + "\n"
+
+
+def _read(path: Path) -> ConfigDict:
+    if not path.is_file():
+        raise ConfigError(f"--config={path}: no such file; expected configs/NAME.py")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None:
+        raise ConfigError(f"--config={path}: expected a Python file")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        return module.get_config()
+    except Exception as error:
+        raise ConfigError(
+            f"--config={path} cannot be read: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _keys(config: ConfigDict, prefix: str = "") -> list[str]:
+    keys = []
+    for key in config:
+        # A placeholder has a type but no value yet.
+        value = config.get_ref(key).get()
+        nested = isinstance(value, ConfigDict)
+        keys += _keys(value, f"{prefix}{key}.") if nested else [prefix + key]
+    return keys
+
+
+def _set(config: ConfigDict, key: str, text: str) -> None:
+    known = _keys(config)
+    if key not in known:
+        raise unknown("config key", key, known)
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        config = config[parent]
+    kind = config.get_type(leaf)
+    try:
+        config[leaf] = _parse(text, kind)
+    except (KeyError, TypeError, ValueError, SyntaxError) as error:
+        expected = SCALARS.get(kind, "a tuple such as (1,2)")
+        raise ConfigError(f"config.{key}={text!r}; expected {expected}") from error
+
+
+def _parse(text: str, kind: type) -> Any:
+    if kind is str:
+        return text
+    if kind is bool:
+        return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+    value = ast.literal_eval(text)
+    if kind is float and type(value) is int:
+        return float(value)
+    if kind is tuple and isinstance(value, list):
+        return tuple(value)
+    if type(value) is not kind:
+        raise TypeError(f"{value!r} is not of type {kind.__name__}")
+    return value

@@ -1,0 +1,1 @@
+"""Images in: sources, order, batches. The only room that may import tensorflow."""

@@ -1,0 +1,69 @@
+"""What a recipe amounts to: config, parameters, cost, schedule. Runs nothing."""
+
+from collections import defaultdict
+from typing import Any
+
+from flax import nnx
+
+from hivit_jax import config as configs
+from hivit_jax import tasks
+from hivit_jax.data.sources import num_examples
+from hivit_jax.models import Model, named_leaves, split
+from hivit_jax.optimizer import count_steps, make_schedule, peak_learning_rate
+
+
+def describe(config: Any) -> str:
+    """The text of ``--mode describe``."""
+    model = nnx.eval_shape(lambda: tasks.build_model(config))
+    parts = [configs.to_json(config).rstrip(), parameter_table(model)]
+    parts += [cost(config, model), schedule(config)]
+    return "\n\n".join(parts)
+
+
+def parameter_table(model: Model) -> str:
+    """Parameters by part of the model."""
+    sizes: dict[str, int] = defaultdict(int)
+    fixed = 0
+    for name, leaf in named_leaves(split(model)[1]).items():
+        parts = name.split("/")
+        if parts[0] == "encoder":
+            number = int(parts[2]) + 1 if parts[1] in ("stages", "merges") else ""
+            part = f"encoder {parts[1].removesuffix('s')} {number}".rstrip()
+        else:
+            part = parts[0]
+        sizes[part] += leaf.size
+        fixed += leaf.size if parts[0] == "decoder_pos_embed" else 0
+    lines = [f"{part:<30} {size:>12,}" for part, size in sizes.items()]
+    total = model.parameter_count()
+    lines.append(f"{'parameters':<30} {total:>12,}  = {total / 1e6:.4f} M")
+    if fixed:
+        lines[-1] += f" ({(total - fixed) / 1e6:.4f} M trained)"
+    return "\n".join(lines)
+
+
+def cost(config: Any, model: Model) -> str:
+    """Multiply-adds of the forward pass for one image, counted as published."""
+    how = {"mask_ratio": config.mask_ratio} if config.task == "mae" else {}
+    alone = model.macs(layer_norm_cost=0, **how) / 1e9
+    published = model.macs(**how) / 1e9
+    return (
+        f"multiply-adds per image        {alone:12.4f} G\n"
+        f"with 5 per LayerNorm element   {published:12.4f} G  (as the published tables)"
+    )
+
+
+def schedule(config: Any) -> str:
+    """Steps, epochs and the learning rate along the way."""
+    images = num_examples(config.data, "train")
+    per_epoch, total = count_steps(config, images)
+    rate = make_schedule(config, per_epoch, total)
+    warmup = round(config.optimizer.warmup_epochs * per_epoch)
+    lines = [
+        f"{total:,} steps of {config.batch_size:,} images: {total / per_epoch:,.1f} "
+        f"epochs of {images:,} images, {per_epoch:,.1f} steps each",
+        f"learning rate {config.optimizer.base_learning_rate:g} x "
+        f"{config.batch_size:,} / 256 = {peak_learning_rate(config):g}",
+    ]
+    for step in sorted({0, min(warmup, total), total // 2, total * 3 // 4, total}):
+        lines.append(f"  step {step:>9,}  {float(rate(step)):.3e}")
+    return "\n".join(lines)

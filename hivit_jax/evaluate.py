@@ -1,0 +1,108 @@
+"""Exact evaluation: every image of the test split once, whatever the batch or devices;
+and the same held-out images, reconstructed.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from hivit_jax import augment, checkpoint, figures, metrics, models, tasks
+from hivit_jax.data import pipeline, sources
+from hivit_jax.errors import DataError
+from hivit_jax.models.positions import unpatchify
+from hivit_jax.sharding import make_mesh, state_shardings, to_devices
+
+FIGURE_IMAGES = 6
+
+
+def make_eval_step(config: Any, graphdef: nnx.GraphDef) -> Callable:
+    """Jitted (params, batch, first position) -> sums over real images, and their count."""
+
+    @jax.jit
+    def eval_step(params, batch, first):
+        keys = augment.sample_keys(config.seed, "eval", first, config.batch_size)
+        model = nnx.merge(graphdef, params)
+        values = tasks.TASKS[config.task](model, batch, keys, config, train=False)
+        values["count"] = jnp.ones_like(batch["weight"])
+        return {name: (v * batch["weight"]).sum() for name, v in values.items()}
+
+    return eval_step
+
+
+def evaluate(
+    config: Any, eval_step: Callable, params: Any, mesh: Mesh
+) -> dict[str, float | int]:
+    """Means over the test split: eval/loss, for classifiers eval/top1 and eval/top5 as
+    fractions, and eval/count, the exact number of images.
+
+    Raises:
+      DataError: the pipeline did not yield every image once.
+    """
+    totals: dict[str, float] = defaultdict(float)
+    for number, batch in enumerate(to_devices(pipeline.eval_batches(config), mesh)):
+        first = jnp.uint32(number * config.batch_size)
+        for name, value in jax.device_get(eval_step(params, batch, first)).items():
+            totals[name] += float(value)
+    count = totals.pop("count", 0.0)
+    expected = sources.num_examples(config.data, "test")
+    if count != expected:
+        raise DataError(f"evaluated {count:.0f} images; the split has {expected}")
+    means = {f"eval/{name}": total / count for name, total in totals.items()}
+    return means | {"eval/count": int(count)}
+
+
+def evaluate_checkpoint(config: Any, workdir: str | Path) -> dict[str, float | int]:
+    """Evaluates `config.checkpoint`, or the workdir's newest, and says the result.
+
+    Raises:
+      CheckpointError: there is no checkpoint.
+      ConfigError: it is of another model.
+    """
+    path = checkpoint.find(config.checkpoint or workdir)
+    graphdef, abstract = models.split(nnx.eval_shape(lambda: tasks.build_model(config)))
+    mesh = make_mesh(config.mesh, config.batch_size)
+    wanted = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        abstract,
+        state_shardings(mesh, abstract),
+    )
+    params = checkpoint.load_params(path, wanted)
+    values = evaluate(config, make_eval_step(config, graphdef), params, mesh)
+    metrics.say(metrics.eval_line(int(path.name), values))
+    return values
+
+
+def make_reconstruct(config: Any, graphdef: nnx.GraphDef) -> Callable:
+    """params -> panels of the first held-out images, always behind the same masks.
+
+    Where the loss is on normalised pixels, predictions are put back with the mean and
+    variance of the true unit, which a model that had not seen it could not know.
+    """
+    batch = next(pipeline.eval_batches(config))
+    count = min(FIGURE_IMAGES, len(batch["image"]))
+    batch = {key: value[:count] for key, value in batch.items()}
+
+    @jax.jit
+    def reconstruct(params, batch):
+        model = nnx.merge(graphdef, params)
+        keys = augment.sample_keys(config.seed, "eval", jnp.uint32(0), count)
+        out = tasks.reconstruct(model, batch, keys, config, train=False)
+        images = augment.normalize(batch["image"], config.data.mean, config.data.std)
+        _, mean, scale = model.targets(images)
+        grid, patch_size = model.encoder.grid, model.encoder.patch_size
+        pred = unpatchify(out.pred * scale + mean, grid, patch_size)
+        removed = jnp.repeat(out.mask[..., None], patch_size**2, -1)
+        return images, pred, unpatchify(removed, grid, patch_size)
+
+    def panels(params: Any) -> np.ndarray:
+        arrays = jax.device_get(reconstruct(params, batch))
+        return figures.reconstruction_panels(*arrays, config.data.mean, config.data.std)
+
+    return panels

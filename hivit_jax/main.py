@@ -1,0 +1,95 @@
+"""``python -m hivit_jax.main --config configs/NAME.py --workdir DIR``: the command line."""
+
+import argparse
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from types import FrameType
+from typing import Any, NoReturn
+
+from hivit_jax import config as configs
+from hivit_jax.errors import ConfigError, HivitError, Interrupted
+from hivit_jax.metrics import say
+
+USAGE = """\
+python -m hivit_jax.main --config configs/NAME.py --workdir DIR [--mode MODE]
+                         [--config.KEY=VALUE ...]
+
+modes: train (default)  pretrain or classify, going on where DIR stands
+       eval             evaluate DIR's newest checkpoint, or --config.checkpoint=PATH
+       describe         print config, parameters, cost and schedule; runs nothing
+
+exit codes: 0 finished, 2 bad config, flag or path, 3 diverged, 4 bad data,
+            5 no usable checkpoint, 75 interrupted and saved: run again to go on
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; --help shows the usage")
+
+
+def parse(argv: Sequence[str]) -> tuple[Any, str, str]:
+    """Command line -> (config, workdir, mode)."""
+    parser = _Parser(usage=USAGE, allow_abbrev=False, add_help=True)
+    parser.add_argument("--config", required=True, help=argparse.SUPPRESS)
+    parser.add_argument("--workdir", default="", help=argparse.SUPPRESS)
+    modes = {"train": "", "eval": "", "describe": ""}
+    parser.add_argument(
+        "--mode", default="train", choices=modes, help=argparse.SUPPRESS
+    )
+    known, overrides = parser.parse_known_args(argv)
+    if known.mode != "describe" and not known.workdir:
+        raise ConfigError(f"--mode={known.mode} needs --workdir=DIR")
+    return configs.load(known.config, overrides), known.workdir, known.mode
+
+
+def catch_signals() -> Callable[[], str | None]:
+    """From here on SIGTERM and Ctrl-C are remembered; a second one kills.
+
+    Returns:
+      A function that tells the signal that came, if any.
+    """
+    caught: list[str] = []
+
+    def remember(number: int, frame: FrameType | None) -> None:
+        caught.append(signal.Signals(number).name)
+        say(f"{caught[0]}: finishing the step and saving; once more to kill")
+        for each in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(each, signal.SIG_DFL)
+
+    for each in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(each, remember)
+    return lambda: caught[0] if caught else None
+
+
+def run(argv: Sequence[str]) -> None:
+    """Runs one mode to its end or to a HivitError."""
+    config, workdir, mode = parse(argv)
+    if mode == "describe":
+        from hivit_jax.describe import describe
+
+        say(describe(config))
+    elif mode == "eval":
+        from hivit_jax.evaluate import evaluate_checkpoint
+
+        evaluate_checkpoint(config, workdir)
+    else:
+        from hivit_jax.train import train
+
+        train(config, workdir, catch_signals())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    try:
+        run(sys.argv[1:] if argv is None else argv)
+    except HivitError as error:
+        label = "" if isinstance(error, Interrupted) else "error: "
+        print(f"{label}{error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,131 @@
+"""Where numbers go: the terminal, metrics.jsonl, TensorBoard."""
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+Scalars = Mapping[str, float | int]
+
+
+def say(text: str) -> None:
+    """Prints a line, on process 0 alone."""
+    if jax.process_index() == 0:
+        print(text, flush=True)
+
+
+class Writer:
+    """Writes scalars and pictures of one run; process 0 alone should make one.
+
+    Args:
+      workdir: gets ``metrics.jsonl``, one JSON object a line, and TensorBoard files
+        where clu, tensorboard and tensorflow are installed.
+      first_step: lines of later steps, left by a run that was killed after its last
+        checkpoint, are dropped, so that every step has one line.
+    """
+
+    def __init__(self, workdir: str | Path, first_step: int = 0):
+        self._path = Path(workdir) / "metrics.jsonl"
+        _drop_after(self._path, first_step)
+        self._file = self._path.open("a", buffering=1)
+        self._board = _tensorboard(workdir)
+
+    def scalars(self, step: int, values: Scalars) -> None:
+        """One line of metrics.jsonl and one point of every curve."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        if self._board:
+            self._board.write_scalars(step, values)
+
+    def images(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
+        """Pictures by name, uint8 [H, W, 3], for TensorBoard."""
+        if self._board:
+            self._board.write_images(step, {k: v[None] for k, v in pictures.items()})
+
+    def close(self) -> None:
+        """Flushes both."""
+        self._file.close()
+        if self._board:
+            self._board.close()
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Lines of a metrics.jsonl; one that a kill cut short is left out."""
+    lines = []
+    for text in path.read_text().splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            continue
+    return lines
+
+
+def _drop_after(path: Path, step: int) -> None:
+    lines = read(path)
+    kept = [line for line in lines if line["step"] <= step]
+    if len(kept) < len(lines) or path.exists():
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        temporary.replace(path)
+
+
+def _tensorboard(workdir: str | Path) -> Any:
+    try:
+        from clu.metric_writers.summary_writer import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(workdir))
+
+
+class Throughput:
+    """Images a second between two readings, less the time taken out in between."""
+
+    def __init__(self):
+        self._images, self._start = 0, time.perf_counter()
+
+    def add(self, images: int) -> None:
+        """Counts the images of a step."""
+        self._images += images
+
+    def read(self) -> float:
+        """Images a second; starts a new reading."""
+        now = time.perf_counter()
+        rate = self._images / max(now - self._start, 1e-9)
+        self._images, self._start = 0, now
+        return rate
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Time in this context does not count."""
+        began = time.perf_counter()
+        yield
+        self._start += time.perf_counter() - began
+
+
+def step_line(step: int, total: int, values: Scalars) -> str:
+    """``step 120/1000  loss 0.5432  lr 1.20e-03  3,210 images/s  1:23 left``."""
+    return (
+        f"step {step}/{total}  loss {values['loss']:.4f}  "
+        f"lr {values['learning_rate']:.2e}  {values['images_per_second']:,.0f} images/s"
+        f"  {duration(values['seconds_left'])} left"
+    )
+
+
+def eval_line(step: int, values: Scalars) -> str:
+    """``step 120  eval  loss 0.54  top1 87.50 %  (360 images)``."""
+    parts = [f"loss {values['eval/loss']:.4f}"]
+    for name in ("top1", "top5"):
+        if f"eval/{name}" in values:
+            parts.append(f"{name} {100 * values[f'eval/{name}']:.2f} %")
+    return f"step {step}  eval  {'  '.join(parts)}  ({values['eval/count']:,} images)"
+
+
+def duration(seconds: float) -> str:
+    """3725 -> ``1:02:05``."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

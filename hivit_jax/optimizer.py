@@ -1,0 +1,125 @@
+"""AdamW as the recipes use it: decay groups, layer-wise decay, warmup and cosine."""
+
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from hivit_jax.errors import ConfigError
+from hivit_jax.models import leaf_name, named_leaves
+
+
+def decays(name: str, task: str) -> bool:
+    """Whether weight decay applies to a parameter.
+
+    Never to biases, LayerNorm scales and the fixed table. Pretraining decays all else,
+    absolute positions, mask token and relative tables included (official: timm's
+    1-D rule); classification spares both kinds of position table.
+    """
+    leaf = name.rsplit("/", 1)[-1]
+    if leaf in ("bias", "scale", "decoder_pos_embed"):
+        return False
+    tables = ("absolute_pos_embed", "relative_position_bias_table")
+    return task == "mae" or leaf not in tables
+
+
+def layer_id(name: str, stage_blocks: list[int]) -> int:
+    """Number of the layer a classifier's parameter belongs to, for layer-wise decay.
+
+    Official ``lr_decay.py``: the patch embedding and absolute positions are 0, residual
+    blocks count from 1, a merge takes the number of the block before it, and the norm
+    and head after the last block come one after that.
+
+    Args:
+      stage_blocks: residual blocks per stage, (4, 4, 20) for base.
+    """
+    if match := re.match(r"encoder/stages/(\d+)/(\d+)/", name):
+        stage, block = map(int, match.groups())
+        return sum(stage_blocks[:stage]) + block + 1
+    if match := re.match(r"encoder/merges/(\d+)/", name):
+        return sum(stage_blocks[: int(match[1]) + 1])
+    if name.startswith(("encoder/patch_embed/", "encoder/absolute_pos_embed")):
+        return 0
+    if name.startswith(("fc_norm/", "head/")):
+        return sum(stage_blocks) + 1
+    raise ValueError(f"no layer is known for parameter {name!r}")
+
+
+def learning_rate_scales(params: Any, layer_decay: float) -> Any:
+    """Factor on the learning rate of every parameter, ``layer_decay ** (last - id)``."""
+    names = list(named_leaves(params))
+    found = [re.match(r"encoder/stages/(\d+)/(\d+)/", name) for name in names]
+    blocks = {(int(m[1]), int(m[2])) for m in found if m}
+    stages = sorted({stage for stage, _ in blocks})
+    stage_blocks = [sum(s == stage for s, _ in blocks) for stage in stages]
+    last = sum(stage_blocks) + 1
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: layer_decay ** (last - layer_id(leaf_name(path), stage_blocks)),
+        params,
+    )
+
+
+def peak_learning_rate(config: Any) -> float:
+    """``base_learning_rate * batch_size / 256``."""
+    return config.optimizer.base_learning_rate * config.batch_size / 256
+
+
+def count_steps(config: Any, num_images: int) -> tuple[float, int]:
+    """(steps per epoch, steps in all); `total_steps` wins over `total_epochs`."""
+    per_epoch = num_images / config.batch_size
+    total = config.total_steps or round(config.total_epochs * per_epoch)
+    if total < 1:
+        raise ConfigError(
+            f"total_steps={config.total_steps}, total_epochs={config.total_epochs}; "
+            "expected at least one step"
+        )
+    return per_epoch, total
+
+
+def make_schedule(
+    config: Any, steps_per_epoch: float, total_steps: int
+) -> optax.Schedule:
+    """Learning rate by step: linear warmup from 0, then a cosine to the minimum.
+
+    Counted from 0 in fractions of an epoch (the official self-supervised loop counts
+    epochs from 1 and so skips the first and overshoots the end).
+    """
+    warmup = round(config.optimizer.warmup_epochs * steps_per_epoch)
+    warmup = min(warmup, total_steps)
+    return optax.warmup_cosine_decay_schedule(
+        init_value=0.0 if warmup else peak_learning_rate(config),
+        peak_value=peak_learning_rate(config),
+        warmup_steps=warmup,
+        decay_steps=max(total_steps, warmup + 1),
+        end_value=config.optimizer.min_learning_rate,
+    )
+
+
+def make_optimizer(
+    config: Any, schedule: optax.Schedule, params: Any
+) -> optax.GradientTransformation:
+    """One optax chain: [clip,] Adam, decoupled decay, [layer decay,] learning rate.
+
+    Args:
+      schedule: learning rate by step.
+      params: parameters or their shapes; only names are read.
+    """
+    o = config.optimizer
+    mask = jax.tree_util.tree_map_with_path(
+        lambda path, _: decays(leaf_name(path), config.task), params
+    )
+    chain = [optax.clip_by_global_norm(o.clip_norm)] if o.clip_norm else []
+    chain += [
+        optax.scale_by_adam(o.betas[0], o.betas[1], eps=1e-8),
+        optax.add_decayed_weights(o.weight_decay, mask),
+    ]
+    if o.layer_decay != 1.0:
+        scales = learning_rate_scales(params, o.layer_decay)
+        chain.append(
+            optax.stateless(
+                lambda updates, _: jax.tree.map(jnp.multiply, updates, scales)
+            )
+        )
+    return optax.chain(*chain, optax.scale_by_learning_rate(schedule))

@@ -1,0 +1,104 @@
+"""The mesh, and where parameters and batches lie on it."""
+
+import math
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from hivit_jax.errors import ConfigError
+from hivit_jax.models import leaf_name
+
+# Slowest links first: replica (between slices or nodes), then data, fsdp, tensor.
+AXES = ("replica", "data", "fsdp", "tensor")
+BATCH = PartitionSpec(("replica", "data", "fsdp"))
+# A smaller array costs more to gather than it saves.
+MIN_SHARDED_SIZE = 2**13
+# Dimension that the tensor axis splits: attention heads and MLP hidden units.
+TENSOR_DIMS = {
+    "qkv/kernel": 2,
+    "qkv/bias": 1,
+    "proj/kernel": 0,
+    "fc1/kernel": 1,
+    "fc1/bias": 0,
+    "fc2/kernel": 0,
+}
+
+
+def make_mesh(
+    sizes: Mapping[str, int], batch_size: int, micro_batches: int = 1
+) -> Mesh:
+    """Mesh over all devices with the axes `AXES`; one size may be -1, the rest.
+
+    Raises:
+      ConfigError: sizes that do not make up the devices, or a batch that does not
+        divide over them.
+    """
+    shape, devices = [sizes[axis] for axis in AXES], jax.device_count()
+    if shape.count(-1) == 1:
+        rest = math.prod(size for size in shape if size != -1)
+        shape[shape.index(-1)] = devices // rest if rest > 0 else 0
+    if min(shape) < 1 or math.prod(shape) != devices:
+        raise ConfigError(
+            f"mesh={dict(sizes)} does not fit {devices} devices; expected sizes that "
+            "multiply to that number, at most one of them -1"
+        )
+    shards = math.prod(shape[:3])
+    if min(batch_size, micro_batches) < 1 or batch_size % (shards * micro_batches):
+        raise ConfigError(
+            f"batch_size={batch_size} is not divisible by {shards} devices (mesh replica "
+            f"x data x fsdp) times optimizer.accumulate_steps={micro_batches}"
+        )
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def param_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """Axes of one array: its tensor dimension, then the largest other over fsdp.
+
+    Optimiser moments and averages carry their parameter's name, and so its rule.
+    """
+    spec: list[str | None] = [None] * len(shape)
+    parts = name.rsplit("/", 2)
+    dim = (
+        TENSOR_DIMS.get("/".join(parts[-2:]))
+        if "attn" in name or "mlp" in name
+        else None
+    )
+    if dim is not None and shape[dim] % mesh.shape["tensor"] == 0:
+        spec[dim] = "tensor"
+    if math.prod(shape) >= MIN_SHARDED_SIZE:
+        for dim in sorted(range(len(shape)), key=lambda d: -shape[d]):
+            if spec[dim] is None and shape[dim] % mesh.shape["fsdp"] == 0:
+                spec[dim] = "fsdp"
+                break
+    return PartitionSpec(*spec)
+
+
+def state_shardings(mesh: Mesh, abstract_state: Any) -> Any:
+    """NamedShardings of the same structure as a pytree of shapes."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: NamedSharding(
+            mesh, param_spec(leaf_name(path), leaf.shape, mesh)
+        ),
+        abstract_state,
+    )
+
+
+def to_devices(
+    batches: Iterable[Mapping[str, np.ndarray]], mesh: Mesh, ahead: int = 2
+) -> Iterator[dict[str, jax.Array]]:
+    """This process's shares of the batches -> global arrays, `ahead` of their use."""
+    sharding, queue = NamedSharding(mesh, BATCH), deque()
+    for batch in batches:
+        queue.append(
+            {
+                key: jax.make_array_from_process_local_data(sharding, array)
+                for key, array in batch.items()
+            }
+        )
+        if len(queue) > ahead:
+            yield queue.popleft()
+    yield from queue

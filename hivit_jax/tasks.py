@@ -1,0 +1,98 @@
+"""What a task is: per-sample loss and metrics of a batch. Training and evaluation both
+call it; the one averages the loss, the other adds up everything.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from hivit_jax import augment
+from hivit_jax.errors import ConfigError, unknown
+from hivit_jax.models import NAMES, Model, create_model
+from hivit_jax.models.hivit import Classifier
+from hivit_jax.models.mae import MAEOutput, MaskedAutoencoder, visible_units
+
+Values = dict[str, jax.Array]  # each float32 [B]; always with "loss"
+
+
+def masked_autoencoding(
+    model: MaskedAutoencoder, batch: dict, keys: jax.Array, config: Any, train: bool
+) -> Values:
+    """Loss over the removed units of every image (`MaskedAutoencoder`)."""
+    out = reconstruct(model, batch, keys, config, train)
+    return {"loss": (out.unit_loss * out.mask).sum(1) / out.mask.sum(1)}
+
+
+def reconstruct(
+    model: MaskedAutoencoder, batch: dict, keys: jax.Array, config: Any, train: bool
+) -> MAEOutput:
+    """The masked autoencoder's output for a batch, masked by the samples' keys."""
+    images = _images(batch, keys, config, train)
+    units = model.encoder.grid[0] * model.encoder.grid[1]
+    mask_keys = augment.split_keys(keys, "mask")
+    noise = jax.vmap(lambda key: jax.random.uniform(key, (units,)))(mask_keys)
+    return model(
+        images,
+        noise=noise,
+        mask_ratio=config.mask_ratio,
+        sample_keys=augment.split_keys(keys, "drop_path") if train else None,
+    )
+
+
+def classification(
+    model: Classifier, batch: dict, keys: jax.Array, config: Any, train: bool
+) -> Values:
+    """Cross entropy (label smoothing in training only), top-1 and top-5 hits."""
+    images = _images(batch, keys, config, train)
+    drop_keys = augment.split_keys(keys, "drop_path") if train else None
+    logits = model(images, sample_keys=drop_keys)
+    labels = batch["label"]
+    smoothing = config.label_smoothing if train else 0.0
+    targets = augment.smooth_labels(labels, logits.shape[-1], smoothing)
+    # Classes that score above the true one; of equal scores the lower number counts.
+    true = jnp.take_along_axis(logits, labels[:, None], axis=-1)
+    earlier = jnp.arange(logits.shape[-1]) < labels[:, None]
+    rank = ((logits > true) | ((logits == true) & earlier)).sum(-1)
+    return {
+        "loss": optax.softmax_cross_entropy(logits, targets),
+        "top1": (rank < 1).astype(jnp.float32),
+        "top5": (rank < 5).astype(jnp.float32),
+    }
+
+
+def _images(batch: dict, keys: jax.Array, config: Any, train: bool) -> jax.Array:
+    images = augment.normalize(batch["image"], config.data.mean, config.data.std)
+    if train and config.data.flip:
+        images = augment.random_flip(images, augment.split_keys(keys, "flip"))
+    return images
+
+
+TASKS: dict[str, Callable[..., Values]] = {
+    "mae": masked_autoencoding,
+    "classify": classification,
+}
+
+
+def build_model(config: Any) -> Model:
+    """The model of a config, checked against its task.
+
+    Raises:
+      ConfigError: an unknown task, a model of another task, sizes or a mask ratio that
+        cannot work.
+    """
+    if config.task not in TASKS:
+        raise unknown("task", config.task, TASKS)
+    overrides = {k: v for k, v in config.model.items() if v is not None}
+    name = overrides.pop("name")
+    if name in NAMES and name.startswith("mae_") != (config.task == "mae"):
+        expected = "a mae_ model" if config.task == "mae" else "a model without mae_"
+        raise ConfigError(
+            f"task={config.task!r} with model.name={name!r}; expected {expected}"
+        )
+    model = create_model(name, seed=jax.random.key(config.seed), **overrides)
+    if config.task == "mae":
+        visible_units(model.encoder.grid[0] * model.encoder.grid[1], config.mask_ratio)
+    return model

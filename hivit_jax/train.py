@@ -1,0 +1,268 @@
+"""The loop: model, mesh, state, data, steps, evaluation. Read top to bottom."""
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from hivit_jax import augment, checkpoint, evaluate, figures, metrics, tasks
+from hivit_jax.config import to_json
+from hivit_jax.data import pipeline, sources
+from hivit_jax.errors import ConfigError, DivergedError, Interrupted
+from hivit_jax.metrics import say
+from hivit_jax.models import split
+from hivit_jax.optimizer import count_steps, make_optimizer, make_schedule
+from hivit_jax.sharding import make_mesh, state_shardings, to_devices
+
+State = dict[str, Any]  # "step" int32, "params", "opt_state", and "ema" if it is kept
+
+
+def train(
+    config: Any,
+    workdir: str | Path,
+    stop_requested: Callable[[], str | None] = lambda: None,
+) -> dict[str, float | int]:
+    """Trains to the end, from where the workdir's newest checkpoint stands.
+
+    Args:
+      config: a recipe, as in ``configs/``.
+      workdir: gets config.json, metrics.jsonl, checkpoints/, figures/.
+      stop_requested: asked after every step; a text is the reason to save and leave.
+
+    Returns:
+      The last evaluation, as `evaluate.evaluate` gives it.
+
+    Raises:
+      HivitError: a bad config or input, divergence, interruption; see `errors`.
+    """
+    # --- Model, mesh, optimiser: shapes only --------------------------------------
+    workdir = Path(workdir)
+    model = nnx.eval_shape(lambda: tasks.build_model(config))
+    graphdef, abstract_params = split(model)
+    mesh = make_mesh(config.mesh, config.batch_size, config.optimizer.accumulate_steps)
+    per_epoch, total_steps = count_steps(
+        config, sources.num_examples(config.data, "train")
+    )
+    schedule = make_schedule(config, per_epoch, total_steps)
+    optimizer = make_optimizer(config, schedule, abstract_params)
+    init = make_init(config, optimizer)
+    abstract_state = jax.eval_shape(init)
+    shardings = state_shardings(mesh, abstract_state)
+    say(
+        f"{config.model.name}: {model.parameter_count():,} parameters on {mesh.size} x "
+        f"{jax.devices()[0].device_kind}; {total_steps:,} steps of "
+        f"{config.batch_size:,} images"
+    )
+
+    # --- State: from the newest checkpoint, from a pretrained one, or fresh ---------
+    prepare_workdir(workdir)
+    checkpoints = checkpoint.Checkpoints(workdir, config.keep_checkpoints)
+    step = checkpoints.latest_step() or 0
+    if step:
+        state = checkpoints.restore(step, abstract_state, shardings)
+        say(f"going on at step {step:,} from {checkpoints.directory / str(step)}")
+    else:
+        state = jax.jit(init, out_shardings=shardings)()
+        if config.init_from:
+            params = checkpoint.load_pretrained_params(config, state["params"])
+            state["params"] = jax.device_put(params, shardings["params"])
+            if "ema" in state:
+                state["ema"] = jax.tree.map(jnp.copy, state["params"])
+    if jax.process_index() == 0:
+        (workdir / "config.json").write_text(to_json(config))
+
+    # --- Evaluation -----------------------------------------------------------------
+    writer = metrics.Writer(workdir, step) if jax.process_index() == 0 else None
+    eval_step = evaluate.make_eval_step(config, graphdef)
+    reconstruct = evaluate.make_reconstruct(config, graphdef)
+
+    def run_evaluation():
+        params = state.get("ema", state["params"])
+        values = evaluate.evaluate(config, eval_step, params, mesh)
+        panels = reconstruct(params) if config.task == "mae" else None
+        say(metrics.eval_line(step, values))
+        if writer:
+            writer.scalars(step, values)
+            writer.images(step, figures.draw_run(workdir, step, panels))
+        return values
+
+    # --- Steps ------------------------------------------------------------------------
+    clock, results, pending = metrics.Throughput(), None, []
+    try:
+        if step < total_steps:
+            batches = to_devices(
+                pipeline.train_batches(config, step, total_steps), mesh
+            )
+            batch = next(batches)
+            train_step = compile_step(
+                make_train_step(config, graphdef, optimizer, schedule),
+                (state, batch, np.int32(step)),
+                shardings,
+            )
+        clock.read()  # starts it
+        while step < total_steps and not stop_requested():
+            state, values = train_step(state, batch, np.int32(step))
+            batch = next(batches, None)  # while the devices work
+            step += 1
+            pending.append((step, values))
+            clock.add(config.batch_size)
+            due = {
+                name: step == total_steps or step % config[f"{name}_every"] == 0
+                for name in ("log", "eval", "checkpoint")
+            }
+            if any(due.values()) or stop_requested():
+                line = fetch_metrics(pending, state)
+                line["images_per_second"] = rate = clock.read()
+                line["seconds_left"] = (total_steps - step) * config.batch_size / rate
+                say(metrics.step_line(step, total_steps, line))
+                if writer:
+                    writer.scalars(step, line)
+                with clock.pause():
+                    if due["checkpoint"]:
+                        checkpoints.save(state, to_json(config))
+                    if due["eval"]:
+                        results = run_evaluation()
+        if step < total_steps:
+            checkpoints.save(state, to_json(config))
+            raise Interrupted(
+                f"{stop_requested()}: step {step} of {total_steps} is saved in "
+                f"{workdir}; run the same command to go on"
+            )
+        return results or run_evaluation()
+    except DivergedError:
+        checkpoints.save(state, to_json(config))
+        raise
+    finally:
+        checkpoints.close()
+        if writer:
+            writer.close()
+
+
+def compile_step(step: Callable, arguments: tuple, shardings: State) -> Callable:
+    """Compiles a train step ahead of its first call, and says how long that took."""
+    say("compiling the train step ...")
+    began = time.perf_counter()
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+    compiled = jitted.lower(*arguments).compile()
+    say(f"compiled in {time.perf_counter() - began:.1f} s")
+    return compiled
+
+
+def fetch_metrics(pending: list, state: State) -> dict[str, float]:
+    """Empties the metrics of steps still on the devices; returns the newest as floats.
+
+    Raises:
+      DivergedError: one of the steps had a loss or gradient that is not finite.
+    """
+    fetched = jax.device_get(pending)
+    pending.clear()
+    for step, values in fetched:
+        if not np.isfinite(values["loss"] + values["gradient_norm"]):
+            raise DivergedError(
+                f"step {step}: loss {values['loss']}, gradient norm "
+                f"{values['gradient_norm']}; expected finite numbers.\n"
+                f"The last good state, of step {int(state['step'])}, is saved."
+            )
+    return {name: float(value) for name, value in fetched[-1][1].items()}
+
+
+def prepare_workdir(workdir: Path) -> None:
+    """Creates the directory; ConfigError where that or writing is not permitted."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        probe = workdir / f".writable-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"workdir {workdir} cannot be written to: {error.strerror}"
+        ) from error
+
+
+def make_init(config: Any, optimizer: optax.GradientTransformation) -> Callable:
+    """() -> a fresh train state, a pure function of the config."""
+
+    def init():
+        params = split(tasks.build_model(config))[1]
+        state = {
+            "step": jnp.int32(0),
+            "params": params,
+            "opt_state": optimizer.init(params),
+        }
+        if config.optimizer.ema_decay:
+            state["ema"] = params
+        return state
+
+    return init
+
+
+def make_train_step(
+    config: Any,
+    graphdef: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+) -> Callable:
+    """(state, batch, number of steps done) -> (state, metrics); all sums are global.
+
+    If loss or gradient is not finite, that step and every later one leave the state as
+    it was: the state's own step number stays behind the one passed in.
+    """
+    task, micro = tasks.TASKS[config.task], config.optimizer.accumulate_steps
+
+    def loss_fn(params, batch, keys, total_weight):
+        values = task(nnx.merge(graphdef, params), batch, keys, config, train=True)
+        share = batch["weight"] / total_weight
+        means = {name: (value * share).sum() for name, value in values.items()}
+        return means["loss"], means
+
+    def train_step(state, batch, steps_done):
+        first = state["step"].astype(jnp.uint32) * config.batch_size
+        keys = augment.sample_keys(config.seed, "train", first, config.batch_size)
+        total_weight = jnp.maximum(batch["weight"].sum(), 1.0)
+        gradient = jax.grad(loss_fn, has_aux=True)
+        if micro == 1:
+            grads, values = gradient(state["params"], batch, keys, total_weight)
+        else:
+            # Strided, so that every device keeps the samples it has. [B] -> [micro, B/m]
+            parts = jax.tree.map(
+                lambda x: jnp.moveaxis(x.reshape(-1, micro, *x.shape[1:]), 1, 0),
+                (batch, keys),
+            )
+
+            def add(sums, part):
+                return jax.tree.map(
+                    jnp.add, sums, gradient(state["params"], *part, total_weight)
+                ), None
+
+            one = jax.tree.map(lambda x: x[0], parts)
+            shapes = jax.eval_shape(gradient, state["params"], *one, total_weight)
+            zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+            (grads, values), _ = jax.lax.scan(add, zeros, parts)
+
+        norm = optax.global_norm(grads)
+        updates, opt_state = optimizer.update(
+            grads, state["opt_state"], state["params"]
+        )
+        new = {
+            "step": state["step"] + 1,
+            "params": optax.apply_updates(state["params"], updates),
+            "opt_state": opt_state,
+        }
+        if "ema" in state:
+            decay = config.optimizer.ema_decay
+            new["ema"] = optax.incremental_update(
+                new["params"], state["ema"], 1.0 - decay
+            )
+        good = jnp.isfinite(values["loss"] + norm) & (state["step"] == steps_done)
+        state = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, state)
+        values |= {"gradient_norm": norm, "learning_rate": schedule(steps_done)}
+        return state, values
+
+    return train_step
