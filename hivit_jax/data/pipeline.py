@@ -8,6 +8,7 @@ what it would have seen; nothing but the step needs saving.
 import os
 from collections.abc import Iterator
 from functools import lru_cache
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -108,15 +109,20 @@ def _synthetic_batches(config: Any, plan: Iterator) -> Iterator[Batch]:
         }
 
 
-def _decoded_batches(
-    config: Any, split: str, source: Source, plan: Iterator
-) -> Iterator[Batch]:
-    os.environ.setdefault(
-        "TF_CPP_MIN_LOG_LEVEL", "3"
-    )  # before the import, or not at all
+def _tensorflow() -> ModuleType:
+    """tensorflow, quiet and without a GPU; takes many seconds the first time."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # or it announces itself
     import tensorflow as tf
 
     tf.config.set_visible_devices([], "GPU")
+    return tf
+
+
+def _decoded_batches(
+    config: Any, split: str, source: Source, plan: Iterator
+) -> Iterator[Batch]:
+    tf = _tensorflow()
     *size, channels = image_shape(config)
     classes = config.model.get("num_classes")
     if classes and source.labels.max() >= classes:
