@@ -38,8 +38,8 @@ def load(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
         key, equals, text = override.removeprefix("--config.").partition("=")
         if not override.startswith("--config.") or not equals:
             raise ConfigError(
-                f"cannot read {override!r}; expected --config.KEY=VALUE, --workdir=DIR, "
-                "--mode=MODE"
+                f"cannot read {override!r}; expected --config.KEY=VALUE, "
+                "--workdir=DIR, --mode=MODE"
             )
         _set(config, key, text)
     return config

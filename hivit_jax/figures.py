@@ -1,4 +1,4 @@
-"""Pictures of a run: reconstructions and curves, drawn from arrays and metrics.jsonl."""
+"""Pictures of a run: reconstructions and curves."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,6 +1,7 @@
-"""``python -m hivit_jax.main --config configs/NAME.py --workdir DIR``: the command line."""
+"""The command line: ``python -m hivit_jax.main --config FILE --workdir DIR``."""
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -10,6 +11,10 @@ from typing import Any, NoReturn
 from hivit_jax import config as configs
 from hivit_jax.errors import ConfigError, HivitError, Interrupted
 from hivit_jax.metrics import say
+
+# tensorflow reads these when it is first imported, which the data or TensorBoard do.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # or it announces itself
 
 USAGE = """\
 python -m hivit_jax.main --config configs/NAME.py --workdir DIR [--mode MODE]

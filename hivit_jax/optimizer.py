@@ -48,7 +48,7 @@ def layer_id(name: str, stage_blocks: list[int]) -> int:
 
 
 def learning_rate_scales(params: Any, layer_decay: float) -> Any:
-    """Factor on the learning rate of every parameter, ``layer_decay ** (last - id)``."""
+    """Factor on every parameter's learning rate, ``layer_decay ** (last - id)``."""
     names = list(named_leaves(params))
     found = [re.match(r"encoder/stages/(\d+)/(\d+)/", name) for name in names]
     blocks = {(int(m[1]), int(m[2])) for m in found if m}

@@ -49,8 +49,8 @@ def make_mesh(
     shards = math.prod(shape[:3])
     if min(batch_size, micro_batches) < 1 or batch_size % (shards * micro_batches):
         raise ConfigError(
-            f"batch_size={batch_size} is not divisible by {shards} devices (mesh replica "
-            f"x data x fsdp) times optimizer.accumulate_steps={micro_batches}"
+            f"batch_size={batch_size} is not divisible by {shards} devices (mesh "
+            f"replica x data x fsdp) times optimizer.accumulate_steps={micro_batches}"
         )
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 

@@ -230,7 +230,7 @@ def make_train_step(
         if micro == 1:
             grads, values = gradient(state["params"], batch, keys, total_weight)
         else:
-            # Strided, so that every device keeps the samples it has. [B] -> [micro, B/m]
+            # Strided, so that samples stay on their device: [B] -> [micro, B/micro].
             parts = jax.tree.map(
                 lambda x: jnp.moveaxis(x.reshape(-1, micro, *x.shape[1:]), 1, 0),
                 (batch, keys),

@@ -111,7 +111,7 @@ def from_official(state: Mapping[str, np.ndarray], model: Model) -> dict:
         expected = entry.to_official(np.empty(leaf.shape, bool)).shape
         if array.shape != expected:
             raise CheckpointError(
-                f"{entry.name!r} is {list(array.shape)}; this model has {list(expected)}"
+                f"{entry.name!r} is {list(array.shape)}, here {list(expected)}"
             )
         return entry.to_ours(array)
 

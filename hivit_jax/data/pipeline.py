@@ -1,11 +1,11 @@
 """Order and batches: which image stands at which position of a run.
 
-Position ``p = step * batch_size + place`` holds image ``permutation(seed, epoch)[p % n]``
-with ``epoch = p // n``. So a run can start at any step, on any number of hosts, and see
-what it would have seen; nothing but the step needs saving.
+Position ``p = step * batch_size + place`` holds image
+``permutation(seed, epoch)[p % n]`` with ``epoch = p // n``. So a run can start at any
+step, on any number of hosts, and see what it would have seen; nothing but the step
+needs saving.
 """
 
-import os
 from collections.abc import Iterator
 from functools import lru_cache
 from types import ModuleType
@@ -110,9 +110,7 @@ def _synthetic_batches(config: Any, plan: Iterator) -> Iterator[Batch]:
 
 
 def _tensorflow() -> ModuleType:
-    """tensorflow, quiet and without a GPU; takes many seconds the first time."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # or it announces itself
+    """tensorflow, kept off the GPUs; takes many seconds the first time."""
     import tensorflow as tf
 
     tf.config.set_visible_devices([], "GPU")

@@ -71,7 +71,7 @@ def create_model(
 
 
 def split(model: nnx.Module) -> tuple[nnx.GraphDef, dict]:
-    """Module -> (structure, parameters as nested dicts of arrays); `nnx.merge` undoes it."""
+    """Module -> (structure, nested dicts of arrays); `nnx.merge` undoes it."""
     graphdef, state = nnx.split(model)
     return graphdef, nnx.to_pure_dict(state)
 

@@ -176,7 +176,7 @@ class AttentionBlock(MlpBlock):
 
 
 class PatchMerge(nnx.Module):
-    """Four neighbouring cells become one: [T, C] -> [T/4, 2C], tokens in merge order."""
+    """Four neighbouring cells become one: [T, C] -> [T/4, 2C], in merge order."""
 
     def __init__(self, dim: int, *, eps: float, dtype, rngs: nnx.Rngs):
         self.norm = LayerNorm(4 * dim, epsilon=eps, dtype=dtype, rngs=rngs)

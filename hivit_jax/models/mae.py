@@ -125,7 +125,7 @@ class MaskedAutoencoder(nnx.Module):
         dim, eps = self.encoder.embed_dim, self.encoder.patch_embed.norm.epsilon
         common = dict(dtype=self.encoder.dtype, rngs=rngs)
         self.multi_scale, self.norm_pix_loss = multi_scale, norm_pix_loss
-        # Each stem stage adds inner**2 cells of its width: 4E + 2E + E for three stages.
+        # A stage adds its cells times its width: 4E + 2E + E for three stages.
         width = dim * (2 * self.encoder.inner_patches - 1) if multi_scale else dim
         self.norm = LayerNorm(width, epsilon=eps, **common) if multi_scale else None
         self.decoder_embed = Linear(width, decoder_embed_dim, **common)

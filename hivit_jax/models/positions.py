@@ -16,8 +16,8 @@ Grid = tuple[int, int]  # units per column, units per row
 def patchify(images: jax.Array, patch_size: int) -> jax.Array:
     """Images [B, H, W, C] -> units [B, N, patch_size*patch_size*C].
 
-    Units are row-major; inside a unit the index is ``(row*patch_size + col)*C + channel``
-    (official ``masked_autoencoder.py``, ``patchify``). Any dtype.
+    Units are row-major; inside a unit the index is
+    ``(row*patch_size + col)*C + channel`` (official ``masked_autoencoder.py``, ``patchify``). Any dtype.
     """
     b, h, w, c = images.shape
     p = patch_size
@@ -26,7 +26,7 @@ def patchify(images: jax.Array, patch_size: int) -> jax.Array:
 
 
 def unpatchify(units: jax.Array, grid: Grid, patch_size: int) -> jax.Array:
-    """Units [B, N, patch_size*patch_size*C] -> images [B, H, W, C]; undoes `patchify`."""
+    """Units [B, N, P*P*C] -> images [B, H, W, C]; undoes `patchify`."""
     b, p = len(units), patch_size
     x = units.reshape(b, *grid, p, p, -1).transpose(0, 1, 3, 2, 4, 5)
     return x.reshape(b, grid[0] * p, grid[1] * p, -1)
@@ -66,7 +66,7 @@ def tokens_to_map(tokens: jax.Array, grid: Grid, inner: int) -> jax.Array:
     """
     levels = inner.bit_length() - 1
     x = tokens.reshape(-1, *grid, *(2,) * (2 * levels), tokens.shape[-1])
-    # Now [B, Gh, Gw, (column bit, row bit) per level, C]; back to row bits, column bits.
+    # [B, Gh, Gw, (column bit, row bit) per level, C]; back to rows, columns.
     rows = [4 + 2 * i for i in range(levels)]
     columns = [3 + 2 * i for i in range(levels)]
     x = x.transpose(0, 1, *rows, 2, *columns, 3 + 2 * levels)
@@ -74,7 +74,7 @@ def tokens_to_map(tokens: jax.Array, grid: Grid, inner: int) -> jax.Array:
 
 
 def merge_order(inner: int) -> np.ndarray:
-    """Raster index ``row*inner + col`` of the cell at each merge position, [inner**2]."""
+    """Raster index ``row*inner + col`` of the cell at each merge position."""
     levels = inner.bit_length() - 1
     raster = np.arange(inner**2).reshape((2,) * (2 * levels))
     return raster.transpose(_merge_axes(levels)).reshape(-1)
