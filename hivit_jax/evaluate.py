@@ -23,7 +23,7 @@ FIGURE_IMAGES = 6
 
 
 def make_eval_step(config: Any, graphdef: nnx.GraphDef) -> Callable:
-    """Jitted (params, batch, first position) -> sums over real images and their count."""
+    """Jitted (params, batch, first position) -> sums over real images, and a count."""
 
     @jax.jit
     def eval_step(params, batch, first):

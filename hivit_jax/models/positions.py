@@ -17,7 +17,8 @@ def patchify(images: jax.Array, patch_size: int) -> jax.Array:
     """Images [B, H, W, C] -> units [B, N, patch_size*patch_size*C].
 
     Units are row-major; inside a unit the index is
-    ``(row*patch_size + col)*C + channel`` (official ``masked_autoencoder.py``, ``patchify``). Any dtype.
+    ``(row*patch_size + col)*C + channel``. Any dtype. Official
+    ``masked_autoencoder.py``, ``patchify``.
     """
     b, h, w, c = images.shape
     p = patch_size
