@@ -85,9 +85,8 @@ def make_reconstruct(config: Any, graphdef: nnx.GraphDef) -> Callable:
     Where the loss is on normalised pixels, predictions are put back with the mean and
     variance of the true unit, which a model that had not seen it could not know.
     """
-    batch = next(pipeline.eval_batches(config))
-    count = min(FIGURE_IMAGES, len(batch["image"]))
-    batch = {key: value[:count] for key, value in batch.items()}
+    batch = pipeline.first_test_images(config, FIGURE_IMAGES)
+    count = len(batch["image"])
 
     @jax.jit
     def reconstruct(params, batch):

@@ -81,12 +81,14 @@ def train(
     # --- Evaluation -----------------------------------------------------------------
     writer = metrics.Writer(workdir, step) if jax.process_index() == 0 else None
     eval_step = evaluate.make_eval_step(config, graphdef)
-    reconstruct = evaluate.make_reconstruct(config, graphdef)
+    reconstruct = (
+        evaluate.make_reconstruct(config, graphdef) if config.task == "mae" else None
+    )
 
     def run_evaluation():
         params = state.get("ema", state["params"])
         values = evaluate.evaluate(config, eval_step, params, mesh)
-        panels = reconstruct(params) if config.task == "mae" else None
+        panels = reconstruct(params) if reconstruct else None
         say(metrics.eval_line(step, values))
         if writer:
             writer.scalars(step, values)

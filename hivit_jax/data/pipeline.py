@@ -6,6 +6,7 @@ step, on any number of hosts, and see what it would have seen; nothing but the s
 needs saving.
 """
 
+import itertools
 from collections.abc import Iterator
 from functools import lru_cache
 from types import ModuleType
@@ -80,6 +81,14 @@ def eval_batches(config: Any) -> Iterator[Batch]:
     return _batches(config, "test", (fill(start + places) for start in starts))
 
 
+def first_test_images(config: Any, count: int) -> Batch:
+    """The first `count` images of the test split, the same on every process."""
+    count = min(count, num_examples(config.data, "test"))
+    indices = np.arange(count)
+    plan = iter([(indices, np.zeros_like(indices), np.ones(count))])
+    return next(_batches(config, "test", plan))
+
+
 def _batches(config: Any, split: str, plan: Iterator) -> Iterator[Batch]:
     """Batches for a plan of (image index, epoch, weight), each [b], one a step."""
     if config.data.name == "synthetic":
@@ -98,7 +107,7 @@ def _synthetic_batches(config: Any, plan: Iterator) -> Iterator[Batch]:
     """Noise images, for benchmarks: costs a copy, needs no tensorflow."""
     shape = image_shape(config)
     pool = np.random.default_rng(config.seed).integers(
-        0, 256, (min(64, config.batch_size), *shape), dtype=np.uint8
+        0, 256, (64, *shape), dtype=np.uint8
     )
     classes = config.model.get("num_classes") or 1
     for indices, _, weight in plan:
@@ -154,13 +163,15 @@ def _decoded_batches(
         for indices, epochs, weights in plan:
             yield indices, epochs, weights.astype(np.float32)
 
-    share = config.batch_size // jax.process_count()
-    spec = [tf.TensorSpec([share], t) for t in (tf.int64, tf.int64, tf.float32)]
+    first = next(plan)  # tells how many images a batch has
+    plan = itertools.chain([first], plan)
+    size_of_batch = len(first[0])
+    spec = [tf.TensorSpec([size_of_batch], t) for t in (tf.int64, tf.int64, tf.float32)]
     dataset = (
         tf.data.Dataset.from_generator(arrays, output_signature=tuple(spec))
         .flat_map(read)
         .map(decode, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
-        .batch(share, drop_remainder=True)
+        .batch(size_of_batch, drop_remainder=True)
         .prefetch(2)
     )
     return dataset.as_numpy_iterator()

@@ -88,7 +88,7 @@ def num_examples(data: Mapping[str, Any], split: str) -> int:
     if data["name"] in SIZES:
         return SIZES[data["name"]][split]
     if data["name"] == "synthetic":
-        return data["train_examples"] if split == "train" else 50
+        return (data["train_examples"] or 1024) if split == "train" else 64
     return len(open_source(data, split))
 
 
