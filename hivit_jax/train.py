@@ -115,10 +115,10 @@ def train(
             step += 1
             pending.append((step, values))
             clock.add(config.batch_size)
-            due = {
-                name: step == total_steps or step % config[f"{name}_every"] == 0
-                for name in ("log", "eval", "checkpoint")
-            }
+            due = {}  # an interval of 0 is only the end
+            for name in ("log", "eval", "checkpoint"):
+                every = config[f"{name}_every"] or total_steps
+                due[name] = step == total_steps or step % every == 0
             if any(due.values()) or stop_requested():
                 line = fetch_metrics(pending, state)
                 line["images_per_second"] = rate = clock.read()
