@@ -21,32 +21,11 @@ from hivit_jax.models.layers import (
     Linear,
     MlpBlock,
     PatchMerge,
+    attention_cost,
+    check_heads,
+    parameter_count,
+    row_cost,
 )
-
-
-def parameter_count(module: nnx.Module) -> int:
-    """Number of parameters, fixed position tables included (as published)."""
-    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(module, nnx.Param)))
-
-
-def row_cost(module: nnx.Module, rows: int, layer_norm_cost: int) -> int:
-    """Multiply-adds of all Linears of `module`, each applied to `rows` rows.
-
-    Every element that a LayerNorm puts out counts `layer_norm_cost`.
-    """
-    cost = 0
-    for path, leaf in nnx.to_flat_state(nnx.state(module, nnx.Param)):
-        if path[-1] == "kernel":
-            cost += rows * leaf.size
-        elif path[-1] == "scale":
-            cost += rows * leaf.size * layer_norm_cost
-    return cost
-
-
-def attention_cost(block: AttentionBlock, tokens: int, layer_norm_cost: int) -> int:
-    """`row_cost` of an attention block plus its two attention products."""
-    products = 2 * tokens * tokens * block.attn.proj.in_features
-    return row_cost(block, tokens, layer_norm_cost) + products
 
 
 class PatchEmbed(nnx.Module):
@@ -117,7 +96,7 @@ class HiViT(nnx.Module):
         dtype: str = "float32",
         rngs: nnx.Rngs,
     ):
-        self.grid = check_grid(image_size, patch_size)
+        self.grid = positions.check_grid(image_size, patch_size)
         stems = len(depths) - 1
         if stems < 1 or inner_patches != 2**stems or min(depths) < 1:
             raise ConfigError(
@@ -341,25 +320,5 @@ class Classifier(nnx.Module):
 
 def count_units(encoder: HiViT, image_size: int | Sequence[int] | None) -> int:
     """Units of an image of this size (None: the encoder's own)."""
-    grid = check_grid(image_size or encoder.image_size, encoder.patch_size)
+    grid = positions.check_grid(image_size or encoder.image_size, encoder.patch_size)
     return grid[0] * grid[1]
-
-
-def check_grid(image_size: int | Sequence[int], patch_size: int) -> positions.Grid:
-    """Units per column and row of an image; ConfigError if they do not fill it."""
-    sides = (image_size,) * 2 if isinstance(image_size, int) else tuple(image_size)
-    if len(sides) != 2 or min(sides) < patch_size or any(s % patch_size for s in sides):
-        raise ConfigError(
-            f"image_size={image_size} is not filled by units of {patch_size} pixels; "
-            f"expected height and width to be multiples of patch_size={patch_size}"
-        )
-    return sides[0] // patch_size, sides[1] // patch_size
-
-
-def check_heads(dim_name: str, dim: int, heads_name: str, heads: int) -> None:
-    """ConfigError unless `heads` heads divide the width `dim`."""
-    if heads < 1 or dim % heads:
-        raise ConfigError(
-            f"{heads_name}={heads} does not divide {dim_name}={dim}; "
-            "expected a width that is a multiple of the number of heads"
-        )

@@ -1,4 +1,4 @@
-"""Blocks of HiViT: MLP block, attention block, patch merge.
+"""Blocks of HiViT: MLP block, attention block, patch merge; and what they cost.
 
 Parameters are float32. `dtype` is what matrix products run in and what blocks hand on;
 LayerNorm statistics and the softmax are float32 whatever it is.
@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from hivit_jax.errors import ConfigError
 from hivit_jax.models.positions import Grid
 
 # Official: trunc_normal_(std=.02) cut at +-2 absolute, that is at 100 sigma.
@@ -187,3 +188,37 @@ class PatchMerge(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         x = x.reshape(len(x) // 4, -1)  # [T/4, 4C]
         return self.reduction(self.norm(x))
+
+
+def parameter_count(module: nnx.Module) -> int:
+    """Number of parameters, fixed position tables included (as published)."""
+    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(module, nnx.Param)))
+
+
+def row_cost(module: nnx.Module, rows: int, layer_norm_cost: int) -> int:
+    """Multiply-adds of all Linears of `module`, each applied to `rows` rows.
+
+    Every element that a LayerNorm puts out counts `layer_norm_cost`.
+    """
+    cost = 0
+    for path, leaf in nnx.to_flat_state(nnx.state(module, nnx.Param)):
+        if path[-1] == "kernel":
+            cost += rows * leaf.size
+        elif path[-1] == "scale":
+            cost += rows * leaf.size * layer_norm_cost
+    return cost
+
+
+def attention_cost(block: AttentionBlock, tokens: int, layer_norm_cost: int) -> int:
+    """`row_cost` of an attention block plus its two attention products."""
+    products = 2 * tokens * tokens * block.attn.proj.in_features
+    return row_cost(block, tokens, layer_norm_cost) + products
+
+
+def check_heads(dim_name: str, dim: int, heads_name: str, heads: int) -> None:
+    """ConfigError unless `heads` heads divide the width `dim`."""
+    if heads < 1 or dim % heads:
+        raise ConfigError(
+            f"{heads_name}={heads} does not divide {dim_name}={dim}; "
+            "expected a width that is a multiple of the number of heads"
+        )

@@ -13,15 +13,17 @@ from flax import nnx
 
 from hivit_jax.errors import ConfigError
 from hivit_jax.models import positions
-from hivit_jax.models.hivit import (
-    HiViT,
+from hivit_jax.models.hivit import HiViT, count_units
+from hivit_jax.models.layers import (
+    INIT,
+    AttentionBlock,
+    LayerNorm,
+    Linear,
     attention_cost,
     check_heads,
-    count_units,
     parameter_count,
     row_cost,
 )
-from hivit_jax.models.layers import INIT, AttentionBlock, LayerNorm, Linear
 
 
 class FixedTable(nnx.Param):

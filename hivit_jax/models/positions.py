@@ -6,11 +6,26 @@ An image is cut into *units* of ``patch_size`` pixels (16), row-major. A unit ho
 recursively, so that every merge is a reshape ``[T, C] -> [T/4, 4C]``.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hivit_jax.errors import ConfigError
+
 Grid = tuple[int, int]  # units per column, units per row
+
+
+def check_grid(image_size: int | Sequence[int], patch_size: int) -> Grid:
+    """Units per column and row of an image; ConfigError if they do not fill it."""
+    sides = (image_size,) * 2 if isinstance(image_size, int) else tuple(image_size)
+    if len(sides) != 2 or min(sides) < patch_size or any(s % patch_size for s in sides):
+        raise ConfigError(
+            f"image_size={image_size} is not filled by units of {patch_size} pixels; "
+            f"expected height and width to be multiples of patch_size={patch_size}"
+        )
+    return sides[0] // patch_size, sides[1] // patch_size
 
 
 def patchify(images: jax.Array, patch_size: int) -> jax.Array:
