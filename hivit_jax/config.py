@@ -8,12 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
-from ml_collections.config_dict import placeholder
+from ml_collections.config_dict import FieldReference, placeholder
 
 from hivit_jax.errors import ConfigError, unknown
 from hivit_jax.models import override_parameters
 
-SCALARS = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
+KINDS = {
+    int: "an integer",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    tuple: "a tuple such as (1,2)",
+    object: "an integer, or a tuple such as (224,192)",
+}
 
 
 def load(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
@@ -32,7 +39,10 @@ def load(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
     for name, parameter in override_parameters().items():
         if name not in config.model:
             kind = parameter.annotation
-            config.model[name] = placeholder(kind if kind in SCALARS else tuple)
+            config.model[name] = placeholder(kind if kind in KINDS else tuple)
+    # A side, or (height, width).
+    size = config.model.pop("image_size")
+    config.model.image_size = FieldReference(size, field_type=object)
     config.lock()
     for override in overrides:
         key, equals, text = override.removeprefix("--config.").partition("=")
@@ -87,8 +97,7 @@ def _set(config: ConfigDict, key: str, text: str) -> None:
     try:
         config[leaf] = _parse(text, kind)
     except (KeyError, TypeError, ValueError, SyntaxError) as error:
-        expected = SCALARS.get(kind, "a tuple such as (1,2)")
-        raise ConfigError(f"config.{key}={text!r}; expected {expected}") from error
+        raise ConfigError(f"config.{key}={text!r}; expected {KINDS[kind]}") from error
 
 
 def _parse(text: str, kind: type) -> Any:
@@ -99,8 +108,8 @@ def _parse(text: str, kind: type) -> Any:
     value = ast.literal_eval(text)
     if kind is float and type(value) is int:
         return float(value)
-    if kind is tuple and isinstance(value, list):
-        return tuple(value)
-    if type(value) is not kind:
+    if isinstance(value, list):
+        value = tuple(value)
+    if type(value) not in ((int, tuple) if kind is object else (kind,)):
         raise TypeError(f"{value!r} is not of type {kind.__name__}")
     return value
