@@ -41,7 +41,8 @@ def load(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
             kind = parameter.annotation
             config.model[name] = placeholder(kind if kind in KINDS else tuple)
     # A side, or (height, width).
-    size = config.model.pop("image_size")
+    size = config.model.image_size
+    del config.model.image_size
     config.model.image_size = FieldReference(size, field_type=object)
     config.lock()
     for override in overrides:
