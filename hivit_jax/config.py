@@ -22,6 +22,18 @@ KINDS = {
     object: "an integer, or a tuple such as (224,192)",
 }
 
+# The smallest values that work.
+LEAST = {
+    "seed": 0,
+    "batch_size": 1,
+    "log_every": 1,
+    "eval_every": 1,
+    "checkpoint_every": 1,
+    "keep_checkpoints": 1,
+    "optimizer.accumulate_steps": 1,
+    "data.train_examples": 0,
+}
+
 
 def load(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
     """Reads a recipe and applies overrides.
@@ -33,7 +45,7 @@ def load(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
 
     Raises:
       ConfigError: no such file, an unknown key (with the nearest known one), a value of
-        another type than the recipe's.
+        another type than the recipe's, a number that is too small.
     """
     config = _read(Path(path))
     for name, parameter in override_parameters().items():
@@ -53,6 +65,7 @@ def load(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
                 "--workdir=DIR, --mode=MODE"
             )
         _set(config, key, text)
+    _check(config)
     return config
 
 
@@ -70,11 +83,35 @@ def _read(path: Path) -> ConfigDict:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-        return module.get_config()
+        config = module.get_config()
+        if not isinstance(config, ConfigDict) or "model" not in config:
+            raise TypeError("get_config() must return a ConfigDict with .model")
+        return config
     except Exception as error:
         raise ConfigError(
             f"--config={path} cannot be read: {type(error).__name__}: {error}"
         ) from error
+
+
+def _check(config: ConfigDict) -> None:
+    """ConfigError for a number that nothing else checks before it does harm."""
+    for key, least in LEAST.items():
+        value = config
+        for name in key.split("."):
+            value = value[name]
+        if value < least:
+            raise ConfigError(f"{key}={value}; expected at least {least}")
+    if len(config.optimizer.betas) != 2:
+        raise ConfigError(
+            f"optimizer.betas={config.optimizer.betas}; expected two numbers"
+        )
+    for name in ("mean", "std"):
+        values, channels = config.data[name], config.model.in_channels
+        if len(values) != channels:
+            raise ConfigError(
+                f"data.{name}={values}; expected one number for each of "
+                f"model.in_channels={channels}"
+            )
 
 
 def _keys(config: ConfigDict, prefix: str = "") -> list[str]:

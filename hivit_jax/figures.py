@@ -72,7 +72,8 @@ def draw_curves(path: Path, workdir: Path) -> np.ndarray:
         right.set_ylabel("top-1")
         right.set_ylim(0, 1)
         right.legend(loc="center right")
-    axis.legend(loc="upper right")
+    if axis.lines:
+        axis.legend(loc="upper right")
     axis.grid(alpha=0.3)
     return _write(path, figure, plt)
 
@@ -105,8 +106,6 @@ def _figure(figsize: tuple[float, float]):
 
 def _write(path: Path, figure, plt) -> np.ndarray:
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.canvas.draw()
-    pixels = np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()
     figure.savefig(path)
     plt.close(figure)
-    return pixels
+    return np.rint(plt.imread(path)[..., :3] * 255).astype(np.uint8)

@@ -26,18 +26,28 @@ class Writer:
       workdir: gets ``metrics.jsonl``, one JSON object a line, and TensorBoard files
         where clu, tensorboard and tensorflow are installed.
       first_step: lines of later steps, left by a run that was killed after its last
-        checkpoint, are dropped, so that every step has one line.
+        checkpoint, are dropped, so that no step is told twice.
     """
 
     def __init__(self, workdir: str | Path, first_step: int = 0):
-        self._path = Path(workdir) / "metrics.jsonl"
-        _drop_after(self._path, first_step)
-        self._file = self._path.open("a", buffering=1)
+        path = Path(workdir) / "metrics.jsonl"
+        kept = [line for line in read(path) if line["step"] <= first_step]
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        temporary.replace(path)
+        self._written = {(line["step"], *sorted(line)) for line in kept}
+        self._file = path.open("a", buffering=1)
         self._board = _tensorboard(workdir)
 
     def scalars(self, step: int, values: Scalars) -> None:
-        """One line of metrics.jsonl and one point of every curve."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        """One line of metrics.jsonl and one point of every curve.
+
+        Does nothing if the same line was there when the run was taken up again.
+        """
+        line = {"step": step, **values}
+        if (step, *sorted(line)) in self._written:
+            return
+        self._file.write(json.dumps(line) + "\n")
         if self._board:
             self._board.write_scalars(step, values)
 
@@ -62,15 +72,6 @@ def read(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             continue
     return lines
-
-
-def _drop_after(path: Path, step: int) -> None:
-    lines = read(path)
-    kept = [line for line in lines if line["step"] <= step]
-    if len(kept) < len(lines) or path.exists():
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        temporary.replace(path)
 
 
 def _tensorboard(workdir: str | Path) -> Any:

@@ -98,7 +98,7 @@ def train(
     # --- Steps ------------------------------------------------------------------------
     clock, results, pending = metrics.Throughput(), None, []
     try:
-        if step < total_steps:
+        if step < total_steps and not stop_requested():
             batches = to_devices(
                 pipeline.train_batches(config, step, total_steps), mesh
             )
@@ -115,10 +115,10 @@ def train(
             step += 1
             pending.append((step, values))
             clock.add(config.batch_size)
-            due = {}  # an interval of 0 is only the end
-            for name in ("log", "eval", "checkpoint"):
-                every = config[f"{name}_every"] or total_steps
-                due[name] = step == total_steps or step % every == 0
+            due = {
+                name: step == total_steps or step % config[f"{name}_every"] == 0
+                for name in ("log", "eval", "checkpoint")
+            }
             if any(due.values()) or stop_requested():
                 line = fetch_metrics(pending, state)
                 line["images_per_second"] = rate = clock.read()

@@ -1,15 +1,26 @@
 """Recipes of very small models that train in seconds, and ways to run them."""
 
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
 from hivit_jax import config as configs
-from hivit_jax import metrics
+from hivit_jax import evaluate, figures, metrics
+from hivit_jax.models import named_leaves
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+ROOT = Path(__file__).parents[1]
 
-# 16 units of 64x64 pixels, or of 32x32 grey ones; a step counts 16 images.
+# 16 units of an image in both; a step is 16 images, the warmup two steps.
 MINI = {
     "batch_size": 16,
     "total_steps": 8,
@@ -17,27 +28,32 @@ MINI = {
     "eval_every": 1000,
     "checkpoint_every": 1000,
     "model.embed_dim": 64,
-    "model.depths": (1, 1, 2),
+    "model.depths": "(1,1,2)",
     "model.num_heads": 2,
     "model.decoder_embed_dim": 32,
     "model.decoder_depth": 1,
     "model.decoder_num_heads": 2,
     "model.dtype": "float32",
-    "optimizer.base_learning_rate": 0.016,  # 1e-3 for batches of 16
+    "optimizer.base_learning_rate": 0.016,  # 1e-3 for 16 images
 }
-SYNTHETIC = MINI | {
-    "data.name": "synthetic",
-    "data.train_examples": 64,
-    "model.image_size": 64,
-    "optimizer.warmup_epochs": 0.5,  # 2 steps
+SOURCES = {
+    "synthetic": MINI
+    | {
+        "data.name": "synthetic",
+        "data.train_examples": 64,
+        "model.image_size": 64,
+        "optimizer.warmup_epochs": 0.5,
+    },
+    "digits": MINI | {"optimizer.warmup_epochs": 0.022},
 }
-DIGITS = MINI | {"optimizer.warmup_epochs": 0.02}  # 2 steps
+FILES = {"synthetic": "configs/mae_base.py", "digits": "configs/digits_mae.py"}
 CLASSIFIER = {
     "task": "classify",
-    "model.name": "hivit_base",
-    "model.num_classes": 10,
-    "model.drop_path_rate": 0.3,
+    "model__name": "hivit_base",
+    "model__num_classes": 10,
+    "model__drop_path_rate": 0.3,
 }
+PRETRAINING_ONLY = ("decoder_", "multi_scale", "norm_pix_loss")
 
 
 def arguments(source: str = "synthetic", **overrides) -> list[str]:
@@ -46,12 +62,9 @@ def arguments(source: str = "synthetic", **overrides) -> list[str]:
     Args:
       overrides: config values; two underscores stand for a dot.
     """
-    synthetic = source == "synthetic"
-    path = CONFIGS / ("mae_base.py" if synthetic else "digits_mae.py")
-    values = dict(SYNTHETIC if synthetic else DIGITS)
-    values |= {key.replace("__", "."): value for key, value in overrides.items()}
+    values = SOURCES[source] | {k.replace("__", "."): v for k, v in overrides.items()}
     flags = [f"--config.{key}={value}" for key, value in values.items()]
-    return [f"--config={path}", *flags]
+    return [f"--config={ROOT / FILES[source]}", *flags]
 
 
 def mae(source: str = "synthetic", **overrides) -> ConfigDict:
@@ -62,20 +75,98 @@ def mae(source: str = "synthetic", **overrides) -> ConfigDict:
 
 def classifier(source: str = "synthetic", **overrides) -> ConfigDict:
     """The mini classifier's config, with drop path and label smoothing."""
-    as_keywords = {key.replace(".", "__"): value for key, value in CLASSIFIER.items()}
-    config = mae(source, **as_keywords | overrides)
-    for key in [key for key in config.model if key.startswith("decoder_")]:
-        with config.unlocked():
-            del config.model[key]
+    config = mae(source, **CLASSIFIER | overrides)
     with config.unlocked():
-        del config.model["norm_pix_loss"]
         config.label_smoothing = 0.1
+        for key in list(config.model):
+            if key.startswith(PRETRAINING_ONLY):
+                del config.model[key]
     return config
 
 
+@contextmanager
+def quick(cache: Path) -> Iterator[None]:
+    """Light compilation, each program once; no pictures and no TensorBoard."""
+    options = {
+        "jax_disable_most_optimizations": True,
+        "jax_compilation_cache_dir": str(cache),
+        "jax_persistent_cache_min_compile_time_secs": 0.2,
+    }
+    before = {name: jax.config.values[name] for name in options}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "clu.metric_writers.summary_writer", None)
+        patch.setattr(figures, "draw_run", lambda *_: {})
+        patch.setattr(evaluate, "make_reconstruct", lambda *_: lambda params: None)
+        for name, value in options.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+def start(
+    *command: str | Path, devices: int = 1, log: Path | None = None, **environment
+) -> subprocess.Popen:
+    """Starts ``python COMMAND`` with this many CPU devices, quick to compile.
+
+    Args:
+      log: a file for stdout, which `communicate` returns otherwise.
+      environment: variables on top of this process's.
+    """
+    variables = dict(
+        JAX_PLATFORMS="cpu",
+        JAX_DISABLE_MOST_OPTIMIZATIONS="1",
+        XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}",
+        **environment,
+    )
+    return subprocess.Popen(
+        [sys.executable, *map(str, command)],
+        stdout=log.open("w") if log else subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {k: str(v) for k, v in variables.items()},
+    )
+
+
+def run(*command: str | Path, **options) -> tuple[int, str, str]:
+    """`start` to its end: (exit code, stdout, stderr)."""
+    process = start(*command, **options)
+    out, err = process.communicate()
+    return process.returncode, out, err
+
+
+def not_installed(directory: Path, *names: str) -> Path:
+    """A directory that, on PYTHONPATH, makes importing these packages fail."""
+    directory.mkdir(exist_ok=True)
+    for name in names:
+        message = f"{name} is not installed"
+        (directory / f"{name}.py").write_text(f"raise ImportError({message!r})\n")
+    return directory
+
+
 def lines(workdir: Path, name: str = "loss") -> dict[int, float]:
-    """One of the numbers in metrics.jsonl by step; fails if a step has it twice."""
+    """One of the numbers in metrics.jsonl, by step; no step may have it twice."""
     found = [line for line in metrics.read(workdir / "metrics.jsonl") if name in line]
     steps = [line["step"] for line in found]
     assert steps == sorted(set(steps))
     return {line["step"]: line[name] for line in found}
+
+
+def stored(workdir: Path, step: int) -> dict[str, dict[str, np.ndarray]]:
+    """Arrays of a checkpoint: item -> name -> array."""
+    items = {}
+    with ocp.StandardCheckpointer() as checkpointer:
+        for item in ("params", "optimizer", "ema"):
+            path = (workdir / "checkpoints" / str(step) / item).absolute()
+            if path.is_dir():
+                tree = jax.device_get(checkpointer.restore(path))
+                items[item] = named_leaves(tree)
+    return items
+
+
+def assert_identical(actual, expected) -> None:
+    """Two pytrees of arrays are the same bit for bit."""
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)

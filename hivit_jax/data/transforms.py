@@ -62,10 +62,9 @@ def random_resized_crop(
     any_fits = tf.reduce_any(fits)
     crop_w = tf.where(any_fits, tries_w[first], fallback_w)
     crop_h = tf.where(any_fits, tries_h[first], fallback_h)
-    place_y = tf.where(any_fits, draws[2, first], 0.5)
-    place_x = tf.where(any_fits, draws[3, first], 0.5)
     # The corner is a whole pixel from 0 to what is left over, each as likely.
-    top = tf.minimum(tf.floor(place_y * (h - crop_h + 1)), h - crop_h)
-    left = tf.minimum(tf.floor(place_x * (w - crop_w + 1)), w - crop_w)
+    left_over = tf.stack([h - crop_h, w - crop_w])
+    corner = tf.minimum(tf.floor(draws[2:, first] * (left_over + 1)), left_over)
+    top, left = tf.unstack(tf.where(any_fits, corner, tf.floor(left_over / 2)))
     box = [tf.cast(x, tf.int32) for x in (top, left, crop_h, crop_w)]
     return resize(tf.image.crop_to_bounding_box(image, *box), size)

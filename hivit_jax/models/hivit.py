@@ -109,10 +109,16 @@ class HiViT(nnx.Module):
                 f"inner_patches={inner_patches}"
             )
         check_heads("embed_dim", embed_dim, "num_heads", num_heads)
-        if embed_dim % (2**stems) or embed_dim % 4:
+        if embed_dim < 1 or embed_dim % (2**stems) or embed_dim % 4:
             raise ConfigError(
                 f"embed_dim={embed_dim}: expected a multiple of {max(4, 2**stems)}"
             )
+        if not 0 <= drop_path_rate < 1:
+            raise ConfigError(
+                f"drop_path_rate={drop_path_rate}; expected 0 <= drop_path_rate < 1"
+            )
+        if dtype not in ("float32", "bfloat16", jnp.float32, jnp.bfloat16):
+            raise ConfigError(f"dtype={dtype!r}; expected 'float32' or 'bfloat16'")
 
         self.image_size = tuple(side * patch_size for side in self.grid)
         self.in_channels, self.embed_dim = in_channels, embed_dim

@@ -20,7 +20,8 @@ Grid = tuple[int, int]  # units per column, units per row
 def check_grid(image_size: int | Sequence[int], patch_size: int) -> Grid:
     """Units per column and row of an image; ConfigError if they do not fill it."""
     sides = (image_size,) * 2 if isinstance(image_size, int) else tuple(image_size)
-    if len(sides) != 2 or min(sides) < patch_size or any(s % patch_size for s in sides):
+    fits = patch_size > 0 and min(sides) > 0 and not any(s % patch_size for s in sides)
+    if len(sides) != 2 or not fits:
         raise ConfigError(
             f"image_size={image_size} is not filled by units of {patch_size} pixels; "
             f"expected height and width to be multiples of patch_size={patch_size}"

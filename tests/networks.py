@@ -1,0 +1,104 @@
+"""Small networks whose every parameter matters, quick to compile."""
+
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import reference
+from flax import nnx
+
+from hivit_jax.models import (
+    create_model,
+    leaf_name,
+    named_leaves,
+    split,
+)
+
+MINI = dict(image_size=64, embed_dim=64, depths=(1, 1, 2), num_heads=2)
+DECODER = dict(decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2)
+DEFAULTS = {
+    "hivit_base": MINI | dict(num_classes=10),
+    "mae_hivit_base": MINI | DECODER,
+}
+
+
+@cache
+def abstract(name, **overrides):
+    """A model without arrays, of its full size."""
+    return nnx.eval_shape(lambda: create_model(name, **overrides))
+
+
+def weight(path, leaf):
+    """Numbers for a parameter that keep a variance of about 1 in every layer."""
+    name = leaf_name(path)
+    draw, kind = pictures(leaf.shape, name), name.rsplit("/", 1)[-1]
+    if kind == "kernel":
+        return draw / np.float32(np.sqrt(leaf.shape[0]))
+    if kind in ("scale", "bias"):
+        return np.float32(kind == "scale") + np.float32(0.1) * draw
+    return np.float32(0.5) * draw
+
+
+def mini(name="hivit_base", **overrides):
+    """A small model whose every parameter matters."""
+    model = abstract(name, **DEFAULTS[name] | overrides)
+    graphdef, params = split(model)
+    return nnx.merge(graphdef, jax.tree_util.tree_map_with_path(weight, params))
+
+
+# Most of the time goes into compiling, so little of it.
+fast_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def compiled(model, function):
+    """`function` of the model and arrays, as a jitted function of the arrays."""
+    graphdef, params = split(model)
+    run = fast_jit(lambda params, *args: function(nnx.merge(graphdef, params), *args))
+    return partial(run, params)
+
+
+def shapes(function, *models):
+    """Shapes of what `function` of the models returns; nothing is computed."""
+    graphdefs, params = zip(*map(split, models), strict=True)
+
+    def run(params):
+        return function(*map(nnx.merge, graphdefs, params))
+
+    return jax.eval_shape(run, params)
+
+
+@cache
+def drawing(name, **overrides):
+    """Key -> parameters of a small model as it starts training."""
+    arguments = DEFAULTS[name] | overrides
+    return fast_jit(lambda key: split(create_model(name, seed=key, **arguments))[1])
+
+
+def drawn(name, seed, **overrides):
+    """Parameters of a small model as it starts training, by name."""
+    params = drawing(name, **overrides)(jax.random.key(seed))
+    return {k: np.asarray(v) for k, v in named_leaves(params).items()}
+
+
+def pictures(shape, tag="pictures"):
+    return jnp.asarray(reference.normal(tag, shape))
+
+
+def sample_keys(count, seed=0):
+    return jax.random.split(jax.random.key(seed), count)
+
+
+@cache
+def mae_run(dtype):
+    """Loss, outputs, gradients and parameters of a small masked autoencoder."""
+    images, noise = pictures((2, 64, 64, 3)), jnp.asarray(reference.noise("x", 2, 16))
+    graphdef, params = split(mini("mae_hivit_base", dtype=dtype))
+
+    def run(params):
+        out = nnx.merge(graphdef, params)(images, noise=noise)
+        return out.loss, out
+
+    step = fast_jit(jax.value_and_grad(run, has_aux=True))
+    (loss, out), gradients = step(params)
+    return loss, out, named_leaves(gradients), named_leaves(params)

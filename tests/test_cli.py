@@ -1,0 +1,229 @@
+"""The command line: what a user can get wrong, and what they are told."""
+
+import os
+import signal
+
+import pytest
+import recipes
+
+from hivit_jax.main import main
+
+MINI = recipes.arguments()  # --config and overrides of a recipe that works
+
+
+@pytest.fixture(autouse=True)
+def restored_signals():
+    handlers = {number: signal.getsignal(number) for number in (2, 15)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def check_message(err, fragments):
+    assert 1 <= len(err.splitlines()) <= 3
+    assert err.startswith("error: ")
+    for fragment in fragments:
+        assert fragment in err
+
+
+# Override -> what the message must contain: the culprit, and what was expected.
+BAD_OVERRIDES = [
+    (["optimizer.warmup_epoch=3"], ["'optimizer.warmup_epoch'", "warmup_epochs'?"]),
+    (["model.embed_dims=64"], ["'model.embed_dims'", "'model.embed_dim'?"]),
+    (["optimizer=3"], ["unknown config key 'optimizer'"]),
+    (["xyz.abc=3"], ["unknown config key 'xyz.abc'", "known: ", "batch_size"]),
+    (["batch_size=abc"], ["config.batch_size='abc'", "an integer"]),
+    (["batch_size=1.5"], ["config.batch_size='1.5'", "an integer"]),
+    (["mask_ratio=high"], ["config.mask_ratio='high'", "a number"]),
+    (["data.flip=maybe"], ["config.data.flip='maybe'", "true or false"]),
+    (["model.depths=3"], ["config.model.depths='3'", "a tuple"]),
+    (["model.drop_path_rate=(1,"], ["config.model.drop_path_rate", "a number"]),
+    (["model.image_size=60"], ["image_size=60", "patch_size=16"]),
+    (["model.image_size=0"], ["image_size=0", "patch_size=16"]),
+    (["model.patch_size=0"], ["patch_size=0"]),
+    (["model.inner_patches=8"], ["inner_patches=8", "depths=(1, 1, 2)"]),
+    (["model.embed_dim=0"], ["embed_dim=0"]),
+    (["model.dtype=float8"], ["dtype='float8'", "bfloat16"]),
+    (["model.drop_path_rate=1.0"], ["drop_path_rate=1.0"]),
+    (["mask_ratio=0"], ["mask_ratio=0.0", "0 < mask_ratio < 1"]),
+    (["mask_ratio=1"], ["mask_ratio=1.0", "0 < mask_ratio < 1"]),
+    (["mask_ratio=1.5"], ["mask_ratio=1.5", "0 < mask_ratio < 1"]),
+    (["mask_ratio=0.95"], ["mask_ratio=0.95", "none of 16 units", "0.9375"]),
+    (["batch_size=12"], ["batch_size=12", "8 devices"]),
+    (["batch_size=0"], ["batch_size=0", "at least 1"]),
+    (["optimizer.accumulate_steps=4"], ["batch_size=16", "accumulate_steps=4"]),
+    (["optimizer.accumulate_steps=0"], ["accumulate_steps=0", "at least 1"]),
+    (["optimizer.betas=(0.9,)"], ["optimizer.betas=(0.9,)", "two"]),
+    (["log_every=0"], ["log_every=0", "at least 1"]),
+    (["eval_every=0"], ["eval_every=0", "at least 1"]),
+    (["checkpoint_every=-5"], ["checkpoint_every=-5", "at least 1"]),
+    (["keep_checkpoints=0"], ["keep_checkpoints=0", "at least 1"]),
+    (["seed=-1"], ["seed=-1", "at least 0"]),
+    (["total_steps=0", "total_epochs=0"], ["total_steps=0", "total_epochs=0"]),
+    (["mesh.data=3"], ["mesh=", "'data': 3", "8 devices"]),
+    (["mesh.tensor=16"], ["mesh=", "'tensor': 16", "8 devices"]),
+    (["mesh.fsdp=-1"], ["mesh=", "'fsdp': -1", "at most one of them -1"]),
+    (["model.num_heads=3"], ["num_heads=3", "embed_dim=64", "multiple"]),
+    (["model.decoder_num_heads=3"], ["decoder_num_heads=3", "decoder_embed_dim=32"]),
+    (["model.name=mae_hivit_bse"], ["'mae_hivit_bse'", "'mae_hivit_base'?"]),
+    (["task=classification"], ["'classification'", "'classify'?"]),
+    (["task=classify"], ["task='classify'", "'mae_hivit_base'", "without mae_"]),
+    (["model.name=hivit_base"], ["task='mae'", "'hivit_base'", "a mae_ model"]),
+    (["data.name=digit"], ["data.name 'digit'", "'digits'?"]),
+    (["data.train_examples=-1"], ["data.train_examples=-1", "at least 0"]),
+    (["data.mean=(0.5,0.5)"], ["data.mean=(0.5, 0.5)", "model.in_channels=3"]),
+]
+
+
+@pytest.mark.parametrize(("overrides", "fragments"), BAD_OVERRIDES)
+def test_bad_override(overrides, fragments, tmp_path, capsys):
+    flags = [f"--config.{override}" for override in overrides]
+    assert main([*MINI, *flags, f"--workdir={tmp_path / 'run'}"]) == 2
+    check_message(capsys.readouterr().err, fragments)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "fragments"),
+    [
+        (["--workdir=x"], ["--config"]),
+        (["--config=configs/mae_bas.py", "--workdir=x"], ["mae_bas.py", "no such"]),
+        (["--config=README.md", "--workdir=x"], ["README.md", "a Python file"]),
+        (MINI, ["--workdir"]),
+        ([*MINI, "--mode=eval"], ["--mode=eval", "--workdir"]),
+        ([*MINI, "--workdir=x", "--mode=tain"], ["--mode", "'tain'", "describe"]),
+        ([*MINI, "--workdri=x"], ["--workdir"]),
+        ([*MINI, "--workdir=x", "--modee=eval"], ["'--modee=eval'", "--config.KEY"]),
+        ([*MINI, "--workdir=x", "batch_size=16"], ["'batch_size=16'", "--config.KEY"]),
+        ([*MINI, "--workdir=x", "--config.batch_size"], ["--config.KEY=VALUE"]),
+    ],
+)
+def test_bad_flag(argv, fragments, capsys, monkeypatch, tmp_path):
+    (tmp_path / "README.md").write_text("# not a recipe\n")
+    monkeypatch.chdir(tmp_path)
+    assert main(argv) == 2
+    check_message(capsys.readouterr().err, fragments)
+    assert os.listdir(tmp_path) == ["README.md"]
+
+
+@pytest.mark.parametrize(
+    ("text", "fragment"),
+    [
+        ("raise RuntimeError('xyz')", "RuntimeError: xyz"),
+        ("def get_config(:", "SyntaxError"),
+        ("x = 1", "get_config"),
+        ("def get_config():\n  return 1", "ConfigDict"),
+        (
+            "from ml_collections import ConfigDict\n"
+            "def get_config():\n  return ConfigDict({'task': 'mae'})",
+            "model",
+        ),
+    ],
+)
+def test_bad_recipe(text, fragment, capsys, tmp_path):
+    path = tmp_path / "recipe.py"
+    path.write_text(text)
+    assert main([f"--config={path}", f"--workdir={tmp_path}"]) == 2
+    check_message(capsys.readouterr().err, [str(path), fragment])
+
+
+def test_workdir_that_cannot_be_written(capsys, tmp_path):
+    (tmp_path / "file").touch()
+    for workdir in (tmp_path / "file" / "sub", tmp_path / "file"):
+        assert main([*MINI, f"--workdir={workdir}"]) == 2
+        check_message(capsys.readouterr().err, [f"workdir {workdir}", "written"])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Workdir of a run of one step."""
+    workdir = tmp_path_factory.mktemp("finished")
+    with recipes.quick(tmp_path_factory.mktemp("cache")):
+        assert main([*MINI, f"--workdir={workdir}", "--config.total_steps=1"]) == 0
+    return workdir
+
+
+def test_checkpoint_of_another_model(finished, tmp_path, capsys):
+    """In the workdir, as init_from, for evaluation."""
+    before = (finished / "config.json").read_text()
+    for flags in (
+        [f"--workdir={finished}"],
+        [f"--workdir={tmp_path}", f"--config.init_from={finished}"],
+        [f"--workdir={finished}", "--mode=eval"],
+        [f"--workdir={tmp_path}", f"--config.checkpoint={finished}", "--mode=eval"],
+    ):
+        assert main([*MINI, *flags, "--config.model.embed_dim=32"]) == 2
+        err = capsys.readouterr().err
+        check_message(err, [str(finished), "another model", "config makes it"])
+    assert (finished / "config.json").read_text() == before
+
+
+def test_no_checkpoint(finished, tmp_path, capsys):
+    empty, nowhere = tmp_path / "empty", tmp_path / "nowhere"
+    empty.mkdir()
+    for flags, place in (
+        ([f"--workdir={empty}", "--mode=eval"], empty),
+        ([f"--workdir={nowhere}", "--mode=eval"], nowhere),
+        (
+            [f"--workdir={finished}", f"--config.checkpoint={nowhere}", "--mode=eval"],
+            nowhere,
+        ),
+        ([f"--workdir={tmp_path / 'x'}", f"--config.init_from={nowhere}"], nowhere),
+        ([f"--workdir={tmp_path / 'x'}", f"--config.init_from={empty}"], empty),
+    ):
+        assert main([*MINI, *flags]) == 5
+        check_message(capsys.readouterr().err, ["no checkpoint", str(place)])
+    assert not nowhere.exists()
+
+
+def test_eval_mode(finished, capsys):
+    """Gives what the run itself found, from the workdir or from a path."""
+    step = finished / "checkpoints" / "1"
+    for flags in ([], [f"--config.checkpoint={step}"]):
+        assert main([*MINI, f"--workdir={finished}", "--mode=eval", *flags]) == 0
+        loss = recipes.lines(finished, "eval/loss")[1]
+        count = recipes.lines(finished, "eval/count")[1]
+        out = capsys.readouterr().out
+        assert f"step 1  eval  loss {loss:.4f}  ({count} images)" in out
+
+
+def describe(*overrides):
+    config = f"--config={recipes.ROOT / 'configs' / 'mae_base.py'}"
+    return main([config, "--mode=describe", *overrides])
+
+
+def test_describe_and_overrides(capsys):
+    assert describe("--config.model.decoder_depth=8") == 0
+    assert "93.3459 M" in capsys.readouterr().out
+    assert describe("--config.model.depths=[2,2,24]", "--config.mask_ratio=1") == 2
+    check_message(capsys.readouterr().err, ["mask_ratio=1.0"])
+
+
+def test_real_process_describes_without_tensorflow():
+    program = (
+        "import sys\n"
+        "from hivit_jax.main import main\n"
+        "code = main(sys.argv[1:])\n"
+        "assert 'tensorflow' not in sys.modules\n"
+        "sys.exit(code)"
+    )
+    flags = [f"--config={recipes.ROOT}/configs/mae_base.py", "--mode=describe"]
+    code, out, err = recipes.run("-c", program, *flags)
+    assert (code, err) == (0, "")
+    assert "= 87.04" in out
+    assert " M" in out
+    assert '"base_learning_rate": 0.0001' in out
+
+
+@pytest.mark.parametrize(
+    ("flags", "exit_code", "fragments"),
+    [
+        (["--config.batch_size=12"], 2, ["batch_size=12", "8 devices"]),
+        (["--mode=eval"], 5, ["no checkpoint"]),
+    ],
+)
+def test_errors_of_a_real_process(flags, exit_code, fragments, tmp_path):
+    arguments = ["-m", "hivit_jax.main", *MINI, f"--workdir={tmp_path}", *flags]
+    code, _, err = recipes.run(*arguments, devices=8)
+    assert code == exit_code
+    check_message(err, fragments)

@@ -1,0 +1,149 @@
+"""Killed and interrupted runs go on to the same bits, as real processes."""
+
+import re
+import signal
+import time
+
+import pytest
+import recipes
+
+STEPS, EVERY = 120, 50
+LONG = dict(total_steps=STEPS, checkpoint_every=EVERY)
+SYNTHETIC = dict(LONG, optimizer__ema_decay=0.9, optimizer__clip_norm=1.0)
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    """Programs are compiled once for all processes; tensorflow is for digits alone."""
+    directory = tmp_path_factory.mktemp("environment")
+    return {
+        "JAX_COMPILATION_CACHE_DIR": directory / "cache",
+        "PYTHONPATH": recipes.not_installed(directory / "missing", "clu"),
+    }
+
+
+def command(workdir, source, **overrides):
+    flags = recipes.arguments(source, **overrides)
+    return ["-m", "hivit_jax.main", *flags, f"--workdir={workdir}"]
+
+
+def checkpoints(workdir):
+    """Steps with a complete checkpoint."""
+    paths = (workdir / "checkpoints").glob("*")
+    return sorted(int(path.name) for path in paths if path.name.isdigit())
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, environment):
+    """source -> (workdir of a run that nothing disturbed, what it printed)."""
+    found = {}
+
+    def run(source, **overrides):
+        if source not in found:
+            workdir = tmp_path_factory.mktemp(source)
+            code, out, err = recipes.run(
+                *command(workdir, source, **overrides), **environment
+            )
+            assert code == 0, err
+            found[source] = workdir, out
+        return found[source]
+
+    return run
+
+
+def disturb(workdir, source, number, after, environment, **overrides):
+    """Starts a run; sends it a signal when it has done `after` more steps.
+
+    Waits for a checkpoint too where the recipe writes one before that step.
+
+    Returns:
+      (exit code, stdout, stderr).
+    """
+    log = workdir.with_suffix(".log")
+    begun = max(recipes.lines(workdir), default=0) if workdir.exists() else 0
+    process = recipes.start(
+        *command(workdir, source, **overrides), log=log, **environment
+    )
+    due = [s for s in range(1, after) if s % overrides["checkpoint_every"] == 0]
+    while not (
+        workdir.exists()
+        and max(recipes.lines(workdir), default=0) >= begun + after
+        and set(due) <= set(checkpoints(workdir))
+    ):
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.005)
+    process.send_signal(number)
+    _, err = process.communicate()
+    return process.returncode, log.read_text(), err
+
+
+def same_run(workdir, expected):
+    """The last state and all losses are identical; every step is there once."""
+    assert checkpoints(workdir)[-1] == checkpoints(expected)[-1] == STEPS
+    state = recipes.stored(workdir, STEPS)
+    assert int(state["optimizer"]["step"]) == STEPS
+    recipes.assert_identical(state, recipes.stored(expected, STEPS))
+    losses = recipes.lines(workdir)
+    assert list(losses) == list(range(1, STEPS + 1))
+    assert losses == recipes.lines(expected)
+    for name in ("gradient_norm", "eval/loss"):
+        assert recipes.lines(workdir, name) == recipes.lines(expected, name)
+
+
+@pytest.mark.parametrize(
+    ("source", "overrides"), [("synthetic", SYNTHETIC), ("digits", LONG)]
+)
+def test_killed_run(source, overrides, uninterrupted, environment, tmp_path):
+    expected, _ = uninterrupted(source, **overrides)
+    assert ("ema" in recipes.stored(expected, STEPS)) == (source == "synthetic")
+    workdir = tmp_path / "killed"
+    code, *_ = disturb(
+        workdir, source, signal.SIGKILL, EVERY + 5, environment, **overrides
+    )
+    assert code == -signal.SIGKILL
+    reached, saved = max(recipes.lines(workdir)), checkpoints(workdir)[-1]
+    assert saved < STEPS
+    assert saved <= reached < STEPS
+
+    code, out, err = recipes.run(*command(workdir, source, **overrides), **environment)
+    assert code == 0, err
+    assert f"going on at step {saved} from" in out
+    assert re.findall(r"^step (\d+)/", out, re.M)[0] == str(saved + 1)
+    same_run(workdir, expected)
+    assert (workdir / "figures" / f"reconstruction_{STEPS:07d}.png").is_file()
+
+
+def test_interrupted_run(uninterrupted, environment, tmp_path):
+    """SIGTERM, then Ctrl-C; no checkpoint is written but for them."""
+    expected, _ = uninterrupted("synthetic", **SYNTHETIC)
+    workdir, options = tmp_path / "interrupted", SYNTHETIC | {"checkpoint_every": 1000}
+    stopped = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        code, _, err = disturb(workdir, "synthetic", number, 5, environment, **options)
+        assert code == 75
+        message = f"{number.name}: step (\\d+) of {STEPS} is saved in {workdir}; run"
+        step = int(re.search(message, err)[1])
+        assert "Traceback" not in err
+        assert checkpoints(workdir) == [*stopped, step]
+        assert max(recipes.lines(workdir)) == step
+        assert int(recipes.stored(workdir, step)["optimizer"]["step"]) == step < STEPS
+        stopped.append(step)
+
+    arguments = command(workdir, "synthetic", **options)
+    code, out, err = recipes.run(*arguments, **environment)
+    assert code == 0, err
+    assert f"going on at step {stopped[-1]} from" in out
+    same_run(workdir, expected)
+
+
+def test_finished_run_only_evaluates(uninterrupted, environment):
+    workdir, before = uninterrupted("synthetic", **SYNTHETIC)
+    losses, state = recipes.lines(workdir), recipes.stored(workdir, STEPS)
+    arguments = command(workdir, "synthetic", **SYNTHETIC)
+    code, out, err = recipes.run(*arguments, **environment)
+    assert code == 0, err
+    assert not re.search(rf"^step \d+/{STEPS}|compil", out, re.M)
+    evaluation = [line for line in before.splitlines() if "eval  loss" in line][-1]
+    assert evaluation in out.splitlines()
+    assert recipes.lines(workdir) == losses
+    recipes.assert_identical(recipes.stored(workdir, STEPS), state)

@@ -1,0 +1,427 @@
+"""Training: the same numbers on every mesh, the official optimiser, what is stored."""
+
+import json
+import math
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import recipes
+import reference
+from flax import nnx
+from jax.sharding import AxisType
+
+import hivit_jax
+from hivit_jax import evaluate, optimizer, sharding, tasks
+from hivit_jax import train as training
+from hivit_jax.checkpoint import Checkpoints
+from hivit_jax.data import pipeline
+from hivit_jax.errors import ConfigError, DivergedError
+from hivit_jax.models import create_model, leaf_name, named_leaves, split
+from hivit_jax.weights import to_official
+
+OPTIONAL = ("tensorflow", "tensorflow_datasets", "clu", "sklearn", "torch")
+FSDP = dict(mesh__data=2, mesh__fsdp=4)
+EVERY_AXIS = dict(mesh__replica=2, mesh__data=1, mesh__fsdp=2, mesh__tensor=2)
+EVERY_STEP = dict(checkpoint_every=1, keep_checkpoints=10)
+AVERAGED = dict(
+    optimizer__ema_decay=0.5, optimizer__warmup_epochs=0.0, total_steps=3, **EVERY_STEP
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick(tmp_path_factory):
+    with recipes.quick(tmp_path_factory.mktemp("cache")):
+        yield
+
+
+class Run:
+    """A run of `train`.
+
+    born: its first state, as arrays of the host, by name.
+    shards: shape of the first and last state's pieces on device 0, by name.
+    """
+
+    def __init__(self, config, workdir):
+        self.workdir, self.born, self.shards = workdir, {}, []
+
+        def look(state):
+            leaves = named_leaves(state)
+            self.shards.append(
+                {k: v.addressable_shards[0].data.shape for k, v in leaves.items()}
+            )
+            self.born = self.born or jax.device_get(leaves)
+
+        def compile_step(step, arguments, shardings):
+            look(arguments[0])
+            return compile_really(step, arguments, shardings)
+
+        def save(checkpoints, state, config):
+            look(state)
+            save_really(checkpoints, state, config)
+
+        compile_really, save_really = training.compile_step, Checkpoints.save
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(training, "compile_step", compile_step)
+            patch.setattr(Checkpoints, "save", save)
+            self.results = training.train(config, workdir)
+
+    def params(self):
+        """The born parameters by name."""
+        return {
+            name.removeprefix("params/"): array
+            for name, array in self.born.items()
+            if name.startswith("params/")
+        }
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """(recipe, overrides) -> its `Run`; tests that ask for the same one share it."""
+
+    @cache
+    def train(recipe, **overrides):
+        config = recipe(**overrides)
+        return Run(config, tmp_path_factory.mktemp(recipe.__name__))
+
+    return train
+
+
+ALONE = f"""
+import sys
+from pathlib import Path
+import hivit_jax
+loaded = {{name.split(".")[0] for name in sys.modules}}
+assert not loaded & {{*{OPTIONAL!r}, "orbax"}}, sorted(loaded)
+workdir, *flags = sys.argv[1:]
+from hivit_jax.main import main
+assert main([*flags, f"--workdir={{workdir}}/mae"]) == 0
+import recipes
+from hivit_jax.train import train
+train(recipes.classifier(), f"{{workdir}}/classifier")
+"""
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """Workdirs mae/ and classifier/ of runs on one device, with no optional package."""
+    directory = tmp_path_factory.mktemp("alone")
+    missing = recipes.not_installed(directory / "missing", *OPTIONAL)
+    flags = recipes.arguments()
+    code, _, err = recipes.run(
+        *("-c", ALONE, directory, *flags),
+        PYTHONPATH=f"{missing}:{recipes.ROOT / 'tests'}",
+    )
+    assert code == 0, err
+    return directory
+
+
+def same_trajectory(actual, expected, steps=8):
+    assert list(actual) == list(expected) == list(range(1, steps + 1))
+    np.testing.assert_allclose([*actual.values()], [*expected.values()], rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["mae", "classifier"])
+def test_trains_on_one_device_without_optional_packages(name, alone, trained):
+    """The subprocess could import none of `OPTIONAL`; the losses are the same."""
+    run = trained(getattr(recipes, name), **EVERY_STEP if name == "mae" else {})
+    same_trajectory(recipes.lines(alone / name), recipes.lines(run.workdir))
+    assert not list((alone / name).glob("events.*"))
+
+
+@pytest.mark.parametrize(
+    ("name", "mesh"),
+    [("mae", FSDP), ("mae", EVERY_AXIS), ("classifier", FSDP)],
+    ids=["mae-fsdp", "mae-every_axis", "classifier-fsdp"],
+)
+def test_losses_do_not_depend_on_the_mesh(name, mesh, trained):
+    """The classifier drops paths, so that its draws are the mesh's neither."""
+    recipe = getattr(recipes, name)
+    reference_run = trained(recipe, **EVERY_STEP if name == "mae" else {})
+    run = trained(recipe, **mesh)
+    same_trajectory(recipes.lines(run.workdir), recipes.lines(reference_run.workdir))
+    assert run.results == pytest.approx(reference_run.results, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [
+        ("mae", dict(optimizer__accumulate_steps=2)),
+        ("mae", dict(optimizer__accumulate_steps=4, **EVERY_AXIS)),
+        ("classifier", dict(optimizer__accumulate_steps=4, **EVERY_AXIS)),
+    ],
+)
+def test_accumulation_changes_nothing(name, overrides, trained):
+    recipe = getattr(recipes, name)
+    reference_run = trained(recipe, **EVERY_STEP if name == "mae" else {})
+    run = trained(recipe, **overrides)
+    same_trajectory(recipes.lines(run.workdir), recipes.lines(reference_run.workdir))
+
+
+def test_losses_move(trained):
+    """What the comparisons above compare is training: neither constant nor alike."""
+    for recipe, options in ((recipes.mae, EVERY_STEP), (recipes.classifier, {})):
+        losses = list(recipes.lines(trained(recipe, **options).workdir).values())
+        assert len(set(losses)) == 8
+        assert max(losses) - min(losses) > 1e-2
+
+
+def test_state_is_sharded_from_its_first_moment(trained):
+    run = trained(recipes.mae, **FSDP)
+    for shards in run.shards:
+        for name, leaf in run.born.items():
+            pieces = leaf.size // math.prod(shards[name])
+            large = leaf.size >= 2**13 and any(side % 4 == 0 for side in leaf.shape)
+            assert pieces == (4 if large else 1), name
+    # Its second dimension is the tensor axis's, of one device here.
+    kernel = "encoder/stages/2/0/mlp/fc1/kernel"  # [64, 256]
+    born, last = run.shards[0], run.shards[-1]
+    for prefix in ("params", "opt_state/0/mu", "opt_state/0/nu"):
+        assert born[f"{prefix}/{kernel}"] == last[f"{prefix}/{kernel}"] == (16, 256)
+
+
+def test_tensor_axis_splits_heads_and_hidden_units(trained):
+    shards = trained(recipes.mae, **EVERY_AXIS).shards[-1]
+    block = "params/encoder/stages/2/0"
+    assert shards[f"{block}/attn/qkv/kernel"] == (32, 3, 1, 32)  # of [64, 3, 2, 32]
+    assert shards[f"{block}/attn/qkv/bias"] == (3, 1, 32)
+    assert shards[f"{block}/attn/proj/kernel"] == (32, 64)  # of [64, 64]: small
+    assert shards[f"{block}/mlp/fc1/kernel"] == (32, 128)  # of [64, 256]
+    assert shards[f"{block}/mlp/fc2/kernel"] == (128, 32)  # of [256, 64]
+
+
+# --- The optimiser against the official one -----------------------------------------
+
+
+def test_ten_steps_of_the_official_adamw():
+    arrays, facts = (
+        reference.golden("adamw_traj"),
+        reference.FIXTURES["adamw_traj"],
+    )
+    overrides = {
+        reference.OUR_NAMES.get(key, key): value
+        for key, value in reference.FIXTURES["mae_mini"]["config"].items()
+    }
+    state = reference.state_dict("mae_mini")
+    model, params = reference.build("mae_hivit_base", state, **overrides)
+    images = jnp.asarray(reference.images("traj64", 4, 64))
+    config = recipes.mae()
+    assert (config.optimizer.betas, config.optimizer.weight_decay) == (
+        (0.9, 0.95),
+        0.05,
+    )
+    transform = optimizer.make_optimizer(config, lambda step: 1e-3, params)
+    graphdef = split(model)[0]
+
+    def loss_fn(params, noise):
+        return nnx.merge(graphdef, params)(images, noise=noise).loss
+
+    @jax.jit
+    def step(params, opt_state, noise):
+        loss, gradient = jax.value_and_grad(loss_fn)(params, noise)
+        updates, opt_state = transform.update(gradient, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, loss
+
+    opt_state, losses = transform.init(params), []
+    for number in range(11):
+        noise = jnp.asarray(reference.noise(f"traj{number}", 4, 16))
+        before, (params, opt_state, loss) = params, step(params, opt_state, noise)
+        losses.append(loss)
+    params = before  # the eleventh step was for its loss
+    np.testing.assert_allclose(losses, facts["loss_f64"], atol=5e-6, rtol=0)
+
+    final = to_official(params, model)
+    assert {f"final/{name}" for name in final} == {k for k in arrays if "final/" in k}
+    for name, array in final.items():
+        difference = np.abs(array - arrays[f"final/{name}"])
+        if name.endswith("qkv.bias"):  # Adam moves the keys' third by rounding alone
+            difference = difference.reshape(3, -1)[[0, 2]]
+        assert difference.max() < 3e-4, name
+    np.testing.assert_array_equal(
+        final["decoder_pos_embed"], state["decoder_pos_embed"]
+    )
+
+
+def facts(name):
+    return json.loads((reference.GOLDEN / f"{name}.json").read_text())
+
+
+def by_official_name(model, values):
+    """A number per parameter, nested like the parameters -> by official name."""
+    filled = jax.tree.map(
+        lambda leaf, value: np.broadcast_to(np.float64(value), leaf.shape),
+        split(model)[1],
+        values,
+    )
+    return {name: a.flat[0] for name, a in to_official(filled, model).items()}
+
+
+def weight_decays(model, task):
+    decays = jax.tree_util.tree_map_with_path(
+        lambda path, _: 0.05 * optimizer.decays(leaf_name(path), task), split(model)[1]
+    )
+    return by_official_name(model, decays)
+
+
+def abstract(name, **overrides):
+    return nnx.eval_shape(lambda: create_model(name, **overrides))
+
+
+def test_weight_decay_groups_of_pretraining():
+    expected = facts("weight_decay_groups")["mae_pretrain_base"]
+    actual = weight_decays(abstract("mae_hivit_base"), "mae")
+    assert all(actual.pop(name) == 0 for name in expected["frozen"])
+    assert actual == expected["wd"]
+
+
+@pytest.mark.parametrize("size", ["mini", "hivit_base"])
+def test_layer_decay_and_weight_decay_of_finetuning(size):
+    expected = facts(f"layer_decay_{size}")
+    mini = {
+        reference.OUR_NAMES.get(key, key): value
+        for key, value in reference.MINI_CLASSIFIER.items()
+    }
+    model = abstract("hivit_base", **mini if size == "mini" else {})
+    scales = optimizer.learning_rate_scales(split(model)[1], expected["layer_decay"])
+    scales, decays = by_official_name(model, scales), weight_decays(model, "classify")
+    assert scales.keys() == expected["params"].keys()
+    for name, fact in expected["params"].items():
+        assert scales[name] == pytest.approx(fact["lr_scale"], rel=1e-12), name
+        assert decays[name] == fact["weight_decay"], name
+
+
+@pytest.mark.parametrize(
+    ("fact", "name", "rate"),
+    [
+        ("supervised_tiny", "hivit_tiny", 0.05),
+        ("supervised_small", "hivit_small", 0.3),
+        ("supervised_base", "hivit_base", 0.5),
+        ("finetune_base_0.2", "hivit_base", 0.2),
+    ],
+)
+def test_drop_path_rates(fact, name, rate):
+    model = abstract(name, drop_path_rate=rate)
+    rates = [block.drop_rate for stage in model.encoder.stages for block in stage]
+    expected = [x for x in facts("drop_path")[fact] if x is not None]
+    np.testing.assert_allclose(rates, expected, rtol=1e-6)
+    numbers = [block.number for stage in model.encoder.stages for block in stage]
+    assert numbers == list(range(len(expected)))  # no two blocks share draws
+
+
+# --- What is kept ------------------------------------------------------------------
+
+
+def test_average_of_parameters(trained):
+    run = trained(recipes.mae, **AVERAGED)
+    average = run.params()
+    for step in (1, 2, 3):
+        items = recipes.stored(run.workdir, step)
+        average = {k: 0.5 * average[k] + 0.5 * v for k, v in items["params"].items()}
+        assert items["ema"].keys() == average.keys()
+        for name, array in items["ema"].items():
+            np.testing.assert_allclose(array, average[name], rtol=1e-6, atol=1e-9)
+    kernel = "decoder_pred/kernel"
+    moved = np.abs(items["ema"][kernel] - items["params"][kernel])
+    assert moved.max() > 1e-4
+
+    loaded = split(hivit_jax.load_pretrained(run.workdir))[1]
+    recipes.assert_identical(jax.device_get(named_leaves(loaded)), items["ema"])
+
+
+def test_load_pretrained(trained):
+    workdir = trained(recipes.mae, **EVERY_STEP).workdir
+    model = hivit_jax.load_pretrained(workdir)
+    assert (model.encoder.embed_dim, model.norm_pix_loss) == (64, True)
+    loaded = jax.device_get(named_leaves(split(model)[1]))
+    recipes.assert_identical(loaded, recipes.stored(workdir, 8)["params"])
+    step = hivit_jax.load_pretrained(workdir / "checkpoints" / "3")
+    loaded = jax.device_get(named_leaves(split(step)[1]))
+    recipes.assert_identical(loaded, recipes.stored(workdir, 3)["params"])
+
+
+def test_divergence_saves_the_state_before_it(trained, tmp_path, monkeypatch):
+    """Step 5 of 8 is poisoned and noticed at step 6, the next that is logged."""
+
+    def poisoned(config, first, last):
+        for step, batch in enumerate(clean(config, first, last), first):
+            weight = batch["weight"] * (np.nan if step == 4 else 1)
+            yield batch | {"weight": weight.astype(np.float32)}
+
+    clean = pipeline.train_batches
+    monkeypatch.setattr(pipeline, "train_batches", poisoned)
+    config = recipes.mae(log_every=6, checkpoint_every=3)
+    with pytest.raises(DivergedError, match="^step 5: loss nan.*\n.*of step 4, is sav"):
+        training.train(config, tmp_path)
+    steps = {int(path.name) for path in (tmp_path / "checkpoints").iterdir()}
+    assert steps == {3, 4}
+    reference_run = trained(recipes.mae, **EVERY_STEP)
+    for step in steps:
+        items = recipes.stored(tmp_path, step)
+        recipes.assert_identical(items, recipes.stored(reference_run.workdir, step))
+        assert all(np.isfinite(a).all() for a in jax.tree.leaves(items))
+
+
+def test_classifier_from_pretraining(trained):
+    pretrained = trained(recipes.mae, **EVERY_STEP).workdir
+    run = trained(recipes.classifier, init_from=str(pretrained))
+    born, fresh = run.params(), trained(recipes.classifier).params()
+    expected = recipes.stored(pretrained, 8)["params"]
+    for name, array in born.items():
+        if name.endswith("relative_position_bias_table"):
+            assert not array.any()
+        elif name.startswith("encoder/"):
+            np.testing.assert_array_equal(array, expected[name])
+            assert (array != fresh[name]).any(), name
+    assert {k for k in expected if k.startswith("encoder/")} <= born.keys()
+    assert born["head/kernel"].std() == pytest.approx(2e-5, rel=0.15)
+    assert fresh["head/kernel"].std() == pytest.approx(0.02, rel=0.15)
+    assert not born["head/bias"].any()
+    assert (born["fc_norm/scale"] == 1).all()
+
+
+def test_pretraining_from_pretraining(trained):
+    """Everything is taken over; the average starts from it, the optimiser anew."""
+    pretrained = trained(recipes.mae, **EVERY_STEP).workdir
+    run = trained(recipes.mae, init_from=str(pretrained), **AVERAGED)
+    expected = recipes.stored(pretrained, 8)["params"]
+    recipes.assert_identical(run.params(), expected)
+    for name, array in expected.items():
+        np.testing.assert_array_equal(run.born[f"ema/{name}"], array)
+    assert run.born["step"] == 0
+
+
+@pytest.mark.parametrize("recipe", [recipes.mae, recipes.classifier])
+def test_pretrained_model_of_another_width(recipe, trained, tmp_path):
+    pretrained = trained(recipes.mae, **EVERY_STEP).workdir
+    config = recipe(init_from=str(pretrained), model__embed_dim=32)
+    with pytest.raises(ConfigError, match=r"another model.*\n.* this config makes"):
+        training.train(config, tmp_path)
+
+
+# --- Evaluation ----------------------------------------------------------------------
+
+
+def mesh_of(devices):
+    shape = (1, len(devices), 1, 1)
+    types = (AxisType.Auto,) * 4
+    return jax.make_mesh(shape, sharding.AXES, axis_types=types, devices=devices)
+
+
+@pytest.mark.parametrize("recipe", [recipes.mae, recipes.classifier])
+def test_every_image_counts_once_in_any_batch(recipe):
+    """360 images: 128 does not divide them, 72 does."""
+    config = recipe("digits")
+    graphdef, params = split(tasks.build_model(config))
+    results = []
+    for batch_size, devices in ((128, 8), (72, 1)):
+        config.batch_size = batch_size
+        eval_step = evaluate.make_eval_step(config, graphdef)
+        mesh = mesh_of(jax.devices()[:devices])
+        shardings = sharding.state_shardings(mesh, params)
+        placed = jax.device_put(params, shardings)
+        results.append(evaluate.evaluate(config, eval_step, placed, mesh))
+    assert results[0]["eval/count"] == 360
+    assert results[1] == pytest.approx(results[0], rel=1e-6)

@@ -1,0 +1,116 @@
+"""Official state dicts to our parameters and back."""
+
+import re
+
+import jax
+import numpy as np
+import pytest
+import reference
+from networks import abstract
+from numpy.testing import assert_array_equal
+
+from hivit_jax.errors import CheckpointError
+from hivit_jax.models import (
+    leaf_name,
+    named_leaves,
+    split,
+)
+from hivit_jax.weights import from_official, to_official
+
+# Official state dicts
+
+
+FIXTURES = [k for k, v in reference.FIXTURES.items() if "state_dict" in v]
+
+
+def fixture_model(fixture):
+    """The abstract model of a fixture."""
+    facts = reference.FIXTURES[fixture]
+    if fixture == "mmpretrain_tiny":
+        return abstract("hivit_tiny", fc_norm=False, layer_norm_eps=1e-5)
+    if fixture in reference.SUPERVISED:
+        return abstract(f"hivit_{fixture[4:]}")
+    config = dict(facts.get("config", {}))
+    overrides = {reference.OUR_NAMES.get(k, k): v for k, v in config.items()}
+    overrides = {k: tuple(v) if type(v) is list else v for k, v in overrides.items()}
+    name = "hivit_base" if "num_classes" in config else "mae_hivit_base"
+    return abstract(name, **overrides)
+
+
+@pytest.mark.parametrize("fixture", FIXTURES)
+def test_official_state_dict_and_back(fixture):
+    """Names and bytes; every number of the state dict is another one."""
+    shapes = reference.FIXTURES[fixture]["state_dict"]
+    state, start = {}, 0
+    for name, shape in shapes.items():
+        if not name.endswith("relative_position_index"):
+            size = int(np.prod(shape))
+            numbers = np.arange(start, start + size, dtype=np.uint32)
+            state[name], start = numbers.view(np.float32).reshape(shape), start + size
+    model = fixture_model(fixture)
+    ours = from_official(state, model)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(split(model)[1]):
+        assert named_leaves(ours)[leaf_name(path)].shape == leaf.shape
+    back = to_official(ours, model)
+    if fixture == "mmpretrain_tiny":
+        names = {
+            "backbone.pos_embed": "absolute_pos_embed",
+            "head.fc.weight": "head.weight",
+            "head.fc.bias": "head.bias",
+        }
+        state = {names.get(k, k.removeprefix("backbone.")): v for k, v in state.items()}
+    if "nohifeat" in fixture:  # stored there, never applied
+        del state["norm.weight"], state["norm.bias"]
+    assert back.keys() == state.keys()
+    for name, array in state.items():
+        assert back[name].shape == array.shape, name
+        assert back[name].dtype == np.float32
+        assert back[name].tobytes() == array.tobytes(), name
+
+
+@pytest.fixture
+def mae_state():
+    return reference.state_dict("mae_mini"), fixture_model("mae_mini")
+
+
+@pytest.mark.parametrize("name", ["blocks.0.mlp.fc1.weight", "mask_token", "norm.bias"])
+def test_missing_entry(mae_state, name):
+    state, model = mae_state
+    del state[name]
+    with pytest.raises(CheckpointError, match=f"has no '{re.escape(name)}'"):
+        from_official(state, model)
+
+
+@pytest.mark.parametrize("name", ["cls_token", "blocks.99.norm1.weight"])
+def test_extra_entry(mae_state, name):
+    state, model = mae_state
+    state[name] = np.zeros(3, np.float32)
+    with pytest.raises(CheckpointError, match=f"no place for '{re.escape(name)}'"):
+        from_official(state, model)
+
+
+def test_relative_position_index_is_not_an_entry(mae_state):
+    state, model = mae_state
+    expected = named_leaves(from_official(state, model))
+    for name in ("relative_position_index", "blocks.6.attn.relative_position_index"):
+        state[name] = np.zeros((16, 16), np.int64)
+    for name, array in named_leaves(from_official(state, model)).items():
+        assert_array_equal(array, expected[name])
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "here"),
+    [
+        ("absolute_pos_embed", (1, 196, 64), [1, 16, 64]),
+        ("patch_embed.proj.weight", (16, 1, 4, 4), [16, 3, 4, 4]),
+        ("blocks.6.attn.qkv.weight", (64, 192), [192, 64]),
+        ("decoder_embed.weight", (32, 64), [32, 448]),
+        ("norm.weight", (64,), [448]),
+    ],
+)
+def test_wrongly_shaped_entry(mae_state, name, shape, here):
+    state, model = mae_state
+    state[name] = np.zeros(shape, np.float32)
+    message = re.escape(f"'{name}' is {list(shape)}, here {here}")
+    with pytest.raises(CheckpointError, match=message):
+        from_official(state, model)
