@@ -138,22 +138,20 @@ def load_encoder(step_path: Path, abstract_encoder: Any) -> Any:
         return checkpointer.restore(step_path / item, args=args)["encoder"]
 
 
-def load_pretrained_params(config: Any, params: Any) -> Any:
-    """`params` with what the checkpoint `config.init_from` holds of them.
+def load_pretrained_params(path: Path, task: str, params: Any) -> Any:
+    """`params` of a model for `task` with what the checkpoint step `path` has of them.
 
     Pretraining goes on with everything. A classifier takes the encoder; relative
     position tables that pretraining did not have start from 0, and the head's std goes
     from 0.02 down to 2e-5 (official ``main_finetune.py``).
 
     Raises:
-      CheckpointError: no checkpoint there.
-      ConfigError: it is of another model.
+      ConfigError: the checkpoint is of another model.
     """
-    path = find(config.init_from)
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params
     )
-    if config.task == "mae":
+    if task == "mae":
         say(f"starting from all parameters of {path}")
         return load_params(path, abstract)
     loaded = named_leaves(load_encoder(path, abstract["encoder"]))

@@ -22,6 +22,17 @@ KINDS = {
     object: "an integer, or a tuple such as (224,192)",
 }
 
+# What every recipe says, beside what its task wants.
+KEYS = {
+    "": "task seed batch_size total_epochs total_steps log_every eval_every "
+    "checkpoint_every keep_checkpoints init_from checkpoint topology",
+    "model": "name image_size in_channels",
+    "data": "name train_examples subset crop_scale flip mean std",
+    "optimizer": "base_learning_rate min_learning_rate warmup_epochs betas "
+    "weight_decay layer_decay clip_norm ema_decay accumulate_steps",
+    "mesh": "replica data fsdp tensor",
+}
+TASK_KEYS = {"mae": "mask_ratio", "classify": "label_smoothing"}
 # The smallest values that work.
 LEAST = {
     "seed": 0,
@@ -84,8 +95,12 @@ def _read(path: Path) -> ConfigDict:
     try:
         spec.loader.exec_module(module)
         config = module.get_config()
-        if not isinstance(config, ConfigDict) or "model" not in config:
-            raise TypeError("get_config() must return a ConfigDict with .model")
+        if not isinstance(config, ConfigDict):
+            raise TypeError("get_config() must return a ConfigDict")
+        for part, names in KEYS.items():
+            for name in names.split():
+                if name not in (config.get(part, {}) if part else config):
+                    raise TypeError(f"config.{part}{'.' * bool(part)}{name} is missing")
         return config
     except Exception as error:
         raise ConfigError(
@@ -94,11 +109,13 @@ def _read(path: Path) -> ConfigDict:
 
 
 def _check(config: ConfigDict) -> None:
-    """ConfigError for a number that nothing else checks before it does harm."""
+    """ConfigError for what nothing else checks before it does harm."""
+    key = TASK_KEYS.get(config.task)
+    if key and key not in config:
+        raise ConfigError(f"task={config.task!r} needs a recipe with config.{key}")
     for key, least in LEAST.items():
-        value = config
-        for name in key.split("."):
-            value = value[name]
+        *parents, leaf = key.split(".")
+        value = (config[parents[0]] if parents else config)[leaf]
         if value < least:
             raise ConfigError(f"{key}={value}; expected at least {least}")
     if len(config.optimizer.betas) != 2:

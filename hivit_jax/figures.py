@@ -60,7 +60,7 @@ def draw_curves(path: Path, workdir: Path) -> np.ndarray:
     for name, label in (("loss", "training loss"), ("eval/loss", "evaluation loss")):
         points = [(line["step"], line[name]) for line in lines if name in line]
         if points:
-            axis.plot(*zip(*points, strict=True), label=label)
+            axis.plot(*zip(*points, strict=True), ".-", label=label)
     axis.set_xlabel("step")
     axis.set_ylabel("loss")
     points = [
@@ -68,7 +68,7 @@ def draw_curves(path: Path, workdir: Path) -> np.ndarray:
     ]
     if points:
         right = axis.twinx()
-        right.plot(*zip(*points, strict=True), color="C2", label="evaluation top-1")
+        right.plot(*zip(*points, strict=True), "C2.-", label="evaluation top-1")
         right.set_ylabel("top-1")
         right.set_ylim(0, 1)
         right.legend(loc="center right")

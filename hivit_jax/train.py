@@ -69,9 +69,12 @@ def train(
         state = checkpoints.restore(step, abstract_state, shardings)
         say(f"going on at step {step:,} from {checkpoints.directory / str(step)}")
     else:
+        pretrained = checkpoint.find(config.init_from) if config.init_from else None
         state = jax.jit(init, out_shardings=shardings)()
-        if config.init_from:
-            params = checkpoint.load_pretrained_params(config, state["params"])
+        if pretrained:
+            params = checkpoint.load_pretrained_params(
+                pretrained, config.task, state["params"]
+            )
             state["params"] = jax.device_put(params, shardings["params"])
             if "ema" in state:
                 state["ema"] = jax.tree.map(jnp.copy, state["params"])
@@ -248,7 +251,7 @@ def make_train_step(
             zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
             (grads, values), _ = jax.lax.scan(add, zeros, parts)
 
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(
             grads, state["opt_state"], state["params"]
         )

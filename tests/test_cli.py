@@ -67,7 +67,7 @@ BAD_OVERRIDES = [
     (["model.decoder_num_heads=3"], ["decoder_num_heads=3", "decoder_embed_dim=32"]),
     (["model.name=mae_hivit_bse"], ["'mae_hivit_bse'", "'mae_hivit_base'?"]),
     (["task=classification"], ["'classification'", "'classify'?"]),
-    (["task=classify"], ["task='classify'", "'mae_hivit_base'", "without mae_"]),
+    (["task=classify"], ["task='classify'", "config.label_smoothing"]),
     (["model.name=hivit_base"], ["task='mae'", "'hivit_base'", "a mae_ model"]),
     (["data.name=digit"], ["data.name 'digit'", "'digits'?"]),
     (["data.train_examples=-1"], ["data.train_examples=-1", "at least 0"]),
@@ -116,7 +116,7 @@ def test_bad_flag(argv, fragments, capsys, monkeypatch, tmp_path):
         (
             "from ml_collections import ConfigDict\n"
             "def get_config():\n  return ConfigDict({'task': 'mae'})",
-            "model",
+            "config.seed is missing",
         ),
     ],
 )
