@@ -48,7 +48,6 @@ SOURCES = {
 }
 FILES = {"synthetic": "configs/mae_base.py", "digits": "configs/digits_mae.py"}
 CLASSIFIER = {
-    "task": "classify",
     "model__name": "hivit_base",
     "model__num_classes": 10,
     "model__drop_path_rate": 0.3,
@@ -77,7 +76,7 @@ def classifier(source: str = "synthetic", **overrides) -> ConfigDict:
     """The mini classifier's config, with drop path and label smoothing."""
     config = mae(source, **CLASSIFIER | overrides)
     with config.unlocked():
-        config.label_smoothing = 0.1
+        config.task, config.label_smoothing = "classify", 0.1
         for key in list(config.model):
             if key.startswith(PRETRAINING_ONLY):
                 del config.model[key]

@@ -83,6 +83,13 @@ def test_bad_override(overrides, fragments, tmp_path, capsys):
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
+def test_masked_autoencoder_does_not_classify(tmp_path, capsys):
+    config = f"--config={recipes.ROOT / 'configs' / 'digits_finetune.py'}"
+    name = "--config.model.name=mae_hivit_tiny"
+    assert main([config, name, f"--workdir={tmp_path}"]) == 2
+    check_message(capsys.readouterr().err, ["'mae_hivit_tiny'", "without mae_"])
+
+
 @pytest.mark.parametrize(
     ("argv", "fragments"),
     [
