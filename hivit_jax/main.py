@@ -85,15 +85,20 @@ def run(argv: Sequence[str]) -> None:
         train(config, workdir, catch_signals())
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
+def exit_code(action: Callable[[], object]) -> int:
+    """Does something; prints the HivitError it may end with. Returns the exit code."""
     try:
-        run(sys.argv[1:] if argv is None else argv)
+        action()
     except HivitError as error:
         label = "" if isinstance(error, Interrupted) else "error: "
         print(f"{label}{error}", file=sys.stderr, flush=True)
         return error.exit_code
     return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    return exit_code(lambda: run(sys.argv[1:] if argv is None else argv))
 
 
 if __name__ == "__main__":

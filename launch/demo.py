@@ -21,8 +21,7 @@ import numpy as np
 from hivit_jax import config as configs
 from hivit_jax.data.sources import open_source
 from hivit_jax.data.transforms import resize
-from hivit_jax.errors import HivitError, Interrupted
-from hivit_jax.main import catch_signals
+from hivit_jax.main import catch_signals, exit_code
 from hivit_jax.metrics import say
 from hivit_jax.train import train
 
@@ -100,13 +99,7 @@ def main() -> int:
     # The classifiers differ in data alone: only the first has to be compiled.
     jax.config.update("jax_compilation_cache_dir", str(workdir.absolute() / "cache"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    try:
-        demo(workdir, catch_signals())
-    except HivitError as error:
-        label = "" if isinstance(error, Interrupted) else "error: "
-        print(f"{label}{error}", file=sys.stderr, flush=True)
-        return error.exit_code
-    return 0
+    return exit_code(lambda: demo(workdir, catch_signals()))
 
 
 if __name__ == "__main__":

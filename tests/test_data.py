@@ -1,4 +1,4 @@
-"""Order, sources, batches, crops on the host, and augmentation on the device."""
+"""Order of samples, sources, batches."""
 
 import io
 import math
@@ -6,15 +6,14 @@ import sys
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from numpy.testing import assert_allclose, assert_array_equal
+from numpy.testing import assert_array_equal
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from hivit_jax import augment, config
-from hivit_jax.data import pipeline, sources, transforms
+from hivit_jax import config
+from hivit_jax.data import pipeline, sources
 from hivit_jax.data.pipeline import permutation, samples_at
 from hivit_jax.errors import ConfigError, DataError
 
@@ -344,178 +343,3 @@ def test_synthetic_images_need_no_tensorflow(monkeypatch):
     assert len(np.unique(batches[0]["image"], axis=0)) > 32
     count = sum(batch["weight"].sum() for batch in pipeline.eval_batches(cfg))
     assert count == sources.num_examples(cfg.data, "test") > 0
-
-
-# Crops
-
-
-@pytest.fixture
-def tf():
-    return pipeline._tensorflow()
-
-
-@pytest.fixture
-def boxes(tf, monkeypatch):
-    """Boxes (top, left, height, width) of the crops made in a test."""
-    found, crop = [], tf.image.crop_to_bounding_box
-
-    def record(image, *box):
-        found.append([int(side) for side in box])
-        return crop(image, *box)
-
-    monkeypatch.setattr(tf.image, "crop_to_bounding_box", record)
-    return found
-
-
-def noise_image(*shape):
-    return np.random.RandomState(0).randint(0, 256, shape).astype(np.uint8)
-
-
-@pytest.mark.parametrize(("height", "width"), [(120, 120), (100, 160)])
-def test_random_crops(boxes, height, width):
-    image, low, high, count = noise_image(height, width, 3), 0.1, 0.5, 150
-    for seed in range(count):
-        out = transforms.random_resized_crop(image, (8, 12), (low, high), [7, seed])
-        assert out.shape == (8, 12, 3)
-        assert out.dtype == "uint8"
-    top, left, h, w = np.array(boxes).T
-    assert (top >= 0).all()
-    assert (left >= 0).all()
-    assert (top + h <= height).all()
-    assert (left + w <= width).all()
-    # Sides are rounded to whole pixels after area and aspect are drawn.
-    area = height * width
-    assert ((h + 0.5) * (w + 0.5) >= low * area).all()
-    assert ((h - 0.5) * (w - 0.5) <= high * area).all()
-    assert ((w + 0.5) / (h - 0.5) >= 3 / 4).all()
-    assert ((w - 0.5) / (h + 0.5) <= 4 / 3).all()
-    # Uniform area, log-uniform aspect, uniform place: means within four errors.
-    error = 4 / math.sqrt(12 * count)
-    assert (h * w / area).mean() == pytest.approx(0.3, abs=error * 0.4)
-    assert np.log(w / h).mean() == pytest.approx(0, abs=error * math.log(16 / 9))
-    for place, side, whole in ((top, h, height), (left, w, width)):
-        assert (place / (whole - side)).mean() == pytest.approx(0.5, abs=error)
-    assert len(set(map(tuple, boxes))) > 0.9 * count
-
-
-def test_crop_is_a_function_of_its_seed(boxes):
-    image = noise_image(40, 50, 3)
-
-    def crop(seed):
-        return np.asarray(transforms.random_resized_crop(image, (8, 8), (0.2, 1), seed))
-
-    one, again, other = crop([1, 2]), crop([1, 2]), crop([2, 1])
-    assert_array_equal(one, again)
-    assert (one != other).any()
-    top, left, height, width = boxes[0]
-    part = image[top : top + height, left : left + width]
-    assert_array_equal(one, transforms.resize(part, (8, 8)))
-
-
-@pytest.mark.parametrize(
-    ("shape", "size"),
-    [((1, 50), (1, 1)), ((50, 1), (1, 1)), ((6, 60), (6, 8)), ((60, 6), (8, 6))],
-)
-def test_image_that_no_crop_fits(boxes, shape, size):
-    """The largest centred crop of an allowed aspect."""
-    image = noise_image(*shape, 1)
-    out = transforms.random_resized_crop(image, (8, 8), (0.9, 1.0), [0, 0])
-    assert out.shape == (8, 8, 1)
-    top, left, *found = boxes[0]
-    assert tuple(found) == size
-    for first, side, whole in zip((top, left), size, shape, strict=True):
-        assert abs(2 * first + side - whole) <= 1
-
-
-def test_crop_of_everything_is_plain_resize(boxes):
-    image = noise_image(30, 30, 3)
-    for seed in range(10):
-        out = transforms.random_resized_crop(image, (8, 8), (1.0, 1.0), [seed, 0])
-        assert_array_equal(out, transforms.resize(image, (8, 8)))
-    assert boxes == [[0, 0, 30, 30]] * 10
-
-
-def test_resize_keeps_flat_colours_and_range():
-    for level in (0, 1, 127, 255):
-        image = np.full((9, 7, 3), level, np.uint8)
-        assert (transforms.resize(image, (16, 5)).numpy() == level).all()
-    # Bicubic overshoots at an edge; it must not wrap around.
-    edge = np.zeros((8, 8, 1), np.uint8)
-    edge[:, 4:] = 255
-    larger = transforms.resize(edge, (32, 32)).numpy()[0, :, 0].astype(int)
-    assert larger[:12].max() < 40
-    assert larger[20:].min() > 215
-    # Downwards every pixel counts.
-    mean = transforms.resize(noise_image(64, 64, 1), (2, 2)).numpy().astype(float)
-    assert np.abs(mean - 127.5).max() < 20
-
-
-def test_decode():
-    image = noise_image(5, 7, 3)
-    for channels in (1, 3):
-        buffer = io.BytesIO()
-        Image.fromarray(image[..., 0] if channels == 1 else image).save(buffer, "PNG")
-        decoded = transforms.decode(buffer.getvalue(), channels).numpy()
-        assert_array_equal(decoded, image[..., :channels])
-
-
-# On the device
-
-
-def test_normalize():
-    images = noise_image(2, 5, 6, 3)
-    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    out = augment.normalize(jnp.asarray(images), mean, std)
-    assert out.dtype == jnp.float32
-    assert_allclose(out, (images / 255 - np.array(mean)) / np.array(std), atol=1e-6)
-
-
-def test_random_flip():
-    keys = jax.random.split(jax.random.key(0), 1000)
-    images = np.random.RandomState(0).rand(1000, 2, 3, 1).astype(np.float32)
-    out = np.asarray(augment.random_flip(jnp.asarray(images), keys))
-    flipped = (out == images[:, :, ::-1]).all((1, 2, 3))
-    same = (out == images).all((1, 2, 3))
-    assert (flipped ^ same).all()
-    # Standard error of the share: 0.016.
-    assert flipped.mean() == pytest.approx(0.5, abs=0.06)
-    order = np.random.RandomState(1).permutation(1000)[:64]
-    part = augment.random_flip(jnp.asarray(images[order]), keys[order])
-    assert_array_equal(part, out[order])
-
-
-def test_smooth_labels():
-    out = np.asarray(augment.smooth_labels(jnp.asarray([2, 0]), 4, 0.1))
-    expected = [[0.025, 0.025, 0.925, 0.025], [0.925, 0.025, 0.025, 0.025]]
-    assert_allclose(out, expected, atol=1e-7)
-    assert_allclose(out.sum(1), 1, atol=1e-6)
-    hard = augment.smooth_labels(jnp.asarray([2, 0]), 4, 0.0)
-    assert_array_equal(hard, np.eye(4)[[2, 0]])
-
-
-def key_data(*arguments):
-    return np.asarray(jax.random.key_data(augment.sample_keys(*arguments)))
-
-
-def test_sample_keys_go_by_position():
-    whole = key_data(0, "train", jnp.uint32(100), 8)
-    halves = [key_data(0, "train", jnp.uint32(first), 4) for first in (100, 104)]
-    assert_array_equal(whole, np.concatenate(halves))
-    assert len(np.unique(whole, axis=0)) == 8
-    for other in ((1, "train", 100, 8), (0, "eval", 100, 8), (0, "train", 108, 8)):
-        keys = key_data(other[0], other[1], jnp.uint32(other[2]), other[3])
-        assert not (keys[:, None] == whole[None]).all(-1).any()
-
-
-def test_sample_keys_beyond_32_bits():
-    last = key_data(0, "train", jnp.uint32(2**32 - 2), 4)
-    assert_array_equal(last[2:], key_data(0, "train", jnp.uint32(0), 2))
-
-
-def test_keys_for_one_purpose():
-    keys = augment.sample_keys(0, "train", jnp.uint32(0), 6)
-    mask, flip = (augment.split_keys(keys, purpose) for purpose in ("mask", "flip"))
-    data = [np.asarray(jax.random.key_data(k)) for k in (keys, mask, flip)]
-    assert len(np.unique(np.concatenate(data), axis=0)) == 18
-    part = jax.random.key_data(augment.split_keys(keys[2:4], "mask"))
-    assert_array_equal(part, data[1][2:4])
