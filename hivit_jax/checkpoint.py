@@ -59,21 +59,15 @@ class Checkpoints:
             items["ema"] = save(state["ema"])
         self._manager.save(step, args=ocp.args.Composite(**items))
 
-    def restore(self, step: int, abstract_state: Any, shardings: Any) -> dict[str, Any]:
+    def restore(self, step: int, wanted: Mapping[str, Any]) -> dict[str, Any]:
         """The train state of a step.
 
         Args:
-          abstract_state: shapes and dtypes of the state.
-          shardings: where each array is to lie, in the same structure.
+          wanted: shapes, dtypes and shardings of the state (`sharding.placed`).
 
         Raises:
           ConfigError: the checkpoint is of another model or optimizer.
         """
-        wanted = jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-            abstract_state,
-            shardings,
-        )
         path = self.directory / str(step)
         state = {"params": _restore(path, "params", wanted["params"])}
         optimizer = {k: wanted[k] for k in ("opt_state", "step")}

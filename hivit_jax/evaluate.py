@@ -17,7 +17,7 @@ from hivit_jax import augment, checkpoint, figures, metrics, models, tasks
 from hivit_jax.data import pipeline, sources
 from hivit_jax.errors import DataError
 from hivit_jax.models.positions import unpatchify
-from hivit_jax.sharding import make_mesh, state_shardings, to_devices
+from hivit_jax.sharding import make_mesh, placed, state_shardings, to_devices
 
 FIGURE_IMAGES = 6
 
@@ -68,11 +68,7 @@ def evaluate_checkpoint(config: Any, workdir: str | Path) -> dict[str, float | i
     path = checkpoint.find(config.checkpoint or workdir)
     graphdef, abstract = models.split(nnx.eval_shape(lambda: tasks.build_model(config)))
     mesh = make_mesh(config.mesh, config.batch_size)
-    wanted = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        abstract,
-        state_shardings(mesh, abstract),
-    )
+    wanted = placed(abstract, state_shardings(mesh, abstract))
     params = checkpoint.load_params(path, wanted)
     values = evaluate(config, make_eval_step(config, graphdef), params, mesh)
     metrics.say(metrics.eval_line(int(path.name), values))

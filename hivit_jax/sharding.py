@@ -87,6 +87,15 @@ def state_shardings(mesh: Mesh, abstract_state: Any) -> Any:
     )
 
 
+def placed(shapes: Any, shardings: Any) -> Any:
+    """Shapes and dtypes with where each array is to lie: what a restore is to give."""
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        shapes,
+        shardings,
+    )
+
+
 def to_devices(
     batches: Iterable[Mapping[str, np.ndarray]], mesh: Mesh, ahead: int = 2
 ) -> Iterator[dict[str, jax.Array]]:

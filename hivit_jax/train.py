@@ -19,7 +19,7 @@ from hivit_jax.errors import ConfigError, DivergedError, Interrupted
 from hivit_jax.metrics import say
 from hivit_jax.models import split
 from hivit_jax.optimizer import count_steps, make_optimizer, make_schedule
-from hivit_jax.sharding import make_mesh, state_shardings, to_devices
+from hivit_jax.sharding import make_mesh, placed, state_shardings, to_devices
 
 State = dict[str, Any]  # "step" int32, "params", "opt_state", and "ema" if it is kept
 
@@ -66,7 +66,7 @@ def train(
     checkpoints = checkpoint.Checkpoints(workdir, config.keep_checkpoints)
     step = checkpoints.latest_step() or 0
     if step:
-        state = checkpoints.restore(step, abstract_state, shardings)
+        state = checkpoints.restore(step, placed(abstract_state, shardings))
         say(f"going on at step {step:,} from {checkpoints.directory / str(step)}")
     else:
         pretrained = checkpoint.find(config.init_from) if config.init_from else None
