@@ -74,8 +74,7 @@ class Checkpoints:
         state |= _restore(path, "optimizer", optimizer)
         if "ema" in wanted:
             # Averaging switched on in the middle of a run starts from the parameters.
-            item = "ema" if (path / "ema").exists() else "params"
-            state["ema"] = _restore(path, item, wanted["ema"])
+            state["ema"] = _restore(path, _averaged(path), wanted["ema"])
         return state
 
     def close(self) -> None:
@@ -109,8 +108,7 @@ def load_config(step_path: Path) -> dict[str, Any]:
 
 def load_params(step_path: Path, abstract_params: Any) -> Any:
     """Parameters of a step, averaged ones where kept, on the given shardings."""
-    item = "ema" if (step_path / "ema").is_dir() else "params"
-    return _restore(step_path, item, abstract_params)
+    return _restore(step_path, _averaged(step_path), abstract_params)
 
 
 def load_encoder(step_path: Path, abstract_encoder: Any) -> Any:
@@ -119,7 +117,7 @@ def load_encoder(step_path: Path, abstract_encoder: Any) -> Any:
     Returns:
       The same nested dicts, without the entries that the checkpoint does not have.
     """
-    item = "ema" if (step_path / "ema").is_dir() else "params"
+    item = _averaged(step_path)
     stored = _metadata(step_path, item).get("encoder", {})
     common = {"encoder": _common(abstract_encoder, stored)}
     shapes = {"encoder": _common(stored, abstract_encoder)}
@@ -166,6 +164,11 @@ def load_pretrained_params(path: Path, task: str, params: Any) -> Any:
         f"{zeros} relative tables from 0, norm and head anew"
     )
     return params | {"encoder": encoder, "head": head}
+
+
+def _averaged(step_path: Path) -> str:
+    """The item with averaged parameters; the plain ones where no average was kept."""
+    return "ema" if (step_path / "ema").is_dir() else "params"
 
 
 def _common(tree: Any, other: Any) -> Any:

@@ -9,7 +9,12 @@ from hivit_jax import config as configs
 from hivit_jax import tasks
 from hivit_jax.data.sources import num_examples
 from hivit_jax.models import Model, named_leaves, split
-from hivit_jax.optimizer import count_steps, make_schedule, peak_learning_rate
+from hivit_jax.optimizer import (
+    count_steps,
+    make_schedule,
+    peak_learning_rate,
+    warmup_steps,
+)
 
 
 def describe(config: Any) -> str:
@@ -57,13 +62,13 @@ def schedule(config: Any) -> str:
     images = num_examples(config.data, "train")
     per_epoch, total = count_steps(config, images)
     rate = make_schedule(config, per_epoch, total)
-    warmup = round(config.optimizer.warmup_epochs * per_epoch)
+    warmup = warmup_steps(config, per_epoch, total)
     lines = [
         f"{total:,} steps of {config.batch_size:,} images: {total / per_epoch:,.1f} "
         f"epochs of {images:,} images, {per_epoch:,.1f} steps each",
         f"learning rate {config.optimizer.base_learning_rate:g} x "
         f"{config.batch_size:,} / 256 = {peak_learning_rate(config):g}",
     ]
-    for step in sorted({0, min(warmup, total), total // 2, total * 3 // 4, total}):
+    for step in sorted({0, warmup, total // 2, total * 3 // 4, total}):
         lines.append(f"  step {step:>9,}  {float(rate(step)):.3e}")
     return "\n".join(lines)

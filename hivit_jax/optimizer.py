@@ -78,6 +78,11 @@ def count_steps(config: Any, num_images: int) -> tuple[float, int]:
     return per_epoch, total
 
 
+def warmup_steps(config: Any, steps_per_epoch: float, total_steps: int) -> int:
+    """Steps until the learning rate is at its peak."""
+    return min(round(config.optimizer.warmup_epochs * steps_per_epoch), total_steps)
+
+
 def make_schedule(
     config: Any, steps_per_epoch: float, total_steps: int
 ) -> optax.Schedule:
@@ -86,8 +91,7 @@ def make_schedule(
     Counted from 0 in fractions of an epoch (the official self-supervised loop counts
     epochs from 1 and so skips the first and overshoots the end).
     """
-    warmup = round(config.optimizer.warmup_epochs * steps_per_epoch)
-    warmup = min(warmup, total_steps)
+    warmup = warmup_steps(config, steps_per_epoch, total_steps)
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0 if warmup else peak_learning_rate(config),
         peak_value=peak_learning_rate(config),

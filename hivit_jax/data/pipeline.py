@@ -91,6 +91,7 @@ def first_test_images(config: Any, count: int) -> Batch:
 
 def _batches(config: Any, split: str, plan: Iterator) -> Iterator[Batch]:
     """Batches for a plan of (image index, epoch, weight), each [b], one a step."""
+    plan = ((index, epoch, weight.astype(np.float32)) for index, epoch, weight in plan)
     if config.data.name == "synthetic":
         return _synthetic_batches(config, plan)
     return _decoded_batches(config, split, open_source(config.data, split), plan)
@@ -114,7 +115,7 @@ def _synthetic_batches(config: Any, plan: Iterator) -> Iterator[Batch]:
         yield {
             "image": pool[indices % len(pool)],
             "label": (indices % classes).astype(np.int32),
-            "weight": weight.astype(np.float32),
+            "weight": weight,
         }
 
 
@@ -159,16 +160,12 @@ def _decoded_batches(
             image = transforms.resize(image, size)
         return {"image": image, "label": label, "weight": weight}
 
-    def arrays():
-        for indices, epochs, weights in plan:
-            yield indices, epochs, weights.astype(np.float32)
-
     first = next(plan)  # tells how many images a batch has
     plan = itertools.chain([first], plan)
     size_of_batch = len(first[0])
     spec = [tf.TensorSpec([size_of_batch], t) for t in (tf.int64, tf.int64, tf.float32)]
     dataset = (
-        tf.data.Dataset.from_generator(arrays, output_signature=tuple(spec))
+        tf.data.Dataset.from_generator(lambda: plan, output_signature=tuple(spec))
         .flat_map(read)
         .map(decode, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
         .batch(size_of_batch, drop_remainder=True)
