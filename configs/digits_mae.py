@@ -38,6 +38,8 @@ def get_config() -> ConfigDict:
     config.data.train_examples = 0  # 0: all 1,437
     config.data.subset = 0
     config.data.crop_scale = (1.0, 1.0)
+    config.data.crop_pct = 1.0
+    config.data.canvas = 0  # too small to be worth it
     config.data.flip = False
     config.data.mean = (0.31,)
     config.data.std = (0.35,)

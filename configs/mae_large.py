@@ -27,9 +27,8 @@ def get_config() -> ConfigDict:
 
     config.data = ConfigDict()
     config.data.name = "imagenet2012"
-    config.data.train_examples = 0  # 0: all
-    config.data.subset = 0
     config.data.crop_scale = (0.2, 1.0)
+    config.data.crop_pct = 0.875  # evaluation: 256, of which 224
     config.data.flip = True
     config.data.mean = (0.485, 0.456, 0.406)
     config.data.std = (0.229, 0.224, 0.225)

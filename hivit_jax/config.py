@@ -10,6 +10,7 @@ from typing import Any
 from ml_collections import ConfigDict
 from ml_collections.config_dict import FieldReference, placeholder
 
+from hivit_jax.augment import REACH
 from hivit_jax.errors import ConfigError, unknown
 from hivit_jax.models import override_parameters
 
@@ -27,10 +28,23 @@ KEYS = {
     "": "task seed batch_size total_epochs total_steps log_every eval_every "
     "checkpoint_every keep_checkpoints init_from checkpoint topology",
     "model": "name image_size in_channels",
-    "data": "name train_examples subset crop_scale flip mean std",
+    "data": "name crop_scale crop_pct flip mean std",
     "optimizer": "base_learning_rate min_learning_rate warmup_epochs betas "
     "weight_decay layer_decay clip_norm ema_decay accumulate_steps",
     "mesh": "replica data fsdp tensor",
+}
+# What a recipe may leave to the machine it runs on.
+DEFAULTS = {
+    "data.dir": "",  # of the dataset; "": where TFDS keeps its own
+    "data.train_split": "",  # "": as the dataset calls it
+    "data.eval_split": "",
+    "data.train_examples": 0,  # 0: all; digits and synthetic may have less
+    "data.subset": 0,  # which of the digits those are
+    "data.interpolation": "bicubic",  # or "bilinear"
+    "data.antialias": True,
+    "data.canvas": 512,  # crops of up to this side go to the device, which resizes
+    "data.workers": 0,  # threads that read; 0: one for each core
+    "data.max_unreadable": 0.001,  # share of images that may be damaged
 }
 TASK_KEYS = {"mae": "mask_ratio", "classify": "label_smoothing"}
 # The smallest values that work.
@@ -43,7 +57,10 @@ LEAST = {
     "keep_checkpoints": 1,
     "optimizer.accumulate_steps": 1,
     "data.train_examples": 0,
+    "data.canvas": 0,
+    "data.workers": 0,
 }
+BETWEEN = {"data.crop_pct": (1e-3, 1.0), "data.max_unreadable": (0.0, 1.0)}
 
 
 def load(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
@@ -85,6 +102,13 @@ def to_json(config: ConfigDict) -> str:
     return json.dumps(json.loads(config.to_json_best_effort()), indent=2) + "\n"
 
 
+def image_shape(config: Any) -> tuple[int, int, int]:
+    """(height, width, channels) that the model wants."""
+    size = config.model.image_size
+    sides = (size, size) if isinstance(size, int) else tuple(size)
+    return (*sides, config.model.in_channels)
+
+
 def _read(path: Path) -> ConfigDict:
     if not path.is_file():
         raise ConfigError(f"--config={path}: no such file; expected configs/NAME.py")
@@ -101,6 +125,9 @@ def _read(path: Path) -> ConfigDict:
             for name in names.split():
                 if name not in (config.get(part, {}) if part else config):
                     raise TypeError(f"config.{part}{'.' * bool(part)}{name} is missing")
+        for key, value in DEFAULTS.items():
+            part, name = key.split(".")
+            config[part][name] = config[part].get(name, value)
         return config
     except Exception as error:
         raise ConfigError(
@@ -118,6 +145,14 @@ def _check(config: ConfigDict) -> None:
         value = (config[parents[0]] if parents else config)[leaf]
         if value < least:
             raise ConfigError(f"{key}={value}; expected at least {least}")
+    for key, (low, high) in BETWEEN.items():
+        part, leaf = key.split(".")
+        if not low <= config[part][leaf] <= high:
+            raise ConfigError(
+                f"{key}={config[part][leaf]}; expected {low:g} to {high:g}"
+            )
+    if config.data.interpolation not in REACH:
+        raise unknown("data.interpolation", config.data.interpolation, REACH)
     if len(config.optimizer.betas) != 2:
         raise ConfigError(
             f"optimizer.betas={config.optimizer.betas}; expected two numbers"

@@ -7,7 +7,8 @@ from flax import nnx
 
 from hivit_jax import config as configs
 from hivit_jax import tasks
-from hivit_jax.data.sources import num_examples
+from hivit_jax.data.sources import IMAGENET_TRAIN, num_examples
+from hivit_jax.errors import DataError
 from hivit_jax.models import Model, named_leaves, split
 from hivit_jax.optimizer import (
     count_steps,
@@ -48,9 +49,8 @@ def parameter_table(model: Model) -> str:
 
 def cost(config: Any, model: Model) -> str:
     """Multiply-adds of the forward pass for one image, counted as published."""
-    how = {"mask_ratio": config.mask_ratio} if config.task == "mae" else {}
-    alone = model.macs(layer_norm_cost=0, **how) / 1e9
-    published = model.macs(**how) / 1e9
+    alone = tasks.macs(config, model) / 1e9
+    published = tasks.macs(config, model, layer_norm_cost=5) / 1e9
     return (
         f"multiply-adds per image        {alone:12.4f} G\n"
         f"with 5 per LayerNorm element   {published:12.4f} G  (as the published tables)"
@@ -59,7 +59,12 @@ def cost(config: Any, model: Model) -> str:
 
 def schedule(config: Any) -> str:
     """Steps, epochs and the learning rate along the way."""
-    images = num_examples(config.data, "train")
+    try:
+        images = num_examples(config.data, "train")
+    except DataError:
+        if config.data.name != "imagenet2012":
+            raise
+        images = IMAGENET_TRAIN
     per_epoch, total = count_steps(config, images)
     rate = make_schedule(config, per_epoch, total)
     warmup = warmup_steps(config, per_epoch, total)

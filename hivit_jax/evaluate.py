@@ -23,7 +23,9 @@ FIGURE_IMAGES = 6
 
 
 def make_eval_step(config: Any, graphdef: nnx.GraphDef) -> Callable:
-    """Jitted (params, batch, first position) -> sums over real images, and a count."""
+    """Jitted (params, batch, first position) -> sums over the images that could be
+    read, their count, and that of the others.
+    """
 
     @jax.jit
     def eval_step(params, batch, first):
@@ -31,7 +33,8 @@ def make_eval_step(config: Any, graphdef: nnx.GraphDef) -> Callable:
         model = nnx.merge(graphdef, params)
         values = tasks.TASKS[config.task](model, batch, keys, config, train=False)
         values["count"] = jnp.ones_like(batch["weight"])
-        return {name: (v * batch["weight"]).sum() for name, v in values.items()}
+        sums = {name: (v * batch["weight"]).sum() for name, v in values.items()}
+        return sums | {"unreadable": batch["unreadable"].sum()}
 
     return eval_step
 
@@ -40,22 +43,28 @@ def evaluate(
     config: Any, eval_step: Callable, params: Any, mesh: Mesh
 ) -> dict[str, float | int]:
     """Means over the test split: eval/loss, for classifiers eval/top1 and eval/top5 as
-    fractions, and eval/count, the exact number of images.
+    fractions; eval/count, the exact number of images, and eval/unreadable, of those
+    that had to be left out.
 
     Raises:
-      DataError: the pipeline did not yield every image once.
+      DataError: the pipeline did not yield every image once, or too many cannot be
+        read.
     """
     totals: dict[str, float] = defaultdict(float)
     for number, batch in enumerate(to_devices(pipeline.eval_batches(config), mesh)):
         first = jnp.uint32(number * config.batch_size)
         for name, value in jax.device_get(eval_step(params, batch, first)).items():
             totals[name] += float(value)
-    count = totals.pop("count", 0.0)
+    count, unreadable = totals.pop("count"), totals.pop("unreadable")
     expected = sources.num_examples(config.data, "test")
-    if count != expected:
-        raise DataError(f"evaluated {count:.0f} images; the split has {expected}")
+    if count + unreadable != expected:
+        raise DataError(
+            f"evaluated {count:.0f} images and could not read {unreadable:.0f}; the "
+            f"split has {expected}"
+        )
+    pipeline.check_unreadable(unreadable, expected, config.data, "test")
     means = {f"eval/{name}": total / count for name, total in totals.items()}
-    return means | {"eval/count": int(count)}
+    return means | {"eval/count": int(count), "eval/unreadable": int(unreadable)}
 
 
 def evaluate_checkpoint(config: Any, workdir: str | Path) -> dict[str, float | int]:
@@ -89,7 +98,7 @@ def make_reconstruct(config: Any, graphdef: nnx.GraphDef) -> Callable:
         model = nnx.merge(graphdef, params)
         keys = augment.sample_keys(config.seed, "eval", jnp.uint32(0), count)
         out = tasks.reconstruct(model, batch, keys, config, train=False)
-        images = augment.normalize(batch["image"], config.data.mean, config.data.std)
+        images = tasks.images_of(batch, config)
         _, mean, scale = model.targets(images)
         grid, patch_size = model.encoder.grid, model.encoder.patch_size
         pred = unpatchify(out.pred * scale + mean, grid, patch_size)

@@ -1,7 +1,6 @@
 """The command line: ``python -m hivit_jax.main --config FILE --workdir DIR``."""
 
 import argparse
-import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -11,10 +10,6 @@ from typing import Any, NoReturn
 from hivit_jax import config as configs
 from hivit_jax.errors import ConfigError, HivitError, Interrupted
 from hivit_jax.metrics import say
-
-# tensorflow reads these when it is first imported, which the data or TensorBoard do.
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # or it announces itself
 
 USAGE = """\
 python -m hivit_jax.main --config configs/NAME.py --workdir DIR [--mode MODE]
@@ -29,14 +24,14 @@ exit codes: 0 finished, 2 bad config, flag or path, 3 diverged, 4 bad data,
 """
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}; --help shows the usage")
 
 
 def parse(argv: Sequence[str]) -> tuple[Any, str, str]:
     """Command line -> (config, workdir, mode)."""
-    parser = _Parser(usage=USAGE, allow_abbrev=False, add_help=True)
+    parser = Parser(usage=USAGE, allow_abbrev=False, add_help=True)
     parser.add_argument("--config", required=True, help=argparse.SUPPRESS)
     parser.add_argument("--workdir", default="", help=argparse.SUPPRESS)
     modes = {"train": "", "eval": "", "describe": ""}

@@ -24,7 +24,7 @@ class Writer:
 
     Args:
       workdir: gets ``metrics.jsonl``, one JSON object a line, and TensorBoard files
-        where clu, tensorboard and tensorflow are installed.
+        where tensorboardX is installed.
       first_step: lines of later steps, left by a run that was killed after its last
         checkpoint, are dropped, so that no step is told twice.
     """
@@ -49,12 +49,14 @@ class Writer:
             return
         self._file.write(json.dumps(line) + "\n")
         if self._board:
-            self._board.write_scalars(step, values)
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
 
     def images(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
         """Pictures by name, uint8 [H, W, 3], for TensorBoard."""
         if self._board:
-            self._board.write_images(step, {k: v[None] for k, v in pictures.items()})
+            for name, pixels in pictures.items():
+                self._board.add_image(name, pixels, step, dataformats="HWC")
 
     def close(self) -> None:
         """Flushes both."""
@@ -76,7 +78,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def _tensorboard(workdir: str | Path) -> Any:
     try:
-        from clu.metric_writers.summary_writer import SummaryWriter
+        from tensorboardX import SummaryWriter
     except ImportError:
         return None
     return SummaryWriter(str(workdir))
@@ -86,18 +88,26 @@ class Throughput:
     """Images a second between two readings, less the time taken out in between."""
 
     def __init__(self):
-        self._images, self._start = 0, time.perf_counter()
+        self._restart()
 
-    def add(self, images: int) -> None:
-        """Counts the images of a step."""
+    def _restart(self):
+        self._images, self._steps, self._starved = 0, 0, 0
+        self._start = time.perf_counter()
+
+    def add(self, images: int, starved: bool = False) -> None:
+        """Counts the images of a step; `starved` if devices stood still before it."""
         self._images += images
+        self._steps += 1
+        self._starved += starved
 
-    def read(self) -> float:
-        """Images a second; starts a new reading."""
-        now = time.perf_counter()
-        rate = self._images / max(now - self._start, 1e-9)
-        self._images, self._start = 0, now
-        return rate
+    def read(self) -> tuple[float, float]:
+        """Images a second, and the share of steps before which devices stood still
+        for want of images; starts a new reading.
+        """
+        rate = self._images / max(time.perf_counter() - self._start, 1e-9)
+        starved = self._starved / max(self._steps, 1)
+        self._restart()
+        return rate, starved
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -109,10 +119,15 @@ class Throughput:
 
 def step_line(step: int, total: int, values: Scalars) -> str:
     """``step 120/1000  loss 0.5432  lr 1.20e-03  3,210 images/s  1:23 left``."""
+    notes = ""
+    if values["input_bound"] > 0.1:
+        notes += f"  (waiting for images in {values['input_bound']:.0%} of steps)"
+    if values["unreadable"]:
+        notes += f"  ({values['unreadable']:,} unreadable images)"
     return (
         f"step {step}/{total}  loss {values['loss']:.4f}  "
         f"lr {values['learning_rate']:.2e}  {values['images_per_second']:,.0f} images/s"
-        f"  {duration(values['seconds_left'])} left"
+        f"  {duration(values['seconds_left'])} left{notes}"
     )
 
 
@@ -122,7 +137,10 @@ def eval_line(step: int, values: Scalars) -> str:
     for name in ("top1", "top5"):
         if f"eval/{name}" in values:
             parts.append(f"{name} {100 * values[f'eval/{name}']:.2f} %")
-    return f"step {step}  eval  {'  '.join(parts)}  ({values['eval/count']:,} images)"
+    images = f"{values['eval/count']:,} images"
+    if values["eval/unreadable"]:
+        images += f", {values['eval/unreadable']:,} unreadable"
+    return f"step {step}  eval  {'  '.join(parts)}  ({images})"
 
 
 def duration(seconds: float) -> str:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from hivit_jax import augment
+from hivit_jax.config import image_shape
 from hivit_jax.errors import ConfigError, unknown
 from hivit_jax.models import NAMES, Model, create_model
 from hivit_jax.models.hivit import Classifier
@@ -63,8 +64,22 @@ def classification(
     }
 
 
+def images_of(batch: dict, config: Any) -> jax.Array:
+    """The batch's images, resized and normalised: float32 [B, H, W, C]."""
+    images, data = batch["image"], config.data
+    if "box" in batch:
+        images = augment.resample(
+            images,
+            batch["box"],
+            image_shape(config)[:2],
+            data.interpolation,
+            data.antialias,
+        )
+    return augment.normalize(images, data.mean, data.std)
+
+
 def _images(batch: dict, keys: jax.Array, config: Any, train: bool) -> jax.Array:
-    images = augment.normalize(batch["image"], config.data.mean, config.data.std)
+    images = images_of(batch, config)
     if train and config.data.flip:
         images = augment.random_flip(images, augment.split_keys(keys, "flip"))
     return images
@@ -96,3 +111,13 @@ def build_model(config: Any) -> Model:
     if config.task == "mae":
         visible_units(model.encoder.grid[0] * model.encoder.grid[1], config.mask_ratio)
     return model
+
+
+def macs(config: Any, model: Model, layer_norm_cost: int = 0) -> int:
+    """Multiply-adds of the forward pass for one image of the task.
+
+    Args:
+      layer_norm_cost: counted for every element of a LayerNorm; 5 in published tables.
+    """
+    how = {"mask_ratio": config.mask_ratio} if config.task == "mae" else {}
+    return model.macs(layer_norm_cost=layer_norm_cost, **how)

@@ -15,7 +15,7 @@ from flax import nnx
 from hivit_jax import augment, checkpoint, evaluate, figures, metrics, tasks
 from hivit_jax.config import to_json
 from hivit_jax.data import pipeline, sources
-from hivit_jax.errors import ConfigError, DivergedError, Interrupted
+from hivit_jax.errors import ConfigError, DataError, DivergedError, Interrupted
 from hivit_jax.metrics import say
 from hivit_jax.models import split
 from hivit_jax.optimizer import count_steps, make_optimizer, make_schedule
@@ -100,6 +100,7 @@ def train(
 
     # --- Steps ------------------------------------------------------------------------
     clock, results, pending = metrics.Throughput(), None, []
+    first, unreadable = step, 0
     try:
         if step < total_steps and not stop_requested():
             batches = to_devices(
@@ -114,26 +115,33 @@ def train(
         clock.read()  # starts it
         while step < total_steps and not stop_requested():
             state, values = train_step(state, batch, np.int32(step))
+            if pending:  # no more than two steps, and their batches, in flight
+                jax.block_until_ready(pending[-1])
             batch = next(batches, None)  # while the devices work
+            clock.add(config.batch_size, starved=values["loss"].is_ready())
             step += 1
             pending.append((step, values))
-            clock.add(config.batch_size)
             due = {
                 name: step == total_steps or step % config[f"{name}_every"] == 0
                 for name in ("log", "eval", "checkpoint")
             }
             if any(due.values()) or stop_requested():
                 line = fetch_metrics(pending, state)
-                line["images_per_second"] = rate = clock.read()
+                rate, line["input_bound"] = clock.read()
+                line["images_per_second"] = rate
                 line["seconds_left"] = (total_steps - step) * config.batch_size / rate
                 say(metrics.step_line(step, total_steps, line))
                 if writer:
                     writer.scalars(step, line)
+                unreadable += line["unreadable"]
+                pipeline.check_unreadable(
+                    unreadable, (step - first) * config.batch_size, config.data, "train"
+                )
                 with clock.pause():
+                    if due["eval"]:  # first, so that no kill can leave it out
+                        results = run_evaluation()
                     if due["checkpoint"]:
                         checkpoints.save(state, to_json(config))
-                    if due["eval"]:
-                        results = run_evaluation()
         if step < total_steps:
             checkpoints.save(state, to_json(config))
             raise Interrupted(
@@ -141,7 +149,7 @@ def train(
                 f"{workdir}; run the same command to go on"
             )
         return results or run_evaluation()
-    except DivergedError:
+    except (DataError, DivergedError):
         checkpoints.save(state, to_json(config))
         raise
     finally:
@@ -161,7 +169,10 @@ def compile_step(step: Callable, arguments: tuple, shardings: State) -> Callable
 
 
 def fetch_metrics(pending: list, state: State) -> dict[str, float]:
-    """Empties the metrics of steps still on the devices; returns the newest as floats.
+    """Empties the metrics of steps still on the devices.
+
+    Returns:
+      The newest as floats; "unreadable" is the sum over the steps.
 
     Raises:
       DivergedError: one of the steps had a loss or gradient that is not finite.
@@ -175,7 +186,8 @@ def fetch_metrics(pending: list, state: State) -> dict[str, float]:
                 f"{values['gradient_norm']}; expected finite numbers.\n"
                 f"The last good state, of step {int(state['step'])}, is saved."
             )
-    return {name: float(value) for name, value in fetched[-1][1].items()}
+    newest = {name: float(value) for name, value in fetched[-1][1].items()}
+    return newest | {"unreadable": int(sum(v["unreadable"] for _, v in fetched))}
 
 
 def prepare_workdir(workdir: Path) -> None:
@@ -267,7 +279,11 @@ def make_train_step(
             )
         good = jnp.isfinite(values["loss"] + norm) & (state["step"] == steps_done)
         state = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, state)
-        values |= {"gradient_norm": norm, "learning_rate": schedule(steps_done)}
+        values |= {
+            "gradient_norm": norm,
+            "learning_rate": schedule(steps_done),
+            "unreadable": batch["unreadable"].sum(),
+        }
         return state, values
 
     return train_step

@@ -19,8 +19,8 @@ import jax
 import numpy as np
 
 from hivit_jax import config as configs
-from hivit_jax.data.sources import open_source
-from hivit_jax.data.transforms import resize
+from hivit_jax.data.pipeline import Loader
+from hivit_jax.data.sources import num_examples
 from hivit_jax.main import catch_signals, exit_code
 from hivit_jax.metrics import say
 from hivit_jax.train import train
@@ -45,15 +45,19 @@ def baselines(config) -> tuple[float, float]:
       Mean squared errors, in the normalised pixels of the loss, of the mean training
       image and of the mean training pixel.
     """
-    size = (config.model.image_size,) * 2
-    train_images, test_images = (
-        resize(open_source(config.data, split).pixels()[..., None], size).numpy() / 255
-        for split in ("train", "test")
-    )
+    train_images, test_images = (whole_split(config, s) for s in ("train", "test"))
     return tuple(
         float(np.square((test_images - prediction) / config.data.std[0]).mean())
         for prediction in (train_images.mean(0), train_images.mean())
     )
+
+
+def whole_split(config, split: str) -> np.ndarray:
+    """All images of a split as the network gets them, float [n, H, W, C] in [0, 1]."""
+    loader, count = Loader(config, split), num_examples(config.data, split)
+    batch = loader.empty(count)
+    loader.fill(batch, 0, np.arange(count), np.zeros(count, int))
+    return batch["image"] / 255
 
 
 def demo(workdir: Path, stop: Callable) -> None:

@@ -45,8 +45,13 @@ SOURCES = {
         "optimizer.warmup_epochs": 0.5,
     },
     "digits": MINI | {"optimizer.warmup_epochs": 0.022},
+    "photographs": MINI | {"model.image_size": 64, "optimizer.warmup_epochs": 0.1},
 }
-FILES = {"synthetic": "configs/mae_base.py", "digits": "configs/digits_mae.py"}
+FILES = {
+    "synthetic": "configs/mae_base.py",
+    "digits": "configs/digits_mae.py",
+    "photographs": "configs/mae_base.py",
+}
 CLASSIFIER = {
     "model__name": "hivit_base",
     "model__num_classes": 10,
@@ -93,7 +98,7 @@ def quick(cache: Path) -> Iterator[None]:
     }
     before = {name: jax.config.values[name] for name in options}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "clu.metric_writers.summary_writer", None)
+        patch.setitem(sys.modules, "tensorboardX", None)
         patch.setattr(figures, "draw_run", lambda *_: {})
         patch.setattr(evaluate, "make_reconstruct", lambda *_: lambda params: None)
         for name, value in options.items():

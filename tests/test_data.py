@@ -2,7 +2,9 @@
 
 import io
 import math
+import shutil
 import sys
+import threading
 from pathlib import Path
 
 import jax
@@ -12,7 +14,8 @@ from numpy.testing import assert_array_equal
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from hivit_jax import config
+from benchmarks import photographs
+from hivit_jax import augment, config
 from hivit_jax.data import pipeline, sources
 from hivit_jax.data.pipeline import permutation, samples_at
 from hivit_jax.errors import ConfigError, DataError
@@ -33,6 +36,7 @@ def load(**overrides):
         "data.train_examples": 0,
         "data.subset": 0,
         "data.crop_scale": (1.0, 1.0),
+        "data.canvas": 0,
     } | {key.replace("__", "."): value for key, value in overrides.items()}
     return config.load(str(RECIPE), [f"--config.{k}={v}" for k, v in values.items()])
 
@@ -41,7 +45,7 @@ def assert_batches_equal(ones, others):
     ones, others = list(ones), list(others)
     assert len(ones) == len(others) > 0
     for one, other in zip(ones, others, strict=True):
-        assert one.keys() == other.keys() == {"image", "label", "weight"}
+        assert one.keys() == other.keys() >= {"image", "label", "weight", "unreadable"}
         for key, value in one.items():
             assert value.dtype == other[key].dtype
             assert_array_equal(value, other[key])
@@ -112,9 +116,10 @@ def test_jump_to_a_late_step(monkeypatch):
 
 
 def scans(source):
-    """Encoded images of a source as a set of bytes, and their pixels."""
-    encoded = source.fetch(np.arange(len(source)))
-    return [np.asarray(Image.open(io.BytesIO(png))) for png in encoded]
+    """Pixels and labels of all images of a source."""
+    found = source.fetch(np.arange(len(source)))
+    images = [np.asarray(Image.open(io.BytesIO(png))) for png, _ in found]
+    return images, [label for _, label in found]
 
 
 def test_digits_splits():
@@ -128,8 +133,9 @@ def test_digits_splits():
     for source in (train, test):
         assert source.labels.dtype == np.int32
         assert source.labels.shape == (len(source),)
-        images = scans(source)
+        images, labels = scans(source)
         assert_array_equal(images, source.pixels())
+        assert_array_equal(labels, source.labels)
         for image, label in zip(images, source.labels, strict=True):
             assert image.shape == (8, 8)
             assert image.dtype == np.uint8
@@ -149,7 +155,7 @@ COUNTS = [27, 35, 36, 29, 30, 40, 44, 39, 39, 41]
 def test_digits_as_png():
     source = sources.Digits("train")
     png = source.fetch(np.array([5, 3]))
-    assert [data[:8] for data in png] == [b"\x89PNG\r\n\x1a\n"] * 2
+    assert [data[:8] for data, _ in png] == [b"\x89PNG\r\n\x1a\n"] * 2
     assert png == [source.fetch(np.array([i]))[0] for i in (5, 3)]
 
 
@@ -183,37 +189,32 @@ def test_training_examples_that_cannot_be_shared(examples):
         sources.Digits("train", train_examples=examples)
 
 
-def test_number_of_images_without_opening():
-    assert sources.num_examples({"name": "imagenet2012"}, "train") == IMAGENET
-    assert sources.num_examples({"name": "imagenet2012"}, "test") == 50_000
-    data = {"name": "digits", "train_examples": 100, "subset": 0}
+def test_number_of_images():
+    data = load(data__train_examples=100).data
     assert sources.num_examples(data, "train") == 100
     assert sources.num_examples(data, "test") == 360
 
 
-def test_unknown_dataset():
-    for name, message in [
-        ("digit", "unknown data.name 'digit'; did you mean 'digits'"),
-        ("imagenet", "did you mean 'imagenet2012'"),
-        ("xyz", "known: digits, synthetic, imagenet2012"),
-    ]:
-        with pytest.raises(ConfigError, match=message):
-            next(pipeline.train_batches(load(data__name=name), 0, 1))
-
-
-def test_dataset_that_cannot_be_read():
-    for batches in (
-        lambda config: pipeline.train_batches(config, 0, 1),
-        pipeline.eval_batches,
-    ):
-        with pytest.raises(DataError, match="imagenet2012"):
-            next(batches(load(data__name="imagenet2012")))
-
-
 def test_more_classes_than_the_model_has():
     for split in (lambda c: pipeline.train_batches(c, 0, 1), pipeline.eval_batches):
-        with pytest.raises(ConfigError, match="num_classes=9, but digits .* up to 9"):
+        with pytest.raises(ConfigError, match="num_classes=9, but digits has 10"):
             next(split(load(model__num_classes=9)))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"data__canvas": 15}, "canvas=15 is smaller than model.image_size=16"),
+        ({"data__canvas": -1}, "data.canvas=-1; expected at least 0"),
+        ({"data__workers": -1}, "data.workers=-1; expected at least 0"),
+        ({"data__crop_pct": 1.5}, "data.crop_pct=1.5; expected 0.001 to 1"),
+        ({"data__max_unreadable": 2.0}, "data.max_unreadable=2.0; expected 0 to 1"),
+        ({"data__interpolation": "bicubik"}, "did you mean 'bicubic'"),
+    ],
+)
+def test_settings_that_cannot_work(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        next(pipeline.train_batches(load(**overrides), 0, 1))
 
 
 # Batches
@@ -299,8 +300,8 @@ def test_evaluation_batches_hold_every_image_once(batch_size):
     # In order, and never cropped.
     assert_array_equal(image[:360, ..., 0], source.pixels())
     assert_array_equal(label[:360], source.labels)
-    assert (image[360:, ..., 0] == source.pixels()[0]).all()
-    assert (label[360:] == source.labels[0]).all()
+    assert (image[360:] == 0).all()
+    assert (label[360:] == 0).all()
 
 
 @pytest.mark.parametrize("processes", [2, 4])
@@ -343,3 +344,148 @@ def test_synthetic_images_need_no_tensorflow(monkeypatch):
     assert len(np.unique(batches[0]["image"], axis=0)) > 32
     count = sum(batch["weight"].sum() for batch in pipeline.eval_batches(cfg))
     assert count == sources.num_examples(cfg.data, "test") > 0
+
+
+# Batches of files
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """40 training and 11 validation photographs of 64x48, in seven classes."""
+    root = tmp_path_factory.mktemp("photographs")
+    photographs.write(root, {"train": 40, "val": 11}, (64, 48))
+    return root
+
+
+def load_folder(root, **overrides):
+    return load(
+        **{
+            "data__name": "folder",
+            "data__dir": root,
+            "batch_size": 8,
+            "model__image_size": 24,
+            "model__in_channels": 3,
+            "data__mean": (0.5, 0.5, 0.5),
+            "data__std": (0.2, 0.2, 0.2),
+            "data__crop_scale": (0.3, 1.0),
+            "data__crop_pct": 0.75,
+            "data__canvas": 64,
+        }
+        | overrides
+    )
+
+
+def test_batches_for_the_device_and_of_the_host_show_the_same(folder):
+    """Crops on a canvas, resized as the train step does it, are the host's images."""
+    shipped, resized = load_folder(folder), load_folder(folder, data__canvas=0)
+    for batches in (lambda c: pipeline.train_batches(c, 3, 7), pipeline.eval_batches):
+        for one, other in zip(batches(shipped), batches(resized), strict=True):
+            assert one["image"].shape == (8, 64, 64, 3)
+            assert one["box"].shape == (8, 2, 3)
+            assert other["image"].shape == (8, 24, 24, 3)
+            assert "box" not in other
+            pixels = augment.resample(one["image"], one["box"], (24, 24))
+            assert np.abs(pixels - other["image"].astype(float)).mean() < 0.4
+            for key in ("label", "weight", "unreadable"):
+                assert_array_equal(one[key], other[key])
+
+
+def test_evaluation_sees_the_middle_of_every_file(folder):
+    source = sources.open_source(load_folder(folder).data, "test")
+    batches = list(pipeline.eval_batches(load_folder(folder, data__canvas=0)))
+    images = np.concatenate([b["image"] for b in batches])
+    weights = np.concatenate([b["weight"] for b in batches])
+    assert_array_equal(weights, np.arange(16) < 11)
+    for image, (encoded, _) in zip(images, source.fetch(range(11)), strict=False):
+        whole = Image.open(io.BytesIO(encoded)).resize(
+            (42, 32), Image.Resampling.BICUBIC
+        )
+        expected = np.asarray(whole)[4:28, 9:33]
+        assert np.abs(image - expected.astype(float)).mean() < 0.4
+
+
+@pytest.mark.parametrize("workers", [1, 5])
+def test_threads_change_nothing(folder, workers):
+    batches = list(pipeline.train_batches(load_folder(folder), 0, 12))
+    cfg = load_folder(folder, data__workers=workers)
+    assert_batches_equal(batches, pipeline.train_batches(cfg, 0, 12))
+    assert_batches_equal(batches[7:], pipeline.train_batches(cfg, 7, 12))
+
+
+def test_threads_end_with_the_batches(folder):
+    batches = pipeline.train_batches(load_folder(folder, data__workers=3), 0, 1000)
+    next(batches)
+    assert any(thread.name.startswith("read") for thread in threading.enumerate())
+    batches.close()
+    assert not any(thread.name.startswith("read") for thread in threading.enumerate())
+
+
+@pytest.fixture
+def damaged(folder, tmp_path):
+    """The folder with 3 training files and 1 of validation spoilt; their names."""
+    root = tmp_path / "damaged"
+    shutil.copytree(folder, root)
+    files = sorted(root.glob("train/*/*")), sorted(root.glob("val/*/*"))
+    broken = [files[0][3], files[0][17], files[0][30], files[1][5]]
+    broken[0].write_bytes(broken[0].read_bytes()[:-30])
+    broken[1].write_bytes(b"")
+    broken[2].unlink()
+    broken[2].symlink_to("nowhere")
+    broken[3].write_bytes(b"not an image")
+    return root, broken
+
+
+def test_unreadable_images_shift_nothing(folder, damaged, capfd):
+    root, broken = damaged
+    whole = list(pipeline.train_batches(load_folder(folder), 0, 10))
+    batches = list(pipeline.train_batches(load_folder(root), 0, 10))
+    bad = 0
+    for one, other in zip(batches, whole, strict=True):
+        unreadable = one["unreadable"] == 1
+        bad += unreadable.sum()
+        assert_array_equal(one["weight"], 1 - one["unreadable"])
+        assert (one["image"][unreadable] == 0).all()
+        assert (one["label"][unreadable] == 0).all()
+        for key in ("image", "label", "box"):
+            assert_array_equal(one[key][~unreadable], other[key][~unreadable])
+    assert bad == 2 * 3  # 80 places: every file twice
+    err = capfd.readouterr().err
+    for path in broken[:3]:
+        assert err.count(f"cannot read {path}: ") == 1
+    assert err.count("cannot read") == 3  # once each
+    assert "truncated" in err
+    evaluation = list(pipeline.eval_batches(load_folder(root)))
+    assert sum(batch["weight"].sum() for batch in evaluation) == 10
+    assert sum(batch["unreadable"].sum() for batch in evaluation) == 1
+    assert capfd.readouterr().err.count(str(broken[3])) == 1
+
+
+def test_share_of_unreadable_images():
+    """0.1 % of an epoch, or of what was seen once that is more."""
+    data = load(data__max_unreadable=0.001).data
+    pipeline.check_unreadable(1, 50, data, "train")  # of 1,437
+    with pytest.raises(DataError, match=r"2 images of digits .* 0.14%; .* 0.10%"):
+        pipeline.check_unreadable(2, 50, data, "train")
+    pipeline.check_unreadable(2, 2000, data, "train")
+    with pytest.raises(DataError, match="doctor"):
+        pipeline.check_unreadable(1, 360, data, "test")
+
+
+def test_label_outside_the_classes(folder, monkeypatch):
+    cfg = load_folder(folder)
+    source = sources.open_source(cfg.data, "train")
+    monkeypatch.setattr(source, "labels", np.where(source.labels == 3, 10, 0))
+    with pytest.raises(DataError, match=r"coffee/.* has label 10; expected 0 to 9"):
+        list(pipeline.train_batches(cfg, 0, 5))
+    with cfg.unlocked():
+        cfg.model.num_classes = None  # a masked autoencoder looks at no label
+    labels = [batch["label"] for batch in pipeline.train_batches(cfg, 0, 5)]
+    assert set(np.concatenate(labels)) == {0, 10}
+
+
+def test_channels_no_file_has(folder):
+    cfg = load_folder(
+        folder, model__in_channels=4, data__mean=(0.5,) * 4, data__std=(1.0,) * 4
+    )
+    with pytest.raises(ConfigError, match=r"in_channels=4 .*; expected 3 .* or 1"):
+        next(pipeline.train_batches(cfg, 0, 1))

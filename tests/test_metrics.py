@@ -91,15 +91,15 @@ def clock(monkeypatch):
 
 def test_throughput(clock):
     throughput = metrics.Throughput()
-    for _ in range(3):
-        throughput.add(128)
+    for starved in (True, False, False, False):
+        throughput.add(96, starved)
     clock[0] += 2
-    assert throughput.read() == 192
+    assert throughput.read() == (192, 0.25)
     throughput.add(10)
     clock[0] += 4
-    assert throughput.read() == 2.5
+    assert throughput.read() == (2.5, 0)
     clock[0] += 1
-    assert throughput.read() == 0
+    assert throughput.read() == (0, 0)
 
 
 def test_pause_does_not_count(clock):
@@ -111,10 +111,10 @@ def test_pause_does_not_count(clock):
     clock[0] += 3
     with throughput.pause():
         clock[0] += 7
-    assert throughput.read() == 25
+    assert throughput.read() == (25, 0)
     throughput.add(100)
     clock[0] += 10
-    assert throughput.read() == 10
+    assert throughput.read() == (10, 0)
 
 
 # Lines of the terminal
@@ -145,14 +145,22 @@ def test_step_line():
         images_per_second=3210.4,
         seconds_left=83,
         grad_norm=7.0,
+        input_bound=0.1,
+        unreadable=0,
     )
     line = metrics.step_line(120, 1000, values)
     expected = "step 120/1000  loss 0.5432  lr 1.20e-03  3,210 images/s  1:23 left"
     assert line == expected
+    line = metrics.step_line(
+        120, 1000, values | {"input_bound": 0.5, "unreadable": 1234}
+    )
+    assert line == (
+        f"{expected}  (waiting for images in 50% of steps)  (1,234 unreadable images)"
+    )
 
 
 def test_eval_line():
-    values = {"eval/loss": 0.54, "eval/count": 50_000}
+    values = {"eval/loss": 0.54, "eval/count": 50_000, "eval/unreadable": 0}
     assert metrics.eval_line(120, values) == (
         "step 120  eval  loss 0.5400  (50,000 images)"
     )
@@ -160,6 +168,8 @@ def test_eval_line():
     assert metrics.eval_line(120, values) == (
         "step 120  eval  loss 0.5400  top1 87.50 %  top5 100.00 %  (360 images)"
     )
+    values["eval/unreadable"] = 2
+    assert metrics.eval_line(120, values).endswith("(360 images, 2 unreadable)")
 
 
 def test_say_is_for_one_process(monkeypatch, capsys):

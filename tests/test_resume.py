@@ -14,11 +14,11 @@ SYNTHETIC = dict(LONG, optimizer__ema_decay=0.9, optimizer__clip_norm=1.0)
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
-    """Programs are compiled once for all processes; tensorflow is for digits alone."""
+    """Programs are compiled once for all processes; no TensorBoard."""
     directory = tmp_path_factory.mktemp("environment")
     return {
         "JAX_COMPILATION_CACHE_DIR": directory / "cache",
-        "PYTHONPATH": recipes.not_installed(directory / "missing", "clu"),
+        "PYTHONPATH": recipes.not_installed(directory / "missing", "tensorboardX"),
     }
 
 

@@ -23,7 +23,7 @@ from hivit_jax.errors import ConfigError, DivergedError
 from hivit_jax.models import create_model, leaf_name, named_leaves, split
 from hivit_jax.weights import to_official
 
-OPTIONAL = ("tensorflow", "tensorflow_datasets", "clu", "sklearn", "torch")
+OPTIONAL = ("tensorflow", "tensorflow_datasets", "tensorboardX", "sklearn", "torch")
 FSDP = dict(mesh__data=2, mesh__fsdp=4)
 EVERY_AXIS = dict(mesh__replica=2, mesh__data=1, mesh__fsdp=2, mesh__tensor=2)
 EVERY_STEP = dict(checkpoint_every=1, keep_checkpoints=10)

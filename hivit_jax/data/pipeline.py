@@ -6,20 +6,25 @@ step, on any number of hosts, and see what it would have seen; nothing but the s
 needs saving.
 """
 
-import itertools
+import os
+import sys
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
-from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from hivit_jax.config import image_shape
 from hivit_jax.data import transforms
-from hivit_jax.data.sources import Source, num_examples, open_source
-from hivit_jax.errors import ConfigError
+from hivit_jax.data.sources import num_examples, open_source
+from hivit_jax.errors import ConfigError, DataError
 
 Batch = dict[str, np.ndarray]
+CHUNK = 8  # images that a thread takes at a time
+AHEAD = 2  # batches in work beside the one that is waited for
 
 
 @lru_cache(maxsize=2)
@@ -54,121 +59,241 @@ def train_batches(config: Any, first_step: int, last_step: int) -> Iterator[Batc
     """This process's share of the batches of steps first_step .. last_step-1.
 
     Yields:
-      image uint8 [b, H, W, C], label int32 [b], weight float32 [b] (1: a real image).
+      image uint8 [b, H, W, C], label int32 [b], weight float32 [b] (1: an image to
+      count), unreadable float32 [b] (1: an image that could not be read). Where the
+      device resizes (`data.canvas`), H = W = canvas and box float32 [b, 2, 3] tells
+      `augment.resample` what to do.
     """
     places = local_places(config.batch_size)
-    positions = (
-        step * config.batch_size + places for step in range(first_step, last_step)
-    )
     n = num_examples(config.data, "train")
-    plan = ((*samples_at(p, n, config.seed), np.ones(len(p))) for p in positions)
-    return _batches(config, "train", plan)
+    plan = (
+        samples_at(step * config.batch_size + places, n, config.seed)
+        for step in range(first_step, last_step)
+    )
+    return _batches(config, "train", plan, len(places))
 
 
 def eval_batches(config: Any) -> Iterator[Batch]:
     """Batches, as in `train_batches`, that hold every image of the test split once.
 
-    The last one is filled up with copies of image 0 of weight 0.
+    The last one is filled up with empty images of weight 0.
     """
-    n = num_examples(config.data, "test")
     places = local_places(config.batch_size)
+    n = num_examples(config.data, "test")
     starts = range(0, n, config.batch_size)
-
-    def fill(positions):
-        real = positions < n
-        return np.where(real, positions, 0), np.zeros_like(positions), real
-
-    return _batches(config, "test", (fill(start + places) for start in starts))
+    shares = (start + places[start + places < n] for start in starts)
+    plan = ((share, np.zeros_like(share)) for share in shares)
+    return _batches(config, "test", plan, len(places))
 
 
 def first_test_images(config: Any, count: int) -> Batch:
     """The first `count` images of the test split, the same on every process."""
-    count = min(count, num_examples(config.data, "test"))
-    indices = np.arange(count)
-    plan = iter([(indices, np.zeros_like(indices), np.ones(count))])
-    return next(_batches(config, "test", plan))
+    indices = np.arange(min(count, num_examples(config.data, "test")))
+    plan = iter([(indices, np.zeros_like(indices))])
+    return next(_batches(config, "test", plan, len(indices)))
 
 
-def _batches(config: Any, split: str, plan: Iterator) -> Iterator[Batch]:
-    """Batches for a plan of (image index, epoch, weight), each [b], one a step."""
-    plan = ((index, epoch, weight.astype(np.float32)) for index, epoch, weight in plan)
+def check_unreadable(count: float, seen: float, data: Any, split: str) -> None:
+    """DataError if more than `data.max_unreadable` of the images cannot be read.
+
+    Args:
+      count: unreadable images so far.
+      seen: images so far; a split's size counts where that is more.
+    """
+    share = count / max(seen, num_examples(data, split))
+    if share > data.max_unreadable:
+        raise DataError(
+            f"{count:.0f} images of {data.name} could not be read, {share:.2%}; "
+            f"data.max_unreadable allows {data.max_unreadable:.2%}.\n"
+            "python -m hivit_jax.data.doctor names them all"
+        )
+
+
+def _batches(config: Any, split: str, plan: Iterator, size: int) -> Iterator[Batch]:
+    """Batches of `size` images for a plan of (image indices, epochs), each [size] or
+    less.
+    """
     if config.data.name == "synthetic":
-        return _synthetic_batches(config, plan)
-    return _decoded_batches(config, split, open_source(config.data, split), plan)
+        return _synthetic_batches(config, plan, size)
+    return _read_batches(config, split, plan, size)
 
 
-def image_shape(config: Any) -> tuple[int, int, int]:
-    """(height, width, channels) that the model wants."""
-    size = config.model.image_size
-    sides = (size, size) if isinstance(size, int) else tuple(size)
-    return (*sides, config.model.in_channels)
-
-
-def _synthetic_batches(config: Any, plan: Iterator) -> Iterator[Batch]:
-    """Noise images, for benchmarks: costs a copy, needs no tensorflow."""
+def _synthetic_batches(config: Any, plan: Iterator, size: int) -> Iterator[Batch]:
+    """Noise images, for benchmarks: costs a copy, reads nothing."""
     shape = image_shape(config)
     pool = np.random.default_rng(config.seed).integers(
         0, 256, (64, *shape), dtype=np.uint8
     )
     classes = config.model.get("num_classes") or 1
-    for indices, _, weight in plan:
+    for indices, _ in plan:
+        weight = (np.arange(size) < len(indices)).astype(np.float32)
+        indices = np.pad(indices, (0, size - len(indices)))
         yield {
             "image": pool[indices % len(pool)],
             "label": (indices % classes).astype(np.int32),
             "weight": weight,
+            "unreadable": np.zeros(size, np.float32),
         }
 
 
-def _tensorflow() -> ModuleType:
-    """tensorflow, kept off the GPUs; takes many seconds the first time."""
-    import tensorflow as tf
+class Sample(NamedTuple):
+    """An image of a dataset; `pixels` are uint8 [h, w, C]."""
 
-    tf.config.set_visible_devices([], "GPU")
-    return tf
+    encoded: bytes
+    label: int
+    pixels: np.ndarray
 
 
-def _decoded_batches(
-    config: Any, split: str, source: Source, plan: Iterator
-) -> Iterator[Batch]:
-    tf = _tensorflow()
-    *size, channels = image_shape(config)
-    classes = config.model.get("num_classes")
-    if classes and source.labels.max() >= classes:
-        raise ConfigError(
-            f"model.num_classes={classes}, but {config.data.name} has labels up to "
-            f"{source.labels.max()}"
-        )
-    crop = split == "train" and tuple(config.data.crop_scale) != (1.0, 1.0)
+class Loader:
+    """Fills batches with the images of a split. Its methods may run in many threads.
 
-    def fetch(indices):
-        return np.array(source.fetch(indices), object), source.labels[indices]
+    Raises:
+      ConfigError: more classes than the model has, channels no image has, a canvas
+        smaller than the model's image.
+    """
 
-    def read(indices, epochs, weights):
-        encoded, labels = tf.numpy_function(fetch, [indices], [tf.string, tf.int32])
-        return tf.data.Dataset.from_tensor_slices(
-            (encoded, labels, indices, epochs, weights)
-        )
-
-    def decode(encoded, label, index, epoch, weight):
-        image = transforms.decode(encoded, channels)
-        if crop:
-            seed = tf.random.experimental.stateless_fold_in([config.seed, epoch], index)
-            image = transforms.random_resized_crop(
-                image, size, config.data.crop_scale, seed
+    def __init__(self, config: Any, split: str):
+        data = config.data
+        *self._size, self._channels = image_shape(config)
+        self._source = open_source(data, split)
+        self._data, self._seed = data, config.seed
+        self._classes = config.model.get("num_classes")
+        self._crop_randomly = split == "train" and tuple(data.crop_scale) != (1.0, 1.0)
+        if self._channels not in transforms.MODES:
+            raise ConfigError(
+                f"model.in_channels={self._channels} with data.name={data.name!r}; "
+                "expected 3 (colour) or 1 (grey)"
             )
-        else:
-            image = transforms.resize(image, size)
-        return {"image": image, "label": label, "weight": weight}
+        if data.canvas and data.canvas < max(self._size):
+            raise ConfigError(
+                f"data.canvas={data.canvas} is smaller than model.image_size="
+                f"{config.model.image_size}; expected 0 or more than that"
+            )
+        if self._classes and len(self._source.classes) > self._classes:
+            raise ConfigError(
+                f"model.num_classes={self._classes}, but {data.name} has "
+                f"{len(self._source.classes)} classes"
+            )
 
-    first = next(plan)  # tells how many images a batch has
-    plan = itertools.chain([first], plan)
-    size_of_batch = len(first[0])
-    spec = [tf.TensorSpec([size_of_batch], t) for t in (tf.int64, tf.int64, tf.float32)]
-    dataset = (
-        tf.data.Dataset.from_generator(lambda: plan, output_signature=tuple(spec))
-        .flat_map(read)
-        .map(decode, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
-        .batch(size_of_batch, drop_remainder=True)
-        .prefetch(2)
-    )
-    return dataset.as_numpy_iterator()
+    def empty(self, count: int) -> Batch:
+        """A batch of images that are not there."""
+        room = [self._data.canvas] * 2 if self._data.canvas else self._size
+        batch = {
+            "image": np.zeros((count, *room, self._channels), np.uint8),
+            "label": np.zeros(count, np.int32),
+            "weight": np.zeros(count, np.float32),
+            "unreadable": np.zeros(count, np.float32),
+        }
+        if self._data.canvas:
+            whole = [[0, side, side] for side in self._size]
+            batch["box"] = np.full((count, 2, 3), whole, np.float32)
+        return batch
+
+    def fill(
+        self, batch: Batch, first: int, indices: np.ndarray, epochs: np.ndarray
+    ) -> None:
+        """Reads images, int64 [k], of epochs [k] into places first .. first+k-1."""
+        samples = zip(
+            indices.tolist(), epochs.tolist(), self.read(indices), strict=True
+        )
+        for place, (index, epoch, sample) in enumerate(samples, first):
+            if isinstance(sample, Exception):
+                batch["unreadable"][place] = 1
+                _report(self._source.name(index), sample)
+                continue
+            _, label, pixels = sample
+            if self._classes and not 0 <= label < self._classes:
+                raise DataError(
+                    f"{self._source.name(index)} has label {label}; expected 0 to "
+                    f"{self._classes - 1}, of model.num_classes={self._classes}"
+                )
+            box = transforms.place(
+                pixels,
+                self._crop(*pixels.shape[:2], epoch, index),
+                batch["image"][place],
+                self._size,
+                self._data.interpolation,
+                self._data.antialias,
+            )
+            if "box" in batch:
+                batch["box"][place] = box
+            batch["label"][place] = label
+            batch["weight"][place] = 1
+
+    def read(self, indices: np.ndarray) -> Iterator[Sample | Exception]:
+        """The images at these indices, or for each why it cannot be read."""
+        for found in self._fetch(indices):
+            try:
+                if isinstance(found, Exception):
+                    raise found
+                encoded, label = found
+                yield Sample(encoded, label, transforms.decode(encoded, self._channels))
+            except Exception as error:  # of whatever kind a broken file provokes
+                yield error
+
+    def _fetch(self, indices: np.ndarray) -> list[tuple[bytes, int] | Exception]:
+        try:
+            return self._source.fetch(indices)
+        except Exception as error:  # one of them; which one?
+            if len(indices) == 1:
+                return [error]
+            return [self._fetch(indices[i : i + 1])[0] for i in range(len(indices))]
+
+    def _crop(self, height: int, width: int, epoch: int, index: int) -> transforms.Crop:
+        if not self._crop_randomly:
+            return transforms.center_crop(
+                height, width, self._size, self._data.crop_pct
+            )
+        draws = transforms.uniforms(self._seed, epoch, index)
+        return transforms.random_resized_crop(
+            height, width, draws, self._data.crop_scale
+        )
+
+
+_named: set[str] = set()
+
+
+def _report(name: str, error: Exception) -> None:
+    """Names an unreadable image, once in the life of a process."""
+    if name not in _named:
+        _named.add(name)
+        reason = f"{type(error).__name__}: {error}"
+        print(f"cannot read {name}: {reason}; left out", file=sys.stderr, flush=True)
+
+
+def _read_batches(
+    config: Any, split: str, plan: Iterator, size: int
+) -> Iterator[Batch]:
+    """Batches read by threads: decoding and copying leave the interpreter to others."""
+    loader = Loader(config, split)
+    pool = ThreadPoolExecutor(config.data.workers or cores(), "read")
+    queue: deque[tuple[Batch, list[Future]]] = deque()
+
+    def finished():
+        batch, jobs = queue.popleft()
+        for job in jobs:
+            job.result()
+        return batch
+
+    try:
+        for indices, epochs in plan:
+            batch, jobs = loader.empty(size), []
+            for first in range(0, len(indices), CHUNK):
+                part = slice(first, first + CHUNK)
+                jobs.append(
+                    pool.submit(loader.fill, batch, first, indices[part], epochs[part])
+                )
+            queue.append((batch, jobs))
+            if len(queue) > AHEAD:
+                yield finished()
+        while queue:
+            yield finished()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

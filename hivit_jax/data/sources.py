@@ -1,32 +1,43 @@
-"""Where images come from: a length, labels, and encoded images by index."""
+"""Where images come from: how many, their classes, and encoded images by index."""
 
+import hashlib
 import io
-from collections.abc import Mapping
-from functools import cache
+import os
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
+from functools import cache, lru_cache
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from hivit_jax.errors import ConfigError, DataError, unknown
 
-# Images per split of datasets whose size is known without opening them.
-SIZES = {"imagenet2012": {"train": 1_281_167, "test": 50_000}}
+NAMES = ("digits", "folder", "imagenet2012", "synthetic")  # or another of TFDS
+IMAGENET_TRAIN = 1_281_167  # images of imagenet2012, for where it is not at hand
+NAMED_SPLITS = {"folder": ("train", "val"), "": ("train", "validation")}
 DIGITS_TEST = 360
+SYNTHETIC = {"train": 1024, "test": 64}
+FORMATS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
 
 class Source(Protocol):
     """One split of a dataset.
 
-    labels: int32 [n], the class of every image.
+    classes: name of every class, in the order of the labels.
     """
 
-    labels: np.ndarray
+    classes: Sequence[str]
 
     def __len__(self) -> int:
         """Number of images n."""
 
-    def fetch(self, indices: np.ndarray) -> list[bytes]:
-        """Encoded images (JPEG, PNG, ...) at these indices."""
+    def fetch(self, indices: Sequence[int]) -> list[tuple[bytes, int]]:
+        """(encoded image, label) at these indices; OSError if one cannot be read."""
+
+    def name(self, index: int) -> str:
+        """What a person would find the image by."""
 
 
 class Digits:
@@ -35,6 +46,8 @@ class Digits:
     A fixed draw of 360 is the test split. `train_examples` > 0 keeps that many
     training images, equally many of each class, chosen by the number `subset`.
     """
+
+    classes = tuple("0123456789")
 
     def __init__(self, split: str, train_examples: int = 0, subset: int = 0):
         images, labels = _digits()
@@ -57,9 +70,12 @@ class Digits:
     def __len__(self) -> int:
         return len(self._indices)
 
-    def fetch(self, indices: np.ndarray) -> list[bytes]:
+    def fetch(self, indices: Sequence[int]) -> list[tuple[bytes, int]]:
         images = _digits()[0]
-        return [_png(images[self._indices[i]]) for i in indices]
+        return [(_png(images[self._indices[i]]), self.labels[i]) for i in indices]
+
+    def name(self, index: int) -> str:
+        return f"digit {self._indices[index]}"
 
     def pixels(self) -> np.ndarray:
         """All images of the split as they were scanned, uint8 [n, 8, 8]."""
@@ -83,12 +99,240 @@ def _png(image: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
+class Folder:
+    """Class folders, ``ROOT/{train,val}/CLASS/*.JPEG``, as torchvision reads them.
+
+    Classes are the sorted directories of the train split, for every split; images the
+    sorted files below them. The index is cached until a directory changes.
+
+    Raises:
+      DataError: no such split, a class without images, a class that is not in train.
+    """
+
+    def __init__(self, directory: str, split: str, train_split: str = "train"):
+        root = Path(directory).expanduser()
+        self._root = root / split
+        for needed in (root / train_split, self._root):
+            if not needed.is_dir():
+                found = sorted(p.name for p in root.iterdir()) if root.is_dir() else []
+                raise DataError(
+                    f"no directory {needed}; in data.dir={str(root)!r} there is "
+                    f"{', '.join(found[:8]) or 'nothing'}"
+                )
+        self.classes = _directories(root / train_split)
+        strange = sorted(set(_directories(self._root)) - set(self.classes))
+        if strange:
+            raise DataError(
+                f"{self._root / strange[0]}: {len(strange)} of the classes of {split} "
+                f"are not in {train_split}, which has {len(self.classes)}"
+            )
+        index = _cached_index(self._root, lambda: self._walk(self._root))
+        self._files, self.labels = index["files"], index["labels"]
+        empty = set(_directories(self._root)) - {
+            self.classes[k] for k in {*self.labels}
+        }
+        if empty or not len(self):
+            raise DataError(
+                f"{self._root / min(empty, default='')}: no image; expected files that "
+                f"end in {', '.join(FORMATS)}"
+            )
+
+    def _walk(self, root: Path) -> dict[str, np.ndarray]:
+        files, labels = [], []
+        for label, name in enumerate(self.classes):
+            for directory, _, names in sorted(os.walk(root / name, followlinks=True)):
+                images = [n for n in sorted(names) if n.lower().endswith(FORMATS)]
+                inside = os.path.relpath(directory, root)
+                files += [os.fsencode(os.path.join(inside, n)) for n in images]
+                labels += [label] * len(images)
+        return {"files": np.array(files, "S"), "labels": np.array(labels, np.int32)}
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def fetch(self, indices: Sequence[int]) -> list[tuple[bytes, int]]:
+        images = []
+        for i in indices:
+            with open(self.name(i), "rb", buffering=0) as file:
+                images.append((file.read(), int(self.labels[i])))
+        return images
+
+    def name(self, index: int) -> str:
+        return f"{self._root}/{os.fsdecode(self._files[index])}"
+
+
+def _directories(root: Path) -> list[str]:
+    with os.scandir(root) as entries:
+        return sorted(entry.name for entry in entries if entry.is_dir())
+
+
+def _cached_index(
+    root: Path, build: Callable[[], dict[str, np.ndarray]]
+) -> dict[str, np.ndarray]:
+    """build(), kept in the user's cache until a directory below `root` changes."""
+    cache_dir = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    key = hashlib.sha256(os.fsencode(root.absolute())).hexdigest()[:16]
+    path = cache_dir / "hivit_jax" / f"{key}.npz"
+
+    def times(directories):
+        return np.array([os.stat(d).st_mtime_ns for d in directories.tolist()])
+
+    try:
+        with np.load(path) as found:
+            if (times(found["directories"]) == found["times"]).all():
+                return dict(found)
+    except (OSError, ValueError, KeyError):
+        pass  # none, of directories that are gone, or damaged
+    walked = [os.fsencode(d) for d, _, _ in os.walk(root, followlinks=True)]
+    directories = np.array(walked, "S")
+    index = {"directories": directories, "times": times(directories), **build()}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".{os.getpid()}.npz")
+        np.savez(temporary, **index)
+        temporary.replace(path)
+    except OSError:
+        pass  # it is only slower next time
+    return index
+
+
+class Tfds:
+    """A classification dataset that TFDS has prepared, in array_record or tfrecord.
+
+    Args:
+      name: of the dataset, as TFDS has it ("imagenet2012", "name/config:1.0.0").
+      directory: that holds it; "" for TFDS's own.
+      split: as TFDS has it ("train", "validation", "train[:10%]").
+
+    Raises:
+      DataError: not prepared there, another kind of dataset, no such split.
+    """
+
+    def __init__(self, name: str, directory: str, split: str):
+        import tensorflow_datasets as tfds
+
+        path = _prepared(name, directory)
+        try:
+            info = tfds.builder_from_directory(path).info
+        except Exception as error:
+            raise DataError(
+                f"{path} cannot be read by tensorflow-datasets {tfds.__version__}: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        kinds = supervised_kinds(info)
+        if kinds != ["Image", "ClassLabel"]:
+            raise DataError(
+                f"{name} gives ({', '.join(kinds)}); expected (Image, ClassLabel)"
+            )
+        self._image, self._label = info.supervised_keys
+        self._split, self._features = split, info.features
+        self._decoders = {self._image: tfds.decode.SkipDecoding()}
+        self.classes = info.features[self._label].names
+        try:
+            files = info.splits[split].file_instructions
+        except (KeyError, ValueError) as error:
+            raise DataError(
+                f"{name} has no split {split!r}; it has {', '.join(info.splits)}"
+            ) from error
+        kind = info.file_format.value
+        if kind not in OPENERS:
+            raise DataError(
+                f"{name} is prepared as {kind}; expected {' or '.join(OPENERS)}"
+            )
+        self._open = OPENERS[kind]
+        self._paths = [str(file.filename) for file in files]
+        self._files = np.repeat(np.arange(len(files)), [file.take for file in files])
+        self._places = np.concatenate(
+            [np.arange(file.skip, file.skip + file.take) for file in files]
+        )
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def fetch(self, indices: Sequence[int]) -> list[tuple[bytes, int]]:
+        examples = [self._example(index) for index in indices]
+        return [(e[self._image], int(e[self._label])) for e in examples]
+
+    def name(self, index: int) -> str:
+        try:
+            inside = self._example(index).get("file_name", b"").decode()
+        except Exception:  # of whatever kind a broken file provokes
+            inside = f"in {self._paths[self._files[index]]}"
+        return f"{self._split}[{index}] {inside}".rstrip()
+
+    def _example(self, index: int) -> dict[str, Any]:
+        read = self._open(self._paths[self._files[index]])
+        record = read(int(self._places[index]))
+        return self._features.deserialize_example_np(record, decoders=self._decoders)
+
+
+@cache
+def _array_record(path: str) -> Callable[[int], bytes]:
+    """Opens a file: place -> record. One by one is four times as fast as in batches."""
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    reader = ArrayRecordReader(path)
+    return lambda place: reader.read([place])[0]
+
+
+@cache
+def _tfrecord(path: str) -> Callable[[int], bytes]:
+    """Opens a file: place -> record. Hops once from header to header.
+
+    A record is its length (8 bytes), a CRC (4), the data and another CRC (4).
+    """
+    file, size = os.open(path, os.O_RDONLY), os.path.getsize(path)
+    starts, at = [], 0
+    while at < size:
+        starts.append(at + 12)
+        at += struct.unpack("<Q", os.pread(file, 8, at))[0] + 16
+    if at != size:
+        raise OSError(f"{path} ends inside a record, at byte {size:,}")
+    ends = np.array([*starts[1:], size + 12]) - 16
+
+    return lambda place: os.pread(file, ends[place] - starts[place], starts[place])
+
+
+OPENERS = {"array_record": _array_record, "tfrecord": _tfrecord}
+
+
+def supervised_kinds(info: Any) -> list[str]:
+    """Kinds of features that a TFDS dataset is to learn from and to learn."""
+    keys = [key for key in info.supervised_keys or () if isinstance(key, str)]
+    return [type(info.features[key]).__name__ for key in keys]
+
+
+def _prepared(name: str, directory: str) -> str:
+    """The directory NAME/[CONFIG/]VERSION of the newest prepared version."""
+    import tensorflow_datasets as tfds
+    from etils import epath
+
+    base, _, version = name.partition(":")
+    root = epath.Path(directory or tfds.core.constants.DATA_DIR).expanduser() / base
+    names = [p.name for p in root.iterdir()] if root.is_dir() else []
+    ready = [
+        each
+        for each in names
+        if tfds.core.Version.is_valid(each)
+        and each == (version or each)
+        and (root / each / "dataset_info.json").exists()
+    ]
+    if ready:
+        return str(root / max(ready, key=tfds.core.Version))
+    if get_close_matches(base, NAMES, cutoff=0.8) and base not in NAMES:
+        raise unknown("data.name", base, NAMES)
+    raise DataError(
+        f"no prepared {name} in {root}, where there is "
+        f"{', '.join(sorted(names)[:5]) or 'nothing'}; expected VERSION/"
+        "dataset_info.json.\n--config.data.dir=DIR says where to look; python -m "
+        f"hivit_jax.data.prepare --name {base} prepares it"
+    )
+
+
 def num_examples(data: Mapping[str, Any], split: str) -> int:
-    """Images in a split ("train" or "test"), without opening a large dataset."""
-    if data["name"] in SIZES:
-        return SIZES[data["name"]][split]
+    """Images in a split ("train" or "test")."""
     if data["name"] == "synthetic":
-        return (data["train_examples"] or 1024) if split == "train" else 64
+        return split == "train" and data["train_examples"] or SYNTHETIC[split]
     return len(open_source(data, split))
 
 
@@ -96,14 +340,35 @@ def open_source(data: Mapping[str, Any], split: str) -> Source:
     """Opens a split ("train" or "test") of the dataset that the config names.
 
     Raises:
-      ConfigError: a name that is not known.
+      ConfigError: a name that is not known, or a subset of a dataset that has none.
       DataError: a known dataset that cannot be read.
     """
-    if data["name"] == "digits":
-        return Digits(split, data["train_examples"], data["subset"])
-    if data["name"] in SIZES:
-        raise DataError(
-            f"data.name={data['name']!r}: reading it is not part of this version; "
-            "--config.data.name=synthetic runs the recipe on made-up images"
+    keys = ("name", "dir", "train_split", "eval_split", "train_examples", "subset")
+    return _open(split, *(data[key] for key in keys))
+
+
+@lru_cache(maxsize=8)
+def _open(
+    split: str,
+    name: str,
+    directory: str,
+    train_split: str,
+    eval_split: str,
+    train_examples: int,
+    subset: int,
+) -> Source:
+    if name == "digits":
+        return Digits(split, train_examples, subset)
+    ours = NAMED_SPLITS.get(name, NAMED_SPLITS[""])
+    train_split, eval_split = train_split or ours[0], eval_split or ours[1]
+    wanted = train_split if split == "train" else eval_split
+    if name == "folder":
+        source = Folder(directory, wanted, train_split)
+    else:
+        source = Tfds(name, directory, wanted)
+    if train_examples:
+        raise ConfigError(
+            f"data.train_examples={train_examples} with data.name={name!r}; expected "
+            "0: only digits has subsets"
         )
-    raise unknown("data.name", data["name"], ["digits", "synthetic", *SIZES])
+    return source

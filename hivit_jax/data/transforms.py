@@ -1,70 +1,195 @@
-"""Encoded image -> uint8 pixels, on the host; flip and normalisation come later, on the
-device. Every random draw is stateless: a function of the seed that is handed in.
+"""Encoded image -> uint8 pixels and a box, on the host.
+
+What is cut out here is resized on the device (`augment.resample`) where it fits the
+canvas, else here; flip and normalisation come later, on the device. Every draw is a
+function of (seed, epoch, image).
 """
 
+import io
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
-if TYPE_CHECKING:
-    import tensorflow as tf
+import numpy as np
+import simplejpeg
+from PIL import Image, UnidentifiedImageError
+
+from hivit_jax.augment import REACH, axis_weights
+
+DRAWS = 22  # of an image: ten areas, ten aspects, top, left
+MODES = {1: "L", 3: "RGB"}  # PIL's, by number of channels
+FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
-def decode(encoded: "tf.Tensor", channels: int) -> "tf.Tensor":
-    """Encoded image, a string scalar -> uint8 [h, w, channels]."""
-    import tensorflow as tf
+class Box(NamedTuple):
+    """A rectangle of an image in pixels; an edge may lie between two of them."""
 
-    image = tf.io.decode_image(encoded, channels=channels, expand_animations=False)
-    return tf.ensure_shape(image, [None, None, channels])
+    top: float
+    left: float
+    height: float
+    width: float
 
 
-def resize(image: "tf.Tensor", size: Sequence[int]) -> "tf.Tensor":
-    """Antialiased bicubic: [h, w, C] -> uint8 [*size, C]."""
-    import tensorflow as tf
+class Crop(NamedTuple):
+    """What of an image the model sees: `box`, made of pixels of `bounds` alone."""
 
-    pixels = tf.image.resize(image, size, method="bicubic", antialias=True)
-    return tf.saturate_cast(tf.round(pixels), tf.uint8)
+    box: Box
+    bounds: Box
+
+
+def decode(encoded: bytes, channels: int) -> np.ndarray:
+    """Encoded image of any format -> uint8 [h, w, channels], exactly as PIL reads it.
+
+    Raises:
+      Exception: of many kinds, where PIL cannot read it.
+    """
+    if channels == 3:
+        try:  # the quick way; the same libjpeg-turbo, and the same pixels
+            height, width, colours, _ = simplejpeg.decode_jpeg_header(encoded)
+            if colours in ("YCbCr", "Gray") and height * width < Image.MAX_IMAGE_PIXELS:
+                return simplejpeg.decode_jpeg(encoded)
+        except ValueError:
+            pass  # no JPEG, or a damaged one, of which PIL may make something
+    try:
+        with Image.open(io.BytesIO(encoded)) as image:
+            pixels = np.asarray(image.convert(MODES[channels]))
+    except UnidentifiedImageError as error:
+        raise OSError(f"{len(encoded):,} bytes that are no image") from error
+    return pixels.reshape(*pixels.shape[:2], channels)
+
+
+def uniforms(seed: int, epoch: int, index: int) -> np.ndarray:
+    """Numbers in [0, 1) for one image in one epoch, float64 [DRAWS].
+
+    Philox is a function of key and counter, the same in every version of numpy.
+    """
+    philox = np.random.Philox(key=seed, counter=[0, 0, index, epoch])
+    return (philox.random_raw(DRAWS) >> np.uint64(11)) * 2.0**-53
 
 
 def random_resized_crop(
-    image: "tf.Tensor",
-    size: Sequence[int],
+    height: int,
+    width: int,
+    draws: np.ndarray,
     scale: Sequence[float],
-    seed: "tf.Tensor",
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
-) -> "tf.Tensor":
-    """A random part of the image, resized: [h, w, C] -> uint8 [*size, C].
-
-    torchvision's rule: ten tries at an area in `scale` and a log-uniform aspect in
-    `ratio`; the first that fits inside is taken, else the largest centred crop whose
-    aspect is allowed.
+) -> Crop:
+    """A random part of an image, torchvision's rule: ten tries at an area in `scale`
+    and a log-uniform aspect in `ratio`; the first that fits inside is taken, else the
+    largest centred part whose aspect is allowed. Pixels beside it play no role.
 
     Args:
-      seed: int [2], as TensorFlow's stateless random functions take it.
+      draws: float [DRAWS] in [0, 1).
     """
-    import tensorflow as tf
+    low, high = np.log(ratio)
+    area = height * width * (scale[0] + (scale[1] - scale[0]) * draws[:10])
+    aspect = np.exp(low + (high - low) * draws[10:20])
+    widths, heights = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
+    fits = (widths > 0) & (widths <= width) & (heights > 0) & (heights <= height)
+    first = fits.argmax()  # 0 where none fits
+    if fits[first]:
+        h, w = int(heights[first]), int(widths[first])
+        # A whole pixel from 0 to what is left over, each as likely.
+        top, left = int(draws[20] * (height - h + 1)), int(draws[21] * (width - w + 1))
+    else:
+        h, w = (
+            min(height, round(width / ratio[0])),
+            min(width, round(height * ratio[1])),
+        )
+        top, left = (height - h) // 2, (width - w) // 2
+    box = Box(top, left, h, w)
+    return Crop(box, box)
 
-    height, width = tf.shape(image)[0], tf.shape(image)[1]
-    h, w = tf.cast(height, tf.float32), tf.cast(width, tf.float32)
-    draws = tf.random.stateless_uniform([4, 10], seed)
-    area = h * w * (scale[0] + (scale[1] - scale[0]) * draws[0])
-    low, high = math.log(ratio[0]), math.log(ratio[1])
-    aspect = tf.exp(low + (high - low) * draws[1])
-    tries_w, tries_h = (
-        tf.round(tf.sqrt(area * aspect)),
-        tf.round(tf.sqrt(area / aspect)),
+
+def center_crop(height: int, width: int, size: Sequence[int], crop_pct: float) -> Crop:
+    """The middle, as after resizing to ``size / crop_pct`` (the short side, where the
+    model's image is square) and cutting out `size`; timm's and torchvision's rule.
+    """
+    wanted = [math.floor(side / crop_pct) for side in size]
+    if wanted[0] * width >= wanted[1] * height:  # the height decides
+        full = (wanted[0], int(wanted[0] * width / height))
+    else:
+        full = (int(wanted[1] * height / width), wanted[1])
+    scales = height / full[0], width / full[1]
+    corner = [round((f - s) / 2) for f, s in zip(full, size, strict=True)]
+    box = Box(
+        *(c * k for c, k in zip(corner, scales, strict=True)),
+        *(s * k for s, k in zip(size, scales, strict=True)),
     )
-    fits = (tries_w > 0) & (tries_h > 0) & (tries_w <= w) & (tries_h <= h)
-    first = tf.argmax(fits)  # 0 where none fits
+    return Crop(box, Box(0, 0, height, width))
 
-    fallback_w = tf.minimum(w, tf.round(h * ratio[1]))
-    fallback_h = tf.minimum(h, tf.round(w / ratio[0]))
-    any_fits = tf.reduce_any(fits)
-    crop_w = tf.where(any_fits, tries_w[first], fallback_w)
-    crop_h = tf.where(any_fits, tries_h[first], fallback_h)
-    # The corner is a whole pixel from 0 to what is left over, each as likely.
-    left_over = tf.stack([h - crop_h, w - crop_w])
-    corner = tf.minimum(tf.floor(draws[2:, first] * (left_over + 1)), left_over)
-    top, left = tf.unstack(tf.where(any_fits, corner, tf.floor(left_over / 2)))
-    box = [tf.cast(x, tf.int32) for x in (top, left, crop_h, crop_w)]
-    return resize(tf.image.crop_to_bounding_box(image, *box), size)
+
+def place(
+    pixels: np.ndarray,
+    crop: Crop,
+    out: np.ndarray,
+    size: Sequence[int],
+    interpolation: str = "bicubic",
+    antialias: bool = True,
+) -> np.ndarray:
+    """Writes what the model needs of an image into the top left of `out`.
+
+    That is the box and the pixels around it that weigh in, if `out` is larger than
+    `size` and has room for them; else the box resized to `size`, as PIL does it.
+
+    Args:
+      pixels: uint8 [h, w, C].
+      out: uint8 [H', W', C], zeros; at least `size`.
+      size: (height, width) of the model's image.
+
+    Returns:
+      Where it lies, float32 [2, 3] as `augment.resample` wants it.
+    """
+    spans = []
+    for axis in (0, 1):
+        start, low = crop.box[axis], crop.bounds[axis]
+        length, high = crop.box[2 + axis], low + crop.bounds[2 + axis]
+        stretch = max(length / size[axis], 1) if antialias else 1
+        reach = math.ceil(REACH[interpolation] * stretch)
+        spans.append(
+            (
+                max(int(low), math.floor(start) - reach),
+                min(int(high), math.ceil(start + length) + reach),
+            )
+        )
+    (top, bottom), (left, right) = spans
+    part = pixels[top:bottom, left:right]
+    box = np.array(
+        [
+            [crop.box.top - top, crop.box.height, bottom - top],
+            [crop.box.left - left, crop.box.width, right - left],
+        ],
+        np.float32,
+    )
+    room = out.shape[:2]
+    if room != tuple(size) and part.shape[0] <= room[0] and part.shape[1] <= room[1]:
+        out[: part.shape[0], : part.shape[1]] = part
+        return box
+    out[: size[0], : size[1]] = resize(part, box, size, interpolation, antialias)
+    return np.array([[0, side, side] for side in size], np.float32)
+
+
+def resize(
+    pixels: np.ndarray,
+    box: np.ndarray,
+    size: Sequence[int],
+    interpolation: str,
+    antialias: bool,
+) -> np.ndarray:
+    """A box of an image [h, w, C] -> uint8 [*size, C]: `augment.resample` on the host,
+    through PIL, which knows no plain (not antialiased) resize.
+    """
+    if antialias:
+        (top, height, _), (left, width, _) = box.tolist()
+        edges = (left, top, left + width, top + height)
+        grey = pixels.shape[-1] == 1
+        image = Image.fromarray(pixels[..., 0] if grey else pixels)
+        image = image.resize(tuple(size)[::-1], FILTERS[interpolation], edges)
+        return np.asarray(image).reshape(*size, -1)
+    for axis in (1, 0):
+        weights = axis_weights(
+            box[axis], size[axis], pixels.shape[axis], interpolation, antialias
+        )
+        pixels = np.moveaxis(np.tensordot(weights, pixels, (1, axis)), 0, axis)
+        pixels = np.rint(pixels).clip(0, 255)
+    return pixels.astype(np.uint8)

@@ -1,0 +1,235 @@
+"""Images per CPU-second of ways to make training batches of ImageNet-like JPEGs.
+
+    python -m benchmarks.input_pipeline [--rounds 5] [--memory 10000]
+
+Writes 420 photographs of 500x375 (benchmarks/photographs.py) into a temporary
+directory, then reads, decodes, crops and resizes them in every way in turn, `--rounds`
+times. A CPU-second is a second of one core, in whatever thread; the table has the
+medians. Needs tensorflow for the rows of tf.data, which it leaves out otherwise.
+`--memory` watches the memory of a process over so many batches instead.
+"""
+
+import argparse
+import io
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import simplejpeg
+from PIL import Image
+
+from benchmarks import photographs
+from hivit_jax import config as configs
+from hivit_jax.data import pipeline, sources, transforms
+from hivit_jax.data.prepare import shrink
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "input_pipeline.json"
+BATCH, STEPS = 64, 8  # of a round
+SIZE, SCALE, CANVAS = (224, 224), (0.2, 1.0), 512
+
+
+def recipe(directory: Path, **data):
+    """configs/mae_base.py over a class folder, one thread."""
+    options = {"name": "folder", "dir": directory, "workers": 1} | data
+    flags = [f"--config.data.{key}={value}" for key, value in options.items()]
+    path = ROOT / "configs" / "mae_base.py"
+    return configs.load(str(path), [*flags, f"--config.batch_size={BATCH}"])
+
+
+def ours(directory: Path, **data) -> Callable[[], Iterator]:
+    """The project's batches, end to end."""
+    config = recipe(directory, **data)
+    return lambda: pipeline.train_batches(config, 0, STEPS)
+
+
+def one_by_one(directory: Path, work: Callable) -> Callable[[], Iterator]:
+    """work(encoded, index) for every image of the round, read beforehand."""
+    source = sources.open_source(recipe(directory).data, "train")
+    plan = [i % len(source) for i in range(BATCH * STEPS)]
+    encoded = [image for image, _ in source.fetch(plan)]
+
+    def run():
+        for index, image in zip(plan, encoded, strict=True):
+            work(image, index)
+            yield
+
+    return run
+
+
+def torchvision_like(encoded: bytes, index: int) -> None:
+    """What torchvision's ImageFolder and RandomResizedCrop do, in PIL."""
+    image = Image.open(io.BytesIO(encoded)).convert("RGB")
+    draws = transforms.uniforms(0, 0, index)
+    crop = transforms.random_resized_crop(image.height, image.width, draws, SCALE)
+    top, left, height, width = crop.box
+    image = image.crop((left, top, left + width, top + height))
+    np.asarray(image.resize(SIZE, Image.Resampling.BICUBIC))
+
+
+def tf_data(directory: Path, method: str) -> Callable[[], Iterator]:
+    """A tf.data pipeline with the same crops, two threads.
+
+    Args:
+      method: "bicubic", "bilinear", "antialiased bicubic", or "canvas", which leaves
+        the resizing to the device as ours does.
+    """
+    import tensorflow as tf
+
+    source = sources.open_source(recipe(directory).data, "train")
+    order = pipeline.samples_at(np.arange(BATCH * STEPS), len(source), 0)[0].tolist()
+    boxes = []
+    for index in order:
+        draws = transforms.uniforms(0, 0, index)
+        boxes.append(transforms.random_resized_crop(375, 500, draws, SCALE).box)
+
+    def load(path, box):
+        image = tf.image.decode_and_crop_jpeg(
+            tf.io.read_file(path), box, channels=3, dct_method="INTEGER_ACCURATE"
+        )
+        if method == "canvas":
+            return image
+        kind, antialias = method.split()[-1], method.startswith("antialiased")
+        pixels = tf.image.resize(image, SIZE, kind, antialias=antialias)
+        return tf.saturate_cast(tf.round(pixels), tf.uint8)
+
+    def run():
+        dataset = tf.data.Dataset.from_tensor_slices(
+            ([source.name(i) for i in order], np.array(boxes, np.int32))
+        ).map(load, num_parallel_calls=2, deterministic=True)
+        if method == "canvas":
+            dataset = dataset.padded_batch(BATCH, (CANVAS, CANVAS, 3))
+        else:
+            dataset = dataset.batch(BATCH)
+        return dataset.prefetch(2).as_numpy_iterator()
+
+    return run
+
+
+def variants(root: Path) -> dict[str, Callable[[], Iterator]]:
+    """Row of the table -> start of a round, which yields batches."""
+    found = {
+        "decode alone: simplejpeg": one_by_one(
+            root, lambda encoded, _: simplejpeg.decode_jpeg(encoded)
+        ),
+        "decode alone: PIL": one_by_one(root, lambda e, _: transforms.decode(e, 1)),
+        "PIL, as torchvision": one_by_one(root, torchvision_like),
+        "ours, resized on the device": ours(root),
+        "ours, on the device, bilinear, plain": ours(
+            root, interpolation="bilinear", antialias=False
+        ),
+        "ours, on the host": ours(root, canvas=0),
+        "ours, on the host, bilinear": ours(root, canvas=0, interpolation="bilinear"),
+        "ours, device, stored at short side 320": ours(root / "320"),
+        "ours, device, stored at short side 256": ours(root / "256"),
+    }
+    try:
+        import tensorflow  # noqa: F401
+    except ImportError:
+        return found
+    for method in ("antialiased bicubic", "bicubic", "bilinear", "canvas"):
+        found[f"tf.data, {method}"] = tf_data(root, method)
+    return found
+
+
+def reduced(root: Path, short_side: int) -> None:
+    """A copy of the training images as `prepare --short_side` stores them."""
+    for path in sorted(root.glob("train/*/*")):
+        target = root / str(short_side) / path.relative_to(root)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(shrink(path.read_bytes(), short_side))
+
+
+def jump(root: Path) -> float:
+    """Seconds to the images of step 100,000 of 4,096 of 1,281,167, none decoded."""
+
+    class Fake:
+        classes = ("only",)
+
+        def __len__(self):
+            return sources.IMAGENET_TRAIN
+
+        def fetch(self, indices):
+            return [(b"image %d" % index, 0) for index in indices]
+
+    began = time.perf_counter()
+    first = 100_000 * 4096
+    positions = np.arange(first, first + 4096)
+    indices, epochs = pipeline.samples_at(positions, len(Fake()), seed=0)
+    Fake().fetch(indices)
+    for index, epoch in zip(indices.tolist(), epochs.tolist(), strict=True):
+        transforms.uniforms(0, epoch, index)
+    return time.perf_counter() - began
+
+
+def memory(root: Path, batches: int) -> None:
+    """Prints the memory of this process along the way."""
+    config = recipe(root, workers=2)
+    every = max(batches // 10, 1)
+    for step, _ in enumerate(pipeline.train_batches(config, 0, batches), 1):
+        if step == min(100, every) or step % every == 0:
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            resident = pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+            print(f"batch {step:>7,}  {resident:7,.0f} MiB", flush=True)
+
+
+def compare(root: Path, rounds: int) -> dict[str, float]:
+    """Images per CPU-second of every variant, the median of interleaved rounds."""
+    for short_side in (320, 256):
+        reduced(root, short_side)
+    starts = variants(root)
+    rates: dict[str, list[float]] = {name: [] for name in starts}
+    for _ in range(rounds + 1):  # the first one warms up
+        for name, start in starts.items():
+            batches, began = start(), time.process_time()
+            for _ in batches:
+                pass
+            rates[name].append(BATCH * STEPS / (time.process_time() - began))
+    return {name: statistics.median(each[1:]) for name, each in rates.items()}
+
+
+def report(root: Path, rounds: int) -> None:
+    """Prints the table and writes it as JSON."""
+    rates = compare(root, rounds)
+    ceiling = rates["decode alone: simplejpeg"]
+    print(f"{'':44}images per CPU-second   of the ceiling")
+    for name, rate in rates.items():
+        print(f"{name:44}{rate:21,.0f}{rate / ceiling:17.0%}")
+    seconds = jump(root)
+    print(f"jump to step 100,000 of 4,096 images: {seconds:.2f} s")
+    packages = ("numpy", "pillow", "simplejpeg", "tensorflow-cpu")
+    result = {
+        "images_per_cpu_second": rates,
+        "jump_seconds": seconds,
+        "rounds": rounds,
+        "cpu": platform.processor() or platform.machine(),
+        "versions": {name: version(name) for name in packages},
+    }
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    RESULTS.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--memory", type=int, default=0, metavar="BATCHES")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as directory:
+        root = Path(directory)
+        photographs.write(root, {"train": 420})
+        if args.memory:
+            memory(root, args.memory)
+        else:
+            report(root, args.rounds)
+
+
+if __name__ == "__main__":
+    main()

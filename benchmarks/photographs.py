@@ -1,0 +1,78 @@
+"""The photographs that come with scikit-image and scikit-learn, as class folders.
+
+    python -m benchmarks.photographs DIR [--train 400] [--val 100]
+
+Each class is a photograph; its images are random parts of it, in other colours and
+with noise, as 500x375 JPEGs of 85 KB, a usual size in ImageNet.
+"""
+
+import argparse
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+
+@cache
+def photographs() -> dict[str, np.ndarray]:
+    """Name -> uint8 [h, w, 3]."""
+    import skimage.data
+    from sklearn.datasets import load_sample_image
+
+    return {
+        "astronaut": skimage.data.astronaut(),
+        "cat": skimage.data.chelsea(),
+        "china": load_sample_image("china.jpg"),
+        "coffee": skimage.data.coffee(),
+        "flower": load_sample_image("flower.jpg"),
+        "motorcycle": skimage.data.stereo_motorcycle()[0],
+        "rocket": skimage.data.rocket(),
+    }
+
+
+def variant(photo: np.ndarray, seed: int, size: Sequence[int]) -> Image.Image:
+    """A part of a photograph, uint8 [h, w, 3], as an image of (width, height)."""
+    rng = np.random.RandomState(seed)
+    height, width = photo.shape[:2]
+    aspect = size[0] / size[1]
+    h = min(height, width / aspect) * rng.uniform(0.6, 1)
+    top, left = rng.uniform(0, height - h), rng.uniform(0, width - h * aspect)
+    box = (left, top, left + h * aspect, top + h)
+    image = Image.fromarray(photo).resize(tuple(size), Image.Resampling.BICUBIC, box)
+    pixels = np.asarray(image) * rng.uniform(0.8, 1.2, 3)
+    pixels += rng.normal(0, 9.5, pixels.shape)  # so that the files are of usual size
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def write(
+    directory: str | Path,
+    counts: dict[str, int],
+    size: Sequence[int] = (500, 375),
+    quality: int = 92,
+) -> None:
+    """Writes DIRECTORY/SPLIT/CLASS/NUMBER.JPEG.
+
+    Args:
+      counts: images by split, shared out over the classes.
+      size: (width, height) of the images.
+    """
+    seed = 0
+    for split, count in counts.items():
+        for number in range(count):
+            name = sorted(photographs())[number % len(photographs())]
+            path = Path(directory) / split / name / f"{number:05}.JPEG"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            image = variant(photographs()[name], seed, size)
+            image.save(path, "JPEG", quality=quality)
+            seed += 1
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("directory")
+    parser.add_argument("--train", type=int, default=400)
+    parser.add_argument("--val", type=int, default=100)
+    args = parser.parse_args()
+    write(args.directory, {"train": args.train, "val": args.val})

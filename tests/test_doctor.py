@@ -1,0 +1,333 @@
+"""What the doctor finds in a healthy dataset and in one that was spoilt on purpose."""
+
+import io
+import os
+
+import numpy as np
+import pytest
+import recipes
+from PIL import Image
+
+from benchmarks.photographs import photographs, write
+from hivit_jax.data import doctor, sources
+
+NAMES = sorted(photographs())
+
+
+@pytest.fixture(scope="module")
+def healthy(tmp_path_factory):
+    """35 training and 14 validation photographs of 64x48, in seven classes."""
+    root = tmp_path_factory.mktemp("healthy")
+    write(root, {"train": 35, "val": 14}, (64, 48))
+    return root
+
+
+def photo(root, number, split="train"):
+    return root / split / NAMES[number % len(NAMES)] / f"{number:05}.JPEG"
+
+
+def encode(image, kind, **options):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def exif(orientation):
+    tags = Image.Exif()
+    tags[274] = orientation
+    return tags
+
+
+@pytest.fixture(scope="module")
+def damaged(tmp_path_factory):
+    """As healthy, with something wrong with the first 14 training images."""
+    root = tmp_path_factory.mktemp("damaged")
+    write(root, {"train": 35, "val": 14}, (64, 48))
+    image = Image.open(photo(root, 20))
+    levels = np.arange(48 * 64, dtype=np.uint16).reshape(48, 64)
+    contents = [
+        encode(image, "JPEG")[:-300],
+        b"",
+        b"no image at all",
+        encode(image, "PNG"),
+        encode(image.convert("CMYK"), "JPEG"),
+        encode(image.convert("CMYK"), "JPEG"),
+        encode(image.convert("L"), "JPEG"),
+        encode(Image.fromarray(levels), "PNG"),
+        encode(image.quantize(16), "PNG"),
+        encode(image, "JPEG", exif=exif(6)),
+        encode(image, "JPEG", exif=exif(1)),  # nothing wrong with it
+        encode(image, "GIF", save_all=True, append_images=[image.rotate(90)]),
+        encode(image.resize((80, 60)), "JPEG"),
+    ]
+    for number, content in enumerate(contents):
+        photo(root, number).write_bytes(content)
+    photo(root, 13).unlink()
+    photo(root, 13).symlink_to("nowhere")
+    return root
+
+
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch, tmp_path):
+    """The speed is of no interest here; and an index of folders is kept aside."""
+    monkeypatch.setattr(doctor, "SECONDS", 0.05)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def examine(capsys):
+    """Runs the doctor on class folders: (exit code, stdout, stderr)."""
+
+    def run(root, *flags, **overrides):
+        values = {"data__name": "folder", "data__dir": root, "data__canvas": 64}
+        arguments = recipes.arguments("photographs", **values | overrides)
+        code = doctor.main([*arguments, *flags])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+def sections(out):
+    """The lines on each split, with one space between words."""
+    train, test = out.split("\nspeed")[0].split("\ntrain")[1].split("\ntest")
+    return [
+        [" ".join(line.split()) for line in part.splitlines() if line]
+        for part in (f"train{train}", f"test{test}")
+    ]
+
+
+def test_healthy(examine, healthy):
+    code, out, err = examine(healthy)
+    assert code == 0
+    assert out.startswith(f"folder {healthy}\n")
+    assert out.endswith("\nhealthy\n")
+    assert "error" not in err
+    assert "35/35" in err
+    assert "14/14" in err
+    train, test = sections(out)
+    name = photo(healthy, 0)
+    assert train == [
+        "train: 35 images, 7 classes",
+        "min median max",
+        "images of a class 5 5 5",
+        "height 48 48 48",
+        "width 64 64 64",
+        "images share",
+        f"under 64 x 64 35 100.000% e.g. {name}",
+        "unreadable 0 0.000%",
+        "with a label of no class 0 0.000%",
+    ]
+    assert test[:3] == [
+        "test: 14 images, 7 classes",
+        "min median max",
+        "images of a class 2 2 2",
+    ]
+
+
+def test_speed(examine, healthy):
+    """Chips at 40 % of their peak, and the cores that keep up with them."""
+    _, out, _ = examine(healthy, model__image_size=224, data__canvas=512)
+    lines = [line.split() for line in out.splitlines()]
+    at = next(i for i, line in enumerate(lines) if "estimate" in line)
+    rate = float(lines[at - 2][1].replace(",", ""))
+    config = recipes.mae("photographs", model__image_size=224)
+    model = doctor.nnx.eval_shape(lambda: doctor.tasks.build_model(config))
+    flops = 6 * model.macs(mask_ratio=0.75, layer_norm_cost=0)
+    peaks = {"H100": 989, "TPU v5e": 197, "TPU v5p": 459}
+    for line, (name, peak) in zip(lines[at + 1 : at + 4], peaks.items(), strict=True):
+        needed, cores = (float(cell.replace(",", "")) for cell in line[-2:])
+        assert line[:-2] == ["one", *name.split()]
+        assert needed == pytest.approx(0.4 * peak * 1e12 / flops, abs=1)
+        assert cores == pytest.approx(needed / rate, rel=0.01)
+
+
+def test_damaged(examine, damaged):
+    code, out, err = examine(damaged)
+    assert code == 4
+    train, test = sections(out)
+    names = [photo(damaged, number) for number in range(14)]
+    assert train[:6] == [
+        "train: 35 images, 7 classes",
+        "min median max",
+        "images of a class 4 4 5",
+        "height 48 48 60",
+        "width 64 64 80",
+        "images share",
+    ]
+    assert sorted(train[6:16]) == sorted(
+        [
+            f"PNG named .jpeg 3 8.571% e.g. {names[7]}",
+            f"GIF named .jpeg 1 2.857% e.g. {names[11]}",
+            f"CMYK 2 5.714% e.g. {names[4]}",
+            f"greyscale 1 2.857% e.g. {names[6]}",
+            f"16 bit, over 255 is white 1 2.857% e.g. {names[7]}",
+            f"palette 2 5.714% e.g. {names[8]}",
+            f"EXIF rotation, not applied 1 2.857% e.g. {names[9]}",
+            f"several frames, one is read 1 2.857% e.g. {names[11]}",
+            f"over 64, may be slower 1 2.857% e.g. {names[12]}",
+            f"under 64 x 64 31 88.571% e.g. {names[7]}",
+        ]
+    )
+    broken = [
+        f"{names[0]}: OSError: image file is truncated (6 bytes not processed)",
+        f"{names[1]}: OSError: 0 bytes that are no image",
+        f"{names[2]}: OSError: 15 bytes that are no image",
+        f"{names[13]}: FileNotFoundError: [Errno 2] No such file or directory: "
+        f"'{names[13]}'",
+    ]
+    assert train[16:] == [
+        f"unreadable 4 11.429% e.g. {names[0]}",
+        "with a label of no class 0 0.000%",
+        "4 unreadable",
+        *broken,
+    ]
+    assert test[-1] == "with a label of no class 0 0.000%"
+    assert out.endswith("\ntrain: 4 unreadable\n")
+    error = "error: folder is not fit for a run\ntrain: 4 unreadable\n"
+    assert err.endswith(error)
+
+
+def test_what_may_be_damaged(examine, damaged):
+    code, out, _ = examine(damaged, data__max_unreadable=4 / 35)
+    assert code == 0
+    assert "\n  4 unreadable\n" in out
+    assert out.endswith("\nhealthy\n")
+
+
+def test_list(examine, damaged, tmp_path, monkeypatch):
+    """Has them all where the report has no room for them."""
+    monkeypatch.setattr(doctor, "SHOWN", 3)
+    path = tmp_path / "broken.txt"
+    code, out, _ = examine(damaged, f"--list={path}")
+    assert code == 4
+    listed = path.read_text().splitlines()
+    names = [line.split(": ")[0] for line in listed]
+    assert sorted(names) == sorted(str(photo(damaged, i)) for i in (0, 1, 2, 13))
+    shown = out.split("4 unreadable\n")[1].split("\n\n")[0]
+    assert [line.strip() for line in shown.splitlines()] == [
+        *listed[:3],
+        "... and 1 more",
+    ]
+
+
+def test_list_that_cannot_be_written(examine, healthy, tmp_path):
+    code, _, err = examine(healthy, f"--list={tmp_path / 'none' / 'x'}")
+    assert code == 2
+    assert f"error: --list={tmp_path}/none/x: No such file or directory\n" in err
+
+
+def test_sample(examine, damaged, healthy):
+    """The same images every time; nothing is said on classes without one."""
+    code, out, err = examine(healthy, "--sample=3")
+    assert code == 0
+    assert "train: 35 images, 7 classes; 3 of the images looked at\n" in out
+    assert "test: 14 images, 7 classes; 3 of the images looked at\n" in out
+    assert "3/3" in err
+    assert "without an image" not in out
+    outs = [examine(damaged, "--sample=12")[1].split("speed")[0] for _ in range(2)]
+    assert outs[0] == outs[1]
+    assert examine(healthy, "--sample=1000")[1].count("looked at") == 0
+    assert examine(healthy, "--sample=-1")[0] == 2
+
+
+def test_class_without_an_image(examine, tmp_path):
+    """In the test split, where folders may be missing; and none that can be read."""
+    write(tmp_path, {"train": 7, "val": 5}, (64, 48))
+    photo(tmp_path, 0).write_bytes(b"")
+    code, out, err = examine(tmp_path, data__max_unreadable=1.0)
+    assert code == 4
+    train, test = sections(out)
+    assert train[-2:] == ["1 classes without an image", "astronaut"]
+    assert test[-3:] == ["2 classes without an image", *NAMES[5:]]
+    problem = "train: 1 classes without an image; test: 2 classes without an image"
+    assert out.endswith(f"\n{problem}\n")
+    assert err.endswith("\ntrain: 1 classes without an image\n")
+
+
+def test_label_of_no_class(examine, healthy, monkeypatch):
+    fetch = sources.Folder.fetch
+    wrong = {3: -1, 8: 7}
+
+    def mislabelled(self, indices):
+        found = zip(indices, fetch(self, indices), strict=True)
+        return [(image, wrong.get(int(i), label)) for i, (image, label) in found]
+
+    monkeypatch.setattr(sources.Folder, "fetch", mislabelled)
+    code, out, err = examine(healthy)
+    assert code == 4
+    train, test = sections(out)
+    labels = ["2 with a label of no class"]
+    labels += [f"{healthy}/train/astronaut/00021.JPEG: -1"]
+    labels += [f"{healthy}/train/cat/00022.JPEG: 7"]
+    assert train[-3:] == labels
+    assert "images of a class 4 5 5" in train
+    assert err.endswith("\ntrain: 2 with a label of no class\n")
+
+
+def test_name_that_is_no_text(examine, tmp_path):
+    write(tmp_path, {"train": 7, "val": 7}, (64, 48))
+    strange = os.fsencode(photo(tmp_path, 0).parent) + b"/\xff.JPEG"
+    with open(strange, "wb"):
+        pass
+    code, out, _ = examine(tmp_path, f"--list={tmp_path / 'broken.txt'}")
+    assert code == 4
+    assert "/astronaut/\\udcff.JPEG: OSError: 0 bytes" in out
+    assert "/astronaut/\\udcff.JPEG: " in (tmp_path / "broken.txt").read_text()
+
+
+def test_missing_split(examine, healthy):
+    code, out, err = examine(healthy, data__eval_split="validation")
+    assert code == 4
+    assert out == ""
+    assert f"no directory {healthy}/validation" in err
+
+
+def test_titles_of_splits(examine, healthy):
+    code, out, _ = examine(healthy, data__train_split="train", data__eval_split="train")
+    assert code == 0
+    assert "\ntrain (train): 35 images" in out
+    assert "\ntest (train): 35 images" in out
+
+
+def test_digits(capsys):
+    assert doctor.main(recipes.arguments("digits", data__train_examples=100)) == 0
+    out = capsys.readouterr().out
+    assert "\ntrain: 100 images, 10 classes\n" in out
+    assert "\ntest: 360 images, 10 classes\n" in out
+    assert "e.g. digit " in out
+    assert out.endswith("\nhealthy\n")
+
+
+@pytest.mark.parametrize(
+    ("flags", "fragment"),
+    [
+        (["--config.data.name=synthetic"], "'synthetic'"),
+        (["--config.model.depths=3"], "config.model.depths='3'"),
+        (["--config.model.patch_size=0"], "patch_size=0"),
+        (["--sample=many"], "--sample"),
+    ],
+)
+def test_bad_flag(flags, fragment, capsys):
+    assert doctor.main([*recipes.arguments("digits"), *flags]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert fragment in err
+
+
+def test_real_process_without_tensorflow(healthy, tmp_path):
+    program = (
+        "import sys\n"
+        "from hivit_jax.data.doctor import main\n"
+        "code = main(sys.argv[1:])\n"
+        "from jax._src import xla_bridge\n"
+        "assert 'tensorflow' not in sys.modules\n"
+        "assert not xla_bridge._backends  # no accelerator is taken\n"
+        "sys.exit(code)"
+    )
+    flags = recipes.arguments("photographs", data__name="folder", data__dir=healthy)
+    flags.append("--sample=5")
+    code, out, _ = recipes.run("-c", program, *flags, XDG_CACHE_HOME=tmp_path)
+    assert code == 0
+    assert out.endswith("\nhealthy\n")

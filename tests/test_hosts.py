@@ -1,0 +1,138 @@
+"""Several hosts, as real processes on loopback, and a killed one."""
+
+import json
+import socket
+from pathlib import Path
+
+import hosts
+import numpy as np
+import pytest
+import recipes
+from numpy.testing import assert_array_equal
+
+from benchmarks import photographs
+from hivit_jax.data import pipeline
+from hivit_jax.train import train
+
+VAL = 13  # held-out images, one of which cannot be read
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Command line of a run over photographs, two of them spoilt; and its workdir."""
+    root = tmp_path_factory.mktemp("hosts")
+    photographs.write(root / "data", {"train": 50, "val": VAL}, (80, 60))
+    for split in ("train", "val"):
+        sorted(root.glob(f"data/{split}/*/*"))[7].write_bytes(b"spoilt")
+    overrides = {
+        "data__name": "folder",
+        "data__dir": root / "data",
+        "data__canvas": 80,
+        "data__max_unreadable": 0.1,
+        "batch_size": 8,
+        "total_steps": 1,
+    }
+    overrides["model__image_size"] = 64
+    arguments = recipes.arguments("photographs", **overrides)
+    with recipes.quick(root / "programs"):
+        train(recipes.mae("photographs", **overrides), root / "run")
+    return arguments, root
+
+
+def on_hosts(run, count):
+    """Runs `hosts.py` as `count` processes; their (arrays, numbers, stderr)."""
+    arguments, root = run
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    outs = [root / f"{index}of{count}" for index in range(count)]
+    processes = [
+        recipes.start(
+            Path(hosts.__file__),
+            *(address, count, index, out, root / "run", *arguments),
+            JAX_COMPILATION_CACHE_DIR=root / "programs",
+            XDG_CACHE_HOME=root / "cache",
+        )
+        for index, out in enumerate(outs)
+    ]
+    errors = [process.communicate()[1] for process in processes]
+    assert [process.returncode for process in processes] == [0] * count, errors
+    return [
+        (
+            dict(np.load(f"{out}.npz")),
+            json.loads(Path(f"{out}.json").read_text()),
+            error,
+        )
+        for out, error in zip(outs, errors, strict=True)
+    ]
+
+
+@pytest.fixture(scope="module")
+def alone(run):
+    (result,) = on_hosts(run, 1)
+    return result
+
+
+def test_one_host_evaluates_every_image(alone):
+    arrays, values, error = alone
+    assert values["eval/count"] == VAL - 1
+    assert values["eval/unreadable"] == 1
+    assert error.count("cannot read") == 2
+    weights = [v for k, v in arrays.items() if k.endswith(" weight")]
+    assert len(weights) == hosts.STEPS[1] - hosts.STEPS[0] + 2
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_hosts_share_the_same_batches_and_numbers(run, alone, count):
+    """Together byte for byte what one host has; every image evaluated once."""
+    found = on_hosts(run, count)
+    for key, whole in alone[0].items():
+        parts = [arrays[key] for arrays, _, _ in found]
+        assert {len(part) for part in parts} == {len(whole) // count}
+        assert_array_equal(np.concatenate(parts), whole)
+    for _, values, _ in found:
+        assert values["eval/count"] == VAL - 1
+        assert values["eval/unreadable"] == 1
+        assert values == pytest.approx(alone[1], rel=1e-5)
+
+
+def test_batches_after_a_kill(run, alone):
+    """A process that dies half way, and one that starts where it stood."""
+    arguments, root = run
+    first, last = hosts.STEPS
+    code = (
+        "import os, signal, sys\n"
+        "from hivit_jax import config\n"
+        "from hivit_jax.data import pipeline\n"
+        "path, *flags = sys.argv[1:]\n"
+        "config = config.load(path.removeprefix('--config='), flags)\n"
+        f"for step, _ in enumerate(pipeline.train_batches(config, 0, {last})):\n"
+        f"    if step == {first}:\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    assert recipes.run("-c", code, *arguments)[0] == -9
+    config = recipes.configs.load(arguments[0].removeprefix("--config="), arguments[1:])
+    for step, batch in enumerate(pipeline.train_batches(config, first, last)):
+        for key, value in batch.items():
+            assert_array_equal(value, alone[0][f"{step} {key}"])
+
+
+def test_plan_of_an_imagenet_evaluation(monkeypatch):
+    """50,000 images, batches of 1,024, eight hosts: each exactly once."""
+    seen = []
+
+    def planned(config, split, plan, size):
+        assert size == 128
+        seen.append([indices for indices, _ in plan])
+        return iter(())
+
+    monkeypatch.setattr(pipeline, "_batches", planned)
+    monkeypatch.setattr(pipeline, "num_examples", lambda *_: 50_000)
+    monkeypatch.setattr(pipeline.jax, "process_count", lambda: 8)
+    config = recipes.mae(batch_size=1024)
+    for host in range(8):
+        monkeypatch.setattr(pipeline.jax, "process_index", lambda host=host: host)
+        pipeline.eval_batches(config)
+    assert {len(steps) for steps in seen} == {49}
+    every = np.concatenate([indices for steps in seen for indices in steps])
+    assert_array_equal(np.sort(every), np.arange(50_000))
