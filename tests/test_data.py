@@ -117,7 +117,7 @@ def test_jump_to_a_late_step(monkeypatch):
 
 def scans(source):
     """Pixels and labels of all images of a source."""
-    found = source.fetch(np.arange(len(source)))
+    found = [source.fetch(i) for i in range(len(source))]
     images = [np.asarray(Image.open(io.BytesIO(png))) for png, _ in found]
     return images, [label for _, label in found]
 
@@ -154,9 +154,10 @@ COUNTS = [27, 35, 36, 29, 30, 40, 44, 39, 39, 41]
 
 def test_digits_as_png():
     source = sources.Digits("train")
-    png = source.fetch(np.array([5, 3]))
-    assert [data[:8] for data, _ in png] == [b"\x89PNG\r\n\x1a\n"] * 2
-    assert png == [source.fetch(np.array([i]))[0] for i in (5, 3)]
+    png, label = source.fetch(5)
+    assert png[:8] == b"\x89PNG\r\n\x1a\n"
+    assert (png, label) == source.fetch(np.int64(5))
+    assert label == source.labels[5]
 
 
 def test_few_training_examples():
@@ -396,7 +397,8 @@ def test_evaluation_sees_the_middle_of_every_file(folder):
     images = np.concatenate([b["image"] for b in batches])
     weights = np.concatenate([b["weight"] for b in batches])
     assert_array_equal(weights, np.arange(16) < 11)
-    for image, (encoded, _) in zip(images, source.fetch(range(11)), strict=False):
+    for image, index in zip(images, range(11), strict=False):
+        encoded, _ = source.fetch(index)
         whole = Image.open(io.BytesIO(encoded)).resize(
             (42, 32), Image.Resampling.BICUBIC
         )

@@ -68,14 +68,14 @@ class Split:
                 bar.update(count)
 
     def _read(self, first: int) -> int:
-        indices = self.indices[first : first + CHUNK]
-        samples = zip(indices.tolist(), self.loader.read(indices), strict=True)
-        for place, (index, sample) in enumerate(samples, first):
-            if isinstance(sample, Exception):
-                words = f"{type(sample).__name__}: {sample}".split()
+        indices = self.indices[first : first + CHUNK].tolist()
+        for place, index in enumerate(indices, first):
+            try:
+                encoded, label, pixels = self.loader.read(index)
+            except Exception as error:  # of whatever kind a broken file provokes
+                words = f"{type(error).__name__}: {error}".split()
                 self.kinds[UNREADABLE][index] = " ".join(words)
                 continue
-            encoded, label, pixels = sample
             self.sizes[place] = pixels.shape[:2]
             if 0 <= label < len(self.source.classes):
                 self.labels[place] = label
@@ -174,7 +174,7 @@ def images_per_second(split: Split) -> float:
     while (spent := time.process_time() - start) < SECONDS:
         positions = np.arange(done, done + CHUNK)
         places, epochs = samples_at(positions, len(indices), split.config.seed)
-        split.loader.fill(split.loader.empty(CHUNK), 0, indices[places], epochs)
+        split.loader.fill(split.loader.batch(CHUNK), 0, indices[places], epochs)
         done += CHUNK
     return done / spent
 

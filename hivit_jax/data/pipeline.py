@@ -6,12 +6,16 @@ step, on any number of hosts, and see what it would have seen; nothing but the s
 needs saving.
 """
 
+import math
+import mmap
 import os
 import sys
+import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
@@ -144,6 +148,28 @@ class Sample(NamedTuple):
     pixels: np.ndarray
 
 
+class Memory:
+    """Memory for arrays, used again when the last view of an array is gone.
+
+    For the system, clearing fresh pages takes up to as long as decoding what is to
+    stand in them.
+    """
+
+    def __init__(self):
+        self._free: list[mmap.mmap] = []
+
+    def array(self, shape: Sequence[int]) -> np.ndarray:
+        """uint8 array with undefined content."""
+        size = math.prod(shape)
+        memory = self._free.pop() if self._free else None
+        if memory is None or len(memory) != size:
+            memory = mmap.mmap(-1, size)
+        # Every view of this array, and of its views, keeps this very object alive.
+        array = np.frombuffer(memory, np.uint8)
+        weakref.finalize(array, self._free.append, memory)
+        return array.reshape(shape)
+
+
 class Loader:
     """Fills batches with the images of a split. Its methods may run in many threads.
 
@@ -156,8 +182,10 @@ class Loader:
         data = config.data
         *self._size, self._channels = image_shape(config)
         self._source = open_source(data, split)
-        self._data, self._seed = data, config.seed
+        # A ConfigDict's attributes take microseconds, several times an image.
+        self._data, self._seed = SimpleNamespace(**data), config.seed
         self._classes = config.model.get("num_classes")
+        self._memory = Memory()
         self._crop_randomly = split == "train" and tuple(data.crop_scale) != (1.0, 1.0)
         if self._channels not in transforms.MODES:
             raise ConfigError(
@@ -175,11 +203,11 @@ class Loader:
                 f"{len(self._source.classes)} classes"
             )
 
-    def empty(self, count: int) -> Batch:
-        """A batch of images that are not there."""
+    def batch(self, count: int) -> Batch:
+        """A batch to be filled: of weight 0, and with whatever for pixels."""
         room = [self._data.canvas] * 2 if self._data.canvas else self._size
         batch = {
-            "image": np.zeros((count, *room, self._channels), np.uint8),
+            "image": self._memory.array((count, *room, self._channels)),
             "label": np.zeros(count, np.int32),
             "weight": np.zeros(count, np.float32),
             "unreadable": np.zeros(count, np.float32),
@@ -193,51 +221,40 @@ class Loader:
         self, batch: Batch, first: int, indices: np.ndarray, epochs: np.ndarray
     ) -> None:
         """Reads images, int64 [k], of epochs [k] into places first .. first+k-1."""
-        samples = zip(
-            indices.tolist(), epochs.tolist(), self.read(indices), strict=True
-        )
-        for place, (index, epoch, sample) in enumerate(samples, first):
-            if isinstance(sample, Exception):
-                batch["unreadable"][place] = 1
-                _report(self._source.name(index), sample)
-                continue
-            _, label, pixels = sample
-            if self._classes and not 0 <= label < self._classes:
-                raise DataError(
-                    f"{self._source.name(index)} has label {label}; expected 0 to "
-                    f"{self._classes - 1}, of model.num_classes={self._classes}"
-                )
-            box = transforms.place(
-                pixels,
-                self._crop(*pixels.shape[:2], epoch, index),
-                batch["image"][place],
-                self._size,
-                self._data.interpolation,
-                self._data.antialias,
-            )
-            if "box" in batch:
-                batch["box"][place] = box
-            batch["label"][place] = label
-            batch["weight"][place] = 1
+        samples = zip(indices.tolist(), epochs.tolist(), strict=True)
+        for place, (index, epoch) in enumerate(samples, first):
+            self._fill_place(batch, place, index, epoch)
 
-    def read(self, indices: np.ndarray) -> Iterator[Sample | Exception]:
-        """The images at these indices, or for each why it cannot be read."""
-        for found in self._fetch(indices):
-            try:
-                if isinstance(found, Exception):
-                    raise found
-                encoded, label = found
-                yield Sample(encoded, label, transforms.decode(encoded, self._channels))
-            except Exception as error:  # of whatever kind a broken file provokes
-                yield error
-
-    def _fetch(self, indices: np.ndarray) -> list[tuple[bytes, int] | Exception]:
+    def _fill_place(self, batch: Batch, place: int, index: int, epoch: int) -> None:
         try:
-            return self._source.fetch(indices)
-        except Exception as error:  # one of them; which one?
-            if len(indices) == 1:
-                return [error]
-            return [self._fetch(indices[i : i + 1])[0] for i in range(len(indices))]
+            _, label, pixels = self.read(index)
+        except Exception as error:  # of whatever kind a broken file provokes
+            batch["image"][place] = 0
+            batch["unreadable"][place] = 1
+            _report(self._source.name(index), error)
+            return
+        if self._classes and not 0 <= label < self._classes:
+            raise DataError(
+                f"{self._source.name(index)} has label {label}; expected 0 to "
+                f"{self._classes - 1}, of model.num_classes={self._classes}"
+            )
+        box = transforms.place(
+            pixels,
+            self._crop(*pixels.shape[:2], epoch, index),
+            batch["image"][place],
+            self._size,
+            self._data.interpolation,
+            self._data.antialias,
+        )
+        if "box" in batch:
+            batch["box"][place] = box
+        batch["label"][place] = label
+        batch["weight"][place] = 1
+
+    def read(self, index: int) -> Sample:
+        """An image of the split; an exception of any kind where it cannot be read."""
+        encoded, label = self._source.fetch(index)
+        return Sample(encoded, label, transforms.decode(encoded, self._channels))
 
     def _crop(self, height: int, width: int, epoch: int, index: int) -> transforms.Crop:
         if not self._crop_randomly:
@@ -277,7 +294,8 @@ def _read_batches(
 
     try:
         for indices, epochs in plan:
-            batch, jobs = loader.empty(size), []
+            batch, jobs = loader.batch(size), []
+            batch["image"][len(indices) :] = 0
             for first in range(0, len(indices), CHUNK):
                 part = slice(first, first + CHUNK)
                 jobs.append(

@@ -33,8 +33,8 @@ class Source(Protocol):
     def __len__(self) -> int:
         """Number of images n."""
 
-    def fetch(self, indices: Sequence[int]) -> list[tuple[bytes, int]]:
-        """(encoded image, label) at these indices; OSError if one cannot be read."""
+    def fetch(self, index: int) -> tuple[bytes, int]:
+        """(encoded image, label); OSError, or another, if it cannot be read."""
 
     def name(self, index: int) -> str:
         """What a person would find the image by."""
@@ -70,9 +70,8 @@ class Digits:
     def __len__(self) -> int:
         return len(self._indices)
 
-    def fetch(self, indices: Sequence[int]) -> list[tuple[bytes, int]]:
-        images = _digits()[0]
-        return [(_png(images[self._indices[i]]), self.labels[i]) for i in indices]
+    def fetch(self, index: int) -> tuple[bytes, int]:
+        return _png(_digits()[0][self._indices[index]]), int(self.labels[index])
 
     def name(self, index: int) -> str:
         return f"digit {self._indices[index]}"
@@ -150,12 +149,9 @@ class Folder:
     def __len__(self) -> int:
         return len(self._files)
 
-    def fetch(self, indices: Sequence[int]) -> list[tuple[bytes, int]]:
-        images = []
-        for i in indices:
-            with open(self.name(i), "rb", buffering=0) as file:
-                images.append((file.read(), int(self.labels[i])))
-        return images
+    def fetch(self, index: int) -> tuple[bytes, int]:
+        with open(self.name(index), "rb", buffering=0) as file:
+            return file.read(), int(self.labels[index])
 
     def name(self, index: int) -> str:
         return f"{self._root}/{os.fsdecode(self._files[index])}"
@@ -249,9 +245,9 @@ class Tfds:
     def __len__(self) -> int:
         return len(self._places)
 
-    def fetch(self, indices: Sequence[int]) -> list[tuple[bytes, int]]:
-        examples = [self._example(index) for index in indices]
-        return [(e[self._image], int(e[self._label])) for e in examples]
+    def fetch(self, index: int) -> tuple[bytes, int]:
+        example = self._example(index)
+        return example[self._image], int(example[self._label])
 
     def name(self, index: int) -> str:
         try:

@@ -21,6 +21,9 @@ MODES = {1: "L", 3: "RGB"}  # PIL's, by number of channels
 FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
+Span = tuple[float, float, int]  # start and length of a box, pixels there are
+
+
 class Box(NamedTuple):
     """A rectangle of an image in pixels; an edge may lie between two of them."""
 
@@ -31,7 +34,9 @@ class Box(NamedTuple):
 
 
 class Crop(NamedTuple):
-    """What of an image the model sees: `box`, made of pixels of `bounds` alone."""
+    """What of an image the model sees: `box`, made of pixels of `bounds` alone, whose
+    edges are whole numbers.
+    """
 
     box: Box
     bounds: Box
@@ -58,19 +63,19 @@ def decode(encoded: bytes, channels: int) -> np.ndarray:
     return pixels.reshape(*pixels.shape[:2], channels)
 
 
-def uniforms(seed: int, epoch: int, index: int) -> np.ndarray:
-    """Numbers in [0, 1) for one image in one epoch, float64 [DRAWS].
+def uniforms(seed: int, epoch: int, index: int) -> list[float]:
+    """DRAWS numbers in [0, 1) for one image in one epoch.
 
     Philox is a function of key and counter, the same in every version of numpy.
     """
     philox = np.random.Philox(key=seed, counter=[0, 0, index, epoch])
-    return (philox.random_raw(DRAWS) >> np.uint64(11)) * 2.0**-53
+    return [(word >> 11) * 2.0**-53 for word in philox.random_raw(DRAWS).tolist()]
 
 
 def random_resized_crop(
     height: int,
     width: int,
-    draws: np.ndarray,
+    draws: Sequence[float],
     scale: Sequence[float],
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> Crop:
@@ -79,23 +84,21 @@ def random_resized_crop(
     largest centred part whose aspect is allowed. Pixels beside it play no role.
 
     Args:
-      draws: float [DRAWS] in [0, 1).
+      draws: DRAWS numbers in [0, 1).
     """
-    low, high = np.log(ratio)
-    area = height * width * (scale[0] + (scale[1] - scale[0]) * draws[:10])
-    aspect = np.exp(low + (high - low) * draws[10:20])
-    widths, heights = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
-    fits = (widths > 0) & (widths <= width) & (heights > 0) & (heights <= height)
-    first = fits.argmax()  # 0 where none fits
-    if fits[first]:
-        h, w = int(heights[first]), int(widths[first])
-        # A whole pixel from 0 to what is left over, each as likely.
-        top, left = int(draws[20] * (height - h + 1)), int(draws[21] * (width - w + 1))
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    for size, shape in zip(draws[:10], draws[10:20], strict=True):
+        area = height * width * (scale[0] + (scale[1] - scale[0]) * size)
+        aspect = math.exp(low + (high - low) * shape)
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            # A whole pixel from 0 to what is left over, each as likely.
+            top = int(draws[20] * (height - h + 1))
+            left = int(draws[21] * (width - w + 1))
+            break
     else:
-        h, w = (
-            min(height, round(width / ratio[0])),
-            min(width, round(height * ratio[1])),
-        )
+        h = min(height, round(width / ratio[0]))
+        w = min(width, round(height * ratio[1]))
         top, left = (height - h) // 2, (width - w) // 2
     box = Box(top, left, h, w)
     return Crop(box, box)
@@ -126,52 +129,58 @@ def place(
     size: Sequence[int],
     interpolation: str = "bicubic",
     antialias: bool = True,
-) -> np.ndarray:
-    """Writes what the model needs of an image into the top left of `out`.
+) -> tuple[Span, Span]:
+    """Writes what the model needs of an image into the top left of `out`, beside zeros.
 
     That is the box and the pixels around it that weigh in, if `out` is larger than
     `size` and has room for them; else the box resized to `size`, as PIL does it.
 
     Args:
       pixels: uint8 [h, w, C].
-      out: uint8 [H', W', C], zeros; at least `size`.
+      out: uint8 [H', W', C]; at least `size`.
       size: (height, width) of the model's image.
 
     Returns:
-      Where it lies, float32 [2, 3] as `augment.resample` wants it.
+      Where it lies, as `augment.resample` wants it.
     """
-    spans = []
-    for axis in (0, 1):
-        start, low = crop.box[axis], crop.bounds[axis]
-        length, high = crop.box[2 + axis], low + crop.bounds[2 + axis]
-        stretch = max(length / size[axis], 1) if antialias else 1
-        reach = math.ceil(REACH[interpolation] * stretch)
-        spans.append(
-            (
-                max(int(low), math.floor(start) - reach),
-                min(int(high), math.ceil(start + length) + reach),
-            )
-        )
-    (top, bottom), (left, right) = spans
-    part = pixels[top:bottom, left:right]
-    box = np.array(
-        [
-            [crop.box.top - top, crop.box.height, bottom - top],
-            [crop.box.left - left, crop.box.width, right - left],
-        ],
-        np.float32,
+    rows, columns = (
+        _span(crop, axis, size[axis], REACH[interpolation], antialias)
+        for axis in (0, 1)
+    )
+    part = pixels[slice(*rows), slice(*columns)]
+    height, width = part.shape[:2]
+    box = (
+        (crop.box.top - rows[0], crop.box.height, height),
+        (crop.box.left - columns[0], crop.box.width, width),
     )
     room = out.shape[:2]
-    if room != tuple(size) and part.shape[0] <= room[0] and part.shape[1] <= room[1]:
-        out[: part.shape[0], : part.shape[1]] = part
-        return box
-    out[: size[0], : size[1]] = resize(part, box, size, interpolation, antialias)
-    return np.array([[0, side, side] for side in size], np.float32)
+    if room == tuple(size) or room[0] < height or room[1] < width:
+        part = resize(part, box, size, interpolation, antialias)
+        height, width = size
+        box = (0, height, height), (0, width, width)
+    out[:height, :width] = part
+    out[:height, width:] = 0
+    out[height:] = 0
+    return box
+
+
+def _span(
+    crop: Crop, axis: int, size: int, reach: int, antialias: bool
+) -> tuple[int, int]:
+    """First row (or column) that weighs in, and the one behind the last."""
+    start, length = crop.box[axis], crop.box[2 + axis]
+    low, extent = crop.bounds[axis], crop.bounds[2 + axis]
+    if antialias and length > size:
+        reach = math.ceil(reach * length / size)
+    return (
+        max(low, math.floor(start) - reach),
+        min(low + extent, math.ceil(start + length) + reach),
+    )
 
 
 def resize(
     pixels: np.ndarray,
-    box: np.ndarray,
+    box: tuple[Span, Span],
     size: Sequence[int],
     interpolation: str,
     antialias: bool,
@@ -180,7 +189,7 @@ def resize(
     through PIL, which knows no plain (not antialiased) resize.
     """
     if antialias:
-        (top, height, _), (left, width, _) = box.tolist()
+        (top, height, _), (left, width, _) = box
         edges = (left, top, left + width, top + height)
         grey = pixels.shape[-1] == 1
         image = Image.fromarray(pixels[..., 0] if grey else pixels)
@@ -188,7 +197,11 @@ def resize(
         return np.asarray(image).reshape(*size, -1)
     for axis in (1, 0):
         weights = axis_weights(
-            box[axis], size[axis], pixels.shape[axis], interpolation, antialias
+            np.array(box[axis]),
+            size[axis],
+            pixels.shape[axis],
+            interpolation,
+            antialias,
         )
         pixels = np.moveaxis(np.tensordot(weights, pixels, (1, axis)), 0, axis)
         pixels = np.rint(pixels).clip(0, 255)
