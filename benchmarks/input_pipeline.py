@@ -32,7 +32,7 @@ from hivit_jax.data.prepare import shrink
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "input_pipeline.json"
-BATCH, STEPS = 64, 20  # of a round
+BATCH, STEPS = 64, 40  # of a round
 SIZE, SCALE, CANVAS = (224, 224), (0.2, 1.0), 512
 
 

@@ -2,6 +2,7 @@
 
 import io
 import os
+import resource
 import signal
 import tarfile
 from collections.abc import Iterable, Sequence
@@ -182,6 +183,17 @@ def test_source(whole, originals):
 
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(many, range(16)))
+
+
+def test_files_that_may_be_open(whole):
+    """Room is made for every shard, as far as the system allows it."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (500, before[1]))
+        sources.Tfds("imagenet2012", str(whole), "train")
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (508, before[1])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 def test_reading_needs_no_tensorflow(whole, originals, tmp_path):

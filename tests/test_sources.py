@@ -94,10 +94,8 @@ def test_other_names_of_splits(root):
 def test_index_is_cached_until_a_directory_changes(root, cache, monkeypatch):
     first = listed(sources.Folder(str(root), "train"))
     (found,) = cache.glob("hivit_jax/*.npz")
-    walks, walk = [], sources.Folder._walk
-    monkeypatch.setattr(
-        sources.Folder, "_walk", lambda self, root: walks.append(1) or walk(self, root)
-    )
+    walks, walk = [], os.walk
+    monkeypatch.setattr(os, "walk", lambda *a, **k: walks.append(a) or walk(*a, **k))
     assert listed(sources.Folder(str(root), "train")) == first
     assert not walks
     make(root, "train/n02/deeper/d.png")
@@ -105,7 +103,7 @@ def test_index_is_cached_until_a_directory_changes(root, cache, monkeypatch):
     assert again == [*first[:3], ("train/n02/deeper/d.png", 0), *first[3:]]
     make(root, "train/n05/e.png")
     assert len(sources.Folder(str(root), "train").classes) == 4
-    assert len(walks) == 2
+    assert len(walks) == 3 + 4  # once a class
     # A damaged cache, or one that cannot be written, is no cache.
     found.write_bytes(b"PK damaged")
     assert len(sources.Folder(str(root), "train")) == 7
@@ -113,6 +111,13 @@ def test_index_is_cached_until_a_directory_changes(root, cache, monkeypatch):
     (cache / "hivit_jax").rmdir()
     (cache / "hivit_jax").write_text("a file")
     assert len(sources.Folder(str(root), "train")) == 7
+
+
+def test_labels_follow_the_classes_of_training(root):
+    """A class more in train moves the labels of val, whose index is in the cache."""
+    assert sources.Folder(str(root), "val").labels.tolist() == [0, 2]
+    make(root, "train/n01/first.png")
+    assert sources.Folder(str(root), "val").labels.tolist() == [1, 3]
 
 
 def test_missing_split(root):

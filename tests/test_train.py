@@ -19,7 +19,7 @@ from hivit_jax import evaluate, optimizer, sharding, tasks
 from hivit_jax import train as training
 from hivit_jax.checkpoint import Checkpoints
 from hivit_jax.data import pipeline
-from hivit_jax.errors import ConfigError, DivergedError
+from hivit_jax.errors import ConfigError, DataError, DivergedError
 from hivit_jax.models import create_model, leaf_name, named_leaves, split
 from hivit_jax.weights import to_official
 
@@ -362,6 +362,28 @@ def test_divergence_saves_the_state_before_it(trained, tmp_path, monkeypatch):
         items = recipes.stored(tmp_path, step)
         recipes.assert_identical(items, recipes.stored(reference_run.workdir, step))
         assert all(np.isfinite(a).all() for a in jax.tree.leaves(items))
+
+
+def test_unreadable_images(tmp_path, monkeypatch):
+    """They play no role, are counted, and stop the run at 8 of 64; nothing is lost."""
+
+    def spoiled(config, first, last):
+        for batch in clean(config, first, last):
+            bad = np.isin(np.arange(16), (3, 12))
+            batch["image"][bad] = fill
+            weight = batch["weight"] * ~bad
+            yield batch | {"weight": weight, "unreadable": bad.astype(np.float32)}
+
+    clean = pipeline.train_batches
+    monkeypatch.setattr(pipeline, "train_batches", spoiled)
+    for fill in (0, 200):
+        config = recipes.mae(data__max_unreadable=0.1)
+        with pytest.raises(DataError, match="8 images .* 12.50%; .* allows 10.00%"):
+            training.train(config, tmp_path / str(fill))
+    one, other = tmp_path / "0", tmp_path / "200"
+    assert recipes.lines(one, "unreadable") == dict.fromkeys(range(1, 5), 2)
+    assert recipes.lines(one) == recipes.lines(other)
+    recipes.assert_identical(recipes.stored(one, 4), recipes.stored(other, 4))
 
 
 def test_classifier_from_pretraining(trained):

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import os
+import resource
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
@@ -119,32 +120,22 @@ class Folder:
                     f"{', '.join(found[:8]) or 'nothing'}"
                 )
         self.classes = _directories(root / train_split)
-        strange = sorted(set(_directories(self._root)) - set(self.classes))
+        index = _index(self._root)
+        self._files, found = index["files"], index["classes"].tolist()
+        strange = sorted(set(found) - set(self.classes))
         if strange:
             raise DataError(
                 f"{self._root / strange[0]}: {len(strange)} of the classes of {split} "
                 f"are not in {train_split}, which has {len(self.classes)}"
             )
-        index = _cached_index(self._root, lambda: self._walk(self._root))
-        self._files, self.labels = index["files"], index["labels"]
-        empty = set(_directories(self._root)) - {
-            self.classes[k] for k in {*self.labels}
-        }
-        if empty or not len(self):
+        empty = [name for name, n in zip(found, index["counts"], strict=True) if not n]
+        if empty or not found:
             raise DataError(
-                f"{self._root / min(empty, default='')}: no image; expected files that "
-                f"end in {', '.join(FORMATS)}"
+                f"{self._root.joinpath(*empty[:1])}: no image; expected files that end "
+                f"in {', '.join(FORMATS)}"
             )
-
-    def _walk(self, root: Path) -> dict[str, np.ndarray]:
-        files, labels = [], []
-        for label, name in enumerate(self.classes):
-            for directory, _, names in sorted(os.walk(root / name, followlinks=True)):
-                images = [n for n in sorted(names) if n.lower().endswith(FORMATS)]
-                inside = os.path.relpath(directory, root)
-                files += [os.fsencode(os.path.join(inside, n)) for n in images]
-                labels += [label] * len(images)
-        return {"files": np.array(files, "S"), "labels": np.array(labels, np.int32)}
+        numbers = np.array([self.classes.index(name) for name in found], np.int32)
+        self.labels = np.repeat(numbers, index["counts"])
 
     def __len__(self) -> int:
         return len(self._files)
@@ -162,26 +153,39 @@ def _directories(root: Path) -> list[str]:
         return sorted(entry.name for entry in entries if entry.is_dir())
 
 
-def _cached_index(
-    root: Path, build: Callable[[], dict[str, np.ndarray]]
-) -> dict[str, np.ndarray]:
-    """build(), kept in the user's cache until a directory below `root` changes."""
+def _index(root: Path) -> dict[str, np.ndarray]:
+    """What a split's directory holds, from the user's cache if nothing has changed.
+
+    Returns:
+      classes: names, str [k]; counts: images of each, int [k]; files: path of every
+      image, bytes [n]; directories and their times, by which the cache is checked.
+    """
     cache_dir = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     key = hashlib.sha256(os.fsencode(root.absolute())).hexdigest()[:16]
     path = cache_dir / "hivit_jax" / f"{key}.npz"
-
-    def times(directories):
-        return np.array([os.stat(d).st_mtime_ns for d in directories.tolist()])
-
     try:
         with np.load(path) as found:
-            if (times(found["directories"]) == found["times"]).all():
+            if (_times(found["directories"]) == found["times"]).all():
                 return dict(found)
     except (OSError, ValueError, KeyError):
         pass  # none, of directories that are gone, or damaged
-    walked = [os.fsencode(d) for d, _, _ in os.walk(root, followlinks=True)]
-    directories = np.array(walked, "S")
-    index = {"directories": directories, "times": times(directories), **build()}
+    classes, counts, files, directories = _directories(root), [], [], [root]
+    for name in classes:
+        before = len(files)
+        for directory, _, names in sorted(os.walk(root / name, followlinks=True)):
+            directories.append(directory)
+            images = [n for n in sorted(names) if n.lower().endswith(FORMATS)]
+            inside = os.path.relpath(directory, root)
+            files += [os.fsencode(os.path.join(inside, n)) for n in images]
+        counts.append(len(files) - before)
+    directories = np.array([os.fsencode(d) for d in directories], "S")
+    index = {
+        "classes": np.array(classes, "U"),
+        "counts": np.array(counts, np.int64),
+        "files": np.array(files, "S"),
+        "directories": directories,
+        "times": _times(directories),
+    }
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(f".{os.getpid()}.npz")
@@ -190,6 +194,10 @@ def _cached_index(
     except OSError:
         pass  # it is only slower next time
     return index
+
+
+def _times(directories: np.ndarray) -> np.ndarray:
+    return np.array([os.stat(d).st_mtime_ns for d in directories.tolist()])
 
 
 class Tfds:
@@ -235,6 +243,7 @@ class Tfds:
             raise DataError(
                 f"{name} is prepared as {kind}; expected {' or '.join(OPENERS)}"
             )
+        _allow_open_files(len(files))
         self._open = OPENERS[kind]
         self._paths = [str(file.filename) for file in files]
         self._files = np.repeat(np.arange(len(files)), [file.take for file in files])
@@ -287,6 +296,15 @@ def _tfrecord(path: str) -> Callable[[int], bytes]:
     ends = np.array([*starts[1:], size + 12]) - 16
 
     return lambda place: os.pread(file, ends[place] - starts[place], starts[place])
+
+
+def _allow_open_files(count: int) -> None:
+    """Every file of a split stays open; the usual limit is 1,024 for a process."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY:
+        more = soft + count
+        more = more if hard == resource.RLIM_INFINITY else min(more, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (more, hard))
 
 
 OPENERS = {"array_record": _array_record, "tfrecord": _tfrecord}
