@@ -18,6 +18,7 @@ from hivit_jax.errors import ConfigError, DataError, unknown
 NAMES = ("digits", "folder", "imagenet2012", "synthetic")  # or another of TFDS
 IMAGENET_TRAIN = 1_281_167  # images of imagenet2012, for where it is not at hand
 NAMED_SPLITS = {"folder": ("train", "val"), "": ("train", "validation")}
+INDEX = ("classes", "counts", "files")  # of a class folder, cached
 DIGITS_TEST = 360
 SYNTHETIC = {"train": 1024, "test": 64}
 FORMATS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
@@ -158,7 +159,7 @@ def _index(root: Path) -> dict[str, np.ndarray]:
 
     Returns:
       classes: names, str [k]; counts: images of each, int [k]; files: path of every
-      image, bytes [n]; directories and their times, by which the cache is checked.
+      image, bytes [n].
     """
     cache_dir = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     key = hashlib.sha256(os.fsencode(root.absolute())).hexdigest()[:16]
@@ -166,9 +167,9 @@ def _index(root: Path) -> dict[str, np.ndarray]:
     try:
         with np.load(path) as found:
             if (_times(found["directories"]) == found["times"]).all():
-                return dict(found)
+                return {name: found[name] for name in INDEX}
     except (OSError, ValueError, KeyError):
-        pass  # none, of directories that are gone, or damaged
+        pass  # none, of directories that are gone, of another version, or damaged
     classes, counts, files, directories = _directories(root), [], [], [root]
     for name in classes:
         before = len(files)
