@@ -3,8 +3,11 @@
 Every message is one to three lines: what was wrong, what was found, what was expected.
 """
 
+import argparse
 import difflib
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable
+from typing import NoReturn
 
 
 class HivitError(Exception):
@@ -49,3 +52,21 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> ConfigError:
     near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}?" if near else "known: " + ", ".join(known)
     return ConfigError(f"unknown {kind} {name!r}; {hint}")
+
+
+class Parser(argparse.ArgumentParser):
+    """A command line whose mistakes are ConfigErrors."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; --help shows the usage")
+
+
+def exit_code(action: Callable[[], object]) -> int:
+    """Does something; prints the HivitError it may end with. Returns the exit code."""
+    try:
+        action()
+    except HivitError as error:
+        label = "" if isinstance(error, Interrupted) else "error: "
+        print(f"{label}{error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    return 0

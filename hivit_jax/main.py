@@ -5,10 +5,10 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 from hivit_jax import config as configs
-from hivit_jax.errors import ConfigError, HivitError, Interrupted
+from hivit_jax.errors import ConfigError, Parser, exit_code
 from hivit_jax.metrics import say
 
 USAGE = """\
@@ -22,11 +22,6 @@ modes: train (default)  pretrain or classify, going on where DIR stands
 exit codes: 0 finished, 2 bad config, flag or path, 3 diverged, 4 bad data,
             5 no usable checkpoint, 75 interrupted and saved: run again to go on
 """
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; --help shows the usage")
 
 
 def parse(argv: Sequence[str]) -> tuple[Any, str, str]:
@@ -78,17 +73,6 @@ def run(argv: Sequence[str]) -> None:
         from hivit_jax.train import train
 
         train(config, workdir, catch_signals())
-
-
-def exit_code(action: Callable[[], object]) -> int:
-    """Does something; prints the HivitError it may end with. Returns the exit code."""
-    try:
-        action()
-    except HivitError as error:
-        label = "" if isinstance(error, Interrupted) else "error: "
-        print(f"{label}{error}", file=sys.stderr, flush=True)
-        return error.exit_code
-    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -25,8 +25,7 @@ from hivit_jax import config as configs
 from hivit_jax import tasks
 from hivit_jax.data.pipeline import Loader, cores, permutation, samples_at
 from hivit_jax.data.sources import open_source
-from hivit_jax.errors import ConfigError, DataError
-from hivit_jax.main import Parser, exit_code
+from hivit_jax.errors import ConfigError, DataError, Parser, exit_code
 from hivit_jax.models import Model
 
 CHUNK = 32  # images that a thread takes at a time

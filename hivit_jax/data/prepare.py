@@ -21,8 +21,15 @@ from pathlib import Path
 from typing import Any
 
 from hivit_jax.data.sources import supervised_kinds
-from hivit_jax.errors import ConfigError, DataError, HivitError, Interrupted, unknown
-from hivit_jax.main import Parser, exit_code
+from hivit_jax.errors import (
+    ConfigError,
+    DataError,
+    HivitError,
+    Interrupted,
+    Parser,
+    exit_code,
+    unknown,
+)
 
 # tensorflow reads these when it is first imported.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
