@@ -20,6 +20,9 @@ def get_config() -> ConfigDict:
     config.total_epochs = 0.0
     config.total_steps = 360
     config.label_smoothing = 0.1
+    config.mixup = 0.0
+    config.cutmix = 0.0
+    config.random_erasing = 0.0
 
     config.model = ConfigDict()
     config.model.name = "hivit_tiny"

@@ -6,7 +6,8 @@ written to the end has no final name and is never seen.
 """
 
 import json
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +42,17 @@ class Checkpoints:
         """Newest complete step, or None."""
         return self._manager.latest_step()
 
+    def steps(self) -> list[int]:
+        """All steps that are kept, those still being written too."""
+        return list(self._manager.all_steps())
+
     def save(self, state: Mapping[str, Any], config: str) -> None:
         """Starts writing a train state and its config, JSON text.
 
         Does nothing if that step is already there.
         """
         step = int(state["step"])
-        if step in self._manager.all_steps():
+        if step in self.steps():
             return
         save = ocp.args.StandardSave
         items = {
@@ -135,7 +140,8 @@ def load_pretrained_params(path: Path, task: str, params: Any) -> Any:
 
     Pretraining goes on with everything. A classifier takes the encoder; relative
     position tables that pretraining did not have start from 0, and the head's std goes
-    from 0.02 down to 2e-5 (official ``main_finetune.py``).
+    from 0.02 down to 2e-5 (official ``main_finetune.py``), for a linear probe to 0.01
+    (MAE's ``main_linprobe.py``).
 
     Raises:
       ConfigError: the checkpoint is of another model.
@@ -146,24 +152,54 @@ def load_pretrained_params(path: Path, task: str, params: Any) -> Any:
     if task == "mae":
         say(f"starting from all parameters of {path}")
         return load_params(path, abstract)
+    stored = named_leaves(_metadata(path, _averaged(path)))
+    fates = loading_fates(stored, named_leaves(params))
+    if fates["missing"]:
+        raise ConfigError(
+            f"init_from: {path} has no {fates['missing'][0]}; with "
+            f"{len(fates['missing'])} arrays of the encoder left to chance this would "
+            "not be finetuning"
+        )
     loaded = named_leaves(load_encoder(path, abstract["encoder"]))
-
-    def choose(key_path, leaf):
-        name = leaf_name(key_path)
-        if name in loaded:
-            return loaded[name]
-        if name.endswith("relative_position_bias_table"):
-            return jnp.zeros_like(leaf)
-        raise ConfigError(f"init_from: {path} has no encoder/{name}")
-
-    encoder = jax.tree_util.tree_map_with_path(choose, params["encoder"])
-    head = params["head"] | {"kernel": params["head"]["kernel"] * (2e-5 / 0.02)}
-    zeros = len(named_leaves(encoder)) - len(loaded)
-    say(
-        f"starting from {len(loaded)} encoder arrays of {path}; "
-        f"{zeros} relative tables from 0, norm and head anew"
+    encoder = jax.tree_util.tree_map_with_path(
+        lambda key_path, leaf: loaded.get(leaf_name(key_path), jnp.zeros_like(leaf)),
+        params["encoder"],
     )
+    std = {"classify": 2e-5, "linear_probe": 0.01}[task]
+    head = params["head"] | {"kernel": params["head"]["kernel"] * (std / 0.02)}
+    say(f"starting from {path}")
+    for fate, names in fates.items():
+        parts = [name.split("/") for name in names]
+        groups = Counter("/".join(p[: 1 + (p[0] == "encoder")]) for p in parts)
+        listed = ", ".join(f"{group} {count}" for group, count in groups.items())
+        if names:
+            say(f"  {fate:<8} {len(names):>4}  {listed}")
     return params | {"encoder": encoder, "head": head}
+
+
+def loading_fates(stored: Iterable[str], wanted: Iterable[str]) -> dict[str, list[str]]:
+    """What becomes of parameters, by name, when a classifier starts from pretraining.
+
+    Args:
+      stored: names in the checkpoint.
+      wanted: names of the classifier's parameters.
+
+    Returns:
+      used, dropped (of the checkpoint), zero (tables that pretraining had not), new
+      (norm and head) and missing (of the encoder: it cannot do without).
+    """
+    stored, wanted = list(stored), list(wanted)
+    used = [name for name in stored if name.startswith("encoder/") and name in wanted]
+    absent = [name for name in wanted if name not in used]
+    zero = [name for name in absent if name.endswith("relative_position_bias_table")]
+    new = [name for name in absent if not name.startswith("encoder/")]
+    return {
+        "used": used,
+        "dropped": [name for name in stored if name not in used],
+        "zero": zero,
+        "new": new,
+        "missing": [name for name in absent if name not in zero + new],
+    }
 
 
 def _averaged(step_path: Path) -> str:

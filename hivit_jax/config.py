@@ -33,7 +33,7 @@ KEYS = {
     "weight_decay layer_decay clip_norm ema_decay accumulate_steps",
     "mesh": "replica data fsdp tensor",
 }
-# What a recipe may leave to the machine it runs on.
+# What a recipe may leave out.
 DEFAULTS = {
     "data.dir": "",  # of the dataset; "": where TFDS keeps its own
     "data.train_split": "",  # "": as the dataset calls it
@@ -45,8 +45,14 @@ DEFAULTS = {
     "data.canvas": 512,  # crops of up to this side go to the device, which resizes
     "data.workers": 0,  # threads that read; 0: one for each core
     "data.max_unreadable": 0.001,  # share of images that may be damaged
+    "data.randaugment": False,  # in training
+    "optimizer.warmup_learning_rate": 0.0,  # that warmup starts from
+    "optimizer.official_quirks": False,  # of the schedule; see make_schedule
 }
-TASK_KEYS = {"mae": "mask_ratio", "classify": "label_smoothing"}
+TASK_KEYS = {
+    "mae": "mask_ratio",
+    "classify": "label_smoothing mixup cutmix random_erasing",
+}
 # The smallest values that work.
 LEAST = {
     "seed": 0,
@@ -67,7 +73,8 @@ def load(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
     """Reads a recipe and applies overrides.
 
     Args:
-      path: a Python file with ``get_config() -> ConfigDict``.
+      path: a Python file with ``get_config() -> ConfigDict``; or, FILE:VARIANT, one
+        with ``get_config(variant: str)``.
       overrides: ``--config.model.depths=(1,1,4)`` and the like. Every override of the
         model is a key of ``config.model``, named in the file or not.
 
@@ -75,7 +82,8 @@ def load(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
       ConfigError: no such file, an unknown key (with the nearest known one), a value of
         another type than the recipe's, a number that is too small.
     """
-    config = _read(Path(path))
+    file, _, variant = str(path).partition(":")
+    config = _read(Path(file), *filter(None, [variant]))
     for name, parameter in override_parameters().items():
         if name not in config.model:
             kind = parameter.annotation
@@ -109,7 +117,7 @@ def image_shape(config: Any) -> tuple[int, int, int]:
     return (*sides, config.model.in_channels)
 
 
-def _read(path: Path) -> ConfigDict:
+def _read(path: Path, *variant: str) -> ConfigDict:
     if not path.is_file():
         raise ConfigError(f"--config={path}: no such file; expected configs/NAME.py")
     spec = importlib.util.spec_from_file_location(path.stem, path)
@@ -118,7 +126,7 @@ def _read(path: Path) -> ConfigDict:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-        config = module.get_config()
+        config = module.get_config(*variant)
         if not isinstance(config, ConfigDict):
             raise TypeError("get_config() must return a ConfigDict")
         for part, names in KEYS.items():
@@ -137,9 +145,9 @@ def _read(path: Path) -> ConfigDict:
 
 def _check(config: ConfigDict) -> None:
     """ConfigError for what nothing else checks before it does harm."""
-    key = TASK_KEYS.get(config.task)
-    if key and key not in config:
-        raise ConfigError(f"task={config.task!r} needs a recipe with config.{key}")
+    for key in TASK_KEYS.get(config.task, "").split():
+        if key not in config:
+            raise ConfigError(f"task={config.task!r} needs a recipe with config.{key}")
     for key, least in LEAST.items():
         *parents, leaf = key.split(".")
         value = (config[parents[0]] if parents else config)[leaf]
@@ -151,6 +159,12 @@ def _check(config: ConfigDict) -> None:
             raise ConfigError(
                 f"{key}={config[part][leaf]}; expected {low:g} to {high:g}"
             )
+    micro = config.batch_size // config.optimizer.accumulate_steps
+    if (config.get("mixup") or config.get("cutmix")) and micro % 2:
+        raise ConfigError(
+            f"mixup={config.mixup}, cutmix={config.cutmix} mix pairs of images; "
+            f"batch_size / accumulate_steps is {micro}, expected an even number"
+        )
     if config.data.interpolation not in REACH:
         raise unknown("data.interpolation", config.data.interpolation, REACH)
     if len(config.optimizer.betas) != 2:

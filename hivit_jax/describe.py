@@ -1,12 +1,17 @@
 """What a recipe amounts to: config, parameters, cost, schedule. Runs nothing."""
 
 from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
+import optax
 from flax import nnx
 
+from hivit_jax import augment, figures, tasks
 from hivit_jax import config as configs
-from hivit_jax import tasks
+from hivit_jax.data import pipeline
 from hivit_jax.data.sources import IMAGENET_TRAIN, num_examples
 from hivit_jax.errors import DataError
 from hivit_jax.models import Model, named_leaves, split
@@ -24,6 +29,38 @@ def describe(config: Any) -> str:
     parts = [configs.to_json(config).rstrip(), parameter_table(model)]
     parts += [cost(config, model), schedule(config)]
     return "\n\n".join(parts)
+
+
+def draw(config: Any, workdir: str | Path) -> str:
+    """Draws the schedule and, where the dataset is at hand, 16 training images as the
+    network gets them; returns where they are.
+    """
+    directory = Path(workdir) / "figures"
+    _, total, rate = resolved_schedule(config)
+    steps = np.unique(np.linspace(0, total, 1000).astype(np.int32))
+    figures.draw_schedule(directory / "schedule.png", steps, np.asarray(rate(steps)))
+    config = config.copy_and_resolve_references()
+    config.batch_size = 16
+    try:
+        batch = next(pipeline.train_batches(config, 0, 1))
+    except DataError as error:
+        return f"{directory}/schedule.png; no images drawn: {error}"
+    keys = augment.step_keys(config.seed, "train", jnp.uint32(0), 16)
+    images, _ = tasks.inputs(batch, keys, config, train=True)
+    images = np.asarray(images) * config.data.std + config.data.mean
+    figures.draw_sheet(directory / "augmented.png", images.clip(0, 1))
+    return f"{directory}/schedule.png, {directory}/augmented.png"
+
+
+def changes(config: Any, path: str) -> str:
+    """What was changed of the recipe in the file `path`, a line for each key."""
+    told, now = (named_leaves(c.to_dict()) for c in (configs.load(path), config))
+    lines = [
+        f"{name.replace('/', '.')}: {told.get(name)} -> {now.get(name)}"
+        for name in sorted(told.keys() | now.keys())
+        if told.get(name) != now.get(name)
+    ]
+    return f"changes of {path}: " + ("\n  ".join(["", *lines]) if lines else "none")
 
 
 def parameter_table(model: Model) -> str:
@@ -59,14 +96,8 @@ def cost(config: Any, model: Model) -> str:
 
 def schedule(config: Any) -> str:
     """Steps, epochs and the learning rate along the way."""
-    try:
-        images = num_examples(config.data, "train")
-    except DataError:
-        if config.data.name != "imagenet2012":
-            raise
-        images = IMAGENET_TRAIN
-    per_epoch, total = count_steps(config, images)
-    rate = make_schedule(config, per_epoch, total)
+    images, total, rate = resolved_schedule(config)
+    per_epoch = images / config.batch_size
     warmup = warmup_steps(config, per_epoch, total)
     lines = [
         f"{total:,} steps of {config.batch_size:,} images: {total / per_epoch:,.1f} "
@@ -77,3 +108,15 @@ def schedule(config: Any) -> str:
     for step in sorted({0, warmup, total // 2, total * 3 // 4, total}):
         lines.append(f"  step {step:>9,}  {float(rate(step)):.3e}")
     return "\n".join(lines)
+
+
+def resolved_schedule(config: Any) -> tuple[int, int, optax.Schedule]:
+    """Training images, steps in all and the learning rate by step."""
+    try:
+        images = num_examples(config.data, "train")
+    except DataError:
+        if config.data.name != "imagenet2012":
+            raise
+        images = IMAGENET_TRAIN
+    per_epoch, total = count_steps(config, images)
+    return images, total, make_schedule(config, per_epoch, total)

@@ -4,6 +4,7 @@ and the same held-out images, reconstructed.
 
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from hivit_jax import augment, checkpoint, figures, metrics, models, tasks
 from hivit_jax.data import pipeline, sources
@@ -29,7 +30,7 @@ def make_eval_step(config: Any, graphdef: nnx.GraphDef) -> Callable:
 
     @jax.jit
     def eval_step(params, batch, first):
-        keys = augment.sample_keys(config.seed, "eval", first, config.batch_size)
+        keys = augment.step_keys(config.seed, "eval", first, config.batch_size)
         model = nnx.merge(graphdef, params)
         values = tasks.TASKS[config.task](model, batch, keys, config, train=False)
         values["count"] = jnp.ones_like(batch["weight"])
@@ -84,6 +85,59 @@ def evaluate_checkpoint(config: Any, workdir: str | Path) -> dict[str, float | i
     return values
 
 
+def nearest_neighbours(
+    config: Any, neighbours: int = 20, temperature: float = 0.07
+) -> dict[str, float | int]:
+    """Classifies the test split by the nearest training images; trains nothing.
+
+    Features are the mean of the last tokens of the encoder in `config.init_from`, of
+    length 1; a neighbour votes with ``exp(cosine / temperature)``, as DINO's
+    ``eval_knn.py`` has it.
+
+    Returns:
+      knn/top1 and knn/top5, fractions, and knn/count.
+    """
+    path = checkpoint.find(config.init_from)
+    graphdef, abstract = models.split(nnx.eval_shape(lambda: tasks.build_model(config)))
+    mesh = make_mesh(config.mesh, config.batch_size)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    draw = jax.jit(
+        lambda: models.split(tasks.build_model(config))[1],
+        out_shardings=state_shardings(mesh, abstract),
+    )
+    params = checkpoint.load_pretrained_params(path, config.task, draw())
+
+    @partial(jax.jit, out_shardings=everywhere)
+    def encode(params, batch):
+        features = nnx.merge(graphdef, params).encoded(tasks.images_of(batch, config))
+        length = jnp.linalg.norm(features, axis=-1, keepdims=True)
+        return features / length, batch["label"], batch["weight"]
+
+    def encoded(split):
+        batches = to_devices(pipeline.eval_batches(config, split), mesh)
+        parts = [jax.device_get(encode(params, batch)) for batch in batches]
+        features, labels, weight = map(np.concatenate, zip(*parts, strict=True))
+        return features[weight > 0], labels[weight > 0]
+
+    @jax.jit
+    def classify(queries, keys, labels):
+        cosine, found = jax.lax.top_k(queries @ keys.T, min(neighbours, len(keys)))
+        votes = jax.nn.one_hot(labels[found], config.model.num_classes)
+        return (jnp.exp(cosine / temperature)[..., None] * votes).sum(1)
+
+    keys, labels = jax.device_put(encoded("train"))
+    queries, true = encoded("test")
+    chunks = [
+        tasks.hits(classify(queries[i : i + 256], keys, labels), true[i : i + 256])
+        for i in range(0, len(queries), 256)
+    ]
+    means = {
+        f"knn/{name}": float(np.concatenate([chunk[name] for chunk in chunks]).mean())
+        for name in chunks[0]
+    }
+    return means | {"knn/count": len(queries)}
+
+
 def make_reconstruct(config: Any, graphdef: nnx.GraphDef) -> Callable:
     """params -> panels of the first held-out images, always behind the same masks.
 
@@ -96,7 +150,7 @@ def make_reconstruct(config: Any, graphdef: nnx.GraphDef) -> Callable:
     @jax.jit
     def reconstruct(params, batch):
         model = nnx.merge(graphdef, params)
-        keys = augment.sample_keys(config.seed, "eval", jnp.uint32(0), count)
+        keys = augment.step_keys(config.seed, "eval", jnp.uint32(0), count)
         out = tasks.reconstruct(model, batch, keys, config, train=False)
         images = tasks.images_of(batch, config)
         _, mean, scale = model.targets(images)

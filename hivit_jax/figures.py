@@ -78,6 +78,27 @@ def draw_curves(path: Path, workdir: Path) -> np.ndarray:
     return _write(path, figure, plt)
 
 
+def draw_schedule(path: Path, steps: np.ndarray, rates: np.ndarray) -> None:
+    """Writes the learning rate over the steps of a run as a PNG."""
+    figure, plt = _figure(figsize=(6.4, 3))
+    axis = figure.subplots()
+    axis.plot(steps, rates)
+    axis.set_xlabel("step")
+    axis.set_ylabel("learning rate")
+    axis.grid(alpha=0.3)
+    _write(path, figure, plt)
+
+
+def draw_sheet(path: Path, images: np.ndarray) -> None:
+    """Writes images [16, H, W, C] in 0..1 as a PNG, four a row."""
+    figure, plt = _figure(figsize=(6.4, 6.4))
+    for axis, pixels in zip(figure.subplots(4, 4).flat, images, strict=True):
+        grey = pixels.shape[-1] == 1
+        axis.imshow(pixels[..., 0] if grey else pixels, cmap="gray", vmin=0, vmax=1)
+        axis.set_axis_off()
+    _write(path, figure, plt)
+
+
 def draw_run(
     workdir: Path, step: int, panels: np.ndarray | None
 ) -> dict[str, np.ndarray]:

@@ -17,6 +17,7 @@ python -m hivit_jax.main --config configs/NAME.py --workdir DIR [--mode MODE]
 
 modes: train (default)  pretrain or classify, going on where DIR stands
        eval             evaluate DIR's newest checkpoint, or --config.checkpoint=PATH
+       knn              classify by nearest neighbours in --config.init_from's features
        describe         print config, parameters, cost and schedule; runs nothing
 
 exit codes: 0 finished, 2 bad config, flag or path, 3 diverged, 4 bad data,
@@ -24,19 +25,19 @@ exit codes: 0 finished, 2 bad config, flag or path, 3 diverged, 4 bad data,
 """
 
 
-def parse(argv: Sequence[str]) -> tuple[Any, str, str]:
-    """Command line -> (config, workdir, mode)."""
+def parse(argv: Sequence[str]) -> tuple[Any, argparse.Namespace]:
+    """Command line -> (the recipe's config, flags: config, workdir, mode)."""
     parser = Parser(usage=USAGE, allow_abbrev=False, add_help=True)
     parser.add_argument("--config", required=True, help=argparse.SUPPRESS)
     parser.add_argument("--workdir", default="", help=argparse.SUPPRESS)
-    modes = {"train": "", "eval": "", "describe": ""}
+    modes = ("train", "eval", "knn", "describe")
     parser.add_argument(
         "--mode", default="train", choices=modes, help=argparse.SUPPRESS
     )
     known, overrides = parser.parse_known_args(argv)
-    if known.mode != "describe" and not known.workdir:
+    if known.mode in ("train", "eval") and not known.workdir:
         raise ConfigError(f"--mode={known.mode} needs --workdir=DIR")
-    return configs.load(known.config, overrides), known.workdir, known.mode
+    return configs.load(known.config, overrides), known
 
 
 def catch_signals() -> Callable[[], str | None]:
@@ -60,19 +61,30 @@ def catch_signals() -> Callable[[], str | None]:
 
 def run(argv: Sequence[str]) -> None:
     """Runs one mode to its end or to a HivitError."""
-    config, workdir, mode = parse(argv)
-    if mode == "describe":
-        from hivit_jax.describe import describe
+    config, flags = parse(argv)
+    if flags.mode == "describe":
+        from hivit_jax.describe import changes, describe, draw
 
         say(describe(config))
-    elif mode == "eval":
+        say(f"\n{changes(config, flags.config)}")
+        if flags.workdir:
+            say(f"\ndrawn: {draw(config, flags.workdir)}")
+    elif flags.mode == "eval":
         from hivit_jax.evaluate import evaluate_checkpoint
 
-        evaluate_checkpoint(config, workdir)
+        evaluate_checkpoint(config, flags.workdir)
+    elif flags.mode == "knn":
+        from hivit_jax.evaluate import nearest_neighbours
+
+        found = nearest_neighbours(config)
+        say(
+            f"nearest neighbours  top1 {found['knn/top1']:.2%}  top5 "
+            f"{found['knn/top5']:.2%}  ({found['knn/count']:,} images)"
+        )
     else:
         from hivit_jax.train import train
 
-        train(config, workdir, catch_signals())
+        train(config, flags.workdir, catch_signals())
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -141,6 +141,21 @@ def eval_line(step: int, values: Scalars) -> str:
     if values["eval/unreadable"]:
         images += f", {values['eval/unreadable']:,} unreadable"
     return f"step {step}  eval  {'  '.join(parts)}  ({images})"
+
+
+def best_line(workdir: Path, steps: Collection[int]) -> str:
+    """``best checkpoint  step 360  top1 93.33 %  top5 ...  DIR/checkpoints/360``.
+
+    Args:
+      steps: of the checkpoints that are kept; the others cannot be the best.
+    """
+    lines = read(workdir / "metrics.jsonl")
+    lines = [line for line in lines if "eval/count" in line and line["step"] in steps]
+    if not lines:
+        return "no checkpoint of an evaluated step is kept"
+    best = max(lines, key=lambda line: line.get("eval/top1", -line["eval/loss"]))
+    where = workdir / "checkpoints" / str(best["step"])
+    return f"best checkpoint  {eval_line(best['step'], best)}  {where}"
 
 
 def duration(seconds: float) -> str:

@@ -86,19 +86,32 @@ def warmup_steps(config: Any, steps_per_epoch: float, total_steps: int) -> int:
 def make_schedule(
     config: Any, steps_per_epoch: float, total_steps: int
 ) -> optax.Schedule:
-    """Learning rate by step: linear warmup from 0, then a cosine to the minimum.
+    """Learning rate by step: linear warmup, then a cosine down to the minimum.
 
-    Counted from 0 in fractions of an epoch (the official self-supervised loop counts
-    epochs from 1 and so skips the first and overshoots the end).
+    With `optimizer.official_quirks` as the official programs have it. Pretraining and
+    finetuning (``self_supervised/util/lr_sched.py``) count epochs from 1: the first of
+    them is left out, and the end is past the lowest point. Training from scratch
+    (``supervised/lr_scheduler.py``) starts its cosine at 0, not at the end of the
+    warmup, which leaves a step down between the two, and is one step late.
     """
-    warmup = warmup_steps(config, steps_per_epoch, total_steps)
-    return optax.warmup_cosine_decay_schedule(
-        init_value=0.0 if warmup else peak_learning_rate(config),
-        peak_value=peak_learning_rate(config),
-        warmup_steps=warmup,
-        decay_steps=max(total_steps, warmup + 1),
-        end_value=config.optimizer.min_learning_rate,
-    )
+    o, peak = config.optimizer, peak_learning_rate(config)
+    epochs = total_steps / steps_per_epoch
+    warmup, start = min(o.warmup_epochs, epochs), o.warmup_learning_rate
+    from_scratch = config.task == "classify" and not config.init_from
+    late = o.official_quirks and from_scratch
+    skips = o.official_quirks and not from_scratch
+
+    def schedule(step):
+        epoch = jnp.maximum(step - late, 0) / steps_per_epoch + skips
+        rise = start + (peak - start) * epoch / max(warmup, 1e-9)
+        begin = 0.0 if late else warmup
+        done = (epoch - begin) / max(epochs - begin, 1e-9)
+        done = done if skips else jnp.clip(done, 0.0, 1.0)
+        cosine = 0.5 * (1.0 + jnp.cos(jnp.pi * done))
+        fall = o.min_learning_rate + (peak - o.min_learning_rate) * cosine
+        return jnp.where(epoch < warmup, rise, fall)
+
+    return schedule
 
 
 def make_optimizer(
@@ -111,6 +124,8 @@ def make_optimizer(
       params: parameters or their shapes; only names are read.
     """
     o = config.optimizer
+    if config.task == "linear_probe":
+        return _probe_optimizer(o, schedule, params)
     mask = jax.tree_util.tree_map_with_path(
         lambda path, _: decays(leaf_name(path), config.task), params
     )
@@ -127,3 +142,26 @@ def make_optimizer(
             )
         )
     return optax.chain(*chain, optax.scale_by_learning_rate(schedule))
+
+
+def _probe_optimizer(
+    o: Any, schedule: optax.Schedule, params: Any
+) -> optax.GradientTransformation:
+    """LARS for the head, BatchNorm's momentum for its statistics, nothing for the rest.
+
+    As MAE's ``util/lars.py``: the trust ratio is taken of matrices alone, before the
+    momentum, and the learning rate after it.
+    """
+    matrices = jax.tree.map(lambda x: x.ndim > 1, params)
+    lars = optax.chain(
+        optax.masked(optax.add_decayed_weights(o.weight_decay), matrices),
+        optax.masked(optax.scale_by_trust_ratio(trust_coefficient=0.001), matrices),
+        optax.trace(o.betas[0]),
+        optax.scale_by_learning_rate(schedule),
+    )
+    kinds = {"head": "lars", "fc_norm": "statistics"}
+    labels = jax.tree_util.tree_map_with_path(
+        lambda path, _: kinds.get(leaf_name(path).split("/")[0], "frozen"), params
+    )
+    rules = {"lars": lars, "statistics": optax.sgd(0.1), "frozen": optax.set_to_zero()}
+    return optax.multi_transform(rules, labels)

@@ -148,7 +148,9 @@ def train(
                 f"{stop_requested()}: step {step} of {total_steps} is saved in "
                 f"{workdir}; run the same command to go on"
             )
-        return results or run_evaluation()
+        results = results or run_evaluation()
+        say(metrics.best_line(workdir, checkpoints.steps()))
+        return results
     except (DataError, DivergedError):
         checkpoints.save(state, to_json(config))
         raise
@@ -237,21 +239,27 @@ def make_train_step(
         values = task(nnx.merge(graphdef, params), batch, keys, config, train=True)
         share = batch["weight"] / total_weight
         means = {name: (value * share).sum() for name, value in values.items()}
-        return means["loss"], means
+        return means.pop("objective", means["loss"]), means
 
     def train_step(state, batch, steps_done):
         first = state["step"].astype(jnp.uint32) * config.batch_size
-        keys = augment.sample_keys(config.seed, "train", first, config.batch_size)
+        keys = augment.step_keys(config.seed, "train", first, config.batch_size)
         total_weight = jnp.maximum(batch["weight"].sum(), 1.0)
         gradient = jax.grad(loss_fn, has_aux=True)
         if micro == 1:
             grads, values = gradient(state["params"], batch, keys, total_weight)
         else:
             # Strided, so that samples stay on their device: [B] -> [micro, B/micro].
-            parts = jax.tree.map(
-                lambda x: jnp.moveaxis(x.reshape(-1, micro, *x.shape[1:]), 1, 0),
-                (batch, keys),
-            )
+            # Neighbours stay together, for one may be mixed into the other.
+            pair = 2 if config.batch_size // micro % 2 == 0 else 1
+
+            def divided(x):
+                x = jnp.moveaxis(x.reshape(-1, micro, pair, *x.shape[1:]), 1, 0)
+                return x.reshape(micro, -1, *x.shape[3:])
+
+            steps = jnp.broadcast_to(keys.step, micro)
+            parts = jax.tree.map(divided, (batch, keys.samples))
+            parts = parts[0], augment.Keys(parts[1], steps)
 
             def add(sums, part):
                 return jax.tree.map(

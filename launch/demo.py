@@ -55,7 +55,10 @@ def baselines(config) -> tuple[float, float]:
 
 def whole_split(config, split: str) -> np.ndarray:
     """All images of a split as the network gets them, float [n, H, W, C] in [0, 1]."""
-    loader, count = Loader(config, split), num_examples(config.data, split)
+    loader, count = (
+        Loader(config, split, augmented=False),
+        num_examples(config.data, split),
+    )
     batch = loader.batch(count)
     loader.fill(batch, 0, np.arange(count), np.zeros(count, int))
     return batch["image"] / 255

@@ -82,6 +82,7 @@ def classifier(source: str = "synthetic", **overrides) -> ConfigDict:
     config = mae(source, **CLASSIFIER | overrides)
     with config.unlocked():
         config.task, config.label_smoothing = "classify", 0.1
+        config.mixup, config.cutmix, config.random_erasing = 0.8, 1.0, 0.25
         for key in list(config.model):
             if key.startswith(PRETRAINING_ONLY):
                 del config.model[key]

@@ -3,10 +3,15 @@
 import os
 import signal
 
+import numpy as np
 import pytest
 import recipes
+from flax import nnx
+from PIL import Image
 
+from hivit_jax import config as configs
 from hivit_jax.main import main
+from hivit_jax.tasks import build_model
 
 MINI = recipes.arguments()  # --config and overrides of a recipe that works
 
@@ -234,3 +239,50 @@ def test_errors_of_a_real_process(flags, exit_code, fragments, tmp_path):
     code, _, err = recipes.run(*arguments, devices=8)
     assert code == exit_code
     check_message(err, fragments)
+
+
+def test_variant_of_a_recipe(capsys):
+    recipe = recipes.ROOT / "configs" / "finetune_base.py"
+    arguments = ["--mode=describe", "--config.data.randaugment=false"]
+    assert main([f"--config={recipe}:384", *arguments]) == 0
+    out = capsys.readouterr().out
+    assert '"image_size": 384' in out
+    assert f"changes of {recipe}:384: \n  data.randaugment: True -> False\n" in out
+    assert main([f"--config={recipe}:large", *arguments]) == 2
+    check_message(capsys.readouterr().err, ["finetune_base.py", "'large'"])
+    recipe = recipes.ROOT / "configs" / "mae_base.py"
+    assert main([f"--config={recipe}:384", *arguments]) == 2
+    check_message(capsys.readouterr().err, ["mae_base.py", "get_config()"])
+
+
+def test_describe_draws_schedule_and_images(tmp_path, capsys):
+    recipe = recipes.ROOT / "configs" / "digits_finetune.py"
+    overrides = [
+        "--config.mixup=0.8",
+        "--config.random_erasing=0.25",
+        "--config.batch_size=24",
+    ]
+    command = [f"--config={recipe}", "--mode=describe", *overrides]
+    assert main([*command, f"--workdir={tmp_path}"]) == 0
+    assert f"drawn: {tmp_path}/figures/schedule.png, " in capsys.readouterr().out
+    for name in ("schedule", "augmented"):
+        pixels = np.asarray(Image.open(tmp_path / "figures" / f"{name}.png"))
+        assert pixels[..., :3].std() > 5
+    missing = ["--config.data.name=folder", f"--config.data.dir={tmp_path / 'none'}"]
+    command += [*missing, "--config.data.train_examples=0"]
+    assert main([*command, f"--workdir={tmp_path / 'x'}"]) == 4
+    assert "no directory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in recipes.ROOT.glob("configs/*")))
+def test_every_recipe(name, capsys):
+    """Can be read, builds its model, names its own command; is not too long."""
+    if name.startswith("__"):
+        return
+    path = recipes.ROOT / "configs" / f"{name}.py"
+    text = path.read_text()
+    assert len(text.splitlines()) <= 70
+    assert f"--config configs/{name}.py" in text
+    config = configs.load(str(path))
+    model = nnx.eval_shape(lambda: build_model(config))
+    assert model.parameter_count() > 10_000

@@ -16,7 +16,7 @@ from sklearn.datasets import load_digits
 
 from benchmarks import photographs
 from hivit_jax import augment, config
-from hivit_jax.data import pipeline, sources
+from hivit_jax.data import pipeline, randaugment, sources, transforms
 from hivit_jax.data.pipeline import permutation, samples_at
 from hivit_jax.errors import ConfigError, DataError
 
@@ -404,6 +404,33 @@ def test_evaluation_sees_the_middle_of_every_file(folder):
         )
         expected = np.asarray(whole)[4:28, 9:33]
         assert np.abs(image - expected.astype(float)).mean() < 0.4
+
+
+def test_randaugment(folder):
+    """Of the resized crop, by numbers of its own; never in evaluation."""
+    plain = load_folder(folder, data__canvas=0)
+    cfg = load_folder(folder, data__randaugment=True)
+    count = transforms.DRAWS + randaugment.DRAWS
+    changed = 0
+    for step, (one, other) in enumerate(
+        zip(
+            pipeline.train_batches(cfg, 0, 6),
+            pipeline.train_batches(plain, 0, 6),
+            strict=True,
+        )
+    ):
+        indices, epochs = samples_at(step * 8 + np.arange(8), 40, 0)
+        for k, (index, epoch) in enumerate(zip(indices, epochs, strict=True)):
+            draws = transforms.uniforms(0, epoch, index, count)[-randaugment.DRAWS :]
+            expected = randaugment.randaugment(other["image"][k], draws)
+            assert_array_equal(one["image"][k], expected)
+            changed += (one["image"][k] != other["image"][k]).any()
+    assert 24 < changed < 46  # of 48, of which a quarter meets no operation
+    assert_batches_equal(
+        pipeline.eval_batches(cfg), pipeline.eval_batches(load_folder(folder))
+    )
+    with pytest.raises(ConfigError, match="randaugment with .*in_channels=1"):
+        next(pipeline.train_batches(load(data__randaugment=True), 0, 1))
 
 
 @pytest.mark.parametrize("workers", [1, 5])

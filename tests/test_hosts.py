@@ -121,7 +121,8 @@ def test_plan_of_an_imagenet_evaluation(monkeypatch):
     """50,000 images, batches of 1,024, eight hosts: each exactly once."""
     seen = []
 
-    def planned(config, split, plan, size):
+    def planned(config, split, plan, size, augmented):
+        assert not augmented
         assert size == 128
         seen.append([indices for indices, _ in plan])
         return iter(())

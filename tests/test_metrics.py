@@ -172,6 +172,26 @@ def test_eval_line():
     assert metrics.eval_line(120, values).endswith("(360 images, 2 unreadable)")
 
 
+def test_best_of_the_checkpoints_that_are_kept(tmp_path):
+    lines = [
+        {"step": 10, "loss": 0.1},
+        {"step": 10, "eval/loss": 0.5, "eval/top1": 0.9, "eval/count": 8},
+        {"step": 20, "eval/loss": 0.4, "eval/top1": 0.7, "eval/count": 8},
+        {"step": 30, "eval/loss": 0.9, "eval/top1": 0.8, "eval/count": 8},
+    ]
+    text = "".join(json.dumps(line | {"eval/unreadable": 0}) + "\n" for line in lines)
+    (tmp_path / "metrics.jsonl").write_text(text)
+    best = metrics.best_line(tmp_path, [20, 30])
+    assert best == (
+        "best checkpoint  step 30  eval  loss 0.9000  top1 80.00 %  (8 images)  "
+        f"{tmp_path}/checkpoints/30"
+    )
+    assert "step 10 " in metrics.best_line(tmp_path, [10, 20, 30])
+    (tmp_path / "metrics.jsonl").write_text(text.replace("eval/top1", "x"))
+    assert "step 20 " in metrics.best_line(tmp_path, [10, 20, 30])  # the lowest loss
+    assert metrics.best_line(tmp_path, []).startswith("no checkpoint of an evaluated")
+
+
 def test_say_is_for_one_process(monkeypatch, capsys):
     for index in range(2):
         monkeypatch.setattr(metrics.jax, "process_index", lambda index=index: index)
@@ -261,7 +281,10 @@ def test_pictures_show_the_panels(tmp_path):
 def classify(logits, labels, smoothing=0.0, train=False):
     config = ConfigDict(
         dict(
+            task="classify",
             label_smoothing=smoothing,
+            **dict(mixup=0.0, cutmix=0.0, random_erasing=0.0),
+            model=dict(num_classes=np.shape(logits)[-1]),
             data=dict(mean=(0.0,), std=(1.0,), flip=False),
         )
     )

@@ -1,5 +1,6 @@
 """Official state dicts to our parameters and back."""
 
+import json
 import re
 
 import jax
@@ -9,6 +10,7 @@ import reference
 from networks import abstract
 from numpy.testing import assert_array_equal
 
+from hivit_jax.checkpoint import loading_fates
 from hivit_jax.errors import CheckpointError
 from hivit_jax.models import (
     leaf_name,
@@ -114,3 +116,32 @@ def test_wrongly_shaped_entry(mae_state, name, shape, here):
     message = re.escape(f"'{name}' is {list(shape)}, here {here}")
     with pytest.raises(CheckpointError, match=message):
         from_official(state, model)
+
+
+def test_what_finetuning_takes_of_pretraining():
+    """The same arrays as the official loader, under the official names."""
+    facts = json.loads((reference.GOLDEN / "finetune_loading.json").read_text())
+    ours, official = {}, {}
+    for name in ("mae_hivit_base", "hivit_base"):
+        model = abstract(name, relative_position=name == "hivit_base")
+        params = split(model)[1]
+        ours[name] = list(named_leaves(params))
+        zeros = jax.tree.map(lambda x: np.broadcast_to(np.zeros(1), x.shape), params)
+        official |= dict(zip(ours[name], to_official(zeros, model), strict=True))
+    fates = loading_fates(ours["mae_hivit_base"], ours["hivit_base"])
+    fates = {fate: {official[name] for name in names} for fate, names in fates.items()}
+    assert fates["used"] == set(facts["loaded"])
+    assert fates["dropped"] == set(facts["unexpected_dropped"])
+    kept = set(facts["missing_keep_own_init"]) - {"relative_position_index"}
+    assert fates["zero"] | fates["new"] == kept
+    assert fates["new"] == {
+        "fc_norm.weight",
+        "fc_norm.bias",
+        "head.weight",
+        "head.bias",
+    }
+    assert not fates["missing"]
+    stored = [name for name in ours["mae_hivit_base"] if "stages/2/7/" not in name]
+    missing = loading_fates(stored, ours["hivit_base"])["missing"]
+    assert len(missing) > 5
+    assert all(name.startswith("encoder/stages/2/7/") for name in missing)

@@ -49,7 +49,7 @@ class Split:
     def __init__(self, config: Any, split: str, sample: int = 0):
         own = config.data.train_split if split == "train" else config.data.eval_split
         self.title = f"{split} ({own})" if own else split
-        self.config, self.loader = config, Loader(config, split)
+        self.config, self.loader = config, Loader(config, split, split == "train")
         self.source = open_source(config.data, split)
         n = len(self.source)
         self.indices = np.sort(permutation(0, 0, n)[: sample or n])

@@ -22,7 +22,7 @@ import jax
 import numpy as np
 
 from hivit_jax.config import image_shape
-from hivit_jax.data import transforms
+from hivit_jax.data import randaugment, transforms
 from hivit_jax.data.sources import num_examples, open_source
 from hivit_jax.errors import ConfigError, DataError
 
@@ -74,27 +74,28 @@ def train_batches(config: Any, first_step: int, last_step: int) -> Iterator[Batc
         samples_at(step * config.batch_size + places, n, config.seed)
         for step in range(first_step, last_step)
     )
-    return _batches(config, "train", plan, len(places))
+    return _batches(config, "train", plan, len(places), augmented=True)
 
 
-def eval_batches(config: Any) -> Iterator[Batch]:
-    """Batches, as in `train_batches`, that hold every image of the test split once.
+def eval_batches(config: Any, split: str = "test") -> Iterator[Batch]:
+    """Batches, as in `train_batches`, that hold every image of a split once, in order
+    and as for evaluation.
 
     The last one is filled up with empty images of weight 0.
     """
     places = local_places(config.batch_size)
-    n = num_examples(config.data, "test")
+    n = num_examples(config.data, split)
     starts = range(0, n, config.batch_size)
     shares = (start + places[start + places < n] for start in starts)
     plan = ((share, np.zeros_like(share)) for share in shares)
-    return _batches(config, "test", plan, len(places))
+    return _batches(config, split, plan, len(places), augmented=False)
 
 
 def first_test_images(config: Any, count: int) -> Batch:
     """The first `count` images of the test split, the same on every process."""
     indices = np.arange(min(count, num_examples(config.data, "test")))
     plan = iter([(indices, np.zeros_like(indices))])
-    return next(_batches(config, "test", plan, len(indices)))
+    return next(_batches(config, "test", plan, len(indices), augmented=False))
 
 
 def check_unreadable(count: float, seen: float, data: Any, split: str) -> None:
@@ -113,13 +114,15 @@ def check_unreadable(count: float, seen: float, data: Any, split: str) -> None:
         )
 
 
-def _batches(config: Any, split: str, plan: Iterator, size: int) -> Iterator[Batch]:
+def _batches(
+    config: Any, split: str, plan: Iterator, size: int, augmented: bool
+) -> Iterator[Batch]:
     """Batches of `size` images for a plan of (image indices, epochs), each [size] or
     less.
     """
     if config.data.name == "synthetic":
         return _synthetic_batches(config, plan, size)
-    return _read_batches(config, split, plan, size)
+    return _read_batches(Loader(config, split, augmented), plan, size)
 
 
 def _synthetic_batches(config: Any, plan: Iterator, size: int) -> Iterator[Batch]:
@@ -173,24 +176,36 @@ class Memory:
 class Loader:
     """Fills batches with the images of a split. Its methods may run in many threads.
 
+    Args:
+      augmented: whether as for training, else as for evaluation.
+
     Raises:
       ConfigError: more classes than the model has, channels no image has, a canvas
         smaller than the model's image.
     """
 
-    def __init__(self, config: Any, split: str):
+    def __init__(self, config: Any, split: str, augmented: bool):
         data = config.data
+        self.threads = data.workers or cores()
         *self._size, self._channels = image_shape(config)
         self._source = open_source(data, split)
         # A ConfigDict's attributes take microseconds, several times an image.
         self._data, self._seed = SimpleNamespace(**data), config.seed
         self._classes = config.model.get("num_classes")
         self._memory = Memory()
-        self._crop_randomly = split == "train" and tuple(data.crop_scale) != (1.0, 1.0)
+        self._crop_randomly = augmented and tuple(data.crop_scale) != (1.0, 1.0)
+        self._randaugment = augmented and data.randaugment
+        # RandAugment works on images of their final size.
+        self._canvas = 0 if self._randaugment else data.canvas
+        self._draws = transforms.DRAWS + self._randaugment * randaugment.DRAWS
         if self._channels not in transforms.MODES:
             raise ConfigError(
                 f"model.in_channels={self._channels} with data.name={data.name!r}; "
                 "expected 3 (colour) or 1 (grey)"
+            )
+        if self._randaugment and self._channels != 3:
+            raise ConfigError(
+                f"data.randaugment with model.in_channels={self._channels}; expected 3"
             )
         if data.canvas and data.canvas < max(self._size):
             raise ConfigError(
@@ -205,14 +220,14 @@ class Loader:
 
     def batch(self, count: int) -> Batch:
         """A batch to be filled: of weight 0, and with whatever for pixels."""
-        room = [self._data.canvas] * 2 if self._data.canvas else self._size
+        room = [self._canvas] * 2 if self._canvas else self._size
         batch = {
             "image": self._memory.array((count, *room, self._channels)),
             "label": np.zeros(count, np.int32),
             "weight": np.zeros(count, np.float32),
             "unreadable": np.zeros(count, np.float32),
         }
-        if self._data.canvas:
+        if self._canvas:
             whole = [[0, side, side] for side in self._size]
             batch["box"] = np.full((count, 2, 3), whole, np.float32)
         return batch
@@ -238,14 +253,18 @@ class Loader:
                 f"{self._source.name(index)} has label {label}; expected 0 to "
                 f"{self._classes - 1}, of model.num_classes={self._classes}"
             )
+        draws = transforms.uniforms(self._seed, epoch, index, self._draws)
+        out = batch["image"][place]
         box = transforms.place(
             pixels,
-            self._crop(*pixels.shape[:2], epoch, index),
-            batch["image"][place],
+            self._crop(*pixels.shape[:2], draws),
+            out,
             self._size,
             self._data.interpolation,
             self._data.antialias,
         )
+        if self._randaugment:
+            out[:] = randaugment.randaugment(out, draws[transforms.DRAWS :])
         if "box" in batch:
             batch["box"][place] = box
         batch["label"][place] = label
@@ -256,12 +275,11 @@ class Loader:
         encoded, label = self._source.fetch(index)
         return Sample(encoded, label, transforms.decode(encoded, self._channels))
 
-    def _crop(self, height: int, width: int, epoch: int, index: int) -> transforms.Crop:
+    def _crop(self, height: int, width: int, draws: Sequence[float]) -> transforms.Crop:
         if not self._crop_randomly:
             return transforms.center_crop(
                 height, width, self._size, self._data.crop_pct
             )
-        draws = transforms.uniforms(self._seed, epoch, index)
         return transforms.random_resized_crop(
             height, width, draws, self._data.crop_scale
         )
@@ -278,12 +296,9 @@ def _report(name: str, error: Exception) -> None:
         print(f"cannot read {name}: {reason}; left out", file=sys.stderr, flush=True)
 
 
-def _read_batches(
-    config: Any, split: str, plan: Iterator, size: int
-) -> Iterator[Batch]:
+def _read_batches(loader: Loader, plan: Iterator, size: int) -> Iterator[Batch]:
     """Batches read by threads: decoding and copying leave the interpreter to others."""
-    loader = Loader(config, split)
-    pool = ThreadPoolExecutor(config.data.workers or cores(), "read")
+    pool = ThreadPoolExecutor(loader.threads, "read")
     queue: deque[tuple[Batch, list[Future]]] = deque()
 
     def finished():

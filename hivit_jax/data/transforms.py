@@ -16,7 +16,7 @@ from PIL import Image, UnidentifiedImageError
 
 from hivit_jax.augment import REACH, axis_weights
 
-DRAWS = 22  # of an image: ten areas, ten aspects, top, left
+DRAWS = 22  # of a random crop: ten areas, ten aspects, top, left
 MODES = {1: "L", 3: "RGB"}  # PIL's, by number of channels
 FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
@@ -63,13 +63,13 @@ def decode(encoded: bytes, channels: int) -> np.ndarray:
     return pixels.reshape(*pixels.shape[:2], channels)
 
 
-def uniforms(seed: int, epoch: int, index: int) -> list[float]:
-    """DRAWS numbers in [0, 1) for one image in one epoch.
+def uniforms(seed: int, epoch: int, index: int, count: int = DRAWS) -> list[float]:
+    """Numbers in [0, 1) for one image in one epoch; more of them begin the same.
 
     Philox is a function of key and counter, the same in every version of numpy.
     """
     philox = np.random.Philox(key=seed, counter=[0, 0, index, epoch])
-    return [(word >> 11) * 2.0**-53 for word in philox.random_raw(DRAWS).tolist()]
+    return [(word >> 11) * 2.0**-53 for word in philox.random_raw(count).tolist()]
 
 
 def random_resized_crop(

@@ -260,12 +260,31 @@ class HiViT(nnx.Module):
         return cost
 
 
+class RunningNorm(nnx.Module):
+    """Features less their running mean, over their running standard deviation.
+
+    BatchNorm without scale and bias, as in evaluation (MAE's ``main_linprobe.py``,
+    eps 1e-6). What is learned of batches is up to the task.
+    """
+
+    epsilon = 1e-6
+
+    def __init__(self, dim: int):
+        self.mean = nnx.Param(jnp.zeros(dim))
+        self.var = nnx.Param(jnp.ones(dim))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., E] float32 -> the same."""
+        return (x - self.mean[...]) * jax.lax.rsqrt(self.var[...] + self.epsilon)
+
+
 class Classifier(nnx.Module):
     """HiViT with mean pooling, LayerNorm and a linear head (official ``HiViT``).
 
     Args:
       num_classes: classes of the head.
       fc_norm: LayerNorm between pooling and head; MMPretrain's HiViT has none.
+      running_norm: instead of it `RunningNorm`, for a linear probe.
       encoder: arguments of `HiViT`.
     """
 
@@ -274,13 +293,17 @@ class Classifier(nnx.Module):
         *,
         num_classes: int = 1000,
         fc_norm: bool = True,
+        running_norm: bool = False,
         rngs: nnx.Rngs,
         **encoder,
     ):
         self.encoder = HiViT(rngs=rngs, **encoder)
         dim, eps = self.encoder.embed_dim, self.encoder.patch_embed.norm.epsilon
         # Pooled features, their norm and the logits are float32 in any compute dtype.
-        self.fc_norm = LayerNorm(dim, epsilon=eps, rngs=rngs) if fc_norm else None
+        if running_norm:
+            self.fc_norm = RunningNorm(dim)
+        else:
+            self.fc_norm = LayerNorm(dim, epsilon=eps, rngs=rngs) if fc_norm else None
         self.head = Linear(dim, num_classes, rngs=rngs)
 
     def __call__(
@@ -293,9 +316,15 @@ class Classifier(nnx.Module):
         self, images: jax.Array, *, sample_keys: jax.Array | None = None
     ) -> jax.Array:
         """[B, H, W, C] -> what the head sees, [B, E] float32."""
-        tokens = self.encoder(images, sample_keys=sample_keys)[-1]  # [B, N, E]
-        pooled = tokens.astype(jnp.float32).mean(1)
+        pooled = self.encoded(images, sample_keys=sample_keys)
         return pooled if self.fc_norm is None else self.fc_norm(pooled)
+
+    def encoded(
+        self, images: jax.Array, *, sample_keys: jax.Array | None = None
+    ) -> jax.Array:
+        """[B, H, W, C] -> mean of the encoder's last tokens, [B, E] float32."""
+        tokens = self.encoder(images, sample_keys=sample_keys)[-1]  # [B, N, E]
+        return tokens.astype(jnp.float32).mean(1)
 
     def features(self, images: jax.Array) -> list[jax.Array]:
         """The encoder's feature pyramid, see `HiViT.features`."""

@@ -1,0 +1,69 @@
+"""Writes timm's own results of RandAugment's operations: tests/golden/randaugment.npz.
+
+    pip install --no-deps timm==1.0.31 pillow==12.3.0
+    python -m benchmarks.golden_randaugment
+
+The file was made with these versions. From Pillow 13 on, timm's PosterizeIncreasing
+fails at magnitude 10, where it keeps no bit of a value; all else is the same there.
+"""
+
+import importlib.util
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+from PIL import Image
+
+from benchmarks.photographs import photographs
+
+GOLDEN = Path(__file__).parents[1] / "tests" / "golden" / "randaugment.npz"
+MAGNITUDES = (0, 2.5, 5, 9, 10)
+SIGNS = (1, -1)
+# What timm.data.create_transform makes of a 224x224 input, ImageNet's mean, bicubic
+# interpolation and this policy.
+POLICY = "rand-m9-mstd0.5-inc1"
+SETTINGS = {
+    "translate_const": 100,
+    "img_mean": (124, 116, 104),
+    "interpolation": Image.Resampling.BICUBIC,
+}
+
+
+def timm_auto_augment():
+    """timm/data/auto_augment.py by itself; the rest of timm wants torch."""
+    package = Path(importlib.util.find_spec("timm").origin).parent
+    spec = importlib.util.spec_from_file_location(
+        "auto_augment", package / "data" / "auto_augment.py"
+    )
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def results(image: np.ndarray) -> tuple[list[str], np.ndarray]:
+    """uint8 [h, w, 3] -> names, uint8 [names, MAGNITUDES, SIGNS, h, w, 3]."""
+    timm = timm_auto_augment()
+    image = Image.fromarray(image)
+    operations = timm.rand_augment_transform(POLICY, dict(SETTINGS)).ops
+    images = []
+    for operation in operations:
+        operation.prob, operation.magnitude_std = 1.0, 0
+        for operation.magnitude in MAGNITUDES:
+            for sign in SIGNS:
+                # timm changes the sign where the number drawn is above a half.
+                with mock.patch.object(timm.random, "random", lambda s=sign: s < 0):
+                    images.append(np.asarray(operation(image)))
+    shape = (len(operations), len(MAGNITUDES), len(SIGNS), *images[0].shape)
+    return [operation.name for operation in operations], np.reshape(images, shape)
+
+
+if __name__ == "__main__":
+    crops = {
+        "wide": photographs()["coffee"][150:198, 200:264],
+        "tall": photographs()["cat"][90:138, 150:190],
+    }
+    arrays = {"magnitudes": MAGNITUDES, "signs": SIGNS}
+    for name, crop in crops.items():
+        arrays[name] = crop
+        arrays["names"], arrays[f"{name}_results"] = results(crop)
+    np.savez_compressed(GOLDEN, **arrays)

@@ -1,0 +1,58 @@
+"""Linear probe of HiViT-T after masked pretraining, ImageNet-1k, 90 epochs.
+
+    python -m hivit_jax.main --config configs/linear_tiny.py --workdir runs/lp_tiny
+
+Values: MAE's linear probe (LARS, BatchNorm without scale and bias on mean-pooled frozen
+features, no decay). HiViT published none, so no result is known. Cost: 115 M images,
+9.2 GFLOP each, forward alone.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """The recipe."""
+    config = ConfigDict()
+    config.task = "linear_probe"
+    config.seed = 0
+    config.batch_size = 16384
+    config.total_epochs = 90.0
+    config.total_steps = 0  # more than 0 wins over total_epochs
+
+    config.model = ConfigDict()
+    config.model.name = "hivit_tiny"
+    config.model.num_classes = 1000
+    config.model.image_size = 224
+    config.model.in_channels = 3
+    config.model.running_norm = True
+    config.model.relative_position = False  # as in pretraining
+    config.model.dtype = "bfloat16"
+
+    config.data = ConfigDict()
+    config.data.name = "imagenet2012"
+    config.data.crop_scale = (0.08, 1.0)
+    config.data.crop_pct = 0.875  # evaluation: 256, of which 224
+    config.data.flip = True
+    config.data.mean = (0.485, 0.456, 0.406)
+    config.data.std = (0.229, 0.224, 0.225)
+
+    config.optimizer = ConfigDict()
+    config.optimizer.base_learning_rate = 0.1  # x batch_size / 256
+    config.optimizer.min_learning_rate = 0.0
+    config.optimizer.warmup_epochs = 10.0
+    config.optimizer.betas = (0.9, 0.0)  # momentum; LARS has no second one
+    config.optimizer.weight_decay = 0.0
+    config.optimizer.layer_decay = 1.0
+    config.optimizer.clip_norm = 0.0  # 0: no clipping
+    config.optimizer.ema_decay = 0.0  # 0: no average
+    config.optimizer.accumulate_steps = 1
+
+    config.mesh = ConfigDict(dict(replica=1, data=-1, fsdp=1, tensor=1))
+    config.log_every = 10
+    config.eval_every = 782  # steps; 10 epochs
+    config.checkpoint_every = 391
+    config.keep_checkpoints = 3
+    config.init_from = "runs/mae_tiny"
+    config.checkpoint = ""
+    config.topology = ""
+    return config

@@ -1,0 +1,156 @@
+"""The linear probe: LARS, running statistics and frozen features as MAE has them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import recipes
+from flax import nnx
+from numpy.testing import assert_allclose
+
+from hivit_jax.checkpoint import find, load_pretrained_params
+from hivit_jax.data import pipeline
+from hivit_jax.errors import ConfigError
+from hivit_jax.evaluate import nearest_neighbours
+from hivit_jax.models import leaf_name, split
+from hivit_jax.optimizer import make_optimizer
+from hivit_jax.tasks import build_model, images_of
+from hivit_jax.train import train
+
+MOMENTUM, TRUST = 0.9, 0.001
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick(tmp_path_factory):
+    with recipes.quick(tmp_path_factory.mktemp("cache")):
+        yield
+
+
+def probe(source="synthetic", **overrides):
+    """The mini linear probe's config."""
+    config = recipes.mae(
+        source,
+        **{
+            "model__name": "hivit_base",
+            "model__num_classes": 10,
+            "model__relative_position": False,
+            "model__running_norm": True,
+            "optimizer__base_learning_rate": 0.1,
+            "optimizer__weight_decay": 0.0,
+            "data__flip": False,
+        }
+        | overrides,
+    )
+    with config.unlocked():
+        config.task = "linear_probe"
+        for key in list(config.model):
+            if key.startswith(recipes.PRETRAINING_ONLY):
+                del config.model[key]
+    return config
+
+
+def test_lars():
+    """Ten steps of MAE's rule, written down again: momentum of scaled gradients."""
+    config = probe()
+    params = {
+        "encoder": {"kernel": jnp.ones((3, 3))},
+        "fc_norm": {"mean": jnp.zeros(3), "var": jnp.ones(3)},
+        "head": {"kernel": jnp.full((3, 4), 0.5), "bias": jnp.zeros(4)},
+    }
+    optimizer = make_optimizer(config, lambda step: 0.1 * (step + 1), params)
+    state, random = optimizer.init(params), np.random.RandomState(0)
+    kernel, bias = np.full((3, 4), 0.5), np.zeros(4)
+    mean, var = np.zeros(3), np.ones(3)
+    momentum = [np.zeros((3, 4)), np.zeros(4)]
+    for step in range(10):
+        grads = jax.tree.map(lambda x: random.randn(*x.shape), params)
+        updates, state = optimizer.update(grads, state, params)
+        params = jax.tree.map(jnp.add, params, updates)
+        scaled = grads["head"]["kernel"]
+        scaled = scaled * TRUST * np.linalg.norm(kernel) / np.linalg.norm(scaled)
+        for i, gradient in enumerate((scaled, grads["head"]["bias"])):
+            momentum[i] = MOMENTUM * momentum[i] + gradient
+        kernel = kernel - 0.1 * (step + 1) * momentum[0]
+        bias = bias - 0.1 * (step + 1) * momentum[1]
+        mean = mean - 0.1 * grads["fc_norm"]["mean"]
+        var = var - 0.1 * grads["fc_norm"]["var"]
+    assert_allclose(params["head"]["kernel"], kernel, rtol=1e-5)
+    assert_allclose(params["head"]["bias"], bias, rtol=1e-5, atol=1e-6)
+    assert_allclose(params["fc_norm"]["mean"], mean, rtol=1e-5, atol=1e-6)
+    assert_allclose(params["fc_norm"]["var"], var, rtol=1e-5, atol=1e-6)
+    assert (params["encoder"]["kernel"] == 1).all()
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("pretrained")
+    train(recipes.mae(total_steps=2, log_every=2), workdir)
+    return workdir
+
+
+def test_probe_of_a_pretrained_encoder(pretrained, tmp_path, capsys):
+    """The encoder stays as it was; the statistics are BatchNorm's of its features."""
+    config = probe(init_from=str(pretrained), total_steps=3, checkpoint_every=1)
+    config.keep_checkpoints = 5
+    values = train(config, tmp_path)
+    assert values["eval/count"] == 64
+    assert 0 <= values["eval/top1"] <= values["eval/top5"] <= 1
+    out = capsys.readouterr().out
+    assert "used" in out
+    assert "encoder/stages" in out
+
+    stored = [recipes.stored(tmp_path, step)["params"] for step in (1, 2, 3)]
+    original = recipes.stored(pretrained, 2)["params"]
+    frozen = [name for name in stored[0] if name.startswith("encoder/")]
+    assert len(frozen) > 30
+    for step in stored:
+        for name in frozen:
+            np.testing.assert_array_equal(step[name], original[name])
+    assert (stored[0]["head/kernel"] != stored[2]["head/kernel"]).any()
+
+    graphdef, abstract = split(build_model(config))
+    params = jax.tree_util.tree_map_with_path(
+        lambda path, _: jnp.array(stored[0][leaf_name(path)]), abstract
+    )
+    model = nnx.merge(graphdef, params)
+    mean, var = np.zeros(64), np.ones(64)
+    for step, batch in zip(stored, pipeline.train_batches(config, 0, 3), strict=True):
+        features = np.asarray(model.encoded(images_of(batch, config)))
+        mean += 0.1 * (features.mean(0) - mean)
+        var += 0.1 * (features.var(0, ddof=1) - var)
+        assert_allclose(step["fc_norm/mean"], mean, rtol=1e-4, atol=1e-5)
+        assert_allclose(step["fc_norm/var"], var, rtol=1e-4, atol=1e-5)
+
+
+def test_needs_running_norm():
+    with pytest.raises(ConfigError, match="needs config.model.running_norm=True"):
+        build_model(probe(model__running_norm=False))
+
+
+def test_nearest_neighbours(pretrained, capsys):
+    """The same votes as counted by hand, from features of the same encoder."""
+    config = probe(init_from=str(pretrained), data__train_examples=80)
+    found = nearest_neighbours(config, neighbours=5)
+    assert found["knn/count"] == 64
+
+    graphdef, params = split(build_model(config))
+    params = load_pretrained_params(find(pretrained), "linear_probe", params)
+    model = nnx.merge(graphdef, params)
+
+    def encoded(split, count):
+        batches = list(pipeline.eval_batches(config, split))
+        features = [np.asarray(model.encoded(images_of(b, config))) for b in batches]
+        features = np.concatenate(features)[:count].astype(float)
+        features /= np.linalg.norm(features, axis=1, keepdims=True)
+        return features, np.concatenate([b["label"] for b in batches])[:count]
+
+    keys, labels = encoded("train", 80)
+    queries, true = encoded("test", 64)
+    cosine = queries @ keys.T
+    hits = []
+    for row, label in zip(cosine, true, strict=True):
+        votes = np.zeros(10)
+        for index in np.argsort(-row)[:5]:
+            votes[labels[index]] += np.exp(row[index] / 0.07)
+        hits.append(votes.argmax() == label)
+    assert found["knn/top1"] == pytest.approx(np.mean(hits), abs=2 / 64)
