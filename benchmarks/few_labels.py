@@ -50,7 +50,12 @@ def compare(workdir: Path, stop: Callable) -> None:
     def measure(way, labels, draw, title):
         recipe, start, warmup = WAYS[way]
         top1 = run(
-            *(recipe, workdir / f"{way.replace(' ', '_')}_{title}_{draw}", stop),
+            *(
+                recipe,
+                workdir
+                / f"{way.replace(' ', '_')}_{title.replace(chr(32), '_')}_{draw}",
+                stop,
+            ),
             **{
                 "init_from": pretrained if start else "",
                 "data.train_examples": labels,

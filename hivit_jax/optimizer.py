@@ -1,6 +1,7 @@
 """AdamW as the recipes use it: decay groups, layer-wise decay, warmup and cosine."""
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -142,6 +143,44 @@ def make_optimizer(
             )
         )
     return optax.chain(*chain, optax.scale_by_learning_rate(schedule))
+
+
+def accumulated(gradient: Callable, micro: int, groups: int) -> Callable:
+    """`gradient` of a batch, summed over `micro` parts of it one after another.
+
+    Each of `groups` of devices keeps a sum of its own, so that they exchange gradients
+    once a step and not for every part. (Where a group's part would be an odd number of
+    images, which cannot be mixed in pairs, there is one group.)
+
+    Args:
+      gradient: (params, batch, keys, total weight) -> pytree of sums over the batch.
+    """
+
+    def whole(params, batch, keys, total_weight):
+        apart = groups if len(keys.samples) // groups // micro % 2 == 0 else 1
+
+        def divided(x):
+            """[B, ...] -> [micro, groups, B/micro/groups, ...], samples where they are,
+            and neighbours together, for one may be mixed into the other.
+            """
+            pair = 2 if len(x) // apart // micro % 2 == 0 else 1
+            parts = x.reshape(apart, -1, micro, pair, *x.shape[1:])
+            return jnp.moveaxis(parts, 2, 0).reshape(micro, apart, -1, *x.shape[1:])
+
+        @jax.vmap
+        def of_groups(batch, samples):
+            return gradient(params, batch, keys._replace(samples=samples), total_weight)
+
+        def add(sums, part):
+            return jax.tree.map(jnp.add, sums, of_groups(*part)), None
+
+        parts = jax.tree.map(divided, (batch, keys.samples))
+        shapes = jax.eval_shape(of_groups, *jax.tree.map(lambda x: x[0], parts))
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        sums, _ = jax.lax.scan(add, zeros, parts)
+        return jax.tree.map(lambda x: x.sum(0), sums)
+
+    return whole
 
 
 def _probe_optimizer(

@@ -18,7 +18,12 @@ from hivit_jax.data import pipeline, sources
 from hivit_jax.errors import ConfigError, DataError, DivergedError, Interrupted
 from hivit_jax.metrics import say
 from hivit_jax.models import split
-from hivit_jax.optimizer import count_steps, make_optimizer, make_schedule
+from hivit_jax.optimizer import (
+    accumulated,
+    count_steps,
+    make_optimizer,
+    make_schedule,
+)
 from hivit_jax.sharding import make_mesh, placed, state_shardings, to_devices
 
 State = dict[str, Any]  # "step" int32, "params", "opt_state", and "ema" if it is kept
@@ -47,6 +52,7 @@ def train(
     model = nnx.eval_shape(lambda: tasks.build_model(config))
     graphdef, abstract_params = split(model)
     mesh = make_mesh(config.mesh, config.batch_size, config.optimizer.accumulate_steps)
+    groups = mesh.shape["replica"] * mesh.shape["data"]
     per_epoch, total_steps = count_steps(
         config, sources.num_examples(config.data, "train")
     )
@@ -108,7 +114,7 @@ def train(
             )
             batch = next(batches)
             train_step = compile_step(
-                make_train_step(config, graphdef, optimizer, schedule),
+                make_train_step(config, graphdef, optimizer, schedule, groups),
                 (state, batch, np.int32(step)),
                 shardings,
             )
@@ -227,8 +233,12 @@ def make_train_step(
     graphdef: nnx.GraphDef,
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
+    groups: int = 1,
 ) -> Callable:
     """(state, batch, number of steps done) -> (state, metrics); all sums are global.
+
+    Args:
+      groups: of devices that accumulate gradients by themselves; see `accumulated`.
 
     If loss or gradient is not finite, that step and every later one leave the state as
     it was: the state's own step number stays behind the one passed in.
@@ -246,30 +256,9 @@ def make_train_step(
         keys = augment.step_keys(config.seed, "train", first, config.batch_size)
         total_weight = jnp.maximum(batch["weight"].sum(), 1.0)
         gradient = jax.grad(loss_fn, has_aux=True)
-        if micro == 1:
-            grads, values = gradient(state["params"], batch, keys, total_weight)
-        else:
-            # Strided, so that samples stay on their device: [B] -> [micro, B/micro].
-            # Neighbours stay together, for one may be mixed into the other.
-            pair = 2 if config.batch_size // micro % 2 == 0 else 1
-
-            def divided(x):
-                x = jnp.moveaxis(x.reshape(-1, micro, pair, *x.shape[1:]), 1, 0)
-                return x.reshape(micro, -1, *x.shape[3:])
-
-            steps = jnp.broadcast_to(keys.step, micro)
-            parts = jax.tree.map(divided, (batch, keys.samples))
-            parts = parts[0], augment.Keys(parts[1], steps)
-
-            def add(sums, part):
-                return jax.tree.map(
-                    jnp.add, sums, gradient(state["params"], *part, total_weight)
-                ), None
-
-            one = jax.tree.map(lambda x: x[0], parts)
-            shapes = jax.eval_shape(gradient, state["params"], *one, total_weight)
-            zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-            (grads, values), _ = jax.lax.scan(add, zeros, parts)
+        if micro > 1:
+            gradient = accumulated(gradient, micro, groups)
+        grads, values = gradient(state["params"], batch, keys, total_weight)
 
         norm = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(

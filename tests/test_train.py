@@ -161,6 +161,31 @@ def test_accumulation_changes_nothing(name, overrides, trained):
     same_trajectory(recipes.lines(run.workdir), recipes.lines(reference_run.workdir))
 
 
+def test_accumulation_exchanges_gradients_once_a_step():
+    """Of the compiled program, no loop holds a collective; 8 devices, 2 parts of 2."""
+    config = recipes.classifier(optimizer__accumulate_steps=2, batch_size=32)
+    graphdef, params = split(nnx.eval_shape(lambda: tasks.build_model(config)))
+    schedule = optimizer.make_schedule(config, 2, 8)
+    chain = optimizer.make_optimizer(config, schedule, params)
+    state = jax.eval_shape(training.make_init(config, chain))
+    mesh = sharding.make_mesh(config.mesh, 32, 2)
+    shardings = sharding.state_shardings(mesh, state)
+    batch = next(sharding.to_devices(pipeline.train_batches(config, 0, 1), mesh))
+
+    step = training.make_train_step(config, graphdef, chain, schedule, groups=8)
+    arguments = sharding.placed(state, shardings), batch, np.int32(0)
+    compiled = (
+        jax.jit(step, out_shardings=(shardings, None)).lower(*arguments).compile()
+    )
+    found, name = set(), ""
+    for line in compiled.as_text().splitlines():
+        if line.endswith("{") and not line.startswith(" "):
+            name = line.split()[0]
+        if " all-reduce(" in line:
+            found.add(name)
+    assert found == {"ENTRY"}  # with groups=1 the loop's body is there too
+
+
 def test_losses_move(trained):
     """What the comparisons above compare is training: neither constant nor alike."""
     for recipe, options in ((recipes.mae, EVERY_STEP), (recipes.classifier, {})):
