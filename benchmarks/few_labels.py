@@ -49,13 +49,9 @@ def compare(workdir: Path, stop: Callable) -> None:
 
     def measure(way, labels, draw, title):
         recipe, start, warmup = WAYS[way]
+        name = f"{way}_{title}_{draw}".replace(" ", "_")
         top1 = run(
-            *(
-                recipe,
-                workdir
-                / f"{way.replace(' ', '_')}_{title.replace(chr(32), '_')}_{draw}",
-                stop,
-            ),
+            *(recipe, workdir / name, stop),
             **{
                 "init_from": pretrained if start else "",
                 "data.train_examples": labels,
