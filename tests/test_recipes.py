@@ -1,4 +1,4 @@
-"""The learning rate: equal to the official programs, or the sane form of them."""
+"""Recipes and their learning rates: equal to the official programs, or their sane form."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ import pytest
 import recipes
 
 from hivit_jax import config as configs
-from hivit_jax.optimizer import make_schedule
+from hivit_jax.optimizer import make_schedule, peak_learning_rate
 
 FACTS = json.loads((Path(__file__).parent / "golden/lr_schedules.json").read_text())
 PER_EPOCH = 1000
@@ -75,3 +75,63 @@ def test_run_shorter_than_its_warmup():
     made = schedule("mae_base", "total_epochs=20")
     assert made(np.int32(10 * PER_EPOCH)) == pytest.approx(0.8e-3)
     assert made(np.int32(20 * PER_EPOCH - 1)) == pytest.approx(1.6e-3, rel=1e-3)
+
+
+# What the official commands and defaults say, as totals for the batch named.
+OFFICIAL = {
+    "mae_base": dict(
+        batch_size=4096,
+        total_epochs=1600,
+        mask_ratio=0.75,
+        peak=1.6e-3,
+        optimizer__min_learning_rate=0.0,
+        optimizer__warmup_epochs=40,
+        optimizer__betas=(0.9, 0.95),
+        optimizer__weight_decay=0.05,
+        optimizer__clip_norm=0.0,
+        data__crop_scale=(0.2, 1.0),
+    ),
+    "finetune_base": dict(
+        batch_size=1024,
+        total_epochs=100,
+        label_smoothing=0.1,
+        mixup=0.8,
+        cutmix=1.0,
+        random_erasing=0.25,
+        peak=2e-3,
+        model__drop_path_rate=0.2,
+        optimizer__min_learning_rate=1e-6,
+        optimizer__warmup_epochs=5,
+        optimizer__betas=(0.9, 0.999),
+        optimizer__weight_decay=0.05,
+        optimizer__layer_decay=0.85,
+        optimizer__clip_norm=0.0,
+        data__randaugment=True,
+        data__crop_pct=224 / 256,
+    ),
+}
+for NAME, RATE in (("tiny", 0.05), ("small", 0.3), ("base", 0.5)):
+    OFFICIAL[f"supervised_{NAME}"] = OFFICIAL["finetune_base"] | dict(
+        total_epochs=300,
+        peak=1e-3,
+        model__drop_path_rate=RATE,
+        optimizer__min_learning_rate=1e-5,
+        optimizer__warmup_learning_rate=1e-6,
+        optimizer__warmup_epochs=20,
+        optimizer__layer_decay=1.0,
+    )
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_recipes_are_the_official_ones(name):
+    config = configs.load(str(recipes.ROOT / f"configs/{name}.py"))
+    for key, value in OFFICIAL[name].items():
+        if key == "peak":
+            assert peak_learning_rate(config) == pytest.approx(value)
+        else:
+            part, _, leaf = key.rpartition("__")
+            assert (config[part] if part else config)[leaf] == value, key
+    for key, value in (("mean", (0.485, 0.456, 0.406)), ("std", (0.229, 0.224, 0.225))):
+        assert config.data[key] == value
+    assert config.data.flip
+    assert not config.optimizer.official_quirks
