@@ -1,4 +1,4 @@
-"""Recipes and their learning rates: equal to the official programs, or their sane form."""
+"""Recipes and learning rates: those of the official programs, or sane forms of them."""
 
 import json
 from pathlib import Path
