@@ -20,10 +20,13 @@ def decays(name: str, task: str) -> bool:
     1-D rule); classification spares both kinds of position table.
     """
     leaf = name.rsplit("/", 1)[-1]
-    if leaf in ("bias", "scale", "decoder_pos_embed"):
+    if leaf in ("bias", "scale", "decoder_pos_embed", "mean", "var"):
         return False
-    tables = ("absolute_pos_embed", "relative_position_bias_table")
-    return task == "mae" or leaf not in tables
+    if leaf in ("absolute_pos_embed", "relative_position_bias_table"):
+        return task == "mae"
+    if leaf in ("kernel", "mask_token"):
+        return True
+    raise ValueError(f"no rule of weight decay is known for parameter {name!r}")
 
 
 def layer_id(name: str, stage_blocks: list[int]) -> int:

@@ -302,6 +302,14 @@ def test_weight_decay_groups_of_pretraining():
     assert actual == expected["wd"]
 
 
+def test_parameter_of_no_rule():
+    for task in ("mae", "classify"):
+        with pytest.raises(ValueError, match="weight decay .* 'encoder/gamma'"):
+            optimizer.decays("encoder/gamma", task)
+    with pytest.raises(ValueError, match="no layer is known for .*'encoder/gamma'"):
+        optimizer.layer_id("encoder/gamma", [4, 4, 20])
+
+
 @pytest.mark.parametrize("size", ["mini", "hivit_base"])
 def test_layer_decay_and_weight_decay_of_finetuning(size):
     expected = facts(f"layer_decay_{size}")
