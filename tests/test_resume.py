@@ -90,12 +90,11 @@ def same_run(workdir, expected):
         assert recipes.lines(workdir, name) == recipes.lines(expected, name)
 
 
-@pytest.mark.parametrize(
-    ("source", "overrides"), [("synthetic", SYNTHETIC), ("digits", LONG)]
-)
-def test_killed_run(source, overrides, uninterrupted, environment, tmp_path):
+def test_killed_run(uninterrupted, environment, tmp_path):
+    """On made-up images; test_imagenet.py kills runs that read files."""
+    source, overrides = "synthetic", SYNTHETIC
     expected, _ = uninterrupted(source, **overrides)
-    assert ("ema" in recipes.stored(expected, STEPS)) == (source == "synthetic")
+    assert "ema" in recipes.stored(expected, STEPS)
     workdir = tmp_path / "killed"
     code, *_ = disturb(
         workdir, source, signal.SIGKILL, EVERY + 5, environment, **overrides
