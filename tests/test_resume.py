@@ -8,8 +8,12 @@ import pytest
 import recipes
 
 STEPS, EVERY = 120, 50
-LONG = dict(total_steps=STEPS, checkpoint_every=EVERY)
-SYNTHETIC = dict(LONG, optimizer__ema_decay=0.9, optimizer__clip_norm=1.0)
+SYNTHETIC = dict(
+    total_steps=STEPS,
+    checkpoint_every=EVERY,
+    optimizer__ema_decay=0.9,
+    optimizer__clip_norm=1.0,
+)
 
 
 @pytest.fixture(scope="module")
