@@ -129,6 +129,7 @@ def variants(root: Path) -> dict[str, Callable[[], Iterator]]:
         ),
         "ours, on the host": ours(root, canvas=0),
         "ours, on the host, bilinear": ours(root, canvas=0, interpolation="bilinear"),
+        "ours, on the host, with RandAugment": ours(root, canvas=0, randaugment=True),
         "ours, device, stored at short side 320": ours(root / "320"),
         "ours, device, stored at short side 256": ours(root / "256"),
     }

@@ -15,9 +15,10 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from absl import logging
+from orbax.checkpoint import checkpoint_managers
 
 from hivit_jax.errors import CheckpointError, ConfigError
-from hivit_jax.metrics import say
+from hivit_jax.metrics import Scalars, say, score
 from hivit_jax.models import leaf_name, named_leaves
 
 logging.set_verbosity(logging.ERROR)  # orbax narrates every save
@@ -28,12 +29,20 @@ class Checkpoints:
 
     Args:
       workdir: the run's directory.
-      keep: how many of the newest to keep.
+      keep: how many of the newest to keep; the one that did best in evaluation stays
+        beside them.
     """
 
     def __init__(self, workdir: str | Path, keep: int):
+        best = checkpoint_managers.BestN(
+            get_metric_fn=score, n=1, keep_checkpoints_without_metrics=False
+        )
+        newest = checkpoint_managers.LatestN(keep)
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, cleanup_tmp_directories=True
+            preservation_policy=checkpoint_managers.AnyPreservationPolicy(
+                [newest, best]
+            ),
+            cleanup_tmp_directories=True,
         )
         self.directory = Path(workdir).absolute() / "checkpoints"
         self._manager = ocp.CheckpointManager(self.directory, options=options)
@@ -46,8 +55,10 @@ class Checkpoints:
         """All steps that are kept, those still being written too."""
         return list(self._manager.all_steps())
 
-    def save(self, state: Mapping[str, Any], config: str) -> None:
-        """Starts writing a train state and its config, JSON text.
+    def save(
+        self, state: Mapping[str, Any], config: str, results: Scalars | None = None
+    ) -> None:
+        """Starts writing a train state, its config (JSON text) and its evaluation.
 
         Does nothing if that step is already there.
         """
@@ -62,7 +73,7 @@ class Checkpoints:
         }
         if "ema" in state:
             items["ema"] = save(state["ema"])
-        self._manager.save(step, args=ocp.args.Composite(**items))
+        self._manager.save(step, args=ocp.args.Composite(**items), metrics=results)
 
     def restore(self, step: int, wanted: Mapping[str, Any]) -> dict[str, Any]:
         """The train state of a step.

@@ -143,6 +143,11 @@ def eval_line(step: int, values: Scalars) -> str:
     return f"step {step}  eval  {'  '.join(parts)}  ({images})"
 
 
+def score(results: Scalars) -> float:
+    """What makes one evaluation better than another: top-1, or less loss."""
+    return results.get("eval/top1", -results["eval/loss"])
+
+
 def best_line(workdir: Path, steps: Collection[int]) -> str:
     """``best checkpoint  step 360  top1 93.33 %  top5 ...  DIR/checkpoints/360``.
 
@@ -153,7 +158,7 @@ def best_line(workdir: Path, steps: Collection[int]) -> str:
     lines = [line for line in lines if "eval/count" in line and line["step"] in steps]
     if not lines:
         return "no checkpoint of an evaluated step is kept"
-    best = max(lines, key=lambda line: line.get("eval/top1", -line["eval/loss"]))
+    best = max(lines, key=lambda line: (score(line), line["step"]))
     where = workdir / "checkpoints" / str(best["step"])
     return f"best checkpoint  {eval_line(best['step'], best)}  {where}"
 

@@ -101,9 +101,8 @@ def make_schedule(
     o, peak = config.optimizer, peak_learning_rate(config)
     epochs = total_steps / steps_per_epoch
     warmup, start = min(o.warmup_epochs, epochs), o.warmup_learning_rate
-    from_scratch = config.task == "classify" and not config.init_from
-    late = o.official_quirks and from_scratch
-    skips = o.official_quirks and not from_scratch
+    skips = counts_from_one(config)
+    late = o.official_quirks and not skips
 
     def schedule(step):
         epoch = jnp.maximum(step - late, 0) / steps_per_epoch + skips
@@ -116,6 +115,26 @@ def make_schedule(
         return jnp.where(epoch < warmup, rise, fall)
 
     return schedule
+
+
+def counts_from_one(config: Any) -> bool:
+    """Whether epochs are to be counted as the official self_supervised programs do."""
+    from_scratch = config.task == "classify" and not config.init_from
+    return config.optimizer.official_quirks and not from_scratch
+
+
+def skip_steps(state: dict[str, Any], steps: int) -> dict[str, Any]:
+    """A train state as if `steps` more had been done without learning anything.
+
+    The schedule goes on where they end; Adam's bias correction knows nothing of them.
+    """
+    schedules = optax.ScaleByScheduleState
+    opt_state = jax.tree.map(
+        lambda x: x._replace(count=x.count + steps) if isinstance(x, schedules) else x,
+        state["opt_state"],
+        is_leaf=lambda x: isinstance(x, schedules),
+    )
+    return state | {"opt_state": opt_state, "step": state["step"] + steps}
 
 
 def make_optimizer(

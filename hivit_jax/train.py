@@ -21,8 +21,10 @@ from hivit_jax.models import split
 from hivit_jax.optimizer import (
     accumulated,
     count_steps,
+    counts_from_one,
     make_optimizer,
     make_schedule,
+    skip_steps,
 )
 from hivit_jax.sharding import make_mesh, placed, state_shardings, to_devices
 
@@ -74,6 +76,10 @@ def train(
     if step:
         state = checkpoints.restore(step, placed(abstract_state, shardings))
         say(f"going on at step {step:,} from {checkpoints.directory / str(step)}")
+        if counts_from_one(config):
+            skipped = min(round(per_epoch), total_steps - step)
+            state, step = skip_steps(state, skipped), step + skipped
+            say(f"official_quirks: an epoch is left out, to step {step:,}")
     else:
         pretrained = checkpoint.find(config.init_from) if config.init_from else None
         state = jax.jit(init, out_shardings=shardings)()
@@ -147,7 +153,8 @@ def train(
                     if due["eval"]:  # first, so that no kill can leave it out
                         results = run_evaluation()
                     if due["checkpoint"]:
-                        checkpoints.save(state, to_json(config))
+                        evaluated = results if due["eval"] else None
+                        checkpoints.save(state, to_json(config), evaluated)
         if step < total_steps:
             checkpoints.save(state, to_json(config))
             raise Interrupted(

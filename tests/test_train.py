@@ -13,13 +13,14 @@ import recipes
 import reference
 from flax import nnx
 from jax.sharding import AxisType
+from numpy.testing import assert_allclose
 
 import hivit_jax
 from hivit_jax import evaluate, optimizer, sharding, tasks
 from hivit_jax import train as training
 from hivit_jax.checkpoint import Checkpoints
 from hivit_jax.data import pipeline
-from hivit_jax.errors import ConfigError, DataError, DivergedError
+from hivit_jax.errors import ConfigError, DataError, DivergedError, Interrupted
 from hivit_jax.models import create_model, leaf_name, named_leaves, split
 from hivit_jax.weights import to_official
 
@@ -59,9 +60,9 @@ class Run:
             look(arguments[0])
             return compile_really(step, arguments, shardings)
 
-        def save(checkpoints, state, config):
+        def save(checkpoints, state, *rest):
             look(state)
-            save_really(checkpoints, state, config)
+            save_really(checkpoints, state, *rest)
 
         compile_really, save_really = training.compile_step, Checkpoints.save
         with pytest.MonkeyPatch.context() as patch:
@@ -480,3 +481,37 @@ def test_every_image_counts_once_in_any_batch(recipe):
         results.append(evaluate.evaluate(config, eval_step, placed, mesh))
     assert results[0]["eval/count"] == 360
     assert results[1] == pytest.approx(results[0], rel=1e-6)
+
+
+def test_best_checkpoint_stays(tmp_path, monkeypatch, capsys):
+    """Of four, with the newest alone to be kept."""
+    scores = iter([0.1, 0.9, 0.3, 0.2])
+
+    def evaluate(*_):
+        counts = {"eval/count": 8, "eval/unreadable": 0}
+        return {"eval/loss": 1.0, "eval/top1": next(scores)} | counts
+
+    monkeypatch.setattr(training.evaluate, "evaluate", evaluate)
+    every = dict(eval_every=1, checkpoint_every=1, keep_checkpoints=1)
+    training.train(recipes.classifier(total_steps=4, **every), tmp_path)
+    kept = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert kept == {"2", "4"}
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert "best checkpoint  step 2 " in last
+    assert f"{tmp_path}/checkpoints/2" in last
+
+
+def test_official_quirks_leave_out_an_epoch_when_going_on(tmp_path):
+    """Of 4 steps; with the data and learning rates of the epoch after it."""
+    config = recipes.mae(optimizer__official_quirks=True)
+    asked = iter([None] * 3 + ["stop"] * 2)
+    with pytest.raises(Interrupted, match="step 2 of 8"):
+        training.train(config, tmp_path, lambda: next(asked))
+    training.train(config, tmp_path)
+    rates = recipes.lines(tmp_path, "learning_rate")
+    assert list(rates) == [1, 2, 7, 8]
+    rate = optimizer.make_schedule(config, 4.0, 8)
+    assert_allclose([rates[7], rates[8]], [rate(6), rate(7)], rtol=1e-6)
+    state = recipes.stored(tmp_path, 8)["optimizer"]
+    counts = {int(v) for name, v in state.items() if name.endswith("count")}
+    assert counts == {4, 8}  # steps for Adam's bias correction, and for the schedule
