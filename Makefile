@@ -23,7 +23,7 @@ lint: install
 	.venv/bin/ruff format --check .
 
 test: lint
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest --numprocesses auto --dist loadfile
 
 demo: install
 	.venv/bin/python launch/demo.py

@@ -1,14 +1,17 @@
 """HiViT in JAX: masked autoencoder pretraining, finetuning, evaluation."""
 
+from importlib import import_module
+
 from hivit_jax.models import create_model
 
-__all__ = ["__version__", "create_model", "load_pretrained"]
+__all__ = ["__version__", "create_model", "load_pretrained", "save_pretrained"]
 __version__ = "0.1.0"
+
+# Imported when asked for: they bring orbax and safetensors along.
+_ROOMS = {"load_pretrained": "pretrained", "save_pretrained": "sharing"}
 
 
 def __getattr__(name: str):
-    if name == "load_pretrained":  # late: it brings orbax along
-        from hivit_jax.weights import load_pretrained
-
-        return load_pretrained
+    if name in _ROOMS:
+        return getattr(import_module(f"hivit_jax.{_ROOMS[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,20 +6,19 @@ written to the end has no final name and is never seen.
 """
 
 import json
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from orbax.checkpoint import checkpoint_managers
 
 from hivit_jax.errors import CheckpointError, ConfigError
-from hivit_jax.metrics import Scalars, say, score
-from hivit_jax.models import leaf_name, named_leaves
+from hivit_jax.metrics import Scalars, score
+from hivit_jax.models import named_leaves
 
 logging.set_verbosity(logging.ERROR)  # orbax narrates every save
 
@@ -127,103 +126,28 @@ def load_params(step_path: Path, abstract_params: Any) -> Any:
     return _restore(step_path, _averaged(step_path), abstract_params)
 
 
-def load_encoder(step_path: Path, abstract_encoder: Any) -> Any:
-    """What a step of any model holds of this encoder, on the given shardings.
-
-    Returns:
-      The same nested dicts, without the entries that the checkpoint does not have.
-    """
-    item = _averaged(step_path)
-    stored = _metadata(step_path, item).get("encoder", {})
-    common = {"encoder": _common(abstract_encoder, stored)}
-    shapes = {"encoder": _common(stored, abstract_encoder)}
-    _compare(step_path, named_leaves(shapes), named_leaves(common))
-    restore_args = ocp.checkpoint_utils.construct_restore_args(common)
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        args = ocp.args.PyTreeRestore(
-            item=common, restore_args=restore_args, partial_restore=True
-        )
-        return checkpointer.restore(step_path / item, args=args)["encoder"]
-
-
-def load_pretrained_params(path: Path, task: str, params: Any) -> Any:
-    """`params` of a model for `task` with what the checkpoint step `path` has of them.
-
-    Pretraining goes on with everything. A classifier takes the encoder; relative
-    position tables that pretraining did not have start from 0, and the head's std goes
-    from 0.02 down to 2e-5 (official ``main_finetune.py``), for a linear probe to 0.01
-    (MAE's ``main_linprobe.py``).
-
-    Raises:
-      ConfigError: the checkpoint is of another model.
-    """
-    abstract = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params
-    )
-    if task == "mae":
-        say(f"starting from all parameters of {path}")
-        return load_params(path, abstract)
-    stored = named_leaves(_metadata(path, _averaged(path)))
-    fates = loading_fates(stored, named_leaves(params))
-    if fates["missing"]:
-        raise ConfigError(
-            f"init_from: {path} has no {fates['missing'][0]}; with "
-            f"{len(fates['missing'])} arrays of the encoder left to chance this would "
-            "not be finetuning"
-        )
-    loaded = named_leaves(load_encoder(path, abstract["encoder"]))
-    encoder = jax.tree_util.tree_map_with_path(
-        lambda key_path, leaf: loaded.get(leaf_name(key_path), jnp.zeros_like(leaf)),
-        params["encoder"],
-    )
-    std = {"classify": 2e-5, "linear_probe": 0.01}[task]
-    head = params["head"] | {"kernel": params["head"]["kernel"] * (std / 0.02)}
-    say(f"starting from {path}")
-    for fate, names in fates.items():
-        parts = [name.split("/") for name in names]
-        groups = Counter("/".join(p[: 1 + (p[0] == "encoder")]) for p in parts)
-        listed = ", ".join(f"{group} {count}" for group, count in groups.items())
-        if names:
-            say(f"  {fate:<8} {len(names):>4}  {listed}")
-    return params | {"encoder": encoder, "head": head}
-
-
-def loading_fates(stored: Iterable[str], wanted: Iterable[str]) -> dict[str, list[str]]:
-    """What becomes of parameters, by name, when a classifier starts from pretraining.
+def load_arrays(
+    step_path: Path, averaged: bool = True
+) -> tuple[dict[str, np.ndarray], str]:
+    """Parameters of a step by name, on the host, whatever model they are of.
 
     Args:
-      stored: names in the checkpoint.
-      wanted: names of the classifier's parameters.
+      averaged: the averaged ones where they were kept.
 
     Returns:
-      used, dropped (of the checkpoint), zero (tables that pretraining had not), new
-      (norm and head) and missing (of the encoder: it cannot do without).
+      The arrays, and the item they are of: "params" or "ema".
     """
-    stored, wanted = list(stored), list(wanted)
-    used = [name for name in stored if name.startswith("encoder/") and name in wanted]
-    absent = [name for name in wanted if name not in used]
-    zero = [name for name in absent if name.endswith("relative_position_bias_table")]
-    new = [name for name in absent if not name.startswith("encoder/")]
-    return {
-        "used": used,
-        "dropped": [name for name in stored if name not in used],
-        "zero": zero,
-        "new": new,
-        "missing": [name for name in absent if name not in zero + new],
-    }
+    item = _averaged(step_path) if averaged else "params"
+    shapes = _metadata(step_path, item)
+    restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(np.ndarray), shapes)
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        args = ocp.args.PyTreeRestore(restore_args=restore_args)
+        return named_leaves(checkpointer.restore(step_path / item, args=args)), item
 
 
 def _averaged(step_path: Path) -> str:
     """The item with averaged parameters; the plain ones where no average was kept."""
     return "ema" if (step_path / "ema").is_dir() else "params"
-
-
-def _common(tree: Any, other: Any) -> Any:
-    """The part of nested dicts that `other` has too; keys compare as strings."""
-    if not isinstance(tree, Mapping):
-        return tree
-    other = {str(key): value for key, value in other.items()}
-    return {k: _common(v, other[str(k)]) for k, v in tree.items() if str(k) in other}
 
 
 def _restore(step_path: Path, item: str, abstract: Any) -> Any:

@@ -14,10 +14,17 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from hivit_jax import augment, checkpoint, figures, metrics, models, tasks
+from hivit_jax import (
+    augment,
+    checkpoint,
+    figures,
+    metrics,
+    models,
+    pretrained,
+    tasks,
+)
 from hivit_jax.data import pipeline, sources
 from hivit_jax.errors import DataError
-from hivit_jax.models.positions import unpatchify
 from hivit_jax.sharding import make_mesh, placed, state_shardings, to_devices
 
 FIGURE_IMAGES = 6
@@ -97,15 +104,16 @@ def nearest_neighbours(
     Returns:
       knn/top1 and knn/top5, fractions, and knn/count.
     """
-    path = checkpoint.find(config.init_from)
-    graphdef, abstract = models.split(nnx.eval_shape(lambda: tasks.build_model(config)))
+    start = pretrained.find(config.init_from)
+    model = nnx.eval_shape(lambda: tasks.build_model(config))
+    graphdef, abstract = models.split(model)
     mesh = make_mesh(config.mesh, config.batch_size)
     everywhere = NamedSharding(mesh, PartitionSpec())
     draw = jax.jit(
         lambda: models.split(tasks.build_model(config))[1],
         out_shardings=state_shardings(mesh, abstract),
     )
-    params = checkpoint.load_pretrained_params(path, config.task, draw())
+    params = pretrained.start_from(start, config.task, model, draw())
 
     @partial(jax.jit, out_shardings=everywhere)
     def encode(params, batch):
@@ -154,10 +162,7 @@ def make_reconstruct(config: Any, graphdef: nnx.GraphDef) -> Callable:
         out = tasks.reconstruct(model, batch, keys, config, train=False)
         images = tasks.images_of(batch, config)
         _, mean, scale = model.targets(images)
-        grid, patch_size = model.encoder.grid, model.encoder.patch_size
-        pred = unpatchify(out.pred * scale + mean, grid, patch_size)
-        removed = jnp.repeat(out.mask[..., None], patch_size**2, -1)
-        return images, pred, unpatchify(removed, grid, patch_size)
+        return images, *model.pictures(out, mean, scale)
 
     def panels(params: Any) -> np.ndarray:
         arrays = jax.device_get(reconstruct(params, batch))

@@ -143,6 +143,13 @@ def eval_line(step: int, values: Scalars) -> str:
     return f"step {step}  eval  {'  '.join(parts)}  ({images})"
 
 
+def results(workdir: Path, step: int) -> dict[str, float]:
+    """The evaluation of a step in a run's metrics.jsonl, {} where there is none."""
+    lines = [line for line in read(workdir / "metrics.jsonl") if line["step"] == step]
+    found = [line for line in lines if "eval/count" in line]
+    return found[-1] if found else {}
+
+
 def score(results: Scalars) -> float:
     """What makes one evaluation better than another: top-1, or less loss."""
     return results.get("eval/top1", -results["eval/loss"])

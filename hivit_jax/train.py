@@ -12,7 +12,15 @@ import numpy as np
 import optax
 from flax import nnx
 
-from hivit_jax import augment, checkpoint, evaluate, figures, metrics, tasks
+from hivit_jax import (
+    augment,
+    checkpoint,
+    evaluate,
+    figures,
+    metrics,
+    pretrained,
+    tasks,
+)
 from hivit_jax.config import to_json
 from hivit_jax.data import pipeline, sources
 from hivit_jax.errors import ConfigError, DataError, DivergedError, Interrupted
@@ -81,13 +89,12 @@ def train(
             state, step = skip_steps(state, skipped), step + skipped
             say(f"official_quirks: an epoch is left out, to step {step:,}")
     else:
-        pretrained = checkpoint.find(config.init_from) if config.init_from else None
+        start = pretrained.find(config.init_from) if config.init_from else None
         state = jax.jit(init, out_shardings=shardings)()
-        if pretrained:
-            params = checkpoint.load_pretrained_params(
-                pretrained, config.task, state["params"]
+        if start:
+            state["params"] = pretrained.start_from(
+                start, config.task, model, state["params"]
             )
-            state["params"] = jax.device_put(params, shardings["params"])
             if "ema" in state:
                 state["ema"] = jax.tree.map(jnp.copy, state["params"])
     if jax.process_index() == 0:

@@ -6,20 +6,26 @@ and the multi-scale latent holds cells in merge order, so that its LayerNorm and
 decoder embedding behind it are permuted here instead of the activations there.
 """
 
-from collections.abc import Callable, Mapping
-from pathlib import Path
+import re
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import ml_dtypes
 import numpy as np
-from flax import nnx
 
-from hivit_jax import checkpoint
-from hivit_jax.errors import CheckpointError
-from hivit_jax.models import Model, create_model, leaf_name, split
+from hivit_jax.errors import CheckpointError, ConfigError
+from hivit_jax.models import SIZES, Model, leaf_name, split
 from hivit_jax.models.hivit import HiViT
 from hivit_jax.models.mae import MaskedAutoencoder
-from hivit_jax.models.positions import merge_order
+from hivit_jax.models.positions import merge_order, relative_position_index
+
+# What a state dict may be written for. The official self_supervised and supervised
+# programs differ in where they keep the relative position index.
+FORMATS = ("official", "supervised", "mmpretrain")
+INDEX = "relative_position_index"
+# Narrower numbers are read, as their float32 is exact.
+FLOATS = (np.float32, np.float16, ml_dtypes.bfloat16)
 
 
 class Entry(NamedTuple):
@@ -84,28 +90,58 @@ def _entry(path: str, shape: tuple[int, ...], model: Model) -> Entry:
     return Entry(name, lambda a: a, lambda a: a)
 
 
-def from_official(state: Mapping[str, np.ndarray], model: Model) -> dict:
+def official_names(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """A state dict under its official names, whoever wrote it.
+
+    MMPretrain's ``backbone.`` and ``head.fc.`` are translated, ``module.`` (from
+    DistributedDataParallel) and ``_orig_mod.`` (from ``torch.compile``) taken off.
+    """
+    named = {}
+    for name, array in state.items():
+        new = re.sub(r"^((module|_orig_mod)\.)+", "", name)
+        new = new.removeprefix("backbone.").replace("head.fc.", "head.")
+        named["absolute_pos_embed" if new == "pos_embed" else new] = array
+    return named
+
+
+def dropped_by_rule(names: Iterable[str], model: Model) -> list[str]:
+    """Official names that hold nothing this model could need.
+
+    The relative position index, which is computed; the norm that the official masked
+    autoencoder without multi-scale features stores and never applies; and MMPretrain's
+    decoder, which takes the first visible unit of HiViT for a class token.
+    """
+    single = isinstance(model, MaskedAutoencoder) and not model.multi_scale
+    unused = ("norm.weight", "norm.bias") if single else ()
+    return [n for n in names if n.endswith(INDEX) or n in unused or "neck." in n[:5]]
+
+
+def from_official(
+    state: Mapping[str, np.ndarray], model: Model, partly: bool = False
+) -> dict:
     """Parameters of `model` from an official (or MMPretrain) state dict.
 
     Args:
       state: numpy arrays by their PyTorch names; MMPretrain's names are recognised.
       model: a built or abstract model of the same configuration.
+      partly: entries may be missing; None stands for them.
 
     Returns:
-      Nested parameters as `hivit_jax.models.split` gives them, in the arrays' dtype.
+      Nested parameters as `hivit_jax.models.split` gives them, float32.
 
     Raises:
-      CheckpointError: a missing, left-over or wrongly shaped entry, by name.
+      CheckpointError: a missing, left-over or wrongly shaped entry, one of numbers that
+        float32 does not hold exactly, or that are not finite; by name.
     """
-    left = {_official_name(name): array for name, array in state.items()}
-    if isinstance(model, MaskedAutoencoder) and not model.multi_scale:
-        # There the official code stores a norm that it never applies.
-        left.pop("norm.weight", None)
-        left.pop("norm.bias", None)
+    left = official_names(state)
+    for name in dropped_by_rule(list(left), model):
+        del left[name]
 
     def convert(path, leaf):
         entry = _entry(leaf_name(path), leaf.shape, model)
         if entry.name not in left:
+            if partly:
+                return None
             raise CheckpointError(f"the state dict has no {entry.name!r}")
         array = left.pop(entry.name)
         expected = entry.to_official(np.empty(leaf.shape, bool)).shape
@@ -113,49 +149,161 @@ def from_official(state: Mapping[str, np.ndarray], model: Model) -> dict:
             raise CheckpointError(
                 f"{entry.name!r} is {list(array.shape)}, here {list(expected)}"
             )
+        if array.dtype not in FLOATS:
+            raise CheckpointError(f"{entry.name!r} is {array.dtype}; expected float32")
+        array = array.astype(np.float32, copy=False)
+        if not np.isfinite(array).all():
+            raise CheckpointError(f"{entry.name!r} has values that are not finite")
         return entry.to_ours(array)
 
     params = jax.tree_util.tree_map_with_path(convert, split(model)[1])
-    left = [name for name in left if not name.endswith("relative_position_index")]
     if left:
-        raise CheckpointError(f"this model has no place for {', '.join(left[:3])!r}")
+        raise CheckpointError(
+            f"this model has no place for {', '.join(list(left)[:3])!r}"
+        )
     return params
 
 
-def to_official(params: Mapping, model: Model) -> dict[str, np.ndarray]:
-    """Nested parameters of `model` -> numpy arrays by their official PyTorch names."""
+def to_official(
+    params: Mapping, model: Model, form: str = "official"
+) -> dict[str, np.ndarray]:
+    """Nested parameters of `model` -> everything that another program's model of this
+    configuration holds, as numpy arrays by its PyTorch names.
+
+    Args:
+      form: one of `FORMATS`.
+
+    Raises:
+      ConfigError: that program has no such model.
+    """
+    if form == "mmpretrain" and getattr(model, "fc_norm", None) is not None:
+        raise ConfigError(
+            "MMPretrain's classifier has no norm between pooling and head; expected a "
+            "model with fc_norm=False"
+        )
     state = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         entry = _entry(leaf_name(path), leaf.shape, model)
         state[entry.name] = entry.to_official(np.asarray(leaf))
+    encoder = model.encoder
+    if isinstance(model, MaskedAutoencoder):
+        if form == "mmpretrain":  # the encoder alone; see `dropped_by_rule`
+            names = ("absolute_pos_embed", "patch_embed.", "blocks.")
+            state = {n: array for n, array in state.items() if n.startswith(names)}
+        elif not model.multi_scale:
+            state["norm.weight"] = np.ones(encoder.embed_dim, np.float32)
+            state["norm.bias"] = np.zeros(encoder.embed_dim, np.float32)
+    tables = [name for name in state if name.endswith("_bias_table")]
+    if tables:
+        units = np.arange(encoder.grid[0] * encoder.grid[1])
+        index = np.asarray(relative_position_index(units, encoder.grid), np.int64)
+        if form != "supervised":
+            state[INDEX] = index
+        if form != "official":
+            state |= {n.rsplit(".", 1)[0] + "." + INDEX: index for n in tables}
+    if form == "mmpretrain":
+        renamed = {"absolute_pos_embed": "backbone.pos_embed"}
+        renamed |= {f"head.{leaf}": f"head.fc.{leaf}" for leaf in ("weight", "bias")}
+        state = {renamed.get(n, f"backbone.{n}"): array for n, array in state.items()}
     return state
 
 
-def _official_name(name: str) -> str:
-    """MMPretrain's name for an entry as the official code calls it."""
-    name = name.removeprefix("backbone.").replace("head.fc.", "head.")
-    return "absolute_pos_embed" if name == "pos_embed" else name
-
-
-def load_pretrained(path: str | Path, **overrides: Any) -> Model:
-    """A model with the parameters of a checkpoint: a workdir, or one of its steps.
+def infer(
+    state: Mapping[str, np.ndarray], image_size: Any = None
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Arguments of `create_model` that a state dict's names and shapes tell.
 
     Args:
-      path: ``DIR``, ``DIR/checkpoints`` or ``DIR/checkpoints/STEP``; the newest step of
-        a directory. Averaged parameters are taken where the run kept them.
-      overrides: as in `create_model`; the rest is what the run was configured with.
+      state: as in `from_official`.
+      image_size: of the model; needed where units do not make up a square.
+
+    Returns:
+      The arguments; and those of them that names and shapes do not tell, with what
+      they were guessed from: heads without relative tables are taken to be 64 wide (32
+      in the decoder), the LayerNorm eps to be 1e-5 in MMPretrain's classifier and 1e-6
+      elsewhere.
 
     Raises:
-      CheckpointError: no checkpoint there.
-      ConfigError: the overrides make another model than the checkpoint's.
+      CheckpointError: it is no HiViT's.
     """
-    step = checkpoint.find(path)
-    stored = checkpoint.load_config(step)["model"]
-    arguments = {k: v for k, v in stored.items() if v is not None} | overrides
-    abstract = nnx.eval_shape(lambda: create_model(**arguments))
-    graphdef, params = split(abstract)
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    params = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), params
+    shapes = {name: array.shape for name, array in official_names(state).items()}
+
+    def shape(name: str, ndim: int) -> tuple[int, ...]:
+        if len(shapes.get(name, ())) != ndim or 0 in shapes[name]:
+            found = list(shapes[name]) if name in shapes else "missing"
+            raise CheckpointError(
+                f"not a HiViT: {name!r} is {found}; expected an array of {ndim} "
+                "dimensions"
+            )
+        return shapes[name]
+
+    _, units, dim = shape("absolute_pos_embed", 3)
+    width, channels, cell, _ = shape("patch_embed.proj.weight", 4)
+    counts, number = [0], 0  # of residual blocks, stage by stage
+    while any(name.startswith(f"blocks.{number}.") for name in shapes):
+        if f"blocks.{number}.reduction.weight" in shapes:
+            counts.append(0)
+        else:
+            counts[-1] += 1
+        number += 1
+    stems = len(counts) - 1
+    if not stems or width << stems != dim or any(n % 2 for n in counts[:-1]):
+        raise CheckpointError(
+            f"not a HiViT: {counts} blocks between merges, widths {width} to {dim}; "
+            "expected pairs of blocks before a merge, and widths that double there"
+        )
+    first = counts[0] and shape("blocks.0.mlp.fc1.weight", 2)[0]
+    main = f"blocks.{number - 1}"
+    hidden, _ = shape(f"{main}.mlp.fc1.weight", 2)
+    table = shapes.get(f"{main}.attn.relative_position_bias_table")
+    depths = (*(n // 2 for n in counts[:-1]), counts[-1])
+    patch_size, guessed = cell << stems, {}
+    side = round(units**0.5)
+    if side**2 == units:
+        image_size = side * patch_size
+    elif image_size is None:
+        raise CheckpointError(
+            f"{units} units are no square; expected image_size=(height, width) of the "
+            "model that was saved"
+        )
+    autoencoder = "decoder_embed.weight" in shapes
+    foreign = any("head.fc." in name for name in state)
+    found = dict(embed_dim=dim, depths=depths)
+    names = [
+        name
+        for name, size in SIZES.items()
+        if found == {key: size[key] for key in found}
+    ]
+    heads = table[-1] if table else max(dim // 64, 1)
+    if not table:
+        guessed["num_heads"] = "heads are 64 wide"
+    arguments = dict(
+        name="mae_" * autoencoder + (names[0] if names else "hivit_base"),
+        image_size=image_size,
+        in_channels=channels,
+        **found,
+        num_heads=heads,
+        mlp_ratio=hidden / dim,
+        stem_mlp_ratio=first / width,
+        patch_size=patch_size,
+        inner_patches=1 << stems,
+        relative_position=table is not None,
+        layer_norm_eps=1e-5 if foreign else 1e-6,
     )
-    return nnx.merge(graphdef, checkpoint.load_params(step, params))
+    guessed["layer_norm_eps"] = "MMPretrain's classifier" if foreign else "official"
+    if autoencoder:
+        inside, outside = shape("decoder_embed.weight", 2)
+        blocks = {n.split(".")[1] for n in shapes if n.startswith("decoder_blocks.")}
+        arguments |= dict(
+            decoder_embed_dim=inside,
+            decoder_depth=len(blocks),
+            decoder_num_heads=max(inside // 32, 1),
+            multi_scale=outside != dim,
+        )
+        guessed["decoder_num_heads"] = "heads are 32 wide"
+    else:
+        head = shapes.get("head.weight")
+        arguments |= dict(fc_norm="fc_norm.weight" in shapes or head is None)
+        arguments |= dict(running_norm="fc_norm.mean" in shapes)
+        arguments |= dict(num_classes=head[0]) if head else {}
+    return arguments, guessed

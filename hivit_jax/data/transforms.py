@@ -122,6 +122,21 @@ def center_crop(height: int, width: int, size: Sequence[int], crop_pct: float) -
     return Crop(box, Box(0, 0, height, width))
 
 
+def evaluation_image(
+    encoded: bytes, shape: Sequence[int], crop_pct: float = 1.0
+) -> np.ndarray:
+    """Encoded image -> its middle as the model of a (height, width, channels) sees it,
+    uint8; bicubic, resized on the host.
+
+    Raises:
+      Exception: of many kinds, where it cannot be read.
+    """
+    pixels, out = decode(encoded, shape[2]), np.zeros(shape, np.uint8)
+    crop = center_crop(*pixels.shape[:2], shape[:2], crop_pct)
+    place(pixels, crop, out, shape[:2])
+    return out
+
+
 def place(
     pixels: np.ndarray,
     crop: Crop,

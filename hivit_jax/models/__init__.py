@@ -1,6 +1,7 @@
 """The networks by name."""
 
 import inspect
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -53,21 +54,33 @@ def create_model(
       overrides: keyword arguments of `HiViT` and `Classifier` or `MaskedAutoencoder`,
         among them num_classes, embed_dim, depths, drop_path_rate, dtype.
 
+    Returns:
+      The model; its attribute `arguments` is JSON text of what it was made with.
+
     Raises:
       ConfigError: an unknown name or override, or sizes that do not fit each other.
     """
-    if name not in NAMES:
-        raise unknown("model name", name, NAMES)
-    model = MaskedAutoencoder if name.startswith("mae_") else Classifier
-    known = override_parameters(model)
+    kind = kind_of(name)
+    known = override_parameters(kind)
     for key in overrides:
         if key not in known:
             raise unknown(f"override of {name}", key, known)
     size = name.removeprefix("mae_")
     arguments = SIZES[size] | dict(image_size=image_size, in_channels=in_channels)
-    if model is Classifier:
+    if kind is Classifier:
         arguments |= CLASSIFIER_EXTRAS.get(size, {})
-    return model(rngs=nnx.Rngs(seed), **arguments | overrides)
+    arguments |= overrides
+    model = kind(rngs=nnx.Rngs(seed), **arguments)
+    arguments = dict(name=name) | arguments | dict(dtype=model.encoder.dtype.name)
+    model.arguments = json.dumps(arguments)  # text: modules hold nothing mutable
+    return model
+
+
+def kind_of(name: str) -> type[Model]:
+    """The class of a network; ConfigError for an unknown name."""
+    if name not in NAMES:
+        raise unknown("model name", name, NAMES)
+    return MaskedAutoencoder if name.startswith("mae_") else Classifier
 
 
 def split(model: nnx.Module) -> tuple[nnx.GraphDef, dict]:

@@ -218,6 +218,23 @@ class MaskedAutoencoder(nnx.Module):
         """Mean squared error of every unit, [B, N] float32."""
         return jnp.square(pred - self.targets(images)[0]).mean(-1)
 
+    def pictures(
+        self, out: MAEOutput, mean: jax.Array, scale: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """An output as images: the prediction [B, H, W, C], in the pixels of the input,
+        and what was removed [B, H, W, 1], 1 or 0.
+
+        Args:
+          mean, scale: [B, N, 1], of the units' pixels, as `targets` gives them; or
+            others, which do not tell what was hidden.
+        """
+        grid, patch_size = self.encoder.grid, self.encoder.patch_size
+        removed = jnp.repeat(out.mask[..., None], patch_size**2, -1)
+        return (
+            positions.unpatchify(out.pred * scale + mean, grid, patch_size),
+            positions.unpatchify(removed, grid, patch_size),
+        )
+
     def features(self, images: jax.Array) -> list[jax.Array]:
         """The encoder's feature pyramid, see `HiViT.features`."""
         return self.encoder.features(images)

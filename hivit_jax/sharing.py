@@ -1,0 +1,128 @@
+"""Models for others: a directory with weights, config and card, on disk or on the
+Hugging Face hub.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import hivit_jax
+from hivit_jax import weight_files
+from hivit_jax.errors import CheckpointError
+from hivit_jax.models import Model, split
+from hivit_jax.weights import to_official
+
+WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
+
+
+def save_pretrained(
+    model: Model,
+    directory: str | Path,
+    recipe: Mapping[str, Any] | None = None,
+    results: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes a model for others: `WEIGHTS`, `CONFIG` and a model card.
+
+    The weights have their official PyTorch names and layout, so that other programs can
+    read them; `load_pretrained` of the directory gives the model back bit for bit.
+
+    Args:
+      recipe: the config it was trained with.
+      results: its evaluation. Both go into the card.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    about = {
+        "arguments": json.loads(model.arguments),
+        "recipe": dict(recipe or {}),
+        "results": dict(results or {}),
+        "hivit_jax": hivit_jax.__version__,
+    }
+    state = to_official(split(model)[1], model)
+    weight_files.write(directory / WEIGHTS, state, about)
+    (directory / CONFIG).write_text(json.dumps(about, indent=2) + "\n")
+    (directory / CARD).write_text(_card(model, about))
+
+
+def _card(model: Model, about: dict[str, Any]) -> str:
+    """A model card, as the Hugging Face hub shows it."""
+    arguments, recipe, results = (about[k] for k in ("arguments", "recipe", "results"))
+    name, task = arguments["name"], recipe.get("task", "")
+    size = "x".join(map(str, model.encoder.image_size))
+    lines = [
+        "---",
+        "library_name: hivit_jax",
+        "tags: [hivit, jax, image-feature-extraction]",
+        "---",
+        f"# {name}",
+        "",
+        "HiViT (Zhang et al., ICLR 2023), "
+        + ("a masked autoencoder" if name.startswith("mae_") else "a classifier")
+        + f" for images of {size} pixels.",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| parameters | {model.parameter_count() / 1e6:.2f} M |",
+        f"| multiply-adds per image | {model.macs(layer_norm_cost=0) / 1e9:.2f} G |",
+    ]
+    lines += [f"| {key} | {value} |" for key, value in arguments.items()]
+    lines += [
+        "",
+        "```python",
+        "import hivit_jax",
+        "",
+        "model = hivit_jax.load_pretrained(DIRECTORY)",
+        f"maps = model.features(images)  # [B, {', '.join(map(str, _shape(model)))}]",
+        "```",
+        "",
+        f"`{WEIGHTS}` has the names and layout of the official PyTorch code.",
+        "",
+        "## Results",
+        "",
+    ]
+    lines += [f"- {key}: {value}" for key, value in results.items()] or ["None given."]
+    lines += ["", "## Training", ""]
+    if task:
+        lines += ["```json", json.dumps(recipe, indent=2), "```"]
+    else:
+        lines.append("The recipe is not known.")
+    return "\n".join(lines) + "\n"
+
+
+def _shape(model: Model) -> tuple[int, int, int]:
+    return (*model.encoder.image_size, model.encoder.in_channels)
+
+
+def download(address: str) -> Path:
+    """``hf://ORGANISATION/NAME[@REVISION][/FILE]`` -> the local copy.
+
+    Offline (``HF_HUB_OFFLINE=1``, or no network) what was downloaded before is used.
+    """
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise CheckpointError(
+            f"{address}: huggingface_hub is not installed; "
+            "pip install 'hivit-jax[hub]', or download it by other means"
+        ) from error
+    parts = address.removeprefix("hf://").split("/", 2)
+    if len(parts) < 2 or not all(parts):
+        raise CheckpointError(f"{address}: expected hf://ORGANISATION/NAME")
+    name, _, revision = parts[1].partition("@")
+    file = parts[2] if len(parts) > 2 else ""
+    wanted = [file] if file else [WEIGHTS, CONFIG]
+    try:
+        directory = snapshot_download(
+            f"{parts[0]}/{name}", revision=revision or None, allow_patterns=wanted
+        )
+    except Exception as error:  # of the network, the hub or the local copy
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise CheckpointError(
+            f"{address} cannot be had, and no local copy is complete: "
+            f"{type(error).__name__}: {reason}"
+        ) from error
+    path = Path(directory) / file
+    if not (path if file else path / WEIGHTS).is_file():
+        raise CheckpointError(f"{address} has no {file or WEIGHTS}")
+    return path
