@@ -26,6 +26,7 @@ from hivit_jax.models.layers import (
     parameter_count,
     row_cost,
 )
+from hivit_jax.models.positions import Grid, Windows
 
 
 class PatchEmbed(nnx.Module):
@@ -67,6 +68,13 @@ class HiViT(nnx.Module):
       patch_size: side of a unit in pixels.
       inner_patches: cells per unit side, ``2 ** (len(depths) - 1)``.
       relative_position: relative position bias in the main stage.
+      window_size: units per side of the windows that main-stage blocks attend in; 0:
+        all units. A smaller image is one window. The bias of a windowed block spans
+        the window, so a table of a 14x14 grid fits windows of 14 in any larger image.
+      global_blocks: main-stage blocks, counted from 0, that attend to all units
+        nonetheless. Official detection: windows of 14 and blocks 4, 9, 14, 19; a
+        forward pass of hivit_base on one image of 1024x1024 then needs 3.1 GiB of
+        temporaries instead of 11.1 (XLA for CPU, float32).
       layer_norm_eps: of every LayerNorm.
       sincos_position: start `absolute_pos_embed` as the sine-cosine table instead of
         normal(0.02). It is trained either way (official: pretraining does so too,
@@ -91,6 +99,8 @@ class HiViT(nnx.Module):
         patch_size: int = 16,
         inner_patches: int = 4,
         relative_position: bool = True,
+        window_size: int = 0,
+        global_blocks: Sequence[int] = (),
         layer_norm_eps: float = 1e-6,
         sincos_position: bool = False,
         dtype: str = "float32",
@@ -117,13 +127,21 @@ class HiViT(nnx.Module):
             raise ConfigError(
                 f"drop_path_rate={drop_path_rate}; expected 0 <= drop_path_rate < 1"
             )
+        if window_size < 0:
+            raise ConfigError(f"window_size={window_size}; expected 0 or more units")
+        if any(not 0 <= number < depths[-1] for number in global_blocks):
+            raise ConfigError(
+                f"global_blocks={tuple(global_blocks)}; expected numbers from 0 to "
+                f"{depths[-1] - 1} for the {depths[-1]} blocks of the main stage"
+            )
         if dtype not in ("float32", "bfloat16", jnp.float32, jnp.bfloat16):
             raise ConfigError(f"dtype={dtype!r}; expected 'float32' or 'bfloat16'")
 
         self.image_size = tuple(side * patch_size for side in self.grid)
         self.in_channels, self.embed_dim = in_channels, embed_dim
         self.patch_size, self.inner_patches = patch_size, inner_patches
-        self.dtype = jnp.dtype(dtype)
+        self.window_size, self.global_blocks = window_size, tuple(global_blocks)
+        self.main_depth, self.dtype = depths[-1], jnp.dtype(dtype)
         common = dict(eps=layer_norm_eps, dtype=self.dtype, rngs=rngs)
         blocks = [2 * depth for depth in depths[:-1]] + [depths[-1]]
         # One rate per residual block in order; PatchMerge takes none.
@@ -149,20 +167,21 @@ class HiViT(nnx.Module):
             )
             merges.append(PatchMerge(width, **common))
             width *= 2
-        stages.append(
-            nnx.List(
+        stages.append(nnx.List())
+        for windows in self._windows(self.grid):
+            span = self.grid if windows is None else windows.size
+            stages[-1].append(
                 AttentionBlock(
                     width,
                     num_heads,
                     mlp_ratio,
                     number=next(numbers),
                     drop_rate=float(next(rates)),
-                    grid=self.grid if relative_position else None,
+                    grid=span if relative_position else None,
+                    windows=windows,
                     **common,
                 )
-                for _ in range(blocks[-1])
             )
-        )
         self.stages, self.merges = nnx.List(stages), nnx.List(merges)
         units = self.grid[0] * self.grid[1]
         table = (
@@ -171,6 +190,14 @@ class HiViT(nnx.Module):
             else INIT(rngs.params(), (units, embed_dim), jnp.float32)
         )
         self.absolute_pos_embed = nnx.Param(jnp.asarray(table))
+
+    def _windows(self, grid: Grid) -> list[Windows | None]:
+        """The windows of each main-stage block in a grid; None: all of it."""
+        windows = Windows.over(grid, self.window_size)
+        return [
+            None if number in self.global_blocks else windows
+            for number in range(self.main_depth)
+        ]
 
     def __call__(
         self,
@@ -192,13 +219,19 @@ class HiViT(nnx.Module):
           In merge order and compute dtype: [B*K*16, E/4], [B*K*4, E/2], [B, K, E].
 
         Raises:
-          ConfigError: images of another size or channel count than built for.
+          ConfigError: images of another size or channel count than built for; kept
+            units for blocks with windows.
         """
         expected = (*self.image_size, self.in_channels)
         if images.shape[1:] != expected:
             raise ConfigError(
                 f"images are {images.shape[1:]} (height, width, channels); "
                 f"this model was built for {expected}"
+            )
+        if ids_keep is not None and any(self._windows(self.grid)):
+            raise ConfigError(
+                f"window_size={self.window_size} with some of the units only: windows "
+                "need them all; expected window_size=0"
             )
         units = positions.patchify(images, self.patch_size)  # [B, N, P*P*C]
         position = self.absolute_pos_embed[...]  # [N, E]
@@ -240,13 +273,15 @@ class HiViT(nnx.Module):
         ]
 
     def macs(
-        self, units: int, kept: int | None = None, *, layer_norm_cost: int = 5
+        self, grid: Grid, kept: int | None = None, *, layer_norm_cost: int = 5
     ) -> int:
-        """Cost of one image of `units` units of which `kept` are encoded.
+        """Cost of one image of a grid of units of which `kept` are encoded.
 
         Counts as the published tables do, see `Classifier.macs`; there the patch
-        convolution runs on all units (here it runs on the kept ones).
+        convolution runs on all units (here it runs on the kept ones). In windows
+        products with padding count, as they are computed.
         """
+        units = grid[0] * grid[1]
         kept = units if kept is None else kept
         cells = self.inner_patches**2
         cost = row_cost(self.patch_embed.proj, units * cells, layer_norm_cost)
@@ -255,8 +290,9 @@ class HiViT(nnx.Module):
             cost += row_cost(blocks, kept * cells, layer_norm_cost)
             cells //= 4
             cost += row_cost(merge, kept * cells, layer_norm_cost)
-        for block in self.stages[-1]:
-            cost += attention_cost(block, kept, layer_norm_cost)
+        for block, windows in zip(self.stages[-1], self._windows(grid), strict=True):
+            pairs = kept**2 if windows is None else windows.pairs
+            cost += attention_cost(block, kept, pairs, layer_norm_cost)
         return cost
 
 
@@ -346,14 +382,13 @@ class Classifier(nnx.Module):
         `layer_norm_cost` per LayerNorm output (5: the fvcore rule behind the published
         figures; 0: multiply-adds alone). Activations, biases and softmax count 0.
         """
-        units = count_units(self.encoder, image_size)
-        cost = self.encoder.macs(units, layer_norm_cost=layer_norm_cost)
+        grid = image_grid(self.encoder, image_size)
+        cost = self.encoder.macs(grid, layer_norm_cost=layer_norm_cost)
         if self.fc_norm is not None:
             cost += row_cost(self.fc_norm, 1, layer_norm_cost)
         return cost + row_cost(self.head, 1, layer_norm_cost)
 
 
-def count_units(encoder: HiViT, image_size: int | Sequence[int] | None) -> int:
-    """Units of an image of this size (None: the encoder's own)."""
-    grid = positions.check_grid(image_size or encoder.image_size, encoder.patch_size)
-    return grid[0] * grid[1]
+def image_grid(encoder: HiViT, image_size: int | Sequence[int] | None) -> Grid:
+    """Units per column and row of an image of this size (None: the encoder's own)."""
+    return positions.check_grid(image_size or encoder.image_size, encoder.patch_size)
