@@ -6,6 +6,7 @@ one flat matrix of cells.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +53,18 @@ class PatchEmbed(nnx.Module):
 
     def __call__(self, cells: jax.Array) -> jax.Array:
         return self.norm(self.proj(cells))
+
+
+class Layer(NamedTuple):
+    """What a main-stage block gives.
+
+    tokens: [B, N, E] in compute dtype, its output, units row-major.
+    attention: float32 [B, heads, N, N], query first, rows adding up to 1; or None. Of a
+      block with windows [B, W, heads, S, S], see `positions.Windows`.
+    """
+
+    tokens: jax.Array
+    attention: jax.Array | None
 
 
 class HiViT(nnx.Module):
@@ -222,6 +235,18 @@ class HiViT(nnx.Module):
           ConfigError: images of another size or channel count than built for; kept
             units for blocks with windows.
         """
+        *outputs, x, relative_index = self._stem(images, ids_keep, sample_keys)
+        for block in self.stages[-1]:
+            x = block(
+                x,
+                relative_index=relative_index,
+                key_mask=key_mask,
+                sample_keys=sample_keys,
+            )
+        return [*outputs, x]
+
+    def _stem(self, images, ids_keep=None, sample_keys=None):
+        """Outputs of the stem stages, main stage input [B, K, E], relative index."""
         expected = (*self.image_size, self.in_channels)
         if images.shape[1:] != expected:
             raise ConfigError(
@@ -251,26 +276,64 @@ class HiViT(nnx.Module):
             x = merge(x)  # a quarter of the rows, twice as wide
         x = x.reshape(len(images), -1, self.embed_dim)  # [B, K, E]
         x = x + position.astype(self.dtype)
-        relative_index = positions.relative_position_index(ids, self.grid)
-        for block in self.stages[-1]:
-            x = block(
-                x,
-                relative_index=relative_index,
-                key_mask=key_mask,
-                sample_keys=sample_keys,
-            )
-        return [*outputs, x]
+        return *outputs, x, positions.relative_position_index(ids, self.grid)
 
-    def features(self, images: jax.Array) -> list[jax.Array]:
+    def features(
+        self,
+        images: jax.Array,
+        ids_keep: jax.Array | None = None,
+        stride_32: bool = False,
+    ) -> list[jax.Array]:
         """Feature pyramid in raster order, from the end of every stage.
 
-        [B, H, W, C] -> [B, H/4, W/4, E/4], [B, H/8, W/8, E/2], [B, H/16, W/16, E].
+        Args:
+          images: [B, H, W, C] float, normalised.
+          ids_keep: int [B, K], the units to keep, in the order wanted; None for all.
+          stride_32: add the last map, its maximum over 2x2 (official detection code;
+            as there an odd last row or column is left out).
+
+        Returns:
+          In compute dtype [B, H/4, W/4, E/4], [B, H/8, W/8, E/2], [B, H/16, W/16, E]
+          and, if asked for, [B, H/32, W/32, E]. Of kept units their cells:
+          [B, K, 4, 4, E/4], [B, K, 2, 2, E/2], [B, K, 1, 1, E].
+
+        Raises:
+          ConfigError: as `__call__`; stride_32 of kept units or of a single row.
         """
-        inner = self.inner_patches
-        return [
-            positions.tokens_to_map(x, self.grid, inner >> level)
-            for level, x in enumerate(self(images))
+        # A kept unit is an image of its own.
+        grid = self.grid if ids_keep is None else (1, 1)
+        if stride_32 and min(grid) < 2:
+            found = f"a {grid[0]}x{grid[1]} grid" if ids_keep is None else "kept units"
+            raise ConfigError(
+                f"stride_32 of {found}; expected all of a grid of at least 2x2 units"
+            )
+        maps = [
+            positions.tokens_to_map(x, grid, self.inner_patches >> level)
+            for level, x in enumerate(self(images, ids_keep=ids_keep))
         ]
+        if stride_32:
+            rows, columns = grid[0] // 2, grid[1] // 2
+            x = maps[-1][:, : 2 * rows, : 2 * columns]
+            maps.append(x.reshape(-1, rows, 2, columns, 2, x.shape[-1]).max((2, 4)))
+        if ids_keep is not None:
+            maps = [x.reshape(*ids_keep.shape, *x.shape[1:]) for x in maps]
+        return maps
+
+    def layers(self, images: jax.Array, attention: bool = False) -> list[Layer]:
+        """Output of every main-stage block, [B, H, W, C] -> one `Layer` each.
+
+        Args:
+          attention: also what it attended to, which takes [B, heads, N, N] each.
+        """
+        *_, x, index = self._stem(images)
+        layers = []
+        for block in self.stages[-1]:
+            weights = None
+            if attention:
+                weights = block.attn.probabilities(block.norm1(x), index)
+            x = block(x, relative_index=index)
+            layers.append(Layer(x, weights))
+        return layers
 
     def macs(
         self, grid: Grid, kept: int | None = None, *, layer_norm_cost: int = 5
@@ -314,7 +377,26 @@ class RunningNorm(nnx.Module):
         return (x - self.mean[...]) * jax.lax.rsqrt(self.var[...] + self.epsilon)
 
 
-class Classifier(nnx.Module):
+class Features(nnx.Module):
+    """A network on an encoder, with the encoder's features and layers."""
+
+    encoder: HiViT
+
+    def features(
+        self,
+        images: jax.Array,
+        ids_keep: jax.Array | None = None,
+        stride_32: bool = False,
+    ) -> list[jax.Array]:
+        """The encoder's feature pyramid, see `HiViT.features`."""
+        return self.encoder.features(images, ids_keep, stride_32)
+
+    def layers(self, images: jax.Array, attention: bool = False) -> list[Layer]:
+        """Output of each of the encoder's main-stage blocks, see `HiViT.layers`."""
+        return self.encoder.layers(images, attention)
+
+
+class Classifier(Features):
     """HiViT with mean pooling, LayerNorm and a linear head (official ``HiViT``).
 
     Args:
@@ -361,10 +443,6 @@ class Classifier(nnx.Module):
         """[B, H, W, C] -> mean of the encoder's last tokens, [B, E] float32."""
         tokens = self.encoder(images, sample_keys=sample_keys)[-1]  # [B, N, E]
         return tokens.astype(jnp.float32).mean(1)
-
-    def features(self, images: jax.Array) -> list[jax.Array]:
-        """The encoder's feature pyramid, see `HiViT.features`."""
-        return self.encoder.features(images)
 
     def parameter_count(self) -> int:
         """Parameters, head included: 66.42 M for hivit_base."""

@@ -8,6 +8,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from hivit_jax.errors import ConfigError
@@ -112,6 +113,27 @@ class Attention(nnx.Module):
         if self.windows is not None:
             out = self.windows.join(out)
         return self.proj(out.reshape(x.shape))
+
+    def probabilities(
+        self,
+        x: jax.Array,
+        relative_index: jax.Array | None = None,
+        key_mask: jax.Array | None = None,
+    ) -> jax.Array:
+        """What each query attends to, of the same arguments: [B, heads, K, K] float32.
+
+        Query first; a row adds up to 1. With W windows of S places,
+        [B, W, heads, S, S]; what padding attends to means nothing.
+        """
+        q, k, _, bias, mask = self._heads(x, relative_index, key_mask)
+        logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32)
+        logits = logits / np.sqrt(q.shape[-1]) + (0 if bias is None else bias)
+        if mask is not None:
+            logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
+        weights = jax.nn.softmax(logits)
+        if self.windows is not None:
+            weights = weights.reshape(len(x), -1, *weights.shape[1:])
+        return weights
 
     def _heads(self, x, relative_index, key_mask):
         """q, k, v, each [B, K, heads, C/heads]; bias and mask that broadcast over

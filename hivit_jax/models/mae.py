@@ -13,7 +13,7 @@ from flax import nnx
 
 from hivit_jax.errors import ConfigError
 from hivit_jax.models import positions
-from hivit_jax.models.hivit import HiViT, image_grid
+from hivit_jax.models.hivit import Features, HiViT, image_grid
 from hivit_jax.models.layers import (
     INIT,
     AttentionBlock,
@@ -82,7 +82,7 @@ def random_masking(
     return ids_shuffle[:, :kept], ids_restore, mask
 
 
-class MaskedAutoencoder(nnx.Module):
+class MaskedAutoencoder(Features):
     """HiViT encoder on visible units, transformer decoder on all of them.
 
     Args:
@@ -222,10 +222,6 @@ class MaskedAutoencoder(nnx.Module):
     def unit_loss(self, images: jax.Array, pred: jax.Array) -> jax.Array:
         """Mean squared error of every unit, [B, N] float32."""
         return jnp.square(pred - self.targets(images)[0]).mean(-1)
-
-    def features(self, images: jax.Array) -> list[jax.Array]:
-        """The encoder's feature pyramid, see `HiViT.features`."""
-        return self.encoder.features(images)
 
     def parameter_count(self) -> int:
         """Parameters, decoder and fixed table included: 87.04 M for mae_hivit_base."""
