@@ -86,7 +86,7 @@ def test_parts_of_the_masked_autoencoder():
     # The official encoder holds the norm of the latent.
     assert parameter_count(model.encoder) + parameter_count(model.norm) == 65_795_456
     # The patch convolution runs on all 196 units, the rest on 49; the decoder on 196.
-    encoder = model.encoder.macs(196, 49, layer_norm_cost=0)
+    encoder = model.encoder.macs((14, 14), 49, layer_norm_cost=0)
     block = 196 * 12 * 512**2 + 2 * 196**2 * 512
     decoder = 49 * 3584 * 512 + 6 * block + 196 * 512 * 768
     assert decoder == 4_102_389_760
@@ -379,6 +379,9 @@ def test_images_of_another_size(name, shape):
         ({"inner_patches": 8}, "inner_patches=8"),
         ({"patch_size": 2}, "patch_size=2 is not a multiple of inner_patches=4"),
         ({"embed_dim": 66, "num_heads": 3}, "embed_dim=66: expected a multiple of 4"),
+        ({"window_size": -1}, "window_size=-1; expected 0 or more"),
+        ({"global_blocks": (0, 2)}, r"global_blocks=\(0, 2\); .*from 0 to 1 for the 2"),
+        ({"global_blocks": (-1,)}, r"global_blocks=\(-1,\)"),
         ({"decoder_num_heads": 5}, "decoder_num_heads=5 .* decoder_embed_dim=32"),
         ({"decoder_embed_dim": 30}, "decoder_embed_dim=30: expected a multiple of 4"),
     ],

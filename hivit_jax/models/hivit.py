@@ -6,6 +6,7 @@ one flat matrix of cells.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,7 @@ from hivit_jax.models.layers import (
     parameter_count,
     row_cost,
 )
+from hivit_jax.models.positions import Grid, Windows
 
 
 class PatchEmbed(nnx.Module):
@@ -53,6 +55,18 @@ class PatchEmbed(nnx.Module):
         return self.norm(self.proj(cells))
 
 
+class Layer(NamedTuple):
+    """What a main-stage block gives.
+
+    tokens: [B, N, E] in compute dtype, its output, units row-major.
+    attention: float32 [B, heads, N, N], query first, rows adding up to 1; or None. Of a
+      block with windows [B, W, heads, S, S], see `positions.Windows`.
+    """
+
+    tokens: jax.Array
+    attention: jax.Array | None
+
+
 class HiViT(nnx.Module):
     """The encoder, without head: the one that pretraining and every other task calls.
 
@@ -67,6 +81,13 @@ class HiViT(nnx.Module):
       patch_size: side of a unit in pixels.
       inner_patches: cells per unit side, ``2 ** (len(depths) - 1)``.
       relative_position: relative position bias in the main stage.
+      window_size: units per side of the windows that main-stage blocks attend in; 0:
+        all units. A smaller image is one window. The bias of a windowed block spans
+        the window, so a table of a 14x14 grid fits windows of 14 in any larger image.
+      global_blocks: main-stage blocks, counted from 0, that attend to all units
+        nonetheless. Official detection: windows of 14 and blocks 4, 9, 14, 19; a
+        forward pass of hivit_base on one image of 1024x1024 then needs 3.1 GiB of
+        temporaries instead of 11.1 (XLA for CPU, float32).
       layer_norm_eps: of every LayerNorm.
       sincos_position: start `absolute_pos_embed` as the sine-cosine table instead of
         normal(0.02). It is trained either way (official: pretraining does so too,
@@ -91,6 +112,8 @@ class HiViT(nnx.Module):
         patch_size: int = 16,
         inner_patches: int = 4,
         relative_position: bool = True,
+        window_size: int = 0,
+        global_blocks: Sequence[int] = (),
         layer_norm_eps: float = 1e-6,
         sincos_position: bool = False,
         dtype: str = "float32",
@@ -117,13 +140,21 @@ class HiViT(nnx.Module):
             raise ConfigError(
                 f"drop_path_rate={drop_path_rate}; expected 0 <= drop_path_rate < 1"
             )
+        if window_size < 0:
+            raise ConfigError(f"window_size={window_size}; expected 0 or more units")
+        if any(not 0 <= number < depths[-1] for number in global_blocks):
+            raise ConfigError(
+                f"global_blocks={tuple(global_blocks)}; expected numbers from 0 to "
+                f"{depths[-1] - 1} for the {depths[-1]} blocks of the main stage"
+            )
         if dtype not in ("float32", "bfloat16", jnp.float32, jnp.bfloat16):
             raise ConfigError(f"dtype={dtype!r}; expected 'float32' or 'bfloat16'")
 
         self.image_size = tuple(side * patch_size for side in self.grid)
         self.in_channels, self.embed_dim = in_channels, embed_dim
         self.patch_size, self.inner_patches = patch_size, inner_patches
-        self.dtype = jnp.dtype(dtype)
+        self.window_size, self.global_blocks = window_size, tuple(global_blocks)
+        self.main_depth, self.dtype = depths[-1], jnp.dtype(dtype)
         common = dict(eps=layer_norm_eps, dtype=self.dtype, rngs=rngs)
         blocks = [2 * depth for depth in depths[:-1]] + [depths[-1]]
         # One rate per residual block in order; PatchMerge takes none.
@@ -149,20 +180,21 @@ class HiViT(nnx.Module):
             )
             merges.append(PatchMerge(width, **common))
             width *= 2
-        stages.append(
-            nnx.List(
+        stages.append(nnx.List())
+        for windows in self._windows(self.grid):
+            span = self.grid if windows is None else windows.size
+            stages[-1].append(
                 AttentionBlock(
                     width,
                     num_heads,
                     mlp_ratio,
                     number=next(numbers),
                     drop_rate=float(next(rates)),
-                    grid=self.grid if relative_position else None,
+                    grid=span if relative_position else None,
+                    windows=windows,
                     **common,
                 )
-                for _ in range(blocks[-1])
             )
-        )
         self.stages, self.merges = nnx.List(stages), nnx.List(merges)
         units = self.grid[0] * self.grid[1]
         table = (
@@ -171,6 +203,14 @@ class HiViT(nnx.Module):
             else INIT(rngs.params(), (units, embed_dim), jnp.float32)
         )
         self.absolute_pos_embed = nnx.Param(jnp.asarray(table))
+
+    def _windows(self, grid: Grid) -> list[Windows | None]:
+        """The windows of each main-stage block in a grid; None: all of it."""
+        windows = Windows.over(grid, self.window_size)
+        return [
+            None if number in self.global_blocks else windows
+            for number in range(self.main_depth)
+        ]
 
     def __call__(
         self,
@@ -192,13 +232,31 @@ class HiViT(nnx.Module):
           In merge order and compute dtype: [B*K*16, E/4], [B*K*4, E/2], [B, K, E].
 
         Raises:
-          ConfigError: images of another size or channel count than built for.
+          ConfigError: images of another size or channel count than built for; kept
+            units for blocks with windows.
         """
+        *outputs, x, relative_index = self._stem(images, ids_keep, sample_keys)
+        for block in self.stages[-1]:
+            x = block(
+                x,
+                relative_index=relative_index,
+                key_mask=key_mask,
+                sample_keys=sample_keys,
+            )
+        return [*outputs, x]
+
+    def _stem(self, images, ids_keep=None, sample_keys=None):
+        """Outputs of the stem stages, main stage input [B, K, E], relative index."""
         expected = (*self.image_size, self.in_channels)
         if images.shape[1:] != expected:
             raise ConfigError(
                 f"images are {images.shape[1:]} (height, width, channels); "
                 f"this model was built for {expected}"
+            )
+        if ids_keep is not None and any(self._windows(self.grid)):
+            raise ConfigError(
+                f"window_size={self.window_size} with some of the units only: windows "
+                "need them all; expected window_size=0"
             )
         units = positions.patchify(images, self.patch_size)  # [B, N, P*P*C]
         position = self.absolute_pos_embed[...]  # [N, E]
@@ -218,35 +276,75 @@ class HiViT(nnx.Module):
             x = merge(x)  # a quarter of the rows, twice as wide
         x = x.reshape(len(images), -1, self.embed_dim)  # [B, K, E]
         x = x + position.astype(self.dtype)
-        relative_index = positions.relative_position_index(ids, self.grid)
-        for block in self.stages[-1]:
-            x = block(
-                x,
-                relative_index=relative_index,
-                key_mask=key_mask,
-                sample_keys=sample_keys,
-            )
-        return [*outputs, x]
+        return *outputs, x, positions.relative_position_index(ids, self.grid)
 
-    def features(self, images: jax.Array) -> list[jax.Array]:
+    def features(
+        self,
+        images: jax.Array,
+        ids_keep: jax.Array | None = None,
+        stride_32: bool = False,
+    ) -> list[jax.Array]:
         """Feature pyramid in raster order, from the end of every stage.
 
-        [B, H, W, C] -> [B, H/4, W/4, E/4], [B, H/8, W/8, E/2], [B, H/16, W/16, E].
+        Args:
+          images: [B, H, W, C] float, normalised.
+          ids_keep: int [B, K], the units to keep, in the order wanted; None for all.
+          stride_32: add the last map, its maximum over 2x2 (official detection code;
+            as there an odd last row or column is left out).
+
+        Returns:
+          In compute dtype [B, H/4, W/4, E/4], [B, H/8, W/8, E/2], [B, H/16, W/16, E]
+          and, if asked for, [B, H/32, W/32, E]. Of kept units their cells:
+          [B, K, 4, 4, E/4], [B, K, 2, 2, E/2], [B, K, 1, 1, E].
+
+        Raises:
+          ConfigError: as `__call__`; stride_32 of kept units or of a single row.
         """
-        inner = self.inner_patches
-        return [
-            positions.tokens_to_map(x, self.grid, inner >> level)
-            for level, x in enumerate(self(images))
+        # A kept unit is an image of its own.
+        grid = self.grid if ids_keep is None else (1, 1)
+        if stride_32 and min(grid) < 2:
+            found = f"a {grid[0]}x{grid[1]} grid" if ids_keep is None else "kept units"
+            raise ConfigError(
+                f"stride_32 of {found}; expected all of a grid of at least 2x2 units"
+            )
+        maps = [
+            positions.tokens_to_map(x, grid, self.inner_patches >> level)
+            for level, x in enumerate(self(images, ids_keep=ids_keep))
         ]
+        if stride_32:
+            rows, columns = grid[0] // 2, grid[1] // 2
+            x = maps[-1][:, : 2 * rows, : 2 * columns]
+            maps.append(x.reshape(-1, rows, 2, columns, 2, x.shape[-1]).max((2, 4)))
+        if ids_keep is not None:
+            maps = [x.reshape(*ids_keep.shape, *x.shape[1:]) for x in maps]
+        return maps
+
+    def layers(self, images: jax.Array, attention: bool = False) -> list[Layer]:
+        """Output of every main-stage block, [B, H, W, C] -> one `Layer` each.
+
+        Args:
+          attention: also what it attended to, which takes [B, heads, N, N] each.
+        """
+        *_, x, index = self._stem(images)
+        layers = []
+        for block in self.stages[-1]:
+            weights = None
+            if attention:
+                weights = block.attn.probabilities(block.norm1(x), index)
+            x = block(x, relative_index=index)
+            layers.append(Layer(x, weights))
+        return layers
 
     def macs(
-        self, units: int, kept: int | None = None, *, layer_norm_cost: int = 5
+        self, grid: Grid, kept: int | None = None, *, layer_norm_cost: int = 5
     ) -> int:
-        """Cost of one image of `units` units of which `kept` are encoded.
+        """Cost of one image of a grid of units of which `kept` are encoded.
 
         Counts as the published tables do, see `Classifier.macs`; there the patch
-        convolution runs on all units (here it runs on the kept ones).
+        convolution runs on all units (here it runs on the kept ones). In windows
+        products with padding count, as they are computed.
         """
+        units = grid[0] * grid[1]
         kept = units if kept is None else kept
         cells = self.inner_patches**2
         cost = row_cost(self.patch_embed.proj, units * cells, layer_norm_cost)
@@ -255,8 +353,9 @@ class HiViT(nnx.Module):
             cost += row_cost(blocks, kept * cells, layer_norm_cost)
             cells //= 4
             cost += row_cost(merge, kept * cells, layer_norm_cost)
-        for block in self.stages[-1]:
-            cost += attention_cost(block, kept, layer_norm_cost)
+        for block, windows in zip(self.stages[-1], self._windows(grid), strict=True):
+            pairs = kept**2 if windows is None else windows.pairs
+            cost += attention_cost(block, kept, pairs, layer_norm_cost)
         return cost
 
 
@@ -278,7 +377,26 @@ class RunningNorm(nnx.Module):
         return (x - self.mean[...]) * jax.lax.rsqrt(self.var[...] + self.epsilon)
 
 
-class Classifier(nnx.Module):
+class Features(nnx.Module):
+    """A network on an encoder, with the encoder's features and layers."""
+
+    encoder: HiViT
+
+    def features(
+        self,
+        images: jax.Array,
+        ids_keep: jax.Array | None = None,
+        stride_32: bool = False,
+    ) -> list[jax.Array]:
+        """The encoder's feature pyramid, see `HiViT.features`."""
+        return self.encoder.features(images, ids_keep, stride_32)
+
+    def layers(self, images: jax.Array, attention: bool = False) -> list[Layer]:
+        """Output of each of the encoder's main-stage blocks, see `HiViT.layers`."""
+        return self.encoder.layers(images, attention)
+
+
+class Classifier(Features):
     """HiViT with mean pooling, LayerNorm and a linear head (official ``HiViT``).
 
     Args:
@@ -326,10 +444,6 @@ class Classifier(nnx.Module):
         tokens = self.encoder(images, sample_keys=sample_keys)[-1]  # [B, N, E]
         return tokens.astype(jnp.float32).mean(1)
 
-    def features(self, images: jax.Array) -> list[jax.Array]:
-        """The encoder's feature pyramid, see `HiViT.features`."""
-        return self.encoder.features(images)
-
     def parameter_count(self) -> int:
         """Parameters, head included: 66.42 M for hivit_base."""
         return parameter_count(self)
@@ -346,14 +460,13 @@ class Classifier(nnx.Module):
         `layer_norm_cost` per LayerNorm output (5: the fvcore rule behind the published
         figures; 0: multiply-adds alone). Activations, biases and softmax count 0.
         """
-        units = count_units(self.encoder, image_size)
-        cost = self.encoder.macs(units, layer_norm_cost=layer_norm_cost)
+        grid = image_grid(self.encoder, image_size)
+        cost = self.encoder.macs(grid, layer_norm_cost=layer_norm_cost)
         if self.fc_norm is not None:
             cost += row_cost(self.fc_norm, 1, layer_norm_cost)
         return cost + row_cost(self.head, 1, layer_norm_cost)
 
 
-def count_units(encoder: HiViT, image_size: int | Sequence[int] | None) -> int:
-    """Units of an image of this size (None: the encoder's own)."""
-    grid = positions.check_grid(image_size or encoder.image_size, encoder.patch_size)
-    return grid[0] * grid[1]
+def image_grid(encoder: HiViT, image_size: int | Sequence[int] | None) -> Grid:
+    """Units per column and row of an image of this size (None: the encoder's own)."""
+    return positions.check_grid(image_size or encoder.image_size, encoder.patch_size)

@@ -8,10 +8,12 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from hivit_jax.errors import ConfigError
-from hivit_jax.models.positions import Grid
+from hivit_jax.models import positions
+from hivit_jax.models.positions import Grid, Windows
 
 # Official: trunc_normal_(std=.02) cut at +-2 absolute, that is at 100 sigma.
 INIT = nnx.initializers.normal(0.02)
@@ -59,12 +61,22 @@ class Attention(nnx.Module):
     """Multi-head self-attention over units, with optional relative position bias.
 
     Args:
-      grid: the units that relative positions span; None for no bias.
+      grid: the units that relative positions span, all or those of a window; None for
+        no bias.
+      windows: attend only inside these; None to all units.
     """
 
     def __init__(
-        self, dim: int, num_heads: int, grid: Grid | None, *, dtype, rngs: nnx.Rngs
+        self,
+        dim: int,
+        num_heads: int,
+        grid: Grid | None,
+        windows: Windows | None = None,
+        *,
+        dtype,
+        rngs: nnx.Rngs,
     ):
+        self.windows = windows
         # The kernel keeps its head axis, [C, 3, heads, C/heads], so that heads can be
         # sharded; flattened it is the official [q | k | v] matrix.
         self.qkv = nnx.LinearGeneral(
@@ -91,19 +103,58 @@ class Attention(nnx.Module):
         """[B, K, C] -> [B, K, C].
 
         Args:
-          relative_index: int [K, K] or [B, K, K], rows of the table.
-          key_mask: [B, K], nonzero = may be attended. A sample with no key left gets
-            a uniform softmax, never NaN.
+          relative_index: int [K, K] or [B, K, K], rows of the table; windows have
+            their own.
+          key_mask: [B, K], nonzero = may be attended. A sample (or a window of it)
+            with no key left gets a uniform softmax, never NaN.
         """
-        q, k, v = jnp.moveaxis(self.qkv(x), 2, 0)  # each [B, K, heads, C/heads]
+        q, k, v, bias, mask = self._heads(x, relative_index, key_mask)
+        out = jax.nn.dot_product_attention(q, k, v, bias=bias, mask=mask)
+        if self.windows is not None:
+            out = self.windows.join(out)
+        return self.proj(out.reshape(x.shape))
+
+    def probabilities(
+        self,
+        x: jax.Array,
+        relative_index: jax.Array | None = None,
+        key_mask: jax.Array | None = None,
+    ) -> jax.Array:
+        """What each query attends to, of the same arguments: [B, heads, K, K] float32.
+
+        Query first; a row adds up to 1. With W windows of S places,
+        [B, W, heads, S, S]; what padding attends to means nothing.
+        """
+        q, k, _, bias, mask = self._heads(x, relative_index, key_mask)
+        logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32)
+        logits = logits / np.sqrt(q.shape[-1]) + (0 if bias is None else bias)
+        if mask is not None:
+            logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
+        weights = jax.nn.softmax(logits)
+        if self.windows is not None:
+            weights = weights.reshape(len(x), -1, *weights.shape[1:])
+        return weights
+
+    def _heads(self, x, relative_index, key_mask):
+        """q, k, v, each [B, K, heads, C/heads]; bias and mask that broadcast over
+        [B, heads, K, K], or None. With windows B*W for B, S for K (see `Windows`).
+        """
+        qkv = self.qkv(x)  # [B, K, 3, heads, C/heads]
+        if self.windows is not None:
+            qkv = self.windows.split(qkv)
+            # Padding becomes keys that are not to be attended to.
+            present = jnp.ones(x.shape[:2], bool) if key_mask is None else key_mask
+            key_mask = self.windows.split(present)
+            units = jnp.arange(qkv.shape[1])
+            relative_index = positions.relative_position_index(units, self.windows.size)
+        q, k, v = jnp.moveaxis(qkv, 2, 0)
         bias = None
         if self.relative_position_bias_table is not None:
             bias = self.relative_position_bias_table[...][relative_index]
             bias = jnp.moveaxis(bias, -1, -3)  # [(B,) heads, K, K]
             bias = bias if bias.ndim == 4 else bias[None]
         mask = None if key_mask is None else (key_mask != 0)[:, None, None, :]
-        out = jax.nn.dot_product_attention(q, k, v, bias=bias, mask=mask)
-        return self.proj(out.reshape(x.shape))
+        return q, k, v, bias, mask
 
 
 class MlpBlock(nnx.Module):
@@ -149,6 +200,7 @@ class AttentionBlock(MlpBlock):
         dtype,
         rngs: nnx.Rngs,
         grid: Grid | None = None,
+        windows: Windows | None = None,
     ):
         super().__init__(
             dim,
@@ -160,7 +212,7 @@ class AttentionBlock(MlpBlock):
             rngs=rngs,
         )
         self.norm1 = LayerNorm(dim, epsilon=eps, dtype=dtype, rngs=rngs)
-        self.attn = Attention(dim, num_heads, grid, dtype=dtype, rngs=rngs)
+        self.attn = Attention(dim, num_heads, grid, windows, dtype=dtype, rngs=rngs)
 
     def __call__(
         self,
@@ -209,9 +261,11 @@ def row_cost(module: nnx.Module, rows: int, layer_norm_cost: int) -> int:
     return cost
 
 
-def attention_cost(block: AttentionBlock, tokens: int, layer_norm_cost: int) -> int:
-    """`row_cost` of an attention block plus its two attention products."""
-    products = 2 * tokens * tokens * block.attn.proj.in_features
+def attention_cost(
+    block: AttentionBlock, tokens: int, pairs: int, layer_norm_cost: int
+) -> int:
+    """`row_cost` of an attention block plus its two products over `pairs` of tokens."""
+    products = 2 * pairs * block.attn.proj.in_features
     return row_cost(block, tokens, layer_norm_cost) + products
 
 

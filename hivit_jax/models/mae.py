@@ -13,7 +13,7 @@ from flax import nnx
 
 from hivit_jax.errors import ConfigError
 from hivit_jax.models import positions
-from hivit_jax.models.hivit import HiViT, count_units
+from hivit_jax.models.hivit import Features, HiViT, image_grid
 from hivit_jax.models.layers import (
     INIT,
     AttentionBlock,
@@ -82,7 +82,7 @@ def random_masking(
     return ids_shuffle[:, :kept], ids_restore, mask
 
 
-class MaskedAutoencoder(nnx.Module):
+class MaskedAutoencoder(Features):
     """HiViT encoder on visible units, transformer decoder on all of them.
 
     Args:
@@ -93,7 +93,7 @@ class MaskedAutoencoder(nnx.Module):
         holds an unused one then).
       norm_pix_loss: targets normalised per unit. The official constructor ignores
         False; here it counts.
-      encoder: arguments of `HiViT`.
+      encoder: arguments of `HiViT`, of which window_size must be 0.
     """
 
     def __init__(
@@ -117,6 +117,11 @@ class MaskedAutoencoder(nnx.Module):
         if decoder_embed_dim % 4:
             raise ConfigError(
                 f"decoder_embed_dim={decoder_embed_dim}: expected a multiple of 4"
+            )
+        if encoder.get("window_size", 0) > 0:
+            raise ConfigError(
+                f"window_size={encoder['window_size']}: masked pretraining drops "
+                "units, and windows need them all; expected window_size=0"
             )
         self.encoder = HiViT(
             sincos_position=True,
@@ -235,10 +240,6 @@ class MaskedAutoencoder(nnx.Module):
             positions.unpatchify(removed, grid, patch_size),
         )
 
-    def features(self, images: jax.Array) -> list[jax.Array]:
-        """The encoder's feature pyramid, see `HiViT.features`."""
-        return self.encoder.features(images)
-
     def parameter_count(self) -> int:
         """Parameters, decoder and fixed table included: 87.04 M for mae_hivit_base."""
         return parameter_count(self)
@@ -251,13 +252,14 @@ class MaskedAutoencoder(nnx.Module):
         layer_norm_cost: int = 5,
     ) -> int:
         """What one image costs in the forward pass, counted as `Classifier.macs`."""
-        units = count_units(self.encoder, image_size)
+        grid = image_grid(self.encoder, image_size)
+        units = grid[0] * grid[1]
         kept = visible_units(units, mask_ratio)
-        cost = self.encoder.macs(units, kept, layer_norm_cost=layer_norm_cost)
+        cost = self.encoder.macs(grid, kept, layer_norm_cost=layer_norm_cost)
         if self.norm is not None:
             cost += row_cost(self.norm, kept, layer_norm_cost)
         cost += row_cost(self.decoder_embed, kept, layer_norm_cost)
         for block in self.decoder_blocks:
-            cost += attention_cost(block, units, layer_norm_cost)
+            cost += attention_cost(block, units, units**2, layer_norm_cost)
         cost += row_cost(self.decoder_norm, units, layer_norm_cost)
         return cost + row_cost(self.decoder_pred, units, layer_norm_cost)

@@ -1,0 +1,220 @@
+"""Feature maps of all units and of kept ones; tokens and attention of every block."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from networks import (
+    DEFAULTS,
+    MINI,
+    abstract,
+    compiled,
+    fast_jit,
+    mini,
+    pictures,
+    shapes,
+)
+from numpy.testing import assert_allclose, assert_array_equal
+
+from hivit_jax.errors import ConfigError
+from hivit_jax.models import named_leaves, split
+from hivit_jax.sharding import AXES, BATCH, make_mesh, state_shardings
+
+KEPT = jnp.asarray([[5, 0, 3], [1, 4, 2]])
+
+
+def without_branches(**overrides):
+    """A model of which only patch embedding, merges and positions are left."""
+    graphdef, params = split(mini(**overrides))
+
+    def cut(path, leaf):
+        names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+        branch = "fc2" in names or ("attn" in names and "proj" in names)
+        return jnp.zeros_like(leaf) if branch else leaf
+
+    return nnx.merge(graphdef, jax.tree_util.tree_map_with_path(cut, params))
+
+
+def maps_by_hand(model, image):
+    """Its maps of one image, cell by cell, in numpy."""
+    encoder = model.encoder
+    params = {k: np.asarray(v) for k, v in named_leaves(split(encoder)[1]).items()}
+
+    def norm(x, name):
+        x = (x - x.mean()) / np.sqrt(x.var() + 1e-6)
+        return x * params[f"{name}/scale"] + params[f"{name}/bias"]
+
+    kernel, bias = params["patch_embed/proj/kernel"], params["patch_embed/proj/bias"]
+    side = encoder.patch_size // encoder.inner_patches
+
+    def embed(i, j):
+        pixels = image[side * i : side * (i + 1), side * j : side * (j + 1)]
+        return norm(pixels.reshape(-1) @ kernel + bias, "patch_embed/norm")
+
+    rows, columns = len(image) // side, image.shape[1] // side
+    maps = [np.array([[embed(i, j) for j in range(columns)] for i in range(rows)])]
+    for level in range(len(encoder.merges)):
+        x, reduction = maps[-1], params[f"merges/{level}/reduction/kernel"]
+
+        def merge(i, j, x=x, level=level, reduction=reduction):
+            corners = [(0, 0), (1, 0), (0, 1), (1, 1)]
+            four = [x[2 * i + down, 2 * j + right] for down, right in corners]
+            return norm(np.concatenate(four), f"merges/{level}/norm") @ reduction
+
+        rows, columns = rows // 2, columns // 2
+        maps.append(
+            np.array([[merge(i, j) for j in range(columns)] for i in range(rows)])
+        )
+    maps[-1] = maps[-1] + params["absolute_pos_embed"].reshape(maps[-1].shape)
+    return maps
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"image_size": 48},
+        {"image_size": (32, 48)},
+        {"image_size": (48, 32), "depths": (1, 1, 1, 1), "inner_patches": 8},
+    ],
+    ids=str,
+)
+def test_order_of_maps_and_of_kept_units(sizes):
+    """Of images whose pixels are their coordinates, against every cell by hand."""
+    model = without_branches(**sizes)
+    height, width = model.encoder.image_size
+    places = [-0.5, 0.5], np.arange(height) / height, np.arange(width) / width
+    images = np.stack(np.meshgrid(*places, indexing="ij"), -1).astype(np.float32)
+
+    def run(model, images):
+        return model.features(images), model.features(images, KEPT)
+
+    maps, kept = compiled(model, run)(jnp.asarray(images))
+    for sample in range(2):
+        expected = maps_by_hand(model, images[sample])
+        assert len(expected) == len(maps)
+        for level, by_hand in enumerate(expected):
+            assert_allclose(maps[level][sample], by_hand, atol=1e-5)
+            inner = model.encoder.inner_patches >> level
+            for place, unit in enumerate(KEPT[sample].tolist()):
+                row, column = divmod(unit, width // 16)
+                rows = slice(row * inner, (row + 1) * inner)
+                columns = slice(column * inner, (column + 1) * inner)
+                cells = kept[level][sample, place]
+                assert cells.shape == (inner, inner, by_hand.shape[-1])
+                assert_allclose(cells, by_hand[rows, columns], atol=1e-5)
+    # No two places look alike: another order would show.
+    for x in maps:
+        rows = np.asarray(x).reshape(-1, x.shape[-1])
+        gaps = np.abs(rows[:, None] - rows).max(-1) + 9 * np.eye(len(rows))
+        assert gaps.min() > 1e-3
+
+
+@pytest.mark.parametrize("image_size", [64, (80, 112)])
+def test_stride_32(image_size):
+    """The maximum of each 2x2; an odd last row or column is left out."""
+    model = mini(image_size=image_size)
+    height, width = model.encoder.image_size
+    images = pictures((2, height, width, 3))
+    run = compiled(model, lambda model, x: model.features(x, stride_32=True))
+    *_, x, pooled = map(np.asarray, run(images))
+    assert pooled.shape == (2, height // 32, width // 32, 64)
+    for row, column in np.ndindex(pooled.shape[1:3]):
+        four = x[:, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2]
+        assert_array_equal(pooled[:, row, column], four.max((1, 2)))
+
+
+def test_stride_32_of_too_little():
+    images = jnp.zeros((2, 64, 64, 3))
+    model = abstract("hivit_base", **MINI)
+    with pytest.raises(ConfigError, match="stride_32 of kept units; expected all"):
+        model.features(images, KEPT, stride_32=True)
+    row = abstract("hivit_base", **MINI | dict(image_size=(16, 64)))
+    with pytest.raises(ConfigError, match="stride_32 of a 1x4 grid; .*at least 2x2"):
+        row.features(images[:, :16], stride_32=True)
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_every_model_has_features_and_layers(name):
+    def run(model):
+        images = jnp.zeros((2, 64, 64, 3))
+        maps, layers = model.features(images, KEPT), model.layers(images)
+        return maps, layers, model.layers(images, attention=True)
+
+    maps, layers, with_attention = shapes(run, abstract(name, **DEFAULTS[name]))
+    assert [x.shape for x in maps] == [
+        (2, 3, 4, 4, 16),
+        (2, 3, 2, 2, 32),
+        (2, 3, 1, 1, 64),
+    ]
+    for layer in layers:
+        assert layer.tokens.shape == (2, 16, 64)
+        assert layer.attention is None
+    assert [layer.attention.shape for layer in with_attention] == [(2, 2, 16, 16)] * 2
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_attention_gives_the_output_of_its_block(dtype):
+    """Its own normed input's values by it, projected and so on; in windows too."""
+    sizes = dict(image_size=(48, 80), depths=(1, 1, 3), dtype=dtype)
+    model = mini(**sizes, window_size=2, global_blocks=(0, 2))
+
+    def run(model, images):
+        encoder = model.encoder
+        layers, outputs = encoder.layers(images, attention=True), []
+        for number in (1, 2):
+            before, layer = layers[number - 1 : number + 1]
+            block = encoder.stages[-1][number]
+            values = block.attn.qkv(block.norm1(before.tokens))[:, :, 2]
+            weights, windows = layer.attention, block.attn.windows
+            if windows is not None:
+                values = windows.split(values)
+                weights = weights.reshape(-1, *weights.shape[2:])
+            x = jnp.einsum("bhqk,bkhd->bqhd", weights, values)
+            x = x if windows is None else windows.join(x)
+            x = before.tokens + block.attn.proj(x.reshape(2, 15, 64))
+            outputs.append(x + block.mlp(block.norm2(x)))
+        return layers, outputs, encoder(images)[-1]
+
+    layers, outputs, last = compiled(model, run)(pictures((2, 48, 80, 3)))
+    for layer, output in zip(layers[1:], outputs, strict=True):
+        atol = 1e-5 if dtype == "float32" else 0.1
+        assert layer.tokens.dtype == dtype
+        assert_allclose(np.float32(output), np.float32(layer.tokens), atol=atol)
+    assert_array_equal(layers[-1].tokens, last)
+    grown = [(2, 2, 15, 15), (2, 6, 2, 4, 4), (2, 2, 15, 15)]
+    assert [layer.attention.shape for layer in layers] == grown
+    for layer in layers:
+        assert layer.attention.dtype == np.float32
+        assert_allclose(layer.attention.sum(-1), 1, rtol=1e-6)
+    # The last window has one unit and three places of padding, never attended to.
+    assert_array_equal(layers[1].attention[:, -1, ..., 1:], 0)
+
+
+@pytest.mark.parametrize("windows", [{}, dict(window_size=3, global_blocks=(1,))])
+def test_features_on_a_mesh(windows):
+    """Batch and parameters over eight devices: the same as on one."""
+    graphdef, params = split(mini(image_size=(48, 80), **windows))
+    images = pictures((8, 48, 80, 3))
+    ids_keep = jnp.stack([jnp.roll(jnp.arange(15), n)[:6] for n in range(8)])
+
+    @fast_jit
+    def run(params, images, ids_keep):
+        model = nnx.merge(graphdef, params)
+        if windows:
+            return model.features(images, stride_32=True), model.layers(images, True)
+        return model.features(images), model.features(images, ids_keep)
+
+    expected = run(params, images, ids_keep)
+    mesh = make_mesh(dict.fromkeys(AXES, 1) | dict(data=4, fsdp=2), batch_size=8)
+    shardings = state_shardings(mesh, params)
+    assert any("fsdp" in x.spec for x in jax.tree.leaves(shardings))
+    over_batch = jax.sharding.NamedSharding(mesh, BATCH)
+    out = run(
+        jax.device_put(params, shardings),
+        jax.device_put(images, over_batch),
+        jax.device_put(ids_keep, over_batch),
+    )
+    for one, eight in zip(*map(jax.tree.leaves, (expected, out)), strict=True):
+        assert len(eight.sharding.device_set) == 8
+        assert_allclose(eight, one, atol=1e-5)

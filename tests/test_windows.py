@@ -1,0 +1,179 @@
+"""Attention in windows, and the blocks that stay global."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from networks import (
+    MINI,
+    abstract,
+    attention_by_hand,
+    compiled,
+    mini,
+    pictures,
+)
+from numpy.testing import assert_allclose, assert_array_equal
+from recipes import classifier
+
+from hivit_jax import tasks
+from hivit_jax.errors import ConfigError
+from hivit_jax.models import create_model, named_leaves
+from hivit_jax.models.positions import Windows
+
+# Five rows and seven columns: 3x3 windows leave both unfilled.
+UNEVEN = dict(image_size=(80, 112), window_size=3)
+
+
+def windows_of(grid, side):
+    """Units of every window, as rows and columns of the grid."""
+    for top in range(0, grid[0], side):
+        for left in range(0, grid[1], side):
+            rows = range(top, min(top + side, grid[0]))
+            columns = range(left, min(left + side, grid[1]))
+            yield [(row, column) for row in rows for column in columns]
+
+
+@pytest.mark.parametrize(("grid", "size"), [((5, 7), (3, 3)), ((4, 6), (4, 2))])
+def test_windows_hold_their_units_and_zeros(grid, size):
+    windows = Windows(grid, size)
+    units = jnp.arange(1, 1 + 2 * grid[0] * grid[1]).reshape(2, -1, 1)
+    split = windows.split(units)
+    assert split.shape == (2 * np.prod(windows.counts), size[0] * size[1], 1)
+    number = 0
+    for sample in range(2):
+        padded = np.zeros((grid[0] + size[0], grid[1] + size[1]), int)
+        padded[: grid[0], : grid[1]] = np.asarray(units[sample, :, 0]).reshape(grid)
+        for top in range(0, grid[0], size[0]):
+            for left in range(0, grid[1], size[1]):
+                expected = padded[top : top + size[0], left : left + size[1]]
+                assert_array_equal(split[number, :, 0], expected.reshape(-1))
+                number += 1
+    assert_array_equal(windows.join(split), units)
+
+
+def test_a_window_over_the_image_is_global_attention():
+    every, model = mini(), mini(window_size=14, global_blocks=(1,))
+    images = pictures((2, 64, 64, 3))
+    outputs = [compiled(m, lambda m, x: m(x))(images) for m in (every, model)]
+    assert_array_equal(*outputs)
+    assert model.macs() == every.macs()
+    for side in (4, 14):
+        encoder = abstract("hivit_base", **MINI, window_size=side).encoder
+        assert [block.attn.windows for block in encoder.stages[-1]] == [None, None]
+
+
+@pytest.mark.parametrize("relative_position", [True, False])
+@pytest.mark.parametrize(
+    ("image_size", "side"), [((80, 112), 3), ((64, 96), 2), ((32, 112), 4)]
+)
+def test_attention_of_each_window_by_hand(image_size, side, relative_position):
+    """With and without a key mask; units that it hides count as not there."""
+    model = mini(
+        image_size=image_size, window_size=side, relative_position=relative_position
+    )
+    attention, grid = model.encoder.stages[-1][0].attn, model.encoder.grid
+    height, width = min(side, grid[0]), min(side, grid[1])
+    if relative_position:
+        table = np.asarray(attention.relative_position_bias_table[...])
+        assert table.shape == ((2 * height - 1) * (2 * width - 1), 2)
+    x = pictures((2, grid[0] * grid[1], 64), "tokens")
+    mask = np.ones(x.shape[:2], np.int32)
+    mask[0, ::5] = 0
+    mask[1, 3:9] = 0
+
+    def run(attention, x, mask):
+        return attention(x), attention(x, key_mask=mask)
+
+    outputs = compiled(attention, run)(x, mask)
+    for out, seen in zip(outputs, (np.ones_like(mask), mask), strict=True):
+        assert np.isfinite(out).all()
+        for sample in range(2):
+            for window in windows_of(grid, side):
+                units = [row * grid[1] + column for row, column in window]
+                keys = [place for place, n in enumerate(units) if seen[sample, n]]
+                if not keys:
+                    continue
+                bias = np.full((2, len(units), len(units)), -np.inf, np.float32)
+                bias[:, :, keys] = 0
+                if relative_position:
+                    for query, (row, column) in enumerate(window):
+                        for key in keys:
+                            down = row - window[key][0] + height - 1
+                            right = column - window[key][1] + width - 1
+                            number = down * (2 * width - 1) + right
+                            bias[:, query, key] = table[number]
+                tokens = np.asarray(x)[sample, units]
+                _, expected = attention_by_hand(attention, tokens, bias)
+                assert_allclose(out[sample, units], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("global_blocks", [(), (1,)])
+def test_only_a_global_block_lets_windows_meet(global_blocks):
+    model = mini(**UNEVEN, global_blocks=global_blocks)
+    tables = [b.attn.relative_position_bias_table for b in model.encoder.stages[-1]]
+    spans = [(9 * 13 if number in global_blocks else 25, 2) for number in range(2)]
+    assert [table.shape for table in tables] == spans
+    image = np.asarray(pictures((1, 80, 112, 3)))
+    changed = image.copy()
+    changed[:, 48:64, 96:112] += 3  # unit (3, 6), in the corner window of padding
+    images = jnp.asarray(np.concatenate([image, changed]))
+    out = compiled(model, lambda model, images: model.features(images)[-1])(images)
+    moved = (np.abs(out[0] - out[1]) > 1e-6).any(-1)
+    if global_blocks:
+        assert moved.all()
+    else:
+        assert np.argwhere(moved).tolist() == [[3, 6], [4, 6]]
+
+
+def test_gradients_are_finite_without_a_key():
+    """A window may have no key left, and padding none to begin with."""
+    attention = mini(**UNEVEN).encoder.stages[-1][0].attn
+    mask = jnp.ones((2, 5, 7)).at[0, 3:, 6:].set(0).at[1, :3, :3].set(0).reshape(2, 35)
+
+    def gradients(attention, x):
+        return jax.grad(lambda a, x: (a(x, key_mask=mask) ** 2).sum(), (0, 1))(
+            attention, x
+        )
+
+    found = compiled(attention, gradients)(pictures((2, 35, 64), "tokens"))
+    for name, gradient in named_leaves(found).items():
+        assert np.isfinite(gradient).all(), name
+        assert np.abs(gradient).max() > 0, name
+
+
+@pytest.mark.parametrize(
+    ("image_size", "side", "pairs"),
+    [
+        (64, 2, 4 * 4**2),
+        ((64, 96), 2, 6 * 4**2),
+        ((64, 96), 3, 4 * 9**2),
+        ((32, 96), 5, 2 * 10**2),
+    ],
+)
+def test_cost_of_windows(image_size, side, pairs):
+    """Two products over the pairs in windows, here in one of two blocks."""
+    sizes = MINI | dict(image_size=image_size)
+    every = abstract("hivit_base", **sizes)
+    model = abstract("hivit_base", **sizes, window_size=side, global_blocks=(0,))
+    units = every.encoder.grid[0] * every.encoder.grid[1]
+    assert every.macs() - model.macs() == 2 * 64 * (units**2 - pairs)
+    other = abstract("hivit_base", **MINI, window_size=side, global_blocks=(0,))
+    assert other.macs(image_size) == model.macs()
+
+
+def test_windows_need_all_units():
+    with pytest.raises(ConfigError, match="window_size=2: masked pretraining drops"):
+        create_model("mae_hivit_base", **MINI, window_size=2)
+    model = abstract("hivit_base", **MINI, window_size=2)
+    ids_keep, images = jnp.zeros((2, 3), int), jnp.zeros((2, 64, 64, 3))
+    with pytest.raises(ConfigError, match="window_size=2 with some of the units only"):
+        model.encoder(images, ids_keep=ids_keep)
+
+
+def test_windows_from_the_command_line():
+    keys = dict(model__window_size=3, model__global_blocks="(1,)")
+    config = classifier(**keys, model__image_size=80)
+    encoder = nnx.eval_shape(lambda: tasks.build_model(config)).encoder
+    windows = [block.attn.windows for block in encoder.stages[-1]]
+    assert windows == [Windows((5, 5), (3, 3)), None]
