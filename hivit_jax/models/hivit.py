@@ -216,7 +216,7 @@ class HiViT(nnx.Module):
                 x = block(x, sample_keys=sample_keys)
             outputs.append(x)
             x = merge(x)  # a quarter of the rows, twice as wide
-        x = x.reshape(len(images), -1, self.embed_dim)  # [B, K, E]
+        x = x.reshape(images.shape[0], -1, self.embed_dim)  # [B, K, E]
         x = x + position.astype(self.dtype)
         relative_index = positions.relative_position_index(ids, self.grid)
         for block in self.stages[-1]:
