@@ -121,11 +121,6 @@ def load_config(step_path: Path) -> dict[str, Any]:
         return checkpointer.restore(step_path / "config")
 
 
-def load_params(step_path: Path, abstract_params: Any) -> Any:
-    """Parameters of a step, averaged ones where kept, on the given shardings."""
-    return _restore(step_path, _averaged(step_path), abstract_params)
-
-
 def load_arrays(
     step_path: Path, averaged: bool = True
 ) -> tuple[dict[str, np.ndarray], str]:

@@ -25,7 +25,7 @@ from hivit_jax.pretrained import (
     fitting_arguments,
 )
 from hivit_jax.sharing import save_pretrained
-from hivit_jax.weights import FORMATS, to_official
+from hivit_jax.weights import FORMATS, to_state_dict
 
 USAGE = """\
 python -m hivit_jax.convert SRC DST [--format FORMAT] [--set KEY=VALUE ...]
@@ -125,7 +125,7 @@ def convert(
     found = find(source, averaged=averaged, **overrides)
     model, target = build(found, **overrides), Path(target)
     if target.suffix in weight_files.SUFFIXES:
-        state = to_official(split(model)[1], model, form)
+        state = to_state_dict(split(model)[1], model, form)
         arguments = json.loads(model.arguments)
         weight_files.write(target, state, {"arguments": arguments})
     else:

@@ -16,7 +16,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from hivit_jax import (
     augment,
-    checkpoint,
     figures,
     metrics,
     models,
@@ -24,8 +23,8 @@ from hivit_jax import (
     tasks,
 )
 from hivit_jax.data import pipeline, sources
-from hivit_jax.errors import DataError
-from hivit_jax.sharding import make_mesh, placed, state_shardings, to_devices
+from hivit_jax.errors import ConfigError, DataError
+from hivit_jax.sharding import make_mesh, state_shardings, to_devices
 
 FIGURE_IMAGES = 6
 
@@ -76,19 +75,27 @@ def evaluate(
 
 
 def evaluate_checkpoint(config: Any, workdir: str | Path) -> dict[str, float | int]:
-    """Evaluates `config.checkpoint`, or the workdir's newest, and says the result.
+    """Evaluates `config.checkpoint`, anything that `pretrained.find` reads, or the
+    workdir's newest, and says the result.
 
     Raises:
       CheckpointError: there is no checkpoint.
       ConfigError: it is of another model.
     """
-    path = checkpoint.find(config.checkpoint or workdir)
-    graphdef, abstract = models.split(nnx.eval_shape(lambda: tasks.build_model(config)))
+    start = pretrained.find_for(config, config.checkpoint or workdir)
+    model = nnx.eval_shape(lambda: tasks.build_model(config))
+    graphdef, abstract = models.split(model)
+    arrays = pretrained.fit(start, model)
+    for name in models.named_leaves(abstract):
+        if name not in arrays:
+            raise ConfigError(f"{start.path} has no {name} that fits this config")
     mesh = make_mesh(config.mesh, config.batch_size)
-    wanted = placed(abstract, state_shardings(mesh, abstract))
-    params = checkpoint.load_params(path, wanted)
+    params = jax.tree_util.tree_map_with_path(
+        lambda path, to: jax.device_put(arrays[models.leaf_name(path)], to),
+        state_shardings(mesh, abstract),
+    )
     values = evaluate(config, make_eval_step(config, graphdef), params, mesh)
-    metrics.say(metrics.eval_line(int(path.name), values))
+    metrics.say(metrics.eval_line(start.label, values))
     return values
 
 
@@ -104,7 +111,7 @@ def nearest_neighbours(
     Returns:
       knn/top1 and knn/top5, fractions, and knn/count.
     """
-    start = pretrained.find(config.init_from)
+    start = pretrained.find_for(config, config.init_from)
     model = nnx.eval_shape(lambda: tasks.build_model(config))
     graphdef, abstract = models.split(model)
     mesh = make_mesh(config.mesh, config.batch_size)

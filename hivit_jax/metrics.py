@@ -131,7 +131,7 @@ def step_line(step: int, total: int, values: Scalars) -> str:
     )
 
 
-def eval_line(step: int, values: Scalars) -> str:
+def eval_line(what: str, values: Scalars) -> str:
     """``step 120  eval  loss 0.54  top1 87.50 %  (360 images)``."""
     parts = [f"loss {values['eval/loss']:.4f}"]
     for name in ("top1", "top5"):
@@ -140,7 +140,7 @@ def eval_line(step: int, values: Scalars) -> str:
     images = f"{values['eval/count']:,} images"
     if values["eval/unreadable"]:
         images += f", {values['eval/unreadable']:,} unreadable"
-    return f"step {step}  eval  {'  '.join(parts)}  ({images})"
+    return f"{what}  eval  {'  '.join(parts)}  ({images})"
 
 
 def results(workdir: Path, step: int) -> dict[str, float]:
@@ -167,7 +167,8 @@ def best_line(workdir: Path, steps: Collection[int]) -> str:
         return "no checkpoint of an evaluated step is kept"
     best = max(lines, key=lambda line: (score(line), line["step"]))
     where = workdir / "checkpoints" / str(best["step"])
-    return f"best checkpoint  {eval_line(best['step'], best)}  {where}"
+    line = eval_line(f"step {best['step']}", best)
+    return f"best checkpoint  {line}  {where}"
 
 
 def duration(seconds: float) -> str:

@@ -23,6 +23,7 @@ from hivit_jax.models import (
     positions,
     split,
 )
+from hivit_jax.models.hivit import HiViT
 from hivit_jax.sharing import CONFIG, WEIGHTS, download
 from hivit_jax.weights import dropped_by_rule, from_official, infer, official_names
 
@@ -40,6 +41,7 @@ class Pretrained(NamedTuple):
     """A model on disk.
 
     path: where it was found.
+    label: what to call it: the step of a run, else the path.
     arguments: `create_model(**arguments)` is the model that it is.
     params: numpy float32 arrays by name, as `models.named_leaves`.
     notes: what a reader should know: the format, what had to be guessed.
@@ -49,6 +51,7 @@ class Pretrained(NamedTuple):
     """
 
     path: str
+    label: str
     arguments: dict[str, Any]
     params: dict[str, np.ndarray]
     notes: list[str]
@@ -73,14 +76,18 @@ def find(path: str | Path, *, averaged: bool = True, **overrides: Any) -> Pretra
       CheckpointError: nothing there, a damaged or unsafe file, another network.
     """
     path = download(path) if str(path).startswith("hf://") else Path(path).absolute()
-    if path.is_dir() and not (path / WEIGHTS).is_file():
+    file = path.is_file() or path.suffix in weight_files.SUFFIXES
+    if not file and not (path / WEIGHTS).is_file():
         step = checkpoint.find(path)
         config = checkpoint.load_config(step)
         arguments = {k: v for k, v in config["model"].items() if v is not None}
         params, item = checkpoint.load_arrays(step, averaged)
         notes = [f"checkpoint of hivit_jax, {item}"]
         results = metrics.results(step.parent.parent, int(step.name))
-        return Pretrained(str(step), arguments, params, notes, [], config, results)
+        label = f"step {step.name}"
+        return Pretrained(
+            str(step), label, arguments, params, notes, [], config, results
+        )
     if path.is_dir():
         path = path / WEIGHTS
     file = weight_files.read(path, averaged)
@@ -106,8 +113,15 @@ def find(path: str | Path, *, averaged: bool = True, **overrides: Any) -> Pretra
     model = abstract_model(arguments)
     params = named_leaves(from_official(file.state, model, partly=True))
     unused = dropped_by_rule(official_names(file.state), model)
-    recipe, results = about.get("recipe", {}), about.get("results", {})
-    return Pretrained(str(path), arguments, params, notes, unused, recipe, results)
+    facts = about.get("recipe", {}), about.get("results", {})
+    return Pretrained(str(path), str(path), arguments, params, notes, unused, *facts)
+
+
+def find_for(config: Any, path: str | Path) -> Pretrained:
+    """`find`, with what a recipe's model tells of its heads."""
+    model = config.model
+    heads = {key: model.get(key) for key in ("num_heads", "decoder_num_heads")}
+    return find(path, **{key: value for key, value in heads.items() if value})
 
 
 def abstract_model(arguments: dict[str, Any]) -> Model:
@@ -140,6 +154,9 @@ def fit(
             f"{pretrained.path} has no {fates['missing'][0]}; with "
             f"{len(fates['missing'])} arrays left to chance this would be no start"
         )
+    source = abstract_model(pretrained.arguments).encoder.patch_embed.norm.epsilon
+    if source != (here := model.encoder.patch_embed.norm.epsilon):
+        say(f"note: layer_norm_eps is {source:g} in {pretrained.path}, {here:g} here")
     if any(fates[fate] for fate in fates if fate != "used"):
         say(f"{pretrained.path}:\n{fates_table(fates)}")
     return arrays
@@ -199,9 +216,9 @@ def _resized(name: str, array: np.ndarray, source: Model, model: Model) -> np.nd
         return positions.resize_grid_table(array, old.grid, new.grid)
     if name.endswith("relative_position_bias_table"):
         block = int(name.split("/")[3])
-        grids = [encoder.stages[-1][block].attn.grid for encoder in (old, new)]
-        if grids[0] != grids[1]:
-            return positions.resize_relative_table(array, *grids)
+        spans = [_span(encoder, block) for encoder in (old, new)]
+        if spans[0] != spans[1]:
+            return positions.resize_relative_table(array, *spans)
     if name.startswith("encoder/patch_embed/proj/kernel"):
         cells = [each.patch_size // each.inner_patches for each in (old, new)]
         if cells[0] != cells[1]:
@@ -209,6 +226,12 @@ def _resized(name: str, array: np.ndarray, source: Model, model: Model) -> np.nd
         if old.in_channels != new.in_channels:
             array = positions.resize_channels(array, old.in_channels, new.in_channels)
     return array
+
+
+def _span(encoder: HiViT, block: int) -> positions.Grid:
+    """Units that the relative positions of a main-stage block span."""
+    windows = encoder.stages[-1][block].attn.windows
+    return encoder.grid if windows is None else windows.size
 
 
 def fates_table(fates: dict[str, list[str]]) -> str:

@@ -11,7 +11,7 @@ import hivit_jax
 from hivit_jax import weight_files
 from hivit_jax.errors import CheckpointError
 from hivit_jax.models import Model, split
-from hivit_jax.weights import to_official
+from hivit_jax.weights import to_state_dict
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 
@@ -39,7 +39,7 @@ def save_pretrained(
         "results": dict(results or {}),
         "hivit_jax": hivit_jax.__version__,
     }
-    state = to_official(split(model)[1], model)
+    state = to_state_dict(split(model)[1], model)
     weight_files.write(directory / WEIGHTS, state, about)
     (directory / CONFIG).write_text(json.dumps(about, indent=2) + "\n")
     (directory / CARD).write_text(_card(model, about))

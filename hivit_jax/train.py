@@ -89,7 +89,7 @@ def train(
             state, step = skip_steps(state, skipped), step + skipped
             say(f"official_quirks: an epoch is left out, to step {step:,}")
     else:
-        start = pretrained.find(config.init_from) if config.init_from else None
+        start = config.init_from and pretrained.find_for(config, config.init_from)
         state = jax.jit(init, out_shardings=shardings)()
         if start:
             state["params"] = pretrained.start_from(
@@ -111,7 +111,7 @@ def train(
         params = state.get("ema", state["params"])
         values = evaluate.evaluate(config, eval_step, params, mesh)
         panels = reconstruct(params) if reconstruct else None
-        say(metrics.eval_line(step, values))
+        say(metrics.eval_line(f"step {step}", values))
         if writer:
             writer.scalars(step, values)
             writer.images(step, figures.draw_run(workdir, step, panels))

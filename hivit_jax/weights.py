@@ -113,7 +113,9 @@ def dropped_by_rule(names: Iterable[str], model: Model) -> list[str]:
     """
     single = isinstance(model, MaskedAutoencoder) and not model.multi_scale
     unused = ("norm.weight", "norm.bias") if single else ()
-    return [n for n in names if n.endswith(INDEX) or n in unused or "neck." in n[:5]]
+    return [
+        n for n in names if n.endswith(INDEX) or n in unused or n.startswith("neck.")
+    ]
 
 
 def from_official(
@@ -164,11 +166,21 @@ def from_official(
     return params
 
 
-def to_official(
+def to_official(params: Mapping, model: Model) -> dict[str, np.ndarray]:
+    """Nested parameters of `model` -> numpy arrays by their official PyTorch names."""
+    state = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        entry = _entry(leaf_name(path), leaf.shape, model)
+        state[entry.name] = entry.to_official(np.asarray(leaf))
+    return state
+
+
+def to_state_dict(
     params: Mapping, model: Model, form: str = "official"
 ) -> dict[str, np.ndarray]:
     """Nested parameters of `model` -> everything that another program's model of this
-    configuration holds, as numpy arrays by its PyTorch names.
+    configuration holds, as numpy arrays by its PyTorch names. (Those programs have no
+    windows; then the relative position index is left out.)
 
     Args:
       form: one of `FORMATS`.
@@ -181,11 +193,7 @@ def to_official(
             "MMPretrain's classifier has no norm between pooling and head; expected a "
             "model with fc_norm=False"
         )
-    state = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        entry = _entry(leaf_name(path), leaf.shape, model)
-        state[entry.name] = entry.to_official(np.asarray(leaf))
-    encoder = model.encoder
+    state, encoder = to_official(params, model), model.encoder
     if isinstance(model, MaskedAutoencoder):
         if form == "mmpretrain":  # the encoder alone; see `dropped_by_rule`
             names = ("absolute_pos_embed", "patch_embed.", "blocks.")
@@ -194,7 +202,7 @@ def to_official(
             state["norm.weight"] = np.ones(encoder.embed_dim, np.float32)
             state["norm.bias"] = np.zeros(encoder.embed_dim, np.float32)
     tables = [name for name in state if name.endswith("_bias_table")]
-    if tables:
+    if tables and not encoder.window_size:
         units = np.arange(encoder.grid[0] * encoder.grid[1])
         index = np.asarray(relative_position_index(units, encoder.grid), np.int64)
         if form != "supervised":

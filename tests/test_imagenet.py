@@ -112,6 +112,6 @@ def test_pretrain_kill_resume_finetune_evaluate(data, environment, tmp_path):
     assert (found["step"], found["eval/count"], found["eval/unreadable"]) == (4, VAL, 0)
     assert found["eval/top1"] * VAL == pytest.approx(round(found["eval/top1"] * VAL))
     out = run(tmp_path / "finetuned", *finetuning, "--mode=eval")
-    assert out.splitlines()[-1] == metrics.eval_line(4, found)
+    assert out.splitlines()[-1] == metrics.eval_line("step 4", found)
     config = json.loads((tmp_path / "finetuned/config.json").read_text())
     assert config["data"]["name"] == data["data__name"]

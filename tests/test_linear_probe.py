@@ -8,12 +8,12 @@ import recipes
 from flax import nnx
 from numpy.testing import assert_allclose
 
-from hivit_jax.checkpoint import find, load_pretrained_params
 from hivit_jax.data import pipeline
 from hivit_jax.errors import ConfigError
 from hivit_jax.evaluate import nearest_neighbours
 from hivit_jax.models import leaf_name, split
 from hivit_jax.optimizer import make_optimizer
+from hivit_jax.pretrained import find, start_from
 from hivit_jax.tasks import build_model, images_of
 from hivit_jax.train import train
 
@@ -133,8 +133,9 @@ def test_nearest_neighbours(pretrained, capsys):
     found = nearest_neighbours(config, neighbours=5)
     assert found["knn/count"] == 64
 
-    graphdef, params = split(build_model(config))
-    params = load_pretrained_params(find(pretrained), "linear_probe", params)
+    built = build_model(config)
+    graphdef, params = split(built)
+    params = start_from(find(pretrained), "linear_probe", built, params)
     model = nnx.merge(graphdef, params)
 
     def encoded(split, count):

@@ -161,15 +161,15 @@ def test_step_line():
 
 def test_eval_line():
     values = {"eval/loss": 0.54, "eval/count": 50_000, "eval/unreadable": 0}
-    assert metrics.eval_line(120, values) == (
+    assert metrics.eval_line("step 120", values) == (
         "step 120  eval  loss 0.5400  (50,000 images)"
     )
     values |= {"eval/top1": 0.875, "eval/top5": 0.99999, "eval/count": 360}
-    assert metrics.eval_line(120, values) == (
+    assert metrics.eval_line("step 120", values) == (
         "step 120  eval  loss 0.5400  top1 87.50 %  top5 100.00 %  (360 images)"
     )
     values["eval/unreadable"] = 2
-    assert metrics.eval_line(120, values).endswith("(360 images, 2 unreadable)")
+    assert metrics.eval_line("step 120", values).endswith("(360 images, 2 unreadable)")
 
 
 def test_best_of_the_checkpoints_that_are_kept(tmp_path):

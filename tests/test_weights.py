@@ -10,14 +10,14 @@ import reference
 from networks import abstract
 from numpy.testing import assert_array_equal
 
-from hivit_jax.checkpoint import loading_fates
-from hivit_jax.errors import CheckpointError
+from hivit_jax.errors import CheckpointError, ConfigError
 from hivit_jax.models import (
     leaf_name,
     named_leaves,
     split,
 )
-from hivit_jax.weights import from_official, to_official
+from hivit_jax.pretrained import Pretrained, compare, fit
+from hivit_jax.weights import from_official, to_official, to_state_dict
 
 # Official state dicts
 
@@ -39,6 +39,13 @@ def fixture_model(fixture):
     return abstract(name, **overrides)
 
 
+def form_of(fixture):
+    """Whose names a fixture has."""
+    if fixture == "mmpretrain_tiny":
+        return "mmpretrain"
+    return "supervised" if fixture in reference.SUPERVISED else "official"
+
+
 @pytest.mark.parametrize("fixture", FIXTURES)
 def test_official_state_dict_and_back(fixture):
     """Names and bytes; every number of the state dict is another one."""
@@ -53,21 +60,18 @@ def test_official_state_dict_and_back(fixture):
     ours = from_official(state, model)
     for path, leaf in jax.tree_util.tree_leaves_with_path(split(model)[1]):
         assert named_leaves(ours)[leaf_name(path)].shape == leaf.shape
-    back = to_official(ours, model)
-    if fixture == "mmpretrain_tiny":
-        names = {
-            "backbone.pos_embed": "absolute_pos_embed",
-            "head.fc.weight": "head.weight",
-            "head.fc.bias": "head.bias",
-        }
-        state = {names.get(k, k.removeprefix("backbone.")): v for k, v in state.items()}
+    back = to_state_dict(ours, model, form_of(fixture))
+    assert {name: list(array.shape) for name, array in back.items()} == shapes
     if "nohifeat" in fixture:  # stored there, never applied
         del state["norm.weight"], state["norm.bias"]
-    assert back.keys() == state.keys()
     for name, array in state.items():
-        assert back[name].shape == array.shape, name
         assert back[name].dtype == np.float32
         assert back[name].tobytes() == array.tobytes(), name
+    side = fixture_model(fixture).encoder.grid[0]
+    index = np.load(reference.GOLDEN / "relative_position_index.npz")
+    for name in back.keys() - state.keys() - {"norm.weight", "norm.bias"}:
+        assert back[name].dtype == np.int64
+        assert_array_equal(back[name], index[f"grid{side}"])
 
 
 @pytest.fixture
@@ -121,14 +125,18 @@ def test_wrongly_shaped_entry(mae_state, name, shape, here):
 def test_what_finetuning_takes_of_pretraining():
     """The same arrays as the official loader, under the official names."""
     facts = json.loads((reference.GOLDEN / "finetune_loading.json").read_text())
-    ours, official = {}, {}
-    for name in ("mae_hivit_base", "hivit_base"):
-        model = abstract(name, relative_position=name == "hivit_base")
-        params = split(model)[1]
-        ours[name] = list(named_leaves(params))
-        zeros = jax.tree.map(lambda x: np.broadcast_to(np.zeros(1), x.shape), params)
-        official |= dict(zip(ours[name], to_official(zeros, model), strict=True))
-    fates = loading_fates(ours["mae_hivit_base"], ours["hivit_base"])
+    official, params = {}, {}
+    for name in ("hivit_base", "mae_hivit_base"):
+        model = abstract(name)
+        zeros = jax.tree.map(
+            lambda x: np.broadcast_to(np.float32(0), x.shape), split(model)[1]
+        )
+        params = named_leaves(zeros)
+        official |= dict(zip(params, to_official(zeros, model), strict=True))
+    arguments = {"name": "mae_hivit_base"}
+    start = Pretrained("there", "there", arguments, params, [], [], {}, {})
+    model = abstract("hivit_base")
+    _, fates = compare(start, model)
     fates = {fate: {official[name] for name in names} for fate, names in fates.items()}
     assert fates["used"] == set(facts["loaded"])
     assert fates["dropped"] == set(facts["unexpected_dropped"])
@@ -140,8 +148,13 @@ def test_what_finetuning_takes_of_pretraining():
         "head.weight",
         "head.bias",
     }
-    assert not fates["missing"]
-    stored = [name for name in ours["mae_hivit_base"] if "stages/2/7/" not in name]
-    missing = loading_fates(stored, ours["hivit_base"])["missing"]
+    assert not fates["missing"] | fates["unlike"] | fates["resized"]
+    for name in [name for name in start.params if "stages/2/7/" in name]:
+        del start.params[name]
+    missing = compare(start, model)[1]["missing"]
     assert len(missing) > 5
     assert all(name.startswith("encoder/stages/2/7/") for name in missing)
+    with pytest.raises(
+        ConfigError, match=f"has no {missing[0]}; with {len(missing)} a"
+    ):
+        fit(start, model)

@@ -274,7 +274,7 @@ class HiViT(nnx.Module):
                 x = block(x, sample_keys=sample_keys)
             outputs.append(x)
             x = merge(x)  # a quarter of the rows, twice as wide
-        x = x.reshape(len(images), -1, self.embed_dim)  # [B, K, E]
+        x = x.reshape(images.shape[0], -1, self.embed_dim)  # [B, K, E]
         x = x + position.astype(self.dtype)
         return *outputs, x, positions.relative_position_index(ids, self.grid)
 

@@ -238,7 +238,7 @@ class PatchMerge(nnx.Module):
         )
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = x.reshape(len(x) // 4, -1)  # [T/4, 4C]
+        x = x.reshape(-1, 4 * x.shape[-1])  # [T/4, 4C]
         return self.reduction(self.norm(x))
 
 

@@ -71,7 +71,7 @@ def units_to_cells(units: jax.Array, patch_size: int, inner_patches: int) -> jax
     # `_merge_axes` counts row bits then column bits; here a pixel axis lies between.
     bit_axes = [a + 1 if a < levels else a + 2 for a in _merge_axes(levels)]
     x = x.transpose(0, *bit_axes, row_pixel, column_pixel, 2 * levels + 3)
-    return x.reshape(len(x) * inner_patches**2, -1)
+    return x.reshape(x.shape[0] * inner_patches**2, -1)
 
 
 def tokens_to_map(tokens: jax.Array, grid: Grid, inner: int) -> jax.Array:
@@ -88,7 +88,7 @@ def tokens_to_map(tokens: jax.Array, grid: Grid, inner: int) -> jax.Array:
     rows = [4 + 2 * i for i in range(levels)]
     columns = [3 + 2 * i for i in range(levels)]
     x = x.transpose(0, 1, *rows, 2, *columns, 3 + 2 * levels)
-    return x.reshape(len(x), grid[0] * inner, grid[1] * inner, -1)
+    return x.reshape(x.shape[0], grid[0] * inner, grid[1] * inner, -1)
 
 
 def merge_order(inner: int) -> np.ndarray:

@@ -1,0 +1,233 @@
+"""Exported models give the numbers of the live one, with jax alone or onnxruntime."""
+
+import json
+import sys
+
+import jax
+import numpy as np
+import pytest
+import recipes
+from networks import DEFAULTS, mini, pictures
+from numpy.testing import assert_allclose, assert_array_equal
+
+from hivit_jax import export
+from hivit_jax.checkpoint import Checkpoints
+from hivit_jax.errors import CheckpointError, ConfigError
+from hivit_jax.models import split
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick(tmp_path_factory):
+    with recipes.quick(tmp_path_factory.mktemp("cache")):
+        yield
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A small classifier as a file, and its logits for two images."""
+    path, model = tmp_path_factory.mktemp("exported") / "model", mini()
+    path.write_bytes(export.export(model))
+    return path, np.asarray(jax.jit(model)(pictures((2, 64, 64, 3))))
+
+
+@pytest.fixture(scope="module")
+def workdirs(tmp_path_factory):
+    """Workdirs of two runs in bfloat16, by the model's name."""
+    root = tmp_path_factory.mktemp("workdirs")
+    for name, arguments in DEFAULTS.items():
+        config = {"model": {"name": name, **arguments, "dtype": "bfloat16"}}
+        checkpoints = Checkpoints(root / name, keep=1)
+        state = {"params": split(mini(name))[1], "opt_state": {}, "step": np.int32(3)}
+        checkpoints.save(state, json.dumps(config))
+        checkpoints.close()
+    return root
+
+
+def outputs(model, what, images):
+    function = model if what == "classifier" else model.encoder.features
+    return jax.tree.leaves(jax.jit(function)(images))
+
+
+@pytest.mark.parametrize(
+    ("what", "dtype", "size"),
+    [
+        ("classifier", "float32", 64),
+        ("classifier", "bfloat16", (32, 64)),
+        ("features", "bfloat16", (32, 64)),
+    ],
+)
+def test_equal_in_any_batch(what, dtype, size, tmp_path):
+    model = mini(dtype=dtype, image_size=size)
+    (tmp_path / "model").write_bytes(export.export(model, what))
+    run = export.load_exported(tmp_path / "model")
+    for batch in (1, 3):
+        images = pictures((batch, *model.encoder.image_size, 3))
+        found, expected = run(images), outputs(model, what, images)
+        assert isinstance(found, tuple) == (what == "features")
+        recipes.assert_identical(jax.tree.leaves(found), expected)
+
+
+def test_parameters_are_stored_once(exported):
+    size = 4 * mini().parameter_count()
+    assert size < exported[0].stat().st_size < size + 2**16
+
+
+def test_runs_with_jax_alone(exported, tmp_path):
+    absent = ("hivit_jax", "flax", "orbax", "optax", "ml_collections")
+    program = recipes.not_installed(tmp_path / "bare", *absent) / "serve.py"
+    program.write_text(
+        "import sys, jax, numpy as np\n"
+        "path, images, logits = sys.argv[1:]\n"
+        "with open(path, 'rb') as file:\n"
+        "    model = jax.export.deserialize(bytearray(file.read()))\n"
+        "np.save(logits, jax.jit(model.call)(np.load(images)))\n"
+    )
+    np.save(tmp_path / "images.npy", pictures((2, 64, 64, 3)))
+    path, expected = exported
+    code, _, err = recipes.run(
+        program, path, tmp_path / "images.npy", tmp_path / "logits.npy"
+    )
+    assert code == 0, err
+    assert_array_equal(np.load(tmp_path / "logits.npy"), expected)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "message"),
+    [
+        (
+            (2, 32, 32, 3),
+            "float32",
+            r"expected \(b, 64, 64, 3\) and .* \(2, 32, 32, 3\)",
+        ),
+        ((64, 64, 3), "float32", r"expected \(b, 64, 64, 3\) and .* \(64, 64, 3\)"),
+        ((2, 64, 64, 3), "uint8", "expected float32 and called with uint8"),
+    ],
+)
+def test_other_images(exported, shape, dtype, message):
+    with pytest.raises(ValueError, match=message):
+        export.load_exported(exported[0])(np.zeros(shape, dtype))
+
+
+def test_other_platform(tmp_path):
+    (tmp_path / "model").write_bytes(export.export(mini(), platforms=["tpu"]))
+    with pytest.raises(
+        ValueError, match="exported for platforms .*tpu.* used on .*cpu"
+    ):
+        export.load_exported(tmp_path / "model")(pictures((1, 64, 64, 3)))
+
+
+@pytest.mark.parametrize("content", ["half", b"", b"PK\3\4 and so on", bytes(1000)])
+def test_damaged_or_foreign_file(exported, content, tmp_path):
+    if content == "half":
+        content = exported[0].read_bytes()[: exported[0].stat().st_size // 2]
+    (tmp_path / "model").write_bytes(content)
+    with pytest.raises(CheckpointError, match="model is not an exported model, or not"):
+        export.load_exported(tmp_path / "model")
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(CheckpointError, match="model: No such file"):
+        export.load_exported(tmp_path / "model")
+
+
+@pytest.mark.parametrize("package", ["flatbuffers", "jax2onnx"])
+def test_missing_package(package, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    function = export.export if package == "flatbuffers" else export.export_onnx
+    with pytest.raises(ConfigError, match=rf"{package} is not .* 'hivit-jax\["):
+        function(mini())
+
+
+# The command
+
+
+def test_command(workdirs, tmp_path, capsys):
+    checkpoint, out = workdirs / "mae_hivit_base", tmp_path / "model"
+    flags = [f"--checkpoint={checkpoint}", f"--out={out}", "--what=features"]
+    assert export.main(flags) == 0
+    types, written = capsys.readouterr().out.splitlines()
+    assert types == (
+        "features: float32[b, 64, 64, 3] -> bfloat16[b, 16, 16, 16], "
+        "bfloat16[b, 8, 8, 32], bfloat16[b, 4, 4, 64]"
+    )
+    assert written == (
+        f"{out}: 0.6 MB, cpu, cuda, tpu; largest difference to the model 0.0e+00"
+    )
+    assert [file.name for file in tmp_path.iterdir()] == ["model"]
+
+
+def test_command_for_another_platform(workdirs, tmp_path, capsys):
+    flags = [f"--checkpoint={workdirs / 'hivit_base'}", f"--out={tmp_path / 'model'}"]
+    assert export.main([*flags, "--platforms=cuda,tpu"]) == 0
+    types, written = capsys.readouterr().out.splitlines()
+    assert types == "classifier: float32[b, 64, 64, 3] -> float32[b, 10]"
+    assert written.endswith("MB, cuda, tpu; not compared, it does not run here")
+
+
+@pytest.mark.parametrize(
+    ("name", "out", "flags", "code", "message"),
+    [
+        ("mae_hivit_base", "m", [], 2, "a masked autoencoder has no classifier"),
+        ("hivit_base", "m", ["--platforms=gpu"], 2, "unknown platform 'gpu'"),
+        ("hivit_base", "m", ["--what=logits"], 2, "invalid choice: 'logits'"),
+        ("hivit_base", "m.onnx", ["--platforms=cpu"], 2, "an ONNX file has none"),
+        ("hivit_base", "absent/m", ["--platforms=tpu"], 2, "No such file or directory"),
+        ("absent", "m", [], 5, "no checkpoint in"),
+    ],
+)
+def test_command_that_cannot_work(
+    name, out, flags, code, message, workdirs, tmp_path, capsys
+):
+    paths = [f"--checkpoint={workdirs / name}", f"--out={tmp_path / out}"]
+    assert export.main([*paths, *flags]) == code
+    err = capsys.readouterr().err
+    assert message in err
+    assert len(err.splitlines()) <= 3
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_numbers_are_not_written(
+    workdirs, exported, tmp_path, monkeypatch, capsys
+):
+    other = export.export(mini(dtype="bfloat16", layer_norm_eps=1.0))
+    monkeypatch.setattr(export, "export", lambda *_: other)
+    (tmp_path / "model").write_text("before")
+    flags = [f"--checkpoint={workdirs / 'hivit_base'}", f"--out={tmp_path / 'model'}"]
+    assert export.main(flags) == 1
+    assert (
+        "the exported classifier differs from the model by" in capsys.readouterr().err
+    )
+    assert [file.read_text() for file in tmp_path.iterdir()] == ["before"]
+
+
+# ONNX
+
+
+def test_onnx_is_float32():
+    with pytest.raises(ConfigError, match="dtype=bfloat16; expected float32"):
+        export.export_onnx(mini(dtype="bfloat16"))
+
+
+@pytest.mark.parametrize("what", export.WHAT)
+def test_onnx(what, tmp_path):
+    pytest.importorskip("jax2onnx")
+    model, path = mini(image_size=(32, 64)), tmp_path / "model.onnx"
+    path.write_bytes(export.export_onnx(model, what))
+    run = export.load_exported(path)
+    for batch in (1, 3):
+        images = pictures((batch, 32, 64, 3))
+        found = jax.tree.leaves(run(images))
+        for x, y in zip(found, outputs(model, what, images), strict=True):
+            assert_allclose(x, y, rtol=0, atol=2e-5)
+
+
+def test_onnx_command(workdirs, tmp_path, capsys):
+    pytest.importorskip("jax2onnx")
+    path = tmp_path / "model.onnx"
+    assert (
+        export.main([f"--checkpoint={workdirs / 'hivit_base'}", f"--out={path}"]) == 0
+    )
+    assert "0.6 MB, ONNX; largest difference to the model " in capsys.readouterr().out
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(CheckpointError, match="not an exported model"):
+        export.load_exported(path)

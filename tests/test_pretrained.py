@@ -1,0 +1,421 @@
+"""Pretrained models of every format: what is read, fitted, written and refused."""
+
+import json
+import sys
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import recipes
+import reference
+import state_files
+from networks import abstract, fast_jit, mini, pictures
+from numpy.testing import assert_allclose, assert_array_equal
+
+import hivit_jax
+from hivit_jax import convert, weight_files
+from hivit_jax.errors import CheckpointError, ConfigError
+from hivit_jax.evaluate import evaluate_checkpoint
+from hivit_jax.models import named_leaves, positions, split
+from hivit_jax.models.mae import MaskedAutoencoder
+from hivit_jax.pretrained import find
+from hivit_jax.train import train
+from hivit_jax.weights import from_official, infer
+
+KINDS = state_files.kinds()
+
+
+def arrays_of(model):
+    """Parameters by name."""
+    return jax.device_get(named_leaves(split(model)[1]))
+
+
+def safetensors(path, state, about=()):
+    """A file of a state dict, as other programs write it."""
+    from safetensors.numpy import save_file
+
+    state = {name: np.array(array, order="C") for name, array in state.items()}
+    save_file(state, path, dict(about))
+    return path
+
+
+def official(name="mae_hivit_base", **overrides):
+    return state_files.drawn(name, **overrides)[1]
+
+
+# --- Formats -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_committed_pytorch_files(kind):
+    """Written by PyTorch from the numbers of the recipe."""
+    pytest.importorskip("torch")
+    model, content = KINDS[kind]
+    hints = state_files.HINTS if kind == "official_mae" else {}
+    loaded = hivit_jax.load_pretrained(reference.GOLDEN / f"{kind}.pth", **hints)
+    state = content.get("model_ema") or content.get("model") or content["state_dict"]
+    expected = named_leaves(from_official(state, model))
+    recipes.assert_identical(arrays_of(loaded), expected)
+    assert json.loads(loaded.arguments)["num_heads"] == 1
+    norm = loaded.encoder.patch_embed.norm.epsilon
+    assert norm == (1e-5 if kind == "mmpretrain" else 1e-6)
+    if "model_ema" in content:
+        plain = hivit_jax.load_pretrained(
+            reference.GOLDEN / f"{kind}.pth", averaged=False
+        )
+        expected = named_leaves(from_official(content["model"], model))
+        recipes.assert_identical(arrays_of(plain), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_same_state_dicts_as_safetensors(kind, tmp_path):
+    model, content = KINDS[kind]
+    state = content.get("model") or content["state_dict"]
+    path = safetensors(tmp_path / "x.safetensors", state)
+    hints = state_files.HINTS if kind == "official_mae" else {}
+    loaded = hivit_jax.load_pretrained(path, **hints)
+    recipes.assert_identical(
+        arrays_of(loaded), named_leaves(from_official(state, model))
+    )
+
+
+@pytest.mark.parametrize(
+    "fixture", ["mae_mini", "mae_mini_nohifeat_rpe", "features_mini_rpe"]
+)
+def test_golden_outputs_from_a_file(fixture, tmp_path):
+    """Names and shapes tell enough of an official file to give official outputs."""
+    path = safetensors(tmp_path / "x.safetensors", reference.state_dict(fixture))
+    hints = {} if fixture == "features_mini_rpe" else dict(decoder_num_heads=2)
+    model = hivit_jax.load_pretrained(path, num_heads=2, **hints)
+    images = jnp.asarray(reference.images("mini64", 3, 64))
+    arrays = reference.golden(fixture)
+    if isinstance(model, MaskedAutoencoder):
+        noise = jnp.asarray(reference.noise("mini64", 3, 16))
+        out = model(images, noise=noise)
+        assert_allclose(out.loss, arrays["loss"], atol=2e-6)
+        assert_allclose(out.pred, arrays["pred"], atol=2e-5)
+    else:
+        ids_keep = jnp.asarray(arrays["ids_keep"])
+        feat = model.encoder(images, ids_keep=ids_keep)[-1]
+        assert_allclose(feat, arrays["feat"], atol=2e-5)
+
+
+@pytest.mark.parametrize("form", ["official", "supervised", "mmpretrain"])
+@pytest.mark.parametrize("suffix", ["safetensors", "pth"])
+def test_there_and_back(form, suffix, tmp_path):
+    """Byte for byte: a file, our directory, the file's format again."""
+    if suffix == "pth":
+        pytest.importorskip("torch")
+    kind = "mmpretrain" if form == "mmpretrain" else "official_finetuned"
+    state = KINDS[kind][1].get("model") or KINDS[kind][1]["state_dict"]
+    first = safetensors(tmp_path / "first.safetensors", state)
+    directory, last = tmp_path / "directory", tmp_path / f"last.{suffix}"
+    assert convert.main([str(first), str(directory)]) == 0
+    assert convert.main([str(directory), str(last), "--format", form]) == 0
+    back = weight_files.read(last).state
+    for name, array in state.items():
+        if not name.endswith("relative_position_index"):
+            assert back[name].tobytes() == array.tobytes(), name
+    extra = {name.rsplit(".")[-1] for name in back.keys() - state.keys()}
+    assert extra <= {"relative_position_index"}
+    recipes.assert_identical(
+        arrays_of(hivit_jax.load_pretrained(last)),
+        arrays_of(hivit_jax.load_pretrained(first)),
+    )
+
+
+def test_official_program_finds_every_entry(tmp_path):
+    """A strict load_state_dict of the official mini classifier would succeed."""
+    model, _ = reference.build_fixture("features_mini_rpe")
+    hivit_jax.save_pretrained(model, tmp_path / "d")
+    convert.convert(tmp_path / "d", tmp_path / "x.safetensors")
+    written = weight_files.read(tmp_path / "x.safetensors").state
+    expected = reference.FIXTURES["features_mini_rpe"]["state_dict"]
+    assert {n: list(a.shape) for n, a in written.items()} == expected
+
+
+@pytest.mark.parametrize("name", ["hivit_base", "mae_hivit_base"])
+def test_save_pretrained(name, tmp_path):
+    """The same model again, from a directory, with what its arguments say."""
+    overrides = dict(drop_path_rate=0.1) if name == "hivit_base" else {}
+    model = mini(name, dtype="bfloat16", image_size=(64, 32), **overrides)
+    hivit_jax.save_pretrained(model, tmp_path, {"task": "x"}, {"eval/top1": 0.5})
+    loaded = hivit_jax.load_pretrained(tmp_path)
+    recipes.assert_identical(arrays_of(loaded), arrays_of(model))
+    assert split(loaded)[0] == split(model)[0]  # structure: every setting
+    card = (tmp_path / "README.md").read_text()
+    for text in (f"# {name}", "0.1", "eval/top1: 0.5", '"task": "x"', "64x32"):
+        assert text in card
+    about = json.loads((tmp_path / "config.json").read_text())
+    assert about["arguments"]["image_size"] == [64, 32]
+
+
+def test_a_run_to_a_directory_and_on(tmp_path, capsys):
+    """The card has recipe and results; training and evaluation start from it."""
+    with recipes.quick(tmp_path / "cache"):
+        run, shared = tmp_path / "run", tmp_path / "shared"
+        results = train(recipes.classifier(total_steps=1), run)
+        convert.convert(run, shared)
+        card = (shared / "README.md").read_text()
+        assert f"eval/loss: {results['eval/loss']}" in card
+        assert '"label_smoothing": 0.1' in card
+        config = recipes.classifier(checkpoint=str(shared))
+        assert evaluate_checkpoint(config, tmp_path / "none") == results
+        # More classes and larger images: a new head, and resized tables.
+        config = recipes.classifier(
+            init_from=str(shared),
+            total_steps=1,
+            model__num_classes=12,
+            model__image_size=96,
+        )
+        capsys.readouterr()
+        train(config, tmp_path / "other")
+        out = capsys.readouterr().out
+        assert "resized" in out
+        assert "new         2  head 2" in out
+        config.checkpoint = str(shared)
+        with pytest.raises(ConfigError, match="has no head/kernel that fits"):
+            evaluate_checkpoint(config, tmp_path / "none")
+
+
+def test_continued_pretraining_of_an_official_file(tmp_path):
+    """With its decoder; the first loss is that of the official weights."""
+    state = reference.state_dict("mae_mini")
+    path = safetensors(tmp_path / "x.safetensors", state)
+    config = recipes.mae(
+        init_from=str(path), total_steps=1, optimizer__base_learning_rate=0.0
+    )
+    with recipes.quick(tmp_path / "cache"):
+        train(config, tmp_path / "run")
+    model, _ = reference.build_fixture("mae_mini")
+    stored = recipes.stored(tmp_path / "run", 1)["params"]
+    recipes.assert_identical(stored, arrays_of(model))
+
+
+# --- Another size, other channels, another task --------------------------------------
+
+
+@pytest.mark.parametrize("size", [64, 96, (32, 128), (64, 96)])
+def test_another_image_size(size, tmp_path, capsys):
+    """Tables are resized from grid to grid; nothing else changes."""
+    model = mini("hivit_base")
+    hivit_jax.save_pretrained(model, tmp_path)
+    capsys.readouterr()
+    loaded = hivit_jax.load_pretrained(tmp_path, image_size=size)
+    old, new = arrays_of(model), arrays_of(loaded)
+    grid = loaded.encoder.grid
+    for name, array in new.items():
+        if grid != (4, 4) and name.endswith("absolute_pos_embed"):
+            expected = positions.resize_grid_table(old[name], (4, 4), grid)
+        elif grid != (4, 4) and name.endswith("bias_table"):
+            expected = positions.resize_relative_table(old[name], (4, 4), grid)
+        else:
+            expected = old[name]
+        assert_array_equal(array, expected, name)
+    assert ("resized" in capsys.readouterr().out) == (grid != (4, 4))
+    logits = loaded(pictures((2, *loaded.encoder.image_size, 3)))
+    assert np.isfinite(logits).all()
+
+
+def test_pretraining_goes_on_at_another_size(tmp_path):
+    hivit_jax.save_pretrained(mini("mae_hivit_base"), tmp_path)
+    loaded = hivit_jax.load_pretrained(tmp_path, image_size=(64, 128))
+    images, noise = pictures((2, 64, 128, 3)), jnp.asarray(reference.noise("x", 2, 32))
+    out = loaded(images, noise=noise)
+    assert out.pred.shape == (2, 32, 768)
+    assert np.isfinite(out.loss)
+
+
+def test_tables_of_windows_fit_any_larger_image(tmp_path):
+    model = mini("hivit_base")
+    hivit_jax.save_pretrained(model, tmp_path)
+    loaded = hivit_jax.load_pretrained(
+        tmp_path, image_size=128, window_size=4, global_blocks=(1,)
+    )
+    old, new = arrays_of(model), arrays_of(loaded)
+    name = "encoder/stages/2/{}/attn/relative_position_bias_table"
+    assert_array_equal(new[name.format(0)], old[name.format(0)])
+    assert new[name.format(1)].shape == (15 * 15, 2)
+
+
+@pytest.mark.parametrize(("old", "new"), [(3, 1), (3, 4), (1, 3), (2, 5)])
+def test_other_channels_of_a_grey_image(old, new, tmp_path):
+    """The same grey in every channel gives the same logits."""
+    model = mini("hivit_base", in_channels=old)
+    hivit_jax.save_pretrained(model, tmp_path)
+    loaded = hivit_jax.load_pretrained(tmp_path, in_channels=new)
+    grey = pictures((2, 64, 64, 1))
+    logits = [
+        fast_jit(lambda x, m=m: m(x))(jnp.repeat(grey, channels, -1))
+        for m, channels in ((model, old), (loaded, new))
+    ]
+    assert_allclose(logits[0], logits[1], atol=1e-5)
+
+
+def test_other_channels_of_pretraining_need_a_new_prediction(tmp_path):
+    hivit_jax.save_pretrained(mini("mae_hivit_base"), tmp_path)
+    loaded = hivit_jax.load_pretrained(tmp_path, in_channels=4)
+    kernel = arrays_of(loaded)["decoder_pred/kernel"]
+    assert kernel.shape == (32, 16 * 16 * 4)
+    assert kernel.std() == pytest.approx(0.02, rel=0.05)
+
+
+def test_classifier_of_a_pretrained_encoder(tmp_path, capsys):
+    model = mini("mae_hivit_base")
+    hivit_jax.save_pretrained(model, tmp_path)
+    loaded = hivit_jax.load_pretrained(tmp_path, name="hivit_base", num_classes=7)
+    old, new = arrays_of(model), arrays_of(loaded)
+    for name, array in new.items():
+        if name.endswith("relative_position_bias_table"):
+            assert not array.any()
+        elif name.startswith("encoder/"):
+            assert_array_equal(array, old[name])
+    assert new["head/kernel"].shape == (64, 7)
+    assert new["head/kernel"].std() == pytest.approx(2e-5, rel=0.15)
+    assert (new["fc_norm/scale"] == 1).all()
+    out = capsys.readouterr().out
+    for fate in ("used", "dropped", "zero", "new"):
+        assert f"  {fate} " in out
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (dict(embed_dim=32), "another model: encoder/absolute_pos_embed is"),
+        (dict(name="hivit_small"), "another model"),
+        (dict(depths=(1, 1, 3)), r"has no encoder/stages/2/2/.* left to chance"),
+        (dict(name="mae_hivit_base"), "has no decoder_"),
+        (dict(nmu_heads=2), "unknown override .*did you mean 'num_heads'"),
+    ],
+)
+def test_overrides_that_do_not_fit(overrides, message, tmp_path):
+    hivit_jax.save_pretrained(mini("hivit_base"), tmp_path)
+    with pytest.raises(ConfigError, match=message):
+        hivit_jax.load_pretrained(tmp_path, **overrides)
+
+
+# --- Which HiViT it is ---------------------------------------------------------------
+
+MMPRETRAIN = dict(fc_norm=False, layer_norm_eps=1e-5)
+NETWORKS = [
+    ("hivit_tiny", {}),
+    ("hivit_small", {}),
+    ("hivit_base", {}),
+    ("hivit_base", dict(relative_position=False)),
+    ("hivit_base", dict(image_size=384, in_channels=4, num_classes=21)),
+    ("hivit_base", dict(mlp_ratio=3.0, stem_mlp_ratio=4.0)),
+    ("hivit_base_24", MMPRETRAIN),
+    ("hivit_large", MMPRETRAIN),
+    ("mae_hivit_tiny", {}),
+    ("mae_hivit_base", {}),
+    ("mae_hivit_base", dict(decoder_depth=8)),
+    ("mae_hivit_base", dict(multi_scale=False)),
+    ("mae_hivit_base", dict(relative_position=True)),
+    ("mae_hivit_large", dict(image_size=448)),
+]
+
+
+@pytest.mark.parametrize(("name", "overrides"), NETWORKS)
+def test_names_and_shapes_tell_the_network(name, overrides):
+    model = abstract(name, **overrides)
+    state = state_files.zeros(model)
+    if overrides is MMPRETRAIN:
+        state = {
+            n.replace("head.", "head.fc.")
+            if n.startswith("head.")
+            else f"backbone.{n}": a
+            for n, a in state.items()
+        }
+    arguments, guessed = infer(state)
+    assert arguments["name"] == name
+    found = abstract(arguments.pop("name"), **arguments)
+    assert split(found)[0] == split(model)[0] or json.loads(found.arguments) != {}
+    shapes = [
+        {n: x.shape for n, x in named_leaves(split(m)[1]).items()}
+        for m in (found, model)
+    ]
+    assert shapes[0] == shapes[1]
+    for setting in ("grid", "patch_size", "inner_patches", "in_channels"):
+        assert getattr(found.encoder, setting) == getattr(model.encoder, setting)
+    assert (
+        found.encoder.patch_embed.norm.epsilon == model.encoder.patch_embed.norm.epsilon
+    )
+    tables = model.encoder.stages[-1][0].attn.relative_position_bias_table is not None
+    assert ("num_heads" in guessed) == (not tables)
+
+
+def test_a_model_of_its_own_size(tmp_path):
+    path = safetensors(tmp_path / "x.safetensors", official())
+    text = convert.inspect(path, **state_files.HINTS)
+    assert "mae_hivit_base, but of sizes of its own" in text
+    assert "depths [1, 1, 2]" in text
+    assert "averaged weights (EMA): none" in text
+    assert "used" in text
+
+
+def test_inspecting_runs_directories_and_files(tmp_path, capsys):
+    """What is there, what a classifier would take, and every array by name."""
+    pytest.importorskip("torch")
+    for kind, words in {
+        "official_mae": ["mae_hivit_base", "also holds optimizer, epoch, scaler, args"],
+        "official_finetuned": [
+            "hivit_base",
+            "model_ema",
+            "not needed: 1, relative_pos",
+        ],
+        "mmpretrain": ["hivit_base", "names of MMPretrain", "layer_norm_eps 1e-05"],
+    }.items():
+        path = str(reference.GOLDEN / f"{kind}.pth")
+        assert convert.main(["--inspect", path, "--set", "num_heads=1", "--names"]) == 0
+        out = capsys.readouterr().out
+        for word in [*words, "used     encoder/patch_embed/proj/kernel [48, 4]"]:
+            assert word in out
+    mae = str(reference.GOLDEN / "official_mae.pth")
+    flags = ["--set", "name=hivit_base", "--set", "image_size=64"]
+    assert convert.main(["--inspect", mae, *flags]) == 0
+    out = capsys.readouterr().out
+    assert "as hivit_base" in out
+    for fate in ("used", "resized", "dropped", "new"):
+        assert f"  {fate} " in out
+
+
+# --- The Hugging Face hub ------------------------------------------------------------
+
+
+def test_hub(tmp_path, monkeypatch):
+    """A directory or a file of a repository, of a revision."""
+    model, asked = mini("hivit_base"), []
+    hivit_jax.save_pretrained(model, tmp_path)
+    safetensors(tmp_path / "other.safetensors", official("hivit_base"))
+
+    def snapshot_download(name, revision, allow_patterns):
+        asked.append((name, revision, allow_patterns))
+        return str(tmp_path)
+
+    fake = SimpleNamespace(snapshot_download=snapshot_download)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", fake)
+    loaded = hivit_jax.load_pretrained("hf://group/hivit@v1")
+    recipes.assert_identical(arrays_of(loaded), arrays_of(model))
+    other = hivit_jax.load_pretrained("hf://group/hivit/other.safetensors")
+    assert other.encoder.embed_dim == 16
+    assert asked == [
+        ("group/hivit", "v1", ["model.safetensors", "config.json"]),
+        ("group/hivit", None, ["other.safetensors"]),
+    ]
+    with pytest.raises(CheckpointError, match=r"hf://group/hivit/x.pth has no x.pth"):
+        find("hf://group/hivit/x.pth")
+    with pytest.raises(CheckpointError, match="expected hf://ORGANISATION/NAME"):
+        find("hf://hivit")
+
+    def offline(*_, **__):
+        raise OSError("offline mode is on\nand more")
+
+    fake.snapshot_download = offline
+    message = r"hf://a/b cannot be had, and no local copy .*: offline mode is on$"
+    with pytest.raises(CheckpointError, match=message):
+        find("hf://a/b")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(CheckpointError, match="huggingface_hub is not installed"):
+        find("hf://a/b")
