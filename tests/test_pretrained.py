@@ -11,14 +11,20 @@ import pytest
 import recipes
 import reference
 import state_files
-from networks import abstract, fast_jit, mini, pictures
+from networks import abstract, compiled, mini, pictures
 from numpy.testing import assert_allclose, assert_array_equal
 
 import hivit_jax
 from hivit_jax import convert, weight_files
 from hivit_jax.errors import CheckpointError, ConfigError
 from hivit_jax.evaluate import evaluate_checkpoint
-from hivit_jax.models import named_leaves, positions, split
+from hivit_jax.models import (
+    kind_of,
+    named_leaves,
+    override_parameters,
+    positions,
+    split,
+)
 from hivit_jax.models.mae import MaskedAutoencoder
 from hivit_jax.pretrained import find
 from hivit_jax.train import train
@@ -39,6 +45,10 @@ def safetensors(path, state, about=()):
     state = {name: np.array(array, order="C") for name, array in state.items()}
     save_file(state, path, dict(about))
     return path
+
+
+def jsonable(value):
+    return json.loads(json.dumps(value))
 
 
 def official(name="mae_hivit_base", **overrides):
@@ -93,12 +103,13 @@ def test_golden_outputs_from_a_file(fixture, tmp_path):
     arrays = reference.golden(fixture)
     if isinstance(model, MaskedAutoencoder):
         noise = jnp.asarray(reference.noise("mini64", 3, 16))
-        out = model(images, noise=noise)
+        out = compiled(model, lambda m, *args: m(args[0], noise=args[1]))(images, noise)
         assert_allclose(out.loss, arrays["loss"], atol=2e-6)
         assert_allclose(out.pred, arrays["pred"], atol=2e-5)
     else:
         ids_keep = jnp.asarray(arrays["ids_keep"])
-        feat = model.encoder(images, ids_keep=ids_keep)[-1]
+        run = compiled(model, lambda m, *args: m.encoder(args[0], ids_keep=args[1])[-1])
+        feat = run(images, ids_keep)
         assert_allclose(feat, arrays["feat"], atol=2e-5)
 
 
@@ -163,20 +174,8 @@ def test_a_run_to_a_directory_and_on(tmp_path, capsys):
         assert '"label_smoothing": 0.1' in card
         config = recipes.classifier(checkpoint=str(shared))
         assert evaluate_checkpoint(config, tmp_path / "none") == results
-        # More classes and larger images: a new head, and resized tables.
-        config = recipes.classifier(
-            init_from=str(shared),
-            total_steps=1,
-            model__num_classes=12,
-            model__image_size=96,
-        )
-        capsys.readouterr()
-        train(config, tmp_path / "other")
-        out = capsys.readouterr().out
-        assert "resized" in out
-        assert "new         2  head 2" in out
-        config.checkpoint = str(shared)
-        with pytest.raises(ConfigError, match="has no head/kernel that fits"):
+        config.model.num_classes = 12
+        with pytest.raises(ConfigError, match="has no head/bias that fits"):
             evaluate_checkpoint(config, tmp_path / "none")
 
 
@@ -197,7 +196,7 @@ def test_continued_pretraining_of_an_official_file(tmp_path):
 # --- Another size, other channels, another task --------------------------------------
 
 
-@pytest.mark.parametrize("size", [64, 96, (32, 128), (64, 96)])
+@pytest.mark.parametrize("size", [64, (32, 128), (96, 96)])
 def test_another_image_size(size, tmp_path, capsys):
     """Tables are resized from grid to grid; nothing else changes."""
     model = mini("hivit_base")
@@ -215,15 +214,16 @@ def test_another_image_size(size, tmp_path, capsys):
             expected = old[name]
         assert_array_equal(array, expected, name)
     assert ("resized" in capsys.readouterr().out) == (grid != (4, 4))
-    logits = loaded(pictures((2, *loaded.encoder.image_size, 3)))
-    assert np.isfinite(logits).all()
+    if grid != (4, 4):
+        logits = compiled(loaded, lambda m, x: m(x))(pictures((2, *size, 3)))
+        assert np.isfinite(logits).all()
 
 
 def test_pretraining_goes_on_at_another_size(tmp_path):
     hivit_jax.save_pretrained(mini("mae_hivit_base"), tmp_path)
     loaded = hivit_jax.load_pretrained(tmp_path, image_size=(64, 128))
-    images, noise = pictures((2, 64, 128, 3)), jnp.asarray(reference.noise("x", 2, 32))
-    out = loaded(images, noise=noise)
+    run = compiled(loaded, lambda m, images, noise: m(images, noise=noise))
+    out = run(pictures((2, 64, 128, 3)), jnp.asarray(reference.noise("x", 2, 32)))
     assert out.pred.shape == (2, 32, 768)
     assert np.isfinite(out.loss)
 
@@ -248,8 +248,8 @@ def test_other_channels_of_a_grey_image(old, new, tmp_path):
     loaded = hivit_jax.load_pretrained(tmp_path, in_channels=new)
     grey = pictures((2, 64, 64, 1))
     logits = [
-        fast_jit(lambda x, m=m: m(x))(jnp.repeat(grey, channels, -1))
-        for m, channels in ((model, old), (loaded, new))
+        compiled(each, lambda m, x: m(x))(jnp.repeat(grey, channels, -1))
+        for each, channels in ((model, old), (loaded, new))
     ]
     assert_allclose(logits[0], logits[1], atol=1e-5)
 
@@ -329,19 +329,10 @@ def test_names_and_shapes_tell_the_network(name, overrides):
             for n, a in state.items()
         }
     arguments, guessed = infer(state)
-    assert arguments["name"] == name
-    found = abstract(arguments.pop("name"), **arguments)
-    assert split(found)[0] == split(model)[0] or json.loads(found.arguments) != {}
-    shapes = [
-        {n: x.shape for n, x in named_leaves(split(m)[1]).items()}
-        for m in (found, model)
-    ]
-    assert shapes[0] == shapes[1]
-    for setting in ("grid", "patch_size", "inner_patches", "in_channels"):
-        assert getattr(found.encoder, setting) == getattr(model.encoder, setting)
-    assert (
-        found.encoder.patch_embed.norm.epsilon == model.encoder.patch_embed.norm.epsilon
-    )
+    told, parameters = json.loads(model.arguments), override_parameters(kind_of(name))
+    for key, value in arguments.items():
+        value_there = told[key] if key in told else parameters[key].default
+        assert jsonable(value) == jsonable(value_there), key
     tables = model.encoder.stages[-1][0].attn.relative_position_bias_table is not None
     assert ("num_heads" in guessed) == (not tables)
 
