@@ -69,17 +69,14 @@ def shapes(function, *models):
 
 
 def attention_by_hand(attention, x, bias):
-    """Attention of one set of units [K, C] with bias [heads, K, K], in numpy.
-
-    Returns its probabilities [heads, K, K] and its output [K, C].
-    """
+    """Attention of one set of units [K, C] with bias [heads, K, K], in numpy."""
     params = {k: np.asarray(v) for k, v in named_leaves(split(attention)[1]).items()}
     kernel, bias_in = params["qkv/kernel"], params["qkv/bias"]
     q, k, v = np.einsum("kc,cthd->thkd", x, kernel) + bias_in[:, :, None]
     raised = np.exp(q @ k.transpose(0, 2, 1) / np.sqrt(q.shape[-1]) + bias)
     probabilities = raised / raised.sum(-1, keepdims=True)
     heads = (probabilities @ v).transpose(1, 0, 2).reshape(x.shape)
-    return probabilities, heads @ params["proj/kernel"] + params["proj/bias"]
+    return heads @ params["proj/kernel"] + params["proj/bias"]
 
 
 @cache
