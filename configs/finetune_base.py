@@ -4,8 +4,8 @@
 
 Values: the official self_supervised code, for 8 GPUs with 64 images each, twice a step.
 It reports 84.6 % top-1 from 1600 epochs of pretraining; not reproduced here. Cost: 128
-M images, 94.9 GFLOP each. Another size of images, `:384`, needs a checkpoint of that
-size.
+M images, 94.9 GFLOP each. `init_from` may be the official file of pretrained weights;
+for another size of images, `:384`, tables of positions are resized.
 """
 
 from ml_collections import ConfigDict

@@ -3,8 +3,8 @@
     python -m hivit_jax.main --config configs/finetune_small.py --workdir runs/ft_small
 
 The official recipe of HiViT-B with another encoder; none was published for S, and no
-result is known. Cost: 128 M images, 54.3 GFLOP each. Another size of images, `:384`,
-needs a checkpoint of that size.
+result is known. Cost: 128 M images, 54.3 GFLOP each. For another size of images,
+`:384`, tables of positions are resized.
 """
 
 from ml_collections import ConfigDict

@@ -186,7 +186,7 @@ def run(argv: Sequence[str]) -> None:
     onnx = out.suffix == ".onnx"
     if onnx and flags.platforms:
         raise ConfigError(f"--platforms={flags.platforms}: an ONNX file has none")
-    from hivit_jax.weights import load_pretrained  # late: it brings orbax along
+    from hivit_jax.pretrained import load_pretrained  # late: it brings orbax along
 
     model = load_pretrained(flags.checkpoint, **{"dtype": "float32"} if onnx else {})
     if onnx:

@@ -69,14 +69,8 @@ SAFETENSORS = {
     "unknown dtype": (contents(STATE, dtype="F99"), "damaged or no safetensors file"),
     "double precision": (contents(DOUBLE, dtype="F64"), "is float64; expected float32"),
     "integers": (contents(STATE, dtype="I32"), "is int32; expected float32"),
-    "not finite": (
-        contents(poisoned("mask_token")),
-        "'mask_token' has values",
-    ),
-    "a block is missing": (
-        contents(without("blocks.6.")),
-        "no place for 'blocks.7.attn",
-    ),
+    "not finite": (contents(poisoned("mask_token")), "'mask_token' has values"),
+    "a block is missing": (contents(without("blocks.6.")), "not a HiViT"),
     "an extra array": (
         contents(changed("cls", np.zeros(3, np.float32))),
         "no place",

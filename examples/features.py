@@ -1,0 +1,89 @@
+"""Features of a photograph, and its reconstruction by a masked autoencoder.
+
+    python examples/features.py [IMAGE] [--checkpoint PATH] [--out features.png]
+
+Draws the first three principal components of each feature map as red, green and blue;
+and, if PATH is of a masked autoencoder, what it makes of the image with 75 % of it
+removed. PATH is whatever `load_pretrained` takes, the official .pth files among it;
+without one the weights are random, and components show little but edges. Without IMAGE
+it is a photograph of scikit-image's.
+"""
+
+import argparse
+import io
+from pathlib import Path
+
+import jax
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+import hivit_jax
+from hivit_jax.data.transforms import evaluation_image
+from hivit_jax.models.mae import MaskedAutoencoder
+from hivit_jax.reconstruct import IMAGENET, reconstruct
+
+
+def photograph() -> bytes:
+    """A photograph of scikit-image's, as JPEG."""
+    import skimage.data
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(skimage.data.astronaut()).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def principal_components(features: np.ndarray) -> np.ndarray:
+    """Feature map [h, w, C] -> its first three components as colours [h, w, 3]."""
+    rows = features.reshape(-1, features.shape[-1]).astype(np.float64)
+    rows = rows - rows.mean(0)
+    _, _, axes = np.linalg.svd(rows, full_matrices=False)
+    colours = rows @ axes[:3].T
+    low, high = np.percentile(colours, (1, 99), axis=0)
+    colours = ((colours - low) / np.maximum(high - low, 1e-12)).clip(0, 1)
+    return colours.reshape(*features.shape[:2], 3)
+
+
+def panels(model, pixels: np.ndarray) -> dict[str, np.ndarray]:
+    """Title -> picture of an image, uint8 [H, W, 3]."""
+    mean, std = np.float32(IMAGENET)
+    images = (np.float32(pixels[None]) / 255 - mean) / std
+    found = {"image": pixels}
+    for level, features in enumerate(jax.jit(lambda x: model.features(x))(images)):
+        title = f"stride {4 << level}: {features.shape[-1]} channels"
+        found[title] = principal_components(np.asarray(features[0], np.float32))
+    if isinstance(model, MaskedAutoencoder):
+        predicted, removed = reconstruct(model, images)
+        found["masked"] = np.where(removed[0], 0.5, pixels / 255)
+        found["reconstruction"] = (predicted[0] * std + mean).clip(0, 1)
+    return found
+
+
+def main(argv=None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("image", type=Path, nargs="?")
+    parser.add_argument("--checkpoint")
+    parser.add_argument("--out", default="features.png")
+    args = parser.parse_args(argv)
+    if args.checkpoint:
+        model = hivit_jax.load_pretrained(args.checkpoint)
+    else:
+        model = hivit_jax.create_model("mae_hivit_tiny")
+    encoded = args.image.read_bytes() if args.image else photograph()
+    drawn = panels(model, evaluation_image(encoded, (*model.encoder.image_size, 3)))
+    figure, axes = plt.subplots(1, len(drawn), figsize=(3 * len(drawn), 3.4))
+    for axis, (title, picture) in zip(axes, drawn.items(), strict=True):
+        axis.imshow(picture)
+        axis.set_title(title, fontsize=9)
+        axis.set_axis_off()
+    figure.tight_layout()
+    figure.savefig(args.out, dpi=110)
+    print(f"written: {args.out}")
+
+
+if __name__ == "__main__":
+    main()
