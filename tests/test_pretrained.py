@@ -163,16 +163,22 @@ def test_save_pretrained(name, tmp_path):
     assert about["arguments"]["image_size"] == [64, 32]
 
 
-def test_a_run_to_a_directory_and_on(tmp_path, capsys):
-    """The card has recipe and results; training and evaluation start from it."""
+def test_pretrain_finetune_share_evaluate(tmp_path, capsys):
+    """Of two sizes that are no squares: tables are resized, the card tells all, and
+    what is evaluated is what was trained.
+    """
+    first, run, shared = (tmp_path / name for name in ("first", "run", "shared"))
     with recipes.quick(tmp_path / "cache"):
-        run, shared = tmp_path / "run", tmp_path / "shared"
-        results = train(recipes.classifier(total_steps=1), run)
+        train(recipes.mae(total_steps=1, model__image_size="(64,32)"), first)
+        wide = dict(total_steps=1, model__image_size="(32,96)")
+        capsys.readouterr()
+        results = train(recipes.classifier(init_from=str(first), **wide), run)
+        assert "resized     1  encoder/absolute_pos_embed 1" in capsys.readouterr().out
         convert.convert(run, shared)
         card = (shared / "README.md").read_text()
         assert f"eval/loss: {results['eval/loss']}" in card
         assert '"label_smoothing": 0.1' in card
-        config = recipes.classifier(checkpoint=str(shared))
+        config = recipes.classifier(checkpoint=str(shared), **wide)
         assert evaluate_checkpoint(config, tmp_path / "none") == results
         config.model.num_classes = 12
         with pytest.raises(ConfigError, match="has no head/bias that fits"):
