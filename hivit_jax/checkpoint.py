@@ -1,23 +1,28 @@
 """What a checkpoint is, and orbax behind it.
 
 ``DIR/checkpoints/STEP/`` holds the items *params*, *ema* (if kept), *optimizer* (its
-state and the step) and *config*. Each can be restored alone. A step that was not
-written to the end has no final name and is never seen.
+state and the step), *config*, and *digests* of every array, which orbax alone would
+restore with flipped bits in it. Each can be restored alone. A step that was not written
+to the end has no final name and is never seen.
 """
 
 import json
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from orbax.checkpoint import checkpoint_managers
 
 from hivit_jax.errors import CheckpointError, ConfigError
-from hivit_jax.metrics import Scalars, score
+from hivit_jax.hosts import all_agree
+from hivit_jax.metrics import Scalars, say, score
 from hivit_jax.models import named_leaves
 
 logging.set_verbosity(logging.ERROR)  # orbax narrates every save
@@ -44,11 +49,9 @@ class Checkpoints:
             cleanup_tmp_directories=True,
         )
         self.directory = Path(workdir).absolute() / "checkpoints"
+        for path in self.directory.glob("*.orbax-checkpoint-tmp*"):
+            say(f"checkpoint {path.name.split('.')[0]} was not finished; removed")
         self._manager = ocp.CheckpointManager(self.directory, options=options)
-
-    def latest_step(self) -> int | None:
-        """Newest complete step, or None."""
-        return self._manager.latest_step()
 
     def steps(self) -> list[int]:
         """All steps that are kept, those still being written too."""
@@ -60,19 +63,76 @@ class Checkpoints:
         """Starts writing a train state, its config (JSON text) and its evaluation.
 
         Does nothing if that step is already there.
+
+        Raises:
+          ConfigError: this checkpoint, or the one before it, cannot be written.
         """
         step = int(state["step"])
         if step in self.steps():
             return
-        save = ocp.args.StandardSave
-        items = {
-            "params": save(state["params"]),
-            "optimizer": save({k: state[k] for k in ("opt_state", "step")}),
-            "config": ocp.args.JsonSave(json.loads(config)),
+        arrays = {
+            "params": state["params"],
+            "optimizer": {k: state[k] for k in ("opt_state", "step")},
         }
         if "ema" in state:
-            items["ema"] = save(state["ema"])
-        self._manager.save(step, args=ocp.args.Composite(**items), metrics=results)
+            arrays["ema"] = state["ema"]
+        items = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
+        texts = {"config": json.loads(config), "digests": digests(arrays)}
+        items |= {name: ocp.args.JsonSave(text) for name, text in texts.items()}
+        with self._writing():
+            self._manager.save(step, args=ocp.args.Composite(**items), metrics=results)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # of whatever kind the file system provokes
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            free = shutil.disk_usage(self.directory).free / 2**20
+            raise ConfigError(
+                f"a checkpoint cannot be written to {self.directory}, where "
+                f"{free:,.0f} MiB are free; those before it are whole.\n{reason[:200]}"
+            ) from error
+
+    def restore_newest(
+        self, wanted: Mapping[str, Any]
+    ) -> tuple[int, dict[str, Any]] | None:
+        """The newest step that is whole, and its state; None where there is no step.
+        Damaged ones are reported, and moved to ``DIR/damaged``.
+
+        Args:
+          wanted: as for `restore`.
+
+        Raises:
+          ConfigError: the checkpoints are of another model or optimizer.
+          CheckpointError: all are damaged.
+        """
+        steps, errors = sorted(self._manager.all_steps(read=True), reverse=True), {}
+        for step in steps:
+            state = None
+            try:
+                state = self.restore(step, wanted)
+            except (ConfigError, CheckpointError) as error:
+                errors[step] = error
+            if not all_agree(state is not None):
+                continue
+            for damaged, error in errors.items():
+                say(f"error: {error}")
+                self._set_aside(damaged)
+            return step, state
+        for error in errors.values():  # of the newest; or all would be damaged
+            raise error
+        return None
+
+    def _set_aside(self, step: int) -> None:
+        if jax.process_index() == 0:
+            target = self.directory.parent / "damaged" / str(step)
+            target.parent.mkdir(exist_ok=True)
+            shutil.rmtree(target, ignore_errors=True)
+            (self.directory / str(step)).rename(target)
+            say(f"checkpoint {step} was moved to {target}")
+        all_agree(True)  # that is, wait
+        self._manager.reload()
 
     def restore(self, step: int, wanted: Mapping[str, Any]) -> dict[str, Any]:
         """The train state of a step.
@@ -82,6 +142,7 @@ class Checkpoints:
 
         Raises:
           ConfigError: the checkpoint is of another model or optimizer.
+          CheckpointError: it is damaged.
         """
         path = self.directory / str(step)
         state = {"params": _restore(path, "params", wanted["params"])}
@@ -93,13 +154,14 @@ class Checkpoints:
         return state
 
     def close(self) -> None:
-        """Waits until everything is on disk; raises if a write failed."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        """Waits until everything is on disk; ConfigError if a write failed."""
+        with self._writing():
+            self._manager.wait_until_finished()
+            self._manager.close()
 
 
-def find(path: str | Path) -> Path:
-    """The newest step directory under a workdir, a checkpoints directory or a step.
+def find(path: str | Path) -> list[Path]:
+    """Steps under a workdir, a checkpoints directory or a step itself, newest first.
 
     Raises:
       CheckpointError: there is none.
@@ -108,17 +170,16 @@ def find(path: str | Path) -> Path:
     if (path / "checkpoints").is_dir():
         path = path / "checkpoints"
     if (path / "params").is_dir():
-        return path
+        return [path]
     steps = [p for p in path.glob("*") if p.name.isdigit() and (p / "params").is_dir()]
     if not steps:
         raise CheckpointError(f"no checkpoint in {path}; expected a workdir or a step")
-    return max(steps, key=lambda p: int(p.name))
+    return sorted(steps, key=lambda p: -int(p.name))
 
 
 def load_config(step_path: Path) -> dict[str, Any]:
-    """The resolved config that a checkpoint was trained with."""
-    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
-        return checkpointer.restore(step_path / "config")
+    """The resolved config that a checkpoint was trained with, or CheckpointError."""
+    return _load_json(step_path, "config")
 
 
 def load_arrays(
@@ -131,13 +192,82 @@ def load_arrays(
 
     Returns:
       The arrays, and the item they are of: "params" or "ema".
+
+    Raises:
+      CheckpointError: the step is damaged.
     """
     item = _averaged(step_path) if averaged else "params"
-    shapes = _metadata(step_path, item)
-    restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(np.ndarray), shapes)
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        args = ocp.args.PyTreeRestore(restore_args=restore_args)
-        return named_leaves(checkpointer.restore(step_path / item, args=args)), item
+    with _reading(step_path):
+        shapes = _metadata(step_path, item)
+        restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(np.ndarray), shapes)
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            args = ocp.args.PyTreeRestore(restore_args=restore_args)
+            tree = checkpointer.restore(step_path / item, args=args)
+    _verify(step_path, item, tree)
+    return named_leaves(tree), item
+
+
+def digests(trees: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """64 bits of every array, by item and name, however it is sharded.
+
+    Any change of a single number changes them.
+    """
+    pairs = {item: jax.tree.map(_digest, tree) for item, tree in trees.items()}
+    return {
+        item: {name: f"{a:08x}{b:08x}" for name, (a, b) in named_leaves(tree).items()}
+        for item, tree in jax.device_get(pairs).items()
+    }
+
+
+@jax.jit
+def _digest(x: jax.Array) -> jax.Array:
+    """uint32 [2]: sums, modulo 2**32, of every number's bits mixed with its position.
+
+    The mixing is the end of MurmurHash3, one to one for a given position.
+    """
+    x = x.astype(jnp.uint8) if x.dtype == bool else x
+    bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
+    bits, position, stride = bits.astype(jnp.uint32), jnp.uint32(0), 1
+    for axis in reversed(range(x.ndim)):
+        position += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * stride
+        stride = stride * x.shape[axis] % 2**32
+
+    def mix(h):
+        h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)
+        h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
+        return h ^ (h >> 16)
+
+    seeds = (0x9E3779B9, 0x7F4A7C15)
+    sums = [mix(bits ^ mix(position + jnp.uint32(seed))).sum() for seed in seeds]
+    return jnp.stack(sums).astype(jnp.uint32)
+
+
+def _verify(step_path: Path, item: str, tree: Any) -> None:
+    """CheckpointError if an array is not what was saved."""
+    if not (step_path / "digests").is_dir():
+        return  # written before there were digests
+    stored = _load_json(step_path, "digests").get(item, {})
+    found = digests({item: tree})[item]
+    wrong = [name for name in found if found[name] != stored.get(name)]
+    if wrong:
+        raise CheckpointError(
+            f"{step_path} is damaged: {len(wrong)} of {len(found)} arrays of {item} "
+            f"are not what was saved, {wrong[0]} first"
+        )
+
+
+def _load_json(step_path: Path, item: str) -> dict[str, Any]:
+    with _reading(step_path), ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+        return reader.restore(step_path / item)
+
+
+@contextmanager
+def _reading(step_path: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # of whatever kind a damaged file provokes
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{step_path} is damaged: {reason[:200]}") from error
 
 
 def _averaged(step_path: Path) -> str:
@@ -146,11 +276,13 @@ def _averaged(step_path: Path) -> str:
 
 
 def _restore(step_path: Path, item: str, abstract: Any) -> Any:
-    _compare(
-        step_path, named_leaves(_metadata(step_path, item)), named_leaves(abstract)
-    )
-    with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore(step_path / item, abstract)
+    with _reading(step_path):
+        shapes = _metadata(step_path, item)
+    _compare(step_path, named_leaves(shapes), named_leaves(abstract))
+    with _reading(step_path), ocp.StandardCheckpointer() as checkpointer:
+        tree = checkpointer.restore(step_path / item, abstract)
+    _verify(step_path, item, tree)
+    return tree
 
 
 def _metadata(step_path: Path, item: str) -> Any:

@@ -35,6 +35,8 @@ KEYS = {
 }
 # What a recipe may leave out.
 DEFAULTS = {
+    "stall_timeout": 1800.0,  # seconds without a step until a run ends itself; 0: never
+    "peer_timeout": 60.0,  # seconds without a sign of life of another process
     "data.dir": "",  # of the dataset; "": where TFDS keeps its own
     "data.train_split": "",  # "": as the dataset calls it
     "data.eval_split": "",
@@ -65,6 +67,8 @@ LEAST = {
     "data.train_examples": 0,
     "data.canvas": 0,
     "data.workers": 0,
+    "stall_timeout": 0.0,
+    "peer_timeout": 1.0,
 }
 BETWEEN = {"data.crop_pct": (1e-3, 1.0), "data.max_unreadable": (0.0, 1.0)}
 
@@ -134,8 +138,9 @@ def _read(path: Path, *variant: str) -> ConfigDict:
                 if name not in (config.get(part, {}) if part else config):
                     raise TypeError(f"config.{part}{'.' * bool(part)}{name} is missing")
         for key, value in DEFAULTS.items():
-            part, name = key.split(".")
-            config[part][name] = config[part].get(name, value)
+            *parents, name = key.split(".")
+            part = config[parents[0]] if parents else config
+            part[name] = part.get(name, value)
         return config
     except Exception as error:
         raise ConfigError(

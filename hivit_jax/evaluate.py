@@ -47,11 +47,18 @@ def make_eval_step(config: Any, graphdef: nnx.GraphDef) -> Callable:
 
 
 def evaluate(
-    config: Any, eval_step: Callable, params: Any, mesh: Mesh
+    config: Any,
+    eval_step: Callable,
+    params: Any,
+    mesh: Mesh,
+    beat: Callable[[], None] = lambda: None,
 ) -> dict[str, float | int]:
     """Means over the test split: eval/loss, for classifiers eval/top1 and eval/top5 as
     fractions; eval/count, the exact number of images, and eval/unreadable, of those
     that had to be left out.
+
+    Args:
+      beat: called after every batch.
 
     Raises:
       DataError: the pipeline did not yield every image once, or too many cannot be
@@ -62,6 +69,7 @@ def evaluate(
         first = jnp.uint32(number * config.batch_size)
         for name, value in jax.device_get(eval_step(params, batch, first)).items():
             totals[name] += float(value)
+        beat()
     count, unreadable = totals.pop("count"), totals.pop("unreadable")
     expected = sources.num_examples(config.data, "test")
     if count + unreadable != expected:
@@ -74,7 +82,9 @@ def evaluate(
     return means | {"eval/count": int(count), "eval/unreadable": int(unreadable)}
 
 
-def evaluate_checkpoint(config: Any, workdir: str | Path) -> dict[str, float | int]:
+def evaluate_checkpoint(
+    config: Any, workdir: str | Path, beat: Callable[[], None] = lambda: None
+) -> dict[str, float | int]:
     """Evaluates `config.checkpoint`, anything that `pretrained.find` reads, or the
     workdir's newest, and says the result.
 
@@ -94,7 +104,7 @@ def evaluate_checkpoint(config: Any, workdir: str | Path) -> dict[str, float | i
         lambda path, to: jax.device_put(arrays[models.leaf_name(path)], to),
         state_shardings(mesh, abstract),
     )
-    values = evaluate(config, make_eval_step(config, graphdef), params, mesh)
+    values = evaluate(config, make_eval_step(config, graphdef), params, mesh, beat)
     metrics.say(metrics.eval_line(start.label, values))
     return values
 

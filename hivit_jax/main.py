@@ -1,24 +1,31 @@
 """The command line: ``python -m hivit_jax.main --config FILE --workdir DIR``."""
 
 import argparse
-import signal
+import os
 import sys
 from collections.abc import Callable, Sequence
-from types import FrameType
 from typing import Any
 
+import jax
+
 from hivit_jax import config as configs
+from hivit_jax import hosts
 from hivit_jax.errors import ConfigError, Parser, exit_code
 from hivit_jax.metrics import say
 
 USAGE = """\
 python -m hivit_jax.main --config configs/NAME.py --workdir DIR [--mode MODE]
                          [--config.KEY=VALUE ...]
+                         [--coordinator_address=HOST:PORT --num_processes=N
+                          --process_id=I]
 
 modes: train (default)  pretrain or classify, going on where DIR stands
        eval             evaluate DIR's newest checkpoint, or --config.checkpoint=PATH
        knn              classify by nearest neighbours in --config.init_from's features
        describe         print config, parameters, cost and schedule; runs nothing
+
+Processes find each other on TPU pods and under SLURM; elsewhere all get the three
+flags of the last line.
 
 exit codes: 0 finished, 2 bad config, flag or path, 3 diverged, 4 bad data,
             5 no usable checkpoint, 75 interrupted and saved: run again to go on
@@ -30,6 +37,9 @@ def parse(argv: Sequence[str]) -> tuple[Any, argparse.Namespace]:
     parser = Parser(usage=USAGE, allow_abbrev=False, add_help=True)
     parser.add_argument("--config", required=True, help=argparse.SUPPRESS)
     parser.add_argument("--workdir", default="", help=argparse.SUPPRESS)
+    parser.add_argument("--coordinator_address", default="", help=argparse.SUPPRESS)
+    for name in ("num_processes", "process_id"):
+        parser.add_argument(f"--{name}", type=int, default=-1, help=argparse.SUPPRESS)
     modes = ("train", "eval", "knn", "describe")
     parser.add_argument(
         "--mode", default="train", choices=modes, help=argparse.SUPPRESS
@@ -37,30 +47,22 @@ def parse(argv: Sequence[str]) -> tuple[Any, argparse.Namespace]:
     known, overrides = parser.parse_known_args(argv)
     if known.mode in ("train", "eval") and not known.workdir:
         raise ConfigError(f"--mode={known.mode} needs --workdir=DIR")
+    several = known.coordinator_address != ""
+    if several != (0 <= known.process_id < known.num_processes):
+        raise ConfigError(
+            "--coordinator_address=HOST:PORT, --num_processes=N and --process_id=I, 0 "
+            f"to N - 1, go together; found {known.coordinator_address!r}, "
+            f"{known.num_processes}, {known.process_id}"
+        )
     return configs.load(known.config, overrides), known
 
 
-def catch_signals() -> Callable[[], str | None]:
-    """From here on SIGTERM and Ctrl-C are remembered; a second one kills.
+def run(argv: Sequence[str], join: bool) -> None:
+    """Runs one mode to its end or to a HivitError.
 
-    Returns:
-      A function that tells the signal that came, if any.
+    Args:
+      join: start together with other processes, if there are any.
     """
-    caught: list[str] = []
-
-    def remember(number: int, frame: FrameType | None) -> None:
-        caught.append(signal.Signals(number).name)
-        say(f"{caught[0]}: finishing the step and saving; once more to kill")
-        for each in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(each, signal.SIG_DFL)
-
-    for each in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(each, remember)
-    return lambda: caught[0] if caught else None
-
-
-def run(argv: Sequence[str]) -> None:
-    """Runs one mode to its end or to a HivitError."""
     config, flags = parse(argv)
     if flags.mode == "describe":
         from hivit_jax.describe import changes, describe, draw
@@ -69,10 +71,20 @@ def run(argv: Sequence[str]) -> None:
         say(f"\n{changes(config, flags.config)}")
         if flags.workdir:
             say(f"\ndrawn: {draw(config, flags.workdir)}")
-    elif flags.mode == "eval":
+        return
+    if join:
+        process = flags.coordinator_address, flags.num_processes, flags.process_id
+        hosts.start(*process, config.peer_timeout)
+    with hosts.Guard(config.stall_timeout, config.peer_timeout) as guard:
+        compute(config, flags, guard.beat)
+
+
+def compute(config: Any, flags: argparse.Namespace, beat: Callable[[], None]) -> None:
+    """The modes that compute something; `beat` is called when they get on."""
+    if flags.mode == "eval":
         from hivit_jax.evaluate import evaluate_checkpoint
 
-        evaluate_checkpoint(config, flags.workdir)
+        evaluate_checkpoint(config, flags.workdir, beat)
     elif flags.mode == "knn":
         from hivit_jax.evaluate import nearest_neighbours
 
@@ -84,12 +96,21 @@ def run(argv: Sequence[str]) -> None:
     else:
         from hivit_jax.train import train
 
-        train(config, flags.workdir, catch_signals())
+        train(config, flags.workdir, hosts.catch_signals(), beat)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
-    return exit_code(lambda: run(sys.argv[1:] if argv is None else argv))
+    """Entry point; returns the exit code.
+
+    Args:
+      argv: flags; None for this process's own, which may be one of several.
+    """
+    join = argv is None
+    code = exit_code(lambda: run(sys.argv[1:] if join else argv, join))
+    if code and jax.distributed.is_initialized():
+        sys.stdout.flush()
+        os._exit(code)  # the runtime would wait for the others before it lets go
+    return code
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Where numbers go: the terminal, metrics.jsonl, TensorBoard."""
 
 import json
+import os
 import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -9,6 +10,8 @@ from typing import Any
 
 import jax
 import numpy as np
+
+from hivit_jax.errors import ConfigError
 
 Scalars = Mapping[str, float | int]
 
@@ -63,6 +66,19 @@ class Writer:
         self._file.close()
         if self._board:
             self._board.close()
+
+
+def prepare_workdir(workdir: Path) -> None:
+    """Creates the directory; ConfigError where that or writing is not permitted."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        probe = workdir / f".writable-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"workdir {workdir} cannot be written to: {error.strerror}"
+        ) from error
 
 
 def read(path: Path) -> list[dict[str, Any]]:

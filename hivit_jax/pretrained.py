@@ -78,16 +78,14 @@ def find(path: str | Path, *, averaged: bool = True, **overrides: Any) -> Pretra
     path = download(path) if str(path).startswith("hf://") else Path(path).absolute()
     file = path.is_file() or path.suffix in weight_files.SUFFIXES
     if not file and not (path / WEIGHTS).is_file():
-        step = checkpoint.find(path)
-        config = checkpoint.load_config(step)
-        arguments = {k: v for k, v in config["model"].items() if v is not None}
-        params, item = checkpoint.load_arrays(step, averaged)
-        notes = [f"checkpoint of hivit_jax, {item}"]
-        results = metrics.results(step.parent.parent, int(step.name))
-        label = f"step {step.name}"
-        return Pretrained(
-            str(step), label, arguments, params, notes, [], config, results
-        )
+        steps = checkpoint.find(path)
+        for older, step in enumerate(steps, 1):
+            try:
+                return _of_step(step, averaged)
+            except CheckpointError as error:
+                if older == len(steps):
+                    raise
+                say(f"error: {error}")
     if path.is_dir():
         path = path / WEIGHTS
     file = weight_files.read(path, averaged)
@@ -115,6 +113,16 @@ def find(path: str | Path, *, averaged: bool = True, **overrides: Any) -> Pretra
     unused = dropped_by_rule(official_names(file.state), model)
     facts = about.get("recipe", {}), about.get("results", {})
     return Pretrained(str(path), str(path), arguments, params, notes, unused, *facts)
+
+
+def _of_step(step: Path, averaged: bool) -> Pretrained:
+    config = checkpoint.load_config(step)
+    arguments = {k: v for k, v in config["model"].items() if v is not None}
+    params, item = checkpoint.load_arrays(step, averaged)
+    notes = [f"checkpoint of hivit_jax, {item}"]
+    results = metrics.results(step.parent.parent, int(step.name))
+    label = f"step {step.name}"
+    return Pretrained(str(step), label, arguments, params, notes, [], config, results)
 
 
 def find_for(config: Any, path: str | Path) -> Pretrained:

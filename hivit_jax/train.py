@@ -1,6 +1,5 @@
 """The loop: model, mesh, state, data, steps, evaluation. Read top to bottom."""
 
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,13 +16,14 @@ from hivit_jax import (
     checkpoint,
     evaluate,
     figures,
+    hosts,
     metrics,
     pretrained,
     tasks,
 )
 from hivit_jax.config import to_json
 from hivit_jax.data import pipeline, sources
-from hivit_jax.errors import ConfigError, DataError, DivergedError, Interrupted
+from hivit_jax.errors import DataError, DivergedError, Interrupted
 from hivit_jax.metrics import say
 from hivit_jax.models import split
 from hivit_jax.optimizer import (
@@ -42,14 +42,17 @@ State = dict[str, Any]  # "step" int32, "params", "opt_state", and "ema" if it i
 def train(
     config: Any,
     workdir: str | Path,
-    stop_requested: Callable[[], str | None] = lambda: None,
+    stop_requested: Callable[[int], str | None] = lambda step: None,
+    beat: Callable[[], None] = lambda: None,
 ) -> dict[str, float | int]:
     """Trains to the end, from where the workdir's newest checkpoint stands.
 
     Args:
       config: a recipe, as in ``configs/``.
       workdir: gets config.json, metrics.jsonl, checkpoints/, figures/.
-      stop_requested: asked after every step; a text is the reason to save and leave.
+      stop_requested: asked after every step, with its number; a text is the reason to
+        save and leave, the same on all processes.
+      beat: called after every step and batch of an evaluation.
 
     Returns:
       The last evaluation, as `evaluate.evaluate` gives it.
@@ -63,9 +66,8 @@ def train(
     graphdef, abstract_params = split(model)
     mesh = make_mesh(config.mesh, config.batch_size, config.optimizer.accumulate_steps)
     groups = mesh.shape["replica"] * mesh.shape["data"]
-    per_epoch, total_steps = count_steps(
-        config, sources.num_examples(config.data, "train")
-    )
+    images = sources.num_examples(config.data, "train")
+    per_epoch, total_steps = count_steps(config, images)
     schedule = make_schedule(config, per_epoch, total_steps)
     optimizer = make_optimizer(config, schedule, abstract_params)
     init = make_init(config, optimizer)
@@ -78,11 +80,13 @@ def train(
     )
 
     # --- State: from the newest checkpoint, from a pretrained one, or fresh ---------
-    prepare_workdir(workdir)
+    metrics.prepare_workdir(workdir)
     checkpoints = checkpoint.Checkpoints(workdir, config.keep_checkpoints)
-    step = checkpoints.latest_step() or 0
-    if step:
-        state = checkpoints.restore(step, placed(abstract_state, shardings))
+    steps = checkpoints.steps()
+    hosts.agree({"config": config, "dataset's size": images, "checkpoints": steps})
+    step = 0
+    if found := checkpoints.restore_newest(placed(abstract_state, shardings)):
+        step, state = found
         say(f"going on at step {step:,} from {checkpoints.directory / str(step)}")
         if counts_from_one(config):
             skipped = min(round(per_epoch), total_steps - step)
@@ -109,7 +113,7 @@ def train(
 
     def run_evaluation():
         params = state.get("ema", state["params"])
-        values = evaluate.evaluate(config, eval_step, params, mesh)
+        values = evaluate.evaluate(config, eval_step, params, mesh, beat)
         panels = reconstruct(params) if reconstruct else None
         say(metrics.eval_line(f"step {step}", values))
         if writer:
@@ -121,7 +125,8 @@ def train(
     clock, results, pending = metrics.Throughput(), None, []
     first, unreadable = step, 0
     try:
-        if step < total_steps and not stop_requested():
+        stop = stop_requested(step)
+        if step < total_steps and not stop:
             batches = to_devices(
                 pipeline.train_batches(config, step, total_steps), mesh
             )
@@ -132,7 +137,7 @@ def train(
                 shardings,
             )
         clock.read()  # starts it
-        while step < total_steps and not stop_requested():
+        while step < total_steps and not stop:
             state, values = train_step(state, batch, np.int32(step))
             if pending:  # no more than two steps, and their batches, in flight
                 jax.block_until_ready(pending[-1])
@@ -140,11 +145,13 @@ def train(
             clock.add(config.batch_size, starved=values["loss"].is_ready())
             step += 1
             pending.append((step, values))
+            stop = stop_requested(step)
+            beat()
             due = {
                 name: step == total_steps or step % config[f"{name}_every"] == 0
                 for name in ("log", "eval", "checkpoint")
             }
-            if any(due.values()) or stop_requested():
+            if any(due.values()) or stop:
                 line = fetch_metrics(pending, state)
                 rate, line["input_bound"] = clock.read()
                 line["images_per_second"] = rate
@@ -165,7 +172,7 @@ def train(
         if step < total_steps:
             checkpoints.save(state, to_json(config))
             raise Interrupted(
-                f"{stop_requested()}: step {step} of {total_steps} is saved in "
+                f"{stop}: step {step} of {total_steps} is saved in "
                 f"{workdir}; run the same command to go on"
             )
         results = results or run_evaluation()
@@ -210,19 +217,6 @@ def fetch_metrics(pending: list, state: State) -> dict[str, float]:
             )
     newest = {name: float(value) for name, value in fetched[-1][1].items()}
     return newest | {"unreadable": int(sum(v["unreadable"] for _, v in fetched))}
-
-
-def prepare_workdir(workdir: Path) -> None:
-    """Creates the directory; ConfigError where that or writing is not permitted."""
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        probe = workdir / f".writable-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ConfigError(
-            f"workdir {workdir} cannot be written to: {error.strerror}"
-        ) from error
 
 
 def make_init(config: Any, optimizer: optax.GradientTransformation) -> Callable:
