@@ -198,13 +198,18 @@ def load_arrays(
     """
     item = _averaged(step_path) if averaged else "params"
     with _reading(step_path):
-        shapes = _metadata(step_path, item)
-        restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(np.ndarray), shapes)
-        with ocp.PyTreeCheckpointer() as checkpointer:
-            args = ocp.args.PyTreeRestore(restore_args=restore_args)
-            tree = checkpointer.restore(step_path / item, args=args)
+        tree = load_item((step_path / item).absolute())
     _verify(step_path, item, tree)
     return named_leaves(tree), item
+
+
+def load_item(path: Path) -> Any:
+    """Arrays of one item of a step on the host, wherever they lay when saved."""
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        shapes = checkpointer.metadata(path).item_metadata.tree
+        restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(np.ndarray), shapes)
+        args = ocp.args.PyTreeRestore(restore_args=restore_args)
+        return checkpointer.restore(path, args=args)
 
 
 def digests(trees: Mapping[str, Any]) -> dict[str, dict[str, str]]:

@@ -9,13 +9,12 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
+from hivit_jax import checkpoint, evaluate, figures, metrics
 from hivit_jax import config as configs
-from hivit_jax import evaluate, figures, metrics
 from hivit_jax.models import named_leaves
 
 ROOT = Path(__file__).parents[1]
@@ -162,12 +161,10 @@ def lines(workdir: Path, name: str = "loss") -> dict[int, float]:
 def stored(workdir: Path, step: int) -> dict[str, dict[str, np.ndarray]]:
     """Arrays of a checkpoint: item -> name -> array."""
     items = {}
-    with ocp.StandardCheckpointer() as checkpointer:
-        for item in ("params", "optimizer", "ema"):
-            path = (workdir / "checkpoints" / str(step) / item).absolute()
-            if path.is_dir():
-                tree = jax.device_get(checkpointer.restore(path))
-                items[item] = named_leaves(tree)
+    for item in ("params", "optimizer", "ema"):
+        path = workdir / "checkpoints" / str(step) / item
+        if path.is_dir():
+            items[item] = named_leaves(checkpoint.load_item(path))
     return items
 
 
