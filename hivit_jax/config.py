@@ -35,6 +35,7 @@ KEYS = {
 }
 # What a recipe may leave out.
 DEFAULTS = {
+    "search_batch": False,  # with --mode compile: also the largest batch that fits
     "data.dir": "",  # of the dataset; "": where TFDS keeps its own
     "data.train_split": "",  # "": as the dataset calls it
     "data.eval_split": "",
@@ -134,8 +135,9 @@ def _read(path: Path, *variant: str) -> ConfigDict:
                 if name not in (config.get(part, {}) if part else config):
                     raise TypeError(f"config.{part}{'.' * bool(part)}{name} is missing")
         for key, value in DEFAULTS.items():
-            part, name = key.split(".")
-            config[part][name] = config[part].get(name, value)
+            *parents, name = key.split(".")
+            part = config[parents[0]] if parents else config
+            part[name] = part.get(name, value)
         return config
     except Exception as error:
         raise ConfigError(

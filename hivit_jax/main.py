@@ -18,6 +18,8 @@ python -m hivit_jax.main --config configs/NAME.py --workdir DIR [--mode MODE]
 modes: train (default)  pretrain or classify, going on where DIR stands
        eval             evaluate DIR's newest checkpoint, or --config.checkpoint=PATH
        knn              classify by nearest neighbours in --config.init_from's features
+       compile          compile the train step for --config.topology=v5e:16x16, h100:8
+                        or other chips not at hand; writes DIR/compile.json
        describe         print config, parameters, cost and schedule; runs nothing
 
 exit codes: 0 finished, 2 bad config, flag or path, 3 diverged, 4 bad data,
@@ -30,12 +32,12 @@ def parse(argv: Sequence[str]) -> tuple[Any, argparse.Namespace]:
     parser = Parser(usage=USAGE, allow_abbrev=False, add_help=True)
     parser.add_argument("--config", required=True, help=argparse.SUPPRESS)
     parser.add_argument("--workdir", default="", help=argparse.SUPPRESS)
-    modes = ("train", "eval", "knn", "describe")
+    modes = ("train", "eval", "knn", "compile", "describe")
     parser.add_argument(
         "--mode", default="train", choices=modes, help=argparse.SUPPRESS
     )
     known, overrides = parser.parse_known_args(argv)
-    if known.mode in ("train", "eval") and not known.workdir:
+    if known.mode in ("train", "eval", "compile") and not known.workdir:
         raise ConfigError(f"--mode={known.mode} needs --workdir=DIR")
     return configs.load(known.config, overrides), known
 
@@ -73,6 +75,10 @@ def run(argv: Sequence[str]) -> None:
         from hivit_jax.evaluate import evaluate_checkpoint
 
         evaluate_checkpoint(config, flags.workdir)
+    elif flags.mode == "compile":
+        from hivit_jax.compile_ahead import compile_ahead
+
+        compile_ahead(config, flags.workdir)
     elif flags.mode == "knn":
         from hivit_jax.evaluate import nearest_neighbours
 
