@@ -10,7 +10,7 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -171,10 +171,13 @@ def devices_of(topology: str) -> Sequence[jax.Device]:
 def examine(config: Any, devices: Sequence[jax.Device]) -> dict[str, Any]:
     """What the compiler tells of a train step on these devices, as JSON values.
 
-    ``flops_per_image`` is the compiler's count, that of matrix products alone where it
-    gives none (GPU). It counts a loop's body once; counts are multiplied by what loops
-    make of the matrix products. ``hbm_bytes_per_device`` has but total and limit, and
-    the rest is None, if the program does not fit.
+    Operations and bytes accessed are the TPU compiler's counts. It counts the body of a
+    loop once; they are multiplied by what loops make of the matrix products. For GPUs,
+    where there are no such counts, operations are those of the matrix products and
+    bytes those of `bytes_moved` (None if there are loops).
+
+    ``hbm_bytes_per_device`` has but total and limit, and what follows is None, if the
+    compiler says that the program does not fit.
     """
     mesh = make_mesh(
         config.mesh, config.batch_size, config.optimizer.accumulate_steps, devices
@@ -202,8 +205,7 @@ def examine(config: Any, devices: Sequence[jax.Device]) -> dict[str, Any]:
             raise
         needed = re.search(r"\(([\d.]+)([KMG])\) exceeds", str(error))
         total = needed and int(float(needed[1]) * 2 ** (10 * " KMG".index(needed[2])))
-        unknown_parts = ("arguments", "outputs", "temporaries", "aliased")
-        memory = dict.fromkeys(unknown_parts) | {"total": total, "limit": chip.memory}
+        memory = {"total": total, "limit": chip.memory}
         compiled = None
     else:
         memory = memory_of(compiled, chip)
@@ -220,14 +222,14 @@ def examine(config: Any, devices: Sequence[jax.Device]) -> dict[str, Any]:
         return report
     jaxpr = jax.make_jaxpr(step)(*arguments).jaxpr
     matmuls, once = (matmul_flops(jaxpr, loops) for loops in (True, False))
-    images, cost = config.batch_size / mesh.size, compiled.cost_analysis()
-    moved = None
-    if cost:
+    images, hlo = config.batch_size / mesh.size, compiled.as_text()
+    if cost := compiled.cost_analysis():
         flops = cost["flops"] * matmuls / once / images
         moved = cost["bytes accessed"] * matmuls / once / images
     else:
         flops = matmuls / config.batch_size
-    exchanged = collectives(compiled.as_text())
+        moved = bytes_moved(hlo) / images if matmuls == once else None
+    exchanged = collectives(hlo)
     return report | {
         "flops_per_image": flops,
         "bytes_accessed_per_image": moved,
@@ -254,16 +256,15 @@ def train_step(config: Any, mesh: Mesh) -> tuple[Callable, tuple, Any]:
 def memory_of(compiled: jax.stages.Compiled, chip: Chip) -> dict[str, int]:
     """Bytes on each device; outputs that take the place of arguments are aliased."""
     found = compiled.memory_analysis()
-    arguments, outputs = found.argument_size_in_bytes, found.output_size_in_bytes
-    temporaries, aliased = found.temp_size_in_bytes, found.alias_size_in_bytes
-    return {
-        "arguments": arguments,
-        "outputs": outputs,
-        "temporaries": temporaries,
-        "aliased": aliased,
-        "total": arguments + outputs + temporaries - aliased,
-        "limit": chip.memory,
+    parts = {
+        "arguments": found.argument_size_in_bytes,
+        "outputs": found.output_size_in_bytes,
+        "temporaries": found.temp_size_in_bytes,
+        "program": found.generated_code_size_in_bytes,
+        "aliased": found.alias_size_in_bytes,
     }
+    total = sum(parts.values()) - 2 * parts["aliased"]
+    return parts | {"total": total, "limit": chip.memory}
 
 
 def matmul_flops(jaxpr: Any, loops: bool) -> int:
@@ -417,26 +418,13 @@ def collectives(hlo: str) -> list[dict[str, Any]]:
       the bytes that it takes in or gives out on one device, whichever is more. What is
       in a loop counts as often as that runs, if the text tells.
     """
-    computations, entry = _computations(hlo)
     counts, sizes = Counter(), Counter()
-
-    def visit(name: str, times: int) -> None:
-        here = computations[name]
-        for shapes, opcode, operands, attributes in here.values():
-            kind = opcode.removesuffix("-done")
-            if kind in COLLECTIVES:
-                if kind != opcode:  # what a -start takes in, its -done gives out
-                    operands = here[_names(operands)[0]].operands
-                taken = sum(_bytes(here[each].shapes) for each in _names(operands))
-                counts[kind] += times
-                sizes[kind] += times * max(taken, _bytes(shapes))
-            elif not opcode.endswith(("-done", "-update")):
-                trips = _trips(attributes, computations) if opcode == "while" else 1
-                for called in CALLED.findall(attributes):
-                    for each in _names(called):
-                        visit(each, times * trips)
-
-    visit(entry, 1)
+    for instruction, here, times in _executed(*_computations(hlo), fusions=True):
+        kind = instruction.opcode.removesuffix("-done")
+        if kind in COLLECTIVES:
+            taken = _bytes_taken(instruction, here)
+            counts[kind] += times
+            sizes[kind] += times * max(taken, _bytes(instruction.shapes))
     return [
         {"kind": kind, "count": counts[kind], "bytes_per_step": sizes[kind]}
         for kind in COLLECTIVES
@@ -444,14 +432,32 @@ def collectives(hlo: str) -> list[dict[str, Any]]:
     ]
 
 
+def bytes_moved(hlo: str) -> int:
+    """Bytes that the kernels of a compiled program read and write on one device.
+
+    An estimate, for compilers that do not tell: a kernel that takes a part of an array
+    is taken to read it all, and nothing to stay in a cache.
+    """
+    executed = _executed(*_computations(hlo), fusions=False)
+    return sum(
+        times * (_bytes(each.shapes) + _bytes_taken(each, here))
+        for each, here, times in executed
+        if each.opcode not in FREE and not each.opcode.endswith(("-start", "-update"))
+    )
+
+
+Computation = dict[str, Instruction]  # by name
+# What is no kernel, or whose kernels are counted.
+FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast"}
+FREE |= {"call", "while", "conditional"}
 LINE = re.compile(r"\s+(?:ROOT )?%([\w.-]+) = (.*?) ([a-z][\w-]*)\((.*)")
 CALLED = re.compile(r"(?:calls|body|to_apply|computations?)=(\{[^}]*\}|%[\w.-]+)")
 _names = re.compile(r"%([\w.-]+)").findall
 
 
-def _computations(hlo: str) -> tuple[dict[str, dict[str, Instruction]], str]:
-    """Instructions by name, of every computation by name; the one that is run."""
-    computations: dict[str, dict[str, Instruction]] = {}
+def _computations(hlo: str) -> tuple[dict[str, Computation], str]:
+    """Computations by name, and the name of the one that is run."""
+    computations: dict[str, Computation] = {}
     entry = name = ""
     for line in hlo.splitlines():
         if line.endswith("{") and not line.startswith(" "):
@@ -465,7 +471,37 @@ def _computations(hlo: str) -> tuple[dict[str, dict[str, Instruction]], str]:
     return computations, entry
 
 
-def _trips(attributes: str, computations: dict[str, dict[str, Instruction]]) -> int:
+def _executed(
+    computations: dict[str, Computation], name: str, times: int = 1, *, fusions: bool
+) -> Iterator[tuple[Instruction, Computation, int]]:
+    """Every instruction that runs, its computation, and how often it runs.
+
+    Args:
+      name: of the computation that is run, `times` times.
+      fusions: go into fused kernels too.
+    """
+    for instruction in computations[name].values():
+        yield instruction, computations[name], times
+        _, opcode, _, attributes = instruction
+        if opcode.endswith(("-done", "-update")) or (
+            opcode == "fusion" and not fusions
+        ):
+            continue
+        again = times * (_trips(attributes, computations) if opcode == "while" else 1)
+        for called in CALLED.findall(attributes):
+            for each in _names(called):
+                yield from _executed(computations, each, again, fusions=fusions)
+
+
+def _bytes_taken(instruction: Instruction, here: Computation) -> int:
+    """Bytes of the operands; of a -done those of its -start."""
+    names = _names(instruction.operands)
+    if instruction.opcode.endswith("-done"):
+        names = _names(here[names[0]].operands)
+    return sum(_bytes(here[name].shapes) for name in names)
+
+
+def _trips(attributes: str, computations: dict[str, Computation]) -> int:
     """How often a loop runs: as it says, or the number that its condition holds."""
     if found := re.search(r"known_trip_count\D*(\d+)", attributes):
         return int(found[1])
