@@ -37,6 +37,7 @@ KEYS = {
 DEFAULTS = {
     "stall_timeout": 1800.0,  # seconds without a step until a run ends itself; 0: never
     "peer_timeout": 60.0,  # seconds without a sign of life of another process
+    "search_batch": False,  # with --mode compile: also the largest batch that fits
     "data.dir": "",  # of the dataset; "": where TFDS keeps its own
     "data.train_split": "",  # "": as the dataset calls it
     "data.eval_split": "",

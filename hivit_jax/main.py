@@ -22,6 +22,8 @@ python -m hivit_jax.main --config configs/NAME.py --workdir DIR [--mode MODE]
 modes: train (default)  pretrain or classify, going on where DIR stands
        eval             evaluate DIR's newest checkpoint, or --config.checkpoint=PATH
        knn              classify by nearest neighbours in --config.init_from's features
+       compile          compile the train step for --config.topology=v5e:16x16, h100:8
+                        or other chips not at hand; writes DIR/compile.json
        describe         print config, parameters, cost and schedule; runs nothing
 
 Processes find each other on TPU pods and under SLURM; elsewhere all get the three
@@ -40,12 +42,12 @@ def parse(argv: Sequence[str]) -> tuple[Any, argparse.Namespace]:
     parser.add_argument("--coordinator_address", default="", help=argparse.SUPPRESS)
     for name in ("num_processes", "process_id"):
         parser.add_argument(f"--{name}", type=int, default=-1, help=argparse.SUPPRESS)
-    modes = ("train", "eval", "knn", "describe")
+    modes = ("train", "eval", "knn", "compile", "describe")
     parser.add_argument(
         "--mode", default="train", choices=modes, help=argparse.SUPPRESS
     )
     known, overrides = parser.parse_known_args(argv)
-    if known.mode in ("train", "eval") and not known.workdir:
+    if known.mode in ("train", "eval", "compile") and not known.workdir:
         raise ConfigError(f"--mode={known.mode} needs --workdir=DIR")
     several = known.coordinator_address != ""
     if several != (0 <= known.process_id < known.num_processes):
@@ -71,6 +73,11 @@ def run(argv: Sequence[str], join: bool) -> None:
         say(f"\n{changes(config, flags.config)}")
         if flags.workdir:
             say(f"\ndrawn: {draw(config, flags.workdir)}")
+        return
+    if flags.mode == "compile":
+        from hivit_jax.compile_ahead import compile_ahead
+
+        compile_ahead(config, flags.workdir)
         return
     if join:
         process = flags.coordinator_address, flags.num_processes, flags.process_id

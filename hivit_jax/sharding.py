@@ -2,7 +2,7 @@
 
 import math
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -29,21 +29,28 @@ TENSOR_DIMS = {
 
 
 def make_mesh(
-    sizes: Mapping[str, int], batch_size: int, micro_batches: int = 1
+    sizes: Mapping[str, int],
+    batch_size: int,
+    micro_batches: int = 1,
+    devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
-    """Mesh over all devices with the axes `AXES`; one size may be -1, the rest.
+    """Mesh with the axes `AXES`; one size may be -1, the rest.
+
+    Args:
+      devices: of the mesh, and no others; None: all that there are.
 
     Raises:
       ConfigError: sizes that do not make up the devices, or a batch that does not
         divide over them.
     """
-    shape, devices = [sizes[axis] for axis in AXES], jax.device_count()
+    devices = jax.devices() if devices is None else devices
+    shape, count = [sizes[axis] for axis in AXES], len(devices)
     if shape.count(-1) == 1:
         rest = math.prod(size for size in shape if size != -1)
-        shape[shape.index(-1)] = devices // rest if rest > 0 else 0
-    if min(shape) < 1 or math.prod(shape) != devices:
+        shape[shape.index(-1)] = count // rest if rest > 0 else 0
+    if min(shape) < 1 or math.prod(shape) != count:
         raise ConfigError(
-            f"mesh={dict(sizes)} does not fit {devices} devices; expected sizes that "
+            f"mesh={dict(sizes)} does not fit {count} devices; expected sizes that "
             "multiply to that number, at most one of them -1"
         )
     shards = math.prod(shape[:3])
@@ -52,7 +59,8 @@ def make_mesh(
             f"batch_size={batch_size} is not divisible by {shards} devices (mesh "
             f"replica x data x fsdp) times optimizer.accumulate_steps={micro_batches}"
         )
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    types = (AxisType.Auto,) * len(AXES)
+    return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
 
 
 def param_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:

@@ -187,12 +187,23 @@ def train(
             writer.close()
 
 
-def compile_step(step: Callable, arguments: tuple, shardings: State) -> Callable:
-    """Compiles a train step ahead of its first call, and says how long that took."""
+def compile_step(
+    step: Callable,
+    arguments: tuple,
+    shardings: State,
+    options: dict[str, Any] | None = None,
+) -> jax.stages.Compiled:
+    """Compiles a train step ahead of its first call, and says how long that took.
+
+    Args:
+      arguments: of its calls, or their shapes and shardings.
+      shardings: of the state.
+      options: of the compiler.
+    """
     say("compiling the train step ...")
     began = time.perf_counter()
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
-    compiled = jitted.lower(*arguments).compile()
+    compiled = jitted.lower(*arguments).compile(options)
     say(f"compiled in {time.perf_counter() - began:.1f} s")
     return compiled
 

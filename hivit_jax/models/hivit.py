@@ -26,6 +26,7 @@ from hivit_jax.models.layers import (
     check_heads,
     parameter_count,
     row_cost,
+    run_blocks,
 )
 from hivit_jax.models.positions import Grid, Windows
 
@@ -93,6 +94,10 @@ class HiViT(nnx.Module):
         normal(0.02). It is trained either way (official: pretraining does so too,
         although a comment there says frozen).
       dtype: compute dtype, "float32" or "bfloat16"; parameters are float32.
+      remat: in training, keep only what goes into each block and compute the rest
+        again for the gradient: less memory, more time.
+      scan_blocks: compile the blocks of a stage as one, run in a loop: shorter
+        compilation. The blocks must be alike, so not with `global_blocks`.
 
     Raises:
       ConfigError: sizes that do not fit each other.
@@ -117,6 +122,8 @@ class HiViT(nnx.Module):
         layer_norm_eps: float = 1e-6,
         sincos_position: bool = False,
         dtype: str = "float32",
+        remat: bool = False,
+        scan_blocks: bool = False,
         rngs: nnx.Rngs,
     ):
         self.grid = positions.check_grid(image_size, patch_size)
@@ -147,6 +154,11 @@ class HiViT(nnx.Module):
                 f"global_blocks={tuple(global_blocks)}; expected numbers from 0 to "
                 f"{depths[-1] - 1} for the {depths[-1]} blocks of the main stage"
             )
+        if scan_blocks and global_blocks:
+            raise ConfigError(
+                f"scan_blocks=True with global_blocks={tuple(global_blocks)}; expected "
+                "blocks that are alike"
+            )
         if dtype not in ("float32", "bfloat16", jnp.float32, jnp.bfloat16):
             raise ConfigError(f"dtype={dtype!r}; expected 'float32' or 'bfloat16'")
 
@@ -155,6 +167,7 @@ class HiViT(nnx.Module):
         self.patch_size, self.inner_patches = patch_size, inner_patches
         self.window_size, self.global_blocks = window_size, tuple(global_blocks)
         self.main_depth, self.dtype = depths[-1], jnp.dtype(dtype)
+        self.remat, self.scan_blocks = remat, scan_blocks
         common = dict(eps=layer_norm_eps, dtype=self.dtype, rngs=rngs)
         blocks = [2 * depth for depth in depths[:-1]] + [depths[-1]]
         # One rate per residual block in order; PatchMerge takes none.
@@ -236,13 +249,15 @@ class HiViT(nnx.Module):
             units for blocks with windows.
         """
         *outputs, x, relative_index = self._stem(images, ids_keep, sample_keys)
-        for block in self.stages[-1]:
-            x = block(
-                x,
-                relative_index=relative_index,
-                key_mask=key_mask,
-                sample_keys=sample_keys,
-            )
+        x = run_blocks(
+            self.stages[-1],
+            x,
+            self.remat,
+            self.scan_blocks,
+            relative_index=relative_index,
+            key_mask=key_mask,
+            sample_keys=sample_keys,
+        )
         return [*outputs, x]
 
     def _stem(self, images, ids_keep=None, sample_keys=None):
@@ -270,8 +285,9 @@ class HiViT(nnx.Module):
         x = self.patch_embed(cells)  # [B*K*16, E/4]
         outputs = []
         for blocks, merge in zip(self.stages, self.merges, strict=False):
-            for block in blocks:
-                x = block(x, sample_keys=sample_keys)
+            x = run_blocks(
+                blocks, x, self.remat, self.scan_blocks, sample_keys=sample_keys
+            )
             outputs.append(x)
             x = merge(x)  # a quarter of the rows, twice as wide
         x = x.reshape(images.shape[0], -1, self.embed_dim)  # [B, K, E]

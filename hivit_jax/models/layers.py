@@ -4,6 +4,7 @@ Parameters are float32. `dtype` is what matrix products run in and what blocks h
 LayerNorm statistics and the softmax are float32 whatever it is.
 """
 
+from collections.abc import Sequence
 from functools import partial
 
 import jax
@@ -24,7 +25,10 @@ LayerNorm = partial(nnx.LayerNorm, use_fast_variance=False)
 
 
 def drop_path(
-    x: jax.Array, rate: float, sample_keys: jax.Array | None, draw: int
+    x: jax.Array,
+    rate: float | jax.Array,
+    sample_keys: jax.Array | None,
+    draw: int | jax.Array,
 ) -> jax.Array:
     """Drops the residual branch of whole samples (stochastic depth).
 
@@ -34,13 +38,14 @@ def drop_path(
       sample_keys: [B] keys, one per sample, or None for no dropping.
       draw: number of this draw, so that no two branches share one.
     """
-    if sample_keys is None or rate == 0.0:
+    if sample_keys is None or (isinstance(rate, float) and rate == 0.0):
         return x
+    share = jnp.float32(1.0 - rate)
 
     def keep(key):
-        return jax.random.bernoulli(jax.random.fold_in(key, draw), 1.0 - rate)
+        return jax.random.bernoulli(jax.random.fold_in(key, draw), share)
 
-    scale = jax.vmap(keep)(sample_keys).astype(x.dtype) / (1.0 - rate)
+    scale = jax.vmap(keep)(sample_keys).astype(x.dtype) / share.astype(x.dtype)
     per_sample = x.reshape(len(scale), -1, x.shape[-1])
     return (per_sample * scale[:, None, None]).reshape(x.shape)
 
@@ -226,6 +231,47 @@ class AttentionBlock(MlpBlock):
         draw = 2 * self.number + 1
         x = x + drop_path(branch, self.drop_rate, sample_keys, draw)
         return super().__call__(x, sample_keys=sample_keys)
+
+
+def run_blocks(
+    blocks: Sequence[MlpBlock],
+    x: jax.Array,
+    remat: bool,
+    scan: bool,
+    **inputs: jax.Array | None,
+) -> jax.Array:
+    """Blocks one after another, x -> x.
+
+    Args:
+      remat: keep for the gradient but what goes into each block, and compute the rest
+        again.
+      scan: compile one block for all, which must differ in nothing but parameters,
+        number and drop rate; a loop over their stacked parameters runs it.
+      inputs: what every block takes beside x.
+    """
+
+    def run(block, x):
+        return block(x, **inputs)
+
+    def run_scanned(x, scanned):
+        params, number, rate = scanned
+        block = nnx.merge(graphdef, params)
+        block.number, block.drop_rate = number, rate if any(rates) else 0.0
+        return run(block, x), None
+
+    if not scan or not blocks:
+        for block in blocks:
+            call = partial(run, block)
+            x = (jax.checkpoint(call) if remat else call)(x)
+        return x
+    graphdef = nnx.graphdef(blocks[0])
+    states = [nnx.to_pure_dict(nnx.state(block)) for block in blocks]
+    params = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+    numbers, rates = zip(*((b.number, b.drop_rate) for b in blocks), strict=True)
+    if remat:  # a loop keeps what is computed again apart by itself
+        run_scanned = jax.checkpoint(run_scanned, prevent_cse=False)
+    scanned = params, jnp.array(numbers), jnp.array(rates, jnp.float32)
+    return jax.lax.scan(run_scanned, x, scanned)[0]
 
 
 class PatchMerge(nnx.Module):

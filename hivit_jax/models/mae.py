@@ -23,6 +23,7 @@ from hivit_jax.models.layers import (
     check_heads,
     parameter_count,
     row_cost,
+    run_blocks,
 )
 
 
@@ -202,8 +203,8 @@ class MaskedAutoencoder(Features):
         x = jnp.take_along_axis(x, ids_restore[:, :, None], axis=1)  # image order
         table = jax.lax.stop_gradient(self.decoder_pos_embed[...])
         x = x + table.astype(x.dtype)
-        for block in self.decoder_blocks:
-            x = block(x)
+        how = self.encoder.remat, self.encoder.scan_blocks
+        x = run_blocks(self.decoder_blocks, x, *how)
         return self.decoder_pred(self.decoder_norm(x)).astype(jnp.float32)
 
     def targets(self, images: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

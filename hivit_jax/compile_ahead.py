@@ -1,0 +1,523 @@
+"""The train step, compiled for TPUs or GPUs that are not at hand: does it fit, what
+does it compute, move and exchange, how fast could it be. Runs nothing, reads no images.
+"""
+
+import hashlib
+import importlib.util
+import json
+import math
+import os
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding
+
+from hivit_jax import tasks
+from hivit_jax import train as training
+from hivit_jax.config import to_json
+from hivit_jax.data import pipeline
+from hivit_jax.describe import resolved_schedule
+from hivit_jax.errors import ConfigError
+from hivit_jax.metrics import prepare_workdir, say
+from hivit_jax.models import split
+from hivit_jax.optimizer import make_optimizer
+from hivit_jax.sharding import BATCH, make_mesh, placed, state_shardings
+
+
+class Chip(NamedTuple):
+    """What a chip has and can do at most.
+
+    memory: bytes of HBM that a program may use.
+    flops: bfloat16 operations a second.
+    bandwidth: bytes a second between chip and HBM.
+    network: bytes a second that it sends to chips of its slice or node, on all links.
+    source: where the figures are published.
+    """
+
+    memory: int
+    flops: float
+    bandwidth: float
+    network: float
+    source: str
+
+
+GIB = 2**30
+TPU_DOCS = "cloud.google.com/tpu/docs/{}, half of the bidirectional interconnect"
+NVIDIA = "NVIDIA {} SXM data sheet, dense, half of the bidirectional NVLink"
+# Of a TPU's 32, 16, 95, 32 GiB what libtpu 0.0.52 leaves to programs.
+CHIPS = {
+    "v4": Chip(int(30.75 * GIB), 275e12, 1228e9, 300e9, TPU_DOCS.format("v4")),
+    "v5e": Chip(int(15.75 * GIB), 197e12, 819e9, 200e9, TPU_DOCS.format("v5e")),
+    "v5p": Chip(95 * GIB, 459e12, 2765e9, 600e9, TPU_DOCS.format("v5p")),
+    "v6e": Chip(int(31.24 * GIB), 918e12, 1640e9, 400e9, TPU_DOCS.format("v6e")),
+    "h100": Chip(80 * 10**9, 989e12, 3350e9, 450e9, NVIDIA.format("H100")),
+    "h200": Chip(141 * 10**9, 989e12, 4800e9, 450e9, NVIDIA.format("H200")),
+}
+# The package with the compiler.
+PLUGINS = {
+    name: "jax-cuda13-plugin" if name.startswith("h") else "libtpu" for name in CHIPS
+}
+EXAMPLES = "v5e:16x16, v5p:4x4x4, v6e:16x16, v4:4x4x4, h100:8, h200:8"
+# What the TPU compiler would ask of the machine it is on, were that a TPU's.
+TPU_ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+}
+# Autotuning would need the GPU.
+GPU_OPTIONS = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
+# XLA's description of a Hopper SXM; NVIDIA's Hopper tuning guide and device queries.
+HOPPER = """\
+gpu_device_info {{
+  cuda_compute_capability {{ major: 9 }}
+  core_count: 132  fpus_per_core: 128  clock_rate_ghz: 1.98
+  threads_per_warp: 32  threads_per_block_limit: 1024  threads_per_core_limit: 2048
+  registers_per_core_limit: 65536  registers_per_block_limit: 65536
+  shared_memory_per_core: 233472  shared_memory_per_block: 49152
+  shared_memory_per_block_optin: 232448
+  block_dim_limit_x: 2147483647  block_dim_limit_y: 65535  block_dim_limit_z: 65535
+  l2_cache_size: 52428800
+  memory_bandwidth: {bandwidth:.0f}  device_memory_size: {memory}
+}}
+platform_name: "CUDA"
+device_description_str: "NVIDIA {name}"
+dnn_version_info {{ major: 9  minor: 12 }}
+runtime_version {{ major: 13 }}
+"""
+
+
+COLLECTIVES = (
+    "all-reduce",
+    "all-gather",
+    "reduce-scatter",
+    "collective-permute",
+    "all-to-all",
+)
+
+
+def compile_ahead(config: Any, workdir: str | Path) -> dict[str, Any]:
+    """Compiles the config's train step for `config.topology`, and reports on it.
+
+    Returns:
+      What DIR/compile.json says; see `examine`, and with `config.search_batch` also
+      `largest_batch`.
+
+    Raises:
+      HivitError: an unknown topology, a compiler that is not installed, a mesh or batch
+        that does not fit the topology.
+    """
+    jax.config.update("jax_platforms", "cpu")  # whatever else is here is left alone
+    devices = devices_of(config.topology)
+    prepare_workdir(Path(workdir))
+    report = examine(config, devices)
+    if config.search_batch:
+        report |= largest_batch(config, devices, report)
+    path = Path(workdir) / "compile.json"
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(report, indent=2) + "\n")
+    temporary.replace(path)
+    say(summary(report))
+    say(f"written: {path}")
+    return report
+
+
+def devices_of(topology: str) -> Sequence[jax.Device]:
+    """Devices to compile for, of a topology such as "v5e:16x16" or "h100:8".
+
+    Raises:
+      ConfigError: an unknown chip or shape, or a compiler that is not installed.
+    """
+    name, _, shape = topology.partition(":")
+    if name not in CHIPS:
+        raise ConfigError(
+            f"unknown topology {topology!r}; expected CHIP:SHAPE, CHIP one of "
+            f"{', '.join(CHIPS)}, such as {EXAMPLES}"
+        )
+    gpu = PLUGINS[name] != "libtpu"
+    if importlib.util.find_spec(PLUGINS[name].replace("-", "_")) is None:
+        raise ConfigError(
+            f"topology={topology!r} needs the compiler in {PLUGINS[name]}, which is "
+            f"not installed; pip install 'hivit-jax[{'cuda' if gpu else 'tpu'}]'"
+        )
+    how: dict[str, Any] = {"platform": "cuda" if gpu else "tpu"}
+    if gpu:
+        target = HOPPER.format(name=name.upper(), **CHIPS[name]._asdict())
+        how |= {"topology": f"1x1x{shape}", "target_config": target}
+    else:
+        how["topology_name"] = topology
+        for variable, value in TPU_ENVIRONMENT.items():
+            os.environ.setdefault(variable, value)
+    if name == "v4":
+        how["chip_config_name"] = "megacore"  # a chip's two cores are one device
+    try:
+        return topologies.get_topology_desc(**how).devices
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"topology={topology!r}: {reason}\nexpected a shape that {name} comes in; "
+            f"known: {EXAMPLES} and the like"
+        ) from error
+
+
+def examine(config: Any, devices: Sequence[jax.Device]) -> dict[str, Any]:
+    """What the compiler tells of a train step on these devices, as JSON values.
+
+    Operations and bytes accessed are the TPU compiler's counts. It counts the body of a
+    loop once; they are multiplied by what loops make of the matrix products. For GPUs,
+    where there are no such counts, operations are those of the matrix products and
+    bytes those of `bytes_moved` (None if there are loops).
+
+    ``hbm_bytes_per_device`` has but total and limit, and what follows is None, if the
+    compiler says that the program does not fit.
+    """
+    mesh = make_mesh(
+        config.mesh, config.batch_size, config.optimizer.accumulate_steps, devices
+    )
+    shards = math.prod(mesh.shape[axis] for axis in BATCH[0])
+    name = config.topology.partition(":")[0]
+    chip = CHIPS[name]
+    report = {
+        "topology": config.topology,
+        "devices": mesh.size,
+        "mesh": dict(mesh.shape),
+        "model": config.model.name,
+        "config_sha256": hashlib.sha256(to_json(config).encode()).hexdigest(),
+        "batch_size": config.batch_size,
+        "batch_per_device": config.batch_size // shards,
+        "versions": {each: metadata.version(each) for each in ("jax", PLUGINS[name])},
+    }
+    step, arguments, shardings = train_step(config, mesh)
+    began = time.perf_counter()
+    try:
+        options = GPU_OPTIONS if PLUGINS[name] != "libtpu" else None
+        compiled = training.compile_step(step, arguments, shardings, options)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        needed = re.search(r"\(([\d.]+)([KMG])\) exceeds", str(error))
+        total = needed and int(float(needed[1]) * 2 ** (10 * " KMG".index(needed[2])))
+        memory = {"total": total, "limit": chip.memory}
+        compiled = None
+    else:
+        memory = memory_of(compiled, chip)
+    report |= {
+        "compile_seconds": round(time.perf_counter() - began, 1),
+        "fits": compiled is not None and memory["total"] <= memory["limit"],
+        "hbm_bytes_per_device": memory,
+        "flops_per_image": None,
+        "bytes_accessed_per_image": None,
+        "collectives": None,
+        "roofline": None,
+    }
+    if compiled is None:
+        return report
+    jaxpr = jax.make_jaxpr(step)(*arguments).jaxpr
+    matmuls, once = (matmul_flops(jaxpr, loops) for loops in (True, False))
+    images, hlo = config.batch_size / mesh.size, compiled.as_text()
+    if cost := compiled.cost_analysis():
+        flops = cost["flops"] * matmuls / once / images
+        moved = cost["bytes accessed"] * matmuls / once / images
+    else:
+        flops = matmuls / config.batch_size
+        moved = bytes_moved(hlo) / images if matmuls == once else None
+    exchanged = collectives(hlo)
+    return report | {
+        "flops_per_image": flops,
+        "bytes_accessed_per_image": moved,
+        "collectives": exchanged,
+        "roofline": roofline(chip, images, flops, moved, exchanged),
+    }
+
+
+def train_step(config: Any, mesh: Mesh) -> tuple[Callable, tuple, Any]:
+    """The step that `train.train` compiles, shapes for it, the state's shardings."""
+    model = nnx.eval_shape(lambda: tasks.build_model(config))
+    graphdef, abstract_params = split(model)
+    _, _, schedule = resolved_schedule(config)
+    optimizer = make_optimizer(config, schedule, abstract_params)
+    abstract_state = jax.eval_shape(training.make_init(config, optimizer))
+    shardings = state_shardings(mesh, abstract_state)
+    shapes = pipeline.train_batch_shapes(config)
+    batch = placed(shapes, dict.fromkeys(shapes, NamedSharding(mesh, BATCH)))
+    groups = mesh.shape["replica"] * mesh.shape["data"]
+    step = training.make_train_step(config, graphdef, optimizer, schedule, groups)
+    return step, (placed(abstract_state, shardings), batch, np.int32(0)), shardings
+
+
+def memory_of(compiled: jax.stages.Compiled, chip: Chip) -> dict[str, int]:
+    """Bytes on each device; outputs that take the place of arguments are aliased."""
+    found = compiled.memory_analysis()
+    parts = {
+        "arguments": found.argument_size_in_bytes,
+        "outputs": found.output_size_in_bytes,
+        "temporaries": found.temp_size_in_bytes,
+        "program": found.generated_code_size_in_bytes,
+        "aliased": found.alias_size_in_bytes,
+    }
+    total = sum(parts.values()) - 2 * parts["aliased"]
+    return parts | {"total": total, "limit": chip.memory}
+
+
+def matmul_flops(jaxpr: Any, loops: bool) -> int:
+    """Operations of all matrix products in a traced program, on all devices together.
+
+    Args:
+      loops: count the body of a loop as often as it runs, not once.
+    """
+    total = 0
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            (contracted, _), _ = eqn.params["dimension_numbers"]
+            shape = eqn.invars[0].aval.shape
+            depth = math.prod(shape[dim] for dim in contracted)
+            total += 2 * depth * math.prod(eqn.outvars[0].aval.shape)
+        times = eqn.params["length"] if loops and eqn.primitive.name == "scan" else 1
+        for inner in jax.tree.leaves(
+            list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "jaxpr")
+        ):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                total += times * matmul_flops(inner, loops)
+    return total
+
+
+def roofline(
+    chip: Chip,
+    images: float,
+    flops: float,
+    moved: float | None,
+    exchanged: list[dict[str, Any]],
+) -> dict[str, Any]:
+    """The most images a second that a chip's peaks allow: an upper bound.
+
+    Everything overlaps, and what is slowest counts. An all-reduce sends its bytes
+    twice: scattered and gathered.
+
+    Args:
+      images: of a step on a chip.
+      flops, moved: operations and bytes of HBM an image; None: not known, not counted.
+      exchanged: as `collectives` tells.
+    """
+    sent = sum(
+        each["bytes_per_step"] * (2 if each["kind"] == "all-reduce" else 1)
+        for each in exchanged
+    )
+    seconds = {
+        "arithmetic": flops * images / chip.flops,
+        "memory": None if moved is None else moved * images / chip.bandwidth,
+        "network": sent / chip.network,
+    }
+    known = {bound: value for bound, value in seconds.items() if value is not None}
+    bound = max(known, key=known.get)
+    return {
+        "images_per_second_per_chip": images / known[bound],
+        "bound": bound,
+        "seconds_per_step": seconds,
+        "peaks": chip._asdict(),
+    }
+
+
+def largest_batch(
+    config: Any, devices: Sequence[jax.Device], report: dict[str, Any]
+) -> dict[str, Any]:
+    """Images of a step for each device that still fit, to an eighth or to the next size
+    that divides.
+
+    Doubles or halves the config's batch, then bisects.
+
+    Args:
+      report: of `examine`, for the config's own batch.
+    """
+    config = config.copy_and_resolve_references()
+    shards = report["batch_size"] // report["batch_per_device"]
+    pairs = 2 if config.get("mixup") or config.get("cutmix") else 1
+    unit = config.optimizer.accumulate_steps * pairs
+    compiles, low, high = 0, 0, None
+    size, fits = report["batch_per_device"], report["fits"]
+    while True:
+        low, high = (size, high) if fits else (low, size)
+        if high is None:
+            size = 2 * low
+        elif high - low > max(unit, low // 8):
+            size = max((low + high) // 2 // unit * unit, low + unit)
+        else:
+            break
+        config.batch_size = shards * size
+        say(f"trying {size} images a device ...")
+        fits, compiles = examine(config, devices)["fits"], compiles + 1
+    return {
+        "largest_batch_per_device": low,
+        "smallest_that_does_not_fit": high,
+        "compiles_of_the_search": compiles,
+    }
+
+
+def summary(report: dict[str, Any]) -> str:
+    """The report as a few lines of text."""
+    memory, cost = report["hbm_bytes_per_device"], report["roofline"]
+    total = "more" if memory["total"] is None else f"{memory['total'] / GIB:.2f} GiB"
+    lines = [
+        f"{report['model']} on {report['topology']}: {report['devices']} devices, "
+        f"{report['batch_per_device']} images each",
+        f"{'fits' if report['fits'] else 'does NOT fit'}: {total} of "
+        f"{memory['limit'] / GIB:.2f} GiB a device",
+    ]
+    if cost:
+        lines[-1] += (
+            f", {memory['arguments'] / GIB:.2f} of them arguments, "
+            f"{memory['temporaries'] / GIB:.2f} temporaries"
+        )
+        lines.append(f"{report['flops_per_image'] / 1e9:.1f} GFLOP an image")
+        if report["bytes_accessed_per_image"]:
+            moved = report["bytes_accessed_per_image"] / 1e6
+            lines[-1] += f", {moved:,.0f} MB moved"
+        lines += [
+            f"{each['kind']}: {each['bytes_per_step'] / 1e6:,.1f} MB a step and "
+            f"device, in {each['count']}"
+            for each in report["collectives"]
+        ]
+        lines.append(
+            f"at most {cost['images_per_second_per_chip']:,.0f} images/s a chip, "
+            f"bound by {cost['bound']}"
+        )
+    if "largest_batch_per_device" in report:
+        lines.append(
+            f"largest batch a device: {report['largest_batch_per_device']} "
+            f"({report['smallest_that_does_not_fit']} does not fit; "
+            f"{report['compiles_of_the_search']} more compilations)"
+        )
+    return "\n".join(lines)
+
+
+class Instruction(NamedTuple):
+    """A line of HLO text: ``%name = shapes opcode(operands), attributes``."""
+
+    shapes: str
+    opcode: str
+    operands: str
+    attributes: str
+
+
+def collectives(hlo: str) -> list[dict[str, Any]]:
+    """What the devices exchange in a compiled program, by kind.
+
+    Args:
+      hlo: text of the program, as ``Compiled.as_text`` gives it.
+
+    Returns:
+      ``{"kind", "count", "bytes_per_step"}``, each kind once: how often it runs, and
+      the bytes that it takes in or gives out on one device, whichever is more. What is
+      in a loop counts as often as that runs, if the text tells.
+    """
+    counts, sizes = Counter(), Counter()
+    for instruction, here, times in _executed(*_computations(hlo), fusions=True):
+        kind = instruction.opcode.removesuffix("-done")
+        if kind in COLLECTIVES:
+            taken = _bytes_taken(instruction, here)
+            counts[kind] += times
+            sizes[kind] += times * max(taken, _bytes(instruction.shapes))
+    return [
+        {"kind": kind, "count": counts[kind], "bytes_per_step": sizes[kind]}
+        for kind in COLLECTIVES
+        if kind in counts
+    ]
+
+
+def bytes_moved(hlo: str) -> int:
+    """Bytes that the kernels of a compiled program read and write on one device.
+
+    An estimate, for compilers that do not tell: a kernel that takes a part of an array
+    is taken to read it all, and nothing to stay in a cache.
+    """
+    executed = _executed(*_computations(hlo), fusions=False)
+    return sum(
+        times * (_bytes(each.shapes) + _bytes_taken(each, here))
+        for each, here, times in executed
+        if each.opcode not in FREE and not each.opcode.endswith(("-start", "-update"))
+    )
+
+
+Computation = dict[str, Instruction]  # by name
+# What is no kernel, or whose kernels are counted.
+FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast"}
+FREE |= {"call", "while", "conditional"}
+LINE = re.compile(r"\s+(?:ROOT )?%([\w.-]+) = (.*?) ([a-z][\w-]*)\((.*)")
+CALLED = re.compile(r"(?:calls|body|to_apply|computations?)=(\{[^}]*\}|%[\w.-]+)")
+_names = re.compile(r"%([\w.-]+)").findall
+
+
+def _computations(hlo: str) -> tuple[dict[str, Computation], str]:
+    """Computations by name, and the name of the one that is run."""
+    computations: dict[str, Computation] = {}
+    entry = name = ""
+    for line in hlo.splitlines():
+        if line.endswith("{") and not line.startswith(" "):
+            name = _names(line)[0]
+            computations[name] = {}
+            entry = name if line.startswith("ENTRY") else entry
+        elif match := LINE.match(line):
+            key, shapes, opcode, rest = match.groups()
+            operands, _, attributes = rest.partition("), ")
+            computations[name][key] = Instruction(shapes, opcode, operands, attributes)
+    return computations, entry
+
+
+def _executed(
+    computations: dict[str, Computation], name: str, times: int = 1, *, fusions: bool
+) -> Iterator[tuple[Instruction, Computation, int]]:
+    """Every instruction that runs, its computation, and how often it runs.
+
+    Args:
+      name: of the computation that is run, `times` times.
+      fusions: go into fused kernels too.
+    """
+    for instruction in computations[name].values():
+        yield instruction, computations[name], times
+        _, opcode, _, attributes = instruction
+        if opcode.endswith(("-done", "-update")) or (
+            opcode == "fusion" and not fusions
+        ):
+            continue
+        again = times * (_trips(attributes, computations) if opcode == "while" else 1)
+        for called in CALLED.findall(attributes):
+            for each in _names(called):
+                yield from _executed(computations, each, again, fusions=fusions)
+
+
+def _bytes_taken(instruction: Instruction, here: Computation) -> int:
+    """Bytes of the operands; of a -done those of its -start."""
+    names = _names(instruction.operands)
+    if instruction.opcode.endswith("-done"):
+        names = _names(here[names[0]].operands)
+    return sum(_bytes(here[name].shapes) for name in names)
+
+
+def _trips(attributes: str, computations: dict[str, Computation]) -> int:
+    """How often a loop runs: as it says, or the number that its condition holds."""
+    if found := re.search(r"known_trip_count\D*(\d+)", attributes):
+        return int(found[1])
+    condition = re.search(r"condition=%([\w.-]+)", attributes)[1]
+    numbers = [
+        re.match(r"\d+", each.operands)
+        for each in computations[condition].values()
+        if each.opcode == "constant"
+    ]
+    return max((int(number[0]) for number in numbers if number), default=1)
+
+
+def _bytes(shapes: str) -> int:
+    """Bytes of arrays such as ``(f32[8,128]{1,0}, pred[])``."""
+    total = 0
+    for kind, bits, sides in re.findall(r"([a-z]+)(\d*)\w*\[([\d,]*)\]", shapes):
+        bits = int(bits) if bits else 8 * (kind == "pred")
+        total += bits * math.prod(map(int, filter(None, sides.split(",")))) // 8
+    return total

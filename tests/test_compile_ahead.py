@@ -1,0 +1,380 @@
+"""The train step for chips that are not here: what is read out of compiled programs."""
+
+import importlib.util
+import json
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import recipes
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from numpy.testing import assert_allclose
+
+import hivit_jax
+from hivit_jax import compile_ahead, tasks
+from hivit_jax.data import pipeline
+from hivit_jax.errors import ConfigError
+from hivit_jax.main import main
+from hivit_jax.models import named_leaves, split
+
+MIB = 2**20
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick(tmp_path_factory):
+    with recipes.quick(tmp_path_factory.mktemp("cache")):
+        yield
+
+
+def mesh(*sizes, names=("data",)):
+    return jax.make_mesh(sizes, names, axis_types=(AxisType.Auto,) * len(names))
+
+
+def compiled(function, mesh, *shapes, out=()):
+    """HLO text of a program of float32 arrays of (shape, spec)."""
+    arguments = [
+        jax.ShapeDtypeStruct(
+            shape, jnp.float32, sharding=NamedSharding(mesh, PartitionSpec(*spec))
+        )
+        for shape, spec in shapes
+    ]
+    jitted = jax.jit(function, out_shardings=NamedSharding(mesh, PartitionSpec(*out)))
+    return jitted.lower(*arguments).compile().as_text()
+
+
+ROWS = ((1024, 512), ("data",))  # 2 MiB, a row of devices each 1/8
+WHOLE = ((512, 512), ())  # 1 MiB
+
+
+def test_bytes_of_an_all_reduce():
+    hlo = compiled(lambda x, y: x.T @ y, mesh(8), ROWS, ROWS)
+    assert compile_ahead.collectives(hlo) == [
+        {"kind": "all-reduce", "count": 1, "bytes_per_step": MIB}
+    ]
+
+
+def test_bytes_of_an_all_gather_are_those_of_what_is_gathered():
+    hlo = compiled(lambda x: x + 1, mesh(8), ROWS)
+    assert compile_ahead.collectives(hlo) == [
+        {"kind": "all-gather", "count": 1, "bytes_per_step": 2 * MIB}
+    ]
+
+
+@pytest.mark.parametrize(
+    ("operation", "kind", "size"),
+    [
+        (lambda x: jax.lax.psum_scatter(x, "data", tiled=True), "reduce-scatter", 2),
+        (lambda x: jax.lax.ppermute(x, "data", [(0, 1)]), "collective-permute", 2),
+        (
+            lambda x: jax.lax.all_to_all(x, "data", 0, 0, tiled=True),
+            "all-to-all",
+            2,
+        ),
+    ],
+)
+def test_bytes_of_other_collectives(operation, kind, size):
+    """Each device holds all 2 MiB; `psum_scatter` leaves an eighth of them."""
+    devices = mesh(8)
+    function = jax.shard_map(
+        operation,
+        mesh=devices,
+        in_specs=PartitionSpec(),
+        out_specs=PartitionSpec("data"),
+        check_vma=False,
+    )
+    hlo = compiled(function, devices, ((1024, 512), ()), out=("data",))
+    [found] = compile_ahead.collectives(hlo)
+    assert found == {"kind": kind, "count": 1, "bytes_per_step": size * MIB}
+
+
+def test_what_a_loop_exchanges_counts_every_time():
+    def loop(x, w):
+        return jax.lax.scan(lambda w, _: (jnp.tanh((x @ w).T @ x), None), w, length=5)[
+            0
+        ]
+
+    hlo = compiled(loop, mesh(8), ROWS, WHOLE)
+    assert compile_ahead.collectives(hlo) == [
+        {"kind": "all-reduce", "count": 5, "bytes_per_step": 5 * MIB}
+    ]
+
+
+# As the TPU compiler writes it: tiles, memory spaces, loops without a trip count.
+ASYNCHRONOUS = """\
+HloModule step, entry_computation_layout={(f32[8]{0})->f32[8]{0}}
+
+%body (p: (s32[], f32[256])) -> (s32[], f32[256]) {
+  %p = (s32[]{:T(128)}, f32[256]{0:T(256)}) parameter(0)
+  %n = s32[]{:T(128)} get-tuple-element(%p), index=0
+  %x = f32[256]{0:T(256)} get-tuple-element(%p), index=1
+  %ag = (f32[256]{0:T(256)}, f32[2048]{0:T(256)S(1)}) all-gather-start(%x), channel_id=1
+  %done = f32[2048]{0:T(256)S(1)} all-gather-done(%ag), metadata={op_name="x"}
+  %cut = f32[256]{0:T(256)} fusion(%done), kind=kLoop, calls=%fused
+  ROOT %out = (s32[]{:T(128)}, f32[256]{0:T(256)}) tuple(%n, %cut)
+}
+
+%condition (q: (s32[], f32[256])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(3)
+  %q = (s32[]{:T(128)}, f32[256]{0:T(256)}) parameter(0)
+  %m = s32[]{:T(128)} get-tuple-element(%q), index=0
+  ROOT %less = pred[]{:T(512)} compare(%m, %limit), direction=LT
+}
+
+%add (i: f32[], j: f32[]) -> f32[] {
+  %i = f32[] parameter(0)
+  %j = f32[] parameter(1)
+  ROOT %sum = f32[] add(%i, %j)
+}
+
+%fused (f: f32[2048]) -> f32[256] {
+  %f = f32[2048]{0:T(256)} parameter(0)
+  ROOT %rs = f32[256]{0:T(256)} reduce-scatter(%f), dimensions={0}, to_apply=%add
+}
+
+ENTRY %main (a: (s32[], f32[256]), b: bf16[64,128]) -> f32[] {
+  %a = (s32[]{:T(128)}, f32[256]{0:T(256)}) parameter(0)
+  %b = bf16[64,128]{1,0:T(8,128)(2,1)} parameter(1)
+  %w = (s32[]{:T(128)}, f32[256]{0:T(256)}) while(%a), condition=%condition, body=%body
+  %c = f32[]{:T(128)} constant(0)
+  %s = (bf16[64,128]{1,0:T(8,128)(2,1)S(1)}, f32[]{:T(128)}) all-reduce-start(%b, %c)
+  %d = (bf16[64,128]{1,0:T(8,128)(2,1)}, f32[]{:T(128)}) all-reduce-done(%s)
+  ROOT %e = f32[]{:T(128)} get-tuple-element(%d), index=1
+}
+"""
+
+
+def test_asynchronous_collectives_count_once_and_loops_by_their_bound():
+    kinds = {
+        each["kind"]: (each["count"], each["bytes_per_step"])
+        for each in compile_ahead.collectives(ASYNCHRONOUS)
+    }
+    assert kinds == {
+        "all-reduce": (1, 2 * 64 * 128 + 4),
+        "all-gather": (3, 3 * 4 * 2048),
+        "reduce-scatter": (3, 3 * 4 * 2048),
+    }
+    moved = 2 * (2 * 64 * 128 + 4) + 3 * (4 * 256 + 4 * 2048 + 4 * 2048 + 4 * 256)
+    # Fusions as one kernel, and %less.
+    assert compile_ahead.bytes_moved(ASYNCHRONOUS) == moved
+
+
+def test_operations_of_matrix_products_in_loops():
+    def program(x, w):
+        step = jax.checkpoint(lambda x, w: (jnp.tanh(x @ w), None))
+        return jax.lax.scan(step, x, w)[0].sum()
+
+    x, w = jnp.ones((8, 16)), jnp.ones((5, 16, 16))
+    one = 2 * 8 * 16 * 16
+    forward = jax.make_jaxpr(program)(x, w).jaxpr
+    assert compile_ahead.matmul_flops(forward, loops=True) == 5 * one
+    assert compile_ahead.matmul_flops(forward, loops=False) == one
+    # Forward, again for the gradient, and a product for each of x and w.
+    both = jax.make_jaxpr(jax.grad(program, (0, 1)))(x, w).jaxpr
+    assert compile_ahead.matmul_flops(both, loops=True) == 5 * 4 * one
+
+
+GREY = "(0.5,0.5,0.5)"
+COLOURED = dict(model__in_channels=3, data__mean=GREY, data__std=GREY)
+
+
+@pytest.mark.parametrize(
+    ("source", "overrides"),
+    [
+        ("synthetic", {}),
+        ("digits", dict(data__canvas=0)),
+        ("digits", dict(data__canvas=96)),
+        ("digits", dict(data__randaugment=True) | COLOURED),
+    ],
+)
+def test_batches_are_of_the_shapes_that_are_compiled_for(source, overrides):
+    if source == "digits":
+        pytest.importorskip("sklearn")
+    config = recipes.mae(source, **overrides)
+    batch = next(pipeline.train_batches(config, 0, 1))
+    shapes = pipeline.train_batch_shapes(config)
+    found = {name: (array.shape, array.dtype) for name, array in batch.items()}
+    assert found == {name: (each.shape, each.dtype) for name, each in shapes.items()}
+
+
+def test_roofline_is_bound_by_what_is_slowest():
+    chip = compile_ahead.CHIPS["v5e"]
+    exchanged = [{"kind": "all-reduce", "count": 1, "bytes_per_step": 100e9}]
+
+    def bound(flops, moved, exchanged=()):
+        found = compile_ahead.roofline(chip, 10, flops, moved, exchanged)
+        return found["bound"], found["images_per_second_per_chip"]
+
+    assert bound(197e12, 0) == ("arithmetic", 1)
+    assert bound(197e12, None) == ("arithmetic", 1)
+    assert bound(1, 819e9 / 2) == ("memory", 2)
+    assert bound(1, 1, exchanged) == ("network", 10)  # 2 x 100 GB at 200 GB/s
+
+
+# --- Rematerialisation and scanned blocks ---------------------------------------------
+
+SMALL = dict(image_size=64, embed_dim=64, depths=(1, 1, 2), num_heads=2)
+MODELS = {
+    "hivit_base": dict(num_classes=10, drop_path_rate=0.5),
+    "mae_hivit_base": dict(
+        drop_path_rate=0.5, decoder_embed_dim=32, decoder_depth=2, decoder_num_heads=2
+    ),
+}
+
+
+@cache
+def loss_and_gradients(name, **options):
+    """Of a small model with drop path in float32; and its parameters."""
+    model = hivit_jax.create_model(name, **SMALL, **MODELS[name], **options)
+    graphdef, params = split(model)
+    rng = np.random.default_rng(0)
+    images = rng.normal(size=(8, 64, 64, 3)).astype(np.float32)
+    noise, keys = rng.random((8, 16)), jax.random.split(jax.random.key(1), 8)
+
+    def loss(params):
+        model = nnx.merge(graphdef, params)
+        if name == "hivit_base":
+            return jnp.square(model(images, sample_keys=keys)).sum()
+        out = model(images, noise=noise, mask_ratio=0.75, sample_keys=keys)
+        return out.loss
+
+    value, gradients = jax.jit(jax.value_and_grad(loss))(params)
+    return value, named_leaves(gradients), params
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "options",
+    [dict(remat=True), dict(scan_blocks=True), dict(remat=True, scan_blocks=True)],
+)
+def test_remat_and_scan_change_nothing(name, options):
+    """Nor which branches are dropped: another draw would change the loss by far."""
+    loss, gradients, params = loss_and_gradients(name)
+    value, found, same = loss_and_gradients(name, **options)
+    recipes.assert_identical(same, params)  # names, shapes and numbers
+    assert_allclose(value, loss, rtol=1e-6)
+    assert found.keys() == gradients.keys()
+    for key, gradient in gradients.items():
+        scale = max(np.abs(gradient).max(), 1e-6)
+        assert_allclose(found[key] / scale, gradient / scale, atol=2e-6, err_msg=key)
+
+
+def test_scanned_blocks_are_compiled_once():
+    def size(**options):
+        model = hivit_jax.create_model("hivit_base", **SMALL | options)
+        graphdef, params = split(model)
+        images = jnp.zeros((2, 64, 64, 3))
+        forward = jax.make_jaxpr(lambda p, x: nnx.merge(graphdef, p)(x))(params, images)
+        return len(str(forward).splitlines())
+
+    assert size(scan_blocks=True) < size() < size(depths=(1, 1, 9))
+    more = size(scan_blocks=True, depths=(1, 1, 9)) - size(scan_blocks=True)
+    assert more < (size(depths=(1, 1, 9)) - size()) / 3  # stacking parameters remains
+
+
+def test_blocks_that_differ_cannot_be_scanned():
+    windows = dict(window_size=2, scan_blocks=True)
+    with pytest.raises(ConfigError, match="scan_blocks=True with global_blocks"):
+        hivit_jax.create_model("hivit_base", **SMALL, **windows, global_blocks=(1,))
+    model = hivit_jax.create_model("hivit_base", **SMALL, **windows)
+    plain = hivit_jax.create_model("hivit_base", **SMALL, window_size=2)
+    images = np.random.default_rng(0).normal(size=(2, 64, 64, 3)).astype(np.float32)
+    assert_allclose(model(images), plain(images), atol=1e-6)
+
+
+# --- Errors --------------------------------------------------------------------------
+
+
+def fails(capsys, topology, tmp_path, *more):
+    flags = [f"--config.topology={topology}", f"--workdir={tmp_path}", *more]
+    assert main([*recipes.arguments(), "--mode=compile", *flags]) == 2
+    message = capsys.readouterr().err
+    assert 1 <= len(message.splitlines()) <= 3
+    assert not (tmp_path / "compile.json").exists()
+    return message
+
+
+@pytest.mark.parametrize("topology", ["", "v9:2x2", "tpu", "h100x8"])
+def test_unknown_topology(capsys, tmp_path, topology):
+    message = fails(capsys, topology, tmp_path)
+    assert f"unknown topology {topology!r}" in message
+    assert "v5e:16x16" in message
+
+
+@pytest.mark.parametrize(
+    ("topology", "plugin", "extra"),
+    [("v5e:2x4", "libtpu", "tpu"), ("h100:8", "jax-cuda13-plugin", "cuda")],
+)
+def test_compiler_that_is_not_installed(
+    capsys, monkeypatch, tmp_path, topology, plugin, extra
+):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *rest: (
+            None if name == plugin.replace("-", "_") else find(name, *rest)
+        ),
+    )
+    message = fails(capsys, topology, tmp_path)
+    assert plugin in message
+    assert f"hivit-jax[{extra}]" in message
+
+
+def test_shape_that_no_slice_has(capsys, tmp_path):
+    pytest.importorskip("libtpu")
+    assert "topology='v5e:3x5'" in fails(capsys, "v5e:3x5", tmp_path)
+    mesh = "--config.mesh.data=3"
+    assert "does not fit 8 devices" in fails(capsys, "v5e:2x4", tmp_path, mesh)
+    message = fails(capsys, "v5e:4x8", tmp_path)
+    assert "batch_size=16 is not divisible by 32 devices" in message
+
+
+# --- The command ---------------------------------------------------------------------
+
+
+def report(tmp_path, topology="v5e:2x4", **overrides):
+    flags = recipes.arguments(**{"batch_size": 64} | overrides)
+    flags += [f"--config.topology={topology}", f"--workdir={tmp_path}"]
+    assert main([*flags, "--mode=compile"]) == 0
+    return json.loads((tmp_path / "compile.json").read_text())
+
+
+def test_tpu_step_does_what_it_should(tmp_path):
+    """Operations follow the mask; gradients are exchanged once, parts or not."""
+    pytest.importorskip("libtpu")
+    whole = report(tmp_path)
+    assert whole["fits"]
+    assert whole["devices"] == whole["batch_per_device"] == 8
+    memory = whole["hbm_bytes_per_device"]
+    assert memory["limit"] == 15.75 * 2**30
+    assert 0 < memory["aliased"] <= memory["arguments"] < memory["total"]
+    assert whole["roofline"]["bound"] == "memory"
+
+    config = recipes.mae()
+    model = nnx.eval_shape(lambda: tasks.build_model(config))
+    [reduced] = whole["collectives"]
+    assert reduced["kind"] == "all-reduce"
+    fixed = 16 * 32  # the decoder's table of positions
+    parameters = 4 * (model.parameter_count() - fixed)
+    assert_allclose(reduced["bytes_per_step"], parameters, rtol=0.02)
+
+    parts = report(tmp_path, optimizer__accumulate_steps=4, batch_size=256)
+    [again] = parts["collectives"]
+    assert_allclose(again["bytes_per_step"], reduced["bytes_per_step"], rtol=0.02)
+    assert_allclose(parts["flops_per_image"], whole["flops_per_image"], rtol=0.1)
+
+    more = report(tmp_path, mask_ratio=0.25)
+    dearer = (
+        2
+        * 3
+        * (
+            model.macs(mask_ratio=0.25, layer_norm_cost=0)
+            - model.macs(mask_ratio=0.75, layer_norm_cost=0)
+        )
+    )
+    assert_allclose(
+        more["flops_per_image"] - whole["flops_per_image"], dearer, rtol=0.1
+    )
