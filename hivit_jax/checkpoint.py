@@ -9,8 +9,7 @@ to the end has no final name and is never seen.
 import json
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import jax
@@ -18,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
+from etils.epath import Path
 from orbax.checkpoint import checkpoint_managers
 
 from hivit_jax.errors import CheckpointError, ConfigError
@@ -48,7 +48,7 @@ class Checkpoints:
             ),
             cleanup_tmp_directories=True,
         )
-        self.directory = Path(workdir).absolute() / "checkpoints"
+        self.directory = absolute(workdir) / "checkpoints"
         for path in self.directory.glob("*.orbax-checkpoint-tmp*"):
             say(f"checkpoint {path.name.split('.')[0]} was not finished; removed")
         self._manager = ocp.CheckpointManager(self.directory, options=options)
@@ -88,10 +88,12 @@ class Checkpoints:
             yield
         except Exception as error:  # of whatever kind the file system provokes
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            free = shutil.disk_usage(self.directory).free / 2**20
+            with suppress(OSError):  # a bucket has no such thing
+                free = shutil.disk_usage(self.directory).free / 2**20
+                reason = f"{free:,.0f} MiB are free there; {reason}"
             raise ConfigError(
-                f"a checkpoint cannot be written to {self.directory}, where "
-                f"{free:,.0f} MiB are free; those before it are whole.\n{reason[:200]}"
+                f"a checkpoint cannot be written to {self.directory}; those before it "
+                f"are whole.\n{reason[:250]}"
             ) from error
 
     def restore_newest(
@@ -128,7 +130,8 @@ class Checkpoints:
         if jax.process_index() == 0:
             target = self.directory.parent / "damaged" / str(step)
             target.parent.mkdir(exist_ok=True)
-            shutil.rmtree(target, ignore_errors=True)
+            if target.exists():
+                target.rmtree()
             (self.directory / str(step)).rename(target)
             say(f"checkpoint {step} was moved to {target}")
         all_agree(True)  # that is, wait
@@ -160,13 +163,18 @@ class Checkpoints:
             self._manager.close()
 
 
+def absolute(path: str | Path) -> Path:
+    """A path that does not depend on where the process is; ``gs://`` ones never do."""
+    return Path(path) if "://" in str(path) else Path(path).absolute()
+
+
 def find(path: str | Path) -> list[Path]:
     """Steps under a workdir, a checkpoints directory or a step itself, newest first.
 
     Raises:
       CheckpointError: there is none.
     """
-    path = Path(path).absolute()
+    path = absolute(path)
     if (path / "checkpoints").is_dir():
         path = path / "checkpoints"
     if (path / "params").is_dir():
@@ -198,7 +206,7 @@ def load_arrays(
     """
     item = _averaged(step_path) if averaged else "params"
     with _reading(step_path):
-        tree = load_item((step_path / item).absolute())
+        tree = load_item(step_path / item)
     _verify(step_path, item, tree)
     return named_leaves(tree), item
 

@@ -37,6 +37,8 @@ KEYS = {
 DEFAULTS = {
     "stall_timeout": 1800.0,  # seconds without a step until a run ends itself; 0: never
     "peer_timeout": 60.0,  # seconds without a sign of life of another process
+    "compilation_cache": "",  # directory of compiled programs; "": in the workdir
+    "mesh.zero": 3,  # fsdp splits everything; 1: the optimizer's state alone
     "search_batch": False,  # with --mode compile: also the largest batch that fits
     "data.dir": "",  # of the dataset; "": where TFDS keeps its own
     "data.train_split": "",  # "": as the dataset calls it
@@ -171,6 +173,8 @@ def _check(config: ConfigDict) -> None:
             f"mixup={config.mixup}, cutmix={config.cutmix} mix pairs of images; "
             f"batch_size / accumulate_steps is {micro}, expected an even number"
         )
+    if config.mesh.zero not in (1, 3):
+        raise ConfigError(f"mesh.zero={config.mesh.zero}; expected 1 or 3")
     if config.data.interpolation not in REACH:
         raise unknown("data.interpolation", config.data.interpolation, REACH)
     if len(config.optimizer.betas) != 2:

@@ -1,9 +1,10 @@
 """Pictures of a run: reconstructions and curves."""
 
+import io
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
+from etils.epath import Path
 
 from hivit_jax import metrics
 
@@ -127,6 +128,9 @@ def _figure(figsize: tuple[float, float]):
 
 def _write(path: Path, figure, plt) -> np.ndarray:
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    buffer = io.BytesIO()
+    figure.savefig(buffer)
     plt.close(figure)
-    return np.rint(plt.imread(path)[..., :3] * 255).astype(np.uint8)
+    path.write_bytes(buffer.getvalue())
+    buffer.seek(0)
+    return np.rint(plt.imread(buffer)[..., :3] * 255).astype(np.uint8)

@@ -10,6 +10,7 @@ import jax
 
 from hivit_jax import config as configs
 from hivit_jax import hosts
+from hivit_jax.compiling import keep_compiled
 from hivit_jax.errors import ConfigError, Parser, exit_code
 from hivit_jax.metrics import say
 
@@ -82,6 +83,7 @@ def run(argv: Sequence[str], join: bool) -> None:
     if join:
         process = flags.coordinator_address, flags.num_processes, flags.process_id
         hosts.start(*process, config.peer_timeout)
+        keep_compiled(config.compilation_cache or f"{flags.workdir}/compiled")
     with hosts.Guard(config.stall_timeout, config.peer_timeout) as guard:
         compute(config, flags, guard.beat)
 

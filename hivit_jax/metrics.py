@@ -5,11 +5,11 @@ import os
 import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from etils.epath import Path
 
 from hivit_jax.errors import ConfigError
 
@@ -27,20 +27,23 @@ class Writer:
 
     Args:
       workdir: gets ``metrics.jsonl``, one JSON object a line, and TensorBoard files
-        where tensorboardX is installed.
+        where tensorboardX is installed and it is not in a bucket.
       first_step: lines of later steps, left by a run that was killed after its last
         checkpoint, are dropped, so that no step is told twice.
     """
 
     def __init__(self, workdir: str | Path, first_step: int = 0):
-        path = Path(workdir) / "metrics.jsonl"
+        self._path = path = Path(workdir) / "metrics.jsonl"
         kept = [line for line in read(path) if line["step"] <= first_step]
+        self._text = "".join(json.dumps(line) + "\n" for line in kept)
         temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        temporary.write_text(self._text)
         temporary.replace(path)
         self._written = {(line["step"], *sorted(line)) for line in kept}
-        self._file = path.open("a", buffering=1)
-        self._board = _tensorboard(workdir)
+        # Objects of a bucket cannot grow, they are written anew.
+        remote = "://" in str(path)
+        self._file = None if remote else open(path, "a", buffering=1)  # noqa: SIM115
+        self._board = None if remote else _tensorboard(workdir)
 
     def scalars(self, step: int, values: Scalars) -> None:
         """One line of metrics.jsonl and one point of every curve.
@@ -50,7 +53,12 @@ class Writer:
         line = {"step": step, **values}
         if (step, *sorted(line)) in self._written:
             return
-        self._file.write(json.dumps(line) + "\n")
+        text = json.dumps(line) + "\n"
+        if self._file:
+            self._file.write(text)
+        else:
+            self._text += text
+            self._path.write_text(self._text)
         if self._board:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
@@ -63,7 +71,8 @@ class Writer:
 
     def close(self) -> None:
         """Flushes both."""
-        self._file.close()
+        if self._file:
+            self._file.close()
         if self._board:
             self._board.close()
 
@@ -73,7 +82,7 @@ def prepare_workdir(workdir: Path) -> None:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         probe = workdir / f".writable-{os.getpid()}"
-        probe.touch()
+        probe.write_text("")
         probe.unlink()
     except OSError as error:
         raise ConfigError(

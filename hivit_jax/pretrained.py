@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 
 from hivit_jax import checkpoint, metrics, weight_files
+from hivit_jax.checkpoint import absolute
 from hivit_jax.errors import CheckpointError, ConfigError
 from hivit_jax.metrics import say
 from hivit_jax.models import (
@@ -75,7 +76,7 @@ def find(path: str | Path, *, averaged: bool = True, **overrides: Any) -> Pretra
     Raises:
       CheckpointError: nothing there, a damaged or unsafe file, another network.
     """
-    path = download(path) if str(path).startswith("hf://") else Path(path).absolute()
+    path = download(path) if str(path).startswith("hf://") else absolute(path)
     file = path.is_file() or path.suffix in weight_files.SUFFIXES
     if not file and not (path / WEIGHTS).is_file():
         steps = checkpoint.find(path)

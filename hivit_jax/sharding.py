@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from hivit_jax.errors import ConfigError
@@ -36,6 +37,9 @@ def make_mesh(
 ) -> Mesh:
     """Mesh with the axes `AXES`; one size may be -1, the rest.
 
+    Where devices are of several slices (TPU) or nodes, the first axis that they divide
+    is laid across them, so that the others stay on the fast links inside.
+
     Args:
       devices: of the mesh, and no others; None: all that there are.
 
@@ -60,13 +64,40 @@ def make_mesh(
             f"replica x data x fsdp) times optimizer.accumulate_steps={micro_batches}"
         )
     types = (AxisType.Auto,) * len(AXES)
-    return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+    return Mesh(across_slices(shape, slices, devices), AXES, axis_types=types)
 
 
-def param_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+def across_slices(
+    shape: Sequence[int], slices: int, devices: Sequence[jax.Device]
+) -> np.ndarray:
+    """Devices of several slices as an array of the mesh's shape.
+
+    Raises:
+      ConfigError: no axis but tensor, which needs fast links, is a multiple of them.
+    """
+    outer, inner = [1] * len(shape), list(shape)
+    for axis, size in enumerate(shape[:3]):
+        if size % slices == 0:
+            outer[axis], inner[axis] = slices, size // slices
+            return mesh_utils.create_hybrid_device_mesh(inner, outer, devices)
+    raise ConfigError(
+        f"mesh={dict(zip(AXES, shape, strict=True))} over {slices} slices or nodes; "
+        "expected replica, data or fsdp to be a multiple of them"
+    )
+
+
+def param_spec(
+    name: str, shape: tuple[int, ...], mesh: Mesh, zero: int = 3
+) -> PartitionSpec:
     """Axes of one array: its tensor dimension, then the largest other over fsdp.
 
     Optimiser moments and averages carry their parameter's name, and so its rule.
+
+    Args:
+      zero: 3: fsdp splits everything; 1: the optimiser's state alone (ZeRO's stages).
     """
     spec: list[str | None] = [None] * len(shape)
     parts = name.rsplit("/", 2)
@@ -77,7 +108,8 @@ def param_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     )
     if dim is not None and shape[dim] % mesh.shape["tensor"] == 0:
         spec[dim] = "tensor"
-    if math.prod(shape) >= MIN_SHARDED_SIZE:
+    split = zero == 3 or name.startswith("opt_state/")
+    if split and math.prod(shape) >= MIN_SHARDED_SIZE:
         for dim in sorted(range(len(shape)), key=lambda d: -shape[d]):
             if spec[dim] is None and shape[dim] % mesh.shape["fsdp"] == 0:
                 spec[dim] = "fsdp"
@@ -85,11 +117,11 @@ def param_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     return PartitionSpec(*spec)
 
 
-def state_shardings(mesh: Mesh, abstract_state: Any) -> Any:
-    """NamedShardings of the same structure as a pytree of shapes."""
+def state_shardings(mesh: Mesh, abstract_state: Any, zero: int = 3) -> Any:
+    """NamedShardings of the same structure as a pytree of shapes; see `param_spec`."""
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: NamedSharding(
-            mesh, param_spec(leaf_name(path), leaf.shape, mesh)
+            mesh, param_spec(leaf_name(path), leaf.shape, mesh, zero)
         ),
         abstract_state,
     )

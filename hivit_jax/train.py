@@ -1,14 +1,13 @@
 """The loop: model, mesh, state, data, steps, evaluation. Read top to bottom."""
 
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from etils.epath import Path
 from flax import nnx
 
 from hivit_jax import (
@@ -21,6 +20,7 @@ from hivit_jax import (
     pretrained,
     tasks,
 )
+from hivit_jax.compiling import compile_step
 from hivit_jax.config import to_json
 from hivit_jax.data import pipeline, sources
 from hivit_jax.errors import DataError, DivergedError, Interrupted
@@ -72,7 +72,7 @@ def train(
     optimizer = make_optimizer(config, schedule, abstract_params)
     init = make_init(config, optimizer)
     abstract_state = jax.eval_shape(init)
-    shardings = state_shardings(mesh, abstract_state)
+    shardings = state_shardings(mesh, abstract_state, config.mesh.zero)
     say(
         f"{config.model.name}: {model.parameter_count():,} parameters on {mesh.size} x "
         f"{jax.devices()[0].device_kind}; {total_steps:,} steps of "
@@ -185,27 +185,6 @@ def train(
         checkpoints.close()
         if writer:
             writer.close()
-
-
-def compile_step(
-    step: Callable,
-    arguments: tuple,
-    shardings: State,
-    options: dict[str, Any] | None = None,
-) -> jax.stages.Compiled:
-    """Compiles a train step ahead of its first call, and says how long that took.
-
-    Args:
-      arguments: of its calls, or their shapes and shardings.
-      shardings: of the state.
-      options: of the compiler.
-    """
-    say("compiling the train step ...")
-    began = time.perf_counter()
-    jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
-    compiled = jitted.lower(*arguments).compile(options)
-    say(f"compiled in {time.perf_counter() - began:.1f} s")
-    return compiled
 
 
 def fetch_metrics(pending: list, state: State) -> dict[str, float]:

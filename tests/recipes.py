@@ -162,7 +162,7 @@ def stored(workdir: Path, step: int) -> dict[str, dict[str, np.ndarray]]:
     """Arrays of a checkpoint: item -> name -> array."""
     items = {}
     for item in ("params", "optimizer", "ema"):
-        path = workdir / "checkpoints" / str(step) / item
+        path = checkpoint.absolute(workdir) / "checkpoints" / str(step) / item
         if path.is_dir():
             items[item] = named_leaves(checkpoint.load_item(path))
     return items

@@ -248,7 +248,7 @@ def test_no_room_for_a_checkpoint(tmp_path, monkeypatch):
         raise ValueError("RESOURCE_EXHAUSTED: No space left on device\nand much more")
 
     monkeypatch.setattr(checkpoints._manager, "save", save)
-    message = r"cannot be written to .* MiB are free.*\nRESOURCE_EXHAUSTED: No space"
+    message = r"cannot be written to .*are whole.\n.* MiB are free there; RESOURCE_EXH"
     with pytest.raises(ConfigError, match=message):
         checkpoints.save(on_mesh("data", 2)[0], json.dumps(CONFIG))
     step, _ = Checkpoints(tmp_path, 9).restore_newest(on_mesh("data")[1])

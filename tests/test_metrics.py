@@ -6,11 +6,12 @@ import time
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils.epath import backend, gpath
 from ml_collections import ConfigDict
 from numpy.testing import assert_allclose
 from PIL import Image
 
-from hivit_jax import figures, metrics, tasks
+from hivit_jax import checkpoint, figures, metrics, tasks
 
 # metrics.jsonl
 
@@ -316,3 +317,46 @@ def test_cross_entropy_is_not_smoothed_in_evaluation():
     logits = np.log([[0.5, 0.25, 0.25], [0.1, 0.2, 0.7]])
     values = classify(logits, [0, 1], smoothing=0.3)
     assert_allclose(values["loss"], [-np.log(0.5), -np.log(0.2)], rtol=1e-6)
+
+
+@pytest.fixture
+def bucket(tmp_path, monkeypatch):
+    """gs://bucket is a directory, whose files can be written but not appended to."""
+
+    class StandIn:
+        def __getattr__(self, name):
+            def call(path, *args, **kwargs):
+                assert str(path).startswith("gs://")
+                assert "a" not in args[:1]
+                args = [here(x) if str(x).startswith("gs://") else x for x in args]
+                return getattr(backend.os_backend, name)(here(path), *args, **kwargs)
+
+            return call
+
+    def here(path):
+        return str(path).replace("gs://bucket", str(tmp_path))
+
+    monkeypatch.setitem(gpath._PREFIX_TO_BACKEND, "gs", StandIn())
+    monkeypatch.setattr(gpath, "_is_tf_installed", lambda: False)
+    return tmp_path
+
+
+def test_workdir_in_a_bucket(bucket):
+    """Lines, pictures and the config of a run; from the start, and taken up again."""
+    workdir = metrics.Path("gs://bucket/run")
+    metrics.prepare_workdir(workdir)
+    for first, steps_done in ((0, [1, 2, 3]), (2, [3, 4])):
+        writer = metrics.Writer(workdir, first)
+        for step in steps_done:
+            writer.scalars(step, {"loss": 1.0 / step})
+            assert steps(bucket / "run")[-1] == step
+        writer.close()
+    assert steps(bucket / "run") == [1, 2, 3, 4]
+    figures.draw_run(workdir, 4, None)
+    assert (bucket / "run" / "figures" / "curves.png").stat().st_size > 1000
+    assert not list(bucket.rglob(".writable*"))
+    assert str(checkpoint.absolute("gs://bucket/run")) == "gs://bucket/run"
+    (bucket / "run/checkpoints/7/params").mkdir(parents=True)
+    (bucket / "run/checkpoints/12/params").mkdir(parents=True)
+    steps_there = [path.name for path in checkpoint.find("gs://bucket/run")]
+    assert steps_there == ["12", "7"]

@@ -3,6 +3,7 @@
 import json
 import math
 from functools import cache
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -135,8 +136,13 @@ def test_trains_on_one_device_without_optional_packages(name, alone, trained):
 
 @pytest.mark.parametrize(
     ("name", "mesh"),
-    [("mae", FSDP), ("mae", EVERY_AXIS), ("classifier", FSDP)],
-    ids=["mae-fsdp", "mae-every_axis", "classifier-fsdp"],
+    [
+        ("mae", FSDP),
+        ("mae", EVERY_AXIS),
+        ("classifier", FSDP),
+        ("classifier", FSDP | dict(mesh__zero=1)),
+    ],
+    ids=["mae-fsdp", "mae-every_axis", "classifier-fsdp", "classifier-zero1"],
 )
 def test_losses_do_not_depend_on_the_mesh(name, mesh, trained):
     """The classifier drops paths, so that its draws are the mesh's neither."""
@@ -207,6 +213,39 @@ def test_state_is_sharded_from_its_first_moment(trained):
     born, last = run.shards[0], run.shards[-1]
     for prefix in ("params", "opt_state/0/mu", "opt_state/0/nu"):
         assert born[f"{prefix}/{kernel}"] == last[f"{prefix}/{kernel}"] == (16, 256)
+
+
+def test_zero_1_splits_the_moments_alone(trained):
+    shards = trained(recipes.classifier, **FSDP, mesh__zero=1).shards[-1]
+    kernel = "encoder/stages/2/0/mlp/fc1/kernel"  # [64, 256]
+    assert shards[f"params/{kernel}"] == (64, 256)
+    for moment in ("mu", "nu"):
+        assert shards[f"opt_state/0/{moment}/{kernel}"] == (16, 256)
+
+
+def test_devices_of_several_slices():
+    """Slices lie along the first axis that they divide, and inside no other."""
+    devices = [
+        SimpleNamespace(
+            id=8 * s + i, slice_index=s, process_index=s, device_kind="x", platform="x"
+        )
+        for s in range(2)
+        for i in range(8)
+    ]
+    for shape, axis in (
+        ((2, 4, 2, 1), 0),
+        ((1, 8, 2, 1), 1),
+        ((1, 1, 16, 1), 2),
+        ((1, 1, 4, 4), 2),
+    ):
+        array = sharding.across_slices(shape, 2, devices)
+        assert array.shape == shape
+        slices = np.vectorize(lambda device: device.slice_index)(array)
+        assert sorted(np.unique(slices.take(0, axis))) == [0]
+        assert slices.sum() == 8
+        assert (np.diff(slices, axis=axis) >= 0).all()
+    with pytest.raises(ConfigError, match="over 2 slices or nodes; expected replica"):
+        sharding.across_slices((1, 1, 1, 16), 2, devices)
 
 
 def test_tensor_axis_splits_heads_and_hidden_units(trained):

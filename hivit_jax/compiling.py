@@ -1,0 +1,45 @@
+"""Compiling, and keeping what was compiled."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from hivit_jax.metrics import say
+
+CACHE_HIT = "/jax/compilation_cache/cache_hits"
+_hits: list[str] = []
+
+
+def keep_compiled(directory: str) -> None:
+    """From here on programs that took a second to compile are kept for the next start;
+    where JAX's own settings name no other place.
+    """
+    if not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", directory)
+    jax.monitoring.register_event_listener(
+        lambda event, **_: _hits.append(event) if event == CACHE_HIT else None
+    )
+
+
+def compile_step(
+    step: Callable,
+    arguments: tuple,
+    shardings: Any,
+    options: dict[str, Any] | None = None,
+) -> jax.stages.Compiled:
+    """Compiles a train step ahead of its first call, and says how long that took.
+
+    Args:
+      arguments: of its calls, or their shapes and shardings.
+      shardings: of the state.
+      options: of the compiler.
+    """
+    say("compiling the train step ...")
+    began, hits = time.perf_counter(), len(_hits)
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+    compiled = jitted.lower(*arguments).compile(options)
+    how = "read from the cache" if len(_hits) > hits else "compiled"
+    say(f"{how} in {time.perf_counter() - began:.1f} s")
+    return compiled
