@@ -2,9 +2,9 @@
 
     python -m benchmarks.bit_flips [--flips 150]
 
-Flips single bits, drawn evenly over all bytes of the newer of two checkpoints of a small
-train state, and restores: each time its very numbers, the older checkpoint's, or, worst,
-other numbers and no word of it.
+Flips single bits, drawn evenly over all bytes of the newer of two checkpoints of a
+small train state, and restores: each time its very numbers, the older checkpoint's, or,
+worst, other numbers and no word of it.
 """
 
 import argparse
@@ -72,7 +72,7 @@ def main() -> None:
         sizes = [len(files[path]) for path in newer]
         for verified in (False, True):
             counts, draw = Counter(), random.Random(0)
-            silence = mock.patch.object(checkpoint, "_verify", lambda *_: None)
+            silence = mock.patch.object(checkpoint, "_verify")
             with contextlib.nullcontext() if verified else silence:
                 for number in range(flips):
                     spoilt = draw.choices(newer, sizes)[0]
