@@ -8,6 +8,7 @@ to the end has no final name and is never seen.
 
 import json
 import shutil
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -225,23 +226,37 @@ def digests(trees: Mapping[str, Any]) -> dict[str, dict[str, str]]:
 
     Any change of a single number changes them.
     """
-    pairs = {item: jax.tree.map(_digest, tree) for item, tree in trees.items()}
-    return {
-        item: {name: f"{a:08x}{b:08x}" for name, (a, b) in named_leaves(tree).items()}
-        for item, tree in jax.device_get(pairs).items()
-    }
+
+    alike: dict[Any, list] = defaultdict(list)
+    for item, tree in trees.items():
+        for name, x in named_leaves(tree).items():
+            kind = x.shape, str(x.dtype), getattr(x, "sharding", None)
+            alike[kind].append((item, name, x))
+    found: dict[str, dict[str, str]] = {item: {} for item in trees}
+    for members in alike.values():
+        # As many at once as take little memory; one program after another, because a
+        # CPU aborts if too many small exchanges are under way.
+        count = max(1, 2**26 // max(1, members[0][2].nbytes))
+        for start in range(0, len(members), count):
+            part = members[start : start + count]
+            sums = np.asarray(_digest([x for _, _, x in part]))
+            for (item, name, _), (high, low) in zip(part, sums, strict=True):
+                found[item][name] = f"{high:08x}{low:08x}"
+    return found
 
 
 @jax.jit
-def _digest(x: jax.Array) -> jax.Array:
-    """uint32 [2]: sums, modulo 2**32, of every number's bits mixed with its position.
+def _digest(arrays: list[jax.Array]) -> jax.Array:
+    """Arrays alike -> uint32 [arrays, 2]: sums, modulo 2**32, of every number's bits
+    mixed with its position.
 
     The mixing is the end of MurmurHash3, one to one for a given position.
     """
+    x = jnp.stack(arrays)
     x = x.astype(jnp.uint8) if x.dtype == bool else x
     bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
     bits, position, stride = bits.astype(jnp.uint32), jnp.uint32(0), 1
-    for axis in reversed(range(x.ndim)):
+    for axis in reversed(range(1, x.ndim)):
         position += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * stride
         stride = stride * x.shape[axis] % 2**32
 
@@ -250,9 +265,11 @@ def _digest(x: jax.Array) -> jax.Array:
         h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
         return h ^ (h >> 16)
 
-    seeds = (0x9E3779B9, 0x7F4A7C15)
-    sums = [mix(bits ^ mix(position + jnp.uint32(seed))).sum() for seed in seeds]
-    return jnp.stack(sums).astype(jnp.uint32)
+    def total(seed):
+        mixed = mix(bits ^ mix(position + jnp.uint32(seed)))
+        return mixed.sum(tuple(range(1, mixed.ndim)), dtype=jnp.uint32)
+
+    return jnp.stack([total(seed) for seed in (0x9E3779B9, 0x7F4A7C15)], axis=1)
 
 
 def _verify(step_path: Path, item: str, tree: Any) -> None:
