@@ -72,6 +72,7 @@ TPU_ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-8",
     "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # it compiles in any number of processes
 }
 # Autotuning would need the GPU.
 GPU_OPTIONS = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
@@ -196,7 +197,7 @@ def examine(config: Any, devices: Sequence[jax.Device]) -> dict[str, Any]:
         "versions": {each: metadata.version(each) for each in ("jax", PLUGINS[name])},
     }
     step, arguments, shardings = train_step(config, mesh)
-    began = time.perf_counter()
+    began, busy = time.perf_counter(), time.process_time()
     try:
         options = GPU_OPTIONS if PLUGINS[name] != "libtpu" else None
         compiled = training.compile_step(step, arguments, shardings, options)
@@ -211,6 +212,7 @@ def examine(config: Any, devices: Sequence[jax.Device]) -> dict[str, Any]:
         memory = memory_of(compiled, chip)
     report |= {
         "compile_seconds": round(time.perf_counter() - began, 1),
+        "compile_cpu_seconds": round(time.process_time() - busy, 1),
         "fits": compiled is not None and memory["total"] <= memory["limit"],
         "hbm_bytes_per_device": memory,
         "flops_per_image": None,
