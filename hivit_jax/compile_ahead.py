@@ -145,6 +145,8 @@ def devices_of(topology: str) -> Sequence[jax.Device]:
             f"{', '.join(CHIPS)}, such as {EXAMPLES}"
         )
     gpu = PLUGINS[name] != "libtpu"
+    if gpu and not re.fullmatch("[1-8]", shape):
+        raise ConfigError(f"topology={topology!r}; expected {name}:1 to {name}:8")
     if importlib.util.find_spec(PLUGINS[name].replace("-", "_")) is None:
         raise ConfigError(
             f"topology={topology!r} needs the compiler in {PLUGINS[name]}, which is "

@@ -40,8 +40,8 @@ def make_mesh(
       devices: of the mesh, and no others; None: all that there are.
 
     Raises:
-      ConfigError: sizes that do not make up the devices, or a batch that does not
-        divide over them.
+      ConfigError: sizes that do not make up the devices or cannot be laid out on their
+        torus, or a batch that does not divide over them.
     """
     devices = jax.devices() if devices is None else devices
     shape, count = [sizes[axis] for axis in AXES], len(devices)
@@ -60,7 +60,13 @@ def make_mesh(
             f"replica x data x fsdp) times optimizer.accumulate_steps={micro_batches}"
         )
     types = (AxisType.Auto,) * len(AXES)
-    return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+    try:
+        return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+    except NotImplementedError as error:
+        raise ConfigError(
+            f"mesh={dict(sizes)} cannot be laid out on this slice; expected every size "
+            "to be a product of sides of its torus"
+        ) from error
 
 
 def param_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:

@@ -324,11 +324,17 @@ def test_compiler_that_is_not_installed(
     assert f"hivit-jax[{extra}]" in message
 
 
+def test_gpus_of_more_than_a_node(capsys, tmp_path):
+    assert "expected h100:1 to h100:8" in fails(capsys, "h100:16", tmp_path)
+
+
 def test_shape_that_no_slice_has(capsys, tmp_path):
     pytest.importorskip("libtpu")
     assert "topology='v5e:3x5'" in fails(capsys, "v5e:3x5", tmp_path)
     mesh = "--config.mesh.data=3"
     assert "does not fit 8 devices" in fails(capsys, "v5e:2x4", tmp_path, mesh)
+    mesh, batch = "--config.mesh.fsdp=2", "--config.batch_size=64"
+    assert "cannot be laid out" in fails(capsys, "v4:4x4x4", tmp_path, mesh, batch)
     message = fails(capsys, "v5e:4x8", tmp_path)
     assert "batch_size=16 is not divisible by 32 devices" in message
 
