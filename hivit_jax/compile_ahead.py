@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +24,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from hivit_jax import tasks
 from hivit_jax import train as training
+from hivit_jax.compiling import compile_step
 from hivit_jax.config import to_json
 from hivit_jax.data import pipeline
 from hivit_jax.describe import resolved_schedule
@@ -72,6 +74,7 @@ TPU_ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-8",
     "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # it compiles in any number of processes
 }
 # Autotuning would need the GPU.
 GPU_OPTIONS = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
@@ -143,6 +146,8 @@ def devices_of(topology: str) -> Sequence[jax.Device]:
             f"{', '.join(CHIPS)}, such as {EXAMPLES}"
         )
     gpu = PLUGINS[name] != "libtpu"
+    if gpu and not re.fullmatch("[1-8]", shape):
+        raise ConfigError(f"topology={topology!r}; expected {name}:1 to {name}:8")
     if importlib.util.find_spec(PLUGINS[name].replace("-", "_")) is None:
         raise ConfigError(
             f"topology={topology!r} needs the compiler in {PLUGINS[name]}, which is "
@@ -196,33 +201,37 @@ def examine(config: Any, devices: Sequence[jax.Device]) -> dict[str, Any]:
         "versions": {each: metadata.version(each) for each in ("jax", PLUGINS[name])},
     }
     step, arguments, shardings = train_step(config, mesh)
-    began = time.perf_counter()
+    began, busy = time.perf_counter(), time.process_time()
+    memory, hlo = {"total": None, "limit": chip.memory}, ""
     try:
-        options = GPU_OPTIONS if PLUGINS[name] != "libtpu" else None
-        compiled = training.compile_step(step, arguments, shardings, options)
+        with tempfile.TemporaryDirectory() as dump:
+            # The compiler's own text: jaxlib cannot read all that libtpu hands it.
+            options = {"xla_dump_to": dump, "xla_dump_hlo_as_text": True}
+            options |= GPU_OPTIONS if PLUGINS[name] != "libtpu" else {}
+            compiled = compile_step(step, arguments, shardings, options)
+            [text] = Path(dump).glob("*after_optimizations.txt")
+            hlo, memory = text.read_text(), memory_of(compiled, chip)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        needed = re.search(r"\(([\d.]+)([KMG])\) exceeds", str(error))
-        total = needed and int(float(needed[1]) * 2 ** (10 * " KMG".index(needed[2])))
-        memory = {"total": total, "limit": chip.memory}
-        compiled = None
-    else:
-        memory = memory_of(compiled, chip)
+        if needed := re.search(r"\(([\d.]+)([KMGT])\) exceeds", str(error)):
+            unit = 2 ** (10 * " KMGT".index(needed[2]))
+            memory["total"] = int(float(needed[1]) * unit)
     report |= {
         "compile_seconds": round(time.perf_counter() - began, 1),
-        "fits": compiled is not None and memory["total"] <= memory["limit"],
+        "compile_cpu_seconds": round(time.process_time() - busy, 1),
+        "fits": bool(hlo) and memory["total"] <= memory["limit"],
         "hbm_bytes_per_device": memory,
         "flops_per_image": None,
         "bytes_accessed_per_image": None,
         "collectives": None,
         "roofline": None,
     }
-    if compiled is None:
+    if not hlo:
         return report
     jaxpr = jax.make_jaxpr(step)(*arguments).jaxpr
     matmuls, once = (matmul_flops(jaxpr, loops) for loops in (True, False))
-    images, hlo = config.batch_size / mesh.size, compiled.as_text()
+    images = config.batch_size / mesh.size
     if cost := compiled.cost_analysis():
         flops = cost["flops"] * matmuls / once / images
         moved = cost["bytes accessed"] * matmuls / once / images
@@ -245,7 +254,7 @@ def train_step(config: Any, mesh: Mesh) -> tuple[Callable, tuple, Any]:
     _, _, schedule = resolved_schedule(config)
     optimizer = make_optimizer(config, schedule, abstract_params)
     abstract_state = jax.eval_shape(training.make_init(config, optimizer))
-    shardings = state_shardings(mesh, abstract_state)
+    shardings = state_shardings(mesh, abstract_state, config.mesh.zero)
     shapes = pipeline.train_batch_shapes(config)
     batch = placed(shapes, dict.fromkeys(shapes, NamedSharding(mesh, BATCH)))
     groups = mesh.shape["replica"] * mesh.shape["data"]
@@ -438,6 +447,7 @@ def bytes_moved(hlo: str) -> int:
     An estimate, for compilers that do not tell: a kernel that takes a part of an array
     is taken to read it all, and nothing to stay in a cache.
     """
+    hlo = re.sub(r"s8\[\d+\]", "s8[0]", hlo)  # room that cuBLAS asks for
     executed = _executed(*_computations(hlo), fusions=False)
     return sum(
         times * (_bytes(each.shapes) + _bytes_taken(each, here))

@@ -44,8 +44,8 @@ def make_mesh(
       devices: of the mesh, and no others; None: all that there are.
 
     Raises:
-      ConfigError: sizes that do not make up the devices, or a batch that does not
-        divide over them.
+      ConfigError: sizes that do not make up the devices or cannot be laid out on their
+        torus, or a batch that does not divide over them.
     """
     devices = jax.devices() if devices is None else devices
     shape, count = [sizes[axis] for axis in AXES], len(devices)
@@ -65,9 +65,15 @@ def make_mesh(
         )
     types = (AxisType.Auto,) * len(AXES)
     slices = len({getattr(device, "slice_index", 0) for device in devices})
-    if slices == 1:
+    if slices > 1:
+        return Mesh(across_slices(shape, slices, devices), AXES, axis_types=types)
+    try:
         return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
-    return Mesh(across_slices(shape, slices, devices), AXES, axis_types=types)
+    except NotImplementedError as error:
+        raise ConfigError(
+            f"mesh={dict(sizes)} cannot be laid out on this slice; expected every size "
+            "to be a product of sides of its torus"
+        ) from error
 
 
 def across_slices(
