@@ -52,6 +52,7 @@ def read(path: Path, averaged: bool = True) -> WeightFile:
       CheckpointError: no file, a damaged or unsafe one, no state dict in it, something
         else than dense tensors in it, or PyTorch is missing.
     """
+    path = Path(path)  # of this machine; a bucket's files are to be copied first
     if not path.is_file():
         raise CheckpointError(f"no file {path}")
     if path.suffix == ".safetensors":
