@@ -119,6 +119,8 @@ def compile_ahead(config: Any, workdir: str | Path) -> dict[str, Any]:
         that does not fit the topology.
     """
     jax.config.update("jax_platforms", "cpu")  # whatever else is here is left alone
+    # A cache would be of no use to others, and what it gives leaves no text.
+    jax.config.update("jax_enable_compilation_cache", False)
     devices = devices_of(config.topology)
     prepare_workdir(Path(workdir))
     report = examine(config, devices)

@@ -28,6 +28,7 @@ MIB = 2**20
 def quick(tmp_path_factory):
     with recipes.quick(tmp_path_factory.mktemp("cache")):
         yield
+    jax.config.update("jax_enable_compilation_cache", True)
 
 
 def mesh(*sizes, names=("data",)):
@@ -347,6 +348,55 @@ def report(tmp_path, topology="v5e:2x4", **overrides):
     flags += [f"--config.topology={topology}", f"--workdir={tmp_path}"]
     assert main([*flags, "--mode=compile"]) == 0
     return json.loads((tmp_path / "compile.json").read_text())
+
+
+def test_whole_report(tmp_path, monkeypatch):
+    """Of these CPUs in place of the chips."""
+    monkeypatch.setattr(compile_ahead, "devices_of", lambda topology: jax.devices())
+    monkeypatch.setitem(compile_ahead.PLUGINS, "v5e", "jaxlib")
+    options = dict(data__name="imagenet2012", data__canvas=96)
+    found = report(tmp_path, **options)
+    assert found["fits"]
+    assert found["devices"] == found["batch_per_device"] == 8
+    memory = found["hbm_bytes_per_device"]
+    assert memory["limit"] == 15.75 * 2**30
+    assert 0 < memory["aliased"] <= memory["arguments"] < memory["total"]
+    model = nnx.eval_shape(lambda: tasks.build_model(recipes.mae()))
+    [reduced] = found["collectives"]
+    assert reduced["kind"] == "all-reduce"
+    assert_allclose(reduced["bytes_per_step"], 4 * model.parameter_count(), rtol=0.02)
+    parts = report(tmp_path, optimizer__accumulate_steps=4, batch_size=256, **options)
+    assert_allclose(
+        parts["collectives"][0]["bytes_per_step"], reduced["bytes_per_step"], rtol=0.02
+    )
+    assert_allclose(parts["flops_per_image"], found["flops_per_image"], rtol=0.1)
+
+
+def test_search_for_the_largest_batch(monkeypatch):
+    """Of chips that hold 40 images: by doubling, then bisection, to an eighth."""
+    tried = []
+
+    def examine(config, devices):
+        tried.append(config.batch_size // 8)
+        return {"fits": tried[-1] <= 40}
+
+    monkeypatch.setattr(compile_ahead, "examine", examine)
+    for own in (8, 64):
+        tried.clear()
+        start = {"batch_size": 8 * own, "batch_per_device": own, "fits": own <= 40}
+        config = recipes.mae(batch_size=8 * own)
+        found = compile_ahead.largest_batch(config, [], start)
+        assert found["compiles_of_the_search"] == len(tried)
+        low, high = (
+            found[key]
+            for key in ("largest_batch_per_device", "smallest_that_does_not_fit")
+        )
+        assert low <= 40 < high <= low + max(1, low // 8)
+        assert config.batch_size == 8 * own
+    start = {"batch_size": 32, "batch_per_device": 4, "fits": False}
+    monkeypatch.setattr(compile_ahead, "examine", lambda *_: {"fits": False})
+    found = compile_ahead.largest_batch(recipes.mae(batch_size=32), [], start)
+    assert found["largest_batch_per_device"] == 0
 
 
 def model_macs(model, mask_ratio):
