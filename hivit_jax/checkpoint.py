@@ -21,7 +21,7 @@ from absl import logging
 from etils.epath import Path
 from orbax.checkpoint import checkpoint_managers
 
-from hivit_jax.errors import CheckpointError, ConfigError
+from hivit_jax.errors import CheckpointError, ConfigError, first_line
 from hivit_jax.hosts import all_agree
 from hivit_jax.metrics import Scalars, say, score
 from hivit_jax.models import named_leaves
@@ -88,7 +88,7 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # of whatever kind the file system provokes
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             with suppress(OSError):  # a bucket has no such thing
                 free = shutil.disk_usage(self.directory).free / 2**20
                 reason = f"{free:,.0f} MiB are free there; {reason}"
@@ -226,7 +226,6 @@ def digests(trees: Mapping[str, Any]) -> dict[str, dict[str, str]]:
 
     Any change of a single number changes them.
     """
-
     alike: dict[Any, list] = defaultdict(list)
     for item, tree in trees.items():
         for name, x in named_leaves(tree).items():
@@ -296,8 +295,8 @@ def _reading(step_path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # of whatever kind a damaged file provokes
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{step_path} is damaged: {reason[:200]}") from error
+        reason = first_line(error)[:200]
+        raise CheckpointError(f"{step_path} is damaged: {reason}") from error
 
 
 def _averaged(step_path: Path) -> str:

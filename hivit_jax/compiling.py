@@ -14,9 +14,9 @@ _hits: list[str] = []
 
 def keep_compiled(directory: str) -> None:
     """From here on programs that took a second to compile are kept for the next start;
-    where JAX's own settings name no other place.
+    where JAX's own settings name no other place, and not at all in "".
     """
-    if not jax.config.jax_compilation_cache_dir:
+    if directory and not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", directory)
     jax.monitoring.register_event_listener(
         lambda event, **_: _hits.append(event) if event == CACHE_HIT else None

@@ -61,6 +61,11 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}; --help shows the usage")
 
 
+def first_line(error: Exception) -> str:
+    """The first line of what somebody else's error says, or its kind."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def exit_code(action: Callable[[], object]) -> int:
     """Does something; prints the HivitError it may end with. Returns the exit code."""
     try:

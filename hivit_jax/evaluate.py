@@ -110,13 +110,19 @@ def evaluate_checkpoint(
 
 
 def nearest_neighbours(
-    config: Any, neighbours: int = 20, temperature: float = 0.07
+    config: Any,
+    neighbours: int = 20,
+    temperature: float = 0.07,
+    beat: Callable[[], None] = lambda: None,
 ) -> dict[str, float | int]:
     """Classifies the test split by the nearest training images; trains nothing.
 
     Features are the mean of the last tokens of the encoder in `config.init_from`, of
     length 1; a neighbour votes with ``exp(cosine / temperature)``, as DINO's
     ``eval_knn.py`` has it.
+
+    Args:
+      beat: called after every batch.
 
     Returns:
       knn/top1 and knn/top5, fractions, and knn/count.
@@ -140,7 +146,10 @@ def nearest_neighbours(
 
     def encoded(split):
         batches = to_devices(pipeline.eval_batches(config, split), mesh)
-        parts = [jax.device_get(encode(params, batch)) for batch in batches]
+        parts = []
+        for batch in batches:
+            parts.append(jax.device_get(encode(params, batch)))
+            beat()
         features, labels, weight = map(np.concatenate, zip(*parts, strict=True))
         return features[weight > 0], labels[weight > 0]
 

@@ -83,7 +83,8 @@ def run(argv: Sequence[str], join: bool) -> None:
     if join:
         process = flags.coordinator_address, flags.num_processes, flags.process_id
         hosts.start(*process, config.peer_timeout)
-        keep_compiled(config.compilation_cache or f"{flags.workdir}/compiled")
+        in_workdir = flags.workdir and f"{flags.workdir}/compiled"
+        keep_compiled(config.compilation_cache or in_workdir)
     with hosts.Guard(config.stall_timeout, config.peer_timeout) as guard:
         compute(config, flags, guard.beat)
 
@@ -97,7 +98,7 @@ def compute(config: Any, flags: argparse.Namespace, beat: Callable[[], None]) ->
     elif flags.mode == "knn":
         from hivit_jax.evaluate import nearest_neighbours
 
-        found = nearest_neighbours(config)
+        found = nearest_neighbours(config, beat=beat)
         say(
             f"nearest neighbours  top1 {found['knn/top1']:.2%}  top5 "
             f"{found['knn/top5']:.2%}  ({found['knn/count']:,} images)"

@@ -201,9 +201,7 @@ def compare(
         if resized is not None and resized.shape == leaf.shape:
             fates["used" if resized is array else "resized"].append(name)
             arrays[name] = resized
-        elif name.startswith(HEAD) or (
-            array is not None and name.startswith(PREDICTION)
-        ):
+        elif head or (array is not None and name.startswith(PREDICTION)):
             fates["new"].append(name)
         elif array is not None:
             fates["unlike"].append(name)

@@ -9,7 +9,7 @@ from typing import Any
 
 import hivit_jax
 from hivit_jax import weight_files
-from hivit_jax.errors import CheckpointError
+from hivit_jax.errors import CheckpointError, first_line
 from hivit_jax.models import Model, split
 from hivit_jax.weights import to_state_dict
 
@@ -117,10 +117,9 @@ def download(address: str) -> Path:
             f"{parts[0]}/{name}", revision=revision or None, allow_patterns=wanted
         )
     except Exception as error:  # of the network, the hub or the local copy
-        reason = (str(error).strip().splitlines() or [""])[0]
         raise CheckpointError(
             f"{address} cannot be had, and no local copy is complete: "
-            f"{type(error).__name__}: {reason}"
+            f"{type(error).__name__}: {first_line(error)}"
         ) from error
     path = Path(directory) / file
     if not (path if file else path / WEIGHTS).is_file():

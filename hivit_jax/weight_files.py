@@ -17,7 +17,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from hivit_jax.errors import CheckpointError
+from hivit_jax.errors import CheckpointError, first_line
 
 TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
 SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
@@ -99,7 +99,7 @@ def _read_safetensors(path: Path) -> WeightFile:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(
-            f"{path} is damaged or no safetensors file: {_first_line(error)}"
+            f"{path} is damaged or no safetensors file: {first_line(error)}"
         ) from error
     return WeightFile(state, _about(path, about), "", [])
 
@@ -160,7 +160,7 @@ def _check_archive(path: Path) -> None:
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
         raise CheckpointError(
             f"{path} is truncated, or not written by PyTorch 1.6 or newer: "
-            f"{_first_line(error)}"
+            f"{first_line(error)}"
         ) from error
     size = path.stat().st_size
     for member in members:
@@ -184,10 +184,6 @@ def _about(path: Path, text: Any) -> dict[str, Any]:
             f"{path}: what it says of the model is not JSON"
         ) from error
     return about
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _torch_reason(error: Exception) -> str:

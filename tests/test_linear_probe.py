@@ -130,7 +130,9 @@ def test_needs_running_norm():
 def test_nearest_neighbours(pretrained, capsys):
     """The same votes as counted by hand, from features of the same encoder."""
     config = probe(init_from=str(pretrained), data__train_examples=80)
-    found = nearest_neighbours(config, neighbours=5)
+    beats = []
+    found = nearest_neighbours(config, neighbours=5, beat=lambda: beats.append(0))
+    assert len(beats) == (80 + 64) / config.batch_size
     assert found["knn/count"] == 64
 
     built = build_model(config)

@@ -23,16 +23,6 @@ RUN = dict(
 )
 
 
-@pytest.fixture(scope="module")
-def environment(tmp_path_factory):
-    """Programs are compiled once for all processes; no TensorBoard."""
-    directory = tmp_path_factory.mktemp("environment")
-    return {
-        "JAX_COMPILATION_CACHE_DIR": directory / "cache",
-        "PYTHONPATH": recipes.not_installed(directory / "missing", "tensorboardX"),
-    }
-
-
 class Pod:
     """A run as `count` processes on loopback.
 

@@ -16,16 +16,6 @@ SYNTHETIC = dict(
 )
 
 
-@pytest.fixture(scope="module")
-def environment(tmp_path_factory):
-    """Programs are compiled once for all processes; no TensorBoard."""
-    directory = tmp_path_factory.mktemp("environment")
-    return {
-        "JAX_COMPILATION_CACHE_DIR": directory / "cache",
-        "PYTHONPATH": recipes.not_installed(directory / "missing", "tensorboardX"),
-    }
-
-
 def command(workdir, source, **overrides):
     flags = recipes.arguments(source, **overrides)
     return ["-m", "hivit_jax.main", *flags, f"--workdir={workdir}"]
