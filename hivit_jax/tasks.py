@@ -34,8 +34,9 @@ def reconstruct(
     """The masked autoencoder's output for a batch, masked by the samples' keys."""
     images, _ = inputs(batch, keys, config, train)
     units = model.encoder.grid[0] * model.encoder.grid[1]
-    mask_keys = augment.split_keys(keys.samples, "mask")
-    noise = jax.vmap(lambda key: jax.random.uniform(key, (units,)))(mask_keys)
+    with jax.named_scope("input"):
+        mask_keys = augment.split_keys(keys.samples, "mask")
+        noise = jax.vmap(lambda key: jax.random.uniform(key, (units,)))(mask_keys)
     return model(
         images,
         noise=noise,
@@ -112,6 +113,7 @@ def images_of(batch: dict, config: Any) -> jax.Array:
     return augment.normalize(images, data.mean, data.std)
 
 
+@jax.named_scope("input")
 def inputs(
     batch: dict, keys: Keys, config: Any, train: bool
 ) -> tuple[jax.Array, jax.Array | None]:

@@ -258,22 +258,23 @@ def make_train_step(
             gradient = accumulated(gradient, micro, groups)
         grads, values = gradient(state["params"], batch, keys, total_weight)
 
-        norm = optax.tree.norm(grads)
-        updates, opt_state = optimizer.update(
-            grads, state["opt_state"], state["params"]
-        )
-        new = {
-            "step": state["step"] + 1,
-            "params": optax.apply_updates(state["params"], updates),
-            "opt_state": opt_state,
-        }
-        if "ema" in state:
-            decay = config.optimizer.ema_decay
-            new["ema"] = optax.incremental_update(
-                new["params"], state["ema"], 1.0 - decay
+        with jax.named_scope("optimizer"):
+            norm = optax.tree.norm(grads)
+            updates, opt_state = optimizer.update(
+                grads, state["opt_state"], state["params"]
             )
-        good = jnp.isfinite(values["loss"] + norm) & (state["step"] == steps_done)
-        state = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, state)
+            new = {
+                "step": state["step"] + 1,
+                "params": optax.apply_updates(state["params"], updates),
+                "opt_state": opt_state,
+            }
+            if "ema" in state:
+                decay = config.optimizer.ema_decay
+                new["ema"] = optax.incremental_update(
+                    new["params"], state["ema"], 1.0 - decay
+                )
+            good = jnp.isfinite(values["loss"] + norm) & (state["step"] == steps_done)
+            state = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, state)
         values |= {
             "gradient_norm": norm,
             "learning_rate": schedule(steps_done),

@@ -249,17 +249,19 @@ class HiViT(nnx.Module):
             units for blocks with windows.
         """
         *outputs, x, relative_index = self._stem(images, ids_keep, sample_keys)
-        x = run_blocks(
-            self.stages[-1],
-            x,
-            self.remat,
-            self.scan_blocks,
-            relative_index=relative_index,
-            key_mask=key_mask,
-            sample_keys=sample_keys,
-        )
+        with jax.named_scope("main"):
+            x = run_blocks(
+                self.stages[-1],
+                x,
+                self.remat,
+                self.scan_blocks,
+                relative_index=relative_index,
+                key_mask=key_mask,
+                sample_keys=sample_keys,
+            )
         return [*outputs, x]
 
+    @jax.named_scope("embedding")
     def _stem(self, images, ids_keep=None, sample_keys=None):
         """Outputs of the stem stages, main stage input [B, K, E], relative index."""
         expected = (*self.image_size, self.in_channels)
@@ -284,10 +286,10 @@ class HiViT(nnx.Module):
         )
         x = self.patch_embed(cells)  # [B*K*16, E/4]
         outputs = []
+        how = self.remat, self.scan_blocks
         for blocks, merge in zip(self.stages, self.merges, strict=False):
-            x = run_blocks(
-                blocks, x, self.remat, self.scan_blocks, sample_keys=sample_keys
-            )
+            with jax.named_scope(f"stem{len(outputs) + 1}"):
+                x = run_blocks(blocks, x, *how, sample_keys=sample_keys)
             outputs.append(x)
             x = merge(x)  # a quarter of the rows, twice as wide
         x = x.reshape(images.shape[0], -1, self.embed_dim)  # [B, K, E]

@@ -186,8 +186,9 @@ class MlpBlock(nnx.Module):
     def __call__(
         self, x: jax.Array, *, sample_keys: jax.Array | None = None
     ) -> jax.Array:
-        branch = self.mlp(self.norm2(x))
-        return x + drop_path(branch, self.drop_rate, sample_keys, 2 * self.number)
+        with jax.named_scope("mlp"):
+            branch = self.mlp(self.norm2(x))
+            return x + drop_path(branch, self.drop_rate, sample_keys, 2 * self.number)
 
 
 class AttentionBlock(MlpBlock):
@@ -227,9 +228,10 @@ class AttentionBlock(MlpBlock):
         key_mask: jax.Array | None = None,
         sample_keys: jax.Array | None = None,
     ) -> jax.Array:
-        branch = self.attn(self.norm1(x), relative_index, key_mask)
-        draw = 2 * self.number + 1
-        x = x + drop_path(branch, self.drop_rate, sample_keys, draw)
+        with jax.named_scope("attention"):
+            branch = self.attn(self.norm1(x), relative_index, key_mask)
+            draw = 2 * self.number + 1
+            x = x + drop_path(branch, self.drop_rate, sample_keys, draw)
         return super().__call__(x, sample_keys=sample_keys)
 
 
@@ -283,6 +285,7 @@ class PatchMerge(nnx.Module):
             4 * dim, 2 * dim, use_bias=False, dtype=dtype, rngs=rngs
         )
 
+    @jax.named_scope("merge")
     def __call__(self, x: jax.Array) -> jax.Array:
         x = x.reshape(-1, 4 * x.shape[-1])  # [T/4, 4C]
         return self.reduction(self.norm(x))

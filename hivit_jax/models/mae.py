@@ -65,6 +65,7 @@ def visible_units(units: int, mask_ratio: float) -> int:
     return kept
 
 
+@jax.named_scope("input")
 def random_masking(
     noise: jax.Array, kept: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -188,9 +189,11 @@ class MaskedAutoencoder(Features):
         stages = self.encoder(images, ids_keep=ids_keep, sample_keys=sample_keys)
         if not self.multi_scale:
             return stages[-1]
-        per_unit = [x.reshape(*ids_keep.shape, -1) for x in stages]  # 4E, 2E, E wide
-        return self.norm(jnp.concatenate(per_unit, axis=-1))
+        with jax.named_scope("latent"):
+            per_unit = [x.reshape(*ids_keep.shape, -1) for x in stages]  # 4E, 2E, E
+            return self.norm(jnp.concatenate(per_unit, axis=-1))
 
+    @jax.named_scope("latent")
     def decode(self, latent: jax.Array, ids_restore: jax.Array) -> jax.Array:
         """Latent [B, K, 7E or E], places int [B, N] -> pred [B, N, P*P*C] float32."""
         x = self.decoder_embed(latent)  # [B, K, D]
@@ -204,8 +207,10 @@ class MaskedAutoencoder(Features):
         table = jax.lax.stop_gradient(self.decoder_pos_embed[...])
         x = x + table.astype(x.dtype)
         how = self.encoder.remat, self.encoder.scan_blocks
-        x = run_blocks(self.decoder_blocks, x, *how)
-        return self.decoder_pred(self.decoder_norm(x)).astype(jnp.float32)
+        with jax.named_scope("decoder"):
+            x = run_blocks(self.decoder_blocks, x, *how)
+        with jax.named_scope("loss"):
+            return self.decoder_pred(self.decoder_norm(x)).astype(jnp.float32)
 
     def targets(self, images: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """What is to be predicted: units [B, N, P*P*C], and their mean and scale.
@@ -220,6 +225,7 @@ class MaskedAutoencoder(Features):
         scale = jnp.sqrt(units.var(-1, keepdims=True, ddof=1) + 1e-6)
         return (units - mean) / scale, mean, scale
 
+    @jax.named_scope("loss")
     def unit_loss(self, images: jax.Array, pred: jax.Array) -> jax.Array:
         """Mean squared error of every unit, [B, N] float32."""
         return jnp.square(pred - self.targets(images)[0]).mean(-1)
