@@ -39,7 +39,9 @@ def compile_step(
     say("compiling the train step ...")
     began, hits = time.perf_counter(), len(_hits)
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
-    compiled = jitted.lower(*arguments).compile(options)
+    with jax.set_mesh(jax.tree.leaves(shardings)[0].mesh):  # kernels look at it
+        lowered = jitted.lower(*arguments)
+    compiled = lowered.compile(options)
     how = "read from the cache" if len(_hits) > hits else "compiled"
     say(f"{how} in {time.perf_counter() - began:.1f} s")
     return compiled

@@ -98,6 +98,8 @@ class HiViT(nnx.Module):
         again for the gradient: less memory, more time.
       scan_blocks: compile the blocks of a stage as one, run in a loop: shorter
         compilation. The blocks must be alike, so not with `global_blocks`.
+      kernels: run residual branches as single kernels, "auto": on TPUs, in bfloat16;
+        "fused": wherever shapes allow; "plain": never. See `hivit_jax.kernels`.
 
     Raises:
       ConfigError: sizes that do not fit each other.
@@ -124,6 +126,7 @@ class HiViT(nnx.Module):
         dtype: str = "float32",
         remat: bool = False,
         scan_blocks: bool = False,
+        kernels: str = "auto",
         rngs: nnx.Rngs,
     ):
         self.grid = positions.check_grid(image_size, patch_size)
@@ -161,13 +164,17 @@ class HiViT(nnx.Module):
             )
         if dtype not in ("float32", "bfloat16", jnp.float32, jnp.bfloat16):
             raise ConfigError(f"dtype={dtype!r}; expected 'float32' or 'bfloat16'")
+        if kernels not in ("auto", "fused", "plain"):
+            raise ConfigError(
+                f"kernels={kernels!r}; expected 'auto', 'fused' or 'plain'"
+            )
 
         self.image_size = tuple(side * patch_size for side in self.grid)
         self.in_channels, self.embed_dim = in_channels, embed_dim
         self.patch_size, self.inner_patches = patch_size, inner_patches
         self.window_size, self.global_blocks = window_size, tuple(global_blocks)
         self.main_depth, self.dtype = depths[-1], jnp.dtype(dtype)
-        self.remat, self.scan_blocks = remat, scan_blocks
+        self.remat, self.scan_blocks, self.kernels = remat, scan_blocks, kernels
         common = dict(eps=layer_norm_eps, dtype=self.dtype, rngs=rngs)
         blocks = [2 * depth for depth in depths[:-1]] + [depths[-1]]
         # One rate per residual block in order; PatchMerge takes none.
@@ -217,6 +224,11 @@ class HiViT(nnx.Module):
         )
         self.absolute_pos_embed = nnx.Param(jnp.asarray(table))
 
+    @property
+    def how(self) -> dict[str, bool | str]:
+        """How to run blocks, for `run_blocks`."""
+        return dict(remat=self.remat, scan=self.scan_blocks, kernel=self.kernels)
+
     def _windows(self, grid: Grid) -> list[Windows | None]:
         """The windows of each main-stage block in a grid; None: all of it."""
         windows = Windows.over(grid, self.window_size)
@@ -253,8 +265,7 @@ class HiViT(nnx.Module):
             x = run_blocks(
                 self.stages[-1],
                 x,
-                self.remat,
-                self.scan_blocks,
+                **self.how,
                 relative_index=relative_index,
                 key_mask=key_mask,
                 sample_keys=sample_keys,
@@ -286,10 +297,9 @@ class HiViT(nnx.Module):
         )
         x = self.patch_embed(cells)  # [B*K*16, E/4]
         outputs = []
-        how = self.remat, self.scan_blocks
         for blocks, merge in zip(self.stages, self.merges, strict=False):
             with jax.named_scope(f"stem{len(outputs) + 1}"):
-                x = run_blocks(blocks, x, *how, sample_keys=sample_keys)
+                x = run_blocks(blocks, x, **self.how, sample_keys=sample_keys)
             outputs.append(x)
             x = merge(x)  # a quarter of the rows, twice as wide
         x = x.reshape(images.shape[0], -1, self.embed_dim)  # [B, K, E]
@@ -349,7 +359,7 @@ class HiViT(nnx.Module):
             weights = None
             if attention:
                 weights = block.attn.probabilities(block.norm1(x), index)
-            x = block(x, relative_index=index)
+            x = block(x, relative_index=index, kernel=self.kernels)
             layers.append(Layer(x, weights))
         return layers
 

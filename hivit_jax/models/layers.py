@@ -6,12 +6,14 @@ LayerNorm statistics and the softmax are float32 whatever it is.
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from hivit_jax import kernels
 from hivit_jax.errors import ConfigError
 from hivit_jax.models import positions
 from hivit_jax.models.positions import Grid, Windows
@@ -22,6 +24,11 @@ Linear = partial(nnx.Linear, kernel_init=INIT)
 # Two-pass variance: the one-pass form loses the small variances that HiViT's eps of
 # 1e-6 is there for.
 LayerNorm = partial(nnx.LayerNorm, use_fast_variance=False)
+
+
+def drops(rate: float | jax.Array, sample_keys: jax.Array | None) -> bool:
+    """Whether `drop_path` may drop anything."""
+    return sample_keys is not None and not (isinstance(rate, float) and rate == 0.0)
 
 
 def drop_path(
@@ -38,7 +45,7 @@ def drop_path(
       sample_keys: [B] keys, one per sample, or None for no dropping.
       draw: number of this draw, so that no two branches share one.
     """
-    if sample_keys is None or (isinstance(rate, float) and rate == 0.0):
+    if not drops(rate, sample_keys):
         return x
     share = jnp.float32(1.0 - rate)
 
@@ -184,11 +191,26 @@ class MlpBlock(nnx.Module):
         self.number, self.drop_rate = number, drop_rate
 
     def __call__(
-        self, x: jax.Array, *, sample_keys: jax.Array | None = None
+        self,
+        x: jax.Array,
+        *,
+        sample_keys: jax.Array | None = None,
+        kernel: str = "plain",
     ) -> jax.Array:
+        """[T, C] -> [T, C]; kernel: see `kernels.mlp`."""
         with jax.named_scope("mlp"):
-            branch = self.mlp(self.norm2(x))
-            return x + drop_path(branch, self.drop_rate, sample_keys, 2 * self.number)
+            fused = kernels.mlp(x, self.norm2, self.mlp, kernel)
+            return self._residual(
+                x, 2 * self.number, sample_keys, fused, lambda: self.mlp(self.norm2(x))
+            )
+
+    def _residual(self, x, draw, sample_keys, fused, branch):
+        """x and its branch, of a fused kernel if there is one; see `drop_path`."""
+        rate = self.drop_rate
+        if fused and not drops(rate, sample_keys):
+            return fused(True)
+        branch = fused(False) if fused else branch()
+        return x + drop_path(branch, rate, sample_keys, draw)
 
 
 class AttentionBlock(MlpBlock):
@@ -227,12 +249,15 @@ class AttentionBlock(MlpBlock):
         relative_index: jax.Array | None = None,
         key_mask: jax.Array | None = None,
         sample_keys: jax.Array | None = None,
+        kernel: str = "plain",
     ) -> jax.Array:
         with jax.named_scope("attention"):
-            branch = self.attn(self.norm1(x), relative_index, key_mask)
-            draw = 2 * self.number + 1
-            x = x + drop_path(branch, self.drop_rate, sample_keys, draw)
-        return super().__call__(x, sample_keys=sample_keys)
+            fused = kernels.attention(x, self.norm1, self.attn, key_mask, kernel)
+            x = self._residual(
+                *(x, 2 * self.number + 1, sample_keys, fused),
+                lambda: self.attn(self.norm1(x), relative_index, key_mask),
+            )
+        return super().__call__(x, sample_keys=sample_keys, kernel=kernel)
 
 
 def run_blocks(
@@ -240,7 +265,7 @@ def run_blocks(
     x: jax.Array,
     remat: bool,
     scan: bool,
-    **inputs: jax.Array | None,
+    **inputs: Any,
 ) -> jax.Array:
     """Blocks one after another, x -> x.
 

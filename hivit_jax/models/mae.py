@@ -206,9 +206,8 @@ class MaskedAutoencoder(Features):
         x = jnp.take_along_axis(x, ids_restore[:, :, None], axis=1)  # image order
         table = jax.lax.stop_gradient(self.decoder_pos_embed[...])
         x = x + table.astype(x.dtype)
-        how = self.encoder.remat, self.encoder.scan_blocks
         with jax.named_scope("decoder"):
-            x = run_blocks(self.decoder_blocks, x, *how)
+            x = run_blocks(self.decoder_blocks, x, **self.encoder.how)
         with jax.named_scope("loss"):
             return self.decoder_pred(self.decoder_norm(x)).astype(jnp.float32)
 

@@ -1,0 +1,135 @@
+"""Residual blocks as single kernels: which are used, and where.
+
+`mlp` and `attention` tell how a block runs as one kernel, or None where it does not;
+then the layers run it as XLA compiles it.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import AxisType, PartitionSpec
+
+from hivit_jax.kernels.attention import LANES, attention_block
+from hivit_jax.kernels.common import ROWS, VMEM_SHARE
+from hivit_jax.kernels.mlp import mlp_block
+
+CHOICES = ("auto", "fused", "plain")
+Block = Callable[[bool], jax.Array]  # given whether to add x to the branch
+
+
+def mlp(x: jax.Array, norm: Any, mlp: Any, choice: str) -> Block | None:
+    """``fc2(gelu(fc1(norm(x))))``, or None.
+
+    Args:
+      x: [..., C].
+      norm, mlp: the modules.
+      choice: "auto": on TPUs, in bfloat16; "fused": wherever shapes allow, on other
+        devices as plain operations, slowly; "plain": never.
+    """
+    place = _place(choice, x)
+    width, hidden = mlp.fc1.kernel.shape
+    if place is None or width % LANES or hidden % LANES:
+        return None
+    rows = _rows(x.size // width // place.shards, ROWS)
+    # Backward: weights, their gradients in float32 and in x's dtype; rows and hidden.
+    fixed, each = 24 * width * hidden, 20 * hidden + 40 * width
+    if rows is None or fixed + each * rows > place.vmem:
+        return None
+    weights = (
+        *(norm.scale[...], norm.bias[...]),
+        *(x_.astype(x.dtype) for x_ in (mlp.fc1.kernel[...], mlp.fc1.bias[...])),
+        *(x_.astype(x.dtype) for x_ in (mlp.fc2.kernel[...], mlp.fc2.bias[...])),
+    )
+
+    def run(x, *weights, add):
+        return mlp_block(x, *weights, add, norm.epsilon, rows, place.interpret)
+
+    return lambda add: place.run(partial(run, add=add), x, weights)
+
+
+def attention(
+    x: jax.Array, norm: Any, attention: Any, key_mask: Any, choice: str
+) -> Block | None:
+    """``attention(norm(x))``, or None; arguments as in `mlp`.
+
+    None also for keys that are masked, windows, and relative positions.
+    """
+    place = _place(choice, x)
+    qkv, proj = attention.qkv, attention.proj
+    width, _, heads, head = qkv.kernel.shape
+    special = key_mask, attention.windows, attention.relative_position_bias_table
+    if place is None or any(each is not None for each in special):
+        return None
+    if width % LANES or LANES % head:
+        return None
+    tokens = x.shape[1]
+    rows = _rows(x.shape[0] * tokens // place.shards, math.lcm(tokens, ROWS))
+    fixed, each = 48 * width**2, 60 * width
+    if rows is None or fixed + each * rows + 32 * tokens**2 > place.vmem:
+        return None
+    weights = (
+        *(norm.scale[...], norm.bias[...]),
+        qkv.kernel[...].astype(x.dtype).reshape(width, -1),
+        qkv.bias[...].astype(x.dtype).reshape(-1),
+        *(x_.astype(x.dtype) for x_ in (proj.kernel[...], proj.bias[...])),
+    )
+
+    def run(x, *weights, add):
+        how = heads, tokens, add, norm.epsilon, rows, place.interpret
+        return attention_block(x, *weights, *how)
+
+    return lambda add: place.run(partial(run, add=add), x, weights)
+
+
+class _Place:
+    """Devices that a kernel is compiled for; `axes` of their mesh split the batch."""
+
+    def __init__(self, axes, shards, interpret):
+        self.axes, self.shards, self.interpret = axes, shards, interpret
+        capacity = 2**30 if interpret else pltpu.get_tpu_info().vmem_capacity_bytes
+        self.vmem = int(VMEM_SHARE * capacity)
+
+    def run(self, kernel, x, weights):
+        """kernel([T, C], *weights) on each device's part of x [..., C]."""
+
+        def local(x, *weights):
+            return kernel(x.reshape(-1, x.shape[-1]), *weights).reshape(x.shape)
+
+        if self.axes:  # compilers do not partition kernels
+            split, whole = PartitionSpec(self.axes), [PartitionSpec()] * len(weights)
+            local = jax.shard_map(
+                local, in_specs=(split, *whole), out_specs=split, check_vma=False
+            )
+        return local(x, *weights)
+
+
+def _place(choice: str, x: jax.Array) -> _Place | None:
+    """Where the program being traced will run; None: not where kernels are for."""
+    if choice == "plain":
+        return None
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        # Nobody tells how arrays lie on several devices.
+        known, platform = jax.device_count() == 1, jax.default_backend()
+        axes, shards = (), 1
+    else:
+        known = mesh.shape.get("tensor", 1) == 1
+        platform = mesh.abstract_device.platform
+        types = zip(mesh.axis_names, mesh.axis_types, strict=True)
+        axes = tuple(name for name, kind in types if kind == AxisType.Auto)
+        shards = math.prod(mesh.shape[axis] for axis in axes)
+    tpu = platform == "tpu"
+    if not known or (choice == "auto" and not (tpu and x.dtype == jnp.bfloat16)):
+        return None
+    return _Place(axes, shards, interpret=not tpu)
+
+
+def _rows(total: int, unit: int) -> int | None:
+    """Rows of a block: the most up to 512, or one unit, that divide the total."""
+    sizes = [r for r in range(unit, max(512, unit) + 1, unit) if total % r == 0]
+    return sizes[-1] if sizes else None

@@ -1,0 +1,133 @@
+"""What the kernels share: a grid over blocks of rows, LayerNorm, matrix products.
+
+Written for TPUs: a core works through its blocks one after another, weights stay in
+VMEM meanwhile, and their gradients are added up there.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+F32 = jnp.float32
+ROWS = 16  # of a bfloat16 tile; blocks are multiples
+VMEM_SHARE = 0.9  # that a kernel may take
+
+
+def dot(a: jax.Array, b: jax.Array, contract: tuple[int, int] = (1, 0)) -> jax.Array:
+    """Matrix product over dimension contract[0] of a and contract[1] of b, float32."""
+    dims = (((contract[0],), (contract[1],)), ((), ()))
+    return jax.lax.dot_general(a, b, dims, preferred_element_type=F32)
+
+
+def normalized(x: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
+    """Rows [T, C] float32, less their mean and over their deviation; 1 / deviation."""
+    centred = x - x.mean(-1, keepdims=True)
+    inverse = jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + eps)
+    return centred * inverse, inverse
+
+
+def normalized_gradient(
+    gradient: jax.Array, x_hat: jax.Array, inverse: jax.Array
+) -> jax.Array:
+    """Of x, from that of `normalized`(x)."""
+    along = (gradient * x_hat).mean(-1, keepdims=True)
+    return inverse * (gradient - gradient.mean(-1, keepdims=True) - x_hat * along)
+
+
+def over_rows(
+    kernel: Callable,
+    block_rows: int,
+    rows: Sequence[jax.Array],
+    weights: Sequence[jax.Array],
+    sums: Sequence[jax.Array] = (),
+    scratch: Sequence[Any] = (),
+    *,
+    flops: int,
+    interpret: bool,
+    name: str,
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """Runs a kernel over blocks of rows.
+
+    Args:
+      kernel: (row refs, weight refs, output ref, refs of the sums float32, scratch
+        refs) -> None, called for each block.
+      rows: each [T, C].
+      weights: each whole at every block; vectors come as [1, n].
+      sums: what has the shape and dtype of each sum over all rows.
+      flops: of all blocks, for the compiler's estimates.
+
+    Returns:
+      An array like rows[0], and the sums.
+    """
+    total = rows[0].shape[0]
+    blocks = total // block_rows
+    # A chip of two cores that are one device gives each half of the blocks.
+    cores = jax.sharding.get_abstract_mesh().abstract_device
+    cores = cores.num_cores if cores is not None and blocks % 2 == 0 else 1
+    cores = cores or 1
+    steps = blocks // cores
+    weights = [jnp.atleast_2d(w) for w in weights]
+    shapes = [(1, s.size) if s.ndim == 1 else s.shape for s in sums]
+    counts = len(rows), len(weights), 1, len(sums), len(sums), len(scratch)
+
+    def body(*refs):
+        refs = list(refs)
+        parts = [[refs.pop(0) for _ in range(count)] for count in counts]
+        row_refs, weight_refs, (out,), out_sums, added, room = parts
+        step = pl.program_id(1)
+
+        @pl.when(step == 0)
+        def _():
+            for ref in added:
+                ref[...] = jnp.zeros_like(ref)
+
+        kernel(row_refs, weight_refs, out, added, room)
+
+        @pl.when(step == steps - 1)
+        def _():
+            for ref, total in zip(out_sums, added, strict=True):
+                ref[0] = total[...].astype(ref.dtype)
+
+    def block_of(x):
+        return pl.BlockSpec((block_rows, x.shape[1]), lambda c, i: (c * steps + i, 0))
+
+    def whole(shape):
+        return pl.BlockSpec(shape, lambda c, i: (0,) * len(shape))
+
+    capacity = 0 if interpret else pltpu.get_tpu_info().vmem_capacity_bytes
+    vmem = int(VMEM_SHARE * capacity) or None
+    bytes_moved = sum(x.nbytes for x in (rows[0], *rows))
+    bytes_moved += cores * sum(x.nbytes for x in (*weights, *sums))
+    out, *found = pl.pallas_call(
+        body,
+        grid=(cores, steps),
+        in_specs=[*map(block_of, rows), *(whole(w.shape) for w in weights)],
+        out_specs=[
+            block_of(rows[0]),
+            *(pl.BlockSpec((1, *s), lambda c, i: (c, 0, 0)) for s in shapes),
+        ],
+        out_shape=[
+            jax.ShapeDtypeStruct(rows[0].shape, rows[0].dtype),
+            *(
+                jax.ShapeDtypeStruct((cores, *shape), s.dtype)
+                for shape, s in zip(shapes, sums, strict=True)
+            ),
+        ],
+        scratch_shapes=[*(pltpu.VMEM(s, F32) for s in shapes), *scratch],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"),
+            vmem_limit_bytes=vmem,
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=flops, transcendentals=0, bytes_accessed=bytes_moved
+        ),
+        interpret=interpret,
+        name=name,
+    )(*rows, *weights)
+    return out, tuple(
+        x.sum(0).reshape(like.shape) for x, like in zip(found, sums, strict=True)
+    )
