@@ -514,11 +514,11 @@ def bytes_by_region(hlo: str) -> Counter:
 
     Every kernel reads its operands once and writes its results once, those with the
     padding of their tiles: fusions, matrix products, and custom calls (Pallas, cuDNN)
-    alike. Of an operand that it only slices it reads the slices. What lives in another
-    memory (TPU: VMEM) is free, but not the copies that bring it there and back; these
-    belong to the region that uses what they bring, or made what they take away. On
-    GPUs, nothing is taken to stay in a cache. Kernels of a loop count as often as it
-    runs, if the text tells.
+    alike. Of an operand that it only slices it reads the slices; of one that it updates
+    in place it writes the update. Kernels of a loop count as often as it runs, if the
+    text tells. What lives in another memory (TPU: VMEM) is free, but not the copies
+    that bring it there and back; these belong to the region that uses what they bring,
+    or made what they take away. On GPUs, nothing is taken to stay in a cache.
 
     Args:
       hlo: text of the program after all optimisations.
@@ -674,6 +674,10 @@ def _hbm_bytes(
         users = [x for x in inner.values() if inside[number] in _names(x.operands)]
         if size and users and all(x.opcode in SLICES for x in users):
             size = min(size, sum(_tiled_bytes(x.shapes, "") for x in users))
+        elif size and [x.opcode for x in users] == ["dynamic-update-slice"]:
+            whole, part, *_ = _names(users[0].operands)
+            if whole == inside[number]:  # in place: the result is not written whole
+                size = _tiled_bytes((inner | here)[part].shapes, "") - size
         total += size
     return total
 

@@ -196,6 +196,8 @@ ENTRY %main (a: bf16[64,49,512], b: f32[8,1024], c: f32[512,256]) -> f32[] {
   %whole = f32[128,256]{1,0:T(8,128)S(1)} custom-call(%quarter), custom_call_target="ConcatBitcast"
   %mosaic = bf16[64,50,512]{2,1,0:T(8,128)(2,1)} custom-call(%saved, %whole, %b), custom_call_target="tpu_custom_call", metadata={op_name="jit(step)/transpose(jvp(latent))/decoder/attention/shard_map/pallas_call"}
   %sum = f32[8,1024]{1,0:T(8,128)} all-reduce(%b), to_apply=%add, metadata={op_name="jit(step)/jvp(loss)/psum"}
+  %n = s32[] constant(0)
+  %put = f32[8,1024]{1,0:T(8,128)} dynamic-update-slice(%sum, %n, %n, %n), metadata={op_name="jit(step)/input/update"}
   %flat = bf16[3200,1,512]{2,0,1:T(8,128)(2,1)} copy(%mosaic), metadata={op_name="jit(step)/copy"}
   ROOT %end = f32[]{:T(128)S(6)} fusion(%flat), kind=kLoop, calls=%fused, metadata={op_name="jit(step)/jvp(embedding)/stem2/mlp/add;x"}
 }
@@ -209,6 +211,7 @@ def test_bytes_of_regions():
         "main mlp": 56 * row + 4 * 8 * 128 + 56 * row,  # %in, a slice of %b, %out
         "decoder attention": 56 * row + 56 * row + 4 * (8 * 1024 + 128 * 256),
         "exchange": 2 * 4 * 8 * 1024,
+        "input": 4 + 3 * 4,  # in place: a number written; it and two places read
         "stem2": 56 * row + 50 * row + 50 * row,  # %flat, padded no longer, and %end
     }
 
