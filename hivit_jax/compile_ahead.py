@@ -183,6 +183,11 @@ def examine(config: Any, devices: Sequence[jax.Device]) -> dict[str, Any]:
     where there are no such counts, operations are those of the matrix products and
     bytes those of `bytes_moved` (None if there are loops).
 
+    ``regions`` has for each part of the step the bytes that `bytes_by_region` reads out
+    of the program, and the operations of its matrix products. Their sums are not the
+    two totals: the TPU compiler also counts what stays in VMEM, counts arrays without
+    the padding of their tiles, and counts operations that are no matrix products.
+
     ``hbm_bytes_per_device`` has but total and limit, and what follows is None, if the
     compiler says that the program does not fit.
     """
@@ -226,13 +231,15 @@ def examine(config: Any, devices: Sequence[jax.Device]) -> dict[str, Any]:
         "hbm_bytes_per_device": memory,
         "flops_per_image": None,
         "bytes_accessed_per_image": None,
+        "regions": None,
         "collectives": None,
         "roofline": None,
     }
     if not hlo:
         return report
     jaxpr = jax.make_jaxpr(step)(*arguments).jaxpr
-    matmuls, once = (matmul_flops(jaxpr, loops) for loops in (True, False))
+    computed, read = matmul_flops_by_region(jaxpr, loops=True), bytes_by_region(hlo)
+    matmuls, once = computed.total(), matmul_flops(jaxpr, loops=False)
     images = config.batch_size / mesh.size
     if cost := compiled.cost_analysis():
         flops = cost["flops"] * matmuls / once / images
@@ -244,6 +251,13 @@ def examine(config: Any, devices: Sequence[jax.Device]) -> dict[str, Any]:
     return report | {
         "flops_per_image": flops,
         "bytes_accessed_per_image": moved,
+        "regions": {
+            region: {
+                "bytes_per_image": read[region] / images,
+                "flops_per_image": computed[region] / config.batch_size,
+            }
+            for region in sorted(read | computed)
+        },
         "collectives": exchanged,
         "roofline": roofline(chip, images, flops, moved, exchanged),
     }
@@ -278,27 +292,71 @@ def memory_of(compiled: jax.stages.Compiled, chip: Chip) -> dict[str, int]:
     return parts | {"total": total, "limit": chip.memory}
 
 
+def region_of(name: str) -> str:
+    """The part of the train step that an operation belongs to: the innermost of
+    `SCOPES` in its name, in main stage and decoder with the branch of the block.
+
+    Args:
+      name: such as "jit(train_step)/transpose(jvp(main))/mlp/dot_general".
+
+    Returns:
+      Such as "main mlp"; "" for an operation of none of them.
+    """
+    region = ""
+    for scope in re.split(r"[/();]+", name):
+        if SCOPES.fullmatch(scope):
+            region = scope
+        elif scope in ("attention", "mlp") and region in ("main", "decoder"):
+            region += " " + scope
+    return region
+
+
 def matmul_flops(jaxpr: Any, loops: bool) -> int:
+    """The sum of `matmul_flops_by_region`."""
+    return matmul_flops_by_region(jaxpr, loops).total()
+
+
+def matmul_flops_by_region(jaxpr: Any, loops: bool, outer: str = "") -> Counter:
     """Operations of all matrix products in a traced program, on all devices together.
 
     Args:
-      loops: count the body of a loop as often as it runs, not once.
+      loops: count the body of a loop as often as it runs, not once. (A Pallas kernel
+        counts for every point of its grid either way.)
+      outer: name of what calls the program.
     """
-    total = 0
+    total = Counter()
     for eqn in jaxpr.eqns:
+        name = f"{outer}/{eqn.source_info.name_stack}"
         if eqn.primitive.name == "dot_general":
             (contracted, _), _ = eqn.params["dimension_numbers"]
             shape = eqn.invars[0].aval.shape
             depth = math.prod(shape[dim] for dim in contracted)
-            total += 2 * depth * math.prod(eqn.outvars[0].aval.shape)
-        times = eqn.params["length"] if loops and eqn.primitive.name == "scan" else 1
+            flops = 2 * depth * math.prod(eqn.outvars[0].aval.shape)
+            total[region_of(name) or OTHER] += flops
+        times = _times(eqn, loops)
         for inner in jax.tree.leaves(
             list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "jaxpr")
         ):
             inner = getattr(inner, "jaxpr", inner)
             if hasattr(inner, "eqns"):
-                total += times * matmul_flops(inner, loops)
+                for region, flops in matmul_flops_by_region(inner, loops, name).items():
+                    total[region] += times * flops
     return total
+
+
+def _times(eqn: Any, loops: bool) -> int:
+    """How often the program in an equation runs, on all devices together."""
+    match eqn.primitive.name:
+        case "scan":
+            return eqn.params["length"] if loops else 1
+        case "shard_map":  # shapes in it are those of one device
+            mesh = eqn.params["mesh"]
+            return math.prod(
+                mesh.shape[axis] for axis in eqn.params["newly_manual_axes"]
+            )
+        case "pallas_call":
+            return math.prod(eqn.params["grid_mapping"].grid)
+    return 1
 
 
 def roofline(
@@ -446,22 +504,63 @@ def collectives(hlo: str) -> list[dict[str, Any]]:
 def bytes_moved(hlo: str) -> int:
     """Bytes that the kernels of a compiled program read and write on one device.
 
-    An estimate, for compilers that do not tell: a kernel that takes a part of an array
-    is taken to read it all, and nothing to stay in a cache.
+    An estimate, for compilers that do not tell, and the sum of `bytes_by_region`.
+    """
+    return bytes_by_region(hlo).total()
+
+
+def bytes_by_region(hlo: str) -> Counter:
+    """Bytes of HBM that each part of the step reads and writes on one device.
+
+    Every kernel reads its operands once and writes its results once, those with the
+    padding of their tiles: fusions, matrix products, and custom calls (Pallas, cuDNN)
+    alike. Of an operand that it only slices it reads the slices; of one that it updates
+    in place it writes the update. Kernels of a loop count as often as it runs, if the
+    text tells. What lives in another memory (TPU: VMEM) is free, but not the copies
+    that bring it there and back; these belong to the region that uses what they bring,
+    or made what they take away. On GPUs, nothing is taken to stay in a cache.
+
+    Args:
+      hlo: text of the program after all optimisations.
+
+    Returns:
+      By `region_of`; collectives are "exchange", what is left is "other".
     """
     hlo = re.sub(r"s8\[\d+\]", "s8[0]", hlo)  # room that cuBLAS asks for
-    executed = _executed(*_computations(hlo), fusions=False)
-    return sum(
-        times * (_bytes(each.shapes) + _bytes_taken(each, here))
-        for each, here, times in executed
-        if each.opcode not in FREE and not each.opcode.endswith(("-start", "-update"))
-    )
+    computations, entry = _computations(hlo)
+    total = Counter()
+
+    def add(name, times, outer):
+        here = computations[name]
+        regions = _regions(here, computations)
+        for key, each in here.items():
+            region = regions[key] or outer
+            if each.opcode in CALLS:
+                again = times
+                if each.opcode == "while":
+                    again *= _trips(each.attributes, computations)
+                for called in _called(each):
+                    add(called, again, region)
+            elif each.opcode not in FREE and not each.opcode.endswith(NO_KERNEL):
+                if each.opcode.removesuffix("-done") in COLLECTIVES:
+                    region = "exchange"
+                total[region] += times * _hbm_bytes(each, here, computations)
+
+    add(entry, 1, OTHER)
+    return total
 
 
+SCOPES = re.compile(r"input|embedding|stem\d+|merge|main|latent|decoder|loss|optimizer")
+OTHER = "other"
 Computation = dict[str, Instruction]  # by name
-# What is no kernel, or whose kernels are counted.
+# What is no kernel; what has kernels inside, the ends of asynchronous ones.
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast"}
-FREE |= {"call", "while", "conditional"}
+FREE |= {"partition-id", "after-all"}
+CALLS = {"call", "while", "conditional", "async-start"}
+SLICES = {"slice", "dynamic-slice", "gather"}
+VMEM = "S(1)"
+NAMED = re.compile(r'op_name="([^"]*)"')
+NO_KERNEL = ("-start", "-update", "async-done")
 LINE = re.compile(r"\s+(?:ROOT )?%([\w.-]+) = (.*?) ([a-z][\w-]*)\((.*)")
 CALLED = re.compile(r"(?:calls|body|to_apply|computations?)=(\{[^}]*\}|%[\w.-]+)")
 _names = re.compile(r"%([\w.-]+)").findall
@@ -505,6 +604,84 @@ def _executed(
                 yield from _executed(computations, each, again, fusions=fusions)
 
 
+def _called(instruction: Instruction) -> list[str]:
+    """Names of the computations that an instruction runs."""
+    found = CALLED.findall(instruction.attributes)
+    return [name for names in found for name in _names(names)]
+
+
+def _regions(here: Computation, computations: dict[str, Computation]) -> dict[str, str]:
+    """`region_of` every instruction by its name, "" where nothing tells.
+
+    A fusion that names none has that of most of what is fused. Of what is left, copies
+    out of VMEM belong to what made the array, everything else to what uses it.
+    """
+    found, users = {}, {key: [] for key in here}
+    for key, each in here.items():
+        fused = computations[_called(each)[0]] if each.opcode == "fusion" else {}
+        votes = Counter(map(_named, fused.values()))
+        del votes[""]
+        found[key] = _named(each) or max(votes, key=votes.get, default="")
+        for name in _names(each.operands):
+            users[name].append(key)
+
+    def spread(keys, neighbours, concerns):
+        for key in keys:
+            if not found[key] and concerns(here[key]):
+                regions = (found[name] for name in neighbours(key))
+                found[key] = next(filter(None, regions), "")
+
+    def made_by(key):
+        return _names(here[key].operands)
+
+    def leaves(each):
+        if each.opcode == "copy-done":
+            each = here[_names(each.operands)[0]]
+        names = _names(each.operands)
+        return each.opcode == "copy-start" and VMEM in here[names[0]].shapes
+
+    spread(here, made_by, lambda each: each.opcode in FREE)
+    spread(reversed(here), users.get, lambda each: not leaves(each))
+    spread(here, made_by, lambda each: True)
+    return found
+
+
+def _named(instruction: Instruction) -> str:
+    """The region that an instruction's own name tells, or ""."""
+    found = NAMED.search(instruction.attributes)
+    return region_of(found[1]) if found else ""
+
+
+def _hbm_bytes(
+    instruction: Instruction, here: Computation, computations: dict[str, Computation]
+) -> int:
+    """Bytes of HBM that a kernel reads and writes."""
+    names = _names(instruction.operands)
+    if instruction.opcode.endswith("-done"):
+        names = _names(here[names[0]].operands)
+    inner = {"": instruction}  # the kernel's computation, and its names of the operands
+    inside = dict(enumerate(names))
+    if instruction.opcode == "fusion":
+        inner = computations[_called(instruction)[0]]
+        inside = {
+            int(each.operands.rstrip(")")): key
+            for key, each in inner.items()
+            if each.opcode == "parameter"
+        }
+    total = _tiled_bytes(instruction.shapes)
+    for number, name in enumerate(names):
+        size = _tiled_bytes(here[name].shapes)
+        users = [x for x in inner.values() if inside[number] in _names(x.operands)]
+        if size and users and all(x.opcode in SLICES for x in users):
+            size = min(size, sum(_tiled_bytes(x.shapes, "") for x in users))
+        elif size and [x.opcode for x in users] == ["dynamic-update-slice"]:
+            whole, part, *_ = _names(users[0].operands)
+            if whole == inside[number]:  # in place: the result is not written whole
+                size = _tiled_bytes((inner | here)[part].shapes, "") - size
+        total += size
+    return total
+
+
 def _bytes_taken(instruction: Instruction, here: Computation) -> int:
     """Bytes of the operands; of a -done those of its -start."""
     names = _names(instruction.operands)
@@ -524,6 +701,34 @@ def _trips(attributes: str, computations: dict[str, Computation]) -> int:
         if each.opcode == "constant"
     ]
     return max((int(number[0]) for number in numbers if number), default=1)
+
+
+def _tiled_bytes(shapes: str, free: str = "S(") -> int:
+    """As `_bytes`, with what tiles pad, and without arrays in another memory than HBM.
+
+    A layout such as ``{1,0:T(8,128)(2,1)S(1)}`` lists the sides from the minor one on;
+    the first tile, its minor side last, pads them; ``S`` is the memory.
+
+    Args:
+      free: what the layout of an array that does not count has; "": all count.
+    """
+    total = 0
+    for kind, bits, sides, order, tiles in ARRAY.findall(shapes):
+        if free and free in tiles:
+            continue
+        bits = int(bits) if bits else 8 * (kind == "pred")
+        sides = list(map(int, filter(None, sides.split(","))))
+        minor = [sides[int(side)] for side in order.split(",") if side] or sides
+        if tile := re.match(r"T\(([\d,]+)\)", tiles):
+            tile = list(map(int, reversed(tile[1].split(","))))
+            minor += [1] * (len(tile) - len(minor))
+            for place, unit in enumerate(tile):
+                minor[place] = -(-minor[place] // unit) * unit
+        total += bits * math.prod(minor) // 8
+    return total
+
+
+ARRAY = re.compile(r"([a-z]+)(\d*)\w*\[([\d,]*)\](?:\{([\d,]*):?([^}]*)\})?")
 
 
 def _bytes(shapes: str) -> int:

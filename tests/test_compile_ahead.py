@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import recipes
 from flax import nnx
+from jax.experimental import pallas as pl
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from numpy.testing import assert_allclose
 
@@ -158,9 +159,110 @@ def test_asynchronous_collectives_count_once_and_loops_by_their_bound():
         "all-gather": (3, 3 * 4 * 2048),
         "reduce-scatter": (3, 3 * 4 * 2048),
     }
-    moved = 2 * (2 * 64 * 128 + 4) + 3 * (4 * 256 + 4 * 2048 + 4 * 2048 + 4 * 256)
-    # Fusions as one kernel, and %less.
-    assert compile_ahead.bytes_moved(ASYNCHRONOUS) == moved
+    # Fusions as one kernel. What is in VMEM, and so all that %cut reads, is free.
+    # A number takes a tile of 512 bytes: %c is read, and given by %d.
+    reduced = 2 * (2 * 64 * 128 + 512)
+    assert compile_ahead.bytes_moved(ASYNCHRONOUS) == reduced + 3 * 2 * 4 * 256
+
+
+# As the TPU compiler writes it, the names shortened.
+REGIONS = """\
+HloModule step
+
+%fused (f: bf16[64,49,512], g: f32[8,1024]) -> bf16[64,49,512] {
+  %f = bf16[64,49,512]{2,1,0:T(8,128)(2,1)S(1)} parameter(0)
+  %g = f32[8,1024]{1,0:T(8,128)} parameter(1)
+  %cut = f32[8,128]{1,0} slice(%g), slice={[0:8], [0:128]}, metadata={op_name="jit(step)/jvp(main)/mlp/slice"}
+  %more = f32[8,128]{1,0} negate(%cut), metadata={op_name="jit(step)/jvp(main)/mlp/neg"}
+  ROOT %k = bf16[64,49,512]{2,1,0} add(%f, %more), metadata={op_name="jit(step)/optimizer/add"}
+}
+
+%cutting (p: f32[512,256]) -> f32[128,256] {
+  %p = f32[512,256]{1,0:T(8,128)} parameter(0)
+  ROOT %part = f32[128,256]{1,0:T(8,128)S(1)} slice(%p), slice={[0:128], [0:256]}
+}
+
+ENTRY %main (a: bf16[64,49,512], b: f32[8,1024], c: f32[512,256]) -> f32[] {
+  %a = bf16[64,49,512]{2,1,0:T(8,128)(2,1)} parameter(0), metadata={op_name="state['main']"}
+  %b = f32[8,1024]{1,0:T(8,128)} parameter(1)
+  %c = f32[512,256]{1,0:T(8,128)} parameter(2)
+  %in = (bf16[64,49,512]{2,1,0:T(8,128)(2,1)S(1)}, bf16[64,49,512]{2,1,0:T(8,128)(2,1)}, u32[]{:S(2)}) copy-start(%a)
+  %here = bf16[64,49,512]{2,1,0:T(8,128)(2,1)S(1)} copy-done(%in)
+  %made = bf16[64,49,512]{2,1,0:T(8,128)(2,1)S(1)} fusion(%here, %b), kind=kLoop, calls=%fused
+  %out = (bf16[64,49,512]{2,1,0:T(8,128)(2,1)}, bf16[64,49,512]{2,1,0:T(8,128)(2,1)S(1)}, u32[]{:S(2)}) copy-start(%made)
+  %saved = bf16[64,49,512]{2,1,0:T(8,128)(2,1)} copy-done(%out)
+  %first = ((f32[512,256]{1,0:T(8,128)}), f32[128,256]{1,0:T(8,128)S(1)}, s32[]{:S(2)}) async-start(%c), calls=%cutting
+  %quarter = f32[128,256]{1,0:T(8,128)S(1)} async-done(%first)
+  %whole = f32[128,256]{1,0:T(8,128)S(1)} custom-call(%quarter), custom_call_target="ConcatBitcast"
+  %mosaic = bf16[64,50,512]{2,1,0:T(8,128)(2,1)} custom-call(%saved, %whole, %b), custom_call_target="tpu_custom_call", metadata={op_name="jit(step)/transpose(jvp(latent))/decoder/attention/shard_map/pallas_call"}
+  %sum = f32[8,1024]{1,0:T(8,128)} all-reduce(%b), to_apply=%add, metadata={op_name="jit(step)/jvp(loss)/psum"}
+  %n = s32[] constant(0)
+  %put = f32[8,1024]{1,0:T(8,128)} dynamic-update-slice(%sum, %n, %n, %n), metadata={op_name="jit(step)/input/update"}
+  %flat = bf16[3200,1,512]{2,0,1:T(8,128)(2,1)} copy(%mosaic), metadata={op_name="jit(step)/copy"}
+  ROOT %end = f32[]{:T(128)S(6)} fusion(%flat), kind=kLoop, calls=%fused, metadata={op_name="jit(step)/jvp(embedding)/stem2/mlp/add;x"}
+}
+"""  # noqa: E501
+
+
+def test_bytes_of_regions():
+    """Tiles pad 49 rows to 56. What names no region goes with what it is copied for."""
+    row = 2 * 64 * 512
+    assert compile_ahead.bytes_by_region(REGIONS) == {
+        "main mlp": 56 * row + 4 * 8 * 128 + 56 * row,  # %in, a slice of %b, %out
+        "decoder attention": 56 * row + 56 * row + 4 * (8 * 1024 + 128 * 256),
+        "exchange": 2 * 4 * 8 * 1024,
+        "input": 4 + 3 * 4,  # in place: a number written; it and two places read
+        "stem2": 56 * row + 50 * row + 50 * row,  # %flat, padded no longer, and %end
+    }
+
+
+def test_regions_of_a_compiled_program():
+    """Forward and backward; on a CPU nothing is padded, and nothing free."""
+
+    @jax.jit
+    @jax.grad
+    def program(w, x):
+        with jax.named_scope("main"), jax.named_scope("attention"):
+            x = jnp.sin(x @ w)
+        with jax.named_scope("loss"):
+            return jnp.square(x @ w.T).sum()
+
+    w, x = jnp.ones((256, 128)), jnp.ones((512, 256))
+    hlo = program.lower(w, x).compile().as_text()
+    moved = compile_ahead.bytes_by_region(hlo)
+    assert moved.keys() - {"other"} == {"main attention", "loss"}
+    assert moved.total() == compile_ahead.bytes_moved(hlo)
+    product = 4 * (256 * 128 + 512 * 256 + 512 * 128)
+    assert moved["main attention"] >= 2 * product
+    assert moved["loss"] >= 3 * product
+    assert moved.total() < 10 * product
+
+    jaxpr = jax.make_jaxpr(program)(w, x).jaxpr
+    one = 2 * 512 * 256 * 128
+    found = compile_ahead.matmul_flops_by_region(jaxpr, loops=True)
+    assert found == {"main attention": 2 * one, "loss": 3 * one}  # x has no gradient
+
+
+def test_operations_of_kernels_on_every_device():
+    """A kernel counts for each point of its grid, and for each device that it is on."""
+    devices = mesh(8)
+
+    def kernel(x, y):
+        y[...] = x[...] @ x[...]
+
+    def each(x):
+        block = pl.BlockSpec((16, 16), lambda i: (i, 0))
+        call = pl.pallas_call(kernel, x, grid=4, in_specs=[block], out_specs=block)
+        with jax.named_scope("stem1"):
+            return call(x)
+
+    spec = PartitionSpec("data")
+    run = jax.shard_map(
+        each, mesh=devices, in_specs=spec, out_specs=spec, check_vma=False
+    )
+    jaxpr = jax.make_jaxpr(run)(jnp.ones((8 * 64, 16))).jaxpr
+    found = compile_ahead.matmul_flops_by_region(jaxpr, loops=False)
+    assert found == {"stem1": 8 * 4 * 2 * 16**3}
 
 
 def test_operations_of_matrix_products_in_loops():
@@ -350,6 +452,9 @@ def report(tmp_path, topology="v5e:2x4", **overrides):
     return json.loads((tmp_path / "compile.json").read_text())
 
 
+BRANCHES = ("attention", "mlp")
+
+
 def test_whole_report(tmp_path, monkeypatch):
     """Of these CPUs in place of the chips."""
     monkeypatch.setattr(compile_ahead, "devices_of", lambda topology: jax.devices())
@@ -365,6 +470,13 @@ def test_whole_report(tmp_path, monkeypatch):
     [reduced] = found["collectives"]
     assert reduced["kind"] == "all-reduce"
     assert_allclose(reduced["bytes_per_step"], 4 * model.parameter_count(), rtol=0.02)
+    blocks = {f"{part} {branch}" for part in ("main", "decoder") for branch in BRANCHES}
+    parts = {"input", "embedding", "stem1", "stem2", "merge", "latent", "loss"}
+    regions = found["regions"]
+    assert blocks | parts | {"optimizer", "exchange"} <= regions.keys()
+    for name in blocks | parts:
+        assert all(value > 0 for value in regions[name].values()), name
+    assert regions["optimizer"]["flops_per_image"] == 0
     parts = report(tmp_path, optimizer__accumulate_steps=4, batch_size=256, **options)
     assert_allclose(
         parts["collectives"][0]["bytes_per_step"], reduced["bytes_per_step"], rtol=0.02
