@@ -31,7 +31,7 @@ from hivit_jax.config import image_shape
 from hivit_jax.data import pipeline, sources
 from hivit_jax.models import named_leaves, split
 from hivit_jax.optimizer import count_steps, decays, make_optimizer, make_schedule
-from hivit_jax.train import make_init, make_train_step
+from hivit_jax.step import make_init, make_train_step
 from hivit_jax.weights import to_official
 
 ROOT = Path(__file__).resolve().parent.parent

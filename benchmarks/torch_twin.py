@@ -24,7 +24,13 @@ class Mlp(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention, with a relative position table where `grid` is given."""
+    """Self-attention, with a relative position table where `grid` is given.
+
+    By `scaled_dot_product_attention`; `plain`, for all of them, writes out scores and
+    softmax as the official code does.
+    """
+
+    plain = False
 
     def __init__(self, dim: int, heads: int, grid: int | None):
         super().__init__()
@@ -33,24 +39,41 @@ class Attention(nn.Module):
         if grid:
             table = torch.zeros((2 * grid - 1) ** 2, heads)
             self.relative_position_bias_table = nn.Parameter(table)
+            self.register_buffer("index", relative_index(grid), persistent=False)
 
-    def bias(self):
-        place = torch.arange(self.grid**2)
-        rows, columns = place // self.grid, place % self.grid
-        down = rows[:, None] - rows[None] + self.grid - 1
-        right = columns[:, None] - columns[None] + self.grid - 1
-        index = down * (2 * self.grid - 1) + right
-        return self.relative_position_bias_table[index].permute(2, 0, 1)
-
-    def forward(self, x):
-        batch, tokens, dim = x.shape
-        qkv = self.qkv(x).reshape(batch, tokens, 3, self.heads, -1)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    def forward(self, x, windows: int = 1, mask=None):
+        """[B*W, T, C] -> the same; mask [W, 1, T, T], added to scores with a table."""
+        _, tokens, dim = x.shape
+        qkv = self.qkv(x).reshape(-1, windows, tokens, 3, self.heads, dim // self.heads)
+        # Windows count as heads, so that images share biases without a copy.
+        q, k, v = qkv.permute(3, 0, 1, 4, 2, 5).flatten(2, 3).unbind(0)
+        bias = None
         if self.grid:
-            scores = scores + self.bias()
-        x = (scores.softmax(-1) @ v).transpose(1, 2).reshape(batch, tokens, dim)
-        return self.proj(x)
+            bias = self.relative_position_bias_table[self.index].permute(2, 0, 1)
+            bias = bias[None] if mask is None else bias + mask
+            bias = bias.expand(windows, -1, -1, -1).flatten(0, 1)[None].to(q.dtype)
+        if self.plain:
+            scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+            out = (scores if bias is None else scores + bias).softmax(-1) @ v
+        else:
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        out = out.unflatten(1, (windows, self.heads)).transpose(2, 3)
+        return self.proj(out.reshape(x.shape))
+
+
+def relative_index(grid: int):
+    """Row of the table for query and key, int [T, T] with T = grid * grid."""
+    place = torch.arange(grid**2)
+    rows, columns = place // grid, place % grid
+    down = rows[:, None] - rows[None] + grid - 1
+    right = columns[:, None] - columns[None] + grid - 1
+    return down * (2 * grid - 1) + right
+
+
+def taken(x, places):
+    """[B, N, ...], int [B, K] -> [B, K, ...], as `torch.gather` does it."""
+    index = places.reshape(*places.shape, *(1,) * (x.ndim - 2))
+    return x.gather(1, index.expand(-1, -1, *x.shape[2:]))
 
 
 class Block(nn.Module):
@@ -148,9 +171,8 @@ class HiViT(nn.Module):
 
     def encode(self, images, kept):
         """[B, C, H, W], units to keep [B, K] -> latents before the merges and last."""
-        rows = torch.arange(len(images))[:, None]
-        x, latents = self.patch_embed(images)[rows, kept], []
-        position = self.absolute_pos_embed[0][kept]
+        x, latents = taken(self.patch_embed(images), kept), []
+        position = taken(self.absolute_pos_embed.expand(len(images), -1, -1), kept)
         for block in self.blocks:
             if isinstance(block, PatchMerge):
                 latents.append(x.flatten(2))
@@ -167,7 +189,9 @@ class HiViT(nn.Module):
         tokens = self.encode(images, units.expand(len(images), -1))[-1]
         return self.head(self.fc_norm(tokens.mean(1)))
 
-    def masked_loss(self, images, noise, mask_ratio: float, normalize: bool):
+    def masked_loss(
+        self, images, noise, mask_ratio: float = 0.75, normalize: bool = True
+    ):
         """[B, C, H, W], noise [B, N] -> mean squared error on removed units."""
         batch, units = noise.shape
         order = noise.argsort(1)
@@ -176,21 +200,22 @@ class HiViT(nn.Module):
         latent = torch.cat(self.encode(images, kept), -1)
         x = self.decoder_embed(self.norm(latent))
         fill = self.mask_token.expand(batch, units - kept.shape[1], -1)
-        rows = torch.arange(batch)[:, None]
-        x = torch.cat([x, fill], 1)[rows, restore] + self.decoder_pos_embed
+        x = taken(torch.cat([x, fill.to(x.dtype)], 1), restore) + self.decoder_pos_embed
         for block in self.decoder_blocks:
             x = block(x)
         predicted = self.decoder_pred(self.decoder_norm(x))
-        target = self.patchify(images)
-        if normalize:
-            mean, var = target.mean(-1, keepdim=True), target.var(-1, keepdim=True)
-            target = (target - mean) / (var + 1e-6) ** 0.5
-        mask = (restore >= kept.shape[1]).to(x.dtype)
+        target = targets(images, self.patch_size, normalize)
+        mask = (restore >= kept.shape[1]).float()
         return (((predicted - target) ** 2).mean(-1) * mask).sum() / mask.sum()
 
-    def patchify(self, images):
-        """[B, C, H, W] -> [B, N, P*P*C], channels fastest."""
-        batch, channels, height, width = images.shape
-        p = self.patch_size
-        x = images.reshape(batch, channels, height // p, p, width // p, p)
-        return x.permute(0, 2, 4, 3, 5, 1).reshape(batch, -1, p * p * channels)
+
+def targets(images, patch_size: int, normalize: bool):
+    """[B, C, H, W] -> [B, N, P*P*C], channels fastest; each of mean 0, variance 1."""
+    batch, channels, height, width = images.shape
+    p = patch_size
+    x = images.reshape(batch, channels, height // p, p, width // p, p)
+    x = x.permute(0, 2, 4, 3, 5, 1).reshape(batch, -1, p * p * channels)
+    if normalize:
+        mean, var = x.mean(-1, keepdim=True), x.var(-1, keepdim=True)
+        x = (x - mean) / (var + 1e-6) ** 0.5
+    return x

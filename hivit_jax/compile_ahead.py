@@ -17,53 +17,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
-from flax import nnx
 from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
-from hivit_jax import tasks
-from hivit_jax import train as training
+from hivit_jax.chips import CHIPS, GIB, Chip
 from hivit_jax.compiling import compile_step
 from hivit_jax.config import to_json
-from hivit_jax.data import pipeline
 from hivit_jax.describe import resolved_schedule
 from hivit_jax.errors import ConfigError
 from hivit_jax.metrics import prepare_workdir, say
-from hivit_jax.models import split
-from hivit_jax.optimizer import make_optimizer
-from hivit_jax.sharding import BATCH, make_mesh, placed, state_shardings
+from hivit_jax.sharding import BATCH, make_mesh
+from hivit_jax.step import prepare_step
 
-
-class Chip(NamedTuple):
-    """What a chip has and can do at most.
-
-    memory: bytes of HBM that a program may use.
-    flops: bfloat16 operations a second.
-    bandwidth: bytes a second between chip and HBM.
-    network: bytes a second that it sends to chips of its slice or node, on all links.
-    source: where the figures are published.
-    """
-
-    memory: int
-    flops: float
-    bandwidth: float
-    network: float
-    source: str
-
-
-GIB = 2**30
-TPU_DOCS = "cloud.google.com/tpu/docs/{}, half of the bidirectional interconnect"
-NVIDIA = "NVIDIA {} SXM data sheet, dense, half of the bidirectional NVLink"
-# Of a TPU's 32, 16, 95, 32 GiB what libtpu 0.0.52 leaves to programs.
-CHIPS = {
-    "v4": Chip(int(30.75 * GIB), 275e12, 1228e9, 300e9, TPU_DOCS.format("v4")),
-    "v5e": Chip(int(15.75 * GIB), 197e12, 819e9, 200e9, TPU_DOCS.format("v5e")),
-    "v5p": Chip(95 * GIB, 459e12, 2765e9, 600e9, TPU_DOCS.format("v5p")),
-    "v6e": Chip(int(31.24 * GIB), 918e12, 1640e9, 400e9, TPU_DOCS.format("v6e")),
-    "h100": Chip(80 * 10**9, 989e12, 3350e9, 450e9, NVIDIA.format("H100")),
-    "h200": Chip(141 * 10**9, 989e12, 4800e9, 450e9, NVIDIA.format("H200")),
-}
 # The package with the compiler.
 PLUGINS = {
     name: "jax-cuda13-plugin" if name.startswith("h") else "libtpu" for name in CHIPS
@@ -265,17 +230,7 @@ def examine(config: Any, devices: Sequence[jax.Device]) -> dict[str, Any]:
 
 def train_step(config: Any, mesh: Mesh) -> tuple[Callable, tuple, Any]:
     """The step that `train.train` compiles, shapes for it, the state's shardings."""
-    model = nnx.eval_shape(lambda: tasks.build_model(config))
-    graphdef, abstract_params = split(model)
-    _, _, schedule = resolved_schedule(config)
-    optimizer = make_optimizer(config, schedule, abstract_params)
-    abstract_state = jax.eval_shape(training.make_init(config, optimizer))
-    shardings = state_shardings(mesh, abstract_state, config.mesh.zero)
-    shapes = pipeline.train_batch_shapes(config)
-    batch = placed(shapes, dict.fromkeys(shapes, NamedSharding(mesh, BATCH)))
-    groups = mesh.shape["replica"] * mesh.shape["data"]
-    step = training.make_train_step(config, graphdef, optimizer, schedule, groups)
-    return step, (placed(abstract_state, shardings), batch, np.int32(0)), shardings
+    return prepare_step(config, mesh, resolved_schedule(config)[2])[1:]
 
 
 def memory_of(compiled: jax.stages.Compiled, chip: Chip) -> dict[str, int]:

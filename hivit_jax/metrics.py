@@ -5,11 +5,11 @@ import os
 import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from etils.epath import Path
 
 from hivit_jax.errors import ConfigError
 
@@ -33,7 +33,9 @@ class Writer:
     """
 
     def __init__(self, workdir: str | Path, first_step: int = 0):
-        self._path = path = Path(workdir) / "metrics.jsonl"
+        from etils import epath  # late: a train step can do without
+
+        self._path = path = epath.Path(workdir) / "metrics.jsonl"
         kept = [line for line in read(path) if line["step"] <= first_step]
         self._text = "".join(json.dumps(line) + "\n" for line in kept)
         temporary = path.with_suffix(".tmp")

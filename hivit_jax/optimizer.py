@@ -1,5 +1,6 @@
 """AdamW as the recipes use it: decay groups, layer-wise decay, warmup and cosine."""
 
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec
 
 from hivit_jax.errors import ConfigError
 from hivit_jax.models import leaf_name, named_leaves
@@ -167,40 +169,49 @@ def make_optimizer(
     return optax.chain(*chain, optax.scale_by_learning_rate(schedule))
 
 
-def accumulated(gradient: Callable, micro: int, groups: int) -> Callable:
+def accumulated(gradient: Callable, micro: int) -> Callable:
     """`gradient` of a batch, summed over `micro` parts of it one after another.
 
-    Each of `groups` of devices keeps a sum of its own, so that they exchange gradients
-    once a step and not for every part. (Where a group's part would be an odd number of
-    images, which cannot be mixed in pairs, there is one group.)
+    Of the mesh that is set, devices along replica and data each keep a sum of their
+    own, so that they exchange gradients once a step and not for every part. (Where
+    their part would be an odd number of images, which cannot be mixed in pairs, they
+    take the parts together.)
 
     Args:
       gradient: (params, batch, keys, total weight) -> pytree of sums over the batch.
     """
 
     def whole(params, batch, keys, total_weight):
-        apart = groups if len(keys.samples) // groups // micro % 2 == 0 else 1
+        def of_part(batch, samples, params, step_key, total_weight):
+            keys_of = keys._replace(samples=samples, step=step_key)
+            return gradient(params, batch, keys_of, total_weight)
 
-        def divided(x):
-            """[B, ...] -> [micro, groups, B/micro/groups, ...], samples where they are,
-            and neighbours together, for one may be mixed into the other.
-            """
-            pair = 2 if len(x) // apart // micro % 2 == 0 else 1
-            parts = x.reshape(apart, -1, micro, pair, *x.shape[1:])
-            return jnp.moveaxis(parts, 2, 0).reshape(micro, apart, -1, *x.shape[1:])
+        def summed(batch, samples, *rest):
+            def add(sums, part):
+                return jax.tree.map(jnp.add, sums, of_part(*part, *rest)), None
 
-        @jax.vmap
-        def of_groups(batch, samples):
-            return gradient(params, batch, keys._replace(samples=samples), total_weight)
+            parts = jax.tree.map(
+                lambda x: x.reshape(micro, -1, *x.shape[1:]), (batch, samples)
+            )
+            shapes = jax.eval_shape(
+                of_part, *jax.tree.map(lambda x: x[0], parts), *rest
+            )
+            zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+            return jax.lax.scan(add, zeros, parts)[0]
 
-        def add(sums, part):
-            return jax.tree.map(jnp.add, sums, of_groups(*part)), None
-
-        parts = jax.tree.map(divided, (batch, keys.samples))
-        shapes = jax.eval_shape(of_groups, *jax.tree.map(lambda x: x[0], parts))
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        sums, _ = jax.lax.scan(add, zeros, parts)
-        return jax.tree.map(lambda x: x.sum(0), sums)
+        arguments = batch, keys.samples, params, keys.step, total_weight
+        mesh = jax.sharding.get_abstract_mesh()
+        axes = tuple(axis for axis in ("replica", "data") if axis in mesh.axis_names)
+        groups = math.prod(mesh.shape[axis] for axis in axes)
+        if not axes or len(keys.samples) // groups // micro % 2:
+            return summed(*arguments)
+        return jax.shard_map(
+            lambda *args: jax.lax.psum(summed(*args), axes),
+            in_specs=(PartitionSpec(axes),) * 2 + (PartitionSpec(),) * 3,
+            out_specs=PartitionSpec(),
+            axis_names=set(axes),
+            check_vma=False,
+        )(*arguments)
 
     return whole
 

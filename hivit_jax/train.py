@@ -6,12 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from etils.epath import Path
 from flax import nnx
 
 from hivit_jax import (
-    augment,
     checkpoint,
     evaluate,
     figures,
@@ -27,7 +25,6 @@ from hivit_jax.errors import DataError, DivergedError, Interrupted
 from hivit_jax.metrics import say
 from hivit_jax.models import split
 from hivit_jax.optimizer import (
-    accumulated,
     count_steps,
     counts_from_one,
     make_optimizer,
@@ -35,8 +32,7 @@ from hivit_jax.optimizer import (
     skip_steps,
 )
 from hivit_jax.sharding import make_mesh, placed, state_shardings, to_devices
-
-State = dict[str, Any]  # "step" int32, "params", "opt_state", and "ema" if it is kept
+from hivit_jax.step import State, make_init, make_train_step
 
 
 def train(
@@ -65,7 +61,6 @@ def train(
     model = nnx.eval_shape(lambda: tasks.build_model(config))
     graphdef, abstract_params = split(model)
     mesh = make_mesh(config.mesh, config.batch_size, config.optimizer.accumulate_steps)
-    groups = mesh.shape["replica"] * mesh.shape["data"]
     images = sources.num_examples(config.data, "train")
     per_epoch, total_steps = count_steps(config, images)
     schedule = make_schedule(config, per_epoch, total_steps)
@@ -132,7 +127,7 @@ def train(
             )
             batch = next(batches)
             train_step = compile_step(
-                make_train_step(config, graphdef, optimizer, schedule, groups),
+                make_train_step(config, graphdef, optimizer, schedule),
                 (state, batch, np.int32(step)),
                 shardings,
             )
@@ -207,79 +202,3 @@ def fetch_metrics(pending: list, state: State) -> dict[str, float]:
             )
     newest = {name: float(value) for name, value in fetched[-1][1].items()}
     return newest | {"unreadable": int(sum(v["unreadable"] for _, v in fetched))}
-
-
-def make_init(config: Any, optimizer: optax.GradientTransformation) -> Callable:
-    """() -> a fresh train state, a pure function of the config."""
-
-    def init():
-        params = split(tasks.build_model(config))[1]
-        state = {
-            "step": jnp.int32(0),
-            "params": params,
-            "opt_state": optimizer.init(params),
-        }
-        if config.optimizer.ema_decay:
-            state["ema"] = params
-        return state
-
-    return init
-
-
-def make_train_step(
-    config: Any,
-    graphdef: nnx.GraphDef,
-    optimizer: optax.GradientTransformation,
-    schedule: optax.Schedule,
-    groups: int = 1,
-) -> Callable:
-    """(state, batch, number of steps done) -> (state, metrics); all sums are global.
-
-    Args:
-      groups: of devices that accumulate gradients by themselves; see `accumulated`.
-
-    If loss or gradient is not finite, that step and every later one leave the state as
-    it was: the state's own step number stays behind the one passed in.
-    """
-    task, micro = tasks.TASKS[config.task], config.optimizer.accumulate_steps
-
-    def loss_fn(params, batch, keys, total_weight):
-        values = task(nnx.merge(graphdef, params), batch, keys, config, train=True)
-        share = batch["weight"] / total_weight
-        means = {name: (value * share).sum() for name, value in values.items()}
-        return means.pop("objective", means["loss"]), means
-
-    def train_step(state, batch, steps_done):
-        first = state["step"].astype(jnp.uint32) * config.batch_size
-        keys = augment.step_keys(config.seed, "train", first, config.batch_size)
-        total_weight = jnp.maximum(batch["weight"].sum(), 1.0)
-        gradient = jax.grad(loss_fn, has_aux=True)
-        if micro > 1:
-            gradient = accumulated(gradient, micro, groups)
-        grads, values = gradient(state["params"], batch, keys, total_weight)
-
-        with jax.named_scope("optimizer"):
-            norm = optax.tree.norm(grads)
-            updates, opt_state = optimizer.update(
-                grads, state["opt_state"], state["params"]
-            )
-            new = {
-                "step": state["step"] + 1,
-                "params": optax.apply_updates(state["params"], updates),
-                "opt_state": opt_state,
-            }
-            if "ema" in state:
-                decay = config.optimizer.ema_decay
-                new["ema"] = optax.incremental_update(
-                    new["params"], state["ema"], 1.0 - decay
-                )
-            good = jnp.isfinite(values["loss"] + norm) & (state["step"] == steps_done)
-            state = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, state)
-        values |= {
-            "gradient_norm": norm,
-            "learning_rate": schedule(steps_done),
-            "unreadable": batch["unreadable"].sum(),
-        }
-        return state, values
-
-    return train_step

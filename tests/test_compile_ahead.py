@@ -21,6 +21,7 @@ from hivit_jax.data import pipeline
 from hivit_jax.errors import ConfigError
 from hivit_jax.main import main
 from hivit_jax.models import named_leaves, split
+from hivit_jax.step import train_batch_shapes
 
 MIB = 2**20
 
@@ -298,7 +299,7 @@ def test_batches_are_of_the_shapes_that_are_compiled_for(source, overrides):
         pytest.importorskip("sklearn")
     config = recipes.mae(source, **overrides)
     batch = next(pipeline.train_batches(config, 0, 1))
-    shapes = pipeline.train_batch_shapes(config)
+    shapes = train_batch_shapes(config)
     found = {name: (array.shape, array.dtype) for name, array in batch.items()}
     assert found == {name: (each.shape, each.dtype) for name, each in shapes.items()}
 

@@ -6,6 +6,7 @@ import time
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 from etils.epath import backend, gpath
 from ml_collections import ConfigDict
 from numpy.testing import assert_allclose
@@ -343,7 +344,7 @@ def bucket(tmp_path, monkeypatch):
 
 def test_workdir_in_a_bucket(bucket):
     """Lines, pictures and the config of a run; from the start, and taken up again."""
-    workdir = metrics.Path("gs://bucket/run")
+    workdir = epath.Path("gs://bucket/run")
     metrics.prepare_workdir(workdir)
     for first, steps_done in ((0, [1, 2, 3]), (2, [3, 4])):
         writer = metrics.Writer(workdir, first)

@@ -77,25 +77,6 @@ def train_batches(config: Any, first_step: int, last_step: int) -> Iterator[Batc
     return _batches(config, "train", plan, len(places), augmented=True)
 
 
-def train_batch_shapes(config: Any) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and dtypes of a batch of `train_batches`, that of all processes."""
-    size, shape, data = config.batch_size, image_shape(config), config.data
-    # RandAugment works on images of their final size.
-    on_device = data.name != "synthetic" and data.canvas and not data.randaugment
-    shapes = {
-        "image": ((data.canvas, data.canvas, shape[2]) if on_device else shape, "u1"),
-        "label": ((), "i4"),
-        "weight": ((), "f4"),
-        "unreadable": ((), "f4"),
-    }
-    if on_device:
-        shapes["box"] = ((2, 3), "f4")
-    return {
-        name: jax.ShapeDtypeStruct((size, *rest), np.dtype(dtype))
-        for name, (rest, dtype) in shapes.items()
-    }
-
-
 def eval_batches(config: Any, split: str = "test") -> Iterator[Batch]:
     """Batches, as in `train_batches`, that hold every image of a split once, in order
     and as for evaluation.

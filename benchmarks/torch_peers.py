@@ -1,0 +1,133 @@
+"""Other networks' pretraining steps in PyTorch, for comparison of speed alone.
+
+Same blocks as the twin of HiViT; written from the papers, sizes as published. Each has
+`masked_loss(images [B, 3, 224, 224], noise [B, units])`.
+"""
+
+import torch
+from torch import nn
+
+from benchmarks.torch_twin import Block, PatchMerge, taken, targets
+
+
+class ViTMAE(nn.Module):
+    """Masked autoencoder on ViT-B/16 (He et al., 2022): 111.9 M parameters.
+
+    The encoder sees a quarter of the units and a class token; decoder of 8 blocks, 512
+    wide; unit-normalised pixels.
+    """
+
+    units = 196
+
+    def __init__(self):
+        super().__init__()
+        self.proj = nn.Conv2d(3, 768, 16, 16)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, 768))
+        self.pos_embed = fixed(torch.randn(1, self.units + 1, 768))
+        self.blocks = nn.ModuleList(Block(768, 4.0, 12) for _ in range(12))
+        self.norm = nn.LayerNorm(768, eps=1e-6)
+        self.decoder_embed = nn.Linear(768, 512)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, 512))
+        self.decoder_pos_embed = fixed(torch.randn(1, self.units + 1, 512))
+        self.decoder_blocks = nn.ModuleList(Block(512, 4.0, 16) for _ in range(8))
+        self.decoder_norm = nn.LayerNorm(512, eps=1e-6)
+        self.decoder_pred = nn.Linear(512, 16 * 16 * 3)
+
+    def masked_loss(self, images, noise):
+        """Mean squared error on the 147 units removed."""
+        batch, units = noise.shape
+        kept = units // 4
+        order = noise.argsort(1)
+        restore = order.argsort(1)
+        x = self.proj(images).flatten(2).transpose(1, 2) + self.pos_embed[:, 1:]
+        first = (self.cls_token + self.pos_embed[:, :1]).expand(batch, -1, -1)
+        x = torch.cat([first.to(x.dtype), taken(x, order[:, :kept])], 1)
+        for block in self.blocks:
+            x = block(x)
+        x = self.decoder_embed(self.norm(x))
+        fill = self.mask_token.expand(batch, units - kept, -1).to(x.dtype)
+        places = taken(torch.cat([x[:, 1:], fill], 1), restore)
+        x = torch.cat([x[:, :1], places], 1) + self.decoder_pos_embed
+        for block in self.decoder_blocks:
+            x = block(x)
+        predicted = self.decoder_pred(self.decoder_norm(x))[:, 1:]
+        mask = (restore >= kept).float()
+        error = (predicted - targets(images, 16, normalize=True)) ** 2
+        return (error.mean(-1) * mask).sum() / mask.sum()
+
+
+def fixed(table):
+    """A table that is not trained."""
+    return nn.Parameter(table, requires_grad=False)
+
+
+class SwinBlock(Block):
+    """Windows of 7x7, shifted or not: [B, H, W, C] -> the same."""
+
+    def __init__(self, dim: int, heads: int, side: int, shift: int):
+        super().__init__(dim, 4.0, heads, grid=7)
+        self.shift, self.windows = shift, (side // 7) ** 2
+        mask = shifted_mask(side, shift) if shift else None
+        self.register_buffer("mask", mask, persistent=False)
+
+    def forward(self, x):
+        batch, side, _, dim = x.shape
+        y, count = self.norm1(x), side // 7
+        if self.shift:
+            y = y.roll((-self.shift, -self.shift), (1, 2))
+        y = y.reshape(batch, count, 7, count, 7, dim).transpose(2, 3)
+        y = self.attn(y.reshape(-1, 49, dim), self.windows, self.mask)
+        y = y.reshape(batch, count, count, 7, 7, dim).transpose(2, 3)
+        y = y.reshape(x.shape)
+        if self.shift:
+            y = y.roll((self.shift, self.shift), (1, 2))
+        x = x + y
+        return x + self.mlp(self.norm2(x))
+
+
+def shifted_mask(side: int, shift: int):
+    """-100 between places of a window that were not neighbours, [W, 1, 49, 49]."""
+    part = torch.zeros(side, dtype=torch.long)
+    part[-7:-shift], part[-shift:] = 1, 2
+    regions = 3 * part[:, None] + part
+    count = side // 7
+    regions = regions.reshape(count, 7, count, 7).transpose(1, 2).reshape(-1, 49)
+    return -100.0 * (regions[:, None, :, None] != regions[:, None, None]).float()
+
+
+class SwinSimMIM(nn.Module):
+    """SimMIM (Xie et al., 2022) on Swin-B at 224 with windows of 7: 89.9 M parameters.
+
+    All tokens go through the encoder, 6 of 10 units of 32x32 pixels as a mask token; a
+    linear head; mean absolute error on the pixels removed.
+    """
+
+    units = 49
+
+    def __init__(self):
+        super().__init__()
+        self.proj, self.norm0 = nn.Conv2d(3, 128, 4, 4), nn.LayerNorm(128)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, 1, 128))
+        layers: list[nn.Module] = []
+        for stage, depth in enumerate((2, 2, 18, 2)):
+            side, dim = 56 >> stage, 128 << stage
+            if stage:
+                layers.append(PatchMerge(dim // 2))
+            for block in range(depth):
+                shift = 3 if block % 2 and side > 7 else 0
+                layers.append(SwinBlock(dim, 4 << stage, side, shift))
+        self.blocks = nn.ModuleList(layers)
+        self.norm, self.head = nn.LayerNorm(1024), nn.Linear(1024, 32 * 32 * 3)
+
+    def masked_loss(self, images, noise):
+        """Mean absolute error on the 30 units removed."""
+        removed = noise.argsort(1).argsort(1) >= 19
+        x = self.norm0(self.proj(images).permute(0, 2, 3, 1))
+        cells = removed.reshape(-1, 7, 7, 1).float()
+        cells = cells.repeat_interleave(8, 1).repeat_interleave(8, 2)
+        x = x * (1 - cells) + self.mask_token * cells
+        for block in self.blocks:
+            x = block(x)
+        predicted = self.head(self.norm(x)).flatten(1, 2)
+        error = (predicted - targets(images, 32, normalize=False)).abs().mean(-1)
+        return (error * removed).sum() / removed.sum()
