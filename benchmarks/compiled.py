@@ -12,9 +12,10 @@ where it stopped (give another --workdir after changing the program); leaves out
 whose compiler is not installed.
 
 There are two totals of bytes. Those of the regions are read out of the program
-(`bytes_by_region`): HBM alone, with the padding of tiles, and all operands and results
-of custom calls. The TPU compiler's own counts arrays in VMEM too but no padding, and of
-custom calls only what their `cost_estimate` says. Neither is made to match the other.
+(`bytes_by_region`): HBM alone, and all operands and results of custom calls. The TPU
+compiler's own counts arrays in VMEM like those in HBM, and custom calls only as their
+`cost_estimate` says; so it is larger, and neither is made to match the other. On GPUs,
+where the compiler tells nothing, both are the first. Both have the padding of tiles.
 """
 
 import argparse

@@ -185,8 +185,9 @@ def examine(config: Any, devices: Sequence[jax.Device]) -> dict[str, Any]:
 
     ``regions`` has for each part of the step the bytes that `bytes_by_region` reads out
     of the program, and the operations of its matrix products. Their sums are not the
-    two totals: the TPU compiler also counts what stays in VMEM, counts arrays without
-    the padding of their tiles, and counts operations that are no matrix products.
+    two totals: the TPU compiler counts what stays in VMEM like what comes from HBM, and
+    Pallas kernels only as their `cost_estimate` says, which is nothing if there is
+    none; and it counts operations that are no matrix products.
 
     ``hbm_bytes_per_device`` has but total and limit, and what follows is None, if the
     compiler says that the program does not fit.
