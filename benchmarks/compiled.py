@@ -40,7 +40,7 @@ ORDER = (
 def examined(chip: str, settings: list[str], workdir: Path) -> dict:
     """The report on a chip with settings KEY=VALUE, compiled if there is none."""
     settings = [f"batch_size={CHIPS[chip]}", "data.canvas=0", *settings]
-    directory = workdir / re.sub("[^a-z0-9.=()-]+", "_", "_".join([chip, *settings]))
+    directory = workdir / re.sub("[^A-Za-z0-9.=()-]+", "_", "_".join([chip, *settings]))
     if not (directory / "compile.json").exists():
         print(f"--- {directory}", flush=True)
         flags = [f"--config.{each}" for each in [f"topology={chip}", *settings]]
