@@ -12,9 +12,10 @@ where it stopped (give another --workdir after changing the program); leaves out
 whose compiler is not installed.
 
 There are two totals of bytes. Those of the regions are read out of the program
-(`bytes_by_region`): HBM alone, with the padding of tiles, and all operands and results
-of custom calls. The TPU compiler's own counts arrays in VMEM too but no padding, and of
-custom calls only what their `cost_estimate` says. Neither is made to match the other.
+(`bytes_by_region`): HBM alone, and all operands and results of custom calls. The TPU
+compiler's own counts arrays in VMEM like those in HBM, and custom calls only as their
+`cost_estimate` says; so it is larger, and neither is made to match the other. On GPUs,
+where the compiler tells nothing, both are the first. Both have the padding of tiles.
 """
 
 import argparse
@@ -39,7 +40,7 @@ ORDER = (
 def examined(chip: str, settings: list[str], workdir: Path) -> dict:
     """The report on a chip with settings KEY=VALUE, compiled if there is none."""
     settings = [f"batch_size={CHIPS[chip]}", "data.canvas=0", *settings]
-    directory = workdir / re.sub("[^a-z0-9.=()-]+", "_", "_".join([chip, *settings]))
+    directory = workdir / re.sub("[^A-Za-z0-9.=()-]+", "_", "_".join([chip, *settings]))
     if not (directory / "compile.json").exists():
         print(f"--- {directory}", flush=True)
         flags = [f"--config.{each}" for each in [f"topology={chip}", *settings]]

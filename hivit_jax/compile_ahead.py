@@ -146,12 +146,13 @@ def examine(config: Any, devices: Sequence[jax.Device]) -> dict[str, Any]:
     Operations and bytes accessed are the TPU compiler's counts. It counts the body of a
     loop once; they are multiplied by what loops make of the matrix products. For GPUs,
     where there are no such counts, operations are those of the matrix products and
-    bytes those of `bytes_moved` (None if there are loops).
+    bytes those of `bytes_by_region` (None if there are loops).
 
     ``regions`` has for each part of the step the bytes that `bytes_by_region` reads out
     of the program, and the operations of its matrix products. Their sums are not the
-    two totals: the TPU compiler also counts what stays in VMEM, counts arrays without
-    the padding of their tiles, and counts operations that are no matrix products.
+    two totals: the TPU compiler counts what stays in VMEM like what comes from HBM, and
+    Pallas kernels only as their `cost_estimate` says, which is nothing if there is
+    none; and it counts operations that are no matrix products.
 
     ``hbm_bytes_per_device`` has but total and limit, and what follows is None, if the
     compiler says that the program does not fit.
@@ -211,7 +212,7 @@ def examine(config: Any, devices: Sequence[jax.Device]) -> dict[str, Any]:
         moved = cost["bytes accessed"] * matmuls / once / images
     else:
         flops = matmuls / config.batch_size
-        moved = bytes_moved(hlo) / images if matmuls == once else None
+        moved = read.total() / images if matmuls == once else None
     exchanged = collectives(hlo)
     return report | {
         "flops_per_image": flops,
@@ -443,7 +444,7 @@ def collectives(hlo: str) -> list[dict[str, Any]]:
       in a loop counts as often as that runs, if the text tells.
     """
     counts, sizes = Counter(), Counter()
-    for instruction, here, times in _executed(*_computations(hlo), fusions=True):
+    for instruction, here, times in _executed(*_computations(hlo)):
         kind = instruction.opcode.removesuffix("-done")
         if kind in COLLECTIVES:
             taken = _bytes_taken(instruction, here)
@@ -454,14 +455,6 @@ def collectives(hlo: str) -> list[dict[str, Any]]:
         for kind in COLLECTIVES
         if kind in counts
     ]
-
-
-def bytes_moved(hlo: str) -> int:
-    """Bytes that the kernels of a compiled program read and write on one device.
-
-    An estimate, for compilers that do not tell, and the sum of `bytes_by_region`.
-    """
-    return bytes_by_region(hlo).total()
 
 
 def bytes_by_region(hlo: str) -> Counter:
@@ -491,11 +484,8 @@ def bytes_by_region(hlo: str) -> Counter:
         for key, each in here.items():
             region = regions[key] or outer
             if each.opcode in CALLS:
-                again = times
-                if each.opcode == "while":
-                    again *= _trips(each.attributes, computations)
                 for called in _called(each):
-                    add(called, again, region)
+                    add(called, times * _trips(each, computations), region)
             elif each.opcode not in FREE and not each.opcode.endswith(NO_KERNEL):
                 if each.opcode.removesuffix("-done") in COLLECTIVES:
                     region = "exchange"
@@ -538,25 +528,21 @@ def _computations(hlo: str) -> tuple[dict[str, Computation], str]:
 
 
 def _executed(
-    computations: dict[str, Computation], name: str, times: int = 1, *, fusions: bool
+    computations: dict[str, Computation], name: str, times: int = 1
 ) -> Iterator[tuple[Instruction, Computation, int]]:
-    """Every instruction that runs, its computation, and how often it runs.
+    """Every instruction that runs, fused ones too, its computation, and how often it
+    runs.
 
     Args:
       name: of the computation that is run, `times` times.
-      fusions: go into fused kernels too.
     """
     for instruction in computations[name].values():
         yield instruction, computations[name], times
-        _, opcode, _, attributes = instruction
-        if opcode.endswith(("-done", "-update")) or (
-            opcode == "fusion" and not fusions
-        ):
+        if instruction.opcode.endswith(("-done", "-update")):
             continue
-        again = times * (_trips(attributes, computations) if opcode == "while" else 1)
-        for called in CALLED.findall(attributes):
-            for each in _names(called):
-                yield from _executed(computations, each, again, fusions=fusions)
+        for each in _called(instruction):
+            again = times * _trips(instruction, computations)
+            yield from _executed(computations, each, again)
 
 
 def _called(instruction: Instruction) -> list[str]:
@@ -645,8 +631,13 @@ def _bytes_taken(instruction: Instruction, here: Computation) -> int:
     return sum(_bytes(here[name].shapes) for name in names)
 
 
-def _trips(attributes: str, computations: dict[str, Computation]) -> int:
-    """How often a loop runs: as it says, or the number that its condition holds."""
+def _trips(instruction: Instruction, computations: dict[str, Computation]) -> int:
+    """How often an instruction runs what it calls: once, or if it is a loop as often as
+    it says, or the number that its condition holds.
+    """
+    attributes = instruction.attributes
+    if instruction.opcode != "while":
+        return 1
     if found := re.search(r"known_trip_count\D*(\d+)", attributes):
         return int(found[1])
     condition = re.search(r"condition=%([\w.-]+)", attributes)[1]
