@@ -10,7 +10,7 @@ import os
 import re
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -259,8 +259,7 @@ def train_step(config: Any, mesh: Mesh) -> tuple[Callable, tuple, Any]:
     shardings = state_shardings(mesh, abstract_state, config.mesh.zero)
     shapes = pipeline.train_batch_shapes(config)
     batch = placed(shapes, dict.fromkeys(shapes, NamedSharding(mesh, BATCH)))
-    groups = mesh.shape["replica"] * mesh.shape["data"]
-    step = training.make_train_step(config, graphdef, optimizer, schedule, groups)
+    step = training.make_train_step(config, graphdef, optimizer, schedule, mesh)
     return step, (placed(abstract_state, shardings), batch, np.int32(0)), shardings
 
 
@@ -429,15 +428,23 @@ def collectives(hlo: str) -> list[dict[str, Any]]:
       the bytes that it takes in or gives out on one device, whichever is more. What is
       in a loop counts as often as that runs, if the text tells.
     """
-    counts, sizes = Counter(), Counter()
+    runs, sizes = defaultdict(Counter), {}
     for instruction, here, times in _executed(*_computations(hlo), fusions=True):
         kind = instruction.opcode.removesuffix("-done")
         if kind in COLLECTIVES:
+            # The TPU compiler spreads one over kernels, each with its channel.
+            channel = re.search(r"channel_id=\d+", instruction.attributes)
+            key = kind, channel[0] if channel else id(instruction)
+            runs[key][id(instruction)] += times
             taken = _bytes_taken(instruction, here)
-            counts[kind] += times
-            sizes[kind] += times * max(taken, _bytes(instruction.shapes))
+            sizes[key] = max(taken, _bytes(instruction.shapes))
+    counts, total = Counter(), Counter()
+    for key, size in sizes.items():
+        times = max(runs[key].values())
+        counts[key[0]] += times
+        total[key[0]] += times * size
     return [
-        {"kind": kind, "count": counts[kind], "bytes_per_step": sizes[kind]}
+        {"kind": kind, "count": counts[kind], "bytes_per_step": total[kind]}
         for kind in COLLECTIVES
         if kind in counts
     ]

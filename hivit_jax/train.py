@@ -9,6 +9,7 @@ import numpy as np
 import optax
 from etils.epath import Path
 from flax import nnx
+from jax.sharding import Mesh
 
 from hivit_jax import (
     augment,
@@ -65,7 +66,6 @@ def train(
     model = nnx.eval_shape(lambda: tasks.build_model(config))
     graphdef, abstract_params = split(model)
     mesh = make_mesh(config.mesh, config.batch_size, config.optimizer.accumulate_steps)
-    groups = mesh.shape["replica"] * mesh.shape["data"]
     images = sources.num_examples(config.data, "train")
     per_epoch, total_steps = count_steps(config, images)
     schedule = make_schedule(config, per_epoch, total_steps)
@@ -132,7 +132,7 @@ def train(
             )
             batch = next(batches)
             train_step = compile_step(
-                make_train_step(config, graphdef, optimizer, schedule, groups),
+                make_train_step(config, graphdef, optimizer, schedule, mesh),
                 (state, batch, np.int32(step)),
                 shardings,
             )
@@ -231,19 +231,21 @@ def make_train_step(
     graphdef: nnx.GraphDef,
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
-    groups: int = 1,
+    mesh: Mesh,
 ) -> Callable:
     """(state, batch, number of steps done) -> (state, metrics); all sums are global.
-
-    Args:
-      groups: of devices that accumulate gradients by themselves; see `accumulated`.
 
     If loss or gradient is not finite, that step and every later one leave the state as
     it was: the state's own step number stays behind the one passed in.
     """
     task, micro = tasks.TASKS[config.task], config.optimizer.accumulate_steps
+    groups = mesh.shape["replica"] * mesh.shape["data"]
 
     def loss_fn(params, batch, keys, total_weight):
+        # Gathered from fsdp, and so are gradients; or XLA may exchange activations.
+        params = jax.lax.with_sharding_constraint(
+            params, state_shardings(mesh, params, zero=1)
+        )
         values = task(nnx.merge(graphdef, params), batch, keys, config, train=True)
         share = batch["weight"] / total_weight
         means = {name: (value * share).sum() for name, value in values.items()}

@@ -163,6 +163,29 @@ def test_asynchronous_collectives_count_once_and_loops_by_their_bound():
     assert compile_ahead.bytes_moved(ASYNCHRONOUS) == moved
 
 
+def test_a_collective_in_several_kernels_counts_once():
+    hlo = """\
+%a (p: f32[32]) -> f32[256] {
+  %p = f32[32]{0} parameter(0)
+  ROOT %ag = f32[256]{0} all-gather(%p), channel_id=1, dimensions={0}
+}
+
+%b (q: f32[32]) -> f32[256] {
+  %q = f32[32]{0} parameter(0)
+  ROOT %ag.2 = f32[256]{0} all-gather(%q), channel_id=1, dimensions={0}
+}
+
+ENTRY %main (x: f32[32]) -> f32[256] {
+  %x = f32[32]{0} parameter(0)
+  %start = f32[256]{0} fusion(%x), kind=kCustom, calls=%a
+  ROOT %done = f32[256]{0} fusion(%x), kind=kCustom, calls=%b
+}
+"""
+    assert compile_ahead.collectives(hlo) == [
+        {"kind": "all-gather", "count": 1, "bytes_per_step": 1024}
+    ]
+
+
 def test_operations_of_matrix_products_in_loops():
     def program(x, w):
         step = jax.checkpoint(lambda x, w: (jnp.tanh(x @ w), None))
@@ -370,6 +393,24 @@ def test_whole_report(tmp_path, monkeypatch):
         parts["collectives"][0]["bytes_per_step"], reduced["bytes_per_step"], rtol=0.02
     )
     assert_allclose(parts["flops_per_image"], found["flops_per_image"], rtol=0.1)
+
+
+@pytest.mark.parametrize(("fsdp", "parts"), [(8, 1), (4, 2)])
+def test_fsdp_exchanges_parameters_and_gradients_alone(fsdp, parts):
+    """As much for any batch: no activations."""
+    found = []
+    for size in (64, 256):
+        config = recipes.mae(batch_size=size, model__depths="(1,1,1)")
+        config.mesh.data, config.mesh.fsdp = 8 // fsdp, fsdp
+        config.optimizer.accumulate_steps = parts
+        devices = sharding.make_mesh(config.mesh, size, parts)
+        step, arguments, shardings = compile_ahead.train_step(config, devices)
+        jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+        hlo = jitted.lower(*arguments).compile().as_text()
+        found.append(compile_ahead.collectives(hlo))
+    assert found[0] == found[1]
+    kinds = [each["kind"] for each in found[0]]
+    assert kinds == ["all-reduce", "all-gather"]  # the CPU has no reduce-scatter
 
 
 def test_search_for_the_largest_batch(monkeypatch):

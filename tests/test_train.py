@@ -179,7 +179,7 @@ def test_accumulation_exchanges_gradients_once_a_step():
     shardings = sharding.state_shardings(mesh, state)
     batch = next(sharding.to_devices(pipeline.train_batches(config, 0, 1), mesh))
 
-    step = training.make_train_step(config, graphdef, chain, schedule, groups=8)
+    step = training.make_train_step(config, graphdef, chain, schedule, mesh)
     arguments = sharding.placed(state, shardings), batch, np.int32(0)
     compiled = (
         jax.jit(step, out_shardings=(shardings, None)).lower(*arguments).compile()
