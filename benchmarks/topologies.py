@@ -28,7 +28,7 @@ WAYS = {
     "both": {"model.remat": True, "model.scan_blocks": True},
 }
 HEADER = (
-    "| | fits | GiB a device | images a device | GFLOP an image | MB moved an image "
+    "| | fits | GiB a device | images a device | GFLOP an image | MB of HBM an image "
     "| MB exchanged | at most images/s a chip | compiled in CPU-seconds |"
 )
 
@@ -55,7 +55,7 @@ def line(name: str, report: dict) -> str:
         )
     bound, exchanged = report["roofline"], report["collectives"]
     sent = sum(each["bytes_per_step"] for each in exchanged) / 1e6
-    moved = report["bytes_accessed_per_image"] / 1e6
+    moved = report["hbm_bytes_per_image"] / 1e6
     return (
         f"| {name} | yes | {total:.2f} | {report['batch_per_device']} "
         f"| {report['flops_per_image'] / 1e9:.1f} | {moved:,.0f} | {sent:,.1f} "

@@ -10,7 +10,7 @@ import os
 import re
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -146,13 +146,13 @@ def examine(config: Any, devices: Sequence[jax.Device]) -> dict[str, Any]:
     Operations and bytes accessed are the TPU compiler's counts. It counts the body of a
     loop once; they are multiplied by what loops make of the matrix products. For GPUs,
     where there are no such counts, operations are those of the matrix products and
-    bytes those of `bytes_by_region` (None if there are loops).
+    bytes those of `bytes_by_region`.
 
     ``regions`` has for each part of the step the bytes that `bytes_by_region` reads out
-    of the program, and the operations of its matrix products. Their sums are not the
-    two totals: the TPU compiler counts what stays in VMEM like what comes from HBM, and
-    Pallas kernels only as their `cost_estimate` says, which is nothing if there is
-    none; and it counts operations that are no matrix products.
+    of the program, and the operations of its matrix products. Their sums,
+    ``hbm_bytes_per_image`` the one, are not the two totals: the TPU compiler counts
+    what stays in VMEM like what comes from HBM, and operations that are no matrix
+    products. The roofline takes the bytes of HBM.
 
     ``hbm_bytes_per_device`` has but total and limit, and what follows is None, if the
     compiler says that the program does not fit.
@@ -197,13 +197,15 @@ def examine(config: Any, devices: Sequence[jax.Device]) -> dict[str, Any]:
         "hbm_bytes_per_device": memory,
         "flops_per_image": None,
         "bytes_accessed_per_image": None,
+        "hbm_bytes_per_image": None,
         "regions": None,
         "collectives": None,
         "roofline": None,
     }
     if not hlo:
         return report
-    jaxpr = jax.make_jaxpr(step)(*arguments).jaxpr
+    with jax.set_mesh(mesh):
+        jaxpr = jax.make_jaxpr(step)(*arguments).jaxpr
     computed, read = matmul_flops_by_region(jaxpr, loops=True), bytes_by_region(hlo)
     matmuls, once = computed.total(), matmul_flops(jaxpr, loops=False)
     images = config.batch_size / mesh.size
@@ -212,11 +214,12 @@ def examine(config: Any, devices: Sequence[jax.Device]) -> dict[str, Any]:
         moved = cost["bytes accessed"] * matmuls / once / images
     else:
         flops = matmuls / config.batch_size
-        moved = read.total() / images if matmuls == once else None
+        moved = read.total() / images
     exchanged = collectives(hlo)
     return report | {
         "flops_per_image": flops,
         "bytes_accessed_per_image": moved,
+        "hbm_bytes_per_image": read.total() / images,
         "regions": {
             region: {
                 "bytes_per_image": read[region] / images,
@@ -225,7 +228,7 @@ def examine(config: Any, devices: Sequence[jax.Device]) -> dict[str, Any]:
             for region in sorted(read | computed)
         },
         "collectives": exchanged,
-        "roofline": roofline(chip, images, flops, moved, exchanged),
+        "roofline": roofline(chip, images, flops, read.total() / images, exchanged),
     }
 
 
@@ -319,7 +322,7 @@ def roofline(
     chip: Chip,
     images: float,
     flops: float,
-    moved: float | None,
+    moved: float,
     exchanged: list[dict[str, Any]],
 ) -> dict[str, Any]:
     """The most images a second that a chip's peaks allow: an upper bound.
@@ -329,7 +332,7 @@ def roofline(
 
     Args:
       images: of a step on a chip.
-      flops, moved: operations and bytes of HBM an image; None: not known, not counted.
+      flops, moved: operations and bytes of HBM an image.
       exchanged: as `collectives` tells.
     """
     sent = sum(
@@ -338,13 +341,12 @@ def roofline(
     )
     seconds = {
         "arithmetic": flops * images / chip.flops,
-        "memory": None if moved is None else moved * images / chip.bandwidth,
+        "memory": moved * images / chip.bandwidth,
         "network": sent / chip.network,
     }
-    known = {bound: value for bound, value in seconds.items() if value is not None}
-    bound = max(known, key=known.get)
+    bound = max(seconds, key=seconds.get)
     return {
-        "images_per_second_per_chip": images / known[bound],
+        "images_per_second_per_chip": images / seconds[bound],
         "bound": bound,
         "seconds_per_step": seconds,
         "peaks": chip._asdict(),
@@ -401,10 +403,10 @@ def summary(report: dict[str, Any]) -> str:
             f", {memory['arguments'] / GIB:.2f} of them arguments, "
             f"{memory['temporaries'] / GIB:.2f} temporaries"
         )
-        lines.append(f"{report['flops_per_image'] / 1e9:.1f} GFLOP an image")
-        if report["bytes_accessed_per_image"]:
-            moved = report["bytes_accessed_per_image"] / 1e6
-            lines[-1] += f", {moved:,.0f} MB moved"
+        lines.append(
+            f"{report['flops_per_image'] / 1e9:.1f} GFLOP and "
+            f"{report['hbm_bytes_per_image'] / 1e6:,.0f} MB of HBM an image"
+        )
         lines += [
             f"{each['kind']}: {each['bytes_per_step'] / 1e6:,.1f} MB a step and "
             f"device, in {each['count']}"
@@ -443,15 +445,23 @@ def collectives(hlo: str) -> list[dict[str, Any]]:
       the bytes that it takes in or gives out on one device, whichever is more. What is
       in a loop counts as often as that runs, if the text tells.
     """
-    counts, sizes = Counter(), Counter()
+    runs, sizes = defaultdict(Counter), {}
     for instruction, here, times in _executed(*_computations(hlo)):
         kind = instruction.opcode.removesuffix("-done")
         if kind in COLLECTIVES:
+            # The TPU compiler spreads one over kernels, each with its channel.
+            channel = re.search(r"channel_id=\d+", instruction.attributes)
+            key = kind, channel[0] if channel else id(instruction)
+            runs[key][id(instruction)] += times
             taken = _bytes_taken(instruction, here)
-            counts[kind] += times
-            sizes[kind] += times * max(taken, _bytes(instruction.shapes))
+            sizes[key] = max(taken, _bytes(instruction.shapes))
+    counts, total = Counter(), Counter()
+    for key, size in sizes.items():
+        times = max(runs[key].values())
+        counts[key[0]] += times
+        total[key[0]] += times * size
     return [
-        {"kind": kind, "count": counts[kind], "bytes_per_step": sizes[kind]}
+        {"kind": kind, "count": counts[kind], "bytes_per_step": total[kind]}
         for kind in COLLECTIVES
         if kind in counts
     ]

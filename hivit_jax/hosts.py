@@ -6,18 +6,21 @@ import faulthandler
 import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
 import zlib
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import jax
 import numpy as np
 from jax._src.distributed import global_state
+from jax._src.lib import _jax
 from jax.experimental import multihost_utils
 
 from hivit_jax.errors import ConfigError, HivitError, Interrupted
@@ -39,9 +42,10 @@ def start(address: str, count: int, index: int, peer_timeout: float) -> None:
     # The runtime's own verdict, which aborts with a stack trace, comes after ours.
     limit = int(2 * peer_timeout) + 10
     try:
-        jax.distributed.initialize(
-            *given, heartbeat_timeout_seconds=limit, shutdown_timeout_seconds=limit
-        )
+        with service_apart(outlive=peer_timeout + 3):
+            jax.distributed.initialize(
+                *given, heartbeat_timeout_seconds=limit, shutdown_timeout_seconds=limit
+            )
     except ValueError as error:
         if "coordinator_address should be defined" not in str(error):  # found nothing
             raise ConfigError(
@@ -51,6 +55,69 @@ def start(address: str, count: int, index: int, peer_timeout: float) -> None:
         raise ConfigError(
             f"process {index} of {count} does not reach {address}: {error}"
         ) from error
+
+
+class Service:
+    """The runtime's service for all processes, in a process of its own: `coordinator`.
+
+    Args:
+      options: its arguments, texts.
+
+    Raises:
+      RuntimeError: it does not start.
+    """
+
+    def __init__(self, *options: str):
+        script = Path(__file__).with_name("coordinator.py")
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", script, *options],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,  # what it outlives may be waited for there
+            text=True,
+            start_new_session=True,
+        )
+        answer = self._process.stdout.readline().strip()
+        if answer != "ready":
+            raise RuntimeError(answer or "the service does not start")
+
+    def shutdown(self) -> None:
+        """Lets it end by itself, soon."""
+        self._process.stdin.write("end")
+        self._process.stdin.close()
+
+
+@contextmanager
+def service_apart(outlive: float) -> Iterator[None]:
+    """Within, process 0 of several starts the runtime's service as a `Service`, for
+    JAX, which has it in process 0, aborts the others when that is lost.
+
+    Args:
+      outlive: seconds that it stays when process 0 is lost.
+    """
+    inside = _jax.get_distributed_runtime_service
+
+    def apart(address, count, *, heartbeat_timeout, shutdown_timeout, **options):
+        limits = dict(
+            heartbeat_timeout=heartbeat_timeout, shutdown_timeout=shutdown_timeout
+        )
+        if count == 1:
+            return inside(address, count, **limits, **options)
+        return Service(address, *map(str, (count, *limits.values(), outlive)))
+
+    _jax.get_distributed_runtime_service = apart
+    try:
+        yield
+    finally:
+        _jax.get_distributed_runtime_service = inside
+
+
+def leave(code: int) -> None:
+    """Ends this process at once; the runtime would wait for the others."""
+    sys.stdout.flush()
+    if global_state.service:
+        global_state.service.shutdown()
+    os._exit(code)
 
 
 def agree(facts: Mapping[str, Any]) -> None:

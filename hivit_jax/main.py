@@ -1,7 +1,6 @@
 """The command line: ``python -m hivit_jax.main --config FILE --workdir DIR``."""
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -118,8 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     join = argv is None
     code = exit_code(lambda: run(sys.argv[1:] if join else argv, join))
     if code and jax.distributed.is_initialized():
-        sys.stdout.flush()
-        os._exit(code)  # the runtime would wait for the others before it lets go
+        hosts.leave(code)
     return code
 
 

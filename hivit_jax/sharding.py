@@ -123,6 +123,22 @@ def param_spec(
     return PartitionSpec(*spec)
 
 
+def gathered(params: Any) -> Any:
+    """Parameters whole along fsdp, and so their gradients, where a mesh is set.
+
+    Or XLA may split what is computed of them instead, and exchange activations.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return params
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: jax.lax.with_sharding_constraint(
+            x, param_spec(leaf_name(path), x.shape, mesh, zero=1)
+        ),
+        params,
+    )
+
+
 def state_shardings(mesh: Mesh, abstract_state: Any, zero: int = 3) -> Any:
     """NamedShardings of the same structure as a pytree of shapes; see `param_spec`."""
     return jax.tree_util.tree_map_with_path(

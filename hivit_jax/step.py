@@ -16,7 +16,7 @@ from hivit_jax import augment, tasks
 from hivit_jax.config import image_shape
 from hivit_jax.models import split
 from hivit_jax.optimizer import accumulated, make_optimizer
-from hivit_jax.sharding import BATCH, placed, state_shardings
+from hivit_jax.sharding import BATCH, gathered, placed, state_shardings
 
 State = dict[str, Any]  # "step" int32, "params", "opt_state", and "ema" if it is kept
 
@@ -52,6 +52,7 @@ def make_train_step(
     task, micro = tasks.TASKS[config.task], config.optimizer.accumulate_steps
 
     def loss_fn(params, batch, keys, total_weight):
+        params = gathered(params)
         values = task(nnx.merge(graphdef, params), batch, keys, config, train=True)
         share = batch["weight"] / total_weight
         means = {name: (value * share).sum() for name, value in values.items()}

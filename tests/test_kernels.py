@@ -1,0 +1,262 @@
+"""Residual branches as single kernels, interpreted on the CPU; compiled for TPUs where
+their compiler is installed.
+"""
+
+from functools import partial
+from importlib.util import find_spec
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import recipes
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from networks import fast_jit, pictures
+from numpy.testing import assert_allclose
+
+from hivit_jax import kernels, sharding
+from hivit_jax.compile_ahead import devices_of
+from hivit_jax.compiling import compile_step
+from hivit_jax.errors import ConfigError
+from hivit_jax.kernels.attention import attention_block
+from hivit_jax.kernels.mlp import mlp_block
+from hivit_jax.models import create_model, named_leaves, split
+from hivit_jax.optimizer import make_schedule
+from hivit_jax.step import prepare_step
+
+EPS = 1e-6
+# Stem stages of 128 and 256, a main stage of 512, a decoder of 128: what kernels take.
+WIDE = dict(
+    image_size=64,
+    embed_dim=512,
+    depths=(1, 1, 1),
+    num_heads=8,
+    decoder_embed_dim=128,
+    decoder_depth=1,
+    decoder_num_heads=4,
+    relative_position=False,
+)
+
+
+def arrays(*shapes, dtype=jnp.float32):
+    return [
+        jnp.asarray(pictures(shape, f"kernel {i}") / np.sqrt(shape[0]), dtype)
+        for i, shape in enumerate(shapes)
+    ]
+
+
+def layer_norm(x, scale, bias):
+    x = x.astype(jnp.float32)
+    x = x - x.mean(-1, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + EPS) * scale + bias
+
+
+def plain_mlp(add, x, scale, bias, w1, b1, w2, b2):
+    hidden = layer_norm(x, scale, bias).astype(w1.dtype) @ w1 + b1
+    return x * add + jax.nn.gelu(hidden, approximate=False) @ w2 + b2
+
+
+def plain_attention(heads, tokens, add, x, scale, bias, qkv, qkv_bias, proj, proj_bias):
+    y = layer_norm(x, scale, bias).astype(qkv.dtype) @ qkv + qkv_bias
+    q, k, v = jnp.moveaxis(y.reshape(-1, tokens, 3, heads, x.shape[1] // heads), 2, 0)
+    y = jax.nn.dot_product_attention(q, k, v).reshape(x.shape)
+    return x * add + y @ proj + proj_bias
+
+
+def mlp_case(rows, width=128, hidden=256):
+    shapes = [(rows, width), (width,), (width,), (width, hidden), (hidden,)]
+    return [*shapes, (hidden, width), (width,)]
+
+
+def attention_case(rows, width):
+    shapes = [(rows, width), (width,), (width,), (width, 3 * width), (3 * width,)]
+    return [*shapes, (width, width), (width,)]
+
+
+CASES = {
+    "mlp": (plain_mlp, mlp_block, (), mlp_case(96), 32),
+    # 49 tokens: two images at a time, in windows that begin where tiles do.
+    "attention of 49": (plain_attention, attention_block, (4, 49), (16 * 49, 128), 784),
+    "attention of 196": (plain_attention, attention_block, (2, 196), (1568, 128), 784),
+    "attention of 144": (plain_attention, attention_block, (8, 144), (288, 256), 144),
+    "attention of 9": (plain_attention, attention_block, (1, 9), (288, 128), 144),
+}
+
+
+def results(function, inputs, direction):
+    """Outputs and gradients with respect to every input."""
+    value, pull = jax.vjp(function, *inputs)
+    return value, *pull(direction.astype(value.dtype))
+
+
+@pytest.mark.parametrize("add", [True, False])
+@pytest.mark.parametrize("name", CASES)
+def test_the_same_numbers(name, add):
+    """float32: output and all seven gradients, of several blocks of rows."""
+    plain, fused, how, shapes, rows = CASES[name]
+    shapes = shapes if name == "mlp" else attention_case(*shapes)
+    *inputs, direction = arrays(*shapes, shapes[0])
+    inputs[1] = 1 + inputs[1]
+    expected = jax.jit(partial(results, partial(plain, *how, add)))(inputs, direction)
+
+    def run(*inputs):
+        return fused(*inputs, *how, add, EPS, rows, True)
+
+    found = fast_jit(partial(results, run))(inputs, direction)
+    for a, b in zip(found, expected, strict=True):
+        assert_allclose(a, b, rtol=0, atol=3e-6 * float(jnp.abs(b).max()))
+
+
+@pytest.mark.parametrize("name", ["mlp", "attention of 49"])
+def test_no_less_exact_in_bfloat16(name):
+    """Errors against float32 are at most those of the plain path, and a tenth more."""
+    plain, fused, how, shapes, rows = CASES[name]
+    shapes = shapes if name == "mlp" else attention_case(*shapes)
+    *exact, direction = arrays(*shapes, shapes[0])
+    exact[1] = 1 + exact[1]
+    inputs = [x if i in (1, 2) else x.astype(jnp.bfloat16) for i, x in enumerate(exact)]
+    exact = [x.astype(jnp.float32) for x in inputs]
+    truth = results(partial(plain, *how, True), exact, direction)
+
+    def errors(function):
+        found = fast_jit(partial(results, function))(inputs, direction)
+        return [
+            float(jnp.linalg.norm(a.astype(jnp.float32) - b) / jnp.linalg.norm(b))
+            for a, b in zip(found, truth, strict=True)
+        ]
+
+    here = errors(lambda *inputs: fused(*inputs, *how, True, EPS, rows, True))
+    there = errors(partial(plain, *how, True))
+    assert max(here) < 0.02
+    assert all(a < 1.1 * b + 1e-4 for a, b in zip(here, there, strict=True))
+
+
+def kernels_in(jaxpr):
+    """Names of the kernels that a traced program calls."""
+    found = []
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "pallas_call":
+            found.append(eqn.params["name"])
+            continue
+        for inner in jax.tree.leaves(
+            list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "jaxpr")
+        ):
+            inner = getattr(inner, "jaxpr", inner)
+            found += kernels_in(inner) if hasattr(inner, "eqns") else []
+    return found
+
+
+def loss_of(choice, **overrides):
+    """A masked autoencoder's loss as a function of its parameters, and these."""
+    model = create_model("mae_hivit_base", kernels=choice, **WIDE | overrides)
+    graphdef, params = split(model)
+    images, noise = pictures((16, 64, 64, 3), "images"), pictures((16, 16), "noise")
+    keys = jax.random.split(jax.random.key(0), 16)
+
+    def loss(params):
+        model = nnx.merge(graphdef, params)
+        return model(images, noise=noise, sample_keys=keys).loss
+
+    return loss, params
+
+
+@pytest.mark.parametrize("options", [{}, dict(drop_path_rate=0.5), dict(remat=True)])
+def test_the_same_network(options):
+    """Loss and gradients, all residual branches fused: 2 + 2 MLPs, 2 attentions, 2."""
+    (plain, params), (fused, _) = (loss_of(c, **options) for c in ("plain", "fused"))
+    names = kernels_in(jax.make_jaxpr(fused)(params).jaxpr)
+    assert sorted(names) == 2 * ["attention_block"] + 6 * ["mlp_block"]
+    assert kernels_in(jax.make_jaxpr(plain)(params).jaxpr) == []
+    (a, da), (b, db) = (fast_jit(jax.value_and_grad(f))(params) for f in (fused, plain))
+    assert_allclose(a, b, rtol=1e-6)
+    for (name, x), y in zip(
+        named_leaves(da).items(), named_leaves(db).values(), strict=True
+    ):
+        scale = float(jnp.abs(y).max())
+        assert_allclose(x, y, rtol=0, atol=1e-5 * scale + 1e-9, err_msg=name)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_on_a_mesh(parts, tmp_path):
+    """A train step of 8 devices: each runs kernels on its own part of the batch."""
+    found = {}
+    for choice in ("plain", "fused"):
+        config = recipes.mae(batch_size=128 * parts, data__name="synthetic")
+        config.optimizer.accumulate_steps = parts
+        config.model.kernels = choice
+        for name, value in WIDE.items():
+            config.model[name] = value
+        config.mesh.data, config.mesh.fsdp = 4, 2
+        mesh = sharding.make_mesh(config.mesh, config.batch_size, parts)
+        schedule = make_schedule(config, 2, 8)
+        init, step, shapes, shardings = prepare_step(config, mesh, schedule)
+        options = {"xla_backend_optimization_level": 0}
+        compiled = compile_step(step, shapes, shardings, options)
+        batch = {
+            name: jax.device_put(
+                np.full(s.shape, name == "weight", s.dtype)
+                if s.ndim == 1
+                else (100 + 50 * pictures(s.shape, name)).astype(s.dtype),
+                s.sharding,
+            )
+            for name, s in shapes[1].items()
+        }
+        state = jax.jit(init, out_shardings=shardings)()
+        state, values = compiled(state, batch, np.int32(0))
+        found[choice] = values["loss"], values["gradient_norm"]
+    assert_allclose(found["fused"], found["plain"], rtol=1e-5)
+
+
+def test_where_they_are_not_for():
+    """Shapes that tiles do not fit, and backends but TPUs, run as XLA compiles them."""
+    assert (
+        kernels_in(jax.make_jaxpr(loss_of("auto")[0])(loss_of("auto")[1]).jaxpr) == []
+    )
+    narrow = dict(embed_dim=256, decoder_embed_dim=64, decoder_num_heads=2)
+    loss, params = loss_of("fused", **narrow)
+    # Of widths 64, 128, 256 and 64 the second and third, and the third's attention.
+    names = kernels_in(jax.make_jaxpr(loss)(params).jaxpr)
+    assert sorted(names) == ["attention_block"] + 3 * ["mlp_block"]
+    with pytest.raises(ConfigError, match="'auto', 'fused' or 'plain'"):
+        create_model("hivit_tiny", kernels="fast")
+
+
+@pytest.mark.skipif(not find_spec("libtpu"), reason="needs the TPU compiler")
+def test_compile_for_a_tpu():
+    """With the very traffic that is promised: rows once, weights once."""
+    mesh = Mesh(np.array(devices_of("v5e:2x4")[:1]), ("data",))
+    place = NamedSharding(mesh, PartitionSpec())
+
+    def shapes(case):
+        kinds = [jnp.bfloat16, jnp.float32, jnp.float32, *4 * [jnp.bfloat16]]
+        return [
+            jax.ShapeDtypeStruct(s, d, sharding=place)
+            for s, d in zip(case, kinds, strict=True)
+        ]
+
+    programs = {
+        "mlp_block": (lambda *a: mlp_block(*a, True, EPS, 512, False), mlp_case(1024)),
+        "attention_block": (
+            lambda *a: attention_block(*a, 2, 49, True, EPS, 784, False),
+            attention_case(784, 128),
+        ),
+    }
+    for name, (function, case) in programs.items():
+        inputs = shapes(case)
+
+        def both(direction, *inputs, function=function):
+            return results(function, inputs, direction)
+
+        with jax.set_mesh(mesh):
+            lowered = jax.jit(both).lower(inputs[0], *inputs)
+        text = lowered.compile().as_text()
+        assert text.count('custom_call_target="tpu_custom_call"') == 2, name
+
+
+def test_rows_of_a_block():
+    """As many as divide the total, of whole tiles, and for attention whole images."""
+    assert kernels._rows(64 * 784, 16) == 512
+    assert kernels._rows(64 * 49, 16) == 448
+    assert kernels._rows(64 * 49, 784) == 784
+    assert kernels._rows(8 * 49, 784) is None
