@@ -55,6 +55,7 @@ def ours(args: argparse.Namespace, exchange: Path) -> tuple[Callable, dict[str, 
     import jax
     import jax.numpy as jnp
     import numpy as np
+    from flax import nnx
 
     from benchmarks import plain_config  # noqa: F401  first
     from benchmarks.train_step import Training
@@ -72,7 +73,8 @@ def ours(args: argparse.Namespace, exchange: Path) -> tuple[Callable, dict[str, 
     images, _ = tasks.inputs(training.batch, keys, config, train=True)
     masks = augment.split_keys(keys.samples, "mask")
     noise = jax.vmap(lambda key: jax.random.uniform(key, (196,)))(masks)
-    state = to_official(params, tasks.build_model(config))
+    model = nnx.eval_shape(lambda: tasks.build_model(config))
+    state = to_official(params, model)
     np.savez(exchange, **state, images=images, noise=noise)
     loss = training.run(1)
     return training.run, {

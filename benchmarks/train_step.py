@@ -180,6 +180,7 @@ def run(argv: list[str] | None) -> None:
     args = parser.parse_args(argv)
     values = args.set + ([f"batch_size={args.batch}"] if args.batch else [])
     config = configs.load(args.config, [f"--config.{value}" for value in values])
+    jax.config.update("jax_enable_compilation_cache", False)  # it is to be timed
     found = measure(config, args.rounds, args.steps)
     print(summary(found))
     name = f"train_step_{Path(args.config).stem}_{jax.default_backend()}.json"
