@@ -451,7 +451,8 @@ def collectives(hlo: str) -> list[dict[str, Any]]:
         if kind in COLLECTIVES:
             # The TPU compiler spreads one over kernels, each with its channel.
             channel = re.search(r"channel_id=\d+", instruction.attributes)
-            key = kind, channel[0] if channel else id(instruction)
+            alike = channel[0] + instruction.shapes if channel else id(instruction)
+            key = kind, alike
             runs[key][id(instruction)] += times
             taken = _bytes_taken(instruction, here)
             sizes[key] = max(taken, _bytes(instruction.shapes))

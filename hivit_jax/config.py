@@ -52,6 +52,7 @@ DEFAULTS = {
     "data.max_unreadable": 0.001,  # share of images that may be damaged
     "data.randaugment": False,  # in training
     "optimizer.warmup_learning_rate": 0.0,  # that warmup starts from
+    "optimizer.first_moment_dtype": "float32",  # or "bfloat16"; Adam's
     "optimizer.official_quirks": False,  # of the schedule; see make_schedule
 }
 TASK_KEYS = {
@@ -175,6 +176,11 @@ def _check(config: ConfigDict) -> None:
         )
     if config.mesh.zero not in (1, 3):
         raise ConfigError(f"mesh.zero={config.mesh.zero}; expected 1 or 3")
+    if config.optimizer.first_moment_dtype not in ("float32", "bfloat16"):
+        raise ConfigError(
+            f"optimizer.first_moment_dtype={config.optimizer.first_moment_dtype!r}; "
+            "expected 'float32' or 'bfloat16'"
+        )
     if config.data.interpolation not in REACH:
         raise unknown("data.interpolation", config.data.interpolation, REACH)
     if len(config.optimizer.betas) != 2:

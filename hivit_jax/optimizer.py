@@ -156,7 +156,7 @@ def make_optimizer(
     )
     chain = [optax.clip_by_global_norm(o.clip_norm)] if o.clip_norm else []
     chain += [
-        optax.scale_by_adam(o.betas[0], o.betas[1], eps=1e-8),
+        optax.scale_by_adam(*o.betas, eps=1e-8, mu_dtype=o.first_moment_dtype),
         optax.add_decayed_weights(o.weight_decay, mask),
     ]
     if o.layer_decay != 1.0:

@@ -256,7 +256,8 @@ def test_compile_for_a_tpu():
 
 def test_rows_of_a_block():
     """As many as divide the total, of whole tiles, and for attention whole images."""
-    assert kernels._rows(64 * 784, 16) == 512
-    assert kernels._rows(64 * 49, 16) == 448
-    assert kernels._rows(64 * 49, 784) == 784
-    assert kernels._rows(8 * 49, 784) is None
+    assert kernels._rows(64 * 784, 8, 1024) == 896
+    assert kernels._rows(64 * 49, 8, 256) == 224
+    assert kernels._rows(64 * 49, 392, 512) == 392
+    assert kernels._rows(64 * 576, 576, 512) == 576
+    assert kernels._rows(4 * 49, 392, 512) is None

@@ -35,7 +35,9 @@ def mlp(x: jax.Array, norm: Any, mlp: Any, choice: str) -> Block | None:
     width, hidden = mlp.fc1.kernel.shape
     if place is None or width % LANES or hidden % LANES:
         return None
-    rows = _rows(x.size // width // place.shards, ROWS)
+    # More rows make longer programs to compile, fewer more and shorter steps.
+    most = min(max(2**28 // (width * hidden), 128), 1024)
+    rows = _rows(x.size // width // place.shards, ROWS, most)
     # Backward: weights, their gradients in float32 and in x's dtype; rows and hidden.
     fixed, each = 24 * width * hidden, 20 * hidden + 40 * width
     if rows is None or fixed + each * rows > place.vmem:
@@ -68,7 +70,7 @@ def attention(
     if width % LANES or LANES % head:
         return None
     tokens = x.shape[1]
-    rows = _rows(x.shape[0] * tokens // place.shards, math.lcm(tokens, ROWS))
+    rows = _rows(x.shape[0] * tokens // place.shards, math.lcm(tokens, ROWS), 512)
     fixed, each = 48 * width**2, 60 * width
     if rows is None or fixed + each * rows + 32 * tokens**2 > place.vmem:
         return None
@@ -84,6 +86,18 @@ def attention(
         return attention_block(x, *weights, *how)
 
     return lambda add: place.run(partial(run, add=add), x, weights)
+
+
+def implementation(choice: str, q: jax.Array, bias: Any, mask: Any) -> str | None:
+    """Of `jax.nn.dot_product_attention`: "cudnn" on GPUs, which keeps no scores.
+
+    Args:
+      choice: as in `mlp`; q: [B, N, heads, head]. With bias or mask XLA is left to it.
+    """
+    serves = q.dtype == jnp.bfloat16 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
+    special = bias is not None or mask is not None
+    gpu = _platform()[0] == "gpu"
+    return "cudnn" if gpu and serves and not special and choice != "plain" else None
 
 
 class _Place:
@@ -103,7 +117,11 @@ class _Place:
         if self.axes:  # compilers do not partition kernels
             split, whole = PartitionSpec(self.axes), [PartitionSpec()] * len(weights)
             local = jax.shard_map(
-                local, in_specs=(split, *whole), out_specs=split, check_vma=False
+                local,
+                in_specs=(split, *whole),
+                out_specs=split,
+                axis_names=set(self.axes),
+                check_vma=False,
             )
         return local(x, *weights)
 
@@ -112,14 +130,12 @@ def _place(choice: str, x: jax.Array) -> _Place | None:
     """Where the program being traced will run; None: not where kernels are for."""
     if choice == "plain":
         return None
-    mesh = jax.sharding.get_abstract_mesh()
+    platform, mesh = _platform()
     if mesh.empty:
         # Nobody tells how arrays lie on several devices.
-        known, platform = jax.device_count() == 1, jax.default_backend()
-        axes, shards = (), 1
+        known, axes, shards = jax.device_count() == 1, (), 1
     else:
         known = mesh.shape.get("tensor", 1) == 1
-        platform = mesh.abstract_device.platform
         types = zip(mesh.axis_names, mesh.axis_types, strict=True)
         axes = tuple(name for name, kind in types if kind == AxisType.Auto)
         shards = math.prod(mesh.shape[axis] for axis in axes)
@@ -129,7 +145,14 @@ def _place(choice: str, x: jax.Array) -> _Place | None:
     return _Place(axes, shards, interpret=not tpu)
 
 
-def _rows(total: int, unit: int) -> int | None:
-    """Rows of a block: the most up to 512, or one unit, that divide the total."""
-    sizes = [r for r in range(unit, max(512, unit) + 1, unit) if total % r == 0]
-    return sizes[-1] if sizes else None
+def _platform() -> tuple[str, jax.sharding.AbstractMesh]:
+    """ "tpu", "gpu" or "cpu", that the program being traced is for; the mesh set."""
+    mesh = jax.sharding.get_abstract_mesh()
+    device = None if mesh.empty else mesh.abstract_device
+    return device.platform if device else jax.default_backend(), mesh
+
+
+def _rows(total: int, unit: int, most: int) -> int | None:
+    """Rows of a block: whole units, the most that divide the total."""
+    most = max(most, unit)
+    return max((r for r in range(unit, most + 1, unit) if total % r == 0), default=None)

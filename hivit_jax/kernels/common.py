@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 F32 = jnp.float32
-ROWS = 16  # of a bfloat16 tile; blocks are multiples
+ROWS = 8  # of a tile; blocks are multiples
 VMEM_SHARE = 0.9  # that a kernel may take
 
 

@@ -111,6 +111,7 @@ class Attention(nnx.Module):
         x: jax.Array,
         relative_index: jax.Array | None = None,
         key_mask: jax.Array | None = None,
+        kernel: str = "plain",
     ) -> jax.Array:
         """[B, K, C] -> [B, K, C].
 
@@ -119,9 +120,13 @@ class Attention(nnx.Module):
             their own.
           key_mask: [B, K], nonzero = may be attended. A sample (or a window of it)
             with no key left gets a uniform softmax, never NaN.
+          kernel: see `kernels.implementation`.
         """
         q, k, v, bias, mask = self._heads(x, relative_index, key_mask)
-        out = jax.nn.dot_product_attention(q, k, v, bias=bias, mask=mask)
+        how = kernels.implementation(kernel, q, bias, mask)
+        out = jax.nn.dot_product_attention(
+            q, k, v, bias=bias, mask=mask, implementation=how
+        )
         if self.windows is not None:
             out = self.windows.join(out)
         return self.proj(out.reshape(x.shape))
@@ -255,7 +260,7 @@ class AttentionBlock(MlpBlock):
             fused = kernels.attention(x, self.norm1, self.attn, key_mask, kernel)
             x = self._residual(
                 *(x, 2 * self.number + 1, sample_keys, fused),
-                lambda: self.attn(self.norm1(x), relative_index, key_mask),
+                lambda: self.attn(self.norm1(x), relative_index, key_mask, kernel),
             )
         return super().__call__(x, sample_keys=sample_keys, kernel=kernel)
 
