@@ -181,6 +181,14 @@ def accumulated(gradient: Callable, micro: int) -> Callable:
       gradient: (params, batch, keys, total weight) -> pytree of sums over the batch.
     """
 
+    def divided(x):
+        """[B, ...] -> [micro, B/micro, ...]: every device's samples stay there, along
+        fsdp too, and neighbours together, for one may be mixed into the other.
+        """
+        pair = 2 if len(x) // micro % 2 == 0 else 1
+        parts = x.reshape(-1, micro, pair, *x.shape[1:])
+        return jnp.moveaxis(parts, 1, 0).reshape(micro, -1, *x.shape[1:])
+
     def whole(params, batch, keys, total_weight):
         def of_part(batch, samples, params, step_key, total_weight):
             keys_of = keys._replace(samples=samples, step=step_key)
@@ -190,9 +198,7 @@ def accumulated(gradient: Callable, micro: int) -> Callable:
             def add(sums, part):
                 return jax.tree.map(jnp.add, sums, of_part(*part, *rest)), None
 
-            parts = jax.tree.map(
-                lambda x: x.reshape(micro, -1, *x.shape[1:]), (batch, samples)
-            )
+            parts = jax.tree.map(divided, (batch, samples))
             shapes = jax.eval_shape(
                 of_part, *jax.tree.map(lambda x: x[0], parts), *rest
             )

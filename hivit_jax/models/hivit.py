@@ -291,7 +291,13 @@ class HiViT(nnx.Module):
         ids = jnp.arange(len(position))  # [N]
         if ids_keep is not None:
             units = jnp.take_along_axis(units, ids_keep[:, :, None], axis=1)
-            position, ids = position[ids_keep], ids_keep  # [B, K, E], [B, K]
+            # A product, and so is its gradient: scattered additions are slow on TPUs,
+            # in no fixed order on GPUs, and exchanged between devices as they are.
+            chosen = jax.nn.one_hot(ids_keep, len(position), dtype=self.dtype)
+            position = jnp.matmul(
+                chosen, position.astype(self.dtype), precision="highest"
+            )  # [B, K, E]
+            ids = ids_keep
         cells = positions.units_to_cells(
             units.astype(self.dtype), self.patch_size, self.inner_patches
         )

@@ -84,6 +84,26 @@ def random_masking(
     return ids_shuffle[:, :kept], ids_restore, mask
 
 
+@jax.custom_vjp
+def permuted(x: jax.Array, ids: jax.Array) -> jax.Array:
+    """Rows of [B, N, D] in the order of ids, int [B, N], each a permutation.
+
+    Its gradient is the inverse permutation; JAX's own would add up scattered rows.
+    """
+    return jnp.take_along_axis(x, ids[:, :, None], axis=1)
+
+
+def _permuted_forward(x, ids):
+    return permuted(x, ids), jnp.argsort(ids, axis=1)
+
+
+def _permuted_backward(inverse, gradient):
+    return permuted(gradient, inverse), None
+
+
+permuted.defvjp(_permuted_forward, _permuted_backward)
+
+
 class MaskedAutoencoder(Features):
     """HiViT encoder on visible units, transformer decoder on all of them.
 
@@ -203,7 +223,7 @@ class MaskedAutoencoder(Features):
             self.mask_token[...].astype(x.dtype), (batch, removed, dim)
         )
         x = jnp.concatenate([x, tokens], axis=1)  # [B, N, D], visible first
-        x = jnp.take_along_axis(x, ids_restore[:, :, None], axis=1)  # image order
+        x = permuted(x, ids_restore)  # image order
         table = jax.lax.stop_gradient(self.decoder_pos_embed[...])
         x = x + table.astype(x.dtype)
         with jax.named_scope("decoder"):
