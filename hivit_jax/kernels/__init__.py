@@ -135,7 +135,7 @@ def _place(choice: str, x: jax.Array) -> _Place | None:
         # Nobody tells how arrays lie on several devices.
         known, axes, shards = jax.device_count() == 1, (), 1
     else:
-        known = mesh.shape.get("tensor", 1) == 1
+        known = not heads_split()
         types = zip(mesh.axis_names, mesh.axis_types, strict=True)
         axes = tuple(name for name, kind in types if kind == AxisType.Auto)
         shards = math.prod(mesh.shape[axis] for axis in axes)
@@ -143,6 +143,11 @@ def _place(choice: str, x: jax.Array) -> _Place | None:
     if not known or (choice == "auto" and not (tpu and x.dtype == jnp.bfloat16)):
         return None
     return _Place(axes, shards, interpret=not tpu)
+
+
+def heads_split() -> bool:
+    """Whether the mesh that is set splits heads and hidden units over devices."""
+    return jax.sharding.get_abstract_mesh().shape.get("tensor", 1) > 1
 
 
 def _platform() -> tuple[str, jax.sharding.AbstractMesh]:

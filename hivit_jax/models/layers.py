@@ -20,7 +20,21 @@ from hivit_jax.models.positions import Grid, Windows
 
 # Official: trunc_normal_(std=.02) cut at +-2 absolute, that is at 100 sigma.
 INIT = nnx.initializers.normal(0.02)
-Linear = partial(nnx.Linear, kernel_init=INIT)
+
+
+class RowLinear(nnx.Linear):
+    """[..., C] -> [..., D], as one product of all rows.
+
+    Of more than two axes XLA for CPUs transposes what a weight's gradient takes, one
+    number at a time; for TPUs it pads the tokens of every image to whole tiles.
+    """
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        rows = super().__call__(x.reshape(-1, x.shape[-1]))
+        return rows.reshape(*x.shape[:-1], self.out_features)
+
+
+Linear = partial(RowLinear, kernel_init=INIT)
 # Two-pass variance: the one-pass form loses the small variances that HiViT's eps of
 # 1e-6 is there for.
 LayerNorm = partial(nnx.LayerNorm, use_fast_variance=False)
@@ -66,7 +80,8 @@ class Mlp(nnx.Module):
         self.fc2 = Linear(hidden, dim, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))
+        hidden = self.fc1(x.reshape(-1, x.shape[-1]))
+        return self.fc2(jax.nn.gelu(hidden, approximate=False)).reshape(x.shape)
 
 
 class Attention(nnx.Module):
@@ -152,11 +167,20 @@ class Attention(nnx.Module):
             weights = weights.reshape(len(x), -1, *weights.shape[1:])
         return weights
 
+    def _projected(self, x):
+        rows = x.reshape(-1, x.shape[-1])
+        if kernels.heads_split():
+            rows = self.qkv(rows)
+        else:  # as in `RowLinear`
+            kernel = self.qkv.kernel[...].reshape(x.shape[-1], -1).astype(x.dtype)
+            rows = rows @ kernel + self.qkv.bias[...].reshape(-1).astype(x.dtype)
+        return rows.reshape(*x.shape[:2], *self.qkv.bias.shape)
+
     def _heads(self, x, relative_index, key_mask):
         """q, k, v, each [B, K, heads, C/heads]; bias and mask that broadcast over
         [B, heads, K, K], or None. With windows B*W for B, S for K (see `Windows`).
         """
-        qkv = self.qkv(x)  # [B, K, 3, heads, C/heads]
+        qkv = self._projected(x)  # [B, K, 3, heads, C/heads]
         if self.windows is not None:
             qkv = self.windows.split(qkv)
             # Padding becomes keys that are not to be attended to.
