@@ -67,7 +67,7 @@ def line(name: str, report: dict) -> str:
 def compare(workdir: Path) -> None:
     """All compilations, the tables after each."""
     found: dict[str, dict] = {}
-    cases = {f"{size} {where}": (size, where) for where in TOPOLOGIES for size in SIZES}
+    cases = {f"{size} {where}": (size, where) for size in SIZES for where in TOPOLOGIES}
     ways = {f"base v5e:2x4, {way}": overrides for way, overrides in WAYS.items()}
     for name in [*cases, *ways]:
         try:
