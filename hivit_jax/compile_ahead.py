@@ -10,11 +10,10 @@ import os
 import re
 import tempfile
 import time
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from jax.experimental import topologies
@@ -26,6 +25,12 @@ from hivit_jax.config import to_json
 from hivit_jax.describe import resolved_schedule
 from hivit_jax.errors import ConfigError
 from hivit_jax.metrics import prepare_workdir, say
+from hivit_jax.programs import (
+    bytes_by_region,
+    collectives,
+    matmul_flops,
+    matmul_flops_by_region,
+)
 from hivit_jax.sharding import BATCH, make_mesh
 from hivit_jax.step import prepare_step
 
@@ -61,15 +66,6 @@ device_description_str: "NVIDIA {name}"
 dnn_version_info {{ major: 9  minor: 12 }}
 runtime_version {{ major: 13 }}
 """
-
-
-COLLECTIVES = (
-    "all-reduce",
-    "all-gather",
-    "reduce-scatter",
-    "collective-permute",
-    "all-to-all",
-)
 
 
 def compile_ahead(config: Any, workdir: str | Path) -> dict[str, Any]:
@@ -251,73 +247,6 @@ def memory_of(compiled: jax.stages.Compiled, chip: Chip) -> dict[str, int]:
     return parts | {"total": total, "limit": chip.memory}
 
 
-def region_of(name: str) -> str:
-    """The part of the train step that an operation belongs to: the innermost of
-    `SCOPES` in its name, in main stage and decoder with the branch of the block.
-
-    Args:
-      name: such as "jit(train_step)/transpose(jvp(main))/mlp/dot_general".
-
-    Returns:
-      Such as "main mlp"; "" for an operation of none of them.
-    """
-    region = ""
-    for scope in re.split(r"[/();]+", name):
-        if SCOPES.fullmatch(scope):
-            region = scope
-        elif scope in ("attention", "mlp") and region in ("main", "decoder"):
-            region += " " + scope
-    return region
-
-
-def matmul_flops(jaxpr: Any, loops: bool) -> int:
-    """The sum of `matmul_flops_by_region`."""
-    return matmul_flops_by_region(jaxpr, loops).total()
-
-
-def matmul_flops_by_region(jaxpr: Any, loops: bool, outer: str = "") -> Counter:
-    """Operations of all matrix products in a traced program, on all devices together.
-
-    Args:
-      loops: count the body of a loop as often as it runs, not once. (A Pallas kernel
-        counts for every point of its grid either way.)
-      outer: name of what calls the program.
-    """
-    total = Counter()
-    for eqn in jaxpr.eqns:
-        name = f"{outer}/{eqn.source_info.name_stack}"
-        if eqn.primitive.name == "dot_general":
-            (contracted, _), _ = eqn.params["dimension_numbers"]
-            shape = eqn.invars[0].aval.shape
-            depth = math.prod(shape[dim] for dim in contracted)
-            flops = 2 * depth * math.prod(eqn.outvars[0].aval.shape)
-            total[region_of(name) or OTHER] += flops
-        times = _times(eqn, loops)
-        for inner in jax.tree.leaves(
-            list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "jaxpr")
-        ):
-            inner = getattr(inner, "jaxpr", inner)
-            if hasattr(inner, "eqns"):
-                for region, flops in matmul_flops_by_region(inner, loops, name).items():
-                    total[region] += times * flops
-    return total
-
-
-def _times(eqn: Any, loops: bool) -> int:
-    """How often the program in an equation runs, on all devices together."""
-    match eqn.primitive.name:
-        case "scan":
-            return eqn.params["length"] if loops else 1
-        case "shard_map":  # shapes in it are those of one device
-            mesh = eqn.params["mesh"]
-            return math.prod(
-                mesh.shape[axis] for axis in eqn.params["newly_manual_axes"]
-            )
-        case "pallas_call":
-            return math.prod(eqn.params["grid_mapping"].grid)
-    return 1
-
-
 def roofline(
     chip: Chip,
     images: float,
@@ -423,275 +352,3 @@ def summary(report: dict[str, Any]) -> str:
             f"{report['compiles_of_the_search']} more compilations)"
         )
     return "\n".join(lines)
-
-
-class Instruction(NamedTuple):
-    """A line of HLO text: ``%name = shapes opcode(operands), attributes``."""
-
-    shapes: str
-    opcode: str
-    operands: str
-    attributes: str
-
-
-def collectives(hlo: str) -> list[dict[str, Any]]:
-    """What the devices exchange in a compiled program, by kind.
-
-    Args:
-      hlo: text of the program, as ``Compiled.as_text`` gives it.
-
-    Returns:
-      ``{"kind", "count", "bytes_per_step"}``, each kind once: how often it runs, and
-      the bytes that it takes in or gives out on one device, whichever is more. What is
-      in a loop counts as often as that runs, if the text tells.
-    """
-    runs, sizes = defaultdict(Counter), {}
-    for instruction, here, times in _executed(*_computations(hlo)):
-        kind = instruction.opcode.removesuffix("-done")
-        if kind in COLLECTIVES:
-            # The TPU compiler spreads one over kernels, each with its channel.
-            channel = re.search(r"channel_id=\d+", instruction.attributes)
-            alike = channel[0] + instruction.shapes if channel else id(instruction)
-            key = kind, alike
-            runs[key][id(instruction)] += times
-            taken = _bytes_taken(instruction, here)
-            sizes[key] = max(taken, _bytes(instruction.shapes))
-    counts, total = Counter(), Counter()
-    for key, size in sizes.items():
-        times = max(runs[key].values())
-        counts[key[0]] += times
-        total[key[0]] += times * size
-    return [
-        {"kind": kind, "count": counts[kind], "bytes_per_step": total[kind]}
-        for kind in COLLECTIVES
-        if kind in counts
-    ]
-
-
-def bytes_by_region(hlo: str) -> Counter:
-    """Bytes of HBM that each part of the step reads and writes on one device.
-
-    Every kernel reads its operands once and writes its results once, those with the
-    padding of their tiles: fusions, matrix products, and custom calls (Pallas, cuDNN)
-    alike. Of an operand that it only slices it reads the slices; of one that it updates
-    in place it writes the update. Kernels of a loop count as often as it runs, if the
-    text tells. What lives in another memory (TPU: VMEM) is free, but not the copies
-    that bring it there and back; these belong to the region that uses what they bring,
-    or made what they take away. On GPUs, nothing is taken to stay in a cache.
-
-    Args:
-      hlo: text of the program after all optimisations.
-
-    Returns:
-      By `region_of`; collectives are "exchange", what is left is "other".
-    """
-    hlo = re.sub(r"s8\[\d+\]", "s8[0]", hlo)  # room that cuBLAS asks for
-    computations, entry = _computations(hlo)
-    total = Counter()
-
-    def add(name, times, outer):
-        here = computations[name]
-        regions = _regions(here, computations)
-        for key, each in here.items():
-            region = regions[key] or outer
-            if each.opcode in CALLS:
-                for called in _called(each):
-                    add(called, times * _trips(each, computations), region)
-            elif each.opcode not in FREE and not each.opcode.endswith(NO_KERNEL):
-                if each.opcode.removesuffix("-done") in COLLECTIVES:
-                    region = "exchange"
-                total[region] += times * _hbm_bytes(each, here, computations)
-
-    add(entry, 1, OTHER)
-    return total
-
-
-SCOPES = re.compile(r"input|embedding|stem\d+|merge|main|latent|decoder|loss|optimizer")
-OTHER = "other"
-Computation = dict[str, Instruction]  # by name
-# What is no kernel; what has kernels inside, the ends of asynchronous ones.
-FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast"}
-FREE |= {"partition-id", "after-all"}
-CALLS = {"call", "while", "conditional", "async-start"}
-SLICES = {"slice", "dynamic-slice", "gather"}
-VMEM = "S(1)"
-NAMED = re.compile(r'op_name="([^"]*)"')
-NO_KERNEL = ("-start", "-update", "async-done")
-LINE = re.compile(r"\s+(?:ROOT )?%([\w.-]+) = (.*?) ([a-z][\w-]*)\((.*)")
-CALLED = re.compile(r"(?:calls|body|to_apply|computations?)=(\{[^}]*\}|%[\w.-]+)")
-_names = re.compile(r"%([\w.-]+)").findall
-
-
-def _computations(hlo: str) -> tuple[dict[str, Computation], str]:
-    """Computations by name, and the name of the one that is run."""
-    computations: dict[str, Computation] = {}
-    entry = name = ""
-    for line in hlo.splitlines():
-        if line.endswith("{") and not line.startswith(" "):
-            name = _names(line)[0]
-            computations[name] = {}
-            entry = name if line.startswith("ENTRY") else entry
-        elif match := LINE.match(line):
-            key, shapes, opcode, rest = match.groups()
-            operands, _, attributes = rest.partition("), ")
-            computations[name][key] = Instruction(shapes, opcode, operands, attributes)
-    return computations, entry
-
-
-def _executed(
-    computations: dict[str, Computation], name: str, times: int = 1
-) -> Iterator[tuple[Instruction, Computation, int]]:
-    """Every instruction that runs, fused ones too, its computation, and how often it
-    runs.
-
-    Args:
-      name: of the computation that is run, `times` times.
-    """
-    for instruction in computations[name].values():
-        yield instruction, computations[name], times
-        if instruction.opcode.endswith(("-done", "-update")):
-            continue
-        for each in _called(instruction):
-            again = times * _trips(instruction, computations)
-            yield from _executed(computations, each, again)
-
-
-def _called(instruction: Instruction) -> list[str]:
-    """Names of the computations that an instruction runs."""
-    found = CALLED.findall(instruction.attributes)
-    return [name for names in found for name in _names(names)]
-
-
-def _regions(here: Computation, computations: dict[str, Computation]) -> dict[str, str]:
-    """`region_of` every instruction by its name, "" where nothing tells.
-
-    A fusion that names none has that of most of what is fused. Of what is left, copies
-    out of VMEM belong to what made the array, everything else to what uses it.
-    """
-    found, users = {}, {key: [] for key in here}
-    for key, each in here.items():
-        fused = computations[_called(each)[0]] if each.opcode == "fusion" else {}
-        votes = Counter(map(_named, fused.values()))
-        del votes[""]
-        found[key] = _named(each) or max(votes, key=votes.get, default="")
-        for name in _names(each.operands):
-            users[name].append(key)
-
-    def spread(keys, neighbours, concerns):
-        for key in keys:
-            if not found[key] and concerns(here[key]):
-                regions = (found[name] for name in neighbours(key))
-                found[key] = next(filter(None, regions), "")
-
-    def made_by(key):
-        return _names(here[key].operands)
-
-    def leaves(each):
-        if each.opcode == "copy-done":
-            each = here[_names(each.operands)[0]]
-        names = _names(each.operands)
-        return each.opcode == "copy-start" and VMEM in here[names[0]].shapes
-
-    spread(here, made_by, lambda each: each.opcode in FREE)
-    spread(reversed(here), users.get, lambda each: not leaves(each))
-    spread(here, made_by, lambda each: True)
-    return found
-
-
-def _named(instruction: Instruction) -> str:
-    """The region that an instruction's own name tells, or ""."""
-    found = NAMED.search(instruction.attributes)
-    return region_of(found[1]) if found else ""
-
-
-def _hbm_bytes(
-    instruction: Instruction, here: Computation, computations: dict[str, Computation]
-) -> int:
-    """Bytes of HBM that a kernel reads and writes."""
-    names = _names(instruction.operands)
-    if instruction.opcode.endswith("-done"):
-        names = _names(here[names[0]].operands)
-    inner = {"": instruction}  # the kernel's computation, and its names of the operands
-    inside = dict(enumerate(names))
-    if instruction.opcode == "fusion":
-        inner = computations[_called(instruction)[0]]
-        inside = {
-            int(each.operands.rstrip(")")): key
-            for key, each in inner.items()
-            if each.opcode == "parameter"
-        }
-    total = _tiled_bytes(instruction.shapes)
-    for number, name in enumerate(names):
-        size = _tiled_bytes(here[name].shapes)
-        users = [x for x in inner.values() if inside[number] in _names(x.operands)]
-        if size and users and all(x.opcode in SLICES for x in users):
-            size = min(size, sum(_tiled_bytes(x.shapes, "") for x in users))
-        elif size and [x.opcode for x in users] == ["dynamic-update-slice"]:
-            whole, part, *_ = _names(users[0].operands)
-            if whole == inside[number]:  # in place: the result is not written whole
-                size = _tiled_bytes((inner | here)[part].shapes, "") - size
-        total += size
-    return total
-
-
-def _bytes_taken(instruction: Instruction, here: Computation) -> int:
-    """Bytes of the operands; of a -done those of its -start."""
-    names = _names(instruction.operands)
-    if instruction.opcode.endswith("-done"):
-        names = _names(here[names[0]].operands)
-    return sum(_bytes(here[name].shapes) for name in names)
-
-
-def _trips(instruction: Instruction, computations: dict[str, Computation]) -> int:
-    """How often an instruction runs what it calls: once, or if it is a loop as often as
-    it says, or the number that its condition holds.
-    """
-    attributes = instruction.attributes
-    if instruction.opcode != "while":
-        return 1
-    if found := re.search(r"known_trip_count\D*(\d+)", attributes):
-        return int(found[1])
-    condition = re.search(r"condition=%([\w.-]+)", attributes)[1]
-    numbers = [
-        re.match(r"\d+", each.operands)
-        for each in computations[condition].values()
-        if each.opcode == "constant"
-    ]
-    return max((int(number[0]) for number in numbers if number), default=1)
-
-
-def _tiled_bytes(shapes: str, free: str = "S(") -> int:
-    """As `_bytes`, with what tiles pad, and without arrays in another memory than HBM.
-
-    A layout such as ``{1,0:T(8,128)(2,1)S(1)}`` lists the sides from the minor one on;
-    the first tile, its minor side last, pads them; ``S`` is the memory.
-
-    Args:
-      free: what the layout of an array that does not count has; "": all count.
-    """
-    total = 0
-    for kind, bits, sides, order, tiles in ARRAY.findall(shapes):
-        if free and free in tiles:
-            continue
-        bits = int(bits) if bits else 8 * (kind == "pred")
-        sides = list(map(int, filter(None, sides.split(","))))
-        minor = [sides[int(side)] for side in order.split(",") if side] or sides
-        if tile := re.match(r"T\(([\d,]+)\)", tiles):
-            tile = list(map(int, reversed(tile[1].split(","))))
-            minor += [1] * (len(tile) - len(minor))
-            for place, unit in enumerate(tile):
-                minor[place] = -(-minor[place] // unit) * unit
-        total += bits * math.prod(minor) // 8
-    return total
-
-
-ARRAY = re.compile(r"([a-z]+)(\d*)\w*\[([\d,]*)\](?:\{([\d,]*):?([^}]*)\})?")
-
-
-def _bytes(shapes: str) -> int:
-    """Bytes of arrays such as ``(f32[8,128]{1,0}, pred[])``."""
-    total = 0
-    for kind, bits, sides in re.findall(r"([a-z]+)(\d*)\w*\[([\d,]*)\]", shapes):
-        bits = int(bits) if bits else 8 * (kind == "pred")
-        total += bits * math.prod(map(int, filter(None, sides.split(",")))) // 8
-    return total

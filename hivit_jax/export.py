@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 from jax import export as stablehlo
 
 from hivit_jax import errors
@@ -141,6 +142,8 @@ def compare(model: Model, what: str, path: Path) -> float:
 def _function(model: Model, what: str) -> Callable[[jax.Array], Any]:
     if what not in WHAT:
         raise errors.unknown("export", what, WHAT)
+    model = nnx.merge(*nnx.split(model))  # the same arrays, another module
+    model.encoder.kernels = "plain"  # others are for the devices at hand alone
     if what == "features":
         return lambda images: tuple(model.encoder.features(images))
     if not isinstance(model, Classifier):

@@ -15,7 +15,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from numpy.testing import assert_allclose
 
 import hivit_jax
-from hivit_jax import compile_ahead, sharding, tasks
+from hivit_jax import compile_ahead, programs, sharding, tasks
 from hivit_jax import config as configs
 from hivit_jax.compiling import compile_step
 from hivit_jax.data import pipeline
@@ -56,14 +56,14 @@ WHOLE = ((512, 512), ())  # 1 MiB
 
 def test_bytes_of_an_all_reduce():
     hlo = compiled(lambda x, y: x.T @ y, mesh(8), ROWS, ROWS)
-    assert compile_ahead.collectives(hlo) == [
+    assert programs.collectives(hlo) == [
         {"kind": "all-reduce", "count": 1, "bytes_per_step": MIB}
     ]
 
 
 def test_bytes_of_an_all_gather_are_those_of_what_is_gathered():
     hlo = compiled(lambda x: x + 1, mesh(8), ROWS)
-    assert compile_ahead.collectives(hlo) == [
+    assert programs.collectives(hlo) == [
         {"kind": "all-gather", "count": 1, "bytes_per_step": 2 * MIB}
     ]
 
@@ -91,7 +91,7 @@ def test_bytes_of_other_collectives(operation, kind, size):
         check_vma=False,
     )
     hlo = compiled(function, devices, ((1024, 512), ()), out=("data",))
-    [found] = compile_ahead.collectives(hlo)
+    [found] = programs.collectives(hlo)
     assert found == {"kind": kind, "count": 1, "bytes_per_step": size * MIB}
 
 
@@ -102,7 +102,7 @@ def test_what_a_loop_exchanges_counts_every_time():
         ]
 
     hlo = compiled(loop, mesh(8), ROWS, WHOLE)
-    assert compile_ahead.collectives(hlo) == [
+    assert programs.collectives(hlo) == [
         {"kind": "all-reduce", "count": 5, "bytes_per_step": 5 * MIB}
     ]
 
@@ -154,7 +154,7 @@ ENTRY %main (a: (s32[], f32[256]), b: bf16[64,128]) -> f32[] {
 def test_asynchronous_collectives_count_once_and_loops_by_their_bound():
     kinds = {
         each["kind"]: (each["count"], each["bytes_per_step"])
-        for each in compile_ahead.collectives(ASYNCHRONOUS)
+        for each in programs.collectives(ASYNCHRONOUS)
     }
     assert kinds == {
         "all-reduce": (1, 2 * 64 * 128 + 4),
@@ -164,7 +164,7 @@ def test_asynchronous_collectives_count_once_and_loops_by_their_bound():
     # Fusions as one kernel. What is in VMEM, and so all that %cut reads, is free.
     # A number takes a tile of 512 bytes: %c is read, and given by %d.
     reduced = 2 * (2 * 64 * 128 + 512)
-    moved = compile_ahead.bytes_by_region(ASYNCHRONOUS).total()
+    moved = programs.bytes_by_region(ASYNCHRONOUS).total()
     assert moved == reduced + 3 * 2 * 4 * 256
 
 
@@ -210,7 +210,7 @@ ENTRY %main (a: bf16[64,49,512], b: f32[8,1024], c: f32[512,256]) -> f32[] {
 def test_bytes_of_regions():
     """Tiles pad 49 rows to 56. What names no region goes with what it is copied for."""
     row = 2 * 64 * 512
-    assert compile_ahead.bytes_by_region(REGIONS) == {
+    assert programs.bytes_by_region(REGIONS) == {
         "main mlp": 56 * row + 4 * 8 * 128 + 56 * row,  # %in, a slice of %b, %out
         "decoder attention": 56 * row + 56 * row + 4 * (8 * 1024 + 128 * 256),
         "exchange": 2 * 4 * 8 * 1024,
@@ -232,7 +232,7 @@ def test_regions_of_a_compiled_program():
 
     w, x = jnp.ones((256, 128)), jnp.ones((512, 256))
     hlo = program.lower(w, x).compile().as_text()
-    moved = compile_ahead.bytes_by_region(hlo)
+    moved = programs.bytes_by_region(hlo)
     assert moved.keys() - {"other"} == {"main attention", "loss"}
     product = 4 * (256 * 128 + 512 * 256 + 512 * 128)
     assert moved["main attention"] >= 2 * product
@@ -241,7 +241,7 @@ def test_regions_of_a_compiled_program():
 
     jaxpr = jax.make_jaxpr(program)(w, x).jaxpr
     one = 2 * 512 * 256 * 128
-    found = compile_ahead.matmul_flops_by_region(jaxpr, loops=True)
+    found = programs.matmul_flops_by_region(jaxpr, loops=True)
     assert found == {"main attention": 2 * one, "loss": 3 * one}  # x has no gradient
 
 
@@ -263,7 +263,7 @@ def test_operations_of_kernels_on_every_device():
         each, mesh=devices, in_specs=spec, out_specs=spec, check_vma=False
     )
     jaxpr = jax.make_jaxpr(run)(jnp.ones((8 * 64, 16))).jaxpr
-    found = compile_ahead.matmul_flops_by_region(jaxpr, loops=False)
+    found = programs.matmul_flops_by_region(jaxpr, loops=False)
     assert found == {"stem1": 8 * 4 * 2 * 16**3}
 
 
@@ -285,7 +285,7 @@ ENTRY %main (x: f32[32]) -> f32[256] {
   ROOT %done = f32[256]{0} fusion(%x), kind=kCustom, calls=%b
 }
 """
-    assert compile_ahead.collectives(hlo) == [
+    assert programs.collectives(hlo) == [
         {"kind": "all-gather", "count": 1, "bytes_per_step": 1024}
     ]
 
@@ -298,11 +298,11 @@ def test_operations_of_matrix_products_in_loops():
     x, w = jnp.ones((8, 16)), jnp.ones((5, 16, 16))
     one = 2 * 8 * 16 * 16
     forward = jax.make_jaxpr(program)(x, w).jaxpr
-    assert compile_ahead.matmul_flops(forward, loops=True) == 5 * one
-    assert compile_ahead.matmul_flops(forward, loops=False) == one
+    assert programs.matmul_flops(forward, loops=True) == 5 * one
+    assert programs.matmul_flops(forward, loops=False) == one
     # Forward, again for the gradient, and a product for each of x and w.
     both = jax.make_jaxpr(jax.grad(program, (0, 1)))(x, w).jaxpr
-    assert compile_ahead.matmul_flops(both, loops=True) == 5 * 4 * one
+    assert programs.matmul_flops(both, loops=True) == 5 * 4 * one
 
 
 GREY = "(0.5,0.5,0.5)"
@@ -519,7 +519,7 @@ def test_fsdp_exchanges_parameters_and_gradients_alone(fsdp, parts):
         devices = sharding.make_mesh(config.mesh, size, parts)
         step, arguments, shardings = compile_ahead.train_step(config, devices)
         hlo = compile_step(step, arguments, shardings).as_text()
-        found.append(compile_ahead.collectives(hlo))
+        found.append(programs.collectives(hlo))
     assert found[0] == found[1]
     kinds = [each["kind"] for each in found[0]]
     assert kinds == ["all-reduce", "all-gather"]  # the CPU has no reduce-scatter
@@ -565,7 +565,7 @@ def test_operations_fall_with_the_mask_as_counted_by_hand():
         mesh = sharding.make_mesh(config.mesh, 8)
         step, arguments, _ = compile_ahead.train_step(config, mesh)
         jaxpr = jax.make_jaxpr(step)(*arguments).jaxpr
-        found.append(compile_ahead.matmul_flops(jaxpr, loops=True) / 8)
+        found.append(programs.matmul_flops(jaxpr, loops=True) / 8)
         model = nnx.eval_shape(lambda config=config: tasks.build_model(config))
         counted.append(6 * model_macs(model, mask_ratio))
     assert_allclose(found, counted, rtol=0.04)  # images are resized, too

@@ -10,7 +10,7 @@ import recipes
 from networks import DEFAULTS, mini, pictures
 from numpy.testing import assert_allclose, assert_array_equal
 
-from hivit_jax import export
+from hivit_jax import export, kernels
 from hivit_jax.checkpoint import Checkpoints
 from hivit_jax.errors import CheckpointError, ConfigError
 from hivit_jax.models import split
@@ -70,6 +70,14 @@ def test_equal_in_any_batch(what, dtype, size, tmp_path):
 def test_parameters_are_stored_once(exported):
     size = 4 * mini().parameter_count()
     assert size < exported[0].stat().st_size < size + 2**16
+
+
+def test_kernels_of_one_backend_are_left_out(monkeypatch):
+    model, choices = mini(kernels="fused"), []
+    monkeypatch.setattr(kernels, "mlp", lambda *how: choices.append(how[-1]))
+    export.export(model)
+    assert set(choices) == {"plain"}
+    assert model.encoder.kernels == "fused"
 
 
 def test_runs_with_jax_alone(exported, tmp_path):

@@ -184,10 +184,9 @@ def test_the_same_network(options, one_device):
         assert_allclose(x, y, rtol=0, atol=1e-5 * scale + 1e-9, err_msg=name)
 
 
-@pytest.mark.parametrize("parts", [1, 2])
-def test_on_a_mesh(parts, tmp_path):
+def test_on_a_mesh():
     """A train step of 8 devices: each runs kernels on its own part of the batch."""
-    found = {}
+    found, parts = {}, 2
     for choice in ("plain", "fused"):
         config = recipes.mae(batch_size=128 * parts, data__name="synthetic")
         config.optimizer.accumulate_steps = parts

@@ -104,6 +104,7 @@ def test_float32_inside_bfloat16(name):
     # patch embedding, stem MLPs, merges, main blocks with six products; then the rest.
     encoder = 1 + 2 * 4 + 2 + 6 * 2
     if name.startswith("mae_"):
-        assert low == [True] * (encoder + 1 + 6 + 1)
+        # positions, decoder embedding, decoder block, prediction
+        assert low == [True] * (encoder + 1 + 1 + 6 + 1)
     else:
         assert low == [True] * encoder + [False]  # the head
