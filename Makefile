@@ -23,7 +23,8 @@ lint: install
 	.venv/bin/ruff format --check .
 
 test: lint
-	.venv/bin/python -m pytest --numprocesses auto --dist loadfile
+	.venv/bin/python -m pytest --numprocesses auto --dist loadfile \
+	  --no-loadscope-reorder
 
 demo: install
 	.venv/bin/python launch/demo.py

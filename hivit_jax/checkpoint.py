@@ -27,6 +27,13 @@ from hivit_jax.metrics import Scalars, say, score
 from hivit_jax.models import named_leaves
 
 logging.set_verbosity(logging.ERROR)  # orbax narrates every save
+# Devices that hold the same array share its writing in pieces of a megabyte or more:
+# every piece takes a program to cut it out, and a small array is written sooner whole.
+ocp.type_handlers.register_type_handler(
+    jax.Array,
+    ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**20),
+    override=True,
+)
 
 
 class Checkpoints:

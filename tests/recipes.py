@@ -10,7 +10,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
 from hivit_jax import checkpoint, evaluate, figures, metrics
@@ -89,25 +88,17 @@ def classifier(source: str = "synthetic", **overrides) -> ConfigDict:
 
 
 @contextmanager
-def quick(cache: Path) -> Iterator[None]:
-    """Light compilation, each program once; no pictures and no TensorBoard."""
-    options = {
-        "jax_disable_most_optimizations": True,
-        "jax_compilation_cache_dir": str(cache),
-        "jax_persistent_cache_min_compile_time_secs": 0.2,
-    }
-    before = {name: jax.config.values[name] for name in options}
+def quick() -> Iterator[None]:
+    """Light compilation; no pictures and no TensorBoard."""
+    name = "jax_disable_most_optimizations"
+    before = jax.config.values[name]
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "tensorboardX", None)
         patch.setattr(figures, "draw_run", lambda *_: {})
         patch.setattr(evaluate, "make_reconstruct", lambda *_: lambda params: None)
-        for name, value in options.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
+        jax.config.update(name, True)
         yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
+        jax.config.update(name, before)
 
 
 def start(
@@ -122,7 +113,7 @@ def start(
     variables = dict(
         JAX_PLATFORMS="cpu",
         JAX_DISABLE_MOST_OPTIMIZATIONS="1",
-        XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}",
+        XLA_FLAGS=os.environ["XLA_FLAGS"].replace("count=8", f"count={devices}"),
         **environment,
     )
     return subprocess.Popen(
@@ -156,6 +147,12 @@ def lines(workdir: Path, name: str = "loss") -> dict[int, float]:
     steps = [line["step"] for line in found]
     assert steps == sorted(set(steps))
     return {line["step"]: line[name] for line in found}
+
+
+def saved(workdir: Path) -> list[int]:
+    """Steps with a complete checkpoint."""
+    paths = (workdir / "checkpoints").glob("*")
+    return sorted(int(path.name) for path in paths if path.name.isdigit())
 
 
 def stored(workdir: Path, step: int) -> dict[str, dict[str, np.ndarray]]:

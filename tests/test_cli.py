@@ -150,7 +150,7 @@ def test_workdir_that_cannot_be_written(capsys, tmp_path):
 def finished(tmp_path_factory):
     """Workdir of a run of one step."""
     workdir = tmp_path_factory.mktemp("finished")
-    with recipes.quick(tmp_path_factory.mktemp("cache")):
+    with recipes.quick():
         assert main([*MINI, f"--workdir={workdir}", "--config.total_steps=1"]) == 0
     return workdir
 

@@ -28,8 +28,8 @@ MIB = 2**20
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick(tmp_path_factory):
-    with recipes.quick(tmp_path_factory.mktemp("cache")):
+def quick():
+    with recipes.quick():
         yield
     jax.config.update("jax_enable_compilation_cache", True)
 

@@ -18,7 +18,7 @@ from hivit_jax.models import split
 
 @pytest.fixture(scope="module", autouse=True)
 def _quick(tmp_path_factory):
-    with recipes.quick(tmp_path_factory.mktemp("cache")):
+    with recipes.quick():
         yield
 
 

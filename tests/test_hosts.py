@@ -34,7 +34,7 @@ def run(tmp_path_factory):
     }
     overrides["model__image_size"] = 64
     arguments = recipes.arguments("photographs", **overrides)
-    with recipes.quick(root / "programs"):
+    with recipes.quick():
         train(recipes.mae("photographs", **overrides), root / "run")
     return arguments, root
 
@@ -50,7 +50,6 @@ def on_hosts(run, count):
         recipes.start(
             Path(hosts.__file__),
             *(address, count, index, out, root / "run", *arguments),
-            JAX_COMPILATION_CACHE_DIR=root / "programs",
             XDG_CACHE_HOME=root / "cache",
         )
         for index, out in enumerate(outs)

@@ -57,7 +57,6 @@ def environment(tmp_path_factory):
     directory = tmp_path_factory.mktemp("environment")
     missing = recipes.not_installed(directory, "tensorflow", "tensorboardX")
     return {
-        "JAX_COMPILATION_CACHE_DIR": directory / "programs",
         "XDG_CACHE_HOME": directory / "cache",
         "PYTHONPATH": missing,
     }

@@ -21,8 +21,8 @@ MOMENTUM, TRUST = 0.9, 0.001
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick(tmp_path_factory):
-    with recipes.quick(tmp_path_factory.mktemp("cache")):
+def quick():
+    with recipes.quick():
         yield
 
 

@@ -222,9 +222,13 @@ def test_models_without_drop_path_ignore_keys():
 
     without, ignored = compiled(mini(), run)(images)
     assert_array_equal(ignored, without)
-    evaluated, trained = compiled(mini(drop_path_rate=0.5), run)(images)
-    assert_array_equal(evaluated, without)
-    assert (trained != without).any()
+    evaluated, trained = (
+        compiled(mini(drop_path_rate=0.5), lambda m, x, k=k: m(x, sample_keys=k))
+        for k in (None, keys)
+    )
+    alone = compiled(mini(), lambda m, x: m(x))(images)
+    assert_array_equal(evaluated(images), alone)
+    assert (trained(images) != alone).any()
 
 
 def test_drop_path_of_a_model_depends_on_the_sample_alone():

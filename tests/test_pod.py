@@ -13,7 +13,7 @@ import recipes
 from hivit_jax import hosts
 from hivit_jax.errors import ConfigError
 
-STEPS = 40
+STEPS = 20
 RUN = dict(
     total_steps=STEPS,
     checkpoint_every=1000,
@@ -83,12 +83,12 @@ def test_sigterm_stops_all_and_another_number_goes_on(alone, environment, tmp_pa
     """Two processes, one of them told to stop; then four, to the end of one alone."""
     run, flags = tmp_path / "run", recipes.arguments(**RUN)
     pod = Pod(run, 2, environment, flags)
-    pod.wait_for_step(5)
+    pod.wait_for_step(3)
     pod.processes[1].send_signal(signal.SIGTERM)
     errors = pod.errors()
     assert pod.codes() == [75, 75], errors
-    (saved,) = (int(p.name) for p in (run / "checkpoints").iterdir())
-    assert 5 <= saved < STEPS
+    (saved,) = recipes.saved(run)
+    assert 3 <= saved < STEPS
     for error in errors:
         assert f"SIGTERM to one of the processes: step {saved} of {STEPS}" in error
 
@@ -122,9 +122,7 @@ def test_a_lost_process_ends_the_others(lost, how, environment, tmp_path):
     assert pod.processes[1 - lost].returncode == 75, error
     assert f"process {lost} of 2 gives no sign of life, for" in error
     assert "(peer_timeout=4)" in error
-    steps = sorted(
-        int(p.name) for p in (tmp_path / "run" / "checkpoints").glob("[0-9]*")
-    )
+    steps = recipes.saved(tmp_path / "run")
     assert steps
     assert all(step % 5 == 0 for step in steps)
 

@@ -168,7 +168,7 @@ def test_pretrain_finetune_share_evaluate(tmp_path, capsys):
     what is evaluated is what was trained.
     """
     first, run, shared = (tmp_path / name for name in ("first", "run", "shared"))
-    with recipes.quick(tmp_path / "cache"):
+    with recipes.quick():
         train(recipes.mae(total_steps=1, model__image_size="(64,32)"), first)
         wide = dict(total_steps=1, model__image_size="(32,96)")
         capsys.readouterr()
@@ -192,7 +192,7 @@ def test_continued_pretraining_of_an_official_file(tmp_path):
     config = recipes.mae(
         init_from=str(path), total_steps=1, optimizer__base_learning_rate=0.0
     )
-    with recipes.quick(tmp_path / "cache"):
+    with recipes.quick():
         train(config, tmp_path / "run")
     model, _ = reference.build_fixture("mae_mini")
     stored = recipes.stored(tmp_path / "run", 1)["params"]

@@ -21,12 +21,6 @@ def command(workdir, source, **overrides):
     return ["-m", "hivit_jax.main", *flags, f"--workdir={workdir}"]
 
 
-def checkpoints(workdir):
-    """Steps with a complete checkpoint."""
-    paths = (workdir / "checkpoints").glob("*")
-    return sorted(int(path.name) for path in paths if path.name.isdigit())
-
-
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory, environment):
     """source -> (workdir of a run that nothing disturbed, what it printed)."""
@@ -62,7 +56,7 @@ def disturb(workdir, source, number, after, environment, **overrides):
     while not (
         workdir.exists()
         and max(recipes.lines(workdir), default=0) >= begun + after
-        and set(due) <= set(checkpoints(workdir))
+        and set(due) <= set(recipes.saved(workdir))
     ):
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.005)
@@ -73,7 +67,7 @@ def disturb(workdir, source, number, after, environment, **overrides):
 
 def same_run(workdir, expected):
     """The last state and all losses are identical; every step is there once."""
-    assert checkpoints(workdir)[-1] == checkpoints(expected)[-1] == STEPS
+    assert recipes.saved(workdir)[-1] == recipes.saved(expected)[-1] == STEPS
     state = recipes.stored(workdir, STEPS)
     assert int(state["optimizer"]["step"]) == STEPS
     recipes.assert_identical(state, recipes.stored(expected, STEPS))
@@ -94,7 +88,7 @@ def test_killed_run(uninterrupted, environment, tmp_path):
         workdir, source, signal.SIGKILL, EVERY + 5, environment, **overrides
     )
     assert code == -signal.SIGKILL
-    reached, saved = max(recipes.lines(workdir)), checkpoints(workdir)[-1]
+    reached, saved = max(recipes.lines(workdir)), recipes.saved(workdir)[-1]
     assert saved < STEPS
     assert saved <= reached < STEPS
 
@@ -117,7 +111,7 @@ def test_interrupted_run(uninterrupted, environment, tmp_path):
         message = f"{number.name}: step (\\d+) of {STEPS} is saved in {workdir}; run"
         step = int(re.search(message, err)[1])
         assert "Traceback" not in err
-        assert checkpoints(workdir) == [*stopped, step]
+        assert recipes.saved(workdir) == [*stopped, step]
         assert max(recipes.lines(workdir)) == step
         assert int(recipes.stored(workdir, step)["optimizer"]["step"]) == step < STEPS
         stopped.append(step)

@@ -37,8 +37,8 @@ AVERAGED = dict(
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick(tmp_path_factory):
-    with recipes.quick(tmp_path_factory.mktemp("cache")):
+def quick():
+    with recipes.quick():
         yield
 
 
