@@ -1,8 +1,5 @@
 # The two commands of the README are `make demo` and `make test`.
 PYTHON ?= python3
-# XLA takes and frees megabytes at every step; without this glibc hands them back to the
-# system each time, and the demo's step takes 48 ms instead of 35 on 2 cores.
-export MALLOC_TOP_PAD_ = 67108864
 
 .PHONY: install lint test demo clean
 

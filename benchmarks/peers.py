@@ -153,7 +153,10 @@ def work(row: str, args: argparse.Namespace, exchange: Path, pipe: Any) -> None:
     tells seconds and CPU-seconds (of all threads); ends at 0.
     """
     if args.device == "cpu":
+        from hivit_jax.compiling import keep_memory
+
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
+        keep_memory()  # as training does; PyTorch has the same of it
     start = ours if row == OURS else lambda *rest: theirs(row, *rest)
     run, about = start(args, exchange)
     pipe.send(about)
@@ -264,7 +267,6 @@ def run(argv: list[str] | None) -> None:
     )
     if cpu:
         os.environ["JAX_PLATFORMS"] = "cpu"
-        os.environ["MALLOC_TOP_PAD_"] = str(2**26)  # as the README has it, for all
     else:  # they share it
         os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     found = compare(args)

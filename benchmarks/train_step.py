@@ -27,7 +27,7 @@ from hivit_jax import config as configs
 from hivit_jax import step as steps
 from hivit_jax import tasks
 from hivit_jax.chips import chip_of
-from hivit_jax.compiling import compile_step
+from hivit_jax.compiling import compile_step, keep_memory
 from hivit_jax.data.sources import IMAGENET_TRAIN
 from hivit_jax.errors import HivitError, Parser, exit_code
 from hivit_jax.optimizer import count_steps, make_schedule
@@ -181,6 +181,8 @@ def run(argv: list[str] | None) -> None:
     values = args.set + ([f"batch_size={args.batch}"] if args.batch else [])
     config = configs.load(args.config, [f"--config.{value}" for value in values])
     jax.config.update("jax_enable_compilation_cache", False)  # it is to be timed
+    if jax.default_backend() == "cpu":
+        keep_memory()  # as training does
     found = measure(config, args.rounds, args.steps)
     print(summary(found))
     name = f"train_step_{Path(args.config).stem}_{jax.default_backend()}.json"

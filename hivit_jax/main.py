@@ -9,7 +9,7 @@ import jax
 
 from hivit_jax import config as configs
 from hivit_jax import hosts
-from hivit_jax.compiling import keep_compiled
+from hivit_jax.compiling import keep_compiled, keep_memory
 from hivit_jax.errors import ConfigError, Parser, exit_code
 from hivit_jax.metrics import say
 
@@ -84,6 +84,8 @@ def run(argv: Sequence[str], join: bool) -> None:
         hosts.start(*process, config.peer_timeout)
         in_workdir = flags.workdir and f"{flags.workdir}/compiled"
         keep_compiled(config.compilation_cache or in_workdir)
+        if jax.default_backend() == "cpu":
+            keep_memory()
     with hosts.Guard(config.stall_timeout, config.peer_timeout) as guard:
         compute(config, flags, guard.beat)
 

@@ -152,7 +152,7 @@ def bytes_by_region(hlo: str) -> Counter:
 
     def add(name, times, outer):
         here = computations[name]
-        regions = _regions(here, computations)
+        regions = _regions(here, computations, outer)
         for key, each in here.items():
             region = regions[key] or outer
             if each.opcode in CALLS:
@@ -223,18 +223,21 @@ def _called(instruction: Instruction) -> list[str]:
     return [name for names in found for name in _names(names)]
 
 
-def _regions(here: Computation, computations: dict[str, Computation]) -> dict[str, str]:
+def _regions(
+    here: Computation, computations: dict[str, Computation], outer: str
+) -> dict[str, str]:
     """`region_of` every instruction by its name, "" where nothing tells.
 
-    A fusion that names none has that of most of what is fused. Of what is left, copies
-    out of VMEM belong to what made the array, everything else to what uses it.
+    Names in a program that is called from `outer` go on from there. A fusion that names
+    none has that of most of what is fused. Of what is left, copies out of VMEM belong
+    to what made the array, everything else to what uses it.
     """
     found, users = {}, {key: [] for key in here}
     for key, each in here.items():
         fused = computations[_called(each)[0]] if each.opcode == "fusion" else {}
-        votes = Counter(map(_named, fused.values()))
+        votes = Counter(_named(inner, outer) for inner in fused.values())
         del votes[""]
-        found[key] = _named(each) or max(votes, key=votes.get, default="")
+        found[key] = _named(each, outer) or max(votes, key=votes.get, default="")
         for name in _names(each.operands):
             users[name].append(key)
 
@@ -259,10 +262,10 @@ def _regions(here: Computation, computations: dict[str, Computation]) -> dict[st
     return found
 
 
-def _named(instruction: Instruction) -> str:
+def _named(instruction: Instruction, outer: str) -> str:
     """The region that an instruction's own name tells, or ""."""
     found = NAMED.search(instruction.attributes)
-    return region_of(found[1]) if found else ""
+    return region_of(f"{outer.replace(' ', '/')}/{found[1]}") if found else ""
 
 
 def _hbm_bytes(

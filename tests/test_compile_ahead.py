@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 from functools import cache
 
 import jax
@@ -15,7 +16,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from numpy.testing import assert_allclose
 
 import hivit_jax
-from hivit_jax import compile_ahead, programs, sharding, tasks
+from hivit_jax import compile_ahead, kernels, programs, sharding, tasks
 from hivit_jax import config as configs
 from hivit_jax.compiling import compile_step
 from hivit_jax.data import pipeline
@@ -341,7 +342,7 @@ def test_roofline_is_bound_by_what_is_slowest():
     assert bound(1, 1, exchanged) == ("network", 10)  # 2 x 100 GB at 200 GB/s
 
 
-# --- Rematerialisation and scanned blocks ---------------------------------------------
+# --- Ways to run blocks --------------------------------------------------------------
 
 SMALL = dict(image_size=64, embed_dim=64, depths=(1, 1, 2), num_heads=2)
 MODELS = {
@@ -375,12 +376,22 @@ def loss_and_gradients(name, **options):
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize(
     "options",
-    [dict(remat=True), dict(scan_blocks=True), dict(remat=True, scan_blocks=True)],
+    [
+        {},
+        dict(remat=True),
+        dict(scan_blocks=True),
+        dict(remat=True, scan_blocks=True),
+    ],
 )
-def test_remat_and_scan_change_nothing(name, options):
-    """Nor which branches are dropped: another draw would change the loss by far."""
-    loss, gradients, params = loss_and_gradients(name)
+def test_ways_to_run_blocks_change_nothing(monkeypatch, name, options):
+    """Nor which branches are dropped: another draw would change the loss by far.
+
+    On a CPU every block is called; elsewhere they are one program, where nothing else
+    is asked for.
+    """
     value, found, same = loss_and_gradients(name, **options)
+    monkeypatch.setattr(kernels, "platform", lambda: "tpu")
+    loss, gradients, params = loss_and_gradients(name, remat=False)
     recipes.assert_identical(same, params)  # names, shapes and numbers
     assert_allclose(value, loss, rtol=1e-6)
     assert found.keys() == gradients.keys()
@@ -389,27 +400,55 @@ def test_remat_and_scan_change_nothing(name, options):
         assert_allclose(found[key] / scale, gradient / scale, atol=2e-6, err_msg=key)
 
 
-def test_scanned_blocks_are_compiled_once():
-    def size(**options):
-        model = hivit_jax.create_model("hivit_base", **SMALL | options)
-        graphdef, params = split(model)
-        images = jnp.zeros((2, 64, 64, 3))
-        forward = jax.make_jaxpr(lambda p, x: nnx.merge(graphdef, p)(x))(params, images)
-        return len(str(forward).splitlines())
-
-    assert size(scan_blocks=True) < size() < size(depths=(1, 1, 9))
-    more = size(scan_blocks=True, depths=(1, 1, 9)) - size(scan_blocks=True)
-    assert more < (size(depths=(1, 1, 9)) - size()) / 3  # stacking parameters remains
+def gradient_program(**options):
+    """The gradient of a small classifier, lowered."""
+    model = hivit_jax.create_model("hivit_base", **SMALL | options)
+    graphdef, params = split(model)
+    images = jnp.zeros((2, 64, 64, 3))
+    loss = jax.grad(lambda p, x: nnx.merge(graphdef, p)(x).sum())
+    return jax.jit(loss).lower(params, images)
 
 
-def test_blocks_that_differ_cannot_be_scanned():
-    windows = dict(window_size=2, scan_blocks=True)
-    with pytest.raises(ConfigError, match="scan_blocks=True with global_blocks"):
-        hivit_jax.create_model("hivit_base", **SMALL, **windows, global_blocks=(1,))
-    model = hivit_jax.create_model("hivit_base", **SMALL, **windows)
-    plain = hivit_jax.create_model("hivit_base", **SMALL, window_size=2)
+def lines(**options):
+    return len(gradient_program(**options).as_text().splitlines())
+
+
+@pytest.mark.parametrize(
+    ("platform", "options"), [("tpu", dict(scan_blocks=True)), ("cpu", {})]
+)
+def test_blocks_are_compiled_once(monkeypatch, platform, options):
+    monkeypatch.setattr(kernels, "platform", lambda: "tpu")
+    one_by_one = lines(depths=(1, 1, 9)) - lines()
+    monkeypatch.setattr(kernels, "platform", lambda: platform)
+    more = lines(depths=(1, 1, 9), **options) - lines(**options)
+    assert more < one_by_one / 3  # stacking parameters remains
+
+
+def test_cpus_add_up_residual_branches_once():
+    """No kernel takes more operands for there being more blocks."""
+    found = []
+    for depth in (3, 9):
+        hlo = gradient_program(depths=(1, 1, depth)).compile().as_text()
+        kernels = re.findall(r"^%fused_computation\S* \((.*)\) ->", hlo, re.M)
+        found.append(max(operands.count(":") for operands in kernels))
+    assert found[0] == found[1]
+
+
+def test_blocks_that_differ():
+    """Are not scanned, and not taken for each other."""
+    windows = dict(window_size=2)
     images = np.random.default_rng(0).normal(size=(2, 64, 64, 3)).astype(np.float32)
+    with pytest.raises(ConfigError, match="scan_blocks=True with global_blocks"):
+        hivit_jax.create_model(
+            "hivit_base", **SMALL, **windows, global_blocks=(1,), scan_blocks=True
+        )
+    model = hivit_jax.create_model("hivit_base", **SMALL, **windows, scan_blocks=True)
+    plain = hivit_jax.create_model("hivit_base", **SMALL, **windows)
     assert_allclose(model(images), plain(images), atol=1e-6)
+    mixed = hivit_jax.create_model("hivit_base", **SMALL, **windows, global_blocks=(1,))
+    layers = [x.tokens for x in mixed.layers(images)]
+    assert_allclose(mixed.encoder(images)[-1], layers[-1], atol=1e-6)
+    assert np.abs(model(images) - mixed(images)).max() > 1e-4
 
 
 # --- Errors --------------------------------------------------------------------------

@@ -88,16 +88,28 @@ def attention(
     return lambda add: place.run(partial(run, add=add), x, weights)
 
 
-def implementation(choice: str, q: jax.Array, bias: Any, mask: Any) -> str | None:
-    """Of `jax.nn.dot_product_attention`: "cudnn" on GPUs, which keeps no scores.
+def dot_product_attention(
+    *qkv: jax.Array, bias: jax.Array | None, mask: jax.Array | None, choice: str
+) -> jax.Array:
+    """`jax.nn.dot_product_attention` of q, k, v, each [B, N, heads, head], where cuDNN
+    can do it, on GPUs without bias and mask, by cuDNN, which keeps no scores.
 
     Args:
-      choice: as in `mlp`; q: [B, N, heads, head]. With bias or mask XLA is left to it.
+      choice: as in `mlp`.
     """
-    serves = q.dtype == jnp.bfloat16 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
+    batch, tokens, _, head = qkv[0].shape
+    serves = qkv[0].dtype == jnp.bfloat16 and head % 8 == 0 and head <= 128
     special = bias is not None or mask is not None
-    gpu = _platform()[0] == "gpu"
-    return "cudnn" if gpu and serves and not special and choice != "plain" else None
+    if platform() != "gpu" or not serves or special or choice == "plain":
+        return jax.nn.dot_product_attention(*qkv, bias=bias, mask=mask)
+    # JAX has cuDNN's gradient for even numbers of tokens alone.
+    padding, lengths = ((0, 0), (0, tokens % 2), (0, 0), (0, 0)), {}
+    if tokens % 2:
+        qkv = [jnp.pad(x, padding) for x in qkv]
+        names = "query_seq_lengths", "key_value_seq_lengths"
+        lengths = dict.fromkeys(names, jnp.full(batch, tokens, jnp.int32))
+    out = jax.nn.dot_product_attention(*qkv, **lengths, implementation="cudnn")
+    return out[:, :tokens]
 
 
 class _Place:
@@ -130,7 +142,7 @@ def _place(choice: str, x: jax.Array) -> _Place | None:
     """Where the program being traced will run; None: not where kernels are for."""
     if choice == "plain":
         return None
-    platform, mesh = _platform()
+    mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         # Nobody tells how arrays lie on several devices.
         known, axes, shards = jax.device_count() == 1, (), 1
@@ -139,7 +151,7 @@ def _place(choice: str, x: jax.Array) -> _Place | None:
         types = zip(mesh.axis_names, mesh.axis_types, strict=True)
         axes = tuple(name for name, kind in types if kind == AxisType.Auto)
         shards = math.prod(mesh.shape[axis] for axis in axes)
-    tpu = platform == "tpu"
+    tpu = platform() == "tpu"
     if not known or (choice == "auto" and not (tpu and x.dtype == jnp.bfloat16)):
         return None
     return _Place(axes, shards, interpret=not tpu)
@@ -150,11 +162,11 @@ def heads_split() -> bool:
     return jax.sharding.get_abstract_mesh().shape.get("tensor", 1) > 1
 
 
-def _platform() -> tuple[str, jax.sharding.AbstractMesh]:
-    """ "tpu", "gpu" or "cpu", that the program being traced is for; the mesh set."""
+def platform() -> str:
+    """ "tpu", "gpu" or "cpu", that the program being traced is for."""
     mesh = jax.sharding.get_abstract_mesh()
     device = None if mesh.empty else mesh.abstract_device
-    return device.platform if device else jax.default_backend(), mesh
+    return device.platform if device else jax.default_backend()
 
 
 def _rows(total: int, unit: int, most: int) -> int | None:

@@ -178,8 +178,8 @@ class HiViT(nnx.Module):
         common = dict(eps=layer_norm_eps, dtype=self.dtype, rngs=rngs)
         blocks = [2 * depth for depth in depths[:-1]] + [depths[-1]]
         # One rate per residual block in order; PatchMerge takes none.
-        rates = iter(np.linspace(0, drop_path_rate, sum(blocks), dtype=np.float32))
-        numbers = iter(range(sum(blocks)))
+        rates = np.linspace(0, drop_path_rate, sum(blocks), dtype=np.float32)
+        self.drop_rates = tuple(map(float, rates))
 
         width = embed_dim // 2**stems
         fan_in = (patch_size // inner_patches) ** 2 * in_channels
@@ -188,14 +188,7 @@ class HiViT(nnx.Module):
         for count in blocks[:-1]:
             stages.append(
                 nnx.List(
-                    MlpBlock(
-                        width,
-                        stem_mlp_ratio,
-                        number=next(numbers),
-                        drop_rate=float(next(rates)),
-                        **common,
-                    )
-                    for _ in range(count)
+                    MlpBlock(width, stem_mlp_ratio, **common) for _ in range(count)
                 )
             )
             merges.append(PatchMerge(width, **common))
@@ -208,8 +201,6 @@ class HiViT(nnx.Module):
                     width,
                     num_heads,
                     mlp_ratio,
-                    number=next(numbers),
-                    drop_rate=float(next(rates)),
                     grid=span if relative_position else None,
                     windows=windows,
                     **common,
@@ -228,6 +219,13 @@ class HiViT(nnx.Module):
     def how(self) -> dict[str, bool | str]:
         """How to run blocks, for `run_blocks`."""
         return dict(remat=self.remat, scan=self.scan_blocks, kernel=self.kernels)
+
+    def _run_stage(self, stage: int, x: jax.Array, **inputs: jax.Array | None):
+        first = sum(map(len, self.stages[:stage]))
+        rates = self.drop_rates[first:] if any(self.drop_rates) else None
+        return run_blocks(
+            self.stages[stage], x, **self.how, first=first, rates=rates, **inputs
+        )
 
     def _windows(self, grid: Grid) -> list[Windows | None]:
         """The windows of each main-stage block in a grid; None: all of it."""
@@ -262,10 +260,9 @@ class HiViT(nnx.Module):
         """
         *outputs, x, relative_index = self._stem(images, ids_keep, sample_keys)
         with jax.named_scope("main"):
-            x = run_blocks(
-                self.stages[-1],
+            x = self._run_stage(
+                len(self.stages) - 1,
                 x,
-                **self.how,
                 relative_index=relative_index,
                 key_mask=key_mask,
                 sample_keys=sample_keys,
@@ -303,9 +300,9 @@ class HiViT(nnx.Module):
         )
         x = self.patch_embed(cells)  # [B*K*16, E/4]
         outputs = []
-        for blocks, merge in zip(self.stages, self.merges, strict=False):
-            with jax.named_scope(f"stem{len(outputs) + 1}"):
-                x = run_blocks(blocks, x, **self.how, sample_keys=sample_keys)
+        for stage, merge in enumerate(self.merges):
+            with jax.named_scope(f"stem{stage + 1}"):
+                x = self._run_stage(stage, x, sample_keys=sample_keys)
             outputs.append(x)
             x = merge(x)  # a quarter of the rows, twice as wide
         x = x.reshape(images.shape[0], -1, self.embed_dim)  # [B, K, E]

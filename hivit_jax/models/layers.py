@@ -6,12 +6,13 @@ LayerNorm statistics and the softmax are float32 whatever it is.
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental.xla_metadata import set_xla_metadata
+from jax.sharding import AxisType
 
 from hivit_jax import kernels
 from hivit_jax.errors import ConfigError
@@ -40,14 +41,9 @@ Linear = partial(RowLinear, kernel_init=INIT)
 LayerNorm = partial(nnx.LayerNorm, use_fast_variance=False)
 
 
-def drops(rate: float | jax.Array, sample_keys: jax.Array | None) -> bool:
-    """Whether `drop_path` may drop anything."""
-    return sample_keys is not None and not (isinstance(rate, float) and rate == 0.0)
-
-
 def drop_path(
     x: jax.Array,
-    rate: float | jax.Array,
+    rate: float | jax.Array | None,
     sample_keys: jax.Array | None,
     draw: int | jax.Array,
 ) -> jax.Array:
@@ -55,13 +51,14 @@ def drop_path(
 
     Args:
       x: [B*T, C] or [B, T, C], the branch.
-      rate: probability of dropping; a kept branch is divided by ``1 - rate``.
+      rate: probability of dropping; a kept branch is divided by ``1 - rate``. None:
+        nothing is dropped.
       sample_keys: [B] keys, one per sample, or None for no dropping.
       draw: number of this draw, so that no two branches share one.
     """
-    if not drops(rate, sample_keys):
+    if rate is None or sample_keys is None:
         return x
-    share = jnp.float32(1.0 - rate)
+    share = 1 - jnp.float32(rate)
 
     def keep(key):
         return jax.random.bernoulli(jax.random.fold_in(key, draw), share)
@@ -135,12 +132,11 @@ class Attention(nnx.Module):
             their own.
           key_mask: [B, K], nonzero = may be attended. A sample (or a window of it)
             with no key left gets a uniform softmax, never NaN.
-          kernel: see `kernels.implementation`.
+          kernel: see `kernels.mlp`.
         """
         q, k, v, bias, mask = self._heads(x, relative_index, key_mask)
-        how = kernels.implementation(kernel, q, bias, mask)
-        out = jax.nn.dot_product_attention(
-            q, k, v, bias=bias, mask=mask, implementation=how
+        out = kernels.dot_product_attention(
+            q, k, v, bias=bias, mask=mask, choice=kernel
         )
         if self.windows is not None:
             out = self.windows.join(out)
@@ -209,37 +205,39 @@ class MlpBlock(nnx.Module):
         dim: int,
         mlp_ratio: float,
         *,
-        number: int,
-        drop_rate: float,
         eps: float,
         dtype,
         rngs: nnx.Rngs,
     ):
         self.norm2 = LayerNorm(dim, epsilon=eps, dtype=dtype, rngs=rngs)
         self.mlp = Mlp(dim, mlp_ratio, dtype=dtype, rngs=rngs)
-        self.number, self.drop_rate = number, drop_rate
 
     def __call__(
         self,
         x: jax.Array,
         *,
         sample_keys: jax.Array | None = None,
+        rate: float | jax.Array | None = None,
+        number: int | jax.Array = 0,
         kernel: str = "plain",
     ) -> jax.Array:
-        """[T, C] -> [T, C]; kernel: see `kernels.mlp`."""
+        """[T, C] -> [T, C].
+
+        Args:
+          sample_keys, rate: of `drop_path`.
+          number: of the block, so that no two drop the same samples.
+          kernel: see `kernels.mlp`.
+        """
         with jax.named_scope("mlp"):
             fused = kernels.mlp(x, self.norm2, self.mlp, kernel)
-            return self._residual(
-                x, 2 * self.number, sample_keys, fused, lambda: self.mlp(self.norm2(x))
-            )
+            dropping = rate, sample_keys, 2 * number
+            return self._residual(x, dropping, fused, lambda: self.mlp(self.norm2(x)))
 
-    def _residual(self, x, draw, sample_keys, fused, branch):
+    def _residual(self, x, dropping, fused, branch):
         """x and its branch, of a fused kernel if there is one; see `drop_path`."""
-        rate = self.drop_rate
-        if fused and not drops(rate, sample_keys):
+        if fused and (dropping[0] is None or dropping[1] is None):
             return fused(True)
-        branch = fused(False) if fused else branch()
-        return x + drop_path(branch, rate, sample_keys, draw)
+        return x + drop_path(fused(False) if fused else branch(), *dropping)
 
 
 class AttentionBlock(MlpBlock):
@@ -251,8 +249,6 @@ class AttentionBlock(MlpBlock):
         num_heads: int,
         mlp_ratio: float,
         *,
-        number: int = 0,
-        drop_rate: float = 0.0,
         eps: float,
         dtype,
         rngs: nnx.Rngs,
@@ -262,8 +258,6 @@ class AttentionBlock(MlpBlock):
         super().__init__(
             dim,
             mlp_ratio,
-            number=number,
-            drop_rate=drop_rate,
             eps=eps,
             dtype=dtype,
             rngs=rngs,
@@ -278,56 +272,93 @@ class AttentionBlock(MlpBlock):
         relative_index: jax.Array | None = None,
         key_mask: jax.Array | None = None,
         sample_keys: jax.Array | None = None,
+        rate: float | jax.Array | None = None,
+        number: int | jax.Array = 0,
         kernel: str = "plain",
     ) -> jax.Array:
         with jax.named_scope("attention"):
             fused = kernels.attention(x, self.norm1, self.attn, key_mask, kernel)
             x = self._residual(
-                *(x, 2 * self.number + 1, sample_keys, fused),
+                *(x, (rate, sample_keys, 2 * number + 1), fused),
                 lambda: self.attn(self.norm1(x), relative_index, key_mask, kernel),
             )
-        return super().__call__(x, sample_keys=sample_keys, kernel=kernel)
+        return super().__call__(
+            x, sample_keys=sample_keys, rate=rate, number=number, kernel=kernel
+        )
 
 
 def run_blocks(
     blocks: Sequence[MlpBlock],
     x: jax.Array,
+    *,
     remat: bool,
     scan: bool,
-    **inputs: Any,
+    kernel: str,
+    first: int = 0,
+    rates: Sequence[float] | None = None,
+    **inputs: jax.Array | None,
 ) -> jax.Array:
     """Blocks one after another, x -> x.
 
     Args:
       remat: keep for the gradient but what goes into each block, and compute the rest
         again.
-      scan: compile one block for all, which must differ in nothing but parameters,
-        number and drop rate; a loop over their stacked parameters runs it.
+      scan: compile one block for all, which must differ in nothing but parameters and
+        rate; a loop over their stacked parameters runs it.
+      kernel: see `kernels.mlp`.
+      first: number of the first block.
+      rates: of drop path; None: nothing is dropped.
       inputs: what every block takes beside x.
     """
 
-    def run(block, x):
-        return block(x, **inputs)
+    def run(block, x, number, rate):
+        graphdef, params = nnx.split(block)
+        call = partial(_call(), graphdef, kernel)
+        return (jax.checkpoint(call) if remat else call)(
+            params, x, number, rate, inputs
+        )
 
     def run_scanned(x, scanned):
         params, number, rate = scanned
-        block = nnx.merge(graphdef, params)
-        block.number, block.drop_rate = number, rate if any(rates) else 0.0
-        return run(block, x), None
+        call = partial(_run_block, graphdef, kernel)
+        if remat:  # a loop keeps what is computed again apart by itself
+            call = jax.checkpoint(call, prevent_cse=False)
+        return call(params, x, number, rate, inputs), None
 
     if not scan or not blocks:
-        for block in blocks:
-            call = partial(run, block)
-            x = (jax.checkpoint(call) if remat else call)(x)
+        for i, block in enumerate(blocks):
+            x = run(block, x, first + i, None if rates is None else rates[i])
         return x
     graphdef = nnx.graphdef(blocks[0])
     states = [nnx.to_pure_dict(nnx.state(block)) for block in blocks]
     params = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
-    numbers, rates = zip(*((b.number, b.drop_rate) for b in blocks), strict=True)
-    if remat:  # a loop keeps what is computed again apart by itself
-        run_scanned = jax.checkpoint(run_scanned, prevent_cse=False)
-    scanned = params, jnp.array(numbers), jnp.array(rates, jnp.float32)
-    return jax.lax.scan(run_scanned, x, scanned)[0]
+    numbers = first + jnp.arange(len(blocks))
+    rates = None if rates is None else jnp.array(rates[: len(blocks)], jnp.float32)
+    return jax.lax.scan(run_scanned, x, (params, numbers, rates))[0]
+
+
+def _run_block(graphdef, kernel, params, x, number, rate, inputs):
+    block = nnx.merge(graphdef, params)
+    return block(x, number=number, rate=rate, kernel=kernel, **inputs)
+
+
+_jitted_block = jax.jit(_run_block, static_argnums=(0, 1))
+
+
+def _call():
+    """`_run_block`, which on CPUs is a program of its own, compiled once for all alike.
+
+    In a single program XLA for CPUs adds up the residual branches before a block again
+    in every kernel that takes the sum, the more the deeper. It cannot divide a call
+    over devices where axes of the mesh are divided by hand already.
+    """
+    manual = AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types
+    return _run_block if kernels.platform() != "cpu" or manual else _run_called
+
+
+def _run_called(*arguments):
+    with set_xla_metadata(inlineable="false"):  # XLA keeps the call
+        return _jitted_block(*arguments)
 
 
 class PatchMerge(nnx.Module):
