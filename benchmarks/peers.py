@@ -5,9 +5,11 @@
 
 configs/mae_base.py against a twin of the official PyTorch code, eager and compiled, and
 against MAE on ViT-B and SimMIM on Swin-B (benchmarks/torch_peers.py). float32 on a CPU,
-bfloat16 (autocast) on a GPU. Every row is a process of its own; one runs a block of
-`--steps` steps while the others sleep, `--rounds` times in turn, on the same cores.
-Needs torch beside what benchmarks/train_step.py takes.
+bfloat16 (autocast) on a GPU. On a CPU ours keeps the memory that it frees, as it does
+in training; with --keep_memory PyTorch does so too, which is not its habit. Every row
+is a process of its own; one runs a block of `--steps` steps while the others sleep,
+`--rounds` times in turn, on the same cores. Needs torch beside what
+benchmarks/train_step.py takes.
 
 Our first loss has to be the twin's, of the same weights, images and masks. In PyTorch
 images are normalised already and lie on the device; ours are uint8, flipped and
@@ -156,7 +158,8 @@ def work(row: str, args: argparse.Namespace, exchange: Path, pipe: Any) -> None:
         from hivit_jax.compiling import keep_memory
 
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
-        keep_memory()  # as training does; PyTorch has the same of it
+        if row == OURS or args.keep_memory:
+            keep_memory()  # as training does
     start = ours if row == OURS else lambda *rest: theirs(row, *rest)
     run, about = start(args, exchange)
     pipe.send(about)
@@ -256,6 +259,7 @@ def run(argv: list[str] | None) -> None:
     add("--rounds", type=int, default=5)
     add("--steps", type=int, help="of a round; 2 on a CPU, 20 on a GPU")
     add("--threads", type=int, default=2, help="and cores, on a CPU")
+    add("--keep_memory", action="store_true", help="in PyTorch too, as here on a CPU")
     add("--torch_mode", default="default", help="such as max-autotune")
     add("--out", type=Path, help="the JSON file to write")
     args = parser.parse_args(argv)
@@ -280,6 +284,7 @@ def run(argv: list[str] | None) -> None:
         "rounds": args.rounds,
         "steps_of_a_round": args.steps,
         "torch_mode": args.torch_mode,
+        "torch_keeps_memory": args.keep_memory,
         "rows": found,
     }
     out = args.out or RESULTS / f"peers_{args.device}.json"
