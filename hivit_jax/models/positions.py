@@ -42,14 +42,16 @@ def patchify(images: jax.Array, patch_size: int) -> jax.Array:
     """
     b, h, w, c = images.shape
     p = patch_size
-    x = images.reshape(b, h // p, p, w // p, p, c)
-    return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, (h // p) * (w // p), p * p * c)
+    # The pixels of a row with their channels as one axis: XLA for TPUs would pad one of
+    # three channels to a tile of 128.
+    x = images.reshape(b, h // p, p, w // p, p * c)
+    return x.transpose(0, 1, 3, 2, 4).reshape(b, (h // p) * (w // p), p * p * c)
 
 
 def unpatchify(units: jax.Array, grid: Grid, patch_size: int) -> jax.Array:
     """Units [B, N, P*P*C] -> images [B, H, W, C]; undoes `patchify`."""
     b, p = len(units), patch_size
-    x = units.reshape(b, *grid, p, p, -1).transpose(0, 1, 3, 2, 4, 5)
+    x = units.reshape(b, *grid, p, -1).transpose(0, 1, 3, 2, 4)
     return x.reshape(b, grid[0] * p, grid[1] * p, -1)
 
 
@@ -69,11 +71,11 @@ def units_to_cells(units: jax.Array, patch_size: int, inner_patches: int) -> jax
     """
     levels, cell = inner_patches.bit_length() - 1, patch_size // inner_patches
     bits = (2,) * levels
-    x = units.reshape(-1, *bits, cell, *bits, cell, units.shape[-1] // patch_size**2)
-    row_pixel, column_pixel = levels + 1, 2 * levels + 2
+    row = cell * units.shape[-1] // patch_size**2  # of pixels of a cell, with channels
+    x = units.reshape(-1, *bits, cell, *bits, row)
     # `_merge_axes` counts row bits then column bits; here a pixel axis lies between.
     bit_axes = [a + 1 if a < levels else a + 2 for a in _merge_axes(levels)]
-    x = x.transpose(0, *bit_axes, row_pixel, column_pixel, 2 * levels + 3)
+    x = x.transpose(0, *bit_axes, levels + 1, 2 * levels + 2)
     return x.reshape(x.shape[0] * inner_patches**2, -1)
 
 
