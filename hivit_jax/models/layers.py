@@ -313,7 +313,7 @@ def run_blocks(
 
     def run(block, x, number, rate):
         graphdef, params = nnx.split(block)
-        call = partial(_call(), graphdef, kernel)
+        call = partial(_call(x.dtype), graphdef, kernel)
         return (jax.checkpoint(call) if remat else call)(
             params, x, number, rate, inputs
         )
@@ -345,15 +345,17 @@ def _run_block(graphdef, kernel, params, x, number, rate, inputs):
 _jitted_block = jax.jit(_run_block, static_argnums=(0, 1))
 
 
-def _call():
+def _call(dtype):
     """`_run_block`, which on CPUs is a program of its own, compiled once for all alike.
 
     In a single program XLA for CPUs adds up the residual branches before a block again
-    in every kernel that takes the sum, the more the deeper. It cannot divide a call
-    over devices where axes of the mesh are divided by hand already.
+    in every kernel that takes the sum, the more the deeper. Not in bfloat16, which a
+    call rounds more often than a single program does; nor where axes of the mesh are
+    divided by hand already: XLA cannot divide a call over the devices of the others.
     """
+    single = kernels.platform() != "cpu" or dtype != jnp.float32
     manual = AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types
-    return _run_block if kernels.platform() != "cpu" or manual else _run_called
+    return _run_block if single or manual else _run_called
 
 
 def _run_called(*arguments):
