@@ -18,7 +18,7 @@ from hivit_jax.errors import ConfigError, exit_code
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "topologies.json"
-TOPOLOGIES = ("v5e:16x16", "h100:8", "v6e:16x16", "v5p:4x4x4")
+TOPOLOGIES = ("h100:8", "v5e:16x16", "v6e:16x16", "v5p:4x4x4")
 SIZES = ("base", "tiny", "small", "large")
 SEARCHED = ("base", "h100:8")  # where a compilation takes a minute, not several
 WAYS = {

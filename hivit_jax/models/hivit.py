@@ -362,7 +362,7 @@ class HiViT(nnx.Module):
             weights = None
             if attention:
                 weights = block.attn.probabilities(block.norm1(x), index)
-            x = block(x, relative_index=index, kernel=self.kernels)
+            x = run_blocks([block], x, **self.how, relative_index=index)
             layers.append(Layer(x, weights))
         return layers
 
