@@ -20,6 +20,8 @@ import pytest
 
 atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], True)
 jax.config.update("jax_default_matmul_precision", "highest")
+jax.devices()  # reads the flags
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"  # libtpu reads too
 
 
 def pytest_collection_modifyitems(items):

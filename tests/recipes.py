@@ -113,7 +113,8 @@ def start(
     variables = dict(
         JAX_PLATFORMS="cpu",
         JAX_DISABLE_MOST_OPTIMIZATIONS="1",
-        XLA_FLAGS=os.environ["XLA_FLAGS"].replace("count=8", f"count={devices}"),
+        XLA_FLAGS=f"--xla_force_host_platform_device_count={devices} "
+        "--xla_cpu_use_fusion_emitters=false",
         **environment,
     )
     return subprocess.Popen(
