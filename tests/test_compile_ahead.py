@@ -391,6 +391,7 @@ def test_ways_to_run_blocks_change_nothing(monkeypatch, name, options):
     """
     value, found, same = loss_and_gradients(name, **options)
     monkeypatch.setattr(kernels, "platform", lambda: "tpu")
+    # The default, said, so that it is kept apart from what a CPU makes of it.
     loss, gradients, params = loss_and_gradients(name, remat=False)
     recipes.assert_identical(same, params)  # names, shapes and numbers
     assert_allclose(value, loss, rtol=1e-6)
