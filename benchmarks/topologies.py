@@ -2,10 +2,12 @@
 
     python -m benchmarks.topologies [--workdir runs/topologies]
 
-What fits, what is computed, moved and exchanged, the bound on images a second; whether
-what is exchanged stays the same from 8 chips to 256; what rematerialisation and scanned
-blocks do to memory and compile time. Writes results/topologies.json and prints its
-tables. Goes on where it stopped; leaves out chips whose compiler is not installed.
+What fits and up to what batch, what is computed, moved and exchanged, the bound on
+images a second; whether what is exchanged stays the same from 8 chips to 256; what
+rematerialisation and scanned blocks do to memory and compile time. Writes
+results/topologies.json and prints its table. Takes some fifty compilations, of a minute
+or two on two cores; goes on where it stopped; leaves out chips whose compiler is not
+installed.
 """
 
 import argparse
@@ -20,7 +22,6 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "topologies.json"
 TOPOLOGIES = ("h100:8", "v5e:16x16", "v6e:16x16", "v5p:4x4x4")
 SIZES = ("base", "tiny", "small", "large")
-SEARCHED = ("base", "h100:8")  # where a compilation takes a minute, not several
 WAYS = {
     "as it is": {},
     "remat": {"model.remat": True},
@@ -28,8 +29,9 @@ WAYS = {
     "both": {"model.remat": True, "model.scan_blocks": True},
 }
 HEADER = (
-    "| | fits | GiB a device | images a device | GFLOP an image | MB of HBM an image "
-    "| MB exchanged | at most images/s a chip | compiled in CPU-seconds |"
+    "| | fits | images a device | at most | GiB a device | of them temporaries "
+    "| GFLOP an image | MB of HBM an image | MB exchanged | at most images/s a chip "
+    "| compiled in CPU-seconds |"
 )
 
 
@@ -48,16 +50,19 @@ def examined(size: str, topology: str, workdir: Path, **overrides: object) -> di
 
 def line(name: str, report: dict) -> str:
     """A line of a table."""
-    total = report["hbm_bytes_per_device"]["total"] / GIB
+    memory = report["hbm_bytes_per_device"]
+    most = report.get("largest_batch_per_device")
+    begin = (
+        f"| {name} | {'yes' if report['fits'] else 'no'} "
+        f"| {report['batch_per_device']} | {most or ''} | {memory['total'] / GIB:.2f} |"
+    )
     if not report["fits"]:
-        return (
-            f"| {name} | no | {total:.2f} | {report['batch_per_device']} |" + 5 * " |"
-        )
+        return begin + 6 * " |"
     bound, exchanged = report["roofline"], report["collectives"]
     sent = sum(each["bytes_per_step"] for each in exchanged) / 1e6
     moved = report["hbm_bytes_per_image"] / 1e6
     return (
-        f"| {name} | yes | {total:.2f} | {report['batch_per_device']} "
+        f"{begin} {memory['temporaries'] / GIB:.2f} "
         f"| {report['flops_per_image'] / 1e9:.1f} | {moved:,.0f} | {sent:,.1f} "
         f"| {bound['images_per_second_per_chip']:,.0f}, {bound['bound']} "
         f"| {report['compile_cpu_seconds']:.0f} |"
@@ -65,7 +70,7 @@ def line(name: str, report: dict) -> str:
 
 
 def compare(workdir: Path) -> None:
-    """All compilations, the tables after each."""
+    """All compilations; what was found is written after each."""
     found: dict[str, dict] = {}
     cases = {f"{size} {where}": (size, where) for size in SIZES for where in TOPOLOGIES}
     ways = {f"base v5e:2x4, {way}": overrides for way, overrides in WAYS.items()}
@@ -75,16 +80,13 @@ def compare(workdir: Path) -> None:
                 options = {"batch_size": 512} | ways[name]
                 found[name] = examined("base", "v5e:2x4", workdir, **options)
             else:
-                found[name] = examined(*cases[name], workdir)
+                found[name] = examined(*cases[name], workdir, search_batch=True)
         except ConfigError as error:
             print(f"{name} left out: {error}")
             continue
         RESULT.write_text(json.dumps(found, indent=1) + "\n")
-    found["search"] = examined(*SEARCHED, workdir, search_batch=True)
-    RESULT.write_text(json.dumps(found, indent=1) + "\n")
-    print(HEADER + "\n|" + 9 * "---|")
+    print(HEADER + "\n|" + 11 * "---|")
     print("\n".join(line(name, report) for name, report in found.items()))
-    print(f"largest batch a device: {found['search']['largest_batch_per_device']}")
 
 
 def main() -> int:

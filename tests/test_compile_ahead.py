@@ -565,29 +565,55 @@ def test_fsdp_exchanges_parameters_and_gradients_alone(fsdp, parts):
     assert kinds == ["all-reduce", "all-gather"]  # the CPU has no reduce-scatter
 
 
-def test_search_for_the_largest_batch(monkeypatch):
-    """Of chips that hold 40 images: by doubling, then bisection, to an eighth."""
+def linear(size):
+    return 1000 + 100 * size
+
+
+def kept_below_the_limit(size):
+    """As of a compiler that computes again what would not fit."""
+    return min(linear(size), 4900 + size)
+
+
+def unknown(size):
+    return None if size > 40 else linear(size)
+
+
+@pytest.mark.parametrize("own", [8, 39, 64])
+@pytest.mark.parametrize(
+    ("total", "most", "compiles"),
+    [(linear, 40, 2), (kept_below_the_limit, 100, 8), (unknown, 40, 4)],
+)
+def test_search_for_the_largest_batch(monkeypatch, own, total, most, compiles):
+    """Two compilations where memory is linear in the batch; to an eighth anyway."""
     tried = []
 
     def examine(config, devices):
         tried.append(config.batch_size // 8)
-        return {"fits": tried[-1] <= 40}
+        memory = {"total": total(tried[-1]), "limit": 5000}
+        return {"fits": tried[-1] <= most, "hbm_bytes_per_device": memory}
 
     monkeypatch.setattr(compile_ahead, "examine", examine)
-    for own in (8, 64):
-        tried.clear()
-        start = {"batch_size": 8 * own, "batch_per_device": own, "fits": own <= 40}
-        config = recipes.mae(batch_size=8 * own)
-        found = compile_ahead.largest_batch(config, [], start)
-        assert found["compiles_of_the_search"] == len(tried)
-        low, high = (
-            found[key]
-            for key in ("largest_batch_per_device", "smallest_that_does_not_fit")
-        )
-        assert low <= 40 < high <= low + max(1, low // 8)
-        assert config.batch_size == 8 * own
-    start = {"batch_size": 32, "batch_per_device": 4, "fits": False}
-    monkeypatch.setattr(compile_ahead, "examine", lambda *_: {"fits": False})
+    config = recipes.mae(batch_size=8 * own)
+    start = {"batch_size": 8 * own, "batch_per_device": own}
+    start |= examine(config, [])
+    if own <= most:
+        start["hbm_bytes_per_device"]["arguments"] = 1000
+    tried.clear()
+    found = compile_ahead.largest_batch(config, [], start)
+    low, high = (
+        found[key] for key in ("largest_batch_per_device", "smallest_that_does_not_fit")
+    )
+    assert low <= most < high <= low + max(1, low // 8)
+    assert found["compiles_of_the_search"] == len(tried) <= compiles
+    assert len({*tried, own}) == len(tried) + 1  # none twice
+    assert config.batch_size == 8 * own
+
+
+def test_search_where_nothing_fits(monkeypatch):
+    memory = {"total": None, "limit": 5000}
+    report = {"fits": False, "hbm_bytes_per_device": memory}
+    monkeypatch.setattr(compile_ahead, "examine", lambda *_: report)
+    start = {"batch_size": 32, "batch_per_device": 4} | report
     found = compile_ahead.largest_batch(recipes.mae(batch_size=32), [], start)
     assert found["largest_batch_per_device"] == 0
 
