@@ -288,9 +288,9 @@ def largest_batch(
     """Images of a step for each device that still fit, to an eighth or to the next size
     that divides.
 
-    Memory is nearly linear in the batch, so it tries a thirty-second above where the
-    limit should be and as much below. Where that does not settle it, doubles or halves,
-    then bisects. Sizes have five binary digits, which kernels divide well.
+    Memory is nearly linear in the batch, so four sizes are tried a thirty-second above
+    or below where two others put the limit; then it doubles or bisects. Sizes have five
+    binary digits, which kernels divide well.
 
     Args:
       report: of `examine`, for the config's own batch.
@@ -308,10 +308,12 @@ def largest_batch(
         if high is not None and high - low <= max(unit, low // 8):
             break
         size = 2 * low if high is None else (low + high) // 2
-        (less, little), (more, much) = sorted(totals.items())[-2:]
-        if compiles < 2 and little is not None and much is not None and much > little:
-            limit = less + (more - less) * (memory["limit"] - little) / (much - little)
-            size = int(limit * (33 if high is None else 31) / 32)
+        less, more = sorted(totals)[-2:] if high is None else (low, high)
+        if compiles < 4 and totals[more] is not None and totals[more] > totals[less]:
+            slope = (totals[more] - totals[less]) / (more - less)
+            limit = less + (memory["limit"] - totals[less]) / slope
+            above = high is None or low > limit * 9 / 10
+            size = int(max(limit * 33 / 32, low * 9 / 8) if above else limit * 31 / 32)
         digit = unit * max(1, 2 ** ((size // unit).bit_length() - 5))
         size = max(size // digit * digit, low + unit)
         size = size if high is None else min(size, high - unit)

@@ -1,9 +1,10 @@
-"""What the kernels share: a grid over blocks of rows, LayerNorm, matrix products.
+"""What the kernels share: a grid over blocks of rows, LayerNorm, GELU, matrix products.
 
 Written for TPUs: a core works through its blocks one after another, weights stay in
 VMEM meanwhile, and their gradients are added up there.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -36,6 +37,16 @@ def normalized_gradient(
     """Of x, from that of `normalized`(x)."""
     along = (gradient * x_hat).mean(-1, keepdims=True)
     return inverse * (gradient - gradient.mean(-1, keepdims=True) - x_hat * along)
+
+
+def normal_cdf(x: jax.Array) -> jax.Array:
+    """Normal distribution up to x; GELU is x times this, exactly, as in PyTorch."""
+    return 0.5 * (1.0 + jax.lax.erf(x * math.sqrt(0.5)))
+
+
+def gelu_slope(x: jax.Array, cdf: jax.Array) -> jax.Array:
+    """Derivative of GELU, given `normal_cdf`(x)."""
+    return cdf + x * jnp.exp(-0.5 * jnp.square(x)) * math.sqrt(0.5 / math.pi)
 
 
 def over_rows(

@@ -13,10 +13,11 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from hivit_jax.kernels.common import (
     dot,
+    gelu_slope,
+    normal_cdf,
     normalized,
     normalized_gradient,
     over_rows,
@@ -39,7 +40,8 @@ def mlp_block(x, scale, bias, w1, b1, w2, b2, add, eps, rows, interpret):
     def kernel(blocks, weights, out, _, __):
         x = blocks[0][...].astype(jnp.float32)
         _, _, hidden = _hidden(x, weights, eps)
-        y = dot(_gelu(hidden).astype(w2.dtype), weights[4][...]) + weights[5][...]
+        g = (hidden * normal_cdf(hidden)).astype(w2.dtype)
+        y = dot(g, weights[4][...]) + weights[5][...]
         out[...] = (x + y if add else y).astype(out.dtype)
 
     out, _ = over_rows(
@@ -69,12 +71,9 @@ def _backward(add, eps, rows, interpret, saved, gradient):
         x_hat, inverse, hidden = _hidden(x, weights, eps)
         n = (x_hat * scale[...] + bias[...]).astype(dtype)
         dg = dot(dy, w2[...], (1, 1))
-        cdf = _cdf(hidden)
+        cdf = normal_cdf(hidden)
         g = (hidden * cdf).astype(dtype)
-        density = jnp.exp(-0.5 * jnp.square(hidden)) * np.float32(
-            1 / np.sqrt(2 * np.pi)
-        )
-        dh = dg * (cdf + hidden * density)
+        dh = dg * gelu_slope(hidden, cdf)
         dh16 = dh.astype(dtype)
         dn = dot(dh16, w1[...], (1, 1))
         dscale, dbias, dw1, db1, dw2, db2 = sums
@@ -110,11 +109,3 @@ def _hidden(x, weights, eps):
     x_hat, inverse = normalized(x, eps)
     n = (x_hat * scale[...] + bias[...]).astype(w1.dtype)
     return x_hat, inverse, dot(n, w1[...]) + b1[...]
-
-
-def _cdf(h):
-    return 0.5 * (1.0 + jax.lax.erf(h * np.float32(np.sqrt(0.5))))
-
-
-def _gelu(h):
-    return h * _cdf(h)

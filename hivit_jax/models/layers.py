@@ -9,13 +9,13 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.experimental.xla_metadata import set_xla_metadata
 from jax.sharding import AxisType
 
 from hivit_jax import kernels
 from hivit_jax.errors import ConfigError
+from hivit_jax.kernels.common import gelu_slope, normal_cdf
 from hivit_jax.models import positions
 from hivit_jax.models.positions import Grid, Windows
 
@@ -68,6 +68,19 @@ def drop_path(
     return (per_sample * scale[:, None, None]).reshape(x.shape)
 
 
+@jax.custom_jvp
+def gelu(x: jax.Array) -> jax.Array:
+    """Exact GELU. For the gradient it keeps one array; `jax.nn.gelu` keeps four."""
+    return x * normal_cdf(x)
+
+
+@gelu.defjvp
+def _gelu_jvp(primals, tangents):
+    (x,), (tangent,) = primals, tangents
+    cdf = normal_cdf(x)
+    return x * cdf, tangent * gelu_slope(x, cdf)
+
+
 class Mlp(nnx.Module):
     """fc1, exact (erf) GELU, fc2: [..., C] -> [..., C]."""
 
@@ -78,7 +91,7 @@ class Mlp(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         hidden = self.fc1(x.reshape(-1, x.shape[-1]))
-        return self.fc2(jax.nn.gelu(hidden, approximate=False)).reshape(x.shape)
+        return self.fc2(gelu(hidden)).reshape(x.shape)
 
 
 class Attention(nnx.Module):
@@ -154,11 +167,8 @@ class Attention(nnx.Module):
         [B, W, heads, S, S]; what padding attends to means nothing.
         """
         q, k, _, bias, mask = self._heads(x, relative_index, key_mask)
-        logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32)
-        logits = logits / np.sqrt(q.shape[-1]) + (0 if bias is None else bias)
-        if mask is not None:
-            logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
-        weights = jax.nn.softmax(logits)
+        weights, sums = kernels.softmax(q, k, bias, mask)
+        weights = weights / sums
         if self.windows is not None:
             weights = weights.reshape(len(x), -1, *weights.shape[1:])
         return weights
@@ -184,7 +194,7 @@ class Attention(nnx.Module):
             key_mask = self.windows.split(present)
             units = jnp.arange(qkv.shape[1])
             relative_index = positions.relative_position_index(units, self.windows.size)
-        q, k, v = jnp.moveaxis(qkv, 2, 0)
+        q, k, v = (qkv[:, :, i] for i in range(3))
         bias = None
         if self.relative_position_bias_table is not None:
             bias = self.relative_position_bias_table[...][relative_index]
