@@ -15,7 +15,7 @@ from jax.sharding import AxisType
 
 from hivit_jax import kernels
 from hivit_jax.errors import ConfigError
-from hivit_jax.kernels.common import gelu_slope, normal_cdf
+from hivit_jax.kernels.common import gelu_slope, normal_cdf, normalized_gradient
 from hivit_jax.models import positions
 from hivit_jax.models.positions import Grid, Windows
 
@@ -36,9 +36,49 @@ class RowLinear(nnx.Linear):
 
 
 Linear = partial(RowLinear, kernel_init=INIT)
-# Two-pass variance: the one-pass form loses the small variances that HiViT's eps of
-# 1e-6 is there for.
-LayerNorm = partial(nnx.LayerNorm, use_fast_variance=False)
+
+
+class LayerNorm(nnx.LayerNorm):
+    """Of the last axis, [..., C] -> [..., C].
+
+    In two passes: the one-pass variance loses the small ones that HiViT's eps of 1e-6
+    is there for. For the gradient it keeps its input, and mean and deviation of rows;
+    the library's own keeps three arrays.
+    """
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        params = self.scale[...], self.bias[...]
+        return layer_norm(x, *params, self.epsilon, self.dtype or x.dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def layer_norm(
+    x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float, dtype: jnp.dtype
+) -> jax.Array:
+    """`LayerNorm` of x [..., C] by scale and bias [C], in `dtype`."""
+    return _layer_norm_forward(x, scale, bias, eps, dtype)[0]
+
+
+def _layer_norm_forward(x, scale, bias, eps, dtype):
+    x32 = x.astype(jnp.float32)
+    mean = x32.mean(-1, keepdims=True)
+    inverse = jax.lax.rsqrt(jnp.square(x32 - mean).mean(-1, keepdims=True) + eps)
+    y = (x32 - mean) * inverse * scale + bias
+    return y.astype(dtype), (x, scale, mean, inverse)
+
+
+def _layer_norm_backward(eps, dtype, saved, gradient):
+    # Or XLA for GPUs computes mean and deviation again with every use, and keeps what
+    # the gradient of the scale adds up in float32.
+    x, scale, mean, inverse = jax.lax.optimization_barrier(saved)
+    gradient = gradient.astype(jnp.float32)
+    x_hat = (x.astype(jnp.float32) - mean) * inverse
+    rows = tuple(range(x.ndim - 1))
+    dx = normalized_gradient(gradient * scale, x_hat, inverse).astype(x.dtype)
+    return dx, (gradient * x_hat).sum(rows), gradient.sum(rows)
+
+
+layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
 
 
 def drop_path(
