@@ -13,17 +13,15 @@ from flax import nnx
 
 from hivit_jax.errors import ConfigError
 from hivit_jax.models import positions
+from hivit_jax.models.blocks import AttentionBlock, attention_cost, run_blocks
 from hivit_jax.models.hivit import Features, HiViT, image_grid
 from hivit_jax.models.layers import (
     INIT,
-    AttentionBlock,
     LayerNorm,
     Linear,
-    attention_cost,
     check_heads,
     parameter_count,
     row_cost,
-    run_blocks,
 )
 
 
