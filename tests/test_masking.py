@@ -21,10 +21,7 @@ from networks import (
 from numpy.testing import assert_allclose, assert_array_equal
 
 from hivit_jax.errors import ConfigError
-from hivit_jax.models import (
-    layers,
-    positions,
-)
+from hivit_jax.models import blocks, layers, positions
 from hivit_jax.models.mae import (
     random_masking,
     visible_units,
@@ -251,8 +248,8 @@ def test_drop_path_rates_rise_over_residual_blocks(monkeypatch):
         calls.append((rate, draw))
         return x
 
-    monkeypatch.setattr(layers, "drop_path", record)
-    monkeypatch.setattr(layers.kernels, "platform", lambda: "tpu")  # blocks inline
+    monkeypatch.setattr(blocks, "drop_path", record)
+    monkeypatch.setattr(blocks.kernels, "platform", lambda: "tpu")  # blocks inline
     images = jnp.zeros((2, 224, 224, 3))
     shapes(
         lambda model: model(images, sample_keys=sample_keys(2)),
@@ -273,8 +270,8 @@ def test_decoder_has_no_drop_path(monkeypatch):
         rates.append((rate, keys is None))
         return x
 
-    monkeypatch.setattr(layers, "drop_path", record)
-    monkeypatch.setattr(layers.kernels, "platform", lambda: "tpu")  # blocks inline
+    monkeypatch.setattr(blocks, "drop_path", record)
+    monkeypatch.setattr(blocks.kernels, "platform", lambda: "tpu")  # blocks inline
     images, noise = jnp.zeros((2, 64, 64, 3)), jnp.zeros((2, 16))
     shapes(lambda m: m(images, noise=noise, sample_keys=sample_keys(2)), model)
     encoder = [0, 0.1, 0.2, 0.3, 0.4, 0.4, 0.5, 0.5]
