@@ -15,7 +15,7 @@ import json
 from pathlib import Path
 
 from hivit_jax import config as configs
-from hivit_jax.compile_ahead import GIB, compile_ahead
+from hivit_jax.compile_ahead import GIB, compile_ahead, devices_of, largest_batch
 from hivit_jax.errors import ConfigError, exit_code
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,17 +35,33 @@ HEADER = (
 )
 
 
-def examined(size: str, topology: str, workdir: Path, **overrides: object) -> dict:
-    """The report on a recipe, compiled unless the workdir has it."""
-    settings = {"topology": topology} | overrides
+def place(size: str, settings: dict[str, object], workdir: Path) -> tuple:
+    """A recipe with its settings, and the directory for what is found of it."""
+    flags = [f"--config.{key}={value}" for key, value in settings.items()]
+    config = configs.load(str(ROOT / "configs" / f"mae_{size}.py"), flags)
     words = [size] + [f"{key.split('.')[-1]}={v}" for key, v in settings.items()]
-    directory = workdir / "_".join(words).replace(":", "_")
+    return config, workdir / "_".join(words).replace(":", "_")
+
+
+def examined(size: str, workdir: Path, **settings: object) -> dict:
+    """The report on a recipe, compiled unless the workdir has it."""
+    config, directory = place(size, settings, workdir)
     if not (directory / "compile.json").exists():
         print(f"--- {directory}", flush=True)
-        flags = [f"--config.{key}={value}" for key, value in settings.items()]
-        config = configs.load(str(ROOT / "configs" / f"mae_{size}.py"), flags)
         compile_ahead(config, directory)
     return json.loads((directory / "compile.json").read_text())
+
+
+def searched(size: str, workdir: Path, **settings: object) -> dict:
+    """The largest batch of a recipe that was examined."""
+    config, directory = place(size, settings, workdir)
+    path = directory / "largest_batch.json"
+    if not path.exists():
+        print(f"--- {path}", flush=True)
+        report = examined(size, workdir, **settings)
+        found = largest_batch(config, devices_of(config.topology), report)
+        path.write_text(json.dumps(found))
+    return json.loads(path.read_text())
 
 
 def line(name: str, report: dict) -> str:
@@ -71,20 +87,23 @@ def line(name: str, report: dict) -> str:
 
 def compare(workdir: Path) -> None:
     """All compilations; what was found is written after each."""
+    cases = [
+        (f"{size} {where}", size, {"topology": where})
+        for size in SIZES
+        for where in TOPOLOGIES
+    ]
+    small = {"topology": "v5e:2x4", "batch_size": 512}
+    ways = [(f"base v5e:2x4, {way}", "base", small | WAYS[way]) for way in WAYS]
     found: dict[str, dict] = {}
-    cases = {f"{size} {where}": (size, where) for size in SIZES for where in TOPOLOGIES}
-    ways = {f"base v5e:2x4, {way}": overrides for way, overrides in WAYS.items()}
-    for name in [*cases, *ways]:
-        try:
-            if name in ways:
-                options = {"batch_size": 512} | ways[name]
-                found[name] = examined("base", "v5e:2x4", workdir, **options)
-            else:
-                found[name] = examined(*cases[name], workdir, search_batch=True)
-        except ConfigError as error:
-            print(f"{name} left out: {error}")
-            continue
-        RESULT.write_text(json.dumps(found, indent=1) + "\n")
+    for ask, rows in ((examined, cases + ways), (searched, cases)):
+        for name, size, settings in rows:
+            try:
+                more = ask(size, workdir, **settings)
+            except ConfigError as error:
+                print(f"{name} left out: {error}")
+                continue
+            found[name] = found.get(name, {}) | more
+            RESULT.write_text(json.dumps(found, indent=1) + "\n")
     print(HEADER + "\n|" + 11 * "---|")
     print("\n".join(line(name, report) for name, report in found.items()))
 
