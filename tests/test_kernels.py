@@ -21,7 +21,7 @@ from hivit_jax.compiling import compile_step
 from hivit_jax.errors import ConfigError
 from hivit_jax.kernels.attention import attention_block
 from hivit_jax.kernels.mlp import mlp_block
-from hivit_jax.models import create_model, named_leaves, split
+from hivit_jax.models import create_model, layers, named_leaves, split
 from hivit_jax.optimizer import make_schedule
 from hivit_jax.step import prepare_step
 
@@ -88,6 +88,76 @@ def results(function, inputs, direction):
     """Outputs and gradients with respect to every input."""
     value, pull = jax.vjp(function, *inputs)
     return value, *pull(direction.astype(value.dtype))
+
+
+def kept(function, inputs):
+    """Numbers that are kept for the gradient, those of the inputs included."""
+    return sum(x.size for x in jax.tree.leaves(jax.vjp(function, *inputs)[1]))
+
+
+LAYERS = {
+    "gelu": (layers.gelu, partial(jax.nn.gelu, approximate=False), [(48, 256)]),
+    "LayerNorm": (
+        lambda *inputs: layers.layer_norm(*inputs, EPS, jnp.float32),
+        layer_norm,
+        [(2, 24, 256), (256,), (256,)],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_give_the_librarys_numbers_and_keep_less(name):
+    ours, plain, shapes = LAYERS[name]
+    *inputs, direction = (4 * x for x in arrays(*shapes, shapes[0]))
+    expected = jax.jit(partial(results, plain))(inputs, direction)
+    found = jax.jit(partial(results, ours))(inputs, direction)
+    for a, b in zip(found, expected, strict=True):
+        assert_allclose(a, b, rtol=0, atol=3e-6 * float(jnp.abs(b).max()))
+    assert kept(ours, inputs) <= inputs[0].size * 1.1 < kept(plain, inputs) / 2
+
+
+@pytest.mark.parametrize("special", ["", "bias", "mask", "bias, mask"])
+def test_plain_attention_gives_the_librarys_numbers(special):
+    """float32: output and all gradients; the mask leaves one image no key at all."""
+    q, k, v, direction = arrays(*[(2, 9, 4, 32)] * 4)
+    bias = arrays((1, 4, 9, 9))[0] if "bias" in special else None
+    mask = jnp.arange(9) % 3 * jnp.array([[1], [0]]) > 0
+    mask = mask[:, None, None] if "mask" in special else None
+
+    def ours(q, k, v, bias):
+        how = dict(bias=bias, mask=mask, choice="auto")
+        return kernels.dot_product_attention(q, k, v, **how)
+
+    def plain(q, k, v, bias):
+        return jax.nn.dot_product_attention(q, k, v, bias=bias, mask=mask)
+
+    inputs = 9 * q, k, v, bias
+    expected, found = (results(each, inputs, direction) for each in (plain, ours))
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert_allclose(a, b, rtol=0, atol=3e-6 * float(jnp.abs(b).max()))
+
+
+@pytest.mark.parametrize("tokens", [9, 10])
+def test_odd_numbers_of_tokens_are_padded_for_cudnn(tokens, monkeypatch):
+    """What is padded neither is attended to nor has a gradient."""
+    library, calls = jax.nn.dot_product_attention, []
+
+    def stand_in(*qkv, implementation, **lengths):
+        calls.append((implementation, qkv[0].shape[1]))
+        return library(*qkv, **lengths)
+
+    *qkv, direction = arrays(*[(2, tokens, 4, 32)] * 4, dtype=jnp.bfloat16)
+    expected = results(library, qkv, direction)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
+    monkeypatch.setattr(kernels, "platform", lambda: "gpu")
+    attend = partial(kernels.dot_product_attention, bias=None, mask=None)
+    found = results(partial(attend, choice="auto"), qkv, direction)
+    assert calls == [("cudnn", 10)]
+    for a, b in zip(found, expected, strict=True):
+        a, b = np.float32(a), np.float32(b)
+        assert_allclose(a, b, rtol=0, atol=0.01 * np.abs(b).max())
+    results(partial(attend, choice="plain"), qkv, direction)
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize("add", [True, False])
