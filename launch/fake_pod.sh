@@ -25,6 +25,14 @@ prefix() { # Puts "[$1] " before every line.
   while IFS= read -r line || [[ $line ]]; do printf '[%s] %s\n' "$1" "$line"; done
 }
 
+stop() { # A signal to all; those that are yet to start get it then.
+  signal=$1
+  ((${#pids[@]} == 0)) || kill "-$1" "${pids[@]}"
+}
+pids=() signal=
+trap 'stop INT' INT
+trap 'stop TERM' TERM HUP
+
 set -m # a group for each process: from a terminal, Ctrl-C comes here alone
 for ((i = 0; i < count; i++)); do
   "${PYTHON:-python}" -m hivit_jax.main "$@" --coordinator_address="localhost:$port" \
@@ -32,8 +40,7 @@ for ((i = 0; i < count; i++)); do
   pids[i]=$!
 done
 set +m
-trap 'kill -INT "${pids[@]}"' INT
-trap 'kill -TERM "${pids[@]}"' TERM HUP
+[[ ! $signal ]] || stop "$signal"
 
 code=0
 while ((${#pids[@]})); do
