@@ -107,7 +107,7 @@ def drop_path(
 
 @jax.custom_jvp
 def gelu(x: jax.Array) -> jax.Array:
-    """Exact GELU. For the gradient it keeps one array; `jax.nn.gelu` keeps four."""
+    """Exact GELU. For the gradient it keeps one array; `jax.nn.gelu` keeps three."""
     return x * normal_cdf(x)
 
 
