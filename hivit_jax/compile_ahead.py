@@ -79,9 +79,6 @@ def compile_ahead(config: Any, workdir: str | Path) -> dict[str, Any]:
       HivitError: an unknown topology, a compiler that is not installed, a mesh or batch
         that does not fit the topology.
     """
-    jax.config.update("jax_platforms", "cpu")  # whatever else is here is left alone
-    # A cache would be of no use to others, and what it gives leaves no text.
-    jax.config.update("jax_enable_compilation_cache", False)
     devices = devices_of(config.topology)
     prepare_workdir(Path(workdir))
     report = examine(config, devices)
@@ -98,6 +95,8 @@ def compile_ahead(config: Any, workdir: str | Path) -> dict[str, Any]:
 
 def devices_of(topology: str) -> Sequence[jax.Device]:
     """Devices to compile for, of a topology such as "v5e:16x16" or "h100:8".
+
+    From here on the process computes on the CPU alone, and caches no programs.
 
     Raises:
       ConfigError: an unknown chip or shape, or a compiler that is not installed.
@@ -116,6 +115,9 @@ def devices_of(topology: str) -> Sequence[jax.Device]:
             f"topology={topology!r} needs the compiler in {PLUGINS[name]}, which is "
             f"not installed; pip install 'hivit-jax[{'cuda' if gpu else 'tpu'}]'"
         )
+    jax.config.update("jax_platforms", "cpu")  # whatever else is here is left alone
+    # A cache would be of no use to others, and what it gives leaves no text.
+    jax.config.update("jax_enable_compilation_cache", False)
     how: dict[str, Any] = {"platform": "cuda" if gpu else "tpu"}
     if gpu:
         target = HOPPER.format(name=name.upper(), **CHIPS[name]._asdict())

@@ -185,7 +185,7 @@ def make_reconstruct(config: Any, graphdef: nnx.GraphDef) -> Callable:
     def reconstruct(params, batch):
         model = nnx.merge(graphdef, params)
         keys = augment.step_keys(config.seed, "eval", jnp.uint32(0), count)
-        out = tasks.reconstruct(model, batch, keys, config, train=False)
+        out = tasks.reconstruct(model, batch, keys, config)
         images = tasks.images_of(batch, config)
         _, mean, scale = model.targets(images)
         return images, *model.pictures(out, mean, scale)

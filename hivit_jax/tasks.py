@@ -24,25 +24,29 @@ def masked_autoencoding(
     model: MaskedAutoencoder, batch: dict, keys: Keys, config: Any, train: bool
 ) -> Values:
     """Loss over the removed units of every image (`MaskedAutoencoder`)."""
-    out = reconstruct(model, batch, keys, config, train)
-    return {"loss": (out.unit_loss * out.mask).sum(1) / out.mask.sum(1)}
+    return {"loss": model.image_loss(**_masked(model, batch, keys, config, train))}
 
 
 def reconstruct(
-    model: MaskedAutoencoder, batch: dict, keys: Keys, config: Any, train: bool
+    model: MaskedAutoencoder, batch: dict, keys: Keys, config: Any
 ) -> MAEOutput:
-    """The masked autoencoder's output for a batch, masked by the samples' keys."""
+    """The masked autoencoder's output for a batch, masked as in evaluation."""
+    return model(**_masked(model, batch, keys, config, train=False))
+
+
+def _masked(model, batch, keys, config, train) -> dict[str, Any]:
+    """Arguments of the masked autoencoder; the samples' keys tell what is masked."""
     images, _ = inputs(batch, keys, config, train)
     units = model.encoder.grid[0] * model.encoder.grid[1]
     with jax.named_scope("input"):
         mask_keys = augment.split_keys(keys.samples, "mask")
         noise = jax.vmap(lambda key: jax.random.uniform(key, (units,)))(mask_keys)
-    return model(
-        images,
-        noise=noise,
-        mask_ratio=config.mask_ratio,
-        sample_keys=augment.split_keys(keys.samples, "drop_path") if train else None,
-    )
+    return {
+        "images": images,
+        "noise": noise,
+        "mask_ratio": config.mask_ratio,
+        "sample_keys": augment.split_keys(keys.samples, "drop_path") if train else None,
+    }
 
 
 def classification(

@@ -52,10 +52,12 @@ def test_mask_ratio_that_keeps_nothing():
 
 def test_random_masking():
     noise = np.random.RandomState(0).rand(5, 16)
-    ids_keep, ids_restore, mask = map(np.asarray, random_masking(jnp.asarray(noise), 6))
+    ids_shuffle, ids_restore, mask = map(
+        np.asarray, random_masking(jnp.asarray(noise), 6)
+    )
     for sample in range(5):
         order = sorted(range(16), key=lambda unit: noise[sample, unit])
-        assert ids_keep[sample].tolist() == order[:6]
+        assert ids_shuffle[sample].tolist() == order
         assert ids_restore[sample].tolist() == [order.index(unit) for unit in range(16)]
         removed = [float(unit in order[6:]) for unit in range(16)]
         assert mask[sample].tolist() == removed
@@ -65,8 +67,8 @@ def test_random_masking():
 
 def test_equal_noise_goes_by_unit_number():
     noise = jnp.asarray([[0.5] * 6, [0.5, 0.1, 0.5, 0.1, 0.5, 0.1]])
-    ids_keep, ids_restore, _ = random_masking(noise, 4)
-    assert ids_keep.tolist() == [[0, 1, 2, 3], [1, 3, 5, 0]]
+    ids_shuffle, ids_restore, _ = random_masking(noise, 4)
+    assert ids_shuffle.tolist() == [[0, 1, 2, 3, 4, 5], [1, 3, 5, 0, 2, 4]]
     assert ids_restore.tolist() == [[0, 1, 2, 3, 4, 5], [3, 0, 4, 1, 5, 2]]
 
 
@@ -124,15 +126,18 @@ def test_prediction_does_not_see_removed_units():
 
 def test_loss_is_the_mean_over_removed_units():
     images, noise = pictures((3, 64, 64, 3)), jnp.asarray(reference.noise("x", 3, 16))
-    out = compiled(
+    how = {"noise": noise, "mask_ratio": 0.6}
+    out, image_loss = compiled(
         mini("mae_hivit_base", norm_pix_loss=False),
-        lambda model, images: model(images, noise=noise, mask_ratio=0.6),
+        lambda model, images: (model(images, **how), model.image_loss(images, **how)),
     )(images)
     errors = np.square(np.asarray(out.pred) - positions.patchify(images, 16)).mean(-1)
     assert_allclose(out.unit_loss, errors, rtol=1e-5)
     removed = np.asarray(out.mask) == 1
     assert removed.sum() == 3 * 10
     assert_allclose(out.loss, errors[removed].mean(), rtol=1e-5)
+    of_each = errors[removed].reshape(3, 10).mean(1)  # as many in every image
+    assert_allclose(image_loss, of_each, rtol=1e-5)
 
 
 @cache

@@ -95,13 +95,17 @@ class AttentionBlock(MlpBlock):
         rate: float | jax.Array | None = None,
         number: int | jax.Array = 0,
         kernel: str = "plain",
+        skip: int = 0,
     ) -> jax.Array:
+        """[B, K, C] -> [B, K - skip, C]: the first `skip` tokens are attended to, no
+        more. Other arguments of `MlpBlock` and `Attention`.
+        """
         with jax.named_scope("attention"):
             fused = kernels.attention(x, self.norm1, self.attn, key_mask, kernel)
             x = self._residual(
                 *(x, (rate, sample_keys, 2 * number + 1), fused),
                 lambda: self.attn(self.norm1(x), relative_index, key_mask, kernel),
-            )
+            )[:, skip:]
         return super().__call__(
             x, sample_keys=sample_keys, rate=rate, number=number, kernel=kernel
         )
@@ -116,6 +120,7 @@ def run_blocks(
     kernel: str,
     first: int = 0,
     rates: Sequence[float] | None = None,
+    skip: int = 0,
     **inputs: jax.Array | None,
 ) -> jax.Array:
     """Blocks one after another, x -> x.
@@ -128,24 +133,25 @@ def run_blocks(
       kernel: see `kernels.mlp`.
       first: number of the first block.
       rates: of drop path; None: nothing is dropped.
+      skip: see `AttentionBlock`; of a single block.
       inputs: what every block takes beside x.
     """
 
     def run(block, x, number, rate):
         graphdef, params = nnx.split(block)
-        call = partial(_call(x.dtype), graphdef, kernel)
+        call = partial(_call(x.dtype), graphdef, kernel, skip)
         return (jax.checkpoint(call) if remat else call)(
             params, x, number, rate, inputs
         )
 
     def run_scanned(x, scanned):
         params, number, rate = scanned
-        call = partial(_run_block, graphdef, kernel)
+        call = partial(_run_block, graphdef, kernel, 0)
         if remat:  # a loop keeps what is computed again apart by itself
             call = jax.checkpoint(call, prevent_cse=False)
         return call(params, x, number, rate, inputs), None
 
-    if not scan or not blocks:
+    if not scan or len(blocks) < 2:
         for i, block in enumerate(blocks):
             x = run(block, x, first + i, None if rates is None else rates[i])
         return x
@@ -157,12 +163,13 @@ def run_blocks(
     return jax.lax.scan(run_scanned, x, (params, numbers, rates))[0]
 
 
-def _run_block(graphdef, kernel, params, x, number, rate, inputs):
+def _run_block(graphdef, kernel, skip, params, x, number, rate, inputs):
     block = nnx.merge(graphdef, params)
+    inputs = inputs | ({"skip": skip} if skip else {})  # which MLP blocks do not know
     return block(x, number=number, rate=rate, kernel=kernel, **inputs)
 
 
-_jitted_block = jax.jit(_run_block, static_argnums=(0, 1))
+_jitted_block = jax.jit(_run_block, static_argnums=(0, 1, 2))
 
 
 def _call(dtype):
