@@ -13,7 +13,6 @@ import argparse
 import io
 import json
 import os
-import platform
 import statistics
 import tempfile
 import time
@@ -26,6 +25,7 @@ import simplejpeg
 from PIL import Image
 
 from benchmarks import photographs
+from benchmarks.machine import processor
 from hivit_jax import config as configs
 from hivit_jax.data import pipeline, sources, transforms
 from hivit_jax.data.prepare import shrink
@@ -201,7 +201,7 @@ def report(root: Path, rounds: int) -> None:
         "images_per_cpu_second": rates,
         "jump_seconds": seconds,
         "rounds": rounds,
-        "cpu": platform.processor() or platform.machine(),
+        "cpu": processor(),
         "versions": {name: version(name) for name in packages},
     }
     RESULTS.parent.mkdir(parents=True, exist_ok=True)

@@ -20,7 +20,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -29,6 +28,8 @@ from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from benchmarks.machine import processor
 
 # jax and torch are imported late, each by the processes that need it.
 ROOT = Path(__file__).resolve().parent.parent
@@ -277,7 +278,7 @@ def run(argv: list[str] | None) -> None:
     print(table(found, cpu))
     result = {
         "device": args.device,
-        "cpu": platform.processor() or platform.machine(),
+        "cpu": processor(),
         "batch_size": args.batch,
         "dtype": "float32" if cpu else "bfloat16",
         "threads": args.threads if cpu else None,

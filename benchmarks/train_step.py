@@ -23,6 +23,7 @@ import numpy as np
 from flax import nnx
 
 from benchmarks import plain_config  # noqa: F401  first: it may be ml_collections
+from benchmarks.machine import processor
 from hivit_jax import config as configs
 from hivit_jax import step as steps
 from hivit_jax import tasks
@@ -131,6 +132,7 @@ def measure(config: Any, rounds: int, count: int) -> dict[str, Any]:
         "batch_size": config.batch_size,
         "device": devices[0].device_kind,
         "devices": len(devices),
+        "cpu": processor(),
         "images_per_second": rate,
         "seconds_per_step": median,
         "seconds_of_rounds": seconds,

@@ -111,7 +111,7 @@ def test_mmpretrain_classifier():
 
 
 def mae_loss(graphdef, images, noise):
-    """params -> (what training takes the gradient of, all that is put out), gradients."""
+    """params -> (what training minimises, everything that is put out), gradients."""
 
     def loss(params):
         model = nnx.merge(graphdef, params)
