@@ -16,11 +16,12 @@ from networks import fast_jit, pictures
 from numpy.testing import assert_allclose
 
 from hivit_jax import kernels, sharding
-from hivit_jax.compile_ahead import devices_of
+from hivit_jax.compile_ahead import GPU_OPTIONS, devices_of
 from hivit_jax.compiling import compile_step
 from hivit_jax.errors import ConfigError
 from hivit_jax.kernels.attention import attention_block
 from hivit_jax.kernels.mlp import mlp_block
+from hivit_jax.kernels.mlp_gpu import mlp_block as gpu_mlp_block
 from hivit_jax.models import create_model, layers, named_leaves, split
 from hivit_jax.optimizer import make_schedule
 from hivit_jax.step import prepare_step
@@ -74,8 +75,15 @@ def attention_case(rows, width):
     return [*shapes, (width, width), (width,)]
 
 
+def gpu_mlp(*arguments):
+    *arguments, _, interpret = arguments  # its rows are fixed
+    return gpu_mlp_block(*arguments, interpret)
+
+
 CASES = {
     "mlp": (plain_mlp, mlp_block, (), mlp_case(96), 32),
+    "mlp on GPUs": (plain_mlp, gpu_mlp, (), mlp_case(128, 128, 384), None),
+    "wide mlp on GPUs": (plain_mlp, gpu_mlp, (), mlp_case(192, 256), None),
     # 49 tokens: two images at a time, in windows that begin where tiles do.
     "attention of 49": (plain_attention, attention_block, (4, 49), (16 * 49, 128), 784),
     "attention of 196": (plain_attention, attention_block, (2, 196), (1568, 128), 784),
@@ -165,7 +173,7 @@ def test_odd_numbers_of_tokens_are_padded_for_cudnn(tokens, monkeypatch):
 def test_the_same_numbers(name, add):
     """float32: output and all seven gradients, of several blocks of rows."""
     plain, fused, how, shapes, rows = CASES[name]
-    shapes = shapes if name == "mlp" else attention_case(*shapes)
+    shapes = shapes if "mlp" in name else attention_case(*shapes)
     *inputs, direction = arrays(*shapes, shapes[0])
     inputs[1] = 1 + inputs[1]
     expected = jax.jit(partial(results, partial(plain, *how, add)))(inputs, direction)
@@ -178,11 +186,11 @@ def test_the_same_numbers(name, add):
         assert_allclose(a, b, rtol=0, atol=3e-6 * float(jnp.abs(b).max()))
 
 
-@pytest.mark.parametrize("name", ["mlp", "attention of 49"])
+@pytest.mark.parametrize("name", ["mlp", "mlp on GPUs", "attention of 49"])
 def test_no_less_exact_in_bfloat16(name):
     """Errors against float32 are at most those of the plain path, and a tenth more."""
     plain, fused, how, shapes, rows = CASES[name]
-    shapes = shapes if name == "mlp" else attention_case(*shapes)
+    shapes = shapes if "mlp" in name else attention_case(*shapes)
     *exact, direction = arrays(*shapes, shapes[0])
     exact[1] = 1 + exact[1]
     inputs = [x if i in (1, 2) else x.astype(jnp.bfloat16) for i, x in enumerate(exact)]
@@ -298,19 +306,54 @@ def test_where_they_are_not_for(one_device):
         create_model("hivit_tiny", kernels="fast")
 
 
+def test_gpus_run_narrow_mlps_as_kernels_where_told(one_device, monkeypatch):
+    """128 and 256 wide in bfloat16: the stem's two and two, and this decoder's."""
+    monkeypatch.setattr(kernels, "platform", lambda: "gpu")
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda q, k, v, **_: v)
+    for choice, dtype, count in (
+        *(("fused", "bfloat16", 5), ("auto", "bfloat16", 0)),
+        *(("plain", "bfloat16", 0), ("fused", "float32", 0)),
+    ):
+        loss, params = loss_of(choice, dtype=dtype)
+        names = kernels_in(jax.make_jaxpr(loss)(params).jaxpr)
+        assert names == count * ["mlp_block"], (choice, dtype)
+
+
+@pytest.mark.skipif(
+    not find_spec("jax_cuda13_plugin"), reason="needs the CUDA compiler"
+)
+@pytest.mark.parametrize("width", [128, 256])
+def test_compile_for_a_gpu(width):
+    """One kernel there, one back, and two products for the gradients of weights."""
+    mesh = Mesh(np.array(devices_of("h100:1")), ("data",))
+    place = NamedSharding(mesh, PartitionSpec())
+    inputs = bfloat16_shapes(mlp_case(1024, width, 3 * width), place)
+
+    def both(direction, *inputs):
+        block = partial(gpu_mlp_block, add=True, eps=EPS, interpret=False)
+        return results(block, inputs, direction)
+
+    with jax.set_mesh(mesh):
+        lowered = jax.jit(both).lower(inputs[0], *inputs)
+    text = lowered.compile(GPU_OPTIONS).as_text()
+    assert text.count('custom_call_target="__gpu$xla.gpu.triton"') == 2
+    assert text.count('custom_call_target="__cublas') == 2
+
+
+def bfloat16_shapes(case, place):
+    """A block's inputs on a device: all but LayerNorm's are bfloat16."""
+    kinds = [jnp.bfloat16, jnp.float32, jnp.float32, *4 * [jnp.bfloat16]]
+    return [
+        jax.ShapeDtypeStruct(s, d, sharding=place)
+        for s, d in zip(case, kinds, strict=True)
+    ]
+
+
 @pytest.mark.skipif(not find_spec("libtpu"), reason="needs the TPU compiler")
 def test_compile_for_a_tpu():
     """With the very traffic that is promised: rows once, weights once."""
     mesh = Mesh(np.array(devices_of("v5e:2x4")[:1]), ("data",))
     place = NamedSharding(mesh, PartitionSpec())
-
-    def shapes(case):
-        kinds = [jnp.bfloat16, jnp.float32, jnp.float32, *4 * [jnp.bfloat16]]
-        return [
-            jax.ShapeDtypeStruct(s, d, sharding=place)
-            for s, d in zip(case, kinds, strict=True)
-        ]
-
     programs = {
         "mlp_block": (lambda *a: mlp_block(*a, True, EPS, 512, False), mlp_case(1024)),
         "attention_block": (
@@ -319,7 +362,7 @@ def test_compile_for_a_tpu():
         ),
     }
     for name, (function, case) in programs.items():
-        inputs = shapes(case)
+        inputs = bfloat16_shapes(case, place)
 
         def both(direction, *inputs, function=function):
             return results(function, inputs, direction)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, PartitionSpec
 
+from hivit_jax.kernels import mlp_gpu
 from hivit_jax.kernels.attention import LANES, attention_block
 from hivit_jax.kernels.common import ROWS, VMEM_SHARE
 from hivit_jax.kernels.mlp import mlp_block
@@ -28,20 +29,27 @@ def mlp(x: jax.Array, norm: Any, mlp: Any, choice: str) -> Block | None:
     Args:
       x: [..., C].
       norm, mlp: the modules.
-      choice: "auto": on TPUs, in bfloat16; "fused": wherever shapes allow, on other
-        devices as plain operations, slowly; "plain": never.
+      choice: "auto": on TPUs, in bfloat16; "fused": wherever shapes allow, on GPUs in
+        the stem, on CPUs as plain operations, slowly; "plain": never.
     """
     place = _place(choice, x)
     width, hidden = mlp.fc1.kernel.shape
     if place is None or width % LANES or hidden % LANES:
         return None
-    # More rows make longer programs to compile, fewer more and shorter steps.
-    most = min(max(2**28 // (width * hidden), 128), 1024)
-    rows = _rows(x.size // width // place.shards, ROWS, most)
-    # Backward: weights, their gradients in float32 and in x's dtype; rows and hidden.
-    fixed, each = 24 * width * hidden, 20 * hidden + 40 * width
-    if rows is None or fixed + each * rows > place.vmem:
-        return None
+    total = x.size // width // place.shards
+    if place.platform == "gpu":
+        if width not in mlp_gpu.WIDTHS or total % mlp_gpu.ROWS:
+            return None
+        block, how = mlp_gpu.mlp_block, ()
+    else:
+        # More rows make longer programs to compile, fewer more and shorter steps.
+        most = min(max(2**28 // (width * hidden), 128), 1024)
+        rows = _rows(total, ROWS, most)
+        # Backward: weights, their gradients in float32 and in x's dtype; rows, hidden.
+        fixed, each = 24 * width * hidden, 20 * hidden + 40 * width
+        if rows is None or fixed + each * rows > place.vmem:
+            return None
+        block, how = mlp_block, (rows,)
     weights = (
         *(norm.scale[...], norm.bias[...]),
         *(x_.astype(x.dtype) for x_ in (mlp.fc1.kernel[...], mlp.fc1.bias[...])),
@@ -49,7 +57,7 @@ def mlp(x: jax.Array, norm: Any, mlp: Any, choice: str) -> Block | None:
     )
 
     def run(x, *weights, add):
-        return mlp_block(x, *weights, add, norm.epsilon, rows, place.interpret)
+        return block(x, *weights, add, norm.epsilon, *how, place.interpret)
 
     return lambda add: place.run(partial(run, add=add), x, weights)
 
@@ -59,13 +67,16 @@ def attention(
 ) -> Block | None:
     """``attention(norm(x))``, or None; arguments as in `mlp`.
 
-    None also for keys that are masked, windows, and relative positions.
+    None also on GPUs, where it is cuDNN's; for keys that are masked, windows, and
+    relative positions.
     """
     place = _place(choice, x)
     qkv, proj = attention.qkv, attention.proj
     width, _, heads, head = qkv.kernel.shape
     special = key_mask, attention.windows, attention.relative_position_bias_table
-    if place is None or any(each is not None for each in special):
+    if place is None or place.platform == "gpu":
+        return None
+    if any(each is not None for each in special):
         return None
     if width % LANES or LANES % head:
         return None
@@ -155,9 +166,11 @@ def softmax(
 class _Place:
     """Devices that a kernel is compiled for; `axes` of their mesh split the batch."""
 
-    def __init__(self, axes, shards, interpret):
-        self.axes, self.shards, self.interpret = axes, shards, interpret
-        capacity = 2**30 if interpret else pltpu.get_tpu_info().vmem_capacity_bytes
+    def __init__(self, axes, shards, platform):
+        self.axes, self.shards, self.platform = axes, shards, platform
+        self.interpret = platform == "cpu"
+        tpu = platform == "tpu"
+        capacity = pltpu.get_tpu_info().vmem_capacity_bytes if tpu else 2**30
         self.vmem = int(VMEM_SHARE * capacity)
 
     def run(self, kernel, x, weights):
@@ -191,10 +204,11 @@ def _place(choice: str, x: jax.Array) -> _Place | None:
         types = zip(mesh.axis_names, mesh.axis_types, strict=True)
         axes = tuple(name for name, kind in types if kind == AxisType.Auto)
         shards = math.prod(mesh.shape[axis] for axis in axes)
-    tpu = platform() == "tpu"
-    if not known or (choice == "auto" and not (tpu and x.dtype == jnp.bfloat16)):
+    where, bfloat16 = platform(), x.dtype == jnp.bfloat16
+    serves = {"tpu": bfloat16, "gpu": bfloat16 and choice == "fused"}
+    if not known or not serves.get(where, choice == "fused"):
         return None
-    return _Place(axes, shards, interpret=not tpu)
+    return _Place(axes, shards, where)
 
 
 def heads_split() -> bool:

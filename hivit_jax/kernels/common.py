@@ -19,9 +19,13 @@ VMEM_SHARE = 0.9  # that a kernel may take
 
 
 def dot(a: jax.Array, b: jax.Array, contract: tuple[int, int] = (1, 0)) -> jax.Array:
-    """Matrix product over dimension contract[0] of a and contract[1] of b, float32."""
+    """Matrix product over dimension contract[0] of a and contract[1] of b, float32.
+
+    Exact to its inputs' dtype, whatever JAX's default is: bfloat16 knows but one way.
+    """
     dims = (((contract[0],), (contract[1],)), ((), ()))
-    return jax.lax.dot_general(a, b, dims, preferred_element_type=F32)
+    exact = "highest" if a.dtype == F32 else "default"
+    return jax.lax.dot_general(a, b, dims, exact, preferred_element_type=F32)
 
 
 def normalized(x: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
