@@ -76,7 +76,7 @@ def attention_case(rows, width):
 
 
 def gpu_mlp(*arguments):
-    *arguments, _, interpret = arguments  # its rows are fixed
+    *arguments, _, _, interpret = arguments  # rows are fixed, nothing is kept
     return gpu_mlp_block(*arguments, interpret)
 
 
@@ -168,9 +168,9 @@ def test_odd_numbers_of_tokens_are_padded_for_cudnn(tokens, monkeypatch):
     assert calls[1:] == [(None, tokens)]
 
 
-@pytest.mark.parametrize("add", [True, False])
+@pytest.mark.parametrize(("add", "keep"), [(True, True), (True, False), (False, True)])
 @pytest.mark.parametrize("name", CASES)
-def test_the_same_numbers(name, add):
+def test_the_same_numbers(name, add, keep):
     """float32: output and all seven gradients, of several blocks of rows."""
     plain, fused, how, shapes, rows = CASES[name]
     shapes = shapes if "mlp" in name else attention_case(*shapes)
@@ -179,15 +179,16 @@ def test_the_same_numbers(name, add):
     expected = jax.jit(partial(results, partial(plain, *how, add)))(inputs, direction)
 
     def run(*inputs):
-        return fused(*inputs, *how, add, EPS, rows, True)
+        return fused(*inputs, *how, add, EPS, rows, keep, True)
 
     found = fast_jit(partial(results, run))(inputs, direction)
     for a, b in zip(found, expected, strict=True):
         assert_allclose(a, b, rtol=0, atol=3e-6 * float(jnp.abs(b).max()))
 
 
+@pytest.mark.parametrize("keep", [True, False])
 @pytest.mark.parametrize("name", ["mlp", "mlp on GPUs", "attention of 49"])
-def test_no_less_exact_in_bfloat16(name):
+def test_no_less_exact_in_bfloat16(name, keep):
     """Errors against float32 are at most those of the plain path, and a tenth more."""
     plain, fused, how, shapes, rows = CASES[name]
     shapes = shapes if "mlp" in name else attention_case(*shapes)
@@ -204,7 +205,7 @@ def test_no_less_exact_in_bfloat16(name):
             for a, b in zip(found, truth, strict=True)
         ]
 
-    here = errors(lambda *inputs: fused(*inputs, *how, True, EPS, rows, True))
+    here = errors(lambda *inputs: fused(*inputs, *how, True, EPS, rows, keep, True))
     there = errors(partial(plain, *how, True))
     assert max(here) < 0.02
     assert all(a < 1.1 * b + 1e-4 for a, b in zip(here, there, strict=True))
@@ -350,14 +351,18 @@ def bfloat16_shapes(case, place):
 
 
 @pytest.mark.skipif(not find_spec("libtpu"), reason="needs the TPU compiler")
-def test_compile_for_a_tpu():
+@pytest.mark.parametrize("keep", [True, False])
+def test_compile_for_a_tpu(keep):
     """With the very traffic that is promised: rows once, weights once."""
     mesh = Mesh(np.array(devices_of("v5e:2x4")[:1]), ("data",))
     place = NamedSharding(mesh, PartitionSpec())
     programs = {
-        "mlp_block": (lambda *a: mlp_block(*a, True, EPS, 512, False), mlp_case(1024)),
+        "mlp_block": (
+            lambda *a: mlp_block(*a, True, EPS, 512, keep, False),
+            mlp_case(1024),
+        ),
         "attention_block": (
-            lambda *a: attention_block(*a, 2, 49, True, EPS, 784, False),
+            lambda *a: attention_block(*a, 2, 49, True, EPS, 784, keep, False),
             attention_case(784, 128),
         ),
     }
@@ -380,3 +385,16 @@ def test_rows_of_a_block():
     assert kernels._rows(64 * 49, 392, 512) == 392
     assert kernels._rows(64 * 576, 576, 512) == 576
     assert kernels._rows(4 * 49, 392, 512) is None
+
+
+def test_what_is_worth_keeping():
+    """Where arithmetic is the limit, by a margin; not where the bytes would be."""
+    place = kernels._Place((), 1, "cpu")
+    for balance, kept in ((166, [False, True, True]), (240, [False, False, True])):
+        place.balance = 2 * balance
+        for (width, hidden), worth in zip(
+            ((128, 384), (256, 768), (512, 2048)), kept, strict=True
+        ):
+            product = 2 * width * hidden
+            sizes = 2 * product, 5 * product, product, width, 2 * hidden
+            assert place.keeps(*sizes) == worth, (balance, width)

@@ -20,6 +20,7 @@ from hivit_jax.kernels.common import ROWS, VMEM_SHARE
 from hivit_jax.kernels.mlp import mlp_block
 
 CHOICES = ("auto", "fused", "plain")
+HBM_SHARE = 0.5  # of the peak bandwidth that a kernel may count on
 Block = Callable[[bool], jax.Array]  # given whether to add x to the branch
 
 
@@ -46,10 +47,12 @@ def mlp(x: jax.Array, norm: Any, mlp: Any, choice: str) -> Block | None:
         most = min(max(2**28 // (width * hidden), 128), 1024)
         rows = _rows(total, ROWS, most)
         # Backward: weights, their gradients in float32 and in x's dtype; rows, hidden.
-        fixed, each = 24 * width * hidden, 20 * hidden + 40 * width
+        fixed, each = 24 * width * hidden, 24 * hidden + 40 * width
         if rows is None or fixed + each * rows > place.vmem:
             return None
-        block, how = mlp_block, (rows,)
+        product = 2 * width * hidden
+        keep = place.keeps(2 * product, 5 * product, product, width, 2 * hidden)
+        block, how = mlp_block, (rows, keep)
     weights = (
         *(norm.scale[...], norm.bias[...]),
         *(x_.astype(x.dtype) for x_ in (mlp.fc1.kernel[...], mlp.fc1.bias[...])),
@@ -82,7 +85,7 @@ def attention(
         return None
     tokens = x.shape[1]
     rows = _rows(x.shape[0] * tokens // place.shards, math.lcm(tokens, ROWS), 512)
-    fixed, each = 48 * width**2, 60 * width
+    fixed, each = 48 * width**2, 76 * width
     if rows is None or fixed + each * rows + 32 * tokens**2 > place.vmem:
         return None
     weights = (
@@ -93,7 +96,10 @@ def attention(
     )
 
     def run(x, *weights, add):
-        how = heads, tokens, add, norm.epsilon, rows, place.interpret
+        square, scores = 2 * width**2, 2 * tokens * width * LANES // head
+        forward, backward = 4 * square + 2 * scores, 11 * square + 6 * scores
+        keep = place.keeps(forward, backward, 3 * square + scores, width, 8 * width)
+        how = heads, tokens, add, norm.epsilon, rows, keep, place.interpret
         return attention_block(x, *weights, *how)
 
     return lambda add: place.run(partial(run, add=add), x, weights)
@@ -169,9 +175,27 @@ class _Place:
     def __init__(self, axes, shards, platform):
         self.axes, self.shards, self.platform = axes, shards, platform
         self.interpret = platform == "cpu"
-        tpu = platform == "tpu"
-        capacity = pltpu.get_tpu_info().vmem_capacity_bytes if tpu else 2**30
-        self.vmem = int(VMEM_SHARE * capacity)
+        self.vmem, self.balance = 2**30, 0.0  # operations in the time of a byte
+        if platform == "tpu":
+            info = pltpu.get_tpu_info()
+            self.vmem = int(VMEM_SHARE * info.vmem_capacity_bytes)
+            bandwidth = HBM_SHARE * info.mem_bw_bytes_per_second
+            self.balance = info.bf16_ops_per_second / bandwidth
+
+    def keeps(self, forward, backward, spared, width, kept):
+        """Whether a block is quicker if it keeps `kept` bytes a row for its gradient.
+
+        Args:
+          forward, backward, spared: operations a row; the last of backward, if kept.
+          width: of rows: two are moved forward, three backward.
+        """
+
+        def time(operations, moved):
+            return max(operations, self.balance * moved)
+
+        again = time(forward, 4 * width) + time(backward, 6 * width)
+        forward = time(forward, 4 * width + kept)
+        return forward + time(backward - spared, 6 * width + kept) < again
 
     def run(self, kernel, x, weights):
         """kernel([T, C], *weights) on each device's part of x [..., C]."""

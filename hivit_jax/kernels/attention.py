@@ -1,15 +1,18 @@
 """``x + proj(attention(LayerNorm(x)))`` in one TPU kernel, forward and backward.
 
 Shapes: x [B*N, C], N tokens of each of B images, which attend to each other; C a
-multiple of 128, of which heads take 32, 64 or 128. Saved for the gradient: x alone.
+multiple of 128, of which heads take 32, 64 or 128. Saved for the gradient: x, and where
+told q, k, v and what the heads put out; or else these are computed again.
 
 A tile has 128 lanes. A head narrower than that is cut out of its tile by zeros in the
 other lanes, which costs the matrix unit nothing that padding would not. Images of few
 tokens go through the softmax together, each masked from the others: 2 of 49 tokens fill
 98 of 128 lanes, where one would fill 49.
 
-Roofline, for each row, bfloat16: 4 C bytes forward and 6 C backward; the weights once.
-A decoder block of hivit_base moves 1 MB an image and not 55, the scores of 16 heads.
+Roofline, for each row, bfloat16: 4 C bytes forward and 6 C backward, and another 8 C
+each way for what may be kept; the weights once. A decoder block of hivit_base moves 1
+MB an image, or 2.9, and not 55, the scores of 16 heads. Arithmetic is the limit either
+way; keeping spares 6 C C operations of 30 C C, and a product of scores and v.
 """
 
 from functools import partial
@@ -23,7 +26,7 @@ from jax.experimental.pallas import tpu as pltpu
 from hivit_jax.kernels.common import (
     F32,
     dot,
-    normalized,
+    layer_norm,
     normalized_gradient,
     over_rows,
 )
@@ -31,7 +34,7 @@ from hivit_jax.kernels.common import (
 LANES, TILE = 128, 8  # of a float32 tile
 
 
-@partial(jax.custom_vjp, nondiff_argnums=tuple(range(7, 13)))
+@partial(jax.custom_vjp, nondiff_argnums=tuple(range(7, 14)))
 def attention_block(
     x,
     scale,
@@ -45,6 +48,7 @@ def attention_block(
     add,
     eps,
     rows,
+    keep,
     interpret,
 ):
     """[B*N, C] -> [B*N, C].
@@ -56,14 +60,20 @@ def attention_block(
       tokens: N.
       add: x to the output; False: the branch alone.
       rows: that are in VMEM at a time, of whole images; divides B*N.
+      keep: q, k, v and what the heads put out, for the gradient.
       interpret: run as plain JAX operations, wherever.
     """
     weights = scale, bias, qkv, qkv_bias, proj, proj_bias
+    return _run(x, weights, heads, tokens, add, eps, rows, False, interpret)[0]
+
+
+def _run(x, weights, heads, tokens, add, eps, rows, keep, interpret):
+    """The output, and in a tuple what is to be kept: [B*N, 3C] and [B*N, C]."""
     width, dtype = x.shape[1], x.dtype
 
-    def kernel(row_refs, weights, out, _, room):
+    def kernel(row_refs, weights, outs, _, room):
         qkvs, mixed = room
-        x = row_refs[0][...].astype(F32)
+        x = row_refs[0][...]
         _project(x, weights, eps, qkvs)
 
         def attend(at, inside, pairs):
@@ -78,36 +88,46 @@ def attention_block(
 
         _each_group(rows, tokens, attend)
         y = dot(mixed[...].astype(dtype), weights[4][...]) + weights[5][...]
-        out[...] = (x + y if add else y).astype(out.dtype)
+        outs[0][...] = (x.astype(F32) + y if add else y).astype(dtype)
+        for ref, kept in zip(outs[1:], room, strict=keep):
+            ref[...] = kept[...].astype(dtype)
 
     scratch = [pltpu.VMEM((rows, 3 * width), F32), pltpu.VMEM((rows, width), F32)]
-    out, _ = over_rows(
+    (out, *kept), _ = over_rows(
         kernel,
         rows,
         [x],
         weights,
         scratch=scratch,
+        kept=[3 * width, width] if keep else [],
         flops=x.size * (8 * width + 4 * tokens),
         interpret=interpret,
         name="attention_block",
     )
-    return out
+    return out, tuple(kept)
 
 
 def _forward(x, *arguments):
-    return attention_block(x, *arguments), (x, *arguments[:6])
+    weights, how = arguments[:6], arguments[6:]
+    out, kept = _run(x, weights, *how)
+    return out, (x, weights, kept)
 
 
-def _backward(heads, tokens, add, eps, rows, interpret, saved, gradient):
-    x, *weights = saved
+def _backward(heads, tokens, add, eps, rows, keep, interpret, saved, gradient):
+    x, weights, kept = saved
     width, dtype = x.shape[1], x.dtype
     factor = np.float32((width // heads) ** -0.5)
 
-    def kernel(row_refs, weights, out, sums, room):
+    def kernel(row_refs, weights, outs, sums, room):
         qkvs, mixed, dmixed = room  # the first becomes its gradient
         scale, bias, qkv, _, proj, _ = weights
-        x, dy = row_refs[0][...].astype(F32), row_refs[1][...]
-        x_hat, inverse, n = _project(x, weights, eps, qkvs)
+        x, dy = row_refs[0][...], row_refs[1][...]
+        if keep:
+            x_hat, inverse, n = layer_norm(x, scale[...], bias[...], eps)
+            for ref, kept in zip(room[:2], row_refs[2:], strict=True):
+                ref[...] = kept[...].astype(F32)
+        else:
+            x_hat, inverse, n = _project(x, weights, eps, qkvs)
         dmixed[...] = dot(dy, proj[...], (1, 1))
 
         def attend(at, inside, pairs):
@@ -122,7 +142,7 @@ def _backward(heads, tokens, add, eps, rows, interpret, saved, gradient):
                     qh, doh = jnp.where(lanes, q, 0), jnp.where(lanes, do, 0)
                     p = _softmax(qh, k, pairs, width // heads)
                     p16 = p.astype(dtype)
-                    o = jnp.where(lanes, dot(p16, v), o)
+                    o = o if keep else jnp.where(lanes, dot(p16, v), o)
                     dp = dot(doh, v, (1, 1))
                     ds = p * (dp - (dp * p).sum(-1, keepdims=True)) * factor
                     ds = ds.astype(dtype)
@@ -147,16 +167,16 @@ def _backward(heads, tokens, add, eps, rows, interpret, saved, gradient):
         dproj_b[...] += dy.astype(F32).sum(0, keepdims=True)
         dx = normalized_gradient(dn * scale[...], x_hat, inverse)
         dx = dx + dy.astype(F32) if add else dx
-        out[...] = dx.astype(dtype)
+        outs[0][...] = dx.astype(dtype)
 
-    out, sums = over_rows(
+    (out,), sums = over_rows(
         kernel,
         rows,
-        [x, gradient],
+        [x, gradient, *kept],
         weights,
         weights,
         [pltpu.VMEM((rows, n * width), F32) for n in (3, 1, 1)],
-        flops=x.size * (22 * width + 14 * tokens),
+        flops=x.size * ((16 if keep else 22) * width + (12 if keep else 14) * tokens),
         interpret=interpret,
         name="attention_block_gradient",
     )
@@ -168,10 +188,9 @@ attention_block.defvjp(_forward, _backward)
 
 def _project(x, weights, eps, qkvs):
     """Writes q, k, v [rows, 3C]; returns normalised rows, 1/deviation, LayerNorm."""
-    scale, bias, qkv, qkv_bias = weights[:4]
-    x_hat, inverse = normalized(x, eps)
-    n = (x_hat * scale[...] + bias[...]).astype(qkv.dtype)
-    qkvs[...] = dot(n, qkv[...]) + qkv_bias[...]
+    scale, bias = weights[:2]
+    x_hat, inverse, n = layer_norm(x, scale[...], bias[...], eps)
+    qkvs[...] = dot(n, weights[2][...]) + weights[3][...]
     return x_hat, inverse, n
 
 

@@ -35,6 +35,14 @@ def normalized(x: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
     return centred * inverse, inverse
 
 
+def layer_norm(
+    x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`normalized` rows of x [T, C] and 1 / deviation, and LayerNorm of x like x."""
+    x_hat, inverse = normalized(x.astype(F32), eps)
+    return x_hat, inverse, (x_hat * scale + bias).astype(x.dtype)
+
+
 def normalized_gradient(
     gradient: jax.Array, x_hat: jax.Array, inverse: jax.Array
 ) -> jax.Array:
@@ -60,25 +68,30 @@ def over_rows(
     weights: Sequence[jax.Array],
     sums: Sequence[jax.Array] = (),
     scratch: Sequence[Any] = (),
+    kept: Sequence[int] = (),
     *,
     flops: int,
     interpret: bool,
     name: str,
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
     """Runs a kernel over blocks of rows.
 
     Args:
-      kernel: (row refs, weight refs, output ref, refs of the sums float32, scratch
+      kernel: (row refs, weight refs, output refs, refs of the sums float32, scratch
         refs) -> None, called for each block.
       rows: each [T, C].
       weights: each whole at every block; vectors come as [1, n].
       sums: what has the shape and dtype of each sum over all rows.
+      kept: widths of outputs [T, width] beside the first.
       flops: of all blocks, for the compiler's estimates.
 
     Returns:
-      An array like rows[0], and the sums.
+      An array like rows[0] and what is kept; the sums.
     """
-    total = rows[0].shape[0]
+    total, width = rows[0].shape
+    outputs = [
+        jax.ShapeDtypeStruct((total, each), rows[0].dtype) for each in (width, *kept)
+    ]
     blocks = total // block_rows
     # A chip of two cores that are one device gives each half of the blocks.
     cores = jax.sharding.get_abstract_mesh().abstract_device
@@ -87,12 +100,12 @@ def over_rows(
     steps = blocks // cores
     weights = [jnp.atleast_2d(w) for w in weights]
     shapes = [(1, s.size) if s.ndim == 1 else s.shape for s in sums]
-    counts = len(rows), len(weights), 1, len(sums), len(sums), len(scratch)
+    groups = rows, weights, outputs, sums, sums, scratch
 
     def body(*refs):
         refs = list(refs)
-        parts = [[refs.pop(0) for _ in range(count)] for count in counts]
-        row_refs, weight_refs, (out,), out_sums, added, room = parts
+        parts = [[refs.pop(0) for _ in group] for group in groups]
+        row_refs, weight_refs, outs, out_sums, added, room = parts
         step = pl.program_id(1)
 
         @pl.when(step == 0)
@@ -100,7 +113,7 @@ def over_rows(
             for ref in added:
                 ref[...] = jnp.zeros_like(ref)
 
-        kernel(row_refs, weight_refs, out, added, room)
+        kernel(row_refs, weight_refs, outs, added, room)
 
         @pl.when(step == steps - 1)
         def _():
@@ -115,18 +128,18 @@ def over_rows(
 
     capacity = 0 if interpret else pltpu.get_tpu_info().vmem_capacity_bytes
     vmem = int(VMEM_SHARE * capacity) or None
-    bytes_moved = sum(x.nbytes for x in (rows[0], *rows))
+    bytes_moved = sum(x.size * x.dtype.itemsize for x in (*rows, *outputs))
     bytes_moved += cores * sum(x.nbytes for x in (*weights, *sums))
-    out, *found = pl.pallas_call(
+    found = pl.pallas_call(
         body,
         grid=(cores, steps),
         in_specs=[*map(block_of, rows), *(whole(w.shape) for w in weights)],
         out_specs=[
-            block_of(rows[0]),
+            *map(block_of, outputs),
             *(pl.BlockSpec((1, *s), lambda c, i: (c, 0, 0)) for s in shapes),
         ],
         out_shape=[
-            jax.ShapeDtypeStruct(rows[0].shape, rows[0].dtype),
+            *outputs,
             *(
                 jax.ShapeDtypeStruct((cores, *shape), s.dtype)
                 for shape, s in zip(shapes, sums, strict=True)
@@ -143,6 +156,7 @@ def over_rows(
         interpret=interpret,
         name=name,
     )(*rows, *weights)
-    return out, tuple(
-        x.sum(0).reshape(like.shape) for x, like in zip(found, sums, strict=True)
+    found, parts = found[: len(outputs)], found[len(outputs) :]
+    return tuple(found), tuple(
+        x.sum(0).reshape(like.shape) for x, like in zip(parts, sums, strict=True)
     )

@@ -1,31 +1,33 @@
 """``x + fc2(gelu(fc1(LayerNorm(x))))`` in one TPU kernel, forward and backward.
 
 Shapes: x [T, C]; C and the hidden width H multiples of 128, T of the rows of a block.
-Saved for the gradient: x alone; hidden activations are computed again.
+Saved for the gradient: x, and where told what fc1 puts out; or else that is computed
+again.
 
 Roofline, for each row, bfloat16: 4 C bytes forward and 6 C backward, against 4 C H and
-12 C H operations (8 C H without computing again); the weights once. The stem of
-hivit_base (C 128 and 256, H 3 C) thus does 77 and 154 operations a byte forward, and 1
-MB an image and block moves instead of 18.
+10 C H operations, the weights once; keeping fc1's output 2 H bytes more each way, and
+8 C H operations. On a v5e, which does 240 operations in the time of a byte, computing
+again is the quicker in the first stage of hivit_base (C 128, H 384), keeping elsewhere
+(512, 2048): with 683 operations a byte the kernel waits for arithmetic even so.
 """
 
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 
 from hivit_jax.kernels.common import (
+    F32,
     dot,
     gelu_slope,
+    layer_norm,
     normal_cdf,
-    normalized,
     normalized_gradient,
     over_rows,
 )
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(7, 8, 9, 10))
-def mlp_block(x, scale, bias, w1, b1, w2, b2, add, eps, rows, interpret):
+@partial(jax.custom_vjp, nondiff_argnums=(7, 8, 9, 10, 11))
+def mlp_block(x, scale, bias, w1, b1, w2, b2, add, eps, rows, keep, interpret):
     """[T, C] -> [T, C].
 
     Args:
@@ -33,43 +35,54 @@ def mlp_block(x, scale, bias, w1, b1, w2, b2, add, eps, rows, interpret):
       w1, b1, w2, b2: [C, H], [H], [H, C], [C], in x's dtype.
       add: x to the output; False: the branch alone.
       rows: that are in VMEM at a time; divide T.
+      keep: fc1's output for the gradient.
       interpret: run as plain JAX operations, wherever.
     """
     weights = scale, bias, w1, b1, w2, b2
+    return _run(x, weights, add, eps, rows, False, interpret)[0]
 
-    def kernel(blocks, weights, out, _, __):
-        x = blocks[0][...].astype(jnp.float32)
-        _, _, hidden = _hidden(x, weights, eps)
-        g = (hidden * normal_cdf(hidden)).astype(w2.dtype)
-        y = dot(g, weights[4][...]) + weights[5][...]
-        out[...] = (x + y if add else y).astype(out.dtype)
 
-    out, _ = over_rows(
+def _run(x, weights, add, eps, rows, keep, interpret):
+    """The output, and fc1's in a tuple if that is to be kept."""
+    hidden_width = weights[2].shape[1]
+
+    def kernel(blocks, weights, outs, _, __):
+        x = blocks[0][...]
+        scale, bias, w1, b1, w2, b2 = (weight[...] for weight in weights)
+        hidden = dot(layer_norm(x, scale, bias, eps)[2], w1) + b1
+        y = dot((hidden * normal_cdf(hidden)).astype(x.dtype), w2) + b2
+        outs[0][...] = (x.astype(F32) + y if add else y).astype(x.dtype)
+        if keep:
+            outs[1][...] = hidden.astype(x.dtype)
+
+    (out, *kept), _ = over_rows(
         kernel,
         rows,
         [x],
         weights,
-        flops=4 * x.size * w1.shape[1],
+        kept=[hidden_width] if keep else [],
+        flops=4 * x.size * hidden_width,
         interpret=interpret,
         name="mlp_block",
     )
-    return out
+    return out, tuple(kept)
 
 
-def _forward(x, scale, bias, w1, b1, w2, b2, add, eps, rows, interpret):
+def _forward(x, scale, bias, w1, b1, w2, b2, add, eps, rows, keep, interpret):
     weights = scale, bias, w1, b1, w2, b2
-    return mlp_block(x, *weights, add, eps, rows, interpret), (x, *weights)
+    out, kept = _run(x, weights, add, eps, rows, keep, interpret)
+    return out, (x, weights, kept)
 
 
-def _backward(add, eps, rows, interpret, saved, gradient):
-    x, *weights = saved
+def _backward(add, eps, rows, keep, interpret, saved, gradient):
+    x, weights, kept = saved
     dtype = x.dtype
 
-    def kernel(blocks, weights, out, sums, _):
-        x, dy = blocks[0][...].astype(jnp.float32), blocks[1][...]
+    def kernel(blocks, weights, outs, sums, _):
+        x, dy = blocks[0][...], blocks[1][...]
         scale, bias, w1, b1, w2, _ = weights
-        x_hat, inverse, hidden = _hidden(x, weights, eps)
-        n = (x_hat * scale[...] + bias[...]).astype(dtype)
+        x_hat, inverse, n = layer_norm(x, scale[...], bias[...], eps)
+        hidden = blocks[2][...].astype(F32) if keep else dot(n, w1[...]) + b1[...]
         dg = dot(dy, w2[...], (1, 1))
         cdf = normal_cdf(hidden)
         g = (hidden * cdf).astype(dtype)
@@ -82,18 +95,18 @@ def _backward(add, eps, rows, interpret, saved, gradient):
         dw1[...] += dot(n, dh16, (0, 0))
         db1[...] += dh.sum(0, keepdims=True)
         dw2[...] += dot(g, dy, (0, 0))
-        db2[...] += dy.astype(jnp.float32).sum(0, keepdims=True)
+        db2[...] += dy.astype(F32).sum(0, keepdims=True)
         dx = normalized_gradient(dn * scale[...], x_hat, inverse)
-        dx = dx + dy.astype(jnp.float32) if add else dx
-        out[...] = dx.astype(dtype)
+        dx = dx + dy.astype(F32) if add else dx
+        outs[0][...] = dx.astype(dtype)
 
-    out, sums = over_rows(
+    (out,), sums = over_rows(
         kernel,
         rows,
-        [x, gradient],
+        [x, gradient, *kept],
         weights,
         weights,
-        flops=10 * x.size * weights[2].shape[1],
+        flops=(8 if keep else 10) * x.size * weights[2].shape[1],
         interpret=interpret,
         name="mlp_block_gradient",
     )
@@ -101,11 +114,3 @@ def _backward(add, eps, rows, interpret, saved, gradient):
 
 
 mlp_block.defvjp(_forward, _backward)
-
-
-def _hidden(x, weights, eps):
-    """Normalised rows, 1 / deviation, fc1's output; float32."""
-    scale, bias, w1, b1 = weights[:4]
-    x_hat, inverse = normalized(x, eps)
-    n = (x_hat * scale[...] + bias[...]).astype(w1.dtype)
-    return x_hat, inverse, dot(n, w1[...]) + b1[...]

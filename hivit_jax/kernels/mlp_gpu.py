@@ -24,7 +24,7 @@ from jax.experimental.pallas import triton as pltriton
 from hivit_jax.kernels.common import (
     F32,
     dot,
-    normalized,
+    layer_norm,
     normalized_gradient,
 )
 
@@ -46,7 +46,7 @@ def mlp_block(x, scale, bias, w1, b1, w2, b2, add, eps, interpret):
     weights = scale, bias, w1, b1, w2, b2
 
     def kernel(x, scale, bias, w1, b1, w2, b2, out):
-        x_hat, _, n = _normalized(x, scale, bias, eps)
+        x_hat, _, n = layer_norm(x[...], scale[...], bias[...], eps)
 
         def some(i, y):
             at = pl.ds(i * COLUMNS, COLUMNS)
@@ -73,7 +73,7 @@ def _backward(add, eps, interpret, saved, gradient):
     def kernel(x, dy, scale, bias, w1, b1, w2, _, dx, n_out, g_out, dh_out, *sums):
         dscale, dbias, db1, db2 = sums
         dy = dy[...]
-        x_hat, _, n = _normalized(x, scale, bias, eps)
+        x_hat, _, n = layer_norm(x[...], scale[...], bias[...], eps)
         n_out[...] = n
 
         def some(i, dn):
@@ -88,7 +88,7 @@ def _backward(add, eps, interpret, saved, gradient):
 
         dn = jax.lax.fori_loop(0, hidden // COLUMNS, some, jnp.zeros_like(x_hat))
         # Again, or registers would have to hold it through the loop.
-        x_hat, inverse, _ = _normalized(x, scale, bias, eps)
+        x_hat, inverse, _ = layer_norm(x[...], scale[...], bias[...], eps)
         dscale[0, :] = (dn * x_hat).sum(0)
         dbias[0, :] = dn.sum(0)
         dy = dy.astype(F32)
@@ -106,12 +106,6 @@ def _backward(add, eps, interpret, saved, gradient):
 
 
 mlp_block.defvjp(_forward, _backward)
-
-
-def _normalized(x, scale, bias, eps):
-    """Normalised rows and 1 / deviation, float32; what fc1 takes."""
-    x_hat, inverse = normalized(x[...].astype(F32), eps)
-    return x_hat, inverse, (x_hat * scale[...] + bias[...]).astype(x.dtype)
 
 
 def _gelu(x):
