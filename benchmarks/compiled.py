@@ -24,7 +24,8 @@ import re
 from pathlib import Path
 
 from hivit_jax import config as configs
-from hivit_jax.compile_ahead import GIB, compile_ahead
+from hivit_jax.chips import GIB
+from hivit_jax.compile_ahead import compile_ahead
 from hivit_jax.errors import ConfigError, exit_code
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -15,7 +15,8 @@ import json
 from pathlib import Path
 
 from hivit_jax import config as configs
-from hivit_jax.compile_ahead import GIB, compile_ahead, devices_of, largest_batch
+from hivit_jax.chips import GIB, devices_of
+from hivit_jax.compile_ahead import compile_ahead, largest_batch
 from hivit_jax.errors import ConfigError, exit_code
 
 ROOT = Path(__file__).resolve().parent.parent

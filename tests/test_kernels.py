@@ -16,7 +16,7 @@ from networks import fast_jit, pictures
 from numpy.testing import assert_allclose
 
 from hivit_jax import kernels, sharding
-from hivit_jax.compile_ahead import GPU_OPTIONS, devices_of
+from hivit_jax.chips import GPU_OPTIONS, devices_of
 from hivit_jax.compiling import compile_step
 from hivit_jax.errors import ConfigError
 from hivit_jax.kernels.attention import attention_block
