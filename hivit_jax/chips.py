@@ -95,7 +95,7 @@ def chip_of(device_kind: str) -> Chip | None:
 def devices_of(topology: str) -> Sequence[jax.Device]:
     """Devices to compile for, of a topology such as "v5e:16x16" or "h100:8".
 
-    From here on the process computes on the CPU alone, and caches no programs.
+    From here on the process computes on the CPU alone.
 
     Raises:
       ConfigError: an unknown chip or shape, or a compiler that is not installed.
@@ -115,8 +115,6 @@ def devices_of(topology: str) -> Sequence[jax.Device]:
             f"not installed; pip install 'hivit-jax[{'cuda' if gpu else 'tpu'}]'"
         )
     jax.config.update("jax_platforms", "cpu")  # whatever else is here is left alone
-    # A cache would be of no use to others, and what it gives leaves no text.
-    jax.config.update("jax_enable_compilation_cache", False)
     how: dict[str, Any] = {"platform": "cuda" if gpu else "tpu"}
     if gpu:
         target = HOPPER.format(name=name.upper(), **CHIPS[name]._asdict())

@@ -73,6 +73,8 @@ def examine(config: Any, devices: Sequence[jax.Device]) -> dict[str, Any]:
     ``hbm_bytes_per_device`` has but total and limit, and what follows is None, if the
     compiler says that the program does not fit.
     """
+    # A cache would be of no use to others, and what it gives leaves no text.
+    jax.config.update("jax_enable_compilation_cache", False)
     mesh = make_mesh(
         config.mesh, config.batch_size, config.optimizer.accumulate_steps, devices
     )
