@@ -5,9 +5,9 @@
 What fits and up to what batch, what is computed, moved and exchanged, the bound on
 images a second; whether what is exchanged stays the same from 8 chips to 256; what
 rematerialisation and scanned blocks do to memory and compile time. Writes
-results/topologies.json and prints its table. Takes some fifty compilations, of a minute
-or two on two cores; goes on where it stopped; leaves out chips whose compiler is not
-installed.
+results/topologies.json and prints its table. Takes some hundred compilations, of one
+to four minutes on two cores; goes on where it stopped; leaves out chips whose compiler
+is not installed.
 """
 
 import argparse

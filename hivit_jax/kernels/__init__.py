@@ -30,8 +30,8 @@ def mlp(x: jax.Array, norm: Any, mlp: Any, choice: str) -> Block | None:
     Args:
       x: [..., C].
       norm, mlp: the modules.
-      choice: "auto": on TPUs, in bfloat16; "fused": wherever shapes allow, on GPUs in
-        the stem, on CPUs as plain operations, slowly; "plain": never.
+      choice: "auto": on TPUs, in bfloat16; "fused": wherever shapes allow, on GPUs
+        narrow ones (the stem), on CPUs as plain operations, slowly; "plain": never.
     """
     place = _place(choice, x)
     width, hidden = mlp.fc1.kernel.shape
@@ -88,6 +88,9 @@ def attention(
     fixed, each = 48 * width**2, 76 * width
     if rows is None or fixed + each * rows + 32 * tokens**2 > place.vmem:
         return None
+    square, scores = 2 * width**2, 2 * tokens * width * LANES // head
+    forward, backward = 4 * square + 2 * scores, 11 * square + 6 * scores
+    keep = place.keeps(forward, backward, 3 * square + scores, width, 8 * width)
     weights = (
         *(norm.scale[...], norm.bias[...]),
         qkv.kernel[...].astype(x.dtype).reshape(width, -1),
@@ -96,9 +99,6 @@ def attention(
     )
 
     def run(x, *weights, add):
-        square, scores = 2 * width**2, 2 * tokens * width * LANES // head
-        forward, backward = 4 * square + 2 * scores, 11 * square + 6 * scores
-        keep = place.keeps(forward, backward, 3 * square + scores, width, 8 * width)
         how = heads, tokens, add, norm.epsilon, rows, keep, place.interpret
         return attention_block(x, *weights, *how)
 

@@ -97,8 +97,8 @@ class AttentionBlock(MlpBlock):
         kernel: str = "plain",
         skip: int = 0,
     ) -> jax.Array:
-        """[B, K, C] -> [B, K - skip, C]: the first `skip` tokens are attended to, no
-        more. Other arguments of `MlpBlock` and `Attention`.
+        """[B, K, C] -> [B, K - skip, C]: after attention the first `skip` tokens are
+        left out. Other arguments of `MlpBlock` and `Attention`.
         """
         with jax.named_scope("attention"):
             fused = kernels.attention(x, self.norm1, self.attn, key_mask, kernel)

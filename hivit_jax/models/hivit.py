@@ -284,7 +284,7 @@ class HiViT(nnx.Module):
         position = self.absolute_pos_embed[...]  # [N, E]
         ids = jnp.arange(len(position))  # [N]
         if ids_keep is not None:
-            units = jnp.take_along_axis(units, ids_keep[:, :, None], axis=1)
+            units = positions.rows_at(units, ids_keep)  # [B, K, P*P*C]
             # A product, and so is its gradient: scattered additions are slow on TPUs,
             # in no fixed order on GPUs, and exchanged between devices as they are.
             chosen = jax.nn.one_hot(ids_keep, len(position), dtype=self.dtype)

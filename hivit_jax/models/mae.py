@@ -83,11 +83,6 @@ def random_masking(
     return ids_shuffle, ids_restore, mask
 
 
-def rows_at(x: jax.Array, ids: jax.Array) -> jax.Array:
-    """Rows of [B, N, D] at ids, int [B, M]: [B, M, D]."""
-    return jnp.take_along_axis(x, ids[:, :, None], axis=1)
-
-
 class MaskedAutoencoder(Features):
     """HiViT encoder on visible units, transformer decoder on all of them.
 
@@ -177,7 +172,7 @@ class MaskedAutoencoder(Features):
         kept = visible_units(noise.shape[1], mask_ratio)
         ids_shuffle, ids_restore, mask = random_masking(noise, kept)
         latent = self.encode(images, ids_shuffle[:, :kept], sample_keys)
-        pred = rows_at(self.decode(latent, ids_shuffle), ids_restore)
+        pred = positions.rows_at(self.decode(latent, ids_shuffle), ids_restore)
         unit_loss = self.unit_loss(images, pred)
         loss = (unit_loss * mask).sum() / mask.sum()
         return MAEOutput(loss, pred, mask, latent, unit_loss)
@@ -193,13 +188,13 @@ class MaskedAutoencoder(Features):
         """Mean squared error over each image's removed units, [B] float32; arguments as
         above.
 
-        What training takes: visible units are not predicted, and need the decoder's
-        last block for its keys and values alone.
+        What training takes: visible units are not predicted, and the decoder's last MLP
+        leaves them out.
         """
         kept = visible_units(noise.shape[1], mask_ratio)
         ids_shuffle = random_masking(noise, kept)[0]
         latent = self.encode(images, ids_shuffle[:, :kept], sample_keys)
-        pred = self.decode(latent, ids_shuffle, removed_only=True)
+        pred = self.decode(latent, ids_shuffle, removed_only=True)  # [B, N - K, P*P*C]
         return self.unit_loss(images, pred, ids_shuffle[:, kept:]).mean(1)
 
     def encode(
@@ -243,7 +238,7 @@ class MaskedAutoencoder(Features):
             *blocks, last = self.decoder_blocks
             x = run_blocks(blocks, x, **self.encoder.how)
             skip = kept if removed_only else 0
-            x = run_blocks([last], x, skip=skip, **self.encoder.how)
+            x = run_blocks([last], x, skip=skip, **self.encoder.how)  # [B, N - skip, D]
         with jax.named_scope("loss"):
             return self.decoder_pred(self.decoder_norm(x)).astype(jnp.float32)
 
@@ -259,7 +254,7 @@ class MaskedAutoencoder(Features):
           ids: int [B, M], which units; None: all, in image order.
         """
         units = positions.patchify(images.astype(jnp.float32), self.encoder.patch_size)
-        units = units if ids is None else rows_at(units, ids)
+        units = units if ids is None else positions.rows_at(units, ids)
         if not self.norm_pix_loss:
             return units, jnp.zeros_like(units[..., :1]), jnp.ones_like(units[..., :1])
         mean = units.mean(-1, keepdims=True)

@@ -33,6 +33,11 @@ def check_grid(image_size: int | Sequence[int], patch_size: int) -> Grid:
     return sides[0] // patch_size, sides[1] // patch_size
 
 
+def rows_at(x: jax.Array, ids: jax.Array) -> jax.Array:
+    """Rows of [B, N, D] at ids, int [B, M]: [B, M, D]."""
+    return jnp.take_along_axis(x, ids[:, :, None], axis=1)
+
+
 def patchify(images: jax.Array, patch_size: int) -> jax.Array:
     """Images [B, H, W, C] -> units [B, N, patch_size*patch_size*C].
 
