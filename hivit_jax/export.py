@@ -22,7 +22,7 @@ from hivit_jax import errors
 from hivit_jax.errors import CheckpointError, ConfigError, HivitError
 from hivit_jax.metrics import say
 from hivit_jax.models import Model
-from hivit_jax.models.hivit import Classifier
+from hivit_jax.models.classifier import Classifier
 
 WHAT = ("classifier", "features")
 PLATFORMS = ("cpu", "cuda", "tpu")

@@ -14,7 +14,7 @@ from hivit_jax.augment import Keys
 from hivit_jax.config import image_shape
 from hivit_jax.errors import ConfigError, unknown
 from hivit_jax.models import NAMES, Model, create_model
-from hivit_jax.models.hivit import Classifier
+from hivit_jax.models.classifier import Classifier
 from hivit_jax.models.mae import MAEOutput, MaskedAutoencoder, visible_units
 
 Values = dict[str, jax.Array]  # each float32 [B]; always with "loss"

@@ -27,7 +27,8 @@ from hivit_jax.models import (
     create_model,
     positions,
 )
-from hivit_jax.models.hivit import Classifier, parameter_count
+from hivit_jax.models.classifier import Classifier
+from hivit_jax.models.layers import parameter_count
 from hivit_jax.models.mae import (
     FixedTable,
     MaskedAutoencoder,

@@ -13,7 +13,7 @@ from numpy.testing import assert_allclose
 from hivit_jax.models import (
     split,
 )
-from hivit_jax.models.hivit import Classifier
+from hivit_jax.models.classifier import Classifier
 
 # bfloat16
 

@@ -9,7 +9,8 @@ import jax
 from flax import nnx
 
 from hivit_jax.errors import unknown
-from hivit_jax.models.hivit import Classifier, HiViT
+from hivit_jax.models.classifier import Classifier
+from hivit_jax.models.hivit import HiViT
 from hivit_jax.models.mae import MaskedAutoencoder
 
 Model = Classifier | MaskedAutoencoder
