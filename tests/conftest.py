@@ -7,12 +7,11 @@ import os
 import shutil
 import tempfile
 
+from flags import quick_to_compile, virtual_devices
+
 os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="hivit-programs-")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-# The older code generator takes half as long to compile.
-os.environ["XLA_FLAGS"] = (
-    "--xla_force_host_platform_device_count=8 --xla_cpu_use_fusion_emitters=false"
-)
+os.environ["XLA_FLAGS"] = f"{virtual_devices(8)} {quick_to_compile()}"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
@@ -21,7 +20,7 @@ import pytest
 atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], True)
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.devices()  # reads the flags
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"  # libtpu reads too
+os.environ["XLA_FLAGS"] = virtual_devices(8)  # libtpu reads too
 
 
 def pytest_collection_modifyitems(items):

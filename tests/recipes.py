@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from flags import quick_to_compile, virtual_devices
 from ml_collections import ConfigDict
 
 from hivit_jax import checkpoint, evaluate, figures, metrics
@@ -113,8 +114,7 @@ def start(
     variables = dict(
         JAX_PLATFORMS="cpu",
         JAX_DISABLE_MOST_OPTIMIZATIONS="1",
-        XLA_FLAGS=f"--xla_force_host_platform_device_count={devices} "
-        "--xla_cpu_use_fusion_emitters=false",
+        XLA_FLAGS=f"{virtual_devices(devices)} {quick_to_compile()}",
         **environment,
     )
     return subprocess.Popen(

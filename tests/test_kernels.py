@@ -12,6 +12,19 @@ import pytest
 import recipes
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from kernel_cases import (
+    CASES,
+    EPS,
+    arrays,
+    assert_no_less_exact,
+    attention,
+    gpu_mlp,
+    in_bfloat16,
+    inputs_of,
+    layer_norm,
+    mlp,
+    results,
+)
 from networks import fast_jit, pictures
 from numpy.testing import assert_allclose
 
@@ -19,14 +32,10 @@ from hivit_jax import kernels, sharding
 from hivit_jax.chips import GPU_OPTIONS, devices_of
 from hivit_jax.compiling import compile_step
 from hivit_jax.errors import ConfigError
-from hivit_jax.kernels.attention import attention_block
-from hivit_jax.kernels.mlp import mlp_block
-from hivit_jax.kernels.mlp_gpu import mlp_block as gpu_mlp_block
 from hivit_jax.models import create_model, layers, named_leaves, split
 from hivit_jax.optimizer import make_schedule
 from hivit_jax.step import prepare_step
 
-EPS = 1e-6
 # Stem stages of 128 and 256, a main stage of 512, a decoder of 128: what kernels take.
 WIDE = dict(
     image_size=64,
@@ -38,64 +47,6 @@ WIDE = dict(
     decoder_num_heads=4,
     relative_position=False,
 )
-
-
-def arrays(*shapes, dtype=jnp.float32):
-    return [
-        jnp.asarray(pictures(shape, f"kernel {i}") / np.sqrt(shape[0]), dtype)
-        for i, shape in enumerate(shapes)
-    ]
-
-
-def layer_norm(x, scale, bias):
-    x = x.astype(jnp.float32)
-    x = x - x.mean(-1, keepdims=True)
-    return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + EPS) * scale + bias
-
-
-def plain_mlp(add, x, scale, bias, w1, b1, w2, b2):
-    hidden = layer_norm(x, scale, bias).astype(w1.dtype) @ w1 + b1
-    return x * add + jax.nn.gelu(hidden, approximate=False) @ w2 + b2
-
-
-def plain_attention(heads, tokens, add, x, scale, bias, qkv, qkv_bias, proj, proj_bias):
-    y = layer_norm(x, scale, bias).astype(qkv.dtype) @ qkv + qkv_bias
-    q, k, v = jnp.moveaxis(y.reshape(-1, tokens, 3, heads, x.shape[1] // heads), 2, 0)
-    y = jax.nn.dot_product_attention(q, k, v).reshape(x.shape)
-    return x * add + y @ proj + proj_bias
-
-
-def mlp_case(rows, width=128, hidden=256):
-    shapes = [(rows, width), (width,), (width,), (width, hidden), (hidden,)]
-    return [*shapes, (hidden, width), (width,)]
-
-
-def attention_case(rows, width):
-    shapes = [(rows, width), (width,), (width,), (width, 3 * width), (3 * width,)]
-    return [*shapes, (width, width), (width,)]
-
-
-def gpu_mlp(*arguments):
-    *arguments, _, _, interpret = arguments  # rows are fixed, nothing is kept
-    return gpu_mlp_block(*arguments, interpret)
-
-
-CASES = {
-    "mlp": (plain_mlp, mlp_block, (), mlp_case(96), 32),
-    "mlp on GPUs": (plain_mlp, gpu_mlp, (), mlp_case(128, 128, 384), None),
-    "wide mlp on GPUs": (plain_mlp, gpu_mlp, (), mlp_case(192, 256), None),
-    # 49 tokens: two images at a time, in windows that begin where tiles do.
-    "attention of 49": (plain_attention, attention_block, (4, 49), (16 * 49, 128), 784),
-    "attention of 196": (plain_attention, attention_block, (2, 196), (1568, 128), 784),
-    "attention of 144": (plain_attention, attention_block, (8, 144), (288, 256), 144),
-    "attention of 9": (plain_attention, attention_block, (1, 9), (288, 128), 144),
-}
-
-
-def results(function, inputs, direction):
-    """Outputs and gradients with respect to every input."""
-    value, pull = jax.vjp(function, *inputs)
-    return value, *pull(direction.astype(value.dtype))
 
 
 def kept(function, inputs):
@@ -168,47 +119,39 @@ def test_odd_numbers_of_tokens_are_padded_for_cudnn(tokens, monkeypatch):
     assert calls[1:] == [(None, tokens)]
 
 
-@pytest.mark.parametrize(("add", "keep"), [(True, True), (True, False), (False, True)])
-@pytest.mark.parametrize("name", CASES)
+# Whether to add x to the branch, and whether to keep more for the gradient.
+WAYS = [(True, False), (True, True), (False, True)]
+
+
+@pytest.mark.parametrize(
+    ("name", "add", "keep"),
+    [
+        (name, add, keep)
+        for name, case in CASES.items()
+        for add, keep in WAYS
+        if case.keeps or add != keep
+    ],
+)
 def test_the_same_numbers(name, add, keep):
     """float32: output and all seven gradients, of several blocks of rows."""
-    plain, fused, how, shapes, rows = CASES[name]
-    shapes = shapes if "mlp" in name else attention_case(*shapes)
-    *inputs, direction = arrays(*shapes, shapes[0])
-    inputs[1] = 1 + inputs[1]
-    expected = jax.jit(partial(results, partial(plain, *how, add)))(inputs, direction)
-
-    def run(*inputs):
-        return fused(*inputs, *how, add, EPS, rows, keep, True)
-
-    found = fast_jit(partial(results, run))(inputs, direction)
+    inputs, direction = inputs_of(CASES[name])
+    plain = partial(CASES[name].plain, add=add)
+    fused = partial(CASES[name].fused, add=add, keep=keep, interpret=True)
+    expected = jax.jit(partial(results, plain))(inputs, direction)
+    found = fast_jit(partial(results, fused))(inputs, direction)
     for a, b in zip(found, expected, strict=True):
         assert_allclose(a, b, rtol=0, atol=3e-6 * float(jnp.abs(b).max()))
 
 
-@pytest.mark.parametrize("keep", [True, False])
-@pytest.mark.parametrize("name", ["mlp", "mlp on GPUs", "attention of 49"])
+@pytest.mark.parametrize(
+    ("name", "keep"),
+    [
+        *(("mlp", True), ("mlp", False), ("mlp on GPUs", False)),
+        *(("attention of 49", True), ("attention of 49", False)),
+    ],
+)
 def test_no_less_exact_in_bfloat16(name, keep):
-    """Errors against float32 are at most those of the plain path, and a tenth more."""
-    plain, fused, how, shapes, rows = CASES[name]
-    shapes = shapes if "mlp" in name else attention_case(*shapes)
-    *exact, direction = arrays(*shapes, shapes[0])
-    exact[1] = 1 + exact[1]
-    inputs = [x if i in (1, 2) else x.astype(jnp.bfloat16) for i, x in enumerate(exact)]
-    exact = [x.astype(jnp.float32) for x in inputs]
-    truth = results(partial(plain, *how, True), exact, direction)
-
-    def errors(function):
-        found = fast_jit(partial(results, function))(inputs, direction)
-        return [
-            float(jnp.linalg.norm(a.astype(jnp.float32) - b) / jnp.linalg.norm(b))
-            for a, b in zip(found, truth, strict=True)
-        ]
-
-    here = errors(lambda *inputs: fused(*inputs, *how, True, EPS, rows, keep, True))
-    there = errors(partial(plain, *how, True))
-    assert max(here) < 0.02
-    assert all(a < 1.1 * b + 1e-4 for a, b in zip(here, there, strict=True))
+    assert_no_less_exact(CASES[name], fast_jit, keep, interpret=True)
 
 
 def kernels_in(jaxpr):
@@ -326,56 +269,36 @@ def test_gpus_run_narrow_mlps_as_kernels_where_told(one_device, monkeypatch):
 @pytest.mark.parametrize("width", [128, 256])
 def test_compile_for_a_gpu(width):
     """One kernel there, one back, and two products for the gradients of weights."""
-    mesh = Mesh(np.array(devices_of("h100:1")), ("data",))
-    place = NamedSharding(mesh, PartitionSpec())
-    inputs = bfloat16_shapes(mlp_case(1024, width, 3 * width), place)
-
-    def both(direction, *inputs):
-        block = partial(gpu_mlp_block, add=True, eps=EPS, interpret=False)
-        return results(block, inputs, direction)
-
-    with jax.set_mesh(mesh):
-        lowered = jax.jit(both).lower(inputs[0], *inputs)
-    text = lowered.compile(GPU_OPTIONS).as_text()
+    case = gpu_mlp(1024, width, 3 * width)
+    text = compiled_text(case, devices_of("h100:1")[0], False, GPU_OPTIONS)
     assert text.count('custom_call_target="__gpu$xla.gpu.triton"') == 2
     assert text.count('custom_call_target="__cublas') == 2
 
 
-def bfloat16_shapes(case, place):
-    """A block's inputs on a device: all but LayerNorm's are bfloat16."""
-    kinds = [jnp.bfloat16, jnp.float32, jnp.float32, *4 * [jnp.bfloat16]]
-    return [
-        jax.ShapeDtypeStruct(s, d, sharding=place)
-        for s, d in zip(case, kinds, strict=True)
-    ]
-
-
 @pytest.mark.skipif(not find_spec("libtpu"), reason="needs the TPU compiler")
 @pytest.mark.parametrize("keep", [True, False])
-def test_compile_for_a_tpu(keep):
-    """With the very traffic that is promised: rows once, weights once."""
-    mesh = Mesh(np.array(devices_of("v5e:2x4")[:1]), ("data",))
+@pytest.mark.parametrize(
+    "case", [mlp(1024, 128, 256, 512), attention(16, 49, 128, 2, 784)]
+)
+def test_compile_for_a_tpu(case, keep):
+    """One kernel there, one back."""
+    text = compiled_text(case, devices_of("v5e:2x4")[0], keep)
+    assert text.count('custom_call_target="tpu_custom_call"') == 2
+
+
+def compiled_text(case, device, keep, options=None):
+    """The program of a kernel and its gradients, in bfloat16, for a device."""
+    mesh = Mesh(np.array([device]), ("data",))
     place = NamedSharding(mesh, PartitionSpec())
-    programs = {
-        "mlp_block": (
-            lambda *a: mlp_block(*a, True, EPS, 512, keep, False),
-            mlp_case(1024),
-        ),
-        "attention_block": (
-            lambda *a: attention_block(*a, 2, 49, True, EPS, 784, keep, False),
-            attention_case(784, 128),
-        ),
-    }
-    for name, (function, case) in programs.items():
-        inputs = bfloat16_shapes(case, place)
-
-        def both(direction, *inputs, function=function):
-            return results(function, inputs, direction)
-
-        with jax.set_mesh(mesh):
-            lowered = jax.jit(both).lower(inputs[0], *inputs)
-        text = lowered.compile().as_text()
-        assert text.count('custom_call_target="tpu_custom_call"') == 2, name
+    inputs, direction = inputs_of(case)
+    inputs, direction = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+        (in_bfloat16(inputs), direction),
+    )
+    fused = partial(case.fused, add=True, keep=keep, interpret=False)
+    with jax.set_mesh(mesh):
+        lowered = jax.jit(partial(results, fused)).lower(inputs, direction)
+    return lowered.compile(options).as_text()
 
 
 def test_rows_of_a_block():

@@ -1,0 +1,142 @@
+"""Residual branches in plain JAX and as kernels, and how far they are apart."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from networks import pictures
+
+from hivit_jax.kernels.attention import attention_block
+from hivit_jax.kernels.mlp import mlp_block
+from hivit_jax.kernels.mlp_gpu import mlp_block as gpu_mlp_block
+
+EPS = 1e-6
+
+
+class Case(NamedTuple):
+    """A residual branch of rows [T, C].
+
+    platform: that the kernel is for.
+    shapes: of the inputs: rows, LayerNorm's scale and bias, two Linears.
+    plain: (*inputs, add) -> [T, C].
+    fused: (*inputs, add, keep, interpret) -> [T, C], one kernel.
+    keeps: whether `keep` makes a difference.
+    """
+
+    platform: str
+    shapes: list[tuple[int, ...]]
+    plain: Callable
+    fused: Callable
+    keeps: bool = True
+
+
+def arrays(*shapes, dtype=jnp.float32):
+    return [
+        jnp.asarray(pictures(shape, f"kernel {i}") / np.sqrt(shape[0]), dtype)
+        for i, shape in enumerate(shapes)
+    ]
+
+
+def inputs_of(case: Case):
+    """(inputs, a direction for their gradients), float32."""
+    *inputs, direction = arrays(*case.shapes, case.shapes[0])
+    inputs[1] = 1 + inputs[1]
+    return inputs, direction
+
+
+def in_bfloat16(inputs):
+    """All but LayerNorm's."""
+    return [x if i in (1, 2) else x.astype(jnp.bfloat16) for i, x in enumerate(inputs)]
+
+
+def layer_norm(x, scale, bias):
+    x = x.astype(jnp.float32)
+    x = x - x.mean(-1, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + EPS) * scale + bias
+
+
+def plain_mlp(x, scale, bias, w1, b1, w2, b2, add):
+    hidden = layer_norm(x, scale, bias).astype(w1.dtype) @ w1 + b1
+    return x * add + jax.nn.gelu(hidden, approximate=False) @ w2 + b2
+
+
+def plain_attention(x, scale, bias, qkv, qkv_bias, proj, proj_bias, add, heads, tokens):
+    y = layer_norm(x, scale, bias).astype(qkv.dtype) @ qkv + qkv_bias
+    q, k, v = jnp.moveaxis(y.reshape(-1, tokens, 3, heads, x.shape[1] // heads), 2, 0)
+    y = jax.nn.dot_product_attention(q, k, v).reshape(x.shape)
+    return x * add + y @ proj + proj_bias
+
+
+def shapes_of(rows, width, middle, end):
+    shapes = [(rows, width), (width,), (width,), (width, middle), (middle,)]
+    return [*shapes, (end, width), (width,)]
+
+
+def mlp(rows, width, hidden, block):
+    """`block`: rows of x that the kernel works on at a time."""
+
+    def fused(*inputs, add, keep, interpret):
+        return mlp_block(*inputs, add, EPS, block, keep, interpret)
+
+    return Case("tpu", shapes_of(rows, width, hidden, hidden), plain_mlp, fused)
+
+
+def gpu_mlp(rows, width, hidden):
+    def fused(*inputs, add, keep, interpret):
+        return gpu_mlp_block(*inputs, add, EPS, interpret)
+
+    shapes = shapes_of(rows, width, hidden, hidden)
+    return Case("gpu", shapes, plain_mlp, fused, keeps=False)
+
+
+def attention(images, tokens, width, heads, block):
+    def fused(*inputs, add, keep, interpret):
+        how = add, EPS, block, keep, interpret
+        return attention_block(*inputs, heads, tokens, *how)
+
+    shapes = shapes_of(images * tokens, width, 3 * width, width)
+    plain = partial(plain_attention, heads=heads, tokens=tokens)
+    return Case("tpu", shapes, plain, fused)
+
+
+CASES = {
+    "mlp": mlp(96, 128, 256, 32),
+    "mlp on GPUs": gpu_mlp(128, 128, 384),
+    "wide mlp on GPUs": gpu_mlp(192, 256, 256),
+    # Two images at a time, in windows that begin where tiles do.
+    "attention of 49": attention(16, 49, 128, 4, 784),
+    "attention of 196": attention(8, 196, 128, 2, 784),
+    "attention of 144": attention(2, 144, 256, 8, 144),
+    "attention of 9": attention(32, 9, 128, 1, 144),
+}
+
+
+def results(function, inputs, direction):
+    """Outputs and gradients with respect to every input."""
+    value, pull = jax.vjp(function, *inputs)
+    return value, *pull(direction.astype(value.dtype))
+
+
+def assert_no_less_exact(case, jit, keep, interpret):
+    """In bfloat16: errors against float32, output and all seven gradients, are at most
+    those of the plain path, and a tenth more.
+    """
+    inputs, direction = inputs_of(case)
+    inputs = in_bfloat16(inputs)
+    exact = [x.astype(jnp.float32) for x in inputs]
+    truth = results(partial(case.plain, add=True), exact, direction)
+
+    def errors(function):
+        found = jit(partial(results, function))(inputs, direction)
+        return [
+            float(jnp.linalg.norm(a.astype(jnp.float32) - b) / jnp.linalg.norm(b))
+            for a, b in zip(found, truth, strict=True)
+        ]
+
+    here = errors(partial(case.fused, add=True, keep=keep, interpret=interpret))
+    there = errors(partial(case.plain, add=True))
+    assert max(here) < 0.02
+    assert all(a < 1.1 * b + 1e-4 for a, b in zip(here, there, strict=True))
