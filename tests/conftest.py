@@ -1,5 +1,6 @@
-"""Eight virtual CPU devices and full float32 products for every test; each program is
-compiled once, for this process and those that it starts.
+"""Eight virtual CPU devices, unless JAX_PLATFORMS names others, and full float32
+products for every test; each program is compiled once, for this process and those that
+it starts.
 """
 
 import atexit
@@ -11,8 +12,8 @@ from flags import quick_to_compile, virtual_devices
 
 os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="hivit-programs-")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-os.environ["XLA_FLAGS"] = f"{virtual_devices(8)} {quick_to_compile()}"
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if os.environ.setdefault("JAX_PLATFORMS", "cpu") == "cpu":
+    os.environ["XLA_FLAGS"] = f"{virtual_devices(8)} {quick_to_compile()}"
 
 import jax
 import pytest

@@ -2,11 +2,14 @@
 
 import json
 import os
+import sys
 
+import pytest
 import recipes
 
-from benchmarks import plain_config
+from benchmarks import accelerator, plain_config
 from hivit_jax import config as configs
+from hivit_jax import kernels
 
 SMALL = {**recipes.SOURCES["synthetic"], "batch_size": 4}
 
@@ -49,3 +52,48 @@ def test_stand_in_reads_recipes_as_ml_collections_does(monkeypatch):
     for name in ("ConfigDict", "FieldReference", "placeholder"):
         monkeypatch.setattr(configs, name, getattr(plain_config, name))
     assert read() == expected
+
+
+def test_all_parts_for_an_accelerator_are_tried(tmp_path, monkeypatch, capsys):
+    """One that fails and one that hangs are told of; results stay from run to run."""
+    part = "import json, sys; json.dump(dict(images_per_second=8, seconds_per_step=.5,"
+    part += "peak_memory_bytes=2**30, compile_seconds=3, model_flop_utilisation=.25),"
+    part += "open(sys.argv[-1], 'w'))"
+    programs = {
+        "plain": part,
+        "auto": "print('no such kernel'); raise SystemExit(3)",
+        "fused": "import time; time.sleep(60)",
+    }
+    parts = {name: ((sys.executable, "-c", p), {}) for name, p in programs.items()}
+    monkeypatch.setattr(accelerator, "parts_for", lambda *_: parts)
+    out = tmp_path / "out.json"
+    for only, limit in (("plain", 60), ("auto", 60), ("fused", 0.2)):
+        argv = [f"--out={out}", "--only", only, f"--limit={limit}"]
+        assert accelerator.main(argv) == (only != "plain")
+    said = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert said == [
+        "plain 8.0 images/s 500.0 ms 1.00 GiB 3.0 s to compile 25.0% of the peak",
+        "no such kernel",
+        "auto failed",
+        "fused took too long",
+    ]
+    found = json.loads(out.read_text())
+    assert [found[name]["exit_code"] for name in parts] == [0, 3, None]
+    assert found["plain"]["result"]["images_per_second"] == 8
+    with pytest.raises(SystemExit):
+        accelerator.main(["--only", "quick"])
+    assert "expected some of plain, auto, fused" in capsys.readouterr().err
+
+
+def test_parts_for_an_accelerator():
+    """Every choice of kernels, on the platform that is asked for."""
+    parts = accelerator.parts_for("cuda", 256, 5, 20)
+    assert {"numbers", *kernels.CHOICES, "peers"} < set(parts)
+    assert {e.get("JAX_PLATFORMS", "cuda,cpu") for _, e in parts.values()} == {
+        "cuda,cpu"
+    }
+    assert "model.kernels=fused" in parts["fused"][0]
+    assert set(parts) - set(accelerator.parts_for("tpu", 256, 5, 20)) == {
+        *accelerator.FLAGS,
+        "peers",
+    }
