@@ -180,7 +180,8 @@ NAMED = re.compile(r'op_name="([^"]*)"')
 NO_KERNEL = ("-start", "-update", "async-done")
 LINE = re.compile(r"\s+(?:ROOT )?%([\w.-]+) = (.*?) ([a-z][\w-]*)\((.*)")
 CALLED = re.compile(r"(?:calls|body|to_apply|computations?)=(\{[^}]*\}|%[\w.-]+)")
-_names = re.compile(r"%([\w.-]+)").findall
+_names = re.compile(r"%([\w.#-]+)").findall
+ELEMENT = re.compile(r"%(([\w.-]+)#(\d+))")  # such as %name#2
 
 
 def _computations(hlo: str) -> tuple[dict[str, Computation], str]:
@@ -195,8 +196,26 @@ def _computations(hlo: str) -> tuple[dict[str, Computation], str]:
         elif match := LINE.match(line):
             key, shapes, opcode, rest = match.groups()
             operands, _, attributes = rest.partition("), ")
-            computations[name][key] = Instruction(shapes, opcode, operands, attributes)
+            here = computations[name]
+            for element, whole, index in ELEMENT.findall(operands):
+                here[element] = _element(here[whole].shapes, whole, int(index))
+            here[key] = Instruction(shapes, opcode, operands, attributes)
     return computations, entry
+
+
+def _element(shapes: str, name: str, index: int) -> Instruction:
+    """The instruction that takes one array out of a tuple; since JAX 0.12 programs do
+    not always write it out.
+    """
+    depth, elements = 0, [""]
+    for each in shapes[1:-1]:
+        depth += (each in "([{") - (each in ")]}")
+        if each == "," and not depth:
+            elements.append("")
+        else:
+            elements[-1] += each
+    place = f"index={index}"
+    return Instruction(elements[index], "get-tuple-element", f"%{name}", place)
 
 
 def _executed(

@@ -19,7 +19,6 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as pltriton
 
 from hivit_jax.kernels.common import (
     F32,
@@ -131,6 +130,9 @@ def _over_rows(kernel, rows, weights, row_widths, sum_widths, interpret):
       row_widths: of outputs [T, width] like the first rows.
       sum_widths: of outputs [T / ROWS, width] float32, a row for each block.
     """
+    # Here, for later versions of JAX may be without it.
+    from jax.experimental.pallas.triton import CompilerParams
+
     total, dtype = rows[0].shape[0], rows[0].dtype
 
     def part(count, width):
@@ -151,7 +153,7 @@ def _over_rows(kernel, rows, weights, row_widths, sum_widths, interpret):
             *(part(1, width) for width in sum_widths),
         ],
         out_shape=outputs,
-        compiler_params=pltriton.CompilerParams(num_warps=8, num_stages=2),
+        compiler_params=CompilerParams(num_warps=8, num_stages=2),
         interpret=interpret,
         name="mlp_block" if len(rows) == 1 else "mlp_block_gradient",
     )(*rows, *weights)
