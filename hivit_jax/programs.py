@@ -5,10 +5,12 @@ devices exchange; by part of the train step.
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
+
+from hivit_jax import hlo
+from hivit_jax.hlo import Computation, Instruction
 
 COLLECTIVES = (
     "all-reduce",
@@ -86,20 +88,11 @@ def _times(eqn: Any, loops: bool) -> int:
     return 1
 
 
-class Instruction(NamedTuple):
-    """A line of HLO text: ``%name = shapes opcode(operands), attributes``."""
-
-    shapes: str
-    opcode: str
-    operands: str
-    attributes: str
-
-
-def collectives(hlo: str) -> list[dict[str, Any]]:
+def collectives(text: str) -> list[dict[str, Any]]:
     """What the devices exchange in a compiled program, by kind.
 
     Args:
-      hlo: text of the program, as ``Compiled.as_text`` gives it.
+      text: of the program, as ``Compiled.as_text`` gives it.
 
     Returns:
       ``{"kind", "count", "bytes_per_step"}``, each kind once: how often it runs, and
@@ -107,7 +100,7 @@ def collectives(hlo: str) -> list[dict[str, Any]]:
       in a loop counts as often as that runs, if the text tells.
     """
     runs, sizes = defaultdict(Counter), {}
-    for instruction, here, times in _executed(*_computations(hlo)):
+    for instruction, here, times in hlo.executed(*hlo.computations_of(text)):
         kind = instruction.opcode.removesuffix("-done")
         if kind in COLLECTIVES:
             # The TPU compiler spreads one over kernels, each with its channel.
@@ -115,8 +108,8 @@ def collectives(hlo: str) -> list[dict[str, Any]]:
             alike = channel[0] + instruction.shapes if channel else id(instruction)
             key = kind, alike
             runs[key][id(instruction)] += times
-            taken = _bytes_taken(instruction, here)
-            sizes[key] = max(taken, _bytes(instruction.shapes))
+            taken = hlo.bytes_taken(instruction, here)
+            sizes[key] = max(taken, hlo.bytes_of(instruction.shapes))
     counts, total = Counter(), Counter()
     for key, size in sizes.items():
         times = max(runs[key].values())
@@ -129,7 +122,7 @@ def collectives(hlo: str) -> list[dict[str, Any]]:
     ]
 
 
-def bytes_by_region(hlo: str) -> Counter:
+def bytes_by_region(text: str) -> Counter:
     """Bytes of HBM that each part of the step reads and writes on one device.
 
     Every kernel reads its operands once and writes its results once, those with the
@@ -141,13 +134,13 @@ def bytes_by_region(hlo: str) -> Counter:
     or made what they take away. On GPUs, nothing is taken to stay in a cache.
 
     Args:
-      hlo: text of the program after all optimisations.
+      text: of the program after all optimisations.
 
     Returns:
       By `region_of`; collectives are "exchange", what is left is "other".
     """
-    hlo = re.sub(r"s8\[\d+\]", "s8[0]", hlo)  # room that cuBLAS asks for
-    computations, entry = _computations(hlo)
+    text = re.sub(r"s8\[\d+\]", "s8[0]", text)  # room that cuBLAS asks for
+    computations, entry = hlo.computations_of(text)
     total = Counter()
 
     def add(name, times, outer):
@@ -156,8 +149,8 @@ def bytes_by_region(hlo: str) -> Counter:
         for key, each in here.items():
             region = regions[key] or outer
             if each.opcode in CALLS:
-                for called in _called(each):
-                    add(called, times * _trips(each, computations), region)
+                for called in each.called:
+                    add(called, times * hlo.trips(each, computations), region)
             elif each.opcode not in FREE and not each.opcode.endswith(NO_KERNEL):
                 if each.opcode.removesuffix("-done") in COLLECTIVES:
                     region = "exchange"
@@ -169,7 +162,6 @@ def bytes_by_region(hlo: str) -> Counter:
 
 SCOPES = re.compile(r"input|embedding|stem\d+|merge|main|latent|decoder|loss|optimizer")
 OTHER = "other"
-Computation = dict[str, Instruction]  # by name
 # What is no kernel; what has kernels inside, the ends of asynchronous ones.
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast"}
 FREE |= {"partition-id", "after-all"}
@@ -178,68 +170,6 @@ SLICES = {"slice", "dynamic-slice", "gather"}
 VMEM = "S(1)"
 NAMED = re.compile(r'op_name="([^"]*)"')
 NO_KERNEL = ("-start", "-update", "async-done")
-LINE = re.compile(r"\s+(?:ROOT )?%([\w.-]+) = (.*?) ([a-z][\w-]*)\((.*)")
-CALLED = re.compile(r"(?:calls|body|to_apply|computations?)=(\{[^}]*\}|%[\w.-]+)")
-_names = re.compile(r"%([\w.#-]+)").findall
-ELEMENT = re.compile(r"%(([\w.-]+)#(\d+))")  # such as %name#2
-
-
-def _computations(hlo: str) -> tuple[dict[str, Computation], str]:
-    """Computations by name, and the name of the one that is run."""
-    computations: dict[str, Computation] = {}
-    entry = name = ""
-    for line in hlo.splitlines():
-        if line.endswith("{") and not line.startswith(" "):
-            name = _names(line)[0]
-            computations[name] = {}
-            entry = name if line.startswith("ENTRY") else entry
-        elif match := LINE.match(line):
-            key, shapes, opcode, rest = match.groups()
-            operands, _, attributes = rest.partition("), ")
-            here = computations[name]
-            for element, whole, index in ELEMENT.findall(operands):
-                here[element] = _element(here[whole].shapes, whole, int(index))
-            here[key] = Instruction(shapes, opcode, operands, attributes)
-    return computations, entry
-
-
-def _element(shapes: str, name: str, index: int) -> Instruction:
-    """The instruction that takes one array out of a tuple; since JAX 0.12 programs do
-    not always write it out.
-    """
-    depth, elements = 0, [""]
-    for each in shapes[1:-1]:
-        depth += (each in "([{") - (each in ")]}")
-        if each == "," and not depth:
-            elements.append("")
-        else:
-            elements[-1] += each
-    place = f"index={index}"
-    return Instruction(elements[index], "get-tuple-element", f"%{name}", place)
-
-
-def _executed(
-    computations: dict[str, Computation], name: str, times: int = 1
-) -> Iterator[tuple[Instruction, Computation, int]]:
-    """Every instruction that runs, fused ones too, its computation, and how often it
-    runs.
-
-    Args:
-      name: of the computation that is run, `times` times.
-    """
-    for instruction in computations[name].values():
-        yield instruction, computations[name], times
-        if instruction.opcode.endswith(("-done", "-update")):
-            continue
-        for each in _called(instruction):
-            again = times * _trips(instruction, computations)
-            yield from _executed(computations, each, again)
-
-
-def _called(instruction: Instruction) -> list[str]:
-    """Names of the computations that an instruction runs."""
-    found = CALLED.findall(instruction.attributes)
-    return [name for names in found for name in _names(names)]
 
 
 def _regions(
@@ -253,11 +183,11 @@ def _regions(
     """
     found, users = {}, {key: [] for key in here}
     for key, each in here.items():
-        fused = computations[_called(each)[0]] if each.opcode == "fusion" else {}
+        fused = computations[each.called[0]] if each.opcode == "fusion" else {}
         votes = Counter(_named(inner, outer) for inner in fused.values())
         del votes[""]
         found[key] = _named(each, outer) or max(votes, key=votes.get, default="")
-        for name in _names(each.operands):
+        for name in each.names:
             users[name].append(key)
 
     def spread(keys, neighbours, concerns):
@@ -267,13 +197,12 @@ def _regions(
                 found[key] = next(filter(None, regions), "")
 
     def made_by(key):
-        return _names(here[key].operands)
+        return here[key].names
 
     def leaves(each):
         if each.opcode == "copy-done":
-            each = here[_names(each.operands)[0]]
-        names = _names(each.operands)
-        return each.opcode == "copy-start" and VMEM in here[names[0]].shapes
+            each = here[each.names[0]]
+        return each.opcode == "copy-start" and VMEM in here[each.names[0]].shapes
 
     spread(here, made_by, lambda each: each.opcode in FREE)
     spread(reversed(here), users.get, lambda each: not leaves(each))
@@ -291,90 +220,27 @@ def _hbm_bytes(
     instruction: Instruction, here: Computation, computations: dict[str, Computation]
 ) -> int:
     """Bytes of HBM that a kernel reads and writes."""
-    names = _names(instruction.operands)
+    names = instruction.names
     if instruction.opcode.endswith("-done"):
-        names = _names(here[names[0]].operands)
+        names = here[names[0]].names
     inner = {"": instruction}  # the kernel's computation, and its names of the operands
     inside = dict(enumerate(names))
     if instruction.opcode == "fusion":
-        inner = computations[_called(instruction)[0]]
+        inner = computations[instruction.called[0]]
         inside = {
             int(each.operands.rstrip(")")): key
             for key, each in inner.items()
             if each.opcode == "parameter"
         }
-    total = _tiled_bytes(instruction.shapes)
+    total = hlo.tiled_bytes(instruction.shapes)
     for number, name in enumerate(names):
-        size = _tiled_bytes(here[name].shapes)
-        users = [x for x in inner.values() if inside[number] in _names(x.operands)]
+        size = hlo.tiled_bytes(here[name].shapes)
+        users = [x for x in inner.values() if inside[number] in x.names]
         if size and users and all(x.opcode in SLICES for x in users):
-            size = min(size, sum(_tiled_bytes(x.shapes, "") for x in users))
+            size = min(size, sum(hlo.tiled_bytes(x.shapes, "") for x in users))
         elif size and [x.opcode for x in users] == ["dynamic-update-slice"]:
-            whole, part, *_ = _names(users[0].operands)
+            whole, part, *_ = users[0].names
             if whole == inside[number]:  # in place: the result is not written whole
-                size = _tiled_bytes((inner | here)[part].shapes, "") - size
+                size = hlo.tiled_bytes((inner | here)[part].shapes, "") - size
         total += size
-    return total
-
-
-def _bytes_taken(instruction: Instruction, here: Computation) -> int:
-    """Bytes of the operands; of a -done those of its -start."""
-    names = _names(instruction.operands)
-    if instruction.opcode.endswith("-done"):
-        names = _names(here[names[0]].operands)
-    return sum(_bytes(here[name].shapes) for name in names)
-
-
-def _trips(instruction: Instruction, computations: dict[str, Computation]) -> int:
-    """How often an instruction runs what it calls: once, or if it is a loop as often as
-    it says, or the number that its condition holds.
-    """
-    attributes = instruction.attributes
-    if instruction.opcode != "while":
-        return 1
-    if found := re.search(r"known_trip_count\D*(\d+)", attributes):
-        return int(found[1])
-    condition = re.search(r"condition=%([\w.-]+)", attributes)[1]
-    numbers = [
-        re.match(r"\d+", each.operands)
-        for each in computations[condition].values()
-        if each.opcode == "constant"
-    ]
-    return max((int(number[0]) for number in numbers if number), default=1)
-
-
-def _tiled_bytes(shapes: str, free: str = "S(") -> int:
-    """As `_bytes`, with what tiles pad, and without arrays in another memory than HBM.
-
-    A layout such as ``{1,0:T(8,128)(2,1)S(1)}`` lists the sides from the minor one on;
-    the first tile, its minor side last, pads them; ``S`` is the memory.
-
-    Args:
-      free: what the layout of an array that does not count has; "": all count.
-    """
-    total = 0
-    for kind, bits, sides, order, tiles in ARRAY.findall(shapes):
-        if free and free in tiles:
-            continue
-        bits = int(bits) if bits else 8 * (kind == "pred")
-        sides = list(map(int, filter(None, sides.split(","))))
-        minor = [sides[int(side)] for side in order.split(",") if side] or sides
-        if tile := re.match(r"T\(([\d,]+)\)", tiles):
-            tile = list(map(int, reversed(tile[1].split(","))))
-            minor += [1] * (len(tile) - len(minor))
-            for place, unit in enumerate(tile):
-                minor[place] = -(-minor[place] // unit) * unit
-        total += bits * math.prod(minor) // 8
-    return total
-
-
-ARRAY = re.compile(r"([a-z]+)(\d*)\w*\[([\d,]*)\](?:\{([\d,]*):?([^}]*)\})?")
-
-
-def _bytes(shapes: str) -> int:
-    """Bytes of arrays such as ``(f32[8,128]{1,0}, pred[])``."""
-    total = 0
-    for kind, bits, sides in re.findall(r"([a-z]+)(\d*)\w*\[([\d,]*)\]", shapes):
-        bits = int(bits) if bits else 8 * (kind == "pred")
-        total += bits * math.prod(map(int, filter(None, sides.split(",")))) // 8
     return total

@@ -90,7 +90,7 @@ def saved(tmp_path_factory):
     return found
 
 
-@pytest.mark.parametrize(("old", "new"), itertools.permutations(MESHES, 2))
+@pytest.mark.parametrize(("old", "new"), list(itertools.permutations(MESHES, 2)))
 def test_from_any_mesh_to_any_other(saved, old, new):
     """Bit for bit, and where the new mesh wants it."""
     expected, (_, wanted) = host(init(3)), on_mesh(new)
