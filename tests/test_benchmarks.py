@@ -1,5 +1,6 @@
-"""Benchmarks that have to run where little is installed."""
+"""Benchmarks, some of which have to run where little is installed."""
 
+import importlib
 import json
 import os
 import sys
@@ -12,6 +13,21 @@ from hivit_jax import config as configs
 from hivit_jax import kernels
 
 SMALL = {**recipes.SOURCES["synthetic"], "batch_size": 4}
+
+
+PROGRAMS = [
+    path
+    for folder in ("benchmarks", "examples", "launch")
+    for path in sorted(recipes.ROOT.glob(f"{folder}/*.py"))
+]
+
+
+@pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.stem)
+def test_programs_find_what_they_import(path):
+    if "\nimport torch" in path.read_text():
+        pytest.skip("takes torch")
+    name = ".".join(path.relative_to(recipes.ROOT).with_suffix("").parts)
+    assert importlib.import_module(name).__doc__
 
 
 def test_train_step_takes_nothing_but_jax_flax_optax_and_numpy(tmp_path):
