@@ -70,21 +70,30 @@ def attention_block(
 def _run(x, weights, heads, tokens, add, eps, rows, keep, interpret):
     """The output, and in a tuple what is to be kept: [B*N, 3C] and [B*N, C]."""
     width, dtype = x.shape[1], x.dtype
+    head = width // heads
+    factor = np.float32(head**-0.5)
 
     def kernel(row_refs, weights, outs, _, room):
         qkvs, mixed = room
         x = row_refs[0][...]
         _project(x, weights, eps, qkvs)
 
-        def attend(at, inside, pairs):
+        def attend(at, inside, apart):
+            apart = apart(1)  # queries are rows, keys columns
             for tile in range(width // LANES):
                 here = pl.ds(tile * LANES, LANES)
-                q, k, v = _tiles(qkvs, at, tile, width, dtype)
-                o = mixed[at, here]
-                for lanes in _lanes(q, width // heads):
-                    p = _softmax(jnp.where(lanes, q, 0), k, pairs, width // heads)
-                    o = jnp.where(lanes & inside, dot(p.astype(dtype), v), o)
-                mixed[at, here] = o
+                q, k, v = _tiles(qkvs, at, tile, width)
+                k, v = k.astype(dtype), v.astype(dtype)
+                o, total = mixed[at, here], jnp.ones(q.shape, F32)
+                for lanes in _lanes(head):
+                    qh = jnp.where(lanes, q, 0.0).astype(dtype)
+                    p = dot(qh, k, (1, 1)) * factor + apart
+                    p = jnp.exp(p - p.max(-1, keepdims=True))
+                    # Divided by their sums when there is but one column for each lane.
+                    lanes = lanes & inside
+                    o = jnp.where(lanes, dot(p.astype(dtype), v), o)
+                    total = jnp.where(lanes, p.sum(-1, keepdims=True), total)
+                mixed[at, here] = o / total
 
         _each_group(rows, tokens, attend)
         y = dot(mixed[...].astype(dtype), weights[4][...]) + weights[5][...]
@@ -116,7 +125,8 @@ def _forward(x, *arguments):
 def _backward(heads, tokens, add, eps, rows, keep, interpret, saved, gradient):
     x, weights, kept = saved
     width, dtype = x.shape[1], x.dtype
-    factor = np.float32((width // heads) ** -0.5)
+    head = width // heads
+    factor = np.float32(head**-0.5)
 
     def kernel(row_refs, weights, outs, sums, room):
         qkvs, mixed, dmixed = room  # the first becomes its gradient
@@ -130,26 +140,28 @@ def _backward(heads, tokens, add, eps, rows, keep, interpret, saved, gradient):
             x_hat, inverse, n = _project(x, weights, eps, qkvs)
         dmixed[...] = dot(dy, proj[...], (1, 1))
 
-        def attend(at, inside, pairs):
+        def attend(at, inside, apart):
+            # The other way round, the heads of a tile side by side: sums over keys then
+            # add tiles up and need not go across lanes, and few, large products keep
+            # all of the matrix units busy.
+            apart = apart(0, LANES // head)
             for tile in range(width // LANES):
                 here = pl.ds(tile * LANES, LANES)
-                q, k, v = _tiles(qkvs, at, tile, width, dtype)
-                do = dmixed[at, here].astype(dtype)
-                o, zero = mixed[at, here], jnp.zeros(q.shape, F32)
-                dq, dk, dv = zero, zero, zero
-                for lanes in _lanes(q, width // heads):
-                    lanes = lanes & inside
-                    qh, doh = jnp.where(lanes, q, 0), jnp.where(lanes, do, 0)
-                    p = _softmax(qh, k, pairs, width // heads)
-                    p16 = p.astype(dtype)
-                    o = o if keep else jnp.where(lanes, dot(p16, v), o)
-                    dp = dot(doh, v, (1, 1))
-                    ds = p * (dp - (dp * p).sum(-1, keepdims=True)) * factor
-                    ds = ds.astype(dtype)
-                    dq = jnp.where(lanes, dot(ds, k), dq)
-                    dk += dot(ds, qh, (0, 0))  # zero but in this head's lanes
-                    dv += dot(p16, doh, (0, 0))
-                mixed[at, here] = o
+                q, k, v = _tiles(qkvs, at, tile, width)
+                q, do = (_heads(x, head, inside, dtype) for x in (q, dmixed[at, here]))
+                k, v = k.astype(dtype), v.astype(dtype)
+                p = dot(k, q, (1, 1)) * factor + apart
+                p = jnp.exp(p - p.max(0, keepdims=True))
+                p = p * (1 / p.sum(0, keepdims=True))
+                p16 = p.astype(dtype)
+                dp = dot(v, do, (1, 1))
+                ds = p * (dp - (dp * p).sum(0, keepdims=True))
+                ds = ds.astype(dtype)
+                if not keep:
+                    o = _together(dot(p16, v, (0, 0)), head)
+                    mixed[at, here] = jnp.where(inside, o, mixed[at, here])
+                dq = _together(dot(ds, k, (0, 0)), head) * factor
+                dk, dv = dot(ds, q) * factor, dot(p16, do)
                 for part, found in enumerate((dq, dk, dv)):
                     place = pl.ds(part * width + tile * LANES, LANES)
                     qkvs[at, place] = jnp.where(inside, found, qkvs[at, place])
@@ -195,11 +207,13 @@ def _project(x, weights, eps, qkvs):
 
 
 def _each_group(rows, tokens, attend):
-    """Calls attend(window, inside, pairs) for each group of images.
+    """Calls attend(window, inside, apart) for each group of images.
 
     The window is the rows of the group and some of its neighbours', for it begins and
-    ends where tiles do: inside [W, 1] tells which are the group's, pairs [W, W] which
-    rows belong to the same image of the group.
+    ends where tiles do; inside [W, 1] tells which are the group's. apart(axis) is to be
+    added to scores [W, W] whose keys are along that axis, -1e30 where a key is of
+    another image than the query; apart(axis, heads) if there are `heads` of these side
+    by side.
     """
     images = rows // tokens
     count = max(1, LANES // tokens)
@@ -211,35 +225,52 @@ def _each_group(rows, tokens, attend):
     def body(i, _):
         start = jnp.minimum(i * size // TILE * TILE, rows - window)
         start = pl.multiple_of(start, TILE)
-        row = start + jax.lax.broadcasted_iota(jnp.int32, (window, 1), 0)
-        column = start + jax.lax.broadcasted_iota(jnp.int32, (1, window), 1)
-        inside = (row >= i * size) & (row < (i + 1) * size)
-        pairs = False
-        for first in (i * size + j * tokens for j in range(count)):
-            rows_of = (row >= first) & (row < first + tokens)
-            pairs |= rows_of & (column >= first) & (column < first + tokens)
-        attend(pl.ds(start, window), inside, pairs)
+
+        def image(axis, heads=1):
+            """The image of the group that a row is of, along an axis; or -1."""
+            shape = [1, 1]
+            shape[axis] = heads * window
+            place = jax.lax.broadcasted_iota(jnp.int32, shape, axis)
+            place = (place % window if heads > 1 else place) + start - i * size
+            found = jnp.full(shape, -1)
+            for j in range(count):
+                here = (place >= j * tokens) & (place < (j + 1) * tokens)
+                found = jnp.where(here, j, found)
+            return found
+
+        def apart(axis, heads=1):
+            keys = image(axis)
+            alone = keys >= 0 if count == 1 else keys == image(1 - axis, heads)
+            return jnp.where(alone, 0.0, -1e30)
+
+        attend(pl.ds(start, window), image(0) >= 0, apart)
 
     jax.lax.fori_loop(0, rows // size, body, None)
 
 
-def _tiles(qkvs, at, tile, width, dtype):
-    """q, k, v of the heads in a tile of lanes, each [rows of the group, 128]."""
-    return [
-        qkvs[at, pl.ds(part * width + tile * LANES, LANES)].astype(dtype)
-        for part in range(3)
-    ]
+def _tiles(qkvs, at, tile, width):
+    """q, k, v of the heads in a tile of lanes, each [W, 128] float32."""
+    return [qkvs[at, pl.ds(part * width + tile * LANES, LANES)] for part in range(3)]
 
 
-def _lanes(q, head):
-    """The lanes of each head in a tile, as masks like q."""
-    lane = jax.lax.broadcasted_iota(jnp.int32, q.shape, 1)
+def _lanes(head):
+    """The lanes [1, 128] of each head in a tile, as masks."""
+    lane = jax.lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
     return [(lane // head) == i for i in range(LANES // head)]
 
 
-def _softmax(q, k, pairs, head):
-    """What each row attends to, float32 [rows, rows]; others' rows to anything."""
-    scores = dot(q, k, (1, 1)) * np.float32(head**-0.5)
-    scores = jnp.where(pairs, scores, -1e30)
-    scores = jnp.exp(scores - scores.max(-1, keepdims=True))
-    return scores / scores.sum(-1, keepdims=True)
+def _heads(x, head, inside, dtype):
+    """Heads of a tile below one another: [W, 128] -> [heads * W, 128], zeros in the
+    lanes of others and in rows that are not inside.
+    """
+    parts = [jnp.where(lanes & inside, x, 0.0) for lanes in _lanes(head)]
+    return jnp.concatenate(parts).astype(dtype)
+
+
+def _together(x, head):
+    """The other way round, [heads * W, 128] -> [W, 128]: of each head its lanes."""
+    window = len(x) * head // LANES
+    total = x[:window]
+    for i, lanes in enumerate(_lanes(head)):
+        total = jnp.where(lanes, x[i * window : (i + 1) * window], total)
+    return total

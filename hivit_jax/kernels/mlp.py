@@ -50,7 +50,8 @@ def _run(x, weights, add, eps, rows, keep, interpret):
         x = blocks[0][...]
         scale, bias, w1, b1, w2, b2 = (weight[...] for weight in weights)
         hidden = dot(layer_norm(x, scale, bias, eps)[2], w1) + b1
-        y = dot((hidden * normal_cdf(hidden)).astype(x.dtype), w2) + b2
+        g = hidden * normal_cdf(hidden, x.dtype)
+        y = dot(g.astype(x.dtype), w2) + b2
         outs[0][...] = (x.astype(F32) + y if add else y).astype(x.dtype)
         if keep:
             outs[1][...] = hidden.astype(x.dtype)
@@ -84,7 +85,7 @@ def _backward(add, eps, rows, keep, interpret, saved, gradient):
         x_hat, inverse, n = layer_norm(x, scale[...], bias[...], eps)
         hidden = blocks[2][...].astype(F32) if keep else dot(n, w1[...]) + b1[...]
         dg = dot(dy, w2[...], (1, 1))
-        cdf = normal_cdf(hidden)
+        cdf = normal_cdf(hidden, dtype)
         g = (hidden * cdf).astype(dtype)
         dh = dg * gelu_slope(hidden, cdf)
         dh16 = dh.astype(dtype)
