@@ -50,7 +50,7 @@ def matmul_flops_by_region(jaxpr: Any, loops: bool, outer: str = "") -> Counter:
 
     Args:
       loops: count the body of a loop as often as it runs, not once. (A Pallas kernel
-        counts for every point of its grid either way.)
+        counts whole either way.)
       outer: name of what calls the program.
     """
     total = Counter()
@@ -62,13 +62,14 @@ def matmul_flops_by_region(jaxpr: Any, loops: bool, outer: str = "") -> Counter:
             depth = math.prod(shape[dim] for dim in contracted)
             flops = 2 * depth * math.prod(eqn.outvars[0].aval.shape)
             total[region_of(name) or OTHER] += flops
-        times = _times(eqn, loops)
+        whole = loops or eqn.primitive.name == "pallas_call"
+        times = _times(eqn, whole)
         for inner in jax.tree.leaves(
             list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "jaxpr")
         ):
             inner = getattr(inner, "jaxpr", inner)
             if hasattr(inner, "eqns"):
-                for region, flops in matmul_flops_by_region(inner, loops, name).items():
+                for region, flops in matmul_flops_by_region(inner, whole, name).items():
                     total[region] += times * flops
     return total
 

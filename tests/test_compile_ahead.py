@@ -264,11 +264,13 @@ def test_regions_of_a_compiled_program():
 
 
 def test_operations_of_kernels_on_every_device():
-    """A kernel counts for each point of its grid, and for each device that it is on."""
+    """A kernel counts for each point of its grid and each device that it is on, with
+    the loops in it, although others are to count once.
+    """
     devices = mesh(8)
 
     def kernel(x, y):
-        y[...] = x[...] @ x[...]
+        y[...] = jax.lax.fori_loop(0, 3, lambda _, y: y @ x[...], x[...])
 
     def each(x):
         block = pl.BlockSpec((16, 16), lambda i: (i, 0))
@@ -282,7 +284,7 @@ def test_operations_of_kernels_on_every_device():
     )
     jaxpr = jax.make_jaxpr(run)(jnp.ones((8 * 64, 16))).jaxpr
     found = programs.matmul_flops_by_region(jaxpr, loops=False)
-    assert found == {"stem1": 8 * 4 * 2 * 16**3}
+    assert found == {"stem1": 8 * 4 * 3 * 2 * 16**3}
 
 
 def test_a_collective_in_several_kernels_counts_once():

@@ -303,11 +303,13 @@ def compiled_text(case, device, keep, options=None):
 
 def test_rows_of_a_block():
     """As many as divide the total, of whole tiles, and for attention whole images."""
-    assert kernels._rows(64 * 784, 8, 1024) == 1024
-    assert kernels._rows(64 * 49, 8, 256) == 224
-    assert kernels._rows(64 * 49, 392, 512) == 392
-    assert kernels._rows(64 * 576, 576, 512) == 576
-    assert kernels._rows(4 * 49, 392, 512) is None
+    assert kernels._rows(64 * 784, 8, 1024, 2000) == 1024
+    assert kernels._rows(64 * 784, 8, 1024, 1000) == 896
+    assert kernels._rows(64 * 49, 8, 256, 2000) == 224
+    assert kernels._rows(64 * 49, 392, 512, 2000) == 392
+    assert kernels._rows(64 * 576, 576, 512, 2000) == 576
+    assert kernels._rows(64 * 576, 576, 512, 500) is None
+    assert kernels._rows(4 * 49, 392, 512, 2000) is None
 
 
 def test_what_is_worth_keeping():

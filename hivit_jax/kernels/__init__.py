@@ -45,10 +45,10 @@ def mlp(x: jax.Array, norm: Any, mlp: Any, choice: str) -> Block | None:
     else:
         # More rows make longer programs to compile, fewer more and shorter steps.
         most = min(max(2**28 // (width * hidden), 128), 1024)
-        rows = _rows(total, ROWS, most)
         # Backward: weights, their gradients in float32 and in x's dtype; rows, hidden.
         fixed, each = 24 * width * hidden, 24 * hidden + 40 * width
-        if rows is None or fixed + each * rows > place.vmem:
+        rows = _rows(total, ROWS, most, (place.vmem - fixed) // each)
+        if rows is None:
             return None
         product = 2 * width * hidden
         keep = place.keeps(2 * product, 5 * product, product, width, 2 * hidden)
@@ -84,9 +84,11 @@ def attention(
     if width % LANES or LANES % head:
         return None
     tokens = x.shape[1]
-    rows = _rows(x.shape[0] * tokens // place.shards, math.lcm(tokens, ROWS), 512)
-    fixed, each = 48 * width**2, 76 * width
-    if rows is None or fixed + each * rows + 32 * tokens**2 > place.vmem:
+    # The gradient of a tile's heads has four arrays of scores at a time.
+    fixed, each = 48 * width**2 + 16 * tokens**2 * LANES // head, 76 * width
+    total, unit = x.shape[0] * tokens // place.shards, math.lcm(tokens, ROWS)
+    rows = _rows(total, unit, 1024, (place.vmem - fixed) // each)
+    if rows is None:
         return None
     square, scores = 2 * width**2, 2 * tokens * width * LANES // head
     forward, backward = 4 * square + 2 * scores, 11 * square + 6 * scores
@@ -247,7 +249,9 @@ def platform() -> str:
     return device.platform if device else jax.default_backend()
 
 
-def _rows(total: int, unit: int, most: int) -> int | None:
-    """Rows of a block: whole units, the most that divide the total."""
-    most = max(most, unit)
+def _rows(total: int, unit: int, most: int, room: int) -> int | None:
+    """Rows of a block: whole units, the most that divide the total; no more than there
+    is room for, nor than `most` unless that is less than a unit.
+    """
+    most = min(max(most, unit), room)
     return max((r for r in range(unit, most + 1, unit) if total % r == 0), default=None)
