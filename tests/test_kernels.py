@@ -306,7 +306,9 @@ def test_rows_of_a_block():
     assert kernels._rows(64 * 784, 8, 1024, 2000) == 1024
     assert kernels._rows(64 * 784, 8, 1024, 1000) == 896
     assert kernels._rows(64 * 49, 8, 256, 2000) == 224
-    assert kernels._rows(64 * 49, 392, 512, 2000) == 392
+    assert kernels._rows(64 * 49, 392, 1024, 2000) == 784
+    assert kernels._rows(16 * 49, 392, 1024, 2000) == 392
+    assert kernels._rows(8 * 49, 392, 1024, 2000) == 392
     assert kernels._rows(64 * 576, 576, 512, 2000) == 576
     assert kernels._rows(64 * 576, 576, 512, 500) is None
     assert kernels._rows(4 * 49, 392, 512, 2000) is None

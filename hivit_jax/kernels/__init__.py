@@ -251,7 +251,8 @@ def platform() -> str:
 
 def _rows(total: int, unit: int, most: int, room: int) -> int | None:
     """Rows of a block: whole units, the most that divide the total; no more than there
-    is room for, nor than `most` unless that is less than a unit.
+    is room for. Nor, unless that is less than a unit, than `most` and half of the
+    total, for one block is fetched while another is worked on.
     """
-    most = min(max(most, unit), room)
+    most = min(max(min(most, total // 2), unit), room)
     return max((r for r in range(unit, most + 1, unit) if total % r == 0), default=None)
