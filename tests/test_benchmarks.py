@@ -8,7 +8,7 @@ import sys
 import pytest
 import recipes
 
-from benchmarks import accelerator, plain_config
+from benchmarks import accelerator, plain_config, schedules
 from hivit_jax import config as configs
 from hivit_jax import kernels
 
@@ -113,3 +113,32 @@ def test_parts_for_an_accelerator():
         *accelerator.FLAGS,
         "peers",
     }
+
+
+# As the TPU compiler lists them, shortened; 4 blocks of rows, 3 images in each.
+LISTING = """\
+= control target key start
+LH: loop header
+= control target key end
+
+     0   :  { %s1_s0 = inlined_call_operand.vmem [shape: bf16[8,128], index: 0] }
+   0x1   :  { %5 = vsyncpa [#allocation4], 0 }
+   0x2 LB: > { %s2_s1 = sadd.s32 1, %s3_s2 }
+   0x3   : > { %9 = sbr.rel (%p1_p2) target = $region60  ;;  %v1_v0 = vmov 0 }
+   0x4   : > { %8 = sbr.rel (%p2_p3) target = $region68 }
+   0x5   : > { %v2_v0 = vld [vmem:[%s2_s1] sm:$0xff] }
+   0x6   : > { %v3_v0 = vmov 0.0 }
+   0x7 PF: > { %v4_v0 = vld [vmem:[%s2_s1] sm:$0xff] }
+   0x8 LB: >> { %v5_v0 = vld [vmem:[%s2_s1] sm:$0xff] }
+   0x9   : >> { %p3_p7 = scmp.ge.s32.totalorder %s4_s9, 3 /* loop exit test */ }
+   0xa   : >> { %7 = sbr.rel (!%p3_p7) target = $region194 }
+   0xb   : > { %v6_v0 = vld [vmem:[%s2_s1] sm:$0xff] }
+   0xc PF: > { %v7_v0 = vld [vmem:[%s2_s1] sm:$0xff] }
+   0xd   : > { %p4_p7 = scmp.ge.s32.totalorder %s5_s4, 6 /* loop exit test */ }
+   0xe   :  { %6 = vsyncpa [#allocation4], 1 }
+"""
+
+
+def test_bundles_of_a_schedule():
+    """Three outside; a block 4 rounds of 7, 3 of them images of 3; a region once."""
+    assert schedules.bundles(LISTING) == 3 + 4 * 7 + 4 * 3 * 3 + 2
