@@ -9,10 +9,10 @@ other lanes, which costs the matrix unit nothing that padding would not. Images 
 tokens go through the softmax together, each masked from the others: 2 of 49 tokens fill
 98 of 128 lanes, where one would fill 49.
 
-Forward, each head's queries are rows, and the division by the sums waits until all heads
-of a tile are together. Backward, keys are rows and the heads of a tile lie side by side:
-fewer, larger products, enough to keep four matrix units busy while vectors work on the
-softmax; two of its three further products need no transposed operand.
+Forward, queries are rows, and the division by the sums waits until the heads of a tile
+are together. Backward, keys are rows and the heads of a tile lie side by side:
+fewer, larger products keep four matrix units busy while vectors work on the softmax,
+and only one of the three that follow it has to be given a transposed operand.
 
 Roofline, for each row, bfloat16: 4 C bytes forward and 6 C backward, and another 8 C
 each way for what may be kept; the weights once. A decoder block of hivit_base moves 1
