@@ -347,7 +347,9 @@ def test_processes_of_a_fake_pod(stage):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_fake_pod_passes_signals_on(stage, number):
     play = {TRAIN: [["waiting", "signal"]]}
+    before = signal.signal(number, signal.SIG_DFL)  # nohup ignores one, and so on down
     process = stage.start(*fake_pod(4, *TRAINING), play=play)
+    signal.signal(number, before)
     waiting = {process.stdout.readline() for _ in range(4)}
     assert waiting == {f"[{i}] waiting\n" for i in range(4)}
     process.send_signal(number)
