@@ -47,8 +47,11 @@ def mlp(x: jax.Array, norm: Any, mlp: Any, choice: str) -> Block | None:
         most = min(max(2**28 // (width * hidden), 128), 1024)
         # Backward: weights, their gradients in float32 and in x's dtype; rows, hidden.
         fixed, each = 24 * width * hidden, 24 * hidden + 40 * width
-        rows = _rows(total, ROWS, most, (place.vmem - fixed) // each)
-        if rows is None:
+        room = (place.vmem - fixed) // each
+        rows = _rows(total, ROWS, most, room)
+        # Less than a tile of a matrix unit, added to gradients of weights at a time,
+        # takes longer than plain operations.
+        if rows is None or room < LANES:
             return None
         product = 2 * width * hidden
         keep = place.keeps(2 * product, 5 * product, product, width, 2 * hidden)
