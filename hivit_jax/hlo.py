@@ -5,6 +5,7 @@ bytes of arrays.
 import math
 import re
 from collections.abc import Iterator
+from functools import cache
 from typing import NamedTuple
 
 
@@ -58,15 +59,21 @@ def _element(shapes: str, name: str, index: int) -> Instruction:
     """The instruction that takes one array out of a tuple; since JAX 0.12 programs do
     not always write it out.
     """
-    depth, elements = 0, [""]
+    taken = f"index={index}"
+    return Instruction(_parts(shapes)[index], "get-tuple-element", f"%{name}", taken)
+
+
+@cache
+def _parts(shapes: str) -> list[str]:
+    """The shapes in a tuple, such as ``(f32[8]{0}, (s32[], pred[]))``."""
+    depth, parts = 0, [""]
     for each in shapes[1:-1]:
         depth += (each in "([{") - (each in ")]}")
         if each == "," and not depth:
-            elements.append("")
+            parts.append("")
         else:
-            elements[-1] += each
-    place = f"index={index}"
-    return Instruction(elements[index], "get-tuple-element", f"%{name}", place)
+            parts[-1] += each
+    return parts
 
 
 def executed(

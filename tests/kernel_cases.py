@@ -120,6 +120,15 @@ def results(function, inputs, direction):
     return value, *pull(direction.astype(value.dtype))
 
 
+def errors(function, inputs, direction, truth, jit):
+    """Of output and gradients, relative, by their norms."""
+    found = jit(partial(results, function))(inputs, direction)
+    return [
+        float(jnp.linalg.norm(a.astype(jnp.float32) - b) / jnp.linalg.norm(b))
+        for a, b in zip(found, truth, strict=True)
+    ]
+
+
 def assert_no_less_exact(case, jit, keep, interpret):
     """In bfloat16: errors against float32, output and all seven gradients, are at most
     those of the plain path, and a tenth more.
@@ -128,15 +137,10 @@ def assert_no_less_exact(case, jit, keep, interpret):
     inputs = in_bfloat16(inputs)
     exact = [x.astype(jnp.float32) for x in inputs]
     truth = results(partial(case.plain, add=True), exact, direction)
-
-    def errors(function):
-        found = jit(partial(results, function))(inputs, direction)
-        return [
-            float(jnp.linalg.norm(a.astype(jnp.float32) - b) / jnp.linalg.norm(b))
-            for a, b in zip(found, truth, strict=True)
-        ]
-
-    here = errors(partial(case.fused, add=True, keep=keep, interpret=interpret))
-    there = errors(partial(case.plain, add=True))
+    fused = partial(case.fused, add=True, keep=keep, interpret=interpret)
+    here, there = (
+        errors(function, inputs, direction, truth, jit)
+        for function in (fused, partial(case.plain, add=True))
+    )
     assert max(here) < 0.02
     assert all(a < 1.1 * b + 1e-4 for a, b in zip(here, there, strict=True))

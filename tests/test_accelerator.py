@@ -11,7 +11,7 @@ import pytest
 import reference
 from flax import nnx
 from jax.sharding import Mesh
-from kernel_cases import CASES, assert_no_less_exact, gpu_mlp, results
+from kernel_cases import CASES, assert_no_less_exact, errors, gpu_mlp, results
 from networks import pictures
 from numpy.testing import assert_allclose
 
@@ -56,19 +56,14 @@ def test_attention_in_bfloat16(tokens):
         wide = [x.astype(jnp.float32) for x in exact]
         truth = results(jax.nn.dot_product_attention, wide, direction)
 
-    def errors(choice):
-        def attend(q, k, v):
-            return kernels.dot_product_attention(
-                q, k, v, bias=None, mask=None, choice=choice
-            )
+    def attend(q, k, v, choice):
+        how = dict(bias=None, mask=None, choice=choice)
+        return kernels.dot_product_attention(q, k, v, **how)
 
-        found = jax.jit(partial(results, attend))(exact, direction)
-        return [
-            float(jnp.linalg.norm(a.astype(jnp.float32) - b) / jnp.linalg.norm(b))
-            for a, b in zip(found, truth, strict=True)
-        ]
-
-    here, there = errors("auto"), errors("plain")
+    here, there = (
+        errors(partial(attend, choice=choice), exact, direction, truth, jax.jit)
+        for choice in ("auto", "plain")
+    )
     assert all(a < 1.1 * b + 1e-3 for a, b in zip(here, there, strict=True))
 
 

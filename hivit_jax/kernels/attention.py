@@ -84,7 +84,7 @@ def _run(x, weights, heads, tokens, add, eps, rows, keep, interpret):
         _project(x, weights, eps, qkvs)
 
         def attend(at, inside, apart):
-            apart = apart(1)  # queries are rows, keys columns
+            others = apart(1)  # [W or 1, W]: queries are rows, keys columns
             for tile in range(width // LANES):
                 here = pl.ds(tile * LANES, LANES)
                 q, k, v = _tiles(qkvs, at, tile, width)
@@ -92,7 +92,7 @@ def _run(x, weights, heads, tokens, add, eps, rows, keep, interpret):
                 o, total = mixed[at, here], jnp.ones(q.shape, F32)
                 for lanes in _lanes(head):
                     qh = jnp.where(lanes, q, 0.0).astype(dtype)
-                    p = dot(qh, k, (1, 1)) * factor + apart
+                    p = dot(qh, k, (1, 1)) * factor + others  # [W, W]
                     p = jnp.exp(p - p.max(-1, keepdims=True))
                     # Divided by their sums when there is but one column for each lane.
                     lanes = lanes & inside
@@ -149,13 +149,13 @@ def _backward(heads, tokens, add, eps, rows, keep, interpret, saved, gradient):
             # The other way round, the heads of a tile side by side: sums over keys then
             # add tiles up and need not go across lanes, and few, large products keep
             # all of the matrix units busy.
-            apart = apart(0, LANES // head)
+            others = apart(0, LANES // head)  # [W, heads * W or 1]
             for tile in range(width // LANES):
                 here = pl.ds(tile * LANES, LANES)
                 q, k, v = _tiles(qkvs, at, tile, width)
                 q, do = (_heads(x, head, inside, dtype) for x in (q, dmixed[at, here]))
                 k, v = k.astype(dtype), v.astype(dtype)
-                p = dot(k, q, (1, 1)) * factor + apart
+                p = dot(k, q, (1, 1)) * factor + others  # [W, heads * W]
                 p = jnp.exp(p - p.max(0, keepdims=True))
                 p = p * (1 / p.sum(0, keepdims=True))
                 p16 = p.astype(dtype)
@@ -217,8 +217,8 @@ def _each_group(rows, tokens, attend):
     The window is the rows of the group and some of its neighbours', for it begins and
     ends where tiles do; inside [W, 1] tells which are the group's. apart(axis) is to be
     added to scores [W, W] whose keys are along that axis, -1e30 where a key is of
-    another image than the query; apart(axis, heads) if there are `heads` of these side
-    by side.
+    another image than the query, or else 0; apart(axis, heads) if there are `heads` of
+    these side by side. Of a group of one image it is the same for all queries: 1 long.
     """
     images = rows // tokens
     count = max(1, LANES // tokens)
@@ -245,8 +245,8 @@ def _each_group(rows, tokens, attend):
 
         def apart(axis, heads=1):
             keys = image(axis)
-            alone = keys >= 0 if count == 1 else keys == image(1 - axis, heads)
-            return jnp.where(alone, 0.0, -1e30)
+            same = keys >= 0 if count == 1 else keys == image(1 - axis, heads)
+            return jnp.where(same, 0.0, -1e30)
 
         attend(pl.ds(start, window), image(0) >= 0, apart)
 
