@@ -1,0 +1,439 @@
+"""A second implementation of training and evaluation: from encoded files to updated
+parameters, in numpy and straight JAX, in float64, with none of the package's wiring.
+
+It follows the official code where that has a rule (raster maps, all units embedded and
+then gathered) and states the rules of this library where it has its own (order of
+samples, keys of the draws). `test_traced_step.py` compares real runs with it.
+"""
+
+import io
+import math
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from hivit_jax.data import randaugment
+
+# --- Order and draws: functions of (seed, epoch, index) and of (seed, position) ------
+
+
+def permutation(seed, epoch, n):
+    bits = np.random.MT19937(np.random.SeedSequence([seed, epoch]))
+    return np.random.RandomState(bits).permutation(n)
+
+
+def samples_of_step(seed, step, batch_size, n):
+    """[(image index, epoch)] of the samples of one step."""
+    positions = range(step * batch_size, (step + 1) * batch_size)
+    return [(permutation(seed, p // n, n)[p % n], p // n) for p in positions]
+
+
+def uniforms(seed, epoch, index, count):
+    words = np.random.Philox(key=seed, counter=[0, 0, index, epoch]).random_raw(count)
+    return (words >> 11) * 2.0**-53
+
+
+def fold(key, word):
+    return jax.random.fold_in(key, zlib.crc32(word.encode()))
+
+
+def sample_keys(seed, purpose, first, count):
+    base = fold(jax.random.key(seed), purpose)
+    return [jax.random.fold_in(base, first + i) for i in range(count)]
+
+
+# --- One image on the host -----------------------------------------------------------
+
+
+def random_box(height, width, draws, scale):
+    """(top, left, height, width): torchvision's RandomResizedCrop."""
+    for size, shape in zip(draws[:10], draws[10:20], strict=True):
+        area = height * width * (scale[0] + (scale[1] - scale[0]) * size)
+        aspect = math.exp(math.log(3 / 4) + math.log(16 / 9) * shape)
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            top = int(draws[20] * (height - h + 1))
+            return top, int(draws[21] * (width - w + 1)), h, w
+    h, w = min(height, round(width * 4 / 3)), min(width, round(height * 4 / 3))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def center_box(height, width, size, crop_pct):
+    """(top, left, height, width) in pixels of the file: timm's center crop."""
+    target = [math.floor(side / crop_pct) for side in size]
+    ratio = max(target[0] / height, target[1] / width)
+    full = [int(height * ratio + 1e-9), int(width * ratio + 1e-9)]
+    corner = [round((f - s) / 2) for f, s in zip(full, size, strict=True)]
+    unit = height / full[0], width / full[1]
+    return (
+        *(c * u for c, u in zip(corner, unit, strict=True)),
+        *(s * u for s, u in zip(size, unit, strict=True)),
+    )
+
+
+def resize_matrix(start, length, size, extent, interpolation, antialias):
+    """Weights [size, extent], as PIL has them (without antialias: as tf.image)."""
+    scale = length / size
+    stretch = max(scale, 1.0) if antialias else 1.0
+    centers = start + (np.arange(size) + 0.5) * scale
+    x = np.abs(np.arange(extent) + 0.5 - centers[:, None]) / stretch
+    near, far = 1.5 * x**3 - 2.5 * x**2 + 1, -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2
+    cubic = np.where(x < 1, near, np.where(x < 2, far, 0))
+    weights = cubic if interpolation == "bicubic" else np.maximum(1 - x, 0)
+    return weights / weights.sum(1, keepdims=True)
+
+
+def resize(pixels, box, size, data, on_device):
+    """A box of [h, w, C] -> [*size, C], whole numbers: columns, then rows."""
+    top, left, height, width = box
+    if data.antialias and not on_device:
+        filters = Image.Resampling.BICUBIC, Image.Resampling.BILINEAR
+        chosen = filters[data.interpolation == "bilinear"]
+        edges = left, top, left + width, top + height
+        return np.asarray(Image.fromarray(pixels).resize(size[::-1], chosen, edges))
+    how = data.interpolation, data.antialias
+    columns = resize_matrix(left, width, size[1], pixels.shape[1], *how)
+    pixels = np.rint(np.einsum("ow,hwc->hoc", columns, pixels)).clip(0, 255)
+    rows = resize_matrix(top, height, size[0], pixels.shape[0], *how)
+    return np.rint(np.einsum("oh,hwc->owc", rows, pixels)).clip(0, 255)
+
+
+def augmented_by_randaugment(pixels, draws):
+    """rand-m9-mstd0.5-inc1; the operations themselves are compared with timm's."""
+    from statistics import NormalDist
+
+    image, names = Image.fromarray(pixels), list(randaugment.OPERATIONS)
+    for which, whether, normal, side in np.reshape(draws, (2, 4)):
+        if whether < 0.5:
+            magnitude = min(max(9 + 0.5 * NormalDist().inv_cdf(normal), 0), 10)
+            name, sign = names[int(which * 15)], -1 if side < 0.5 else 1
+            image = randaugment.apply(name, image, magnitude, sign)
+    return np.asarray(image)
+
+
+def prepared_image(encoded, config, draws=None):
+    """File -> [H, W, C], 0 to 255; with draws as in training, else as in evaluation.
+    None where the file is no image.
+    """
+    try:
+        pixels = np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB"))
+    except OSError:
+        return None
+    height, width, _ = pixels.shape
+    size, data = tuple(config.model.image_size), config.data
+    if draws is None:
+        box = center_box(height, width, size, data.crop_pct)
+    else:
+        top, left, height, width = random_box(height, width, draws, data.crop_scale)
+        # Pixels beside a random crop play no role.
+        pixels = pixels[top : top + height, left : left + width]
+        box = 0, 0, height, width
+    augment = draws is not None and data.randaugment
+    image = resize(pixels, box, size, data, data.canvas > 0 and not augment)
+    return augmented_by_randaugment(image, draws[22:30]) if augment else image
+
+
+# --- One batch -----------------------------------------------------------------------
+
+
+def batch_of(images, config):
+    """Images or None -> (normalized [B, H, W, C], weight [B])."""
+    blank = np.zeros((*config.model.image_size, 3))
+    weight = np.array([image is not None for image in images], np.float64)
+    pixels = np.stack([blank if image is None else image for image in images])
+    return (pixels / 255 - config.data.mean) / config.data.std, weight
+
+
+def flip(images, keys):
+    flips = [bool(jax.random.bernoulli(fold(key, "flip"))) for key in keys]
+    return np.stack(
+        [x[:, ::-1] if f else x for x, f in zip(images, flips, strict=True)]
+    )
+
+
+def erase(image, key, probability):
+    """timm's RandomErasing in pixel mode."""
+    height, width, _ = image.shape
+    chosen, sizes, corner, values = jax.random.split(fold(key, "erase"), 4)
+    if not jax.random.bernoulli(chosen, probability):
+        return image
+    draws = np.float64(jax.random.uniform(sizes, (2, 10)))
+    for size, shape in draws.T:
+        area = (0.02 + (1 / 3 - 0.02) * size) * height * width
+        aspect = math.exp((2 * shape - 1) * math.log(1 / 0.3))
+        h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if h < height and w < width:
+            y, x = np.float64(jax.random.uniform(corner, (2,)))
+            top, left = int(y * (height - h + 1)), int(x * (width - w + 1))
+            noise = np.float64(jax.random.normal(values, image.shape))
+            part = slice(top, top + h), slice(left, left + w)
+            image = image.copy()
+            image[part] = noise[part]
+            return image
+    return image
+
+
+def mix(images, targets, weight, key, mixup, cutmix):
+    """Mixup or CutMix of neighbors, one ratio for the batch."""
+    size = np.array(images.shape[1:3])
+    which, ratio, area, place = jax.random.split(key, 4)
+    own = np.ones((*size, 1))
+    if mixup and (not cutmix or not jax.random.bernoulli(which)):
+        share = float(jax.random.beta(ratio, mixup, mixup))
+        own *= share
+    else:
+        side = np.sqrt(np.float32(1) - jax.random.beta(area, cutmix, cutmix))
+        half = np.floor(np.float32(size) * side) // 2
+        center = np.floor(np.asarray(jax.random.uniform(place, (2,))) * size)
+        low, high = np.maximum(center - half, 0), np.minimum(center + half, size)
+        (top, left), (bottom, right) = low.astype(int), high.astype(int)
+        own[top:bottom, left:right] = 0
+        share = own.mean()
+    mixed = images.copy(), targets.copy()
+    for i in range(len(images)):
+        other = i + 1 - 2 * (i % 2)
+        if weight[i] and weight[other]:
+            mixed[0][i] = own * images[i] + (1 - own) * images[other]
+            mixed[1][i] = share * targets[i] + (1 - share) * targets[other]
+    return mixed
+
+
+# --- The networks: p has their parameters by name, and "eps" of every LayerNorm ---------
+
+
+def norm(p, name, x):
+    x = x - x.mean(-1, keepdims=True)
+    x = x / jnp.sqrt((x**2).mean(-1, keepdims=True) + p["eps"])
+    return x * p[f"{name}/scale"] + p[f"{name}/bias"]
+
+
+def linear(p, name, x):
+    return x @ p[f"{name}/kernel"] + p.get(f"{name}/bias", 0)
+
+
+def mlp_branch(p, name, x):
+    x = linear(p, f"{name}/mlp/fc1", norm(p, f"{name}/norm2", x))
+    x = x * (1 + jax.lax.erf(x / math.sqrt(2))) / 2
+    return linear(p, f"{name}/mlp/fc2", x)
+
+
+def attention_branch(p, name, x, bias=0.0):
+    """[B, N, C]; bias [heads, N, N]."""
+    y = norm(p, f"{name}/norm1", x)
+    qkv = jnp.einsum("bnc,cthd->tbhnd", y, p[f"{name}/attn/qkv/kernel"])
+    q, k, v = qkv + p[f"{name}/attn/qkv/bias"][:, None, :, None]
+    scores = jnp.einsum("bhqd,bhkd->bhqk", q, k) / math.sqrt(q.shape[-1])
+    heads = jnp.einsum("bhqk,bhkd->bqhd", jax.nn.softmax(scores + bias), v)
+    return linear(p, f"{name}/attn/proj", heads.reshape(x.shape))
+
+
+def relative_bias(p, name, grid):
+    """[heads, N, N] of a block, or 0."""
+    table = p.get(f"{name}/attn/relative_position_bias_table")
+    if table is None:
+        return 0.0
+    at = np.stack(np.divmod(np.arange(grid[0] * grid[1]), grid[1]), 1)
+    row, column = np.moveaxis(at[:, None] - at[None], -1, 0)
+    index = (row + grid[0] - 1) * (2 * grid[1] - 1) + column + grid[1] - 1
+    return jnp.moveaxis(table[index], -1, 0)
+
+
+def neighbors(x):
+    """[B, H, W, C] -> [B, H/2, W/2, 4C]: top left, bottom left, top right, bottom
+    right.
+    """
+    parts = [x[:, i::2, j::2] for j in (0, 1) for i in (0, 1)]
+    return jnp.concatenate(parts, -1)
+
+
+def blocks_of(p, stage):
+    return sum(f"encoder/stages/{stage}/{i}/norm2/scale" in p for i in range(99))
+
+
+def encoder(p, images, keep_scale, ids=None):
+    """Maps of all stages, the last as tokens [B, K, E] of units `ids` [B, K] alone.
+
+    keep_scale: [B, branches], factors of drop path; branch 2n is the MLP of residual
+    block n, branch 2n + 1 its attention.
+    """
+    b, h, w, c = images.shape
+    cells = images.reshape(b, h // 4, 4, w // 4, 4, c).transpose(0, 1, 3, 2, 4, 5)
+    x = linear(p, "encoder/patch_embed/proj", cells.reshape(b, h // 4, w // 4, -1))
+    x, maps, number = norm(p, "encoder/patch_embed/norm", x), [], 0
+    for stage in (0, 1):
+        for i in range(blocks_of(p, stage)):
+            branch = mlp_branch(p, f"encoder/stages/{stage}/{i}", x)
+            x = x + branch * keep_scale[:, 2 * number, None, None, None]
+            number += 1
+        maps.append(x)
+        x = norm(p, f"encoder/merges/{stage}/norm", neighbors(x))
+        x = linear(p, f"encoder/merges/{stage}/reduction", x)
+    grid = x.shape[1:3]
+    x = x.reshape(b, grid[0] * grid[1], -1) + p["encoder/absolute_pos_embed"]
+    if ids is not None:
+        x = jnp.take_along_axis(x, ids[:, :, None], 1)
+    for i in range(blocks_of(p, 2)):
+        name = f"encoder/stages/2/{i}"
+        branch = attention_branch(p, name, x, relative_bias(p, name, grid))
+        x = x + branch * keep_scale[:, 2 * number + 1, None, None]
+        x = x + mlp_branch(p, name, x) * keep_scale[:, 2 * number, None, None]
+        number += 1
+    return [*maps, x]
+
+
+def units(x, side):
+    """[B, H, W, C] -> [B, N, side, side, C], units row-major."""
+    b, h, w, c = x.shape
+    x = x.reshape(b, h // side, side, w // side, side, c)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, -1, side, side, c)
+
+
+ORDER = [(0, 0), (1, 0), (0, 1), (1, 1)]  # of four neighbors, as in `neighbors`
+
+
+def masked_loss(kept, p, images, keep_scale, ids, pixels):
+    """Mean squared error over each image's removed units, [B], and the prediction.
+
+    ids: [B, N], units in the order of their noise; the first `kept` stay visible.
+    pixels: 1: predict pixels as they are; 0: normalized by unit.
+    """
+    first, second, x = encoder(p, images, keep_scale, ids[:, :kept])
+    cells = [(2 * a + c, 2 * b + d) for a, b in ORDER for c, d in ORDER]
+    first, second = units(first, 4), units(second, 2)
+    parts = [first[:, :, i, j] for i, j in cells]
+    parts += [second[:, :, i, j] for i, j in ORDER]
+    parts = jnp.concatenate(parts, -1)
+    seen = jnp.take_along_axis(parts, ids[:, :kept, None], 1)
+    latent = norm(p, "norm", jnp.concatenate([seen, x], -1))
+    x = linear(p, "decoder_embed", latent)
+    b, n = ids.shape
+    tokens = jnp.broadcast_to(p["mask_token"], (b, n - kept, x.shape[-1]))
+    back = jnp.argsort(ids, 1)[:, :, None]
+    x = jnp.take_along_axis(jnp.concatenate([x, tokens], 1), back, 1)
+    x = x + jax.lax.stop_gradient(p["decoder_pos_embed"])
+    for i in range(sum(f"decoder_blocks/{i}/norm1/scale" in p for i in range(99))):
+        x = x + attention_branch(p, f"decoder_blocks/{i}", x)
+        x = x + mlp_branch(p, f"decoder_blocks/{i}", x)
+    predicted = linear(p, "decoder_pred", norm(p, "decoder_norm", x))
+    target = units(images, 16).reshape(b, n, -1)
+    mean, variance = target.mean(-1, keepdims=True), target.var(-1, ddof=1)[..., None]
+    normalized = (target - mean) / jnp.sqrt(variance + 1e-6)
+    target = jnp.where(pixels, target, normalized)
+    loss = ((predicted - target) ** 2).mean(-1)  # [B, N]
+    return jnp.take_along_axis(loss, ids[:, kept:], 1).mean(1), predicted
+
+
+def logits_of(p, images, keep_scale):
+    features = encoder(p, images, keep_scale)[-1].mean(1)
+    return linear(p, "head", norm(p, "fc_norm", features))
+
+
+def cross_entropy(logits, targets):
+    return -(targets * jax.nn.log_softmax(logits)).sum(-1)
+
+
+def widened(x):
+    x = np.asarray(x)
+    return jnp.asarray(x, np.float64 if x.dtype == np.float32 else x.dtype)
+
+
+def in_float64(function):
+    """`function` of pytrees of arrays, compiled and run in float64."""
+    run = jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
+
+    def call(*arguments):
+        with jax.enable_x64(True):
+            return jax.tree.map(np.asarray, run(*jax.tree.map(widened, arguments)))
+
+    return call
+
+
+def weighted(losses):
+    """Losses [B] and outputs of (params, *inputs) -> ((weighted mean, both), gradient)."""
+
+    def mean(params, eps, weight, *inputs):
+        found, outputs = losses(params | {"eps": eps}, *inputs)
+        return (found * weight).sum() / weight.sum(), (found, outputs)
+
+    return in_float64(jax.value_and_grad(mean, has_aux=True))
+
+
+@jax.jit
+def kept_branches(keys, keep):
+    """Whether each branch of each sample is kept, [B, branches]."""
+
+    def draw(key, branch):
+        return jax.random.bernoulli(jax.random.fold_in(key, branch), keep[branch // 2])
+
+    by_branch = jax.vmap(draw, (None, 0))
+    return jax.vmap(by_branch, (0, None))(keys, jnp.arange(2 * len(keep)))
+
+
+def keep_scales(keys, rates):
+    """Factors of drop path [B, branches] for rates of residual blocks."""
+    keep = 1 - np.float32(rates)
+    drop_keys = jnp.stack([fold(key, "drop_path") for key in keys])
+    kept = np.asarray(kept_branches(drop_keys, keep))
+    return kept / np.repeat(np.float64(keep), 2)
+
+
+# --- The update ----------------------------------------------------------------------
+
+
+def learning_rate(step, config, images):
+    """Linear warmup to the peak, then half a cosine down to the minimum; with quirks
+    the first epoch is left out, as in the official ``lr_sched.py``.
+    """
+    o = config.optimizer
+    steps_per_epoch = images / config.batch_size
+    total = config.total_steps or round(config.total_epochs * steps_per_epoch)
+    peak = o.base_learning_rate * config.batch_size / 256
+    warmup = o.warmup_epochs * steps_per_epoch
+    step = step + o.official_quirks * steps_per_epoch
+    if step < warmup:
+        low = o.warmup_learning_rate
+        return low + (peak - low) * step / warmup
+    done = (step - warmup) / (total - warmup)
+    low = o.min_learning_rate
+    return low + (peak - low) * (1 + math.cos(math.pi * done)) / 2
+
+
+def clipped(gradients, limit):
+    length = math.sqrt(sum((g**2).sum() for g in gradients.values()))
+    factor = min(1.0, limit / length) if limit else 1.0
+    return {name: g * factor for name, g in gradients.items()}, length
+
+
+def decays(name, task):
+    leaf = name.rsplit("/", 1)[-1]
+    if leaf in ("bias", "scale", "decoder_pos_embed"):
+        return False
+    return task == "mae" or leaf == "kernel"
+
+
+def layer_scale(name, decay, blocks):
+    """Factor of layer-wise decay; `blocks`: residual blocks a stage."""
+    parts, last = name.split("/"), sum(blocks) + 1
+    layer = last
+    if parts[:2] == ["encoder", "stages"]:
+        layer = sum(blocks[: int(parts[2])]) + int(parts[3]) + 1
+    elif parts[:2] == ["encoder", "merges"]:
+        layer = sum(blocks[: int(parts[2]) + 1])
+    elif parts[0] == "encoder":
+        layer = 0
+    return decay ** (last - layer)
+
+
+def adam(p, g, mu, nu, count, betas):
+    """(moments, direction) after gradient number `count`, counted from 1."""
+    mu = betas[0] * mu + (1 - betas[0]) * g
+    nu = betas[1] * nu + (1 - betas[1]) * g**2
+    return mu, nu, direction(mu, nu, count, betas)
+
+
+def direction(mu, nu, count, betas):
+    scaled = nu / (1 - betas[1] ** count)
+    return mu / (1 - betas[0] ** count) / (np.sqrt(scaled) + 1e-8)
