@@ -59,6 +59,18 @@ TASK_KEYS = {
     "mae": "mask_ratio",
     "classify": "label_smoothing mixup cutmix random_erasing",
 }
+# Keys that a task does not use, with the value that stands for no effect.
+UNUSED = {
+    "mae": {"optimizer.layer_decay": 1.0},
+    "classify": {},
+    "linear_probe": {
+        "model.drop_path_rate": 0.0,
+        "model.fc_norm": True,
+        "optimizer.clip_norm": 0.0,
+        "optimizer.first_moment_dtype": "float32",
+        "optimizer.layer_decay": 1.0,
+    },
+}
 # The smallest values that work.
 LEAST = {
     "seed": 0,
@@ -157,6 +169,13 @@ def _check(config: ConfigDict) -> None:
     for key in TASK_KEYS.get(config.task, "").split():
         if key not in config:
             raise ConfigError(f"task={config.task!r} needs a recipe with config.{key}")
+    for key, neutral in UNUSED.get(config.task, {}).items():
+        part, leaf = key.split(".")
+        if config[part][leaf] not in (None, neutral):
+            raise ConfigError(
+                f"{key}={config[part][leaf]} has no effect with task={config.task!r}; "
+                f"expected {neutral}"
+            )
     for key, least in LEAST.items():
         *parents, leaf = key.split(".")
         value = (config[parents[0]] if parents else config)[leaf]

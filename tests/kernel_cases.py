@@ -1,5 +1,6 @@
 """Residual branches in plain JAX and as kernels, and how far they are apart."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -7,13 +8,15 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from networks import pictures
+from networks import abstract, pictures, weight
 
 from hivit_jax.kernels.attention import attention_block
 from hivit_jax.kernels.mlp import mlp_block
 from hivit_jax.kernels.mlp_gpu import mlp_block as gpu_mlp_block
+from hivit_jax.models import split
 
 EPS = 1e-6
+library_attention = jax.nn.dot_product_attention  # before a test puts another there
 
 
 class Case(NamedTuple):
@@ -144,3 +147,81 @@ def assert_no_less_exact(case, jit, keep, interpret):
     )
     assert max(here) < 0.02
     assert all(a < 1.1 * b + 1e-4 for a, b in zip(here, there, strict=True))
+
+
+# --- Blocks whose attention no kernel may run ---------------------------------------
+
+BLOCK_GRID, WINDOW = (3, 5), 2  # an odd number of tokens; windows that are not full
+SPECIAL = {
+    "nothing": {},
+    "key mask": {},
+    "windows": {"window_size": WINDOW},
+    "relative bias": {"relative_position": True},
+}
+
+
+def attention_of(special: str, batch: int, mlp_ratio: float = 4.0, **options):
+    """A main-stage block 128 wide: its module's graph and parameters, and the inputs
+    that belong to it beside x.
+    """
+    options = {"relative_position": False} | SPECIAL[special] | options
+    sizes = {"embed_dim": 128, "depths": (1, 1, 1), "num_heads": 2}
+    grid = options.pop("grid", BLOCK_GRID)
+    model = abstract(
+        "hivit_base",
+        image_size=tuple(16 * side for side in grid),
+        mlp_ratio=mlp_ratio,
+        num_classes=2,
+        **sizes,
+        **options,
+    )
+    graphdef, params = split(model.encoder.stages[-1][0])
+    inputs = {}
+    if special == "key mask":
+        inputs["key_mask"] = hidden_keys(batch)
+    if special == "relative bias":
+        inputs["relative_index"] = relative_index()
+    return graphdef, jax.tree_util.tree_map_with_path(weight, params), inputs
+
+
+def unit_coordinates():
+    """Row and column of every unit, row-major."""
+    return np.divmod(np.arange(math.prod(BLOCK_GRID)), BLOCK_GRID[1])
+
+
+def hidden_keys(batch: int) -> np.ndarray:
+    """Every third unit must not be attended to, others in every image."""
+    units = np.arange(math.prod(BLOCK_GRID))
+    return ((units + np.arange(batch)[:, None]) % 3 > 0).astype(np.int32)
+
+
+def relative_index() -> np.ndarray:
+    """Rows of the bias table for each query and key."""
+    (rows, columns), (height, width) = unit_coordinates(), BLOCK_GRID
+    down = rows[:, None] - rows + height - 1
+    right = columns[:, None] - columns + width - 1
+    return down * (2 * width - 1) + right
+
+
+def block_by_hand(special: str, params: dict, x: jax.Array) -> jax.Array:
+    """The block of `attention_of` in plain JAX, without windows: units of different
+    windows are masked from each other.
+    """
+    batch, tokens, width = x.shape
+    bias, mask = None, None
+    if special == "key mask":
+        mask = jnp.asarray(hidden_keys(batch) > 0)[:, None, None, :]
+    if special == "windows":
+        window = np.stack([each // WINDOW for each in unit_coordinates()], -1)
+        mask = jnp.asarray((window[:, None] == window).all(-1))[None, None]
+    if special == "relative bias":
+        table = params["attn/relative_position_bias_table"]
+        bias = jnp.moveaxis(table[relative_index()], -1, 0)[None]
+    y = layer_norm(x, params["norm1/scale"], params["norm1/bias"])
+    qkv = jnp.einsum("bnc,cshd->sbnhd", y, params["attn/qkv/kernel"])
+    q, k, v = qkv + params["attn/qkv/bias"][:, None, None]
+    y = library_attention(q, k, v, bias=bias, mask=mask).reshape(x.shape)
+    x = x + y @ params["attn/proj/kernel"] + params["attn/proj/bias"]
+    arrays = [params[f"norm2/{name}"] for name in ("scale", "bias")]
+    arrays += [params[f"mlp/fc{i}/{k}"] for i in (1, 2) for k in ("kernel", "bias")]
+    return plain_mlp(x.reshape(-1, width), *arrays, add=True).reshape(x.shape)

@@ -105,7 +105,7 @@ def augmented_by_randaugment(pixels, draws):
     """rand-m9-mstd0.5-inc1; the operations themselves are compared with timm's."""
     from statistics import NormalDist
 
-    image, names = Image.fromarray(pixels), list(randaugment.OPERATIONS)
+    image, names = Image.fromarray(np.uint8(pixels)), list(randaugment.OPERATIONS)
     for which, whether, normal, side in np.reshape(draws, (2, 4)):
         if whether < 0.5:
             magnitude = min(max(9 + 0.5 * NormalDist().inv_cdf(normal), 0), 10)
@@ -201,7 +201,7 @@ def mix(images, targets, weight, key, mixup, cutmix):
     return mixed
 
 
-# --- The networks: p has their parameters by name, and "eps" of every LayerNorm ---------
+# --- The networks: p has their parameters by name, and "eps" of every LayerNorm -------
 
 
 def norm(p, name, x):
@@ -352,7 +352,7 @@ def in_float64(function):
 
 
 def weighted(losses):
-    """Losses [B] and outputs of (params, *inputs) -> ((weighted mean, both), gradient)."""
+    """Function of losses [B] and outputs -> ((weighted mean, both), gradient)."""
 
     def mean(params, eps, weight, *inputs):
         found, outputs = losses(params | {"eps": eps}, *inputs)

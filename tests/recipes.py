@@ -16,6 +16,8 @@ from ml_collections import ConfigDict
 from hivit_jax import checkpoint, evaluate, figures, metrics
 from hivit_jax import config as configs
 from hivit_jax.models import named_leaves
+from hivit_jax.sharding import make_mesh
+from hivit_jax.step import prepare_step
 
 ROOT = Path(__file__).parents[1]
 
@@ -76,6 +78,11 @@ def mae(source: str = "synthetic", **overrides) -> ConfigDict:
     return configs.load(path.removeprefix("--config="), flags)
 
 
+def recipe(name: str) -> ConfigDict:
+    """The config of a file in configs/, nothing overridden."""
+    return configs.load(ROOT / "configs" / f"{name}.py")
+
+
 def classifier(source: str = "synthetic", **overrides) -> ConfigDict:
     """The mini classifier's config, with drop path and label smoothing."""
     config = mae(source, **CLASSIFIER | overrides)
@@ -100,6 +107,14 @@ def quick() -> Iterator[None]:
         jax.config.update(name, True)
         yield
         jax.config.update(name, before)
+
+
+def traced_step(config: ConfigDict) -> str:
+    """The train step of a config as a program of JAX, before it is compiled."""
+    mesh = make_mesh(config.mesh, config.batch_size, config.optimizer.accumulate_steps)
+    _, step, arguments, _ = prepare_step(config, mesh, lambda step: 0.1)
+    with jax.set_mesh(mesh):
+        return str(jax.make_jaxpr(step)(*arguments))
 
 
 def start(

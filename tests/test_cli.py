@@ -7,9 +7,13 @@ import numpy as np
 import pytest
 import recipes
 from flax import nnx
+from matplotlib.axes import Axes
 from PIL import Image
 
 from hivit_jax import config as configs
+from hivit_jax.data import sources
+from hivit_jax.data.pipeline import permutation
+from hivit_jax.errors import ConfigError
 from hivit_jax.main import main
 from hivit_jax.tasks import build_model
 
@@ -86,6 +90,26 @@ def test_bad_override(overrides, fragments, tmp_path, capsys):
     assert main([*MINI, *flags, f"--workdir={tmp_path / 'run'}"]) == 2
     check_message(capsys.readouterr().err, fragments)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "micro"),
+    [
+        ("batch_size=25 mixup=0.8", 25),
+        ("batch_size=25 cutmix=1.0", 25),
+        ("batch_size=24 mixup=0.8 cutmix=1.0 optimizer.accumulate_steps=8", 3),
+        ("batch_size=24 mixup=0.8 optimizer.accumulate_steps=4", None),
+        ("batch_size=25", None),
+    ],
+)
+def test_pairs_are_mixed_in_even_batches_alone(overrides, micro):
+    recipe = str(recipes.ROOT / "configs" / "digits_finetune.py")
+    flags = [f"--config.{override}" for override in overrides.split()]
+    if micro is None:
+        assert configs.load(recipe, flags).batch_size in (24, 25)
+        return
+    with pytest.raises(ConfigError, match=f"steps is {micro}, expected an even number"):
+        configs.load(recipe, flags)
 
 
 def test_masked_autoencoder_does_not_classify(tmp_path, capsys):
@@ -255,19 +279,48 @@ def test_variant_of_a_recipe(capsys):
     check_message(capsys.readouterr().err, ["mae_base.py", "get_config()"])
 
 
-def test_describe_draws_schedule_and_images(tmp_path, capsys):
+def test_describe_draws_schedule_and_images(tmp_path, capsys, monkeypatch):
+    """The learning rate of every step, and the first 16 training images as they are,
+    which the recipe neither crops nor mirrors here.
+    """
+    lines, images = [], []
+    plot, imshow = Axes.plot, Axes.imshow
+
+    def plotted(axes, *arrays, **options):
+        lines.append(arrays)
+        return plot(axes, *arrays, **options)
+
+    def shown(axes, image, **options):
+        images.append((image, options))
+        return imshow(axes, image, **options)
+
+    monkeypatch.setattr(Axes, "plot", plotted)
+    monkeypatch.setattr(Axes, "imshow", shown)
     recipe = recipes.ROOT / "configs" / "digits_finetune.py"
     overrides = [
-        "--config.mixup=0.8",
-        "--config.random_erasing=0.25",
         "--config.batch_size=24",
+        "--config.model.image_size=8",
+        "--config.model.patch_size=4",
+        "--config.data.crop_scale=(1.0,1.0)",
+        "--config.optimizer.warmup_epochs=30",
     ]
     command = [f"--config={recipe}", "--mode=describe", *overrides]
     assert main([*command, f"--workdir={tmp_path}"]) == 0
     assert f"drawn: {tmp_path}/figures/schedule.png, " in capsys.readouterr().out
     for name in ("schedule", "augmented"):
-        pixels = np.asarray(Image.open(tmp_path / "figures" / f"{name}.png"))
-        assert pixels[..., :3].std() > 5
+        Image.open(tmp_path / "figures" / f"{name}.png").verify()
+    [(steps, rates)] = lines
+    np.testing.assert_array_equal(steps, np.arange(361))
+    peak, warmup = 1e-2 * 24 / 256, 125  # steps: 30 of 100 images
+    fall = 0.5 + 0.5 * np.cos(np.pi * (steps - warmup) / (360 - warmup))
+    expected = peak * np.where(steps < warmup, steps / warmup, fall)
+    np.testing.assert_allclose(rates, expected, rtol=1e-4, atol=1e-8)
+    pixels = sources.Digits("train", 100).pixels()[permutation(0, 0, 100)[:16]]
+    assert len(images) == 16
+    for (image, options), scan in zip(images, pixels, strict=True):
+        np.testing.assert_allclose(image, scan / 255, rtol=0, atol=1e-5)
+        assert (options["vmin"], options["vmax"]) == (0, 1)
+
     missing = ["--config.data.name=folder", f"--config.data.dir={tmp_path / 'none'}"]
     command += [*missing, "--config.data.train_examples=0"]
     assert main([*command, f"--workdir={tmp_path / 'x'}"]) == 4

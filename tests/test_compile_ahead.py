@@ -5,6 +5,7 @@ import json
 import math
 import re
 from functools import cache
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -359,6 +360,79 @@ def test_roofline_is_bound_by_what_is_slowest():
     assert bound(197e12, 0) == ("arithmetic", 1)
     assert bound(1, 819e9 / 2) == ("memory", 2)
     assert bound(1, 1, exchanged) == ("network", 10)  # 2 x 100 GB at 200 GB/s
+
+
+def test_memory_by_kind_as_counted_by_hand():
+    """Outputs that take the place of arguments count once."""
+    sizes = SimpleNamespace(
+        argument_size_in_bytes=1000,
+        output_size_in_bytes=700,
+        temp_size_in_bytes=30,
+        generated_code_size_in_bytes=5,
+        alias_size_in_bytes=600,
+    )
+    program = SimpleNamespace(memory_analysis=lambda: sizes)
+    assert compile_ahead.memory_of(program, compile_ahead.CHIPS["v6e"]) == {
+        "arguments": 1000,
+        "outputs": 700,
+        "temporaries": 30,
+        "program": 5,
+        "aliased": 600,
+        "total": 1000 + (700 - 600) + 30 + 5,
+        "limit": int(31.24 * 2**30),
+    }
+
+
+def test_memory_of_a_program_that_updates_in_place():
+    """4,096 bytes are updated in place, of 2,048 others a new array is made."""
+    update = jax.jit(lambda x, y: (x + 1, 2 * y), donate_argnums=0)
+    program = update.lower(jnp.zeros(1024), jnp.zeros(512)).compile()
+    found = compile_ahead.memory_of(program, compile_ahead.CHIPS["v5e"])
+    assert found["arguments"] == 4096 + 2048
+    assert found["aliased"] == 4096
+    table = found["outputs"] - (4096 + 2048)  # XLA for CPUs: addresses of the two
+    assert 0 <= table <= 16
+    beside = found["temporaries"] + found["program"]
+    assert found["total"] == 4096 + 2048 + 2048 + table + beside
+
+
+def test_command_that_searches_the_largest_batch(monkeypatch, tmp_path, capsys):
+    """Only where it is asked for; with what the search found in file and text."""
+
+    def examine(config, devices):
+        size = config.batch_size // 8
+        memory = dict(total=linear(size), limit=5000, arguments=1000, temporaries=1)
+        return REPORT | {
+            "batch_size": config.batch_size,
+            "batch_per_device": size,
+            "fits": size <= 40,
+            "hbm_bytes_per_device": memory,
+        }
+
+    monkeypatch.setattr(compile_ahead, "devices_of", lambda topology: jax.devices())
+    monkeypatch.setattr(compile_ahead, "examine", examine)
+    for search in (False, True):
+        found = report(tmp_path, search_batch=search)
+        assert ("largest_batch_per_device" in found) == search
+        out = capsys.readouterr().out
+        assert "fits: 0.00 GiB of 0.00 GiB a device, 0.00 of them arguments" in out
+        assert "all-reduce: 3.0 MB a step and device, in 2\n" in out
+        assert "at most 123 images/s a chip, bound by memory\n" in out
+        assert "2.5 GFLOP and 7 MB of HBM an image\n" in out
+        assert (f"written: {tmp_path}/compile.json") in out
+    assert found["largest_batch_per_device"] <= 40 < found["smallest_that_does_not_fit"]
+    assert f"a device: {found['largest_batch_per_device']} (" in out
+
+
+REPORT = {
+    "model": "mae_hivit_base",
+    "topology": "v5e:2x4",
+    "devices": 8,
+    "flops_per_image": 2.5e9,
+    "hbm_bytes_per_image": 7e6,
+    "collectives": [{"kind": "all-reduce", "count": 2, "bytes_per_step": 3e6}],
+    "roofline": {"images_per_second_per_chip": 123.4, "bound": "memory"},
+}
 
 
 # --- Ways to run blocks --------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import io
 import math
+import os
 import shutil
 import sys
 import threading
@@ -15,7 +16,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from benchmarks import photographs
-from hivit_jax import augment, config
+from hivit_jax import augment, config, tasks
 from hivit_jax.data import pipeline, randaugment, sources, transforms
 from hivit_jax.data.pipeline import permutation, samples_at
 from hivit_jax.errors import ConfigError, DataError
@@ -441,6 +442,18 @@ def test_threads_change_nothing(folder, workers):
     assert_batches_equal(batches[7:], pipeline.train_batches(cfg, 7, 12))
 
 
+@pytest.mark.parametrize(("workers", "usable"), [(1, {0, 1, 2}), (0, {5})])
+def test_number_of_threads(folder, monkeypatch, workers, usable):
+    """As told, or one for each core; more work waits than both have."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: usable, raising=False)
+    cfg = load_folder(folder, data__workers=workers, batch_size=40)
+    batches = pipeline.train_batches(cfg, 0, 100)
+    next(batches)
+    threads = [each for each in threading.enumerate() if each.name.startswith("read")]
+    assert len(threads) == 1
+    batches.close()
+
+
 def test_threads_end_with_the_batches(folder):
     batches = pipeline.train_batches(load_folder(folder, data__workers=3), 0, 1000)
     next(batches)
@@ -500,16 +513,18 @@ def test_share_of_unreadable_images():
         pipeline.check_unreadable(1, 360, data, "test")
 
 
-def test_label_outside_the_classes(folder, monkeypatch):
+@pytest.mark.parametrize("wrong", [10, -1])
+def test_label_outside_the_classes(folder, monkeypatch, wrong):
     cfg = load_folder(folder)
     source = sources.open_source(cfg.data, "train")
-    monkeypatch.setattr(source, "labels", np.where(source.labels == 3, 10, 0))
-    with pytest.raises(DataError, match=r"coffee/.* has label 10; expected 0 to 9"):
+    monkeypatch.setattr(source, "labels", np.where(source.labels == 3, wrong, 0))
+    message = rf"coffee/\d+.JPEG has label {wrong}; expected 0 to 9, .*num_classes=10"
+    with pytest.raises(DataError, match=message):
         list(pipeline.train_batches(cfg, 0, 5))
     with cfg.unlocked():
         cfg.model.num_classes = None  # a masked autoencoder looks at no label
     labels = [batch["label"] for batch in pipeline.train_batches(cfg, 0, 5)]
-    assert set(np.concatenate(labels)) == {0, 10}
+    assert set(np.concatenate(labels)) == {0, wrong}
 
 
 def test_channels_no_file_has(folder):
@@ -518,3 +533,165 @@ def test_channels_no_file_has(folder):
     )
     with pytest.raises(ConfigError, match=r"in_channels=4 .*; expected 3 .* or 1"):
         next(pipeline.train_batches(cfg, 0, 1))
+
+
+# Every key of config.data, in batches
+
+KEYS = ("image", "label", "weight", "unreadable", "box")
+# Key and value -> whether training batches change, whether evaluation's do.
+EFFECTS = [
+    ("crop_scale", (0.8, 1.0), True, False),
+    ("crop_pct", 0.5, False, True),
+    ("interpolation", "bilinear", True, True),
+    ("antialias", False, True, True),
+    ("canvas", 64, True, True),
+    ("workers", 3, False, False),
+    ("max_unreadable", 0.5, False, False),
+    ("randaugment", True, True, False),
+    ("train_split", "val", True, False),
+    ("eval_split", "train", False, True),
+    ("flip", False, False, False),  # which is up to the device
+    ("mean", (0.1, 0.2, 0.3), False, False),
+    ("std", (0.1, 0.2, 0.3), False, False),
+]
+
+
+@pytest.fixture(scope="module")
+def as_it_is(folder):
+    """Four training batches of the host's images, and all of evaluation."""
+    return batches_of(load_folder(folder, data__canvas=0, data__flip=True))
+
+
+def batches_of(cfg):
+    return list(pipeline.train_batches(cfg, 0, 4)), list(pipeline.eval_batches(cfg))
+
+
+def identical(ones, others):
+    return len(ones) == len(others) and all(
+        np.array_equal(one.get(key), other.get(key))
+        for one, other in zip(ones, others, strict=True)
+        for key in KEYS
+    )
+
+
+@pytest.mark.parametrize(("key", "value", "train", "evaluation"), EFFECTS)
+def test_batches_change_with_a_key(folder, as_it_is, key, value, train, evaluation):
+    overrides = dict(data__canvas=0, data__flip=True) | {f"data__{key}": value}
+    batches = batches_of(load_folder(folder, **overrides))
+    same = [identical(*pair) for pair in zip(batches, as_it_is, strict=True)]
+    assert same == [not train, not evaluation]
+
+
+def pixels_of(folder, split):
+    """Pixels of the files, as PIL reads them in the order of their names."""
+    paths = sorted((folder / split).glob("*/*"))
+    return [np.asarray(Image.open(path)) for path in paths]
+
+
+def test_splits_by_name(folder):
+    """Labels too: of 11 validation images in training, of 40 training in evaluation."""
+    swapped = dict(data__train_split="val", data__eval_split="train")
+    cfg = load_folder(folder, data__canvas=0, data__crop_scale=(1.0, 1.0), **swapped)
+    [batch] = pipeline.train_batches(cfg, 0, 1)
+    classes = sorted(path.name for path in (folder / "train").iterdir())
+    for split, found in (("val", [batch]), ("train", list(pipeline.eval_batches(cfg)))):
+        paths = sorted((folder / split).glob("*/*"))
+        order = permutation(0, 0, 11)[:8] if split == "val" else range(40)
+        labels = [classes.index(paths[index].parent.name) for index in order]
+        assert np.concatenate([each["label"] for each in found]).tolist() == labels
+
+
+def test_crops_of_the_middle_are_the_files_pixels(folder):
+    """Half of 48x64 is 24x32: nothing is resized. Without random crops training has
+    the same ones, of every image once in an epoch.
+    """
+    options = dict(data__crop_pct=0.5, data__crop_scale=(1.0, 1.0), data__canvas=0)
+    train, evaluation = batches_of(load_folder(folder, **options))
+    for split, batches, count in (("train", train, 32), ("val", evaluation, 11)):
+        expected = [pixels[12:36, 20:44] for pixels in pixels_of(folder, split)]
+        if split == "train":
+            expected = np.stack(expected)[permutation(0, 0, 40)]
+        images = np.concatenate([batch["image"] for batch in batches])
+        assert_array_equal(images[:count], expected[:count])
+
+
+def halved(pixels, taps):
+    """Pixels between two others, along both axes; columns first, each axis rounded."""
+    for axis in (1, 0):
+        pixels, total = np.moveaxis(np.float64(pixels), axis, 0), 0
+        middle, weights = np.arange(24) * 2 + (4 if axis else 0) * 2, 0
+        for offset, weight in taps.items():
+            place = middle + offset
+            inside = (place >= 0) & (place < len(pixels))
+            weight = (weight * inside)[:, None, None]
+            total = total + weight * pixels[place.clip(0, len(pixels) - 1)]
+            weights = weights + weight
+        pixels = np.moveaxis(np.rint(total / weights).clip(0, 255), 0, axis)
+    return pixels.astype(np.uint8)
+
+
+def by_pil(name):
+    box = (8, 0, 56, 48)
+    method = Image.Resampling[name.upper()]
+    return lambda pixels: np.asarray(
+        Image.fromarray(pixels).resize((24, 24), method, box)
+    )
+
+
+CUBIC = {-1: -0.0625, 0: 0.5625, 1: 0.5625, 2: -0.0625}
+RESIZED = {
+    ("bicubic", True): by_pil("bicubic"),
+    ("bilinear", True): by_pil("bilinear"),
+    ("bicubic", False): lambda pixels: halved(pixels, CUBIC),
+    ("bilinear", False): lambda pixels: halved(pixels, {0: 0.5, 1: 0.5}),
+}
+
+
+@pytest.mark.parametrize(("interpolation", "antialias"), RESIZED)
+def test_images_are_resized_as_told(folder, interpolation, antialias):
+    """48x64 to half of it, of which 24x24: by the host to the bit; by the device, which
+    also normalizes, but for what lies between two numbers and is rounded otherwise.
+    """
+    how = dict(data__interpolation=interpolation, data__antialias=antialias)
+    moments = dict(data__mean=(0.1, 0.5, 0.9), data__std=(0.2, 0.4, 0.8))
+    options = how | moments | dict(data__crop_pct=1.0)
+    expected = np.stack(
+        [*map(RESIZED[interpolation, antialias], pixels_of(folder, "val"))]
+    )
+    cfg = load_folder(folder, data__canvas=0, **options)
+    host = np.concatenate([b["image"] for b in pipeline.eval_batches(cfg)])[:11]
+    assert_array_equal(host, expected)
+    cfg = load_folder(folder, data__canvas=64, **options)
+    images = [tasks.images_of(batch, cfg) for batch in pipeline.eval_batches(cfg)]
+    device = np.concatenate(images)[:11] * (0.2, 0.4, 0.8) + (0.1, 0.5, 0.9)
+    difference = np.abs(device * 255 - expected)
+    assert difference.max() < 1.01
+    assert difference.mean() < 0.2
+
+
+def test_digits_by_key():
+    """The first number of training images of each class, as chosen by the subset."""
+    digits = load_digits()
+    known = {
+        np.rint(image * 255 / 16).astype(np.uint8).tobytes(): label
+        for image, label in zip(digits.images, digits.target, strict=True)
+    }
+    found = {}
+    for examples, subset in ((0, 0), (50, 0), (50, 3), (70, 3)):
+        choice = dict(data__train_examples=examples, data__subset=subset)
+        cfg = load(model__image_size=8, batch_size=80, **choice)
+        [batch] = pipeline.train_batches(cfg, 0, 1)
+        images = [image.tobytes() for image in batch["image"]]
+        labels = batch["label"].tolist()
+        assert labels == [known[image] for image in images]
+        found[examples, subset] = set(images)
+        if examples:  # 80 of `examples`, over again
+            counts = np.bincount(labels[:examples], minlength=10)
+            assert counts.tolist() == [examples // 10] * 10
+            assert len(found[examples, subset]) == examples
+        [first, *_] = pipeline.eval_batches(cfg)
+        source = sources.Digits("test")
+        assert_array_equal(first["image"][..., 0], source.pixels()[:80])
+    assert len(found[0, 0]) == 80
+    assert found[50, 3] < found[70, 3]
+    assert len(found[50, 3] & found[50, 0]) < 25

@@ -4,6 +4,7 @@ their compiler is installed.
 
 from functools import partial
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -15,13 +16,17 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from kernel_cases import (
     CASES,
     EPS,
+    SPECIAL,
     arrays,
     assert_no_less_exact,
     attention,
+    attention_of,
+    block_by_hand,
     gpu_mlp,
     in_bfloat16,
     inputs_of,
     layer_norm,
+    library_attention,
     mlp,
     results,
 )
@@ -261,6 +266,121 @@ def test_gpus_run_narrow_mlps_as_kernels_where_told(one_device, monkeypatch):
         loss, params = loss_of(choice, dtype=dtype)
         names = kernels_in(jax.make_jaxpr(loss)(params).jaxpr)
         assert names == count * ["mlp_block"], (choice, dtype)
+
+
+# --- Which kernels run where --------------------------------------------------------
+
+
+@pytest.fixture
+def on_platform(monkeypatch):
+    """name -> calls of cuDNN from there on, as they come: [implementation, tokens]."""
+
+    def stand_in(name):
+        def attend(*qkv, implementation=None, **others):
+            if implementation:
+                calls.append((implementation, qkv[0].shape[1]))
+            return library_attention(*qkv, **others)
+
+        calls = []
+        v5e = dict(
+            vmem_capacity_bytes=128 * 2**20,
+            bf16_ops_per_second=197e12,
+            mem_bw_bytes_per_second=819e9,
+        )
+        chip = SimpleNamespace(**v5e)
+        monkeypatch.setattr(kernels.pltpu, "get_tpu_info", lambda: chip)
+        monkeypatch.setattr(kernels, "platform", lambda: name)
+        monkeypatch.setattr(jax.nn, "dot_product_attention", attend)
+        return calls
+
+    return stand_in
+
+
+def mesh_of(**axes):
+    devices = np.array(jax.devices()[: np.prod([*axes.values()])])
+    return jax.set_mesh(Mesh(devices.reshape(*axes.values()), tuple(axes)))
+
+
+ATTENTION, MLP, CUDNN = "attention_block", "mlp_block", ("cudnn", 16)
+# Where something runs as a kernel: platform, choice, dtype -> attention, MLP.
+WHERE = {
+    ("cpu", "fused", "float32"): [ATTENTION, MLP],
+    ("cpu", "fused", "bfloat16"): [ATTENTION, MLP],
+    ("tpu", "auto", "bfloat16"): [ATTENTION, MLP],
+    ("tpu", "fused", "bfloat16"): [ATTENTION, MLP],
+    ("gpu", "auto", "bfloat16"): [CUDNN],
+    ("gpu", "fused", "bfloat16"): [CUDNN, MLP],
+}
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu", "gpu"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_runs_as_a_kernel(platform, dtype, on_platform):
+    """A key mask, windows and a relative bias leave the MLP alone as a kernel, a mesh
+    that splits heads nothing; 15 and 16 tokens are alike.
+    """
+    calls, batch = on_platform(platform), 64
+
+    def found(special, choice, tokens=15):
+        sizes = {"grid": (2, 8)} if tokens == 16 else {}
+        graphdef, params, inputs = attention_of(special, batch, dtype=dtype, **sizes)
+        x = jnp.zeros((batch, tokens, 128), dtype)
+
+        def run(params, x):
+            return nnx.merge(graphdef, params)(x, kernel=choice, **inputs)
+
+        calls.clear()
+        names = kernels_in(jax.make_jaxpr(run)(params, x).jaxpr)
+        return calls + names
+
+    for choice in ("auto", "fused", "plain"):
+        expected = WHERE.get((platform, choice, dtype), [])
+        without = [each for each in expected if each == MLP]
+        with mesh_of(data=1):
+            for tokens in (15, 16):
+                assert found("nothing", choice, tokens) == expected, (choice, tokens)
+            for special in ("key mask", "windows", "relative bias"):
+                assert found(special, choice) == without, (choice, special)
+        with mesh_of(data=1, tensor=2):
+            outside = [each for each in expected if each == CUDNN]
+            assert found("nothing", choice) == outside, choice
+        # Nobody tells how the arrays lie on these eight devices.
+        assert found("nothing", choice) == outside, choice
+
+
+@pytest.mark.parametrize("special", SPECIAL)
+@pytest.mark.parametrize(
+    ("platform", "dtype", "tolerance"),
+    [("cpu", "float32", 1e-5), ("gpu", "bfloat16", 0.03)],
+)
+def test_every_choice_gives_the_numbers_of_plain_jax(
+    special, platform, dtype, tolerance, on_platform, one_device
+):
+    """Output and gradients of a block, fused as far as that may be; relative to the
+    largest number. The MLP is too narrow for a kernel.
+    """
+    calls = on_platform(platform)
+    sizes = {"mlp_ratio": 0.5, "dtype": dtype}
+    graphdef, params, inputs = attention_of(special, 8, **sizes)
+    x, direction = arrays((8, 15, 128), (8, 15, 128))
+    names = tuple(named_leaves(params))
+
+    def run(x, *params):
+        block = nnx.merge(graphdef, jax.tree.unflatten(tree, params))
+        return block(x.astype(dtype), kernel="fused", **inputs)
+
+    def by_hand(x, *params):
+        return block_by_hand(special, dict(zip(names, params, strict=True)), x)
+
+    leaves, tree = jax.tree.flatten(params)
+    found, expected = (
+        fast_jit(partial(results, function))([3 * x, *leaves], direction)
+        for function in (run, by_hand)
+    )
+    for name, a, b in zip(("out", "x", *names), found, expected, strict=True):
+        a, b = np.float32(a), np.float32(b)
+        assert_allclose(a, b, rtol=0, atol=tolerance * np.abs(b).max(), err_msg=name)
+    assert bool(calls) == (platform == "gpu" and special == "nothing")
 
 
 @pytest.mark.skipif(

@@ -10,10 +10,8 @@ from numpy.testing import assert_allclose
 
 from hivit_jax.data import pipeline
 from hivit_jax.errors import ConfigError
-from hivit_jax.evaluate import nearest_neighbours
 from hivit_jax.models import leaf_name, split
 from hivit_jax.optimizer import make_optimizer
-from hivit_jax.pretrained import find, start_from
 from hivit_jax.tasks import build_model, images_of
 from hivit_jax.train import train
 
@@ -125,35 +123,3 @@ def test_probe_of_a_pretrained_encoder(pretrained, tmp_path, capsys):
 def test_needs_running_norm():
     with pytest.raises(ConfigError, match="needs config.model.running_norm=True"):
         build_model(probe(model__running_norm=False))
-
-
-def test_nearest_neighbours(pretrained, capsys):
-    """The same votes as counted by hand, from features of the same encoder."""
-    config = probe(init_from=str(pretrained), data__train_examples=80)
-    beats = []
-    found = nearest_neighbours(config, neighbours=5, beat=lambda: beats.append(0))
-    assert len(beats) == (80 + 64) / config.batch_size
-    assert found["knn/count"] == 64
-
-    built = build_model(config)
-    graphdef, params = split(built)
-    params = start_from(find(pretrained), "linear_probe", built, params)
-    model = nnx.merge(graphdef, params)
-
-    def encoded(split, count):
-        batches = list(pipeline.eval_batches(config, split))
-        features = [np.asarray(model.encoded(images_of(b, config))) for b in batches]
-        features = np.concatenate(features)[:count].astype(float)
-        features /= np.linalg.norm(features, axis=1, keepdims=True)
-        return features, np.concatenate([b["label"] for b in batches])[:count]
-
-    keys, labels = encoded("train", 80)
-    queries, true = encoded("test", 64)
-    cosine = queries @ keys.T
-    hits = []
-    for row, label in zip(cosine, true, strict=True):
-        votes = np.zeros(10)
-        for index in np.argsort(-row)[:5]:
-            votes[labels[index]] += np.exp(row[index] / 0.07)
-        hits.append(votes.argmax() == label)
-    assert found["knn/top1"] == pytest.approx(np.mean(hits), abs=2 / 64)

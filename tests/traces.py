@@ -41,46 +41,75 @@ COMMON = {
     "optimizer.min_learning_rate": 1e-4,
     "optimizer.warmup_epochs": 1.0,
 }
-DECODER = {
+OPTIMIZER = {
+    "optimizer.betas": "(0.8,0.9)",
+    "optimizer.weight_decay": 0.3,
+    "optimizer.clip_norm": 0.05,
+    "optimizer.ema_decay": 0.9,
+}
+AUTOENCODER = {
+    "mask_ratio": 0.6,
     "model.decoder_embed_dim": 16,
     "model.decoder_depth": 2,
     "model.decoder_num_heads": 2,
-    "mask_ratio": 0.6,
+    "model.drop_path_rate": 0.3,
+    "model.layer_norm_eps": 1e-3,
+    "model.norm_pix_loss": False,
+    "data.antialias": False,
+    "data.canvas": 0,
+    "data.crop_pct": 0.95,
+    "data.crop_scale": "(0.3,0.9)",
+    "data.interpolation": "bilinear",
+    "data.mean": "(0.3,0.4,0.5)",
+    "data.randaugment": True,
+    "data.std": "(0.3,0.2,0.4)",
 }
-CLASSIFIER = {"model.num_classes": 8}
-WITHOUT = {
-    "data.randaugment": False,
+CLASSIFIER = {"init_from": "", "model.num_classes": 8}
+AUGMENTED = {
+    "cutmix": 0.6,
+    "label_smoothing": 0.2,
+    "mixup": 0.7,
+    "random_erasing": 0.6,
+    "model.drop_path_rate": 0.4,
+    "model.layer_norm_eps": 1e-3,
+    "data.crop_pct": 0.8,
+    "data.crop_scale": "(0.2,0.8)",
+    "data.mean": "(0.3,0.4,0.5)",
+    "data.std": "(0.3,0.2,0.4)",
+    "optimizer.accumulate_steps": 2,
+    "optimizer.layer_decay": 0.7,
+}
+PLAIN = {
+    "cutmix": 0.0,
     "label_smoothing": 0.0,
     "mixup": 0.0,
-    "cutmix": 0.0,
     "random_erasing": 0.0,
     "model.drop_path_rate": 0.0,
-    "optimizer.weight_decay": 0.3,
+    "data.antialias": False,
+    "data.flip": False,
+    "data.interpolation": "bilinear",
+    "data.randaugment": False,
 }
-WITH = {
-    "init_from": "",
-    "model.drop_path_rate": 0.4,
-    "optimizer.accumulate_steps": 2,
-    "optimizer.clip_norm": 0.5,
-    "optimizer.ema_decay": 0.9,
-    "optimizer.layer_decay": 0.7,
-    "random_erasing": 0.6,
+PROBE = {
+    "model.layer_norm_eps": 0.01,
+    "data.antialias": False,
+    "data.crop_pct": 0.8,
+    "data.crop_scale": "(0.2,0.8)",
+    "data.mean": "(0.3,0.4,0.5)",
+    "data.std": "(0.3,0.2,0.4)",
+    "optimizer.base_learning_rate": 20.0,
+    "optimizer.betas": "(0.8,0.0)",
+    "optimizer.min_learning_rate": 0.1,
+    "optimizer.warmup_learning_rate": 0.3,
+    "optimizer.weight_decay": 5.0,
 }
 # name -> recipe, overrides, relative tolerance of a loss. Where the device resizes, one
 # of some thousand pixels is rounded the other way.
 TRACES = {
-    "mae": (
-        "mae_base",
-        DECODER | {"data.canvas": 0, "model.drop_path_rate": 0.3},
-        2e-6,
-    ),
-    "classify": ("finetune_base", CLASSIFIER | WITH, 2e-6),
-    "classify, plain": ("supervised_base", CLASSIFIER | WITHOUT, 3e-5),
-    "linear_probe": (
-        "linear_base",
-        CLASSIFIER | {"optimizer.weight_decay": 0.02},
-        3e-5,
-    ),
+    "mae": ("mae_base", OPTIMIZER | AUTOENCODER, 5e-6),
+    "classify": ("finetune_base", OPTIMIZER | CLASSIFIER | AUGMENTED, 2e-6),
+    "classify, plain": ("supervised_base", CLASSIFIER | PLAIN, 3e-5),
+    "linear_probe": ("linear_base", CLASSIFIER | PROBE, 3e-5),
 }
 
 
@@ -90,8 +119,8 @@ def write_folder(root):
     for split, count in (("train", IMAGES), ("val", 11)):
         for number in range(count):
             name = CLASSES[number % 7]
-            size = (40 + 5 * (number % 7), 90 - 3 * number)
-            low = random.randint(0, 256, (5, 4, 3), np.uint8)
+            size = (70 + 9 * (number % 7), 130 - 3 * number)
+            low = random.randint(0, 256, (9, 7, 3), np.uint8)
             image = Image.fromarray(low).resize(size, Image.Resampling.BILINEAR)
             kind, nested = ("png", "deep/") if number % 5 == 1 else ("jpg", "")
             path = root / split / name / f"{nested}{number:02}.{kind}"
@@ -109,13 +138,19 @@ def files_of(root, split):
     ]
 
 
-def config_of(name, **more):
-    """The config of a trace; `more`: overrides, two underscores for a dot."""
+def flags_of(name, **more):
+    """Command line of a trace; `more`: overrides, two underscores for a dot."""
     recipe, overrides, _ = TRACES[name]
     more = {key.replace("__", "."): value for key, value in more.items()}
     values = COMMON | overrides | more
-    flags = [f"--config.{key}={value}" for key, value in values.items()]
-    return configs.load(recipes.ROOT / "configs" / f"{recipe}.py", flags)
+    path = recipes.ROOT / "configs" / f"{recipe}.py"
+    return [f"--config={path}"] + [f"--config.{k}={v}" for k, v in values.items()]
+
+
+def config_of(name, **more):
+    """The config of a trace, as by `flags_of`."""
+    path, *overrides = flags_of(name, **more)
+    return configs.load(path.removeprefix("--config="), overrides)
 
 
 class Trace:
@@ -172,7 +207,7 @@ class Trace:
         return images, weight, labels, plain.sample_keys(config.seed, "eval", 0, BATCH)
 
     def keep_scales(self, keys, config):
-        rates = np.linspace(0, config.model.drop_path_rate or 0, sum(self.sizes))
+        rates = np.linspace(0, config.model.get("drop_path_rate") or 0, sum(self.sizes))
         return plain.keep_scales(keys, rates)
 
 
@@ -279,7 +314,7 @@ def adam_expectation(trace, config, steps, evaluated=True):
             move = move * plain.layer_scale(name, o.layer_decay, trace.sizes)
             params[name] = array - rate * move
         expect("params", params)
-        if o.ema_decay:
+        if o.ema_decay and "ema" in trace.states[0]:
             average, new = trace.params(step, "ema"), trace.params(step + 1)
             decay = o.ema_decay
             average = {k: decay * a + (1 - decay) * new[k] for k, a in average.items()}
@@ -419,7 +454,7 @@ def _difference(trace, kind, actual, expected, step):
     if not isinstance(expected, dict):
         allowed = {
             "loss": tolerance,
-            "gradient_norm": 50 * tolerance,
+            "gradient_norm": 10 * tolerance,
             "eval/loss": 3e-5,
         }.get(kind, 1e-6)
         close = abs(actual - expected) <= allowed * abs(expected)
@@ -427,9 +462,9 @@ def _difference(trace, kind, actual, expected, step):
     # Of the largest number of an array; and an absolute floor: rounding of a gradient
     # is relative to the largest of the network, and Adam's bias correction is float32.
     relative, floor = {
-        "mu": (100 * tolerance, 1e-6 * tolerance * norm),
-        "nu": (100 * tolerance, 1e-6 * tolerance * norm**2),
-        "trace": (100 * tolerance, 0.0),
+        "mu": (300 * tolerance, 1e-6 * tolerance * norm),
+        "nu": (600 * tolerance, 1e-6 * tolerance * norm**2),
+        "trace": (300 * tolerance, 0.0),
         "params": (3e-7, 1e-4 * rate),
         "ema": (1e-6, 0.0),
         "statistics": (2e-4, 1e-5),
