@@ -1,6 +1,7 @@
 """Pretrained models of every format: what is read, fitted, written and refused."""
 
 import json
+import re
 import sys
 from types import SimpleNamespace
 
@@ -22,13 +23,12 @@ from hivit_jax.models import (
     kind_of,
     named_leaves,
     override_parameters,
-    positions,
     split,
 )
 from hivit_jax.models.mae import MaskedAutoencoder
 from hivit_jax.pretrained import find
 from hivit_jax.train import train
-from hivit_jax.weights import from_official, infer
+from hivit_jax.weights import infer
 
 KINDS = state_files.kinds()
 
@@ -55,6 +55,59 @@ def official(name="mae_hivit_base", **overrides):
     return state_files.drawn(name, **overrides)[1]
 
 
+# The flat list of blocks of an official network of depths (1, 1, 2), by our names.
+BLOCKS = {
+    "blocks.0": "encoder/stages/0/0",
+    "blocks.1": "encoder/stages/0/1",
+    "blocks.2": "encoder/merges/0",
+    "blocks.3": "encoder/stages/1/0",
+    "blocks.4": "encoder/stages/1/1",
+    "blocks.5": "encoder/merges/1",
+    "blocks.6": "encoder/stages/2/0",
+    "blocks.7": "encoder/stages/2/1",
+    "patch_embed": "encoder/patch_embed",
+    "absolute_pos_embed": "encoder/absolute_pos_embed",
+}
+# Raster numbers of 4x4, 2x2 and 1 cells, in the order in which they are merged.
+MERGED = [0, 4, 1, 5, 8, 12, 9, 13, 2, 6, 3, 7, 10, 14, 11, 15], [0, 2, 1, 3], [0]
+
+
+def by_hand(state, width=16):
+    """A state dict of one head under our names and in our layout, entry by entry."""
+    starts = np.cumsum([0, 4 * width, 2 * width])
+    latent = np.concatenate(
+        [
+            start + np.add.outer(np.array(cells) * size, np.arange(size)).reshape(-1)
+            for start, cells, size in zip(starts, MERGED, (4, 8, 16), strict=True)
+        ]
+    )
+    found = {}
+    for name, array in state.items():
+        name = name.removeprefix("backbone.").replace("head.fc.", "head.")
+        name = "absolute_pos_embed" if name == "pos_embed" else name
+        if name.endswith("relative_position_index"):
+            continue
+        if name == "patch_embed.proj.weight":
+            array = array.transpose(2, 3, 1, 0).reshape(-1, len(array))
+        elif name.endswith("pos_embed") or name == "mask_token":
+            array = array.reshape(array.shape[1:] if "pos" in name else -1)
+        elif name in ("norm.weight", "norm.bias"):
+            array = array[latent]
+        elif name == "decoder_embed.weight":
+            array = array[:, latent].T
+        elif name.endswith("qkv.weight"):
+            array = array.T.reshape(-1, 3, 1, len(array) // 3)
+        elif name.endswith("qkv.bias"):
+            array = array.reshape(3, 1, -1)
+        elif array.ndim == 2 and name.endswith(".weight"):
+            array = array.T
+        first = ".".join(name.split(".")[: 1 + name.startswith("blocks.")])
+        path = BLOCKS.get(first, first) + name.removeprefix(first).replace(".", "/")
+        ending = "kernel" if array.ndim > 1 else "scale"
+        found[re.sub("weight$", ending, path)] = array
+    return found
+
+
 # --- Formats -------------------------------------------------------------------------
 
 
@@ -62,12 +115,11 @@ def official(name="mae_hivit_base", **overrides):
 def test_committed_pytorch_files(kind):
     """Written by PyTorch from the numbers of the recipe."""
     pytest.importorskip("torch")
-    model, content = KINDS[kind]
+    _, content = KINDS[kind]
     hints = state_files.HINTS if kind == "official_mae" else {}
     loaded = hivit_jax.load_pretrained(reference.GOLDEN / f"{kind}.pth", **hints)
     state = content.get("model_ema") or content.get("model") or content["state_dict"]
-    expected = named_leaves(from_official(state, model))
-    recipes.assert_identical(arrays_of(loaded), expected)
+    recipes.assert_identical(arrays_of(loaded), by_hand(state))
     assert json.loads(loaded.arguments)["num_heads"] == 1
     norm = loaded.encoder.patch_embed.norm.epsilon
     assert norm == (1e-5 if kind == "mmpretrain" else 1e-6)
@@ -75,20 +127,47 @@ def test_committed_pytorch_files(kind):
         plain = hivit_jax.load_pretrained(
             reference.GOLDEN / f"{kind}.pth", averaged=False
         )
-        expected = named_leaves(from_official(content["model"], model))
-        recipes.assert_identical(arrays_of(plain), expected)
+        recipes.assert_identical(arrays_of(plain), by_hand(content["model"]))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_same_state_dicts_as_safetensors(kind, tmp_path):
-    model, content = KINDS[kind]
+    _, content = KINDS[kind]
     state = content.get("model") or content["state_dict"]
     path = safetensors(tmp_path / "x.safetensors", state)
     hints = state_files.HINTS if kind == "official_mae" else {}
     loaded = hivit_jax.load_pretrained(path, **hints)
-    recipes.assert_identical(
-        arrays_of(loaded), named_leaves(from_official(state, model))
-    )
+    recipes.assert_identical(arrays_of(loaded), by_hand(state))
+    norm = loaded.encoder.patch_embed.norm.epsilon
+    assert norm == (1e-5 if kind == "mmpretrain" else 1e-6)
+
+
+def test_pretraining_files_of_mmpretrain(tmp_path, capsys):
+    """A classifier starts from their encoder; their decoder, which takes the first
+    visible unit for a class token, is left out, and no entry else.
+    """
+    state = KINDS["official_mae"][1]["model"]
+    named = {}
+    for name, array in state.items():
+        encoder = name.startswith(("absolute_pos", "patch_embed.", "blocks."))
+        new = "pos_embed" if name == "absolute_pos_embed" else name
+        named[f"{'backbone' if encoder else 'neck'}.{new}"] = array
+    path = safetensors(tmp_path / "x.safetensors", named)
+    options = dict(num_heads=1, num_classes=7)
+    arrays = arrays_of(hivit_jax.load_pretrained(path, **options))
+    expected = by_hand(state)
+    for name, array in arrays.items():
+        if name.startswith("encoder/"):
+            assert_array_equal(array, expected[name], name)
+    encoder = {name for name in expected if name.startswith("encoder/")}
+    assert encoder <= arrays.keys()
+    assert arrays["head/kernel"].shape == (16, 7)
+    decoder = [name for name in named if name.startswith("neck.")]
+    assert f"not needed: {len(decoder)}, neck." in convert.inspect(path, num_heads=1)
+    named["neck_too"] = named.pop("neck.mask_token")
+    safetensors(path, named)
+    with pytest.raises(CheckpointError, match="no place for 'neck_too'"):
+        hivit_jax.load_pretrained(path, **options)
 
 
 @pytest.mark.parametrize(
@@ -202,25 +281,56 @@ def test_continued_pretraining_of_an_official_file(tmp_path):
 # --- Another size, other channels, another task --------------------------------------
 
 
-@pytest.mark.parametrize("size", [64, (32, 128), (96, 96)])
+def cubic(values, count):
+    """Numbers along the first axis -> `count` of them, as torch's bicubic: the kernel
+    with a = -0.75 over four samples, those at the edge repeated.
+    """
+    found = np.zeros((count, *values.shape[1:]))
+    for new in range(count):
+        place = (new + 0.5) * len(values) / count - 0.5
+        for old in range(int(np.floor(place)) - 1, int(np.floor(place)) + 3):
+            x = abs(place - old)
+            near = 1.25 * x**3 - 2.25 * x**2 + 1
+            far = -0.75 * (x**3 - 5 * x**2 + 8 * x - 4)
+            weight = near if x <= 1 else far
+            found[new] += weight * values[min(max(old, 0), len(values) - 1)]
+    return found
+
+
+def resized(table, old, new):
+    """A table of `old` rows and columns -> one of `new`."""
+    maps = table.reshape(*old, -1).astype(np.float64)
+    maps = cubic(cubic(maps, new[0]).swapaxes(0, 1), new[1]).swapaxes(0, 1)
+    return maps.reshape(new[0] * new[1], -1)
+
+
+@pytest.mark.parametrize("size", [(64, 96), (32, 160), (96, 64)])
 def test_another_image_size(size, tmp_path, capsys):
-    """Tables are resized from grid to grid; nothing else changes."""
-    model = mini("hivit_base")
+    """Of 4 x 6 units; tables are resized from grid to grid, 6 x 4 too, which are as
+    many. Nothing else changes.
+    """
+    model = mini("hivit_base", image_size=(64, 96))
     hivit_jax.save_pretrained(model, tmp_path)
     capsys.readouterr()
     loaded = hivit_jax.load_pretrained(tmp_path, image_size=size)
     old, new = arrays_of(model), arrays_of(loaded)
-    grid = loaded.encoder.grid
+    grid = size[0] // 16, size[1] // 16
+    same = grid == (4, 6)
+    spans = (7, 11), (2 * grid[0] - 1, 2 * grid[1] - 1)
     for name, array in new.items():
-        if grid != (4, 4) and name.endswith("absolute_pos_embed"):
-            expected = positions.resize_grid_table(old[name], (4, 4), grid)
-        elif grid != (4, 4) and name.endswith("bias_table"):
-            expected = positions.resize_relative_table(old[name], (4, 4), grid)
+        if name.endswith("absolute_pos_embed") and not same:
+            expected = resized(old[name], (4, 6), grid)
+        elif name.endswith("bias_table") and not same:
+            expected = resized(old[name], *spans)
         else:
-            expected = old[name]
-        assert_array_equal(array, expected, name)
-    assert ("resized" in capsys.readouterr().out) == (grid != (4, 4))
-    if grid != (4, 4):
+            assert_array_equal(array, old[name], name)
+            continue
+        assert array.dtype == np.float32
+        assert_allclose(array, expected, atol=1e-6, err_msg=name)
+    out = capsys.readouterr().out
+    assert ("resized" in out) == (not same)
+    if not same:
+        assert "resized     3  encoder/absolute_pos_embed 1, encoder/stages 2" in out
         logits = compiled(loaded, lambda m, x: m(x))(pictures((2, *size, 3)))
         assert np.isfinite(logits).all()
 
@@ -238,12 +348,17 @@ def test_tables_of_windows_fit_any_larger_image(tmp_path):
     model = mini("hivit_base")
     hivit_jax.save_pretrained(model, tmp_path)
     loaded = hivit_jax.load_pretrained(
-        tmp_path, image_size=128, window_size=4, global_blocks=(1,)
+        tmp_path, image_size=128, window_size=4, global_blocks=(1,), num_classes=7
     )
     old, new = arrays_of(model), arrays_of(loaded)
     name = "encoder/stages/2/{}/attn/relative_position_bias_table"
     assert_array_equal(new[name.format(0)], old[name.format(0)])
     assert new[name.format(1)].shape == (15 * 15, 2)
+    # Other classes: a head for finetuning, and nothing else that is new.
+    assert new["head/kernel"].shape == (64, 7)
+    assert new["head/kernel"].std() == pytest.approx(2e-5, rel=0.15)
+    assert not new["head/bias"].any()
+    assert_array_equal(new["fc_norm/scale"], old["fc_norm/scale"])
 
 
 @pytest.mark.parametrize(("old", "new"), [(3, 1), (3, 4), (1, 3), (2, 5)])
@@ -343,11 +458,17 @@ def test_names_and_shapes_tell_the_network(name, overrides):
     assert ("num_heads" in guessed) == (not tables)
 
 
-def test_a_model_of_its_own_size(tmp_path):
+def test_a_model_of_its_own_size(tmp_path, capsys):
+    """What had to be guessed is said to be; what is given is not guessed."""
     path = safetensors(tmp_path / "x.safetensors", official())
-    text = convert.inspect(path, **state_files.HINTS)
+    assert convert.main(["--inspect", str(path), "--set", "num_heads=2"]) == 0
+    text = capsys.readouterr().out
     assert "mae_hivit_base, but of sizes of its own" in text
     assert "depths [1, 1, 2]" in text
+    assert ", num_heads 2," in text
+    assert "guessed: num_heads" not in text
+    assert "guessed: decoder_num_heads 1, as heads are 32 wide" in text
+    assert "guessed: layer_norm_eps 1e-06, as official" in text
     assert "averaged weights (EMA): none" in text
     assert "used" in text
 

@@ -5,6 +5,7 @@ import io
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import recipes
 import reference
 from networks import mini, pictures
 from numpy.testing import assert_allclose
@@ -14,6 +15,12 @@ import hivit_jax
 from examples import features as example
 from hivit_jax import reconstruct as command
 from hivit_jax.models.positions import patchify
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    with recipes.quick():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +53,82 @@ def test_command(saved, tmp_path, capsys):
         command.main([str(x) for x in (*flags, *images, "--statistics=visible")]) == 0
     )
     assert "mean of the visible units" in capsys.readouterr().out
+
+
+MEAN, STD = (0.8, 0.2, 0.4), (0.1, 0.3, 0.2)
+RECIPE = {"task": "mae", "mask_ratio": 0.375, "data": {"mean": MEAN, "std": STD}}
+
+
+def panels(directory, *options):
+    """The four panels that the command draws of DIRECTORY/image.png, uint8."""
+    out = directory / "out.png"
+    flags = ["--checkpoint", directory, "--out", out, directory / "image.png"]
+    assert command.main([*map(str, flags), *options]) == 0
+    with Image.open(out) as drawn:
+        pixels = np.asarray(drawn.convert("RGB"))
+    found = []
+    for quarter in np.split(pixels, range(176, 704, 176), axis=1):  # of 704 columns
+        colored = (quarter != 255).any(-1)
+        # Full rows and columns of a panel; text has neither.
+        rows = np.flatnonzero(colored.mean(1) > 0.6)[2:-2]
+        columns = np.flatnonzero(colored[rows].all(0))[2:-2]
+        found.append(quarter[np.ix_(rows, columns)])
+    return found
+
+
+def flat(directory, recipe, **overrides):
+    """Saves a model of 2 x 4 units that predicts the same everywhere: 0.5, 1, -1."""
+    overrides |= dict(image_size=(32, 64), depths=(1, 1), inner_patches=2)
+    model = mini("mae_hivit_base", **overrides)
+    kernel, bias = model.decoder_pred.kernel, model.decoder_pred.bias
+    kernel[...] = jnp.zeros_like(kernel[...])
+    bias[...] = jnp.tile(jnp.float32([0.5, 1.0, -1.0]), 256)
+    hivit_jax.save_pretrained(model, directory, recipe)
+
+
+def close(panel, color):
+    return (np.abs(panel.astype(int) - color) <= 1).all(-1)
+
+
+def test_mean_deviation_and_mask_ratio_of_the_recipe(tmp_path):
+    """Pixels as predicted are mean + prediction * std of the run's own images; the
+    original is drawn as it is. Other ratios and masks are there for the asking.
+    """
+    flat(tmp_path, RECIPE, norm_pix_loss=False)
+    color, grey = (200, 100, 50), 128
+    Image.new("RGB", (64, 32), color).save(tmp_path / "image.png")
+    expected = 255 * (np.array(MEAN) + np.array([0.5, 1, -1]) * STD)
+    masks = []
+    for options, removed in (
+        ((), 3 / 8),
+        (("--seed=1", "--mask_ratio=0.75"), 6 / 8),
+    ):
+        original, masked, predicted, pasted = panels(tmp_path, *options)
+        assert close(original, color).all()
+        assert close(predicted, expected).all()
+        assert 1.8 < original.shape[1] / original.shape[0] < 2.2
+        for panel, hidden in ((masked, (grey,) * 3), (pasted, expected)):
+            # Units have edges that are drawn blurred.
+            assert close(panel, hidden).mean() == pytest.approx(removed, abs=0.05)
+            assert close(panel, color).mean() == pytest.approx(1 - removed, abs=0.05)
+        masks.append(close(masked, grey))
+    assert not masks[1][masks[0]].all()  # as with the same seed
+
+
+def test_statistics_are_those_asked_for(tmp_path):
+    """Where a unit has no contrast to speak of, all that is drawn is a mean: here that
+    of the visible units, and none of a unit's own.
+    """
+    flat(tmp_path, RECIPE | {"data": {"mean": (0.0,) * 3, "std": (1.0,) * 3}})
+    levels = np.arange(40, 200, 20, np.uint8).reshape(2, 4)
+    image = np.repeat(np.repeat(levels, 16, 0), 16, 1)
+    Image.fromarray(image).convert("RGB").save(tmp_path / "image.png")
+    _, masked, predicted, _ = panels(tmp_path, "--statistics=visible")
+    height, width = masked.shape[0] // 2, masked.shape[1] // 4
+    middles = masked[height // 2 :: height, width // 2 :: width][:2, :4, 0]
+    seen = levels[np.abs(middles.astype(int) - levels) <= 1]
+    assert len(seen) == 5
+    assert close(predicted, (seen.mean(),) * 3).all()
 
 
 @pytest.mark.parametrize(

@@ -384,23 +384,6 @@ def test_drop_path_rates(fact, name, rate):
 # --- What is kept ------------------------------------------------------------------
 
 
-def test_average_of_parameters(trained):
-    run = trained(recipes.mae, **AVERAGED)
-    average = run.params()
-    for step in (1, 2, 3):
-        items = recipes.stored(run.workdir, step)
-        average = {k: 0.5 * average[k] + 0.5 * v for k, v in items["params"].items()}
-        assert items["ema"].keys() == average.keys()
-        for name, array in items["ema"].items():
-            np.testing.assert_allclose(array, average[name], rtol=1e-6, atol=1e-9)
-    kernel = "decoder_pred/kernel"
-    moved = np.abs(items["ema"][kernel] - items["params"][kernel])
-    assert moved.max() > 1e-4
-
-    loaded = split(hivit_jax.load_pretrained(run.workdir))[1]
-    recipes.assert_identical(jax.device_get(named_leaves(loaded)), items["ema"])
-
-
 def test_load_pretrained(trained):
     workdir = trained(recipes.mae, **EVERY_STEP).workdir
     model = hivit_jax.load_pretrained(workdir)
@@ -517,24 +500,6 @@ def test_every_image_counts_once_in_any_batch(recipe):
         results.append(evaluate.evaluate(config, eval_step, placed, mesh))
     assert results[0]["eval/count"] == 360
     assert results[1] == pytest.approx(results[0], rel=1e-6)
-
-
-def test_best_checkpoint_stays(tmp_path, monkeypatch, capsys):
-    """Of four, with the newest alone to be kept."""
-    scores = iter([0.1, 0.9, 0.3, 0.2])
-
-    def evaluate(*_):
-        counts = {"eval/count": 8, "eval/unreadable": 0}
-        return {"eval/loss": 1.0, "eval/top1": next(scores)} | counts
-
-    monkeypatch.setattr(training.evaluate, "evaluate", evaluate)
-    every = dict(eval_every=1, checkpoint_every=1, keep_checkpoints=1)
-    training.train(recipes.classifier(total_steps=4, **every), tmp_path)
-    kept = {path.name for path in (tmp_path / "checkpoints").iterdir()}
-    assert kept == {"2", "4"}
-    last = capsys.readouterr().out.splitlines()[-1]
-    assert "best checkpoint  step 2 " in last
-    assert f"{tmp_path}/checkpoints/2" in last
 
 
 def test_official_quirks_leave_out_an_epoch_when_going_on(tmp_path):

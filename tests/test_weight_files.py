@@ -1,6 +1,7 @@
 """Damaged, malicious and foreign files of weights: a clear error, and nothing run."""
 
 import argparse
+import copy
 import json
 import os
 import pickle
@@ -158,6 +159,23 @@ def test_archives_that_are_not_pytorchs(tmp_path, capsys):
     refused(path, r"'x/../../data.pkl' leaves the archive", capsys)
     archive(path, {"/x/data.pkl": b"\x80\x02}."})
     refused(path, "leaves the archive", capsys)
+
+
+def test_archives_with_members_that_overlap(tmp_path, capsys):
+    """Two entries of the directory share the bytes of one member; of many such a small
+    file would unpack into a large one.
+    """
+    path = tmp_path / "x.pth"
+    members = {"x/data.pkl": b"\x80\x02}.", "x/data/0": bytes(10**4)}
+    with zipfile.ZipFile(path, "w") as file:
+        for name, content in members.items():
+            file.writestr(name, content)
+        double = copy.copy(file.getinfo("x/data/0"))
+        double.filename = "x/data/1"
+        file.filelist.append(double)
+    with zipfile.ZipFile(path) as file:
+        assert len(file.infolist()) == 3
+    refused(path, "its members overlap", capsys)
 
 
 def test_pytorch_is_missing(tmp_path, monkeypatch, capsys):
