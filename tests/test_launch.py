@@ -386,13 +386,51 @@ def test_usage_of_a_fake_pod(stage, arguments):
 # Containers
 
 
+def after_exit(jobset, code):
+    """ "end" or "again": the reaction to a container's exit code, by the rules of
+    Kubernetes' podFailurePolicy and JobSet's failurePolicy. The first match wins.
+    """
+    (replicated,) = jobset["spec"]["replicatedJobs"]
+    job = replicated["template"]["spec"]
+    (container,) = job["template"]["spec"]["containers"]
+    reason = "BackoffLimitExceeded"  # of a job whose backoffLimit is 0
+    for rule in job.get("podFailurePolicy", {}).get("rules", []):
+        asked = rule["onExitCodes"]
+        inside = code in asked["values"]
+        if asked.get("containerName", container["name"]) != container["name"]:
+            continue
+        if code and inside == {"In": True, "NotIn": False}[asked["operator"]]:
+            assert rule["action"] == "FailJob"
+            reason = "PodFailurePolicy"
+            break
+    policy = jobset["spec"].get("failurePolicy", {"maxRestarts": 0})
+    for rule in policy.get("rules", []):
+        reasons = rule.get("onJobFailureReasons") or [reason]
+        jobs = rule.get("targetReplicatedJobs") or [replicated["name"]]
+        if reason in reasons and replicated["name"] in jobs:
+            assert rule["action"] in ("FailJobSet", "RestartJobSet")
+            if rule["action"] == "FailJobSet":
+                return "end"
+            break
+    return "again" if policy["maxRestarts"] else "end"
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [(code, "end") for code in (2, 3, 4, 5)]
+    + [(code, "again") for code in (1, 75, 134, 137, 143)],
+)
+def test_exit_codes_of_a_jobset(code, expected):
+    """Preempted and crashed pods start again; what a user has to mend ends."""
+    (jobset,) = yaml.safe_load_all((LAUNCH / "jobset.yaml").read_text())
+    assert after_exit(jobset, code) == expected
+
+
 def test_jobset():
-    """A host for each four chips; training is stopped and started as its codes say."""
+    """A host for each four chips, which ends with training."""
     (jobset,) = yaml.safe_load_all((LAUNCH / "jobset.yaml").read_text())
     assert jobset["kind"] == "JobSet"
-    (rule,) = jobset["spec"]["failurePolicy"]["rules"]
-    assert rule["action"] == "FailJobSet"
-    assert rule["onJobFailureReasons"] == ["PodFailurePolicy"]
+    assert jobset["spec"]["failurePolicy"]["maxRestarts"] >= 100
     (replicated,) = jobset["spec"]["replicatedJobs"]
     job = replicated["template"]["spec"]
     pod = job["template"]["spec"]
@@ -401,9 +439,7 @@ def test_jobset():
     chips = container["resources"]["limits"]["google.com/tpu"]
     assert job["parallelism"] == job["completions"] == int(across) * int(down) // chips
     assert (job["backoffLimit"], pod["restartPolicy"]) == (0, "Never")
-    (failure,) = job["podFailurePolicy"]["rules"]
-    assert failure["onExitCodes"]["values"] == [2, 3, 4, 5]
-    assert failure["onExitCodes"]["containerName"] == container["name"]
+    assert pod["terminationGracePeriodSeconds"] == 120
     config, flags = main.parse(container["args"])
     assert config.task == "mae"
     assert flags.workdir.startswith("gs://")

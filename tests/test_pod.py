@@ -13,7 +13,7 @@ import recipes
 from hivit_jax import hosts
 from hivit_jax.errors import ConfigError
 
-STEPS = 20
+STEPS = 40
 RUN = dict(
     total_steps=STEPS,
     checkpoint_every=1000,
@@ -21,6 +21,13 @@ RUN = dict(
     optimizer__ema_decay=0.9,
     mesh__data=-1,
 )
+
+
+def free_address():
+    """HOST:PORT that no other process uses."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return f"localhost:{free.getsockname()[1]}"
 
 
 class Pod:
@@ -31,9 +38,7 @@ class Pod:
     """
 
     def __init__(self, workdir, count, environment, *flags):
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            address = f"localhost:{free.getsockname()[1]}"
+        address = free_address()
         workdir.mkdir(exist_ok=True)
         self.logs = [workdir.parent / f"{workdir.name}.{i}.log" for i in range(count)]
         flags = flags * count if len(flags) == 1 else flags
@@ -79,23 +84,31 @@ def alone(tmp_path_factory, environment):
     return workdir
 
 
-def test_sigterm_stops_all_and_another_number_goes_on(alone, environment, tmp_path):
-    """Two processes, one of them told to stop; then four, to the end of one alone."""
+def test_a_signal_stops_all_and_another_number_goes_on(alone, environment, tmp_path):
+    """Two processes, Ctrl-C to one; four, SIGTERM to one; and one, to the end of one
+    that nothing disturbed.
+    """
     run, flags = tmp_path / "run", recipes.arguments(**RUN)
-    pod = Pod(run, 2, environment, flags)
-    pod.wait_for_step(3)
-    pod.processes[1].send_signal(signal.SIGTERM)
-    errors = pod.errors()
-    assert pod.codes() == [75, 75], errors
-    (saved,) = recipes.saved(run)
-    assert 3 <= saved < STEPS
-    for error in errors:
-        assert f"SIGTERM to one of the processes: step {saved} of {STEPS}" in error
+    stopped = []
+    for count, number in ((2, signal.SIGINT), (4, signal.SIGTERM)):
+        pod = Pod(run, count, environment, flags)
+        pod.wait_for_step(max(recipes.saved(run), default=0) + 2)
+        pod.processes[1].send_signal(number)
+        errors = pod.errors()
+        assert pod.codes() == [75] * count, errors
+        *before, saved = recipes.saved(run)
+        assert before == stopped
+        assert len(stopped) * 2 + 2 <= saved < STEPS
+        for error in errors:
+            assert f"SIGTERM to one of the processes: step {saved} of {STEPS}" in error
+        for step in before:
+            assert f"going on at step {step} from" in pod.output()
+        stopped.append(saved)
 
-    pod = Pod(run, 4, environment, flags)
+    pod = Pod(run, 1, environment, flags)
     errors = pod.errors()
-    assert pod.codes() == [0] * 4, errors
-    assert f"going on at step {saved}" in pod.output()
+    assert pod.codes() == [0], errors
+    assert f"going on at step {stopped[-1]} from" in pod.output()
     expected, found = recipes.lines(alone), recipes.lines(run)
     assert list(found) == list(range(1, STEPS + 1))
     np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-5)
@@ -136,6 +149,57 @@ def test_processes_that_do_not_agree(environment, tmp_path):
         assert "processes do not agree on the config: 1 of 2 differ from proc" in error
         assert f"Here, on process {index}, it is" in error
     assert not list((tmp_path / "run" / "checkpoints").glob("*"))
+
+
+DIFFERING = """
+import os, sys
+from hivit_jax import config, errors, hosts, main, train
+
+address, index, directory, path, *flags = sys.argv[1:]
+hosts.start(address, 2, int(index), 60.0)
+os.chdir(directory)
+flags = [*flags, "--config.data.name=folder", "--config.data.train_examples=0"]
+try:
+    train.train(config.load(path[9:], [*flags, "--config.data.dir=differing"]), "run")
+except errors.ConfigError as error:
+    print(error, file=sys.stderr)
+sys.exit(main.main([path, *flags, "--config.data.dir=same", "--workdir=run"]))
+"""
+
+
+def test_processes_with_other_files(environment, tmp_path):
+    """Of the same names, for one command: a dataset, then a workdir's checkpoints."""
+    address = free_address()
+    for index in range(2):
+        for dataset, count in (("differing", 20 + index), ("same", 20)):
+            for split in ("train", "val"):
+                directory = tmp_path / str(index) / dataset / split / "class"
+                directory.mkdir(parents=True)
+                for image in range(count if split == "train" else 2):
+                    (directory / f"{image}.png").touch()
+        (tmp_path / str(index) / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "1" / "run" / "checkpoints" / "7" / "params").mkdir(parents=True)
+    processes = [
+        recipes.start(
+            *("-c", DIFFERING, address, index, tmp_path / str(index)),
+            *recipes.arguments(**RUN),
+            **environment,
+            XDG_CACHE_HOME=tmp_path / "cache",
+        )
+        for index in range(2)
+    ]
+    try:
+        errors = [process.communicate(timeout=120)[1] for process in processes]
+    finally:
+        for process in processes:  # one may wait for the other
+            process.kill()
+    assert [process.returncode for process in processes] == [2, 2], errors
+    differ = "1 of 2 differ from process 0.\nHere, on process"
+    for index, error in enumerate(errors):
+        of_dataset, of_checkpoints = error.split("error: ")
+        assert f"the dataset's size: {differ} {index}, it is {20 + index}" in of_dataset
+        found = "[7]" if index else "[]"
+        assert f"the checkpoints: {differ} {index}, it is {found}" in of_checkpoints
 
 
 HANGING = """

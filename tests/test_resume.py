@@ -8,12 +8,24 @@ import pytest
 import recipes
 
 STEPS, EVERY = 120, 50
-SYNTHETIC = dict(
-    total_steps=STEPS,
-    checkpoint_every=EVERY,
-    optimizer__ema_decay=0.9,
-    optimizer__clip_norm=1.0,
-)
+
+
+@pytest.fixture(scope="module")
+def environment(environment):
+    """No place for compiled programs but the one that the config names."""
+    return environment | {"JAX_COMPILATION_CACHE_DIR": ""}
+
+
+@pytest.fixture(scope="module")
+def synthetic(tmp_path_factory):
+    """What is overridden of the recipe; compiled programs go to a directory of all."""
+    return dict(
+        total_steps=STEPS,
+        checkpoint_every=EVERY,
+        optimizer__ema_decay=0.9,
+        optimizer__clip_norm=1.0,
+        compilation_cache=tmp_path_factory.mktemp("programs"),
+    )
 
 
 def command(workdir, source, **overrides):
@@ -78,9 +90,9 @@ def same_run(workdir, expected):
         assert recipes.lines(workdir, name) == recipes.lines(expected, name)
 
 
-def test_killed_run(uninterrupted, environment, tmp_path):
+def test_killed_run(uninterrupted, synthetic, environment, tmp_path):
     """On made-up images; test_imagenet.py kills runs that read files."""
-    source, overrides = "synthetic", SYNTHETIC
+    source, overrides = "synthetic", synthetic
     expected, _ = uninterrupted(source, **overrides)
     assert "ema" in recipes.stored(expected, STEPS)
     workdir = tmp_path / "killed"
@@ -96,14 +108,17 @@ def test_killed_run(uninterrupted, environment, tmp_path):
     assert code == 0, err
     assert f"going on at step {saved} from" in out
     assert re.findall(r"^step (\d+)/", out, re.M)[0] == str(saved + 1)
+    assert "read from the cache in" in out
+    assert list(overrides["compilation_cache"].iterdir())
+    assert not (workdir / "compiled").exists()
     same_run(workdir, expected)
     assert (workdir / "figures" / f"reconstruction_{STEPS:07d}.png").is_file()
 
 
-def test_interrupted_run(uninterrupted, environment, tmp_path):
+def test_interrupted_run(uninterrupted, synthetic, environment, tmp_path):
     """SIGTERM, then Ctrl-C; no checkpoint is written but for them."""
-    expected, _ = uninterrupted("synthetic", **SYNTHETIC)
-    workdir, options = tmp_path / "interrupted", SYNTHETIC | {"checkpoint_every": 1000}
+    expected, _ = uninterrupted("synthetic", **synthetic)
+    workdir, options = tmp_path / "interrupted", synthetic | {"checkpoint_every": 1000}
     stopped = []
     for number in (signal.SIGTERM, signal.SIGINT):
         code, _, err = disturb(workdir, "synthetic", number, 5, environment, **options)
@@ -123,10 +138,10 @@ def test_interrupted_run(uninterrupted, environment, tmp_path):
     same_run(workdir, expected)
 
 
-def test_finished_run_only_evaluates(uninterrupted, environment):
-    workdir, before = uninterrupted("synthetic", **SYNTHETIC)
+def test_finished_run_only_evaluates(uninterrupted, synthetic, environment):
+    workdir, before = uninterrupted("synthetic", **synthetic)
     losses, state = recipes.lines(workdir), recipes.stored(workdir, STEPS)
-    arguments = command(workdir, "synthetic", **SYNTHETIC)
+    arguments = command(workdir, "synthetic", **synthetic)
     code, out, err = recipes.run(*arguments, **environment)
     assert code == 0, err
     assert not re.search(rf"^step \d+/{STEPS}|compil", out, re.M)

@@ -1,0 +1,248 @@
+"""One command in one process: its rhythm, heartbeats, signals, flags and exit codes."""
+
+import signal
+import sys
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+import recipes
+
+from hivit_jax import hosts, main, train
+from hivit_jax.data import pipeline
+from hivit_jax.errors import Interrupted
+
+STEPS = 11  # four epochs of 65 images, 24 a step, are 10.8 steps
+HELD_OUT = 3  # batches of the 64 held-out images
+RUN = dict(
+    batch_size=24,
+    data__train_examples=65,
+    total_steps=0,
+    total_epochs=4,
+    log_every=4,
+    eval_every=5,
+    checkpoint_every=7,
+    keep_checkpoints=1,
+    stall_timeout=123,
+    peer_timeout=45,
+    model__embed_dim=32,
+    model__depths="(1,1,1)",
+)
+COMMAND = recipes.arguments(**RUN)
+LOGGED = [4, 5, 7, 8, 10, 11]  # evaluated and saved steps are logged too
+EVALUATED = [5, 10, 11]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    with recipes.quick():
+        yield
+
+
+@pytest.fixture(scope="module")
+def watch():
+    """Stands in for the watchdog, which would end the tests: counts heartbeats.
+
+    limits: its arguments. beats: since its start. signals: what to send, by heartbeat.
+    """
+    watch = SimpleNamespace(limits=(), beats=0, signals={})
+
+    def beat():
+        watch.beats += 1
+        if number := watch.signals.pop(watch.beats, None):
+            signal.raise_signal(number)
+
+    @contextmanager
+    def guard(stall_timeout, peer_timeout):
+        watch.limits, watch.beats = (stall_timeout, peer_timeout), 0
+        yield SimpleNamespace(beat=beat)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hosts, "Guard", guard)
+        yield watch
+
+
+@pytest.fixture(autouse=True)
+def restored_signals():
+    """A signal that the command does not catch fails the test and kills nothing."""
+
+    def not_caught(number, frame):
+        raise AssertionError(f"{signal.Signals(number).name} was not caught")
+
+    numbers = signal.SIGTERM, signal.SIGINT
+    before = {number: signal.signal(number, not_caught) for number in numbers}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="module")
+def finished(watch, tmp_path_factory):
+    """(workdir of a run to its end, its heartbeats)."""
+    workdir = tmp_path_factory.mktemp("finished")
+    assert main.main([*COMMAND, f"--workdir={workdir}"]) == 0
+    return workdir, watch.beats
+
+
+def test_rhythm(finished):
+    """Each period has its own key; the last step has everything."""
+    workdir, _ = finished
+    assert list(recipes.lines(workdir)) == LOGGED
+    assert list(recipes.lines(workdir, "eval/loss")) == EVALUATED
+    assert recipes.saved(workdir) == [11]
+
+
+def test_heartbeats(finished, watch, tmp_path, capsys):
+    """One after each step and each evaluated batch, in every mode that computes."""
+    workdir, beats = finished
+    assert beats == STEPS + len(EVALUATED) * HELD_OUT
+    assert watch.limits == (123, 45)
+
+    capsys.readouterr()
+    assert main.main([*COMMAND, f"--workdir={workdir}", "--mode=eval"]) == 0
+    assert watch.beats == HELD_OUT
+    loss = recipes.lines(workdir, "eval/loss")[STEPS]
+    assert f"step 11  eval  loss {loss:.4f}" in capsys.readouterr().out
+
+    knn = ["--mode=knn", f"--config.init_from={workdir}"]
+    assert main.main([*classifier(), *knn]) == 0
+    assert watch.beats == 3 + HELD_OUT  # 65 images to compare with
+    assert "(64 images)" in capsys.readouterr().out
+
+
+def classifier():
+    """Flags of a classifier of the same width."""
+    path = recipes.ROOT / "configs" / "finetune_base.py"
+    model = ("model.embed_dim", "model.depths", "model.num_heads", "model.dtype")
+    kept = [f for f in COMMAND[1:] if "decoder" not in f and "total" not in f]
+    assert all(any(key in flag for flag in kept) for key in model)
+    return [f"--config={path}", *kept, "--config.model.num_classes=10"]
+
+
+def poisoned(batches, first, bad):
+    """The same batches; what step `bad` counts with is not a number."""
+    for step, batch in enumerate(batches, first + 1):
+        weight = batch["weight"] * np.float32(np.nan if step == bad else 1)
+        yield batch | {"weight": weight}
+
+
+def test_interruptions_and_divergence(finished, watch, tmp_path, capsys, monkeypatch):
+    """Stopped before the first step, in an evaluation, by a bad step; then the end,
+    which is bit for bit that of an undisturbed run.
+    """
+    command = [*COMMAND, f"--workdir={tmp_path}"]
+    asked = []
+    with pytest.raises(Interrupted, match=f"^why: step 0 of {STEPS} is saved in "):
+        train.train(recipes.mae(**RUN), tmp_path, lambda s: asked.append(s) or "why")
+    assert asked == [0]
+    assert recipes.saved(tmp_path) == [0]
+    assert recipes.lines(tmp_path) == {}
+
+    watch.signals[5 + 2] = signal.SIGTERM  # second batch of step 5's evaluation
+    assert main.main(command) == 75
+    out, err = capsys.readouterr()
+    assert "going on at step 0 from" in out
+    assert "SIGTERM: finishing the step and saving; once more to kill" in out
+    assert f"SIGTERM: step 6 of {STEPS} is saved in {tmp_path}; run" in err
+    assert not watch.signals
+    for number in (signal.SIGTERM, signal.SIGINT):  # so that a second one kills
+        assert signal.getsignal(number) is signal.SIG_DFL
+    assert recipes.saved(tmp_path) == [6]
+    assert list(recipes.lines(tmp_path)) == [4, 5, 6]
+    assert watch.beats == 6 + HELD_OUT
+
+    clean = pipeline.train_batches
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            pipeline,
+            "train_batches",
+            lambda config, first, last: poisoned(clean(config, first, last), first, 9),
+        )
+        assert main.main(command) == 3
+    err = capsys.readouterr().err
+    assert err.startswith("error: step 9: loss nan")
+    assert recipes.saved(tmp_path) == [8]
+    assert list(recipes.lines(tmp_path)) == [4, 5, 6, 7, 8]
+
+    assert main.main(command) == 0
+    assert "going on at step 8 from" in capsys.readouterr().out
+    workdir, _ = finished
+    for name in ("loss", "gradient_norm", "learning_rate", "eval/loss"):
+        found = recipes.lines(tmp_path, name)
+        found.pop(6, None)  # logged because the run stopped there
+        assert found == recipes.lines(workdir, name)
+    assert recipes.saved(tmp_path) == [STEPS]
+    ours, theirs = (recipes.stored(w, STEPS) for w in (tmp_path, workdir))
+    recipes.assert_identical(ours, theirs)
+
+
+# --- Flags of a process ---------------------------------------------------------------
+
+
+@pytest.fixture
+def joined(monkeypatch, tmp_path):
+    """Runs flags as a process's own: (exit code, arguments and limits of its start).
+
+    Where no cluster is found, "" as `problem`, the process goes on alone.
+    """
+
+    def join(*flags, problem=""):
+        def initialize(*arguments, **limits):
+            asked.append((arguments, limits))
+            raise ValueError(problem or "coordinator_address should be defined.")
+
+        asked = []
+        monkeypatch.setattr(jax.distributed, "initialize", initialize)
+        # The last of these settings would hold until the tests end.
+        monkeypatch.setattr(main, "keep_memory", lambda: None)
+        monkeypatch.setattr(sys, "argv", ["main", *COMMAND, *flags])
+        return main.main(), asked
+
+    return join
+
+
+def test_flags_of_one_process_of_several(joined, tmp_path, capsys):
+    """They and `peer_timeout` reach the runtime; its own verdict comes after ours."""
+    address = "--coordinator_address=host:1234"
+    flags = [address, "--num_processes=4", "--process_id=3", f"--workdir={tmp_path}"]
+    code, asked = joined(*flags, problem="no")
+    limits = dict(heartbeat_timeout_seconds=100, shutdown_timeout_seconds=100)
+    assert (code, asked) == (2, [(("host:1234", 4, 3), limits)])
+    assert "the processes cannot start together: no" in capsys.readouterr().err
+
+    for wrong in (flags[:2], flags[1:], [*flags, "--process_id=4"], flags[::2]):
+        assert joined(*wrong, f"--workdir={tmp_path}") == (2, [])
+        assert "go together" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "by_jax", "expected"),
+    [
+        ("", None, "{}/run/compiled"),
+        ("{}/programs", None, "{}/programs"),
+        ("{}/programs", "/by/jax", "/by/jax"),
+    ],
+)
+def test_directory_of_compiled_programs(given, by_jax, expected, joined, tmp_path):
+    """The workdir's, unless the config or JAX's own settings name another."""
+    name = "jax_compilation_cache_dir"
+    before = jax.config.values[name]
+    jax.config.update(name, by_jax)
+    try:
+        flags = ["--mode=eval", f"--workdir={tmp_path}/run"]
+        cache = f"--config.compilation_cache={given.format(tmp_path)}"
+        code, asked = joined(*flags, cache)
+        assert code == 5  # there is no checkpoint
+        assert len(asked) == 1
+        assert jax.config.values[name] == expected.format(tmp_path)
+    finally:
+        jax.config.update(name, before)
+
+
+def test_missing_data(watch, tmp_path, capsys):
+    flags = ["--config.data.name=folder", "--config.data.train_examples=0"]
+    where = [f"--config.data.dir={tmp_path}/none", f"--workdir={tmp_path}/run"]
+    assert main.main([*COMMAND, *flags, *where]) == 4
+    assert "no directory" in capsys.readouterr().err
