@@ -30,7 +30,7 @@ from hivit_jax import config as configs
 from hivit_jax.config import image_shape
 from hivit_jax.data import pipeline, sources
 from hivit_jax.models import named_leaves, split
-from hivit_jax.optimizer import count_steps, decays, make_optimizer, make_schedule
+from hivit_jax.optimizer import count_steps
 from hivit_jax.step import make_init, make_train_step
 from hivit_jax.weights import to_official
 
@@ -93,12 +93,13 @@ def curves(config: Any) -> tuple[list[float], list[float]]:
     """Losses of every step, here and in PyTorch."""
     steps = config.total_steps
     per_epoch, _ = count_steps(config, sources.num_examples(config.data, "train"))
-    schedule = make_schedule(config, per_epoch, steps)
-    model = tasks.build_model(config)
-    graphdef, abstract = split(nnx.eval_shape(lambda: tasks.build_model(config)))
-    optimizer = make_optimizer(config, schedule, abstract)
-    state = jax.jit(make_init(config, optimizer))()
-    step_here = jax.jit(make_train_step(config, graphdef, optimizer, schedule))
+    task = tasks.create(config)
+    schedule = task.schedule(per_epoch, steps)
+    model = task.build_model()
+    graphdef, abstract = split(nnx.eval_shape(task.build_model))
+    optimizer = task.optimizer(abstract, schedule)
+    state = jax.jit(make_init(config, task, optimizer))()
+    step_here = jax.jit(make_train_step(config, task, graphdef, optimizer, schedule))
 
     network = twin(config, model, jax.device_get(state["params"]))
     # One official name for each of ours, in the same order.
@@ -107,7 +108,7 @@ def curves(config: Any) -> tuple[list[float], list[float]]:
     groups: dict[bool, list] = {True: [], False: []}
     for name, parameter in network.named_parameters():
         if parameter.requires_grad:
-            groups[decays(names[name], config.task)].append(parameter)
+            groups[task.is_decayed(names[name])].append(parameter)
     there = torch.optim.AdamW(
         [
             {"params": groups[True], "weight_decay": config.optimizer.weight_decay},
@@ -118,7 +119,7 @@ def curves(config: Any) -> tuple[list[float], list[float]]:
     )
 
     def loss_there(step, batch):
-        images = torch.tensor(np.array(tasks.images_of(batch, config)))
+        images = torch.tensor(np.array(task.preprocess(batch)))
         images = images.permute(0, 3, 1, 2)
         if config.task == "classify":
             return F.cross_entropy(

@@ -31,7 +31,7 @@ from hivit_jax.chips import chip_of
 from hivit_jax.compiling import compile_step, keep_memory
 from hivit_jax.data.sources import IMAGENET_TRAIN
 from hivit_jax.errors import HivitError, Parser, exit_code
-from hivit_jax.optimizer import count_steps, make_schedule
+from hivit_jax.optimizer import count_steps
 from hivit_jax.sharding import make_mesh
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,7 +51,7 @@ class Training:
         mesh = make_mesh(
             config.mesh, config.batch_size, config.optimizer.accumulate_steps
         )
-        schedule = make_schedule(config, *count_steps(config, IMAGENET_TRAIN))
+        schedule = tasks.create(config).schedule(*count_steps(config, IMAGENET_TRAIN))
         init, step, shapes, shardings = steps.prepare_step(config, mesh, schedule)
         self.state = jax.jit(init, out_shardings=shardings)()
         self.batch = made_up(shapes[1], config)
@@ -121,9 +121,10 @@ def measure(config: Any, rounds: int, count: int) -> dict[str, Any]:
         raise HivitError(f"losses {losses}; expected finite numbers")
     median = statistics.median(seconds)
     rate = config.batch_size / median
-    model = nnx.eval_shape(lambda: tasks.build_model(config))
+    task = tasks.create(config)
+    model = nnx.eval_shape(task.build_model)
     # Two operations each; twice as many again for the gradient, where there is one.
-    flops = (2 if config.task == "linear_probe" else 6) * tasks.macs(config, model)
+    flops = (2 if config.task == "linear_probe" else 6) * task.macs(model)
     chip = chip_of(devices[0].device_kind)
     return {
         "model": config.model.name,

@@ -11,6 +11,7 @@ import shutil
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import jax
@@ -23,7 +24,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from hivit_jax.errors import CheckpointError, ConfigError, first_line
 from hivit_jax.hosts import all_agree
-from hivit_jax.metrics import Scalars, say, score
+from hivit_jax.metrics import Best, Scalars, say, score
 from hivit_jax.models import named_leaves
 
 logging.set_verbosity(logging.ERROR)  # orbax narrates every save
@@ -43,16 +44,21 @@ class Checkpoints:
       workdir: the run's directory.
       keep: how many of the newest to keep; the one that did best in evaluation stays
         beside them.
+      best: metric of an evaluation that says which did best.
     """
 
-    def __init__(self, workdir: str | Path, keep: int):
-        best = checkpoint_managers.BestN(
-            get_metric_fn=score, n=1, keep_checkpoints_without_metrics=False
+    def __init__(
+        self, workdir: str | Path, keep: int, best: Best = ("eval/loss", "min")
+    ):
+        best_of_all = checkpoint_managers.BestN(
+            get_metric_fn=partial(score, best=best),
+            n=1,
+            keep_checkpoints_without_metrics=False,
         )
         newest = checkpoint_managers.LatestN(keep)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(
-                [newest, best]
+                [newest, best_of_all]
             ),
             cleanup_tmp_directories=True,
         )

@@ -10,6 +10,7 @@ from typing import Any
 from ml_collections import ConfigDict
 from ml_collections.config_dict import FieldReference, placeholder
 
+from hivit_jax import tasks
 from hivit_jax.augment import REACH
 from hivit_jax.errors import ConfigError, unknown
 from hivit_jax.models import override_parameters
@@ -54,22 +55,6 @@ DEFAULTS = {
     "optimizer.warmup_learning_rate": 0.0,  # that warmup starts from
     "optimizer.first_moment_dtype": "float32",  # or "bfloat16"; Adam's
     "optimizer.official_quirks": False,  # of the schedule; see make_schedule
-}
-TASK_KEYS = {
-    "mae": "mask_ratio",
-    "classify": "label_smoothing mixup cutmix random_erasing",
-}
-# Keys that a task does not use, with the value that stands for no effect.
-UNUSED = {
-    "mae": {"optimizer.layer_decay": 1.0},
-    "classify": {},
-    "linear_probe": {
-        "model.drop_path_rate": 0.0,
-        "model.fc_norm": True,
-        "optimizer.clip_norm": 0.0,
-        "optimizer.first_moment_dtype": "float32",
-        "optimizer.layer_decay": 1.0,
-    },
 }
 # The smallest values that work.
 LEAST = {
@@ -130,13 +115,6 @@ def to_json(config: ConfigDict) -> str:
     return json.dumps(json.loads(config.to_json_best_effort()), indent=2) + "\n"
 
 
-def image_shape(config: Any) -> tuple[int, int, int]:
-    """(height, width, channels) that the model wants."""
-    size = config.model.image_size
-    sides = (size, size) if isinstance(size, int) else tuple(size)
-    return (*sides, config.model.in_channels)
-
-
 def _read(path: Path, *variant: str) -> ConfigDict:
     if not path.is_file():
         raise ConfigError(f"--config={path}: no such file; expected configs/NAME.py")
@@ -166,10 +144,11 @@ def _read(path: Path, *variant: str) -> ConfigDict:
 
 def _check(config: ConfigDict) -> None:
     """ConfigError for what nothing else checks before it does harm."""
-    for key in TASK_KEYS.get(config.task, "").split():
+    task = tasks.find(config.task)
+    for key in task.required:
         if key not in config:
             raise ConfigError(f"task={config.task!r} needs a recipe with config.{key}")
-    for key, neutral in UNUSED.get(config.task, {}).items():
+    for key, neutral in task.unused.items():
         part, leaf = key.split(".")
         if config[part][leaf] not in (None, neutral):
             raise ConfigError(

@@ -17,7 +17,6 @@ from hivit_jax.errors import DataError
 from hivit_jax.models import Model, named_leaves, split
 from hivit_jax.optimizer import (
     count_steps,
-    make_schedule,
     peak_learning_rate,
     warmup_steps,
 )
@@ -25,9 +24,10 @@ from hivit_jax.optimizer import (
 
 def describe(config: Any) -> str:
     """The text of ``--mode describe``."""
-    model = nnx.eval_shape(lambda: tasks.build_model(config))
+    task = tasks.create(config)
+    model = nnx.eval_shape(task.build_model)
     parts = [configs.to_json(config).rstrip(), parameter_table(model)]
-    parts += [cost(config, model), schedule(config)]
+    parts += [cost(task, model), schedule(config)]
     return "\n\n".join(parts)
 
 
@@ -38,7 +38,8 @@ def draw(config: Any, workdir: str | Path) -> str:
     directory = Path(workdir) / "figures"
     _, total, rate = resolved_schedule(config)
     steps = np.unique(np.linspace(0, total, 1000).astype(np.int32))
-    figures.draw_schedule(directory / "schedule.png", steps, np.asarray(rate(steps)))
+    drawn = figures.schedule(steps, np.asarray(rate(steps)))
+    figures.write_png(directory / "schedule.png", drawn)
     config = config.copy_and_resolve_references()
     config.batch_size = 16
     try:
@@ -46,9 +47,9 @@ def draw(config: Any, workdir: str | Path) -> str:
     except DataError as error:
         return f"{directory}/schedule.png; no images drawn: {error}"
     keys = augment.step_keys(config.seed, "train", jnp.uint32(0), 16)
-    images, _ = tasks.inputs(batch, keys, config, train=True)
+    images = tasks.create(config).training_images(batch, keys)
     images = np.asarray(images) * config.data.std + config.data.mean
-    figures.draw_sheet(directory / "augmented.png", images.clip(0, 1))
+    figures.write_png(directory / "augmented.png", figures.sheet(images.clip(0, 1)))
     return f"{directory}/schedule.png, {directory}/augmented.png"
 
 
@@ -84,10 +85,10 @@ def parameter_table(model: Model) -> str:
     return "\n".join(lines)
 
 
-def cost(config: Any, model: Model) -> str:
+def cost(task: tasks.Task, model: Model) -> str:
     """Multiply-adds of the forward pass for one image, counted as published."""
-    alone = tasks.macs(config, model) / 1e9
-    published = tasks.macs(config, model, layer_norm_cost=5) / 1e9
+    alone = task.macs(model) / 1e9
+    published = task.macs(model, layer_norm_cost=5) / 1e9
     return (
         f"multiply-adds per image        {alone:12.4f} G\n"
         f"with 5 per LayerNorm element   {published:12.4f} G  (as the published tables)"
@@ -119,4 +120,4 @@ def resolved_schedule(config: Any) -> tuple[int, int, optax.Schedule]:
             raise
         images = IMAGENET_TRAIN
     per_epoch, total = count_steps(config, images)
-    return images, total, make_schedule(config, per_epoch, total)
+    return images, total, tasks.create(config).schedule(per_epoch, total)

@@ -1,10 +1,11 @@
-"""Pictures of a run: reconstructions and curves."""
+"""Pictures of a run: reconstructions, curves, schedule, training images."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from etils.epath import Path
+from PIL import Image
 
 from hivit_jax import metrics
 
@@ -38,8 +39,8 @@ def reconstruction_panels(
     return np.stack([original, masked, predicted, pasted], axis=1)
 
 
-def draw_reconstructions(path: Path, panels: np.ndarray, title: str) -> np.ndarray:
-    """Writes panels [B, 4, H, W, C] as a PNG, one image a row; returns its pixels."""
+def reconstructions(panels: np.ndarray, title: str) -> np.ndarray:
+    """Panels [B, 4, H, W, C], one image a row, as a picture: uint8 [H, W, 3]."""
     figure, plt = _figure(figsize=(6.4, 0.6 + 1.55 * len(panels)))
     axes = figure.subplots(len(panels), 4, squeeze=False)
     for row, image in zip(axes, panels, strict=True):
@@ -50,11 +51,11 @@ def draw_reconstructions(path: Path, panels: np.ndarray, title: str) -> np.ndarr
     for axis, name in zip(axes[0], PANELS, strict=True):
         axis.set_title(name, fontsize=9)
     figure.suptitle(title, fontsize=10)
-    return _write(path, figure, plt)
+    return _pixels(figure, plt)
 
 
-def draw_curves(path: Path, workdir: Path) -> np.ndarray:
-    """Writes the loss curve of a run (and top-1 where there is one) as a PNG."""
+def curves(workdir: Path) -> np.ndarray:
+    """Loss curve of a run, and top-1 where there is one, as a picture."""
     lines = metrics.read(workdir / "metrics.jsonl")
     figure, plt = _figure(figsize=(6.4, 4))
     axis = figure.subplots()
@@ -76,45 +77,52 @@ def draw_curves(path: Path, workdir: Path) -> np.ndarray:
     if axis.lines:
         axis.legend(loc="upper right")
     axis.grid(alpha=0.3)
-    return _write(path, figure, plt)
+    return _pixels(figure, plt)
 
 
-def draw_schedule(path: Path, steps: np.ndarray, rates: np.ndarray) -> None:
-    """Writes the learning rate over the steps of a run as a PNG."""
+def schedule(steps: np.ndarray, rates: np.ndarray) -> np.ndarray:
+    """Learning rate over the steps of a run, as a picture."""
     figure, plt = _figure(figsize=(6.4, 3))
     axis = figure.subplots()
     axis.plot(steps, rates)
     axis.set_xlabel("step")
     axis.set_ylabel("learning rate")
     axis.grid(alpha=0.3)
-    _write(path, figure, plt)
+    return _pixels(figure, plt)
 
 
-def draw_sheet(path: Path, images: np.ndarray) -> None:
-    """Writes images [16, H, W, C] in 0..1 as a PNG, four a row."""
+def sheet(images: np.ndarray) -> np.ndarray:
+    """Images [16, H, W, C] in 0..1, four a row, as a picture."""
     figure, plt = _figure(figsize=(6.4, 6.4))
     for axis, pixels in zip(figure.subplots(4, 4).flat, images, strict=True):
         grey = pixels.shape[-1] == 1
         axis.imshow(pixels[..., 0] if grey else pixels, cmap="gray", vmin=0, vmax=1)
         axis.set_axis_off()
-    _write(path, figure, plt)
+    return _pixels(figure, plt)
 
 
 def draw_run(
-    workdir: Path, step: int, panels: np.ndarray | None
+    workdir: Path, step: int, pictures: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """Draws a run's figures so far: curves, and reconstructions where there are panels.
+    """Writes a run's figures so far: its curves, and a task's pictures of this step.
 
     Returns:
-      Their pixels by name, uint8 [H, W, 3].
+      All pictures by name, uint8 [H, W, 3].
     """
     directory = workdir / "figures"
-    drawn = {"curves": draw_curves(directory / "curves.png", workdir)}
-    if panels is not None:
-        path = directory / f"reconstruction_{step:07d}.png"
-        title = f"held-out images, step {step}"
-        drawn["reconstruction"] = draw_reconstructions(path, panels, title)
-    return drawn
+    drawn = curves(workdir)
+    write_png(directory / "curves.png", drawn)
+    for name, pixels in pictures.items():
+        write_png(directory / f"{name}_{step:07d}.png", pixels)
+    return {"curves": drawn, **pictures}
+
+
+def write_png(path: Path, pixels: np.ndarray) -> None:
+    """Writes a picture, uint8 [H, W, 3]; creates its directory."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    path.write_bytes(buffer.getvalue())
 
 
 def _figure(figsize: tuple[float, float]):
@@ -126,11 +134,9 @@ def _figure(figsize: tuple[float, float]):
     return plt.figure(figsize=figsize, dpi=110, layout="constrained"), plt
 
 
-def _write(path: Path, figure, plt) -> np.ndarray:
-    path.parent.mkdir(parents=True, exist_ok=True)
+def _pixels(figure, plt) -> np.ndarray:
     buffer = io.BytesIO()
     figure.savefig(buffer)
     plt.close(figure)
-    path.write_bytes(buffer.getvalue())
     buffer.seek(0)
     return np.rint(plt.imread(buffer)[..., :3] * 255).astype(np.uint8)

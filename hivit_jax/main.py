@@ -97,7 +97,7 @@ def compute(config: Any, flags: argparse.Namespace, beat: Callable[[], None]) ->
 
         evaluate_checkpoint(config, flags.workdir, beat)
     elif flags.mode == "knn":
-        from hivit_jax.evaluate import nearest_neighbours
+        from hivit_jax.tasks.probing import nearest_neighbours
 
         found = nearest_neighbours(config, beat=beat)
         say(

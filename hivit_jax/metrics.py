@@ -177,24 +177,29 @@ def results(workdir: Path, step: int) -> dict[str, float]:
     return found[-1] if found else {}
 
 
-def score(results: Scalars) -> float:
-    """What makes one evaluation better than another: top-1, or less loss."""
-    return results.get("eval/top1", -results["eval/loss"])
+Best = tuple[str, str]  # name of a metric, and "max" or "min"
 
 
-def best_line(workdir: Path, steps: Collection[int]) -> str:
+def score(results: Scalars, best: Best) -> float:
+    """Number that is larger for a better evaluation."""
+    name, direction = best
+    return results[name] if direction == "max" else -results[name]
+
+
+def best_line(workdir: Path, steps: Collection[int], best: Best) -> str:
     """``best checkpoint  step 360  top1 93.33 %  top5 ...  DIR/checkpoints/360``.
 
     Args:
       steps: of the checkpoints that are kept; the others cannot be the best.
+      best: metric that picks the best.
     """
     lines = read(workdir / "metrics.jsonl")
     lines = [line for line in lines if "eval/count" in line and line["step"] in steps]
     if not lines:
         return "no checkpoint of an evaluated step is kept"
-    best = max(lines, key=lambda line: (score(line), line["step"]))
-    where = workdir / "checkpoints" / str(best["step"])
-    line = eval_line(f"step {best['step']}", best)
+    newest = max(lines, key=lambda line: (score(line, best), line["step"]))
+    where = workdir / "checkpoints" / str(newest["step"])
+    line = eval_line(f"step {newest['step']}", newest)
     return f"best checkpoint  {line}  {where}"
 
 

@@ -14,23 +14,6 @@ from hivit_jax.errors import ConfigError
 from hivit_jax.models import leaf_name, named_leaves
 
 
-def decays(name: str, task: str) -> bool:
-    """Whether weight decay applies to a parameter.
-
-    Never to biases, LayerNorm scales and the fixed table. Pretraining decays all else,
-    absolute positions, mask token and relative tables included (official: timm's
-    1-D rule); classification spares both kinds of position table.
-    """
-    leaf = name.rsplit("/", 1)[-1]
-    if leaf in ("bias", "scale", "decoder_pos_embed", "mean", "var"):
-        return False
-    if leaf in ("absolute_pos_embed", "relative_position_bias_table"):
-        return task == "mae"
-    if leaf in ("kernel", "mask_token"):
-        return True
-    raise ValueError(f"no rule of weight decay is known for parameter {name!r}")
-
-
 def layer_id(name: str, stage_blocks: list[int]) -> int:
     """Number of the layer a classifier's parameter belongs to, for layer-wise decay.
 
@@ -90,7 +73,10 @@ def warmup_steps(config: Any, steps_per_epoch: float, total_steps: int) -> int:
 
 
 def make_schedule(
-    config: Any, steps_per_epoch: float, total_steps: int
+    config: Any,
+    steps_per_epoch: float,
+    total_steps: int,
+    starts_at_epoch_one: bool = False,
 ) -> optax.Schedule:
     """Learning rate by step: linear warmup, then a cosine down to the minimum.
 
@@ -99,11 +85,14 @@ def make_schedule(
     them is left out, and the end is past the lowest point. Training from scratch
     (``supervised/lr_scheduler.py``) starts its cosine at 0, not at the end of the
     warmup, which leaves a step down between the two, and is one step late.
+
+    Args:
+      starts_at_epoch_one: which of the two quirks; see `Task.starts_at_epoch_one`.
     """
     o, peak = config.optimizer, peak_learning_rate(config)
     epochs = total_steps / steps_per_epoch
     warmup, start = min(o.warmup_epochs, epochs), o.warmup_learning_rate
-    skips = counts_from_one(config)
+    skips = starts_at_epoch_one
     late = o.official_quirks and not skips
 
     def schedule(step):
@@ -117,12 +106,6 @@ def make_schedule(
         return jnp.where(epoch < warmup, rise, fall)
 
     return schedule
-
-
-def counts_from_one(config: Any) -> bool:
-    """Whether epochs are to be counted as the official self_supervised programs do."""
-    from_scratch = config.task == "classify" and not config.init_from
-    return config.optimizer.official_quirks and not from_scratch
 
 
 def skip_steps(state: dict[str, Any], steps: int) -> dict[str, Any]:
@@ -140,19 +123,21 @@ def skip_steps(state: dict[str, Any], steps: int) -> dict[str, Any]:
 
 
 def make_optimizer(
-    config: Any, schedule: optax.Schedule, params: Any
+    o: Any,
+    schedule: optax.Schedule,
+    params: Any,
+    is_decayed: Callable[[str], bool],
 ) -> optax.GradientTransformation:
     """One optax chain: [clip,] Adam, decoupled decay, [layer decay,] learning rate.
 
     Args:
+      o: ``config.optimizer``.
       schedule: learning rate by step.
       params: parameters or their shapes; only names are read.
+      is_decayed: whether weight decay applies to the parameter of a name.
     """
-    o = config.optimizer
-    if config.task == "linear_probe":
-        return _probe_optimizer(o, schedule, params)
     mask = jax.tree_util.tree_map_with_path(
-        lambda path, _: decays(leaf_name(path), config.task), params
+        lambda path, _: is_decayed(leaf_name(path)), params
     )
     chain = [optax.clip_by_global_norm(o.clip_norm)] if o.clip_norm else []
     chain += [
@@ -220,26 +205,3 @@ def accumulated(gradient: Callable, micro: int) -> Callable:
         )(*arguments)
 
     return whole
-
-
-def _probe_optimizer(
-    o: Any, schedule: optax.Schedule, params: Any
-) -> optax.GradientTransformation:
-    """LARS for the head, BatchNorm's momentum for its statistics, nothing for the rest.
-
-    As MAE's ``util/lars.py``: the trust ratio is taken of matrices alone, before the
-    momentum, and the learning rate after it.
-    """
-    matrices = jax.tree.map(lambda x: x.ndim > 1, params)
-    lars = optax.chain(
-        optax.masked(optax.add_decayed_weights(o.weight_decay), matrices),
-        optax.masked(optax.scale_by_trust_ratio(trust_coefficient=0.001), matrices),
-        optax.trace(o.betas[0]),
-        optax.scale_by_learning_rate(schedule),
-    )
-    kinds = {"head": "lars", "fc_norm": "statistics"}
-    labels = jax.tree_util.tree_map_with_path(
-        lambda path, _: kinds.get(leaf_name(path).split("/")[0], "frozen"), params
-    )
-    rules = {"lars": lars, "statistics": optax.sgd(0.1), "frozen": optax.set_to_zero()}
-    return optax.multi_transform(rules, labels)

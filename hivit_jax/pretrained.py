@@ -32,8 +32,8 @@ FATES = ("used", "resized", "dropped", "zero", "new", "missing", "unlike")
 # What may be new without leaving a model to chance.
 HEAD = ("fc_norm/", "head/")
 PREDICTION = "decoder_pred/"  # where channels differ
-# Of a new head's weights, by task.
-HEAD_SCALE = {"classify": 2e-5 / 0.02, "linear_probe": 0.01 / 0.02}
+# Factor on a new head's standard deviation, 0.02 (official ``main_finetune.py``).
+FINETUNED_HEAD = 2e-5 / 0.02
 # What names and shapes may not tell.
 HINTS = ("num_heads", "decoder_num_heads", "layer_norm_eps")
 
@@ -142,7 +142,7 @@ def abstract_model(arguments: dict[str, Any]) -> Model:
 
 
 def fit(
-    pretrained: Pretrained, model: Model, task: str | None = None
+    pretrained: Pretrained, model: Model, fresh: tuple[str, ...] = ()
 ) -> dict[str, np.ndarray]:
     """What a model of another task or size takes of a pretrained one, by name; see
     `compare`. Norm, head and the decoder's prediction may be left out.
@@ -150,7 +150,7 @@ def fit(
     Raises:
       ConfigError: arrays that fit in no way, or too many left to chance.
     """
-    arrays, fates = compare(pretrained, model, task)
+    arrays, fates = compare(pretrained, model, fresh)
     if fates["unlike"]:
         name = fates["unlike"][0]
         here = list(named_leaves(split(model)[1])[name].shape)
@@ -172,7 +172,7 @@ def fit(
 
 
 def compare(
-    pretrained: Pretrained, model: Model, task: str | None = None
+    pretrained: Pretrained, model: Model, fresh: tuple[str, ...] = ()
 ) -> tuple[dict[str, np.ndarray], dict[str, list[str]]]:
     """What would become of every array if `model` started from a pretrained one.
 
@@ -182,7 +182,7 @@ def compare(
 
     Args:
       model: a built or abstract model.
-      task: "linear_probe" takes the encoder alone.
+      fresh: prefixes of parameters that are not taken, such as ``head/``.
 
     Returns:
       Arrays by the model's names; and by fate the names that are used, resized, zero,
@@ -194,7 +194,7 @@ def compare(
     fates: dict[str, list[str]] = {fate: [] for fate in FATES}
     for name, leaf in named_leaves(split(model)[1]).items():
         array, head = pretrained.params.get(name), name.startswith(HEAD)
-        if task == "linear_probe" and head:
+        if name.startswith(fresh):
             array = None
         # By geometry, not by shape: 4 x 4 units are not 2 x 8.
         resized = None if array is None else _resized(name, array, source, model)
@@ -253,23 +253,30 @@ def fates_table(fates: dict[str, list[str]]) -> str:
     return "\n".join(lines)
 
 
-def start_from(pretrained: Pretrained, task: str, model: Model, params: Any) -> Any:
+def start_from(
+    pretrained: Pretrained,
+    model: Model,
+    params: Any,
+    fresh: tuple[str, ...] = (),
+    head_scale: float = 1.0,
+) -> Any:
     """`params` of `model`, freshly drawn, with what a pretrained model has of them.
 
-    A new head's std goes from 0.02 down to 2e-5 (official ``main_finetune.py``), for a
-    linear probe to 0.01 (MAE's ``main_linprobe.py``).
+    Args:
+      fresh: prefixes of parameters that are not taken.
+      head_scale: factor on the weights of a head that is not taken.
 
     Raises:
       ConfigError: see `fit`.
     """
     say(f"starting from {pretrained.path}")
-    arrays = fit(pretrained, model, task)
+    arrays = fit(pretrained, model, fresh)
 
     def choose(path, leaf):
         name = leaf_name(path)
         if name in arrays:
             return jax.device_put(arrays[name], leaf.sharding)
-        return leaf * HEAD_SCALE.get(task, 1.0) if name == "head/kernel" else leaf
+        return leaf * head_scale if name == "head/kernel" else leaf
 
     return jax.tree_util.tree_map_with_path(choose, params)
 
@@ -312,7 +319,7 @@ def build(pretrained: Pretrained, **overrides: Any) -> Model:
 
         arrays |= draw()
         if "head/kernel" in new:
-            arrays["head/kernel"] *= HEAD_SCALE["classify"]
+            arrays["head/kernel"] *= FINETUNED_HEAD
     params = jax.tree_util.tree_map_with_path(
         lambda key_path, _: jnp.asarray(arrays[leaf_name(key_path)]), shapes
     )

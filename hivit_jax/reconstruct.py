@@ -131,7 +131,7 @@ def run(argv: Sequence[str]) -> None:
     )
     panels = figures.reconstruction_panels(images, predicted, removed, mean, std)
     how = statistics_text(model, args.statistics)
-    figures.draw_reconstructions(Path(args.out), panels, how)
+    figures.write_png(Path(args.out), figures.reconstructions(panels, how))
     share = float(removed.mean())
     say(f"written: {args.out} ({share:.1%} of every image removed; {how})")
 

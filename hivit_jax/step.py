@@ -13,19 +13,20 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from hivit_jax import augment, tasks
-from hivit_jax.config import image_shape
-from hivit_jax.models import split
-from hivit_jax.optimizer import accumulated, make_optimizer
+from hivit_jax.models import image_shape, split
+from hivit_jax.optimizer import accumulated
 from hivit_jax.sharding import BATCH, gathered, placed, state_shardings
 
 State = dict[str, Any]  # "step" int32, "params", "opt_state", and "ema" if it is kept
 
 
-def make_init(config: Any, optimizer: optax.GradientTransformation) -> Callable:
+def make_init(
+    config: Any, task: tasks.Task, optimizer: optax.GradientTransformation
+) -> Callable:
     """() -> a fresh train state, a pure function of the config."""
 
     def init():
-        params = split(tasks.build_model(config))[1]
+        params = split(task.build_model())[1]
         state = {
             "step": jnp.int32(0),
             "params": params,
@@ -40,6 +41,7 @@ def make_init(config: Any, optimizer: optax.GradientTransformation) -> Callable:
 
 def make_train_step(
     config: Any,
+    task: tasks.Task,
     graphdef: nnx.GraphDef,
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
@@ -49,11 +51,11 @@ def make_train_step(
     If loss or gradient is not finite, that step and every later one leave the state as
     it was: the state's own step number stays behind the one passed in.
     """
-    task, micro = tasks.TASKS[config.task], config.optimizer.accumulate_steps
+    micro = config.optimizer.accumulate_steps
 
     def loss_fn(params, batch, keys, total_weight):
         params = gathered(params)
-        values = task(nnx.merge(graphdef, params), batch, keys, config, train=True)
+        values = task.loss(nnx.merge(graphdef, params), batch, keys)
         share = batch["weight"] / total_weight
         means = {name: (value * share).sum() for name, value in values.items()}
         return means.pop("objective", means["loss"]), means
@@ -96,7 +98,7 @@ def make_train_step(
 
 def train_batch_shapes(config: Any) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes and dtypes of a batch of `train_batches`, that of all processes."""
-    size, shape, data = config.batch_size, image_shape(config), config.data
+    size, shape, data = config.batch_size, image_shape(config.model), config.data
     # RandAugment works on images of their final size.
     on_device = data.name != "synthetic" and data.canvas and not data.randaugment
     shapes = {
@@ -119,14 +121,14 @@ def prepare_step(
     """() -> a fresh state; the step that `train.train` compiles; shapes for it, and
     where they lie; the state's shardings.
     """
-    model = nnx.eval_shape(lambda: tasks.build_model(config))
-    graphdef, abstract_params = split(model)
-    optimizer = make_optimizer(config, schedule, abstract_params)
-    init = make_init(config, optimizer)
+    task = tasks.create(config)
+    graphdef, abstract_params = split(nnx.eval_shape(task.build_model))
+    optimizer = task.optimizer(abstract_params, schedule)
+    init = make_init(config, task, optimizer)
     abstract_state = jax.eval_shape(init)
     shardings = state_shardings(mesh, abstract_state, config.mesh.zero)
     shapes = train_batch_shapes(config)
     batch = placed(shapes, dict.fromkeys(shapes, NamedSharding(mesh, BATCH)))
-    step = make_train_step(config, graphdef, optimizer, schedule)
+    step = make_train_step(config, task, graphdef, optimizer, schedule)
     arguments = (placed(abstract_state, shardings), batch, np.int32(0))
     return init, step, arguments, shardings

@@ -24,13 +24,7 @@ from hivit_jax.data import pipeline, sources
 from hivit_jax.errors import DataError, DivergedError, Interrupted
 from hivit_jax.metrics import say
 from hivit_jax.models import split
-from hivit_jax.optimizer import (
-    count_steps,
-    counts_from_one,
-    make_optimizer,
-    make_schedule,
-    skip_steps,
-)
+from hivit_jax.optimizer import count_steps, skip_steps
 from hivit_jax.sharding import make_mesh, placed, state_shardings, to_devices
 from hivit_jax.step import State, make_init, make_train_step
 
@@ -58,14 +52,15 @@ def train(
     """
     # --- Model, mesh, optimiser: shapes only --------------------------------------
     workdir = Path(workdir)
-    model = nnx.eval_shape(lambda: tasks.build_model(config))
+    task = tasks.create(config)
+    model = nnx.eval_shape(task.build_model)
     graphdef, abstract_params = split(model)
     mesh = make_mesh(config.mesh, config.batch_size, config.optimizer.accumulate_steps)
     images = sources.num_examples(config.data, "train")
     per_epoch, total_steps = count_steps(config, images)
-    schedule = make_schedule(config, per_epoch, total_steps)
-    optimizer = make_optimizer(config, schedule, abstract_params)
-    init = make_init(config, optimizer)
+    schedule = task.schedule(per_epoch, total_steps)
+    optimizer = task.optimizer(abstract_params, schedule)
+    init = make_init(config, task, optimizer)
     abstract_state = jax.eval_shape(init)
     shardings = state_shardings(mesh, abstract_state, config.mesh.zero)
     say(
@@ -76,14 +71,14 @@ def train(
 
     # --- State: from the newest checkpoint, from a pretrained one, or fresh ---------
     metrics.prepare_workdir(workdir)
-    checkpoints = checkpoint.Checkpoints(workdir, config.keep_checkpoints)
+    checkpoints = checkpoint.Checkpoints(workdir, config.keep_checkpoints, task.best)
     steps = checkpoints.steps()
     hosts.agree({"config": config, "dataset's size": images, "checkpoints": steps})
     step = 0
     if found := checkpoints.restore_newest(placed(abstract_state, shardings)):
         step, state = found
         say(f"going on at step {step:,} from {checkpoints.directory / str(step)}")
-        if counts_from_one(config):
+        if task.starts_at_epoch_one():
             skipped = min(round(per_epoch), total_steps - step)
             state, step = skip_steps(state, skipped), step + skipped
             say(f"official_quirks: an epoch is left out, to step {step:,}")
@@ -92,7 +87,11 @@ def train(
         state = jax.jit(init, out_shardings=shardings)()
         if start:
             state["params"] = pretrained.start_from(
-                start, config.task, model, state["params"]
+                start,
+                model,
+                state["params"],
+                fresh=task.fresh,
+                head_scale=task.head_scale,
             )
             if "ema" in state:
                 state["ema"] = jax.tree.map(jnp.copy, state["params"])
@@ -101,19 +100,19 @@ def train(
 
     # --- Evaluation -----------------------------------------------------------------
     writer = metrics.Writer(workdir, step) if jax.process_index() == 0 else None
-    eval_step = evaluate.make_eval_step(config, graphdef)
-    reconstruct = (
-        evaluate.make_reconstruct(config, graphdef) if config.task == "mae" else None
-    )
+    eval_step = evaluate.make_eval_step(config, task, graphdef)
+    panels_of = evaluate.make_panels(config, task, graphdef)
 
     def run_evaluation():
         params = state.get("ema", state["params"])
-        values = evaluate.evaluate(config, eval_step, params, mesh, beat)
-        panels = reconstruct(params) if reconstruct else None
+        values = evaluate.evaluate(config, task, eval_step, params, mesh, beat)
+        panels = panels_of(params)
+        title = f"held-out images, step {step}"
+        pictures = task.figures(panels, title) if panels else {}
         say(metrics.eval_line(f"step {step}", values))
         if writer:
             writer.scalars(step, values)
-            writer.images(step, figures.draw_run(workdir, step, panels))
+            writer.images(step, figures.draw_run(workdir, step, pictures))
         return values
 
     # --- Steps ------------------------------------------------------------------------
@@ -127,7 +126,7 @@ def train(
             )
             batch = next(batches)
             train_step = compile_step(
-                make_train_step(config, graphdef, optimizer, schedule),
+                make_train_step(config, task, graphdef, optimizer, schedule),
                 (state, batch, np.int32(step)),
                 shardings,
             )
@@ -171,7 +170,7 @@ def train(
                 f"{workdir}; run the same command to go on"
             )
         results = results or run_evaluation()
-        say(metrics.best_line(workdir, checkpoints.steps()))
+        say(metrics.best_line(workdir, checkpoints.steps(), task.best))
         return results
     except (DataError, DivergedError):
         checkpoints.save(state, to_json(config))

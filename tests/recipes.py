@@ -103,7 +103,7 @@ def quick() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "tensorboardX", None)
         patch.setattr(figures, "draw_run", lambda *_: {})
-        patch.setattr(evaluate, "make_reconstruct", lambda *_: lambda params: None)
+        patch.setattr(evaluate, "make_panels", lambda *_: lambda params: {})
         jax.config.update(name, True)
         yield
         jax.config.update(name, before)

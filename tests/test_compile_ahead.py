@@ -623,7 +623,7 @@ def test_whole_report(tmp_path, monkeypatch):
     memory = found["hbm_bytes_per_device"]
     assert memory["limit"] == 15.75 * 2**30
     assert 0 < memory["aliased"] <= memory["arguments"] < memory["total"]
-    model = nnx.eval_shape(lambda: tasks.build_model(recipes.mae()))
+    model = nnx.eval_shape(tasks.create(recipes.mae()).build_model)
     [reduced] = found["collectives"]
     assert reduced["kind"] == "all-reduce"
     assert_allclose(reduced["bytes_per_step"], 4 * model.parameter_count(), rtol=0.02)
@@ -729,7 +729,7 @@ def test_operations_fall_with_the_mask_as_counted_by_hand():
         step, arguments, _ = compile_ahead.train_step(config, mesh)
         jaxpr = jax.make_jaxpr(step)(*arguments).jaxpr
         found.append(programs.matmul_flops(jaxpr, loops=True) / 8)
-        model = nnx.eval_shape(lambda config=config: tasks.build_model(config))
+        model = nnx.eval_shape(tasks.create(config).build_model)
         counted.append(6 * training_macs(model, mask_ratio))
     assert_allclose(found, counted, rtol=0.04)  # images are resized, too
     assert_allclose(found[0] - found[1], counted[0] - counted[1], rtol=0.01)
@@ -747,7 +747,7 @@ def test_tpu_step_does_what_it_should(tmp_path):
     assert whole["roofline"]["bound"] == "memory"
 
     config = recipes.mae()
-    model = nnx.eval_shape(lambda: tasks.build_model(config))
+    model = nnx.eval_shape(tasks.create(config).build_model)
     [reduced] = whole["collectives"]
     assert reduced["kind"] == "all-reduce"
     fixed = 16 * 32  # the decoder's table of positions

@@ -255,7 +255,7 @@ def test_other_image_shapes():
     grey = next(pipeline.train_batches(load(model__image_size=8), 0, 1))
     assert_array_equal(batch["image"], np.repeat(grey["image"], 3, -1))
     cfg = load(model__image_size=(8, 24), **colour)
-    assert pipeline.image_shape(cfg) == (8, 24, 3)
+    assert pipeline.image_shape(cfg.model) == (8, 24, 3)
     assert next(pipeline.train_batches(cfg, 0, 1))["image"].shape == (96, 8, 24, 3)
 
 
@@ -662,7 +662,7 @@ def test_images_are_resized_as_told(folder, interpolation, antialias):
     host = np.concatenate([b["image"] for b in pipeline.eval_batches(cfg)])[:11]
     assert_array_equal(host, expected)
     cfg = load_folder(folder, data__canvas=64, **options)
-    images = [tasks.images_of(batch, cfg) for batch in pipeline.eval_batches(cfg)]
+    images = [*map(tasks.create(cfg).preprocess, pipeline.eval_batches(cfg))]
     device = np.concatenate(images)[:11] * (0.2, 0.4, 0.8) + (0.1, 0.5, 0.9)
     difference = np.abs(device * 255 - expected)
     assert difference.max() < 1.01

@@ -17,7 +17,7 @@ from traces import STEPS, config_of, mismatches
 import hivit_jax
 from hivit_jax.errors import ConfigError
 from hivit_jax.main import main
-from hivit_jax.models import named_leaves
+from hivit_jax.models import named_leaves, split
 from hivit_jax.train import train
 
 
@@ -64,6 +64,22 @@ def test_both_kinds_of_mixing(trace_of):
         which = jax.random.split(plain.fold(key, "step"), 4)[0]
         kinds.add(bool(jax.random.bernoulli(which)))
     assert kinds == {True, False}
+
+
+def test_seed_draws_the_first_parameters(trace_of):
+    trace = trace_of("classify, plain")
+    arguments = {k: v for k, v in trace.config.model.items() if v is not None}
+
+    @jax.jit
+    def draw():
+        model = hivit_jax.create_model(seed=jax.random.key(5), **arguments)
+        return split(model)[1]
+
+    drawn = named_leaves(draw())
+    first = trace.states[0]["params"]
+    assert drawn.keys() == first.keys()
+    for name, array in first.items():
+        np.testing.assert_allclose(array, drawn[name], rtol=1e-6, atol=1e-7)
 
 
 def test_what_is_not_trained(trace_of):

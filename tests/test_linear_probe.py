@@ -8,11 +8,10 @@ import recipes
 from flax import nnx
 from numpy.testing import assert_allclose
 
+from hivit_jax import tasks
 from hivit_jax.data import pipeline
 from hivit_jax.errors import ConfigError
 from hivit_jax.models import leaf_name, split
-from hivit_jax.optimizer import make_optimizer
-from hivit_jax.tasks import build_model, images_of
 from hivit_jax.train import train
 
 MOMENTUM, TRUST = 0.9, 0.001
@@ -55,7 +54,7 @@ def test_lars():
         "fc_norm": {"mean": jnp.zeros(3), "var": jnp.ones(3)},
         "head": {"kernel": jnp.full((3, 4), 0.5), "bias": jnp.zeros(4)},
     }
-    optimizer = make_optimizer(config, lambda step: 0.1 * (step + 1), params)
+    optimizer = tasks.create(config).optimizer(params, lambda step: 0.1 * (step + 1))
     state, random = optimizer.init(params), np.random.RandomState(0)
     kernel, bias = np.full((3, 4), 0.5), np.zeros(4)
     mean, var = np.zeros(3), np.ones(3)
@@ -106,14 +105,14 @@ def test_probe_of_a_pretrained_encoder(pretrained, tmp_path, capsys):
             np.testing.assert_array_equal(step[name], original[name])
     assert (stored[0]["head/kernel"] != stored[2]["head/kernel"]).any()
 
-    graphdef, abstract = split(build_model(config))
+    graphdef, abstract = split(tasks.create(config).build_model())
     params = jax.tree_util.tree_map_with_path(
         lambda path, _: jnp.array(stored[0][leaf_name(path)]), abstract
     )
     model = nnx.merge(graphdef, params)
     mean, var = np.zeros(64), np.ones(64)
     for step, batch in zip(stored, pipeline.train_batches(config, 0, 3), strict=True):
-        features = np.asarray(model.encoded(images_of(batch, config)))
+        features = np.asarray(model.encoded(tasks.create(config).preprocess(batch)))
         mean += 0.1 * (features.mean(0) - mean)
         var += 0.1 * (features.var(0, ddof=1) - var)
         assert_allclose(step["fc_norm/mean"], mean, rtol=1e-4, atol=1e-5)
@@ -122,4 +121,4 @@ def test_probe_of_a_pretrained_encoder(pretrained, tmp_path, capsys):
 
 def test_needs_running_norm():
     with pytest.raises(ConfigError, match="needs config.model.running_norm=True"):
-        build_model(probe(model__running_norm=False))
+        tasks.create(probe(model__running_norm=False)).build_model()

@@ -4,6 +4,7 @@ import io
 import json
 import struct
 import time
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -12,14 +13,14 @@ import pytest
 import recipes
 from etils import epath
 from etils.epath import backend, gpath
-from ml_collections import ConfigDict
 from numpy.testing import assert_allclose
 from PIL import Image
 
-from hivit_jax import checkpoint, figures, metrics, tasks
+from hivit_jax import checkpoint, figures, metrics
 from hivit_jax.data import pipeline
 from hivit_jax.main import main
 from hivit_jax.models.classifier import Classifier
+from hivit_jax.tasks.classification import scores
 from hivit_jax.train import train
 
 # metrics.jsonl
@@ -191,15 +192,18 @@ def test_best_of_the_checkpoints_that_are_kept(tmp_path):
     ]
     text = "".join(json.dumps(line | {"eval/unreadable": 0}) + "\n" for line in lines)
     (tmp_path / "metrics.jsonl").write_text(text)
-    best = metrics.best_line(tmp_path, [20, 30])
+    best = metrics.best_line(tmp_path, [20, 30], ("eval/top1", "max"))
     assert best == (
         "best checkpoint  step 30  eval  loss 0.9000  top1 80.00 %  (8 images)  "
         f"{tmp_path}/checkpoints/30"
     )
-    assert "step 10 " in metrics.best_line(tmp_path, [10, 20, 30])
-    (tmp_path / "metrics.jsonl").write_text(text.replace("eval/top1", "x"))
-    assert "step 20 " in metrics.best_line(tmp_path, [10, 20, 30])  # the lowest loss
-    assert metrics.best_line(tmp_path, []).startswith("no checkpoint of an evaluated")
+    of_all = partial(metrics.best_line, tmp_path, [10, 20, 30])
+    assert "step 10 " in of_all(("eval/top1", "max"))
+    assert "step 20 " in of_all(("eval/top1", "min"))
+    assert "step 20 " in of_all(("eval/loss", "min"))
+    assert "step 30 " in of_all(("eval/loss", "max"))
+    none = metrics.best_line(tmp_path, [], ("eval/loss", "min"))
+    assert none.startswith("no checkpoint of an evaluated")
 
 
 def test_say_is_for_one_process(monkeypatch, capsys):
@@ -256,7 +260,8 @@ def test_draw_run(workdir, channels):
         writer.scalars(step, {"eval/loss": 2 / step, "eval/top1": step / 40})
     writer.close()
     panels = np.random.RandomState(0).rand(2, 4, 16, 16, channels)
-    drawn = figures.draw_run(workdir, 20, panels)
+    pictures = {"reconstruction": figures.reconstructions(panels, "title")}
+    drawn = figures.draw_run(workdir, 20, pictures)
     paths = {
         "curves": workdir / "figures" / "curves.png",
         "reconstruction": workdir / "figures" / "reconstruction_0000020.png",
@@ -271,7 +276,7 @@ def test_draw_run(workdir, channels):
 
 
 def test_draw_run_without_panels_or_lines(tmp_path):
-    drawn = figures.draw_run(tmp_path, 0, None)
+    drawn = figures.draw_run(tmp_path, 0, {})
     assert list(drawn) == ["curves"]
     assert [p.name for p in (tmp_path / "figures").iterdir()] == ["curves.png"]
 
@@ -279,7 +284,7 @@ def test_draw_run_without_panels_or_lines(tmp_path):
 def test_pictures_show_the_panels(tmp_path):
     """Black, grey and white panels are where they belong."""
     panels = np.stack([np.full((8, 8, 1), level) for level in (0, 0.5, 1, 0)])[None]
-    pixels = figures.draw_reconstructions(tmp_path / "x.png", panels, "title")
+    pixels = figures.reconstructions(panels, "title")
     row = pixels[pixels.shape[0] * 2 // 3].mean(-1)
     middles = row[[len(row) * (2 * k + 1) // 8 for k in range(4)]]
     assert_allclose(middles, [0, 127.5, 255, 0], atol=1)
@@ -288,24 +293,8 @@ def test_pictures_show_the_panels(tmp_path):
 # What a task counts
 
 
-def classify(logits, labels, smoothing=0.0, train=False):
-    config = ConfigDict(
-        dict(
-            task="classify",
-            label_smoothing=smoothing,
-            **dict(mixup=0.0, cutmix=0.0, random_erasing=0.0),
-            model=dict(num_classes=np.shape(logits)[-1]),
-            data=dict(mean=(0.0,), std=(1.0,), flip=False),
-        )
-    )
-    batch = {"image": jnp.zeros((len(labels), 2, 2, 1)), "label": jnp.asarray(labels)}
-    keys = jnp.zeros(len(labels))
-
-    def model(images, sample_keys):
-        assert sample_keys is None
-        return jnp.asarray(logits, jnp.float32)
-
-    values = tasks.classification(model, batch, keys, config, train)
+def classify(logits, labels):
+    values = scores(jnp.asarray(logits, jnp.float32), jnp.asarray(labels))
     return {name: np.asarray(value) for name, value in values.items()}
 
 
@@ -324,7 +313,7 @@ def test_equal_scores_go_by_class_number():
 
 def test_cross_entropy_is_not_smoothed_in_evaluation():
     logits = np.log([[0.5, 0.25, 0.25], [0.1, 0.2, 0.7]])
-    values = classify(logits, [0, 1], smoothing=0.3)
+    values = classify(logits, [0, 1])
     assert_allclose(values["loss"], [-np.log(0.5), -np.log(0.2)], rtol=1e-6)
 
 
@@ -361,7 +350,7 @@ def test_workdir_in_a_bucket(bucket):
             assert steps(bucket / "run")[-1] == step
         writer.close()
     assert steps(bucket / "run") == [1, 2, 3, 4]
-    figures.draw_run(workdir, 4, None)
+    figures.draw_run(workdir, 4, {})
     assert (bucket / "run" / "figures" / "curves.png").stat().st_size > 1000
     assert not list(bucket.rglob(".writable*"))
     assert str(checkpoint.absolute("gs://bucket/run")) == "gs://bucket/run"

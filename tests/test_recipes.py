@@ -9,7 +9,8 @@ import pytest
 import recipes
 
 from hivit_jax import config as configs
-from hivit_jax.optimizer import make_schedule, peak_learning_rate
+from hivit_jax import tasks
+from hivit_jax.optimizer import peak_learning_rate
 
 FACTS = json.loads((Path(__file__).parent / "golden/lr_schedules.json").read_text())
 PER_EPOCH = 1000
@@ -18,7 +19,9 @@ PER_EPOCH = 1000
 def schedule(recipe, *overrides, per_epoch=PER_EPOCH):
     flags = [f"--config.{each}" for each in overrides]
     config = configs.load(str(recipes.ROOT / f"configs/{recipe}.py"), flags)
-    made = make_schedule(config, per_epoch, round(config.total_epochs * per_epoch))
+    made = tasks.create(config).schedule(
+        per_epoch, round(config.total_epochs * per_epoch)
+    )
     return jax.jit(made)
 
 

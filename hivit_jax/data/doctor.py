@@ -26,7 +26,7 @@ from hivit_jax import tasks
 from hivit_jax.data.pipeline import Loader, cores, permutation, samples_at
 from hivit_jax.data.sources import open_source
 from hivit_jax.errors import ConfigError, DataError, Parser, exit_code
-from hivit_jax.models import Model
+from hivit_jax.models import Model, image_shape
 
 CHUNK = 32  # images that a thread takes at a time
 SHOWN = 20  # names that the report has room for
@@ -114,7 +114,7 @@ def oddities(
 
     Decodes nothing; PIL and `name` are asked only where this is no plain JPEG.
     """
-    canvas, (height, width, _) = config.data.canvas, configs.image_shape(config)
+    canvas, (height, width, _) = config.data.canvas, image_shape(config.model)
     kinds = {
         f"over {canvas}, may be slower": max(shape) > canvas,
         f"under {height} x {width}": shape[0] < height or shape[1] < width,
@@ -178,9 +178,9 @@ def images_per_second(split: Split) -> float:
     return done / spent
 
 
-def speed(config: Any, model: Model, rate: float) -> str:
+def speed(task: tasks.Task, model: Model, rate: float) -> str:
     """The text on how many cores, each reading `rate` images/s, a chip needs."""
-    flops = 3 * 2 * tasks.macs(config, model)  # backward is twice forward
+    flops = 3 * 2 * task.macs(model)  # backward is twice forward
     title = f"estimate at {UTILISATION:.0%} of peak"
     lines = [f"speed: {rate:,.0f} training images/s from each of {cores()} cores here"]
     lines += ["", _row(title, "images/s", "cores")]
@@ -197,7 +197,8 @@ def examine(config: Any, sample: int, listing: TextIO) -> None:
     data, problems = config.data, []
     if data.name == "synthetic":
         raise ConfigError("data.name='synthetic' is made up; there is nothing to check")
-    model = nnx.eval_shape(lambda: tasks.build_model(config))
+    task = tasks.create(config)
+    model = nnx.eval_shape(task.build_model)
     splits = [Split(config, split, sample) for split in ("train", "test")]
     print(f"{data.name} {data.dir}".rstrip())
     for split in splits:
@@ -210,7 +211,7 @@ def examine(config: Any, sample: int, listing: TextIO) -> None:
             if len(names) > allowed.get(kind, 0):
                 problems.append(f"{split.title}: {len(names):,} {kind}")
     if (splits[0].labels >= 0).any():
-        print(f"\n{speed(config, model, images_per_second(splits[0]))}")
+        print(f"\n{speed(task, model, images_per_second(splits[0]))}")
     print(f"\n{'; '.join(problems) or 'healthy'}")
     if problems:
         raise DataError(f"{data.name} is not fit for a run\n{problems[0]}")

@@ -21,10 +21,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from hivit_jax.config import image_shape
 from hivit_jax.data import randaugment, transforms
 from hivit_jax.data.sources import num_examples, open_source
 from hivit_jax.errors import ConfigError, DataError
+from hivit_jax.models import image_shape
 
 Batch = dict[str, np.ndarray]
 CHUNK = 8  # images that a thread takes at a time
@@ -127,7 +127,7 @@ def _batches(
 
 def _synthetic_batches(config: Any, plan: Iterator, size: int) -> Iterator[Batch]:
     """Noise images, for benchmarks: costs a copy, reads nothing."""
-    shape = image_shape(config)
+    shape = image_shape(config.model)
     pool = np.random.default_rng(config.seed).integers(
         0, 256, (64, *shape), dtype=np.uint8
     )
@@ -187,7 +187,7 @@ class Loader:
     def __init__(self, config: Any, split: str, augmented: bool):
         data = config.data
         self.threads = data.workers or cores()
-        *self._size, self._channels = image_shape(config)
+        *self._size, self._channels = image_shape(config.model)
         self._source = open_source(data, split)
         # A ConfigDict's attributes take microseconds, several times an image.
         self._data, self._seed = SimpleNamespace(**data), config.seed

@@ -2,7 +2,7 @@
 
 import inspect
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -82,6 +82,13 @@ def kind_of(name: str) -> type[Model]:
     if name not in NAMES:
         raise unknown("model name", name, NAMES)
     return MaskedAutoencoder if name.startswith("mae_") else Classifier
+
+
+def image_shape(arguments: Mapping[str, Any]) -> tuple[int, int, int]:
+    """(height, width, channels) of the images of a model with these arguments."""
+    size = arguments["image_size"]
+    sides = (size, size) if isinstance(size, int) else tuple(size)
+    return (*sides, arguments["in_channels"])
 
 
 def split(model: nnx.Module) -> tuple[nnx.GraphDef, dict]:

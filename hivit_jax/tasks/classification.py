@@ -1,0 +1,82 @@
+"""Classification: finetuning from a pretrained encoder, or training from scratch."""
+
+import jax
+import optax
+
+from hivit_jax import augment
+from hivit_jax.augment import Keys
+from hivit_jax.models.classifier import Classifier
+from hivit_jax.tasks.base import PerSample, Task, topk_correct, weighted_sums
+
+
+class Classification(Task):
+    """Cross entropy with label smoothing, random erasing, Mixup and CutMix."""
+
+    required = ("label_smoothing", "mixup", "cutmix", "random_erasing")
+    best = ("eval/top1", "max")
+    head_scale = 2e-5 / 0.02  # official ``main_finetune.py``
+    # Official ``main_finetune.py`` spares both kinds of position table.
+    decayed = ("kernel",)
+    undecayed = (
+        "bias",
+        "scale",
+        "absolute_pos_embed",
+        "relative_position_bias_table",
+    )
+    model_class = Classifier
+
+    def starts_at_epoch_one(self) -> bool:
+        """As in `Task`; the official supervised code does not."""
+        return self.config.optimizer.official_quirks and bool(self.config.init_from)
+
+    def loss(self, model: Classifier, batch: dict, keys: Keys) -> PerSample:
+        """Cross entropy with the mixed targets; hits of the true labels."""
+        images, targets = self.augment_with_targets(batch, keys)
+        drop_path_keys = augment.split_keys(keys.samples, "drop_path")
+        logits = model(images, sample_keys=drop_path_keys)
+        loss = optax.softmax_cross_entropy(logits, targets)
+        return {"loss": loss, **topk_correct(logits, batch["label"])}
+
+    def augment_with_targets(
+        self, batch: dict, keys: Keys
+    ) -> tuple[jax.Array, jax.Array]:
+        """Images of a training batch, flipped, erased and mixed, float32 [B, H, W, C];
+        and their smoothed, mixed targets, float32 [B, classes].
+        """
+        config, images = self.config, self.augment_batch(batch, keys)
+        with jax.named_scope("input"):
+            targets = augment.smooth_labels(
+                batch["label"], config.model.num_classes, config.label_smoothing
+            )
+            if config.random_erasing:
+                erase_keys = augment.split_keys(keys.samples, "erase")
+                images = augment.random_erasing(
+                    images, erase_keys, config.random_erasing
+                )
+            if config.mixup or config.cutmix:
+                images, targets = augment.mix(
+                    images,
+                    targets,
+                    batch["weight"],
+                    keys.step,
+                    mixup=config.mixup,
+                    cutmix=config.cutmix,
+                )
+        return images, targets
+
+    def training_images(self, batch: dict, keys: Keys) -> jax.Array:
+        """As `Task.training_images`, erased and mixed too."""
+        return self.augment_with_targets(batch, keys)[0]
+
+    def eval_step(
+        self, model: Classifier, batch: dict, keys: Keys
+    ) -> dict[str, jax.Array]:
+        """Sums of cross entropy and hits."""
+        logits = model(self.preprocess(batch))
+        return weighted_sums(scores(logits, batch["label"]), batch["weight"])
+
+
+def scores(logits: jax.Array, labels: jax.Array) -> PerSample:
+    """Cross entropy, top-1 and top-5 hits of logits [B, classes]."""
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    return {"loss": loss, **topk_correct(logits, labels)}

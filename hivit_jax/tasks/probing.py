@@ -1,0 +1,80 @@
+"""Nearest neighbors: how well an encoder's features tell classes apart, untrained."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+from hivit_jax import models, pretrained, tasks
+from hivit_jax.data import pipeline
+from hivit_jax.sharding import make_mesh, state_shardings, to_devices
+from hivit_jax.tasks.base import topk_correct
+
+
+def nearest_neighbours(
+    config: Any,
+    neighbours: int = 20,
+    temperature: float = 0.07,
+    beat: Callable[[], None] = lambda: None,
+) -> dict[str, float | int]:
+    """Classifies the test split by the nearest training images; trains nothing.
+
+    Features are the mean of the last tokens of the encoder in `config.init_from`, of
+    length 1; a neighbour votes with ``exp(cosine / temperature)``, as DINO's
+    ``eval_knn.py`` has it.
+
+    Args:
+      beat: called after every batch.
+
+    Returns:
+      knn/top1 and knn/top5, fractions, and knn/count.
+    """
+    start = pretrained.find_for(config, config.init_from)
+    task = tasks.create(config)
+    model = nnx.eval_shape(task.build_model)
+    graphdef, abstract = models.split(model)
+    mesh = make_mesh(config.mesh, config.batch_size)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    draw = jax.jit(
+        lambda: models.split(task.build_model())[1],
+        out_shardings=state_shardings(mesh, abstract),
+    )
+    params = pretrained.start_from(start, model, draw(), fresh=task.fresh)
+
+    @partial(jax.jit, out_shardings=everywhere)
+    def encode(params, batch):
+        features = nnx.merge(graphdef, params).encoded(task.preprocess(batch))
+        length = jnp.linalg.norm(features, axis=-1, keepdims=True)
+        return features / length, batch["label"], batch["weight"]
+
+    def encoded(split):
+        batches = to_devices(pipeline.eval_batches(config, split), mesh)
+        parts = []
+        for batch in batches:
+            parts.append(jax.device_get(encode(params, batch)))
+            beat()
+        features, labels, weight = map(np.concatenate, zip(*parts, strict=True))
+        return features[weight > 0], labels[weight > 0]
+
+    @jax.jit
+    def classify(queries, keys, labels):
+        cosine, found = jax.lax.top_k(queries @ keys.T, min(neighbours, len(keys)))
+        votes = jax.nn.one_hot(labels[found], config.model.num_classes)
+        return (jnp.exp(cosine / temperature)[..., None] * votes).sum(1)
+
+    keys, labels = jax.device_put(encoded("train"))
+    queries, true = encoded("test")
+    chunks = [
+        topk_correct(classify(queries[i : i + 256], keys, labels), true[i : i + 256])
+        for i in range(0, len(queries), 256)
+    ]
+    means = {
+        f"knn/{name}": float(np.concatenate([chunk[name] for chunk in chunks]).mean())
+        for name in chunks[0]
+    }
+    return means | {"knn/count": len(queries)}

@@ -1,0 +1,63 @@
+"""Rules of the house, read from the syntax trees of the package."""
+
+import ast
+from pathlib import Path
+
+import hivit_jax
+from hivit_jax.tasks import TASKS
+
+PACKAGE = Path(hivit_jax.__file__).parent
+MODELS = {"Classifier", "MaskedAutoencoder", "HiViT"}
+# Modules that may know tasks by name or models by class: tasks, models, weights
+# and commands.
+EXEMPT = ("tasks/", "models/", "weights.py", "export.py", "reconstruct.py")
+
+
+def trees():
+    """[(file, its syntax tree)] of the modules that must know no task."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        name = path.relative_to(PACKAGE).as_posix()
+        if not name.startswith(EXEMPT):
+            yield name, ast.parse(path.read_text())
+
+
+def test_only_tasks_know_a_task_by_name():
+    found = [
+        f"{name}:{node.lineno} {node.value!r}"
+        for name, tree in trees()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and node.value in [*TASKS]
+    ]
+    assert found == []
+
+
+def test_only_tasks_ask_for_the_class_of_a_model():
+    found = [
+        f"{name}:{node.lineno}"
+        for name, tree in trees()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and getattr(node.func, "id", "") == "isinstance"
+        and MODELS & {n.id for n in ast.walk(node.args[1]) if isinstance(n, ast.Name)}
+    ]
+    assert found == []
+
+
+def test_modules_do_not_import_each_other_in_circles():
+    """Imports at the top of a module; one inside a function may go up."""
+    modules = {}
+    for path in PACKAGE.rglob("*.py"):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        name = ".".join(("hivit_jax", *parts)).removesuffix(".__init__")
+        modules[name] = ast.parse(path.read_text()).body
+    needed = {name: set() for name in modules}
+    for name, body in modules.items():
+        for node in body:
+            if isinstance(node, ast.ImportFrom):
+                for alias in node.names:
+                    inner = f"{node.module}.{alias.name}"
+                    needed[name].add(inner if inner in modules else node.module)
+    needed = {name: found & modules.keys() for name, found in needed.items()}
+    while free := [name for name, found in needed.items() if not found]:
+        needed = {n: found - {*free} for n, found in needed.items() if n not in free}
+    assert needed == {}

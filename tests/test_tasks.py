@@ -1,0 +1,56 @@
+"""Tasks by name, and a user's own."""
+
+import pytest
+import recipes
+
+from hivit_jax import tasks
+from hivit_jax.errors import ConfigError
+from hivit_jax.main import main
+
+OWN = """
+from hivit_jax.tasks.masked_autoencoding import MaskedAutoencoding
+
+class Half(MaskedAutoencoding):
+    required = ("share",)
+
+    def macs(self, model, layer_norm_cost=0):
+        return 77_000_000 + layer_norm_cost
+"""
+
+
+def test_a_task_of_ones_own(tmp_path, monkeypatch, capsys):
+    """``module:Class``: its keys are asked for, its methods called."""
+    (tmp_path / "own_task.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    recipe = recipes.ROOT / "configs" / "digits_mae.py"
+    text = recipe.read_text().replace('"mae"', '"own_task:Half"')
+    (tmp_path / "own.py").write_text(text)
+    flags = [f"--config={tmp_path / 'own.py'}", "--mode=describe"]
+    assert main(flags) == 2
+    assert "task='own_task:Half' needs a recipe with config.share" in (
+        capsys.readouterr().err
+    )
+    added = text.replace(
+        "    return config\n", "    config.share = 2\n    return config\n"
+    )
+    (tmp_path / "own.py").write_text(added)
+    assert main(flags) == 0
+    assert "multiply-adds per image              0.0770 G" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["nowhere:Half", "json:Half"])
+def test_no_such_class(name):
+    with pytest.raises(ConfigError, match=f"task='{name}' cannot be imported: "):
+        tasks.find(name)
+
+
+def test_unknown_task():
+    with pytest.raises(ConfigError, match="unknown task 'clasify'; did you mean"):
+        tasks.find("clasify")
+
+
+def test_parameter_without_a_rule():
+    """Of weight decay, in every task that has weight decay by name."""
+    for name in ("mae", "classify"):
+        with pytest.raises(ValueError, match="weight decay .* 'encoder/gamma'"):
+            tasks.find(name)({}).is_decayed("encoder/gamma")
