@@ -88,7 +88,7 @@ def readable(files, split):
     return [array[good] for array in files[1][split]]
 
 
-def flags_of(root, directory):
+def flags_of(root, directory, **more):
     values = dict(
         batch_size=BATCH,
         init_from=directory,
@@ -107,6 +107,7 @@ def flags_of(root, directory):
         data__std=STD,
         label_smoothing=0.1,
         random_erasing=1.0,
+        **more,
     )
     recipe = recipes.ROOT / "configs" / "digits_finetune.py"
     flags = [f"--config.{k.replace('__', '.')}={v}" for k, v in values.items()]
@@ -126,7 +127,8 @@ def test_nearest_neighbours(model, files, monkeypatch, tmp_path, capsys):
     beats = []
     monkeypatch.setattr(hosts.Guard, "beat", lambda guard: beats.append(guard))
     with recipes.quick():
-        assert main([*flags_of(files[0], directory), "--mode=knn"]) == 0
+        flags = flags_of(files[0], directory, data__max_unreadable=0.05)
+        assert main([*flags, "--mode=knn"]) == 0
     assert len(beats) == 6 + 4  # batches of 8
     top1, top5 = by_hand(queries, true, keys, labels)
     assert capsys.readouterr().out.endswith(
@@ -138,3 +140,13 @@ def test_nearest_neighbours(model, files, monkeypatch, tmp_path, capsys):
         more = np.concatenate([keys, *[black] * count])
         votes = np.concatenate([labels, [0] * count])
         assert by_hand(queries, true, more, votes, check=False) != [top1, top5]
+
+
+def test_too_many_unreadable_images(model, files, monkeypatch, tmp_path, capsys):
+    """Two of the 43 training images are one too many."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    flags = flags_of(files[0], model[1], data__max_unreadable=0.04)
+    with recipes.quick():
+        assert main([*flags, "--mode=knn"]) == 4
+    error = capsys.readouterr().err
+    assert "2 images of folder could not be read, 4.65%" in error

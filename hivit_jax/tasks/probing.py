@@ -33,6 +33,9 @@ def nearest_neighbours(
 
     Returns:
       knn/top1 and knn/top5, fractions, and knn/count.
+
+    Raises:
+      DataError: more images cannot be read than `data.max_unreadable` allows.
     """
     start = pretrained.find_for(config, config.init_from)
     task = tasks.create(config)
@@ -50,7 +53,7 @@ def nearest_neighbours(
     def encode(params, batch):
         features = nnx.merge(graphdef, params).encoded(task.preprocess(batch))
         length = jnp.linalg.norm(features, axis=-1, keepdims=True)
-        return features / length, batch["label"], batch["weight"]
+        return features / length, batch["label"], batch["weight"], batch["unreadable"]
 
     def encoded(split):
         batches = to_devices(pipeline.eval_batches(config, split), mesh)
@@ -58,7 +61,10 @@ def nearest_neighbours(
         for batch in batches:
             parts.append(jax.device_get(encode(params, batch)))
             beat()
-        features, labels, weight = map(np.concatenate, zip(*parts, strict=True))
+        features, labels, weight, unreadable = map(
+            np.concatenate, zip(*parts, strict=True)
+        )
+        pipeline.check_unreadable(unreadable.sum(), 0, config.data, split)
         return features[weight > 0], labels[weight > 0]
 
     @jax.jit
