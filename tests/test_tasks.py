@@ -3,9 +3,10 @@
 import pytest
 import recipes
 
-from hivit_jax import tasks
+from hivit_jax import evaluate, tasks
 from hivit_jax.errors import ConfigError
 from hivit_jax.main import main
+from hivit_jax.train import train
 
 OWN = """
 from hivit_jax.tasks.masked_autoencoding import MaskedAutoencoding
@@ -47,6 +48,29 @@ def test_no_such_class(name):
 def test_unknown_task():
     with pytest.raises(ConfigError, match="unknown task 'clasify'; did you mean"):
         tasks.find("clasify")
+
+
+def test_metric_that_picks_the_best_checkpoint(tmp_path, monkeypatch, capsys):
+    """Top-1 of a classifier, where the loss disagrees; of four checkpoints, with only
+    the newest to be kept.
+    """
+    picks = {name: task.best for name, task in tasks.TASKS.items()}
+    top1 = ("eval/top1", "max")
+    assert picks == dict(mae=("eval/loss", "min"), classify=top1, linear_probe=top1)
+    counts = {"eval/count": 8, "eval/unreadable": 0}
+    values = iter([(0.9, 0.1), (0.8, 0.9), (0.2, 0.3), (0.5, 0.2)])
+
+    def evaluation(*_):
+        return dict(zip(("eval/loss", "eval/top1"), next(values), strict=True)) | counts
+
+    monkeypatch.setattr(evaluate, "evaluate", evaluation)
+    every = dict(eval_every=1, checkpoint_every=1, keep_checkpoints=1)
+    with recipes.quick():
+        train(recipes.classifier(total_steps=4, **every), tmp_path)
+    assert recipes.saved(tmp_path) == [2, 4]
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert "best checkpoint  step 2 " in last
+    assert last.endswith(f"{tmp_path}/checkpoints/2")
 
 
 def test_parameter_without_a_rule():
