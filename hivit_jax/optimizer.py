@@ -192,7 +192,8 @@ def accumulated(gradient: Callable, micro: int) -> Callable:
 
         arguments = batch, keys.samples, params, keys.step, total_weight
         mesh = jax.sharding.get_abstract_mesh()
-        axes = tuple(axis for axis in ("replica", "data") if axis in mesh.axis_names)
+        # Axes of one device are left out, because XLA:CPU refuses to sum over them.
+        axes = tuple(a for a in ("replica", "data") if mesh.shape.get(a, 1) > 1)
         groups = math.prod(mesh.shape[axis] for axis in axes)
         if not axes or len(keys.samples) // groups // micro % 2:
             return summed(*arguments)

@@ -28,11 +28,11 @@ from hivit_jax.step import prepare_step
 from hivit_jax.weights import to_official
 
 OPTIONAL = ("tensorflow", "tensorflow_datasets", "tensorboardX", "sklearn", "torch")
-FSDP = dict(mesh__data=2, mesh__fsdp=4)
-EVERY_AXIS = dict(mesh__replica=2, mesh__data=1, mesh__fsdp=2, mesh__tensor=2)
+FSDP = dict(mesh__replica=2, mesh__data=1, mesh__fsdp=4)
+TENSOR = dict(mesh__data=1, mesh__fsdp=4, mesh__tensor=2)
 EVERY_STEP = dict(checkpoint_every=1, keep_checkpoints=10)
 AVERAGED = dict(
-    optimizer__ema_decay=0.5, optimizer__warmup_epochs=0.0, total_steps=3, **EVERY_STEP
+    optimizer__ema_decay=0.9, optimizer__warmup_epochs=0.0, total_steps=3, **EVERY_STEP
 )
 
 
@@ -140,10 +140,10 @@ def test_trains_on_one_device_without_optional_packages(name, alone, trained):
     ("name", "mesh"),
     [
         ("mae", FSDP),
-        ("mae", EVERY_AXIS),
+        ("mae", TENSOR),
         ("classifier", FSDP | dict(mesh__zero=1)),
     ],
-    ids=["mae-fsdp", "mae-every_axis", "classifier-zero1"],
+    ids=["mae-fsdp", "mae-tensor", "classifier-zero1"],
 )
 def test_losses_do_not_depend_on_the_mesh(name, mesh, trained):
     """The classifier drops paths, so that its draws are the mesh's neither."""
@@ -157,8 +157,8 @@ def test_losses_do_not_depend_on_the_mesh(name, mesh, trained):
 @pytest.mark.parametrize(
     ("name", "overrides"),
     [
-        ("mae", dict(optimizer__accumulate_steps=4, **EVERY_AXIS)),
-        ("classifier", dict(optimizer__accumulate_steps=4, **EVERY_AXIS)),
+        ("mae", dict(optimizer__accumulate_steps=4, **TENSOR)),
+        ("classifier", dict(optimizer__accumulate_steps=4, **TENSOR)),
     ],
 )
 def test_accumulation_changes_nothing(name, overrides, trained):
@@ -240,13 +240,13 @@ def test_devices_of_several_slices():
 
 
 def test_tensor_axis_splits_heads_and_hidden_units(trained):
-    shards = trained(recipes.mae, **EVERY_AXIS).shards[-1]
+    shards = trained(recipes.mae, **TENSOR).shards[-1]
     block = "params/encoder/stages/2/0"
-    assert shards[f"{block}/attn/qkv/kernel"] == (32, 3, 1, 32)  # of [64, 3, 2, 32]
+    assert shards[f"{block}/attn/qkv/kernel"] == (16, 3, 1, 32)  # of [64, 3, 2, 32]
     assert shards[f"{block}/attn/qkv/bias"] == (3, 1, 32)
     assert shards[f"{block}/attn/proj/kernel"] == (32, 64)  # of [64, 64]: small
-    assert shards[f"{block}/mlp/fc1/kernel"] == (32, 128)  # of [64, 256]
-    assert shards[f"{block}/mlp/fc2/kernel"] == (128, 32)  # of [256, 64]
+    assert shards[f"{block}/mlp/fc1/kernel"] == (16, 128)  # of [64, 256]
+    assert shards[f"{block}/mlp/fc2/kernel"] == (128, 16)  # of [256, 64]
 
 
 # --- The optimiser against the official one -----------------------------------------
