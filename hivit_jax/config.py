@@ -149,10 +149,11 @@ def _check(config: ConfigDict) -> None:
         if key not in config:
             raise ConfigError(f"task={config.task!r} needs a recipe with config.{key}")
     for key, neutral in task.unused.items():
-        part, leaf = key.split(".")
-        if config[part][leaf] not in (None, neutral):
+        *parents, leaf = key.split(".")
+        value = (config[parents[0]] if parents else config)[leaf]
+        if value not in (None, neutral):
             raise ConfigError(
-                f"{key}={config[part][leaf]} has no effect with task={config.task!r}; "
+                f"{key}={value} has no effect with task={config.task!r}; "
                 f"expected {neutral}"
             )
     for key, least in LEAST.items():

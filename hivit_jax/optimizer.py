@@ -1,4 +1,4 @@
-"""AdamW as the recipes use it: decay groups, layer-wise decay, warmup and cosine."""
+"""AdamW with layer-wise decay, its learning rate, and gradient accumulation."""
 
 import math
 import re
