@@ -27,7 +27,8 @@ from PIL import Image
 from benchmarks import photographs
 from benchmarks.machine import processor
 from hivit_jax import config as configs
-from hivit_jax.data import pipeline, sources, transforms
+from hivit_jax import inputs
+from hivit_jax.data import order, sources, transforms
 from hivit_jax.data.prepare import shrink
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,14 +48,14 @@ def recipe(directory: Path, **data):
 def ours(directory: Path, **data) -> Callable[[], Iterator]:
     """The project's batches, end to end."""
     config = recipe(directory, **data)
-    return lambda: pipeline.train_batches(config, 0, STEPS)
+    return lambda: inputs.train_batches(config, 0, STEPS)
 
 
 def one_by_one(directory: Path, work: Callable) -> Callable[[], Iterator]:
     """work(encoded, index) for every image of the round, read beforehand."""
     source = sources.open_source(recipe(directory).data, "train")
     plan = [i % len(source) for i in range(BATCH * STEPS)]
-    encoded = [source.fetch(index)[0] for index in plan]
+    encoded = [source.sample(index)["image"] for index in plan]
 
     def run():
         for index, image in zip(plan, encoded, strict=True):
@@ -84,9 +85,10 @@ def tf_data(directory: Path, method: str) -> Callable[[], Iterator]:
     import tensorflow as tf
 
     source = sources.open_source(recipe(directory).data, "train")
-    order = pipeline.samples_at(np.arange(BATCH * STEPS), len(source), 0)[0].tolist()
+    positions = np.arange(BATCH * STEPS)
+    indices = order.samples_at(positions, len(source), 0)[0].tolist()
     boxes = []
-    for index in order:
+    for index in indices:
         draws = transforms.uniforms(0, 0, index)
         boxes.append(transforms.random_resized_crop(375, 500, draws, SCALE).box)
 
@@ -154,7 +156,9 @@ def jump() -> float:
     """Seconds to the crops of step 100,000 of 4,096 of ImageNet's images, undecoded."""
     began = time.perf_counter()
     positions = 100_000 * 4096 + np.arange(4096)
-    indices, epochs = pipeline.samples_at(positions, sources.IMAGENET_TRAIN, seed=0)
+    indices, epochs = order.samples_at(
+        positions, sources.IMAGENET.counts["train"], seed=0
+    )
     for index, epoch in zip(indices.tolist(), epochs.tolist(), strict=True):
         draws = transforms.uniforms(0, epoch, index)
         transforms.random_resized_crop(375, 500, draws, SCALE)
@@ -165,7 +169,7 @@ def memory(root: Path, batches: int) -> None:
     """Prints the memory of this process along the way."""
     config = recipe(root, workers=2)
     every = max(batches // 10, 1)
-    for step, _ in enumerate(pipeline.train_batches(config, 0, batches), 1):
+    for step, _ in enumerate(inputs.train_batches(config, 0, batches), 1):
         if step == min(100, every) or step % every == 0:
             pages = int(Path("/proc/self/statm").read_text().split()[1])
             resident = pages * os.sysconf("SC_PAGE_SIZE") / 2**20

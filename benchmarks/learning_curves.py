@@ -19,19 +19,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from flax import nnx
 from matplotlib import pyplot as plt
 from torch.nn import functional as F
 
 from benchmarks import photographs
 from benchmarks.torch_twin import HiViT
-from hivit_jax import augment, tasks
+from hivit_jax import augment, inputs
 from hivit_jax import config as configs
-from hivit_jax.config import image_shape
-from hivit_jax.data import pipeline, sources
-from hivit_jax.models import named_leaves, split
+from hivit_jax.config import step_options
+from hivit_jax.models import image_shape, named_leaves, split
 from hivit_jax.optimizer import count_steps
-from hivit_jax.step import make_init, make_train_step
+from hivit_jax.sharding import make_mesh
+from hivit_jax.step import prepare
 from hivit_jax.weights import to_official
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -92,14 +91,14 @@ def twin(config: Any, model: Any, params: Any) -> HiViT:
 def curves(config: Any) -> tuple[list[float], list[float]]:
     """Losses of every step, here and in PyTorch."""
     steps = config.total_steps
-    per_epoch, _ = count_steps(config, sources.num_examples(config.data, "train"))
-    task = tasks.create(config)
+    task = inputs.make_task(config)
+    per_epoch, _ = count_steps(config, inputs.epoch_images(config, task))
     schedule = task.schedule(per_epoch, steps)
     model = task.build_model()
-    graphdef, abstract = split(nnx.eval_shape(task.build_model))
-    optimizer = task.optimizer(abstract, schedule)
-    state = jax.jit(make_init(config, task, optimizer))()
-    step_here = jax.jit(make_train_step(config, task, graphdef, optimizer, schedule))
+    abstract = split(model)[1]
+    mesh = make_mesh(config.mesh, config.batch_size)
+    training = prepare(task, mesh, schedule, **step_options(config))
+    state, step_here = jax.jit(training.init)(), jax.jit(training.step)
 
     network = twin(config, model, jax.device_get(state["params"]))
     # One official name for each of ours, in the same order.
@@ -140,14 +139,14 @@ def curves(config: Any) -> tuple[list[float], list[float]]:
         )
 
     losses: tuple[list[float], list[float]] = ([], [])
-    for step, batch in enumerate(pipeline.train_batches(config, 0, steps)):
+    for step, batch in enumerate(inputs.train_batches(config, 0, steps)):
         for group in there.param_groups:
             group["lr"] = float(schedule(step))
         loss = loss_there(step, batch)
         there.zero_grad()
         loss.backward()
         there.step()
-        state, values = step_here(state, batch, np.int32(step))
+        state, values = step_here(state, {}, batch, np.int32(step))
         losses[0].append(float(values["loss"]))
         losses[1].append(loss.item())
     return losses

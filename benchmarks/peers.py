@@ -62,7 +62,7 @@ def ours(args: argparse.Namespace, exchange: Path) -> tuple[Callable, dict[str, 
 
     from benchmarks import plain_config  # noqa: F401  first
     from benchmarks.train_step import Training
-    from hivit_jax import augment, tasks
+    from hivit_jax import augment
     from hivit_jax import config as configs
     from hivit_jax.weights import to_official
 
@@ -73,10 +73,10 @@ def ours(args: argparse.Namespace, exchange: Path) -> tuple[Callable, dict[str, 
     training = Training(config)
     params = jax.device_get(training.state["params"])
     keys = augment.step_keys(config.seed, "train", jnp.uint32(0), args.batch)
-    images = tasks.create(config).training_images(training.batch, keys)
+    images = training.task.training_images(training.batch, keys)
     masks = augment.split_keys(keys.samples, "mask")
     noise = jax.vmap(lambda key: jax.random.uniform(key, (196,)))(masks)
-    model = nnx.eval_shape(tasks.create(config).build_model)
+    model = nnx.eval_shape(training.task.build_model)
     state = to_official(params, model)
     np.savez(exchange, **state, images=images, noise=noise)
     loss = training.run(1)

@@ -25,8 +25,8 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from benchmarks.train_step import task_of
 from hivit_jax import config as configs
-from hivit_jax import tasks
 from hivit_jax.chips import CHIPS, devices_of
 from hivit_jax.errors import exit_code
 from hivit_jax.models import split
@@ -68,7 +68,7 @@ def bundles(listing: str) -> int:
 
 def blocks(config: Any, images: int) -> dict[str, tuple[int, nnx.Module, tuple]]:
     """Kind -> how many, one of them without arrays, the shape of what goes in."""
-    model = nnx.eval_shape(tasks.create(config).build_model)
+    model = nnx.eval_shape(task_of(config).build_model)
     encoder, decoder = model.encoder, model.decoder_blocks
     units, cells = encoder.absolute_pos_embed.shape[0], encoder.inner_patches**2
     kept, found = visible_units(units, config.mask_ratio), {}

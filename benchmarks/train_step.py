@@ -14,6 +14,7 @@ import resource
 import statistics
 import sys
 import time
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,11 @@ from hivit_jax import step as steps
 from hivit_jax import tasks
 from hivit_jax.chips import chip_of
 from hivit_jax.compiling import compile_step, keep_memory
-from hivit_jax.data.sources import IMAGENET_TRAIN
+from hivit_jax.config import step_options
+from hivit_jax.data.sources import IMAGENET
 from hivit_jax.errors import HivitError, Parser, exit_code
 from hivit_jax.optimizer import count_steps
-from hivit_jax.sharding import make_mesh
+from hivit_jax.sharding import make_mesh, shardings_of
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -51,13 +53,17 @@ class Training:
         mesh = make_mesh(
             config.mesh, config.batch_size, config.optimizer.accumulate_steps
         )
-        schedule = tasks.create(config).schedule(*count_steps(config, IMAGENET_TRAIN))
-        init, step, shapes, shardings = steps.prepare_step(config, mesh, schedule)
-        self.state = jax.jit(init, out_shardings=shardings)()
-        self.batch = made_up(shapes[1], config)
+        self.task = task_of(config)
+        schedule = self.task.schedule(
+            *count_steps(config, self.task.data.counts["train"])
+        )
+        training = steps.prepare(self.task, mesh, schedule, **step_options(config))
+        shardings = shardings_of(training.state)
+        self.state = jax.jit(training.init, out_shardings=shardings)()
+        self.batch = made_up(training.batches[0], config)
         jax.block_until_ready((self.state, self.batch))
         began, busy = time.perf_counter(), time.process_time()
-        self.step = compile_step(step, shapes, shardings)
+        self.step = compile_step(training)
         self.compile_seconds = time.perf_counter() - began
         self.compile_cpu_seconds = time.process_time() - busy
         self.done = 0
@@ -65,9 +71,17 @@ class Training:
     def run(self, count: int) -> float:
         """Steps, all of them finished; returns the loss of the last."""
         for _ in range(count):
-            self.state, values = self.step(self.state, self.batch, np.int32(self.done))
+            self.state, values = self.step(
+                self.state, {}, self.batch, np.int32(self.done)
+            )
             self.done += 1
         return float(jax.block_until_ready((self.state, values))[1]["loss"])
+
+
+def task_of(config: Any) -> tasks.Task:
+    """The task of a recipe for ImageNet, which is not opened, or for made-up images."""
+    encoded = config.data.name != "synthetic"
+    return tasks.create(config, replace(IMAGENET, encoded=encoded))
 
 
 def made_up(shapes: dict[str, jax.ShapeDtypeStruct], config: Any) -> dict:
@@ -79,6 +93,7 @@ def made_up(shapes: dict[str, jax.ShapeDtypeStruct], config: Any) -> dict:
         "label": rng.integers(0, classes, shapes["label"].shape),
         "weight": 1,
         "unreadable": 0,
+        "index": 0,
         "box": np.array([0, config.data.canvas, config.data.canvas]),
     }
     return {
@@ -121,7 +136,7 @@ def measure(config: Any, rounds: int, count: int) -> dict[str, Any]:
         raise HivitError(f"losses {losses}; expected finite numbers")
     median = statistics.median(seconds)
     rate = config.batch_size / median
-    task = tasks.create(config)
+    task = training.task
     model = nnx.eval_shape(task.build_model)
     # Two operations each; twice as many again for the gradient, where there is one.
     flops = (2 if config.task == "linear_probe" else 6) * task.macs(model)

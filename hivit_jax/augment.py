@@ -108,7 +108,9 @@ def axis_weights(
         far = ((2.5 - 0.5 * x) * x - 4) * x + 2
         weights = xp.where(x < 1, near, xp.where(x < 2, far, 0))
     weights = xp.where(xp.arange(extent) < real, weights, 0)
-    return weights / weights.sum(-1, keepdims=True)
+    total = weights.sum(-1, keepdims=True)
+    # An unreadable example has an empty box; it must stay finite.
+    return weights / xp.where(total == 0, 1, total)
 
 
 def normalize(

@@ -1,15 +1,18 @@
 """What a checkpoint is, and orbax behind it.
 
-``DIR/checkpoints/STEP/`` holds the items *params*, *ema* (if kept), *optimizer* (its
-state and the step), *config*, and *digests* of every array, which orbax alone would
-restore with flipped bits in it. Each can be restored alone. A step that was not written
-to the end has no final name and is never seen.
+``DIR/checkpoints/STEP/`` holds the items *params*, *model_state* (if there is any),
+*ema* (if kept), *optimizer* (its state and the step), *config*, and *digests* of every
+array, which orbax alone would restore with flipped bits in it. Each can be restored
+alone. A step that was not written to the end has no final name and is never seen.
+
+Until 0.1 the model state stood in *params*, and had moments in *optimizer*. Such
+checkpoints are restored by name, and the moments are dropped.
 """
 
 import json
 import shutil
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
@@ -20,12 +23,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from etils.epath import Path
+from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint import checkpoint_managers
 
 from hivit_jax.errors import CheckpointError, ConfigError, first_line
 from hivit_jax.hosts import all_agree
 from hivit_jax.metrics import Best, Scalars, say, score
-from hivit_jax.models import named_leaves
+from hivit_jax.models import leaf_name, named_leaves
 
 logging.set_verbosity(logging.ERROR)  # orbax narrates every save
 # Devices that hold the same array share its writing in pieces of a megabyte or more:
@@ -88,8 +92,9 @@ class Checkpoints:
             "params": state["params"],
             "optimizer": {k: state[k] for k in ("opt_state", "step")},
         }
-        if "ema" in state:
-            arrays["ema"] = state["ema"]
+        for item in ("model_state", "ema"):
+            if jax.tree.leaves(state.get(item)):
+                arrays[item] = state[item]
         items = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
         texts = {"config": json.loads(config), "digests": digests(arrays)}
         items |= {name: ocp.args.JsonSave(text) for name, text in texts.items()}
@@ -162,12 +167,23 @@ class Checkpoints:
           CheckpointError: it is damaged.
         """
         path = self.directory / str(step)
-        state = {"params": _restore(path, "params", wanted["params"])}
-        optimizer = {k: wanted[k] for k in ("opt_state", "step")}
-        state |= _restore(path, "optimizer", optimizer)
+        named = {item: named_leaves(tree) for item, tree in wanted.items()}
+        fixed = named["model_state"]
+        if (path / "model_state").is_dir():
+            arrays = _restore(path, "params", named["params"])
+            arrays |= _restore(path, "model_state", fixed)
+        else:
+            arrays = _restore(path, "params", named["params"] | fixed)
+        state = {
+            item: _rebuild(wanted[item], arrays) for item in ("params", "model_state")
+        }
+        optimizer = {item: wanted[item] for item in ("opt_state", "step")}
+        arrays = _restore(path, "optimizer", named_leaves(optimizer), dropped=fixed)
+        state |= _rebuild(optimizer, arrays)
         if "ema" in wanted:
             # Averaging switched on in the middle of a run starts from the parameters.
-            state["ema"] = _restore(path, _averaged(path), wanted["ema"])
+            arrays = _restore(path, _averaged(path), named["ema"], dropped=fixed)
+            state["ema"] = _rebuild(wanted["ema"], arrays)
         return state
 
     def close(self) -> None:
@@ -207,7 +223,8 @@ def load_config(step_path: Path) -> dict[str, Any]:
 def load_arrays(
     step_path: Path, averaged: bool = True
 ) -> tuple[dict[str, np.ndarray], str]:
-    """Parameters of a step by name, on the host, whatever model they are of.
+    """Parameters and model state of a step by name, on the host, whatever model they
+    are of.
 
     Args:
       averaged: the averaged ones where they were kept.
@@ -219,10 +236,14 @@ def load_arrays(
       CheckpointError: the step is damaged.
     """
     item = _averaged(step_path) if averaged else "params"
-    with _reading(step_path):
-        tree = load_item(step_path / item)
-    _verify(step_path, item, tree)
-    return named_leaves(tree), item
+    arrays = {}
+    for each in (item, "model_state"):
+        if each == item or (step_path / each).is_dir():
+            with _reading(step_path):
+                tree = load_item(step_path / each)
+            _verify(step_path, each, tree)
+            arrays |= named_leaves(tree)
+    return arrays, item
 
 
 def load_item(path: Path) -> Any:
@@ -317,14 +338,44 @@ def _averaged(step_path: Path) -> str:
     return "ema" if (step_path / "ema").is_dir() else "params"
 
 
-def _restore(step_path: Path, item: str, abstract: Any) -> Any:
+def _restore(
+    step_path: Path,
+    item: str,
+    wanted: Mapping[str, jax.ShapeDtypeStruct],
+    dropped: Iterable[str] = (),
+) -> dict[str, jax.Array]:
+    """Arrays of an item by name.
+
+    Args:
+      wanted: shapes, dtypes and shardings by name.
+      dropped: ends of the names of arrays that may be there and are not wanted.
+    """
     with _reading(step_path):
         shapes = _metadata(step_path, item)
-    _compare(step_path, named_leaves(shapes), named_leaves(abstract))
+    ends = tuple(f"/{name}" for name in dropped)
+    found = named_leaves(shapes)
+    kept = {n: x for n, x in found.items() if n in wanted or not f"/{n}".endswith(ends)}
+    _compare(step_path, kept, wanted)
+    mesh = next(iter(wanted.values())).sharding.mesh
+
+    def place(path, leaf):
+        whole = NamedSharding(mesh, PartitionSpec())
+        other = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole)
+        return wanted.get(leaf_name(path), other)
+
+    abstract = jax.tree_util.tree_map_with_path(place, shapes)
     with _reading(step_path), ocp.StandardCheckpointer() as checkpointer:
         tree = checkpointer.restore(step_path / item, abstract)
     _verify(step_path, item, tree)
-    return tree
+    arrays = named_leaves(tree)
+    return {name: arrays[name] for name in wanted}
+
+
+def _rebuild(tree: Any, arrays: Mapping[str, jax.Array]) -> Any:
+    """The arrays of a pytree by their names."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: arrays[leaf_name(path)], tree
+    )
 
 
 def _metadata(step_path: Path, item: str) -> Any:

@@ -8,7 +8,7 @@ import math
 import re
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,9 @@ from jax.sharding import Mesh
 
 from hivit_jax.chips import CHIPS, GIB, GPU_OPTIONS, PLUGINS, Chip, devices_of
 from hivit_jax.compiling import compile_step
-from hivit_jax.config import to_json
+from hivit_jax.config import step_options, to_json
 from hivit_jax.describe import resolved_schedule
+from hivit_jax.inputs import task_of_recipe
 from hivit_jax.metrics import prepare_workdir, say
 from hivit_jax.programs import (
     bytes_by_region,
@@ -28,7 +29,7 @@ from hivit_jax.programs import (
     matmul_flops_by_region,
 )
 from hivit_jax.sharding import BATCH, make_mesh
-from hivit_jax.step import prepare_step
+from hivit_jax.step import Training, prepare
 
 
 def compile_ahead(config: Any, workdir: str | Path) -> dict[str, Any]:
@@ -91,7 +92,10 @@ def examine(config: Any, devices: Sequence[jax.Device]) -> dict[str, Any]:
         "batch_per_device": config.batch_size // shards,
         "versions": {each: metadata.version(each) for each in ("jax", PLUGINS[name])},
     }
-    step, arguments, shardings = train_step(config, mesh)
+    training = train_step(config, mesh)
+    # Of several buckets the one with the most bytes decides what fits.
+    sizes = [sum(map(_bytes, batch.values())) for batch in training.batches]
+    bucket = sizes.index(max(sizes))
     began, busy = time.perf_counter(), time.process_time()
     memory, hlo = {"total": None, "limit": chip.memory}, ""
     try:
@@ -99,7 +103,7 @@ def examine(config: Any, devices: Sequence[jax.Device]) -> dict[str, Any]:
             # The compiler's own text: jaxlib cannot read all that libtpu hands it.
             options = {"xla_dump_to": dump, "xla_dump_hlo_as_text": True}
             options |= GPU_OPTIONS if PLUGINS[name] != "libtpu" else {}
-            compiled = compile_step(step, arguments, shardings, options)
+            compiled = compile_step(training, bucket, options)
             [text] = Path(dump).glob("*after_optimizations.txt")
             hlo, memory = text.read_text(), memory_of(compiled, chip)
     except jax.errors.JaxRuntimeError as error:
@@ -123,7 +127,7 @@ def examine(config: Any, devices: Sequence[jax.Device]) -> dict[str, Any]:
     if not hlo:
         return report
     with jax.set_mesh(mesh):
-        jaxpr = jax.make_jaxpr(step)(*arguments).jaxpr
+        jaxpr = jax.make_jaxpr(training.step)(*training.arguments(bucket)).jaxpr
     computed, read = matmul_flops_by_region(jaxpr, loops=True), bytes_by_region(hlo)
     matmuls, once = computed.total(), matmul_flops(jaxpr, loops=False)
     images = config.batch_size / mesh.size
@@ -150,9 +154,15 @@ def examine(config: Any, devices: Sequence[jax.Device]) -> dict[str, Any]:
     }
 
 
-def train_step(config: Any, mesh: Mesh) -> tuple[Callable, tuple, Any]:
-    """The step that `train.train` compiles, shapes for it, the state's shardings."""
-    return prepare_step(config, mesh, resolved_schedule(config)[2])[1:]
+def train_step(config: Any, mesh: Mesh) -> Training:
+    """The step that `train.train` compiles."""
+    schedule = resolved_schedule(config)[2]
+    task = task_of_recipe(config)
+    return prepare(task, mesh, schedule, **step_options(config))
+
+
+def _bytes(array: jax.ShapeDtypeStruct) -> int:
+    return math.prod(array.shape) * array.dtype.itemsize
 
 
 def memory_of(compiled: jax.stages.Compiled, chip: Chip) -> dict[str, int]:

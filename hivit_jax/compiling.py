@@ -9,6 +9,8 @@ from typing import Any
 import jax
 
 from hivit_jax.metrics import say
+from hivit_jax.sharding import shardings_of
+from hivit_jax.step import Training
 
 CACHE_HIT = "/jax/compilation_cache/cache_hits"
 _hits: list[str] = []
@@ -38,24 +40,37 @@ def keep_memory() -> None:
             mallopt(option, value)
 
 
+def compile_steps(training: Training) -> Callable:
+    """Compile a train step for every bucket ahead of its first call."""
+
+    def signature(batch):
+        return tuple((name, *batch[name].shape) for name in sorted(batch))
+
+    compiled = {
+        signature(batch): compile_step(training, bucket)
+        for bucket, batch in enumerate(training.batches)
+    }
+    return lambda state, frozen, batch, step: compiled[signature(batch)](
+        state, frozen, batch, step
+    )
+
+
 def compile_step(
-    step: Callable,
-    arguments: tuple,
-    shardings: Any,
-    options: dict[str, Any] | None = None,
+    training: Training, bucket: int = 0, options: dict[str, Any] | None = None
 ) -> jax.stages.Compiled:
-    """Compiles a train step ahead of its first call, and says how long that took.
+    """Compile the train step for one bucket, and log how long that took.
 
     Args:
-      arguments: of its calls, or their shapes and shardings.
-      shardings: of the state.
       options: of the compiler.
     """
-    say("compiling the train step ...")
+    count = len(training.batches)
+    which = f" for bucket {bucket + 1} of {count}" if count > 1 else ""
+    say(f"compiling the train step{which} ...")
     began, hits = time.perf_counter(), len(_hits)
-    jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+    shardings = shardings_of(training.state)
+    jitted = jax.jit(training.step, donate_argnums=0, out_shardings=(shardings, None))
     with jax.set_mesh(jax.tree.leaves(shardings)[0].mesh):  # kernels look at it
-        lowered = jitted.lower(*arguments)
+        lowered = jitted.lower(*training.arguments(bucket))
     compiled = lowered.compile(options)
     how = "read from the cache" if len(_hits) > hits else "compiled"
     say(f"{how} in {time.perf_counter() - began:.1f} s")

@@ -3,7 +3,7 @@
 import ast
 import importlib.util
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from ml_collections.config_dict import FieldReference, placeholder
 from hivit_jax import tasks
 from hivit_jax.augment import REACH
 from hivit_jax.errors import ConfigError, unknown
-from hivit_jax.models import override_parameters
+from hivit_jax.models import NAMES, check_overrides, override_parameters
 
 KINDS = {
     int: "an integer",
@@ -110,6 +110,21 @@ def load(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
     return config
 
 
+def of_checkpoint(recipe: Mapping[str, Any]) -> ConfigDict:
+    """The config that is saved with a checkpoint, also by an older version."""
+    return _with_defaults(ConfigDict(recipe)).lock()
+
+
+def step_options(config: ConfigDict) -> dict[str, Any]:
+    """Keyword arguments of `step.prepare`."""
+    return dict(
+        seed=config.seed,
+        accumulate_steps=config.optimizer.accumulate_steps,
+        ema_decay=config.optimizer.ema_decay,
+        zero=config.mesh.zero,
+    )
+
+
 def to_json(config: ConfigDict) -> str:
     """The config as readable JSON text."""
     return json.dumps(json.loads(config.to_json_best_effort()), indent=2) + "\n"
@@ -131,20 +146,28 @@ def _read(path: Path, *variant: str) -> ConfigDict:
             for name in names.split():
                 if name not in (config.get(part, {}) if part else config):
                     raise TypeError(f"config.{part}{'.' * bool(part)}{name} is missing")
-        for key, value in DEFAULTS.items():
-            *parents, name = key.split(".")
-            part = config[parents[0]] if parents else config
-            part[name] = part.get(name, value)
-        return config
+        return _with_defaults(config)
     except Exception as error:
         raise ConfigError(
             f"--config={path} cannot be read: {type(error).__name__}: {error}"
         ) from error
 
 
+def _with_defaults(config: ConfigDict) -> ConfigDict:
+    for key, value in DEFAULTS.items():
+        *parents, name = key.split(".")
+        part = config[parents[0]] if parents else config
+        part[name] = part.get(name, value)
+    return config
+
+
 def _check(config: ConfigDict) -> None:
     """ConfigError for what nothing else checks before it does harm."""
-    task = tasks.find(config.task)
+    task, model = tasks.find(config.task), config.model
+    if model.name in NAMES:  # else a user's own
+        own = {"name", "image_size", "in_channels"}
+        given = (key for key, value in model.items() if value is not None)
+        check_overrides(model.name, (key for key in given if key not in own))
     for key in task.required:
         if key not in config:
             raise ConfigError(f"task={config.task!r} needs a recipe with config.{key}")

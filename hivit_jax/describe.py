@@ -9,10 +9,8 @@ import numpy as np
 import optax
 from flax import nnx
 
-from hivit_jax import augment, figures, tasks
+from hivit_jax import augment, figures, inputs, tasks
 from hivit_jax import config as configs
-from hivit_jax.data import pipeline
-from hivit_jax.data.sources import IMAGENET_TRAIN, num_examples
 from hivit_jax.errors import DataError
 from hivit_jax.models import Model, named_leaves, split
 from hivit_jax.optimizer import (
@@ -24,7 +22,7 @@ from hivit_jax.optimizer import (
 
 def describe(config: Any) -> str:
     """The text of ``--mode describe``."""
-    task = tasks.create(config)
+    task = inputs.task_of_recipe(config)
     model = nnx.eval_shape(task.build_model)
     parts = [configs.to_json(config).rstrip(), parameter_table(model)]
     parts += [cost(task, model), schedule(config)]
@@ -43,11 +41,12 @@ def draw(config: Any, workdir: str | Path) -> str:
     config = config.copy_and_resolve_references()
     config.batch_size = 16
     try:
-        batch = next(pipeline.train_batches(config, 0, 1))
+        task = inputs.make_task(config, "train")
+        batch = next(inputs.train_batches(config, 0, 1))
     except DataError as error:
         return f"{directory}/schedule.png; no images drawn: {error}"
     keys = augment.step_keys(config.seed, "train", jnp.uint32(0), 16)
-    images = tasks.create(config).training_images(batch, keys)
+    images = task.training_images(batch, keys)
     images = np.asarray(images) * config.data.std + config.data.mean
     figures.write_png(directory / "augmented.png", figures.sheet(images.clip(0, 1)))
     return f"{directory}/schedule.png, {directory}/augmented.png"
@@ -112,12 +111,8 @@ def schedule(config: Any) -> str:
 
 
 def resolved_schedule(config: Any) -> tuple[int, int, optax.Schedule]:
-    """Training images, steps in all and the learning rate by step."""
-    try:
-        images = num_examples(config.data, "train")
-    except DataError:
-        if config.data.name != "imagenet2012":
-            raise
-        images = IMAGENET_TRAIN
+    """Images of an epoch, steps in all and the learning rate by step."""
+    task = inputs.task_of_recipe(config)
+    images = inputs.epoch_images(config, task)
     per_epoch, total = count_steps(config, images)
-    return images, total, tasks.create(config).schedule(per_epoch, total)
+    return images, total, task.schedule(per_epoch, total)

@@ -7,6 +7,7 @@ import argparse
 import difflib
 import sys
 from collections.abc import Callable, Iterable
+from importlib import import_module
 from typing import NoReturn
 
 
@@ -59,6 +60,21 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}; --help shows the usage")
+
+
+def import_class(key: str, name: str) -> type:
+    """Class of a user's own, ``module:Class``, that a config key names.
+
+    Raises:
+      ConfigError: it cannot be imported.
+    """
+    module, _, class_name = name.partition(":")
+    try:
+        return getattr(import_module(module), class_name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            f"{key}={name!r} cannot be imported: {error}; expected module:Class"
+        ) from error
 
 
 def first_line(error: Exception) -> str:

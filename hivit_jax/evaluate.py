@@ -1,8 +1,8 @@
-"""Exact evaluation: every image of the test split once, on any number of devices and
+"""Exact evaluation: every example of the test split once, on any number of devices and
 in any batch; and panels of the same held-out images.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,118 +10,173 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from hivit_jax import augment, metrics, models, pretrained, tasks
-from hivit_jax.data import pipeline, sources
+from hivit_jax import augment, hosts, inputs, metrics, models, pretrained, tasks
 from hivit_jax.errors import ConfigError, DataError
-from hivit_jax.sharding import make_mesh, state_shardings, to_devices
+from hivit_jax.sharding import (
+    BATCH,
+    check_batch,
+    make_mesh,
+    state_shardings,
+    to_devices,
+)
 
 FIGURE_IMAGES = 6
 
+# "params" and "model_state" of a model, and "frozen" of its task.
+Variables = Mapping[str, Any]
 
-def make_eval_step(config: Any, task: tasks.Task, graphdef: nnx.GraphDef) -> Callable:
-    """Jitted (params, batch, first position) -> the task's sums over the images that
-    could be read, by name; their count; and that of the others.
+
+def make_eval_step(
+    config: Any, task: tasks.Task, graphdef: nnx.GraphDef, mesh: Mesh
+) -> Callable:
+    """Return (variables, batch, number of the first example) -> (sums, count,
+    unreadable, rows), jitted: the first three over all examples that could be read.
     """
+    check_batch(mesh, task.transform(train=False).batch_size)
+    whole, rows = (NamedSharding(mesh, spec) for spec in (PartitionSpec(), BATCH))
 
-    @jax.jit
-    def eval_step(params, batch, first):
-        keys = augment.step_keys(config.seed, "eval", first, config.batch_size)
-        sums = task.eval_step(nnx.merge(graphdef, params), batch, keys)
-        return sums, batch["weight"].sum(), batch["unreadable"].sum()
+    def eval_step(variables, batch, first):
+        model = nnx.merge(graphdef, variables["params"], variables["model_state"])
+        keys = augment.step_keys(config.seed, "eval", first, len(batch["weight"]))
+        sums, found = task.eval_step(model, variables["frozen"], batch, keys)
+        found = found and found | {name: batch[name] for name in ("index", "weight")}
+        return sums, batch["weight"].sum(), batch["unreadable"].sum(), found
 
-    return eval_step
+    return jax.jit(eval_step, out_shardings=(whole, whole, whole, rows))
 
 
 def evaluate(
     config: Any,
     task: tasks.Task,
     eval_step: Callable,
-    params: Any,
+    variables: Variables,
     mesh: Mesh,
-    beat: Callable[[], None] = lambda: None,
+    heartbeat: Callable[[], None] = lambda: None,
 ) -> dict[str, float | int]:
-    """The task's metrics of the test split; eval/count, the exact number of images, and
-    eval/unreadable, of those that had to be left out.
+    """Return the task's metrics of the test split; eval/count, the exact number of
+    examples, and eval/unreadable, of those that had to be left out.
 
     Sums of a batch are added up on the host, in float64 or int64, because float32
     stops counting at 16.7 million.
 
     Args:
-      beat: called after every batch.
+      heartbeat: called after every batch.
 
     Raises:
-      DataError: the pipeline did not yield every image once, or too many cannot be
+      DataError: the loader did not yield every example once, or too many cannot be
         read.
     """
-    totals, counts = None, np.zeros(2)
-    for number, batch in enumerate(to_devices(pipeline.eval_batches(config), mesh)):
-        first = jnp.uint32(number * config.batch_size)
-        sums, *counted = jax.device_get(eval_step(params, batch, first))
+    totals, counts, records, first = None, np.zeros(2), [], 0
+    for batch in to_devices(inputs.eval_batches(config), mesh):
+        *summed, rows = eval_step(variables, batch, jnp.uint32(first))
+        sums, *counted = jax.device_get(summed)
         sums = jax.tree.map(_widened, sums)
         totals = sums if totals is None else jax.tree.map(np.add, totals, sums)
         counts += counted
-        beat()
+        records.append(task.records(local_rows(rows)) if rows else [])
+        first += len(batch["weight"])
+        heartbeat()
     count, unreadable = map(int, counts)
-    expected = sources.num_examples(config.data, "test")
+    expected = task.data.counts["test"]
     if count + unreadable != expected:
         raise DataError(
             f"evaluated {count} images and could not read {unreadable}; the "
             f"split has {expected}"
         )
-    pipeline.check_unreadable(unreadable, expected, config.data, "test")
-    return task.summarize(totals, count) | {
-        "eval/count": count,
-        "eval/unreadable": unreadable,
-    }
+    inputs.check_unreadable(unreadable, expected, config.data, "test")
+    records = in_order(hosts.gather_objects(records))
+    values = {}
+    if jax.process_index() == 0:
+        values = task.summarize(totals, count, records)
+    values = hosts.gather_objects(values)[0]
+    return values | {"eval/count": count, "eval/unreadable": unreadable}
 
 
 def _widened(x: np.ndarray) -> np.ndarray:
     return np.asarray(x, np.int64 if np.issubdtype(x.dtype, np.integer) else np.float64)
 
 
+def local_rows(rows: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
+    """Rows [B, ...] of this process's examples that have a weight, on the host."""
+    found = {}
+    for name, array in rows.items():
+        parts = {s.index[0].start or 0: s.data for s in array.addressable_shards}
+        parts = [np.asarray(parts[start]) for start in sorted(parts)]
+        found[name] = np.concatenate(parts)
+    counted = found.pop("weight") > 0
+    return {name: array[counted] for name, array in found.items()}
+
+
+def in_order(records: list[list[list]]) -> list:
+    """Records of all processes, by process and batch -> in the order of the split."""
+    return [r for batch in zip(*records, strict=True) for part in batch for r in part]
+
+
 def evaluate_checkpoint(
-    config: Any, workdir: str | Path, beat: Callable[[], None] = lambda: None
+    config: Any, workdir: str | Path, heartbeat: Callable[[], None] = lambda: None
 ) -> dict[str, float | int]:
-    """Evaluates `config.checkpoint`, anything that `pretrained.find` reads, or the
-    workdir's newest, and says the result.
+    """Evaluate `config.checkpoint`, anything that `pretrained.find` reads, or the
+    workdir's newest, and log the result.
 
     Raises:
       CheckpointError: there is no checkpoint.
       ConfigError: it is of another model.
     """
     start = pretrained.find_for(config, config.checkpoint or workdir)
-    task = tasks.create(config)
-    model = nnx.eval_shape(task.build_model)
-    graphdef, abstract = models.split(model)
-    arrays = pretrained.fit(start, model)
-    for name in models.named_leaves(abstract):
-        if name not in arrays:
-            raise ConfigError(f"{start.path} has no {name} that fits this config")
+    task = inputs.make_task(config, "test")
     mesh = make_mesh(config.mesh, config.batch_size)
-    params = jax.tree_util.tree_map_with_path(
-        lambda path, to: jax.device_put(arrays[models.leaf_name(path)], to),
-        state_shardings(mesh, abstract),
-    )
-    eval_step = make_eval_step(config, task, graphdef)
-    values = evaluate(config, task, eval_step, params, mesh, beat)
+    graphdef, variables = restore(start, task, mesh)
+    eval_step = make_eval_step(config, task, graphdef, mesh)
+    values = evaluate(config, task, eval_step, variables, mesh, heartbeat)
     metrics.say(metrics.eval_line(start.label, values))
     return values
 
 
+def restore(
+    start: pretrained.Pretrained, task: tasks.Task, mesh: Mesh
+) -> tuple[nnx.GraphDef, Variables]:
+    """Structure and variables of a task's model with all the arrays of a saved one.
+
+    Raises:
+      ConfigError: an array is missing or does not fit.
+    """
+    model = nnx.eval_shape(task.build_model)
+    graphdef, params, model_state = models.split_state(model)
+    arrays = pretrained.fit(start, model)
+    shapes = {"params": params, "model_state": model_state}
+
+    def put(path, sharding):
+        name = models.leaf_name(path[1:])
+        if name not in arrays:
+            raise ConfigError(f"{start.path} has no {name} that fits this config")
+        return jax.device_put(arrays[name], sharding)
+
+    shardings = state_shardings(mesh, shapes)
+    variables = jax.tree_util.tree_map_with_path(put, shardings)
+    return graphdef, variables | {"frozen": put_frozen(task, mesh)}
+
+
+def put_frozen(task: tasks.Task, mesh: Mesh) -> Any:
+    """The frozen arrays of a task, sharded over the mesh."""
+    frozen = task.frozen()
+    return jax.device_put(frozen, state_shardings(mesh, frozen))
+
+
 def make_panels(config: Any, task: tasks.Task, graphdef: nnx.GraphDef) -> Callable:
-    """params -> the task's panels of the first held-out images, on the host; always
-    drawn from the same keys. Reads no images for a task without panels.
+    """Return variables -> the task's panels of the first held-out images, on the host;
+    always drawn from the same keys. Reads no images for a task without panels.
     """
     if type(task).panels is tasks.Task.panels:
-        return lambda params: {}
-    batch = pipeline.first_test_images(config, FIGURE_IMAGES)
-    count = len(batch["image"])
+        return lambda variables: {}
+    batch = inputs.first_test_images(config, FIGURE_IMAGES)
+    count = len(batch["weight"])
 
     @jax.jit
-    def panels(params, batch):
+    def panels(variables, batch):
+        model = nnx.merge(graphdef, variables["params"], variables["model_state"])
         keys = augment.step_keys(config.seed, "eval", jnp.uint32(0), count)
-        return task.panels(nnx.merge(graphdef, params), batch, keys)
+        return task.panels(model, variables["frozen"], batch, keys)
 
-    return lambda params: jax.device_get(panels(params, batch))
+    return lambda variables: jax.device_get(panels(variables, batch))

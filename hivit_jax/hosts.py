@@ -4,6 +4,7 @@ same step, and none waits for ever for another.
 
 import faulthandler
 import os
+import pickle
 import signal
 import socket
 import subprocess
@@ -148,6 +149,25 @@ def all_agree(well: bool) -> bool:
     if jax.process_count() == 1:
         return well
     return bool(multihost_utils.process_allgather(np.array([well])).all())
+
+
+def gather_objects(thing: Any) -> list[Any]:
+    """The objects of all processes, in their order, on every process.
+
+    Args:
+      thing: anything that pickle writes; it is read only by the processes of this run.
+    """
+    if jax.process_count() == 1:
+        return [thing]
+    content = np.frombuffer(pickle.dumps(thing), np.uint8)
+    sizes = multihost_utils.process_allgather(np.array([content.size])).reshape(-1)
+    padded = np.zeros(sizes.max(), np.uint8)
+    padded[: content.size] = content
+    every = multihost_utils.process_allgather(padded)
+    return [
+        pickle.loads(part[:size].tobytes())
+        for part, size in zip(every, sizes, strict=True)
+    ]
 
 
 def catch_signals() -> Callable[[int], str | None]:

@@ -159,11 +159,17 @@ def step_line(step: int, total: int, values: Scalars) -> str:
 
 
 def eval_line(what: str, values: Scalars) -> str:
-    """``step 120  eval  loss 0.54  top1 87.50 %  (360 images)``."""
-    parts = [f"loss {values['eval/loss']:.4f}"]
-    for name in ("top1", "top5"):
-        if f"eval/{name}" in values:
-            parts.append(f"{name} {100 * values[f'eval/{name}']:.2f} %")
+    """``step 120  eval  loss 0.5400  top1 87.50 %  (360 images)``: accuracies in
+    percent, other metrics as they are.
+    """
+    parts = []
+    for key, value in values.items():
+        group, _, name = key.partition("/")
+        if group == "eval" and name not in ("count", "unreadable"):
+            text = f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+            if name.startswith("top"):
+                text = f"{100 * value:.2f} %"
+            parts.append(f"{name} {text}")
     images = f"{values['eval/count']:,} images"
     if values["eval/unreadable"]:
         images += f", {values['eval/unreadable']:,} unreadable"

@@ -1,6 +1,5 @@
-"""AdamW with layer-wise decay, its learning rate, and gradient accumulation."""
+"""AdamW with layer-wise decay, and its learning rate."""
 
-import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import PartitionSpec
 
 from hivit_jax.errors import ConfigError
 from hivit_jax.models import leaf_name, named_leaves
@@ -152,57 +150,3 @@ def make_optimizer(
             )
         )
     return optax.chain(*chain, optax.scale_by_learning_rate(schedule))
-
-
-def accumulated(gradient: Callable, micro: int) -> Callable:
-    """`gradient` of a batch, summed over `micro` parts of it one after another.
-
-    Of the mesh that is set, devices along replica and data each keep a sum of their
-    own, so that they exchange gradients once a step and not for every part. (Where
-    their part would be an odd number of images, which cannot be mixed in pairs, they
-    take the parts together.)
-
-    Args:
-      gradient: (params, batch, keys, total weight) -> pytree of sums over the batch.
-    """
-
-    def divided(x):
-        """[B, ...] -> [micro, B/micro, ...]: every device's samples stay there, along
-        fsdp too, and neighbours together, for one may be mixed into the other.
-        """
-        pair = 2 if len(x) // micro % 2 == 0 else 1
-        parts = x.reshape(-1, micro, pair, *x.shape[1:])
-        return jnp.moveaxis(parts, 1, 0).reshape(micro, -1, *x.shape[1:])
-
-    def whole(params, batch, keys, total_weight):
-        def of_part(batch, samples, params, step_key, total_weight):
-            keys_of = keys._replace(samples=samples, step=step_key)
-            return gradient(params, batch, keys_of, total_weight)
-
-        def summed(batch, samples, *rest):
-            def add(sums, part):
-                return jax.tree.map(jnp.add, sums, of_part(*part, *rest)), None
-
-            parts = jax.tree.map(divided, (batch, samples))
-            shapes = jax.eval_shape(
-                of_part, *jax.tree.map(lambda x: x[0], parts), *rest
-            )
-            zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-            return jax.lax.scan(add, zeros, parts)[0]
-
-        arguments = batch, keys.samples, params, keys.step, total_weight
-        mesh = jax.sharding.get_abstract_mesh()
-        # Axes of one device are left out, because XLA:CPU refuses to sum over them.
-        axes = tuple(a for a in ("replica", "data") if mesh.shape.get(a, 1) > 1)
-        groups = math.prod(mesh.shape[axis] for axis in axes)
-        if not axes or len(keys.samples) // groups // micro % 2:
-            return summed(*arguments)
-        return jax.shard_map(
-            lambda *args: jax.lax.psum(summed(*args), axes),
-            in_specs=(PartitionSpec(axes),) * 2 + (PartitionSpec(),) * 3,
-            out_specs=PartitionSpec(),
-            axis_names=set(axes),
-            check_vma=False,
-        )(*arguments)
-
-    return whole

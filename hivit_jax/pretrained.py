@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -163,9 +164,13 @@ def fit(
             f"{pretrained.path} has no {fates['missing'][0]}; with "
             f"{len(fates['missing'])} arrays left to chance this would be no start"
         )
-    source = abstract_model(pretrained.arguments).encoder.patch_embed.norm.epsilon
-    if source != (here := model.encoder.patch_embed.norm.epsilon):
-        say(f"note: layer_norm_eps is {source:g} in {pretrained.path}, {here:g} here")
+    if hasattr(model, "encoder"):
+        source = abstract_model(pretrained.arguments).encoder.patch_embed.norm.epsilon
+        if source != (here := model.encoder.patch_embed.norm.epsilon):
+            say(
+                f"note: layer_norm_eps is {source:g} in {pretrained.path}, "
+                f"{here:g} here"
+            )
     if any(fates[fate] for fate in fates if fate != "used"):
         say(f"{pretrained.path}:\n{fates_table(fates)}")
     return arrays
@@ -180,6 +185,8 @@ def compare(
     channels and cells (official: ``supervised/utils.py``). Relative position tables
     that pretraining did not have start from 0.
 
+    Arrays of a model without HiViT's encoder are used as they are.
+
     Args:
       model: a built or abstract model.
       fresh: prefixes of parameters that are not taken, such as ``head/``.
@@ -189,7 +196,8 @@ def compare(
       new (norm, head, prediction: to be drawn), missing or unlike (of another shape),
       and those dropped of the pretrained ones.
     """
-    source = abstract_model(pretrained.arguments)
+    hivit = hasattr(model, "encoder")
+    source = abstract_model(pretrained.arguments) if hivit else None
     arrays: dict[str, np.ndarray] = {}
     fates: dict[str, list[str]] = {fate: [] for fate in FATES}
     for name, leaf in named_leaves(split(model)[1]).items():
@@ -197,7 +205,9 @@ def compare(
         if name.startswith(fresh):
             array = None
         # By geometry, not by shape: 4 x 4 units are not 2 x 8.
-        resized = None if array is None else _resized(name, array, source, model)
+        resized = array
+        if hivit and array is not None:
+            resized = _resized(name, array, source, model)
         if resized is not None and resized.shape == leaf.shape:
             fates["used" if resized is array else "resized"].append(name)
             arrays[name] = resized
@@ -256,14 +266,15 @@ def fates_table(fates: dict[str, list[str]]) -> str:
 def start_from(
     pretrained: Pretrained,
     model: Model,
-    params: Any,
+    variables: Mapping[str, Any],
     fresh: tuple[str, ...] = (),
     head_scale: float = 1.0,
-) -> Any:
-    """`params` of `model`, freshly drawn, with what a pretrained model has of them.
+) -> dict[str, Any]:
+    """Freshly drawn variables of `model`, with what a pretrained model has of them.
 
     Args:
-      fresh: prefixes of parameters that are not taken.
+      variables: "params" and "model_state".
+      fresh: prefixes of arrays that are not taken.
       head_scale: factor on the weights of a head that is not taken.
 
     Raises:
@@ -273,12 +284,12 @@ def start_from(
     arrays = fit(pretrained, model, fresh)
 
     def choose(path, leaf):
-        name = leaf_name(path)
+        name = leaf_name(path[1:])
         if name in arrays:
             return jax.device_put(arrays[name], leaf.sharding)
         return leaf * head_scale if name == "head/kernel" else leaf
 
-    return jax.tree_util.tree_map_with_path(choose, params)
+    return jax.tree_util.tree_map_with_path(choose, dict(variables))
 
 
 def load_pretrained(

@@ -76,6 +76,16 @@ def make_mesh(
         ) from error
 
 
+def check_batch(mesh: Mesh, batch_size: int) -> None:
+    """ConfigError unless an evaluation's batch divides over the devices of a mesh."""
+    shards = math.prod(mesh.shape[axis] for axis in BATCH[0])
+    if batch_size < 1 or batch_size % shards:
+        raise ConfigError(
+            f"the batch of the evaluation, {batch_size}, is not divisible by {shards} "
+            "devices (mesh replica x data x fsdp)"
+        )
+
+
 def across_slices(
     shape: Sequence[int], slices: int, devices: Sequence[jax.Device]
 ) -> np.ndarray:
@@ -156,6 +166,11 @@ def placed(shapes: Any, shardings: Any) -> Any:
         shapes,
         shardings,
     )
+
+
+def shardings_of(shapes: Any) -> Any:
+    """Shardings of a pytree that `placed` returned."""
+    return jax.tree.map(lambda x: x.sharding, shapes)
 
 
 def to_devices(

@@ -14,19 +14,17 @@ from hivit_jax import (
     evaluate,
     figures,
     hosts,
+    inputs,
     metrics,
     pretrained,
-    tasks,
 )
-from hivit_jax.compiling import compile_step
-from hivit_jax.config import to_json
-from hivit_jax.data import pipeline, sources
+from hivit_jax.compiling import compile_steps
+from hivit_jax.config import step_options, to_json
 from hivit_jax.errors import DataError, DivergedError, Interrupted
 from hivit_jax.metrics import say
-from hivit_jax.models import split
 from hivit_jax.optimizer import count_steps, skip_steps
-from hivit_jax.sharding import make_mesh, placed, state_shardings, to_devices
-from hivit_jax.step import State, make_init, make_train_step
+from hivit_jax.sharding import make_mesh, shardings_of, to_devices
+from hivit_jax.step import State, prepare
 
 
 def train(
@@ -50,19 +48,16 @@ def train(
     Raises:
       HivitError: a bad config or input, divergence, interruption; see `errors`.
     """
-    # --- Model, mesh, optimiser: shapes only --------------------------------------
+    # --- Task, mesh, train step: shapes only ----------------------------------------
     workdir = Path(workdir)
-    task = tasks.create(config)
-    model = nnx.eval_shape(task.build_model)
-    graphdef, abstract_params = split(model)
+    task = inputs.make_task(config)
     mesh = make_mesh(config.mesh, config.batch_size, config.optimizer.accumulate_steps)
-    images = sources.num_examples(config.data, "train")
+    images = inputs.epoch_images(config, task)
     per_epoch, total_steps = count_steps(config, images)
     schedule = task.schedule(per_epoch, total_steps)
-    optimizer = task.optimizer(abstract_params, schedule)
-    init = make_init(config, task, optimizer)
-    abstract_state = jax.eval_shape(init)
-    shardings = state_shardings(mesh, abstract_state, config.mesh.zero)
+    training = prepare(task, mesh, schedule, **step_options(config))
+    shardings = shardings_of(training.state)
+    model = nnx.eval_shape(task.build_model)
     say(
         f"{config.model.name}: {model.parameter_count():,} parameters on {mesh.size} x "
         f"{jax.devices()[0].device_kind}; {total_steps:,} steps of "
@@ -75,7 +70,7 @@ def train(
     steps = checkpoints.steps()
     hosts.agree({"config": config, "dataset's size": images, "checkpoints": steps})
     step = 0
-    if found := checkpoints.restore_newest(placed(abstract_state, shardings)):
+    if found := checkpoints.restore_newest(training.state):
         step, state = found
         say(f"going on at step {step:,} from {checkpoints.directory / str(step)}")
         if task.starts_at_epoch_one():
@@ -84,34 +79,38 @@ def train(
             say(f"official_quirks: an epoch is left out, to step {step:,}")
     else:
         start = config.init_from and pretrained.find_for(config, config.init_from)
-        state = jax.jit(init, out_shardings=shardings)()
+        state = jax.jit(training.init, out_shardings=shardings)()
         if start:
-            state["params"] = pretrained.start_from(
+            state |= pretrained.start_from(
                 start,
                 model,
-                state["params"],
+                {name: state[name] for name in ("params", "model_state")},
                 fresh=task.fresh,
                 head_scale=task.head_scale,
             )
             if "ema" in state:
                 state["ema"] = jax.tree.map(jnp.copy, state["params"])
+    frozen = evaluate.put_frozen(task, mesh)
     if jax.process_index() == 0:
         (workdir / "config.json").write_text(to_json(config))
 
     # --- Evaluation -----------------------------------------------------------------
     writer = metrics.Writer(workdir, step) if jax.process_index() == 0 else None
-    eval_step = evaluate.make_eval_step(config, task, graphdef)
-    panels_of = evaluate.make_panels(config, task, graphdef)
+    eval_step = evaluate.make_eval_step(config, task, training.graphdef, mesh)
+    panels_of = evaluate.make_panels(config, task, training.graphdef)
 
     def run_evaluation():
-        params = state.get("ema", state["params"])
-        values = evaluate.evaluate(config, task, eval_step, params, mesh, beat)
-        panels = panels_of(params)
-        title = f"held-out images, step {step}"
-        pictures = task.figures(panels, title) if panels else {}
+        variables = {
+            "params": state.get("ema", state["params"]),
+            "model_state": state["model_state"],
+            "frozen": frozen,
+        }
+        values = evaluate.evaluate(config, task, eval_step, variables, mesh, beat)
+        panels = panels_of(variables)
         say(metrics.eval_line(f"step {step}", values))
         if writer:
             writer.scalars(step, values)
+            pictures = task.figures(panels) if panels else {}
             writer.images(step, figures.draw_run(workdir, step, pictures))
         return values
 
@@ -121,18 +120,12 @@ def train(
     try:
         stop = stop_requested(step)
         if step < total_steps and not stop:
-            batches = to_devices(
-                pipeline.train_batches(config, step, total_steps), mesh
-            )
+            batches = to_devices(inputs.train_batches(config, step, total_steps), mesh)
             batch = next(batches)
-            train_step = compile_step(
-                make_train_step(config, task, graphdef, optimizer, schedule),
-                (state, batch, np.int32(step)),
-                shardings,
-            )
+            train_step = compile_steps(training)
         clock.read()  # starts it
         while step < total_steps and not stop:
-            state, values = train_step(state, batch, np.int32(step))
+            state, values = train_step(state, frozen, batch, np.int32(step))
             if pending:  # no more than two steps, and their batches, in flight
                 jax.block_until_ready(pending[-1])
             batch = next(batches, None)  # while the devices work
@@ -154,7 +147,7 @@ def train(
                 if writer:
                     writer.scalars(step, line)
                 unreadable += line["unreadable"]
-                pipeline.check_unreadable(
+                inputs.check_unreadable(
                     unreadable, (step - first) * config.batch_size, config.data, "train"
                 )
                 with clock.pause():
@@ -188,15 +181,17 @@ def fetch_metrics(pending: list, state: State) -> dict[str, float]:
       The newest as floats; "unreadable" is the sum over the steps.
 
     Raises:
-      DivergedError: one of the steps had a loss or gradient that is not finite.
+      DivergedError: one of the steps had a loss, gradient or model state that is not
+        finite.
     """
     fetched = jax.device_get(pending)
     pending.clear()
     for step, values in fetched:
-        if not np.isfinite(values["loss"] + values["gradient_norm"]):
+        if not values.pop("finite"):
             raise DivergedError(
                 f"step {step}: loss {values['loss']}, gradient norm "
-                f"{values['gradient_norm']}; expected finite numbers.\n"
+                f"{values['gradient_norm']}, or batch statistics; expected finite "
+                "numbers.\n"
                 f"The last good state, of step {int(state['step'])}, is saved."
             )
     newest = {name: float(value) for name, value in fetched[-1][1].items()}

@@ -19,8 +19,7 @@ import jax
 import numpy as np
 
 from hivit_jax import config as configs
-from hivit_jax.data.pipeline import Loader
-from hivit_jax.data.sources import num_examples
+from hivit_jax import inputs
 from hivit_jax.errors import exit_code
 from hivit_jax.hosts import catch_signals
 from hivit_jax.metrics import say
@@ -55,13 +54,8 @@ def baselines(config) -> tuple[float, float]:
 
 def whole_split(config, split: str) -> np.ndarray:
     """All images of a split as the network gets them, float [n, H, W, C] in [0, 1]."""
-    loader, count = (
-        Loader(config, split, augmented=False),
-        num_examples(config.data, split),
-    )
-    batch = loader.batch(count)
-    loader.fill(batch, 0, np.arange(count), np.zeros(count, int))
-    return batch["image"] / 255
+    batches = inputs.eval_batches(config, split)
+    return np.concatenate([b["image"][b["weight"] > 0] for b in batches]) / 255
 
 
 def demo(workdir: Path, stop: Callable) -> None:

@@ -16,13 +16,13 @@ STEPS = (3, 9)
 def main(address, count, index, out, workdir, path, *overrides):
     jax.distributed.initialize(address, int(count), int(index))
     from hivit_jax import config as configs
-    from hivit_jax.data import pipeline
+    from hivit_jax import inputs
     from hivit_jax.evaluate import evaluate_checkpoint
 
     config = configs.load(path.removeprefix("--config="), overrides)
     arrays = {}
     for number, batch in enumerate(
-        [*pipeline.train_batches(config, *STEPS), *pipeline.eval_batches(config)]
+        [*inputs.train_batches(config, *STEPS), *inputs.eval_batches(config)]
     ):
         arrays |= {f"{number} {key}": value for key, value in batch.items()}
     np.savez(f"{out}.npz", **arrays)

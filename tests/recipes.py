@@ -13,11 +13,11 @@ import pytest
 from flags import quick_to_compile, virtual_devices
 from ml_collections import ConfigDict
 
-from hivit_jax import checkpoint, evaluate, figures, metrics
+from hivit_jax import checkpoint, evaluate, figures, inputs, metrics
 from hivit_jax import config as configs
 from hivit_jax.models import named_leaves
 from hivit_jax.sharding import make_mesh
-from hivit_jax.step import prepare_step
+from hivit_jax.step import Training, prepare
 
 ROOT = Path(__file__).parents[1]
 
@@ -112,9 +112,15 @@ def quick() -> Iterator[None]:
 def traced_step(config: ConfigDict) -> str:
     """The train step of a config as a program of JAX, before it is compiled."""
     mesh = make_mesh(config.mesh, config.batch_size, config.optimizer.accumulate_steps)
-    _, step, arguments, _ = prepare_step(config, mesh, lambda step: 0.1)
+    training = prepared(config, mesh, lambda step: 0.1)
     with jax.set_mesh(mesh):
-        return str(jax.make_jaxpr(step)(*arguments))
+        return str(jax.make_jaxpr(training.step)(*training.arguments()))
+
+
+def prepared(config: ConfigDict, mesh, schedule) -> Training:
+    """The train step of a config."""
+    task = inputs.make_task(config, "train")
+    return prepare(task, mesh, schedule, **configs.step_options(config))
 
 
 def start(
@@ -171,10 +177,16 @@ def saved(workdir: Path) -> list[int]:
     return sorted(int(path.name) for path in paths if path.name.isdigit())
 
 
+def sample(source, index: int) -> tuple[bytes, int]:
+    """Encoded image and label of an example."""
+    found = source.sample(index)
+    return found["image"], found["label"]
+
+
 def stored(workdir: Path, step: int) -> dict[str, dict[str, np.ndarray]]:
     """Arrays of a checkpoint: item -> name -> array."""
     items = {}
-    for item in ("params", "optimizer", "ema"):
+    for item in ("params", "model_state", "optimizer", "ema"):
         path = checkpoint.absolute(workdir) / "checkpoints" / str(step) / item
         if path.is_dir():
             items[item] = named_leaves(checkpoint.load_item(path))

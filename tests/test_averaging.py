@@ -21,9 +21,8 @@ from numpy.testing import assert_allclose, assert_array_equal
 from safetensors.numpy import load_file
 
 import hivit_jax
-from hivit_jax import checkpoint, convert, export, metrics, reconstruct
+from hivit_jax import checkpoint, convert, export, inputs, metrics, reconstruct
 from hivit_jax import config as configs
-from hivit_jax.data import pipeline
 from hivit_jax.errors import CheckpointError, Interrupted
 from hivit_jax.main import main
 from hivit_jax.models import named_leaves, split
@@ -113,10 +112,15 @@ def stored(run):
     return {step: recipes.stored(run, step) for step in range(STEPS + 1)}
 
 
+def average_of(items):
+    """Averaged parameters of a checkpoint and its statistics, by name."""
+    return items["ema"] | items["model_state"]
+
+
 @pytest.fixture(scope="module")
 def evaluated(stored):
     """Parameters by name -> (loss, top-1, top-5) of the test split, in numpy."""
-    batches = list(pipeline.eval_batches(probe()))
+    batches = list(inputs.eval_batches(probe()))
     pixels, labels, weight = (
         np.concatenate([batch[name] for batch in batches])
         for name in ("image", "label", "weight")
@@ -124,9 +128,10 @@ def evaluated(stored):
     mean, std = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
     network = hivit_jax.create_model("hivit_base", num_classes=10, **NETWORK)
     graphdef, params = split(network)
+    start = stored[0]["params"] | stored[0]["model_state"]
     params = jax.tree_util.tree_map_with_path(
         lambda path, _: jnp.asarray(
-            stored[0]["params"][jax.tree_util.keystr(path, simple=True, separator="/")]
+            start[jax.tree_util.keystr(path, simple=True, separator="/")]
         ),
         params,
     )
@@ -156,8 +161,9 @@ def test_a_linear_probe_starts_with_a_head_of_its_own(shared, born):
     MAE's probe draws weights of std 0.01.
     """
     state = recipes.stored(born, 0)
-    params, there = state["params"], load_file(shared / "model.safetensors")
-    recipes.assert_identical(state["ema"], params)
+    recipes.assert_identical(state["ema"], state["params"])
+    params = state["params"] | state["model_state"]
+    there = load_file(shared / "model.safetensors")
     assert_array_equal(
         params["encoder/absolute_pos_embed"], there["absolute_pos_embed"][0]
     )
@@ -195,7 +201,9 @@ def test_training_evaluates_the_average(run, stored, evaluated):
     ]
     assert [line["step"] for line in lines] == [2, 4]
     for line in lines:
-        average, plain = (evaluated(stored[line["step"]][x]) for x in ("ema", "params"))
+        items = stored[line["step"]]
+        average = evaluated(average_of(items))
+        plain = evaluated(items["params"] | items["model_state"])
         found = [line[f"eval/{name}"] for name in ("loss", "top1", "top5")]
         assert_allclose(found, average, rtol=1e-4)
         assert abs(plain[0] - average[0]) > 0.02
@@ -230,7 +238,7 @@ def test_mode_eval(where, step, run, stored, evaluated, tmp_path, capsys):
     capsys.readouterr()
     assert main(asked) == 0
     out = capsys.readouterr().out
-    loss, top1, top5 = evaluated(stored[step]["ema"])
+    loss, top1, top5 = evaluated(average_of(stored[step]))
     found = re.search(
         rf"^step {step}  eval  loss (\S+)  top1 (\S+) %  top5 (\S+) %  \(64 im",
         out,
@@ -247,7 +255,7 @@ def damaged(run, tmp_path_factory):
     another, and orbax has nothing to say against it.
     """
     found = {}
-    for item in ("params", "ema", "optimizer"):
+    for item in ("params", "model_state", "ema", "optimizer"):
         found[item] = tmp_path_factory.mktemp(item)
         shutil.copytree(run / "checkpoints" / "4", found[item] / "checkpoints" / "4")
         path = checkpoint.absolute(found[item]) / "checkpoints" / "4" / item
@@ -294,7 +302,7 @@ def test_a_flipped_bit_of_the_average(road, damaged, tmp_path, capsys):
     assert len(err.splitlines()) <= 3
 
 
-@pytest.mark.parametrize("item", ["params", "ema", "optimizer"])
+@pytest.mark.parametrize("item", ["params", "model_state", "ema", "optimizer"])
 def test_a_flipped_bit_when_going_on(item, damaged):
     """Each item of the state is compared."""
     with pytest.raises(CheckpointError, match=f"1 of .* arrays of {item} are not what"):
@@ -313,7 +321,8 @@ def test_averaged_or_plain(item, other, step, options, run, damaged, stored, tmp
         hivit_jax.load_pretrained(damaged[item], averaged=averaged)
     loaded = hivit_jax.load_pretrained(damaged[other], averaged=averaged)
     arrays = jax.device_get(named_leaves(split(loaded)[1]))
-    recipes.assert_identical(arrays, stored[4][item])
+    expected = stored[4][item] | stored[4]["model_state"]
+    recipes.assert_identical(arrays, {name: expected[name] for name in arrays})
 
     target = tmp_path / "shared"
     assert convert.main([str(damaged[item]), str(target), *options]) == 5

@@ -11,9 +11,9 @@ from matplotlib.axes import Axes
 from PIL import Image
 
 from hivit_jax import config as configs
-from hivit_jax import tasks
+from hivit_jax import inputs
 from hivit_jax.data import sources
-from hivit_jax.data.pipeline import permutation
+from hivit_jax.data.order import permutation
 from hivit_jax.errors import ConfigError
 from hivit_jax.main import main
 
@@ -342,5 +342,5 @@ def test_every_recipe(name, capsys):
     assert len(text.splitlines()) <= 70
     assert f"--config configs/{name}.py" in text
     config = configs.load(str(path))
-    model = nnx.eval_shape(tasks.create(config).build_model)
+    model = nnx.eval_shape(inputs.task_of_recipe(config).build_model)
     assert model.parameter_count() > 10_000

@@ -18,16 +18,15 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from numpy.testing import assert_allclose
 
 import hivit_jax
-from hivit_jax import compile_ahead, kernels, programs, sharding, tasks
+from hivit_jax import compile_ahead, inputs, kernels, programs, sharding
 from hivit_jax import config as configs
 from hivit_jax.compiling import compile_step
-from hivit_jax.data import pipeline
+from hivit_jax.data.shapes import batch_shapes
 from hivit_jax.errors import ConfigError
 from hivit_jax.main import main
 from hivit_jax.models import named_leaves, split
 from hivit_jax.models.layers import row_cost
 from hivit_jax.models.mae import visible_units
-from hivit_jax.step import train_batch_shapes
 
 MIB = 2**20
 
@@ -343,8 +342,8 @@ def test_batches_are_of_the_shapes_that_are_compiled_for(source, overrides):
     if source == "digits":
         pytest.importorskip("sklearn")
     config = recipes.mae(source, **overrides)
-    batch = next(pipeline.train_batches(config, 0, 1))
-    shapes = train_batch_shapes(config)
+    batch = next(inputs.train_batches(config, 0, 1))
+    [shapes] = batch_shapes(inputs.make_task(config).transform(train=True))
     found = {name: (array.shape, array.dtype) for name, array in batch.items()}
     assert found == {name: (each.shape, each.dtype) for name, each in shapes.items()}
 
@@ -623,7 +622,7 @@ def test_whole_report(tmp_path, monkeypatch):
     memory = found["hbm_bytes_per_device"]
     assert memory["limit"] == 15.75 * 2**30
     assert 0 < memory["aliased"] <= memory["arguments"] < memory["total"]
-    model = nnx.eval_shape(tasks.create(recipes.mae()).build_model)
+    model = nnx.eval_shape(inputs.task_of_recipe(recipes.mae()).build_model)
     [reduced] = found["collectives"]
     assert reduced["kind"] == "all-reduce"
     assert_allclose(reduced["bytes_per_step"], 4 * model.parameter_count(), rtol=0.02)
@@ -650,8 +649,8 @@ def test_fsdp_exchanges_parameters_and_gradients_alone(fsdp, parts):
         config.mesh.data, config.mesh.fsdp = 8 // fsdp, fsdp
         config.optimizer.accumulate_steps = parts
         devices = sharding.make_mesh(config.mesh, size, parts)
-        step, arguments, shardings = compile_ahead.train_step(config, devices)
-        hlo = compile_step(step, arguments, shardings).as_text()
+        training = compile_ahead.train_step(config, devices)
+        hlo = compile_step(training).as_text()
         found.append(programs.collectives(hlo))
     assert found[0] == found[1]
     kinds = [each["kind"] for each in found[0]]
@@ -726,10 +725,10 @@ def test_operations_fall_with_the_mask_as_counted_by_hand():
         flags = [f"--config.mask_ratio={mask_ratio}", "--config.batch_size=8"]
         config = configs.load(str(recipes.ROOT / "configs/mae_tiny.py"), flags)
         mesh = sharding.make_mesh(config.mesh, 8)
-        step, arguments, _ = compile_ahead.train_step(config, mesh)
-        jaxpr = jax.make_jaxpr(step)(*arguments).jaxpr
+        training = compile_ahead.train_step(config, mesh)
+        jaxpr = jax.make_jaxpr(training.step)(*training.arguments()).jaxpr
         found.append(programs.matmul_flops(jaxpr, loops=True) / 8)
-        model = nnx.eval_shape(tasks.create(config).build_model)
+        model = nnx.eval_shape(inputs.task_of_recipe(config).build_model)
         counted.append(6 * training_macs(model, mask_ratio))
     assert_allclose(found, counted, rtol=0.04)  # images are resized, too
     assert_allclose(found[0] - found[1], counted[0] - counted[1], rtol=0.01)
@@ -747,7 +746,7 @@ def test_tpu_step_does_what_it_should(tmp_path):
     assert whole["roofline"]["bound"] == "memory"
 
     config = recipes.mae()
-    model = nnx.eval_shape(tasks.create(config).build_model)
+    model = nnx.eval_shape(inputs.task_of_recipe(config).build_model)
     [reduced] = whole["collectives"]
     assert reduced["kind"] == "all-reduce"
     fixed = 16 * 32  # the decoder's table of positions

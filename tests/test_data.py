@@ -16,9 +16,9 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from benchmarks import photographs
-from hivit_jax import augment, config, tasks
-from hivit_jax.data import pipeline, randaugment, sources, transforms
-from hivit_jax.data.pipeline import permutation, samples_at
+from hivit_jax import augment, config, inputs, models
+from hivit_jax.data import order, randaugment, sources, transforms
+from hivit_jax.data.order import permutation, samples_at
 from hivit_jax.errors import ConfigError, DataError
 
 RECIPE = Path(__file__).parents[1] / "configs" / "digits_mae.py"
@@ -58,12 +58,12 @@ def assert_batches_equal(ones, others):
 def test_every_epoch_is_a_permutation_of_its_own():
     orders = [permutation(seed, epoch, 1437) for seed in (0, 1) for epoch in range(3)]
     orders.append(permutation(0, 1_000_000, 1437))
-    for order in orders:
-        assert order.dtype == np.int64
-        assert_array_equal(np.sort(order), np.arange(1437))
-    for i, order in enumerate(orders):
+    for each in orders:
+        assert each.dtype == np.int64
+        assert_array_equal(np.sort(each), np.arange(1437))
+    for i, each in enumerate(orders):
         for other in orders[:i]:
-            assert (order == other).mean() < 0.01  # 1 in 1437 by chance
+            assert (each == other).mean() < 0.01  # 1 in 1437 by chance
 
 
 def test_order_is_frozen():
@@ -96,7 +96,7 @@ def test_jump_to_a_late_step(monkeypatch):
         needed.append((seed, epoch, n))
         return permutation(seed, epoch, n)
 
-    monkeypatch.setattr(pipeline, "permutation", counted)
+    monkeypatch.setattr(order, "permutation", counted)
     start = 100_000 * 4096
     epoch, place = divmod(start, IMAGENET)
     indices, epochs = samples_at(np.arange(start, start + 4096), IMAGENET, 0)
@@ -118,9 +118,9 @@ def test_jump_to_a_late_step(monkeypatch):
 
 def scans(source):
     """Pixels and labels of all images of a source."""
-    found = [source.fetch(i) for i in range(len(source))]
-    images = [np.asarray(Image.open(io.BytesIO(png))) for png, _ in found]
-    return images, [label for _, label in found]
+    found = [source.sample(i) for i in range(len(source))]
+    images = [np.asarray(Image.open(io.BytesIO(each["image"]))) for each in found]
+    return images, [each["label"] for each in found]
 
 
 def test_digits_splits():
@@ -155,10 +155,10 @@ COUNTS = [27, 35, 36, 29, 30, 40, 44, 39, 39, 41]
 
 def test_digits_as_png():
     source = sources.Digits("train")
-    png, label = source.fetch(5)
-    assert png[:8] == b"\x89PNG\r\n\x1a\n"
-    assert (png, label) == source.fetch(np.int64(5))
-    assert label == source.labels[5]
+    sample = source.sample(5)
+    assert sample["image"][:8] == b"\x89PNG\r\n\x1a\n"
+    assert sample == source.sample(np.int64(5))
+    assert sample["label"] == source.labels[5]
 
 
 def test_few_training_examples():
@@ -198,7 +198,7 @@ def test_number_of_images():
 
 
 def test_more_classes_than_the_model_has():
-    for split in (lambda c: pipeline.train_batches(c, 0, 1), pipeline.eval_batches):
+    for split in (lambda c: inputs.train_batches(c, 0, 1), inputs.eval_batches):
         with pytest.raises(ConfigError, match="num_classes=9, but digits has 10"):
             next(split(load(model__num_classes=9)))
 
@@ -216,7 +216,7 @@ def test_more_classes_than_the_model_has():
 )
 def test_settings_that_cannot_work(overrides, message):
     with pytest.raises(ConfigError, match=message):
-        next(pipeline.train_batches(load(**overrides), 0, 1))
+        next(inputs.train_batches(load(**overrides), 0, 1))
 
 
 # Batches
@@ -224,7 +224,7 @@ def test_settings_that_cannot_work(overrides, message):
 
 def test_training_batches():
     source, cfg = sources.Digits("train"), load()
-    batches = list(pipeline.train_batches(cfg, 0, 16))  # 1,536 of 1,437 images
+    batches = list(inputs.train_batches(cfg, 0, 16))  # 1,536 of 1,437 images
     assert len(batches) == 16
     order = np.concatenate([permutation(0, 0, 1437), permutation(0, 1, 1437)])
     for step, batch in enumerate(batches):
@@ -238,12 +238,12 @@ def test_training_batches():
         # Twice the size, yet the same picture: four pixels average to about one.
         small = batch["image"].reshape(96, 8, 2, 8, 2).mean((2, 4))
         assert np.abs(small - source.pixels()[places]).mean() < 12
-    assert_batches_equal(batches, pipeline.train_batches(cfg, 0, 16))
+    assert_batches_equal(batches, inputs.train_batches(cfg, 0, 16))
 
 
 def test_images_of_their_own_size_are_unchanged():
     cfg = load(model__image_size=8)
-    batch = next(pipeline.train_batches(cfg, 0, 1))
+    batch = next(inputs.train_batches(cfg, 0, 1))
     expected = sources.Digits("train").pixels()[permutation(0, 0, 1437)[:96]]
     assert_array_equal(batch["image"][..., 0], expected)
 
@@ -251,27 +251,27 @@ def test_images_of_their_own_size_are_unchanged():
 def test_other_image_shapes():
     colour = dict(model__in_channels=3, data__mean=(0.5,) * 3, data__std=(0.5,) * 3)
     cfg = load(model__image_size=8, **colour)
-    batch = next(pipeline.train_batches(cfg, 0, 1))
-    grey = next(pipeline.train_batches(load(model__image_size=8), 0, 1))
+    batch = next(inputs.train_batches(cfg, 0, 1))
+    grey = next(inputs.train_batches(load(model__image_size=8), 0, 1))
     assert_array_equal(batch["image"], np.repeat(grey["image"], 3, -1))
     cfg = load(model__image_size=(8, 24), **colour)
-    assert pipeline.image_shape(cfg.model) == (8, 24, 3)
-    assert next(pipeline.train_batches(cfg, 0, 1))["image"].shape == (96, 8, 24, 3)
+    assert models.image_shape(cfg.model) == (8, 24, 3)
+    assert next(inputs.train_batches(cfg, 0, 1))["image"].shape == (96, 8, 24, 3)
 
 
 @pytest.mark.parametrize("crop_scale", [(1.0, 1.0), (0.3, 1.0)])
 def test_run_can_start_at_any_step(crop_scale):
     """Steps 13 to 17, across the end of the first epoch, from a run that began at 0."""
     cfg = load(data__crop_scale=crop_scale)
-    whole = list(pipeline.train_batches(cfg, 0, 18))
-    assert_batches_equal(whole[13:], pipeline.train_batches(cfg, 13, 18))
+    whole = list(inputs.train_batches(cfg, 0, 18))
+    assert_batches_equal(whole[13:], inputs.train_batches(cfg, 13, 18))
 
 
 def test_crops_differ_by_image_epoch_and_seed():
     cfg = load(data__crop_scale=(0.3, 1.0), data__train_examples=100, batch_size=100)
-    first, second = pipeline.train_batches(cfg, 0, 2)
+    first, second = inputs.train_batches(cfg, 0, 2)
     plain = next(
-        pipeline.train_batches(load(data__train_examples=100, batch_size=100), 0, 1)
+        inputs.train_batches(load(data__train_examples=100, batch_size=100), 0, 1)
     )
     assert_array_equal(first["label"], plain["label"])
     assert (first["image"] != plain["image"]).any((1, 2, 3)).mean() > 0.9
@@ -280,7 +280,7 @@ def test_crops_differ_by_image_epoch_and_seed():
     assert_array_equal(first["label"][places[0]], second["label"][places[1]])
     assert (one != other).any((1, 2, 3)).mean() > 0.9
     cfg.seed = 1
-    seeded = next(pipeline.train_batches(cfg, 0, 1))
+    seeded = next(inputs.train_batches(cfg, 0, 1))
     third = seeded["image"][np.argsort(permutation(1, 0, 100))]
     assert (one != third).any((1, 2, 3)).mean() > 0.9
 
@@ -289,7 +289,7 @@ def test_crops_differ_by_image_epoch_and_seed():
 def test_evaluation_batches_hold_every_image_once(batch_size):
     source = sources.Digits("test")
     cfg = load(batch_size=batch_size, model__image_size=8, data__crop_scale=(0.3, 0.4))
-    batches = list(pipeline.eval_batches(cfg))
+    batches = list(inputs.eval_batches(cfg))
     assert len(batches) == math.ceil(360 / batch_size)
     for batch in batches:
         assert batch["image"].shape == (batch_size, 8, 8, 1)
@@ -315,7 +315,7 @@ def test_shares_of_processes_make_the_batch(monkeypatch, processes, name):
     )
 
     def batches():
-        return [*pipeline.train_batches(cfg, 14, 16), *pipeline.eval_batches(cfg)]
+        return [*inputs.train_batches(cfg, 14, 16), *inputs.eval_batches(cfg)]
 
     whole, shares = batches(), []
     monkeypatch.setattr(jax, "process_count", lambda: processes)
@@ -333,9 +333,9 @@ def test_shares_of_processes_make_the_batch(monkeypatch, processes, name):
 def test_synthetic_images_need_no_tensorflow(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow", None)  # importing it fails
     cfg = load(data__name="synthetic", data__train_examples=1000)
-    batches = list(pipeline.train_batches(cfg, 0, 12))
-    assert_batches_equal(batches, pipeline.train_batches(cfg, 0, 12))
-    assert_batches_equal(batches[11:], pipeline.train_batches(cfg, 11, 12))
+    batches = list(inputs.train_batches(cfg, 0, 12))
+    assert_batches_equal(batches, inputs.train_batches(cfg, 0, 12))
+    assert_batches_equal(batches[11:], inputs.train_batches(cfg, 11, 12))
     for batch in batches:
         assert batch["image"].shape == (96, 16, 16, 1)
         assert batch["image"].dtype == np.uint8
@@ -344,7 +344,7 @@ def test_synthetic_images_need_no_tensorflow(monkeypatch):
         assert batch["weight"].dtype == np.float32
         assert (batch["weight"] == 1).all()
     assert len(np.unique(batches[0]["image"], axis=0)) > 32
-    count = sum(batch["weight"].sum() for batch in pipeline.eval_batches(cfg))
+    count = sum(batch["weight"].sum() for batch in inputs.eval_batches(cfg))
     assert count == sources.num_examples(cfg.data, "test") > 0
 
 
@@ -380,7 +380,7 @@ def load_folder(root, **overrides):
 def test_batches_for_the_device_and_of_the_host_show_the_same(folder):
     """Crops on a canvas, resized as the train step does it, are the host's images."""
     shipped, resized = load_folder(folder), load_folder(folder, data__canvas=0)
-    for batches in (lambda c: pipeline.train_batches(c, 3, 7), pipeline.eval_batches):
+    for batches in (lambda c: inputs.train_batches(c, 3, 7), inputs.eval_batches):
         for one, other in zip(batches(shipped), batches(resized), strict=True):
             assert one["image"].shape == (8, 64, 64, 3)
             assert one["box"].shape == (8, 2, 3)
@@ -394,12 +394,12 @@ def test_batches_for_the_device_and_of_the_host_show_the_same(folder):
 
 def test_evaluation_sees_the_middle_of_every_file(folder):
     source = sources.open_source(load_folder(folder).data, "test")
-    batches = list(pipeline.eval_batches(load_folder(folder, data__canvas=0)))
+    batches = list(inputs.eval_batches(load_folder(folder, data__canvas=0)))
     images = np.concatenate([b["image"] for b in batches])
     weights = np.concatenate([b["weight"] for b in batches])
     assert_array_equal(weights, np.arange(16) < 11)
     for image, index in zip(images, range(11), strict=False):
-        encoded, _ = source.fetch(index)
+        encoded = source.sample(index)["image"]
         whole = Image.open(io.BytesIO(encoded)).resize(
             (42, 32), Image.Resampling.BICUBIC
         )
@@ -415,8 +415,8 @@ def test_randaugment(folder):
     changed = 0
     for step, (one, other) in enumerate(
         zip(
-            pipeline.train_batches(cfg, 0, 6),
-            pipeline.train_batches(plain, 0, 6),
+            inputs.train_batches(cfg, 0, 6),
+            inputs.train_batches(plain, 0, 6),
             strict=True,
         )
     ):
@@ -428,18 +428,18 @@ def test_randaugment(folder):
             changed += (one["image"][k] != other["image"][k]).any()
     assert 24 < changed < 46  # of 48, of which a quarter meets no operation
     assert_batches_equal(
-        pipeline.eval_batches(cfg), pipeline.eval_batches(load_folder(folder))
+        inputs.eval_batches(cfg), inputs.eval_batches(load_folder(folder))
     )
     with pytest.raises(ConfigError, match="randaugment with .*in_channels=1"):
-        next(pipeline.train_batches(load(data__randaugment=True), 0, 1))
+        next(inputs.train_batches(load(data__randaugment=True), 0, 1))
 
 
 @pytest.mark.parametrize("workers", [1, 5])
 def test_threads_change_nothing(folder, workers):
-    batches = list(pipeline.train_batches(load_folder(folder), 0, 12))
+    batches = list(inputs.train_batches(load_folder(folder), 0, 12))
     cfg = load_folder(folder, data__workers=workers)
-    assert_batches_equal(batches, pipeline.train_batches(cfg, 0, 12))
-    assert_batches_equal(batches[7:], pipeline.train_batches(cfg, 7, 12))
+    assert_batches_equal(batches, inputs.train_batches(cfg, 0, 12))
+    assert_batches_equal(batches[7:], inputs.train_batches(cfg, 7, 12))
 
 
 @pytest.mark.parametrize(("workers", "usable"), [(1, {0, 1, 2}), (0, {5})])
@@ -447,7 +447,7 @@ def test_number_of_threads(folder, monkeypatch, workers, usable):
     """As told, or one for each core; more work waits than both have."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: usable, raising=False)
     cfg = load_folder(folder, data__workers=workers, batch_size=40)
-    batches = pipeline.train_batches(cfg, 0, 100)
+    batches = inputs.train_batches(cfg, 0, 100)
     next(batches)
     threads = [each for each in threading.enumerate() if each.name.startswith("read")]
     assert len(threads) == 1
@@ -455,7 +455,7 @@ def test_number_of_threads(folder, monkeypatch, workers, usable):
 
 
 def test_threads_end_with_the_batches(folder):
-    batches = pipeline.train_batches(load_folder(folder, data__workers=3), 0, 1000)
+    batches = inputs.train_batches(load_folder(folder, data__workers=3), 0, 1000)
     next(batches)
     assert any(thread.name.startswith("read") for thread in threading.enumerate())
     batches.close()
@@ -479,8 +479,8 @@ def damaged(folder, tmp_path):
 
 def test_unreadable_images_shift_nothing(folder, damaged, capfd):
     root, broken = damaged
-    whole = list(pipeline.train_batches(load_folder(folder), 0, 10))
-    batches = list(pipeline.train_batches(load_folder(root), 0, 10))
+    whole = list(inputs.train_batches(load_folder(folder), 0, 10))
+    batches = list(inputs.train_batches(load_folder(root), 0, 10))
     bad = 0
     for one, other in zip(batches, whole, strict=True):
         unreadable = one["unreadable"] == 1
@@ -496,7 +496,7 @@ def test_unreadable_images_shift_nothing(folder, damaged, capfd):
         assert err.count(f"cannot read {path}: ") == 1
     assert err.count("cannot read") == 3  # once each
     assert "truncated" in err
-    evaluation = list(pipeline.eval_batches(load_folder(root)))
+    evaluation = list(inputs.eval_batches(load_folder(root)))
     assert sum(batch["weight"].sum() for batch in evaluation) == 10
     assert sum(batch["unreadable"].sum() for batch in evaluation) == 1
     assert capfd.readouterr().err.count(str(broken[3])) == 1
@@ -505,12 +505,12 @@ def test_unreadable_images_shift_nothing(folder, damaged, capfd):
 def test_share_of_unreadable_images():
     """0.1 % of an epoch, or of what was seen once that is more."""
     data = load(data__max_unreadable=0.001).data
-    pipeline.check_unreadable(1, 50, data, "train")  # of 1,437
+    inputs.check_unreadable(1, 50, data, "train")  # of 1,437
     with pytest.raises(DataError, match=r"2 images of digits .* 0.14%; .* 0.10%"):
-        pipeline.check_unreadable(2, 50, data, "train")
-    pipeline.check_unreadable(2, 2000, data, "train")
+        inputs.check_unreadable(2, 50, data, "train")
+    inputs.check_unreadable(2, 2000, data, "train")
     with pytest.raises(DataError, match="doctor"):
-        pipeline.check_unreadable(1, 360, data, "test")
+        inputs.check_unreadable(1, 360, data, "test")
 
 
 @pytest.mark.parametrize("wrong", [10, -1])
@@ -520,10 +520,10 @@ def test_label_outside_the_classes(folder, monkeypatch, wrong):
     monkeypatch.setattr(source, "labels", np.where(source.labels == 3, wrong, 0))
     message = rf"coffee/\d+.JPEG has label {wrong}; expected 0 to 9, .*num_classes=10"
     with pytest.raises(DataError, match=message):
-        list(pipeline.train_batches(cfg, 0, 5))
+        list(inputs.train_batches(cfg, 0, 5))
     with cfg.unlocked():
         cfg.model.num_classes = None  # a masked autoencoder looks at no label
-    labels = [batch["label"] for batch in pipeline.train_batches(cfg, 0, 5)]
+    labels = [batch["label"] for batch in inputs.train_batches(cfg, 0, 5)]
     assert set(np.concatenate(labels)) == {0, wrong}
 
 
@@ -532,7 +532,7 @@ def test_channels_no_file_has(folder):
         folder, model__in_channels=4, data__mean=(0.5,) * 4, data__std=(1.0,) * 4
     )
     with pytest.raises(ConfigError, match=r"in_channels=4 .*; expected 3 .* or 1"):
-        next(pipeline.train_batches(cfg, 0, 1))
+        next(inputs.train_batches(cfg, 0, 1))
 
 
 # Every key of config.data, in batches
@@ -563,7 +563,7 @@ def as_it_is(folder):
 
 
 def batches_of(cfg):
-    return list(pipeline.train_batches(cfg, 0, 4)), list(pipeline.eval_batches(cfg))
+    return list(inputs.train_batches(cfg, 0, 4)), list(inputs.eval_batches(cfg))
 
 
 def identical(ones, others):
@@ -592,9 +592,9 @@ def test_splits_by_name(folder):
     """Labels too: of 11 validation images in training, of 40 training in evaluation."""
     swapped = dict(data__train_split="val", data__eval_split="train")
     cfg = load_folder(folder, data__canvas=0, data__crop_scale=(1.0, 1.0), **swapped)
-    [batch] = pipeline.train_batches(cfg, 0, 1)
+    [batch] = inputs.train_batches(cfg, 0, 1)
     classes = sorted(path.name for path in (folder / "train").iterdir())
-    for split, found in (("val", [batch]), ("train", list(pipeline.eval_batches(cfg)))):
+    for split, found in (("val", [batch]), ("train", list(inputs.eval_batches(cfg)))):
         paths = sorted((folder / split).glob("*/*"))
         order = permutation(0, 0, 11)[:8] if split == "val" else range(40)
         labels = [classes.index(paths[index].parent.name) for index in order]
@@ -659,10 +659,10 @@ def test_images_are_resized_as_told(folder, interpolation, antialias):
         [*map(RESIZED[interpolation, antialias], pixels_of(folder, "val"))]
     )
     cfg = load_folder(folder, data__canvas=0, **options)
-    host = np.concatenate([b["image"] for b in pipeline.eval_batches(cfg)])[:11]
+    host = np.concatenate([b["image"] for b in inputs.eval_batches(cfg)])[:11]
     assert_array_equal(host, expected)
     cfg = load_folder(folder, data__canvas=64, **options)
-    images = [*map(tasks.create(cfg).preprocess, pipeline.eval_batches(cfg))]
+    images = [*map(inputs.make_task(cfg).preprocess, inputs.eval_batches(cfg))]
     device = np.concatenate(images)[:11] * (0.2, 0.4, 0.8) + (0.1, 0.5, 0.9)
     difference = np.abs(device * 255 - expected)
     assert difference.max() < 1.01
@@ -680,7 +680,7 @@ def test_digits_by_key():
     for examples, subset in ((0, 0), (50, 0), (50, 3), (70, 3)):
         choice = dict(data__train_examples=examples, data__subset=subset)
         cfg = load(model__image_size=8, batch_size=80, **choice)
-        [batch] = pipeline.train_batches(cfg, 0, 1)
+        [batch] = inputs.train_batches(cfg, 0, 1)
         images = [image.tobytes() for image in batch["image"]]
         labels = batch["label"].tolist()
         assert labels == [known[image] for image in images]
@@ -689,7 +689,7 @@ def test_digits_by_key():
             counts = np.bincount(labels[:examples], minlength=10)
             assert counts.tolist() == [examples // 10] * 10
             assert len(found[examples, subset]) == examples
-        [first, *_] = pipeline.eval_batches(cfg)
+        [first, *_] = inputs.eval_batches(cfg)
         source = sources.Digits("test")
         assert_array_equal(first["image"][..., 0], source.pixels()[:80])
     assert len(found[0, 0]) == 80

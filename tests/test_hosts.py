@@ -11,7 +11,8 @@ import recipes
 from numpy.testing import assert_array_equal
 
 from benchmarks import photographs
-from hivit_jax.data import pipeline
+from hivit_jax import inputs
+from hivit_jax.data import loader, order
 from hivit_jax.train import train
 
 VAL = 13  # held-out images, one of which cannot be read
@@ -102,37 +103,29 @@ def test_batches_after_a_kill(run, alone):
     code = (
         "import os, signal, sys\n"
         "from hivit_jax import config\n"
-        "from hivit_jax.data import pipeline\n"
+        "from hivit_jax import inputs\n"
         "path, *flags = sys.argv[1:]\n"
         "config = config.load(path.removeprefix('--config='), flags)\n"
-        f"for step, _ in enumerate(pipeline.train_batches(config, 0, {last})):\n"
+        f"for step, _ in enumerate(inputs.train_batches(config, 0, {last})):\n"
         f"    if step == {first}:\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     assert recipes.run("-c", code, *arguments)[0] == -9
     config = recipes.configs.load(arguments[0].removeprefix("--config="), arguments[1:])
-    for step, batch in enumerate(pipeline.train_batches(config, first, last)):
+    for step, batch in enumerate(inputs.train_batches(config, first, last)):
         for key, value in batch.items():
             assert_array_equal(value, alone[0][f"{step} {key}"])
 
 
 def test_plan_of_an_imagenet_evaluation(monkeypatch):
     """50,000 images, batches of 1,024, eight hosts: each exactly once."""
-    seen = []
-
-    def planned(config, split, plan, size, augmented):
-        assert not augmented
-        assert size == 128
-        seen.append([indices for indices, _ in plan])
-        return iter(())
-
-    monkeypatch.setattr(pipeline, "_batches", planned)
-    monkeypatch.setattr(pipeline, "num_examples", lambda *_: 50_000)
-    monkeypatch.setattr(pipeline.jax, "process_count", lambda: 8)
-    config = recipes.mae(batch_size=1024)
+    seen, buckets = [], np.zeros(50_000, np.int64)
+    monkeypatch.setattr(loader.jax, "process_count", lambda: 8)
     for host in range(8):
-        monkeypatch.setattr(pipeline.jax, "process_index", lambda host=host: host)
-        pipeline.eval_batches(config)
+        monkeypatch.setattr(loader.jax, "process_index", lambda host=host: host)
+        places = loader.local_places(1024)
+        assert len(places) == 128
+        seen.append([share.indices for share in order.eval_plan(buckets, 1024, places)])
     assert {len(steps) for steps in seen} == {49}
     every = np.concatenate([indices for steps in seen for indices in steps])
     assert_array_equal(np.sort(every), np.arange(50_000))

@@ -39,7 +39,6 @@ from hivit_jax.compiling import compile_step
 from hivit_jax.errors import ConfigError
 from hivit_jax.models import create_model, layers, named_leaves, split
 from hivit_jax.optimizer import make_schedule
-from hivit_jax.step import prepare_step
 
 # Stem stages of 128 and 256, a main stage of 512, a decoder of 128: what kernels take.
 WIDE = dict(
@@ -223,9 +222,9 @@ def test_on_a_mesh():
         config.mesh.data, config.mesh.fsdp = 4, 2
         mesh = sharding.make_mesh(config.mesh, config.batch_size, parts)
         schedule = make_schedule(config, 2, 8)
-        init, step, shapes, shardings = prepare_step(config, mesh, schedule)
+        training = recipes.prepared(config, mesh, schedule)
         options = {"xla_backend_optimization_level": 0}
-        compiled = compile_step(step, shapes, shardings, options)
+        compiled = compile_step(training, options=options)
         batch = {
             name: jax.device_put(
                 np.full(s.shape, name == "weight", s.dtype)
@@ -233,10 +232,11 @@ def test_on_a_mesh():
                 else (100 + 50 * pictures(s.shape, name)).astype(s.dtype),
                 s.sharding,
             )
-            for name, s in shapes[1].items()
+            for name, s in training.batches[0].items()
         }
-        state = jax.jit(init, out_shardings=shardings)()
-        state, values = compiled(state, batch, np.int32(0))
+        shardings = sharding.shardings_of(training.state)
+        state = jax.jit(training.init, out_shardings=shardings)()
+        state, values = compiled(state, {}, batch, np.int32(0))
         found[choice] = values["loss"], values["gradient_norm"]
     assert_allclose(found["fused"], found["plain"], rtol=1e-5)
 

@@ -16,8 +16,8 @@ from etils.epath import backend, gpath
 from numpy.testing import assert_allclose
 from PIL import Image
 
-from hivit_jax import checkpoint, figures, metrics
-from hivit_jax.data import pipeline
+from hivit_jax import checkpoint, figures, inputs, metrics
+from hivit_jax.data.order import permutation
 from hivit_jax.main import main
 from hivit_jax.models.classifier import Classifier
 from hivit_jax.tasks.classification import scores
@@ -457,7 +457,7 @@ def run(folder, tmp_path_factory):
 
 def order_of(seed, epochs, count):
     """Indices of the training images, position by position."""
-    return np.concatenate([pipeline.permutation(seed, e, count) for e in range(epochs)])
+    return np.concatenate([permutation(seed, e, count) for e in range(epochs)])
 
 
 def line_of(run, step, name):
@@ -630,8 +630,8 @@ def test_mode_eval_of_damaged_files(run, folder, monkeypatch, tmp_path, capsys):
         ).replace("%", " %")
         assert main([*command, "--config.data.max_unreadable=0.09"]) == 4  # 1 of 11
         assert "1 images of folder could not be read, 9.09%" in capsys.readouterr().err
-        whole = pipeline.eval_batches
-        monkeypatch.setattr(pipeline, "eval_batches", lambda c: [next(whole(c))])
+        whole = inputs.eval_batches
+        monkeypatch.setattr(inputs, "eval_batches", lambda c: [next(whole(c))])
         assert main(command) == 4
         expected = "evaluated 7 images and could not read 1; the split has 11"
         assert expected in capsys.readouterr().err

@@ -167,19 +167,21 @@ def test_source(whole, originals):
     jpegs = list(originals["train"].values())
     expected = [(jpegs[i], LABELS[WNIDS[i // 5]]) for i in range(15)]
     assert len(source) == 15
-    assert [source.fetch(i) for i in range(15)] == expected
+    assert [recipes.sample(source, i) for i in range(15)] == expected
     assert len(source.classes) == 1000
     assert source.name(7) == "train[7] n01440764_2.JPEG"
     part = sources.Tfds("imagenet2012", str(whole), "train[3:9]")
-    assert [part.fetch(i) for i in range(6)] == expected[3:9]
+    assert [recipes.sample(part, i) for i in range(6)] == expected[3:9]
     validation = sources.Tfds("imagenet2012", str(whole), "validation")
-    assert [validation.fetch(i)[1] for i in range(6)] == VALIDATION_LABELS
+    assert [recipes.sample(validation, i)[1] for i in range(6)] == VALIDATION_LABELS
     with pytest.raises(DataError, match="no split 'test'; it has train, validation"):
         sources.Tfds("imagenet2012", str(whole), "test")
 
     def many(seed):
         order = np.random.RandomState(seed).randint(0, 15, 300)
-        return [source.fetch(i) for i in order] == [expected[i] for i in order]
+        return [recipes.sample(source, i) for i in order] == [
+            expected[i] for i in order
+        ]
 
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(many, range(16)))
@@ -336,17 +338,17 @@ def test_tfrecord_that_tfds_wrote(tmp_path):
     """Its own order and images, which it encodes as PNG; read without tensorflow."""
     Rings(data_dir=tmp_path, file_format="tfrecord").download_and_prepare()
     source = sources.Tfds("rings", str(tmp_path), "train")
-    found = [source.fetch(i) for i in range(3)]
+    found = [recipes.sample(source, i) for i in range(3)]
     widths = [(size_of(png)[0], label) for png, label in found]
     assert sorted(widths) == [(8, 0), (9, 1), (10, 0)]
     part = sources.Tfds("rings", str(tmp_path), "train[1:]")
-    assert [part.fetch(0), part.fetch(1)] == found[1:]
+    assert [recipes.sample(part, 0), recipes.sample(part, 1)] == found[1:]
     (shard,) = tmp_path.glob("rings/1.0.0/*tfrecord*")
     assert source.name(1) == "train[1]"
     shard.write_bytes(shard.read_bytes()[:-3])
     sources.OPENERS["tfrecord"].cache_clear()
     with pytest.raises(OSError, match="ends inside a record"):
-        source.fetch(0)
+        recipes.sample(source, 0)
     assert source.name(1) == f"train[1] in {shard}"
 
 

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 import recipes
 
-from hivit_jax import hosts, main, train
-from hivit_jax.data import pipeline
+from hivit_jax import hosts, inputs, main, train
 from hivit_jax.errors import Interrupted
 
 STEPS = 11  # four epochs of 65 images, 24 a step, are 10.8 steps
@@ -153,10 +152,10 @@ def test_interruptions_and_divergence(finished, watch, tmp_path, capsys, monkeyp
     assert list(recipes.lines(tmp_path)) == [4, 5, 6]
     assert watch.beats == 6 + HELD_OUT
 
-    clean = pipeline.train_batches
+    clean = inputs.train_batches
     with monkeypatch.context() as patch:
         patch.setattr(
-            pipeline,
+            inputs,
             "train_batches",
             lambda config, first, last: poisoned(clean(config, first, last), first, 9),
         )

@@ -9,7 +9,7 @@ import pytest
 import recipes
 
 from hivit_jax import config as configs
-from hivit_jax import tasks
+from hivit_jax import inputs
 from hivit_jax.optimizer import peak_learning_rate
 
 FACTS = json.loads((Path(__file__).parent / "golden/lr_schedules.json").read_text())
@@ -19,7 +19,7 @@ PER_EPOCH = 1000
 def schedule(recipe, *overrides, per_epoch=PER_EPOCH):
     flags = [f"--config.{each}" for each in overrides]
     config = configs.load(str(recipes.ROOT / f"configs/{recipe}.py"), flags)
-    made = tasks.create(config).schedule(
+    made = inputs.task_of_recipe(config).schedule(
         per_epoch, round(config.total_epochs * per_epoch)
     )
     return jax.jit(made)

@@ -6,6 +6,7 @@ import struct
 
 import numpy as np
 import pytest
+import recipes
 
 from hivit_jax.data import sources
 from hivit_jax.errors import ConfigError, DataError
@@ -49,7 +50,7 @@ def root(tmp_path):
 
 
 def listed(source):
-    found = [source.fetch(i) for i in range(len(source))]
+    found = [recipes.sample(source, i) for i in range(len(source))]
     return [(encoded.decode(), label) for encoded, label in found]
 
 
@@ -153,7 +154,7 @@ def test_unreadable_file_is_an_oserror(root):
     source = sources.Folder(str(root), "train")
     (root / "train/n10/a.JPEG").unlink()
     with pytest.raises(OSError, match="n10/a.JPEG"):
-        source.fetch(4)
+        recipes.sample(source, 4)
 
 
 # tfrecord

@@ -3,7 +3,7 @@
 import pytest
 import recipes
 
-from hivit_jax import evaluate, tasks
+from hivit_jax import evaluate, inputs, tasks
 from hivit_jax.errors import ConfigError
 from hivit_jax.main import main
 from hivit_jax.train import train
@@ -75,6 +75,7 @@ def test_metric_that_picks_the_best_checkpoint(tmp_path, monkeypatch, capsys):
 
 def test_parameter_without_a_rule():
     """Of weight decay, in every task that has weight decay by name."""
-    for name in ("mae", "classify"):
+    for recipe in (recipes.mae, recipes.classifier):
+        task = inputs.make_task(recipe())
         with pytest.raises(ValueError, match="weight decay .* 'encoder/gamma'"):
-            tasks.find(name)({}).is_decayed("encoder/gamma")
+            task.is_decayed("encoder/gamma")

@@ -17,14 +17,12 @@ from jax.sharding import AxisType
 from numpy.testing import assert_allclose
 
 import hivit_jax
-from hivit_jax import evaluate, optimizer, sharding, tasks
+from hivit_jax import evaluate, inputs, optimizer, sharding
 from hivit_jax import train as training
 from hivit_jax.checkpoint import Checkpoints
 from hivit_jax.compiling import compile_step
-from hivit_jax.data import pipeline
 from hivit_jax.errors import ConfigError, DataError, DivergedError, Interrupted
-from hivit_jax.models import create_model, leaf_name, named_leaves, split
-from hivit_jax.step import prepare_step
+from hivit_jax.models import create_model, leaf_name, named_leaves, split, split_state
 from hivit_jax.weights import to_official
 
 OPTIONAL = ("tensorflow", "tensorflow_datasets", "tensorboardX", "sklearn", "torch")
@@ -59,17 +57,23 @@ class Run:
             )
             self.born = self.born or jax.device_get(leaves)
 
-        def compile_step(step, arguments, shardings):
-            look(arguments[0])
-            return compile_really(step, arguments, shardings)
+        def compile_steps(prepared):
+            step = compile_really(prepared)
+
+            def run(state, *rest):
+                if not self.shards:
+                    look(state)
+                return step(state, *rest)
+
+            return run
 
         def save(checkpoints, state, *rest):
             look(state)
             save_really(checkpoints, state, *rest)
 
-        compile_really, save_really = training.compile_step, Checkpoints.save
+        compile_really, save_really = training.compile_steps, Checkpoints.save
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(training, "compile_step", compile_step)
+            patch.setattr(training, "compile_steps", compile_steps)
             patch.setattr(Checkpoints, "save", save)
             self.results = training.train(config, workdir)
 
@@ -173,8 +177,7 @@ def test_accumulation_exchanges_gradients_once_a_step():
     config = recipes.classifier(optimizer__accumulate_steps=2, batch_size=32)
     mesh = sharding.make_mesh(config.mesh, 32, 2)
     schedule = optimizer.make_schedule(config, 2, 8)
-    _, step, arguments, shardings = prepare_step(config, mesh, schedule)
-    compiled = compile_step(step, arguments, shardings)
+    compiled = compile_step(recipes.prepared(config, mesh, schedule))
     found, name = set(), ""
     for line in compiled.as_text().splitlines():
         if line.endswith("{") and not line.startswith(" "):
@@ -273,11 +276,11 @@ def test_ten_steps_of_the_official_adamw(first_moment, of_losses, of_parameters)
         (0.9, 0.95),
         0.05,
     )
-    transform = tasks.create(config).optimizer(params, lambda step: 1e-3)
-    graphdef = split(model)[0]
+    transform = inputs.task_of_recipe(config).optimizer(model, lambda step: 1e-3)
+    graphdef, params, tables = split_state(model)
 
     def loss_fn(params, noise):
-        return nnx.merge(graphdef, params)(images, noise=noise).loss
+        return nnx.merge(graphdef, params, tables)(images, noise=noise).loss
 
     @jax.jit
     def step(params, opt_state, noise):
@@ -296,7 +299,7 @@ def test_ten_steps_of_the_official_adamw(first_moment, of_losses, of_parameters)
     params = before  # the eleventh step was for its loss
     np.testing.assert_allclose(losses, facts["loss_f64"], atol=of_losses, rtol=0)
 
-    final = to_official(params, model)
+    final = to_official(params | tables, model)
     assert {f"final/{name}" for name in final} == {k for k in arrays if "final/" in k}
     for name, array in final.items():
         difference = np.abs(array - arrays[f"final/{name}"])
@@ -335,8 +338,8 @@ def abstract(name, **overrides):
 
 def test_weight_decay_groups_of_pretraining():
     expected = facts("weight_decay_groups")["mae_pretrain_base"]
-    actual = weight_decays(abstract("mae_hivit_base"), tasks.TASKS["mae"]({}))
-    assert all(actual.pop(name) == 0 for name in expected["frozen"])
+    actual = weight_decays(abstract("mae_hivit_base"), inputs.make_task(recipes.mae()))
+    assert not actual.keys() & set(expected["frozen"])
     assert actual == expected["wd"]
 
 
@@ -356,7 +359,7 @@ def test_layer_decay_and_weight_decay_of_finetuning(size):
     scales = optimizer.learning_rate_scales(split(model)[1], expected["layer_decay"])
     scales, decays = (
         by_official_name(model, scales),
-        weight_decays(model, tasks.TASKS["classify"]({})),
+        weight_decays(model, inputs.make_task(recipes.classifier())),
     )
     assert scales.keys() == expected["params"].keys()
     for name, fact in expected["params"].items():
@@ -401,8 +404,8 @@ def test_divergence_saves_the_state_before_it(trained, tmp_path, monkeypatch):
             weight = batch["weight"] * (np.nan if step == 4 else 1)
             yield batch | {"weight": weight.astype(np.float32)}
 
-    clean = pipeline.train_batches
-    monkeypatch.setattr(pipeline, "train_batches", poisoned)
+    clean = inputs.train_batches
+    monkeypatch.setattr(inputs, "train_batches", poisoned)
     config = recipes.mae(log_every=6, checkpoint_every=3)
     with pytest.raises(DivergedError, match="^step 5: loss nan.*\n.*of step 4, is sav"):
         training.train(config, tmp_path)
@@ -425,8 +428,8 @@ def test_unreadable_images(tmp_path, monkeypatch):
             weight = batch["weight"] * ~bad
             yield batch | {"weight": weight, "unreadable": bad.astype(np.float32)}
 
-    clean = pipeline.train_batches
-    monkeypatch.setattr(pipeline, "train_batches", spoiled)
+    clean = inputs.train_batches
+    monkeypatch.setattr(inputs, "train_batches", spoiled)
     for fill in (0, 200):
         config = recipes.mae(data__max_unreadable=0.1)
         with pytest.raises(DataError, match="8 images .* 12.50%; .* allows 10.00%"):
@@ -487,15 +490,18 @@ def mesh_of(devices):
 def test_every_image_counts_once_in_any_batch(recipe):
     """360 images: 128 does not divide them, 72 does."""
     config = recipe("digits")
-    graphdef, params = split(tasks.create(config).build_model())
+    graphdef, params, model_state = split_state(
+        inputs.task_of_recipe(config).build_model()
+    )
+    variables = {"params": params, "model_state": model_state, "frozen": {}}
     results = []
     for batch_size, devices in ((128, 8), (72, 1)):
         config.batch_size = batch_size
-        task = tasks.create(config)
-        eval_step = evaluate.make_eval_step(config, task, graphdef)
+        task = inputs.make_task(config)
         mesh = mesh_of(jax.devices()[:devices])
-        shardings = sharding.state_shardings(mesh, params)
-        placed = jax.device_put(params, shardings)
+        eval_step = evaluate.make_eval_step(config, task, graphdef, mesh)
+        shardings = sharding.state_shardings(mesh, variables)
+        placed = jax.device_put(variables, shardings)
         results.append(evaluate.evaluate(config, task, eval_step, placed, mesh))
     assert results[0]["eval/count"] == 360
     assert results[1] == pytest.approx(results[0], rel=1e-6)
@@ -510,7 +516,7 @@ def test_official_quirks_leave_out_an_epoch_when_going_on(tmp_path):
     training.train(config, tmp_path)
     rates = recipes.lines(tmp_path, "learning_rate")
     assert list(rates) == [1, 2, 7, 8]
-    rate = tasks.create(config).schedule(4.0, 8)
+    rate = inputs.task_of_recipe(config).schedule(4.0, 8)
     assert_allclose([rates[7], rates[8]], [rate(6), rate(7)], rtol=1e-6)
     state = recipes.stored(tmp_path, 8)["optimizer"]
     counts = {int(v) for name, v in state.items() if name.endswith("count")}

@@ -16,7 +16,7 @@ from networks import (
 from numpy.testing import assert_allclose, assert_array_equal
 from recipes import classifier
 
-from hivit_jax import tasks
+from hivit_jax import inputs
 from hivit_jax.errors import ConfigError
 from hivit_jax.models import create_model, named_leaves
 from hivit_jax.models.positions import Windows
@@ -174,6 +174,6 @@ def test_windows_need_all_units():
 def test_windows_from_the_command_line():
     keys = dict(model__window_size=3, model__global_blocks="(1,)")
     config = classifier(**keys, model__image_size=80)
-    encoder = nnx.eval_shape(tasks.create(config).build_model).encoder
+    encoder = nnx.eval_shape(inputs.task_of_recipe(config).build_model).encoder
     windows = [block.attn.windows for block in encoder.stages[-1]]
     assert windows == [Windows((5, 5), (3, 3)), None]

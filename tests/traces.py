@@ -169,7 +169,10 @@ class Trace:
         self.sizes = [plain.blocks_of(self.states[0]["params"], s) for s in range(3)]
 
     def params(self, step, item="params"):
-        return {k: v.astype(np.float64) for k, v in self.states[step][item].items()}
+        """Parameters, or their averages, and what is not trained, by name."""
+        state = self.states[step]
+        arrays = state[item] | state.get("model_state", {})
+        return {k: v.astype(np.float64) for k, v in arrays.items()}
 
     def moment(self, step, kind):
         """Adam's "mu" or "nu", or LARS's "trace", by parameter."""
@@ -304,10 +307,14 @@ def adam_expectation(trace, config, steps, evaluated=True):
                 {
                     name: decay * old[kind][name] + (1 - decay) * g ** (index + 1)
                     for name, g in gradients.items()
+                    if name in old[kind]
                 },
             )
         rate, params = plain.learning_rate(step, config, IMAGES), {}
         for name, array in before.items():
+            if name not in stored["mu"]:
+                params[name] = array
+                continue
             moments = stored["mu"][name], stored["nu"][name]
             move = plain.direction(*moments, step + 1, o.betas)
             move = move + o.weight_decay * plain.decays(name, config.task) * array
@@ -384,6 +391,7 @@ def probe_expectation(trace, config, steps, evaluated=True):
             expect(f"top{top}", share)
         kernel = before["head/kernel"]
         g = gradients["head/kernel"] + o.weight_decay * kernel
+        expect("gradient_norm", length(np.stack([*map(length, gradients.values())])))
         gradients["head/kernel"] = g * 0.001 * length(kernel) / length(g)
         old, stored = trace.moment(step, "trace"), trace.moment(step + 1, "trace")
         moves = {name: o.betas[0] * old[name] + g for name, g in gradients.items()}

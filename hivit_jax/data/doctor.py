@@ -22,9 +22,11 @@ from PIL import ExifTags, Image
 from tqdm import tqdm
 
 from hivit_jax import config as configs
-from hivit_jax import tasks
-from hivit_jax.data.pipeline import Loader, cores, permutation, samples_at
+from hivit_jax import inputs, tasks
+from hivit_jax.data.loader import Loader, cores
+from hivit_jax.data.order import permutation, samples_at
 from hivit_jax.data.sources import open_source
+from hivit_jax.data.transforms import Transform, decode
 from hivit_jax.errors import ConfigError, DataError, Parser, exit_code
 from hivit_jax.models import Model, image_shape
 
@@ -49,7 +51,7 @@ class Split:
     def __init__(self, config: Any, split: str, sample: int = 0):
         own = config.data.train_split if split == "train" else config.data.eval_split
         self.title = f"{split} ({own})" if own else split
-        self.config, self.loader = config, Loader(config, split, split == "train")
+        self.config, self.channels = config, image_shape(config.model)[2]
         self.source = open_source(config.data, split)
         n = len(self.source)
         self.indices = np.sort(permutation(0, 0, n)[: sample or n])
@@ -70,7 +72,9 @@ class Split:
         indices = self.indices[first : first + CHUNK].tolist()
         for place, index in enumerate(indices, first):
             try:
-                encoded, label, pixels = self.loader.read(index)
+                sample = self.source.sample(index)
+                encoded, label = sample["image"], sample["label"]
+                pixels = decode(encoded, self.channels)
             except Exception as error:  # of whatever kind a broken file provokes
                 words = f"{type(error).__name__}: {error}".split()
                 self.kinds[UNREADABLE][index] = " ".join(words)
@@ -166,14 +170,15 @@ def _row(what: str, *cells: str) -> str:
     return f"  {what:<28}" + "".join(f"{cell:>12}" for cell in cells)
 
 
-def images_per_second(split: Split) -> float:
+def images_per_second(split: Split, transform: Transform) -> float:
     """Usable images that a core makes ready for training in a second of its time."""
     indices = split.indices[split.labels >= 0]
+    loader = Loader(split.source, transform, split.config.seed, CHUNK)
     done, start = 0, time.process_time()
     while (spent := time.process_time() - start) < SECONDS:
         positions = np.arange(done, done + CHUNK)
         places, epochs = samples_at(positions, len(indices), split.config.seed)
-        split.loader.fill(split.loader.batch(CHUNK), 0, indices[places], epochs)
+        loader.fill(loader.blank(0, CHUNK), 0, 0, indices[places], epochs)
         done += CHUNK
     return done / spent
 
@@ -197,7 +202,7 @@ def examine(config: Any, sample: int, listing: TextIO) -> None:
     data, problems = config.data, []
     if data.name == "synthetic":
         raise ConfigError("data.name='synthetic' is made up; there is nothing to check")
-    task = tasks.create(config)
+    task = inputs.make_task(config)
     model = nnx.eval_shape(task.build_model)
     splits = [Split(config, split, sample) for split in ("train", "test")]
     print(f"{data.name} {data.dir}".rstrip())
@@ -211,7 +216,8 @@ def examine(config: Any, sample: int, listing: TextIO) -> None:
             if len(names) > allowed.get(kind, 0):
                 problems.append(f"{split.title}: {len(names):,} {kind}")
     if (splits[0].labels >= 0).any():
-        print(f"\n{speed(task, model, images_per_second(splits[0]))}")
+        rate = images_per_second(splits[0], task.transform(train=True))
+        print(f"\n{speed(task, model, rate)}")
     print(f"\n{'; '.join(problems) or 'healthy'}")
     if problems:
         raise DataError(f"{data.name} is not fit for a run\n{problems[0]}")

@@ -3,20 +3,23 @@
 import hashlib
 import io
 import os
+import re
 import resource
 import struct
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
-from hivit_jax.errors import ConfigError, DataError, unknown
+from hivit_jax.errors import ConfigError, DataError, import_class, unknown
 
-NAMES = ("digits", "folder", "imagenet2012", "synthetic")  # or another of TFDS
-IMAGENET_TRAIN = 1_281_167  # images of imagenet2012, for where it is not at hand
+# Or another dataset of TFDS, or ``module:Class``: a `Source` of a user's own, which is
+# called with "train" or "test" and `data.dir`.
+NAMES = ("digits", "folder", "imagenet2012", "synthetic")
 NAMED_SPLITS = {"folder": ("train", "val"), "": ("train", "validation")}
 INDEX = ("classes", "counts", "files")  # of a class folder, cached
 DIGITS_TEST = 360
@@ -24,25 +27,111 @@ SYNTHETIC = {"train": 1024, "test": 64}
 FORMATS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
 
-class Source(Protocol):
-    """One split of a dataset.
+@dataclass(frozen=True)
+class DatasetInfo:
+    """What a task needs to know of a dataset.
 
-    classes: name of every class, in the order of the labels.
+    Attributes:
+      counts: examples of each split that is used, "train" or "test".
+      classes: name of every class, in the order of the labels.
+      encoded: whether examples are read and decoded; made-up ones have the shapes of
+        the transform.
     """
 
-    classes: Sequence[str]
+    counts: Mapping[str, int]
+    classes: tuple[str, ...] = ()
+    encoded: bool = True
+
+
+# For where the dataset is not available.
+IMAGENET = DatasetInfo({"train": 1_281_167, "test": 50_000})
+
+
+class Source:
+    """One split of a dataset. Its methods may run in many threads.
+
+    Attributes:
+      classes: name of every class, in the order of the labels.
+      encoded: see `DatasetInfo`.
+    """
+
+    classes: Sequence[str] = ()
+    encoded: bool = True
 
     def __len__(self) -> int:
-        """Number of images n."""
+        """Number of examples n."""
+        raise NotImplementedError
 
-    def fetch(self, index: int) -> tuple[bytes, int]:
-        """(encoded image, label); OSError, or another, if it cannot be read."""
+    def sample(self, index: int) -> dict[str, Any]:
+        """Encoded parts of an example by name, such as "image" bytes and "label" int.
+
+        Raises:
+          Exception: of any kind, if it cannot be read.
+        """
+        raise NotImplementedError
+
+    def ask(self, index: int) -> None:
+        """Start reading an example that `sample` will soon be called for."""
+
+    def size(self, index: int) -> tuple[int, int]:
+        """(height, width) of the image, from the header of its file; cached."""
+        from PIL import Image
+
+        if not hasattr(self, "_sizes"):
+            self._sizes: dict[int, tuple[int, int]] = {}
+        if index not in self._sizes:
+            with Image.open(self._open(index)) as image:
+                self._sizes[index] = image.height, image.width
+        return self._sizes[index]
+
+    def _open(self, index: int) -> Any:
+        """The image as a path or file for PIL."""
+        return io.BytesIO(self.sample(index)["image"])
 
     def name(self, index: int) -> str:
-        """What a person would find the image by."""
+        """Name by which a person finds the example."""
+        return f"example {index}"
 
 
-class Digits:
+class Synthetic(Source):
+    """Noise of the shapes that a transform asks for; reads nothing."""
+
+    encoded = False
+
+    def __init__(self, split: str, train_examples: int = 0):
+        self._count = split == "train" and train_examples or SYNTHETIC[split]
+
+    def __len__(self) -> int:
+        return self._count
+
+
+class Images(Source):
+    """Images without labels: a file, or all files of a directory of any depth, sorted.
+
+    Raises:
+      DataError: no image there.
+    """
+
+    def __init__(self, path: str | Path, classes: Sequence[str] = ()):
+        path, self.classes = Path(path).expanduser(), classes
+        found = [path] if path.is_file() else sorted(path.rglob("*"))
+        self._files = [f for f in found if f.suffix.lower() in FORMATS and f.is_file()]
+        if not self._files:
+            raise DataError(
+                f"{path}: no image; expected files that end in {', '.join(FORMATS)}"
+            )
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def sample(self, index: int) -> dict[str, Any]:
+        return {"image": self._files[index].read_bytes()}
+
+    def name(self, index: int) -> str:
+        return str(self._files[index])
+
+
+class Digits(Source):
     """scikit-learn's 1,797 scanned handwritten digits, 8x8 grey, as PNG.
 
     A fixed draw of 360 is the test split. `train_examples` > 0 keeps that many
@@ -72,8 +161,9 @@ class Digits:
     def __len__(self) -> int:
         return len(self._indices)
 
-    def fetch(self, index: int) -> tuple[bytes, int]:
-        return _png(_digits()[0][self._indices[index]]), int(self.labels[index])
+    def sample(self, index: int) -> dict[str, Any]:
+        image = _png(_digits()[0][self._indices[index]])
+        return {"image": image, "label": int(self.labels[index])}
 
     def name(self, index: int) -> str:
         return f"digit {self._indices[index]}"
@@ -100,7 +190,7 @@ def _png(image: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-class Folder:
+class Folder(Source):
     """Class folders, ``ROOT/{train,val}/CLASS/*.JPEG``, as torchvision reads them.
 
     Classes are the sorted directories of the train split, for every split; images the
@@ -141,9 +231,12 @@ class Folder:
     def __len__(self) -> int:
         return len(self._files)
 
-    def fetch(self, index: int) -> tuple[bytes, int]:
+    def sample(self, index: int) -> dict[str, Any]:
         with open(self.name(index), "rb", buffering=0) as file:
-            return file.read(), int(self.labels[index])
+            return {"image": file.read(), "label": int(self.labels[index])}
+
+    def _open(self, index: int) -> str:
+        return self.name(index)
 
     def name(self, index: int) -> str:
         return f"{self._root}/{os.fsdecode(self._files[index])}"
@@ -201,7 +294,7 @@ def _times(directories: np.ndarray) -> np.ndarray:
     return np.array([os.stat(d).st_mtime_ns for d in directories.tolist()])
 
 
-class Tfds:
+class Tfds(Source):
     """A classification dataset that TFDS has prepared, in array_record or tfrecord.
 
     Args:
@@ -255,9 +348,9 @@ class Tfds:
     def __len__(self) -> int:
         return len(self._places)
 
-    def fetch(self, index: int) -> tuple[bytes, int]:
+    def sample(self, index: int) -> dict[str, Any]:
         example = self._example(index)
-        return example[self._image], int(example[self._label])
+        return {"image": example[self._image], "label": int(example[self._label])}
 
     def name(self, index: int) -> str:
         try:
@@ -346,8 +439,6 @@ def _prepared(name: str, directory: str) -> str:
 
 def num_examples(data: Mapping[str, Any], split: str) -> int:
     """Images in a split ("train" or "test")."""
-    if data["name"] == "synthetic":
-        return split == "train" and data["train_examples"] or SYNTHETIC[split]
     return len(open_source(data, split))
 
 
@@ -372,8 +463,12 @@ def _open(
     train_examples: int,
     subset: int,
 ) -> Source:
+    if name == "synthetic":
+        return Synthetic(split, train_examples)
     if name == "digits":
         return Digits(split, train_examples, subset)
+    if re.fullmatch(r"[\w.]+:[A-Za-z_]\w*", name):  # TFDS has a version there
+        return import_class("data.name", name)(split, directory)
     ours = NAMED_SPLITS.get(name, NAMED_SPLITS[""])
     train_split, eval_split = train_split or ours[0], eval_split or ours[1]
     wanted = train_split if split == "train" else eval_split

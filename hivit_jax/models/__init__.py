@@ -2,7 +2,7 @@
 
 import inspect
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -62,10 +62,7 @@ def create_model(
       ConfigError: an unknown name or override, or sizes that do not fit each other.
     """
     kind = kind_of(name)
-    known = override_parameters(kind)
-    for key in overrides:
-        if key not in known:
-            raise unknown(f"override of {name}", key, known)
+    check_overrides(name, overrides)
     size = name.removeprefix("mae_")
     arguments = SIZES[size] | dict(image_size=image_size, in_channels=in_channels)
     if kind is Classifier:
@@ -75,6 +72,14 @@ def create_model(
     arguments = dict(name=name) | arguments | dict(dtype=model.encoder.dtype.name)
     model.arguments = json.dumps(arguments)  # text: modules hold nothing mutable
     return model
+
+
+def check_overrides(name: str, overrides: Iterable[str]) -> None:
+    """ConfigError for an override that this network does not have."""
+    known = override_parameters(kind_of(name))
+    for key in overrides:
+        if key not in known:
+            raise unknown(f"override of {name}", key, known)
 
 
 def kind_of(name: str) -> type[Model]:
@@ -95,6 +100,18 @@ def split(model: nnx.Module) -> tuple[nnx.GraphDef, dict]:
     """Module -> (structure, nested dicts of arrays); `nnx.merge` undoes it."""
     graphdef, state = nnx.split(model)
     return graphdef, nnx.to_pure_dict(state)
+
+
+def split_state(model: nnx.Module) -> tuple[nnx.GraphDef, dict, dict]:
+    """Module -> (structure, parameters, model state), the last two nested dicts of
+    arrays; `nnx.merge` undoes it.
+
+    Model state is every variable that is not an `nnx.Param`: batch statistics and
+    fixed tables. It is never trained.
+    """
+    graphdef, *states = nnx.split(model, nnx.Param, ...)
+    params, model_state = map(nnx.to_pure_dict, states)
+    return graphdef, params, model_state
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:

@@ -7,25 +7,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hivit_jax.models.hivit import Features, HiViT, image_grid
-from hivit_jax.models.layers import LayerNorm, Linear, parameter_count, row_cost
-
-
-class RunningNorm(nnx.Module):
-    """Features less their running mean, over their running standard deviation.
-
-    BatchNorm without scale and bias, as in evaluation (MAE's ``main_linprobe.py``,
-    eps 1e-6). What is learned of batches is up to the task.
-    """
-
-    epsilon = 1e-6
-
-    def __init__(self, dim: int):
-        self.mean = nnx.Param(jnp.zeros(dim))
-        self.var = nnx.Param(jnp.ones(dim))
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[..., E] float32 -> the same."""
-        return (x - self.mean[...]) * jax.lax.rsqrt(self.var[...] + self.epsilon)
+from hivit_jax.models.layers import (
+    BatchNorm,
+    LayerNorm,
+    Linear,
+    parameter_count,
+    row_cost,
+)
 
 
 class Classifier(Features):
@@ -34,7 +22,8 @@ class Classifier(Features):
     Args:
       num_classes: classes of the head.
       fc_norm: LayerNorm between pooling and head; MMPretrain's HiViT has none.
-      running_norm: instead of it `RunningNorm`, for a linear probe.
+      running_norm: instead of it `BatchNorm` without scale and bias, for a linear probe
+        (MAE's ``main_linprobe.py``: eps 1e-6).
       encoder: arguments of `HiViT`.
     """
 
@@ -51,7 +40,7 @@ class Classifier(Features):
         dim, eps = self.encoder.embed_dim, self.encoder.patch_embed.norm.epsilon
         # Pooled features, their norm and the logits are float32 in any compute dtype.
         if running_norm:
-            self.fc_norm = RunningNorm(dim)
+            self.fc_norm = BatchNorm(dim, epsilon=1e-6, affine=False)
         else:
             self.fc_norm = LayerNorm(dim, epsilon=eps, rngs=rngs) if fc_norm else None
         self.head = Linear(dim, num_classes, rngs=rngs)

@@ -9,6 +9,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import AxisType
 
 from hivit_jax import kernels
 from hivit_jax.errors import ConfigError
@@ -76,6 +77,86 @@ def _layer_norm_backward(eps, dtype, saved, gradient):
 
 
 layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
+
+
+class BatchNorm(nnx.Module):
+    """Batch normalization of the last axis over all others, as PyTorch computes it.
+
+    `nnx.BatchNorm` keeps the biased running variance, and counts every example.
+
+    Args:
+      epsilon: added to the variance.
+      momentum: share of a batch in the running statistics.
+      affine: learn a scale and a bias.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        epsilon: float = 1e-5,
+        momentum: float = 0.1,
+        affine: bool = True,
+    ):
+        self.epsilon, self.momentum = epsilon, momentum
+        self.mean = nnx.BatchStat(jnp.zeros(dim))
+        self.var = nnx.BatchStat(jnp.ones(dim))
+        self.scale = nnx.Param(jnp.ones(dim)) if affine else None
+        self.bias = nnx.Param(jnp.zeros(dim)) if affine else None
+
+    def __call__(self, x: jax.Array, weight: jax.Array | None = None) -> jax.Array:
+        """Normalize, [B, ..., C] -> [B, ..., C] in the dtype of `x`.
+
+        Args:
+          weight: [B], of a training batch: normalize by the statistics of the global
+            batch and move the running ones. Examples of weight 0 do not count. None:
+            normalize by the running statistics.
+        """
+        x32 = x.astype(jnp.float32)
+        if weight is None:
+            mean, var = self.mean[...], self.var[...]
+        else:
+            mean, var, count = batch_statistics(x32, weight)
+            unbiased = var * count / jnp.maximum(count - 1, 1.0)
+            # A batch without examples leaves the running statistics as they are.
+            share = self.momentum * (count > 0)
+            for running, new in ((self.mean, mean), (self.var, unbiased)):
+                old, new = running[...], jax.lax.stop_gradient(new)
+                running[...] = old + share * (new - old)
+        y = (x32 - mean) * jax.lax.rsqrt(var + self.epsilon)
+        if self.scale is not None:
+            y = y * self.scale[...] + self.bias[...]
+        return y.astype(x.dtype)
+
+
+def batch_statistics(
+    x: jax.Array, weight: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Mean [C], biased variance [C] and number of the weighted elements of a channel,
+    over the batch of all devices.
+
+    Args:
+      x: float32 [B, ..., C].
+      weight: [B].
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    manual = tuple(name for name, kind in kinds if kind == AxisType.Manual)
+
+    def total(values):  # inside `shard_map` a device sees only its own examples
+        return jax.lax.psum(values, manual) if manual else values
+
+    axes = tuple(range(x.ndim - 1))
+    weight = weight.reshape(-1, *[1] * (x.ndim - 1))
+    count = total(weight.sum()) * (x.size // x.shape[0] // x.shape[-1])
+    divisor = jnp.maximum(count, 1.0)
+    mean = total((weight * x).sum(axes)) / divisor
+    var = total((weight * jnp.square(x - mean)).sum(axes)) / divisor
+    return mean, var, count
+
+
+class FixedTable(nnx.Variable):
+    """A table that is stored and counted with the parameters but never trained."""
 
 
 def drop_path(
@@ -258,7 +339,8 @@ class PatchMerge(nnx.Module):
 
 def parameter_count(module: nnx.Module) -> int:
     """Number of parameters, fixed position tables included (as published)."""
-    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(module, nnx.Param)))
+    counted = nnx.state(module, nnx.Any(nnx.Param, FixedTable))
+    return sum(leaf.size for leaf in jax.tree.leaves(counted))
 
 
 def row_cost(module: nnx.Module, rows: int, layer_norm_cost: int) -> int:

@@ -17,16 +17,13 @@ from hivit_jax.models.blocks import AttentionBlock, attention_cost, run_blocks
 from hivit_jax.models.hivit import Features, HiViT, image_grid
 from hivit_jax.models.layers import (
     INIT,
+    FixedTable,
     LayerNorm,
     Linear,
     check_heads,
     parameter_count,
     row_cost,
 )
-
-
-class FixedTable(nnx.Param):
-    """A table that is stored and counted with the parameters but never trained."""
 
 
 class MAEOutput(NamedTuple):
@@ -231,8 +228,8 @@ class MaskedAutoencoder(Features):
             self.mask_token[...].astype(x.dtype), (batch, ids.shape[1] - kept, dim)
         )
         # Tokens stay in this order, in which the removed ones are a slice; the decoder
-        # knows units by the table alone, and the table takes no gradient.
-        table = jax.lax.stop_gradient(self.decoder_pos_embed[...]).astype(x.dtype)
+        # knows units by the table alone.
+        table = self.decoder_pos_embed[...].astype(x.dtype)
         x = jnp.concatenate([x, tokens], axis=1) + table[ids]  # [B, N, D]
         with jax.named_scope("decoder"):
             *blocks, last = self.decoder_blocks

@@ -1,9 +1,9 @@
-"""Tasks by name. The only place that knows which tasks there are."""
+"""Tasks by name. Only modules of this package know which tasks there are."""
 
-from importlib import import_module
 from typing import Any
 
-from hivit_jax.errors import ConfigError, unknown
+from hivit_jax.data.sources import DatasetInfo
+from hivit_jax.errors import import_class, unknown
 from hivit_jax.tasks.base import Task
 from hivit_jax.tasks.classification import Classification
 from hivit_jax.tasks.linear_probe import LinearProbe
@@ -22,19 +22,13 @@ def find(name: str) -> type[Task]:
     Raises:
       ConfigError: unknown name, or no such class.
     """
-    module, colon, class_name = name.partition(":")
-    if not colon:
-        if name not in TASKS:
-            raise unknown("task", name, TASKS)
-        return TASKS[name]
-    try:
-        return getattr(import_module(module), class_name)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(
-            f"task={name!r} cannot be imported: {error}; expected module:Class"
-        ) from error
+    if ":" in name:
+        return import_class("task", name)
+    if name not in TASKS:
+        raise unknown("task", name, TASKS)
+    return TASKS[name]
 
 
-def create(config: Any) -> Task:
-    """The task of a config."""
-    return find(config.task)(config)
+def create(config: Any, data: DatasetInfo) -> Task:
+    """The task of a config, for a dataset."""
+    return find(config.task)(config, data)

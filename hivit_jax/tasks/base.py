@@ -5,6 +5,7 @@ by name.
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,11 +15,15 @@ import optax
 
 from hivit_jax import augment
 from hivit_jax.augment import Keys
+from hivit_jax.data.sources import DatasetInfo
+from hivit_jax.data.transforms import MODES, ImageTransform, Transform
 from hivit_jax.errors import ConfigError
-from hivit_jax.models import Model, create_model, image_shape, kind_of
+from hivit_jax.models import Model, create_model, image_shape, kind_of, split_state
 from hivit_jax.optimizer import make_optimizer, make_schedule
 
 PerSample = dict[str, jax.Array]  # each float32 [B]
+Rows = dict[str, jax.Array]  # each [B, ...]
+Sums = dict[str, jax.Array]
 
 
 class Task:
@@ -46,8 +51,13 @@ class Task:
     undecayed: tuple[str, ...] = ()
     model_class: type[Model]
 
-    def __init__(self, config: Any):
-        self.config = config
+    def __init__(self, config: Any, data: DatasetInfo):
+        self.config, self.data = config, data
+        found, known = len(data.classes), config.model.get("num_classes")
+        if known and found > known:
+            raise ConfigError(
+                f"model.num_classes={known}, but {config.data.name} has {found} classes"
+            )
 
     # --- Model and optimizer ----------------------------------------------------------
 
@@ -87,10 +97,15 @@ class Task:
         return leaf in self.decayed
 
     def optimizer(
-        self, params: Any, schedule: optax.Schedule
+        self, model: Model, schedule: optax.Schedule
     ) -> optax.GradientTransformation:
-        """Optimizer of parameters, or of their shapes."""
+        """Optimizer of the parameters of a model, which may be abstract."""
+        params = split_state(model)[1]
         return make_optimizer(self.config.optimizer, schedule, params, self.is_decayed)
+
+    def frozen(self) -> Any:
+        """Pytree of arrays that every step gets: never trained, never saved."""
+        return {}
 
     def macs(self, model: Model, layer_norm_cost: int = 0) -> int:
         """Multiply-adds of one image's forward pass.
@@ -100,6 +115,47 @@ class Task:
             tables.
         """
         return model.macs(layer_norm_cost=layer_norm_cost)
+
+    # --- On the host, in threads ------------------------------------------------------
+
+    def transform(self, train: bool) -> Transform:
+        """Transform of the examples of a split, for training or evaluation.
+
+        Raises:
+          ConfigError: sizes or channels that do not fit each other.
+        """
+        data, model = self.config.data, self.config.model
+        *size, channels = image_shape(model)
+        randaugment = train and data.randaugment and self.data.encoded
+        if self.data.encoded and channels not in MODES:
+            raise ConfigError(
+                f"model.in_channels={channels} with data.name={data.name!r}; "
+                "expected 3 (colour) or 1 (grey)"
+            )
+        if randaugment and channels != 3:
+            raise ConfigError(
+                f"data.randaugment with model.in_channels={channels}; expected 3"
+            )
+        if data.canvas and data.canvas < max(size):
+            raise ConfigError(
+                f"data.canvas={data.canvas} is smaller than model.image_size="
+                f"{model.image_size}; expected 0 or more than that"
+            )
+        # RandAugment works on images of their final size, which made-up ones have.
+        on_host = randaugment or not self.data.encoded
+        whole = not train or tuple(data.crop_scale) == (1.0, 1.0)
+        return ImageTransform(
+            batch_size=self.config.batch_size,
+            size=size,
+            channels=channels,
+            canvas=0 if on_host else data.canvas,
+            crop_scale=None if whole else tuple(data.crop_scale),
+            crop_pct=data.crop_pct,
+            interpolation=data.interpolation,
+            antialias=data.antialias,
+            randaugment=randaugment,
+            classes=model.get("num_classes") or 0,
+        )
 
     # --- One batch: pure functions, jitted --------------------------------------------
 
@@ -129,31 +185,64 @@ class Task:
         """Images of a training batch as the model gets them: float32 [B, H, W, C]."""
         return self.augment_batch(batch, keys)
 
-    def loss(self, model: Model, batch: dict, keys: Keys) -> PerSample:
+    def loss(self, model: Model, frozen: Any, batch: dict, keys: Keys) -> PerSample:
         """Loss and metrics of a training batch, by name, each [B].
 
-        The gradient of the weighted mean of "objective" is taken; of "loss" where there
-        is no objective.
+        The gradient of the weighted mean of "loss" is taken. The model's variables that
+        are no parameters may be changed in place.
         """
         raise NotImplementedError
 
-    def eval_step(self, model: Model, batch: dict, keys: Keys) -> dict[str, jax.Array]:
-        """Sums over the images of a batch of weight 1, by name."""
+    def eval_step(
+        self, model: Model, frozen: Any, batch: dict, keys: Keys
+    ) -> tuple[Sums, Rows]:
+        """Evaluate a batch.
+
+        Returns:
+          Sums over the examples of weight 1: scalars or matrices by name, int32 or
+          float32; and rows [B, ...] by name, from which `records` are made.
+        """
         raise NotImplementedError
 
-    def panels(self, model: Model, batch: dict, keys: Keys) -> dict[str, jax.Array]:
+    def predict_step(self, model: Model, batch: dict) -> Rows:
+        """Rows [B, ...] by name, from which `records` are made; no labels are used."""
+        raise ConfigError(f"task={self.config.task!r} makes no predictions")
+
+    def panels(self, model: Model, frozen: Any, batch: dict, keys: Keys) -> Rows:
         """Arrays that `figures` draws, of the first held-out images; {}: none."""
         return {}
 
-    # --- On the host, process 0 -------------------------------------------------------
+    # --- On the host again ------------------------------------------------------------
 
-    def summarize(self, sums: Mapping[str, Any], count: int) -> dict[str, float]:
-        """Metrics of a split of `count` images: sums -> {"eval/NAME": mean}."""
+    def records(self, rows: Mapping[str, np.ndarray]) -> list[Any]:
+        """Small objects that can be pickled, made of the rows of one process's own
+        examples.
+
+        Args:
+          rows: of `eval_step` or `predict_step`, without those of weight 0; and
+            "index" of the examples in their split, for predictions "name" too.
+        """
+        return []
+
+    def summarize(
+        self, sums: Mapping[str, np.ndarray], count: int, records: list[Any]
+    ) -> dict[str, float]:
+        """Metrics of a split, on process 0: {"eval/NAME": value}.
+
+        Args:
+          sums: of all batches, float64 or int64.
+          count: examples that count.
+          records: of all processes, in the order of the split.
+        """
         return {f"eval/{name}": float(total) / count for name, total in sums.items()}
 
-    def figures(self, panels: Mapping[str, np.ndarray], title: str) -> dict:
-        """Panels -> pictures by name, uint8 [H, W, 3]."""
+    def figures(self, panels: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Panels -> pictures by name, uint8 [H, W, 3], on process 0."""
         return {}
+
+    def write_predictions(self, records: list[Any], out: Path) -> None:
+        """Write the records of `predict_step` into a directory."""
+        raise NotImplementedError
 
 
 def weighted_sums(values: PerSample, weight: jax.Array) -> dict[str, jax.Array]:

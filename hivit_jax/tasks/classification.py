@@ -1,12 +1,25 @@
 """Classification: finetuning from a pretrained encoder, or training from scratch."""
 
+import csv
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
 import jax
+import numpy as np
 import optax
 
 from hivit_jax import augment
 from hivit_jax.augment import Keys
 from hivit_jax.models.classifier import Classifier
-from hivit_jax.tasks.base import PerSample, Task, topk_correct, weighted_sums
+from hivit_jax.tasks.base import (
+    PerSample,
+    Rows,
+    Sums,
+    Task,
+    topk_correct,
+    weighted_sums,
+)
 
 
 class Classification(Task):
@@ -29,7 +42,9 @@ class Classification(Task):
         """As in `Task`; the official supervised code does not."""
         return self.config.optimizer.official_quirks and bool(self.config.init_from)
 
-    def loss(self, model: Classifier, batch: dict, keys: Keys) -> PerSample:
+    def loss(
+        self, model: Classifier, frozen: Any, batch: dict, keys: Keys
+    ) -> PerSample:
         """Cross entropy with the mixed targets; hits of the true labels."""
         images, targets = self.augment_with_targets(batch, keys)
         drop_path_keys = augment.split_keys(keys.samples, "drop_path")
@@ -69,11 +84,41 @@ class Classification(Task):
         return self.augment_with_targets(batch, keys)[0]
 
     def eval_step(
-        self, model: Classifier, batch: dict, keys: Keys
-    ) -> dict[str, jax.Array]:
-        """Sums of cross entropy and hits."""
+        self, model: Classifier, frozen: Any, batch: dict, keys: Keys
+    ) -> tuple[Sums, Rows]:
+        """Sums of cross entropy and hits; no rows."""
         logits = model(self.preprocess(batch))
-        return weighted_sums(scores(logits, batch["label"]), batch["weight"])
+        return weighted_sums(scores(logits, batch["label"]), batch["weight"]), {}
+
+    def predict_step(self, model: Classifier, batch: dict) -> Rows:
+        """{"probabilities": float32 [B, classes]}."""
+        return {"probabilities": jax.nn.softmax(model(self.preprocess(batch)))}
+
+    def records(self, rows: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
+        """Name and probability of the best class of each image."""
+        if "probabilities" not in rows:
+            return []
+        best = rows["probabilities"].argmax(-1)
+        found = zip(rows["name"], best, rows["probabilities"], strict=True)
+        return [
+            {
+                "name": str(name),
+                "class": self._class_name(k),
+                "probability": float(p[k]),
+            }
+            for name, k, p in found
+        ]
+
+    def _class_name(self, number: int) -> str:
+        classes = self.data.classes
+        return classes[number] if number < len(classes) else str(number)
+
+    def write_predictions(self, records: list[Any], out: Path) -> None:
+        """Write predictions.csv: name, class, probability."""
+        with open(out / "predictions.csv", "w", newline="") as file:
+            writer = csv.DictWriter(file, ("name", "class", "probability"))
+            writer.writeheader()
+            writer.writerows(records)
 
 
 def scores(logits: jax.Array, labels: jax.Array) -> PerSample:

@@ -9,7 +9,7 @@ import numpy as np
 from hivit_jax import augment
 from hivit_jax.augment import Keys
 from hivit_jax.models.mae import MaskedAutoencoder, visible_units
-from hivit_jax.tasks.base import PerSample, Task, weighted_sums
+from hivit_jax.tasks.base import PerSample, Rows, Sums, Task, weighted_sums
 
 
 class MaskedAutoencoding(Task):
@@ -38,7 +38,9 @@ class MaskedAutoencoding(Task):
         mask_ratio = self.config.mask_ratio
         return model.macs(mask_ratio=mask_ratio, layer_norm_cost=layer_norm_cost)
 
-    def loss(self, model: MaskedAutoencoder, batch: dict, keys: Keys) -> PerSample:
+    def loss(
+        self, model: MaskedAutoencoder, frozen: Any, batch: dict, keys: Keys
+    ) -> PerSample:
         """{"loss": [B]}."""
         images = self.augment_batch(batch, keys)
         drop_path_keys = augment.split_keys(keys.samples, "drop_path")
@@ -47,16 +49,16 @@ class MaskedAutoencoding(Task):
         return {"loss": loss}
 
     def eval_step(
-        self, model: MaskedAutoencoder, batch: dict, keys: Keys
-    ) -> dict[str, jax.Array]:
-        """{"loss": sum}; the masks are a function of the keys."""
+        self, model: MaskedAutoencoder, frozen: Any, batch: dict, keys: Keys
+    ) -> tuple[Sums, Rows]:
+        """{"loss": sum} and no rows; the masks are a function of the keys."""
         images = self.preprocess(batch)
         loss = model.image_loss(images, **self._masking(model, keys))
-        return weighted_sums({"loss": loss}, batch["weight"])
+        return weighted_sums({"loss": loss}, batch["weight"]), {}
 
     def panels(
-        self, model: MaskedAutoencoder, batch: dict, keys: Keys
-    ) -> dict[str, jax.Array]:
+        self, model: MaskedAutoencoder, frozen: Any, batch: dict, keys: Keys
+    ) -> Rows:
         """Images and predictions [B, H, W, C], normalized, and removed [B, H, W, 1].
 
         Where the loss is on normalized pixels, predictions are put back with the mean
@@ -68,13 +70,13 @@ class MaskedAutoencoding(Task):
         predicted, removed = model.pictures(out, mean, scale)
         return {"images": images, "predicted": predicted, "removed": removed}
 
-    def figures(self, panels: Mapping[str, np.ndarray], title: str) -> dict:
+    def figures(self, panels: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """{"reconstruction": uint8 [H, W, 3]}, four panels an image."""
         from hivit_jax import figures  # late: a train step needs no matplotlib
 
         data = self.config.data
         drawn = figures.reconstruction_panels(**panels, mean=data.mean, std=data.std)
-        return {"reconstruction": figures.reconstructions(drawn, title)}
+        return {"reconstruction": figures.reconstructions(drawn, "held-out images")}
 
     def _masking(self, model: MaskedAutoencoder, keys: Keys) -> dict[str, Any]:
         """Noise [B, N] and mask ratio, as the model takes them."""

@@ -10,8 +10,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from hivit_jax import models, pretrained, tasks
-from hivit_jax.data import pipeline
+from hivit_jax import inputs, models, pretrained
 from hivit_jax.sharding import make_mesh, state_shardings, to_devices
 from hivit_jax.tasks.base import topk_correct
 
@@ -38,33 +37,37 @@ def nearest_neighbours(
       DataError: more images cannot be read than `data.max_unreadable` allows.
     """
     start = pretrained.find_for(config, config.init_from)
-    task = tasks.create(config)
+    task = inputs.make_task(config)
     model = nnx.eval_shape(task.build_model)
-    graphdef, abstract = models.split(model)
+    graphdef = models.split_state(model)[0]
     mesh = make_mesh(config.mesh, config.batch_size)
     everywhere = NamedSharding(mesh, PartitionSpec())
-    draw = jax.jit(
-        lambda: models.split(task.build_model())[1],
-        out_shardings=state_shardings(mesh, abstract),
-    )
-    params = pretrained.start_from(start, model, draw(), fresh=task.fresh)
+
+    def variables():
+        _, params, model_state = models.split_state(task.build_model())
+        return {"params": params, "model_state": model_state}
+
+    shardings = state_shardings(mesh, jax.eval_shape(variables))
+    drawn = jax.jit(variables, out_shardings=shardings)()
+    drawn = pretrained.start_from(start, model, drawn, fresh=task.fresh)
 
     @partial(jax.jit, out_shardings=everywhere)
-    def encode(params, batch):
-        features = nnx.merge(graphdef, params).encoded(task.preprocess(batch))
+    def encode(variables, batch):
+        model = nnx.merge(graphdef, *variables.values())
+        features = model.encoded(task.preprocess(batch))
         length = jnp.linalg.norm(features, axis=-1, keepdims=True)
         return features / length, batch["label"], batch["weight"], batch["unreadable"]
 
     def encoded(split):
-        batches = to_devices(pipeline.eval_batches(config, split), mesh)
+        batches = to_devices(inputs.eval_batches(config, split), mesh)
         parts = []
         for batch in batches:
-            parts.append(jax.device_get(encode(params, batch)))
+            parts.append(jax.device_get(encode(drawn, batch)))
             beat()
         features, labels, weight, unreadable = map(
             np.concatenate, zip(*parts, strict=True)
         )
-        pipeline.check_unreadable(unreadable.sum(), 0, config.data, split)
+        inputs.check_unreadable(unreadable.sum(), 0, config.data, split)
         return features[weight > 0], labels[weight > 0]
 
     @jax.jit

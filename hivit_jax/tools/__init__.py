@@ -1,0 +1,1 @@
+"""Commands: ``python -m hivit_jax.tools.NAME --help``."""

@@ -1,0 +1,196 @@
+"""A task and a dataset of a user's own: label maps of images of two sizes. Everything
+that a task may have is in it; nothing of it is in the package.
+"""
+
+import io
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from PIL import Image
+
+from hivit_jax import augment
+from hivit_jax.data.sources import Source
+from hivit_jax.data.transforms import Transform
+from hivit_jax.models.layers import BatchNorm
+from hivit_jax.tasks.base import Task
+
+CELL, CLASSES = 8, 3
+SIZES = ((32, 32), (32, 48))  # one bucket each
+BROKEN = "train/07"
+
+
+def write_dataset(root):
+    """40 + 11 files for training and 9 + 8 for evaluation, with a label for each cell:
+    0 dark, 1 middle, 2 bright. One image cannot be read.
+    """
+    random = np.random.RandomState(0)
+    for split, counts in (("train", (40, 11)), ("test", (9, 8))):
+        directory = root / split
+        directory.mkdir(parents=True)
+        kinds = random.permutation([0] * counts[0] + [1] * counts[1])
+        for number, kind in enumerate(kinds):
+            rows, columns = (side // CELL for side in SIZES[kind])
+            labels = random.randint(0, CLASSES, (rows, columns)).astype(np.uint8)
+            pixels = labels.repeat(CELL, 0).repeat(CELL, 1)[..., None] * 90
+            pixels = pixels + random.randint(0, 60, (*pixels.shape[:2], 3))
+            path = directory / f"{number:02}"
+            Image.fromarray(pixels.astype(np.uint8)).save(f"{path}.png")
+            Image.fromarray(labels).save(f"{path}.map.png")
+    (root / f"{BROKEN}.map.png").write_bytes(b"no image")
+
+
+class Maps(Source):
+    """Images, each with a label map beside it."""
+
+    classes = ("dark", "middle", "bright")
+
+    def __init__(self, split, directory):
+        self._paths = sorted(Path(directory, split).glob("*.map.png"))
+
+    def __len__(self):
+        return len(self._paths)
+
+    def sample(self, index):
+        map_path = self._paths[index]
+        return {
+            "image": Path(self.name(index)).read_bytes(),
+            "map": map_path.read_bytes(),
+        }
+
+    def name(self, index):
+        return str(self._paths[index]).replace(".map.png", ".png")
+
+
+class MapTransform(Transform):
+    """Image and map as they are, mirrored half of the time in training."""
+
+    draws = 1
+
+    def __init__(self, batch_size, train):
+        self.batch_size, self._train = batch_size, train
+        self.shapes = tuple(
+            {
+                "image": jax.ShapeDtypeStruct((*size, 3), np.uint8),
+                "map": jax.ShapeDtypeStruct(
+                    tuple(side // CELL for side in size), np.int32
+                ),
+            }
+            for size in SIZES
+        )
+
+    def bucket(self, size):
+        return SIZES.index(size)
+
+    def __call__(self, sample, draws, out):
+        step = -1 if self._train and draws[0] < 0.5 else 1
+        for name in ("image", "map"):
+            if name in sample:  # not for predictions
+                pixels = np.asarray(Image.open(io.BytesIO(sample[name])))
+                out[name][:] = pixels[:, ::step]
+
+
+class Network(nnx.Module):
+    """Cells [B, h, w, 8*8*3] -> logits [B, h, w, 3], with batch normalization."""
+
+    def __init__(self, rngs):
+        self.embed = nnx.Linear(CELL * CELL * 3, 16, rngs=rngs)
+        self.norm = BatchNorm(16)
+        self.head = nnx.Linear(16, CLASSES, rngs=rngs)
+
+    def __call__(self, images, weight=None):
+        batch, height, width, _ = images.shape
+        cells = images.reshape(batch, height // CELL, CELL, width // CELL, CELL, 3)
+        cells = jnp.moveaxis(cells, 2, 3).reshape(
+            batch, height // CELL, width // CELL, -1
+        )
+        return self.head(nnx.relu(self.norm(self.embed(cells), weight)))
+
+    def parameter_count(self):
+        return sum(x.size for x in jax.tree.leaves(nnx.state(self, nnx.Param)))
+
+
+class Segmentation(Task):
+    """Per-cell classification."""
+
+    required = ("prior",)
+    best = ("eval/accuracy", "max")
+
+    def build_model(self, key=None):
+        key = jax.random.key(self.config.seed) if key is None else key
+        return Network(nnx.Rngs(key))
+
+    def optimizer(self, model, schedule):
+        return optax.sgd(schedule, 0.9)  # Adam would learn from rounding
+
+    def macs(self, model, layer_norm_cost=0):
+        return (SIZES[0][0] // CELL) ** 2 * model.parameter_count()
+
+    def frozen(self):
+        return {"prior": np.float32(self.config.prior)}
+
+    def transform(self, train):
+        return MapTransform(self.config.batch_size if train else 8, train)
+
+    def preprocess(self, batch):
+        data = self.config.data
+        return augment.normalize(batch["image"], data.mean, data.std)
+
+    def training_images(self, batch, keys):
+        return self.preprocess(batch)
+
+    def loss(self, model, frozen, batch, keys):
+        logits = model(self.preprocess(batch), batch["weight"]) + frozen["prior"]
+        return {"loss": cross_entropy(logits, batch["map"])}
+
+    def eval_step(self, model, frozen, batch, keys):
+        logits = model(self.preprocess(batch)) + frozen["prior"]
+        found = logits.argmax(-1)
+        weight = batch["weight"].astype(jnp.int32)[:, None, None]
+        confusion = jnp.zeros((CLASSES, CLASSES), jnp.int32)
+        confusion = confusion.at[batch["map"], found].add(weight)
+        loss = cross_entropy(logits, batch["map"]) * batch["weight"]
+        right = (found == batch["map"]).mean((1, 2))
+        return {"confusion": confusion, "loss": loss.sum()}, {"right": right}
+
+    def predict_step(self, model, batch):
+        return {"map": model(self.preprocess(batch)).argmax(-1)}
+
+    def panels(self, model, frozen, batch, keys):
+        found = model(self.preprocess(batch)).argmax(-1)
+        return {"images": batch["image"], "maps": found}
+
+    def records(self, rows):
+        if "map" in rows:
+            return [
+                {"name": Path(str(name)).name, "map": found.tolist()}
+                for name, found in zip(rows["name"], rows["map"], strict=True)
+            ]
+        pairs = zip(rows["index"].tolist(), rows["right"].tolist(), strict=True)
+        return [{"index": index, "right": right} for index, right in pairs]
+
+    def summarize(self, sums, count, records):
+        confusion = sums["confusion"]
+        return {
+            "eval/loss": float(sums["loss"]) / count,
+            "eval/accuracy": float(np.trace(confusion) / confusion.sum()),
+            "eval/cells": int(confusion.sum()),
+            "eval/worst": min(record["right"] for record in records),
+            "eval/records": len({record["index"] for record in records}),
+        }
+
+    def figures(self, panels):
+        maps = panels["maps"].astype(np.uint8).repeat(CELL, 1).repeat(CELL, 2) * 127
+        pairs = np.concatenate([panels["images"], maps[..., None].repeat(3, -1)], 2)
+        return {"maps": np.concatenate(pairs)}
+
+    def write_predictions(self, records, out):
+        (out / "maps.json").write_text(json.dumps(records))
+
+
+def cross_entropy(logits, labels):
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean((1, 2))
