@@ -13,7 +13,7 @@ from ml_collections.config_dict import FieldReference, placeholder
 from hivit_jax import tasks
 from hivit_jax.augment import REACH
 from hivit_jax.errors import ConfigError, unknown
-from hivit_jax.models import override_parameters
+from hivit_jax.models import model_keys
 
 KINDS = {
     int: "an integer",
@@ -89,9 +89,8 @@ def load(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
     """
     file, _, variant = str(path).partition(":")
     config = _read(Path(file), *filter(None, [variant]))
-    for name, parameter in override_parameters().items():
+    for name, kind in model_keys().items():
         if name not in config.model:
-            kind = parameter.annotation
             config.model[name] = placeholder(kind if kind in KINDS else tuple)
     # A side, or (height, width).
     size = config.model.image_size

@@ -25,7 +25,7 @@ from hivit_jax.data import pipeline
 from hivit_jax.errors import ConfigError
 from hivit_jax.main import main
 from hivit_jax.models import named_leaves, split
-from hivit_jax.models.layers import row_cost
+from hivit_jax.models.flops import row_cost
 from hivit_jax.models.mae import visible_units
 from hivit_jax.step import train_batch_shapes
 
@@ -458,8 +458,8 @@ def loss_and_gradients(name, **options):
     def loss(params):
         model = nnx.merge(graphdef, params)
         if name == "hivit_base":
-            return jnp.square(model(images, sample_keys=keys)).sum()
-        out = model(images, noise=noise, mask_ratio=0.75, sample_keys=keys)
+            return jnp.square(model(images, drop_path_keys=keys)).sum()
+        out = model(images, noise=noise, mask_ratio=0.75, drop_path_keys=keys)
         return out.loss
 
     value, gradients = jax.jit(jax.value_and_grad(loss))(params)

@@ -22,13 +22,9 @@ from networks import (
 from numpy.testing import assert_array_equal
 
 from hivit_jax.errors import ConfigError
-from hivit_jax.models import (
-    NAMES,
-    create_model,
-    positions,
-)
+from hivit_jax.models import VARIANTS, create_model, list_models, positions
 from hivit_jax.models.classifier import Classifier
-from hivit_jax.models.layers import parameter_count
+from hivit_jax.models.flops import encoder_cost, parameter_count
 from hivit_jax.models.mae import (
     FixedTable,
     MaskedAutoencoder,
@@ -87,7 +83,7 @@ def test_parts_of_the_masked_autoencoder():
     # The official encoder holds the norm of the latent.
     assert parameter_count(model.encoder) + parameter_count(model.norm) == 65_795_456
     # The patch convolution runs on all 196 units, the rest on 49; the decoder on 196.
-    encoder = model.encoder.macs((14, 14), 49, layer_norm_cost=0)
+    encoder = encoder_cost(model.encoder, (14, 14), 49, layer_norm_cost=0)
     block = 196 * 12 * 512**2 + 2 * 196**2 * 512
     decoder = 49 * 3584 * 512 + 6 * block + 196 * 512 * 768
     assert decoder == 4_102_389_760
@@ -122,11 +118,11 @@ WIDTHS = {
 
 def test_names():
     names = {f"{prefix}hivit_{size}" for prefix in ("", "mae_") for size in WIDTHS}
-    assert set(NAMES) == names
-    assert len(NAMES) == len(names)
+    assert {*list_models()} == {*VARIANTS} == names
+    assert list_models("mae_*_base*") == ["mae_hivit_base", "mae_hivit_base_24"]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", VARIANTS)
 def test_every_name_can_be_built(name):
     width, depths, heads = WIDTHS[name.split("hivit_")[1]]
     if name.startswith("mae_"):
@@ -134,7 +130,7 @@ def test_every_name_can_be_built(name):
         model = abstract(name, depths=(1, 1, 1), decoder_depth=1)
         depths = (1, 1, 1)
         assert isinstance(model, MaskedAutoencoder)
-        assert model.multi_scale
+        assert model.config.multi_scale
         assert model.encoder.stages[-1][0].attn.relative_position_bias_table is None
     else:
         model = abstract(name)
@@ -146,7 +142,7 @@ def test_every_name_can_be_built(name):
         expected = 1e-5 if name == "hivit_base_24" else 1e-6
         assert model.encoder.patch_embed.norm.epsilon == expected
     encoder = model.encoder
-    assert encoder.embed_dim == width
+    assert encoder.config.embed_dim == width
     blocks = [len(stage) for stage in encoder.stages]
     assert blocks == [2 * depths[0], 2 * depths[1], depths[2]]
     kernel = encoder.stages[-1][0].attn.qkv.kernel
@@ -319,7 +315,7 @@ def test_shapes_at_other_sizes(sizes):
 def test_features_hold_what_is_at_their_place(sizes):
     """A changed pixel moves the one stem cell that it lies in, and no other."""
     model = mini(**sizes)
-    shape = (1, *model.encoder.image_size, model.encoder.in_channels)
+    shape = (1, *model.config.image_shape)
     images = np.asarray(pictures(shape))
     places = [
         (0, 0),

@@ -19,12 +19,7 @@ import hivit_jax
 from hivit_jax import convert, weight_files
 from hivit_jax.errors import CheckpointError, ConfigError
 from hivit_jax.evaluate import evaluate_checkpoint
-from hivit_jax.models import (
-    kind_of,
-    named_leaves,
-    override_parameters,
-    split,
-)
+from hivit_jax.models import configure, named_leaves, split
 from hivit_jax.models.mae import MaskedAutoencoder
 from hivit_jax.pretrained import find
 from hivit_jax.train import train
@@ -45,10 +40,6 @@ def safetensors(path, state, about=()):
     state = {name: np.array(array, order="C") for name, array in state.items()}
     save_file(state, path, dict(about))
     return path
-
-
-def jsonable(value):
-    return json.loads(json.dumps(value))
 
 
 def official(name="mae_hivit_base", **overrides):
@@ -120,7 +111,7 @@ def test_committed_pytorch_files(kind):
     loaded = hivit_jax.load_pretrained(reference.GOLDEN / f"{kind}.pth", **hints)
     state = content.get("model_ema") or content.get("model") or content["state_dict"]
     recipes.assert_identical(arrays_of(loaded), by_hand(state))
-    assert json.loads(loaded.arguments)["num_heads"] == 1
+    assert loaded.config.num_heads == 1
     norm = loaded.encoder.patch_embed.norm.epsilon
     assert norm == (1e-5 if kind == "mmpretrain" else 1e-6)
     if "model_ema" in content:
@@ -450,10 +441,8 @@ def test_names_and_shapes_tell_the_network(name, overrides):
             for n, a in state.items()
         }
     arguments, guessed = infer(state)
-    told, parameters = json.loads(model.arguments), override_parameters(kind_of(name))
-    for key, value in arguments.items():
-        value_there = told[key] if key in told else parameters[key].default
-        assert jsonable(value) == jsonable(value_there), key
+    assert configure(**arguments)[:2] == (type(model), model.config)
+    assert arguments["name"] == name
     tables = model.encoder.stages[-1][0].attn.relative_position_bias_table is not None
     assert ("num_heads" in guessed) == (not tables)
 
@@ -517,7 +506,7 @@ def test_hub(tmp_path, monkeypatch):
     loaded = hivit_jax.load_pretrained("hf://group/hivit@v1")
     recipes.assert_identical(arrays_of(loaded), arrays_of(model))
     other = hivit_jax.load_pretrained("hf://group/hivit/other.safetensors")
-    assert other.encoder.embed_dim == 16
+    assert other.config.embed_dim == 16
     assert asked == [
         ("group/hivit", "v1", ["model.safetensors", "config.json"]),
         ("group/hivit", None, ["other.safetensors"]),

@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
 
 from hivit_jax import augment
 from hivit_jax.augment import Keys
 from hivit_jax.errors import ConfigError
-from hivit_jax.models import Model, create_model, image_shape, kind_of
+from hivit_jax.models import Model, create_model, image_shape, variant
 from hivit_jax.optimizer import make_optimizer, make_schedule
 
 PerSample = dict[str, jax.Array]  # each float32 [B]
@@ -59,10 +60,11 @@ class Task:
         """
         overrides = {k: v for k, v in self.config.model.items() if v is not None}
         name = overrides.pop("name")
-        if kind_of(name) is not self.model_class:
+        found = variant(name)[0]
+        if found is not self.model_class:
             raise ConfigError(
                 f"task={self.config.task!r} with model.name={name!r}, which is a "
-                f"{kind_of(name).__name__}; expected a {self.model_class.__name__}"
+                f"{found.__name__}; expected a {self.model_class.__name__}"
             )
         key = jax.random.key(self.config.seed) if key is None else key
         return create_model(name, seed=key, **overrides)
@@ -90,7 +92,10 @@ class Task:
         self, params: Any, schedule: optax.Schedule
     ) -> optax.GradientTransformation:
         """Optimizer of parameters, or of their shapes."""
-        return make_optimizer(self.config.optimizer, schedule, params, self.is_decayed)
+        o, layer_ids = self.config.optimizer, {}
+        if o.layer_decay != 1.0:
+            layer_ids = nnx.eval_shape(self.build_model).layer_ids()
+        return make_optimizer(o, schedule, params, self.is_decayed, layer_ids)
 
     def macs(self, model: Model, layer_norm_cost: int = 0) -> int:
         """Multiply-adds of one image's forward pass.
