@@ -1,6 +1,9 @@
 """Counts, names, initialisation and sizes of the networks."""
 
+import copy
+import json
 import re
+from dataclasses import FrozenInstanceError, replace
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +25,17 @@ from networks import (
 from numpy.testing import assert_array_equal
 
 from hivit_jax.errors import ConfigError
-from hivit_jax.models import VARIANTS, create_model, list_models, positions
+from hivit_jax.models import (
+    VARIANTS,
+    arguments_of,
+    configure,
+    create_model,
+    list_models,
+    positions,
+    split,
+)
 from hivit_jax.models.classifier import Classifier
+from hivit_jax.models.config import RunOptions
 from hivit_jax.models.flops import encoder_cost, parameter_count
 from hivit_jax.models.mae import (
     FixedTable,
@@ -172,6 +184,65 @@ def test_every_name_can_be_built(name):
 def test_unknown_names(name, overrides, message):
     with pytest.raises(ConfigError, match=message):
         create_model(name, **overrides)
+
+
+# Config, run options, info
+
+
+def test_config_and_run_options():
+    model = abstract("hivit_base", **MINI, dtype="bfloat16", remat=True)
+    assert model.config == replace(VARIANTS["hivit_base"][1], **MINI)
+    assert model.config.image_shape == (64, 64, 3)
+    assert model.run_options == RunOptions("bfloat16", remat=True)
+    assert model.run_options == RunOptions(jnp.bfloat16, remat=True)
+    listed = MINI | {"depths": [1, 1, 2], "image_size": [64, 64]}
+    assert abstract("hivit_base", **MINI).config == configure("hivit_base", **listed)[1]
+    with pytest.raises(FrozenInstanceError):
+        model.config.embed_dim = 32
+
+
+def test_arguments_build_the_model_again():
+    model = abstract("mae_hivit_base", **MINI, **DECODER, scan_blocks=True)
+    arguments = json.loads(json.dumps(arguments_of(model)))
+    again = nnx.eval_shape(lambda: create_model(**arguments))
+    assert split(again)[0] == split(model)[0]
+    assert again.name == "mae_hivit_base"
+
+
+def test_no_head():
+    """The features that a head would see, from one parameter less for each weight."""
+    model, headless = mini(), mini(num_classes=0)
+    images = pictures((2, 64, 64, 3))
+    pooled = compiled(model, lambda model, images: model.pooled(images))(images)
+    out = compiled(headless, lambda model, images: model(images))(images)
+    assert_array_equal(out, pooled)
+    assert model.parameter_count() - headless.parameter_count() == 64 * 10 + 10
+    assert model.macs() - headless.macs() == 64 * 10
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_info_of_a_new_model_and_its_copies(channels):
+    model = abstract("hivit_base", **MINI, in_channels=channels, num_classes=2)
+    info = model.info
+    assert (info.image_size, info.channels) == ((64, 64), channels)
+    assert (info.class_names, info.crop, info.scale) == ((), 0.875, 1 / 255)
+    mean = (0.485, 0.456, 0.406)
+    assert info.mean == pytest.approx(mean if channels == 3 else [np.mean(mean)])
+    model.info = replace(info, class_names=("cat", "dog"))
+    copies = copy.deepcopy(model), nnx.merge(*nnx.split(model)), nnx.clone(model)
+    assert all(each.info == model.info for each in copies)
+    assert all(each.config == model.config for each in copies)
+
+
+def test_layers_of_a_masked_autoencoder():
+    """As of a classifier; the decoder comes after the encoder's last block."""
+    ids = abstract("mae_hivit_base", **MINI, **DECODER).layer_ids()
+    classifier = abstract("hivit_base", **MINI).layer_ids()
+    assert ids["encoder/merges/0/norm/scale"] == 2
+    assert ids["encoder/stages/2/1/mlp/fc1/kernel"] == 6
+    for name, layer in ids.items():
+        expected = classifier[name] if name.startswith("encoder/") else 7
+        assert layer == expected, name
 
 
 # Initialisation
@@ -380,6 +451,11 @@ def test_images_of_another_size(name, shape):
         ({"global_blocks": (0, 2)}, r"global_blocks=\(0, 2\); .*from 0 to 1 for the 2"),
         ({"global_blocks": (-1,)}, r"global_blocks=\(-1,\)"),
         ({"decoder_num_heads": 5}, "decoder_num_heads=5 .* decoder_embed_dim=32"),
+        (
+            {"drop_path_rate": 1.0},
+            "drop_path_rate=1.0; expected 0 <= drop_path_rate < 1",
+        ),
+        ({"dtype": "float16"}, "dtype='float16'; expected 'float32' or 'bfloat16'"),
         ({"decoder_embed_dim": 30}, "decoder_embed_dim=30: expected a multiple of 4"),
     ],
     ids=str,

@@ -66,6 +66,8 @@ class Task:
                 f"task={self.config.task!r} with model.name={name!r}, which is a "
                 f"{found.__name__}; expected a {self.model_class.__name__}"
             )
+        if overrides.get("num_classes") == 0:
+            raise ConfigError("model.num_classes=0 has no head; expected 1 or more")
         key = jax.random.key(self.config.seed) if key is None else key
         return create_model(name, seed=key, **overrides)
 
