@@ -500,8 +500,8 @@ def test_a_model_of_its_own_size(tmp_path, capsys):
     assert convert.main(["--inspect", str(path), "--set", "num_heads=2"]) == 0
     text = capsys.readouterr().out
     assert "mae_hivit_base, but of sizes of its own" in text
-    assert "depths [1, 1, 2]" in text
-    assert ", num_heads 2," in text
+    assert "depths (1, 1, 2)" in text
+    assert ", num_heads 2\n" in text
     assert "guessed: num_heads" not in text
     assert "guessed: decoder_num_heads 1, as heads are 32 wide" in text
     assert "guessed: layer_norm_eps 1e-06, as official" in text
