@@ -75,7 +75,7 @@ def twin(config: Any, model: Any, params: Any) -> HiViT:
     mae = config.task == "mae"
     size, _, channels = image_shape(config)
     network = HiViT(
-        *(size, model.encoder.patch_size, channels, m.embed_dim, m.depths, m.num_heads),
+        *(size, model.config.patch_size, channels, m.embed_dim, m.depths, m.num_heads),
         relative_position=not mae,
         num_classes=0 if mae else m.num_classes,
         decoder=tuple(MAE.values()) if mae else (),

@@ -70,7 +70,7 @@ def blocks(config: Any, images: int) -> dict[str, tuple[int, nnx.Module, tuple]]
     """Kind -> how many, one of them without arrays, the shape of what goes in."""
     model = nnx.eval_shape(task_of(config).build_model)
     encoder, decoder = model.encoder, model.decoder_blocks
-    units, cells = encoder.absolute_pos_embed.shape[0], encoder.inner_patches**2
+    units, cells = encoder.absolute_pos_embed.shape[0], model.config.inner_patches**2
     kept, found = visible_units(units, config.mask_ratio), {}
     for number, stage in enumerate(encoder.stages[:-1], 1):
         found[f"stem {number}"] = stage, (images * kept * cells,)

@@ -23,7 +23,7 @@ import numpy as np
 import hivit_jax
 from hivit_jax.data.transforms import evaluation_image
 from hivit_jax.models.mae import MaskedAutoencoder
-from hivit_jax.reconstruct import IMAGENET, reconstruct
+from hivit_jax.reconstruct import reconstruct
 
 
 def photograph() -> bytes:
@@ -49,7 +49,7 @@ def principal_components(features: np.ndarray) -> np.ndarray:
 
 def panels(model, pixels: np.ndarray) -> dict[str, np.ndarray]:
     """Title -> picture of an image, uint8 [H, W, 3]."""
-    mean, std = np.float32(IMAGENET)
+    mean, std = np.float32(model.info.mean), np.float32(model.info.std)
     images = (np.float32(pixels[None]) / 255 - mean) / std
     found = {"image": pixels}
     for level, features in enumerate(jax.jit(lambda x: model.features(x))(images)):
@@ -74,7 +74,7 @@ def main(argv=None) -> None:
     else:
         model = hivit_jax.create_model("mae_hivit_tiny")
     encoded = args.image.read_bytes() if args.image else photograph()
-    drawn = panels(model, evaluation_image(encoded, (*model.encoder.image_size, 3)))
+    drawn = panels(model, evaluation_image(encoded, (*model.config.image_size, 3)))
     figure, axes = plt.subplots(1, len(drawn), figsize=(3 * len(drawn), 3.4))
     for axis, (title, picture) in zip(axes, drawn.items(), strict=True):
         axis.imshow(picture)

@@ -2,12 +2,18 @@
 
 from importlib import import_module
 
-from hivit_jax.models import create_model
+from hivit_jax.models import create_model, list_models
 
-__all__ = ["__version__", "create_model", "load_pretrained", "save_pretrained"]
+__all__ = [
+    "__version__",
+    "create_model",
+    "list_models",
+    "load_pretrained",
+    "save_pretrained",
+]
 __version__ = "0.1.0"
 
-# Imported when asked for: they bring orbax and safetensors along.
+# Imported on first use, because they import orbax and safetensors.
 _ROOMS = {"load_pretrained": "pretrained", "save_pretrained": "sharing"}
 
 

@@ -115,18 +115,18 @@ def devices_of(topology: str) -> Sequence[jax.Device]:
             f"not installed; pip install 'hivit-jax[{'cuda' if gpu else 'tpu'}]'"
         )
     jax.config.update("jax_platforms", "cpu")  # whatever else is here is left alone
-    how: dict[str, Any] = {"platform": "cuda" if gpu else "tpu"}
+    options: dict[str, Any] = {"platform": "cuda" if gpu else "tpu"}
     if gpu:
         target = HOPPER.format(name=name.upper(), **CHIPS[name]._asdict())
-        how |= {"topology": f"1x1x{shape}", "target_config": target}
+        options |= {"topology": f"1x1x{shape}", "target_config": target}
     else:
-        how["topology_name"] = topology
+        options["topology_name"] = topology
         for variable, value in TPU_ENVIRONMENT.items():
             os.environ.setdefault(variable, value)
     if name == "v4":
-        how["chip_config_name"] = "megacore"  # a chip's two cores are one device
+        options["chip_config_name"] = "megacore"  # a chip's two cores are one device
     try:
-        return topologies.get_topology_desc(**how).devices
+        return topologies.get_topology_desc(**options).devices
     except (jax.errors.JaxRuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(

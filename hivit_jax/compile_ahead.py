@@ -217,46 +217,30 @@ def roofline(
 def largest_batch(
     config: Any, devices: Sequence[jax.Device], report: dict[str, Any]
 ) -> dict[str, Any]:
-    """Images of a step for each device that still fit, to an eighth or to the next size
-    that divides.
+    """Search the largest batch that fits, by doubling and bisection.
 
-    Memory is nearly linear in the batch, so four sizes are tried a thirty-second above
-    or below where two others put the limit; then it doubles or bisects. Sizes have five
-    binary digits, which kernels divide well.
+    Stops where the smallest batch that does not fit is within an eighth, or is the next
+    size that divides.
 
     Args:
       report: of `examine`, for the config's own batch.
     """
     config = config.copy_and_resolve_references()
-    shards = report["batch_size"] // report["batch_per_device"]
+    size, fits = report["batch_per_device"], report["fits"]
+    shards, tried = report["batch_size"] // size, 0
     pairs = 2 if config.get("mixup") or config.get("cutmix") else 1
     unit = config.optimizer.accumulate_steps * pairs
-    compiles, low, high = 0, 0, None
-    size, fits = report["batch_per_device"], report["fits"]
-    memory = report["hbm_bytes_per_device"]
-    totals = {0: memory.get("arguments", 0), size: memory["total"]}
-    while True:
-        low, high = (size, high) if fits else (low, size)
-        if high is not None and high - low <= max(unit, low // 8):
-            break
-        size = 2 * low if high is None else (low + high) // 2
-        less, more = sorted(totals)[-2:] if high is None else (low, high)
-        if compiles < 4 and totals[more] is not None and totals[more] > totals[less]:
-            slope = (totals[more] - totals[less]) / (more - less)
-            limit = less + (memory["limit"] - totals[less]) / slope
-            above = high is None or low > limit * 9 / 10
-            size = int(max(limit * 33 / 32, low * 9 / 8) if above else limit * 31 / 32)
-        digit = unit * max(1, 2 ** ((size // unit).bit_length() - 5))
-        size = max(size // digit * digit, low + unit)
-        size = size if high is None else min(size, high - unit)
+    low, high = (size, None) if fits else (0, size)
+    while high is None or high - low > max(unit, low // 8):
+        size = 2 * low if high is None else (low + high) // (2 * unit) * unit
         config.batch_size = shards * size
         say(f"trying {size} images a device ...")
-        found, compiles = examine(config, devices), compiles + 1
-        fits, totals[size] = found["fits"], found["hbm_bytes_per_device"]["total"]
+        fits, tried = examine(config, devices)["fits"], tried + 1
+        low, high = (size, high) if fits else (low, size)
     return {
         "largest_batch_per_device": low,
         "smallest_that_does_not_fit": high,
-        "compiles_of_the_search": compiles,
+        "compiles_of_the_search": tried,
     }
 
 

@@ -13,7 +13,7 @@ from ml_collections.config_dict import FieldReference, placeholder
 from hivit_jax import tasks
 from hivit_jax.augment import REACH
 from hivit_jax.errors import ConfigError, unknown
-from hivit_jax.models import NAMES, check_overrides, override_parameters
+from hivit_jax.models import VARIANTS, configure, model_keys
 
 KINDS = {
     int: "an integer",
@@ -89,9 +89,8 @@ def load(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
     """
     file, _, variant = str(path).partition(":")
     config = _read(Path(file), *filter(None, [variant]))
-    for name, parameter in override_parameters().items():
+    for name, kind in model_keys().items():
         if name not in config.model:
-            kind = parameter.annotation
             config.model[name] = placeholder(kind if kind in KINDS else tuple)
     # A side, or (height, width).
     size = config.model.image_size
@@ -164,10 +163,8 @@ def _with_defaults(config: ConfigDict) -> ConfigDict:
 def _check(config: ConfigDict) -> None:
     """ConfigError for what nothing else checks before it does harm."""
     task, model = tasks.find(config.task), config.model
-    if model.name in NAMES:  # else a user's own
-        own = {"name", "image_size", "in_channels"}
-        given = (key for key, value in model.items() if value is not None)
-        check_overrides(model.name, (key for key in given if key not in own))
+    if model.name in VARIANTS:  # else a user's own
+        configure(**{key: value for key, value in model.items() if value is not None})
     for key in task.required:
         if key not in config:
             raise ConfigError(f"task={config.task!r} needs a recipe with config.{key}")

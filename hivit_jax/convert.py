@@ -6,16 +6,16 @@ python -m hivit_jax.convert --inspect SRC [--set KEY=VALUE ...]
 
 import argparse
 import ast
-import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from hivit_jax import weight_files
 from hivit_jax.errors import ConfigError, Parser, exit_code
 from hivit_jax.metrics import say
-from hivit_jax.models import SIZES, named_leaves, split
+from hivit_jax.models import arguments_of, configure, named_leaves, split, variant
 from hivit_jax.pretrained import (
     abstract_model,
     build,
@@ -82,10 +82,10 @@ def inspect(
     """
     found = find(source, averaged=averaged, **overrides)
     model = abstract_model(fitting_arguments(found.arguments, overrides))
-    arguments = json.loads(abstract_model(found.arguments).arguments)
-    name = arguments.pop("name")
-    standard = SIZES[name.removeprefix("mae_")]
-    if any(arguments[key] != json.loads(json.dumps(standard[key])) for key in standard):
+    _, config, run_options = configure(**found.arguments)
+    arguments, name = asdict(config) | asdict(run_options), found.arguments["name"]
+    standard, sizes = variant(name)[1], ("embed_dim", "depths", "num_heads")
+    if any(getattr(config, key) != getattr(standard, key) for key in sizes):
         name += ", but of sizes of its own"
     values = [f"{key} {value}" for key, value in arguments.items()]
     rows = [", ".join(values[i : i + 5]) for i in range(0, len(values), 5)]
@@ -94,7 +94,7 @@ def inspect(
     lines = [found.path, f"{name}: {count:,} parameters", *rows, *found.notes]
     if found.unused:
         lines.append(f"not needed: {len(found.unused)}, {', '.join(found.unused[:3])}")
-    text = "\n  ".join(lines) + f"\nas {json.loads(model.arguments)['name']}:\n"
+    text = "\n  ".join(lines) + f"\nas {model.name}:\n"
     if names:
         shapes = named_leaves(split(model)[1])
         for fate, each in fates.items():
@@ -126,8 +126,8 @@ def convert(
     model, target = build(found, **overrides), Path(target)
     if target.suffix in weight_files.SUFFIXES:
         state = to_state_dict(split(model)[1], model, form)
-        arguments = json.loads(model.arguments)
-        weight_files.write(target, state, {"arguments": arguments})
+        about = {"arguments": arguments_of(model), "info": asdict(model.info)}
+        weight_files.write(target, state, about)
     else:
         save_pretrained(model, target, found.recipe, found.results)
     say(f"written: {target}")

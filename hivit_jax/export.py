@@ -8,6 +8,7 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -62,13 +63,13 @@ def export_onnx(model: Model, what: str = "classifier") -> bytes:
       ConfigError: a compute dtype of bfloat16 (onnxruntime loads no Gemm of bfloat16
         and float32), or as in `export`, with jax2onnx.
     """
-    function, encoder = _function(model, what), model.encoder
-    if encoder.dtype != np.float32:
-        raise ConfigError(f"ONNX: dtype={encoder.dtype}; expected float32")
+    function, dtype = _function(model, what), model.run_options.dtype
+    if dtype != "float32":
+        raise ConfigError(f"ONNX: dtype={dtype}; expected float32")
     jax2onnx = _package("jax2onnx", "onnx")
     logging.getLogger("onnx_ir").setLevel(logging.ERROR)  # narrates every shape
-    cell = encoder.patch_size // encoder.inner_patches
-    strides = [f"stride{cell << level}" for level in range(len(encoder.stages))]
+    cell, stages = model.config.cell_size, len(model.config.depths)
+    strides = [f"stride{cell << level}" for level in range(stages)]
     onnx = jax2onnx.to_onnx(
         function,
         inputs=[("b", *_images(model).shape[1:])],
@@ -129,7 +130,7 @@ def compare(model: Model, what: str, path: Path) -> float:
     with jax.default_matmul_precision("highest") if onnx else nullcontext():
         expected = _numbers(jax.jit(_function(model, what))(images))
     difference, largest = np.abs(found - expected).max(), np.abs(expected).max()
-    limit = 1e-4 if model.encoder.dtype == np.float32 else 3e-2
+    limit = 1e-4 if model.run_options.dtype == "float32" else 3e-2
     if not difference <= limit * largest:  # nor is NaN
         raise HivitError(
             f"the exported {what} differs from the model by {difference:.1e}\n"
@@ -143,7 +144,8 @@ def _function(model: Model, what: str) -> Callable[[jax.Array], Any]:
     if what not in WHAT:
         raise errors.unknown("export", what, WHAT)
     model = nnx.merge(*nnx.split(model))  # the same arrays, another module
-    model.encoder.kernels = "plain"  # others are for the devices at hand alone
+    # Fused kernels are for the devices of this process only.
+    model.encoder.run_options = replace(model.run_options, kernels="plain")
     if what == "features":
         return lambda images: tuple(model.encoder.features(images))
     if not isinstance(model, Classifier):
@@ -152,8 +154,8 @@ def _function(model: Model, what: str) -> Callable[[jax.Array], Any]:
 
 
 def _images(model: Model) -> jax.ShapeDtypeStruct:
-    shape = (*stablehlo.symbolic_shape("b"), *model.encoder.image_size)
-    return jax.ShapeDtypeStruct((*shape, model.encoder.in_channels), np.float32)
+    shape = (*stablehlo.symbolic_shape("b"), *model.config.image_shape)
+    return jax.ShapeDtypeStruct(shape, np.float32)
 
 
 def _package(name: str, extra: str) -> ModuleType:

@@ -1,7 +1,6 @@
 """AdamW with layer-wise decay, and its learning rate."""
 
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -9,42 +8,20 @@ import jax.numpy as jnp
 import optax
 
 from hivit_jax.errors import ConfigError
-from hivit_jax.models import leaf_name, named_leaves
+from hivit_jax.models import leaf_name
 
 
-def layer_id(name: str, stage_blocks: list[int]) -> int:
-    """Number of the layer a classifier's parameter belongs to, for layer-wise decay.
-
-    Official ``lr_decay.py``: the patch embedding and absolute positions are 0, residual
-    blocks count from 1, a merge takes the number of the block before it, and the norm
-    and head after the last block come one after that.
+def learning_rate_scales(
+    params: Any, layer_ids: Mapping[str, int], layer_decay: float
+) -> Any:
+    """Factor on every parameter's learning rate, ``layer_decay ** (last - layer)``.
 
     Args:
-      stage_blocks: residual blocks per stage, (4, 4, 20) for base.
+      layer_ids: layer of every parameter by name, see `Model.layer_ids`.
     """
-    if match := re.match(r"encoder/stages/(\d+)/(\d+)/", name):
-        stage, block = map(int, match.groups())
-        return sum(stage_blocks[:stage]) + block + 1
-    if match := re.match(r"encoder/merges/(\d+)/", name):
-        return sum(stage_blocks[: int(match[1]) + 1])
-    if name.startswith(("encoder/patch_embed/", "encoder/absolute_pos_embed")):
-        return 0
-    if name.startswith(("fc_norm/", "head/")):
-        return sum(stage_blocks) + 1
-    raise ValueError(f"no layer is known for parameter {name!r}")
-
-
-def learning_rate_scales(params: Any, layer_decay: float) -> Any:
-    """Factor on every parameter's learning rate, ``layer_decay ** (last - id)``."""
-    names = list(named_leaves(params))
-    found = [re.match(r"encoder/stages/(\d+)/(\d+)/", name) for name in names]
-    blocks = {(int(m[1]), int(m[2])) for m in found if m}
-    stages = sorted({stage for stage, _ in blocks})
-    stage_blocks = [sum(s == stage for s, _ in blocks) for stage in stages]
-    last = sum(stage_blocks) + 1
+    last = max(layer_ids.values())
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: layer_decay ** (last - layer_id(leaf_name(path), stage_blocks)),
-        params,
+        lambda path, _: layer_decay ** (last - layer_ids[leaf_name(path)]), params
     )
 
 
@@ -125,6 +102,7 @@ def make_optimizer(
     schedule: optax.Schedule,
     params: Any,
     is_decayed: Callable[[str], bool],
+    layer_ids: Mapping[str, int],
 ) -> optax.GradientTransformation:
     """One optax chain: [clip,] Adam, decoupled decay, [layer decay,] learning rate.
 
@@ -133,6 +111,7 @@ def make_optimizer(
       schedule: learning rate by step.
       params: parameters or their shapes; only names are read.
       is_decayed: whether weight decay applies to the parameter of a name.
+      layer_ids: layer of every parameter by name; read if `o.layer_decay` is not 1.
     """
     mask = jax.tree_util.tree_map_with_path(
         lambda path, _: is_decayed(leaf_name(path)), params
@@ -143,7 +122,7 @@ def make_optimizer(
         optax.add_decayed_weights(o.weight_decay, mask),
     ]
     if o.layer_decay != 1.0:
-        scales = learning_rate_scales(params, o.layer_decay)
+        scales = learning_rate_scales(params, layer_ids, o.layer_decay)
         chain.append(
             optax.stateless(
                 lambda updates, _: jax.tree.map(jnp.multiply, updates, scales)

@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,15 +18,18 @@ from hivit_jax.errors import CheckpointError, ConfigError
 from hivit_jax.metrics import say
 from hivit_jax.models import (
     Model,
+    configure,
     create_model,
-    kind_of,
     leaf_name,
+    model_keys,
     named_leaves,
-    override_parameters,
-    positions,
+    resize,
     split,
+    variant,
 )
-from hivit_jax.models.hivit import HiViT
+from hivit_jax.models.base import make_info
+from hivit_jax.models.config import HiViTConfig
+from hivit_jax.models.positions import Grid
 from hivit_jax.sharing import CONFIG, WEIGHTS, download
 from hivit_jax.weights import dropped_by_rule, from_official, infer, official_names
 
@@ -50,6 +54,7 @@ class Pretrained(NamedTuple):
     unused: entries of the file that no parameter needs, by their names there.
     recipe: the config it was trained with, {} where unknown.
     results: its evaluation, {} where unknown.
+    info: arguments of `models.base.make_info`, where known.
     """
 
     path: str
@@ -60,6 +65,7 @@ class Pretrained(NamedTuple):
     unused: list[str]
     recipe: dict[str, Any]
     results: dict[str, Any]
+    info: dict[str, Any]
 
 
 def find(path: str | Path, *, averaged: bool = True, **overrides: Any) -> Pretrained:
@@ -113,8 +119,10 @@ def find(path: str | Path, *, averaged: bool = True, **overrides: Any) -> Pretra
     model = abstract_model(arguments)
     params = named_leaves(from_official(file.state, model, partly=True))
     unused = dropped_by_rule(official_names(file.state), model)
-    facts = about.get("recipe", {}), about.get("results", {})
-    return Pretrained(str(path), str(path), arguments, params, notes, unused, *facts)
+    recipe, results = about.get("recipe", {}), about.get("results", {})
+    info = about.get("info") or _info_of(recipe)
+    found = str(path), str(path), arguments, params, notes, unused
+    return Pretrained(*found, recipe, results, info)
 
 
 def _of_step(step: Path, averaged: bool) -> Pretrained:
@@ -124,7 +132,14 @@ def _of_step(step: Path, averaged: bool) -> Pretrained:
     notes = [f"checkpoint of hivit_jax, {item}"]
     results = metrics.results(step.parent.parent, int(step.name))
     label = f"step {step.name}"
-    return Pretrained(str(step), label, arguments, params, notes, [], config, results)
+    found = str(step), label, arguments, params, notes, []
+    return Pretrained(*found, config, results, _info_of(config))
+
+
+def _info_of(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of `make_info` in a recipe."""
+    names, data = {"mean": "mean", "std": "std", "crop_pct": "crop"}, recipe.get("data")
+    return {names[key]: value for key, value in (data or {}).items() if key in names}
 
 
 def find_for(config: Any, path: str | Path) -> Pretrained:
@@ -164,9 +179,9 @@ def fit(
             f"{pretrained.path} has no {fates['missing'][0]}; with "
             f"{len(fates['missing'])} arrays left to chance this would be no start"
         )
-    if hasattr(model, "encoder"):
-        source = abstract_model(pretrained.arguments).encoder.patch_embed.norm.epsilon
-        if source != (here := model.encoder.patch_embed.norm.epsilon):
+    if isinstance(model, Model):
+        source = configure(**pretrained.arguments)[1].layer_norm_eps
+        if source != (here := model.config.layer_norm_eps):
             say(
                 f"note: layer_norm_eps is {source:g} in {pretrained.path}, "
                 f"{here:g} here"
@@ -196,8 +211,8 @@ def compare(
       new (norm, head, prediction: to be drawn), missing or unlike (of another shape),
       and those dropped of the pretrained ones.
     """
-    hivit = hasattr(model, "encoder")
-    source = abstract_model(pretrained.arguments) if hivit else None
+    hivit = isinstance(model, Model)
+    source = configure(**pretrained.arguments)[1] if hivit else None
     arrays: dict[str, np.ndarray] = {}
     fates: dict[str, list[str]] = {fate: [] for fate in FATES}
     for name, leaf in named_leaves(split(model)[1]).items():
@@ -207,7 +222,7 @@ def compare(
         # By geometry, not by shape: 4 x 4 units are not 2 x 8.
         resized = array
         if hivit and array is not None:
-            resized = _resized(name, array, source, model)
+            resized = _resized(name, array, source, model.config)
         if resized is not None and resized.shape == leaf.shape:
             fates["used" if resized is array else "resized"].append(name)
             arrays[name] = resized
@@ -226,29 +241,29 @@ def compare(
     return arrays, fates
 
 
-def _resized(name: str, array: np.ndarray, source: Model, model: Model) -> np.ndarray:
-    """An array of `source` in the shape for `model`; itself where nothing differs."""
-    old, new = source.encoder, model.encoder
+def _resized(
+    name: str, array: np.ndarray, old: HiViTConfig, new: HiViTConfig
+) -> np.ndarray:
+    """An array of one config in the shape for another; itself where nothing differs."""
     if name.endswith("_pos_embed") and old.grid != new.grid:
-        return positions.resize_grid_table(array, old.grid, new.grid)
+        return resize.resize_grid_table(array, old.grid, new.grid)
     if name.endswith("relative_position_bias_table"):
         block = int(name.split("/")[3])
-        spans = [_span(encoder, block) for encoder in (old, new)]
+        spans = [_span(config, block) for config in (old, new)]
         if spans[0] != spans[1]:
-            return positions.resize_relative_table(array, *spans)
+            return resize.resize_relative_table(array, *spans)
     if name.startswith("encoder/patch_embed/proj/kernel"):
-        cells = [each.patch_size // each.inner_patches for each in (old, new)]
-        if cells[0] != cells[1]:
-            array = positions.resize_patch_kernel(array, *cells)
+        if old.cell_size != new.cell_size:
+            array = resize.resize_patch_kernel(array, old.cell_size, new.cell_size)
         if old.in_channels != new.in_channels:
-            array = positions.resize_channels(array, old.in_channels, new.in_channels)
+            array = resize.resize_channels(array, old.in_channels, new.in_channels)
     return array
 
 
-def _span(encoder: HiViT, block: int) -> positions.Grid:
+def _span(config: HiViTConfig, block: int) -> Grid:
     """Units that the relative positions of a main-stage block span."""
-    windows = encoder.stages[-1][block].attn.windows
-    return encoder.grid if windows is None else windows.size
+    windows = config.windows(config.grid)[block]
+    return config.grid if windows is None else windows.size
 
 
 def fates_table(fates: dict[str, list[str]]) -> str:
@@ -318,6 +333,7 @@ def build(pretrained: Pretrained, **overrides: Any) -> Model:
     """
     arguments = fitting_arguments(pretrained.arguments, overrides)
     model = nnx.eval_shape(lambda: create_model(**arguments))
+    model.info = make_info(model.config, **pretrained.info)
     graphdef, shapes = split(model)
     arrays = fit(pretrained, model)
     new = {name for name in named_leaves(shapes) if name not in arrays}
@@ -340,22 +356,23 @@ def build(pretrained: Pretrained, **overrides: Any) -> Model:
 def fitting_arguments(
     arguments: dict[str, Any], overrides: dict[str, Any]
 ) -> dict[str, Any]:
-    """Arguments of a saved model, changed; without those that another kind of model,
-    autoencoder or classifier, does not take.
+    """Arguments of a saved model, changed.
+
+    A model of another name takes over run options, and those sizes that are not the
+    defaults of the saved model's class, as far as it has them; depths and widths only
+    if the two names have the same.
     """
-    merged = arguments | overrides
-    if "name" not in overrides or overrides["name"] == arguments["name"]:
-        return merged
-    old, new = arguments["name"], overrides["name"]
-    left = {"relative_position"} if kind_of(old) != kind_of(new) else set()
-    if old.removeprefix("mae_") != new.removeprefix("mae_"):
-        left |= {"embed_dim", "depths", "num_heads"}
-    known = {"name", "image_size", "in_channels", *override_parameters(kind_of(new))}
-    return {
-        key: value
-        for key, value in merged.items()
-        if key in known and (key not in left or key in overrides)
-    }
+    if overrides.get("name", arguments["name"]) == arguments["name"]:
+        return arguments | overrides
+    _, config, _ = configure(**arguments)
+    old, new = (variant(each["name"])[1] for each in (arguments, overrides))
+    known, left = model_keys(type(new)), {"name"}
+    sizes = ("embed_dim", "depths", "num_heads")
+    if any(getattr(old, key) != getattr(new, key) for key in sizes):
+        left |= {*sizes}
+    left |= {f.name for f in fields(config) if getattr(config, f.name) == f.default}
+    kept = {k: v for k, v in arguments.items() if k in known and k not in left}
+    return kept | overrides
 
 
 def _read_json(path: Path) -> dict[str, Any]:

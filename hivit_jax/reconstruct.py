@@ -19,9 +19,7 @@ from hivit_jax.errors import ConfigError, DataError, Parser, exit_code
 from hivit_jax.metrics import say
 from hivit_jax.models import split
 from hivit_jax.models.mae import MaskedAutoencoder
-from hivit_jax.pretrained import Pretrained, build, find
-
-IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean, std of pixels in 0..1
+from hivit_jax.pretrained import build, find
 
 USAGE = """\
 python -m hivit_jax.reconstruct --checkpoint PATH IMAGE [IMAGE ...] [--out FILE.png]
@@ -30,7 +28,7 @@ python -m hivit_jax.reconstruct --checkpoint PATH IMAGE [IMAGE ...] [--out FILE.
 --checkpoint  of a masked autoencoder: a run, a directory, a .pth or .safetensors file,
               or hf://ORGANISATION/NAME
 --mask_ratio  as in training, else 0.75
---statistics  a model that predicts normalised pixels does not say how bright and how
+--statistics  a model that predicts normalized pixels does not say how bright and how
               rich in contrast a unit is. unit: its own mean and deviation, which the
               model did not see; visible: those of the visible units, on average
 """
@@ -38,7 +36,7 @@ python -m hivit_jax.reconstruct --checkpoint PATH IMAGE [IMAGE ...] [--out FILE.
 
 def statistics_text(model: MaskedAutoencoder, statistics: str) -> str:
     """Where mean and deviation of the predicted units come from, for the reader."""
-    if not model.norm_pix_loss:
+    if not model.config.norm_pix_loss:
         return "pixels as predicted"
     if statistics == "unit":
         return "contrast and brightness of each unit from the original, unseen"
@@ -53,11 +51,11 @@ def reconstruct(
     seed: int = 0,
     statistics: str = "unit",
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Prediction and mask for images, [B, H, W, C] normalised.
+    """Prediction and mask for images, [B, H, W, C] normalized.
 
     Args:
       statistics: "unit" or "visible": with whose mean and deviation a prediction of
-        normalised pixels is put back.
+        normalized pixels is put back.
 
     Returns:
       The prediction [B, H, W, C], and 1 where a pixel was removed, [B, H, W, 1].
@@ -77,20 +75,11 @@ def reconstruct(
                 )
                 for x in (mean, scale)
             )
-        return model.pictures(out, mean, scale)
+        return model.to_images(out, mean, scale)
 
     units = model.encoder.grid[0] * model.encoder.grid[1]
     noise = jax.random.uniform(jax.random.key(seed), (len(images), units))
     return jax.device_get(run(params, images, noise))
-
-
-def normalisation(found: Pretrained, channels: int) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and std that a model's images were normalised with, else ImageNet's."""
-    data = found.recipe.get("data", {})
-    mean, std = data.get("mean", IMAGENET[0]), data.get("std", IMAGENET[1])
-    if len(mean) != channels:
-        mean, std = ([np.mean(x)] * channels for x in (mean, std))
-    return np.float32(mean), np.float32(std)
 
 
 def run(argv: Sequence[str]) -> None:
@@ -112,15 +101,14 @@ def run(argv: Sequence[str]) -> None:
     model = build(found)
     if not isinstance(model, MaskedAutoencoder):
         raise ConfigError(
-            f"{found.path} is a {found.arguments['name']}, which has no decoder; "
+            f"{found.path} is a {model.name}, which has no decoder; "
             "expected a masked autoencoder"
         )
-    encoder = model.encoder
-    shape = (*encoder.image_size, encoder.in_channels)
+    shape = model.config.image_shape
     if shape[2] not in transforms.MODES:
         raise ConfigError(f"{found.path} wants {shape[2]} channels; expected 1 or 3")
     pixels = np.stack([read(path, shape) for path in args.images])
-    mean, std = normalisation(found, shape[2])
+    mean, std = np.float32(model.info.mean), np.float32(model.info.std)
     images = (np.float32(pixels) / 255 - mean) / std
     predicted, removed = reconstruct(
         model,
@@ -130,10 +118,10 @@ def run(argv: Sequence[str]) -> None:
         statistics=args.statistics,
     )
     panels = figures.reconstruction_panels(images, predicted, removed, mean, std)
-    how = statistics_text(model, args.statistics)
-    figures.write_png(Path(args.out), figures.reconstructions(panels, how))
-    share = float(removed.mean())
-    say(f"written: {args.out} ({share:.1%} of every image removed; {how})")
+    title = statistics_text(model, args.statistics)
+    figures.write_png(Path(args.out), figures.reconstructions(panels, title))
+    ratio = float(removed.mean())
+    say(f"written: {args.out} ({ratio:.1%} of every image removed; {title})")
 
 
 def read(path: Path, shape: Sequence[int]) -> np.ndarray:

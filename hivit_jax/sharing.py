@@ -4,13 +4,14 @@ Hugging Face hub.
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import hivit_jax
 from hivit_jax import weight_files
 from hivit_jax.errors import CheckpointError, first_line
-from hivit_jax.models import Model, split
+from hivit_jax.models import Model, arguments_of, split
 from hivit_jax.weights import to_state_dict
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
@@ -34,7 +35,8 @@ def save_pretrained(
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     about = {
-        "arguments": json.loads(model.arguments),
+        "arguments": arguments_of(model),
+        "info": asdict(model.info),
         "recipe": dict(recipe or {}),
         "results": dict(results or {}),
         "hivit_jax": hivit_jax.__version__,
@@ -49,7 +51,7 @@ def _card(model: Model, about: dict[str, Any]) -> str:
     """A model card, as the Hugging Face hub shows it."""
     arguments, recipe, results = (about[k] for k in ("arguments", "recipe", "results"))
     name, task = arguments["name"], recipe.get("task", "")
-    size = "x".join(map(str, model.encoder.image_size))
+    size, shape = "x".join(map(str, model.config.image_size)), model.config.image_shape
     lines = [
         "---",
         "library_name: hivit_jax",
@@ -57,9 +59,7 @@ def _card(model: Model, about: dict[str, Any]) -> str:
         "---",
         f"# {name}",
         "",
-        "HiViT (Zhang et al., ICLR 2023), "
-        + ("a masked autoencoder" if name.startswith("mae_") else "a classifier")
-        + f" for images of {size} pixels.",
+        f"HiViT (Zhang et al., ICLR 2023), {model.kind} for images of {size} pixels.",
         "",
         "| | |",
         "|---|---|",
@@ -73,7 +73,7 @@ def _card(model: Model, about: dict[str, Any]) -> str:
         "import hivit_jax",
         "",
         "model = hivit_jax.load_pretrained(DIRECTORY)",
-        f"maps = model.features(images)  # [B, {', '.join(map(str, _shape(model)))}]",
+        f"maps = model.features(images)  # [B, {', '.join(map(str, shape))}]",
         "```",
         "",
         f"`{WEIGHTS}` has the names and layout of the official PyTorch code.",
@@ -88,10 +88,6 @@ def _card(model: Model, about: dict[str, Any]) -> str:
     else:
         lines.append("The recipe is not known.")
     return "\n".join(lines) + "\n"
-
-
-def _shape(model: Model) -> tuple[int, int, int]:
-    return (*model.encoder.image_size, model.encoder.in_channels)
 
 
 def download(address: str) -> Path:

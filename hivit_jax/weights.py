@@ -15,8 +15,9 @@ import ml_dtypes
 import numpy as np
 
 from hivit_jax.errors import CheckpointError, ConfigError
-from hivit_jax.models import SIZES, Model, leaf_name, split
-from hivit_jax.models.hivit import HiViT
+from hivit_jax.models import VARIANTS, Model, leaf_name, split
+from hivit_jax.models.classifier import Classifier
+from hivit_jax.models.config import HiViTConfig
 from hivit_jax.models.mae import MaskedAutoencoder
 from hivit_jax.models.positions import merge_order, relative_position_index
 
@@ -36,14 +37,14 @@ class Entry(NamedTuple):
     to_official: Callable[[np.ndarray], np.ndarray]
 
 
-def latent_order(encoder: HiViT) -> np.ndarray:
+def latent_order(config: HiViTConfig) -> np.ndarray:
     """Official channel at each channel of our multi-scale latent, int [7E].
 
     Official: each stage row-major over its cells; ours: merge order.
     """
-    channels, inner, start = [], encoder.inner_patches, 0
+    channels, inner, start = [], config.inner_patches, 0
     while inner:
-        width = encoder.embed_dim // inner
+        width = config.embed_dim // inner
         cells = merge_order(inner)[:, None] * width + np.arange(width)
         channels.append(start + cells.reshape(-1))
         start += cells.size
@@ -53,10 +54,10 @@ def latent_order(encoder: HiViT) -> np.ndarray:
 
 def _entry(path: str, shape: tuple[int, ...], model: Model) -> Entry:
     """The row of the table for our parameter `path` of this `shape`."""
-    encoder = model.encoder
+    config = model.config
     parts = path.removeprefix("encoder/").split("/")
     # The official encoder is one flat list of blocks, merges included.
-    lengths = [len(stage) + 1 for stage in encoder.stages]  # a stage and its merge
+    lengths = [count + 1 for count in config.block_counts]  # a stage and its merge
     if parts[0] == "stages":
         parts[:3] = ["blocks", str(sum(lengths[: int(parts[1])]) + int(parts[2]))]
     elif parts[0] == "merges":
@@ -66,12 +67,11 @@ def _entry(path: str, shape: tuple[int, ...], model: Model) -> Entry:
     name = ".".join(parts)
 
     if name == "patch_embed.proj.weight":  # conv [out, in, kh, kw]
-        cell = encoder.patch_size // encoder.inner_patches
-        conv = (shape[1], encoder.in_channels, cell, cell)
+        cell = config.cell_size
         return Entry(
             name,
             lambda a: a.transpose(2, 3, 1, 0).reshape(shape),
-            lambda a: a.T.reshape(conv[0], cell, cell, -1).transpose(0, 3, 1, 2),
+            lambda a: a.T.reshape(shape[1], cell, cell, -1).transpose(0, 3, 1, 2),
         )
     if name == "mask_token":
         return Entry(name, lambda a: a.reshape(shape), lambda a: a[None, None])
@@ -80,9 +80,9 @@ def _entry(path: str, shape: tuple[int, ...], model: Model) -> Entry:
     if parts[-2] == "qkv":  # kernel [E, 3, heads, E/heads], bias without the E
         flat = (shape[0], -1) if leaf == "kernel" else (-1,)
         return Entry(name, lambda a: a.T.reshape(shape), lambda a: a.reshape(flat).T)
-    permuted = isinstance(model, MaskedAutoencoder) and model.multi_scale
+    permuted = isinstance(model, MaskedAutoencoder) and config.multi_scale
     if permuted and name in ("norm.weight", "norm.bias", "decoder_embed.weight"):
-        order = latent_order(encoder)
+        order = latent_order(config)
         back = np.argsort(order)
         return Entry(name, lambda a: a.T[order], lambda a: a[back].T)
     if leaf == "kernel":
@@ -111,7 +111,7 @@ def dropped_by_rule(names: Iterable[str], model: Model) -> list[str]:
     autoencoder without multi-scale features stores and never applies; and MMPretrain's
     decoder, which takes the first visible unit of HiViT for a class token.
     """
-    single = isinstance(model, MaskedAutoencoder) and not model.multi_scale
+    single = isinstance(model, MaskedAutoencoder) and not model.config.multi_scale
     unused = ("norm.weight", "norm.bias") if single else ()
     return [
         n for n in names if n.endswith(INDEX) or n in unused or n.startswith("neck.")
@@ -193,18 +193,18 @@ def to_state_dict(
             "MMPretrain's classifier has no norm between pooling and head; expected a "
             "model with fc_norm=False"
         )
-    state, encoder = to_official(params, model), model.encoder
+    state, config = to_official(params, model), model.config
     if isinstance(model, MaskedAutoencoder):
         if form == "mmpretrain":  # the encoder alone; see `dropped_by_rule`
             names = ("absolute_pos_embed", "patch_embed.", "blocks.")
             state = {n: array for n, array in state.items() if n.startswith(names)}
-        elif not model.multi_scale:
-            state["norm.weight"] = np.ones(encoder.embed_dim, np.float32)
-            state["norm.bias"] = np.zeros(encoder.embed_dim, np.float32)
+        elif not config.multi_scale:
+            state["norm.weight"] = np.ones(config.embed_dim, np.float32)
+            state["norm.bias"] = np.zeros(config.embed_dim, np.float32)
     tables = [name for name in state if name.endswith("_bias_table")]
-    if tables and not encoder.window_size:
-        units = np.arange(encoder.grid[0] * encoder.grid[1])
-        index = np.asarray(relative_position_index(units, encoder.grid), np.int64)
+    if tables and not config.window_size:
+        units = np.arange(config.grid[0] * config.grid[1])
+        index = np.asarray(relative_position_index(units, config.grid), np.int64)
         if form != "supervised":
             state[INDEX] = index
         if form != "official":
@@ -277,16 +277,17 @@ def infer(
     autoencoder = "decoder_embed.weight" in shapes
     foreign = any("head.fc." in name for name in state)
     found = dict(embed_dim=dim, depths=depths)
+    model_class = MaskedAutoencoder if autoencoder else Classifier
     names = [
         name
-        for name, size in SIZES.items()
-        if found == {key: size[key] for key in found}
+        for name, (each, config) in VARIANTS.items()
+        if each is model_class and (config.embed_dim, config.depths) == (dim, depths)
     ]
     heads = table[-1] if table else max(dim // 64, 1)
     if not table:
         guessed["num_heads"] = "heads are 64 wide"
     arguments = dict(
-        name="mae_" * autoencoder + (names[0] if names else "hivit_base"),
+        name=names[0] if names else model_class.name,
         image_size=image_size,
         in_channels=channels,
         **found,

@@ -11,6 +11,7 @@ import numpy as np
 from networks import abstract, pictures, weight
 
 from hivit_jax.kernels.attention import attention_block
+from hivit_jax.kernels.common import Plan, Weights
 from hivit_jax.kernels.mlp import mlp_block
 from hivit_jax.kernels.mlp_gpu import mlp_block as gpu_mlp_block
 from hivit_jax.models import split
@@ -81,24 +82,24 @@ def shapes_of(rows, width, middle, end):
 def mlp(rows, width, hidden, block):
     """`block`: rows of x that the kernel works on at a time."""
 
-    def fused(*inputs, add, keep, interpret):
-        return mlp_block(*inputs, add, EPS, block, keep, interpret)
+    def fused(x, *weights, **options):
+        return mlp_block(x, Weights(*weights), Plan(EPS, rows=block, **options))
 
     return Case("tpu", shapes_of(rows, width, hidden, hidden), plain_mlp, fused)
 
 
 def gpu_mlp(rows, width, hidden):
-    def fused(*inputs, add, keep, interpret):
-        return gpu_mlp_block(*inputs, add, EPS, interpret)
+    def fused(x, *weights, **options):
+        return gpu_mlp_block(x, Weights(*weights), Plan(EPS, **options))
 
     shapes = shapes_of(rows, width, hidden, hidden)
     return Case("gpu", shapes, plain_mlp, fused, keeps=False)
 
 
 def attention(images, tokens, width, heads, block):
-    def fused(*inputs, add, keep, interpret):
-        how = add, EPS, block, keep, interpret
-        return attention_block(*inputs, heads, tokens, *how)
+    def fused(x, *weights, **options):
+        plan = Plan(EPS, rows=block, heads=heads, tokens=tokens, **options)
+        return attention_block(x, Weights(*weights), plan)
 
     shapes = shapes_of(images * tokens, width, 3 * width, width)
     plain = partial(plain_attention, heads=heads, tokens=tokens)

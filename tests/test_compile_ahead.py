@@ -25,7 +25,7 @@ from hivit_jax.data.shapes import batch_shapes
 from hivit_jax.errors import ConfigError
 from hivit_jax.main import main
 from hivit_jax.models import named_leaves, split
-from hivit_jax.models.layers import row_cost
+from hivit_jax.models.flops import row_cost
 from hivit_jax.models.mae import visible_units
 
 MIB = 2**20
@@ -457,8 +457,8 @@ def loss_and_gradients(name, **options):
     def loss(params):
         model = nnx.merge(graphdef, params)
         if name == "hivit_base":
-            return jnp.square(model(images, sample_keys=keys)).sum()
-        out = model(images, noise=noise, mask_ratio=0.75, sample_keys=keys)
+            return jnp.square(model(images, drop_path_keys=keys)).sum()
+        out = model(images, noise=noise, mask_ratio=0.75, drop_path_keys=keys)
         return out.loss
 
     value, gradients = jax.jit(jax.value_and_grad(loss))(params)
@@ -661,44 +661,42 @@ def linear(size):
     return 1000 + 100 * size
 
 
-def kept_below_the_limit(size):
-    """As of a compiler that computes again what would not fit."""
-    return min(linear(size), 4900 + size)
-
-
-def unknown(size):
-    return None if size > 40 else linear(size)
-
-
 @pytest.mark.parametrize("own", [8, 39, 64])
-@pytest.mark.parametrize(
-    ("total", "most", "compiles"),
-    [(linear, 40, 2), (kept_below_the_limit, 100, 8), (unknown, 40, 4)],
-)
-def test_search_for_the_largest_batch(monkeypatch, own, total, most, compiles):
-    """Two compilations where memory is linear in the batch; to an eighth anyway."""
+@pytest.mark.parametrize("most", [40, 100])
+def test_search_for_the_largest_batch(monkeypatch, own, most):
+    """To an eighth, by doubling and bisection."""
     tried = []
 
     def examine(config, devices):
         tried.append(config.batch_size // 8)
-        memory = {"total": total(tried[-1]), "limit": 5000}
-        return {"fits": tried[-1] <= most, "hbm_bytes_per_device": memory}
+        return {"fits": tried[-1] <= most}
 
     monkeypatch.setattr(compile_ahead, "examine", examine)
     config = recipes.mae(batch_size=8 * own)
-    start = {"batch_size": 8 * own, "batch_per_device": own}
-    start |= examine(config, [])
-    if own <= most:
-        start["hbm_bytes_per_device"]["arguments"] = 1000
-    tried.clear()
+    start = {"batch_size": 8 * own, "batch_per_device": own, "fits": own <= most}
     found = compile_ahead.largest_batch(config, [], start)
     low, high = (
         found[key] for key in ("largest_batch_per_device", "smallest_that_does_not_fit")
     )
     assert low <= most < high <= low + max(1, low // 8)
-    assert found["compiles_of_the_search"] == len(tried) <= compiles
+    assert found["compiles_of_the_search"] == len(tried) <= 7
     assert len({*tried, own}) == len(tried) + 1  # none twice
     assert config.batch_size == 8 * own
+
+
+def test_sizes_of_the_search_divide(monkeypatch):
+    """Into pairs that mix, in each of the parts of a step."""
+    config = recipes.classifier(batch_size=96, optimizer__accumulate_steps=3)
+    start = {"batch_size": 96, "batch_per_device": 12, "fits": False}
+    tried = []
+
+    def examine(config, devices):
+        tried.append(config.batch_size // 8)
+        return {"fits": False}
+
+    monkeypatch.setattr(compile_ahead, "examine", examine)
+    compile_ahead.largest_batch(config, [], start)
+    assert tried == [6]
 
 
 def test_search_where_nothing_fits(monkeypatch):

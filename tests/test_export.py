@@ -61,7 +61,7 @@ def test_equal_in_any_batch(what, dtype, size, tmp_path):
     (tmp_path / "model").write_bytes(export.export(model, what))
     run = export.load_exported(tmp_path / "model")
     for batch in (1, 3):
-        images = pictures((batch, *model.encoder.image_size, 3))
+        images = pictures((batch, *model.config.image_size, 3))
         found, expected = run(images), outputs(model, what, images)
         assert isinstance(found, tuple) == (what == "features")
         recipes.assert_identical(jax.tree.leaves(found), expected)
@@ -74,10 +74,10 @@ def test_parameters_are_stored_once(exported):
 
 def test_kernels_of_one_backend_are_left_out(monkeypatch):
     model, choices = mini(kernels="fused"), []
-    monkeypatch.setattr(kernels, "mlp", lambda *how: choices.append(how[-1]))
+    monkeypatch.setattr(kernels, "mlp", lambda *args: choices.append(args[-1]))
     export.export(model)
     assert set(choices) == {"plain"}
-    assert model.encoder.kernels == "fused"
+    assert model.run_options.kernels == "fused"
 
 
 def test_runs_with_jax_alone(exported, tmp_path):

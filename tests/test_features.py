@@ -46,7 +46,7 @@ def maps_by_hand(model, image):
         return x * params[f"{name}/scale"] + params[f"{name}/bias"]
 
     kernel, bias = params["patch_embed/proj/kernel"], params["patch_embed/proj/bias"]
-    side = encoder.patch_size // encoder.inner_patches
+    side = encoder.config.cell_size
 
     def embed(i, j):
         pixels = image[side * i : side * (i + 1), side * j : side * (j + 1)]
@@ -82,7 +82,7 @@ def maps_by_hand(model, image):
 def test_order_of_maps_and_of_kept_units(sizes):
     """Of images whose pixels are their coordinates, against every cell by hand."""
     model = without_branches(**sizes)
-    height, width = model.encoder.image_size
+    height, width = model.config.image_size
     places = [-0.5, 0.5], np.arange(height) / height, np.arange(width) / width
     images = np.stack(np.meshgrid(*places, indexing="ij"), -1).astype(np.float32)
 
@@ -96,7 +96,7 @@ def test_order_of_maps_and_of_kept_units(sizes):
         assert len(expected) == len(maps)
         for level, by_hand in enumerate(expected):
             assert_allclose(maps[level][sample], by_hand, atol=1e-5)
-            inner = model.encoder.inner_patches >> level
+            inner = model.config.inner_patches >> level
             for place, unit in enumerate(KEPT[sample].tolist()):
                 row, column = divmod(unit, width // 16)
                 rows = slice(row * inner, (row + 1) * inner)
@@ -115,7 +115,7 @@ def test_order_of_maps_and_of_kept_units(sizes):
 def test_stride_32(image_size):
     """The maximum of each 2x2; an odd last row or column is left out."""
     model = mini(image_size=image_size)
-    height, width = model.encoder.image_size
+    height, width = model.config.image_size
     images = pictures((2, height, width, 3))
     run = compiled(model, lambda model, x: model.features(x, stride_32=True))
     *_, x, pooled = map(np.asarray, run(images))

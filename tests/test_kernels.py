@@ -189,7 +189,7 @@ def loss_of(choice, **overrides):
 
     def loss(params):
         model = nnx.merge(graphdef, params)
-        return model(images, noise=noise, sample_keys=keys).loss
+        return model(images, noise=noise, drop_path_keys=keys).loss
 
     return loss, params
 
@@ -423,25 +423,24 @@ def compiled_text(case, device, keep, options=None):
 
 def test_rows_of_a_block():
     """As many as divide the total, of whole tiles, and for attention whole images."""
-    assert kernels._rows(64 * 784, 8, 1024, 2000) == 1024
-    assert kernels._rows(64 * 784, 8, 1024, 1000) == 896
-    assert kernels._rows(64 * 49, 8, 256, 2000) == 224
-    assert kernels._rows(64 * 49, 392, 1024, 2000) == 784
-    assert kernels._rows(16 * 49, 392, 1024, 2000) == 392
-    assert kernels._rows(8 * 49, 392, 1024, 2000) == 392
-    assert kernels._rows(64 * 576, 576, 512, 2000) == 576
-    assert kernels._rows(64 * 576, 576, 512, 500) is None
-    assert kernels._rows(4 * 49, 392, 512, 2000) is None
+    assert kernels.block_rows(64 * 784, 8, 1024, 2000) == 1024
+    assert kernels.block_rows(64 * 784, 8, 1024, 1000) == 896
+    assert kernels.block_rows(64 * 49, 8, 256, 2000) == 224
+    assert kernels.block_rows(64 * 49, 392, 1024, 2000) == 784
+    assert kernels.block_rows(16 * 49, 392, 1024, 2000) == 392
+    assert kernels.block_rows(8 * 49, 392, 1024, 2000) == 392
+    assert kernels.block_rows(64 * 576, 576, 512, 2000) == 576
+    assert kernels.block_rows(64 * 576, 576, 512, 500) is None
+    assert kernels.block_rows(4 * 49, 392, 512, 2000) is None
 
 
 def test_what_is_worth_keeping():
     """Where arithmetic is the limit, by a margin; not where the bytes would be."""
-    place = kernels._Place((), 1, "cpu")
     for balance, kept in ((166, [False, True, True]), (240, [False, False, True])):
-        place.balance = 2 * balance
+        target = kernels.Target("cpu", balance=2 * balance)
         for (width, hidden), worth in zip(
             ((128, 384), (256, 768), (512, 2048)), kept, strict=True
         ):
             product = 2 * width * hidden
             sizes = 2 * product, 5 * product, product, width, 2 * hidden
-            assert place.keeps(*sizes) == worth, (balance, width)
+            assert target.keeps(*sizes) == worth, (balance, width)

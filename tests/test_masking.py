@@ -221,12 +221,12 @@ def test_models_without_drop_path_ignore_keys():
     images, keys = pictures((2, 64, 64, 3)), sample_keys(2)
 
     def run(model, images):
-        return model(images), model(images, sample_keys=keys)
+        return model(images), model(images, drop_path_keys=keys)
 
     without, ignored = compiled(mini(), run)(images)
     assert_array_equal(ignored, without)
     evaluated, trained = (
-        compiled(mini(drop_path_rate=0.5), lambda m, x, k=k: m(x, sample_keys=k))
+        compiled(mini(drop_path_rate=0.5), lambda m, x, k=k: m(x, drop_path_keys=k))
         for k in (None, keys)
     )
     alone = compiled(mini(), lambda m, x: m(x))(images)
@@ -238,7 +238,7 @@ def test_drop_path_of_a_model_depends_on_the_sample_alone():
     model = mini(drop_path_rate=0.9)
     image = jnp.tile(pictures((1, 64, 64, 3)), (8, 1, 1, 1))
     keys, order = sample_keys(8), np.array([3, 1, 4, 0, 5, 2, 6, 7])
-    run = compiled(model, lambda model, keys: model(image, sample_keys=keys))
+    run = compiled(model, lambda model, keys: model(image, drop_path_keys=keys))
     out = np.asarray(run(keys))
     assert len(np.unique(out.round(4), axis=0)) > 4
     assert_allclose(run(keys[order]), out[order], atol=1e-5)
@@ -257,7 +257,7 @@ def test_drop_path_rates_rise_over_residual_blocks(monkeypatch):
     monkeypatch.setattr(blocks.kernels, "platform", lambda: "tpu")  # blocks inline
     images = jnp.zeros((2, 224, 224, 3))
     shapes(
-        lambda model: model(images, sample_keys=sample_keys(2)),
+        lambda model: model(images, drop_path_keys=sample_keys(2)),
         abstract("hivit_tiny", drop_path_rate=0.05),
     )
     linear = [0.05 * block / 13 for block in range(14)]  # 2 + 2 + 10 residual blocks
@@ -278,7 +278,7 @@ def test_decoder_has_no_drop_path(monkeypatch):
     monkeypatch.setattr(blocks, "drop_path", record)
     monkeypatch.setattr(blocks.kernels, "platform", lambda: "tpu")  # blocks inline
     images, noise = jnp.zeros((2, 64, 64, 3)), jnp.zeros((2, 16))
-    shapes(lambda m: m(images, noise=noise, sample_keys=sample_keys(2)), model)
+    shapes(lambda m: m(images, noise=noise, drop_path_keys=sample_keys(2)), model)
     encoder = [0, 0.1, 0.2, 0.3, 0.4, 0.4, 0.5, 0.5]
     assert [rate for rate, _ in rates[:-2]] == pytest.approx(encoder)
     assert [none for _, none in rates[:-2]] == [False] * 8
@@ -297,7 +297,7 @@ def test_targets_give_the_pixels_back():
     assert_allclose(mean[..., 0], units.mean(-1), atol=1e-6)
     assert_allclose(scale[..., 0], np.sqrt(units.var(-1, ddof=1) + 1e-6), rtol=1e-5)
     assert_allclose(np.asarray(target).var(-1, ddof=1), 1, rtol=1e-3)
-    model.norm_pix_loss = False
+    model = mini("mae_hivit_base", norm_pix_loss=False)
     target, mean, scale = model.targets(images)
     assert_array_equal(target, positions.patchify(images, 16))
     assert not mean.any()

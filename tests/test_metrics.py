@@ -401,9 +401,9 @@ class Seen:
         return {"curves": self.pictures[step]}
 
     def recorded(self, call):
-        def run(model, images, *, sample_keys=None):
-            logits = call(model, images, sample_keys=sample_keys)
-            batches = self.eval if sample_keys is None else self.train
+        def run(model, images, *, drop_path_keys=None):
+            logits = call(model, images, drop_path_keys=drop_path_keys)
+            batches = self.eval if drop_path_keys is None else self.train
             jax.debug.callback(
                 lambda *xs: batches.append([*map(np.array, xs)]), images, logits
             )

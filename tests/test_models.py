@@ -1,6 +1,9 @@
 """Counts, names, initialisation and sizes of the networks."""
 
+import copy
+import json
 import re
+from dataclasses import FrozenInstanceError, replace
 
 import jax
 import jax.numpy as jnp
@@ -23,12 +26,17 @@ from numpy.testing import assert_array_equal
 
 from hivit_jax.errors import ConfigError
 from hivit_jax.models import (
-    NAMES,
+    VARIANTS,
+    arguments_of,
+    configure,
     create_model,
+    list_models,
     positions,
+    split,
 )
 from hivit_jax.models.classifier import Classifier
-from hivit_jax.models.layers import parameter_count
+from hivit_jax.models.config import RunOptions
+from hivit_jax.models.flops import encoder_cost, parameter_count
 from hivit_jax.models.mae import (
     MaskedAutoencoder,
 )
@@ -86,7 +94,7 @@ def test_parts_of_the_masked_autoencoder():
     # The official encoder holds the norm of the latent.
     assert parameter_count(model.encoder) + parameter_count(model.norm) == 65_795_456
     # The patch convolution runs on all 196 units, the rest on 49; the decoder on 196.
-    encoder = model.encoder.macs((14, 14), 49, layer_norm_cost=0)
+    encoder = encoder_cost(model.encoder, (14, 14), 49, layer_norm_cost=0)
     block = 196 * 12 * 512**2 + 2 * 196**2 * 512
     decoder = 49 * 3584 * 512 + 6 * block + 196 * 512 * 768
     assert decoder == 4_102_389_760
@@ -121,11 +129,11 @@ WIDTHS = {
 
 def test_names():
     names = {f"{prefix}hivit_{size}" for prefix in ("", "mae_") for size in WIDTHS}
-    assert set(NAMES) == names
-    assert len(NAMES) == len(names)
+    assert {*list_models()} == {*VARIANTS} == names
+    assert list_models("mae_*_base*") == ["mae_hivit_base", "mae_hivit_base_24"]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", VARIANTS)
 def test_every_name_can_be_built(name):
     width, depths, heads = WIDTHS[name.split("hivit_")[1]]
     if name.startswith("mae_"):
@@ -133,7 +141,7 @@ def test_every_name_can_be_built(name):
         model = abstract(name, depths=(1, 1, 1), decoder_depth=1)
         depths = (1, 1, 1)
         assert isinstance(model, MaskedAutoencoder)
-        assert model.multi_scale
+        assert model.config.multi_scale
         assert model.encoder.stages[-1][0].attn.relative_position_bias_table is None
     else:
         model = abstract(name)
@@ -145,7 +153,7 @@ def test_every_name_can_be_built(name):
         expected = 1e-5 if name == "hivit_base_24" else 1e-6
         assert model.encoder.patch_embed.norm.epsilon == expected
     encoder = model.encoder
-    assert encoder.embed_dim == width
+    assert encoder.config.embed_dim == width
     blocks = [len(stage) for stage in encoder.stages]
     assert blocks == [2 * depths[0], 2 * depths[1], depths[2]]
     kernel = encoder.stages[-1][0].attn.qkv.kernel
@@ -175,6 +183,65 @@ def test_every_name_can_be_built(name):
 def test_unknown_names(name, overrides, message):
     with pytest.raises(ConfigError, match=message):
         create_model(name, **overrides)
+
+
+# Config, run options, info
+
+
+def test_config_and_run_options():
+    model = abstract("hivit_base", **MINI, dtype="bfloat16", remat=True)
+    assert model.config == replace(VARIANTS["hivit_base"][1], **MINI)
+    assert model.config.image_shape == (64, 64, 3)
+    assert model.run_options == RunOptions("bfloat16", remat=True)
+    assert model.run_options == RunOptions(jnp.bfloat16, remat=True)
+    listed = MINI | {"depths": [1, 1, 2], "image_size": [64, 64]}
+    assert abstract("hivit_base", **MINI).config == configure("hivit_base", **listed)[1]
+    with pytest.raises(FrozenInstanceError):
+        model.config.embed_dim = 32
+
+
+def test_arguments_build_the_model_again():
+    model = abstract("mae_hivit_base", **MINI, **DECODER, scan_blocks=True)
+    arguments = json.loads(json.dumps(arguments_of(model)))
+    again = nnx.eval_shape(lambda: create_model(**arguments))
+    assert split(again)[0] == split(model)[0]
+    assert again.name == "mae_hivit_base"
+
+
+def test_no_head():
+    """The features that a head would see, from one parameter less for each weight."""
+    model, headless = mini(), mini(num_classes=0)
+    images = pictures((2, 64, 64, 3))
+    pooled = compiled(model, lambda model, images: model.pooled(images))(images)
+    out = compiled(headless, lambda model, images: model(images))(images)
+    assert_array_equal(out, pooled)
+    assert model.parameter_count() - headless.parameter_count() == 64 * 10 + 10
+    assert model.macs() - headless.macs() == 64 * 10
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_info_of_a_new_model_and_its_copies(channels):
+    model = abstract("hivit_base", **MINI, in_channels=channels, num_classes=2)
+    info = model.info
+    assert (info.image_size, info.channels) == ((64, 64), channels)
+    assert (info.class_names, info.crop, info.scale) == ((), 0.875, 1 / 255)
+    mean = (0.485, 0.456, 0.406)
+    assert info.mean == pytest.approx(mean if channels == 3 else [np.mean(mean)])
+    model.info = replace(info, class_names=("cat", "dog"))
+    copies = copy.deepcopy(model), nnx.merge(*nnx.split(model)), nnx.clone(model)
+    assert all(each.info == model.info for each in copies)
+    assert all(each.config == model.config for each in copies)
+
+
+def test_layers_of_a_masked_autoencoder():
+    """As of a classifier; the decoder comes after the encoder's last block."""
+    ids = abstract("mae_hivit_base", **MINI, **DECODER).layer_ids()
+    classifier = abstract("hivit_base", **MINI).layer_ids()
+    assert ids["encoder/merges/0/norm/scale"] == 2
+    assert ids["encoder/stages/2/1/mlp/fc1/kernel"] == 6
+    for name, layer in ids.items():
+        expected = classifier[name] if name.startswith("encoder/") else 7
+        assert layer == expected, name
 
 
 # Initialisation
@@ -318,7 +385,7 @@ def test_shapes_at_other_sizes(sizes):
 def test_features_hold_what_is_at_their_place(sizes):
     """A changed pixel moves the one stem cell that it lies in, and no other."""
     model = mini(**sizes)
-    shape = (1, *model.encoder.image_size, model.encoder.in_channels)
+    shape = (1, *model.config.image_shape)
     images = np.asarray(pictures(shape))
     places = [
         (0, 0),
@@ -383,6 +450,11 @@ def test_images_of_another_size(name, shape):
         ({"global_blocks": (0, 2)}, r"global_blocks=\(0, 2\); .*from 0 to 1 for the 2"),
         ({"global_blocks": (-1,)}, r"global_blocks=\(-1,\)"),
         ({"decoder_num_heads": 5}, "decoder_num_heads=5 .* decoder_embed_dim=32"),
+        (
+            {"drop_path_rate": 1.0},
+            "drop_path_rate=1.0; expected 0 <= drop_path_rate < 1",
+        ),
+        ({"dtype": "float16"}, "dtype='float16'; expected 'float32' or 'bfloat16'"),
         ({"decoder_embed_dim": 30}, "decoder_embed_dim=30: expected a multiple of 4"),
     ],
     ids=str,

@@ -1,5 +1,7 @@
 """The networks against the official code's outputs, in float32."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,7 +33,7 @@ def close(actual, expected, atol, rtol=0.0):
 def official_stages(model, images, ids_keep=None):
     """The stages that the golden data name, in their layout [B, K, h, w, C]."""
     encoder, stages = model.encoder, {}
-    units, inner = images.shape[0], encoder.inner_patches
+    units, inner = images.shape[0], encoder.config.inner_patches
     kept = (
         encoder.absolute_pos_embed.shape[0] if ids_keep is None else ids_keep.shape[1]
     )
@@ -41,15 +43,17 @@ def official_stages(model, images, ids_keep=None):
         cells = tokens_to_map(x, (count, 1), inner)  # units stacked in one column
         stages[name] = cells.reshape(units, count, inner, inner, -1)
 
-    patches = patchify(images, encoder.patch_size)
+    patches = patchify(images, encoder.config.patch_size)
     # The official code embeds all units and drops the masked ones after that.
-    every = encoder.patch_embed(units_to_cells(patches, encoder.patch_size, inner))
+    every = encoder.patch_embed(
+        units_to_cells(patches, encoder.config.patch_size, inner)
+    )
     record("patch_embed", every, inner)
     position = encoder.absolute_pos_embed[...]
     if ids_keep is not None:
         patches = jnp.take_along_axis(patches, ids_keep[:, :, None], 1)
         position = position[ids_keep]
-    x = encoder.patch_embed(units_to_cells(patches, encoder.patch_size, inner))
+    x = encoder.patch_embed(units_to_cells(patches, encoder.config.patch_size, inner))
     for number, (blocks, merge) in enumerate(
         zip(encoder.stages, encoder.merges, strict=False), 1
     ):
@@ -139,8 +143,8 @@ def test_mini_mae_outputs_and_all_gradients(fixture):
     close(out.pred, arrays["pred"], 2e-5)
     np.testing.assert_array_equal(out.mask, arrays["mask"])
     latent = np.asarray(out.latent)
-    if model.multi_scale:
-        latent = latent[..., np.argsort(latent_order(model.encoder))]
+    if model.config.multi_scale:
+        latent = latent[..., np.argsort(latent_order(model.config))]
     close(latent, arrays["latent"], 2e-5)
 
     ids_shuffle, ids_restore, _ = random_masking(noise, 4)
@@ -167,7 +171,7 @@ def test_base_mae():
     close([loss, out.loss], [facts["loss_f64"]] * 2, 2e-6)
     np.testing.assert_array_equal(out.mask, arrays["mask"])
     pred, latent = np.asarray(out.pred), np.asarray(out.latent)
-    latent = latent[..., np.argsort(latent_order(model.encoder))]
+    latent = latent[..., np.argsort(latent_order(model.config))]
     close(pred[0, ::4], arrays["pred_sample0_every4"], 2e-5)
     close(pred.mean(-1), arrays["pred_tokmean"], 2e-5)
     close(pred.std(-1), arrays["pred_tokstd"], 2e-5)
@@ -209,7 +213,7 @@ def test_layer_norm_eps_everywhere():
     out = model(images, noise=noise)
     close(out.loss, FIXTURES["lowvar_eps"]["loss_f64"], 2e-6)
     close(out.pred, arrays["pred"], 2e-5)
-    latent = np.asarray(out.latent)[..., np.argsort(latent_order(model.encoder))]
+    latent = np.asarray(out.latent)[..., np.argsort(latent_order(model.config))]
     close(latent, arrays["latent"], 2e-5)
 
     config = {
@@ -223,7 +227,7 @@ def test_layer_norm_eps_everywhere():
 @pytest.mark.parametrize("norm_pix_loss", [True, False])
 def test_loss_of_a_given_prediction(norm_pix_loss):
     model, _ = reference.build_fixture("mae_mini")
-    model.norm_pix_loss = norm_pix_loss
+    model.encoder.config = replace(model.config, norm_pix_loss=norm_pix_loss)
     images = jnp.asarray(reference.images("mini64", 3, 64))
     pred = jnp.asarray(reference.normal("loss/pred", (3, 16, 768)))
     mask = golden("mae_mini")["mask"]

@@ -8,10 +8,7 @@ from flax import nnx
 from networks import compiled, mini, pictures
 from numpy.testing import assert_allclose, assert_array_equal
 
-from hivit_jax.models import (
-    positions,
-    split,
-)
+from hivit_jax.models import positions, resize, split
 
 # Positions
 
@@ -173,10 +170,10 @@ GRIDS = [((14, 14), (24, 24)), ((14, 14), (7, 7)), ((3, 5), (4, 7)), ((4, 3), (9
 @pytest.mark.parametrize(("grid", "new"), [*GRIDS, ((5, 2), (1, 1)), ((1, 2), (3, 2))])
 def test_grid_table_of_another_size(grid, new):
     maps = numbered(grid, 3)
-    table = positions.resize_grid_table(maps.reshape(-1, 3), grid, new)
+    table = resize.resize_grid_table(maps.reshape(-1, 3), grid, new)
     assert table.shape == (new[0] * new[1], 3)
     assert_allclose(table.reshape(*new, 3), bicubic_by_hand(maps, new), atol=1e-13)
-    small = positions.resize_grid_table(np.float32(maps).reshape(-1, 3), grid, new)
+    small = resize.resize_grid_table(np.float32(maps).reshape(-1, 3), grid, new)
     assert small.dtype == np.float32
     assert_allclose(small, table, atol=2e-7)
 
@@ -186,9 +183,9 @@ def test_tables_resized_as_torch_does(grid, new):
     with np.load(reference.GOLDEN / "bicubic.npz") as arrays:
         expected = arrays["{}x{}_{}x{}".format(*grid, *new)].reshape(-1, 1)
     table = numbered(grid).reshape(-1, 1)
-    assert_allclose(positions.resize_grid_table(table, grid, new), expected, atol=5e-8)
+    assert_allclose(resize.resize_grid_table(table, grid, new), expected, atol=5e-8)
     if grid == (27, 27):  # the differences within 14x14 and 24x24 units
-        table = positions.resize_relative_table(table, (14, 14), (24, 24))
+        table = resize.resize_relative_table(table, (14, 14), (24, 24))
         assert_allclose(table, expected, atol=5e-8)
 
 
@@ -196,14 +193,14 @@ def test_tables_resized_as_torch_does(grid, new):
 def test_relative_table_is_a_map_of_differences(grid, new):
     spans = [(2 * rows - 1, 2 * columns - 1) for rows, columns in (grid, new)]
     table = numbered(spans[0], 2).reshape(-1, 2)
-    resized = positions.resize_relative_table(table, grid, new)
-    assert_array_equal(resized, positions.resize_grid_table(table, *spans))
+    resized = resize.resize_relative_table(table, grid, new)
+    assert_array_equal(resized, resize.resize_grid_table(table, *spans))
     assert len(resized) == (2 * new[0] - 1) * (2 * new[1] - 1)
 
 
 def test_resized_constants_stay_constant():
     constant = np.full((6 * 4, 2), 0.7)
-    resized = positions.resize_grid_table(constant, (6, 4), (9, 11))
+    resized = resize.resize_grid_table(constant, (6, 4), (9, 11))
     assert_allclose(resized, 0.7, rtol=1e-14)
 
 
@@ -216,7 +213,7 @@ def test_resized_ramps_stay_ramps_inside(new, bend):
         return 24 * places[0][:, None] - 24 * places[1] + 1  # steps of 3 and 2 in 8x12
 
     table = ramp((8, 12)).reshape(-1, 1)
-    resized = positions.resize_grid_table(table, (8, 12), new).reshape(new)
+    resized = resize.resize_grid_table(table, (8, 12), new).reshape(new)
     inner = tuple(slice(n // 4, n - n // 4) for n in new)
     assert_allclose(resized[inner], ramp(new)[inner], atol=bend * (3 + 2) + 1e-13)
 
@@ -226,22 +223,22 @@ def test_the_same_size_keeps_every_byte(dtype):
     table = np.asarray(numbered((7, 9), 2).reshape(-1, 2), dtype)
     kernel = np.asarray(numbered((4 * 4 * 3, 8))[..., 0], dtype)
     for before, after in (
-        (table, positions.resize_grid_table(table, (7, 9), (7, 9))),
-        (table, positions.resize_relative_table(table, (4, 5), (4, 5))),
-        (kernel, positions.resize_patch_kernel(kernel, 4, 4)),
-        (kernel, positions.resize_channels(kernel, 3, 3)),
+        (table, resize.resize_grid_table(table, (7, 9), (7, 9))),
+        (table, resize.resize_relative_table(table, (4, 5), (4, 5))),
+        (kernel, resize.resize_patch_kernel(kernel, 4, 4)),
+        (kernel, resize.resize_channels(kernel, 3, 3)),
     ):
         assert after.dtype == dtype
         assert after.tobytes() == before.tobytes()
-    assert positions.resize_grid_table(table, (7, 9), (3, 4)).dtype == dtype
-    assert positions.resize_channels(kernel, 3, 1).dtype == dtype
+    assert resize.resize_grid_table(table, (7, 9), (3, 4)).dtype == dtype
+    assert resize.resize_channels(kernel, 3, 1).dtype == dtype
 
 
 @pytest.mark.parametrize("new", [2, 5, 8])
 def test_patch_kernel_of_another_cell(new):
     """Every channel and output on its own, over rows and columns of pixels."""
     kernel = numbered((4 * 4 * 3, 5))[..., 0]
-    resized = positions.resize_patch_kernel(kernel, 4, new)
+    resized = resize.resize_patch_kernel(kernel, 4, new)
     assert resized.shape == (new * new * 3, 5)
     pixels, expected = kernel.reshape(4, 4, 3, 5), resized.reshape(new, new, 3, 5)
     for channel in range(3):
@@ -251,11 +248,11 @@ def test_patch_kernel_of_another_cell(new):
 
 def test_a_table_of_another_grid():
     with pytest.raises(ValueError, match="reshape"):
-        positions.resize_grid_table(np.zeros((12, 4)), (2, 3), (4, 4))
+        resize.resize_grid_table(np.zeros((12, 4)), (2, 3), (4, 4))
 
 
-def test_channel_shares():
-    shares = positions.channel_shares
+def test_channel_weights():
+    shares = resize.channel_weights
     assert shares(1, 3).tolist() == [[1 / 3]] * 3
     assert shares(3, 1).tolist() == [[1, 1, 1]]
     assert shares(2, 3).tolist() == [[0.5, 0], [0, 1], [0.5, 0]]
@@ -276,7 +273,7 @@ def test_grey_images_of_any_number_of_channels(old):
     expected = logits(model, old)
     for new in {1: (3, 4), 3: (1, 2, 6)}[old]:
         graphdef, _ = split(mini(in_channels=new, image_size=32))
-        resized = positions.resize_channels(kernel, old, new)
+        resized = resize.resize_channels(kernel, old, new)
         assert resized.shape == (16 * new, 16)
         params["encoder"]["patch_embed"]["proj"]["kernel"] = jnp.asarray(resized)
         assert_allclose(logits(nnx.merge(graphdef, params), new), expected, atol=1e-5)

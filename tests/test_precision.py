@@ -59,7 +59,7 @@ def test_bfloat16_classifier():
 
 def test_bfloat16_tokens_are_averaged_in_float32():
     tokens = pictures((2, 196, 8)).astype(jnp.bfloat16)
-    model = SimpleNamespace(encoder=lambda images, sample_keys: [tokens])
+    model = SimpleNamespace(encoder=lambda images, drop_path_keys: [tokens])
     pooled = Classifier.encoded(model, None)
     assert pooled.dtype == jnp.float32
     # Rounded to bfloat16, these would be 1e-4 off.

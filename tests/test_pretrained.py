@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import jax
@@ -19,14 +20,9 @@ import hivit_jax
 from hivit_jax import convert, weight_files
 from hivit_jax.errors import CheckpointError, ConfigError
 from hivit_jax.evaluate import evaluate_checkpoint
-from hivit_jax.models import (
-    kind_of,
-    named_leaves,
-    override_parameters,
-    split,
-)
+from hivit_jax.models import arguments_of, configure, named_leaves, split
 from hivit_jax.models.mae import MaskedAutoencoder
-from hivit_jax.pretrained import find
+from hivit_jax.pretrained import find, fitting_arguments
 from hivit_jax.train import train
 from hivit_jax.weights import infer
 
@@ -45,10 +41,6 @@ def safetensors(path, state, about=()):
     state = {name: np.array(array, order="C") for name, array in state.items()}
     save_file(state, path, dict(about))
     return path
-
-
-def jsonable(value):
-    return json.loads(json.dumps(value))
 
 
 def official(name="mae_hivit_base", **overrides):
@@ -120,7 +112,7 @@ def test_committed_pytorch_files(kind):
     loaded = hivit_jax.load_pretrained(reference.GOLDEN / f"{kind}.pth", **hints)
     state = content.get("model_ema") or content.get("model") or content["state_dict"]
     recipes.assert_identical(arrays_of(loaded), by_hand(state))
-    assert json.loads(loaded.arguments)["num_heads"] == 1
+    assert loaded.config.num_heads == 1
     norm = loaded.encoder.patch_embed.norm.epsilon
     assert norm == (1e-5 if kind == "mmpretrain" else 1e-6)
     if "model_ema" in content:
@@ -242,6 +234,47 @@ def test_save_pretrained(name, tmp_path):
     assert about["arguments"]["image_size"] == [64, 32]
 
 
+@pytest.mark.parametrize("file", ["", "model.safetensors", "other.safetensors"])
+def test_facts_about_images_are_saved(file, tmp_path):
+    """Also without config.json; names of other classes are dropped."""
+    model = mini("hivit_base", num_classes=2)
+    facts = dict(class_names=("cat", "dog"), crop=0.9, mean=(0.1, 0.2, 0.3))
+    model.info = replace(model.info, std=(0.2,) * 3, scale=0.5, **facts)
+    hivit_jax.save_pretrained(model, tmp_path)
+    convert.convert(tmp_path, tmp_path / "other.safetensors")
+    if file:
+        (tmp_path / "config.json").unlink()
+    assert hivit_jax.load_pretrained(tmp_path / file).info == model.info
+    changed = dict(image_size=(64, 32), in_channels=1, num_classes=3)
+    info = hivit_jax.load_pretrained(tmp_path / file, **changed).info
+    assert (info.class_names, info.image_size, info.channels) == ((), (64, 32), 1)
+    assert info.mean == pytest.approx([0.2])
+    assert (info.crop, info.scale) == (0.9, 0.5)
+
+
+def test_another_name_takes_over_the_models_own_sizes():
+    """Run options, and sizes that are not the class's defaults."""
+    saved = arguments_of(abstract("hivit_base_24", image_size=64, dtype="bfloat16"))
+
+    def fitted(**overrides):
+        return configure(**fitting_arguments(saved, overrides))[1:]
+
+    config, run_options = fitted(name="hivit_base")
+    assert (config.depths, config.fc_norm, config.layer_norm_eps) == (
+        (2, 2, 20),
+        False,
+        1e-5,
+    )
+    assert (config.image_size, run_options.dtype) == ((64, 64), "bfloat16")
+    config, _ = fitted(name="mae_hivit_base_24", decoder_depth=2)
+    assert (config.depths, config.decoder_depth) == ((2, 2, 24), 2)
+    assert not config.relative_position
+    saved = arguments_of(abstract("hivit_base", embed_dim=64, num_heads=2))
+    assert fitted(name="hivit_base_24")[0].fc_norm is False
+    assert fitted(name="mae_hivit_base")[0].embed_dim == 64
+    assert fitted(name="hivit_small")[0].embed_dim == 384
+
+
 def test_pretrain_finetune_share_evaluate(tmp_path, capsys):
     """Of two sizes that are no squares: tables are resized, the card tells all, and
     what is evaluated is what was trained.
@@ -257,6 +290,11 @@ def test_pretrain_finetune_share_evaluate(tmp_path, capsys):
         card = (shared / "README.md").read_text()
         assert f"eval/loss: {results['eval/loss']}" in card
         assert '"label_smoothing": 0.1' in card
+        for path in (run, shared):
+            info = hivit_jax.load_pretrained(path).info
+            data = recipes.classifier().data
+            assert (info.mean, info.std) == (data.mean, data.std)
+            assert (info.crop, info.image_size) == (data.crop_pct, (32, 96))
         config = recipes.classifier(checkpoint=str(shared), **wide)
         assert evaluate_checkpoint(config, tmp_path / "none") == results
         config.model.num_classes = 12
@@ -450,10 +488,8 @@ def test_names_and_shapes_tell_the_network(name, overrides):
             for n, a in state.items()
         }
     arguments, guessed = infer(state)
-    told, parameters = json.loads(model.arguments), override_parameters(kind_of(name))
-    for key, value in arguments.items():
-        value_there = told[key] if key in told else parameters[key].default
-        assert jsonable(value) == jsonable(value_there), key
+    assert configure(**arguments)[:2] == (type(model), model.config)
+    assert arguments["name"] == name
     tables = model.encoder.stages[-1][0].attn.relative_position_bias_table is not None
     assert ("num_heads" in guessed) == (not tables)
 
@@ -464,8 +500,8 @@ def test_a_model_of_its_own_size(tmp_path, capsys):
     assert convert.main(["--inspect", str(path), "--set", "num_heads=2"]) == 0
     text = capsys.readouterr().out
     assert "mae_hivit_base, but of sizes of its own" in text
-    assert "depths [1, 1, 2]" in text
-    assert ", num_heads 2," in text
+    assert "depths (1, 1, 2)" in text
+    assert ", num_heads 2\n" in text
     assert "guessed: num_heads" not in text
     assert "guessed: decoder_num_heads 1, as heads are 32 wide" in text
     assert "guessed: layer_norm_eps 1e-06, as official" in text
@@ -517,7 +553,7 @@ def test_hub(tmp_path, monkeypatch):
     loaded = hivit_jax.load_pretrained("hf://group/hivit@v1")
     recipes.assert_identical(arrays_of(loaded), arrays_of(model))
     other = hivit_jax.load_pretrained("hf://group/hivit/other.safetensors")
-    assert other.encoder.embed_dim == 16
+    assert other.config.embed_dim == 16
     assert asked == [
         ("group/hivit", "v1", ["model.safetensors", "config.json"]),
         ("group/hivit", None, ["other.safetensors"]),

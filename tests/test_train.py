@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import networks
 import numpy as np
 import optax
 import pytest
@@ -344,8 +345,10 @@ def test_weight_decay_groups_of_pretraining():
 
 
 def test_parameter_of_no_rule():
+    model = networks.mini()
+    model.encoder.gamma = nnx.Param(jnp.ones(1))
     with pytest.raises(ValueError, match="no layer is known for .*'encoder/gamma'"):
-        optimizer.layer_id("encoder/gamma", [4, 4, 20])
+        model.layer_ids()
 
 
 @pytest.mark.parametrize("size", ["mini", "hivit_base"])
@@ -356,7 +359,9 @@ def test_layer_decay_and_weight_decay_of_finetuning(size):
         for key, value in reference.MINI_CLASSIFIER.items()
     }
     model = abstract("hivit_base", **mini if size == "mini" else {})
-    scales = optimizer.learning_rate_scales(split(model)[1], expected["layer_decay"])
+    scales = optimizer.learning_rate_scales(
+        split(model)[1], model.layer_ids(), expected["layer_decay"]
+    )
     scales, decays = (
         by_official_name(model, scales),
         weight_decays(model, inputs.make_task(recipes.classifier())),
@@ -379,7 +384,7 @@ def test_layer_decay_and_weight_decay_of_finetuning(size):
 def test_drop_path_rates(fact, name, rate):
     model = abstract(name, drop_path_rate=rate)
     expected = [x for x in facts("drop_path")[fact] if x is not None]
-    np.testing.assert_allclose(model.encoder.drop_rates, expected, rtol=1e-6)
+    np.testing.assert_allclose(model.config.drop_path_rates, expected, rtol=1e-6)
 
 
 # --- What is kept ------------------------------------------------------------------
@@ -388,7 +393,7 @@ def test_drop_path_rates(fact, name, rate):
 def test_load_pretrained(trained):
     workdir = trained(recipes.mae, **EVERY_STEP).workdir
     model = hivit_jax.load_pretrained(workdir)
-    assert (model.encoder.embed_dim, model.norm_pix_loss) == (64, True)
+    assert (model.config.embed_dim, model.config.norm_pix_loss) == (64, True)
     loaded = jax.device_get(named_leaves(split(model)[1]))
     recipes.assert_identical(loaded, recipes.stored(workdir, 8)["params"])
     step = hivit_jax.load_pretrained(workdir / "checkpoints" / "3")

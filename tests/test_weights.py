@@ -134,7 +134,7 @@ def test_what_finetuning_takes_of_pretraining():
         params = named_leaves(zeros)
         official |= dict(zip(params, to_official(zeros, model), strict=True))
     arguments = {"name": "mae_hivit_base"}
-    start = Pretrained("there", "there", arguments, params, [], [], {}, {})
+    start = Pretrained("there", "there", arguments, params, [], [], {}, {}, {})
     model = abstract("hivit_base")
     _, fates = compare(start, model)
     fates = {fate: {official[name] for name in names} for fate, names in fates.items()}

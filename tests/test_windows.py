@@ -19,7 +19,7 @@ from recipes import classifier
 from hivit_jax import inputs
 from hivit_jax.errors import ConfigError
 from hivit_jax.models import create_model, named_leaves
-from hivit_jax.models.positions import Windows
+from hivit_jax.models.windows import Windows
 
 # Five rows and seven columns: 3x3 windows leave both unfilled.
 UNEVEN = dict(image_size=(80, 112), window_size=3)
@@ -38,7 +38,7 @@ def windows_of(grid, side):
 def test_windows_hold_their_units_and_zeros(grid, size):
     windows = Windows(grid, size)
     units = jnp.arange(1, 1 + 2 * grid[0] * grid[1]).reshape(2, -1, 1)
-    split = np.asarray(windows.split(units))
+    split = np.asarray(windows.partition(units))
     assert split.shape == (2 * np.prod(windows.counts), size[0] * size[1], 1)
     number = 0
     for sample in range(2):
@@ -49,7 +49,7 @@ def test_windows_hold_their_units_and_zeros(grid, size):
                 expected = padded[top : top + size[0], left : left + size[1]]
                 assert_array_equal(split[number, :, 0], expected.reshape(-1))
                 number += 1
-    assert_array_equal(windows.join(split), units)
+    assert_array_equal(windows.merge(split), units)
 
 
 def test_a_window_over_the_image_is_global_attention():

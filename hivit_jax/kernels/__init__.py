@@ -1,12 +1,12 @@
-"""Residual blocks as single kernels: which are used, and where.
+"""Residual blocks as single kernels: which of them run, and where.
 
-`mlp` and `attention` tell how a block runs as one kernel, or None where it does not;
-then the layers run it as XLA compiles it.
+`mlp` and `attention` return a residual branch as one kernel, or None where no kernel
+serves; then the layers run it as XLA compiles it.
 """
 
 import math
 from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -16,16 +16,16 @@ from jax.sharding import AxisType, PartitionSpec
 
 from hivit_jax.kernels import mlp_gpu
 from hivit_jax.kernels.attention import LANES, attention_block
-from hivit_jax.kernels.common import ROWS, VMEM_SHARE
+from hivit_jax.kernels.common import ROWS, VMEM_SHARE, Plan, Weights
 from hivit_jax.kernels.mlp import mlp_block
 
 CHOICES = ("auto", "fused", "plain")
 HBM_SHARE = 0.5  # of the peak bandwidth that a kernel may count on
-Block = Callable[[bool], jax.Array]  # given whether to add x to the branch
+Branch = Callable[[bool], jax.Array]  # given whether to add x to the branch
 
 
-def mlp(x: jax.Array, norm: Any, mlp: Any, choice: str) -> Block | None:
-    """``fc2(gelu(fc1(norm(x))))``, or None.
+def mlp(x: jax.Array, norm: Any, mlp: Any, choice: str) -> Branch | None:
+    """``fc2(gelu(fc1(norm(x))))`` as one kernel, or None.
 
     Args:
       x: [..., C].
@@ -33,54 +33,50 @@ def mlp(x: jax.Array, norm: Any, mlp: Any, choice: str) -> Block | None:
       choice: "auto": on TPUs, in bfloat16; "fused": wherever shapes allow, on GPUs
         narrow ones (the stem), on CPUs as plain operations, slowly; "plain": never.
     """
-    place = _place(choice, x)
+    target = _target(choice, x)
     width, hidden = mlp.fc1.kernel.shape
-    if place is None or width % LANES or hidden % LANES:
+    if target is None or width % LANES or hidden % LANES:
         return None
-    total = x.size // width // place.shards
-    if place.platform == "gpu":
+    total = x.size // width // target.shards
+    plan = Plan(norm.epsilon, interpret=target.interpret)
+    weights = _weights(
+        norm, x.dtype, mlp.fc1.kernel, mlp.fc1.bias, mlp.fc2.kernel, mlp.fc2.bias
+    )
+    if target.platform == "gpu":
         if width not in mlp_gpu.WIDTHS or total % mlp_gpu.ROWS:
             return None
-        block, how = mlp_gpu.mlp_block, ()
-    else:
-        # More rows make longer programs to compile, fewer more and shorter steps.
-        most = min(max(2**28 // (width * hidden), 128), 1024)
-        # Backward: weights, their gradients in float32 and in x's dtype; rows, hidden.
-        fixed, each = 24 * width * hidden, 24 * hidden + 40 * width
-        room = (place.vmem - fixed) // each
-        rows = _rows(total, ROWS, most, room)
-        # Less than a tile of a matrix unit, added to gradients of weights at a time,
-        # takes longer than plain operations.
-        if rows is None or room < LANES:
-            return None
-        product = 2 * width * hidden
-        keep = place.keeps(2 * product, 5 * product, product, width, 2 * hidden)
-        block, how = mlp_block, (rows, keep)
-    weights = (
-        *(norm.scale[...], norm.bias[...]),
-        *(x_.astype(x.dtype) for x_ in (mlp.fc1.kernel[...], mlp.fc1.bias[...])),
-        *(x_.astype(x.dtype) for x_ in (mlp.fc2.kernel[...], mlp.fc2.bias[...])),
-    )
-
-    def run(x, *weights, add):
-        return block(x, *weights, add, norm.epsilon, *how, place.interpret)
-
-    return lambda add: place.run(partial(run, add=add), x, weights)
+        return lambda add: target.run(
+            mlp_gpu.mlp_block, x, weights, replace(plan, add=add)
+        )
+    # More rows make longer programs to compile, fewer more and shorter steps.
+    most = min(max(2**28 // (width * hidden), 128), 1024)
+    # Backward: weights, their gradients in float32 and in x's dtype; rows, hidden.
+    fixed, each = 24 * width * hidden, 24 * hidden + 40 * width
+    room = (target.vmem - fixed) // each
+    rows = block_rows(total, ROWS, most, room)
+    # Less than a tile of a matrix unit, added to gradients of weights at a time, takes
+    # longer than plain operations.
+    if rows is None or room < LANES:
+        return None
+    product = 2 * width * hidden
+    keep = target.keeps(2 * product, 5 * product, product, width, 2 * hidden)
+    plan = replace(plan, rows=rows, keep=keep)
+    return lambda add: target.run(mlp_block, x, weights, replace(plan, add=add))
 
 
 def attention(
     x: jax.Array, norm: Any, attention: Any, key_mask: Any, choice: str
-) -> Block | None:
-    """``attention(norm(x))``, or None; arguments as in `mlp`.
+) -> Branch | None:
+    """``attention(norm(x))`` as one kernel, or None; arguments as in `mlp`.
 
-    None also on GPUs, where it is cuDNN's; for keys that are masked, windows, and
+    None also on GPUs, where cuDNN computes it; for keys that are masked, windows, and
     relative positions.
     """
-    place = _place(choice, x)
+    target = _target(choice, x)
     qkv, proj = attention.qkv, attention.proj
     width, _, heads, head = qkv.kernel.shape
     special = key_mask, attention.windows, attention.relative_position_bias_table
-    if place is None or place.platform == "gpu":
+    if target is None or target.platform == "gpu":
         return None
     if any(each is not None for each in special):
         return None
@@ -89,25 +85,32 @@ def attention(
     tokens = x.shape[1]
     # The gradient of a tile's heads has four arrays of scores at a time.
     fixed, each = 48 * width**2 + 16 * tokens**2 * LANES // head, 76 * width
-    total, unit = x.shape[0] * tokens // place.shards, math.lcm(tokens, ROWS)
-    rows = _rows(total, unit, 1024, (place.vmem - fixed) // each)
+    total, unit = x.shape[0] * tokens // target.shards, math.lcm(tokens, ROWS)
+    rows = block_rows(total, unit, 1024, (target.vmem - fixed) // each)
     if rows is None:
         return None
     square, scores = 2 * width**2, 2 * tokens * width * LANES // head
     forward, backward = 4 * square + 2 * scores, 11 * square + 6 * scores
-    keep = place.keeps(forward, backward, 3 * square + scores, width, 8 * width)
-    weights = (
-        *(norm.scale[...], norm.bias[...]),
-        qkv.kernel[...].astype(x.dtype).reshape(width, -1),
-        qkv.bias[...].astype(x.dtype).reshape(-1),
-        *(x_.astype(x.dtype) for x_ in (proj.kernel[...], proj.bias[...])),
+    keep = target.keeps(forward, backward, 3 * square + scores, width, 8 * width)
+    weights = _weights(norm, x.dtype, qkv.kernel, qkv.bias, proj.kernel, proj.bias)
+    weights = weights._replace(
+        w1=weights.w1.reshape(width, -1), b1=weights.b1.reshape(-1)
     )
+    plan = Plan(
+        norm.epsilon,
+        rows=rows,
+        keep=keep,
+        interpret=target.interpret,
+        heads=heads,
+        tokens=tokens,
+    )
+    return lambda add: target.run(attention_block, x, weights, replace(plan, add=add))
 
-    def run(x, *weights, add):
-        how = heads, tokens, add, norm.epsilon, rows, keep, place.interpret
-        return attention_block(x, *weights, *how)
 
-    return lambda add: place.run(partial(run, add=add), x, weights)
+def _weights(norm, dtype, *linear):
+    return Weights(
+        norm.scale[...], norm.bias[...], *(each[...].astype(dtype) for each in linear)
+    )
 
 
 def dot_product_attention(
@@ -119,9 +122,10 @@ def dot_product_attention(
     mask: jax.Array | None,
     choice: str,
 ) -> jax.Array:
-    """Attention of q, k, v, each [B, N, heads, head] like the result: on GPUs, without
-    bias and mask, by cuDNN, which keeps no scores; on CPUs by `softmax`; elsewhere
-    JAX's own.
+    """Attention of q, k, v, each [B, N, heads, head] like the result.
+
+    On GPUs, without bias and mask, by cuDNN, which saves no scores; on CPUs by
+    `softmax`; elsewhere by JAX's own function.
 
     Args:
       bias, mask: see `softmax`.
@@ -152,7 +156,7 @@ def dot_product_attention(
 def softmax(
     q: jax.Array, k: jax.Array, bias: jax.Array | None, mask: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
-    """What each query attends to, unnormalised: exp(scores - the largest of a row),
+    """Unnormalized attention weights: exp(scores - the largest of a row),
     [B, heads, N, N] float32, query first, and the sums of its rows, [B, heads, N, 1].
 
     Args:
@@ -174,24 +178,36 @@ def softmax(
     return weights, weights.sum(-1, keepdims=True)
 
 
-class _Place:
-    """Devices that a kernel is compiled for; `axes` of their mesh split the batch."""
+@dataclass(frozen=True)
+class Target:
+    """Devices that a kernel is compiled for.
 
-    def __init__(self, axes, shards, platform):
-        self.axes, self.shards, self.platform = axes, shards, platform
-        self.interpret = platform == "cpu"
-        self.vmem, self.balance = 2**30, 0.0  # operations in the time of a byte
-        if platform == "tpu":
-            info = pltpu.get_tpu_info()
-            self.vmem = int(VMEM_SHARE * info.vmem_capacity_bytes)
-            bandwidth = HBM_SHARE * info.mem_bw_bytes_per_second
-            self.balance = info.bf16_ops_per_second / bandwidth
+    platform: "tpu", "gpu" or "cpu".
+    axes, shards: axes of their mesh that split the batch, and into how many parts.
+    vmem: bytes that a kernel may use.
+    balance: operations in the time in which a byte of HBM is moved.
+    """
 
-    def keeps(self, forward, backward, spared, width, kept):
-        """Whether a block is quicker if it keeps `kept` bytes a row for its gradient.
+    platform: str
+    axes: tuple[str, ...] = ()
+    shards: int = 1
+    vmem: int = 2**30
+    balance: float = 0.0
+
+    @property
+    def interpret(self) -> bool:
+        """Whether kernels run as plain JAX operations."""
+        return self.platform == "cpu"
+
+    def keeps(
+        self, forward: int, backward: int, spared: int, width: int, kept: int
+    ) -> bool:
+        """Whether a block is quicker if it saves `kept` bytes a row for the backward
+        pass.
 
         Args:
-          forward, backward, spared: operations a row; the last of backward, if kept.
+          forward, backward, spared: operations a row; `spared` are those of backward
+            that saving makes unnecessary.
           width: of rows: two are moved forward, three backward.
         """
 
@@ -202,31 +218,34 @@ class _Place:
         forward = time(forward, 4 * width + kept)
         return forward + time(backward - spared, 6 * width + kept) < again
 
-    def run(self, kernel, x, weights):
-        """kernel([T, C], *weights) on each device's part of x [..., C]."""
+    def run(
+        self, kernel: Callable, x: jax.Array, weights: Weights, plan: Plan
+    ) -> jax.Array:
+        """kernel([T, C], weights, plan) on each device's part of x [..., C]."""
 
-        def local(x, *weights):
-            return kernel(x.reshape(-1, x.shape[-1]), *weights).reshape(x.shape)
+        def local(x, weights):
+            return kernel(x.reshape(-1, x.shape[-1]), weights, plan).reshape(x.shape)
 
         if self.axes:  # compilers do not partition kernels
-            split, whole = PartitionSpec(self.axes), [PartitionSpec()] * len(weights)
+            split = PartitionSpec(self.axes)
             local = jax.shard_map(
                 local,
-                in_specs=(split, *whole),
+                in_specs=(split, PartitionSpec()),
                 out_specs=split,
                 axis_names=set(self.axes),
                 check_vma=False,
             )
-        return local(x, *weights)
+        return local(x, weights)
 
 
-def _place(choice: str, x: jax.Array) -> _Place | None:
-    """Where the program being traced will run; None: not where kernels are for."""
+def _target(choice: str, x: jax.Array) -> Target | None:
+    """Devices that the traced program will run on; None if kernels do not serve them
+    or their arrays' shardings are unknown.
+    """
     if choice == "plain":
         return None
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
-        # Nobody tells how arrays lie on several devices.
         known, axes, shards = jax.device_count() == 1, (), 1
     else:
         known = not heads_split()
@@ -237,7 +256,12 @@ def _place(choice: str, x: jax.Array) -> _Place | None:
     serves = {"tpu": bfloat16, "gpu": bfloat16 and choice == "fused"}
     if not known or not serves.get(where, choice == "fused"):
         return None
-    return _Place(axes, shards, where)
+    if where != "tpu":
+        return Target(where, axes, shards)
+    info = pltpu.get_tpu_info()
+    bandwidth = HBM_SHARE * info.mem_bw_bytes_per_second
+    vmem = int(VMEM_SHARE * info.vmem_capacity_bytes)
+    return Target(where, axes, shards, vmem, info.bf16_ops_per_second / bandwidth)
 
 
 def heads_split() -> bool:
@@ -252,7 +276,7 @@ def platform() -> str:
     return device.platform if device else jax.default_backend()
 
 
-def _rows(total: int, unit: int, most: int, room: int) -> int | None:
+def block_rows(total: int, unit: int, most: int, room: int) -> int | None:
     """Rows of a block: whole units, the most that divide the total; no more than there
     is room for. Nor, unless that is less than a unit, than `most` and half of the
     total, for one block is fetched while another is worked on.

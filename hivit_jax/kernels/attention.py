@@ -1,8 +1,8 @@
 """``x + proj(attention(LayerNorm(x)))`` in one TPU kernel, forward and backward.
 
 Shapes: x [B*N, C], N tokens of each of B images, which attend to each other; C a
-multiple of 128, of which heads take 32, 64 or 128. Saved for the gradient: x, and where
-told q, k, v and what the heads put out; or else these are computed again.
+multiple of 128, of which heads take 32, 64 or 128. Saved for the backward pass: x, and
+with `Plan.keep` q, k, v and the heads' outputs, which are otherwise recomputed.
 
 A tile has 128 lanes. A head narrower than that is cut out of its tile by zeros in the
 other lanes, which costs the matrix unit nothing that padding would not. Images of few
@@ -20,6 +20,7 @@ MB an image, or 2.9, and not 55, the scores of 16 heads. Arithmetic is the limit
 way; keeping spares 6 C C operations of 30 C C, and a product of scores and v.
 """
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -30,6 +31,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from hivit_jax.kernels.common import (
     F32,
+    Plan,
+    Weights,
     dot,
     layer_norm,
     normalized_gradient,
@@ -39,41 +42,15 @@ from hivit_jax.kernels.common import (
 LANES, TILE = 128, 8  # of a float32 tile
 
 
-@partial(jax.custom_vjp, nondiff_argnums=tuple(range(7, 14)))
-def attention_block(
-    x,
-    scale,
-    bias,
-    qkv,
-    qkv_bias,
-    proj,
-    proj_bias,
-    heads,
-    tokens,
-    add,
-    eps,
-    rows,
-    keep,
-    interpret,
-):
-    """[B*N, C] -> [B*N, C].
-
-    Args:
-      scale, bias: [C] float32, of the LayerNorm.
-      qkv, qkv_bias, proj, proj_bias: [C, 3C], [3C], [C, C], [C], in x's dtype.
-      heads: how many, C/heads wide each.
-      tokens: N.
-      add: x to the output; False: the branch alone.
-      rows: that are in VMEM at a time, of whole images; divides B*N.
-      keep: q, k, v and what the heads put out, for the gradient.
-      interpret: run as plain JAX operations, wherever.
-    """
-    weights = scale, bias, qkv, qkv_bias, proj, proj_bias
-    return _run(x, weights, heads, tokens, add, eps, rows, False, interpret)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def attention_block(x: jax.Array, weights: Weights, plan: Plan) -> jax.Array:
+    """[B*N, C] -> [B*N, C]; the plan's rows are whole images."""
+    return _run(x, weights, replace(plan, keep=False))[0]
 
 
-def _run(x, weights, heads, tokens, add, eps, rows, keep, interpret):
-    """The output, and in a tuple what is to be kept: [B*N, 3C] and [B*N, C]."""
+def _run(x, weights, plan):
+    """The output, and a tuple of the kept arrays: [B*N, 3C] and [B*N, C]."""
+    heads, tokens, rows = plan.heads, plan.tokens, plan.rows
     width, dtype = x.shape[1], x.dtype
     head = width // heads
     factor = np.float32(head**-0.5)
@@ -81,7 +58,7 @@ def _run(x, weights, heads, tokens, add, eps, rows, keep, interpret):
     def kernel(row_refs, weights, outs, _, room):
         qkvs, mixed = room
         x = row_refs[0][...]
-        _project(x, weights, eps, qkvs)
+        _project(x, weights, plan.eps, qkvs)
 
         def attend(at, inside, apart):
             others = apart(1)  # [W or 1, W]: queries are rows, keys columns
@@ -102,33 +79,32 @@ def _run(x, weights, heads, tokens, add, eps, rows, keep, interpret):
 
         _each_group(rows, tokens, attend)
         y = dot(mixed[...].astype(dtype), weights[4][...]) + weights[5][...]
-        outs[0][...] = (x.astype(F32) + y if add else y).astype(dtype)
-        for ref, kept in zip(outs[1:], room, strict=keep):
+        outs[0][...] = (x.astype(F32) + y if plan.add else y).astype(dtype)
+        for ref, kept in zip(outs[1:], room, strict=plan.keep):
             ref[...] = kept[...].astype(dtype)
 
     scratch = [pltpu.VMEM((rows, 3 * width), F32), pltpu.VMEM((rows, width), F32)]
     (out, *kept), _ = over_rows(
         kernel,
-        rows,
+        plan,
         [x],
         weights,
         scratch=scratch,
-        kept=[3 * width, width] if keep else [],
+        kept=[3 * width, width] if plan.keep else [],
         flops=x.size * (8 * width + 4 * tokens),
-        interpret=interpret,
         name="attention_block",
     )
     return out, tuple(kept)
 
 
-def _forward(x, *arguments):
-    weights, how = arguments[:6], arguments[6:]
-    out, kept = _run(x, weights, *how)
+def _forward(x, weights, plan):
+    out, kept = _run(x, weights, plan)
     return out, (x, weights, kept)
 
 
-def _backward(heads, tokens, add, eps, rows, keep, interpret, saved, gradient):
+def _backward(plan, saved, gradient):
     x, weights, kept = saved
+    heads, tokens, rows, keep = plan.heads, plan.tokens, plan.rows, plan.keep
     width, dtype = x.shape[1], x.dtype
     head = width // heads
     factor = np.float32(head**-0.5)
@@ -138,11 +114,11 @@ def _backward(heads, tokens, add, eps, rows, keep, interpret, saved, gradient):
         scale, bias, qkv, _, proj, _ = weights
         x, dy = row_refs[0][...], row_refs[1][...]
         if keep:
-            x_hat, inverse, n = layer_norm(x, scale[...], bias[...], eps)
+            x_hat, inverse, n = layer_norm(x, scale[...], bias[...], plan.eps)
             for ref, kept in zip(room[:2], row_refs[2:], strict=True):
                 ref[...] = kept[...].astype(F32)
         else:
-            x_hat, inverse, n = _project(x, weights, eps, qkvs)
+            x_hat, inverse, n = _project(x, weights, plan.eps, qkvs)
         dmixed[...] = dot(dy, proj[...], (1, 1))
 
         def attend(at, inside, apart):
@@ -168,8 +144,8 @@ def _backward(heads, tokens, add, eps, rows, keep, interpret, saved, gradient):
                 dq = _together(dot(ds, k, (0, 0)), head) * factor
                 dk, dv = dot(ds, q) * factor, dot(p16, do)
                 for part, found in enumerate((dq, dk, dv)):
-                    place = pl.ds(part * width + tile * LANES, LANES)
-                    qkvs[at, place] = jnp.where(inside, found, qkvs[at, place])
+                    columns = pl.ds(part * width + tile * LANES, LANES)
+                    qkvs[at, columns] = jnp.where(inside, found, qkvs[at, columns])
 
         _each_group(rows, tokens, attend)
         dqkv = qkvs[...]
@@ -183,21 +159,20 @@ def _backward(heads, tokens, add, eps, rows, keep, interpret, saved, gradient):
         dproj_w[...] += dot(mixed[...].astype(dtype), dy, (0, 0))
         dproj_b[...] += dy.astype(F32).sum(0, keepdims=True)
         dx = normalized_gradient(dn * scale[...], x_hat, inverse)
-        dx = dx + dy.astype(F32) if add else dx
+        dx = dx + dy.astype(F32) if plan.add else dx
         outs[0][...] = dx.astype(dtype)
 
     (out,), sums = over_rows(
         kernel,
-        rows,
+        plan,
         [x, gradient, *kept],
         weights,
         weights,
         [pltpu.VMEM((rows, n * width), F32) for n in (3, 1, 1)],
         flops=x.size * ((16 if keep else 22) * width + (12 if keep else 14) * tokens),
-        interpret=interpret,
         name="attention_block_gradient",
     )
-    return out, *sums
+    return out, Weights(*sums)
 
 
 attention_block.defvjp(_forward, _backward)

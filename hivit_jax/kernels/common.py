@@ -1,4 +1,5 @@
-"""What the kernels share: a grid over blocks of rows, LayerNorm, GELU, matrix products.
+"""Parts that the kernels share: plan, grid over blocks of rows, LayerNorm, GELU, matrix
+products.
 
 Written for TPUs: a core works through its blocks one after another, weights stay in
 VMEM meanwhile, and their gradients are added up there.
@@ -6,7 +7,8 @@ VMEM meanwhile, and their gradients are added up there.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +25,44 @@ TANH_FIT = (
     -3.04671864e-05,
     1.11263109e-06,
 )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Static arguments of a fused residual branch.
+
+    eps: of the LayerNorm.
+    add: add x to the branch; False: return the branch alone.
+    rows: rows of x that are in VMEM at a time, a divisor of all rows; TPU kernels only.
+    keep: save intermediate arrays for the backward pass, which otherwise recomputes
+      them; TPU kernels only.
+    interpret: run as plain JAX operations, on any backend.
+    heads, tokens: attention heads, and tokens of an image; attention only.
+    """
+
+    eps: float
+    add: bool = True
+    rows: int = 0
+    keep: bool = False
+    interpret: bool = False
+    heads: int = 1
+    tokens: int = 1
+
+
+class Weights(NamedTuple):
+    """Parameters of a residual branch: LayerNorm, then two linear layers.
+
+    scale, bias: [C] float32.
+    w1, b1, w2, b2: [C, H], [H], [H', C], [C], in x's dtype. MLP: fc1 and fc2, with
+      H' = H. Attention: qkv and proj, with H = 3C and H' = C.
+    """
+
+    scale: jax.Array
+    bias: jax.Array
+    w1: jax.Array
+    b1: jax.Array
+    w2: jax.Array
+    b2: jax.Array
 
 
 def dot(a: jax.Array, b: jax.Array, contract: tuple[int, int] = (1, 0)) -> jax.Array:
@@ -83,7 +123,7 @@ def gelu_slope(x: jax.Array, cdf: jax.Array) -> jax.Array:
 
 def over_rows(
     kernel: Callable,
-    block_rows: int,
+    plan: Plan,
     rows: Sequence[jax.Array],
     weights: Sequence[jax.Array],
     sums: Sequence[jax.Array] = (),
@@ -91,7 +131,6 @@ def over_rows(
     kept: Sequence[int] = (),
     *,
     flops: int,
-    interpret: bool,
     name: str,
 ) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
     """Runs a kernel over blocks of rows.
@@ -101,14 +140,14 @@ def over_rows(
         refs) -> None, called for each block.
       rows: each [T, C].
       weights: each whole at every block; vectors come as [1, n].
-      sums: what has the shape and dtype of each sum over all rows.
+      sums: arrays with the shape and dtype of each sum over all rows.
       kept: widths of outputs [T, width] beside the first.
       flops: of all blocks, for the compiler's estimates.
 
     Returns:
-      An array like rows[0] and what is kept; the sums.
+      An array like rows[0] and the kept ones; the sums.
     """
-    total, width = rows[0].shape
+    (total, width), block_rows, interpret = rows[0].shape, plan.rows, plan.interpret
     outputs = [
         jax.ShapeDtypeStruct((total, each), rows[0].dtype) for each in (width, *kept)
     ]

@@ -22,6 +22,8 @@ from jax.experimental import pallas as pl
 
 from hivit_jax.kernels.common import (
     F32,
+    Plan,
+    Weights,
     dot,
     layer_norm,
     normalized_gradient,
@@ -32,20 +34,12 @@ COLUMNS = 32  # of the hidden activations at a time
 WIDTHS = 128, 256
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(7, 8, 9))
-def mlp_block(x, scale, bias, w1, b1, w2, b2, add, eps, interpret):
-    """[T, C] -> [T, C].
-
-    Args:
-      scale, bias: [C] float32, of the LayerNorm.
-      w1, b1, w2, b2: [C, H], [H], [H, C], [C], in x's dtype.
-      add: x to the output; False: the branch alone.
-      interpret: run as plain JAX operations, wherever.
-    """
-    weights = scale, bias, w1, b1, w2, b2
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def mlp_block(x: jax.Array, weights: Weights, plan: Plan) -> jax.Array:
+    """[T, C] -> [T, C]."""
 
     def kernel(x, scale, bias, w1, b1, w2, b2, out):
-        x_hat, _, n = layer_norm(x[...], scale[...], bias[...], eps)
+        x_hat, _, n = layer_norm(x[...], scale[...], bias[...], plan.eps)
 
         def some(i, y):
             at = pl.ds(i * COLUMNS, COLUMNS)
@@ -55,24 +49,23 @@ def mlp_block(x, scale, bias, w1, b1, w2, b2, add, eps, interpret):
 
         y = jax.lax.fori_loop(0, w1.shape[1] // COLUMNS, some, jnp.zeros_like(x_hat))
         y = y + b2[...]
-        out[...] = (x[...].astype(F32) + y if add else y).astype(out.dtype)
+        out[...] = (x[...].astype(F32) + y if plan.add else y).astype(out.dtype)
 
-    return _over_rows(kernel, [x], weights, [x.shape[1]], [], interpret)[0]
-
-
-def _forward(x, scale, bias, w1, b1, w2, b2, add, eps, interpret):
-    weights = scale, bias, w1, b1, w2, b2
-    return mlp_block(x, *weights, add, eps, interpret), (x, *weights)
+    return _over_rows(kernel, [x], weights, [x.shape[1]], [], plan.interpret)[0]
 
 
-def _backward(add, eps, interpret, saved, gradient):
-    x, *weights = saved
-    dtype, (width, hidden) = x.dtype, weights[2].shape
+def _forward(x, weights, plan):
+    return mlp_block(x, weights, plan), (x, weights)
+
+
+def _backward(plan, saved, gradient):
+    x, weights = saved
+    dtype, (width, hidden) = x.dtype, weights.w1.shape
 
     def kernel(x, dy, scale, bias, w1, b1, w2, _, dx, n_out, g_out, dh_out, *sums):
         dscale, dbias, db1, db2 = sums
         dy = dy[...]
-        x_hat, _, n = layer_norm(x[...], scale[...], bias[...], eps)
+        x_hat, _, n = layer_norm(x[...], scale[...], bias[...], plan.eps)
         n_out[...] = n
 
         def some(i, dn):
@@ -87,21 +80,21 @@ def _backward(add, eps, interpret, saved, gradient):
 
         dn = jax.lax.fori_loop(0, hidden // COLUMNS, some, jnp.zeros_like(x_hat))
         # Again, or registers would have to hold it through the loop.
-        x_hat, inverse, _ = layer_norm(x[...], scale[...], bias[...], eps)
+        x_hat, inverse, _ = layer_norm(x[...], scale[...], bias[...], plan.eps)
         dscale[0, :] = (dn * x_hat).sum(0)
         dbias[0, :] = dn.sum(0)
         dy = dy.astype(F32)
         db2[0, :] = dy.sum(0)
         branch = normalized_gradient(dn * scale[...], x_hat, inverse)
-        dx[...] = (branch + dy if add else branch).astype(dtype)
+        dx[...] = (branch + dy if plan.add else branch).astype(dtype)
 
     widths = [width, width, hidden, hidden], [width, width, hidden, width]
-    found = _over_rows(kernel, [x, gradient], weights, *widths, interpret)
+    found = _over_rows(kernel, [x, gradient], weights, *widths, plan.interpret)
     dx, n, g, dh, *sums = found
     dscale, dbias, db1, db2 = (each.sum(0) for each in sums)
     dw1, dw2 = dot(n, dh, (0, 0)), dot(g, gradient, (0, 0))
-    found = zip((dscale, dbias, dw1, db1, dw2, db2), weights, strict=True)
-    return dx, *(each.astype(like.dtype) for each, like in found)
+    found = Weights(dscale, dbias, dw1, db1, dw2, db2)
+    return dx, jax.tree.map(lambda sums, like: sums.astype(like.dtype), found, weights)
 
 
 mlp_block.defvjp(_forward, _backward)

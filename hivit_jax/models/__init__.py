@@ -1,19 +1,18 @@
-"""The networks by name."""
+"""Networks by name."""
 
-import inspect
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import asdict, fields, replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 import jax
 from flax import nnx
 
 from hivit_jax.errors import unknown
-from hivit_jax.models.classifier import Classifier
-from hivit_jax.models.hivit import HiViT
-from hivit_jax.models.mae import MaskedAutoencoder
-
-Model = Classifier | MaskedAutoencoder
+from hivit_jax.models.base import Model
+from hivit_jax.models.classifier import Classifier, ClassifierConfig
+from hivit_jax.models.config import HiViTConfig, RunOptions
+from hivit_jax.models.mae import MAEConfig, MaskedAutoencoder
 
 # Official T, S, B; Large and the 24-block Base are MMPretrain's.
 SIZES: dict[str, dict[str, Any]] = {
@@ -23,70 +22,80 @@ SIZES: dict[str, dict[str, Any]] = {
     "hivit_base_24": dict(embed_dim=512, depths=(2, 2, 24), num_heads=8),
     "hivit_large": dict(embed_dim=768, depths=(2, 2, 40), num_heads=12),
 }
+Variant = tuple[type[Model], HiViTConfig]
+VARIANTS: dict[str, Variant] = {
+    name: (Classifier, ClassifierConfig(**size)) for name, size in SIZES.items()
+}
 # MMPretrain's classifier: the 79.05 M of the second published table.
-CLASSIFIER_EXTRAS = {"hivit_base_24": dict(fc_norm=False, layer_norm_eps=1e-5)}
-NAMES = [*SIZES, *(f"mae_{name}" for name in SIZES)]
+VARIANTS["hivit_base_24"] = (
+    Classifier,
+    ClassifierConfig(**SIZES["hivit_base_24"], fc_norm=False, layer_norm_eps=1e-5),
+)
+VARIANTS |= {
+    f"mae_{name}": (MaskedAutoencoder, MAEConfig(**size))
+    for name, size in SIZES.items()
+}
 
 
-def override_parameters(*classes: type) -> dict[str, inspect.Parameter]:
-    """What `create_model` takes as overrides, for these classes of model or for all."""
-    found = {}
-    for each in (HiViT, *(classes or (Classifier, MaskedAutoencoder))):
-        found |= inspect.signature(each.__init__).parameters
-    hidden = {"self", "rngs", "encoder", "sincos_position", "image_size", "in_channels"}
-    return {name: p for name, p in found.items() if name not in hidden}
+def list_models(pattern: str = "*") -> list[str]:
+    """Names that `create_model` accepts and that match a pattern such as ``mae_*``."""
+    return [name for name in VARIANTS if fnmatchcase(name, pattern)]
 
 
-def create_model(
-    name: str,
-    *,
-    image_size: int | Sequence[int] = 224,
-    in_channels: int = 3,
-    seed: int | jax.Array = 0,
-    **overrides: Any,
-) -> Model:
-    """Builds a network with freshly drawn float32 parameters.
+def variant(name: str) -> Variant:
+    """Class and config of a network; ConfigError for an unknown name."""
+    if name not in VARIANTS:
+        raise unknown("model name", name, VARIANTS)
+    return VARIANTS[name]
+
+
+def model_keys(*configs: type[HiViTConfig]) -> dict[str, Any]:
+    """Overrides that `create_model` accepts for models of these configs, or of any:
+    name -> type.
+    """
+    configs = configs or tuple({type(config): 0 for _, config in VARIANTS.values()})
+    return {f.name: f.type for each in (*configs, RunOptions) for f in fields(each)}
+
+
+def configure(
+    name: str, **overrides: Any
+) -> tuple[type[Model], HiViTConfig, RunOptions]:
+    """Class, config and run options of a network; arguments and errors of
+    `create_model`.
+    """
+    model_class, config = variant(name)
+    known = model_keys(type(config))
+    for key in overrides:
+        if key not in known:
+            raise unknown(f"override of {name}", key, known)
+    running = {f.name for f in fields(RunOptions)} & overrides.keys()
+    run_options = RunOptions(**{key: overrides.pop(key) for key in running})
+    return model_class, replace(config, **overrides), run_options
+
+
+def create_model(name: str, seed: int | jax.Array = 0, **overrides: Any) -> Model:
+    """Build a network with freshly drawn float32 parameters.
 
     Args:
-      name: one of `NAMES`: hivit_{tiny,small,base,large,base_24}, or mae_ before it.
-      image_size: side or (height, width) in pixels.
-      in_channels: channels of an image.
+      name: one of `list_models()`: hivit_{tiny,small,base,large,base_24}, or these
+        with mae_ before them.
       seed: integer or key that the parameters are drawn from.
-      overrides: keyword arguments of `HiViT` and `Classifier` or `MaskedAutoencoder`,
-        among them num_classes, embed_dim, depths, drop_path_rate, dtype.
-
-    Returns:
-      The model; its attribute `arguments` is JSON text of what it was made with.
+      overrides: fields of the network's config, `ClassifierConfig` or `MAEConfig`, and
+        of `RunOptions`, among them image_size, num_classes (0: no head), embed_dim,
+        drop_path_rate, dtype.
 
     Raises:
       ConfigError: an unknown name or override, or sizes that do not fit each other.
     """
-    kind = kind_of(name)
-    check_overrides(name, overrides)
-    size = name.removeprefix("mae_")
-    arguments = SIZES[size] | dict(image_size=image_size, in_channels=in_channels)
-    if kind is Classifier:
-        arguments |= CLASSIFIER_EXTRAS.get(size, {})
-    arguments |= overrides
-    model = kind(rngs=nnx.Rngs(seed), **arguments)
-    arguments = dict(name=name) | arguments | dict(dtype=model.encoder.dtype.name)
-    model.arguments = json.dumps(arguments)  # text: modules hold nothing mutable
+    model_class, config, run_options = configure(name, **overrides)
+    model = model_class(config, run_options, rngs=nnx.Rngs(seed))
+    model.name = name
     return model
 
 
-def check_overrides(name: str, overrides: Iterable[str]) -> None:
-    """ConfigError for an override that this network does not have."""
-    known = override_parameters(kind_of(name))
-    for key in overrides:
-        if key not in known:
-            raise unknown(f"override of {name}", key, known)
-
-
-def kind_of(name: str) -> type[Model]:
-    """The class of a network; ConfigError for an unknown name."""
-    if name not in NAMES:
-        raise unknown("model name", name, NAMES)
-    return MaskedAutoencoder if name.startswith("mae_") else Classifier
+def arguments_of(model: Model) -> dict[str, Any]:
+    """Arguments of `create_model` that build this model, as values for JSON."""
+    return {"name": model.name, **asdict(model.config), **asdict(model.run_options)}
 
 
 def image_shape(arguments: Mapping[str, Any]) -> tuple[int, int, int]:

@@ -1,7 +1,8 @@
-"""Residual blocks of HiViT: MLP block and attention block; how many of them run."""
+"""Residual blocks of HiViT, and how a sequence of them runs."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +11,10 @@ from jax.experimental.xla_metadata import set_xla_metadata
 from jax.sharding import AxisType
 
 from hivit_jax import kernels
-from hivit_jax.models.layers import Attention, LayerNorm, Mlp, drop_path, row_cost
-from hivit_jax.models.positions import Grid, Windows
+from hivit_jax.models.config import RunOptions
+from hivit_jax.models.layers import Attention, LayerNorm, Mlp, drop_path
+from hivit_jax.models.positions import Grid
+from hivit_jax.models.windows import Windows
 
 
 class MlpBlock(nnx.Module):
@@ -21,47 +24,39 @@ class MlpBlock(nnx.Module):
     """
 
     def __init__(
-        self,
-        dim: int,
-        mlp_ratio: float,
-        *,
-        eps: float,
-        dtype,
-        rngs: nnx.Rngs,
+        self, dim: int, mlp_ratio: float, *, eps: float, dtype, rngs: nnx.Rngs
     ):
         self.norm2 = LayerNorm(dim, epsilon=eps, dtype=dtype, rngs=rngs)
         self.mlp = Mlp(dim, mlp_ratio, dtype=dtype, rngs=rngs)
 
-    def __call__(
+    def __call__(self, x: jax.Array, **options: Any) -> jax.Array:
+        """[T, C] -> [T, C]; options as in `add_mlp`."""
+        return self.add_mlp(x, **options)
+
+    def add_mlp(
         self,
         x: jax.Array,
         *,
-        sample_keys: jax.Array | None = None,
-        rate: float | jax.Array | None = None,
-        number: int | jax.Array = 0,
+        drop_path_keys: jax.Array | None = None,
+        drop_path_rate: float | jax.Array | None = None,
+        block_index: int | jax.Array = 0,
         kernel: str = "plain",
     ) -> jax.Array:
-        """[T, C] -> [T, C].
+        """``x + drop_path(mlp(norm2(x)))``, [..., C] -> [..., C].
 
         Args:
-          sample_keys, rate: of `drop_path`.
-          number: of the block, so that no two drop the same samples.
+          drop_path_keys, drop_path_rate: see `drop_path`.
+          block_index: number of the block, so that no two drop the same samples.
           kernel: see `kernels.mlp`.
         """
         with jax.named_scope("mlp"):
+            drop = drop_path_rate, drop_path_keys, 2 * block_index
             fused = kernels.mlp(x, self.norm2, self.mlp, kernel)
-            dropping = rate, sample_keys, 2 * number
-            return self._residual(x, dropping, fused, lambda: self.mlp(self.norm2(x)))
-
-    def _residual(self, x, dropping, fused, branch):
-        """x and its branch, of a fused kernel if there is one; see `drop_path`."""
-        if fused and (dropping[0] is None or dropping[1] is None):
-            return fused(True)
-        return x + drop_path(fused(False) if fused else branch(), *dropping)
+            return _add_branch(x, lambda: self.mlp(self.norm2(x)), fused, drop)
 
 
 class AttentionBlock(MlpBlock):
-    """Main-stage block: attention, then MLP, each behind a LayerNorm. [B, K, C]."""
+    """Main-stage block: attention, then MLP, each behind a LayerNorm."""
 
     def __init__(
         self,
@@ -75,13 +70,7 @@ class AttentionBlock(MlpBlock):
         grid: Grid | None = None,
         windows: Windows | None = None,
     ):
-        super().__init__(
-            dim,
-            mlp_ratio,
-            eps=eps,
-            dtype=dtype,
-            rngs=rngs,
-        )
+        super().__init__(dim, mlp_ratio, eps=eps, dtype=dtype, rngs=rngs)
         self.norm1 = LayerNorm(dim, epsilon=eps, dtype=dtype, rngs=rngs)
         self.attn = Attention(dim, num_heads, grid, windows, dtype=dtype, rngs=rngs)
 
@@ -91,98 +80,109 @@ class AttentionBlock(MlpBlock):
         *,
         relative_index: jax.Array | None = None,
         key_mask: jax.Array | None = None,
-        sample_keys: jax.Array | None = None,
-        rate: float | jax.Array | None = None,
-        number: int | jax.Array = 0,
-        kernel: str = "plain",
-        skip: int = 0,
+        **options: Any,
     ) -> jax.Array:
-        """[B, K, C] -> [B, K - skip, C]: after attention the first `skip` tokens are
-        left out. Other arguments of `MlpBlock` and `Attention`.
+        """[B, K, C] -> [B, K, C]; arguments as in `add_attention`."""
+        x = self.add_attention(x, relative_index, key_mask, **options)
+        return self.add_mlp(x, **options)
+
+    def add_attention(
+        self,
+        x: jax.Array,
+        relative_index: jax.Array | None = None,
+        key_mask: jax.Array | None = None,
+        *,
+        drop_path_keys: jax.Array | None = None,
+        drop_path_rate: float | jax.Array | None = None,
+        block_index: int | jax.Array = 0,
+        kernel: str = "plain",
+    ) -> jax.Array:
+        """``x + drop_path(attn(norm1(x)))``, [B, K, C] -> [B, K, C].
+
+        Args:
+          relative_index, key_mask: see `Attention`; the rest as in `add_mlp`.
         """
         with jax.named_scope("attention"):
+            drop = drop_path_rate, drop_path_keys, 2 * block_index + 1
             fused = kernels.attention(x, self.norm1, self.attn, key_mask, kernel)
-            x = self._residual(
-                *(x, (rate, sample_keys, 2 * number + 1), fused),
-                lambda: self.attn(self.norm1(x), relative_index, key_mask, kernel),
-            )[:, skip:]
-        return super().__call__(
-            x, sample_keys=sample_keys, rate=rate, number=number, kernel=kernel
-        )
+            inputs = relative_index, key_mask, kernel
+            return _add_branch(
+                x, lambda: self.attn(self.norm1(x), *inputs), fused, drop
+            )
+
+
+def _add_branch(x, plain, fused, drop):
+    """``x + drop_path(branch)``; the branch by the fused kernel if there is one, which
+    then adds x itself where nothing is dropped.
+    """
+    drop_path_rate, drop_path_keys, _ = drop
+    if fused and (drop_path_rate is None or drop_path_keys is None):
+        return fused(True)
+    return x + drop_path(fused(False) if fused else plain(), *drop)
 
 
 def run_blocks(
     blocks: Sequence[MlpBlock],
     x: jax.Array,
+    run_options: RunOptions,
     *,
-    remat: bool,
-    scan: bool,
-    kernel: str,
+    call: Callable | None = None,
     first: int = 0,
-    rates: Sequence[float] | None = None,
-    skip: int = 0,
+    drop_path_rates: Sequence[float] | None = None,
     **inputs: jax.Array | None,
 ) -> jax.Array:
-    """Blocks one after another, x -> x.
+    """Run blocks one after another, x -> x.
 
     Args:
-      remat: keep for the gradient but what goes into each block, and compute the rest
-        again.
-      scan: compile one block for all, which must differ in nothing but parameters and
-        rate; a loop over their stacked parameters runs it.
-      kernel: see `kernels.mlp`.
+      call: (block, x, **options) -> x runs a block; None: the block itself.
       first: number of the first block.
-      rates: of drop path; None: nothing is dropped.
-      skip: see `AttentionBlock`; of a single block.
-      inputs: what every block takes beside x.
+      drop_path_rates: one a block; None: nothing is dropped.
+      inputs: arrays that every block takes beside x.
     """
-
-    def run(block, x, number, rate):
+    call = call or type(blocks[0]).__call__
+    numbers, rates = range(first, first + len(blocks)), drop_path_rates
+    if run_options.scan_blocks and len(blocks) > 1:
+        return _scan_blocks(blocks, x, run_options, call, numbers, rates, inputs)
+    run = _run_called if _compiled_apart(x) else _run_block
+    for block, number, rate in zip(
+        blocks, numbers, rates or [None] * len(blocks), strict=True
+    ):
         graphdef, params = nnx.split(block)
-        call = partial(_call(x.dtype), graphdef, kernel, skip)
-        return (jax.checkpoint(call) if remat else call)(
-            params, x, number, rate, inputs
-        )
+        run_one = partial(run, graphdef, call, run_options.kernels)
+        run_one = jax.checkpoint(run_one) if run_options.remat else run_one
+        x = run_one(params, x, number, rate, inputs)
+    return x
 
-    def run_scanned(x, scanned):
+
+def _scan_blocks(blocks, x, run_options, call, numbers, rates, inputs):
+    """The same by one compiled block, in a loop over stacked parameters."""
+    run_one = partial(_run_block, nnx.graphdef(blocks[0]), call, run_options.kernels)
+    if run_options.remat:  # a loop keeps recomputed values apart by itself
+        run_one = jax.checkpoint(run_one, prevent_cse=False)
+
+    def step(x, scanned):
         params, number, rate = scanned
-        call = partial(_run_block, graphdef, kernel, 0)
-        if remat:  # a loop keeps what is computed again apart by itself
-            call = jax.checkpoint(call, prevent_cse=False)
-        return call(params, x, number, rate, inputs), None
+        return run_one(params, x, number, rate, inputs), None
 
-    if not scan or len(blocks) < 2:
-        for i, block in enumerate(blocks):
-            x = run(block, x, first + i, None if rates is None else rates[i])
-        return x
-    graphdef = nnx.graphdef(blocks[0])
     states = [nnx.to_pure_dict(nnx.state(block)) for block in blocks]
     params = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
-    numbers = first + jnp.arange(len(blocks))
-    rates = None if rates is None else jnp.array(rates[: len(blocks)], jnp.float32)
-    return jax.lax.scan(run_scanned, x, (params, numbers, rates))[0]
+    rates = None if rates is None else jnp.array(rates, jnp.float32)
+    scanned = params, numbers[0] + jnp.arange(len(numbers)), rates
+    return jax.lax.scan(step, x, scanned)[0]
 
 
-def _run_block(graphdef, kernel, skip, params, x, number, rate, inputs):
-    block = nnx.merge(graphdef, params)
-    inputs = inputs | ({"skip": skip} if skip else {})  # which MLP blocks do not know
-    return block(x, number=number, rate=rate, kernel=kernel, **inputs)
+def _run_block(graphdef, call, kernel, params, x, number, rate, inputs):
+    return call(
+        nnx.merge(graphdef, params),
+        x,
+        drop_path_rate=rate,
+        block_index=number,
+        kernel=kernel,
+        **inputs,
+    )
 
 
 _jitted_block = jax.jit(_run_block, static_argnums=(0, 1, 2))
-
-
-def _call(dtype):
-    """`_run_block`, which on CPUs is a program of its own, compiled once for all alike.
-
-    In a single program XLA for CPUs adds up the residual branches before a block again
-    in every kernel that takes the sum, the more the deeper. Not in bfloat16, which a
-    call rounds more often than a single program does; nor where axes of the mesh are
-    divided by hand already: XLA cannot divide a call over the devices of the others.
-    """
-    single = kernels.platform() != "cpu" or dtype != jnp.float32
-    manual = AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types
-    return _run_block if single or manual else _run_called
 
 
 def _run_called(*arguments):
@@ -190,9 +190,13 @@ def _run_called(*arguments):
         return _jitted_block(*arguments)
 
 
-def attention_cost(
-    block: AttentionBlock, tokens: int, pairs: int, layer_norm_cost: int
-) -> int:
-    """`row_cost` of an attention block plus its two products over `pairs` of tokens."""
-    products = 2 * pairs * block.attn.proj.in_features
-    return row_cost(block, tokens, layer_norm_cost) + products
+def _compiled_apart(x: jax.Array) -> bool:
+    """Whether a block is a program of its own, compiled once for all alike.
+
+    Without this, XLA:CPU recomputes the sum of the residual branches before a block in
+    every kernel that reads it, at a cost that grows with depth. Not in bfloat16, which
+    a call rounds more often than a single program does. Not where axes of the mesh are
+    manual already, because XLA cannot partition a call over the devices of the others.
+    """
+    manual = AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types
+    return kernels.platform() == "cpu" and x.dtype == jnp.float32 and not manual

@@ -1,73 +1,89 @@
-"""The classifier on HiViT's encoder: finetuning, supervised training, linear probe."""
+"""Classifier on HiViT's encoder: finetuning, supervised training, linear probe."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hivit_jax.models.hivit import Features, HiViT, image_grid
-from hivit_jax.models.layers import (
-    BatchNorm,
-    LayerNorm,
-    Linear,
-    parameter_count,
-    row_cost,
-)
+from hivit_jax.errors import ConfigError
+from hivit_jax.models.base import Model, make_info
+from hivit_jax.models.config import HiViTConfig, RunOptions
+from hivit_jax.models.flops import encoder_cost, row_cost
+from hivit_jax.models.hivit import HiViT
+from hivit_jax.models.layers import BatchNorm, LayerNorm, Linear
 
 
-class Classifier(Features):
-    """HiViT with mean pooling, LayerNorm and a linear head (official ``HiViT``).
+@dataclass(frozen=True, kw_only=True)
+class ClassifierConfig(HiViTConfig):
+    """Sizes of encoder and head.
 
-    Args:
-      num_classes: classes of the head.
-      fc_norm: LayerNorm between pooling and head; MMPretrain's HiViT has none.
-      running_norm: instead of it `BatchNorm` without scale and bias, for a linear probe
-        (MAE's ``main_linprobe.py``: eps 1e-6).
-      encoder: arguments of `HiViT`.
+    num_classes: classes of the head; 0: no head.
+    fc_norm: LayerNorm between pooling and head; MMPretrain's HiViT has none.
+    running_norm: `BatchNorm` without scale and bias in its place, for a linear probe
+      (MAE's ``main_linprobe.py``: eps 1e-6).
     """
+
+    num_classes: int = 1000
+    fc_norm: bool = True
+    running_norm: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.num_classes < 0:
+            raise ConfigError(f"num_classes={self.num_classes}; expected 0 or more")
+
+
+class Classifier(Model):
+    """HiViT with mean pooling, LayerNorm and a linear head (official ``HiViT``)."""
+
+    name, kind = "hivit_base", "a classifier"
 
     def __init__(
         self,
+        config: ClassifierConfig,
+        run_options: RunOptions = RunOptions(),  # noqa: B008
         *,
-        num_classes: int = 1000,
-        fc_norm: bool = True,
-        running_norm: bool = False,
         rngs: nnx.Rngs,
-        **encoder,
     ):
-        self.encoder = HiViT(rngs=rngs, **encoder)
-        dim, eps = self.encoder.embed_dim, self.encoder.patch_embed.norm.epsilon
+        self.encoder, self.info = (
+            HiViT(config, run_options, rngs=rngs),
+            make_info(config),
+        )
+        dim, eps = config.embed_dim, config.layer_norm_eps
         # Pooled features, their norm and the logits are float32 in any compute dtype.
-        if running_norm:
+        if config.running_norm:
             self.fc_norm = BatchNorm(dim, epsilon=1e-6, affine=False)
         else:
-            self.fc_norm = LayerNorm(dim, epsilon=eps, rngs=rngs) if fc_norm else None
-        self.head = Linear(dim, num_classes, rngs=rngs)
+            norm = config.fc_norm
+            self.fc_norm = LayerNorm(dim, epsilon=eps, rngs=rngs) if norm else None
+        classes = config.num_classes
+        self.head = Linear(dim, classes, rngs=rngs) if classes else None
 
     def __call__(
-        self, images: jax.Array, *, sample_keys: jax.Array | None = None
+        self, images: jax.Array, *, drop_path_keys: jax.Array | None = None
     ) -> jax.Array:
-        """[B, H, W, C] -> logits [B, num_classes] float32; keys as in `HiViT`."""
-        return self.head(self.pooled(images, sample_keys=sample_keys))
+        """[B, H, W, C] -> logits [B, num_classes] float32; keys as in `HiViT`.
+
+        Without head the pooled features, [B, E] float32.
+        """
+        pooled = self.pooled(images, drop_path_keys=drop_path_keys)
+        return pooled if self.head is None else self.head(pooled)
 
     def pooled(
-        self, images: jax.Array, *, sample_keys: jax.Array | None = None
+        self, images: jax.Array, *, drop_path_keys: jax.Array | None = None
     ) -> jax.Array:
-        """[B, H, W, C] -> what the head sees, [B, E] float32."""
-        pooled = self.encoded(images, sample_keys=sample_keys)
+        """[B, H, W, C] -> input of the head, [B, E] float32."""
+        pooled = self.encoded(images, drop_path_keys=drop_path_keys)
         return pooled if self.fc_norm is None else self.fc_norm(pooled)
 
     def encoded(
-        self, images: jax.Array, *, sample_keys: jax.Array | None = None
+        self, images: jax.Array, *, drop_path_keys: jax.Array | None = None
     ) -> jax.Array:
         """[B, H, W, C] -> mean of the encoder's last tokens, [B, E] float32."""
-        tokens = self.encoder(images, sample_keys=sample_keys)[-1]  # [B, N, E]
+        tokens = self.encoder(images, drop_path_keys=drop_path_keys)[-1]  # [B, N, E]
         return tokens.astype(jnp.float32).mean(1)
-
-    def parameter_count(self) -> int:
-        """Parameters, head included: 66.42 M for hivit_base."""
-        return parameter_count(self)
 
     def macs(
         self,
@@ -75,14 +91,14 @@ class Classifier(Features):
         *,
         layer_norm_cost: int = 5,
     ) -> int:
-        """What one image costs, counted as in the published tables: 15.85 G for base.
+        """Cost of one image, counted as in the published tables: 15.85 G for base.
 
         Multiply-adds of convolution, Linears and both attention products, plus
         `layer_norm_cost` per LayerNorm output (5: the fvcore rule behind the published
         figures; 0: multiply-adds alone). Activations, biases and softmax count 0.
         """
-        grid = image_grid(self.encoder, image_size)
-        cost = self.encoder.macs(grid, layer_norm_cost=layer_norm_cost)
-        if self.fc_norm is not None:
-            cost += row_cost(self.fc_norm, 1, layer_norm_cost)
-        return cost + row_cost(self.head, 1, layer_norm_cost)
+        grid = self._grid(image_size)
+        cost = encoder_cost(self.encoder, grid, layer_norm_cost=layer_norm_cost)
+        for part in (self.fc_norm, self.head):
+            cost += row_cost(part, 1, layer_norm_cost)
+        return cost

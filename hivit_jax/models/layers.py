@@ -1,21 +1,23 @@
-"""Layers of HiViT: linear, LayerNorm, GELU, drop path, MLP, attention, patch merge.
+"""Layers of HiViT: linear, LayerNorm, GELU, drop path, MLP, attention, patch embedding
+and merge.
 
-Parameters are float32. `dtype` is what matrix products run in and what blocks hand on;
-LayerNorm statistics and the softmax are float32 whatever it is.
+Parameters are float32. `dtype` is the dtype of matrix products and of the outputs of
+blocks; LayerNorm statistics and the softmax are always float32.
 """
 
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import AxisType
 
 from hivit_jax import kernels
-from hivit_jax.errors import ConfigError
 from hivit_jax.kernels.common import gelu_slope, normal_cdf, normalized_gradient
 from hivit_jax.models import positions
-from hivit_jax.models.positions import Grid, Windows
+from hivit_jax.models.positions import Grid
+from hivit_jax.models.windows import Windows
 
 # Official: trunc_normal_(std=.02) cut at +-2 absolute, that is at 100 sigma.
 INIT = nnx.initializers.normal(0.02)
@@ -24,8 +26,9 @@ INIT = nnx.initializers.normal(0.02)
 class RowLinear(nnx.Linear):
     """[..., C] -> [..., D], as one product of all rows.
 
-    Of more than two axes XLA for CPUs transposes what a weight's gradient takes, one
-    number at a time; for TPUs it pads the tokens of every image to whole tiles.
+    With more than two axes XLA:CPU would transpose the operands of a weight's gradient
+    one number at a time, and XLA:TPU would pad the tokens of every image to whole
+    tiles.
     """
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -37,11 +40,11 @@ Linear = partial(RowLinear, kernel_init=INIT)
 
 
 class LayerNorm(nnx.LayerNorm):
-    """Of the last axis, [..., C] -> [..., C].
+    """LayerNorm of the last axis, [..., C] -> [..., C].
 
-    In two passes: the one-pass variance loses the small ones that HiViT's eps of 1e-6
-    is there for. For the gradient it keeps its input, and mean and deviation of rows;
-    the library's own keeps three arrays.
+    Computes the variance in two passes, because the one-pass formula loses the small
+    variances that eps=1e-6 is meant for. Saves the input and each row's mean and
+    inverse standard deviation for the backward pass; the library's saves three arrays.
     """
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -66,8 +69,8 @@ def _layer_norm_forward(x, scale, bias, eps, dtype):
 
 
 def _layer_norm_backward(eps, dtype, saved, gradient):
-    # Or XLA for GPUs computes mean and deviation again with every use, and keeps what
-    # the gradient of the scale adds up in float32.
+    # Without this, XLA:GPU recomputes mean and deviation with every use, and saves the
+    # addends of the scale's gradient in float32.
     x, scale, mean, inverse = jax.lax.optimization_barrier(saved)
     gradient = gradient.astype(jnp.float32)
     x_hat = (x.astype(jnp.float32) - mean) * inverse
@@ -161,34 +164,34 @@ class FixedTable(nnx.Variable):
 
 def drop_path(
     x: jax.Array,
-    rate: float | jax.Array | None,
-    sample_keys: jax.Array | None,
-    draw: int | jax.Array,
+    drop_path_rate: float | jax.Array | None,
+    drop_path_keys: jax.Array | None,
+    branch_index: int | jax.Array,
 ) -> jax.Array:
-    """Drops the residual branch of whole samples (stochastic depth).
+    """Drop the residual branch of whole samples (stochastic depth).
 
     Args:
       x: [B*T, C] or [B, T, C], the branch.
-      rate: probability of dropping; a kept branch is divided by ``1 - rate``. None:
-        nothing is dropped.
-      sample_keys: [B] keys, one per sample, or None for no dropping.
-      draw: number of this draw, so that no two branches share one.
+      drop_path_rate: probability of dropping; a kept branch is divided by ``1 - rate``.
+        None: nothing is dropped.
+      drop_path_keys: [B] keys, one per sample, or None for no dropping.
+      branch_index: number of the branch, so that no two branches share a draw.
     """
-    if rate is None or sample_keys is None:
+    if drop_path_rate is None or drop_path_keys is None:
         return x
-    share = 1 - jnp.float32(rate)
+    keep_prob = 1 - jnp.float32(drop_path_rate)
 
     def keep(key):
-        return jax.random.bernoulli(jax.random.fold_in(key, draw), share)
+        return jax.random.bernoulli(jax.random.fold_in(key, branch_index), keep_prob)
 
-    scale = jax.vmap(keep)(sample_keys).astype(x.dtype) / share.astype(x.dtype)
+    scale = jax.vmap(keep)(drop_path_keys).astype(x.dtype) / keep_prob.astype(x.dtype)
     per_sample = x.reshape(len(scale), -1, x.shape[-1])
     return (per_sample * scale[:, None, None]).reshape(x.shape)
 
 
 @jax.custom_jvp
 def gelu(x: jax.Array) -> jax.Array:
-    """Exact GELU. For the gradient it keeps one array; `jax.nn.gelu` keeps three."""
+    """Exact GELU. Saves one array for the backward pass; `jax.nn.gelu` saves three."""
     return x * normal_cdf(x)
 
 
@@ -270,7 +273,7 @@ class Attention(nnx.Module):
             q, k, v, bias=bias, mask=mask, choice=kernel
         )
         if self.windows is not None:
-            out = self.windows.join(out)
+            out = self.windows.merge(out)
         return self.proj(out.reshape(x.shape))
 
     def probabilities(
@@ -279,10 +282,10 @@ class Attention(nnx.Module):
         relative_index: jax.Array | None = None,
         key_mask: jax.Array | None = None,
     ) -> jax.Array:
-        """What each query attends to, of the same arguments: [B, heads, K, K] float32.
+        """Attention weights for the same arguments: [B, heads, K, K] float32.
 
-        Query first; a row adds up to 1. With W windows of S places,
-        [B, W, heads, S, S]; what padding attends to means nothing.
+        Query first; a row adds up to 1. With W windows of S units,
+        [B, W, heads, S, S]; rows of padding have no meaning.
         """
         q, k, _, bias, mask = self._heads(x, relative_index, key_mask)
         weights, sums = kernels.softmax(q, k, bias, mask)
@@ -306,10 +309,10 @@ class Attention(nnx.Module):
         """
         qkv = self._projected(x)  # [B, K, 3, heads, C/heads]
         if self.windows is not None:
-            qkv = self.windows.split(qkv)
+            qkv = self.windows.partition(qkv)
             # Padding becomes keys that are not to be attended to.
             present = jnp.ones(x.shape[:2], bool) if key_mask is None else key_mask
-            key_mask = self.windows.split(present)
+            key_mask = self.windows.partition(present)
             units = jnp.arange(qkv.shape[1])
             relative_index = positions.relative_position_index(units, self.windows.size)
         q, k, v = (qkv[:, :, i] for i in range(3))
@@ -322,8 +325,33 @@ class Attention(nnx.Module):
         return q, k, v, bias, mask
 
 
+class PatchEmbed(nnx.Module):
+    """Cells [T, cell*cell*in_channels] -> [T, dim]: Linear, LayerNorm.
+
+    The official strided convolution is this Linear; its weight and bias keep PyTorch's
+    default, uniform in +-1/sqrt(fan_in).
+    """
+
+    def __init__(self, fan_in: int, dim: int, *, eps: float, dtype, rngs: nnx.Rngs):
+        def uniform(key, shape, dtype):
+            return jax.random.uniform(key, shape, dtype, -1, 1) / np.sqrt(fan_in)
+
+        self.proj = nnx.Linear(
+            fan_in,
+            dim,
+            kernel_init=uniform,
+            bias_init=uniform,
+            dtype=dtype,
+            rngs=rngs,
+        )
+        self.norm = LayerNorm(dim, epsilon=eps, dtype=dtype, rngs=rngs)
+
+    def __call__(self, cells: jax.Array) -> jax.Array:
+        return self.norm(self.proj(cells))
+
+
 class PatchMerge(nnx.Module):
-    """Four neighbouring cells become one: [T, C] -> [T/4, 2C], in merge order."""
+    """Merge four neighboring cells into one: [T, C] -> [T/4, 2C], in merge order."""
 
     def __init__(self, dim: int, *, eps: float, dtype, rngs: nnx.Rngs):
         self.norm = LayerNorm(4 * dim, epsilon=eps, dtype=dtype, rngs=rngs)
@@ -335,32 +363,3 @@ class PatchMerge(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         x = x.reshape(-1, 4 * x.shape[-1])  # [T/4, 4C]
         return self.reduction(self.norm(x))
-
-
-def parameter_count(module: nnx.Module) -> int:
-    """Number of parameters, fixed position tables included (as published)."""
-    counted = nnx.state(module, nnx.Any(nnx.Param, FixedTable))
-    return sum(leaf.size for leaf in jax.tree.leaves(counted))
-
-
-def row_cost(module: nnx.Module, rows: int, layer_norm_cost: int) -> int:
-    """Multiply-adds of all Linears of `module`, each applied to `rows` rows.
-
-    Every element that a LayerNorm puts out counts `layer_norm_cost`.
-    """
-    cost = 0
-    for path, leaf in nnx.to_flat_state(nnx.state(module, nnx.Param)):
-        if path[-1] == "kernel":
-            cost += rows * leaf.size
-        elif path[-1] == "scale":
-            cost += rows * leaf.size * layer_norm_cost
-    return cost
-
-
-def check_heads(dim_name: str, dim: int, heads_name: str, heads: int) -> None:
-    """ConfigError unless `heads` heads divide the width `dim`."""
-    if heads < 1 or dim % heads:
-        raise ConfigError(
-            f"{heads_name}={heads} does not divide {dim_name}={dim}; "
-            "expected a width that is a multiple of the number of heads"
-        )

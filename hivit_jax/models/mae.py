@@ -5,6 +5,7 @@ He et al., CVPR 2022, as the official HiViT code has it (``masked_autoencoder.py
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
@@ -13,24 +14,56 @@ from flax import nnx
 
 from hivit_jax.errors import ConfigError
 from hivit_jax.models import positions
-from hivit_jax.models.blocks import AttentionBlock, attention_cost, run_blocks
-from hivit_jax.models.hivit import Features, HiViT, image_grid
-from hivit_jax.models.layers import (
-    INIT,
-    FixedTable,
-    LayerNorm,
-    Linear,
-    check_heads,
-    parameter_count,
-    row_cost,
-)
+from hivit_jax.models.base import Model, make_info
+from hivit_jax.models.blocks import AttentionBlock, run_blocks
+from hivit_jax.models.config import HiViTConfig, RunOptions, check_heads
+from hivit_jax.models.flops import attention_cost, encoder_cost, row_cost
+from hivit_jax.models.hivit import HiViT
+from hivit_jax.models.layers import INIT, FixedTable, LayerNorm, Linear
+
+
+@dataclass(frozen=True, kw_only=True)
+class MAEConfig(HiViTConfig):
+    """Sizes of encoder and decoder; `window_size` must be 0.
+
+    decoder_embed_dim, decoder_depth, decoder_num_heads: the decoder's size; its MLP
+      ratio is 4, it has neither relative positions nor drop path.
+    multi_scale: decode all three stages, 7E wide behind a LayerNorm (official
+      ``hifeat``). False: the main stage alone, with no norm (the official module holds
+      an unused one then).
+    norm_pix_loss: targets normalized per unit. The official constructor ignores False;
+      here it counts.
+    """
+
+    relative_position: bool = False
+    decoder_embed_dim: int = 512
+    decoder_depth: int = 6
+    decoder_num_heads: int = 16
+    multi_scale: bool = True
+    norm_pix_loss: bool = True
+
+    def __post_init__(self):
+        dim, heads = self.decoder_embed_dim, self.decoder_num_heads
+        check_heads("decoder_embed_dim", dim, "decoder_num_heads", heads)
+        if self.decoder_depth < 1:
+            raise ConfigError(
+                f"decoder_depth={self.decoder_depth}: expected at least 1"
+            )
+        if dim % 4:
+            raise ConfigError(f"decoder_embed_dim={dim}: expected a multiple of 4")
+        if self.window_size > 0:
+            raise ConfigError(
+                f"window_size={self.window_size}: masked pretraining drops units, and "
+                "windows need them all; expected window_size=0"
+            )
+        super().__post_init__()
 
 
 class MAEOutput(NamedTuple):
-    """What the masked autoencoder returns; N units, K of them visible.
+    """Output of the masked autoencoder; N units, K of them visible.
 
     loss: float32 scalar, mean squared error over the removed units of the batch.
-    pred: [B, N, P*P*C] float32, in the target's (perhaps normalised) pixels.
+    pred: [B, N, P*P*C] float32, in the target's (perhaps normalized) pixels.
     mask: [B, N] float32, 0 keep, 1 removed.
     latent: [B, K, 7E] (multi-scale) or [B, K, E], input of the decoder embedding.
     unit_loss: [B, N] float32, mean squared error of each unit, visible ones too.
@@ -44,7 +77,7 @@ class MAEOutput(NamedTuple):
 
 
 def visible_units(units: int, mask_ratio: float) -> int:
-    """How many of `units` units stay visible, ``int(units * (1 - mask_ratio))``.
+    """Number of `units` units that stay visible, ``int(units * (1 - mask_ratio))``.
 
     Raises:
       ConfigError: a ratio outside (0, 1), or one that keeps no unit.
@@ -71,7 +104,7 @@ def random_masking(
 
     Returns:
       ids_shuffle int [B, N], units in order of noise, so visible first; ids_restore int
-      [B, N], the place of each unit in that order; mask [B, N] float32, 0 keep,
+      [B, N], the rank of each unit in that order; mask [B, N] float32, 0 keep,
       1 removed.
     """
     ids_shuffle = jnp.argsort(noise, axis=1, stable=True)
@@ -80,75 +113,40 @@ def random_masking(
     return ids_shuffle, ids_restore, mask
 
 
-class MaskedAutoencoder(Features):
-    """HiViT encoder on visible units, transformer decoder on all of them.
+class MaskedAutoencoder(Model):
+    """HiViT encoder on visible units, transformer decoder on all of them."""
 
-    Args:
-      decoder_embed_dim, decoder_depth, decoder_num_heads: the decoder's size; its MLP
-        ratio is 4, it has neither relative positions nor drop path.
-      multi_scale: decode all three stages, 7E wide behind a LayerNorm (official
-        ``hifeat``). False: the main stage alone, with no norm (the official module
-        holds an unused one then).
-      norm_pix_loss: targets normalised per unit. The official constructor ignores
-        False; here it counts.
-      encoder: arguments of `HiViT`, of which window_size must be 0.
-    """
+    name, kind = "mae_hivit_base", "a masked autoencoder"
 
     def __init__(
         self,
+        config: MAEConfig,
+        run_options: RunOptions = RunOptions(),  # noqa: B008
         *,
-        decoder_embed_dim: int = 512,
-        decoder_depth: int = 6,
-        decoder_num_heads: int = 16,
-        multi_scale: bool = True,
-        norm_pix_loss: bool = True,
-        relative_position: bool = False,
         rngs: nnx.Rngs,
-        **encoder,
     ):
-        check_heads(
-            "decoder_embed_dim",
-            decoder_embed_dim,
-            "decoder_num_heads",
-            decoder_num_heads,
-        )
-        if decoder_depth < 1:
-            raise ConfigError(f"decoder_depth={decoder_depth}: expected at least 1")
-        if decoder_embed_dim % 4:
-            raise ConfigError(
-                f"decoder_embed_dim={decoder_embed_dim}: expected a multiple of 4"
-            )
-        if encoder.get("window_size", 0) > 0:
-            raise ConfigError(
-                f"window_size={encoder['window_size']}: masked pretraining drops "
-                "units, and windows need them all; expected window_size=0"
-            )
-        self.encoder = HiViT(
-            sincos_position=True,
-            relative_position=relative_position,
-            rngs=rngs,
-            **encoder,
-        )
-        dim, eps = self.encoder.embed_dim, self.encoder.patch_embed.norm.epsilon
-        common = dict(dtype=self.encoder.dtype, rngs=rngs)
-        self.multi_scale, self.norm_pix_loss = multi_scale, norm_pix_loss
+        self.encoder = HiViT(config, run_options, sincos_position=True, rngs=rngs)
+        self.info = make_info(config)
+        common = dict(dtype=jnp.dtype(run_options.dtype), rngs=rngs)
+        norm = dict(epsilon=config.layer_norm_eps, **common)
+        multi_scale, dim = config.multi_scale, config.decoder_embed_dim
         # A stage adds its cells times its width: 4E + 2E + E for three stages.
-        width = dim * (2 * self.encoder.inner_patches - 1) if multi_scale else dim
-        self.norm = LayerNorm(width, epsilon=eps, **common) if multi_scale else None
-        self.decoder_embed = Linear(width, decoder_embed_dim, **common)
-        self.mask_token = nnx.Param(
-            INIT(rngs.params(), (decoder_embed_dim,), jnp.float32)
-        )
+        scales = 2 * config.inner_patches - 1 if multi_scale else 1
+        width = config.embed_dim * scales
+        self.norm = LayerNorm(width, **norm) if multi_scale else None
+        self.decoder_embed = Linear(width, dim, **common)
+        self.mask_token = nnx.Param(INIT(rngs.params(), (dim,), jnp.float32))
         self.decoder_pos_embed = FixedTable(
-            jnp.asarray(positions.sincos_table(self.encoder.grid, decoder_embed_dim))
+            jnp.asarray(positions.sincos_table(config.grid, dim))
         )
+        eps, heads = config.layer_norm_eps, config.decoder_num_heads
         self.decoder_blocks = nnx.List(
-            AttentionBlock(decoder_embed_dim, decoder_num_heads, 4.0, eps=eps, **common)
-            for _ in range(decoder_depth)
+            AttentionBlock(dim, heads, 4.0, eps=eps, **common)
+            for _ in range(config.decoder_depth)
         )
-        self.decoder_norm = LayerNorm(decoder_embed_dim, epsilon=eps, **common)
-        pixels = self.encoder.patch_size**2 * self.encoder.in_channels
-        self.decoder_pred = Linear(decoder_embed_dim, pixels, **common)
+        self.decoder_norm = LayerNorm(dim, **norm)
+        pixels = config.patch_size**2 * config.in_channels
+        self.decoder_pred = Linear(dim, pixels, **common)
 
     def __call__(
         self,
@@ -156,20 +154,20 @@ class MaskedAutoencoder(Features):
         *,
         noise: jax.Array,
         mask_ratio: float = 0.75,
-        sample_keys: jax.Array | None = None,
+        drop_path_keys: jax.Array | None = None,
     ) -> MAEOutput:
         """Masks, encodes, decodes and scores a batch.
 
         Args:
-          images: [B, H, W, C] float32, normalised.
+          images: [B, H, W, C] float32, normalized.
           noise: [B, N]; the units with the lowest stay visible.
           mask_ratio: share of units to remove.
-          sample_keys: [B] keys for drop path in the encoder, or None.
+          drop_path_keys: [B] keys for drop path in the encoder, or None.
         """
         kept = visible_units(noise.shape[1], mask_ratio)
         ids_shuffle, ids_restore, mask = random_masking(noise, kept)
-        latent = self.encode(images, ids_shuffle[:, :kept], sample_keys)
-        pred = positions.rows_at(self.decode(latent, ids_shuffle), ids_restore)
+        latent = self.encode(images, ids_shuffle[:, :kept], drop_path_keys)
+        pred = positions.gather_tokens(self.decode(latent, ids_shuffle), ids_restore)
         unit_loss = self.unit_loss(images, pred)
         loss = (unit_loss * mask).sum() / mask.sum()
         return MAEOutput(loss, pred, mask, latent, unit_loss)
@@ -180,32 +178,32 @@ class MaskedAutoencoder(Features):
         *,
         noise: jax.Array,
         mask_ratio: float = 0.75,
-        sample_keys: jax.Array | None = None,
+        drop_path_keys: jax.Array | None = None,
     ) -> jax.Array:
-        """Mean squared error over each image's removed units, [B] float32; arguments as
-        above.
+        """Mean squared error over each image's removed units, [B] float32.
 
-        What training takes: visible units are not predicted, and the decoder's last MLP
-        leaves them out.
+        Arguments as above. Training uses it: visible units are not predicted, and the
+        decoder's last MLP leaves them out.
         """
         kept = visible_units(noise.shape[1], mask_ratio)
         ids_shuffle = random_masking(noise, kept)[0]
-        latent = self.encode(images, ids_shuffle[:, :kept], sample_keys)
-        pred = self.decode(latent, ids_shuffle, removed_only=True)  # [B, N - K, P*P*C]
+        latent = self.encode(images, ids_shuffle[:, :kept], drop_path_keys)
+        # [B, N - K, P*P*C]
+        pred = self.decode(latent, ids_shuffle, masked_only=True)
         return self.unit_loss(images, pred, ids_shuffle[:, kept:]).mean(1)
 
     def encode(
         self,
         images: jax.Array,
         ids_keep: jax.Array,
-        sample_keys: jax.Array | None = None,
+        drop_path_keys: jax.Array | None = None,
     ) -> jax.Array:
         """Images [B, H, W, C], kept units int [B, K] -> latent [B, K, 7E or E].
 
         The multi-scale latent holds the stages' cells in merge order.
         """
-        stages = self.encoder(images, ids_keep=ids_keep, sample_keys=sample_keys)
-        if not self.multi_scale:
+        stages = self.encoder(images, ids_keep=ids_keep, drop_path_keys=drop_path_keys)
+        if not self.config.multi_scale:
             return stages[-1]
         with jax.named_scope("latent"):
             per_unit = [x.reshape(*ids_keep.shape, -1) for x in stages]  # 4E, 2E, E
@@ -213,36 +211,41 @@ class MaskedAutoencoder(Features):
 
     @jax.named_scope("latent")
     def decode(
-        self, latent: jax.Array, ids: jax.Array, *, removed_only: bool = False
+        self, latent: jax.Array, ids: jax.Array, *, masked_only: bool = False
     ) -> jax.Array:
         """Latent [B, K, 7E or E] of K visible units -> pred [B, N, P*P*C] float32.
 
         Args:
           ids: int [B, N], all units, those of the latent first. The prediction is in
             their order.
-          removed_only: predict but the others, [B, N - K, P*P*C].
+          masked_only: predict only the other units, [B, N - K, P*P*C].
         """
         x = self.decoder_embed(latent)  # [B, K, D]
         batch, kept, dim = x.shape
         tokens = jnp.broadcast_to(
             self.mask_token[...].astype(x.dtype), (batch, ids.shape[1] - kept, dim)
         )
-        # Tokens stay in this order, in which the removed ones are a slice; the decoder
-        # knows units by the table alone.
+        # Tokens stay in this order, so that the removed ones are a slice; the decoder
+        # sees a unit's position in the table only.
         table = self.decoder_pos_embed[...].astype(x.dtype)
         x = jnp.concatenate([x, tokens], axis=1) + table[ids]  # [B, N, D]
+
+        def run_last(block, x, **options):
+            x = block.add_attention(x, **options)
+            return block.add_mlp(x[:, kept:] if masked_only else x, **options)
+
         with jax.named_scope("decoder"):
             *blocks, last = self.decoder_blocks
-            x = run_blocks(blocks, x, **self.encoder.how)
-            skip = kept if removed_only else 0
-            x = run_blocks([last], x, skip=skip, **self.encoder.how)  # [B, N - skip, D]
+            if blocks:
+                x = run_blocks(blocks, x, self.run_options)
+            x = run_blocks([last], x, self.run_options, call=run_last)
         with jax.named_scope("loss"):
             return self.decoder_pred(self.decoder_norm(x)).astype(jnp.float32)
 
     def targets(
         self, images: jax.Array, ids: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """What is to be predicted: units [B, N, P*P*C], and their mean and scale.
+        """Targets of the prediction: units [B, N, P*P*C], and their mean and scale.
 
         The units' pixels are ``targets * scale + mean`` with mean, scale [B, N, 1];
         without pixel normalisation these are 0 and 1. The variance is the unbiased one.
@@ -250,9 +253,9 @@ class MaskedAutoencoder(Features):
         Args:
           ids: int [B, M], which units; None: all, in image order.
         """
-        units = positions.patchify(images.astype(jnp.float32), self.encoder.patch_size)
-        units = units if ids is None else positions.rows_at(units, ids)
-        if not self.norm_pix_loss:
+        units = positions.patchify(images.astype(jnp.float32), self.config.patch_size)
+        units = units if ids is None else positions.gather_tokens(units, ids)
+        if not self.config.norm_pix_loss:
             return units, jnp.zeros_like(units[..., :1]), jnp.ones_like(units[..., :1])
         mean = units.mean(-1, keepdims=True)
         scale = jnp.sqrt(units.var(-1, keepdims=True, ddof=1) + 1e-6)
@@ -265,26 +268,22 @@ class MaskedAutoencoder(Features):
         """Mean squared error of every unit, [B, N] float32; ids as in `targets`."""
         return jnp.square(pred - self.targets(images, ids)[0]).mean(-1)
 
-    def pictures(
+    def to_images(
         self, out: MAEOutput, mean: jax.Array, scale: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         """An output as images: the prediction [B, H, W, C], in the pixels of the input,
-        and what was removed [B, H, W, 1], 1 or 0.
+        and the removed pixels [B, H, W, 1], 1 or 0.
 
         Args:
-          mean, scale: [B, N, 1], of the units' pixels, as `targets` gives them; or
-            others, which do not tell what was hidden.
+          mean, scale: [B, N, 1], of the units' pixels, as `targets` returns them; or
+            others, which do not reveal the removed pixels.
         """
-        grid, patch_size = self.encoder.grid, self.encoder.patch_size
+        grid, patch_size = self.config.grid, self.config.patch_size
         removed = jnp.repeat(out.mask[..., None], patch_size**2, -1)
         return (
             positions.unpatchify(out.pred * scale + mean, grid, patch_size),
             positions.unpatchify(removed, grid, patch_size),
         )
-
-    def parameter_count(self) -> int:
-        """Parameters, decoder and fixed table included: 87.04 M for mae_hivit_base."""
-        return parameter_count(self)
 
     def macs(
         self,
@@ -293,18 +292,18 @@ class MaskedAutoencoder(Features):
         mask_ratio: float = 0.75,
         layer_norm_cost: int = 5,
     ) -> int:
-        """What one image costs in the forward pass, counted as `Classifier.macs`.
+        """Cost of one image's forward pass, counted as in `Classifier.macs`.
 
         As published, of all outputs; `image_loss` takes some 1.5 % less.
         """
-        grid = image_grid(self.encoder, image_size)
+        grid = self._grid(image_size)
         units = grid[0] * grid[1]
         kept = visible_units(units, mask_ratio)
-        cost = self.encoder.macs(grid, kept, layer_norm_cost=layer_norm_cost)
-        if self.norm is not None:
-            cost += row_cost(self.norm, kept, layer_norm_cost)
-        cost += row_cost(self.decoder_embed, kept, layer_norm_cost)
+        cost = encoder_cost(self.encoder, grid, kept, layer_norm_cost=layer_norm_cost)
+        for part in (self.norm, self.decoder_embed):
+            cost += row_cost(part, kept, layer_norm_cost)
         for block in self.decoder_blocks:
             cost += attention_cost(block, units, units**2, layer_norm_cost)
-        cost += row_cost(self.decoder_norm, units, layer_norm_cost)
-        return cost + row_cost(self.decoder_pred, units, layer_norm_cost)
+        for part in (self.decoder_norm, self.decoder_pred):
+            cost += row_cost(part, units, layer_norm_cost)
+        return cost

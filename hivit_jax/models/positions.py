@@ -1,16 +1,12 @@
-"""Where pixels, cells and units sit: orders of tokens and tables of positions.
+"""Orders of pixels, cells and units; tables of positions.
 
 An image is cut into *units* of ``patch_size`` pixels (16), row-major. A unit holds
 ``inner_patches`` x ``inner_patches`` (4x4) *cells*. Inside a unit cells are kept in
 **merge order**: the order in which PatchMerge concatenates four neighbours, applied
 recursively, so that every merge is a reshape ``[T, C] -> [T/4, 4C]``.
-
-At the end: parameters that depend on the image, made to fit another size or number of
-channels, as numpy arrays.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +29,7 @@ def check_grid(image_size: int | Sequence[int], patch_size: int) -> Grid:
     return sides[0] // patch_size, sides[1] // patch_size
 
 
-def rows_at(x: jax.Array, ids: jax.Array) -> jax.Array:
+def gather_tokens(x: jax.Array, ids: jax.Array) -> jax.Array:
     """Rows of [B, N, D] at ids, int [B, M]: [B, M, D]."""
     return jnp.take_along_axis(x, ids[:, :, None], axis=1)
 
@@ -108,53 +104,6 @@ def merge_order(inner: int) -> np.ndarray:
     return raster.transpose(_merge_axes(levels)).reshape(-1)
 
 
-@dataclass(frozen=True)
-class Windows:
-    """Windows of ``size`` units over a grid of units, row-major from the top left.
-
-    Where they do not fill it, the grid is padded at the bottom and the right.
-    N = Gh*Gw units, W windows of S = Sh*Sw units each.
-    """
-
-    grid: Grid
-    size: Grid
-
-    @classmethod
-    def over(cls, grid: Grid, side: int) -> "Windows | None":
-        """Windows of up to `side` x `side` units; None if one covers the grid."""
-        size = (min(side, grid[0]), min(side, grid[1]))
-        return None if side == 0 or size == grid else cls(grid, size)
-
-    @property
-    def counts(self) -> Grid:
-        """Windows per column and row."""
-        return -(-self.grid[0] // self.size[0]), -(-self.grid[1] // self.size[1])
-
-    @property
-    def pairs(self) -> int:
-        """Query-key pairs that attention computes, those of padding included."""
-        return self.counts[0] * self.counts[1] * (self.size[0] * self.size[1]) ** 2
-
-    def split(self, x: jax.Array) -> jax.Array:
-        """Units [B, N, ...] -> windows [B*W, S, ...]; zeros where there is no unit."""
-        (rows, columns), (height, width) = self.counts, self.size
-        rest = x.shape[2:]
-        x = x.reshape(len(x), *self.grid, *rest)
-        missing = rows * height - self.grid[0], columns * width - self.grid[1]
-        x = jnp.pad(x, ((0, 0), *((0, n) for n in missing), *((0, 0),) * len(rest)))
-        x = x.reshape(len(x), rows, height, columns, width, *rest).swapaxes(2, 3)
-        return x.reshape(-1, height * width, *rest)
-
-    def join(self, x: jax.Array) -> jax.Array:
-        """Windows [B*W, S, ...] -> units [B, N, ...]; undoes `split`."""
-        (rows, columns), (height, width) = self.counts, self.size
-        rest = x.shape[2:]
-        x = x.reshape(-1, rows, columns, height, width, *rest).swapaxes(2, 3)
-        x = x.reshape(len(x), rows * height, columns * width, *rest)
-        x = x[:, : self.grid[0], : self.grid[1]]
-        return x.reshape(len(x), -1, *rest)
-
-
 def sincos_table(grid: Grid, dim: int) -> np.ndarray:
     """Fixed 2-D sine-cosine positions, float32 [N, dim]; dim must be a multiple of 4.
 
@@ -182,80 +131,3 @@ def relative_position_index(ids: jax.Array, grid: Grid) -> jax.Array:
     row = row[..., :, None] - row[..., None, :] + grid[0] - 1
     column = column[..., :, None] - column[..., None, :] + grid[1] - 1
     return row * (2 * grid[1] - 1) + column
-
-
-def resize_grid_table(table: np.ndarray, grid: Grid, new_grid: Grid) -> np.ndarray:
-    """Absolute positions [Gh*Gw, D] -> those of another grid, in the same dtype.
-
-    Bicubic as in the official supervised loader: torch's ``interpolate(mode="bicubic",
-    align_corners=False)``, without antialiasing; computed in float64. The same grid
-    gives the same table. ValueError if the table is not one of `grid`.
-    """
-    table = np.asarray(table)
-    maps = table.reshape(*grid, table.shape[-1])
-    if tuple(grid) == tuple(new_grid):
-        return table
-    rows, columns = map(_bicubic, grid, new_grid)
-    resized = columns @ np.tensordot(rows, maps.astype(np.float64), 1)
-    return resized.reshape(-1, table.shape[-1]).astype(table.dtype)
-
-
-def resize_relative_table(table: np.ndarray, grid: Grid, new_grid: Grid) -> np.ndarray:
-    """Relative positions [(2*Gh-1)*(2*Gw-1), heads] of a grid -> those of another.
-
-    As `resize_grid_table`, on the map of all differences of rows and columns.
-    """
-    spans = [(2 * rows - 1, 2 * columns - 1) for rows, columns in (grid, new_grid)]
-    return resize_grid_table(table, *spans)
-
-
-def resize_patch_kernel(kernel: np.ndarray, cell: int, new_cell: int) -> np.ndarray:
-    """Patch embedding [cell*cell*C, dim] -> [new_cell*new_cell*C, dim], same dtype.
-
-    As `resize_grid_table`, on its rows and columns of pixels; as there no factor makes
-    up for the other number of pixels.
-    """
-    dim = kernel.shape[-1]
-    pixels = np.asarray(kernel).reshape(cell * cell, -1)
-    return resize_grid_table(pixels, (cell,) * 2, (new_cell,) * 2).reshape(-1, dim)
-
-
-def _bicubic(old: int, new: int) -> np.ndarray:
-    """What each of `old` samples adds to each new one: float64 [new, old].
-
-    The cubic kernel with a = -0.75 over four samples, those at the edge repeated.
-    """
-    a, samples = -0.75, np.arange(old)
-    place = (np.arange(new)[:, None] + 0.5) * old / new - 0.5
-    taps = np.floor(place) + np.arange(-1, 3)  # [new, 4]
-    t = np.abs(place - taps)
-    near = ((a + 2) * t - (a + 3)) * t**2 + 1
-    far = ((a * t - 5 * a) * t + 8 * a) * t - 4 * a
-    weights = np.where(t <= 1, near, far)
-    inside = np.clip(taps, 0, old - 1)[:, :, None] == samples  # [new, 4, old]
-    return (weights[:, :, None] * inside).sum(1)
-
-
-def channel_shares(old: int, new: int) -> np.ndarray:
-    """What each of `old` channels' weights gives to each new one: float64 [new, old].
-
-    More channels: they take turns, and those that share an old one get equal parts of
-    it. Fewer: old channels take turns, and add up. Every column adds up to 1, so an
-    image of equal channels gives the same whatever their number.
-    """
-    few, many = min(old, new), max(old, new)
-    turns = np.equal.outer(np.arange(many) % few, np.arange(few)).astype(np.float64)
-    return turns / turns.sum(0) if new >= old else turns.T
-
-
-def resize_channels(kernel: np.ndarray, old: int, new: int) -> np.ndarray:
-    """Patch embedding [cell*cell*old, dim] -> [cell*cell*new, dim], in the same dtype.
-
-    For images of `new` channels, see `channel_shares`.
-    """
-    kernel = np.asarray(kernel)
-    if old == new:
-        return kernel
-    dim = kernel.shape[-1]
-    pixels = kernel.reshape(-1, old, dim).astype(np.float64)
-    return (channel_shares(old, new) @ pixels).reshape(-1, dim).astype(kernel.dtype)

@@ -18,7 +18,7 @@ from hivit_jax.augment import Keys
 from hivit_jax.data.sources import DatasetInfo
 from hivit_jax.data.transforms import MODES, ImageTransform, Transform
 from hivit_jax.errors import ConfigError
-from hivit_jax.models import Model, create_model, image_shape, kind_of, split_state
+from hivit_jax.models import Model, create_model, image_shape, split_state, variant
 from hivit_jax.optimizer import make_optimizer, make_schedule
 
 PerSample = dict[str, jax.Array]  # each float32 [B]
@@ -69,11 +69,14 @@ class Task:
         """
         overrides = {k: v for k, v in self.config.model.items() if v is not None}
         name = overrides.pop("name")
-        if kind_of(name) is not self.model_class:
+        found = variant(name)[0]
+        if found is not self.model_class:
             raise ConfigError(
                 f"task={self.config.task!r} with model.name={name!r}, which is a "
-                f"{kind_of(name).__name__}; expected a {self.model_class.__name__}"
+                f"{found.__name__}; expected a {self.model_class.__name__}"
             )
+        if overrides.get("num_classes") == 0:
+            raise ConfigError("model.num_classes=0 has no head; expected 1 or more")
         key = jax.random.key(self.config.seed) if key is None else key
         return create_model(name, seed=key, **overrides)
 
@@ -100,8 +103,9 @@ class Task:
         self, model: Model, schedule: optax.Schedule
     ) -> optax.GradientTransformation:
         """Optimizer of the parameters of a model, which may be abstract."""
-        params = split_state(model)[1]
-        return make_optimizer(self.config.optimizer, schedule, params, self.is_decayed)
+        o, params = self.config.optimizer, split_state(model)[1]
+        layer_ids = model.layer_ids() if o.layer_decay != 1.0 else {}
+        return make_optimizer(o, schedule, params, self.is_decayed, layer_ids)
 
     def frozen(self) -> Any:
         """Pytree of arrays that every step gets: never trained, never saved."""

@@ -48,7 +48,7 @@ class Classification(Task):
         """Cross entropy with the mixed targets; hits of the true labels."""
         images, targets = self.augment_with_targets(batch, keys)
         drop_path_keys = augment.split_keys(keys.samples, "drop_path")
-        logits = model(images, sample_keys=drop_path_keys)
+        logits = model(images, drop_path_keys=drop_path_keys)
         loss = optax.softmax_cross_entropy(logits, targets)
         return {"loss": loss, **topk_correct(logits, batch["label"])}
 

@@ -45,7 +45,7 @@ class MaskedAutoencoding(Task):
         images = self.augment_batch(batch, keys)
         drop_path_keys = augment.split_keys(keys.samples, "drop_path")
         masking = self._masking(model, keys)
-        loss = model.image_loss(images, sample_keys=drop_path_keys, **masking)
+        loss = model.image_loss(images, drop_path_keys=drop_path_keys, **masking)
         return {"loss": loss}
 
     def eval_step(
@@ -67,7 +67,7 @@ class MaskedAutoencoding(Task):
         images = self.preprocess(batch)
         out = model(images, **self._masking(model, keys))
         _, mean, scale = model.targets(images)
-        predicted, removed = model.pictures(out, mean, scale)
+        predicted, removed = model.to_images(out, mean, scale)
         return {"images": images, "predicted": predicted, "removed": removed}
 
     def figures(self, panels: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -1,0 +1,163 @@
+"""Sizes of the encoder, and how a model runs."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from hivit_jax import kernels
+from hivit_jax.errors import ConfigError
+from hivit_jax.models.positions import Grid, check_grid
+from hivit_jax.models.windows import Windows, make_windows
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a model runs, apart from what it is. Parameters do not depend on it.
+
+    dtype: compute dtype, "float32" or "bfloat16"; parameters are float32.
+    remat: in training, save only each block's input and recompute the rest in the
+      backward pass: less memory, more time.
+    scan_blocks: compile the blocks of a stage as one, run in a loop: shorter
+      compilation. The blocks must be alike, so not with `global_blocks`.
+    kernels: run residual branches as single kernels, "auto": on TPUs, in bfloat16;
+      "fused": wherever shapes allow; "plain": never. See `hivit_jax.kernels`.
+    """
+
+    dtype: str = "float32"
+    remat: bool = False
+    scan_blocks: bool = False
+    kernels: str = "auto"
+
+    def __post_init__(self):
+        name = getattr(self.dtype, "__name__", str(self.dtype))  # jnp.bfloat16 too
+        object.__setattr__(self, "dtype", name)
+        if name not in ("float32", "bfloat16"):
+            raise ConfigError(f"dtype={name!r}; expected 'float32' or 'bfloat16'")
+        if self.kernels not in kernels.CHOICES:
+            raise ConfigError(
+                f"kernels={self.kernels!r}; expected 'auto', 'fused' or 'plain'"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class HiViTConfig:
+    """Sizes of the encoder.
+
+    image_size: side, or (height, width), in pixels; a multiple of `patch_size`. Always
+      a pair afterwards.
+    in_channels: channels of an image.
+    embed_dim: width E of the main stage; stem stages have E/4, E/2.
+    depths: blocks per stage. A stem stage has two MLP blocks for each one named.
+    num_heads: heads of the main stage.
+    mlp_ratio, stem_mlp_ratio: hidden width over width, main stage and stem.
+    drop_path_rate: of the last block; earlier ones rise linearly from 0.
+    patch_size: side of a unit in pixels.
+    inner_patches: cells per unit side, ``2 ** (len(depths) - 1)``.
+    relative_position: relative position bias in the main stage.
+    window_size: units per side of the windows that main-stage blocks attend in; 0: all
+      units. A smaller image is one window. The bias of a windowed block spans the
+      window, so a table of a 14x14 grid fits windows of 14 in any larger image.
+    global_blocks: main-stage blocks, counted from 0, that attend to all units anyway.
+      Official detection: windows of 14 and blocks 4, 9, 14, 19; a forward pass of
+      hivit_base on one image of 1024x1024 then needs 3.1 GiB of temporaries instead of
+      11.1 (XLA:CPU, float32).
+    layer_norm_eps: of every LayerNorm.
+
+    Raises:
+      ConfigError: sizes that do not fit each other.
+    """
+
+    image_size: int | tuple[int, int] = 224
+    in_channels: int = 3
+    embed_dim: int
+    depths: tuple[int, ...]
+    num_heads: int
+    mlp_ratio: float = 4.0
+    stem_mlp_ratio: float = 3.0
+    drop_path_rate: float = 0.0
+    patch_size: int = 16
+    inner_patches: int = 4
+    relative_position: bool = True
+    window_size: int = 0
+    global_blocks: tuple[int, ...] = ()
+    layer_norm_eps: float = 1e-6
+
+    def __post_init__(self):
+        set_field, patch_size = object.__setattr__, self.patch_size
+        rows, columns = check_grid(self.image_size, patch_size)
+        set_field(self, "image_size", (rows * patch_size, columns * patch_size))
+        set_field(self, "depths", tuple(self.depths))
+        set_field(self, "global_blocks", tuple(self.global_blocks))
+        stems, depth, inner = len(self.depths) - 1, self.depths[-1], self.inner_patches
+        if stems < 1 or inner != 2**stems or min(self.depths) < 1:
+            raise ConfigError(
+                f"depths={self.depths} with inner_patches={inner}: expected positive "
+                "depths and inner_patches = 2 ** (number of stages - 1)"
+            )
+        if patch_size % inner:
+            raise ConfigError(
+                f"patch_size={patch_size} is not a multiple of inner_patches={inner}"
+            )
+        check_heads("embed_dim", self.embed_dim, "num_heads", self.num_heads)
+        if self.embed_dim < 1 or self.embed_dim % 2**stems or self.embed_dim % 4:
+            raise ConfigError(
+                f"embed_dim={self.embed_dim}: expected a multiple of {max(4, 2**stems)}"
+            )
+        if not 0 <= self.drop_path_rate < 1:
+            raise ConfigError(
+                f"drop_path_rate={self.drop_path_rate}; expected 0 <= "
+                "drop_path_rate < 1"
+            )
+        if self.window_size < 0:
+            raise ConfigError(
+                f"window_size={self.window_size}; expected 0 or more units"
+            )
+        if any(not 0 <= index < depth for index in self.global_blocks):
+            raise ConfigError(
+                f"global_blocks={self.global_blocks}; expected numbers from 0 to "
+                f"{depth - 1} for the {depth} blocks of the main stage"
+            )
+
+    @property
+    def grid(self) -> Grid:
+        """Units per column and per row."""
+        return check_grid(self.image_size, self.patch_size)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(height, width, channels)."""
+        return (*self.image_size, self.in_channels)
+
+    @property
+    def cell_size(self) -> int:
+        """Side of a cell in pixels."""
+        return self.patch_size // self.inner_patches
+
+    @property
+    def block_counts(self) -> tuple[int, ...]:
+        """Residual blocks per stage."""
+        return (*(2 * depth for depth in self.depths[:-1]), self.depths[-1])
+
+    @property
+    def drop_path_rates(self) -> tuple[float, ...]:
+        """Drop path rate of every residual block in order; merges have none."""
+        count = sum(self.block_counts)
+        rates = np.linspace(0, self.drop_path_rate, count, dtype=np.float32)
+        return tuple(map(float, rates))
+
+    def windows(self, grid: Grid) -> list[Windows | None]:
+        """Windows of each main-stage block in a grid; None: all of it."""
+        windows = make_windows(grid, self.window_size)
+        return [
+            None if index in self.global_blocks else windows
+            for index in range(self.depths[-1])
+        ]
+
+
+def check_heads(dim_name: str, dim: int, heads_name: str, heads: int) -> None:
+    """ConfigError unless `heads` heads divide the width `dim`."""
+    if heads < 1 or dim % heads:
+        raise ConfigError(
+            f"{heads_name}={heads} does not divide {dim_name}={dim}; "
+            "expected a width that is a multiple of the number of heads"
+        )

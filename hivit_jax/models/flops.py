@@ -1,0 +1,62 @@
+"""Parameters and multiply-adds of a network, counted as in the published tables."""
+
+import jax
+from flax import nnx
+
+from hivit_jax.models.blocks import AttentionBlock
+from hivit_jax.models.hivit import HiViT
+from hivit_jax.models.layers import FixedTable
+from hivit_jax.models.positions import Grid
+
+
+def parameter_count(module: nnx.Module) -> int:
+    """Number of parameters, fixed position tables included (as published)."""
+    counted = nnx.state(module, nnx.Any(nnx.Param, FixedTable))
+    return sum(leaf.size for leaf in jax.tree.leaves(counted))
+
+
+def row_cost(module: nnx.Module | None, rows: int, layer_norm_cost: int) -> int:
+    """Multiply-adds of all Linears of `module`, each applied to `rows` rows.
+
+    Every output element of a LayerNorm counts `layer_norm_cost`. None costs nothing.
+    """
+    if module is None:
+        return 0
+    cost = 0
+    for path, leaf in nnx.to_flat_state(nnx.state(module, nnx.Param)):
+        if path[-1] == "kernel":
+            cost += rows * leaf.size
+        elif path[-1] == "scale":
+            cost += rows * leaf.size * layer_norm_cost
+    return cost
+
+
+def attention_cost(
+    block: AttentionBlock, tokens: int, pairs: int, layer_norm_cost: int
+) -> int:
+    """`row_cost` of an attention block plus its two products over `pairs` of tokens."""
+    products = 2 * pairs * block.attn.proj.in_features
+    return row_cost(block, tokens, layer_norm_cost) + products
+
+
+def encoder_cost(
+    encoder: HiViT, grid: Grid, kept: int | None = None, *, layer_norm_cost: int = 5
+) -> int:
+    """Cost of one image of a grid of units of which `kept` are encoded; None: all.
+
+    The patch convolution counts for all units, as in the published tables, although it
+    runs on the kept ones only. In windows, products with padding count, because they
+    are computed.
+    """
+    config, units = encoder.config, grid[0] * grid[1]
+    kept = units if kept is None else kept
+    cells = config.inner_patches**2
+    cost = row_cost(encoder.patch_embed, units * cells, layer_norm_cost)
+    for blocks, merge in zip(encoder.stages, encoder.merges, strict=False):
+        cost += row_cost(blocks, kept * cells, layer_norm_cost)
+        cells //= 4
+        cost += row_cost(merge, kept * cells, layer_norm_cost)
+    for block, windows in zip(encoder.stages[-1], config.windows(grid), strict=True):
+        pairs = kept**2 if windows is None else windows.pairs
+        cost += attention_cost(block, kept, pairs, layer_norm_cost)
+    return cost
