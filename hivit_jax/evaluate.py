@@ -82,16 +82,21 @@ def _widened(x: np.ndarray) -> np.ndarray:
 
 
 def evaluate_checkpoint(
-    config: Any, workdir: str | Path, beat: Callable[[], None] = lambda: None
+    config: Any,
+    workdir: str | Path,
+    checkpoint: str = "",
+    beat: Callable[[], None] = lambda: None,
 ) -> dict[str, float | int]:
-    """Evaluates `config.checkpoint`, anything that `pretrained.find` reads, or the
-    workdir's newest, and says the result.
+    """Evaluates the workdir's newest checkpoint and logs the result.
+
+    Args:
+      checkpoint: evaluated instead; any path that `pretrained.find` reads.
 
     Raises:
       CheckpointError: there is no checkpoint.
       ConfigError: it is of another model.
     """
-    start = pretrained.find_for(config, config.checkpoint or workdir)
+    start = pretrained.find_for(config, checkpoint or workdir)
     task = tasks.create(config)
     model = nnx.eval_shape(task.build_model)
     graphdef, abstract = models.split(model)

@@ -24,7 +24,7 @@ from hivit_jax.data import pipeline, sources
 from hivit_jax.errors import DataError, DivergedError, Interrupted
 from hivit_jax.metrics import say
 from hivit_jax.models import split
-from hivit_jax.optimizer import count_steps, skip_steps
+from hivit_jax.schedule import count_steps, make_schedule, skip_steps
 from hivit_jax.sharding import make_mesh, placed, state_shardings, to_devices
 from hivit_jax.step import State, make_init, make_train_step
 
@@ -38,7 +38,7 @@ def train(
     """Trains to the end, from where the workdir's newest checkpoint stands.
 
     Args:
-      config: a recipe, as in ``configs/``.
+      config: as `hivit_jax.config.load` returns it.
       workdir: gets config.json, metrics.jsonl, checkpoints/, figures/.
       stop_requested: asked after every step, with its number; a text is the reason to
         save and leave, the same on all processes.
@@ -58,7 +58,9 @@ def train(
     mesh = make_mesh(config.mesh, config.batch_size, config.optimizer.accumulate_steps)
     images = sources.num_examples(config.data, "train")
     per_epoch, total_steps = count_steps(config, images)
-    schedule = task.schedule(per_epoch, total_steps)
+    schedule = make_schedule(
+        config.optimizer, config.batch_size, per_epoch, total_steps
+    )
     optimizer = task.optimizer(abstract_params, schedule)
     init = make_init(config, task, optimizer)
     abstract_state = jax.eval_shape(init)
@@ -78,10 +80,10 @@ def train(
     if found := checkpoints.restore_newest(placed(abstract_state, shardings)):
         step, state = found
         say(f"going on at step {step:,} from {checkpoints.directory / str(step)}")
-        if task.starts_at_epoch_one():
+        if config.optimizer.first_epoch:
             skipped = min(round(per_epoch), total_steps - step)
             state, step = skip_steps(state, skipped), step + skipped
-            say(f"official_quirks: an epoch is left out, to step {step:,}")
+            say(f"first_epoch=1: an epoch is left out, to step {step:,}")
     else:
         start = config.init_from and pretrained.find_for(config, config.init_from)
         state = jax.jit(init, out_shardings=shardings)()
