@@ -27,10 +27,9 @@ from benchmarks import photographs
 from benchmarks.torch_twin import HiViT
 from hivit_jax import augment, tasks
 from hivit_jax import config as configs
-from hivit_jax.config import image_shape
 from hivit_jax.data import pipeline, sources
-from hivit_jax.models import named_leaves, split
-from hivit_jax.optimizer import count_steps
+from hivit_jax.models import image_shape, named_leaves, split
+from hivit_jax.schedule import count_steps, make_schedule
 from hivit_jax.step import make_init, make_train_step
 from hivit_jax.weights import to_official
 
@@ -58,7 +57,7 @@ def recipe(task: str, data: str, folder: str, steps: int) -> Any:
         values |= {"random_erasing": 0.0, "init_from": "", "data.flip": False}
         values["optimizer.layer_decay"] = 1.0
     if data == "photographs":
-        name = "mae_base" if task == "mae" else "supervised_base"
+        name = "mae_base" if task == "mae" else "supervised"
         values |= {"data.name": "folder", "data.dir": folder, "data.canvas": 0}
         values |= {"model.image_size": 64, "data.flip": False, "batch_size": 32}
         if task == "classify":
@@ -74,7 +73,7 @@ def twin(config: Any, model: Any, params: Any) -> HiViT:
     """The PyTorch network with the same weights."""
     m = config.model
     mae = config.task == "mae"
-    size, _, channels = image_shape(config)
+    size, _, channels = image_shape(config.model)
     network = HiViT(
         *(size, model.encoder.patch_size, channels, m.embed_dim, m.depths, m.num_heads),
         relative_position=not mae,
@@ -94,7 +93,7 @@ def curves(config: Any) -> tuple[list[float], list[float]]:
     steps = config.total_steps
     per_epoch, _ = count_steps(config, sources.num_examples(config.data, "train"))
     task = tasks.create(config)
-    schedule = task.schedule(per_epoch, steps)
+    schedule = make_schedule(config.optimizer, config.batch_size, per_epoch, steps)
     model = task.build_model()
     graphdef, abstract = split(nnx.eval_shape(task.build_model))
     optimizer = task.optimizer(abstract, schedule)

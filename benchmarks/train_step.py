@@ -31,7 +31,7 @@ from hivit_jax.chips import chip_of
 from hivit_jax.compiling import compile_step, keep_memory
 from hivit_jax.data.sources import IMAGENET_TRAIN
 from hivit_jax.errors import HivitError, Parser, exit_code
-from hivit_jax.optimizer import count_steps
+from hivit_jax.schedule import count_steps, make_schedule
 from hivit_jax.sharding import make_mesh
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,7 +51,8 @@ class Training:
         mesh = make_mesh(
             config.mesh, config.batch_size, config.optimizer.accumulate_steps
         )
-        schedule = tasks.create(config).schedule(*count_steps(config, IMAGENET_TRAIN))
+        counts = count_steps(config, IMAGENET_TRAIN)
+        schedule = make_schedule(config.optimizer, config.batch_size, *counts)
         init, step, shapes, shardings = steps.prepare_step(config, mesh, schedule)
         self.state = jax.jit(init, out_shardings=shardings)()
         self.batch = made_up(shapes[1], config)

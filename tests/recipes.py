@@ -79,8 +79,8 @@ def mae(source: str = "synthetic", **overrides) -> ConfigDict:
 
 
 def recipe(name: str) -> ConfigDict:
-    """The config of a file in configs/, nothing overridden."""
-    return configs.load(ROOT / "configs" / f"{name}.py")
+    """The config of an installed recipe, nothing overridden."""
+    return configs.load(name)
 
 
 def classifier(source: str = "synthetic", **overrides) -> ConfigDict:

@@ -24,6 +24,7 @@ from hivit_jax.compiling import compile_step
 from hivit_jax.data import pipeline
 from hivit_jax.errors import ConfigError, DataError, DivergedError, Interrupted
 from hivit_jax.models import create_model, leaf_name, named_leaves, split
+from hivit_jax.schedule import make_schedule
 from hivit_jax.step import prepare_step
 from hivit_jax.weights import to_official
 
@@ -172,7 +173,7 @@ def test_accumulation_exchanges_gradients_once_a_step():
     """Of the compiled program, no loop holds a collective; 8 devices, 2 parts of 2."""
     config = recipes.classifier(optimizer__accumulate_steps=2, batch_size=32)
     mesh = sharding.make_mesh(config.mesh, 32, 2)
-    schedule = optimizer.make_schedule(config, 2, 8)
+    schedule = make_schedule(config.optimizer, config.batch_size, 2, 8)
     _, step, arguments, shardings = prepare_step(config, mesh, schedule)
     compiled = compile_step(step, arguments, shardings)
     found, name = set(), ""
@@ -501,16 +502,16 @@ def test_every_image_counts_once_in_any_batch(recipe):
     assert results[1] == pytest.approx(results[0], rel=1e-6)
 
 
-def test_official_quirks_leave_out_an_epoch_when_going_on(tmp_path):
+def test_first_epoch_1_leaves_out_an_epoch_when_resuming(tmp_path):
     """Of 4 steps; with the data and learning rates of the epoch after it."""
-    config = recipes.mae(optimizer__official_quirks=True)
+    config = recipes.mae(optimizer__first_epoch=1)
     asked = iter([None, None, "stop"])
     with pytest.raises(Interrupted, match="step 2 of 8"):
         training.train(config, tmp_path, lambda step: next(asked))
     training.train(config, tmp_path)
     rates = recipes.lines(tmp_path, "learning_rate")
     assert list(rates) == [1, 2, 7, 8]
-    rate = tasks.create(config).schedule(4.0, 8)
+    rate = make_schedule(config.optimizer, config.batch_size, 4.0, 8)
     assert_allclose([rates[7], rates[8]], [rate(6), rate(7)], rtol=1e-6)
     state = recipes.stored(tmp_path, 8)["optimizer"]
     counts = {int(v) for name, v in state.items() if name.endswith("count")}
