@@ -371,7 +371,7 @@ def test_packages_are_listed():
     found = {".".join(p.parent.parts) for p in relative(root.rglob("__init__.py"))}
     listed = {*setup["options"]["packages"].split()}
     assert listed == found | {"hivit_jax.configs"}
-    assert setup["options.package_dir"]["hivit_jax.configs"] == "configs"
+    assert "hivit_jax.configs = configs" in setup["options"]["package_dir"]
 
 
 def relative(paths):
