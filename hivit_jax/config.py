@@ -6,7 +6,7 @@
 import inspect
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -136,10 +136,10 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> ConfigDict:
     if recipe.pop(QUIRKS, False):
         recipe |= _quirks(keys, flags.get("init_from", recipe.get("init_from")))
     try:
-        values |= {name: _value(keys, name, value) for name, value in recipe.items()}
+        values |= {k: _value(keys, k, v, Key.convert) for k, v in recipe.items()}
     except ConfigError as error:
         raise ConfigError(f"--config={path}: {error}") from error
-    values |= {name: _value(keys, name, text, True) for name, text in flags.items()}
+    values |= {k: _value(keys, k, text, Key.parse) for k, text in flags.items()}
     for name, key in keys.items():
         key.check(name, values[name])
     _check(values, task)
@@ -160,12 +160,10 @@ def model_keys() -> dict[str, Key]:
         for names, words in re.findall(r"(?m)^  (\w.*?): (.*(?:\n    .*)*)", text):
             sentence = re.split(r"[.;:](?:\s|$)", " ".join(words.split()))[0]
             comments |= dict.fromkeys(names.split(", "), sentence)
+    types = {name: p.annotation for name, p in override_parameters().items()}
     return {
-        name: Key(None, comments[name], type=kind if kind in TYPE_NAMES else tuple)
-        for name, kind in (
-            (name, parameter.annotation)
-            for name, parameter in override_parameters().items()
-        )
+        name: Key(None, comments.get(name, ""), type=t if t in TYPE_NAMES else tuple)
+        for name, t in types.items()
     }
 
 
@@ -213,13 +211,13 @@ def _split(override: str) -> tuple[str, str]:
 
 
 def _value(
-    keys: Mapping[str, Key], name: str, value: Any, is_text: bool = False
+    keys: Mapping[str, Key], name: str, value: Any, read: Callable[[Key, Any], Any]
 ) -> Any:
-    """A value in the type of its key, from a recipe or as text of the command line."""
+    """A value in the type of its key; `read` is a method of `Key`."""
     if name not in keys:
         raise unknown("config key", name, keys)
     try:
-        return keys[name].parse(value) if is_text else keys[name].convert(value)
+        return read(keys[name], value)
     except (KeyError, TypeError, ValueError, SyntaxError) as error:
         expected = TYPE_NAMES[keys[name].kind]
         raise ConfigError(f"config.{name}={value!r}; expected {expected}") from error

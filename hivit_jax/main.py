@@ -18,7 +18,8 @@ USAGE = """\
 hivit_jax --config RECIPE --workdir DIR [--mode MODE] [--config.KEY=VALUE ...]
 
 RECIPE is a name of the list below, or FILE.py; NAME:VARIANT is a variant of it.
-docs/config.md lists all keys. python -m hivit_jax.main is the same command.
+python -m hivit_jax.config prints all keys. python -m hivit_jax.main is the same command
+as hivit_jax.
 
 modes: train (default)  pretrain or classify; resumes the run in DIR
        eval             evaluate DIR's newest checkpoint, or --checkpoint=PATH
