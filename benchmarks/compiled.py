@@ -44,9 +44,9 @@ def examined(chip: str, settings: list[str], workdir: Path) -> dict:
     directory = workdir / re.sub("[^A-Za-z0-9.=()-]+", "_", "_".join([chip, *settings]))
     if not (directory / "compile.json").exists():
         print(f"--- {directory}", flush=True)
-        flags = [f"--config.{each}" for each in [f"topology={chip}", *settings]]
+        flags = [f"--config.{each}" for each in settings]
         config = configs.load(str(ROOT / "configs" / "mae_base.py"), flags)
-        compile_ahead(config, directory)
+        compile_ahead(config, directory, chip)
     return json.loads((directory / "compile.json").read_text())
 
 

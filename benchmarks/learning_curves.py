@@ -28,7 +28,7 @@ from hivit_jax import augment, inputs
 from hivit_jax import config as configs
 from hivit_jax.config import step_options
 from hivit_jax.models import image_shape, named_leaves, split
-from hivit_jax.optimizer import count_steps
+from hivit_jax.schedule import count_steps, make_schedule
 from hivit_jax.sharding import make_mesh
 from hivit_jax.step import prepare
 from hivit_jax.weights import to_official
@@ -57,7 +57,7 @@ def recipe(task: str, data: str, folder: str, steps: int) -> Any:
         values |= {"random_erasing": 0.0, "init_from": "", "data.flip": False}
         values["optimizer.layer_decay"] = 1.0
     if data == "photographs":
-        name = "mae_base" if task == "mae" else "supervised_base"
+        name = "mae_base" if task == "mae" else "supervised"
         values |= {"data.name": "folder", "data.dir": folder, "data.canvas": 0}
         values |= {"model.image_size": 64, "data.flip": False, "batch_size": 32}
         if task == "classify":
@@ -73,7 +73,7 @@ def twin(config: Any, model: Any, params: Any) -> HiViT:
     """The PyTorch network with the same weights."""
     m = config.model
     mae = config.task == "mae"
-    size, _, channels = image_shape(config)
+    size, _, channels = image_shape(config.model)
     network = HiViT(
         *(size, model.config.patch_size, channels, m.embed_dim, m.depths, m.num_heads),
         relative_position=not mae,
@@ -93,7 +93,7 @@ def curves(config: Any) -> tuple[list[float], list[float]]:
     steps = config.total_steps
     task = inputs.make_task(config)
     per_epoch, _ = count_steps(config, inputs.epoch_images(config, task))
-    schedule = task.schedule(per_epoch, steps)
+    schedule = make_schedule(config.optimizer, config.batch_size, per_epoch, steps)
     model = task.build_model()
     abstract = split(model)[1]
     mesh = make_mesh(config.mesh, config.batch_size)

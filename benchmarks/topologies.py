@@ -36,31 +36,34 @@ HEADER = (
 )
 
 
-def place(size: str, settings: dict[str, object], workdir: Path) -> tuple:
-    """A recipe with its settings, and the directory for what is found of it."""
+def prepare(
+    size: str, topology: str, settings: dict[str, object], workdir: Path
+) -> tuple:
+    """A recipe with its settings, and the directory of its results."""
     flags = [f"--config.{key}={value}" for key, value in settings.items()]
-    config = configs.load(str(ROOT / "configs" / f"mae_{size}.py"), flags)
-    words = [size] + [f"{key.split('.')[-1]}={v}" for key, v in settings.items()]
+    config = configs.load(f"mae_{size}", flags)
+    words = [size, f"topology={topology}"]
+    words += [f"{key.split('.')[-1]}={v}" for key, v in settings.items()]
     return config, workdir / "_".join(words).replace(":", "_")
 
 
-def examined(size: str, workdir: Path, **settings: object) -> dict:
+def examined(size: str, topology: str, workdir: Path, **settings: object) -> dict:
     """The report on a recipe, compiled unless the workdir has it."""
-    config, directory = place(size, settings, workdir)
+    config, directory = prepare(size, topology, settings, workdir)
     if not (directory / "compile.json").exists():
         print(f"--- {directory}", flush=True)
-        compile_ahead(config, directory)
+        compile_ahead(config, directory, topology)
     return json.loads((directory / "compile.json").read_text())
 
 
-def searched(size: str, workdir: Path, **settings: object) -> dict:
+def searched(size: str, topology: str, workdir: Path, **settings: object) -> dict:
     """The largest batch of a recipe that was examined."""
-    config, directory = place(size, settings, workdir)
+    config, directory = prepare(size, topology, settings, workdir)
     path = directory / "largest_batch.json"
     if not path.exists():
         print(f"--- {path}", flush=True)
-        report = examined(size, workdir, **settings)
-        found = largest_batch(config, devices_of(config.topology), report)
+        report = examined(size, topology, workdir, **settings)
+        found = largest_batch(config, devices_of(topology), report)
         path.write_text(json.dumps(found))
     return json.loads(path.read_text())
 
@@ -89,17 +92,15 @@ def line(name: str, report: dict) -> str:
 def compare(workdir: Path) -> None:
     """All compilations; what was found is written after each."""
     cases = [
-        (f"{size} {where}", size, {"topology": where})
-        for size in SIZES
-        for where in TOPOLOGIES
+        (f"{size} {where}", size, where, {}) for size in SIZES for where in TOPOLOGIES
     ]
-    small = {"topology": "v5e:2x4", "batch_size": 512}
-    ways = [(f"base v5e:2x4, {way}", "base", small | WAYS[way]) for way in WAYS]
+    chips, small = "v5e:2x4", {"batch_size": 512}
+    ways = [(f"base {chips}, {w}", "base", chips, small | WAYS[w]) for w in WAYS]
     found: dict[str, dict] = {}
     for ask, rows in ((examined, cases + ways), (searched, cases)):
-        for name, size, settings in rows:
+        for name, size, topology, settings in rows:
             try:
-                more = ask(size, workdir, **settings)
+                more = ask(size, topology, workdir, **settings)
             except ConfigError as error:
                 print(f"{name} left out: {error}")
                 continue

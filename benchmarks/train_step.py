@@ -33,7 +33,7 @@ from hivit_jax.compiling import compile_step, keep_memory
 from hivit_jax.config import step_options
 from hivit_jax.data.sources import IMAGENET
 from hivit_jax.errors import HivitError, Parser, exit_code
-from hivit_jax.optimizer import count_steps
+from hivit_jax.schedule import count_steps, make_schedule
 from hivit_jax.sharding import make_mesh, shardings_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,9 +54,8 @@ class Training:
             config.mesh, config.batch_size, config.optimizer.accumulate_steps
         )
         self.task = task_of(config)
-        schedule = self.task.schedule(
-            *count_steps(config, self.task.data.counts["train"])
-        )
+        counts = count_steps(config, self.task.data.counts["train"])
+        schedule = make_schedule(config.optimizer, config.batch_size, *counts)
         training = steps.prepare(self.task, mesh, schedule, **step_options(config))
         shardings = shardings_of(training.state)
         self.state = jax.jit(training.init, out_shardings=shardings)()

@@ -1,66 +1,23 @@
 """Masked autoencoder pretraining of a very small HiViT on scikit-learn's digits.
 
-    python -m hivit_jax.main --config configs/digits_mae.py --workdir runs/digits_mae
+    hivit_jax --config digits_mae --workdir runs/mae
 
-The loss stays near that of the mean image, 0.48, for 400 steps, then falls to 0.14
-(2,000 steps: 0.11). 1,000 steps with batch_size=128, base_learning_rate=8e-3: 0.14.
+Expected: the loss stays near that of the mean image, 0.48, for 400 steps, then falls to
+0.14 (2,000 steps: 0.11; batch_size=128, base_learning_rate=8e-3, 1,000 steps: 0.14).
+Values: chosen here. Hardware: a CPU. Cost: a few minutes on 2 cores.
 """
 
-from ml_collections import ConfigDict
 
-
-def get_config() -> ConfigDict:
-    """The recipe."""
-    config = ConfigDict()
-    config.task = "mae"
-    config.seed = 0
-    config.batch_size = 64
-    config.total_epochs = 0.0
-    config.total_steps = 1500
-
-    config.model = ConfigDict()
-    config.model.name = "mae_hivit_tiny"
-    config.model.image_size = 16
-    config.model.patch_size = 4  # 4x4 units of 2x2 scanned pixels
-    config.model.in_channels = 1
-    config.model.embed_dim = 64
-    config.model.depths = (1, 1, 4)
-    config.model.num_heads = 2
-    config.model.decoder_embed_dim = 64
-    config.model.decoder_depth = 2
-    config.model.decoder_num_heads = 2
-    config.model.norm_pix_loss = False
-    config.model.dtype = "float32"
-    config.mask_ratio = 0.625
-
-    config.data = ConfigDict()
-    config.data.name = "digits"
-    config.data.train_examples = 0  # 0: all 1,437
-    config.data.subset = 0
-    config.data.crop_scale = (1.0, 1.0)
-    config.data.crop_pct = 1.0
-    config.data.canvas = 0  # too small to be worth it
-    config.data.flip = False
-    config.data.mean = (0.31,)
-    config.data.std = (0.35,)
-
-    config.optimizer = ConfigDict()
-    config.optimizer.base_learning_rate = 1.6e-2  # x batch_size / 256
-    config.optimizer.min_learning_rate = 0.0
-    config.optimizer.warmup_epochs = 9.0
-    config.optimizer.betas = (0.9, 0.95)
-    config.optimizer.weight_decay = 0.05
-    config.optimizer.layer_decay = 1.0
-    config.optimizer.clip_norm = 0.0  # 0: no clipping
-    config.optimizer.ema_decay = 0.0  # 0: no average
-    config.optimizer.accumulate_steps = 1
-
-    config.mesh = ConfigDict(dict(replica=1, data=-1, fsdp=1, tensor=1))
-    config.log_every = 50
-    config.eval_every = 500
-    config.checkpoint_every = 250
-    config.keep_checkpoints = 3
-    config.init_from = ""
-    config.checkpoint = ""
-    config.topology = ""
-    return config
+def get_config() -> dict:
+    """The values that differ from the defaults."""
+    run = dict(task="mae", mask_ratio=0.625, batch_size=64, total_steps=1500)
+    every = dict(eval_every=500, checkpoint_every=250)
+    # Units of 4x4 pixels, which are 2x2 scanned ones.
+    model = dict(name="mae_hivit_tiny", image_size=16, in_channels=1, patch_size=4)
+    model |= dict(embed_dim=64, depths=(1, 1, 4), num_heads=2, dtype="float32")
+    model |= dict(decoder_embed_dim=64, decoder_depth=2, decoder_num_heads=2)
+    model |= dict(norm_pix_loss=False)
+    data = dict(name="digits", mean=(0.31,), std=(0.35,), canvas=0, flip=False)
+    data |= dict(crop_scale=(1.0, 1.0), crop_pct=1.0)
+    rates = dict(base_learning_rate=1.6e-2, warmup_epochs=9.0, betas=(0.9, 0.95))
+    return run | every | dict(model=model, data=data, optimizer=rates)

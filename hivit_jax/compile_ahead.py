@@ -32,21 +32,27 @@ from hivit_jax.sharding import BATCH, make_mesh
 from hivit_jax.step import Training, prepare
 
 
-def compile_ahead(config: Any, workdir: str | Path) -> dict[str, Any]:
-    """Compiles the config's train step for `config.topology`, and reports on it.
+def compile_ahead(
+    config: Any, workdir: str | Path, topology: str, search_batch: bool = False
+) -> dict[str, Any]:
+    """Compiles the config's train step for a topology, and reports on it.
+
+    Args:
+      topology: CHIP:SHAPE, such as "v5e:16x16" or "h100:8".
+      search_batch: also search the largest batch that fits.
 
     Returns:
-      What DIR/compile.json says; see `examine`, and with `config.search_batch` also
+      The content of DIR/compile.json: `examine` and, with `search_batch`,
       `largest_batch`.
 
     Raises:
       HivitError: an unknown topology, a compiler that is not installed, a mesh or batch
         that does not fit the topology.
     """
-    devices = devices_of(config.topology)
+    devices = devices_of(topology)
     prepare_workdir(Path(workdir))
-    report = examine(config, devices)
-    if config.search_batch:
+    report = examine(config, devices, topology)
+    if search_batch:
         report |= largest_batch(config, devices, report)
     path = Path(workdir) / "compile.json"
     temporary = path.with_suffix(".tmp")
@@ -57,7 +63,9 @@ def compile_ahead(config: Any, workdir: str | Path) -> dict[str, Any]:
     return report
 
 
-def examine(config: Any, devices: Sequence[jax.Device]) -> dict[str, Any]:
+def examine(
+    config: Any, devices: Sequence[jax.Device], topology: str
+) -> dict[str, Any]:
     """What the compiler tells of a train step on these devices, as JSON values.
 
     Operations and bytes accessed are the TPU compiler's counts. It counts the body of a
@@ -80,10 +88,10 @@ def examine(config: Any, devices: Sequence[jax.Device]) -> dict[str, Any]:
         config.mesh, config.batch_size, config.optimizer.accumulate_steps, devices
     )
     shards = math.prod(mesh.shape[axis] for axis in BATCH[0])
-    name = config.topology.partition(":")[0]
+    name = topology.partition(":")[0]
     chip = CHIPS[name]
     report = {
-        "topology": config.topology,
+        "topology": topology,
         "devices": mesh.size,
         "mesh": dict(mesh.shape),
         "model": config.model.name,
@@ -235,7 +243,8 @@ def largest_batch(
         size = 2 * low if high is None else (low + high) // (2 * unit) * unit
         config.batch_size = shards * size
         say(f"trying {size} images a device ...")
-        fits, tried = examine(config, devices)["fits"], tried + 1
+        fits = examine(config, devices, report["topology"])["fits"]
+        tried += 1
         low, high = (size, high) if fits else (low, size)
     return {
         "largest_batch_per_device": low,

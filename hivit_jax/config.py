@@ -1,117 +1,185 @@
-"""A recipe file and its overrides on the command line -> one locked ConfigDict."""
+"""Config keys with defaults; recipe and command line -> one locked ConfigDict.
 
-import ast
-import importlib.util
+``python -m hivit_jax.config`` prints all keys as Markdown, as in ``docs/config.md``.
+"""
+
+import inspect
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
-from ml_collections.config_dict import FieldReference, placeholder
+from ml_collections.config_dict import FieldReference
 
-from hivit_jax import tasks
+from hivit_jax import models, recipes, tasks
 from hivit_jax.augment import REACH
 from hivit_jax.errors import ConfigError, unknown
-from hivit_jax.models import VARIANTS, configure, model_keys
+from hivit_jax.keys import TYPE_NAMES, Key
+from hivit_jax.models import VARIANTS
+from hivit_jax.models.config import HiViTConfig, RunOptions
 
-KINDS = {
-    int: "an integer",
-    float: "a number",
-    bool: "true or false",
-    str: "text",
-    tuple: "a tuple such as (1,2)",
-    object: "an integer, or a tuple such as (224,192)",
-}
-
-# What every recipe says, beside what its task wants.
+# Keys of every recipe. A task adds its own (`Task.keys`), and so do the models.
 KEYS = {
-    "": "task seed batch_size total_epochs total_steps log_every eval_every "
-    "checkpoint_every keep_checkpoints init_from checkpoint topology",
-    "model": "name image_size in_channels",
-    "data": "name crop_scale crop_pct flip mean std",
-    "optimizer": "base_learning_rate min_learning_rate warmup_epochs betas "
-    "weight_decay layer_decay clip_norm ema_decay accumulate_steps",
-    "mesh": "replica data fsdp tensor",
+    "task": Key("", "a name below, or `module:Class` of your own"),
+    "seed": Key(0, "of parameters, order of images, augmentation and masks", 0),
+    "batch_size": Key(1024, "images in a step, on all devices together", 1),
+    "total_epochs": Key(0.0, "length of the run", 0),
+    "total_steps": Key(0, "length of the run; 0: `total_epochs` counts", 0),
+    "init_from": Key("", "pretrained model, any path that `load_pretrained` reads"),
+    "log_every": Key(50, "steps", 1),
+    "eval_every": Key(1251, "steps; 1251: an epoch of ImageNet in batches of 1024", 1),
+    "checkpoint_every": Key(1251, "steps", 1),
+    "keep_checkpoints": Key(3, "newest checkpoints that are kept, beside the best", 1),
+    "compilation_cache": Key("", "directory of compiled programs; empty: in workdir"),
+    "stall_timeout": Key(1800.0, "seconds without a step that end a run; 0: none", 0),
+    "peer_timeout": Key(60.0, "seconds until a silent process counts as lost", 1),
+    "model": {
+        "name": Key("", "a name of `hivit_jax.create_model`"),
+        "image_size": Key(224, "side, or (height, width), in pixels", type=object),
+        "in_channels": Key(3, "channels of an image", 1),
+    },
+    "data": {
+        "name": Key("imagenet2012", "TFDS name, `folder`, `digits` or `synthetic`"),
+        "dir": Key("", "directory of the dataset; empty: TFDS's own"),
+        "train_split": Key("", "name in the dataset; empty: the dataset's own"),
+        "eval_split": Key("", "name in the dataset; empty: the dataset's own"),
+        "train_examples": Key(0, "of digits and synthetic; 0: all", 0),
+        "subset": Key(0, "which of the digits `train_examples` draws"),
+        "crop_scale": Key((0.08, 1.0), "area of a random crop in training", length=2),
+        "crop_pct": Key(0.875, "center crop in evaluation; 0.875: 224 of 256", 1e-3, 1),
+        "flip": Key(True, "flip half of the training images"),
+        "randaugment": Key(False, "RandAugment in training, rand-m9-mstd0.5-inc1"),
+        "mean": Key((0.485, 0.456, 0.406), "mean of each channel, pixels in [0, 1]"),
+        "std": Key((0.229, 0.224, 0.225), "standard deviation of each channel"),
+        "interpolation": Key("bicubic", "filter of a resize", choices=tuple(REACH)),
+        "antialias": Key(True, "as PIL; false: as `tf.image.resize`"),
+        "canvas": Key(512, "largest crop that the device resizes; 0: host resizes", 0),
+        "workers": Key(0, "reading threads; 0: one a core", 0),
+        "max_unreadable": Key(0.001, "tolerated share of damaged images", 0, 1),
+    },
+    "optimizer": {
+        "base_learning_rate": Key(5e-4, "times `batch_size / lr_batch`: the peak", 0),
+        "lr_batch": Key(256, "0: the rate is not scaled", choices=(256, 512, 0)),
+        "schedule": Key(
+            "cosine",
+            "`cosine_from_start`: cosine over the warmup too, a step late",
+            choices=(
+                *("cosine", "cosine_from_start", "multistep", "polynomial"),
+                "constant",
+            ),
+        ),
+        "first_epoch": Key(
+            0, "1: leave the first epoch out, and one at each resume", choices=(0, 1)
+        ),
+        "warmup_epochs": Key(5.0, "epochs from `warmup_learning_rate` to the peak", 0),
+        "warmup_learning_rate": Key(0.0, "rate of the first step, not scaled", 0),
+        "min_learning_rate": Key(0.0, "rate of the last step, not scaled", 0),
+        "milestones": Key((), "multistep: epochs at which the rate is cut"),
+        "gamma": Key(0.1, "multistep: factor at a milestone", 0),
+        "power": Key(1.0, "polynomial: exponent", 0),
+        "betas": Key((0.9, 0.999), "Adam's; of LARS the first, momentum", length=2),
+        "weight_decay": Key(0.05, "decoupled; of LARS in the gradient", 0),
+        "layer_decay": Key(
+            1.0, "factor on the rate from a layer to the one below", 0, 1
+        ),
+        "clip_norm": Key(0.0, "largest norm of the gradient; 0: no clipping", 0),
+        "ema_decay": Key(0.0, "decay of averaged weights; 0: no average", 0, 1),
+        "accumulate_steps": Key(1, "parts of a batch, one after another", 1),
+        "first_moment_dtype": Key(
+            "float32", "of Adam", choices=("float32", "bfloat16")
+        ),
+    },
+    "mesh": {
+        "replica": Key(1, "devices, across slices or nodes; one axis may be -1: rest"),
+        "data": Key(-1, "devices that split the batch"),
+        "fsdp": Key(1, "devices that split batch, parameters and optimizer"),
+        "tensor": Key(1, "devices that split heads and hidden units"),
+        "zero": Key(3, "fsdp splits all; 1: the optimizer alone", choices=(1, 3)),
+    },
 }
-# What a recipe may leave out.
-DEFAULTS = {
-    "stall_timeout": 1800.0,  # seconds without a step until a run ends itself; 0: never
-    "peer_timeout": 60.0,  # seconds without a sign of life of another process
-    "compilation_cache": "",  # directory of compiled programs; "": in the workdir
-    "mesh.zero": 3,  # fsdp splits everything; 1: the optimizer's state alone
-    "search_batch": False,  # with --mode compile: also the largest batch that fits
-    "data.dir": "",  # of the dataset; "": where TFDS keeps its own
-    "data.train_split": "",  # "": as the dataset calls it
-    "data.eval_split": "",
-    "data.train_examples": 0,  # 0: all; digits and synthetic may have less
-    "data.subset": 0,  # which of the digits those are
-    "data.interpolation": "bicubic",  # or "bilinear"
-    "data.antialias": True,
-    "data.canvas": 512,  # crops of up to this side go to the device, which resizes
-    "data.workers": 0,  # threads that read; 0: one for each core
-    "data.max_unreadable": 0.001,  # share of images that may be damaged
-    "data.randaugment": False,  # in training
-    "optimizer.warmup_learning_rate": 0.0,  # that warmup starts from
-    "optimizer.first_moment_dtype": "float32",  # or "bfloat16"; Adam's
-    "optimizer.official_quirks": False,  # of the schedule; see make_schedule
+# Key -> schedules that use it.
+USED_BY = {
+    "min_learning_rate": ("cosine", "cosine_from_start", "polynomial"),
+    "milestones": ("multistep",),
+    "gamma": ("multistep",),
+    "power": ("polynomial",),
 }
-# The smallest values that work.
-LEAST = {
-    "seed": 0,
-    "batch_size": 1,
-    "log_every": 1,
-    "eval_every": 1,
-    "checkpoint_every": 1,
-    "keep_checkpoints": 1,
-    "optimizer.accumulate_steps": 1,
-    "data.train_examples": 0,
-    "data.canvas": 0,
-    "data.workers": 0,
-    "stall_timeout": 0.0,
-    "peer_timeout": 1.0,
-}
-BETWEEN = {"data.crop_pct": (1e-3, 1.0), "data.max_unreadable": (0.0, 1.0)}
+# Keys of the first edition that are flags of a mode now.
+IGNORED = ("checkpoint", "topology", "search_batch")
+QUIRKS = "optimizer.official_quirks"  # another one; see `_quirks`
 
 
-def load(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
-    """Reads a recipe and applies overrides.
+def load(path: str | Path, overrides: Sequence[str] = ()) -> ConfigDict:
+    """Read a recipe and apply overrides.
 
     Args:
-      path: a Python file with ``get_config() -> ConfigDict``; or, FILE:VARIANT, one
-        with ``get_config(variant: str)``.
-      overrides: ``--config.model.depths=(1,1,4)`` and the like. Every override of the
-        model is a key of ``config.model``, named in the file or not.
+      path: NAME of an installed recipe, or a Python file with ``get_config()``, which
+        returns a dict or ConfigDict with the values that differ from the defaults; or
+        either with :VARIANT, the argument of ``get_config(variant: str)``.
+      overrides: ``--config.model.depths=(1,1,4)`` and the like.
+
+    Returns:
+      All keys of the recipe's task with their values, locked.
 
     Raises:
       ConfigError: no such file, an unknown key (with the nearest known one), a value of
-        another type than the recipe's, a number that is too small.
+        another type, or out of range.
     """
-    file, _, variant = str(path).partition(":")
-    config = _read(Path(file), *filter(None, [variant]))
-    for name, kind in model_keys().items():
-        if name not in config.model:
-            config.model[name] = placeholder(kind if kind in KINDS else tuple)
-    # A side, or (height, width).
-    size = config.model.image_size
-    del config.model.image_size
-    config.model.image_size = FieldReference(size, field_type=object)
-    config.lock()
-    for override in overrides:
-        key, equals, text = override.removeprefix("--config.").partition("=")
-        if not override.startswith("--config.") or not equals:
-            raise ConfigError(
-                f"cannot read {override!r}; expected --config.KEY=VALUE, "
-                "--workdir=DIR, --mode=MODE"
-            )
-        _set(config, key, text)
-    _check(config)
-    return config
+    flags = dict(map(_split, overrides))
+    return _resolve(recipes.read(str(path)), flags, f"--config={path}")
 
 
-def of_checkpoint(recipe: Mapping[str, Any]) -> ConfigDict:
-    """The config that is saved with a checkpoint, also by an older version."""
-    return _with_defaults(ConfigDict(recipe)).lock()
+def of_checkpoint(config: Mapping[str, Any], path: str) -> ConfigDict:
+    """Config that is saved with a checkpoint in `path`, also by an older version."""
+    return _resolve(config, {}, path)
+
+
+def _resolve(
+    recipe: Mapping[str, Any], flags: Mapping[str, str], source: str
+) -> ConfigDict:
+    recipe = dict(_leaves(recipe))
+    task = tasks.find(flags.get("task", recipe["task"]))
+    keys = task_keys(task)
+    values = {name: key.default for name, key in keys.items()}
+    for name in IGNORED:
+        recipe.pop(name, None)
+    if recipe.pop(QUIRKS, False):
+        recipe |= _quirks(keys, flags.get("init_from", recipe.get("init_from")))
+    try:
+        values |= {k: _value(keys, k, v, Key.convert) for k, v in recipe.items()}
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from error
+    values |= {k: _value(keys, k, text, Key.parse) for k, text in flags.items()}
+    for name, key in keys.items():
+        key.check(name, values[name])
+    _check(values, task)
+    return _locked(keys, values)
+
+
+def task_keys(task: type[tasks.Task]) -> dict[str, Key]:
+    """All keys of a task's configs, by dotted name."""
+    models = {f"model.{name}": key for name, key in model_keys().items()}
+    return dict(_leaves(KEYS)) | models | dict(_leaves(task.keys))
+
+
+def model_keys() -> dict[str, Key]:
+    """Keys of `config.model` that models define, from their configs' fields and
+    docstrings.
+    """
+    families = dict.fromkeys(type(config) for _, config in VARIANTS.values())
+    comments = {}
+    for family in (HiViTConfig, *families, RunOptions):
+        text = inspect.cleandoc(family.__doc__)
+        for names, words in re.findall(r"(?m)^(\w.*?): (.*(?:\n  .*)*)", text):
+            sentence = re.split(r"[.;:](?:\s|$)", " ".join(words.split()))[0]
+            comments |= dict.fromkeys(names.split(", "), sentence)
+    return {
+        name: Key(None, comments.get(name, ""), type=t if t in TYPE_NAMES else tuple)
+        for name, t in models.model_keys().items()
+        if name not in KEYS["model"]
+    }
 
 
 def step_options(config: ConfigDict) -> dict[str, Any]:
@@ -129,126 +197,113 @@ def to_json(config: ConfigDict) -> str:
     return json.dumps(json.loads(config.to_json_best_effort()), indent=2) + "\n"
 
 
-def _read(path: Path, *variant: str) -> ConfigDict:
-    if not path.is_file():
-        raise ConfigError(f"--config={path}: no such file; expected configs/NAME.py")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None:
-        raise ConfigError(f"--config={path}: expected a Python file")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-        config = module.get_config(*variant)
-        if not isinstance(config, ConfigDict):
-            raise TypeError("get_config() must return a ConfigDict")
-        for part, names in KEYS.items():
-            for name in names.split():
-                if name not in (config.get(part, {}) if part else config):
-                    raise TypeError(f"config.{part}{'.' * bool(part)}{name} is missing")
-        return _with_defaults(config)
-    except Exception as error:
+def page() -> str:
+    """All keys as Markdown."""
+    top = {name: key for name, key in KEYS.items() if isinstance(key, Key)}
+    parts = {"Every recipe": top}
+    parts |= {f"`{n}`": part for n, part in KEYS.items() if isinstance(part, dict)}
+    parts["`model`"] = parts["`model`"] | model_keys()
+    parts |= {f"Task `{n}`": t.keys for n, t in tasks.TASKS.items() if t.keys}
+    lines = ["# Config keys", "", "Printed by `python -m hivit_jax.config`."]
+    lines += ["A recipe sets some of them, `--config.KEY=VALUE` any of them."]
+    for title, part in parts.items():
+        lines += ["", f"## {title}", "", "| key | default | values | meaning |"]
+        lines += ["|---|---|---|---|"]
+        for name, key in _leaves(part):
+            default = "the model's" if key.default is None else f"`{key.default!r}`"
+            lines.append(f"| `{name}` | {default} | {key.values} | {key.comment} |")
+    return "\n".join(lines) + "\n"
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, leaf) of nested dicts."""
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _split(override: str) -> tuple[str, str]:
+    """``--config.KEY=VALUE`` -> (KEY, VALUE)."""
+    key, equals, text = override.removeprefix("--config.").partition("=")
+    if not override.startswith("--config.") or not equals:
         raise ConfigError(
-            f"--config={path} cannot be read: {type(error).__name__}: {error}"
-        ) from error
+            f"cannot read {override!r}; expected --config.KEY=VALUE, "
+            "--workdir=DIR, --mode=MODE"
+        )
+    return key, text
 
 
-def _with_defaults(config: ConfigDict) -> ConfigDict:
-    for key, value in DEFAULTS.items():
-        *parents, name = key.split(".")
-        part = config[parents[0]] if parents else config
-        part[name] = part.get(name, value)
+def _value(
+    keys: Mapping[str, Key], name: str, value: Any, read: Callable[[Key, Any], Any]
+) -> Any:
+    """A value in the type of its key; `read` is a method of `Key`."""
+    if name not in keys:
+        raise unknown("config key", name, keys)
+    try:
+        return read(keys[name], value)
+    except (KeyError, TypeError, ValueError, SyntaxError) as error:
+        expected = TYPE_NAMES[keys[name].kind]
+        raise ConfigError(f"config.{name}={value!r}; expected {expected}") from error
+
+
+def _quirks(keys: Mapping[str, Key], init_from: str | None) -> dict[str, Any]:
+    """Values for `optimizer.official_quirks=True` of the first edition, where the task
+    decided: a classifier without `init_from` follows the supervised program.
+    """
+    if "label_smoothing" in keys and not init_from:
+        return {"optimizer.schedule": "cosine_from_start"}
+    return {"optimizer.first_epoch": 1}
+
+
+def _check(values: Mapping[str, Any], task: type[tasks.Task]) -> None:
+    """ConfigError for values that do not fit the task, the schedule or each other."""
+    neutral = {name: (value, "task") for name, value in task.unused.items()}
+    for name, schedules in USED_BY.items():
+        if values["optimizer.schedule"] not in schedules:
+            default = KEYS["optimizer"][name].default
+            neutral[f"optimizer.{name}"] = default, "optimizer.schedule"
+    for name, (expected, why) in neutral.items():
+        if values[name] not in (None, expected):
+            raise ConfigError(
+                f"{name}={values[name]} has no effect with {why}={values[why]!r}; "
+                f"expected {expected}"
+            )
+    if values["model.name"] in VARIANTS:  # else a user's own model
+        given = {
+            k.removeprefix("model."): v for k, v in values.items() if v is not None
+        }
+        models.configure(**{k: v for k, v in given.items() if f"model.{k}" in values})
+    micro = values["batch_size"] // values["optimizer.accumulate_steps"]
+    mixup, cutmix = values.get("mixup"), values.get("cutmix")
+    if (mixup or cutmix) and micro % 2:
+        raise ConfigError(
+            f"mixup={mixup}, cutmix={cutmix} mix pairs of images; "
+            f"batch_size / accumulate_steps is {micro}, expected an even number"
+        )
+    for name in ("data.mean", "data.std"):
+        if len(values[name]) != values["model.in_channels"]:
+            raise ConfigError(
+                f"{name}={values[name]}; expected one number for each of "
+                f"model.in_channels={values['model.in_channels']}"
+            )
+
+
+def _locked(keys: Mapping[str, Key], values: Mapping[str, Any]) -> ConfigDict:
+    config = ConfigDict()
+    for name, key in keys.items():
+        part, (*parents, leaf) = config, name.split(".")
+        for parent in parents:
+            if parent not in part:
+                part[parent] = ConfigDict()
+            part = part[parent]
+        value = values[name]
+        typed = type(value) is key.kind
+        part[leaf] = value if typed else FieldReference(value, field_type=key.kind)
+    config.lock()
     return config
 
 
-def _check(config: ConfigDict) -> None:
-    """ConfigError for what nothing else checks before it does harm."""
-    task, model = tasks.find(config.task), config.model
-    if model.name in VARIANTS:  # else a user's own
-        configure(**{key: value for key, value in model.items() if value is not None})
-    for key in task.required:
-        if key not in config:
-            raise ConfigError(f"task={config.task!r} needs a recipe with config.{key}")
-    for key, neutral in task.unused.items():
-        *parents, leaf = key.split(".")
-        value = (config[parents[0]] if parents else config)[leaf]
-        if value not in (None, neutral):
-            raise ConfigError(
-                f"{key}={value} has no effect with task={config.task!r}; "
-                f"expected {neutral}"
-            )
-    for key, least in LEAST.items():
-        *parents, leaf = key.split(".")
-        value = (config[parents[0]] if parents else config)[leaf]
-        if value < least:
-            raise ConfigError(f"{key}={value}; expected at least {least}")
-    for key, (low, high) in BETWEEN.items():
-        part, leaf = key.split(".")
-        if not low <= config[part][leaf] <= high:
-            raise ConfigError(
-                f"{key}={config[part][leaf]}; expected {low:g} to {high:g}"
-            )
-    micro = config.batch_size // config.optimizer.accumulate_steps
-    if (config.get("mixup") or config.get("cutmix")) and micro % 2:
-        raise ConfigError(
-            f"mixup={config.mixup}, cutmix={config.cutmix} mix pairs of images; "
-            f"batch_size / accumulate_steps is {micro}, expected an even number"
-        )
-    if config.mesh.zero not in (1, 3):
-        raise ConfigError(f"mesh.zero={config.mesh.zero}; expected 1 or 3")
-    if config.optimizer.first_moment_dtype not in ("float32", "bfloat16"):
-        raise ConfigError(
-            f"optimizer.first_moment_dtype={config.optimizer.first_moment_dtype!r}; "
-            "expected 'float32' or 'bfloat16'"
-        )
-    if config.data.interpolation not in REACH:
-        raise unknown("data.interpolation", config.data.interpolation, REACH)
-    if len(config.optimizer.betas) != 2:
-        raise ConfigError(
-            f"optimizer.betas={config.optimizer.betas}; expected two numbers"
-        )
-    for name in ("mean", "std"):
-        values, channels = config.data[name], config.model.in_channels
-        if len(values) != channels:
-            raise ConfigError(
-                f"data.{name}={values}; expected one number for each of "
-                f"model.in_channels={channels}"
-            )
-
-
-def _keys(config: ConfigDict, prefix: str = "") -> list[str]:
-    keys = []
-    for key in config:
-        # A placeholder has a type but no value yet.
-        value = config.get_ref(key).get()
-        nested = isinstance(value, ConfigDict)
-        keys += _keys(value, f"{prefix}{key}.") if nested else [prefix + key]
-    return keys
-
-
-def _set(config: ConfigDict, key: str, text: str) -> None:
-    known = _keys(config)
-    if key not in known:
-        raise unknown("config key", key, known)
-    *parents, leaf = key.split(".")
-    for parent in parents:
-        config = config[parent]
-    kind = config.get_type(leaf)
-    try:
-        config[leaf] = _parse(text, kind)
-    except (KeyError, TypeError, ValueError, SyntaxError) as error:
-        raise ConfigError(f"config.{key}={text!r}; expected {KINDS[kind]}") from error
-
-
-def _parse(text: str, kind: type) -> Any:
-    if kind is str:
-        return text
-    if kind is bool:
-        return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
-    value = ast.literal_eval(text)
-    if kind is float and type(value) is int:
-        return float(value)
-    if isinstance(value, list):
-        value = tuple(value)
-    if type(value) not in ((int, tuple) if kind is object else (kind,)):
-        raise TypeError(f"{value!r} is not of type {kind.__name__}")
-    return value
+if __name__ == "__main__":
+    print(page(), end="")

@@ -13,8 +13,9 @@ from hivit_jax import augment, figures, inputs, tasks
 from hivit_jax import config as configs
 from hivit_jax.errors import DataError
 from hivit_jax.models import Model, named_leaves, split
-from hivit_jax.optimizer import (
+from hivit_jax.schedule import (
     count_steps,
+    make_schedule,
     peak_learning_rate,
     warmup_steps,
 )
@@ -98,12 +99,14 @@ def schedule(config: Any) -> str:
     """Steps, epochs and the learning rate along the way."""
     images, total, rate = resolved_schedule(config)
     per_epoch = images / config.batch_size
-    warmup = warmup_steps(config, per_epoch, total)
+    o, batch_size = config.optimizer, config.batch_size
+    warmup = warmup_steps(o, per_epoch, total)
+    scale = f" x {batch_size:,} / {o.lr_batch}" if o.lr_batch else ""
     lines = [
         f"{total:,} steps of {config.batch_size:,} images: {total / per_epoch:,.1f} "
         f"epochs of {images:,} images, {per_epoch:,.1f} steps each",
-        f"learning rate {config.optimizer.base_learning_rate:g} x "
-        f"{config.batch_size:,} / 256 = {peak_learning_rate(config):g}",
+        f"learning rate {o.base_learning_rate:g}{scale} = "
+        f"{peak_learning_rate(o, batch_size):g}, {o.schedule}",
     ]
     for step in sorted({0, warmup, total // 2, total * 3 // 4, total}):
         lines.append(f"  step {step:>9,}  {float(rate(step)):.3e}")
@@ -115,4 +118,5 @@ def resolved_schedule(config: Any) -> tuple[int, int, optax.Schedule]:
     task = inputs.task_of_recipe(config)
     images = inputs.epoch_images(config, task)
     per_epoch, total = count_steps(config, images)
-    return images, total, task.schedule(per_epoch, total)
+    rate = make_schedule(config.optimizer, config.batch_size, per_epoch, total)
+    return images, total, rate

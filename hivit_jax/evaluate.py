@@ -115,16 +115,21 @@ def in_order(records: list[list[list]]) -> list:
 
 
 def evaluate_checkpoint(
-    config: Any, workdir: str | Path, heartbeat: Callable[[], None] = lambda: None
+    config: Any,
+    workdir: str | Path,
+    checkpoint: str = "",
+    heartbeat: Callable[[], None] = lambda: None,
 ) -> dict[str, float | int]:
-    """Evaluate `config.checkpoint`, anything that `pretrained.find` reads, or the
-    workdir's newest, and log the result.
+    """Evaluate the workdir's newest checkpoint and log the result.
+
+    Args:
+      checkpoint: evaluated instead; any path that `pretrained.find` reads.
 
     Raises:
       CheckpointError: there is no checkpoint.
       ConfigError: it is of another model.
     """
-    start = pretrained.find_for(config, config.checkpoint or workdir)
+    start = pretrained.find_for(config, checkpoint or workdir)
     task = inputs.make_task(config, "test")
     mesh = make_mesh(config.mesh, config.batch_size)
     graphdef, variables = restore(start, task, mesh)

@@ -1,54 +1,79 @@
-"""The command line: ``python -m hivit_jax.main --config FILE --workdir DIR``."""
+"""The command line: ``hivit_jax --config RECIPE --workdir DIR``."""
 
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
 
 from hivit_jax import config as configs
-from hivit_jax import hosts
+from hivit_jax import hosts, recipes
 from hivit_jax.compiling import keep_compiled, keep_memory
 from hivit_jax.errors import ConfigError, Parser, exit_code
 from hivit_jax.metrics import say
 
 USAGE = """\
-python -m hivit_jax.main --config configs/NAME.py --workdir DIR [--mode MODE]
-                         [--config.KEY=VALUE ...]
-                         [--coordinator_address=HOST:PORT --num_processes=N
-                          --process_id=I]
+hivit_jax --config RECIPE --workdir DIR [--mode MODE] [--config.KEY=VALUE ...]
 
-modes: train (default)  pretrain or classify, going on where DIR stands
-       eval             evaluate DIR's newest checkpoint, or --config.checkpoint=PATH
-       knn              classify by nearest neighbours in --config.init_from's features
-       compile          compile the train step for --config.topology=v5e:16x16, h100:8
-                        or other chips not at hand; writes DIR/compile.json
+RECIPE is a name of the list below, or FILE.py; NAME:VARIANT is a variant of it.
+python -m hivit_jax.config prints all keys. python -m hivit_jax.main is the same command
+as hivit_jax.
+
+modes: train (default)  pretrain or classify; resumes the run in DIR
+       eval             evaluate DIR's newest checkpoint, or --checkpoint=PATH
+       knn              classify by nearest neighbors in --config.init_from's features
+       compile          compile the train step for --topology=v5e:16x16, h100:8 or
+                        other chips that are not available; writes DIR/compile.json;
+                        --search_batch: also search the largest batch that fits
        describe         print config, parameters, cost and schedule; runs nothing
 
-Processes find each other on TPU pods and under SLURM; elsewhere all get the three
-flags of the last line.
+Processes find each other on TPU pods and under SLURM. Elsewhere all of them require
+--coordinator_address=HOST:PORT --num_processes=N --process_id=I.
+
+examples:
+  hivit_jax --config digits_mae --workdir runs/mae
+  hivit_jax --config digits_finetune --workdir runs/finetune --config.init_from=runs/mae
+  hivit_jax --config digits_finetune --workdir runs/finetune --mode eval
+  hivit_jax --config mae_base --mode describe --config.model.decoder_depth=8
+  hivit_jax --config mae_base --mode compile --topology=v5e:16x16 --workdir runs/compile
 
 exit codes: 0 finished, 2 bad config, flag or path, 3 diverged, 4 bad data,
-            5 no usable checkpoint, 75 interrupted and saved: run again to go on
+            5 no usable checkpoint, 75 interrupted and saved: run again to resume
 """
+MODES = ("train", "eval", "knn", "compile", "describe")
+MODE_OF_FLAG = {"checkpoint": "eval", "topology": "compile", "search_batch": "compile"}
 
 
 def parse(argv: Sequence[str]) -> tuple[Any, argparse.Namespace]:
-    """Command line -> (the recipe's config, flags: config, workdir, mode)."""
-    parser = Parser(usage=USAGE, allow_abbrev=False, add_help=True)
-    parser.add_argument("--config", required=True, help=argparse.SUPPRESS)
-    parser.add_argument("--workdir", default="", help=argparse.SUPPRESS)
-    parser.add_argument("--coordinator_address", default="", help=argparse.SUPPRESS)
-    for name in ("num_processes", "process_id"):
-        parser.add_argument(f"--{name}", type=int, default=-1, help=argparse.SUPPRESS)
-    modes = ("train", "eval", "knn", "compile", "describe")
-    parser.add_argument(
-        "--mode", default="train", choices=modes, help=argparse.SUPPRESS
+    """Command line -> (the recipe's config, flags: config, workdir, mode, ...)."""
+    listed = [f"  {name:<16} {line}" for name, line in recipes.names().items()]
+    parser = Parser(
+        usage=USAGE,
+        epilog="\n".join(["recipes:", *listed]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        add_help=False,
     )
+    add = partial(parser.add_argument, help=argparse.SUPPRESS)
+    add("-h", "--help", action="help")
+    add("--config", required=True)
+    add("--mode", default="train", choices=MODES)
+    for name in ("workdir", "checkpoint", "topology", "coordinator_address"):
+        add(f"--{name}", default="")
+    add("--search_batch", action="store_true", default=False)
+    for name in ("num_processes", "process_id"):
+        add(f"--{name}", type=int, default=-1)
     known, overrides = parser.parse_known_args(argv)
     if known.mode in ("train", "eval", "compile") and not known.workdir:
         raise ConfigError(f"--mode={known.mode} needs --workdir=DIR")
+    for name, mode in MODE_OF_FLAG.items():
+        if getattr(known, name) and known.mode != mode:
+            raise ConfigError(
+                f"--{name} has no effect with --mode={known.mode}; "
+                f"expected --mode={mode}"
+            )
     several = known.coordinator_address != ""
     if several != (0 <= known.process_id < known.num_processes):
         raise ConfigError(
@@ -77,7 +102,7 @@ def run(argv: Sequence[str], join: bool) -> None:
     if flags.mode == "compile":
         from hivit_jax.compile_ahead import compile_ahead
 
-        compile_ahead(config, flags.workdir)
+        compile_ahead(config, flags.workdir, flags.topology, flags.search_batch)
         return
     if join:
         process = flags.coordinator_address, flags.num_processes, flags.process_id
@@ -95,7 +120,7 @@ def compute(config: Any, flags: argparse.Namespace, beat: Callable[[], None]) ->
     if flags.mode == "eval":
         from hivit_jax.evaluate import evaluate_checkpoint
 
-        evaluate_checkpoint(config, flags.workdir, beat)
+        evaluate_checkpoint(config, flags.workdir, flags.checkpoint, beat)
     elif flags.mode == "knn":
         from hivit_jax.tasks.probing import nearest_neighbours
 

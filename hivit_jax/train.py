@@ -22,7 +22,7 @@ from hivit_jax.compiling import compile_steps
 from hivit_jax.config import step_options, to_json
 from hivit_jax.errors import DataError, DivergedError, Interrupted
 from hivit_jax.metrics import say
-from hivit_jax.optimizer import count_steps, skip_steps
+from hivit_jax.schedule import count_steps, make_schedule, skip_steps
 from hivit_jax.sharding import make_mesh, shardings_of, to_devices
 from hivit_jax.step import State, prepare
 
@@ -36,7 +36,7 @@ def train(
     """Trains to the end, from where the workdir's newest checkpoint stands.
 
     Args:
-      config: a recipe, as in ``configs/``.
+      config: as `hivit_jax.config.load` returns it.
       workdir: gets config.json, metrics.jsonl, checkpoints/, figures/.
       stop_requested: asked after every step, with its number; a text is the reason to
         save and leave, the same on all processes.
@@ -54,7 +54,9 @@ def train(
     mesh = make_mesh(config.mesh, config.batch_size, config.optimizer.accumulate_steps)
     images = inputs.epoch_images(config, task)
     per_epoch, total_steps = count_steps(config, images)
-    schedule = task.schedule(per_epoch, total_steps)
+    schedule = make_schedule(
+        config.optimizer, config.batch_size, per_epoch, total_steps
+    )
     training = prepare(task, mesh, schedule, **step_options(config))
     shardings = shardings_of(training.state)
     model = nnx.eval_shape(task.build_model)
@@ -73,10 +75,10 @@ def train(
     if found := checkpoints.restore_newest(training.state):
         step, state = found
         say(f"going on at step {step:,} from {checkpoints.directory / str(step)}")
-        if task.starts_at_epoch_one():
+        if config.optimizer.first_epoch:
             skipped = min(round(per_epoch), total_steps - step)
             state, step = skip_steps(state, skipped), step + skipped
-            say(f"official_quirks: an epoch is left out, to step {step:,}")
+            say(f"first_epoch=1: an epoch is left out, to step {step:,}")
     else:
         start = config.init_from and pretrained.find_for(config, config.init_from)
         state = jax.jit(training.init, out_shardings=shardings)()

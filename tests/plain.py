@@ -384,15 +384,15 @@ def keep_scales(keys, rates):
 
 
 def learning_rate(step, config, images):
-    """Linear warmup to the peak, then half a cosine down to the minimum; with quirks
-    the first epoch is left out, as in the official ``lr_sched.py``.
+    """Linear warmup to the peak, then half a cosine down to the minimum; with
+    first_epoch=1 the first epoch is left out, as in the official ``lr_sched.py``.
     """
     o = config.optimizer
     steps_per_epoch = images / config.batch_size
     total = config.total_steps or round(config.total_epochs * steps_per_epoch)
     peak = o.base_learning_rate * config.batch_size / 256
     warmup = o.warmup_epochs * steps_per_epoch
-    step = step + o.official_quirks * steps_per_epoch
+    step = step + o.first_epoch * steps_per_epoch
     if step < warmup:
         low = o.warmup_learning_rate
         return low + (peak - low) * step / warmup

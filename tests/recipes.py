@@ -79,8 +79,8 @@ def mae(source: str = "synthetic", **overrides) -> ConfigDict:
 
 
 def recipe(name: str) -> ConfigDict:
-    """The config of a file in configs/, nothing overridden."""
-    return configs.load(ROOT / "configs" / f"{name}.py")
+    """The config of an installed recipe, nothing overridden."""
+    return configs.load(name)
 
 
 def classifier(source: str = "synthetic", **overrides) -> ConfigDict:
@@ -191,6 +191,12 @@ def stored(workdir: Path, step: int) -> dict[str, dict[str, np.ndarray]]:
         if path.is_dir():
             items[item] = named_leaves(checkpoint.load_item(path))
     return items
+
+
+def variables(workdir: Path, step: int) -> dict[str, np.ndarray]:
+    """Parameters and model state of a checkpoint by name, sorted."""
+    items = stored(workdir, step)
+    return dict(sorted((items["params"] | items.get("model_state", {})).items()))
 
 
 def assert_identical(actual, expected) -> None:

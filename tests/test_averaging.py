@@ -68,8 +68,7 @@ def flags(**overrides):
         "seed": 8,  # for which top-1 falls from step 2 to step 4
     }
     values |= {key.replace("__", "."): value for key, value in overrides.items()}
-    path = recipes.ROOT / "configs" / "linear_base.py"
-    return [f"--config={path}", *(f"--config.{k}={v}" for k, v in values.items())]
+    return ["--config=linear", *(f"--config.{k}={v}" for k, v in values.items())]
 
 
 def probe(**overrides):
@@ -234,7 +233,7 @@ def test_mode_eval(where, step, run, stored, evaluated, tmp_path, capsys):
     asked = [*flags(), "--mode=eval", f"--workdir={run}"]
     if where:
         asked[-1] = f"--workdir={tmp_path}"
-        asked += [f"--config.checkpoint={run / where}"]
+        asked += [f"--checkpoint={run / where}"]
     capsys.readouterr()
     assert main(asked) == 0
     out = capsys.readouterr().out

@@ -1,6 +1,9 @@
 """The command line: what a user can get wrong, and what they are told."""
 
+import configparser
 import os
+import re
+import shutil
 import signal
 
 import numpy as np
@@ -11,11 +14,12 @@ from matplotlib.axes import Axes
 from PIL import Image
 
 from hivit_jax import config as configs
-from hivit_jax import inputs
+from hivit_jax import inputs, tasks
+from hivit_jax import recipes as recipes_by_name
 from hivit_jax.data import sources
 from hivit_jax.data.order import permutation
 from hivit_jax.errors import ConfigError
-from hivit_jax.main import main
+from hivit_jax.main import MODES, main
 
 MINI = recipes.arguments()  # --config and overrides of a recipe that works
 
@@ -62,7 +66,7 @@ BAD_OVERRIDES = [
     (["batch_size=0"], ["batch_size=0", "at least 1"]),
     (["optimizer.accumulate_steps=4"], ["batch_size=16", "accumulate_steps=4"]),
     (["optimizer.accumulate_steps=0"], ["accumulate_steps=0", "at least 1"]),
-    (["optimizer.betas=(0.9,)"], ["optimizer.betas=(0.9,)", "two"]),
+    (["optimizer.betas=(0.9,)"], ["optimizer.betas=(0.9,)", "2 numbers"]),
     (["log_every=0"], ["log_every=0", "at least 1"]),
     (["eval_every=0"], ["eval_every=0", "at least 1"]),
     (["checkpoint_every=-5"], ["checkpoint_every=-5", "at least 1"]),
@@ -76,7 +80,13 @@ BAD_OVERRIDES = [
     (["model.decoder_num_heads=3"], ["decoder_num_heads=3", "decoder_embed_dim=32"]),
     (["model.name=mae_hivit_bse"], ["'mae_hivit_bse'", "'mae_hivit_base'?"]),
     (["task=classification"], ["'classification'", "'classify'?"]),
-    (["task=classify"], ["task='classify'", "config.label_smoothing"]),
+    (["task=classify"], ["task='classify'", "expected a Classifier"]),
+    (["label_smoothing=0.1"], ["unknown config key 'label_smoothing'"]),
+    (["optimizer.gamma=0.5"], ["gamma=0.5", "optimizer.schedule='cosine'", "0.1"]),
+    (["optimizer.schedule=cosin"], ["schedule='cosin'", "'cosine'", "'multistep'"]),
+    (["optimizer.first_epoch=2"], ["first_epoch=2", "0 or 1"]),
+    (["optimizer.lr_batch=100"], ["lr_batch=100", "256 or 512 or 0"]),
+    (["optimizer.clip_norm=-1"], ["clip_norm=-1.0", "at least 0"]),
     (
         ["model.name=hivit_base"],
         ["task='mae'", "'hivit_base'", "expected a MaskedAutoencoder"],
@@ -129,7 +139,14 @@ def test_masked_autoencoder_does_not_classify(tmp_path, capsys):
     [
         (["--workdir=x"], ["--config"]),
         (["--config=configs/mae_bas.py", "--workdir=x"], ["mae_bas.py", "no such"]),
-        (["--config=README.md", "--workdir=x"], ["README.md", "a Python file"]),
+        (["--config=mae_bas", "--workdir=x"], ["'mae_bas'", "'mae_base'?"]),
+        (["--config=./README.md", "--workdir=x"], ["README.md", "a Python file"]),
+        ([*MINI, "--workdir=x", "--topology=v5e:2x4"], ["--topology", "=compile"]),
+        ([*MINI, "--workdir=x", "--checkpoint=y"], ["--checkpoint", "--mode=eval"]),
+        (
+            [*MINI, "--workdir=x", "--mode=eval", "--search_batch"],
+            ["--search_batch", "--mode=compile"],
+        ),
         (MINI, ["--workdir"]),
         ([*MINI, "--mode=eval"], ["--mode=eval", "--workdir"]),
         ([*MINI, "--workdir=x", "--mode=tain"], ["--mode", "'tain'", "describe"]),
@@ -153,11 +170,11 @@ def test_bad_flag(argv, fragments, capsys, monkeypatch, tmp_path):
         ("raise RuntimeError('xyz')", "RuntimeError: xyz"),
         ("def get_config(:", "SyntaxError"),
         ("x = 1", "get_config"),
-        ("def get_config():\n  return 1", "ConfigDict"),
+        ("def get_config():\n  return 1", "a dict or ConfigDict"),
         (
             "from ml_collections import ConfigDict\n"
-            "def get_config():\n  return ConfigDict({'task': 'mae'})",
-            "config.seed is missing",
+            "def get_config():\n  return ConfigDict({'seed': 1})",
+            "config.task is missing",
         ),
     ],
 )
@@ -191,7 +208,7 @@ def test_checkpoint_of_another_model(finished, tmp_path, capsys):
         [f"--workdir={finished}"],
         [f"--workdir={tmp_path}", f"--config.init_from={finished}"],
         [f"--workdir={finished}", "--mode=eval"],
-        [f"--workdir={tmp_path}", f"--config.checkpoint={finished}", "--mode=eval"],
+        [f"--workdir={tmp_path}", f"--checkpoint={finished}", "--mode=eval"],
     ):
         assert main([*MINI, *flags, "--config.model.embed_dim=32"]) == 2
         err = capsys.readouterr().err
@@ -206,7 +223,7 @@ def test_no_checkpoint(finished, tmp_path, capsys):
         ([f"--workdir={empty}", "--mode=eval"], empty),
         ([f"--workdir={nowhere}", "--mode=eval"], nowhere),
         (
-            [f"--workdir={finished}", f"--config.checkpoint={nowhere}", "--mode=eval"],
+            [f"--workdir={finished}", f"--checkpoint={nowhere}", "--mode=eval"],
             nowhere,
         ),
         ([f"--workdir={tmp_path / 'x'}", f"--config.init_from={nowhere}"], nowhere),
@@ -220,7 +237,7 @@ def test_no_checkpoint(finished, tmp_path, capsys):
 def test_eval_mode(finished, capsys):
     """Gives what the run itself found, from the workdir or from a path."""
     step = finished / "checkpoints" / "1"
-    for flags in ([], [f"--config.checkpoint={step}"]):
+    for flags in ([], [f"--checkpoint={step}"]):
         assert main([*MINI, f"--workdir={finished}", "--mode=eval", *flags]) == 0
         loss = recipes.lines(finished, "eval/loss")[1]
         count = recipes.lines(finished, "eval/count")[1]
@@ -271,17 +288,94 @@ def test_errors_of_a_real_process(flags, exit_code, fragments, tmp_path):
 
 
 def test_variant_of_a_recipe(capsys):
-    recipe = recipes.ROOT / "configs" / "finetune_base.py"
     arguments = ["--mode=describe", "--config.data.randaugment=false"]
-    assert main([f"--config={recipe}:384", *arguments]) == 0
+    path = recipes.ROOT / "configs" / "finetune.py"
+    for recipe in ("finetune:large", f"{path}:large"):
+        assert main([f"--config={recipe}", *arguments]) == 0
+        out = capsys.readouterr().out
+        assert '"name": "hivit_large"' in out
+        assert f"changes of {recipe}: \n  data.randaugment: True -> False\n" in out
+    assert main(["--config=supervised:huge", *arguments]) == 2
+    check_message(capsys.readouterr().err, ["supervised:huge", "'huge'"])
+    assert main(["--config=mae_base:384", *arguments]) == 2
+    check_message(capsys.readouterr().err, ["mae_base:384", "get_config()"])
+
+
+def test_values_of_a_recipe_are_checked(tmp_path, capsys):
+    """By the names of keys, as those of the command line are."""
+    path = tmp_path / "own.py"
+    for values, fragments in (
+        ("model=dict(embed_dims=64)", ["'model.embed_dims'", "'model.embed_dim'?"]),
+        ("optimizer=3", ["unknown config key 'optimizer'"]),
+        ("batch_size=1.5", ["config.batch_size=1.5", "an integer"]),
+        ("seed=True", ["config.seed=True", "an integer"]),
+        ("data=dict(flip=1)", ["config.data.flip=1", "true or false"]),
+    ):
+        path.write_text(f"def get_config():\n  return dict(task='mae', {values})\n")
+        assert main([f"--config={path}", "--mode=describe"]) == 2
+        check_message(capsys.readouterr().err, [str(path), *fragments])
+    path.write_text(
+        "def get_config():\n  return dict(task='mae', total_epochs=3, "
+        "model=dict(name='mae_hivit_tiny', depths=[1, 1, 2]))\n"
+    )
+    config = configs.load(path)
+    assert (config.total_epochs, config.model.depths) == (3.0, (1, 1, 2))
+
+
+def test_help(capsys):
+    """Modes, examples, exit codes, and each recipe by name and first line."""
+    with pytest.raises(SystemExit):
+        main(["--help"])
     out = capsys.readouterr().out
-    assert '"image_size": 384' in out
-    assert f"changes of {recipe}:384: \n  data.randaugment: True -> False\n" in out
-    assert main([f"--config={recipe}:large", *arguments]) == 2
-    check_message(capsys.readouterr().err, ["finetune_base.py", "'large'"])
-    recipe = recipes.ROOT / "configs" / "mae_base.py"
-    assert main([f"--config={recipe}:384", *arguments]) == 2
-    check_message(capsys.readouterr().err, ["mae_base.py", "get_config()"])
+    for mode in MODES:
+        assert re.search(rf"^(modes:)? +{mode} ", out, re.M)
+    assert "examples:\n  hivit_jax --config digits_mae --workdir runs/mae\n" in out
+    assert "exit codes: 0 finished" in out
+    line = "Masked autoencoder pretraining of HiViT-B on ImageNet-1k, 1600 epochs."
+    assert re.search(rf"^  mae_base +{line}$", out, re.M)
+    for name, line in recipes_by_name.names().items():
+        assert re.search(rf"^  {name} +{line}$", out, re.M)
+
+
+def test_page_of_all_keys():
+    """Is the output of its command; has every key of every task, with a comment."""
+    text = (recipes.ROOT / "docs" / "config.md").read_text()
+    assert text == configs.page()
+    for task in tasks.TASKS.values():
+        for name, key in configs.task_keys(task).items():
+            leaf = name.rpartition(".")[2]
+            assert key.comment
+            assert f"| {key.comment} |\n" in text
+            assert f"| `{leaf}` | " in text or f"| `{name}` | " in text
+
+
+def test_recipes_of_an_installed_package(tmp_path):
+    """By name, from any directory, in an installation as in a clone."""
+    site = tmp_path / "site" / "hivit_jax"
+    shutil.copytree(recipes.ROOT / "hivit_jax", site)
+    shutil.copytree(recipes.ROOT / "configs", site / "configs")
+    program = "import sys; from hivit_jax.main import main; sys.exit(main())"
+    flags = ["--config=mae_base", "--mode=describe"]
+    for path in (site.parent, recipes.ROOT):
+        command = ["-c", f"import os; os.chdir('/'); {program}", *flags]
+        code, out, err = recipes.run(*command, PYTHONPATH=path)
+        assert (code, err) == (0, "")
+        assert "changes of mae_base: none" in out
+
+
+def test_packages_are_listed():
+    """setup.cfg lists each package, and the recipes as one."""
+    setup = configparser.ConfigParser()
+    setup.read(recipes.ROOT / "setup.cfg")
+    root = recipes.ROOT / "hivit_jax"
+    found = {".".join(p.parent.parts) for p in relative(root.rglob("__init__.py"))}
+    listed = {*setup["options"]["packages"].split()}
+    assert listed == found | {"hivit_jax.configs"}
+    assert "hivit_jax.configs = configs" in setup["options"]["package_dir"]
+
+
+def relative(paths):
+    return [path.relative_to(recipes.ROOT) for path in paths]
 
 
 def test_describe_draws_schedule_and_images(tmp_path, capsys, monkeypatch):
@@ -332,15 +426,23 @@ def test_describe_draws_schedule_and_images(tmp_path, capsys, monkeypatch):
     assert "no directory" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", sorted(p.stem for p in recipes.ROOT.glob("configs/*")))
-def test_every_recipe(name, capsys):
-    """Can be read, builds its model, names its own command; is not too long."""
-    if name.startswith("__"):
-        return
-    path = recipes.ROOT / "configs" / f"{name}.py"
-    text = path.read_text()
-    assert len(text.splitlines()) <= 70
-    assert f"--config configs/{name}.py" in text
-    config = configs.load(str(path))
-    model = nnx.eval_shape(inputs.task_of_recipe(config).build_model)
-    assert model.parameter_count() > 10_000
+VARIANTS = {
+    "finetune": ("", ":tiny", ":small", ":base", ":large"),
+    "linear": ("", ":tiny", ":small", ":base", ":large"),
+    "supervised": ("", ":tiny", ":small", ":base"),
+}
+
+
+@pytest.mark.parametrize("name", recipes_by_name.names())
+def test_every_recipe(name):
+    """Builds its model; its docstring has command, hardware, result and cost."""
+    text = (recipes.ROOT / "configs" / f"{name}.py").read_text()
+    assert 10 <= len(text.splitlines()) <= 25
+    assert f"\n    hivit_jax --config {name}" in text
+    assert all(
+        f"{word}: " in text for word in ("Values", "Expected", "Hardware", "Cost")
+    )
+    for variant in VARIANTS.get(name, ("",)):
+        config = configs.load(f"{name}{variant}")
+        model = nnx.eval_shape(inputs.task_of_recipe(config).build_model)
+        assert model.parameter_count() > 10_000

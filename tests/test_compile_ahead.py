@@ -398,7 +398,7 @@ def test_memory_of_a_program_that_updates_in_place():
 def test_command_that_searches_the_largest_batch(monkeypatch, tmp_path, capsys):
     """Only where it is asked for; with what the search found in file and text."""
 
-    def examine(config, devices):
+    def examine(config, devices, topology):
         size = config.batch_size // 8
         memory = dict(total=linear(size), limit=5000, arguments=1000, temporaries=1)
         return REPORT | {
@@ -411,7 +411,7 @@ def test_command_that_searches_the_largest_batch(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(compile_ahead, "devices_of", lambda topology: jax.devices())
     monkeypatch.setattr(compile_ahead, "examine", examine)
     for search in (False, True):
-        found = report(tmp_path, search_batch=search)
+        found = report(tmp_path, *["--search_batch"] * search)
         assert ("largest_batch_per_device" in found) == search
         out = capsys.readouterr().out
         assert "fits: 0.00 GiB of 0.00 GiB a device, 0.00 of them arguments" in out
@@ -548,7 +548,7 @@ def test_blocks_that_differ():
 
 
 def fails(capsys, topology, tmp_path, *more):
-    flags = [f"--config.topology={topology}", f"--workdir={tmp_path}", *more]
+    flags = [f"--topology={topology}", f"--workdir={tmp_path}", *more]
     assert main([*recipes.arguments(), "--mode=compile", *flags]) == 2
     message = capsys.readouterr().err
     assert 1 <= len(message.splitlines()) <= 3
@@ -601,9 +601,9 @@ def test_shape_that_no_slice_has(capsys, tmp_path):
 # --- The command ---------------------------------------------------------------------
 
 
-def report(tmp_path, topology="v5e:2x4", **overrides):
+def report(tmp_path, *more, topology="v5e:2x4", **overrides):
     flags = recipes.arguments(**{"batch_size": 64} | overrides)
-    flags += [f"--config.topology={topology}", f"--workdir={tmp_path}"]
+    flags += [f"--topology={topology}", f"--workdir={tmp_path}", *more]
     assert main([*flags, "--mode=compile"]) == 0
     return json.loads((tmp_path / "compile.json").read_text())
 
@@ -667,13 +667,14 @@ def test_search_for_the_largest_batch(monkeypatch, own, most):
     """To an eighth, by doubling and bisection."""
     tried = []
 
-    def examine(config, devices):
+    def examine(config, devices, topology):
         tried.append(config.batch_size // 8)
         return {"fits": tried[-1] <= most}
 
     monkeypatch.setattr(compile_ahead, "examine", examine)
     config = recipes.mae(batch_size=8 * own)
     start = {"batch_size": 8 * own, "batch_per_device": own, "fits": own <= most}
+    start["topology"] = ""
     found = compile_ahead.largest_batch(config, [], start)
     low, high = (
         found[key] for key in ("largest_batch_per_device", "smallest_that_does_not_fit")
@@ -703,7 +704,7 @@ def test_search_where_nothing_fits(monkeypatch):
     memory = {"total": None, "limit": 5000}
     report = {"fits": False, "hbm_bytes_per_device": memory}
     monkeypatch.setattr(compile_ahead, "examine", lambda *_: report)
-    start = {"batch_size": 32, "batch_per_device": 4} | report
+    start = {"batch_size": 32, "batch_per_device": 4, "topology": ""} | report
     found = compile_ahead.largest_batch(recipes.mae(batch_size=32), [], start)
     assert found["largest_batch_per_device"] == 0
 
@@ -721,7 +722,7 @@ def test_operations_fall_with_the_mask_as_counted_by_hand():
     found, counted = [], []
     for mask_ratio in (0.5, 0.75):
         flags = [f"--config.mask_ratio={mask_ratio}", "--config.batch_size=8"]
-        config = configs.load(str(recipes.ROOT / "configs/mae_tiny.py"), flags)
+        config = configs.load("mae_tiny", flags)
         mesh = sharding.make_mesh(config.mesh, 8)
         training = compile_ahead.train_step(config, mesh)
         jaxpr = jax.make_jaxpr(training.step)(*training.arguments()).jaxpr

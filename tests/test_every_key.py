@@ -293,9 +293,6 @@ def test_keys_that_change_no_bit(trace_of, tmp_path):
         stall_timeout=77.0,
         peer_timeout=77.0,
         compilation_cache=str(tmp_path / "programs"),
-        topology="v5e:2x4",
-        search_batch=True,
-        checkpoint="nowhere",
         data__workers=3,
         data__max_unreadable=0.9,
     )
@@ -357,7 +354,6 @@ def test_keys_of_another_network_are_refused(name, key, capsys):
 ELSEWHERE = {
     "task": "test_every_key.py::test_every_step",
     "batch_size": "test_data.py::test_training_batches",
-    "checkpoint": "test_cli.py::test_eval_mode",
     "checkpoint_every": "test_processes.py::test_rhythm",
     "compilation_cache": "test_processes.py::test_directory_of_compiled_programs",
     "eval_every": "test_processes.py::test_rhythm",
@@ -365,9 +361,7 @@ ELSEWHERE = {
     "keep_checkpoints": "test_processes.py::test_rhythm",
     "log_every": "test_processes.py::test_rhythm",
     "peer_timeout": "test_pod.py::test_a_lost_process_ends_the_others",
-    "search_batch": "test_compile_ahead.py::test_whole_report",
     "stall_timeout": "test_processes.py::test_heartbeats",
-    "topology": "test_compile_ahead.py::test_whole_report",
     "total_epochs": "test_processes.py::test_rhythm",
     "data.canvas": "test_data.py::test_batches_change_with_a_key",
     "data.dir": "test_every_key.py::test_every_step",
@@ -394,8 +388,13 @@ ELSEWHERE = {
     "optimizer.ema_decay": "test_averaging.py::test_the_average_of_each_step",
     "optimizer.first_moment_dtype": "test_train.py::"
     "test_ten_steps_of_the_official_adamw",
-    "optimizer.official_quirks": "test_train.py::"
-    "test_official_quirks_leave_out_an_epoch_when_going_on",
+    "optimizer.first_epoch": "test_train.py::"
+    "test_first_epoch_1_leaves_out_an_epoch_when_resuming",
+    "optimizer.gamma": "test_recipes.py::test_multistep",
+    "optimizer.lr_batch": "test_recipes.py::test_peak",
+    "optimizer.milestones": "test_recipes.py::test_multistep",
+    "optimizer.power": "test_recipes.py::test_polynomial",
+    "optimizer.schedule": "test_recipes.py::test_schedules_of_the_first_edition",
 }
 
 

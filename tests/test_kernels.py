@@ -38,7 +38,7 @@ from hivit_jax.chips import GPU_OPTIONS, devices_of
 from hivit_jax.compiling import compile_step
 from hivit_jax.errors import ConfigError
 from hivit_jax.models import create_model, layers, named_leaves, split
-from hivit_jax.optimizer import make_schedule
+from hivit_jax.schedule import make_schedule
 
 # Stem stages of 128 and 256, a main stage of 512, a decoder of 128: what kernels take.
 WIDE = dict(
@@ -221,7 +221,7 @@ def test_on_a_mesh():
             config.model[name] = value
         config.mesh.data, config.mesh.fsdp = 4, 2
         mesh = sharding.make_mesh(config.mesh, config.batch_size, parts)
-        schedule = make_schedule(config, 2, 8)
+        schedule = make_schedule(config.optimizer, config.batch_size, 2, 8)
         training = recipes.prepared(config, mesh, schedule)
         options = {"xla_backend_optimization_level": 0}
         compiled = compile_step(training, options=options)

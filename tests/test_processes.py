@@ -113,11 +113,10 @@ def test_heartbeats(finished, watch, tmp_path, capsys):
 
 def classifier():
     """Flags of a classifier of the same width."""
-    path = recipes.ROOT / "configs" / "finetune_base.py"
     model = ("model.embed_dim", "model.depths", "model.num_heads", "model.dtype")
     kept = [f for f in COMMAND[1:] if "decoder" not in f and "total" not in f]
     assert all(any(key in flag for flag in kept) for key in model)
-    return [f"--config={path}", *kept, "--config.model.num_classes=10"]
+    return ["--config=finetune", *kept, "--config.model.num_classes=10"]
 
 
 def poisoned(batches, first, bad):

@@ -7,36 +7,47 @@ import jax
 import numpy as np
 import pytest
 import recipes
+from numpy.testing import assert_allclose
 
 from hivit_jax import config as configs
-from hivit_jax import inputs
-from hivit_jax.optimizer import peak_learning_rate
+from hivit_jax.models import named_leaves
+from hivit_jax.schedule import count_steps, make_schedule, peak_learning_rate
 
-FACTS = json.loads((Path(__file__).parent / "golden/lr_schedules.json").read_text())
+GOLDEN = Path(__file__).parent / "golden"
+FACTS = json.loads((GOLDEN / "lr_schedules.json").read_text())
+FIRST_EDITION = json.loads((GOLDEN / "first_edition.json").read_text())
 PER_EPOCH = 1000
+IMAGES = {"imagenet2012": 1_281_167, "digits": 1437}
 
 
 def schedule(recipe, *overrides, per_epoch=PER_EPOCH):
-    flags = [f"--config.{each}" for each in overrides]
-    config = configs.load(str(recipes.ROOT / f"configs/{recipe}.py"), flags)
-    made = inputs.task_of_recipe(config).schedule(
-        per_epoch, round(config.total_epochs * per_epoch)
-    )
-    return jax.jit(made)
+    config = configs.load(recipe, [f"--config.{each}" for each in overrides])
+    steps = config.total_steps or round(config.total_epochs * per_epoch)
+    return scheduled(config, per_epoch, steps)
+
+
+def scheduled(config, per_epoch, steps):
+    o, batch_size = config.optimizer, config.batch_size
+    return jax.jit(make_schedule(o, batch_size, per_epoch, steps))
+
+
+def steps_of(config):
+    images = config.data.train_examples or IMAGES[config.data.name]
+    return count_steps(config, images)
 
 
 @pytest.mark.parametrize(
     ("recipe", "fact"),
     [
         ("mae_base", "pretrain_blr1e-4_bs4096"),
-        ("finetune_base", "finetune_blr5e-4_bs1024"),
+        ("finetune", "finetune_blr5e-4_bs1024"),
     ],
 )
 def test_pretraining_and_finetuning(recipe, fact):
     """At every epoch the official value; the quirk is that the first is number 1."""
     epochs = FACTS[fact]["epochs"]
     sane = schedule(recipe)
-    official = schedule(recipe, "optimizer.official_quirks=true")
+    official = schedule(recipe, "optimizer.first_epoch=1")
     for epoch, expected in FACTS[fact]["points"]:
         close = pytest.approx(expected, rel=1e-4, abs=1e-9)
         if epoch <= epochs:
@@ -50,11 +61,12 @@ def test_pretraining_and_finetuning(recipe, fact):
     assert sane(last) <= sane(last - PER_EPOCH)
 
 
-@pytest.mark.parametrize("recipe", ["supervised_tiny", "supervised_base"])
+@pytest.mark.parametrize("recipe", ["supervised:tiny", "supervised"])
 def test_training_from_scratch(recipe):
     fact = FACTS["supervised_bs1024"]
     per_epoch = fact["n_iter_per_epoch"]
-    official = schedule(recipe, "optimizer.official_quirks=true", per_epoch=per_epoch)
+    from_start = "optimizer.schedule=cosine_from_start"
+    official = schedule(recipe, from_start, per_epoch=per_epoch)
     for update, _, expected in fact["points_[t,epoch,lr]"]:
         # A step trains with the value of the update before it.
         found = official(np.int32(update + 1))
@@ -94,7 +106,7 @@ OFFICIAL = {
         optimizer__clip_norm=0.0,
         data__crop_scale=(0.2, 1.0),
     ),
-    "finetune_base": dict(
+    "finetune:base": dict(
         batch_size=1024,
         total_epochs=100,
         label_smoothing=0.1,
@@ -114,7 +126,7 @@ OFFICIAL = {
     ),
 }
 for NAME, RATE in (("tiny", 0.05), ("small", 0.3), ("base", 0.5)):
-    OFFICIAL[f"supervised_{NAME}"] = OFFICIAL["finetune_base"] | dict(
+    OFFICIAL[f"supervised:{NAME}"] = OFFICIAL["finetune:base"] | dict(
         total_epochs=300,
         peak=1e-3,
         model__drop_path_rate=RATE,
@@ -127,14 +139,151 @@ for NAME, RATE in (("tiny", 0.05), ("small", 0.3), ("base", 0.5)):
 
 @pytest.mark.parametrize("name", OFFICIAL)
 def test_recipes_are_the_official_ones(name):
-    config = configs.load(str(recipes.ROOT / f"configs/{name}.py"))
+    config = recipes.recipe(name)
     for key, value in OFFICIAL[name].items():
         if key == "peak":
-            assert peak_learning_rate(config) == pytest.approx(value)
+            peak = peak_learning_rate(config.optimizer, config.batch_size)
+            assert peak == pytest.approx(value)
         else:
             part, _, leaf = key.rpartition("__")
             assert (config[part] if part else config)[leaf] == value, key
     for key, value in (("mean", (0.485, 0.456, 0.406)), ("std", (0.229, 0.224, 0.225))):
         assert config.data[key] == value
     assert config.data.flip
-    assert not config.optimizer.official_quirks
+    assert (config.optimizer.schedule, config.optimizer.first_epoch) == ("cosine", 0)
+
+
+# --- Recipes of the first edition -----------------------------------------------------
+
+
+def today(name):
+    """Name of a recipe of the first edition now."""
+    kind, _, size = name.partition("_")
+    return f"{kind}:{size}" if kind in ("finetune", "linear", "supervised") else name
+
+
+def old_file(name):
+    """A file of the first edition, in which recipes had all keys."""
+    return GOLDEN / "first_edition" / f"{name}.py"
+
+
+FILES = [name for name in FIRST_EDITION if old_file(name).is_file()]
+SOURCES = [(name, today(name)) for name in FIRST_EDITION]
+SOURCES += [(name, old_file(name)) for name in FILES]
+
+
+@pytest.mark.parametrize(("name", "source"), SOURCES)
+def test_values_of_the_first_edition(name, source):
+    """Are those of today's recipe, and of the file that had all keys."""
+    found = named_leaves(json.loads(configs.to_json(configs.load(source))))
+    expected = named_leaves(FIRST_EDITION[name]["config"])
+    assert {key: found.pop(key) for key in expected} == expected
+    new = "schedule", "first_epoch", "lr_batch", "gamma", "power"
+    added = {f"optimizer/{key}" for key in new}
+    assert {key for key, value in found.items() if value is not None} == added
+
+
+@pytest.mark.parametrize(("name", "source"), SOURCES)
+def test_schedules_of_the_first_edition(name, source):
+    """Learning rates are those recorded then, to the last bit of the peak."""
+    then, config = FIRST_EDITION[name], configs.load(source)
+    rate = scheduled(config, *steps_of(config))
+    check_rates(rate, then["steps"], then["rates"])
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_official_quirks_of_the_first_edition(name, tmp_path):
+    """Become values that give the recorded learning rates."""
+    then = FIRST_EDITION[name]
+    text = old_file(name).read_text()
+    quirk = "    config.optimizer.official_quirks = True\n    return config\n"
+    path = tmp_path / "quirks.py"
+    path.write_text(text.replace("    return config\n", quirk))
+    config = configs.load(path)
+    from_scratch = config.task == "classify" and not config.init_from
+    assert config.optimizer.first_epoch == int(not from_scratch)
+    assert (config.optimizer.schedule == "cosine_from_start") == from_scratch
+    rate = scheduled(config, *steps_of(config))
+    check_rates(rate, then["steps"], then["official_quirks"])
+    if config.task == "classify":
+        other = "" if config.init_from else "somewhere"
+        config = configs.load(path, [f"--config.init_from={other}"])
+        assert config.optimizer.first_epoch == int(from_scratch)
+
+
+def check_rates(rate, steps, expected):
+    found = np.array([rate(np.int32(step)) for step in steps])
+    assert_allclose(found, np.float32(expected), rtol=0, atol=1e-7 * max(expected))
+
+
+def test_keys_that_became_flags_are_ignored_in_old_recipes(tmp_path):
+    text = old_file("mae_base").read_text()
+    path = tmp_path / "old.py"
+    path.write_text(text.replace('topology = ""', 'topology = "v5e:2x4"'))
+    assert "v5e:2x4" in path.read_text()
+    assert configs.load(path).to_dict() == recipes.recipe("mae_base").to_dict()
+
+
+# --- Other schedules ------------------------------------------------------------------
+
+
+def mini(**values):
+    """Config of 40 steps at a peak of 0.5; an epoch is 10 steps, the warmup 4."""
+    values = {
+        "base_learning_rate": 0.5,
+        "lr_batch": 0,
+        "warmup_epochs": 0.4,
+        "warmup_learning_rate": 0.05,
+    } | values
+    return recipes.mae(**{f"optimizer__{key}": value for key, value in values.items()})
+
+
+def rates(**values):
+    rate = scheduled(mini(**values), 10, 40)
+    return np.array([rate(np.int32(step)) for step in range(41)])
+
+
+WARMUP = [0.05, 0.1625, 0.275, 0.3875]
+
+
+def test_constant():
+    assert_allclose(rates(schedule="constant"), WARMUP + 37 * [0.5], rtol=1e-6)
+
+
+def test_multistep():
+    """Torch's MultiStepLR(milestones=[1, 2], gamma=0.2), after mmcv's linear warmup."""
+    found = rates(schedule="multistep", milestones=(1, 2), gamma=0.2)
+    expected = WARMUP + 6 * [0.5] + 10 * [0.1] + 21 * [0.02]
+    assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_polynomial():
+    """PolyLrUpdaterHook(power=2, min_lr=0.02) of mmcv with warmup="linear",
+    warmup_iters=4, warmup_ratio=0.1.
+    """
+    found = rates(schedule="polynomial", power=2, min_learning_rate=0.02)
+    for step, rate in enumerate(found):
+        regular = (0.5 - 0.02) * (1 - step / 40) ** 2 + 0.02
+        k = (1 - step / 4) * (1 - 0.1) if step < 4 else 0
+        assert rate == pytest.approx(regular * (1 - k), rel=1e-6)
+
+
+def test_first_epoch_of_other_schedules():
+    """Each is an epoch ahead."""
+    kinds = {
+        "multistep": dict(milestones=(1, 2.5)),
+        "polynomial": dict(power=1),
+        "constant": {},
+        "cosine_from_start": {},
+    }
+    for schedule, more in kinds.items():
+        plain = rates(schedule=schedule, **more)
+        ahead = rates(schedule=schedule, first_epoch=1, **more)
+        late = schedule == "cosine_from_start"
+        assert_allclose(ahead[late:31], plain[10 + late :], rtol=1e-6)
+
+
+@pytest.mark.parametrize(("lr_batch", "peak"), [(256, 0.2), (512, 0.1), (0, 0.1)])
+def test_peak(lr_batch, peak):
+    config = mini(base_learning_rate=0.1, lr_batch=lr_batch)
+    assert peak_learning_rate(config.optimizer, 512) == pytest.approx(peak)

@@ -9,10 +9,13 @@ from hivit_jax.main import main
 from hivit_jax.train import train
 
 OWN = """
+from hivit_jax.keys import Key
 from hivit_jax.tasks.masked_autoencoding import MaskedAutoencoding
 
 class Half(MaskedAutoencoding):
-    required = ("share",)
+    keys = MaskedAutoencoding.keys | {
+        "share": Key(1, "a key of its own", 1), "data": {"more": Key((), "nested")}
+    }
 
     def macs(self, model, layer_norm_cost=0):
         return 77_000_000 + layer_norm_cost
@@ -20,23 +23,19 @@ class Half(MaskedAutoencoding):
 
 
 def test_a_task_of_ones_own(tmp_path, monkeypatch, capsys):
-    """``module:Class``: its keys are asked for, its methods called."""
+    """``module:Class``: its keys can be set, its methods are called."""
     (tmp_path / "own_task.py").write_text(OWN)
     monkeypatch.syspath_prepend(tmp_path)
     recipe = recipes.ROOT / "configs" / "digits_mae.py"
     text = recipe.read_text().replace('"mae"', '"own_task:Half"')
     (tmp_path / "own.py").write_text(text)
     flags = [f"--config={tmp_path / 'own.py'}", "--mode=describe"]
-    assert main(flags) == 2
-    assert "task='own_task:Half' needs a recipe with config.share" in (
-        capsys.readouterr().err
-    )
-    added = text.replace(
-        "    return config\n", "    config.share = 2\n    return config\n"
-    )
-    (tmp_path / "own.py").write_text(added)
-    assert main(flags) == 0
-    assert "multiply-adds per image              0.0770 G" in capsys.readouterr().out
+    assert main([*flags, "--config.share=0"]) == 2
+    assert "share=0; expected at least 1" in capsys.readouterr().err
+    assert main([*flags, "--config.share=2", "--config.data.more=(3,)"]) == 0
+    out = capsys.readouterr().out
+    assert "multiply-adds per image              0.0770 G" in out
+    assert "share: 1 -> 2\n" in out
 
 
 @pytest.mark.parametrize("name", ["nowhere:Half", "json:Half"])

@@ -17,26 +17,21 @@ from hivit_jax.main import main
 from hivit_jax.tools import predict
 
 RECIPE = """
-from importlib.util import module_from_spec, spec_from_file_location
-
-spec = spec_from_file_location("base", {base!r})
-base = module_from_spec(spec)
-spec.loader.exec_module(base)
-
-
 def get_config():
-    config = base.get_config()
-    config.task, config.prior = "toy:Segmentation", (0.0, 0.5, -0.5)
-    del config.mask_ratio
-    config.data.name, config.data.dir = "toy:Maps", {data!r}
-    config.data.max_unreadable = 0.1
-    config.batch_size, config.total_steps = 16, {steps}
-    config.log_every = config.eval_every = config.checkpoint_every = 1
-    config.keep_checkpoints = {steps}
-    config.optimizer.base_learning_rate = 0.5
-    config.optimizer.warmup_epochs = 0.0
-    config.optimizer.accumulate_steps = 2
-    return config
+    every = dict(log_every=1, eval_every=1, checkpoint_every=1)
+    data = dict(name="toy:Maps", dir={data!r}, max_unreadable=0.1)
+    optimizer = dict(base_learning_rate=0.5, warmup_epochs=0.0, accumulate_steps=2)
+    return dict(
+        task="toy:Segmentation",
+        prior=(0.0, 0.5, -0.5),
+        batch_size=16,
+        total_steps={steps},
+        keep_checkpoints={steps},
+        model=dict(name="cells"),
+        data=data,
+        optimizer=optimizer,
+        **every,
+    )
 """
 STEPS = 6  # an epoch is four, three of one bucket and one of the other
 
@@ -45,8 +40,7 @@ STEPS = 6  # an epoch is four, three of one bucket and one of the other
 def recipe(tmp_path_factory):
     root = tmp_path_factory.mktemp("toy")
     toy.write_dataset(root / "data")
-    base = str(recipes.ROOT / "configs" / "mae_base.py")
-    text = RECIPE.format(base=base, data=str(root / "data"), steps=STEPS)
+    text = RECIPE.format(data=str(root / "data"), steps=STEPS)
     (root / "toy_recipe.py").write_text(text)
     return root / "toy_recipe.py"
 
@@ -173,7 +167,7 @@ def test_mode_describe(recipe, capsys):
 
 def test_compiling_ahead(recipe, tmp_path, capsys):
     pytest.importorskip("libtpu")
-    flags = ["--config.topology=v5e:2x4", "--mode=compile"]
+    flags = ["--topology=v5e:2x4", "--mode=compile"]
     assert main([f"--config={recipe}", f"--workdir={tmp_path}", *flags]) == 0
     assert "bucket 2 of 2" in capsys.readouterr().out
     assert json.loads((tmp_path / "compile.json").read_text())["fits"]

@@ -24,6 +24,7 @@ from hivit_jax.checkpoint import Checkpoints
 from hivit_jax.compiling import compile_step
 from hivit_jax.errors import ConfigError, DataError, DivergedError, Interrupted
 from hivit_jax.models import create_model, leaf_name, named_leaves, split, split_state
+from hivit_jax.schedule import make_schedule
 from hivit_jax.weights import to_official
 
 OPTIONAL = ("tensorflow", "tensorflow_datasets", "tensorboardX", "sklearn", "torch")
@@ -177,7 +178,7 @@ def test_accumulation_exchanges_gradients_once_a_step():
     """Of the compiled program, no loop holds a collective; 8 devices, 2 parts of 2."""
     config = recipes.classifier(optimizer__accumulate_steps=2, batch_size=32)
     mesh = sharding.make_mesh(config.mesh, 32, 2)
-    schedule = optimizer.make_schedule(config, 2, 8)
+    schedule = make_schedule(config.optimizer, config.batch_size, 2, 8)
     compiled = compile_step(recipes.prepared(config, mesh, schedule))
     found, name = set(), ""
     for line in compiled.as_text().splitlines():
@@ -328,7 +329,7 @@ def by_official_name(model, values):
 
 def weight_decays(model, task):
     decays = jax.tree_util.tree_map_with_path(
-        lambda path, _: 0.05 * task.is_decayed(leaf_name(path)), split(model)[1]
+        lambda path, _: 0.05 * task.is_decayed(leaf_name(path)), split_state(model)[1]
     )
     return by_official_name(model, decays)
 
@@ -395,10 +396,10 @@ def test_load_pretrained(trained):
     model = hivit_jax.load_pretrained(workdir)
     assert (model.config.embed_dim, model.config.norm_pix_loss) == (64, True)
     loaded = jax.device_get(named_leaves(split(model)[1]))
-    recipes.assert_identical(loaded, recipes.stored(workdir, 8)["params"])
+    recipes.assert_identical(loaded, recipes.variables(workdir, 8))
     step = hivit_jax.load_pretrained(workdir / "checkpoints" / "3")
     loaded = jax.device_get(named_leaves(split(step)[1]))
-    recipes.assert_identical(loaded, recipes.stored(workdir, 3)["params"])
+    recipes.assert_identical(loaded, recipes.variables(workdir, 3))
 
 
 def test_divergence_saves_the_state_before_it(trained, tmp_path, monkeypatch):
@@ -512,16 +513,16 @@ def test_every_image_counts_once_in_any_batch(recipe):
     assert results[1] == pytest.approx(results[0], rel=1e-6)
 
 
-def test_official_quirks_leave_out_an_epoch_when_going_on(tmp_path):
+def test_first_epoch_1_leaves_out_an_epoch_when_resuming(tmp_path):
     """Of 4 steps; with the data and learning rates of the epoch after it."""
-    config = recipes.mae(optimizer__official_quirks=True)
+    config = recipes.mae(optimizer__first_epoch=1)
     asked = iter([None, None, "stop"])
     with pytest.raises(Interrupted, match="step 2 of 8"):
         training.train(config, tmp_path, lambda step: next(asked))
     training.train(config, tmp_path)
     rates = recipes.lines(tmp_path, "learning_rate")
     assert list(rates) == [1, 2, 7, 8]
-    rate = inputs.task_of_recipe(config).schedule(4.0, 8)
+    rate = make_schedule(config.optimizer, config.batch_size, 4.0, 8)
     assert_allclose([rates[7], rates[8]], [rate(6), rate(7)], rtol=1e-6)
     state = recipes.stored(tmp_path, 8)["optimizer"]
     counts = {int(v) for name, v in state.items() if name.endswith("count")}

@@ -16,6 +16,7 @@ from PIL import Image
 from hivit_jax import augment
 from hivit_jax.data.sources import Source
 from hivit_jax.data.transforms import Transform
+from hivit_jax.keys import Key
 from hivit_jax.models.layers import BatchNorm
 from hivit_jax.tasks.base import Task
 
@@ -117,7 +118,7 @@ class Network(nnx.Module):
 class Segmentation(Task):
     """Per-cell classification."""
 
-    required = ("prior",)
+    keys = {"prior": Key((0.0,) * CLASSES, "added to the logits", length=CLASSES)}
     best = ("eval/accuracy", "max")
 
     def build_model(self, key=None):

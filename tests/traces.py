@@ -107,9 +107,9 @@ PROBE = {
 # of some thousand pixels is rounded the other way.
 TRACES = {
     "mae": ("mae_base", OPTIMIZER | AUTOENCODER, 5e-6),
-    "classify": ("finetune_base", OPTIMIZER | CLASSIFIER | AUGMENTED, 2e-6),
-    "classify, plain": ("supervised_base", CLASSIFIER | PLAIN, 3e-5),
-    "linear_probe": ("linear_base", CLASSIFIER | PROBE, 3e-5),
+    "classify": ("finetune:base", OPTIMIZER | CLASSIFIER | AUGMENTED, 2e-6),
+    "classify, plain": ("supervised:base", CLASSIFIER | PLAIN, 3e-5),
+    "linear_probe": ("linear:base", CLASSIFIER | PROBE, 3e-5),
 }
 
 
@@ -143,8 +143,7 @@ def flags_of(name, **more):
     recipe, overrides, _ = TRACES[name]
     more = {key.replace("__", "."): value for key, value in more.items()}
     values = COMMON | overrides | more
-    path = recipes.ROOT / "configs" / f"{recipe}.py"
-    return [f"--config={path}"] + [f"--config.{k}={v}" for k, v in values.items()]
+    return [f"--config={recipe}"] + [f"--config.{k}={v}" for k, v in values.items()]
 
 
 def config_of(name, **more):

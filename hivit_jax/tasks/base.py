@@ -19,7 +19,7 @@ from hivit_jax.data.sources import DatasetInfo
 from hivit_jax.data.transforms import MODES, ImageTransform, Transform
 from hivit_jax.errors import ConfigError
 from hivit_jax.models import Model, create_model, image_shape, split_state, variant
-from hivit_jax.optimizer import make_optimizer, make_schedule
+from hivit_jax.optimizer import make_optimizer
 
 PerSample = dict[str, jax.Array]  # each float32 [B]
 Rows = dict[str, jax.Array]  # each [B, ...]
@@ -30,9 +30,9 @@ class Task:
     """One task. Subclasses override what differs.
 
     Attributes:
-      required: config keys that a recipe of this task must have.
-      unused: config keys that have no effect on this task, with the value that a recipe
-        may have nonetheless.
+      keys: config keys of this task, nested as in a recipe.
+      unused: config keys that have no effect on this task, with the only value that is
+        accepted.
       best: metric that picks the best checkpoint, and "max" or "min".
       fresh: prefixes of parameters that are newly initialized even where the pretrained
         model has them.
@@ -42,7 +42,7 @@ class Task:
       model_class: class of the models of this task.
     """
 
-    required: tuple[str, ...] = ()
+    keys: Mapping[str, Any] = {}
     unused: Mapping[str, Any] = {}
     best: tuple[str, str] = ("eval/loss", "min")
     fresh: tuple[str, ...] = ()
@@ -79,18 +79,6 @@ class Task:
             raise ConfigError("model.num_classes=0 has no head; expected 1 or more")
         key = jax.random.key(self.config.seed) if key is None else key
         return create_model(name, seed=key, **overrides)
-
-    def starts_at_epoch_one(self) -> bool:
-        """Whether the schedule leaves out the first epoch and resuming another one, as
-        the official self_supervised programs do.
-        """
-        return self.config.optimizer.official_quirks
-
-    def schedule(self, steps_per_epoch: float, total_steps: int) -> optax.Schedule:
-        """Learning rate by step."""
-        return make_schedule(
-            self.config, steps_per_epoch, total_steps, self.starts_at_epoch_one()
-        )
 
     def is_decayed(self, name: str) -> bool:
         """Whether weight decay applies to a parameter; ValueError without a rule."""

@@ -11,6 +11,7 @@ import optax
 
 from hivit_jax import augment
 from hivit_jax.augment import Keys
+from hivit_jax.keys import Key
 from hivit_jax.models.classifier import Classifier
 from hivit_jax.tasks.base import (
     PerSample,
@@ -25,7 +26,12 @@ from hivit_jax.tasks.base import (
 class Classification(Task):
     """Cross entropy with label smoothing, random erasing, Mixup and CutMix."""
 
-    required = ("label_smoothing", "mixup", "cutmix", "random_erasing")
+    keys = {
+        "label_smoothing": Key(0.0, "probability spread over all classes", 0, 1),
+        "mixup": Key(0.0, "alpha of Mixup; 0: none", 0),
+        "cutmix": Key(0.0, "alpha of CutMix; 0: none", 0),
+        "random_erasing": Key(0.0, "probability that a rectangle is erased", 0, 1),
+    }
     best = ("eval/top1", "max")
     head_scale = 2e-5 / 0.02  # official ``main_finetune.py``
     # Official ``main_finetune.py`` spares both kinds of position table.
@@ -37,10 +43,6 @@ class Classification(Task):
         "relative_position_bias_table",
     )
     model_class = Classifier
-
-    def starts_at_epoch_one(self) -> bool:
-        """As in `Task`; the official supervised code does not."""
-        return self.config.optimizer.official_quirks and bool(self.config.init_from)
 
     def loss(
         self, model: Classifier, frozen: Any, batch: dict, keys: Keys

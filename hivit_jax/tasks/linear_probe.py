@@ -16,7 +16,7 @@ from hivit_jax.tasks.classification import Classification, scores
 class LinearProbe(Classification):
     """The head learns from batch-normalized features; the encoder takes no gradient."""
 
-    required = ()
+    keys = {}
     unused = {
         "model.drop_path_rate": 0.0,
         "model.fc_norm": True,
@@ -34,10 +34,6 @@ class LinearProbe(Classification):
                 "task='linear_probe' needs config.model.running_norm=True"
             )
         return super().build_model(key)
-
-    def starts_at_epoch_one(self) -> bool:
-        """As in `Task`."""
-        return self.config.optimizer.official_quirks
 
     def optimizer(
         self, model: Classifier, schedule: optax.Schedule

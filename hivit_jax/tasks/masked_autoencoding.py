@@ -8,6 +8,7 @@ import numpy as np
 
 from hivit_jax import augment
 from hivit_jax.augment import Keys
+from hivit_jax.keys import Key
 from hivit_jax.models.mae import MaskedAutoencoder, visible_units
 from hivit_jax.tasks.base import PerSample, Rows, Sums, Task, weighted_sums
 
@@ -15,7 +16,7 @@ from hivit_jax.tasks.base import PerSample, Rows, Sums, Task, weighted_sums
 class MaskedAutoencoding(Task):
     """Pretraining; the loss of an image is the mean over its removed units."""
 
-    required = ("mask_ratio",)
+    keys = {"mask_ratio": Key(0.75, "share of units that are removed, in (0, 1)")}
     unused = {"optimizer.layer_decay": 1.0}
     # Official: timm's 1-D rule; position tables and the mask token are decayed.
     decayed = (

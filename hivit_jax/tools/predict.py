@@ -47,7 +47,7 @@ def predict(
             f"{start.path} does not contain the config that it was trained with; "
             "expected a workdir or a directory of save_pretrained"
         )
-    config = configs.of_checkpoint(start.recipe)
+    config = configs.of_checkpoint(start.recipe, start.path)
     task = inputs.make_task(config, "test")
     if images is None:
         source = sources.open_source(config.data, "test")

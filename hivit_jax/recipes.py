@@ -1,0 +1,64 @@
+"""Recipes: those installed with the package, by name, and files of one's own."""
+
+import ast
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from hivit_jax.errors import ConfigError, unknown
+
+_PACKAGE = Path(__file__).parent
+_INSTALLED = _PACKAGE / "configs"  # in a clone they lie beside the package
+DIRECTORY = _INSTALLED if _INSTALLED.is_dir() else _PACKAGE.parent / "configs"
+
+
+def names() -> dict[str, str]:
+    """{name: first line of its docstring} of the installed recipes."""
+    trees = {p.stem: ast.parse(p.read_text()) for p in sorted(DIRECTORY.glob("*.py"))}
+    return {n: (ast.get_docstring(t) or "").split("\n")[0] for n, t in trees.items()}
+
+
+def read(path: str) -> Mapping[str, Any]:
+    """Values of a recipe, nested; only "task" is certain to be among them.
+
+    Args:
+      path: NAME of an installed recipe or a Python file, either with :VARIANT.
+
+    Raises:
+      ConfigError: no such recipe, or one that cannot be run.
+    """
+    name, _, variant = path.partition(":")
+    file = _locate(name)
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    if spec is None:
+        raise ConfigError(f"--config={path}: expected a Python file")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        recipe = module.get_config(*filter(None, [variant]))
+        recipe = recipe.to_dict() if isinstance(recipe, ConfigDict) else recipe
+        if not isinstance(recipe, Mapping):
+            raise TypeError("get_config() must return a dict or ConfigDict")
+        if "task" not in recipe:
+            raise TypeError("config.task is missing")
+        return recipe
+    except Exception as error:
+        raise ConfigError(
+            f"--config={path} cannot be read: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _locate(name: str) -> Path:
+    is_file = "/" in name or name.endswith(".py")
+    file = Path(name) if is_file else DIRECTORY / f"{name}.py"
+    if file.is_file():
+        return file
+    if not is_file:
+        raise ConfigError(f"--config={name}: {unknown('recipe', name, names())}")
+    known = ", ".join(names())
+    raise ConfigError(
+        f"--config={name}: no such file; expected FILE.py or a recipe: {known}"
+    )
