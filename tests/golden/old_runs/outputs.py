@@ -1,0 +1,26 @@
+"""Outputs of a model on four made-up images."""
+
+import jax
+import numpy as np
+
+
+def waves(count: int) -> np.ndarray:
+    """Numbers in [-1, 1] without order, [count] float32."""
+    return np.sin(np.arange(count, dtype=np.float64) ** 1.5).astype(np.float32)
+
+
+def outputs(model) -> dict[str, np.ndarray]:
+    """Outputs of a model for images of 16 x 16 pixels and 16 units, by name."""
+    found = jax.device_get(jax.jit(lambda: _outputs(model))())
+    return found | {"parameters": np.asarray(model.parameter_count())}
+
+
+def _outputs(model) -> dict[str, jax.Array]:
+    images = waves(4 * 256).reshape(4, 16, 16, 1)
+    found = {f"features{i}": x for i, x in enumerate(model.features(images))}
+    if hasattr(model, "head"):
+        found |= {"logits": model(images), "pooled": model.pooled(images)}
+    else:
+        out = model(images, noise=waves(64).reshape(4, 16), mask_ratio=0.625)
+        found |= {"loss": out.loss, "pred": out.pred, "mask": out.mask}
+    return found
