@@ -11,6 +11,7 @@ from flax import nnx
 from hivit_jax.errors import unknown
 from hivit_jax.models.classifier import Classifier
 from hivit_jax.models.hivit import HiViT
+from hivit_jax.models.layers import ParameterKeys
 from hivit_jax.models.mae import MaskedAutoencoder
 
 Model = Classifier | MaskedAutoencoder
@@ -71,7 +72,7 @@ def create_model(
     if kind is Classifier:
         arguments |= CLASSIFIER_EXTRAS.get(size, {})
     arguments |= overrides
-    model = kind(rngs=nnx.Rngs(seed), **arguments)
+    model = kind(rngs=ParameterKeys(seed), **arguments)
     arguments = dict(name=name) | arguments | dict(dtype=model.encoder.dtype.name)
     model.arguments = json.dumps(arguments)  # text: modules hold nothing mutable
     return model
