@@ -11,7 +11,6 @@ checkpoints are restored by name, and the moments are dropped.
 
 import json
 import shutil
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -260,49 +259,51 @@ def digests(trees: Mapping[str, Any]) -> dict[str, dict[str, str]]:
 
     Any change of a single number changes them.
     """
-    alike: dict[Any, list] = defaultdict(list)
+    found: dict[str, dict[str, str]] = {}
     for item, tree in trees.items():
-        for name, x in named_leaves(tree).items():
-            kind = x.shape, str(x.dtype), getattr(x, "sharding", None)
-            alike[kind].append((item, name, x))
-    found: dict[str, dict[str, str]] = {item: {} for item in trees}
-    for members in alike.values():
-        # As many at once as take little memory; one program after another, because a
-        # CPU aborts if too many small exchanges are under way.
-        count = max(1, 2**26 // max(1, members[0][2].nbytes))
-        for start in range(0, len(members), count):
-            part = members[start : start + count]
-            sums = np.asarray(_digest([x for _, _, x in part]))
-            for (item, name, _), (high, low) in zip(part, sums, strict=True):
-                found[item][name] = f"{high:08x}{low:08x}"
+        # One program after another, because a CPU aborts if too many small exchanges
+        # are under way.
+        sums = {name: np.asarray(_digest(x)) for name, x in named_leaves(tree).items()}
+        found[item] = {n: f"{high:08x}{low:08x}" for n, (high, low) in sums.items()}
     return found
 
 
+def _digest(x: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
+    """Array -> uint32 [2]: `_mixed_sums` of its numbers' bits and positions."""
+    if x.size > 2**16 or not getattr(x, "is_fully_replicated", True):
+        return _digest_on_device(x)
+    # On the host, because a program would have to be compiled for every shape.
+    x = np.ascontiguousarray(x).reshape(-1)
+    bits = x.view(f"u{x.itemsize}").astype(np.uint32)
+    return np.stack(_mixed_sums(bits, np.arange(x.size, dtype=np.uint32)))
+
+
 @jax.jit
-def _digest(arrays: list[jax.Array]) -> jax.Array:
-    """Arrays alike -> uint32 [arrays, 2]: sums, modulo 2**32, of every number's bits
-    mixed with its position.
+def _digest_on_device(x: jax.Array) -> jax.Array:
+    x = x.astype(jnp.uint8) if x.dtype == bool else x
+    bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
+    position, stride = jnp.uint32(0), 1
+    for axis in reversed(range(x.ndim)):
+        position += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * stride
+        stride = stride * x.shape[axis] % 2**32
+    return jnp.stack(_mixed_sums(bits.astype(jnp.uint32), position))
+
+
+def _mixed_sums(bits: Any, position: Any) -> list:
+    """Two sums modulo 2**32 of bits mixed with their positions, arrays of uint32.
 
     The mixing is the end of MurmurHash3, one to one for a given position.
     """
-    x = jnp.stack(arrays)
-    x = x.astype(jnp.uint8) if x.dtype == bool else x
-    bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
-    bits, position, stride = bits.astype(jnp.uint32), jnp.uint32(0), 1
-    for axis in reversed(range(1, x.ndim)):
-        position += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * stride
-        stride = stride * x.shape[axis] % 2**32
 
     def mix(h):
-        h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)
-        h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
+        h = (h ^ (h >> 16)) * np.uint32(0x85EBCA6B)
+        h = (h ^ (h >> 13)) * np.uint32(0xC2B2AE35)
         return h ^ (h >> 16)
 
-    def total(seed):
-        mixed = mix(bits ^ mix(position + jnp.uint32(seed)))
-        return mixed.sum(tuple(range(1, mixed.ndim)), dtype=jnp.uint32)
-
-    return jnp.stack([total(seed) for seed in (0x9E3779B9, 0x7F4A7C15)], axis=1)
+    return [
+        mix(bits ^ mix(position + np.uint32(seed))).sum(dtype=np.uint32)
+        for seed in (0x9E3779B9, 0x7F4A7C15)
+    ]
 
 
 def _verify(step_path: Path, item: str, tree: Any) -> None:

@@ -117,7 +117,21 @@ def test_digests_do_not_depend_on_the_mesh():
     assert len(set(found[0]["state"].values())) > 10
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "uint8", "bool"])
+DTYPES = ["float32", "bfloat16", "int32", "uint8", "bool"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(8, 9), (8, 2**13 + 1)])
+def test_digests_on_the_host_and_on_devices_agree(shape, dtype):
+    x = np.arange(np.prod(shape)).reshape(shape) % 201
+    x = np.asarray(jnp.asarray(x * (x % 3), dtype))
+    sharding = jax.NamedSharding(jax.make_mesh((8,), ("rows",)), jax.P("rows"))
+    found = [digests({"": {"x": y}}) for y in (x, jax.device_put(x, sharding))]
+    found.append(digests({"": {"x": x[:0]}}))
+    assert found[0] == found[1] != found[2]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_every_bit_counts(dtype):
     """A flipped bit, swapped numbers, another zero."""
     x = np.asarray(jnp.asarray(pictures((5, 7), "bits") > 0, dtype))

@@ -37,6 +37,7 @@ from hivit_jax.models import (
 from hivit_jax.models.classifier import Classifier
 from hivit_jax.models.config import RunOptions
 from hivit_jax.models.flops import encoder_cost, parameter_count
+from hivit_jax.models.layers import ParameterKeys
 from hivit_jax.models.mae import (
     MaskedAutoencoder,
 )
@@ -321,6 +322,13 @@ def test_integer_seed_is_its_key():
 
     keyed = fast_jit(lambda key: kernel(key)[...])(jax.random.key(3))
     assert_array_equal(fast_jit(lambda: kernel(3)[...])(), keyed)
+
+
+def test_keys_of_parameters_are_those_of_nnx():
+    for seed in (3, jax.random.key(4)):
+        ours, theirs = ParameterKeys(seed), nnx.Rngs(seed)
+        for _ in range(3):
+            assert ours.params() == theirs.params()
 
 
 # Other sizes

@@ -12,6 +12,7 @@ from hivit_jax.errors import unknown
 from hivit_jax.models.base import Model
 from hivit_jax.models.classifier import Classifier, ClassifierConfig
 from hivit_jax.models.config import HiViTConfig, RunOptions
+from hivit_jax.models.layers import ParameterKeys
 from hivit_jax.models.mae import MAEConfig, MaskedAutoencoder
 
 # Official T, S, B; Large and the 24-block Base are MMPretrain's.
@@ -88,7 +89,7 @@ def create_model(name: str, seed: int | jax.Array = 0, **overrides: Any) -> Mode
       ConfigError: an unknown name or override, or sizes that do not fit each other.
     """
     model_class, config, run_options = configure(name, **overrides)
-    model = model_class(config, run_options, rngs=nnx.Rngs(seed))
+    model = model_class(config, run_options, rngs=ParameterKeys(seed))
     model.name = name
     return model
 

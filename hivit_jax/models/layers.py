@@ -23,6 +23,26 @@ from hivit_jax.models.windows import Windows
 INIT = nnx.initializers.normal(0.02)
 
 
+class ParameterKeys:
+    """Keys to draw parameters from, those of ``nnx.Rngs(seed)``, counted on the host.
+
+    `nnx.Rngs` counts in an array. Inside `jax.eval_shape` and `jax.jit` every count
+    makes JAX search the program traced so far, 5 s for HiViT-B.
+
+    Args:
+      seed: integer or key.
+    """
+
+    def __init__(self, seed: int | jax.Array):
+        self.key = jax.random.key(seed) if isinstance(seed, int) else seed
+        self.drawn = 0
+
+    def params(self) -> jax.Array:
+        """The next key."""
+        self.drawn += 1
+        return jax.random.fold_in(self.key, self.drawn - 1)
+
+
 class RowLinear(nnx.Linear):
     """[..., C] -> [..., D], as one product of all rows.
 
