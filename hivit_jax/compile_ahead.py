@@ -16,6 +16,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from hivit_jax import tasks
 from hivit_jax.chips import CHIPS, GIB, GPU_OPTIONS, PLUGINS, Chip, devices_of
 from hivit_jax.compiling import compile_step
 from hivit_jax.config import step_options, to_json
@@ -236,8 +237,8 @@ def largest_batch(
     config = config.copy_and_resolve_references()
     size, fits = report["batch_per_device"], report["fits"]
     shards, tried = report["batch_size"] // size, 0
-    pairs = 2 if config.get("mixup") or config.get("cutmix") else 1
-    unit = config.optimizer.accumulate_steps * pairs
+    multiple = tasks.find(config.task).batch_multiple(config)
+    unit = config.optimizer.accumulate_steps * multiple
     low, high = (size, None) if fits else (0, size)
     while high is None or high - low > max(unit, low // 8):
         size = 2 * low if high is None else (low + high) // (2 * unit) * unit

@@ -155,7 +155,9 @@ def _resolve(
     for name, key in keys.items():
         key.check(name, values[name])
     _check(values, task)
-    return _locked(keys, values)
+    config = _locked(keys, values)
+    task.check(config)
+    return config
 
 
 def task_keys(task: type[tasks.Task]) -> dict[str, Key]:
@@ -270,18 +272,6 @@ def _check(values: Mapping[str, Any], task: type[tasks.Task]) -> None:
                 f"{name}={values[name]} has no effect with {why}={values[why]!r}; "
                 f"expected {expected}"
             )
-    if values["model.name"] in VARIANTS:  # else a user's own model
-        given = {
-            k.removeprefix("model."): v for k, v in values.items() if v is not None
-        }
-        models.configure(**{k: v for k, v in given.items() if f"model.{k}" in values})
-    micro = values["batch_size"] // values["optimizer.accumulate_steps"]
-    mixup, cutmix = values.get("mixup"), values.get("cutmix")
-    if (mixup or cutmix) and micro % 2:
-        raise ConfigError(
-            f"mixup={mixup}, cutmix={cutmix} mix pairs of images; "
-            f"batch_size / accumulate_steps is {micro}, expected an even number"
-        )
     for name in ("data.mean", "data.std"):
         if len(values[name]) != values["model.in_channels"]:
             raise ConfigError(

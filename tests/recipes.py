@@ -54,11 +54,16 @@ FILES = {
     "photographs": "configs/mae_base.py",
 }
 CLASSIFIER = {
+    "task": "classify",
+    "label_smoothing": 0.1,
+    "mixup": 0.8,
+    "cutmix": 1.0,
+    "random_erasing": 0.25,
     "model__name": "hivit_base",
     "model__num_classes": 10,
     "model__drop_path_rate": 0.3,
 }
-PRETRAINING_ONLY = ("decoder_", "multi_scale", "norm_pix_loss")
+PRETRAINING_ONLY = ("model.decoder_", "model.multi_scale", "model.norm_pix_loss")
 
 
 def arguments(source: str = "synthetic", **overrides) -> list[str]:
@@ -83,16 +88,23 @@ def recipe(name: str) -> ConfigDict:
     return configs.load(name)
 
 
+def without_decoder(source: str, **overrides) -> ConfigDict:
+    """The config of a mini classifier or linear probe, of `task=...`."""
+    values = SOURCES[source] | {k.replace("__", "."): v for k, v in overrides.items()}
+    path = ROOT / "configs" / "mae_base.py"
+    if source == "digits":
+        path = ROOT / "configs" / "digits_finetune.py"
+        whole = {"data.train_examples": 0, "data.crop_scale": "(1.0,1.0)"}
+        if values["task"] == "linear_probe":
+            path = ROOT / "configs" / "digits_linear.py"
+        values = whole | values
+    keys = [k for k in values if not k.startswith(PRETRAINING_ONLY)]
+    return configs.load(str(path), [f"--config.{key}={values[key]}" for key in keys])
+
+
 def classifier(source: str = "synthetic", **overrides) -> ConfigDict:
     """The mini classifier's config, with drop path and label smoothing."""
-    config = mae(source, **CLASSIFIER | overrides)
-    with config.unlocked():
-        config.task, config.label_smoothing = "classify", 0.1
-        config.mixup, config.cutmix, config.random_erasing = 0.8, 1.0, 0.25
-        for key in list(config.model):
-            if key.startswith(PRETRAINING_ONLY):
-                del config.model[key]
-    return config
+    return without_decoder(source, **CLASSIFIER | overrides)
 
 
 @contextmanager

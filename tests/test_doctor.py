@@ -132,7 +132,7 @@ def test_speed(examine, healthy):
     at = next(i for i, line in enumerate(lines) if "estimate" in line)
     rate = float(lines[at - 2][1].replace(",", ""))
     config = recipes.mae("photographs", model__image_size=224)
-    model = doctor.nnx.eval_shape(doctor.inputs.make_task(config).build_model)
+    model = doctor.nnx.eval_shape(doctor.inputs.task_of_recipe(config).build_model)
     flops = 6 * model.macs(mask_ratio=0.75, layer_norm_cost=0)
     peaks = {"H100": 989, "TPU v5e": 197, "TPU v5p": 459}
     for line, (name, peak) in zip(lines[at + 1 : at + 4], peaks.items(), strict=True):

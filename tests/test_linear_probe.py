@@ -24,25 +24,17 @@ def quick():
 
 def probe(source="synthetic", **overrides):
     """The mini linear probe's config."""
-    config = recipes.mae(
-        source,
-        **{
-            "model__name": "hivit_base",
-            "model__num_classes": 10,
-            "model__relative_position": False,
-            "model__running_norm": True,
-            "optimizer__base_learning_rate": 0.1,
-            "optimizer__weight_decay": 0.0,
-            "data__flip": False,
-        }
-        | overrides,
-    )
-    with config.unlocked():
-        config.task = "linear_probe"
-        for key in list(config.model):
-            if key.startswith(recipes.PRETRAINING_ONLY):
-                del config.model[key]
-    return config
+    settings = {
+        "task": "linear_probe",
+        "model__name": "hivit_base",
+        "model__num_classes": 10,
+        "model__relative_position": False,
+        "model__running_norm": True,
+        "optimizer__base_learning_rate": 0.1,
+        "optimizer__weight_decay": 0.0,
+        "data__flip": False,
+    }
+    return recipes.without_decoder(source, **settings | overrides)
 
 
 class Parts(nnx.Module):
@@ -133,4 +125,4 @@ def test_probe_of_a_pretrained_encoder(pretrained, tmp_path, capsys):
 
 def test_needs_running_norm():
     with pytest.raises(ConfigError, match="needs config.model.running_norm=True"):
-        inputs.task_of_recipe(probe(model__running_norm=False)).build_model()
+        probe(model__running_norm=False)

@@ -18,7 +18,14 @@ from hivit_jax.augment import Keys
 from hivit_jax.data.sources import DatasetInfo
 from hivit_jax.data.transforms import MODES, ImageTransform, Transform
 from hivit_jax.errors import ConfigError
-from hivit_jax.models import Model, create_model, image_shape, split_state, variant
+from hivit_jax.models import (
+    Model,
+    configure,
+    create_model,
+    image_shape,
+    split_state,
+    variant,
+)
 from hivit_jax.optimizer import make_optimizer
 
 PerSample = dict[str, jax.Array]  # each float32 [B]
@@ -39,7 +46,7 @@ class Task:
       head_scale: factor on the standard deviation, 0.02, of a newly initialized head.
       decayed, undecayed: last parts of the names of parameters, with and without weight
         decay.
-      model_class: class of the models of this task.
+      model_class: class of the models of this task; None: a user's own.
     """
 
     keys: Mapping[str, Any] = {}
@@ -49,7 +56,30 @@ class Task:
     head_scale: float = 1.0
     decayed: tuple[str, ...] = ()
     undecayed: tuple[str, ...] = ()
-    model_class: type[Model]
+    model_class: type[Model] | None = None
+
+    @classmethod
+    def check(cls, config: Any) -> None:
+        """ConfigError for a model of another task, or values that do not fit each
+        other. Called when a config is loaded, before anything is opened.
+        """
+        if cls.model_class is None:
+            return
+        name = config.model.name
+        found = variant(name)[0]
+        if found is not cls.model_class:
+            raise ConfigError(
+                f"task={config.task!r} with model.name={name!r}, which is a "
+                f"{found.__name__}; expected a {cls.model_class.__name__}"
+            )
+        shape = configure(**arguments(config))[1]
+        if getattr(shape, "num_classes", 1) == 0:
+            raise ConfigError("model.num_classes=0 has no head; expected 1 or more")
+
+    @classmethod
+    def batch_multiple(cls, config: Any) -> int:
+        """Number that the examples of a microbatch must be a multiple of."""
+        return 1
 
     def __init__(self, config: Any, data: DatasetInfo):
         self.config, self.data = config, data
@@ -64,21 +94,10 @@ class Task:
     def build_model(self, key: jax.Array | int | None = None) -> Model:
         """Model of the config, drawn from a key; None: from the config's seed.
 
-        Raises:
-          ConfigError: a model of another task, or sizes that do not fit each other.
+        Also under `jax.eval_shape`.
         """
-        overrides = {k: v for k, v in self.config.model.items() if v is not None}
-        name = overrides.pop("name")
-        found = variant(name)[0]
-        if found is not self.model_class:
-            raise ConfigError(
-                f"task={self.config.task!r} with model.name={name!r}, which is a "
-                f"{found.__name__}; expected a {self.model_class.__name__}"
-            )
-        if overrides.get("num_classes") == 0:
-            raise ConfigError("model.num_classes=0 has no head; expected 1 or more")
         key = jax.random.key(self.config.seed) if key is None else key
-        return create_model(name, seed=key, **overrides)
+        return create_model(seed=key, **arguments(self.config))
 
     def is_decayed(self, name: str) -> bool:
         """Whether weight decay applies to a parameter; ValueError without a rule."""
@@ -235,6 +254,11 @@ class Task:
     def write_predictions(self, records: list[Any], out: Path) -> None:
         """Write the records of `predict_step` into a directory."""
         raise NotImplementedError
+
+
+def arguments(config: Any) -> dict[str, Any]:
+    """Arguments of `create_model` in a config."""
+    return {k: v for k, v in config.model.items() if v is not None}
 
 
 def weighted_sums(values: PerSample, weight: jax.Array) -> dict[str, jax.Array]:

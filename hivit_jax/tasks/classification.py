@@ -11,6 +11,7 @@ import optax
 
 from hivit_jax import augment
 from hivit_jax.augment import Keys
+from hivit_jax.errors import ConfigError
 from hivit_jax.keys import Key
 from hivit_jax.models.classifier import Classifier
 from hivit_jax.tasks.base import (
@@ -43,6 +44,23 @@ class Classification(Task):
         "relative_position_bias_table",
     )
     model_class = Classifier
+
+    @classmethod
+    def check(cls, config: Any) -> None:
+        """As `Task.check`; ConfigError also if batches cannot be mixed in pairs."""
+        super().check(config)
+        mixup, cutmix = config.get("mixup"), config.get("cutmix")
+        part = config.batch_size // config.optimizer.accumulate_steps
+        if part % cls.batch_multiple(config):
+            raise ConfigError(
+                f"mixup={mixup}, cutmix={cutmix} mix pairs of images; "
+                f"batch_size / accumulate_steps is {part}, expected an even number"
+            )
+
+    @classmethod
+    def batch_multiple(cls, config: Any) -> int:
+        """2 if images are mixed in pairs."""
+        return 2 if config.get("mixup") or config.get("cutmix") else 1
 
     def loss(
         self, model: Classifier, frozen: Any, batch: dict, keys: Keys

@@ -27,13 +27,14 @@ class LinearProbe(Classification):
     fresh = ("fc_norm/", "head/")
     head_scale = 0.01 / 0.02  # MAE's ``main_linprobe.py``
 
-    def build_model(self, key: jax.Array | int | None = None) -> Classifier:
-        """As `Task.build_model`; ConfigError also without `model.running_norm`."""
-        if not self.config.model.get("running_norm"):
+    @classmethod
+    def check(cls, config: Any) -> None:
+        """As `Task.check`; ConfigError also without `model.running_norm`."""
+        super().check(config)
+        if not config.model.running_norm:
             raise ConfigError(
                 "task='linear_probe' needs config.model.running_norm=True"
             )
-        return super().build_model(key)
 
     def optimizer(
         self, model: Classifier, schedule: optax.Schedule

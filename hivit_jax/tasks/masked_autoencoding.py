@@ -9,8 +9,9 @@ import numpy as np
 from hivit_jax import augment
 from hivit_jax.augment import Keys
 from hivit_jax.keys import Key
+from hivit_jax.models import configure
 from hivit_jax.models.mae import MaskedAutoencoder, visible_units
-from hivit_jax.tasks.base import PerSample, Rows, Sums, Task, weighted_sums
+from hivit_jax.tasks.base import PerSample, Rows, Sums, Task, arguments, weighted_sums
 
 
 class MaskedAutoencoding(Task):
@@ -28,11 +29,12 @@ class MaskedAutoencoding(Task):
     undecayed = ("bias", "scale", "decoder_pos_embed")
     model_class = MaskedAutoencoder
 
-    def build_model(self, key: jax.Array | int | None = None) -> MaskedAutoencoder:
-        """As `Task.build_model`; ConfigError also for a mask ratio that cannot work."""
-        model = super().build_model(key)
-        visible_units(_units(model), self.config.mask_ratio)
-        return model
+    @classmethod
+    def check(cls, config: Any) -> None:
+        """As `Task.check`; ConfigError also for a mask ratio that cannot work."""
+        super().check(config)
+        rows, columns = configure(**arguments(config))[1].grid
+        visible_units(rows * columns, config.mask_ratio)
 
     def macs(self, model: MaskedAutoencoder, layer_norm_cost: int = 0) -> int:
         """As `Task.macs`, with the recipe's mask ratio."""
