@@ -276,7 +276,7 @@ def roads(workdir, tmp_path):
     return {
         "eval": lambda: main([*flags(), "--mode=eval", f"--workdir={workdir}"]),
         "eval of a checkpoint": lambda: main(
-            [*flags(checkpoint=step), "--mode=eval", *new]
+            [*flags(), f"--checkpoint={step}", "--mode=eval", *new]
         ),
         "knn": lambda: main([*flags(init_from=workdir), "--mode=knn"]),
         "init_from": lambda: main([*flags(init_from=step), *new]),
