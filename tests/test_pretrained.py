@@ -312,7 +312,7 @@ def test_continued_pretraining_of_an_official_file(tmp_path):
     with recipes.quick():
         train(config, tmp_path / "run")
     model, _ = reference.build_fixture("mae_mini")
-    stored = recipes.stored(tmp_path / "run", 1)["params"]
+    stored = recipes.variables(tmp_path / "run", 1)
     recipes.assert_identical(stored, arrays_of(model))
 
 
