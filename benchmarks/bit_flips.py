@@ -21,9 +21,10 @@ from unittest import mock
 import jax
 import numpy as np
 
-from hivit_jax import checkpoint
-from hivit_jax.checkpoint import Checkpoints
-from hivit_jax.models import create_model, named_leaves, split
+from hivit_jax.checkpoints import manager
+from hivit_jax.checkpoints.manager import Checkpoints
+from hivit_jax.models import create_model
+from hivit_jax.tree import named_leaves, split
 
 RESULTS = Path(__file__).resolve().parent / "results" / "bit_flips.json"
 
@@ -72,7 +73,7 @@ def main() -> None:
         sizes = [len(files[path]) for path in newer]
         for verified in (False, True):
             counts, draw = Counter(), random.Random(0)
-            silence = mock.patch.object(checkpoint, "_verify")
+            silence = mock.patch.object(manager, "_verify")
             with contextlib.nullcontext() if verified else silence:
                 for number in range(flips):
                     spoilt = draw.choices(newer, sizes)[0]

@@ -16,10 +16,10 @@ import jax
 import numpy as np
 
 from hivit_jax import config as configs
-from hivit_jax.data import sources
+from hivit_jax.data.sources import digits, registry
 from hivit_jax.errors import exit_code
 from hivit_jax.hosts import catch_signals
-from hivit_jax.metrics import say
+from hivit_jax.reporting.console import say
 from hivit_jax.train import train
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -66,9 +66,9 @@ def compare(workdir: Path, stop: Callable) -> None:
             for draw in DRAWS:
                 measure(way, labels, draw, str(labels))
     for draw in DRAWS:
-        source = sources.Digits("train", 100, draw)
+        source = digits.Digits("train", 100, draw)
         data = configs.load(str(ROOT / "configs" / "digits_finetune.py")).data
-        opened = sources.open_source({**data, "subset": draw}, "train")
+        opened = registry.open_source({**data, "subset": draw}, "train")
         opened.labels = np.random.RandomState(draw).permutation(source.labels)
         measure("finetuned", 100, draw, "100 shuffled")
 

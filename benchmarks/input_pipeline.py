@@ -28,8 +28,9 @@ from benchmarks import photographs
 from benchmarks.machine import processor
 from hivit_jax import config as configs
 from hivit_jax import inputs
-from hivit_jax.data import order, sources, transforms
-from hivit_jax.data.prepare import shrink
+from hivit_jax.data import crops, order, transforms
+from hivit_jax.data.sources import base, registry
+from hivit_jax.tools.prepare_data import shrink
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "input_pipeline.json"
@@ -53,7 +54,7 @@ def ours(directory: Path, **data) -> Callable[[], Iterator]:
 
 def one_by_one(directory: Path, work: Callable) -> Callable[[], Iterator]:
     """work(encoded, index) for every image of the round, read beforehand."""
-    source = sources.open_source(recipe(directory).data, "train")
+    source = registry.open_source(recipe(directory).data, "train")
     plan = [i % len(source) for i in range(BATCH * STEPS)]
     encoded = [source.sample(index)["image"] for index in plan]
 
@@ -69,7 +70,7 @@ def torchvision_like(encoded: bytes, index: int) -> None:
     """What torchvision's ImageFolder and RandomResizedCrop do, in PIL."""
     image = Image.open(io.BytesIO(encoded)).convert("RGB")
     draws = transforms.uniforms(0, 0, index)
-    crop = transforms.random_resized_crop(image.height, image.width, draws, SCALE)
+    crop = crops.random_resized_crop(image.height, image.width, draws, SCALE)
     top, left, height, width = crop.box
     image = image.crop((left, top, left + width, top + height))
     np.asarray(image.resize(SIZE, Image.Resampling.BICUBIC))
@@ -84,13 +85,13 @@ def tf_data(directory: Path, method: str) -> Callable[[], Iterator]:
     """
     import tensorflow as tf
 
-    source = sources.open_source(recipe(directory).data, "train")
+    source = registry.open_source(recipe(directory).data, "train")
     positions = np.arange(BATCH * STEPS)
     indices = order.samples_at(positions, len(source), 0)[0].tolist()
     boxes = []
     for index in indices:
         draws = transforms.uniforms(0, 0, index)
-        boxes.append(transforms.random_resized_crop(375, 500, draws, SCALE).box)
+        boxes.append(crops.random_resized_crop(375, 500, draws, SCALE).box)
 
     def load(path, box):
         image = tf.image.decode_and_crop_jpeg(
@@ -156,12 +157,10 @@ def jump() -> float:
     """Seconds to the crops of step 100,000 of 4,096 of ImageNet's images, undecoded."""
     began = time.perf_counter()
     positions = 100_000 * 4096 + np.arange(4096)
-    indices, epochs = order.samples_at(
-        positions, sources.IMAGENET.counts["train"], seed=0
-    )
+    indices, epochs = order.samples_at(positions, base.IMAGENET.counts["train"], seed=0)
     for index, epoch in zip(indices.tolist(), epochs.tolist(), strict=True):
         draws = transforms.uniforms(0, epoch, index)
-        transforms.random_resized_crop(375, 500, draws, SCALE)
+        crops.random_resized_crop(375, 500, draws, SCALE)
     return time.perf_counter() - began
 
 

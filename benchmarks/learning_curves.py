@@ -24,14 +24,15 @@ from torch.nn import functional as F
 
 from benchmarks import photographs
 from benchmarks.torch_twin import HiViT
-from hivit_jax import augment, inputs
 from hivit_jax import config as configs
+from hivit_jax import inputs, rng
 from hivit_jax.config import step_options
-from hivit_jax.models import image_shape, named_leaves, split
-from hivit_jax.schedule import count_steps, make_schedule
-from hivit_jax.sharding import make_mesh
-from hivit_jax.step import prepare
-from hivit_jax.weights import to_official
+from hivit_jax.distributed.sharding import make_mesh
+from hivit_jax.models import image_shape
+from hivit_jax.training.schedule import count_steps, make_schedule
+from hivit_jax.training.step import prepare
+from hivit_jax.tree import named_leaves, split
+from hivit_jax.weights.names.official import to_official
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "benchmarks" / "results" / "learning_curves"
@@ -127,8 +128,8 @@ def curves(config: Any) -> tuple[list[float], list[float]]:
                 label_smoothing=config.label_smoothing,
             )
         first = jnp.uint32(step * config.batch_size)
-        keys = augment.step_keys(config.seed, "train", first, config.batch_size)
-        keys = augment.split_keys(keys.samples, "mask")
+        keys = rng.step_keys(config.seed, "train", first, config.batch_size)
+        keys = rng.split_keys(keys.samples, "mask")
         units = network.absolute_pos_embed.shape[1]
         noise = jax.vmap(lambda key: jax.random.uniform(key, (units,)))(keys)
         return network.masked_loss(

@@ -62,9 +62,9 @@ def ours(args: argparse.Namespace, exchange: Path) -> tuple[Callable, dict[str, 
 
     from benchmarks import plain_config  # noqa: F401  first
     from benchmarks.train_step import Training
-    from hivit_jax import augment
     from hivit_jax import config as configs
-    from hivit_jax.weights import to_official
+    from hivit_jax import rng
+    from hivit_jax.weights.names.official import to_official
 
     dtype = "float32" if args.device == "cpu" else "bfloat16"
     values = {"batch_size": args.batch, "data.name": "synthetic", "model.dtype": dtype}
@@ -72,9 +72,9 @@ def ours(args: argparse.Namespace, exchange: Path) -> tuple[Callable, dict[str, 
     config = configs.load(str(ROOT / "configs" / "mae_base.py"), flags)
     training = Training(config)
     params = jax.device_get(training.state["params"])
-    keys = augment.step_keys(config.seed, "train", jnp.uint32(0), args.batch)
+    keys = rng.step_keys(config.seed, "train", jnp.uint32(0), args.batch)
     images = training.task.training_images(training.batch, keys)
-    masks = augment.split_keys(keys.samples, "mask")
+    masks = rng.split_keys(keys.samples, "mask")
     noise = jax.vmap(lambda key: jax.random.uniform(key, (196,)))(masks)
     model = nnx.eval_shape(training.task.build_model)
     state = to_official(params, model)
@@ -156,7 +156,7 @@ def work(row: str, args: argparse.Namespace, exchange: Path, pipe: Any) -> None:
     tells seconds and CPU-seconds (of all threads); ends at 0.
     """
     if args.device == "cpu":
-        from hivit_jax.compiling import keep_memory
+        from hivit_jax.xla.compile import keep_memory
 
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
         if row == OURS or args.keep_memory:

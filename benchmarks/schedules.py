@@ -27,11 +27,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from benchmarks.train_step import task_of
 from hivit_jax import config as configs
-from hivit_jax.chips import CHIPS, devices_of
 from hivit_jax.errors import exit_code
-from hivit_jax.models import split
 from hivit_jax.models.mae import visible_units
-from hivit_jax.programs import matmul_flops
+from hivit_jax.tree import split
+from hivit_jax.xla.chips import CHIPS, devices_of
+from hivit_jax.xla.cost import matmul_flops
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "schedules.json"

@@ -26,15 +26,15 @@ from flax import nnx
 from benchmarks import plain_config  # noqa: F401  first: it may be ml_collections
 from benchmarks.machine import processor
 from hivit_jax import config as configs
-from hivit_jax import step as steps
 from hivit_jax import tasks
-from hivit_jax.chips import chip_of
-from hivit_jax.compiling import compile_step, keep_memory
 from hivit_jax.config import step_options
-from hivit_jax.data.sources import IMAGENET
+from hivit_jax.data.sources.base import IMAGENET
+from hivit_jax.distributed.sharding import make_mesh, shardings_of
 from hivit_jax.errors import HivitError, Parser, exit_code
-from hivit_jax.schedule import count_steps, make_schedule
-from hivit_jax.sharding import make_mesh, shardings_of
+from hivit_jax.training import step as steps
+from hivit_jax.training.schedule import count_steps, make_schedule
+from hivit_jax.xla.chips import chip_of
+from hivit_jax.xla.compile import compile_step, keep_memory
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

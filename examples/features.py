@@ -23,7 +23,7 @@ import numpy as np
 import hivit_jax
 from hivit_jax.data.transforms import evaluation_image
 from hivit_jax.models.mae import MaskedAutoencoder
-from hivit_jax.reconstruct import reconstruct
+from hivit_jax.tools.reconstruct import reconstruct
 
 
 def photograph() -> bytes:

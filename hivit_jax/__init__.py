@@ -10,14 +10,23 @@ __all__ = [
     "list_models",
     "load_pretrained",
     "save_pretrained",
+    "train_batches",
 ]
 __version__ = "0.1.0"
 
 # Imported on first use, because they import orbax and safetensors.
-_ROOMS = {"load_pretrained": "pretrained", "save_pretrained": "sharing"}
+_MODULES = {
+    "load_pretrained": "weights.load",
+    "save_pretrained": "weights.save",
+    "train_batches": "inputs",
+}
 
 
 def __getattr__(name: str):
-    if name in _ROOMS:
-        return getattr(import_module(f"hivit_jax.{_ROOMS[name]}"), name)
+    if name in _MODULES:
+        return getattr(import_module(f"hivit_jax.{_MODULES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import FieldReference
 
 from hivit_jax import models, recipes, tasks
-from hivit_jax.augment import REACH
+from hivit_jax.augment.resample import REACH
 from hivit_jax.errors import ConfigError, unknown
 from hivit_jax.keys import TYPE_NAMES, Key
 from hivit_jax.models import VARIANTS

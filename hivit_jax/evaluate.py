@@ -12,15 +12,17 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from hivit_jax import augment, hosts, inputs, metrics, models, pretrained, tasks
-from hivit_jax.errors import ConfigError, DataError
-from hivit_jax.sharding import (
+from hivit_jax import hosts, inputs, models, rng, tasks
+from hivit_jax.data.prefetch import to_devices
+from hivit_jax.distributed.sharding import (
     BATCH,
     check_batch,
     make_mesh,
     state_shardings,
-    to_devices,
 )
+from hivit_jax.errors import ConfigError, DataError
+from hivit_jax.reporting import console
+from hivit_jax.weights import adapt, load
 
 FIGURE_IMAGES = 6
 
@@ -39,7 +41,7 @@ def make_eval_step(
 
     def eval_step(variables, batch, first):
         model = nnx.merge(graphdef, variables["params"], variables["model_state"])
-        keys = augment.step_keys(config.seed, "eval", first, len(batch["weight"]))
+        keys = rng.step_keys(config.seed, "eval", first, len(batch["weight"]))
         sums, found = task.eval_step(model, variables["frozen"], batch, keys)
         found = found and found | {name: batch[name] for name in ("index", "weight")}
         return sums, batch["weight"].sum(), batch["unreadable"].sum(), found
@@ -123,24 +125,24 @@ def evaluate_checkpoint(
     """Evaluate the workdir's newest checkpoint and log the result.
 
     Args:
-      checkpoint: evaluated instead; any path that `pretrained.find` reads.
+      checkpoint: evaluated instead; any path that `load.find` reads.
 
     Raises:
       CheckpointError: there is no checkpoint.
       ConfigError: it is of another model.
     """
-    start = pretrained.find_for(config, checkpoint or workdir)
+    start = load.find_for(config, checkpoint or workdir)
     task = inputs.make_task(config, "test")
     mesh = make_mesh(config.mesh, config.batch_size)
     graphdef, variables = restore(start, task, mesh)
     eval_step = make_eval_step(config, task, graphdef, mesh)
     values = evaluate(config, task, eval_step, variables, mesh, heartbeat)
-    metrics.say(metrics.eval_line(start.label, values))
+    console.say(console.eval_line(start.label, values))
     return values
 
 
 def restore(
-    start: pretrained.Pretrained, task: tasks.Task, mesh: Mesh
+    start: adapt.Pretrained, task: tasks.Task, mesh: Mesh
 ) -> tuple[nnx.GraphDef, Variables]:
     """Structure and variables of a task's model with all the arrays of a saved one.
 
@@ -149,7 +151,7 @@ def restore(
     """
     model = nnx.eval_shape(task.build_model)
     graphdef, params, model_state = models.split_state(model)
-    arrays = pretrained.fit(start, model)
+    arrays = adapt.fit(start, model)
     shapes = {"params": params, "model_state": model_state}
 
     def put(path, sharding):
@@ -181,7 +183,7 @@ def make_panels(config: Any, task: tasks.Task, graphdef: nnx.GraphDef) -> Callab
     @jax.jit
     def panels(variables, batch):
         model = nnx.merge(graphdef, variables["params"], variables["model_state"])
-        keys = augment.step_keys(config.seed, "eval", jnp.uint32(0), count)
+        keys = rng.step_keys(config.seed, "eval", jnp.uint32(0), count)
         return task.panels(model, variables["frozen"], batch, keys)
 
     return lambda variables: jax.device_get(panels(variables, batch))

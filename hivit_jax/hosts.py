@@ -25,7 +25,7 @@ from jax._src.lib import _jax
 from jax.experimental import multihost_utils
 
 from hivit_jax.errors import ConfigError, HivitError, Interrupted
-from hivit_jax.metrics import say
+from hivit_jax.reporting.console import say
 
 SIGNS, DONE = "hivit/signs", "done"  # of life, in the runtime's key-value store
 

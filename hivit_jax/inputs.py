@@ -8,13 +8,8 @@ import numpy as np
 from hivit_jax import tasks
 from hivit_jax.data import order
 from hivit_jax.data.loader import Batch, Loader, cores, local_places, made_up_batches
-from hivit_jax.data.sources import (
-    IMAGENET,
-    DatasetInfo,
-    Source,
-    num_examples,
-    open_source,
-)
+from hivit_jax.data.sources.base import IMAGENET, DatasetInfo, Source
+from hivit_jax.data.sources.registry import num_examples, open_source
 from hivit_jax.data.transforms import Transform
 from hivit_jax.errors import DataError
 
@@ -125,7 +120,7 @@ def check_unreadable(count: float, seen: float, data: Any, split: str) -> None:
         raise DataError(
             f"{count:.0f} images of {data.name} could not be read, {share:.2%}; "
             f"data.max_unreadable allows {data.max_unreadable:.2%}.\n"
-            "python -m hivit_jax.data.doctor names them all"
+            "python -m hivit_jax.tools.check_data names them all"
         )
 
 

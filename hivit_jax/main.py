@@ -10,9 +10,9 @@ import jax
 
 from hivit_jax import config as configs
 from hivit_jax import hosts, recipes
-from hivit_jax.compiling import keep_compiled, keep_memory
 from hivit_jax.errors import ConfigError, Parser, exit_code
-from hivit_jax.metrics import say
+from hivit_jax.reporting.console import say
+from hivit_jax.xla.compile import keep_compiled, keep_memory
 
 USAGE = """\
 hivit_jax --config RECIPE --workdir DIR [--mode MODE] [--config.KEY=VALUE ...]
@@ -92,7 +92,7 @@ def run(argv: Sequence[str], join: bool) -> None:
     """
     config, flags = parse(argv)
     if flags.mode == "describe":
-        from hivit_jax.describe import changes, describe, draw
+        from hivit_jax.tools.describe import changes, describe, draw
 
         say(describe(config))
         say(f"\n{changes(config, flags.config)}")
@@ -100,7 +100,7 @@ def run(argv: Sequence[str], join: bool) -> None:
             say(f"\ndrawn: {draw(config, flags.workdir)}")
         return
     if flags.mode == "compile":
-        from hivit_jax.compile_ahead import compile_ahead
+        from hivit_jax.xla.ahead import compile_ahead
 
         compile_ahead(config, flags.workdir, flags.topology, flags.search_batch)
         return

@@ -9,22 +9,18 @@ import numpy as np
 from etils.epath import Path
 from flax import nnx
 
-from hivit_jax import (
-    checkpoint,
-    evaluate,
-    figures,
-    hosts,
-    inputs,
-    metrics,
-    pretrained,
-)
-from hivit_jax.compiling import compile_steps
+from hivit_jax import evaluate, hosts, inputs
+from hivit_jax.checkpoints import manager
 from hivit_jax.config import step_options, to_json
+from hivit_jax.data.prefetch import to_devices
+from hivit_jax.distributed.sharding import make_mesh, shardings_of
 from hivit_jax.errors import DataError, DivergedError, Interrupted
-from hivit_jax.metrics import say
-from hivit_jax.schedule import count_steps, make_schedule, skip_steps
-from hivit_jax.sharding import make_mesh, shardings_of, to_devices
-from hivit_jax.step import State, prepare
+from hivit_jax.reporting import console, figures, metrics
+from hivit_jax.reporting.console import say
+from hivit_jax.training.schedule import count_steps, make_schedule, skip_steps
+from hivit_jax.training.step import State, prepare
+from hivit_jax.weights import adapt, load
+from hivit_jax.xla.compile import compile_steps
 
 
 def train(
@@ -66,9 +62,9 @@ def train(
         f"{config.batch_size:,} images"
     )
 
-    # --- State: from the newest checkpoint, from a pretrained one, or fresh ---------
+    # --- State: from the newest manager, from a pretrained one, or fresh ---------
     metrics.prepare_workdir(workdir)
-    checkpoints = checkpoint.Checkpoints(workdir, config.keep_checkpoints, task.best)
+    checkpoints = manager.Checkpoints(workdir, config.keep_checkpoints, task.best)
     steps = checkpoints.steps()
     hosts.agree({"config": config, "dataset's size": images, "checkpoints": steps})
     step = 0
@@ -80,10 +76,10 @@ def train(
             state, step = skip_steps(state, skipped), step + skipped
             say(f"first_epoch=1: an epoch is left out, to step {step:,}")
     else:
-        start = config.init_from and pretrained.find_for(config, config.init_from)
+        start = config.init_from and load.find_for(config, config.init_from)
         state = jax.jit(training.init, out_shardings=shardings)()
         if start:
-            state |= pretrained.start_from(
+            state |= adapt.start_from(
                 start,
                 model,
                 {name: state[name] for name in ("params", "model_state")},
@@ -109,7 +105,7 @@ def train(
         }
         values = evaluate.evaluate(config, task, eval_step, variables, mesh, beat)
         panels = panels_of(variables)
-        say(metrics.eval_line(f"step {step}", values))
+        say(console.eval_line(f"step {step}", values))
         if writer:
             writer.scalars(step, values)
             pictures = task.figures(panels) if panels else {}
@@ -145,7 +141,7 @@ def train(
                 rate, line["input_bound"] = clock.read()
                 line["images_per_second"] = rate
                 line["seconds_left"] = (total_steps - step) * config.batch_size / rate
-                say(metrics.step_line(step, total_steps, line))
+                say(console.step_line(step, total_steps, line))
                 if writer:
                     writer.scalars(step, line)
                 unreadable += line["unreadable"]
@@ -165,7 +161,7 @@ def train(
                 f"{workdir}; run the same command to go on"
             )
         results = results or run_evaluation()
-        say(metrics.best_line(workdir, checkpoints.steps(), task.best))
+        say(console.best_line(workdir, checkpoints.steps(), task.best))
         return results
     except (DataError, DivergedError):
         checkpoints.save(state, to_json(config))

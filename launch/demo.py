@@ -22,7 +22,7 @@ from hivit_jax import config as configs
 from hivit_jax import inputs
 from hivit_jax.errors import exit_code
 from hivit_jax.hosts import catch_signals
-from hivit_jax.metrics import say
+from hivit_jax.reporting.console import say
 from hivit_jax.train import train
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"

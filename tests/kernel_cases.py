@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from networks import abstract, pictures, weight
 
-from hivit_jax.kernels.attention import attention_block
-from hivit_jax.kernels.common import Plan, Weights
-from hivit_jax.kernels.mlp import mlp_block
-from hivit_jax.kernels.mlp_gpu import mlp_block as gpu_mlp_block
-from hivit_jax.models import split
+from hivit_jax.kernels.attention_tpu import attention_block
+from hivit_jax.kernels.mlp_tpu import mlp_block
+from hivit_jax.kernels.mlp_triton import mlp_block as gpu_mlp_block
+from hivit_jax.kernels.numerics import Plan, Weights
+from hivit_jax.tree import split
 
 EPS = 1e-6
 library_attention = jax.nn.dot_product_attention  # before a test puts another there

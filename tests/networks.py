@@ -8,12 +8,8 @@ import numpy as np
 import reference
 from flax import nnx
 
-from hivit_jax.models import (
-    create_model,
-    leaf_name,
-    named_leaves,
-    split,
-)
+from hivit_jax.models import create_model
+from hivit_jax.tree import leaf_name, named_leaves, split
 
 MINI = dict(image_size=64, embed_dim=64, depths=(1, 1, 2), num_heads=2)
 DECODER = dict(decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2)

@@ -13,11 +13,13 @@ import pytest
 from flags import quick_to_compile, virtual_devices
 from ml_collections import ConfigDict
 
-from hivit_jax import checkpoint, evaluate, figures, inputs, metrics
 from hivit_jax import config as configs
-from hivit_jax.models import named_leaves
-from hivit_jax.sharding import make_mesh
-from hivit_jax.step import Training, prepare
+from hivit_jax import evaluate, inputs
+from hivit_jax.checkpoints import read
+from hivit_jax.distributed.sharding import make_mesh
+from hivit_jax.reporting import figures, metrics
+from hivit_jax.training.step import Training, prepare
+from hivit_jax.tree import named_leaves
 
 ROOT = Path(__file__).parents[1]
 
@@ -199,9 +201,9 @@ def stored(workdir: Path, step: int) -> dict[str, dict[str, np.ndarray]]:
     """Arrays of a checkpoint: item -> name -> array."""
     items = {}
     for item in ("params", "model_state", "optimizer", "ema"):
-        path = checkpoint.absolute(workdir) / "checkpoints" / str(step) / item
+        path = read.absolute(workdir) / "checkpoints" / str(step) / item
         if path.is_dir():
-            items[item] = named_leaves(checkpoint.load_item(path))
+            items[item] = named_leaves(read.load_item(path))
     return items
 
 

@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from hivit_jax.models import create_model, split
+from hivit_jax.models import create_model
 from hivit_jax.models.positions import sincos_table
-from hivit_jax.weights import from_official
+from hivit_jax.tree import split
+from hivit_jax.weights.names.official import from_official
 
 GOLDEN = Path(__file__).parent / "golden"
 MANIFEST = json.loads((GOLDEN / "manifest.json").read_text())

@@ -11,8 +11,8 @@ import numpy as np
 import reference
 from networks import abstract
 
-from hivit_jax.models import split
-from hivit_jax.weights import to_official
+from hivit_jax.tree import split
+from hivit_jax.weights.names.official import to_official
 
 TINY = dict(image_size=32, embed_dim=16, depths=(1, 1, 2), num_heads=1)
 TINY_DECODER = dict(decoder_embed_dim=8, decoder_depth=1, decoder_num_heads=1)

@@ -15,9 +15,9 @@ from kernel_cases import CASES, assert_no_less_exact, errors, gpu_mlp, results
 from networks import pictures
 from numpy.testing import assert_allclose
 
-from hivit_jax import kernels
-from hivit_jax.models import named_leaves, split
-from hivit_jax.weights import to_official
+from hivit_jax.kernels import attention_xla, dispatch
+from hivit_jax.tree import named_leaves, split
+from hivit_jax.weights.names.official import to_official
 
 pytestmark = pytest.mark.skipif(
     jax.default_backend() == "cpu", reason="needs an accelerator"
@@ -58,7 +58,7 @@ def test_attention_in_bfloat16(tokens):
 
     def attend(q, k, v, choice):
         how = dict(bias=None, mask=None, choice=choice)
-        return kernels.dot_product_attention(q, k, v, **how)
+        return attention_xla.dot_product_attention(q, k, v, **how)
 
     here, there = (
         errors(partial(attend, choice=choice), exact, direction, truth, jax.jit)
@@ -67,7 +67,7 @@ def test_attention_in_bfloat16(tokens):
     assert all(a < 1.1 * b + 1e-3 for a, b in zip(here, there, strict=True))
 
 
-@pytest.mark.parametrize("choice", kernels.CHOICES)
+@pytest.mark.parametrize("choice", dispatch.CHOICES)
 def test_base_mae_in_bfloat16(choice):
     """Loss and norms of all gradients against the official code's, in float64; and the
     same bits at the second time. Its two images again and again fill kernels' rows.

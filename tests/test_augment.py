@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
-from hivit_jax import augment
+from hivit_jax import rng
+from hivit_jax.augment import image, mixing
 
 
 def test_normalize():
     images = np.random.RandomState(0).randint(0, 256, (2, 5, 6, 3), np.uint8)
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    out = augment.normalize(jnp.asarray(images), mean, std)
+    out = image.normalize(jnp.asarray(images), mean, std)
     assert out.dtype == jnp.float32
     assert_allclose(out, (images / 255 - np.array(mean)) / np.array(std), atol=1e-6)
 
@@ -20,28 +21,28 @@ def test_normalize():
 def test_random_flip():
     keys = jax.random.split(jax.random.key(0), 1000)
     images = np.random.RandomState(0).rand(1000, 2, 3, 1).astype(np.float32)
-    out = np.asarray(augment.random_flip(jnp.asarray(images), keys))
+    out = np.asarray(image.random_flip(jnp.asarray(images), keys))
     flipped = (out == images[:, :, ::-1]).all((1, 2, 3))
     same = (out == images).all((1, 2, 3))
     assert (flipped ^ same).all()
     # Standard error of the share: 0.016.
     assert flipped.mean() == pytest.approx(0.5, abs=0.06)
     order = np.random.RandomState(1).permutation(1000)[:64]
-    part = augment.random_flip(jnp.asarray(images[order]), keys[order])
+    part = image.random_flip(jnp.asarray(images[order]), keys[order])
     assert_array_equal(part, out[order])
 
 
 def test_smooth_labels():
-    out = np.asarray(augment.smooth_labels(jnp.asarray([2, 0]), 4, 0.1))
+    out = np.asarray(mixing.smooth_labels(jnp.asarray([2, 0]), 4, 0.1))
     expected = [[0.025, 0.025, 0.925, 0.025], [0.925, 0.025, 0.025, 0.025]]
     assert_allclose(out, expected, atol=1e-7)
     assert_allclose(out.sum(1), 1, atol=1e-6)
-    hard = augment.smooth_labels(jnp.asarray([2, 0]), 4, 0.0)
+    hard = mixing.smooth_labels(jnp.asarray([2, 0]), 4, 0.0)
     assert_array_equal(hard, np.eye(4)[[2, 0]])
 
 
 def key_data(*arguments):
-    return np.asarray(jax.random.key_data(augment.step_keys(*arguments).samples))
+    return np.asarray(jax.random.key_data(rng.step_keys(*arguments).samples))
 
 
 def test_sample_keys_go_by_position():
@@ -60,11 +61,11 @@ def test_sample_keys_beyond_32_bits():
 
 
 def test_keys_for_one_purpose():
-    keys = augment.step_keys(0, "train", jnp.uint32(0), 6).samples
-    mask, flip = (augment.split_keys(keys, purpose) for purpose in ("mask", "flip"))
+    keys = rng.step_keys(0, "train", jnp.uint32(0), 6).samples
+    mask, flip = (rng.split_keys(keys, purpose) for purpose in ("mask", "flip"))
     data = [np.asarray(jax.random.key_data(k)) for k in (keys, mask, flip)]
     assert len(np.unique(np.concatenate(data), axis=0)) == 18
-    part = jax.random.key_data(augment.split_keys(keys[2:4], "mask"))
+    part = jax.random.key_data(rng.split_keys(keys[2:4], "mask"))
     assert_array_equal(part, data[1][2:4])
 
 
@@ -79,7 +80,7 @@ def test_random_erasing():
     """Rectangles of noise: how many, how large, of which shape, where."""
     count, side = 1500, 40
     images = jnp.full((count, side, side, 3), 7.0)
-    erase = jax.jit(augment.random_erasing, static_argnums=2)
+    erase = jax.jit(image.random_erasing, static_argnums=2)
     out = np.asarray(erase(images, keys(count), 0.25))
     erased = (out != 7).all(-1)
     assert_array_equal(erased, (out != 7).any(-1))
@@ -103,13 +104,13 @@ def test_random_erasing():
     assert values.mean() == pytest.approx(0, abs=0.01)
     assert values.std() == pytest.approx(1, abs=0.01)
     order = np.random.RandomState(1).permutation(count)[:16]
-    part = augment.random_erasing(images[order], keys(count)[order], 0.25)
+    part = image.random_erasing(images[order], keys(count)[order], 0.25)
     assert_allclose(part, out[order], atol=1e-6)
     assert_array_equal(erase(images[:8], keys(8), 0.0), images[:8])
 
 
 def mixed(seed, mixup, cutmix, batch=6, size=(20, 30), weight=None):
-    """Images that are their own number everywhere, and targets, after `augment.mix`."""
+    """Images that are their own number everywhere, and targets, after `mixing.mix`."""
     numbers = jnp.arange(batch, dtype=jnp.float32)
     images = jnp.broadcast_to(numbers[:, None, None, None], (batch, *size, 1))
     weight = jnp.ones(batch) if weight is None else jnp.array(weight)
@@ -117,7 +118,7 @@ def mixed(seed, mixup, cutmix, batch=6, size=(20, 30), weight=None):
     return [np.asarray(x) for x in out]
 
 
-MIX = jax.jit(augment.mix, static_argnums=(4, 5))
+MIX = jax.jit(mixing.mix, static_argnums=(4, 5))
 PARTNER = [1, 0, 3, 2, 5, 4]
 
 

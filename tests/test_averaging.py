@@ -21,12 +21,15 @@ from numpy.testing import assert_allclose, assert_array_equal
 from safetensors.numpy import load_file
 
 import hivit_jax
-from hivit_jax import checkpoint, convert, export, inputs, metrics, reconstruct
 from hivit_jax import config as configs
+from hivit_jax import inputs
+from hivit_jax.checkpoints import read
 from hivit_jax.errors import CheckpointError, Interrupted
 from hivit_jax.main import main
-from hivit_jax.models import named_leaves, split
+from hivit_jax.reporting import metrics
+from hivit_jax.tools import convert, export, reconstruct
 from hivit_jax.train import train
+from hivit_jax.tree import named_leaves, split
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::pytest.PytestUnraisableExceptionWarning"
@@ -229,7 +232,7 @@ def test_the_best_evaluated_checkpoint_stays(born, stored, tmp_path, capsys):
 
 @pytest.mark.parametrize(("where", "step"), [("", 4), ("checkpoints/2", 2)])
 def test_mode_eval(where, step, run, stored, evaluated, tmp_path, capsys):
-    """Of a workdir's newest checkpoint, or of any that is named."""
+    """Of a workdir's newest read, or of any that is named."""
     asked = [*flags(), "--mode=eval", f"--workdir={run}"]
     if where:
         asked[-1] = f"--workdir={tmp_path}"
@@ -257,8 +260,8 @@ def damaged(run, tmp_path_factory):
     for item in ("params", "model_state", "ema", "optimizer"):
         found[item] = tmp_path_factory.mktemp(item)
         shutil.copytree(run / "checkpoints" / "4", found[item] / "checkpoints" / "4")
-        path = checkpoint.absolute(found[item]) / "checkpoints" / "4" / item
-        tree = checkpoint.load_item(path)
+        path = read.absolute(found[item]) / "checkpoints" / "4" / item
+        tree = read.load_item(path)
         leaves, structure = jax.tree.flatten(tree)
         leaves = [np.array(leaf) for leaf in leaves]
         largest = max(leaves, key=lambda leaf: leaf.nbytes)

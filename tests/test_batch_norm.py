@@ -8,11 +8,11 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from numpy.testing import assert_allclose, assert_array_equal
 
-from hivit_jax import sharding
-from hivit_jax.accumulation import accumulate_gradients
-from hivit_jax.augment import Keys
-from hivit_jax.models import split_state
-from hivit_jax.models.layers import BatchNorm
+from hivit_jax.distributed import sharding
+from hivit_jax.models.norms import BatchNorm
+from hivit_jax.rng import Keys
+from hivit_jax.training.accumulation import accumulate_gradients
+from hivit_jax.tree import split_state
 
 RANDOM = np.random.RandomState(0)
 IMAGES = RANDOM.normal(2, 3, (16, 4, 5, 6)).astype(np.float32)

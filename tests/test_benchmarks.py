@@ -10,8 +10,8 @@ import recipes
 
 from benchmarks import accelerator, plain_config, schedules
 from hivit_jax import config as configs
-from hivit_jax import kernels
 from hivit_jax import recipes as recipes_by_name
+from hivit_jax.kernels import dispatch
 
 SMALL = {**recipes.SOURCES["synthetic"], "batch_size": 4}
 
@@ -103,9 +103,9 @@ def test_all_parts_for_an_accelerator_are_tried(tmp_path, monkeypatch, capsys):
 
 
 def test_parts_for_an_accelerator():
-    """Every choice of kernels, on the platform that is asked for."""
+    """Every choice of dispatch, on the platform that is asked for."""
     parts = accelerator.parts_for("cuda", 256, 5, 20)
-    assert {"numbers", *kernels.CHOICES, "peers"} < set(parts)
+    assert {"numbers", *dispatch.CHOICES, "peers"} < set(parts)
     assert {e.get("JAX_PLATFORMS", "cuda,cpu") for _, e in parts.values()} == {
         "cuda,cpu"
     }

@@ -12,12 +12,13 @@ import pytest
 import recipes
 from networks import fast_jit, pictures
 
-from hivit_jax import sharding
-from hivit_jax.checkpoint import Checkpoints, digests
+from hivit_jax.checkpoints.digests import digests
+from hivit_jax.checkpoints.manager import Checkpoints
+from hivit_jax.distributed import sharding
+from hivit_jax.distributed.sharding import make_mesh, placed, state_shardings
 from hivit_jax.errors import CheckpointError, ConfigError
-from hivit_jax.models import named_leaves
-from hivit_jax.pretrained import find
-from hivit_jax.sharding import make_mesh, placed, state_shardings
+from hivit_jax.tree import named_leaves
+from hivit_jax.weights.load import find
 
 # Orbax leaves coroutines behind when it cannot read a file.
 pytestmark = pytest.mark.filterwarnings(

@@ -16,8 +16,8 @@ from PIL import Image
 from hivit_jax import config as configs
 from hivit_jax import inputs, tasks
 from hivit_jax import recipes as recipes_by_name
-from hivit_jax.data import sources
 from hivit_jax.data.order import permutation
+from hivit_jax.data.sources import digits
 from hivit_jax.errors import ConfigError
 from hivit_jax.main import MODES, main
 
@@ -414,7 +414,7 @@ def test_describe_draws_schedule_and_images(tmp_path, capsys, monkeypatch):
     fall = 0.5 + 0.5 * np.cos(np.pi * (steps - warmup) / (360 - warmup))
     expected = peak * np.where(steps < warmup, steps / warmup, fall)
     np.testing.assert_allclose(rates, expected, rtol=1e-4, atol=1e-8)
-    pixels = sources.Digits("train", 100).pixels()[permutation(0, 0, 100)[:16]]
+    pixels = digits.Digits("train", 100).pixels()[permutation(0, 0, 100)[:16]]
     assert len(images) == 16
     for (image, options), scan in zip(images, pixels, strict=True):
         np.testing.assert_allclose(image, scan / 255, rtol=0, atol=1e-5)

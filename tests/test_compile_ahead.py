@@ -18,15 +18,18 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from numpy.testing import assert_allclose
 
 import hivit_jax
-from hivit_jax import compile_ahead, inputs, kernels, programs, sharding
 from hivit_jax import config as configs
-from hivit_jax.compiling import compile_step
+from hivit_jax import inputs
 from hivit_jax.data.shapes import batch_shapes
+from hivit_jax.distributed import sharding
 from hivit_jax.errors import ConfigError
+from hivit_jax.kernels import dispatch
 from hivit_jax.main import main
-from hivit_jax.models import named_leaves, split
 from hivit_jax.models.flops import row_cost
 from hivit_jax.models.mae import visible_units
+from hivit_jax.tree import named_leaves, split
+from hivit_jax.xla import ahead, cost, roofline
+from hivit_jax.xla.compile import compile_step
 
 MIB = 2**20
 
@@ -60,14 +63,14 @@ WHOLE = ((512, 512), ())  # 1 MiB
 
 def test_bytes_of_an_all_reduce():
     hlo = compiled(lambda x, y: x.T @ y, mesh(8), ROWS, ROWS)
-    assert programs.collectives(hlo) == [
+    assert cost.collectives(hlo) == [
         {"kind": "all-reduce", "count": 1, "bytes_per_step": MIB}
     ]
 
 
 def test_bytes_of_an_all_gather_are_those_of_what_is_gathered():
     hlo = compiled(lambda x: x + 1, mesh(8), ROWS)
-    assert programs.collectives(hlo) == [
+    assert cost.collectives(hlo) == [
         {"kind": "all-gather", "count": 1, "bytes_per_step": 2 * MIB}
     ]
 
@@ -95,7 +98,7 @@ def test_bytes_of_other_collectives(operation, kind, size):
         check_vma=False,
     )
     hlo = compiled(function, devices, ((1024, 512), ()), out=("data",))
-    [found] = programs.collectives(hlo)
+    [found] = cost.collectives(hlo)
     assert found == {"kind": kind, "count": 1, "bytes_per_step": size * MIB}
 
 
@@ -106,7 +109,7 @@ def test_what_a_loop_exchanges_counts_every_time():
         ]
 
     hlo = compiled(loop, mesh(8), ROWS, WHOLE)
-    assert programs.collectives(hlo) == [
+    assert cost.collectives(hlo) == [
         {"kind": "all-reduce", "count": 5, "bytes_per_step": 5 * MIB}
     ]
 
@@ -171,7 +174,7 @@ def test_asynchronous_collectives_count_once_and_loops_by_their_bound(newer):
     assert ("#" in hlo) == newer
     kinds = {
         each["kind"]: (each["count"], each["bytes_per_step"])
-        for each in programs.collectives(hlo)
+        for each in cost.collectives(hlo)
     }
     assert kinds == {
         "all-reduce": (1, 2 * 64 * 128 + 4),
@@ -182,7 +185,7 @@ def test_asynchronous_collectives_count_once_and_loops_by_their_bound(newer):
     # Fusions as one kernel. What is in VMEM, and so all that %cut reads, is free.
     # A number takes a tile of 512 bytes: %c is read, and given by %d.
     reduced = 2 * (2 * 64 * 128 + 512)
-    moved = programs.bytes_by_region(hlo).total()
+    moved = cost.bytes_by_region(hlo).total()
     assert moved == reduced + (3 + 1) * 2 * 4 * 256
 
 
@@ -228,7 +231,7 @@ ENTRY %main (a: bf16[64,49,512], b: f32[8,1024], c: f32[512,256]) -> f32[] {
 def test_bytes_of_regions():
     """Tiles pad 49 rows to 56. What names no region goes with what it is copied for."""
     row = 2 * 64 * 512
-    assert programs.bytes_by_region(REGIONS) == {
+    assert cost.bytes_by_region(REGIONS) == {
         "main mlp": 56 * row + 4 * 8 * 128 + 56 * row,  # %in, a slice of %b, %out
         "decoder attention": 56 * row + 56 * row + 4 * (8 * 1024 + 128 * 256),
         "exchange": 2 * 4 * 8 * 1024,
@@ -250,7 +253,7 @@ def test_regions_of_a_compiled_program():
 
     w, x = jnp.ones((256, 128)), jnp.ones((512, 256))
     hlo = program.lower(w, x).compile().as_text()
-    moved = programs.bytes_by_region(hlo)
+    moved = cost.bytes_by_region(hlo)
     assert moved.keys() - {"other"} == {"main attention", "loss"}
     product = 4 * (256 * 128 + 512 * 256 + 512 * 128)
     assert moved["main attention"] >= 2 * product
@@ -259,7 +262,7 @@ def test_regions_of_a_compiled_program():
 
     jaxpr = jax.make_jaxpr(program)(w, x).jaxpr
     one = 2 * 512 * 256 * 128
-    found = programs.matmul_flops_by_region(jaxpr, loops=True)
+    found = cost.matmul_flops_by_region(jaxpr, loops=True)
     assert found == {"main attention": 2 * one, "loss": 3 * one}  # x has no gradient
 
 
@@ -283,7 +286,7 @@ def test_operations_of_kernels_on_every_device():
         each, mesh=devices, in_specs=spec, out_specs=spec, check_vma=False
     )
     jaxpr = jax.make_jaxpr(run)(jnp.ones((8 * 64, 16))).jaxpr
-    found = programs.matmul_flops_by_region(jaxpr, loops=False)
+    found = cost.matmul_flops_by_region(jaxpr, loops=False)
     assert found == {"stem1": 8 * 4 * 3 * 2 * 16**3}
 
 
@@ -305,7 +308,7 @@ ENTRY %main (x: f32[32]) -> f32[256] {
   ROOT %done = f32[256]{0} fusion(%x), kind=kCustom, calls=%b
 }
 """
-    assert programs.collectives(hlo) == [
+    assert cost.collectives(hlo) == [
         {"kind": "all-gather", "count": 1, "bytes_per_step": 1024}
     ]
 
@@ -318,11 +321,11 @@ def test_operations_of_matrix_products_in_loops():
     x, w = jnp.ones((8, 16)), jnp.ones((5, 16, 16))
     one = 2 * 8 * 16 * 16
     forward = jax.make_jaxpr(program)(x, w).jaxpr
-    assert programs.matmul_flops(forward, loops=True) == 5 * one
-    assert programs.matmul_flops(forward, loops=False) == one
+    assert cost.matmul_flops(forward, loops=True) == 5 * one
+    assert cost.matmul_flops(forward, loops=False) == one
     # Forward, again for the gradient, and a product for each of x and w.
     both = jax.make_jaxpr(jax.grad(program, (0, 1)))(x, w).jaxpr
-    assert programs.matmul_flops(both, loops=True) == 5 * 4 * one
+    assert cost.matmul_flops(both, loops=True) == 5 * 4 * one
 
 
 GREY = "(0.5,0.5,0.5)"
@@ -349,11 +352,11 @@ def test_batches_are_of_the_shapes_that_are_compiled_for(source, overrides):
 
 
 def test_roofline_is_bound_by_what_is_slowest():
-    chip = compile_ahead.CHIPS["v5e"]
+    chip = ahead.CHIPS["v5e"]
     exchanged = [{"kind": "all-reduce", "count": 1, "bytes_per_step": 100e9}]
 
     def bound(flops, moved, exchanged=()):
-        found = compile_ahead.roofline(chip, 10, flops, moved, exchanged)
+        found = roofline.roofline(chip, 10, flops, moved, exchanged)
         return found["bound"], found["images_per_second_per_chip"]
 
     assert bound(197e12, 0) == ("arithmetic", 1)
@@ -371,7 +374,7 @@ def test_memory_by_kind_as_counted_by_hand():
         alias_size_in_bytes=600,
     )
     program = SimpleNamespace(memory_analysis=lambda: sizes)
-    assert compile_ahead.memory_of(program, compile_ahead.CHIPS["v6e"]) == {
+    assert ahead.memory_of(program, ahead.CHIPS["v6e"]) == {
         "arguments": 1000,
         "outputs": 700,
         "temporaries": 30,
@@ -386,7 +389,7 @@ def test_memory_of_a_program_that_updates_in_place():
     """4,096 bytes are updated in place, of 2,048 others a new array is made."""
     update = jax.jit(lambda x, y: (x + 1, 2 * y), donate_argnums=0)
     program = update.lower(jnp.zeros(1024), jnp.zeros(512)).compile()
-    found = compile_ahead.memory_of(program, compile_ahead.CHIPS["v5e"])
+    found = ahead.memory_of(program, ahead.CHIPS["v5e"])
     assert found["arguments"] == 4096 + 2048
     assert found["aliased"] == 4096
     table = found["outputs"] - (4096 + 2048)  # XLA for CPUs: addresses of the two
@@ -408,8 +411,8 @@ def test_command_that_searches_the_largest_batch(monkeypatch, tmp_path, capsys):
             "hbm_bytes_per_device": memory,
         }
 
-    monkeypatch.setattr(compile_ahead, "devices_of", lambda topology: jax.devices())
-    monkeypatch.setattr(compile_ahead, "examine", examine)
+    monkeypatch.setattr(ahead, "devices_of", lambda topology: jax.devices())
+    monkeypatch.setattr(ahead, "examine", examine)
     for search in (False, True):
         found = report(tmp_path, *["--search_batch"] * search)
         assert ("largest_batch_per_device" in found) == search
@@ -482,7 +485,7 @@ def test_ways_to_run_blocks_change_nothing(monkeypatch, name, options):
     is asked for.
     """
     value, found, same = loss_and_gradients(name, **options)
-    monkeypatch.setattr(kernels, "platform", lambda: "tpu")
+    monkeypatch.setattr(dispatch, "platform", lambda: "tpu")
     # The default, said, so that it is kept apart from what a CPU makes of it.
     loss, gradients, params = loss_and_gradients(name, remat=False)
     recipes.assert_identical(same, params)  # names, shapes and numbers
@@ -510,9 +513,9 @@ def lines(**options):
     ("platform", "options"), [("tpu", dict(scan_blocks=True)), ("cpu", {})]
 )
 def test_blocks_are_compiled_once(monkeypatch, platform, options):
-    monkeypatch.setattr(kernels, "platform", lambda: "tpu")
+    monkeypatch.setattr(dispatch, "platform", lambda: "tpu")
     one_by_one = lines(depths=(1, 1, 9)) - lines()
-    monkeypatch.setattr(kernels, "platform", lambda: platform)
+    monkeypatch.setattr(dispatch, "platform", lambda: platform)
     more = lines(depths=(1, 1, 9), **options) - lines(**options)
     assert more < one_by_one / 3  # stacking parameters remains
 
@@ -522,8 +525,8 @@ def test_cpus_add_up_residual_branches_once():
     found = []
     for depth in (3, 9):
         hlo = gradient_program(depths=(1, 1, depth)).compile().as_text()
-        kernels = re.findall(r"^%fused_computation\S* \((.*)\) ->", hlo, re.M)
-        found.append(max(operands.count(":") for operands in kernels))
+        operands = re.findall(r"^%fused_computation\S* \((.*)\) ->", hlo, re.M)
+        found.append(max(each.count(":") for each in operands))
     assert found[0] == found[1]
 
 
@@ -613,8 +616,8 @@ BRANCHES = ("attention", "mlp")
 
 def test_whole_report(tmp_path, monkeypatch):
     """Of these CPUs in place of the chips."""
-    monkeypatch.setattr(compile_ahead, "devices_of", lambda topology: jax.devices())
-    monkeypatch.setitem(compile_ahead.PLUGINS, "v5e", "jaxlib")
+    monkeypatch.setattr(ahead, "devices_of", lambda topology: jax.devices())
+    monkeypatch.setitem(ahead.PLUGINS, "v5e", "jaxlib")
     options = dict(data__name="imagenet2012", data__canvas=96)
     found = report(tmp_path, **options)
     assert found["fits"]
@@ -649,9 +652,9 @@ def test_fsdp_exchanges_parameters_and_gradients_alone(fsdp, parts):
         config.mesh.data, config.mesh.fsdp = 8 // fsdp, fsdp
         config.optimizer.accumulate_steps = parts
         devices = sharding.make_mesh(config.mesh, size, parts)
-        training = compile_ahead.train_step(config, devices)
+        training = ahead.train_step(config, devices)
         hlo = compile_step(training).as_text()
-        found.append(programs.collectives(hlo))
+        found.append(cost.collectives(hlo))
     assert found[0] == found[1]
     kinds = [each["kind"] for each in found[0]]
     assert kinds == ["all-reduce", "all-gather"]  # the CPU has no reduce-scatter
@@ -671,11 +674,11 @@ def test_search_for_the_largest_batch(monkeypatch, own, most):
         tried.append(config.batch_size // 8)
         return {"fits": tried[-1] <= most}
 
-    monkeypatch.setattr(compile_ahead, "examine", examine)
+    monkeypatch.setattr(ahead, "examine", examine)
     config = recipes.mae(batch_size=8 * own)
     start = {"batch_size": 8 * own, "batch_per_device": own, "fits": own <= most}
     start["topology"] = ""
-    found = compile_ahead.largest_batch(config, [], start)
+    found = ahead.largest_batch(config, [], start)
     low, high = (
         found[key] for key in ("largest_batch_per_device", "smallest_that_does_not_fit")
     )
@@ -695,17 +698,17 @@ def test_sizes_of_the_search_divide(monkeypatch):
         tried.append(config.batch_size // 8)
         return {"fits": False}
 
-    monkeypatch.setattr(compile_ahead, "examine", examine)
-    compile_ahead.largest_batch(config, [], start)
+    monkeypatch.setattr(ahead, "examine", examine)
+    ahead.largest_batch(config, [], start)
     assert tried == [6]
 
 
 def test_search_where_nothing_fits(monkeypatch):
     memory = {"total": None, "limit": 5000}
     report = {"fits": False, "hbm_bytes_per_device": memory}
-    monkeypatch.setattr(compile_ahead, "examine", lambda *_: report)
+    monkeypatch.setattr(ahead, "examine", lambda *_: report)
     start = {"batch_size": 32, "batch_per_device": 4, "topology": ""} | report
-    found = compile_ahead.largest_batch(recipes.mae(batch_size=32), [], start)
+    found = ahead.largest_batch(recipes.mae(batch_size=32), [], start)
     assert found["largest_batch_per_device"] == 0
 
 
@@ -724,9 +727,9 @@ def test_operations_fall_with_the_mask_as_counted_by_hand():
         flags = [f"--config.mask_ratio={mask_ratio}", "--config.batch_size=8"]
         config = configs.load("mae_tiny", flags)
         mesh = sharding.make_mesh(config.mesh, 8)
-        training = compile_ahead.train_step(config, mesh)
+        training = ahead.train_step(config, mesh)
         jaxpr = jax.make_jaxpr(training.step)(*training.arguments()).jaxpr
-        found.append(programs.matmul_flops(jaxpr, loops=True) / 8)
+        found.append(cost.matmul_flops(jaxpr, loops=True) / 8)
         model = nnx.eval_shape(inputs.task_of_recipe(config).build_model)
         counted.append(6 * training_macs(model, mask_ratio))
     assert_allclose(found, counted, rtol=0.04)  # images are resized, too

@@ -16,9 +16,12 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from benchmarks import photographs
-from hivit_jax import augment, config, inputs, models
-from hivit_jax.data import order, randaugment, sources, transforms
+from hivit_jax import config, inputs, models
+from hivit_jax.augment import resample
+from hivit_jax.data import order, randaugment, transforms
 from hivit_jax.data.order import permutation, samples_at
+from hivit_jax.data.sources import digits as data_sources_digits
+from hivit_jax.data.sources import registry
 from hivit_jax.errors import ConfigError, DataError
 
 RECIPE = Path(__file__).parents[1] / "configs" / "digits_mae.py"
@@ -128,7 +131,10 @@ def test_digits_splits():
     known = {}
     for image, label in zip(digits.images, digits.target, strict=True):
         known.setdefault(np.round(image * 255 / 16).astype(np.uint8).tobytes(), label)
-    train, test = sources.Digits("train"), sources.Digits("test")
+    train, test = (
+        data_sources_digits.Digits("train"),
+        data_sources_digits.Digits("test"),
+    )
     assert (len(train), len(test)) == (1437, 360)
     found = []
     for source in (train, test):
@@ -154,7 +160,7 @@ COUNTS = [27, 35, 36, 29, 30, 40, 44, 39, 39, 41]
 
 
 def test_digits_as_png():
-    source = sources.Digits("train")
+    source = data_sources_digits.Digits("train")
     sample = source.sample(5)
     assert sample["image"][:8] == b"\x89PNG\r\n\x1a\n"
     assert sample == source.sample(np.int64(5))
@@ -162,23 +168,26 @@ def test_digits_as_png():
 
 
 def test_few_training_examples():
-    whole = {image.tobytes() for image in sources.Digits("train").pixels()}
+    whole = {image.tobytes() for image in data_sources_digits.Digits("train").pixels()}
     found = []
     for subset in (0, 1, 0):
-        source = sources.Digits("train", train_examples=100, subset=subset)
+        source = data_sources_digits.Digits("train", train_examples=100, subset=subset)
         assert np.bincount(source.labels).tolist() == [10] * 10
         found.append([image.tobytes() for image in source.pixels()])
         assert len(set(found[-1])) == 100
         assert set(found[-1]) <= whole
     assert found[0] == found[2]
     assert set(found[0]) != set(found[1])
-    test = sources.Digits("test", train_examples=100, subset=1)
-    assert_array_equal(test.pixels(), sources.Digits("test").pixels())
+    test = data_sources_digits.Digits("test", train_examples=100, subset=1)
+    assert_array_equal(test.pixels(), data_sources_digits.Digits("test").pixels())
 
 
 def test_larger_subset_holds_the_smaller():
     small, large = (
-        {image.tobytes() for image in sources.Digits("train", n, 2).pixels()}
+        {
+            image.tobytes()
+            for image in data_sources_digits.Digits("train", n, 2).pixels()
+        }
         for n in (100, 1000)
     )
     assert len(large) == 1000
@@ -188,13 +197,13 @@ def test_larger_subset_holds_the_smaller():
 @pytest.mark.parametrize("examples", [5, 101, 1010, 1437])
 def test_training_examples_that_cannot_be_shared(examples):
     with pytest.raises(ConfigError, match=f"train_examples={examples}: .* 10 classes"):
-        sources.Digits("train", train_examples=examples)
+        data_sources_digits.Digits("train", train_examples=examples)
 
 
 def test_number_of_images():
     data = load(data__train_examples=100).data
-    assert sources.num_examples(data, "train") == 100
-    assert sources.num_examples(data, "test") == 360
+    assert registry.num_examples(data, "train") == 100
+    assert registry.num_examples(data, "test") == 360
 
 
 def test_more_classes_than_the_model_has():
@@ -223,7 +232,7 @@ def test_settings_that_cannot_work(overrides, message):
 
 
 def test_training_batches():
-    source, cfg = sources.Digits("train"), load()
+    source, cfg = data_sources_digits.Digits("train"), load()
     batches = list(inputs.train_batches(cfg, 0, 16))  # 1,536 of 1,437 images
     assert len(batches) == 16
     order = np.concatenate([permutation(0, 0, 1437), permutation(0, 1, 1437)])
@@ -244,7 +253,9 @@ def test_training_batches():
 def test_images_of_their_own_size_are_unchanged():
     cfg = load(model__image_size=8)
     batch = next(inputs.train_batches(cfg, 0, 1))
-    expected = sources.Digits("train").pixels()[permutation(0, 0, 1437)[:96]]
+    expected = data_sources_digits.Digits("train").pixels()[
+        permutation(0, 0, 1437)[:96]
+    ]
     assert_array_equal(batch["image"][..., 0], expected)
 
 
@@ -287,7 +298,7 @@ def test_crops_differ_by_image_epoch_and_seed():
 
 @pytest.mark.parametrize("batch_size", [90, 96, 360, 512])
 def test_evaluation_batches_hold_every_image_once(batch_size):
-    source = sources.Digits("test")
+    source = data_sources_digits.Digits("test")
     cfg = load(batch_size=batch_size, model__image_size=8, data__crop_scale=(0.3, 0.4))
     batches = list(inputs.eval_batches(cfg))
     assert len(batches) == math.ceil(360 / batch_size)
@@ -345,7 +356,7 @@ def test_synthetic_images_need_no_tensorflow(monkeypatch):
         assert (batch["weight"] == 1).all()
     assert len(np.unique(batches[0]["image"], axis=0)) > 32
     count = sum(batch["weight"].sum() for batch in inputs.eval_batches(cfg))
-    assert count == sources.num_examples(cfg.data, "test") > 0
+    assert count == registry.num_examples(cfg.data, "test") > 0
 
 
 # Batches of files
@@ -386,14 +397,14 @@ def test_batches_for_the_device_and_of_the_host_show_the_same(folder):
             assert one["box"].shape == (8, 2, 3)
             assert other["image"].shape == (8, 24, 24, 3)
             assert "box" not in other
-            pixels = augment.resample(one["image"], one["box"], (24, 24))
+            pixels = resample.resample(one["image"], one["box"], (24, 24))
             assert np.abs(pixels - other["image"].astype(float)).mean() < 0.4
             for key in ("label", "weight", "unreadable"):
                 assert_array_equal(one[key], other[key])
 
 
 def test_evaluation_sees_the_middle_of_every_file(folder):
-    source = sources.open_source(load_folder(folder).data, "test")
+    source = registry.open_source(load_folder(folder).data, "test")
     batches = list(inputs.eval_batches(load_folder(folder, data__canvas=0)))
     images = np.concatenate([b["image"] for b in batches])
     weights = np.concatenate([b["weight"] for b in batches])
@@ -516,7 +527,7 @@ def test_share_of_unreadable_images():
 @pytest.mark.parametrize("wrong", [10, -1])
 def test_label_outside_the_classes(folder, monkeypatch, wrong):
     cfg = load_folder(folder)
-    source = sources.open_source(cfg.data, "train")
+    source = registry.open_source(cfg.data, "train")
     monkeypatch.setattr(source, "labels", np.where(source.labels == 3, wrong, 0))
     message = rf"coffee/\d+.JPEG has label {wrong}; expected 0 to 9, .*num_classes=10"
     with pytest.raises(DataError, match=message):
@@ -690,7 +701,7 @@ def test_digits_by_key():
             assert counts.tolist() == [examples // 10] * 10
             assert len(found[examples, subset]) == examples
         [first, *_] = inputs.eval_batches(cfg)
-        source = sources.Digits("test")
+        source = data_sources_digits.Digits("test")
         assert_array_equal(first["image"][..., 0], source.pixels()[:80])
     assert len(found[0, 0]) == 80
     assert found[50, 3] < found[70, 3]

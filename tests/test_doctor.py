@@ -9,7 +9,8 @@ import recipes
 from PIL import Image
 
 from benchmarks.photographs import photographs, write
-from hivit_jax.data import doctor, sources
+from hivit_jax.data.sources import folder
+from hivit_jax.tools import check_data
 
 NAMES = sorted(photographs())
 
@@ -70,7 +71,7 @@ def damaged(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch, tmp_path):
     """The speed is of no interest here; and an index of folders is kept aside."""
-    monkeypatch.setattr(doctor, "SECONDS", 0.05)
+    monkeypatch.setattr(check_data, "SECONDS", 0.05)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
@@ -81,7 +82,7 @@ def examine(capsys):
     def run(root, *flags, **overrides):
         values = {"data__name": "folder", "data__dir": root, "data__canvas": 64}
         arguments = recipes.arguments("photographs", **values | overrides)
-        code = doctor.main([*arguments, *flags])
+        code = check_data.main([*arguments, *flags])
         out, err = capsys.readouterr()
         return code, out, err
 
@@ -132,7 +133,9 @@ def test_speed(examine, healthy):
     at = next(i for i, line in enumerate(lines) if "estimate" in line)
     rate = float(lines[at - 2][1].replace(",", ""))
     config = recipes.mae("photographs", model__image_size=224)
-    model = doctor.nnx.eval_shape(doctor.inputs.task_of_recipe(config).build_model)
+    model = check_data.nnx.eval_shape(
+        check_data.inputs.task_of_recipe(config).build_model
+    )
     flops = 6 * model.macs(mask_ratio=0.75, layer_norm_cost=0)
     peaks = {"H100": 989, "TPU v5e": 197, "TPU v5p": 459}
     for line, (name, peak) in zip(lines[at + 1 : at + 4], peaks.items(), strict=True):
@@ -197,7 +200,7 @@ def test_what_may_be_damaged(examine, damaged):
 
 def test_list(examine, damaged, tmp_path, monkeypatch):
     """Has them all where the report has no room for them."""
-    monkeypatch.setattr(doctor, "SHOWN", 3)
+    monkeypatch.setattr(check_data, "SHOWN", 3)
     path = tmp_path / "broken.txt"
     code, out, _ = examine(damaged, f"--list={path}")
     assert code == 4
@@ -246,14 +249,14 @@ def test_class_without_an_image(examine, tmp_path):
 
 
 def test_label_of_no_class(examine, healthy, monkeypatch):
-    sample = sources.Folder.sample
+    sample = folder.Folder.sample
     wrong = {3: -1, 8: 7}
 
     def mislabelled(self, index):
         found = sample(self, index)
         return found | {"label": wrong.get(index, found["label"])}
 
-    monkeypatch.setattr(sources.Folder, "sample", mislabelled)
+    monkeypatch.setattr(folder.Folder, "sample", mislabelled)
     code, out, err = examine(healthy)
     assert code == 4
     train, test = sections(out)
@@ -291,7 +294,7 @@ def test_titles_of_splits(examine, healthy):
 
 
 def test_digits(capsys):
-    assert doctor.main(recipes.arguments("digits", data__train_examples=100)) == 0
+    assert check_data.main(recipes.arguments("digits", data__train_examples=100)) == 0
     out = capsys.readouterr().out
     assert "\ntrain: 100 images, 10 classes\n" in out
     assert "\ntest: 360 images, 10 classes\n" in out
@@ -309,7 +312,7 @@ def test_digits(capsys):
     ],
 )
 def test_bad_flag(flags, fragment, capsys):
-    assert doctor.main([*recipes.arguments("digits"), *flags]) == 2
+    assert check_data.main([*recipes.arguments("digits"), *flags]) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("error: ")
@@ -319,7 +322,7 @@ def test_bad_flag(flags, fragment, capsys):
 def test_real_process_without_tensorflow(healthy, tmp_path):
     program = (
         "import sys\n"
-        "from hivit_jax.data.doctor import main\n"
+        "from hivit_jax.tools.check_data import main\n"
         "code = main(sys.argv[1:])\n"
         "from jax._src import xla_bridge\n"
         "assert 'tensorflow' not in sys.modules\n"

@@ -17,8 +17,8 @@ from traces import STEPS, config_of, mismatches
 import hivit_jax
 from hivit_jax.errors import ConfigError
 from hivit_jax.main import main
-from hivit_jax.models import named_leaves, split
 from hivit_jax.train import train
+from hivit_jax.tree import named_leaves, split
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -10,10 +10,11 @@ import recipes
 from networks import DEFAULTS, mini, pictures
 from numpy.testing import assert_allclose, assert_array_equal
 
-from hivit_jax import export, kernels
-from hivit_jax.checkpoint import Checkpoints
+from hivit_jax.checkpoints.manager import Checkpoints
 from hivit_jax.errors import CheckpointError, ConfigError
-from hivit_jax.models import split
+from hivit_jax.kernels import dispatch
+from hivit_jax.tools import export
+from hivit_jax.tree import split
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -74,7 +75,7 @@ def test_parameters_are_stored_once(exported):
 
 def test_kernels_of_one_backend_are_left_out(monkeypatch):
     model, choices = mini(kernels="fused"), []
-    monkeypatch.setattr(kernels, "mlp", lambda *args: choices.append(args[-1]))
+    monkeypatch.setattr(dispatch, "mlp", lambda *args: choices.append(args[-1]))
     export.export(model)
     assert set(choices) == {"plain"}
     assert model.run_options.kernels == "fused"

@@ -17,9 +17,9 @@ from networks import (
 )
 from numpy.testing import assert_allclose, assert_array_equal
 
+from hivit_jax.distributed.sharding import AXES, BATCH, make_mesh, state_shardings
 from hivit_jax.errors import ConfigError
-from hivit_jax.models import named_leaves, split
-from hivit_jax.sharding import AXES, BATCH, make_mesh, state_shardings
+from hivit_jax.tree import named_leaves, split
 
 KEPT = jnp.asarray([[5, 0, 3], [1, 4, 2]])
 

@@ -8,8 +8,8 @@ import pytest
 import recipes
 from test_prepare import LABELS, write_tars
 
-from hivit_jax import metrics
-from hivit_jax.data import prepare
+from hivit_jax.reporting import console, metrics
+from hivit_jax.tools import prepare_data
 
 TRAIN, VAL = 15, 6
 # SIGKILL as soon as the first checkpoint is on disk.
@@ -39,7 +39,7 @@ def data(request, originals, tmp_path_factory):
     tars, images = originals
     out = tmp_path_factory.mktemp(request.param)
     if request.param == "imagenet2012":
-        assert prepare.main([f"--manual_dir={tars}", f"--data_dir={out}"]) == 0
+        assert prepare_data.main([f"--manual_dir={tars}", f"--data_dir={out}"]) == 0
     else:
         for name, jpeg in images["train"].items():
             path = out / "train" / name.partition("_")[0] / name
@@ -111,6 +111,6 @@ def test_pretrain_kill_resume_finetune_evaluate(data, environment, tmp_path):
     assert (found["step"], found["eval/count"], found["eval/unreadable"]) == (4, VAL, 0)
     assert found["eval/top1"] * VAL == pytest.approx(round(found["eval/top1"] * VAL))
     out = run(tmp_path / "finetuned", *finetuning, "--mode=eval")
-    assert out.splitlines()[-1] == metrics.eval_line("step 4", found)
+    assert out.splitlines()[-1] == console.eval_line("step 4", found)
     config = json.loads((tmp_path / "finetuned/config.json").read_text())
     assert config["data"]["name"] == data["data__name"]

@@ -33,12 +33,14 @@ from kernel_cases import (
 from networks import fast_jit, pictures
 from numpy.testing import assert_allclose
 
-from hivit_jax import kernels, sharding
-from hivit_jax.chips import GPU_OPTIONS, devices_of
-from hivit_jax.compiling import compile_step
+from hivit_jax.distributed import sharding
 from hivit_jax.errors import ConfigError
-from hivit_jax.models import create_model, layers, named_leaves, split
-from hivit_jax.schedule import make_schedule
+from hivit_jax.kernels import attention_xla, dispatch
+from hivit_jax.models import create_model, layers, norms
+from hivit_jax.training.schedule import make_schedule
+from hivit_jax.tree import named_leaves, split
+from hivit_jax.xla.chips import GPU_OPTIONS, devices_of
+from hivit_jax.xla.compile import compile_step
 
 # Stem stages of 128 and 256, a main stage of 512, a decoder of 128: what kernels take.
 WIDE = dict(
@@ -61,7 +63,7 @@ def kept(function, inputs):
 LAYERS = {
     "gelu": (layers.gelu, partial(jax.nn.gelu, approximate=False), [(48, 256)]),
     "LayerNorm": (
-        lambda *inputs: layers.layer_norm(*inputs, EPS, jnp.float32),
+        lambda *inputs: norms.layer_norm(*inputs, EPS, jnp.float32),
         layer_norm,
         [(2, 24, 256), (256,), (256,)],
     ),
@@ -89,7 +91,7 @@ def test_plain_attention_gives_the_librarys_numbers(special):
 
     def ours(q, k, v, bias):
         how = dict(bias=bias, mask=mask, choice="auto")
-        return kernels.dot_product_attention(q, k, v, **how)
+        return attention_xla.dot_product_attention(q, k, v, **how)
 
     def plain(q, k, v, bias):
         return jax.nn.dot_product_attention(q, k, v, bias=bias, mask=mask)
@@ -112,8 +114,8 @@ def test_odd_numbers_of_tokens_are_padded_for_cudnn(tokens, monkeypatch):
     *qkv, direction = arrays(*[(2, tokens, 4, 32)] * 4, dtype=jnp.bfloat16)
     expected = results(library, qkv, direction)
     monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
-    monkeypatch.setattr(kernels, "platform", lambda: "gpu")
-    attend = partial(kernels.dot_product_attention, bias=None, mask=None)
+    monkeypatch.setattr(dispatch, "platform", lambda: "gpu")
+    attend = partial(attention_xla.dot_product_attention, bias=None, mask=None)
     found = results(partial(attend, choice="auto"), qkv, direction)
     assert calls == [("cudnn", 10)]
     for a, b in zip(found, expected, strict=True):
@@ -257,7 +259,7 @@ def test_where_they_are_not_for(one_device):
 
 def test_gpus_run_narrow_mlps_as_kernels_where_told(one_device, monkeypatch):
     """128 and 256 wide in bfloat16: the stem's two and two, and this decoder's."""
-    monkeypatch.setattr(kernels, "platform", lambda: "gpu")
+    monkeypatch.setattr(dispatch, "platform", lambda: "gpu")
     monkeypatch.setattr(jax.nn, "dot_product_attention", lambda q, k, v, **_: v)
     for choice, dtype, count in (
         *(("fused", "bfloat16", 5), ("auto", "bfloat16", 0)),
@@ -288,8 +290,8 @@ def on_platform(monkeypatch):
             mem_bw_bytes_per_second=819e9,
         )
         chip = SimpleNamespace(**v5e)
-        monkeypatch.setattr(kernels.pltpu, "get_tpu_info", lambda: chip)
-        monkeypatch.setattr(kernels, "platform", lambda: name)
+        monkeypatch.setattr(dispatch.pltpu, "get_tpu_info", lambda: chip)
+        monkeypatch.setattr(dispatch, "platform", lambda: name)
         monkeypatch.setattr(jax.nn, "dot_product_attention", attend)
         return calls
 
@@ -423,21 +425,21 @@ def compiled_text(case, device, keep, options=None):
 
 def test_rows_of_a_block():
     """As many as divide the total, of whole tiles, and for attention whole images."""
-    assert kernels.block_rows(64 * 784, 8, 1024, 2000) == 1024
-    assert kernels.block_rows(64 * 784, 8, 1024, 1000) == 896
-    assert kernels.block_rows(64 * 49, 8, 256, 2000) == 224
-    assert kernels.block_rows(64 * 49, 392, 1024, 2000) == 784
-    assert kernels.block_rows(16 * 49, 392, 1024, 2000) == 392
-    assert kernels.block_rows(8 * 49, 392, 1024, 2000) == 392
-    assert kernels.block_rows(64 * 576, 576, 512, 2000) == 576
-    assert kernels.block_rows(64 * 576, 576, 512, 500) is None
-    assert kernels.block_rows(4 * 49, 392, 512, 2000) is None
+    assert dispatch.block_rows(64 * 784, 8, 1024, 2000) == 1024
+    assert dispatch.block_rows(64 * 784, 8, 1024, 1000) == 896
+    assert dispatch.block_rows(64 * 49, 8, 256, 2000) == 224
+    assert dispatch.block_rows(64 * 49, 392, 1024, 2000) == 784
+    assert dispatch.block_rows(16 * 49, 392, 1024, 2000) == 392
+    assert dispatch.block_rows(8 * 49, 392, 1024, 2000) == 392
+    assert dispatch.block_rows(64 * 576, 576, 512, 2000) == 576
+    assert dispatch.block_rows(64 * 576, 576, 512, 500) is None
+    assert dispatch.block_rows(4 * 49, 392, 512, 2000) is None
 
 
 def test_what_is_worth_keeping():
     """Where arithmetic is the limit, by a margin; not where the bytes would be."""
     for balance, kept in ((166, [False, True, True]), (240, [False, False, True])):
-        target = kernels.Target("cpu", balance=2 * balance)
+        target = dispatch.Target("cpu", balance=2 * balance)
         for (width, hidden), worth in zip(
             ((128, 384), (256, 768), (512, 2048)), kept, strict=True
         ):

@@ -10,7 +10,7 @@ from numpy.testing import assert_allclose
 
 from hivit_jax import inputs, models
 from hivit_jax.errors import ConfigError
-from hivit_jax.models.layers import BatchNorm
+from hivit_jax.models.norms import BatchNorm
 from hivit_jax.train import train
 
 MOMENTUM, TRUST = 0.9, 0.001

@@ -16,10 +16,12 @@ from etils.epath import backend, gpath
 from numpy.testing import assert_allclose
 from PIL import Image
 
-from hivit_jax import checkpoint, figures, inputs, metrics
+from hivit_jax import inputs
+from hivit_jax.checkpoints import read
 from hivit_jax.data.order import permutation
 from hivit_jax.main import main
 from hivit_jax.models.classifier import Classifier
+from hivit_jax.reporting import console, figures, metrics
 from hivit_jax.tasks.classification import scores
 from hivit_jax.train import train
 
@@ -146,7 +148,7 @@ def test_pause_does_not_count(clock):
     ],
 )
 def test_duration(seconds, text):
-    assert metrics.duration(seconds) == text
+    assert console.duration(seconds) == text
 
 
 def test_step_line():
@@ -159,10 +161,10 @@ def test_step_line():
         input_bound=0.1,
         unreadable=0,
     )
-    line = metrics.step_line(120, 1000, values)
+    line = console.step_line(120, 1000, values)
     expected = "step 120/1000  loss 0.5432  lr 1.20e-03  3,210 images/s  1:23 left"
     assert line == expected
-    line = metrics.step_line(
+    line = console.step_line(
         120, 1000, values | {"input_bound": 0.5, "unreadable": 1234}
     )
     assert line == (
@@ -172,15 +174,15 @@ def test_step_line():
 
 def test_eval_line():
     values = {"eval/loss": 0.54, "eval/count": 50_000, "eval/unreadable": 0}
-    assert metrics.eval_line("step 120", values) == (
+    assert console.eval_line("step 120", values) == (
         "step 120  eval  loss 0.5400  (50,000 images)"
     )
     values |= {"eval/top1": 0.875, "eval/top5": 0.99999, "eval/count": 360}
-    assert metrics.eval_line("step 120", values) == (
+    assert console.eval_line("step 120", values) == (
         "step 120  eval  loss 0.5400  top1 87.50 %  top5 100.00 %  (360 images)"
     )
     values["eval/unreadable"] = 2
-    assert metrics.eval_line("step 120", values).endswith("(360 images, 2 unreadable)")
+    assert console.eval_line("step 120", values).endswith("(360 images, 2 unreadable)")
 
 
 def test_best_of_the_checkpoints_that_are_kept(tmp_path):
@@ -192,24 +194,24 @@ def test_best_of_the_checkpoints_that_are_kept(tmp_path):
     ]
     text = "".join(json.dumps(line | {"eval/unreadable": 0}) + "\n" for line in lines)
     (tmp_path / "metrics.jsonl").write_text(text)
-    best = metrics.best_line(tmp_path, [20, 30], ("eval/top1", "max"))
+    best = console.best_line(tmp_path, [20, 30], ("eval/top1", "max"))
     assert best == (
         "best checkpoint  step 30  eval  loss 0.9000  top1 80.00 %  (8 images)  "
         f"{tmp_path}/checkpoints/30"
     )
-    of_all = partial(metrics.best_line, tmp_path, [10, 20, 30])
+    of_all = partial(console.best_line, tmp_path, [10, 20, 30])
     assert "step 10 " in of_all(("eval/top1", "max"))
     assert "step 20 " in of_all(("eval/top1", "min"))
     assert "step 20 " in of_all(("eval/loss", "min"))
     assert "step 30 " in of_all(("eval/loss", "max"))
-    none = metrics.best_line(tmp_path, [], ("eval/loss", "min"))
+    none = console.best_line(tmp_path, [], ("eval/loss", "min"))
     assert none.startswith("no checkpoint of an evaluated")
 
 
 def test_say_is_for_one_process(monkeypatch, capsys):
     for index in range(2):
         monkeypatch.setattr(metrics.jax, "process_index", lambda index=index: index)
-        metrics.say(f"process {index}")
+        console.say(f"process {index}")
     assert capsys.readouterr().out == "process 0\n"
 
 
@@ -353,10 +355,10 @@ def test_workdir_in_a_bucket(bucket):
     figures.draw_run(workdir, 4, {})
     assert (bucket / "run" / "figures" / "curves.png").stat().st_size > 1000
     assert not list(bucket.rglob(".writable*"))
-    assert str(checkpoint.absolute("gs://bucket/run")) == "gs://bucket/run"
+    assert str(read.absolute("gs://bucket/run")) == "gs://bucket/run"
     (bucket / "run/checkpoints/7/params").mkdir(parents=True)
     (bucket / "run/checkpoints/12/params").mkdir(parents=True)
-    steps_there = [path.name for path in checkpoint.find("gs://bucket/run")]
+    steps_there = [path.name for path in read.find("gs://bucket/run")]
     assert steps_there == ["12", "7"]
 
 

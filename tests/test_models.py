@@ -32,15 +32,13 @@ from hivit_jax.models import (
     create_model,
     list_models,
     positions,
-    split,
 )
 from hivit_jax.models.classifier import Classifier
 from hivit_jax.models.config import RunOptions
 from hivit_jax.models.flops import encoder_cost, parameter_count
 from hivit_jax.models.layers import ParameterKeys
-from hivit_jax.models.mae import (
-    MaskedAutoencoder,
-)
+from hivit_jax.models.mae import MaskedAutoencoder
+from hivit_jax.tree import split
 
 # Parameters and cost
 

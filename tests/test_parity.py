@@ -11,7 +11,6 @@ import reference
 from flax import nnx
 from reference import FIXTURES, golden, probe
 
-from hivit_jax.models import split
 from hivit_jax.models.mae import random_masking
 from hivit_jax.models.positions import (
     merge_order,
@@ -21,7 +20,8 @@ from hivit_jax.models.positions import (
     units_to_cells,
     unpatchify,
 )
-from hivit_jax.weights import latent_order, to_official
+from hivit_jax.tree import split
+from hivit_jax.weights.names.official import latent_order, to_official
 
 MINI_MAES = ["mae_mini", "mae_mini_rpe", "mae_mini_nohifeat", "mae_mini_nohifeat_rpe"]
 

@@ -8,7 +8,8 @@ from flax import nnx
 from networks import compiled, mini, pictures
 from numpy.testing import assert_allclose, assert_array_equal
 
-from hivit_jax.models import positions, resize, split
+from hivit_jax.models import positions, resize
+from hivit_jax.tree import split
 
 # Positions
 

@@ -10,10 +10,8 @@ import reference
 from networks import compiled, mae_run, mini, pictures
 from numpy.testing import assert_allclose
 
-from hivit_jax.models import (
-    split,
-)
 from hivit_jax.models.classifier import Classifier
+from hivit_jax.tree import split
 
 # bfloat16
 

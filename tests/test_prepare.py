@@ -16,9 +16,10 @@ import tensorflow_datasets as tfds
 from PIL import Image
 from test_cli import check_message
 
-from hivit_jax.data import prepare, sources
-from hivit_jax.data.prepare import main
+from hivit_jax.data.sources.tfds import OPENERS, Tfds
 from hivit_jax.errors import DataError
+from hivit_jax.tools import prepare_data
+from hivit_jax.tools.prepare_data import main
 
 WNIDS = ("n15075141", "n01440764", "n01443537")
 LABELS = {"n15075141": 999, "n01440764": 0, "n01443537": 1}
@@ -56,8 +57,8 @@ def write_tars(
     }
     images = {f"ILSVRC2012_val_{i:08d}.JPEG": noise() for i in validation}
     tars = {f"{wnid}.tar": packed(files) for wnid, files in classes.items()}
-    (directory / prepare.TRAIN).write_bytes(packed(tars))
-    (directory / prepare.VALIDATION).write_bytes(packed(images))
+    (directory / prepare_data.TRAIN).write_bytes(packed(tars))
+    (directory / prepare_data.VALIDATION).write_bytes(packed(images))
     train = {name: jpeg for files in classes.values() for name, jpeg in files.items()}
     return {"train": train, "validation": images}
 
@@ -163,19 +164,19 @@ def test_reduced_images(whole, small):
 
 def test_source(whole, originals):
     """What the input pipeline reads, by many threads at once, and parts of it."""
-    source = sources.Tfds("imagenet2012", str(whole), "train")
+    source = Tfds("imagenet2012", str(whole), "train")
     jpegs = list(originals["train"].values())
     expected = [(jpegs[i], LABELS[WNIDS[i // 5]]) for i in range(15)]
     assert len(source) == 15
     assert [recipes.sample(source, i) for i in range(15)] == expected
     assert len(source.classes) == 1000
     assert source.name(7) == "train[7] n01440764_2.JPEG"
-    part = sources.Tfds("imagenet2012", str(whole), "train[3:9]")
+    part = Tfds("imagenet2012", str(whole), "train[3:9]")
     assert [recipes.sample(part, i) for i in range(6)] == expected[3:9]
-    validation = sources.Tfds("imagenet2012", str(whole), "validation")
+    validation = Tfds("imagenet2012", str(whole), "validation")
     assert [recipes.sample(validation, i)[1] for i in range(6)] == VALIDATION_LABELS
     with pytest.raises(DataError, match="no split 'test'; it has train, validation"):
-        sources.Tfds("imagenet2012", str(whole), "test")
+        Tfds("imagenet2012", str(whole), "test")
 
     def many(seed):
         order = np.random.RandomState(seed).randint(0, 15, 300)
@@ -192,7 +193,7 @@ def test_files_that_may_be_open(whole):
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (500, before[1]))
-        sources.Tfds("imagenet2012", str(whole), "train")
+        Tfds("imagenet2012", str(whole), "train")
         assert resource.getrlimit(resource.RLIMIT_NOFILE) == (508, before[1])
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
@@ -216,7 +217,7 @@ def test_reading_needs_no_tensorflow(whole, originals, tmp_path):
 def test_done_already(whole, flags):
     """A real process says so, in no time, and touches nothing."""
     before = contents(whole / VERSION)
-    command = ["-m", "hivit_jax.data.prepare", *flags, f"--data_dir={whole}"]
+    command = ["-m", "hivit_jax.tools.prepare_data", *flags, f"--data_dir={whole}"]
     code, out, err = recipes.run(*command)
     assert (code, err) == (0, "")
     assert "train: 15 images\nvalidation: 6 images\n" in out
@@ -230,7 +231,7 @@ def test_killed_process_goes_on(small, flags, tmp_path):
     program = (
         "import os, signal, sys\n"
         "from hivit_jax.data import prepare\n"
-        "shrink, calls = prepare.shrink, []\n"
+        "shrink, calls = prepare_data.shrink, []\n"
         "def deadly(*arguments):\n"
         "    calls.append(1)\n"
         "    if len(calls) == 8:\n"
@@ -337,16 +338,16 @@ def test_dataset_without_manual_files(tmp_path):
 def test_tfrecord_that_tfds_wrote(tmp_path):
     """Its own order and images, which it encodes as PNG; read without tensorflow."""
     Rings(data_dir=tmp_path, file_format="tfrecord").download_and_prepare()
-    source = sources.Tfds("rings", str(tmp_path), "train")
+    source = Tfds("rings", str(tmp_path), "train")
     found = [recipes.sample(source, i) for i in range(3)]
     widths = [(size_of(png)[0], label) for png, label in found]
     assert sorted(widths) == [(8, 0), (9, 1), (10, 0)]
-    part = sources.Tfds("rings", str(tmp_path), "train[1:]")
+    part = Tfds("rings", str(tmp_path), "train[1:]")
     assert [recipes.sample(part, 0), recipes.sample(part, 1)] == found[1:]
     (shard,) = tmp_path.glob("rings/1.0.0/*tfrecord*")
     assert source.name(1) == "train[1]"
     shard.write_bytes(shard.read_bytes()[:-3])
-    sources.OPENERS["tfrecord"].cache_clear()
+    OPENERS["tfrecord"].cache_clear()
     with pytest.raises(OSError, match="ends inside a record"):
         recipes.sample(source, 0)
     assert source.name(1) == f"train[1] in {shard}"
@@ -360,7 +361,7 @@ def test_tfrecord_that_tfds_wrote(tmp_path):
         (["--name=imagenet2012/x"], ["imagenet2012/x", "not found"]),
         (["--name=coco"], ["coco", "(Image, ClassLabel)", "gives ()"]),
         (["--name=imagenet2012_real"], ["ClassLabel", "gives (Image, Sequence)"]),
-        (["--manual_dir="], ["--manual_dir=''", "no directory", prepare.TRAIN]),
+        (["--manual_dir="], ["--manual_dir=''", "no directory", prepare_data.TRAIN]),
         (["--manual_dir=/x/y"], ["--manual_dir='/x/y'", "no directory"]),
         (["--data_dir=/dev/null"], ["/dev/null", "cannot be written"]),
         (["--short_side=-1"], ["short_side=-1", "at least 0"]),
@@ -383,11 +384,13 @@ def check_refused(tars, exit_code, fragments, capsys):
 
 
 def test_missing_and_misnamed_tar(tmp_path, capsys):
-    check_refused(tmp_path, 2, [prepare.TRAIN, prepare.VALIDATION, "nothing"], capsys)
+    check_refused(
+        tmp_path, 2, [prepare_data.TRAIN, prepare_data.VALIDATION, "nothing"], capsys
+    )
     write_tars(tmp_path)
-    (tmp_path / prepare.VALIDATION).rename(tmp_path / "ILSVRC2012_val.tar")
-    missing = f"has no {prepare.VALIDATION}"
-    found = f"found there: {prepare.TRAIN}, ILSVRC2012_val.tar"
+    (tmp_path / prepare_data.VALIDATION).rename(tmp_path / "ILSVRC2012_val.tar")
+    missing = f"has no {prepare_data.VALIDATION}"
+    found = f"found there: {prepare_data.TRAIN}, ILSVRC2012_val.tar"
     check_refused(tmp_path, 2, [missing, found], capsys)
 
 
@@ -402,7 +405,7 @@ def test_unknown_class(tmp_path, capsys):
     check_refused(tmp_path, 4, ["holds n00000001.tar"], capsys)
 
 
-@pytest.mark.parametrize("tar", [prepare.TRAIN, prepare.VALIDATION])
+@pytest.mark.parametrize("tar", [prepare_data.TRAIN, prepare_data.VALIDATION])
 def test_tar_that_is_cut_off(tar, tmp_path, capsys):
     write_tars(tmp_path)
     os.truncate(tmp_path / tar, 9000)
@@ -412,7 +415,7 @@ def test_tar_that_is_cut_off(tar, tmp_path, capsys):
 def test_unreadable_image(tmp_path, capsys):
     write_tars(tmp_path)
     classes = {"n01440764.tar": packed({"n01440764_7.JPEG": b"nothing"})}
-    (tmp_path / prepare.TRAIN).write_bytes(packed(classes))
+    (tmp_path / prepare_data.TRAIN).write_bytes(packed(classes))
     command = [f"--manual_dir={tmp_path}", f"--data_dir={tmp_path}", "--short_side=9"]
     assert main(command) == 4
     err = capsys.readouterr().err
@@ -424,7 +427,7 @@ def test_class_tar_that_is_cut_off(tmp_path, capsys):
     write_tars(tmp_path)
     whole = packed({"n01440764_7.JPEG": b"nothing" * 1000})
     classes = {"n01440764.tar": whole[:3000]}
-    (tmp_path / prepare.TRAIN).write_bytes(packed(classes))
+    (tmp_path / prepare_data.TRAIN).write_bytes(packed(classes))
     assert main([f"--manual_dir={tmp_path}", f"--data_dir={tmp_path}"]) == 4
     assert (
         "error: imagenet2012 cannot be prepared: ReadError" in capsys.readouterr().err

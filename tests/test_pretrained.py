@@ -17,14 +17,16 @@ from networks import abstract, compiled, mini, pictures
 from numpy.testing import assert_allclose, assert_array_equal
 
 import hivit_jax
-from hivit_jax import convert, weight_files
 from hivit_jax.errors import CheckpointError, ConfigError
 from hivit_jax.evaluate import evaluate_checkpoint
-from hivit_jax.models import arguments_of, configure, named_leaves, split
+from hivit_jax.models import arguments_of, configure
 from hivit_jax.models.mae import MaskedAutoencoder
-from hivit_jax.pretrained import find, fitting_arguments
+from hivit_jax.tools import convert
 from hivit_jax.train import train
-from hivit_jax.weights import infer
+from hivit_jax.tree import named_leaves, split
+from hivit_jax.weights import files
+from hivit_jax.weights.infer import infer
+from hivit_jax.weights.load import find, fitting_arguments
 
 KINDS = state_files.kinds()
 
@@ -196,7 +198,7 @@ def test_there_and_back(form, suffix, tmp_path):
     directory, last = tmp_path / "directory", tmp_path / f"last.{suffix}"
     assert convert.main([str(first), str(directory)]) == 0
     assert convert.main([str(directory), str(last), "--format", form]) == 0
-    back = weight_files.read(last).state
+    back = files.read(last).state
     for name, array in state.items():
         if not name.endswith("relative_position_index"):
             assert back[name].tobytes() == array.tobytes(), name
@@ -213,7 +215,7 @@ def test_official_program_finds_every_entry(tmp_path):
     model, _ = reference.build_fixture("features_mini_rpe")
     hivit_jax.save_pretrained(model, tmp_path / "d")
     convert.convert(tmp_path / "d", tmp_path / "x.safetensors")
-    written = weight_files.read(tmp_path / "x.safetensors").state
+    written = files.read(tmp_path / "x.safetensors").state
     expected = reference.FIXTURES["features_mini_rpe"]["state_dict"]
     assert {n: list(a.shape) for n, a in written.items()} == expected
 

@@ -10,8 +10,8 @@ import recipes
 from numpy.testing import assert_allclose
 
 from hivit_jax import config as configs
-from hivit_jax.models import named_leaves
-from hivit_jax.schedule import count_steps, make_schedule, peak_learning_rate
+from hivit_jax.training.schedule import count_steps, make_schedule, peak_learning_rate
+from hivit_jax.tree import named_leaves
 
 GOLDEN = Path(__file__).parent / "golden"
 FACTS = json.loads((GOLDEN / "lr_schedules.json").read_text())

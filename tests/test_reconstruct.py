@@ -13,8 +13,8 @@ from PIL import Image
 
 import hivit_jax
 from examples import features as example
-from hivit_jax import reconstruct as command
 from hivit_jax.models.positions import patchify
+from hivit_jax.tools import reconstruct as command
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import recipes
 
-from hivit_jax.data import sources
+from hivit_jax.data.sources import folder, registry, tfds
 from hivit_jax.errors import ConfigError, DataError
 
 # Class folders
@@ -18,7 +18,7 @@ from hivit_jax.errors import ConfigError, DataError
 def cache(tmp_path, monkeypatch):
     """The user's cache directory, empty."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    sources._open.cache_clear()
+    registry._open.cache_clear()
     return tmp_path / "cache"
 
 
@@ -55,7 +55,7 @@ def listed(source):
 
 
 def test_order_is_torchvisions(root):
-    source = sources.Folder(str(root), "train")
+    source = folder.Folder(str(root), "train")
     assert source.classes == ["n02", "n1", "n10"]
     assert listed(source) == [
         ("train/n02/a.jpg", 0),
@@ -71,7 +71,7 @@ def test_order_is_torchvisions(root):
 
 def test_validation_has_the_classes_of_training(root):
     """torchvision would number the two classes of val 0 and 1."""
-    source = sources.Folder(str(root), "val")
+    source = folder.Folder(str(root), "val")
     assert source.classes == ["n02", "n1", "n10"]
     assert listed(source) == [("val/n02/ä.JPEG", 0), ("val/n10/v.JPEG", 2)]
 
@@ -85,73 +85,73 @@ def test_other_names_of_splits(root):
         "train_examples": 0,
         "subset": 0,
     }
-    assert len(sources.open_source(data, "train")) == 2
+    assert len(registry.open_source(data, "train")) == 2
     with pytest.raises(DataError, match=r"train/n1: 1 of the classes of train are not"):
-        sources.open_source(data, "test")
+        registry.open_source(data, "test")
     with pytest.raises(ConfigError, match="only digits has subsets"):
-        sources.open_source(data | {"train_examples": 10}, "train")
+        registry.open_source(data | {"train_examples": 10}, "train")
 
 
 def test_index_is_cached_until_a_directory_changes(root, cache, monkeypatch):
-    first = listed(sources.Folder(str(root), "train"))
+    first = listed(folder.Folder(str(root), "train"))
     (found,) = cache.glob("hivit_jax/*.npz")
     walks, walk = [], os.walk
     monkeypatch.setattr(os, "walk", lambda *a, **k: walks.append(a) or walk(*a, **k))
-    assert listed(sources.Folder(str(root), "train")) == first
+    assert listed(folder.Folder(str(root), "train")) == first
     assert not walks
     make(root, "train/n02/deeper/d.png")
-    again = listed(sources.Folder(str(root), "train"))
+    again = listed(folder.Folder(str(root), "train"))
     assert again == [*first[:3], ("train/n02/deeper/d.png", 0), *first[3:]]
     make(root, "train/n05/e.png")
-    assert len(sources.Folder(str(root), "train").classes) == 4
+    assert len(folder.Folder(str(root), "train").classes) == 4
     assert len(walks) == 3 + 4  # once a class
     # A cache of another version, a damaged one, or none at all.
     with np.load(found) as index:
         other = {name: index[name] for name in index if name != "classes"}
     np.savez(found, **other)
-    assert len(sources.Folder(str(root), "train")) == 7
+    assert len(folder.Folder(str(root), "train")) == 7
     found.write_bytes(b"PK damaged")
-    assert len(sources.Folder(str(root), "train")) == 7
+    assert len(folder.Folder(str(root), "train")) == 7
     found.unlink()
     (cache / "hivit_jax").rmdir()
     (cache / "hivit_jax").write_text("a file")
-    assert len(sources.Folder(str(root), "train")) == 7
+    assert len(folder.Folder(str(root), "train")) == 7
 
 
 def test_labels_follow_the_classes_of_training(root):
     """A class more in train moves the labels of val, whose index is in the cache."""
-    assert sources.Folder(str(root), "val").labels.tolist() == [0, 2]
+    assert folder.Folder(str(root), "val").labels.tolist() == [0, 2]
     make(root, "train/n01/first.png")
-    assert sources.Folder(str(root), "val").labels.tolist() == [1, 3]
+    assert folder.Folder(str(root), "val").labels.tolist() == [1, 3]
 
 
 def test_missing_split(root):
     with pytest.raises(DataError) as error:
-        sources.Folder(str(root), "test")
+        folder.Folder(str(root), "test")
     assert str(error.value) == (
         f"no directory {root}/test; in data.dir={str(root)!r} there is train, val"
     )
     with pytest.raises(DataError, match="there is nothing"):
-        sources.Folder(str(root / "nowhere"), "train")
+        folder.Folder(str(root / "nowhere"), "train")
 
 
 def test_empty_class(root):
     make(root, "train/n03/readme.txt")
     with pytest.raises(DataError, match=r"train/n03: no image; expected .*\.jpg, "):
-        sources.Folder(str(root), "train")
+        folder.Folder(str(root), "train")
     (root / "empty/train").mkdir(parents=True)
     with pytest.raises(DataError, match="empty/train: no image"):
-        sources.Folder(str(root / "empty"), "train")
+        folder.Folder(str(root / "empty"), "train")
 
 
 def test_class_that_training_does_not_have(root):
     make(root, "val/n99/a.JPEG")
     with pytest.raises(DataError, match="val/n99: 1 of the classes of val .* has 3"):
-        sources.Folder(str(root), "val")
+        folder.Folder(str(root), "val")
 
 
 def test_unreadable_file_is_an_oserror(root):
-    source = sources.Folder(str(root), "train")
+    source = folder.Folder(str(root), "train")
     (root / "train/n10/a.JPEG").unlink()
     with pytest.raises(OSError, match="n10/a.JPEG"):
         recipes.sample(source, 4)
@@ -170,7 +170,7 @@ def write_tfrecord(path, records):
 def test_random_access_to_tfrecords(tmp_path):
     records = [os.urandom(n) for n in (5, 0, 3000, 17)]
     write_tfrecord(tmp_path / "file", records)
-    read = sources.OPENERS["tfrecord"](str(tmp_path / "file"))
+    read = tfds.OPENERS["tfrecord"](str(tmp_path / "file"))
     assert [read(place) for place in (3, 0, 1, 2, 2)] == [
         records[place] for place in (3, 0, 1, 2, 2)
     ]
@@ -180,7 +180,7 @@ def test_tfrecord_that_was_cut_short(tmp_path):
     write_tfrecord(tmp_path / "cut", [b"x" * 100, b"y" * 100])
     (tmp_path / "cut").write_bytes((tmp_path / "cut").read_bytes()[:-5])
     with pytest.raises(OSError, match="cut ends inside a record, at byte 227"):
-        sources.OPENERS["tfrecord"](str(tmp_path / "cut"))
+        tfds.OPENERS["tfrecord"](str(tmp_path / "cut"))
 
 
 # TFDS
@@ -197,19 +197,19 @@ def prepared(root, name="imagenet2012", version="5.1.0", **info):
 
 def test_dataset_that_is_not_prepared(tmp_path):
     with pytest.raises(DataError) as error:
-        sources.Tfds("imagenet2012", str(tmp_path), "train")
+        tfds.Tfds("imagenet2012", str(tmp_path), "train")
     message = str(error.value)
     assert message.startswith(f"no prepared imagenet2012 in {tmp_path}/imagenet2012, ")
-    assert "python -m hivit_jax.data.prepare --name imagenet2012" in message
+    assert "python -m hivit_jax.tools.prepare_data --name imagenet2012" in message
     assert message.count("\n") == 1
     (tmp_path / "imagenet2012/5.1.0").mkdir(parents=True)
     with pytest.raises(
         DataError, match=r"where there is 5\.1\.0; expected VERSION/data"
     ):
-        sources.Tfds("imagenet2012", str(tmp_path), "train")
+        tfds.Tfds("imagenet2012", str(tmp_path), "train")
     prepared(tmp_path, version="5.0.0")
     with pytest.raises(DataError, match=r"where there is 5\.0\.0, 5\.1\.0; expected"):
-        sources.Tfds("imagenet2012:4.0.0", str(tmp_path), "train")
+        tfds.Tfds("imagenet2012:4.0.0", str(tmp_path), "train")
 
 
 @pytest.mark.parametrize(
@@ -219,11 +219,11 @@ def test_name_that_is_nearly_one_of_ours(tmp_path, name, near):
     with pytest.raises(
         ConfigError, match=f"unknown data.name {name!r}; did .* {near!r}"
     ):
-        sources.Tfds(name, str(tmp_path), "train")
+        tfds.Tfds(name, str(tmp_path), "train")
     # It may be the name of a dataset that is there.
     prepared(tmp_path, name)
     with pytest.raises(DataError, match="cannot be read by tensorflow-datasets"):
-        sources.Tfds(name, str(tmp_path), "train")
+        tfds.Tfds(name, str(tmp_path), "train")
 
 
 def test_dataset_another_tfds_wrote(tmp_path):
@@ -231,7 +231,7 @@ def test_dataset_another_tfds_wrote(tmp_path):
     path = prepared(tmp_path)
     for _ in range(2):
         with pytest.raises(DataError) as error:
-            sources.Tfds("imagenet2012", str(tmp_path), "train")
+            tfds.Tfds("imagenet2012", str(tmp_path), "train")
         assert str(error.value).startswith(
             f"{path} cannot be read by tensorflow-datasets 4."
         )
@@ -242,5 +242,5 @@ def test_newest_version_is_read(tmp_path):
     paths = {v: prepared(tmp_path, version=v) for v in ("5.1.0", "10.0.0", "5.0.0")}
     (tmp_path / "imagenet2012/11.0.0.incompleteXY").mkdir()
     for name, version in (("imagenet2012", "10.0.0"), ("imagenet2012:5.0.0", "5.0.0")):
-        found = sources._prepared(name, str(tmp_path))
+        found = tfds._prepared(name, str(tmp_path))
         assert found == str(paths[version])

@@ -18,14 +18,17 @@ from jax.sharding import AxisType
 from numpy.testing import assert_allclose
 
 import hivit_jax
-from hivit_jax import evaluate, inputs, optimizer, sharding
+from hivit_jax import evaluate, inputs
 from hivit_jax import train as training
-from hivit_jax.checkpoint import Checkpoints
-from hivit_jax.compiling import compile_step
+from hivit_jax.checkpoints.manager import Checkpoints
+from hivit_jax.distributed import sharding
 from hivit_jax.errors import ConfigError, DataError, DivergedError, Interrupted
-from hivit_jax.models import create_model, leaf_name, named_leaves, split, split_state
-from hivit_jax.schedule import make_schedule
-from hivit_jax.weights import to_official
+from hivit_jax.models import create_model
+from hivit_jax.training import optimizer
+from hivit_jax.training.schedule import make_schedule
+from hivit_jax.tree import leaf_name, named_leaves, split, split_state
+from hivit_jax.weights.names.official import to_official
+from hivit_jax.xla.compile import compile_step
 
 OPTIONAL = ("tensorflow", "tensorflow_datasets", "tensorboardX", "sklearn", "torch")
 FSDP = dict(mesh__replica=2, mesh__data=1, mesh__fsdp=4)

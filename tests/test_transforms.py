@@ -10,9 +10,10 @@ from numpy.testing import assert_array_equal
 from PIL import Image
 
 from benchmarks.photographs import photographs
-from hivit_jax import augment
+from hivit_jax.augment import resample
+from hivit_jax.data import crops as data_crops
 from hivit_jax.data import transforms
-from hivit_jax.data.transforms import Box, Crop
+from hivit_jax.data.crops import Box, Crop
 
 SIZE = (224, 224)
 NAMES = sorted(photographs())
@@ -32,7 +33,7 @@ def encode(image, kind, **options):
 
 def crops(height, width, count, scale=(0.2, 1.0), seed=0):
     return [
-        transforms.random_resized_crop(
+        data_crops.random_resized_crop(
             height, width, transforms.uniforms(seed, 0, index), scale
         )
         for index in range(count)
@@ -43,11 +44,11 @@ def on_device(samples, size=SIZE, canvas=512, **how):
     """Crops of images -> float [n, *size, C], resized by the device."""
     images = np.zeros((len(samples), canvas, canvas, 3), np.uint8)
     boxes = [
-        transforms.place(pixels, crop, out, size, **how)
+        data_crops.place(pixels, crop, out, size, **how)
         for (pixels, crop), out in zip(samples, images, strict=True)
     ]
     boxes = np.array(boxes, np.float32)
-    return np.asarray(augment.resample(images, boxes, size, **how)), images, boxes
+    return np.asarray(resample.resample(images, boxes, size, **how)), images, boxes
 
 
 def by_pil(image, size, box=None, filter=Image.Resampling.BICUBIC):
@@ -150,7 +151,7 @@ def test_random_crops_equal_pil():
         newest = np.asarray(part.resize(SIZE, Image.Resampling.BICUBIC))
         assert np.abs(got - newest).mean() < 0.35
         out = np.zeros((*SIZE, 3), np.uint8)
-        box = transforms.place(pixels, crop, out, SIZE)
+        box = data_crops.place(pixels, crop, out, SIZE)
         assert np.abs(out - newest.astype(float)).mean() < 0.002
         assert box == ((0, 224, 224), (0, 224, 224))
 
@@ -162,7 +163,7 @@ def test_centre_crops_equal_pil(size):
     for name in NAMES:
         pixels = photographs()[name]
         height, width = pixels.shape[:2]
-        samples.append((pixels, transforms.center_crop(height, width, size, 0.875)))
+        samples.append((pixels, data_crops.center_crop(height, width, size, 0.875)))
         scale = max(size[0] / 0.875 / height, size[1] / 0.875 / width)
         full = [math.floor(side * scale + 1e-9) for side in (height, width)]
         image = by_pil(Image.fromarray(pixels), full)
@@ -173,20 +174,20 @@ def test_centre_crops_equal_pil(size):
         assert got.shape == want.shape == (*size, 3)
         assert np.abs(got - want).mean() < 0.01
         out = np.zeros((*size, 3), np.uint8)
-        transforms.place(pixels, crop, out, size)
+        data_crops.place(pixels, crop, out, size)
         assert np.abs(out - want.astype(float)).mean() < 0.35  # the order of PIL 13
 
 
 def test_centre_crop_of_a_usual_image():
     """500x375, short side to 256: 341x256, of which 224x224 from (16, 58)."""
-    crop = transforms.center_crop(375, 500, SIZE, 224 / 256)
+    crop = data_crops.center_crop(375, 500, SIZE, 224 / 256)
     scale = 375 / 256
     assert crop.box.top == 16 * scale
     assert crop.box.height == 224 * scale
     assert crop.box.left == pytest.approx(58 * 500 / 341)
     assert crop.box.width == pytest.approx(224 * 500 / 341)
     assert crop.bounds == Box(0, 0, 375, 500)
-    whole = transforms.center_crop(8, 8, (16, 16), 1.0)
+    whole = data_crops.center_crop(8, 8, (16, 16), 1.0)
     assert whole.box == whole.bounds == Box(0, 0, 8, 8)
 
 
@@ -199,7 +200,7 @@ def test_ways_to_resize(interpolation, antialias):
     crop = Crop(*[Box(20, 30, 260, 330)] * 2)
     device = on_device([(pixels, crop)], **how)[0][0]
     out = np.zeros((*SIZE, 3), np.uint8)
-    transforms.place(pixels, crop, out, SIZE, **how)
+    data_crops.place(pixels, crop, out, SIZE, **how)
     close = 0.002 if interpolation == "bicubic" else 0.02  # there, ties are common
     assert np.abs(out - device).mean() < close
     part = pixels[20:280, 30:360]
@@ -261,7 +262,7 @@ def test_pixels_beside_the_crop_play_no_role():
 def test_centre_crop_ships_what_weighs_in():
     """A bit more than the box, and as good as the whole image."""
     pixels = noise_image(375, 500, 3)
-    crop = transforms.center_crop(375, 500, SIZE, 0.875)
+    crop = data_crops.center_crop(375, 500, SIZE, 0.875)
     got, images, boxes = on_device([(pixels, crop)])
     extents = boxes[0, :, 2].astype(int)
     assert (extents < 345).all()
@@ -275,7 +276,7 @@ def test_centre_crop_ships_what_weighs_in():
         ],
         np.float32,
     )
-    assert np.abs(got - augment.resample(whole, box[None], SIZE)).mean() < 1e-3
+    assert np.abs(got - resample.resample(whole, box[None], SIZE)).mean() < 1e-3
 
 
 def test_crop_larger_than_the_canvas_is_resized_on_the_host():
@@ -311,7 +312,7 @@ def test_resampling_is_one_sample_at_a_time():
         for name in NAMES
     ]
     _, images, boxes = on_device(samples)
-    run = jax.jit(augment.resample, static_argnums=2)
+    run = jax.jit(resample.resample, static_argnums=2)
     together = np.asarray(run(images, boxes, SIZE))
     for i in (0, 3, 6):
         alone = np.asarray(run(images[i : i + 1], boxes[i : i + 1], SIZE))[0]

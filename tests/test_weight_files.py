@@ -14,9 +14,9 @@ import pytest
 import reference
 import state_files
 
-from hivit_jax import convert
 from hivit_jax.errors import CheckpointError, ConfigError
-from hivit_jax.pretrained import find, load_pretrained
+from hivit_jax.tools import convert
+from hivit_jax.weights.load import find, load_pretrained
 
 MODEL, STATE = state_files.drawn("mae_hivit_base")
 

@@ -11,13 +11,9 @@ from networks import abstract
 from numpy.testing import assert_array_equal
 
 from hivit_jax.errors import CheckpointError, ConfigError
-from hivit_jax.models import (
-    leaf_name,
-    named_leaves,
-    split,
-)
-from hivit_jax.pretrained import Pretrained, compare, fit
-from hivit_jax.weights import from_official, to_official, to_state_dict
+from hivit_jax.tree import leaf_name, named_leaves, split
+from hivit_jax.weights.adapt import Pretrained, compare, fit
+from hivit_jax.weights.names.official import from_official, to_official, to_state_dict
 
 # Official state dicts
 

@@ -18,8 +18,9 @@ from recipes import classifier
 
 from hivit_jax import inputs
 from hivit_jax.errors import ConfigError
-from hivit_jax.models import create_model, named_leaves
+from hivit_jax.models import create_model
 from hivit_jax.models.windows import Windows
+from hivit_jax.tree import named_leaves
 
 # Five rows and seven columns: 3x3 windows leave both unfilled.
 UNEVEN = dict(image_size=(80, 112), window_size=3)

@@ -13,11 +13,11 @@ import optax
 from flax import nnx
 from PIL import Image
 
-from hivit_jax import augment
-from hivit_jax.data.sources import Source
+from hivit_jax.augment import image
+from hivit_jax.data.sources.base import Source
 from hivit_jax.data.transforms import Transform
 from hivit_jax.keys import Key
-from hivit_jax.models.layers import BatchNorm
+from hivit_jax.models.norms import BatchNorm
 from hivit_jax.tasks.base import Task
 
 CELL, CLASSES = 8, 3
@@ -139,7 +139,7 @@ class Segmentation(Task):
 
     def preprocess(self, batch):
         data = self.config.data
-        return augment.normalize(batch["image"], data.mean, data.std)
+        return image.normalize(batch["image"], data.mean, data.std)
 
     def training_images(self, batch, keys):
         return self.preprocess(batch)

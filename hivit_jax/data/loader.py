@@ -15,7 +15,7 @@ import numpy as np
 from hivit_jax.data import transforms
 from hivit_jax.data.order import Share
 from hivit_jax.data.shapes import batch_shapes
-from hivit_jax.data.sources import Source
+from hivit_jax.data.sources.base import Source
 from hivit_jax.errors import DataError
 
 Batch = dict[str, np.ndarray]

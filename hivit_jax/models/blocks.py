@@ -10,9 +10,10 @@ from flax import nnx
 from jax.experimental.xla_metadata import set_xla_metadata
 from jax.sharding import AxisType
 
-from hivit_jax import kernels
+from hivit_jax.kernels import dispatch
 from hivit_jax.models.config import RunOptions
-from hivit_jax.models.layers import Attention, LayerNorm, Mlp, drop_path
+from hivit_jax.models.layers import Attention, Mlp, drop_path
+from hivit_jax.models.norms import LayerNorm
 from hivit_jax.models.positions import Grid
 from hivit_jax.models.windows import Windows
 
@@ -47,11 +48,11 @@ class MlpBlock(nnx.Module):
         Args:
           drop_path_keys, drop_path_rate: see `drop_path`.
           block_index: number of the block, so that no two drop the same samples.
-          kernel: see `kernels.mlp`.
+          kernel: see `dispatch.mlp`.
         """
         with jax.named_scope("mlp"):
             drop = drop_path_rate, drop_path_keys, 2 * block_index
-            fused = kernels.mlp(x, self.norm2, self.mlp, kernel)
+            fused = dispatch.mlp(x, self.norm2, self.mlp, kernel)
             return _add_branch(x, lambda: self.mlp(self.norm2(x)), fused, drop)
 
 
@@ -104,7 +105,7 @@ class AttentionBlock(MlpBlock):
         """
         with jax.named_scope("attention"):
             drop = drop_path_rate, drop_path_keys, 2 * block_index + 1
-            fused = kernels.attention(x, self.norm1, self.attn, key_mask, kernel)
+            fused = dispatch.attention(x, self.norm1, self.attn, key_mask, kernel)
             inputs = relative_index, key_mask, kernel
             return _add_branch(
                 x, lambda: self.attn(self.norm1(x), *inputs), fused, drop
@@ -199,4 +200,4 @@ def _compiled_apart(x: jax.Array) -> bool:
     manual already, because XLA cannot partition a call over the devices of the others.
     """
     manual = AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types
-    return kernels.platform() == "cpu" and x.dtype == jnp.float32 and not manual
+    return dispatch.platform() == "cpu" and x.dtype == jnp.float32 and not manual

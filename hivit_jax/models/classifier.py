@@ -12,7 +12,8 @@ from hivit_jax.models.base import Model, make_info
 from hivit_jax.models.config import HiViTConfig, RunOptions
 from hivit_jax.models.flops import encoder_cost, row_cost
 from hivit_jax.models.hivit import HiViT
-from hivit_jax.models.layers import BatchNorm, LayerNorm, Linear
+from hivit_jax.models.layers import Linear
+from hivit_jax.models.norms import BatchNorm, LayerNorm
 
 
 @dataclass(frozen=True, kw_only=True)

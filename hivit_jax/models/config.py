@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hivit_jax import kernels
 from hivit_jax.errors import ConfigError
+from hivit_jax.kernels import dispatch
 from hivit_jax.models.positions import Grid, check_grid
 from hivit_jax.models.windows import Windows, make_windows
 
@@ -19,7 +19,7 @@ class RunOptions:
       backward pass: less memory, more time.
     scan_blocks: compile the blocks of a stage as one, run in a loop: shorter
       compilation. The blocks must be alike, so not with `global_blocks`.
-    kernels: run residual branches as single kernels, "auto": on TPUs, in bfloat16;
+    kernels: run residual branches as single dispatch, "auto": on TPUs, in bfloat16;
       "fused": wherever shapes allow; "plain": never. See `hivit_jax.kernels`.
     """
 
@@ -33,7 +33,7 @@ class RunOptions:
         object.__setattr__(self, "dtype", name)
         if name not in ("float32", "bfloat16"):
             raise ConfigError(f"dtype={name!r}; expected 'float32' or 'bfloat16'")
-        if self.kernels not in kernels.CHOICES:
+        if self.kernels not in dispatch.CHOICES:
             raise ConfigError(
                 f"kernels={self.kernels!r}; expected 'auto', 'fused' or 'plain'"
             )

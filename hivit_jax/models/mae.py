@@ -19,7 +19,8 @@ from hivit_jax.models.blocks import AttentionBlock, run_blocks
 from hivit_jax.models.config import HiViTConfig, RunOptions, check_heads
 from hivit_jax.models.flops import attention_cost, encoder_cost, row_cost
 from hivit_jax.models.hivit import HiViT
-from hivit_jax.models.layers import INIT, FixedTable, LayerNorm, Linear
+from hivit_jax.models.layers import INIT, FixedTable, Linear
+from hivit_jax.models.norms import LayerNorm
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from hivit_jax.data.sources import DatasetInfo
+from hivit_jax.data.sources.base import DatasetInfo
 from hivit_jax.errors import import_class, unknown
 from hivit_jax.tasks.base import Task
 from hivit_jax.tasks.classification import Classification

@@ -13,20 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from hivit_jax import augment
-from hivit_jax.augment import Keys
-from hivit_jax.data.sources import DatasetInfo
+from hivit_jax import rng
+from hivit_jax.augment import image, resample
+from hivit_jax.data.sources.base import DatasetInfo
 from hivit_jax.data.transforms import MODES, ImageTransform, Transform
 from hivit_jax.errors import ConfigError
-from hivit_jax.models import (
-    Model,
-    configure,
-    create_model,
-    image_shape,
-    split_state,
-    variant,
-)
-from hivit_jax.optimizer import make_optimizer
+from hivit_jax.models import Model, configure, create_model, image_shape, variant
+from hivit_jax.rng import Keys
+from hivit_jax.training.optimizer import make_optimizer
+from hivit_jax.tree import split_state
 
 PerSample = dict[str, jax.Array]  # each float32 [B]
 Rows = dict[str, jax.Array]  # each [B, ...]
@@ -174,22 +169,22 @@ class Task:
         """Images of a batch, resized and normalized: float32 [B, H, W, C]."""
         images, data = batch["image"], self.config.data
         if "box" in batch:
-            images = augment.resample(
+            images = resample.resample(
                 images,
                 batch["box"],
                 image_shape(self.config.model)[:2],
                 data.interpolation,
                 data.antialias,
             )
-        return augment.normalize(images, data.mean, data.std)
+        return image.normalize(images, data.mean, data.std)
 
     def augment_batch(self, batch: dict, keys: Keys) -> jax.Array:
         """Images of a training batch, flipped too: float32 [B, H, W, C]."""
         with jax.named_scope("input"):
             images = self.preprocess(batch)
             if self.config.data.flip:
-                flip_keys = augment.split_keys(keys.samples, "flip")
-                images = augment.random_flip(images, flip_keys)
+                flip_keys = rng.split_keys(keys.samples, "flip")
+                images = image.random_flip(images, flip_keys)
         return images
 
     def training_images(self, batch: dict, keys: Keys) -> jax.Array:

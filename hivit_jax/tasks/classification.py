@@ -9,11 +9,12 @@ import jax
 import numpy as np
 import optax
 
-from hivit_jax import augment
-from hivit_jax.augment import Keys
+from hivit_jax import rng
+from hivit_jax.augment import image, mixing
 from hivit_jax.errors import ConfigError
 from hivit_jax.keys import Key
 from hivit_jax.models.classifier import Classifier
+from hivit_jax.rng import Keys
 from hivit_jax.tasks.base import (
     PerSample,
     Rows,
@@ -67,7 +68,7 @@ class Classification(Task):
     ) -> PerSample:
         """Cross entropy with the mixed targets; hits of the true labels."""
         images, targets = self.augment_with_targets(batch, keys)
-        drop_path_keys = augment.split_keys(keys.samples, "drop_path")
+        drop_path_keys = rng.split_keys(keys.samples, "drop_path")
         logits = model(images, drop_path_keys=drop_path_keys)
         loss = optax.softmax_cross_entropy(logits, targets)
         return {"loss": loss, **topk_correct(logits, batch["label"])}
@@ -80,16 +81,14 @@ class Classification(Task):
         """
         config, images = self.config, self.augment_batch(batch, keys)
         with jax.named_scope("input"):
-            targets = augment.smooth_labels(
+            targets = mixing.smooth_labels(
                 batch["label"], config.model.num_classes, config.label_smoothing
             )
             if config.random_erasing:
-                erase_keys = augment.split_keys(keys.samples, "erase")
-                images = augment.random_erasing(
-                    images, erase_keys, config.random_erasing
-                )
+                erase_keys = rng.split_keys(keys.samples, "erase")
+                images = image.random_erasing(images, erase_keys, config.random_erasing)
             if config.mixup or config.cutmix:
-                images, targets = augment.mix(
+                images, targets = mixing.mix(
                     images,
                     targets,
                     batch["weight"],

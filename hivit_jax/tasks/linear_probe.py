@@ -5,12 +5,12 @@ from typing import Any
 import jax
 import optax
 
-from hivit_jax.augment import Keys
 from hivit_jax.errors import ConfigError
-from hivit_jax.models import leaf_name, split_state
 from hivit_jax.models.classifier import Classifier
+from hivit_jax.rng import Keys
 from hivit_jax.tasks.base import PerSample
 from hivit_jax.tasks.classification import Classification, scores
+from hivit_jax.tree import leaf_name, split_state
 
 
 class LinearProbe(Classification):

@@ -6,11 +6,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from hivit_jax import augment
-from hivit_jax.augment import Keys
+from hivit_jax import rng
 from hivit_jax.keys import Key
 from hivit_jax.models import configure
 from hivit_jax.models.mae import MaskedAutoencoder, visible_units
+from hivit_jax.rng import Keys
 from hivit_jax.tasks.base import PerSample, Rows, Sums, Task, arguments, weighted_sums
 
 
@@ -46,7 +46,7 @@ class MaskedAutoencoding(Task):
     ) -> PerSample:
         """{"loss": [B]}."""
         images = self.augment_batch(batch, keys)
-        drop_path_keys = augment.split_keys(keys.samples, "drop_path")
+        drop_path_keys = rng.split_keys(keys.samples, "drop_path")
         masking = self._masking(model, keys)
         loss = model.image_loss(images, drop_path_keys=drop_path_keys, **masking)
         return {"loss": loss}
@@ -75,7 +75,7 @@ class MaskedAutoencoding(Task):
 
     def figures(self, panels: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """{"reconstruction": uint8 [H, W, 3]}, four panels an image."""
-        from hivit_jax import figures  # late: a train step needs no matplotlib
+        from hivit_jax.reporting import figures
 
         data = self.config.data
         drawn = figures.reconstruction_panels(**panels, mean=data.mean, std=data.std)
@@ -85,7 +85,7 @@ class MaskedAutoencoding(Task):
         """Noise [B, N] and mask ratio, as the model takes them."""
         units = _units(model)
         with jax.named_scope("input"):
-            mask_keys = augment.split_keys(keys.samples, "mask")
+            mask_keys = rng.split_keys(keys.samples, "mask")
             noise = jax.vmap(lambda key: jax.random.uniform(key, (units,)))(mask_keys)
         return {"noise": noise, "mask_ratio": self.config.mask_ratio}
 

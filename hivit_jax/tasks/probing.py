@@ -10,9 +10,11 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from hivit_jax import inputs, models, pretrained
-from hivit_jax.sharding import make_mesh, state_shardings, to_devices
+from hivit_jax import inputs, models
+from hivit_jax.data.prefetch import to_devices
+from hivit_jax.distributed.sharding import make_mesh, state_shardings
 from hivit_jax.tasks.base import topk_correct
+from hivit_jax.weights import adapt, load
 
 
 def nearest_neighbours(
@@ -36,7 +38,7 @@ def nearest_neighbours(
     Raises:
       DataError: more images cannot be read than `data.max_unreadable` allows.
     """
-    start = pretrained.find_for(config, config.init_from)
+    start = load.find_for(config, config.init_from)
     task = inputs.make_task(config)
     model = nnx.eval_shape(task.build_model)
     graphdef = models.split_state(model)[0]
@@ -49,7 +51,7 @@ def nearest_neighbours(
 
     shardings = state_shardings(mesh, jax.eval_shape(variables))
     drawn = jax.jit(variables, out_shardings=shardings)()
-    drawn = pretrained.start_from(start, model, drawn, fresh=task.fresh)
+    drawn = adapt.start_from(start, model, drawn, fresh=task.fresh)
 
     @partial(jax.jit, out_shardings=everywhere)
     def encode(variables, batch):

@@ -14,12 +14,15 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from hivit_jax import config as configs
-from hivit_jax import evaluate, inputs, pretrained, tasks
-from hivit_jax.data import order, sources
+from hivit_jax import evaluate, inputs, tasks
+from hivit_jax.data import order
 from hivit_jax.data.loader import Batch
+from hivit_jax.data.prefetch import to_devices
+from hivit_jax.data.sources import base, folder, registry
+from hivit_jax.distributed.sharding import make_mesh
 from hivit_jax.errors import CheckpointError, DataError, Parser, exit_code
-from hivit_jax.metrics import say
-from hivit_jax.sharding import make_mesh, to_devices
+from hivit_jax.reporting.console import say
+from hivit_jax.weights import load
 
 
 def predict(
@@ -41,7 +44,7 @@ def predict(
       HivitError: nothing usable there, images that cannot be read, or a task without
         predictions.
     """
-    start = pretrained.find(checkpoint)
+    start = load.find(checkpoint)
     if not start.recipe:
         raise CheckpointError(
             f"{start.path} does not contain the config that it was trained with; "
@@ -50,9 +53,9 @@ def predict(
     config = configs.of_checkpoint(start.recipe, start.path)
     task = inputs.make_task(config, "test")
     if images is None:
-        source = sources.open_source(config.data, "test")
+        source = registry.open_source(config.data, "test")
     else:
-        source = sources.Images(images, task.data.classes)
+        source = folder.Images(images, task.data.classes)
     mesh = make_mesh(
         dict(replica=1, data=1, fsdp=1, tensor=1), 1, devices=jax.devices()[:1]
     )
@@ -77,7 +80,7 @@ def predict(
 
 
 def batches(
-    config: ConfigDict, task: tasks.Task, source: sources.Source
+    config: ConfigDict, task: tasks.Task, source: base.Source
 ) -> Iterator[Batch]:
     """Batches of every example of a source once, as for evaluation."""
     transform = task.transform(train=False)

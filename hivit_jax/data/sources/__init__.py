@@ -1,0 +1,1 @@
+"""Datasets: how many examples, their classes, and encoded examples by index."""

@@ -1,0 +1,62 @@
+"""Sources by name."""
+
+import re
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+from hivit_jax.data.sources.base import Source
+from hivit_jax.data.sources.digits import Digits
+from hivit_jax.data.sources.folder import Folder
+from hivit_jax.data.sources.synthetic import Synthetic
+from hivit_jax.data.sources.tfds import Tfds
+from hivit_jax.errors import ConfigError, import_class
+
+NAMED_SPLITS = {"folder": ("train", "val"), "": ("train", "validation")}
+
+
+def num_examples(data: Mapping[str, Any], split: str) -> int:
+    """Images in a split ("train" or "test")."""
+    return len(open_source(data, split))
+
+
+def open_source(data: Mapping[str, Any], split: str) -> Source:
+    """Opens a split ("train" or "test") of the dataset that the config names.
+
+    Raises:
+      ConfigError: a name that is not known, or a subset of a dataset that has none.
+      DataError: a known dataset that cannot be read.
+    """
+    keys = ("name", "dir", "train_split", "eval_split", "train_examples", "subset")
+    return _open(split, *(data[key] for key in keys))
+
+
+@lru_cache(maxsize=8)
+def _open(
+    split: str,
+    name: str,
+    directory: str,
+    train_split: str,
+    eval_split: str,
+    train_examples: int,
+    subset: int,
+) -> Source:
+    if name == "synthetic":
+        return Synthetic(split, train_examples)
+    if name == "digits":
+        return Digits(split, train_examples, subset)
+    if re.fullmatch(r"[\w.]+:[A-Za-z_]\w*", name):  # TFDS has a version there
+        return import_class("data.name", name)(split, directory)
+    ours = NAMED_SPLITS.get(name, NAMED_SPLITS[""])
+    train_split, eval_split = train_split or ours[0], eval_split or ours[1]
+    wanted = train_split if split == "train" else eval_split
+    if name == "folder":
+        source = Folder(directory, wanted, train_split)
+    else:
+        source = Tfds(name, directory, wanted)
+    if train_examples:
+        raise ConfigError(
+            f"data.train_examples={train_examples} with data.name={name!r}; expected "
+            "0: only digits has subsets"
+        )
+    return source

@@ -1,0 +1,1 @@
+"""Meshes and multi-process runs."""

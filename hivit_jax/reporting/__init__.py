@@ -1,0 +1,1 @@
+"""Terminal, metrics and figures."""

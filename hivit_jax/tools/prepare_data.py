@@ -1,0 +1,283 @@
+"""Datasets onto disk: ``python -m hivit_jax.tools.prepare_data --manual_dir DIR``.
+
+TFDS yields the images and their classes; here they are written, in that order, as
+array_record shards that TFDS reads without tensorflow. TFDS's own preparation starts
+over when it was ended; this one goes on behind the last whole shard.
+"""
+
+import argparse
+import io
+import os
+import re
+import signal
+import sys
+import tarfile
+from collections import deque
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from difflib import get_close_matches
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from hivit_jax.data.sources.tfds import supervised_kinds
+from hivit_jax.errors import (
+    ConfigError,
+    DataError,
+    HivitError,
+    Interrupted,
+    Parser,
+    exit_code,
+    unknown,
+)
+
+# tensorflow reads these when it is first imported.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # or it announces itself
+TRAIN, VALIDATION = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
+OPTIONS = "group_size:1,uncompressed"  # JPEGs would not get smaller, only slower
+FLAGS = {
+    "manual_dir": ("", f"what cannot be downloaded: {TRAIN}, {VALIDATION}"),
+    "data_dir": ("", "gets NAME/VERSION; $TFDS_DATA_DIR or ~/tensorflow_datasets"),
+    "name": ("imagenet2012", "a classification dataset of TFDS"),
+    "short_side": (0, "larger training images are stored this small; 0: as they are"),
+    "shard_size": (1024, argparse.SUPPRESS),
+}
+
+
+def prepare(
+    name: str, manual_dir: str, data_dir: str, short_side: int, shard_size: int
+) -> None:
+    """Writes a dataset of TFDS to data_dir/NAME/VERSION, or what is missing there.
+
+    Args:
+      data_dir: "" for TFDS's own.
+      short_side: that larger training images are reduced to; 0: none is.
+      shard_size: images in a file, the most that an interruption costs.
+    """
+    from tqdm import tqdm
+
+    if short_side < 0:
+        raise ConfigError(f"--short_side={short_side}: expected at least 0")
+    manual_dir, data_dir = map(os.path.expanduser, (manual_dir, data_dir))
+    builder = _open(name, data_dir)
+    info, final = builder.info, Path(builder.data_dir)
+    finished = (final / "dataset_info.json").exists()
+    directory = final if finished else final.with_name(f"{final.name}.incomplete")
+    option = f"short_side={short_side}"
+    begun = [path.name for path in directory.glob("short_side=*")]
+    if begun and begun != [option]:
+        raise ConfigError(
+            f"--{option}, but {directory} was begun with --{begun[0]}; delete it, or "
+            "choose another --data_dir"
+        )
+    if not finished:
+        totals = _check_tars(builder, manual_dir)
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            (directory / option).touch()
+        except OSError as error:
+            raise ConfigError(f"{directory} cannot be written: {error}") from error
+        splits = {}
+        for split, examples in _generators(builder, manual_dir).items():
+            side = short_side if split == "train" else 0
+            with tqdm(examples, split, totals.get(split), unit=" images") as bar:
+                splits[split] = _write(info, split, bar, directory, side, shard_size)
+        info.set_splits(splits)
+        info.write_to_directory(directory)
+        directory.replace(final)
+    for split in info.splits.values():
+        print(f"{split.name}: {split.num_examples:,} images")
+    print(f"{final} is complete" + ("; nothing to do" if finished else ""))
+    root = builder.data_dir_root
+    print(f"to train on it: --config.data.name={name} --config.data.dir={root}")
+
+
+def _open(name: str, data_dir: str) -> Any:
+    """TFDS's builder of a classification dataset."""
+    import tensorflow_datasets as tfds
+
+    known = tfds.list_builders(with_community_datasets=False)
+    base = re.split("[:/]", name)[0]
+    if base not in known:
+        raise unknown("dataset", name, get_close_matches(base, known, n=5, cutoff=0))
+    try:
+        builder = tfds.builder(name, data_dir=data_dir or None)
+    except (ValueError, AssertionError) as error:
+        raise ConfigError(f"--name={name}: {_line(error)}") from error
+    info = builder.info
+    kinds = supervised_kinds(info)
+    if kinds != ["Image", "ClassLabel"]:
+        raise ConfigError(
+            f"--name={name} is no classification dataset: it is to give (Image, "
+            f"ClassLabel) and gives ({', '.join(kinds)})"
+        )
+    if not info.initialized:
+        info.set_file_format("array_record", override=True)
+    return builder
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:400]
+
+
+def _check_tars(builder: Any, manual_dir: str) -> dict[str, int]:
+    """Raises where TFDS would leave a split out or mislabel it.
+
+    Returns:
+      Images by split, where that is known.
+    """
+    needed = " ".join((builder.MANUAL_DOWNLOAD_INSTRUCTIONS or "").split())
+    if needed and not os.path.isdir(manual_dir):
+        raise ConfigError(f"--manual_dir={manual_dir!r} is no directory; {needed}")
+    tars = [Path(manual_dir, tar) for tar in (TRAIN, VALIDATION) if tar in needed]
+    missing = [tar.name for tar in tars if not tar.is_file()]
+    if missing:
+        found = ", ".join(sorted(os.listdir(manual_dir))[:8])
+        raise ConfigError(
+            f"--manual_dir={manual_dir} has no {' and no '.join(missing)}\n"
+            f"found there: {found or 'nothing'}"
+        )
+    totals = {}
+    for tar in tars:
+        try:
+            with tarfile.open(tar, "r:") as archive:
+                names = sorted(archive.getnames())
+        except (tarfile.TarError, OSError) as error:
+            raise DataError(f"{tar} is no whole tar file: {error}") from error
+        if tar.name == TRAIN:
+            classes = {f"{wnid}.tar" for wnid in builder.info.features["label"].names}
+            strange = sorted(set(names) - classes)
+            if strange:
+                raise DataError(
+                    f"{tar} holds {strange[0]}; expected WNID.tar of a known class"
+                )
+            if builder.name == "imagenet2012" and len(names) == len(classes):
+                totals["train"] = 1_281_167
+        else:
+            for i, name in enumerate(names, 1):
+                if name != (expected := f"ILSVRC2012_val_{i:08d}.JPEG"):
+                    raise DataError(
+                        f"{tar} has no {expected} but {name}; with a gap all labels "
+                        "behind it would be wrong"
+                    )
+            totals["validation"] = len(names)
+    return totals
+
+
+def _generators(builder: Any, manual_dir: str) -> dict[str, Iterable]:
+    """Every image as TFDS reads it, (key, example), by split."""
+    import tensorflow as tf
+    import tensorflow_datasets as tfds
+    from absl import logging
+
+    logging.set_verbosity(logging.ERROR)  # TFDS misses ImageNet's unlabelled test split
+    tf.config.set_visible_devices([], "GPU")
+    config = tfds.download.DownloadConfig(manual_dir=manual_dir or None)
+    manager = builder._make_download_manager(download_dir=None, download_config=config)
+    generators = builder._split_generators(manager)
+    if isinstance(generators, list):  # as older datasets have it
+        generators = {
+            str(split.name): builder._generate_examples(**split.gen_kwargs)
+            for split in generators
+        }
+    if builder.name == "imagenet2012":
+        generators.pop("test", None)  # has no labels
+    return generators
+
+
+def _write(
+    info: Any,
+    split: str,
+    examples: Iterable,
+    directory: Path,
+    short_side: int,
+    shard_size: int,
+) -> Any:
+    """Writes the shards of a split that are not there. Returns TFDS's SplitInfo."""
+    from array_record.python import array_record_module as array_record
+    from tensorflow_datasets.core import example_serializer, splits
+
+    features, image = info.features, info.supervised_keys[0]
+    serializer = example_serializer.ExampleSerializer(features.get_serialized_info())
+
+    def encode(keyed):
+        return keyed[0], features.encode_example(keyed[1])
+
+    def record(keyed):
+        key, example = keyed
+        if short_side:
+            try:
+                example = example | {image: shrink(example[image], short_side)}
+            except Exception as error:
+                raise DataError(f"image {key!r} cannot be read: {error}") from error
+        # Else the order of the features differs from process to process.
+        return serializer.get_tf_example(example).SerializeToString(deterministic=True)
+
+    examples, stem = iter(examples), f"{info.name}-{split}.array_record"
+    shards = sorted(directory.glob(f"{stem}-*"))
+    readers = [array_record.ArrayRecordReader(str(shard)) for shard in shards]
+    lengths = [reader.num_records() for reader in readers]
+    last = deque(islice(examples, sum(lengths)), maxlen=1)
+    if last and record(encode(last[0])) != readers[-1].read([lengths[-1] - 1])[0]:
+        raise DataError(
+            f"{directory} was begun with other images, or with these in another order; "
+            "delete it to start over"
+        )
+    with ThreadPoolExecutor() as pool:
+        while batch := list(map(encode, islice(examples, shard_size))):
+            temporary = directory / "shard.tmp"
+            writer = array_record.ArrayRecordWriter(str(temporary), OPTIONS)
+            for each in pool.map(record, batch):
+                writer.write(each)
+            writer.close()
+            shards.append(temporary.replace(directory / f"{stem}-{len(shards):05d}"))
+            lengths.append(len(batch))
+    if not shards:
+        raise DataError(f"{info.name} has no image in split {split}")
+    for i, shard in enumerate(shards):
+        shards[i] = shard.replace(directory / f"{stem}-{i:05d}-of-{len(shards):05d}")
+    size = sum(shard.stat().st_size for shard in shards)
+    return splits.SplitInfo(name=split, shard_lengths=lengths, num_bytes=size)
+
+
+def shrink(encoded: bytes, short_side: int) -> bytes:
+    """Encoded image -> JPEG whose short side is short_side; itself if not larger."""
+    from PIL import Image
+
+    image = Image.open(io.BytesIO(encoded))
+    scale = short_side / min(image.size)
+    if scale >= 1:
+        return encoded
+    image = image if image.mode in ("L", "RGB") else image.convert("RGB")
+    size = [round(side * scale) for side in image.size]
+    buffer = io.BytesIO()
+    image.resize(size, Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=95)
+    return buffer.getvalue()
+
+
+def run(argv: Sequence[str]) -> None:
+    """Prepares the dataset that the command line names, or ends in a HivitError."""
+    parser = Parser("python -m hivit_jax.tools.prepare_data", allow_abbrev=False)
+    for name, (default, text) in FLAGS.items():
+        parser.add_argument(f"--{name}", type=type(default), default=default, help=text)
+    flags = parser.parse_args(argv)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        prepare(**vars(flags))
+    except HivitError:
+        raise
+    except KeyboardInterrupt:
+        raise Interrupted("interrupted; the same command goes on from here") from None
+    except Exception as error:  # every dataset of TFDS has its own
+        reason = f"{type(error).__name__}: {_line(error)}"
+        raise DataError(f"{flags.name} cannot be prepared: {reason}") from error
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    return exit_code(lambda: run(sys.argv[1:] if argv is None else argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

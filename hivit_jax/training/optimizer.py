@@ -1,0 +1,58 @@
+"""AdamW with layer-wise decay."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from hivit_jax.tree import leaf_name
+
+
+def learning_rate_scales(
+    params: Any, layer_ids: Mapping[str, int], layer_decay: float
+) -> Any:
+    """Factor on every parameter's learning rate, ``layer_decay ** (last - layer)``.
+
+    Args:
+      layer_ids: layer of every parameter by name, see `Model.layer_ids`.
+    """
+    last = max(layer_ids.values())
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: layer_decay ** (last - layer_ids[leaf_name(path)]), params
+    )
+
+
+def make_optimizer(
+    o: Any,
+    schedule: optax.Schedule,
+    params: Any,
+    is_decayed: Callable[[str], bool],
+    layer_ids: Mapping[str, int],
+) -> optax.GradientTransformation:
+    """One optax chain: [clip,] Adam, decoupled decay, [layer decay,] learning rate.
+
+    Args:
+      o: ``config.optimizer``.
+      schedule: learning rate by step.
+      params: parameters or their shapes; only names are read.
+      is_decayed: whether weight decay applies to the parameter of a name.
+      layer_ids: layer of every parameter by name; read if `o.layer_decay` is not 1.
+    """
+    mask = jax.tree_util.tree_map_with_path(
+        lambda path, _: is_decayed(leaf_name(path)), params
+    )
+    chain = [optax.clip_by_global_norm(o.clip_norm)] if o.clip_norm else []
+    chain += [
+        optax.scale_by_adam(*o.betas, eps=1e-8, mu_dtype=o.first_moment_dtype),
+        optax.add_decayed_weights(o.weight_decay, mask),
+    ]
+    if o.layer_decay != 1.0:
+        scales = learning_rate_scales(params, layer_ids, o.layer_decay)
+        chain.append(
+            optax.stateless(
+                lambda updates, _: jax.tree.map(jnp.multiply, updates, scales)
+            )
+        )
+    return optax.chain(*chain, optax.scale_by_learning_rate(schedule))

@@ -1,0 +1,187 @@
+"""The train step: its state, what it computes, the shapes of its arguments. Reads no
+images and no checkpoints.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+
+from hivit_jax import rng
+from hivit_jax.data.shapes import batch_shapes
+from hivit_jax.distributed.sharding import BATCH, gathered, placed, state_shardings
+from hivit_jax.tasks.base import Task
+from hivit_jax.training.accumulation import accumulate_gradients
+from hivit_jax.tree import split_state
+
+# "step" int32, "params", "model_state", "opt_state", and "ema" if averages are kept.
+State = dict[str, Any]
+
+
+class Training(NamedTuple):
+    """A train step that is not yet compiled.
+
+    Attributes:
+      graphdef: structure of the model.
+      init: () -> a fresh state.
+      step: (state, frozen, batch, number of steps done) -> (state, metrics).
+      state: shapes, dtypes and shardings of the state.
+      frozen: the same of the task's frozen arrays.
+      batches: the same of a batch, one for each bucket.
+    """
+
+    graphdef: nnx.GraphDef
+    init: Callable
+    step: Callable
+    state: State
+    frozen: Any
+    batches: tuple[dict[str, jax.ShapeDtypeStruct], ...]
+
+    def arguments(self, bucket: int = 0) -> tuple:
+        """Shapes, dtypes and shardings of the arguments of `step`."""
+        return self.state, self.frozen, self.batches[bucket], np.int32(0)
+
+
+def prepare(
+    task: Task,
+    mesh: Mesh,
+    schedule: optax.Schedule,
+    *,
+    seed: int,
+    accumulate_steps: int = 1,
+    ema_decay: float = 0.0,
+    zero: int = 3,
+) -> Training:
+    """Build the train step of a task on a mesh, from shapes only.
+
+    Args:
+      schedule: learning rate by step.
+      seed: of the step's random draws.
+      accumulate_steps: microbatches of a batch.
+      ema_decay: of averaged parameters; 0: none are kept.
+      zero: what the fsdp axis shards; see `sharding.param_spec`.
+    """
+    model = nnx.eval_shape(task.build_model)
+    graphdef = split_state(model)[0]
+    optimizer = task.optimizer(model, schedule)
+    init = make_init(task, optimizer, ema_decay)
+    step = make_train_step(
+        task,
+        graphdef,
+        optimizer,
+        schedule,
+        seed=seed,
+        accumulate_steps=accumulate_steps,
+        ema_decay=ema_decay,
+    )
+
+    def shard(shapes):
+        return placed(shapes, state_shardings(mesh, shapes, zero))
+
+    rows = NamedSharding(mesh, BATCH)
+    return Training(
+        graphdef,
+        init,
+        step,
+        shard(jax.eval_shape(init)),
+        shard(jax.eval_shape(task.frozen)),
+        tuple(
+            placed(shapes, dict.fromkeys(shapes, rows))
+            for shapes in batch_shapes(task.transform(train=True))
+        ),
+    )
+
+
+def make_init(
+    task: Task, optimizer: optax.GradientTransformation, ema_decay: float = 0.0
+) -> Callable:
+    """Return () -> a fresh train state, a pure function of the task's config."""
+
+    def init():
+        _, params, model_state = split_state(task.build_model())
+        state = {
+            "step": jnp.int32(0),
+            "params": params,
+            "model_state": model_state,
+            "opt_state": optimizer.init(params),
+        }
+        if ema_decay:
+            state["ema"] = params
+        return state
+
+    return init
+
+
+def make_train_step(
+    task: Task,
+    graphdef: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    *,
+    seed: int,
+    accumulate_steps: int = 1,
+    ema_decay: float = 0.0,
+) -> Callable:
+    """Return (state, frozen, batch, number of steps done) -> (state, metrics).
+
+    All sums are global. If loss, gradient or model state is not finite, that step and
+    every later one leave the state as it was: the state's own step number stays behind
+    the one passed in.
+    """
+
+    def loss_fn(params, model_state, batch, keys, frozen, total_weight):
+        params, model_state, frozen = map(gathered, (params, model_state, frozen))
+        model = nnx.merge(graphdef, params, model_state)
+        values = task.loss(model, frozen, batch, keys)
+        share = batch["weight"] / total_weight
+        means = {name: (value * share).sum() for name, value in values.items()}
+        return means["loss"], (means, split_state(model)[2])
+
+    def gradient(*arguments):
+        grads, (means, model_state) = jax.grad(loss_fn, has_aux=True)(*arguments)
+        return (grads, means), model_state
+
+    if accumulate_steps > 1:
+        gradient = accumulate_gradients(gradient, accumulate_steps)
+
+    def train_step(state, frozen, batch, steps_done):
+        params, batch_size = state["params"], len(batch["weight"])
+        first = state["step"].astype(jnp.uint32) * batch_size
+        keys = rng.step_keys(seed, "train", first, batch_size)
+        total_weight = jnp.maximum(batch["weight"].sum(), 1.0)
+        (grads, values), model_state = gradient(
+            params, state["model_state"], batch, keys, frozen, total_weight
+        )
+
+        with jax.named_scope("optimizer"):
+            norm = optax.tree.norm(grads)
+            updates, opt_state = optimizer.update(grads, state["opt_state"], params)
+            new = {
+                "step": state["step"] + 1,
+                "params": optax.apply_updates(params, updates),
+                "model_state": model_state,
+                "opt_state": opt_state,
+            }
+            if ema_decay:
+                new["ema"] = optax.incremental_update(
+                    new["params"], state["ema"], 1.0 - ema_decay
+                )
+            finite = jnp.isfinite(values["loss"] + norm)
+            for leaf in jax.tree.leaves(model_state):
+                finite &= jnp.isfinite(leaf).all()
+            good = finite & (state["step"] == steps_done)
+            state = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, state)
+        values |= {
+            "gradient_norm": norm,
+            "finite": finite,
+            "learning_rate": schedule(steps_done),
+            "unreadable": batch["unreadable"].sum(),
+        }
+        return state, values
+
+    return train_step

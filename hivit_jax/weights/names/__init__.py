@@ -1,0 +1,1 @@
+"""Names of parameters in other programs, one module a family."""
