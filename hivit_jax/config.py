@@ -37,7 +37,7 @@ KEYS = {
 # What a recipe may leave out.
 DEFAULTS = {
     "stall_timeout": 1800.0,  # seconds without a step until a run ends itself; 0: never
-    "peer_timeout": 60.0,  # seconds without a sign of life of another process
+    "peer_timeout": 60.0,  # seconds without a heartbeat: the process counts as lost
     "compilation_cache": "",  # directory of compiled programs; "": in the workdir
     "mesh.zero": 3,  # fsdp splits everything; 1: the optimizer's state alone
     "search_batch": False,  # with --mode compile: also the largest batch that fits

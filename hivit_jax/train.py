@@ -13,7 +13,6 @@ from hivit_jax import (
     checkpoint,
     evaluate,
     figures,
-    hosts,
     metrics,
     pretrained,
     tasks,
@@ -21,7 +20,8 @@ from hivit_jax import (
 from hivit_jax.compiling import compile_step
 from hivit_jax.config import to_json
 from hivit_jax.data import pipeline, sources
-from hivit_jax.errors import DataError, DivergedError, Interrupted
+from hivit_jax.distributed.processes import check_same_on_all_processes
+from hivit_jax.errors import DataError, DivergedError, Interrupted, LocalDataError
 from hivit_jax.metrics import say
 from hivit_jax.models import split
 from hivit_jax.optimizer import count_steps, skip_steps
@@ -73,7 +73,9 @@ def train(
     metrics.prepare_workdir(workdir)
     checkpoints = checkpoint.Checkpoints(workdir, config.keep_checkpoints, task.best)
     steps = checkpoints.steps()
-    hosts.agree({"config": config, "dataset's size": images, "checkpoints": steps})
+    check_same_on_all_processes(
+        {"config": config, "dataset's size": images, "checkpoints": steps}
+    )
     step = 0
     if found := checkpoints.restore_newest(placed(abstract_state, shardings)):
         step, state = found
@@ -172,8 +174,10 @@ def train(
         results = results or run_evaluation()
         say(metrics.best_line(workdir, checkpoints.steps(), task.best))
         return results
-    except (DataError, DivergedError):
-        checkpoints.save(state, to_json(config))
+    except (DataError, DivergedError) as error:
+        # All processes save together, and a local error is known to one of them only.
+        if jax.process_count() == 1 or not isinstance(error, LocalDataError):
+            checkpoints.save(state, to_json(config))
         raise
     finally:
         checkpoints.close()

@@ -43,6 +43,19 @@ def test_only_tasks_ask_for_the_class_of_a_model():
     assert found == []
 
 
+def test_no_private_interface_of_jax():
+    private = {"_src", "_jax", "jaxlib"}
+    found = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [getattr(node, "attr", ""), getattr(node, "module", None) or ""]
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                names += [alias.name for alias in node.names]
+            if private & {part for name in names for part in name.split(".")}:
+                found.append(f"{path.relative_to(PACKAGE)}:{node.lineno}")
+    assert found == []
+
+
 def test_modules_do_not_import_each_other_in_circles():
     """Imports at the top of a module; one inside a function may go up."""
     modules = {}

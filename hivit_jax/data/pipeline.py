@@ -23,7 +23,7 @@ import numpy as np
 
 from hivit_jax.data import randaugment, transforms
 from hivit_jax.data.sources import num_examples, open_source
-from hivit_jax.errors import ConfigError, DataError
+from hivit_jax.errors import ConfigError, DataError, LocalDataError
 from hivit_jax.models import image_shape
 
 Batch = dict[str, np.ndarray]
@@ -249,7 +249,7 @@ class Loader:
             _report(self._source.name(index), error)
             return
         if self._classes and not 0 <= label < self._classes:
-            raise DataError(
+            raise LocalDataError(
                 f"{self._source.name(index)} has label {label}; expected 0 to "
                 f"{self._classes - 1}, of model.num_classes={self._classes}"
             )

@@ -1,0 +1,1 @@
+"""Multi-process runs: start-up, consistency checks, preemption and exit codes."""
