@@ -35,6 +35,10 @@ class DataError(HivitError):
     exit_code = 4
 
 
+class LocalDataError(DataError):
+    """A data error that the other processes of the run do not know of."""
+
+
 class CheckpointError(HivitError):
     """No checkpoint can be used where one is needed."""
 

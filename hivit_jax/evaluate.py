@@ -12,8 +12,9 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from hivit_jax import hosts, inputs, models, rng, tasks
+from hivit_jax import inputs, models, rng, tasks
 from hivit_jax.data.prefetch import to_devices
+from hivit_jax.distributed.processes import gather_objects
 from hivit_jax.distributed.sharding import (
     BATCH,
     check_batch,
@@ -88,11 +89,11 @@ def evaluate(
             f"split has {expected}"
         )
     inputs.check_unreadable(unreadable, expected, config.data, "test")
-    records = in_order(hosts.gather_objects(records))
+    records = in_order(gather_objects(records))
     values = {}
     if jax.process_index() == 0:
         values = task.summarize(totals, count, records)
-    values = hosts.gather_objects(values)[0]
+    values = gather_objects(values)[0]
     return values | {"eval/count": count, "eval/unreadable": unreadable}
 
 

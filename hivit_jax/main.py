@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -9,7 +10,10 @@ from typing import Any
 import jax
 
 from hivit_jax import config as configs
-from hivit_jax import hosts, recipes
+from hivit_jax import recipes
+from hivit_jax.distributed import processes
+from hivit_jax.distributed.signals import catch_signals
+from hivit_jax.distributed.watchdog import Watchdog
 from hivit_jax.errors import ConfigError, Parser, exit_code
 from hivit_jax.reporting.console import say
 from hivit_jax.xla.compile import keep_compiled, keep_memory
@@ -40,7 +44,8 @@ examples:
   hivit_jax --config mae_base --mode compile --topology=v5e:16x16 --workdir runs/compile
 
 exit codes: 0 finished, 2 bad config, flag or path, 3 diverged, 4 bad data,
-            5 no usable checkpoint, 75 interrupted and saved: run again to resume
+            5 no usable checkpoint, 75 interrupted and saved: run again to resume,
+            134 aborted because another process was lost: run again to resume
 """
 MODES = ("train", "eval", "knn", "compile", "describe")
 MODE_OF_FLAG = {"checkpoint": "eval", "topology": "compile", "search_batch": "compile"}
@@ -106,13 +111,13 @@ def run(argv: Sequence[str], join: bool) -> None:
         return
     if join:
         process = flags.coordinator_address, flags.num_processes, flags.process_id
-        hosts.start(*process, config.peer_timeout)
+        processes.start(*process, config.peer_timeout)
         in_workdir = flags.workdir and f"{flags.workdir}/compiled"
         keep_compiled(config.compilation_cache or in_workdir)
         if jax.default_backend() == "cpu":
             keep_memory()
-    with hosts.Guard(config.stall_timeout, config.peer_timeout) as guard:
-        compute(config, flags, guard.beat)
+    with Watchdog(config.stall_timeout) as watchdog:
+        compute(config, flags, watchdog.heartbeat)
 
 
 def compute(config: Any, flags: argparse.Namespace, beat: Callable[[], None]) -> None:
@@ -132,19 +137,25 @@ def compute(config: Any, flags: argparse.Namespace, beat: Callable[[], None]) ->
     else:
         from hivit_jax.train import train
 
-        train(config, flags.workdir, hosts.catch_signals(), beat)
+        train(config, flags.workdir, catch_signals(), beat)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code.
+    """Entry point; returns the exit code, or ends a process of several with it.
 
     Args:
       argv: flags; None for this process's own, which may be one of several.
     """
     join = argv is None
-    code = exit_code(lambda: run(sys.argv[1:] if join else argv, join))
-    if code and jax.distributed.is_initialized():
-        hosts.leave(code)
+    message = ""
+    try:
+        code = exit_code(lambda: run(sys.argv[1:] if join else argv, join))
+    except (Exception, KeyboardInterrupt):
+        if not jax.distributed.is_initialized():
+            raise
+        code, message = 1, traceback.format_exc()
+    if jax.distributed.is_initialized():
+        processes.exit_now(code, message)
     return code
 
 

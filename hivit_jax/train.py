@@ -9,12 +9,13 @@ import numpy as np
 from etils.epath import Path
 from flax import nnx
 
-from hivit_jax import evaluate, hosts, inputs
+from hivit_jax import evaluate, inputs
 from hivit_jax.checkpoints import manager
 from hivit_jax.config import step_options, to_json
 from hivit_jax.data.prefetch import to_devices
+from hivit_jax.distributed.processes import check_same_on_all_processes
 from hivit_jax.distributed.sharding import make_mesh, shardings_of
-from hivit_jax.errors import DataError, DivergedError, Interrupted
+from hivit_jax.errors import DataError, DivergedError, Interrupted, LocalDataError
 from hivit_jax.reporting import console, figures, metrics
 from hivit_jax.reporting.console import say
 from hivit_jax.training.schedule import count_steps, make_schedule, skip_steps
@@ -66,7 +67,9 @@ def train(
     metrics.prepare_workdir(workdir)
     checkpoints = manager.Checkpoints(workdir, config.keep_checkpoints, task.best)
     steps = checkpoints.steps()
-    hosts.agree({"config": config, "dataset's size": images, "checkpoints": steps})
+    check_same_on_all_processes(
+        {"config": config, "dataset's size": images, "checkpoints": steps}
+    )
     step = 0
     if found := checkpoints.restore_newest(training.state):
         step, state = found
@@ -163,8 +166,10 @@ def train(
         results = results or run_evaluation()
         say(console.best_line(workdir, checkpoints.steps(), task.best))
         return results
-    except (DataError, DivergedError):
-        checkpoints.save(state, to_json(config))
+    except (DataError, DivergedError) as error:
+        # All processes save together, and a local error is known to one of them only.
+        if jax.process_count() == 1 or not isinstance(error, LocalDataError):
+            checkpoints.save(state, to_json(config))
         raise
     finally:
         checkpoints.close()

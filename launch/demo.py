@@ -20,8 +20,8 @@ import numpy as np
 
 from hivit_jax import config as configs
 from hivit_jax import inputs
+from hivit_jax.distributed.signals import catch_signals
 from hivit_jax.errors import exit_code
-from hivit_jax.hosts import catch_signals
 from hivit_jax.reporting.console import say
 from hivit_jax.train import train
 

@@ -4,8 +4,9 @@
 #   launch/fake_pod.sh -n 4 -- --config configs/digits_mae.py --workdir runs/pod
 #
 # Every line of output begins with its process, as in [2]. SIGTERM and Ctrl-C are passed
-# on to all. The exit code is that of the first process to fail; 75, saved, only if none
-# did worse. After a failure the others have GRACE seconds (60) before they are killed.
+# on to all. The exit code is that of the first process to fail; 75, saved, or 134, lost
+# another process, only if none did worse. After a failure the others have GRACE seconds
+# (150, more than 2 x peer_timeout) before they are killed.
 # PYTHON: the interpreter (python).
 
 if [[ $1 != -n || ! $2 =~ ^[1-9][0-9]*$ || $3 != -- ]]; then
@@ -52,8 +53,8 @@ while ((${#pids[@]})); do
     unset "pids[i]"
     ((status)) || continue
     echo "[$i] exit code $status" >&2
-    ((code == 0 || code == 75)) && code=$status
-    deadline=${deadline:-$((SECONDS + ${GRACE:-60}))}
+    case $code in 0 | 75 | 134) code=$status ;; esac
+    deadline=${deadline:-$((SECONDS + ${GRACE:-150}))}
   done
   [[ $deadline ]] && ((SECONDS >= deadline && ${#pids[@]})) && kill -KILL "${pids[@]}"
 done

@@ -6,7 +6,8 @@
 #   launch/slurm.sh --dry_run ...     prints what the job would do
 #
 # DIR has to be one that every node sees. When time is nearly up, or the job preempted,
-# training saves and exits with 75, and the job goes back to the queue to go on later.
+# training saves and exits with 75, and the job goes back to the queue to go on later; so
+# it does with 134, when processes abort because another one was lost.
 # PYTHON: the interpreter (python).
 #
 #SBATCH --job-name=hivit
@@ -38,14 +39,15 @@ call() { # Prints a command as a shell reads it, and runs it.
 }
 
 # Every process sees all GPUs of its node, and jax takes the one of its SLURM_LOCALID.
-# The first to end leaves the others time to save; srun's exit code is the highest.
-call srun --kill-on-bad-exit=0 --wait=60 \
+# When the first ends, the others need time to save, or up to 2 x peer_timeout to abort;
+# srun's exit code is the highest.
+call srun --kill-on-bad-exit=0 --wait=150 \
   ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} \
   "${PYTHON:-python}" -m hivit_jax.main "$@"
 code=$?
 
-if [[ $dry_run || $code == 75 ]]; then
-  [[ ! $dry_run ]] || echo "# if that exits with 75:"
+if [[ $dry_run || $code == 75 || $code == 134 ]]; then
+  [[ ! $dry_run ]] || echo "# if that exits with 75 or 134:"
   call scontrol requeue "${SLURM_JOB_ID:-JOB}"
 fi
 exit "$code"

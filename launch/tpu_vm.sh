@@ -106,7 +106,9 @@ setup() {
 }
 
 run() {
-  everywhere "$MAKE_WAY exec .venv/bin/python -m hivit_jax.main$(printf ' %q' "$@")"
+  # The shell stays, because ssh returns 255 for a command that a signal ends, and the
+  # shell returns 134 for an abort.
+  everywhere "$MAKE_WAY .venv/bin/python -m hivit_jax.main$(printf ' %q' "$@"); exit \$?"
 }
 
 prepare() { # A TPU that is there and set up.
@@ -130,7 +132,7 @@ keep() {
       [[ $dry_run ]] && return
       case $code in
         0 | 2 | 3 | 4 | 5) break ;; # finished, or the next try would end as this one
-        75) failures=-1 ;;          # saved
+        75 | 134) failures=-1 ;;    # saved, or another process was lost
         255) lost=1 ;;              # it cannot be reached
       esac
       there || failures=-1 # taken back while training: no fault of anyone

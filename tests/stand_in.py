@@ -3,13 +3,14 @@
 Environment: CALLS is a file that gets one JSON list a line, name and arguments. PLAY is
 JSON, from a piece of a command line to what happens at the first, second, ... call that
 contains it: [stdout, exit code]; the last goes on for ever. An exit code of "signal"
-waits for SIGTERM and exits with 75. VM is the home directory on every virtual machine:
-what goes there by ssh is done, what goes there by scp is copied.
+waits for SIGTERM and exits with 75; "abort" aborts. VM is the home directory on every
+virtual machine: what goes there by ssh is done, what goes there by scp is copied.
 """
 
 import json
 import os
 import signal
+import subprocess
 import sys
 
 
@@ -22,6 +23,8 @@ def play(line: str, before: list[str]) -> int:
             if code == "signal":
                 signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
             print(out, flush=True)
+            if code == "abort":
+                os.abort()
             return signal.pause() if code == "signal" else code
     return 0
 
@@ -41,7 +44,9 @@ def main(name: str, *arguments: str) -> int:
     if "ssh" in arguments:
         (command,) = (a for a in arguments if a.startswith("--command="))
         os.chdir(os.environ["VM"])
-        os.execvp("bash", ["bash", "-c", command.removeprefix("--command=")])
+        line = command.removeprefix("--command=")
+        code = subprocess.run(["bash", "-c", line], check=False).returncode
+        return code if code >= 0 else 255  # as ssh, where a signal ends the command
     lines = [" ".join(call) for call in before if "ssh" not in call]
     return play(" ".join([name, *arguments]), lines)
 

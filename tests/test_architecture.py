@@ -10,7 +10,7 @@ PACKAGE = Path(hivit_jax.__file__).parent
 MODELS = {"Classifier", "MaskedAutoencoder", "HiViT"}
 # Modules that may know tasks by name or models by class: tasks, models, weights
 # and commands.
-EXEMPT = ("tasks/", "models/", "weights.py", "export.py", "reconstruct.py")
+EXEMPT = ("tasks/", "models/", "weights/names/", "tools/")
 
 
 def trees():
@@ -40,6 +40,19 @@ def test_only_tasks_ask_for_the_class_of_a_model():
         and getattr(node.func, "id", "") == "isinstance"
         and MODELS & {n.id for n in ast.walk(node.args[1]) if isinstance(n, ast.Name)}
     ]
+    assert found == []
+
+
+def test_no_private_interface_of_jax():
+    private = {"_src", "_jax", "jaxlib"}
+    found = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [getattr(node, "attr", ""), getattr(node, "module", None) or ""]
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                names += [alias.name for alias in node.names]
+            if private & {part for name in names for part in name.split(".")}:
+                found.append(f"{path.relative_to(PACKAGE)}:{node.lineno}")
     assert found == []
 
 

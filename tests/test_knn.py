@@ -7,7 +7,7 @@ from networks import compiled, mini
 from PIL import Image
 
 import hivit_jax
-from hivit_jax import hosts
+from hivit_jax.distributed.watchdog import Watchdog
 from hivit_jax.main import main
 
 SIZE, CLASSES, BATCH = (32, 48), 9, 8
@@ -125,7 +125,7 @@ def test_nearest_neighbours(model, files, monkeypatch, tmp_path, capsys):
     keys, queries, black = np.split(parts, [len(images), len(parts) - 1])
 
     beats = []
-    monkeypatch.setattr(hosts.Guard, "beat", lambda guard: beats.append(guard))
+    monkeypatch.setattr(Watchdog, "heartbeat", lambda watchdog: beats.append(watchdog))
     with recipes.quick():
         flags = flags_of(files[0], directory, data__max_unreadable=0.05)
         assert main([*flags, "--mode=knn"]) == 0

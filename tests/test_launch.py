@@ -222,8 +222,10 @@ def test_an_unreachable_tpu_is_made_again(stage):
     assert code == 0
 
 
-def test_an_interrupted_run_goes_on_where_it_is(stage):
-    story, code = keep(stage, [75] * 6 + [0])
+@pytest.mark.parametrize("code", [75, 134, "abort"])
+def test_an_interrupted_run_goes_on_where_it_is(stage, code):
+    """Saved, or aborted because another process was lost."""
+    story, code = keep(stage, [code] * 6 + [0])
     assert story == [*AGAIN, "describe"] * 6 + AGAIN
     assert code == 0
 
@@ -234,9 +236,9 @@ def test_a_users_error_is_not_tried_again(stage, code):
 
 
 def test_a_crash_is_tried_five_times(stage):
-    story, code = keep(stage, [134])
+    story, code = keep(stage, [139])
     assert story.count("train") == 5
-    assert code == 134
+    assert code == 139
 
 
 def test_resume_sets_up_what_is_lost(stage):
@@ -282,16 +284,16 @@ def test_mistakes(stage, arguments, named):
 
 # SLURM
 
-SRUN = ["srun", "--kill-on-bad-exit=0", "--wait=60"]
+SRUN = ["srun", "--kill-on-bad-exit=0", "--wait=150"]
 JOB = {"SLURM_JOB_ID": "7", "SLURM_CPUS_PER_TASK": "4"}
 
 
-@pytest.mark.parametrize("code", [0, 2, 75, 137])
+@pytest.mark.parametrize("code", [0, 2, 75, 134, 137])
 def test_a_job_is_requeued_when_it_was_interrupted(stage, code):
     script = [LAUNCH / "slurm.sh", *TRAINING, *AWKWARD]
     assert stage.run(*script, play={"srun": [["", code]]}, **JOB)[0] == code
     step = [*SRUN, "--cpus-per-task=4", "python", "-m", "hivit_jax.main"]
-    requeue = [["scontrol", "requeue", "7"]] if code == 75 else []
+    requeue = [["scontrol", "requeue", "7"]] if code in (75, 134) else []
     assert stage.calls() == [[*step, *TRAINING, *AWKWARD], *requeue]
 
 
@@ -358,7 +360,11 @@ def test_a_fake_pod_passes_signals_on(stage, number):
 
 
 @pytest.mark.parametrize(
-    ("codes", "expected"), [((0, 75), 75), ((75, 3), 3), ((0, 0), 0), ((2, 75), 2)]
+    ("codes", "expected"),
+    [
+        *[((0, 75), 75), ((75, 3), 3), ((0, 0), 0), ((2, 75), 2)],
+        *[((0, 134), 134), ((134, 4), 4), ((4, 134), 4)],
+    ],
 )
 def test_exit_code_of_a_fake_pod(stage, codes, expected):
     play = {f"--process_id={i}": [["", code]] for i, code in enumerate(codes)}

@@ -24,8 +24,8 @@ from orbax.checkpoint import checkpoint_managers
 
 from hivit_jax.checkpoints.digests import digests
 from hivit_jax.checkpoints.read import _averaged, _metadata, _reading, _verify, absolute
+from hivit_jax.distributed.processes import all_processes
 from hivit_jax.errors import CheckpointError, ConfigError, first_line
-from hivit_jax.hosts import all_agree
 from hivit_jax.reporting.console import say
 from hivit_jax.reporting.metrics import Best, Scalars, score
 from hivit_jax.tree import leaf_name, named_leaves
@@ -133,7 +133,7 @@ class Checkpoints:
                 state = self.restore(step, wanted)
             except (ConfigError, CheckpointError) as error:
                 errors[step] = error
-            if not all_agree(state is not None):
+            if not all_processes(state is not None):
                 continue
             for damaged, error in errors.items():
                 say(f"error: {error}")
@@ -151,7 +151,7 @@ class Checkpoints:
                 target.rmtree()
             (self.directory / str(step)).rename(target)
             say(f"checkpoint {step} was moved to {target}")
-        all_agree(True)  # that is, wait
+        all_processes(True)  # that is, wait
         self._manager.reload()
 
     def restore(self, step: int, wanted: Mapping[str, Any]) -> dict[str, Any]:

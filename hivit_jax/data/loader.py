@@ -16,7 +16,7 @@ from hivit_jax.data import transforms
 from hivit_jax.data.order import Share
 from hivit_jax.data.shapes import batch_shapes
 from hivit_jax.data.sources.base import Source
-from hivit_jax.errors import DataError
+from hivit_jax.errors import DataError, LocalDataError
 
 Batch = dict[str, np.ndarray]
 IMAGES_PER_JOB = 8  # examples that a thread takes at a time
@@ -136,7 +136,7 @@ class Loader:
             draws = transforms.uniforms(self._seed, epoch, index, self._transform.draws)
             self._transform(sample, draws, out)
         except DataError as error:
-            raise DataError(f"{self._source.name(index)} {error}") from error
+            raise LocalDataError(f"{self._source.name(index)} {error}") from error
         except Exception as error:  # of whatever kind a broken file provokes
             for array in out.values():
                 array[...] = 0

@@ -1,1 +1,1 @@
-"""Meshes and multi-process runs."""
+"""Meshes and multi-process runs: start, consistency checks, preemption, exit codes."""

@@ -1,0 +1,42 @@
+"""Preemption: signals become requests to save and exit, at the same step everywhere."""
+
+import os
+import signal
+from collections.abc import Callable
+from types import FrameType
+
+import jax
+from jax.experimental import multihost_utils
+
+from hivit_jax.metrics import say
+
+
+def catch_signals() -> Callable[[int], str | None]:
+    """Turn SIGTERM and Ctrl-C into requests to save and exit.
+
+    Returns:
+      A function of the number of steps done, which every process calls after every
+      step. It returns the signal that arrived or None, the same on all processes. A
+      second signal kills a run of one process.
+    """
+    if jax.process_count() > 1:
+        # JAX has caught SIGTERM since `processes.start`, and notifies the others.
+        signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+
+        def reached(step: int) -> str | None:
+            stop = multihost_utils.reached_preemption_sync_point(step)
+            return "SIGTERM to one of the processes" if stop else None
+
+        return reached
+
+    caught: list[str] = []
+
+    def remember(number: int, frame: FrameType | None) -> None:
+        caught.append(signal.Signals(number).name)
+        say(f"{caught[0]}: finishing the step and saving; once more to kill")
+        for each in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(each, signal.SIG_DFL)
+
+    for each in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(each, remember)
+    return lambda step: caught[0] if caught else None
