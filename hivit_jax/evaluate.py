@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from hivit_jax import inputs, models, rng, tasks
+from hivit_jax import inputs, rng, tasks
 from hivit_jax.data.prefetch import to_devices
 from hivit_jax.distributed.processes import gather_objects
 from hivit_jax.distributed.sharding import (
@@ -23,6 +23,7 @@ from hivit_jax.distributed.sharding import (
 )
 from hivit_jax.errors import ConfigError, DataError
 from hivit_jax.reporting import console
+from hivit_jax.tree import leaf_name, split_state
 from hivit_jax.weights import adapt, load
 
 FIGURE_IMAGES = 6
@@ -151,12 +152,12 @@ def restore(
       ConfigError: an array is missing or does not fit.
     """
     model = nnx.eval_shape(task.build_model)
-    graphdef, params, model_state = models.split_state(model)
+    graphdef, params, model_state = split_state(model)
     arrays = adapt.fit(start, model)
     shapes = {"params": params, "model_state": model_state}
 
     def put(path, sharding):
-        name = models.leaf_name(path[1:])
+        name = leaf_name(path[1:])
         if name not in arrays:
             raise ConfigError(f"{start.path} has no {name} that fits this config")
         return jax.device_put(arrays[name], sharding)

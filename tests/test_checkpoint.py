@@ -52,6 +52,7 @@ def init(seed=0):
     return {
         "step": jnp.int32(seed),
         "params": params,
+        "model_state": {},
         "opt_state": moments,
         "ema": jax.tree.map(lambda x: 2 * x, params),
     }

@@ -8,10 +8,11 @@ import recipes
 from flax import nnx
 from numpy.testing import assert_allclose
 
-from hivit_jax import inputs, models
+from hivit_jax import inputs
 from hivit_jax.errors import ConfigError
 from hivit_jax.models.norms import BatchNorm
 from hivit_jax.train import train
+from hivit_jax.tree import leaf_name, split_state
 
 MOMENTUM, TRUST = 0.9, 0.001
 
@@ -49,7 +50,7 @@ class Parts(nnx.Module):
 def test_lars():
     """Ten steps of MAE's rule, written down again: momentum of scaled gradients."""
     model = Parts()
-    params = models.split_state(model)[1]
+    params = split_state(model)[1]
     task = inputs.make_task(probe())
     optimizer = task.optimizer(model, lambda step: 0.1 * (step + 1))
     state, random = optimizer.init(params), np.random.RandomState(0)
@@ -100,14 +101,12 @@ def test_probe_of_a_pretrained_encoder(pretrained, tmp_path, capsys):
     assert (params[0]["head/kernel"] != params[2]["head/kernel"]).any()
 
     task = inputs.make_task(config)
-    graphdef, *shapes = models.split_state(task.build_model())
+    graphdef, *shapes = split_state(task.build_model())
     model = nnx.merge(
         graphdef,
         *(
             jax.tree_util.tree_map_with_path(
-                lambda path, _, item=item: jnp.array(
-                    stored[0][item][models.leaf_name(path)]
-                ),
+                lambda path, _, item=item: jnp.array(stored[0][item][leaf_name(path)]),
                 tree,
             )
             for item, tree in zip(("params", "model_state"), shapes, strict=True)

@@ -10,10 +10,11 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from hivit_jax import inputs, models
+from hivit_jax import inputs
 from hivit_jax.data.prefetch import to_devices
 from hivit_jax.distributed.sharding import make_mesh, state_shardings
 from hivit_jax.tasks.base import topk_correct
+from hivit_jax.tree import split_state
 from hivit_jax.weights import adapt, load
 
 
@@ -41,12 +42,12 @@ def nearest_neighbours(
     start = load.find_for(config, config.init_from)
     task = inputs.make_task(config)
     model = nnx.eval_shape(task.build_model)
-    graphdef = models.split_state(model)[0]
+    graphdef = split_state(model)[0]
     mesh = make_mesh(config.mesh, config.batch_size)
     everywhere = NamedSharding(mesh, PartitionSpec())
 
     def variables():
-        _, params, model_state = models.split_state(task.build_model())
+        _, params, model_state = split_state(task.build_model())
         return {"params": params, "model_state": model_state}
 
     shardings = state_shardings(mesh, jax.eval_shape(variables))

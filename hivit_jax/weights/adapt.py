@@ -26,7 +26,7 @@ class Pretrained(NamedTuple):
     path: where it was found.
     label: what to call it: the step of a run, else the path.
     arguments: `create_model(**arguments)` is the model that it is.
-    params: numpy float32 arrays by name, as `models.named_leaves`.
+    params: numpy float32 arrays by name, as `named_leaves`.
     notes: what a reader should know: the format, what had to be guessed.
     unused: entries of the file that no parameter needs, by their names there.
     recipe: the config it was trained with, {} where unknown.
