@@ -19,7 +19,7 @@ from hivit_jax import config as configs
 from hivit_jax.data.sources import digits, registry
 from hivit_jax.distributed.signals import catch_signals
 from hivit_jax.errors import exit_code
-from hivit_jax.reporting.console import say
+from hivit_jax.reporting.console import log
 from hivit_jax.train import train
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -72,7 +72,7 @@ def compare(workdir: Path, stop: Callable) -> None:
         opened.labels = np.random.RandomState(draw).permutation(source.labels)
         measure("finetuned", 100, draw, "100 shuffled")
 
-    say(f"\n{'top-1 in %':<16}" + "".join(f"{way:>18}" for way in WAYS))
+    log(f"\n{'top-1 in %':<16}" + "".join(f"{way:>18}" for way in WAYS))
     for title in (*map(str, LABELS), "100 shuffled"):
         cells = []
         for way in WAYS:
@@ -82,7 +82,7 @@ def compare(workdir: Path, stop: Callable) -> None:
                 if values
                 else ""
             )
-        say(f"{title + ' labels':<16}" + "".join(f"{cell:>18}" for cell in cells))
+        log(f"{title + ' labels':<16}" + "".join(f"{cell:>18}" for cell in cells))
     RESULT.write_text(json.dumps(found, indent=2) + "\n")
 
 

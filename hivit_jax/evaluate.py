@@ -127,19 +127,19 @@ def evaluate_checkpoint(
     """Evaluate the workdir's newest checkpoint and log the result.
 
     Args:
-      checkpoint: evaluated instead; any path that `load.find` reads.
+      checkpoint: evaluated instead; any path that `weights.load.read` accepts.
 
     Raises:
       CheckpointError: there is no checkpoint.
       ConfigError: it is of another model.
     """
-    start = load.find_for(config, checkpoint or workdir)
+    start = load.read_for(config.model, checkpoint or workdir)
     task = inputs.make_task(config, "test")
     mesh = make_mesh(config.mesh, config.batch_size)
     graphdef, variables = restore(start, task, mesh)
     eval_step = make_eval_step(config, task, graphdef, mesh)
     values = evaluate(config, task, eval_step, variables, mesh, heartbeat)
-    console.say(console.eval_line(start.label, values))
+    console.log(console.eval_line(start.label, values))
     return values
 
 
@@ -153,7 +153,7 @@ def restore(
     """
     model = nnx.eval_shape(task.build_model)
     graphdef, params, model_state = split_state(model)
-    arrays = adapt.fit(start, model)
+    arrays = adapt.adapt(start, model)
     shapes = {"params": params, "model_state": model_state}
 
     def put(path, sharding):

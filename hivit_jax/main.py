@@ -15,7 +15,7 @@ from hivit_jax.distributed import processes
 from hivit_jax.distributed.signals import catch_signals
 from hivit_jax.distributed.watchdog import Watchdog
 from hivit_jax.errors import ConfigError, Parser, exit_code
-from hivit_jax.reporting.console import say
+from hivit_jax.reporting.console import log
 from hivit_jax.xla.compile import keep_compiled, keep_memory
 
 USAGE = """\
@@ -99,10 +99,10 @@ def run(argv: Sequence[str], join: bool) -> None:
     if flags.mode == "describe":
         from hivit_jax.tools.describe import changes, describe, draw
 
-        say(describe(config))
-        say(f"\n{changes(config, flags.config)}")
+        log(describe(config))
+        log(f"\n{changes(config, flags.config)}")
         if flags.workdir:
-            say(f"\ndrawn: {draw(config, flags.workdir)}")
+            log(f"\ndrawn: {draw(config, flags.workdir)}")
         return
     if flags.mode == "compile":
         from hivit_jax.xla.ahead import compile_ahead
@@ -120,24 +120,26 @@ def run(argv: Sequence[str], join: bool) -> None:
         compute(config, flags, watchdog.heartbeat)
 
 
-def compute(config: Any, flags: argparse.Namespace, beat: Callable[[], None]) -> None:
-    """The modes that compute something; `beat` is called when they get on."""
+def compute(
+    config: Any, flags: argparse.Namespace, heartbeat: Callable[[], None]
+) -> None:
+    """The modes that compute something; `heartbeat` is called when they get on."""
     if flags.mode == "eval":
         from hivit_jax.evaluate import evaluate_checkpoint
 
-        evaluate_checkpoint(config, flags.workdir, flags.checkpoint, beat)
+        evaluate_checkpoint(config, flags.workdir, flags.checkpoint, heartbeat)
     elif flags.mode == "knn":
         from hivit_jax.tasks.probing import nearest_neighbours
 
-        found = nearest_neighbours(config, beat=beat)
-        say(
+        found = nearest_neighbours(config, heartbeat=heartbeat)
+        log(
             f"nearest neighbours  top1 {found['knn/top1']:.2%}  top5 "
             f"{found['knn/top5']:.2%}  ({found['knn/count']:,} images)"
         )
     else:
         from hivit_jax.train import train
 
-        train(config, flags.workdir, catch_signals(), beat)
+        train(config, flags.workdir, catch_signals(), heartbeat)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

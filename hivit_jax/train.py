@@ -17,7 +17,7 @@ from hivit_jax.distributed.processes import check_same_on_all_processes
 from hivit_jax.distributed.sharding import make_mesh, shardings_of
 from hivit_jax.errors import DataError, DivergedError, Interrupted, LocalDataError
 from hivit_jax.reporting import console, figures, metrics
-from hivit_jax.reporting.console import say
+from hivit_jax.reporting.console import log
 from hivit_jax.training.schedule import count_steps, make_schedule, skip_steps
 from hivit_jax.training.step import State, prepare
 from hivit_jax.weights import adapt, load
@@ -28,7 +28,7 @@ def train(
     config: Any,
     workdir: str | Path,
     stop_requested: Callable[[int], str | None] = lambda step: None,
-    beat: Callable[[], None] = lambda: None,
+    heartbeat: Callable[[], None] = lambda: None,
 ) -> dict[str, float | int]:
     """Trains to the end, from where the workdir's newest checkpoint stands.
 
@@ -37,7 +37,7 @@ def train(
       workdir: gets config.json, metrics.jsonl, checkpoints/, figures/.
       stop_requested: asked after every step, with its number; a text is the reason to
         save and leave, the same on all processes.
-      beat: called after every step and batch of an evaluation.
+      heartbeat: called after every step and batch of an evaluation.
 
     Returns:
       The last evaluation, as `evaluate.evaluate` gives it.
@@ -57,7 +57,7 @@ def train(
     training = prepare(task, mesh, schedule, **step_options(config))
     shardings = shardings_of(training.state)
     model = nnx.eval_shape(task.build_model)
-    say(
+    log(
         f"{config.model.name}: {model.parameter_count():,} parameters on {mesh.size} x "
         f"{jax.devices()[0].device_kind}; {total_steps:,} steps of "
         f"{config.batch_size:,} images"
@@ -73,16 +73,16 @@ def train(
     step = 0
     if found := checkpoints.restore_newest(training.state):
         step, state = found
-        say(f"going on at step {step:,} from {checkpoints.directory / str(step)}")
+        log(f"going on at step {step:,} from {checkpoints.directory / str(step)}")
         if config.optimizer.first_epoch:
             skipped = min(round(per_epoch), total_steps - step)
             state, step = skip_steps(state, skipped), step + skipped
-            say(f"first_epoch=1: an epoch is left out, to step {step:,}")
+            log(f"first_epoch=1: an epoch is left out, to step {step:,}")
     else:
-        start = config.init_from and load.find_for(config, config.init_from)
+        start = config.init_from and load.read_for(config.model, config.init_from)
         state = jax.jit(training.init, out_shardings=shardings)()
         if start:
-            state |= adapt.start_from(
+            state |= adapt.initialize_from(
                 start,
                 model,
                 {name: state[name] for name in ("params", "model_state")},
@@ -106,9 +106,9 @@ def train(
             "model_state": state["model_state"],
             "frozen": frozen,
         }
-        values = evaluate.evaluate(config, task, eval_step, variables, mesh, beat)
+        values = evaluate.evaluate(config, task, eval_step, variables, mesh, heartbeat)
         panels = panels_of(variables)
-        say(console.eval_line(f"step {step}", values))
+        log(console.eval_line(f"step {step}", values))
         if writer:
             writer.scalars(step, values)
             pictures = task.figures(panels) if panels else {}
@@ -134,7 +134,7 @@ def train(
             step += 1
             pending.append((step, values))
             stop = stop_requested(step)
-            beat()
+            heartbeat()
             due = {
                 name: step == total_steps or step % config[f"{name}_every"] == 0
                 for name in ("log", "eval", "checkpoint")
@@ -144,7 +144,7 @@ def train(
                 rate, line["input_bound"] = clock.read()
                 line["images_per_second"] = rate
                 line["seconds_left"] = (total_steps - step) * config.batch_size / rate
-                say(console.step_line(step, total_steps, line))
+                log(console.step_line(step, total_steps, line))
                 if writer:
                     writer.scalars(step, line)
                 unreadable += line["unreadable"]
@@ -164,7 +164,7 @@ def train(
                 f"{workdir}; run the same command to go on"
             )
         results = results or run_evaluation()
-        say(console.best_line(workdir, checkpoints.steps(), task.best))
+        log(console.best_line(workdir, checkpoints.steps(), task.best))
         return results
     except (DataError, DivergedError) as error:
         # All processes save together, and a local error is known to one of them only.

@@ -22,7 +22,7 @@ from hivit_jax import config as configs
 from hivit_jax import inputs
 from hivit_jax.distributed.signals import catch_signals
 from hivit_jax.errors import exit_code
-from hivit_jax.reporting.console import say
+from hivit_jax.reporting.console import log
 from hivit_jax.train import train
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -34,7 +34,7 @@ def run(recipe: str, workdir: Path, stop: Callable, **overrides: object) -> dict
     path = os.path.relpath(CONFIGS / recipe)
     flags = [f"--config.{key}={value}" for key, value in overrides.items()]
     command = ["python -m hivit_jax.main", f"--config {path}", f"--workdir {workdir}"]
-    say("\n$ " + " ".join(command + flags))
+    log("\n$ " + " ".join(command + flags))
     return train(configs.load(path, flags), workdir, stop)
 
 
@@ -78,19 +78,19 @@ def demo(workdir: Path, stop: Callable) -> None:
             top1[row, column] = 100 * values["eval/top1"]
 
     mean_image, mean_pixel = baselines(configs.load(str(CONFIGS / "digits_mae.py")))
-    say("\ntop-1 on 360 held-out digits, in %, after training on 100 labels")
-    say(f"{'subset':<12}{'pretrained':>12}{'scratch':>12}")
+    log("\ntop-1 on 360 held-out digits, in %, after training on 100 labels")
+    log(f"{'subset':<12}{'pretrained':>12}{'scratch':>12}")
     for subset, values in zip(SUBSETS, top1, strict=True):
-        say(f"{subset:<12}" + "".join(f"{value:12.1f}" for value in values))
+        log(f"{subset:<12}" + "".join(f"{value:12.1f}" for value in values))
     cells = [f"{column.mean():.1f} +- {column.std(ddof=1):.1f}" for column in top1.T]
-    say(f"{'mean +- std':<12}" + "".join(f"{cell:>12}" for cell in cells))
-    say(
+    log(f"{'mean +- std':<12}" + "".join(f"{cell:>12}" for cell in cells))
+    log(
         f"\nmasked loss {loss / mean_image:.2f} of predicting the mean image of the "
         f"training split ({loss / mean_pixel:.2f} of predicting its mean pixel)"
     )
     newest = max((pretrain / "figures").glob("reconstruction_*.png"))
-    say(f"figures: {newest}\n         {pretrain / 'figures' / 'curves.png'}")
-    say(f"{time.perf_counter() - began:.0f} seconds")
+    log(f"figures: {newest}\n         {pretrain / 'figures' / 'curves.png'}")
+    log(f"{time.perf_counter() - began:.0f} seconds")
 
 
 def main() -> int:

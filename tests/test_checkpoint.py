@@ -18,7 +18,7 @@ from hivit_jax.distributed import sharding
 from hivit_jax.distributed.sharding import make_mesh, placed, state_shardings
 from hivit_jax.errors import CheckpointError, ConfigError
 from hivit_jax.tree import named_leaves
-from hivit_jax.weights.load import find
+from hivit_jax.weights.load import read
 
 # Orbax leaves coroutines behind when it cannot read a file.
 pytestmark = pytest.mark.filterwarnings(
@@ -108,7 +108,7 @@ def test_from_any_mesh_to_any_other(saved, old, new):
 def test_parameters_alone_on_one_device(saved):
     """Averaged ones, or the plain ones, without the optimizer's state."""
     for averaged, name in ((True, "ema"), (False, "params")):
-        found = find(saved["every"], averaged=averaged)
+        found = read(saved["every"], averaged=averaged)
         expected = host(init(3)[name])
         recipes.assert_identical(found.params, expected)
 
@@ -217,7 +217,7 @@ def test_all_are_damaged(two_steps, tmp_path):
     with pytest.raises(CheckpointError, match=r"checkpoints/2 is damaged: "):
         Checkpoints(workdir, 9).restore_newest(on_mesh("data")[1])
     with pytest.raises(CheckpointError, match=r"checkpoints/1 is damaged: "):
-        find(workdir)
+        read(workdir)
     assert {p.name for p in (workdir / "checkpoints").iterdir()} == {"1", "2"}
 
 
@@ -225,7 +225,7 @@ def test_evaluation_takes_the_newest_that_is_whole(two_steps, tmp_path, capsys):
     workdir = written(tmp_path, two_steps)
     for path in workdir.rglob("checkpoints/2/ema/d/*"):
         path.unlink()
-    found = find(workdir)
+    found = read(workdir)
     assert found.path.endswith("checkpoints/1")
     recipes.assert_identical(found.params, host(init(1)["ema"]))
     assert "checkpoints/2 is damaged" in capsys.readouterr().out

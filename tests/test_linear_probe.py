@@ -87,7 +87,7 @@ def test_probe_of_a_pretrained_encoder(pretrained, tmp_path, capsys):
     assert values["eval/count"] == 64
     assert 0 <= values["eval/top1"] <= values["eval/top5"] <= 1
     out = capsys.readouterr().out
-    assert "used" in out
+    assert "matched" in out
     assert "encoder/stages" in out
 
     stored = [recipes.stored(tmp_path, step) for step in (1, 2, 3)]

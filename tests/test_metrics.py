@@ -211,7 +211,7 @@ def test_best_of_the_checkpoints_that_are_kept(tmp_path):
 def test_say_is_for_one_process(monkeypatch, capsys):
     for index in range(2):
         monkeypatch.setattr(metrics.jax, "process_index", lambda index=index: index)
-        console.say(f"process {index}")
+        console.log(f"process {index}")
     assert capsys.readouterr().out == "process 0\n"
 
 

@@ -16,7 +16,7 @@ import state_files
 
 from hivit_jax.errors import CheckpointError, ConfigError
 from hivit_jax.tools import convert
-from hivit_jax.weights.load import find, load_pretrained
+from hivit_jax.weights.load import load_pretrained, read
 
 MODEL, STATE = state_files.drawn("mae_hivit_base")
 
@@ -132,7 +132,7 @@ def test_an_array_is_missing(tmp_path):
     """Of a network that is there otherwise: nothing is left to chance."""
     path = tmp_path / "x.safetensors"
     path.write_bytes(contents(without("blocks.6.mlp.fc1.bias")))
-    message = "has no encoder/stages/2/0/mlp/fc1/bias; with 1 arrays left to chance"
+    message = "has no encoder/stages/2/0/mlp/fc1/bias; 1 array is missing. Refusing"
     with pytest.raises(ConfigError, match=message):
         load_pretrained(path, **state_files.HINTS)
 
@@ -185,7 +185,7 @@ def test_pytorch_is_missing(tmp_path, monkeypatch, capsys):
     path = reference.GOLDEN / "official_mae.pth"
     message = r"which is not installed.\npip install 'hivit-jax\[torch\]'"
     with pytest.raises(CheckpointError, match=message):
-        find(path)
+        read(path)
 
 
 class Planted:
@@ -270,7 +270,7 @@ def test_narrower_numbers_are_widened(tmp_path):
     for dtype in (torch.float16, torch.bfloat16):
         half = OrderedDict((n, torch.tensor(a).to(dtype)) for n, a in STATE.items())
         torch.save(half, tmp_path / "x.pth")
-        params = find(tmp_path / "x.pth", **state_files.HINTS).params
+        params = read(tmp_path / "x.pth", **state_files.HINTS).params
         expected = half["mask_token"].float().numpy().reshape(-1)
         np.testing.assert_array_equal(params["mask_token"], expected)
 
@@ -281,7 +281,7 @@ def test_a_directory_with_a_broken_config(tmp_path, capsys):
         (tmp_path / "config.json").write_text(text)
         refused(tmp_path, "config.json cannot be read|no HiViT can be built", capsys)
     with pytest.raises(CheckpointError, match="no checkpoint in"):
-        find(tmp_path / "nowhere")
+        read(tmp_path / "nowhere")
     (tmp_path / "x.npz").write_bytes(b"")
     with pytest.raises(CheckpointError, match="unknown ending; expected one of .safe"):
-        find(tmp_path / "x.npz")
+        read(tmp_path / "x.npz")

@@ -12,7 +12,7 @@ from numpy.testing import assert_array_equal
 
 from hivit_jax.errors import CheckpointError, ConfigError
 from hivit_jax.tree import leaf_name, named_leaves, split
-from hivit_jax.weights.adapt import Pretrained, compare, fit
+from hivit_jax.weights.adapt import Pretrained, adapt, compare
 from hivit_jax.weights.names.official import from_official, to_official, to_state_dict
 
 # Official state dicts
@@ -132,25 +132,25 @@ def test_what_finetuning_takes_of_pretraining():
     arguments = {"name": "mae_hivit_base"}
     start = Pretrained("there", "there", arguments, params, [], [], {}, {}, {})
     model = abstract("hivit_base")
-    _, fates = compare(start, model)
-    fates = {fate: {official[name] for name in names} for fate, names in fates.items()}
-    assert fates["used"] == set(facts["loaded"])
-    assert fates["dropped"] == set(facts["unexpected_dropped"])
+    _, report = compare(start, model)
+    fates = {kind: {official[n] for n in names} for kind, names in vars(report).items()}
+    assert fates["matched"] == set(facts["loaded"])
+    assert fates["unused"] == set(facts["unexpected_dropped"])
     kept = set(facts["missing_keep_own_init"]) - {"relative_position_index"}
-    assert fates["zero"] | fates["new"] == kept
-    assert fates["new"] == {
+    assert fates["zero_init"] | fates["newly_initialized"] == kept
+    assert fates["newly_initialized"] == {
         "fc_norm.weight",
         "fc_norm.bias",
         "head.weight",
         "head.bias",
     }
-    assert not fates["missing"] | fates["unlike"] | fates["resized"]
+    assert not fates["missing"] | fates["shape_mismatch"] | fates["resized"]
     for name in [name for name in start.params if "stages/2/7/" in name]:
         del start.params[name]
-    missing = compare(start, model)[1]["missing"]
+    missing = compare(start, model)[1].missing
     assert len(missing) > 5
     assert all(name.startswith("encoder/stages/2/7/") for name in missing)
     with pytest.raises(
         ConfigError, match=f"has no {missing[0]}; with {len(missing)} a"
     ):
-        fit(start, model)
+        adapt(start, model)

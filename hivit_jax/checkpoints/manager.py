@@ -26,7 +26,7 @@ from hivit_jax.checkpoints.digests import digests
 from hivit_jax.checkpoints.read import _averaged, _metadata, _reading, _verify, absolute
 from hivit_jax.distributed.processes import all_processes
 from hivit_jax.errors import CheckpointError, ConfigError, first_line
-from hivit_jax.reporting.console import say
+from hivit_jax.reporting.console import log
 from hivit_jax.reporting.metrics import Best, Scalars, score
 from hivit_jax.tree import leaf_name, named_leaves
 
@@ -66,7 +66,7 @@ class Checkpoints:
         )
         self.directory = absolute(workdir) / "checkpoints"
         for path in self.directory.glob("*.orbax-checkpoint-tmp*"):
-            say(f"checkpoint {path.name.split('.')[0]} was not finished; removed")
+            log(f"checkpoint {path.name.split('.')[0]} was not finished; removed")
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 
     def steps(self) -> list[int]:
@@ -136,7 +136,7 @@ class Checkpoints:
             if not all_processes(state is not None):
                 continue
             for damaged, error in errors.items():
-                say(f"error: {error}")
+                log(f"error: {error}")
                 self._set_aside(damaged)
             return step, state
         for error in errors.values():  # of the newest; or all would be damaged
@@ -150,7 +150,7 @@ class Checkpoints:
             if target.exists():
                 target.rmtree()
             (self.directory / str(step)).rename(target)
-            say(f"checkpoint {step} was moved to {target}")
+            log(f"checkpoint {step} was moved to {target}")
         all_processes(True)  # that is, wait
         self._manager.reload()
 

@@ -8,8 +8,6 @@ from types import FrameType
 import jax
 from jax.experimental import multihost_utils
 
-from hivit_jax.metrics import say
-
 
 def catch_signals() -> Callable[[int], str | None]:
     """Turn SIGTERM and Ctrl-C into requests to save and exit.
@@ -33,7 +31,7 @@ def catch_signals() -> Callable[[int], str | None]:
 
     def remember(number: int, frame: FrameType | None) -> None:
         caught.append(signal.Signals(number).name)
-        say(f"{caught[0]}: finishing the step and saving; once more to kill")
+        log(f"{caught[0]}: finishing the step and saving; once more to kill")
         for each in (signal.SIGTERM, signal.SIGINT):
             signal.signal(each, signal.SIG_DFL)
 

@@ -8,7 +8,7 @@ import jax
 from hivit_jax.reporting.metrics import Best, Scalars, read, score
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
     """Prints a line, on process 0 alone."""
     if jax.process_index() == 0:
         print(text, flush=True)

@@ -22,7 +22,7 @@ def nearest_neighbours(
     config: Any,
     neighbours: int = 20,
     temperature: float = 0.07,
-    beat: Callable[[], None] = lambda: None,
+    heartbeat: Callable[[], None] = lambda: None,
 ) -> dict[str, float | int]:
     """Classifies the test split by the nearest training images; trains nothing.
 
@@ -31,7 +31,7 @@ def nearest_neighbours(
     ``eval_knn.py`` has it.
 
     Args:
-      beat: called after every batch.
+      heartbeat: called after every batch.
 
     Returns:
       knn/top1 and knn/top5, fractions, and knn/count.
@@ -39,7 +39,7 @@ def nearest_neighbours(
     Raises:
       DataError: more images cannot be read than `data.max_unreadable` allows.
     """
-    start = load.find_for(config, config.init_from)
+    start = load.read_for(config.model, config.init_from)
     task = inputs.make_task(config)
     model = nnx.eval_shape(task.build_model)
     graphdef = split_state(model)[0]
@@ -52,7 +52,7 @@ def nearest_neighbours(
 
     shardings = state_shardings(mesh, jax.eval_shape(variables))
     drawn = jax.jit(variables, out_shardings=shardings)()
-    drawn = adapt.start_from(start, model, drawn, fresh=task.fresh)
+    drawn = adapt.initialize_from(start, model, drawn, fresh=task.fresh)
 
     @partial(jax.jit, out_shardings=everywhere)
     def encode(variables, batch):
@@ -66,7 +66,7 @@ def nearest_neighbours(
         parts = []
         for batch in batches:
             parts.append(jax.device_get(encode(drawn, batch)))
-            beat()
+            heartbeat()
         features, labels, weight, unreadable = map(
             np.concatenate, zip(*parts, strict=True)
         )

@@ -14,11 +14,11 @@ from typing import Any
 
 from hivit_jax.errors import ConfigError, Parser, exit_code
 from hivit_jax.models import arguments_of, configure, variant
-from hivit_jax.reporting.console import say
+from hivit_jax.reporting.console import log
 from hivit_jax.tree import named_leaves, split
-from hivit_jax.weights import files
-from hivit_jax.weights.adapt import compare, fates_table
-from hivit_jax.weights.load import abstract_model, build, find, fitting_arguments
+from hivit_jax.weights import files, load
+from hivit_jax.weights.adapt import compare
+from hivit_jax.weights.load import abstract_model, build, fitting_arguments
 from hivit_jax.weights.names.official import FORMATS, to_state_dict
 from hivit_jax.weights.save import save_pretrained
 
@@ -75,7 +75,7 @@ def inspect(
       names: tell every array's name.
       overrides: of a model that is to start from it: the text tells what it would take.
     """
-    found = find(source, averaged=averaged, **overrides)
+    found = load.read(source, averaged=averaged, **overrides)
     model = abstract_model(fitting_arguments(found.arguments, overrides))
     _, config, run_options = configure(**found.arguments)
     arguments, name = asdict(config) | asdict(run_options), found.arguments["name"]
@@ -84,7 +84,7 @@ def inspect(
         name += ", but of sizes of its own"
     values = [f"{key} {value}" for key, value in arguments.items()]
     rows = [", ".join(values[i : i + 5]) for i in range(0, len(values), 5)]
-    _, fates = compare(found, model)
+    _, report = compare(found, model)
     count = sum(array.size for array in found.params.values())
     lines = [found.path, f"{name}: {count:,} parameters", *rows, *found.notes]
     if found.unused:
@@ -92,14 +92,14 @@ def inspect(
     text = "\n  ".join(lines) + f"\nas {model.name}:\n"
     if names:
         shapes = named_leaves(split(model)[1])
-        for fate, each in fates.items():
+        for kind, each in vars(report).items():
             for name in each:
                 there = found.params.get(name)
                 sizes = [
                     list(x.shape) for x in (there, shapes.get(name)) if x is not None
                 ]
-                text += f"  {fate:<8} {name} {' -> '.join(map(str, sizes))}\n"
-    return text + fates_table(fates)
+                text += f"  {kind:<17} {name} {' -> '.join(map(str, sizes))}\n"
+    return text + str(report)
 
 
 def convert(
@@ -117,7 +117,7 @@ def convert(
       form: one of `weights.FORMATS`, for files.
       overrides: as in `load_pretrained`.
     """
-    found = find(source, averaged=averaged, **overrides)
+    found = load.read(source, averaged=averaged, **overrides)
     model, target = build(found, **overrides), Path(target)
     if target.suffix in files.SUFFIXES:
         state = to_state_dict(split(model)[1], model, form)
@@ -125,7 +125,7 @@ def convert(
         files.write(target, state, about)
     else:
         save_pretrained(model, target, found.recipe, found.results)
-    say(f"written: {target}")
+    log(f"written: {target}")
 
 
 def run(argv: Sequence[str]) -> None:
@@ -133,7 +133,7 @@ def run(argv: Sequence[str]) -> None:
     args = parse(argv)
     options = {"averaged": not args.plain, **args.overrides}
     if args.inspect:
-        say(inspect(args.source, names=args.names, **options))
+        log(inspect(args.source, names=args.names, **options))
     else:
         convert(args.source, args.target, form=args.format, **options)
 

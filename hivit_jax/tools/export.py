@@ -23,7 +23,7 @@ from hivit_jax import errors
 from hivit_jax.errors import CheckpointError, ConfigError, HivitError
 from hivit_jax.models import Model
 from hivit_jax.models.classifier import Classifier
-from hivit_jax.reporting.console import say
+from hivit_jax.reporting.console import log
 
 WHAT = ("classifier", "features")
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -212,8 +212,8 @@ def run(argv: Sequence[str]) -> None:
     finally:
         with suppress(OSError):
             part.unlink()
-    say(f"{flags.what}: {_types(model, flags.what)}")
-    say(f"{out}: {len(content) / 1e6:.1f} MB, {', '.join(where)}; {compared}")
+    log(f"{flags.what}: {_types(model, flags.what)}")
+    log(f"{out}: {len(content) / 1e6:.1f} MB, {', '.join(where)}; {compared}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

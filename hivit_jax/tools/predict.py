@@ -21,7 +21,7 @@ from hivit_jax.data.prefetch import to_devices
 from hivit_jax.data.sources import base, folder, registry
 from hivit_jax.distributed.sharding import make_mesh
 from hivit_jax.errors import CheckpointError, DataError, Parser, exit_code
-from hivit_jax.reporting.console import say
+from hivit_jax.reporting.console import log
 from hivit_jax.weights import load
 
 
@@ -44,7 +44,7 @@ def predict(
       HivitError: nothing usable there, images that cannot be read, or a task without
         predictions.
     """
-    start = load.find(checkpoint)
+    start = load.read(checkpoint)
     if not start.recipe:
         raise CheckpointError(
             f"{start.path} does not contain the config that it was trained with; "
@@ -75,7 +75,7 @@ def predict(
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     task.write_predictions(records, out)
-    say(f"{len(records):,} of {len(source):,} images predicted; written: {out}")
+    log(f"{len(records):,} of {len(source):,} images predicted; written: {out}")
     return len(records)
 
 

@@ -17,9 +17,10 @@ from hivit_jax.data import transforms
 from hivit_jax.errors import ConfigError, DataError, Parser, exit_code
 from hivit_jax.models.mae import MaskedAutoencoder
 from hivit_jax.reporting import figures
-from hivit_jax.reporting.console import say
+from hivit_jax.reporting.console import log
 from hivit_jax.tree import split
-from hivit_jax.weights.load import build, find
+from hivit_jax.weights import load
+from hivit_jax.weights.load import build
 
 USAGE = """\
 python -m hivit_jax.tools.reconstruct --checkpoint PATH IMAGE [IMAGE ...]
@@ -97,7 +98,7 @@ def run(argv: Sequence[str]) -> None:
         help=argparse.SUPPRESS,
     )
     args = parser.parse_args(argv)
-    found = find(args.checkpoint)
+    found = load.read(args.checkpoint)
     model = build(found)
     if not isinstance(model, MaskedAutoencoder):
         raise ConfigError(
@@ -121,7 +122,7 @@ def run(argv: Sequence[str]) -> None:
     title = statistics_text(model, args.statistics)
     figures.write_png(Path(args.out), figures.reconstructions(panels, title))
     ratio = float(removed.mean())
-    say(f"written: {args.out} ({ratio:.1%} of every image removed; {title})")
+    log(f"written: {args.out} ({ratio:.1%} of every image removed; {title})")
 
 
 def read(path: Path, shape: Sequence[int]) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
@@ -11,11 +12,10 @@ from hivit_jax.errors import ConfigError
 from hivit_jax.models import Model, configure, resize
 from hivit_jax.models.config import HiViTConfig
 from hivit_jax.models.positions import Grid
-from hivit_jax.reporting.console import say
+from hivit_jax.reporting.console import log
 from hivit_jax.tree import leaf_name, named_leaves, split
 
-FATES = ("used", "resized", "dropped", "zero", "new", "missing", "unlike")
-# What may be new without leaving a model to chance.
+# Arrays that may be newly initialized.
 HEAD = ("fc_norm/", "head/")
 PREDICTION = "decoder_pred/"  # where channels differ
 
@@ -45,64 +45,96 @@ class Pretrained(NamedTuple):
     info: dict[str, Any]
 
 
-def fit(
+@dataclass
+class LoadReport:
+    """What becomes of every array when a model is initialized from a pretrained one.
+
+    Attributes:
+      matched: arrays of the model that are taken as they are.
+      resized: taken in the shape of the model.
+      unused: arrays of the pretrained model that are not taken.
+      zero_init: relative position tables that pretraining did not have; they start
+        from 0.
+      newly_initialized: norm, head and prediction that are to be drawn.
+      missing: arrays of the model that the pretrained one does not have.
+      shape_mismatch: arrays of another shape that cannot be resized.
+    """
+
+    matched: list[str] = field(default_factory=list)
+    resized: list[str] = field(default_factory=list)
+    unused: list[str] = field(default_factory=list)
+    zero_init: list[str] = field(default_factory=list)
+    newly_initialized: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    shape_mismatch: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        """A line for each kind: how many arrays, and of which parts of the model."""
+        lines = []
+        for kind, names in vars(self).items():
+            parts = [name.split("/") for name in names]
+            groups = Counter("/".join(p[: 1 + (p[0] == "encoder")]) for p in parts)
+            listed = ", ".join(f"{group} {count}" for group, count in groups.items())
+            if names:
+                lines.append(f"  {kind:<17} {len(names):>4}  {listed}")
+        return "\n".join(lines)
+
+
+def adapt(
     pretrained: Pretrained, model: Model, fresh: tuple[str, ...] = ()
 ) -> dict[str, np.ndarray]:
-    """What a model of another task or size takes of a pretrained one, by name; see
-    `compare`. Norm, head and the decoder's prediction may be left out.
+    """Return arrays of a pretrained model by the names of another model; see `compare`.
+    Norm, head and the decoder's prediction may be left out.
 
     Raises:
-      ConfigError: arrays that fit in no way, or too many left to chance.
+      ConfigError: missing arrays, or arrays of another shape.
     """
-    arrays, fates = compare(pretrained, model, fresh)
-    if fates["unlike"]:
-        name = fates["unlike"][0]
+    arrays, report = compare(pretrained, model, fresh)
+    if report.shape_mismatch:
+        name = report.shape_mismatch[0]
         here = list(named_leaves(split(model)[1])[name].shape)
         raise ConfigError(
             f"{pretrained.path} is another model: {name} is "
             f"{list(pretrained.params[name].shape)} there and {here} here"
         )
-    if fates["missing"]:
+    if count := len(report.missing):
         raise ConfigError(
-            f"{pretrained.path} has no {fates['missing'][0]}; with "
-            f"{len(fates['missing'])} arrays left to chance this would be no start"
+            f"{pretrained.path} has no {report.missing[0]}; {count} "
+            f"{'array is' if count == 1 else 'arrays are'} missing. Refusing to "
+            "initialize from it"
         )
     if isinstance(model, Model):
         source = configure(**pretrained.arguments)[1].layer_norm_eps
         if source != (here := model.config.layer_norm_eps):
-            say(
+            log(
                 f"note: layer_norm_eps is {source:g} in {pretrained.path}, "
                 f"{here:g} here"
             )
-    if any(fates[fate] for fate in fates if fate != "used"):
-        say(f"{pretrained.path}:\n{fates_table(fates)}")
+    if any(names for kind, names in vars(report).items() if kind != "matched"):
+        log(f"{pretrained.path}:\n{report}")
     return arrays
 
 
 def compare(
     pretrained: Pretrained, model: Model, fresh: tuple[str, ...] = ()
-) -> tuple[dict[str, np.ndarray], dict[str, list[str]]]:
-    """What would become of every array if `model` started from a pretrained one.
+) -> tuple[dict[str, np.ndarray], LoadReport]:
+    """Return the arrays that a model takes from a pretrained one, and a report.
 
     Tables of positions are resized to other grids, the patch embedding to other
-    channels and cells (official: ``supervised/utils.py``). Relative position tables
-    that pretraining did not have start from 0.
-
-    Arrays of a model without HiViT's encoder are used as they are.
+    channels and cells (official: ``supervised/utils.py``). Arrays of a model that is
+    no `models.base.Model` are used as they are.
 
     Args:
       model: a built or abstract model.
-      fresh: prefixes of parameters that are not taken, such as ``head/``.
+      fresh: prefixes of arrays that are not taken, such as ``head/``.
 
     Returns:
-      Arrays by the model's names; and by fate the names that are used, resized, zero,
-      new (norm, head, prediction: to be drawn), missing or unlike (of another shape),
-      and those dropped of the pretrained ones.
+      Numpy arrays by the model's names; and the report.
     """
     hivit = isinstance(model, Model)
     source = configure(**pretrained.arguments)[1] if hivit else None
     arrays: dict[str, np.ndarray] = {}
-    fates: dict[str, list[str]] = {fate: [] for fate in FATES}
+    report = LoadReport()
     for name, leaf in named_leaves(split(model)[1]).items():
         array, head = pretrained.params.get(name), name.startswith(HEAD)
         if name.startswith(fresh):
@@ -112,21 +144,20 @@ def compare(
         if hivit and array is not None:
             resized = _resized(name, array, source, model.config)
         if resized is not None and resized.shape == leaf.shape:
-            fates["used" if resized is array else "resized"].append(name)
+            (report.matched if resized is array else report.resized).append(name)
             arrays[name] = resized
         elif head or (array is not None and name.startswith(PREDICTION)):
-            fates["new"].append(name)
+            report.newly_initialized.append(name)
         elif array is not None:
-            fates["unlike"].append(name)
+            report.shape_mismatch.append(name)
         elif name.endswith("relative_position_bias_table"):
-            fates["zero"].append(name)
+            report.zero_init.append(name)
             arrays[name] = np.zeros(leaf.shape, np.float32)
         else:
-            fates["missing"].append(name)
-    fates["dropped"] = [
-        n for n in pretrained.params if n not in arrays or n in fates["zero"]
-    ]
-    return arrays, fates
+            report.missing.append(name)
+    taken = {*report.matched, *report.resized}
+    report.unused = [name for name in pretrained.params if name not in taken]
+    return arrays, report
 
 
 def _resized(
@@ -154,19 +185,7 @@ def _span(config: HiViTConfig, block: int) -> Grid:
     return config.grid if windows is None else windows.size
 
 
-def fates_table(fates: dict[str, list[str]]) -> str:
-    """A line for each fate: how many arrays, and of which parts of the model."""
-    lines = []
-    for fate, names in fates.items():
-        parts = [name.split("/") for name in names]
-        groups = Counter("/".join(p[: 1 + (p[0] == "encoder")]) for p in parts)
-        listed = ", ".join(f"{group} {count}" for group, count in groups.items())
-        if names:
-            lines.append(f"  {fate:<8} {len(names):>4}  {listed}")
-    return "\n".join(lines)
-
-
-def start_from(
+def initialize_from(
     pretrained: Pretrained,
     model: Model,
     variables: Mapping[str, Any],
@@ -181,10 +200,10 @@ def start_from(
       head_scale: factor on the weights of a head that is not taken.
 
     Raises:
-      ConfigError: see `fit`.
+      ConfigError: see `adapt`.
     """
-    say(f"starting from {pretrained.path}")
-    arrays = fit(pretrained, model, fresh)
+    log(f"starting from {pretrained.path}")
+    arrays = adapt(pretrained, model, fresh)
 
     def choose(path, leaf):
         name = leaf_name(path[1:])

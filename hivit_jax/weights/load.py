@@ -1,4 +1,4 @@
-"""Pretrained models: found wherever they are, and fitted to another task or size."""
+"""Pretrained models: locate, read, describe and adapt to another task or size."""
 
 import json
 from collections.abc import Mapping
@@ -10,16 +10,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hivit_jax.checkpoints import read
+from hivit_jax.checkpoints import read as checkpoints
 from hivit_jax.checkpoints.read import absolute
 from hivit_jax.errors import CheckpointError, ConfigError
 from hivit_jax.models import Model, configure, create_model, model_keys, variant
 from hivit_jax.models.base import make_info
 from hivit_jax.reporting import metrics
-from hivit_jax.reporting.console import say
+from hivit_jax.reporting.console import log
 from hivit_jax.tree import leaf_name, named_leaves, split
 from hivit_jax.weights import files
-from hivit_jax.weights.adapt import Pretrained, fit
+from hivit_jax.weights.adapt import Pretrained, adapt
 from hivit_jax.weights.hub import download
 from hivit_jax.weights.infer import infer
 from hivit_jax.weights.names.official import (
@@ -31,38 +31,48 @@ from hivit_jax.weights.save import CONFIG, WEIGHTS
 
 # Factor on a new head's standard deviation, 0.02 (official ``main_finetune.py``).
 FINETUNED_HEAD = 2e-5 / 0.02
-# What names and shapes may not tell.
+# Arguments that names and shapes do not determine.
 HINTS = ("num_heads", "decoder_num_heads", "layer_norm_eps")
 
 
-def find(path: str | Path, *, averaged: bool = True, **overrides: Any) -> Pretrained:
-    """Reads a pretrained model.
+def locate(path: str | Path) -> Path:
+    """Return the local path of a model, downloaded from the Hugging Face hub for
+    ``hf://ORGANISATION/NAME[@REVISION][/FILE]``.
+    """
+    return download(path) if str(path).startswith("hf://") else absolute(path)
+
+
+def read(path: str | Path, *, averaged: bool = True, **overrides: Any) -> Pretrained:
+    """Read a pretrained model.
 
     Args:
       path: a run's workdir or one of its checkpoints; a directory of
         `save_pretrained`; a ``.safetensors`` or PyTorch file, official or MMPretrain's;
-        ``hf://ORGANISATION/NAME[@REVISION][/FILE]`` for such a directory or file on the
-        Hugging Face hub.
+        or an address that `locate` accepts of such a directory or file.
       averaged: take averaged weights (EMA) where they were kept.
-      overrides: as in `create_model`. Those are heeded that a file may not tell of
-        itself: `HINTS`, and image_size where its units make up no square.
+      overrides: as in `create_model`. Only those count that a file may not contain:
+        `HINTS`, and image_size where its units are not a square.
 
     Raises:
       CheckpointError: nothing there, a damaged or unsafe file, another network.
     """
-    path = download(path) if str(path).startswith("hf://") else absolute(path)
-    file = path.is_file() or path.suffix in files.SUFFIXES
-    if not file and not (path / WEIGHTS).is_file():
-        steps = read.find(path)
-        for older, step in enumerate(steps, 1):
-            try:
-                return _of_step(step, averaged)
-            except CheckpointError as error:
-                if older == len(steps):
-                    raise
-                say(f"error: {error}")
-    if path.is_dir():
-        path = path / WEIGHTS
+    path = locate(path)
+    if path.is_file() or path.suffix in files.SUFFIXES:
+        return _read_file(path, averaged, overrides)
+    if (path / WEIGHTS).is_file():
+        return _read_file(path / WEIGHTS, averaged, overrides)
+    steps = checkpoints.find(path)
+    for older, step in enumerate(steps, 1):
+        try:
+            return _read_step(step, averaged)
+        except CheckpointError as error:
+            if older == len(steps):
+                raise
+            log(f"error: {error}")
+    raise AssertionError("`checkpoints.find` returned no step")
+
+
+def _read_file(path: Path, averaged: bool, overrides: Mapping[str, Any]) -> Pretrained:
     file = files.read(path, averaged)
     about = file.about
     if (path.parent / CONFIG).is_file() and path.name == WEIGHTS:
@@ -74,15 +84,8 @@ def find(path: str | Path, *, averaged: bool = True, **overrides: Any) -> Pretra
     if "arguments" in about:
         arguments = about["arguments"]
     else:
-        arguments, guessed = infer(file.state, overrides.get("image_size"))
-        foreign = any(name.startswith("backbone.") for name in file.state)
-        notes.append("names of MMPretrain" if foreign else "names of the official code")
-        arguments |= {key: overrides[key] for key in HINTS if key in overrides}
-        notes += [
-            f"guessed: {key} {arguments[key]}, as {reason}"
-            for key, reason in guessed.items()
-            if key not in overrides
-        ]
+        arguments, more = _describe(file.state, overrides)
+        notes += more
     model = abstract_model(arguments)
     params = named_leaves(from_official(file.state, model, partly=True))
     unused = dropped_by_rule(official_names(file.state), model)
@@ -92,10 +95,26 @@ def find(path: str | Path, *, averaged: bool = True, **overrides: Any) -> Pretra
     return Pretrained(*found, recipe, results, info)
 
 
-def _of_step(step: Path, averaged: bool) -> Pretrained:
-    config = read.load_config(step)
+def _describe(
+    state: Mapping[str, Any], overrides: Mapping[str, Any]
+) -> tuple[dict[str, Any], list[str]]:
+    """Arguments of the model of a state dict, and notes on what was guessed."""
+    arguments, guessed = infer(state, overrides.get("image_size"))
+    foreign = any(name.startswith("backbone.") for name in state)
+    notes = ["names of MMPretrain" if foreign else "names of the official code"]
+    arguments |= {key: overrides[key] for key in HINTS if key in overrides}
+    notes += [
+        f"guessed: {key} {arguments[key]}, as {reason}"
+        for key, reason in guessed.items()
+        if key not in overrides
+    ]
+    return arguments, notes
+
+
+def _read_step(step: Path, averaged: bool) -> Pretrained:
+    config = checkpoints.load_config(step)
     arguments = {k: v for k, v in config["model"].items() if v is not None}
-    params, item = read.load_arrays(step, averaged)
+    params, item = checkpoints.load_arrays(step, averaged)
     notes = [f"checkpoint of hivit_jax, {item}"]
     results = metrics.results(step.parent.parent, int(step.name))
     label = f"step {step.name}"
@@ -109,11 +128,10 @@ def _info_of(recipe: Mapping[str, Any]) -> dict[str, Any]:
     return {names[key]: value for key, value in (data or {}).items() if key in names}
 
 
-def find_for(config: Any, path: str | Path) -> Pretrained:
-    """`find`, with what a recipe's model tells of its heads."""
-    model = config.model
+def read_for(model: Mapping[str, Any], path: str | Path) -> Pretrained:
+    """As `read`, with the numbers of heads of `config.model`."""
     heads = {key: model.get(key) for key in ("num_heads", "decoder_num_heads")}
-    return find(path, **{key: value for key, value in heads.items() if value})
+    return read(path, **{key: value for key, value in heads.items() if value})
 
 
 def abstract_model(arguments: dict[str, Any]) -> Model:
@@ -130,29 +148,29 @@ def load_pretrained(
     """A model with pretrained parameters.
 
     Args:
-      path: as in `find`: a workdir, a directory of `save_pretrained`, a ``.pth`` or
+      path: as in `read`: a workdir, a directory of `save_pretrained`, a ``.pth`` or
         ``.safetensors`` file, ``hf://ORGANISATION/NAME``.
       averaged: take averaged weights (EMA) where they were kept.
       overrides: as in `create_model`; the rest is as saved. Another name, image_size,
-        in_channels or num_classes is fitted as `compare` tells, and said. A new head
-        is drawn as for finetuning.
+        in_channels or num_classes is adapted, and a report is logged. A new head is
+        drawn as for finetuning.
 
     Raises:
       CheckpointError: nothing usable there.
       ConfigError: the overrides make a model that the saved one does not fit.
     """
-    return build(find(path, averaged=averaged, **overrides), **overrides)
+    return build(read(path, averaged=averaged, **overrides), **overrides)
 
 
 def build(pretrained: Pretrained, **overrides: Any) -> Model:
     """The model that was found, or another one that starts from it: `load_pretrained`
-    of what `find` returns.
+    of what `read` returns.
     """
     arguments = fitting_arguments(pretrained.arguments, overrides)
     model = nnx.eval_shape(lambda: create_model(**arguments))
     model.info = make_info(model.config, **pretrained.info)
     graphdef, shapes = split(model)
-    arrays = fit(pretrained, model)
+    arrays = adapt(pretrained, model)
     new = {name for name in named_leaves(shapes) if name not in arrays}
     if new:
 

@@ -20,7 +20,7 @@ from hivit_jax import tasks
 from hivit_jax.config import step_options, to_json
 from hivit_jax.distributed.sharding import BATCH, make_mesh
 from hivit_jax.inputs import task_of_recipe
-from hivit_jax.reporting.console import say
+from hivit_jax.reporting.console import log
 from hivit_jax.reporting.metrics import prepare_workdir
 from hivit_jax.tools.describe import resolved_schedule
 from hivit_jax.training.step import Training, prepare
@@ -61,8 +61,8 @@ def compile_ahead(
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(report, indent=2) + "\n")
     temporary.replace(path)
-    say(summary(report))
-    say(f"written: {path}")
+    log(summary(report))
+    log(f"written: {path}")
     return report
 
 
@@ -210,7 +210,7 @@ def largest_batch(
     while high is None or high - low > max(unit, low // 8):
         size = 2 * low if high is None else (low + high) // (2 * unit) * unit
         config.batch_size = shards * size
-        say(f"trying {size} images a device ...")
+        log(f"trying {size} images a device ...")
         fits = examine(config, devices, report["topology"])["fits"]
         tried += 1
         low, high = (size, high) if fits else (low, size)

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from hivit_jax.distributed.sharding import shardings_of
-from hivit_jax.reporting.console import say
+from hivit_jax.reporting.console import log
 from hivit_jax.training.step import Training
 
 CACHE_HIT = "/jax/compilation_cache/cache_hits"
@@ -65,7 +65,7 @@ def compile_step(
     """
     count = len(training.batches)
     which = f" for bucket {bucket + 1} of {count}" if count > 1 else ""
-    say(f"compiling the train step{which} ...")
+    log(f"compiling the train step{which} ...")
     began, hits = time.perf_counter(), len(_hits)
     shardings = shardings_of(training.state)
     jitted = jax.jit(training.step, donate_argnums=0, out_shardings=(shardings, None))
@@ -73,5 +73,5 @@ def compile_step(
         lowered = jitted.lower(*training.arguments(bucket))
     compiled = lowered.compile(options)
     how = "read from the cache" if len(_hits) > hits else "compiled"
-    say(f"{how} in {time.perf_counter() - began:.1f} s")
+    log(f"{how} in {time.perf_counter() - began:.1f} s")
     return compiled
