@@ -8,6 +8,8 @@ from types import FrameType
 import jax
 from jax.experimental import multihost_utils
 
+from hivit_jax.reporting.console import log
+
 
 def catch_signals() -> Callable[[int], str | None]:
     """Turn SIGTERM and Ctrl-C into requests to save and exit.
