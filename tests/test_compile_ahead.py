@@ -691,10 +691,10 @@ def test_search_for_the_largest_batch(monkeypatch, own, most):
 def test_sizes_of_the_search_divide(monkeypatch):
     """Into pairs that mix, in each of the parts of a step."""
     config = recipes.classifier(batch_size=96, optimizer__accumulate_steps=3)
-    start = {"batch_size": 96, "batch_per_device": 12, "fits": False}
+    start = {"batch_size": 96, "batch_per_device": 12, "fits": False, "topology": ""}
     tried = []
 
-    def examine(config, devices):
+    def examine(config, devices, topology):
         tried.append(config.batch_size // 8)
         return {"fits": False}
 
