@@ -25,7 +25,7 @@ from pathlib import Path
 
 from hivit_jax import config as configs
 from hivit_jax.errors import ConfigError, exit_code
-from hivit_jax.xla.ahead import compile_ahead
+from hivit_jax.tools.compile_ahead import compile_ahead
 from hivit_jax.xla.chips import GIB
 
 ROOT = Path(__file__).resolve().parent.parent

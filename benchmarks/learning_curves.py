@@ -29,7 +29,7 @@ from hivit_jax import inputs, rng
 from hivit_jax.config import step_options
 from hivit_jax.distributed.sharding import make_mesh
 from hivit_jax.models import image_shape
-from hivit_jax.training.schedule import count_steps, make_schedule
+from hivit_jax.training.schedule import make_schedule
 from hivit_jax.training.step import prepare
 from hivit_jax.tree import named_leaves, split
 from hivit_jax.weights.names.official import to_official
@@ -93,7 +93,7 @@ def curves(config: Any) -> tuple[list[float], list[float]]:
     """Losses of every step, here and in PyTorch."""
     steps = config.total_steps
     task = inputs.make_task(config)
-    per_epoch, _ = count_steps(config, inputs.epoch_images(config, task))
+    per_epoch, _ = inputs.count_steps(config, inputs.epoch_images(config, task))
     schedule = make_schedule(config.optimizer, config.batch_size, per_epoch, steps)
     model = task.build_model()
     abstract = split(model)[1]

@@ -28,7 +28,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from benchmarks.train_step import task_of
 from hivit_jax import config as configs
 from hivit_jax.errors import exit_code
-from hivit_jax.models.mae import visible_units
+from hivit_jax.models.masking import visible_units
 from hivit_jax.tree import split
 from hivit_jax.xla.chips import CHIPS, devices_of
 from hivit_jax.xla.cost import matmul_flops

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from hivit_jax import config as configs
 from hivit_jax.errors import ConfigError, exit_code
-from hivit_jax.xla.ahead import compile_ahead, largest_batch
+from hivit_jax.tools.compile_ahead import compile_ahead, largest_batch
 from hivit_jax.xla.chips import GIB, devices_of
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -26,13 +26,13 @@ from flax import nnx
 from benchmarks import plain_config  # noqa: F401  first: it may be ml_collections
 from benchmarks.machine import processor
 from hivit_jax import config as configs
-from hivit_jax import tasks
+from hivit_jax import inputs, tasks
 from hivit_jax.config import step_options
 from hivit_jax.data.sources.base import IMAGENET
 from hivit_jax.distributed.sharding import make_mesh, shardings_of
 from hivit_jax.errors import HivitError, Parser, exit_code
 from hivit_jax.training import step as steps
-from hivit_jax.training.schedule import count_steps, make_schedule
+from hivit_jax.training.schedule import make_schedule
 from hivit_jax.xla.chips import chip_of
 from hivit_jax.xla.compile import compile_step, keep_memory
 
@@ -54,7 +54,7 @@ class Training:
             config.mesh, config.batch_size, config.optimizer.accumulate_steps
         )
         self.task = task_of(config)
-        counts = count_steps(config, self.task.data.counts["train"])
+        counts = inputs.count_steps(config, self.task.data.counts["train"])
         schedule = make_schedule(config.optimizer, config.batch_size, *counts)
         training = steps.prepare(self.task, mesh, schedule, **step_options(config))
         shardings = shardings_of(training.state)

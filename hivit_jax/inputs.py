@@ -11,7 +11,7 @@ from hivit_jax.data.loader import Batch, Loader, cores, local_places, made_up_ba
 from hivit_jax.data.sources.base import IMAGENET, DatasetInfo, Source
 from hivit_jax.data.sources.registry import num_examples, open_source
 from hivit_jax.data.transforms import Transform
-from hivit_jax.errors import DataError
+from hivit_jax.errors import ConfigError, DataError
 
 
 def make_task(config: Any, *splits: str) -> tasks.Task:
@@ -61,6 +61,20 @@ def epoch_images(config: Any, task: tasks.Task) -> int:
     source = open_source(config.data, "train")
     buckets = buckets_of(config, transform, source)
     return order.bucketed_steps(buckets, transform.batch_size) * transform.batch_size
+
+
+def count_steps(config: Any, images: float) -> tuple[float, int]:
+    """(steps per epoch, steps in all) for the images of an epoch; `total_steps` wins
+    over `total_epochs`.
+    """
+    per_epoch = images / config.batch_size
+    total = config.total_steps or round(config.total_epochs * per_epoch)
+    if total < 1:
+        raise ConfigError(
+            f"total_steps={config.total_steps}, total_epochs={config.total_epochs}; "
+            "expected at least one step"
+        )
+    return per_epoch, total
 
 
 def train_batches(config: Any, first_step: int, last_step: int) -> Iterator[Batch]:

@@ -105,7 +105,7 @@ def run(argv: Sequence[str], join: bool) -> None:
             log(f"\ndrawn: {draw(config, flags.workdir)}")
         return
     if flags.mode == "compile":
-        from hivit_jax.xla.ahead import compile_ahead
+        from hivit_jax.tools.compile_ahead import compile_ahead
 
         compile_ahead(config, flags.workdir, flags.topology, flags.search_batch)
         return

@@ -18,7 +18,7 @@ from hivit_jax.distributed.sharding import make_mesh, shardings_of
 from hivit_jax.errors import DataError, DivergedError, Interrupted, LocalDataError
 from hivit_jax.reporting import console, figures, metrics
 from hivit_jax.reporting.console import log
-from hivit_jax.training.schedule import count_steps, make_schedule, skip_steps
+from hivit_jax.training.schedule import make_schedule, skip_steps
 from hivit_jax.training.step import State, prepare
 from hivit_jax.weights import adapt, load
 from hivit_jax.xla.compile import compile_steps
@@ -50,7 +50,7 @@ def train(
     task = inputs.make_task(config)
     mesh = make_mesh(config.mesh, config.batch_size, config.optimizer.accumulate_steps)
     images = inputs.epoch_images(config, task)
-    per_epoch, total_steps = count_steps(config, images)
+    per_epoch, total_steps = inputs.count_steps(config, images)
     schedule = make_schedule(
         config.optimizer, config.batch_size, per_epoch, total_steps
     )

@@ -26,7 +26,8 @@ from hivit_jax.errors import ConfigError
 from hivit_jax.kernels import dispatch
 from hivit_jax.main import main
 from hivit_jax.models.flops import row_cost
-from hivit_jax.models.mae import visible_units
+from hivit_jax.models.masking import visible_units
+from hivit_jax.tools import compile_ahead
 from hivit_jax.tree import named_leaves, split
 from hivit_jax.xla import ahead, cost, roofline
 from hivit_jax.xla.compile import compile_step
@@ -412,7 +413,7 @@ def test_command_that_searches_the_largest_batch(monkeypatch, tmp_path, capsys):
         }
 
     monkeypatch.setattr(ahead, "devices_of", lambda topology: jax.devices())
-    monkeypatch.setattr(ahead, "examine", examine)
+    monkeypatch.setattr(compile_ahead, "examine", examine)
     for search in (False, True):
         found = report(tmp_path, *["--search_batch"] * search)
         assert ("largest_batch_per_device" in found) == search
@@ -652,7 +653,7 @@ def test_fsdp_exchanges_parameters_and_gradients_alone(fsdp, parts):
         config.mesh.data, config.mesh.fsdp = 8 // fsdp, fsdp
         config.optimizer.accumulate_steps = parts
         devices = sharding.make_mesh(config.mesh, size, parts)
-        training = ahead.train_step(config, devices)
+        training = compile_ahead.train_step(config, devices)
         hlo = compile_step(training).as_text()
         found.append(cost.collectives(hlo))
     assert found[0] == found[1]
@@ -674,11 +675,11 @@ def test_search_for_the_largest_batch(monkeypatch, own, most):
         tried.append(config.batch_size // 8)
         return {"fits": tried[-1] <= most}
 
-    monkeypatch.setattr(ahead, "examine", examine)
+    monkeypatch.setattr(compile_ahead, "examine", examine)
     config = recipes.mae(batch_size=8 * own)
     start = {"batch_size": 8 * own, "batch_per_device": own, "fits": own <= most}
     start["topology"] = ""
-    found = ahead.largest_batch(config, [], start)
+    found = compile_ahead.largest_batch(config, [], start)
     low, high = (
         found[key] for key in ("largest_batch_per_device", "smallest_that_does_not_fit")
     )
@@ -698,17 +699,17 @@ def test_sizes_of_the_search_divide(monkeypatch):
         tried.append(config.batch_size // 8)
         return {"fits": False}
 
-    monkeypatch.setattr(ahead, "examine", examine)
-    ahead.largest_batch(config, [], start)
+    monkeypatch.setattr(compile_ahead, "examine", examine)
+    compile_ahead.largest_batch(config, [], start)
     assert tried == [6]
 
 
 def test_search_where_nothing_fits(monkeypatch):
     memory = {"total": None, "limit": 5000}
     report = {"fits": False, "hbm_bytes_per_device": memory}
-    monkeypatch.setattr(ahead, "examine", lambda *_: report)
+    monkeypatch.setattr(compile_ahead, "examine", lambda *_: report)
     start = {"batch_size": 32, "batch_per_device": 4, "topology": ""} | report
-    found = ahead.largest_batch(recipes.mae(batch_size=32), [], start)
+    found = compile_ahead.largest_batch(recipes.mae(batch_size=32), [], start)
     assert found["largest_batch_per_device"] == 0
 
 
@@ -727,7 +728,7 @@ def test_operations_fall_with_the_mask_as_counted_by_hand():
         flags = [f"--config.mask_ratio={mask_ratio}", "--config.batch_size=8"]
         config = configs.load("mae_tiny", flags)
         mesh = sharding.make_mesh(config.mesh, 8)
-        training = ahead.train_step(config, mesh)
+        training = compile_ahead.train_step(config, mesh)
         jaxpr = jax.make_jaxpr(training.step)(*training.arguments()).jaxpr
         found.append(cost.matmul_flops(jaxpr, loops=True) / 8)
         model = nnx.eval_shape(inputs.task_of_recipe(config).build_model)

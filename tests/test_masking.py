@@ -22,7 +22,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from hivit_jax.errors import ConfigError
 from hivit_jax.models import blocks, layers, positions
-from hivit_jax.models.mae import random_masking, visible_units
+from hivit_jax.models.masking import random_masking, visible_units
 
 # Masking
 

@@ -11,7 +11,7 @@ import reference
 from flax import nnx
 from reference import FIXTURES, golden, probe
 
-from hivit_jax.models.mae import random_masking
+from hivit_jax.models.masking import random_masking
 from hivit_jax.models.positions import (
     merge_order,
     patchify,

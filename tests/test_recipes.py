@@ -10,7 +10,8 @@ import recipes
 from numpy.testing import assert_allclose
 
 from hivit_jax import config as configs
-from hivit_jax.training.schedule import count_steps, make_schedule, peak_learning_rate
+from hivit_jax import inputs
+from hivit_jax.training.schedule import make_schedule, peak_learning_rate
 from hivit_jax.tree import named_leaves
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -33,7 +34,7 @@ def scheduled(config, per_epoch, steps):
 
 def steps_of(config):
     images = config.data.train_examples or IMAGES[config.data.name]
-    return count_steps(config, images)
+    return inputs.count_steps(config, images)
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from hivit_jax.models.config import HiViTConfig, RunOptions, check_heads
 from hivit_jax.models.flops import attention_cost, encoder_cost, row_cost
 from hivit_jax.models.hivit import HiViT
 from hivit_jax.models.layers import INIT, FixedTable, Linear
+from hivit_jax.models.masking import random_masking, visible_units
 from hivit_jax.models.norms import LayerNorm
 
 
@@ -75,43 +76,6 @@ class MAEOutput(NamedTuple):
     mask: jax.Array
     latent: jax.Array
     unit_loss: jax.Array
-
-
-def visible_units(units: int, mask_ratio: float) -> int:
-    """Number of `units` units that stay visible, ``int(units * (1 - mask_ratio))``.
-
-    Raises:
-      ConfigError: a ratio outside (0, 1), or one that keeps no unit.
-    """
-    if not 0 < mask_ratio < 1:
-        raise ConfigError(f"mask_ratio={mask_ratio}; expected 0 < mask_ratio < 1")
-    kept = int(units * (1 - mask_ratio))
-    if kept == 0:
-        raise ConfigError(
-            f"mask_ratio={mask_ratio} keeps none of {units} units; "
-            f"expected at most {1 - 1 / units:.4f}"
-        )
-    return kept
-
-
-@jax.named_scope("input")
-def random_masking(
-    noise: jax.Array, kept: int
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The `kept` units of lowest noise stay; ties go to the lower unit number.
-
-    Args:
-      noise: [B, N].
-
-    Returns:
-      ids_shuffle int [B, N], units in order of noise, so visible first; ids_restore int
-      [B, N], the rank of each unit in that order; mask [B, N] float32, 0 keep,
-      1 removed.
-    """
-    ids_shuffle = jnp.argsort(noise, axis=1, stable=True)
-    ids_restore = jnp.argsort(ids_shuffle, axis=1)
-    mask = (ids_restore >= kept).astype(jnp.float32)
-    return ids_shuffle, ids_restore, mask
 
 
 class MaskedAutoencoder(Model):

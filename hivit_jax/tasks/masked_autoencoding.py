@@ -9,7 +9,8 @@ import numpy as np
 from hivit_jax import rng
 from hivit_jax.keys import Key
 from hivit_jax.models import configure
-from hivit_jax.models.mae import MaskedAutoencoder, visible_units
+from hivit_jax.models.mae import MaskedAutoencoder
+from hivit_jax.models.masking import visible_units
 from hivit_jax.rng import Keys
 from hivit_jax.tasks.base import PerSample, Rows, Sums, Task, arguments, weighted_sums
 

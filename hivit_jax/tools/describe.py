@@ -15,7 +15,6 @@ from hivit_jax.errors import DataError
 from hivit_jax.models import Model
 from hivit_jax.reporting import figures
 from hivit_jax.training.schedule import (
-    count_steps,
     make_schedule,
     peak_learning_rate,
     warmup_steps,
@@ -119,6 +118,6 @@ def resolved_schedule(config: Any) -> tuple[int, int, optax.Schedule]:
     """Images of an epoch, steps in all and the learning rate by step."""
     task = inputs.task_of_recipe(config)
     images = inputs.epoch_images(config, task)
-    per_epoch, total = count_steps(config, images)
+    per_epoch, total = inputs.count_steps(config, images)
     rate = make_schedule(config.optimizer, config.batch_size, per_epoch, total)
     return images, total, rate

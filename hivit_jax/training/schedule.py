@@ -6,20 +6,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from hivit_jax.errors import ConfigError
-
-
-def count_steps(config: Any, num_images: int) -> tuple[float, int]:
-    """(steps per epoch, steps in all); `total_steps` wins over `total_epochs`."""
-    per_epoch = num_images / config.batch_size
-    total = config.total_steps or round(config.total_epochs * per_epoch)
-    if total < 1:
-        raise ConfigError(
-            f"total_steps={config.total_steps}, total_epochs={config.total_epochs}; "
-            "expected at least one step"
-        )
-    return per_epoch, total
-
 
 def peak_learning_rate(o: Any, batch_size: int) -> float:
     """``base_learning_rate * batch_size / lr_batch``; unscaled if `lr_batch` is 0.

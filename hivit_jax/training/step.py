@@ -134,18 +134,7 @@ def make_train_step(
     the one passed in.
     """
 
-    def loss_fn(params, model_state, batch, keys, frozen, total_weight):
-        params, model_state, frozen = map(gathered, (params, model_state, frozen))
-        model = nnx.merge(graphdef, params, model_state)
-        values = task.loss(model, frozen, batch, keys)
-        share = batch["weight"] / total_weight
-        means = {name: (value * share).sum() for name, value in values.items()}
-        return means["loss"], (means, split_state(model)[2])
-
-    def gradient(*arguments):
-        grads, (means, model_state) = jax.grad(loss_fn, has_aux=True)(*arguments)
-        return (grads, means), model_state
-
+    gradient = make_gradient(task, graphdef)
     if accumulate_steps > 1:
         gradient = accumulate_gradients(gradient, accumulate_steps)
 
@@ -185,3 +174,24 @@ def make_train_step(
         return state, values
 
     return train_step
+
+
+def make_gradient(task: Task, graphdef: nnx.GraphDef) -> Callable:
+    """Return (params, model state, batch, keys, frozen, total weight) -> ((gradients,
+    metrics), new model state). Gradients and metrics are weighted sums over the batch,
+    divided by the total weight.
+    """
+
+    def loss_fn(params, model_state, batch, keys, frozen, total_weight):
+        params, model_state, frozen = map(gathered, (params, model_state, frozen))
+        model = nnx.merge(graphdef, params, model_state)
+        values = task.loss(model, frozen, batch, keys)
+        share = batch["weight"] / total_weight
+        means = {name: (value * share).sum() for name, value in values.items()}
+        return means["loss"], (means, split_state(model)[2])
+
+    def gradient(*arguments):
+        grads, (means, model_state) = jax.grad(loss_fn, has_aux=True)(*arguments)
+        return (grads, means), model_state
+
+    return gradient

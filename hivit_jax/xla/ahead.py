@@ -1,30 +1,16 @@
-"""The train step, compiled for TPUs or GPUs that are not at hand: does it fit, what
-does it compute, move and exchange, how fast could it be. Runs nothing, reads no images.
-"""
+"""What the compiler reports of a train step for chips that are not available."""
 
-import hashlib
-import json
 import math
 import re
 import tempfile
 import time
-from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 
-from hivit_jax import tasks
-from hivit_jax.config import step_options, to_json
-from hivit_jax.distributed.sharding import BATCH, make_mesh
-from hivit_jax.inputs import task_of_recipe
-from hivit_jax.reporting.console import log
-from hivit_jax.reporting.metrics import prepare_workdir
-from hivit_jax.tools.describe import resolved_schedule
-from hivit_jax.training.step import Training, prepare
-from hivit_jax.xla.chips import CHIPS, GIB, GPU_OPTIONS, PLUGINS, Chip, devices_of
+from hivit_jax.training.step import Training
+from hivit_jax.xla.chips import CHIPS, GPU_OPTIONS, PLUGINS, Chip
 from hivit_jax.xla.compile import compile_step
 from hivit_jax.xla.cost import (
     bytes_by_region,
@@ -35,41 +21,9 @@ from hivit_jax.xla.cost import (
 from hivit_jax.xla.roofline import roofline
 
 
-def compile_ahead(
-    config: Any, workdir: str | Path, topology: str, search_batch: bool = False
-) -> dict[str, Any]:
-    """Compiles the config's train step for a topology, and reports on it.
+def compile_report(training: Training, name: str) -> dict[str, Any]:
+    """Compile a train step and return the compiler's report, as JSON values.
 
-    Args:
-      topology: CHIP:SHAPE, such as "v5e:16x16" or "h100:8".
-      search_batch: also search the largest batch that fits.
-
-    Returns:
-      The content of DIR/compile.json: `examine` and, with `search_batch`,
-      `largest_batch`.
-
-    Raises:
-      HivitError: an unknown topology, a compiler that is not installed, a mesh or batch
-        that does not fit the topology.
-    """
-    devices = devices_of(topology)
-    prepare_workdir(Path(workdir))
-    report = examine(config, devices, topology)
-    if search_batch:
-        report |= largest_batch(config, devices, report)
-    path = Path(workdir) / "compile.json"
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(report, indent=2) + "\n")
-    temporary.replace(path)
-    log(summary(report))
-    log(f"written: {path}")
-    return report
-
-
-def examine(
-    config: Any, devices: Sequence[jax.Device], topology: str
-) -> dict[str, Any]:
-    """What the compiler tells of a train step on these devices, as JSON values.
 
     Operations and bytes accessed are the TPU compiler's counts. It counts the body of a
     loop once; they are multiplied by what loops make of the matrix products. For GPUs,
@@ -84,46 +38,18 @@ def examine(
 
     ``hbm_bytes_per_device`` has but total and limit, and what follows is None, if the
     compiler says that the program does not fit.
+
+    Args:
+      name: of the chip, a key of `CHIPS`.
     """
-    # A cache would be of no use to others, and what it gives leaves no text.
+    # Without this a cached program is read, which contains no text.
     jax.config.update("jax_enable_compilation_cache", False)
-    mesh = make_mesh(
-        config.mesh, config.batch_size, config.optimizer.accumulate_steps, devices
-    )
-    shards = math.prod(mesh.shape[axis] for axis in BATCH[0])
-    name = topology.partition(":")[0]
-    chip = CHIPS[name]
-    report = {
-        "topology": topology,
-        "devices": mesh.size,
-        "mesh": dict(mesh.shape),
-        "model": config.model.name,
-        "config_sha256": hashlib.sha256(to_json(config).encode()).hexdigest(),
-        "batch_size": config.batch_size,
-        "batch_per_device": config.batch_size // shards,
-        "versions": {each: metadata.version(each) for each in ("jax", PLUGINS[name])},
-    }
-    training = train_step(config, mesh)
     # Of several buckets the one with the most bytes decides what fits.
     sizes = [sum(map(_bytes, batch.values())) for batch in training.batches]
     bucket = sizes.index(max(sizes))
     began, busy = time.perf_counter(), time.process_time()
-    memory, hlo = {"total": None, "limit": chip.memory}, ""
-    try:
-        with tempfile.TemporaryDirectory() as dump:
-            # The compiler's own text: jaxlib cannot read all that libtpu hands it.
-            options = {"xla_dump_to": dump, "xla_dump_hlo_as_text": True}
-            options |= GPU_OPTIONS if PLUGINS[name] != "libtpu" else {}
-            compiled = compile_step(training, bucket, options)
-            [text] = Path(dump).glob("*after_optimizations.txt")
-            hlo, memory = text.read_text(), memory_of(compiled, chip)
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        if needed := re.search(r"\(([\d.]+)([KMGT])\) exceeds", str(error)):
-            unit = 2 ** (10 * " KMGT".index(needed[2]))
-            memory["total"] = int(float(needed[1]) * unit)
-    report |= {
+    compiled, hlo, memory = _compile(training, bucket, name)
+    report = {
         "compile_seconds": round(time.perf_counter() - began, 1),
         "compile_cpu_seconds": round(time.process_time() - busy, 1),
         "fits": bool(hlo) and memory["total"] <= memory["limit"],
@@ -135,41 +61,64 @@ def examine(
         "collectives": None,
         "roofline": None,
     }
-    if not hlo:
-        return report
+    return report | _costs(training, bucket, compiled, hlo, name) if hlo else report
+
+
+def _compile(
+    training: Training, bucket: int, name: str
+) -> tuple[jax.stages.Compiled | None, str, dict[str, int | None]]:
+    """The program, its text and its memory; None and "" if it does not fit."""
+    chip = CHIPS[name]
+    try:
+        with tempfile.TemporaryDirectory() as dump:
+            # The compiler's own text, because JAX cannot read all of libtpu's.
+            options = {"xla_dump_to": dump, "xla_dump_hlo_as_text": True}
+            options |= GPU_OPTIONS if PLUGINS[name] != "libtpu" else {}
+            compiled = compile_step(training, bucket, options)
+            [text] = Path(dump).glob("*after_optimizations.txt")
+            return compiled, text.read_text(), memory_of(compiled, chip)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        memory = {"total": None, "limit": chip.memory}
+        if needed := re.search(r"\(([\d.]+)([KMGT])\) exceeds", str(error)):
+            unit = 2 ** (10 * " KMGT".index(needed[2]))
+            memory["total"] = int(float(needed[1]) * unit)
+        return None, "", memory
+
+
+def _costs(
+    training: Training, bucket: int, compiled: jax.stages.Compiled, hlo: str, name: str
+) -> dict[str, Any]:
+    """Operations, bytes, collectives and the roofline of a compiled step."""
+    batch = training.batches[bucket]["weight"]
+    mesh, batch_size = batch.sharding.mesh, len(batch)
     with jax.set_mesh(mesh):
         jaxpr = jax.make_jaxpr(training.step)(*training.arguments(bucket)).jaxpr
     computed, read = matmul_flops_by_region(jaxpr, loops=True), bytes_by_region(hlo)
     matmuls, once = computed.total(), matmul_flops(jaxpr, loops=False)
-    images = config.batch_size / mesh.size
+    images = batch_size / mesh.size
     if cost := compiled.cost_analysis():
         flops = cost["flops"] * matmuls / once / images
         moved = cost["bytes accessed"] * matmuls / once / images
     else:
-        flops = matmuls / config.batch_size
+        flops = matmuls / batch_size
         moved = read.total() / images
-    exchanged = collectives(hlo)
-    return report | {
+    exchanged, hbm = collectives(hlo), read.total() / images
+    return {
         "flops_per_image": flops,
         "bytes_accessed_per_image": moved,
-        "hbm_bytes_per_image": read.total() / images,
+        "hbm_bytes_per_image": hbm,
         "regions": {
             region: {
                 "bytes_per_image": read[region] / images,
-                "flops_per_image": computed[region] / config.batch_size,
+                "flops_per_image": computed[region] / batch_size,
             }
             for region in sorted(read | computed)
         },
         "collectives": exchanged,
-        "roofline": roofline(chip, images, flops, read.total() / images, exchanged),
+        "roofline": roofline(CHIPS[name], images, flops, hbm, exchanged),
     }
-
-
-def train_step(config: Any, mesh: Mesh) -> Training:
-    """The step that `train.train` compiles."""
-    schedule = resolved_schedule(config)[2]
-    task = task_of_recipe(config)
-    return prepare(task, mesh, schedule, **step_options(config))
 
 
 def _bytes(array: jax.ShapeDtypeStruct) -> int:
@@ -188,71 +137,3 @@ def memory_of(compiled: jax.stages.Compiled, chip: Chip) -> dict[str, int]:
     }
     total = sum(parts.values()) - 2 * parts["aliased"]
     return parts | {"total": total, "limit": chip.memory}
-
-
-def largest_batch(
-    config: Any, devices: Sequence[jax.Device], report: dict[str, Any]
-) -> dict[str, Any]:
-    """Search the largest batch that fits, by doubling and bisection.
-
-    Stops where the smallest batch that does not fit is within an eighth, or is the next
-    size that divides.
-
-    Args:
-      report: of `examine`, for the config's own batch.
-    """
-    config = config.copy_and_resolve_references()
-    size, fits = report["batch_per_device"], report["fits"]
-    shards, tried = report["batch_size"] // size, 0
-    multiple = tasks.find(config.task).batch_multiple(config)
-    unit = config.optimizer.accumulate_steps * multiple
-    low, high = (size, None) if fits else (0, size)
-    while high is None or high - low > max(unit, low // 8):
-        size = 2 * low if high is None else (low + high) // (2 * unit) * unit
-        config.batch_size = shards * size
-        log(f"trying {size} images a device ...")
-        fits = examine(config, devices, report["topology"])["fits"]
-        tried += 1
-        low, high = (size, high) if fits else (low, size)
-    return {
-        "largest_batch_per_device": low,
-        "smallest_that_does_not_fit": high,
-        "compiles_of_the_search": tried,
-    }
-
-
-def summary(report: dict[str, Any]) -> str:
-    """The report as a few lines of text."""
-    memory, cost = report["hbm_bytes_per_device"], report["roofline"]
-    total = "more" if memory["total"] is None else f"{memory['total'] / GIB:.2f} GiB"
-    lines = [
-        f"{report['model']} on {report['topology']}: {report['devices']} devices, "
-        f"{report['batch_per_device']} images each",
-        f"{'fits' if report['fits'] else 'does NOT fit'}: {total} of "
-        f"{memory['limit'] / GIB:.2f} GiB a device",
-    ]
-    if cost:
-        lines[-1] += (
-            f", {memory['arguments'] / GIB:.2f} of them arguments, "
-            f"{memory['temporaries'] / GIB:.2f} temporaries"
-        )
-        lines.append(
-            f"{report['flops_per_image'] / 1e9:.1f} GFLOP and "
-            f"{report['hbm_bytes_per_image'] / 1e6:,.0f} MB of HBM an image"
-        )
-        lines += [
-            f"{each['kind']}: {each['bytes_per_step'] / 1e6:,.1f} MB a step and "
-            f"device, in {each['count']}"
-            for each in report["collectives"]
-        ]
-        lines.append(
-            f"at most {cost['images_per_second_per_chip']:,.0f} images/s a chip, "
-            f"bound by {cost['bound']}"
-        )
-    if "largest_batch_per_device" in report:
-        lines.append(
-            f"largest batch a device: {report['largest_batch_per_device']} "
-            f"({report['smallest_that_does_not_fit']} does not fit; "
-            f"{report['compiles_of_the_search']} more compilations)"
-        )
-    return "\n".join(lines)
