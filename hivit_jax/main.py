@@ -129,13 +129,9 @@ def compute(
 
         evaluate_checkpoint(config, flags.workdir, flags.checkpoint, heartbeat)
     elif flags.mode == "knn":
-        from hivit_jax.tasks.probing import nearest_neighbours
+        from hivit_jax.tasks.probing import nearest_neighbors
 
-        found = nearest_neighbours(config, heartbeat=heartbeat)
-        log(
-            f"nearest neighbours  top1 {found['knn/top1']:.2%}  top5 "
-            f"{found['knn/top5']:.2%}  ({found['knn/count']:,} images)"
-        )
+        nearest_neighbors(config, heartbeat=heartbeat)
     else:
         from hivit_jax.train import train
 

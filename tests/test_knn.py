@@ -114,7 +114,7 @@ def flags_of(root, directory, **more):
     return [f"--config={recipe}", *flags]
 
 
-def test_nearest_neighbours(model, files, monkeypatch, tmp_path, capsys):
+def test_nearest_neighbors(model, files, monkeypatch, tmp_path, capsys):
     """As from features that the saved network gives in a plain use; images that cannot
     be read and those that fill a batch up have no vote and do not count.
     """
@@ -132,7 +132,7 @@ def test_nearest_neighbours(model, files, monkeypatch, tmp_path, capsys):
     assert len(beats) == 6 + 4  # batches of 8
     top1, top5 = by_hand(queries, true, keys, labels)
     assert capsys.readouterr().out.endswith(
-        f"nearest neighbours  top1 {top1 / 28:.2%}  top5 {top5 / 28:.2%}  (28 images)\n"
+        f"nearest neighbors  top1 {top1 / 28:.2%}  top5 {top5 / 28:.2%}  (28 images)\n"
     )
     # Votes of the two damaged images, of those that fill a batch up, or of both would
     # be noticed.

@@ -148,16 +148,8 @@ def _backward(plan, saved, gradient):
                     qkvs[at, columns] = jnp.where(inside, found, qkvs[at, columns])
 
         _each_group(rows, tokens, attend)
-        dqkv = qkvs[...]
-        dqkv16 = dqkv.astype(dtype)
-        dn = dot(dqkv16, qkv[...], (1, 1))
-        dscale, dbias, dqkv_w, dqkv_b, dproj_w, dproj_b = sums
-        dscale[...] += (dn * x_hat).sum(0, keepdims=True)
-        dbias[...] += dn.sum(0, keepdims=True)
-        dqkv_w[...] += dot(n, dqkv16, (0, 0))
-        dqkv_b[...] += dqkv.sum(0, keepdims=True)
-        dproj_w[...] += dot(mixed[...].astype(dtype), dy, (0, 0))
-        dproj_b[...] += dy.astype(F32).sum(0, keepdims=True)
+        dn = dot(qkvs[...].astype(dtype), qkv[...], (1, 1))
+        _add_weight_gradients(sums, n, x_hat, dn, qkvs[...], mixed[...], dy)
         dx = normalized_gradient(dn * scale[...], x_hat, inverse)
         dx = dx + dy.astype(F32) if plan.add else dx
         outs[0][...] = dx.astype(dtype)
@@ -173,6 +165,17 @@ def _backward(plan, saved, gradient):
         name="attention_block_gradient",
     )
     return out, Weights(*sums)
+
+
+def _add_weight_gradients(sums, n, x_hat, dn, dqkv, mixed, dy):
+    """Add a block's gradients of scale, bias, qkv and proj to the sums."""
+    dscale, dbias, dqkv_w, dqkv_b, dproj_w, dproj_b = sums
+    dscale[...] += (dn * x_hat).sum(0, keepdims=True)
+    dbias[...] += dn.sum(0, keepdims=True)
+    dqkv_w[...] += dot(n, dqkv.astype(dy.dtype), (0, 0))
+    dqkv_b[...] += dqkv.sum(0, keepdims=True)
+    dproj_w[...] += dot(mixed.astype(dy.dtype), dy, (0, 0))
+    dproj_b[...] += dy.astype(F32).sum(0, keepdims=True)
 
 
 attention_block.defvjp(_forward, _backward)

@@ -152,14 +152,53 @@ def over_rows(
         jax.ShapeDtypeStruct((total, each), rows[0].dtype) for each in (width, *kept)
     ]
     blocks = total // block_rows
-    # A chip of two cores that are one device gives each half of the blocks.
-    cores = jax.sharding.get_abstract_mesh().abstract_device
-    cores = cores.num_cores if cores is not None and blocks % 2 == 0 else 1
-    cores = cores or 1
+    cores = _cores(blocks)
     steps = blocks // cores
     weights = [jnp.atleast_2d(w) for w in weights]
     shapes = [(1, s.size) if s.ndim == 1 else s.shape for s in sums]
     groups = rows, weights, outputs, sums, sums, scratch
+
+    def block_of(x):
+        return pl.BlockSpec((block_rows, x.shape[1]), lambda c, i: (c * steps + i, 0))
+
+    def whole(shape):
+        return pl.BlockSpec(shape, lambda c, i: (0,) * len(shape))
+
+    def of_core(shape):
+        return pl.BlockSpec((1, *shape), lambda c, i: (c, 0, 0))
+
+    added = [
+        jax.ShapeDtypeStruct((cores, *shape), s.dtype)
+        for shape, s in zip(shapes, sums, strict=True)
+    ]
+    capacity = 0 if interpret else pltpu.get_tpu_info().vmem_capacity_bytes
+    vmem = int(VMEM_SHARE * capacity) or None
+    bytes_moved = sum(x.size * x.dtype.itemsize for x in (*rows, *outputs))
+    bytes_moved += cores * sum(x.nbytes for x in (*weights, *sums))
+    found = pl.pallas_call(
+        _body(kernel, groups, steps),
+        grid=(cores, steps),
+        in_specs=[*map(block_of, rows), *(whole(w.shape) for w in weights)],
+        out_specs=[*map(block_of, outputs), *map(of_core, shapes)],
+        out_shape=[*outputs, *added],
+        scratch_shapes=[*(pltpu.VMEM(s, F32) for s in shapes), *scratch],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=vmem
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=flops, transcendentals=0, bytes_accessed=bytes_moved
+        ),
+        interpret=interpret,
+        name=name,
+    )(*rows, *weights)
+    found, parts = found[: len(outputs)], found[len(outputs) :]
+    return tuple(found), tuple(
+        x.sum(0).reshape(like.shape) for x, like in zip(parts, sums, strict=True)
+    )
+
+
+def _body(kernel: Callable, groups: Sequence[Sequence], steps: int) -> Callable:
+    """The kernel of `over_rows` on one block; it adds sums up over the steps."""
 
     def body(*refs):
         refs = list(refs)
@@ -179,43 +218,10 @@ def over_rows(
             for ref, total in zip(out_sums, added, strict=True):
                 ref[0] = total[...].astype(ref.dtype)
 
-    def block_of(x):
-        return pl.BlockSpec((block_rows, x.shape[1]), lambda c, i: (c * steps + i, 0))
+    return body
 
-    def whole(shape):
-        return pl.BlockSpec(shape, lambda c, i: (0,) * len(shape))
 
-    capacity = 0 if interpret else pltpu.get_tpu_info().vmem_capacity_bytes
-    vmem = int(VMEM_SHARE * capacity) or None
-    bytes_moved = sum(x.size * x.dtype.itemsize for x in (*rows, *outputs))
-    bytes_moved += cores * sum(x.nbytes for x in (*weights, *sums))
-    found = pl.pallas_call(
-        body,
-        grid=(cores, steps),
-        in_specs=[*map(block_of, rows), *(whole(w.shape) for w in weights)],
-        out_specs=[
-            *map(block_of, outputs),
-            *(pl.BlockSpec((1, *s), lambda c, i: (c, 0, 0)) for s in shapes),
-        ],
-        out_shape=[
-            *outputs,
-            *(
-                jax.ShapeDtypeStruct((cores, *shape), s.dtype)
-                for shape, s in zip(shapes, sums, strict=True)
-            ),
-        ],
-        scratch_shapes=[*(pltpu.VMEM(s, F32) for s in shapes), *scratch],
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"),
-            vmem_limit_bytes=vmem,
-        ),
-        cost_estimate=pl.CostEstimate(
-            flops=flops, transcendentals=0, bytes_accessed=bytes_moved
-        ),
-        interpret=interpret,
-        name=name,
-    )(*rows, *weights)
-    found, parts = found[: len(outputs)], found[len(outputs) :]
-    return tuple(found), tuple(
-        x.sum(0).reshape(like.shape) for x, like in zip(parts, sums, strict=True)
-    )
+def _cores(blocks: int) -> int:
+    """Cores of a device; each of two gets half of the blocks, if these are even."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return (device is not None and blocks % 2 == 0 and device.num_cores) or 1

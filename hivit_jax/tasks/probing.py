@@ -8,27 +8,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from hivit_jax import inputs
 from hivit_jax.data.prefetch import to_devices
 from hivit_jax.distributed.sharding import make_mesh, state_shardings
-from hivit_jax.tasks.base import topk_correct
+from hivit_jax.reporting.console import log
+from hivit_jax.tasks.base import Task, topk_correct
 from hivit_jax.tree import split_state
 from hivit_jax.weights import adapt, load
 
 
-def nearest_neighbours(
+def nearest_neighbors(
     config: Any,
-    neighbours: int = 20,
+    neighbors: int = 20,
     temperature: float = 0.07,
     heartbeat: Callable[[], None] = lambda: None,
 ) -> dict[str, float | int]:
-    """Classifies the test split by the nearest training images; trains nothing.
+    """Classify the test split by the nearest training images, without training, and
+    log the result.
 
-    Features are the mean of the last tokens of the encoder in `config.init_from`, of
-    length 1; a neighbour votes with ``exp(cosine / temperature)``, as DINO's
-    ``eval_knn.py`` has it.
+    Features are the mean of the last tokens of the encoder in `config.init_from`,
+    normalized to length 1; a neighbor votes with ``exp(cosine / temperature)``, as in
+    DINO's ``eval_knn.py``.
 
     Args:
       heartbeat: called after every batch.
@@ -39,33 +41,13 @@ def nearest_neighbours(
     Raises:
       DataError: more images cannot be read than `data.max_unreadable` allows.
     """
-    start = load.read_for(config.model, config.init_from)
-    task = inputs.make_task(config)
-    model = nnx.eval_shape(task.build_model)
-    graphdef = split_state(model)[0]
-    mesh = make_mesh(config.mesh, config.batch_size)
-    everywhere = NamedSharding(mesh, PartitionSpec())
-
-    def variables():
-        _, params, model_state = split_state(task.build_model())
-        return {"params": params, "model_state": model_state}
-
-    shardings = state_shardings(mesh, jax.eval_shape(variables))
-    drawn = jax.jit(variables, out_shardings=shardings)()
-    drawn = adapt.initialize_from(start, model, drawn, fresh=task.fresh)
-
-    @partial(jax.jit, out_shardings=everywhere)
-    def encode(variables, batch):
-        model = nnx.merge(graphdef, *variables.values())
-        features = model.encoded(task.preprocess(batch))
-        length = jnp.linalg.norm(features, axis=-1, keepdims=True)
-        return features / length, batch["label"], batch["weight"], batch["unreadable"]
+    task, mesh = inputs.make_task(config), make_mesh(config.mesh, config.batch_size)
+    encode = _encoder(config, task, mesh)
 
     def encoded(split):
-        batches = to_devices(inputs.eval_batches(config, split), mesh)
         parts = []
-        for batch in batches:
-            parts.append(jax.device_get(encode(drawn, batch)))
+        for batch in to_devices(inputs.eval_batches(config, split), mesh):
+            parts.append(jax.device_get(encode(batch)))
             heartbeat()
         features, labels, weight, unreadable = map(
             np.concatenate, zip(*parts, strict=True)
@@ -75,7 +57,7 @@ def nearest_neighbours(
 
     @jax.jit
     def classify(queries, keys, labels):
-        cosine, found = jax.lax.top_k(queries @ keys.T, min(neighbours, len(keys)))
+        cosine, found = jax.lax.top_k(queries @ keys.T, min(neighbors, len(keys)))
         votes = jax.nn.one_hot(labels[found], config.model.num_classes)
         return (jnp.exp(cosine / temperature)[..., None] * votes).sum(1)
 
@@ -85,8 +67,36 @@ def nearest_neighbours(
         topk_correct(classify(queries[i : i + 256], keys, labels), true[i : i + 256])
         for i in range(0, len(queries), 256)
     ]
-    means = {
-        f"knn/{name}": float(np.concatenate([chunk[name] for chunk in chunks]).mean())
-        for name in chunks[0]
-    }
-    return means | {"knn/count": len(queries)}
+    top1, top5 = (
+        float(np.concatenate([chunk[name] for chunk in chunks]).mean())
+        for name in ("top1", "top5")
+    )
+    count = len(queries)
+    log(f"nearest neighbors  top1 {top1:.2%}  top5 {top5:.2%}  ({count:,} images)")
+    return {"knn/top1": top1, "knn/top5": top5, "knn/count": count}
+
+
+def _encoder(config: Any, task: Task, mesh: Mesh) -> Callable:
+    """Return batch -> features of length 1, labels, weights and unreadable, [B, ...]
+    on every device.
+    """
+    start = load.read_for(config.model, config.init_from)
+    model = nnx.eval_shape(task.build_model)
+    graphdef = split_state(model)[0]
+
+    def draw():
+        _, params, model_state = split_state(task.build_model())
+        return {"params": params, "model_state": model_state}
+
+    shardings = state_shardings(mesh, jax.eval_shape(draw))
+    drawn = jax.jit(draw, out_shardings=shardings)()
+    variables = adapt.initialize_from(start, model, drawn, fresh=task.fresh)
+
+    @partial(jax.jit, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    def encode(variables, batch):
+        model = nnx.merge(graphdef, *variables.values())
+        features = model.encoded(task.preprocess(batch))
+        length = jnp.linalg.norm(features, axis=-1, keepdims=True)
+        return features / length, batch["label"], batch["weight"], batch["unreadable"]
+
+    return partial(encode, variables)

@@ -64,15 +64,12 @@ def make_schedule(
         rest = jnp.clip(1.0 - epoch / epochs, 0.0, 1.0)
         return low + (peak - low) * rest**o.power
 
-    def constant(step, epoch):
-        return peak
-
     rate_of = {
         "cosine": cosine,
         "cosine_from_start": cosine,
         "multistep": multistep,
         "polynomial": polynomial,
-        "constant": constant,
+        "constant": lambda step, epoch: peak,
     }[o.schedule]
 
     def schedule(step):
