@@ -15,13 +15,14 @@ TRAIN, VAL = 15, 6
 # SIGKILL as soon as the first checkpoint is on disk.
 KILLED = """
 import os, signal, sys
-from hivit_jax import checkpoint, main
-save = checkpoint.Checkpoints.save
+from hivit_jax import main
+from hivit_jax.checkpoints import manager
+save = manager.Checkpoints.save
 def deadly(self, *arguments):
     save(self, *arguments)
     self.close()
     os.kill(os.getpid(), signal.SIGKILL)
-checkpoint.Checkpoints.save = deadly
+manager.Checkpoints.save = deadly
 main.main(sys.argv[1:])
 """
 

@@ -208,9 +208,9 @@ def test_best_of_the_checkpoints_that_are_kept(tmp_path):
     assert none.startswith("no checkpoint of an evaluated")
 
 
-def test_say_is_for_one_process(monkeypatch, capsys):
+def test_only_one_process_logs(monkeypatch, capsys):
     for index in range(2):
-        monkeypatch.setattr(metrics.jax, "process_index", lambda index=index: index)
+        monkeypatch.setattr(console.jax, "process_index", lambda index=index: index)
         console.log(f"process {index}")
     assert capsys.readouterr().out == "process 0\n"
 

@@ -5,7 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from hivit_jax.kernels.dispatch import platform
+from hivit_jax.kernels import dispatch
 
 
 def dot_product_attention(
@@ -26,7 +26,7 @@ def dot_product_attention(
       bias, mask: see `softmax`.
       choice: as in `mlp`.
     """
-    if platform() == "cpu":
+    if dispatch.platform() == "cpu":
         weights, sums = softmax(q, k, bias, mask)
         # Normalised after the product: then the gradient sums up rows of the output,
         # not rows of scores.
@@ -36,7 +36,7 @@ def dot_product_attention(
     batch, tokens, _, head = q.shape
     serves = q.dtype == jnp.bfloat16 and head % 8 == 0 and head <= 128
     special = bias is not None or mask is not None
-    if platform() != "gpu" or not serves or special or choice == "plain":
+    if dispatch.platform() != "gpu" or not serves or special or choice == "plain":
         return jax.nn.dot_product_attention(q, k, v, bias=bias, mask=mask)
     # JAX has cuDNN's gradient for even numbers of tokens alone.
     padding, lengths = ((0, 0), (0, tokens % 2), (0, 0), (0, 0)), {}
