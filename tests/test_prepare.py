@@ -230,7 +230,7 @@ def test_killed_process_goes_on(small, flags, tmp_path):
     """SIGKILL in the fourth shard: the first three stay as they are."""
     program = (
         "import os, signal, sys\n"
-        "from hivit_jax.data import prepare\n"
+        "from hivit_jax.tools import prepare_data as prepare\n"
         "shrink, calls = prepare_data.shrink, []\n"
         "def deadly(*arguments):\n"
         "    calls.append(1)\n"
