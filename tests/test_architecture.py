@@ -74,3 +74,66 @@ def test_modules_do_not_import_each_other_in_circles():
     while free := [name for name, found in needed.items() if not found]:
         needed = {n: found - {*free} for n, found in needed.items() if n not in free}
     assert needed == {}
+
+
+# Package -> packages that it must not import.
+ABOVE = {
+    "augment": {"config", "data", "inputs", "models", "tasks", "training"},
+    "checkpoints": {"config", "inputs", "models", "tasks", "training"},
+    "data": {"config", "inputs", "models", "tasks", "training"},
+    "kernels": {"config", "data", "inputs", "models", "tasks", "training"},
+    "models": {"config", "data", "distributed", "inputs", "tasks", "training"},
+    "tasks": {"evaluate", "train"},
+    "training": {"config", "evaluate", "inputs", "train"},
+    "weights": {"config", "inputs", "tasks", "training"},
+    "xla": {"config", "inputs", "tools", "train"},
+}
+
+
+def modules():
+    """[(file, lines, its syntax tree)] of the package."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        text = path.read_text()
+        name = path.relative_to(PACKAGE).as_posix()
+        yield name, text.splitlines(), ast.parse(text)
+
+
+def test_imports_go_down():
+    """At the top of a module and inside functions."""
+    for name, _, tree in modules():
+        forbidden = ABOVE.get(name.partition("/")[0], set())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.module.startswith("hivit_jax"):
+                inner = node.module.removeprefix("hivit_jax").strip(".")
+                found = {inner.partition(".")[0]}
+                found = found if inner else {alias.name for alias in node.names}
+                assert not found & forbidden, f"{name}:{node.lineno}"
+
+
+# Modules whose functions may have a whole config as a parameter.
+FRONT = ("main", "train.py", "evaluate", "inputs", "config", "tasks/", "tools/")
+
+
+def test_only_the_front_rooms_take_a_whole_config():
+    """Elsewhere functions have the values that they use."""
+    for name, _, tree in modules():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef) and not name.startswith(FRONT):
+                for each in (*node.args.args, *node.args.kwonlyargs):
+                    kind = each.annotation and ast.unparse(each.annotation)
+                    whole = each.arg == "config" and kind in (None, "Any", "ConfigDict")
+                    assert not whole, f"{name}:{node.lineno} {node.name}"
+
+
+def test_files_and_functions_are_short():
+    """300 lines and 60; more for the loop, and for two kernels."""
+    longer = {("train.py", "train"): 160, ("kernels/numerics.py", "over_rows"): 75}
+    longer["kernels/attention_tpu.py", "_backward"] = 65
+    for name, lines, tree in modules():
+        assert len(lines) <= 300, name
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef):
+                length = node.end_lineno - node.lineno + 1
+                assert length <= longer.get((name, node.name), 60), (
+                    f"{name} {node.name}"
+                )

@@ -231,7 +231,7 @@ def test_killed_process_goes_on(small, flags, tmp_path):
     program = (
         "import os, signal, sys\n"
         "from hivit_jax.tools import prepare_data as prepare\n"
-        "shrink, calls = prepare_data.shrink, []\n"
+        "shrink, calls = prepare.shrink, []\n"
         "def deadly(*arguments):\n"
         "    calls.append(1)\n"
         "    if len(calls) == 8:\n"
