@@ -412,7 +412,7 @@ def test_command_that_searches_the_largest_batch(monkeypatch, tmp_path, capsys):
             "hbm_bytes_per_device": memory,
         }
 
-    monkeypatch.setattr(ahead, "devices_of", lambda topology: jax.devices())
+    monkeypatch.setattr(compile_ahead, "devices_of", lambda topology: jax.devices())
     monkeypatch.setattr(compile_ahead, "examine", examine)
     for search in (False, True):
         found = report(tmp_path, *["--search_batch"] * search)
@@ -617,7 +617,7 @@ BRANCHES = ("attention", "mlp")
 
 def test_whole_report(tmp_path, monkeypatch):
     """Of these CPUs in place of the chips."""
-    monkeypatch.setattr(ahead, "devices_of", lambda topology: jax.devices())
+    monkeypatch.setattr(compile_ahead, "devices_of", lambda topology: jax.devices())
     monkeypatch.setitem(ahead.PLUGINS, "v5e", "jaxlib")
     options = dict(data__name="imagenet2012", data__canvas=96)
     found = report(tmp_path, **options)
