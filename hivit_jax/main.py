@@ -149,10 +149,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         code = exit_code(lambda: run(sys.argv[1:] if join else argv, join))
     except (Exception, KeyboardInterrupt):
-        if not jax.distributed.is_initialized():
+        if not processes.joined():
             raise
         code, message = 1, traceback.format_exc()
-    if jax.distributed.is_initialized():
+    if processes.joined():
         processes.exit_now(code, message)
     return code
 

@@ -21,6 +21,7 @@ from jax.experimental import multihost_utils
 from hivit_jax.errors import ConfigError
 
 _exit_timeout = 0.0  # seconds, set by `start`
+_exiting = threading.Lock()
 
 
 def start(address: str, count: int, index: int, peer_timeout: float) -> None:
@@ -59,6 +60,11 @@ def start(address: str, count: int, index: int, peer_timeout: float) -> None:
         ) from error
 
 
+def joined() -> bool:
+    """Return True from `start` to the end of a process that has joined others."""
+    return jax.distributed.is_initialized() or _exiting.locked()
+
+
 def exit_now(code: int, message: str = "") -> NoReturn:
     """End this process without exit handlers, together with the others of its run.
 
@@ -70,6 +76,7 @@ def exit_now(code: int, message: str = "") -> NoReturn:
       code: exit code.
       message: printed to stderr unless JAX aborts this process, too.
     """
+    _exiting.acquire()  # never released: the first of two threads sets the exit code
     sys.stdout.flush()
     if jax.distributed.is_initialized():
         # In a thread, because another process may hang and never reach this barrier.
