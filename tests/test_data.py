@@ -24,12 +24,12 @@ from hivit_jax.data.sources import digits as data_sources_digits
 from hivit_jax.data.sources import registry
 from hivit_jax.errors import ConfigError, DataError
 
-RECIPE = Path(__file__).parents[1] / "configs" / "digits_mae.py"
+RECIPE = Path(__file__).parents[1] / "configs" / "digits_finetune.py"
 IMAGENET = 1_281_167
 
 
 def load(**overrides):
-    """The digits recipe with everything that these tests depend on set."""
+    """A digits recipe with everything that these tests depend on set."""
     values = {
         "seed": 0,
         "batch_size": 96,
@@ -220,7 +220,7 @@ def test_more_classes_than_the_model_has():
         ({"data__workers": -1}, "data.workers=-1; expected at least 0"),
         ({"data__crop_pct": 1.5}, "data.crop_pct=1.5; expected 0.001 to 1"),
         ({"data__max_unreadable": 2.0}, "data.max_unreadable=2.0; expected 0 to 1"),
-        ({"data__interpolation": "bicubik"}, "did you mean 'bicubic'"),
+        ({"data__interpolation": "bicubik"}, "expected 'bicubic' or 'bilinear'"),
     ],
 )
 def test_settings_that_cannot_work(overrides, message):
@@ -520,7 +520,7 @@ def test_share_of_unreadable_images():
     with pytest.raises(DataError, match=r"2 images of digits .* 0.14%; .* 0.10%"):
         inputs.check_unreadable(2, 50, data, "train")
     inputs.check_unreadable(2, 2000, data, "train")
-    with pytest.raises(DataError, match="doctor"):
+    with pytest.raises(DataError, match="check_data"):
         inputs.check_unreadable(1, 360, data, "test")
 
 

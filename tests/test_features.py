@@ -172,10 +172,10 @@ def test_attention_gives_the_output_of_its_block():
             values = block.attn.qkv(block.norm1(before.tokens))[:, :, 2]
             weights, windows = layer.attention, block.attn.windows
             if windows is not None:
-                values = windows.split(values)
+                values = windows.partition(values)
                 weights = weights.reshape(-1, *weights.shape[2:])
             x = jnp.einsum("bhqk,bkhd->bqhd", weights, values)
-            x = x if windows is None else windows.join(x)
+            x = x if windows is None else windows.merge(x)
             x = before.tokens + block.attn.proj(x.reshape(2, 15, 64))
             outputs.append(x + block.mlp(block.norm2(x)))
         return layers, outputs, encoder(images)[-1]
