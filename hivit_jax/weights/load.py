@@ -90,7 +90,7 @@ def _read_file(path: Path, averaged: bool, overrides: Mapping[str, Any]) -> Pret
     params = named_leaves(from_official(file.state, model, partly=True))
     unused = dropped_by_rule(official_names(file.state), model)
     recipe, results = about.get("recipe", {}), about.get("results", {})
-    info = about.get("info") or _info_of(recipe)
+    info = about.get("info", {}) | _info_of(recipe)
     found = str(path), str(path), arguments, params, notes, unused
     return Pretrained(*found, recipe, results, info)
 

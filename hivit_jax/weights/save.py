@@ -29,7 +29,8 @@ def save_pretrained(
     read them; `load_pretrained` of the directory gives the model back bit for bit.
 
     Args:
-      recipe: the config it was trained with.
+      recipe: the config it was trained with; mean, std and crop of its data replace
+        those of `model.info`.
       results: its evaluation. Both go into the card.
     """
     directory = Path(directory)
