@@ -182,7 +182,7 @@ attention_block.defvjp(_forward, _backward)
 
 
 def _project(x, weights, eps, qkvs):
-    """Writes q, k, v [rows, 3C]; returns normalised rows, 1/deviation, LayerNorm."""
+    """Writes q, k, v [rows, 3C]; returns normalized rows, 1/deviation, LayerNorm."""
     scale, bias = weights[:2]
     x_hat, inverse, n = layer_norm(x, scale[...], bias[...], eps)
     qkvs[...] = dot(n, weights[2][...]) + weights[3][...]
@@ -192,7 +192,7 @@ def _project(x, weights, eps, qkvs):
 def _each_group(rows, tokens, attend):
     """Calls attend(window, inside, apart) for each group of images.
 
-    The window is the rows of the group and some of its neighbours', for it begins and
+    The window is the rows of the group and some of its neighbors', for it begins and
     ends where tiles do; inside [W, 1] tells which are the group's. apart(axis) is to be
     added to scores [W, W] whose keys are along that axis, -1e30 where a key is of
     another image than the query, or else 0; apart(axis, heads) if there are `heads` of

@@ -213,7 +213,7 @@ class MaskedAutoencoder(Model):
         """Targets of the prediction: units [B, N, P*P*C], and their mean and scale.
 
         The units' pixels are ``targets * scale + mean`` with mean, scale [B, N, 1];
-        without pixel normalisation these are 0 and 1. The variance is the unbiased one.
+        without pixel normalization these are 0 and 1. The variance is the unbiased one.
 
         Args:
           ids: int [B, M], which units; None: all, in image order.

@@ -2,7 +2,7 @@
 
 An image is cut into *units* of ``patch_size`` pixels (16), row-major. A unit holds
 ``inner_patches`` x ``inner_patches`` (4x4) *cells*. Inside a unit cells are kept in
-**merge order**: the order in which PatchMerge concatenates four neighbours, applied
+**merge order**: the order in which PatchMerge concatenates four neighbors, applied
 recursively, so that every merge is a reshape ``[T, C] -> [T/4, 4C]``.
 """
 
