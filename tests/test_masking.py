@@ -251,7 +251,7 @@ def test_drop_path_rates_rise_over_residual_blocks(monkeypatch):
         return x
 
     monkeypatch.setattr(blocks, "drop_path", record)
-    monkeypatch.setattr(blocks.kernels, "platform", lambda: "tpu")  # blocks inline
+    monkeypatch.setattr(blocks.dispatch, "platform", lambda: "tpu")  # blocks inline
     images = jnp.zeros((2, 224, 224, 3))
     shapes(
         lambda model: model(images, drop_path_keys=sample_keys(2)),
@@ -273,7 +273,7 @@ def test_decoder_has_no_drop_path(monkeypatch):
         return x
 
     monkeypatch.setattr(blocks, "drop_path", record)
-    monkeypatch.setattr(blocks.kernels, "platform", lambda: "tpu")  # blocks inline
+    monkeypatch.setattr(blocks.dispatch, "platform", lambda: "tpu")  # blocks inline
     images, noise = jnp.zeros((2, 64, 64, 3)), jnp.zeros((2, 16))
     shapes(lambda m: m(images, noise=noise, drop_path_keys=sample_keys(2)), model)
     encoder = [0, 0.1, 0.2, 0.3, 0.4, 0.4, 0.5, 0.5]

@@ -324,7 +324,7 @@ def by_official_name(model, values):
     """A number per parameter, nested like the parameters -> by official name."""
     filled = jax.tree.map(
         lambda leaf, value: np.broadcast_to(np.float64(value), leaf.shape),
-        split(model)[1],
+        split_state(model)[1],
         values,
     )
     return {name: a.flat[0] for name, a in to_official(filled, model).items()}

@@ -191,8 +191,8 @@ class MaskedAutoencoder(Model):
             self.mask_token[...].astype(x.dtype), (batch, ids.shape[1] - kept, dim)
         )
         # Tokens stay in this order, so that the removed ones are a slice; the decoder
-        # sees a unit's position in the table only.
-        table = self.decoder_pos_embed[...].astype(x.dtype)
+        # sees a unit's position in the table only, and the table takes no gradient.
+        table = jax.lax.stop_gradient(self.decoder_pos_embed[...]).astype(x.dtype)
         x = jnp.concatenate([x, tokens], axis=1) + table[ids]  # [B, N, D]
 
         def run_last(block, x, **options):
