@@ -205,7 +205,7 @@ def test_ways_to_resize(interpolation, antialias):
     assert np.abs(out - device).mean() < close
     part = pixels[20:280, 30:360]
     if antialias:
-        filter = transforms.FILTERS[interpolation]
+        filter = Image.Resampling[interpolation.upper()]
         expected = by_pil(Image.fromarray(part), SIZE, filter=filter)
     else:
         expected = part.astype(float)

@@ -151,6 +151,6 @@ def test_what_finetuning_takes_of_pretraining():
     assert len(missing) > 5
     assert all(name.startswith("encoder/stages/2/7/") for name in missing)
     with pytest.raises(
-        ConfigError, match=f"has no {missing[0]}; with {len(missing)} a"
+        ConfigError, match=f"has no {missing[0]}; {len(missing)} arrays are"
     ):
         adapt(start, model)
