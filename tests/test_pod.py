@@ -19,7 +19,7 @@ PATIENCE = 900  # seconds, because the machine may be busy
 RUN = dict(
     total_steps=STEPS,
     checkpoint_every=1000,
-    peer_timeout=20,
+    peer_timeout=10,
     optimizer__ema_decay=0.9,
     mesh__data=-1,
 )
@@ -126,7 +126,7 @@ def test_a_signal_stops_all_and_another_number_goes_on(alone, environment, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("lost", "how"), [(1, "SIGSTOP"), (1, "SIGKILL"), (0, "SIGSTOP"), (0, "SIGKILL")]
+    ("lost", "how"), [(1, "SIGSTOP"), (1, "SIGKILL"), (0, "SIGKILL")]
 )
 def test_a_lost_process_ends_the_others(lost, how, environment, tmp_path):
     """JAX aborts them; the checkpoint before it is complete."""

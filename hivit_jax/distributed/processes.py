@@ -9,9 +9,9 @@ import os
 import pickle
 import sys
 import threading
+import time
 import zlib
 from collections.abc import Mapping
-from contextlib import suppress
 from typing import Any, NoReturn
 
 import jax
@@ -88,8 +88,12 @@ def exit_now(code: int, message: str = "") -> NoReturn:
 
 
 def _shutdown() -> None:
-    with suppress(Exception):  # for example not connected
+    try:
         jax.distributed.shutdown()
+    except (
+        Exception
+    ):  # of any kind, because a process is lost: JAX aborts this one soon
+        time.sleep(_exit_timeout)
 
 
 def check_same_on_all_processes(facts: Mapping[str, Any]) -> None:
