@@ -145,15 +145,16 @@ def main(argv: Sequence[str] | None = None) -> int:
       argv: flags; None for this process's own, which may be one of several.
     """
     join = argv is None
-    message = ""
+    message, peer_lost = "", False
     try:
         code = exit_code(lambda: run(sys.argv[1:] if join else argv, join))
-    except (Exception, KeyboardInterrupt):
+    except (Exception, KeyboardInterrupt) as error:
         if not processes.joined():
             raise
         code, message = 1, traceback.format_exc()
+        peer_lost = isinstance(error, jax.errors.JaxRuntimeError)
     if processes.joined():
-        processes.exit_now(code, message)
+        processes.exit_now(code, message, peer_lost)
     return code
 
 

@@ -12,6 +12,7 @@ import threading
 import time
 import zlib
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, NoReturn
 
 import jax
@@ -65,7 +66,7 @@ def joined() -> bool:
     return jax.distributed.is_initialized() or _exiting.locked()
 
 
-def exit_now(code: int, message: str = "") -> NoReturn:
+def exit_now(code: int, message: str = "", peer_lost: bool = False) -> NoReturn:
     """End this process without exit handlers, together with the others of its run.
 
     Each process waits until all call this function. Therefore each returns its own
@@ -75,10 +76,14 @@ def exit_now(code: int, message: str = "") -> NoReturn:
     Args:
       code: exit code.
       message: printed to stderr unless JAX aborts this process, too.
+      peer_lost: an error that a lost process may have caused: wait for JAX's abort,
+        and do not meet the others, because the lost one may have been on its way out.
     """
     _exiting.acquire()  # never released: the first of two threads sets the exit code
     sys.stdout.flush()
-    if jax.distributed.is_initialized():
+    if peer_lost:
+        time.sleep(2 * _exit_timeout)
+    elif jax.distributed.is_initialized():
         # In a thread, because another process may hang and never reach this barrier.
         barrier = threading.Thread(target=_shutdown, daemon=True)
         barrier.start()
@@ -88,12 +93,8 @@ def exit_now(code: int, message: str = "") -> NoReturn:
 
 
 def _shutdown() -> None:
-    try:
+    with suppress(Exception):  # for example not connected
         jax.distributed.shutdown()
-    except (
-        Exception
-    ):  # of any kind, because a process is lost: JAX aborts this one soon
-        time.sleep(_exit_timeout)
 
 
 def check_same_on_all_processes(facts: Mapping[str, Any]) -> None:
