@@ -152,7 +152,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not processes.joined():
             raise
         code, message = 1, traceback.format_exc()
-        peer_lost = isinstance(error, jax.errors.JaxRuntimeError)
+        # JAX raises some errors of collectives on CPUs as ValueError.
+        peer_lost = isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in message
     if processes.joined():
         processes.exit_now(code, message, peer_lost)
     return code

@@ -14,7 +14,7 @@ from hivit_jax.checkpoints.digests import digests
 from hivit_jax.errors import CheckpointError, first_line
 from hivit_jax.tree import named_leaves
 
-logging.set_verbosity(logging.ERROR)  # orbax logs every save and restore
+logging.set_verbosity(logging.FATAL)  # what orbax logs is raised, too
 
 
 def absolute(path: str | Path) -> Path:
