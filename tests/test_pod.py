@@ -133,6 +133,8 @@ def test_a_lost_process_ends_the_others(lost, how, environment, tmp_path):
     flags = recipes.arguments(**RUN | dict(total_steps=100_000, checkpoint_every=5))
     pod = Pod(tmp_path / "run", 2, environment, flags)
     pod.wait_for_step(8)
+    while not recipes.saved(tmp_path / "run") and pod.processes[0].poll() is None:
+        time.sleep(0.1)
     os.kill(pod.processes[lost].pid, signal.Signals[how])
     error = pod.processes[1 - lost].communicate(timeout=PATIENCE)[1]
     pod.processes[lost].kill()
