@@ -103,7 +103,13 @@ def eval_batches(config: Any, split: str = "test") -> Iterator[Batch]:
     """Batches, as in `train_batches`, that hold every example of a split once, in order
     and as for evaluation. The last one is filled up with examples of weight 0.
     """
-    task, source = make_task(config, split), open_source(config.data, split)
+    return every_example(
+        config, make_task(config, split), open_source(config.data, split)
+    )
+
+
+def every_example(config: Any, task: tasks.Task, source: Source) -> Iterator[Batch]:
+    """As `eval_batches`, of any source."""
     transform = task.transform(train=False)
     buckets, size = buckets_of(config, transform, source), transform.batch_size
     plan = order.eval_plan(buckets, size, local_places(size))

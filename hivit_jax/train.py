@@ -63,7 +63,7 @@ def train(
         f"{config.batch_size:,} images"
     )
 
-    # --- State: from the newest manager, from a pretrained one, or fresh ---------
+    # --- State: from the newest checkpoint, from a pretrained one, or fresh ---------
     metrics.prepare_workdir(workdir)
     checkpoints = manager.Checkpoints(workdir, config.keep_checkpoints, task.best)
     steps = checkpoints.steps()

@@ -3,7 +3,7 @@ parameters, in numpy and straight JAX, in float64, with none of the package's wi
 
 It follows the official code where that has a rule (raster maps, all units embedded and
 then gathered) and states the rules of this library where it has its own (order of
-samples, keys of the draws). `test_traced_step.py` compares real runs with it.
+samples, keys of the draws). `test_every_key.py` compares real runs with it.
 """
 
 import io

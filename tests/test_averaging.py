@@ -232,7 +232,7 @@ def test_the_best_evaluated_checkpoint_stays(born, stored, tmp_path, capsys):
 
 @pytest.mark.parametrize(("where", "step"), [("", 4), ("checkpoints/2", 2)])
 def test_mode_eval(where, step, run, stored, evaluated, tmp_path, capsys):
-    """Of a workdir's newest read, or of any that is named."""
+    """Of a workdir's newest checkpoint, or of any that is named."""
     asked = [*flags(), "--mode=eval", f"--workdir={run}"]
     if where:
         asked[-1] = f"--workdir={tmp_path}"

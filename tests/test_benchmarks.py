@@ -103,7 +103,7 @@ def test_all_parts_for_an_accelerator_are_tried(tmp_path, monkeypatch, capsys):
 
 
 def test_parts_for_an_accelerator():
-    """Every choice of dispatch, on the platform that is asked for."""
+    """Every choice of kernels, on the platform that is asked for."""
     parts = accelerator.parts_for("cuda", 256, 5, 20)
     assert {"numbers", *dispatch.CHOICES, "peers"} < set(parts)
     assert {e.get("JAX_PLATFORMS", "cuda,cpu") for _, e in parts.values()} == {

@@ -341,6 +341,12 @@ def test_shares_of_processes_make_the_batch(monkeypatch, processes, name):
     assert_batches_equal(joined, whole)
 
 
+def test_made_up_images_have_no_canvas():
+    """So they may be larger than it."""
+    cfg = load(data__name="synthetic", model__image_size=64, data__canvas=32)
+    assert next(inputs.train_batches(cfg, 0, 1))["image"].shape == (96, 64, 64, 1)
+
+
 def test_synthetic_images_need_no_tensorflow(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow", None)  # importing it fails
     cfg = load(data__name="synthetic", data__train_examples=1000)

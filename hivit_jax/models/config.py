@@ -19,8 +19,8 @@ class RunOptions:
       backward pass: less memory, more time.
     scan_blocks: compile the blocks of a stage as one, run in a loop: shorter
       compilation. The blocks must be alike, so not with `global_blocks`.
-    kernels: run residual branches as single dispatch, "auto": on TPUs, in bfloat16;
-      "fused": wherever shapes allow; "plain": never. See `hivit_jax.kernels`.
+    kernels: run residual branches as single kernels, "auto": on TPUs, in bfloat16;
+      "fused": wherever shapes allow; "plain": never. See `kernels.dispatch`.
     """
 
     dtype: str = "float32"

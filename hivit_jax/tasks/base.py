@@ -142,7 +142,7 @@ class Task:
             raise ConfigError(
                 f"data.randaugment with model.in_channels={channels}; expected 3"
             )
-        if data.canvas and data.canvas < max(size):
+        if self.data.encoded and data.canvas and data.canvas < max(size):
             raise ConfigError(
                 f"data.canvas={data.canvas} is smaller than model.image_size="
                 f"{model.image_size}; expected 0 or more than that"

@@ -114,7 +114,7 @@ def convert(
 
     Args:
       target: ``.safetensors`` or ``.pth``; else a directory for `save_pretrained`.
-      form: one of `weights.FORMATS`, for files.
+      form: one of `weights.names.official.FORMATS`, for files.
       overrides: as in `load_pretrained`.
     """
     found = load.read(source, averaged=averaged, **overrides)

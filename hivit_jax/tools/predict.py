@@ -1,24 +1,20 @@
-"""Predictions of a trained model, as its task writes them:
-
-python -m hivit_jax.tools.predict --checkpoint PATH --out DIR [--images DIR]
+"""Predictions of a trained model: ``python -m hivit_jax.tools.predict --checkpoint PATH
+--out DIR [--images DIR]``. The task writes them.
 """
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
-from ml_collections import ConfigDict
 
 from hivit_jax import config as configs
-from hivit_jax import evaluate, inputs, tasks
-from hivit_jax.data import order
-from hivit_jax.data.loader import Batch
+from hivit_jax import evaluate, inputs
 from hivit_jax.data.prefetch import to_devices
-from hivit_jax.data.sources import base, folder, registry
+from hivit_jax.data.sources import folder, registry
 from hivit_jax.distributed.sharding import make_mesh
 from hivit_jax.errors import CheckpointError, DataError, Parser, exit_code
 from hivit_jax.reporting.console import log
@@ -68,7 +64,7 @@ def predict(
         return rows | {name: batch[name] for name in ("index", "weight")}
 
     records: list[Any] = []
-    for batch in to_devices(batches(config, task, source), mesh):
+    for batch in to_devices(inputs.every_example(config, task, source), mesh):
         rows = evaluate.local_rows(predict_step(variables, batch))
         rows["name"] = np.array([source.name(index) for index in rows["index"]])
         records += task.records(rows)
@@ -77,18 +73,6 @@ def predict(
     task.write_predictions(records, out)
     log(f"{len(records):,} of {len(source):,} images predicted; written: {out}")
     return len(records)
-
-
-def batches(
-    config: ConfigDict, task: tasks.Task, source: base.Source
-) -> Iterator[Batch]:
-    """Batches of every example of a source once, as for evaluation."""
-    transform = task.transform(train=False)
-    buckets = inputs.buckets_of(config, transform, source)
-    plan = order.eval_plan(
-        buckets, transform.batch_size, np.arange(transform.batch_size)
-    )
-    return inputs.load(config, task, transform, source, plan)
 
 
 def run(argv: Sequence[str]) -> None:

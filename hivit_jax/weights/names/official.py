@@ -129,7 +129,7 @@ def from_official(
       partly: entries may be missing; None stands for them.
 
     Returns:
-      Nested parameters as `hivit_jax.split` gives them, float32.
+      Nested parameters as `tree.split` gives them, float32.
 
     Raises:
       CheckpointError: a missing, left-over or wrongly shaped entry, one of numbers that
