@@ -126,9 +126,8 @@ def test_only_the_front_rooms_take_a_whole_config():
 
 
 def test_files_and_functions_are_short():
-    """300 lines and 60; more for the loop, and for two kernels."""
-    longer = {("train.py", "train"): 160, ("kernels/numerics.py", "over_rows"): 75}
-    longer["kernels/attention_tpu.py", "_backward"] = 65
+    """At most 300 lines a file and 60 a function; the training loop may have more."""
+    longer = {("train.py", "train"): 160}
     for name, lines, tree in modules():
         assert len(lines) <= 300, name
         for node in ast.walk(tree):

@@ -107,7 +107,6 @@ def _backward(plan, saved, gradient):
     heads, tokens, rows, keep = plan.heads, plan.tokens, plan.rows, plan.keep
     width, dtype = x.shape[1], x.dtype
     head = width // heads
-    factor = np.float32(head**-0.5)
 
     def kernel(row_refs, weights, outs, sums, room):
         qkvs, mixed, dmixed = room  # the first becomes its gradient
@@ -122,27 +121,16 @@ def _backward(plan, saved, gradient):
         dmixed[...] = dot(dy, proj[...], (1, 1))
 
         def attend(at, inside, apart):
-            # The other way round, the heads of a tile side by side: sums over keys then
-            # add tiles up and need not go across lanes, and few, large products keep
-            # all of the matrix units busy.
             others = apart(0, LANES // head)  # [W, heads * W or 1]
             for tile in range(width // LANES):
                 here = pl.ds(tile * LANES, LANES)
                 q, k, v = _tiles(qkvs, at, tile, width)
                 q, do = (_heads(x, head, inside, dtype) for x in (q, dmixed[at, here]))
                 k, v = k.astype(dtype), v.astype(dtype)
-                p = dot(k, q, (1, 1)) * factor + others  # [W, heads * W]
-                p = jnp.exp(p - p.max(0, keepdims=True))
-                p = p * (1 / p.sum(0, keepdims=True))
-                p16 = p.astype(dtype)
-                dp = dot(v, do, (1, 1))
-                ds = p * (dp - (dp * p).sum(0, keepdims=True))
-                ds = ds.astype(dtype)
+                p, dq, dk, dv = _tile_gradients(q, k, v, do, others, head)
                 if not keep:
-                    o = _together(dot(p16, v, (0, 0)), head)
+                    o = _together(dot(p, v, (0, 0)), head)
                     mixed[at, here] = jnp.where(inside, o, mixed[at, here])
-                dq = _together(dot(ds, k, (0, 0)), head) * factor
-                dk, dv = dot(ds, q) * factor, dot(p16, do)
                 for part, found in enumerate((dq, dk, dv)):
                     columns = pl.ds(part * width + tile * LANES, LANES)
                     qkvs[at, columns] = jnp.where(inside, found, qkvs[at, columns])
@@ -165,6 +153,25 @@ def _backward(plan, saved, gradient):
         name="attention_block_gradient",
     )
     return out, Weights(*sums)
+
+
+def _tile_gradients(q, k, v, do, others, head):
+    """Return probabilities [W, heads * W] and the gradients of q, k and v, [W, 128].
+
+    Keys are rows and the heads of a tile lie side by side, because sums over keys then
+    add whole tiles and stay within lanes, and because few large products keep all
+    matrix units busy. q and do are `_heads` of a tile, k and v the tile itself; the
+    gradients are float32.
+    """
+    factor = np.float32(head**-0.5)
+    p = dot(k, q, (1, 1)) * factor + others
+    p = jnp.exp(p - p.max(0, keepdims=True))
+    p = p * (1 / p.sum(0, keepdims=True))
+    dp = dot(v, do, (1, 1))
+    ds = (p * (dp - (dp * p).sum(0, keepdims=True))).astype(q.dtype)
+    p = p.astype(q.dtype)
+    dq = _together(dot(ds, k, (0, 0)), head) * factor
+    return p, dq, dot(ds, q) * factor, dot(p, do)
 
 
 def _add_weight_gradients(sums, n, x_hat, dn, dqkv, mixed, dy):

@@ -147,53 +147,67 @@ def over_rows(
     Returns:
       An array like rows[0] and the kept ones; the sums.
     """
-    (total, width), block_rows, interpret = rows[0].shape, plan.rows, plan.interpret
+    total, width = rows[0].shape
     outputs = [
         jax.ShapeDtypeStruct((total, each), rows[0].dtype) for each in (width, *kept)
     ]
-    blocks = total // block_rows
-    cores = _cores(blocks)
-    steps = blocks // cores
+    cores = _cores(total // plan.rows)
+    steps = total // plan.rows // cores
     weights = [jnp.atleast_2d(w) for w in weights]
     shapes = [(1, s.size) if s.ndim == 1 else s.shape for s in sums]
-    groups = rows, weights, outputs, sums, sums, scratch
-
-    def block_of(x):
-        return pl.BlockSpec((block_rows, x.shape[1]), lambda c, i: (c * steps + i, 0))
-
-    def whole(shape):
-        return pl.BlockSpec(shape, lambda c, i: (0,) * len(shape))
-
-    def of_core(shape):
-        return pl.BlockSpec((1, *shape), lambda c, i: (c, 0, 0))
-
     added = [
         jax.ShapeDtypeStruct((cores, *shape), s.dtype)
         for shape, s in zip(shapes, sums, strict=True)
     ]
-    capacity = 0 if interpret else pltpu.get_tpu_info().vmem_capacity_bytes
-    vmem = int(VMEM_SHARE * capacity) or None
     bytes_moved = sum(x.size * x.dtype.itemsize for x in (*rows, *outputs))
     bytes_moved += cores * sum(x.nbytes for x in (*weights, *sums))
     found = pl.pallas_call(
-        _body(kernel, groups, steps),
-        grid=(cores, steps),
-        in_specs=[*map(block_of, rows), *(whole(w.shape) for w in weights)],
-        out_specs=[*map(block_of, outputs), *map(of_core, shapes)],
-        out_shape=[*outputs, *added],
-        scratch_shapes=[*(pltpu.VMEM(s, F32) for s in shapes), *scratch],
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=vmem
+        _body(kernel, (rows, weights, outputs, sums, sums, scratch), steps),
+        grid_spec=pl.GridSpec(
+            grid=(cores, steps),
+            in_specs=[*_blocks(plan.rows, steps, rows), *map(_whole, weights)],
+            out_specs=[*_blocks(plan.rows, steps, outputs), *map(_of_core, added)],
+            scratch_shapes=[*(pltpu.VMEM(s, F32) for s in shapes), *scratch],
         ),
+        out_shape=[*outputs, *added],
+        compiler_params=_compiler_params(plan.interpret),
         cost_estimate=pl.CostEstimate(
             flops=flops, transcendentals=0, bytes_accessed=bytes_moved
         ),
-        interpret=interpret,
+        interpret=plan.interpret,
         name=name,
     )(*rows, *weights)
     found, parts = found[: len(outputs)], found[len(outputs) :]
     return tuple(found), tuple(
         x.sum(0).reshape(like.shape) for x, like in zip(parts, sums, strict=True)
+    )
+
+
+def _blocks(block_rows, steps, arrays):
+    """Specs of arrays [T, C] in blocks of rows: steps consecutive blocks a core."""
+
+    def index(core, step):
+        return core * steps + step, 0
+
+    return [pl.BlockSpec((block_rows, x.shape[1]), index) for x in arrays]
+
+
+def _whole(x):
+    """Spec of an array that every block reads whole."""
+    return pl.BlockSpec(x.shape, lambda core, step: (0,) * x.ndim)
+
+
+def _of_core(x):
+    """Spec of an array [cores, ...] of which each core writes its part."""
+    return pl.BlockSpec((1, *x.shape[1:]), lambda core, step: (core, 0, 0))
+
+
+def _compiler_params(interpret: bool) -> pltpu.CompilerParams:
+    """Blocks of a core in order, within the share of VMEM that a kernel may take."""
+    capacity = 0 if interpret else pltpu.get_tpu_info().vmem_capacity_bytes
+    vmem = int(VMEM_SHARE * capacity) or None
+    return pltpu.CompilerParams(
+        dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=vmem
     )
 
 
