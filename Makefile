@@ -1,4 +1,4 @@
-# The two commands of the README are `make demo` and `make test`.
+# `make demo` runs the example of the README, `make test` runs lint and all tests.
 PYTHON ?= python3
 
 .PHONY: install lint test demo clean
@@ -9,7 +9,7 @@ install: .venv/installed
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Python 3.11 or newer is needed: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
 	@$(PYTHON) -c 'import ensurepip' 2> /dev/null || \
-	  { echo "Python's venv is missing: apt-get install python3-venv"; exit 1; }
+	  { echo "Python has no venv module; run apt-get install python3-venv"; exit 1; }
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install --quiet --disable-pip-version-check -r requirements.lock
 	.venv/bin/pip install --quiet --disable-pip-version-check --no-deps --editable .

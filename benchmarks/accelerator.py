@@ -1,16 +1,16 @@
-"""All that only a GPU or TPU can tell, in one command: first numbers, then times.
+"""Check numerics on a GPU or TPU, then measure speed, in one command.
 
     python -m benchmarks.accelerator [--platform cuda] [--only numbers fused ...]
 
-- numbers: on the device, the networks against the golden data (tests/test_parity.py),
-  and kernels and bfloat16 against float32 (tests/test_accelerator.py). Needs pytest.
-- one part for each of `STEPS`: benchmarks.train_step of configs/mae_base.py.
+- numbers: compares the networks with the golden data (tests/test_parity.py), and
+  kernels and bfloat16 with float32 (tests/test_accelerator.py). Needs pytest.
+- one part for each of `STEPS`: benchmarks.train_step on configs/mae_base.py.
 - peers: benchmarks.peers, on a GPU. Needs torch.
 
-Every part is a process of its own. One that fails, or takes longer than `--limit`
-seconds, is told of, and the next one starts. After each part results are written to
-results/accelerator_PLATFORM.json, where parts that `--only` leaves out are kept. Exits
-with 1 if a part failed.
+Every part is a separate process. A part that fails, or takes longer than `--limit`
+seconds, is reported, and the next part starts. After each part the results are written
+to results/accelerator_PLATFORM.json. Results of parts that `--only` excludes are kept.
+The exit code is 1 if a part failed.
 """
 
 import argparse
@@ -26,14 +26,14 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 TESTS = "tests/test_parity.py", "tests/test_accelerator.py"
-TAIL = 30  # lines of a part's output that are kept if it fails
+TAIL = 30  # lines of output that are kept of a failed part
 
 
 class Step(NamedTuple):
-    """A variant of the train step: config values on top of the recipe, flags of XLA."""
+    """Variant of the train step: config overrides, "KEY=VALUE", and XLA flags."""
 
-    values: tuple[str, ...] = ()
-    flags: str = ""
+    overrides: tuple[str, ...] = ()
+    xla_flags: str = ""
 
 
 STEPS = {
@@ -44,7 +44,7 @@ STEPS = {
     "remat": Step(("model.remat=True",)),
     "scan": Step(("model.scan_blocks=True",)),
 }
-# On GPUs; what XLA does by itself is the other way round.
+# On GPUs only. Each flag is the opposite of XLA's default.
 FLAGS = {
     "no command buffers": "--xla_gpu_enable_command_buffer=",
     "no Triton products": "--xla_gpu_enable_triton_gemm=false",
@@ -53,22 +53,20 @@ FLAGS = {
 }
 
 
-def parts_for(platform: str, batch: int, rounds: int, count: int) -> dict[str, Any]:
-    """Name -> (command, environment) of every part; the command takes ``--out FILE``
-    if it is a benchmark.
-    """
-    steps, python = dict(STEPS), (sys.executable, "-m")
+def parts_for(platform: str, batch: int, rounds: int, steps: int) -> dict[str, Any]:
+    """Return {name: (command, environment variables)} of all parts."""
+    variants, python = dict(STEPS), (sys.executable, "-m")
     if platform == "cuda":
-        steps |= {name: Step(flags=flags) for name, flags in FLAGS.items()}
-    # The host's CPU is there for what tests compute on the side.
+        variants |= {name: Step(xla_flags=flags) for name, flags in FLAGS.items()}
+    # The CPU backend stays enabled because tests compute references on it.
     base = {"JAX_PLATFORMS": "cpu" if platform == "cpu" else f"{platform},cpu"}
     tests = (*python, "pytest", "-q", "-p", "no:xdist", *TESTS)
-    sizes = f"--rounds={rounds}", f"--steps={count}", f"--batch={batch}"
+    sizes = f"--rounds={rounds}", f"--steps={steps}", f"--batch={batch}"
     parts = {"numbers": (tests, base)}
-    for name, step in steps.items():
-        values = ("--set", *step.values) if step.values else ()
-        flags = f"{os.environ.get('XLA_FLAGS', '')} {step.flags}".strip()
-        command = (*python, "benchmarks.train_step", *sizes, *values)
+    for name, step in variants.items():
+        overrides = ("--set", *step.overrides) if step.overrides else ()
+        flags = f"{os.environ.get('XLA_FLAGS', '')} {step.xla_flags}".strip()
+        command = (*python, "benchmarks.train_step", *sizes, *overrides)
         parts[name] = command, base | {"XLA_FLAGS": flags}
     if platform != "tpu":
         device = "gpu" if platform == "cuda" else "cpu"
@@ -82,7 +80,11 @@ def parts_for(platform: str, batch: int, rounds: int, count: int) -> dict[str, A
 def run_part(
     command: tuple[str, ...], environment: dict[str, str], limit: float
 ) -> dict[str, Any]:
-    """Runs a part to its end; what came of it, as JSON values."""
+    """Run a part and return its result as JSON values.
+
+    A benchmark writes its own result to the file of the flag ``--out``, which is added
+    here.
+    """
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         out, log = Path(folder) / "out.json", Path(folder) / "log"
@@ -101,55 +103,56 @@ def run_part(
         except subprocess.TimeoutExpired:
             code = None
         lines = log.read_text(errors="replace").splitlines()
-        found = json.loads(out.read_text()) if out.exists() else None
+        result = json.loads(out.read_text()) if out.exists() else None
     return {
-        "exit_code": code,  # None: it took too long
+        "exit_code": code,  # None: timeout
         "seconds": time.perf_counter() - began,
         "said": lines[-TAIL:] if code != 0 else lines[-1:],
-        "result": found,
+        "result": result,
     }
 
 
 def row(name: str, part: dict[str, Any]) -> str:
-    """A line on a part."""
-    line, found = f"{name:20}", part["result"] or {}
+    """Summarize a part in one line."""
+    line, result = f"{name:20}", part["result"] or {}
     if part["exit_code"] != 0:
         return line + ("took too long" if part["exit_code"] is None else "failed")
-    if "images_per_second" not in found:
+    if "images_per_second" not in result:
         return line + " ".join(part["said"])
-    line += f"{found['images_per_second']:10,.1f} images/s"
-    line += f"{1e3 * found['seconds_per_step']:9,.1f} ms"
-    line += f"{found['peak_memory_bytes'] / 2**30:8.2f} GiB"
-    line += f"{found['compile_seconds']:7.1f} s to compile"
-    if found["model_flop_utilisation"] is not None:
-        line += f"{found['model_flop_utilisation']:8.1%} of the peak"
+    line += f"{result['images_per_second']:10,.1f} images/s"
+    line += f"{1e3 * result['seconds_per_step']:9,.1f} ms"
+    line += f"{result['peak_memory_bytes'] / 2**30:8.2f} GiB"
+    line += f"{result['compile_seconds']:7.1f} s to compile"
+    if result["model_flop_utilisation"] is not None:
+        line += f"{result['model_flop_utilisation']:8.1%} of the peak"
     return line
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs all parts; returns the exit code."""
+    """Run all parts and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     add = parser.add_argument
     add("--platform", choices=("cuda", "tpu", "cpu"), default="cuda")
-    add("--only", nargs="+", metavar="PART", help="see the docstring; default: all")
-    add("--batch", type=int, default=256, help="images a step")
+    add("--only", nargs="+", metavar="PART", help="default: all parts")
+    add("--batch", type=int, default=256, help="images per step")
     add("--rounds", type=int, default=5)
-    add("--steps", type=int, default=20, help="of a round")
-    add("--limit", type=float, default=300, help="seconds of a part")
+    add("--steps", type=int, default=20, help="steps per round")
+    add("--limit", type=float, default=300, help="time limit of a part in seconds")
     add("--out", type=Path, help="the JSON file to write")
     args = parser.parse_args(argv)
     parts = parts_for(args.platform, args.batch, args.rounds, args.steps)
     if unknown := set(args.only or ()) - set(parts):
         parser.error(f"--only {' '.join(unknown)}; expected some of {', '.join(parts)}")
     out = args.out or RESULTS / f"accelerator_{args.platform}.json"
-    found = json.loads(out.read_text()) if out.exists() else {}
-    for name in args.only or parts:
-        found[name] = run_part(*parts[name], args.limit)
-        for line in found[name]["said"] if found[name]["exit_code"] != 0 else ():
-            print(line)
-        print(row(name, found[name]), flush=True)
-        out.write_text(json.dumps(found, indent=2) + "\n")
-    return int(any(found[name]["exit_code"] != 0 for name in args.only or parts))
+    results = json.loads(out.read_text()) if out.exists() else {}
+    selected = args.only or parts
+    for name in selected:
+        results[name] = run_part(*parts[name], args.limit)
+        if results[name]["exit_code"] != 0:
+            print("".join(f"{line}\n" for line in results[name]["said"]), end="")
+        print(row(name, results[name]), flush=True)
+        out.write_text(json.dumps(results, indent=2) + "\n")
+    return int(any(results[name]["exit_code"] != 0 for name in selected))
 
 
 if __name__ == "__main__":

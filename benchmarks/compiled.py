@@ -1,21 +1,23 @@
-"""Where the bytes and operations of pretraining go, read out of compiled programs.
+"""Bytes and operations of pretraining by region, read from compiled programs.
 
     python -m benchmarks.compiled [--workdir runs/compiled] [--chip v5e:2x4 ...]
         [--set KEY=VALUE ...] [--variant NAME:KEY=VALUE,KEY=VALUE ...]
 
-Compiles the step of mae_base for a slice of TPUs and a node of GPUs that are not at
-hand, images arriving as 224x224 uint8; with --set otherwise, and once more for each
-variant. Prints for every region of the program, forward and backward together, the
-bytes of HBM and their share, the operations of matrix products, and the least time that
-the chip's peaks allow for the one or the other. Writes results/compiled.json. Goes on
-where it stopped (give another --workdir after changing the program); leaves out chips
-whose compiler is not installed.
+Compiles the train step of mae_base for TPU and GPU topologies, without the hardware.
+Images arrive as 224x224 uint8. --set overrides config keys, and each --variant compiles
+once more with further overrides. For every region of the program, forward and backward
+together, it prints the HBM bytes and their share, the operations of matrix products and
+the shortest time that the chip's peaks allow for either. Writes results/compiled.json.
+An interrupted benchmark resumes; use another --workdir after changing the program.
+Chips whose compiler is not installed are skipped.
 
-There are two totals of bytes. Those of the regions are read out of the program
-(`bytes_by_region`): HBM alone, and all operands and results of custom calls. The TPU
-compiler's own counts arrays in VMEM like those in HBM, and custom calls only as their
-`cost_estimate` says; so it is larger, and neither is made to match the other. On GPUs,
-where the compiler tells nothing, both are the first. Both have the padding of tiles.
+There are two totals of bytes, both with the padding of tiles:
+
+- `bytes_by_region` sums over the regions. It counts HBM only, and all operands and
+  results of custom calls.
+- The TPU compiler's own total is larger. It also counts arrays in VMEM, and counts
+  custom calls by their `cost_estimate`. XLA:GPU reports no total of its own, so the
+  first total is used twice.
 """
 
 import argparse
@@ -30,7 +32,7 @@ from hivit_jax.xla.chips import GIB
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "compiled.json"
-CHIPS = {"v5e:2x4": 512, "h100:8": 2048}  # images a step: 64 and 256 a chip
+CHIPS = {"v5e:2x4": 512, "h100:8": 2048}  # images per step: 64 and 256 per chip
 ORDER = (
     *("input", "embedding", "stem1", "stem2", "merge", "main attention", "main mlp"),
     *("main", "latent", "decoder attention", "decoder mlp", "decoder", "loss"),
@@ -38,71 +40,76 @@ ORDER = (
 )
 
 
-def examined(chip: str, settings: list[str], workdir: Path) -> dict:
-    """The report on a chip with settings KEY=VALUE, compiled if there is none."""
-    settings = [f"batch_size={CHIPS[chip]}", "data.canvas=0", *settings]
-    directory = workdir / re.sub("[^A-Za-z0-9.=()-]+", "_", "_".join([chip, *settings]))
+def report_for(chip: str, overrides: list[str], workdir: Path) -> dict:
+    """Return the compile report for a chip and overrides KEY=VALUE.
+
+    Compiles only if the workdir has no report yet.
+    """
+    overrides = [f"batch_size={CHIPS[chip]}", "data.canvas=0", *overrides]
+    name = "_".join([chip, *overrides])
+    directory = workdir / re.sub("[^A-Za-z0-9.=()-]+", "_", name)
     if not (directory / "compile.json").exists():
         print(f"--- {directory}", flush=True)
-        flags = [f"--config.{each}" for each in settings]
+        flags = [f"--config.{override}" for override in overrides]
         config = configs.load(str(ROOT / "configs" / "mae_base.py"), flags)
         compile_ahead(config, directory, chip)
     return json.loads((directory / "compile.json").read_text())
 
 
 def table(report: dict) -> str:
-    """A row for each region, one for all of them, and a line on the whole program."""
+    """Format a table with a row per region and a total, and a line on the program."""
     peaks, rows = report["roofline"]["peaks"], []
     for name in sorted(report["regions"], key=ORDER.index):
-        moved, flops = report["regions"][name].values()
-        bound = max(moved / peaks["bandwidth"], flops / peaks["flops"])
-        rows.append((name, moved, flops, bound))
-    _, moved, flops, seconds = zip(*rows, strict=True)
-    rows.append(("all", sum(moved), sum(flops), sum(seconds)))
+        hbm_bytes, flops = report["regions"][name].values()
+        bound = max(hbm_bytes / peaks["bandwidth"], flops / peaks["flops"])
+        rows.append((name, hbm_bytes, flops, bound))
+    _, hbm_bytes, flops, seconds = zip(*rows, strict=True)
+    rows.append(("all", sum(hbm_bytes), sum(flops), sum(seconds)))
     lines = [
-        "| | MB an image | % | GFLOP an image | us an image |\n" + "|---" * 5 + "|"
+        "| | MB per image | % | GFLOP per image | us per image |\n" + "|---" * 5 + "|"
     ]
     lines += [
-        f"| {name} | {size / 1e6:.1f} | {100 * size / sum(moved):.1f} "
+        f"| {name} | {size / 1e6:.1f} | {100 * size / sum(hbm_bytes):.1f} "
         f"| {operations / 1e9:.2f} | {1e6 * bound:.1f} |"
         for name, size, operations, bound in rows
     ]
     temporaries = report["hbm_bytes_per_device"]["temporaries"] / GIB
     lines.append(
-        f"\n{report['batch_per_device']} images a chip, {temporaries:.2f} GiB of "
-        f"temporaries, at most {1 / sum(seconds):,.0f} images/s a chip"
+        f"\n{report['batch_per_device']} images per chip, {temporaries:.2f} GiB of "
+        f"temporaries, at most {1 / sum(seconds):,.0f} images/s per chip"
     )
-    if counted := report["bytes_accessed_per_image"]:
+    if accessed := report["bytes_accessed_per_image"]:
         lines[-1] += (
-            f"; `compile.json` has {counted / 1e6:,.1f} MB and "
-            f"{report['flops_per_image'] / 1e9:.1f} GFLOP an image"
+            f"; `compile.json` contains {accessed / 1e6:,.1f} MB and "
+            f"{report['flops_per_image'] / 1e9:.1f} GFLOP per image"
         )
     return "\n".join(lines)
 
 
 def compare(arguments: argparse.Namespace) -> None:
-    """All compilations; each table as soon as there is one."""
+    """Compile everything. Print a table and write the results after each program."""
     variants = {"": []}
-    for text in arguments.variant:
-        name, _, settings = text.partition(":")
-        variants[name] = re.split(r",(?=[\w.]+=)", settings)  # a value may have commas
-    found: dict[str, dict] = {}
+    for variant in arguments.variant:
+        name, _, overrides = variant.partition(":")
+        variants[name] = re.split(r",(?=[\w.]+=)", overrides)  # a value may have commas
+    reports: dict[str, dict] = {}
     for chip in arguments.chip:
-        for variant, settings in variants.items():
+        for variant, overrides in variants.items():
             name = f"{chip} {variant}".strip()
+            overrides = [*arguments.set, *overrides]
             try:
-                report = examined(chip, [*arguments.set, *settings], arguments.workdir)
+                report = report_for(chip, overrides, arguments.workdir)
             except ConfigError as error:
-                print(f"{name} left out: {error}")
+                print(f"{name} skipped: {error}")
                 continue
-            found[name] = report
-            shown = table(report) if report["regions"] else "does not fit"
-            print(f"\n{name}\n\n{shown}\n", flush=True)
-            arguments.out.write_text(json.dumps(found, indent=1) + "\n")
+            reports[name] = report
+            text = table(report) if report["regions"] else "does not fit"
+            print(f"\n{name}\n\n{text}\n", flush=True)
+            arguments.out.write_text(json.dumps(reports, indent=1) + "\n")
 
 
 def main() -> int:
-    """Entry point; returns the exit code."""
+    """Entry point. Return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--workdir", type=Path, default=Path("runs/compiled"))
     parser.add_argument("--out", type=Path, default=RESULT)

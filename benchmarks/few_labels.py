@@ -1,10 +1,10 @@
-"""Digits from few labels: finetuning and linear probe of a pretrained encoder, scratch.
+"""Digits from few labels: finetuning, linear probe, and training from scratch.
 
     python -m benchmarks.few_labels [--workdir runs/few_labels]
 
-Held-out top-1 after 50, 100 and 500 labels, five draws of each, and after 100 labels
-that were shuffled, which must give chance. Writes results/few_labels.json. Goes on
-where it stopped.
+Measures held-out top-1 after training on 50, 100 and 500 labels, with five draws each.
+As a control, 100 shuffled labels must give chance accuracy. Writes
+results/few_labels.json. An interrupted benchmark resumes.
 """
 
 import argparse
@@ -25,73 +25,74 @@ from hivit_jax.train import train
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "few_labels.json"
 LABELS, DRAWS = (50, 100, 500), range(5)
-# Recipe, whether it starts from pretraining, warmup in images (40 and 10 steps).
-WAYS = {
+# Method -> recipe, whether it starts from the pretrained encoder, warmup in images (40
+# steps, or 10 for the probe).
+METHODS = {
     "finetuned": ("digits_finetune", True, 1000),
     "linear probe": ("digits_linear", True, 500),
     "scratch": ("digits_finetune", False, 1000),
 }
 
 
-def run(recipe: str, workdir: Path, stop: Callable, **overrides: object) -> float:
-    """Top-1 in % (loss of a masked autoencoder) at the end of a run of a recipe."""
+def run(recipe: str, workdir: Path, stop: Callable, **overrides: object) -> dict:
+    """Run a recipe and return its last evaluation."""
     flags = [f"--config.{key}={value}" for key, value in overrides.items()]
     config = configs.load(str(ROOT / "configs" / f"{recipe}.py"), flags)
-    values = train(config, workdir, stop)
-    return 100 * values["eval/top1"] if "eval/top1" in values else values["eval/loss"]
+    return train(config, workdir, stop)
 
 
 def compare(workdir: Path, stop: Callable) -> None:
-    """All runs, then the table."""
+    """Run everything, print the table and write the results."""
     pretrained = workdir / "pretrained"
     run("digits_mae", pretrained, stop)
-    found: dict[str, dict[str, list[float]]] = {way: {} for way in WAYS}
+    results: dict[str, dict[str, list[float]]] = {method: {} for method in METHODS}
 
-    def measure(way, labels, draw, title):
-        recipe, start, warmup = WAYS[way]
-        name = f"{way}_{title}_{draw}".replace(" ", "_")
-        top1 = run(
+    def measure(method, labels, draw, title):
+        recipe, from_pretrained, warmup = METHODS[method]
+        name = f"{method}_{title}_{draw}".replace(" ", "_")
+        metrics = run(
             *(recipe, workdir / name, stop),
             **{
-                "init_from": pretrained if start else "",
+                "init_from": pretrained if from_pretrained else "",
                 "data.train_examples": labels,
                 "data.subset": draw,
                 "optimizer.warmup_epochs": warmup / labels,
             },
         )
-        found[way].setdefault(title, []).append(top1)
+        results[method].setdefault(title, []).append(100 * metrics["eval/top1"])
 
-    for way in WAYS:
+    for method in METHODS:
         for labels in LABELS:
             for draw in DRAWS:
-                measure(way, labels, draw, str(labels))
+                measure(method, labels, draw, str(labels))
     for draw in DRAWS:
         source = digits.Digits("train", 100, draw)
         data = configs.load(str(ROOT / "configs" / "digits_finetune.py")).data
-        opened = registry.open_source({**data, "subset": draw}, "train")
-        opened.labels = np.random.RandomState(draw).permutation(source.labels)
+        # open_source caches sources, so that training reads the shuffled labels.
+        cached = registry.open_source({**data, "subset": draw}, "train")
+        cached.labels = np.random.RandomState(draw).permutation(source.labels)
         measure("finetuned", 100, draw, "100 shuffled")
 
-    log(f"\n{'top-1 in %':<16}" + "".join(f"{way:>18}" for way in WAYS))
+    log(f"\n{'top-1 in %':<16}" + "".join(f"{method:>18}" for method in METHODS))
     for title in (*map(str, LABELS), "100 shuffled"):
         cells = []
-        for way in WAYS:
-            values = found[way].get(title)
+        for method in METHODS:
+            values = results[method].get(title)
             cells.append(
                 f"{np.mean(values):.1f} +- {np.std(values, ddof=1):.1f}"
                 if values
                 else ""
             )
         log(f"{title + ' labels':<16}" + "".join(f"{cell:>18}" for cell in cells))
-    RESULT.write_text(json.dumps(found, indent=2) + "\n")
+    RESULT.write_text(json.dumps(results, indent=2) + "\n")
 
 
 def main() -> int:
-    """Entry point; returns the exit code."""
+    """Entry point. Return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--workdir", type=Path, default=Path("runs/few_labels"))
     workdir = parser.parse_args().workdir
-    # Runs of a way differ in data alone: only the first has to be compiled.
+    # The cache saves compilations, because runs of a method differ only in their data.
     jax.config.update("jax_compilation_cache_dir", str(workdir.absolute() / "cache"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     return exit_code(lambda: compare(workdir, catch_signals()))

@@ -1,10 +1,10 @@
-"""Writes timm's own results of RandAugment's operations: tests/golden/randaugment.npz.
+"""Write timm's results of all RandAugment operations: tests/golden/randaugment.npz.
 
     pip install --no-deps timm==1.0.31 pillow==12.3.0
     python -m benchmarks.golden_randaugment
 
-The file was made with these versions. From Pillow 13 on, timm's PosterizeIncreasing
-fails at magnitude 10, where it keeps no bit of a value; all else is the same there.
+The file was created with these versions. With Pillow 13, timm's PosterizeIncreasing
+fails at magnitude 10, where it keeps 0 bits. All other results are the same.
 """
 
 import importlib.util
@@ -19,8 +19,8 @@ from benchmarks.photographs import photographs
 GOLDEN = Path(__file__).parents[1] / "tests" / "golden" / "randaugment.npz"
 MAGNITUDES = (0, 2.5, 5, 9, 10)
 SIGNS = (1, -1)
-# What timm.data.create_transform makes of a 224x224 input, ImageNet's mean, bicubic
-# interpolation and this policy.
+# Settings that timm.data.create_transform derives from this policy, a 224x224 input,
+# ImageNet's mean and bicubic interpolation.
 POLICY = "rand-m9-mstd0.5-inc1"
 SETTINGS = {
     "translate_const": 100,
@@ -30,7 +30,7 @@ SETTINGS = {
 
 
 def timm_auto_augment():
-    """timm/data/auto_augment.py by itself; the rest of timm wants torch."""
+    """Import timm/data/auto_augment.py alone, because the rest of timm needs torch."""
     package = Path(importlib.util.find_spec("timm").origin).parent
     spec = importlib.util.spec_from_file_location(
         "auto_augment", package / "data" / "auto_augment.py"
@@ -41,7 +41,11 @@ def timm_auto_augment():
 
 
 def results(image: np.ndarray) -> tuple[list[str], np.ndarray]:
-    """uint8 [h, w, 3] -> names, uint8 [names, MAGNITUDES, SIGNS, h, w, 3]."""
+    """Apply every operation to an image, uint8 [h, w, 3].
+
+    Returns:
+      Names of the operations, and images uint8 [names, MAGNITUDES, SIGNS, h, w, 3].
+    """
     timm = timm_auto_augment()
     image = Image.fromarray(image)
     operations = timm.rand_augment_transform(POLICY, dict(SETTINGS)).ops
@@ -50,7 +54,7 @@ def results(image: np.ndarray) -> tuple[list[str], np.ndarray]:
         operation.prob, operation.magnitude_std = 1.0, 0
         for operation.magnitude in MAGNITUDES:
             for sign in SIGNS:
-                # timm changes the sign where the number drawn is above a half.
+                # timm negates the magnitude if a random number is above 0.5.
                 with mock.patch.object(timm.random, "random", lambda s=sign: s < 0):
                     images.append(np.asarray(operation(image)))
     shape = (len(operations), len(MAGNITUDES), len(SIGNS), *images[0].shape)

@@ -1,12 +1,12 @@
-"""Images per CPU-second of ways to make training batches of ImageNet-like JPEGs.
+"""Compare input pipelines on ImageNet-like JPEGs, in images per CPU-second.
 
     python -m benchmarks.input_pipeline [--rounds 5] [--memory 10000]
 
 Writes 420 photographs of 500x375 (benchmarks/photographs.py) into a temporary
-directory, then reads, decodes, crops and resizes them in every way in turn, `--rounds`
-times. A CPU-second is a second of one core, in whatever thread; the table has the
-medians. Needs tensorflow for the rows of tf.data, which it leaves out otherwise.
-`--memory` watches the memory of a process over so many batches instead.
+directory. Every pipeline in turn reads, decodes, crops and resizes them, `--rounds`
+times. A CPU-second is one second of one core, summed over all threads. The table
+contains the medians. The tf.data rows need tensorflow and are skipped without it.
+`--memory` prints the memory of the process over that many batches instead.
 """
 
 import argparse
@@ -34,12 +34,12 @@ from hivit_jax.tools.prepare_data import shrink
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "input_pipeline.json"
-BATCH, STEPS = 64, 40  # of a round
+BATCH, STEPS = 64, 40  # images per batch, batches per round
 SIZE, SCALE, CANVAS = (224, 224), (0.2, 1.0), 512
 
 
 def recipe(directory: Path, **data):
-    """configs/mae_base.py over a class folder, one thread."""
+    """Return the config of mae_base over class folders, with one reading thread."""
     options = {"name": "folder", "dir": directory, "workers": 1} | data
     flags = [f"--config.data.{key}={value}" for key, value in options.items()]
     path = ROOT / "configs" / "mae_base.py"
@@ -47,27 +47,30 @@ def recipe(directory: Path, **data):
 
 
 def ours(directory: Path, **data) -> Callable[[], Iterator]:
-    """The project's batches, end to end."""
+    """Return a function that starts our pipeline, end to end."""
     config = recipe(directory, **data)
     return lambda: inputs.train_batches(config, 0, STEPS)
 
 
-def one_by_one(directory: Path, work: Callable) -> Callable[[], Iterator]:
-    """work(encoded, index) for every image of the round, read beforehand."""
+def per_image(directory: Path, process: Callable) -> Callable[[], Iterator]:
+    """Return a function that calls process(encoded, index) for each image of a round.
+
+    The files are read in advance.
+    """
     source = registry.open_source(recipe(directory).data, "train")
-    plan = [i % len(source) for i in range(BATCH * STEPS)]
-    encoded = [source.sample(index)["image"] for index in plan]
+    indices = [i % len(source) for i in range(BATCH * STEPS)]
+    encoded = [source.sample(index)["image"] for index in indices]
 
     def run():
-        for index, image in zip(plan, encoded, strict=True):
-            work(image, index)
+        for index, image in zip(indices, encoded, strict=True):
+            process(image, index)
             yield
 
     return run
 
 
 def torchvision_like(encoded: bytes, index: int) -> None:
-    """What torchvision's ImageFolder and RandomResizedCrop do, in PIL."""
+    """Decode and crop with PIL, as torchvision's ImageFolder and RandomResizedCrop."""
     image = Image.open(io.BytesIO(encoded)).convert("RGB")
     draws = transforms.uniforms(0, 0, index)
     crop = crops.random_resized_crop(image.height, image.width, draws, SCALE)
@@ -77,11 +80,11 @@ def torchvision_like(encoded: bytes, index: int) -> None:
 
 
 def tf_data(directory: Path, method: str) -> Callable[[], Iterator]:
-    """A tf.data pipeline with the same crops, two threads.
+    """Return a function that starts a tf.data pipeline, same crops, two threads.
 
     Args:
-      method: "bicubic", "bilinear", "antialiased bicubic", or "canvas", which leaves
-        the resizing to the device as ours does.
+      method: "bicubic", "bilinear", "antialiased bicubic", or "canvas": the device
+        resizes, as in our pipeline.
     """
     import tensorflow as tf
 
@@ -99,8 +102,8 @@ def tf_data(directory: Path, method: str) -> Callable[[], Iterator]:
         )
         if method == "canvas":
             return image
-        kind, antialias = method.split()[-1], method.startswith("antialiased")
-        pixels = tf.image.resize(image, SIZE, kind, antialias=antialias)
+        kernel, antialias = method.split()[-1], method.startswith("antialiased")
+        pixels = tf.image.resize(image, SIZE, kernel, antialias=antialias)
         return tf.saturate_cast(tf.round(pixels), tf.uint8)
 
     def run():
@@ -117,15 +120,15 @@ def tf_data(directory: Path, method: str) -> Callable[[], Iterator]:
 
 
 def variants(root: Path) -> dict[str, Callable[[], Iterator]]:
-    """Row of the table -> start of a round, which yields batches."""
-    found = {
-        "decode alone: simplejpeg": one_by_one(
+    """Return {row of the table: function that starts a round and yields batches}."""
+    starts = {
+        "decode alone: simplejpeg": per_image(
             root, lambda encoded, _: simplejpeg.decode_jpeg(encoded)
         ),
-        "decode alone: PIL": one_by_one(
+        "decode alone: PIL": per_image(
             root, lambda encoded, _: Image.open(io.BytesIO(encoded)).convert("RGB")
         ),
-        "PIL, as torchvision": one_by_one(root, torchvision_like),
+        "PIL, as torchvision": per_image(root, torchvision_like),
         "ours, resized on the device": ours(root),
         "ours, on the device, bilinear, plain": ours(
             root, interpolation="bilinear", antialias=False
@@ -139,22 +142,25 @@ def variants(root: Path) -> dict[str, Callable[[], Iterator]]:
     try:
         import tensorflow  # noqa: F401
     except ImportError:
-        return found
+        return starts
     for method in ("antialiased bicubic", "bicubic", "bilinear", "canvas"):
-        found[f"tf.data, {method}"] = tf_data(root, method)
-    return found
+        starts[f"tf.data, {method}"] = tf_data(root, method)
+    return starts
 
 
-def reduced(root: Path, short_side: int) -> None:
-    """A copy of the training images as `prepare --short_side` stores them."""
+def write_reduced(root: Path, short_side: int) -> None:
+    """Write smaller training images, as `prepare_data --short_side` stores them."""
     for path in sorted(root.glob("train/*/*")):
         target = root / str(short_side) / path.relative_to(root)
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(shrink(path.read_bytes(), short_side))
 
 
-def jump() -> float:
-    """Seconds to the crops of step 100,000 of 4,096 of ImageNet's images, undecoded."""
+def seconds_to_jump() -> float:
+    """Time the computation of the 4,096 crops of step 100,000 on ImageNet.
+
+    Nothing is read or decoded.
+    """
     began = time.perf_counter()
     positions = 100_000 * 4096 + np.arange(4096)
     indices, epochs = order.samples_at(positions, base.IMAGENET.counts["train"], seed=0)
@@ -165,7 +171,7 @@ def jump() -> float:
 
 
 def memory(root: Path, batches: int) -> None:
-    """Prints the memory of this process along the way."""
+    """Print the memory of this process ten times during that many batches."""
     config = recipe(root, workers=2)
     every = max(batches // 10, 1)
     for step, _ in enumerate(inputs.train_batches(config, 0, batches), 1):
@@ -176,28 +182,28 @@ def memory(root: Path, batches: int) -> None:
 
 
 def compare(root: Path, rounds: int) -> dict[str, float]:
-    """Images per CPU-second of every variant, the median of interleaved rounds."""
+    """Return images per CPU-second of all variants, medians of interleaved rounds."""
     for short_side in (320, 256):
-        reduced(root, short_side)
+        write_reduced(root, short_side)
     starts = variants(root)
     rates: dict[str, list[float]] = {name: [] for name in starts}
-    for _ in range(rounds + 1):  # the first one warms up
+    for _ in range(rounds + 1):  # the first round is a warmup
         for name, start in starts.items():
             batches, began = start(), time.process_time()
             for _ in batches:
                 pass
             rates[name].append(BATCH * STEPS / (time.process_time() - began))
-    return {name: statistics.median(each[1:]) for name, each in rates.items()}
+    return {name: statistics.median(values[1:]) for name, values in rates.items()}
 
 
 def report(root: Path, rounds: int) -> None:
-    """Prints the table and writes it as JSON."""
+    """Print the table and write it as JSON."""
     rates = compare(root, rounds)
     ceiling = rates["decode alone: simplejpeg"]
     print(f"{'':44}images per CPU-second   of the ceiling")
     for name, rate in rates.items():
         print(f"{name:44}{rate:21,.0f}{rate / ceiling:17.0%}")
-    seconds = jump()
+    seconds = seconds_to_jump()
     print(f"jump to step 100,000 of 4,096 images: {seconds:.2f} s")
     packages = ("numpy", "pillow", "simplejpeg", "tensorflow-cpu")
     result = {
@@ -212,7 +218,7 @@ def report(root: Path, rounds: int) -> None:
 
 
 def main() -> None:
-    """The command line."""
+    """Write the photographs and run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--memory", type=int, default=0, metavar="BATCHES")

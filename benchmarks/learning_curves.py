@@ -1,11 +1,11 @@
-"""Loss curves of this library and of a PyTorch twin, step by step, in one figure.
+"""Compare loss curves of this library with those of a PyTorch twin, step by step.
 
     python -m benchmarks.learning_curves [--steps 200]
 
-The same small network, initial weights, batches, masks and schedule, here and there:
-pretraining and classification, on the digits and on photographs read as JPEG. Needs
-torch (`pip install torch`). Writes results/learning_curves.{json,png}; fails if a step
-differs by more than 1 %.
+Both train the same small network with the same initial weights, batches, masks and
+schedule. There are four runs: pretraining and classification, on the digits and on JPEG
+photographs. Needs torch (`pip install torch`). Writes results/learning_curves.json and
+.png. The exit code is 1 if the losses of a step differ by 1 % or more.
 """
 
 import argparse
@@ -44,16 +44,22 @@ SMALL = {
     "optimizer.warmup_epochs": 1.0,
 }
 MAE = {"decoder_embed_dim": 64, "decoder_depth": 2, "decoder_num_heads": 2}
-RATE = {"mae": 4e-3, "classify": 2e-3}  # for 256 images
+LEARNING_RATE = {"mae": 4e-3, "classify": 2e-3}  # for 256 images
 
 
 def recipe(task: str, data: str, folder: str, steps: int) -> Any:
-    """A small run of a task ("mae", "classify") on "digits" or "photographs"."""
+    """Return the config of a small run.
+
+    Args:
+      task: "mae" or "classify".
+      data: "digits" or "photographs".
+      folder: directory of the photographs.
+    """
     values = SMALL | {"total_steps": steps, "batch_size": 64}
-    values["optimizer.base_learning_rate"] = RATE[task]
+    values["optimizer.base_learning_rate"] = LEARNING_RATE[task]
     if task == "mae":
         values |= {f"model.{key}": value for key, value in MAE.items()}
-    else:  # what is drawn on the device has no twin
+    else:  # no random augmentation on the device, because the twin cannot repeat it
         values |= {"model.drop_path_rate": 0.0, "mixup": 0.0, "cutmix": 0.0}
         values |= {"random_erasing": 0.0, "init_from": "", "data.flip": False}
         values["optimizer.layer_decay"] = 1.0
@@ -71,7 +77,7 @@ def recipe(task: str, data: str, folder: str, steps: int) -> Any:
 
 
 def twin(config: Any, model: Any, params: Any) -> HiViT:
-    """The PyTorch network with the same weights."""
+    """Return the PyTorch network with the same weights."""
     m = config.model
     mae = config.task == "mae"
     size, _, channels = image_shape(config.model)
@@ -90,26 +96,26 @@ def twin(config: Any, model: Any, params: Any) -> HiViT:
 
 
 def curves(config: Any) -> tuple[list[float], list[float]]:
-    """Losses of every step, here and in PyTorch."""
+    """Return the losses of every step, here and in PyTorch."""
     steps = config.total_steps
     task = inputs.make_task(config)
-    per_epoch, _ = inputs.count_steps(config, inputs.epoch_images(config, task))
+    per_epoch, _ = inputs.count_steps(config, inputs.images_per_epoch(config, task))
     schedule = make_schedule(config.optimizer, config.batch_size, per_epoch, steps)
     model = task.build_model()
     abstract = split(model)[1]
     mesh = make_mesh(config.mesh, config.batch_size)
     training = prepare(task, mesh, schedule, **step_options(config))
-    state, step_here = jax.jit(training.init)(), jax.jit(training.step)
+    state, train_step = jax.jit(training.init)(), jax.jit(training.step)
 
     network = twin(config, model, jax.device_get(state["params"]))
-    # One official name for each of ours, in the same order.
+    # to_official keeps the order of parameters, so that names can be paired.
     official = to_official(jax.device_get(state["params"]), model)
     names = dict(zip(official, named_leaves(abstract), strict=True))
     groups: dict[bool, list] = {True: [], False: []}
     for name, parameter in network.named_parameters():
         if parameter.requires_grad:
             groups[task.is_decayed(names[name])].append(parameter)
-    there = torch.optim.AdamW(
+    torch_optimizer = torch.optim.AdamW(
         [
             {"params": groups[True], "weight_decay": config.optimizer.weight_decay},
             {"params": groups[False], "weight_decay": 0.0},
@@ -118,7 +124,7 @@ def curves(config: Any) -> tuple[list[float], list[float]]:
         eps=1e-8,
     )
 
-    def loss_there(step, batch):
+    def torch_loss(step, batch):
         images = torch.tensor(np.array(task.preprocess(batch)))
         images = images.permute(0, 3, 1, 2)
         if config.task == "classify":
@@ -141,50 +147,50 @@ def curves(config: Any) -> tuple[list[float], list[float]]:
 
     losses: tuple[list[float], list[float]] = ([], [])
     for step, batch in enumerate(inputs.train_batches(config, 0, steps)):
-        for group in there.param_groups:
+        for group in torch_optimizer.param_groups:
             group["lr"] = float(schedule(step))
-        loss = loss_there(step, batch)
-        there.zero_grad()
+        loss = torch_loss(step, batch)
+        torch_optimizer.zero_grad()
         loss.backward()
-        there.step()
-        state, values = step_here(state, {}, batch, np.int32(step))
-        losses[0].append(float(values["loss"]))
+        torch_optimizer.step()
+        state, metrics = train_step(state, {}, batch, np.int32(step))
+        losses[0].append(float(metrics["loss"]))
         losses[1].append(loss.item())
     return losses
 
 
 def main() -> int:
-    """Runs all four comparisons; returns the exit code."""
+    """Run all four comparisons and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--steps", type=int, default=200)
     steps = parser.parse_args().steps
-    found, figure = {}, plt.figure(figsize=(10, 6), layout="constrained")
+    results, figure = {}, plt.figure(figsize=(10, 6), layout="constrained")
     with tempfile.TemporaryDirectory() as folder:
         photographs.write(folder, {"train": 420, "val": 7}, (96, 72))
         for data in ("digits", "photographs"):
             for task in ("mae", "classify"):
-                here, there = curves(recipe(task, data, folder, steps))
-                apart = np.abs(np.array(here) / np.array(there) - 1)
+                ours, theirs = curves(recipe(task, data, folder, steps))
+                difference = np.abs(np.array(ours) / np.array(theirs) - 1).max()
                 print(
-                    f"{data:12} {task:9} loss {here[0]:.4f} -> {here[-1]:.4f}  "
-                    f"largest difference {apart.max():.1e}"
+                    f"{data:12} {task:9} loss {ours[0]:.4f} -> {ours[-1]:.4f}  "
+                    f"largest difference {difference:.1e}"
                 )
-                found[f"{data} {task}"] = {
-                    "hivit_jax": here,
-                    "torch": there,
-                    "largest_relative_difference": float(apart.max()),
+                results[f"{data} {task}"] = {
+                    "hivit_jax": ours,
+                    "torch": theirs,
+                    "largest_relative_difference": float(difference),
                 }
-                axes = figure.add_subplot(2, 2, len(found))
-                axes.plot(there, label="PyTorch", linewidth=3, color="silver")
-                axes.plot(here, label="hivit_jax", linewidth=1)
-                axes.set_title(f"{data}, {task}: apart by {apart.max():.1e} at most")
+                axes = figure.add_subplot(2, 2, len(results))
+                axes.plot(theirs, label="PyTorch", linewidth=3, color="silver")
+                axes.plot(ours, label="hivit_jax", linewidth=1)
+                axes.set_title(f"{data}, {task}: largest difference {difference:.1e}")
                 axes.set_xlabel("step")
                 axes.set_ylabel("loss")
                 axes.legend()
     figure.savefig(OUT.with_suffix(".png"), dpi=90)
-    result = {"torch": torch.__version__, "jax": jax.__version__, "curves": found}
+    result = {"torch": torch.__version__, "jax": jax.__version__, "curves": results}
     OUT.with_suffix(".json").write_text(json.dumps(result) + "\n")
-    worst = max(each["largest_relative_difference"] for each in found.values())
+    worst = max(run["largest_relative_difference"] for run in results.values())
     return 0 if worst < 0.01 else 1
 
 

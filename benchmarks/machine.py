@@ -1,4 +1,4 @@
-"""The machine that was measured."""
+"""Description of the machine that runs a benchmark."""
 
 import platform
 from pathlib import Path
@@ -7,15 +7,17 @@ VECTORS = ("avx512f", "avx2", "avx")  # widest first
 
 
 def processor() -> str:
-    """Name, family and model of the CPU, and its widest vectors, where Linux tells:
-    virtual machines often hide the name. Elsewhere what Python knows.
+    """Return name, family, model and widest vector extension of the CPU.
+
+    Family and model are included because virtual machines often hide the name. Without
+    /proc/cpuinfo the result is Python's `platform.processor`.
     """
     path = Path("/proc/cpuinfo")
     lines = path.read_text().partition("\n\n")[0].splitlines() if path.exists() else ()
-    found = dict(map(str.strip, line.split(":", 1)) for line in lines if ":" in line)
-    if "model name" not in found:
+    info = dict(map(str.strip, line.split(":", 1)) for line in lines if ":" in line)
+    if "model name" not in info:
         return platform.processor() or platform.machine()
-    flags = found.get("flags", "").split()
-    vectors = next((f", {each}" for each in VECTORS if each in flags), "")
-    family, model = found.get("cpu family"), found.get("model")
-    return f"{found['model name']}, family {family}, model {model}{vectors}"
+    flags = info.get("flags", "").split()
+    vectors = next((f", {name}" for name in VECTORS if name in flags), "")
+    family, model = info.get("cpu family"), info.get("model")
+    return f"{info['model name']}, family {family}, model {model}{vectors}"

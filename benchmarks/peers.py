@@ -1,19 +1,19 @@
-"""Pretraining steps here and in PyTorch, in the same run, block by block in turn.
+"""Time pretraining steps here and in PyTorch, in interleaved blocks of steps.
 
     python -m benchmarks.peers [--device cpu|gpu] [--rows hivit_jax torch ...] \
         [--batch 8] [--rounds 5] [--steps 2] [--threads 2]
 
-configs/mae_base.py against a twin of the official PyTorch code, eager and compiled, and
-against MAE on ViT-B and SimMIM on Swin-B (benchmarks/torch_peers.py). float32 on a CPU,
-bfloat16 (autocast) on a GPU. On a CPU ours keeps the memory that it frees, as it does
-in training; with --keep_memory PyTorch does so too, which is not its habit. Every row
-is a process of its own; one runs a block of `--steps` steps while the others sleep,
-`--rounds` times in turn, on the same cores. Needs torch beside what
-benchmarks/train_step.py takes.
+Compares configs/mae_base.py with a twin of the official PyTorch code, eager and
+compiled, and with MAE on ViT-B and SimMIM on Swin-B (benchmarks/torch_peers.py). The
+dtype is float32 on a CPU and bfloat16 (autocast) on a GPU. On a CPU our process keeps
+freed memory, as in training. PyTorch does not do so by default; --keep_memory makes it.
+Every row is a separate process. The rows run blocks of `--steps` steps in turn,
+`--rounds` times, on the same cores, while the others sleep. Needs torch in addition to
+the packages of benchmarks/train_step.py.
 
-Our first loss has to be the twin's, of the same weights, images and masks. In PyTorch
-images are normalised already and lie on the device; ours are uint8, flipped and
-normalised in every step. Writes results/peers_{cpu,gpu}.json.
+The first loss of the twin must match ours for the same weights, images and masks. In
+PyTorch the images are on the device and already normalized. Ours are uint8, and every
+step flips and normalizes them. Writes results/peers_{cpu,gpu}.json.
 """
 
 import argparse
@@ -31,11 +31,13 @@ from typing import Any
 
 from benchmarks.machine import processor
 
-# jax and torch are imported late, each by the processes that need it.
+# jax and torch are imported late, so that each process loads only what it needs.
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 OURS = "hivit_jax"
-# Row -> (network, compiled, scores written out).
+# A function that runs a number of steps, and facts about the row.
+Started = tuple[Callable[[int], Any], dict[str, Any]]
+# Row -> (network, compiled, explicit softmax attention).
 TORCH = {
     "torch": ("hivit", False, False),
     "torch, compiled": ("hivit", True, False),
@@ -46,14 +48,14 @@ TORCH = {
     "Swin-B SimMIM, compiled": ("swin", True, False),
 }
 DEFAULT = ("hivit_jax", "torch", "torch, compiled", "ViT-B MAE", "Swin-B SimMIM")
-TOLERANCE = {"cpu": 1e-5, "gpu": 1e-2}  # of the first loss, relative
-DECAY, BETAS, RATE = 0.05, (0.9, 0.95), 1e-6  # as the recipe
+TOLERANCE = {"cpu": 1e-5, "gpu": 1e-2}  # relative, of the first loss
+WEIGHT_DECAY, BETAS, LEARNING_RATE = 0.05, (0.9, 0.95), 1e-6
 
 
-def ours(args: argparse.Namespace, exchange: Path) -> tuple[Callable, dict[str, Any]]:
-    """Our step, ready: (number of steps -> None, what is to be told of it).
+def start_ours(args: argparse.Namespace, first_step: Path) -> Started:
+    """Compile our step and run it once.
 
-    Leaves parameters, images and noise of the first step for the twin.
+    Writes parameters, images and noise of the first step to a file for the twin.
     """
     import jax
     import jax.numpy as jnp
@@ -74,23 +76,19 @@ def ours(args: argparse.Namespace, exchange: Path) -> tuple[Callable, dict[str, 
     params = jax.device_get(training.state["params"])
     keys = rng.step_keys(config.seed, "train", jnp.uint32(0), args.batch)
     images = training.task.training_images(training.batch, keys)
-    masks = rng.split_keys(keys.samples, "mask")
-    noise = jax.vmap(lambda key: jax.random.uniform(key, (196,)))(masks)
+    mask_keys = rng.split_keys(keys.samples, "mask")
+    noise = jax.vmap(lambda key: jax.random.uniform(key, (196,)))(mask_keys)
     model = nnx.eval_shape(training.task.build_model)
-    state = to_official(params, model)
-    np.savez(exchange, **state, images=images, noise=noise)
-    loss = training.run(1)
+    np.savez(first_step, **to_official(params, model), images=images, noise=noise)
     return training.run, {
-        "loss": loss,
+        "loss": training.run(1),
         "compile_seconds": training.compile_seconds,
         "versions": {name: metadata.version(name) for name in ("jax", "jaxlib")},
     }
 
 
-def theirs(
-    row: str, args: argparse.Namespace, exchange: Path
-) -> tuple[Callable, dict[str, Any]]:
-    """A step in PyTorch, ready, as `ours`."""
+def start_torch(row: str, args: argparse.Namespace, first_step: Path) -> Started:
+    """Prepare a PyTorch step and run it once."""
     import numpy as np
     import torch
 
@@ -107,29 +105,28 @@ def theirs(
         network = HiViT(*sizes, relative_position=False, decoder=(512, 6, 16))
         units = 196
     else:
-        peers = {"vit": torch_peers.ViTMAE, "swin": torch_peers.SwinSimMIM}
-        network = peers[name]()
+        network = {"vit": torch_peers.ViTMAE, "swin": torch_peers.SwinSimMIM}[name]()
         units = network.units
     images, noise = torch.randn(args.batch, 3, 224, 224), None
-    if name == "hivit" and exchange.exists():
-        saved = {key: torch.tensor(each) for key, each in np.load(exchange).items()}
+    if name == "hivit" and first_step.exists():
+        saved = {key: torch.tensor(x) for key, x in np.load(first_step).items()}
         images = saved.pop("images").permute(0, 3, 1, 2).contiguous()
         noise = saved.pop("noise").to(device)
         network.load_state_dict(saved)
     network, images = network.to(device), images.to(device)
     parameters = [p for p in network.parameters() if p.requires_grad]
     groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": DECAY},
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": WEIGHT_DECAY},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=RATE, betas=BETAS, fused=True)
-    measured = network.masked_loss
+    optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=BETAS, fused=True)
+    masked_loss = network.masked_loss
     if compiled:
-        measured = torch.compile(measured, mode=args.torch_mode)
+        masked_loss = torch.compile(masked_loss, mode=args.torch_mode)
 
     def step(noise):
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-            loss = measured(images, noise)
+            loss = masked_loss(images, noise)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -141,7 +138,7 @@ def theirs(
         return loss.item()  # waits for the device
 
     began = time.perf_counter()
-    first = noise if noise is not None else torch.rand(args.batch, units, device=device)
+    first = torch.rand(args.batch, units, device=device) if noise is None else noise
     loss = step(first).item()
     return run, {
         "loss": None if noise is None else loss,
@@ -151,131 +148,130 @@ def theirs(
     }
 
 
-def work(row: str, args: argparse.Namespace, exchange: Path, pipe: Any) -> None:
-    """A row's process: makes ready, then runs as many steps as the pipe asks for, and
-    tells seconds and CPU-seconds (of all threads); ends at 0.
+def worker(row: str, args: argparse.Namespace, first_step: Path, pipe: Any) -> None:
+    """Run the process of a row.
+
+    Sends the facts about the row. Then receives a number of steps, runs them, and sends
+    the seconds and the CPU-seconds of all threads, until it receives 0.
     """
     if args.device == "cpu":
-        from hivit_jax.xla.compile import keep_memory
+        from hivit_jax.xla.compile import keep_freed_memory
 
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
         if row == OURS or args.keep_memory:
-            keep_memory()  # as training does
-    start = ours if row == OURS else lambda *rest: theirs(row, *rest)
-    run, about = start(args, exchange)
-    pipe.send(about)
+            keep_freed_memory()  # as training does
+    if row == OURS:
+        run, facts = start_ours(args, first_step)
+    else:
+        run, facts = start_torch(row, args, first_step)
+    pipe.send(facts)
     while count := pipe.recv():
-        began, busy = time.perf_counter(), time.process_time()
+        began, cpu_began = time.perf_counter(), time.process_time()
         run(count)
-        pipe.send((time.perf_counter() - began, time.process_time() - busy))
+        pipe.send((time.perf_counter() - began, time.process_time() - cpu_began))
 
 
 def compare(args: argparse.Namespace) -> dict[str, Any]:
-    """Starts the rows one after another, checks the twins, and runs blocks in turn.
+    """Start all rows, check the first losses, and time interleaved blocks of steps.
 
     Raises:
-      HivitError: a row's process ended, or a twin's first loss is not ours.
+      HivitError: the process of a row ended, or the first loss of a twin differs.
     """
     context = multiprocessing.get_context("spawn")
-    pipes, found = {}, {}
+    pipes, results = {}, {}
     with tempfile.TemporaryDirectory() as folder:
-        exchange = Path(folder) / "first_step.npz"
-        for row in args.rows:  # ours first
+        first_step = Path(folder) / "first_step.npz"
+        for row in args.rows:  # ours is the first
             pipes[row], end = context.Pipe()
-            process = context.Process(
-                target=work, args=(row, args, exchange, end), daemon=True
-            )
-            process.start()
-            end.close()  # so that its death ends recv
-            found[row] = told(pipes[row], row)
-            print(f"{row}: ready; first loss {found[row]['loss']}", flush=True)
-    check(found, TOLERANCE[args.device])
+            arguments = row, args, first_step, end
+            context.Process(target=worker, args=arguments, daemon=True).start()
+            end.close()  # so that recv fails if the process ends
+            results[row] = receive(pipes[row], row)
+            print(f"{row}: ready; first loss {results[row]['loss']}", flush=True)
+    check_first_losses(results, TOLERANCE[args.device])
     blocks: dict[str, list[tuple[float, float]]] = {row: [] for row in args.rows}
-    for number in range(args.rounds + 1):  # the first one warms up
+    for number in range(args.rounds + 1):  # the first round is a warmup
         for row, pipe in pipes.items():
             pipe.send(args.steps)
-            blocks[row].append(told(pipe, row))
-            seconds, busy = (each / args.steps for each in blocks[row][-1])
-            text = f"round {number}  {row:26}{seconds:9.4f} s{busy:9.4f} CPU-s a step"
-            print(text, flush=True)
+            blocks[row].append(receive(pipe, row))
+            seconds, cpu = (total / args.steps for total in blocks[row][-1])
+            line = f"round {number}  {row:26}{seconds:9.4f} s{cpu:9.4f} CPU-s per step"
+            print(line, flush=True)
     for pipe in pipes.values():
         pipe.send(0)
-    for row, each in blocks.items():
-        seconds, busy = zip(*each[1:], strict=True)
+    for row, timings in blocks.items():
+        seconds, cpu = zip(*timings[1:], strict=True)
         median = statistics.median(seconds) / args.steps
-        found[row] |= {
+        results[row] |= {
             "images_per_second": args.batch / median,
             "seconds_per_step": median,
-            "cpu_seconds_per_step": statistics.median(busy) / args.steps,
-            "seconds_of_rounds": [each / args.steps for each in seconds],
+            "cpu_seconds_per_step": statistics.median(cpu) / args.steps,
+            "seconds_of_rounds": [total / args.steps for total in seconds],
         }
-    return found
+    return results
 
 
-def told(pipe: Any, row: str) -> Any:
-    """What a row's process sends; HivitError if it ended instead."""
+def receive(pipe: Any, row: str) -> Any:
+    """Receive an object from the process of a row; HivitError if the process ended."""
     from hivit_jax.errors import HivitError
 
     try:
         return pipe.recv()
     except EOFError as error:
-        raise HivitError(f"the process of {row} ended; see above") from error
+        raise HivitError(f"the process of {row} ended; see its error above") from error
 
 
-def check(found: dict[str, dict[str, Any]], tolerance: float) -> None:
-    """HivitError unless the twins' first losses are ours."""
+def check_first_losses(results: dict[str, dict[str, Any]], tolerance: float) -> None:
+    """HivitError if the first loss of a twin differs from ours."""
     from hivit_jax.errors import HivitError
 
-    if OURS not in found:
-        return
-    expected = found[OURS]["loss"]
-    for row, each in found.items():
-        if each["loss"] is not None:
-            apart = abs(each["loss"] / expected - 1)
-            if not apart <= tolerance:
-                raise HivitError(
-                    f"first loss of {row}: {each['loss']}; ours is {expected}, "
-                    f"expected a relative difference of at most {tolerance}"
-                )
+    expected = results.get(OURS, {}).get("loss")
+    for row, result in results.items():
+        if expected is None or result["loss"] is None:
+            continue
+        difference = abs(result["loss"] / expected - 1)
+        if not difference <= tolerance:  # also if it is NaN
+            raise HivitError(
+                f"first loss of {row}: expected {expected} as ours within "
+                f"{tolerance} (relative), found {result['loss']}"
+            )
 
 
-def table(found: dict[str, dict[str, Any]], cpu: bool) -> str:
-    """Images a second, times ours, and on a CPU CPU-seconds a step."""
-    rate = found.get(OURS, {}).get("images_per_second")
-    lines = [f"{'':26}{'images/s':>10}{'of ours':>10}{'CPU-s a step' * cpu:>14}"]
-    for row, each in found.items():
-        line = f"{row:26}{each['images_per_second']:10,.2f}"
-        line += f"{each['images_per_second'] / rate:10.2f}" if rate else f"{'':10}"
-        lines.append(line + (f"{each['cpu_seconds_per_step']:14.2f}" if cpu else ""))
+def table(results: dict[str, dict[str, Any]], cpu: bool) -> str:
+    """Format images per second, relative to ours, and on a CPU CPU-seconds per step."""
+    ours = results.get(OURS, {}).get("images_per_second")
+    lines = [f"{'':26}{'images/s':>10}{'of ours':>10}{'CPU-s per step' * cpu:>16}"]
+    for row, result in results.items():
+        line = f"{row:26}{result['images_per_second']:10,.2f}"
+        line += f"{result['images_per_second'] / ours:10.2f}" if ours else f"{'':10}"
+        lines.append(line + (f"{result['cpu_seconds_per_step']:16.2f}" if cpu else ""))
     return "\n".join(lines)
 
 
 def run(argv: list[str] | None) -> None:
-    """The command line."""
+    """Parse flags, run the benchmark, print the table and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     add = parser.add_argument
     add("--device", choices=("cpu", "gpu"), default="cpu")
     add("--rows", nargs="+", choices=(OURS, *TORCH), default=DEFAULT)
-    add("--batch", type=int, help="images a step; 8 on a CPU, 256 on a GPU")
+    add("--batch", type=int, help="images per step; 8 on a CPU, 256 on a GPU")
     add("--rounds", type=int, default=5)
-    add("--steps", type=int, help="of a round; 2 on a CPU, 20 on a GPU")
-    add("--threads", type=int, default=2, help="and cores, on a CPU")
-    add("--keep_memory", action="store_true", help="in PyTorch too, as here on a CPU")
+    add("--steps", type=int, help="steps per round; 2 on a CPU, 20 on a GPU")
+    add("--threads", type=int, default=2, help="threads and cores, on a CPU")
+    add("--keep_memory", action="store_true", help="keep freed memory in PyTorch too")
     add("--torch_mode", default="default", help="such as max-autotune")
     add("--out", type=Path, help="the JSON file to write")
     args = parser.parse_args(argv)
     cpu = args.device == "cpu"
     args.rows = sorted(args.rows, key=(OURS, *TORCH).index)
-    args.batch, args.steps = (
-        args.batch or (8, 256)[not cpu],
-        args.steps or (2, 20)[not cpu],
-    )
+    args.batch = args.batch or (8 if cpu else 256)
+    args.steps = args.steps or (2 if cpu else 20)
     if cpu:
         os.environ["JAX_PLATFORMS"] = "cpu"
-    else:  # they share it
+    else:  # because the rows share the GPU's memory
         os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
-    found = compare(args)
-    print(table(found, cpu))
+    results = compare(args)
+    print(table(results, cpu))
     result = {
         "device": args.device,
         "cpu": processor(),
@@ -286,14 +282,14 @@ def run(argv: list[str] | None) -> None:
         "steps_of_a_round": args.steps,
         "torch_mode": args.torch_mode,
         "torch_keeps_memory": args.keep_memory,
-        "rows": found,
+        "rows": results,
     }
     out = args.out or RESULTS / f"peers_{args.device}.json"
     out.write_text(json.dumps(result, indent=2) + "\n")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs all rows; returns the exit code."""
+    """Entry point. Return the exit code."""
     from hivit_jax.errors import exit_code
 
     return exit_code(lambda: run(argv))

@@ -1,9 +1,9 @@
-"""The photographs that come with scikit-image and scikit-learn, as class folders.
+"""Write photographs from scikit-image and scikit-learn as class folders.
 
     python -m benchmarks.photographs DIR [--train 400] [--val 100]
 
-Each class is a photograph; its images are random parts of it, in other colours and
-with noise, as 500x375 JPEGs of 85 KB, a usual size in ImageNet.
+Each class is one photograph. Its images are random crops with changed colors and noise,
+saved as 500x375 JPEGs of 85 KB, a typical size in ImageNet.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from PIL import Image
 
 @cache
 def photographs() -> dict[str, np.ndarray]:
-    """Name -> uint8 [h, w, 3]."""
+    """Return the photographs by name, uint8 [h, w, 3]."""
     import skimage.data
     from sklearn.datasets import load_sample_image
 
@@ -33,7 +33,12 @@ def photographs() -> dict[str, np.ndarray]:
 
 
 def variant(photo: np.ndarray, seed: int, size: Sequence[int]) -> Image.Image:
-    """A part of a photograph, uint8 [h, w, 3], as an image of (width, height)."""
+    """Return a random crop of a photograph, with changed colors and noise.
+
+    Args:
+      photo: uint8 [h, w, 3].
+      size: (width, height) of the result.
+    """
     rng = np.random.RandomState(seed)
     height, width = photo.shape[:2]
     aspect = size[0] / size[1]
@@ -42,7 +47,7 @@ def variant(photo: np.ndarray, seed: int, size: Sequence[int]) -> Image.Image:
     box = (left, top, left + h * aspect, top + h)
     image = Image.fromarray(photo).resize(tuple(size), Image.Resampling.BICUBIC, box)
     pixels = np.asarray(image) * rng.uniform(0.8, 1.2, 3)
-    pixels += rng.normal(0, 9.5, pixels.shape)  # so that the files are of usual size
+    pixels += rng.normal(0, 9.5, pixels.shape)  # because smooth images give small files
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
@@ -52,10 +57,10 @@ def write(
     size: Sequence[int] = (500, 375),
     quality: int = 92,
 ) -> None:
-    """Writes DIRECTORY/SPLIT/CLASS/NUMBER.JPEG.
+    """Write DIRECTORY/SPLIT/CLASS/NUMBER.JPEG.
 
     Args:
-      counts: images by split, shared out over the classes.
+      counts: number of images by split, distributed over the classes.
       size: (width, height) of the images.
     """
     seed = 0

@@ -1,6 +1,6 @@
-"""As much of ml_collections as recipes need, where that is not installed.
+"""Replacement for ml_collections, with the features that recipes need.
 
-Import it before anything of hivit_jax.
+Import this module before hivit_jax. It has no effect if ml_collections is installed.
 """
 
 import json
@@ -10,14 +10,14 @@ from typing import Any
 
 
 class FieldReference:
-    """A value of a field together with its type."""
+    """Value of a field and its type."""
 
     def __init__(self, value: Any, field_type: type):
         self.value, self.field_type = value, field_type
 
 
 class ConfigDict(dict):
-    """A dictionary whose keys are attributes."""
+    """Dictionary whose keys are also attributes."""
 
     def __init__(self, values: Mapping[str, Any] | None = None):
         super().__init__()
@@ -37,10 +37,10 @@ class ConfigDict(dict):
     __setattr__ = __setitem__
 
     def lock(self) -> None:
-        """Does nothing."""
+        """Do nothing."""
 
     def to_dict(self) -> dict:
-        """Itself, because it is a dictionary."""
+        """Return the config itself, because it is a dictionary."""
         return self
 
     def to_json_best_effort(self) -> str:
@@ -50,5 +50,5 @@ class ConfigDict(dict):
 try:
     import ml_collections  # noqa: F401
 except ImportError:
-    this = sys.modules[__name__]
-    sys.modules["ml_collections"] = sys.modules["ml_collections.config_dict"] = this
+    for name in ("ml_collections", "ml_collections.config_dict"):
+        sys.modules[name] = sys.modules[__name__]

@@ -1,20 +1,20 @@
-"""Other networks' pretraining steps in PyTorch, for comparison of speed alone.
+"""Masked image modeling with ViT and Swin in PyTorch, for comparison of speed only.
 
-Same blocks as the twin of HiViT; written from the papers, sizes as published. Each has
-`masked_loss(images [B, 3, 224, 224], noise [B, units])`.
+Written from the papers, with the published sizes and the blocks of `torch_twin`. Each
+model has `masked_loss(images [B, 3, 224, 224], noise [B, units])`.
 """
 
 import torch
 from torch import nn
 
-from benchmarks.torch_twin import Block, PatchMerge, taken, targets
+from benchmarks.torch_twin import Block, PatchMerge, gather_tokens, targets
 
 
 class ViTMAE(nn.Module):
     """Masked autoencoder on ViT-B/16 (He et al., 2022): 111.9 M parameters.
 
-    The encoder sees a quarter of the units and a class token; decoder of 8 blocks, 512
-    wide; unit-normalised pixels.
+    The encoder processes a quarter of the units and a class token. The decoder has 8
+    blocks of width 512. The targets are pixels normalized per unit.
     """
 
     units = 196
@@ -34,35 +34,36 @@ class ViTMAE(nn.Module):
         self.decoder_pred = nn.Linear(512, 16 * 16 * 3)
 
     def masked_loss(self, images, noise):
-        """Mean squared error on the 147 units removed."""
+        """Mean squared error on the 147 masked units."""
         batch, units = noise.shape
-        kept = units // 4
-        order = noise.argsort(1)
-        restore = order.argsort(1)
+        visible = units // 4
+        ids_shuffle = noise.argsort(1)
+        ids_restore = ids_shuffle.argsort(1)
         x = self.proj(images).flatten(2).transpose(1, 2) + self.pos_embed[:, 1:]
-        first = (self.cls_token + self.pos_embed[:, :1]).expand(batch, -1, -1)
-        x = torch.cat([first.to(x.dtype), taken(x, order[:, :kept])], 1)
+        cls = (self.cls_token + self.pos_embed[:, :1]).expand(batch, -1, -1)
+        x = gather_tokens(x, ids_shuffle[:, :visible])
+        x = torch.cat([cls.to(x.dtype), x], 1)
         for block in self.blocks:
             x = block(x)
         x = self.decoder_embed(self.norm(x))
-        fill = self.mask_token.expand(batch, units - kept, -1).to(x.dtype)
-        places = taken(torch.cat([x[:, 1:], fill], 1), restore)
-        x = torch.cat([x[:, :1], places], 1) + self.decoder_pos_embed
+        mask_tokens = self.mask_token.expand(batch, units - visible, -1).to(x.dtype)
+        tokens = gather_tokens(torch.cat([x[:, 1:], mask_tokens], 1), ids_restore)
+        x = torch.cat([x[:, :1], tokens], 1) + self.decoder_pos_embed
         for block in self.decoder_blocks:
             x = block(x)
         predicted = self.decoder_pred(self.decoder_norm(x))[:, 1:]
-        mask = (restore >= kept).float()
+        mask = (ids_restore >= visible).float()
         error = (predicted - targets(images, 16, normalize=True)) ** 2
         return (error.mean(-1) * mask).sum() / mask.sum()
 
 
 def fixed(table):
-    """A table that is not trained."""
+    """Return a table that is not trained."""
     return nn.Parameter(table, requires_grad=False)
 
 
 class SwinBlock(Block):
-    """Windows of 7x7, shifted or not: [B, H, W, C] -> the same."""
+    """Swin block with windows of 7x7, shifted or not: [B, H, W, C] -> [B, H, W, C]."""
 
     def __init__(self, dim: int, heads: int, side: int, shift: int):
         super().__init__(dim, 4.0, heads, grid=7)
@@ -86,10 +87,13 @@ class SwinBlock(Block):
 
 
 def shifted_mask(side: int, shift: int):
-    """-100 between places of a window that were not neighbours, [W, 1, 49, 49]."""
-    part = torch.zeros(side, dtype=torch.long)
-    part[-7:-shift], part[-shift:] = 1, 2
-    regions = 3 * part[:, None] + part
+    """Return the attention mask of shifted windows, [W, 1, 49, 49].
+
+    It is -100 between tokens of a window that are not neighbors in the image, else 0.
+    """
+    band = torch.zeros(side, dtype=torch.long)
+    band[-7:-shift], band[-shift:] = 1, 2
+    regions = 3 * band[:, None] + band
     count = side // 7
     regions = regions.reshape(count, 7, count, 7).transpose(1, 2).reshape(-1, 49)
     return -100.0 * (regions[:, None, :, None] != regions[:, None, None]).float()
@@ -98,8 +102,8 @@ def shifted_mask(side: int, shift: int):
 class SwinSimMIM(nn.Module):
     """SimMIM (Xie et al., 2022) on Swin-B at 224 with windows of 7: 89.9 M parameters.
 
-    All tokens go through the encoder, 6 of 10 units of 32x32 pixels as a mask token; a
-    linear head; mean absolute error on the pixels removed.
+    The encoder processes all tokens. 6 of 10 units of 32x32 pixels are replaced by a
+    mask token. A linear head predicts pixels.
     """
 
     units = 49
@@ -120,14 +124,14 @@ class SwinSimMIM(nn.Module):
         self.norm, self.head = nn.LayerNorm(1024), nn.Linear(1024, 32 * 32 * 3)
 
     def masked_loss(self, images, noise):
-        """Mean absolute error on the 30 units removed."""
-        removed = noise.argsort(1).argsort(1) >= 19
+        """Mean absolute error on the 30 masked units."""
+        mask = noise.argsort(1).argsort(1) >= 19
         x = self.norm0(self.proj(images).permute(0, 2, 3, 1))
-        cells = removed.reshape(-1, 7, 7, 1).float()
+        cells = mask.reshape(-1, 7, 7, 1).float()
         cells = cells.repeat_interleave(8, 1).repeat_interleave(8, 2)
         x = x * (1 - cells) + self.mask_token * cells
         for block in self.blocks:
             x = block(x)
         predicted = self.head(self.norm(x)).flatten(1, 2)
         error = (predicted - targets(images, 32, normalize=False)).abs().mean(-1)
-        return (error * removed).sum() / removed.sum()
+        return (error * mask).sum() / mask.sum()

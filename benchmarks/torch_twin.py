@@ -1,7 +1,7 @@
-"""HiViT and its masked autoencoder in PyTorch, for comparison alone.
+"""HiViT and its masked autoencoder in PyTorch, for comparison only.
 
-Written from the description of the official code: its names of parameters, its order of
-operations, so that `hivit_jax.weights.to_official` gives its state dict.
+Parameter names and the order of operations follow the official code, so that the model
+loads the state dict from `hivit_jax.weights.to_official`.
 """
 
 from collections.abc import Sequence
@@ -24,10 +24,11 @@ class Mlp(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention, with a relative position table where `grid` is given.
+    """Self-attention, with a table of relative positions if `grid` is given.
 
-    By `scaled_dot_product_attention`; `plain`, for all of them, writes out scores and
-    softmax as the official code does.
+    Attributes:
+      plain: of the class. True: compute scores and softmax explicitly, as the official
+        code does. False: use `scaled_dot_product_attention`.
     """
 
     plain = False
@@ -42,10 +43,14 @@ class Attention(nn.Module):
             self.register_buffer("index", relative_index(grid), persistent=False)
 
     def forward(self, x, windows: int = 1, mask=None):
-        """[B*W, T, C] -> the same; mask [W, 1, T, T], added to scores with a table."""
+        """Map tokens [B*W, T, C] to [B*W, T, C].
+
+        Args:
+          mask: [W, 1, T, T], added to the scores; used only with `grid`.
+        """
         _, tokens, dim = x.shape
         qkv = self.qkv(x).reshape(-1, windows, tokens, 3, self.heads, dim // self.heads)
-        # Windows count as heads, so that images share biases without a copy.
+        # Windows are treated as heads, so that images share biases without a copy.
         q, k, v = qkv.permute(3, 0, 1, 4, 2, 5).flatten(2, 3).unbind(0)
         bias = None
         if self.grid:
@@ -62,22 +67,22 @@ class Attention(nn.Module):
 
 
 def relative_index(grid: int):
-    """Row of the table for query and key, int [T, T] with T = grid * grid."""
-    place = torch.arange(grid**2)
-    rows, columns = place // grid, place % grid
-    down = rows[:, None] - rows[None] + grid - 1
-    right = columns[:, None] - columns[None] + grid - 1
-    return down * (2 * grid - 1) + right
+    """Return the table row of every query and key, int [T, T] with T = grid * grid."""
+    token = torch.arange(grid**2)
+    rows, columns = token // grid, token % grid
+    row_offset = rows[:, None] - rows[None] + grid - 1
+    column_offset = columns[:, None] - columns[None] + grid - 1
+    return row_offset * (2 * grid - 1) + column_offset
 
 
-def taken(x, places):
-    """[B, N, ...], int [B, K] -> [B, K, ...], as `torch.gather` does it."""
-    index = places.reshape(*places.shape, *(1,) * (x.ndim - 2))
+def gather_tokens(x, ids):
+    """Gather tokens: [B, N, ...], int [B, K] -> [B, K, ...]."""
+    index = ids.reshape(*ids.shape, *(1,) * (x.ndim - 2))
     return x.gather(1, index.expand(-1, -1, *x.shape[2:]))
 
 
 class Block(nn.Module):
-    """A residual block; without heads it is an MLP alone, as in the stem."""
+    """Residual block of attention and MLP. Without heads, MLP only, as in the stem."""
 
     def __init__(self, dim: int, ratio: float, heads: int = 0, grid: int | None = None):
         super().__init__()
@@ -93,7 +98,7 @@ class Block(nn.Module):
 
 
 class PatchMerge(nn.Module):
-    """[..., h, w, C] -> [..., h/2, w/2, 2C]."""
+    """Merge 2x2 tokens: [..., h, w, C] -> [..., h/2, w/2, 2C]."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -106,7 +111,7 @@ class PatchMerge(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """[B, C, H, W] -> [B, N, 4, 4, E/4], units row by row."""
+    """Embed images [B, C, H, W] as cells [B, N, 4, 4, E/4], units row-major."""
 
     def __init__(self, channels: int, dim: int, cell: int):
         super().__init__()
@@ -122,12 +127,12 @@ class PatchEmbed(nn.Module):
 
 
 class HiViT(nn.Module):
-    """The encoder, and what makes of it a classifier or a masked autoencoder.
+    """HiViT encoder with a classifier head or a masked autoencoder's decoder.
 
     Args:
-      relative_position: tables in the main stage.
-      num_classes: of a classifier; 0: a masked autoencoder.
-      decoder: (width, depth, heads) of the latter, whose latent is multi-scale.
+      relative_position: use relative position tables in the main stage.
+      num_classes: classes of the head; 0: a masked autoencoder.
+      decoder: (width, depth, heads) of the decoder, which reads the multi-scale latent.
     """
 
     def __init__(
@@ -169,10 +174,18 @@ class HiViT(nn.Module):
             self.decoder_norm = nn.LayerNorm(width, eps=1e-6)
             self.decoder_pred = nn.Linear(width, patch_size**2 * in_channels)
 
-    def encode(self, images, kept):
-        """[B, C, H, W], units to keep [B, K] -> latents before the merges and last."""
-        x, latents = taken(self.patch_embed(images), kept), []
-        position = taken(self.absolute_pos_embed.expand(len(images), -1, -1), kept)
+    def encode(self, images, ids_keep):
+        """Encode the visible units of images [B, C, H, W].
+
+        Args:
+          ids_keep: visible units, int [B, K].
+
+        Returns:
+          The tokens before each merge and the final tokens, each [B, K, ...].
+        """
+        x, latents = gather_tokens(self.patch_embed(images), ids_keep), []
+        table = self.absolute_pos_embed.expand(len(images), -1, -1)
+        position = gather_tokens(table, ids_keep)
         for block in self.blocks:
             if isinstance(block, PatchMerge):
                 latents.append(x.flatten(2))
@@ -184,7 +197,7 @@ class HiViT(nn.Module):
         return [*latents, x]
 
     def classify(self, images):
-        """[B, C, H, W] -> logits."""
+        """Map images [B, C, H, W] to logits."""
         units = torch.arange(self.absolute_pos_embed.shape[1])
         tokens = self.encode(images, units.expand(len(images), -1))[-1]
         return self.head(self.fc_norm(tokens.mean(1)))
@@ -192,25 +205,30 @@ class HiViT(nn.Module):
     def masked_loss(
         self, images, noise, mask_ratio: float = 0.75, normalize: bool = True
     ):
-        """[B, C, H, W], noise [B, N] -> mean squared error on removed units."""
+        """Mean squared error on the masked units: [B, C, H, W], noise [B, N]."""
         batch, units = noise.shape
-        order = noise.argsort(1)
-        restore = order.argsort(1)
-        kept = order[:, : int(units * (1 - mask_ratio))]
-        latent = torch.cat(self.encode(images, kept), -1)
+        ids_shuffle = noise.argsort(1)
+        ids_restore = ids_shuffle.argsort(1)
+        visible = int(units * (1 - mask_ratio))
+        latent = torch.cat(self.encode(images, ids_shuffle[:, :visible]), -1)
         x = self.decoder_embed(self.norm(latent))
-        fill = self.mask_token.expand(batch, units - kept.shape[1], -1)
-        x = taken(torch.cat([x, fill.to(x.dtype)], 1), restore) + self.decoder_pos_embed
+        mask_tokens = self.mask_token.expand(batch, units - visible, -1).to(x.dtype)
+        x = gather_tokens(torch.cat([x, mask_tokens], 1), ids_restore)
+        x = x + self.decoder_pos_embed
         for block in self.decoder_blocks:
             x = block(x)
         predicted = self.decoder_pred(self.decoder_norm(x))
         target = targets(images, self.patch_size, normalize)
-        mask = (restore >= kept.shape[1]).float()
+        mask = (ids_restore >= visible).float()
         return (((predicted - target) ** 2).mean(-1) * mask).sum() / mask.sum()
 
 
 def targets(images, patch_size: int, normalize: bool):
-    """[B, C, H, W] -> [B, N, P*P*C], channels fastest; each of mean 0, variance 1."""
+    """Return the pixels of units: [B, C, H, W] -> [B, N, P*P*C], channels last.
+
+    Args:
+      normalize: subtract each unit's mean and divide by its standard deviation.
+    """
     batch, channels, height, width = images.shape
     p = patch_size
     x = images.reshape(batch, channels, height // p, p, width // p, p)

@@ -3,20 +3,21 @@
     hivit_jax --config linear:base --workdir runs/lp --config.init_from=runs/mae_base
 
 Variants: tiny, small, base (default), large. Values: MAE's linear probe (LARS,
-BatchNorm without scale and bias on mean-pooled frozen features, no decay).
-Expected: no result is known, because HiViT published none. Hardware: any mesh.
-Cost: 115 M images; forward pass of tiny 9.2, small 18.1, base 31.6, large 127.8 GFLOP.
+BatchNorm without scale and bias on mean-pooled frozen features, no weight decay).
+Expected: unknown, because the HiViT paper reports no linear probe. Hardware: any mesh.
+Cost: 115 M images. GFLOP forward: tiny 9.2, small 18.1, base 31.6, large 127.8.
 """
 
 
 def get_config(size: str = "base") -> dict:
-    """The values that differ from the defaults."""
+    """Return the keys that differ from the defaults."""
     run = dict(task="linear_probe", batch_size=16384, total_epochs=90.0)
-    every = dict(log_every=10, eval_every=782, checkpoint_every=391)  # 782: 10 epochs
-    # Pretraining has no relative positions.
+    # 782 steps are 10 epochs.
+    intervals = dict(log_every=10, eval_every=782, checkpoint_every=391)
+    # Pretraining uses no relative positions, so the probe uses none.
     probe = dict(num_classes=1000, running_norm=True, relative_position=False)
     model = dict(name=f"hivit_{size}", dtype="bfloat16") | probe
     optimizer = dict(base_learning_rate=0.1, betas=(0.9, 0.0), weight_decay=0.0)
     optimizer |= dict(warmup_epochs=10.0)
-    run |= every | dict(init_from=f"runs/mae_{size}")
+    run |= intervals | dict(init_from=f"runs/mae_{size}")
     return run | dict(model=model, optimizer=optimizer)

@@ -2,15 +2,15 @@
 
     hivit_jax --config mae_base --workdir runs/mae_base
 
-Values: the official self_supervised code, there fp16 and 2 x 2048 images a step.
-Expected: 84.6 % top-1 after finetuning, as published; not reproduced here.
-Hardware: any mesh; a chip of v5e:16x16 needs 1.8 GiB, a GPU of h100:8 27.9.
-Cost: 2.05 G images, 47.5 GFLOP each.
+Values: official self_supervised code, which uses fp16 and 2 microbatches of 2048.
+Expected: 84.6 % top-1 after finetuning (published, not reproduced here).
+Hardware: any mesh. GiB per device: 1.8 on v5e:16x16, 27.9 on h100:8.
+Cost: 2.05 G images, 47.5 GFLOP per image.
 """
 
 
 def get_config() -> dict:
-    """The values that differ from the defaults."""
+    """Return the keys that differ from the defaults."""
     return dict(
         task="mae",
         batch_size=4096,

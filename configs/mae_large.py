@@ -2,15 +2,15 @@
 
     hivit_jax --config mae_large --workdir runs/mae_large
 
-Values: those of mae_base with another encoder; none were published for L.
-Expected: no result is known.
-Hardware: mesh.fsdp > 1; a chip of v5e:16x16 needs 5.4 GiB, a GPU of h100:8 51.1.
-Cost: 2.05 G images, 118 GFLOP each.
+Values: as mae_base except for the encoder; none are published for L.
+Expected: unknown, because no result is published.
+Hardware: mesh.fsdp > 1. GiB per device: 5.4 on v5e:16x16, 51.1 on h100:8.
+Cost: 2.05 G images, 118 GFLOP per image.
 """
 
 
 def get_config() -> dict:
-    """The values that differ from the defaults."""
+    """Return the keys that differ from the defaults."""
     return dict(
         task="mae",
         batch_size=4096,

@@ -2,15 +2,15 @@
 
     hivit_jax --config mae_small --workdir runs/mae_small
 
-Values: those of mae_base with another encoder; none were published for S.
-Expected: no result is known.
-Hardware: any mesh; a chip of v5e:16x16 needs 1.4 GiB, a GPU of h100:8 23.9.
-Cost: 2.05 G images, 37.4 GFLOP each.
+Values: as mae_base except for the encoder; none are published for S.
+Expected: unknown, because no result is published.
+Hardware: any mesh. GiB per device: 1.4 on v5e:16x16, 23.9 on h100:8.
+Cost: 2.05 G images, 37.4 GFLOP per image.
 """
 
 
 def get_config() -> dict:
-    """The values that differ from the defaults."""
+    """Return the keys that differ from the defaults."""
     return dict(
         task="mae",
         batch_size=4096,

@@ -2,22 +2,23 @@
 
     hivit_jax --config supervised:tiny --workdir runs/tiny
 
-Variants: tiny, small, base (default). Values: the official supervised code; its
-exact schedule is `--config.optimizer.schedule=cosine_from_start`.
-Expected: tiny 82.1, small 83.5, base 83.8 % top-1, as published; not reproduced here.
-Hardware: any mesh; the official runs had 8 GPUs with 128 images each.
-Cost: 384 M images; tiny 27.5, small 54.3, base 94.9 GFLOP each.
+Variants: tiny, small, base (default). Values: official supervised code;
+`--config.optimizer.schedule=cosine_from_start` selects its exact schedule.
+Expected: top-1 tiny 82.1, small 83.5, base 83.8 % (published, not reproduced here).
+Hardware: any mesh. The official runs used 8 GPUs with 128 images each.
+Cost: 384 M images. GFLOP per image: tiny 27.5, small 54.3, base 94.9.
 """
 
 
 def get_config(size: str = "base") -> dict:
-    """The values that differ from the defaults."""
+    """Return the keys that differ from the defaults."""
     run = dict(task="classify", total_epochs=300.0, eval_every=12510)  # 10 epochs
     mixing = dict(label_smoothing=0.1, mixup=0.8, cutmix=1.0, random_erasing=0.25)
     drop_path_rate = {"tiny": 0.05, "small": 0.3, "base": 0.5}[size]
     model = dict(name=f"hivit_{size}", num_classes=1000, drop_path_rate=drop_path_rate)
-    # With a batch of 1024: from 1e-6 up to 1e-3, then down to 1e-5.
+    model |= dict(dtype="bfloat16")
+    data = dict(randaugment=True)
+    # With batch 1024 the rate rises from 1e-6 to 1e-3, then falls to 1e-5.
     optimizer = dict(base_learning_rate=2.5e-4, warmup_epochs=20.0)
     optimizer |= dict(warmup_learning_rate=1e-6, min_learning_rate=1e-5)
-    model, data = model | dict(dtype="bfloat16"), dict(randaugment=True)
     return run | mixing | dict(model=model, data=data, optimizer=optimizer)

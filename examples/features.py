@@ -1,12 +1,12 @@
-"""Features of a photograph, and its reconstruction by a masked autoencoder.
+"""Draw the feature maps of a photograph and its reconstruction.
 
     python examples/features.py [IMAGE] [--checkpoint PATH] [--out features.png]
 
-Draws the first three principal components of each feature map as red, green and blue;
-and, if PATH is of a masked autoencoder, what it makes of the image with 75 % of it
-removed. PATH is whatever `load_pretrained` takes, the official .pth files among it;
-without one the weights are random, and components show little but edges. Without IMAGE
-it is a photograph of scikit-image's.
+Draws the first three principal components of each feature map as red, green and blue.
+If PATH contains a masked autoencoder, also draws its reconstruction from 25 % of the
+image. PATH is any path that `load_pretrained` accepts, such as the official .pth files.
+Without PATH the weights are random, and the components show little more than edges.
+Without IMAGE, a photograph from scikit-image is drawn.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from hivit_jax.tools.reconstruct import reconstruct
 
 
 def photograph() -> bytes:
-    """A photograph of scikit-image's, as JPEG."""
+    """Return a photograph from scikit-image as JPEG bytes."""
     import skimage.data
     from PIL import Image
 
@@ -37,33 +37,33 @@ def photograph() -> bytes:
 
 
 def principal_components(features: np.ndarray) -> np.ndarray:
-    """Feature map [h, w, C] -> its first three components as colours [h, w, 3]."""
+    """Map features [h, w, C] to their first three components [h, w, 3] in [0, 1]."""
     rows = features.reshape(-1, features.shape[-1]).astype(np.float64)
     rows = rows - rows.mean(0)
     _, _, axes = np.linalg.svd(rows, full_matrices=False)
-    colours = rows @ axes[:3].T
-    low, high = np.percentile(colours, (1, 99), axis=0)
-    colours = ((colours - low) / np.maximum(high - low, 1e-12)).clip(0, 1)
-    return colours.reshape(*features.shape[:2], 3)
+    colors = rows @ axes[:3].T
+    low, high = np.percentile(colors, (1, 99), axis=0)
+    colors = ((colors - low) / np.maximum(high - low, 1e-12)).clip(0, 1)
+    return colors.reshape(*features.shape[:2], 3)
 
 
 def panels(model, pixels: np.ndarray) -> dict[str, np.ndarray]:
-    """Title -> picture of an image, uint8 [H, W, 3]."""
+    """Return pictures by title for an image, uint8 [H, W, 3]."""
     mean, std = np.float32(model.info.mean), np.float32(model.info.std)
     images = (np.float32(pixels[None]) / 255 - mean) / std
-    found = {"image": pixels}
+    pictures = {"image": pixels}
     for level, features in enumerate(jax.jit(lambda x: model.features(x))(images)):
         title = f"stride {4 << level}: {features.shape[-1]} channels"
-        found[title] = principal_components(np.asarray(features[0], np.float32))
+        pictures[title] = principal_components(np.asarray(features[0], np.float32))
     if isinstance(model, MaskedAutoencoder):
         predicted, removed = reconstruct(model, images)
-        found["masked"] = np.where(removed[0], 0.5, pixels / 255)
-        found["reconstruction"] = (predicted[0] * std + mean).clip(0, 1)
-    return found
+        pictures["masked"] = np.where(removed[0], 0.5, pixels / 255)
+        pictures["reconstruction"] = (predicted[0] * std + mean).clip(0, 1)
+    return pictures
 
 
 def main(argv=None) -> None:
-    """The command line."""
+    """Parse the command line and draw."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("image", type=Path, nargs="?")
     parser.add_argument("--checkpoint")
@@ -74,9 +74,9 @@ def main(argv=None) -> None:
     else:
         model = hivit_jax.create_model("mae_hivit_tiny")
     encoded = args.image.read_bytes() if args.image else photograph()
-    drawn = panels(model, evaluation_image(encoded, (*model.config.image_size, 3)))
-    figure, axes = plt.subplots(1, len(drawn), figsize=(3 * len(drawn), 3.4))
-    for axis, (title, picture) in zip(axes, drawn.items(), strict=True):
+    pictures = panels(model, evaluation_image(encoded, (*model.config.image_size, 3)))
+    figure, axes = plt.subplots(1, len(pictures), figsize=(3 * len(pictures), 3.4))
+    for axis, (title, picture) in zip(axes, pictures.items(), strict=True):
         axis.imshow(picture)
         axis.set_title(title, fontsize=9)
         axis.set_axis_off()

@@ -14,7 +14,7 @@ __all__ = [
 ]
 __version__ = "0.1.0"
 
-# Imported on first use, because they import orbax and safetensors.
+# Imported on first use, because these modules import orbax and safetensors.
 _MODULES = {
     "load_pretrained": "weights.load",
     "save_pretrained": "weights.save",

@@ -1,6 +1,6 @@
-"""The ways a run can end badly, each with the exit code that the command line returns.
+"""Errors of a run, each with the exit code of the command line.
 
-Every message is one to three lines: what was wrong, what was found, what was expected.
+A message has one to three lines: the cause, the expected value and what to do.
 """
 
 import argparse
@@ -12,65 +12,65 @@ from typing import NoReturn
 
 
 class HivitError(Exception):
-    """An error a user can cause or must know of; printed without a traceback."""
+    """Expected error. The command line prints it without a traceback."""
 
     exit_code = 1
 
 
 class ConfigError(HivitError, ValueError):
-    """A config value, flag or input path that cannot work."""
+    """Invalid config value, flag or input path."""
 
     exit_code = 2
 
 
 class DivergedError(HivitError):
-    """The loss or the gradient is no longer finite."""
+    """The loss, the gradient or the model state is no longer finite."""
 
     exit_code = 3
 
 
 class DataError(HivitError):
-    """The dataset cannot be read, or is not what it says it is."""
+    """The dataset cannot be read or contradicts its description."""
 
     exit_code = 4
 
 
 class LocalDataError(DataError):
-    """A data error that the other processes of the run do not know of."""
+    """A data error on one process, which the other processes do not see."""
 
 
 class CheckpointError(HivitError):
-    """No checkpoint can be used where one is needed."""
+    """A required checkpoint is missing or unusable."""
 
     exit_code = 5
 
 
 class Interrupted(HivitError):
-    """SIGTERM or Ctrl-C arrived; the state is saved and the same command goes on."""
+    """SIGTERM or Ctrl-C. The state is saved, and the same command resumes the run."""
 
     exit_code = 75
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> ConfigError:
-    """The error for a name that is not known, with the nearest one that is."""
+    """Return the error for an unknown name, with the closest known name."""
     known = list(known)
-    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}?" if near else "known: " + ", ".join(known)
+    close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]!r}?" if close else "known: " + ", ".join(known)
     return ConfigError(f"unknown {kind} {name!r}; {hint}")
 
 
 class Parser(argparse.ArgumentParser):
-    """A command line whose mistakes are ConfigErrors."""
+    """Argument parser that raises ConfigError instead of exiting."""
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}; --help shows the usage")
 
 
 def import_class(key: str, name: str) -> type:
-    """Class of a user's own, ``module:Class``, that a config key names.
+    """Import the user-defined class ``module:Class`` that a config key contains.
 
     Raises:
-      ConfigError: it cannot be imported.
+      ConfigError: the class cannot be imported.
     """
     module, _, class_name = name.partition(":")
     try:
@@ -82,12 +82,12 @@ def import_class(key: str, name: str) -> type:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of what somebody else's error says, or its kind."""
+    """Return the first line of an error's message, or its type if it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def exit_code(action: Callable[[], object]) -> int:
-    """Does something; prints the HivitError it may end with. Returns the exit code."""
+    """Run a command, print a HivitError to stderr, and return the exit code."""
     try:
         action()
     except HivitError as error:

@@ -1,6 +1,4 @@
-"""Exact evaluation: every example of the test split once, on any number of devices and
-in any batch; and panels of the same held-out images.
-"""
+"""Exact evaluation: every example counts once, on any number of devices."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,7 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from hivit_jax import inputs, rng, tasks
-from hivit_jax.data.prefetch import to_devices
+from hivit_jax.data.prefetch import prefetch_to_device
 from hivit_jax.distributed.processes import gather_objects
 from hivit_jax.distributed.sharding import (
     BATCH,
@@ -28,27 +26,32 @@ from hivit_jax.weights import adapt, load
 
 FIGURE_IMAGES = 6
 
-# "params" and "model_state" of a model, and "frozen" of its task.
+# "params", "model_state" and "frozen" (`Task.frozen`).
 Variables = Mapping[str, Any]
 
 
 def make_eval_step(
     config: Any, task: tasks.Task, graphdef: nnx.GraphDef, mesh: Mesh
 ) -> Callable:
-    """Return (variables, batch, number of the first example) -> (sums, count,
-    unreadable, rows), jitted: the first three over all examples that could be read.
+    """Return the jitted evaluation of one batch.
+
+    Returns:
+      (variables, batch, position of the first example) -> (sums, count, unreadable,
+      rows): `Task.eval_step` and the numbers of readable and unreadable examples.
     """
     check_batch(mesh, task.transform(train=False).batch_size)
-    whole, rows = (NamedSharding(mesh, spec) for spec in (PartitionSpec(), BATCH))
+    replicated, sharded = (NamedSharding(mesh, s) for s in (PartitionSpec(), BATCH))
 
     def eval_step(variables, batch, first):
         model = nnx.merge(graphdef, variables["params"], variables["model_state"])
         keys = rng.step_keys(config.seed, "eval", first, len(batch["weight"]))
-        sums, found = task.eval_step(model, variables["frozen"], batch, keys)
-        found = found and found | {name: batch[name] for name in ("index", "weight")}
-        return sums, batch["weight"].sum(), batch["unreadable"].sum(), found
+        sums, rows = task.eval_step(model, variables["frozen"], batch, keys)
+        rows = rows and rows | {name: batch[name] for name in ("index", "weight")}
+        return sums, batch["weight"].sum(), batch["unreadable"].sum(), rows
 
-    return jax.jit(eval_step, out_shardings=(whole, whole, whole, rows))
+    return jax.jit(
+        eval_step, out_shardings=(replicated, replicated, replicated, sharded)
+    )
 
 
 def evaluate(
@@ -59,26 +62,29 @@ def evaluate(
     mesh: Mesh,
     heartbeat: Callable[[], None] = lambda: None,
 ) -> dict[str, float | int]:
-    """Return the task's metrics of the test split; eval/count, the exact number of
-    examples, and eval/unreadable, of those that had to be left out.
+    """Evaluate the test split.
 
-    Sums of a batch are added up on the host, in float64 or int64, because float32
-    stops counting at 16.7 million.
+    The host adds up the sums of all batches in float64 or int64, because float32
+    cannot count beyond 16.7 million.
 
     Args:
       heartbeat: called after every batch.
 
+    Returns:
+      The metrics of `Task.summarize`; eval/count, the number of evaluated examples; and
+      eval/unreadable, the number of unreadable examples.
+
     Raises:
-      DataError: the loader did not yield every example once, or too many cannot be
-        read.
+      DataError: the loader did not yield every example once, or too many examples are
+        unreadable.
     """
     totals, counts, records, first = None, np.zeros(2), [], 0
-    for batch in to_devices(inputs.eval_batches(config), mesh):
-        *summed, rows = eval_step(variables, batch, jnp.uint32(first))
-        sums, *counted = jax.device_get(summed)
-        sums = jax.tree.map(_widened, sums)
+    for batch in prefetch_to_device(inputs.eval_batches(config), mesh):
+        *device_sums, rows = eval_step(variables, batch, jnp.uint32(first))
+        sums, *batch_counts = jax.device_get(device_sums)
+        sums = jax.tree.map(_widen, sums)
         totals = sums if totals is None else jax.tree.map(np.add, totals, sums)
-        counts += counted
+        counts += batch_counts
         records.append(task.records(local_rows(rows)) if rows else [])
         first += len(batch["weight"])
         heartbeat()
@@ -86,11 +92,11 @@ def evaluate(
     expected = task.data.counts["test"]
     if count + unreadable != expected:
         raise DataError(
-            f"evaluated {count} images and could not read {unreadable}; the "
-            f"split has {expected}"
+            f"evaluated {count} images and could not read {unreadable}; expected "
+            f"{expected} in total, the size of the test split"
         )
     inputs.check_unreadable(unreadable, expected, config.data, "test")
-    records = in_order(gather_objects(records))
+    records = _merge_records(gather_objects(records))
     values = {}
     if jax.process_index() == 0:
         values = task.summarize(totals, count, records)
@@ -98,23 +104,22 @@ def evaluate(
     return values | {"eval/count": count, "eval/unreadable": unreadable}
 
 
-def _widened(x: np.ndarray) -> np.ndarray:
+def _widen(x: np.ndarray) -> np.ndarray:
     return np.asarray(x, np.int64 if np.issubdtype(x.dtype, np.integer) else np.float64)
 
 
 def local_rows(rows: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
-    """Rows [B, ...] of this process's examples that have a weight, on the host."""
-    found = {}
+    """Fetch the rows [B, ...] of this process's examples of weight 1."""
+    local = {}
     for name, array in rows.items():
-        parts = {s.index[0].start or 0: s.data for s in array.addressable_shards}
-        parts = [np.asarray(parts[start]) for start in sorted(parts)]
-        found[name] = np.concatenate(parts)
-    counted = found.pop("weight") > 0
-    return {name: array[counted] for name, array in found.items()}
+        shards = {s.index[0].start or 0: s.data for s in array.addressable_shards}
+        local[name] = np.concatenate([np.asarray(shards[k]) for k in sorted(shards)])
+    valid = local.pop("weight") > 0
+    return {name: array[valid] for name, array in local.items()}
 
 
-def in_order(records: list[list[list]]) -> list:
-    """Records of all processes, by process and batch -> in the order of the split."""
+def _merge_records(records: list[list[list]]) -> list:
+    """Flatten records[process][batch][i] in the order of the split."""
     return [r for batch in zip(*records, strict=True) for part in batch for r in part]
 
 
@@ -124,42 +129,42 @@ def evaluate_checkpoint(
     checkpoint: str = "",
     heartbeat: Callable[[], None] = lambda: None,
 ) -> dict[str, float | int]:
-    """Evaluate the workdir's newest checkpoint and log the result.
+    """Evaluate the newest checkpoint of the workdir and log the result.
 
     Args:
-      checkpoint: evaluated instead; any path that `weights.load.read` accepts.
+      checkpoint: evaluate this one instead; any path that `weights.load.read` accepts.
 
     Raises:
       CheckpointError: there is no checkpoint.
-      ConfigError: it is of another model.
+      ConfigError: the checkpoint contains another model.
     """
-    start = load.read_for(config.model, checkpoint or workdir)
+    pretrained = load.read_for(config.model, checkpoint or workdir)
     task = inputs.make_task(config, "test")
     mesh = make_mesh(config.mesh, config.batch_size)
-    graphdef, variables = restore(start, task, mesh)
+    graphdef, variables = restore(pretrained, task, mesh)
     eval_step = make_eval_step(config, task, graphdef, mesh)
     values = evaluate(config, task, eval_step, variables, mesh, heartbeat)
-    console.log(console.eval_line(start.label, values))
+    console.log(console.eval_line(pretrained.label, values))
     return values
 
 
 def restore(
-    start: adapt.Pretrained, task: tasks.Task, mesh: Mesh
+    pretrained: adapt.Pretrained, task: tasks.Task, mesh: Mesh
 ) -> tuple[nnx.GraphDef, Variables]:
-    """Structure and variables of a task's model with all the arrays of a saved one.
+    """Return the graphdef and variables of a task's model with pretrained arrays.
 
     Raises:
-      ConfigError: an array is missing or does not fit.
+      ConfigError: an array is missing or has another shape.
     """
     model = nnx.eval_shape(task.build_model)
     graphdef, params, model_state = split_state(model)
-    arrays = adapt.adapt(start, model)
+    arrays = adapt.adapt(pretrained, model)
     shapes = {"params": params, "model_state": model_state}
 
     def put(path, sharding):
         name = leaf_name(path[1:])
         if name not in arrays:
-            raise ConfigError(f"{start.path} has no {name} that fits this config")
+            raise ConfigError(f"{pretrained.path} has no {name} that fits this config")
         return jax.device_put(arrays[name], sharding)
 
     shardings = state_shardings(mesh, shapes)
@@ -168,18 +173,19 @@ def restore(
 
 
 def put_frozen(task: tasks.Task, mesh: Mesh) -> Any:
-    """The frozen arrays of a task, sharded over the mesh."""
+    """Place the frozen arrays of a task on the mesh, sharded."""
     frozen = task.frozen()
     return jax.device_put(frozen, state_shardings(mesh, frozen))
 
 
 def make_panels(config: Any, task: tasks.Task, graphdef: nnx.GraphDef) -> Callable:
-    """Return variables -> the task's panels of the first held-out images, on the host;
-    always drawn from the same keys. Reads no images for a task without panels.
+    """Return variables -> `Task.panels` of the first held-out images, on the host.
+
+    The PRNG keys are the same in every call. A task without panels reads no images.
     """
     if type(task).panels is tasks.Task.panels:
         return lambda variables: {}
-    batch = inputs.first_test_images(config, FIGURE_IMAGES)
+    batch = inputs.first_test_batch(config, FIGURE_IMAGES)
     count = len(batch["weight"])
 
     @jax.jit

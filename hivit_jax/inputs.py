@@ -1,4 +1,4 @@
-"""Batches of a config: its task's transform, its dataset and the plan of its steps."""
+"""Create the task and the batches of a config."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -7,7 +7,13 @@ import numpy as np
 
 from hivit_jax import tasks
 from hivit_jax.data import order
-from hivit_jax.data.loader import Batch, Loader, cores, local_places, made_up_batches
+from hivit_jax.data.loader import (
+    Batch,
+    Loader,
+    available_cores,
+    local_positions,
+    synthetic_batches,
+)
 from hivit_jax.data.sources.base import IMAGENET, DatasetInfo, Source
 from hivit_jax.data.sources.registry import num_examples, open_source
 from hivit_jax.data.transforms import Transform
@@ -15,34 +21,27 @@ from hivit_jax.errors import ConfigError, DataError
 
 
 def make_task(config: Any, *splits: str) -> tasks.Task:
-    """Return the task of a config, for the dataset that the config names.
+    """Create the task of a config for its dataset.
 
     Args:
-      splits: that are opened; both by default. "train", "test".
+      splits: splits to open, "train" or "test"; both by default.
 
     Raises:
-      HivitError: a bad config, or a dataset that cannot be read.
+      HivitError: the config is invalid or the dataset cannot be read.
     """
     splits = splits or ("train", "test")
     sources = {split: open_source(config.data, split) for split in splits}
-    first = sources[splits[0]]
-    classes = first.classes
-    if not first.encoded:  # a made-up dataset has as many classes as the model
-        classes = [
-            str(number) for number in range(config.model.get("num_classes") or 1)
-        ]
-    info = DatasetInfo(
-        counts={split: len(source) for split, source in sources.items()},
-        classes=tuple(classes),
-        encoded=first.encoded,
-    )
+    source = sources[splits[0]]
+    classes = source.classes
+    if not source.encoded:  # a synthetic dataset has as many classes as the model
+        classes = map(str, range(config.model.get("num_classes") or 1))
+    counts = {split: len(source) for split, source in sources.items()}
+    info = DatasetInfo(counts, tuple(classes), source.encoded)
     return tasks.create(config, info)
 
 
 def task_of_recipe(config: Any) -> tasks.Task:
-    """As `make_task`, for the training split; for ImageNet also where it is not
-    available.
-    """
+    """As `make_task`, for the training split. Works without the files of ImageNet."""
     try:
         return make_task(config, "train")
     except DataError:
@@ -51,21 +50,22 @@ def task_of_recipe(config: Any) -> tasks.Task:
         return tasks.create(config, IMAGENET)
 
 
-def epoch_images(config: Any, task: tasks.Task) -> int:
-    """Images of an epoch of training; with several buckets, the places that fill up
-    their last batches count too.
+def images_per_epoch(config: Any, task: tasks.Task) -> int:
+    """Return the number of images in an epoch of training.
+
+    With several buckets it includes the padding of each bucket's last batch.
     """
     transform = task.transform(train=True)
     if len(transform.shapes) == 1:
         return task.data.counts["train"]
-    source = open_source(config.data, "train")
-    buckets = buckets_of(config, transform, source)
+    buckets = _buckets(config, transform, open_source(config.data, "train"))
     return order.bucketed_steps(buckets, transform.batch_size) * transform.batch_size
 
 
 def count_steps(config: Any, images: float) -> tuple[float, int]:
-    """(steps per epoch, steps in all) for the images of an epoch; `total_steps` wins
-    over `total_epochs`.
+    """Return (steps per epoch, total steps) for a number of images per epoch.
+
+    `total_steps` takes precedence over `total_epochs`.
     """
     per_epoch = images / config.batch_size
     total = config.total_steps or round(config.total_epochs * per_epoch)
@@ -78,97 +78,102 @@ def count_steps(config: Any, images: float) -> tuple[float, int]:
 
 
 def train_batches(config: Any, first_step: int, last_step: int) -> Iterator[Batch]:
-    """This process's share of the batches of steps first_step .. last_step-1.
+    """Iterate over the training batches of steps first_step to last_step - 1.
 
     Yields:
-      The arrays of the task's transform, [b, ...]; and index int32 [b], weight float32
-      [b] (1: an example that counts), unreadable float32 [b] (1: an example that could
-      not be read).
+      The b examples of a batch that belong to this process: the arrays of the task's
+      transform, [b, ...]; "index" int32 [b]; "weight" float32 [b], 1 for valid
+      examples; "unreadable" float32 [b], 1 for examples that could not be read.
 
     Raises:
-      HivitError: as for `make_task`.
+      HivitError: as in `make_task`.
     """
     task, source = make_task(config, "train"), open_source(config.data, "train")
     transform = task.transform(train=True)
     size = transform.batch_size
-    steps = config.seed, size, local_places(size), first_step, last_step
+    steps = config.seed, size, local_positions(size), first_step, last_step
     if len(transform.shapes) == 1:
         plan = order.train_plan(len(source), *steps)
     else:
-        plan = order.bucketed_plan(buckets_of(config, transform, source), *steps)
-    return load(config, task, transform, source, plan)
+        plan = order.bucketed_plan(_buckets(config, transform, source), *steps)
+    return _load(config, task, transform, source, plan)
 
 
 def eval_batches(config: Any, split: str = "test") -> Iterator[Batch]:
-    """Batches, as in `train_batches`, that hold every example of a split once, in order
-    and as for evaluation. The last one is filled up with examples of weight 0.
+    """Iterate once over the examples of a split, in order, with `source_batches`."""
+    task, source = make_task(config, split), open_source(config.data, split)
+    return source_batches(config, task, source)
+
+
+def source_batches(config: Any, task: tasks.Task, source: Source) -> Iterator[Batch]:
+    """Iterate once over the examples of a source, in order, transformed for evaluation.
+
+    Yields:
+      Batches as in `train_batches`. The last batch of each bucket is padded with
+      examples of weight 0.
     """
-    return every_example(
-        config, make_task(config, split), open_source(config.data, split)
-    )
-
-
-def every_example(config: Any, task: tasks.Task, source: Source) -> Iterator[Batch]:
-    """As `eval_batches`, of any source."""
     transform = task.transform(train=False)
-    buckets, size = buckets_of(config, transform, source), transform.batch_size
-    plan = order.eval_plan(buckets, size, local_places(size))
-    return load(config, task, transform, source, plan)
+    buckets, size = _buckets(config, transform, source), transform.batch_size
+    plan = order.eval_plan(buckets, size, local_positions(size))
+    return _load(config, task, transform, source, plan)
 
 
-def first_test_images(config: Any, count: int) -> Batch:
-    """The first `count` examples of the test split that share the bucket of the first
-    one, the same on every process.
+def first_test_batch(config: Any, count: int) -> Batch:
+    """Return the first `count` test examples in the bucket of the first test example.
+
+    Every process returns the same batch.
     """
     task, source = make_task(config, "test"), open_source(config.data, "test")
     transform = task.transform(train=False)
-    buckets = buckets_of(config, transform, source)
+    buckets = _buckets(config, transform, source)
     indices = np.flatnonzero(buckets == buckets[0])[:count]
-    plan = [order.Share(int(buckets[0]), indices, np.zeros_like(indices))]
-    return next(load(config, task, transform, source, plan, len(indices)))
+    plan = [order.PlannedBatch(int(buckets[0]), indices, np.zeros_like(indices))]
+    return next(_load(config, task, transform, source, plan, len(indices)))
 
 
 def check_unreadable(count: float, seen: float, data: Any, split: str) -> None:
-    """DataError if more than `data.max_unreadable` of the images cannot be read.
+    """Raise DataError if the fraction of unreadable images exceeds the allowed one.
 
     Args:
-      count: unreadable images so far.
-      seen: images so far; a split's size counts where that is more.
+      count: number of unreadable images so far.
+      seen: number of images so far. The fraction refers to the size of the split, if
+        that is larger.
+      data: `config.data`.
     """
-    share = count / max(seen, num_examples(data, split))
-    if share > data.max_unreadable:
+    fraction = count / max(seen, num_examples(data, split))
+    if fraction > data.max_unreadable:
         raise DataError(
-            f"{count:.0f} images of {data.name} could not be read, {share:.2%}; "
+            f"{count:.0f} images of {data.name} could not be read, {fraction:.2%}; "
             f"data.max_unreadable allows {data.max_unreadable:.2%}.\n"
-            "python -m hivit_jax.tools.check_data names them all"
+            "python -m hivit_jax.tools.check_data lists all unreadable images"
         )
 
 
-def buckets_of(config: Any, transform: Transform, source: Source) -> np.ndarray:
-    """Bucket of every example of a source, int64 [n]."""
+def _buckets(config: Any, transform: Transform, source: Source) -> np.ndarray:
+    """Return the bucket of every example of a source, int64 [n]."""
     if len(transform.shapes) == 1:
         return np.zeros(len(source), np.int64)
-    threads = config.data.workers or cores()
-    return order.buckets_of(len(source), source.size, transform.bucket, threads)
+    threads = config.data.workers or available_cores()
+    return order.assign_buckets(len(source), source.size, transform.bucket, threads)
 
 
-def load(
+def _load(
     config: Any,
     task: tasks.Task,
     transform: Transform,
     source: Source,
-    plan: Iterable[order.Share],
-    share: int = 0,
+    plan: Iterable[order.PlannedBatch],
+    local_size: int = 0,
 ) -> Iterator[Batch]:
-    """Batches of a plan.
+    """Load the batches of a plan.
 
     Args:
-      share: examples of a batch that this process reads; 0: its part of the
-        transform's batch.
+      local_size: examples per batch that this process loads; 0: this process's part
+        of the transform's batch size.
     """
-    share = share or len(local_places(transform.batch_size))
+    local_size = local_size or len(local_positions(transform.batch_size))
     if not source.encoded:
         classes = len(task.data.classes)
-        return made_up_batches(transform, plan, config.seed, share, classes)
-    loader = Loader(source, transform, config.seed, share, config.data.workers)
+        return synthetic_batches(transform, plan, config.seed, local_size, classes)
+    loader = Loader(source, transform, config.seed, local_size, config.data.workers)
     return loader.batches(plan)

@@ -1,4 +1,4 @@
-"""A config key: its default, type, range and a comment."""
+"""Config key: default, type, range and comment."""
 
 import ast
 from dataclasses import dataclass
@@ -21,12 +21,12 @@ class Key:
     """One config key.
 
     Attributes:
-      default: value if neither recipe nor command line sets the key. None: the default
-        depends on the model.
-      comment: meaning, for the page of all keys.
-      low, high: smallest and largest value; None: no limit.
-      choices: all values; (): any.
-      length: length of a tuple; 0: any.
+      default: value if neither recipe nor command line sets the key; None: the
+        default of the model.
+      comment: meaning, for ``docs/config.md``.
+      low, high: smallest and largest allowed value; None: unlimited.
+      choices: all allowed values; (): unlimited.
+      length: required length of a tuple; 0: any.
       type: a key of `TYPE_NAMES`; None: the type of the default.
     """
 
@@ -39,34 +39,35 @@ class Key:
     type: Any = None
 
     @property
-    def kind(self) -> Any:
+    def value_type(self) -> Any:
         """Type of the value, a key of `TYPE_NAMES`."""
         return self.type or type(self.default)
 
     def parse(self, text: str) -> Any:
-        """Value from the command line; ValueError and the like for another type."""
-        if self.kind is str:
+        """Parse a command line value; raises ValueError or similar for a wrong type."""
+        if self.value_type is str:
             return text
-        if self.kind is bool:
+        if self.value_type is bool:
             return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
         return self.convert(ast.literal_eval(text))
 
     def convert(self, value: Any) -> Any:
-        """Value in the type of the key; TypeError for another type."""
+        """Convert a value to the type of the key; raises TypeError if not possible."""
         if value is None and self.default is None:
             return None
-        if self.kind is float and isinstance(value, int):
-            value = value if isinstance(value, bool) else float(value)
+        if self.value_type is float and type(value) is int:
+            value = float(value)
         if isinstance(value, list):
             value = tuple(value)
-        allowed = (int, tuple) if self.kind is object else self.kind
-        misused = isinstance(value, bool) and self.kind is not bool
-        if misused or not isinstance(value, allowed):
-            raise TypeError(f"{value!r} is not {TYPE_NAMES[self.kind]}")
+        allowed = (int, tuple) if self.value_type is object else self.value_type
+        # bool is a subclass of int.
+        wrong_bool = isinstance(value, bool) and self.value_type is not bool
+        if wrong_bool or not isinstance(value, allowed):
+            raise TypeError(f"{value!r} is not {TYPE_NAMES[self.value_type]}")
         return value
 
     def check(self, name: str, value: Any) -> None:
-        """ConfigError for a value out of range."""
+        """Raise ConfigError for a value out of range."""
         expected = ""
         if self.choices and value not in self.choices:
             expected = " or ".join(map(repr, self.choices))
@@ -80,12 +81,12 @@ class Key:
             raise ConfigError(f"{name}={value!r}; expected {expected}")
 
     @property
-    def values(self) -> str:
-        """Allowed values in words."""
+    def allowed(self) -> str:
+        """Description of the allowed values."""
         if self.choices:
             return ", ".join(f"`{choice}`" for choice in self.choices)
         if self.high is not None:
             return f"{self.low:g} to {self.high:g}"
         if self.low is not None:
-            return f"{TYPE_NAMES[self.kind]}, at least {self.low:g}"
-        return f"{self.length} numbers" if self.length else TYPE_NAMES[self.kind]
+            return f"{TYPE_NAMES[self.value_type]}, at least {self.low:g}"
+        return f"{self.length} numbers" if self.length else TYPE_NAMES[self.value_type]

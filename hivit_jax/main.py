@@ -3,7 +3,7 @@
 import argparse
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -16,25 +16,26 @@ from hivit_jax.distributed.signals import catch_signals
 from hivit_jax.distributed.watchdog import Watchdog
 from hivit_jax.errors import ConfigError, Parser, exit_code
 from hivit_jax.reporting.console import log
-from hivit_jax.xla.compile import keep_compiled, keep_memory
+from hivit_jax.xla.compile import enable_compilation_cache, keep_freed_memory
 
 USAGE = """\
 hivit_jax --config RECIPE --workdir DIR [--mode MODE] [--config.KEY=VALUE ...]
 
-RECIPE is a name of the list below, or FILE.py; NAME:VARIANT is a variant of it.
-python -m hivit_jax.config prints all keys. python -m hivit_jax.main is the same command
-as hivit_jax.
+RECIPE is a name from the list below or FILE.py; NAME:VARIANT selects a variant.
+python -m hivit_jax.config prints all config keys. python -m hivit_jax.main is the same
+command as hivit_jax.
 
-modes: train (default)  pretrain or classify; resumes the run in DIR
+modes: train (default)  train, and resume the run in DIR if there is one
        eval             evaluate DIR's newest checkpoint, or --checkpoint=PATH
-       knn              classify by nearest neighbors in --config.init_from's features
+       knn              evaluate the features of --config.init_from by k-nearest
+                        neighbors
        compile          compile the train step for --topology=v5e:16x16, h100:8 or
-                        other chips that are not available; writes DIR/compile.json;
-                        --search_batch: also search the largest batch that fits
-       describe         print config, parameters, cost and schedule; runs nothing
+                        other chips, without these chips; write DIR/compile.json;
+                        --search_batch: also search for the largest batch that fits
+       describe         print config, parameters, cost and schedule
 
-Processes find each other on TPU pods and under SLURM. Elsewhere all of them require
---coordinator_address=HOST:PORT --num_processes=N --process_id=I.
+On TPU pods and under SLURM, processes connect automatically. Elsewhere, each process
+requires --coordinator_address=HOST:PORT --num_processes=N --process_id=I.
 
 examples:
   hivit_jax --config digits_mae --workdir runs/mae
@@ -52,11 +53,11 @@ MODE_OF_FLAG = {"checkpoint": "eval", "topology": "compile", "search_batch": "co
 
 
 def parse(argv: Sequence[str]) -> tuple[Any, argparse.Namespace]:
-    """Command line -> (the recipe's config, flags: config, workdir, mode, ...)."""
-    listed = [f"  {name:<16} {line}" for name, line in recipes.names().items()]
+    """Parse the command line into (config of the recipe, other flags)."""
+    listing = [f"  {name:<16} {line}" for name, line in recipes.names().items()]
     parser = Parser(
         usage=USAGE,
-        epilog="\n".join(["recipes:", *listed]),
+        epilog="\n".join(["recipes:", *listing]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         add_help=False,
@@ -70,39 +71,39 @@ def parse(argv: Sequence[str]) -> tuple[Any, argparse.Namespace]:
     add("--search_batch", action="store_true", default=False)
     for name in ("num_processes", "process_id"):
         add(f"--{name}", type=int, default=-1)
-    known, overrides = parser.parse_known_args(argv)
-    if known.mode in ("train", "eval", "compile") and not known.workdir:
-        raise ConfigError(f"--mode={known.mode} needs --workdir=DIR")
+    flags, overrides = parser.parse_known_args(argv)
+    if flags.mode in ("train", "eval", "compile") and not flags.workdir:
+        raise ConfigError(f"--mode={flags.mode} requires --workdir=DIR")
     for name, mode in MODE_OF_FLAG.items():
-        if getattr(known, name) and known.mode != mode:
+        if getattr(flags, name) and flags.mode != mode:
             raise ConfigError(
-                f"--{name} has no effect with --mode={known.mode}; "
+                f"--{name} has no effect with --mode={flags.mode}; "
                 f"expected --mode={mode}"
             )
-    several = known.coordinator_address != ""
-    if several != (0 <= known.process_id < known.num_processes):
+    has_address = flags.coordinator_address != ""
+    if has_address != (0 <= flags.process_id < flags.num_processes):
         raise ConfigError(
-            "--coordinator_address=HOST:PORT, --num_processes=N and --process_id=I, 0 "
-            f"to N - 1, go together; found {known.coordinator_address!r}, "
-            f"{known.num_processes}, {known.process_id}"
+            "expected all or none of --coordinator_address=HOST:PORT, "
+            "--num_processes=N and --process_id=I (0 to N - 1); found "
+            f"{flags.coordinator_address!r}, {flags.num_processes}, {flags.process_id}"
         )
-    return configs.load(known.config, overrides), known
+    return configs.load(flags.config, overrides), flags
 
 
 def run(argv: Sequence[str], join: bool) -> None:
-    """Runs one mode to its end or to a HivitError.
+    """Run one mode.
 
     Args:
-      join: start together with other processes, if there are any.
+      join: connect to the other processes of the run, if there are any.
     """
     config, flags = parse(argv)
     if flags.mode == "describe":
-        from hivit_jax.tools.describe import changes, describe, draw
+        from hivit_jax.tools.describe import describe, draw_figures, recipe_diff
 
         log(describe(config))
-        log(f"\n{changes(config, flags.config)}")
+        log(f"\n{recipe_diff(config, flags.config)}")
         if flags.workdir:
-            log(f"\ndrawn: {draw(config, flags.workdir)}")
+            log(f"\ndrawn: {draw_figures(config, flags.workdir)}")
         return
     if flags.mode == "compile":
         from hivit_jax.tools.compile_ahead import compile_ahead
@@ -112,37 +113,31 @@ def run(argv: Sequence[str], join: bool) -> None:
     if join:
         process = flags.coordinator_address, flags.num_processes, flags.process_id
         processes.start(*process, config.peer_timeout)
-        in_workdir = flags.workdir and f"{flags.workdir}/compiled"
-        keep_compiled(config.compilation_cache or in_workdir)
+        default_cache = flags.workdir and f"{flags.workdir}/compiled"
+        enable_compilation_cache(config.compilation_cache or default_cache)
         if jax.default_backend() == "cpu":
-            keep_memory()
+            keep_freed_memory()
     with Watchdog(config.stall_timeout) as watchdog:
-        compute(config, flags, watchdog.heartbeat)
+        heartbeat = watchdog.heartbeat
+        if flags.mode == "eval":
+            from hivit_jax.evaluate import evaluate_checkpoint
 
+            evaluate_checkpoint(config, flags.workdir, flags.checkpoint, heartbeat)
+        elif flags.mode == "knn":
+            from hivit_jax.tasks.probing import nearest_neighbors
 
-def compute(
-    config: Any, flags: argparse.Namespace, heartbeat: Callable[[], None]
-) -> None:
-    """The modes that compute something; `heartbeat` is called when they get on."""
-    if flags.mode == "eval":
-        from hivit_jax.evaluate import evaluate_checkpoint
+            nearest_neighbors(config, heartbeat=heartbeat)
+        else:
+            from hivit_jax.train import train
 
-        evaluate_checkpoint(config, flags.workdir, flags.checkpoint, heartbeat)
-    elif flags.mode == "knn":
-        from hivit_jax.tasks.probing import nearest_neighbors
-
-        nearest_neighbors(config, heartbeat=heartbeat)
-    else:
-        from hivit_jax.train import train
-
-        train(config, flags.workdir, catch_signals(), heartbeat)
+            train(config, flags.workdir, catch_signals(), heartbeat)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code, or ends a process of several with it.
+    """Entry point. Returns the exit code; in a multi-process run, exits with it.
 
     Args:
-      argv: flags; None for this process's own, which may be one of several.
+      argv: flags. None: the flags of this process, which then joins its run.
     """
     join = argv is None
     message, peer_lost = "", False
@@ -152,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not processes.joined():
             raise
         code, message = 1, traceback.format_exc()
-        # JAX raises some errors of collectives on CPUs as ValueError.
+        # On CPUs, JAX raises some errors of collectives as ValueError.
         peer_lost = isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in message
     if processes.joined():
         processes.exit_now(code, message, peer_lost)

@@ -1,4 +1,4 @@
-"""Recipes: those installed with the package, by name, and files of one's own."""
+"""Recipes: installed with the package, or Python files of the user."""
 
 import ast
 import importlib.util
@@ -11,24 +11,24 @@ from ml_collections import ConfigDict
 from hivit_jax.errors import ConfigError, unknown
 
 _PACKAGE = Path(__file__).parent
-_INSTALLED = _PACKAGE / "configs"  # in a clone they lie beside the package
+_INSTALLED = _PACKAGE / "configs"  # a clone has configs/ beside the package instead
 DIRECTORY = _INSTALLED if _INSTALLED.is_dir() else _PACKAGE.parent / "configs"
 
 
 def names() -> dict[str, str]:
-    """{name: first line of its docstring} of the installed recipes."""
+    """Return {name: first line of the docstring} of the installed recipes."""
     trees = {p.stem: ast.parse(p.read_text()) for p in sorted(DIRECTORY.glob("*.py"))}
     return {n: (ast.get_docstring(t) or "").split("\n")[0] for n, t in trees.items()}
 
 
 def read(path: str) -> Mapping[str, Any]:
-    """Values of a recipe, nested; only "task" is certain to be among them.
+    """Read the values of a recipe, nested. It must contain "task".
 
     Args:
-      path: NAME of an installed recipe or a Python file, either with :VARIANT.
+      path: NAME of an installed recipe or a Python file; either may end with :VARIANT.
 
     Raises:
-      ConfigError: no such recipe, or one that cannot be run.
+      ConfigError: the recipe does not exist or cannot be executed.
     """
     name, _, variant = path.partition(":")
     file = _locate(name)

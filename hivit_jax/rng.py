@@ -1,4 +1,4 @@
-"""Keys of the random draws of one step."""
+"""PRNG keys of one step."""
 
 import zlib
 from typing import NamedTuple
@@ -8,19 +8,21 @@ import jax.numpy as jnp
 
 
 class Keys(NamedTuple):
-    """What is drawn from in a step: a key for each sample, [B], and one for all."""
+    """PRNG keys of one step: one per sample, [B], and one for the batch."""
 
     samples: jax.Array
     step: jax.Array
 
 
 def step_keys(seed: int, purpose: str, first: jax.Array, count: int) -> Keys:
-    """Keys of the step whose samples are at positions first .. first+count-1 of a run.
+    """Return the keys of one step.
 
     Args:
-      seed: the run's.
-      purpose: what is drawn for ("train", "eval"), so that no two uses share draws.
-      first: uint32 scalar; wraps after 4.29e9 samples.
+      seed: seed of the run.
+      purpose: "train" or "eval". Different purposes have independent keys.
+      first: uint32 scalar, position of the step's first sample in the run. It wraps
+        after 4.29e9 samples.
+      count: number of samples.
     """
     base = jax.random.fold_in(jax.random.key(seed), zlib.crc32(purpose.encode()))
     positions = jnp.asarray(first, jnp.uint32) + jnp.arange(count, dtype=jnp.uint32)
@@ -29,7 +31,6 @@ def step_keys(seed: int, purpose: str, first: jax.Array, count: int) -> Keys:
 
 
 def split_keys(keys: jax.Array, purpose: str) -> jax.Array:
-    """Keys [B] of the samples for one purpose among several ("mask", "flip")."""
-    return jax.vmap(lambda key: jax.random.fold_in(key, zlib.crc32(purpose.encode())))(
-        keys
-    )
+    """Derive independent sample keys [B] for one purpose, such as "mask" or "flip"."""
+    word = zlib.crc32(purpose.encode())
+    return jax.vmap(lambda key: jax.random.fold_in(key, word))(keys)

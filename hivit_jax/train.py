@@ -1,4 +1,4 @@
-"""The loop: model, mesh, state, data, steps, evaluation. Read top to bottom."""
+"""The training loop: task, mesh, state, evaluation and steps, from top to bottom."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +12,7 @@ from flax import nnx
 from hivit_jax import evaluate, inputs
 from hivit_jax.checkpoints import manager
 from hivit_jax.config import step_options, to_json
-from hivit_jax.data.prefetch import to_devices
+from hivit_jax.data.prefetch import prefetch_to_device
 from hivit_jax.distributed.processes import check_same_on_all_processes
 from hivit_jax.distributed.sharding import make_mesh, shardings_of
 from hivit_jax.errors import DataError, DivergedError, Interrupted, LocalDataError
@@ -30,27 +30,27 @@ def train(
     stop_requested: Callable[[int], str | None] = lambda step: None,
     heartbeat: Callable[[], None] = lambda: None,
 ) -> dict[str, float | int]:
-    """Trains to the end, from where the workdir's newest checkpoint stands.
+    """Train to the last step, starting from the newest checkpoint in the workdir.
 
     Args:
-      config: as `hivit_jax.config.load` returns it.
-      workdir: gets config.json, metrics.jsonl, checkpoints/, figures/.
-      stop_requested: asked after every step, with its number; a text is the reason to
-        save and leave, the same on all processes.
-      heartbeat: called after every step and batch of an evaluation.
+      config: result of `hivit_jax.config.load`.
+      workdir: directory for config.json, metrics.jsonl, checkpoints/ and figures/.
+      stop_requested: called with the number of completed steps, after every step.
+        Returns None or the reason to save and exit, the same on all processes.
+      heartbeat: called after every step and every batch of an evaluation.
 
     Returns:
-      The last evaluation, as `evaluate.evaluate` gives it.
+      The last result of `evaluate.evaluate`.
 
     Raises:
-      HivitError: a bad config or input, divergence, interruption; see `errors`.
+      HivitError: invalid config or input, divergence or interruption; see `errors`.
     """
     # --- Task, mesh, train step: shapes only ----------------------------------------
     workdir = Path(workdir)
     task = inputs.make_task(config)
     mesh = make_mesh(config.mesh, config.batch_size, config.optimizer.accumulate_steps)
-    images = inputs.epoch_images(config, task)
-    per_epoch, total_steps = inputs.count_steps(config, images)
+    num_images = inputs.images_per_epoch(config, task)
+    per_epoch, total_steps = inputs.count_steps(config, num_images)
     schedule = make_schedule(
         config.optimizer, config.batch_size, per_epoch, total_steps
     )
@@ -63,27 +63,27 @@ def train(
         f"{config.batch_size:,} images"
     )
 
-    # --- State: from the newest checkpoint, from a pretrained one, or fresh ---------
+    # --- State: restored, initialized from a pretrained model, or new ---------------
     metrics.prepare_workdir(workdir)
     checkpoints = manager.Checkpoints(workdir, config.keep_checkpoints, task.best)
     steps = checkpoints.steps()
     check_same_on_all_processes(
-        {"config": config, "dataset's size": images, "checkpoints": steps}
+        {"config": config, "dataset's size": num_images, "checkpoints": steps}
     )
     step = 0
-    if found := checkpoints.restore_newest(training.state):
-        step, state = found
-        log(f"going on at step {step:,} from {checkpoints.directory / str(step)}")
+    if restored := checkpoints.restore_newest(training.state):
+        step, state = restored
+        log(f"resuming at step {step:,} from {checkpoints.directory / str(step)}")
         if config.optimizer.first_epoch:
             skipped = min(round(per_epoch), total_steps - step)
             state, step = skip_steps(state, skipped), step + skipped
-            log(f"first_epoch=1: an epoch is left out, to step {step:,}")
+            log(f"first_epoch=1: skipped one epoch, to step {step:,}")
     else:
-        start = config.init_from and load.read_for(config.model, config.init_from)
+        pretrained = config.init_from and load.read_for(config.model, config.init_from)
         state = jax.jit(training.init, out_shardings=shardings)()
-        if start:
+        if pretrained:
             state |= adapt.initialize_from(
-                start,
+                pretrained,
                 model,
                 {name: state[name] for name in ("params", "model_state")},
                 fresh=task.fresh,
@@ -98,7 +98,7 @@ def train(
     # --- Evaluation -----------------------------------------------------------------
     writer = metrics.Writer(workdir, step) if jax.process_index() == 0 else None
     eval_step = evaluate.make_eval_step(config, task, training.graphdef, mesh)
-    panels_of = evaluate.make_panels(config, task, training.graphdef)
+    make_panels = evaluate.make_panels(config, task, training.graphdef)
 
     def run_evaluation():
         variables = {
@@ -107,30 +107,32 @@ def train(
             "frozen": frozen,
         }
         values = evaluate.evaluate(config, task, eval_step, variables, mesh, heartbeat)
-        panels = panels_of(variables)
+        panels = make_panels(variables)
         log(console.eval_line(f"step {step}", values))
         if writer:
             writer.scalars(step, values)
-            pictures = task.figures(panels) if panels else {}
-            writer.images(step, figures.draw_run(workdir, step, pictures))
+            images = task.figures(panels) if panels else {}
+            writer.images(step, figures.draw_run(workdir, step, images))
         return values
 
     # --- Steps ------------------------------------------------------------------------
-    clock, results, pending = metrics.Throughput(), None, []
-    first, unreadable = step, 0
+    throughput, results, pending = metrics.Throughput(), None, []
+    first_step, unreadable = step, 0
     try:
         stop = stop_requested(step)
         if step < total_steps and not stop:
-            batches = to_devices(inputs.train_batches(config, step, total_steps), mesh)
+            batches = prefetch_to_device(
+                inputs.train_batches(config, step, total_steps), mesh
+            )
             batch = next(batches)
             train_step = compile_steps(training)
-        clock.read()  # starts it
+        throughput.read()  # starts the measurement
         while step < total_steps and not stop:
             state, values = train_step(state, frozen, batch, np.int32(step))
-            if pending:  # no more than two steps, and their batches, in flight
+            if pending:  # so that at most two steps and their batches are in flight
                 jax.block_until_ready(pending[-1])
-            batch = next(batches, None)  # while the devices work
-            clock.add(config.batch_size, starved=values["loss"].is_ready())
+            batch = next(batches, None)  # while the devices compute
+            throughput.add(config.batch_size, starved=values["loss"].is_ready())
             step += 1
             pending.append((step, values))
             stop = stop_requested(step)
@@ -140,19 +142,20 @@ def train(
                 for name in ("log", "eval", "checkpoint")
             }
             if any(due.values()) or stop:
-                line = fetch_metrics(pending, state)
-                rate, line["input_bound"] = clock.read()
-                line["images_per_second"] = rate
-                line["seconds_left"] = (total_steps - step) * config.batch_size / rate
-                log(console.step_line(step, total_steps, line))
+                scalars = fetch_metrics(pending, state)
+                speed, scalars["input_bound"] = throughput.read()
+                scalars["images_per_second"] = speed
+                images_left = (total_steps - step) * config.batch_size
+                scalars["seconds_left"] = images_left / speed
+                log(console.step_line(step, total_steps, scalars))
                 if writer:
-                    writer.scalars(step, line)
-                unreadable += line["unreadable"]
-                inputs.check_unreadable(
-                    unreadable, (step - first) * config.batch_size, config.data, "train"
-                )
-                with clock.pause():
-                    if due["eval"]:  # first, so that no kill can leave it out
+                    writer.scalars(step, scalars)
+                unreadable += scalars["unreadable"]
+                seen = (step - first_step) * config.batch_size
+                inputs.check_unreadable(unreadable, seen, config.data, "train")
+                with throughput.pause():
+                    # Before the checkpoint, so that a resumed run never skips it.
+                    if due["eval"]:
                         results = run_evaluation()
                     if due["checkpoint"]:
                         evaluated = results if due["eval"] else None
@@ -161,13 +164,13 @@ def train(
             checkpoints.save(state, to_json(config))
             raise Interrupted(
                 f"{stop}: step {step} of {total_steps} is saved in "
-                f"{workdir}; run the same command to go on"
+                f"{workdir}; run the same command to resume"
             )
         results = results or run_evaluation()
         log(console.best_line(workdir, checkpoints.steps(), task.best))
         return results
     except (DataError, DivergedError) as error:
-        # All processes save together, and a local error is known to one of them only.
+        # All processes must save together, but only one of them sees a local error.
         if jax.process_count() == 1 or not isinstance(error, LocalDataError):
             checkpoints.save(state, to_json(config))
         raise
@@ -178,14 +181,13 @@ def train(
 
 
 def fetch_metrics(pending: list, state: State) -> dict[str, float]:
-    """Empties the metrics of steps still on the devices.
+    """Fetch and clear the pending metrics, a list of (step, metrics on the devices).
 
     Returns:
-      The newest as floats; "unreadable" is the sum over the steps.
+      The metrics of the newest step as floats; "unreadable" is summed over all steps.
 
     Raises:
-      DivergedError: one of the steps had a loss, gradient or model state that is not
-        finite.
+      DivergedError: the loss, gradient or model state of a step is not finite.
     """
     fetched = jax.device_get(pending)
     pending.clear()
@@ -193,8 +195,8 @@ def fetch_metrics(pending: list, state: State) -> dict[str, float]:
         if not values.pop("finite"):
             raise DivergedError(
                 f"step {step}: loss {values['loss']}, gradient norm "
-                f"{values['gradient_norm']}, or batch statistics; expected finite "
-                "numbers.\n"
+                f"{values['gradient_norm']}; expected finite numbers, also in the "
+                "batch statistics.\n"
                 f"The last good state, of step {int(state['step'])}, is saved."
             )
     newest = {name: float(value) for name, value in fetched[-1][1].items()}

@@ -1,11 +1,10 @@
-"""The whole method on scikit-learn's 1,797 handwritten digits, on a CPU, in minutes.
+"""Pretraining and finetuning on scikit-learn's 1,797 handwritten digits, on a CPU.
 
     python launch/demo.py [--workdir runs/demo]
 
-Pretrains a very small masked autoencoder, then trains a classifier on 100 labelled
-digits, once from the pretrained encoder and once from scratch, for several draws of
-the 100. Every run is one that the printed command would do; it goes on where it
-stopped.
+Pretrains a very small masked autoencoder. Then trains classifiers on several subsets of
+100 labeled digits, from the pretrained encoder and from scratch. Prints the equivalent
+command before each run. An interrupted demo resumes.
 """
 
 import argparse
@@ -30,7 +29,7 @@ SUBSETS = range(4)
 
 
 def run(recipe: str, workdir: Path, stop: Callable, **overrides: object) -> dict:
-    """One run of a recipe, as its printed command would do it; its last evaluation."""
+    """Run a recipe, print the equivalent command, and return the last evaluation."""
     path = os.path.relpath(CONFIGS / recipe)
     flags = [f"--config.{key}={value}" for key, value in overrides.items()]
     command = ["python -m hivit_jax.main", f"--config {path}", f"--workdir {workdir}"]
@@ -39,54 +38,50 @@ def run(recipe: str, workdir: Path, stop: Callable, **overrides: object) -> dict
 
 
 def baselines(config) -> tuple[float, float]:
-    """Error of two predictions for held-out images that look at none of them.
+    """Return the errors of two constant predictions for the held-out images.
 
     Returns:
-      Mean squared errors, in the normalised pixels of the loss, of the mean training
-      image and of the mean training pixel.
+      Mean squared errors, in normalized pixels as in the loss, of predicting the mean
+      training image and of predicting the mean training pixel.
     """
-    train_images, test_images = (whole_split(config, s) for s in ("train", "test"))
+    train_images, test_images = (load_split(config, s) for s in ("train", "test"))
     return tuple(
         float(np.square((test_images - prediction) / config.data.std[0]).mean())
         for prediction in (train_images.mean(0), train_images.mean())
     )
 
 
-def whole_split(config, split: str) -> np.ndarray:
-    """All images of a split as the network gets them, float [n, H, W, C] in [0, 1]."""
+def load_split(config, split: str) -> np.ndarray:
+    """Return all images of a split, float [n, H, W, C] in [0, 1]."""
     batches = inputs.eval_batches(config, split)
     return np.concatenate([b["image"][b["weight"] > 0] for b in batches]) / 255
 
 
 def demo(workdir: Path, stop: Callable) -> None:
-    """All runs, then the summary."""
+    """Run everything and print the summary."""
     began = time.perf_counter()
     pretrain = workdir / "pretrain"
     loss = run("digits_mae.py", pretrain, stop)["eval/loss"]
 
     top1 = np.empty((len(SUBSETS), 2))
     for row, subset in enumerate(SUBSETS):
-        for column, (name, start) in enumerate(
-            [("finetune", pretrain), ("scratch", "")]
-        ):
-            values = run(
-                "digits_finetune.py",
-                workdir / f"{name}_{subset}",
-                stop,
-                **{"init_from": start, "data.subset": subset},
-            )
-            top1[row, column] = 100 * values["eval/top1"]
+        starts = {"finetune": pretrain, "scratch": ""}
+        for column, (name, init_from) in enumerate(starts.items()):
+            overrides = {"init_from": init_from, "data.subset": subset}
+            path = workdir / f"{name}_{subset}"
+            metrics = run("digits_finetune.py", path, stop, **overrides)
+            top1[row, column] = 100 * metrics["eval/top1"]
 
     mean_image, mean_pixel = baselines(configs.load(str(CONFIGS / "digits_mae.py")))
     log("\ntop-1 on 360 held-out digits, in %, after training on 100 labels")
     log(f"{'subset':<12}{'pretrained':>12}{'scratch':>12}")
-    for subset, values in zip(SUBSETS, top1, strict=True):
-        log(f"{subset:<12}" + "".join(f"{value:12.1f}" for value in values))
+    for subset, row in zip(SUBSETS, top1, strict=True):
+        log(f"{subset:<12}" + "".join(f"{value:12.1f}" for value in row))
     cells = [f"{column.mean():.1f} +- {column.std(ddof=1):.1f}" for column in top1.T]
     log(f"{'mean +- std':<12}" + "".join(f"{cell:>12}" for cell in cells))
     log(
-        f"\nmasked loss {loss / mean_image:.2f} of predicting the mean image of the "
-        f"training split ({loss / mean_pixel:.2f} of predicting its mean pixel)"
+        f"\nreconstruction loss relative to predicting the mean training image: "
+        f"{loss / mean_image:.2f}, the mean training pixel: {loss / mean_pixel:.2f}"
     )
     newest = max((pretrain / "figures").glob("reconstruction_*.png"))
     log(f"figures: {newest}\n         {pretrain / 'figures' / 'curves.png'}")
@@ -94,11 +89,11 @@ def demo(workdir: Path, stop: Callable) -> None:
 
 
 def main() -> int:
-    """Entry point; returns the exit code."""
+    """Entry point. Return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workdir", type=Path, default=Path("runs/demo"))
     workdir = parser.parse_args().workdir
-    # The classifiers differ in data alone: only the first has to be compiled.
+    # The cache saves compilations, because the classifiers differ only in their data.
     jax.config.update("jax_compilation_cache_dir", str(workdir.absolute() / "cache"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     return exit_code(lambda: demo(workdir, catch_signals()))

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# Rehearses a pod: one command as several processes of this machine, on its CPU.
+# Simulates a pod: runs one command as several processes on the CPU of this machine.
 #
 #   launch/fake_pod.sh -n 4 -- --config configs/digits_mae.py --workdir runs/pod
 #
-# Every line of output begins with its process, as in [2]. SIGTERM and Ctrl-C are passed
-# on to all. The exit code is that of the first process to fail; 75, saved, or 134, lost
-# another process, only if none did worse. After a failure the others have GRACE seconds
-# (150, more than 2 x peer_timeout) before they are killed.
+# Every line of output starts with the number of its process, such as [2]. SIGTERM and
+# Ctrl-C are forwarded to all processes. The exit code is the code of the first process
+# that fails. Codes 75 (interrupted, saved) and 134 (another process was lost) are returned
+# only if no process fails with another code. After a failure, the script waits GRACE
+# seconds (150, more than 2 x peer_timeout) and then kills the remaining processes.
 # PYTHON: the interpreter (python).
 
 if [[ $1 != -n || ! $2 =~ ^[1-9][0-9]*$ || $3 != -- ]]; then
@@ -17,16 +18,16 @@ count=$2
 shift 3
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
 
-# A port that nobody answers on, below those that outgoing connections get.
+# Picks a port without a listener, below the range of outgoing connections.
 until port=$((10000 + RANDOM % 20000)) &&
   ! (: < "/dev/tcp/localhost/$port") 2> /dev/null; do :; done
 
-prefix() { # Puts "[$1] " before every line.
+prefix() { # Prints "[$1] " before every line.
   trap '' INT TERM
   while IFS= read -r line || [[ $line ]]; do printf '[%s] %s\n' "$1" "$line"; done
 }
 
-stop() { # A signal to all; those that are yet to start get it then.
+stop() { # Signals all processes; processes that start later get the signal then.
   signal=$1
   ((${#pids[@]} == 0)) || kill "-$1" "${pids[@]}"
 }
@@ -34,7 +35,7 @@ pids=() signal=
 trap 'stop INT' INT
 trap 'stop TERM' TERM HUP
 
-set -m # a group for each process: from a terminal, Ctrl-C comes here alone
+set -m # one process group each, so that Ctrl-C in a terminal reaches this script only
 for ((i = 0; i < count; i++)); do
   "${PYTHON:-python}" -m hivit_jax.main "$@" --coordinator_address="localhost:$port" \
     --num_processes="$count" --process_id="$i" < /dev/null > >(prefix "$i") 2>&1 &

@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# Trains on GPUs under SLURM, one process for each; jax lets them find each other.
+# Trains on GPUs under SLURM, with one process for each GPU. The processes find each other
+# through SLURM's environment variables.
 #
 #   sbatch launch/slurm.sh --config configs/mae_base.py --workdir DIR
 #   sbatch --nodes=4 --gpus-per-node=4 --ntasks-per-node=4 launch/slurm.sh ...
-#   launch/slurm.sh --dry_run ...     prints what the job would do
+#   launch/slurm.sh --dry_run ...     print the commands of the job
 #
-# DIR has to be one that every node sees. When time is nearly up, or the job preempted,
-# training saves and exits with 75, and the job goes back to the queue to go on later; so
-# it does with 134, when processes abort because another one was lost.
+# DIR must be visible from every node. Shortly before the time limit, or when the job is
+# preempted, training saves and exits with 75. The job is then requeued and resumes. It is
+# also requeued after exit code 134 (processes aborted because another one was lost).
 # PYTHON: the interpreter (python).
 #
 #SBATCH --job-name=hivit
@@ -19,9 +20,9 @@
 #SBATCH --output=%x-%j.log
 #SBATCH --open-mode=append
 #SBATCH --requeue
-# Without B:, SIGTERM goes to the processes themselves. This script could not pass it on
-# through srun, which makes a SIGKILL of it, nor tell it from a scancel, after which the
-# job must not come back.
+# Without "B:", SLURM sends SIGTERM to the training processes. This script could not
+# forward it, because srun turns it into SIGKILL. It also could not distinguish it from
+# scancel, after which the job must not be requeued.
 #SBATCH --signal=TERM@120
 
 dry_run=
@@ -29,18 +30,18 @@ if [[ $1 == --dry_run ]]; then
   dry_run=1
   shift
 elif [[ ! $SLURM_JOB_ID ]]; then
-  echo "error: this is a job's script: sbatch $0 ..." >&2
+  echo "error: no SLURM job; submit this script: sbatch $0 ..." >&2
   exit 2
 fi
 
-call() { # Prints a command as a shell reads it, and runs it.
+call() { # Prints a command, quoted for a shell, and runs it.
   printf '%q ' "$@" && echo
   [[ $dry_run ]] || "$@"
 }
 
-# Every process sees all GPUs of its node, and jax takes the one of its SLURM_LOCALID.
-# When the first ends, the others need time to save, or up to 2 x peer_timeout to abort;
-# srun's exit code is the highest.
+# Every process sees all GPUs of its node, and JAX uses GPU number SLURM_LOCALID. After
+# the first process ends, the others need time to save, or up to 2 x peer_timeout to abort.
+# srun returns the highest exit code.
 call srun --kill-on-bad-exit=0 --wait=150 \
   ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} \
   "${PYTHON:-python}" -m hivit_jax.main "$@"

@@ -1,27 +1,27 @@
 #!/usr/bin/env bash
-# Trains on a Cloud TPU, from a single VM to a pod of many.
+# Trains on a Cloud TPU: a single VM or a pod of many.
 #
 #   launch/tpu_vm.sh COMMAND [FLAG...] [-- FLAG of hivit_jax.main...]
 #
-#   create   ask for the TPU, in Google's queue, and wait until it is there
-#   setup    copy this checkout to every VM of it and install it there
+#   create   request the TPU as a queued resource and wait until it is ready
+#   setup    copy this checkout to every VM and install it
 #   run      train on every VM, as long as this terminal is connected
-#   resume   run; first a TPU that is not there is made again, and set up
-#   keep     resume until training has finished, or cannot
-#   status   of the request in the queue, and of the TPU
-#   delete   give it back
+#   resume   recreate the TPU if it is not ready, set it up, and run
+#   keep     repeat resume until training finishes or fails for good
+#   status   print the state of the request and of the TPU
+#   delete   delete the TPU
 #
 # flag          environment    value
 # --name        TPU_NAME       hivit
 # --type        TPU_TYPE       v5litepod-4
-# --version     TPU_VERSION    of the VM's image: v2-alpha-tpuv5-lite
-# --zone        TPU_ZONE       gcloud's
-# --project     TPU_PROJECT    gcloud's
-# --source      TPU_SOURCE     the checkout to run: the one this script is in
-# --spot        TPU_SPOT=1     cheaper; Google may take it back at any time
+# --version     TPU_VERSION    VM image; v2-alpha-tpuv5-lite
+# --zone        TPU_ZONE       gcloud's default
+# --project     TPU_PROJECT    gcloud's default
+# --source      TPU_SOURCE     checkout to run; the checkout of this script
+# --spot        TPU_SPOT=1     cheaper, but Google may preempt it at any time
 # --dry_run                    print every command instead of running it
 #
-# TPU_PAUSE: seconds (30) between two looks at the queue, and before trying again.
+# TPU_PAUSE: seconds (30) between two queries of the queue, and before a retry.
 
 name=${TPU_NAME:-hivit}
 type=${TPU_TYPE:-v5litepod-4}
@@ -32,18 +32,19 @@ source=${TPU_SOURCE:-$(dirname "$0")/..}
 spot=$TPU_SPOT
 pause=${TPU_PAUSE:-30}
 dry_run=
-lost= # is it to be made again, whatever its state says?
+lost= # 1: recreate the TPU whatever its state is
 
-# On every VM. The images' own Python is older, or one that pip may not install into.
+# Runs on every VM. uv installs Python 3.11, because the Python of the VM images is older
+# or does not permit pip to install packages.
 INSTALL="mkdir -p hivit_jax && cd hivit_jax && tar -xzf ../hivit_jax.tgz && \
 PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet --user uv && \
 python3 -m uv venv --quiet --allow-existing --python 3.11 .venv && \
 python3 -m uv pip install --quiet --python .venv --constraint requirements.lock \
 --editable '.[data,tpu]'"
 
-# gcloud reconnects when a connection breaks, and what it had started may still hold the
-# TPU: that is asked to save, and killed a minute later.
-MAKE_WAY="cd hivit_jax && \
+# gcloud reconnects when a connection breaks. The earlier training process may then still
+# hold the TPU. The first SIGTERM makes it save, a second one after a minute kills it.
+STOP_OLD_RUN="cd hivit_jax && \
 while pkill -f '^[^ ]*python -m hivit_jax'; do sleep 60; done;"
 
 fail() {
@@ -51,7 +52,7 @@ fail() {
   exit 2
 }
 
-call() { # Prints a command as a shell reads it, and runs it.
+call() { # Prints a command, quoted for a shell; runs it unless --dry_run.
   if [[ $dry_run ]]; then
     printf '%q ' "$@" && echo
   else
@@ -65,17 +66,17 @@ tpus() { # GROUP VERB ARGUMENT...
     ${zone:+--zone="$zone"} ${project:+--project="$project"} --quiet
 }
 
-everywhere() { # A line for the shell of every VM.
+everywhere() { # Runs a shell command on every VM.
   tpus tpu-vm ssh "$name" --worker=all --command="$1"
 }
 
 queue_state() { tpus queued-resources describe "$name" --format='value(state.state)'; }
 tpu_state() { tpus tpu-vm describe "$name" --format='value(state)'; }
 
-there() {
+is_ready() {
   if [[ $dry_run ]]; then
     tpu_state
-    echo "# unless that is READY:"
+    echo "# only if the state is not READY:"
     return 1
   fi
   [[ $(tpu_state 2> /dev/null) == READY ]]
@@ -100,19 +101,19 @@ setup() {
   local archive=${TMPDIR:-/tmp}/$name.tgz
   call tar -C "$source" -czf "$archive" hivit_jax configs \
     README.md pyproject.toml requirements.lock setup.cfg ||
-    fail "--source=$source is no checkout that can be packed"
+    fail "--source=$source: expected a checkout of hivit_jax that tar can read"
   tpus tpu-vm scp "$archive" "$name:hivit_jax.tgz" --worker=all &&
     everywhere "$INSTALL"
 }
 
 run() {
-  # The shell stays, because ssh returns 255 for a command that a signal ends, and the
-  # shell returns 134 for an abort.
-  everywhere "$MAKE_WAY .venv/bin/python -m hivit_jax.main$(printf ' %q' "$@"); exit \$?"
+  # "exit" keeps the shell alive. Without it, ssh returns 255 for a command that a signal
+  # ends. The shell returns 134 for an abort.
+  everywhere "$STOP_OLD_RUN .venv/bin/python -m hivit_jax.main$(printf ' %q' "$@"); exit \$?"
 }
 
-prepare() { # A TPU that is there and set up.
-  if [[ $lost ]] || ! there; then
+prepare() { # Makes sure that a TPU is ready and set up.
+  if [[ $lost ]] || ! is_ready; then
     delete
     create || return
     lost=
@@ -131,19 +132,19 @@ keep() {
       run "$@" && code=0 || code=$?
       [[ $dry_run ]] && return
       case $code in
-        0 | 2 | 3 | 4 | 5) break ;; # finished, or the next try would end as this one
-        75 | 134) failures=-1 ;;    # saved, or another process was lost
-        255) lost=1 ;;              # it cannot be reached
+        0 | 2 | 3 | 4 | 5) break ;; # finished, or a retry would fail in the same way
+        75 | 134) failures=-1 ;;    # interrupted and saved, or another process was lost
+        255) lost=1 ;;              # the TPU cannot be reached
       esac
-      there || failures=-1 # taken back while training: no fault of anyone
+      is_ready || failures=-1 # a preemption does not count as a failure
     else
       code=1 lost=1
     fi
     ((++failures < 5)) || break
-    echo "$name: exit code $code; trying again in $pause seconds" >&2
+    echo "$name: exit code $code; retrying in $pause seconds" >&2
     sleep "$pause"
   done
-  echo "$name: exit code $code; the TPU is still there: 'delete' gives it back" >&2
+  echo "$name: exit code $code; the TPU is still there; 'delete' deletes it" >&2
   return "$code"
 }
 
@@ -169,18 +170,18 @@ while (($#)); do
       declare "${1#--}=$2"
       shift
       ;;
-    *) fail "unknown flag $1; training's own come after --" ;;
+    *) fail "unknown flag $1; flags of training follow after --" ;;
   esac
   shift
 done
 
 case $command in
-  create | setup | status | delete) (($# == 0)) || fail "$command runs no training" ;;
+  create | setup | status | delete) (($# == 0)) || fail "$command accepts no flags of training" ;;
   run | resume | keep)
-    (($# > 1)) || fail "$command what? -- --config=configs/NAME.py --workdir=gs://..."
+    (($# > 1)) || fail "$command needs flags of training: -- --config=NAME --workdir=gs://..."
     shift
     [[ $command == run || " $*" == *" --workdir"[\ =]gs://* ]] ||
-      fail "what is on a TPU is lost with it: --workdir=gs://BUCKET/DIRECTORY"
+      fail "expected --workdir=gs://BUCKET/DIRECTORY, because a TPU's disk is lost with it"
     ;;
   *)
     sed -n '2,/^$/s/^# \{0,1\}//p' "$0" >&2

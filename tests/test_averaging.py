@@ -300,14 +300,14 @@ def test_a_flipped_bit_of_the_average(road, damaged, tmp_path, capsys):
     """All these roads read the averaged weights, and compare their digests."""
     assert roads(damaged["ema"], tmp_path)[road]() == 5
     err = capsys.readouterr().err
-    assert re.search(r"checkpoints/4 is damaged: 1 of \d+ arrays of ema are not", err)
+    assert re.search(r"checkpoints/4 is damaged: 1 of \d+ arrays of ema do not", err)
     assert len(err.splitlines()) <= 3
 
 
 @pytest.mark.parametrize("item", ["params", "model_state", "ema", "optimizer"])
 def test_a_flipped_bit_when_going_on(item, damaged):
     """Each item of the state is compared."""
-    with pytest.raises(CheckpointError, match=f"1 of .* arrays of {item} are not what"):
+    with pytest.raises(CheckpointError, match=f"1 of .* arrays of {item} do not"):
         train(probe(), damaged[item])
     assert recipes.saved(damaged[item]) == [4]
 
@@ -319,7 +319,7 @@ def test_a_flipped_bit_when_going_on(item, damaged):
 def test_averaged_or_plain(item, other, step, options, run, damaged, stored, tmp_path):
     """Only the item that is asked for is read, and compared with its digests."""
     averaged = item == "ema"
-    with pytest.raises(CheckpointError, match=f"1 of .* arrays of {item} are not what"):
+    with pytest.raises(CheckpointError, match=f"1 of .* arrays of {item} do not"):
         hivit_jax.load_pretrained(damaged[item], averaged=averaged)
     loaded = hivit_jax.load_pretrained(damaged[other], averaged=averaged)
     arrays = jax.device_get(named_leaves(split(loaded)[1]))

@@ -212,7 +212,7 @@ def test_checkpoint_of_another_model(finished, tmp_path, capsys):
     ):
         assert main([*MINI, *flags, "--config.model.embed_dim=32"]) == 2
         err = capsys.readouterr().err
-        check_message(err, [str(finished), "another model", "there"])
+        check_message(err, [str(finished), "different model", "expect"])
     assert (finished / "config.json").read_text() == before
 
 
@@ -294,7 +294,7 @@ def test_variant_of_a_recipe(capsys):
         assert main([f"--config={recipe}", *arguments]) == 0
         out = capsys.readouterr().out
         assert '"name": "hivit_large"' in out
-        assert f"changes of {recipe}: \n  data.randaugment: True -> False\n" in out
+        assert f"changes to {recipe}: \n  data.randaugment: True -> False\n" in out
     assert main(["--config=supervised:huge", *arguments]) == 2
     check_message(capsys.readouterr().err, ["supervised:huge", "'huge'"])
     assert main(["--config=mae_base:384", *arguments]) == 2
@@ -340,7 +340,7 @@ def test_help(capsys):
 def test_page_of_all_keys():
     """Is the output of its command; has every key of every task, with a comment."""
     text = (recipes.ROOT / "docs" / "config.md").read_text()
-    assert text == configs.page()
+    assert text == configs.to_markdown()
     for task in tasks.TASKS.values():
         for name, key in configs.task_keys(task).items():
             leaf = name.rpartition(".")[2]
@@ -360,7 +360,7 @@ def test_recipes_of_an_installed_package(tmp_path):
         command = ["-c", f"import os; os.chdir('/'); {program}", *flags]
         code, out, err = recipes.run(*command, PYTHONPATH=path)
         assert (code, err) == (0, "")
-        assert "changes of mae_base: none" in out
+        assert "changes to mae_base: none" in out
 
 
 def test_packages_are_listed():

@@ -413,18 +413,18 @@ def test_command_that_searches_the_largest_batch(monkeypatch, tmp_path, capsys):
         }
 
     monkeypatch.setattr(compile_ahead, "devices_of", lambda topology: jax.devices())
-    monkeypatch.setattr(compile_ahead, "examine", examine)
+    monkeypatch.setattr(compile_ahead, "step_report", examine)
     for search in (False, True):
         found = report(tmp_path, *["--search_batch"] * search)
         assert ("largest_batch_per_device" in found) == search
         out = capsys.readouterr().out
-        assert "fits: 0.00 GiB of 0.00 GiB a device, 0.00 of them arguments" in out
-        assert "all-reduce: 3.0 MB a step and device, in 2\n" in out
-        assert "at most 123 images/s a chip, bound by memory\n" in out
-        assert "2.5 GFLOP and 7 MB of HBM an image\n" in out
+        assert "fits: 0.00 GiB of 0.00 GiB per device (arguments 0.00, " in out
+        assert "all-reduce x 2: 3.0 MB per step and device\n" in out
+        assert "at most 123 images/s per chip, bound by memory\n" in out
+        assert "2.5 GFLOP and 7 MB of HBM traffic per image\n" in out
         assert (f"written: {tmp_path}/compile.json") in out
     assert found["largest_batch_per_device"] <= 40 < found["smallest_that_does_not_fit"]
-    assert f"a device: {found['largest_batch_per_device']} (" in out
+    assert f"per device: {found['largest_batch_per_device']} (" in out
 
 
 REPORT = {
@@ -653,7 +653,7 @@ def test_fsdp_exchanges_parameters_and_gradients_alone(fsdp, parts):
         config.mesh.data, config.mesh.fsdp = 8 // fsdp, fsdp
         config.optimizer.accumulate_steps = parts
         devices = sharding.make_mesh(config.mesh, size, parts)
-        training = compile_ahead.train_step(config, devices)
+        training = compile_ahead.prepare_training(config, devices)
         hlo = compile_step(training).as_text()
         found.append(cost.collectives(hlo))
     assert found[0] == found[1]
@@ -675,7 +675,7 @@ def test_search_for_the_largest_batch(monkeypatch, own, most):
         tried.append(config.batch_size // 8)
         return {"fits": tried[-1] <= most}
 
-    monkeypatch.setattr(compile_ahead, "examine", examine)
+    monkeypatch.setattr(compile_ahead, "step_report", examine)
     config = recipes.mae(batch_size=8 * own)
     start = {"batch_size": 8 * own, "batch_per_device": own, "fits": own <= most}
     start["topology"] = ""
@@ -699,7 +699,7 @@ def test_sizes_of_the_search_divide(monkeypatch):
         tried.append(config.batch_size // 8)
         return {"fits": False}
 
-    monkeypatch.setattr(compile_ahead, "examine", examine)
+    monkeypatch.setattr(compile_ahead, "step_report", examine)
     compile_ahead.largest_batch(config, [], start)
     assert tried == [6]
 
@@ -707,7 +707,7 @@ def test_sizes_of_the_search_divide(monkeypatch):
 def test_search_where_nothing_fits(monkeypatch):
     memory = {"total": None, "limit": 5000}
     report = {"fits": False, "hbm_bytes_per_device": memory}
-    monkeypatch.setattr(compile_ahead, "examine", lambda *_: report)
+    monkeypatch.setattr(compile_ahead, "step_report", lambda *_: report)
     start = {"batch_size": 32, "batch_per_device": 4, "topology": ""} | report
     found = compile_ahead.largest_batch(recipes.mae(batch_size=32), [], start)
     assert found["largest_batch_per_device"] == 0
@@ -728,7 +728,7 @@ def test_operations_fall_with_the_mask_as_counted_by_hand():
         flags = [f"--config.mask_ratio={mask_ratio}", "--config.batch_size=8"]
         config = configs.load("mae_tiny", flags)
         mesh = sharding.make_mesh(config.mesh, 8)
-        training = compile_ahead.train_step(config, mesh)
+        training = compile_ahead.prepare_training(config, mesh)
         jaxpr = jax.make_jaxpr(training.step)(*training.arguments()).jaxpr
         found.append(cost.matmul_flops(jaxpr, loops=True) / 8)
         model = nnx.eval_shape(inputs.task_of_recipe(config).build_model)

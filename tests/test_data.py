@@ -208,14 +208,16 @@ def test_number_of_images():
 
 def test_more_classes_than_the_model_has():
     for split in (lambda c: inputs.train_batches(c, 0, 1), inputs.eval_batches):
-        with pytest.raises(ConfigError, match="num_classes=9, but digits has 10"):
+        with pytest.raises(
+            ConfigError, match="num_classes=9; expected at least 10, .*digits"
+        ):
             next(split(load(model__num_classes=9)))
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"data__canvas": 15}, "canvas=15 is smaller than model.image_size=16"),
+        ({"data__canvas": 15}, "canvas=15 .*image_size=16; expected 0 or at least 16"),
         ({"data__canvas": -1}, "data.canvas=-1; expected at least 0"),
         ({"data__workers": -1}, "data.workers=-1; expected at least 0"),
         ({"data__crop_pct": 1.5}, "data.crop_pct=1.5; expected 0.001 to 1"),
@@ -535,7 +537,7 @@ def test_label_outside_the_classes(folder, monkeypatch, wrong):
     cfg = load_folder(folder)
     source = registry.open_source(cfg.data, "train")
     monkeypatch.setattr(source, "labels", np.where(source.labels == 3, wrong, 0))
-    message = rf"coffee/\d+.JPEG has label {wrong}; expected 0 to 9, .*num_classes=10"
+    message = rf"coffee/\d+.JPEG: expected .* 0 to 9, found {wrong}; .*num_classes=10"
     with pytest.raises(DataError, match=message):
         list(inputs.train_batches(cfg, 0, 5))
     with cfg.unlocked():

@@ -71,7 +71,7 @@ def damaged(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch, tmp_path):
     """The speed is of no interest here; and an index of folders is kept aside."""
-    monkeypatch.setattr(check_data, "SECONDS", 0.05)
+    monkeypatch.setattr(check_data, "TIMING_SECONDS", 0.05)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
@@ -111,18 +111,18 @@ def test_healthy(examine, healthy):
     assert train == [
         "train: 35 images, 7 classes",
         "min median max",
-        "images of a class 5 5 5",
+        "images per class 5 5 5",
         "height 48 48 48",
         "width 64 64 64",
         "images share",
         f"under 64 x 64 35 100.000% e.g. {name}",
         "unreadable 0 0.000%",
-        "with a label of no class 0 0.000%",
+        "with an invalid label 0 0.000%",
     ]
     assert test[:3] == [
         "test: 14 images, 7 classes",
         "min median max",
-        "images of a class 2 2 2",
+        "images per class 2 2 2",
     ]
 
 
@@ -153,7 +153,7 @@ def test_damaged(examine, damaged):
     assert train[:6] == [
         "train: 35 images, 7 classes",
         "min median max",
-        "images of a class 4 4 5",
+        "images per class 4 4 5",
         "height 48 48 60",
         "width 64 64 80",
         "images share",
@@ -163,8 +163,8 @@ def test_damaged(examine, damaged):
             f"PNG named .jpeg 3 8.571% e.g. {names[7]}",
             f"GIF named .jpeg 1 2.857% e.g. {names[11]}",
             f"CMYK 2 5.714% e.g. {names[4]}",
-            f"greyscale 1 2.857% e.g. {names[6]}",
-            f"16 bit, over 255 is white 1 2.857% e.g. {names[7]}",
+            f"grayscale 1 2.857% e.g. {names[6]}",
+            f"16 bit, clipped at 255 1 2.857% e.g. {names[7]}",
             f"palette 2 5.714% e.g. {names[8]}",
             f"EXIF rotation, not applied 1 2.857% e.g. {names[9]}",
             f"several frames, one is read 1 2.857% e.g. {names[11]}",
@@ -174,20 +174,20 @@ def test_damaged(examine, damaged):
     )
     broken = [
         f"{names[0]}: OSError: image file is truncated (6 bytes not processed)",
-        f"{names[1]}: OSError: 0 bytes that are no image",
-        f"{names[2]}: OSError: 15 bytes that are no image",
+        f"{names[1]}: OSError: unknown image format (0 bytes)",
+        f"{names[2]}: OSError: unknown image format (15 bytes)",
         f"{names[13]}: FileNotFoundError: [Errno 2] No such file or directory: "
         f"'{names[13]}'",
     ]
     assert train[16:] == [
         f"unreadable 4 11.429% e.g. {names[0]}",
-        "with a label of no class 0 0.000%",
+        "with an invalid label 0 0.000%",
         "4 unreadable",
         *broken,
     ]
-    assert test[-1] == "with a label of no class 0 0.000%"
+    assert test[-1] == "with an invalid label 0 0.000%"
     assert out.endswith("\ntrain: 4 unreadable\n")
-    error = "error: folder is not fit for a run\ntrain: 4 unreadable\n"
+    error = "error: folder failed the dataset check\ntrain: 4 unreadable\n"
     assert err.endswith(error)
 
 
@@ -200,7 +200,7 @@ def test_what_may_be_damaged(examine, damaged):
 
 def test_list(examine, damaged, tmp_path, monkeypatch):
     """Has them all where the report has no room for them."""
-    monkeypatch.setattr(check_data, "SHOWN", 3)
+    monkeypatch.setattr(check_data, "MAX_LISTED", 3)
     path = tmp_path / "broken.txt"
     code, out, _ = examine(damaged, f"--list={path}")
     assert code == 4
@@ -224,13 +224,13 @@ def test_sample(examine, damaged, healthy):
     """The same images every time; nothing is said on classes without one."""
     code, out, err = examine(healthy, "--sample=3")
     assert code == 0
-    assert "train: 35 images, 7 classes; 3 of the images looked at\n" in out
-    assert "test: 14 images, 7 classes; 3 of the images looked at\n" in out
+    assert "train: 35 images, 7 classes; 3 images checked\n" in out
+    assert "test: 14 images, 7 classes; 3 images checked\n" in out
     assert "3/3" in err
     assert "without an image" not in out
     outs = [examine(damaged, "--sample=12")[1].split("speed")[0] for _ in range(2)]
     assert outs[0] == outs[1]
-    assert examine(healthy, "--sample=1000")[1].count("looked at") == 0
+    assert examine(healthy, "--sample=1000")[1].count("images checked") == 0
     assert examine(healthy, "--sample=-1")[0] == 2
 
 
@@ -260,12 +260,12 @@ def test_label_of_no_class(examine, healthy, monkeypatch):
     code, out, err = examine(healthy)
     assert code == 4
     train, test = sections(out)
-    labels = ["2 with a label of no class"]
+    labels = ["2 with an invalid label"]
     labels += [f"{healthy}/train/astronaut/00021.JPEG: -1"]
     labels += [f"{healthy}/train/cat/00022.JPEG: 7"]
     assert train[-3:] == labels
-    assert "images of a class 4 5 5" in train
-    assert err.endswith("\ntrain: 2 with a label of no class\n")
+    assert "images per class 4 5 5" in train
+    assert err.endswith("\ntrain: 2 with an invalid label\n")
 
 
 def test_name_that_is_no_text(examine, tmp_path):
@@ -275,7 +275,7 @@ def test_name_that_is_no_text(examine, tmp_path):
         pass
     code, out, _ = examine(tmp_path, f"--list={tmp_path / 'broken.txt'}")
     assert code == 4
-    assert "/astronaut/\\udcff.JPEG: OSError: 0 bytes" in out
+    assert "/astronaut/\\udcff.JPEG: OSError: unknown image format (0 bytes)" in out
     assert "/astronaut/\\udcff.JPEG: " in (tmp_path / "broken.txt").read_text()
 
 

@@ -130,7 +130,7 @@ def test_damaged_or_foreign_file(exported, content, tmp_path):
     if content == "half":
         content = exported[0].read_bytes()[: exported[0].stat().st_size // 2]
     (tmp_path / "model").write_bytes(content)
-    with pytest.raises(CheckpointError, match="model is not an exported model, or not"):
+    with pytest.raises(CheckpointError, match="model is not a valid exported model"):
         export.load_exported(tmp_path / "model")
 
 
@@ -160,7 +160,7 @@ def test_command(workdirs, tmp_path, capsys):
         "bfloat16[b, 8, 8, 32], bfloat16[b, 4, 4, 64]"
     )
     assert written == (
-        f"{out}: 0.6 MB, cpu, cuda, tpu; largest difference to the model 0.0e+00"
+        f"{out}: 0.6 MB, cpu, cuda, tpu; largest difference from the model 0.0e+00"
     )
     assert [file.name for file in tmp_path.iterdir()] == ["model"]
 
@@ -170,7 +170,7 @@ def test_command_for_another_platform(workdirs, tmp_path, capsys):
     assert export.main([*flags, "--platforms=cuda,tpu"]) == 0
     types, written = capsys.readouterr().out.splitlines()
     assert types == "classifier: float32[b, 64, 64, 3] -> float32[b, 10]"
-    assert written.endswith("MB, cuda, tpu; not compared, it does not run here")
+    assert written.endswith("MB, cuda, tpu; not compared because it cannot run here")
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ def test_command_for_another_platform(workdirs, tmp_path, capsys):
         ("mae_hivit_base", "m", [], 2, "a masked autoencoder has no classifier"),
         ("hivit_base", "m", ["--platforms=gpu"], 2, "unknown platform 'gpu'"),
         ("hivit_base", "m", ["--what=logits"], 2, "invalid choice: 'logits'"),
-        ("hivit_base", "m.onnx", ["--platforms=cpu"], 2, "an ONNX file has none"),
+        ("hivit_base", "m.onnx", ["--platforms=cpu"], 2, "does not apply to ONNX"),
         ("hivit_base", "absent/m", ["--platforms=tpu"], 2, "No such file or directory"),
         ("absent", "m", [], 5, "no checkpoint in"),
     ],
@@ -217,7 +217,7 @@ def test_onnx_is_float32():
         export.export_onnx(mini(dtype="bfloat16"))
 
 
-@pytest.mark.parametrize("what", export.WHAT)
+@pytest.mark.parametrize("what", export.OUTPUTS)
 def test_onnx(what, tmp_path):
     pytest.importorskip("jax2onnx")
     model, path = mini(image_size=(32, 64)), tmp_path / "model.onnx"
@@ -236,7 +236,7 @@ def test_onnx_command(workdirs, tmp_path, capsys):
     assert (
         export.main([f"--checkpoint={workdirs / 'hivit_base'}", f"--out={path}"]) == 0
     )
-    assert "0.6 MB, ONNX; largest difference to the model " in capsys.readouterr().out
+    assert "0.6 MB, ONNX; largest difference from the model " in capsys.readouterr().out
     path.write_bytes(path.read_bytes()[:-1000])
-    with pytest.raises(CheckpointError, match="not an exported model"):
+    with pytest.raises(CheckpointError, match="not a valid exported model"):
         export.load_exported(path)

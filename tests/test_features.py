@@ -128,10 +128,10 @@ def test_stride_32(image_size):
 def test_stride_32_of_too_little():
     images = jnp.zeros((2, 64, 64, 3))
     model = abstract("hivit_base", **MINI)
-    with pytest.raises(ConfigError, match="stride_32 of kept units; expected all"):
+    with pytest.raises(ConfigError, match="stride_32=True with ids_keep; expected"):
         model.features(images, KEPT, stride_32=True)
     row = abstract("hivit_base", **MINI | dict(image_size=(16, 64)))
-    with pytest.raises(ConfigError, match="stride_32 of a 1x4 grid; .*at least 2x2"):
+    with pytest.raises(ConfigError, match="stride_32=True with a 1x4 .*at least 2x2"):
         row.features(images[:, :16], stride_32=True)
 
 

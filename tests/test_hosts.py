@@ -123,7 +123,7 @@ def test_plan_of_an_imagenet_evaluation(monkeypatch):
     monkeypatch.setattr(loader.jax, "process_count", lambda: 8)
     for host in range(8):
         monkeypatch.setattr(loader.jax, "process_index", lambda host=host: host)
-        places = loader.local_places(1024)
+        places = loader.local_positions(1024)
         assert len(places) == 128
         seen.append([share.indices for share in order.eval_plan(buckets, 1024, places)])
     assert {len(steps) for steps in seen} == {49}

@@ -80,7 +80,7 @@ def test_pretrain_kill_resume_finetune_evaluate(data, environment, tmp_path):
         "-c", KILLED, *pretraining, f"--workdir={workdir}", **environment
     )
     assert killed[0] == -signal.SIGKILL
-    assert "going on at step 2 from" in run(workdir, *pretraining)
+    assert "resuming at step 2 from" in run(workdir, *pretraining)
     for name in ("loss", "gradient_norm", "eval/loss"):
         numbers = recipes.lines(workdir, name)
         assert numbers == recipes.lines(tmp_path / "whole", name)

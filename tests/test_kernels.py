@@ -329,7 +329,7 @@ def test_what_runs_as_a_kernel(platform, dtype, on_platform):
         x = jnp.zeros((batch, tokens, 128), dtype)
 
         def run(params, x):
-            return nnx.merge(graphdef, params)(x, kernel=choice, **inputs)
+            return nnx.merge(graphdef, params)(x, kernels=choice, **inputs)
 
         calls.clear()
         names = kernels_in(jax.make_jaxpr(run)(params, x).jaxpr)
@@ -369,7 +369,7 @@ def test_every_choice_gives_the_numbers_of_plain_jax(
 
     def run(x, *params):
         block = nnx.merge(graphdef, jax.tree.unflatten(tree, params))
-        return block(x.astype(dtype), kernel="fused", **inputs)
+        return block(x.astype(dtype), kernels="fused", **inputs)
 
     def by_hand(x, *params):
         return block_by_hand(special, dict(zip(names, params, strict=True)), x)
@@ -445,4 +445,4 @@ def test_what_is_worth_keeping():
         ):
             product = 2 * width * hidden
             sizes = 2 * product, 5 * product, product, width, 2 * hidden
-            assert target.keeps(*sizes) == worth, (balance, width)
+            assert target.should_keep(*sizes) == worth, (balance, width)

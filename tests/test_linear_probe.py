@@ -123,5 +123,5 @@ def test_probe_of_a_pretrained_encoder(pretrained, tmp_path, capsys):
 
 
 def test_needs_running_norm():
-    with pytest.raises(ConfigError, match="needs config.model.running_norm=True"):
+    with pytest.raises(ConfigError, match="requires model.running_norm=True"):
         probe(model__running_norm=False)

@@ -22,7 +22,7 @@ from hivit_jax.data.order import permutation
 from hivit_jax.main import main
 from hivit_jax.models.classifier import Classifier
 from hivit_jax.reporting import console, figures, metrics
-from hivit_jax.tasks.classification import scores
+from hivit_jax.tasks.classification import classification_metrics
 from hivit_jax.train import train
 
 # metrics.jsonl
@@ -296,7 +296,9 @@ def test_pictures_show_the_panels(tmp_path):
 
 
 def classify(logits, labels):
-    values = scores(jnp.asarray(logits, jnp.float32), jnp.asarray(labels))
+    values = classification_metrics(
+        jnp.asarray(logits, jnp.float32), jnp.asarray(labels)
+    )
     return {name: np.asarray(value) for name, value in values.items()}
 
 
@@ -358,7 +360,7 @@ def test_workdir_in_a_bucket(bucket):
     assert str(read.absolute("gs://bucket/run")) == "gs://bucket/run"
     (bucket / "run/checkpoints/7/params").mkdir(parents=True)
     (bucket / "run/checkpoints/12/params").mkdir(parents=True)
-    steps_there = [path.name for path in read.find("gs://bucket/run")]
+    steps_there = [path.name for path in read.find_steps("gs://bucket/run")]
     assert steps_there == ["12", "7"]
 
 
@@ -635,5 +637,5 @@ def test_mode_eval_of_damaged_files(run, folder, monkeypatch, tmp_path, capsys):
         whole = inputs.eval_batches
         monkeypatch.setattr(inputs, "eval_batches", lambda c: [next(whole(c))])
         assert main(command) == 4
-        expected = "evaluated 7 images and could not read 1; the split has 11"
+        expected = "evaluated 7 images and could not read 1; expected 11 in total"
         assert expected in capsys.readouterr().err

@@ -66,7 +66,7 @@ def check_lines(task, workdir):
 def test_run_resumes(task, unpacked, capsys):
     """From step 4 to the end, with evaluations after steps 4 and 8."""
     run(task, f"{task}/run")
-    assert "going on at step 4" in capsys.readouterr().out
+    assert "resuming at step 4" in capsys.readouterr().out
     check_lines(task, f"{task}/run")
 
 

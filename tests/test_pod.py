@@ -106,13 +106,13 @@ def test_a_signal_stops_all_and_another_number_goes_on(alone, environment, tmp_p
         for error in errors:
             assert f"SIGTERM to one of the processes: step {saved} of {STEPS}" in error
         for step in before:
-            assert f"going on at step {step} from" in pod.output()
+            assert f"resuming at step {step} from" in pod.output()
         stopped.append(saved)
 
     pod = Pod(run, 1, environment, flags)
     errors = pod.errors()
     assert pod.codes() == [0], errors
-    assert f"going on at step {stopped[-1]} from" in pod.output()
+    assert f"resuming at step {stopped[-1]} from" in pod.output()
     expected, found = recipes.lines(alone), recipes.lines(run)
     assert list(found) == list(range(1, STEPS + 1))
     np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-5)
@@ -240,13 +240,13 @@ import sys
 from hivit_jax import main, train
 from hivit_jax.errors import LocalDataError
 
-def batches_of(source, mesh, to_devices=train.to_devices):
-    for number, batch in enumerate(to_devices(source, mesh)):
+def batches_of(source, mesh, prefetch_to_device=train.prefetch_to_device):
+    for number, batch in enumerate(prefetch_to_device(source, mesh)):
         if number == 7:
             raise LocalDataError("label 10")
         yield batch
 
-train.to_devices = batches_of
+train.prefetch_to_device = batches_of
 sys.exit(main.main())
 """
 
@@ -273,8 +273,9 @@ def test_processes_that_do_not_agree(environment, tmp_path):
     errors = pod.errors()
     assert pod.codes() == [2, 2], errors
     for index, error in enumerate(errors):
-        assert "processes do not agree on the config: 1 of 2 differ from proc" in error
-        assert f"Here, on process {index}, it is" in error
+        assert "processes differ in the config: expected the value of proc" in error
+        assert "found another on process 1 of 2." in error
+        assert f"Process {index} has" in error
     assert not list((tmp_path / "run" / "checkpoints").glob("*"))
 
 
@@ -322,12 +323,14 @@ def test_processes_with_other_files(environment, tmp_path):
         for process in processes:  # one may wait for the other
             process.kill()
     assert [process.returncode for process in processes] == [2, 2], errors
-    differ = "1 of 2 differ from process 0.\nHere, on process"
+    differ = "expected the value of process 0, found another on process 1 of 2."
     for index, error in enumerate(errors):
         of_dataset, of_checkpoints = error.split("error: ")
-        assert f"the dataset's size: {differ} {index}, it is {20 + index}" in of_dataset
+        message = f"{differ}\nProcess {index} has {20 + index}"
+        assert f"the dataset's size: {message}" in of_dataset
         found = "[7]" if index else "[]"
-        assert f"the checkpoints: {differ} {index}, it is {found}" in of_checkpoints
+        message = f"{differ}\nProcess {index} has {found}"
+        assert f"the checkpoints: {message}" in of_checkpoints
 
 
 HANGING = """

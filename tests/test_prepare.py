@@ -278,7 +278,7 @@ def test_interrupted_anywhere(tars, tmp_path, monkeypatch, capsys):
         moves.clear()
         out = tmp_path / str(deadly)
         assert main([*command, f"--data_dir={out}"]) == 75
-        assert "same command goes on" in capsys.readouterr().err.splitlines()[-1]
+        assert "same command to resume" in capsys.readouterr().err.splitlines()[-1]
         assert main([*command, f"--data_dir={out}"]) == 0
         assert contents(out / VERSION) == expected
 
@@ -291,7 +291,7 @@ def test_other_option_than_begun_with(whole, flags, tmp_path, capsys):
     for out, option, begun in ((whole, 320, 0), (tmp_path, 0, 320)):
         command = [*flags, f"--data_dir={out}", f"--short_side={option}"]
         assert main(command) == 2
-        fragments = [f"--short_side={option}", f"begun with --short_side={begun}"]
+        fragments = [f"--short_side={option}", f"started with --short_side={begun}"]
         check_message(capsys.readouterr().err, [str(out / VERSION), *fragments])
 
 
@@ -302,7 +302,7 @@ def test_other_images_than_begun_with(tmp_path, capsys):
     assert "no image in split validation" in capsys.readouterr().err
     write_tars(tmp_path, wnids=sorted(WNIDS))
     assert main(command) == 4
-    assert f"{VERSION}.incomplete was begun with other" in capsys.readouterr().err
+    assert f"{VERSION}.incomplete was started with other" in capsys.readouterr().err
 
 
 class Rings(tfds.core.GeneratorBasedBuilder):
@@ -359,10 +359,10 @@ def test_tfrecord_that_tfds_wrote(tmp_path):
         (["--name=imagenet2013"], ["'imagenet2013'", "'imagenet2012'?"]),
         (["--name=imagenet2012:9.9.9"], ["imagenet2012:9.9.9", "5.1.0"]),
         (["--name=imagenet2012/x"], ["imagenet2012/x", "not found"]),
-        (["--name=coco"], ["coco", "(Image, ClassLabel)", "gives ()"]),
-        (["--name=imagenet2012_real"], ["ClassLabel", "gives (Image, Sequence)"]),
-        (["--manual_dir="], ["--manual_dir=''", "no directory", prepare_data.TRAIN]),
-        (["--manual_dir=/x/y"], ["--manual_dir='/x/y'", "no directory"]),
+        (["--name=coco"], ["coco", "(Image, ClassLabel)", "found ()"]),
+        (["--name=imagenet2012_real"], ["ClassLabel", "found (Image, Sequence)"]),
+        (["--manual_dir="], ["--manual_dir=''", "not a directory", prepare_data.TRAIN]),
+        (["--manual_dir=/x/y"], ["--manual_dir='/x/y'", "not a directory"]),
         (["--data_dir=/dev/null"], ["/dev/null", "cannot be written"]),
         (["--short_side=-1"], ["short_side=-1", "at least 0"]),
         (["--short_side=abc"], ["--short_side", "'abc'"]),
@@ -390,26 +390,26 @@ def test_missing_and_misnamed_tar(tmp_path, capsys):
     write_tars(tmp_path)
     (tmp_path / prepare_data.VALIDATION).rename(tmp_path / "ILSVRC2012_val.tar")
     missing = f"has no {prepare_data.VALIDATION}"
-    found = f"found there: {prepare_data.TRAIN}, ILSVRC2012_val.tar"
+    found = f"found: {prepare_data.TRAIN}, ILSVRC2012_val.tar"
     check_refused(tmp_path, 2, [missing, found], capsys)
 
 
 def test_validation_images_with_a_gap(tmp_path, capsys):
     write_tars(tmp_path, validation=[1, 2, 4, 5])
-    expected = "no ILSVRC2012_val_00000003.JPEG but ILSVRC2012_val_00000004.JPEG"
+    expected = "ILSVRC2012_val_00000003.JPEG, found ILSVRC2012_val_00000004.JPEG"
     check_refused(tmp_path, 4, [expected], capsys)
 
 
 def test_unknown_class(tmp_path, capsys):
     write_tars(tmp_path, wnids=["n01440764", "n00000001"])
-    check_refused(tmp_path, 4, ["holds n00000001.tar"], capsys)
+    check_refused(tmp_path, 4, ["found n00000001.tar"], capsys)
 
 
 @pytest.mark.parametrize("tar", [prepare_data.TRAIN, prepare_data.VALIDATION])
 def test_tar_that_is_cut_off(tar, tmp_path, capsys):
     write_tars(tmp_path)
     os.truncate(tmp_path / tar, 9000)
-    check_refused(tmp_path, 4, [tar, "no whole tar file"], capsys)
+    check_refused(tmp_path, 4, [tar, "not a valid tar file"], capsys)
 
 
 def test_unreadable_image(tmp_path, capsys):

@@ -157,10 +157,11 @@ def test_pretraining_files_of_mmpretrain(tmp_path, capsys):
     assert encoder <= arrays.keys()
     assert arrays["head/kernel"].shape == (16, 7)
     decoder = [name for name in named if name.startswith("neck.")]
-    assert f"not needed: {len(decoder)}, neck." in convert.inspect(path, num_heads=1)
+    text = convert.inspect(path, num_heads=1)
+    assert f"unused entries: {len(decoder)}, neck." in text
     named["neck_too"] = named.pop("neck.mask_token")
     safetensors(path, named)
-    with pytest.raises(CheckpointError, match="no place for 'neck_too'"):
+    with pytest.raises(CheckpointError, match="unexpected entries .*'neck_too'"):
         hivit_jax.load_pretrained(path, **options)
 
 
@@ -444,10 +445,10 @@ def test_classifier_of_a_pretrained_encoder(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (dict(embed_dim=32), "another model: encoder/absolute_pos_embed is"),
-        (dict(name="hivit_small"), "another model"),
-        (dict(depths=(1, 1, 3)), r"has no encoder/stages/2/2/.* missing. Refusing"),
-        (dict(name="mae_hivit_base"), "has no decoder_"),
+        (dict(embed_dim=32), "different model: encoder/absolute_pos_embed has"),
+        (dict(name="hivit_small"), "different model"),
+        (dict(depths=(1, 1, 3)), r"the first is encoder/stages/2/2/.*\. Refusing"),
+        (dict(name="mae_hivit_base"), "missing, the first is decoder_"),
         (dict(nmu_heads=2), "unknown override .*did you mean 'num_heads'"),
     ],
 )
@@ -501,12 +502,12 @@ def test_a_model_of_its_own_size(tmp_path, capsys):
     path = safetensors(tmp_path / "x.safetensors", official())
     assert convert.main(["--inspect", str(path), "--set", "num_heads=2"]) == 0
     text = capsys.readouterr().out
-    assert "mae_hivit_base, but of sizes of its own" in text
+    assert "mae_hivit_base with non-standard sizes" in text
     assert "depths (1, 1, 2)" in text
     assert ", num_heads 2\n" in text
     assert "guessed: num_heads" not in text
-    assert "guessed: decoder_num_heads 1, as heads are 32 wide" in text
-    assert "guessed: layer_norm_eps 1e-06, as official" in text
+    assert "guessed: decoder_num_heads 1, assuming 32 channels per head" in text
+    assert "guessed: layer_norm_eps 1e-06, as in the official code" in text
     assert "averaged weights (EMA): none" in text
     assert "matched" in text
 
@@ -515,13 +516,13 @@ def test_inspecting_runs_directories_and_files(tmp_path, capsys):
     """What is there, what a classifier would take, and every array by name."""
     pytest.importorskip("torch")
     for kind, words in {
-        "official_mae": ["mae_hivit_base", "also holds optimizer, epoch, scaler, args"],
+        "official_mae": ["mae_hivit_base", "entries: optimizer, epoch, scaler, args"],
         "official_finetuned": [
             "hivit_base",
             "model_ema",
-            "not needed: 1, relative_pos",
+            "unused entries: 1, relative_pos",
         ],
-        "mmpretrain": ["hivit_base", "names of MMPretrain", "layer_norm_eps 1e-05"],
+        "mmpretrain": ["hivit_base", "names: MMPretrain", "layer_norm_eps 1e-05"],
     }.items():
         path = str(reference.GOLDEN / f"{kind}.pth")
         assert convert.main(["--inspect", path, "--set", "num_heads=1", "--names"]) == 0
@@ -572,7 +573,7 @@ def test_hub(tmp_path, monkeypatch):
         raise OSError("offline mode is on\nand more")
 
     fake.snapshot_download = offline
-    message = r"hf://a/b cannot be had, and no local copy .*: offline mode is on$"
+    message = r"hf://a/b cannot be downloaded, .* local copy: .*: offline mode is on$"
     with pytest.raises(CheckpointError, match=message):
         read("hf://a/b")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)

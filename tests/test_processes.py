@@ -141,8 +141,8 @@ def test_interruptions_and_divergence(finished, watch, tmp_path, capsys, monkeyp
     watch.signals[5 + 2] = signal.SIGTERM  # second batch of step 5's evaluation
     assert main.main(command) == 75
     out, err = capsys.readouterr()
-    assert "going on at step 0 from" in out
-    assert "SIGTERM: finishing the step and saving; once more to kill" in out
+    assert "resuming at step 0 from" in out
+    assert "SIGTERM: finishing the step and saving; a second signal kills" in out
     assert f"SIGTERM: step 6 of {STEPS} is saved in {tmp_path}; run" in err
     assert not watch.signals
     for number in (signal.SIGTERM, signal.SIGINT):  # so that a second one kills
@@ -165,7 +165,7 @@ def test_interruptions_and_divergence(finished, watch, tmp_path, capsys, monkeyp
     assert list(recipes.lines(tmp_path)) == [4, 5, 6, 7, 8]
 
     assert main.main(command) == 0
-    assert "going on at step 8 from" in capsys.readouterr().out
+    assert "resuming at step 8 from" in capsys.readouterr().out
     workdir, _ = finished
     for name in ("loss", "gradient_norm", "learning_rate", "eval/loss"):
         found = recipes.lines(tmp_path, name)
@@ -194,7 +194,7 @@ def joined(monkeypatch, tmp_path):
         asked = []
         monkeypatch.setattr(jax.distributed, "initialize", initialize)
         # The last of these settings would hold until the tests end.
-        monkeypatch.setattr(main, "keep_memory", lambda: None)
+        monkeypatch.setattr(main, "keep_freed_memory", lambda: None)
         monkeypatch.setattr(sys, "argv", ["main", *COMMAND, *flags])
         return main.main(), asked
 
@@ -212,7 +212,7 @@ def test_flags_of_one_process_of_several(joined, tmp_path, capsys):
 
     for wrong in (flags[:2], flags[1:], [*flags, "--process_id=4"], flags[::2]):
         assert joined(*wrong, f"--workdir={tmp_path}") == (2, [])
-        assert "go together" in capsys.readouterr().err
+        assert "expected all or none of" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -106,7 +106,7 @@ def test_killed_run(uninterrupted, synthetic, environment, tmp_path):
 
     code, out, err = recipes.run(*command(workdir, source, **overrides), **environment)
     assert code == 0, err
-    assert f"going on at step {saved} from" in out
+    assert f"resuming at step {saved} from" in out
     assert re.findall(r"^step (\d+)/", out, re.M)[0] == str(saved + 1)
     assert "read from the cache in" in out
     assert list(overrides["compilation_cache"].iterdir())
@@ -134,7 +134,7 @@ def test_interrupted_run(uninterrupted, synthetic, environment, tmp_path):
     arguments = command(workdir, "synthetic", **options)
     code, out, err = recipes.run(*arguments, **environment)
     assert code == 0, err
-    assert f"going on at step {stopped[-1]} from" in out
+    assert f"resuming at step {stopped[-1]} from" in out
     same_run(workdir, expected)
 
 

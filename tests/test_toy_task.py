@@ -118,7 +118,7 @@ def test_goes_on_after_a_kill(recipe, run, tmp_path):
     process.communicate()
     assert STEPS not in recipes.saved(tmp_path)
     [out] = finish(start(recipe, tmp_path, devices=8))
-    assert "going on at step" in out
+    assert "resuming at step" in out
     assert lines(tmp_path) == lines(run)
     recipes.assert_identical(
         recipes.stored(tmp_path, STEPS), recipes.stored(run, STEPS)

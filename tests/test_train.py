@@ -351,7 +351,7 @@ def test_weight_decay_groups_of_pretraining():
 def test_parameter_of_no_rule():
     model = networks.mini()
     model.encoder.gamma = nnx.Param(jnp.ones(1))
-    with pytest.raises(ValueError, match="no layer is known for .*'encoder/gamma'"):
+    with pytest.raises(ValueError, match="parameter 'encoder/gamma' has no layer"):
         model.layer_ids()
 
 
@@ -482,7 +482,7 @@ def test_pretraining_from_pretraining(trained):
 def test_pretrained_model_of_another_width(recipe, trained, tmp_path):
     pretrained = trained(recipes.mae, **EVERY_STEP).workdir
     config = recipe(init_from=str(pretrained), model__embed_dim=32)
-    with pytest.raises(ConfigError, match=r"another model: .* there and .* here"):
+    with pytest.raises(ConfigError, match=r"different model: .* shape .*; expected"):
         training.train(config, tmp_path)
 
 

@@ -44,7 +44,7 @@ def on_device(samples, size=SIZE, canvas=512, **how):
     """Crops of images -> float [n, *size, C], resized by the device."""
     images = np.zeros((len(samples), canvas, canvas, 3), np.uint8)
     boxes = [
-        data_crops.place(pixels, crop, out, size, **how)
+        data_crops.paste_crop(pixels, crop, out, size, **how)
         for (pixels, crop), out in zip(samples, images, strict=True)
     ]
     boxes = np.array(boxes, np.float32)
@@ -151,7 +151,7 @@ def test_random_crops_equal_pil():
         newest = np.asarray(part.resize(SIZE, Image.Resampling.BICUBIC))
         assert np.abs(got - newest).mean() < 0.35
         out = np.zeros((*SIZE, 3), np.uint8)
-        box = data_crops.place(pixels, crop, out, SIZE)
+        box = data_crops.paste_crop(pixels, crop, out, SIZE)
         assert np.abs(out - newest.astype(float)).mean() < 0.002
         assert box == ((0, 224, 224), (0, 224, 224))
 
@@ -174,7 +174,7 @@ def test_centre_crops_equal_pil(size):
         assert got.shape == want.shape == (*size, 3)
         assert np.abs(got - want).mean() < 0.01
         out = np.zeros((*size, 3), np.uint8)
-        data_crops.place(pixels, crop, out, size)
+        data_crops.paste_crop(pixels, crop, out, size)
         assert np.abs(out - want.astype(float)).mean() < 0.35  # the order of PIL 13
 
 
@@ -200,7 +200,7 @@ def test_ways_to_resize(interpolation, antialias):
     crop = Crop(*[Box(20, 30, 260, 330)] * 2)
     device = on_device([(pixels, crop)], **how)[0][0]
     out = np.zeros((*SIZE, 3), np.uint8)
-    data_crops.place(pixels, crop, out, SIZE, **how)
+    data_crops.paste_crop(pixels, crop, out, SIZE, **how)
     close = 0.002 if interpolation == "bicubic" else 0.02  # there, ties are common
     assert np.abs(out - device).mean() < close
     part = pixels[20:280, 30:360]

@@ -58,51 +58,51 @@ ODD = {n.replace("blocks.1.", "blocks.0."): a for n, a in ODD.items()}
 THREE = changed("absolute_pos_embed", np.zeros((1, 3, 16), np.float32))
 
 SAFETENSORS = {
-    "empty": (b"", "damaged or no safetensors file"),
-    "garbage": (b"\x80\x04garbage" * 99, "damaged or no safetensors file"),
-    "truncated": (WHOLE[:-100], "damaged or no safetensors file"),
-    "cut in its header": (WHOLE[:60], "damaged or no safetensors file"),
-    "longer than it says": (WHOLE + b"x" * 9, "damaged or no safetensors file"),
+    "empty": (b"", "damaged or not a safetensors"),
+    "garbage": (b"\x80\x04garbage" * 99, "damaged or not a safetensors"),
+    "truncated": (WHOLE[:-100], "damaged or not a safetensors"),
+    "cut in its header": (WHOLE[:60], "damaged or not a safetensors"),
+    "longer than it says": (WHOLE + b"x" * 9, "damaged or not a safetensors"),
     "header beyond the file": (struct.pack("<Q", 2**60) + WHOLE[8:], "damaged"),
     "header is no JSON": (struct.pack("<Q", 9) + b"[not json" + WHOLE, "damaged"),
-    "overlapping arrays": (contents(STATE, shift=4), "damaged or no safetensors file"),
+    "overlapping arrays": (contents(STATE, shift=4), "damaged or not a safetensors"),
     "shape larger than data": (WHOLE.replace(b"[1, 4, 16]", b"[9, 4, 16]"), "damaged"),
-    "unknown dtype": (contents(STATE, dtype="F99"), "damaged or no safetensors file"),
+    "unknown dtype": (contents(STATE, dtype="F99"), "damaged or not a safetensors"),
     "double precision": (contents(DOUBLE, dtype="F64"), "is float64; expected float32"),
     "integers": (contents(STATE, dtype="I32"), "is int32; expected float32"),
     "not finite": (contents(poisoned("mask_token")), "'mask_token' has values"),
     "a block is missing": (contents(without("blocks.6.")), "not a HiViT"),
     "an extra array": (
         contents(changed("cls", np.zeros(3, np.float32))),
-        "no place",
+        "unexpected entries in the state dict: 'cls'",
     ),
     "a wrong shape": (
         contents(changed("mask_token", np.zeros((1, 2, 8), np.float32))),
-        r"'mask_token' is \[1, 2, 8\], here \[1, 1, 8\]",
+        r"'mask_token' has shape \[1, 2, 8\]; expected \[1, 1, 8\]",
     ),
     "a vision transformer": (contents(VIT), "not a HiViT"),
     "no position table": (contents(without("absolute")), "not a HiViT: 'absolute_pos_"),
-    "half a stage": (contents(ODD), "not a HiViT: .* expected pairs of blocks"),
+    "half a stage": (contents(ODD), "not a HiViT: .* expected an even number"),
     "units that are no square": (
         contents(THREE),
-        "3 units are no square",
+        "grid of 3 units is not square",
     ),
     "says no JSON of itself": (
         contents(STATE, about="{"),
-        "says of the model is not",
+        "metadata is not a JSON",
     ),
-    "says a list of itself": (contents(STATE, about="[1]"), "says of the model is not"),
+    "says a list of itself": (contents(STATE, about="[1]"), "metadata is not a JSON"),
     "says an unknown network": (
         contents(STATE, about='{"arguments": {"name": "vit_base"}}'),
-        "no HiViT can be built of it: unknown model name 'vit_base'",
+        "invalid model arguments: unknown model name 'vit_base'",
     ),
     "says an unknown setting": (
         contents(STATE, about='{"arguments": {"name": "hivit_base", "width": 3}}'),
-        "no HiViT can be built of it: unknown override",
+        "invalid model arguments: unknown override",
     ),
     "says another size of itself": (
         contents(STATE, about='{"arguments": {"name": "mae_hivit_base"}}'),
-        r"'decoder_blocks.0.attn.proj.bias' is \[8\], here \[512\]",
+        r"'decoder_blocks.0.attn.proj.bias' has shape \[8\]; expected \[512\]",
     ),
 }
 
@@ -132,7 +132,7 @@ def test_an_array_is_missing(tmp_path):
     """Of a network that is there otherwise: nothing is left to chance."""
     path = tmp_path / "x.safetensors"
     path.write_bytes(contents(without("blocks.6.mlp.fc1.bias")))
-    message = "has no encoder/stages/2/0/mlp/fc1/bias; 1 array is missing. Refusing"
+    message = "1 array is missing, .* is encoder/stages/2/0/mlp/fc1/bias. Refusing"
     with pytest.raises(ConfigError, match=message):
         load_pretrained(path, **state_files.HINTS)
 
@@ -183,7 +183,7 @@ def test_pytorch_is_missing(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setitem(sys.modules, "torch", None)
     path = reference.GOLDEN / "official_mae.pth"
-    message = r"which is not installed.\npip install 'hivit-jax\[torch\]'"
+    message = r"which is not installed.\nRun pip install 'hivit-jax\[torch\]'"
     with pytest.raises(CheckpointError, match=message):
         read(path)
 
@@ -208,7 +208,7 @@ def malicious(torch, marker):
     write = f"open({str(marker)!r}, 'w').write('x')"
     sparse = torch.eye(3).to_sparse()
     quantized = torch.quantize_per_tensor(tensor, 0.1, 0, torch.quint8)
-    unsafe = "holds more than tensors and plain values"
+    unsafe = "contains more than tensors and plain values"
     return {
         "os.system": (Planted(os.system, f"touch {marker}"), unsafe),
         "eval": ({"model": Planted(eval, write)}, unsafe),
@@ -219,8 +219,8 @@ def malicious(torch, marker):
             {"model": {"a": tensor}, "args": argparse.Namespace(x=Custom())},
             unsafe,
         ),
-        "a list": ([tensor], "holds a list; expected dict"),
-        "a tensor": (tensor, "holds a Tensor; expected dict"),
+        "a list": ([tensor], "contains a list; expected dict"),
+        "a tensor": (tensor, "contains a Tensor; expected dict"),
         "a number for a tensor": ({"model": {"a": 3}}, "'a' is of type int"),
         "a list of tensors": ({"model": {"a": [tensor]}}, "'a' is of type list"),
         "a number for a name": (
@@ -279,9 +279,9 @@ def test_a_directory_with_a_broken_config(tmp_path, capsys):
     (tmp_path / "model.safetensors").write_bytes(WHOLE)
     for text in ("{", "[]", '{"arguments": 3}', '{"arguments": {}}'):
         (tmp_path / "config.json").write_text(text)
-        refused(tmp_path, "config.json cannot be read|no HiViT can be built", capsys)
+        refused(tmp_path, "config.json cannot be read|invalid model arguments", capsys)
     with pytest.raises(CheckpointError, match="no checkpoint in"):
         read(tmp_path / "nowhere")
     (tmp_path / "x.npz").write_bytes(b"")
-    with pytest.raises(CheckpointError, match="unknown ending; expected one of .safe"):
+    with pytest.raises(CheckpointError, match="unknown suffix; expected one of .safe"):
         read(tmp_path / "x.npz")

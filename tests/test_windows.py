@@ -168,7 +168,7 @@ def test_windows_need_all_units():
         create_model("mae_hivit_base", **MINI, window_size=2)
     model = abstract("hivit_base", **MINI, window_size=2)
     ids_keep, images = jnp.zeros((2, 3), int), jnp.zeros((2, 64, 64, 3))
-    with pytest.raises(ConfigError, match="window_size=2 with some of the units only"):
+    with pytest.raises(ConfigError, match="window_size=2 with ids_keep"):
         model.encoder(images, ids_keep=ids_keep)
 
 

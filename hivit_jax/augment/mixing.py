@@ -1,16 +1,19 @@
-"""Smoothed labels, Mixup and CutMix."""
+"""Label smoothing, Mixup and CutMix."""
 
 import jax
 import jax.numpy as jnp
 
-from hivit_jax.augment.image import _inside
+from hivit_jax.augment.image import rectangle_mask
 
 
 def smooth_labels(labels: jax.Array, num_classes: int, smoothing: float) -> jax.Array:
-    """int [B] -> float32 [B, num_classes]: ``smoothing`` is spread over all classes."""
-    return (
-        jax.nn.one_hot(labels, num_classes) * (1 - smoothing) + smoothing / num_classes
-    )
+    """Return smoothed one-hot labels, int [B] -> float32 [B, num_classes].
+
+    Args:
+      smoothing: probability that is spread evenly over all classes.
+    """
+    one_hot = jax.nn.one_hot(labels, num_classes)
+    return one_hot * (1 - smoothing) + smoothing / num_classes
 
 
 def mix(
@@ -21,48 +24,45 @@ def mix(
     mixup: float,
     cutmix: float,
 ) -> tuple[jax.Array, jax.Array]:
-    """Mixup or CutMix, one or the other for a whole batch, with one ratio.
+    """Apply either Mixup or CutMix to a batch, with one ratio for all images.
 
-    As timm's Mixup in batch mode, prob 1, switch_prob 0.5, with CutMix's ratio set to
-    the area that is really cut out. There image i meets image B-1-i of its device; here
-    its neighbour, i with i+1, which is on the same device however many there are.
+    Follows timm's Mixup in batch mode with prob=1 and switch_prob=0.5. The ratio of
+    CutMix is corrected to the area that is actually cut out. timm mixes image i with
+    image B-1-i of the same device. This function swaps neighbors (0 with 1, 2 with 3,
+    ...) instead, because they are on the same device for any number of devices.
 
     Args:
       images: float32 [B, H, W, C], B even.
       targets: float32 [B, classes].
-      weight: float32 [B]; an image is not mixed with one of weight 0.
-      key: one for the batch.
-      mixup, cutmix: parameters of the Beta distributions of the ratio; 0: never.
+      weight: float32 [B]; a pair with an image of weight 0 is not mixed.
+      key: one key for the batch.
+      mixup, cutmix: alpha of the Beta distribution of the ratio; 0: never applied.
 
     Returns:
-      Mixed images and targets.
+      Mixed images and mixed targets.
     """
-    size = images.shape[1:3]
-    which, ratio, area, place = jax.random.split(key, 4)
-    by_area = jax.random.bernoulli(which) if mixup and cutmix else cutmix > 0
-    blend = jax.random.beta(ratio, mixup or 1.0, mixup or 1.0)
-    side = jnp.sqrt(1 - jax.random.beta(area, cutmix or 1.0, cutmix or 1.0))
-    whole = jnp.array(size, jnp.float32)
-    half = jnp.floor(whole * side) // 2
-    center = jnp.floor(jax.random.uniform(place, (2,)) * whole)
-    low, high = jnp.maximum(center - half, 0), jnp.minimum(center + half, whole)
-    inside = _inside(low, high, size)
-    own = jnp.where(by_area, 1 - (high - low).prod() / whole.prod(), blend)
-    own_pixels = jnp.where(by_area, 1.0 - inside, blend)
+    cutmix_key, ratio_key, area_key, center_key = jax.random.split(key, 4)
+    use_cutmix = jax.random.bernoulli(cutmix_key) if mixup and cutmix else cutmix > 0
+    mixup_ratio = jax.random.beta(ratio_key, mixup or 1.0, mixup or 1.0)
+    side = jnp.sqrt(1 - jax.random.beta(area_key, cutmix or 1.0, cutmix or 1.0))
+    size = jnp.array(images.shape[1:3], jnp.float32)
+    half = jnp.floor(size * side) // 2
+    center = jnp.floor(jax.random.uniform(center_key, (2,)) * size)
+    low, high = jnp.maximum(center - half, 0), jnp.minimum(center + half, size)
+    cut_out = rectangle_mask(low, high, images.shape[1:3])
+    kept_area = 1 - (high - low).prod() / size.prod()
+    pixel_ratio = jnp.where(use_cutmix, 1.0 - cut_out, mixup_ratio)
+    target_ratio = jnp.where(use_cutmix, kept_area, mixup_ratio)
+    is_mixed = weight * _swap_neighbors(weight) > 0
 
-    def mixed(values, own):
-        own = jnp.where(_like(pairs, values) > 0, own, 1.0)
-        return own * values + (1 - own) * _neighbours(values)
+    def blend(values, ratio):
+        per_sample = is_mixed.reshape(-1, *[1] * (values.ndim - 1))
+        ratio = jnp.where(per_sample, ratio, 1.0)
+        return ratio * values + (1 - ratio) * _swap_neighbors(values)
 
-    pairs = weight * _neighbours(weight)
-    return mixed(images, own_pixels), mixed(targets, own)
+    return blend(images, pixel_ratio), blend(targets, target_ratio)
 
 
-def _neighbours(values: jax.Array) -> jax.Array:
-    """[B, ...] with each pair (0, 1), (2, 3), ... swapped."""
+def _swap_neighbors(values: jax.Array) -> jax.Array:
+    """Swap the two values of each pair (0, 1), (2, 3), ... of [B, ...]."""
     return values.reshape(-1, 2, *values.shape[1:])[:, ::-1].reshape(values.shape)
-
-
-def _like(values: jax.Array, other: jax.Array) -> jax.Array:
-    """[B] -> [B, 1, ...], with as many axes as `other`."""
-    return values.reshape(-1, *[1] * (other.ndim - 1))

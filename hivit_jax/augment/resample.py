@@ -1,8 +1,4 @@
-"""Augmentation on the device, inside the train step: one key per sample.
-
-A sample's draws depend on its key alone, so neither the number of devices nor
-gradient accumulation changes them.
-"""
+"""Cropping and resizing on the device, with PIL's filters."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,8 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-# Pixels to either side of a point that weigh in where nothing is made smaller.
-REACH = {"bicubic": 2, "bilinear": 1}
+# Radius in source pixels. Downscaling with antialiasing widens the filters.
+FILTER_RADIUS = {"bicubic": 2, "bilinear": 1}
 
 
 def resample(
@@ -21,31 +17,34 @@ def resample(
     interpolation: str = "bicubic",
     antialias: bool = True,
 ) -> jax.Array:
-    """A box of every image, resized as PIL does it: columns, then rows, each rounded.
+    """Resize a box of every image as PIL does: columns, then rows, each rounded.
 
-    Two batched matrix products, about 0.5 GFLOP for 512x512 to 224x224.
+    Runs as two batched matrix products, about 0.5 GFLOP an image for 512x512 to
+    224x224.
 
     Args:
       images: uint8 [B, S, S', C].
-      boxes: float32 [B, 2, 3]; for rows and columns the start and length of the box,
-        and how many of the S are image: the rest is not looked at.
-      size: (H, W) to resize to.
+      boxes: float32 [B, 2, 3]; for rows and for columns the start and length of the
+        box, and the number of real pixels. Pixels beyond that number are padding and
+        are ignored.
+      size: (H, W) of the result.
       interpolation: "bicubic" or "bilinear".
-      antialias: whether every pixel counts where images are made smaller.
+      antialias: widen the filter when downscaling, so that every pixel contributes.
 
     Returns:
-      float32 [B, H, W, C], whole numbers from 0 to 255.
+      float32 [B, H, W, C], integers from 0 to 255.
     """
-    for axis, letters in ((1, "bow,bhwc->bhoc"), (0, "boh,bhwc->bowc")):
-        weights = jax.vmap(axis_weights, (0, None, None, None, None))(
+    for axis, subscripts in ((1, "bow,bhwc->bhoc"), (0, "boh,bhwc->bowc")):
+        weights = jax.vmap(crop_resize_matrix, (0, None, None, None, None))(
             boxes[:, axis], size[axis], images.shape[1 + axis], interpolation, antialias
         )
-        # Pixels are exact in bfloat16; weights are in two parts, 16 bits in all.
+        # Two bfloat16 products: pixels are exact in bfloat16, and the sum of two
+        # bfloat16 numbers holds 16 bits of a weight.
         high = weights.astype(jnp.bfloat16)
         low = (weights - high.astype(jnp.float32)).astype(jnp.bfloat16)
         images = sum(
             jnp.einsum(
-                letters,
+                subscripts,
                 part,
                 images.astype(jnp.bfloat16),
                 preferred_element_type=jnp.float32,
@@ -56,17 +55,19 @@ def resample(
     return images
 
 
-def axis_weights(
+def crop_resize_matrix(
     box: Any, size: int, extent: int, interpolation: str, antialias: bool
 ) -> Any:
-    """Weights [size, extent] of the pixels of a row in each pixel of its resized box.
+    """Return the matrix [size, extent] that crops and resizes one axis of an image.
 
     Args:
-      box: floats [3], start and length of the box and number of real pixels; a numpy
-        or a jax array.
+      box: floats [3], start and length of the box and number of real pixels; a NumPy
+        or JAX array, like the result.
+      size: pixels of the resized box.
+      extent: pixels of the source, padding included.
     """
     xp = box.__array_namespace__()
-    start, length, real = box
+    start, length, num_real = box
     scale = length / size
     centers = start + (xp.arange(size) + 0.5) * scale
     stretch = xp.maximum(scale, 1.0) if antialias else 1.0
@@ -77,7 +78,7 @@ def axis_weights(
         near = (1.5 * x - 2.5) * x * x + 1
         far = ((2.5 - 0.5 * x) * x - 4) * x + 2
         weights = xp.where(x < 1, near, xp.where(x < 2, far, 0))
-    weights = xp.where(xp.arange(extent) < real, weights, 0)
+    weights = xp.where(xp.arange(extent) < num_real, weights, 0)
     total = weights.sum(-1, keepdims=True)
-    # An unreadable example has an empty box; it must stay finite.
+    # Without this, the empty box of an unreadable example would give NaN.
     return weights / xp.where(total == 0, 1, total)

@@ -1,1 +1,1 @@
-"""Checkpoints of a run, by orbax."""
+"""Checkpoints of a run, in orbax format."""

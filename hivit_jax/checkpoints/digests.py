@@ -11,24 +11,25 @@ from hivit_jax.tree import named_leaves
 
 
 def digests(trees: Mapping[str, Any]) -> dict[str, dict[str, str]]:
-    """64 bits of every array, by item and name, however it is sharded.
+    """Return a 64-bit digest of every array as hex text, by item and array name.
 
-    Any change of a single number changes them.
+    A digest does not depend on the sharding. A change of a single number always
+    changes it.
     """
-    found: dict[str, dict[str, str]] = {}
+    result: dict[str, dict[str, str]] = {}
     for item, tree in trees.items():
-        # One program after another, because a CPU aborts if too many small exchanges
-        # are under way.
+        # Fetch each digest before starting the next, because XLA:CPU aborts when too
+        # many small collectives are in flight.
         sums = {name: np.asarray(_digest(x)) for name, x in named_leaves(tree).items()}
-        found[item] = {n: f"{high:08x}{low:08x}" for n, (high, low) in sums.items()}
-    return found
+        result[item] = {n: f"{high:08x}{low:08x}" for n, (high, low) in sums.items()}
+    return result
 
 
 def _digest(x: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
-    """Array -> uint32 [2]: `_mixed_sums` of its numbers' bits and positions."""
+    """Return `_mixed_sums` of an array's bits and positions, uint32 [2]."""
     if x.size > 2**16 or not getattr(x, "is_fully_replicated", True):
         return _digest_on_device(x)
-    # On the host, because a program would have to be compiled for every shape.
+    # Small arrays stay on the host, because XLA compiles a program for every shape.
     x = np.ascontiguousarray(x).reshape(-1)
     bits = x.view(f"u{x.itemsize}").astype(np.uint32)
     return np.stack(_mixed_sums(bits, np.arange(x.size, dtype=np.uint32)))
@@ -46,9 +47,9 @@ def _digest_on_device(x: jax.Array) -> jax.Array:
 
 
 def _mixed_sums(bits: Any, position: Any) -> list:
-    """Two sums modulo 2**32 of bits mixed with their positions, arrays of uint32.
+    """Return two sums modulo 2**32 of bits mixed with their positions, both uint32.
 
-    The mixing is the end of MurmurHash3, one to one for a given position.
+    `mix` is the finalizer of MurmurHash3. It is bijective in the bits of each position.
     """
 
     def mix(h):

@@ -1,12 +1,13 @@
-"""What a checkpoint is, and orbax behind it.
+"""Saving and restoring the state of a run with orbax.
 
-``DIR/checkpoints/STEP/`` holds the items *params*, *model_state* (if there is any),
-*ema* (if kept), *optimizer* (its state and the step), *config*, and *digests* of every
-array, which orbax alone would restore with flipped bits in it. Each can be restored
-alone. A step that was not written to the end has no final name and is never seen.
+``DIR/checkpoints/STEP/`` contains the items *params*, *model_state* (if the model has
+any), *ema* (if averaging is on), *optimizer* (its state and the step), *config*, and
+*digests* of every array, because orbax restores flipped bits without an error. Each
+item can be restored alone. A step gets its final name only when it is complete, so
+incomplete steps are never restored.
 
-Until 0.1 the model state stood in *params*, and had moments in *optimizer*. Such
-checkpoints are restored by name, and the moments are dropped.
+Versions before 0.1 saved the model state in *params*, and moments of it in *optimizer*.
+Such checkpoints are restored by array name, and the moments are dropped.
 """
 
 import json
@@ -23,15 +24,22 @@ from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint import checkpoint_managers
 
 from hivit_jax.checkpoints.digests import digests
-from hivit_jax.checkpoints.read import _averaged, _metadata, _reading, _verify, absolute
+from hivit_jax.checkpoints.read import (
+    absolute,
+    damage_reported,
+    item_shapes,
+    params_item,
+    verify_digests,
+)
 from hivit_jax.distributed.processes import all_processes
 from hivit_jax.errors import CheckpointError, ConfigError, first_line
 from hivit_jax.reporting.console import log
 from hivit_jax.reporting.metrics import Best, Scalars, score
 from hivit_jax.tree import leaf_name, named_leaves
 
-# Devices that hold the same array share its writing in pieces of a megabyte or more:
-# every piece takes a program to cut it out, and a small array is written sooner whole.
+# Replicas of an array write slices of it in parallel. Slices have at least 1 MiB,
+# because every slice needs a program of its own and small arrays are written faster
+# whole.
 ocp.type_handlers.register_type_handler(
     jax.Array,
     ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**20),
@@ -44,15 +52,15 @@ class Checkpoints:
 
     Args:
       workdir: the run's directory.
-      keep: how many of the newest to keep; the one that did best in evaluation stays
-        beside them.
-      best: metric of an evaluation that says which did best.
+      keep: number of newest checkpoints to keep. The checkpoint with the best
+        evaluation is kept as well.
+      best: evaluation metric that selects the best checkpoint, and "min" or "max".
     """
 
     def __init__(
         self, workdir: str | Path, keep: int, best: Best = ("eval/loss", "min")
     ):
-        best_of_all = checkpoint_managers.BestN(
+        best_evaluated = checkpoint_managers.BestN(
             get_metric_fn=partial(score, best=best),
             n=1,
             keep_checkpoints_without_metrics=False,
@@ -60,7 +68,7 @@ class Checkpoints:
         newest = checkpoint_managers.LatestN(keep)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(
-                [newest, best_of_all]
+                [newest, best_evaluated]
             ),
             cleanup_tmp_directories=True,
         )
@@ -70,18 +78,18 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 
     def steps(self) -> list[int]:
-        """All steps that are kept, those still being written too."""
+        """Return all saved steps, including those that are still being written."""
         return list(self._manager.all_steps())
 
     def save(
         self, state: Mapping[str, Any], config: str, results: Scalars | None = None
     ) -> None:
-        """Starts writing a train state, its config (JSON text) and its evaluation.
+        """Start writing a train state, its config (JSON text) and evaluation results.
 
-        Does nothing if that step is already there.
+        Does nothing if the step is already saved.
 
         Raises:
-          ConfigError: this checkpoint, or the one before it, cannot be written.
+          ConfigError: this checkpoint or the previous one cannot be written.
         """
         step = int(state["step"])
         if step in self.steps():
@@ -103,47 +111,50 @@ class Checkpoints:
     def _writing(self) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # of whatever kind the file system provokes
+        except Exception as error:  # because file systems cause many exception types
             reason = first_line(error)
-            with suppress(OSError):  # a bucket has no such thing
+            with suppress(OSError):  # because buckets do not report free space
                 free = shutil.disk_usage(self.directory).free / 2**20
-                reason = f"{free:,.0f} MiB are free there; {reason}"
+                reason = f"{free:,.0f} MiB are free on this file system; {reason}"
             raise ConfigError(
-                f"a checkpoint cannot be written to {self.directory}; those before it "
-                f"are whole.\n{reason[:250]}"
+                f"cannot write a checkpoint to {self.directory}; earlier checkpoints "
+                f"are intact.\n{reason[:250]}"
             ) from error
 
     def restore_newest(
-        self, wanted: Mapping[str, Any]
+        self, abstract_state: Mapping[str, Any]
     ) -> tuple[int, dict[str, Any]] | None:
-        """The newest step that is whole, and its state; None where there is no step.
-        Damaged ones are reported, and moved to ``DIR/damaged``.
+        """Return the newest intact step and its state, or None if there is no step.
+
+        Damaged steps are logged and moved to ``DIR/damaged``.
 
         Args:
-          wanted: as for `restore`.
+          abstract_state: as in `restore`.
 
         Raises:
-          ConfigError: the checkpoints are of another model or optimizer.
-          CheckpointError: all are damaged.
+          ConfigError: the checkpoints are of a different model or optimizer.
+          CheckpointError: all checkpoints are damaged.
         """
-        steps, errors = sorted(self._manager.all_steps(read=True), reverse=True), {}
-        for step in steps:
+        errors: dict[int, CheckpointError] = {}  # the same steps on every process
+        for step in sorted(self._manager.all_steps(read=True), reverse=True):
             state = None
             try:
-                state = self.restore(step, wanted)
-            except (ConfigError, CheckpointError) as error:
+                state = self.restore(step, abstract_state)
+            except CheckpointError as error:
                 errors[step] = error
-            if not all_processes(state is not None):
-                continue
-            for damaged, error in errors.items():
-                log(f"error: {error}")
-                self._set_aside(damaged)
-            return step, state
-        for error in errors.values():  # of the newest; or all would be damaged
-            raise error
+            if all_processes(state is not None):
+                for damaged, error in errors.items():
+                    log(f"error: {error}")
+                    self._move_to_damaged(damaged)
+                return step, state
+            path = self.directory / str(step)
+            elsewhere = CheckpointError(f"{path} cannot be restored by another process")
+            errors.setdefault(step, elsewhere)
+        if errors:  # no step is intact: report the newest
+            raise next(iter(errors.values()))
         return None
 
-    def _set_aside(self, step: int) -> None:
+    def _move_to_damaged(self, step: int) -> None:
         if jax.process_index() == 0:
             target = self.directory.parent / "damaged" / str(step)
             target.parent.mkdir(exist_ok=True)
@@ -151,41 +162,42 @@ class Checkpoints:
                 target.rmtree()
             (self.directory / str(step)).rename(target)
             log(f"checkpoint {step} was moved to {target}")
-        all_processes(True)  # that is, wait
+        all_processes(True)  # because the move must be complete before the reload
         self._manager.reload()
 
-    def restore(self, step: int, wanted: Mapping[str, Any]) -> dict[str, Any]:
-        """The train state of a step.
+    def restore(self, step: int, abstract_state: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the train state of a step.
 
         Args:
-          wanted: shapes, dtypes and shardings of the state (`sharding.placed`).
+          abstract_state: shapes, dtypes and shardings of the state, see
+            `distributed.sharding.with_shardings`.
 
         Raises:
-          ConfigError: the checkpoint is of another model or optimizer.
-          CheckpointError: it is damaged.
+          ConfigError: the checkpoint is of a different model or optimizer.
+          CheckpointError: the checkpoint is damaged.
         """
         path = self.directory / str(step)
-        named = {item: named_leaves(tree) for item, tree in wanted.items()}
-        fixed = named["model_state"]
+        named = {item: named_leaves(tree) for item, tree in abstract_state.items()}
+        model_state = named["model_state"]
         if (path / "model_state").is_dir():
             arrays = _restore(path, "params", named["params"])
-            arrays |= _restore(path, "model_state", fixed)
+            arrays |= _restore(path, "model_state", model_state)
         else:
-            arrays = _restore(path, "params", named["params"] | fixed)
-        state = {
-            item: _rebuild(wanted[item], arrays) for item in ("params", "model_state")
-        }
-        optimizer = {item: wanted[item] for item in ("opt_state", "step")}
-        arrays = _restore(path, "optimizer", named_leaves(optimizer), dropped=fixed)
+            arrays = _restore(path, "params", named["params"] | model_state)
+        variables = {item: abstract_state[item] for item in ("params", "model_state")}
+        state = {item: _rebuild(tree, arrays) for item, tree in variables.items()}
+        optimizer = {item: abstract_state[item] for item in ("opt_state", "step")}
+        arrays = _restore(path, "optimizer", named_leaves(optimizer), model_state)
         state |= _rebuild(optimizer, arrays)
-        if "ema" in wanted:
-            # Averaging switched on in the middle of a run starts from the parameters.
-            arrays = _restore(path, _averaged(path), named["ema"], dropped=fixed)
-            state["ema"] = _rebuild(wanted["ema"], arrays)
+        if "ema" in abstract_state:
+            # A checkpoint has no average if averaging was switched on later. The
+            # average then starts from the parameters.
+            arrays = _restore(path, params_item(path), named["ema"], model_state)
+            state["ema"] = _rebuild(abstract_state["ema"], arrays)
         return state
 
     def close(self) -> None:
-        """Waits until everything is on disk; ConfigError if a write failed."""
+        """Wait until all checkpoints are written; ConfigError if a write failed."""
         with self._writing():
             self._manager.wait_until_finished()
             self._manager.close()
@@ -194,50 +206,58 @@ class Checkpoints:
 def _restore(
     step_path: Path,
     item: str,
-    wanted: Mapping[str, jax.ShapeDtypeStruct],
-    dropped: Iterable[str] = (),
+    expected: Mapping[str, jax.ShapeDtypeStruct],
+    ignored: Iterable[str] = (),
 ) -> dict[str, jax.Array]:
-    """Arrays of an item by name.
+    """Return the arrays of an item by name, verified against their digests.
 
     Args:
-      wanted: shapes, dtypes and shardings by name.
-      dropped: ends of the names of arrays that may be there and are not wanted.
+      expected: shapes, dtypes and shardings by name.
+      ignored: names of arrays that the item may contain, under any prefix, although
+        they are not expected.
     """
-    with _reading(step_path):
-        shapes = _metadata(step_path, item)
-    ends = tuple(f"/{name}" for name in dropped)
-    found = named_leaves(shapes)
-    kept = {n: x for n, x in found.items() if n in wanted or not f"/{n}".endswith(ends)}
-    _compare(step_path, kept, wanted)
-    mesh = next(iter(wanted.values())).sharding.mesh
+    with damage_reported(step_path):
+        shapes = item_shapes(step_path, item)
+    suffixes = tuple(f"/{name}" for name in ignored)
+    saved = {
+        name: leaf
+        for name, leaf in named_leaves(shapes).items()
+        if name in expected or not f"/{name}".endswith(suffixes)
+    }
+    _compare(step_path, saved, expected)
+    mesh = next(iter(expected.values())).sharding.mesh
+    replicated = NamedSharding(mesh, PartitionSpec())
 
-    def place(path, leaf):
-        whole = NamedSharding(mesh, PartitionSpec())
-        other = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole)
-        return wanted.get(leaf_name(path), other)
+    def with_sharding(path, leaf):
+        default = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated)
+        return expected.get(leaf_name(path), default)
 
-    abstract = jax.tree_util.tree_map_with_path(place, shapes)
-    with _reading(step_path), ocp.StandardCheckpointer() as checkpointer:
+    abstract = jax.tree_util.tree_map_with_path(with_sharding, shapes)
+    with damage_reported(step_path), ocp.StandardCheckpointer() as checkpointer:
         tree = checkpointer.restore(step_path / item, abstract)
-    _verify(step_path, item, tree)
+    verify_digests(step_path, item, tree)
     arrays = named_leaves(tree)
-    return {name: arrays[name] for name in wanted}
+    return {name: arrays[name] for name in expected}
 
 
 def _rebuild(tree: Any, arrays: Mapping[str, jax.Array]) -> Any:
-    """The arrays of a pytree by their names."""
+    """Return a pytree with each leaf replaced by the array of its name."""
     return jax.tree_util.tree_map_with_path(
         lambda path, _: arrays[leaf_name(path)], tree
     )
 
 
-def _compare(path: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    """ConfigError with the first difference of names, shapes or dtypes."""
-    for name in [*expected, *found]:
-        sides = [side.get(name) for side in (found, expected)]
-        texts = ["nothing" if x is None else f"{x.dtype}{list(x.shape)}" for x in sides]
-        if texts[0] != texts[1]:
+def _compare(path: Path, saved: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """Raise ConfigError for the first difference in names, shapes or dtypes."""
+    for name in [*expected, *saved]:
+        found, needed = (
+            f"{leaves[name].dtype}{list(leaves[name].shape)}"
+            if name in leaves
+            else "no array"
+            for leaves in (saved, expected)
+        )
+        if found != needed:
             raise ConfigError(
-                f"{path} is a checkpoint of another model or optimizer:\n"
-                f"{name} is {texts[0]} there; this config makes it {texts[1]}"
+                f"{path} is a checkpoint of a different model or optimizer.\n"
+                f"{name}: this config expects {needed}, the checkpoint contains {found}"
             )

@@ -1,4 +1,4 @@
-"""Reading the arrays and config of a checkpoint."""
+"""Reading the arrays and the config of a checkpoint."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,19 +14,22 @@ from hivit_jax.checkpoints.digests import digests
 from hivit_jax.errors import CheckpointError, first_line
 from hivit_jax.tree import named_leaves
 
-logging.set_verbosity(logging.FATAL)  # what orbax logs is raised, too
+logging.set_verbosity(logging.FATAL)  # because orbax also raises the errors it logs
 
 
 def absolute(path: str | Path) -> Path:
-    """A path that does not depend on where the process is; ``gs://`` ones never do."""
+    """Return an absolute path; addresses of buckets (``gs://``) stay as they are."""
     return Path(path) if "://" in str(path) else Path(path).absolute()
 
 
-def find(path: str | Path) -> list[Path]:
-    """Steps under a workdir, a checkpoints directory or a step itself, newest first.
+def find_steps(path: str | Path) -> list[Path]:
+    """Return the directories of all steps, newest first.
+
+    Args:
+      path: a workdir, its checkpoints directory, or the directory of one step.
 
     Raises:
-      CheckpointError: there is none.
+      CheckpointError: there is no step.
     """
     path = absolute(path)
     if (path / "checkpoints").is_dir():
@@ -40,38 +43,41 @@ def find(path: str | Path) -> list[Path]:
 
 
 def load_config(step_path: Path) -> dict[str, Any]:
-    """The resolved config that a checkpoint was trained with, or CheckpointError."""
+    """Return the resolved config of a checkpoint's run; CheckpointError if damaged."""
     return _load_json(step_path, "config")
 
 
 def load_arrays(
     step_path: Path, averaged: bool = True
 ) -> tuple[dict[str, np.ndarray], str]:
-    """Parameters and model state of a step by name, on the host, whatever model they
-    are of.
+    """Return the parameters and model state of a step by name, on the host.
+
+    Works for checkpoints of any model.
 
     Args:
-      averaged: the averaged ones where they were kept.
+      averaged: prefer averaged parameters (EMA) if the checkpoint contains them.
 
     Returns:
-      The arrays, and the item they are of: "params" or "ema".
+      The arrays, and the item of the parameters: "params" or "ema".
 
     Raises:
       CheckpointError: the step is damaged.
     """
-    item = _averaged(step_path) if averaged else "params"
+    item = params_item(step_path) if averaged else "params"
+    items = [item]
+    if (step_path / "model_state").is_dir():
+        items.append("model_state")
     arrays = {}
-    for each in (item, "model_state"):
-        if each == item or (step_path / each).is_dir():
-            with _reading(step_path):
-                tree = load_item(step_path / each)
-            _verify(step_path, each, tree)
-            arrays |= named_leaves(tree)
+    for name in items:
+        with damage_reported(step_path):
+            tree = load_item(step_path / name)
+        verify_digests(step_path, name, tree)
+        arrays |= named_leaves(tree)
     return arrays, item
 
 
 def load_item(path: Path) -> Any:
-    """Arrays of one item of a step on the host, wherever they lay when saved."""
+    """Return the arrays of one item on the host, regardless of their saved sharding."""
     with ocp.PyTreeCheckpointer() as checkpointer:
         shapes = checkpointer.metadata(path).item_metadata.tree
         restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(np.ndarray), shapes)
@@ -79,39 +85,42 @@ def load_item(path: Path) -> Any:
         return checkpointer.restore(path, args=args)
 
 
-def _verify(step_path: Path, item: str, tree: Any) -> None:
-    """CheckpointError if an array is not what was saved."""
+def verify_digests(step_path: Path, item: str, tree: Any) -> None:
+    """Raise CheckpointError if an array of an item does not match its saved digest."""
     if not (step_path / "digests").is_dir():
-        return  # written before there were digests
-    stored = _load_json(step_path, "digests").get(item, {})
-    found = digests({item: tree})[item]
-    wrong = [name for name in found if found[name] != stored.get(name)]
+        return  # saved by a version without digests
+    saved = _load_json(step_path, "digests").get(item, {})
+    restored = digests({item: tree})[item]
+    wrong = [name for name in restored if restored[name] != saved.get(name)]
     if wrong:
         raise CheckpointError(
-            f"{step_path} is damaged: {len(wrong)} of {len(found)} arrays of {item} "
-            f"are not what was saved, {wrong[0]} first"
+            f"{step_path} is damaged: {len(wrong)} of {len(restored)} arrays of {item} "
+            f"do not match their digests, the first is {wrong[0]}"
         )
 
 
 def _load_json(step_path: Path, item: str) -> dict[str, Any]:
-    with _reading(step_path), ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-        return reader.restore(step_path / item)
+    handler = ocp.JsonCheckpointHandler()
+    with damage_reported(step_path), ocp.Checkpointer(handler) as checkpointer:
+        return checkpointer.restore(step_path / item)
 
 
 @contextmanager
-def _reading(step_path: Path) -> Iterator[None]:
+def damage_reported(step_path: Path) -> Iterator[None]:
+    """Context that turns any exception into a CheckpointError for a damaged step."""
     try:
         yield
-    except Exception as error:  # of whatever kind a damaged file provokes
+    except Exception as error:  # because damaged files cause exceptions of many types
         reason = first_line(error)[:200]
         raise CheckpointError(f"{step_path} is damaged: {reason}") from error
 
 
-def _averaged(step_path: Path) -> str:
-    """The item with averaged parameters; the plain ones where no average was kept."""
+def params_item(step_path: Path) -> str:
+    """Return "ema" if a step contains averaged parameters, else "params"."""
     return "ema" if (step_path / "ema").is_dir() else "params"
 
 
-def _metadata(step_path: Path, item: str) -> Any:
+def item_shapes(step_path: Path, item: str) -> Any:
+    """Return shapes and dtypes of the arrays of an item, as a pytree."""
     with ocp.StandardCheckpointer() as checkpointer:
         return checkpointer.metadata(step_path / item).item_metadata.tree

@@ -1,1 +1,1 @@
-"""Images in: sources, order, batches. The only room that may import tensorflow."""
+"""Input pipeline on the host: sources, sample order, transforms and batches."""

@@ -1,4 +1,4 @@
-"""Crops of an image and how they are resized, on the host."""
+"""Crops of an image and their resizing on the host."""
 
 import math
 from collections.abc import Sequence
@@ -6,13 +6,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hivit_jax.augment.resample import REACH, axis_weights
+from hivit_jax.augment.resample import FILTER_RADIUS, crop_resize_matrix
 
-Span = tuple[float, float, int]  # start and length of a box, pixels there are
+Span = tuple[float, float, int]  # start and length of a box, pixels of the array
 
 
 class Box(NamedTuple):
-    """A rectangle of an image in pixels; an edge may lie between two of them."""
+    """A rectangle of an image in pixels. Edges may lie at fractions of a pixel."""
 
     top: float
     left: float
@@ -21,8 +21,11 @@ class Box(NamedTuple):
 
 
 class Crop(NamedTuple):
-    """What of an image the model sees: `box`, made of pixels of `bounds` alone, whose
-    edges are whole numbers.
+    """A crop of an image for the model.
+
+    Attributes:
+      box: rectangle to resize.
+      bounds: rectangle that the resize filter may read; its edges are integers.
     """
 
     box: Box
@@ -36,20 +39,24 @@ def random_resized_crop(
     scale: Sequence[float],
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> Crop:
-    """A random part of an image, torchvision's rule: ten tries at an area in `scale`
-    and a log-uniform aspect in `ratio`; the first that fits inside is taken, else the
-    largest centred part whose aspect is allowed. Pixels beside it play no role.
+    """Return a random crop by the rule of torchvision's RandomResizedCrop.
+
+    Each of ten tries draws an area from `scale` and a log-uniform aspect ratio from
+    `ratio`. The first crop that fits inside the image is used, with a corner that is
+    uniform over whole pixels. If none fits, the crop is the largest central one with an
+    allowed aspect ratio. The resize filter does not read pixels outside the crop.
 
     Args:
-      draws: DRAWS numbers in [0, 1).
+      draws: `transforms.DRAWS` numbers in [0, 1).
+      scale: lowest and highest area, relative to the image.
+      ratio: lowest and highest width / height.
     """
     low, high = math.log(ratio[0]), math.log(ratio[1])
-    for size, shape in zip(draws[:10], draws[10:20], strict=True):
-        area = height * width * (scale[0] + (scale[1] - scale[0]) * size)
-        aspect = math.exp(low + (high - low) * shape)
+    for area_draw, aspect_draw in zip(draws[:10], draws[10:20], strict=True):
+        area = height * width * (scale[0] + (scale[1] - scale[0]) * area_draw)
+        aspect = math.exp(low + (high - low) * aspect_draw)
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
-            # A whole pixel from 0 to what is left over, each as likely.
             top = int(draws[20] * (height - h + 1))
             left = int(draws[21] * (width - w + 1))
             break
@@ -62,16 +69,19 @@ def random_resized_crop(
 
 
 def center_crop(height: int, width: int, size: Sequence[int], crop_pct: float) -> Crop:
-    """The middle, as after resizing to ``size / crop_pct`` (the short side, where the
-    model's image is square) and cutting out `size`; timm's and torchvision's rule.
+    """Return the central crop for evaluation by the rule of timm and torchvision.
+
+    The crop equals a resize of the image until it covers ``size / crop_pct``, followed
+    by a central crop of `size`. For a square `size`, that resizes the image's short
+    side to ``size / crop_pct``.
     """
-    wanted = [math.floor(side / crop_pct) for side in size]
-    if wanted[0] * width >= wanted[1] * height:  # the height decides
-        full = (wanted[0], int(wanted[0] * width / height))
+    target = [math.floor(side / crop_pct) for side in size]
+    if target[0] * width >= target[1] * height:  # the height determines the scale
+        resized = (target[0], int(target[0] * width / height))
     else:
-        full = (int(wanted[1] * height / width), wanted[1])
-    scales = height / full[0], width / full[1]
-    corner = [round((f - s) / 2) for f, s in zip(full, size, strict=True)]
+        resized = (int(target[1] * height / width), target[1])
+    scales = height / resized[0], width / resized[1]
+    corner = [round((r - s) / 2) for r, s in zip(resized, size, strict=True)]
     box = Box(
         *(c * k for c, k in zip(corner, scales, strict=True)),
         *(s * k for s, k in zip(size, scales, strict=True)),
@@ -79,7 +89,7 @@ def center_crop(height: int, width: int, size: Sequence[int], crop_pct: float) -
     return Crop(box, Box(0, 0, height, width))
 
 
-def place(
+def paste_crop(
     pixels: np.ndarray,
     crop: Crop,
     out: np.ndarray,
@@ -87,10 +97,11 @@ def place(
     interpolation: str = "bicubic",
     antialias: bool = True,
 ) -> tuple[Span, Span]:
-    """Writes what the model needs of an image into the top left of `out`, beside zeros.
+    """Write a crop into the top left of `out` and set the rest of `out` to 0.
 
-    That is the box and the pixels around it that weigh in, if `out` is larger than
-    `size` and has room for them; else the box resized to `size`, as PIL does it.
+    If `out` is larger than `size`, the crop keeps its resolution, and the pixels that
+    the resize filter needs around the box are included. If `out` has exactly `size`, or
+    has no room for these pixels, the box is resized to `size` on the host.
 
     Args:
       pixels: uint8 [h, w, C].
@@ -98,10 +109,10 @@ def place(
       size: (height, width) of the model's image.
 
     Returns:
-      Where it lies, as `augment.resample` wants it.
+      The position of the box in `out`, in the format of `augment.resample`.
     """
     rows, columns = (
-        _span(crop, axis, size[axis], REACH[interpolation], antialias)
+        _filter_range(crop, axis, size[axis], FILTER_RADIUS[interpolation], antialias)
         for axis in (0, 1)
     )
     part = pixels[slice(*rows), slice(*columns)]
@@ -121,17 +132,17 @@ def place(
     return box
 
 
-def _span(
-    crop: Crop, axis: int, size: int, reach: int, antialias: bool
+def _filter_range(
+    crop: Crop, axis: int, size: int, radius: int, antialias: bool
 ) -> tuple[int, int]:
-    """First row (or column) that weighs in, and the one behind the last."""
+    """Return the half-open range of rows (or columns) that the resize filter reads."""
     start, length = crop.box[axis], crop.box[2 + axis]
     low, extent = crop.bounds[axis], crop.bounds[2 + axis]
     if antialias and length > size:
-        reach = math.ceil(reach * length / size)
+        radius = math.ceil(radius * length / size)
     return (
-        max(low, math.floor(start) - reach),
-        min(low + extent, math.ceil(start + length) + reach),
+        max(low, math.floor(start) - radius),
+        min(low + extent, math.ceil(start + length) + radius),
     )
 
 
@@ -142,28 +153,30 @@ def resize(
     interpolation: str,
     antialias: bool,
 ) -> np.ndarray:
-    """A box of an image [h, w, C] -> uint8 [*size, C]: `augment.resample` on the host,
-    through PIL, which knows no plain (not antialiased) resize.
+    """Resize a box of an image [h, w, C] to uint8 [*size, C] on the host.
+
+    This is the counterpart of `augment.resample`. PIL does the antialiased resize.
+    NumPy does the resize without antialiasing, because PIL does not support it.
     """
     from PIL import Image
 
     if antialias:
         (top, height, _), (left, width, _) = box
         edges = (left, top, left + width, top + height)
-        grey = pixels.shape[-1] == 1
-        image = Image.fromarray(pixels[..., 0] if grey else pixels)
+        is_gray = pixels.shape[-1] == 1
+        image = Image.fromarray(pixels[..., 0] if is_gray else pixels)
         image = image.resize(
             tuple(size)[::-1], Image.Resampling[interpolation.upper()], edges
         )
         return np.asarray(image).reshape(*size, -1)
     for axis in (1, 0):
-        weights = axis_weights(
+        matrix = crop_resize_matrix(
             np.array(box[axis]),
             size[axis],
             pixels.shape[axis],
             interpolation,
             antialias,
         )
-        pixels = np.moveaxis(np.tensordot(weights, pixels, (1, axis)), 0, axis)
+        pixels = np.moveaxis(np.tensordot(matrix, pixels, (1, axis)), 0, axis)
         pixels = np.rint(pixels).clip(0, 255)
     return pixels.astype(np.uint8)

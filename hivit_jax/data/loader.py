@@ -1,4 +1,4 @@
-"""The loader: threads that fill batches with the examples of a source, as planned."""
+"""Loader: threads that read the planned examples of a source into batches."""
 
 import math
 import mmap
@@ -13,49 +13,49 @@ import jax
 import numpy as np
 
 from hivit_jax.data import transforms
-from hivit_jax.data.order import Share
+from hivit_jax.data.order import PlannedBatch
 from hivit_jax.data.shapes import batch_shapes
 from hivit_jax.data.sources.base import Source
 from hivit_jax.errors import DataError, LocalDataError
 
 Batch = dict[str, np.ndarray]
-IMAGES_PER_JOB = 8  # examples that a thread takes at a time
-PREFETCH_BATCHES = 2  # batches in work beside the one that is waited for
-REUSED = 2**20  # bytes from which an array's memory is used again
+IMAGES_PER_JOB = 8  # examples that a thread reads in one job
+PREFETCH_BATCHES = 2  # batches that threads fill beyond the next one
+MIN_POOLED_BYTES = 2**20  # size from which the memory of an array is reused
 
 
-class Memory:
-    """Memory for arrays, used again when the last view of an array is gone.
+class BufferPool:
+    """Allocator that reuses the memory of an array after its last view is gone.
 
-    For the system, clearing fresh pages takes up to as long as decoding what is to
-    stand in them.
+    Without reuse, the kernel zeroes fresh pages for every batch, which can take as long
+    as decoding the images.
     """
 
     def __init__(self):
         self._free: dict[int, list[mmap.mmap]] = defaultdict(list)
 
     def array(self, shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
-        """Array with undefined content."""
+        """Return an array with undefined content."""
         size = math.prod(shape) * dtype.itemsize
-        if size < REUSED:
+        if size < MIN_POOLED_BYTES:
             return np.empty(shape, dtype)
         free = self._free[size]
         memory = free.pop() if free else mmap.mmap(-1, size)
-        # Every view of this array, and of its views, keeps this very object alive.
+        # The finalizer is on this array, because all views of it keep it alive.
         array = np.frombuffer(memory, np.uint8)
         weakref.finalize(array, free.append, memory)
         return array.view(dtype).reshape(shape)
 
 
 class Loader:
-    """Fills batches with the examples of a source. Its methods may run in many threads.
+    """Fills batches with the examples of a source. Its methods are thread-safe.
 
     Args:
-      source: of one split.
-      transform: of its examples.
-      seed: of the transform's draws.
-      share: examples of a batch that this process reads.
-      threads: that read; 0: one for each core.
+      source: one split of a dataset.
+      transform: transform of its examples.
+      seed: seed of the transform's random numbers.
+      local_batch_size: examples of a batch that this process reads.
+      threads: number of reading threads; 0: one per core.
     """
 
     def __init__(
@@ -63,23 +63,25 @@ class Loader:
         source: Source,
         transform: transforms.Transform,
         seed: int,
-        share: int,
+        local_batch_size: int,
         threads: int = 0,
     ):
-        self.threads = threads or cores()
+        self.threads = threads or available_cores()
         self._source, self._transform = source, transform
-        self._seed, self._share = seed, share
+        self._seed, self._local_batch_size = seed, local_batch_size
         self._shapes = batch_shapes(transform)
-        self._memory = Memory()
+        self._buffers = BufferPool()
 
-    def batches(self, plan: Iterable[Share]) -> Iterator[Batch]:
-        """Batches of a plan. Threads read, because decoding and copying release the
-        interpreter's lock.
+    def batches(self, plan: Iterable[PlannedBatch]) -> Iterator[Batch]:
+        """Yield the batches of a plan, filled by threads ahead of their use.
+
+        Threads are sufficient, because decoding and copying release Python's global
+        interpreter lock.
         """
         pool = ThreadPoolExecutor(self.threads, "read")
         queue: deque[tuple[Batch, list[Future]]] = deque()
 
-        def finished():
+        def wait_for_first():
             batch, jobs = queue.popleft()
             for job in jobs:
                 job.result()
@@ -89,26 +91,29 @@ class Loader:
             for bucket, indices, epochs in plan:
                 for index in indices.tolist():
                     self._source.ask(index)
-                batch, jobs = self.blank(bucket, len(indices)), []
+                batch, jobs = self.empty_batch(bucket, len(indices)), []
                 for first in range(0, len(indices), IMAGES_PER_JOB):
                     part = slice(first, first + IMAGES_PER_JOB)
                     job = batch, bucket, first, indices[part], epochs[part]
                     jobs.append(pool.submit(self.fill, *job))
                 queue.append((batch, jobs))
                 if len(queue) > PREFETCH_BATCHES:
-                    yield finished()
+                    yield wait_for_first()
             while queue:
-                yield finished()
+                yield wait_for_first()
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def blank(self, bucket: int, count: int) -> Batch:
-        """A batch of weight 0, whose first `count` examples are to be filled."""
+    def empty_batch(self, bucket: int, count: int) -> Batch:
+        """Return a batch with room for `count` examples, followed by padding.
+
+        The arrays of the first `count` examples are undefined until `fill` writes them.
+        """
         batch = {}
-        for name, one in self._shapes[bucket].items():
-            array = self._memory.array((self._share, *one.shape[1:]), one.dtype)
-            array[count:] = 0
-            batch[name] = array
+        for name, shape in self._shapes[bucket].items():
+            local_shape = self._local_batch_size, *shape.shape[1:]
+            batch[name] = self._buffers.array(local_shape, shape.dtype)
+            batch[name][count:] = 0
         batch["index"][count:] = -1
         return batch
 
@@ -120,90 +125,98 @@ class Loader:
         indices: np.ndarray,
         epochs: np.ndarray,
     ) -> None:
-        """Read examples, int64 [k], of epochs [k] into places first .. first+k-1."""
+        """Read k examples into positions first .. first+k-1 of a batch.
+
+        Args:
+          indices: example indices, int64 [k].
+          epochs: epoch of each example, int64 [k].
+        """
         names = self._transform.shapes[bucket]
         examples = zip(indices.tolist(), epochs.tolist(), strict=True)
-        for place, (index, epoch) in enumerate(examples, first):
-            out = {name: batch[name][place, ...] for name in names}
+        for position, (index, epoch) in enumerate(examples, first):
+            out = {name: batch[name][position, ...] for name in names}
             readable = self._fill_one(out, index, epoch)
-            batch["index"][place] = index
-            batch["weight"][place] = readable
-            batch["unreadable"][place] = not readable
+            batch["index"][position] = index
+            batch["weight"][position] = readable
+            batch["unreadable"][position] = not readable
 
     def _fill_one(self, out: Batch, index: int, epoch: int) -> bool:
+        """Read one example; return False if it is unreadable."""
         try:
             sample = self._source.sample(index)
             draws = transforms.uniforms(self._seed, epoch, index, self._transform.draws)
             self._transform(sample, draws, out)
         except DataError as error:
-            raise LocalDataError(f"{self._source.name(index)} {error}") from error
-        except Exception as error:  # of whatever kind a broken file provokes
+            raise LocalDataError(f"{self._source.name(index)}: {error}") from error
+        except Exception as error:  # damaged files cause exceptions of many types
             for array in out.values():
                 array[...] = 0
-            _report(self._source.name(index), error)
+            _log_unreadable(self._source.name(index), error)
             return False
         return True
 
 
-def made_up_batches(
+def synthetic_batches(
     transform: transforms.Transform,
-    plan: Iterable[Share],
+    plan: Iterable[PlannedBatch],
     seed: int,
-    share: int,
-    classes: int,
+    local_batch_size: int,
+    num_classes: int,
 ) -> Iterator[Batch]:
-    """Batches of noise, for benchmarks: costs a copy, reads nothing.
+    """Yield batches of noise for benchmarks; a batch costs one copy and no reads.
+
+    uint8 arrays contain noise. All other arrays of the transform contain ``index %
+    num_classes``.
 
     Args:
-      share: examples of a batch that this process takes.
-      classes: integers are below this number.
+      local_batch_size: examples of a batch on this process.
     """
     rng = np.random.default_rng(seed)
-    pools = [
+    noise = [
         {
-            name: rng.integers(0, 256, (64, *one.shape[1:]), np.uint8)
-            for name, one in shapes.items()
-            if one.dtype == np.uint8
+            name: rng.integers(0, 256, (64, *shape.shape[1:]), np.uint8)
+            for name, shape in shapes.items()
+            if shape.dtype == np.uint8
         }
         for shapes in batch_shapes(transform)
     ]
     for bucket, indices, _ in plan:
-        real = np.arange(share) < len(indices)
-        indices = np.pad(indices, (0, share - len(indices)))
+        is_real = np.arange(local_batch_size) < len(indices)
+        indices = np.pad(indices, (0, local_batch_size - len(indices)))
         batch = {}
-        for name, one in transform.shapes[bucket].items():
-            if name in pools[bucket]:
-                batch[name] = pools[bucket][name][indices % 64]
+        for name, shape in transform.shapes[bucket].items():
+            if name in noise[bucket]:
+                batch[name] = noise[bucket][name][indices % 64]
             else:
-                values = (indices % classes).reshape(-1, *[1] * len(one.shape))
-                shape = share, *one.shape
-                batch[name] = np.broadcast_to(values, shape).astype(one.dtype)
+                values = (indices % num_classes).reshape(-1, *[1] * len(shape.shape))
+                values = np.broadcast_to(values, (local_batch_size, *shape.shape))
+                batch[name] = values.astype(shape.dtype)
         yield batch | {
-            "index": np.where(real, indices, -1).astype(np.int32),
-            "weight": real.astype(np.float32),
-            "unreadable": np.zeros(share, np.float32),
+            "index": np.where(is_real, indices, -1).astype(np.int32),
+            "weight": is_real.astype(np.float32),
+            "unreadable": np.zeros(local_batch_size, np.float32),
         }
 
 
-def local_places(batch_size: int) -> np.ndarray:
-    """Places of the global batch that this process fills, int64 [b]."""
-    share = batch_size // jax.process_count()
-    return np.arange(share) + jax.process_index() * share
+def local_positions(batch_size: int) -> np.ndarray:
+    """Return the positions of the global batch that this process fills, int64 [b]."""
+    local_batch_size = batch_size // jax.process_count()
+    return np.arange(local_batch_size) + jax.process_index() * local_batch_size
 
 
-_named: set[str] = set()
+_logged: set[str] = set()
 
 
-def _report(name: str, error: Exception) -> None:
-    """Name an unreadable example, once in the life of a process."""
-    if name not in _named:
-        _named.add(name)
+def _log_unreadable(name: str, error: Exception) -> None:
+    """Log an unreadable example to stderr, once per process."""
+    if name not in _logged:
+        _logged.add(name)
         reason = f"{type(error).__name__}: {error}"
-        print(f"cannot read {name}: {reason}; left out", file=sys.stderr, flush=True)
+        print(f"cannot read {name}: {reason}; skipped", file=sys.stderr, flush=True)
 
 
-def cores() -> int:
-    """Cores that this process may use."""
+def available_cores() -> int:
+    """Return the number of CPU cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

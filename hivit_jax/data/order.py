@@ -1,8 +1,8 @@
-"""Plans: which examples stand in each batch of a run.
+"""Sample order: the examples of every batch of a run.
 
-A plan is a function of (seed, epoch) and, with several buckets, of the sizes of the
-files. So a run can start at any step, on any number of hosts, and read what it would
-have read; only the step is saved.
+A plan is a function of (seed, epoch) and, with several buckets, of the image sizes. A
+run can therefore resume at any step and on any number of hosts with the same samples.
+Its state needs to contain only the step.
 """
 
 import math
@@ -14,11 +14,10 @@ from typing import NamedTuple
 import numpy as np
 
 
-class Share(NamedTuple):
-    """One process's part of a batch of one bucket.
+class PlannedBatch(NamedTuple):
+    """Examples that one process reads for a batch; indices and epochs are int64 [k].
 
-    indices, epochs: int64 [k]; k is smaller than the share where the batch is filled
-    up with examples of weight 0.
+    The loader pads the process's part of the batch with examples of weight 0.
     """
 
     bucket: int
@@ -28,9 +27,9 @@ class Share(NamedTuple):
 
 @lru_cache(maxsize=2)
 def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
-    """Order of the n examples in an epoch, int64 [n].
+    """Return the order of the n examples in an epoch, int64 [n].
 
-    RandomState's streams are frozen, so the order outlives numpy versions.
+    Uses RandomState, because its streams are the same in every version of NumPy.
     """
     bits = np.random.MT19937(np.random.SeedSequence([seed, epoch]))
     return np.random.RandomState(bits).permutation(n)
@@ -39,40 +38,49 @@ def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
 def samples_at(
     positions: np.ndarray, n: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Positions of a run, int [b] -> (example index [b], epoch [b])."""
-    epochs, places = np.divmod(positions, n)
-    indices = np.empty_like(places)
+    """Return example indices [b] and epochs [b] at positions of the sample stream.
+
+    Args:
+      positions: int [b]; position p is in epoch ``p // n``.
+      n: number of examples in an epoch.
+    """
+    epochs, offsets = np.divmod(positions, n)
+    indices = np.empty_like(offsets)
     for epoch in np.unique(epochs):
-        here = epochs == epoch
-        indices[here] = permutation(seed, int(epoch), n)[places[here]]
+        selected = epochs == epoch
+        indices[selected] = permutation(seed, int(epoch), n)[offsets[selected]]
     return indices, epochs
 
 
 def train_plan(
-    n: int, seed: int, batch_size: int, places: np.ndarray, first: int, last: int
-) -> Iterator[Share]:
-    """Batches of the steps first .. last-1, in one bucket.
+    n: int, seed: int, batch_size: int, positions: np.ndarray, first: int, last: int
+) -> Iterator[PlannedBatch]:
+    """Yield the batches of steps first .. last-1 of a dataset with one bucket.
 
-    Position ``p = step * batch_size + place`` holds example
-    ``permutation(seed, epoch)[p % n]`` with ``epoch = p // n``.
+    Position ``p = step * batch_size + position_in_batch`` of the sample stream holds
+    example ``permutation(seed, epoch)[p % n]`` with ``epoch = p // n``.
 
     Args:
-      places: places of the batch that this process fills, int [b].
+      n: number of training examples.
+      batch_size: size of the global batch.
+      positions: positions of the global batch that this process fills, int [b].
     """
     for step in range(first, last):
-        yield Share(0, *samples_at(step * batch_size + places, n, seed))
+        yield PlannedBatch(0, *samples_at(step * batch_size + positions, n, seed))
 
 
 def bucketed_plan(
     buckets: np.ndarray,
     seed: int,
     batch_size: int,
-    places: np.ndarray,
+    positions: np.ndarray,
     first: int,
     last: int,
-) -> Iterator[Share]:
-    """As `train_plan`, for several buckets: an epoch's permutation is split by bucket,
-    and the last batch of each bucket is filled up.
+) -> Iterator[PlannedBatch]:
+    """Yield the batches of steps first .. last-1 of a dataset with several buckets.
+
+    Each epoch's permutation is split by bucket. The last batch of each bucket is
+    padded. The other arguments are those of `train_plan`.
 
     Args:
       buckets: bucket of every example, int [n].
@@ -80,24 +88,24 @@ def bucketed_plan(
     per_epoch = bucketed_steps(buckets, batch_size)
     for epoch in range(first // per_epoch, math.ceil(last / per_epoch)):
         start = epoch * per_epoch
-        batches = split_by_bucket(
-            permutation(seed, epoch, len(buckets)), buckets, batch_size
-        )
+        order = permutation(seed, epoch, len(buckets))
+        batches = split_by_bucket(order, buckets, batch_size)
         for bucket, indices in batches[max(first - start, 0) : last - start]:
-            mine = indices[places[places < len(indices)]]
-            yield Share(bucket, mine, np.full_like(mine, epoch))
+            local = indices[positions[positions < len(indices)]]
+            yield PlannedBatch(bucket, local, np.full_like(local, epoch))
 
 
 def bucketed_steps(buckets: np.ndarray, batch_size: int) -> int:
-    """Steps of an epoch in which the last batch of each bucket is filled up."""
+    """Return the steps per epoch, with the last batch of each bucket padded."""
     return int(np.ceil(np.bincount(buckets) / batch_size).sum())
 
 
 def split_by_bucket(
     order: np.ndarray, buckets: np.ndarray, batch_size: int
 ) -> list[tuple[int, np.ndarray]]:
-    """Batches (bucket, example indices) of examples in an order, int64 [n]. A batch
-    comes where its first example stands in the order.
+    """Split examples in a given order, int64 [n], into (bucket, example indices).
+
+    Batches are sorted by the position of their first example in `order`.
     """
     batches = []
     for bucket in np.unique(buckets):
@@ -109,34 +117,34 @@ def split_by_bucket(
 
 
 def eval_plan(
-    buckets: np.ndarray, batch_size: int, places: np.ndarray
-) -> Iterator[Share]:
-    """Every example once, in the order of the split; the last batch of each bucket is
-    filled up. Arguments as in `bucketed_plan`.
+    buckets: np.ndarray, batch_size: int, positions: np.ndarray
+) -> Iterator[PlannedBatch]:
+    """Yield batches that contain every example of a split once, in order per bucket.
+
+    The last batch of each bucket is padded. Arguments are those of `bucketed_plan`.
     """
-    for bucket, indices in split_by_bucket(
-        np.arange(len(buckets)), buckets, batch_size
-    ):
-        mine = indices[places[places < len(indices)]]
-        yield Share(bucket, mine, np.zeros_like(mine))
+    order = np.arange(len(buckets))
+    for bucket, indices in split_by_bucket(order, buckets, batch_size):
+        local = indices[positions[positions < len(indices)]]
+        yield PlannedBatch(bucket, local, np.zeros_like(local))
 
 
-def buckets_of(
+def assign_buckets(
     n: int, size: Callable[[int], tuple[int, int]], bucket: Callable, threads: int
 ) -> np.ndarray:
-    """Bucket of every example, int [n]; 0 where the size cannot be read.
+    """Return the bucket of every example, int64 [n]; 0 for an unreadable size.
 
     Args:
-      size: example index -> (height, width).
-      bucket: (height, width) -> bucket.
+      size: function from example index to (height, width).
+      bucket: function from (height, width) to bucket.
     """
 
-    def one(index):
+    def bucket_of(index):
         try:
-            shape = size(index)
-        except Exception:  # any error of a damaged file, which decoding reports
+            image_size = size(index)
+        except Exception:  # any error of a damaged file; decoding reports it later
             return 0
-        return bucket(shape)
+        return bucket(image_size)
 
     with ThreadPoolExecutor(threads) as pool:
-        return np.fromiter(pool.map(one, range(n)), np.int64, n)
+        return np.fromiter(pool.map(bucket_of, range(n)), np.int64, n)

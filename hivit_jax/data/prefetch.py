@@ -1,4 +1,4 @@
-"""Batches on the host -> arrays on the devices, ahead of their use."""
+"""Prefetching of batches from the host to the devices."""
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
@@ -10,10 +10,14 @@ from jax.sharding import Mesh, NamedSharding
 from hivit_jax.distributed.sharding import BATCH
 
 
-def to_devices(
+def prefetch_to_device(
     batches: Iterable[Mapping[str, np.ndarray]], mesh: Mesh, ahead: int = 2
 ) -> Iterator[dict[str, jax.Array]]:
-    """This process's shares of the batches -> global arrays, `ahead` of their use."""
+    """Yield global arrays, sharded over the mesh, from each process's part of a batch.
+
+    Args:
+      ahead: number of batches to transfer before the first one is used.
+    """
     sharding, queue = NamedSharding(mesh, BATCH), deque()
     for batch in batches:
         queue.append(

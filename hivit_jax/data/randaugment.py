@@ -1,7 +1,8 @@
-"""RandAugment with the policy `rand-m9-mstd0.5-inc1`, as timm reads that name.
+"""RandAugment with timm's policy `rand-m9-mstd0.5-inc1`.
 
-An image meets two of fifteen operations, each half of the time, at magnitudes around 9
-of 10. It is a function of the numbers drawn, and may run in many threads.
+Two of fifteen operations are drawn for each image. Each is applied with probability
+0.5, at a magnitude around 9 of 10. The result is a function of the image and the given
+random numbers. All functions are thread-safe.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,39 +11,42 @@ from statistics import NormalDist
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
-DRAWS = 8  # of an image; for each of two operations: which, whether, magnitude, sign
-FILL = (124, 116, 104)  # beside the image: ImageNet's mean colour
+# Random numbers per image. Each of two operations uses four: for its choice, whether it
+# is applied, its magnitude and its sign.
+DRAWS = 8
+FILL = (124, 116, 104)  # color outside the image: the mean of ImageNet
 
-# On a level: magnitude / 10 with a sign, which the tables of values below do without.
+# (image, level) -> image. The level is magnitude / 10 with a sign, which _posterize,
+# _solarize and _solarize_add ignore.
 Operation = Callable[[Image.Image, float], Image.Image]
 
 
 def _posterize(image: Image.Image, level: float) -> Image.Image:
-    """Keeps the four highest bits of a value, or fewer, down to none: black."""
-    # Not ImageOps.posterize, which from Pillow 13 on refuses to keep none.
-    lost = 4 + int(4 * abs(level))
-    return image.point([value >> lost << lost for value in range(256)] * 3)
+    """Keep the 4 to 0 highest bits of each value; 0 bits give a black image."""
+    # ImageOps.posterize is not used, because Pillow >= 13 rejects 0 bits.
+    cleared = 4 + int(4 * abs(level))
+    return image.point([value >> cleared << cleared for value in range(256)] * 3)
 
 
 def _solarize(image: Image.Image, level: float) -> Image.Image:
-    """Inverts the values from a threshold on, which falls from 256 to 0."""
+    """Invert values at or above a threshold, which falls from 256 to 0."""
     return ImageOps.solarize(image, 256 - int(256 * abs(level)))
 
 
 def _solarize_add(image: Image.Image, level: float) -> Image.Image:
-    """Adds up to 110 to the values below 128."""
+    """Add up to 110 to values below 128."""
     added = int(110 * abs(level))
     values = [value + added if value < 128 else value for value in range(256)]
     return image.point(values * 3)
 
 
-def _enhance(kind: type) -> Operation:
-    """0.1 to 1.9 times of what `kind` measures."""
-    return lambda image, level: kind(image).enhance(1 + 0.9 * level)
+def _enhance(enhancer: type) -> Operation:
+    """Return the operation that applies a PIL enhancer with a factor of 0.1 to 1.9."""
+    return lambda image, level: enhancer(image).enhance(1 + 0.9 * level)
 
 
 def _rotate(image: Image.Image, level: float) -> Image.Image:
-    """Up to 30 degrees, counterclockwise where positive."""
+    """Rotate by up to 30 degrees; positive levels rotate counterclockwise."""
     return image.rotate(30 * level, Image.Resampling.BICUBIC, fillcolor=FILL)
 
 
@@ -51,7 +55,11 @@ def _affine(
     x: Sequence[float] = (1, 0, 0),
     y: Sequence[float] = (0, 1, 0),
 ) -> Image.Image:
-    """What lies at (`x`, `y`), each given as its weights of x, of y and of 1."""
+    """Apply an affine map from output to input coordinates.
+
+    Args:
+      x, y: factors of an output pixel's x, y and 1 in its input coordinate.
+    """
     return image.transform(
         image.size,
         Image.Transform.AFFINE,
@@ -85,11 +93,11 @@ OPERATIONS: dict[str, Operation] = {
 
 
 def apply(name: str, image: Image.Image, magnitude: float, sign: int) -> Image.Image:
-    """RGB image -> RGB image of the same size, by one operation; timm auto_augment.py.
+    """Apply one of `OPERATIONS` to an RGB image, as in timm's auto_augment.py.
 
     Args:
       magnitude: 0 to 10.
-      sign: 1 or -1, the direction of an operation that has two.
+      sign: 1 or -1, the direction of operations that have two.
     """
     return OPERATIONS[name](image, sign * magnitude / 10)
 
@@ -101,20 +109,20 @@ def choose(
     num_ops: int = 2,
     probability: float = 0.5,
 ) -> list[tuple[str, float, int]]:
-    """Numbers in [0, 1) -> names, magnitudes and signs of the operations to apply.
+    """Return names, magnitudes and signs of the operations to apply to an image.
 
-    Drawn with replacement, each by itself left out or not; timm auto_augment.py. Takes
-    four numbers for each of `num_ops`.
+    Operations are drawn with replacement and applied independently of each other, as in
+    timm's auto_augment.py. The arguments are those of `randaugment`.
     """
     names, chosen = list(OPERATIONS), []
     for k in range(0, 4 * num_ops, 4):
-        which, whether, normal, side = draws[k : k + 4]
-        if whether < probability:
-            # A draw can be 0, where a normal number would be minus infinity.
-            noise = std * NormalDist().inv_cdf(max(normal, 2.0**-54))
-            drawn = min(max(magnitude + noise, 0.0), 10.0)
-            sign = -1 if side < 0.5 else 1
-            chosen.append((names[int(which * len(names))], drawn, sign))
+        name_draw, apply_draw, magnitude_draw, sign_draw = draws[k : k + 4]
+        if apply_draw < probability:
+            # Draws are bounded away from 0, because the quantile of 0 is -infinity.
+            noise = std * NormalDist().inv_cdf(max(magnitude_draw, 2.0**-54))
+            name = names[int(name_draw * len(names))]
+            sign = -1 if sign_draw < 0.5 else 1
+            chosen.append((name, min(max(magnitude + noise, 0.0), 10.0), sign))
     return chosen
 
 
@@ -126,20 +134,23 @@ def randaugment(
     num_ops: int = 2,
     probability: float = 0.5,
 ) -> np.ndarray:
-    """uint8 [h, w, 3] -> uint8 [h, w, 3]: timm auto_augment.py, as the official
-    main_finetune.py has it; `pixels` itself where nothing is to be applied.
+    """Apply RandAugment as in timm's auto_augment.py and official main_finetune.py.
 
     Args:
-      draws: DRAWS numbers in [0, 1), four for each of `num_ops`.
-      magnitude: mean of the operations' magnitudes, before they are cut to 0 .. 10.
-      std: their standard deviation.
-      num_ops: how many operations an image meets.
-      probability: of applying one that it meets.
+      pixels: uint8 [h, w, 3].
+      draws: numbers in [0, 1), four for each of `num_ops` operations.
+      magnitude: mean magnitude of an operation, before clipping to 0 .. 10.
+      std: standard deviation of the magnitude.
+      num_ops: number of operations drawn for an image.
+      probability: probability of applying a drawn operation.
+
+    Returns:
+      uint8 [h, w, 3]; `pixels` itself if no operation is applied.
     """
     chosen = choose(draws, magnitude, std, num_ops, probability)
     if not chosen:
         return pixels
     image = Image.fromarray(pixels)
-    for operation, at, sign in chosen:
-        image = apply(operation, image, at, sign)
+    for name, drawn_magnitude, sign in chosen:
+        image = apply(name, image, drawn_magnitude, sign)
     return np.asarray(image)

@@ -1,8 +1,8 @@
 """Transforms: encoded examples -> arrays of a batch, on the host.
 
-What is cut out here is resized on the device (`augment.resample`) where it fits the
-canvas, else here; flip and normalisation come later, on the device. Every draw is a
-function of (seed, epoch, image).
+The host decodes and crops an image. The device resizes the crop (`augment.resample`) if
+it fits into the canvas; otherwise the host resizes it. Flips and normalization also run
+on the device. All random numbers are a function of (seed, epoch, example).
 """
 
 import io
@@ -12,25 +12,28 @@ from typing import Any
 import jax
 import numpy as np
 
-from hivit_jax.data.crops import center_crop, place, random_resized_crop
+from hivit_jax.data.crops import center_crop, paste_crop, random_resized_crop
 from hivit_jax.errors import DataError
 
-# PIL and simplejpeg are imported late, so that a train step can be built without them.
+# PIL and simplejpeg are imported inside functions, so that a train step can be built
+# without them.
 
-DRAWS = 22  # of a random crop: ten areas, ten aspects, top, left
-MODES = {1: "L", 3: "RGB"}  # PIL's, by number of channels
+DRAWS = 22  # random numbers of a random crop: ten areas, ten aspect ratios, top, left
+PIL_MODES = {1: "L", 3: "RGB"}  # by number of channels
 
 
 class Transform:
-    """Encoded parts of an example -> its arrays in a batch. Built by a task from plain
-    values; called by many threads at once.
+    """Converts the encoded parts of an example to its arrays in a batch.
+
+    A task builds it from plain values. Several threads call it at once.
 
     Attributes:
-      batch_size: examples of the batch of all processes.
-      draws: random numbers of an example.
-      shapes: arrays of one example by name, without the batch axis; one dict a bucket.
-        This is the description of a batch: loader, made-up batches, train step and
-        compilation ahead of time all read it. The loader adds `shapes.ADDED`.
+      batch_size: size of the global batch.
+      draws: number of random numbers per example.
+      shapes: shapes and dtypes of the arrays of one example by name, without the batch
+        axis; one dict per bucket. The loader, synthetic batches, the train step and
+        ahead-of-time compilation all use this description. The loader adds
+        `shapes.LOADER_ARRAYS`.
     """
 
     batch_size: int
@@ -38,7 +41,7 @@ class Transform:
     shapes: tuple[dict[str, jax.ShapeDtypeStruct], ...]
 
     def bucket(self, size: tuple[int, int]) -> int:
-        """Return the bucket of an image, from (height, width) of its file."""
+        """Return the bucket of an image from the (height, width) of its file."""
         return 0
 
     def __call__(
@@ -47,32 +50,36 @@ class Transform:
         draws: Sequence[float],
         out: Mapping[str, np.ndarray],
     ) -> None:
-        """Fill the arrays of one example.
+        """Write the arrays of one example.
 
         Args:
           sample: encoded parts by name, from `Source.sample`.
-          draws: `draws` numbers in [0, 1), a function of (seed, epoch, example).
-          out: arrays of the shapes of a bucket, to write into; their content is
-            undefined.
+          draws: `self.draws` numbers in [0, 1), a function of (seed, epoch, example).
+          out: arrays with the shapes of one bucket and undefined content, to be
+            overwritten.
 
         Raises:
-          DataError: ends the run.
-          Exception: of any other kind: the example is unreadable, and its arrays are
-            set to 0.
+          DataError: an error that ends the run.
+          Exception: any other error. The loader then sets the example's arrays to 0 and
+            marks it as unreadable.
         """
         raise NotImplementedError
 
 
 class ImageTransform(Transform):
-    """An image and its label -> "image" uint8 [H, W, C], "label" int32 and, with a
-    canvas, "box" float32 [2, 3] (see `augment.resample`).
+    """Converts an image and its label to arrays.
+
+    The arrays are "image" uint8 [H, W, C], "label" int32 and, with a canvas, "box"
+    float32 [2, 3] (see `augment.resample`).
 
     Args:
       size: (height, width) of the model's image.
-      channels: of an image, 3 or 1.
-      canvas: side of the square that the device resizes from; 0: resize on the host.
-      crop_scale: area of random crops; None: the middle, by `crop_pct`.
-      classes: number of classes that labels are checked against; 0: no check.
+      channels: number of channels, 3 or 1.
+      canvas: side of the square array that the device resizes from; 0: resize on the
+        host.
+      crop_scale: relative area of random crops; None: `center_crop` with `crop_pct`.
+      randaugment: apply RandAugment to the resized image; requires canvas=0.
+      num_classes: number of classes that labels are checked against; 0: no check.
     """
 
     def __init__(
@@ -87,20 +94,20 @@ class ImageTransform(Transform):
         interpolation: str = "bicubic",
         antialias: bool = True,
         randaugment: bool = False,
-        classes: int = 0,
+        num_classes: int = 0,
     ):
         self.batch_size, self._size, self._channels = batch_size, tuple(size), channels
         self._crop_scale, self._crop_pct = crop_scale, crop_pct
         self._interpolation, self._antialias = interpolation, antialias
-        self._randaugment, self._classes, self.draws = None, classes, DRAWS
+        self._randaugment, self._num_classes, self.draws = None, num_classes, DRAWS
         if randaugment:
             from hivit_jax.data import randaugment as policy
 
             self._randaugment = policy.randaugment
             self.draws += policy.DRAWS
-        room = (canvas, canvas) if canvas else self._size
+        stored_size = (canvas, canvas) if canvas else self._size
         shapes = {
-            "image": jax.ShapeDtypeStruct((*room, channels), np.uint8),
+            "image": jax.ShapeDtypeStruct((*stored_size, channels), np.uint8),
             "label": jax.ShapeDtypeStruct((), np.int32),
         }
         if canvas:
@@ -113,12 +120,12 @@ class ImageTransform(Transform):
         draws: Sequence[float],
         out: Mapping[str, np.ndarray],
     ) -> None:
-        """As `Transform.__call__`; DataError for a label of no class."""
+        """See `Transform.__call__`; raises DataError for a label out of range."""
         pixels, label = decode(sample["image"], self._channels), sample.get("label", 0)
-        if self._classes and not 0 <= label < self._classes:
+        if self._num_classes and not 0 <= label < self._num_classes:
             raise DataError(
-                f"has label {label}; expected 0 to {self._classes - 1}, of "
-                f"model.num_classes={self._classes}"
+                f"expected a label from 0 to {self._num_classes - 1}, found {label}; "
+                f"correct the label or model.num_classes={self._num_classes}"
             )
         height, width = pixels.shape[:2]
         if self._crop_scale is None:
@@ -126,7 +133,7 @@ class ImageTransform(Transform):
         else:
             crop = random_resized_crop(height, width, draws, self._crop_scale)
         image = out["image"]
-        box = place(
+        box = paste_crop(
             pixels, crop, image, self._size, self._interpolation, self._antialias
         )
         if self._randaugment:
@@ -137,33 +144,37 @@ class ImageTransform(Transform):
 
 
 def decode(encoded: bytes, channels: int) -> np.ndarray:
-    """Encoded image of any format -> uint8 [h, w, channels], exactly as PIL reads it.
+    """Decode an image of any format to uint8 [h, w, channels], identically to PIL.
 
     Raises:
-      Exception: of many kinds, where PIL cannot read it.
+      Exception: an error of any type if PIL cannot read the image.
     """
     import simplejpeg
     from PIL import Image, UnidentifiedImageError
 
     if channels == 3:
-        try:  # the quick way; the same libjpeg-turbo, and the same pixels
-            height, width, colours, _ = simplejpeg.decode_jpeg_header(encoded)
-            if colours in ("YCbCr", "Gray") and height * width < Image.MAX_IMAGE_PIXELS:
+        # simplejpeg is faster than PIL and decodes to the same pixels, because both use
+        # libjpeg-turbo.
+        try:
+            height, width, color_space, _ = simplejpeg.decode_jpeg_header(encoded)
+            is_small = height * width < Image.MAX_IMAGE_PIXELS
+            if color_space in ("YCbCr", "Gray") and is_small:
                 return simplejpeg.decode_jpeg(encoded)
         except ValueError:
-            pass  # no JPEG, or a damaged one, of which PIL may make something
+            pass  # another format, or a damaged JPEG that PIL may still decode
     try:
         with Image.open(io.BytesIO(encoded)) as image:
-            pixels = np.asarray(image.convert(MODES[channels]))
+            pixels = np.asarray(image.convert(PIL_MODES[channels]))
     except UnidentifiedImageError as error:
-        raise OSError(f"{len(encoded):,} bytes that are no image") from error
+        raise OSError(f"unknown image format ({len(encoded):,} bytes)") from error
     return pixels.reshape(*pixels.shape[:2], channels)
 
 
 def uniforms(seed: int, epoch: int, index: int, count: int = DRAWS) -> list[float]:
-    """Numbers in [0, 1) for one image in one epoch; more of them begin the same.
+    """Return `count` random numbers in [0, 1) for one example in one epoch.
 
-    Philox is a function of key and counter, the same in every version of numpy.
+    A larger `count` appends numbers to the same sequence. Philox is a function of its
+    key and counter, so the numbers are the same in every version of NumPy.
     """
     philox = np.random.Philox(key=seed, counter=[0, 0, index, epoch])
     return [(word >> 11) * 2.0**-53 for word in philox.random_raw(count).tolist()]
@@ -172,13 +183,15 @@ def uniforms(seed: int, epoch: int, index: int, count: int = DRAWS) -> list[floa
 def evaluation_image(
     encoded: bytes, shape: Sequence[int], crop_pct: float = 1.0
 ) -> np.ndarray:
-    """Encoded image -> its middle as the model of a (height, width, channels) sees it,
-    uint8; bicubic, resized on the host.
+    """Decode an image and return its `center_crop`, bicubic, resized on the host.
+
+    Args:
+      shape: (height, width, channels) of the model's image, uint8.
 
     Raises:
-      Exception: of many kinds, where it cannot be read.
+      Exception: an error of any type if PIL cannot read the image.
     """
     pixels, out = decode(encoded, shape[2]), np.zeros(shape, np.uint8)
     crop = center_crop(*pixels.shape[:2], shape[:2], crop_pct)
-    place(pixels, crop, out, shape[:2])
+    paste_crop(pixels, crop, out, shape[:2])
     return out

@@ -1,7 +1,7 @@
-"""Start, consistency checks and end of the processes of a run.
+"""Start, consistency checks and exit of the processes of a run.
 
-JAX watches the processes: each one aborts (SIGABRT, exit code 134) at most
-2 x peer_timeout after another one is lost, also inside a collective.
+JAX monitors the processes. When one is lost, each other process aborts (SIGABRT, exit
+code 134) within 2 x peer_timeout, also inside a collective.
 """
 
 import math
@@ -28,56 +28,59 @@ _exiting = threading.Lock()
 def start(address: str, count: int, index: int, peer_timeout: float) -> None:
     """Connect this process to the others of its run.
 
-    Without an address, TPU metadata or SLURM's variables name the others. Where
-    neither exists, the process runs alone.
+    Without an address, the other processes are inferred from TPU metadata or SLURM
+    variables. Where neither exists, the process runs alone.
 
     Args:
       address: HOST:PORT of process 0, or "".
-      count, index: number of processes and index of this one, ignored without an
-        address.
+      count: number of processes; ignored without an address.
+      index: index of this process; ignored without an address.
       peer_timeout: seconds without a heartbeat after which a process counts as lost.
 
     Raises:
-      ConfigError: incomplete cluster variables, or process 0 does not answer.
+      ConfigError: cluster variables are incomplete, or process 0 does not answer.
     """
     global _exit_timeout
     _exit_timeout = 2 * peer_timeout
-    given = (address, count, index) if address else ()
+    arguments = (address, count, index) if address else ()
     try:
         jax.distributed.initialize(
-            *given,
+            *arguments,
             heartbeat_timeout_seconds=math.ceil(peer_timeout),
             # Longer than `exit_now` waits, because JAX then aborts every process.
             shutdown_timeout_seconds=math.ceil(_exit_timeout) + 30,
         )
     except ValueError as error:
-        if "coordinator_address should be defined" not in str(error):  # found nothing
+        if "coordinator_address should be defined" not in str(
+            error
+        ):  # no cluster was found
             raise ConfigError(
                 f"the processes cannot start together: {error}"
             ) from error
     except RuntimeError as error:
         raise ConfigError(
-            f"process {index} of {count} does not reach {address}: {error}"
+            f"process {index} of {count} cannot reach process 0 at {address}: {error}"
         ) from error
 
 
 def joined() -> bool:
-    """Return True from `start` to the end of a process that has joined others."""
+    """Return True if this process has joined others, also while `exit_now` runs."""
     return jax.distributed.is_initialized() or _exiting.locked()
 
 
 def exit_now(code: int, message: str = "", peer_lost: bool = False) -> NoReturn:
     """End this process without exit handlers, together with the others of its run.
 
-    Each process waits until all call this function. Therefore each returns its own
-    code, although the others abort when process 0 ends. A process that fails alone
-    waits 2 x peer_timeout and returns its code; then JAX aborts the others.
+    The other processes abort when process 0 ends. Each process therefore waits until
+    all have called this function, so that each exits with its own code. A process that
+    fails alone waits 2 x peer_timeout and exits with its code; then JAX aborts the
+    others.
 
     Args:
       code: exit code.
-      message: printed to stderr unless JAX aborts this process, too.
-      peer_lost: an error that a lost process may have caused: wait for JAX's abort,
-        and do not meet the others, because the lost one may have been on its way out.
+      message: printed to stderr unless JAX also aborts this process.
+      peer_lost: a lost process may have caused the error. Wait for JAX's abort instead
+        of the other processes, because the lost process may already be exiting.
     """
     _exiting.acquire()  # never released: the first of two threads sets the exit code
     sys.stdout.flush()
@@ -93,54 +96,56 @@ def exit_now(code: int, message: str = "", peer_lost: bool = False) -> NoReturn:
 
 
 def _shutdown() -> None:
-    with suppress(Exception):  # for example not connected
+    with suppress(Exception):  # for example, the process is not connected
         jax.distributed.shutdown()
 
 
-def check_same_on_all_processes(facts: Mapping[str, Any]) -> None:
-    """Check that all processes are about to do the same.
+def check_same_on_all_processes(values: Mapping[str, Any]) -> None:
+    """Check that named values, such as the config, are the same on all processes.
 
     Args:
-      facts: by name, values with the same text on every process, such as a config.
+      values: values by name; they are compared as text.
 
     Raises:
-      ConfigError: on every process, with the indices that differ from process 0.
+      ConfigError: a value differs. Raised on every process, with the indices of the
+        processes that differ from process 0.
     """
     if jax.process_count() == 1:
         return
-    digests = np.array([zlib.crc32(str(v).encode()) for v in facts.values()], np.uint32)
-    every = multihost_utils.process_allgather(digests)  # [processes, facts]
-    for name, column in zip(facts, every.T, strict=True):
+    digests = [zlib.crc32(str(value).encode()) for value in values.values()]
+    digests = np.array(digests, np.uint32)
+    gathered = multihost_utils.process_allgather(digests)  # [processes, values]
+    for name, column in zip(values, gathered.T, strict=True):
         others = [str(index) for index in np.flatnonzero(column != column[0])]
         if others:
             raise ConfigError(
-                f"processes do not agree on the {name}: {', '.join(others)} of "
-                f"{len(column)} differ from process 0.\nHere, on process "
-                f"{jax.process_index()}, it is {str(facts[name])[:200]}"
+                f"processes differ in the {name}: expected the value of process 0, "
+                f"found another on process {', '.join(others)} of {len(column)}.\n"
+                f"Process {jax.process_index()} has {str(values[name])[:200]}"
             )
 
 
 def all_processes(ok: bool) -> bool:
-    """Return True if `ok` is true on every process; waits for all of them."""
+    """Return True if `ok` is true on every process; wait for all of them."""
     if jax.process_count() == 1:
         return ok
     return bool(multihost_utils.process_allgather(np.array([ok])).all())
 
 
-def gather_objects(thing: Any) -> list[Any]:
-    """The objects of all processes, in their order, on every process.
+def gather_objects(value: Any) -> list[Any]:
+    """Return the objects of all processes, by process index, on every process.
 
     Args:
-      thing: anything that pickle writes; it is read only by the processes of this run.
+      value: an object that pickle can write. Only processes of this run read it.
     """
     if jax.process_count() == 1:
-        return [thing]
-    content = np.frombuffer(pickle.dumps(thing), np.uint8)
+        return [value]
+    content = np.frombuffer(pickle.dumps(value), np.uint8)
     sizes = multihost_utils.process_allgather(np.array([content.size])).reshape(-1)
     padded = np.zeros(sizes.max(), np.uint8)
     padded[: content.size] = content
-    every = multihost_utils.process_allgather(padded)
+    gathered = multihost_utils.process_allgather(padded)
     return [
-        pickle.loads(part[:size].tobytes())
-        for part, size in zip(every, sizes, strict=True)
+        pickle.loads(row[:size].tobytes())
+        for row, size in zip(gathered, sizes, strict=True)
     ]

@@ -1,4 +1,4 @@
-"""The mesh, and where parameters and batches lie on it."""
+"""Device mesh, and shardings of the train state and of batches."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -12,12 +12,13 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from hivit_jax.errors import ConfigError
 from hivit_jax.tree import leaf_name
 
-# Slowest links first: replica (between slices or nodes), then data, fsdp, tensor.
+# Mesh axes, from slowest to fastest links. The replica axis connects slices or nodes.
 AXES = ("replica", "data", "fsdp", "tensor")
 BATCH = PartitionSpec(("replica", "data", "fsdp"))
-# A smaller array costs more to gather than it saves.
+# Smaller arrays are not sharded over fsdp, because gathering them costs more than
+# sharding saves.
 MIN_SHARDED_SIZE = 2**13
-# Dimension that the tensor axis splits: attention heads and MLP hidden units.
+# Dimension that is sharded over the tensor axis: attention heads and MLP hidden units.
 TENSOR_DIMS = {
     "qkv/kernel": 2,
     "qkv/bias": 1,
@@ -31,20 +32,24 @@ TENSOR_DIMS = {
 def make_mesh(
     sizes: Mapping[str, int],
     batch_size: int,
-    micro_batches: int = 1,
+    num_microbatches: int = 1,
     devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
-    """Mesh with the axes `AXES`; one size may be -1, the rest.
+    """Return a mesh with the axes `AXES`.
 
-    Where devices are of several slices (TPU) or nodes, the first axis that they divide
-    is laid across them, so that the others stay on the fast links inside.
+    If the devices belong to several TPU slices or nodes, the first axis divisible by
+    their number lies across them. The other axes stay on the fast links inside.
 
     Args:
-      devices: of the mesh, and no others; None: all that there are.
+      sizes: size of each axis; one may be -1, for the remaining devices.
+      batch_size: examples per step. It must be divisible by replica x data x fsdp x
+        `num_microbatches`.
+      num_microbatches: microbatches per step (optimizer.accumulate_steps).
+      devices: all devices of the mesh; None: all devices of the run.
 
     Raises:
-      ConfigError: sizes that do not make up the devices or cannot be laid out on their
-        torus, or a batch that does not divide over them.
+      ConfigError: the sizes do not fit the devices or their torus, or the batch is not
+        divisible.
     """
     devices = jax.devices() if devices is None else devices
     shape, count = [sizes[axis] for axis in AXES], len(devices)
@@ -53,14 +58,15 @@ def make_mesh(
         shape[shape.index(-1)] = count // rest if rest > 0 else 0
     if min(shape) < 1 or math.prod(shape) != count:
         raise ConfigError(
-            f"mesh={dict(sizes)} does not fit {count} devices; expected sizes that "
-            "multiply to that number, at most one of them -1"
+            f"mesh={dict(sizes)} does not fit {count} devices; expected sizes with "
+            f"product {count}, at most one of them -1"
         )
     shards = math.prod(shape[:3])
-    if min(batch_size, micro_batches) < 1 or batch_size % (shards * micro_batches):
+    divisor = shards * num_microbatches
+    if min(batch_size, divisor) < 1 or batch_size % divisor:
         raise ConfigError(
             f"batch_size={batch_size} is not divisible by {shards} devices (mesh "
-            f"replica x data x fsdp) times optimizer.accumulate_steps={micro_batches}"
+            f"replica x data x fsdp) x optimizer.accumulate_steps={num_microbatches}"
         )
     types = (AxisType.Auto,) * len(AXES)
     slices = len({getattr(device, "slice_index", 0) for device in devices})
@@ -71,16 +77,16 @@ def make_mesh(
     except NotImplementedError as error:
         raise ConfigError(
             f"mesh={dict(sizes)} cannot be laid out on this slice; expected every size "
-            "to be a product of sides of its torus"
+            "to be a product of side lengths of its torus"
         ) from error
 
 
 def check_batch(mesh: Mesh, batch_size: int) -> None:
-    """ConfigError unless an evaluation's batch divides over the devices of a mesh."""
+    """Raise ConfigError unless an evaluation batch is divisible over a mesh."""
     shards = math.prod(mesh.shape[axis] for axis in BATCH[0])
     if batch_size < 1 or batch_size % shards:
         raise ConfigError(
-            f"the batch of the evaluation, {batch_size}, is not divisible by {shards} "
+            f"the evaluation batch size {batch_size} is not divisible by {shards} "
             "devices (mesh replica x data x fsdp)"
         )
 
@@ -88,10 +94,11 @@ def check_batch(mesh: Mesh, batch_size: int) -> None:
 def across_slices(
     shape: Sequence[int], slices: int, devices: Sequence[jax.Device]
 ) -> np.ndarray:
-    """Devices of several slices as an array of the mesh's shape.
+    """Return the devices of several slices as an array of the mesh's shape.
 
     Raises:
-      ConfigError: no axis but tensor, which needs fast links, is a multiple of them.
+      ConfigError: neither replica, data nor fsdp is divisible by the number of slices.
+        The tensor axis stays inside a slice, because it needs the fast links.
     """
     outer, inner = [1] * len(shape), list(shape)
     for axis, size in enumerate(shape[:3]):
@@ -100,31 +107,31 @@ def across_slices(
             return mesh_utils.create_hybrid_device_mesh(inner, outer, devices)
     raise ConfigError(
         f"mesh={dict(zip(AXES, shape, strict=True))} over {slices} slices or nodes; "
-        "expected replica, data or fsdp to be a multiple of them"
+        "expected replica, data or fsdp to be divisible by their number"
     )
 
 
 def param_spec(
     name: str, shape: tuple[int, ...], mesh: Mesh, zero: int = 3
 ) -> PartitionSpec:
-    """Axes of one array: its tensor dimension, then the largest other over fsdp.
+    """Return the PartitionSpec of one array of the train state.
 
-    Optimiser moments and averages carry their parameter's name, and so its rule.
+    Shards its tensor dimension (`TENSOR_DIMS`) over the tensor axis, and its largest
+    divisible other dimension over fsdp. Optimizer moments and averaged parameters end
+    with the name of their parameter, so that the same rules apply.
 
     Args:
-      zero: 3: fsdp splits everything; 1: the optimiser's state alone (ZeRO's stages).
+      name: path of the array, as in `tree.named_leaves`.
+      zero: ZeRO stage. 3: fsdp shards everything; 1: only the optimizer state.
     """
     spec: list[str | None] = [None] * len(shape)
-    parts = name.rsplit("/", 2)
-    dim = (
-        TENSOR_DIMS.get("/".join(parts[-2:]))
-        if "attn" in name or "mlp" in name
-        else None
-    )
+    dim = None
+    if "attn" in name or "mlp" in name:
+        dim = TENSOR_DIMS.get("/".join(name.rsplit("/", 2)[-2:]))
     if dim is not None and shape[dim] % mesh.shape["tensor"] == 0:
         spec[dim] = "tensor"
-    split = zero == 3 or name.startswith("opt_state/")
-    if split and math.prod(shape) >= MIN_SHARDED_SIZE:
+    shard = zero == 3 or name.startswith("opt_state/")
+    if shard and math.prod(shape) >= MIN_SHARDED_SIZE:
         for dim in sorted(range(len(shape)), key=lambda d: -shape[d]):
             if spec[dim] is None and shape[dim] % mesh.shape["fsdp"] == 0:
                 spec[dim] = "fsdp"
@@ -132,10 +139,11 @@ def param_spec(
     return PartitionSpec(*spec)
 
 
-def gathered(params: Any) -> Any:
-    """Parameters whole along fsdp, and so their gradients, where a mesh is set.
+def unshard_fsdp(params: Any) -> Any:
+    """All-gather parameters over the fsdp axis, if a mesh is set.
 
-    Or XLA may split what is computed of them instead, and exchange activations.
+    Without this constraint XLA may shard the computation instead and communicate
+    activations. The gradients get the same constraint.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -149,7 +157,7 @@ def gathered(params: Any) -> Any:
 
 
 def state_shardings(mesh: Mesh, abstract_state: Any, zero: int = 3) -> Any:
-    """NamedShardings of the same structure as a pytree of shapes; see `param_spec`."""
+    """Return the NamedSharding of every array of a pytree; see `param_spec`."""
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: NamedSharding(
             mesh, param_spec(leaf_name(path), leaf.shape, mesh, zero)
@@ -158,8 +166,8 @@ def state_shardings(mesh: Mesh, abstract_state: Any, zero: int = 3) -> Any:
     )
 
 
-def placed(shapes: Any, shardings: Any) -> Any:
-    """Shapes and dtypes with where each array is to lie: what a restore is to give."""
+def with_shardings(shapes: Any, shardings: Any) -> Any:
+    """Return ShapeDtypeStructs with shardings, from pytrees of shapes and shardings."""
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
         shapes,
@@ -167,6 +175,6 @@ def placed(shapes: Any, shardings: Any) -> Any:
     )
 
 
-def shardings_of(shapes: Any) -> Any:
-    """Shardings of a pytree that `placed` returned."""
-    return jax.tree.map(lambda x: x.sharding, shapes)
+def shardings_of(tree: Any) -> Any:
+    """Return the shardings of a pytree of arrays or ShapeDtypeStructs."""
+    return jax.tree.map(lambda x: x.sharding, tree)

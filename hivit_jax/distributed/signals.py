@@ -1,4 +1,4 @@
-"""Preemption: signals become requests to save and exit, at the same step everywhere."""
+"""Preemption: turn signals into requests to save and exit, at one step everywhere."""
 
 import os
 import signal
@@ -15,12 +15,12 @@ def catch_signals() -> Callable[[int], str | None]:
     """Turn SIGTERM and Ctrl-C into requests to save and exit.
 
     Returns:
-      A function of the number of steps done, which every process calls after every
-      step. It returns the signal that arrived or None, the same on all processes. A
-      second signal kills a run of one process.
+      A function of the number of steps done. Every process must call it after every
+      step. It returns a description of the signal or None, the same on all processes.
+      A second signal kills a run of one process.
     """
     if jax.process_count() > 1:
-        # JAX has caught SIGTERM since `processes.start`, and notifies the others.
+        # JAX handles SIGTERM since `processes.start` and notifies the other processes.
         signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
 
         def reached(step: int) -> str | None:
@@ -31,9 +31,9 @@ def catch_signals() -> Callable[[int], str | None]:
 
     caught: list[str] = []
 
-    def remember(number: int, frame: FrameType | None) -> None:
-        caught.append(signal.Signals(number).name)
-        log(f"{caught[0]}: finishing the step and saving; once more to kill")
+    def remember(signum: int, frame: FrameType | None) -> None:
+        caught.append(signal.Signals(signum).name)
+        log(f"{caught[0]}: finishing the step and saving; a second signal kills")
         for each in (signal.SIGTERM, signal.SIGINT):
             signal.signal(each, signal.SIG_DFL)
 

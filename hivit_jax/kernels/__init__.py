@@ -1,1 +1,1 @@
-"""Attention and MLP of a block as single programs."""
+"""Fused kernels of the residual branches: attention and MLP."""

@@ -1,4 +1,4 @@
-"""Attention without a kernel of our own."""
+"""Attention by XLA, cuDNN or JAX's library function, without our own kernels."""
 
 import math
 
@@ -17,28 +17,34 @@ def dot_product_attention(
     mask: jax.Array | None,
     choice: str,
 ) -> jax.Array:
-    """Attention of q, k, v, each [B, N, heads, head] like the result.
+    """Attention of q, k, v, each [B, N, heads, head], like the result.
 
-    On GPUs, without bias and mask, by cuDNN, which saves no scores; on CPUs by
-    `softmax`; elsewhere by JAX's own function.
+    CPUs use `unnormalized_softmax`. GPUs use cuDNN, which saves no scores for the
+    backward pass, if q is bfloat16, the head width is a multiple of 8 up to 128, and
+    there is no bias or mask. All other cases use `jax.nn.dot_product_attention`.
 
     Args:
-      bias, mask: see `softmax`.
-      choice: as in `mlp`.
+      bias, mask: see `unnormalized_softmax`.
+      choice: "plain": never use cuDNN; see `dispatch.mlp`.
     """
     if dispatch.platform() == "cpu":
-        weights, sums = softmax(q, k, bias, mask)
-        # Normalised after the product: then the gradient sums up rows of the output,
-        # not rows of scores.
+        weights, sums = unnormalized_softmax(q, k, bias, mask)
+        # The product is normalized, not the weights, so that the backward pass sums
+        # over rows of the output instead of rows of scores.
         product = "bhqk,bhkd->bhqd", weights.astype(v.dtype), jnp.swapaxes(v, 1, 2)
         out = jnp.einsum(*product, preferred_element_type=jnp.float32) / sums
         return jnp.swapaxes(out, 1, 2).astype(v.dtype)
     batch, tokens, _, head = q.shape
-    serves = q.dtype == jnp.bfloat16 and head % 8 == 0 and head <= 128
-    special = bias is not None or mask is not None
-    if dispatch.platform() != "gpu" or not serves or special or choice == "plain":
+    cudnn = (
+        dispatch.platform() == "gpu"
+        and choice != "plain"
+        and (q.dtype == jnp.bfloat16 and head % 8 == 0 and head <= 128)
+        and (bias is None and mask is None)
+    )
+    if not cudnn:
         return jax.nn.dot_product_attention(q, k, v, bias=bias, mask=mask)
-    # JAX has cuDNN's gradient for even numbers of tokens alone.
+    # Odd numbers of tokens are padded, because JAX supports the backward pass of cuDNN
+    # only for even numbers.
     padding, lengths = ((0, 0), (0, tokens % 2), (0, 0), (0, 0)), {}
     if tokens % 2:
         q, k, v = (jnp.pad(x, padding) for x in (q, k, v))
@@ -48,19 +54,22 @@ def dot_product_attention(
     return out[:, :tokens]
 
 
-def softmax(
+def unnormalized_softmax(
     q: jax.Array, k: jax.Array, bias: jax.Array | None, mask: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
-    """Unnormalized attention weights: exp(scores - the largest of a row),
-    [B, heads, N, N] float32, query first, and the sums of its rows, [B, heads, N, 1].
+    """Attention weights before normalization, and the sums to divide them by.
 
     Args:
       q, k: [B, N, heads, head].
-      bias: to add to the scores, broadcasts over [B, heads, N, N]; or None.
-      mask: bool, the same, which keys may be attended to; or None. A row that may
-        attend to none attends to all alike.
+      bias: added to the scores, broadcasts over [B, heads, N, N]; or None.
+      mask: bool, broadcasts over [B, heads, N, N], True where a key may be attended to;
+        or None. A row without such a key attends to all keys equally.
+
+    Returns:
+      exp(scores - largest score of the row), [B, heads, N, N] float32, with axes
+      (batch, head, query, key); and its sums over keys, [B, heads, N, 1].
     """
-    # Transposed by hand: with [B, N, heads] XLA for CPUs takes half as long again.
+    # Without these transposes, XLA:CPU takes 1.5 times as long.
     q, k = jnp.swapaxes(q, 1, 2), jnp.swapaxes(k, 1, 2)
     scores = jnp.einsum("bhqd,bhkd->bhqk", q, k, preferred_element_type=jnp.float32)
     scores = scores / math.sqrt(q.shape[-1])

@@ -1,7 +1,7 @@
-"""Residual blocks as single kernels: which of them run, and where.
+"""Selection of the fused kernels that run residual branches.
 
-`mlp` and `attention` return a residual branch as one kernel, or None where no kernel
-serves; then the layers run it as XLA compiles it.
+`mlp` and `attention` return a residual branch as one kernel, or None if no kernel
+supports it. The layers then run the branch as XLA compiles it.
 """
 
 import math
@@ -20,18 +20,19 @@ from hivit_jax.kernels.mlp_tpu import mlp_block
 from hivit_jax.kernels.numerics import ROWS, VMEM_SHARE, Plan, Weights
 
 CHOICES = ("auto", "fused", "plain")
-HBM_SHARE = 0.5  # of the peak bandwidth that a kernel may count on
-Branch = Callable[[bool], jax.Array]  # given whether to add x to the branch
+HBM_SHARE = 0.5  # fraction of the peak bandwidth that a kernel can rely on
+Branch = Callable[[bool], jax.Array]  # (whether to add x to the branch) -> result
 
 
 def mlp(x: jax.Array, norm: Any, mlp: Any, choice: str) -> Branch | None:
-    """``fc2(gelu(fc1(norm(x))))`` as one kernel, or None.
+    """Return ``fc2(gelu(fc1(norm(x))))`` as one kernel, or None.
 
     Args:
       x: [..., C].
-      norm, mlp: the modules.
-      choice: "auto": on TPUs, in bfloat16; "fused": wherever shapes allow, on GPUs
-        narrow ones (the stem), on CPUs as plain operations, slowly; "plain": never.
+      norm, mlp: modules with the parameters.
+      choice: where to use kernels, if shapes allow. "auto": on TPUs, in bfloat16.
+        "fused": also on GPUs, for narrow MLPs (the stem's) in bfloat16, and on CPUs,
+        where they run as plain operations, slowly. "plain": nowhere.
     """
     target = _target(choice, x)
     width, hidden = mlp.fc1.kernel.shape
@@ -39,27 +40,27 @@ def mlp(x: jax.Array, norm: Any, mlp: Any, choice: str) -> Branch | None:
         return None
     total = x.size // width // target.shards
     plan = Plan(norm.epsilon, interpret=target.interpret)
-    weights = _weights(
-        norm, x.dtype, mlp.fc1.kernel, mlp.fc1.bias, mlp.fc2.kernel, mlp.fc2.bias
-    )
+    weights = _weights(x.dtype, norm, mlp.fc1, mlp.fc2)
     if target.platform == "gpu":
         if width not in mlp_triton.WIDTHS or total % mlp_triton.ROWS:
             return None
         return lambda add: target.run(
             mlp_triton.mlp_block, x, weights, replace(plan, add=add)
         )
-    # More rows make longer programs to compile, fewer more and shorter steps.
-    most = min(max(2**28 // (width * hidden), 128), 1024)
-    # Backward: weights, their gradients in float32 and in x's dtype; rows, hidden.
-    fixed, each = 24 * width * hidden, 24 * hidden + 40 * width
-    room = (target.vmem - fixed) // each
-    rows = block_rows(total, ROWS, most, room)
-    # Less than a tile of a matrix unit, added to gradients of weights at a time, takes
-    # longer than plain operations.
-    if rows is None or room < LANES:
+    # More rows make programs that take longer to compile. Fewer rows make more and
+    # shorter steps.
+    preferred = min(max(2**28 // (width * hidden), 128), 1024)
+    # Bytes of VMEM in the backward pass: weights and their gradients, in float32 and in
+    # x's dtype; and for each row x and hidden activations.
+    fixed, per_row = 24 * width * hidden, 24 * hidden + 40 * width
+    most = (target.vmem - fixed) // per_row
+    rows = block_rows(total, ROWS, preferred, most)
+    # If fewer rows fit than a tile of the matrix unit has, a block adds too little to
+    # the weight gradients at a time, and the kernel is slower than plain operations.
+    if rows is None or most < LANES:
         return None
     product = 2 * width * hidden
-    keep = target.keeps(2 * product, 5 * product, product, width, 2 * hidden)
+    keep = target.should_keep(2 * product, 5 * product, product, width, 2 * hidden)
     plan = replace(plan, rows=rows, keep=keep)
     return lambda add: target.run(mlp_block, x, weights, replace(plan, add=add))
 
@@ -67,35 +68,33 @@ def mlp(x: jax.Array, norm: Any, mlp: Any, choice: str) -> Branch | None:
 def attention(
     x: jax.Array, norm: Any, attention: Any, key_mask: Any, choice: str
 ) -> Branch | None:
-    """``attention(norm(x))`` as one kernel, or None; arguments as in `mlp`.
+    """Return ``attention(norm(x))`` as one kernel, or None; arguments as in `mlp`.
 
-    None also on GPUs, where cuDNN computes it; for keys that are masked, windows, and
-    relative positions.
+    Also returns None on GPUs, where cuDNN computes attention, and with a key mask,
+    windows or a relative position bias.
     """
     target = _target(choice, x)
     qkv, proj = attention.qkv, attention.proj
     width, _, heads, head = qkv.kernel.shape
-    special = key_mask, attention.windows, attention.relative_position_bias_table
+    unsupported = key_mask, attention.windows, attention.relative_position_bias_table
     if target is None or target.platform == "gpu":
         return None
-    if any(each is not None for each in special):
+    if any(argument is not None for argument in unsupported):
         return None
     if width % LANES or LANES % head:
         return None
     tokens = x.shape[1]
-    # The gradient of a tile's heads has four arrays of scores at a time.
-    fixed, each = 48 * width**2 + 16 * tokens**2 * LANES // head, 76 * width
+    # Bytes of VMEM in the backward pass: weights, and four arrays of the scores of a
+    # tile's heads; and for each row its activations.
+    fixed, per_row = 48 * width**2 + 16 * tokens**2 * LANES // head, 76 * width
     total, unit = x.shape[0] * tokens // target.shards, math.lcm(tokens, ROWS)
-    rows = block_rows(total, unit, 1024, (target.vmem - fixed) // each)
+    rows = block_rows(total, unit, 1024, (target.vmem - fixed) // per_row)
     if rows is None:
         return None
     square, scores = 2 * width**2, 2 * tokens * width * LANES // head
     forward, backward = 4 * square + 2 * scores, 11 * square + 6 * scores
-    keep = target.keeps(forward, backward, 3 * square + scores, width, 8 * width)
-    weights = _weights(norm, x.dtype, qkv.kernel, qkv.bias, proj.kernel, proj.bias)
-    weights = weights._replace(
-        w1=weights.w1.reshape(width, -1), b1=weights.b1.reshape(-1)
-    )
+    keep = target.should_keep(forward, backward, 3 * square + scores, width, 8 * width)
+    weights = _weights(x.dtype, norm, qkv, proj)
     plan = Plan(
         norm.epsilon,
         rows=rows,
@@ -107,10 +106,13 @@ def attention(
     return lambda add: target.run(attention_block, x, weights, replace(plan, add=add))
 
 
-def _weights(norm, dtype, *linear):
-    return Weights(
-        norm.scale[...], norm.bias[...], *(each[...].astype(dtype) for each in linear)
-    )
+def _weights(dtype, norm, *linear_layers):
+    """Collect the parameters of a branch; flattens the head axes of qkv."""
+    params = []
+    for layer in linear_layers:
+        kernel, bias = layer.kernel[...].astype(dtype), layer.bias[...].astype(dtype)
+        params += [kernel.reshape(len(kernel), -1), bias.reshape(-1)]
+    return Weights(norm.scale[...], norm.bias[...], *params)
 
 
 @dataclass(frozen=True)
@@ -118,9 +120,10 @@ class Target:
     """Devices that a kernel is compiled for.
 
     platform: "tpu", "gpu" or "cpu".
-    axes, shards: axes of their mesh that split the batch, and into how many parts.
-    vmem: bytes that a kernel may use.
-    balance: operations in the time in which a byte of HBM is moved.
+    axes: mesh axes that split the batch.
+    shards: number of parts that they split it into.
+    vmem: bytes of VMEM that a kernel may use.
+    balance: operations that take as long as moving one byte of HBM.
     """
 
     platform: str
@@ -131,37 +134,38 @@ class Target:
 
     @property
     def interpret(self) -> bool:
-        """Whether kernels run as plain JAX operations."""
+        """Return whether kernels run as plain JAX operations."""
         return self.platform == "cpu"
 
-    def keeps(
-        self, forward: int, backward: int, spared: int, width: int, kept: int
+    def should_keep(
+        self, forward: int, backward: int, recompute: int, width: int, kept: int
     ) -> bool:
-        """Whether a block is quicker if it saves `kept` bytes a row for the backward
-        pass.
+        """Return whether saving arrays for the backward pass is faster.
 
         Args:
-          forward, backward, spared: operations a row; `spared` are those of backward
-            that saving makes unnecessary.
-          width: of rows: two are moved forward, three backward.
+          forward, backward: operations of a row, without saving.
+          recompute: operations of the backward pass that saving avoids.
+          width: elements of a row. The forward pass moves two rows, the backward pass
+            three.
+          kept: bytes of a row that are saved.
         """
 
         def time(operations, moved):
             return max(operations, self.balance * moved)
 
-        again = time(forward, 4 * width) + time(backward, 6 * width)
+        without = time(forward, 4 * width) + time(backward, 6 * width)
         forward = time(forward, 4 * width + kept)
-        return forward + time(backward - spared, 6 * width + kept) < again
+        return forward + time(backward - recompute, 6 * width + kept) < without
 
     def run(
         self, kernel: Callable, x: jax.Array, weights: Weights, plan: Plan
     ) -> jax.Array:
-        """kernel([T, C], weights, plan) on each device's part of x [..., C]."""
+        """Run kernel([T, C], weights, plan) on each device's part of x [..., C]."""
 
         def local(x, weights):
             return kernel(x.reshape(-1, x.shape[-1]), weights, plan).reshape(x.shape)
 
-        if self.axes:  # compilers do not partition kernels
+        if self.axes:  # because compilers do not partition kernels
             split = PartitionSpec(self.axes)
             local = jax.shard_map(
                 local,
@@ -174,47 +178,51 @@ class Target:
 
 
 def _target(choice: str, x: jax.Array) -> Target | None:
-    """Devices that the traced program will run on; None if kernels do not serve them
-    or their arrays' shardings are unknown.
+    """Return the devices that the traced program will run on.
+
+    Returns None if kernels do not support the devices, the dtype of x or the sharding
+    of heads, or if the sharding of arrays is unknown.
     """
-    if choice == "plain":
+    device, bfloat16 = platform(), x.dtype == jnp.bfloat16
+    supported = {"tpu": bfloat16, "gpu": bfloat16 and choice == "fused"}
+    if choice == "plain" or not supported.get(device, choice == "fused"):
         return None
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        known, axes, shards = jax.device_count() == 1, (), 1
-    else:
-        known = not heads_split()
-        types = zip(mesh.axis_names, mesh.axis_types, strict=True)
-        axes = tuple(name for name, kind in types if kind == AxisType.Auto)
-        shards = math.prod(mesh.shape[axis] for axis in axes)
-    where, bfloat16 = platform(), x.dtype == jnp.bfloat16
-    serves = {"tpu": bfloat16, "gpu": bfloat16 and choice == "fused"}
-    if not known or not serves.get(where, choice == "fused"):
+    # Without a mesh the sharding is known only if there is a single device.
+    if heads_are_sharded() or (mesh.empty and jax.device_count() > 1):
         return None
-    if where != "tpu":
-        return Target(where, axes, shards)
+    types = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    axes = tuple(name for name, axis_type in types if axis_type == AxisType.Auto)
+    shards = math.prod(mesh.shape[axis] for axis in axes)
+    if device != "tpu":
+        return Target(device, axes, shards)
     info = pltpu.get_tpu_info()
     bandwidth = HBM_SHARE * info.mem_bw_bytes_per_second
     vmem = int(VMEM_SHARE * info.vmem_capacity_bytes)
-    return Target(where, axes, shards, vmem, info.bf16_ops_per_second / bandwidth)
+    return Target(device, axes, shards, vmem, info.bf16_ops_per_second / bandwidth)
 
 
-def heads_split() -> bool:
-    """Whether the mesh that is set splits heads and hidden units over devices."""
+def heads_are_sharded() -> bool:
+    """Return whether the current mesh shards attention heads and hidden units."""
     return jax.sharding.get_abstract_mesh().shape.get("tensor", 1) > 1
 
 
 def platform() -> str:
-    """ "tpu", "gpu" or "cpu", that the program being traced is for."""
+    """Return the platform that the traced program is for: "tpu", "gpu" or "cpu"."""
     mesh = jax.sharding.get_abstract_mesh()
     device = None if mesh.empty else mesh.abstract_device
     return device.platform if device else jax.default_backend()
 
 
-def block_rows(total: int, unit: int, most: int, room: int) -> int | None:
-    """Rows of a block: whole units, the most that divide the total; no more than there
-    is room for. Nor, unless that is less than a unit, than `most` and half of the
-    total, for one block is fetched while another is worked on.
+def block_rows(total: int, unit: int, preferred: int, most: int) -> int | None:
+    """Return the number of rows of a block, or None if no block fits.
+
+    The number is the largest multiple of `unit` that divides `total` and is at most
+    `most` (the rows that fit into VMEM) and `preferred`. It is also at most half of the
+    total, so that one block can be fetched while another is computed. A block of one
+    unit may exceed `preferred` and half of the total.
     """
-    most = min(max(min(most, total // 2), unit), room)
-    return max((r for r in range(unit, most + 1, unit) if total % r == 0), default=None)
+    limit = min(max(min(preferred, total // 2), unit), most)
+    return max(
+        (r for r in range(unit, limit + 1, unit) if total % r == 0), default=None
+    )

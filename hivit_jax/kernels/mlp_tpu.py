@@ -1,14 +1,19 @@
-"""``x + fc2(gelu(fc1(LayerNorm(x))))`` in one TPU kernel, forward and backward.
+"""MLP branch ``x + fc2(gelu(fc1(LayerNorm(x))))`` as one TPU kernel, forward and
+backward.
 
-Shapes: x [T, C]; C and the hidden width H multiples of 128, T of the rows of a block.
-Saved for the backward pass: x, and with `Plan.keep` the output of fc1, which is
-otherwise recomputed.
+Shapes: x [T, C]. C and the hidden width H are multiples of 128, and T is a multiple of
+the rows of a block. The forward pass saves x, and with `Plan.keep` the output of fc1,
+which is otherwise recomputed.
 
-Roofline, for each row, bfloat16: 4 C bytes forward and 6 C backward, against 4 C H and
-10 C H operations, the weights once; keeping fc1's output 2 H bytes more each way, and
-8 C H operations. On a v5e, which does 240 operations in the time of a byte, computing
-again is the quicker in the first stage of hivit_base (C 128, H 384), keeping elsewhere
-(512, 2048): with 683 operations a byte the kernel waits for arithmetic even so.
+Roofline for each row in bfloat16: the forward pass moves 4 C bytes for 4 C H
+operations, the backward pass 6 C bytes for 10 C H operations. Weights are read once.
+Saving fc1's output moves 2 H more bytes in each pass and reduces the backward pass to
+8 C H operations.
+
+A v5e does 240 operations in the time of moving a byte. There, recomputing is faster in
+the first stage of hivit_base (C=128, H=384) and saving is faster elsewhere. With C=512
+and H=2048 the kernel is compute-bound even when it saves: the forward pass does 683
+operations a byte.
 """
 
 from dataclasses import replace
@@ -31,23 +36,23 @@ from hivit_jax.kernels.numerics import (
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def mlp_block(x: jax.Array, weights: Weights, plan: Plan) -> jax.Array:
-    """[T, C] -> [T, C]."""
+    """Run the MLP branch, [T, C] -> [T, C]."""
     return _run(x, weights, replace(plan, keep=False))[0]
 
 
 def _run(x, weights, plan):
-    """The output, and a tuple that holds fc1's output if the plan keeps it."""
+    """Return the output, and a tuple with the output of fc1 if `plan.keep`."""
     hidden_width = weights.w1.shape[1]
 
-    def kernel(blocks, weights, outs, _, __):
-        x = blocks[0][...]
+    def kernel(row_refs, weights, out_refs, _, __):
+        x = row_refs[0][...]
         scale, bias, w1, b1, w2, b2 = (weight[...] for weight in weights)
         hidden = dot(layer_norm(x, scale, bias, plan.eps)[2], w1) + b1
         g = hidden * normal_cdf(hidden, x.dtype)
         y = dot(g.astype(x.dtype), w2) + b2
-        outs[0][...] = (x.astype(F32) + y if plan.add else y).astype(x.dtype)
+        out_refs[0][...] = (x.astype(F32) + y if plan.add else y).astype(x.dtype)
         if plan.keep:
-            outs[1][...] = hidden.astype(x.dtype)
+            out_refs[1][...] = hidden.astype(x.dtype)
 
     (out, *kept), _ = over_rows(
         kernel,
@@ -70,12 +75,14 @@ def _backward(plan, saved, gradient):
     x, weights, kept = saved
     dtype = x.dtype
 
-    def kernel(blocks, weights, outs, sums, _):
-        x, dy = blocks[0][...], blocks[1][...]
+    def kernel(row_refs, weights, out_refs, sums, _):
+        x, dy = row_refs[0][...], row_refs[1][...]
         scale, bias, w1, b1, w2, _ = weights
         x_hat, inverse, n = layer_norm(x, scale[...], bias[...], plan.eps)
-        kept = plan.keep
-        hidden = blocks[2][...].astype(F32) if kept else dot(n, w1[...]) + b1[...]
+        if plan.keep:
+            hidden = row_refs[2][...].astype(F32)
+        else:
+            hidden = dot(n, w1[...]) + b1[...]
         dg = dot(dy, w2[...], (1, 1))
         cdf = normal_cdf(hidden, dtype)
         g = (hidden * cdf).astype(dtype)
@@ -91,7 +98,7 @@ def _backward(plan, saved, gradient):
         db2[...] += dy.astype(F32).sum(0, keepdims=True)
         dx = normalized_gradient(dn * scale[...], x_hat, inverse)
         dx = dx + dy.astype(F32) if plan.add else dx
-        outs[0][...] = dx.astype(dtype)
+        out_refs[0][...] = dx.astype(dtype)
 
     (out,), sums = over_rows(
         kernel,

@@ -1,16 +1,18 @@
-"""``x + fc2(gelu(fc1(LayerNorm(x))))`` in one GPU kernel (Triton), there and back.
+"""MLP branch ``x + fc2(gelu(fc1(LayerNorm(x))))`` as one GPU kernel (Triton), forward
+and backward.
 
-For narrow blocks, the stem's: x [T, C] bfloat16, C one of WIDTHS, so that the branch of
-a block of rows stays in registers; T a multiple of ROWS, the hidden width H of COLUMNS.
-Saved for the gradient: x alone. Backward writes what cuBLAS takes for the gradients of
-weights: blocks of rows run at once, in no order, and share no sums.
+For narrow blocks such as the stem's: x is [T, C] bfloat16, and C is one of WIDTHS, so
+that the branch of a block of rows stays in registers. T is a multiple of ROWS, the
+hidden width H a multiple of COLUMNS. The forward pass saves only x. Blocks of rows run
+concurrently and cannot share sums. Therefore the backward kernel writes the operands of
+the weight gradients, and cuBLAS multiplies them.
 
-Roofline, for each row: 4 C bytes forward, 8 C + 4 H backward and 4 C + 4 H by cuBLAS,
-against 4 C H and 12 C H operations. A block of hivit_base's stem (H 3 C) thus moves 4
-and 2 MB an image in the first and second stage, instead of 10.5 and 5.2.
+Roofline for each row: 4 C bytes forward, 8 C + 4 H backward and 4 C + 4 H by cuBLAS,
+against 4 C H and 12 C H operations. A block of hivit_base's stem (H = 3 C) thus moves 4
+MB an image in the first stage and 2 MB in the second, instead of 10.5 and 5.2.
 
-Sizes are such that for an H100 ptxas keeps all in registers with C 128, and spills 36
-and 8 bytes a thread, forward and backward, with C 256.
+For an H100 and these sizes, ptxas keeps everything in registers with C=128. With C=256
+it spills 36 bytes a thread in the forward and 8 in the backward kernel.
 """
 
 import math
@@ -29,25 +31,25 @@ from hivit_jax.kernels.numerics import (
     normalized_gradient,
 )
 
-ROWS = 64  # of x that a block of threads works on
-COLUMNS = 32  # of the hidden activations at a time
+ROWS = 64  # rows of x that a thread block processes
+COLUMNS = 32  # hidden units that it processes at a time
 WIDTHS = 128, 256
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def mlp_block(x: jax.Array, weights: Weights, plan: Plan) -> jax.Array:
-    """[T, C] -> [T, C]."""
+    """Run the MLP branch, [T, C] -> [T, C]."""
 
     def kernel(x, scale, bias, w1, b1, w2, b2, out):
         x_hat, _, n = layer_norm(x[...], scale[...], bias[...], plan.eps)
 
-        def some(i, y):
-            at = pl.ds(i * COLUMNS, COLUMNS)
-            hidden = dot(n, w1[:, at]) + b1[at]
-            g, _ = _gelu(hidden)
-            return y + dot(g.astype(n.dtype), w2[at, :])
+        def add_hidden_units(i, y):
+            units = pl.ds(i * COLUMNS, COLUMNS)
+            g, _ = _gelu(dot(n, w1[:, units]) + b1[units])
+            return y + dot(g.astype(n.dtype), w2[units, :])
 
-        y = jax.lax.fori_loop(0, w1.shape[1] // COLUMNS, some, jnp.zeros_like(x_hat))
+        steps = w1.shape[1] // COLUMNS
+        y = jax.lax.fori_loop(0, steps, add_hidden_units, jnp.zeros_like(x_hat))
         y = y + b2[...]
         out[...] = (x[...].astype(F32) + y if plan.add else y).astype(out.dtype)
 
@@ -68,18 +70,19 @@ def _backward(plan, saved, gradient):
         x_hat, _, n = layer_norm(x[...], scale[...], bias[...], plan.eps)
         n_out[...] = n
 
-        def some(i, dn):
-            at = pl.ds(i * COLUMNS, COLUMNS)
-            w1_ = w1[:, at]
-            g, slope = _gelu(dot(n, w1_) + b1[at])
-            g_out[:, at] = g.astype(dtype)
-            dh = dot(dy, w2[at, :], (1, 1)) * slope
-            dh_out[:, at] = dh.astype(dtype)
-            db1[0, at] = dh.sum(0)
+        def add_hidden_units(i, dn):
+            units = pl.ds(i * COLUMNS, COLUMNS)
+            w1_ = w1[:, units]
+            g, slope = _gelu(dot(n, w1_) + b1[units])
+            g_out[:, units] = g.astype(dtype)
+            dh = dot(dy, w2[units, :], (1, 1)) * slope
+            dh_out[:, units] = dh.astype(dtype)
+            db1[0, units] = dh.sum(0)
             return dn + dot(dh.astype(dtype), w1_, (1, 1))
 
-        dn = jax.lax.fori_loop(0, hidden // COLUMNS, some, jnp.zeros_like(x_hat))
-        # Again, or registers would have to hold it through the loop.
+        steps = hidden // COLUMNS
+        dn = jax.lax.fori_loop(0, steps, add_hidden_units, jnp.zeros_like(x_hat))
+        # Recomputed, because x_hat would otherwise occupy registers during the loop.
         x_hat, inverse, _ = layer_norm(x[...], scale[...], bias[...], plan.eps)
         dscale[0, :] = (dn * x_hat).sum(0)
         dbias[0, :] = dn.sum(0)
@@ -89,22 +92,22 @@ def _backward(plan, saved, gradient):
         dx[...] = (branch + dy if plan.add else branch).astype(dtype)
 
     widths = [width, width, hidden, hidden], [width, width, hidden, width]
-    found = _over_rows(kernel, [x, gradient], weights, *widths, plan.interpret)
-    dx, n, g, dh, *sums = found
-    dscale, dbias, db1, db2 = (each.sum(0) for each in sums)
+    outputs = _over_rows(kernel, [x, gradient], weights, *widths, plan.interpret)
+    dx, n, g, dh, *sums = outputs
+    dscale, dbias, db1, db2 = (block_sums.sum(0) for block_sums in sums)
     dw1, dw2 = dot(n, dh, (0, 0)), dot(g, gradient, (0, 0))
-    found = Weights(dscale, dbias, dw1, db1, dw2, db2)
-    return dx, jax.tree.map(lambda sums, like: sums.astype(like.dtype), found, weights)
+    gradients = Weights(dscale, dbias, dw1, db1, dw2, db2)
+    return dx, jax.tree.map(lambda g, w: g.astype(w.dtype), gradients, weights)
 
 
 mlp_block.defvjp(_forward, _backward)
 
 
 def _gelu(x):
-    """GELU of x and its derivative, float32.
+    """Return GELU of x and its derivative, float32.
 
-    Triton has no erf: this one is formula 7.1.26 of Abramowitz and Stegun, Handbook of
-    Mathematical Functions; error below 1.5e-7.
+    Triton has no erf. This one is formula 7.1.26 of Abramowitz and Stegun, Handbook of
+    Mathematical Functions; its error is below 1.5e-7.
     """
     a = 0.254829592, -0.284496736, 1.421413741, -1.453152027, 1.061405429
     t = 1 / (1 + 0.3275911 * math.sqrt(0.5) * jnp.abs(x))
@@ -115,15 +118,16 @@ def _gelu(x):
 
 
 def _over_rows(kernel, rows, weights, row_widths, sum_widths, interpret):
-    """Runs a kernel over blocks of ROWS: (rows, weights, outputs) -> None, all refs.
+    """Run a kernel over blocks of ROWS rows.
 
     Args:
-      rows: each [T, C]; a kernel has [ROWS, C] of it.
-      weights: a kernel has all of them.
-      row_widths: of outputs [T, width] like the first rows.
-      sum_widths: of outputs [T / ROWS, width] float32, a row for each block.
+      kernel: (*row refs, *weight refs, *output refs) -> None.
+      rows: arrays [T, C]; a block gets [ROWS, C] of each.
+      weights: every block gets each array whole.
+      row_widths: widths of outputs [T, width] in the dtype of x.
+      sum_widths: widths of outputs [T / ROWS, width] float32, one row for each block.
     """
-    # Here, for later versions of JAX may be without it.
+    # Imported here, because later versions of JAX may not have this module.
     from jax.experimental.pallas.triton import CompilerParams
 
     total, dtype = rows[0].shape[0], rows[0].dtype

@@ -1,8 +1,8 @@
-"""Parts that the kernels share: plan, grid over blocks of rows, LayerNorm, GELU, matrix
-products.
+"""Building blocks of the kernels: static arguments, the grid over blocks of rows,
+LayerNorm, GELU and matrix products.
 
-Written for TPUs: a core works through its blocks one after another, weights stay in
-VMEM meanwhile, and their gradients are added up there.
+The grid is written for TPUs. A core processes its blocks one after another. Meanwhile
+the weights stay in VMEM, and weight gradients accumulate there.
 """
 
 import math
@@ -16,8 +16,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 F32 = jnp.float32
-ROWS = 8  # of a tile; blocks are multiples
-VMEM_SHARE = 0.9  # that a kernel may take
+ROWS = 8  # rows of a float32 tile; the rows of a block are a multiple of it
+VMEM_SHARE = 0.9  # fraction of VMEM that a kernel may use
+# x times this polynomial in x^2 approximates artanh(2 cdf(x) - 1). The fit minimizes
+# the largest error of x cdf(x).
 TANH_FIT = (
     7.97827577e-01,
     3.64699309e-02,
@@ -31,9 +33,10 @@ TANH_FIT = (
 class Plan:
     """Static arguments of a fused residual branch.
 
-    eps: of the LayerNorm.
+    eps: epsilon of the LayerNorm.
     add: add x to the branch; False: return the branch alone.
-    rows: rows of x that are in VMEM at a time, a divisor of all rows; TPU kernels only.
+    rows: rows of a block, the part of x that is in VMEM at a time; must divide the
+      rows of x. TPU kernels only.
     keep: save intermediate arrays for the backward pass, which otherwise recomputes
       them; TPU kernels only.
     interpret: run as plain JAX operations, on any backend.
@@ -66,50 +69,54 @@ class Weights(NamedTuple):
 
 
 def dot(a: jax.Array, b: jax.Array, contract: tuple[int, int] = (1, 0)) -> jax.Array:
-    """Matrix product over dimension contract[0] of a and contract[1] of b, float32.
+    """Matrix product over axis contract[0] of a and axis contract[1] of b, float32.
 
-    Exact to its inputs' dtype, whatever JAX's default is: bfloat16 knows but one way.
+    Float32 inputs use the highest precision, whatever JAX's default precision is.
+    Products of bfloat16 have only one precision.
     """
     dims = (((contract[0],), (contract[1],)), ((), ()))
-    exact = "highest" if a.dtype == F32 else "default"
-    return jax.lax.dot_general(a, b, dims, exact, preferred_element_type=F32)
-
-
-def normalized(x: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
-    """Rows [T, C] float32, less their mean and over their deviation; 1 / deviation."""
-    centred = x - x.mean(-1, keepdims=True)
-    inverse = jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + eps)
-    return centred * inverse, inverse
+    precision = "highest" if a.dtype == F32 else "default"
+    return jax.lax.dot_general(a, b, dims, precision, preferred_element_type=F32)
 
 
 def layer_norm(
     x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`normalized` rows of x [T, C] and 1 / deviation, and LayerNorm of x like x."""
-    x_hat, inverse = normalized(x.astype(F32), eps)
+    """LayerNorm of x [T, C].
+
+    Returns:
+      x_hat: normalized rows before scale and bias, [T, C] float32.
+      inverse: inverse standard deviation of each row, [T, 1] float32.
+      n: ``x_hat * scale + bias``, [T, C] in x's dtype.
+    """
+    x32 = x.astype(F32)
+    centered = x32 - x32.mean(-1, keepdims=True)
+    inverse = jax.lax.rsqrt(jnp.square(centered).mean(-1, keepdims=True) + eps)
+    x_hat = centered * inverse
     return x_hat, inverse, (x_hat * scale + bias).astype(x.dtype)
 
 
 def normalized_gradient(
     gradient: jax.Array, x_hat: jax.Array, inverse: jax.Array
 ) -> jax.Array:
-    """Of x, from that of `normalized`(x)."""
-    along = (gradient * x_hat).mean(-1, keepdims=True)
-    return inverse * (gradient - gradient.mean(-1, keepdims=True) - x_hat * along)
+    """Return the gradient of x, given the gradient of x_hat; see `layer_norm`."""
+    projection = (gradient * x_hat).mean(-1, keepdims=True)
+    return inverse * (gradient - gradient.mean(-1, keepdims=True) - x_hat * projection)
 
 
 def normal_cdf(x: jax.Array, dtype: Any = F32) -> jax.Array:
-    """Normal distribution up to x, float32; GELU is x times this, as in PyTorch.
+    """Cumulative distribution function of the standard normal distribution, float32.
+
+    GELU(x) is x times this, as in PyTorch.
 
     Args:
-      dtype: that GELU is rounded to. For bfloat16 GELU is off by 3e-6 at most: by a
-        tanh, for which TPUs have a unit. The many operations of an erf would take
+      dtype: dtype that GELU is rounded to. With float32 the function is exact (erf).
+        With bfloat16 GELU is off by 3e-6 at most, because the function is a fitted
+        tanh. TPUs have a unit for tanh; the many operations of an erf would take
         longer than the matrix products of a narrow block.
     """
     if dtype == F32:
         return 0.5 * (1.0 + jax.lax.erf(x * math.sqrt(0.5)))
-    # Fitted: x times this polynomial in x^2 is artanh(2 cdf - 1), the error of x cdf
-    # least at its largest.
     square, y = jnp.square(x), TANH_FIT[-1]
     for coefficient in TANH_FIT[-2::-1]:
         y = y * square + coefficient
@@ -117,7 +124,7 @@ def normal_cdf(x: jax.Array, dtype: Any = F32) -> jax.Array:
 
 
 def gelu_slope(x: jax.Array, cdf: jax.Array) -> jax.Array:
-    """Derivative of GELU, given `normal_cdf`(x)."""
+    """Derivative of GELU at x, given ``cdf = normal_cdf(x)``."""
     return cdf + x * jnp.exp(-0.5 * jnp.square(x)) * math.sqrt(0.5 / math.pi)
 
 
@@ -133,43 +140,42 @@ def over_rows(
     flops: int,
     name: str,
 ) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
-    """Runs a kernel over blocks of rows.
+    """Run a kernel over blocks of rows.
 
     Args:
-      kernel: (row refs, weight refs, output refs, refs of the sums float32, scratch
+      kernel: (row refs, weight refs, output refs, refs of the sums in float32, scratch
         refs) -> None, called for each block.
-      rows: each [T, C].
-      weights: each whole at every block; vectors come as [1, n].
+      rows: arrays [T, C]; a block gets `plan.rows` rows of each.
+      weights: every block gets each array whole; vectors become [1, n].
       sums: arrays with the shape and dtype of each sum over all rows.
-      kept: widths of outputs [T, width] beside the first.
-      flops: of all blocks, for the compiler's estimates.
+      scratch: scratch buffers of the kernel.
+      kept: widths of outputs [T, width] besides the first.
+      flops: operations of all blocks, for the compiler's estimates.
 
     Returns:
-      An array like rows[0] and the kept ones; the sums.
+      Outputs: an array like rows[0], then those of the widths `kept`; and the sums.
     """
     total, width = rows[0].shape
-    outputs = [
-        jax.ShapeDtypeStruct((total, each), rows[0].dtype) for each in (width, *kept)
-    ]
+    outputs = [jax.ShapeDtypeStruct((total, w), rows[0].dtype) for w in (width, *kept)]
     cores = _cores(total // plan.rows)
     steps = total // plan.rows // cores
     weights = [jnp.atleast_2d(w) for w in weights]
     shapes = [(1, s.size) if s.ndim == 1 else s.shape for s in sums]
-    added = [
+    core_sums = [
         jax.ShapeDtypeStruct((cores, *shape), s.dtype)
         for shape, s in zip(shapes, sums, strict=True)
     ]
     bytes_moved = sum(x.size * x.dtype.itemsize for x in (*rows, *outputs))
     bytes_moved += cores * sum(x.nbytes for x in (*weights, *sums))
-    found = pl.pallas_call(
+    results = pl.pallas_call(
         _body(kernel, (rows, weights, outputs, sums, sums, scratch), steps),
         grid_spec=pl.GridSpec(
             grid=(cores, steps),
             in_specs=[*_blocks(plan.rows, steps, rows), *map(_whole, weights)],
-            out_specs=[*_blocks(plan.rows, steps, outputs), *map(_of_core, added)],
+            out_specs=[*_blocks(plan.rows, steps, outputs), *map(_of_core, core_sums)],
             scratch_shapes=[*(pltpu.VMEM(s, F32) for s in shapes), *scratch],
         ),
-        out_shape=[*outputs, *added],
+        out_shape=[*outputs, *core_sums],
         compiler_params=_compiler_params(plan.interpret),
         cost_estimate=pl.CostEstimate(
             flops=flops, transcendentals=0, bytes_accessed=bytes_moved
@@ -177,14 +183,14 @@ def over_rows(
         interpret=plan.interpret,
         name=name,
     )(*rows, *weights)
-    found, parts = found[: len(outputs)], found[len(outputs) :]
-    return tuple(found), tuple(
+    parts = results[len(outputs) :]
+    return tuple(results[: len(outputs)]), tuple(
         x.sum(0).reshape(like.shape) for x, like in zip(parts, sums, strict=True)
     )
 
 
 def _blocks(block_rows, steps, arrays):
-    """Specs of arrays [T, C] in blocks of rows: steps consecutive blocks a core."""
+    """Specs of arrays [T, C] in blocks of rows; a core gets `steps` adjacent blocks."""
 
     def index(core, step):
         return core * steps + step, 0
@@ -203,7 +209,7 @@ def _of_core(x):
 
 
 def _compiler_params(interpret: bool) -> pltpu.CompilerParams:
-    """Blocks of a core in order, within the share of VMEM that a kernel may take."""
+    """Options of the TPU compiler: VMEM limit, and the blocks of a core in order."""
     capacity = 0 if interpret else pltpu.get_tpu_info().vmem_capacity_bytes
     vmem = int(VMEM_SHARE * capacity) or None
     return pltpu.CompilerParams(
@@ -212,30 +218,39 @@ def _compiler_params(interpret: bool) -> pltpu.CompilerParams:
 
 
 def _body(kernel: Callable, groups: Sequence[Sequence], steps: int) -> Callable:
-    """The kernel of `over_rows` on one block; it adds sums up over the steps."""
+    """Return the function that runs the kernel of `over_rows` on one block.
+
+    The function zeroes the sums at a core's first block and writes them at its last.
+
+    Args:
+      groups: arrays or shapes, grouped as the refs of the function are.
+    """
 
     def body(*refs):
         refs = list(refs)
         parts = [[refs.pop(0) for _ in group] for group in groups]
-        row_refs, weight_refs, outs, out_sums, added, room = parts
+        row_refs, weight_refs, out_refs, out_sums, sums, scratch = parts
         step = pl.program_id(1)
 
         @pl.when(step == 0)
         def _():
-            for ref in added:
+            for ref in sums:
                 ref[...] = jnp.zeros_like(ref)
 
-        kernel(row_refs, weight_refs, outs, added, room)
+        kernel(row_refs, weight_refs, out_refs, sums, scratch)
 
         @pl.when(step == steps - 1)
         def _():
-            for ref, total in zip(out_sums, added, strict=True):
-                ref[0] = total[...].astype(ref.dtype)
+            for out, total in zip(out_sums, sums, strict=True):
+                out[0] = total[...].astype(out.dtype)
 
     return body
 
 
 def _cores(blocks: int) -> int:
-    """Cores of a device; each of two gets half of the blocks, if these are even."""
+    """Return the number of cores of a device that share the blocks.
+
+    Two cores get half of the blocks each. An odd number of blocks runs on one core.
+    """
     device = jax.sharding.get_abstract_mesh().abstract_device
     return (device is not None and blocks % 2 == 0 and device.num_cores) or 1

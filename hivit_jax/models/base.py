@@ -1,6 +1,4 @@
-"""What every network on the encoder has: config, run options, facts about its images,
-features, layers and counts.
-"""
+"""Base class of models, and facts about a model's images and classes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,12 +19,12 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 class ModelInfo:
     """Facts about a model's images and classes that its parameters do not contain.
 
-    class_names: by class number; () where they are unknown.
+    class_names: names in the order of the logits; () if unknown.
     image_size: (height, width) in pixels.
-    crop: side of the evaluation's center crop over the shorter side of the image.
-    mean, std: one number a channel, of pixel values times `scale`.
-    scale: factor from stored pixel values to the range that mean and std are of.
-    channels: of an image.
+    crop: side of the center crop in evaluation, divided by the image's shorter side.
+    mean, std: one number per channel, for pixel values multiplied by `scale`.
+    scale: factor from stored pixel values to the range of mean and std.
+    channels: number of image channels.
     """
 
     class_names: tuple[str, ...]
@@ -48,42 +46,49 @@ def make_info(
     scale: float = 1 / 255,
     **_: Any,
 ) -> ModelInfo:
-    """Info of a model of this config, by default ImageNet's.
+    """Return the info of a model; the defaults are ImageNet's.
 
-    Image size and channels are the config's. Mean and std of another number of channels
-    are averaged; names of another number of classes are left out.
+    The config determines image size and channels. If mean and std have another number
+    of channels, each is replaced by its average. Class names of another number of
+    classes are dropped. Other keyword arguments are ignored.
     """
     if len(mean) != config.in_channels:
         mean, std = ([float(np.mean(x))] * config.in_channels for x in (mean, std))
     if len(class_names) != getattr(config, "num_classes", 0):
         class_names = ()
-    sizes = config.image_size, float(crop), tuple(map(float, mean))
-    rest = tuple(map(float, std)), float(scale), config.in_channels
-    return ModelInfo(tuple(class_names), *sizes, *rest)
+    return ModelInfo(
+        class_names=tuple(class_names),
+        image_size=config.image_size,
+        crop=float(crop),
+        mean=tuple(map(float, mean)),
+        std=tuple(map(float, std)),
+        scale=float(scale),
+        channels=config.in_channels,
+    )
 
 
 class Model(nnx.Module):
-    """A network on an encoder.
+    """Base class of models: an encoder plus a head or a decoder.
 
     Attributes:
-      name: of the registered variant that it was made from.
-      kind: what to call the network in a sentence.
-      info: a `ModelInfo`.
+      name: registered name of the model.
+      description: noun phrase for the model card.
+      info: facts about images and classes.
     """
 
     name: str
-    kind: str
+    description: str
     encoder: HiViT
     info: ModelInfo
 
     @property
     def config(self) -> HiViTConfig:
-        """What the model is."""
+        """Architecture of the model."""
         return self.encoder.config
 
     @property
     def run_options(self) -> RunOptions:
-        """How the model runs."""
+        """Options that change how the model runs, such as dtype and remat."""
         return self.encoder.run_options
 
     def features(
@@ -92,47 +97,54 @@ class Model(nnx.Module):
         ids_keep: jax.Array | None = None,
         stride_32: bool = False,
     ) -> list[jax.Array]:
-        """The encoder's feature pyramid, see `HiViT.features`."""
+        """Return the encoder's feature pyramid, see `HiViT.features`."""
         return self.encoder.features(images, ids_keep, stride_32)
 
     def layers(self, images: jax.Array, attention: bool = False) -> list[Layer]:
-        """Output of each of the encoder's main-stage blocks, see `HiViT.layers`."""
+        """Return the output of each main-stage block, see `HiViT.layers`."""
         return self.encoder.layers(images, attention)
 
     def parameter_count(self) -> int:
-        """Number of parameters, head or decoder and fixed tables included: 66.42 M for
-        hivit_base, 87.04 M for mae_hivit_base.
+        """Return the number of parameters, including head, decoder and fixed tables.
+
+        It is 66.42 M for hivit_base and 87.04 M for mae_hivit_base.
         """
         return flops.parameter_count(self)
 
     def layer_ids(self) -> dict[str, int]:
-        """Layer of every parameter by name, as in the official ``lr_decay.py``.
+        """Return {parameter name: layer}, as in the official ``lr_decay.py``.
 
-        The patch embedding and absolute positions are 0, residual blocks count from 1,
-        a merge has the number of the block before it, and everything behind the encoder
-        comes one after the last block.
+        The patch embedding and the absolute positions have layer 0. Residual blocks
+        count from 1. A merge has the layer of the block before it. All parameters
+        outside the encoder have the layer after the last block.
 
         Raises:
-          ValueError: a parameter of the encoder that is in none of these.
+          ValueError: an encoder parameter that belongs to none of these.
         """
-        layers, last = {"patch_embed": 0, "absolute_pos_embed": 0}, 0
+        layer_of, last = {"patch_embed": 0, "absolute_pos_embed": 0}, 0
         for stage, blocks in enumerate(self.encoder.stages):
             for block in range(len(blocks)):
                 last += 1
-                layers[f"stages/{stage}/{block}"] = last
-            layers[f"merges/{stage}"] = last
+                layer_of[f"stages/{stage}/{block}"] = last
+            layer_of[f"merges/{stage}"] = last
         ids = {}
         for path, _ in nnx.to_flat_state(nnx.state(self, nnx.Param)):
-            part, *rest = map(str, path)
-            prefixes = ["/".join(rest[:length]) for length in (1, 2, 3)]
-            found = [layers[prefix] for prefix in prefixes if prefix in layers]
-            name = "/".join([part, *rest])
-            if part == "encoder" and not found:
-                raise ValueError(f"no layer is known for parameter {name!r}")
-            ids[name] = found[0] if part == "encoder" else last + 1
+            root, *rest = map(str, path)
+            name = "/".join([root, *rest])
+            if root != "encoder":
+                ids[name] = last + 1
+                continue
+            prefixes = ("/".join(rest[:length]) for length in (1, 2, 3))
+            prefix = next((p for p in prefixes if p in layer_of), None)
+            if prefix is None:
+                raise ValueError(
+                    f"parameter {name!r} has no layer; expected a parameter of "
+                    "patch_embed, absolute_pos_embed, stages or merges"
+                )
+            ids[name] = layer_of[prefix]
         return ids
 
     def _grid(self, image_size: int | Sequence[int] | None) -> positions.Grid:
-        """Units of an image of this size; None: the model's own."""
+        """Return the grid of units of an image; None: of the model's image size."""
         size = image_size or self.config.image_size
         return positions.check_grid(size, self.config.patch_size)

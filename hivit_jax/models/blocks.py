@@ -1,4 +1,4 @@
-"""Residual blocks of HiViT, and how a sequence of them runs."""
+"""Residual blocks of HiViT, and functions that apply a sequence of them."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -19,9 +19,9 @@ from hivit_jax.models.windows import Windows
 
 
 class MlpBlock(nnx.Module):
-    """Stem block, ``x + MLP(LN(x))``: rows [T, C] never meet.
+    """Stem block, ``x + MLP(LN(x))``. It does not mix the rows of x, [T, C].
 
-    Its only norm is called ``norm2`` as in the official code.
+    Its only norm is named ``norm2``, as in the official code.
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class MlpBlock(nnx.Module):
         self.mlp = Mlp(dim, mlp_ratio, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array, **options: Any) -> jax.Array:
-        """[T, C] -> [T, C]; options as in `add_mlp`."""
+        """Return the block's output, [T, C] -> [T, C]; options as in `add_mlp`."""
         return self.add_mlp(x, **options)
 
     def add_mlp(
@@ -41,23 +41,24 @@ class MlpBlock(nnx.Module):
         drop_path_keys: jax.Array | None = None,
         drop_path_rate: float | jax.Array | None = None,
         block_index: int | jax.Array = 0,
-        kernel: str = "plain",
+        kernels: str = "plain",
     ) -> jax.Array:
-        """``x + drop_path(mlp(norm2(x)))``, [..., C] -> [..., C].
+        """Return ``x + drop_path(mlp(norm2(x)))``, [..., C] -> [..., C].
 
         Args:
           drop_path_keys, drop_path_rate: see `drop_path`.
-          block_index: number of the block, so that no two drop the same samples.
-          kernel: see `dispatch.mlp`.
+          block_index: index of the block in the model, so that each block draws its own
+            samples to drop.
+          kernels: see `RunOptions`.
         """
         with jax.named_scope("mlp"):
             drop = drop_path_rate, drop_path_keys, 2 * block_index
-            fused = dispatch.mlp(x, self.norm2, self.mlp, kernel)
+            fused = dispatch.mlp(x, self.norm2, self.mlp, kernels)
             return _add_branch(x, lambda: self.mlp(self.norm2(x)), fused, drop)
 
 
 class AttentionBlock(MlpBlock):
-    """Main-stage block: attention, then MLP, each behind a LayerNorm."""
+    """Main-stage block: attention, then MLP, each after a LayerNorm."""
 
     def __init__(
         self,
@@ -83,7 +84,7 @@ class AttentionBlock(MlpBlock):
         key_mask: jax.Array | None = None,
         **options: Any,
     ) -> jax.Array:
-        """[B, K, C] -> [B, K, C]; arguments as in `add_attention`."""
+        """Return the block's output, [B, K, C]; arguments as in `add_attention`."""
         x = self.add_attention(x, relative_index, key_mask, **options)
         return self.add_mlp(x, **options)
 
@@ -96,25 +97,29 @@ class AttentionBlock(MlpBlock):
         drop_path_keys: jax.Array | None = None,
         drop_path_rate: float | jax.Array | None = None,
         block_index: int | jax.Array = 0,
-        kernel: str = "plain",
+        kernels: str = "plain",
     ) -> jax.Array:
-        """``x + drop_path(attn(norm1(x)))``, [B, K, C] -> [B, K, C].
+        """Return ``x + drop_path(attn(norm1(x)))``, [B, K, C] -> [B, K, C].
 
-        Args:
-          relative_index, key_mask: see `Attention`; the rest as in `add_mlp`.
+        `relative_index` and `key_mask` are as in `Attention`, the others as in
+        `add_mlp`.
         """
         with jax.named_scope("attention"):
             drop = drop_path_rate, drop_path_keys, 2 * block_index + 1
-            fused = dispatch.attention(x, self.norm1, self.attn, key_mask, kernel)
-            inputs = relative_index, key_mask, kernel
+            fused = dispatch.attention(x, self.norm1, self.attn, key_mask, kernels)
+            options = relative_index, key_mask, kernels
             return _add_branch(
-                x, lambda: self.attn(self.norm1(x), *inputs), fused, drop
+                x, lambda: self.attn(self.norm1(x), *options), fused, drop
             )
 
 
 def _add_branch(x, plain, fused, drop):
-    """``x + drop_path(branch)``; the branch by the fused kernel if there is one, which
-    then adds x itself where nothing is dropped.
+    """Return ``x + drop_path(branch)``; without drop path, a fused kernel also adds x.
+
+    Args:
+      plain: function that computes the branch if `fused` is None.
+      fused: fused kernel from `dispatch`, or None.
+      drop: further arguments of `drop_path`.
     """
     drop_path_rate, drop_path_keys, _ = drop
     if fused and (drop_path_rate is None or drop_path_keys is None):
@@ -127,77 +132,75 @@ def run_blocks(
     x: jax.Array,
     run_options: RunOptions,
     *,
-    call: Callable | None = None,
-    first: int = 0,
+    apply: Callable | None = None,
+    first_index: int = 0,
     drop_path_rates: Sequence[float] | None = None,
     **inputs: jax.Array | None,
 ) -> jax.Array:
-    """Run blocks one after another, x -> x.
+    """Apply blocks one after another, x -> x.
 
     Args:
-      call: (block, x, **options) -> x runs a block; None: the block itself.
-      first: number of the first block.
-      drop_path_rates: one a block; None: nothing is dropped.
-      inputs: arrays that every block takes beside x.
+      apply: function (block, x, **options) -> x that applies a block; default: the
+        block's ``__call__``.
+      first_index: `block_index` of the first block.
+      drop_path_rates: one per block; None: no drop path.
+      inputs: further array arguments of every block.
     """
-    call = call or type(blocks[0]).__call__
-    numbers, rates = range(first, first + len(blocks)), drop_path_rates
+    apply = apply or type(blocks[0]).__call__
+    indices = range(first_index, first_index + len(blocks))
     if run_options.scan_blocks and len(blocks) > 1:
-        return _scan_blocks(blocks, x, run_options, call, numbers, rates, inputs)
-    run = _run_called if _compiled_apart(x) else _run_block
-    for block, number, rate in zip(
-        blocks, numbers, rates or [None] * len(blocks), strict=True
-    ):
+        return _scan_blocks(
+            blocks, x, run_options, apply, indices, drop_path_rates, inputs
+        )
+    run = _call_block if _compile_separately(x) else _run_block
+    rates = drop_path_rates or [None] * len(blocks)
+    for block, index, rate in zip(blocks, indices, rates, strict=True):
         graphdef, params = nnx.split(block)
-        run_one = partial(run, graphdef, call, run_options.kernels)
+        run_one = partial(run, graphdef, apply, run_options.kernels)
         run_one = jax.checkpoint(run_one) if run_options.remat else run_one
-        x = run_one(params, x, number, rate, inputs)
+        x = run_one(params, x, dict(inputs, block_index=index, drop_path_rate=rate))
     return x
 
 
-def _scan_blocks(blocks, x, run_options, call, numbers, rates, inputs):
-    """The same by one compiled block, in a loop over stacked parameters."""
-    run_one = partial(_run_block, nnx.graphdef(blocks[0]), call, run_options.kernels)
-    if run_options.remat:  # a loop keeps recomputed values apart by itself
+def _scan_blocks(blocks, x, run_options, apply, indices, drop_path_rates, inputs):
+    """Apply blocks as one compiled block in a loop over stacked parameters."""
+    run_one = partial(_run_block, nnx.graphdef(blocks[0]), apply, run_options.kernels)
+    if run_options.remat:
+        # False, because XLA does not merge values across the boundary of a loop anyway.
         run_one = jax.checkpoint(run_one, prevent_cse=False)
 
     def step(x, scanned):
-        params, number, rate = scanned
-        return run_one(params, x, number, rate, inputs), None
+        params, index, rate = scanned
+        options = dict(inputs, block_index=index, drop_path_rate=rate)
+        return run_one(params, x, options), None
 
     states = [nnx.to_pure_dict(nnx.state(block)) for block in blocks]
     params = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
-    rates = None if rates is None else jnp.array(rates, jnp.float32)
-    scanned = params, numbers[0] + jnp.arange(len(numbers)), rates
+    rates = None if drop_path_rates is None else jnp.array(drop_path_rates, jnp.float32)
+    scanned = params, indices[0] + jnp.arange(len(indices)), rates
     return jax.lax.scan(step, x, scanned)[0]
 
 
-def _run_block(graphdef, call, kernel, params, x, number, rate, inputs):
-    return call(
-        nnx.merge(graphdef, params),
-        x,
-        drop_path_rate=rate,
-        block_index=number,
-        kernel=kernel,
-        **inputs,
-    )
+def _run_block(graphdef, apply, kernels, params, x, options):
+    return apply(nnx.merge(graphdef, params), x, kernels=kernels, **options)
 
 
 _jitted_block = jax.jit(_run_block, static_argnums=(0, 1, 2))
 
 
-def _run_called(*arguments):
-    with set_xla_metadata(inlineable="false"):  # XLA keeps the call
+def _call_block(*arguments):
+    """Apply a block as a call that XLA does not inline."""
+    with set_xla_metadata(inlineable="false"):
         return _jitted_block(*arguments)
 
 
-def _compiled_apart(x: jax.Array) -> bool:
-    """Whether a block is a program of its own, compiled once for all alike.
+def _compile_separately(x: jax.Array) -> bool:
+    """Return True if blocks run as calls of one function that is compiled once.
 
     Without this, XLA:CPU recomputes the sum of the residual branches before a block in
-    every kernel that reads it, at a cost that grows with depth. Not in bfloat16, which
-    a call rounds more often than a single program does. Not where axes of the mesh are
-    manual already, because XLA cannot partition a call over the devices of the others.
+    every kernel that reads it, at a cost that grows with depth. bfloat16 is excluded
+    because a call rounds more often than a single program does. Meshes with manual axes
+    are excluded because XLA cannot partition a call over the remaining axes.
     """
     manual = AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types
     return dispatch.platform() == "cpu" and x.dtype == jnp.float32 and not manual

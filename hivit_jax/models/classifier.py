@@ -20,10 +20,10 @@ from hivit_jax.models.norms import BatchNorm, LayerNorm
 class ClassifierConfig(HiViTConfig):
     """Sizes of encoder and head.
 
-    num_classes: classes of the head; 0: no head.
-    fc_norm: LayerNorm between pooling and head; MMPretrain's HiViT has none.
-    running_norm: `BatchNorm` without scale and bias in its place, for a linear probe
-      (MAE's ``main_linprobe.py``: eps 1e-6).
+    num_classes: classes of the head, or 0 for no head.
+    fc_norm: LayerNorm between pooling and head. MMPretrain's HiViT has none.
+    running_norm: replace `fc_norm` by a `BatchNorm` without scale and bias, for a
+      linear probe. This follows MAE's ``main_linprobe.py``, with eps 1e-6.
     """
 
     num_classes: int = 1000
@@ -39,7 +39,7 @@ class ClassifierConfig(HiViTConfig):
 class Classifier(Model):
     """HiViT with mean pooling, LayerNorm and a linear head (official ``HiViT``)."""
 
-    name, kind = "hivit_base", "a classifier"
+    name, description = "hivit_base", "a classifier"
 
     def __init__(
         self,
@@ -48,26 +48,25 @@ class Classifier(Model):
         *,
         rngs: nnx.Rngs,
     ):
-        self.encoder, self.info = (
-            HiViT(config, run_options, rngs=rngs),
-            make_info(config),
-        )
-        dim, eps = config.embed_dim, config.layer_norm_eps
-        # Pooled features, their norm and the logits are float32 in any compute dtype.
+        self.encoder = HiViT(config, run_options, rngs=rngs)
+        self.info = make_info(config)
+        dim, classes = config.embed_dim, config.num_classes
+        # Pooled features, their norm and the logits are float32 for any compute dtype.
         if config.running_norm:
             self.fc_norm = BatchNorm(dim, epsilon=1e-6, affine=False)
+        elif config.fc_norm:
+            self.fc_norm = LayerNorm(dim, epsilon=config.layer_norm_eps, rngs=rngs)
         else:
-            norm = config.fc_norm
-            self.fc_norm = LayerNorm(dim, epsilon=eps, rngs=rngs) if norm else None
-        classes = config.num_classes
+            self.fc_norm = None
         self.head = Linear(dim, classes, rngs=rngs) if classes else None
 
     def __call__(
         self, images: jax.Array, *, drop_path_keys: jax.Array | None = None
     ) -> jax.Array:
-        """[B, H, W, C] -> logits [B, num_classes] float32; keys as in `HiViT`.
+        """Return logits, [B, H, W, C] -> [B, num_classes] float32.
 
-        Without head the pooled features, [B, E] float32.
+        A model without head returns the pooled features, [B, E] float32. For
+        `drop_path_keys` see `HiViT`.
         """
         pooled = self.pooled(images, drop_path_keys=drop_path_keys)
         return pooled if self.head is None else self.head(pooled)
@@ -75,14 +74,14 @@ class Classifier(Model):
     def pooled(
         self, images: jax.Array, *, drop_path_keys: jax.Array | None = None
     ) -> jax.Array:
-        """[B, H, W, C] -> input of the head, [B, E] float32."""
+        """Return the input of the head, [B, H, W, C] -> [B, E] float32."""
         pooled = self.encoded(images, drop_path_keys=drop_path_keys)
         return pooled if self.fc_norm is None else self.fc_norm(pooled)
 
     def encoded(
         self, images: jax.Array, *, drop_path_keys: jax.Array | None = None
     ) -> jax.Array:
-        """[B, H, W, C] -> mean of the encoder's last tokens, [B, E] float32."""
+        """Return the main stage's mean token, [B, H, W, C] -> [B, E] float32."""
         tokens = self.encoder(images, drop_path_keys=drop_path_keys)[-1]  # [B, N, E]
         return tokens.astype(jnp.float32).mean(1)
 
@@ -92,11 +91,16 @@ class Classifier(Model):
         *,
         layer_norm_cost: int = 5,
     ) -> int:
-        """Cost of one image, counted as in the published tables: 15.85 G for base.
+        """Return the multiply-adds of one image's forward pass.
 
-        Multiply-adds of convolution, Linears and both attention products, plus
-        `layer_norm_cost` per LayerNorm output (5: the fvcore rule behind the published
-        figures; 0: multiply-adds alone). Activations, biases and softmax count 0.
+        The count follows the published tables (15.85 G for hivit_base). It includes
+        convolution, Linears, both attention products and LayerNorms. Activations,
+        biases and softmax count 0.
+
+        Args:
+          image_size: side or (height, width) in pixels; None: the model's.
+          layer_norm_cost: cost per LayerNorm output element. 5 is fvcore's rule, which
+            the published numbers use; with 0, only multiply-adds count.
         """
         grid = self._grid(image_size)
         cost = encoder_cost(self.encoder, grid, layer_norm_cost=layer_norm_cost)

@@ -1,4 +1,4 @@
-"""Sizes of the encoder, and how a model runs."""
+"""Configs of the encoder: sizes (`HiViTConfig`) and `RunOptions`."""
 
 from dataclasses import dataclass
 
@@ -12,15 +12,15 @@ from hivit_jax.models.windows import Windows, make_windows
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How a model runs, apart from what it is. Parameters do not depend on it.
+    """Options that change how a model runs. Parameters do not depend on them.
 
-    dtype: compute dtype, "float32" or "bfloat16"; parameters are float32.
+    dtype: compute dtype, "float32" or "bfloat16"; parameters are always float32.
     remat: in training, save only each block's input and recompute the rest in the
-      backward pass: less memory, more time.
-    scan_blocks: compile the blocks of a stage as one, run in a loop: shorter
-      compilation. The blocks must be alike, so not with `global_blocks`.
-    kernels: run residual branches as single kernels, "auto": on TPUs, in bfloat16;
-      "fused": wherever shapes allow; "plain": never. See `kernels.dispatch`.
+      backward pass. This needs less memory and more time.
+    scan_blocks: compile one block per stage and run it in a loop. This shortens
+      compilation. All blocks of a stage must be alike, so `global_blocks` must be ().
+    kernels: fused kernels for residual branches, "auto" (on TPUs in bfloat16), "fused"
+      (wherever shapes allow) or "plain" (none). See `kernels.dispatch`.
     """
 
     dtype: str = "float32"
@@ -43,28 +43,30 @@ class RunOptions:
 class HiViTConfig:
     """Sizes of the encoder.
 
-    image_size: side, or (height, width), in pixels; a multiple of `patch_size`. Always
-      a pair afterwards.
+    image_size: side or (height, width) in pixels, multiples of `patch_size`; stored as
+      a pair.
     in_channels: channels of an image.
-    embed_dim: width E of the main stage; stem stages have E/4, E/2.
-    depths: blocks per stage. A stem stage has two MLP blocks for each one named.
-    num_heads: heads of the main stage.
-    mlp_ratio, stem_mlp_ratio: hidden width over width, main stage and stem.
-    drop_path_rate: of the last block; earlier ones rise linearly from 0.
+    embed_dim: width E of the main stage. The stem stages have widths E/4 and E/2.
+    depths: blocks per stage. A stem stage of depth d has 2d MLP blocks.
+    num_heads: attention heads of the main stage.
+    mlp_ratio: hidden width divided by width in the MLPs of the main stage.
+    stem_mlp_ratio: hidden width divided by width in the MLPs of the stem.
+    drop_path_rate: drop path rate of the last block. The rates rise linearly from 0.
     patch_size: side of a unit in pixels.
     inner_patches: cells per unit side, ``2 ** (len(depths) - 1)``.
     relative_position: relative position bias in the main stage.
-    window_size: units per side of the windows that main-stage blocks attend in; 0: all
-      units. A smaller image is one window. The bias of a windowed block spans the
-      window, so a table of a 14x14 grid fits windows of 14 in any larger image.
-    global_blocks: main-stage blocks, counted from 0, that attend to all units anyway.
-      Official detection: windows of 14 and blocks 4, 9, 14, 19; a forward pass of
-      hivit_base on one image of 1024x1024 then needs 3.1 GiB of temporaries instead of
-      11.1 (XLA:CPU, float32).
-    layer_norm_eps: of every LayerNorm.
+    window_size: side of the attention windows of the main stage in units, or 0 for
+      global attention. A smaller image is one window. The bias table of a windowed
+      block spans the window, so a table of a 14x14 grid fits windows of 14 in any
+      larger image.
+    global_blocks: main-stage blocks, counted from 0, that use global attention despite
+      `window_size`. Official detection uses windows of 14 and blocks 4, 9, 14, 19. With
+      these, the forward pass of hivit_base on one 1024x1024 image needs 3.1 GiB of
+      temporary memory instead of 11.1 GiB (XLA:CPU, float32).
+    layer_norm_eps: epsilon of every LayerNorm.
 
     Raises:
-      ConfigError: sizes that do not fit each other.
+      ConfigError: inconsistent sizes.
     """
 
     image_size: int | tuple[int, int] = 224
@@ -114,18 +116,18 @@ class HiViTConfig:
             )
         if any(not 0 <= index < depth for index in self.global_blocks):
             raise ConfigError(
-                f"global_blocks={self.global_blocks}; expected numbers from 0 to "
+                f"global_blocks={self.global_blocks}; expected indices from 0 to "
                 f"{depth - 1} for the {depth} blocks of the main stage"
             )
 
     @property
     def grid(self) -> Grid:
-        """Units per column and per row."""
+        """Numbers of units along the height and the width of an image."""
         return check_grid(self.image_size, self.patch_size)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """(height, width, channels)."""
+        """(height, width, channels) of an image."""
         return (*self.image_size, self.in_channels)
 
     @property
@@ -135,18 +137,18 @@ class HiViTConfig:
 
     @property
     def block_counts(self) -> tuple[int, ...]:
-        """Residual blocks per stage."""
+        """Numbers of residual blocks per stage."""
         return (*(2 * depth for depth in self.depths[:-1]), self.depths[-1])
 
     @property
     def drop_path_rates(self) -> tuple[float, ...]:
-        """Drop path rate of every residual block in order; merges have none."""
+        """Drop path rates of all residual blocks in order."""
         count = sum(self.block_counts)
         rates = np.linspace(0, self.drop_path_rate, count, dtype=np.float32)
         return tuple(map(float, rates))
 
     def windows(self, grid: Grid) -> list[Windows | None]:
-        """Windows of each main-stage block in a grid; None: all of it."""
+        """Return the windows of each main-stage block; None: global attention."""
         windows = make_windows(grid, self.window_size)
         return [
             None if index in self.global_blocks else windows
@@ -155,9 +157,9 @@ class HiViTConfig:
 
 
 def check_heads(dim_name: str, dim: int, heads_name: str, heads: int) -> None:
-    """ConfigError unless `heads` heads divide the width `dim`."""
+    """Raise a ConfigError unless `dim` is a multiple of `heads`."""
     if heads < 1 or dim % heads:
         raise ConfigError(
             f"{heads_name}={heads} does not divide {dim_name}={dim}; "
-            "expected a width that is a multiple of the number of heads"
+            f"expected {dim_name} to be a multiple of {heads_name}"
         )

@@ -1,4 +1,4 @@
-"""Parameters and multiply-adds of a network, counted as in the published tables."""
+"""Numbers of parameters and multiply-adds, counted as in the published tables."""
 
 import jax
 from flax import nnx
@@ -10,15 +10,16 @@ from hivit_jax.models.positions import Grid
 
 
 def parameter_count(module: nnx.Module) -> int:
-    """Number of parameters, fixed position tables included (as published)."""
+    """Return the number of parameters and fixed table entries, as published."""
     counted = nnx.state(module, nnx.Any(nnx.Param, FixedTable))
     return sum(leaf.size for leaf in jax.tree.leaves(counted))
 
 
 def row_cost(module: nnx.Module | None, rows: int, layer_norm_cost: int) -> int:
-    """Multiply-adds of all Linears of `module`, each applied to `rows` rows.
+    """Return the cost of the Linears and LayerNorms of a module for `rows` rows each.
 
-    Every output element of a LayerNorm counts `layer_norm_cost`. None costs nothing.
+    A Linear costs its multiply-adds, and a LayerNorm `layer_norm_cost` per output
+    element. None costs 0.
     """
     if module is None:
         return 0
@@ -34,7 +35,7 @@ def row_cost(module: nnx.Module | None, rows: int, layer_norm_cost: int) -> int:
 def attention_cost(
     block: AttentionBlock, tokens: int, pairs: int, layer_norm_cost: int
 ) -> int:
-    """`row_cost` of an attention block plus its two products over `pairs` of tokens."""
+    """Return the cost of an attention block with `pairs` query-key pairs."""
     products = 2 * pairs * block.attn.proj.in_features
     return row_cost(block, tokens, layer_norm_cost) + products
 
@@ -42,11 +43,11 @@ def attention_cost(
 def encoder_cost(
     encoder: HiViT, grid: Grid, kept: int | None = None, *, layer_norm_cost: int = 5
 ) -> int:
-    """Cost of one image of a grid of units of which `kept` are encoded; None: all.
+    """Return the cost of encoding `kept` units of one image; None: all units.
 
     The patch convolution counts for all units, as in the published tables, although it
-    runs on the kept ones only. In windows, products with padding count, because they
-    are computed.
+    runs on the kept units only. Attention products with the padding of windows count,
+    because they are computed.
     """
     config, units = encoder.config, grid[0] * grid[1]
     kept = units if kept is None else kept

@@ -1,8 +1,7 @@
-"""HiViT: the encoder (Zhang et al., ICLR 2023).
+"""Encoder of HiViT (Zhang et al., ICLR 2023).
 
-Before the main stage no two units ever meet. So unwanted units are dropped as pixels,
-before anything is computed, and the stem is a row-wise network on one flat matrix of
-cells.
+The stem stages do not mix units. Therefore masked units are dropped as pixels, before
+any computation, and the stem processes one matrix of cells row by row.
 """
 
 from typing import NamedTuple
@@ -22,9 +21,9 @@ from hivit_jax.models.positions import Grid
 class Layer(NamedTuple):
     """Output of a main-stage block.
 
-    tokens: [B, N, E] in compute dtype, units row-major.
-    attention: float32 [B, heads, N, N], query first, rows adding up to 1; or None. Of a
-      block with windows [B, W, heads, S, S], see `windows.Windows`.
+    tokens: [B, N, E] in compute dtype, units in row-major order.
+    attention: None, or attention weights, float32 [B, heads, N, N], query axis before
+      key axis. With windows, [B, W, heads, S, S], see `windows.Windows`.
     """
 
     tokens: jax.Array
@@ -32,12 +31,12 @@ class Layer(NamedTuple):
 
 
 class HiViT(nnx.Module):
-    """The encoder, without head. Pretraining and every other task call it.
+    """Encoder without a head.
 
     Args:
-      sincos_position: initialize `absolute_pos_embed` as the sine-cosine table instead
-        of normal(0.02). It is trained either way (official: pretraining does so too,
-        although a comment there says frozen).
+      sincos_position: initialize `absolute_pos_embed` with the sine-cosine table
+        instead of normal(0.02). It is trained in both cases. The official pretraining
+        code also trains the table, although a comment there calls it frozen.
 
     Raises:
       ConfigError: `scan_blocks` with `global_blocks`.
@@ -54,7 +53,7 @@ class HiViT(nnx.Module):
         if run_options.scan_blocks and config.global_blocks:
             raise ConfigError(
                 f"scan_blocks=True with global_blocks={config.global_blocks}; expected "
-                "blocks that are alike"
+                "global_blocks=(), because scanned blocks must be alike"
             )
         self.config, self.run_options = config, run_options
         dtype = jnp.dtype(run_options.dtype)
@@ -75,13 +74,13 @@ class HiViT(nnx.Module):
             width *= 2
         stages.append(nnx.List())
         for windows in config.windows(self.grid):
-            span = self.grid if windows is None else windows.size
+            grid = self.grid if windows is None else windows.size
             stages[-1].append(
                 AttentionBlock(
                     width,
                     config.num_heads,
                     config.mlp_ratio,
-                    grid=span if config.relative_position else None,
+                    grid=grid if config.relative_position else None,
                     windows=windows,
                     **common,
                 )
@@ -97,7 +96,7 @@ class HiViT(nnx.Module):
 
     @property
     def grid(self) -> Grid:
-        """Units per column and per row."""
+        """Numbers of units along the height and the width of an image."""
         return self.config.grid
 
     def _run_stage(self, stage: int, x: jax.Array, **inputs: jax.Array | None):
@@ -107,7 +106,7 @@ class HiViT(nnx.Module):
             blocks,
             x,
             self.run_options,
-            first=first,
+            first_index=first,
             drop_path_rates=rates if self.config.drop_path_rate else None,
             **inputs,
         )
@@ -120,20 +119,21 @@ class HiViT(nnx.Module):
         key_mask: jax.Array | None = None,
         drop_path_keys: jax.Array | None = None,
     ) -> list[jax.Array]:
-        """Output of every stage, for all units or for the kept ones.
+        """Return the output of each stage, for all units or for those in `ids_keep`.
 
         Args:
           images: [B, H, W, C] float, normalized.
-          ids_keep: int [B, K], the units to keep, in output order; None: all.
-          key_mask: [B, K], nonzero = the unit may be attended to.
-          drop_path_keys: [B] keys for drop path; None (evaluation) drops nothing.
+          ids_keep: int [B, K], indices of the units to keep, in the order of the
+            output; None: all units.
+          key_mask: [B, K], nonzero for units that may be attended to.
+          drop_path_keys: [B] PRNG keys for drop path; None (evaluation): no drop path.
 
         Returns:
-          In merge order and compute dtype: [B*K*16, E/4], [B*K*4, E/2], [B, K, E].
+          [B*K*16, E/4], [B*K*4, E/2], [B, K, E] in merge order and compute dtype.
 
         Raises:
-          ConfigError: images of another size or channel count than built for; kept
-            units for blocks with windows.
+          ConfigError: image size or channels differ from the config's; `ids_keep` with
+            attention windows.
         """
         *outputs, x, relative_index = self._stem(images, ids_keep, drop_path_keys)
         with jax.named_scope("main"):
@@ -148,7 +148,7 @@ class HiViT(nnx.Module):
 
     @jax.named_scope("embedding")
     def _stem(self, images, ids_keep=None, drop_path_keys=None):
-        """Outputs of the stem stages, main stage input [B, K, E], relative index."""
+        """Return stem stage outputs, main stage input [B, K, E] and relative index."""
         config = self.config
         expected = config.image_shape
         if images.shape[1:] != expected:
@@ -158,8 +158,8 @@ class HiViT(nnx.Module):
             )
         if ids_keep is not None and any(config.windows(self.grid)):
             raise ConfigError(
-                f"window_size={config.window_size} with some of the units only: "
-                "windows need them all; expected window_size=0"
+                f"window_size={config.window_size} with ids_keep: attention windows "
+                "need all units; expected window_size=0 or ids_keep=None"
             )
         dtype = jnp.dtype(self.run_options.dtype)
         units = positions.patchify(images, config.patch_size)  # [B, N, P*P*C]
@@ -167,11 +167,12 @@ class HiViT(nnx.Module):
         ids = jnp.arange(len(position))  # [N]
         if ids_keep is not None:
             units = positions.gather_tokens(units, ids_keep)  # [B, K, P*P*C]
-            # A product, and so is its gradient, because scattered additions are slow on
-            # TPUs, in no fixed order on GPUs, and all-reduced without being summed.
-            chosen = jax.nn.one_hot(ids_keep, len(position), dtype=dtype)
+            # A matrix product, because the gradient of a gather is a scatter-add.
+            # Scatter-adds are slow on TPUs, have no fixed order on GPUs, and are
+            # all-reduced before they are summed.
+            one_hot = jax.nn.one_hot(ids_keep, len(position), dtype=dtype)
             position = jnp.matmul(
-                chosen, position.astype(dtype), precision="highest"
+                one_hot, position.astype(dtype), precision="highest"
             )  # [B, K, E]
             ids = ids_keep
         cells = positions.units_to_cells(
@@ -183,7 +184,7 @@ class HiViT(nnx.Module):
             with jax.named_scope(f"stem{stage + 1}"):
                 x = self._run_stage(stage, x, drop_path_keys=drop_path_keys)
             outputs.append(x)
-            x = merge(x)  # a quarter of the rows, twice as wide
+            x = merge(x)
         x = x.reshape(images.shape[0], -1, config.embed_dim)  # [B, K, E]
         x = x + position.astype(dtype)
         return *outputs, x, positions.relative_position_index(ids, self.grid)
@@ -194,28 +195,29 @@ class HiViT(nnx.Module):
         ids_keep: jax.Array | None = None,
         stride_32: bool = False,
     ) -> list[jax.Array]:
-        """Feature pyramid in raster order, from the end of every stage.
+        """Return the outputs of all stages as feature maps in raster order.
 
         Args:
-          images: [B, H, W, C] float, normalized.
-          ids_keep: int [B, K], the units to keep, in output order; None: all.
-          stride_32: add a map at stride 32, the maximum of the last one over 2x2
-            (official detection code; as there an odd last row or column is left out).
+          images, ids_keep: see `__call__`.
+          stride_32: add a map at stride 32, a 2x2 max pooling of the last map. As in
+            the official detection code, an odd last row or column is left out.
 
         Returns:
-          In compute dtype [B, H/4, W/4, E/4], [B, H/8, W/8, E/2], [B, H/16, W/16, E]
-          and, with `stride_32`, [B, H/32, W/32, E]. Of kept units their cells:
-          [B, K, 4, 4, E/4], [B, K, 2, 2, E/2], [B, K, 1, 1, E].
+          [B, H/4, W/4, E/4], [B, H/8, W/8, E/2], [B, H/16, W/16, E] in compute dtype
+          and, with `stride_32`, [B, H/32, W/32, E]. With `ids_keep`, the cells of each
+          unit: [B, K, 4, 4, E/4], [B, K, 2, 2, E/2], [B, K, 1, 1, E].
 
         Raises:
-          ConfigError: as `__call__`; stride_32 of kept units or of a single row.
+          ConfigError: as `__call__`; `stride_32` with `ids_keep` or with fewer than 2x2
+            units.
         """
-        # A kept unit is an image of its own.
+        # With `ids_keep`, each unit is treated as an image of its own.
         grid = self.grid if ids_keep is None else (1, 1)
         if stride_32 and min(grid) < 2:
-            found = f"a {grid[0]}x{grid[1]} grid" if ids_keep is None else "kept units"
+            found = f"a {grid[0]}x{grid[1]} grid" if ids_keep is None else "ids_keep"
             raise ConfigError(
-                f"stride_32 of {found}; expected all of a grid of at least 2x2 units"
+                f"stride_32=True with {found}; expected ids_keep=None and a grid of at "
+                "least 2x2 units"
             )
         maps = [
             positions.tokens_to_map(x, grid, self.config.inner_patches >> level)
@@ -230,10 +232,10 @@ class HiViT(nnx.Module):
         return maps
 
     def layers(self, images: jax.Array, attention: bool = False) -> list[Layer]:
-        """Output of every main-stage block, [B, H, W, C] -> one `Layer` each.
+        """Return the output of each main-stage block for images [B, H, W, C].
 
         Args:
-          attention: also return attention weights, [B, heads, N, N] a block.
+          attention: also return attention weights.
         """
         *_, x, index = self._stem(images)
         layers = []

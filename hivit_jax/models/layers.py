@@ -1,8 +1,7 @@
-"""Layers of HiViT: linear, LayerNorm, GELU, drop path, MLP, attention, patch embedding
-and merge.
+"""Layers of HiViT: linear, GELU, drop path, MLP, attention, patch embedding and merge.
 
-Parameters are float32. `dtype` is the dtype of matrix products and of the outputs of
-blocks; LayerNorm statistics and the softmax are always float32.
+Parameters are float32. `dtype` is the dtype of matrix products and of block outputs.
+LayerNorm statistics and the softmax are always float32.
 """
 
 from functools import partial
@@ -19,36 +18,37 @@ from hivit_jax.models.norms import LayerNorm
 from hivit_jax.models.positions import Grid
 from hivit_jax.models.windows import Windows
 
-# Official: trunc_normal_(std=.02) cut at +-2 absolute, that is at 100 sigma.
+# Not truncated, because the official trunc_normal_(std=.02) truncates at an absolute
+# value of 2, which is 100 standard deviations.
 INIT = nnx.initializers.normal(0.02)
 
 
 class ParameterKeys:
-    """Keys to draw parameters from, those of ``nnx.Rngs(seed)``, counted on the host.
+    """PRNG keys for initialization, equal to those of ``nnx.Rngs(seed)``.
 
-    `nnx.Rngs` counts in an array. Inside `jax.eval_shape` and `jax.jit` every count
-    makes JAX search the program traced so far, 5 s for HiViT-B.
+    The counter is a Python integer. The counter of `nnx.Rngs` is an array, and inside
+    `jax.eval_shape` and `jax.jit` each increment makes JAX search the program traced so
+    far. This takes 5 s for HiViT-B.
 
     Args:
-      seed: integer or key.
+      seed: integer or PRNG key.
     """
 
     def __init__(self, seed: int | jax.Array):
         self.key = jax.random.key(seed) if isinstance(seed, int) else seed
-        self.drawn = 0
+        self.count = 0
 
     def params(self) -> jax.Array:
-        """The next key."""
-        self.drawn += 1
-        return jax.random.fold_in(self.key, self.drawn - 1)
+        """Return the next key."""
+        self.count += 1
+        return jax.random.fold_in(self.key, self.count - 1)
 
 
 class RowLinear(nnx.Linear):
-    """[..., C] -> [..., D], as one product of all rows.
+    """Linear layer, [..., C] -> [..., D], that flattens its input to a matrix.
 
-    With more than two axes XLA:CPU would transpose the operands of a weight's gradient
-    one number at a time, and XLA:TPU would pad the tokens of every image to whole
-    tiles.
+    Without this, XLA:CPU transposes the operands of the weight gradient element by
+    element, and XLA:TPU pads the tokens of each image to whole tiles.
     """
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -60,7 +60,7 @@ Linear = partial(RowLinear, kernel_init=INIT)
 
 
 class FixedTable(nnx.Variable):
-    """A table that is stored and counted with the parameters but never trained."""
+    """Table that is stored and counted with the parameters, but not trained."""
 
 
 def drop_path(
@@ -72,11 +72,12 @@ def drop_path(
     """Drop the residual branch of whole samples (stochastic depth).
 
     Args:
-      x: [B*T, C] or [B, T, C], the branch.
-      drop_path_rate: probability of dropping; a kept branch is divided by ``1 - rate``.
-        None: nothing is dropped.
-      drop_path_keys: [B] keys, one per sample, or None for no dropping.
-      branch_index: number of the branch, so that no two branches share a draw.
+      x: [B*T, C] or [B, T, C], output of the branch.
+      drop_path_rate: probability of dropping; kept samples are divided by ``1 - rate``.
+        None: return x.
+      drop_path_keys: [B] PRNG keys, one per sample. None: return x.
+      branch_index: index of the branch in the model, so that each branch draws its own
+        samples to drop.
     """
     if drop_path_rate is None or drop_path_keys is None:
         return x
@@ -104,7 +105,7 @@ def _gelu_jvp(primals, tangents):
 
 
 class Mlp(nnx.Module):
-    """fc1, exact (erf) GELU, fc2: [..., C] -> [..., C]."""
+    """MLP with exact (erf) GELU, [..., C] -> [..., C]."""
 
     def __init__(self, dim: int, ratio: float, *, dtype, rngs: nnx.Rngs):
         hidden = int(dim * ratio)
@@ -120,9 +121,9 @@ class Attention(nnx.Module):
     """Multi-head self-attention over units, with optional relative position bias.
 
     Args:
-      grid: the units that relative positions span, all or those of a window; None for
-        no bias.
-      windows: attend only inside these; None to all units.
+      grid: grid of units of the image, or of a window if there are windows; None: no
+        relative position bias.
+      windows: windows that attention is limited to; None: global attention.
     """
 
     def __init__(
@@ -136,8 +137,8 @@ class Attention(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.windows = windows
-        # The kernel keeps its head axis, [C, 3, heads, C/heads], so that heads can be
-        # sharded; flattened it is the official [q | k | v] matrix.
+        # The kernel has a head axis, [C, 3, heads, C/heads], so that heads can be
+        # sharded. Flattened, it is the official [q | k | v] matrix.
         self.qkv = nnx.LinearGeneral(
             dim,
             (3, num_heads, dim // num_heads),
@@ -158,20 +159,20 @@ class Attention(nnx.Module):
         x: jax.Array,
         relative_index: jax.Array | None = None,
         key_mask: jax.Array | None = None,
-        kernel: str = "plain",
+        kernels: str = "plain",
     ) -> jax.Array:
-        """[B, K, C] -> [B, K, C].
+        """Return the attention output, [B, K, C] -> [B, K, C].
 
         Args:
-          relative_index: int [K, K] or [B, K, K], rows of the table; windows have
-            their own.
-          key_mask: [B, K], nonzero = may be attended. A sample (or a window of it)
-            with no key left gets a uniform softmax, never NaN.
-          kernel: see `dispatch.mlp`.
+          relative_index: int [K, K] or [B, K, K], rows of the relative position table;
+            ignored with windows, which compute their own.
+          key_mask: [B, K], nonzero for keys that may be attended to. If a sample or a
+            window has no such key, its softmax is uniform and not NaN.
+          kernels: see `RunOptions`.
         """
-        q, k, v, bias, mask = self._heads(x, relative_index, key_mask)
+        q, k, v, bias, mask = self._softmax_inputs(x, relative_index, key_mask)
         out = attention_xla.dot_product_attention(
-            q, k, v, bias=bias, mask=mask, choice=kernel
+            q, k, v, bias=bias, mask=mask, choice=kernels
         )
         if self.windows is not None:
             out = self.windows.merge(out)
@@ -183,37 +184,41 @@ class Attention(nnx.Module):
         relative_index: jax.Array | None = None,
         key_mask: jax.Array | None = None,
     ) -> jax.Array:
-        """Attention weights for the same arguments: [B, heads, K, K] float32.
+        """Return the attention weights, float32 [B, heads, K, K].
 
-        Query first; a row adds up to 1. With W windows of S units,
-        [B, W, heads, S, S]; rows of padding have no meaning.
+        The query axis is before the key axis, and each row sums to 1. With W windows of
+        S units, the shape is [B, W, heads, S, S]; rows of padding have no meaning.
+        Arguments are those of `__call__`.
         """
-        q, k, _, bias, mask = self._heads(x, relative_index, key_mask)
-        weights, sums = attention_xla.softmax(q, k, bias, mask)
+        q, k, _, bias, mask = self._softmax_inputs(x, relative_index, key_mask)
+        weights, sums = attention_xla.unnormalized_softmax(q, k, bias, mask)
         weights = weights / sums
         if self.windows is not None:
             weights = weights.reshape(len(x), -1, *weights.shape[1:])
         return weights
 
-    def _projected(self, x):
+    def _project_qkv(self, x):
+        """Return q, k, v as one array, [B, K, C] -> [B, K, 3, heads, C/heads]."""
         rows = x.reshape(-1, x.shape[-1])
-        if dispatch.heads_split():
+        if dispatch.heads_are_sharded():
             rows = self.qkv(rows)
-        else:  # as in `RowLinear`
+        else:  # one product of matrices, for the reasons given in `RowLinear`
             kernel = self.qkv.kernel[...].reshape(x.shape[-1], -1).astype(x.dtype)
             rows = rows @ kernel + self.qkv.bias[...].reshape(-1).astype(x.dtype)
         return rows.reshape(*x.shape[:2], *self.qkv.bias.shape)
 
-    def _heads(self, x, relative_index, key_mask):
-        """q, k, v, each [B, K, heads, C/heads]; bias and mask that broadcast over
-        [B, heads, K, K], or None. With windows B*W for B, S for K (see `Windows`).
+    def _softmax_inputs(self, x, relative_index, key_mask):
+        """Return q, k, v, [B, K, heads, C/heads] each, and bias and mask.
+
+        Bias and mask broadcast over [B, heads, K, K], or are None. With windows, B*W
+        takes the place of B, and S that of K (see `Windows`).
         """
-        qkv = self._projected(x)  # [B, K, 3, heads, C/heads]
+        qkv = self._project_qkv(x)  # [B, K, 3, heads, C/heads]
         if self.windows is not None:
             qkv = self.windows.partition(qkv)
-            # Padding becomes keys that are not to be attended to.
-            present = jnp.ones(x.shape[:2], bool) if key_mask is None else key_mask
-            key_mask = self.windows.partition(present)
+            # `partition` pads the mask with zeros, so that padding is not attended to.
+            key_mask = jnp.ones(x.shape[:2], bool) if key_mask is None else key_mask
+            key_mask = self.windows.partition(key_mask)
             units = jnp.arange(qkv.shape[1])
             relative_index = positions.relative_position_index(units, self.windows.size)
         q, k, v = (qkv[:, :, i] for i in range(3))
@@ -227,10 +232,10 @@ class Attention(nnx.Module):
 
 
 class PatchEmbed(nnx.Module):
-    """Cells [T, cell*cell*in_channels] -> [T, dim]: Linear, LayerNorm.
+    """Linear and LayerNorm on cells, [T, cell*cell*in_channels] -> [T, dim].
 
-    The official strided convolution is this Linear; its weight and bias keep PyTorch's
-    default, uniform in +-1/sqrt(fan_in).
+    The Linear is equivalent to the official strided convolution. Its weight and bias
+    have PyTorch's default initialization, uniform in +-1/sqrt(fan_in).
     """
 
     def __init__(self, fan_in: int, dim: int, *, eps: float, dtype, rngs: nnx.Rngs):
@@ -252,7 +257,7 @@ class PatchEmbed(nnx.Module):
 
 
 class PatchMerge(nnx.Module):
-    """Merge four neighboring cells into one: [T, C] -> [T/4, 2C], in merge order."""
+    """Merge of four neighboring cells, [T, C] -> [T/4, 2C] in merge order."""
 
     def __init__(self, dim: int, *, eps: float, dtype, rngs: nnx.Rngs):
         self.norm = LayerNorm(4 * dim, epsilon=eps, dtype=dtype, rngs=rngs)

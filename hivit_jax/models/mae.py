@@ -1,7 +1,8 @@
-"""Masked autoencoder over HiViT: only the visible units are embedded and encoded.
+"""Masked autoencoder (He et al., CVPR 2022) with HiViT as encoder.
 
-He et al., CVPR 2022, as the official HiViT code has it (``masked_autoencoder.py``,
-``models_mae_hivit.py``): no class token, a latent of all three stages, a plain decoder.
+It follows ``masked_autoencoder.py`` and ``models_mae_hivit.py`` of the official HiViT
+code: no class token, a latent from all three stages, and a plain transformer decoder.
+Only the visible units are embedded and encoded.
 """
 
 from collections.abc import Sequence
@@ -28,13 +29,17 @@ from hivit_jax.models.norms import LayerNorm
 class MAEConfig(HiViTConfig):
     """Sizes of encoder and decoder; `window_size` must be 0.
 
-    decoder_embed_dim, decoder_depth, decoder_num_heads: the decoder's size; its MLP
-      ratio is 4, it has neither relative positions nor drop path.
-    multi_scale: decode all three stages, 7E wide behind a LayerNorm (official
-      ``hifeat``). False: the main stage alone, with no norm (the official module holds
-      an unused one then).
-    norm_pix_loss: targets normalized per unit. The official constructor ignores False;
-      here it counts.
+    The decoder's MLP ratio is 4. The decoder has no relative positions and no drop
+    path.
+
+    decoder_embed_dim: width of the decoder.
+    decoder_depth: blocks of the decoder.
+    decoder_num_heads: attention heads of the decoder.
+    multi_scale: decode the outputs of all three stages, 7E wide after a LayerNorm
+      (official ``hifeat``). False: decode the main stage's output, without a norm. The
+      official module has an unused norm in this case.
+    norm_pix_loss: normalize the targets of each unit. The official constructor ignores
+      the value False; this one does not.
     """
 
     relative_position: bool = False
@@ -55,20 +60,20 @@ class MAEConfig(HiViTConfig):
             raise ConfigError(f"decoder_embed_dim={dim}: expected a multiple of 4")
         if self.window_size > 0:
             raise ConfigError(
-                f"window_size={self.window_size}: masked pretraining drops units, and "
-                "windows need them all; expected window_size=0"
+                f"window_size={self.window_size}: masked pretraining drops units, but "
+                "attention windows need all units; expected window_size=0"
             )
         super().__post_init__()
 
 
 class MAEOutput(NamedTuple):
-    """Output of the masked autoencoder; N units, K of them visible.
+    """Output of the masked autoencoder for N units, K of them visible.
 
-    loss: float32 scalar, mean squared error over the removed units of the batch.
-    pred: [B, N, P*P*C] float32, in the target's (perhaps normalized) pixels.
+    loss: float32 scalar, mean squared error over the masked units of the batch.
+    pred: [B, N, P*P*C] float32, predictions of the (possibly normalized) targets.
     mask: [B, N] float32, 0 keep, 1 removed.
     latent: [B, K, 7E] (multi-scale) or [B, K, E], input of the decoder embedding.
-    unit_loss: [B, N] float32, mean squared error of each unit, visible ones too.
+    unit_loss: [B, N] float32, mean squared error of each visible or masked unit.
     """
 
     loss: jax.Array
@@ -79,9 +84,9 @@ class MAEOutput(NamedTuple):
 
 
 class MaskedAutoencoder(Model):
-    """HiViT encoder on visible units, transformer decoder on all of them."""
+    """HiViT encoder on visible units, transformer decoder on all units."""
 
-    name, kind = "mae_hivit_base", "a masked autoencoder"
+    name, description = "mae_hivit_base", "a masked autoencoder"
 
     def __init__(
         self,
@@ -95,7 +100,7 @@ class MaskedAutoencoder(Model):
         common = dict(dtype=jnp.dtype(run_options.dtype), rngs=rngs)
         norm = dict(epsilon=config.layer_norm_eps, **common)
         multi_scale, dim = config.multi_scale, config.decoder_embed_dim
-        # A stage adds its cells times its width: 4E + 2E + E for three stages.
+        # Each stage adds its cells per unit times its width: 4E + 2E + E for three.
         scales = 2 * config.inner_patches - 1 if multi_scale else 1
         width = config.embed_dim * scales
         self.norm = LayerNorm(width, **norm) if multi_scale else None
@@ -121,13 +126,14 @@ class MaskedAutoencoder(Model):
         mask_ratio: float = 0.75,
         drop_path_keys: jax.Array | None = None,
     ) -> MAEOutput:
-        """Masks, encodes, decodes and scores a batch.
+        """Mask and reconstruct images, and compute the loss.
 
         Args:
           images: [B, H, W, C] float32, normalized.
-          noise: [B, N]; the units with the lowest stay visible.
-          mask_ratio: share of units to remove.
-          drop_path_keys: [B] keys for drop path in the encoder, or None.
+          noise: [B, N]; the units with the lowest noise stay visible.
+          mask_ratio: fraction of units to mask.
+          drop_path_keys: [B] PRNG keys for drop path in the encoder; None: no drop
+            path.
         """
         kept = visible_units(noise.shape[1], mask_ratio)
         ids_shuffle, ids_restore, mask = random_masking(noise, kept)
@@ -145,10 +151,10 @@ class MaskedAutoencoder(Model):
         mask_ratio: float = 0.75,
         drop_path_keys: jax.Array | None = None,
     ) -> jax.Array:
-        """Mean squared error over each image's removed units, [B] float32.
+        """Return the mean squared error over each image's masked units, [B] float32.
 
-        Arguments as above. Training uses it: visible units are not predicted, and the
-        decoder's last MLP leaves them out.
+        Arguments are those of `__call__`. Training uses this function, which is cheaper
+        because the decoder's last MLP and its output layer skip the visible units.
         """
         kept = visible_units(noise.shape[1], mask_ratio)
         ids_shuffle = random_masking(noise, kept)[0]
@@ -163,9 +169,11 @@ class MaskedAutoencoder(Model):
         ids_keep: jax.Array,
         drop_path_keys: jax.Array | None = None,
     ) -> jax.Array:
-        """Images [B, H, W, C], kept units int [B, K] -> latent [B, K, 7E or E].
+        """Encode the units `ids_keep`, int [B, K], of images [B, H, W, C].
 
-        The multi-scale latent holds the stages' cells in merge order.
+        Returns:
+          Latent [B, K, 7E] or [B, K, E] in compute dtype. The multi-scale latent
+          concatenates the stages, with cells in merge order.
         """
         stages = self.encoder(images, ids_keep=ids_keep, drop_path_keys=drop_path_keys)
         if not self.config.multi_scale:
@@ -178,20 +186,20 @@ class MaskedAutoencoder(Model):
     def decode(
         self, latent: jax.Array, ids: jax.Array, *, masked_only: bool = False
     ) -> jax.Array:
-        """Latent [B, K, 7E or E] of K visible units -> pred [B, N, P*P*C] float32.
+        """Return the prediction of all units, [B, N, P*P*C] float32, in order of `ids`.
 
         Args:
-          ids: int [B, N], all units, those of the latent first. The prediction is in
-            their order.
-          masked_only: predict only the other units, [B, N - K, P*P*C].
+          latent: [B, K, 7E] or [B, K, E], latent of the K visible units.
+          ids: int [B, N], indices of all units, with those of the latent first.
+          masked_only: predict only the masked units, [B, N - K, P*P*C].
         """
         x = self.decoder_embed(latent)  # [B, K, D]
         batch, kept, dim = x.shape
         tokens = jnp.broadcast_to(
             self.mask_token[...].astype(x.dtype), (batch, ids.shape[1] - kept, dim)
         )
-        # Tokens stay in this order, so that the removed ones are a slice; the decoder
-        # sees a unit's position in the table only, and the table takes no gradient.
+        # Tokens stay in this order, so that the masked ones are a slice. The order does
+        # not matter to the decoder, because positions come from the table only.
         table = jax.lax.stop_gradient(self.decoder_pos_embed[...]).astype(x.dtype)
         x = jnp.concatenate([x, tokens], axis=1) + table[ids]  # [B, N, D]
 
@@ -203,20 +211,20 @@ class MaskedAutoencoder(Model):
             *blocks, last = self.decoder_blocks
             if blocks:
                 x = run_blocks(blocks, x, self.run_options)
-            x = run_blocks([last], x, self.run_options, call=run_last)
+            x = run_blocks([last], x, self.run_options, apply=run_last)
         with jax.named_scope("loss"):
             return self.decoder_pred(self.decoder_norm(x)).astype(jnp.float32)
 
     def targets(
         self, images: jax.Array, ids: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Targets of the prediction: units [B, N, P*P*C], and their mean and scale.
+        """Return targets [B, N, P*P*C], and mean and scale of each unit [B, N, 1].
 
-        The units' pixels are ``targets * scale + mean`` with mean, scale [B, N, 1];
-        without pixel normalization these are 0 and 1. The variance is the unbiased one.
+        The pixels of the units are ``targets * scale + mean``. Without pixel
+        normalization, mean is 0 and scale 1. The variance is unbiased.
 
         Args:
-          ids: int [B, M], which units; None: all, in image order.
+          ids: int [B, M], indices of the units to return; None: all, in image order.
         """
         units = positions.patchify(images.astype(jnp.float32), self.config.patch_size)
         units = units if ids is None else positions.gather_tokens(units, ids)
@@ -230,24 +238,30 @@ class MaskedAutoencoder(Model):
     def unit_loss(
         self, images: jax.Array, pred: jax.Array, ids: jax.Array | None = None
     ) -> jax.Array:
-        """Mean squared error of every unit, [B, N] float32; ids as in `targets`."""
+        """Return the mean squared error of each unit, [B, N] float32.
+
+        Args:
+          pred: [B, N, P*P*C], prediction of the units `ids`, see `targets`.
+        """
         return jnp.square(pred - self.targets(images, ids)[0]).mean(-1)
 
     def to_images(
         self, out: MAEOutput, mean: jax.Array, scale: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """An output as images: the prediction [B, H, W, C], in the pixels of the input,
-        and the removed pixels [B, H, W, 1], 1 or 0.
+        """Return the prediction [B, H, W, C] and the mask [B, H, W, 1] as images.
+
+        The prediction is in the pixel range of the input. The mask is 1 for masked
+        pixels and 0 for visible pixels.
 
         Args:
-          mean, scale: [B, N, 1], of the units' pixels, as `targets` returns them; or
-            others, which do not reveal the removed pixels.
+          mean, scale: [B, N, 1], mean and scale of each unit from `targets`, or values
+            that do not depend on the masked pixels.
         """
         grid, patch_size = self.config.grid, self.config.patch_size
-        removed = jnp.repeat(out.mask[..., None], patch_size**2, -1)
+        mask = jnp.repeat(out.mask[..., None], patch_size**2, -1)
         return (
             positions.unpatchify(out.pred * scale + mean, grid, patch_size),
-            positions.unpatchify(removed, grid, patch_size),
+            positions.unpatchify(mask, grid, patch_size),
         )
 
     def macs(
@@ -257,9 +271,10 @@ class MaskedAutoencoder(Model):
         mask_ratio: float = 0.75,
         layer_norm_cost: int = 5,
     ) -> int:
-        """Cost of one image's forward pass, counted as in `Classifier.macs`.
+        """Return the multiply-adds of one image's forward pass, see `Classifier.macs`.
 
-        As published, of all outputs; `image_loss` takes some 1.5 % less.
+        As in the published tables, all units are predicted. `image_loss` costs about
+        1.5 % less.
         """
         grid = self._grid(image_size)
         units = grid[0] * grid[1]

@@ -7,10 +7,10 @@ from hivit_jax.errors import ConfigError
 
 
 def visible_units(units: int, mask_ratio: float) -> int:
-    """Number of `units` units that stay visible, ``int(units * (1 - mask_ratio))``.
+    """Return the number of visible units, ``int(units * (1 - mask_ratio))``.
 
     Raises:
-      ConfigError: a ratio outside (0, 1), or one that keeps no unit.
+      ConfigError: a mask ratio outside (0, 1), or one that leaves no visible unit.
     """
     if not 0 < mask_ratio < 1:
         raise ConfigError(f"mask_ratio={mask_ratio}; expected 0 < mask_ratio < 1")
@@ -27,15 +27,15 @@ def visible_units(units: int, mask_ratio: float) -> int:
 def random_masking(
     noise: jax.Array, kept: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The `kept` units of lowest noise stay; ties go to the lower unit number.
+    """Keep the `kept` units with the lowest noise; break ties by the lower index.
 
     Args:
       noise: [B, N].
 
     Returns:
-      ids_shuffle int [B, N], units in order of noise, so visible first; ids_restore int
-      [B, N], the rank of each unit in that order; mask [B, N] float32, 0 keep,
-      1 removed.
+      ids_shuffle: int [B, N], units in order of noise; visible units come first.
+      ids_restore: int [B, N], rank of each unit in that order.
+      mask: float32 [B, N], 0 keep, 1 removed.
     """
     ids_shuffle = jnp.argsort(noise, axis=1, stable=True)
     ids_restore = jnp.argsort(ids_shuffle, axis=1)

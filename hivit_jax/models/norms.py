@@ -15,7 +15,8 @@ class LayerNorm(nnx.LayerNorm):
 
     Computes the variance in two passes, because the one-pass formula loses the small
     variances that eps=1e-6 is meant for. Saves the input and each row's mean and
-    inverse standard deviation for the backward pass; the library's saves three arrays.
+    inverse standard deviation for the backward pass; `nnx.LayerNorm` saves three
+    arrays.
     """
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -27,7 +28,7 @@ class LayerNorm(nnx.LayerNorm):
 def layer_norm(
     x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float, dtype: jnp.dtype
 ) -> jax.Array:
-    """`LayerNorm` of x [..., C] by scale and bias [C], in `dtype`."""
+    """Return the LayerNorm of x, [..., C] -> [..., C] in `dtype`; scale, bias: [C]."""
     return _layer_norm_forward(x, scale, bias, eps, dtype)[0]
 
 
@@ -40,8 +41,8 @@ def _layer_norm_forward(x, scale, bias, eps, dtype):
 
 
 def _layer_norm_backward(eps, dtype, saved, gradient):
-    # Without this, XLA:GPU recomputes mean and deviation with every use, and saves the
-    # addends of the scale's gradient in float32.
+    # Without this, XLA:GPU recomputes mean and deviation at every use, and writes the
+    # summands of the scale's gradient to memory in float32.
     x, scale, mean, inverse = jax.lax.optimization_barrier(saved)
     gradient = gradient.astype(jnp.float32)
     x_hat = (x.astype(jnp.float32) - mean) * inverse
@@ -54,13 +55,14 @@ layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
 
 
 class BatchNorm(nnx.Module):
-    """Batch normalization of the last axis over all others, as PyTorch computes it.
+    """Batch normalization of the last axis, as in PyTorch.
 
-    `nnx.BatchNorm` keeps the biased running variance, and counts every example.
+    The running variance is unbiased, and examples can have weight 0. In contrast,
+    `nnx.BatchNorm` stores the biased variance and counts every example.
 
     Args:
       epsilon: added to the variance.
-      momentum: share of a batch in the running statistics.
+      momentum: weight of the current batch in the running statistics.
       affine: learn a scale and a bias.
     """
 
@@ -79,12 +81,13 @@ class BatchNorm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(dim)) if affine else None
 
     def __call__(self, x: jax.Array, weight: jax.Array | None = None) -> jax.Array:
-        """Normalize, [B, ..., C] -> [B, ..., C] in the dtype of `x`.
+        """Return normalized x, [B, ..., C] -> [B, ..., C] in the dtype of x.
 
         Args:
-          weight: [B], of a training batch: normalize by the statistics of the global
-            batch and move the running ones. Examples of weight 0 do not count. None:
-            normalize by the running statistics.
+          weight: [B], weights of the examples of a training batch; those with weight 0
+            do not count. x is normalized by the statistics of the global batch, and the
+            running statistics are updated. None (evaluation): x is normalized by the
+            running statistics.
         """
         x32 = x.astype(jnp.float32)
         if weight is None:
@@ -92,11 +95,11 @@ class BatchNorm(nnx.Module):
         else:
             mean, var, count = batch_statistics(x32, weight)
             unbiased = var * count / jnp.maximum(count - 1, 1.0)
-            # A batch without examples leaves the running statistics as they are.
-            share = self.momentum * (count > 0)
+            # 0 for a batch without examples, so that it changes no running statistics.
+            momentum = self.momentum * (count > 0)
             for running, new in ((self.mean, mean), (self.var, unbiased)):
                 old, new = running[...], jax.lax.stop_gradient(new)
-                running[...] = old + share * (new - old)
+                running[...] = old + momentum * (new - old)
         y = (x32 - mean) * jax.lax.rsqrt(var + self.epsilon)
         if self.scale is not None:
             y = y * self.scale[...] + self.bias[...]
@@ -106,18 +109,21 @@ class BatchNorm(nnx.Module):
 def batch_statistics(
     x: jax.Array, weight: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Mean [C], biased variance [C] and number of the weighted elements of a channel,
-    over the batch of all devices.
+    """Return weighted statistics of each channel over the global batch.
 
     Args:
       x: float32 [B, ..., C].
       weight: [B].
+
+    Returns:
+      Mean [C], biased variance [C] and the sum of the weights of a channel's elements.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    manual = tuple(name for name, kind in kinds if kind == AxisType.Manual)
+    axis_types = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    manual = tuple(name for name, type_ in axis_types if type_ == AxisType.Manual)
 
-    def total(values):  # inside `shard_map` a device sees only its own examples
+    def total(values):
+        # Inside `shard_map` a device sees only its own examples.
         return jax.lax.psum(values, manual) if manual else values
 
     axes = tuple(range(x.ndim - 1))

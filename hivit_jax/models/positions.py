@@ -1,9 +1,10 @@
-"""Orders of pixels, cells and units; tables of positions.
+"""Conversions between images, units, cells and maps; position tables.
 
-An image is cut into *units* of ``patch_size`` pixels (16), row-major. A unit holds
-``inner_patches`` x ``inner_patches`` (4x4) *cells*. Inside a unit cells are kept in
-**merge order**: the order in which PatchMerge concatenates four neighbors, applied
-recursively, so that every merge is a reshape ``[T, C] -> [T/4, 4C]``.
+An image is split into *units* of ``patch_size`` x ``patch_size`` (16x16) pixels in
+row-major order. A unit consists of ``inner_patches`` x ``inner_patches`` (4x4) *cells*.
+The cells of a unit are in **merge order**: the order in which PatchMerge concatenates
+four neighbors, applied recursively. Therefore every merge is a reshape
+``[T, C] -> [T/4, 4C]``.
 """
 
 from collections.abc import Sequence
@@ -14,83 +15,83 @@ import numpy as np
 
 from hivit_jax.errors import ConfigError
 
-Grid = tuple[int, int]  # units per column, units per row
+Grid = tuple[int, int]  # units along height, units along width
 
 
 def check_grid(image_size: int | Sequence[int], patch_size: int) -> Grid:
-    """Units per column and row of an image; ConfigError if they do not fill it."""
+    """Return the grid of an image; ConfigError if units of `patch_size` do not fit."""
     sides = (image_size,) * 2 if isinstance(image_size, int) else tuple(image_size)
     fits = patch_size > 0 and min(sides) > 0 and not any(s % patch_size for s in sides)
     if len(sides) != 2 or not fits:
         raise ConfigError(
-            f"image_size={image_size} is not filled by units of {patch_size} pixels; "
-            f"expected height and width to be multiples of patch_size={patch_size}"
+            f"image_size={image_size} is not valid; expected a side or "
+            f"(height, width), multiples of patch_size={patch_size}"
         )
     return sides[0] // patch_size, sides[1] // patch_size
 
 
 def gather_tokens(x: jax.Array, ids: jax.Array) -> jax.Array:
-    """Rows of [B, N, D] at ids, int [B, M]: [B, M, D]."""
+    """Return the tokens x [B, N, D] at ids, int [B, M]: [B, M, D]."""
     return jnp.take_along_axis(x, ids[:, :, None], axis=1)
 
 
 def patchify(images: jax.Array, patch_size: int) -> jax.Array:
-    """Images [B, H, W, C] -> units [B, N, patch_size*patch_size*C].
+    """Split images [B, H, W, C] of any dtype into units [B, N, P*P*C], P = patch_size.
 
-    Units are row-major; inside a unit the index is
-    ``(row*patch_size + col)*C + channel``. Any dtype. Official
-    ``masked_autoencoder.py``, ``patchify``.
+    Units are in row-major order. The index inside a unit is
+    ``(row*P + col)*C + channel``, as in ``patchify`` of the official
+    ``masked_autoencoder.py``.
     """
     b, h, w, c = images.shape
     p = patch_size
-    # The pixels of a row with their channels as one axis: XLA for TPUs would pad one of
-    # three channels to a tile of 128.
+    # The pixels and channels of a row share one axis. Without this, XLA:TPU pads the
+    # axis of three channels to a tile of 128.
     x = images.reshape(b, h // p, p, w // p, p * c)
     return x.transpose(0, 1, 3, 2, 4).reshape(b, (h // p) * (w // p), p * p * c)
 
 
 def unpatchify(units: jax.Array, grid: Grid, patch_size: int) -> jax.Array:
-    """Units [B, N, P*P*C] -> images [B, H, W, C]; undoes `patchify`."""
+    """Join units [B, N, P*P*C] to images [B, H, W, C]; the inverse of `patchify`."""
     b, p = len(units), patch_size
     x = units.reshape(b, *grid, p, -1).transpose(0, 1, 3, 2, 4)
     return x.reshape(b, grid[0] * p, grid[1] * p, -1)
 
 
 def _merge_axes(levels: int) -> list[int]:
-    """Order of the axes (row bits, ..., column bits, ...) that gives merge order.
+    """Return the permutation of (row bits, column bits) that gives merge order.
 
-    Official ``hivit.py``, ``PatchMerge``: top-left, bottom-left, top-right,
-    bottom-right, so at every level the column bit is the slower one.
+    At every level the column bit varies more slowly, because ``PatchMerge`` of the
+    official ``hivit.py`` concatenates top-left, bottom-left, top-right, bottom-right.
     """
     return [axis for i in range(levels) for axis in (levels + i, i)]
 
 
 def units_to_cells(units: jax.Array, patch_size: int, inner_patches: int) -> jax.Array:
-    """Units [B, K, P*P*C] -> cells in merge order [B*K*inner**2, cell*cell*C].
+    """Split units [B, K, P*P*C] into cells [B*K*inner**2, cell*cell*C] in merge order.
 
-    The pixels of a cell are row-major with the channel fastest.
+    The pixels of a cell are in row-major order, and the channel varies fastest.
     """
     levels, cell = inner_patches.bit_length() - 1, patch_size // inner_patches
     bits = (2,) * levels
-    row = cell * units.shape[-1] // patch_size**2  # of pixels of a cell, with channels
-    x = units.reshape(-1, *bits, cell, *bits, row)
-    # `_merge_axes` counts row bits then column bits; here a pixel axis lies between.
+    row_length = cell * units.shape[-1] // patch_size**2  # pixels times channels
+    x = units.reshape(-1, *bits, cell, *bits, row_length)
+    # In x, an axis of pixel rows lies between the row bits and the column bits.
     bit_axes = [a + 1 if a < levels else a + 2 for a in _merge_axes(levels)]
     x = x.transpose(0, *bit_axes, levels + 1, 2 * levels + 2)
     return x.reshape(x.shape[0] * inner_patches**2, -1)
 
 
 def tokens_to_map(tokens: jax.Array, grid: Grid, inner: int) -> jax.Array:
-    """Tokens of all units, in merge order, -> raster map [B, Gh*inner, Gw*inner, C].
+    """Arrange the tokens of all units as maps [B, Gh*inner, Gw*inner, C].
 
     Args:
-      tokens: [B*N*inner**2, C], any leading shape with that many rows.
-      grid: units per column and row; N = Gh*Gw.
+      tokens: [B*N*inner**2, C] in merge order; the leading shape is arbitrary.
+      grid: (Gh, Gw), with N = Gh*Gw.
       inner: cells per unit side at this stage (4, 2, 1).
     """
     levels = inner.bit_length() - 1
     x = tokens.reshape(-1, *grid, *(2,) * (2 * levels), tokens.shape[-1])
-    # [B, Gh, Gw, (column bit, row bit) per level, C]; back to rows, columns.
+    # x is [B, Gh, Gw, (column bit, row bit) per level, C].
     rows = [4 + 2 * i for i in range(levels)]
     columns = [3 + 2 * i for i in range(levels)]
     x = x.transpose(0, 1, *rows, 2, *columns, 3 + 2 * levels)
@@ -98,16 +99,17 @@ def tokens_to_map(tokens: jax.Array, grid: Grid, inner: int) -> jax.Array:
 
 
 def merge_order(inner: int) -> np.ndarray:
-    """Raster index ``row*inner + col`` of the cell at each merge position."""
+    """Return the cells of a unit, ``row*inner + col``, in merge order: [inner**2]."""
     levels = inner.bit_length() - 1
     raster = np.arange(inner**2).reshape((2,) * (2 * levels))
     return raster.transpose(_merge_axes(levels)).reshape(-1)
 
 
 def sincos_table(grid: Grid, dim: int) -> np.ndarray:
-    """Fixed 2-D sine-cosine positions, float32 [N, dim]; dim must be a multiple of 4.
+    """Return the 2-D sine-cosine position table, float32 [N, dim].
 
-    Column first, row second, each ``[sin, cos]`` (official ``util/pos_embed.py``).
+    The first half of each row encodes the column and the second half the row, each as
+    ``[sin, cos]`` (official ``util/pos_embed.py``). `dim` must be a multiple of 4.
     """
     omega = 10000.0 ** (-np.arange(dim // 4, dtype=np.float64) / (dim / 4))
     rows, columns = np.divmod(np.arange(grid[0] * grid[1]), grid[1])
@@ -117,15 +119,15 @@ def sincos_table(grid: Grid, dim: int) -> np.ndarray:
 
 
 def relative_position_index(ids: jax.Array, grid: Grid) -> jax.Array:
-    """Row of the relative position table for every pair of units.
+    """Return the row of the relative position table for each pair of units.
 
     Args:
-      ids: integer unit numbers [..., K]: all units, or the kept ones of each sample.
+      ids: int [..., K], indices of all units, or of the kept units of each sample.
       grid: (Gh, Gw). The table has (2*Gh-1)*(2*Gw-1) rows.
 
     Returns:
-      int [..., K, K], query first: ``(r1-r2+Gh-1)*(2*Gw-1) + (c1-c2+Gw-1)``
-      (official ``hivit.py``; there a gather from a stored N x N buffer).
+      int [..., K, K], query first: ``(r1-r2+Gh-1)*(2*Gw-1) + (c1-c2+Gw-1)``. The
+      official ``hivit.py`` gathers these from a stored N x N buffer.
     """
     row, column = jnp.divmod(ids, grid[1])
     row = row[..., :, None] - row[..., None, :] + grid[0] - 1

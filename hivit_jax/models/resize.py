@@ -1,6 +1,4 @@
-"""Parameters that depend on the image, resized to another image size or number of
-channels, as numpy arrays.
-"""
+"""Resizing of parameters to another image size or number of channels, in numpy."""
 
 import numpy as np
 
@@ -8,11 +6,15 @@ from hivit_jax.models.positions import Grid
 
 
 def resize_grid_table(table: np.ndarray, grid: Grid, new_grid: Grid) -> np.ndarray:
-    """Absolute positions [Gh*Gw, D] -> those of another grid, in the same dtype.
+    """Resize absolute positions to another grid, [Gh*Gw, D] -> [Gh'*Gw', D].
 
-    Bicubic as in the official supervised loader: torch's ``interpolate(mode="bicubic",
-    align_corners=False)``, without antialiasing; computed in float64. The same grid
-    gives the same table. ValueError if the table is not one of `grid`.
+    The interpolation is bicubic, as in the official supervised loader: torch's
+    ``interpolate(mode="bicubic", align_corners=False)`` without antialiasing. It is
+    computed in float64 and returned in the dtype of `table`. If the grids are equal,
+    the table is returned unchanged.
+
+    Raises:
+      ValueError: the table does not have the shape of `grid`.
     """
     table = np.asarray(table)
     maps = table.reshape(*grid, table.shape[-1])
@@ -24,19 +26,19 @@ def resize_grid_table(table: np.ndarray, grid: Grid, new_grid: Grid) -> np.ndarr
 
 
 def resize_relative_table(table: np.ndarray, grid: Grid, new_grid: Grid) -> np.ndarray:
-    """Relative positions [(2*Gh-1)*(2*Gw-1), heads] of a grid -> those of another.
+    """Resize relative positions, [(2*Gh-1)*(2*Gw-1), heads], to another grid.
 
-    As `resize_grid_table`, on the map of all differences of rows and columns.
+    Applies `resize_grid_table` to the map of row and column differences.
     """
-    spans = [(2 * rows - 1, 2 * columns - 1) for rows, columns in (grid, new_grid)]
-    return resize_grid_table(table, *spans)
+    shapes = [(2 * rows - 1, 2 * columns - 1) for rows, columns in (grid, new_grid)]
+    return resize_grid_table(table, *shapes)
 
 
 def resize_patch_kernel(kernel: np.ndarray, cell: int, new_cell: int) -> np.ndarray:
-    """Patch embedding [cell*cell*C, dim] -> [new_cell*new_cell*C, dim], same dtype.
+    """Resize a patch embedding, [cell*cell*C, dim] -> [new_cell*new_cell*C, dim].
 
-    As `resize_grid_table`, on its rows and columns of pixels. No factor makes up for
-    the other number of pixels.
+    Applies `resize_grid_table` to the rows and columns of pixels. The weights are not
+    rescaled for the new number of pixels.
     """
     dim = kernel.shape[-1]
     pixels = np.asarray(kernel).reshape(cell * cell, -1)
@@ -44,37 +46,39 @@ def resize_patch_kernel(kernel: np.ndarray, cell: int, new_cell: int) -> np.ndar
 
 
 def resize_matrix(old: int, new: int) -> np.ndarray:
-    """Weight of each of `old` samples in each new one: float64 [new, old].
+    """Return the matrix that resizes `old` samples to `new`, float64 [new, old].
 
-    The cubic kernel with a = -0.75 over four samples, those at the edge repeated.
+    Uses the cubic kernel with a = -0.75 over four samples. Samples at the edge are
+    repeated.
     """
-    a, samples = -0.75, np.arange(old)
+    a = -0.75
     position = (np.arange(new)[:, None] + 0.5) * old / new - 0.5
     taps = np.floor(position) + np.arange(-1, 3)  # [new, 4]
     t = np.abs(position - taps)
     near = ((a + 2) * t - (a + 3)) * t**2 + 1
     far = ((a * t - 5 * a) * t + 8 * a) * t - 4 * a
     weights = np.where(t <= 1, near, far)
-    inside = np.clip(taps, 0, old - 1)[:, :, None] == samples  # [new, 4, old]
+    inside = np.clip(taps, 0, old - 1)[:, :, None] == np.arange(old)  # [new, 4, old]
     return (weights[:, :, None] * inside).sum(1)
 
 
 def channel_weights(old: int, new: int) -> np.ndarray:
-    """Part of each of `old` channels' weights in each new one: float64 [new, old].
+    """Return the matrix that maps `old` input channels to `new`, float64 [new, old].
 
-    More channels: they take turns, and those that share an old one get equal parts of
-    it. Fewer: old channels take turns, and add up. Every column adds up to 1, so an
-    image of equal channels gives the same whatever their number.
+    With more channels, new channel i gets the weights of old channel ``i % old``,
+    divided by the number of new channels that share it. With fewer, new channel i gets
+    the sum of the old channels j with ``j % new == i``. Every column sums to 1, so
+    images whose channels are equal give the same embedding for any number of channels.
     """
     few, many = min(old, new), max(old, new)
-    turns = np.equal.outer(np.arange(many) % few, np.arange(few)).astype(np.float64)
-    return turns / turns.sum(0) if new >= old else turns.T
+    cycle = np.equal.outer(np.arange(many) % few, np.arange(few)).astype(np.float64)
+    return cycle / cycle.sum(0) if new >= old else cycle.T
 
 
 def resize_channels(kernel: np.ndarray, old: int, new: int) -> np.ndarray:
-    """Patch embedding [cell*cell*old, dim] -> [cell*cell*new, dim], in the same dtype.
+    """Adapt a patch embedding, [cell*cell*old, dim] -> [cell*cell*new, dim].
 
-    For images of `new` channels, see `channel_weights`.
+    See `channel_weights`. The dtype is that of `kernel`.
     """
     kernel = np.asarray(kernel)
     if old == new:

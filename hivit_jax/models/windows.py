@@ -1,4 +1,4 @@
-"""Windows of units that attention is limited to."""
+"""Windows of units for window attention."""
 
 from dataclasses import dataclass
 
@@ -10,10 +10,13 @@ from hivit_jax.models.positions import Grid
 
 @dataclass(frozen=True)
 class Windows:
-    """Windows of ``size`` units over a grid of units, row-major from the top left.
+    """Non-overlapping windows over a grid of units, in row-major order.
 
-    A grid that they do not fill is padded at the bottom and the right.
-    N = Gh*Gw units, W windows of S = Sh*Sw units each.
+    The grid is padded at the bottom and the right to a multiple of the window size.
+    Shapes below: N = Gh*Gw units in W windows of S = Sh*Sw units.
+
+    grid: (Gh, Gw), units along height and width.
+    size: (Sh, Sw), units of a window along height and width.
     """
 
     grid: Grid
@@ -21,26 +24,26 @@ class Windows:
 
     @property
     def counts(self) -> Grid:
-        """Windows per column and row."""
+        """Numbers of windows along height and width."""
         return -(-self.grid[0] // self.size[0]), -(-self.grid[1] // self.size[1])
 
     @property
     def pairs(self) -> int:
-        """Query-key pairs that attention computes, those of padding included."""
+        """Number of query-key pairs that attention computes, including padding."""
         return self.counts[0] * self.counts[1] * (self.size[0] * self.size[1]) ** 2
 
     def partition(self, x: jax.Array) -> jax.Array:
-        """Units [B, N, ...] -> windows [B*W, S, ...]; zeros where there is no unit."""
+        """Return windows, [B, N, ...] -> [B*W, S, ...], padded with zeros."""
         (rows, columns), (height, width) = self.counts, self.size
         rest = x.shape[2:]
         x = x.reshape(len(x), *self.grid, *rest)
-        missing = rows * height - self.grid[0], columns * width - self.grid[1]
-        x = jnp.pad(x, ((0, 0), *((0, n) for n in missing), *((0, 0),) * len(rest)))
+        padding = rows * height - self.grid[0], columns * width - self.grid[1]
+        x = jnp.pad(x, ((0, 0), *((0, n) for n in padding), *((0, 0),) * len(rest)))
         x = x.reshape(len(x), rows, height, columns, width, *rest).swapaxes(2, 3)
         return x.reshape(-1, height * width, *rest)
 
     def merge(self, x: jax.Array) -> jax.Array:
-        """Windows [B*W, S, ...] -> units [B, N, ...]; undoes `partition`."""
+        """Return units, [B*W, S, ...] -> [B, N, ...]; the inverse of `partition`."""
         (rows, columns), (height, width) = self.counts, self.size
         rest = x.shape[2:]
         x = x.reshape(-1, rows, columns, height, width, *rest).swapaxes(2, 3)
@@ -50,6 +53,9 @@ class Windows:
 
 
 def make_windows(grid: Grid, side: int) -> Windows | None:
-    """Windows of up to `side` x `side` units; None if `side` is 0 or one covers all."""
+    """Return windows of at most `side` x `side` units.
+
+    Return None if `side` is 0 or if one window covers the grid.
+    """
     size = (min(side, grid[0]), min(side, grid[1]))
     return None if side == 0 or size == grid else Windows(grid, size)

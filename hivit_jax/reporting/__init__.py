@@ -1,1 +1,1 @@
-"""Terminal, metrics and figures."""
+"""Terminal output, metrics and figures of a run."""

@@ -1,4 +1,4 @@
-"""Lines on the terminal."""
+"""Terminal output: log lines of steps, evaluations and the best checkpoint."""
 
 from collections.abc import Collection
 from pathlib import Path
@@ -9,13 +9,16 @@ from hivit_jax.reporting.metrics import Best, Scalars, read, score
 
 
 def log(text: str) -> None:
-    """Prints a line, on process 0 alone."""
+    """Print a line on process 0."""
     if jax.process_index() == 0:
         print(text, flush=True)
 
 
 def step_line(step: int, total: int, values: Scalars) -> str:
-    """``step 120/1000  loss 0.5432  lr 1.20e-03  3,210 images/s  1:23 left``."""
+    """Return the log line of a training step.
+
+    For example ``step 120/1000  loss 0.5432  lr 1.20e-03  3,210 images/s  1:23 left``.
+    """
     notes = ""
     if values["input_bound"] > 0.1:
         notes += f"  (waiting for images in {values['input_bound']:.0%} of steps)"
@@ -28,9 +31,10 @@ def step_line(step: int, total: int, values: Scalars) -> str:
     )
 
 
-def eval_line(what: str, values: Scalars) -> str:
-    """``step 120  eval  loss 0.5400  top1 87.50 %  (360 images)``: accuracies in
-    percent, other metrics as they are.
+def eval_line(label: str, values: Scalars) -> str:
+    """Return the log line of an evaluation, with accuracies in percent.
+
+    For example ``step 120  eval  loss 0.5400  top1 87.50 %  (360 images)``.
     """
     parts = []
     for key, value in values.items():
@@ -43,28 +47,32 @@ def eval_line(what: str, values: Scalars) -> str:
     images = f"{values['eval/count']:,} images"
     if values["eval/unreadable"]:
         images += f", {values['eval/unreadable']:,} unreadable"
-    return f"{what}  eval  {'  '.join(parts)}  ({images})"
+    return f"{label}  eval  {'  '.join(parts)}  ({images})"
 
 
 def best_line(workdir: Path, steps: Collection[int], best: Best) -> str:
-    """``best checkpoint  step 360  top1 93.33 %  top5 ...  DIR/checkpoints/360``.
+    """Return the log line of the best checkpoint; of equal ones, the newest.
+
+    For example ``best checkpoint  step 360  eval  loss ...  DIR/checkpoints/360``.
 
     Args:
-      steps: of the checkpoints that are kept; the others cannot be the best.
-      best: metric that picks the best.
+      steps: steps of the existing checkpoints; only these are compared.
+      best: metric and direction that select the best.
     """
-    lines = read(workdir / "metrics.jsonl")
-    lines = [line for line in lines if "eval/count" in line and line["step"] in steps]
+    lines = [
+        line
+        for line in read(workdir / "metrics.jsonl")
+        if "eval/count" in line and line["step"] in steps
+    ]
     if not lines:
         return "no checkpoint of an evaluated step is kept"
-    newest = max(lines, key=lambda line: (score(line, best), line["step"]))
-    where = workdir / "checkpoints" / str(newest["step"])
-    line = eval_line(f"step {newest['step']}", newest)
-    return f"best checkpoint  {line}  {where}"
+    values = max(lines, key=lambda line: (score(line, best), line["step"]))
+    line = eval_line(f"step {values['step']}", values)
+    return f"best checkpoint  {line}  {workdir / 'checkpoints' / str(values['step'])}"
 
 
 def duration(seconds: float) -> str:
-    """3725 -> ``1:02:05``."""
+    """Format seconds as hours, minutes and seconds: 3725 -> ``1:02:05``."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,7 +1,11 @@
-"""Pictures of a run: reconstructions, curves, schedule, training images."""
+"""Figures of a run: reconstructions, curves, schedule, training images.
+
+Plots are RGB images, uint8 [H, W, 3].
+"""
 
 import io
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from etils.epath import Path
@@ -19,16 +23,17 @@ def reconstruction_panels(
     mean: Sequence[float],
     std: Sequence[float],
 ) -> np.ndarray:
-    """The four panels of each image as pixels in 0..1.
+    """Return the four panels of each image, [B, 4, H, W, C] in 0..1.
 
     Args:
-      images, predicted: [B, H, W, C], normalised.
-      removed: [B, H, W, 1], 1 where the model did not see the pixel.
-      mean, std: of the normalisation.
+      images: originals, [B, H, W, C], normalized.
+      predicted: reconstructions, [B, H, W, C], normalized.
+      removed: [B, H, W, 1], 1 where the pixel is masked.
+      mean: mean of the normalization.
+      std: standard deviation of the normalization.
 
     Returns:
-      [B, 4, H, W, C] in the order of `PANELS`; removed pixels are mid-grey in the
-      second.
+      Panels in the order of `PANELS`; masked pixels are mid-gray in the second.
     """
     original, predicted = (
         np.clip(x * np.asarray(std) + np.asarray(mean), 0, 1)
@@ -40,24 +45,22 @@ def reconstruction_panels(
 
 
 def reconstructions(panels: np.ndarray, title: str) -> np.ndarray:
-    """Panels [B, 4, H, W, C], one image a row, as a picture: uint8 [H, W, 3]."""
-    figure, plt = _figure(figsize=(6.4, 0.6 + 1.55 * len(panels)))
+    """Plot panels [B, 4, H, W, C] in 0..1, one image per row."""
+    figure = _figure(6.4, 0.6 + 1.55 * len(panels))
     axes = figure.subplots(len(panels), 4, squeeze=False)
     for row, image in zip(axes, panels, strict=True):
         for axis, pixels in zip(row, image, strict=True):
-            grey = pixels.shape[-1] == 1
-            axis.imshow(pixels[..., 0] if grey else pixels, cmap="gray", vmin=0, vmax=1)
-            axis.set_axis_off()
+            _show(axis, pixels)
     for axis, name in zip(axes[0], PANELS, strict=True):
         axis.set_title(name, fontsize=9)
     figure.suptitle(title, fontsize=10)
-    return _pixels(figure, plt)
+    return _pixels(figure)
 
 
 def curves(workdir: Path) -> np.ndarray:
-    """Loss curve of a run, and top-1 where there is one, as a picture."""
+    """Plot the losses of a run, and its top-1 accuracy if there is one."""
     lines = metrics.read(workdir / "metrics.jsonl")
-    figure, plt = _figure(figsize=(6.4, 4))
+    figure = _figure(6.4, 4)
     axis = figure.subplots()
     for name, label in (("loss", "training loss"), ("eval/loss", "evaluation loss")):
         points = [(line["step"], line[name]) for line in lines if name in line]
@@ -77,66 +80,68 @@ def curves(workdir: Path) -> np.ndarray:
     if axis.lines:
         axis.legend(loc="upper right")
     axis.grid(alpha=0.3)
-    return _pixels(figure, plt)
+    return _pixels(figure)
 
 
-def schedule(steps: np.ndarray, rates: np.ndarray) -> np.ndarray:
-    """Learning rate over the steps of a run, as a picture."""
-    figure, plt = _figure(figsize=(6.4, 3))
+def schedule(steps: np.ndarray, learning_rates: np.ndarray) -> np.ndarray:
+    """Plot the learning rate over the steps of a run."""
+    figure = _figure(6.4, 3)
     axis = figure.subplots()
-    axis.plot(steps, rates)
+    axis.plot(steps, learning_rates)
     axis.set_xlabel("step")
     axis.set_ylabel("learning rate")
     axis.grid(alpha=0.3)
-    return _pixels(figure, plt)
+    return _pixels(figure)
 
 
-def sheet(images: np.ndarray) -> np.ndarray:
-    """Images [16, H, W, C] in 0..1, four a row, as a picture."""
-    figure, plt = _figure(figsize=(6.4, 6.4))
+def image_grid(images: np.ndarray) -> np.ndarray:
+    """Plot images [16, H, W, C] in 0..1, four per row."""
+    figure = _figure(6.4, 6.4)
     for axis, pixels in zip(figure.subplots(4, 4).flat, images, strict=True):
-        grey = pixels.shape[-1] == 1
-        axis.imshow(pixels[..., 0] if grey else pixels, cmap="gray", vmin=0, vmax=1)
-        axis.set_axis_off()
-    return _pixels(figure, plt)
+        _show(axis, pixels)
+    return _pixels(figure)
 
 
 def draw_run(
-    workdir: Path, step: int, pictures: Mapping[str, np.ndarray]
+    workdir: Path, step: int, task_figures: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """Writes a run's figures so far: its curves, and a task's pictures of this step.
+    """Write the curves of a run and a task's figures of this step as PNG files.
 
     Returns:
-      All pictures by name, uint8 [H, W, 3].
+      All figures by name, uint8 [H, W, 3].
     """
     directory = workdir / "figures"
-    drawn = curves(workdir)
-    write_png(directory / "curves.png", drawn)
-    for name, pixels in pictures.items():
+    curves_image = curves(workdir)
+    write_png(directory / "curves.png", curves_image)
+    for name, pixels in task_figures.items():
         write_png(directory / f"{name}_{step:07d}.png", pixels)
-    return {"curves": drawn, **pictures}
+    return {"curves": curves_image, **task_figures}
 
 
 def write_png(path: Path, pixels: np.ndarray) -> None:
-    """Writes a picture, uint8 [H, W, 3]; creates its directory."""
+    """Write an image, uint8 [H, W, 3], and create its directory."""
     path.parent.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
     path.write_bytes(buffer.getvalue())
 
 
-def _figure(figsize: tuple[float, float]):
-    import matplotlib
+def _figure(width: float, height: float) -> Any:
+    """Return an empty figure of a size in inches."""
+    from matplotlib.figure import Figure  # late, because its import takes long
 
-    matplotlib.use("Agg")  # no screen
-    import matplotlib.pyplot as plt
-
-    return plt.figure(figsize=figsize, dpi=110, layout="constrained"), plt
+    return Figure(figsize=(width, height), dpi=110, layout="constrained")
 
 
-def _pixels(figure, plt) -> np.ndarray:
+def _show(axis: Any, pixels: np.ndarray) -> None:
+    """Draw an image [H, W, C] without axes; one channel is drawn in gray."""
+    pixels = pixels[..., 0] if pixels.shape[-1] == 1 else pixels
+    axis.imshow(pixels, cmap="gray", vmin=0, vmax=1)
+    axis.set_axis_off()
+
+
+def _pixels(figure: Any) -> np.ndarray:
+    """Render a figure as uint8 [H, W, 3]."""
     buffer = io.BytesIO()
     figure.savefig(buffer)
-    plt.close(figure)
-    buffer.seek(0)
-    return np.rint(plt.imread(buffer)[..., :3] * 255).astype(np.uint8)
+    return np.array(Image.open(buffer).convert("RGB"))

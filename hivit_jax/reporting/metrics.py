@@ -1,4 +1,4 @@
-"""Where numbers go: the terminal, metrics.jsonl, TensorBoard."""
+"""Metrics of a run: metrics.jsonl, TensorBoard, throughput, best evaluation."""
 
 import json
 import os
@@ -16,17 +16,18 @@ Scalars = Mapping[str, float | int]
 
 
 class Writer:
-    """Writes scalars and pictures of one run; process 0 alone should make one.
+    """Writer of the scalars and images of one run; only process 0 may create one.
 
     Args:
-      workdir: gets ``metrics.jsonl``, one JSON object a line, and TensorBoard files
-        where tensorboardX is installed and it is not in a bucket.
-      first_step: lines of later steps, left by a run that was killed after its last
-        checkpoint, are dropped, so that no step is told twice.
+      workdir: directory of ``metrics.jsonl``, one JSON object per line. TensorBoard
+        files are also written if tensorboardX is installed and `workdir` is not in a
+        bucket.
+      first_step: step that the run starts or resumes at. Lines of later steps are
+        deleted, because the resumed run writes them again.
     """
 
     def __init__(self, workdir: str | Path, first_step: int = 0):
-        from etils import epath  # late: a train step can do without
+        from etils import epath  # late, because compiling a step does not need it
 
         self._path = path = epath.Path(workdir) / "metrics.jsonl"
         kept = [line for line in read(path) if line["step"] <= first_step]
@@ -35,15 +36,16 @@ class Writer:
         temporary.write_text(self._text)
         temporary.replace(path)
         self._written = {(line["step"], *sorted(line)) for line in kept}
-        # Objects of a bucket cannot grow, they are written anew.
+        # Objects in a bucket cannot be appended to, so `scalars` writes the whole text.
         remote = "://" in str(path)
         self._file = None if remote else open(path, "a", buffering=1)  # noqa: SIM115
         self._board = None if remote else _tensorboard(workdir)
 
     def scalars(self, step: int, values: Scalars) -> None:
-        """One line of metrics.jsonl and one point of every curve.
+        """Append a line to metrics.jsonl and a point to every TensorBoard curve.
 
-        Does nothing if the same line was there when the run was taken up again.
+        Does nothing if metrics.jsonl already contained a line with this step and these
+        names when the run resumed.
         """
         line = {"step": step, **values}
         if (step, *sorted(line)) in self._written:
@@ -58,14 +60,14 @@ class Writer:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
 
-    def images(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
-        """Pictures by name, uint8 [H, W, 3], for TensorBoard."""
+    def images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
+        """Write images by name, uint8 [H, W, 3], to TensorBoard."""
         if self._board:
-            for name, pixels in pictures.items():
+            for name, pixels in images.items():
                 self._board.add_image(name, pixels, step, dataformats="HWC")
 
     def close(self) -> None:
-        """Flushes both."""
+        """Flush and close all files."""
         if self._file:
             self._file.close()
         if self._board:
@@ -73,7 +75,7 @@ class Writer:
 
 
 def prepare_workdir(workdir: Path) -> None:
-    """Creates the directory; ConfigError where that or writing is not permitted."""
+    """Create the directory; raise ConfigError if it cannot be written to."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         probe = workdir / f".writable-{os.getpid()}"
@@ -86,7 +88,7 @@ def prepare_workdir(workdir: Path) -> None:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Lines of a metrics.jsonl; one that a kill cut short is left out."""
+    """Return the complete lines of a metrics.jsonl; a kill may truncate the last."""
     lines = []
     for text in path.read_text().splitlines() if path.exists() else []:
         try:
@@ -105,7 +107,7 @@ def _tensorboard(workdir: str | Path) -> Any:
 
 
 class Throughput:
-    """Images a second between two readings, less the time taken out in between."""
+    """Images per second between two calls of `read`, without the time in `pause`."""
 
     def __init__(self):
         self._restart()
@@ -115,15 +117,19 @@ class Throughput:
         self._start = time.perf_counter()
 
     def add(self, images: int, starved: bool = False) -> None:
-        """Counts the images of a step; `starved` if devices stood still before it."""
+        """Count the images of a step.
+
+        Args:
+          images: number of images.
+          starved: the devices were idle before the step, because they waited for
+            images.
+        """
         self._images += images
         self._steps += 1
         self._starved += starved
 
     def read(self) -> tuple[float, float]:
-        """Images a second, and the share of steps before which devices stood still
-        for want of images; starts a new reading.
-        """
+        """Return images per second and the fraction of starved steps; then restart."""
         rate = self._images / max(time.perf_counter() - self._start, 1e-9)
         starved = self._starved / max(self._steps, 1)
         self._restart()
@@ -131,23 +137,24 @@ class Throughput:
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """Time in this context does not count."""
-        began = time.perf_counter()
+        """Context manager whose time does not count."""
+        start = time.perf_counter()
         yield
-        self._start += time.perf_counter() - began
+        self._start += time.perf_counter() - start
 
 
-def results(workdir: Path, step: int) -> dict[str, float]:
-    """The evaluation of a step in a run's metrics.jsonl, {} where there is none."""
-    lines = [line for line in read(workdir / "metrics.jsonl") if line["step"] == step]
-    found = [line for line in lines if "eval/count" in line]
-    return found[-1] if found else {}
+def read_evaluation(workdir: Path, step: int) -> dict[str, float]:
+    """Return the last evaluation of a step in metrics.jsonl, or {}."""
+    for line in reversed(read(workdir / "metrics.jsonl")):
+        if line["step"] == step and "eval/count" in line:
+            return line
+    return {}
 
 
-Best = tuple[str, str]  # name of a metric, and "max" or "min"
+Best = tuple[str, str]  # name of a metric, and its direction: "max" or "min"
 
 
 def score(results: Scalars, best: Best) -> float:
-    """Number that is larger for a better evaluation."""
+    """Return a number that is larger for a better evaluation."""
     name, direction = best
     return results[name] if direction == "max" else -results[name]

@@ -1,4 +1,4 @@
-"""Tasks by name. Only modules of this package know which tasks there are."""
+"""Registry of tasks. Only this package refers to tasks by name."""
 
 from typing import Any
 
@@ -17,10 +17,13 @@ TASKS: dict[str, type[Task]] = {
 
 
 def find(name: str) -> type[Task]:
-    """Class of a task: a registered name, or ``module:Class`` for a user's own.
+    """Return the class of a task.
+
+    Args:
+      name: a key of `TASKS`, or ``module:Class`` for a user-defined task.
 
     Raises:
-      ConfigError: unknown name, or no such class.
+      ConfigError: the name is unknown or the class cannot be imported.
     """
     if ":" in name:
         return import_class("task", name)
@@ -30,5 +33,5 @@ def find(name: str) -> type[Task]:
 
 
 def create(config: Any, data: DatasetInfo) -> Task:
-    """The task of a config, for a dataset."""
+    """Create the task that `config.task` names, for a dataset."""
     return find(config.task)(config, data)

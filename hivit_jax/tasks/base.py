@@ -1,7 +1,7 @@
-"""Interface of a task: its model, optimizer, loss, evaluation and figures.
+"""Interface of a task: model, optimizer, loss, evaluation, figures and predictions.
 
-Training, evaluation and checkpoints call a task through this interface and know no task
-by name.
+The rest of the package uses a task only through this interface. `docs/own_task.md`
+explains how to write one.
 """
 
 from collections.abc import Mapping
@@ -9,39 +9,36 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
-from hivit_jax import rng
-from hivit_jax.augment import image, resample
 from hivit_jax.data.sources.base import DatasetInfo
-from hivit_jax.data.transforms import MODES, ImageTransform, Transform
+from hivit_jax.data.transforms import Transform
 from hivit_jax.errors import ConfigError
-from hivit_jax.models import Model, configure, create_model, image_shape, variant
+from hivit_jax.models import Model, create_model
 from hivit_jax.rng import Keys
+from hivit_jax.tasks import defaults
 from hivit_jax.training.optimizer import make_optimizer
 from hivit_jax.tree import split_state
 
-PerSample = dict[str, jax.Array]  # each float32 [B]
-Rows = dict[str, jax.Array]  # each [B, ...]
-Sums = dict[str, jax.Array]
+PerSample = dict[str, jax.Array]  # name -> float32 [B]
+Rows = dict[str, jax.Array]  # name -> [B, ...]
+Sums = dict[str, jax.Array]  # name -> scalar or matrix, int32 or float32
 
 
 class Task:
-    """One task. Subclasses override what differs.
+    """Base class of tasks. A subclass overrides the methods that differ.
 
     Attributes:
       keys: config keys of this task, nested as in a recipe.
-      unused: config keys that have no effect on this task, with the only value that is
-        accepted.
-      best: metric that picks the best checkpoint, and "max" or "min".
-      fresh: prefixes of parameters that are newly initialized even where the pretrained
-        model has them.
+      unused: config keys without effect on this task, and their only accepted values.
+      best: metric that selects the best checkpoint, and "max" or "min".
+      fresh: name prefixes of parameters that are newly initialized, even if the
+        pretrained model contains them.
       head_scale: factor on the standard deviation, 0.02, of a newly initialized head.
-      decayed, undecayed: last parts of the names of parameters, with and without weight
-        decay.
-      model_class: class of the models of this task; None: a user's own.
+      decayed, undecayed: last components of the names of the parameters with and
+        without weight decay.
+      model_class: required class of the registered model; None: any model.
     """
 
     keys: Mapping[str, Any] = {}
@@ -55,220 +52,140 @@ class Task:
 
     @classmethod
     def check(cls, config: Any) -> None:
-        """ConfigError for a model of another task, or values that do not fit each
-        other. Called when a config is loaded, before anything is opened.
-        """
-        if cls.model_class is None:
-            return
-        name = config.model.name
-        found = variant(name)[0]
-        if found is not cls.model_class:
-            raise ConfigError(
-                f"task={config.task!r} with model.name={name!r}, which is a "
-                f"{found.__name__}; expected a {cls.model_class.__name__}"
-            )
-        shape = configure(**arguments(config))[1]
-        if getattr(shape, "num_classes", 1) == 0:
-            raise ConfigError("model.num_classes=0 has no head; expected 1 or more")
+        """Raise ConfigError for an invalid config. Called when a config is loaded."""
+        if cls.model_class is not None:
+            defaults.check_model(config, cls.model_class)
 
     @classmethod
     def batch_multiple(cls, config: Any) -> int:
-        """Number that the examples of a microbatch must be a multiple of."""
+        """Return the number that must divide the size of every microbatch."""
         return 1
 
     def __init__(self, config: Any, data: DatasetInfo):
         self.config, self.data = config, data
-        found, known = len(data.classes), config.model.get("num_classes")
-        if known and found > known:
+        num_classes = config.model.get("num_classes")
+        if num_classes and num_classes < len(data.classes):
             raise ConfigError(
-                f"model.num_classes={known}, but {config.data.name} has {found} classes"
+                f"model.num_classes={num_classes}; expected at least "
+                f"{len(data.classes)}, the number of classes of {config.data.name}"
             )
 
     # --- Model and optimizer ----------------------------------------------------------
 
     def build_model(self, key: jax.Array | int | None = None) -> Model:
-        """Model of the config, drawn from a key; None: from the config's seed.
+        """Build the model of the config; also called under `jax.eval_shape`.
 
-        Also under `jax.eval_shape`.
+        Args:
+          key: PRNG key of the parameters; None: derived from the config's seed.
         """
         key = jax.random.key(self.config.seed) if key is None else key
-        return create_model(seed=key, **arguments(self.config))
+        return create_model(seed=key, **defaults.model_arguments(self.config))
 
     def is_decayed(self, name: str) -> bool:
-        """Whether weight decay applies to a parameter; ValueError without a rule."""
+        """Return True if weight decay applies to a parameter."""
         leaf = name.rsplit("/", 1)[-1]
         if leaf not in (*self.decayed, *self.undecayed):
-            raise ValueError(f"no rule of weight decay is known for parameter {name!r}")
+            raise ValueError(
+                f"no weight decay rule for parameter {name!r}; expected its last "
+                "component in `decayed` or `undecayed` of the task"
+            )
         return leaf in self.decayed
 
     def optimizer(
         self, model: Model, schedule: optax.Schedule
     ) -> optax.GradientTransformation:
-        """Optimizer of the parameters of a model, which may be abstract."""
-        o, params = self.config.optimizer, split_state(model)[1]
-        layer_ids = model.layer_ids() if o.layer_decay != 1.0 else {}
-        return make_optimizer(o, schedule, params, self.is_decayed, layer_ids)
+        """Return the optimizer of a model's parameters. The model may be abstract."""
+        options, params = self.config.optimizer, split_state(model)[1]
+        layer_ids = model.layer_ids() if options.layer_decay != 1.0 else {}
+        return make_optimizer(options, schedule, params, self.is_decayed, layer_ids)
 
     def frozen(self) -> Any:
-        """Pytree of arrays that every step gets: never trained, never saved."""
+        """Return a pytree of arrays for every step that are never trained or saved."""
         return {}
 
     def macs(self, model: Model, layer_norm_cost: int = 0) -> int:
-        """Multiply-adds of one image's forward pass.
+        """Return the multiply-adds of one image's forward pass.
 
         Args:
-          layer_norm_cost: counted for every element of a LayerNorm; 5 in published
-            tables.
+          layer_norm_cost: multiply-adds per LayerNorm element; 5 in published tables.
         """
         return model.macs(layer_norm_cost=layer_norm_cost)
 
     # --- On the host, in threads ------------------------------------------------------
 
     def transform(self, train: bool) -> Transform:
-        """Transform of the examples of a split, for training or evaluation.
+        """Return the transform of encoded examples, for training or evaluation."""
+        return defaults.image_transform(self.config, self.data, train)
 
-        Raises:
-          ConfigError: sizes or channels that do not fit each other.
-        """
-        data, model = self.config.data, self.config.model
-        *size, channels = image_shape(model)
-        randaugment = train and data.randaugment and self.data.encoded
-        if self.data.encoded and channels not in MODES:
-            raise ConfigError(
-                f"model.in_channels={channels} with data.name={data.name!r}; "
-                "expected 3 (colour) or 1 (grey)"
-            )
-        if randaugment and channels != 3:
-            raise ConfigError(
-                f"data.randaugment with model.in_channels={channels}; expected 3"
-            )
-        if self.data.encoded and data.canvas and data.canvas < max(size):
-            raise ConfigError(
-                f"data.canvas={data.canvas} is smaller than model.image_size="
-                f"{model.image_size}; expected 0 or more than that"
-            )
-        # RandAugment works on images of their final size, which made-up ones have.
-        on_host = randaugment or not self.data.encoded
-        whole = not train or tuple(data.crop_scale) == (1.0, 1.0)
-        return ImageTransform(
-            batch_size=self.config.batch_size,
-            size=size,
-            channels=channels,
-            canvas=0 if on_host else data.canvas,
-            crop_scale=None if whole else tuple(data.crop_scale),
-            crop_pct=data.crop_pct,
-            interpolation=data.interpolation,
-            antialias=data.antialias,
-            randaugment=randaugment,
-            classes=model.get("num_classes") or 0,
-        )
-
-    # --- One batch: pure functions, jitted --------------------------------------------
+    # --- On the device: pure functions of one batch, jitted ---------------------------
 
     def preprocess(self, batch: dict) -> jax.Array:
-        """Images of a batch, resized and normalized: float32 [B, H, W, C]."""
-        images, data = batch["image"], self.config.data
-        if "box" in batch:
-            images = resample.resample(
-                images,
-                batch["box"],
-                image_shape(self.config.model)[:2],
-                data.interpolation,
-                data.antialias,
-            )
-        return image.normalize(images, data.mean, data.std)
+        """Resize and normalize the images of a batch: float32 [B, H, W, C]."""
+        return defaults.preprocess(self.config, batch)
 
     def augment_batch(self, batch: dict, keys: Keys) -> jax.Array:
-        """Images of a training batch, flipped too: float32 [B, H, W, C]."""
+        """Preprocess and randomly flip the images of a training batch."""
         with jax.named_scope("input"):
-            images = self.preprocess(batch)
-            if self.config.data.flip:
-                flip_keys = rng.split_keys(keys.samples, "flip")
-                images = image.random_flip(images, flip_keys)
-        return images
+            return defaults.random_flip(self.config, self.preprocess(batch), keys)
 
     def training_images(self, batch: dict, keys: Keys) -> jax.Array:
-        """Images of a training batch as the model gets them: float32 [B, H, W, C]."""
+        """Return the images of a training batch with all augmentation, for figures."""
         return self.augment_batch(batch, keys)
 
     def loss(self, model: Model, frozen: Any, batch: dict, keys: Keys) -> PerSample:
-        """Loss and metrics of a training batch, by name, each [B].
+        """Return the loss and other metrics of each example of a training batch.
 
-        The gradient of the weighted mean of "loss" is taken. The model's variables that
-        are no parameters may be changed in place.
+        The train step differentiates the weighted mean of "loss". This method may
+        modify variables of the model that are not an `nnx.Param`.
         """
         raise NotImplementedError
 
     def eval_step(
         self, model: Model, frozen: Any, batch: dict, keys: Keys
     ) -> tuple[Sums, Rows]:
-        """Evaluate a batch.
-
-        Returns:
-          Sums over the examples of weight 1: scalars or matrices by name, int32 or
-          float32; and rows [B, ...] by name, from which `records` are made.
-        """
+        """Return sums over the examples of weight 1, and the rows for `records`."""
         raise NotImplementedError
 
     def predict_step(self, model: Model, batch: dict) -> Rows:
-        """Rows [B, ...] by name, from which `records` are made; no labels are used."""
-        raise ConfigError(f"task={self.config.task!r} makes no predictions")
+        """Return the rows for `records`, computed without labels."""
+        raise ConfigError(f"task={self.config.task!r} has no predictions")
 
     def panels(self, model: Model, frozen: Any, batch: dict, keys: Keys) -> Rows:
-        """Arrays that `figures` draws, of the first held-out images; {}: none."""
+        """Return the arrays for `figures`, from the first held-out images."""
         return {}
 
-    # --- On the host again ------------------------------------------------------------
+    # --- On the host, after a batch or an evaluation ----------------------------------
 
     def records(self, rows: Mapping[str, np.ndarray]) -> list[Any]:
-        """Small objects that can be pickled, made of the rows of one process's own
-        examples.
+        """Convert rows to small picklable objects. Runs on every process.
 
         Args:
-          rows: of `eval_step` or `predict_step`, without those of weight 0; and
-            "index" of the examples in their split, for predictions "name" too.
+          rows: result of `eval_step` or `predict_step` for this process's examples of
+            weight 1, and their "index" in the split. Predictions also have "name".
         """
         return []
 
     def summarize(
         self, sums: Mapping[str, np.ndarray], count: int, records: list[Any]
     ) -> dict[str, float]:
-        """Metrics of a split, on process 0: {"eval/NAME": value}.
+        """Return the metrics of a split, {"eval/NAME": value}. Runs on process 0.
 
         Args:
-          sums: of all batches, float64 or int64.
-          count: examples that count.
-          records: of all processes, in the order of the split.
+          sums: totals over all batches, float64 or int64.
+          count: number of examples of weight 1.
+          records: records of all processes, in the order of the split.
         """
         return {f"eval/{name}": float(total) / count for name, total in sums.items()}
 
     def figures(self, panels: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Panels -> pictures by name, uint8 [H, W, 3], on process 0."""
+        """Draw panels as images by name, uint8 [H, W, 3]. Runs on process 0."""
         return {}
 
     def write_predictions(self, records: list[Any], out: Path) -> None:
-        """Write the records of `predict_step` into a directory."""
+        """Write the records of `predict_step` into the directory `out`."""
         raise NotImplementedError
 
 
-def arguments(config: Any) -> dict[str, Any]:
-    """Arguments of `create_model` in a config."""
-    return {k: v for k, v in config.model.items() if v is not None}
-
-
-def weighted_sums(values: PerSample, weight: jax.Array) -> dict[str, jax.Array]:
-    """Sums over a batch of values [B] times weights [B]."""
+def weighted_sums(values: PerSample, weight: jax.Array) -> Sums:
+    """Return the sums of values [B] times weights [B]."""
     return {name: (value * weight).sum() for name, value in values.items()}
-
-
-def topk_correct(logits: jax.Array, labels: jax.Array) -> PerSample:
-    """Whether the true class is among the best one and five of [B, classes]; of equal
-    scores the lower class number counts.
-    """
-    true = jnp.take_along_axis(logits, labels[:, None], axis=-1)
-    earlier = jnp.arange(logits.shape[-1]) < labels[:, None]
-    rank = ((logits > true) | ((logits == true) & earlier)).sum(-1)
-    return {
-        "top1": (rank < 1).astype(jnp.float32),
-        "top5": (rank < 5).astype(jnp.float32),
-    }

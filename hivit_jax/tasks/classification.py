@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -15,28 +16,21 @@ from hivit_jax.errors import ConfigError
 from hivit_jax.keys import Key
 from hivit_jax.models.classifier import Classifier
 from hivit_jax.rng import Keys
-from hivit_jax.tasks.base import (
-    PerSample,
-    Rows,
-    Sums,
-    Task,
-    topk_correct,
-    weighted_sums,
-)
+from hivit_jax.tasks.base import PerSample, Rows, Sums, Task, weighted_sums
 
 
 class Classification(Task):
     """Cross entropy with label smoothing, random erasing, Mixup and CutMix."""
 
     keys = {
-        "label_smoothing": Key(0.0, "probability spread over all classes", 0, 1),
-        "mixup": Key(0.0, "alpha of Mixup; 0: none", 0),
-        "cutmix": Key(0.0, "alpha of CutMix; 0: none", 0),
-        "random_erasing": Key(0.0, "probability that a rectangle is erased", 0, 1),
+        "label_smoothing": Key(0.0, "target probability spread over all classes", 0, 1),
+        "mixup": Key(0.0, "alpha of Mixup; 0: off", 0),
+        "cutmix": Key(0.0, "alpha of CutMix; 0: off", 0),
+        "random_erasing": Key(0.0, "probability of erasing a rectangle", 0, 1),
     }
     best = ("eval/top1", "max")
-    head_scale = 2e-5 / 0.02  # official ``main_finetune.py``
-    # Official ``main_finetune.py`` spares both kinds of position table.
+    # Official ``main_finetune.py``: scale of the head, no decay of position tables.
+    head_scale = 2e-5 / 0.02
     decayed = ("kernel",)
     undecayed = (
         "bias",
@@ -48,25 +42,25 @@ class Classification(Task):
 
     @classmethod
     def check(cls, config: Any) -> None:
-        """As `Task.check`; ConfigError also if batches cannot be mixed in pairs."""
+        """As `Task.check`; Mixup and CutMix require an even microbatch."""
         super().check(config)
-        mixup, cutmix = config.get("mixup"), config.get("cutmix")
-        part = config.batch_size // config.optimizer.accumulate_steps
-        if part % cls.batch_multiple(config):
+        microbatch = config.batch_size // config.optimizer.accumulate_steps
+        if microbatch % cls.batch_multiple(config):
             raise ConfigError(
-                f"mixup={mixup}, cutmix={cutmix} mix pairs of images; "
-                f"batch_size / accumulate_steps is {part}, expected an even number"
+                f"mixup={config.mixup}, cutmix={config.cutmix} mix pairs of images; "
+                f"batch_size / accumulate_steps is {microbatch}, expected an even "
+                "number"
             )
 
     @classmethod
     def batch_multiple(cls, config: Any) -> int:
-        """2 if images are mixed in pairs."""
+        """Return 2 with Mixup or CutMix, because they mix pairs of images; else 1."""
         return 2 if config.get("mixup") or config.get("cutmix") else 1
 
     def loss(
         self, model: Classifier, frozen: Any, batch: dict, keys: Keys
     ) -> PerSample:
-        """Cross entropy with the mixed targets; hits of the true labels."""
+        """Return the cross entropy with mixed targets, and top-1 and top-5 accuracy."""
         images, targets = self.augment_with_targets(batch, keys)
         drop_path_keys = rng.split_keys(keys.samples, "drop_path")
         logits = model(images, drop_path_keys=drop_path_keys)
@@ -76,8 +70,11 @@ class Classification(Task):
     def augment_with_targets(
         self, batch: dict, keys: Keys
     ) -> tuple[jax.Array, jax.Array]:
-        """Images of a training batch, flipped, erased and mixed, float32 [B, H, W, C];
-        and their smoothed, mixed targets, float32 [B, classes].
+        """Augment a training batch.
+
+        Returns:
+          images: float32 [B, H, W, C]; flipped, erased and mixed.
+          targets: float32 [B, classes]; smoothed and mixed.
         """
         config, images = self.config, self.augment_batch(batch, keys)
         with jax.named_scope("input"):
@@ -99,48 +96,53 @@ class Classification(Task):
         return images, targets
 
     def training_images(self, batch: dict, keys: Keys) -> jax.Array:
-        """As `Task.training_images`, erased and mixed too."""
+        """As `Task.training_images`, with random erasing, Mixup and CutMix."""
         return self.augment_with_targets(batch, keys)[0]
 
     def eval_step(
         self, model: Classifier, frozen: Any, batch: dict, keys: Keys
     ) -> tuple[Sums, Rows]:
-        """Sums of cross entropy and hits; no rows."""
+        """Return the sums of `classification_metrics` and no rows."""
         logits = model(self.preprocess(batch))
-        return weighted_sums(scores(logits, batch["label"]), batch["weight"]), {}
+        metrics = classification_metrics(logits, batch["label"])
+        return weighted_sums(metrics, batch["weight"]), {}
 
     def predict_step(self, model: Classifier, batch: dict) -> Rows:
-        """{"probabilities": float32 [B, classes]}."""
+        """Return {"probabilities": float32 [B, classes]}."""
         return {"probabilities": jax.nn.softmax(model(self.preprocess(batch)))}
 
     def records(self, rows: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
-        """Name and probability of the best class of each image."""
+        """Return the most probable class of each image."""
         if "probabilities" not in rows:
             return []
-        best = rows["probabilities"].argmax(-1)
-        found = zip(rows["name"], best, rows["probabilities"], strict=True)
-        return [
-            {
-                "name": str(name),
-                "class": self._class_name(k),
-                "probability": float(p[k]),
-            }
-            for name, k, p in found
-        ]
-
-    def _class_name(self, number: int) -> str:
-        classes = self.data.classes
-        return classes[number] if number < len(classes) else str(number)
+        names = dict(enumerate(self.data.classes))
+        records = []
+        for name, p in zip(rows["name"], rows["probabilities"], strict=True):
+            k = int(p.argmax())
+            best = {"class": names.get(k, str(k)), "probability": float(p[k])}
+            records.append({"name": str(name), **best})
+        return records
 
     def write_predictions(self, records: list[Any], out: Path) -> None:
-        """Write predictions.csv: name, class, probability."""
+        """Write predictions.csv with the columns name, class and probability."""
         with open(out / "predictions.csv", "w", newline="") as file:
             writer = csv.DictWriter(file, ("name", "class", "probability"))
             writer.writeheader()
             writer.writerows(records)
 
 
-def scores(logits: jax.Array, labels: jax.Array) -> PerSample:
-    """Cross entropy, top-1 and top-5 hits of logits [B, classes]."""
+def classification_metrics(logits: jax.Array, labels: jax.Array) -> PerSample:
+    """Return the cross entropy and `topk_correct` of logits [B, classes]."""
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     return {"loss": loss, **topk_correct(logits, labels)}
+
+
+def topk_correct(logits: jax.Array, labels: jax.Array) -> PerSample:
+    """Return "top1" and "top5": 1.0 where the true class is among the highest logits.
+
+    Of classes with equal logits [B, classes], those with lower indices rank higher.
+    """
+    true = jnp.take_along_axis(logits, labels[:, None], axis=-1)
+    lower_index = jnp.arange(logits.shape[-1]) < labels[:, None]
+    rank = ((logits > true) | ((logits == true) & lower_index)).sum(-1)
+    return {f"top{k}": (rank < k).astype(jnp.float32) for k in (1, 5)}

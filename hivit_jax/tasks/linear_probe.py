@@ -9,12 +9,12 @@ from hivit_jax.errors import ConfigError
 from hivit_jax.models.classifier import Classifier
 from hivit_jax.rng import Keys
 from hivit_jax.tasks.base import PerSample
-from hivit_jax.tasks.classification import Classification, scores
+from hivit_jax.tasks.classification import Classification, classification_metrics
 from hivit_jax.tree import leaf_name, split_state
 
 
 class LinearProbe(Classification):
-    """The head learns from batch-normalized features; the encoder takes no gradient."""
+    """Trains a head on batch-normalized features of a frozen encoder."""
 
     keys = {}
     unused = {
@@ -29,45 +29,43 @@ class LinearProbe(Classification):
 
     @classmethod
     def check(cls, config: Any) -> None:
-        """As `Task.check`; ConfigError also without `model.running_norm`."""
+        """As `Task.check`; requires `model.running_norm`."""
         super().check(config)
         if not config.model.running_norm:
-            raise ConfigError(
-                "task='linear_probe' needs config.model.running_norm=True"
-            )
+            raise ConfigError("task='linear_probe' requires model.running_norm=True")
 
     def optimizer(
         self, model: Classifier, schedule: optax.Schedule
     ) -> optax.GradientTransformation:
-        """LARS for the head, nothing for the rest.
+        """Return LARS for the head and zero updates for the other parameters.
 
-        As in MAE's ``util/lars.py``, the trust ratio is taken of matrices only, before
-        the momentum, and the learning rate after it.
+        As in MAE's ``util/lars.py``, the trust ratio applies to matrices only and
+        precedes the momentum; the learning rate follows the momentum.
         """
-        o, params = self.config.optimizer, split_state(model)[1]
+        options, params = self.config.optimizer, split_state(model)[1]
         matrices = jax.tree.map(lambda x: x.ndim > 1, params)
-        ratio = optax.scale_by_trust_ratio(trust_coefficient=0.001)
+        trust_ratio = optax.scale_by_trust_ratio(trust_coefficient=0.001)
         lars = optax.chain(
-            optax.masked(optax.add_decayed_weights(o.weight_decay), matrices),
-            optax.masked(ratio, matrices),
-            optax.trace(o.betas[0]),
+            optax.masked(optax.add_decayed_weights(options.weight_decay), matrices),
+            optax.masked(trust_ratio, matrices),
+            optax.trace(options.betas[0]),
             optax.scale_by_learning_rate(schedule),
         )
         labels = jax.tree_util.tree_map_with_path(
             lambda path, _: "lars" if leaf_name(path).startswith("head/") else "frozen",
             params,
         )
-        rules = {"lars": lars, "frozen": optax.set_to_zero()}
-        return optax.multi_transform(rules, labels)
+        transforms = {"lars": lars, "frozen": optax.set_to_zero()}
+        return optax.multi_transform(transforms, labels)
 
     def loss(
         self, model: Classifier, frozen: Any, batch: dict, keys: Keys
     ) -> PerSample:
-        """Cross entropy and hits."""
+        """Return the cross entropy, and top-1 and top-5 accuracy."""
         features = jax.lax.stop_gradient(model.encoded(self.augment_batch(batch, keys)))
         logits = model.head(model.fc_norm(features, weight=batch["weight"]))
-        return scores(logits, batch["label"])
+        return classification_metrics(logits, batch["label"])
 
     def training_images(self, batch: dict, keys: Keys) -> jax.Array:
-        """As in `Task`."""
+        """As `Task.training_images`."""
         return self.augment_batch(batch, keys)

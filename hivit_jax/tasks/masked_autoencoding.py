@@ -1,4 +1,4 @@
-"""Masked autoencoding: predict the pixels of removed units (He et al., CVPR 2022)."""
+"""Masked autoencoding: predict the pixels of masked units (He et al., CVPR 2022)."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,15 +12,17 @@ from hivit_jax.models import configure
 from hivit_jax.models.mae import MaskedAutoencoder
 from hivit_jax.models.masking import visible_units
 from hivit_jax.rng import Keys
-from hivit_jax.tasks.base import PerSample, Rows, Sums, Task, arguments, weighted_sums
+from hivit_jax.tasks.base import PerSample, Rows, Sums, Task, weighted_sums
+from hivit_jax.tasks.defaults import model_arguments
 
 
 class MaskedAutoencoding(Task):
-    """Pretraining; the loss of an image is the mean over its removed units."""
+    """Pretraining. The loss of an image is the mean over its masked units."""
 
-    keys = {"mask_ratio": Key(0.75, "share of units that are removed, in (0, 1)")}
+    keys = {"mask_ratio": Key(0.75, "fraction of units to mask, in (0, 1)")}
     unused = {"optimizer.layer_decay": 1.0}
-    # Official: timm's 1-D rule; position tables and the mask token are decayed.
+    # The official code uses timm's rule, which exempts 1-D parameters: it decays the
+    # position tables and the mask token.
     decayed = (
         "kernel",
         "mask_token",
@@ -32,20 +34,21 @@ class MaskedAutoencoding(Task):
 
     @classmethod
     def check(cls, config: Any) -> None:
-        """As `Task.check`; ConfigError also for a mask ratio that cannot work."""
+        """As `Task.check`; also checks `mask_ratio`."""
         super().check(config)
-        rows, columns = configure(**arguments(config))[1].grid
+        rows, columns = configure(**model_arguments(config))[1].grid
         visible_units(rows * columns, config.mask_ratio)
 
     def macs(self, model: MaskedAutoencoder, layer_norm_cost: int = 0) -> int:
-        """As `Task.macs`, with the recipe's mask ratio."""
-        mask_ratio = self.config.mask_ratio
-        return model.macs(mask_ratio=mask_ratio, layer_norm_cost=layer_norm_cost)
+        """As `Task.macs`, with the config's mask ratio."""
+        return model.macs(
+            mask_ratio=self.config.mask_ratio, layer_norm_cost=layer_norm_cost
+        )
 
     def loss(
         self, model: MaskedAutoencoder, frozen: Any, batch: dict, keys: Keys
     ) -> PerSample:
-        """{"loss": [B]}."""
+        """Return {"loss": [B]}."""
         images = self.augment_batch(batch, keys)
         drop_path_keys = rng.split_keys(keys.samples, "drop_path")
         masking = self._masking(model, keys)
@@ -55,7 +58,7 @@ class MaskedAutoencoding(Task):
     def eval_step(
         self, model: MaskedAutoencoder, frozen: Any, batch: dict, keys: Keys
     ) -> tuple[Sums, Rows]:
-        """{"loss": sum} and no rows; the masks are a function of the keys."""
+        """Return {"loss": sum} and no rows. The masks depend only on the keys."""
         images = self.preprocess(batch)
         loss = model.image_loss(images, **self._masking(model, keys))
         return weighted_sums({"loss": loss}, batch["weight"]), {}
@@ -63,10 +66,13 @@ class MaskedAutoencoding(Task):
     def panels(
         self, model: MaskedAutoencoder, frozen: Any, batch: dict, keys: Keys
     ) -> Rows:
-        """Images and predictions [B, H, W, C], normalized, and removed [B, H, W, 1].
+        """Return normalized images, predictions and masks for `figures`.
 
-        Where the loss is on normalized pixels, predictions are put back with the mean
-        and variance of the true unit, which the model has not seen.
+        With `norm_pix_loss`, predictions are rescaled by the mean and standard
+        deviation of the true unit, which the model does not see.
+
+        Returns:
+          "images", "predicted" [B, H, W, C]; "removed" [B, H, W, 1], 1 where masked.
         """
         images = self.preprocess(batch)
         out = model(images, **self._masking(model, keys))
@@ -75,21 +81,18 @@ class MaskedAutoencoding(Task):
         return {"images": images, "predicted": predicted, "removed": removed}
 
     def figures(self, panels: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """{"reconstruction": uint8 [H, W, 3]}, four panels an image."""
+        """Return {"reconstruction": uint8 [H, W, 3]} with four panels per image."""
         from hivit_jax.reporting import figures
 
         data = self.config.data
-        drawn = figures.reconstruction_panels(**panels, mean=data.mean, std=data.std)
-        return {"reconstruction": figures.reconstructions(drawn, "held-out images")}
+        pixels = figures.reconstruction_panels(**panels, mean=data.mean, std=data.std)
+        return {"reconstruction": figures.reconstructions(pixels, "held-out images")}
 
     def _masking(self, model: MaskedAutoencoder, keys: Keys) -> dict[str, Any]:
-        """Noise [B, N] and mask ratio, as the model takes them."""
-        units = _units(model)
+        """Return the model arguments for masking: noise [B, N] and mask ratio."""
+        rows, columns = model.encoder.grid
+        units = rows * columns
         with jax.named_scope("input"):
             mask_keys = rng.split_keys(keys.samples, "mask")
             noise = jax.vmap(lambda key: jax.random.uniform(key, (units,)))(mask_keys)
         return {"noise": noise, "mask_ratio": self.config.mask_ratio}
-
-
-def _units(model: MaskedAutoencoder) -> int:
-    return model.encoder.grid[0] * model.encoder.grid[1]

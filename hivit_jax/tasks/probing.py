@@ -1,4 +1,4 @@
-"""Nearest neighbors: how well an encoder's features tell classes apart, untrained."""
+"""k-nearest-neighbor classification with the features of a pretrained encoder."""
 
 from collections.abc import Callable
 from functools import partial
@@ -11,10 +11,11 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from hivit_jax import inputs
-from hivit_jax.data.prefetch import to_devices
+from hivit_jax.data.prefetch import prefetch_to_device
 from hivit_jax.distributed.sharding import make_mesh, state_shardings
 from hivit_jax.reporting.console import log
-from hivit_jax.tasks.base import Task, topk_correct
+from hivit_jax.tasks.base import Task
+from hivit_jax.tasks.classification import topk_correct
 from hivit_jax.tree import split_state
 from hivit_jax.weights import adapt, load
 
@@ -25,28 +26,28 @@ def nearest_neighbors(
     temperature: float = 0.07,
     heartbeat: Callable[[], None] = lambda: None,
 ) -> dict[str, float | int]:
-    """Classify the test split by the nearest training images, without training, and
-    log the result.
+    """Classify the test split by its nearest training images, and log the accuracy.
 
-    Features are the mean of the last tokens of the encoder in `config.init_from`,
-    normalized to length 1; a neighbor votes with ``exp(cosine / temperature)``, as in
-    DINO's ``eval_knn.py``.
+    A feature is the mean of the last tokens of the encoder in `config.init_from`,
+    normalized to length 1. A neighbor votes with weight ``exp(cosine / temperature)``,
+    as in DINO's ``eval_knn.py``.
 
     Args:
+      neighbors: number of neighbors that vote.
       heartbeat: called after every batch.
 
     Returns:
-      knn/top1 and knn/top5, fractions, and knn/count.
+      knn/top1 and knn/top5 as fractions, and knn/count, the number of test images.
 
     Raises:
-      DataError: more images cannot be read than `data.max_unreadable` allows.
+      DataError: more images are unreadable than `data.max_unreadable` allows.
     """
     task, mesh = inputs.make_task(config), make_mesh(config.mesh, config.batch_size)
-    encode = _encoder(config, task, mesh)
+    encode = _make_encoder(config, task, mesh)
 
-    def encoded(split):
+    def encode_split(split):
         parts = []
-        for batch in to_devices(inputs.eval_batches(config, split), mesh):
+        for batch in prefetch_to_device(inputs.eval_batches(config, split), mesh):
             parts.append(jax.device_get(encode(batch)))
             heartbeat()
         features, labels, weight, unreadable = map(
@@ -57,12 +58,12 @@ def nearest_neighbors(
 
     @jax.jit
     def classify(queries, keys, labels):
-        cosine, found = jax.lax.top_k(queries @ keys.T, min(neighbors, len(keys)))
-        votes = jax.nn.one_hot(labels[found], config.model.num_classes)
+        cosine, indices = jax.lax.top_k(queries @ keys.T, min(neighbors, len(keys)))
+        votes = jax.nn.one_hot(labels[indices], config.model.num_classes)
         return (jnp.exp(cosine / temperature)[..., None] * votes).sum(1)
 
-    keys, labels = jax.device_put(encoded("train"))
-    queries, true = encoded("test")
+    keys, labels = jax.device_put(encode_split("train"))
+    queries, true = encode_split("test")
     chunks = [
         topk_correct(classify(queries[i : i + 256], keys, labels), true[i : i + 256])
         for i in range(0, len(queries), 256)
@@ -76,21 +77,21 @@ def nearest_neighbors(
     return {"knn/top1": top1, "knn/top5": top5, "knn/count": count}
 
 
-def _encoder(config: Any, task: Task, mesh: Mesh) -> Callable:
-    """Return batch -> features of length 1, labels, weights and unreadable, [B, ...]
-    on every device.
+def _make_encoder(config: Any, task: Task, mesh: Mesh) -> Callable:
+    """Return batch -> (features of length 1, labels, weights, unreadable), each
+    [B, ...] and replicated on all devices.
     """
-    start = load.read_for(config.model, config.init_from)
+    pretrained = load.read_for(config.model, config.init_from)
     model = nnx.eval_shape(task.build_model)
     graphdef = split_state(model)[0]
 
-    def draw():
+    def init():
         _, params, model_state = split_state(task.build_model())
         return {"params": params, "model_state": model_state}
 
-    shardings = state_shardings(mesh, jax.eval_shape(draw))
-    drawn = jax.jit(draw, out_shardings=shardings)()
-    variables = adapt.initialize_from(start, model, drawn, fresh=task.fresh)
+    shardings = state_shardings(mesh, jax.eval_shape(init))
+    variables = jax.jit(init, out_shardings=shardings)()
+    variables = adapt.initialize_from(pretrained, model, variables, fresh=task.fresh)
 
     @partial(jax.jit, out_shardings=NamedSharding(mesh, PartitionSpec()))
     def encode(variables, batch):

@@ -1,1 +1,1 @@
-"""Commands: ``python -m hivit_jax.tools.NAME --help``."""
+"""Commands, run as ``python -m hivit_jax.tools.NAME``; ``--help`` shows the usage."""

@@ -1,7 +1,7 @@
-"""Check a dataset before a run: ``python -m hivit_jax.tools.check_data --config FILE``.
+"""Check a dataset before training: ``python -m hivit_jax.tools.check_data --config F``.
 
-Reads the images of both splits as training does; prints what they are like, which of
-them cannot be read, and how many cores it takes to keep a chip busy.
+Reads the images of both splits as training does. Prints their sizes, unusual formats
+and unreadable files, and an estimate of the CPU cores that keep one accelerator busy.
 """
 
 import io
@@ -23,29 +23,32 @@ from tqdm import tqdm
 
 from hivit_jax import config as configs
 from hivit_jax import inputs, tasks
-from hivit_jax.data.loader import Loader, cores
+from hivit_jax.data.loader import Loader, available_cores
 from hivit_jax.data.order import permutation, samples_at
 from hivit_jax.data.sources.registry import open_source
 from hivit_jax.data.transforms import Transform, decode
 from hivit_jax.errors import ConfigError, DataError, Parser, exit_code
 from hivit_jax.models import Model, image_shape
 
-CHUNK = 32  # images that a thread takes at a time
-SHOWN = 20  # names that the report has room for
-SECONDS = 3.0  # of CPU time, to see how fast training images are read
-UTILISATION = 0.4  # of a chip's peak, assumed
-CHIPS = {"H100": 989e12, "TPU v5e": 197e12, "TPU v5p": 459e12}  # bfloat16 FLOP/s
-UNREADABLE, UNKNOWN = "unreadable", "with a label of no class"
+IMAGES_PER_JOB = 32
+MAX_LISTED = 20  # names in the printed report
+TIMING_SECONDS = 3.0  # CPU time spent on measuring the loader
+UTILIZATION = 0.4  # assumed share of an accelerator's peak FLOP/s
+PEAK_FLOPS = {"H100": 989e12, "TPU v5e": 197e12, "TPU v5p": 459e12}  # bfloat16
+UNREADABLE, BAD_LABEL = "unreadable", "with an invalid label"
 
 
 class Split:
-    """The images of "train" or "test": all of them, or `sample` drawn by chance.
+    """The images of "train" or "test": all of them, or a random sample.
+
+    Args:
+      sample: number of images to draw; 0: all.
 
     Attributes:
-      indices: of the k images, int64 [k].
-      labels: int64 [k]; -1 where an image cannot be used.
-      sizes: height and width, int64 [k, 2]; 0 where it cannot be read.
-      kinds: what images are like -> their indices -> more on each.
+      indices: dataset indices of the k images, int64 [k].
+      labels: int64 [k]; -1 for an unreadable image or an invalid label.
+      sizes: height and width, int64 [k, 2]; 0 for an unreadable image.
+      findings: finding, such as "unreadable", -> dataset index -> detail.
     """
 
     def __init__(self, config: Any, split: str, sample: int = 0):
@@ -57,54 +60,57 @@ class Split:
         self.indices = np.sort(permutation(0, 0, n)[: sample or n])
         self.labels = np.full(len(self.indices), -1)
         self.sizes = np.zeros((len(self.indices), 2), np.int64)
-        kinds = {UNREADABLE: {}, UNKNOWN: {}}
-        self.kinds: dict[str, dict[int, str]] = defaultdict(dict, kinds)
+        empty = {UNREADABLE: {}, BAD_LABEL: {}}
+        self.findings: dict[str, dict[int, str]] = defaultdict(dict, empty)
 
     def read(self) -> None:
-        """Fills the attributes, in threads and behind a progress bar."""
-        firsts = range(0, len(self.indices), CHUNK)
+        """Read the images in threads and fill the attributes; show a progress bar."""
+        starts = range(0, len(self.indices), IMAGES_PER_JOB)
         bar = tqdm(total=len(self.indices), desc=self.title, unit=" images")
-        with bar, ThreadPoolExecutor(self.config.data.workers or cores()) as pool:
-            for count in pool.map(self._read, firsts):
+        threads = self.config.data.workers or available_cores()
+        with bar, ThreadPoolExecutor(threads) as pool:
+            for count in pool.map(self._read, starts):
                 bar.update(count)
 
-    def _read(self, first: int) -> int:
-        indices = self.indices[first : first + CHUNK].tolist()
-        for place, index in enumerate(indices, first):
+    def _read(self, start: int) -> int:
+        indices = self.indices[start : start + IMAGES_PER_JOB].tolist()
+        for position, index in enumerate(indices, start):
             try:
                 sample = self.source.sample(index)
                 encoded, label = sample["image"], sample["label"]
                 pixels = decode(encoded, self.channels)
-            except Exception as error:  # of whatever kind a broken file provokes
+            except Exception as error:  # a broken file can raise any type
                 words = f"{type(error).__name__}: {error}".split()
-                self.kinds[UNREADABLE][index] = " ".join(words)
+                self.findings[UNREADABLE][index] = " ".join(words)
                 continue
-            self.sizes[place] = pixels.shape[:2]
+            self.sizes[position] = pixels.shape[:2]
             if 0 <= label < len(self.source.classes):
-                self.labels[place] = label
+                self.labels[position] = label
             else:
-                self.kinds[UNKNOWN][index] = str(label)
-            whose = partial(self.name, index)
-            for kind in oddities(encoded, whose, pixels.shape, self.config):
-                self.kinds[kind][index] = ""
+                self.findings[BAD_LABEL][index] = str(label)
+            name = partial(self.name, index)
+            for oddity in oddities(encoded, name, pixels.shape, self.config):
+                self.findings[oddity][index] = ""
         return len(indices)
 
     def name(self, index: int) -> str:
-        """What a person would find the image by, in letters that can be printed."""
-        name = self.source.name(index)  # may hold bytes of no encoding
-        return name.encode(errors="backslashreplace").decode()
+        """Return an image's name; escape bytes that are not valid UTF-8."""
+        return self.source.name(index).encode(errors="backslashreplace").decode()
 
     def per_class(self) -> np.ndarray:
-        """Usable images of each class, int64 [classes]."""
+        """Return the number of usable images per class, int64 [classes]."""
         labels = self.labels[self.labels >= 0]
         return np.bincount(labels, minlength=len(self.source.classes))
 
     def faults(self) -> dict[str, list[str]]:
-        """What should not be, by kind: the images or classes that it is true of."""
+        """Return fault -> the affected images, with details, or the affected classes.
+
+        Empty classes are a fault only if the whole split was read.
+        """
         faults = {}
-        for kind in (UNREADABLE, UNKNOWN):
-            found = sorted(self.kinds[kind].items())
-            faults[kind] = [f"{self.name(i)}: {more}" for i, more in found]
+        for fault in (UNREADABLE, BAD_LABEL):
+            details = sorted(self.findings[fault].items())
+            faults[fault] = [f"{self.name(i)}: {detail}" for i, detail in details]
         if len(self.indices) == len(self.source):
             empty = np.flatnonzero(self.per_class() == 0)
             faults["classes without an image"] = [self.source.classes[i] for i in empty]
@@ -114,94 +120,115 @@ class Split:
 def oddities(
     encoded: bytes, name: Callable[[], str], shape: Sequence[int], config: Any
 ) -> list[str]:
-    """An image and its [h, w, C] -> in which ways it is unusual.
+    """Return the unusual properties of an image.
 
-    Decodes nothing; PIL and `name` are asked only where this is no plain JPEG.
+    Decodes no pixels. Opens the image with PIL and calls `name` only if it is not a
+    YCbCr JPEG without EXIF data.
+
+    Args:
+      encoded: content of the file.
+      name: returns the name of the file.
+      shape: height, width and channels of the decoded image.
     """
     canvas, (height, width, _) = config.data.canvas, image_shape(config.model)
-    kinds = {
-        f"over {canvas}, may be slower": max(shape) > canvas,
+    checks = {
+        f"over {canvas}, may be slower": 0 < canvas < max(shape),
         f"under {height} x {width}": shape[0] < height or shape[1] < width,
     }
-    exif, colours = encoded.find(b"Exif", 0, 65536) >= 0, ""
+    exif, color_space = encoded.find(b"Exif", 0, 65536) >= 0, ""
     with suppress(ValueError):
-        colours = simplejpeg.decode_jpeg_header(encoded)[2]
-    if exif or colours != "YCbCr":
+        color_space = simplejpeg.decode_jpeg_header(encoded)[2]
+    if exif or color_space != "YCbCr":
         with suppress(Exception), Image.open(io.BytesIO(encoded)) as image:
             suffix = os.path.splitext(name())[1].lower()
-            named = Image.registered_extensions().get(suffix, image.format)
-            kinds |= {
-                f"{image.format} named {suffix}": image.format not in (named, "MPO"),
+            expected = Image.registered_extensions().get(suffix, image.format)
+            checks |= {
+                f"{image.format} named {suffix}": image.format not in (expected, "MPO"),
                 "CMYK": image.mode == "CMYK",
-                "greyscale": image.mode in ("1", "L", "LA"),
+                "grayscale": image.mode in ("1", "L", "LA"),
                 "palette": image.mode in ("P", "PA"),
-                "16 bit, over 255 is white": image.mode.startswith("I"),
+                "16 bit, clipped at 255": image.mode.startswith("I"),
                 "several frames, one is read": getattr(image, "n_frames", 1) > 1,
             }
-            turned = exif and image.getexif().get(ExifTags.Base.Orientation, 1) > 1
-            kinds["EXIF rotation, not applied"] = turned
-    return [kind for kind, found in kinds.items() if found]
+            rotated = exif and image.getexif().get(ExifTags.Base.Orientation, 1) > 1
+            checks["EXIF rotation, not applied"] = rotated
+    return [oddity for oddity, found in checks.items() if found]
 
 
-def report(split: Split, faults: dict[str, list[str]]) -> str:
-    """The text on one split."""
+def split_report(split: Split, faults: dict[str, list[str]]) -> str:
+    """Return the report on a split: sizes, findings and the first names per fault."""
     n, k, classes = len(split.source), len(split.indices), len(split.source.classes)
     lines = [f"{split.title}: {n:,} images, {classes:,} classes"]
-    lines[0] += f"; {k:,} of the images looked at" * (k < n)
+    lines[0] += f"; {k:,} images checked" * (k < n)
     lines += ["", _row("", "min", "median", "max")]
-    sizes, spread = split.sizes[split.sizes.all(1)], {}
-    spread["images of a class"] = split.per_class()
-    spread["height"], spread["width"] = sizes.T
-    for what, values in spread.items():
-        three = np.quantile(values, (0, 0.5, 1)) if values.size else ()
-        lines.append(_row(what, *(f"{value:,.0f}" for value in three)))
+    heights, widths = split.sizes[split.sizes.all(1)].T
+    rows = {"images per class": split.per_class(), "height": heights, "width": widths}
+    for label, values in rows.items():
+        quantiles = np.quantile(values, (0, 0.5, 1)) if values.size else ()
+        lines.append(_row(label, *(f"{value:,.0f}" for value in quantiles)))
     lines += ["", _row("", "images", "share")]
-    for kind, found in sorted(split.kinds.items()):
-        row = _row(kind, f"{len(found):,}", f"{len(found) / max(k, 1):.3%}")
-        lines.append(row + (f"   e.g. {split.name(min(found))}" if found else ""))
-    for kind, names in faults.items():
-        more = [f"... and {len(names) - SHOWN:,} more"] * (len(names) > SHOWN)
-        lines += ["", f"  {len(names):,} {kind}"] * bool(names)
-        lines += [f"    {line}" for line in names[:SHOWN] + more]
+    for finding, images in sorted(split.findings.items()):
+        row = _row(finding, f"{len(images):,}", f"{len(images) / max(k, 1):.3%}")
+        lines.append(row + (f"   e.g. {split.name(min(images))}" if images else ""))
+    for fault, names in faults.items():
+        if names:
+            lines += ["", f"  {len(names):,} {fault}"]
+            lines += [f"    {name}" for name in names[:MAX_LISTED]]
+        if len(names) > MAX_LISTED:
+            lines.append(f"    ... and {len(names) - MAX_LISTED:,} more")
     return "\n".join(lines)
 
 
-def _row(what: str, *cells: str) -> str:
-    return f"  {what:<28}" + "".join(f"{cell:>12}" for cell in cells)
+def _row(label: str, *cells: str) -> str:
+    return f"  {label:<28}" + "".join(f"{cell:>12}" for cell in cells)
 
 
 def images_per_second(split: Split, transform: Transform) -> float:
-    """Usable images that a core makes ready for training in a second of its time."""
+    """Return how many usable images the training loader reads per CPU-second."""
     indices = split.indices[split.labels >= 0]
-    loader = Loader(split.source, transform, split.config.seed, CHUNK)
+    loader = Loader(split.source, transform, split.config.seed, IMAGES_PER_JOB)
     done, start = 0, time.process_time()
-    while (spent := time.process_time() - start) < SECONDS:
-        positions = np.arange(done, done + CHUNK)
-        places, epochs = samples_at(positions, len(indices), split.config.seed)
-        loader.fill(loader.blank(0, CHUNK), 0, 0, indices[places], epochs)
-        done += CHUNK
+    while (spent := time.process_time() - start) < TIMING_SECONDS:
+        positions = np.arange(done, done + IMAGES_PER_JOB)
+        samples, epochs = samples_at(positions, len(indices), split.config.seed)
+        batch = loader.empty_batch(0, IMAGES_PER_JOB)
+        loader.fill(batch, 0, 0, indices[samples], epochs)
+        done += IMAGES_PER_JOB
     return done / spent
 
 
-def speed(task: tasks.Task, model: Model, rate: float) -> str:
-    """The text on how many cores, each reading `rate` images/s, a chip needs."""
-    flops = 3 * 2 * task.macs(model)  # backward is twice forward
-    title = f"estimate at {UTILISATION:.0%} of peak"
-    lines = [f"speed: {rate:,.0f} training images/s from each of {cores()} cores here"]
+def speed_report(task: tasks.Task, model: Model, rate: float) -> str:
+    """Return a table of the CPU cores that keep one accelerator of each type busy.
+
+    Args:
+      rate: images per second that one core reads.
+    """
+    flops = 3 * 2 * task.macs(model)  # the backward pass costs twice the forward pass
+    title = f"estimate at {UTILIZATION:.0%} of peak"
+    cores = available_cores()
+    lines = [f"speed: {rate:,.0f} training images/s per core, {cores} cores here"]
     lines += ["", _row(title, "images/s", "cores")]
-    for chip, peak in CHIPS.items():
-        needed = UTILISATION * peak / flops
+    for chip, peak in PEAK_FLOPS.items():
+        needed = UTILIZATION * peak / flops
         lines.append(_row(f"one {chip}", f"{needed:,.0f}", f"{needed / rate:,.1f}"))
     return "\n".join(lines)
 
 
-def examine(config: Any, sample: int, listing: TextIO) -> None:
-    """Prints the report on `sample` images of each split, or on all (0), and to
-    `listing` every unreadable one; DataError if a run should not start with this.
+def check_dataset(config: Any, sample: int, listing: TextIO) -> None:
+    """Check both splits of a dataset and print the report.
+
+    Args:
+      sample: images to read per split; 0: all.
+      listing: file to write the name of every unreadable image to.
+
+    Raises:
+      ConfigError: the dataset is synthetic.
+      DataError: the dataset cannot be opened; images have invalid labels; classes are
+        empty; or more than `data.max_unreadable` of the images are unreadable.
     """
     data, problems = config.data, []
     if data.name == "synthetic":
-        raise ConfigError("data.name='synthetic' is made up; there is nothing to check")
+        raise ConfigError("data.name='synthetic' has no files; nothing to check")
     task = inputs.make_task(config)
     model = nnx.eval_shape(task.build_model)
     splits = [Split(config, split, sample) for split in ("train", "test")]
@@ -209,26 +236,26 @@ def examine(config: Any, sample: int, listing: TextIO) -> None:
     for split in splits:
         split.read()
         faults = split.faults()
-        print(f"\n{report(split, faults)}", flush=True)
+        print(f"\n{split_report(split, faults)}", flush=True)
         listing.writelines(f"{line}\n" for line in faults[UNREADABLE])
         allowed = {UNREADABLE: data.max_unreadable * len(split.indices)}
-        for kind, names in faults.items():
-            if len(names) > allowed.get(kind, 0):
-                problems.append(f"{split.title}: {len(names):,} {kind}")
+        for fault, names in faults.items():
+            if len(names) > allowed.get(fault, 0):
+                problems.append(f"{split.title}: {len(names):,} {fault}")
     if (splits[0].labels >= 0).any():
         rate = images_per_second(splits[0], task.transform(train=True))
-        print(f"\n{speed(task, model, rate)}")
+        print(f"\n{speed_report(task, model, rate)}")
     print(f"\n{'; '.join(problems) or 'healthy'}")
     if problems:
-        raise DataError(f"{data.name} is not fit for a run\n{problems[0]}")
+        raise DataError(f"{data.name} failed the dataset check\n{problems[0]}")
 
 
-def run(argv: Sequence[str]) -> None:
-    """Examines the dataset of the recipe that the command line names."""
+def run(argv: Sequence[str] | None) -> None:
+    """Check the dataset of the recipe on the command line."""
     parser = Parser("python -m hivit_jax.tools.check_data", allow_abbrev=False)
     parser.add_argument("--config", required=True, help="then --config.KEY=VALUE ...")
-    parser.add_argument("--sample", type=int, default=0, help="images of each split")
-    parser.add_argument("--list", default=os.devnull, help="file for unreadable images")
+    parser.add_argument("--sample", type=int, default=0, help="images a split; 0: all")
+    parser.add_argument("--list", default=os.devnull, help="write unreadable images to")
     flags, overrides = parser.parse_known_args(argv)
     config = configs.load(flags.config, overrides)
     if flags.sample < 0:
@@ -238,12 +265,12 @@ def run(argv: Sequence[str]) -> None:
     except OSError as error:
         raise ConfigError(f"--list={flags.list}: {error.strerror}") from error
     with listing:
-        examine(config, flags.sample, listing)
+        check_dataset(config, flags.sample, listing)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
-    return exit_code(lambda: run(sys.argv[1:] if argv is None else argv))
+    """Run the command and return its exit code."""
+    return exit_code(lambda: run(argv))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
-"""The train step, compiled for TPUs or GPUs that are not available: does it fit, what
-does it compute, move and exchange, how fast could it be. ``--mode compile``.
+"""Ahead-of-time compilation of the train step for TPUs or GPUs that are not attached.
+
+Implements ``--mode compile``: memory, FLOPs, HBM and network traffic, roofline.
 """
 
 import hashlib
@@ -28,23 +29,23 @@ from hivit_jax.xla.chips import GIB, PLUGINS, devices_of
 def compile_ahead(
     config: Any, workdir: str | Path, topology: str, search_batch: bool = False
 ) -> dict[str, Any]:
-    """Compiles the config's train step for a topology, and reports on it.
+    """Compile the config's train step for a topology; write WORKDIR/compile.json.
 
     Args:
       topology: CHIP:SHAPE, such as "v5e:16x16" or "h100:8".
-      search_batch: also search the largest batch that fits.
+      search_batch: also search for the largest batch that fits.
 
     Returns:
-      The content of DIR/compile.json: `examine` and, with `search_batch`,
-      `largest_batch`.
+      The content of compile.json: the entries of `step_report` and, with
+      `search_batch`, of `largest_batch`.
 
     Raises:
-      HivitError: an unknown topology, a compiler that is not installed, a mesh or batch
-        that does not fit the topology.
+      HivitError: an unknown topology, a compiler that is not installed, or a mesh or
+        batch that does not fit the topology.
     """
     devices = devices_of(topology)
     prepare_workdir(Path(workdir))
-    report = examine(config, devices, topology)
+    report = step_report(config, devices, topology)
     if search_batch:
         report |= largest_batch(config, devices, report)
     path = Path(workdir) / "compile.json"
@@ -56,18 +57,16 @@ def compile_ahead(
     return report
 
 
-def examine(
+def step_report(
     config: Any, devices: Sequence[jax.Device], topology: str
 ) -> dict[str, Any]:
-    """Return facts about the train step of a config on these devices and the
-    `compile_report`, as JSON values.
-    """
+    """Return the setup of a config's train step and its `compile_report`, for JSON."""
     mesh = make_mesh(
         config.mesh, config.batch_size, config.optimizer.accumulate_steps, devices
     )
     shards = math.prod(mesh.shape[axis] for axis in BATCH[0])
-    name = topology.partition(":")[0]
-    facts = {
+    chip = topology.partition(":")[0]
+    setup = {
         "topology": topology,
         "devices": mesh.size,
         "mesh": dict(mesh.shape),
@@ -75,28 +74,27 @@ def examine(
         "config_sha256": hashlib.sha256(to_json(config).encode()).hexdigest(),
         "batch_size": config.batch_size,
         "batch_per_device": config.batch_size // shards,
-        "versions": {each: metadata.version(each) for each in ("jax", PLUGINS[name])},
+        "versions": {p: metadata.version(p) for p in ("jax", PLUGINS[chip])},
     }
-    return facts | compile_report(train_step(config, mesh), name)
+    return setup | compile_report(prepare_training(config, mesh), chip)
 
 
-def train_step(config: Any, mesh: Mesh) -> Training:
-    """The step that `train.train` compiles."""
+def prepare_training(config: Any, mesh: Mesh) -> Training:
+    """Return the train step that `train.train` compiles."""
     schedule = resolved_schedule(config)[2]
-    task = task_of_recipe(config)
-    return prepare(task, mesh, schedule, **step_options(config))
+    return prepare(task_of_recipe(config), mesh, schedule, **step_options(config))
 
 
 def largest_batch(
     config: Any, devices: Sequence[jax.Device], report: dict[str, Any]
 ) -> dict[str, Any]:
-    """Search the largest batch that fits, by doubling and bisection.
+    """Search for the largest batch that fits, by doubling and bisection.
 
-    Stops where the smallest batch that does not fit is within an eighth, or is the next
-    size that divides.
+    Stops when the largest batch that fits and the smallest one that does not differ by
+    at most an eighth, or when no valid batch size lies between them.
 
     Args:
-      report: of `examine`, for the config's own batch.
+      report: `step_report` of the config's own batch size.
     """
     config = config.copy_and_resolve_references()
     size, fits = report["batch_per_device"], report["fits"]
@@ -107,8 +105,8 @@ def largest_batch(
     while high is None or high - low > max(unit, low // 8):
         size = 2 * low if high is None else (low + high) // (2 * unit) * unit
         config.batch_size = shards * size
-        log(f"trying {size} images a device ...")
-        fits = examine(config, devices, report["topology"])["fits"]
+        log(f"trying {size} images per device ...")
+        fits = step_report(config, devices, report["topology"])["fits"]
         tried += 1
         low, high = (size, high) if fits else (low, size)
     return {
@@ -119,36 +117,37 @@ def largest_batch(
 
 
 def summary(report: dict[str, Any]) -> str:
-    """The report as a few lines of text."""
+    """Return the report as a few lines of text."""
     memory, cost = report["hbm_bytes_per_device"], report["roofline"]
-    total = "more" if memory["total"] is None else f"{memory['total'] / GIB:.2f} GiB"
+    total, limit = memory["total"], memory["limit"] / GIB
+    needed = "more than" if total is None else f"{total / GIB:.2f} GiB of"
     lines = [
         f"{report['model']} on {report['topology']}: {report['devices']} devices, "
-        f"{report['batch_per_device']} images each",
-        f"{'fits' if report['fits'] else 'does NOT fit'}: {total} of "
-        f"{memory['limit'] / GIB:.2f} GiB a device",
+        f"{report['batch_per_device']} images per device",
+        f"{'fits' if report['fits'] else 'does NOT fit'}: {needed} {limit:.2f} GiB "
+        "per device",
     ]
     if cost:
         lines[-1] += (
-            f", {memory['arguments'] / GIB:.2f} of them arguments, "
-            f"{memory['temporaries'] / GIB:.2f} temporaries"
+            f" (arguments {memory['arguments'] / GIB:.2f}, "
+            f"temporaries {memory['temporaries'] / GIB:.2f})"
         )
         lines.append(
             f"{report['flops_per_image'] / 1e9:.1f} GFLOP and "
-            f"{report['hbm_bytes_per_image'] / 1e6:,.0f} MB of HBM an image"
+            f"{report['hbm_bytes_per_image'] / 1e6:,.0f} MB of HBM traffic per image"
         )
         lines += [
-            f"{each['kind']}: {each['bytes_per_step'] / 1e6:,.1f} MB a step and "
-            f"device, in {each['count']}"
-            for each in report["collectives"]
+            f"{c['kind']} x {c['count']}: {c['bytes_per_step'] / 1e6:,.1f} MB per step "
+            "and device"
+            for c in report["collectives"]
         ]
         lines.append(
-            f"at most {cost['images_per_second_per_chip']:,.0f} images/s a chip, "
+            f"at most {cost['images_per_second_per_chip']:,.0f} images/s per chip, "
             f"bound by {cost['bound']}"
         )
     if "largest_batch_per_device" in report:
         lines.append(
-            f"largest batch a device: {report['largest_batch_per_device']} "
+            f"largest batch per device: {report['largest_batch_per_device']} "
             f"({report['smallest_that_does_not_fit']} does not fit; "
             f"{report['compiles_of_the_search']} more compilations)"
         )

@@ -1,14 +1,11 @@
-"""Weights from one format into another, and a look into a file of weights.
-
-python -m hivit_jax.tools.convert SRC DST [--format official] [--set KEY=VALUE ...]
-python -m hivit_jax.tools.convert --inspect SRC [--set KEY=VALUE ...]
-"""
+"""Convert weights to another format, or describe them; `USAGE` shows the command."""
 
 import argparse
 import ast
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,46 +16,49 @@ from hivit_jax.tree import named_leaves, split
 from hivit_jax.weights import files, load
 from hivit_jax.weights.adapt import compare
 from hivit_jax.weights.load import abstract_model, build, fitting_arguments
-from hivit_jax.weights.names.official import FORMATS, to_state_dict
+from hivit_jax.weights.names.official import LAYOUTS, to_state_dict
 from hivit_jax.weights.save import save_pretrained
 
 USAGE = """\
-python -m hivit_jax.tools.convert SRC DST [--format FORMAT] [--set KEY=VALUE ...]
-python -m hivit_jax.tools.convert --inspect SRC [--names] [--set KEY=VALUE ...]
+python -m hivit_jax.tools.convert SRC DST [--format FORMAT] [--plain]
+              [--set KEY=VALUE ...]
+python -m hivit_jax.tools.convert --inspect SRC [--names] [--plain]
+              [--set KEY=VALUE ...]
 
-SRC      a run, a checkpoint, a directory, a .pth or .safetensors file of ours, of the
-         official code or of MMPretrain, or hf://ORGANISATION/NAME
-DST      .pth or .safetensors: a file; anything else: a directory with weights
-         (model.safetensors), config.json and a model card
---format official (self_supervised, default), supervised or mmpretrain: the names in a
-         .pth or .safetensors file
---set    an argument of the model: name=hivit_base, num_classes=10, image_size=384;
-         num_heads, decoder_num_heads, layer_norm_eps where a file does not tell them
---names  with --inspect: every array by name
---plain  take the plain weights even where averaged ones (EMA) were kept
+SRC        workdir of a run, a checkpoint, a directory of save_pretrained, or
+           hf://ORGANIZATION/NAME; or a .pth or .safetensors file written by this
+           package, the official code or MMPretrain
+DST        a .safetensors or PyTorch file (.pth, .pt, .bin, .ckpt); any other name is a
+           directory for model.safetensors, config.json and a model card
+--format   parameter names in the file: official (self_supervised, default), supervised
+           or mmpretrain
+--set      override a model argument: name=hivit_base, num_classes=10, image_size=384;
+           num_heads, decoder_num_heads and layer_norm_eps if SRC does not contain them
+--inspect  describe SRC and how its arrays fit the model; write nothing
+--names    with --inspect: list every array by name
+--plain    read the plain weights even if averaged weights (EMA) were saved
 """
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Command line -> source, target, inspect, format, overrides."""
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line; the values of ``--set`` become `overrides`."""
     parser = Parser(usage=USAGE, allow_abbrev=False)
     parser.add_argument("source", metavar="SRC")
     parser.add_argument("target", metavar="DST", nargs="?")
-    parser.add_argument("--inspect", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument(
-        "--format", choices=FORMATS, default="official", help=argparse.SUPPRESS
-    )
-    parser.add_argument("--plain", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--names", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--set", action="append", default=[], help=argparse.SUPPRESS)
+    add = partial(parser.add_argument, help=argparse.SUPPRESS)  # USAGE explains them
+    add("--inspect", action="store_true")
+    add("--format", choices=LAYOUTS, default="official")
+    add("--plain", action="store_true")
+    add("--names", action="store_true")
+    add("--set", action="append", default=[])
     args = parser.parse_args(argv)
     if bool(args.target) == args.inspect:
-        raise ConfigError("expected SRC DST, or --inspect SRC; --help shows the usage")
+        raise ConfigError("expected SRC DST or --inspect SRC; --help shows the usage")
     args.overrides = {}
-    for each in args.set:
-        key, equals, text = each.partition("=")
+    for setting in args.set:
+        key, equals, text = setting.partition("=")
         if not equals:
-            raise ConfigError(f"--set {each}: expected KEY=VALUE")
+            raise ConfigError(f"--set {setting}: expected KEY=VALUE")
         try:
             args.overrides[key] = ast.literal_eval(text)
         except (ValueError, SyntaxError):
@@ -69,36 +69,37 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def inspect(
     source: str, *, averaged: bool = True, names: bool = False, **overrides: Any
 ) -> str:
-    """What a file, directory or run holds, as text; nothing is converted.
+    """Describe pretrained weights and how their arrays fit a model, as text.
 
     Args:
-      names: tell every array's name.
-      overrides: of a model that is to start from it: the text tells what it would take.
+      averaged: read averaged weights (EMA) if they were saved.
+      names: list every array by name.
+      overrides: model arguments that differ from the saved ones.
     """
-    found = load.read(source, averaged=averaged, **overrides)
-    model = abstract_model(fitting_arguments(found.arguments, overrides))
-    _, config, run_options = configure(**found.arguments)
-    arguments, name = asdict(config) | asdict(run_options), found.arguments["name"]
-    standard, sizes = variant(name)[1], ("embed_dim", "depths", "num_heads")
+    pretrained = load.read(source, averaged=averaged, **overrides)
+    model = abstract_model(fitting_arguments(pretrained.arguments, overrides))
+    _, config, run_options = configure(**pretrained.arguments)
+    title = pretrained.arguments["name"]
+    standard, sizes = variant(title)[1], ("embed_dim", "depths", "num_heads")
     if any(getattr(config, key) != getattr(standard, key) for key in sizes):
-        name += ", but of sizes of its own"
+        title += " with non-standard sizes"
+    arguments = asdict(config) | asdict(run_options)
     values = [f"{key} {value}" for key, value in arguments.items()]
     rows = [", ".join(values[i : i + 5]) for i in range(0, len(values), 5)]
-    _, report = compare(found, model)
-    count = sum(array.size for array in found.params.values())
-    lines = [found.path, f"{name}: {count:,} parameters", *rows, *found.notes]
-    if found.unused:
-        lines.append(f"not needed: {len(found.unused)}, {', '.join(found.unused[:3])}")
+    count = sum(array.size for array in pretrained.params.values())
+    lines = [pretrained.path, f"{title}: {count:,} parameters", *rows]
+    lines += pretrained.notes
+    if unused := pretrained.unused:
+        lines.append(f"unused entries: {len(unused)}, {', '.join(unused[:3])}")
     text = "\n  ".join(lines) + f"\nas {model.name}:\n"
+    _, report = compare(pretrained, model)
     if names:
-        shapes = named_leaves(split(model)[1])
-        for kind, each in vars(report).items():
-            for name in each:
-                there = found.params.get(name)
-                sizes = [
-                    list(x.shape) for x in (there, shapes.get(name)) if x is not None
-                ]
-                text += f"  {kind:<17} {name} {' -> '.join(map(str, sizes))}\n"
+        leaves = named_leaves(split(model)[1])
+        for outcome, arrays in vars(report).items():
+            for name in arrays:
+                pair = pretrained.params.get(name), leaves.get(name)
+                shapes = [str(list(x.shape)) for x in pair if x is not None]
+                text += f"  {outcome:<17} {name} {' -> '.join(shapes)}\n"
     return text + str(report)
 
 
@@ -106,41 +107,42 @@ def convert(
     source: str,
     target: str | Path,
     *,
-    form: str = "official",
+    layout: str = "official",
     averaged: bool = True,
     **overrides: Any,
 ) -> None:
-    """Writes a pretrained model into a file for another program, or as a directory.
+    """Write a pretrained model to a file or a directory.
 
     Args:
-      target: ``.safetensors`` or ``.pth``; else a directory for `save_pretrained`.
-      form: one of `weights.names.official.FORMATS`, for files.
-      overrides: as in `load_pretrained`.
+      target: a ``.safetensors`` or ``.pth`` file, or a directory for `save_pretrained`.
+      layout: parameter names in a file, one of `weights.names.official.LAYOUTS`.
+      averaged: read averaged weights (EMA) if they were saved.
+      overrides: model arguments that differ from the saved ones.
     """
-    found = load.read(source, averaged=averaged, **overrides)
-    model, target = build(found, **overrides), Path(target)
+    pretrained = load.read(source, averaged=averaged, **overrides)
+    model, target = build(pretrained, **overrides), Path(target)
     if target.suffix in files.SUFFIXES:
-        state = to_state_dict(split(model)[1], model, form)
+        state = to_state_dict(split(model)[1], model, layout)
         about = {"arguments": arguments_of(model), "info": asdict(model.info)}
         files.write(target, state, about)
     else:
-        save_pretrained(model, target, found.recipe, found.results)
+        save_pretrained(model, target, pretrained.recipe, pretrained.results)
     log(f"written: {target}")
 
 
-def run(argv: Sequence[str]) -> None:
-    """Converts or inspects, or ends with a HivitError."""
+def run(argv: Sequence[str] | None) -> None:
+    """Run the command line."""
     args = parse(argv)
     options = {"averaged": not args.plain, **args.overrides}
     if args.inspect:
         log(inspect(args.source, names=args.names, **options))
     else:
-        convert(args.source, args.target, form=args.format, **options)
+        convert(args.source, args.target, layout=args.format, **options)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
-    return exit_code(lambda: run(sys.argv[1:] if argv is None else argv))
+    """Run the command and return its exit code."""
+    return exit_code(lambda: run(argv))
 
 
 if __name__ == "__main__":

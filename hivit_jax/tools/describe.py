@@ -1,4 +1,4 @@
-"""What a recipe amounts to: config, parameters, cost, schedule. Runs nothing."""
+"""Summary of a recipe: config, parameters, cost, schedule. Does not run the model."""
 
 from collections import defaultdict
 from pathlib import Path
@@ -23,23 +23,26 @@ from hivit_jax.tree import named_leaves, split
 
 
 def describe(config: Any) -> str:
-    """The text of ``--mode describe``."""
+    """Return the text of ``--mode describe``."""
     task = inputs.task_of_recipe(config)
     model = nnx.eval_shape(task.build_model)
-    parts = [configs.to_json(config).rstrip(), parameter_table(model)]
-    parts += [cost(task, model), schedule(config)]
-    return "\n\n".join(parts)
+    tables = [parameter_table(model), cost_table(task, model), schedule_table(config)]
+    return "\n\n".join([configs.to_json(config).rstrip(), *tables])
 
 
-def draw(config: Any, workdir: str | Path) -> str:
-    """Draws the schedule and, where the dataset is at hand, 16 training images as the
-    network gets them; returns where they are.
+def draw_figures(config: Any, workdir: str | Path) -> str:
+    """Write figures of the schedule and of 16 augmented training images.
+
+    Writes no image figure if the dataset cannot be read.
+
+    Returns:
+      The paths of the figures, as text.
     """
     directory = Path(workdir) / "figures"
-    _, total, rate = resolved_schedule(config)
+    _, total, learning_rate = resolved_schedule(config)
     steps = np.unique(np.linspace(0, total, 1000).astype(np.int32))
-    drawn = figures.schedule(steps, np.asarray(rate(steps)))
-    figures.write_png(directory / "schedule.png", drawn)
+    curve = figures.schedule(steps, np.asarray(learning_rate(steps)))
+    figures.write_png(directory / "schedule.png", curve)
     config = config.copy_and_resolve_references()
     config.batch_size = 16
     try:
@@ -50,74 +53,74 @@ def draw(config: Any, workdir: str | Path) -> str:
     keys = rng.step_keys(config.seed, "train", jnp.uint32(0), 16)
     images = task.training_images(batch, keys)
     images = np.asarray(images) * config.data.std + config.data.mean
-    figures.write_png(directory / "augmented.png", figures.sheet(images.clip(0, 1)))
+    grid = figures.image_grid(images.clip(0, 1))
+    figures.write_png(directory / "augmented.png", grid)
     return f"{directory}/schedule.png, {directory}/augmented.png"
 
 
-def changes(config: Any, path: str) -> str:
-    """What was changed of the recipe in the file `path`, a line for each key."""
-    told, now = (named_leaves(c.to_dict()) for c in (configs.load(path), config))
+def recipe_diff(config: Any, path: str) -> str:
+    """Return the differences from the recipe in the file `path`, one line per key."""
+    old, new = (named_leaves(c.to_dict()) for c in (configs.load(path), config))
     lines = [
-        f"{name.replace('/', '.')}: {told.get(name)} -> {now.get(name)}"
-        for name in sorted(told.keys() | now.keys())
-        if told.get(name) != now.get(name)
+        f"{name.replace('/', '.')}: {old.get(name)} -> {new.get(name)}"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name)
     ]
-    return f"changes of {path}: " + ("\n  ".join(["", *lines]) if lines else "none")
+    return f"changes to {path}: " + ("\n  ".join(["", *lines]) if lines else "none")
 
 
 def parameter_table(model: Model) -> str:
-    """Parameters by part of the model."""
+    """Return the number of parameters of each part of the model."""
     sizes: dict[str, int] = defaultdict(int)
-    fixed = 0
     for name, leaf in named_leaves(split(model)[1]).items():
         parts = name.split("/")
         if parts[0] == "encoder":
-            number = int(parts[2]) + 1 if parts[1] in ("stages", "merges") else ""
-            part = f"encoder {parts[1].removesuffix('s')} {number}".rstrip()
+            index = int(parts[2]) + 1 if parts[1] in ("stages", "merges") else ""
+            part = f"encoder {parts[1].removesuffix('s')} {index}".rstrip()
         else:
             part = parts[0]
         sizes[part] += leaf.size
-        fixed += leaf.size if parts[0] == "decoder_pos_embed" else 0
     lines = [f"{part:<30} {size:>12,}" for part, size in sizes.items()]
     total = model.parameter_count()
     lines.append(f"{'parameters':<30} {total:>12,}  = {total / 1e6:.4f} M")
-    if fixed:
+    if fixed := sizes.get("decoder_pos_embed"):
         lines[-1] += f" ({(total - fixed) / 1e6:.4f} M trained)"
     return "\n".join(lines)
 
 
-def cost(task: tasks.Task, model: Model) -> str:
-    """Multiply-adds of the forward pass for one image, counted as published."""
-    alone = task.macs(model) / 1e9
+def cost_table(task: tasks.Task, model: Model) -> str:
+    """Return the multiply-adds of one image's forward pass, without and with norms."""
+    macs = task.macs(model) / 1e9
     published = task.macs(model, layer_norm_cost=5) / 1e9
     return (
-        f"multiply-adds per image        {alone:12.4f} G\n"
-        f"with 5 per LayerNorm element   {published:12.4f} G  (as the published tables)"
+        f"multiply-adds per image        {macs:12.4f} G\n"
+        f"with 5 per LayerNorm element   {published:12.4f} G  (as in published tables)"
     )
 
 
-def schedule(config: Any) -> str:
-    """Steps, epochs and the learning rate along the way."""
-    images, total, rate = resolved_schedule(config)
-    per_epoch = images / config.batch_size
-    o, batch_size = config.optimizer, config.batch_size
-    warmup = warmup_steps(o, per_epoch, total)
-    scale = f" x {batch_size:,} / {o.lr_batch}" if o.lr_batch else ""
+def schedule_table(config: Any) -> str:
+    """Return the number of steps and epochs, and the learning rate at a few steps."""
+    images, total, learning_rate = resolved_schedule(config)
+    optimizer, batch_size = config.optimizer, config.batch_size
+    per_epoch = images / batch_size
+    warmup = warmup_steps(optimizer, per_epoch, total)
+    peak, lr_batch = peak_learning_rate(optimizer, batch_size), optimizer.lr_batch
+    scale = f" x {batch_size:,} / {lr_batch}" if lr_batch else ""
     lines = [
-        f"{total:,} steps of {config.batch_size:,} images: {total / per_epoch:,.1f} "
+        f"{total:,} steps of {batch_size:,} images: {total / per_epoch:,.1f} "
         f"epochs of {images:,} images, {per_epoch:,.1f} steps each",
-        f"learning rate {o.base_learning_rate:g}{scale} = "
-        f"{peak_learning_rate(o, batch_size):g}, {o.schedule}",
+        f"learning rate {optimizer.base_learning_rate:g}{scale} = {peak:g}, "
+        f"{optimizer.schedule}",
     ]
     for step in sorted({0, warmup, total // 2, total * 3 // 4, total}):
-        lines.append(f"  step {step:>9,}  {float(rate(step)):.3e}")
+        lines.append(f"  step {step:>9,}  {float(learning_rate(step)):.3e}")
     return "\n".join(lines)
 
 
 def resolved_schedule(config: Any) -> tuple[int, int, optax.Schedule]:
-    """Images of an epoch, steps in all and the learning rate by step."""
+    """Return images per epoch, total steps, and the learning rate as a schedule."""
     task = inputs.task_of_recipe(config)
-    images = inputs.epoch_images(config, task)
+    images = inputs.images_per_epoch(config, task)
     per_epoch, total = inputs.count_steps(config, images)
-    rate = make_schedule(config.optimizer, config.batch_size, per_epoch, total)
-    return images, total, rate
+    schedule = make_schedule(config.optimizer, config.batch_size, per_epoch, total)
+    return images, total, schedule

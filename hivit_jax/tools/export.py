@@ -1,7 +1,7 @@
-"""A model as one file: ``python -m hivit_jax.tools.export --checkpoint A --out B``.
+"""Export a model: ``python -m hivit_jax.tools.export --checkpoint A --out B``.
 
-It holds the program and the parameters, for any batch size: StableHLO as `jax.export`
-serialises it, which needs nothing of this library, or ONNX where FILE ends in .onnx.
+The file contains the program and the parameters, for any batch size. It is serialized
+StableHLO, which `jax.export` runs without this package, or ONNX if B ends in ``.onnx``.
 """
 
 import logging
@@ -25,54 +25,60 @@ from hivit_jax.models import Model
 from hivit_jax.models.classifier import Classifier
 from hivit_jax.reporting.console import log
 
-WHAT = ("classifier", "features")
+OUTPUTS = ("classifier", "features")
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 
 def export(
     model: Model, what: str = "classifier", platforms: Sequence[str] = PLATFORMS
 ) -> bytes:
-    """The model as `jax.export` serialises it, its parameters once for all platforms.
+    """Serialize a model with `jax.export`; all platforms share one copy of the weights.
 
     Args:
       what: "classifier", images -> logits [b, num_classes] float32; or "features",
         images -> tuple of the maps of `HiViT.features`, in compute dtype. Images are
-        [b, H, W, C] float32, normalised, and b is any number from 1.
-      platforms: what it shall run on.
+        [b, H, W, C] float32, normalized, with any b >= 1.
+      platforms: platforms that the program is lowered for, from `PLATFORMS`.
 
     Raises:
-      ConfigError: an unknown choice, the classifier of a masked autoencoder, or
-        flatbuffers is not installed.
+      ConfigError: an unknown output or platform, the classifier of a masked
+        autoencoder, or flatbuffers is not installed.
     """
     for platform in platforms:
         if platform not in PLATFORMS:
             raise errors.unknown("platform", platform, PLATFORMS)
-    function = jax.jit(_function(model, what))
+    function = jax.jit(_inference(model, what))
     _package("flatbuffers", "export")
-    exported = stablehlo.export(function, platforms=tuple(platforms))(_images(model))
+    exported = stablehlo.export(function, platforms=tuple(platforms))(
+        _input_spec(model)
+    )
     return bytes(exported.serialize())
 
 
 def export_onnx(model: Model, what: str = "classifier") -> bytes:
-    """The model as ONNX: "images" -> "logits", or "stride4", "stride8", "stride16".
+    """Serialize a model as ONNX.
+
+    The input is named "images". The outputs are named "logits", or by their strides:
+    "stride4", "stride8", "stride16".
 
     Args:
       what: as in `export`.
 
     Raises:
-      ConfigError: a compute dtype of bfloat16 (onnxruntime loads no Gemm of bfloat16
-        and float32), or as in `export`, with jax2onnx.
+      ConfigError: the compute dtype is not float32, because onnxruntime does not load
+        Gemm nodes that mix bfloat16 and float32; an unknown output; the classifier of a
+        masked autoencoder; or jax2onnx is not installed.
     """
-    function, dtype = _function(model, what), model.run_options.dtype
+    function, dtype = _inference(model, what), model.run_options.dtype
     if dtype != "float32":
-        raise ConfigError(f"ONNX: dtype={dtype}; expected float32")
+        raise ConfigError(f"ONNX export: dtype={dtype}; expected float32")
     jax2onnx = _package("jax2onnx", "onnx")
-    logging.getLogger("onnx_ir").setLevel(logging.ERROR)  # narrates every shape
+    logging.getLogger("onnx_ir").setLevel(logging.ERROR)  # it logs every shape
     cell, stages = model.config.cell_size, len(model.config.depths)
     strides = [f"stride{cell << level}" for level in range(stages)]
     onnx = jax2onnx.to_onnx(
         function,
-        inputs=[("b", *_images(model).shape[1:])],
+        inputs=[("b", *_input_spec(model).shape[1:])],
         input_names=["images"],
         output_names=["logits"] if what == "classifier" else strides,
         model_name="hivit",
@@ -81,13 +87,14 @@ def export_onnx(model: Model, what: str = "classifier") -> bytes:
 
 
 def load_exported(path: str | Path) -> Callable[[Any], Any]:
-    """A file of `export`, or of `export_onnx` if called .onnx, as a function of images.
+    """Load a file of `export`, or of `export_onnx` if its suffix is ``.onnx``.
 
-    The function raises what jax (ValueError) or onnxruntime have to say on images of
-    another shape or dtype, jax also on another platform.
+    Returns:
+      A function of images. It raises the ValueError of jax or the error of onnxruntime
+      for images of another shape or dtype, and that of jax on another platform.
 
     Raises:
-      CheckpointError: no such file, or not all of one.
+      CheckpointError: the file does not exist or is not a valid exported model.
       ConfigError: flatbuffers or onnxruntime is not installed.
     """
     path = Path(path)
@@ -102,12 +109,13 @@ def load_exported(path: str | Path) -> Callable[[Any], Any]:
         if not onnx:
             return jax.jit(stablehlo.deserialize(bytearray(content)).call)
         options = package.SessionOptions()
-        options.log_severity_level = 3  # not every constant that it optimises away
+        # Without this, onnxruntime logs every constant that it optimizes away.
+        options.log_severity_level = 3
         session = package.InferenceSession(content, options)
-    except Exception as error:  # of whatever kind foreign bytes provoke
+    except Exception as error:  # invalid bytes can raise any type
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise CheckpointError(
-            f"{path} is not an exported model, or not all of it\n{reason}"
+            f"{path} is not a valid exported model (truncated?)\n{reason}"
         ) from error
 
     def run(images):
@@ -118,33 +126,36 @@ def load_exported(path: str | Path) -> Callable[[Any], Any]:
 
 
 def compare(model: Model, what: str, path: Path) -> float:
-    """Runs model and file on two random images -> largest difference of any number.
+    """Run the model and the file on two random images.
+
+    Returns:
+      The largest absolute difference of their outputs.
 
     Raises:
-      HivitError: it is more than rounding explains.
+      HivitError: the difference is larger than rounding errors explain.
     """
-    images = jax.random.normal(jax.random.key(0), (2, *_images(model).shape[1:]))
-    found = _numbers(load_exported(path)(images))
-    # onnxruntime multiplies in float32; a GPU or TPU does so when told to.
+    images = jax.random.normal(jax.random.key(0), (2, *_input_spec(model).shape[1:]))
+    exported = _flat(load_exported(path)(images))
+    # onnxruntime multiplies in float32. GPUs and TPUs do not by default.
     onnx = path.suffix == ".onnx"
     with jax.default_matmul_precision("highest") if onnx else nullcontext():
-        expected = _numbers(jax.jit(_function(model, what))(images))
-    difference, largest = np.abs(found - expected).max(), np.abs(expected).max()
+        expected = _flat(jax.jit(_inference(model, what))(images))
+    difference, largest = np.abs(exported - expected).max(), np.abs(expected).max()
     limit = 1e-4 if model.run_options.dtype == "float32" else 3e-2
-    if not difference <= limit * largest:  # nor is NaN
+    if not difference <= limit * largest:  # also true for NaN
         raise HivitError(
-            f"the exported {what} differs from the model by {difference:.1e}\n"
-            f"expected at most {limit:.0e} of the largest output, {largest:.1e}; "
-            "nothing was written"
+            f"the exported {what} differs from the model by {difference:.1e}; expected "
+            f"at most {limit:.0e} times the largest output, {largest:.1e}.\n"
+            "No file was written"
         )
     return float(difference)
 
 
-def _function(model: Model, what: str) -> Callable[[jax.Array], Any]:
-    if what not in WHAT:
-        raise errors.unknown("export", what, WHAT)
-    model = nnx.merge(*nnx.split(model))  # the same arrays, another module
-    # Fused kernels are for the devices of this process only.
+def _inference(model: Model, what: str) -> Callable[[jax.Array], Any]:
+    if what not in OUTPUTS:
+        raise errors.unknown("output", what, OUTPUTS)
+    model = nnx.merge(*nnx.split(model))  # a copy of the module that shares its arrays
+    # Fused kernels run only on this process's kind of device, not on all platforms.
     model.encoder.run_options = replace(model.run_options, kernels="plain")
     if what == "features":
         return lambda images: tuple(model.encoder.features(images))
@@ -153,7 +164,7 @@ def _function(model: Model, what: str) -> Callable[[jax.Array], Any]:
     return lambda images: model(images)
 
 
-def _images(model: Model) -> jax.ShapeDtypeStruct:
+def _input_spec(model: Model) -> jax.ShapeDtypeStruct:
     shape = (*stablehlo.symbolic_shape("b"), *model.config.image_shape)
     return jax.ShapeDtypeStruct(shape, np.float32)
 
@@ -167,58 +178,60 @@ def _package(name: str, extra: str) -> ModuleType:
         ) from error
 
 
-def _numbers(outputs: Any) -> np.ndarray:
+def _flat(outputs: Any) -> np.ndarray:
     leaves = jax.tree.leaves(outputs)
     return np.concatenate([np.asarray(x, np.float32).reshape(-1) for x in leaves])
 
 
-def _types(model: Model, what: str) -> str:
-    outputs = jax.eval_shape(_function(model, what), _images(model))
-    arrays = [_images(model), *jax.tree.leaves(outputs)]
+def _signature(model: Model, what: str) -> str:
+    outputs = jax.eval_shape(_inference(model, what), _input_spec(model))
+    arrays = [_input_spec(model), *jax.tree.leaves(outputs)]
     first, *rest = [f"{x.dtype}{list(x.shape)}" for x in arrays]
     return f"{first} -> {', '.join(rest)}"
 
 
-def run(argv: Sequence[str]) -> None:
-    """Exports what the command line asks for; compares first where it can run."""
+def run(argv: Sequence[str] | None) -> None:
+    """Export the model of the command line; compare it first if it can run here."""
     parser = errors.Parser("python -m hivit_jax.tools.export", allow_abbrev=False)
-    parser.add_argument("--checkpoint", required=True, help="as for load_pretrained")
-    parser.add_argument("--out", required=True, help="file; NAME.onnx is ONNX")
-    parser.add_argument("--what", default=WHAT[0], choices=WHAT)
-    parser.add_argument("--platforms", help=f"default {','.join(PLATFORMS)}; not ONNX")
+    parser.add_argument("--checkpoint", required=True, help="path of load_pretrained")
+    parser.add_argument("--out", required=True, help="file to write; ONNX if *.onnx")
+    parser.add_argument("--what", default=OUTPUTS[0], choices=OUTPUTS)
+    parser.add_argument("--platforms", help=f"not for ONNX; {','.join(PLATFORMS)}")
     flags = parser.parse_args(argv)
     out = Path(flags.out)
     onnx = out.suffix == ".onnx"
     if onnx and flags.platforms:
-        raise ConfigError(f"--platforms={flags.platforms}: an ONNX file has none")
+        raise ConfigError(
+            f"--platforms={flags.platforms} does not apply to ONNX; remove it"
+        )
     from hivit_jax.weights.load import load_pretrained
 
     model = load_pretrained(flags.checkpoint, **{"dtype": "float32"} if onnx else {})
     if onnx:
-        content, where = export_onnx(model, flags.what), ["ONNX"]
+        content, targets = export_onnx(model, flags.what), ["ONNX"]
     else:
-        where = flags.platforms.split(",") if flags.platforms else PLATFORMS
-        content = export(model, flags.what, where)
+        targets = flags.platforms.split(",") if flags.platforms else PLATFORMS
+        content = export(model, flags.what, targets)
     part = out.parent / f"{out.stem}.incomplete{out.suffix}"
     try:
         part.write_bytes(content)
-        compared = "not compared, it does not run here"
-        if onnx or stablehlo.default_export_platform() in where:
+        comparison = "not compared because it cannot run here"
+        if onnx or stablehlo.default_export_platform() in targets:
             difference = compare(model, flags.what, part)
-            compared = f"largest difference to the model {difference:.1e}"
+            comparison = f"largest difference from the model {difference:.1e}"
         part.replace(out)
     except OSError as error:
         raise ConfigError(f"--out={out}: {error.strerror}") from error
     finally:
         with suppress(OSError):
             part.unlink()
-    log(f"{flags.what}: {_types(model, flags.what)}")
-    log(f"{out}: {len(content) / 1e6:.1f} MB, {', '.join(where)}; {compared}")
+    log(f"{flags.what}: {_signature(model, flags.what)}")
+    log(f"{out}: {len(content) / 1e6:.1f} MB, {', '.join(targets)}; {comparison}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
-    return errors.exit_code(lambda: run(sys.argv[1:] if argv is None else argv))
+    """Run the command and return its exit code."""
+    return errors.exit_code(lambda: run(argv))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
-"""Predictions of a trained model: ``python -m hivit_jax.tools.predict --checkpoint PATH
---out DIR [--images DIR]``. The task writes them.
+"""Write predictions: ``python -m hivit_jax.tools.predict --checkpoint PATH --out DIR``.
+
+The task of the checkpoint's config determines the files.
 """
 
 import sys
@@ -13,7 +14,7 @@ from flax import nnx
 
 from hivit_jax import config as configs
 from hivit_jax import evaluate, inputs
-from hivit_jax.data.prefetch import to_devices
+from hivit_jax.data.prefetch import prefetch_to_device
 from hivit_jax.data.sources import folder, registry
 from hivit_jax.distributed.sharding import make_mesh
 from hivit_jax.errors import CheckpointError, DataError, Parser, exit_code
@@ -28,25 +29,25 @@ def predict(
 
     Args:
       checkpoint: a workdir, one of its checkpoints, or a directory of
-        `save_pretrained`, with the config that it was trained with.
-      out: is created.
-      images: a file or a directory of images of any depth; None: the test split of the
-        dataset that the config names.
+        `save_pretrained` that contains the training config.
+      out: directory; created if it does not exist.
+      images: an image file or a directory that is searched recursively; None: the test
+        split of the config's dataset.
 
     Returns:
-      The number of images predicted.
+      The number of predicted images.
 
     Raises:
-      HivitError: nothing usable there, images that cannot be read, or a task without
-        predictions.
+      HivitError: the checkpoint is not usable, the images cannot be read, or the task
+        has no predictions.
     """
-    start = load.read(checkpoint)
-    if not start.recipe:
+    pretrained = load.read(checkpoint)
+    if not pretrained.recipe:
         raise CheckpointError(
-            f"{start.path} does not contain the config that it was trained with; "
-            "expected a workdir or a directory of save_pretrained"
+            f"{pretrained.path} contains no training config; expected a workdir or a "
+            "directory of save_pretrained with one"
         )
-    config = configs.of_checkpoint(start.recipe, start.path)
+    config = configs.from_checkpoint(pretrained.recipe, pretrained.path)
     task = inputs.make_task(config, "test")
     if images is None:
         source = registry.open_source(config.data, "test")
@@ -55,7 +56,7 @@ def predict(
     mesh = make_mesh(
         dict(replica=1, data=1, fsdp=1, tensor=1), 1, devices=jax.devices()[:1]
     )
-    graphdef, variables = evaluate.restore(start, task, mesh)
+    graphdef, variables = evaluate.restore(pretrained, task, mesh)
 
     @jax.jit
     def predict_step(variables, batch):
@@ -64,31 +65,31 @@ def predict(
         return rows | {name: batch[name] for name in ("index", "weight")}
 
     records: list[Any] = []
-    for batch in to_devices(inputs.every_example(config, task, source), mesh):
+    for batch in prefetch_to_device(inputs.source_batches(config, task, source), mesh):
         rows = evaluate.local_rows(predict_step(variables, batch))
         rows["name"] = np.array([source.name(index) for index in rows["index"]])
         records += task.records(rows)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     task.write_predictions(records, out)
-    log(f"{len(records):,} of {len(source):,} images predicted; written: {out}")
+    log(f"{len(records):,} of {len(source):,} images predicted; written to {out}")
     return len(records)
 
 
-def run(argv: Sequence[str]) -> None:
-    """Predict what the command line asks for."""
+def run(argv: Sequence[str] | None) -> None:
+    """Run the command line."""
     parser = Parser("python -m hivit_jax.tools.predict", allow_abbrev=False)
-    parser.add_argument("--checkpoint", required=True, help="as for load_pretrained")
-    parser.add_argument("--out", required=True, help="directory of the predictions")
+    parser.add_argument("--checkpoint", required=True, help="path of load_pretrained")
+    parser.add_argument("--out", required=True, help="directory to write to")
     parser.add_argument("--images", help="file or directory; default: the test split")
     flags = parser.parse_args(argv)
     if not predict(flags.checkpoint, flags.out, flags.images):
-        raise DataError(f"none of the images of {flags.images} can be read")
+        raise DataError(f"{flags.images or 'test split'}: no image can be read")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
-    return exit_code(lambda: run(sys.argv[1:] if argv is None else argv))
+    """Run the command and return its exit code."""
+    return exit_code(lambda: run(argv))
 
 
 if __name__ == "__main__":

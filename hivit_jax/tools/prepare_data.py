@@ -1,8 +1,8 @@
-"""Datasets onto disk: ``python -m hivit_jax.tools.prepare_data --manual_dir DIR``.
+"""Prepare a dataset: ``python -m hivit_jax.tools.prepare_data --manual_dir DIR``.
 
-TFDS yields the images and their classes; here they are written, in that order, as
-array_record shards that TFDS reads without tensorflow. TFDS's own preparation starts
-over when it was ended; this one goes on behind the last whole shard.
+Writes the examples of TFDS, in its order, as array_record shards. TFDS reads them
+without tensorflow. Unlike TFDS's own preparation, which starts over after an
+interruption, this one resumes after the last complete shard.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from hivit_jax.data.sources.tfds import supervised_kinds
+from hivit_jax.data.sources.tfds import supervised_feature_types
 from hivit_jax.errors import (
     ConfigError,
     DataError,
@@ -31,16 +31,17 @@ from hivit_jax.errors import (
     unknown,
 )
 
-# tensorflow reads these when it is first imported.
+# Without these, tensorflow logs messages when it is imported.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # or it announces itself
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 TRAIN, VALIDATION = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
-OPTIONS = "group_size:1,uncompressed"  # JPEGs would not get smaller, only slower
+# Uncompressed, because compressing JPEGs makes them slower to read but not smaller.
+OPTIONS = "group_size:1,uncompressed"
 FLAGS = {
-    "manual_dir": ("", f"what cannot be downloaded: {TRAIN}, {VALIDATION}"),
-    "data_dir": ("", "gets NAME/VERSION; $TFDS_DATA_DIR or ~/tensorflow_datasets"),
+    "manual_dir": ("", f"directory of manual downloads: {TRAIN}, {VALIDATION}"),
+    "data_dir": ("", "target; default: $TFDS_DATA_DIR or ~/tensorflow_datasets"),
     "name": ("imagenet2012", "a classification dataset of TFDS"),
-    "short_side": (0, "larger training images are stored this small; 0: as they are"),
+    "short_side": (0, "shrink larger training images to this short side; 0: do not"),
     "shard_size": (1024, argparse.SUPPRESS),
 }
 
@@ -48,27 +49,29 @@ FLAGS = {
 def prepare(
     name: str, manual_dir: str, data_dir: str, short_side: int, shard_size: int
 ) -> None:
-    """Writes a dataset of TFDS to data_dir/NAME/VERSION, or what is missing there.
+    """Write a dataset of TFDS to data_dir/NAME/VERSION, or resume writing it.
 
     Args:
-      data_dir: "" for TFDS's own.
-      short_side: that larger training images are reduced to; 0: none is.
-      shard_size: images in a file, the most that an interruption costs.
+      manual_dir: directory of files that TFDS cannot download.
+      data_dir: "": the default directory of TFDS.
+      short_side: short side that larger training images are shrunk to; 0: no shrinking.
+      shard_size: images per shard. An interruption loses at most one shard.
     """
     from tqdm import tqdm
 
     if short_side < 0:
         raise ConfigError(f"--short_side={short_side}: expected at least 0")
     manual_dir, data_dir = map(os.path.expanduser, (manual_dir, data_dir))
-    builder = _open(name, data_dir)
+    builder = _open_builder(name, data_dir)
     info, final = builder.info, Path(builder.data_dir)
     finished = (final / "dataset_info.json").exists()
     directory = final if finished else final.with_name(f"{final.name}.incomplete")
+    # An empty file with this name records the option for later calls.
     option = f"short_side={short_side}"
-    begun = [path.name for path in directory.glob("short_side=*")]
-    if begun and begun != [option]:
+    earlier = [path.name for path in directory.glob("short_side=*")]
+    if earlier and earlier != [option]:
         raise ConfigError(
-            f"--{option}, but {directory} was begun with --{begun[0]}; delete it, or "
+            f"--{option}: {directory} was started with --{earlier[0]}; delete it or "
             "choose another --data_dir"
         )
     if not finished:
@@ -93,8 +96,8 @@ def prepare(
     print(f"to train on it: --config.data.name={name} --config.data.dir={root}")
 
 
-def _open(name: str, data_dir: str) -> Any:
-    """TFDS's builder of a classification dataset."""
+def _open_builder(name: str, data_dir: str) -> Any:
+    """Return the TFDS builder of a classification dataset."""
     import tensorflow_datasets as tfds
 
     known = tfds.list_builders(with_community_datasets=False)
@@ -104,39 +107,43 @@ def _open(name: str, data_dir: str) -> Any:
     try:
         builder = tfds.builder(name, data_dir=data_dir or None)
     except (ValueError, AssertionError) as error:
-        raise ConfigError(f"--name={name}: {_line(error)}") from error
+        raise ConfigError(f"--name={name}: {_one_line(error)}") from error
     info = builder.info
-    kinds = supervised_kinds(info)
-    if kinds != ["Image", "ClassLabel"]:
+    types = supervised_feature_types(info)
+    if types != ["Image", "ClassLabel"]:
         raise ConfigError(
-            f"--name={name} is no classification dataset: it is to give (Image, "
-            f"ClassLabel) and gives ({', '.join(kinds)})"
+            f"--name={name} is not a classification dataset: expected supervised "
+            f"features (Image, ClassLabel), found ({', '.join(types)})"
         )
     if not info.initialized:
         info.set_file_format("array_record", override=True)
     return builder
 
 
-def _line(error: Exception) -> str:
+def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:400]
 
 
 def _check_tars(builder: Any, manual_dir: str) -> dict[str, int]:
-    """Raises where TFDS would leave a split out or mislabel it.
+    """Check for faults with which TFDS would omit or mislabel images of ImageNet.
 
     Returns:
-      Images by split, where that is known.
+      The number of images per split, where the tar files reveal it.
+
+    Raises:
+      ConfigError: a tar file is missing.
+      DataError: a tar file is damaged, or its entries are not the expected ones.
     """
     needed = " ".join((builder.MANUAL_DOWNLOAD_INSTRUCTIONS or "").split())
     if needed and not os.path.isdir(manual_dir):
-        raise ConfigError(f"--manual_dir={manual_dir!r} is no directory; {needed}")
+        raise ConfigError(f"--manual_dir={manual_dir!r} is not a directory; {needed}")
     tars = [Path(manual_dir, tar) for tar in (TRAIN, VALIDATION) if tar in needed]
     missing = [tar.name for tar in tars if not tar.is_file()]
     if missing:
         found = ", ".join(sorted(os.listdir(manual_dir))[:8])
         raise ConfigError(
             f"--manual_dir={manual_dir} has no {' and no '.join(missing)}\n"
-            f"found there: {found or 'nothing'}"
+            f"found: {found or 'nothing'}"
         )
     totals = {}
     for tar in tars:
@@ -144,13 +151,13 @@ def _check_tars(builder: Any, manual_dir: str) -> dict[str, int]:
             with tarfile.open(tar, "r:") as archive:
                 names = sorted(archive.getnames())
         except (tarfile.TarError, OSError) as error:
-            raise DataError(f"{tar} is no whole tar file: {error}") from error
+            reason = f"not a valid tar file (truncated?): {error}"
+            raise DataError(f"{tar} is {reason}") from error
         if tar.name == TRAIN:
             classes = {f"{wnid}.tar" for wnid in builder.info.features["label"].names}
-            strange = sorted(set(names) - classes)
-            if strange:
+            if unexpected := sorted(set(names) - classes):
                 raise DataError(
-                    f"{tar} holds {strange[0]}; expected WNID.tar of a known class"
+                    f"{tar}: expected WNID.tar of known classes, found {unexpected[0]}"
                 )
             if builder.name == "imagenet2012" and len(names) == len(classes):
                 totals["train"] = 1_281_167
@@ -158,31 +165,32 @@ def _check_tars(builder: Any, manual_dir: str) -> dict[str, int]:
             for i, name in enumerate(names, 1):
                 if name != (expected := f"ILSVRC2012_val_{i:08d}.JPEG"):
                     raise DataError(
-                        f"{tar} has no {expected} but {name}; with a gap all labels "
-                        "behind it would be wrong"
+                        f"{tar}: expected {expected}, found {name}; all labels after a "
+                        "gap would be wrong"
                     )
             totals["validation"] = len(names)
     return totals
 
 
 def _generators(builder: Any, manual_dir: str) -> dict[str, Iterable]:
-    """Every image as TFDS reads it, (key, example), by split."""
+    """Return split -> TFDS's iterable of (key, example)."""
     import tensorflow as tf
     import tensorflow_datasets as tfds
     from absl import logging
 
-    logging.set_verbosity(logging.ERROR)  # TFDS misses ImageNet's unlabelled test split
+    # Without this, TFDS warns about ImageNet's missing unlabeled test split.
+    logging.set_verbosity(logging.ERROR)
     tf.config.set_visible_devices([], "GPU")
     config = tfds.download.DownloadConfig(manual_dir=manual_dir or None)
     manager = builder._make_download_manager(download_dir=None, download_config=config)
     generators = builder._split_generators(manager)
-    if isinstance(generators, list):  # as older datasets have it
+    if isinstance(generators, list):  # older datasets return SplitGenerators
         generators = {
             str(split.name): builder._generate_examples(**split.gen_kwargs)
             for split in generators
         }
     if builder.name == "imagenet2012":
-        generators.pop("test", None)  # has no labels
+        generators.pop("test", None)  # this split has no labels
     return generators
 
 
@@ -194,24 +202,25 @@ def _write(
     short_side: int,
     shard_size: int,
 ) -> Any:
-    """Writes the shards of a split that are not there. Returns TFDS's SplitInfo."""
+    """Write the missing shards of a split; return its TFDS SplitInfo."""
     from array_record.python import array_record_module as array_record
     from tensorflow_datasets.core import example_serializer, splits
 
     features, image = info.features, info.supervised_keys[0]
     serializer = example_serializer.ExampleSerializer(features.get_serialized_info())
 
-    def encode(keyed):
-        return keyed[0], features.encode_example(keyed[1])
+    def encode(item):
+        key, example = item
+        return key, features.encode_example(example)
 
-    def record(keyed):
-        key, example = keyed
+    def serialize(item):
+        key, example = item
         if short_side:
             try:
                 example = example | {image: shrink(example[image], short_side)}
             except Exception as error:
                 raise DataError(f"image {key!r} cannot be read: {error}") from error
-        # Else the order of the features differs from process to process.
+        # Without this, the order of the features differs between processes.
         return serializer.get_tf_example(example).SerializeToString(deterministic=True)
 
     examples, stem = iter(examples), f"{info.name}-{split}.array_record"
@@ -219,17 +228,17 @@ def _write(
     readers = [array_record.ArrayRecordReader(str(shard)) for shard in shards]
     lengths = [reader.num_records() for reader in readers]
     last = deque(islice(examples, sum(lengths)), maxlen=1)
-    if last and record(encode(last[0])) != readers[-1].read([lengths[-1] - 1])[0]:
+    if last and serialize(encode(last[0])) != readers[-1].read([lengths[-1] - 1])[0]:
         raise DataError(
-            f"{directory} was begun with other images, or with these in another order; "
-            "delete it to start over"
+            f"{directory} was started with other images or another order; delete it to "
+            "start over"
         )
     with ThreadPoolExecutor() as pool:
         while batch := list(map(encode, islice(examples, shard_size))):
             temporary = directory / "shard.tmp"
             writer = array_record.ArrayRecordWriter(str(temporary), OPTIONS)
-            for each in pool.map(record, batch):
-                writer.write(each)
+            for record in pool.map(serialize, batch):
+                writer.write(record)
             writer.close()
             shards.append(temporary.replace(directory / f"{stem}-{len(shards):05d}"))
             lengths.append(len(batch))
@@ -242,7 +251,7 @@ def _write(
 
 
 def shrink(encoded: bytes, short_side: int) -> bytes:
-    """Encoded image -> JPEG whose short side is short_side; itself if not larger."""
+    """Return an encoded image as a JPEG with this short side; unchanged if smaller."""
     from PIL import Image
 
     image = Image.open(io.BytesIO(encoded))
@@ -256,8 +265,8 @@ def shrink(encoded: bytes, short_side: int) -> bytes:
     return buffer.getvalue()
 
 
-def run(argv: Sequence[str]) -> None:
-    """Prepares the dataset that the command line names, or ends in a HivitError."""
+def run(argv: Sequence[str] | None) -> None:
+    """Run the command line; SIGTERM interrupts it like Ctrl-C."""
     parser = Parser("python -m hivit_jax.tools.prepare_data", allow_abbrev=False)
     for name, (default, text) in FLAGS.items():
         parser.add_argument(f"--{name}", type=type(default), default=default, help=text)
@@ -268,15 +277,15 @@ def run(argv: Sequence[str]) -> None:
     except HivitError:
         raise
     except KeyboardInterrupt:
-        raise Interrupted("interrupted; the same command goes on from here") from None
-    except Exception as error:  # every dataset of TFDS has its own
-        reason = f"{type(error).__name__}: {_line(error)}"
+        raise Interrupted("interrupted; run the same command to resume") from None
+    except Exception as error:  # each dataset of TFDS raises errors of its own
+        reason = f"{type(error).__name__}: {_one_line(error)}"
         raise DataError(f"{flags.name} cannot be prepared: {reason}") from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
-    return exit_code(lambda: run(sys.argv[1:] if argv is None else argv))
+    """Run the command and return its exit code."""
+    return exit_code(lambda: run(argv))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,9 @@
-"""Pictures of what a masked autoencoder makes of one's own images.
-
-python -m hivit_jax.tools.reconstruct --checkpoint PATH image.jpg [image.jpg ...]
-"""
+"""Draw a masked autoencoder's reconstructions of images; see `USAGE`."""
 
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -26,21 +24,21 @@ USAGE = """\
 python -m hivit_jax.tools.reconstruct --checkpoint PATH IMAGE [IMAGE ...]
               [--out FILE.png] [--mask_ratio RATIO] [--seed 0] [--statistics unit]
 
---checkpoint  of a masked autoencoder: a run, a directory, a .pth or .safetensors file,
-              or hf://ORGANISATION/NAME
---mask_ratio  as in training, else 0.75
---statistics  a model that predicts normalized pixels does not say how bright and how
-              rich in contrast a unit is. unit: its own mean and deviation, which the
-              model did not see; visible: those of the visible units, on average
+--checkpoint  a masked autoencoder: workdir of a run, a directory of save_pretrained, a
+              .pth or .safetensors file, or hf://ORGANIZATION/NAME
+--mask_ratio  default: that of the training config, or 0.75 if it is unknown
+--statistics  mean and deviation that denormalize predictions of normalized pixels.
+              unit: each unit's own, not seen by the model; visible: the mean over the
+              visible units
 """
 
 
 def statistics_text(model: MaskedAutoencoder, statistics: str) -> str:
-    """Where mean and deviation of the predicted units come from, for the reader."""
+    """Return a figure title that names the source of the units' mean and deviation."""
     if not model.config.norm_pix_loss:
         return "pixels as predicted"
     if statistics == "unit":
-        return "contrast and brightness of each unit from the original, unseen"
+        return "contrast and brightness: each unit's own, not seen by the model"
     return "contrast and brightness: mean of the visible units"
 
 
@@ -52,14 +50,14 @@ def reconstruct(
     seed: int = 0,
     statistics: str = "unit",
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Prediction and mask for images, [B, H, W, C] normalized.
+    """Reconstruct normalized images, [B, H, W, C].
 
     Args:
-      statistics: "unit" or "visible": with whose mean and deviation a prediction of
-        normalized pixels is put back.
+      statistics: mean and deviation used to denormalize predictions of normalized
+        pixels: "unit", each unit's own, or "visible", the mean over the visible units.
 
     Returns:
-      The prediction [B, H, W, C], and 1 where a pixel was removed, [B, H, W, 1].
+      The prediction [B, H, W, C] and the mask [B, H, W, 1], 1 for a removed pixel.
     """
     graphdef, params = split(model)
 
@@ -69,10 +67,10 @@ def reconstruct(
         out = model(images, noise=noise, mask_ratio=mask_ratio)
         _, mean, scale = model.targets(images)
         if statistics == "visible":
-            seen = (1 - out.mask)[..., None]
+            visible = (1 - out.mask)[..., None]
             mean, scale = (
                 jnp.broadcast_to(
-                    (x * seen).sum(1, keepdims=True) / seen.sum(1)[:1], x.shape
+                    (x * visible).sum(1, keepdims=True) / visible.sum(1)[:1], x.shape
                 )
                 for x in (mean, scale)
             )
@@ -83,59 +81,60 @@ def reconstruct(
     return jax.device_get(run(params, images, noise))
 
 
-def run(argv: Sequence[str]) -> None:
-    """Draws the picture, or ends with a HivitError."""
+def run(argv: Sequence[str] | None) -> None:
+    """Run the command line."""
     parser = Parser(usage=USAGE, allow_abbrev=False)
-    parser.add_argument("--checkpoint", required=True, help=argparse.SUPPRESS)
-    parser.add_argument("images", nargs="+", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--out", default="reconstruction.png", help=argparse.SUPPRESS)
-    parser.add_argument("--mask_ratio", type=float, help=argparse.SUPPRESS)
-    parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
-    parser.add_argument(
-        "--statistics",
-        choices=("unit", "visible"),
-        default="unit",
-        help=argparse.SUPPRESS,
-    )
+    add = partial(parser.add_argument, help=argparse.SUPPRESS)  # USAGE explains them
+    add("--checkpoint", required=True)
+    add("images", nargs="+", type=Path)
+    add("--out", default="reconstruction.png")
+    add("--mask_ratio", type=float)
+    add("--seed", type=int, default=0)
+    add("--statistics", choices=("unit", "visible"), default="unit")
     args = parser.parse_args(argv)
-    found = load.read(args.checkpoint)
-    model = build(found)
+    pretrained = load.read(args.checkpoint)
+    model = build(pretrained)
     if not isinstance(model, MaskedAutoencoder):
         raise ConfigError(
-            f"{found.path} is a {model.name}, which has no decoder; "
-            "expected a masked autoencoder"
+            f"{pretrained.path} is a {model.name}, which has no decoder; expected a "
+            "masked autoencoder"
         )
     shape = model.config.image_shape
-    if shape[2] not in transforms.MODES:
-        raise ConfigError(f"{found.path} wants {shape[2]} channels; expected 1 or 3")
+    if shape[2] not in transforms.PIL_MODES:
+        raise ConfigError(
+            f"{pretrained.path}: expected in_channels 1 or 3, found {shape[2]}"
+        )
     pixels = np.stack([read(path, shape) for path in args.images])
     mean, std = np.float32(model.info.mean), np.float32(model.info.std)
     images = (np.float32(pixels) / 255 - mean) / std
-    predicted, removed = reconstruct(
+    predicted, mask = reconstruct(
         model,
         jnp.asarray(images),
-        mask_ratio=args.mask_ratio or found.recipe.get("mask_ratio", 0.75),
+        mask_ratio=args.mask_ratio or pretrained.recipe.get("mask_ratio", 0.75),
         seed=args.seed,
         statistics=args.statistics,
     )
-    panels = figures.reconstruction_panels(images, predicted, removed, mean, std)
+    panels = figures.reconstruction_panels(images, predicted, mask, mean, std)
     title = statistics_text(model, args.statistics)
     figures.write_png(Path(args.out), figures.reconstructions(panels, title))
-    ratio = float(removed.mean())
-    log(f"written: {args.out} ({ratio:.1%} of every image removed; {title})")
+    log(f"written: {args.out} ({mask.mean():.1%} of each image removed; {title})")
 
 
 def read(path: Path, shape: Sequence[int]) -> np.ndarray:
-    """An image file -> uint8 of this (height, width, channels), or DataError."""
+    """Read an image file as uint8 of `shape`, (height, width, channels).
+
+    Raises:
+      DataError: the file cannot be read.
+    """
     try:
         return transforms.evaluation_image(path.read_bytes(), shape)
-    except Exception as error:  # of whatever kind a broken file provokes
+    except Exception as error:  # a broken file can raise any type
         raise DataError(f"cannot read {path}: {error}") from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
-    return exit_code(lambda: run(sys.argv[1:] if argv is None else argv))
+    """Run the command and return its exit code."""
+    return exit_code(lambda: run(argv))
 
 
 if __name__ == "__main__":

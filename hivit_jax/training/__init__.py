@@ -1,1 +1,1 @@
-"""The train step, its optimizer and schedule."""
+"""The train step, its optimizer and its learning rate schedule."""

@@ -1,4 +1,4 @@
-"""Gradient accumulation: a batch in several parts, one after another."""
+"""Gradient accumulation over the microbatches of a batch."""
 
 import math
 from collections.abc import Callable
@@ -11,41 +11,43 @@ from hivit_jax.rng import Keys
 
 
 def accumulate_gradients(gradient: Callable, num_microbatches: int) -> Callable:
-    """Return `gradient` summed over the microbatches of a batch.
+    """Return a function like `gradient` that sums over microbatches, one at a time.
 
-    Devices along the mesh axes replica and data each add up the sums of their own
-    examples and exchange them once a step, not once a microbatch.
+    Devices along the mesh axes replica and data each sum over their own examples. The
+    sums are all-reduced once a step, not once a microbatch.
 
     Args:
       gradient: (params, model state, batch, keys, *rest) -> (pytree of sums over the
         examples of the batch, new model state).
-      num_microbatches: microbatches of a batch. The model state of one goes into the
-        next.
+      num_microbatches: microbatches of a batch. Each one starts from the model state
+        that the previous one returned.
     """
 
     def accumulated(params, model_state, batch, keys, *rest):
-        def sum_microbatches(batch, samples, params, model_state, step_key, *rest):
-            def of_part(model_state, batch, samples):
-                keys = Keys(samples, step_key)
+        def sum_microbatches(batch, sample_keys, params, model_state, step_key, *rest):
+            def microbatch_gradient(model_state, batch, sample_keys):
+                keys = Keys(sample_keys, step_key)
                 return gradient(params, model_state, batch, keys, *rest)
 
-            def add(carry, part):
+            def add(carry, microbatch):
                 sums, model_state = carry
-                new, model_state = of_part(model_state, *part)
+                new, model_state = microbatch_gradient(model_state, *microbatch)
                 return (jax.tree.map(jnp.add, sums, new), model_state), None
 
-            parts = jax.tree.map(split_batch, (batch, samples))
-            first = jax.tree.map(lambda x: x[0], parts)
-            shapes = jax.eval_shape(of_part, model_state, *first)[0]
+            microbatches = jax.tree.map(split_batch, (batch, sample_keys))
+            first = jax.tree.map(lambda x: x[0], microbatches)
+            shapes = jax.eval_shape(microbatch_gradient, model_state, *first)[0]
             zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-            (sums, model_state), _ = jax.lax.scan(add, (zeros, model_state), parts)
+            carry = zeros, model_state
+            (sums, model_state), _ = jax.lax.scan(add, carry, microbatches)
             return (jax.lax.psum(sums, axes) if axes else sums), model_state
 
         def split_batch(x):
             """[B, ...] -> [num_microbatches, B / num_microbatches, ...].
 
-            Every device keeps its examples, along fsdp too. Neighbors stay together,
-            because one may be mixed into the other.
+            Microbatches are interleaved, so that every example stays on its device,
+            along fsdp too. Pairs of neighbors stay together, because Mixup and CutMix
+            blend them.
             """
             pair = 2 if len(x) // num_microbatches % 2 == 0 else 1
             parts = x.reshape(-1, num_microbatches, pair, *x.shape[1:])
@@ -67,12 +69,14 @@ def accumulate_gradients(gradient: Callable, num_microbatches: int) -> Callable:
     return accumulated
 
 
-def _summed_axes(microbatch: int) -> tuple[str, ...]:
-    """Mesh axes whose devices each sum the microbatches of their own examples: none if
-    that would split pairs of neighbors.
+def _summed_axes(microbatch_size: int) -> tuple[str, ...]:
+    """Return the mesh axes along which each device sums over its own examples.
+
+    Returns no axes if splitting a microbatch over them would separate pairs of
+    neighbors.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    # Without axes of one device, because XLA:CPU refuses to sum over them.
+    # Leaves out axes of one device, because XLA:CPU refuses to sum over them.
     axes = tuple(a for a in ("replica", "data") if mesh.shape.get(a, 1) > 1)
     groups = math.prod(mesh.shape[axis] for axis in axes)
-    return axes if microbatch // groups % 2 == 0 else ()
+    return axes if microbatch_size // groups % 2 == 0 else ()

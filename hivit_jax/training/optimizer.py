@@ -1,4 +1,4 @@
-"""AdamW with layer-wise decay."""
+"""AdamW with layer-wise learning rate decay."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,10 +13,10 @@ from hivit_jax.tree import leaf_name
 def learning_rate_scales(
     params: Any, layer_ids: Mapping[str, int], layer_decay: float
 ) -> Any:
-    """Factor on every parameter's learning rate, ``layer_decay ** (last - layer)``.
+    """Return each parameter's learning rate factor, ``layer_decay ** (last - layer)``.
 
     Args:
-      layer_ids: layer of every parameter by name, see `Model.layer_ids`.
+      layer_ids: layer of every parameter by name; see `Model.layer_ids`.
     """
     last = max(layer_ids.values())
     return jax.tree_util.tree_map_with_path(
@@ -31,14 +31,16 @@ def make_optimizer(
     is_decayed: Callable[[str], bool],
     layer_ids: Mapping[str, int],
 ) -> optax.GradientTransformation:
-    """One optax chain: [clip,] Adam, decoupled decay, [layer decay,] learning rate.
+    """Return the chain [clip,] Adam, weight decay, [layer decay,] learning rate.
+
+    Weight decay is decoupled, as in AdamW.
 
     Args:
       o: ``config.optimizer``.
       schedule: learning rate by step.
-      params: parameters or their shapes; only names are read.
-      is_decayed: whether weight decay applies to the parameter of a name.
-      layer_ids: layer of every parameter by name; read if `o.layer_decay` is not 1.
+      params: parameters or their shapes; only their names are used.
+      is_decayed: returns whether weight decay applies to the parameter of a name.
+      layer_ids: layer of every parameter by name; used if `o.layer_decay` is not 1.
     """
     mask = jax.tree_util.tree_map_with_path(
         lambda path, _: is_decayed(leaf_name(path)), params

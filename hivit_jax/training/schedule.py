@@ -1,4 +1,4 @@
-"""Steps of a run and the learning rate of every step."""
+"""Learning rate schedules. `o` is ``config.optimizer`` in every function."""
 
 from typing import Any
 
@@ -8,18 +8,14 @@ import optax
 
 
 def peak_learning_rate(o: Any, batch_size: int) -> float:
-    """``base_learning_rate * batch_size / lr_batch``; unscaled if `lr_batch` is 0.
-
-    Args:
-      o: `config.optimizer`, here and below.
-    """
+    """Return ``base_learning_rate * batch_size / lr_batch``; unscaled if lr_batch=0."""
     if not o.lr_batch:
         return o.base_learning_rate
     return o.base_learning_rate * batch_size / o.lr_batch
 
 
 def warmup_steps(o: Any, steps_per_epoch: float, total_steps: int) -> int:
-    """Steps until the learning rate is at its peak."""
+    """Return the number of steps until the learning rate reaches its peak."""
     return min(round(o.warmup_epochs * steps_per_epoch), total_steps)
 
 
@@ -28,30 +24,31 @@ def make_schedule(
 ) -> optax.Schedule:
     """Return the learning rate by step: linear warmup, then `optimizer.schedule`.
 
-    - cosine: from the end of the warmup down to the minimum.
+    - cosine: from the peak at the end of the warmup down to the minimum.
     - cosine_from_start: official ``supervised/lr_scheduler.py`` (timm). The cosine
-      starts at step 0, so the rate drops at the end of the warmup; a step has the rate
-      of the step before it.
-    - multistep: times `gamma` at each of the `milestones`, in epochs (torch
+      starts at step 0, so that the learning rate drops at the end of the warmup. Each
+      step uses the learning rate of the step before it.
+    - multistep: multiplies by `gamma` at each of the `milestones`, in epochs (torch
       ``MultiStepLR``).
-    - polynomial: ``minimum + (peak - minimum) * (1 - step / total_steps) ** power``,
-      times the warmup's fraction of the peak (mmcv ``PolyLrUpdaterHook``).
-    - constant.
+    - polynomial: ``minimum + (peak - minimum) * (1 - step / total_steps) ** power``.
+      The warmup multiplies it by the warmup's fraction of the peak (mmcv
+      ``PolyLrUpdaterHook``).
+    - constant: the peak.
 
     With `first_epoch=1` epochs count from 1, as in official
-    ``self_supervised/util/lr_sched.py``: the first epoch is left out, and a cosine ends
-    past its lowest point.
+    ``self_supervised/util/lr_sched.py``. The schedule then skips its first epoch, and a
+    cosine ends past its lowest point.
     """
-    peak, low = peak_learning_rate(o, batch_size), o.min_learning_rate
+    peak, minimum = peak_learning_rate(o, batch_size), o.min_learning_rate
     epochs, first = total_steps / steps_per_epoch, o.first_epoch
     warmup, start = min(o.warmup_epochs, epochs), o.warmup_learning_rate
     from_start = o.schedule == "cosine_from_start"
 
     def cosine(step, epoch):
         begin = 0.0 if from_start else warmup
-        done = (epoch - begin) / max(epochs - begin, 1e-9)
-        done = done if first else jnp.clip(done, 0.0, 1.0)
-        return low + (peak - low) * (0.5 * (1.0 + jnp.cos(jnp.pi * done)))
+        progress = (epoch - begin) / max(epochs - begin, 1e-9)
+        progress = progress if first else jnp.clip(progress, 0.0, 1.0)
+        return minimum + (peak - minimum) * (0.5 * (1.0 + jnp.cos(jnp.pi * progress)))
 
     def multistep(step, epoch):
         passed = sum(
@@ -61,10 +58,10 @@ def make_schedule(
         return peak * jnp.float32(o.gamma) ** passed
 
     def polynomial(step, epoch):
-        rest = jnp.clip(1.0 - epoch / epochs, 0.0, 1.0)
-        return low + (peak - low) * rest**o.power
+        remaining = jnp.clip(1.0 - epoch / epochs, 0.0, 1.0)
+        return minimum + (peak - minimum) * remaining**o.power
 
-    rate_of = {
+    after_warmup = {
         "cosine": cosine,
         "cosine_from_start": cosine,
         "multistep": multistep,
@@ -75,19 +72,19 @@ def make_schedule(
     def schedule(step):
         step = jnp.maximum(step - int(from_start), 0)
         epoch = step / steps_per_epoch + first
-        rate = rate_of(step, epoch)
-        rise = start + (peak - start) * epoch / max(warmup, 1e-9)
+        rate = after_warmup(step, epoch)
+        warmup_rate = start + (peak - start) * epoch / max(warmup, 1e-9)
         if o.schedule == "polynomial":
-            rise *= rate / peak
-        return jnp.where(epoch < warmup, rise, rate)
+            warmup_rate *= rate / peak
+        return jnp.where(epoch < warmup, warmup_rate, rate)
 
     return schedule
 
 
 def skip_steps(state: dict[str, Any], steps: int) -> dict[str, Any]:
-    """Advance the schedule and the step count of a train state without learning.
+    """Advance the schedule and the step count of a train state without training.
 
-    Adam's bias correction does not count the skipped steps.
+    The skipped steps do not count in Adam's bias correction.
     """
     schedules = optax.ScaleByScheduleState
     opt_state = jax.tree.map(

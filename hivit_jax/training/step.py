@@ -1,5 +1,6 @@
-"""The train step: its state, what it computes, the shapes of its arguments. Reads no
-images and no checkpoints.
+"""The train step: its state, its computation and the shapes of its arguments.
+
+This module reads no images and no checkpoints.
 """
 
 from collections.abc import Callable
@@ -14,12 +15,17 @@ from jax.sharding import Mesh, NamedSharding
 
 from hivit_jax import rng
 from hivit_jax.data.shapes import batch_shapes
-from hivit_jax.distributed.sharding import BATCH, gathered, placed, state_shardings
+from hivit_jax.distributed.sharding import (
+    BATCH,
+    state_shardings,
+    unshard_fsdp,
+    with_shardings,
+)
 from hivit_jax.tasks.base import Task
 from hivit_jax.training.accumulation import accumulate_gradients
 from hivit_jax.tree import split_state
 
-# "step" int32, "params", "model_state", "opt_state", and "ema" if averages are kept.
+# "step" int32, "params", "model_state", "opt_state"; "ema" if parameters are averaged.
 State = dict[str, Any]
 
 
@@ -28,11 +34,11 @@ class Training(NamedTuple):
 
     Attributes:
       graphdef: structure of the model.
-      init: () -> a fresh state.
-      step: (state, frozen, batch, number of steps done) -> (state, metrics).
+      init: see `make_init`.
+      step: see `make_train_step`.
       state: shapes, dtypes and shardings of the state.
-      frozen: the same of the task's frozen arrays.
-      batches: the same of a batch, one for each bucket.
+      frozen: shapes, dtypes and shardings of the task's frozen arrays.
+      batches: shapes, dtypes and shardings of a batch, one dict a bucket.
     """
 
     graphdef: nnx.GraphDef
@@ -43,7 +49,7 @@ class Training(NamedTuple):
     batches: tuple[dict[str, jax.ShapeDtypeStruct], ...]
 
     def arguments(self, bucket: int = 0) -> tuple:
-        """Shapes, dtypes and shardings of the arguments of `step`."""
+        """Return shapes, dtypes and shardings of the arguments of `step`."""
         return self.state, self.frozen, self.batches[bucket], np.int32(0)
 
 
@@ -57,14 +63,14 @@ def prepare(
     ema_decay: float = 0.0,
     zero: int = 3,
 ) -> Training:
-    """Build the train step of a task on a mesh, from shapes only.
+    """Build the train step of a task on a mesh, without allocating any array.
 
     Args:
       schedule: learning rate by step.
-      seed: of the step's random draws.
+      seed: seed of the random draws in a step.
       accumulate_steps: microbatches of a batch.
-      ema_decay: of averaged parameters; 0: none are kept.
-      zero: what the fsdp axis shards; see `sharding.param_spec`.
+      ema_decay: decay of the moving average of the parameters; 0: no average.
+      zero: selects the arrays that the fsdp axis shards; see `sharding.param_spec`.
     """
     model = nnx.eval_shape(task.build_model)
     graphdef = split_state(model)[0]
@@ -81,9 +87,9 @@ def prepare(
     )
 
     def shard(shapes):
-        return placed(shapes, state_shardings(mesh, shapes, zero))
+        return with_shardings(shapes, state_shardings(mesh, shapes, zero))
 
-    rows = NamedSharding(mesh, BATCH)
+    batch_sharding = NamedSharding(mesh, BATCH)
     return Training(
         graphdef,
         init,
@@ -91,7 +97,7 @@ def prepare(
         shard(jax.eval_shape(init)),
         shard(jax.eval_shape(task.frozen)),
         tuple(
-            placed(shapes, dict.fromkeys(shapes, rows))
+            with_shardings(shapes, dict.fromkeys(shapes, batch_sharding))
             for shapes in batch_shapes(task.transform(train=True))
         ),
     )
@@ -100,7 +106,7 @@ def prepare(
 def make_init(
     task: Task, optimizer: optax.GradientTransformation, ema_decay: float = 0.0
 ) -> Callable:
-    """Return () -> a fresh train state, a pure function of the task's config."""
+    """Return a function () -> initial train state, determined by the task's config."""
 
     def init():
         _, params, model_state = split_state(task.build_model())
@@ -127,11 +133,11 @@ def make_train_step(
     accumulate_steps: int = 1,
     ema_decay: float = 0.0,
 ) -> Callable:
-    """Return (state, frozen, batch, number of steps done) -> (state, metrics).
+    """Return a function (state, frozen, batch, steps_done) -> (state, metrics).
 
-    All sums are global. If loss, gradient or model state is not finite, that step and
-    every later one leave the state as it was: the state's own step number stays behind
-    the one passed in.
+    All sums are over the global batch. If the loss, the gradient or the model state is
+    not finite, the step leaves the state unchanged. So does every later step, because
+    the state's step number is then smaller than `steps_done`.
     """
 
     gradient = make_gradient(task, graphdef)
@@ -163,8 +169,8 @@ def make_train_step(
             finite = jnp.isfinite(values["loss"] + norm)
             for leaf in jax.tree.leaves(model_state):
                 finite &= jnp.isfinite(leaf).all()
-            good = finite & (state["step"] == steps_done)
-            state = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, state)
+            accepted = finite & (state["step"] == steps_done)
+            state = jax.tree.map(lambda a, b: jnp.where(accepted, a, b), new, state)
         values |= {
             "gradient_norm": norm,
             "finite": finite,
@@ -177,17 +183,19 @@ def make_train_step(
 
 
 def make_gradient(task: Task, graphdef: nnx.GraphDef) -> Callable:
-    """Return (params, model state, batch, keys, frozen, total weight) -> ((gradients,
+    """Return the gradient function of a task.
+
+    It maps (params, model state, batch, keys, frozen, total weight) to ((gradients,
     metrics), new model state). Gradients and metrics are weighted sums over the batch,
     divided by the total weight.
     """
 
     def loss_fn(params, model_state, batch, keys, frozen, total_weight):
-        params, model_state, frozen = map(gathered, (params, model_state, frozen))
+        params, model_state, frozen = map(unshard_fsdp, (params, model_state, frozen))
         model = nnx.merge(graphdef, params, model_state)
         values = task.loss(model, frozen, batch, keys)
-        share = batch["weight"] / total_weight
-        means = {name: (value * share).sum() for name, value in values.items()}
+        weight = batch["weight"] / total_weight
+        means = {name: (value * weight).sum() for name, value in values.items()}
         return means["loss"], (means, split_state(model)[2])
 
     def gradient(*arguments):

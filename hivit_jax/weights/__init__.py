@@ -1,4 +1,4 @@
-"""Weights of models: reading, adapting and writing them."""
+"""Reading, adapting and writing the weights of models."""
 
 from hivit_jax.weights.names.official import to_state_dict
 

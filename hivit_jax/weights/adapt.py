@@ -1,4 +1,4 @@
-"""Pretrained arrays for a model of another task or size, and a report on each."""
+"""Initializing a model from pretrained arrays of another task or size."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -15,23 +15,23 @@ from hivit_jax.models.positions import Grid
 from hivit_jax.reporting.console import log
 from hivit_jax.tree import leaf_name, named_leaves, split
 
-# Arrays that may be newly initialized.
+# Prefixes of arrays that may be newly initialized.
 HEAD = ("fc_norm/", "head/")
-PREDICTION = "decoder_pred/"  # where channels differ
+PREDICTION = "decoder_pred/"  # only if the numbers of channels differ
 
 
 class Pretrained(NamedTuple):
-    """A model on disk.
+    """A model that was read from disk.
 
-    path: where it was found.
-    label: what to call it: the step of a run, else the path.
-    arguments: `create_model(**arguments)` is the model that it is.
-    params: numpy float32 arrays by name, as `named_leaves`.
-    notes: what a reader should know: the format, what had to be guessed.
-    unused: entries of the file that no parameter needs, by their names there.
-    recipe: the config it was trained with, {} where unknown.
-    results: its evaluation, {} where unknown.
-    info: arguments of `models.base.make_info`, where known.
+    path: path of the file or checkpoint.
+    label: name for log lines: ``step N`` for a checkpoint of a run, else the path.
+    arguments: `create_model(**arguments)` builds the saved model.
+    params: numpy float32 arrays by name, see `named_leaves`.
+    notes: remarks for the user: file format, guessed arguments.
+    unused: official names of the file's entries that the model does not need.
+    recipe: the config of its training, {} if unknown.
+    results: its evaluation results, {} if unknown.
+    info: the known arguments of `models.base.make_info`.
     """
 
     path: str
@@ -47,17 +47,18 @@ class Pretrained(NamedTuple):
 
 @dataclass
 class LoadReport:
-    """What becomes of every array when a model is initialized from a pretrained one.
+    """Names of all arrays by outcome, for a model initialized from a pretrained one.
 
     Attributes:
-      matched: arrays of the model that are taken as they are.
-      resized: taken in the shape of the model.
-      unused: arrays of the pretrained model that are not taken.
-      zero_init: relative position tables that pretraining did not have; they start
-        from 0.
-      newly_initialized: norm, head and prediction that are to be drawn.
-      missing: arrays of the model that the pretrained one does not have.
-      shape_mismatch: arrays of another shape that cannot be resized.
+      matched: arrays that are copied unchanged.
+      resized: arrays that are resized to the model's shape.
+      unused: arrays of the pretrained model that are not copied.
+      zero_init: relative position tables that the pretrained model does not have; they
+        are initialized to 0.
+      newly_initialized: arrays of the head, the norm before it, or the decoder's
+        prediction that have to be initialized.
+      missing: other arrays that the pretrained model does not have.
+      shape_mismatch: arrays whose shape differs and that cannot be resized.
     """
 
     matched: list[str] = field(default_factory=list)
@@ -69,48 +70,46 @@ class LoadReport:
     shape_mismatch: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        """A line for each kind: how many arrays, and of which parts of the model."""
+        """Return one line per outcome with the number of arrays in each submodule."""
         lines = []
-        for kind, names in vars(self).items():
+        for outcome, names in vars(self).items():
             parts = [name.split("/") for name in names]
             groups = Counter("/".join(p[: 1 + (p[0] == "encoder")]) for p in parts)
             listed = ", ".join(f"{group} {count}" for group, count in groups.items())
             if names:
-                lines.append(f"  {kind:<17} {len(names):>4}  {listed}")
+                lines.append(f"  {outcome:<17} {len(names):>4}  {listed}")
         return "\n".join(lines)
 
 
 def adapt(
     pretrained: Pretrained, model: Model, fresh: tuple[str, ...] = ()
 ) -> dict[str, np.ndarray]:
-    """Return arrays of a pretrained model by the names of another model; see `compare`.
-    Norm, head and the decoder's prediction may be left out.
+    """Return the arrays of `compare`; log its report unless all arrays match.
 
     Raises:
-      ConfigError: missing arrays, or arrays of another shape.
+      ConfigError: an array is missing, or its shape differs and it cannot be resized.
     """
     arrays, report = compare(pretrained, model, fresh)
     if report.shape_mismatch:
         name = report.shape_mismatch[0]
-        here = list(named_leaves(split(model)[1])[name].shape)
+        expected = list(named_leaves(split(model)[1])[name].shape)
         raise ConfigError(
-            f"{pretrained.path} is another model: {name} is "
-            f"{list(pretrained.params[name].shape)} there and {here} here"
+            f"{pretrained.path} is a different model: {name} has shape "
+            f"{list(pretrained.params[name].shape)}; expected {expected}"
         )
     if count := len(report.missing):
         raise ConfigError(
-            f"{pretrained.path} has no {report.missing[0]}; {count} "
-            f"{'array is' if count == 1 else 'arrays are'} missing. Refusing to "
-            "initialize from it"
+            f"{pretrained.path}: {count} {'array is' if count == 1 else 'arrays are'} "
+            f"missing, the first is {report.missing[0]}. Refusing to initialize from it"
         )
     if isinstance(model, Model):
-        source = configure(**pretrained.arguments)[1].layer_norm_eps
-        if source != (here := model.config.layer_norm_eps):
+        source_eps = configure(**pretrained.arguments)[1].layer_norm_eps
+        if source_eps != (eps := model.config.layer_norm_eps):
             log(
-                f"note: layer_norm_eps is {source:g} in {pretrained.path}, "
-                f"{here:g} here"
+                f"note: layer_norm_eps is {source_eps:g} in {pretrained.path} and "
+                f"{eps:g} in this model"
             )
-    if any(names for kind, names in vars(report).items() if kind != "matched"):
+    if any(names for outcome, names in vars(report).items() if outcome != "matched"):
         log(f"{pretrained.path}:\n{report}")
     return arrays
 
@@ -118,35 +117,37 @@ def adapt(
 def compare(
     pretrained: Pretrained, model: Model, fresh: tuple[str, ...] = ()
 ) -> tuple[dict[str, np.ndarray], LoadReport]:
-    """Return the arrays that a model takes from a pretrained one, and a report.
+    """Return the initial arrays for a model from a pretrained one, and a report.
 
-    Tables of positions are resized to other grids, the patch embedding to other
-    channels and cells (official: ``supervised/utils.py``). Arrays of a model that is
-    no `models.base.Model` are used as they are.
+    Position tables are resized to the model's grid, and the patch embedding to its
+    channels and cell size (official: ``supervised/utils.py``). For a model that is not
+    a `models.base.Model`, nothing is resized.
 
     Args:
       model: a built or abstract model.
-      fresh: prefixes of arrays that are not taken, such as ``head/``.
+      fresh: prefixes of arrays that are not copied, such as ``head/``.
 
     Returns:
-      Numpy arrays by the model's names; and the report.
+      Numpy arrays by the model's names, without the newly initialized, missing and
+      mismatched ones; and the report.
     """
-    hivit = isinstance(model, Model)
-    source = configure(**pretrained.arguments)[1] if hivit else None
+    resizable = isinstance(model, Model)
+    source = configure(**pretrained.arguments)[1] if resizable else None
     arrays: dict[str, np.ndarray] = {}
     report = LoadReport()
     for name, leaf in named_leaves(split(model)[1]).items():
-        array, head = pretrained.params.get(name), name.startswith(HEAD)
-        if name.startswith(fresh):
-            array = None
-        # By geometry, not by shape: 4 x 4 units are not 2 x 8.
+        array = None if name.startswith(fresh) else pretrained.params.get(name)
         resized = array
-        if hivit and array is not None:
+        # Resize even if the shapes are equal, because grids of 4 x 4 and 2 x 8 units
+        # have tables of the same shape.
+        if resizable and array is not None:
             resized = _resized(name, array, source, model.config)
         if resized is not None and resized.shape == leaf.shape:
             (report.matched if resized is array else report.resized).append(name)
             arrays[name] = resized
-        elif head or (array is not None and name.startswith(PREDICTION)):
+        elif name.startswith(HEAD) or (
+            array is not None and name.startswith(PREDICTION)
+        ):
             report.newly_initialized.append(name)
         elif array is not None:
             report.shape_mismatch.append(name)
@@ -155,15 +156,15 @@ def compare(
             arrays[name] = np.zeros(leaf.shape, np.float32)
         else:
             report.missing.append(name)
-    taken = {*report.matched, *report.resized}
-    report.unused = [name for name in pretrained.params if name not in taken]
+    copied = {*report.matched, *report.resized}
+    report.unused = [name for name in pretrained.params if name not in copied]
     return arrays, report
 
 
 def _resized(
     name: str, array: np.ndarray, old: HiViTConfig, new: HiViTConfig
 ) -> np.ndarray:
-    """An array of one config in the shape for another; itself where nothing differs."""
+    """Return an array resized from one config to another; itself if nothing differs."""
     if name.endswith("_pos_embed") and old.grid != new.grid:
         return resize.resize_grid_table(array, old.grid, new.grid)
     if name.endswith("relative_position_bias_table"):
@@ -180,7 +181,7 @@ def _resized(
 
 
 def _span(config: HiViTConfig, block: int) -> Grid:
-    """Units that the relative positions of a main-stage block span."""
+    """Return the size in units of a main-stage block's window, or of the whole grid."""
     windows = config.windows(config.grid)[block]
     return config.grid if windows is None else windows.size
 
@@ -192,23 +193,23 @@ def initialize_from(
     fresh: tuple[str, ...] = (),
     head_scale: float = 1.0,
 ) -> dict[str, Any]:
-    """Freshly drawn variables of `model`, with what a pretrained model has of them.
+    """Return the variables of `model` with pretrained arrays where there are any.
 
     Args:
-      variables: "params" and "model_state".
-      fresh: prefixes of arrays that are not taken.
-      head_scale: factor on the weights of a head that is not taken.
+      variables: newly initialized "params" and "model_state".
+      fresh: prefixes of arrays that are not copied from the pretrained model.
+      head_scale: factor on the weights of a newly initialized head.
 
     Raises:
       ConfigError: see `adapt`.
     """
-    log(f"starting from {pretrained.path}")
+    log(f"initializing from {pretrained.path}")
     arrays = adapt(pretrained, model, fresh)
 
-    def choose(path, leaf):
+    def pretrained_or_new(path, leaf):
         name = leaf_name(path[1:])
         if name in arrays:
             return jax.device_put(arrays[name], leaf.sharding)
         return leaf * head_scale if name == "head/kernel" else leaf
 
-    return jax.tree_util.tree_map_with_path(choose, dict(variables))
+    return jax.tree_util.tree_map_with_path(pretrained_or_new, dict(variables))

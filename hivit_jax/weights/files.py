@@ -1,8 +1,8 @@
-"""Files that hold state dicts: PyTorch's ``.pth``, and safetensors.
+"""Reading and writing state dicts as PyTorch (``.pth``) or safetensors files.
 
-Nothing in a file is ever run. PyTorch reads its own format with ``weights_only``, which
-builds tensors and plain containers and refuses everything else, after its zip archive
-has been checked here; a safetensors file is numbers behind a table of contents.
+Reading never runs code from a file. PyTorch files are loaded with ``weights_only``,
+which builds only tensors and plain containers, after a check of their zip archive. A
+safetensors file contains only numbers and a JSON header.
 """
 
 import argparse
@@ -21,38 +21,38 @@ from hivit_jax.errors import CheckpointError, first_line
 
 TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
 SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
-# Where programs put the state dict; the averaged weights (EMA) come first.
-PLACES = ("model_ema", "state_dict_ema", "model", "state_dict")
-# Key of our own description of the model, JSON text, which other programs pass over.
-KEY = "hivit_jax"
+# Keys under which programs save the state dict, averaged weights (EMA) first.
+STATE_DICT_KEYS = ("model_ema", "state_dict_ema", "model", "state_dict")
+# Key of our JSON description of the model, which other programs ignore.
+METADATA_KEY = "hivit_jax"
 
 
 class WeightFile(NamedTuple):
-    """A state dict as a file holds it.
+    """Contents of a file with a state dict.
 
     state: numpy arrays by their PyTorch names.
-    about: what `write` was given, {} in other programs' files.
-    place: which of `PLACES` the state dict was found in, "" where it is the file.
-    others: what else the file holds, by name.
+    metadata: the `metadata` passed to `write`, {} in files of other programs.
+    key: key of the state dict in the file, "" if the file is a bare state dict.
+    other_keys: keys of the other entries of the file.
     """
 
     state: dict[str, np.ndarray]
-    about: dict[str, Any]
-    place: str
-    others: list[str]
+    metadata: dict[str, Any]
+    key: str
+    other_keys: list[str]
 
 
 def read(path: Path, averaged: bool = True) -> WeightFile:
-    """Reads a state dict.
+    """Read a state dict from a local file; files in buckets must be copied first.
 
     Args:
-      averaged: take averaged weights where the file has them.
+      averaged: prefer averaged weights (EMA) if the file contains them.
 
     Raises:
-      CheckpointError: no file, a damaged or unsafe one, no state dict in it, something
-        else than dense tensors in it, or PyTorch is missing.
+      CheckpointError: no such file, a damaged or unsafe file, no state dict, entries
+        that are not dense tensors, or PyTorch is required and not installed.
     """
-    path = Path(path)  # of this machine; a bucket's files are to be copied first
+    path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"no file {path}")
     if path.suffix == ".safetensors":
@@ -60,34 +60,37 @@ def read(path: Path, averaged: bool = True) -> WeightFile:
     if path.suffix in TORCH_SUFFIXES:
         return _read_torch(path, averaged)
     raise CheckpointError(
-        f"{path} has an unknown ending; expected one of {', '.join(SUFFIXES)}"
+        f"{path} has an unknown suffix; expected one of {', '.join(SUFFIXES)}"
     )
 
 
-def write(path: Path, state: Mapping[str, np.ndarray], about: Mapping) -> None:
-    """Writes a state dict, as safetensors or as PyTorch does ({"model": state}).
+def write(path: Path, state: Mapping[str, np.ndarray], metadata: Mapping) -> None:
+    """Write a state dict to a safetensors file or a PyTorch file ({"model": state}).
+
+    Args:
+      metadata: description of the model for `read`; values for JSON.
 
     Raises:
-      CheckpointError: PyTorch is missing.
+      CheckpointError: PyTorch is required and not installed.
     """
-    # Copies: PyTorch takes only what it may write to.
+    # Copy, because PyTorch accepts only writable arrays.
     state = {name: np.array(array, order="C") for name, array in state.items()}
     if path.suffix == ".safetensors":
-        save_file(state, path, {"format": "pt", KEY: json.dumps(about)})
+        save_file(state, path, {"format": "pt", METADATA_KEY: json.dumps(metadata)})
     else:
         torch = import_torch(path)
         tensors = {name: torch.from_numpy(array) for name, array in state.items()}
-        torch.save({"model": tensors, KEY: json.dumps(about)}, path)
+        torch.save({"model": tensors, METADATA_KEY: json.dumps(metadata)}, path)
 
 
 def import_torch(path: Path) -> Any:
-    """PyTorch; CheckpointError where it is not installed."""
+    """Return the PyTorch module; CheckpointError if it is not installed."""
     try:
         import torch
     except ImportError as error:
         raise CheckpointError(
-            f"{path}: this format is PyTorch's, which is not installed.\n"
-            "pip install 'hivit-jax[torch]', or use a .safetensors file"
+            f"{path} requires PyTorch, which is not installed.\n"
+            "Run pip install 'hivit-jax[torch]', or use a .safetensors file"
         ) from error
     return torch
 
@@ -95,46 +98,46 @@ def import_torch(path: Path) -> Any:
 def _read_safetensors(path: Path) -> WeightFile:
     try:
         with safe_open(path, "np") as file:
-            about = (file.metadata() or {}).get(KEY, "{}")
+            text = (file.metadata() or {}).get(METADATA_KEY, "{}")
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(
-            f"{path} is damaged or no safetensors file: {first_line(error)}"
+            f"{path} is damaged or not a safetensors file: {first_line(error)}"
         ) from error
-    return WeightFile(state, _about(path, about), "", [])
+    return WeightFile(state, _parse_metadata(path, text), "", [])
 
 
 def _read_torch(path: Path, averaged: bool) -> WeightFile:
     _check_archive(path)
     torch = import_torch(path)
     try:
-        # Official files hold the command line's arguments as a Namespace.
+        # Official files contain the command line arguments as a Namespace.
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a damaged file makes of it
+    except Exception as error:  # because damaged files cause exceptions of many types
         raise CheckpointError(
-            f"{path} is damaged, or holds more than tensors and plain values: "
+            f"{path} is damaged, or contains more than tensors and plain values: "
             f"{_torch_reason(error)}"
         ) from error
     if not isinstance(content, Mapping):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}; expected dict")
-    places = PLACES if averaged else [p for p in PLACES if not p.endswith("ema")]
-    found = [p for p in places if isinstance(content.get(p), Mapping) and content[p]]
-    place = found[0] if found else ""
-    tensors = content[place] if place else content
-    others = [str(name) for name in content if name != place] if place else []
-    limit, state = path.stat().st_size, {}
-    for name, tensor in tensors.items():
-        if name == KEY and not place:
-            continue
+        raise CheckpointError(
+            f"{path} contains a {type(content).__name__}; expected dict"
+        )
+    entries = {name: entry for name, entry in content.items() if name != METADATA_KEY}
+    keys = [k for k in STATE_DICT_KEYS if averaged or not k.endswith("ema")]
+    keys = [k for k in keys if isinstance(entries.get(k), Mapping) and entries[k]]
+    key = keys[0] if keys else ""
+    other_keys = [str(name) for name in entries if name != key] if key else []
+    file_size, state = path.stat().st_size, {}
+    for name, tensor in (entries[key] if key else entries).items():
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
             raise CheckpointError(
                 f"{path}: {name!r} is of type {type(tensor).__name__}; expected a "
-                "state dict, tensors by name"
+                "state dict with tensors by name"
             )
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
             raise CheckpointError(f"{path}: {name!r} is not a dense tensor")
-        if tensor.numel() * tensor.element_size() > limit:
+        if tensor.numel() * tensor.element_size() > file_size:
             raise CheckpointError(
                 f"{path}: {name!r}, {list(tensor.shape)}, is larger than the file"
             )
@@ -143,14 +146,12 @@ def _read_torch(path: Path, averaged: bool) -> WeightFile:
             state[name] = bits.view(ml_dtypes.bfloat16)
         else:
             state[name] = tensor.detach().resolve_conj().resolve_neg().numpy()
-    about = content.get(KEY, "{}")
-    return WeightFile(
-        state, _about(path, about), place, [o for o in others if o != KEY]
-    )
+    metadata = _parse_metadata(path, content.get(METADATA_KEY, "{}"))
+    return WeightFile(state, metadata, key, other_keys)
 
 
 def _check_archive(path: Path) -> None:
-    """CheckpointError unless a file is a zip archive as ``torch.save`` writes it.
+    """Raise CheckpointError unless a file is a zip archive in ``torch.save``'s format.
 
     Its members are not compressed, so that none can be larger than the file.
     """
@@ -174,20 +175,20 @@ def _check_archive(path: Path) -> None:
         raise CheckpointError(f"{path}: its members overlap")
 
 
-def _about(path: Path, text: Any) -> dict[str, Any]:
+def _parse_metadata(path: Path, text: Any) -> dict[str, Any]:
     try:
-        about = json.loads(text)
-        if not isinstance(about, dict):
+        metadata = json.loads(text)
+        if not isinstance(metadata, dict):
             raise ValueError
     except (ValueError, TypeError) as error:
         raise CheckpointError(
-            f"{path}: what it says of the model is not JSON"
+            f"{path}: its {METADATA_KEY!r} metadata is not a JSON object"
         ) from error
-    return about
+    return metadata
 
 
 def _torch_reason(error: Exception) -> str:
-    """What PyTorch says it refused, without its advice to switch the check off."""
+    """Return PyTorch's reason, without its advice to disable ``weights_only``."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    telling = [line for line in lines if "Unsupported" in line or "GLOBAL" in line]
-    return (telling or lines or [type(error).__name__])[0][:200]
+    reasons = [line for line in lines if "Unsupported" in line or "GLOBAL" in line]
+    return (reasons or lines or [type(error).__name__])[0][:200]

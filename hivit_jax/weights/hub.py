@@ -1,4 +1,4 @@
-"""Models on the Hugging Face hub."""
+"""Downloads from the Hugging Face hub."""
 
 from pathlib import Path
 
@@ -7,30 +7,36 @@ from hivit_jax.weights.save import CONFIG, WEIGHTS
 
 
 def download(address: str) -> Path:
-    """``hf://ORGANISATION/NAME[@REVISION][/FILE]`` -> the local copy.
+    """Download ``hf://ORGANISATION/NAME[@REVISION][/FILE]`` and return the local path.
 
-    Offline (``HF_HUB_OFFLINE=1``, or no network) what was downloaded before is used.
+    Without FILE, returns a directory with the files of `save_pretrained`. Offline
+    (``HF_HUB_OFFLINE=1`` or no network), returns an earlier download.
+
+    Raises:
+      CheckpointError: a malformed address, no such file, no connection and no local
+        copy, or huggingface_hub is not installed.
     """
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
         raise CheckpointError(
-            f"{address}: huggingface_hub is not installed; "
-            "pip install 'hivit-jax[hub]', or download it by other means"
+            f"{address}: huggingface_hub is not installed. Run "
+            "pip install 'hivit-jax[hub]', or download the files by other means"
         ) from error
     parts = address.removeprefix("hf://").split("/", 2)
     if len(parts) < 2 or not all(parts):
         raise CheckpointError(f"{address}: expected hf://ORGANISATION/NAME")
     name, _, revision = parts[1].partition("@")
     file = parts[2] if len(parts) > 2 else ""
-    wanted = [file] if file else [WEIGHTS, CONFIG]
     try:
         directory = snapshot_download(
-            f"{parts[0]}/{name}", revision=revision or None, allow_patterns=wanted
+            f"{parts[0]}/{name}",
+            revision=revision or None,
+            allow_patterns=[file] if file else [WEIGHTS, CONFIG],
         )
-    except Exception as error:  # of the network, the hub or the local copy
+    except Exception as error:  # because network and hub cause many exception types
         raise CheckpointError(
-            f"{address} cannot be had, and no local copy is complete: "
+            f"{address} cannot be downloaded, and there is no complete local copy: "
             f"{type(error).__name__}: {first_line(error)}"
         ) from error
     path = Path(directory) / file

@@ -1,4 +1,4 @@
-"""Pretrained models: locate, read, describe and adapt to another task or size."""
+"""Locating and reading pretrained models, and building models from them."""
 
 import json
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from flax import nnx
 from hivit_jax.checkpoints import read as checkpoints
 from hivit_jax.checkpoints.read import absolute
 from hivit_jax.errors import CheckpointError, ConfigError
-from hivit_jax.models import Model, configure, create_model, model_keys, variant
+from hivit_jax.models import Model, configure, create_model, override_types, variant
 from hivit_jax.models.base import make_info
 from hivit_jax.reporting import metrics
 from hivit_jax.reporting.console import log
@@ -23,88 +23,93 @@ from hivit_jax.weights.adapt import Pretrained, adapt
 from hivit_jax.weights.hub import download
 from hivit_jax.weights.infer import infer
 from hivit_jax.weights.names.official import (
-    dropped_by_rule,
     from_official,
     official_names,
+    unneeded_entries,
 )
 from hivit_jax.weights.save import CONFIG, WEIGHTS
 
-# Factor on a new head's standard deviation, 0.02 (official ``main_finetune.py``).
-FINETUNED_HEAD = 2e-5 / 0.02
-# Arguments that names and shapes do not determine.
-HINTS = ("num_heads", "decoder_num_heads", "layer_norm_eps")
+# Factor on the standard deviation, 0.02, of a new head (official ``main_finetune.py``).
+NEW_HEAD_SCALE = 2e-5 / 0.02
+# Arguments that the names and shapes of a state dict do not determine.
+NOT_IN_STATE_DICT = ("num_heads", "decoder_num_heads", "layer_norm_eps")
 
 
 def locate(path: str | Path) -> Path:
-    """Return the local path of a model, downloaded from the Hugging Face hub for
-    ``hf://ORGANISATION/NAME[@REVISION][/FILE]``.
-    """
+    """Return the local path of a model; downloads ``hf://`` addresses."""
     return download(path) if str(path).startswith("hf://") else absolute(path)
 
 
 def read(path: str | Path, *, averaged: bool = True, **overrides: Any) -> Pretrained:
     """Read a pretrained model.
 
+    In a workdir, damaged checkpoints are logged and the newest intact one is read.
+
     Args:
       path: a run's workdir or one of its checkpoints; a directory of
-        `save_pretrained`; a ``.safetensors`` or PyTorch file, official or MMPretrain's;
-        or an address that `locate` accepts of such a directory or file.
-      averaged: take averaged weights (EMA) where they were kept.
-      overrides: as in `create_model`. Only those count that a file may not contain:
-        `HINTS`, and image_size where its units are not a square.
+        `save_pretrained`; a ``.safetensors`` or PyTorch file of this package, the
+        official code or MMPretrain; or ``hf://ORGANISATION/NAME[@REVISION][/FILE]``.
+      averaged: prefer averaged weights (EMA) if they were saved.
+      overrides: as in `create_model`. Only arguments that a file may lack have an
+        effect: `NOT_IN_STATE_DICT`, and image_size if the grid of units is not square.
 
     Raises:
-      CheckpointError: nothing there, a damaged or unsafe file, another network.
+      CheckpointError: no model at the path, a damaged or unsafe file, or not a HiViT.
     """
     path = locate(path)
     if path.is_file() or path.suffix in files.SUFFIXES:
         return _read_file(path, averaged, overrides)
     if (path / WEIGHTS).is_file():
         return _read_file(path / WEIGHTS, averaged, overrides)
-    steps = checkpoints.find(path)
-    for older, step in enumerate(steps, 1):
+    *newer, oldest = checkpoints.find_steps(path)
+    for step in newer:
         try:
             return _read_step(step, averaged)
         except CheckpointError as error:
-            if older == len(steps):
-                raise
             log(f"error: {error}")
-    raise AssertionError("`checkpoints.find` returned no step")
+    return _read_step(oldest, averaged)
 
 
 def _read_file(path: Path, averaged: bool, overrides: Mapping[str, Any]) -> Pretrained:
     file = files.read(path, averaged)
-    about = file.about
+    metadata = file.metadata
     if (path.parent / CONFIG).is_file() and path.name == WEIGHTS:
-        about = _read_json(path.parent / CONFIG)
-    notes = [f"{path.suffix} file" + (f", its {file.place!r}" if file.place else "")]
-    notes += [f"also holds {', '.join(file.others)}"] if file.others else []
-    kept = [each for each in (file.place, *file.others) if "ema" in each]
-    notes.append(f"averaged weights (EMA): {', '.join(kept) or 'none'}")
-    if "arguments" in about:
-        arguments = about["arguments"]
+        metadata = _read_json(path.parent / CONFIG)
+    notes = [f"{path.suffix} file" + (f", entry {file.key!r}" if file.key else "")]
+    if file.other_keys:
+        notes.append(f"other entries: {', '.join(file.other_keys)}")
+    averages = [key for key in (file.key, *file.other_keys) if "ema" in key]
+    notes.append(f"averaged weights (EMA): {', '.join(averages) or 'none'}")
+    if "arguments" in metadata:
+        arguments = metadata["arguments"]
     else:
-        arguments, more = _describe(file.state, overrides)
-        notes += more
+        arguments, remarks = _infer_arguments(file.state, overrides)
+        notes += remarks
     model = abstract_model(arguments)
-    params = named_leaves(from_official(file.state, model, partly=True))
-    unused = dropped_by_rule(official_names(file.state), model)
-    recipe, results = about.get("recipe", {}), about.get("results", {})
-    info = about.get("info", {}) | _info_of(recipe)
-    found = str(path), str(path), arguments, params, notes, unused
-    return Pretrained(*found, recipe, results, info)
+    recipe = metadata.get("recipe", {})
+    return Pretrained(
+        path=str(path),
+        label=str(path),
+        arguments=arguments,
+        params=named_leaves(from_official(file.state, model, allow_missing=True)),
+        notes=notes,
+        unused=unneeded_entries(official_names(file.state), model),
+        recipe=recipe,
+        results=metadata.get("results", {}),
+        info=metadata.get("info", {}) | _info_arguments(recipe),
+    )
 
 
-def _describe(
+def _infer_arguments(
     state: Mapping[str, Any], overrides: Mapping[str, Any]
 ) -> tuple[dict[str, Any], list[str]]:
-    """Arguments of the model of a state dict, and notes on what was guessed."""
+    """Return the arguments of a state dict's model, and notes on guessed arguments."""
     arguments, guessed = infer(state, overrides.get("image_size"))
-    foreign = any(name.startswith("backbone.") for name in state)
-    notes = ["names of MMPretrain" if foreign else "names of the official code"]
-    arguments |= {key: overrides[key] for key in HINTS if key in overrides}
+    mmpretrain = any(name.startswith("backbone.") for name in state)
+    notes = [f"parameter names: {'MMPretrain' if mmpretrain else 'official code'}"]
+    arguments |= {key: overrides[key] for key in NOT_IN_STATE_DICT if key in overrides}
     notes += [
-        f"guessed: {key} {arguments[key]}, as {reason}"
+        f"guessed: {key} {arguments[key]}, {reason}"
         for key, reason in guessed.items()
         if key not in overrides
     ]
@@ -115,57 +120,65 @@ def _read_step(step: Path, averaged: bool) -> Pretrained:
     config = checkpoints.load_config(step)
     arguments = {k: v for k, v in config["model"].items() if v is not None}
     params, item = checkpoints.load_arrays(step, averaged)
-    notes = [f"checkpoint of hivit_jax, {item}"]
-    results = metrics.results(step.parent.parent, int(step.name))
-    label = f"step {step.name}"
-    found = str(step), label, arguments, params, notes, []
-    return Pretrained(*found, config, results, _info_of(config))
+    return Pretrained(
+        path=str(step),
+        label=f"step {step.name}",
+        arguments=arguments,
+        params=params,
+        notes=[f"checkpoint of hivit_jax, {item}"],
+        unused=[],
+        recipe=config,
+        results=metrics.read_evaluation(step.parent.parent, int(step.name)),
+        info=_info_arguments(config),
+    )
 
 
-def _info_of(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of `make_info` in a recipe."""
+def _info_arguments(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of `make_info` that a recipe contains."""
     names, data = {"mean": "mean", "std": "std", "crop_pct": "crop"}, recipe.get("data")
     return {names[key]: value for key, value in (data or {}).items() if key in names}
 
 
 def read_for(model: Mapping[str, Any], path: str | Path) -> Pretrained:
-    """As `read`, with the numbers of heads of `config.model`."""
+    """Return `read(path)` with the numbers of heads of `config.model`."""
     heads = {key: model.get(key) for key in ("num_heads", "decoder_num_heads")}
     return read(path, **{key: value for key, value in heads.items() if value})
 
 
 def abstract_model(arguments: dict[str, Any]) -> Model:
-    """`create_model(**arguments)` without arrays; CheckpointError if it cannot be."""
+    """Return `create_model(**arguments)` with abstract arrays.
+
+    Raises:
+      CheckpointError: the arguments are invalid.
+    """
     try:
         return nnx.eval_shape(lambda: create_model(**arguments))
     except (TypeError, ConfigError) as error:
-        raise CheckpointError(f"no HiViT can be built of it: {error}") from error
+        raise CheckpointError(f"invalid model arguments: {error}") from error
 
 
 def load_pretrained(
     path: str | Path, *, averaged: bool = True, **overrides: Any
 ) -> Model:
-    """A model with pretrained parameters.
+    """Return a model with pretrained parameters.
 
     Args:
       path: as in `read`: a workdir, a directory of `save_pretrained`, a ``.pth`` or
         ``.safetensors`` file, ``hf://ORGANISATION/NAME``.
-      averaged: take averaged weights (EMA) where they were kept.
-      overrides: as in `create_model`; the rest is as saved. Another name, image_size,
-        in_channels or num_classes is adapted, and a report is logged. A new head is
-        drawn as for finetuning.
+      averaged: prefer averaged weights (EMA) if they were saved.
+      overrides: arguments of `create_model` that differ from the saved model's. The
+        parameters are adapted to another name, image_size, in_channels or num_classes,
+        and a report is logged. A new head is initialized as for finetuning.
 
     Raises:
-      CheckpointError: nothing usable there.
-      ConfigError: the overrides make a model that the saved one does not fit.
+      CheckpointError: no usable model at the path.
+      ConfigError: the saved parameters do not fit a model with these overrides.
     """
     return build(read(path, averaged=averaged, **overrides), **overrides)
 
 
 def build(pretrained: Pretrained, **overrides: Any) -> Model:
-    """The model that was found, or another one that starts from it: `load_pretrained`
-    of what `read` returns.
-    """
+    """Return a model with pretrained parameters; overrides as in `load_pretrained`."""
     arguments = fitting_arguments(pretrained.arguments, overrides)
     model = nnx.eval_shape(lambda: create_model(**arguments))
     model.info = make_info(model.config, **pretrained.info)
@@ -174,14 +187,14 @@ def build(pretrained: Pretrained, **overrides: Any) -> Model:
     new = {name for name in named_leaves(shapes) if name not in arrays}
     if new:
 
-        @jax.jit  # which draws nothing else
-        def draw():
+        @jax.jit  # so that XLA omits the initialization of all other arrays
+        def initialize():
             leaves = named_leaves(split(create_model(**arguments))[1])
             return {name: leaves[name] for name in new}
 
-        arrays |= draw()
+        arrays |= initialize()
         if "head/kernel" in new:
-            arrays["head/kernel"] *= FINETUNED_HEAD
+            arrays["head/kernel"] *= NEW_HEAD_SCALE
     params = jax.tree_util.tree_map_with_path(
         lambda key_path, _: jnp.asarray(arrays[leaf_name(key_path)]), shapes
     )
@@ -191,22 +204,22 @@ def build(pretrained: Pretrained, **overrides: Any) -> Model:
 def fitting_arguments(
     arguments: dict[str, Any], overrides: dict[str, Any]
 ) -> dict[str, Any]:
-    """Arguments of a saved model, changed.
+    """Return the arguments of a saved model with overrides.
 
-    A model of another name takes over run options, and those sizes that are not the
-    defaults of the saved model's class, as far as it has them; depths and widths only
-    if the two names have the same.
+    A model of another name inherits only arguments that it accepts: the run options,
+    and the sizes that are not defaults of the saved model's config class. It inherits
+    embed_dim, depths and num_heads only if both variants agree in all three.
     """
     if overrides.get("name", arguments["name"]) == arguments["name"]:
         return arguments | overrides
     _, config, _ = configure(**arguments)
-    old, new = (variant(each["name"])[1] for each in (arguments, overrides))
-    known, left = model_keys(type(new)), {"name"}
+    old, new = (variant(args["name"])[1] for args in (arguments, overrides))
+    accepted, excluded = override_types(type(new)), {"name"}
     sizes = ("embed_dim", "depths", "num_heads")
     if any(getattr(old, key) != getattr(new, key) for key in sizes):
-        left |= {*sizes}
-    left |= {f.name for f in fields(config) if getattr(config, f.name) == f.default}
-    kept = {k: v for k, v in arguments.items() if k in known and k not in left}
+        excluded |= {*sizes}
+    excluded |= {f.name for f in fields(config) if getattr(config, f.name) == f.default}
+    kept = {k: v for k, v in arguments.items() if k in accepted and k not in excluded}
     return kept | overrides
 
 

@@ -1,6 +1,4 @@
-"""Models for others: a directory with weights, config and card, on disk or on the
-Hugging Face hub.
-"""
+"""Saving a model as a directory, which can be shared on the Hugging Face hub."""
 
 import json
 from collections.abc import Mapping
@@ -23,19 +21,19 @@ def save_pretrained(
     recipe: Mapping[str, Any] | None = None,
     results: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes a model for others: `WEIGHTS`, `CONFIG` and a model card.
+    """Write `WEIGHTS`, `CONFIG` and a model card to a directory.
 
     The weights have their official PyTorch names and layout, so that other programs can
-    read them; `load_pretrained` of the directory gives the model back bit for bit.
+    read them. `load_pretrained(directory)` returns a bit-identical model.
 
     Args:
-      recipe: the config it was trained with; mean, std and crop of its data replace
-        those of `model.info`.
-      results: its evaluation. Both go into the card.
+      recipe: the config of its training, for the card. When the directory is loaded,
+        mean, std and crop of the recipe's data replace those of `model.info`.
+      results: its evaluation results, for the card.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    about = {
+    metadata = {
         "arguments": arguments_of(model),
         "info": asdict(model.info),
         "recipe": dict(recipe or {}),
@@ -43,24 +41,24 @@ def save_pretrained(
         "hivit_jax": hivit_jax.__version__,
     }
     state = to_state_dict(split(model)[1], model)
-    files.write(directory / WEIGHTS, state, about)
-    (directory / CONFIG).write_text(json.dumps(about, indent=2) + "\n")
-    (directory / CARD).write_text(_card(model, about))
+    files.write(directory / WEIGHTS, state, metadata)
+    (directory / CONFIG).write_text(json.dumps(metadata, indent=2) + "\n")
+    (directory / CARD).write_text(_card(model, metadata))
 
 
-def _card(model: Model, about: dict[str, Any]) -> str:
-    """A model card, as the Hugging Face hub shows it."""
-    arguments, recipe, results = (about[k] for k in ("arguments", "recipe", "results"))
-    name, task = arguments["name"], recipe.get("task", "")
+def _card(model: Model, metadata: dict[str, Any]) -> str:
+    """Return a model card in the Hugging Face hub's format."""
+    arguments, recipe = metadata["arguments"], metadata["recipe"]
     size, shape = "x".join(map(str, model.config.image_size)), model.config.image_shape
     lines = [
         "---",
         "library_name: hivit_jax",
         "tags: [hivit, jax, image-feature-extraction]",
         "---",
-        f"# {name}",
+        f"# {model.name}",
         "",
-        f"HiViT (Zhang et al., ICLR 2023), {model.kind} for images of {size} pixels.",
+        f"HiViT (Zhang et al., ICLR 2023), {model.description} for images of {size} "
+        "pixels.",
         "",
         "| | |",
         "|---|---|",
@@ -82,10 +80,11 @@ def _card(model: Model, about: dict[str, Any]) -> str:
         "## Results",
         "",
     ]
-    lines += [f"- {key}: {value}" for key, value in results.items()] or ["None given."]
+    results = [f"- {key}: {value}" for key, value in metadata["results"].items()]
+    lines += results or ["Not available."]
     lines += ["", "## Training", ""]
-    if task:
+    if recipe.get("task"):
         lines += ["```json", json.dumps(recipe, indent=2), "```"]
     else:
-        lines.append("The recipe is not known.")
+        lines.append("The recipe is not available.")
     return "\n".join(lines) + "\n"

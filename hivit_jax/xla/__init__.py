@@ -1,1 +1,1 @@
-"""Compiling, and reading compiled programs."""
+"""Compile train steps and analyze compiled programs."""

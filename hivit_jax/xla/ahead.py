@@ -1,4 +1,4 @@
-"""What the compiler reports of a train step for chips that are not available."""
+"""Compile a train step for chips that are not available, and report its costs."""
 
 import math
 import re
@@ -21,38 +21,41 @@ from hivit_jax.xla.cost import (
 from hivit_jax.xla.roofline import roofline
 
 
-def compile_report(training: Training, name: str) -> dict[str, Any]:
-    """Compile a train step and return the compiler's report, as JSON values.
+def compile_report(training: Training, chip_name: str) -> dict[str, Any]:
+    """Compile a train step and return a report on its costs, as JSON values.
 
+    With several buckets the report is on the bucket with the most bytes, because it
+    determines whether training fits.
 
-    Operations and bytes accessed are the TPU compiler's counts. It counts the body of a
-    loop once; they are multiplied by what loops make of the matrix products. For GPUs,
-    where there are no such counts, operations are those of the matrix products and
-    bytes those of `bytes_by_region`.
-
-    ``regions`` has for each part of the step the bytes that `bytes_by_region` reads out
-    of the program, and the operations of its matrix products. Their sums,
-    ``hbm_bytes_per_image`` the one, are not the two totals: the TPU compiler counts
-    what stays in VMEM like what comes from HBM, and operations that are no matrix
-    products. The roofline takes the bytes of HBM.
-
-    ``hbm_bytes_per_device`` has but total and limit, and what follows is None, if the
-    compiler says that the program does not fit.
+    - ``hbm_bytes_per_device`` is the compiler's memory analysis. If the program does
+      not fit, it contains only ``total`` and ``limit``, and all costs are None.
+    - ``flops_per_image`` and ``bytes_accessed_per_image`` are the counts of the TPU
+      compiler, which counts the body of a loop once. Both are therefore multiplied by
+      the ratio of matrix product operations with and without repetition of loops. The
+      GPU compiler has no such counts. There the two are the operations of the matrix
+      products and the total of `bytes_by_region`.
+    - ``regions`` contains the bytes of `bytes_by_region` and the operations of matrix
+      products for each region of the step. ``hbm_bytes_per_image`` is the sum of their
+      bytes. The sums differ from the TPU compiler's counts, because the compiler also
+      counts bytes in VMEM and operations other than matrix products.
+    - ``roofline`` uses ``hbm_bytes_per_image``.
 
     Args:
-      name: of the chip, a key of `CHIPS`.
+      chip_name: a key of `CHIPS`.
     """
-    # Without this a cached program is read, which contains no text.
+    # Without this, JAX may read the program from the cache, which contains no text.
     jax.config.update("jax_enable_compilation_cache", False)
-    # Of several buckets the one with the most bytes decides what fits.
-    sizes = [sum(map(_bytes, batch.values())) for batch in training.batches]
+    sizes = [
+        sum(math.prod(x.shape) * x.dtype.itemsize for x in batch.values())
+        for batch in training.batches
+    ]
     bucket = sizes.index(max(sizes))
-    began, busy = time.perf_counter(), time.process_time()
-    compiled, hlo, memory = _compile(training, bucket, name)
+    start, cpu_start = time.perf_counter(), time.process_time()
+    compiled, text, memory = _compile(training, bucket, chip_name)
     report = {
-        "compile_seconds": round(time.perf_counter() - began, 1),
-        "compile_cpu_seconds": round(time.process_time() - busy, 1),
-        "fits": bool(hlo) and memory["total"] <= memory["limit"],
+        "compile_seconds": round(time.perf_counter() - start, 1),
+        "compile_cpu_seconds": round(time.process_time() - cpu_start, 1),
+        "fits": bool(text) and memory["total"] <= memory["limit"],
         "hbm_bytes_per_device": memory,
         "flops_per_image": None,
         "bytes_accessed_per_image": None,
@@ -61,19 +64,21 @@ def compile_report(training: Training, name: str) -> dict[str, Any]:
         "collectives": None,
         "roofline": None,
     }
-    return report | _costs(training, bucket, compiled, hlo, name) if hlo else report
+    if text:
+        report |= _costs(training, bucket, compiled, text, chip_name)
+    return report
 
 
 def _compile(
-    training: Training, bucket: int, name: str
+    training: Training, bucket: int, chip_name: str
 ) -> tuple[jax.stages.Compiled | None, str, dict[str, int | None]]:
-    """The program, its text and its memory; None and "" if it does not fit."""
-    chip = CHIPS[name]
+    """Return program, text and memory; (None, "", memory) if it does not fit."""
+    chip = CHIPS[chip_name]
     try:
         with tempfile.TemporaryDirectory() as dump:
-            # The compiler's own text, because JAX cannot read all of libtpu's.
+            # Read the compiler's own dump, because JAX cannot parse all HLO of libtpu.
             options = {"xla_dump_to": dump, "xla_dump_hlo_as_text": True}
-            options |= GPU_OPTIONS if PLUGINS[name] != "libtpu" else {}
+            options |= GPU_OPTIONS if PLUGINS[chip_name] != "libtpu" else {}
             compiled = compile_step(training, bucket, options)
             [text] = Path(dump).glob("*after_optimizations.txt")
             return compiled, text.read_text(), memory_of(compiled, chip)
@@ -88,52 +93,56 @@ def _compile(
 
 
 def _costs(
-    training: Training, bucket: int, compiled: jax.stages.Compiled, hlo: str, name: str
+    training: Training,
+    bucket: int,
+    compiled: jax.stages.Compiled,
+    text: str,
+    chip_name: str,
 ) -> dict[str, Any]:
-    """Operations, bytes, collectives and the roofline of a compiled step."""
-    batch = training.batches[bucket]["weight"]
-    mesh, batch_size = batch.sharding.mesh, len(batch)
+    """Return operations, bytes, collectives and the roofline of a compiled step."""
+    weights = training.batches[bucket]["weight"]
+    mesh, batch_size = weights.sharding.mesh, len(weights)
+    images = batch_size / mesh.size  # per device
     with jax.set_mesh(mesh):
         jaxpr = jax.make_jaxpr(training.step)(*training.arguments(bucket)).jaxpr
-    computed, read = matmul_flops_by_region(jaxpr, loops=True), bytes_by_region(hlo)
-    matmuls, once = computed.total(), matmul_flops(jaxpr, loops=False)
-    images = batch_size / mesh.size
+    region_flops = matmul_flops_by_region(jaxpr, loops=True)
+    region_bytes = bytes_by_region(text)
+    matmuls = region_flops.total()
+    flops = matmuls / batch_size
+    accessed = hbm_bytes = region_bytes.total() / images
     if cost := compiled.cost_analysis():
-        flops = cost["flops"] * matmuls / once / images
-        moved = cost["bytes accessed"] * matmuls / once / images
-    else:
-        flops = matmuls / batch_size
-        moved = read.total() / images
-    exchanged, hbm = collectives(hlo), read.total() / images
+        matmuls_once = matmul_flops(jaxpr, loops=False)
+        flops = cost["flops"] * matmuls / matmuls_once / images
+        accessed = cost["bytes accessed"] * matmuls / matmuls_once / images
+    communication = collectives(text)
     return {
         "flops_per_image": flops,
-        "bytes_accessed_per_image": moved,
-        "hbm_bytes_per_image": hbm,
+        "bytes_accessed_per_image": accessed,
+        "hbm_bytes_per_image": hbm_bytes,
         "regions": {
             region: {
-                "bytes_per_image": read[region] / images,
-                "flops_per_image": computed[region] / batch_size,
+                "bytes_per_image": region_bytes[region] / images,
+                "flops_per_image": region_flops[region] / batch_size,
             }
-            for region in sorted(read | computed)
+            for region in sorted(region_bytes | region_flops)
         },
-        "collectives": exchanged,
-        "roofline": roofline(CHIPS[name], images, flops, hbm, exchanged),
+        "collectives": communication,
+        "roofline": roofline(CHIPS[chip_name], images, flops, hbm_bytes, communication),
     }
 
 
-def _bytes(array: jax.ShapeDtypeStruct) -> int:
-    return math.prod(array.shape) * array.dtype.itemsize
-
-
 def memory_of(compiled: jax.stages.Compiled, chip: Chip) -> dict[str, int]:
-    """Bytes on each device; outputs that take the place of arguments are aliased."""
-    found = compiled.memory_analysis()
+    """Return the bytes on each device by kind, their total, and the chip's limit.
+
+    Aliased bytes are outputs in the memory of donated arguments; they count once.
+    """
+    analysis = compiled.memory_analysis()
     parts = {
-        "arguments": found.argument_size_in_bytes,
-        "outputs": found.output_size_in_bytes,
-        "temporaries": found.temp_size_in_bytes,
-        "program": found.generated_code_size_in_bytes,
-        "aliased": found.alias_size_in_bytes,
+        "arguments": analysis.argument_size_in_bytes,
+        "outputs": analysis.output_size_in_bytes,
+        "temporaries": analysis.temp_size_in_bytes,
+        "program": analysis.generated_code_size_in_bytes,
+        "aliased": analysis.alias_size_in_bytes,
     }
     total = sum(parts.values()) - 2 * parts["aliased"]
     return parts | {"total": total, "limit": chip.memory}

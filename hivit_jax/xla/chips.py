@@ -1,6 +1,4 @@
-"""What chips can do at most, as their makers publish it; devices of such chips that are
-not at hand, to compile for.
-"""
+"""Published peaks of chips, and devices to compile for without the hardware."""
 
 import importlib.util
 import os
@@ -15,13 +13,14 @@ from hivit_jax.errors import ConfigError
 
 
 class Chip(NamedTuple):
-    """What a chip has and can do at most.
+    """Memory and peak rates of a chip.
 
-    memory: bytes of HBM that a program may use.
-    flops: bfloat16 operations a second.
-    bandwidth: bytes a second between chip and HBM.
-    network: bytes a second that it sends to chips of its slice or node, on all links.
-    source: where the figures are published.
+    Attributes:
+      memory: bytes of HBM that a program may use.
+      flops: bfloat16 operations per second.
+      bandwidth: bytes per second between chip and HBM.
+      network: bytes per second sent to chips of the same slice or node, on all links.
+      source: publication of these numbers.
     """
 
     memory: int
@@ -34,7 +33,8 @@ class Chip(NamedTuple):
 GIB = 2**30
 TPU_DOCS = "cloud.google.com/tpu/docs/{}, half of the bidirectional interconnect"
 NVIDIA = "NVIDIA {} SXM data sheet, dense, half of the bidirectional NVLink"
-# Of a TPU's 32, 16, 95, 32 GiB what libtpu 0.0.52 leaves to programs.
+# The memory of a TPU is the part that libtpu 0.0.52 leaves to programs. The chips have
+# 32 (v4), 16 (v5e), 95 (v5p) and 32 GiB (v6e).
 CHIPS = {
     "v4": Chip(int(30.75 * GIB), 275e12, 1228e9, 300e9, TPU_DOCS.format("v4")),
     "v5e": Chip(int(15.75 * GIB), 197e12, 819e9, 200e9, TPU_DOCS.format("v5e")),
@@ -43,8 +43,8 @@ CHIPS = {
     "h100": Chip(80 * 10**9, 989e12, 3350e9, 450e9, NVIDIA.format("H100")),
     "h200": Chip(141 * 10**9, 989e12, 4800e9, 450e9, NVIDIA.format("H200")),
 }
-# What `jax.Device.device_kind` and PyTorch call them.
-KINDS = {
+# Patterns of the names in `jax.Device.device_kind` and in PyTorch.
+DEVICE_KINDS = {
     r"TPU v4": "v4",
     r"TPU v5( lite|e)": "v5e",
     r"TPU v5p?": "v5p",
@@ -52,21 +52,23 @@ KINDS = {
     r"NVIDIA H100 80GB HBM3": "h100",
     r"NVIDIA H200": "h200",
 }
-# The package with the compiler.
+# The package that contains the compiler for a chip.
 PLUGINS = {
     name: "jax-cuda13-plugin" if name.startswith("h") else "libtpu" for name in CHIPS
 }
 EXAMPLES = "v5e:16x16, v5p:4x4x4, v6e:16x16, v4:4x4x4, h100:8, h200:8"
-# What the TPU compiler would ask of the machine it is on, were that a TPU's.
+# Without these values the TPU compiler queries them from its machine, which need not be
+# a TPU host.
 TPU_ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-8",
     "TPU_WORKER_HOSTNAMES": "localhost",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # it compiles in any number of processes
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # so that several processes can compile at once
 }
-# Autotuning would need the GPU.
+# Autotuning and Triton matrix products are off, because autotuning needs a GPU.
 GPU_OPTIONS = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
-# XLA's description of a Hopper SXM; NVIDIA's Hopper tuning guide and device queries.
+# XLA's description of a Hopper SXM GPU. The numbers are from NVIDIA's Hopper tuning
+# guide and from device queries.
 HOPPER = """\
 gpu_device_info {{
   cuda_compute_capability {{ major: 9 }}
@@ -87,34 +89,40 @@ runtime_version {{ major: 13 }}
 
 
 def chip_of(device_kind: str) -> Chip | None:
-    """The chip of that name, such as "TPU v5 lite"; None where it is not known."""
-    names = [name for kind, name in KINDS.items() if re.fullmatch(kind, device_kind)]
-    return CHIPS[names[0]] if names else None
+    """Return the chip with a device name such as "TPU v5 lite", or None if unknown."""
+    for pattern, name in DEVICE_KINDS.items():
+        if re.fullmatch(pattern, device_kind):
+            return CHIPS[name]
+    return None
 
 
 def devices_of(topology: str) -> Sequence[jax.Device]:
-    """Devices to compile for, of a topology such as "v5e:16x16" or "h100:8".
+    """Return devices to compile for, of a topology such as "v5e:16x16" or "h100:8".
 
-    From here on the process computes on the CPU alone.
+    After this call the process computes on the CPU only.
 
     Raises:
-      ConfigError: an unknown chip or shape, or a compiler that is not installed.
+      ConfigError: the chip or shape is unknown, or the compiler is not installed.
     """
     name, _, shape = topology.partition(":")
     if name not in CHIPS:
         raise ConfigError(
-            f"unknown topology {topology!r}; expected CHIP:SHAPE, CHIP one of "
-            f"{', '.join(CHIPS)}, such as {EXAMPLES}"
+            f"unknown topology {topology!r}; expected CHIP:SHAPE with CHIP one of "
+            f"{', '.join(CHIPS)}; examples: {EXAMPLES}"
         )
     gpu = PLUGINS[name] != "libtpu"
     if gpu and not re.fullmatch("[1-8]", shape):
-        raise ConfigError(f"topology={topology!r}; expected {name}:1 to {name}:8")
+        raise ConfigError(
+            f"topology={topology!r} is not one node of GPUs; expected {name}:1 to "
+            f"{name}:8"
+        )
     if importlib.util.find_spec(PLUGINS[name].replace("-", "_")) is None:
         raise ConfigError(
             f"topology={topology!r} needs the compiler in {PLUGINS[name]}, which is "
-            f"not installed; pip install 'hivit-jax[{'cuda' if gpu else 'tpu'}]'"
+            f"not installed; run pip install 'hivit-jax[{'cuda' if gpu else 'tpu'}]'"
         )
-    jax.config.update("jax_platforms", "cpu")  # whatever else is here is left alone
+    # This keeps JAX from initializing accelerators of this machine.
+    jax.config.update("jax_platforms", "cpu")
     options: dict[str, Any] = {"platform": "cuda" if gpu else "tpu"}
     if gpu:
         target = HOPPER.format(name=name.upper(), **CHIPS[name]._asdict())
@@ -124,12 +132,12 @@ def devices_of(topology: str) -> Sequence[jax.Device]:
         for variable, value in TPU_ENVIRONMENT.items():
             os.environ.setdefault(variable, value)
     if name == "v4":
-        options["chip_config_name"] = "megacore"  # a chip's two cores are one device
+        options["chip_config_name"] = "megacore"  # one device for both cores of a chip
     try:
         return topologies.get_topology_desc(**options).devices
     except (jax.errors.JaxRuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(
-            f"topology={topology!r}: {reason}\nexpected a shape that {name} comes in; "
-            f"known: {EXAMPLES} and the like"
+            f"topology={topology!r} is not valid: {reason}\n"
+            f"expected a shape that exists for {name}; examples: {EXAMPLES}"
         ) from error

@@ -1,4 +1,4 @@
-"""Compiling, and keeping what was compiled; keeping memory."""
+"""Compile train steps; compilation cache; memory allocation on CPUs."""
 
 import ctypes
 import time
@@ -16,9 +16,11 @@ CACHE_HIT = "/jax/compilation_cache/cache_hits"
 _hits: list[str] = []
 
 
-def keep_compiled(directory: str) -> None:
-    """From here on programs that took a second to compile are kept for the next start;
-    where JAX's own settings name no other place, and not at all in "".
+def enable_compilation_cache(directory: str) -> None:
+    """Cache compiled programs in a directory, so that later starts read them.
+
+    Only programs that take at least a second to compile are cached. A cache directory
+    in JAX's own settings takes precedence. An empty `directory` enables no cache.
     """
     if directory and not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", directory)
@@ -27,11 +29,12 @@ def keep_compiled(directory: str) -> None:
     )
 
 
-def keep_memory() -> None:
-    """From here on this process keeps the memory that it frees, if it has glibc.
+def keep_freed_memory() -> None:
+    """Make malloc keep the memory that this process frees.
 
-    For CPUs: there a train step takes its temporaries from the system and gives them
-    back at its end, and the system clears every page of them again for the next.
+    Without this, XLA:CPU allocates the temporaries of each train step from the
+    operating system and returns them at its end. The system then clears every page
+    again for the next step. Does nothing where glibc is not available.
     """
     max_mapped, trim_threshold, max_arenas = -4, -1, -8  # malloc.h
     with suppress(AttributeError):
@@ -41,7 +44,12 @@ def keep_memory() -> None:
 
 
 def compile_steps(training: Training) -> Callable:
-    """Compile a train step for every bucket ahead of its first call."""
+    """Compile the train step for every bucket before its first call.
+
+    Returns:
+      (state, frozen, batch, number of steps done) -> (state, metrics), which selects
+      the program by the shapes of the batch.
+    """
 
     def signature(batch):
         return tuple((name, *batch[name].shape) for name in sorted(batch))
@@ -58,20 +66,21 @@ def compile_steps(training: Training) -> Callable:
 def compile_step(
     training: Training, bucket: int = 0, options: dict[str, Any] | None = None
 ) -> jax.stages.Compiled:
-    """Compile the train step for one bucket, and log how long that took.
+    """Compile the train step for one bucket, and log the time.
 
     Args:
-      options: of the compiler.
+      options: compiler options.
     """
     count = len(training.batches)
-    which = f" for bucket {bucket + 1} of {count}" if count > 1 else ""
-    log(f"compiling the train step{which} ...")
-    began, hits = time.perf_counter(), len(_hits)
+    suffix = f" for bucket {bucket + 1} of {count}" if count > 1 else ""
+    log(f"compiling the train step{suffix} ...")
+    start, hits = time.perf_counter(), len(_hits)
     shardings = shardings_of(training.state)
     jitted = jax.jit(training.step, donate_argnums=0, out_shardings=(shardings, None))
-    with jax.set_mesh(jax.tree.leaves(shardings)[0].mesh):  # kernels look at it
+    # Kernels and sharding constraints read the mesh while the step is traced.
+    with jax.set_mesh(jax.tree.leaves(shardings)[0].mesh):
         lowered = jitted.lower(*training.arguments(bucket))
     compiled = lowered.compile(options)
-    how = "read from the cache" if len(_hits) > hits else "compiled"
-    log(f"{how} in {time.perf_counter() - began:.1f} s")
+    action = "read from the cache" if len(_hits) > hits else "compiled"
+    log(f"{action} in {time.perf_counter() - start:.1f} s")
     return compiled

@@ -1,5 +1,6 @@
-"""What traced and compiled programs say of themselves: operations, bytes of HBM, what
-devices exchange; by part of the train step.
+"""Operations, bytes of HBM and collectives of programs, by region of the train step.
+
+They are counted in traced programs (jaxprs) and in the text of compiled programs (HLO).
 """
 
 import math
@@ -19,17 +20,32 @@ COLLECTIVES = (
     "collective-permute",
     "all-to-all",
 )
+# Named scopes of the train step.
+SCOPES = re.compile(r"input|embedding|stem\d+|merge|main|latent|decoder|loss|optimizer")
+OTHER = "other"
+# Instructions that move no bytes.
+FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast"}
+FREE |= {"partition-id", "after-all"}
+# Instructions that call computations with kernels of their own.
+CALLS = {"call", "while", "conditional", "async-start"}
+# Parts of asynchronous instructions whose bytes are counted at another part.
+NO_KERNEL = ("-start", "-update", "async-done")
+SLICES = {"slice", "dynamic-slice", "gather"}
+VMEM = "S(1)"
+OP_NAME = re.compile(r'op_name="([^"]*)"')
 
 
 def region_of(name: str) -> str:
-    """The part of the train step that an operation belongs to: the innermost of
-    `SCOPES` in its name, in main stage and decoder with the branch of the block.
+    """Return the region of the train step that an operation belongs to.
+
+    The region is the innermost of `SCOPES` in the name. In the main stage and the
+    decoder the branch of the block (attention or mlp) follows.
 
     Args:
       name: such as "jit(train_step)/transpose(jvp(main))/mlp/dot_general".
 
     Returns:
-      Such as "main mlp"; "" for an operation of none of them.
+      The region, such as "main mlp"; "" for an operation outside of all regions.
     """
     region = ""
     for scope in re.split(r"[/();]+", name):
@@ -41,17 +57,19 @@ def region_of(name: str) -> str:
 
 
 def matmul_flops(jaxpr: Any, loops: bool) -> int:
-    """The sum of `matmul_flops_by_region`."""
+    """Return the sum of `matmul_flops_by_region`."""
     return matmul_flops_by_region(jaxpr, loops).total()
 
 
 def matmul_flops_by_region(jaxpr: Any, loops: bool, outer: str = "") -> Counter:
-    """Operations of all matrix products in a traced program, on all devices together.
+    """Count the operations of all matrix products of a traced program.
+
+    The counts are totals over all devices.
 
     Args:
-      loops: count the body of a loop as often as it runs, not once. (A Pallas kernel
-        counts whole either way.)
-      outer: name of what calls the program.
+      loops: True: count the body of a loop once per iteration; False: count it once.
+        Loops inside Pallas kernels always count once per iteration.
+      outer: name stack of the equation that calls the program.
     """
     total = Counter()
     for eqn in jaxpr.eqns:
@@ -62,24 +80,25 @@ def matmul_flops_by_region(jaxpr: Any, loops: bool, outer: str = "") -> Counter:
             depth = math.prod(shape[dim] for dim in contracted)
             flops = 2 * depth * math.prod(eqn.outvars[0].aval.shape)
             total[region_of(name) or OTHER] += flops
-        whole = loops or eqn.primitive.name == "pallas_call"
-        times = _times(eqn, whole)
+        inner_loops = loops or eqn.primitive.name == "pallas_call"
+        times = _run_count(eqn, inner_loops)
         for inner in jax.tree.leaves(
             list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "jaxpr")
         ):
             inner = getattr(inner, "jaxpr", inner)
             if hasattr(inner, "eqns"):
-                for region, flops in matmul_flops_by_region(inner, whole, name).items():
+                counts = matmul_flops_by_region(inner, inner_loops, name)
+                for region, flops in counts.items():
                     total[region] += times * flops
     return total
 
 
-def _times(eqn: Any, loops: bool) -> int:
-    """How often the program in an equation runs, on all devices together."""
+def _run_count(eqn: Any, loops: bool) -> int:
+    """Return how often the program in an equation runs, on all devices together."""
     match eqn.primitive.name:
         case "scan":
             return eqn.params["length"] if loops else 1
-        case "shard_map":  # shapes in it are those of one device
+        case "shard_map":  # its shapes are those on one device
             mesh = eqn.params["mesh"]
             return math.prod(
                 mesh.shape[axis] for axis in eqn.params["newly_manual_axes"]
@@ -90,27 +109,33 @@ def _times(eqn: Any, loops: bool) -> int:
 
 
 def collectives(text: str) -> list[dict[str, Any]]:
-    """What the devices exchange in a compiled program, by kind.
+    """Return count and bytes of each kind of collective in a compiled program.
+
+    A collective in a loop counts once per iteration, if the text contains the trip
+    count.
 
     Args:
-      text: of the program, as ``Compiled.as_text`` gives it.
+      text: the program, as returned by ``Compiled.as_text``.
 
     Returns:
-      ``{"kind", "count", "bytes_per_step"}``, each kind once: how often it runs, and
-      the bytes that it takes in or gives out on one device, whichever is more. What is
-      in a loop counts as often as that runs, if the text tells.
+      One ``{"kind", "count", "bytes_per_step"}`` per kind: how often it runs, and the
+      larger of its input and output bytes on one device.
     """
     runs, sizes = defaultdict(Counter), {}
-    for instruction, here, times in hlo.executed(*hlo.computations_of(text)):
+    for instruction, computation, times in hlo.executed(*hlo.parse(text)):
         kind = instruction.opcode.removesuffix("-done")
         if kind in COLLECTIVES:
-            # The TPU compiler spreads one over kernels, each with its channel.
+            # The TPU compiler may split a collective over several kernels. The parts
+            # have the same channel and count once.
             channel = re.search(r"channel_id=\d+", instruction.attributes)
-            alike = channel[0] + instruction.shapes if channel else id(instruction)
-            key = kind, alike
+            same = channel[0] + instruction.shapes if channel else id(instruction)
+            key = kind, same
             runs[key][id(instruction)] += times
-            taken = hlo.bytes_taken(instruction, here)
-            sizes[key] = max(taken, hlo.bytes_of(instruction.shapes))
+            operands = hlo.read_operands(instruction, computation)
+            sizes[key] = max(
+                sum(hlo.array_bytes(computation[name].shapes) for name in operands),
+                hlo.array_bytes(instruction.shapes),
+            )
     counts, total = Counter(), Counter()
     for key, size in sizes.items():
         times = max(runs[key].values())
@@ -124,124 +149,136 @@ def collectives(text: str) -> list[dict[str, Any]]:
 
 
 def bytes_by_region(text: str) -> Counter:
-    """Bytes of HBM that each part of the step reads and writes on one device.
+    """Count the bytes of HBM that each region reads and writes on one device.
 
-    Every kernel reads its operands once and writes its results once, those with the
-    padding of their tiles: fusions, matrix products, and custom calls (Pallas, cuDNN)
-    alike. Of an operand that it only slices it reads the slices; of one that it updates
-    in place it writes the update. Kernels of a loop count as often as it runs, if the
-    text tells. What lives in another memory (TPU: VMEM) is free, but not the copies
-    that bring it there and back; these belong to the region that uses what they bring,
-    or made what they take away. On GPUs, nothing is taken to stay in a cache.
+    - Every kernel reads its operands once and writes its results once, including the
+      padding of their tiles. Kernels are fusions, matrix products, and custom calls
+      (Pallas, cuDNN).
+    - If a kernel only slices an operand, it reads only the slices. If it updates an
+      operand in place, it writes only the update.
+    - Kernels in a loop count once per iteration, if the text contains the trip count.
+    - Arrays in another memory (VMEM of TPUs) are free, but copies from and to HBM
+      count. A copy belongs to the region that uses or made the array.
+    - On GPUs no array is assumed to stay in a cache.
 
     Args:
-      text: of the program after all optimisations.
+      text: the program after all optimizations.
 
     Returns:
-      By `region_of`; collectives are "exchange", what is left is "other".
+      Bytes by `region_of`. Collectives are "exchange", the remaining kernels "other".
     """
-    text = re.sub(r"s8\[\d+\]", "s8[0]", text)  # room that cuBLAS asks for
-    computations, entry = hlo.computations_of(text)
+    # Without this, the workspaces of cuBLAS would count as outputs.
+    text = re.sub(r"s8\[\d+\]", "s8[0]", text)
+    computations, entry = hlo.parse(text)
     total = Counter()
 
     def add(name, times, outer):
-        here = computations[name]
-        regions = _regions(here, computations, outer)
-        for key, each in here.items():
+        computation = computations[name]
+        regions = _regions(computation, computations, outer)
+        for key, instruction in computation.items():
+            opcode = instruction.opcode
             region = regions[key] or outer
-            if each.opcode in CALLS:
-                for called in each.called:
-                    add(called, times * hlo.trips(each, computations), region)
-            elif each.opcode not in FREE and not each.opcode.endswith(NO_KERNEL):
-                if each.opcode.removesuffix("-done") in COLLECTIVES:
+            if opcode in CALLS:
+                for called in instruction.called:
+                    runs = times * hlo.trip_count(instruction, computations)
+                    add(called, runs, region)
+            elif opcode not in FREE and not opcode.endswith(NO_KERNEL):
+                if opcode.removesuffix("-done") in COLLECTIVES:
                     region = "exchange"
-                total[region] += times * _hbm_bytes(each, here, computations)
+                total[region] += times * _hbm_bytes(
+                    instruction, computation, computations
+                )
 
     add(entry, 1, OTHER)
     return total
 
 
-SCOPES = re.compile(r"input|embedding|stem\d+|merge|main|latent|decoder|loss|optimizer")
-OTHER = "other"
-# What is no kernel; what has kernels inside, the ends of asynchronous ones.
-FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast"}
-FREE |= {"partition-id", "after-all"}
-CALLS = {"call", "while", "conditional", "async-start"}
-SLICES = {"slice", "dynamic-slice", "gather"}
-VMEM = "S(1)"
-NAMED = re.compile(r'op_name="([^"]*)"')
-NO_KERNEL = ("-start", "-update", "async-done")
-
-
 def _regions(
-    here: Computation, computations: dict[str, Computation], outer: str
+    computation: Computation, computations: dict[str, Computation], outer: str
 ) -> dict[str, str]:
-    """`region_of` every instruction by its name, "" where nothing tells.
+    """Return the region of every instruction by name; "" where it is unknown.
 
-    Names in a program that is called from `outer` go on from there. A fusion that names
-    none has that of most of what is fused. Of what is left, copies out of VMEM belong
-    to what made the array, everything else to what uses it.
+    The region comes from the first rule that yields one:
+
+    1. the ``op_name`` of the instruction, as a continuation of `outer`;
+    2. for a fusion, the most frequent region of its fused instructions;
+    3. for an instruction of `FREE`, the region of its operands;
+    4. except for copies out of VMEM, the region of its users;
+    5. the region of its operands.
+
+    Args:
+      outer: region of the instruction that calls this computation.
     """
-    found, users = {}, {key: [] for key in here}
-    for key, each in here.items():
-        fused = computations[each.called[0]] if each.opcode == "fusion" else {}
-        votes = Counter(_named(inner, outer) for inner in fused.values())
+    regions, users = {}, {key: [] for key in computation}
+    for key, instruction in computation.items():
+        fused = {}
+        if instruction.opcode == "fusion":
+            fused = computations[instruction.called[0]]
+        votes = Counter(_named_region(inner, outer) for inner in fused.values())
         del votes[""]
-        found[key] = _named(each, outer) or max(votes, key=votes.get, default="")
-        for name in each.names:
+        regions[key] = _named_region(instruction, outer) or max(
+            votes, key=votes.get, default=""
+        )
+        for name in instruction.operand_names:
             users[name].append(key)
 
-    def spread(keys, neighbours, concerns):
+    def spread(keys, neighbors, applies):
         for key in keys:
-            if not found[key] and concerns(here[key]):
-                regions = (found[name] for name in neighbours(key))
-                found[key] = next(filter(None, regions), "")
+            if not regions[key] and applies(computation[key]):
+                candidates = (regions[name] for name in neighbors(key))
+                regions[key] = next(filter(None, candidates), "")
 
-    def made_by(key):
-        return here[key].names
+    def operands(key):
+        return computation[key].operand_names
 
-    def leaves(each):
-        if each.opcode == "copy-done":
-            each = here[each.names[0]]
-        return each.opcode == "copy-start" and VMEM in here[each.names[0]].shapes
+    def leaves_vmem(instruction):
+        if instruction.opcode == "copy-done":
+            instruction = computation[instruction.operand_names[0]]
+        return (
+            instruction.opcode == "copy-start"
+            and VMEM in computation[instruction.operand_names[0]].shapes
+        )
 
-    spread(here, made_by, lambda each: each.opcode in FREE)
-    spread(reversed(here), users.get, lambda each: not leaves(each))
-    spread(here, made_by, lambda each: True)
-    return found
+    spread(computation, operands, lambda instruction: instruction.opcode in FREE)
+    spread(reversed(computation), users.get, lambda x: not leaves_vmem(x))
+    spread(computation, operands, lambda instruction: True)
+    return regions
 
 
-def _named(instruction: Instruction, outer: str) -> str:
-    """The region that an instruction's own name tells, or ""."""
-    found = NAMED.search(instruction.attributes)
-    return region_of(f"{outer.replace(' ', '/')}/{found[1]}") if found else ""
+def _named_region(instruction: Instruction, outer: str) -> str:
+    """Return the region in an instruction's ``op_name``, or ""."""
+    name = OP_NAME.search(instruction.attributes)
+    return region_of(f"{outer.replace(' ', '/')}/{name[1]}") if name else ""
 
 
 def _hbm_bytes(
-    instruction: Instruction, here: Computation, computations: dict[str, Computation]
+    instruction: Instruction,
+    computation: Computation,
+    computations: dict[str, Computation],
 ) -> int:
-    """Bytes of HBM that a kernel reads and writes."""
-    names = instruction.names
-    if instruction.opcode.endswith("-done"):
-        names = here[names[0]].names
-    inner = {"": instruction}  # the kernel's computation, and its names of the operands
-    inside = dict(enumerate(names))
+    """Return the bytes of HBM that a kernel reads and writes."""
+    operands = hlo.read_operands(instruction, computation)
+    # Instructions inside the kernel, and the kernel's names of its operands.
+    inner, inner_names = {"": instruction}, dict(enumerate(operands))
     if instruction.opcode == "fusion":
         inner = computations[instruction.called[0]]
-        inside = {
-            int(each.operands.rstrip(")")): key
-            for key, each in inner.items()
-            if each.opcode == "parameter"
+        inner_names = {
+            int(parameter.operands.rstrip(")")): key
+            for key, parameter in inner.items()
+            if parameter.opcode == "parameter"
         }
     total = hlo.tiled_bytes(instruction.shapes)
-    for number, name in enumerate(names):
-        size = hlo.tiled_bytes(here[name].shapes)
-        users = [x for x in inner.values() if inside[number] in x.names]
+    for index, name in enumerate(operands):
+        size = hlo.tiled_bytes(computation[name].shapes)
+        users = [x for x in inner.values() if inner_names[index] in x.operand_names]
         if size and users and all(x.opcode in SLICES for x in users):
-            size = min(size, sum(hlo.tiled_bytes(x.shapes, "") for x in users))
+            slices = sum(hlo.tiled_bytes(x.shapes, excluded="") for x in users)
+            size = min(size, slices)
         elif size and [x.opcode for x in users] == ["dynamic-update-slice"]:
-            whole, part, *_ = users[0].names
-            if whole == inside[number]:  # in place: the result is not written whole
-                size = hlo.tiled_bytes((inner | here)[part].shapes, "") - size
+            target, update, *_ = users[0].operand_names
+            if target == inner_names[index]:
+                # The result is updated in place. Its whole size is in the total.
+                update = (inner | computation)[update]
+                size = hlo.tiled_bytes(update.shapes, excluded="") - size
         total += size
     return total

@@ -1,6 +1,4 @@
-"""The text of a compiled program (HLO) as instructions: what runs, how often, and the
-bytes of arrays.
-"""
+"""Parser of compiled programs (HLO text): instructions, run counts, bytes of arrays."""
 
 import math
 import re
@@ -18,26 +16,28 @@ class Instruction(NamedTuple):
     attributes: str
 
     @property
-    def names(self) -> list[str]:
+    def operand_names(self) -> list[str]:
         """Names of the operands."""
         return NAMES.findall(self.operands)
 
     @property
     def called(self) -> list[str]:
-        """Names of the computations that it runs."""
-        found = CALLED.findall(self.attributes)
-        return [name for names in found for name in NAMES.findall(names)]
+        """Names of the computations that this instruction calls."""
+        return NAMES.findall(" ".join(CALLED.findall(self.attributes)))
 
 
 Computation = dict[str, Instruction]  # by name
 LINE = re.compile(r"\s+(?:ROOT )?%([\w.-]+) = (.*?) ([a-z][\w-]*)\((.*)")
 CALLED = re.compile(r"(?:calls|body|to_apply|computations?)=(\{[^}]*\}|%[\w.-]+)")
 NAMES = re.compile(r"%([\w.#-]+)")
-ELEMENT = re.compile(r"%(([\w.-]+)#(\d+))")  # such as %name#2
+ELEMENT = re.compile(r"%(([\w.-]+)#(\d+))")  # an element of a tuple, such as %name#2
+# Type, bits, dimensions, minor-to-major order and tiles, such as
+# bf16[64,128]{1,0:T(8,128)(2,1)}. The layout in braces is optional.
+ARRAY = re.compile(r"([a-z]+)(\d*)\w*\[([\d,]*)\](?:\{([\d,]*):?([^}]*)\})?")
 
 
-def computations_of(text: str) -> tuple[dict[str, Computation], str]:
-    """Computations by name, and the name of the one that is run."""
+def parse(text: str) -> tuple[dict[str, Computation], str]:
+    """Return the computations of a program by name, and the name of its entry."""
     computations: dict[str, Computation] = {}
     entry = name = ""
     for line in text.splitlines():
@@ -48,110 +48,120 @@ def computations_of(text: str) -> tuple[dict[str, Computation], str]:
         elif match := LINE.match(line):
             key, shapes, opcode, rest = match.groups()
             operands, _, attributes = rest.partition("), ")
-            here = computations[name]
+            computation = computations[name]
             for element, whole, index in ELEMENT.findall(operands):
-                here[element] = _element(here[whole].shapes, whole, int(index))
-            here[key] = Instruction(shapes, opcode, operands, attributes)
+                computation[element] = _tuple_element(
+                    computation[whole].shapes, whole, int(index)
+                )
+            computation[key] = Instruction(shapes, opcode, operands, attributes)
     return computations, entry
 
 
-def _element(shapes: str, name: str, index: int) -> Instruction:
-    """The instruction that takes one array out of a tuple; since JAX 0.12 programs do
-    not always write it out.
+def _tuple_element(shapes: str, name: str, index: int) -> Instruction:
+    """Return the get-tuple-element instruction of a tuple element.
+
+    Programs since JAX 0.12 may omit this instruction and write ``%name#index``.
     """
-    taken = f"index={index}"
-    return Instruction(_parts(shapes)[index], "get-tuple-element", f"%{name}", taken)
+    return Instruction(
+        _split_tuple(shapes)[index], "get-tuple-element", f"%{name}", f"index={index}"
+    )
 
 
 @cache
-def _parts(shapes: str) -> list[str]:
-    """The shapes in a tuple, such as ``(f32[8]{0}, (s32[], pred[]))``."""
+def _split_tuple(shapes: str) -> list[str]:
+    """Split a tuple such as ``(f32[8]{0}, (s32[], pred[]))`` into its elements."""
     depth, parts = 0, [""]
-    for each in shapes[1:-1]:
-        depth += (each in "([{") - (each in ")]}")
-        if each == "," and not depth:
+    for character in shapes[1:-1]:
+        depth += (character in "([{") - (character in ")]}")
+        if character == "," and not depth:
             parts.append("")
         else:
-            parts[-1] += each
+            parts[-1] += character
     return parts
 
 
 def executed(
     computations: dict[str, Computation], name: str, times: int = 1
 ) -> Iterator[tuple[Instruction, Computation, int]]:
-    """Every instruction that runs, fused ones too, its computation, and how often it
-    runs.
+    """Yield every instruction that runs, its computation, and its number of runs.
+
+    Includes the instructions inside fusions.
 
     Args:
-      name: of the computation that is run, `times` times.
+      name: name of the computation that runs.
+      times: number of runs of that computation.
     """
     for instruction in computations[name].values():
         yield instruction, computations[name], times
         if instruction.opcode.endswith(("-done", "-update")):
             continue
-        for each in instruction.called:
-            again = times * trips(instruction, computations)
-            yield from executed(computations, each, again)
+        for called in instruction.called:
+            count = times * trip_count(instruction, computations)
+            yield from executed(computations, called, count)
 
 
-def trips(instruction: Instruction, computations: dict[str, Computation]) -> int:
-    """How often an instruction runs what it calls: once, or if it is a loop as often as
-    it says, or the number that its condition holds.
+def trip_count(instruction: Instruction, computations: dict[str, Computation]) -> int:
+    """Return how often an instruction runs the computations that it calls.
+
+    For a loop this is its known trip count, or else the largest integer constant of its
+    condition. Otherwise it is 1.
     """
     attributes = instruction.attributes
     if instruction.opcode != "while":
         return 1
-    if found := re.search(r"known_trip_count\D*(\d+)", attributes):
-        return int(found[1])
+    if known := re.search(r"known_trip_count\D*(\d+)", attributes):
+        return int(known[1])
     condition = re.search(r"condition=%([\w.-]+)", attributes)[1]
-    numbers = [
+    constants = [
         re.match(r"\d+", each.operands)
         for each in computations[condition].values()
         if each.opcode == "constant"
     ]
-    return max((int(number[0]) for number in numbers if number), default=1)
+    return max((int(constant[0]) for constant in constants if constant), default=1)
 
 
-def bytes_taken(instruction: Instruction, here: Computation) -> int:
-    """Bytes of the operands; of a -done those of its -start."""
-    names = instruction.names
+def read_operands(instruction: Instruction, computation: Computation) -> list[str]:
+    """Return the names of the arrays that an instruction reads.
+
+    An asynchronous ``-done`` reads the operands of its ``-start``.
+    """
     if instruction.opcode.endswith("-done"):
-        names = here[names[0]].names
-    return sum(bytes_of(here[name].shapes) for name in names)
+        instruction = computation[instruction.operand_names[0]]
+    return instruction.operand_names
 
 
-def bytes_of(shapes: str) -> int:
-    """Bytes of arrays such as ``(f32[8,128]{1,0}, pred[])``."""
-    total = 0
-    for kind, bits, sides in re.findall(r"([a-z]+)(\d*)\w*\[([\d,]*)\]", shapes):
-        bits = int(bits) if bits else 8 * (kind == "pred")
-        total += bits * math.prod(map(int, filter(None, sides.split(",")))) // 8
-    return total
+def array_bytes(shapes: str) -> int:
+    """Return the bytes of arrays such as ``(f32[8,128]{1,0}, pred[])``, unpadded."""
+    return sum(bits * math.prod(dims) // 8 for bits, dims, _, _ in _arrays(shapes))
 
 
-ARRAY = re.compile(r"([a-z]+)(\d*)\w*\[([\d,]*)\](?:\{([\d,]*):?([^}]*)\})?")
+def tiled_bytes(shapes: str, excluded: str = "S(") -> int:
+    """Return the bytes of arrays including the padding of their tiles.
 
-
-def tiled_bytes(shapes: str, free: str = "S(") -> int:
-    """As `bytes_of`, with what tiles pad, without arrays in another memory than HBM.
-
-    A layout such as ``{1,0:T(8,128)(2,1)S(1)}`` lists the sides from the minor one on;
-    the first tile, its minor side last, pads them; ``S`` is the memory.
+    By default only arrays in HBM count. A layout such as
+    ``{1,0:T(8,128)(2,1)S(1)}`` lists the dimensions from minor to major. Its first
+    tile, written from major to minor, pads the minor dimensions. ``S`` is the memory
+    if it is not HBM.
 
     Args:
-      free: what the layout of an array that does not count has; "": all count.
+      excluded: arrays whose layout contains this text do not count; "": all count.
     """
     total = 0
-    for kind, bits, sides, order, tiles in ARRAY.findall(shapes):
-        if free and free in tiles:
+    for bits, dims, order, tiles in _arrays(shapes):
+        if excluded and excluded in tiles:
             continue
-        bits = int(bits) if bits else 8 * (kind == "pred")
-        sides = list(map(int, filter(None, sides.split(","))))
-        minor = [sides[int(side)] for side in order.split(",") if side] or sides
+        minor = [dims[int(dim)] for dim in order.split(",") if dim] or dims
         if tile := re.match(r"T\(([\d,]+)\)", tiles):
             tile = list(map(int, reversed(tile[1].split(","))))
             minor += [1] * (len(tile) - len(minor))
-            for place, unit in enumerate(tile):
-                minor[place] = -(-minor[place] // unit) * unit
+            for dim, size in enumerate(tile):
+                minor[dim] = -(-minor[dim] // size) * size
         total += bits * math.prod(minor) // 8
     return total
+
+
+def _arrays(shapes: str) -> Iterator[tuple[int, list[int], str, str]]:
+    """Yield bits per element, dimensions, order and tiles of each array."""
+    for dtype, bits, dims, order, tiles in ARRAY.findall(shapes):
+        bits = int(bits) if bits else 8 * (dtype == "pred")
+        yield bits, [int(dim) for dim in dims.split(",") if dim], order, tiles

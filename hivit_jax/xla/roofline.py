@@ -1,4 +1,4 @@
-"""Bound on the speed of a program by the peaks of a chip."""
+"""Upper bound on the throughput of a program from the peaks of a chip."""
 
 from typing import Any
 
@@ -9,26 +9,28 @@ def roofline(
     chip: Chip,
     images: float,
     flops: float,
-    moved: float,
-    exchanged: list[dict[str, Any]],
+    hbm_bytes: float,
+    collectives: list[dict[str, Any]],
 ) -> dict[str, Any]:
-    """The most images a second that a chip's peaks allow: an upper bound.
+    """Return an upper bound on images per second, as JSON values.
 
-    Everything overlaps, and what is slowest counts. An all-reduce sends its bytes
-    twice: scattered and gathered.
+    The bound assumes that arithmetic, memory traffic and communication overlap
+    completely, so that the slowest of them determines the time of a step. An
+    all-reduce sends its bytes twice: in a reduce-scatter and in an all-gather.
 
     Args:
-      images: of a step on a chip.
-      flops, moved: operations and bytes of HBM an image.
-      exchanged: as `collectives` tells.
+      images: images per step and chip.
+      flops: operations per image.
+      hbm_bytes: bytes of HBM traffic per image.
+      collectives: as returned by `cost.collectives`.
     """
     sent = sum(
-        each["bytes_per_step"] * (2 if each["kind"] == "all-reduce" else 1)
-        for each in exchanged
+        entry["bytes_per_step"] * (2 if entry["kind"] == "all-reduce" else 1)
+        for entry in collectives
     )
     seconds = {
         "arithmetic": flops * images / chip.flops,
-        "memory": moved * images / chip.bandwidth,
+        "memory": hbm_bytes * images / chip.bandwidth,
         "network": sent / chip.network,
     }
     bound = max(seconds, key=seconds.get)

@@ -1,1 +1,1 @@
-"""Datasets: how many examples, their classes, and encoded examples by index."""
+"""Dataset sources: number of examples, class names, and encoded examples by index."""

@@ -1,24 +1,23 @@
-"""Interface of a source, and facts about a dataset."""
+"""Interface of a dataset source, and facts about a dataset."""
 
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-# Or another dataset of TFDS, or ``module:Class``: a `Source` of a user's own, which is
-# called with "train" or "test" and `data.dir`.
-NAMES = ("digits", "folder", "imagenet2012", "synthetic")
+# `data.name` may also be another TFDS dataset or ``module:Class``, a user's `Source`
+# that is called with "train" or "test" and `data.dir`.
+KNOWN_DATASETS = ("digits", "folder", "imagenet2012", "synthetic")
 
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """What a task needs to know of a dataset.
+    """Facts about a dataset that a task depends on.
 
     Attributes:
-      counts: examples of each split that is used, "train" or "test".
-      classes: name of every class, in the order of the labels.
-      encoded: whether examples are read and decoded; made-up ones have the shapes of
-        the transform.
+      counts: number of examples by split, "train" or "test".
+      classes: class names in the order of the labels.
+      encoded: True if examples are read and decoded, False if batches are synthetic.
     """
 
     counts: Mapping[str, int]
@@ -26,15 +25,15 @@ class DatasetInfo:
     encoded: bool = True
 
 
-# For where the dataset is not available.
+# Used for ImageNet when the dataset is not available.
 IMAGENET = DatasetInfo({"train": 1_281_167, "test": 50_000})
 
 
 class Source:
-    """One split of a dataset. Its methods may run in many threads.
+    """One split of a dataset. Several threads call its methods at once.
 
     Attributes:
-      classes: name of every class, in the order of the labels.
+      classes: class names in the order of the labels.
       encoded: see `DatasetInfo`.
     """
 
@@ -42,35 +41,36 @@ class Source:
     encoded: bool = True
 
     def __len__(self) -> int:
-        """Number of examples n."""
+        """Return the number of examples."""
         raise NotImplementedError
 
     def sample(self, index: int) -> dict[str, Any]:
-        """Encoded parts of an example by name, such as "image" bytes and "label" int.
+        """Return the encoded parts of an example, such as "image" bytes, "label" int.
 
         Raises:
-          Exception: of any kind, if it cannot be read.
+          Exception: an error of any type if the example cannot be read.
         """
         raise NotImplementedError
 
     def ask(self, index: int) -> None:
-        """Start reading an example that `sample` will soon be called for."""
+        """Start to read an example for a later call of `sample`. Optional."""
 
     def size(self, index: int) -> tuple[int, int]:
-        """(height, width) of the image, from the header of its file; cached."""
+        """Return (height, width) of an image from its file header, cached."""
         from PIL import Image
 
-        if not hasattr(self, "_sizes"):
-            self._sizes: dict[int, tuple[int, int]] = {}
-        if index not in self._sizes:
-            with Image.open(self._open(index)) as image:
-                self._sizes[index] = image.height, image.width
-        return self._sizes[index]
+        # Created here, because subclasses need not call __init__; `setdefault` does not
+        # replace the cache that another thread creates at the same time.
+        sizes = self.__dict__.setdefault("_sizes", {})
+        if index not in sizes:
+            with Image.open(self._image_file(index)) as image:
+                sizes[index] = image.height, image.width
+        return sizes[index]
 
-    def _open(self, index: int) -> Any:
-        """The image as a path or file for PIL."""
+    def _image_file(self, index: int) -> Any:
+        """Return the path or file object from which PIL opens an image."""
         return io.BytesIO(self.sample(index)["image"])
 
     def name(self, index: int) -> str:
-        """Name by which a person finds the example."""
+        """Return a name that identifies an example in messages, such as its path."""
         return f"example {index}"

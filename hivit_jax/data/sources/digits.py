@@ -1,4 +1,4 @@
-"""Scanned digits of scikit-learn."""
+"""Handwritten digits of scikit-learn."""
 
 import io
 from functools import cache
@@ -9,14 +9,17 @@ import numpy as np
 from hivit_jax.data.sources.base import Source
 from hivit_jax.errors import ConfigError
 
-DIGITS_TEST = 360
+NUM_TEST = 360
 
 
 class Digits(Source):
-    """scikit-learn's 1,797 scanned handwritten digits, 8x8 grey, as PNG.
+    """scikit-learn's 1,797 handwritten digits, 8x8 grayscale, encoded as PNG.
 
-    A fixed draw of 360 is the test split. `train_examples` > 0 keeps that many
-    training images, equally many of each class, chosen by the number `subset`.
+    The test split is a fixed random sample of 360 images.
+
+    Args:
+      train_examples: size of a class-balanced subset of the training split; 0: all.
+      subset: seed of the subset.
     """
 
     classes = tuple("0123456789")
@@ -24,12 +27,12 @@ class Digits(Source):
     def __init__(self, split: str, train_examples: int = 0, subset: int = 0):
         images, labels = _digits()
         order = np.random.RandomState(0).permutation(len(images))
-        test, train = order[:DIGITS_TEST], order[DIGITS_TEST:]
+        test, train = order[:NUM_TEST], order[NUM_TEST:]
         if split == "train" and train_examples:
             if train_examples % 10 or train_examples > 1000:
                 raise ConfigError(
-                    f"data.train_examples={train_examples}: expected 0 for all, or a "
-                    "multiple of the 10 classes up to 1000"
+                    f"data.train_examples={train_examples}: expected 0 (all) or a "
+                    "multiple of 10 up to 1000, for equal shares of the 10 classes"
                 )
             shuffled = np.random.RandomState(1 + subset).permutation(train)
             per_class = train_examples // 10
@@ -50,7 +53,7 @@ class Digits(Source):
         return f"digit {self._indices[index]}"
 
     def pixels(self) -> np.ndarray:
-        """All images of the split as they were scanned, uint8 [n, 8, 8]."""
+        """Return all images of the split, uint8 [n, 8, 8]."""
         return _digits()[0][self._indices]
 
 
@@ -59,7 +62,7 @@ def _digits() -> tuple[np.ndarray, np.ndarray]:
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    images = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # 17 grey levels
+    images = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # levels 0..16
     return images, digits.target.astype(np.int32)
 
 

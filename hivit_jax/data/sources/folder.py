@@ -1,4 +1,4 @@
-"""Folders of images, with a directory for each class or without labels."""
+"""Image folders, with one directory per class or without labels."""
 
 import hashlib
 import os
@@ -11,25 +11,23 @@ import numpy as np
 from hivit_jax.data.sources.base import Source
 from hivit_jax.errors import DataError
 
-INDEX = ("classes", "counts", "files")  # of a class folder, cached
-FORMATS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+INDEX_KEYS = ("classes", "counts", "files")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
 
 class Images(Source):
-    """Images without labels: a file, or all files of a directory of any depth, sorted.
+    """Images without labels: one file, or all files below a directory, sorted.
 
     Raises:
-      DataError: no image there.
+      DataError: there is no image.
     """
 
     def __init__(self, path: str | Path, classes: Sequence[str] = ()):
         path, self.classes = Path(path).expanduser(), classes
-        found = [path] if path.is_file() else sorted(path.rglob("*"))
-        self._files = [f for f in found if f.suffix.lower() in FORMATS and f.is_file()]
+        files = [path] if path.is_file() else sorted(path.rglob("*"))
+        self._files = [f for f in files if f.suffix.lower() in SUFFIXES and f.is_file()]
         if not self._files:
-            raise DataError(
-                f"{path}: no image; expected files that end in {', '.join(FORMATS)}"
-            )
+            raise _no_images(path)
 
     def __len__(self) -> int:
         return len(self._files)
@@ -42,13 +40,18 @@ class Images(Source):
 
 
 class Folder(Source):
-    """Class folders, ``ROOT/{train,val}/CLASS/*.JPEG``, as torchvision reads them.
+    """Class folders ``ROOT/{train,val}/CLASS/*.JPEG``, as in torchvision's ImageFolder.
 
-    Classes are the sorted directories of the train split, for every split; images the
-    sorted files below them. The index is cached until a directory changes.
+    The classes of every split are the sorted directories of the training split. Images
+    are the sorted files below them. The index of files is cached on disk until a
+    directory changes.
+
+    Args:
+      directory: ROOT. `split` and `train_split` are directories in it.
 
     Raises:
-      DataError: no such split, a class without images, a class that is not in train.
+      DataError: the split does not exist, a class has no images, or a class is not in
+        the training split.
     """
 
     def __init__(self, directory: str, split: str, train_split: str = "train"):
@@ -56,28 +59,26 @@ class Folder(Source):
         self._root = root / split
         for needed in (root / train_split, self._root):
             if not needed.is_dir():
-                found = sorted(p.name for p in root.iterdir()) if root.is_dir() else []
+                names = sorted(p.name for p in root.iterdir()) if root.is_dir() else []
                 raise DataError(
-                    f"no directory {needed}; in data.dir={str(root)!r} there is "
-                    f"{', '.join(found[:8]) or 'nothing'}"
+                    f"no directory {needed}; data.dir={str(root)!r} contains "
+                    f"{', '.join(names[:8]) or 'nothing'}\n"
+                    "Correct data.dir, data.train_split or data.eval_split."
                 )
-        self.classes = _directories(root / train_split)
+        self.classes = _subdirectories(root / train_split)
         index = _index(self._root)
-        self._files, found = index["files"], index["classes"].tolist()
-        strange = sorted(set(found) - set(self.classes))
-        if strange:
+        self._files, names = index["files"], index["classes"].tolist()
+        unknown = sorted(set(names) - set(self.classes))
+        if unknown:
             raise DataError(
-                f"{self._root / strange[0]}: {len(strange)} of the classes of {split} "
-                f"are not in {train_split}, which has {len(self.classes)}"
+                f"{self._root / unknown[0]}: expected one of the {len(self.classes)} "
+                f"classes of {train_split}; found {len(unknown)} unknown in {split}"
             )
-        empty = [name for name, n in zip(found, index["counts"], strict=True) if not n]
-        if empty or not found:
-            raise DataError(
-                f"{self._root.joinpath(*empty[:1])}: no image; expected files that end "
-                f"in {', '.join(FORMATS)}"
-            )
-        numbers = np.array([self.classes.index(name) for name in found], np.int32)
-        self.labels = np.repeat(numbers, index["counts"])
+        empty = [name for name, n in zip(names, index["counts"], strict=True) if not n]
+        if empty or not names:
+            raise _no_images(self._root.joinpath(*empty[:1]))
+        labels = np.array([self.classes.index(name) for name in names], np.int32)
+        self.labels = np.repeat(labels, index["counts"])
 
     def __len__(self) -> int:
         return len(self._files)
@@ -86,42 +87,49 @@ class Folder(Source):
         with open(self.name(index), "rb", buffering=0) as file:
             return {"image": file.read(), "label": int(self.labels[index])}
 
-    def _open(self, index: int) -> str:
+    def _image_file(self, index: int) -> str:
         return self.name(index)
 
     def name(self, index: int) -> str:
         return f"{self._root}/{os.fsdecode(self._files[index])}"
 
 
-def _directories(root: Path) -> list[str]:
+def _no_images(path: Path) -> DataError:
+    expected = f"expected files that end in {', '.join(SUFFIXES)}"
+    return DataError(f"{path}: {expected}; found none")
+
+
+def _subdirectories(root: Path) -> list[str]:
     with os.scandir(root) as entries:
         return sorted(entry.name for entry in entries if entry.is_dir())
 
 
 def _index(root: Path) -> dict[str, np.ndarray]:
-    """What a split's directory holds, from the user's cache if nothing has changed.
+    """Return the index of a split's directory, cached on disk per user.
+
+    The cached index is used if no directory has a new modification time.
 
     Returns:
-      classes: names, str [k]; counts: images of each, int [k]; files: path of every
-      image, bytes [n].
+      Arrays by name. classes: class names, str [k]. counts: images per class, int [k].
+      files: paths of all images relative to `root`, bytes [n].
     """
     cache_dir = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     key = hashlib.sha256(os.fsencode(root.absolute())).hexdigest()[:16]
     path = cache_dir / "hivit_jax" / f"{key}.npz"
     try:
-        with np.load(path) as found:
-            if (_times(found["directories"]) == found["times"]).all():
-                return {name: found[name] for name in INDEX}
+        with np.load(path) as cached:
+            if (_mtimes(cached["directories"]) == cached["times"]).all():
+                return {name: cached[name] for name in INDEX_KEYS}
     except (OSError, ValueError, KeyError):
-        pass  # none, of directories that are gone, of another version, or damaged
-    classes, counts, files, directories = _directories(root), [], [], [root]
+        pass  # missing or damaged cache, deleted directory, or other cache version
+    classes, counts, files, directories = _subdirectories(root), [], [], [root]
     for name in classes:
         before = len(files)
         for directory, _, names in sorted(os.walk(root / name, followlinks=True)):
             directories.append(directory)
-            images = [n for n in sorted(names) if n.lower().endswith(FORMATS)]
-            inside = os.path.relpath(directory, root)
-            files += [os.fsencode(os.path.join(inside, n)) for n in images]
+            images = [n for n in sorted(names) if n.lower().endswith(SUFFIXES)]
+            relative = os.path.relpath(directory, root)
+            files += [os.fsencode(os.path.join(relative, n)) for n in images]
         counts.append(len(files) - before)
     directories = np.array([os.fsencode(d) for d in directories], "S")
     index = {
@@ -129,7 +137,7 @@ def _index(root: Path) -> dict[str, np.ndarray]:
         "counts": np.array(counts, np.int64),
         "files": np.array(files, "S"),
         "directories": directories,
-        "times": _times(directories),
+        "times": _mtimes(directories),
     }
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -137,9 +145,9 @@ def _index(root: Path) -> dict[str, np.ndarray]:
         np.savez(temporary, **index)
         temporary.replace(path)
     except OSError:
-        pass  # it is only slower next time
+        pass  # the cache is optional
     return index
 
 
-def _times(directories: np.ndarray) -> np.ndarray:
+def _mtimes(directories: np.ndarray) -> np.ndarray:
     return np.array([os.stat(d).st_mtime_ns for d in directories.tolist()])

@@ -1,4 +1,4 @@
-"""Sources by name."""
+"""Opening of sources by name."""
 
 import re
 from collections.abc import Mapping
@@ -12,20 +12,25 @@ from hivit_jax.data.sources.synthetic import Synthetic
 from hivit_jax.data.sources.tfds import Tfds
 from hivit_jax.errors import ConfigError, import_class
 
-NAMED_SPLITS = {"folder": ("train", "val"), "": ("train", "validation")}
+# Names of the training and evaluation split by dataset; "": all other datasets.
+DEFAULT_SPLITS = {"folder": ("train", "val"), "": ("train", "validation")}
 
 
 def num_examples(data: Mapping[str, Any], split: str) -> int:
-    """Images in a split ("train" or "test")."""
+    """Return the number of examples of a split ("train" or "test")."""
     return len(open_source(data, split))
 
 
 def open_source(data: Mapping[str, Any], split: str) -> Source:
-    """Opens a split ("train" or "test") of the dataset that the config names.
+    """Open a split ("train" or "test") of the dataset that the config names.
+
+    Args:
+      data: the `data` section of a config.
 
     Raises:
-      ConfigError: a name that is not known, or a subset of a dataset that has none.
-      DataError: a known dataset that cannot be read.
+      ConfigError: the name is unknown, or `train_examples` is set for a dataset without
+        subsets.
+      DataError: the dataset cannot be read.
     """
     keys = ("name", "dir", "train_split", "eval_split", "train_examples", "subset")
     return _open(split, *(data[key] for key in keys))
@@ -45,18 +50,19 @@ def _open(
         return Synthetic(split, train_examples)
     if name == "digits":
         return Digits(split, train_examples, subset)
-    if re.fullmatch(r"[\w.]+:[A-Za-z_]\w*", name):  # TFDS has a version there
+    # module:Class; in a TFDS name, a version follows the colon.
+    if re.fullmatch(r"[\w.]+:[A-Za-z_]\w*", name):
         return import_class("data.name", name)(split, directory)
-    ours = NAMED_SPLITS.get(name, NAMED_SPLITS[""])
-    train_split, eval_split = train_split or ours[0], eval_split or ours[1]
-    wanted = train_split if split == "train" else eval_split
+    defaults = DEFAULT_SPLITS.get(name, DEFAULT_SPLITS[""])
+    train_split, eval_split = train_split or defaults[0], eval_split or defaults[1]
+    split_name = train_split if split == "train" else eval_split
     if name == "folder":
-        source = Folder(directory, wanted, train_split)
+        source = Folder(directory, split_name, train_split)
     else:
-        source = Tfds(name, directory, wanted)
+        source = Tfds(name, directory, split_name)
     if train_examples:
         raise ConfigError(
             f"data.train_examples={train_examples} with data.name={name!r}; expected "
-            "0: only digits has subsets"
+            "0, because only digits has subsets"
         )
     return source

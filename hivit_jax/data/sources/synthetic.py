@@ -1,17 +1,20 @@
-"""Made-up images, for benchmarks."""
+"""Synthetic images for benchmarks."""
 
 from hivit_jax.data.sources.base import Source
 
-SYNTHETIC = {"train": 1024, "test": 64}
+NUM_EXAMPLES = {"train": 1024, "test": 64}
 
 
 class Synthetic(Source):
-    """Noise of the shapes that a transform asks for; reads nothing."""
+    """A split whose batches are noise with the shapes of the transform.
+
+    `train_examples` > 0 is the size of the training split.
+    """
 
     encoded = False
 
     def __init__(self, split: str, train_examples: int = 0):
-        self._count = split == "train" and train_examples or SYNTHETIC[split]
+        self._count = split == "train" and train_examples or NUM_EXAMPLES[split]
 
     def __len__(self) -> int:
         return self._count

@@ -1,1 +1,1 @@
-"""Names of parameters in other programs, one module a family."""
+"""Parameter names of other programs, one module per family."""

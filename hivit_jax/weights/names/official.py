@@ -1,9 +1,10 @@
-"""PyTorch state dicts <-> our parameters: one table of names, read both ways.
+"""Conversion between PyTorch state dicts and our parameters, in both directions.
 
-Ours differ from the official ones in layout only: Linear kernels are ``[in, out]``, the
-patch convolution is a Linear on the pixels of a cell, heads have an axis of their own,
-and the multi-scale latent holds cells in merge order, so that its LayerNorm and the
-decoder embedding behind it are permuted here instead of the activations there.
+Our parameters differ from the official ones only in layout. Linear kernels are
+``[in, out]``. The patch convolution is a Linear on the pixels of a cell. Attention
+heads have an axis of their own. The multi-scale latent has its cells in merge order.
+The conversion permutes the latent's LayerNorm and the decoder embedding accordingly, so
+that the model does not have to permute activations.
 """
 
 import re
@@ -21,16 +22,17 @@ from hivit_jax.models.mae import MaskedAutoencoder
 from hivit_jax.models.positions import merge_order, relative_position_index
 from hivit_jax.tree import leaf_name, split
 
-# What a state dict may be written for. The official self_supervised and supervised
-# programs differ in where they keep the relative position index.
-FORMATS = ("official", "supervised", "mmpretrain")
+# Programs that a state dict can be written for: official self_supervised, official
+# supervised, MMPretrain. The two official programs differ in the names of the relative
+# position index.
+LAYOUTS = ("official", "supervised", "mmpretrain")
 INDEX = "relative_position_index"
-# Narrower numbers are read, as their float32 is exact.
+# Dtypes of state dicts that are accepted, because float32 represents them exactly.
 FLOATS = (np.float32, np.float16, ml_dtypes.bfloat16)
 
 
 class Entry(NamedTuple):
-    """One row of the table: the official name and both conversions of the array."""
+    """Official name of one of our parameters, and both conversions of its array."""
 
     name: str
     to_ours: Callable[[np.ndarray], np.ndarray]
@@ -38,26 +40,27 @@ class Entry(NamedTuple):
 
 
 def latent_order(config: HiViTConfig) -> np.ndarray:
-    """Official channel at each channel of our multi-scale latent, int [7E].
+    """Return the official channel of each channel of our multi-scale latent, int [7E].
 
-    Official: each stage row-major over its cells; ours: merge order.
+    Both concatenate the stages. Within a stage, the official cells are in row-major
+    order and ours in merge order.
     """
     channels, inner, start = [], config.inner_patches, 0
     while inner:
         width = config.embed_dim // inner
-        cells = merge_order(inner)[:, None] * width + np.arange(width)
-        channels.append(start + cells.reshape(-1))
-        start += cells.size
+        stage = merge_order(inner)[:, None] * width + np.arange(width)
+        channels.append(start + stage.reshape(-1))
+        start += stage.size
         inner //= 2
     return np.concatenate(channels)
 
 
 def _entry(path: str, shape: tuple[int, ...], model: Model) -> Entry:
-    """The row of the table for our parameter `path` of this `shape`."""
+    """Return the official name and conversions of our parameter `path`."""
     config = model.config
     parts = path.removeprefix("encoder/").split("/")
-    # The official encoder is one flat list of blocks, merges included.
-    lengths = [count + 1 for count in config.block_counts]  # a stage and its merge
+    # The official encoder is one flat list: each stage's blocks, then its merge.
+    lengths = [count + 1 for count in config.block_counts]
     if parts[0] == "stages":
         parts[:3] = ["blocks", str(sum(lengths[: int(parts[1])]) + int(parts[2]))]
     elif parts[0] == "merges":
@@ -83,18 +86,18 @@ def _entry(path: str, shape: tuple[int, ...], model: Model) -> Entry:
     permuted = isinstance(model, MaskedAutoencoder) and config.multi_scale
     if permuted and name in ("norm.weight", "norm.bias", "decoder_embed.weight"):
         order = latent_order(config)
-        back = np.argsort(order)
-        return Entry(name, lambda a: a.T[order], lambda a: a[back].T)
+        inverse = np.argsort(order)
+        return Entry(name, lambda a: a.T[order], lambda a: a[inverse].T)
     if leaf == "kernel":
         return Entry(name, lambda a: a.T, lambda a: a.T)
     return Entry(name, lambda a: a, lambda a: a)
 
 
 def official_names(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """A state dict under its official names, whoever wrote it.
+    """Return a state dict with official names, whichever program wrote it.
 
-    MMPretrain's ``backbone.`` and ``head.fc.`` are translated, ``module.`` (from
-    DistributedDataParallel) and ``_orig_mod.`` (from ``torch.compile``) taken off.
+    Translates MMPretrain's names and removes the prefixes ``module.``
+    (DistributedDataParallel) and ``_orig_mod.`` (``torch.compile``).
     """
     named = {}
     for name, array in state.items():
@@ -104,12 +107,12 @@ def official_names(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return named
 
 
-def dropped_by_rule(names: Iterable[str], model: Model) -> list[str]:
-    """Official names that hold nothing this model could need.
+def unneeded_entries(names: Iterable[str], model: Model) -> list[str]:
+    """Return those official names whose entries the model does not need.
 
-    The relative position index, which is computed; the norm that the official masked
-    autoencoder without multi-scale features stores and never applies; and MMPretrain's
-    decoder, which takes the first visible unit of HiViT for a class token.
+    The model computes the relative position index. Official masked autoencoders without
+    multi-scale features store a norm that they do not apply. MMPretrain's decoder is
+    not supported, because it treats HiViT's first visible unit as a class token.
     """
     single = isinstance(model, MaskedAutoencoder) and not model.config.multi_scale
     unused = ("norm.weight", "norm.bias") if single else ()
@@ -119,37 +122,39 @@ def dropped_by_rule(names: Iterable[str], model: Model) -> list[str]:
 
 
 def from_official(
-    state: Mapping[str, np.ndarray], model: Model, partly: bool = False
+    state: Mapping[str, np.ndarray], model: Model, allow_missing: bool = False
 ) -> dict:
-    """Parameters of `model` from an official (or MMPretrain) state dict.
+    """Convert an official or MMPretrain state dict into parameters of `model`.
 
     Args:
-      state: numpy arrays by their PyTorch names; MMPretrain's names are recognised.
+      state: numpy arrays by their PyTorch names.
       model: a built or abstract model of the same configuration.
-      partly: entries may be missing; None stands for them.
+      allow_missing: return None for parameters that the state dict does not contain.
 
     Returns:
-      Nested parameters as `tree.split` gives them, float32.
+      Nested float32 parameters, as returned by `tree.split`.
 
     Raises:
-      CheckpointError: a missing, left-over or wrongly shaped entry, one of numbers that
-        float32 does not hold exactly, or that are not finite; by name.
+      CheckpointError: an entry is missing or unexpected, or has an unexpected shape, a
+        dtype that float32 does not represent exactly, or values that are not finite.
+        The message names the entry.
     """
-    left = official_names(state)
-    for name in dropped_by_rule(list(left), model):
-        del left[name]
+    remaining = official_names(state)
+    for name in unneeded_entries(list(remaining), model):
+        del remaining[name]
 
     def convert(path, leaf):
         entry = _entry(leaf_name(path), leaf.shape, model)
-        if entry.name not in left:
-            if partly:
+        if entry.name not in remaining:
+            if allow_missing:
                 return None
             raise CheckpointError(f"the state dict has no {entry.name!r}")
-        array = left.pop(entry.name)
+        array = remaining.pop(entry.name)
         expected = entry.to_official(np.empty(leaf.shape, bool)).shape
         if array.shape != expected:
             raise CheckpointError(
-                f"{entry.name!r} is {list(array.shape)}, here {list(expected)}"
+                f"{entry.name!r} has shape {list(array.shape)}; "
+                f"expected {list(expected)}"
             )
         if array.dtype not in FLOATS:
             raise CheckpointError(f"{entry.name!r} is {array.dtype}; expected float32")
@@ -159,15 +164,17 @@ def from_official(
         return entry.to_ours(array)
 
     params = jax.tree_util.tree_map_with_path(convert, split(model)[1])
-    if left:
+    if remaining:
+        names = ", ".join(map(repr, list(remaining)[:3]))
         raise CheckpointError(
-            f"this model has no place for {', '.join(list(left)[:3])!r}"
+            f"unexpected entries in the state dict: {names}; {model.name} has no such "
+            "parameters"
         )
     return params
 
 
 def to_official(params: Mapping, model: Model) -> dict[str, np.ndarray]:
-    """Nested parameters of `model` -> numpy arrays by their official PyTorch names."""
+    """Convert nested parameters of `model` to numpy arrays by their official names."""
     state = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         entry = _entry(leaf_name(path), leaf.shape, model)
@@ -176,26 +183,30 @@ def to_official(params: Mapping, model: Model) -> dict[str, np.ndarray]:
 
 
 def to_state_dict(
-    params: Mapping, model: Model, form: str = "official"
+    params: Mapping, model: Model, layout: str = "official"
 ) -> dict[str, np.ndarray]:
-    """Nested parameters of `model` -> everything that another program's model of this
-    configuration holds, as numpy arrays by its PyTorch names. (Those programs have no
-    windows; then the relative position index is left out.)
+    """Convert nested parameters of `model` to the full state dict of another program.
+
+    It contains the relative position index, except for models with windows, which those
+    programs do not have. MMPretrain's masked autoencoders are reduced to the encoder.
 
     Args:
-      form: one of `FORMATS`.
+      layout: one of `LAYOUTS`.
+
+    Returns:
+      Numpy arrays by their PyTorch names in that program.
 
     Raises:
       ConfigError: that program has no such model.
     """
-    if form == "mmpretrain" and getattr(model, "fc_norm", None) is not None:
+    if layout == "mmpretrain" and getattr(model, "fc_norm", None) is not None:
         raise ConfigError(
             "MMPretrain's classifier has no norm between pooling and head; expected a "
             "model with fc_norm=False"
         )
     state, config = to_official(params, model), model.config
     if isinstance(model, MaskedAutoencoder):
-        if form == "mmpretrain":  # the encoder alone; see `dropped_by_rule`
+        if layout == "mmpretrain":  # see `unneeded_entries`
             names = ("absolute_pos_embed", "patch_embed.", "blocks.")
             state = {n: array for n, array in state.items() if n.startswith(names)}
         elif not config.multi_scale:
@@ -205,11 +216,11 @@ def to_state_dict(
     if tables and not config.window_size:
         units = np.arange(config.grid[0] * config.grid[1])
         index = np.asarray(relative_position_index(units, config.grid), np.int64)
-        if form != "supervised":
+        if layout != "supervised":
             state[INDEX] = index
-        if form != "official":
+        if layout != "official":
             state |= {n.rsplit(".", 1)[0] + "." + INDEX: index for n in tables}
-    if form == "mmpretrain":
+    if layout == "mmpretrain":
         renamed = {"absolute_pos_embed": "backbone.pos_embed"}
         renamed |= {f"head.{leaf}": f"head.fc.{leaf}" for leaf in ("weight", "bias")}
         state = {renamed.get(n, f"backbone.{n}"): array for n, array in state.items()}

@@ -1,0 +1,91 @@
+"""Defaults of the methods of `Task`: a registered model, one image per example."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from hivit_jax import rng
+from hivit_jax.augment import image, resample
+from hivit_jax.data.sources.base import DatasetInfo
+from hivit_jax.data.transforms import PIL_MODES, ImageTransform
+from hivit_jax.errors import ConfigError
+from hivit_jax.models import Model, configure, image_shape, variant
+from hivit_jax.rng import Keys
+
+
+def model_arguments(config: Any) -> dict[str, Any]:
+    """Return the arguments of `create_model` that a config contains."""
+    return {k: v for k, v in config.model.items() if v is not None}
+
+
+def check_model(config: Any, model_class: type[Model]) -> None:
+    """Raise ConfigError unless the config's model is a valid `model_class`."""
+    name = config.model.name
+    actual = variant(name)[0]
+    if actual is not model_class:
+        raise ConfigError(
+            f"task={config.task!r} with model.name={name!r}, which is a "
+            f"{actual.__name__}; expected a {model_class.__name__}"
+        )
+    model_config = configure(**model_arguments(config))[1]
+    if getattr(model_config, "num_classes", 1) == 0:
+        raise ConfigError("model.num_classes=0 (no head); expected 1 or more")
+
+
+def image_transform(config: Any, dataset: DatasetInfo, train: bool) -> ImageTransform:
+    """Return the transform of images for training or evaluation.
+
+    Raises:
+      ConfigError: sizes or channels do not fit each other.
+    """
+    data, model = config.data, config.model
+    *size, channels = image_shape(model)
+    randaugment = train and data.randaugment and dataset.encoded
+    if dataset.encoded and channels not in PIL_MODES:
+        raise ConfigError(
+            f"model.in_channels={channels} with data.name={data.name!r}; "
+            "expected 3 (color) or 1 (grayscale)"
+        )
+    if randaugment and channels != 3:
+        raise ConfigError(
+            f"data.randaugment with model.in_channels={channels}; expected 3"
+        )
+    if dataset.encoded and data.canvas and data.canvas < max(size):
+        raise ConfigError(
+            f"data.canvas={data.canvas} with model.image_size={model.image_size}; "
+            f"expected 0 or at least {max(size)}"
+        )
+    # RandAugment works on images of their final size. Synthetic images already have it.
+    on_host = randaugment or not dataset.encoded
+    random_crop = train and tuple(data.crop_scale) != (1.0, 1.0)
+    return ImageTransform(
+        batch_size=config.batch_size,
+        size=size,
+        channels=channels,
+        canvas=0 if on_host else data.canvas,
+        crop_scale=tuple(data.crop_scale) if random_crop else None,
+        crop_pct=data.crop_pct,
+        interpolation=data.interpolation,
+        antialias=data.antialias,
+        randaugment=randaugment,
+        num_classes=model.get("num_classes") or 0,
+    )
+
+
+def preprocess(config: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
+    """Resize and normalize the images of a batch: float32 [B, H, W, C]."""
+    images, data = batch["image"], config.data
+    if "box" in batch:
+        size = image_shape(config.model)[:2]
+        images = resample.resample(
+            images, batch["box"], size, data.interpolation, data.antialias
+        )
+    return image.normalize(images, data.mean, data.std)
+
+
+def random_flip(config: Any, images: jax.Array, keys: Keys) -> jax.Array:
+    """Flip half of the images [B, H, W, C] left to right, if `data.flip` is set."""
+    if not config.data.flip:
+        return images
+    return image.random_flip(images, rng.split_keys(keys.samples, "flip"))
