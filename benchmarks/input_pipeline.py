@@ -108,7 +108,7 @@ def tf_data(directory: Path, method: str) -> Callable[[], Iterator]:
 
     def run():
         dataset = tf.data.Dataset.from_tensor_slices(
-            ([source.name(i) for i in order], np.array(boxes, np.int32))
+            ([source.name(i) for i in indices], np.array(boxes, np.int32))
         ).map(load, num_parallel_calls=2, deterministic=True)
         if method == "canvas":
             dataset = dataset.padded_batch(BATCH, (CANVAS, CANVAS, 3))
