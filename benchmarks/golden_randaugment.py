@@ -1,4 +1,6 @@
-"""Write timm's results of all RandAugment operations: tests/golden/randaugment.npz.
+"""Write timm's results of all RandAugment operations.
+
+Writes tests/parity/golden/randaugment.npz.
 
     pip install --no-deps timm==1.0.31 pillow==12.3.0
     python -m benchmarks.golden_randaugment
@@ -16,7 +18,7 @@ from PIL import Image
 
 from benchmarks.photographs import photographs
 
-GOLDEN = Path(__file__).parents[1] / "tests" / "golden" / "randaugment.npz"
+GOLDEN = Path(__file__).parents[1] / "tests/parity/golden/randaugment.npz"
 MAGNITUDES = (0, 2.5, 5, 9, 10)
 SIGNS = (1, -1)
 # Settings that timm.data.create_transform derives from this policy, a 224x224 input,

@@ -1,0 +1,88 @@
+"""Label smoothing, Mixup and CutMix."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+
+from hivit_jax.augment import mixing
+
+
+def test_smooth_labels():
+    out = np.asarray(mixing.smooth_labels(jnp.asarray([2, 0]), 4, 0.1))
+    expected = [[0.025, 0.025, 0.925, 0.025], [0.925, 0.025, 0.025, 0.025]]
+    assert_allclose(out, expected, atol=1e-7)
+    assert_allclose(out.sum(1), 1, atol=1e-6)
+    hard = mixing.smooth_labels(jnp.asarray([2, 0]), 4, 0.0)
+    assert_array_equal(hard, np.eye(4)[[2, 0]])
+
+
+def mixed(seed, mixup, cutmix, batch=6, size=(20, 30), weight=None):
+    """Images that are their own number everywhere, and targets, after `mixing.mix`."""
+    numbers = jnp.arange(batch, dtype=jnp.float32)
+    images = jnp.broadcast_to(numbers[:, None, None, None], (batch, *size, 1))
+    weight = jnp.ones(batch) if weight is None else jnp.array(weight)
+    out = MIX(images, jnp.eye(batch), weight, jax.random.key(seed), mixup, cutmix)
+    return [np.asarray(x) for x in out]
+
+
+MIX = jax.jit(mixing.mix, static_argnums=(4, 5))
+
+
+PARTNER = [1, 0, 3, 2, 5, 4]
+
+
+def test_mixup():
+    """Every image with its neighbour, all by the same ratio, as are the targets."""
+    ratios = []
+    for seed in range(300):
+        images, targets = mixed(seed, 0.8, 0.0)
+        ratio = targets[0, 0]
+        ratios.append(ratio)
+        expected = ratio * np.eye(6) + (1 - ratio) * np.eye(6)[PARTNER]
+        assert_allclose(targets, expected, atol=1e-6)
+        assert (images == images[:, :1, :1]).all()
+        pixels = ratio * np.arange(6) + (1 - ratio) * np.array(PARTNER)
+        assert_allclose(images[:, 0, 0, 0], pixels, atol=1e-5)
+    # Beta(0.8, 0.8): mean 1/2, variance 1 / (4 * 2.6).
+    assert np.mean(ratios) == pytest.approx(0.5, abs=0.07)
+    assert np.var(ratios) == pytest.approx(1 / 10.4, rel=0.2)
+
+
+def test_cutmix():
+    """One rectangle for all; the targets by what of the image is really left."""
+    lefts = []
+    for seed in range(300):
+        images, targets = mixed(seed, 0.0, 1.0)
+        other = images[..., 0] != np.arange(6)[:, None, None]
+        assert (other == other[0]).all()
+        assert_array_equal(
+            images[..., 0],
+            np.where(
+                other, np.array(PARTNER)[:, None, None], np.arange(6)[:, None, None]
+            ),
+        )
+        rows, columns = (np.flatnonzero(other[0].any(axis)) for axis in (1, 0))
+        assert other[0].sum() == len(rows) * len(columns)
+        left = 1 - other[0].mean()
+        assert_allclose(
+            targets, left * np.eye(6) + (1 - left) * np.eye(6)[PARTNER], atol=1e-6
+        )
+        lefts.append(left)
+    assert np.min(lefts) < 0.2
+    # Centres are anywhere, so that rectangles are cut at the borders: less than half.
+    assert 0.5 < np.mean(lefts) < 0.75
+
+
+def test_one_or_the_other():
+    kinds = [(mixed(seed, 0.8, 1.0)[0] % 1 == 0).all() for seed in range(300)]
+    assert np.mean(kinds) == pytest.approx(0.5, abs=0.12)  # four standard errors
+
+
+def test_nothing_is_mixed_with_an_unreadable_image():
+    images, targets = mixed(3, 0.8, 0.0, weight=[1, 0, 1, 1, 0, 1])
+    for i in (0, 1, 4, 5):
+        assert (images[i] == i).all()
+        assert targets[i, i] == 1
+    assert (images[2] != 2).all()

@@ -1,0 +1,102 @@
+"""Digests of arrays."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from networks import fast_jit, pictures
+
+from hivit_jax.checkpoints.digests import digests
+from hivit_jax.distributed import sharding
+from hivit_jax.distributed.sharding import make_mesh, state_shardings, with_shardings
+
+# Orbax leaves coroutines behind when it cannot read a file.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)
+
+
+MESHES = {
+    "data": dict(replica=1, data=8, fsdp=1, tensor=1),
+    "fsdp": dict(replica=1, data=1, fsdp=8, tensor=1),
+    "both": dict(replica=1, data=2, fsdp=4, tensor=1),
+    "every": dict(replica=2, data=1, fsdp=2, tensor=2),
+}
+
+
+def init(seed=0):
+    """A small train state whose every number is another one."""
+    params = {
+        "attn": {
+            "qkv": {
+                "kernel": pictures((64, 3, 4, 16), f"k{seed}"),
+                "bias": pictures((3, 4, 16), f"b{seed}"),
+            }
+        },
+        "mlp": {"fc1": {"kernel": pictures((64, 256), f"m{seed}")}},
+        "scale": pictures((64,), f"s{seed}"),
+    }
+    moments = optax.adamw(1.0).init(params)
+    moments = jax.tree.map(
+        lambda x: x if x.ndim == 0 else pictures(x.shape, "moment"), moments
+    )
+    return {
+        "step": jnp.int32(seed),
+        "params": params,
+        "model_state": {},
+        "opt_state": moments,
+        "ema": jax.tree.map(lambda x: 2 * x, params),
+    }
+
+
+@pytest.fixture(autouse=True)
+def shard_small_arrays(monkeypatch):
+    monkeypatch.setattr(sharding, "MIN_SHARDED_SIZE", 64)
+
+
+def on_mesh(name, seed=0):
+    """(the state on a mesh, what to ask for when restoring it)."""
+    shardings = state_shardings(make_mesh(MESHES[name], 8), jax.eval_shape(init))
+    state = fast_jit(lambda: init(seed), out_shardings=shardings)()
+    return state, with_shardings(jax.eval_shape(init), shardings)
+
+
+def test_digests_do_not_depend_on_the_mesh():
+    found = [digests({"state": on_mesh(name, seed=1)[0]}) for name in MESHES]
+    assert all(each == found[0] for each in found)
+    assert len(set(found[0]["state"].values())) > 10
+
+
+DTYPES = ["float32", "bfloat16", "int32", "uint8", "bool"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(8, 9), (8, 2**13 + 1)])
+def test_digests_on_the_host_and_on_devices_agree(shape, dtype):
+    x = np.arange(np.prod(shape)).reshape(shape) % 201
+    x = np.asarray(jnp.asarray(x * (x % 3), dtype))
+    sharding = jax.NamedSharding(jax.make_mesh((8,), ("rows",)), jax.P("rows"))
+    found = [digests({"": {"x": y}}) for y in (x, jax.device_put(x, sharding))]
+    found.append(digests({"": {"x": x[:0]}}))
+    assert found[0] == found[1] != found[2]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_bit_counts(dtype):
+    """A flipped bit, swapped numbers, another zero."""
+    x = np.asarray(jnp.asarray(pictures((5, 7), "bits") > 0, dtype))
+    before = digests({"": {"x": x}})[""]["x"]
+    seen, raw = {before}, x.tobytes()
+    bits = range(8) if dtype != "bool" else [0]
+    for byte, bit in itertools.product(range(0, len(raw), 3), bits):
+        changed = bytearray(raw)
+        changed[byte] ^= 1 << bit
+        y = np.frombuffer(bytes(changed), x.dtype).reshape(x.shape)
+        seen.add(digests({"": {"x": y}})[""]["x"])
+    assert len(seen) == 1 + len(range(0, len(raw), 3)) * len(bits)
+    if dtype == "float32":
+        seen.add(digests({"": {"x": np.float32(0)}})[""]["x"])
+        assert digests({"": {"x": np.float32(-0.0)}})[""]["x"] not in seen

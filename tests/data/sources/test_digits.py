@@ -1,0 +1,97 @@
+"""The digits of scikit-learn as a source."""
+
+import io
+
+import numpy as np
+from datasets import load
+from numpy.testing import assert_array_equal
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from hivit_jax import inputs
+from hivit_jax.data.sources import digits as data_sources_digits
+from hivit_jax.data.sources import registry
+
+# Sources
+
+
+def scans(source):
+    """Pixels and labels of all images of a source."""
+    found = [source.sample(i) for i in range(len(source))]
+    images = [np.asarray(Image.open(io.BytesIO(each["image"]))) for each in found]
+    return images, [each["label"] for each in found]
+
+
+def test_digits_splits():
+    digits = load_digits()
+    known = {}
+    for image, label in zip(digits.images, digits.target, strict=True):
+        known.setdefault(np.round(image * 255 / 16).astype(np.uint8).tobytes(), label)
+    train, test = (
+        data_sources_digits.Digits("train"),
+        data_sources_digits.Digits("test"),
+    )
+    assert (len(train), len(test)) == (1437, 360)
+    found = []
+    for source in (train, test):
+        assert source.labels.dtype == np.int32
+        assert source.labels.shape == (len(source),)
+        images, labels = scans(source)
+        assert_array_equal(images, source.pixels())
+        assert_array_equal(labels, source.labels)
+        for image, label in zip(images, source.labels, strict=True):
+            assert image.shape == (8, 8)
+            assert image.dtype == np.uint8
+            assert known[image.tobytes()] == label
+        found.append({image.tobytes() for image in images})
+    # All 1,797 scans differ, so no image is in both splits.
+    assert not found[0] & found[1]
+    assert len(found[0] | found[1]) == len(known) == 1797
+    # The split never moves.
+    assert test.labels[:12].tolist() == [2, 8, 2, 6, 6, 7, 1, 9, 8, 5, 2, 8]
+    assert np.bincount(test.labels).tolist() == COUNTS
+
+
+COUNTS = [27, 35, 36, 29, 30, 40, 44, 39, 39, 41]
+
+
+def test_digits_as_png():
+    source = data_sources_digits.Digits("train")
+    sample = source.sample(5)
+    assert sample["image"][:8] == b"\x89PNG\r\n\x1a\n"
+    assert sample == source.sample(np.int64(5))
+    assert sample["label"] == source.labels[5]
+
+
+def test_number_of_images():
+    data = load(data__train_examples=100).data
+    assert registry.num_examples(data, "train") == 100
+    assert registry.num_examples(data, "test") == 360
+
+
+def test_digits_by_key():
+    """The first number of training images of each class, as chosen by the subset."""
+    digits = load_digits()
+    known = {
+        np.rint(image * 255 / 16).astype(np.uint8).tobytes(): label
+        for image, label in zip(digits.images, digits.target, strict=True)
+    }
+    found = {}
+    for examples, subset in ((0, 0), (50, 0), (50, 3), (70, 3)):
+        choice = dict(data__train_examples=examples, data__subset=subset)
+        cfg = load(model__image_size=8, batch_size=80, **choice)
+        [batch] = inputs.train_batches(cfg, 0, 1)
+        images = [image.tobytes() for image in batch["image"]]
+        labels = batch["label"].tolist()
+        assert labels == [known[image] for image in images]
+        found[examples, subset] = set(images)
+        if examples:  # 80 of `examples`, over again
+            counts = np.bincount(labels[:examples], minlength=10)
+            assert counts.tolist() == [examples // 10] * 10
+            assert len(found[examples, subset]) == examples
+        [first, *_] = inputs.eval_batches(cfg)
+        source = data_sources_digits.Digits("test")
+        assert_array_equal(first["image"][..., 0], source.pixels()[:80])
+    assert len(found[0, 0]) == 80
+    assert found[50, 3] < found[70, 3]
+    assert len(found[50, 3] & found[50, 0]) < 25

@@ -1,0 +1,327 @@
+"""Random and centered crops, and resizing on the host and the device."""
+
+import math
+
+import jax
+import numpy as np
+import pytest
+from numpy.testing import assert_array_equal
+from PIL import Image
+
+from benchmarks.photographs import photographs
+from hivit_jax.augment import resample
+from hivit_jax.data import crops as data_crops
+from hivit_jax.data import transforms
+from hivit_jax.data.crops import Box, Crop
+
+SIZE = (224, 224)
+
+
+NAMES = sorted(photographs())
+
+
+def noise_image(*shape):
+    return np.random.RandomState(0).randint(0, 256, shape).astype(np.uint8)
+
+
+def crops(height, width, count, scale=(0.2, 1.0), seed=0):
+    return [
+        data_crops.random_resized_crop(
+            height, width, transforms.uniforms(seed, 0, index), scale
+        )
+        for index in range(count)
+    ]
+
+
+def on_device(samples, size=SIZE, canvas=512, **how):
+    """Crops of images -> float [n, *size, C], resized by the device."""
+    images = np.zeros((len(samples), canvas, canvas, 3), np.uint8)
+    boxes = [
+        data_crops.paste_crop(pixels, crop, out, size, **how)
+        for (pixels, crop), out in zip(samples, images, strict=True)
+    ]
+    boxes = np.array(boxes, np.float32)
+    return np.asarray(resample.resample(images, boxes, size, **how)), images, boxes
+
+
+def by_pil(image, size, box=None, filter=Image.Resampling.BICUBIC):
+    """Columns first, then rows, as PIL before 13 always did."""
+    left, top, right, bottom = box or (0, 0, image.width, image.height)
+    height = image.height
+    image = image.resize((size[1], height), filter, (left, 0, right, height))
+    return np.asarray(image.resize(size[::-1], filter, (0, top, size[1], bottom)))
+
+
+# Random crops
+
+
+def test_uniforms_are_frozen():
+    """A saved run goes on with these crops, whatever the version of numpy."""
+    draws = transforms.uniforms(7, 3, 1_281_166)
+    assert draws[:3] == FROZEN
+    assert len(draws) == transforms.DRAWS
+    others = [transforms.uniforms(*key) for key in ((8, 3, 5), (7, 4, 5), (7, 3, 6))]
+    for other in others:
+        assert not set(other) & set(transforms.uniforms(7, 3, 5))
+    many = np.array([transforms.uniforms(0, 0, i) for i in range(2000)])
+    assert (many >= 0).all()
+    assert (many < 1).all()
+    error = 5 / math.sqrt(12 * len(many))
+    assert np.abs(many.mean(0) - 0.5).max() < error
+    assert np.abs(np.corrcoef(many.T) - np.eye(many.shape[1])).max() < 0.15
+
+
+FROZEN = [0.2921524578225323, 0.3256742663793454, 0.9849989507135709]
+
+
+@pytest.mark.parametrize(("height", "width"), [(120, 120), (100, 160)])
+def test_random_crops(height, width):
+    low, high, count = 0.1, 0.5, 600
+    boxes = [crop.box for crop in crops(height, width, count, (low, high))]
+    assert all(
+        crop.box == crop.bounds and all(type(side) is int for side in crop.box)
+        for crop in crops(height, width, 5)
+    )
+    top, left, h, w = np.array(boxes).T
+    assert (top >= 0).all()
+    assert (left >= 0).all()
+    assert (top + h <= height).all()
+    assert (left + w <= width).all()
+    # Sides are rounded to whole pixels after area and aspect are drawn.
+    area = height * width
+    assert ((h + 0.5) * (w + 0.5) >= low * area).all()
+    assert ((h - 0.5) * (w - 0.5) <= high * area).all()
+    assert ((w + 0.5) / (h - 0.5) >= 3 / 4).all()
+    assert ((w - 0.5) / (h + 0.5) <= 4 / 3).all()
+    # Uniform area, log-uniform aspect, uniform place: means within four errors.
+    error = 4 / math.sqrt(12 * count)
+    assert (h * w / area).mean() == pytest.approx(0.3, abs=error * 0.4)
+    assert np.log(w / h).mean() == pytest.approx(0, abs=error * math.log(16 / 9))
+    for place, side, whole in ((top, h, height), (left, w, width)):
+        free = side < whole
+        shares = place[free] / (whole - side[free])
+        assert shares.mean() == pytest.approx(0.5, abs=error)
+    # Every corner there can be, the last one too.
+    assert (top == 0).any()
+    assert (top + h == height).any()
+    assert len(set(boxes)) > 0.9 * count
+
+
+@pytest.mark.parametrize(
+    ("shape", "size"),
+    [((1, 50), (1, 1)), ((50, 1), (1, 1)), ((6, 60), (6, 8)), ((60, 6), (8, 6))],
+)
+def test_image_that_no_crop_fits(shape, size):
+    """The largest centred crop of an allowed aspect."""
+    for crop in crops(*shape, 20, (0.9, 1.0)):
+        assert crop.box[2:] == size
+        for first, side, whole in zip(crop.box[:2], size, shape, strict=True):
+            assert abs(2 * first + side - whole) <= 1
+
+
+def test_crop_of_everything():
+    for crop in crops(30, 30, 10, (1.0, 1.0)):
+        assert crop == Crop(Box(0, 0, 30, 30), Box(0, 0, 30, 30))
+
+
+# Pixels equal to PIL's
+
+
+def test_random_crops_equal_pil():
+    samples = [
+        (photographs()[name], crop)
+        for name in NAMES
+        for crop in crops(*photographs()[name].shape[:2], 3, seed=len(name))
+        if max(crop.box[2:]) <= 512
+    ]
+    assert len(samples) > 15
+    device = on_device(samples)[0]
+    for (pixels, crop), got in zip(samples, device, strict=True):
+        top, left, height, width = crop.box
+        part = Image.fromarray(pixels[top : top + height, left : left + width])
+        assert np.abs(got - by_pil(part, SIZE)).mean() < 0.002
+        # PIL 13 takes rows first where that is quicker, and rounds otherwise.
+        newest = np.asarray(part.resize(SIZE, Image.Resampling.BICUBIC))
+        assert np.abs(got - newest).mean() < 0.35
+        out = np.zeros((*SIZE, 3), np.uint8)
+        box = data_crops.paste_crop(pixels, crop, out, SIZE)
+        assert np.abs(out - newest.astype(float)).mean() < 0.002
+        assert box == ((0, 224, 224), (0, 224, 224))
+
+
+@pytest.mark.parametrize("size", [(224, 224), (168, 280), (280, 168)])
+def test_centre_crops_equal_pil(size):
+    """Resize so that size / 0.875 is covered, then cut out the middle."""
+    samples, expected = [], []
+    for name in NAMES:
+        pixels = photographs()[name]
+        height, width = pixels.shape[:2]
+        samples.append((pixels, data_crops.center_crop(height, width, size, 0.875)))
+        scale = max(size[0] / 0.875 / height, size[1] / 0.875 / width)
+        full = [math.floor(side * scale + 1e-9) for side in (height, width)]
+        image = by_pil(Image.fromarray(pixels), full)
+        top, left = (round((f - s) / 2) for f, s in zip(full, size, strict=True))
+        expected.append(image[top : top + size[0], left : left + size[1]])
+    device = on_device(samples, size, canvas=640)[0]
+    for (pixels, crop), got, want in zip(samples, device, expected, strict=True):
+        assert got.shape == want.shape == (*size, 3)
+        assert np.abs(got - want).mean() < 0.01
+        out = np.zeros((*size, 3), np.uint8)
+        data_crops.paste_crop(pixels, crop, out, size)
+        assert np.abs(out - want.astype(float)).mean() < 0.35  # the order of PIL 13
+
+
+def test_centre_crop_of_a_usual_image():
+    """500x375, short side to 256: 341x256, of which 224x224 from (16, 58)."""
+    crop = data_crops.center_crop(375, 500, SIZE, 224 / 256)
+    scale = 375 / 256
+    assert crop.box.top == 16 * scale
+    assert crop.box.height == 224 * scale
+    assert crop.box.left == pytest.approx(58 * 500 / 341)
+    assert crop.box.width == pytest.approx(224 * 500 / 341)
+    assert crop.bounds == Box(0, 0, 375, 500)
+    whole = data_crops.center_crop(8, 8, (16, 16), 1.0)
+    assert whole.box == whole.bounds == Box(0, 0, 8, 8)
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("antialias", [True, False])
+def test_ways_to_resize(interpolation, antialias):
+    """Host and device agree; antialiased ones with PIL, plain ones with a formula."""
+    how = dict(interpolation=interpolation, antialias=antialias)
+    pixels = photographs()["cat"]
+    crop = Crop(*[Box(20, 30, 260, 330)] * 2)
+    device = on_device([(pixels, crop)], **how)[0][0]
+    out = np.zeros((*SIZE, 3), np.uint8)
+    data_crops.paste_crop(pixels, crop, out, SIZE, **how)
+    close = 0.002 if interpolation == "bicubic" else 0.02  # there, ties are common
+    assert np.abs(out - device).mean() < close
+    part = pixels[20:280, 30:360]
+    if antialias:
+        filter = Image.Resampling[interpolation.upper()]
+        expected = by_pil(Image.fromarray(part), SIZE, filter=filter)
+    else:
+        expected = part.astype(float)
+        for axis in (1, 0):
+            expected = np.rint(plain(expected, axis, interpolation)).clip(0, 255)
+    assert np.abs(device - expected).mean() < close
+
+
+def plain(pixels, axis, interpolation):
+    """Resizes one axis to 224, weighing the nearest two or four pixels alone."""
+    n = pixels.shape[axis]
+    at = (np.arange(224) + 0.5) * n / 224 - 0.5
+    first, total, weights = np.floor(at).astype(int), 0, 0
+    for tap in (0, 1) if interpolation == "bilinear" else (-1, 0, 1, 2):
+        x = np.abs(at - first - tap)
+        if interpolation == "bilinear":
+            weight = 1 - x
+        else:
+            near, far = (
+                1.5 * x**3 - 2.5 * x**2 + 1,
+                -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2,
+            )
+            weight = np.where(x <= 1, near, far)
+        weight = weight * ((first + tap >= 0) & (first + tap < n))
+        shape = [-1 if k == axis else 1 for k in range(3)]
+        taken = np.take(pixels, np.clip(first + tap, 0, n - 1), axis)
+        total, weights = total + taken * weight.reshape(shape), weights + weight
+    return total / weights.reshape(shape)
+
+
+# What is shipped
+
+
+def test_what_is_shipped():
+    """The crop alone, at the top left of the canvas, and zeros; nothing resized."""
+    pixels = noise_image(300, 400, 3)
+    crop = Crop(*[Box(20, 30, 200, 250)] * 2)
+    _, images, boxes = on_device([(pixels, crop)])
+    assert_array_equal(images[0, :200, :250], pixels[20:220, 30:280])
+    assert (images[0, 200:] == 0).all()
+    assert (images[0, :, 250:] == 0).all()
+    assert boxes[0].tolist() == [[0, 200, 200], [0, 250, 250]]
+
+
+def test_pixels_beside_the_crop_play_no_role():
+    pixels = noise_image(300, 400, 3)
+    crop = Crop(*[Box(20, 30, 200, 250)] * 2)
+    other = np.full_like(pixels, 255)
+    other[20:220, 30:280] = pixels[20:220, 30:280]
+    one, two = on_device([(pixels, crop), (other, crop)])[0]
+    assert_array_equal(one, two)
+
+
+def test_centre_crop_ships_what_weighs_in():
+    """A bit more than the box, and as good as the whole image."""
+    pixels = noise_image(375, 500, 3)
+    crop = data_crops.center_crop(375, 500, SIZE, 0.875)
+    got, images, boxes = on_device([(pixels, crop)])
+    extents = boxes[0, :, 2].astype(int)
+    assert (extents < 345).all()
+    assert (images[0, extents[0] :] == 0).all()
+    whole = np.zeros((1, 512, 512, 3), np.uint8)
+    whole[0, :375, :500] = pixels
+    box = np.array(
+        [
+            [crop.box[axis], crop.box[2 + axis], side]
+            for axis, side in enumerate((375, 500))
+        ],
+        np.float32,
+    )
+    assert np.abs(got - resample.resample(whole, box[None], SIZE)).mean() < 1e-3
+
+
+def test_crop_larger_than_the_canvas_is_resized_on_the_host():
+    pixels = noise_image(700, 600, 3)
+    crop = Crop(*[Box(0, 0, 700, 600)] * 2)
+    got, images, boxes = on_device([(pixels, crop)])
+    assert boxes[0].tolist() == [[0, 224, 224]] * 2
+    expected = Image.fromarray(pixels).resize(SIZE, Image.Resampling.BICUBIC)
+    assert_array_equal(images[0, :224, :224], expected)
+    assert_array_equal(got[0], expected)  # of its own size: unchanged
+
+
+def test_flat_colours_and_edges():
+    for level in (0, 1, 127, 255):
+        image = np.full((9, 7, 3), level, np.uint8)
+        crop = Crop(*[Box(0, 0, 9, 7)] * 2)
+        assert (on_device([(image, crop)], (16, 5), canvas=32)[0] == level).all()
+    # Bicubic overshoots at an edge; it must not wrap around.
+    edge = np.zeros((8, 8, 3), np.uint8)
+    edge[:, 4:] = 255
+    crop = Crop(*[Box(0, 0, 8, 8)] * 2)
+    larger = on_device([(edge, crop)], (32, 32), canvas=64)[0][0, 0, :, 0]
+    assert larger[:12].max() < 40
+    assert larger[20:].min() > 215
+    assert larger.min() >= 0
+    assert larger.max() <= 255
+
+
+def test_resampling_is_one_sample_at_a_time():
+    """An image's pixels do not depend on what else is in the batch."""
+    samples = [
+        (photographs()[name], crops(*photographs()[name].shape[:2], 1, (0.2, 0.3))[0])
+        for name in NAMES
+    ]
+    _, images, boxes = on_device(samples)
+    run = jax.jit(resample.resample, static_argnums=2)
+    together = np.asarray(run(images, boxes, SIZE))
+    for i in (0, 3, 6):
+        alone = np.asarray(run(images[i : i + 1], boxes[i : i + 1], SIZE))[0]
+        assert_array_equal(alone, together[i])
+
+
+# Decoding
+
+
+PHOTO = photographs()["coffee"][:90, :120]
+
+
+IMAGE = Image.fromarray(PHOTO)
+
+
+ALPHA = IMAGE.convert("RGBA")
+
+
+ALPHA.putalpha(Image.fromarray(PHOTO[..., 0]))

@@ -1,0 +1,106 @@
+"""Order of samples: permutations, epochs, subsets and positions."""
+
+import numpy as np
+import pytest
+from numpy.testing import assert_array_equal
+
+from hivit_jax.data import order
+from hivit_jax.data.order import permutation, samples_at
+from hivit_jax.data.sources import digits as data_sources_digits
+from hivit_jax.errors import ConfigError
+
+IMAGENET = 1_281_167
+
+
+# Order
+
+
+def test_every_epoch_is_a_permutation_of_its_own():
+    orders = [permutation(seed, epoch, 1437) for seed in (0, 1) for epoch in range(3)]
+    orders.append(permutation(0, 1_000_000, 1437))
+    for each in orders:
+        assert each.dtype == np.int64
+        assert_array_equal(np.sort(each), np.arange(1437))
+    for i, each in enumerate(orders):
+        for other in orders[:i]:
+            assert (each == other).mean() < 0.01  # 1 in 1437 by chance
+
+
+def test_order_is_frozen():
+    """A saved run goes on in this order, whatever the version of numpy."""
+    first = [500, 469, 1156, 606, 909, 555, 794, 1425]
+    assert permutation(0, 0, 1437)[:8].tolist() == first
+    permutation.cache_clear()
+    assert permutation(0, 0, 1437)[:8].tolist() == first
+
+
+def test_positions_across_an_epoch_boundary():
+    n = 10
+    stream = np.concatenate([permutation(3, epoch, n) for epoch in range(4)])
+    indices, epochs = samples_at(np.arange(40), n, 3)
+    assert_array_equal(indices, stream)
+    assert_array_equal(epochs, np.repeat(np.arange(4), n))
+    indices, epochs = samples_at(np.arange(7, 24), n, 3)
+    assert_array_equal(indices, stream[7:24])
+    assert epochs.tolist() == [0] * 3 + [1] * 10 + [2] * 4
+    # Any places, in any order: a share of a batch, say.
+    places = np.array([29, 3, 10, 9, 30])
+    assert_array_equal(samples_at(places, n, 3)[0], stream[places])
+
+
+def test_jump_to_a_late_step(monkeypatch):
+    """Costs the epochs of that batch alone, and gives what slicing the run gives."""
+    needed = []
+
+    def counted(seed, epoch, n):
+        needed.append((seed, epoch, n))
+        return permutation(seed, epoch, n)
+
+    monkeypatch.setattr(order, "permutation", counted)
+    start = 100_000 * 4096
+    epoch, place = divmod(start, IMAGENET)
+    indices, epochs = samples_at(np.arange(start, start + 4096), IMAGENET, 0)
+    assert needed == [(0, epoch, IMAGENET)]
+    assert_array_equal(indices, permutation(0, epoch, IMAGENET)[place : place + 4096])
+    assert (epochs == epoch).all()
+    assert epoch == 319
+
+    boundary = 320 * IMAGENET
+    indices, epochs = samples_at(np.arange(boundary - 5, boundary + 3), IMAGENET, 0)
+    assert needed[1:] == [(0, 319, IMAGENET), (0, 320, IMAGENET)]
+    assert indices[:5].tolist() == permutation(0, 319, IMAGENET)[-5:].tolist()
+    assert indices[5:].tolist() == permutation(0, 320, IMAGENET)[:3].tolist()
+    assert epochs.tolist() == [319] * 5 + [320] * 3
+
+
+def test_few_training_examples():
+    whole = {image.tobytes() for image in data_sources_digits.Digits("train").pixels()}
+    found = []
+    for subset in (0, 1, 0):
+        source = data_sources_digits.Digits("train", train_examples=100, subset=subset)
+        assert np.bincount(source.labels).tolist() == [10] * 10
+        found.append([image.tobytes() for image in source.pixels()])
+        assert len(set(found[-1])) == 100
+        assert set(found[-1]) <= whole
+    assert found[0] == found[2]
+    assert set(found[0]) != set(found[1])
+    test = data_sources_digits.Digits("test", train_examples=100, subset=1)
+    assert_array_equal(test.pixels(), data_sources_digits.Digits("test").pixels())
+
+
+def test_larger_subset_holds_the_smaller():
+    small, large = (
+        {
+            image.tobytes()
+            for image in data_sources_digits.Digits("train", n, 2).pixels()
+        }
+        for n in (100, 1000)
+    )
+    assert len(large) == 1000
+    assert small < large
+
+
+@pytest.mark.parametrize("examples", [5, 101, 1010, 1437])
+def test_training_examples_that_cannot_be_shared(examples):
+    with pytest.raises(ConfigError, match=f"train_examples={examples}: .* 10 classes"):
+        data_sources_digits.Digits("train", train_examples=examples)

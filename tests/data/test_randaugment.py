@@ -1,0 +1,204 @@
+"""RandAugment: every operation as timm does it, and what is drawn how often."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from numpy.testing import assert_array_equal
+from PIL import Image
+from reference import golden
+
+from benchmarks.photographs import photographs
+from hivit_jax.data import randaugment
+from hivit_jax.data.randaugment import DRAWS, FILL, OPERATIONS
+
+GOLDEN = golden("randaugment")
+
+
+ALMOST_ONE = 1 - 2.0**-53  # the greatest draw
+
+
+APPLIED, LEFT_OUT = 0.0, 0.5
+
+
+def draws(count, seed=0):
+    return np.random.RandomState(seed).random_sample((count, DRAWS)).tolist()
+
+
+def position(name):
+    """A draw that chooses this operation."""
+    return (list(OPERATIONS).index(name) + 0.5) / len(OPERATIONS)
+
+
+# Equal to timm
+
+
+def test_golden_data_are_of_these_operations():
+    assert GOLDEN["names"].tolist() == list(OPERATIONS)
+    assert len(OPERATIONS) == 15
+
+
+@pytest.mark.parametrize("crop", ["wide", "tall"])
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_operations_equal_timm(name, crop):
+    image = Image.fromarray(GOLDEN[crop])
+    expected = GOLDEN[f"{crop}_results"][list(OPERATIONS).index(name)]
+    for magnitude, pair in zip(GOLDEN["magnitudes"].tolist(), expected, strict=True):
+        for sign, want in zip(GOLDEN["signs"].tolist(), pair, strict=True):
+            got = np.asarray(randaugment.apply(name, image, magnitude, sign))
+            assert got.dtype == np.uint8
+            # Today equal; a later Pillow may round otherwise.
+            assert np.abs(got - want.astype(float)).mean() <= 1 / 255
+
+
+def test_signs():
+    """Six operations have no direction."""
+    results = GOLDEN["wide_results"]
+    unsigned = [
+        name
+        for name, result in zip(OPERATIONS, results, strict=True)
+        if (result[:, 0] == result[:, 1]).all()
+    ]
+    assert unsigned == [
+        "AutoContrast",
+        "Equalize",
+        "Invert",
+        "PosterizeIncreasing",
+        "SolarizeIncreasing",
+        "SolarizeAdd",
+    ]
+
+
+@pytest.mark.parametrize(
+    "name", ["Rotate", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel"]
+)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_what_lies_beside_the_image_is_grey(name, sign):
+    white = Image.new("RGB", (40, 30), (255, 255, 255))
+    result = np.asarray(randaugment.apply(name, white, 10, sign))
+    colours = {tuple(colour) for colour in result.reshape(-1, 3).tolist()}
+    assert FILL in colours
+    assert (255, 255, 255) in colours
+    share = (result == FILL).all(-1).mean()
+    if name.startswith("Translate"):
+        assert share == pytest.approx(0.45, abs=0.03)
+
+
+def test_magnitude_ten():
+    """The strongest: nothing is left of a value's bits, every value is inverted."""
+    image = Image.fromarray(GOLDEN["wide"])
+    black = randaugment.apply("PosterizeIncreasing", image, 10, 1)
+    assert not np.asarray(black).any()
+    inverted = randaugment.apply("SolarizeIncreasing", image, 10, 1)
+    assert_array_equal(inverted, 255 - GOLDEN["wide"])
+
+
+# What is drawn
+
+
+def test_how_often():
+    """Each operation as often, half of them applied, a quarter of images untouched."""
+    count = 20_000
+    chosen = [randaugment.choose(sample) for sample in draws(count)]
+    lengths = np.array([len(operations) for operations in chosen])
+    for length, share in enumerate((0.25, 0.5, 0.25)):
+        assert (lengths == length).mean() == pytest.approx(share, abs=0.015)
+    names, magnitudes, signs = zip(*sum(chosen, []), strict=True)
+    for name in OPERATIONS:
+        assert names.count(name) / len(names) == pytest.approx(1 / 15, abs=0.008)
+    twice = [a[0] == b[0] for a, b in (pair for pair in chosen if len(pair) == 2)]
+    assert np.mean(twice) == pytest.approx(1 / 15, abs=0.015)  # with replacement
+    assert set(signs) == {1, -1}
+    assert np.mean(signs) == pytest.approx(0, abs=0.03)
+    # Two standard deviations above 9 they are cut off.
+    assert max(magnitudes) == 10
+    assert min(magnitudes) > 6
+    magnitudes = np.array(magnitudes)
+    assert (magnitudes == 10).mean() == pytest.approx(0.0228, abs=0.005)
+    assert np.median(magnitudes) == pytest.approx(9, abs=0.02)
+    below = magnitudes[magnitudes < 9] - 9  # this half is whole
+    assert np.sqrt((below**2).mean()) == pytest.approx(0.5, abs=0.015)
+    names = np.unique(names, return_inverse=True)[1]
+    correlations = np.corrcoef([names, magnitudes, signs])
+    assert np.abs(correlations - np.eye(3)).max() < 0.03
+
+
+def test_parameters():
+    """Of the policy: magnitude, its spread, number of operations, probability."""
+    many = draws(200)
+    for sample in many:
+        a, b = randaugment.choose(sample, magnitude=5, std=0, probability=1)
+        assert a[1] == b[1] == 5
+        assert randaugment.choose(sample, probability=0) == []
+        assert randaugment.choose(sample, num_ops=1) == (
+            randaugment.choose([*sample[:4], *[LEFT_OUT] * 4])
+        )
+    four = randaugment.choose(sum(many[:2], []), num_ops=4, probability=1)
+    pairs = [randaugment.choose(sample, probability=1) for sample in many[:2]]
+    assert four == sum(pairs, [])
+    for magnitude, std in ((0, 1), (10, 1), (5, 100)):
+        drawn = [
+            operation[1]
+            for sample in many
+            for operation in randaugment.choose(sample, magnitude, std)
+        ]
+        assert min(drawn) >= 0
+        assert max(drawn) <= 10
+        assert {0.0, 10.0} & set(drawn)
+
+
+# Images
+
+
+def test_draws_decide():
+    """An operation after the other, as the draws say."""
+    pixels = photographs()["coffee"][:100, :120]
+    sample = [position("Rotate"), APPLIED, 0.5, 0.0]
+    sample += [position("SolarizeAdd"), APPLIED, 0.5, 0.0]
+    turned = randaugment.apply("Rotate", Image.fromarray(pixels), 9.0, -1)
+    expected = randaugment.apply("SolarizeAdd", turned, 9.0, -1)
+    got = randaugment.randaugment(pixels, sample)
+    assert_array_equal(got, expected)
+    assert got.dtype == np.uint8
+    sample[5] = LEFT_OUT
+    assert_array_equal(randaugment.randaugment(pixels, sample), turned)
+    sample[1] = LEFT_OUT
+    assert_array_equal(randaugment.randaugment(pixels, sample), pixels)
+
+
+def test_same_draws_same_bytes_in_threads():
+    many = draws(80)
+    images = [photo[:112, :112] for photo in photographs().values()]
+    before = [image.copy() for image in images]
+
+    def run(i):
+        return randaugment.randaugment(images[i % len(images)], many[i]).tobytes()
+
+    alone = [run(i) for i in range(len(many))]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(run, range(len(many)))) == alone
+    for image, copy in zip(images, before, strict=True):
+        assert_array_equal(image, copy)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (9, 2), (30, 50), (333, 224)])
+def test_sizes(shape):
+    pixels = np.random.RandomState(0).randint(0, 256, (*shape, 3)).astype(np.uint8)
+    for name in OPERATIONS:
+        sample = [position(name), APPLIED, 0.9, 0.9] * 2
+        result = randaugment.randaugment(pixels, sample)
+        assert result.shape == pixels.shape
+        assert result.dtype == np.uint8
+
+
+@pytest.mark.parametrize("extreme", [0.0, 2.0**-53, ALMOST_ONE])
+def test_extreme_draws(extreme):
+    pixels = photographs()["cat"][:64, :64]
+    operations = randaugment.choose([extreme] * DRAWS, probability=1)
+    assert len(operations) == 2
+    for name, magnitude, sign in operations:
+        assert name == list(OPERATIONS)[-1 if extreme > 0.5 else 0]
+        assert 0 <= magnitude <= 10
+        assert sign == (1 if extreme > 0.5 else -1)
+    result = randaugment.randaugment(pixels, [extreme] * DRAWS, probability=1)
+    assert result.shape == pixels.shape

@@ -1,0 +1,36 @@
+"""Meshes: the order of devices."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from hivit_jax.distributed import sharding
+from hivit_jax.errors import ConfigError
+
+pytestmark = pytest.mark.usefixtures("quick")
+
+
+def test_devices_of_several_slices():
+    """Slices lie along the first axis that they divide, and inside no other."""
+    devices = [
+        SimpleNamespace(
+            id=8 * s + i, slice_index=s, process_index=s, device_kind="x", platform="x"
+        )
+        for s in range(2)
+        for i in range(8)
+    ]
+    for shape, axis in (
+        ((2, 4, 2, 1), 0),
+        ((1, 8, 2, 1), 1),
+        ((1, 1, 16, 1), 2),
+        ((1, 1, 4, 4), 2),
+    ):
+        array = sharding.across_slices(shape, 2, devices)
+        assert array.shape == shape
+        slices = np.vectorize(lambda device: device.slice_index)(array)
+        assert sorted(np.unique(slices.take(0, axis))) == [0]
+        assert slices.sum() == 8
+        assert (np.diff(slices, axis=axis) >= 0).all()
+    with pytest.raises(ConfigError, match="over 2 slices or nodes; expected replica"):
+        sharding.across_slices((1, 1, 1, 16), 2, devices)

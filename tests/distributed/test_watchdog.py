@@ -1,0 +1,36 @@
+"""The watchdog ends a process that stands still."""
+
+import pytest
+import recipes
+
+from hivit_jax.distributed.watchdog import Watchdog
+from hivit_jax.errors import ConfigError
+
+HANGING = """
+import time
+from hivit_jax.distributed.watchdog import Watchdog
+
+def wait_for_the_end_of_time():
+    time.sleep(1000)
+
+with Watchdog(stall_timeout=1.0) as watchdog:
+    for _ in range(4):
+        time.sleep(0.5)
+        watchdog.heartbeat()
+    print("still here", flush=True)
+    wait_for_the_end_of_time()
+"""
+
+
+def test_a_run_that_stands_still_ends_itself():
+    code, out, error = recipes.run("-c", HANGING)
+    assert code == 75
+    assert "still here" in out
+    assert "in wait_for_the_end_of_time" in error
+    assert "has made no progress for" in error
+    assert "(stall_timeout=1)" in error
+
+
+def test_an_error_passes_the_watchdog():
+    with pytest.raises(ConfigError, match="x"), Watchdog(stall_timeout=60.0):
+        raise ConfigError("x")

@@ -1,0 +1,349 @@
+"""Averaged weights, and damage, on every road by which a checkpoint is read.
+
+All of it is seen on one linear probe, whose train step compiles quickly: its encoder
+stands still, so that any of its evaluations can be computed in numpy from the features
+of the test split.
+"""
+
+import json
+import re
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import recipes
+from flax import nnx
+from networks import compiled, mini
+from numpy.testing import assert_allclose, assert_array_equal
+from safetensors.numpy import load_file
+
+import hivit_jax
+from hivit_jax import config as configs
+from hivit_jax import inputs
+from hivit_jax.checkpoints import read
+from hivit_jax.errors import CheckpointError, Interrupted
+from hivit_jax.main import main
+from hivit_jax.reporting import metrics
+from hivit_jax.tools import convert, export, reconstruct
+from hivit_jax.train import train
+from hivit_jax.tree import named_leaves, split
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)
+
+
+STEPS, DECAY = 4, 0.9
+
+
+SIZES = dict(embed_dim=32, depths=(1, 1), inner_patches=2, num_heads=2)
+
+
+SIZES |= dict(image_size=(32, 64))
+
+
+NETWORK = SIZES | dict(relative_position=False, running_norm=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    """One device alone, for which a step compiles in a third of the time."""
+    devices = jax.devices()[:1]
+    with pytest.MonkeyPatch.context() as patch, recipes.quick():
+        patch.setattr(jax, "devices", lambda *_: devices)
+        yield
+
+
+def flags(**overrides):
+    """Command line of the probe; batches of 24 do not divide the 64 test images."""
+    values = {
+        k: v
+        for k, v in recipes.SOURCES["synthetic"].items()
+        if not k.startswith(("model.decoder", "optimizer."))
+    }
+    values |= {f"model.{key}": value for key, value in SIZES.items()}
+    values |= {
+        "model.num_classes": 10,
+        "batch_size": 24,
+        "total_steps": STEPS,
+        "checkpoint_every": 1,
+        "eval_every": 2,
+        "keep_checkpoints": 9,
+        "optimizer.base_learning_rate": 2000.0,
+        "optimizer.warmup_epochs": 0.0,
+        "optimizer.ema_decay": DECAY,
+        "init_from": "",
+        "seed": 8,  # for which top-1 falls from step 2 to step 4
+    }
+    values |= {key.replace("__", "."): value for key, value in overrides.items()}
+    return ["--config=linear", *(f"--config.{k}={v}" for k, v in values.items())]
+
+
+def probe(**overrides):
+    path, *rest = flags(**overrides)
+    return configs.load(path.removeprefix("--config="), rest)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """A directory with a model that has a head and statistics of its own."""
+    directory = tmp_path_factory.mktemp("shared")
+    hivit_jax.save_pretrained(mini("hivit_base", **NETWORK), directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def born(shared, tmp_path_factory):
+    """Workdir of a probe that was stopped before its first step, and saved."""
+    workdir, config = tmp_path_factory.mktemp("born"), probe(init_from=shared)
+    with pytest.raises(Interrupted):
+        train(config, workdir, lambda step: "stop")
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def run(born, tmp_path_factory):
+    """Workdir of the same probe to its end. Its first checkpoint has no averages, as
+    if they had been switched on there.
+    """
+    workdir = tmp_path_factory.mktemp("run")
+    shutil.copytree(born, workdir, dirs_exist_ok=True)
+    shutil.rmtree(workdir / "checkpoints" / "0" / "ema")
+    train(probe(), workdir)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def stored(run):
+    """Arrays of each checkpoint: step -> item -> name -> array."""
+    return {step: recipes.stored(run, step) for step in range(STEPS + 1)}
+
+
+def average_of(items):
+    """Averaged parameters of a checkpoint and its statistics, by name."""
+    return items["ema"] | items["model_state"]
+
+
+@pytest.fixture(scope="module")
+def evaluated(stored):
+    """Parameters by name -> (loss, top-1, top-5) of the test split, in numpy."""
+    batches = list(inputs.eval_batches(probe()))
+    pixels, labels, weight = (
+        np.concatenate([batch[name] for batch in batches])
+        for name in ("image", "label", "weight")
+    )
+    mean, std = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
+    network = hivit_jax.create_model("hivit_base", num_classes=10, **NETWORK)
+    graphdef, params = split(network)
+    start = stored[0]["params"] | stored[0]["model_state"]
+    params = jax.tree_util.tree_map_with_path(
+        lambda path, _: jnp.asarray(
+            start[jax.tree_util.keystr(path, simple=True, separator="/")]
+        ),
+        params,
+    )
+    encode = compiled(nnx.merge(graphdef, params), lambda m, x: m.encoder(x)[-1])
+    images = (pixels[weight > 0] / np.float32(255) - mean) / std
+    features = np.asarray(encode(images), np.float64).mean(1)
+    labels = labels[weight > 0]
+    assert len(features) == 64
+
+    def evaluate(params):
+        normed = features - params["fc_norm/mean"]
+        normed /= np.sqrt(params["fc_norm/var"] + 1e-6)
+        logits = normed @ params["head/kernel"] + params["head/bias"]
+        true = logits[np.arange(64), labels]
+        loss = np.log(np.exp(logits - true[:, None]).sum(1)).mean()
+        rank = (logits > true[:, None]).sum(1)
+        return loss, (rank < 1).mean(), (rank < 5).mean()
+
+    return evaluate
+
+
+# --- What a run keeps ----------------------------------------------------------------
+
+
+def test_a_linear_probe_starts_with_a_head_of_its_own(shared, born):
+    """The encoder is the file's; head and statistics, which the file has too, are not.
+    MAE's probe draws weights of std 0.01.
+    """
+    state = recipes.stored(born, 0)
+    recipes.assert_identical(state["ema"], state["params"])
+    params = state["params"] | state["model_state"]
+    there = load_file(shared / "model.safetensors")
+    assert_array_equal(
+        params["encoder/absolute_pos_embed"], there["absolute_pos_embed"][0]
+    )
+    kernel = "blocks.3.mlp.fc1.weight"
+    assert_array_equal(params["encoder/stages/1/0/mlp/fc1/kernel"], there[kernel].T)
+    assert params["head/kernel"].std() == pytest.approx(0.01, rel=0.1)
+    pair = np.corrcoef(params["head/kernel"].flat, there["head.weight"].T.flat)
+    assert abs(pair[0, 1]) < 0.3
+    assert there["head.bias"].any()
+    assert not params["head/bias"].any()
+    assert there["fc_norm.mean"].any()
+    assert not params["fc_norm/mean"].any()
+    assert (params["fc_norm/var"] == 1).all()
+
+
+def test_the_average_of_each_step(stored):
+    """Each step adds a tenth of its parameters. The average begins with those of the
+    step at which it is switched on.
+    """
+    assert "ema" not in stored[0]
+    average = stored[0]["params"]
+    for step in range(1, STEPS + 1):
+        plain = stored[step]["params"]
+        average = {k: DECAY * average[k] + (1 - DECAY) * plain[k] for k in plain}
+        assert stored[step]["ema"].keys() == plain.keys()
+        for name, array in stored[step]["ema"].items():
+            assert_allclose(array, average[name], rtol=2e-6, atol=1e-7, err_msg=name)
+    moved = np.abs(stored[STEPS]["params"]["head/kernel"] - average["head/kernel"])
+    assert moved.max() > 0.005  # half the std that it began with
+
+
+def test_training_evaluates_the_average(run, stored, evaluated):
+    lines = [
+        line for line in metrics.read(run / "metrics.jsonl") if "eval/loss" in line
+    ]
+    assert [line["step"] for line in lines] == [2, 4]
+    for line in lines:
+        items = stored[line["step"]]
+        average = evaluated(average_of(items))
+        plain = evaluated(items["params"] | items["model_state"])
+        found = [line[f"eval/{name}"] for name in ("loss", "top1", "top5")]
+        assert_allclose(found, average, rtol=1e-4)
+        assert abs(plain[0] - average[0]) > 0.02
+
+
+def test_the_best_evaluated_checkpoint_stays(born, stored, tmp_path, capsys):
+    """Beside the newest, the one to be kept. Step 3 was not evaluated: it does not
+    inherit the score of step 2. With averages from the start all is the same.
+    """
+    shutil.copytree(born, tmp_path, dirs_exist_ok=True)
+    train(probe(keep_checkpoints=1), tmp_path)
+    top1 = recipes.lines(tmp_path, "eval/top1")
+    assert list(top1) == [2, 4]
+    assert top1[2] > top1[4] + 1.5 / 64  # else choose another seed
+    assert recipes.saved(tmp_path) == [2, 4]
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("best checkpoint  step 2 ")
+    assert f"top1 {100 * top1[2]:.2f} %" in last
+    recipes.assert_identical(recipes.stored(tmp_path, 4), stored[4])
+
+
+# --- Roads that read a checkpoint ----------------------------------------------------
+
+
+@pytest.mark.parametrize(("where", "step"), [("", 4), ("checkpoints/2", 2)])
+def test_mode_eval(where, step, run, stored, evaluated, tmp_path, capsys):
+    """Of a workdir's newest checkpoint, or of any that is named."""
+    asked = [*flags(), "--mode=eval", f"--workdir={run}"]
+    if where:
+        asked[-1] = f"--workdir={tmp_path}"
+        asked += [f"--checkpoint={run / where}"]
+    capsys.readouterr()
+    assert main(asked) == 0
+    out = capsys.readouterr().out
+    loss, top1, top5 = evaluated(average_of(stored[step]))
+    found = re.search(
+        rf"^step {step}  eval  loss (\S+)  top1 (\S+) %  top5 (\S+) %  \(64 im",
+        out,
+        re.M,
+    )
+    assert float(found[1]) == pytest.approx(loss, abs=2e-4)
+    assert float(found[2]) == pytest.approx(100 * top1, abs=0.01)
+    assert float(found[3]) == pytest.approx(100 * top5, abs=0.01)
+
+
+@pytest.fixture(scope="module")
+def damaged(run, tmp_path_factory):
+    """Item -> workdir of step 4 alone, in which one bit of one of its arrays is
+    another, and orbax has nothing to say against it.
+    """
+    found = {}
+    for item in ("params", "model_state", "ema", "optimizer"):
+        found[item] = tmp_path_factory.mktemp(item)
+        shutil.copytree(run / "checkpoints" / "4", found[item] / "checkpoints" / "4")
+        path = read.absolute(found[item]) / "checkpoints" / "4" / item
+        tree = read.load_item(path)
+        leaves, structure = jax.tree.flatten(tree)
+        leaves = [np.array(leaf) for leaf in leaves]
+        largest = max(leaves, key=lambda leaf: leaf.nbytes)
+        largest.reshape(-1).view(np.uint32)[-1] ^= 1
+        with ocp.StandardCheckpointer() as writer:
+            writer.save(path, jax.tree.unflatten(structure, leaves), force=True)
+    return found
+
+
+def roads(workdir, tmp_path):
+    """Road -> command line; its command ends with the exit code."""
+    new = ["--workdir", str(tmp_path / "new")]
+    step = workdir / "checkpoints" / "4"
+    out = ["--out", str(tmp_path / "out")]
+    return {
+        "eval": lambda: main([*flags(), "--mode=eval", f"--workdir={workdir}"]),
+        "eval of a checkpoint": lambda: main(
+            [*flags(), f"--checkpoint={step}", "--mode=eval", *new]
+        ),
+        "knn": lambda: main([*flags(init_from=workdir), "--mode=knn"]),
+        "init_from": lambda: main([*flags(init_from=step), *new]),
+        "convert": lambda: convert.main([str(step), str(tmp_path / "x.safetensors")]),
+        "inspect": lambda: convert.main(["--inspect", str(workdir)]),
+        "export": lambda: export.main(["--checkpoint", str(workdir), *out]),
+        "reconstruct": lambda: reconstruct.main(
+            ["--checkpoint", str(workdir), str(tmp_path / "x.png"), *out]
+        ),
+    }
+
+
+ROADS = list(roads(recipes.ROOT, recipes.ROOT))
+
+
+@pytest.mark.parametrize("road", ROADS)
+def test_a_flipped_bit_of_the_average(road, damaged, tmp_path, capsys):
+    """All these roads read the averaged weights, and compare their digests."""
+    assert roads(damaged["ema"], tmp_path)[road]() == 5
+    err = capsys.readouterr().err
+    assert re.search(r"checkpoints/4 is damaged: 1 of \d+ arrays of ema do not", err)
+    assert len(err.splitlines()) <= 3
+
+
+@pytest.mark.parametrize("item", ["params", "model_state", "ema", "optimizer"])
+def test_a_flipped_bit_when_going_on(item, damaged):
+    """Each item of the state is compared."""
+    with pytest.raises(CheckpointError, match=f"1 of .* arrays of {item} do not"):
+        train(probe(), damaged[item])
+    assert recipes.saved(damaged[item]) == [4]
+
+
+@pytest.mark.parametrize(
+    ("item", "other", "step", "options"),
+    [("ema", "params", 2, []), ("params", "ema", 3, ["--plain"])],
+)
+def test_averaged_or_plain(item, other, step, options, run, damaged, stored, tmp_path):
+    """Only the item that is asked for is read, and compared with its digests."""
+    averaged = item == "ema"
+    with pytest.raises(CheckpointError, match=f"1 of .* arrays of {item} do not"):
+        hivit_jax.load_pretrained(damaged[item], averaged=averaged)
+    loaded = hivit_jax.load_pretrained(damaged[other], averaged=averaged)
+    arrays = jax.device_get(named_leaves(split(loaded)[1]))
+    expected = stored[4][item] | stored[4]["model_state"]
+    recipes.assert_identical(arrays, {name: expected[name] for name in arrays})
+
+    target = tmp_path / "shared"
+    assert convert.main([str(damaged[item]), str(target), *options]) == 5
+    source = run / "checkpoints" / str(step)
+    assert convert.main([str(source), str(target), *options]) == 0
+    head = load_file(target / "model.safetensors")["head.weight"]
+    assert_array_equal(head, stored[step][item]["head/kernel"].T)
+    about = json.loads((target / "config.json").read_text())
+    assert about["recipe"]["optimizer"]["ema_decay"] == DECAY
+    assert about["results"].get("eval/loss") == recipes.lines(run, "eval/loss").get(
+        step
+    )
+    text = convert.inspect(source, averaged=averaged)
+    assert f"checkpoint of hivit_jax, {item}\n" in text

@@ -1,0 +1,310 @@
+"""A run on folders with damaged files, every line and evaluation computed by hand."""
+
+import io
+import struct
+
+import jax
+import numpy as np
+import pytest
+import recipes
+from numpy.testing import assert_allclose
+from PIL import Image
+
+from hivit_jax import inputs
+from hivit_jax.data.order import permutation
+from hivit_jax.main import main
+from hivit_jax.models.classifier import Classifier
+from hivit_jax.reporting import figures, metrics
+from hivit_jax.train import train
+
+
+@pytest.fixture
+def workdir(tmp_path, monkeypatch):
+    """An empty directory; without TensorBoard, whose import takes seconds."""
+    monkeypatch.setattr(metrics, "_tensorboard", lambda workdir: None)
+    return tmp_path
+
+
+# A run whose every number is counted again
+
+SIZE, CLASSES, BATCH, STEPS = (32, 48), 7, 8, 8
+
+
+TRAIN, VAL = 3 * CLASSES, 11  # 8 divides neither
+
+
+MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
+
+
+DAMAGED = {"train": (2, 9, 17), "val": (4,)}
+
+
+# Of 8 steps: where a line is written, and the first step that it is about.
+LINES = {3: 1, 4: 4, 5: 5, 6: 6, 8: 7}
+
+
+def overrides_of(root):
+    """Sizes that 8 does not divide; a canvas, from which the device resizes."""
+    flags = dict(data__dir=root, data__canvas=64, data__crop_scale=(1.0, 1.0))
+    flags |= dict(data__mean=MEAN, data__std=STD, data__flip=True, data__crop_pct=1.0)
+    flags |= dict(log_every=3, eval_every=4, checkpoint_every=5, total_steps=STEPS)
+    flags |= dict(data__max_unreadable=0.5, optimizer__warmup_epochs=3.0)
+    return flags | dict(
+        data__name="folder",
+        batch_size=BATCH,
+        model__image_size=SIZE,
+        model__num_classes=CLASSES,
+        model__depths=(1, 1, 1),
+        model__drop_path_rate=0.0,
+    )
+
+
+class Seen:
+    """What the network was given and put out, batch by batch, in training and in
+    evaluation; a run's workdir and its pictures.
+    """
+
+    def __init__(self, workdir):
+        self.workdir, self.pictures = workdir, {}
+        self.train, self.eval = [], []
+
+    def draw(self, workdir, step, panels):
+        random = np.random.RandomState(step)
+        self.pictures[step] = random.randint(0, 256, (4, 6, 3)).astype(np.uint8)
+        return {"curves": self.pictures[step]}
+
+    def recorded(self, call):
+        def run(model, images, *, drop_path_keys=None):
+            logits = call(model, images, drop_path_keys=drop_path_keys)
+            batches = self.eval if drop_path_keys is None else self.train
+            jax.debug.callback(
+                lambda *xs: batches.append([*map(np.array, xs)]), images, logits
+            )
+            return logits
+
+        return run
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """(root, split -> pixels and labels of the files in order)."""
+    root, random = tmp_path_factory.mktemp("folder"), np.random.RandomState(0)
+    files = {"train": ([], []), "val": ([], [])}
+    for split, count in (("train", TRAIN), ("val", VAL)):
+        labels = np.sort(np.arange(count) % CLASSES)
+        for number, label in enumerate(labels):
+            pixels = random.randint(0, 256, (*SIZE, 3)).astype(np.uint8)
+            path = root / split / str(label) / f"{number:02}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(path)
+            if number in DAMAGED[split]:
+                path.write_bytes(b"damaged")
+            files[split][0].append(pixels)
+            files[split][1].append(label)
+    return root, {split: [*map(np.array, each)] for split, each in files.items()}
+
+
+@pytest.fixture(scope="module")
+def run(folder, tmp_path_factory):
+    seen, devices = Seen(tmp_path_factory.mktemp("run")), jax.devices()
+    overrides = overrides_of(folder[0])
+    config = recipes.classifier("photographs", **overrides)
+    config.mixup = config.cutmix = 0.0
+    config.random_erasing = 1.0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(seen.workdir / "cache"))
+        patch.setattr(figures, "draw_run", seen.draw)
+        patch.setattr(Classifier, "__call__", seen.recorded(Classifier.__call__))
+        # Without this the callbacks of eight devices wait for each other.
+        patch.setattr(jax, "devices", lambda: devices[:1])
+        name = "jax_disable_most_optimizations"
+        before = jax.config.values[name]
+        jax.config.update(name, True)
+        try:
+            seen.results = train(config, seen.workdir)
+            jax.effects_barrier()
+        finally:
+            jax.config.update(name, before)
+    return seen
+
+
+def order_of(seed, epochs, count):
+    """Indices of the training images, position by position."""
+    return np.concatenate([permutation(seed, e, count) for e in range(epochs)])
+
+
+def line_of(run, step, name):
+    lines = metrics.read(run.workdir / "metrics.jsonl")
+    [found] = [line for line in lines if line["step"] == step and name in line]
+    return found
+
+
+def cross_entropy(logits, labels, smoothing):
+    logits = np.float64(logits)
+    log = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    targets = np.eye(CLASSES)[labels] * (1 - smoothing) + smoothing / CLASSES
+    return -(targets * log).sum(-1)
+
+
+def test_lines_are_of_the_newest_step(run, folder):
+    """Loss, top-1, top-5 and learning rate, every third step; unreadable images are
+    those of all steps since the line before, and have no part in the means.
+    """
+    labels, order = folder[1]["train"][1], order_of(0, 4, TRAIN)
+    assert list(recipes.lines(run.workdir)) == list(LINES)
+    peak = 0.016 * BATCH / 256
+    bad = np.isin(order, DAMAGED["train"])
+    assert len(run.train) == STEPS
+    for step, first in LINES.items():
+        line = line_of(run, step, "loss")
+        here = slice((step - 1) * BATCH, step * BATCH)
+        logits, true, good = run.train[step - 1][1], labels[order[here]], ~bad[here]
+        losses = cross_entropy(logits, true, 0.1)
+        assert line["loss"] == pytest.approx(losses[good].mean(), rel=1e-5)
+        rank = (-logits).argsort(-1)
+        for k in (1, 5):
+            hit = (rank[:, :k] == true[:, None]).any(-1)
+            assert line[f"top{k}"] == pytest.approx(hit[good].mean(), rel=1e-6)
+        assert line["unreadable"] == bad[(first - 1) * BATCH : step * BATCH].sum()
+        # The three epochs of warmup are 7.875 steps.
+        rate = peak * (step - 1) / (3 * TRAIN / BATCH)
+        assert line["learning_rate"] == pytest.approx(rate, rel=1e-5)
+    assert sum(recipes.lines(run.workdir, "unreadable").values()) == bad[:64].sum()
+
+
+def normalized(pixels):
+    return (pixels / 255 - MEAN) / STD
+
+
+def same(images, others):
+    """Share of pixels that are the same but for rounding, for each image."""
+    return (np.abs(images - others) < 1e-4).all(-1).mean((1, 2))
+
+
+def test_training_flips_and_erases_what_the_device_resizes(run, folder):
+    """Half of the images are mirrored, and in all of them one rectangle is noise."""
+    pixels, order = normalized(folder[1]["train"][0]), order_of(0, 4, TRAIN)
+    mirrored = []
+    for step, (images, _) in enumerate(run.train):
+        for image, index in zip(images, order[step * BATCH :], strict=False):
+            if index in DAMAGED["train"]:
+                continue
+            either = np.stack([pixels[index], pixels[index, :, ::-1]])
+            shares = same(image, either)
+            assert shares.min() < 0.01
+            assert 0.6 < shares.max() < 1 - 0.015
+            changed = (np.abs(image - either[shares.argmax()]) > 1e-4).any(-1)
+            rows, columns = np.where(changed.any(1))[0], np.where(changed.any(0))[0]
+            box = np.ix_(*(np.arange(x[0], x[-1] + 1) for x in (rows, columns)))
+            assert changed[box].all()
+            mirrored.append(shares.argmax())
+    assert len(mirrored) > 50
+    assert 0.3 < np.mean(mirrored) < 0.7
+
+
+def readable(folder):
+    """Pixels and labels of the validation images that can be read."""
+    pixels, labels = folder[1]["val"]
+    good = ~np.isin(np.arange(VAL), DAMAGED["val"])
+    return pixels[good], labels[good]
+
+
+def test_evaluation_sees_files_as_they_are(run, folder):
+    """In order; neither mirrored nor erased; the last batch filled up."""
+    black = normalized(np.zeros((*SIZE, 3)))
+    for evaluation in (run.eval[:2], run.eval[2:]):
+        images = np.concatenate([images for images, _ in evaluation])
+        expected = np.concatenate(
+            [normalized(folder[1]["val"][0]), [black] * (2 * BATCH - VAL)]
+        )
+        expected[[*DAMAGED["val"]]] = black
+        assert_allclose(images, expected, rtol=0, atol=1e-5)
+
+
+def eval_results(evaluation, folder):
+    """Loss, top-1 and top-5 of the readable images, from the logits; no smoothing."""
+    good = ~np.isin(np.arange(VAL), DAMAGED["val"])
+    logits = np.concatenate([logits for _, logits in evaluation])[:VAL][good]
+    labels = readable(folder)[1]
+    rank = (-logits).argsort(-1)
+    return {
+        "eval/loss": cross_entropy(logits, labels, 0.0).mean(),
+        "eval/top1": (rank[:, 0] == labels).mean(),
+        "eval/top5": (rank[:, :5] == labels[:, None]).any(-1).mean(),
+        "eval/count": VAL - len(DAMAGED["val"]),
+        "eval/unreadable": len(DAMAGED["val"]),
+    }
+
+
+def test_means_of_an_evaluation(run, folder):
+    """Over readable images alone; every fourth step and the last."""
+    assert len(run.eval) == 2 * 2
+    assert list(recipes.lines(run.workdir, "eval/count")) == [4, 8]
+    for step, evaluation in ((4, run.eval[:2]), (8, run.eval[2:])):
+        expected = eval_results(evaluation, folder)
+        line = line_of(run, step, "eval/loss")
+        assert line.keys() == {"step"} | expected.keys()
+        for name, value in expected.items():
+            assert line[name] == pytest.approx(value, rel=1e-6), name
+    assert run.results == {k: v for k, v in line.items() if k != "step"}
+
+
+def test_tensorboard(run):
+    """Values, steps and names are those of metrics.jsonl; pictures those drawn."""
+    pytest.importorskip("tensorboardX")
+    from tensorboardX.proto.event_pb2 import Event
+
+    [path] = run.workdir.glob("events.*")
+    content, at, scalars, pictures = path.read_bytes(), 0, [], {}
+    while at < len(content):  # length, its CRC, an event, its CRC
+        size = struct.unpack_from("<Q", content, at)[0]
+        event = Event.FromString(content[at + 12 : at + 12 + size])
+        at += 16 + size
+        for value in event.summary.value:
+            if value.HasField("image"):
+                image = Image.open(io.BytesIO(value.image.encoded_image_string))
+                pictures[value.tag, event.step] = np.asarray(image)
+            else:
+                scalars.append((value.tag, event.step, value.simple_value))
+    expected = [
+        (name, line["step"], np.float32(value))
+        for line in metrics.read(run.workdir / "metrics.jsonl")
+        for name, value in line.items()
+        if name != "step"
+    ]
+    assert sorted(scalars) == sorted(expected)
+    assert pictures.keys() == {("curves", 4), ("curves", 8)}
+    for (_, step), pixels in pictures.items():
+        np.testing.assert_array_equal(pixels, run.pictures[step])
+
+
+def test_mode_eval_of_damaged_files(run, folder, monkeypatch, tmp_path, capsys):
+    """The same numbers, whatever training would mix, erase and smooth; code 4 where
+    more are damaged than may be, or the pipeline leaves images out.
+    """
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    values = overrides_of(folder[0]) | {
+        "model__name": "hivit_base",
+        "model__patch_size": 16,
+        "model__in_channels": 3,
+        "data__train_examples": 0,
+    }
+    values |= dict(mixup=0.8, cutmix=1.0, random_erasing=1.0, label_smoothing=0.3)
+    recipe = recipes.ROOT / "configs" / "digits_finetune.py"
+    flags = [f"--config.{k.replace('__', '.')}={v}" for k, v in values.items()]
+    command = [f"--config={recipe}", f"--workdir={run.workdir}", "--mode=eval", *flags]
+    with recipes.quick():
+        assert main(command) == 0
+        found = run.results
+        assert capsys.readouterr().out == (
+            f"step 8  eval  loss {found['eval/loss']:.4f}  "
+            f"top1 {found['eval/top1']:.2%}  top5 {found['eval/top5']:.2%}  "
+            "(10 images, 1 unreadable)\n"
+        ).replace("%", " %")
+        assert main([*command, "--config.data.max_unreadable=0.09"]) == 4  # 1 of 11
+        assert "1 images of folder could not be read, 9.09%" in capsys.readouterr().err
+        whole = inputs.eval_batches
+        monkeypatch.setattr(inputs, "eval_batches", lambda c: [next(whole(c))])
+        assert main(command) == 4
+        expected = "evaluated 7 images and could not read 1; expected 11 in total"
+        assert expected in capsys.readouterr().err

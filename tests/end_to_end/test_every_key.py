@@ -1,0 +1,436 @@
+"""From a recipe's value to its effect in a run: real runs against the second
+implementation in `plain.py`, and every key of every task.
+"""
+
+import re
+from functools import cache
+
+import jax
+import numpy as np
+import plain
+import pytest
+import recipes
+import traces
+from flax import nnx
+from traces import STEPS, config_of, mismatches
+
+import hivit_jax
+from hivit_jax.errors import ConfigError
+from hivit_jax.main import main
+from hivit_jax.train import train
+from hivit_jax.tree import named_leaves, split
+
+pytestmark = pytest.mark.usefixtures("quick")
+
+
+@pytest.fixture(scope="module")
+def trace_of(tmp_path_factory):
+    """name -> `Trace`."""
+    folder = tmp_path_factory.mktemp("folder")
+    traces.write_folder(folder)
+
+    @cache
+    def run(name):
+        workdir = tmp_path_factory.mktemp(name.replace(", ", "_")) / "run"
+        start = {"init_from": run("mae").workdir} if name == "linear_probe" else {}
+        return traces.Trace(name, folder, workdir, **start)
+
+    return run
+
+
+# --- Every step, from files to parameters ---------------------------------------------
+
+
+@pytest.mark.parametrize("name", traces.TRACES)
+def test_every_step(name, trace_of):
+    """Three training steps and the evaluation are those of the plain implementation."""
+    trace = trace_of(name)
+    assert mismatches(trace, trace.config) == {}
+    line = trace.line(STEPS, "eval/loss")
+    assert (line["eval/count"], line["eval/unreadable"]) == (10, 1)
+    assert {x: line[x] for x in trace.results} == trace.results
+    assert [x["step"] for x in trace.lines if "eval/loss" in x] == [2, 3]
+
+
+def test_both_kinds_of_mixing(trace_of):
+    """The steps of the classifier's trace have Mixup and CutMix."""
+    kinds = set()
+    for step in range(STEPS):
+        key = plain.sample_keys(5, "train", step * traces.BATCH, 1)[0]
+        which = jax.random.split(plain.fold(key, "step"), 4)[0]
+        kinds.add(bool(jax.random.bernoulli(which)))
+    assert kinds == {True, False}
+
+
+def test_seed_draws_the_first_parameters(trace_of):
+    trace = trace_of("classify, plain")
+    arguments = {k: v for k, v in trace.config.model.items() if v is not None}
+
+    @jax.jit
+    def draw():
+        model = hivit_jax.create_model(seed=jax.random.key(5), **arguments)
+        return split(model)[1]
+
+    drawn = named_leaves(draw())
+    first = trace.states[0]["params"]
+    assert drawn.keys() == first.keys()
+    for name, array in first.items():
+        np.testing.assert_allclose(array, drawn[name], rtol=1e-6, atol=1e-7)
+
+
+def test_what_is_not_trained(trace_of):
+    """The decoder's table in pretraining; the whole encoder in a linear probe, which is
+    the averaged one of pretraining, under a head of its own.
+    """
+    mae, table = trace_of("mae"), "decoder_pos_embed"
+    np.testing.assert_array_equal(mae.params(0)[table], mae.params(STEPS)[table])
+    pretrained = mae.params(STEPS, "ema")
+    for step in range(STEPS + 1):
+        params = trace_of("linear_probe").params(step)
+        for name, array in params.items():
+            if name.startswith("encoder/"):
+                np.testing.assert_array_equal(array, pretrained[name])
+    born = trace_of("linear_probe").params(0)["head/kernel"]
+    assert born.std() == pytest.approx(0.01, rel=0.15)
+
+
+# --- Every key ------------------------------------------------------------------------
+
+TRAINED = {"loss", "mu", "nu"}
+
+
+PROBED = {"loss", "trace", "statistics"}
+
+
+RATE = {"learning_rate", "params"}
+
+
+EVALUATED = {"eval/loss"}
+
+
+# Trace -> key -> the kinds of numbers that the key governs, and no others. The trace's
+# value is not the recipe's; with the recipe's, just these kinds would differ (~: by a
+# little, which may be within the tolerance).
+OF_TRAINING = {
+    "total_steps": RATE,
+    "optimizer.base_learning_rate": RATE,
+    "optimizer.min_learning_rate": RATE,
+    "optimizer.warmup_epochs": RATE,
+    "optimizer.warmup_learning_rate": RATE,
+}
+
+
+OF_ADAM = {
+    "optimizer.betas": {"mu", "nu", "params"},
+    "optimizer.clip_norm": {"mu", "nu"},
+    "optimizer.ema_decay": {"ema", "eval/loss"},
+    "optimizer.weight_decay": {"params"},
+}
+
+
+OF_PIXELS = {
+    "data.crop_pct": EVALUATED,
+    "data.crop_scale": TRAINED,
+    "data.mean": TRAINED | EVALUATED,
+    "data.std": TRAINED | EVALUATED,
+}
+
+
+GOVERNS = {
+    "mae": OF_TRAINING
+    | OF_ADAM
+    | OF_PIXELS
+    | {
+        "seed": TRAINED | EVALUATED,
+        "mask_ratio": TRAINED | EVALUATED,
+        "model.drop_path_rate": {"mu", "nu", "~loss"},
+        "model.layer_norm_eps": TRAINED | EVALUATED,
+        "model.norm_pix_loss": TRAINED | EVALUATED,
+        "data.antialias": TRAINED | EVALUATED,
+        "data.interpolation": TRAINED | EVALUATED,
+        "data.randaugment": TRAINED,
+    },
+    "classify": OF_TRAINING
+    | OF_ADAM
+    | OF_PIXELS
+    | {
+        "seed": TRAINED,
+        "cutmix": TRAINED,
+        "label_smoothing": TRAINED,
+        "mixup": TRAINED,
+        "random_erasing": TRAINED,
+        "model.drop_path_rate": TRAINED,
+        "model.layer_norm_eps": TRAINED | EVALUATED,
+        "optimizer.layer_decay": {"params"},
+    },
+    "classify, plain": {
+        "data.antialias": TRAINED | EVALUATED,
+        "data.flip": TRAINED,
+        "data.interpolation": TRAINED | EVALUATED,
+        "data.randaugment": TRAINED,
+    },
+    "linear_probe": OF_TRAINING
+    | {
+        "seed": PROBED,
+        "model.layer_norm_eps": PROBED | {"~eval/loss"},
+        "data.antialias": PROBED | {"~eval/loss"},
+        "data.crop_pct": EVALUATED,
+        "data.crop_scale": PROBED,
+        "data.mean": PROBED | {"~eval/loss"},
+        "data.std": PROBED | {"~eval/loss"},
+        "optimizer.betas": {"trace"},
+        "optimizer.weight_decay": {"trace"},
+    },
+}
+
+
+# These follow from the others; counts of images by chance.
+FOLLOWING = {"gradient_norm", "unreadable", "top1", "top5", "eval/top1", "eval/top5"}
+
+
+@pytest.mark.parametrize(
+    ("name", "key"), [(name, key) for name, keys in GOVERNS.items() for key in keys]
+)
+def test_key_governs(name, key, trace_of):
+    """With the recipe's value of a key the plain implementation departs from the run in
+    what the key governs, and in nothing else.
+    """
+    trace = trace_of(name)
+    recipe = recipes.recipe(traces.TRACES[name][0])
+    config = trace.config.copy_and_resolve_references()
+    *parents, leaf = key.split(".")
+    there, here = recipe, config
+    for parent in parents:
+        there, here = there[parent], here[parent]
+    assert there[leaf] != here[leaf]
+    with config.unlocked():
+        here[leaf] = there[leaf]
+    expected = {kind for kind in GOVERNS[name][key] if kind[0] != "~"}
+    slight = {kind[1:] for kind in GOVERNS[name][key] - expected}
+    assert mismatches(trace, config).keys() - FOLLOWING - slight == expected
+
+
+# Keys of a model's shape, with values that are not the trace's.
+SHAPES = {
+    "depths": (2, 3),
+    "embed_dim": 48,
+    "image_size": (48, 80),
+    "in_channels": 1,
+    "inner_patches": 2,
+    "mlp_ratio": 3.0,
+    "num_heads": 4,
+    "patch_size": 8,
+    "relative_position": True,
+    "stem_mlp_ratio": 2.0,
+}
+
+
+OF_DECODER = {"decoder_depth": 3, "decoder_embed_dim": 24, "multi_scale": False}
+
+
+OF_CLASSIFIER = {"num_classes": 9, "global_blocks": (1,), "window_size": 2}
+
+
+SHAPES_OF = {
+    "mae": SHAPES | OF_DECODER | {"name": "mae_hivit_small"},
+    "classify": SHAPES | OF_CLASSIFIER | {"name": "hivit_small", "fc_norm": False},
+    "linear_probe": SHAPES | OF_CLASSIFIER | {"name": "hivit_small"},
+}
+
+
+@pytest.mark.parametrize("name", SHAPES_OF)
+def test_keys_of_the_models_shape(name, capsys):
+    """Parameters and multiply-adds are those of `hivit_jax.create_model`: each key
+    counts, because the same without any one of them has other numbers.
+    """
+    made_up = {"data__name": "synthetic", "data__mean": "(0.5,)", "data__std": "(0.5,)"}
+    values = SHAPES_OF[name] | {"dtype": "float32"}
+    flags = traces.flags_of(name, **made_up)
+    flags += [f"--config.model.{k}={v}".replace(" ", "") for k, v in values.items()]
+    assert main([*flags, "--mode=describe"]) == 0
+    text = capsys.readouterr().out
+    decoder = {"decoder_num_heads": 2} if name == "mae" else {}
+    probe = {"running_norm": True} if name == "linear_probe" else {}
+    arguments = values | decoder | probe
+    model = nnx.eval_shape(lambda: hivit_jax.create_model(**arguments))
+    how = {"mask_ratio": 0.6} if name == "mae" else {}
+    macs = [model.macs(layer_norm_cost=cost, **how) / 1e9 for cost in (0, 5)]
+    for number in (f"{model.parameter_count():,}  = ", *(f"{m:.4f} G" for m in macs)):
+        assert f" {number}" in text
+
+
+def test_numbers_of_heads(trace_of):
+    """Which change neither parameters nor multiply-adds."""
+    params = trace_of("mae").states[0]["params"]
+    assert params["encoder/stages/2/0/attn/qkv/kernel"].shape == (32, 3, 2, 16)
+    assert params["decoder_blocks/1/attn/qkv/kernel"].shape == (16, 3, 2, 8)
+
+
+# Key -> value, and what shows in the traced step with it and not without.
+PROGRAMS = {
+    "model.dtype": ("bfloat16", "bf16["),
+    "model.kernels": ("fused", "pallas_call"),
+    "model.remat": (True, "prevent_cse"),
+    "model.scan_blocks": (True, "length=2"),
+    "optimizer.accumulate_steps": (3, "length=3"),
+}
+
+
+@pytest.mark.parametrize("key", PROGRAMS)
+def test_keys_of_the_program(key):
+    """Ways to compute the same numbers; that they are the same is tested elsewhere."""
+    value, shows = PROGRAMS[key]
+    assert shows not in traced_step("", None)
+    assert shows in traced_step(key, value)
+
+
+@cache
+def traced_step(key, value):
+    """Text of the step of a classifier that is wide enough for kernels."""
+    fixed = {
+        "data.name": "synthetic",
+        "batch_size": 96,
+        "mesh.data": 8,
+        "mesh.fsdp": 1,
+        "model.embed_dim": 512,
+        "optimizer.accumulate_steps": 1,
+    }
+    changed = {key: value} if key else {}
+    return recipes.traced_step(config_of("classify, plain", **fixed | changed))
+
+
+def test_keys_that_change_no_bit(trace_of, tmp_path):
+    """When things are logged, saved and evaluated, and who reads, all at once."""
+    trace = trace_of("classify, plain")
+    neutral = dict(
+        log_every=3,
+        eval_every=3,
+        checkpoint_every=3,
+        keep_checkpoints=1,
+        total_epochs=77.0,
+        stall_timeout=77.0,
+        peer_timeout=77.0,
+        compilation_cache=str(tmp_path / "programs"),
+        data__workers=3,
+        data__max_unreadable=0.9,
+    )
+    config = config_of("classify, plain", data__dir=trace.root, **neutral)
+    results = train(config, tmp_path / "run")
+    assert results == trace.results
+    stored = recipes.stored(tmp_path / "run", STEPS)
+    recipes.assert_identical(stored, trace.states[STEPS])
+
+
+UNUSED = {
+    "mae": {"optimizer.layer_decay": 0.9},
+    "linear_probe": {
+        "model.drop_path_rate": 0.1,
+        "model.fc_norm": False,
+        "optimizer.clip_norm": 1.0,
+        "optimizer.first_moment_dtype": "bfloat16",
+        "optimizer.layer_decay": 0.9,
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [(name, *item) for name, keys in UNUSED.items() for item in keys.items()],
+)
+def test_key_without_effect_is_refused(name, key, value):
+    """A task that cannot heed a key says so."""
+    with pytest.raises(ConfigError, match=f"{key}={value} has no effect .*{name}"):
+        config_of(name, **{key: value})
+
+
+# Keys of the model that belong to the other kind of network.
+FOREIGN = {
+    "mae": {"fc_norm": False, "num_classes": 3, "running_norm": True},
+    "classify": {
+        "decoder_depth": 1,
+        "decoder_embed_dim": 8,
+        "decoder_num_heads": 1,
+        "multi_scale": False,
+        "norm_pix_loss": False,
+    },
+}
+
+
+FOREIGN["linear_probe"] = FOREIGN["classify"]
+
+
+@pytest.mark.parametrize(
+    ("name", "key"), [(name, key) for name, keys in FOREIGN.items() for key in keys]
+)
+def test_keys_of_another_network_are_refused(name, key, capsys):
+    flags = traces.flags_of(name, **{f"model.{key}": FOREIGN[name][key]})
+    assert main([*flags, "--mode=describe"]) == 2
+    assert f"unknown override of {'mae_' * (name == 'mae')}hivit" in (
+        capsys.readouterr().err
+    )
+
+
+# Keys whose effect other tests show.
+ELSEWHERE = {
+    "task": "test_every_step",
+    "batch_size": "test_training_batches",
+    "checkpoint_every": "test_rhythm",
+    "compilation_cache": "test_directory_of_compiled_programs",
+    "eval_every": "test_rhythm",
+    "init_from": "test_classifier_from_pretraining",
+    "keep_checkpoints": "test_rhythm",
+    "log_every": "test_rhythm",
+    "peer_timeout": "test_a_lost_process_ends_the_others",
+    "stall_timeout": "test_heartbeats",
+    "total_epochs": "test_rhythm",
+    "data.canvas": "test_batches_change_with_a_key",
+    "data.dir": "test_every_step",
+    "data.eval_split": "test_splits_by_name",
+    "data.flip": "test_metrics.py::"
+    "test_training_flips_and_erases_what_the_device_resizes",
+    "data.max_unreadable": "test_unreadable_images",
+    "data.name": "test_every_step",
+    "data.randaugment": "test_randaugment",
+    "data.interpolation": "test_images_are_resized_as_told",
+    "data.subset": "test_digits_by_key",
+    "data.train_examples": "test_digits_by_key",
+    "data.train_split": "test_splits_by_name",
+    "data.workers": "test_number_of_threads",
+    "mesh.data": "test_state_is_sharded_from_its_first_moment",
+    "mesh.fsdp": "test_state_is_sharded_from_its_first_moment",
+    "mesh.replica": "test_losses_do_not_depend_on_the_mesh",
+    "mesh.tensor": "test_tensor_axis_splits_heads_and_hidden_units",
+    "mesh.zero": "test_zero_1_splits_the_moments_alone",
+    "model.decoder_num_heads": "test_numbers_of_heads",
+    "model.global_blocks": "test_windows_from_the_command_line",
+    "model.running_norm": "test_needs_running_norm",
+    "model.window_size": "test_windows_need_all_units",
+    "optimizer.ema_decay": "test_the_average_of_each_step",
+    "optimizer.first_moment_dtype": "test_ten_steps_of_the_official_adamw",
+    "optimizer.first_epoch": "test_first_epoch_1_leaves_out_an_epoch_when_resuming",
+    "optimizer.gamma": "test_multistep",
+    "optimizer.lr_batch": "test_peak",
+    "optimizer.milestones": "test_multistep",
+    "optimizer.power": "test_polynomial",
+    "optimizer.schedule": "test_schedules_of_the_first_edition",
+}
+
+
+@pytest.mark.parametrize("name", ["mae", "classify", "linear_probe"])
+def test_every_key_is_in_a_table(name):
+    """A new key brings an entry in one of the tables above."""
+    known = set(PROGRAMS) | set(ELSEWHERE) | set(GOVERNS[name])
+    known |= set(GOVERNS["classify, plain"] if name == "classify" else ())
+    known |= {f"model.{key}" for key in [*SHAPES_OF[name], *FOREIGN[name]]}
+    known |= set(UNUSED.get(name, ()))
+    keys = {key.replace("/", ".") for key in named_leaves(config_of(name).to_dict())}
+    keys |= {f"model.{key}" for key in config_of(name).model}
+    keys = {key for key in keys if not re.search(r"\.\d+$", key)}  # of tuples
+    assert keys - known == set()
+
+
+def test_tests_of_other_files_are_there():
+    files = (recipes.ROOT / "tests").rglob("test_*.py")
+    tests = "\n".join(path.read_text() for path in files)
+    for test in ELSEWHERE.values():
+        assert f"def {test}(" in tests, test

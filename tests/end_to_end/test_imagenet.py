@@ -1,0 +1,119 @@
+"""From ImageNet's tar files, or class folders, to an evaluated classifier."""
+
+import json
+import signal
+
+import numpy as np
+import pytest
+import recipes
+from imagenet_tars import LABELS, write_tars
+
+from hivit_jax.reporting import console, metrics
+from hivit_jax.tools import prepare_data
+
+TRAIN, VAL = 15, 6
+
+
+# SIGKILL as soon as the first checkpoint is on disk.
+KILLED = """
+import os, signal, sys
+from hivit_jax import main
+from hivit_jax.checkpoints import manager
+save = manager.Checkpoints.save
+def deadly(self, *arguments):
+    save(self, *arguments)
+    self.close()
+    os.kill(os.getpid(), signal.SIGKILL)
+manager.Checkpoints.save = deadly
+main.main(sys.argv[1:])
+"""
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory):
+    """(directory of the two tar files, split -> file name -> JPEG)."""
+    directory = tmp_path_factory.mktemp("tars")
+    return directory, write_tars(directory, size=(70, 90))
+
+
+@pytest.fixture(scope="module", params=["imagenet2012", "folder"])
+def data(request, originals, tmp_path_factory):
+    """Overrides that name a prepared dataset; no process may import tensorflow."""
+    tars, images = originals
+    out = tmp_path_factory.mktemp(request.param)
+    if request.param == "imagenet2012":
+        assert prepare_data.main([f"--manual_dir={tars}", f"--data_dir={out}"]) == 0
+    else:
+        for name, jpeg in images["train"].items():
+            path = out / "train" / name.partition("_")[0] / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(jpeg)
+        for i, (name, jpeg) in enumerate(images["validation"].items()):
+            path = out / "val" / sorted(LABELS)[i % 3] / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(jpeg)
+    return {"data__name": request.param, "data__dir": out}
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("environment")
+    missing = recipes.not_installed(directory, "tensorflow", "tensorboardX")
+    return {
+        "XDG_CACHE_HOME": directory / "cache",
+        "PYTHONPATH": missing,
+    }
+
+
+def test_pretrain_kill_resume_finetune_evaluate(data, environment, tmp_path):
+    options = data | dict(batch_size=8, total_steps=4, checkpoint_every=2)
+    options |= dict(model__image_size=64, data__canvas=96, eval_every=2)
+    pretraining = recipes.arguments("photographs", **options)
+
+    def run(workdir, *arguments):
+        command = ["-m", "hivit_jax.main", *arguments, f"--workdir={workdir}"]
+        code, out, err = recipes.run(*command, **environment)
+        assert (code, err) == (0, "")
+        return out
+
+    run(tmp_path / "whole", *pretraining)
+    workdir = tmp_path / "killed"
+    killed = recipes.run(
+        "-c", KILLED, *pretraining, f"--workdir={workdir}", **environment
+    )
+    assert killed[0] == -signal.SIGKILL
+    assert "resuming at step 2 from" in run(workdir, *pretraining)
+    for name in ("loss", "gradient_norm", "eval/loss"):
+        numbers = recipes.lines(workdir, name)
+        assert numbers == recipes.lines(tmp_path / "whole", name)
+        assert np.isfinite(list(numbers.values())).all()
+    recipes.assert_identical(
+        recipes.stored(workdir, 4), recipes.stored(tmp_path / "whole", 4)
+    )
+    (line,) = [m for m in metrics.read(workdir / "metrics.jsonl") if m["step"] == 4][1:]
+    assert (line["eval/count"], line["eval/unreadable"]) == (VAL, 0)
+
+    classes = 1000 if data["data__name"] == "imagenet2012" else 3
+    overrides = options | {
+        "model__in_channels": 3,
+        "model__patch_size": 16,
+        "model__num_classes": classes,
+        "model__depths": "(1,1,2)",
+        "data__mean": (0.485, 0.456, 0.406),
+        "data__std": (0.229, 0.224, 0.225),
+        "data__crop_scale": (0.08, 1.0),
+        "data__crop_pct": 0.875,
+        "data__train_examples": 0,
+        "optimizer__warmup_epochs": 0.5,
+        "init_from": workdir,
+    }
+    flags = [f"--config.{k.replace('__', '.')}={v}" for k, v in overrides.items()]
+    finetuning = [f"--config={recipes.ROOT / 'configs/digits_finetune.py'}", *flags]
+    run(tmp_path / "finetuned", *finetuning)
+    found = metrics.read(tmp_path / "finetuned/metrics.jsonl")[-1]
+    assert (found["step"], found["eval/count"], found["eval/unreadable"]) == (4, VAL, 0)
+    assert found["eval/top1"] * VAL == pytest.approx(round(found["eval/top1"] * VAL))
+    out = run(tmp_path / "finetuned", *finetuning, "--mode=eval")
+    assert out.splitlines()[-1] == console.eval_line("step 4", found)
+    config = json.loads((tmp_path / "finetuned/config.json").read_text())
+    assert config["data"]["name"] == data["data__name"]

@@ -1,0 +1,188 @@
+"""One command in one process: its rhythm, heartbeats, signals and exit codes."""
+
+import signal
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import recipes
+
+from hivit_jax import inputs, main, train
+from hivit_jax.errors import Interrupted
+
+STEPS = 11  # four epochs of 65 images, 24 a step, are 10.8 steps
+
+
+HELD_OUT = 3  # batches of the 64 held-out images
+
+
+RUN = dict(
+    batch_size=24,
+    data__train_examples=65,
+    total_steps=0,
+    total_epochs=4,
+    log_every=4,
+    eval_every=5,
+    checkpoint_every=7,
+    keep_checkpoints=1,
+    stall_timeout=123,
+    peer_timeout=45,
+    model__embed_dim=32,
+    model__depths="(1,1,1)",
+)
+
+
+COMMAND = recipes.arguments(**RUN)
+
+
+LOGGED = [4, 5, 7, 8, 10, 11]  # evaluated and saved steps are logged too
+
+
+EVALUATED = [5, 10, 11]
+
+
+pytestmark = pytest.mark.usefixtures("quick")
+
+
+@pytest.fixture(scope="module")
+def watch():
+    """Stands in for the watchdog, which would end the tests: counts heartbeats.
+
+    limit: its argument. beats: since its start. signals: what to send, by heartbeat.
+    """
+    watch = SimpleNamespace(limit=None, beats=0, signals={})
+
+    def heartbeat():
+        watch.beats += 1
+        if number := watch.signals.pop(watch.beats, None):
+            signal.raise_signal(number)
+
+    @contextmanager
+    def watchdog(stall_timeout):
+        watch.limit, watch.beats = stall_timeout, 0
+        yield SimpleNamespace(heartbeat=heartbeat)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(main, "Watchdog", watchdog)
+        yield watch
+
+
+@pytest.fixture(autouse=True)
+def restored_signals():
+    """A signal that the command does not catch fails the test and kills nothing."""
+
+    def not_caught(number, frame):
+        raise AssertionError(f"{signal.Signals(number).name} was not caught")
+
+    numbers = signal.SIGTERM, signal.SIGINT
+    before = {number: signal.signal(number, not_caught) for number in numbers}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="module")
+def finished(watch, tmp_path_factory):
+    """(workdir of a run to its end, its heartbeats)."""
+    workdir = tmp_path_factory.mktemp("finished")
+    assert main.main([*COMMAND, f"--workdir={workdir}"]) == 0
+    return workdir, watch.beats
+
+
+def test_rhythm(finished):
+    """Each period has its own key; the last step has everything."""
+    workdir, _ = finished
+    assert list(recipes.lines(workdir)) == LOGGED
+    assert list(recipes.lines(workdir, "eval/loss")) == EVALUATED
+    assert recipes.saved(workdir) == [11]
+
+
+def test_heartbeats(finished, watch, tmp_path, capsys):
+    """One after each step and each evaluated batch, in every mode that computes."""
+    workdir, beats = finished
+    assert beats == STEPS + len(EVALUATED) * HELD_OUT
+    assert watch.limit == 123
+
+    capsys.readouterr()
+    assert main.main([*COMMAND, f"--workdir={workdir}", "--mode=eval"]) == 0
+    assert watch.beats == HELD_OUT
+    loss = recipes.lines(workdir, "eval/loss")[STEPS]
+    assert f"step 11  eval  loss {loss:.4f}" in capsys.readouterr().out
+
+    knn = ["--mode=knn", f"--config.init_from={workdir}"]
+    assert main.main([*classifier(), *knn]) == 0
+    assert watch.beats == 3 + HELD_OUT  # 65 images to compare with
+    assert "(64 images)" in capsys.readouterr().out
+
+
+def classifier():
+    """Flags of a classifier of the same width."""
+    model = ("model.embed_dim", "model.depths", "model.num_heads", "model.dtype")
+    kept = [f for f in COMMAND[1:] if "decoder" not in f and "total" not in f]
+    assert all(any(key in flag for flag in kept) for key in model)
+    return ["--config=finetune", *kept, "--config.model.num_classes=10"]
+
+
+def poisoned(batches, first, bad):
+    """The same batches; what step `bad` counts with is not a number."""
+    for step, batch in enumerate(batches, first + 1):
+        weight = batch["weight"] * np.float32(np.nan if step == bad else 1)
+        yield batch | {"weight": weight}
+
+
+def test_interruptions_and_divergence(finished, watch, tmp_path, capsys, monkeypatch):
+    """Stopped before the first step, in an evaluation, by a bad step; then the end,
+    which is bit for bit that of an undisturbed run.
+    """
+    command = [*COMMAND, f"--workdir={tmp_path}"]
+    asked = []
+    with pytest.raises(Interrupted, match=f"^why: step 0 of {STEPS} is saved in "):
+        train.train(recipes.mae(**RUN), tmp_path, lambda s: asked.append(s) or "why")
+    assert asked == [0]
+    assert recipes.saved(tmp_path) == [0]
+    assert recipes.lines(tmp_path) == {}
+
+    watch.signals[5 + 2] = signal.SIGTERM  # second batch of step 5's evaluation
+    assert main.main(command) == 75
+    out, err = capsys.readouterr()
+    assert "resuming at step 0 from" in out
+    assert "SIGTERM: finishing the step and saving; a second signal kills" in out
+    assert f"SIGTERM: step 6 of {STEPS} is saved in {tmp_path}; run" in err
+    assert not watch.signals
+    for number in (signal.SIGTERM, signal.SIGINT):  # so that a second one kills
+        assert signal.getsignal(number) is signal.SIG_DFL
+    assert recipes.saved(tmp_path) == [6]
+    assert list(recipes.lines(tmp_path)) == [4, 5, 6]
+    assert watch.beats == 6 + HELD_OUT
+
+    clean = inputs.train_batches
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            inputs,
+            "train_batches",
+            lambda config, first, last: poisoned(clean(config, first, last), first, 9),
+        )
+        assert main.main(command) == 3
+    err = capsys.readouterr().err
+    assert err.startswith("error: step 9: loss nan")
+    assert recipes.saved(tmp_path) == [8]
+    assert list(recipes.lines(tmp_path)) == [4, 5, 6, 7, 8]
+
+    assert main.main(command) == 0
+    assert "resuming at step 8 from" in capsys.readouterr().out
+    workdir, _ = finished
+    for name in ("loss", "gradient_norm", "learning_rate", "eval/loss"):
+        found = recipes.lines(tmp_path, name)
+        found.pop(6, None)  # logged because the run stopped there
+        assert found == recipes.lines(workdir, name)
+    assert recipes.saved(tmp_path) == [STEPS]
+    ours, theirs = (recipes.stored(w, STEPS) for w in (tmp_path, workdir))
+    recipes.assert_identical(ours, theirs)
+
+
+def test_missing_data(watch, tmp_path, capsys):
+    flags = ["--config.data.name=folder", "--config.data.train_examples=0"]
+    where = [f"--config.data.dir={tmp_path}/none", f"--workdir={tmp_path}/run"]
+    assert main.main([*COMMAND, *flags, *where]) == 4
+    assert "no directory" in capsys.readouterr().err

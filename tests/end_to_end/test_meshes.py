@@ -1,0 +1,368 @@
+"""Training on every mesh: equal losses, sharded state, accumulation, divergence."""
+
+import math
+from functools import cache
+
+import jax
+import numpy as np
+import pytest
+import recipes
+from jax.sharding import AxisType
+from numpy.testing import assert_allclose
+
+import hivit_jax
+from hivit_jax import evaluate, inputs
+from hivit_jax import train as training
+from hivit_jax.checkpoints.manager import Checkpoints
+from hivit_jax.distributed import sharding
+from hivit_jax.errors import ConfigError, DataError, DivergedError, Interrupted
+from hivit_jax.training.schedule import make_schedule
+from hivit_jax.tree import named_leaves, split, split_state
+from hivit_jax.xla.compile import compile_step
+
+OPTIONAL = ("tensorflow", "tensorflow_datasets", "tensorboardX", "sklearn", "torch")
+
+
+FSDP = dict(mesh__replica=2, mesh__data=1, mesh__fsdp=4)
+
+
+TENSOR = dict(mesh__data=1, mesh__fsdp=4, mesh__tensor=2)
+
+
+EVERY_STEP = dict(checkpoint_every=1, keep_checkpoints=10)
+
+
+AVERAGED = dict(
+    optimizer__ema_decay=0.9, optimizer__warmup_epochs=0.0, total_steps=3, **EVERY_STEP
+)
+
+
+pytestmark = pytest.mark.usefixtures("quick")
+
+
+class Run:
+    """A run of `train`.
+
+    born: its first state, as arrays of the host, by name.
+    shards: shape of the first and last state's pieces on device 0, by name.
+    """
+
+    def __init__(self, config, workdir):
+        self.workdir, self.born, self.shards = workdir, {}, []
+
+        def look(state):
+            leaves = named_leaves(state)
+            self.shards.append(
+                {k: v.addressable_shards[0].data.shape for k, v in leaves.items()}
+            )
+            self.born = self.born or jax.device_get(leaves)
+
+        def compile_steps(prepared):
+            step = compile_really(prepared)
+
+            def run(state, *rest):
+                if not self.shards:
+                    look(state)
+                return step(state, *rest)
+
+            return run
+
+        def save(checkpoints, state, *rest):
+            look(state)
+            save_really(checkpoints, state, *rest)
+
+        compile_really, save_really = training.compile_steps, Checkpoints.save
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(training, "compile_steps", compile_steps)
+            patch.setattr(Checkpoints, "save", save)
+            self.results = training.train(config, workdir)
+
+    def params(self):
+        """The born parameters by name."""
+        return {
+            name.removeprefix("params/"): array
+            for name, array in self.born.items()
+            if name.startswith("params/")
+        }
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """(recipe, overrides) -> its `Run`; tests that ask for the same one share it."""
+
+    @cache
+    def train(recipe, **overrides):
+        config = recipe(**overrides)
+        return Run(config, tmp_path_factory.mktemp(recipe.__name__))
+
+    return train
+
+
+ALONE = f"""
+import sys
+from pathlib import Path
+import hivit_jax
+loaded = {{name.split(".")[0] for name in sys.modules}}
+assert not loaded & {{*{OPTIONAL!r}, "orbax"}}, sorted(loaded)
+workdir, *flags = sys.argv[1:]
+from hivit_jax.main import main
+assert main([*flags, f"--workdir={{workdir}}/mae"]) == 0
+import recipes
+from hivit_jax.train import train
+train(recipes.classifier(), f"{{workdir}}/classifier")
+"""
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """Workdirs mae/ and classifier/ of runs on one device, with no optional package."""
+    directory = tmp_path_factory.mktemp("alone")
+    missing = recipes.not_installed(directory / "missing", *OPTIONAL)
+    flags = recipes.arguments()
+    code, _, err = recipes.run(
+        *("-c", ALONE, directory, *flags),
+        PYTHONPATH=f"{missing}:{recipes.ROOT / 'tests' / 'helpers'}",
+    )
+    assert code == 0, err
+    return directory
+
+
+def same_trajectory(actual, expected, steps=8):
+    assert list(actual) == list(expected) == list(range(1, steps + 1))
+    np.testing.assert_allclose([*actual.values()], [*expected.values()], rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["mae", "classifier"])
+def test_trains_on_one_device_without_optional_packages(name, alone, trained):
+    """The subprocess could import none of `OPTIONAL`; the losses are the same."""
+    run = trained(getattr(recipes, name), **EVERY_STEP if name == "mae" else {})
+    same_trajectory(recipes.lines(alone / name), recipes.lines(run.workdir))
+    assert not list((alone / name).glob("events.*"))
+
+
+@pytest.mark.parametrize(
+    ("name", "mesh"),
+    [
+        ("mae", FSDP),
+        ("mae", TENSOR),
+        ("classifier", FSDP | dict(mesh__zero=1)),
+    ],
+    ids=["mae-fsdp", "mae-tensor", "classifier-zero1"],
+)
+def test_losses_do_not_depend_on_the_mesh(name, mesh, trained):
+    """The classifier drops paths, so that its draws are the mesh's neither."""
+    recipe = getattr(recipes, name)
+    reference_run = trained(recipe, **EVERY_STEP if name == "mae" else {})
+    run = trained(recipe, **mesh)
+    same_trajectory(recipes.lines(run.workdir), recipes.lines(reference_run.workdir))
+    assert run.results == pytest.approx(reference_run.results, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [
+        ("mae", dict(optimizer__accumulate_steps=4, **TENSOR)),
+        ("classifier", dict(optimizer__accumulate_steps=4, **TENSOR)),
+    ],
+)
+def test_accumulation_changes_nothing(name, overrides, trained):
+    recipe = getattr(recipes, name)
+    reference_run = trained(recipe, **EVERY_STEP if name == "mae" else {})
+    run = trained(recipe, **overrides)
+    same_trajectory(recipes.lines(run.workdir), recipes.lines(reference_run.workdir))
+
+
+def test_accumulation_exchanges_gradients_once_a_step():
+    """Of the compiled program, no loop holds a collective; 8 devices, 2 parts of 2."""
+    config = recipes.classifier(optimizer__accumulate_steps=2, batch_size=32)
+    mesh = sharding.make_mesh(config.mesh, 32, 2)
+    schedule = make_schedule(config.optimizer, config.batch_size, 2, 8)
+    compiled = compile_step(recipes.prepared(config, mesh, schedule))
+    found, name = set(), ""
+    for line in compiled.as_text().splitlines():
+        if line.endswith("{") and not line.startswith(" "):
+            name = line.split()[0]
+        if " all-reduce(" in line:
+            found.add(name)
+    assert found == {"ENTRY"}
+
+
+def test_losses_move(trained):
+    """What the comparisons above compare is training: neither constant nor alike."""
+    for recipe, options in ((recipes.mae, EVERY_STEP), (recipes.classifier, {})):
+        losses = list(recipes.lines(trained(recipe, **options).workdir).values())
+        assert len(set(losses)) == 8
+        assert max(losses) - min(losses) > 1e-2
+
+
+def test_state_is_sharded_from_its_first_moment(trained):
+    run = trained(recipes.mae, **FSDP)
+    for shards in run.shards:
+        for name, leaf in run.born.items():
+            pieces = leaf.size // math.prod(shards[name])
+            large = leaf.size >= 2**13 and any(side % 4 == 0 for side in leaf.shape)
+            assert pieces == (4 if large else 1), name
+    # Its second dimension is the tensor axis's, of one device here.
+    kernel = "encoder/stages/2/0/mlp/fc1/kernel"  # [64, 256]
+    born, last = run.shards[0], run.shards[-1]
+    for prefix in ("params", "opt_state/0/mu", "opt_state/0/nu"):
+        assert born[f"{prefix}/{kernel}"] == last[f"{prefix}/{kernel}"] == (16, 256)
+
+
+def test_zero_1_splits_the_moments_alone(trained):
+    shards = trained(recipes.classifier, **FSDP, mesh__zero=1).shards[-1]
+    kernel = "encoder/stages/2/0/mlp/fc1/kernel"  # [64, 256]
+    assert shards[f"params/{kernel}"] == (64, 256)
+    for moment in ("mu", "nu"):
+        assert shards[f"opt_state/0/{moment}/{kernel}"] == (16, 256)
+
+
+def test_tensor_axis_splits_heads_and_hidden_units(trained):
+    shards = trained(recipes.mae, **TENSOR).shards[-1]
+    block = "params/encoder/stages/2/0"
+    assert shards[f"{block}/attn/qkv/kernel"] == (16, 3, 1, 32)  # of [64, 3, 2, 32]
+    assert shards[f"{block}/attn/qkv/bias"] == (3, 1, 32)
+    assert shards[f"{block}/attn/proj/kernel"] == (32, 64)  # of [64, 64]: small
+    assert shards[f"{block}/mlp/fc1/kernel"] == (16, 128)  # of [64, 256]
+    assert shards[f"{block}/mlp/fc2/kernel"] == (128, 16)  # of [256, 64]
+
+
+# --- What is kept ------------------------------------------------------------------
+
+
+def test_load_pretrained(trained):
+    workdir = trained(recipes.mae, **EVERY_STEP).workdir
+    model = hivit_jax.load_pretrained(workdir)
+    assert (model.config.embed_dim, model.config.norm_pix_loss) == (64, True)
+    loaded = jax.device_get(named_leaves(split(model)[1]))
+    recipes.assert_identical(loaded, recipes.variables(workdir, 8))
+    step = hivit_jax.load_pretrained(workdir / "checkpoints" / "3")
+    loaded = jax.device_get(named_leaves(split(step)[1]))
+    recipes.assert_identical(loaded, recipes.variables(workdir, 3))
+
+
+def test_divergence_saves_the_state_before_it(trained, tmp_path, monkeypatch):
+    """Step 5 of 8 is poisoned and noticed at step 6, the next that is logged."""
+
+    def poisoned(config, first, last):
+        for step, batch in enumerate(clean(config, first, last), first):
+            weight = batch["weight"] * (np.nan if step == 4 else 1)
+            yield batch | {"weight": weight.astype(np.float32)}
+
+    clean = inputs.train_batches
+    monkeypatch.setattr(inputs, "train_batches", poisoned)
+    config = recipes.mae(log_every=6, checkpoint_every=3)
+    with pytest.raises(DivergedError, match="^step 5: loss nan.*\n.*of step 4, is sav"):
+        training.train(config, tmp_path)
+    steps = {int(path.name) for path in (tmp_path / "checkpoints").iterdir()}
+    assert steps == {3, 4}
+    reference_run = trained(recipes.mae, **EVERY_STEP)
+    for step in steps:
+        items = recipes.stored(tmp_path, step)
+        recipes.assert_identical(items, recipes.stored(reference_run.workdir, step))
+        assert all(np.isfinite(a).all() for a in jax.tree.leaves(items))
+
+
+def test_unreadable_images(tmp_path, monkeypatch):
+    """They play no role, are counted, and stop the run at 8 of 64; nothing is lost."""
+
+    def spoiled(config, first, last):
+        for batch in clean(config, first, last):
+            bad = np.isin(np.arange(16), (3, 12))
+            batch["image"][bad] = fill
+            weight = batch["weight"] * ~bad
+            yield batch | {"weight": weight, "unreadable": bad.astype(np.float32)}
+
+    clean = inputs.train_batches
+    monkeypatch.setattr(inputs, "train_batches", spoiled)
+    for fill in (0, 200):
+        config = recipes.mae(data__max_unreadable=0.1)
+        with pytest.raises(DataError, match="8 images .* 12.50%; .* allows 10.00%"):
+            training.train(config, tmp_path / str(fill))
+    one, other = tmp_path / "0", tmp_path / "200"
+    assert recipes.lines(one, "unreadable") == dict.fromkeys(range(1, 5), 2)
+    assert recipes.lines(one) == recipes.lines(other)
+    recipes.assert_identical(recipes.stored(one, 4), recipes.stored(other, 4))
+
+
+def test_classifier_from_pretraining(trained):
+    pretrained = trained(recipes.mae, **EVERY_STEP).workdir
+    run = trained(recipes.classifier, init_from=str(pretrained))
+    born, fresh = run.params(), trained(recipes.classifier).params()
+    expected = recipes.stored(pretrained, 8)["params"]
+    for name, array in born.items():
+        if name.endswith("relative_position_bias_table"):
+            assert not array.any()
+        elif name.startswith("encoder/"):
+            np.testing.assert_array_equal(array, expected[name])
+            assert (array != fresh[name]).any(), name
+    assert {k for k in expected if k.startswith("encoder/")} <= born.keys()
+    assert born["head/kernel"].std() == pytest.approx(2e-5, rel=0.15)
+    assert fresh["head/kernel"].std() == pytest.approx(0.02, rel=0.15)
+    assert not born["head/bias"].any()
+    assert (born["fc_norm/scale"] == 1).all()
+
+
+def test_pretraining_from_pretraining(trained):
+    """Everything is taken over; the average starts from it, the optimiser anew."""
+    pretrained = trained(recipes.mae, **EVERY_STEP).workdir
+    run = trained(recipes.mae, init_from=str(pretrained), **AVERAGED)
+    expected = recipes.stored(pretrained, 8)["params"]
+    recipes.assert_identical(run.params(), expected)
+    for name, array in expected.items():
+        np.testing.assert_array_equal(run.born[f"ema/{name}"], array)
+    assert run.born["step"] == 0
+
+
+@pytest.mark.parametrize("recipe", [recipes.mae, recipes.classifier])
+def test_pretrained_model_of_another_width(recipe, trained, tmp_path):
+    pretrained = trained(recipes.mae, **EVERY_STEP).workdir
+    config = recipe(init_from=str(pretrained), model__embed_dim=32)
+    with pytest.raises(ConfigError, match=r"different model: .* shape .*; expected"):
+        training.train(config, tmp_path)
+
+
+# --- Evaluation ----------------------------------------------------------------------
+
+
+def mesh_of(devices):
+    shape = (1, len(devices), 1, 1)
+    types = (AxisType.Auto,) * 4
+    return jax.make_mesh(shape, sharding.AXES, axis_types=types, devices=devices)
+
+
+@pytest.mark.parametrize("recipe", [recipes.mae, recipes.classifier])
+def test_every_image_counts_once_in_any_batch(recipe):
+    """360 images: 128 does not divide them, 72 does."""
+    config = recipe("digits")
+    graphdef, params, model_state = split_state(
+        inputs.task_of_recipe(config).build_model()
+    )
+    variables = {"params": params, "model_state": model_state, "frozen": {}}
+    results = []
+    for batch_size, devices in ((128, 8), (72, 1)):
+        config.batch_size = batch_size
+        task = inputs.make_task(config)
+        mesh = mesh_of(jax.devices()[:devices])
+        eval_step = evaluate.make_eval_step(config, task, graphdef, mesh)
+        shardings = sharding.state_shardings(mesh, variables)
+        placed = jax.device_put(variables, shardings)
+        results.append(evaluate.evaluate(config, task, eval_step, placed, mesh))
+    assert results[0]["eval/count"] == 360
+    assert results[1] == pytest.approx(results[0], rel=1e-6)
+
+
+def test_first_epoch_1_leaves_out_an_epoch_when_resuming(tmp_path):
+    """Of 4 steps; with the data and learning rates of the epoch after it."""
+    config = recipes.mae(optimizer__first_epoch=1)
+    asked = iter([None, None, "stop"])
+    with pytest.raises(Interrupted, match="step 2 of 8"):
+        training.train(config, tmp_path, lambda step: next(asked))
+    training.train(config, tmp_path)
+    rates = recipes.lines(tmp_path, "learning_rate")
+    assert list(rates) == [1, 2, 7, 8]
+    rate = make_schedule(config.optimizer, config.batch_size, 4.0, 8)
+    assert_allclose([rates[7], rates[8]], [rate(6), rate(7)], rtol=1e-6)
+    state = recipes.stored(tmp_path, 8)["optimizer"]
+    counts = {int(v) for name, v in state.items() if name.endswith("count")}
+    assert counts == {4, 8}  # steps for Adam's bias correction, and for the schedule

@@ -1,0 +1,108 @@
+"""Runs and saved models that the first edition wrote give the same numbers today.
+
+tests/parity/golden/old_runs was written on one CPU device by::
+
+    git worktree add --detach ../first 167c532
+    PYTHONPATH=../first .venv/bin/python tests/parity/golden/old_runs/write.py
+"""
+
+import json
+import re
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import reference
+from golden.old_runs.outputs import outputs
+
+import hivit_jax
+from hivit_jax.main import main
+
+OLD = reference.GOLDEN / "old_runs"
+
+
+TASKS = ("mae", "classify", "linear_probe")
+
+
+# Eight devices add up in another order than one.
+RTOL = 1e-5
+
+
+TIMES = {"images_per_second", "seconds_left", "input_bound"}
+
+
+# The first edition moved a probe's statistics by gradients, and counted those too.
+OTHERS = {"linear_probe": {"gradient_norm"}}
+
+
+pytestmark = pytest.mark.usefixtures("quick")
+
+
+@pytest.fixture
+def unpacked(tmp_path, monkeypatch):
+    """Working directory with TASK/run and TASK/saved of every task."""
+    for task in TASKS:
+        with tarfile.open(OLD / f"{task}.tar.xz") as archive:
+            archive.extractall(tmp_path / task, filter="data")
+    monkeypatch.chdir(tmp_path)
+
+
+def run(task, workdir, *flags):
+    """The command line with the task's recipe of the first edition."""
+    recipe = f"--config={OLD / 'recipe.py'}:{task}"
+    assert main([recipe, f"--workdir={workdir}", *flags]) == 0
+
+
+def check_lines(task, workdir):
+    """metrics.jsonl has what the first edition wrote, apart from times."""
+    expected = [json.loads(x) for x in (OLD / f"{task}.jsonl").read_text().splitlines()]
+    path = Path(workdir, "metrics.jsonl")
+    found = [json.loads(x) for x in path.read_text().splitlines()]
+    assert [x["step"] for x in found] == [x["step"] for x in expected]
+    for line, old in zip(found, expected, strict=True):
+        for name in old.keys() - TIMES - OTHERS.get(task, set()):
+            np.testing.assert_allclose(
+                line[name], old[name], RTOL, err_msg=f"step {old['step']} {name}"
+            )
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_run_resumes(task, unpacked, capsys):
+    """From step 4 to the end, with evaluations after steps 4 and 8."""
+    run(task, f"{task}/run")
+    assert "resuming at step 4" in capsys.readouterr().out
+    check_lines(task, f"{task}/run")
+
+
+@pytest.mark.parametrize("task", TASKS[1:])
+def test_run_starts_from_an_old_one(task, unpacked):
+    """All eight steps, with the old encoder as `init_from`."""
+    run(task, "new", "--config.init_from=mae/run")
+    check_lines(task, "new")
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_evaluation(task, unpacked, capsys):
+    """``--mode eval`` prints the old numbers, to the digits that it prints."""
+    run(task, f"{task}/run", "--mode=eval")
+    numbers = [
+        [float(x) for x in re.findall(r"\d+\.?\d*", text.splitlines()[-1])]
+        for text in (capsys.readouterr().out, (OLD / f"{task}.txt").read_text())
+    ]
+    np.testing.assert_allclose(*numbers, rtol=0, atol=1.01e-4)
+
+
+@pytest.mark.parametrize("directory", ["run", "saved"])
+@pytest.mark.parametrize("task", TASKS)
+def test_model_loads(task, directory, unpacked):
+    """`load_pretrained` of the workdir and of a directory of `save_pretrained`."""
+    found = outputs(hivit_jax.load_pretrained(f"{task}/{directory}"))
+    if task == "linear_probe":  # running mean and variance of 16 features counted then
+        found["parameters"] += 32
+    with np.load(OLD / f"{task}.npz") as expected:
+        assert found.keys() == set(expected)
+        for name, array in expected.items():
+            np.testing.assert_allclose(
+                found[name], array, RTOL, 1e-5, err_msg=name, strict=True
+            )

@@ -1,0 +1,335 @@
+"""Several processes as one run: the same numbers, one end for all, and no hanging."""
+
+import os
+import re
+import signal
+import socket
+import time
+
+import numpy as np
+import pytest
+import recipes
+
+STEPS = 40
+
+
+PATIENCE = 900  # seconds, because the machine may be busy
+
+
+RUN = dict(
+    total_steps=STEPS,
+    checkpoint_every=1000,
+    peer_timeout=10,
+    optimizer__ema_decay=0.9,
+    mesh__data=-1,
+)
+
+
+# A process that fails alone waits for twice peer_timeout.
+ALONE = RUN | dict(peer_timeout=10, stall_timeout=60)
+
+
+def free_address():
+    """HOST:PORT that no other process uses."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return f"localhost:{free.getsockname()[1]}"
+
+
+class Pod:
+    """A run as `count` processes on loopback.
+
+    Args:
+      flags: one list for all, or one for each process.
+    """
+
+    def __init__(self, workdir, count, environment, *flags):
+        address = free_address()
+        workdir.mkdir(exist_ok=True)
+        self.logs = [workdir.parent / f"{workdir.name}.{i}.log" for i in range(count)]
+        flags = flags * count if len(flags) == 1 else flags
+        several = [f"--coordinator_address={address}", f"--num_processes={count}"]
+        self.processes = [
+            recipes.start(
+                *("-u", "-m", "hivit_jax.main", f"--workdir={workdir}", *flags[index]),
+                *([*several, f"--process_id={index}"] if count > 1 else []),
+                log=self.logs[index],
+                **environment,
+            )
+            for index in range(count)
+        ]
+
+    def wait_for_step(self, step):
+        """Until process 0 has told of this many steps."""
+        for _ in range(20 * PATIENCE):
+            found = re.findall(r"step (\d+)/", self.logs[0].read_text())
+            if found and int(found[-1]) >= step:
+                return
+            assert self.processes[0].poll() is None, self.errors()
+            time.sleep(0.05)
+        raise AssertionError("no steps")
+
+    def errors(self):
+        """What every process said on stderr; waits for its end."""
+        return [process.communicate(timeout=PATIENCE)[1] for process in self.processes]
+
+    def codes(self):
+        return [process.returncode for process in self.processes]
+
+    def output(self):
+        return self.logs[0].read_text()
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, environment):
+    """Workdir of a run in one process that nothing disturbed."""
+    workdir = tmp_path_factory.mktemp("alone") / "run"
+    pod = Pod(workdir, 1, environment, recipes.arguments(**RUN))
+    errors = pod.errors()
+    assert pod.codes() == [0], errors
+    return workdir
+
+
+def test_a_signal_stops_all_and_another_number_goes_on(alone, environment, tmp_path):
+    """Two processes, Ctrl-C to one; four, SIGTERM to one; and one, to the end of one
+    that nothing disturbed.
+    """
+    run, flags = tmp_path / "run", recipes.arguments(**RUN)
+    stopped = []
+    for count, number in ((2, signal.SIGINT), (4, signal.SIGTERM)):
+        pod = Pod(run, count, environment, flags)
+        pod.wait_for_step(max(recipes.saved(run), default=0) + 2)
+        pod.processes[1].send_signal(number)
+        errors = pod.errors()
+        assert pod.codes() == [75] * count, errors
+        *before, saved = recipes.saved(run)
+        assert before == stopped
+        assert len(stopped) * 2 + 2 <= saved < STEPS
+        for error in errors:
+            assert f"SIGTERM to one of the processes: step {saved} of {STEPS}" in error
+        for step in before:
+            assert f"resuming at step {step} from" in pod.output()
+        stopped.append(saved)
+
+    pod = Pod(run, 1, environment, flags)
+    errors = pod.errors()
+    assert pod.codes() == [0], errors
+    assert f"resuming at step {stopped[-1]} from" in pod.output()
+    expected, found = recipes.lines(alone), recipes.lines(run)
+    assert list(found) == list(range(1, STEPS + 1))
+    np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-5)
+    ours, theirs = recipes.stored(run, STEPS), recipes.stored(alone, STEPS)
+    for item in ("params", "ema"):
+        for name, array in ours[item].items():
+            difference = np.abs(array - theirs[item][name])
+            if name.endswith("qkv/bias"):  # Adam moves keys' biases by rounding alone
+                difference = difference[[0, 2]]
+            assert difference.max() < 1e-4, name
+
+
+@pytest.mark.parametrize(
+    ("lost", "how"), [(1, "SIGSTOP"), (1, "SIGKILL"), (0, "SIGKILL")]
+)
+def test_a_lost_process_ends_the_others(lost, how, environment, tmp_path):
+    """JAX aborts them; the checkpoint before it is complete."""
+    flags = recipes.arguments(**RUN | dict(total_steps=100_000, checkpoint_every=5))
+    pod = Pod(tmp_path / "run", 2, environment, flags)
+    pod.wait_for_step(8)
+    while not recipes.saved(tmp_path / "run") and pod.processes[0].poll() is None:
+        time.sleep(0.1)
+    os.kill(pod.processes[lost].pid, signal.Signals[how])
+    error = pod.processes[1 - lost].communicate(timeout=PATIENCE)[1]
+    pod.processes[lost].kill()
+    assert pod.processes[1 - lost].returncode == -signal.SIGABRT, error
+    assert "another task died" in error
+    assert "Traceback" not in error
+    steps = recipes.saved(tmp_path / "run")
+    assert steps
+    assert all(step % 5 == 0 for step in steps)
+
+
+def failing(cause, directory):
+    """Command line of a run that ends with exit code 3, 4 or 5 on every process."""
+    if cause == "diverges":
+        return recipes.arguments(**RUN, optimizer__base_learning_rate=1e30)
+    if cause == "no checkpoint":
+        return [*recipes.arguments(**RUN), "--mode=eval"]
+    for split in ("train", "val"):
+        images = directory / "data" / split / "class"
+        images.mkdir(parents=True)
+        for index in range(20):
+            (images / f"{index}.png").touch()
+    data = dict(data__name="folder", data__dir=directory / "data")
+    return recipes.arguments(**RUN | data, data__train_examples=0)
+
+
+@pytest.mark.parametrize(
+    ("cause", "code", "message"),
+    [
+        ("diverges", 3, "expected finite numbers"),
+        ("unreadable", 4, "could not be read"),
+        ("no checkpoint", 5, "no checkpoint in"),
+    ],
+)
+def test_an_error_on_all_processes(cause, code, message, environment, tmp_path):
+    """All return its exit code, although the others need process 0 until their end."""
+    pod = Pod(tmp_path / "run", 2, environment, failing(cause, tmp_path))
+    errors = pod.errors()
+    assert pod.codes() == [code] * 2, errors
+    assert all(message in error for error in errors)
+    assert bool(recipes.saved(tmp_path / "run")) == (code < 5)
+
+
+ENDING = """
+import sys, time
+from hivit_jax import main, train
+from hivit_jax.distributed.processes import all_processes
+from hivit_jax.errors import DivergedError
+
+def skewed():
+    time.sleep(12 * INDEX)  # longer than peer_timeout
+    raise DivergedError("diverged")
+
+def hang():
+    time.sleep(1000)
+
+def fail():
+    raise ValueError("a bug")
+
+def wait():
+    all_processes(True)
+
+def train_together(*_):
+    all_processes(True)  # later collectives wait without a limit
+    ACTION()
+
+train.train = train_together
+sys.exit(main.main())
+"""
+
+
+@pytest.mark.parametrize(
+    ("actions", "codes", "messages"),
+    [
+        (("skewed", "skewed"), (3, 3), ("error: diverged", "error: diverged")),
+        (("wait", "hang"), (75, 75), ("in all_processes", "in hang")),
+        (("wait", "fail"), (-signal.SIGABRT, 1), ("task died", "Error: a bug")),
+        (("fail", "wait"), (1, -signal.SIGABRT), ("Error: a bug", "task died")),
+    ],
+)
+def test_ends_of_two_processes(actions, codes, messages, environment, tmp_path):
+    """One error at different times, a stall of one process, an error of one alone."""
+    address = free_address()
+    started = [
+        recipes.start(
+            "-c",
+            ENDING.replace("INDEX", str(index)).replace("ACTION", action),
+            *recipes.arguments(**ALONE),
+            *(f"--workdir={tmp_path}", f"--coordinator_address={address}"),
+            *("--num_processes=2", f"--process_id={index}"),
+            **environment,
+        )
+        for index, action in enumerate(actions)
+    ]
+    errors = [process.communicate(timeout=PATIENCE)[1] for process in started]
+    assert tuple(process.returncode for process in started) == codes, errors
+    for error, message in zip(errors, messages, strict=True):
+        assert message in error
+
+
+BAD_LABEL = """
+import sys
+from hivit_jax import main, train
+from hivit_jax.errors import LocalDataError
+
+def batches_of(source, mesh, prefetch_to_device=train.prefetch_to_device):
+    for number, batch in enumerate(prefetch_to_device(source, mesh)):
+        if number == 7:
+            raise LocalDataError("label 10")
+        yield batch
+
+train.prefetch_to_device = batches_of
+sys.exit(main.main())
+"""
+
+
+def test_a_data_error_of_one_process(environment, tmp_path):
+    """It is printed and returned at once, nothing is saved; the other aborts."""
+    address = free_address()
+    flags = [*recipes.arguments(**ALONE), f"--workdir={tmp_path}/run"]
+    several = [f"--coordinator_address={address}", "--num_processes=2"]
+    started = [
+        recipes.start(*script, *flags, *several, f"--process_id={i}", **environment)
+        for i, script in enumerate([("-m", "hivit_jax.main"), ("-c", BAD_LABEL)])
+    ]
+    errors = [process.communicate(timeout=PATIENCE)[1] for process in started]
+    codes = [process.returncode for process in started]
+    assert codes == [-signal.SIGABRT, 4], errors
+    assert "error: label 10" in errors[1]
+    assert recipes.saved(tmp_path / "run") == []
+
+
+def test_processes_that_do_not_agree(environment, tmp_path):
+    flags = [recipes.arguments(**RUN, seed=seed) for seed in (0, 1)]
+    pod = Pod(tmp_path / "run", 2, environment, *flags)
+    errors = pod.errors()
+    assert pod.codes() == [2, 2], errors
+    for index, error in enumerate(errors):
+        assert "processes differ in the config: expected the value of proc" in error
+        assert "found another on process 1 of 2." in error
+        assert f"Process {index} has" in error
+    assert not list((tmp_path / "run" / "checkpoints").glob("*"))
+
+
+DIFFERING = """
+import os, sys
+from hivit_jax import config, errors, main, train
+from hivit_jax.distributed import processes
+
+address, index, directory, path, *flags = sys.argv[1:]
+processes.start(address, 2, int(index), 60.0)
+os.chdir(directory)
+flags = [*flags, "--config.data.name=folder", "--config.data.train_examples=0"]
+try:
+    train.train(config.load(path[9:], [*flags, "--config.data.dir=differing"]), "run")
+except errors.ConfigError as error:
+    print(error, file=sys.stderr)
+sys.exit(main.main([path, *flags, "--config.data.dir=same", "--workdir=run"]))
+"""
+
+
+def test_processes_with_other_files(environment, tmp_path):
+    """Of the same names, for one command: a dataset, then a workdir's checkpoints."""
+    address = free_address()
+    for index in range(2):
+        for dataset, count in (("differing", 20 + index), ("same", 20)):
+            for split in ("train", "val"):
+                directory = tmp_path / str(index) / dataset / split / "class"
+                directory.mkdir(parents=True)
+                for image in range(count if split == "train" else 2):
+                    (directory / f"{image}.png").touch()
+        (tmp_path / str(index) / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "1" / "run" / "checkpoints" / "7" / "params").mkdir(parents=True)
+    processes = [
+        recipes.start(
+            *("-c", DIFFERING, address, index, tmp_path / str(index)),
+            *recipes.arguments(**RUN),
+            **environment,
+            XDG_CACHE_HOME=tmp_path / "cache",
+        )
+        for index in range(2)
+    ]
+    try:
+        errors = [process.communicate(timeout=PATIENCE)[1] for process in processes]
+    finally:
+        for process in processes:  # one may wait for the other
+            process.kill()
+    assert [process.returncode for process in processes] == [2, 2], errors
+    differ = "expected the value of process 0, found another on process 1 of 2."
+    for index, error in enumerate(errors):
+        of_dataset, of_checkpoints = error.split("error: ")
+        message = f"{differ}\nProcess {index} has {20 + index}"
+        assert f"the dataset's size: {message}" in of_dataset
+        found = "[7]" if index else "[]"
+        message = f"{differ}\nProcess {index} has {found}"
+        assert f"the checkpoints: {message}" in of_checkpoints

@@ -1,0 +1,200 @@
+"""A task of a user's own, `toy.Segmentation`, through the command line and its end."""
+
+import json
+import os
+import socket
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import recipes
+import toy
+from numpy.testing import assert_allclose
+from PIL import Image
+
+from hivit_jax.main import main
+from hivit_jax.tools import predict
+
+RECIPE = """
+def get_config():
+    every = dict(log_every=1, eval_every=1, checkpoint_every=1)
+    data = dict(name="toy:Maps", dir={data!r}, max_unreadable=0.1)
+    optimizer = dict(base_learning_rate=0.5, warmup_epochs=0.0, accumulate_steps=2)
+    return dict(
+        task="toy:Segmentation",
+        prior=(0.0, 0.5, -0.5),
+        batch_size=16,
+        total_steps={steps},
+        keep_checkpoints={steps},
+        model=dict(name="cells"),
+        data=data,
+        optimizer=optimizer,
+        **every,
+    )
+"""
+
+
+STEPS = 6  # an epoch is four, three of one bucket and one of the other
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    root = tmp_path_factory.mktemp("toy")
+    toy.write_dataset(root / "data")
+    text = RECIPE.format(data=str(root / "data"), steps=STEPS)
+    (root / "toy_recipe.py").write_text(text)
+    return root / "toy_recipe.py"
+
+
+@pytest.fixture(scope="module")
+def run(recipe, tmp_path_factory):
+    """Workdir of a whole run on eight devices."""
+    workdir = tmp_path_factory.mktemp("whole")
+    finish(start(recipe, workdir, devices=8))
+    return workdir
+
+
+def lines(workdir):
+    """Lines of metrics.jsonl without what the clock says."""
+    texts = (Path(workdir) / "metrics.jsonl").read_text().splitlines()
+    timed = ("images_per_second", "seconds_left", "input_bound")
+    return [
+        {key: value for key, value in json.loads(text).items() if key not in timed}
+        for text in texts
+    ]
+
+
+def start(recipe, workdir, *flags, **options):
+    path = os.pathsep.join([str(recipes.ROOT / "tests" / "helpers"), str(recipes.ROOT)])
+    command = ["-m", "hivit_jax.main", f"--config={recipe}", f"--workdir={workdir}"]
+    return recipes.start(*command, *flags, PYTHONPATH=path, **options)
+
+
+def test_training_and_evaluation(run):
+    """It learns; every example is counted once, as a sum and as a record; the
+    unreadable one is left out once an epoch.
+    """
+    found = lines(run)
+    losses = [line["eval/loss"] for line in found if "eval/loss" in line]
+    assert len(losses) == STEPS
+    assert losses[-1] < 0.8 * losses[0]
+    for line in found:
+        if "eval/count" in line:
+            assert (line["eval/count"], line["eval/records"]) == (17, 17)
+            assert line["eval/cells"] == 9 * 16 + 8 * 24
+            assert line["eval/worst"] <= line["eval/accuracy"] <= 1
+    unreadable = [line["unreadable"] for line in found if "unreadable" in line]
+    assert sum(unreadable[:4]) == 1
+
+
+def test_what_is_saved(run):
+    """Statistics, apart from the parameters; frozen weights nowhere."""
+    items = recipes.stored(run, STEPS)
+    assert items["model_state"].keys() == {"norm/mean", "norm/var"}
+    assert np.abs(items["model_state"]["norm/mean"]).min() > 0
+    names = [name for item in items.values() for name in item]
+    assert "embed/kernel" in items["params"]
+    assert not [name for name in names if "prior" in name]
+
+
+def test_figure(run):
+    with Image.open(run / "figures" / f"maps_{STEPS:07}.png") as image:
+        assert image.width in (64, 96)
+        assert image.height == 6 * 32
+
+
+def finish(*processes):
+    """Waits for their end, which must be a good one; their outputs."""
+    ends = [process.communicate() for process in processes]
+    assert [process.returncode for process in processes] == [0] * len(ends), ends
+    return [out for out, _ in ends]
+
+
+def test_goes_on_after_a_kill(recipe, run, tmp_path):
+    """SIGKILL in the middle; then the same bits as a run that was left alone."""
+    process = start(recipe, tmp_path, devices=8)
+    while 2 not in recipes.saved(tmp_path) and process.poll() is None:
+        time.sleep(0.02)
+    process.kill()
+    process.communicate()
+    assert STEPS not in recipes.saved(tmp_path)
+    [out] = finish(start(recipe, tmp_path, devices=8))
+    assert "resuming at step" in out
+    assert lines(tmp_path) == lines(run)
+    recipes.assert_identical(
+        recipes.stored(tmp_path, STEPS), recipes.stored(run, STEPS)
+    )
+
+
+def test_one_device_computes_what_eight_do(recipe, run, tmp_path):
+    """Statistics of microbatches included."""
+    finish(start(recipe, tmp_path))
+    for one, other in zip(lines(tmp_path), lines(run), strict=True):
+        assert one == pytest.approx(other, rel=2e-5)
+    alone, eight = (recipes.stored(w, STEPS) for w in (tmp_path, run))
+    for item in ("params", "model_state"):
+        for name, array in eight[item].items():
+            assert_allclose(alone[item][name], array, rtol=2e-5, atol=1e-6)
+
+
+def test_two_processes(recipe, run, tmp_path):
+    """Records of both are put together; both return 0."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    flags = [f"--coordinator_address=localhost:{port}", "--num_processes=2"]
+    pair = [
+        start(recipe, tmp_path, *flags, f"--process_id={index}", devices=2)
+        for index in range(2)
+    ]
+    finish(*pair)
+    for one, other in zip(lines(tmp_path), lines(run), strict=True):
+        assert one == pytest.approx(other, rel=2e-5)
+
+
+def test_mode_eval(recipe, run, capsys):
+    assert main([f"--config={recipe}", f"--workdir={run}", "--mode=eval"]) == 0
+    out = capsys.readouterr().out
+    last = lines(run)[-1]
+    assert f"accuracy {last['eval/accuracy']:.4f}  " in out
+    assert "(17 images)" in out
+
+
+def test_mode_describe(recipe, capsys):
+    assert main([f"--config={recipe}", "--mode=describe"]) == 0
+    out = capsys.readouterr().out
+    assert "64 images, 4.0 steps each" in out
+
+
+def test_compiling_ahead(recipe, tmp_path, capsys):
+    pytest.importorskip("libtpu")
+    flags = ["--topology=v5e:2x4", "--mode=compile"]
+    assert main([f"--config={recipe}", f"--workdir={tmp_path}", *flags]) == 0
+    assert "bucket 2 of 2" in capsys.readouterr().out
+    assert json.loads((tmp_path / "compile.json").read_text())["fits"]
+
+
+def test_predictions(recipe, run, tmp_path, capsys):
+    """Of the test split, and of a directory of images without maps; the bright cells
+    are found.
+    """
+    flags = ["--checkpoint", str(run), "--out"]
+    assert predict.main([*flags, str(tmp_path / "split")]) == 0
+    assert "17 of 17 images predicted" in capsys.readouterr().out
+    found = json.loads((tmp_path / "split" / "maps.json").read_text())
+    data = recipe.parent / "data" / "test"
+    right = []
+    for each in found:
+        with Image.open(data / each["name"].replace(".png", ".map.png")) as image:
+            right.append((np.asarray(image) == each["map"]).mean())
+    assert len(right) == 17
+    assert np.mean(right) > 0.6
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "a.png").write_bytes((data / "03.png").read_bytes())
+    own = [*flags, str(tmp_path / "out"), "--images", str(tmp_path / "own")]
+    assert predict.main(own) == 0
+    [one] = json.loads((tmp_path / "out" / "maps.json").read_text())
+    assert one == {"name": "a.png"} | {
+        "map": next(each["map"] for each in found if each["name"] == "03.png")
+    }

@@ -1,0 +1,53 @@
+"""Configs of the digits and of a folder of photographs, and comparison of batches."""
+
+import recipes
+from numpy.testing import assert_array_equal
+
+from hivit_jax import config
+
+RECIPE = recipes.ROOT / "configs" / "digits_finetune.py"
+
+
+def load(**overrides):
+    """A digits recipe with everything that these tests depend on set."""
+    values = {
+        "seed": 0,
+        "batch_size": 96,
+        "model.image_size": 16,
+        "model.in_channels": 1,
+        "model.num_classes": 10,
+        "data.name": "digits",
+        "data.train_examples": 0,
+        "data.subset": 0,
+        "data.crop_scale": (1.0, 1.0),
+        "data.canvas": 0,
+    } | {key.replace("__", "."): value for key, value in overrides.items()}
+    return config.load(str(RECIPE), [f"--config.{k}={v}" for k, v in values.items()])
+
+
+def load_folder(root, **overrides):
+    return load(
+        **{
+            "data__name": "folder",
+            "data__dir": root,
+            "batch_size": 8,
+            "model__image_size": 24,
+            "model__in_channels": 3,
+            "data__mean": (0.5, 0.5, 0.5),
+            "data__std": (0.2, 0.2, 0.2),
+            "data__crop_scale": (0.3, 1.0),
+            "data__crop_pct": 0.75,
+            "data__canvas": 64,
+        }
+        | overrides
+    )
+
+
+def assert_batches_equal(ones, others):
+    ones, others = list(ones), list(others)
+    assert len(ones) == len(others) > 0
+    for one, other in zip(ones, others, strict=True):
+        assert one.keys() == other.keys() >= {"image", "label", "weight", "unreadable"}
+        for key, value in one.items():
+            assert value.dtype == other[key].dtype
+            assert_array_equal(value, other[key])

@@ -1,0 +1,36 @@
+"""One host of several.
+
+python tests/helpers/hosts.py ADDRESS COUNT INDEX OUT WORKDIR FLAG...
+
+Writes its shares of some batches to OUT.npz, and with the others evaluates WORKDIR's
+checkpoint; the numbers go to OUT.json.
+"""
+
+import json
+import sys
+
+import jax
+import numpy as np
+
+STEPS = (3, 9)
+
+
+def main(address, count, index, out, workdir, path, *overrides):
+    jax.distributed.initialize(address, int(count), int(index))
+    from hivit_jax import config as configs
+    from hivit_jax import inputs
+    from hivit_jax.evaluate import evaluate_checkpoint
+
+    config = configs.load(path.removeprefix("--config="), overrides)
+    arrays = {}
+    for number, batch in enumerate(
+        [*inputs.train_batches(config, *STEPS), *inputs.eval_batches(config)]
+    ):
+        arrays |= {f"{number} {key}": value for key, value in batch.items()}
+    np.savez(f"{out}.npz", **arrays)
+    with open(f"{out}.json", "w") as file:
+        json.dump(evaluate_checkpoint(config, workdir), file)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,66 @@
+"""ImageNet's tar files with a few small images."""
+
+import io
+import tarfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from hivit_jax.tools import prepare_data
+
+WNIDS = ("n15075141", "n01440764", "n01443537")
+
+
+LABELS = {"n15075141": 999, "n01440764": 0, "n01443537": 1}
+
+
+VALIDATION_LABELS = [65, 970, 230, 809, 516, 57]  # of ILSVRC2012's first six
+
+
+def write_tars(
+    directory: Path,
+    wnids: Sequence[str] = WNIDS,
+    per_class: int = 5,
+    validation: Iterable[int] = range(1, 7),
+    size: tuple[int, int] = (48, 64),
+) -> dict[str, dict[str, bytes]]:
+    """Writes ImageNet's two tar files, of noise.
+
+    Args:
+      validation: numbers of the validation images.
+      size: (height, width) of the images.
+
+    Returns:
+      split -> file name -> JPEG, in the order of the tar files.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    random = np.random.RandomState(0)
+
+    def noise():
+        buffer = io.BytesIO()
+        pixels = random.randint(0, 256, (*size, 3), np.uint8)
+        Image.fromarray(pixels).save(buffer, "JPEG")
+        return buffer.getvalue()
+
+    classes = {
+        wnid: {f"{wnid}_{i}.JPEG": noise() for i in range(per_class)} for wnid in wnids
+    }
+    images = {f"ILSVRC2012_val_{i:08d}.JPEG": noise() for i in validation}
+    tars = {f"{wnid}.tar": packed(files) for wnid, files in classes.items()}
+    (directory / prepare_data.TRAIN).write_bytes(packed(tars))
+    (directory / prepare_data.VALIDATION).write_bytes(packed(images))
+    train = {name: jpeg for files in classes.values() for name, jpeg in files.items()}
+    return {"train": train, "validation": images}
+
+
+def packed(files: dict[str, bytes]) -> bytes:
+    """A tar file of these."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for name, content in files.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+    return buffer.getvalue()

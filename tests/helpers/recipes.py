@@ -1,0 +1,227 @@
+"""Recipes of very small models that train in seconds, and ways to run them."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flags import quick_to_compile, virtual_devices
+from ml_collections import ConfigDict
+
+from hivit_jax import config as configs
+from hivit_jax import evaluate, inputs
+from hivit_jax.checkpoints import read
+from hivit_jax.distributed.sharding import make_mesh
+from hivit_jax.reporting import figures, metrics
+from hivit_jax.training.step import Training, prepare
+from hivit_jax.tree import named_leaves
+
+ROOT = Path(__file__).parents[2]
+
+# 16 units of an image in both; a step is 16 images, the warmup two steps.
+MINI = {
+    "batch_size": 16,
+    "total_steps": 8,
+    "log_every": 1,
+    "eval_every": 1000,
+    "checkpoint_every": 1000,
+    "model.embed_dim": 64,
+    "model.depths": "(1,1,2)",
+    "model.num_heads": 2,
+    "model.decoder_embed_dim": 32,
+    "model.decoder_depth": 1,
+    "model.decoder_num_heads": 2,
+    "model.dtype": "float32",
+    "optimizer.base_learning_rate": 0.016,  # 1e-3 for 16 images
+}
+SOURCES = {
+    "synthetic": MINI
+    | {
+        "data.name": "synthetic",
+        "data.train_examples": 64,
+        "model.image_size": 64,
+        "optimizer.warmup_epochs": 0.5,
+    },
+    "digits": MINI | {"optimizer.warmup_epochs": 0.022},
+    "photographs": MINI | {"model.image_size": 64, "optimizer.warmup_epochs": 0.1},
+}
+FILES = {
+    "synthetic": "configs/mae_base.py",
+    "digits": "configs/digits_mae.py",
+    "photographs": "configs/mae_base.py",
+}
+CLASSIFIER = {
+    "task": "classify",
+    "label_smoothing": 0.1,
+    "mixup": 0.8,
+    "cutmix": 1.0,
+    "random_erasing": 0.25,
+    "model__name": "hivit_base",
+    "model__num_classes": 10,
+    "model__drop_path_rate": 0.3,
+}
+PRETRAINING_ONLY = ("model.decoder_", "model.multi_scale", "model.norm_pix_loss")
+
+
+def arguments(source: str = "synthetic", **overrides) -> list[str]:
+    """Command line of the mini masked autoencoder on "synthetic" or "digits".
+
+    Args:
+      overrides: config values; two underscores stand for a dot.
+    """
+    values = SOURCES[source] | {k.replace("__", "."): v for k, v in overrides.items()}
+    flags = [f"--config.{key}={value}" for key, value in values.items()]
+    return [f"--config={ROOT / FILES[source]}", *flags]
+
+
+def mae(source: str = "synthetic", **overrides) -> ConfigDict:
+    """The mini masked autoencoder's config."""
+    path, *flags = arguments(source, **overrides)
+    return configs.load(path.removeprefix("--config="), flags)
+
+
+def recipe(name: str) -> ConfigDict:
+    """The config of an installed recipe, nothing overridden."""
+    return configs.load(name)
+
+
+def without_decoder(source: str, **overrides) -> ConfigDict:
+    """The config of a mini classifier or linear probe, of `task=...`."""
+    values = SOURCES[source] | {k.replace("__", "."): v for k, v in overrides.items()}
+    path = ROOT / "configs" / "mae_base.py"
+    if source == "digits":
+        path = ROOT / "configs" / "digits_finetune.py"
+        whole = {"data.train_examples": 0, "data.crop_scale": "(1.0,1.0)"}
+        if values["task"] == "linear_probe":
+            path = ROOT / "configs" / "digits_linear.py"
+        values = whole | values
+    keys = [k for k in values if not k.startswith(PRETRAINING_ONLY)]
+    return configs.load(str(path), [f"--config.{key}={values[key]}" for key in keys])
+
+
+def classifier(source: str = "synthetic", **overrides) -> ConfigDict:
+    """The mini classifier's config, with drop path and label smoothing."""
+    return without_decoder(source, **CLASSIFIER | overrides)
+
+
+@contextmanager
+def quick() -> Iterator[None]:
+    """Light compilation; no pictures and no TensorBoard."""
+    name = "jax_disable_most_optimizations"
+    before = jax.config.values[name]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "tensorboardX", None)
+        patch.setattr(figures, "draw_run", lambda *_: {})
+        patch.setattr(evaluate, "make_panels", lambda *_: lambda params: {})
+        jax.config.update(name, True)
+        yield
+        jax.config.update(name, before)
+
+
+def traced_step(config: ConfigDict) -> str:
+    """The train step of a config as a program of JAX, before it is compiled."""
+    mesh = make_mesh(config.mesh, config.batch_size, config.optimizer.accumulate_steps)
+    training = prepared(config, mesh, lambda step: 0.1)
+    with jax.set_mesh(mesh):
+        return str(jax.make_jaxpr(training.step)(*training.arguments()))
+
+
+def prepared(config: ConfigDict, mesh, schedule) -> Training:
+    """The train step of a config."""
+    task = inputs.make_task(config, "train")
+    return prepare(task, mesh, schedule, **configs.step_options(config))
+
+
+def start(
+    *command: str | Path, devices: int = 1, log: Path | None = None, **environment
+) -> subprocess.Popen:
+    """Starts ``python COMMAND`` with this many CPU devices, quick to compile.
+
+    Args:
+      log: a file for stdout, which `communicate` returns otherwise.
+      environment: variables on top of this process's.
+    """
+    variables = dict(
+        JAX_PLATFORMS="cpu",
+        JAX_DISABLE_MOST_OPTIMIZATIONS="1",
+        XLA_FLAGS=f"{virtual_devices(devices)} {quick_to_compile()}",
+        **environment,
+    )
+    return subprocess.Popen(
+        [sys.executable, *map(str, command)],
+        stdout=log.open("w") if log else subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {k: str(v) for k, v in variables.items()},
+    )
+
+
+def run(*command: str | Path, **options) -> tuple[int, str, str]:
+    """`start` to its end: (exit code, stdout, stderr)."""
+    process = start(*command, **options)
+    out, err = process.communicate()
+    return process.returncode, out, err
+
+
+def not_installed(directory: Path, *names: str) -> Path:
+    """A directory that, on PYTHONPATH, makes importing these packages fail."""
+    directory.mkdir(exist_ok=True)
+    for name in names:
+        message = f"{name} is not installed"
+        (directory / f"{name}.py").write_text(f"raise ImportError({message!r})\n")
+    return directory
+
+
+def lines(workdir: Path, name: str = "loss") -> dict[int, float]:
+    """One of the numbers in metrics.jsonl, by step; no step may have it twice."""
+    found = [line for line in metrics.read(workdir / "metrics.jsonl") if name in line]
+    steps = [line["step"] for line in found]
+    assert steps == sorted(set(steps))
+    return {line["step"]: line[name] for line in found}
+
+
+def saved(workdir: Path) -> list[int]:
+    """Steps with a complete checkpoint."""
+    paths = (workdir / "checkpoints").glob("*")
+    return sorted(int(path.name) for path in paths if path.name.isdigit())
+
+
+def sample(source, index: int) -> tuple[bytes, int]:
+    """Encoded image and label of an example."""
+    found = source.sample(index)
+    return found["image"], found["label"]
+
+
+def stored(workdir: Path, step: int) -> dict[str, dict[str, np.ndarray]]:
+    """Arrays of a checkpoint: item -> name -> array."""
+    items = {}
+    for item in ("params", "model_state", "optimizer", "ema"):
+        path = read.absolute(workdir) / "checkpoints" / str(step) / item
+        if path.is_dir():
+            items[item] = named_leaves(read.load_item(path))
+    return items
+
+
+def variables(workdir: Path, step: int) -> dict[str, np.ndarray]:
+    """Parameters and model state of a checkpoint by name, sorted."""
+    items = stored(workdir, step)
+    return dict(sorted((items["params"] | items.get("model_state", {})).items()))
+
+
+def assert_identical(actual, expected) -> None:
+    """Two pytrees of arrays are the same bit for bit."""
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
+def check_message(err: str, fragments: Iterable[str]) -> None:
+    """Check an error of one to three lines that contains all fragments."""
+    assert 1 <= len(err.splitlines()) <= 3
+    assert err.startswith("error: ")
+    for fragment in fragments:
+        assert fragment in err

@@ -1,0 +1,113 @@
+"""Inputs of the golden data, drawn from names: weights, images, noise, labels.
+
+Every array is a function of (name, shape, seed) through PCG64 seeded with
+``crc32(name) + seed``. Names, shapes and layouts are PyTorch's; images NCHW.
+"""
+
+import json
+import zlib
+from functools import cache
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from hivit_jax.models import create_model
+from hivit_jax.models.positions import sincos_table
+from hivit_jax.tree import split
+from hivit_jax.weights.names.official import from_official
+
+GOLDEN = Path(__file__).parents[1] / "parity" / "golden"
+MANIFEST = json.loads((GOLDEN / "manifest.json").read_text())
+FIXTURES = MANIFEST["fixtures"]
+
+# The names under which the golden data describe a model, and ours.
+OUR_NAMES = {
+    "img_size": "image_size",
+    "hifeat": "multi_scale",
+    "rpe": "relative_position",
+}
+SUPERVISED = {"cls_tiny", "cls_small", "cls_base"}
+MINI_CLASSIFIER = FIXTURES["features_mini_rpe"]["config"]
+
+
+def generator(name: str) -> np.random.Generator:
+    seed = zlib.crc32(name.encode()) + MANIFEST["seed"]
+    return np.random.Generator(np.random.PCG64(seed))
+
+
+def normal(name: str, shape) -> np.ndarray:
+    return generator(name).standard_normal(tuple(shape), dtype=np.float32)
+
+
+def weight(name: str, shape) -> np.ndarray:
+    """One state dict entry, scaled so that every stage keeps a variance of about 1."""
+    draw, leaf = normal(name, shape), name.rsplit(".", 1)[-1]
+    if "pos_embed" in leaf or leaf in ("mask_token", "relative_position_bias_table"):
+        return np.float32(0.5) * draw
+    if len(shape) == 1:
+        gain = np.float32(0.1) * draw
+        return np.float32(1) + gain if leaf == "weight" else gain
+    return np.float32(1 / np.sqrt(np.prod(shape[1:]))) * draw
+
+
+def state_dict(fixture: str, shapes=None) -> dict[str, np.ndarray]:
+    """The official state dict of a fixture: drawn weights, constructed tables."""
+    state = {}
+    for name, shape in (shapes or FIXTURES[fixture]["state_dict"]).items():
+        if name.endswith("relative_position_index"):
+            continue
+        if name == "decoder_pos_embed":
+            side = int(shape[1] ** 0.5)
+            state[name] = sincos_table((side, side), shape[2])[None]
+        else:
+            state[name] = weight(name, shape)
+    return state
+
+
+def images(name: str, batch: int, size: int) -> np.ndarray:
+    """[B, H, W, 3] float32."""
+    low = normal(f"input_low/{name}", (batch, 3, 8, 8))
+    low = low.repeat(size // 8, 2).repeat(size // 8, 3)
+    noise = normal(f"input/{name}", (batch, 3, size, size))
+    nchw = np.float32(0.6) * noise + np.float32(0.8) * low
+    return np.ascontiguousarray(nchw.transpose(0, 2, 3, 1))
+
+
+def noise(name: str, batch: int, units: int) -> np.ndarray:
+    return generator(f"noise/{name}").random((batch, units))
+
+
+def labels(name: str, batch: int, classes: int) -> np.ndarray:
+    return generator(f"labels/{name}").integers(0, classes, size=batch)
+
+
+def probe(name: str, gradient: np.ndarray) -> float:
+    """Inner product of a gradient, in PyTorch's layout, with a drawn tensor."""
+    draw = normal(f"{name}/probe", gradient.shape).astype(np.float64)
+    return float((gradient.astype(np.float64) * draw).sum())
+
+
+@cache
+def golden(fixture: str) -> dict[str, np.ndarray]:
+    with np.load(GOLDEN / f"{fixture}.npz") as arrays:
+        return dict(arrays)
+
+
+def build(name: str, state, **overrides):
+    """Our model of this name holding an official state dict: (model, params)."""
+    model = nnx.eval_shape(lambda: create_model(name, **overrides))
+    params = jax.tree.map(jnp.asarray, from_official(state, model))
+    return nnx.merge(split(model)[0], params), params
+
+
+def build_fixture(fixture: str):
+    """The model of a fixture with its drawn weights: (model, params)."""
+    config = dict(FIXTURES[fixture].get("config", {}))
+    overrides = {OUR_NAMES.get(key, key): value for key, value in config.items()}
+    name = f"hivit_{fixture[4:]}" if fixture in SUPERVISED else "mae_hivit_base"
+    if "num_classes" in config:
+        name = "hivit_base"
+    return build(name, state_dict(fixture), **overrides)

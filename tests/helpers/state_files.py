@@ -1,0 +1,84 @@
+"""Small state dicts of every kind that users have, and files of them.
+
+``python tests/helpers/state_files.py`` writes the files of tests/parity/golden with
+PyTorch.
+"""
+
+import argparse
+from pathlib import Path
+
+import jax
+import numpy as np
+import reference
+from networks import abstract
+
+from hivit_jax.tree import split
+from hivit_jax.weights.names.official import to_official
+
+TINY = dict(image_size=32, embed_dim=16, depths=(1, 1, 2), num_heads=1)
+TINY_DECODER = dict(decoder_embed_dim=8, decoder_depth=1, decoder_num_heads=1)
+# What a file of such narrow heads cannot tell.
+HINTS = dict(num_heads=1, decoder_num_heads=1)
+
+
+def drawn(name, **overrides):
+    """(model, official state dict with the recipe's numbers) of a small network."""
+    overrides = TINY | (TINY_DECODER if name.startswith("mae_") else {}) | overrides
+    model = abstract(name, **overrides)
+    state = zeros(model)
+    return model, {n: reference.weight(n, a.shape) for n, a in state.items()}
+
+
+def zeros(model):
+    """An abstract model's state dict of zeros, which take no memory."""
+    params = jax.tree.map(
+        lambda x: np.broadcast_to(np.float32(0), x.shape), split(model)[1]
+    )
+    return to_official(params, model)
+
+
+def kinds():
+    """Kind -> (model, state dict, what else its file holds beside it)."""
+    model, state = drawn("mae_hivit_base")
+    args = argparse.Namespace(blr=1e-4, device="cuda", output_dir="somewhere")
+    around = {"optimizer": {"state": {}}, "epoch": 1599, "scaler": {}, "args": args}
+    found = {"official_mae": (model, {"model": state, **around})}
+
+    model, state = drawn("hivit_base", num_classes=5)
+    state["relative_position_index"] = np.zeros((4, 4), np.int64)
+    ema = {name: array * 2 for name, array in state.items()}
+    found["official_finetuned"] = (
+        model,
+        {"model": state, "model_ema": ema, "args": args},
+    )
+
+    model, state = drawn(
+        "hivit_base", num_classes=5, fc_norm=False, layer_norm_eps=1e-5
+    )
+    named = {}
+    for name, array in state.items():
+        new = {"absolute_pos_embed": "pos_embed"}.get(name, name)
+        head = name.startswith("head.")
+        named[name.replace("head.", "head.fc.") if head else f"backbone.{new}"] = array
+    index = np.zeros((4, 4), np.int64)
+    named["backbone.relative_position_index"] = index
+    named["backbone.blocks.6.attn.relative_position_index"] = index
+    meta = {"epoch": 300, "experiment_name": "hivit"}
+    found["mmpretrain"] = (model, {"state_dict": named, "meta": meta})
+    return found
+
+
+def with_tensors(content):
+    """The same with PyTorch's tensors for arrays."""
+    import torch
+
+    if isinstance(content, dict):
+        return {key: with_tensors(value) for key, value in content.items()}
+    return torch.tensor(content) if isinstance(content, np.ndarray) else content
+
+
+if __name__ == "__main__":
+    import torch
+
+    for kind, (_, content) in kinds().items():
+        torch.save(with_tensors(content), Path(reference.GOLDEN) / f"{kind}.pth")

@@ -1,0 +1,98 @@
+"""What only a GPU or TPU can tell: kernels as they run there, and the numbers of the
+whole network. ``JAX_PLATFORMS=cuda python -m pytest tests/kernels/test_accelerator.py``
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from flax import nnx
+from jax.sharding import Mesh
+from kernel_cases import CASES, assert_no_less_exact, errors, gpu_mlp, results
+from networks import pictures
+from numpy.testing import assert_allclose
+
+from hivit_jax.kernels import attention_xla, dispatch
+from hivit_jax.tree import named_leaves, split
+from hivit_jax.weights.names.official import to_official
+
+pytestmark = pytest.mark.skipif(
+    jax.default_backend() == "cpu", reason="needs an accelerator"
+)
+
+
+@pytest.fixture(autouse=True)
+def default_precision():
+    """As in training; and on one device."""
+    before = jax.config.jax_default_matmul_precision
+    jax.config.update("jax_default_matmul_precision", None)
+    with jax.set_mesh(Mesh(np.array(jax.devices()[:1]), ("data",))):
+        yield
+    jax.config.update("jax_default_matmul_precision", before)
+
+
+STEM = {"stem 1": gpu_mlp(25088, 128, 384), "stem 2": gpu_mlp(6272, 256, 768)}
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("name", [*CASES, *STEM])
+def test_kernels_are_no_less_exact_than_plain(name, keep):
+    case = (CASES | STEM)[name]
+    if case.platform != jax.default_backend() or keep and not case.keeps:
+        pytest.skip("not for this")
+    assert_no_less_exact(case, jax.jit, keep, interpret=False)
+
+
+@pytest.mark.parametrize("tokens", [49, 196])
+def test_attention_in_bfloat16(tokens):
+    """Output and gradients against float32, not further than JAX's own by a tenth."""
+    *exact, direction = 4 * pictures((4, 8, tokens, 16, 32))
+    exact = [x.astype(jnp.bfloat16) for x in exact]
+
+    with jax.default_matmul_precision("highest"):
+        wide = [x.astype(jnp.float32) for x in exact]
+        truth = results(jax.nn.dot_product_attention, wide, direction)
+
+    def attend(q, k, v, choice):
+        how = dict(bias=None, mask=None, choice=choice)
+        return attention_xla.dot_product_attention(q, k, v, **how)
+
+    here, there = (
+        errors(partial(attend, choice=choice), exact, direction, truth, jax.jit)
+        for choice in ("auto", "plain")
+    )
+    assert all(a < 1.1 * b + 1e-3 for a, b in zip(here, there, strict=True))
+
+
+@pytest.mark.parametrize("choice", dispatch.CHOICES)
+def test_base_mae_in_bfloat16(choice):
+    """Loss and norms of all gradients against the official code's, in float64; and the
+    same bits at the second time. Its two images again and again fill kernels' rows.
+    """
+    facts = reference.FIXTURES["mae_base"]
+    state = reference.state_dict("mae_base")
+    overrides = dict(dtype="bfloat16", kernels=choice)
+    model, params = reference.build("mae_hivit_base", state, **overrides)
+    images = np.tile(reference.images("mae224", 2, 224), (16, 1, 1, 1))
+    noise = np.tile(reference.noise("mae224", 2, 196), (16, 1)).astype(np.float32)
+    graphdef = split(model)[0]
+
+    @jax.jit
+    @jax.value_and_grad
+    def run(params):
+        return nnx.merge(graphdef, params).image_loss(images, noise=noise).mean()
+
+    (loss, gradients), again = (jax.device_get(run(params)) for _ in range(2))
+    assert_allclose(loss, facts["loss_f64"], rtol=1e-3)
+    for name, gradient in to_official(gradients, model).items():
+        if name != "decoder_pos_embed":
+            norm = np.linalg.norm(np.float64(gradient))
+            expected = facts["grad_norm"][name]
+            assert_allclose(norm, expected, rtol=0.01, atol=1e-6, err_msg=name)
+    np.testing.assert_array_equal(loss, again[0])
+    repeated = named_leaves(again[1])
+    for name, gradient in named_leaves(gradients).items():
+        np.testing.assert_array_equal(gradient, repeated[name], err_msg=name)

@@ -1,0 +1,269 @@
+"""Which kernel runs where, and that a network's numbers do not depend on it."""
+
+from functools import partial
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import recipes
+from flax import nnx
+from jax.sharding import Mesh
+from kernel_cases import (
+    SPECIAL,
+    arrays,
+    attention_of,
+    block_by_hand,
+    library_attention,
+    results,
+)
+from networks import fast_jit, pictures
+from numpy.testing import assert_allclose
+
+from hivit_jax.distributed import sharding
+from hivit_jax.errors import ConfigError
+from hivit_jax.kernels import dispatch
+from hivit_jax.models import create_model
+from hivit_jax.training.schedule import make_schedule
+from hivit_jax.tree import named_leaves, split
+from hivit_jax.xla.compile import compile_step
+
+# Stem stages of 128 and 256, a main stage of 512, a decoder of 128: what kernels take.
+WIDE = dict(
+    image_size=64,
+    embed_dim=512,
+    depths=(1, 1, 1),
+    num_heads=8,
+    decoder_embed_dim=128,
+    decoder_depth=1,
+    decoder_num_heads=4,
+    relative_position=False,
+)
+
+
+def kernels_in(jaxpr):
+    """Names of the kernels that a traced program calls."""
+    found = []
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "pallas_call":
+            found.append(eqn.params["name"])
+            continue
+        for inner in jax.tree.leaves(
+            list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "jaxpr")
+        ):
+            inner = getattr(inner, "jaxpr", inner)
+            found += kernels_in(inner) if hasattr(inner, "eqns") else []
+    return found
+
+
+@pytest.fixture
+def one_device():
+    """Where nobody tells how arrays lie on several devices, kernels are left alone."""
+    with jax.set_mesh(Mesh(np.array(jax.devices()[:1]), ("data",))):
+        yield
+
+
+def loss_of(choice, **overrides):
+    """A masked autoencoder's loss as a function of its parameters, and these."""
+    model = create_model("mae_hivit_base", kernels=choice, **WIDE | overrides)
+    graphdef, params = split(model)
+    images, noise = pictures((16, 64, 64, 3), "images"), pictures((16, 16), "noise")
+    keys = jax.random.split(jax.random.key(0), 16)
+
+    def loss(params):
+        model = nnx.merge(graphdef, params)
+        return model(images, noise=noise, drop_path_keys=keys).loss
+
+    return loss, params
+
+
+@pytest.mark.parametrize("options", [{}, dict(drop_path_rate=0.5), dict(remat=True)])
+def test_the_same_network(options, one_device):
+    """Loss and gradients, all residual branches fused: 2 + 2 MLPs, 2 attentions, 2."""
+    (plain, params), (fused, _) = (loss_of(c, **options) for c in ("plain", "fused"))
+    names = kernels_in(jax.make_jaxpr(fused)(params).jaxpr)
+    assert sorted(names) == 2 * ["attention_block"] + 6 * ["mlp_block"]
+    assert kernels_in(jax.make_jaxpr(plain)(params).jaxpr) == []
+    (a, da), (b, db) = (fast_jit(jax.value_and_grad(f))(params) for f in (fused, plain))
+    assert_allclose(a, b, rtol=1e-6)
+    for (name, x), y in zip(
+        named_leaves(da).items(), named_leaves(db).values(), strict=True
+    ):
+        scale = float(jnp.abs(y).max())
+        assert_allclose(x, y, rtol=0, atol=1e-5 * scale + 1e-9, err_msg=name)
+
+
+def test_on_a_mesh():
+    """A train step of 8 devices: each runs kernels on its own part of the batch."""
+    found, parts = {}, 2
+    for choice in ("plain", "fused"):
+        config = recipes.mae(batch_size=128 * parts, data__name="synthetic")
+        config.optimizer.accumulate_steps = parts
+        config.model.kernels = choice
+        for name, value in WIDE.items():
+            config.model[name] = value
+        config.mesh.data, config.mesh.fsdp = 4, 2
+        mesh = sharding.make_mesh(config.mesh, config.batch_size, parts)
+        schedule = make_schedule(config.optimizer, config.batch_size, 2, 8)
+        training = recipes.prepared(config, mesh, schedule)
+        options = {"xla_backend_optimization_level": 0}
+        compiled = compile_step(training, options=options)
+        batch = {
+            name: jax.device_put(
+                np.full(s.shape, name == "weight", s.dtype)
+                if s.ndim == 1
+                else (100 + 50 * pictures(s.shape, name)).astype(s.dtype),
+                s.sharding,
+            )
+            for name, s in training.batches[0].items()
+        }
+        shardings = sharding.shardings_of(training.state)
+        state = jax.jit(training.init, out_shardings=shardings)()
+        state, values = compiled(state, {}, batch, np.int32(0))
+        found[choice] = values["loss"], values["gradient_norm"]
+    assert_allclose(found["fused"], found["plain"], rtol=1e-5)
+
+
+def test_where_they_are_not_for(one_device):
+    """Shapes that tiles do not fit, and backends but TPUs, run as XLA compiles them."""
+    assert (
+        kernels_in(jax.make_jaxpr(loss_of("auto")[0])(loss_of("auto")[1]).jaxpr) == []
+    )
+    narrow = dict(embed_dim=256, decoder_embed_dim=64, decoder_num_heads=2)
+    loss, params = loss_of("fused", **narrow)
+    # Of widths 64, 128, 256 and 64 the second and third, and the third's attention.
+    names = kernels_in(jax.make_jaxpr(loss)(params).jaxpr)
+    assert sorted(names) == ["attention_block"] + 3 * ["mlp_block"]
+    with pytest.raises(ConfigError, match="'auto', 'fused' or 'plain'"):
+        create_model("hivit_tiny", kernels="fast")
+
+
+def test_gpus_run_narrow_mlps_as_kernels_where_told(one_device, monkeypatch):
+    """128 and 256 wide in bfloat16: the stem's two and two, and this decoder's."""
+    monkeypatch.setattr(dispatch, "platform", lambda: "gpu")
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda q, k, v, **_: v)
+    for choice, dtype, count in (
+        *(("fused", "bfloat16", 5), ("auto", "bfloat16", 0)),
+        *(("plain", "bfloat16", 0), ("fused", "float32", 0)),
+    ):
+        loss, params = loss_of(choice, dtype=dtype)
+        names = kernels_in(jax.make_jaxpr(loss)(params).jaxpr)
+        assert names == count * ["mlp_block"], (choice, dtype)
+
+
+# --- Which kernels run where --------------------------------------------------------
+
+
+@pytest.fixture
+def on_platform(monkeypatch):
+    """name -> calls of cuDNN from there on, as they come: [implementation, tokens]."""
+
+    def stand_in(name):
+        def attend(*qkv, implementation=None, **others):
+            if implementation:
+                calls.append((implementation, qkv[0].shape[1]))
+            return library_attention(*qkv, **others)
+
+        calls = []
+        v5e = dict(
+            vmem_capacity_bytes=128 * 2**20,
+            bf16_ops_per_second=197e12,
+            mem_bw_bytes_per_second=819e9,
+        )
+        chip = SimpleNamespace(**v5e)
+        monkeypatch.setattr(dispatch.pltpu, "get_tpu_info", lambda: chip)
+        monkeypatch.setattr(dispatch, "platform", lambda: name)
+        monkeypatch.setattr(jax.nn, "dot_product_attention", attend)
+        return calls
+
+    return stand_in
+
+
+def mesh_of(**axes):
+    devices = np.array(jax.devices()[: np.prod([*axes.values()])])
+    return jax.set_mesh(Mesh(devices.reshape(*axes.values()), tuple(axes)))
+
+
+ATTENTION, MLP, CUDNN = "attention_block", "mlp_block", ("cudnn", 16)
+
+
+# Where something runs as a kernel: platform, choice, dtype -> attention, MLP.
+WHERE = {
+    ("cpu", "fused", "float32"): [ATTENTION, MLP],
+    ("cpu", "fused", "bfloat16"): [ATTENTION, MLP],
+    ("tpu", "auto", "bfloat16"): [ATTENTION, MLP],
+    ("tpu", "fused", "bfloat16"): [ATTENTION, MLP],
+    ("gpu", "auto", "bfloat16"): [CUDNN],
+    ("gpu", "fused", "bfloat16"): [CUDNN, MLP],
+}
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu", "gpu"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_runs_as_a_kernel(platform, dtype, on_platform):
+    """A key mask, windows and a relative bias leave the MLP alone as a kernel, a mesh
+    that splits heads nothing; 15 and 16 tokens are alike.
+    """
+    calls, batch = on_platform(platform), 64
+
+    def found(special, choice, tokens=15):
+        sizes = {"grid": (2, 8)} if tokens == 16 else {}
+        graphdef, params, inputs = attention_of(special, batch, dtype=dtype, **sizes)
+        x = jnp.zeros((batch, tokens, 128), dtype)
+
+        def run(params, x):
+            return nnx.merge(graphdef, params)(x, kernels=choice, **inputs)
+
+        calls.clear()
+        names = kernels_in(jax.make_jaxpr(run)(params, x).jaxpr)
+        return calls + names
+
+    for choice in ("auto", "fused", "plain"):
+        expected = WHERE.get((platform, choice, dtype), [])
+        without = [each for each in expected if each == MLP]
+        with mesh_of(data=1):
+            for tokens in (15, 16):
+                assert found("nothing", choice, tokens) == expected, (choice, tokens)
+            for special in ("key mask", "windows", "relative bias"):
+                assert found(special, choice) == without, (choice, special)
+        with mesh_of(data=1, tensor=2):
+            outside = [each for each in expected if each == CUDNN]
+            assert found("nothing", choice) == outside, choice
+        # Nobody tells how the arrays lie on these eight devices.
+        assert found("nothing", choice) == outside, choice
+
+
+@pytest.mark.parametrize("special", SPECIAL)
+@pytest.mark.parametrize(
+    ("platform", "dtype", "tolerance"),
+    [("cpu", "float32", 1e-5), ("gpu", "bfloat16", 0.03)],
+)
+def test_every_choice_gives_the_numbers_of_plain_jax(
+    special, platform, dtype, tolerance, on_platform, one_device
+):
+    """Output and gradients of a block, fused as far as that may be; relative to the
+    largest number. The MLP is too narrow for a kernel.
+    """
+    calls = on_platform(platform)
+    sizes = {"mlp_ratio": 0.5, "dtype": dtype}
+    graphdef, params, inputs = attention_of(special, 8, **sizes)
+    x, direction = arrays((8, 15, 128), (8, 15, 128))
+    names = tuple(named_leaves(params))
+
+    def run(x, *params):
+        block = nnx.merge(graphdef, jax.tree.unflatten(tree, params))
+        return block(x.astype(dtype), kernels="fused", **inputs)
+
+    def by_hand(x, *params):
+        return block_by_hand(special, dict(zip(names, params, strict=True)), x)
+
+    leaves, tree = jax.tree.flatten(params)
+    found, expected = (
+        fast_jit(partial(results, function))([3 * x, *leaves], direction)
+        for function in (run, by_hand)
+    )
+    for name, a, b in zip(("out", "x", *names), found, expected, strict=True):
+        a, b = np.float32(a), np.float32(b)
+        assert_allclose(a, b, rtol=0, atol=tolerance * np.abs(b).max(), err_msg=name)
+    assert bool(calls) == (platform == "gpu" and special == "nothing")

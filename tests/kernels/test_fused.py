@@ -1,0 +1,197 @@
+"""Fused residual branches, interpreted on the CPU: numbers and gradients of JAX."""
+
+from functools import partial
+from importlib.util import find_spec
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from kernel_cases import (
+    CASES,
+    EPS,
+    arrays,
+    assert_no_less_exact,
+    attention,
+    gpu_mlp,
+    in_bfloat16,
+    inputs_of,
+    layer_norm,
+    mlp,
+    results,
+)
+from networks import fast_jit
+from numpy.testing import assert_allclose
+
+from hivit_jax.kernels import attention_xla, dispatch
+from hivit_jax.models import layers, norms
+from hivit_jax.xla.chips import GPU_OPTIONS, devices_of
+
+
+def kept(function, inputs):
+    """Numbers that are kept for the gradient, those of the inputs included."""
+    return sum(x.size for x in jax.tree.leaves(jax.vjp(function, *inputs)[1]))
+
+
+LAYERS = {
+    "gelu": (layers.gelu, partial(jax.nn.gelu, approximate=False), [(48, 256)]),
+    "LayerNorm": (
+        lambda *inputs: norms.layer_norm(*inputs, EPS, jnp.float32),
+        layer_norm,
+        [(2, 24, 256), (256,), (256,)],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_give_the_librarys_numbers_and_keep_less(name):
+    ours, plain, shapes = LAYERS[name]
+    *inputs, direction = (4 * x for x in arrays(*shapes, shapes[0]))
+    expected = jax.jit(partial(results, plain))(inputs, direction)
+    found = jax.jit(partial(results, ours))(inputs, direction)
+    for a, b in zip(found, expected, strict=True):
+        assert_allclose(a, b, rtol=0, atol=3e-6 * float(jnp.abs(b).max()))
+    assert kept(ours, inputs) <= inputs[0].size * 1.1 < kept(plain, inputs) / 2
+
+
+@pytest.mark.parametrize("special", ["", "bias", "mask", "bias, mask"])
+def test_plain_attention_gives_the_librarys_numbers(special):
+    """float32: output and all gradients; the mask leaves one image no key at all."""
+    q, k, v, direction = arrays(*[(2, 9, 4, 32)] * 4)
+    bias = arrays((1, 4, 9, 9))[0] if "bias" in special else None
+    mask = jnp.arange(9) % 3 * jnp.array([[1], [0]]) > 0
+    mask = mask[:, None, None] if "mask" in special else None
+
+    def ours(q, k, v, bias):
+        how = dict(bias=bias, mask=mask, choice="auto")
+        return attention_xla.dot_product_attention(q, k, v, **how)
+
+    def plain(q, k, v, bias):
+        return jax.nn.dot_product_attention(q, k, v, bias=bias, mask=mask)
+
+    inputs = 9 * q, k, v, bias
+    expected, found = (results(each, inputs, direction) for each in (plain, ours))
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert_allclose(a, b, rtol=0, atol=3e-6 * float(jnp.abs(b).max()))
+
+
+@pytest.mark.parametrize("tokens", [9, 10])
+def test_odd_numbers_of_tokens_are_padded_for_cudnn(tokens, monkeypatch):
+    """What is padded neither is attended to nor has a gradient."""
+    library, calls = jax.nn.dot_product_attention, []
+
+    def stand_in(*qkv, implementation=None, **others):
+        calls.append((implementation, qkv[0].shape[1]))
+        return library(*qkv, **others)
+
+    *qkv, direction = arrays(*[(2, tokens, 4, 32)] * 4, dtype=jnp.bfloat16)
+    expected = results(library, qkv, direction)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
+    monkeypatch.setattr(dispatch, "platform", lambda: "gpu")
+    attend = partial(attention_xla.dot_product_attention, bias=None, mask=None)
+    found = results(partial(attend, choice="auto"), qkv, direction)
+    assert calls == [("cudnn", 10)]
+    for a, b in zip(found, expected, strict=True):
+        a, b = np.float32(a), np.float32(b)
+        assert_allclose(a, b, rtol=0, atol=0.01 * np.abs(b).max())
+    results(partial(attend, choice="plain"), qkv, direction)
+    assert calls[1:] == [(None, tokens)]
+
+
+# Whether to add x to the branch, and whether to keep more for the gradient.
+WAYS = [(True, False), (True, True), (False, True)]
+
+
+@pytest.mark.parametrize(
+    ("name", "add", "keep"),
+    [
+        (name, add, keep)
+        for name, case in CASES.items()
+        for add, keep in WAYS
+        if case.keeps or add != keep
+    ],
+)
+def test_the_same_numbers(name, add, keep):
+    """float32: output and all seven gradients, of several blocks of rows."""
+    inputs, direction = inputs_of(CASES[name])
+    plain = partial(CASES[name].plain, add=add)
+    fused = partial(CASES[name].fused, add=add, keep=keep, interpret=True)
+    expected = jax.jit(partial(results, plain))(inputs, direction)
+    found = fast_jit(partial(results, fused))(inputs, direction)
+    for a, b in zip(found, expected, strict=True):
+        assert_allclose(a, b, rtol=0, atol=3e-6 * float(jnp.abs(b).max()))
+
+
+@pytest.mark.parametrize(
+    ("name", "keep"),
+    [
+        *(("mlp", True), ("mlp", False), ("mlp on GPUs", False)),
+        *(("attention of 49", True), ("attention of 49", False)),
+    ],
+)
+def test_no_less_exact_in_bfloat16(name, keep):
+    assert_no_less_exact(CASES[name], fast_jit, keep, interpret=True)
+
+
+@pytest.mark.skipif(
+    not find_spec("jax_cuda13_plugin"), reason="needs the CUDA compiler"
+)
+@pytest.mark.parametrize("width", [128, 256])
+def test_compile_for_a_gpu(width):
+    """One kernel there, one back, and two products for the gradients of weights."""
+    case = gpu_mlp(1024, width, 3 * width)
+    text = compiled_text(case, devices_of("h100:1")[0], False, GPU_OPTIONS)
+    assert text.count('custom_call_target="__gpu$xla.gpu.triton"') == 2
+    assert text.count('custom_call_target="__cublas') == 2
+
+
+@pytest.mark.skipif(not find_spec("libtpu"), reason="needs the TPU compiler")
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize(
+    "case", [mlp(1024, 128, 256, 512), attention(16, 49, 128, 2, 784)]
+)
+def test_compile_for_a_tpu(case, keep):
+    """One kernel there, one back."""
+    text = compiled_text(case, devices_of("v5e:2x4")[0], keep)
+    assert text.count('custom_call_target="tpu_custom_call"') == 2
+
+
+def compiled_text(case, device, keep, options=None):
+    """The program of a kernel and its gradients, in bfloat16, for a device."""
+    mesh = Mesh(np.array([device]), ("data",))
+    place = NamedSharding(mesh, PartitionSpec())
+    inputs, direction = inputs_of(case)
+    inputs, direction = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+        (in_bfloat16(inputs), direction),
+    )
+    fused = partial(case.fused, add=True, keep=keep, interpret=False)
+    with jax.set_mesh(mesh):
+        lowered = jax.jit(partial(results, fused)).lower(inputs, direction)
+    return lowered.compile(options).as_text()
+
+
+def test_rows_of_a_block():
+    """As many as divide the total, of whole tiles, and for attention whole images."""
+    assert dispatch.block_rows(64 * 784, 8, 1024, 2000) == 1024
+    assert dispatch.block_rows(64 * 784, 8, 1024, 1000) == 896
+    assert dispatch.block_rows(64 * 49, 8, 256, 2000) == 224
+    assert dispatch.block_rows(64 * 49, 392, 1024, 2000) == 784
+    assert dispatch.block_rows(16 * 49, 392, 1024, 2000) == 392
+    assert dispatch.block_rows(8 * 49, 392, 1024, 2000) == 392
+    assert dispatch.block_rows(64 * 576, 576, 512, 2000) == 576
+    assert dispatch.block_rows(64 * 576, 576, 512, 500) is None
+    assert dispatch.block_rows(4 * 49, 392, 512, 2000) is None
+
+
+def test_what_is_worth_keeping():
+    """Where arithmetic is the limit, by a margin; not where the bytes would be."""
+    for balance, kept in ((166, [False, True, True]), (240, [False, False, True])):
+        target = dispatch.Target("cpu", balance=2 * balance)
+        for (width, hidden), worth in zip(
+            ((128, 384), (256, 768), (512, 2048)), kept, strict=True
+        ):
+            product = 2 * width * hidden
+            sizes = 2 * product, 5 * product, product, width, 2 * hidden
+            assert target.should_keep(*sizes) == worth, (balance, width)

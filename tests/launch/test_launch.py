@@ -1,0 +1,487 @@
+"""Launch scripts, with stand-ins for the commands of clouds and clusters."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from configparser import ConfigParser
+from pathlib import Path
+
+import pytest
+import yaml
+
+from hivit_jax import main
+
+ROOT = Path(__file__).parents[2]
+
+
+LAUNCH = ROOT / "launch"
+
+
+SCRIPTS = sorted(LAUNCH.glob("*.sh"))
+
+
+TRAINING = ["--config", "configs/mae_base.py", "--workdir=gs://bucket/a run"]
+
+
+AWKWARD = ["--config.data.dir=it's $HOME", 'a "b" \\', "*", "$(false)", "\ttab", "é;&|"]
+
+
+TRAIN = "-m hivit_jax.main"
+
+
+QUEUE = "queued-resources describe"
+
+
+TPU = "tpu-vm describe"
+
+
+ALONE = ["create", "setup", "status", "delete"]  # commands without training
+
+
+class Stage:
+    """A directory of stand-ins, and what they were called with."""
+
+    def __init__(self, directory: Path):
+        self.calls_file = directory / "calls"
+        self.vm = directory / "vm"
+        stand_in = directory / "stand_in"
+        source = (ROOT / "tests" / "helpers" / "stand_in.py").read_text()
+        stand_in.write_text(f"#!{sys.executable} -IS\n{source}")
+        stand_in.chmod(0o755)
+        commands = directory / "bin"
+        installed = self.vm / "hivit_jax" / ".venv" / "bin"
+        for each in (commands, installed):
+            each.mkdir(parents=True)
+        for name in ("gcloud", "srun", "scontrol", "python", "python3", "pkill"):
+            (commands / name).symlink_to(stand_in)
+        (installed / "python").symlink_to(stand_in)
+        self.environment = {
+            "PATH": f"{commands}:{os.environ['PATH']}",
+            "TMPDIR": str(directory),
+            "CALLS": str(self.calls_file),
+            "VM": str(self.vm),
+            "TPU_PAUSE": "0",
+        }
+
+    def start(self, *command: str | Path, play=None, **environment) -> subprocess.Popen:
+        """Starts a command among stand-ins that play their parts."""
+        parts = {"pkill": [["", 1]], TPU: [["READY", 0]]} | (play or {})
+        variables = {"PLAY": json.dumps(parts), **self.environment, **environment}
+        return subprocess.Popen(
+            list(map(str, command)),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=variables,
+            cwd=self.vm.parent,
+        )
+
+    def run(self, *command: str | Path, **options) -> tuple[int, str, str]:
+        """`start` to its end: (exit code, stdout, stderr)."""
+        self.calls_file.unlink(missing_ok=True)
+        process = self.start(*command, **options)
+        out, err = process.communicate(timeout=60)
+        return process.returncode, out, err
+
+    def calls(self) -> list[list[str]]:
+        """Name and arguments of every call since the last `run` began."""
+        if not self.calls_file.exists():
+            return []
+        return [json.loads(line) for line in self.calls_file.read_text().splitlines()]
+
+    def story(self) -> list[str]:
+        """The calls of gcloud by their verbs, and training as "train"."""
+        words = {"gcloud": lambda c: c[4], "python": lambda c: "train"}
+        return [words[c[0]](c) for c in self.calls() if c[0] in words]
+
+    def trained(self) -> list[list[str]]:
+        """Arguments that each training got."""
+        return [c[3:] for c in self.calls() if c[0] == "python"]
+
+
+@pytest.fixture
+def stage(tmp_path):
+    return Stage(tmp_path)
+
+
+def tpu_vm(command, *flags):
+    return LAUNCH / "tpu_vm.sh", command, *flags
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_parse(script):
+    assert os.access(script, os.X_OK)
+    subprocess.run(["bash", "-n", script], check=True)
+    if shutil.which("shellcheck"):
+        subprocess.run(["shellcheck", script], check=True)
+
+
+# TPU VMs
+
+
+def gcloud(*arguments):
+    return ["gcloud", "compute", "tpus", *arguments]
+
+
+def test_calls_of_create(stage):
+    waiting = {QUEUE: [["WAITING_FOR_RESOURCES", 0], ["", 1], ["ACTIVE", 0]]}
+    flags = ("--name=n", "--zone", "z", "--project=p", "--type=v4-32", "--version=v")
+    assert stage.run(*tpu_vm("create", *flags, "--spot"), play=waiting)[0] == 0
+    where = ["--zone=z", "--project=p", "--quiet"]
+    state = "--format=value(state.state)"
+    assert stage.calls() == [
+        gcloud(
+            *("queued-resources", "create", "n", "--node-id=n"),
+            *("--accelerator-type=v4-32", "--runtime-version=v", "--spot", *where),
+        ),
+        *[gcloud("queued-resources", "describe", "n", state, *where)] * 3,
+    ]
+
+
+def test_create_without_flags_and_from_the_environment(stage):
+    play = {QUEUE: [["ACTIVE", 0]]}
+    assert stage.run(*tpu_vm("create"), play=play)[0] == 0
+    plain = gcloud("queued-resources", "create", "hivit", "--node-id=hivit")
+    kind = ["--accelerator-type=v5litepod-4", "--runtime-version=v2-alpha-tpuv5-lite"]
+    assert stage.calls()[0] == [*plain, *kind, "--quiet"]
+    assert stage.run(*tpu_vm("create"), play=play, TPU_SPOT="1", TPU_ZONE="z")[0] == 0
+    assert stage.calls()[0] == [*plain, *kind, "--spot", "--zone=z", "--quiet"]
+
+
+@pytest.mark.parametrize("state", ["FAILED", "SUSPENDED"])
+def test_create_that_fails(stage, state):
+    assert stage.run(*tpu_vm("create"), play={QUEUE: [[state, 0]]})[0] == 1
+    assert stage.run(*tpu_vm("create"), play={"create": [["", 1]]})[0] == 1
+
+
+def test_setup_installs_this_checkout(stage):
+    assert stage.run(*tpu_vm("setup", "--name=n"))[0] == 0
+    archive = stage.vm.parent / "n.tgz"
+    copy, ssh, *remote = stage.calls()
+    where = ["--worker=all", "--quiet"]
+    assert copy == gcloud("tpu-vm", "scp", str(archive), "n:hivit_jax.tgz", *where)
+    assert ssh[:6] == gcloud("tpu-vm", "ssh", "n")
+    assert [ssh[6], ssh[8]] == where
+    assert remote == [
+        ["python3", "-m", "pip", "install", "--quiet", "--user", "uv"],
+        [
+            *("python3", "-m", "uv", "venv", "--quiet", "--allow-existing"),
+            *("--python", "3.11", ".venv"),
+        ],
+        [
+            *("python3", "-m", "uv", "pip", "install", "--quiet", "--python", ".venv"),
+            *("--constraint", "requirements.lock", "--editable", ".[data,tpu]"),
+        ],
+    ]
+    for name in ("hivit_jax/main.py", "configs/mae_base.py", "setup.cfg"):
+        assert (stage.vm / "hivit_jax" / name).read_text() == (ROOT / name).read_text()
+
+
+def test_arguments_arrive_intact(stage):
+    """Through this shell, gcloud's and that of the virtual machine."""
+    assert stage.run(*tpu_vm("run", "--", *TRAINING, *AWKWARD))[0] == 0
+    assert stage.story() == ["ssh", "train"]
+    assert stage.trained() == [TRAINING + AWKWARD]
+
+
+def test_status_and_delete(stage):
+    play = {QUEUE: [["ACTIVE", 0]]}
+    code, out, _ = stage.run(*tpu_vm("status"), play=play)
+    assert (code, out) == (0, "ACTIVE\nREADY\n")
+    assert stage.run(*tpu_vm("delete", "--name=n", "--zone=z"))[0] == 0
+    assert stage.calls() == [
+        gcloud("queued-resources", "delete", "n", "--force", "--zone=z", "--quiet")
+    ]
+
+
+@pytest.mark.parametrize("code", [0, 1, 75])
+def test_run_ends_as_training_does(stage, code):
+    play = {TRAIN: [["", code]]}
+    assert stage.run(*tpu_vm("run", "--", *TRAINING), play=play)[0] == code
+
+
+UP = ["scp", "ssh"]
+
+
+NEW = ["delete", "create", "describe", *UP]
+
+
+AGAIN = ["describe", *UP, "ssh", "train"]
+
+
+def keep(stage, trainings, tpu=("READY",)):
+    """The story and exit code of a `keep`; states of the TPU, and ends of training."""
+    play = {
+        TRAIN: [["", code] for code in trainings],
+        TPU: [[state, 0 if state else 1] for state in tpu],
+        QUEUE: [["ACTIVE", 0]],
+    }
+    code, _, error = stage.run(*tpu_vm("keep", "--spot", "--", *TRAINING), play=play)
+    assert "still there" in error
+    assert all(each == TRAINING for each in stage.trained())
+    return stage.story(), code
+
+
+def test_a_preempted_tpu_is_made_again_and_goes_on(stage):
+    """There is none; it is taken away while training; the new one finishes."""
+    states = ["", "PREEMPTED", "PREEMPTED", "READY"]
+    story, code = keep(stage, [1, 0], states)
+    train = ["ssh", "train"]
+    assert story == ["describe", *NEW, *train, "describe", "describe", *NEW, *train]
+    assert code == 0
+
+
+def test_an_unreachable_tpu_is_made_again(stage):
+    story, code = keep(stage, [255, 0])
+    assert story == [*AGAIN, "describe", *NEW, "ssh", "train"]
+    assert code == 0
+
+
+@pytest.mark.parametrize("code", [75, 134, "abort"])
+def test_an_interrupted_run_goes_on_where_it_is(stage, code):
+    """Saved, or aborted because another process was lost."""
+    story, code = keep(stage, [code] * 6 + [0])
+    assert story == [*AGAIN, "describe"] * 6 + AGAIN
+    assert code == 0
+
+
+@pytest.mark.parametrize("code", [2, 3, 4, 5])
+def test_a_users_error_is_not_tried_again(stage, code):
+    assert keep(stage, [code]) == (AGAIN, code)
+
+
+def test_a_crash_is_tried_five_times(stage):
+    story, code = keep(stage, [139])
+    assert story.count("train") == 5
+    assert code == 139
+
+
+def test_resume_sets_up_what_is_lost(stage):
+    play = {TPU: [["SUSPENDED", 0]], QUEUE: [["ACTIVE", 0]]}
+    assert stage.run(*tpu_vm("resume", "--", *TRAINING), play=play)[0] == 0
+    assert stage.story() == ["describe", *NEW, "ssh", "train"]
+
+
+@pytest.mark.parametrize("command", [*ALONE, "run", "resume", "keep"])
+def test_dry_run_prints_what_can_be_pasted(stage, command):
+    play = {TPU: [["", 1]], QUEUE: [["ACTIVE", 0]]}
+    training = [] if command in ALONE else ["--", *TRAINING, *AWKWARD]
+    flags = ["--name=n", "--spot", "--zone=a zone"]
+    code, printed, _ = stage.run(*tpu_vm(command, *flags, "--dry_run", *training))
+    assert code == 0
+    assert stage.calls() == []
+    stage.run(*tpu_vm(command, *flags, *training), play=play)
+    called = stage.calls()
+    stage.run("bash", "-c", printed, play=play)
+    assert stage.calls() == called
+    assert called
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ([], "launch/tpu_vm.sh COMMAND"),
+        (["start"], "launch/tpu_vm.sh COMMAND"),
+        (["create", "--color=red"], "--color"),
+        (["create", "--name"], "--name needs a value"),
+        (["create", "--", "--workdir=gs://b"], "create accepts no flags of training"),
+        (["run"], "run needs flags of training"),
+        (["keep", "--", "--workdir", "runs/mae"], "gs://BUCKET"),
+        (["setup", "--source=/nowhere"], "--source=/nowhere"),
+    ],
+)
+def test_mistakes(stage, arguments, named):
+    code, _, error = stage.run(LAUNCH / "tpu_vm.sh", *arguments)
+    assert code == 2
+    assert named in error
+    assert stage.calls() == []
+
+
+# SLURM
+
+SRUN = ["srun", "--kill-on-bad-exit=0", "--wait=150"]
+
+
+JOB = {"SLURM_JOB_ID": "7", "SLURM_CPUS_PER_TASK": "4"}
+
+
+@pytest.mark.parametrize("code", [0, 2, 75, 134, 137])
+def test_a_job_is_requeued_when_it_was_interrupted(stage, code):
+    script = [LAUNCH / "slurm.sh", *TRAINING, *AWKWARD]
+    assert stage.run(*script, play={"srun": [["", code]]}, **JOB)[0] == code
+    step = [*SRUN, "--cpus-per-task=4", "python", "-m", "hivit_jax.main"]
+    requeue = [["scontrol", "requeue", "7"]] if code in (75, 134) else []
+    assert stage.calls() == [[*step, *TRAINING, *AWKWARD], *requeue]
+
+
+def test_dry_run_of_a_job(stage):
+    script = [LAUNCH / "slurm.sh", "--dry_run", *TRAINING, *AWKWARD]
+    code, printed, _ = stage.run(*script, PYTHON="my python")
+    assert code == 0
+    assert stage.calls() == []
+    stage.run("bash", "-c", printed)
+    step = [*SRUN, "my python", "-m", "hivit_jax.main", *TRAINING, *AWKWARD]
+    assert stage.calls() == [step, ["scontrol", "requeue", "JOB"]]
+
+
+def test_outside_of_a_job(stage):
+    code, _, error = stage.run(LAUNCH / "slurm.sh", *TRAINING)
+    assert (code, stage.calls()) == (2, [])
+    assert "sbatch" in error
+
+
+def test_options_of_a_job():
+    """SLURM reads them up to the first command; a process for each GPU."""
+    text = (LAUNCH / "slurm.sh").read_text()
+    comments = re.match(r"(#.*\n)*", text)[0]
+    assert comments.count("\n#SBATCH ") == text.count("#SBATCH ")
+    options = dict(re.findall(r"^#SBATCH --([\w-]+)=?(\S*)$", text, re.MULTILINE))
+    assert options["gpus-per-node"] == options["ntasks-per-node"]
+    assert options["signal"] == "TERM@120"
+    assert "requeue" in options
+
+
+# A pod on one machine
+
+
+def fake_pod(count, *arguments):
+    return LAUNCH / "fake_pod.sh", "-n", count, "--", *arguments
+
+
+def test_processes_of_a_fake_pod(stage):
+    code, out, _ = stage.run(
+        *fake_pod(3, *TRAINING, *AWKWARD), play={TRAIN: [["one\ntwo", 0]]}
+    )
+    assert code == 0
+    said = [f"[{i}] {word}" for i in range(3) for word in ("one", "two")]
+    assert sorted(out.splitlines()) == said
+    (address,) = {call[-3] for call in stage.calls()}
+    assert re.fullmatch(r"--coordinator_address=localhost:[12]\d{4}", address)
+    command = ["python", "-m", "hivit_jax.main", *TRAINING, *AWKWARD, address]
+    assert sorted(stage.calls()) == [
+        [*command, "--num_processes=3", f"--process_id={i}"] for i in range(3)
+    ]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_fake_pod_passes_signals_on(stage, number):
+    play = {TRAIN: [["waiting", "signal"]]}
+    before = signal.signal(number, signal.SIG_DFL)  # nohup ignores one, and so on down
+    process = stage.start(*fake_pod(4, *TRAINING), play=play)
+    signal.signal(number, before)
+    waiting = {process.stdout.readline() for _ in range(4)}
+    assert waiting == {f"[{i}] waiting\n" for i in range(4)}
+    process.send_signal(number)
+    process.communicate(timeout=30)
+    assert process.returncode == 75
+
+
+@pytest.mark.parametrize(
+    ("codes", "expected"),
+    [
+        *[((0, 75), 75), ((75, 3), 3), ((0, 0), 0), ((2, 75), 2)],
+        *[((0, 134), 134), ((134, 4), 4), ((4, 134), 4)],
+    ],
+)
+def test_exit_code_of_a_fake_pod(stage, codes, expected):
+    play = {f"--process_id={i}": [["", code]] for i, code in enumerate(codes)}
+    assert stage.run(*fake_pod(len(codes), *TRAINING), play=play)[0] == expected
+
+
+def test_a_fake_pod_ends_when_one_process_dies(stage):
+    play = {"--process_id=1": [["", 4]], TRAIN: [["", "signal"]]}
+    code, _, error = stage.run(*fake_pod(3, *TRAINING), play=play, GRACE="0")
+    assert code == 4
+    assert "[1] exit code 4" in error
+    assert {line for line in error.splitlines() if "exit code 137" in line} == {
+        "[0] exit code 137",
+        "[2] exit code 137",
+    }
+
+
+@pytest.mark.parametrize("arguments", [[], ["-n", "0", "--"], ["-n", "2", "--config"]])
+def test_usage_of_a_fake_pod(stage, arguments):
+    code, _, error = stage.run(LAUNCH / "fake_pod.sh", *arguments)
+    assert (code, stage.calls()) == (2, [])
+    assert error.startswith("usage: ")
+
+
+# Containers
+
+
+def after_exit(jobset, code):
+    """ "end" or "again": the reaction to a container's exit code, by the rules of
+    Kubernetes' podFailurePolicy and JobSet's failurePolicy. The first match wins.
+    """
+    (replicated,) = jobset["spec"]["replicatedJobs"]
+    job = replicated["template"]["spec"]
+    (container,) = job["template"]["spec"]["containers"]
+    reason = "BackoffLimitExceeded"  # of a job whose backoffLimit is 0
+    for rule in job.get("podFailurePolicy", {}).get("rules", []):
+        asked = rule["onExitCodes"]
+        inside = code in asked["values"]
+        if asked.get("containerName", container["name"]) != container["name"]:
+            continue
+        if code and inside == {"In": True, "NotIn": False}[asked["operator"]]:
+            assert rule["action"] == "FailJob"
+            reason = "PodFailurePolicy"
+            break
+    policy = jobset["spec"].get("failurePolicy", {"maxRestarts": 0})
+    for rule in policy.get("rules", []):
+        reasons = rule.get("onJobFailureReasons") or [reason]
+        jobs = rule.get("targetReplicatedJobs") or [replicated["name"]]
+        if reason in reasons and replicated["name"] in jobs:
+            assert rule["action"] in ("FailJobSet", "RestartJobSet")
+            if rule["action"] == "FailJobSet":
+                return "end"
+            break
+    return "again" if policy["maxRestarts"] else "end"
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [(code, "end") for code in (2, 3, 4, 5)]
+    + [(code, "again") for code in (1, 75, 134, 137, 143)],
+)
+def test_exit_codes_of_a_jobset(code, expected):
+    """Preempted and crashed pods start again; what a user has to mend ends."""
+    (jobset,) = yaml.safe_load_all((LAUNCH / "jobset.yaml").read_text())
+    assert after_exit(jobset, code) == expected
+
+
+def test_jobset():
+    """A host for each four chips, which ends with training."""
+    (jobset,) = yaml.safe_load_all((LAUNCH / "jobset.yaml").read_text())
+    assert jobset["kind"] == "JobSet"
+    assert jobset["spec"]["failurePolicy"]["maxRestarts"] >= 100
+    (replicated,) = jobset["spec"]["replicatedJobs"]
+    job = replicated["template"]["spec"]
+    pod = job["template"]["spec"]
+    (container,) = pod["containers"]
+    across, down = pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x")
+    chips = container["resources"]["limits"]["google.com/tpu"]
+    assert job["parallelism"] == job["completions"] == int(across) * int(down) // chips
+    assert (job["backoffLimit"], pod["restartPolicy"]) == (0, "Never")
+    assert pod["terminationGracePeriodSeconds"] == 120
+    config, flags = main.parse(container["args"])
+    assert config.task == "mae"
+    assert flags.workdir.startswith("gs://")
+
+
+def test_dockerfile():
+    """What it copies is there and not ignored; its extras are those of the package."""
+    text = (LAUNCH / "Dockerfile").read_text()
+    copied = " ".join(re.findall(r"^COPY (.*) \S+$", text, re.MULTILINE)).split()
+    allowed = (ROOT / ".dockerignore").read_text().split()
+    for name in copied:
+        assert (ROOT / name).exists()
+        assert f"!{name}" in allowed
+    package = ConfigParser()
+    package.read(ROOT / "setup.cfg")
+    assert {"cuda", "tpu", "data"} <= set(package["options.extras_require"])
+    assert '".[data,$EXTRA]"' in text

@@ -1,0 +1,142 @@
+"""Batch normalization: PyTorch's numbers, the global batch, examples without weight."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import NamedSharding
+from numpy.testing import assert_allclose, assert_array_equal
+
+from hivit_jax.distributed import sharding
+from hivit_jax.models.norms import BatchNorm
+from hivit_jax.rng import Keys
+from hivit_jax.training.accumulation import accumulate_gradients
+from hivit_jax.tree import split_state
+
+RANDOM = np.random.RandomState(0)
+
+
+IMAGES = RANDOM.normal(2, 3, (16, 4, 5, 6)).astype(np.float32)
+
+
+def test_numbers_of_pytorch():
+    """Two batches, then evaluation, by the formulas of ``nn.BatchNorm2d``: the biased
+    variance normalizes, the unbiased one is kept.
+    """
+    norm = BatchNorm(6)
+    norm.scale[...] = jnp.asarray(RANDOM.rand(6), jnp.float32)
+    norm.bias[...] = jnp.asarray(RANDOM.rand(6), jnp.float32)
+    mean, var = np.zeros(6), np.ones(6)
+    for batch in (IMAGES[:8], IMAGES[8:]):
+        x = batch.astype(np.float64).reshape(-1, 6)
+        expected = (batch - x.mean(0)) / np.sqrt(x.var(0) + 1e-5)
+        expected = expected * norm.scale[...] + norm.bias[...]
+        assert_allclose(norm(batch, jnp.ones(8)), expected, rtol=1e-5, atol=1e-5)
+        mean, var = 0.9 * mean + 0.1 * x.mean(0), 0.9 * var + 0.1 * x.var(0, ddof=1)
+    assert_allclose(norm.mean[...], mean, rtol=1e-6)
+    assert_allclose(norm.var[...], var, rtol=1e-6)
+    expected = (IMAGES - mean) / np.sqrt(var + 1e-5)
+    expected = expected * norm.scale[...] + norm.bias[...]
+    assert_allclose(norm(IMAGES), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_against_pytorch():
+    torch = pytest.importorskip("torch")
+    there = torch.nn.BatchNorm2d(6, eps=1e-3, momentum=0.3, affine=False)
+    here = BatchNorm(6, epsilon=1e-3, momentum=0.3, affine=False)
+    for batch in (IMAGES[:8], IMAGES[8:]):
+        expected = there(torch.tensor(batch.transpose(0, 3, 1, 2))).numpy()
+        found = here(batch, jnp.ones(8))
+        assert_allclose(found, expected.transpose(0, 2, 3, 1), rtol=1e-5, atol=1e-5)
+    assert_allclose(here.mean[...], there.running_mean.numpy(), rtol=1e-5)
+    assert_allclose(here.var[...], there.running_var.numpy(), rtol=1e-5)
+
+
+def test_what_is_trained():
+    """Scale and bias, if there are any; statistics never."""
+    _, params, model_state = split_state(BatchNorm(6))
+    assert (params.keys(), model_state.keys()) == ({"scale", "bias"}, {"mean", "var"})
+    assert split_state(BatchNorm(6, affine=False))[1] == {}
+
+
+def test_an_example_of_weight_0_changes_nothing():
+    """Whatever it holds; without any other, the running statistics stay."""
+    few, filled = BatchNorm(6), BatchNorm(6)
+    weight = np.float32([1] * 5 + [0] * 11)
+    expected = few(IMAGES[:5], jnp.ones(5))
+    assert_allclose(filled(IMAGES, weight)[:5], expected, rtol=1e-5, atol=1e-6)
+    for one, other in ((few.mean, filled.mean), (few.var, filled.var)):
+        assert_allclose(one[...], other[...], rtol=1e-6)
+    before = np.array(few.mean[...]), np.array(few.var[...])
+    assert np.isfinite(few(IMAGES, jnp.zeros(16))).all()
+    assert_array_equal(few.mean[...], before[0])
+    assert_array_equal(few.var[...], before[1])
+
+
+class Network(nnx.Module):
+    """Trained weights in front of a normalization, so that gradients pass through its
+    statistics.
+    """
+
+    def __init__(self):
+        self.first = nnx.Linear(6, 6, rngs=nnx.Rngs(0))
+        self.norm = BatchNorm(6)
+        self.last = nnx.Linear(6, 2, rngs=nnx.Rngs(1))
+
+    def __call__(self, x, weight):
+        x = self.norm(jax.nn.gelu(self.first(x)), weight)
+        return jnp.square(self.last(x)).mean((1, 2, 3))
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("sizes", [(1, 8, 1, 1), (2, 2, 2, 1), (1, 2, 4, 1)])
+def test_eight_devices_equal_one(sizes, parts):
+    """Loss, gradients and running statistics, also in microbatches; two examples
+    without weight. Devices sum up their own examples where each has a pair of them.
+    """
+    batch = {
+        "image": np.concatenate([IMAGES, 2 - IMAGES]),
+        "weight": np.float32([1] * 13 + [0] + [1] * 17 + [0]),
+    }
+    graphdef, params, model_state = split_state(Network())
+
+    def loss(params, model_state, batch, keys):
+        model = nnx.merge(graphdef, params, model_state)
+        total = (model(batch["image"], batch["weight"]) * batch["weight"]).sum()
+        return total, split_state(model)[2]
+
+    def gradient(*arguments):
+        (total, model_state), grads = jax.value_and_grad(loss, has_aux=True)(*arguments)
+        return (total, grads), model_state
+
+    if parts > 1:
+        gradient = accumulate_gradients(gradient, parts)
+    keys = Keys(jax.random.split(jax.random.key(0), 32), jax.random.key(1))
+    names = dict(zip(sharding.AXES, sizes, strict=True))
+    mesh = sharding.make_mesh(names, 32, parts)
+    place = NamedSharding(mesh, sharding.BATCH)
+    spread = jax.device_put((batch, keys.samples), place)
+    with jax.set_mesh(mesh):
+        arguments = spread[0], Keys(spread[1], keys.step)
+        together = jax.jit(gradient)(params, model_state, *arguments)
+    (total, grads), state = jax.device_get(together)
+
+    # By hand: one device, part after part, each a slice of every device's examples.
+    groups = sizes[0] * sizes[1] * sizes[2]
+    order = np.arange(32).reshape(-1, parts, 2).swapaxes(0, 1).reshape(parts, -1)
+    assert 32 // groups % parts == 0
+    expected, alone = jax.tree.map(np.zeros_like, params), model_state
+    sums = 0.0
+    for part in order:
+        (value, alone), slope = jax.value_and_grad(loss, has_aux=True)(
+            params, alone, {name: array[part] for name, array in batch.items()}, None
+        )
+        sums += value
+        expected = jax.tree.map(np.add, expected, slope)
+    assert_allclose(total, sums, rtol=1e-5)
+    for one, other in ((grads, expected), (state, alone)):
+        jax.tree.map(
+            lambda a, b: assert_allclose(a, b, rtol=2e-4, atol=1e-5), one, other
+        )
+    assert (np.abs(state["norm"]["mean"]) > 0).all()

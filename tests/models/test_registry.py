@@ -1,0 +1,178 @@
+"""Names of models, their arguments, and what create_model refuses."""
+
+import copy
+import json
+from dataclasses import FrozenInstanceError, replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from networks import (
+    DECODER,
+    MINI,
+    abstract,
+    drawn,
+    fast_jit,
+)
+from numpy.testing import assert_array_equal
+
+from hivit_jax.errors import ConfigError
+from hivit_jax.models import (
+    VARIANTS,
+    arguments_of,
+    configure,
+    create_model,
+    list_models,
+)
+from hivit_jax.models.classifier import Classifier
+from hivit_jax.models.config import RunOptions
+from hivit_jax.models.layers import ParameterKeys
+from hivit_jax.models.mae import MaskedAutoencoder
+from hivit_jax.tree import split
+
+# Names
+
+
+WIDTHS = {
+    "tiny": (384, (1, 1, 10), 6),
+    "small": (384, (2, 2, 20), 6),
+    "base": (512, (2, 2, 20), 8),
+    "base_24": (512, (2, 2, 24), 8),
+    "large": (768, (2, 2, 40), 12),
+}
+
+
+def test_names():
+    names = {f"{prefix}hivit_{size}" for prefix in ("", "mae_") for size in WIDTHS}
+    assert {*list_models()} == {*VARIANTS} == names
+    assert list_models("mae_*_base*") == ["mae_hivit_base", "mae_hivit_base_24"]
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_name_can_be_built(name):
+    width, depths, heads = WIDTHS[name.split("hivit_")[1]]
+    if name.startswith("mae_"):
+        # One block fewer to build where the classifier already shows the depth.
+        model = abstract(name, depths=(1, 1, 1), decoder_depth=1)
+        depths = (1, 1, 1)
+        assert isinstance(model, MaskedAutoencoder)
+        assert model.config.multi_scale
+        assert model.encoder.stages[-1][0].attn.relative_position_bias_table is None
+    else:
+        model = abstract(name)
+        assert isinstance(model, Classifier)
+        assert model.head.out_features == 1000
+        table = model.encoder.stages[-1][0].attn.relative_position_bias_table
+        assert table.shape == (27 * 27, heads)
+        assert (model.fc_norm is None) == (name == "hivit_base_24")
+        expected = 1e-5 if name == "hivit_base_24" else 1e-6
+        assert model.encoder.patch_embed.norm.epsilon == expected
+    encoder = model.encoder
+    assert encoder.config.embed_dim == width
+    blocks = [len(stage) for stage in encoder.stages]
+    assert blocks == [2 * depths[0], 2 * depths[1], depths[2]]
+    kernel = encoder.stages[-1][0].attn.qkv.kernel
+    assert kernel.shape == (width, 3, heads, width // heads)
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "message"),
+    [
+        (
+            "hivit_bsae",
+            {},
+            "unknown model name 'hivit_bsae'; did you mean 'hivit_base'",
+        ),
+        ("mae_hivit_tinny", {}, "did you mean 'mae_hivit_tiny'"),
+        ("resnet", {}, "unknown model name 'resnet'; known: hivit_tiny, .*large"),
+        (
+            "hivit_base",
+            {"drop_path": 0.1},
+            "'drop_path'; did you mean 'drop_path_rate'",
+        ),
+        ("hivit_base", {"decoder_depth": 8}, "override of hivit_base 'decoder_depth'"),
+        ("mae_hivit_base", {"num_classes": 8}, "override of mae_hivit_base 'num_cl"),
+        ("hivit_base", {"sincos_position": True}, "override of hivit_base 'sincos_"),
+    ],
+)
+def test_unknown_names(name, overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        create_model(name, **overrides)
+
+
+# Config, run options, info
+
+
+def test_config_and_run_options():
+    model = abstract("hivit_base", **MINI, dtype="bfloat16", remat=True)
+    assert model.config == replace(VARIANTS["hivit_base"][1], **MINI)
+    assert model.config.image_shape == (64, 64, 3)
+    assert model.run_options == RunOptions("bfloat16", remat=True)
+    assert model.run_options == RunOptions(jnp.bfloat16, remat=True)
+    listed = MINI | {"depths": [1, 1, 2], "image_size": [64, 64]}
+    assert abstract("hivit_base", **MINI).config == configure("hivit_base", **listed)[1]
+    with pytest.raises(FrozenInstanceError):
+        model.config.embed_dim = 32
+
+
+def test_arguments_build_the_model_again():
+    model = abstract("mae_hivit_base", **MINI, **DECODER, scan_blocks=True)
+    arguments = json.loads(json.dumps(arguments_of(model)))
+    again = nnx.eval_shape(lambda: create_model(**arguments))
+    assert split(again)[0] == split(model)[0]
+    assert again.name == "mae_hivit_base"
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_info_of_a_new_model_and_its_copies(channels):
+    model = abstract("hivit_base", **MINI, in_channels=channels, num_classes=2)
+    info = model.info
+    assert (info.image_size, info.channels) == ((64, 64), channels)
+    assert (info.class_names, info.crop, info.scale) == ((), 0.875, 1 / 255)
+    mean = (0.485, 0.456, 0.406)
+    assert info.mean == pytest.approx(mean if channels == 3 else [np.mean(mean)])
+    model.info = replace(info, class_names=("cat", "dog"))
+    copies = copy.deepcopy(model), nnx.merge(*nnx.split(model)), nnx.clone(model)
+    assert all(each.info == model.info for each in copies)
+    assert all(each.config == model.config for each in copies)
+
+
+# Initialisation
+
+
+INITIAL = [
+    ("hivit_base", {}),
+    ("mae_hivit_base", {"relative_position": True}),
+]
+
+
+@pytest.mark.parametrize(("name", "overrides"), INITIAL)
+def test_seed_decides_parameters(name, overrides):
+    one, other = drawn(name, 0, **overrides), drawn(name, 1, **overrides)
+    again = drawn(name, 0, **overrides)
+    for path, value in one.items():
+        assert_array_equal(value, again[path])
+        fixed = ("norm" in path and "proj" not in path) or "decoder_pos_embed" in path
+        fixed |= path.endswith("bias") and "patch_embed/proj" not in path
+        fixed |= path.endswith("absolute_pos_embed") and name.startswith("mae_")
+        assert (value == other[path]).all() == fixed, path
+    # No two draws share a stream.
+    firsts = [v.flat[0] for v in one.values() if v.flat[0] not in (0, 1)]
+    assert len(set(firsts)) == len(firsts) - (1 if 0 in firsts else 0)
+
+
+def test_integer_seed_is_its_key():
+    def kernel(seed):
+        return create_model("hivit_base", seed=seed, **MINI, num_classes=10).head.kernel
+
+    keyed = fast_jit(lambda key: kernel(key)[...])(jax.random.key(3))
+    assert_array_equal(fast_jit(lambda: kernel(3)[...])(), keyed)
+
+
+def test_keys_of_parameters_are_those_of_nnx():
+    for seed in (3, jax.random.key(4)):
+        ours, theirs = ParameterKeys(seed), nnx.Rngs(seed)
+        for _ in range(3):
+            assert ours.params() == theirs.params()

@@ -1,0 +1,66 @@
+"""Lines on the terminal."""
+
+import pytest
+
+from hivit_jax.reporting import console
+
+# Lines of the terminal
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0:00"),
+        (0.4, "0:00"),
+        (59.6, "1:00"),
+        (83, "1:23"),
+        (599, "9:59"),
+        (3599.4, "59:59"),
+        (3599.6, "1:00:00"),
+        (3725, "1:02:05"),
+        (360_000, "100:00:00"),
+    ],
+)
+def test_duration(seconds, text):
+    assert console.duration(seconds) == text
+
+
+def test_step_line():
+    values = dict(
+        loss=0.54321,
+        learning_rate=1.2e-3,
+        images_per_second=3210.4,
+        seconds_left=83,
+        grad_norm=7.0,
+        input_bound=0.1,
+        unreadable=0,
+    )
+    line = console.step_line(120, 1000, values)
+    expected = "step 120/1000  loss 0.5432  lr 1.20e-03  3,210 images/s  1:23 left"
+    assert line == expected
+    line = console.step_line(
+        120, 1000, values | {"input_bound": 0.5, "unreadable": 1234}
+    )
+    assert line == (
+        f"{expected}  (waiting for images in 50% of steps)  (1,234 unreadable images)"
+    )
+
+
+def test_eval_line():
+    values = {"eval/loss": 0.54, "eval/count": 50_000, "eval/unreadable": 0}
+    assert console.eval_line("step 120", values) == (
+        "step 120  eval  loss 0.5400  (50,000 images)"
+    )
+    values |= {"eval/top1": 0.875, "eval/top5": 0.99999, "eval/count": 360}
+    assert console.eval_line("step 120", values) == (
+        "step 120  eval  loss 0.5400  top1 87.50 %  top5 100.00 %  (360 images)"
+    )
+    values["eval/unreadable"] = 2
+    assert console.eval_line("step 120", values).endswith("(360 images, 2 unreadable)")
+
+
+def test_only_one_process_logs(monkeypatch, capsys):
+    for index in range(2):
+        monkeypatch.setattr(console.jax, "process_index", lambda index=index: index)
+        console.log(f"process {index}")
+    assert capsys.readouterr().out == "process 0\n"

@@ -1,0 +1,92 @@
+"""Figures of a run."""
+
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose
+from PIL import Image
+
+from hivit_jax.reporting import figures, metrics
+
+
+@pytest.fixture
+def workdir(tmp_path, monkeypatch):
+    """An empty directory; without TensorBoard, whose import takes seconds."""
+    monkeypatch.setattr(metrics, "_tensorboard", lambda workdir: None)
+    return tmp_path
+
+
+# Pictures
+
+
+def test_reconstruction_panels():
+    """Two channels with their own mean and std; half of one image is removed."""
+    mean, std = (0.5, 0.25), (0.5, 0.25)
+    original = np.array([0.0, 0.25, 0.75, 1.0])[None, None, :, None] * [1, 0.5]
+    predicted = np.array([0.25, 0.5, 1.5, -1.0])[None, None, :, None] * [1, 0.5]
+    removed = np.array([0, 1, 1, 0])[None, None, :, None]
+    panels = figures.reconstruction_panels(
+        (original - mean) / std, (predicted - mean) / std, removed, mean, std
+    )
+    assert panels.shape == (1, 4, 1, 4, 2)
+    clipped = np.clip(predicted, 0, 1)
+    expected = [
+        original,
+        np.where([[[[0], [1], [1], [0]]]], 0.5, original),
+        clipped,
+        np.stack(
+            [original[0, 0, 0], clipped[0, 0, 1], clipped[0, 0, 2], original[0, 0, 3]]
+        )[None, None],
+    ]
+    assert_allclose(panels[0], np.concatenate(expected), atol=1e-12)
+    assert panels.min() == 0
+    assert panels.max() == 1
+
+
+def test_panels_of_values_out_of_range():
+    images = np.full((1, 2, 2, 1), 3.0)
+    removed = np.ones((1, 2, 2, 1))
+    panels = figures.reconstruction_panels(images, -images, removed, (0.5,), (0.5,))
+    assert panels[0, :, 0, 0, 0].tolist() == [1, 0.5, 0, 0]
+
+
+def pixels_of(path):
+    with Image.open(path) as picture:
+        return np.asarray(picture.convert("RGB"))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_draw_run(workdir, channels):
+    writer = metrics.Writer(workdir)
+    for step in (10, 20):
+        writer.scalars(step, {"loss": 1 / step})
+        writer.scalars(step, {"eval/loss": 2 / step, "eval/top1": step / 40})
+    writer.close()
+    panels = np.random.RandomState(0).rand(2, 4, 16, 16, channels)
+    pictures = {"reconstruction": figures.reconstructions(panels, "title")}
+    drawn = figures.draw_run(workdir, 20, pictures)
+    paths = {
+        "curves": workdir / "figures" / "curves.png",
+        "reconstruction": workdir / "figures" / "reconstruction_0000020.png",
+    }
+    assert drawn.keys() == paths.keys()
+    sizes = {"curves": (440, 704), "reconstruction": (407, 704)}  # 110 dots per inch
+    for name, path in paths.items():
+        assert drawn[name].dtype == np.uint8
+        for pixels in (drawn[name], pixels_of(path)):
+            assert pixels.shape == (*sizes[name], 3)
+            assert pixels.std() > 10  # not blank
+
+
+def test_draw_run_without_panels_or_lines(tmp_path):
+    drawn = figures.draw_run(tmp_path, 0, {})
+    assert list(drawn) == ["curves"]
+    assert [p.name for p in (tmp_path / "figures").iterdir()] == ["curves.png"]
+
+
+def test_pictures_show_the_panels(tmp_path):
+    """Black, grey and white panels are where they belong."""
+    panels = np.stack([np.full((8, 8, 1), level) for level in (0, 0.5, 1, 0)])[None]
+    pixels = figures.reconstructions(panels, "title")
+    row = pixels[pixels.shape[0] * 2 // 3].mean(-1)
+    middles = row[[len(row) * (2 * k + 1) // 8 for k in range(4)]]
+    assert_allclose(middles, [0, 127.5, 255, 0], atol=1)

@@ -1,0 +1,287 @@
+"""Metrics: one line a step in metrics.jsonl, and throughput."""
+
+import json
+import time
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+import recipes
+from etils import epath
+from etils.epath import backend, gpath
+from PIL import Image
+
+from hivit_jax.checkpoints import read
+from hivit_jax.models.classifier import Classifier
+from hivit_jax.reporting import console, figures, metrics
+from hivit_jax.train import train
+
+# metrics.jsonl
+
+
+def write(workdir, steps, first_step=0):
+    writer = metrics.Writer(workdir, first_step)
+    for step in steps:
+        writer.scalars(step, {"loss": step / 8, "count": step})
+    writer.close()
+
+
+@pytest.fixture
+def workdir(tmp_path, monkeypatch):
+    """An empty directory; without TensorBoard, whose import takes seconds."""
+    monkeypatch.setattr(metrics, "_tensorboard", lambda workdir: None)
+    return tmp_path
+
+
+def steps(workdir):
+    return [line["step"] for line in metrics.read(workdir / "metrics.jsonl")]
+
+
+def test_one_line_per_call(workdir):
+    write(workdir, [10, 20])
+    text = (workdir / "metrics.jsonl").read_text()
+    assert text == (
+        '{"step": 10, "loss": 1.25, "count": 10}\n'
+        '{"step": 20, "loss": 2.5, "count": 20}\n'
+    )
+    write(workdir, [30], first_step=20)
+    assert (workdir / "metrics.jsonl").read_text().startswith(text)
+    assert steps(workdir) == [10, 20, 30]
+
+
+def test_lines_are_there_before_the_end(workdir):
+    writer = metrics.Writer(workdir)
+    writer.scalars(10, {"loss": 0.5})
+    assert steps(workdir) == [10]
+    writer.close()
+
+
+def test_lines_after_the_checkpoint_are_dropped(workdir):
+    write(workdir, [10, 20, 30, 40])
+    write(workdir, [30, 40, 50], first_step=20)
+    assert steps(workdir) == [10, 20, 30, 40, 50]
+    write(workdir, [10])  # from the start again
+    assert steps(workdir) == [10]
+    assert [path.name for path in workdir.iterdir()] == ["metrics.jsonl"]
+
+
+@pytest.mark.parametrize("cut", [1, 2, 20])
+def test_half_written_line_is_dropped(workdir, cut):
+    write(workdir, [10, 20, 30])
+    path = workdir / "metrics.jsonl"
+    path.write_text(path.read_text()[:-cut])
+    complete = [10, 20, 30] if cut == 1 else [10, 20]  # 1: only the newline is gone
+    assert steps(workdir) == complete
+    write(workdir, [30, 40], first_step=20)
+    assert steps(workdir) == [10, 20, 30, 40]
+    for line in path.read_text().splitlines():
+        json.loads(line)
+
+
+def test_no_file_has_no_lines(tmp_path):
+    assert metrics.read(tmp_path / "metrics.jsonl") == []
+
+
+# Rates
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands until `clock[0]` is moved."""
+    now = [100.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    return now
+
+
+def test_throughput(clock):
+    throughput = metrics.Throughput()
+    for starved in (True, False, False, False):
+        throughput.add(96, starved)
+    clock[0] += 2
+    assert throughput.read() == (192, 0.25)
+    throughput.add(10)
+    clock[0] += 4
+    assert throughput.read() == (2.5, 0)
+    clock[0] += 1
+    assert throughput.read() == (0, 0)
+
+
+def test_pause_does_not_count(clock):
+    throughput = metrics.Throughput()
+    throughput.add(100)
+    clock[0] += 1
+    with throughput.pause():
+        clock[0] += 60
+    clock[0] += 3
+    with throughput.pause():
+        clock[0] += 7
+    assert throughput.read() == (25, 0)
+    throughput.add(100)
+    clock[0] += 10
+    assert throughput.read() == (10, 0)
+
+
+def test_best_of_the_checkpoints_that_are_kept(tmp_path):
+    lines = [
+        {"step": 10, "loss": 0.1},
+        {"step": 10, "eval/loss": 0.5, "eval/top1": 0.9, "eval/count": 8},
+        {"step": 20, "eval/loss": 0.4, "eval/top1": 0.7, "eval/count": 8},
+        {"step": 30, "eval/loss": 0.9, "eval/top1": 0.8, "eval/count": 8},
+    ]
+    text = "".join(json.dumps(line | {"eval/unreadable": 0}) + "\n" for line in lines)
+    (tmp_path / "metrics.jsonl").write_text(text)
+    best = console.best_line(tmp_path, [20, 30], ("eval/top1", "max"))
+    assert best == (
+        "best checkpoint  step 30  eval  loss 0.9000  top1 80.00 %  (8 images)  "
+        f"{tmp_path}/checkpoints/30"
+    )
+    of_all = partial(console.best_line, tmp_path, [10, 20, 30])
+    assert "step 10 " in of_all(("eval/top1", "max"))
+    assert "step 20 " in of_all(("eval/top1", "min"))
+    assert "step 20 " in of_all(("eval/loss", "min"))
+    assert "step 30 " in of_all(("eval/loss", "max"))
+    none = console.best_line(tmp_path, [], ("eval/loss", "min"))
+    assert none.startswith("no checkpoint of an evaluated")
+
+
+@pytest.fixture
+def bucket(tmp_path, monkeypatch):
+    """gs://bucket is a directory, whose files can be written but not appended to."""
+
+    class StandIn:
+        def __getattr__(self, name):
+            def call(path, *args, **kwargs):
+                assert str(path).startswith("gs://")
+                assert "a" not in args[:1]
+                args = [here(x) if str(x).startswith("gs://") else x for x in args]
+                return getattr(backend.os_backend, name)(here(path), *args, **kwargs)
+
+            return call
+
+    def here(path):
+        return str(path).replace("gs://bucket", str(tmp_path))
+
+    monkeypatch.setitem(gpath._PREFIX_TO_BACKEND, "gs", StandIn())
+    monkeypatch.setattr(gpath, "_is_tf_installed", lambda: False)
+    return tmp_path
+
+
+def test_workdir_in_a_bucket(bucket):
+    """Lines, pictures and the config of a run; from the start, and taken up again."""
+    workdir = epath.Path("gs://bucket/run")
+    metrics.prepare_workdir(workdir)
+    for first, steps_done in ((0, [1, 2, 3]), (2, [3, 4])):
+        writer = metrics.Writer(workdir, first)
+        for step in steps_done:
+            writer.scalars(step, {"loss": 1.0 / step})
+            assert steps(bucket / "run")[-1] == step
+        writer.close()
+    assert steps(bucket / "run") == [1, 2, 3, 4]
+    figures.draw_run(workdir, 4, {})
+    assert (bucket / "run" / "figures" / "curves.png").stat().st_size > 1000
+    assert not list(bucket.rglob(".writable*"))
+    assert str(read.absolute("gs://bucket/run")) == "gs://bucket/run"
+    (bucket / "run/checkpoints/7/params").mkdir(parents=True)
+    (bucket / "run/checkpoints/12/params").mkdir(parents=True)
+    steps_there = [path.name for path in read.find_steps("gs://bucket/run")]
+    assert steps_there == ["12", "7"]
+
+
+# A run whose every number is counted again
+
+SIZE, CLASSES, BATCH, STEPS = (32, 48), 7, 8, 8
+
+
+TRAIN, VAL = 3 * CLASSES, 11  # 8 divides neither
+
+
+MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
+
+
+DAMAGED = {"train": (2, 9, 17), "val": (4,)}
+
+
+def overrides_of(root):
+    """Sizes that 8 does not divide; a canvas, from which the device resizes."""
+    flags = dict(data__dir=root, data__canvas=64, data__crop_scale=(1.0, 1.0))
+    flags |= dict(data__mean=MEAN, data__std=STD, data__flip=True, data__crop_pct=1.0)
+    flags |= dict(log_every=3, eval_every=4, checkpoint_every=5, total_steps=STEPS)
+    flags |= dict(data__max_unreadable=0.5, optimizer__warmup_epochs=3.0)
+    return flags | dict(
+        data__name="folder",
+        batch_size=BATCH,
+        model__image_size=SIZE,
+        model__num_classes=CLASSES,
+        model__depths=(1, 1, 1),
+        model__drop_path_rate=0.0,
+    )
+
+
+class Seen:
+    """What the network was given and put out, batch by batch, in training and in
+    evaluation; a run's workdir and its pictures.
+    """
+
+    def __init__(self, workdir):
+        self.workdir, self.pictures = workdir, {}
+        self.train, self.eval = [], []
+
+    def draw(self, workdir, step, panels):
+        random = np.random.RandomState(step)
+        self.pictures[step] = random.randint(0, 256, (4, 6, 3)).astype(np.uint8)
+        return {"curves": self.pictures[step]}
+
+    def recorded(self, call):
+        def run(model, images, *, drop_path_keys=None):
+            logits = call(model, images, drop_path_keys=drop_path_keys)
+            batches = self.eval if drop_path_keys is None else self.train
+            jax.debug.callback(
+                lambda *xs: batches.append([*map(np.array, xs)]), images, logits
+            )
+            return logits
+
+        return run
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """(root, split -> pixels and labels of the files in order)."""
+    root, random = tmp_path_factory.mktemp("folder"), np.random.RandomState(0)
+    files = {"train": ([], []), "val": ([], [])}
+    for split, count in (("train", TRAIN), ("val", VAL)):
+        labels = np.sort(np.arange(count) % CLASSES)
+        for number, label in enumerate(labels):
+            pixels = random.randint(0, 256, (*SIZE, 3)).astype(np.uint8)
+            path = root / split / str(label) / f"{number:02}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(path)
+            if number in DAMAGED[split]:
+                path.write_bytes(b"damaged")
+            files[split][0].append(pixels)
+            files[split][1].append(label)
+    return root, {split: [*map(np.array, each)] for split, each in files.items()}
+
+
+@pytest.fixture(scope="module")
+def run(folder, tmp_path_factory):
+    seen, devices = Seen(tmp_path_factory.mktemp("run")), jax.devices()
+    overrides = overrides_of(folder[0])
+    config = recipes.classifier("photographs", **overrides)
+    config.mixup = config.cutmix = 0.0
+    config.random_erasing = 1.0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(seen.workdir / "cache"))
+        patch.setattr(figures, "draw_run", seen.draw)
+        patch.setattr(Classifier, "__call__", seen.recorded(Classifier.__call__))
+        # Without this the callbacks of eight devices wait for each other.
+        patch.setattr(jax, "devices", lambda: devices[:1])
+        name = "jax_disable_most_optimizations"
+        before = jax.config.values[name]
+        jax.config.update(name, True)
+        try:
+            seen.results = train(config, seen.workdir)
+            jax.effects_barrier()
+        finally:
+            jax.config.update(name, before)
+    return seen

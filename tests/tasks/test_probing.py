@@ -1,0 +1,158 @@
+"""Nearest neighbours: the votes of every readable training image, counted by hand."""
+
+import numpy as np
+import pytest
+import recipes
+from networks import compiled, mini
+from PIL import Image
+
+import hivit_jax
+from hivit_jax.distributed.watchdog import Watchdog
+from hivit_jax.main import main
+
+SIZE, CLASSES, BATCH = (32, 48), 9, 8
+
+
+COUNTS = {"train": 43, "val": 29}  # of which 8 divides neither
+
+
+DAMAGED = {"train": (1, 20), "val": (7,)}
+
+
+MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """(root, split -> pixels and labels): noise on a pattern of each class, the first
+    of which is nearly black, as filling and images that cannot be read are.
+    """
+    root, random = tmp_path_factory.mktemp("files"), np.random.RandomState(49)
+    patterns = random.uniform(0, 1, (CLASSES, 4, 6, 3))
+    patterns[0] *= 0.03
+    patterns[1] *= 0.1
+    found = {}
+    for split, count in COUNTS.items():
+        labels = np.sort(np.arange(count) % CLASSES)
+        images = patterns[labels].repeat(8, 1).repeat(8, 2)
+        images = images * random.uniform(0.3, 1.7, (count, 1, 1, 1))
+        images = images + random.normal(0, 0.3, images.shape)
+        pixels = np.rint(images * 255).clip(0, 255).astype(np.uint8)
+        for number, (image, label) in enumerate(zip(pixels, labels, strict=True)):
+            path = root / split / str(label) / f"{number:02}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(path)
+            if number in DAMAGED[split]:
+                path.write_bytes(b"damaged")
+        found[split] = pixels, labels
+    return root, found
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A network as saved, and where."""
+    directory = tmp_path_factory.mktemp("model")
+    model = mini(image_size=SIZE, depths=(1, 1, 1), num_classes=CLASSES)
+    hivit_jax.save_pretrained(model, directory)
+    return model, directory
+
+
+def features_of(model, pixels):
+    images = (pixels / 255 - MEAN) / STD
+    run = compiled(model, lambda model, images: model.encoder(images)[-1])
+    features = np.float64(run(images.astype(np.float32))).mean(1)
+    return features / np.linalg.norm(features, axis=1, keepdims=True)
+
+
+def by_hand(queries, true, keys, labels, check=True):
+    """Numbers of images whose class is the first, and among the first five, by the
+    votes of 20 neighbours.
+
+    Args:
+      check: that no two numbers that are compared are close.
+    """
+    neighbours, temperature = 20, 0.07
+    cosine = queries @ keys.T
+    order = (-cosine).argsort(1)
+    ranked = np.take_along_axis(cosine, order, 1)
+    gaps, correct = [ranked[:, neighbours - 1] - ranked[:, neighbours]], [0, 0]
+    for row, near, label in zip(cosine, order[:, :neighbours], true, strict=True):
+        votes = np.zeros(CLASSES)
+        np.add.at(votes, labels[near], np.exp((row[near] - 1) / temperature))
+        others = np.delete(votes, label)
+        gaps.append(np.abs(others - votes[label])[others + votes[label] > 0])
+        # Of equal votes, which are none, the lower number counts.
+        rank = (others > votes[label]).sum() + (votes[:label] == votes[label]).sum()
+        correct = [correct[0] + (rank < 1), correct[1] + (rank < 5)]
+    assert not check or min(each.min(initial=1) for each in gaps) > 1e-4
+    return [int(each) for each in correct]
+
+
+def readable(files, split):
+    """Pixels and labels."""
+    good = ~np.isin(np.arange(COUNTS[split]), DAMAGED[split])
+    return [array[good] for array in files[1][split]]
+
+
+def flags_of(root, directory, **more):
+    values = dict(
+        batch_size=BATCH,
+        init_from=directory,
+        model__num_classes=CLASSES,
+        model__image_size=SIZE,
+        model__patch_size=16,
+        model__in_channels=3,
+        model__depths=(1, 1, 1),
+        data__name="folder",
+        data__dir=root,
+        data__train_examples=0,
+        data__canvas=64,
+        data__crop_scale=(0.2, 0.5),
+        data__flip=True,
+        data__mean=MEAN,
+        data__std=STD,
+        label_smoothing=0.1,
+        random_erasing=1.0,
+        **more,
+    )
+    recipe = recipes.ROOT / "configs" / "digits_finetune.py"
+    flags = [f"--config.{k.replace('__', '.')}={v}" for k, v in values.items()]
+    return [f"--config={recipe}", *flags]
+
+
+def test_nearest_neighbors(model, files, monkeypatch, tmp_path, capsys):
+    """As from features that the saved network gives in a plain use; images that cannot
+    be read and those that fill a batch up have no vote and do not count.
+    """
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (images, labels), (tests, true) = (readable(files, split) for split in COUNTS)
+    net, directory = model
+    parts = features_of(net, np.concatenate([images, tests, [np.zeros((*SIZE, 3))]]))
+    keys, queries, black = np.split(parts, [len(images), len(parts) - 1])
+
+    beats = []
+    monkeypatch.setattr(Watchdog, "heartbeat", lambda watchdog: beats.append(watchdog))
+    with recipes.quick():
+        flags = flags_of(files[0], directory, data__max_unreadable=0.05)
+        assert main([*flags, "--mode=knn"]) == 0
+    assert len(beats) == 6 + 4  # batches of 8
+    top1, top5 = by_hand(queries, true, keys, labels)
+    assert capsys.readouterr().out.endswith(
+        f"nearest neighbors  top1 {top1 / 28:.2%}  top5 {top5 / 28:.2%}  (28 images)\n"
+    )
+    # Votes of the two damaged images, of those that fill a batch up, or of both would
+    # be noticed.
+    for count in (2, 5, 7):
+        more = np.concatenate([keys, *[black] * count])
+        votes = np.concatenate([labels, [0] * count])
+        assert by_hand(queries, true, more, votes, check=False) != [top1, top5]
+
+
+def test_too_many_unreadable_images(model, files, monkeypatch, tmp_path, capsys):
+    """Two of the 43 training images are one too many."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    flags = flags_of(files[0], model[1], data__max_unreadable=0.04)
+    with recipes.quick():
+        assert main([*flags, "--mode=knn"]) == 4
+    error = capsys.readouterr().err
+    assert "2 images of folder could not be read, 4.65%" in error

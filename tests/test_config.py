@@ -1,0 +1,166 @@
+"""Keys and values of recipes: defaults, overrides, checks, and the page of all keys."""
+
+import pytest
+import recipes
+from recipes import check_message
+
+from hivit_jax import config as configs
+from hivit_jax import tasks
+from hivit_jax.errors import ConfigError
+from hivit_jax.main import main
+
+MINI = recipes.arguments()  # --config and overrides of a recipe that works
+
+
+# Override -> what the message must contain: the culprit, and what was expected.
+BAD_OVERRIDES = [
+    (["optimizer.warmup_epoch=3"], ["'optimizer.warmup_epoch'", "warmup_epochs'?"]),
+    (["model.embed_dims=64"], ["'model.embed_dims'", "'model.embed_dim'?"]),
+    (["optimizer=3"], ["unknown config key 'optimizer'"]),
+    (["xyz.abc=3"], ["unknown config key 'xyz.abc'", "known: ", "batch_size"]),
+    (["batch_size=abc"], ["config.batch_size='abc'", "an integer"]),
+    (["batch_size=1.5"], ["config.batch_size='1.5'", "an integer"]),
+    (["mask_ratio=high"], ["config.mask_ratio='high'", "a number"]),
+    (["data.flip=maybe"], ["config.data.flip='maybe'", "true or false"]),
+    (["model.depths=3"], ["config.model.depths='3'", "a tuple"]),
+    (["model.drop_path_rate=(1,"], ["config.model.drop_path_rate", "a number"]),
+    (["model.image_size=60"], ["image_size=60", "patch_size=16"]),
+    (["model.image_size=0"], ["image_size=0", "patch_size=16"]),
+    (["model.patch_size=0"], ["patch_size=0"]),
+    (["model.inner_patches=8"], ["inner_patches=8", "depths=(1, 1, 2)"]),
+    (["model.embed_dim=0"], ["embed_dim=0"]),
+    (["model.dtype=float8"], ["dtype='float8'", "bfloat16"]),
+    (["model.drop_path_rate=1.0"], ["drop_path_rate=1.0"]),
+    (["mask_ratio=0"], ["mask_ratio=0.0", "0 < mask_ratio < 1"]),
+    (["mask_ratio=1"], ["mask_ratio=1.0", "0 < mask_ratio < 1"]),
+    (["mask_ratio=1.5"], ["mask_ratio=1.5", "0 < mask_ratio < 1"]),
+    (["mask_ratio=0.95"], ["mask_ratio=0.95", "none of 16 units", "0.9375"]),
+    (["batch_size=12"], ["batch_size=12", "8 devices"]),
+    (["batch_size=0"], ["batch_size=0", "at least 1"]),
+    (["optimizer.accumulate_steps=4"], ["batch_size=16", "accumulate_steps=4"]),
+    (["optimizer.accumulate_steps=0"], ["accumulate_steps=0", "at least 1"]),
+    (["optimizer.betas=(0.9,)"], ["optimizer.betas=(0.9,)", "2 numbers"]),
+    (["log_every=0"], ["log_every=0", "at least 1"]),
+    (["eval_every=0"], ["eval_every=0", "at least 1"]),
+    (["checkpoint_every=-5"], ["checkpoint_every=-5", "at least 1"]),
+    (["keep_checkpoints=0"], ["keep_checkpoints=0", "at least 1"]),
+    (["seed=-1"], ["seed=-1", "at least 0"]),
+    (["total_steps=0", "total_epochs=0"], ["total_steps=0", "total_epochs=0"]),
+    (["mesh.data=3"], ["mesh=", "'data': 3", "8 devices"]),
+    (["mesh.tensor=16"], ["mesh=", "'tensor': 16", "8 devices"]),
+    (["mesh.fsdp=-1"], ["mesh=", "'fsdp': -1", "at most one of them -1"]),
+    (["model.num_heads=3"], ["num_heads=3", "embed_dim=64", "multiple"]),
+    (["model.decoder_num_heads=3"], ["decoder_num_heads=3", "decoder_embed_dim=32"]),
+    (["model.name=mae_hivit_bse"], ["'mae_hivit_bse'", "'mae_hivit_base'?"]),
+    (["task=classification"], ["'classification'", "'classify'?"]),
+    (["task=classify"], ["task='classify'", "expected a Classifier"]),
+    (["label_smoothing=0.1"], ["unknown config key 'label_smoothing'"]),
+    (["optimizer.gamma=0.5"], ["gamma=0.5", "optimizer.schedule='cosine'", "0.1"]),
+    (["optimizer.schedule=cosin"], ["schedule='cosin'", "'cosine'", "'multistep'"]),
+    (["optimizer.first_epoch=2"], ["first_epoch=2", "0 or 1"]),
+    (["optimizer.lr_batch=100"], ["lr_batch=100", "256 or 512 or 0"]),
+    (["optimizer.clip_norm=-1"], ["clip_norm=-1.0", "at least 0"]),
+    (
+        ["model.name=hivit_base"],
+        ["task='mae'", "'hivit_base'", "expected a MaskedAutoencoder"],
+    ),
+    (["data.name=digit"], ["data.name 'digit'", "'digits'?"]),
+    (["data.train_examples=-1"], ["data.train_examples=-1", "at least 0"]),
+    (["data.mean=(0.5,0.5)"], ["data.mean=(0.5, 0.5)", "model.in_channels=3"]),
+]
+
+
+@pytest.mark.parametrize(("overrides", "fragments"), BAD_OVERRIDES)
+def test_bad_override(overrides, fragments, tmp_path, capsys):
+    flags = [f"--config.{override}" for override in overrides]
+    assert main([*MINI, *flags, f"--workdir={tmp_path / 'run'}"]) == 2
+    check_message(capsys.readouterr().err, fragments)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "micro"),
+    [
+        ("batch_size=25 mixup=0.8", 25),
+        ("batch_size=25 cutmix=1.0", 25),
+        ("batch_size=24 mixup=0.8 cutmix=1.0 optimizer.accumulate_steps=8", 3),
+        ("batch_size=24 mixup=0.8 optimizer.accumulate_steps=4", None),
+        ("batch_size=25", None),
+    ],
+)
+def test_pairs_are_mixed_in_even_batches_alone(overrides, micro):
+    recipe = str(recipes.ROOT / "configs" / "digits_finetune.py")
+    flags = [f"--config.{override}" for override in overrides.split()]
+    if micro is None:
+        assert configs.load(recipe, flags).batch_size in (24, 25)
+        return
+    with pytest.raises(ConfigError, match=f"steps is {micro}, expected an even number"):
+        configs.load(recipe, flags)
+
+
+@pytest.mark.parametrize(
+    ("text", "fragment"),
+    [
+        ("raise RuntimeError('xyz')", "RuntimeError: xyz"),
+        ("def get_config(:", "SyntaxError"),
+        ("x = 1", "get_config"),
+        ("def get_config():\n  return 1", "a dict or ConfigDict"),
+        (
+            "from ml_collections import ConfigDict\n"
+            "def get_config():\n  return ConfigDict({'seed': 1})",
+            "config.task is missing",
+        ),
+    ],
+)
+def test_bad_recipe(text, fragment, capsys, tmp_path):
+    path = tmp_path / "recipe.py"
+    path.write_text(text)
+    assert main([f"--config={path}", f"--workdir={tmp_path}"]) == 2
+    check_message(capsys.readouterr().err, [str(path), fragment])
+
+
+def test_variant_of_a_recipe(capsys):
+    arguments = ["--mode=describe", "--config.data.randaugment=false"]
+    path = recipes.ROOT / "configs" / "finetune.py"
+    for recipe in ("finetune:large", f"{path}:large"):
+        assert main([f"--config={recipe}", *arguments]) == 0
+        out = capsys.readouterr().out
+        assert '"name": "hivit_large"' in out
+        assert f"changes to {recipe}: \n  data.randaugment: True -> False\n" in out
+    assert main(["--config=supervised:huge", *arguments]) == 2
+    check_message(capsys.readouterr().err, ["supervised:huge", "'huge'"])
+    assert main(["--config=mae_base:384", *arguments]) == 2
+    check_message(capsys.readouterr().err, ["mae_base:384", "get_config()"])
+
+
+def test_values_of_a_recipe_are_checked(tmp_path, capsys):
+    """By the names of keys, as those of the command line are."""
+    path = tmp_path / "own.py"
+    for values, fragments in (
+        ("model=dict(embed_dims=64)", ["'model.embed_dims'", "'model.embed_dim'?"]),
+        ("optimizer=3", ["unknown config key 'optimizer'"]),
+        ("batch_size=1.5", ["config.batch_size=1.5", "an integer"]),
+        ("seed=True", ["config.seed=True", "an integer"]),
+        ("data=dict(flip=1)", ["config.data.flip=1", "true or false"]),
+    ):
+        path.write_text(f"def get_config():\n  return dict(task='mae', {values})\n")
+        assert main([f"--config={path}", "--mode=describe"]) == 2
+        check_message(capsys.readouterr().err, [str(path), *fragments])
+    path.write_text(
+        "def get_config():\n  return dict(task='mae', total_epochs=3, "
+        "model=dict(name='mae_hivit_tiny', depths=[1, 1, 2]))\n"
+    )
+    config = configs.load(path)
+    assert (config.total_epochs, config.model.depths) == (3.0, (1, 1, 2))
+
+
+def test_page_of_all_keys():
+    """Is the output of its command; has every key of every task, with a comment."""
+    text = (recipes.ROOT / "docs" / "config.md").read_text()
+    assert text == configs.to_markdown()
+    for task in tasks.TASKS.values():
+        for name, key in configs.task_keys(task).items():
+            leaf = name.rpartition(".")[2]
+            assert key.comment
+            assert f"| {key.comment} |\n" in text
+            assert f"| `{leaf}` | " in text or f"| `{name}` | " in text

@@ -1,0 +1,282 @@
+"""From config keys to batches."""
+
+import io
+
+import numpy as np
+import pytest
+from datasets import assert_batches_equal, load, load_folder
+from numpy.testing import assert_array_equal
+from PIL import Image
+
+from hivit_jax import inputs, models
+from hivit_jax.augment import resample
+from hivit_jax.data import randaugment, transforms
+from hivit_jax.data.order import permutation, samples_at
+from hivit_jax.data.sources import digits as data_sources_digits
+from hivit_jax.data.sources import registry
+from hivit_jax.errors import ConfigError
+
+
+def test_more_classes_than_the_model_has():
+    for split in (lambda c: inputs.train_batches(c, 0, 1), inputs.eval_batches):
+        with pytest.raises(
+            ConfigError, match="num_classes=9; expected at least 10, .*digits"
+        ):
+            next(split(load(model__num_classes=9)))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"data__canvas": 15}, "canvas=15 .*image_size=16; expected 0 or at least 16"),
+        ({"data__canvas": -1}, "data.canvas=-1; expected at least 0"),
+        ({"data__workers": -1}, "data.workers=-1; expected at least 0"),
+        ({"data__crop_pct": 1.5}, "data.crop_pct=1.5; expected 0.001 to 1"),
+        ({"data__max_unreadable": 2.0}, "data.max_unreadable=2.0; expected 0 to 1"),
+        ({"data__interpolation": "bicubik"}, "expected 'bicubic' or 'bilinear'"),
+    ],
+)
+def test_settings_that_cannot_work(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        next(inputs.train_batches(load(**overrides), 0, 1))
+
+
+def test_images_of_their_own_size_are_unchanged():
+    cfg = load(model__image_size=8)
+    batch = next(inputs.train_batches(cfg, 0, 1))
+    expected = data_sources_digits.Digits("train").pixels()[
+        permutation(0, 0, 1437)[:96]
+    ]
+    assert_array_equal(batch["image"][..., 0], expected)
+
+
+def test_other_image_shapes():
+    colour = dict(model__in_channels=3, data__mean=(0.5,) * 3, data__std=(0.5,) * 3)
+    cfg = load(model__image_size=8, **colour)
+    batch = next(inputs.train_batches(cfg, 0, 1))
+    grey = next(inputs.train_batches(load(model__image_size=8), 0, 1))
+    assert_array_equal(batch["image"], np.repeat(grey["image"], 3, -1))
+    cfg = load(model__image_size=(8, 24), **colour)
+    assert models.image_shape(cfg.model) == (8, 24, 3)
+    assert next(inputs.train_batches(cfg, 0, 1))["image"].shape == (96, 8, 24, 3)
+
+
+def test_crops_differ_by_image_epoch_and_seed():
+    cfg = load(data__crop_scale=(0.3, 1.0), data__train_examples=100, batch_size=100)
+    first, second = inputs.train_batches(cfg, 0, 2)
+    plain = next(
+        inputs.train_batches(load(data__train_examples=100, batch_size=100), 0, 1)
+    )
+    assert_array_equal(first["label"], plain["label"])
+    assert (first["image"] != plain["image"]).any((1, 2, 3)).mean() > 0.9
+    places = [np.argsort(permutation(0, epoch, 100)) for epoch in (0, 1)]
+    one, other = first["image"][places[0]], second["image"][places[1]]
+    assert_array_equal(first["label"][places[0]], second["label"][places[1]])
+    assert (one != other).any((1, 2, 3)).mean() > 0.9
+    cfg.seed = 1
+    seeded = next(inputs.train_batches(cfg, 0, 1))
+    third = seeded["image"][np.argsort(permutation(1, 0, 100))]
+    assert (one != third).any((1, 2, 3)).mean() > 0.9
+
+
+def test_batches_for_the_device_and_of_the_host_show_the_same(folder):
+    """Crops on a canvas, resized as the train step does it, are the host's images."""
+    shipped, resized = load_folder(folder), load_folder(folder, data__canvas=0)
+    for batches in (lambda c: inputs.train_batches(c, 3, 7), inputs.eval_batches):
+        for one, other in zip(batches(shipped), batches(resized), strict=True):
+            assert one["image"].shape == (8, 64, 64, 3)
+            assert one["box"].shape == (8, 2, 3)
+            assert other["image"].shape == (8, 24, 24, 3)
+            assert "box" not in other
+            pixels = resample.resample(one["image"], one["box"], (24, 24))
+            assert np.abs(pixels - other["image"].astype(float)).mean() < 0.4
+            for key in ("label", "weight", "unreadable"):
+                assert_array_equal(one[key], other[key])
+
+
+def test_evaluation_sees_the_middle_of_every_file(folder):
+    source = registry.open_source(load_folder(folder).data, "test")
+    batches = list(inputs.eval_batches(load_folder(folder, data__canvas=0)))
+    images = np.concatenate([b["image"] for b in batches])
+    weights = np.concatenate([b["weight"] for b in batches])
+    assert_array_equal(weights, np.arange(16) < 11)
+    for image, index in zip(images, range(11), strict=False):
+        encoded = source.sample(index)["image"]
+        whole = Image.open(io.BytesIO(encoded)).resize(
+            (42, 32), Image.Resampling.BICUBIC
+        )
+        expected = np.asarray(whole)[4:28, 9:33]
+        assert np.abs(image - expected.astype(float)).mean() < 0.4
+
+
+def test_randaugment(folder):
+    """Of the resized crop, by numbers of its own; never in evaluation."""
+    plain = load_folder(folder, data__canvas=0)
+    cfg = load_folder(folder, data__randaugment=True)
+    count = transforms.DRAWS + randaugment.DRAWS
+    changed = 0
+    for step, (one, other) in enumerate(
+        zip(
+            inputs.train_batches(cfg, 0, 6),
+            inputs.train_batches(plain, 0, 6),
+            strict=True,
+        )
+    ):
+        indices, epochs = samples_at(step * 8 + np.arange(8), 40, 0)
+        for k, (index, epoch) in enumerate(zip(indices, epochs, strict=True)):
+            draws = transforms.uniforms(0, epoch, index, count)[-randaugment.DRAWS :]
+            expected = randaugment.randaugment(other["image"][k], draws)
+            assert_array_equal(one["image"][k], expected)
+            changed += (one["image"][k] != other["image"][k]).any()
+    assert 24 < changed < 46  # of 48, of which a quarter meets no operation
+    assert_batches_equal(
+        inputs.eval_batches(cfg), inputs.eval_batches(load_folder(folder))
+    )
+    with pytest.raises(ConfigError, match="randaugment with .*in_channels=1"):
+        next(inputs.train_batches(load(data__randaugment=True), 0, 1))
+
+
+def test_channels_no_file_has(folder):
+    cfg = load_folder(
+        folder, model__in_channels=4, data__mean=(0.5,) * 4, data__std=(1.0,) * 4
+    )
+    with pytest.raises(ConfigError, match=r"in_channels=4 .*; expected 3 .* or 1"):
+        next(inputs.train_batches(cfg, 0, 1))
+
+
+# Every key of config.data, in batches
+
+KEYS = ("image", "label", "weight", "unreadable", "box")
+
+
+# Key and value -> whether training batches change, whether evaluation's do.
+EFFECTS = [
+    ("crop_scale", (0.8, 1.0), True, False),
+    ("crop_pct", 0.5, False, True),
+    ("interpolation", "bilinear", True, True),
+    ("antialias", False, True, True),
+    ("canvas", 64, True, True),
+    ("workers", 3, False, False),
+    ("max_unreadable", 0.5, False, False),
+    ("randaugment", True, True, False),
+    ("train_split", "val", True, False),
+    ("eval_split", "train", False, True),
+    ("flip", False, False, False),  # which is up to the device
+    ("mean", (0.1, 0.2, 0.3), False, False),
+    ("std", (0.1, 0.2, 0.3), False, False),
+]
+
+
+@pytest.fixture(scope="module")
+def as_it_is(folder):
+    """Four training batches of the host's images, and all of evaluation."""
+    return batches_of(load_folder(folder, data__canvas=0, data__flip=True))
+
+
+def batches_of(cfg):
+    return list(inputs.train_batches(cfg, 0, 4)), list(inputs.eval_batches(cfg))
+
+
+def identical(ones, others):
+    return len(ones) == len(others) and all(
+        np.array_equal(one.get(key), other.get(key))
+        for one, other in zip(ones, others, strict=True)
+        for key in KEYS
+    )
+
+
+@pytest.mark.parametrize(("key", "value", "train", "evaluation"), EFFECTS)
+def test_batches_change_with_a_key(folder, as_it_is, key, value, train, evaluation):
+    overrides = dict(data__canvas=0, data__flip=True) | {f"data__{key}": value}
+    batches = batches_of(load_folder(folder, **overrides))
+    same = [identical(*pair) for pair in zip(batches, as_it_is, strict=True)]
+    assert same == [not train, not evaluation]
+
+
+def pixels_of(folder, split):
+    """Pixels of the files, as PIL reads them in the order of their names."""
+    paths = sorted((folder / split).glob("*/*"))
+    return [np.asarray(Image.open(path)) for path in paths]
+
+
+def test_splits_by_name(folder):
+    """Labels too: of 11 validation images in training, of 40 training in evaluation."""
+    swapped = dict(data__train_split="val", data__eval_split="train")
+    cfg = load_folder(folder, data__canvas=0, data__crop_scale=(1.0, 1.0), **swapped)
+    [batch] = inputs.train_batches(cfg, 0, 1)
+    classes = sorted(path.name for path in (folder / "train").iterdir())
+    for split, found in (("val", [batch]), ("train", list(inputs.eval_batches(cfg)))):
+        paths = sorted((folder / split).glob("*/*"))
+        order = permutation(0, 0, 11)[:8] if split == "val" else range(40)
+        labels = [classes.index(paths[index].parent.name) for index in order]
+        assert np.concatenate([each["label"] for each in found]).tolist() == labels
+
+
+def test_crops_of_the_middle_are_the_files_pixels(folder):
+    """Half of 48x64 is 24x32: nothing is resized. Without random crops training has
+    the same ones, of every image once in an epoch.
+    """
+    options = dict(data__crop_pct=0.5, data__crop_scale=(1.0, 1.0), data__canvas=0)
+    train, evaluation = batches_of(load_folder(folder, **options))
+    for split, batches, count in (("train", train, 32), ("val", evaluation, 11)):
+        expected = [pixels[12:36, 20:44] for pixels in pixels_of(folder, split)]
+        if split == "train":
+            expected = np.stack(expected)[permutation(0, 0, 40)]
+        images = np.concatenate([batch["image"] for batch in batches])
+        assert_array_equal(images[:count], expected[:count])
+
+
+def halved(pixels, taps):
+    """Pixels between two others, along both axes; columns first, each axis rounded."""
+    for axis in (1, 0):
+        pixels, total = np.moveaxis(np.float64(pixels), axis, 0), 0
+        middle, weights = np.arange(24) * 2 + (4 if axis else 0) * 2, 0
+        for offset, weight in taps.items():
+            place = middle + offset
+            inside = (place >= 0) & (place < len(pixels))
+            weight = (weight * inside)[:, None, None]
+            total = total + weight * pixels[place.clip(0, len(pixels) - 1)]
+            weights = weights + weight
+        pixels = np.moveaxis(np.rint(total / weights).clip(0, 255), 0, axis)
+    return pixels.astype(np.uint8)
+
+
+def by_pil(name):
+    box = (8, 0, 56, 48)
+    method = Image.Resampling[name.upper()]
+    return lambda pixels: np.asarray(
+        Image.fromarray(pixels).resize((24, 24), method, box)
+    )
+
+
+CUBIC = {-1: -0.0625, 0: 0.5625, 1: 0.5625, 2: -0.0625}
+
+
+RESIZED = {
+    ("bicubic", True): by_pil("bicubic"),
+    ("bilinear", True): by_pil("bilinear"),
+    ("bicubic", False): lambda pixels: halved(pixels, CUBIC),
+    ("bilinear", False): lambda pixels: halved(pixels, {0: 0.5, 1: 0.5}),
+}
+
+
+@pytest.mark.parametrize(("interpolation", "antialias"), RESIZED)
+def test_images_are_resized_as_told(folder, interpolation, antialias):
+    """48x64 to half of it, of which 24x24: by the host to the bit; by the device, which
+    also normalizes, but for what lies between two numbers and is rounded otherwise.
+    """
+    how = dict(data__interpolation=interpolation, data__antialias=antialias)
+    moments = dict(data__mean=(0.1, 0.5, 0.9), data__std=(0.2, 0.4, 0.8))
+    options = how | moments | dict(data__crop_pct=1.0)
+    expected = np.stack(
+        [*map(RESIZED[interpolation, antialias], pixels_of(folder, "val"))]
+    )
+    cfg = load_folder(folder, data__canvas=0, **options)
+    host = np.concatenate([b["image"] for b in inputs.eval_batches(cfg)])[:11]
+    assert_array_equal(host, expected)
+    cfg = load_folder(folder, data__canvas=64, **options)
+    images = [*map(inputs.make_task(cfg).preprocess, inputs.eval_batches(cfg))]
+    device = np.concatenate(images)[:11] * (0.2, 0.4, 0.8) + (0.1, 0.5, 0.9)
+    difference = np.abs(device * 255 - expected)
+    assert difference.max() < 1.01
+    assert difference.mean() < 0.2

@@ -1,0 +1,146 @@
+"""The command line: modes, flags, messages and exit codes."""
+
+import os
+import re
+
+import pytest
+import recipes
+from recipes import check_message
+
+from hivit_jax import recipes as recipes_by_name
+from hivit_jax.main import MODES, main
+
+MINI = recipes.arguments()  # --config and overrides of a recipe that works
+
+
+def test_masked_autoencoder_does_not_classify(tmp_path, capsys):
+    config = f"--config={recipes.ROOT / 'configs' / 'digits_finetune.py'}"
+    name = "--config.model.name=mae_hivit_tiny"
+    assert main([config, name, f"--workdir={tmp_path}"]) == 2
+    check_message(
+        capsys.readouterr().err, ["'mae_hivit_tiny'", "expected a Classifier"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("argv", "fragments"),
+    [
+        (["--workdir=x"], ["--config"]),
+        (["--config=configs/mae_bas.py", "--workdir=x"], ["mae_bas.py", "no such"]),
+        (["--config=mae_bas", "--workdir=x"], ["'mae_bas'", "'mae_base'?"]),
+        (["--config=./README.md", "--workdir=x"], ["README.md", "a Python file"]),
+        ([*MINI, "--workdir=x", "--topology=v5e:2x4"], ["--topology", "=compile"]),
+        ([*MINI, "--workdir=x", "--checkpoint=y"], ["--checkpoint", "--mode=eval"]),
+        (
+            [*MINI, "--workdir=x", "--mode=eval", "--search_batch"],
+            ["--search_batch", "--mode=compile"],
+        ),
+        (MINI, ["--workdir"]),
+        ([*MINI, "--mode=eval"], ["--mode=eval", "--workdir"]),
+        ([*MINI, "--workdir=x", "--mode=tain"], ["--mode", "'tain'", "describe"]),
+        ([*MINI, "--workdri=x"], ["--workdir"]),
+        ([*MINI, "--workdir=x", "--modee=eval"], ["'--modee=eval'", "--config.KEY"]),
+        ([*MINI, "--workdir=x", "batch_size=16"], ["'batch_size=16'", "--config.KEY"]),
+        ([*MINI, "--workdir=x", "--config.batch_size"], ["--config.KEY=VALUE"]),
+    ],
+)
+def test_bad_flag(argv, fragments, capsys, monkeypatch, tmp_path):
+    (tmp_path / "README.md").write_text("# not a recipe\n")
+    monkeypatch.chdir(tmp_path)
+    assert main(argv) == 2
+    check_message(capsys.readouterr().err, fragments)
+    assert os.listdir(tmp_path) == ["README.md"]
+
+
+def test_workdir_that_cannot_be_written(capsys, tmp_path):
+    (tmp_path / "file").touch()
+    for workdir in (tmp_path / "file" / "sub", tmp_path / "file"):
+        assert main([*MINI, f"--workdir={workdir}"]) == 2
+        check_message(capsys.readouterr().err, [f"workdir {workdir}", "written"])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Workdir of a run of one step."""
+    workdir = tmp_path_factory.mktemp("finished")
+    with recipes.quick():
+        assert main([*MINI, f"--workdir={workdir}", "--config.total_steps=1"]) == 0
+    return workdir
+
+
+def test_checkpoint_of_another_model(finished, tmp_path, capsys):
+    """In the workdir, as init_from, for evaluation."""
+    before = (finished / "config.json").read_text()
+    for flags in (
+        [f"--workdir={finished}"],
+        [f"--workdir={tmp_path}", f"--config.init_from={finished}"],
+        [f"--workdir={finished}", "--mode=eval"],
+        [f"--workdir={tmp_path}", f"--checkpoint={finished}", "--mode=eval"],
+    ):
+        assert main([*MINI, *flags, "--config.model.embed_dim=32"]) == 2
+        err = capsys.readouterr().err
+        check_message(err, [str(finished), "different model", "expect"])
+    assert (finished / "config.json").read_text() == before
+
+
+def test_no_checkpoint(finished, tmp_path, capsys):
+    empty, nowhere = tmp_path / "empty", tmp_path / "nowhere"
+    empty.mkdir()
+    for flags, place in (
+        ([f"--workdir={empty}", "--mode=eval"], empty),
+        ([f"--workdir={nowhere}", "--mode=eval"], nowhere),
+        (
+            [f"--workdir={finished}", f"--checkpoint={nowhere}", "--mode=eval"],
+            nowhere,
+        ),
+        ([f"--workdir={tmp_path / 'x'}", f"--config.init_from={nowhere}"], nowhere),
+        ([f"--workdir={tmp_path / 'x'}", f"--config.init_from={empty}"], empty),
+    ):
+        assert main([*MINI, *flags]) == 5
+        check_message(capsys.readouterr().err, ["no checkpoint", str(place)])
+    assert not nowhere.exists()
+
+
+def test_eval_mode(finished, capsys):
+    """Gives what the run itself found, from the workdir or from a path."""
+    step = finished / "checkpoints" / "1"
+    for flags in ([], [f"--checkpoint={step}"]):
+        assert main([*MINI, f"--workdir={finished}", "--mode=eval", *flags]) == 0
+        loss = recipes.lines(finished, "eval/loss")[1]
+        count = recipes.lines(finished, "eval/count")[1]
+        out = capsys.readouterr().out
+        assert f"step 1  eval  loss {loss:.4f}  ({count} images)" in out
+
+
+def describe(*overrides):
+    config = f"--config={recipes.ROOT / 'configs' / 'mae_base.py'}"
+    return main([config, "--mode=describe", *overrides])
+
+
+@pytest.mark.parametrize(
+    ("flags", "exit_code", "fragments"),
+    [
+        (["--config.batch_size=12"], 2, ["batch_size=12", "8 devices"]),
+        (["--mode=eval"], 5, ["no checkpoint"]),
+    ],
+)
+def test_errors_of_a_real_process(flags, exit_code, fragments, tmp_path):
+    arguments = ["-m", "hivit_jax.main", *MINI, f"--workdir={tmp_path}", *flags]
+    code, _, err = recipes.run(*arguments, devices=8)
+    assert code == exit_code
+    check_message(err, fragments)
+
+
+def test_help(capsys):
+    """Modes, examples, exit codes, and each recipe by name and first line."""
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    out = capsys.readouterr().out
+    for mode in MODES:
+        assert re.search(rf"^(modes:)? +{mode} ", out, re.M)
+    assert "examples:\n  hivit_jax --config digits_mae --workdir runs/mae\n" in out
+    assert "exit codes: 0 finished" in out
+    line = "Masked autoencoder pretraining of HiViT-B on ImageNet-1k, 1600 epochs."
+    assert re.search(rf"^  mae_base +{line}$", out, re.M)
+    for name, line in recipes_by_name.names().items():
+        assert re.search(rf"^  {name} +{line}$", out, re.M)

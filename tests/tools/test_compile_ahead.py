@@ -1,0 +1,161 @@
+"""`--mode compile`: reports and errors."""
+
+import importlib.util
+import json
+
+import jax
+import pytest
+import recipes
+from flax import nnx
+from jax.sharding import AxisType
+from numpy.testing import assert_allclose
+
+from hivit_jax import inputs
+from hivit_jax.main import main
+from hivit_jax.tools import compile_ahead
+from hivit_jax.xla import ahead
+
+pytestmark = pytest.mark.usefixtures("quick")
+
+
+def mesh(*sizes, names=("data",)):
+    return jax.make_mesh(sizes, names, axis_types=(AxisType.Auto,) * len(names))
+
+
+def test_command_that_searches_the_largest_batch(monkeypatch, tmp_path, capsys):
+    """Only where it is asked for; with what the search found in file and text."""
+
+    def examine(config, devices, topology):
+        size = config.batch_size // 8
+        memory = dict(total=linear(size), limit=5000, arguments=1000, temporaries=1)
+        return REPORT | {
+            "batch_size": config.batch_size,
+            "batch_per_device": size,
+            "fits": size <= 40,
+            "hbm_bytes_per_device": memory,
+        }
+
+    monkeypatch.setattr(compile_ahead, "devices_of", lambda topology: jax.devices())
+    monkeypatch.setattr(compile_ahead, "step_report", examine)
+    for search in (False, True):
+        found = report(tmp_path, *["--search_batch"] * search)
+        assert ("largest_batch_per_device" in found) == search
+        out = capsys.readouterr().out
+        assert "fits: 0.00 GiB of 0.00 GiB per device (arguments 0.00, " in out
+        assert "all-reduce x 2: 3.0 MB per step and device\n" in out
+        assert "at most 123 images/s per chip, bound by memory\n" in out
+        assert "2.5 GFLOP and 7 MB of HBM traffic per image\n" in out
+        assert (f"written: {tmp_path}/compile.json") in out
+    assert found["largest_batch_per_device"] <= 40 < found["smallest_that_does_not_fit"]
+    assert f"per device: {found['largest_batch_per_device']} (" in out
+
+
+REPORT = {
+    "model": "mae_hivit_base",
+    "topology": "v5e:2x4",
+    "devices": 8,
+    "flops_per_image": 2.5e9,
+    "hbm_bytes_per_image": 7e6,
+    "collectives": [{"kind": "all-reduce", "count": 2, "bytes_per_step": 3e6}],
+    "roofline": {"images_per_second_per_chip": 123.4, "bound": "memory"},
+}
+
+
+# --- Errors --------------------------------------------------------------------------
+
+
+def fails(capsys, topology, tmp_path, *more):
+    flags = [f"--topology={topology}", f"--workdir={tmp_path}", *more]
+    assert main([*recipes.arguments(), "--mode=compile", *flags]) == 2
+    message = capsys.readouterr().err
+    assert 1 <= len(message.splitlines()) <= 3
+    assert not (tmp_path / "compile.json").exists()
+    return message
+
+
+@pytest.mark.parametrize("topology", ["", "v9:2x2", "tpu", "h100x8"])
+def test_unknown_topology(capsys, tmp_path, topology):
+    message = fails(capsys, topology, tmp_path)
+    assert f"unknown topology {topology!r}" in message
+    assert "v5e:16x16" in message
+
+
+@pytest.mark.parametrize(
+    ("topology", "plugin", "extra"),
+    [("v5e:2x4", "libtpu", "tpu"), ("h100:8", "jax-cuda13-plugin", "cuda")],
+)
+def test_compiler_that_is_not_installed(
+    capsys, monkeypatch, tmp_path, topology, plugin, extra
+):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *rest: (
+            None if name == plugin.replace("-", "_") else find(name, *rest)
+        ),
+    )
+    message = fails(capsys, topology, tmp_path)
+    assert plugin in message
+    assert f"hivit-jax[{extra}]" in message
+
+
+def test_gpus_of_more_than_a_node(capsys, tmp_path):
+    assert "expected h100:1 to h100:8" in fails(capsys, "h100:16", tmp_path)
+
+
+def test_shape_that_no_slice_has(capsys, tmp_path):
+    pytest.importorskip("libtpu")
+    assert "topology='v5e:3x5'" in fails(capsys, "v5e:3x5", tmp_path)
+    mesh = "--config.mesh.data=3"
+    assert "does not fit 8 devices" in fails(capsys, "v5e:2x4", tmp_path, mesh)
+    mesh, batch = "--config.mesh.fsdp=2", "--config.batch_size=64"
+    assert "cannot be laid out" in fails(capsys, "v4:4x4x4", tmp_path, mesh, batch)
+    message = fails(capsys, "v5e:4x8", tmp_path)
+    assert "batch_size=16 is not divisible by 32 devices" in message
+
+
+# --- The command ---------------------------------------------------------------------
+
+
+def report(tmp_path, *more, topology="v5e:2x4", **overrides):
+    flags = recipes.arguments(**{"batch_size": 64} | overrides)
+    flags += [f"--topology={topology}", f"--workdir={tmp_path}", *more]
+    assert main([*flags, "--mode=compile"]) == 0
+    return json.loads((tmp_path / "compile.json").read_text())
+
+
+BRANCHES = ("attention", "mlp")
+
+
+def test_whole_report(tmp_path, monkeypatch):
+    """Of these CPUs in place of the chips."""
+    monkeypatch.setattr(compile_ahead, "devices_of", lambda topology: jax.devices())
+    monkeypatch.setitem(ahead.PLUGINS, "v5e", "jaxlib")
+    options = dict(data__name="imagenet2012", data__canvas=96)
+    found = report(tmp_path, **options)
+    assert found["fits"]
+    assert found["devices"] == found["batch_per_device"] == 8
+    memory = found["hbm_bytes_per_device"]
+    assert memory["limit"] == 15.75 * 2**30
+    assert 0 < memory["aliased"] <= memory["arguments"] < memory["total"]
+    model = nnx.eval_shape(inputs.task_of_recipe(recipes.mae()).build_model)
+    [reduced] = found["collectives"]
+    assert reduced["kind"] == "all-reduce"
+    assert_allclose(reduced["bytes_per_step"], 4 * model.parameter_count(), rtol=0.02)
+    blocks = {f"{part} {branch}" for part in ("main", "decoder") for branch in BRANCHES}
+    parts = {"input", "embedding", "stem1", "stem2", "merge", "latent", "loss"}
+    regions = found["regions"]
+    assert blocks | parts | {"optimizer", "exchange"} <= regions.keys()
+    for name in blocks | parts:
+        assert all(value > 0 for value in regions[name].values()), name
+    assert regions["optimizer"]["flops_per_image"] == 0
+    parts = report(tmp_path, optimizer__accumulate_steps=4, batch_size=256, **options)
+    assert_allclose(
+        parts["collectives"][0]["bytes_per_step"], reduced["bytes_per_step"], rtol=0.02
+    )
+    assert_allclose(parts["flops_per_image"], found["flops_per_image"], rtol=0.1)
+
+
+def linear(size):
+    return 1000 + 100 * size

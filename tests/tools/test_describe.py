@@ -1,0 +1,87 @@
+"""`--mode describe`: model, differences from the recipe, figures."""
+
+import numpy as np
+import recipes
+from matplotlib.axes import Axes
+from PIL import Image
+from recipes import check_message
+
+from hivit_jax.data.order import permutation
+from hivit_jax.data.sources import digits
+from hivit_jax.main import main
+
+
+def describe(*overrides):
+    config = f"--config={recipes.ROOT / 'configs' / 'mae_base.py'}"
+    return main([config, "--mode=describe", *overrides])
+
+
+def test_describe_and_overrides(capsys):
+    assert describe("--config.model.decoder_depth=8") == 0
+    assert "93.3459 M" in capsys.readouterr().out
+    assert describe("--config.model.depths=[2,2,24]", "--config.mask_ratio=1") == 2
+    check_message(capsys.readouterr().err, ["mask_ratio=1.0"])
+
+
+def test_real_process_describes_without_tensorflow():
+    program = (
+        "import sys\n"
+        "from hivit_jax.main import main\n"
+        "code = main(sys.argv[1:])\n"
+        "assert 'tensorflow' not in sys.modules\n"
+        "sys.exit(code)"
+    )
+    flags = [f"--config={recipes.ROOT}/configs/mae_base.py", "--mode=describe"]
+    code, out, err = recipes.run("-c", program, *flags)
+    assert (code, err) == (0, "")
+    assert "= 87.04" in out
+    assert " M" in out
+    assert '"base_learning_rate": 0.0001' in out
+
+
+def test_describe_draws_schedule_and_images(tmp_path, capsys, monkeypatch):
+    """The learning rate of every step, and the first 16 training images as they are,
+    which the recipe neither crops nor mirrors here.
+    """
+    lines, images = [], []
+    plot, imshow = Axes.plot, Axes.imshow
+
+    def plotted(axes, *arrays, **options):
+        lines.append(arrays)
+        return plot(axes, *arrays, **options)
+
+    def shown(axes, image, **options):
+        images.append((image, options))
+        return imshow(axes, image, **options)
+
+    monkeypatch.setattr(Axes, "plot", plotted)
+    monkeypatch.setattr(Axes, "imshow", shown)
+    recipe = recipes.ROOT / "configs" / "digits_finetune.py"
+    overrides = [
+        "--config.batch_size=24",
+        "--config.model.image_size=8",
+        "--config.model.patch_size=4",
+        "--config.data.crop_scale=(1.0,1.0)",
+        "--config.optimizer.warmup_epochs=30",
+    ]
+    command = [f"--config={recipe}", "--mode=describe", *overrides]
+    assert main([*command, f"--workdir={tmp_path}"]) == 0
+    assert f"drawn: {tmp_path}/figures/schedule.png, " in capsys.readouterr().out
+    for name in ("schedule", "augmented"):
+        Image.open(tmp_path / "figures" / f"{name}.png").verify()
+    [(steps, rates)] = lines
+    np.testing.assert_array_equal(steps, np.arange(361))
+    peak, warmup = 1e-2 * 24 / 256, 125  # steps: 30 of 100 images
+    fall = 0.5 + 0.5 * np.cos(np.pi * (steps - warmup) / (360 - warmup))
+    expected = peak * np.where(steps < warmup, steps / warmup, fall)
+    np.testing.assert_allclose(rates, expected, rtol=1e-4, atol=1e-8)
+    pixels = digits.Digits("train", 100).pixels()[permutation(0, 0, 100)[:16]]
+    assert len(images) == 16
+    for (image, options), scan in zip(images, pixels, strict=True):
+        np.testing.assert_allclose(image, scan / 255, rtol=0, atol=1e-5)
+        assert (options["vmin"], options["vmax"]) == (0, 1)
+
+    missing = ["--config.data.name=folder", f"--config.data.dir={tmp_path / 'none'}"]
+    command += [*missing, "--config.data.train_examples=0"]
+    assert main([*command, f"--workdir={tmp_path / 'x'}"]) == 4
+    assert "no directory" in capsys.readouterr().err

@@ -1,0 +1,376 @@
+"""Preparing a dataset: what is written, how it goes on, what can be wrong."""
+
+import io
+import os
+import resource
+import signal
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import recipes
+import tensorflow_datasets as tfds
+from imagenet_tars import LABELS, VALIDATION_LABELS, WNIDS, packed, write_tars
+from PIL import Image
+from recipes import check_message
+
+from hivit_jax.data.sources.tfds import OPENERS, Tfds
+from hivit_jax.errors import DataError
+from hivit_jax.tools import prepare_data
+from hivit_jax.tools.prepare_data import main
+
+VERSION = Path("imagenet2012") / "5.1.0"
+
+
+def stored(directory: Path, split: str) -> list[dict]:
+    """The examples of a split as TFDS reads them, images encoded."""
+    builder = tfds.builder_from_directory(directory)
+    decoders = {"image": tfds.decode.SkipDecoding()}
+    return list(builder.as_data_source(split, decoders=decoders))
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def size_of(jpeg: bytes) -> tuple[int, int]:
+    return Image.open(io.BytesIO(jpeg)).size
+
+
+@pytest.fixture(scope="module")
+def tars(tmp_path_factory):
+    return tmp_path_factory.mktemp("tars")
+
+
+@pytest.fixture(scope="module")
+def originals(tars):
+    return write_tars(tars)
+
+
+@pytest.fixture(scope="module")
+def flags(tars, originals):
+    """Command line of a preparation in shards of two, but for --data_dir."""
+    return [f"--manual_dir={tars}", "--shard_size=2"]
+
+
+@pytest.fixture(scope="module")
+def whole(flags, tmp_path_factory):
+    """Data directory of a preparation that nothing interrupted."""
+    out = tmp_path_factory.mktemp("whole")
+    assert main([*flags, f"--data_dir={out}"]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def small(flags, tmp_path_factory):
+    """The same with its training images reduced."""
+    out = tmp_path_factory.mktemp("small")
+    assert main([*flags, f"--data_dir={out}", "--short_side=32"]) == 0
+    return out
+
+
+def test_records(whole, originals):
+    train = stored(whole / VERSION, "train")
+    assert [e["file_name"].decode() for e in train] == list(originals["train"])
+    assert [e["image"] for e in train] == list(originals["train"].values())
+    assert [e["label"] for e in train] == [LABELS[w] for w in WNIDS for _ in range(5)]
+    validation = stored(whole / VERSION, "validation")
+    assert [e["image"] for e in validation] == list(originals["validation"].values())
+    assert [e["label"] for e in validation] == VALIDATION_LABELS
+
+
+def test_files(whole):
+    files = set(contents(whole / VERSION))
+    shards = {
+        f"imagenet2012-{split}.array_record-{i:05d}-of-{n:05d}"
+        for split, n in (("train", 8), ("validation", 3))
+        for i in range(n)
+    }
+    described = {"dataset_info.json", "features.json", "label.labels.txt"}
+    assert files == shards | described | {"short_side=0"}
+    assert os.listdir(whole / VERSION.parent) == [VERSION.name]
+    splits = tfds.builder("imagenet2012", data_dir=whole).info.splits
+    assert splits["train"].shard_lengths == [2] * 7 + [1]
+    assert splits["validation"].num_examples == 6
+
+
+def test_reduced_images(whole, small):
+    """Only training images are, in the aspect that they have."""
+    reduced = [e["image"] for e in stored(small / VERSION, "train")]
+    assert {size_of(jpeg) for jpeg in reduced} == {(43, 32)}
+    assert stored(small / VERSION, "validation") == stored(
+        whole / VERSION, "validation"
+    )
+
+
+def test_source(whole, originals):
+    """What the input pipeline reads, by many threads at once, and parts of it."""
+    source = Tfds("imagenet2012", str(whole), "train")
+    jpegs = list(originals["train"].values())
+    expected = [(jpegs[i], LABELS[WNIDS[i // 5]]) for i in range(15)]
+    assert len(source) == 15
+    assert [recipes.sample(source, i) for i in range(15)] == expected
+    assert len(source.classes) == 1000
+    assert source.name(7) == "train[7] n01440764_2.JPEG"
+    part = Tfds("imagenet2012", str(whole), "train[3:9]")
+    assert [recipes.sample(part, i) for i in range(6)] == expected[3:9]
+    validation = Tfds("imagenet2012", str(whole), "validation")
+    assert [recipes.sample(validation, i)[1] for i in range(6)] == VALIDATION_LABELS
+    with pytest.raises(DataError, match="no split 'test'; it has train, validation"):
+        Tfds("imagenet2012", str(whole), "test")
+
+    def many(seed):
+        order = np.random.RandomState(seed).randint(0, 15, 300)
+        return [recipes.sample(source, i) for i in order] == [
+            expected[i] for i in order
+        ]
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(many, range(16)))
+
+
+def test_files_that_may_be_open(whole):
+    """Room is made for every shard, as far as the system allows it."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (500, before[1]))
+        Tfds("imagenet2012", str(whole), "train")
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (508, before[1])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_reading_needs_no_tensorflow(whole, originals, tmp_path):
+    program = (
+        "import sys, tensorflow_datasets as tfds\n"
+        "source = tfds.builder_from_directory(sys.argv[1]).as_data_source(\n"
+        "    'train', decoders={'image': tfds.decode.SkipDecoding()})\n"
+        "print(len(source), source[7]['label'], source[7]['image'].hex())\n"
+    )
+    nothing = recipes.not_installed(tmp_path / "nothing", "tensorflow")
+    command = ["-c", program, whole / VERSION]
+    code, out, err = recipes.run(*command, PYTHONPATH=nothing)
+    assert code == 0, err
+    expected = list(originals["train"].values())[7]
+    assert out.split() == ["15", "0", expected.hex()]
+
+
+def test_done_already(whole, flags):
+    """A real process says so, in no time, and touches nothing."""
+    before = contents(whole / VERSION)
+    command = ["-m", "hivit_jax.tools.prepare_data", *flags, f"--data_dir={whole}"]
+    code, out, err = recipes.run(*command)
+    assert (code, err) == (0, "")
+    assert "train: 15 images\nvalidation: 6 images\n" in out
+    assert f"{whole / VERSION} is complete; nothing to do" in out
+    assert f"--config.data.dir={whole}" in out
+    assert contents(whole / VERSION) == before
+
+
+def test_killed_process_goes_on(small, flags, tmp_path):
+    """SIGKILL in the fourth shard: the first three stay as they are."""
+    program = (
+        "import os, signal, sys\n"
+        "from hivit_jax.tools import prepare_data as prepare\n"
+        "shrink, calls = prepare.shrink, []\n"
+        "def deadly(*arguments):\n"
+        "    calls.append(1)\n"
+        "    if len(calls) == 8:\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return shrink(*arguments)\n"
+        "prepare.shrink = deadly\n"
+        "prepare.main(sys.argv[1:])\n"
+    )
+    command = [*flags, f"--data_dir={tmp_path}", "--short_side=32"]
+    code, _, _ = recipes.run("-c", program, *command)
+    assert code == -signal.SIGKILL
+    half = tmp_path / f"{VERSION}.incomplete"
+    finished = sorted(half.glob("*.array_record-*"))
+    assert len(finished) == 3
+    before = [(os.stat(p).st_ino, os.stat(p).st_mtime_ns) for p in finished]
+
+    assert main(command) == 0
+    assert contents(tmp_path / VERSION) == contents(small / VERSION)
+    assert os.listdir(tmp_path / VERSION.parent) == [VERSION.name]
+    shards = sorted((tmp_path / VERSION).glob("*train.array_record-*"))[:3]
+    after = [(os.stat(p).st_ino, os.stat(p).st_mtime_ns) for p in shards]
+    assert after == before
+
+
+def test_interrupted_anywhere(tars, tmp_path, monkeypatch, capsys):
+    """SIGTERM before or after any file gets its name; the rest comes out the same."""
+    replace = Path.replace
+    moves, deadly = [], None
+
+    def moved(path, target):
+        moves.append(target)
+        if len(moves) - 1 == deadly:
+            if deadly % 2:
+                replace(path, target)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", moved)
+    command = [f"--manual_dir={tars}", "--shard_size=4"]
+    assert main([*command, f"--data_dir={tmp_path / 'whole'}"]) == 0
+    expected = contents(tmp_path / "whole" / VERSION)
+    assert len(moves) == 2 * (4 + 2) + 1
+    for deadly in range(len(moves)):
+        moves.clear()
+        out = tmp_path / str(deadly)
+        assert main([*command, f"--data_dir={out}"]) == 75
+        assert "same command to resume" in capsys.readouterr().err.splitlines()[-1]
+        assert main([*command, f"--data_dir={out}"]) == 0
+        assert contents(out / VERSION) == expected
+
+
+def test_other_option_than_begun_with(whole, flags, tmp_path, capsys):
+    """Whether it is finished or half-finished."""
+    half = tmp_path / f"{VERSION}.incomplete"
+    half.mkdir(parents=True)
+    (half / "short_side=320").touch()
+    for out, option, begun in ((whole, 320, 0), (tmp_path, 0, 320)):
+        command = [*flags, f"--data_dir={out}", f"--short_side={option}"]
+        assert main(command) == 2
+        fragments = [f"--short_side={option}", f"started with --short_side={begun}"]
+        check_message(capsys.readouterr().err, [str(out / VERSION), *fragments])
+
+
+def test_other_images_than_begun_with(tmp_path, capsys):
+    command = [f"--manual_dir={tmp_path}", f"--data_dir={tmp_path}"]
+    write_tars(tmp_path, validation=[])
+    assert main(command) == 4
+    assert "no image in split validation" in capsys.readouterr().err
+    write_tars(tmp_path, wnids=sorted(WNIDS))
+    assert main(command) == 4
+    assert f"{VERSION}.incomplete was started with other" in capsys.readouterr().err
+
+
+class Rings(tfds.core.GeneratorBasedBuilder):
+    """Grey images that no file holds, in the splits' newer form."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+        image = tfds.features.Image(shape=(None, None, 1))
+        features = {"image": image, "label": tfds.features.ClassLabel(num_classes=2)}
+        return tfds.core.DatasetInfo(
+            builder=self,
+            features=tfds.features.FeaturesDict(features),
+            supervised_keys=("image", "label"),
+        )
+
+    def _split_generators(self, manager):
+        return {"train": self._generate_examples()}
+
+    def _generate_examples(self):
+        for i in range(3):
+            yield i, {"image": np.full((8, 8 + i, 1), i, np.uint8), "label": i % 2}
+
+
+def test_dataset_without_manual_files(tmp_path):
+    assert main(["--name=rings", f"--data_dir={tmp_path}", "--short_side=4"]) == 0
+    train = stored(tmp_path / "rings" / "1.0.0", "train")
+    assert [e["label"] for e in train] == [0, 1, 0]
+    assert [size_of(e["image"]) for e in train] == [(4, 4), (4, 4), (5, 4)]
+    assert Image.open(io.BytesIO(train[0]["image"])).mode == "L"
+
+
+def test_tfrecord_that_tfds_wrote(tmp_path):
+    """Its own order and images, which it encodes as PNG; read without tensorflow."""
+    Rings(data_dir=tmp_path, file_format="tfrecord").download_and_prepare()
+    source = Tfds("rings", str(tmp_path), "train")
+    found = [recipes.sample(source, i) for i in range(3)]
+    widths = [(size_of(png)[0], label) for png, label in found]
+    assert sorted(widths) == [(8, 0), (9, 1), (10, 0)]
+    part = Tfds("rings", str(tmp_path), "train[1:]")
+    assert [recipes.sample(part, 0), recipes.sample(part, 1)] == found[1:]
+    (shard,) = tmp_path.glob("rings/1.0.0/*tfrecord*")
+    assert source.name(1) == "train[1]"
+    shard.write_bytes(shard.read_bytes()[:-3])
+    OPENERS["tfrecord"].cache_clear()
+    with pytest.raises(OSError, match="ends inside a record"):
+        recipes.sample(source, 0)
+    assert source.name(1) == f"train[1] in {shard}"
+
+
+@pytest.mark.parametrize(
+    ("options", "fragments"),
+    [
+        (["--name=imagenet2013"], ["'imagenet2013'", "'imagenet2012'?"]),
+        (["--name=imagenet2012:9.9.9"], ["imagenet2012:9.9.9", "5.1.0"]),
+        (["--name=imagenet2012/x"], ["imagenet2012/x", "not found"]),
+        (["--name=coco"], ["coco", "(Image, ClassLabel)", "found ()"]),
+        (["--name=imagenet2012_real"], ["ClassLabel", "found (Image, Sequence)"]),
+        (["--manual_dir="], ["--manual_dir=''", "not a directory", prepare_data.TRAIN]),
+        (["--manual_dir=/x/y"], ["--manual_dir='/x/y'", "not a directory"]),
+        (["--data_dir=/dev/null"], ["/dev/null", "cannot be written"]),
+        (["--short_side=-1"], ["short_side=-1", "at least 0"]),
+        (["--short_side=abc"], ["--short_side", "'abc'"]),
+        (["--short_sid=3"], ["--short_sid=3"]),
+    ],
+)
+def test_bad_flag(options, fragments, flags, tmp_path, capsys):
+    assert main([*flags, f"--data_dir={tmp_path}", *options]) == 2
+    check_message(capsys.readouterr().err, fragments)
+    assert not os.listdir(tmp_path)
+
+
+def check_refused(tars, exit_code, fragments, capsys):
+    """Says what is wrong before it writes anything."""
+    out = tars / "out"
+    assert main([f"--manual_dir={tars}", f"--data_dir={out}"]) == exit_code
+    check_message(capsys.readouterr().err, [str(tars), *fragments])
+    assert not out.exists()
+
+
+def test_missing_and_misnamed_tar(tmp_path, capsys):
+    check_refused(
+        tmp_path, 2, [prepare_data.TRAIN, prepare_data.VALIDATION, "nothing"], capsys
+    )
+    write_tars(tmp_path)
+    (tmp_path / prepare_data.VALIDATION).rename(tmp_path / "ILSVRC2012_val.tar")
+    missing = f"has no {prepare_data.VALIDATION}"
+    found = f"found: {prepare_data.TRAIN}, ILSVRC2012_val.tar"
+    check_refused(tmp_path, 2, [missing, found], capsys)
+
+
+def test_validation_images_with_a_gap(tmp_path, capsys):
+    write_tars(tmp_path, validation=[1, 2, 4, 5])
+    expected = "ILSVRC2012_val_00000003.JPEG, found ILSVRC2012_val_00000004.JPEG"
+    check_refused(tmp_path, 4, [expected], capsys)
+
+
+def test_unknown_class(tmp_path, capsys):
+    write_tars(tmp_path, wnids=["n01440764", "n00000001"])
+    check_refused(tmp_path, 4, ["found n00000001.tar"], capsys)
+
+
+@pytest.mark.parametrize("tar", [prepare_data.TRAIN, prepare_data.VALIDATION])
+def test_tar_that_is_cut_off(tar, tmp_path, capsys):
+    write_tars(tmp_path)
+    os.truncate(tmp_path / tar, 9000)
+    check_refused(tmp_path, 4, [tar, "not a valid tar file"], capsys)
+
+
+def test_unreadable_image(tmp_path, capsys):
+    write_tars(tmp_path)
+    classes = {"n01440764.tar": packed({"n01440764_7.JPEG": b"nothing"})}
+    (tmp_path / prepare_data.TRAIN).write_bytes(packed(classes))
+    command = [f"--manual_dir={tmp_path}", f"--data_dir={tmp_path}", "--short_side=9"]
+    assert main(command) == 4
+    err = capsys.readouterr().err
+    assert "error: image 'n01440764_7.JPEG' cannot be read" in err
+
+
+def test_class_tar_that_is_cut_off(tmp_path, capsys):
+    """Which TFDS's own reader meets."""
+    write_tars(tmp_path)
+    whole = packed({"n01440764_7.JPEG": b"nothing" * 1000})
+    classes = {"n01440764.tar": whole[:3000]}
+    (tmp_path / prepare_data.TRAIN).write_bytes(packed(classes))
+    assert main([f"--manual_dir={tmp_path}", f"--data_dir={tmp_path}"]) == 4
+    assert (
+        "error: imagenet2012 cannot be prepared: ReadError" in capsys.readouterr().err
+    )

@@ -1,0 +1,193 @@
+"""Pictures of one's own images: the command, and the example of features."""
+
+import io
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from networks import mini, pictures
+from numpy.testing import assert_allclose
+from PIL import Image
+
+import hivit_jax
+from examples import features as example
+from hivit_jax.models.positions import patchify
+from hivit_jax.tools import reconstruct as command
+
+pytestmark = pytest.mark.usefixtures("quick")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Directories of a small masked autoencoder and a classifier."""
+    directory = tmp_path_factory.mktemp("saved")
+    for name in ("mae_hivit_base", "hivit_base"):
+        hivit_jax.save_pretrained(mini(name), directory / name)
+    return directory
+
+
+def picture(path, size=(120, 90)):
+    noise = np.random.RandomState(0).randint(0, 256, (*size[::-1], 3), np.uint8)
+    Image.fromarray(noise).resize(size).save(path)
+    return path
+
+
+def test_command(saved, tmp_path, capsys):
+    images = [picture(tmp_path / name) for name in ("a.png", "b.jpg")]
+    out = tmp_path / "out.png"
+    flags = ["--checkpoint", saved / "mae_hivit_base", "--out", out, *images]
+    flags = [str(flag) for flag in flags]
+    assert command.main(flags) == 0
+    told = capsys.readouterr().out
+    assert "75.0% of each image removed" in told
+    assert "contrast and brightness: each unit's own, not seen by the model" in told
+    with Image.open(out) as drawn:
+        assert drawn.width > drawn.height > 300  # two rows of four panels
+    assert (
+        command.main([str(x) for x in (*flags, *images, "--statistics=visible")]) == 0
+    )
+    assert "mean of the visible units" in capsys.readouterr().out
+
+
+MEAN, STD = (0.8, 0.2, 0.4), (0.1, 0.3, 0.2)
+
+
+RECIPE = {"task": "mae", "mask_ratio": 0.375, "data": {"mean": MEAN, "std": STD}}
+
+
+def panels(directory, *options):
+    """The four panels that the command draws of DIRECTORY/image.png, uint8."""
+    out = directory / "out.png"
+    flags = ["--checkpoint", directory, "--out", out, directory / "image.png"]
+    assert command.main([*map(str, flags), *options]) == 0
+    with Image.open(out) as drawn:
+        pixels = np.asarray(drawn.convert("RGB"))
+    found = []
+    for quarter in np.split(pixels, range(176, 704, 176), axis=1):  # of 704 columns
+        colored = (quarter != 255).any(-1)
+        # Full rows and columns of a panel; text has neither.
+        rows = np.flatnonzero(colored.mean(1) > 0.6)[2:-2]
+        columns = np.flatnonzero(colored[rows].all(0))[2:-2]
+        found.append(quarter[np.ix_(rows, columns)])
+    return found
+
+
+def flat(directory, recipe, **overrides):
+    """Saves a model of 2 x 4 units that predicts the same everywhere: 0.5, 1, -1."""
+    overrides |= dict(image_size=(32, 64), depths=(1, 1), inner_patches=2)
+    model = mini("mae_hivit_base", **overrides)
+    kernel, bias = model.decoder_pred.kernel, model.decoder_pred.bias
+    kernel[...] = jnp.zeros_like(kernel[...])
+    bias[...] = jnp.tile(jnp.float32([0.5, 1.0, -1.0]), 256)
+    hivit_jax.save_pretrained(model, directory, recipe)
+
+
+def close(panel, color):
+    return (np.abs(panel.astype(int) - color) <= 1).all(-1)
+
+
+def test_mean_deviation_and_mask_ratio_of_the_recipe(tmp_path):
+    """Pixels as predicted are mean + prediction * std of the run's own images; the
+    original is drawn as it is. Other ratios and masks are there for the asking.
+    """
+    flat(tmp_path, RECIPE, norm_pix_loss=False)
+    color, grey = (200, 100, 50), 128
+    Image.new("RGB", (64, 32), color).save(tmp_path / "image.png")
+    expected = 255 * (np.array(MEAN) + np.array([0.5, 1, -1]) * STD)
+    masks = []
+    for options, removed in (
+        ((), 3 / 8),
+        (("--seed=1", "--mask_ratio=0.75"), 6 / 8),
+    ):
+        original, masked, predicted, pasted = panels(tmp_path, *options)
+        assert close(original, color).all()
+        assert close(predicted, expected).all()
+        assert 1.8 < original.shape[1] / original.shape[0] < 2.2
+        for panel, hidden in ((masked, (grey,) * 3), (pasted, expected)):
+            # Units have edges that are drawn blurred.
+            assert close(panel, hidden).mean() == pytest.approx(removed, abs=0.05)
+            assert close(panel, color).mean() == pytest.approx(1 - removed, abs=0.05)
+        masks.append(close(masked, grey))
+    assert not masks[1][masks[0]].all()  # as with the same seed
+
+
+def test_statistics_are_those_asked_for(tmp_path):
+    """Where a unit has no contrast to speak of, all that is drawn is a mean: here that
+    of the visible units, and none of a unit's own.
+    """
+    flat(tmp_path, RECIPE | {"data": {"mean": (0.0,) * 3, "std": (1.0,) * 3}})
+    levels = np.arange(40, 200, 20, np.uint8).reshape(2, 4)
+    image = np.repeat(np.repeat(levels, 16, 0), 16, 1)
+    Image.fromarray(image).convert("RGB").save(tmp_path / "image.png")
+    _, masked, predicted, _ = panels(tmp_path, "--statistics=visible")
+    height, width = masked.shape[0] // 2, masked.shape[1] // 4
+    middles = masked[height // 2 :: height, width // 2 :: width][:2, :4, 0]
+    seen = levels[np.abs(middles.astype(int) - levels) <= 1]
+    assert len(seen) == 5
+    assert close(predicted, (seen.mean(),) * 3).all()
+
+
+@pytest.mark.parametrize(
+    ("model", "name", "code", "message"),
+    [
+        ("hivit_base", "a.png", 2, "is a hivit_base, which has no decoder"),
+        ("mae_hivit_base", "nowhere.png", 4, "cannot read"),
+        ("mae_hivit_base", "text.png", 4, "cannot read"),
+        ("nothing", "a.png", 5, "no checkpoint in"),
+    ],
+)
+def test_bad_input(saved, tmp_path, capsys, model, name, code, message):
+    picture(tmp_path / "a.png")
+    (tmp_path / "text.png").write_text("no image")
+    flags = ["--checkpoint", str(saved / model), str(tmp_path / name)]
+    assert command.main(flags) == code
+    err = capsys.readouterr().err
+    assert message in err
+    assert 1 <= len(err.splitlines()) <= 3
+
+
+def test_statistics():
+    """A unit's own mean and deviation, or those of the visible ones on average."""
+    model, images = mini("mae_hivit_base"), pictures((2, 64, 64, 3))
+    own, removed = command.reconstruct(model, images)
+    other, same = command.reconstruct(model, images, statistics="visible")
+    assert (removed == same).all()
+    assert removed.mean() == 0.75
+    units = [np.asarray(patchify(jnp.asarray(x), 16)) for x in (images, own, other)]
+    true, own, other = units
+    seen = np.asarray(patchify(jnp.asarray(removed), 16))[..., 0] == 0
+    mean, scale = true.mean(-1), true.std(-1, ddof=1)
+    normalised = (own - mean[..., None]) / scale[..., None]
+    for image in range(2):
+        of_seen = [x[image][seen[image]].mean() for x in (mean, scale)]
+        expected = normalised[image] * of_seen[1] + of_seen[0]
+        assert_allclose(other[image], expected, atol=1e-4)
+
+
+def test_pixels_as_predicted():
+    model = mini("mae_hivit_base", norm_pix_loss=False)
+    assert command.statistics_text(model, "unit") == "pixels as predicted"
+
+
+def test_example(saved, tmp_path):
+    out = tmp_path / "features.png"
+    path = picture(tmp_path / "a.jpg")
+    flags = ["--checkpoint", saved / "mae_hivit_base", "--out", out, path]
+    example.main([str(flag) for flag in flags])
+    with Image.open(out) as drawn:
+        assert drawn.width > 5 * drawn.height
+
+
+def test_principal_components():
+    """A map of one direction in feature space comes back as its first component."""
+    plane = np.linspace(0, 1, 48).reshape(6, 8)
+    direction = reference.normal("direction", (5,))
+    noise = 1e-3 * reference.normal("noise", (6, 8, 5))
+    colours = example.principal_components(plane[..., None] * direction + noise)
+    assert colours.shape == (6, 8, 3)
+    assert abs(np.corrcoef(colours[..., 0].ravel(), plane.ravel())[0, 1]) > 0.99
+
+
+def test_photograph():
+    assert Image.open(io.BytesIO(example.photograph())).size == (512, 512)

@@ -1,0 +1,155 @@
+"""AdamW, weight decay, layer decay: the official programs' values."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import networks
+import numpy as np
+import optax
+import pytest
+import recipes
+import reference
+from flax import nnx
+
+from hivit_jax import inputs
+from hivit_jax.models import create_model
+from hivit_jax.training import optimizer
+from hivit_jax.tree import leaf_name, split, split_state
+from hivit_jax.weights.names.official import to_official
+
+pytestmark = pytest.mark.usefixtures("quick")
+
+
+# --- The optimiser against the official one -----------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("first_moment", "of_losses", "of_parameters"),
+    [("float32", 5e-6, 3e-4), ("bfloat16", 1e-3, 5e-3)],
+)
+def test_ten_steps_of_the_official_adamw(first_moment, of_losses, of_parameters):
+    arrays, facts = (
+        reference.golden("adamw_traj"),
+        reference.FIXTURES["adamw_traj"],
+    )
+    overrides = {
+        reference.OUR_NAMES.get(key, key): value
+        for key, value in reference.FIXTURES["mae_mini"]["config"].items()
+    }
+    state = reference.state_dict("mae_mini")
+    model, params = reference.build("mae_hivit_base", state, **overrides)
+    images = jnp.asarray(reference.images("traj64", 4, 64))
+    config = recipes.mae(optimizer__first_moment_dtype=first_moment)
+    assert (config.optimizer.betas, config.optimizer.weight_decay) == (
+        (0.9, 0.95),
+        0.05,
+    )
+    transform = inputs.task_of_recipe(config).optimizer(model, lambda step: 1e-3)
+    graphdef, params, tables = split_state(model)
+
+    def loss_fn(params, noise):
+        return nnx.merge(graphdef, params, tables)(images, noise=noise).loss
+
+    @jax.jit
+    def step(params, opt_state, noise):
+        loss, gradient = jax.value_and_grad(loss_fn)(params, noise)
+        updates, opt_state = transform.update(gradient, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, loss
+
+    opt_state, losses = transform.init(params), []
+    moments = optax.tree.get(opt_state, "mu"), optax.tree.get(opt_state, "nu")
+    dtypes = [{x.dtype.name for x in jax.tree.leaves(each)} for each in moments]
+    assert dtypes == [{first_moment}, {"float32"}]
+    for number in range(11):
+        noise = jnp.asarray(reference.noise(f"traj{number}", 4, 16))
+        before, (params, opt_state, loss) = params, step(params, opt_state, noise)
+        losses.append(loss)
+    params = before  # the eleventh step was for its loss
+    np.testing.assert_allclose(losses, facts["loss_f64"], atol=of_losses, rtol=0)
+
+    final = to_official(params | tables, model)
+    assert {f"final/{name}" for name in final} == {k for k in arrays if "final/" in k}
+    for name, array in final.items():
+        difference = np.abs(array - arrays[f"final/{name}"])
+        if name.endswith("qkv.bias"):  # Adam moves the keys' third by rounding alone
+            difference = difference.reshape(3, -1)[[0, 2]]
+        assert difference.max() < of_parameters, name
+    np.testing.assert_array_equal(
+        final["decoder_pos_embed"], state["decoder_pos_embed"]
+    )
+
+
+def facts(name):
+    return json.loads((reference.GOLDEN / f"{name}.json").read_text())
+
+
+def by_official_name(model, values):
+    """A number per parameter, nested like the parameters -> by official name."""
+    filled = jax.tree.map(
+        lambda leaf, value: np.broadcast_to(np.float64(value), leaf.shape),
+        split_state(model)[1],
+        values,
+    )
+    return {name: a.flat[0] for name, a in to_official(filled, model).items()}
+
+
+def weight_decays(model, task):
+    decays = jax.tree_util.tree_map_with_path(
+        lambda path, _: 0.05 * task.is_decayed(leaf_name(path)), split_state(model)[1]
+    )
+    return by_official_name(model, decays)
+
+
+def abstract(name, **overrides):
+    return nnx.eval_shape(lambda: create_model(name, **overrides))
+
+
+def test_weight_decay_groups_of_pretraining():
+    expected = facts("weight_decay_groups")["mae_pretrain_base"]
+    actual = weight_decays(abstract("mae_hivit_base"), inputs.make_task(recipes.mae()))
+    assert not actual.keys() & set(expected["frozen"])
+    assert actual == expected["wd"]
+
+
+def test_parameter_of_no_rule():
+    model = networks.mini()
+    model.encoder.gamma = nnx.Param(jnp.ones(1))
+    with pytest.raises(ValueError, match="parameter 'encoder/gamma' has no layer"):
+        model.layer_ids()
+
+
+@pytest.mark.parametrize("size", ["mini", "hivit_base"])
+def test_layer_decay_and_weight_decay_of_finetuning(size):
+    expected = facts(f"layer_decay_{size}")
+    mini = {
+        reference.OUR_NAMES.get(key, key): value
+        for key, value in reference.MINI_CLASSIFIER.items()
+    }
+    model = abstract("hivit_base", **mini if size == "mini" else {})
+    scales = optimizer.learning_rate_scales(
+        split(model)[1], model.layer_ids(), expected["layer_decay"]
+    )
+    scales, decays = (
+        by_official_name(model, scales),
+        weight_decays(model, inputs.make_task(recipes.classifier())),
+    )
+    assert scales.keys() == expected["params"].keys()
+    for name, fact in expected["params"].items():
+        assert scales[name] == pytest.approx(fact["lr_scale"], rel=1e-12), name
+        assert decays[name] == fact["weight_decay"], name
+
+
+@pytest.mark.parametrize(
+    ("fact", "name", "rate"),
+    [
+        ("supervised_tiny", "hivit_tiny", 0.05),
+        ("supervised_small", "hivit_small", 0.3),
+        ("supervised_base", "hivit_base", 0.5),
+        ("finetune_base_0.2", "hivit_base", 0.2),
+    ],
+)
+def test_drop_path_rates(fact, name, rate):
+    model = abstract(name, drop_path_rate=rate)
+    expected = [x for x in facts("drop_path")[fact] if x is not None]
+    np.testing.assert_allclose(model.config.drop_path_rates, expected, rtol=1e-6)

@@ -1,0 +1,48 @@
+"""Arguments of a model inferred from the names and shapes of its weights."""
+
+import pytest
+import state_files
+from networks import abstract
+
+from hivit_jax.models import configure
+from hivit_jax.weights.infer import infer
+
+# --- Which HiViT it is ---------------------------------------------------------------
+
+MMPRETRAIN = dict(fc_norm=False, layer_norm_eps=1e-5)
+
+
+NETWORKS = [
+    ("hivit_tiny", {}),
+    ("hivit_small", {}),
+    ("hivit_base", {}),
+    ("hivit_base", dict(relative_position=False)),
+    ("hivit_base", dict(image_size=384, in_channels=4, num_classes=21)),
+    ("hivit_base", dict(mlp_ratio=3.0, stem_mlp_ratio=4.0)),
+    ("hivit_base_24", MMPRETRAIN),
+    ("hivit_large", MMPRETRAIN),
+    ("mae_hivit_tiny", {}),
+    ("mae_hivit_base", {}),
+    ("mae_hivit_base", dict(decoder_depth=8)),
+    ("mae_hivit_base", dict(multi_scale=False)),
+    ("mae_hivit_base", dict(relative_position=True)),
+    ("mae_hivit_large", dict(image_size=448)),
+]
+
+
+@pytest.mark.parametrize(("name", "overrides"), NETWORKS)
+def test_names_and_shapes_tell_the_network(name, overrides):
+    model = abstract(name, **overrides)
+    state = state_files.zeros(model)
+    if overrides is MMPRETRAIN:
+        state = {
+            n.replace("head.", "head.fc.")
+            if n.startswith("head.")
+            else f"backbone.{n}": a
+            for n, a in state.items()
+        }
+    arguments, guessed = infer(state)
+    assert configure(**arguments)[:2] == (type(model), model.config)
+    assert arguments["name"] == name
+    tables = model.encoder.stages[-1][0].attn.relative_position_bias_table is not None
+    assert ("num_heads" in guessed) == (not tables)

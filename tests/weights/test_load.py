@@ -1,0 +1,375 @@
+"""Pretrained models of every format: reading."""
+
+import re
+import sys
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import recipes
+import reference
+import state_files
+from networks import abstract, compiled, mini
+from numpy.testing import assert_allclose, assert_array_equal
+
+import hivit_jax
+from hivit_jax.errors import CheckpointError, ConfigError
+from hivit_jax.evaluate import evaluate_checkpoint
+from hivit_jax.models import arguments_of, configure
+from hivit_jax.models.mae import MaskedAutoencoder
+from hivit_jax.tools import convert
+from hivit_jax.train import train
+from hivit_jax.tree import named_leaves, split
+from hivit_jax.weights.load import fitting_arguments, read
+
+KINDS = state_files.kinds()
+
+
+def arrays_of(model):
+    """Parameters by name."""
+    return jax.device_get(named_leaves(split(model)[1]))
+
+
+def safetensors(path, state, about=()):
+    """A file of a state dict, as other programs write it."""
+    from safetensors.numpy import save_file
+
+    state = {name: np.array(array, order="C") for name, array in state.items()}
+    save_file(state, path, dict(about))
+    return path
+
+
+def official(name="mae_hivit_base", **overrides):
+    return state_files.drawn(name, **overrides)[1]
+
+
+# The flat list of blocks of an official network of depths (1, 1, 2), by our names.
+BLOCKS = {
+    "blocks.0": "encoder/stages/0/0",
+    "blocks.1": "encoder/stages/0/1",
+    "blocks.2": "encoder/merges/0",
+    "blocks.3": "encoder/stages/1/0",
+    "blocks.4": "encoder/stages/1/1",
+    "blocks.5": "encoder/merges/1",
+    "blocks.6": "encoder/stages/2/0",
+    "blocks.7": "encoder/stages/2/1",
+    "patch_embed": "encoder/patch_embed",
+    "absolute_pos_embed": "encoder/absolute_pos_embed",
+}
+
+
+# Raster numbers of 4x4, 2x2 and 1 cells, in the order in which they are merged.
+MERGED = [0, 4, 1, 5, 8, 12, 9, 13, 2, 6, 3, 7, 10, 14, 11, 15], [0, 2, 1, 3], [0]
+
+
+def by_hand(state, width=16):
+    """A state dict of one head under our names and in our layout, entry by entry."""
+    starts = np.cumsum([0, 4 * width, 2 * width])
+    latent = np.concatenate(
+        [
+            start + np.add.outer(np.array(cells) * size, np.arange(size)).reshape(-1)
+            for start, cells, size in zip(starts, MERGED, (4, 8, 16), strict=True)
+        ]
+    )
+    found = {}
+    for name, array in state.items():
+        name = name.removeprefix("backbone.").replace("head.fc.", "head.")
+        name = "absolute_pos_embed" if name == "pos_embed" else name
+        if name.endswith("relative_position_index"):
+            continue
+        if name == "patch_embed.proj.weight":
+            array = array.transpose(2, 3, 1, 0).reshape(-1, len(array))
+        elif name.endswith("pos_embed") or name == "mask_token":
+            array = array.reshape(array.shape[1:] if "pos" in name else -1)
+        elif name in ("norm.weight", "norm.bias"):
+            array = array[latent]
+        elif name == "decoder_embed.weight":
+            array = array[:, latent].T
+        elif name.endswith("qkv.weight"):
+            array = array.T.reshape(-1, 3, 1, len(array) // 3)
+        elif name.endswith("qkv.bias"):
+            array = array.reshape(3, 1, -1)
+        elif array.ndim == 2 and name.endswith(".weight"):
+            array = array.T
+        first = ".".join(name.split(".")[: 1 + name.startswith("blocks.")])
+        path = BLOCKS.get(first, first) + name.removeprefix(first).replace(".", "/")
+        ending = "kernel" if array.ndim > 1 else "scale"
+        found[re.sub("weight$", ending, path)] = array
+    return found
+
+
+# --- Formats -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_committed_pytorch_files(kind):
+    """Written by PyTorch from the numbers of the recipe."""
+    pytest.importorskip("torch")
+    _, content = KINDS[kind]
+    hints = state_files.HINTS if kind == "official_mae" else {}
+    loaded = hivit_jax.load_pretrained(reference.GOLDEN / f"{kind}.pth", **hints)
+    state = content.get("model_ema") or content.get("model") or content["state_dict"]
+    recipes.assert_identical(arrays_of(loaded), by_hand(state))
+    assert loaded.config.num_heads == 1
+    norm = loaded.encoder.patch_embed.norm.epsilon
+    assert norm == (1e-5 if kind == "mmpretrain" else 1e-6)
+    if "model_ema" in content:
+        plain = hivit_jax.load_pretrained(
+            reference.GOLDEN / f"{kind}.pth", averaged=False
+        )
+        recipes.assert_identical(arrays_of(plain), by_hand(content["model"]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_same_state_dicts_as_safetensors(kind, tmp_path):
+    _, content = KINDS[kind]
+    state = content.get("model") or content["state_dict"]
+    path = safetensors(tmp_path / "x.safetensors", state)
+    hints = state_files.HINTS if kind == "official_mae" else {}
+    loaded = hivit_jax.load_pretrained(path, **hints)
+    recipes.assert_identical(arrays_of(loaded), by_hand(state))
+    norm = loaded.encoder.patch_embed.norm.epsilon
+    assert norm == (1e-5 if kind == "mmpretrain" else 1e-6)
+
+
+def test_pretraining_files_of_mmpretrain(tmp_path, capsys):
+    """A classifier starts from their encoder; their decoder, which takes the first
+    visible unit for a class token, is left out, and no entry else.
+    """
+    state = KINDS["official_mae"][1]["model"]
+    named = {}
+    for name, array in state.items():
+        encoder = name.startswith(("absolute_pos", "patch_embed.", "blocks."))
+        new = "pos_embed" if name == "absolute_pos_embed" else name
+        named[f"{'backbone' if encoder else 'neck'}.{new}"] = array
+    path = safetensors(tmp_path / "x.safetensors", named)
+    options = dict(num_heads=1, num_classes=7)
+    arrays = arrays_of(hivit_jax.load_pretrained(path, **options))
+    expected = by_hand(state)
+    for name, array in arrays.items():
+        if name.startswith("encoder/"):
+            assert_array_equal(array, expected[name], name)
+    encoder = {name for name in expected if name.startswith("encoder/")}
+    assert encoder <= arrays.keys()
+    assert arrays["head/kernel"].shape == (16, 7)
+    decoder = [name for name in named if name.startswith("neck.")]
+    text = convert.inspect(path, num_heads=1)
+    assert f"unused entries: {len(decoder)}, neck." in text
+    named["neck_too"] = named.pop("neck.mask_token")
+    safetensors(path, named)
+    with pytest.raises(CheckpointError, match="unexpected entries .*'neck_too'"):
+        hivit_jax.load_pretrained(path, **options)
+
+
+@pytest.mark.parametrize(
+    "fixture", ["mae_mini", "mae_mini_nohifeat_rpe", "features_mini_rpe"]
+)
+def test_golden_outputs_from_a_file(fixture, tmp_path):
+    """Names and shapes tell enough of an official file to give official outputs."""
+    path = safetensors(tmp_path / "x.safetensors", reference.state_dict(fixture))
+    hints = {} if fixture == "features_mini_rpe" else dict(decoder_num_heads=2)
+    model = hivit_jax.load_pretrained(path, num_heads=2, **hints)
+    images = jnp.asarray(reference.images("mini64", 3, 64))
+    arrays = reference.golden(fixture)
+    if isinstance(model, MaskedAutoencoder):
+        noise = jnp.asarray(reference.noise("mini64", 3, 16))
+        out = compiled(model, lambda m, *args: m(args[0], noise=args[1]))(images, noise)
+        assert_allclose(out.loss, arrays["loss"], atol=2e-6)
+        assert_allclose(out.pred, arrays["pred"], atol=2e-5)
+    else:
+        ids_keep = jnp.asarray(arrays["ids_keep"])
+        run = compiled(model, lambda m, *args: m.encoder(args[0], ids_keep=args[1])[-1])
+        feat = run(images, ids_keep)
+        assert_allclose(feat, arrays["feat"], atol=2e-5)
+
+
+def test_another_name_takes_over_the_models_own_sizes():
+    """Run options, and sizes that are not the class's defaults."""
+    saved = arguments_of(abstract("hivit_base_24", image_size=64, dtype="bfloat16"))
+
+    def fitted(**overrides):
+        return configure(**fitting_arguments(saved, overrides))[1:]
+
+    config, run_options = fitted(name="hivit_base")
+    assert (config.depths, config.fc_norm, config.layer_norm_eps) == (
+        (2, 2, 20),
+        False,
+        1e-5,
+    )
+    assert (config.image_size, run_options.dtype) == ((64, 64), "bfloat16")
+    config, _ = fitted(name="mae_hivit_base_24", decoder_depth=2)
+    assert (config.depths, config.decoder_depth) == ((2, 2, 24), 2)
+    assert not config.relative_position
+    saved = arguments_of(abstract("hivit_base", embed_dim=64, num_heads=2))
+    assert fitted(name="hivit_base_24")[0].fc_norm is False
+    assert fitted(name="mae_hivit_base")[0].embed_dim == 64
+    assert fitted(name="hivit_small")[0].embed_dim == 384
+
+
+def test_pretrain_finetune_share_evaluate(tmp_path, capsys):
+    """Of two sizes that are no squares: tables are resized, the card tells all, and
+    what is evaluated is what was trained.
+    """
+    first, run, shared = (tmp_path / name for name in ("first", "run", "shared"))
+    with recipes.quick():
+        train(recipes.mae(total_steps=1, model__image_size="(64,32)"), first)
+        wide = dict(total_steps=1, model__image_size="(32,96)")
+        capsys.readouterr()
+        results = train(recipes.classifier(init_from=str(first), **wide), run)
+        assert "encoder/absolute_pos_embed 1" in capsys.readouterr().out
+        convert.convert(run, shared)
+        card = (shared / "README.md").read_text()
+        assert f"eval/loss: {results['eval/loss']}" in card
+        assert '"label_smoothing": 0.1' in card
+        for path in (run, shared):
+            info = hivit_jax.load_pretrained(path).info
+            data = recipes.classifier().data
+            assert (info.mean, info.std) == (data.mean, data.std)
+            assert (info.crop, info.image_size) == (data.crop_pct, (32, 96))
+        config = recipes.classifier(**wide)
+        assert evaluate_checkpoint(config, "", str(shared)) == results
+        config.model.num_classes = 12
+        with pytest.raises(ConfigError, match="has no head/bias that fits"):
+            evaluate_checkpoint(config, "", str(shared))
+
+
+def test_continued_pretraining_of_an_official_file(tmp_path):
+    """With its decoder; the first loss is that of the official weights."""
+    state = reference.state_dict("mae_mini")
+    path = safetensors(tmp_path / "x.safetensors", state)
+    config = recipes.mae(
+        init_from=str(path), total_steps=1, optimizer__base_learning_rate=0.0
+    )
+    with recipes.quick():
+        train(config, tmp_path / "run")
+    model, _ = reference.build_fixture("mae_mini")
+    stored = recipes.variables(tmp_path / "run", 1)
+    recipes.assert_identical(stored, arrays_of(model))
+
+
+# --- Another size, other channels, another task --------------------------------------
+
+
+def cubic(values, count):
+    """Numbers along the first axis -> `count` of them, as torch's bicubic: the kernel
+    with a = -0.75 over four samples, those at the edge repeated.
+    """
+    found = np.zeros((count, *values.shape[1:]))
+    for new in range(count):
+        place = (new + 0.5) * len(values) / count - 0.5
+        for old in range(int(np.floor(place)) - 1, int(np.floor(place)) + 3):
+            x = abs(place - old)
+            near = 1.25 * x**3 - 2.25 * x**2 + 1
+            far = -0.75 * (x**3 - 5 * x**2 + 8 * x - 4)
+            weight = near if x <= 1 else far
+            found[new] += weight * values[min(max(old, 0), len(values) - 1)]
+    return found
+
+
+def resized(table, old, new):
+    """A table of `old` rows and columns -> one of `new`."""
+    maps = table.reshape(*old, -1).astype(np.float64)
+    maps = cubic(cubic(maps, new[0]).swapaxes(0, 1), new[1]).swapaxes(0, 1)
+    return maps.reshape(new[0] * new[1], -1)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (dict(embed_dim=32), "different model: encoder/absolute_pos_embed has"),
+        (dict(name="hivit_small"), "different model"),
+        (dict(depths=(1, 1, 3)), r"the first is encoder/stages/2/2/.*\. Refusing"),
+        (dict(name="mae_hivit_base"), "missing, the first is decoder_"),
+        (dict(nmu_heads=2), "unknown override .*did you mean 'num_heads'"),
+    ],
+)
+def test_overrides_that_do_not_fit(overrides, message, tmp_path):
+    hivit_jax.save_pretrained(mini("hivit_base"), tmp_path)
+    with pytest.raises(ConfigError, match=message):
+        hivit_jax.load_pretrained(tmp_path, **overrides)
+
+
+def test_a_model_of_its_own_size(tmp_path, capsys):
+    """What had to be guessed is said to be; what is given is not guessed."""
+    path = safetensors(tmp_path / "x.safetensors", official())
+    assert convert.main(["--inspect", str(path), "--set", "num_heads=2"]) == 0
+    text = capsys.readouterr().out
+    assert "mae_hivit_base with non-standard sizes" in text
+    assert "depths (1, 1, 2)" in text
+    assert ", num_heads 2\n" in text
+    assert "guessed: num_heads" not in text
+    assert "guessed: decoder_num_heads 1, assuming 32 channels per head" in text
+    assert "guessed: layer_norm_eps 1e-06, as in the official code" in text
+    assert "averaged weights (EMA): none" in text
+    assert "matched" in text
+
+
+def test_inspecting_runs_directories_and_files(tmp_path, capsys):
+    """What is there, what a classifier would take, and every array by name."""
+    pytest.importorskip("torch")
+    for kind, words in {
+        "official_mae": ["mae_hivit_base", "entries: optimizer, epoch, scaler, args"],
+        "official_finetuned": [
+            "hivit_base",
+            "model_ema",
+            "unused entries: 1, relative_pos",
+        ],
+        "mmpretrain": ["hivit_base", "names: MMPretrain", "layer_norm_eps 1e-05"],
+    }.items():
+        path = str(reference.GOLDEN / f"{kind}.pth")
+        assert convert.main(["--inspect", path, "--set", "num_heads=1", "--names"]) == 0
+        out = capsys.readouterr().out
+        for word in [
+            *words,
+            " encoder/patch_embed/proj/kernel [48, 4]",
+        ]:
+            assert word in out
+    mae = str(reference.GOLDEN / "official_mae.pth")
+    flags = ["--set", "name=hivit_base", "--set", "image_size=64"]
+    assert convert.main(["--inspect", mae, *flags]) == 0
+    out = capsys.readouterr().out
+    assert "as hivit_base" in out
+    for fate in ("matched", "resized", "unused", "newly_initialized"):
+        assert f"  {fate} " in out
+
+
+# --- The Hugging Face hub ------------------------------------------------------------
+
+
+def test_hub(tmp_path, monkeypatch):
+    """A directory or a file of a repository, of a revision."""
+    model, asked = mini("hivit_base"), []
+    hivit_jax.save_pretrained(model, tmp_path)
+    safetensors(tmp_path / "other.safetensors", official("hivit_base"))
+
+    def snapshot_download(name, revision, allow_patterns):
+        asked.append((name, revision, allow_patterns))
+        return str(tmp_path)
+
+    fake = SimpleNamespace(snapshot_download=snapshot_download)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", fake)
+    loaded = hivit_jax.load_pretrained("hf://group/hivit@v1")
+    recipes.assert_identical(arrays_of(loaded), arrays_of(model))
+    other = hivit_jax.load_pretrained("hf://group/hivit/other.safetensors")
+    assert other.config.embed_dim == 16
+    assert asked == [
+        ("group/hivit", "v1", ["model.safetensors", "config.json"]),
+        ("group/hivit", None, ["other.safetensors"]),
+    ]
+    with pytest.raises(CheckpointError, match=r"hf://group/hivit/x.pth has no x.pth"):
+        read("hf://group/hivit/x.pth")
+    with pytest.raises(CheckpointError, match="expected hf://ORGANISATION/NAME"):
+        read("hf://hivit")
+
+    def offline(*_, **__):
+        raise OSError("offline mode is on\nand more")
+
+    fake.snapshot_download = offline
+    message = r"hf://a/b cannot be downloaded, .* local copy: .*: offline mode is on$"
+    with pytest.raises(CheckpointError, match=message):
+        read("hf://a/b")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(CheckpointError, match="huggingface_hub is not installed"):
+        read("hf://a/b")

@@ -1,0 +1,220 @@
+"""Bytes, memory and operations of compiled programs."""
+
+import math
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+from jax.experimental import pallas as pl
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from numpy.testing import assert_allclose
+
+from hivit_jax import config as configs
+from hivit_jax import inputs
+from hivit_jax.distributed import sharding
+from hivit_jax.models.flops import row_cost
+from hivit_jax.models.masking import visible_units
+from hivit_jax.tools import compile_ahead
+from hivit_jax.xla import ahead, cost
+
+MIB = 2**20
+
+
+pytestmark = pytest.mark.usefixtures("quick")
+
+
+def mesh(*sizes, names=("data",)):
+    return jax.make_mesh(sizes, names, axis_types=(AxisType.Auto,) * len(names))
+
+
+def compiled(function, mesh, *shapes, out=()):
+    """HLO text of a program of float32 arrays of (shape, spec)."""
+    arguments = [
+        jax.ShapeDtypeStruct(
+            shape, jnp.float32, sharding=NamedSharding(mesh, PartitionSpec(*spec))
+        )
+        for shape, spec in shapes
+    ]
+    jitted = jax.jit(function, out_shardings=NamedSharding(mesh, PartitionSpec(*out)))
+    return jitted.lower(*arguments).compile().as_text()
+
+
+ROWS = ((1024, 512), ("data",))  # 2 MiB, a row of devices each 1/8
+
+
+WHOLE = ((512, 512), ())  # 1 MiB
+
+
+def test_bytes_of_an_all_reduce():
+    hlo = compiled(lambda x, y: x.T @ y, mesh(8), ROWS, ROWS)
+    assert cost.collectives(hlo) == [
+        {"kind": "all-reduce", "count": 1, "bytes_per_step": MIB}
+    ]
+
+
+def test_bytes_of_an_all_gather_are_those_of_what_is_gathered():
+    hlo = compiled(lambda x: x + 1, mesh(8), ROWS)
+    assert cost.collectives(hlo) == [
+        {"kind": "all-gather", "count": 1, "bytes_per_step": 2 * MIB}
+    ]
+
+
+@pytest.mark.parametrize(
+    ("operation", "kind", "size"),
+    [
+        (lambda x: jax.lax.psum_scatter(x, "data", tiled=True), "reduce-scatter", 2),
+        (lambda x: jax.lax.ppermute(x, "data", [(0, 1)]), "collective-permute", 2),
+        (
+            lambda x: jax.lax.all_to_all(x, "data", 0, 0, tiled=True),
+            "all-to-all",
+            2,
+        ),
+    ],
+)
+def test_bytes_of_other_collectives(operation, kind, size):
+    """Each device holds all 2 MiB; `psum_scatter` leaves an eighth of them."""
+    devices = mesh(8)
+    function = jax.shard_map(
+        operation,
+        mesh=devices,
+        in_specs=PartitionSpec(),
+        out_specs=PartitionSpec("data"),
+        check_vma=False,
+    )
+    hlo = compiled(function, devices, ((1024, 512), ()), out=("data",))
+    [found] = cost.collectives(hlo)
+    assert found == {"kind": kind, "count": 1, "bytes_per_step": size * MIB}
+
+
+def test_what_a_loop_exchanges_counts_every_time():
+    def loop(x, w):
+        return jax.lax.scan(lambda w, _: (jnp.tanh((x @ w).T @ x), None), w, length=5)[
+            0
+        ]
+
+    hlo = compiled(loop, mesh(8), ROWS, WHOLE)
+    assert cost.collectives(hlo) == [
+        {"kind": "all-reduce", "count": 5, "bytes_per_step": 5 * MIB}
+    ]
+
+
+def test_operations_of_kernels_on_every_device():
+    """A kernel counts for each point of its grid and each device that it is on, with
+    the loops in it, although others are to count once.
+    """
+    devices = mesh(8)
+
+    def kernel(x, y):
+        y[...] = jax.lax.fori_loop(0, 3, lambda _, y: y @ x[...], x[...])
+
+    def each(x):
+        block = pl.BlockSpec((16, 16), lambda i: (i, 0))
+        call = pl.pallas_call(kernel, x, grid=4, in_specs=[block], out_specs=block)
+        with jax.named_scope("stem1"):
+            return call(x)
+
+    spec = PartitionSpec("data")
+    run = jax.shard_map(
+        each, mesh=devices, in_specs=spec, out_specs=spec, check_vma=False
+    )
+    jaxpr = jax.make_jaxpr(run)(jnp.ones((8 * 64, 16))).jaxpr
+    found = cost.matmul_flops_by_region(jaxpr, loops=False)
+    assert found == {"stem1": 8 * 4 * 3 * 2 * 16**3}
+
+
+def test_a_collective_in_several_kernels_counts_once():
+    hlo = """\
+%a (p: f32[32]) -> f32[256] {
+  %p = f32[32]{0} parameter(0)
+  ROOT %ag = f32[256]{0} all-gather(%p), channel_id=1, dimensions={0}
+}
+
+%b (q: f32[32]) -> f32[256] {
+  %q = f32[32]{0} parameter(0)
+  ROOT %ag.2 = f32[256]{0} all-gather(%q), channel_id=1, dimensions={0}
+}
+
+ENTRY %main (x: f32[32]) -> f32[256] {
+  %x = f32[32]{0} parameter(0)
+  %start = f32[256]{0} fusion(%x), kind=kCustom, calls=%a
+  ROOT %done = f32[256]{0} fusion(%x), kind=kCustom, calls=%b
+}
+"""
+    assert cost.collectives(hlo) == [
+        {"kind": "all-gather", "count": 1, "bytes_per_step": 1024}
+    ]
+
+
+def test_operations_of_matrix_products_in_loops():
+    def program(x, w):
+        step = jax.checkpoint(lambda x, w: (jnp.tanh(x @ w), None))
+        return jax.lax.scan(step, x, w)[0].sum()
+
+    x, w = jnp.ones((8, 16)), jnp.ones((5, 16, 16))
+    one = 2 * 8 * 16 * 16
+    forward = jax.make_jaxpr(program)(x, w).jaxpr
+    assert cost.matmul_flops(forward, loops=True) == 5 * one
+    assert cost.matmul_flops(forward, loops=False) == one
+    # Forward, again for the gradient, and a product for each of x and w.
+    both = jax.make_jaxpr(jax.grad(program, (0, 1)))(x, w).jaxpr
+    assert cost.matmul_flops(both, loops=True) == 5 * 4 * one
+
+
+def test_memory_by_kind_as_counted_by_hand():
+    """Outputs that take the place of arguments count once."""
+    sizes = SimpleNamespace(
+        argument_size_in_bytes=1000,
+        output_size_in_bytes=700,
+        temp_size_in_bytes=30,
+        generated_code_size_in_bytes=5,
+        alias_size_in_bytes=600,
+    )
+    program = SimpleNamespace(memory_analysis=lambda: sizes)
+    assert ahead.memory_of(program, ahead.CHIPS["v6e"]) == {
+        "arguments": 1000,
+        "outputs": 700,
+        "temporaries": 30,
+        "program": 5,
+        "aliased": 600,
+        "total": 1000 + (700 - 600) + 30 + 5,
+        "limit": int(31.24 * 2**30),
+    }
+
+
+def test_memory_of_a_program_that_updates_in_place():
+    """4,096 bytes are updated in place, of 2,048 others a new array is made."""
+    update = jax.jit(lambda x, y: (x + 1, 2 * y), donate_argnums=0)
+    program = update.lower(jnp.zeros(1024), jnp.zeros(512)).compile()
+    found = ahead.memory_of(program, ahead.CHIPS["v5e"])
+    assert found["arguments"] == 4096 + 2048
+    assert found["aliased"] == 4096
+    table = found["outputs"] - (4096 + 2048)  # XLA for CPUs: addresses of the two
+    assert 0 <= table <= 16
+    beside = found["temporaries"] + found["program"]
+    assert found["total"] == 4096 + 2048 + 2048 + table + beside
+
+
+def training_macs(model, mask_ratio):
+    """Forward, matrix products alone; the decoder's end leaves visible units out."""
+    kept = visible_units(math.prod(model.encoder.grid), mask_ratio)
+    last = model.decoder_blocks[-1].mlp, model.decoder_pred
+    spared = sum(row_cost(each, kept, 0) for each in last)
+    return model.macs(mask_ratio=mask_ratio, layer_norm_cost=0) - spared
+
+
+def test_operations_fall_with_the_mask_as_counted_by_hand():
+    """Those of the matrix products of mae_tiny's step: forward, and twice backward."""
+    found, counted = [], []
+    for mask_ratio in (0.5, 0.75):
+        flags = [f"--config.mask_ratio={mask_ratio}", "--config.batch_size=8"]
+        config = configs.load("mae_tiny", flags)
+        mesh = sharding.make_mesh(config.mesh, 8)
+        training = compile_ahead.prepare_training(config, mesh)
+        jaxpr = jax.make_jaxpr(training.step)(*training.arguments()).jaxpr
+        found.append(cost.matmul_flops(jaxpr, loops=True) / 8)
+        model = nnx.eval_shape(inputs.task_of_recipe(config).build_model)
+        counted.append(6 * training_macs(model, mask_ratio))
+    assert_allclose(found, counted, rtol=0.04)  # images are resized, too
+    assert_allclose(found[0] - found[1], counted[0] - counted[1], rtol=0.01)

@@ -1,0 +1,20 @@
+"""Bound on the speed of a program."""
+
+import pytest
+
+from hivit_jax.xla import ahead, roofline
+
+pytestmark = pytest.mark.usefixtures("quick")
+
+
+def test_roofline_is_bound_by_what_is_slowest():
+    chip = ahead.CHIPS["v5e"]
+    exchanged = [{"kind": "all-reduce", "count": 1, "bytes_per_step": 100e9}]
+
+    def bound(flops, moved, exchanged=()):
+        found = roofline.roofline(chip, 10, flops, moved, exchanged)
+        return found["bound"], found["images_per_second_per_chip"]
+
+    assert bound(197e12, 0) == ("arithmetic", 1)
+    assert bound(1, 819e9 / 2) == ("memory", 2)
+    assert bound(1, 1, exchanged) == ("network", 10)  # 2 x 100 GB at 200 GB/s
