@@ -1,7 +1,10 @@
 # `make demo` runs the example of the README, `make test` runs lint and all tests.
 PYTHON ?= python3
 
-.PHONY: install lint test demo clean
+.PHONY: install lint quick test test-extras demo clean
+
+PYTEST = .venv/bin/python -m pytest --numprocesses auto --dist loadfile \
+  --no-loadscope-reorder
 
 install: .venv/installed
 
@@ -19,12 +22,27 @@ lint: install
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 
+# Seconds, for use between two edits; `make test` takes minutes.
+quick: install
+	$(PYTEST) -m "not slow and not processes and not torch and not extras and not accelerator"
+
 test: lint
-	.venv/bin/python -m pytest --numprocesses auto --dist loadfile \
-	  --no-loadscope-reorder
+	$(PYTEST) -m "not torch and not extras and not accelerator"
+
+# Tests that need PyTorch, libtpu or ONNX, and those of full-size models. They have an
+# environment of their own, because other tests check that these packages are optional.
+test-extras: .venv-extras/installed
+	.venv-extras/bin/python -m pytest -n auto --dist worksteal -m "torch or extras"
+
+.venv-extras/installed: requirements-extras.lock requirements.lock setup.cfg
+	$(PYTHON) -m venv .venv-extras
+	.venv-extras/bin/pip install --quiet --disable-pip-version-check \
+	  -r requirements.lock -r requirements-extras.lock
+	.venv-extras/bin/pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $@
 
 demo: install
 	.venv/bin/python launch/demo.py
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv .venv-extras runs

@@ -119,6 +119,7 @@ def test_bad_recipe(text, fragment, capsys, tmp_path):
     check_message(capsys.readouterr().err, [str(path), fragment])
 
 
+@pytest.mark.slow
 def test_variant_of_a_recipe(capsys):
     arguments = ["--mode=describe", "--config.data.randaugment=false"]
     path = recipes.ROOT / "configs" / "finetune.py"

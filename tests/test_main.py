@@ -68,6 +68,7 @@ def finished(tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_checkpoint_of_another_model(finished, tmp_path, capsys):
     """In the workdir, as init_from, for evaluation."""
     before = (finished / "config.json").read_text()
@@ -101,6 +102,7 @@ def test_no_checkpoint(finished, tmp_path, capsys):
     assert not nowhere.exists()
 
 
+@pytest.mark.slow
 def test_eval_mode(finished, capsys):
     """Gives what the run itself found, from the workdir or from a path."""
     step = finished / "checkpoints" / "1"
@@ -117,6 +119,8 @@ def describe(*overrides):
     return main([config, "--mode=describe", *overrides])
 
 
+@pytest.mark.processes
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "exit_code", "fragments"),
     [

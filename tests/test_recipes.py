@@ -19,6 +19,8 @@ from hivit_jax.training.schedule import make_schedule, peak_learning_rate
 from hivit_jax.tree import named_leaves
 
 
+@pytest.mark.processes
+@pytest.mark.slow
 def test_recipes_of_an_installed_package(tmp_path):
     """By name, from any directory, in an installation as in a clone."""
     site = tmp_path / "site" / "hivit_jax"
@@ -55,6 +57,7 @@ VARIANTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", recipes_by_name.names())
 def test_every_recipe(name):
     """Builds its model; its docstring has command, hardware, result and cost."""

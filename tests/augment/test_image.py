@@ -38,6 +38,7 @@ def keys(count, seed=0):
     return jax.random.split(jax.random.key(seed), count)
 
 
+@pytest.mark.slow
 def test_random_erasing():
     """Rectangles of noise: how many, how large, of which shape, where."""
     count, side = 1500, 40

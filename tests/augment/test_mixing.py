@@ -33,6 +33,7 @@ MIX = jax.jit(mixing.mix, static_argnums=(4, 5))
 PARTNER = [1, 0, 3, 2, 5, 4]
 
 
+@pytest.mark.slow
 def test_mixup():
     """Every image with its neighbour, all by the same ratio, as are the targets."""
     ratios = []
@@ -50,6 +51,7 @@ def test_mixup():
     assert np.var(ratios) == pytest.approx(1 / 10.4, rel=0.2)
 
 
+@pytest.mark.slow
 def test_cutmix():
     """One rectangle for all; the targets by what of the image is really left."""
     lefts = []
@@ -75,6 +77,7 @@ def test_cutmix():
     assert 0.5 < np.mean(lefts) < 0.75
 
 
+@pytest.mark.slow
 def test_one_or_the_other():
     kinds = [(mixed(seed, 0.8, 1.0)[0] % 1 == 0).all() for seed in range(300)]
     assert np.mean(kinds) == pytest.approx(0.5, abs=0.12)  # four standard errors

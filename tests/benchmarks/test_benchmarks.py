@@ -31,6 +31,8 @@ def test_programs_find_what_they_import(path):
     assert importlib.import_module(name).__doc__
 
 
+@pytest.mark.processes
+@pytest.mark.slow
 def test_train_step_takes_nothing_but_jax_flax_optax_and_numpy(tmp_path):
     missing = recipes.not_installed(
         tmp_path / "missing",

@@ -95,6 +95,7 @@ def saved(tmp_path_factory):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("old", "new"), list(itertools.permutations(MESHES, 2)))
 def test_from_any_mesh_to_any_other(saved, old, new):
     """Bit for bit, and where the new mesh wants it."""
@@ -151,6 +152,7 @@ def damages(files, count):
         yield path, None if kind == 4 else bytes(content)
 
 
+@pytest.mark.slow
 def test_damage_is_never_silent(two_steps, tmp_path, capsys):
     """Whatever happens to step 2: its very numbers, or those of step 1 and a report."""
     _, wanted = on_mesh("data")

@@ -127,6 +127,7 @@ def test_crop_of_everything():
 # Pixels equal to PIL's
 
 
+@pytest.mark.slow
 def test_random_crops_equal_pil():
     samples = [
         (photographs()[name], crop)
@@ -149,6 +150,7 @@ def test_random_crops_equal_pil():
         assert box == ((0, 224, 224), (0, 224, 224))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(224, 224), (168, 280), (280, 168)])
 def test_centre_crops_equal_pil(size):
     """Resize so that size / 0.875 is covered, then cut out the middle."""
@@ -243,6 +245,7 @@ def test_what_is_shipped():
     assert boxes[0].tolist() == [[0, 200, 200], [0, 250, 250]]
 
 
+@pytest.mark.slow
 def test_pixels_beside_the_crop_play_no_role():
     pixels = noise_image(300, 400, 3)
     crop = Crop(*[Box(20, 30, 200, 250)] * 2)
@@ -282,6 +285,7 @@ def test_crop_larger_than_the_canvas_is_resized_on_the_host():
     assert_array_equal(got[0], expected)  # of its own size: unchanged
 
 
+@pytest.mark.slow
 def test_flat_colours_and_edges():
     for level in (0, 1, 127, 255):
         image = np.full((9, 7, 3), level, np.uint8)
@@ -298,6 +302,7 @@ def test_flat_colours_and_edges():
     assert larger.max() <= 255
 
 
+@pytest.mark.slow
 def test_resampling_is_one_sample_at_a_time():
     """An image's pixels do not depend on what else is in the batch."""
     samples = [

@@ -22,6 +22,8 @@ with Watchdog(stall_timeout=1.0) as watchdog:
 """
 
 
+@pytest.mark.processes
+@pytest.mark.slow
 def test_a_run_that_stands_still_ends_itself():
     code, out, error = recipes.run("-c", HANGING)
     assert code == 75

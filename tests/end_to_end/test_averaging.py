@@ -31,9 +31,10 @@ from hivit_jax.tools import convert, export, reconstruct
 from hivit_jax.train import train
 from hivit_jax.tree import named_leaves, split
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::pytest.PytestUnraisableExceptionWarning"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
 
 
 STEPS, DECAY = 4, 0.9

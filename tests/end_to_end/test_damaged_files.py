@@ -17,6 +17,8 @@ from hivit_jax.models.classifier import Classifier
 from hivit_jax.reporting import figures, metrics
 from hivit_jax.train import train
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def workdir(tmp_path, monkeypatch):

@@ -36,7 +36,7 @@ TIMES = {"images_per_second", "seconds_left", "input_bound"}
 OTHERS = {"linear_probe": {"gradient_norm"}}
 
 
-pytestmark = pytest.mark.usefixtures("quick")
+pytestmark = [pytest.mark.usefixtures("quick"), pytest.mark.slow]
 
 
 @pytest.fixture

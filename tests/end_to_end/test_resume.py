@@ -7,6 +7,8 @@ import time
 import pytest
 import recipes
 
+pytestmark = [pytest.mark.slow, pytest.mark.processes]
+
 STEPS, EVERY = 120, 50
 
 

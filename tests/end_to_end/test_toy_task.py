@@ -16,6 +16,8 @@ from PIL import Image
 from hivit_jax.main import main
 from hivit_jax.tools import predict
 
+pytestmark = [pytest.mark.slow, pytest.mark.processes]
+
 RECIPE = """
 def get_config():
     every = dict(log_every=1, eval_every=1, checkpoint_every=1)
@@ -167,6 +169,7 @@ def test_mode_describe(recipe, capsys):
     assert "64 images, 4.0 steps each" in out
 
 
+@pytest.mark.extras
 def test_compiling_ahead(recipe, tmp_path, capsys):
     pytest.importorskip("libtpu")
     flags = ["--topology=v5e:2x4", "--mode=compile"]

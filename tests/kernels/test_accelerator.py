@@ -19,9 +19,10 @@ from hivit_jax.kernels import attention_xla, dispatch
 from hivit_jax.tree import named_leaves, split
 from hivit_jax.weights.names.official import to_official
 
-pytestmark = pytest.mark.skipif(
-    jax.default_backend() == "cpu", reason="needs an accelerator"
-)
+pytestmark = [
+    pytest.mark.accelerator,
+    pytest.mark.skipif(jax.default_backend() == "cpu", reason="needs an accelerator"),
+]
 
 
 @pytest.fixture(autouse=True)

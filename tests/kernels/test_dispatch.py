@@ -78,9 +78,10 @@ def loss_of(choice, **overrides):
     return loss, params
 
 
-@pytest.mark.parametrize("options", [{}, dict(drop_path_rate=0.5), dict(remat=True)])
-def test_the_same_network(options, one_device):
+@pytest.mark.slow
+def test_the_same_network(one_device):
     """Loss and gradients, all residual branches fused: 2 + 2 MLPs, 2 attentions, 2."""
+    options = dict(drop_path_rate=0.5, remat=True)
     (plain, params), (fused, _) = (loss_of(c, **options) for c in ("plain", "fused"))
     names = kernels_in(jax.make_jaxpr(fused)(params).jaxpr)
     assert sorted(names) == 2 * ["attention_block"] + 6 * ["mlp_block"]
@@ -94,6 +95,7 @@ def test_the_same_network(options, one_device):
         assert_allclose(x, y, rtol=0, atol=1e-5 * scale + 1e-9, err_msg=name)
 
 
+@pytest.mark.slow
 def test_on_a_mesh():
     """A train step of 8 devices: each runs kernels on its own part of the batch."""
     found, parts = {}, 2
@@ -125,6 +127,7 @@ def test_on_a_mesh():
     assert_allclose(found["fused"], found["plain"], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_where_they_are_not_for(one_device):
     """Shapes that tiles do not fit, and backends but TPUs, run as XLA compiles them."""
     assert (
@@ -139,6 +142,7 @@ def test_where_they_are_not_for(one_device):
         create_model("hivit_tiny", kernels="fast")
 
 
+@pytest.mark.slow
 def test_gpus_run_narrow_mlps_as_kernels_where_told(one_device, monkeypatch):
     """128 and 256 wide in bfloat16: the stem's two and two, and this decoder's."""
     monkeypatch.setattr(dispatch, "platform", lambda: "gpu")
@@ -199,6 +203,7 @@ WHERE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("platform", ["cpu", "tpu", "gpu"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_what_runs_as_a_kernel(platform, dtype, on_platform):
@@ -234,10 +239,14 @@ def test_what_runs_as_a_kernel(platform, dtype, on_platform):
         assert found("nothing", choice) == outside, choice
 
 
-@pytest.mark.parametrize("special", SPECIAL)
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("platform", "dtype", "tolerance"),
-    [("cpu", "float32", 1e-5), ("gpu", "bfloat16", 0.03)],
+    ("special", "platform", "dtype", "tolerance"),
+    [
+        *((special, "cpu", "float32", 1e-5) for special in SPECIAL),
+        ("nothing", "gpu", "bfloat16", 0.03),
+        ("relative bias", "gpu", "bfloat16", 0.03),
+    ],
 )
 def test_every_choice_gives_the_numbers_of_plain_jax(
     special, platform, dtype, tolerance, on_platform, one_device

@@ -55,6 +55,7 @@ def test_layers_give_the_librarys_numbers_and_keep_less(name):
     assert kept(ours, inputs) <= inputs[0].size * 1.1 < kept(plain, inputs) / 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("special", ["", "bias", "mask", "bias, mask"])
 def test_plain_attention_gives_the_librarys_numbers(special):
     """float32: output and all gradients; the mask leaves one image no key at all."""
@@ -76,6 +77,7 @@ def test_plain_attention_gives_the_librarys_numbers(special):
         assert_allclose(a, b, rtol=0, atol=3e-6 * float(jnp.abs(b).max()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens", [9, 10])
 def test_odd_numbers_of_tokens_are_padded_for_cudnn(tokens, monkeypatch):
     """What is padded neither is attended to nor has a gradient."""
@@ -103,6 +105,7 @@ def test_odd_numbers_of_tokens_are_padded_for_cudnn(tokens, monkeypatch):
 WAYS = [(True, False), (True, True), (False, True)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "add", "keep"),
     [
@@ -123,6 +126,7 @@ def test_the_same_numbers(name, add, keep):
         assert_allclose(a, b, rtol=0, atol=3e-6 * float(jnp.abs(b).max()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "keep"),
     [
@@ -134,6 +138,7 @@ def test_no_less_exact_in_bfloat16(name, keep):
     assert_no_less_exact(CASES[name], fast_jit, keep, interpret=True)
 
 
+@pytest.mark.extras
 @pytest.mark.skipif(
     not find_spec("jax_cuda13_plugin"), reason="needs the CUDA compiler"
 )
@@ -146,6 +151,7 @@ def test_compile_for_a_gpu(width):
     assert text.count('custom_call_target="__cublas') == 2
 
 
+@pytest.mark.extras
 @pytest.mark.skipif(not find_spec("libtpu"), reason="needs the TPU compiler")
 @pytest.mark.parametrize("keep", [True, False])
 @pytest.mark.parametrize(

@@ -15,6 +15,8 @@ import yaml
 
 from hivit_jax import main
 
+pytestmark = pytest.mark.processes
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -242,6 +244,7 @@ def test_an_unreachable_tpu_is_made_again(stage):
     assert code == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", [75, 134, "abort"])
 def test_an_interrupted_run_goes_on_where_it_is(stage, code):
     """Saved, or aborted because another process was lost."""
@@ -255,6 +258,7 @@ def test_a_users_error_is_not_tried_again(stage, code):
     assert keep(stage, [code]) == (AGAIN, code)
 
 
+@pytest.mark.slow
 def test_a_crash_is_tried_five_times(stage):
     story, code = keep(stage, [139])
     assert story.count("train") == 5

@@ -52,6 +52,7 @@ def loss_and_gradients(name, **options):
     return value, named_leaves(gradients), params
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize(
     "options",
@@ -93,6 +94,7 @@ def lines(**options):
     return len(gradient_program(**options).as_text().splitlines())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("platform", "options"), [("tpu", dict(scan_blocks=True)), ("cpu", {})]
 )
@@ -104,6 +106,7 @@ def test_blocks_are_compiled_once(monkeypatch, platform, options):
     assert more < one_by_one / 3  # stacking parameters remains
 
 
+@pytest.mark.slow
 def test_cpus_add_up_residual_branches_once():
     """No kernel takes more operands for there being more blocks."""
     found = []
@@ -114,6 +117,7 @@ def test_cpus_add_up_residual_branches_once():
     assert found[0] == found[1]
 
 
+@pytest.mark.slow
 def test_blocks_that_differ():
     """Are not scanned, and not taken for each other."""
     windows = dict(window_size=2)

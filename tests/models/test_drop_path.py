@@ -39,6 +39,7 @@ def test_drop_path_drops_or_scales_whole_samples(shape):
     assert not after[~kept].any()
 
 
+@pytest.mark.slow
 def test_drop_path_draws():
     """A sample's own key and the number of the draw decide, nothing else."""
     keys, ones = sample_keys(4000), jnp.ones((4000, 1))
@@ -57,6 +58,7 @@ def test_drop_path_draws():
     assert ((every == 0) & (other == 0)).mean() == pytest.approx(1 / 16, abs=0.02)
 
 
+@pytest.mark.slow
 def test_models_without_drop_path_ignore_keys():
     images, keys = pictures((2, 64, 64, 3)), sample_keys(2)
 

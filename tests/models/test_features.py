@@ -70,6 +70,7 @@ def maps_by_hand(model, image):
     return maps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sizes",
     [
@@ -157,6 +158,7 @@ def test_every_model_has_features_and_layers(name):
         assert (attention.shape, attention.dtype) == ((2, 2, 16, 16), jnp.float32)
 
 
+@pytest.mark.slow
 def test_attention_gives_the_output_of_its_block():
     """Its own normed input's values by it, projected and so on; in windows too."""
     model = mini(
@@ -193,6 +195,7 @@ def test_attention_gives_the_output_of_its_block():
     assert_array_equal(layers[1].attention[:, -1, ..., 1:], 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("windows", [{}, dict(window_size=3, global_blocks=(1,))])
 def test_features_on_a_mesh(windows):
     """Batch and parameters over eight devices: the same as on one."""

@@ -42,6 +42,7 @@ COUNTS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "overrides", "parameters", "macs", "cost"), COUNTS)
 def test_parameters_and_multiply_adds(name, overrides, parameters, macs, cost):
     model = abstract(name, **overrides)
@@ -132,6 +133,7 @@ INITIAL = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "overrides"), INITIAL)
 def test_initial_parameters(name, overrides):
     params = drawn(name, 0, **overrides)
@@ -199,6 +201,7 @@ SIZES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_shapes_at_other_sizes(sizes):
     classifier = abstract("hivit_base", **MINI | dict(num_classes=10) | sizes)

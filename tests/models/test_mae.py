@@ -102,6 +102,7 @@ def test_units_kept_in_another_order(relative_position):
     assert_allclose(*compiled(model, run)(images), atol=2e-5)
 
 
+@pytest.mark.slow
 def test_prediction_does_not_see_removed_units():
     images, noise = pictures((2, 64, 64, 3)), jnp.asarray(reference.noise("x", 2, 16))
     run = compiled(
@@ -188,6 +189,7 @@ def test_targets_give_the_pixels_back():
     assert (scale == 1).all()
 
 
+@pytest.mark.slow
 def test_only_the_decoder_table_is_fixed():
     gradients = mae_run("float32")[2]
     assert not gradients.pop("decoder_pos_embed").any()

@@ -41,6 +41,7 @@ def test_numbers_of_pytorch():
     assert_allclose(norm(IMAGES), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.torch
 def test_against_pytorch():
     torch = pytest.importorskip("torch")
     there = torch.nn.BatchNorm2d(6, eps=1e-3, momentum=0.3, affine=False)
@@ -89,6 +90,7 @@ class Network(nnx.Module):
         return jnp.square(self.last(x)).mean((1, 2, 3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("sizes", [(1, 8, 1, 1), (2, 2, 2, 1), (1, 2, 4, 1)])
 def test_eight_devices_equal_one(sizes, parts):

@@ -16,6 +16,7 @@ from hivit_jax.tree import split
 # bfloat16
 
 
+@pytest.mark.slow
 def test_bfloat16_masked_autoencoder():
     """Activations are bfloat16, everything that is kept or compared is float32.
 
@@ -38,6 +39,7 @@ def test_bfloat16_masked_autoencoder():
         assert error <= 0.05 * np.linalg.norm(gradient) + 1e-6, name
 
 
+@pytest.mark.slow
 def test_bfloat16_classifier():
     images = pictures((2, 64, 64, 3))
 

@@ -137,6 +137,7 @@ def test_channel_weights():
     assert shares(4, 4).tolist() == np.eye(4).tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("old", [1, 3])
 def test_grey_images_of_any_number_of_channels(old):
     model, grey = mini(in_channels=old, image_size=32), pictures((2, 32, 32, 1))

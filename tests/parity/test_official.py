@@ -90,7 +90,11 @@ def check_stages(stages, arrays):
         close(part, arrays[f"slice/{name}"], 2e-5)
 
 
-@pytest.mark.parametrize("size", ["tiny", "small", "base"])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "size",
+    ["tiny", *(pytest.param(s, marks=pytest.mark.extras) for s in ("small", "base"))],
+)
 def test_classifier_logits_and_stages(size):
     model, _ = reference.build_fixture(f"cls_{size}")
     arrays = golden(f"cls_{size}")
@@ -107,6 +111,7 @@ def test_classifier_logits_and_stages(size):
     check_stages(stages, arrays)
 
 
+@pytest.mark.slow
 def test_mmpretrain_classifier():
     state = reference.state_dict("mmpretrain_tiny")
     model, _ = reference.build("hivit_tiny", state, fc_norm=False, layer_norm_eps=1e-5)
@@ -130,6 +135,7 @@ def official_gradients(model, gradients):
     return to_official(gradients, model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fixture", MINI_MAES)
 def test_mini_mae_outputs_and_all_gradients(fixture):
     model, params = reference.build_fixture(fixture)
@@ -161,6 +167,8 @@ def test_mini_mae_outputs_and_all_gradients(fixture):
         close(probe(name, gradient), facts["grad_probe"][name], 1e-5)
 
 
+@pytest.mark.extras
+@pytest.mark.slow
 def test_base_mae():
     model, params = reference.build_fixture("mae_base")
     arrays, facts = golden("mae_base"), FIXTURES["mae_base"]
@@ -199,6 +207,7 @@ def shrunk(state):
     return {k: v * factor if k.endswith(ends) else v for k, v in state.items()}
 
 
+@pytest.mark.slow
 def test_layer_norm_eps_everywhere():
     """Low-variance weights: an eps of 1e-5 in any one norm moves these by 1e-3."""
     arrays = golden("lowvar_eps")
@@ -266,6 +275,7 @@ def test_features_with_relative_positions():
     close(model(images), arrays["logits"], 2e-5)
 
 
+@pytest.mark.slow
 def test_mini_classifier_gradients():
     model, params = reference.build_fixture("features_mini_rpe")
     graphdef, arrays = split(model)[0], golden("cls_mini_grad")

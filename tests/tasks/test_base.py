@@ -49,6 +49,7 @@ def test_unknown_task():
         tasks.find("clasify")
 
 
+@pytest.mark.slow
 def test_metric_that_picks_the_best_checkpoint(tmp_path, monkeypatch, capsys):
     """Top-1 of a classifier, where the loss disagrees; of four checkpoints, with only
     the newest to be kept.

@@ -76,6 +76,7 @@ def pretrained(tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_probe_of_a_pretrained_encoder(pretrained, tmp_path, capsys):
     """The encoder stays as it was; the statistics are BatchNorm's of its features."""
     config = probe(init_from=str(pretrained), total_steps=3, checkpoint_every=1)

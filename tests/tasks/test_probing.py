@@ -120,6 +120,7 @@ def flags_of(root, directory, **more):
     return [f"--config={recipe}", *flags]
 
 
+@pytest.mark.slow
 def test_nearest_neighbors(model, files, monkeypatch, tmp_path, capsys):
     """As from features that the saved network gives in a plain use; images that cannot
     be read and those that fill a batch up have no vote and do not count.

@@ -319,6 +319,8 @@ def test_bad_flag(flags, fragment, capsys):
     assert fragment in err
 
 
+@pytest.mark.processes
+@pytest.mark.slow
 def test_real_process_without_tensorflow(healthy, tmp_path):
     program = (
         "import sys\n"

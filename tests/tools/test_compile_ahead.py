@@ -104,6 +104,7 @@ def test_gpus_of_more_than_a_node(capsys, tmp_path):
     assert "expected h100:1 to h100:8" in fails(capsys, "h100:16", tmp_path)
 
 
+@pytest.mark.extras
 def test_shape_that_no_slice_has(capsys, tmp_path):
     pytest.importorskip("libtpu")
     assert "topology='v5e:3x5'" in fails(capsys, "v5e:3x5", tmp_path)
@@ -128,6 +129,8 @@ def report(tmp_path, *more, topology="v5e:2x4", **overrides):
 BRANCHES = ("attention", "mlp")
 
 
+@pytest.mark.extras
+@pytest.mark.slow
 def test_whole_report(tmp_path, monkeypatch):
     """Of these CPUs in place of the chips."""
     monkeypatch.setattr(compile_ahead, "devices_of", lambda topology: jax.devices())

@@ -1,6 +1,7 @@
 """`--mode describe`: model, differences from the recipe, figures."""
 
 import numpy as np
+import pytest
 import recipes
 from matplotlib.axes import Axes
 from PIL import Image
@@ -23,6 +24,8 @@ def test_describe_and_overrides(capsys):
     check_message(capsys.readouterr().err, ["mask_ratio=1.0"])
 
 
+@pytest.mark.processes
+@pytest.mark.slow
 def test_real_process_describes_without_tensorflow():
     program = (
         "import sys\n"

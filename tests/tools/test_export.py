@@ -49,6 +49,7 @@ def outputs(model, what, images):
     return jax.tree.leaves(jax.jit(function)(images))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("what", "dtype", "size"),
     [
@@ -68,6 +69,7 @@ def test_equal_in_any_batch(what, dtype, size, tmp_path):
         recipes.assert_identical(jax.tree.leaves(found), expected)
 
 
+@pytest.mark.slow
 def test_parameters_are_stored_once(exported):
     size = 4 * mini().parameter_count()
     assert size < exported[0].stat().st_size < size + 2**16
@@ -81,6 +83,8 @@ def test_kernels_of_one_backend_are_left_out(monkeypatch):
     assert model.run_options.kernels == "fused"
 
 
+@pytest.mark.processes
+@pytest.mark.slow
 def test_runs_with_jax_alone(exported, tmp_path):
     absent = ("hivit_jax", "flax", "orbax", "optax", "ml_collections")
     program = recipes.not_installed(tmp_path / "bare", *absent) / "serve.py"
@@ -150,6 +154,7 @@ def test_missing_package(package, monkeypatch):
 # The command
 
 
+@pytest.mark.slow
 def test_command(workdirs, tmp_path, capsys):
     checkpoint, out = workdirs / "mae_hivit_base", tmp_path / "model"
     flags = [f"--checkpoint={checkpoint}", f"--out={out}", "--what=features"]
@@ -195,6 +200,7 @@ def test_command_that_cannot_work(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_other_numbers_are_not_written(
     workdirs, exported, tmp_path, monkeypatch, capsys
 ):
@@ -217,6 +223,7 @@ def test_onnx_is_float32():
         export.export_onnx(mini(dtype="bfloat16"))
 
 
+@pytest.mark.extras
 @pytest.mark.parametrize("what", export.OUTPUTS)
 def test_onnx(what, tmp_path):
     pytest.importorskip("jax2onnx")
@@ -230,6 +237,7 @@ def test_onnx(what, tmp_path):
             assert_allclose(x, y, rtol=0, atol=2e-5)
 
 
+@pytest.mark.extras
 def test_onnx_command(workdirs, tmp_path, capsys):
     pytest.importorskip("jax2onnx")
     path = tmp_path / "model.onnx"

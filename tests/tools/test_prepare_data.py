@@ -141,6 +141,8 @@ def test_files_that_may_be_open(whole):
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
+@pytest.mark.processes
+@pytest.mark.slow
 def test_reading_needs_no_tensorflow(whole, originals, tmp_path):
     program = (
         "import sys, tensorflow_datasets as tfds\n"
@@ -156,6 +158,8 @@ def test_reading_needs_no_tensorflow(whole, originals, tmp_path):
     assert out.split() == ["15", "0", expected.hex()]
 
 
+@pytest.mark.processes
+@pytest.mark.slow
 def test_done_already(whole, flags):
     """A real process says so, in no time, and touches nothing."""
     before = contents(whole / VERSION)
@@ -168,6 +172,8 @@ def test_done_already(whole, flags):
     assert contents(whole / VERSION) == before
 
 
+@pytest.mark.processes
+@pytest.mark.slow
 def test_killed_process_goes_on(small, flags, tmp_path):
     """SIGKILL in the fourth shard: the first three stay as they are."""
     program = (
@@ -198,6 +204,7 @@ def test_killed_process_goes_on(small, flags, tmp_path):
     assert after == before
 
 
+@pytest.mark.slow
 def test_interrupted_anywhere(tars, tmp_path, monkeypatch, capsys):
     """SIGTERM before or after any file gets its name; the rest comes out the same."""
     replace = Path.replace

@@ -33,6 +33,7 @@ def picture(path, size=(120, 90)):
     return path
 
 
+@pytest.mark.slow
 def test_command(saved, tmp_path, capsys):
     images = [picture(tmp_path / name) for name in ("a.png", "b.jpg")]
     out = tmp_path / "out.png"
@@ -87,6 +88,7 @@ def close(panel, color):
     return (np.abs(panel.astype(int) - color) <= 1).all(-1)
 
 
+@pytest.mark.slow
 def test_mean_deviation_and_mask_ratio_of_the_recipe(tmp_path):
     """Pixels as predicted are mean + prediction * std of the run's own images; the
     original is drawn as it is. Other ratios and masks are there for the asking.
@@ -170,6 +172,7 @@ def test_pixels_as_predicted():
     assert command.statistics_text(model, "unit") == "pixels as predicted"
 
 
+@pytest.mark.slow
 def test_example(saved, tmp_path):
     out = tmp_path / "features.png"
     path = picture(tmp_path / "a.jpg")

@@ -24,6 +24,7 @@ pytestmark = pytest.mark.usefixtures("quick")
 # --- The optimiser against the official one -----------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("first_moment", "of_losses", "of_parameters"),
     [("float32", 5e-6, 3e-4), ("bfloat16", 1e-3, 5e-3)],

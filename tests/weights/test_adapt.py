@@ -100,6 +100,7 @@ def test_tables_of_windows_fit_any_larger_image(tmp_path):
     assert_array_equal(new["fc_norm/scale"], old["fc_norm/scale"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("old", "new"), [(3, 1), (3, 4), (1, 3), (2, 5)])
 def test_other_channels_of_a_grey_image(old, new, tmp_path):
     """The same grey in every channel gives the same logits."""

@@ -260,6 +260,7 @@ def malicious(torch, marker):
     }
 
 
+@pytest.mark.torch
 def test_malicious_and_foreign_pytorch_files(tmp_path, capsys):
     torch = pytest.importorskip("torch")
     marker, path = tmp_path / "marker", tmp_path / "x.pth"
@@ -275,6 +276,7 @@ def test_malicious_and_foreign_pytorch_files(tmp_path, capsys):
     assert marker.exists()
 
 
+@pytest.mark.torch
 def test_narrower_numbers_are_widened(tmp_path):
     """Half precision is exact in float32."""
     torch = pytest.importorskip("torch")

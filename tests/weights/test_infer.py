@@ -30,6 +30,7 @@ NETWORKS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "overrides"), NETWORKS)
 def test_names_and_shapes_tell_the_network(name, overrides):
     model = abstract(name, **overrides)

@@ -103,6 +103,7 @@ def by_hand(state, width=16):
 # --- Formats -------------------------------------------------------------------------
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("kind", KINDS)
 def test_committed_pytorch_files(kind):
     """Written by PyTorch from the numbers of the recipe."""
@@ -122,6 +123,7 @@ def test_committed_pytorch_files(kind):
         recipes.assert_identical(arrays_of(plain), by_hand(content["model"]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_same_state_dicts_as_safetensors(kind, tmp_path):
     _, content = KINDS[kind]
@@ -134,6 +136,7 @@ def test_the_same_state_dicts_as_safetensors(kind, tmp_path):
     assert norm == (1e-5 if kind == "mmpretrain" else 1e-6)
 
 
+@pytest.mark.slow
 def test_pretraining_files_of_mmpretrain(tmp_path, capsys):
     """A classifier starts from their encoder; their decoder, which takes the first
     visible unit for a class token, is left out, and no entry else.
@@ -163,6 +166,7 @@ def test_pretraining_files_of_mmpretrain(tmp_path, capsys):
         hivit_jax.load_pretrained(path, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fixture", ["mae_mini", "mae_mini_nohifeat_rpe", "features_mini_rpe"]
 )
@@ -208,6 +212,7 @@ def test_another_name_takes_over_the_models_own_sizes():
     assert fitted(name="hivit_small")[0].embed_dim == 384
 
 
+@pytest.mark.slow
 def test_pretrain_finetune_share_evaluate(tmp_path, capsys):
     """Of two sizes that are no squares: tables are resized, the card tells all, and
     what is evaluated is what was trained.
@@ -235,6 +240,7 @@ def test_pretrain_finetune_share_evaluate(tmp_path, capsys):
             evaluate_checkpoint(config, "", str(shared))
 
 
+@pytest.mark.slow
 def test_continued_pretraining_of_an_official_file(tmp_path):
     """With its decoder; the first loss is that of the official weights."""
     state = reference.state_dict("mae_mini")
@@ -306,6 +312,7 @@ def test_a_model_of_its_own_size(tmp_path, capsys):
     assert "matched" in text
 
 
+@pytest.mark.torch
 def test_inspecting_runs_directories_and_files(tmp_path, capsys):
     """What is there, what a classifier would take, and every array by name."""
     pytest.importorskip("torch")

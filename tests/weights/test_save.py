@@ -37,8 +37,11 @@ def official(name="mae_hivit_base", **overrides):
     return state_files.drawn(name, **overrides)[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["official", "supervised", "mmpretrain"])
-@pytest.mark.parametrize("suffix", ["safetensors", "pth"])
+@pytest.mark.parametrize(
+    "suffix", ["safetensors", pytest.param("pth", marks=pytest.mark.torch)]
+)
 def test_there_and_back(form, suffix, tmp_path):
     """Byte for byte: a file, our directory, the file's format again."""
     if suffix == "pth":

@@ -56,6 +56,7 @@ def report(tmp_path, *more, topology="v5e:2x4", **overrides):
     return json.loads((tmp_path / "compile.json").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("fsdp", "parts"), [(8, 1), (4, 2)])
 def test_fsdp_exchanges_parameters_and_gradients_alone(fsdp, parts):
     """As much for any batch: no activations."""
@@ -81,6 +82,7 @@ def training_macs(model, mask_ratio):
     return model.macs(mask_ratio=mask_ratio, layer_norm_cost=0) - spared
 
 
+@pytest.mark.extras
 def test_tpu_step_does_what_it_should(tmp_path):
     """Operations follow the mask; gradients are exchanged once, parts or not."""
     pytest.importorskip("libtpu")

@@ -204,6 +204,7 @@ def training_macs(model, mask_ratio):
     return model.macs(mask_ratio=mask_ratio, layer_norm_cost=0) - spared
 
 
+@pytest.mark.slow
 def test_operations_fall_with_the_mask_as_counted_by_hand():
     """Those of the matrix products of mae_tiny's step: forward, and twice backward."""
     found, counted = [], []
