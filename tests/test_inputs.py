@@ -79,6 +79,7 @@ def test_crops_differ_by_image_epoch_and_seed():
     assert (one != third).any((1, 2, 3)).mean() > 0.9
 
 
+@pytest.mark.slow
 def test_batches_for_the_device_and_of_the_host_show_the_same(folder):
     """Crops on a canvas, resized as the train step does it, are the host's images."""
     shipped, resized = load_folder(folder), load_folder(folder, data__canvas=0)

@@ -84,6 +84,7 @@ def test_checkpoint_of_another_model(finished, tmp_path, capsys):
     assert (finished / "config.json").read_text() == before
 
 
+@pytest.mark.slow
 def test_no_checkpoint(finished, tmp_path, capsys):
     empty, nowhere = tmp_path / "empty", tmp_path / "nowhere"
     empty.mkdir()

@@ -17,6 +17,7 @@ def test_normalize():
     assert_allclose(out, (images / 255 - np.array(mean)) / np.array(std), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_random_flip():
     keys = jax.random.split(jax.random.key(0), 1000)
     images = np.random.RandomState(0).rand(1000, 2, 3, 1).astype(np.float32)

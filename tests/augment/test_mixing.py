@@ -83,6 +83,7 @@ def test_one_or_the_other():
     assert np.mean(kinds) == pytest.approx(0.5, abs=0.12)  # four standard errors
 
 
+@pytest.mark.slow
 def test_nothing_is_mixed_with_an_unreadable_image():
     images, targets = mixed(3, 0.8, 0.0, weight=[1, 0, 1, 1, 0, 1])
     for i in (0, 1, 4, 5):

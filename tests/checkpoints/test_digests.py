@@ -73,6 +73,7 @@ def test_digests_do_not_depend_on_the_mesh():
 DTYPES = ["float32", "bfloat16", "int32", "uint8", "bool"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(8, 9), (8, 2**13 + 1)])
 def test_digests_on_the_host_and_on_devices_agree(shape, dtype):

@@ -109,6 +109,7 @@ def test_from_any_mesh_to_any_other(saved, old, new):
     assert kernel.addressable_shards[0].data.shape != kernel.shape or new == "data"
 
 
+@pytest.mark.slow
 def test_parameters_alone_on_one_device(saved):
     """Averaged ones, or the plain ones, without the optimizer's state."""
     for averaged, name in ((True, "ema"), (False, "params")):

@@ -186,6 +186,7 @@ def test_centre_crop_of_a_usual_image():
     assert whole.box == whole.bounds == Box(0, 0, 8, 8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 @pytest.mark.parametrize("antialias", [True, False])
 def test_ways_to_resize(interpolation, antialias):

@@ -20,6 +20,7 @@ from hivit_jax.errors import DataError
 # Batches
 
 
+@pytest.mark.slow
 def test_training_batches():
     source, cfg = data_sources_digits.Digits("train"), load()
     batches = list(inputs.train_batches(cfg, 0, 16))  # 1,536 of 1,437 images

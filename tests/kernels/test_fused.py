@@ -44,6 +44,7 @@ LAYERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LAYERS)
 def test_layers_give_the_librarys_numbers_and_keep_less(name):
     ours, plain, shapes = LAYERS[name]

@@ -76,6 +76,7 @@ def test_models_without_drop_path_ignore_keys():
     assert (trained(images) != alone).any()
 
 
+@pytest.mark.slow
 def test_drop_path_of_a_model_depends_on_the_sample_alone():
     model = mini(drop_path_rate=0.9)
     image = jnp.tile(pictures((1, 64, 64, 3)), (8, 1, 1, 1))

@@ -269,6 +269,7 @@ def test_features_hold_what_is_at_their_place(sizes):
     assert_array_equal(features[-1], main)
 
 
+@pytest.mark.slow
 def test_shifted_image_shifts_stem_features():
     model = mini(image_size=(64, 96))
     images = pictures((2, 64, 96, 3))

@@ -69,6 +69,7 @@ def kept_units(batch, units, kept):
     return jnp.asarray(np.stack(rows))
 
 
+@pytest.mark.slow
 def test_stem_of_visible_units_is_that_of_all():
     model, images, ids_keep = mini(), pictures((3, 64, 64, 3)), kept_units(3, 16, 5)
 
@@ -117,6 +118,7 @@ def test_prediction_does_not_see_removed_units():
     assert np.abs(out.pred - other.pred).max() > 0.01
 
 
+@pytest.mark.slow
 def test_loss_is_the_mean_over_removed_units():
     images, noise = pictures((3, 64, 64, 3)), jnp.asarray(reference.noise("x", 3, 16))
     how = {"noise": noise, "mask_ratio": 0.6}
@@ -157,6 +159,7 @@ def test_key_mask_hides_units():
         assert (out[sample, ~seen] != changed[sample, ~seen]).any(-1).all()
 
 
+@pytest.mark.slow
 def test_wholly_masked_sample():
     """No key left: the softmax is uniform, not NaN."""
     assert np.isfinite(masked_runs()[1]).all()

@@ -148,6 +148,7 @@ INITIAL = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "overrides"), INITIAL)
 def test_seed_decides_parameters(name, overrides):
     one, other = drawn(name, 0, **overrides), drawn(name, 1, **overrides)

@@ -249,6 +249,7 @@ def test_loss_of_a_given_prediction(norm_pix_loss):
     )
 
 
+@pytest.mark.slow
 def test_features_with_relative_positions():
     model, _ = reference.build_fixture("features_mini_rpe")
     arrays = golden("features_mini_rpe")

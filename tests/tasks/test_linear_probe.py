@@ -44,6 +44,7 @@ class Parts(nnx.Module):
         self.head = nnx.Linear(3, 4, rngs=nnx.Rngs(0))
 
 
+@pytest.mark.slow
 def test_lars():
     """Ten steps of MAE's rule, written down again: momentum of scaled gradients."""
     model = Parts()

@@ -149,6 +149,7 @@ def test_nearest_neighbors(model, files, monkeypatch, tmp_path, capsys):
         assert by_hand(queries, true, more, votes, check=False) != [top1, top5]
 
 
+@pytest.mark.slow
 def test_too_many_unreadable_images(model, files, monkeypatch, tmp_path, capsys):
     """Two of the 43 training images are one too many."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

@@ -17,6 +17,7 @@ def describe(*overrides):
     return main([config, "--mode=describe", *overrides])
 
 
+@pytest.mark.slow
 def test_describe_and_overrides(capsys):
     assert describe("--config.model.decoder_depth=8") == 0
     assert "93.3459 M" in capsys.readouterr().out
@@ -42,6 +43,7 @@ def test_real_process_describes_without_tensorflow():
     assert '"base_learning_rate": 0.0001' in out
 
 
+@pytest.mark.slow
 def test_describe_draws_schedule_and_images(tmp_path, capsys, monkeypatch):
     """The learning rate of every step, and the first 16 training images as they are,
     which the recipe neither crops nor mirrors here.

@@ -104,6 +104,7 @@ def test_runs_with_jax_alone(exported, tmp_path):
     assert_array_equal(np.load(tmp_path / "logits.npy"), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "dtype", "message"),
     [
@@ -170,6 +171,7 @@ def test_command(workdirs, tmp_path, capsys):
     assert [file.name for file in tmp_path.iterdir()] == ["model"]
 
 
+@pytest.mark.slow
 def test_command_for_another_platform(workdirs, tmp_path, capsys):
     flags = [f"--checkpoint={workdirs / 'hivit_base'}", f"--out={tmp_path / 'model'}"]
     assert export.main([*flags, "--platforms=cuda,tpu"]) == 0

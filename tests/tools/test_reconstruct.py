@@ -114,6 +114,7 @@ def test_mean_deviation_and_mask_ratio_of_the_recipe(tmp_path):
     assert not masks[1][masks[0]].all()  # as with the same seed
 
 
+@pytest.mark.slow
 def test_statistics_are_those_asked_for(tmp_path):
     """Where a unit has no contrast to speak of, all that is drawn is a mean: here that
     of the visible units, and none of a unit's own.
@@ -149,6 +150,7 @@ def test_bad_input(saved, tmp_path, capsys, model, name, code, message):
     assert 1 <= len(err.splitlines()) <= 3
 
 
+@pytest.mark.slow
 def test_statistics():
     """A unit's own mean and deviation, or those of the visible ones on average."""
     model, images = mini("mae_hivit_base"), pictures((2, 64, 64, 3))

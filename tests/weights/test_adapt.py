@@ -83,6 +83,7 @@ def test_pretraining_goes_on_at_another_size(tmp_path):
     assert np.isfinite(out.loss)
 
 
+@pytest.mark.slow
 def test_tables_of_windows_fit_any_larger_image(tmp_path):
     model = mini("hivit_base")
     hivit_jax.save_pretrained(model, tmp_path)

@@ -345,6 +345,7 @@ def test_inspecting_runs_directories_and_files(tmp_path, capsys):
 # --- The Hugging Face hub ------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_hub(tmp_path, monkeypatch):
     """A directory or a file of a repository, of a revision."""
     model, asked = mini("hivit_base"), []

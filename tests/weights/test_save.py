@@ -64,6 +64,7 @@ def test_there_and_back(form, suffix, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_official_program_finds_every_entry(tmp_path):
     """A strict load_state_dict of the official mini classifier would succeed."""
     model, _ = reference.build_fixture("features_mini_rpe")
@@ -74,6 +75,7 @@ def test_official_program_finds_every_entry(tmp_path):
     assert {n: list(a.shape) for n, a in written.items()} == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["hivit_base", "mae_hivit_base"])
 def test_save_pretrained(name, tmp_path):
     """The same model again, from a directory, with what its arguments say."""
@@ -90,6 +92,7 @@ def test_save_pretrained(name, tmp_path):
     assert about["arguments"]["image_size"] == [64, 32]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", ["", "model.safetensors", "other.safetensors"])
 def test_facts_about_images_are_saved(file, tmp_path):
     """Also without config.json; names of other classes are dropped."""

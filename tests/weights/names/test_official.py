@@ -42,6 +42,7 @@ def form_of(fixture):
     return "supervised" if fixture in reference.SUPERVISED else "official"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fixture", FIXTURES)
 def test_official_state_dict_and_back(fixture):
     """Names and bytes; every number of the state dict is another one."""
