@@ -261,6 +261,7 @@ RESIZED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("interpolation", "antialias"), RESIZED)
 def test_images_are_resized_as_told(folder, interpolation, antialias):
     """48x64 to half of it, of which 24x24: by the host to the bit; by the device, which

@@ -64,6 +64,7 @@ def on_mesh(name, seed=0):
     return state, with_shardings(jax.eval_shape(init), shardings)
 
 
+@pytest.mark.slow
 def test_digests_do_not_depend_on_the_mesh():
     found = [digests({"state": on_mesh(name, seed=1)[0]}) for name in MESHES]
     assert all(each == found[0] for each in found)

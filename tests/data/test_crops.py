@@ -235,6 +235,7 @@ def plain(pixels, axis, interpolation):
 # What is shipped
 
 
+@pytest.mark.slow
 def test_what_is_shipped():
     """The crop alone, at the top left of the canvas, and zeros; nothing resized."""
     pixels = noise_image(300, 400, 3)

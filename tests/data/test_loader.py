@@ -40,6 +40,7 @@ def test_training_batches():
     assert_batches_equal(batches, inputs.train_batches(cfg, 0, 16))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("crop_scale", [(1.0, 1.0), (0.3, 1.0)])
 def test_run_can_start_at_any_step(crop_scale):
     """Steps 13 to 17, across the end of the first epoch, from a run that began at 0."""

@@ -88,6 +88,7 @@ def test_parts_of_the_masked_autoencoder():
     assert model.macs(layer_norm_cost=0) == encoder + decoder
 
 
+@pytest.mark.slow
 def test_parameters_of_larger_models():
     deeper = abstract("mae_hivit_base", decoder_depth=8)
     assert f"{deeper.parameter_count() / 1e6:.2f}" == "93.35"
@@ -240,6 +241,7 @@ def test_shapes_at_other_sizes(sizes):
     assert attention.qkv.kernel.shape[2] == sizes.get("num_heads", 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [SIZES[0] | SIZES[3], SIZES[6], SIZES[8]], ids=str)
 def test_features_hold_what_is_at_their_place(sizes):
     """A changed pixel moves the one stem cell that it lies in, and no other."""

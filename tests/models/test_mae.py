@@ -176,6 +176,7 @@ def test_wholly_masked_sample():
 # Targets
 
 
+@pytest.mark.slow
 def test_targets_give_the_pixels_back():
     images = pictures((2, 64, 64, 3)) * 0.3 + 0.5
     units = np.asarray(positions.patchify(images, 16), np.float64)

@@ -114,6 +114,7 @@ def test_relative_position_index(grid):
         assert_array_equal(gathered[sample], kept)
 
 
+@pytest.mark.slow
 def test_relative_bias_is_added_query_first():
     """With zero queries the softmax sees the table alone."""
     attention = mini().encoder.stages[-1][0].attn

@@ -75,6 +75,7 @@ def test_parameters_are_stored_once(exported):
     assert size < exported[0].stat().st_size < size + 2**16
 
 
+@pytest.mark.slow
 def test_kernels_of_one_backend_are_left_out(monkeypatch):
     model, choices = mini(kernels="fused"), []
     monkeypatch.setattr(dispatch, "mlp", lambda *args: choices.append(args[-1]))
@@ -130,6 +131,7 @@ def test_other_platform(tmp_path):
         export.load_exported(tmp_path / "model")(pictures((1, 64, 64, 3)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", ["half", b"", b"PK\3\4 and so on", bytes(1000)])
 def test_damaged_or_foreign_file(exported, content, tmp_path):
     if content == "half":
@@ -180,6 +182,7 @@ def test_command_for_another_platform(workdirs, tmp_path, capsys):
     assert written.endswith("MB, cuda, tpu; not compared because it cannot run here")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "out", "flags", "code", "message"),
     [

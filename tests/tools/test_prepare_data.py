@@ -81,6 +81,7 @@ def test_records(whole, originals):
     assert [e["label"] for e in validation] == VALIDATION_LABELS
 
 
+@pytest.mark.slow
 def test_files(whole):
     files = set(contents(whole / VERSION))
     shards = {

@@ -74,6 +74,7 @@ def test_another_image_size(size, tmp_path, capsys):
         assert np.isfinite(logits).all()
 
 
+@pytest.mark.slow
 def test_pretraining_goes_on_at_another_size(tmp_path):
     hivit_jax.save_pretrained(mini("mae_hivit_base"), tmp_path)
     loaded = hivit_jax.load_pretrained(tmp_path, image_size=(64, 128))
@@ -124,6 +125,7 @@ def test_other_channels_of_pretraining_need_a_new_prediction(tmp_path):
     assert kernel.std() == pytest.approx(0.02, rel=0.05)
 
 
+@pytest.mark.slow
 def test_classifier_of_a_pretrained_encoder(tmp_path, capsys):
     model = mini("mae_hivit_base")
     hivit_jax.save_pretrained(model, tmp_path)

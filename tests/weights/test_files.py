@@ -131,6 +131,7 @@ def refused(path, message, capsys):
     assert not target.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", SAFETENSORS)
 def test_malformed_safetensors(case, tmp_path, capsys):
     content, message = SAFETENSORS[case]

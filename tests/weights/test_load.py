@@ -189,6 +189,7 @@ def test_golden_outputs_from_a_file(fixture, tmp_path):
         assert_allclose(feat, arrays["feat"], atol=2e-5)
 
 
+@pytest.mark.slow
 def test_another_name_takes_over_the_models_own_sizes():
     """Run options, and sizes that are not the class's defaults."""
     saved = arguments_of(abstract("hivit_base_24", image_size=64, dtype="bfloat16"))
@@ -281,6 +282,7 @@ def resized(table, old, new):
     return maps.reshape(new[0] * new[1], -1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
