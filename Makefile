@@ -1,4 +1,4 @@
-# `make demo` runs the example of the README, `make test` runs lint and all tests.
+# `make demo` runs the example of the README, `make test` runs lint and the tests.
 PYTHON ?= python3
 
 .PHONY: install lint quick test test-extras demo clean
@@ -36,9 +36,9 @@ test-extras: .venv-extras/installed
 
 .venv-extras/installed: requirements-extras.lock requirements.lock setup.cfg
 	$(PYTHON) -m venv .venv-extras
-	.venv-extras/bin/pip install --quiet --disable-pip-version-check \
-	  -r requirements.lock -r requirements-extras.lock
-	.venv-extras/bin/pip install --quiet --disable-pip-version-check --no-deps --editable .
+	.venv-extras/bin/pip install --quiet --disable-pip-version-check -r requirements.lock
+	.venv-extras/bin/pip install --quiet --disable-pip-version-check --no-deps \
+	  -r requirements-extras.lock --editable .
 	touch $@
 
 demo: install
