@@ -18,6 +18,7 @@ from hivit_jax.data.sources.base import IMAGENET, DatasetInfo, Source
 from hivit_jax.data.sources.registry import num_examples, open_source
 from hivit_jax.data.transforms import Transform
 from hivit_jax.errors import ConfigError, DataError
+from hivit_jax.keys import INT_MAX
 
 
 def make_task(config: Any, *splits: str) -> tasks.Task:
@@ -69,10 +70,10 @@ def count_steps(config: Any, images: float) -> tuple[float, int]:
     """
     per_epoch = images / config.batch_size
     total = config.total_steps or round(config.total_epochs * per_epoch)
-    if total < 1:
+    if not 1 <= total <= INT_MAX:
         raise ConfigError(
             f"total_steps={config.total_steps}, total_epochs={config.total_epochs}; "
-            "expected at least one step"
+            f"expected 1 to {INT_MAX:,} steps, found {total:,}"
         )
     return per_epoch, total
 

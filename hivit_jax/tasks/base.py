@@ -55,6 +55,8 @@ class Task:
         """Raise ConfigError for an invalid config. Called when a config is loaded."""
         if cls.model_class is not None:
             defaults.check_model(config, cls.model_class)
+        if cls.transform is Task.transform:
+            defaults.check_pixels(config.data)
 
     @classmethod
     def batch_multiple(cls, config: Any) -> int:
