@@ -14,10 +14,14 @@ from hivit_jax.data.loader import (
     local_positions,
     synthetic_batches,
 )
-from hivit_jax.data.sources.base import IMAGENET, DatasetInfo, Source
-from hivit_jax.data.sources.registry import num_examples, open_source
+from hivit_jax.data.sources.base import DatasetInfo, Source
+from hivit_jax.data.sources.registry import (
+    num_examples,
+    open_source,
+    published_info,
+)
 from hivit_jax.data.transforms import Transform
-from hivit_jax.errors import ConfigError, DataError
+from hivit_jax.errors import ConfigError, DataError, MissingPackage
 from hivit_jax.keys import INT_MAX
 
 
@@ -42,13 +46,17 @@ def make_task(config: Any, *splits: str) -> tasks.Task:
 
 
 def task_of_recipe(config: Any) -> tasks.Task:
-    """As `make_task`, for the training split. Works without the files of ImageNet."""
+    """As `make_task`, for the training split.
+
+    Works without the files of ImageNet and without the packages that read datasets.
+    """
     try:
         return make_task(config, "train")
-    except DataError:
-        if config.data.name != "imagenet2012":
+    except (DataError, MissingPackage):
+        info = published_info(config.data)
+        if info is None:
             raise
-        return tasks.create(config, IMAGENET)
+        return tasks.create(config, info)
 
 
 def images_per_epoch(config: Any, task: tasks.Task) -> int:
