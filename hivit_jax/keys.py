@@ -169,7 +169,7 @@ class Key:
             right = right if high or self.below is not None else ""
             text = f"{left}{'number' if many else name}{right}"
         elif low and high:
-            huge = self.high > INT_MAX
+            huge = self.high > 1000
             text = f"at least {low}, at most {high}" if huge else f"{low} to {high}"
         elif low or high:
             text = f"at least {low}" if low else f"at most {high}"
@@ -222,14 +222,14 @@ def field_keys(cls: type) -> dict[str, Key]:
     return keys
 
 
-def check_fields(config: Any) -> None:
+def check_fields(instance: Any) -> None:
     """Convert and check the values of a frozen dataclass of `setting`, in place.
 
     Raises:
       ConfigError: a value has the wrong type or is out of range.
     """
-    for name, key in field_keys(type(config)).items():
-        value = getattr(config, name)
+    for name, key in field_keys(type(instance)).items():
+        value = getattr(instance, name)
         try:
             if value is None:
                 raise TypeError
@@ -238,7 +238,7 @@ def check_fields(config: Any) -> None:
             expected = TYPE_NAMES[key.value_type]
             raise ConfigError(f"{name}={show(value)}; expected {expected}") from error
         key.check(name, value)
-        object.__setattr__(config, name, value)
+        object.__setattr__(instance, name, value)
 
 
 def show(value: Any) -> str:

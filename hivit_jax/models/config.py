@@ -74,7 +74,7 @@ class HiViTConfig:
     stem_mlp_ratio: float = setting(3.0, above=0, high=1000)
     drop_path_rate: float = setting(0.0, low=0, below=1)
     patch_size: int = setting(16, low=1, high=2**14)
-    inner_patches: int = setting(4, low=2, high=2**14)
+    inner_patches: int = setting(4, low=1, high=2**14)
     relative_position: bool = True
     window_size: int = setting(0, low=0, high=2**14)
     global_blocks: tuple[int, ...] = setting((), low=0, high=1000)

@@ -98,7 +98,7 @@ def load_exported(path: str | Path) -> Callable[[Any], Any]:
     path = Path(path)
     onnx = path.suffix == ".onnx"
     name, extra = ("onnxruntime", "onnx") if onnx else ("flatbuffers", "export")
-    package = _package(name, extra)
+    package = errors.require(name, f"hivit-jax[{extra}]")
     try:
         content = path.read_bytes()
     except OSError as error:
