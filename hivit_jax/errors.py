@@ -8,6 +8,7 @@ import difflib
 import sys
 from collections.abc import Callable, Iterable
 from importlib import import_module
+from types import ModuleType
 from typing import NoReturn
 
 
@@ -21,6 +22,10 @@ class ConfigError(HivitError, ValueError):
     """Invalid config value, flag or input path."""
 
     exit_code = 2
+
+
+class MissingPackage(ConfigError):
+    """A package that a config or command needs is not installed."""
 
 
 class DivergedError(HivitError):
@@ -54,7 +59,7 @@ class Interrupted(HivitError):
 def unknown(kind: str, name: str, known: Iterable[str]) -> ConfigError:
     """Return the error for an unknown name, with the closest known name."""
     known = list(known)
-    close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.6)
     hint = f"did you mean {close[0]!r}?" if close else "known: " + ", ".join(known)
     return ConfigError(f"unknown {kind} {name!r}; {hint}")
 
@@ -78,6 +83,28 @@ def import_class(key: str, name: str) -> type:
     except (ImportError, AttributeError) as error:
         raise ConfigError(
             f"{key}={name!r} cannot be imported: {error}; expected module:Class"
+        ) from error
+
+
+def require(module: str, requirement: str) -> ModuleType:
+    """Import and return a module of a package that may not be installed.
+
+    Args:
+      requirement: argument of ``pip install`` that provides it: an extra such as
+        ``hivit-jax[data]``, or a package.
+
+    Raises:
+      MissingPackage: the module cannot be imported.
+    """
+    try:
+        return import_module(module)
+    except Exception as error:  # a package that does not fit another raises any type
+        reason = "is not installed"
+        name = module.partition(".")[0]
+        if not isinstance(error, ModuleNotFoundError) or error.name != name:
+            reason = f"cannot be imported ({type(error).__name__}: {first_line(error)})"
+        raise MissingPackage(
+            f"{name} {reason}; run pip install '{requirement}'"
         ) from error
 
 

@@ -14,10 +14,15 @@ from hivit_jax.data.loader import (
     local_positions,
     synthetic_batches,
 )
-from hivit_jax.data.sources.base import IMAGENET, DatasetInfo, Source
-from hivit_jax.data.sources.registry import num_examples, open_source
+from hivit_jax.data.sources.base import DatasetInfo, Source
+from hivit_jax.data.sources.registry import (
+    num_examples,
+    open_source,
+    published_info,
+)
 from hivit_jax.data.transforms import Transform
-from hivit_jax.errors import ConfigError, DataError
+from hivit_jax.errors import ConfigError, DataError, MissingPackage
+from hivit_jax.keys import INT_MAX
 
 
 def make_task(config: Any, *splits: str) -> tasks.Task:
@@ -41,13 +46,17 @@ def make_task(config: Any, *splits: str) -> tasks.Task:
 
 
 def task_of_recipe(config: Any) -> tasks.Task:
-    """As `make_task`, for the training split. Works without the files of ImageNet."""
+    """As `make_task`, for the training split.
+
+    Works without the files of ImageNet and without the packages that read datasets.
+    """
     try:
         return make_task(config, "train")
-    except DataError:
-        if config.data.name != "imagenet2012":
+    except (DataError, MissingPackage):
+        info = published_info(config.data)
+        if info is None:
             raise
-        return tasks.create(config, IMAGENET)
+        return tasks.create(config, info)
 
 
 def images_per_epoch(config: Any, task: tasks.Task) -> int:
@@ -69,10 +78,10 @@ def count_steps(config: Any, images: float) -> tuple[float, int]:
     """
     per_epoch = images / config.batch_size
     total = config.total_steps or round(config.total_epochs * per_epoch)
-    if total < 1:
+    if not 1 <= total <= INT_MAX:
         raise ConfigError(
             f"total_steps={config.total_steps}, total_epochs={config.total_epochs}; "
-            "expected at least one step"
+            f"expected 1 to {INT_MAX:,} steps, found {total:,}"
         )
     return per_epoch, total
 

@@ -1,8 +1,12 @@
-"""Config key: default, type, range and comment."""
+"""Config keys: default, type, range and comment of tasks, models and recipes."""
 
 import ast
-from dataclasses import dataclass
-from typing import Any
+import inspect
+import os
+import re
+from dataclasses import MISSING, dataclass, field, fields
+from functools import cache
+from typing import Any, get_args, get_origin
 
 from hivit_jax.errors import ConfigError
 
@@ -14,20 +18,31 @@ TYPE_NAMES = {
     tuple: "a tuple such as (1,2)",
     object: "an integer, or a tuple such as (224,192)",
 }
+INT_MAX = 2**31 - 1  # programs compute with int32 ...
+FLOAT_MIN, FLOAT_MAX = 1.1754944e-38, 3.4028234e38  # ... and with normal float32
 
 
 @dataclass(frozen=True)
 class Key:
     """One config key.
 
+    The range applies to a number and to every number of a tuple. Without `high`,
+    integers are at most 2**31 - 1. Numbers are never NaN or infinite, and are 0 or
+    large enough for float32.
+
     Attributes:
       default: value if neither recipe nor command line sets the key; None: the
         default of the model.
       comment: meaning, for ``docs/config.md``.
-      low, high: smallest and largest allowed value; None: unlimited.
+      low, high: smallest and largest allowed number; None: unlimited.
       choices: all allowed values; (): unlimited.
       length: required length of a tuple; 0: any.
       type: a key of `TYPE_NAMES`; None: the type of the default.
+      above, below: limits that a number must not reach; None: unlimited.
+      also: numbers outside of the range that are allowed.
+      item: int if the numbers of a tuple must be integers; None: any number, or
+        anything if neither a range nor the default contains numbers.
+      increasing: each number of a tuple must be at least the previous one.
     """
 
     default: Any
@@ -37,6 +52,11 @@ class Key:
     choices: tuple = ()
     length: int = 0
     type: Any = None
+    above: float | None = None
+    below: float | None = None
+    also: tuple = ()
+    item: Any = None
+    increasing: bool = False
 
     @property
     def value_type(self) -> Any:
@@ -52,9 +72,15 @@ class Key:
         return self.convert(ast.literal_eval(text))
 
     def convert(self, value: Any) -> Any:
-        """Convert a value to the type of the key; raises TypeError if not possible."""
+        """Convert a value to the type of the key; raises TypeError if not possible.
+
+        Accepts NumPy's numbers and arrays, lists as tuples, and paths as text.
+        """
         if value is None and self.default is None:
             return None
+        if self.value_type is str and isinstance(value, os.PathLike):
+            value = os.fspath(value)
+        value = getattr(value, "tolist", lambda: value)()  # NumPy
         if self.value_type is float and type(value) is int:
             value = float(value)
         if isinstance(value, list):
@@ -63,30 +89,171 @@ class Key:
         # bool is a subclass of int.
         wrong_bool = isinstance(value, bool) and self.value_type is not bool
         if wrong_bool or not isinstance(value, allowed):
-            raise TypeError(f"{value!r} is not {TYPE_NAMES[self.value_type]}")
+            raise TypeError(f"{show(value)} is not {TYPE_NAMES[self.value_type]}")
         return value
 
     def check(self, name: str, value: Any) -> None:
-        """Raise ConfigError for a value out of range."""
-        expected = ""
-        if self.choices and value not in self.choices:
-            expected = " or ".join(map(repr, self.choices))
-        elif self.length and len(value) != self.length:
-            expected = f"{self.length} numbers"
-        elif self.high is not None and not self.low <= value <= self.high:
-            expected = f"{self.low:g} to {self.high:g}"
-        elif self.low is not None and not value >= self.low:
-            expected = f"at least {self.low:g}"
-        if expected:
-            raise ConfigError(f"{name}={value!r}; expected {expected}")
+        """Raise ConfigError for a converted value out of range."""
+        if value is None or self.value_type is bool:
+            return
+        if self.choices:
+            ok = value in self.choices
+        elif isinstance(value, tuple):
+            ok = all(map(self._accepts, value))
+            ok = ok and len(value) == (self.length or len(value))
+            ok = ok and not (self.increasing and list(value) != sorted(value))
+        else:
+            ok = self.value_type is str or self._accepts(value)
+        if not ok:
+            expected = self._range(name.rpartition(".")[2])
+            if self.choices:
+                expected = " or ".join(map(repr, self.choices))
+            elif note := self._limit_of_type(value):
+                expected = note
+            raise ConfigError(f"{name}={show(value)}; expected {expected}")
+
+    def _limit_of_type(self, value: Any) -> str:
+        """Return the limit of int32 or float32 that a value exceeds, or ""."""
+        integer = int in (self.value_type, self.item)
+        for x in value if isinstance(value, tuple) else (value,):
+            if not isinstance(x, (int, float)):
+                continue
+            if integer and self.high is None and x > INT_MAX:
+                return f"at most {_number(INT_MAX)}"
+            if not integer and not abs(x) <= FLOAT_MAX:
+                return f"finite numbers, at most {FLOAT_MAX:.1e} (float32)"
+            if not integer and 0 < abs(x) < FLOAT_MIN:
+                return f"0 or at least {FLOAT_MIN:.1e} (float32)"
+        return ""
+
+    def _accepts(self, number: Any) -> bool:
+        """Return True for a number, or an element of a tuple, in the range."""
+        if isinstance(number, bool) or not isinstance(number, (int, float)):
+            return self._item is None
+        if number in self.also:
+            return True
+        integer = int in (self.value_type, self.item)
+        if integer and not isinstance(number, int):
+            return False
+        limit = (INT_MAX if self.high is None else self.high) if integer else FLOAT_MAX
+        return (
+            abs(number) <= limit  # False for NaN
+            and (number == 0 or abs(number) >= FLOAT_MIN)
+            and (self.low is None or number >= self.low)
+            and (self.high is None or number <= self.high)
+            and (self.above is None or number > self.above)
+            and (self.below is None or number < self.below)
+        )
+
+    @property
+    def _item(self) -> Any:
+        """Type of the numbers of a tuple; None: its elements may be anything."""
+        if self.value_type not in (tuple, object):
+            return self.value_type
+        limits = self.low, self.high, self.above, self.below
+        numbers = isinstance(self.default, tuple) and all(
+            isinstance(x, (int, float)) for x in self.default
+        )
+        if any(limit is not None for limit in limits) or numbers and self.default:
+            return self.item or float
+        return self.item
+
+    def _range(self, name: str) -> str:
+        """Return the range and shape of the value as text, such as "at least 0"."""
+        many = self.value_type in (tuple, object)
+        low, high = (_number(x) for x in (self.low, self.high))
+        if self.above is not None or self.below is not None:
+            left = f"{low} <= " if low else f"{_number(self.above)} < "
+            right = f" <= {high}" if high else f" < {_number(self.below)}"
+            left = left if low or self.above is not None else ""
+            right = right if high or self.below is not None else ""
+            text = f"{left}{'number' if many else name}{right}"
+        elif low and high:
+            huge = self.high > 1000
+            text = f"at least {low}, at most {high}" if huge else f"{low} to {high}"
+        elif low or high:
+            text = f"at least {low}" if low else f"at most {high}"
+        else:
+            text = "" if many else "finite"
+        text += "".join(f", or {x}" for x in self.also)
+        if not many:
+            return text
+        kind = "integers" if self.item is int else "numbers"
+        noun = f"{self.length or ''} {kind}".strip()
+        noun = f"an integer or {noun}" if self.value_type is object else noun
+        order = ", not decreasing" if self.increasing else ""
+        return f"{noun}{text and ', '}{text}{order}"
 
     @property
     def allowed(self) -> str:
-        """Description of the allowed values."""
+        """Description of the allowed values, for ``docs/config.md``."""
         if self.choices:
             return ", ".join(f"`{choice}`" for choice in self.choices)
-        if self.high is not None:
-            return f"{self.low:g} to {self.high:g}"
-        if self.low is not None:
-            return f"{TYPE_NAMES[self.value_type]}, at least {self.low:g}"
-        return f"{self.length} numbers" if self.length else TYPE_NAMES[self.value_type]
+        name, kind = TYPE_NAMES[self.value_type], self.value_type
+        if kind in (bool, str) or (kind is tuple and self._item is None):
+            return name
+        text = self._range("value")
+        return text if kind in (tuple, object) else f"{name}, {text}"
+
+
+def setting(default: Any = MISSING, **limits: Any) -> Any:
+    """Return a dataclass field whose range is stated by arguments of `Key`."""
+    return field(default=default, metadata=limits)
+
+
+@cache
+def field_keys(cls: type) -> dict[str, Key]:
+    """Return the keys of a dataclass of `setting`, with docstrings as comments."""
+    comments = {}
+    for base in reversed(cls.__mro__):
+        docstring = inspect.cleandoc(base.__doc__ or "")
+        for names, text in re.findall(r"(?m)^(\w.*?): (.*(?:\n  .*)*)", docstring):
+            sentence = re.split(r"[.;:](?:\s|$)", " ".join(text.split()))[0]
+            comments |= dict.fromkeys(names.split(", "), sentence)
+    keys = {}
+    for each in fields(cls):
+        limits, kind = dict(each.metadata), each.type
+        if get_origin(kind) is tuple:
+            limits["item"], kind = get_args(kind)[0], tuple
+        elif kind not in TYPE_NAMES:  # int or pair
+            limits["item"], kind = int, object
+        comment = comments.get(each.name, "")
+        keys[each.name] = Key(None, comment, type=kind, **limits)
+    return keys
+
+
+def check_fields(instance: Any) -> None:
+    """Convert and check the values of a frozen dataclass of `setting`, in place.
+
+    Raises:
+      ConfigError: a value has the wrong type or is out of range.
+    """
+    for name, key in field_keys(type(instance)).items():
+        value = getattr(instance, name)
+        try:
+            if value is None:
+                raise TypeError
+            value = key.convert(value)
+        except (TypeError, OverflowError) as error:
+            expected = TYPE_NAMES[key.value_type]
+            raise ConfigError(f"{name}={show(value)}; expected {expected}") from error
+        key.check(name, value)
+        object.__setattr__(instance, name, value)
+
+
+def show(value: Any) -> str:
+    """Return a value as text of at most 60 characters."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python does not print integers of more than 4,300 digits
+        text = f"{type(value).__name__} of many digits"
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _number(x: float | None) -> str:
+    """Return a limit as text; None: ""."""
+    if x is None:
+        return ""
+    if isinstance(x, int) and x > 10**6 and (x + 1) & x == 0:
+        return f"2**{x.bit_length()} - 1"
+    return f"{x:g}" if abs(x) < 10**5 else f"{x:,}"

@@ -5,16 +5,16 @@ import sys
 import traceback
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import jax
 
 from hivit_jax import config as configs
-from hivit_jax import recipes
+from hivit_jax import platforms, recipes
 from hivit_jax.distributed import processes
 from hivit_jax.distributed.signals import catch_signals
 from hivit_jax.distributed.watchdog import Watchdog
 from hivit_jax.errors import ConfigError, Parser, exit_code
+from hivit_jax.paths import expand
 from hivit_jax.reporting.console import log
 from hivit_jax.xla.compile import enable_compilation_cache, keep_freed_memory
 
@@ -52,8 +52,8 @@ MODES = ("train", "eval", "knn", "compile", "describe")
 MODE_OF_FLAG = {"checkpoint": "eval", "topology": "compile", "search_batch": "compile"}
 
 
-def parse(argv: Sequence[str]) -> tuple[Any, argparse.Namespace]:
-    """Parse the command line into (config of the recipe, other flags)."""
+def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Parse the command line into (flags, overrides of the recipe)."""
     listing = [f"  {name:<16} {line}" for name, line in recipes.names().items()]
     parser = Parser(
         usage=USAGE,
@@ -87,7 +87,8 @@ def parse(argv: Sequence[str]) -> tuple[Any, argparse.Namespace]:
             "--num_processes=N and --process_id=I (0 to N - 1); found "
             f"{flags.coordinator_address!r}, {flags.num_processes}, {flags.process_id}"
         )
-    return configs.load(flags.config, overrides), flags
+    flags.workdir, flags.checkpoint = expand(flags.workdir), expand(flags.checkpoint)
+    return flags, overrides
 
 
 def run(argv: Sequence[str], join: bool) -> None:
@@ -96,7 +97,10 @@ def run(argv: Sequence[str], join: bool) -> None:
     Args:
       join: connect to the other processes of the run, if there are any.
     """
-    config, flags = parse(argv)
+    flags, overrides = parse(argv)
+    if join and flags.mode in ("describe", "compile"):
+        platforms.use_cpu()
+    config = configs.load(flags.config, overrides)
     if flags.mode == "describe":
         from hivit_jax.tools.describe import describe, draw_figures, recipe_diff
 
@@ -113,6 +117,7 @@ def run(argv: Sequence[str], join: bool) -> None:
     if join:
         process = flags.coordinator_address, flags.num_processes, flags.process_id
         processes.start(*process, config.peer_timeout)
+        platforms.start()
         default_cache = flags.workdir and f"{flags.workdir}/compiled"
         enable_compilation_cache(config.compilation_cache or default_cache)
         if jax.default_backend() == "cpu":

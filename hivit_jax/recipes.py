@@ -9,6 +9,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from hivit_jax.errors import ConfigError, unknown
+from hivit_jax.paths import expand
 
 _PACKAGE = Path(__file__).parent
 _INSTALLED = _PACKAGE / "configs"  # a clone has configs/ beside the package instead
@@ -53,7 +54,7 @@ def read(path: str) -> Mapping[str, Any]:
 
 def _locate(name: str) -> Path:
     is_file = "/" in name or name.endswith(".py")
-    file = Path(name) if is_file else DIRECTORY / f"{name}.py"
+    file = Path(expand(name)) if is_file else DIRECTORY / f"{name}.py"
     if file.is_file():
         return file
     if not is_file:

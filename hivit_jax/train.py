@@ -16,6 +16,7 @@ from hivit_jax.data.prefetch import prefetch_to_device
 from hivit_jax.distributed.processes import check_same_on_all_processes
 from hivit_jax.distributed.sharding import make_mesh, shardings_of
 from hivit_jax.errors import DataError, DivergedError, Interrupted, LocalDataError
+from hivit_jax.paths import expand
 from hivit_jax.reporting import console, figures, metrics
 from hivit_jax.reporting.console import log
 from hivit_jax.training.schedule import make_schedule, skip_steps
@@ -46,7 +47,7 @@ def train(
       HivitError: invalid config or input, divergence or interruption; see `errors`.
     """
     # --- Task, mesh, train step: shapes only ----------------------------------------
-    workdir = Path(workdir)
+    workdir = Path(expand(workdir))
     task = inputs.make_task(config)
     mesh = make_mesh(config.mesh, config.batch_size, config.optimizer.accumulate_steps)
     num_images = inputs.images_per_epoch(config, task)
@@ -62,6 +63,8 @@ def train(
         f"{jax.devices()[0].device_kind}; {total_steps:,} steps of "
         f"{config.batch_size:,} images"
     )
+    for warning in task.warnings(per_epoch, total_steps):
+        log(f"warning: {warning}")
 
     # --- State: restored, initialized from a pretrained model, or new ---------------
     metrics.prepare_workdir(workdir)

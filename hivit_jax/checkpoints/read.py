@@ -12,6 +12,7 @@ from etils.epath import Path
 
 from hivit_jax.checkpoints.digests import digests
 from hivit_jax.errors import CheckpointError, first_line
+from hivit_jax.paths import expand
 from hivit_jax.tree import named_leaves
 
 logging.set_verbosity(logging.FATAL)  # because orbax also raises the errors it logs
@@ -19,7 +20,8 @@ logging.set_verbosity(logging.FATAL)  # because orbax also raises the errors it 
 
 def absolute(path: str | Path) -> Path:
     """Return an absolute path; addresses of buckets (``gs://``) stay as they are."""
-    return Path(path) if "://" in str(path) else Path(path).absolute()
+    path = expand(path)
+    return Path(path) if "://" in path else Path(path).absolute()
 
 
 def find_steps(path: str | Path) -> list[Path]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from hivit_jax.aliases import unknown_key
 from hivit_jax.errors import unknown
 from hivit_jax.models.base import Model
 from hivit_jax.models.classifier import Classifier, ClassifierConfig
@@ -67,7 +68,7 @@ def configure(
     known = override_types(type(config))
     for key in overrides:
         if key not in known:
-            raise unknown(f"override of {name}", key, known)
+            raise unknown_key(f"override of {name}", key, known)
     run_keys = {f.name for f in fields(RunOptions)} & overrides.keys()
     run_options = RunOptions(**{key: overrides.pop(key) for key in run_keys})
     return model_class, replace(config, **overrides), run_options

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hivit_jax.errors import ConfigError
+from hivit_jax.keys import setting
 from hivit_jax.models.base import Model, make_info
 from hivit_jax.models.config import HiViTConfig, RunOptions
 from hivit_jax.models.flops import encoder_cost, row_cost
@@ -26,14 +26,9 @@ class ClassifierConfig(HiViTConfig):
       linear probe. This follows MAE's ``main_linprobe.py``, with eps 1e-6.
     """
 
-    num_classes: int = 1000
+    num_classes: int = setting(1000, low=0, high=10**7)
     fc_norm: bool = True
     running_norm: bool = False
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.num_classes < 0:
-            raise ConfigError(f"num_classes={self.num_classes}; expected 0 or more")
 
 
 class Classifier(Model):

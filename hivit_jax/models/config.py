@@ -6,6 +6,7 @@ import numpy as np
 
 from hivit_jax.errors import ConfigError
 from hivit_jax.kernels import dispatch
+from hivit_jax.keys import check_fields, setting
 from hivit_jax.models.positions import Grid, check_grid
 from hivit_jax.models.windows import Windows, make_windows
 
@@ -23,20 +24,15 @@ class RunOptions:
       (wherever shapes allow) or "plain" (none). See `kernels.dispatch`.
     """
 
-    dtype: str = "float32"
+    dtype: str = setting("float32", choices=("float32", "bfloat16"))
     remat: bool = False
     scan_blocks: bool = False
-    kernels: str = "auto"
+    kernels: str = setting("auto", choices=dispatch.CHOICES)
 
     def __post_init__(self):
         name = getattr(self.dtype, "__name__", str(self.dtype))  # jnp.bfloat16 too
         object.__setattr__(self, "dtype", name)
-        if name not in ("float32", "bfloat16"):
-            raise ConfigError(f"dtype={name!r}; expected 'float32' or 'bfloat16'")
-        if self.kernels not in dispatch.CHOICES:
-            raise ConfigError(
-                f"kernels={self.kernels!r}; expected 'auto', 'fused' or 'plain'"
-            )
+        check_fields(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,52 +65,53 @@ class HiViTConfig:
       ConfigError: inconsistent sizes.
     """
 
-    image_size: int | tuple[int, int] = 224
-    in_channels: int = 3
-    embed_dim: int
-    depths: tuple[int, ...]
-    num_heads: int
-    mlp_ratio: float = 4.0
-    stem_mlp_ratio: float = 3.0
-    drop_path_rate: float = 0.0
-    patch_size: int = 16
-    inner_patches: int = 4
+    image_size: int | tuple[int, int] = setting(224, high=2**14, length=2)
+    in_channels: int = setting(3, low=1, high=4096)
+    embed_dim: int = setting(low=4, high=2**16)
+    depths: tuple[int, ...] = setting(low=1, high=1000)
+    num_heads: int = setting(low=1, high=2**16)
+    mlp_ratio: float = setting(4.0, above=0, high=1000)
+    stem_mlp_ratio: float = setting(3.0, above=0, high=1000)
+    drop_path_rate: float = setting(0.0, low=0, below=1)
+    patch_size: int = setting(16, low=1, high=2**14)
+    inner_patches: int = setting(4, low=1, high=2**14)
     relative_position: bool = True
-    window_size: int = 0
-    global_blocks: tuple[int, ...] = ()
-    layer_norm_eps: float = 1e-6
+    window_size: int = setting(0, low=0, high=2**14)
+    global_blocks: tuple[int, ...] = setting((), low=0, high=1000)
+    layer_norm_eps: float = setting(1e-6, above=0, high=1)
 
     def __post_init__(self):
+        check_fields(self)
         set_field, patch_size = object.__setattr__, self.patch_size
         rows, columns = check_grid(self.image_size, patch_size)
         set_field(self, "image_size", (rows * patch_size, columns * patch_size))
-        set_field(self, "depths", tuple(self.depths))
-        set_field(self, "global_blocks", tuple(self.global_blocks))
-        stems, depth, inner = len(self.depths) - 1, self.depths[-1], self.inner_patches
-        if stems < 1 or inner != 2**stems or min(self.depths) < 1:
+        stems, inner = len(self.depths) - 1, self.inner_patches
+        if stems < 1 or inner != 2**stems:
             raise ConfigError(
-                f"depths={self.depths} with inner_patches={inner}: expected positive "
-                "depths and inner_patches = 2 ** (number of stages - 1)"
+                f"depths={self.depths} with inner_patches={inner}: expected at least "
+                "two depths and inner_patches = 2 ** (number of stages - 1)"
             )
+        depth = self.depths[-1]
         if patch_size % inner:
             raise ConfigError(
                 f"patch_size={patch_size} is not a multiple of inner_patches={inner}"
             )
         check_heads("embed_dim", self.embed_dim, "num_heads", self.num_heads)
-        if self.embed_dim < 1 or self.embed_dim % 2**stems or self.embed_dim % 4:
+        if self.embed_dim % 2**stems or self.embed_dim % 4:
             raise ConfigError(
                 f"embed_dim={self.embed_dim}: expected a multiple of {max(4, 2**stems)}"
             )
-        if not 0 <= self.drop_path_rate < 1:
-            raise ConfigError(
-                f"drop_path_rate={self.drop_path_rate}; expected 0 <= "
-                "drop_path_rate < 1"
-            )
-        if self.window_size < 0:
-            raise ConfigError(
-                f"window_size={self.window_size}; expected 0 or more units"
-            )
-        if any(not 0 <= index < depth for index in self.global_blocks):
+        widths = {
+            "mlp_ratio": self.embed_dim,
+            "stem_mlp_ratio": self.embed_dim >> stems,
+        }
+        for name, width in widths.items():
+            if width * getattr(self, name) < 1:
+                raise ConfigError(
+                    f"{name}={getattr(self, name)} gives an MLP of width {width} no "
+                    f"hidden unit; expected at least {1 / width:g}"
+                )
+        if any(index >= depth for index in self.global_blocks):
             raise ConfigError(
                 f"global_blocks={self.global_blocks}; expected indices from 0 to "
                 f"{depth - 1} for the {depth} blocks of the main stage"

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hivit_jax.errors import ConfigError
+from hivit_jax.keys import setting
 from hivit_jax.models import positions
 from hivit_jax.models.base import Model, make_info
 from hivit_jax.models.blocks import AttentionBlock, run_blocks
@@ -43,19 +44,16 @@ class MAEConfig(HiViTConfig):
     """
 
     relative_position: bool = False
-    decoder_embed_dim: int = 512
-    decoder_depth: int = 6
-    decoder_num_heads: int = 16
+    decoder_embed_dim: int = setting(512, low=4, high=2**16)
+    decoder_depth: int = setting(6, low=1, high=1000)
+    decoder_num_heads: int = setting(16, low=1, high=2**16)
     multi_scale: bool = True
     norm_pix_loss: bool = True
 
     def __post_init__(self):
+        super().__post_init__()
         dim, heads = self.decoder_embed_dim, self.decoder_num_heads
         check_heads("decoder_embed_dim", dim, "decoder_num_heads", heads)
-        if self.decoder_depth < 1:
-            raise ConfigError(
-                f"decoder_depth={self.decoder_depth}: expected at least 1"
-            )
         if dim % 4:
             raise ConfigError(f"decoder_embed_dim={dim}: expected a multiple of 4")
         if self.window_size > 0:
@@ -63,7 +61,6 @@ class MAEConfig(HiViTConfig):
                 f"window_size={self.window_size}: masked pretraining drops units, but "
                 "attention windows need all units; expected window_size=0"
             )
-        super().__post_init__()
 
 
 class MAEOutput(NamedTuple):

@@ -17,7 +17,7 @@ from hivit_jax.data.transforms import Transform
 from hivit_jax.errors import ConfigError
 from hivit_jax.models import Model, create_model
 from hivit_jax.rng import Keys
-from hivit_jax.tasks import defaults
+from hivit_jax.tasks import defaults, warnings
 from hivit_jax.training.optimizer import make_optimizer
 from hivit_jax.tree import split_state
 
@@ -55,6 +55,8 @@ class Task:
         """Raise ConfigError for an invalid config. Called when a config is loaded."""
         if cls.model_class is not None:
             defaults.check_model(config, cls.model_class)
+        if cls.transform is Task.transform:
+            defaults.check_pixels(config.data)
 
     @classmethod
     def batch_multiple(cls, config: Any) -> int:
@@ -69,6 +71,18 @@ class Task:
                 f"model.num_classes={num_classes}; expected at least "
                 f"{len(data.classes)}, the number of classes of {config.data.name}"
             )
+
+    def warnings(self, steps_per_epoch: float, total_steps: int) -> list[str]:
+        """Return one line about each setting that is valid but probably not intended.
+
+        Args:
+          total_steps: length of the run.
+        """
+        config, optimizer = self.config, self.config.optimizer
+        found = warnings.common(config, self.data, steps_per_epoch, total_steps)
+        if type(self).optimizer is Task.optimizer:
+            found += warnings.adam(optimizer, config.batch_size)
+        return found
 
     # --- Model and optimizer ----------------------------------------------------------
 

@@ -23,9 +23,11 @@ class Classification(Task):
     """Cross entropy with label smoothing, random erasing, Mixup and CutMix."""
 
     keys = {
-        "label_smoothing": Key(0.0, "target probability spread over all classes", 0, 1),
-        "mixup": Key(0.0, "alpha of Mixup; 0: off", 0),
-        "cutmix": Key(0.0, "alpha of CutMix; 0: off", 0),
+        "label_smoothing": Key(
+            0.0, "target probability spread over all classes", 0, below=1
+        ),
+        "mixup": Key(0.0, "alpha of Mixup; 0: off", 0, 1000),
+        "cutmix": Key(0.0, "alpha of CutMix; 0: off", 0, 1000),
         "random_erasing": Key(0.0, "probability of erasing a rectangle", 0, 1),
     }
     best = ("eval/top1", "max")

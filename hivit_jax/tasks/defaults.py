@@ -33,6 +33,20 @@ def check_model(config: Any, model_class: type[Model]) -> None:
         raise ConfigError("model.num_classes=0 (no head); expected 1 or more")
 
 
+def check_pixels(data: Any) -> None:
+    """Raise ConfigError for statistics that images of 8 bits cannot have.
+
+    Args:
+      data: `config.data`. Its mean and std refer to pixels divided by 255.
+    """
+    for name in ("mean", "std"):
+        if not all(0 <= x <= 1 for x in data[name]):
+            raise ConfigError(
+                f"data.{name}={tuple(data[name])}; expected 0 to 1, because pixels of "
+                "8 bits are divided by 255; divide the values by 255"
+            )
+
+
 def image_transform(config: Any, dataset: DatasetInfo, train: bool) -> ImageTransform:
     """Return the transform of images for training or evaluation.
 

@@ -10,7 +10,12 @@ from hivit_jax.models.classifier import Classifier
 from hivit_jax.rng import Keys
 from hivit_jax.tasks.base import PerSample
 from hivit_jax.tasks.classification import Classification, classification_metrics
+from hivit_jax.tasks.warnings import peak_text
+from hivit_jax.training.schedule import peak_learning_rate
 from hivit_jax.tree import leaf_name, split_state
+
+# LARS scales updates by 0.001. Published linear probes have peaks of 1 to 100.
+LEAST_PEAK = 0.3
 
 
 class LinearProbe(Classification):
@@ -33,6 +38,20 @@ class LinearProbe(Classification):
         super().check(config)
         if not config.model.running_norm:
             raise ConfigError("task='linear_probe' requires model.running_norm=True")
+
+    def warnings(self, steps_per_epoch: float, total_steps: int) -> list[str]:
+        """As `Task.warnings`; also for a random encoder and a small learning rate."""
+        config, found = self.config, super().warnings(steps_per_epoch, total_steps)
+        if not config.init_from:
+            found.append("init_from='': the frozen encoder has random parameters")
+        peak = peak_learning_rate(config.optimizer, config.batch_size)
+        if 0 < peak < LEAST_PEAK:
+            text = peak_text(config.optimizer, config.batch_size)
+            found.append(
+                f"the peak learning rate, {text}, is small for LARS; expected at "
+                f"least {LEAST_PEAK:g}, or the accuracy may stay at chance"
+            )
+        return found
 
     def optimizer(
         self, model: Classifier, schedule: optax.Schedule

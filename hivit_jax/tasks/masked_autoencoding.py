@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from hivit_jax import rng
+from hivit_jax.errors import ConfigError
 from hivit_jax.keys import Key
 from hivit_jax.models import configure
 from hivit_jax.models.mae import MaskedAutoencoder
@@ -19,7 +20,7 @@ from hivit_jax.tasks.defaults import model_arguments
 class MaskedAutoencoding(Task):
     """Pretraining. The loss of an image is the mean over its masked units."""
 
-    keys = {"mask_ratio": Key(0.75, "fraction of units to mask, in (0, 1)")}
+    keys = {"mask_ratio": Key(0.75, "fraction of units to mask", above=0, below=1)}
     unused = {"optimizer.layer_decay": 1.0}
     # The official code uses timm's rule, which exempts 1-D parameters: it decays the
     # position tables and the mask token.
@@ -37,7 +38,12 @@ class MaskedAutoencoding(Task):
         """As `Task.check`; also checks `mask_ratio`."""
         super().check(config)
         rows, columns = configure(**model_arguments(config))[1].grid
-        visible_units(rows * columns, config.mask_ratio)
+        units = rows * columns
+        if visible_units(units, config.mask_ratio) == units:
+            raise ConfigError(
+                f"mask_ratio={config.mask_ratio} masks none of {units} units; "
+                f"expected at least {1 / units:.4f}"
+            )
 
     def macs(self, model: MaskedAutoencoder, layer_norm_cost: int = 0) -> int:
         """As `Task.macs`, with the config's mask ratio."""

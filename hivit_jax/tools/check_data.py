@@ -22,7 +22,7 @@ from PIL import ExifTags, Image
 from tqdm import tqdm
 
 from hivit_jax import config as configs
-from hivit_jax import inputs, tasks
+from hivit_jax import inputs, platforms, tasks
 from hivit_jax.data.loader import Loader, available_cores
 from hivit_jax.data.order import permutation, samples_at
 from hivit_jax.data.sources.registry import open_source
@@ -270,6 +270,8 @@ def run(argv: Sequence[str] | None) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
+    if argv is None:
+        platforms.use_cpu()
     return exit_code(lambda: run(argv))
 
 

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from hivit_jax import platforms
 from hivit_jax.errors import ConfigError, Parser, exit_code
 from hivit_jax.models import arguments_of, configure, variant
 from hivit_jax.reporting.console import log
@@ -142,6 +143,8 @@ def run(argv: Sequence[str] | None) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
+    if argv is None:
+        platforms.use_cpu()
     return exit_code(lambda: run(argv))
 
 

@@ -11,8 +11,9 @@ from flax import nnx
 
 from hivit_jax import config as configs
 from hivit_jax import inputs, rng, tasks
-from hivit_jax.errors import DataError
+from hivit_jax.errors import DataError, MissingPackage
 from hivit_jax.models import Model
+from hivit_jax.paths import expand
 from hivit_jax.reporting import figures
 from hivit_jax.training.schedule import (
     make_schedule,
@@ -23,11 +24,14 @@ from hivit_jax.tree import named_leaves, split
 
 
 def describe(config: Any) -> str:
-    """Return the text of ``--mode describe``."""
+    """Return the text of ``--mode describe``; warnings come first."""
     task = inputs.task_of_recipe(config)
     model = nnx.eval_shape(task.build_model)
+    images = inputs.images_per_epoch(config, task)
+    found = task.warnings(*inputs.count_steps(config, images))
+    warnings = ["\n".join(f"warning: {line}" for line in found)] if found else []
     tables = [parameter_table(model), cost_table(task, model), schedule_table(config)]
-    return "\n\n".join([configs.to_json(config).rstrip(), *tables])
+    return "\n\n".join([*warnings, configs.to_json(config).rstrip(), *tables])
 
 
 def draw_figures(config: Any, workdir: str | Path) -> str:
@@ -38,7 +42,7 @@ def draw_figures(config: Any, workdir: str | Path) -> str:
     Returns:
       The paths of the figures, as text.
     """
-    directory = Path(workdir) / "figures"
+    directory = Path(expand(workdir)) / "figures"
     _, total, learning_rate = resolved_schedule(config)
     steps = np.unique(np.linspace(0, total, 1000).astype(np.int32))
     curve = figures.schedule(steps, np.asarray(learning_rate(steps)))
@@ -48,7 +52,7 @@ def draw_figures(config: Any, workdir: str | Path) -> str:
     try:
         task = inputs.make_task(config, "train")
         batch = next(inputs.train_batches(config, 0, 1))
-    except DataError as error:
+    except (DataError, MissingPackage) as error:
         return f"{directory}/schedule.png; no images drawn: {error}"
     keys = rng.step_keys(config.seed, "train", jnp.uint32(0), 16)
     images = task.training_images(batch, keys)

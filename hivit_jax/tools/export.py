@@ -9,9 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import jax
@@ -19,7 +17,7 @@ import numpy as np
 from flax import nnx
 from jax import export as stablehlo
 
-from hivit_jax import errors
+from hivit_jax import errors, platforms
 from hivit_jax.errors import CheckpointError, ConfigError, HivitError
 from hivit_jax.models import Model
 from hivit_jax.models.classifier import Classifier
@@ -48,7 +46,7 @@ def export(
         if platform not in PLATFORMS:
             raise errors.unknown("platform", platform, PLATFORMS)
     function = jax.jit(_inference(model, what))
-    _package("flatbuffers", "export")
+    errors.require("flatbuffers", "hivit-jax[export]")
     exported = stablehlo.export(function, platforms=tuple(platforms))(
         _input_spec(model)
     )
@@ -72,7 +70,7 @@ def export_onnx(model: Model, what: str = "classifier") -> bytes:
     function, dtype = _inference(model, what), model.run_options.dtype
     if dtype != "float32":
         raise ConfigError(f"ONNX export: dtype={dtype}; expected float32")
-    jax2onnx = _package("jax2onnx", "onnx")
+    jax2onnx = errors.require("jax2onnx", "hivit-jax[onnx]")
     logging.getLogger("onnx_ir").setLevel(logging.ERROR)  # it logs every shape
     cell, stages = model.config.cell_size, len(model.config.depths)
     strides = [f"stride{cell << level}" for level in range(stages)]
@@ -100,7 +98,7 @@ def load_exported(path: str | Path) -> Callable[[Any], Any]:
     path = Path(path)
     onnx = path.suffix == ".onnx"
     name, extra = ("onnxruntime", "onnx") if onnx else ("flatbuffers", "export")
-    package = _package(name, extra)
+    package = errors.require(name, f"hivit-jax[{extra}]")
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -169,15 +167,6 @@ def _input_spec(model: Model) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, np.float32)
 
 
-def _package(name: str, extra: str) -> ModuleType:
-    try:
-        return import_module(name)
-    except ImportError as error:
-        raise ConfigError(
-            f"{name} is not installed; pip install 'hivit-jax[{extra}]'"
-        ) from error
-
-
 def _flat(outputs: Any) -> np.ndarray:
     leaves = jax.tree.leaves(outputs)
     return np.concatenate([np.asarray(x, np.float32).reshape(-1) for x in leaves])
@@ -204,6 +193,7 @@ def run(argv: Sequence[str] | None) -> None:
         raise ConfigError(
             f"--platforms={flags.platforms} does not apply to ONNX; remove it"
         )
+    platforms.start()
     from hivit_jax.weights.load import load_pretrained
 
     model = load_pretrained(flags.checkpoint, **{"dtype": "float32"} if onnx else {})

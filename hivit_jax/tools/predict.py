@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from hivit_jax import config as configs
-from hivit_jax import evaluate, inputs
+from hivit_jax import evaluate, inputs, platforms
 from hivit_jax.data.prefetch import prefetch_to_device
 from hivit_jax.data.sources import folder, registry
 from hivit_jax.distributed.sharding import make_mesh
@@ -83,6 +83,7 @@ def run(argv: Sequence[str] | None) -> None:
     parser.add_argument("--out", required=True, help="directory to write to")
     parser.add_argument("--images", help="file or directory; default: the test split")
     flags = parser.parse_args(argv)
+    platforms.start()
     if not predict(flags.checkpoint, flags.out, flags.images):
         raise DataError(f"{flags.images or 'test split'}: no image can be read")
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from hivit_jax import platforms
 from hivit_jax.data import transforms
 from hivit_jax.errors import ConfigError, DataError, Parser, exit_code
 from hivit_jax.models.mae import MaskedAutoencoder
@@ -92,6 +93,7 @@ def run(argv: Sequence[str] | None) -> None:
     add("--seed", type=int, default=0)
     add("--statistics", choices=("unit", "visible"), default="unit")
     args = parser.parse_args(argv)
+    platforms.start()
     pretrained = load.read(args.checkpoint)
     model = build(pretrained)
     if not isinstance(model, MaskedAutoencoder):

@@ -74,7 +74,7 @@ def make_schedule(
         epoch = step / steps_per_epoch + first
         rate = after_warmup(step, epoch)
         warmup_rate = start + (peak - start) * epoch / max(warmup, 1e-9)
-        if o.schedule == "polynomial":
+        if o.schedule == "polynomial" and peak:
             warmup_rate *= rate / peak
         return jnp.where(epoch < warmup, warmup_rate, rate)
 

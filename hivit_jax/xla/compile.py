@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from hivit_jax.distributed.sharding import shardings_of
+from hivit_jax.paths import expand
 from hivit_jax.reporting.console import log
 from hivit_jax.training.step import Training
 
@@ -23,7 +24,7 @@ def enable_compilation_cache(directory: str) -> None:
     in JAX's own settings takes precedence. An empty `directory` enables no cache.
     """
     if directory and not jax.config.jax_compilation_cache_dir:
-        jax.config.update("jax_compilation_cache_dir", directory)
+        jax.config.update("jax_compilation_cache_dir", expand(directory))
     jax.monitoring.register_event_listener(
         lambda event, **_: _hits.append(event) if event == CACHE_HIT else None
     )

@@ -25,10 +25,6 @@ class DatasetInfo:
     encoded: bool = True
 
 
-# Used for ImageNet when the dataset is not available.
-IMAGENET = DatasetInfo({"train": 1_281_167, "test": 50_000})
-
-
 class Source:
     """One split of a dataset. Several threads call its methods at once.
 

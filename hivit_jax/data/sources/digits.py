@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from hivit_jax.data.sources.base import Source
-from hivit_jax.errors import ConfigError
+from hivit_jax.errors import ConfigError, require
 
-NUM_TEST = 360
+NUM_TRAIN, NUM_TEST = 1437, 360
 
 
 class Digits(Source):
@@ -59,9 +59,7 @@ class Digits(Source):
 
 @cache
 def _digits() -> tuple[np.ndarray, np.ndarray]:
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
+    digits = require("sklearn.datasets", "hivit-jax[data]").load_digits()
     images = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # levels 0..16
     return images, digits.target.astype(np.int32)
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from hivit_jax.data.sources.base import Source
 from hivit_jax.errors import DataError
+from hivit_jax.paths import expand
 
 INDEX_KEYS = ("classes", "counts", "files")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
@@ -23,7 +24,7 @@ class Images(Source):
     """
 
     def __init__(self, path: str | Path, classes: Sequence[str] = ()):
-        path, self.classes = Path(path).expanduser(), classes
+        path, self.classes = Path(expand(path)), classes
         files = [path] if path.is_file() else sorted(path.rglob("*"))
         self._files = [f for f in files if f.suffix.lower() in SUFFIXES and f.is_file()]
         if not self._files:
@@ -55,7 +56,7 @@ class Folder(Source):
     """
 
     def __init__(self, directory: str, split: str, train_split: str = "train"):
-        root = Path(directory).expanduser()
+        root = Path(expand(directory))
         self._root = root / split
         for needed in (root / train_split, self._root):
             if not needed.is_dir():
@@ -113,7 +114,7 @@ def _index(root: Path) -> dict[str, np.ndarray]:
       Arrays by name. classes: class names, str [k]. counts: images per class, int [k].
       files: paths of all images relative to `root`, bytes [n].
     """
-    cache_dir = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    cache_dir = Path(expand(os.environ.get("XDG_CACHE_HOME") or "~/.cache"))
     key = hashlib.sha256(os.fsencode(root.absolute())).hexdigest()[:16]
     path = cache_dir / "hivit_jax" / f"{key}.npz"
     try:

@@ -5,15 +5,30 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
-from hivit_jax.data.sources.base import Source
-from hivit_jax.data.sources.digits import Digits
+from hivit_jax.data.sources.base import DatasetInfo, Source
+from hivit_jax.data.sources.digits import NUM_TEST, NUM_TRAIN, Digits
 from hivit_jax.data.sources.folder import Folder
 from hivit_jax.data.sources.synthetic import Synthetic
 from hivit_jax.data.sources.tfds import Tfds
 from hivit_jax.errors import ConfigError, import_class
+from hivit_jax.paths import expand
 
 # Names of the training and evaluation split by dataset; "": all other datasets.
 DEFAULT_SPLITS = {"folder": ("train", "val"), "": ("train", "validation")}
+
+
+def published_info(data: Mapping[str, Any]) -> DatasetInfo | None:
+    """Return facts about ImageNet or the digits without reading them; else None.
+
+    Args:
+      data: the `data` section of a config.
+    """
+    if data["name"] == "imagenet2012":
+        return DatasetInfo({"train": 1_281_167, "test": 50_000})
+    if data["name"] == "digits":
+        counts = {"train": data["train_examples"] or NUM_TRAIN, "test": NUM_TEST}
+        return DatasetInfo(counts, Digits.classes)
+    return None
 
 
 def num_examples(data: Mapping[str, Any], split: str) -> int:
@@ -32,8 +47,9 @@ def open_source(data: Mapping[str, Any], split: str) -> Source:
         subsets.
       DataError: the dataset cannot be read.
     """
-    keys = ("name", "dir", "train_split", "eval_split", "train_examples", "subset")
-    return _open(split, *(data[key] for key in keys))
+    keys = ("train_split", "eval_split", "train_examples", "subset")
+    values = [data[key] for key in keys]
+    return _open(split, data["name"], expand(data["dir"]), *values)
 
 
 @lru_cache(maxsize=8)

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from hivit_jax.data.sources.base import KNOWN_DATASETS, Source
-from hivit_jax.errors import DataError, unknown
+from hivit_jax.errors import DataError, require, unknown
+from hivit_jax.paths import expand
 
 
 class Tfds(Source):
@@ -25,11 +26,11 @@ class Tfds(Source):
     Raises:
       DataError: the dataset is not prepared, is not an image classification dataset,
         has another file format, or has no such split.
+      MissingPackage: tensorflow-datasets or array_record is not installed.
     """
 
     def __init__(self, name: str, directory: str, split: str):
-        import tensorflow_datasets as tfds
-
+        tfds = require("tensorflow_datasets", "tensorflow-datasets")
         path = _prepared(name, directory)
         try:
             info = tfds.builder_from_directory(path).info
@@ -59,6 +60,8 @@ class Tfds(Source):
             expected = " or ".join(OPENERS)
             raise DataError(f"{name}: expected {expected} files, found {file_format}")
         _raise_open_file_limit(len(files))
+        if file_format == "array_record":  # here, because threads read the files
+            require("array_record.python.array_record_module", "array_record")
         self._open_file = OPENERS[file_format]
         self._paths = [str(file.filename) for file in files]
         self._files = np.repeat(np.arange(len(files)), [file.take for file in files])
@@ -140,11 +143,11 @@ def supervised_feature_types(info: Any) -> list[str]:
 
 def _prepared(name: str, directory: str) -> str:
     """Return the path of a dataset's newest prepared version, NAME/[CONFIG/]VERSION."""
-    import tensorflow_datasets as tfds
     from etils import epath
 
+    tfds = require("tensorflow_datasets", "tensorflow-datasets")
     base, _, version = name.partition(":")
-    root = epath.Path(directory or tfds.core.constants.DATA_DIR).expanduser() / base
+    root = epath.Path(expand(directory or tfds.core.constants.DATA_DIR)) / base
     names = [p.name for p in root.iterdir()] if root.is_dir() else []
     versions = [
         candidate

@@ -1,0 +1,110 @@
+"""Advice on unknown keys of a config or a model."""
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+from hivit_jax.errors import ConfigError
+
+# Names that other programs use -> our key.
+_ALIASES = {
+    "batch_size": "bs batch batchsize train_batch_size global_batch_size",
+    "checkpoint_every": "save_every save_freq save_interval ckpt_every save_steps",
+    "compilation_cache": "cache cache_dir",
+    "eval_every": "eval_freq eval_interval eval_steps val_every val_interval",
+    "init_from": "pretrained finetune checkpoint ckpt weights load_from resume_from",
+    "keep_checkpoints": "max_to_keep save_total_limit",
+    "label_smoothing": "smoothing",
+    "log_every": "log_freq log_interval log_steps print_freq",
+    "random_erasing": "reprob erasing random_erase",
+    "seed": "random_seed rng_seed",
+    "total_epochs": "epochs num_epochs max_epochs n_epochs nb_epochs epoch",
+    "total_steps": "steps num_steps max_steps iterations iters max_iters niter",
+    "data.crop_pct": "crop_ratio",
+    "data.crop_scale": "scale min_scale crop_min",
+    "data.dir": "path root data_path data_dir data_root dataset_path dataset_dir",
+    "data.eval_split": "val_split test_split validation_split",
+    "data.flip": "hflip horizontal_flip",
+    "data.name": "dataset dataset_name data_set",
+    "data.randaugment": "aa auto_augment autoaugment rand_aug randaug",
+    "data.workers": "num_workers n_workers threads num_threads",
+    "mesh.data": "devices gpus num_gpus n_gpus num_devices",
+    "model.depths": "depth layers num_layers",
+    "model.drop_path_rate": "drop_path stochastic_depth drop_path_prob",
+    "model.dtype": "precision amp fp16 bf16 mixed_precision",
+    "model.embed_dim": "dim width hidden_size hidden_dim",
+    "model.image_size": "img_size input_size resolution size crop_size",
+    "model.in_channels": "in_chans channels num_channels",
+    "model.num_classes": "nb_classes n_classes classes num_labels",
+    "model.num_heads": "heads n_heads num_attention_heads",
+    "model.remat": "checkpointing gradient_checkpointing use_checkpoint",
+    "optimizer.accumulate_steps": "accum accum_iter grad_accum accumulation_steps "
+    "gradient_accumulation_steps",
+    "optimizer.base_learning_rate": "lr learning_rate blr base_lr max_lr peak_lr "
+    "max_learning_rate peak_learning_rate",
+    "optimizer.betas": "beta1 beta2 b1 b2 momentum adam_betas",
+    "optimizer.clip_norm": "clip_grad grad_clip max_norm clip max_grad_norm "
+    "gradient_clip_val clip_gradient",
+    "optimizer.ema_decay": "ema model_ema ema_rate model_ema_decay",
+    "optimizer.layer_decay": "lr_decay_rate layerwise_decay llrd",
+    "optimizer.min_learning_rate": "min_lr end_lr final_lr end_learning_rate",
+    "optimizer.schedule": "scheduler sched lr_schedule lr_scheduler",
+    "optimizer.warmup_epochs": "warmup warmup_steps",
+    "optimizer.warmup_learning_rate": "warmup_lr start_lr init_lr",
+    "optimizer.weight_decay": "wd decay l2",
+}
+_KEY_OF = {alias: key for key, text in _ALIASES.items() for alias in text.split()}
+_WORKDIR = ["workdir", "output", "output_dir", "out_dir", "log_dir", "save_dir"]
+
+
+def unknown_key(kind: str, name: str, known: Iterable[str]) -> ConfigError:
+    """Return the error for an unknown key, with the key that was meant, if clear.
+
+    In this order: the same last component in another part, a name that other programs
+    use, a typing error. Otherwise the error lists the keys of the part.
+
+    Args:
+      kind: description of the key, such as "config key".
+      name: the unknown key, with dots between its components.
+      known: all keys.
+    """
+    known, normal = list(known), name.lower().replace("-", "_")
+    if meant := _meant(normal, known):
+        hint = f"did you mean {' or '.join(map(repr, meant))}?"
+    elif normal in _WORKDIR:
+        hint = "did you mean the flag --workdir=DIR?"
+    else:
+        hint = _listing(name, known)
+    return ConfigError(f"unknown {kind} {name!r}; {hint}")
+
+
+def _split(key: str) -> tuple[str, str]:
+    """Split a key into its part, "" for none, and its last component."""
+    part, _, leaf = key.rpartition(".")
+    return part, leaf
+
+
+def _meant(name: str, known: Sequence[str]) -> list[str]:
+    """Return the keys that an unknown key may mean; [] if none is clear."""
+    part, leaf = _split(name)
+    if found := [key for key in known if _split(key)[1] == leaf]:
+        return found
+    if alias := _KEY_OF.get(leaf):
+        return [key for key in known if alias in (key, f"model.{key}")]
+    own = [key for key in known if _split(key)[0] == part]
+    for keys in (own, known):
+        by_leaf = {_split(key)[1]: key for key in keys}
+        if near := difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=0.8):
+            return [by_leaf[near[0]]]
+    return []
+
+
+def _listing(name: str, known: Sequence[str]) -> str:
+    """Return the keys of the part to which an unknown key belongs, as text."""
+    if inside := [_split(key)[1] for key in known if _split(key)[0] == name]:
+        return f"it is a part of the config with the keys {', '.join(inside)}"
+    part = _split(name)[0]
+    own = [_split(key)[1] for key in known if part and _split(key)[0] == part]
+    if own:
+        return f"keys of {part}: {', '.join(own)}"
+    names = [f"{_split(key)[0]}.*" if "." in key else key for key in known]
+    return f"known: {', '.join(dict.fromkeys(names))}"

@@ -1,0 +1,121 @@
+"""Warnings about configs that train, but probably not as intended."""
+
+from typing import Any
+
+from hivit_jax.data.sources.base import DatasetInfo
+from hivit_jax.training.schedule import peak_learning_rate
+
+# Peaks of AdamW outside of this range leave the weights as they are, or diverge.
+ADAM_PEAKS = (1e-6, 0.05)
+
+
+def common(
+    config: Any, data: DatasetInfo, steps_per_epoch: float, total_steps: int
+) -> list[str]:
+    """Return the warnings that hold for every task, one line each.
+
+    Args:
+      total_steps: length of the run.
+    """
+    return [
+        *_lengths(config, data, steps_per_epoch, total_steps),
+        *_learning_rates(config.optimizer, config.batch_size),
+        *_classes(config, data),
+    ]
+
+
+def _lengths(
+    config: Any, data: DatasetInfo, steps_per_epoch: float, total_steps: int
+) -> list[str]:
+    """Return warnings about intervals that do not fit the length of the run."""
+    optimizer, epochs = config.optimizer, total_steps / steps_per_epoch
+    run = f"the run ends after {total_steps:,} steps, {epochs:,.3g} epochs"
+    found, images = [], data.counts.get("train", config.batch_size)
+    if optimizer.warmup_epochs >= epochs:
+        found.append(
+            f"optimizer.warmup_epochs={optimizer.warmup_epochs:g}: {run}, before the "
+            "learning rate reaches its peak"
+        )
+    if late := [f"{x:g}" for x in optimizer.milestones if x >= epochs]:
+        found.append(f"optimizer.milestones: {run}, before {', '.join(late)}")
+    if config.batch_size > images:
+        found.append(
+            f"batch_size={config.batch_size} exceeds the {images:,} training images: "
+            "a batch contains images several times"
+        )
+    for name, consequence in (
+        ("log_every", "logs only its last step"),
+        ("eval_every", "is evaluated only at its end"),
+        ("checkpoint_every", "saves only its last step, so a killed run is lost"),
+    ):
+        if config[name] > total_steps:
+            found.append(
+                f"{name}={config[name]} exceeds the {total_steps:,} steps of the run, "
+                f"which {consequence}"
+            )
+    decay = optimizer.ema_decay
+    if decay and decay**total_steps > 0.5:
+        found.append(
+            f"optimizer.ema_decay={decay:g}: the average of {total_steps:,} steps is "
+            f"{decay**total_steps:.0%} initial parameters, and evaluation uses it"
+        )
+    return found
+
+
+def _learning_rates(optimizer: Any, batch_size: int) -> list[str]:
+    """Return warnings about learning rates that contradict the peak."""
+    peak, found = peak_learning_rate(optimizer, batch_size), []
+    if peak == 0:
+        return ["optimizer.base_learning_rate=0: the run changes no parameter"]
+    for name in ("warmup_learning_rate", "min_learning_rate"):
+        if optimizer[name] > peak:
+            found.append(
+                f"optimizer.{name}={optimizer[name]:g} exceeds the peak learning rate, "
+                f"{peak_text(optimizer, batch_size)}"
+            )
+    return found
+
+
+def _classes(config: Any, data: DatasetInfo) -> list[str]:
+    """Return warnings about classes and splits that contradict the dataset."""
+    found, known = [], len(data.classes)
+    num_classes = config.model.get("num_classes") or 0
+    if data.encoded and 0 < known < num_classes:
+        found.append(
+            f"model.num_classes={num_classes} exceeds the {known:,} classes of "
+            f"{config.data.name}: the other outputs are never correct"
+        )
+    if num_classes == 1:
+        found.append("model.num_classes=1: the loss of one class is always 0")
+    splits = config.data.train_split, config.data.eval_split
+    if splits[0] and splits[0] == splits[1]:
+        found.append(
+            f"data.eval_split={splits[1]!r} is the training split: the evaluation uses "
+            "the training images"
+        )
+    return found
+
+
+def adam(optimizer: Any, batch_size: int) -> list[str]:
+    """Return the warnings about the settings of AdamW, one line each."""
+    peak, (low, high), found = peak_learning_rate(optimizer, batch_size), ADAM_PEAKS, []
+    if peak and not low <= peak <= high:
+        found.append(
+            f"the peak learning rate, {peak_text(optimizer, batch_size)}, is unusual "
+            f"for AdamW; expected {low:g} to {high:g}"
+        )
+    if optimizer.betas[0] > optimizer.betas[1]:
+        found.append(
+            f"optimizer.betas={tuple(optimizer.betas)}: the first is usually smaller "
+            "than the second, such as (0.9, 0.999)"
+        )
+    return found
+
+
+def peak_text(optimizer: Any, batch_size: int) -> str:
+    """Return the peak learning rate and its factors as text."""
+    peak = peak_learning_rate(optimizer, batch_size)
+    if not optimizer.lr_batch:
+        return f"{peak:g}"
+    base = f"{optimizer.base_learning_rate:g}"
+    return f"{base} x batch_size {batch_size} / {optimizer.lr_batch} = {peak:g}"

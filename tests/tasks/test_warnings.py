@@ -1,0 +1,99 @@
+"""Warnings about configs that train, but probably not as intended."""
+
+import pytest
+from flax.nnx import Module
+
+from hivit_jax import config as configs
+from hivit_jax import inputs, recipes
+from hivit_jax.data.sources.base import DatasetInfo
+from hivit_jax.tasks import Task, create
+from hivit_jax.tools.describe import describe
+
+NAMES = tuple("abcdefghi")
+
+
+def warnings(recipe, *overrides, images=291, classes=NAMES, steps=1000):
+    """Warnings for a folder of images; a run of 1000 steps unless set."""
+    flags = [f"--config.{each}" for each in (f"total_steps={steps}", *overrides)]
+    config = configs.load(recipe, flags)
+    task = create(config, DatasetInfo({"train": images, "test": 9}, classes))
+    return task.warnings(*inputs.count_steps(config, images))
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in recipes.names() if n not in ("finetune", "linear")]
+)
+def test_installed_recipes_have_none(name):
+    config = configs.load(name)
+    task = create(config, inputs.published_info(config.data))
+    assert task.warnings(*inputs.count_steps(config, task.data.counts["train"])) == []
+
+
+FT = "digits_finetune"
+FINE = ["model.num_classes=9", "batch_size=50", "data.train_examples=0"]
+
+
+def test_sound_settings_have_none():
+    """Up to the border: all images in a batch, an interval as long as the run."""
+    border = ["batch_size=291", "eval_every=1000", "checkpoint_every=1000"]
+    assert warnings(FT, *FINE) == []
+    assert warnings(FT, *FINE, *border) == []
+    assert warnings(FT, *FINE, "optimizer.ema_decay=0.99") == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "fragments"),
+    [
+        (["optimizer.warmup_epochs=200"], ["warmup_epochs=200", "172 epochs"]),
+        (["batch_size=1024"], ["batch_size=1024 exceeds the 291 training images"]),
+        (["eval_every=1251"], ["eval_every=1251 exceeds the 1,000 steps"]),
+        (["checkpoint_every=1251"], ["checkpoint_every=1251", "killed run is lost"]),
+        (["log_every=2000"], ["log_every=2000"]),
+        (["model.num_classes=1000"], ["num_classes=1000 exceeds the 9 classes"]),
+        (["optimizer.ema_decay=0.9999"], ["ema_decay=0.9999", "90% initial"]),
+        (["optimizer.min_learning_rate=1"], ["min_learning_rate=1 exceeds the peak"]),
+        (["optimizer.warmup_learning_rate=1"], ["warmup_learning_rate=1 exceeds"]),
+        (["optimizer.base_learning_rate=0"], ["changes no parameter"]),
+        (
+            ["optimizer.base_learning_rate=5"],
+            ["5 x batch_size 50 / 256 = 0.97", "Adam"],
+        ),
+        (["optimizer.betas=(0.99,0.9)"], ["betas=(0.99, 0.9)", "the first is usually"]),
+        (
+            ["optimizer.schedule=multistep", "optimizer.milestones=(100,300,400)"],
+            ["milestones", "before 300, 400"],
+        ),
+        (["data.train_split=x", "data.eval_split=x"], ["'x' is the training split"]),
+    ],
+)
+def test_one_line_each(overrides, fragments):
+    [line] = warnings(FT, *FINE, *overrides)
+    assert "\n" not in line
+    for fragment in fragments:
+        assert fragment in line
+
+
+def test_one_class():
+    found = warnings(FT, *FINE[1:], "model.num_classes=1", classes=("a",))
+    assert found == ["model.num_classes=1: the loss of one class is always 0"]
+
+
+def test_linear_probe():
+    """LARS needs large learning rates; a probe of a random encoder is meaningless."""
+    fine = [*FINE, "batch_size=32"]
+    lars = "optimizer.base_learning_rate=0.1"
+    [line] = warnings("digits_linear", *fine, lars)
+    assert "0.1 x batch_size 32 / 256 = 0.0125, is small for LARS" in line
+    [line] = warnings("digits_linear", *fine, "init_from=")
+    assert "random parameters" in line
+    assert warnings("digits_linear", *fine) == []
+
+
+def test_describe_prints_them_first(monkeypatch):
+    for name in ("parameter_table", "cost_table", "schedule_table"):
+        monkeypatch.setattr(f"hivit_jax.tools.describe.{name}", lambda *_: "")
+    monkeypatch.setattr(Task, "build_model", lambda self: Module())
+    flags = ["--config.total_steps=400", "--config.mesh.data=1"]
+    first, second, *_ = describe(configs.load("digits_mae", flags)).splitlines()
+    assert first.startswith("warning: eval_every=500 exceeds the 400 steps")
+    assert second == ""

@@ -1,0 +1,76 @@
+"""Advice on unknown keys."""
+
+import pytest
+
+from hivit_jax import config as configs
+from hivit_jax import create_model
+from hivit_jax.errors import ConfigError
+
+
+def advice(key, recipe="digits_finetune"):
+    with pytest.raises(ConfigError) as error:
+        configs.load(recipe, [f"--config.{key}=1"])
+    message = str(error.value)
+    assert message.startswith(f"unknown config key {key!r}; ")
+    return message.partition("; ")[2]
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("model.batch_size", "batch_size"),
+        ("optimizer.label_smoothing", "label_smoothing"),
+        ("optimiser.weight_decay", "optimizer.weight_decay"),
+        ("clip_norm", "optimizer.clip_norm"),
+        ("optimizer.lr", "optimizer.base_learning_rate"),
+        ("optimizer.max_learning_rate", "optimizer.base_learning_rate"),
+        ("epochs", "total_epochs"),
+        ("num_workers", "data.workers"),
+        ("data.path", "data.dir"),
+        ("bs", "batch_size"),
+        ("wd", "optimizer.weight_decay"),
+        ("img-size", "model.image_size"),
+        ("momentum", "optimizer.betas"),
+        ("Model.Depths", "model.depths"),
+        ("optimizer.warmup_epoch", "optimizer.warmup_epochs"),
+        ("data.flp", "data.flip"),
+    ],
+)
+def test_what_was_meant(key, meant):
+    """The same leaf elsewhere, a name of other programs, a typing error."""
+    assert advice(key) == f"did you mean {meant!r}?"
+
+
+def test_several_keys_of_the_same_leaf():
+    assert advice("dataset.name") == "did you mean 'model.name' or 'data.name'?"
+
+
+@pytest.mark.parametrize("key", ["patience", "foo.bar", "crop", "xyz"])
+def test_no_far_guess(key):
+    """A key that resembles none: the keys at the top, and the parts."""
+    text = advice(key)
+    assert text.startswith("known: task, seed, batch_size, ")
+    assert text.endswith(
+        "model.*, data.*, optimizer.*, mesh.*, label_smoothing, mixup, "
+        "cutmix, random_erasing"
+    )
+
+
+def test_keys_of_the_part():
+    assert advice("data.foo").startswith("keys of data: name, dir, train_split, ")
+    assert advice("mesh.pipeline") == "keys of mesh: replica, data, fsdp, tensor, zero"
+    expected = "it is a part of the config with the keys replica, data, "
+    assert advice("mesh").startswith(expected)
+    assert advice("workdir") == "did you mean the flag --workdir=DIR?"
+
+
+def test_names_that_belong_to_another_task():
+    """An alias of a key that the task does not have is no advice."""
+    assert advice("smoothing", "digits_mae").startswith("known: ")
+
+
+def test_arguments_of_models():
+    with pytest.raises(ConfigError, match="hivit_tiny 'img_size'; .* 'image_size'"):
+        create_model("hivit_tiny", img_size=32)
+    with pytest.raises(ConfigError, match="'patience'; known: image_size, "):
+        create_model("hivit_tiny", patience=3)

@@ -1,0 +1,55 @@
+"""Errors of missing packages."""
+
+import sys
+
+import pytest
+
+from hivit_jax import config as configs
+from hivit_jax import inputs
+from hivit_jax.data.sources import digits
+from hivit_jax.errors import MissingPackage, require
+
+
+def test_require(tmp_path, monkeypatch):
+    """A package that is missing, needs a missing one, or does not fit another."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "needs_another.py").write_text("import missing_one_7")
+    (tmp_path / "does_not_fit.py").write_text("raise TypeError('descriptors')")
+    for name, reason in (
+        ("missing_one_7.part", r"is not installed"),
+        ("needs_another", r"cannot be imported \(ModuleNotFoundError: .*one_7"),
+        ("does_not_fit", r"cannot be imported \(TypeError: descriptors\)"),
+    ):
+        match = rf"{name.partition('.')[0]} {reason}.*; run pip install 'x\[y\]'"
+        with pytest.raises(MissingPackage, match=match):
+            require(name, "x[y]")
+    assert require("math", "x").pi > 3
+
+
+@pytest.mark.parametrize(
+    ("recipe", "package", "images", "requirement"),
+    [
+        ("mae_base", "tensorflow_datasets", 1_281_167, "tensorflow-datasets"),
+        ("digits_mae", "sklearn.datasets", 1437, r"hivit-jax\[data\]"),
+        ("digits_finetune", "sklearn.datasets", 100, r"hivit-jax\[data\]"),
+    ],
+)
+def test_recipes_are_described_without_packages(
+    recipe, package, images, requirement, monkeypatch
+):
+    """Of known size; opening the dataset names what to install."""
+    monkeypatch.setitem(sys.modules, package, None)
+    inputs.open_source.__globals__["_open"].cache_clear()
+    digits._digits.cache_clear()
+    config = configs.load(recipe)
+    task = inputs.task_of_recipe(config)
+    assert inputs.images_per_epoch(config, task) == images
+    with pytest.raises(MissingPackage, match=rf"pip install '{requirement}'"):
+        inputs.make_task(config)
+
+
+def test_other_datasets_need_their_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+    flags = ["--config.data.name=cifar10"]
+    with pytest.raises(MissingPackage, match="tensorflow_datasets is not installed"):
+        inputs.task_of_recipe(configs.load("mae_base", flags))

@@ -1,0 +1,165 @@
+"""Ranges of config keys, of recipes, tasks and models alike."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hivit_jax import config as configs
+from hivit_jax import create_model, tasks
+from hivit_jax.errors import ConfigError
+from hivit_jax.keys import INT_MAX, Key
+
+CLASSIFY = "digits_finetune"
+
+
+def load(*overrides, recipe=CLASSIFY):
+    return configs.load(recipe, [f"--config.{each}" for each in overrides])
+
+
+def test_every_number_has_a_range():
+    """Each number of each task is refused where it is NaN, infinite, too large, or
+    below the smallest value; a number without any limit is only `data.mean`.
+    """
+    unlimited = set()
+    for task in tasks.TASKS.values():
+        for name, key in configs.task_keys(task).items():
+            if key.value_type in (bool, str) or key.choices:
+                continue
+            shape = {float: lambda x: x, int: lambda x: x, object: lambda x: x}
+            wrap = shape.get(key.value_type, lambda x, n=key.length or 1: (x,) * n)
+            for value in (math.nan, math.inf, -math.inf, 10**40, -(10**40)):
+                with pytest.raises(ConfigError, match=name):
+                    key.check(name, wrap(value))
+            limits = key.low, key.high, key.above, key.below
+            if all(limit is None for limit in limits):
+                unlimited.add(name)
+    assert unlimited == {"data.mean"}
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("optimizer.clip_norm=-1.0", "at least 0"),
+        ("mixup=-1.0", "0 to 1000"),
+        ("label_smoothing=1.5", "0 <= label_smoothing < 1"),
+        ("data.crop_scale=(1.5,2.0)", "2 numbers, 0 < number <= 1"),
+        ("data.crop_scale=(1.0,0.5)", "not decreasing"),
+        ("data.crop_scale=(0.5,)", "2 numbers"),
+        ("data.std=(0.0,)", "0 < number"),
+        ("data.mean=(123.7,)", "divide the values by 255"),
+        ("data.std=(58.4,)", "divide the values by 255"),
+        ("data.mean=(-0.5,)", "0 to 1"),
+        ("data.mean=('a',)", "numbers"),
+        ("seed=99999999999999999999999", "at most 2\\*\\*63 - 1"),
+        ("seed=1e23", "an integer"),
+        ("total_steps=4294967296", "at most 2\\*\\*31 - 1"),
+        ("optimizer.base_learning_rate=1e999", "finite"),
+        ("optimizer.base_learning_rate=-1e999", "finite"),
+        ("optimizer.clip_norm=1e-45", "0 or at least 1.2e-38"),
+        ("optimizer.clip_norm=1e39", "at most 3.4e\\+38"),
+        ("optimizer.betas=(0.9,1.0)", "0 <= number < 1"),
+        ("optimizer.betas=(True,0.9)", "2 numbers"),
+        ("optimizer.ema_decay=1", "0 <= ema_decay < 1"),
+        ("optimizer.weight_decay=" + "(" * 3000, "a number"),
+        ("total_epochs=" + "9" * 400, "a number"),
+        ("mesh.tensor=-2", "at least 1, or -1"),
+        ("data.workers=1000000", "at least 0, at most 1024"),
+        ("model.num_classes=-1", "at least 0"),
+        ("model.depths=()", "two depths"),
+        ("model.depths=(1,1.5,2)", "integers, 1 to 1000"),
+        ("model.depths=(1,1,0)", "integers, 1 to 1000"),
+        ("model.image_size=(16,)", "2 integers"),
+        ("model.image_size=16.0", "an integer"),
+        ("model.layer_norm_eps=0.0", "0 < layer_norm_eps <= 1"),
+        ("model.mlp_ratio=0.001", "no hidden unit"),
+        ("model.stem_mlp_ratio=0.05", "no hidden unit"),
+    ],
+)
+def test_values_that_cannot_be_meant(override, expected):
+    """A message of one line names the key, with the range."""
+    name = override.partition("=")[0].rpartition(".")[2]
+    with pytest.raises(ConfigError, match=f"{name}.*{expected}") as error:
+        load(override)
+    assert len(str(error.value)) < 250
+    assert "\n" not in str(error.value)
+
+
+def test_borders_are_accepted():
+    """The ends of closed ranges; equal numbers in order; 0 where it means "none"."""
+    config = load(
+        "data.crop_scale=(0.5,0.5)",
+        "data.std=(1,)",
+        "data.mean=(0,)",
+        "seed=9223372036854775807",
+        "optimizer.betas=(0,0.9)",
+        "optimizer.base_learning_rate=0",
+        "optimizer.schedule=multistep",
+        "optimizer.milestones=(30,30,60)",
+        "model.global_blocks=(0,3)",
+        "random_erasing=1",
+    )
+    assert config.data.crop_scale == (0.5, 0.5)
+    assert config.seed == 2**63 - 1
+    assert config.optimizer.milestones == (30, 30, 60)
+    assert load(f"total_steps={INT_MAX}").total_steps == INT_MAX
+
+
+def test_peak_learning_rate_is_finite():
+    """Scaled by the batch size."""
+    with pytest.raises(
+        ConfigError, match="batch_size / lr_batch=2.5.*; expected finite"
+    ):
+        load("optimizer.base_learning_rate=3e38", "batch_size=2147483646")
+    assert load("optimizer.base_learning_rate=1e37").optimizer.lr_batch == 256
+
+
+def test_a_mask_ratio_masks_a_unit_and_keeps_one():
+    for ratio in (1e-17, 0.0, 1.0, 0.99):
+        with pytest.raises(ConfigError, match=f"mask_ratio={ratio}"):
+            load(f"mask_ratio={ratio}", recipe="digits_mae")
+    assert load("mask_ratio=0.01", recipe="digits_mae").mask_ratio == 0.01
+
+
+SMALL = dict(image_size=32, embed_dim=16, depths=(1, 1, 1), num_heads=1)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"num_classes": -1},
+        {"num_classes": "10"},
+        {"in_channels": 0},
+        {"mlp_ratio": math.nan},
+        {"drop_path_rate": -0.1},
+        {"depths": (1, 1, 10**6)},
+        {"layer_norm_eps": None},
+        {"window_size": 1.5},
+        {"patch_size": 10**5000},
+        {"fc_norm": 3},
+    ],
+)
+def test_models_in_python_have_the_same_ranges(bad):
+    [(name, _)] = bad.items()
+    with pytest.raises(ConfigError, match=f"^{name}=.*expected"):
+        create_model("hivit_tiny", **SMALL | bad)
+
+
+def test_conversions():
+    """NumPy's numbers and arrays, lists, paths as text; True is not 1."""
+    assert Key(1, "").convert(np.int64(3)) == 3
+    assert type(Key(1.0, "").convert(np.float32(0.5))) is float
+    assert Key((), "").convert(np.array([1, 2])) == (1, 2)
+    assert Key("", "").convert(Path("/data")) == "/data"
+    for key, value in ((Key(1, ""), True), (Key(1, ""), 1.0), (Key("", ""), 1)):
+        with pytest.raises(TypeError):
+            key.convert(value)
+
+
+def test_keys_without_numbers_accept_anything():
+    """A user's tuple of names; a user's tuple of numbers is finite."""
+    Key(("a",), "names").check("names", ("b", "c"))
+    Key((), "anything").check("anything", ("b", 3))
+    with pytest.raises(ConfigError, match="prior=.*finite"):
+        Key((0.0, 0.0), "prior").check("prior", (math.nan, 0.0))

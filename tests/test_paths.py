@@ -1,0 +1,64 @@
+"""Home directories in paths: wherever the command line or a config takes one."""
+
+import jax
+import pytest
+
+from hivit_jax import config as configs
+from hivit_jax import main
+from hivit_jax.checkpoints.read import absolute
+from hivit_jax.data.sources.registry import open_source
+from hivit_jax.errors import DataError
+from hivit_jax.paths import expand
+from hivit_jax.xla.compile import enable_compilation_cache
+
+
+@pytest.fixture
+def home(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return tmp_path
+
+
+def test_expand(home):
+    """A `~` at the start of a local path; never in an address."""
+    assert expand("~/x") == f"{home}/x"
+    assert expand(home / "~x") == f"{home}/~x"
+    for same in ("", "x/~/y", "gs://bucket/~/x", "hf://~/x", "~no-such-user-7/x"):
+        assert expand(same) == same
+
+
+def test_flags_of_the_command(home):
+    argv = ["--config=x", "--workdir=~/x"]
+    assert main.parse(argv)[0].workdir == f"{home}/x"
+    flags = main.parse([*argv, "--mode=eval", "--checkpoint=~/y"])[0]
+    assert flags.checkpoint == f"{home}/y"
+
+
+def test_recipe_and_checkpoint(home):
+    (home / "own.py").write_text(
+        "def get_config(size='16'):\n"
+        "  return dict(task='mae', model=dict(name='mae_hivit_tiny', image_size=16 *"
+        " int(size)))\n"
+    )
+    assert configs.load("~/own.py:4").model.image_size == 64
+    assert str(absolute("~/x")) == f"{home}/x"
+    assert str(absolute("gs://b/~")) == "gs://b/~"
+
+
+def test_data(home):
+    """An unknown user is a directory that does not exist, not a traceback."""
+    config = configs.load("mae_base", ["--config.data.name=folder"])
+    for directory, shown in (("~/d", f"{home}/d"), ("~no-such-user-7/d", "~no-such")):
+        with config.unlocked():
+            config.data.dir = directory
+        with pytest.raises(DataError, match=f"no directory {shown}"):
+            open_source(config.data, "train")
+
+
+def test_compilation_cache(home, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(jax.config, "update", seen.__setitem__)
+    monkeypatch.setattr(
+        type(jax.config), "jax_compilation_cache_dir", "", raising=False
+    )
+    enable_compilation_cache("~/programs")
+    assert seen == {"jax_compilation_cache_dir": f"{home}/programs"}
