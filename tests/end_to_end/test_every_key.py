@@ -386,8 +386,7 @@ ELSEWHERE = {
     "data.canvas": "test_batches_change_with_a_key",
     "data.dir": "test_every_step",
     "data.eval_split": "test_splits_by_name",
-    "data.flip": "test_metrics.py::"
-    "test_training_flips_and_erases_what_the_device_resizes",
+    "data.flip": "test_training_flips_and_erases_what_the_device_resizes",
     "data.max_unreadable": "test_unreadable_images",
     "data.name": "test_every_step",
     "data.randaugment": "test_randaugment",
