@@ -23,8 +23,12 @@ class ConfigError(HivitError, ValueError):
     exit_code = 2
 
 
+class ResourceError(ConfigError):
+    """Memory or disk space is exhausted."""
+
+
 class DivergedError(HivitError):
-    """The loss, the gradient or the model state is no longer finite."""
+    """The loss, the gradient or the updated state is no longer finite."""
 
     exit_code = 3
 
@@ -88,8 +92,11 @@ def first_line(error: Exception) -> str:
 
 def exit_code(action: Callable[[], object]) -> int:
     """Run a command, print a HivitError to stderr, and return the exit code."""
+    from hivit_jax.resources import exhaustion_reported  # late, because it needs JAX
+
     try:
-        action()
+        with exhaustion_reported():
+            action()
     except HivitError as error:
         label = "" if isinstance(error, Interrupted) else "error: "
         print(f"{label}{error}", file=sys.stderr, flush=True)
