@@ -118,16 +118,16 @@ def _device_limit() -> int | None:
 
 def _free_disk(path: str | Path) -> int | None:
     """Return the free bytes at a path or its nearest parent; None for buckets."""
+    if "://" in str(path):
+        return None
     path = Path(path).absolute()
-    for parent in (path, *path.parents) if "://" not in str(path) else ():
-        with suppress(OSError):
-            return shutil.disk_usage(parent).free
-    return None
+    existing = next(each for each in (path, *path.parents) if each.exists())
+    return shutil.disk_usage(existing).free
 
 
 def _bytes_in(text: str) -> int | None:
     """Return the requested bytes in an error of XLA or numpy, such as 1.5GiB."""
     verb = r"(?:[Aa]llocat\w*|[Rr]eserve|Used)"
-    if found := re.search(verb + r" (\d+(?:\.\d+)?) ?([KMGT]?)", text):
-        return int(float(found[1]) * 2 ** (10 * " KMGT".index(found[2] or " ")))
+    if found := re.search(verb + r" (\d+(?:\.\d+)?) ?([KMGTPE]?)", text):
+        return int(float(found[1]) * 2 ** (10 * " KMGTPE".index(found[2] or " ")))
     return None
