@@ -28,8 +28,12 @@ class MissingPackage(ConfigError):
     """A package that a config or command needs is not installed."""
 
 
+class ResourceError(ConfigError):
+    """Memory or disk space is exhausted."""
+
+
 class DivergedError(HivitError):
-    """The loss, the gradient or the model state is no longer finite."""
+    """The loss, the gradient or the updated state is no longer finite."""
 
     exit_code = 3
 
@@ -115,8 +119,11 @@ def first_line(error: Exception) -> str:
 
 def exit_code(action: Callable[[], object]) -> int:
     """Run a command, print a HivitError to stderr, and return the exit code."""
+    from hivit_jax.resources import exhaustion_reported  # late, because it needs JAX
+
     try:
-        action()
+        with exhaustion_reported():
+            action()
     except HivitError as error:
         label = "" if isinstance(error, Interrupted) else "error: "
         print(f"{label}{error}", file=sys.stderr, flush=True)

@@ -1,6 +1,7 @@
 """The command line: ``hivit_jax --config RECIPE --workdir DIR``."""
 
 import argparse
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ from functools import partial
 import jax
 
 from hivit_jax import config as configs
-from hivit_jax import platforms, recipes
+from hivit_jax import platforms, recipes, record
 from hivit_jax.distributed import processes
 from hivit_jax.distributed.signals import catch_signals
 from hivit_jax.distributed.watchdog import Watchdog
@@ -22,13 +23,14 @@ USAGE = """\
 hivit_jax --config RECIPE --workdir DIR [--mode MODE] [--config.KEY=VALUE ...]
 
 RECIPE is a name from the list below or FILE.py; NAME:VARIANT selects a variant.
+Without --config, the config is that of the newest start in DIR.
 python -m hivit_jax.config prints all config keys. python -m hivit_jax.main is the same
 command as hivit_jax.
 
 modes: train (default)  train, and resume the run in DIR if there is one
        eval             evaluate DIR's newest checkpoint, or --checkpoint=PATH
        knn              evaluate the features of --config.init_from by k-nearest
-                        neighbors
+                        neighbors; without --config, the features of the run in DIR
        compile          compile the train step for --topology=v5e:16x16, h100:8 or
                         other chips, without these chips; write DIR/compile.json;
                         --search_batch: also search for the largest batch that fits
@@ -40,7 +42,7 @@ requires --coordinator_address=HOST:PORT --num_processes=N --process_id=I.
 examples:
   hivit_jax --config digits_mae --workdir runs/mae
   hivit_jax --config digits_finetune --workdir runs/finetune --config.init_from=runs/mae
-  hivit_jax --config digits_finetune --workdir runs/finetune --mode eval
+  hivit_jax --workdir runs/finetune --mode eval
   hivit_jax --config mae_base --mode describe --config.model.decoder_depth=8
   hivit_jax --config mae_base --mode compile --topology=v5e:16x16 --workdir runs/compile
 
@@ -64,7 +66,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     add = partial(parser.add_argument, help=argparse.SUPPRESS)
     add("-h", "--help", action="help")
-    add("--config", required=True)
+    add("--config", default="")
     add("--mode", default="train", choices=MODES)
     for name in ("workdir", "checkpoint", "topology", "coordinator_address"):
         add(f"--{name}", default="")
@@ -88,6 +90,12 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
             f"{flags.coordinator_address!r}, {flags.num_processes}, {flags.process_id}"
         )
     flags.workdir, flags.checkpoint = expand(flags.workdir), expand(flags.checkpoint)
+    if not flags.config:
+        if not flags.workdir:
+            raise ConfigError("--config=RECIPE is required; --help lists the recipes")
+        flags.config = record.newest_start(flags.workdir)
+        if flags.mode == "knn":
+            overrides.insert(0, f"--config.init_from={flags.workdir}")
     return flags, overrides
 
 
@@ -159,5 +167,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
+def command() -> int:
+    """Run `main` as a program of its own."""
+    code = main()
+    if code:
+        # Without this, the interpreter may wait forever at its end for the threads of a
+        # checkpoint that could not be written.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command())

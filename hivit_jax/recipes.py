@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,29 +28,43 @@ def read(path: str) -> Mapping[str, Any]:
 
     Args:
       path: NAME of an installed recipe or a Python file; either may end with :VARIANT.
+        Or a ``config.json`` of a run.
 
     Raises:
       ConfigError: the recipe does not exist or cannot be executed.
     """
+    try:
+        recipe = _read_json(path) if path.endswith(".json") else _execute(path)
+        if not isinstance(recipe, Mapping):
+            raise TypeError("expected a dict or ConfigDict")
+        if "task" not in recipe:
+            raise TypeError("config.task is missing")
+        return recipe
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"--config={path} cannot be read: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _read_json(path: str) -> Any:
+    from etils import epath  # late, because recipes do not need it
+
+    return json.loads(epath.Path(path).expanduser().read_text())
+
+
+def _execute(path: str) -> Any:
+    """Return the result of a Python file's get_config()."""
     name, _, variant = path.partition(":")
     file = _locate(name)
     spec = importlib.util.spec_from_file_location(file.stem, file)
     if spec is None:
         raise ConfigError(f"--config={path}: expected a Python file")
     module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-        recipe = module.get_config(*filter(None, [variant]))
-        recipe = recipe.to_dict() if isinstance(recipe, ConfigDict) else recipe
-        if not isinstance(recipe, Mapping):
-            raise TypeError("get_config() must return a dict or ConfigDict")
-        if "task" not in recipe:
-            raise TypeError("config.task is missing")
-        return recipe
-    except Exception as error:
-        raise ConfigError(
-            f"--config={path} cannot be read: {type(error).__name__}: {error}"
-        ) from error
+    spec.loader.exec_module(module)
+    recipe = module.get_config(*filter(None, [variant]))
+    return recipe.to_dict() if isinstance(recipe, ConfigDict) else recipe
 
 
 def _locate(name: str) -> Path:

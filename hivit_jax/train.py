@@ -1,6 +1,7 @@
 """The training loop: task, mesh, state, evaluation and steps, from top to bottom."""
 
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import jax
@@ -9,22 +10,34 @@ import numpy as np
 from etils.epath import Path
 from flax import nnx
 
-from hivit_jax import evaluate, inputs
-from hivit_jax.checkpoints import manager
-from hivit_jax.config import step_options, to_json
+from hivit_jax import evaluate, inputs, record, resources
+from hivit_jax.checkpoints import manager, read
+from hivit_jax.checkpoints.lock import exclusive
+from hivit_jax.config import from_checkpoint, step_options, to_json
 from hivit_jax.data.prefetch import prefetch_to_device
 from hivit_jax.distributed.processes import check_same_on_all_processes
 from hivit_jax.distributed.sharding import make_mesh, shardings_of
-from hivit_jax.errors import DataError, DivergedError, Interrupted, LocalDataError
+from hivit_jax.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    DivergedError,
+    Interrupted,
+    LocalDataError,
+    ResourceError,
+)
 from hivit_jax.paths import expand
 from hivit_jax.reporting import console, figures, metrics
 from hivit_jax.reporting.console import log
+from hivit_jax.tasks import Task
 from hivit_jax.training.schedule import make_schedule, skip_steps
-from hivit_jax.training.step import State, prepare
+from hivit_jax.training.step import State, Training, prepare
 from hivit_jax.weights import adapt, load
 from hivit_jax.xla.compile import compile_steps
 
 
+@resources.exhaustion_reported()
+@exclusive  # one run at a time in a workdir
 def train(
     config: Any,
     workdir: str | Path,
@@ -36,6 +49,7 @@ def train(
     Args:
       config: result of `hivit_jax.config.load`.
       workdir: directory for config.json, metrics.jsonl, checkpoints/ and figures/.
+        A finished run is only evaluated; nothing is written.
       stop_requested: called with the number of completed steps, after every step.
         Returns None or the reason to save and exit, the same on all processes.
       heartbeat: called after every step and every batch of an evaluation.
@@ -56,7 +70,6 @@ def train(
         config.optimizer, config.batch_size, per_epoch, total_steps
     )
     training = prepare(task, mesh, schedule, **step_options(config))
-    shardings = shardings_of(training.state)
     model = nnx.eval_shape(task.build_model)
     log(
         f"{config.model.name}: {model.parameter_count():,} parameters on {mesh.size} x "
@@ -67,8 +80,10 @@ def train(
         log(f"warning: {warning}")
 
     # --- State: restored, initialized from a pretrained model, or new ---------------
-    metrics.prepare_workdir(workdir)
-    checkpoints = manager.Checkpoints(workdir, config.keep_checkpoints, task.best)
+    dataset = asdict(task.data)
+    checkpoints = manager.Checkpoints(
+        workdir, config.keep_checkpoints, task.best, dataset
+    )
     steps = checkpoints.steps()
     check_same_on_all_processes(
         {"config": config, "dataset's size": num_images, "checkpoints": steps}
@@ -77,29 +92,22 @@ def train(
     if restored := checkpoints.restore_newest(training.state):
         step, state = restored
         log(f"resuming at step {step:,} from {checkpoints.directory / str(step)}")
+        report_changes(config, dataset, checkpoints.directory / str(step))
         if config.optimizer.first_epoch:
             skipped = min(round(per_epoch), total_steps - step)
             state, step = skip_steps(state, skipped), step + skipped
             log(f"first_epoch=1: skipped one epoch, to step {step:,}")
     else:
-        pretrained = config.init_from and load.read_for(config.model, config.init_from)
-        state = jax.jit(training.init, out_shardings=shardings)()
-        if pretrained:
-            state |= adapt.initialize_from(
-                pretrained,
-                model,
-                {name: state[name] for name in ("params", "model_state")},
-                fresh=task.fresh,
-                head_scale=task.head_scale,
-            )
-            if "ema" in state:
-                state["ema"] = jax.tree.map(jnp.copy, state["params"])
+        state = initial_state(config, task, training)
     frozen = evaluate.put_frozen(task, mesh)
-    if jax.process_index() == 0:
-        (workdir / "config.json").write_text(to_json(config))
+    writer = None
+    if step < total_steps:
+        resources.check_disk(workdir, training.state)
+        if jax.process_index() == 0:
+            record.add_start(workdir, to_json(config))
+            writer = metrics.Writer(workdir, step)
 
     # --- Evaluation -----------------------------------------------------------------
-    writer = metrics.Writer(workdir, step) if jax.process_index() == 0 else None
     eval_step = evaluate.make_eval_step(config, task, training.graphdef, mesh)
     make_panels = evaluate.make_panels(config, task, training.graphdef)
 
@@ -109,8 +117,11 @@ def train(
             "model_state": state["model_state"],
             "frozen": frozen,
         }
-        values = evaluate.evaluate(config, task, eval_step, variables, mesh, heartbeat)
-        panels = make_panels(variables)
+        with resources.exhaustion_reported():
+            values = evaluate.evaluate(
+                config, task, eval_step, variables, mesh, heartbeat
+            )
+            panels = make_panels(variables)
         log(console.eval_line(f"step {step}", values))
         if writer:
             writer.scalars(step, values)
@@ -172,15 +183,61 @@ def train(
         results = results or run_evaluation()
         log(console.best_line(workdir, checkpoints.steps(), task.best))
         return results
-    except (DataError, DivergedError) as error:
+    except (DataError, DivergedError, ResourceError) as error:
         # All processes must save together, but only one of them sees a local error.
-        if jax.process_count() == 1 or not isinstance(error, LocalDataError):
+        local = isinstance(error, (LocalDataError, ResourceError))
+        if step > first_step and (jax.process_count() == 1 or not local):
             checkpoints.save(state, to_json(config))
         raise
     finally:
         checkpoints.close()
         if writer:
             writer.close()
+
+
+def initial_state(config: Any, task: Task, training: Training) -> State:
+    """Return the state of a new run, initialized from `init_from` if it is set."""
+    pretrained = config.init_from and load.read_for(config.model, config.init_from)
+    state = jax.jit(training.init, out_shardings=shardings_of(training.state))()
+    if pretrained:
+        state |= adapt.initialize_from(
+            pretrained,
+            nnx.eval_shape(task.build_model),
+            {name: state[name] for name in ("params", "model_state")},
+            fresh=task.fresh,
+            head_scale=task.head_scale,
+        )
+        if "ema" in state:
+            state["ema"] = jax.tree.map(jnp.copy, state["params"])
+    return state
+
+
+def report_changes(config: Any, dataset: dict[str, Any], checkpoint: Path) -> None:
+    """Log what changed since a checkpoint: one line per config key, and the dataset.
+
+    Args:
+      dataset: fields of the `DatasetInfo`.
+
+    Raises:
+      ConfigError: the batch size changed.
+    """
+    try:
+        saved = from_checkpoint(read.load_config(checkpoint), str(checkpoint))
+        before = read.load_dataset(checkpoint)
+    except (CheckpointError, ConfigError) as error:
+        log(f"note: changes since {checkpoint} are unknown: {error}")
+        return
+    if checkpoint.name != "0":  # before the first step, any batch size fits
+        record.check_batch_size(
+            saved.batch_size,
+            config.batch_size,
+            config.optimizer.accumulate_steps,
+            checkpoint.parent.parent,
+        )
+    for line in record.differences(saved.to_dict(), config.to_dict()):
+        log(f"changed: {line}")
+    for line in record.dataset_changes(before, dataset) if before else []:
+        log(f"dataset changed: {line}")
 
 
 def fetch_metrics(pending: list, state: State) -> dict[str, float]:
@@ -190,7 +247,7 @@ def fetch_metrics(pending: list, state: State) -> dict[str, float]:
       The metrics of the newest step as floats; "unreadable" is summed over all steps.
 
     Raises:
-      DivergedError: the loss, gradient or model state of a step is not finite.
+      DivergedError: the loss, gradient or updated state of a step is not finite.
     """
     fetched = jax.device_get(pending)
     pending.clear()
@@ -198,8 +255,9 @@ def fetch_metrics(pending: list, state: State) -> dict[str, float]:
         if not values.pop("finite"):
             raise DivergedError(
                 f"step {step}: loss {values['loss']}, gradient norm "
-                f"{values['gradient_norm']}; expected finite numbers, also in the "
-                "batch statistics.\n"
+                f"{values['gradient_norm']}, learning rate {values['learning_rate']}; "
+                "expected finite numbers, also in the updated parameters, statistics "
+                "and optimizer state.\n"
                 f"The last good state, of step {int(state['step'])}, is saved."
             )
     newest = {name: float(value) for name, value in fetched[-1][1].items()}

@@ -1,4 +1,6 @@
-"""Digests of arrays, because orbax restores flipped bits without an error."""
+"""Digests of arrays, because orbax restores flipped bits without an error, and a check
+for numbers that are not finite.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -25,11 +27,34 @@ def digests(trees: Mapping[str, Any]) -> dict[str, dict[str, str]]:
     return result
 
 
+def not_finite(tree: Any) -> list[str]:
+    """Return the names of the arrays of a pytree that contain inf or NaN."""
+
+    def finite(x):
+        if _is_small(x):
+            return np.isfinite(np.asarray(x)).all()
+        return _finite_on_device(x)
+
+    return [name for name, x in named_leaves(tree).items() if not finite(x)]
+
+
+@jax.jit
+def _finite_on_device(x: jax.Array) -> jax.Array:
+    return jnp.isfinite(x).all()
+
+
+def _is_small(x: jax.Array | np.ndarray) -> bool:
+    """Return True for arrays that are processed on the host.
+
+    Without this, XLA compiles a program for every shape.
+    """
+    return x.size <= 2**16 and getattr(x, "is_fully_replicated", True)
+
+
 def _digest(x: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
     """Return `_mixed_sums` of an array's bits and positions, uint32 [2]."""
-    if x.size > 2**16 or not getattr(x, "is_fully_replicated", True):
+    if not _is_small(x):
         return _digest_on_device(x)
-    # Small arrays stay on the host, because XLA compiles a program for every shape.
     x = np.ascontiguousarray(x).reshape(-1)
     bits = x.view(f"u{x.itemsize}").astype(np.uint32)
     return np.stack(_mixed_sums(bits, np.arange(x.size, dtype=np.uint32)))

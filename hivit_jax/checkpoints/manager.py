@@ -1,19 +1,19 @@
 """Saving and restoring the state of a run with orbax.
 
 ``DIR/checkpoints/STEP/`` contains the items *params*, *model_state* (if the model has
-any), *ema* (if averaging is on), *optimizer* (its state and the step), *config*, and
-*digests* of every array, because orbax restores flipped bits without an error. Each
-item can be restored alone. A step gets its final name only when it is complete, so
-incomplete steps are never restored.
+any), *ema* (if averaging is on), *optimizer* (its state and the step), *config*,
+*dataset* (its size and class names), and *digests* of every array, because orbax
+restores flipped bits without an error. Each item can be restored alone. A step gets its
+final name only when it is complete, so incomplete steps are never restored.
 
 Versions before 0.1 saved the model state in *params*, and moments of it in *optimizer*.
-Such checkpoints are restored by array name, and the moments are dropped.
+Such checkpoints are restored by array name, and the moments are dropped. Their
+optimizer arrays may have other names; see `checkpoints.names`.
 """
 
 import json
-import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Container, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -24,17 +24,20 @@ from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint import checkpoint_managers
 
 from hivit_jax.checkpoints.digests import digests
+from hivit_jax.checkpoints.names import same_names
 from hivit_jax.checkpoints.read import (
     absolute,
     damage_reported,
     item_shapes,
     params_item,
     verify_digests,
+    verify_finite,
 )
 from hivit_jax.distributed.processes import all_processes
 from hivit_jax.errors import CheckpointError, ConfigError, first_line
 from hivit_jax.reporting.console import log
 from hivit_jax.reporting.metrics import Best, Scalars, score
+from hivit_jax.resources import free_disk_text
 from hivit_jax.tree import leaf_name, named_leaves
 
 # Replicas of an array write slices of it in parallel. Slices have at least 1 MiB,
@@ -55,11 +58,17 @@ class Checkpoints:
       keep: number of newest checkpoints to keep. The checkpoint with the best
         evaluation is kept as well.
       best: evaluation metric that selects the best checkpoint, and "min" or "max".
+      dataset: facts about the dataset, saved with every checkpoint; values for JSON.
     """
 
     def __init__(
-        self, workdir: str | Path, keep: int, best: Best = ("eval/loss", "min")
+        self,
+        workdir: str | Path,
+        keep: int,
+        best: Best = ("eval/loss", "min"),
+        dataset: Mapping[str, Any] | None = None,
     ):
+        self._dataset = dataset
         best_evaluated = checkpoint_managers.BestN(
             get_metric_fn=partial(score, best=best),
             n=1,
@@ -103,6 +112,7 @@ class Checkpoints:
                 arrays[item] = state[item]
         items = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
         texts = {"config": json.loads(config), "digests": digests(arrays)}
+        texts |= {"dataset": self._dataset} if self._dataset else {}
         items |= {name: ocp.args.JsonSave(text) for name, text in texts.items()}
         with self._writing():
             self._manager.save(step, args=ocp.args.Composite(**items), metrics=results)
@@ -112,10 +122,7 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # because file systems cause many exception types
-            reason = first_line(error)
-            with suppress(OSError):  # because buckets do not report free space
-                free = shutil.disk_usage(self.directory).free / 2**20
-                reason = f"{free:,.0f} MiB are free on this file system; {reason}"
+            reason = f"{free_disk_text(self.directory)}; {first_line(error)}"
             raise ConfigError(
                 f"cannot write a checkpoint to {self.directory}; earlier checkpoints "
                 f"are intact.\n{reason[:250]}"
@@ -179,20 +186,22 @@ class Checkpoints:
         path = self.directory / str(step)
         named = {item: named_leaves(tree) for item, tree in abstract_state.items()}
         model_state = named["model_state"]
+        restore = partial(_restore, path, variables=named["params"] | model_state)
         if (path / "model_state").is_dir():
-            arrays = _restore(path, "params", named["params"])
-            arrays |= _restore(path, "model_state", model_state)
+            arrays = restore("params", named["params"])
+            arrays |= restore("model_state", model_state)
         else:
-            arrays = _restore(path, "params", named["params"] | model_state)
+            arrays = restore("params", named["params"] | model_state)
         variables = {item: abstract_state[item] for item in ("params", "model_state")}
         state = {item: _rebuild(tree, arrays) for item, tree in variables.items()}
         optimizer = {item: abstract_state[item] for item in ("opt_state", "step")}
-        arrays = _restore(path, "optimizer", named_leaves(optimizer), model_state)
+        expected = named_leaves(optimizer)
+        arrays = restore("optimizer", expected, ignored=model_state)
         state |= _rebuild(optimizer, arrays)
         if "ema" in abstract_state:
             # A checkpoint has no average if averaging was switched on later. The
             # average then starts from the parameters.
-            arrays = _restore(path, params_item(path), named["ema"], model_state)
+            arrays = restore(params_item(path), named["ema"], ignored=model_state)
             state["ema"] = _rebuild(abstract_state["ema"], arrays)
         return state
 
@@ -207,22 +216,25 @@ def _restore(
     step_path: Path,
     item: str,
     expected: Mapping[str, jax.ShapeDtypeStruct],
+    variables: Container[str],
     ignored: Iterable[str] = (),
 ) -> dict[str, jax.Array]:
     """Return the arrays of an item by name, verified against their digests.
 
     Args:
       expected: shapes, dtypes and shardings by name.
+      variables: names of the model's parameters and model state.
       ignored: names of arrays that the item may contain, under any prefix, although
         they are not expected.
     """
     with damage_reported(step_path):
         shapes = item_shapes(step_path, item)
     suffixes = tuple(f"/{name}" for name in ignored)
+    names = same_names(named_leaves(shapes), expected, variables)
     saved = {
-        name: leaf
+        names[name]: leaf
         for name, leaf in named_leaves(shapes).items()
-        if name in expected or not f"/{name}".endswith(suffixes)
+        if names[name] in expected or not f"/{name}".endswith(suffixes)
     }
     _compare(step_path, saved, expected)
     mesh = next(iter(expected.values())).sharding.mesh
@@ -230,13 +242,14 @@ def _restore(
 
     def with_sharding(path, leaf):
         default = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated)
-        return expected.get(leaf_name(path), default)
+        return expected.get(names[leaf_name(path)], default)
 
     abstract = jax.tree_util.tree_map_with_path(with_sharding, shapes)
     with damage_reported(step_path), ocp.StandardCheckpointer() as checkpointer:
         tree = checkpointer.restore(step_path / item, abstract)
     verify_digests(step_path, item, tree)
-    arrays = named_leaves(tree)
+    verify_finite(step_path, item, tree)
+    arrays = {names[name]: array for name, array in named_leaves(tree).items()}
     return {name: arrays[name] for name in expected}
 
 

@@ -10,7 +10,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 from etils.epath import Path
 
-from hivit_jax.checkpoints.digests import digests
+from hivit_jax.checkpoints.digests import digests, not_finite
 from hivit_jax.errors import CheckpointError, first_line
 from hivit_jax.paths import expand
 from hivit_jax.tree import named_leaves
@@ -49,6 +49,17 @@ def load_config(step_path: Path) -> dict[str, Any]:
     return _load_json(step_path, "config")
 
 
+def load_dataset(step_path: Path) -> dict[str, Any] | None:
+    """Return facts about the dataset of a checkpoint's run; None if not saved.
+
+    Raises:
+      CheckpointError: the item is damaged.
+    """
+    if not (step_path / "dataset").is_dir():
+        return None  # saved by a version without them
+    return _load_json(step_path, "dataset")
+
+
 def load_arrays(
     step_path: Path, averaged: bool = True
 ) -> tuple[dict[str, np.ndarray], str]:
@@ -63,7 +74,7 @@ def load_arrays(
       The arrays, and the item of the parameters: "params" or "ema".
 
     Raises:
-      CheckpointError: the step is damaged.
+      CheckpointError: the step is damaged, or an array is not finite.
     """
     item = params_item(step_path) if averaged else "params"
     items = [item]
@@ -74,6 +85,7 @@ def load_arrays(
         with damage_reported(step_path):
             tree = load_item(step_path / name)
         verify_digests(step_path, name, tree)
+        verify_finite(step_path, name, tree)
         arrays |= named_leaves(tree)
     return arrays, item
 
@@ -98,6 +110,15 @@ def verify_digests(step_path: Path, item: str, tree: Any) -> None:
         raise CheckpointError(
             f"{step_path} is damaged: {len(wrong)} of {len(restored)} arrays of {item} "
             f"do not match their digests, the first is {wrong[0]}"
+        )
+
+
+def verify_finite(step_path: Path, item: str, tree: Any) -> None:
+    """Raise CheckpointError if an array of an item contains inf or NaN."""
+    if wrong := not_finite(tree):
+        raise CheckpointError(
+            f"{step_path} is not usable: {len(wrong)} of {len(named_leaves(tree))} "
+            f"arrays of {item} contain inf or NaN, the first is {wrong[0]}"
         )
 
 

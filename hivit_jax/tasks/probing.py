@@ -44,6 +44,7 @@ def nearest_neighbors(
     """
     task, mesh = inputs.make_task(config), make_mesh(config.mesh, config.batch_size)
     encode = _make_encoder(config, task, mesh)
+    num_classes = max(len(task.data.classes), config.model.get("num_classes") or 0)
 
     def encode_split(split):
         parts = []
@@ -59,7 +60,7 @@ def nearest_neighbors(
     @jax.jit
     def classify(queries, keys, labels):
         cosine, indices = jax.lax.top_k(queries @ keys.T, min(neighbors, len(keys)))
-        votes = jax.nn.one_hot(labels[indices], config.model.num_classes)
+        votes = jax.nn.one_hot(labels[indices], num_classes)
         return (jnp.exp(cosine / temperature)[..., None] * votes).sum(1)
 
     keys, labels = jax.device_put(encode_split("train"))
@@ -96,7 +97,8 @@ def _make_encoder(config: Any, task: Task, mesh: Mesh) -> Callable:
     @partial(jax.jit, out_shardings=NamedSharding(mesh, PartitionSpec()))
     def encode(variables, batch):
         model = nnx.merge(graphdef, *variables.values())
-        features = model.encoded(task.preprocess(batch))
+        tokens = model.encoder(task.preprocess(batch))[-1]  # [B, N, E]
+        features = tokens.astype(jnp.float32).mean(1)
         length = jnp.linalg.norm(features, axis=-1, keepdims=True)
         return features / length, batch["label"], batch["weight"], batch["unreadable"]
 

@@ -14,6 +14,7 @@ from hivit_jax import inputs, rng, tasks
 from hivit_jax.errors import DataError, MissingPackage
 from hivit_jax.models import Model
 from hivit_jax.paths import expand
+from hivit_jax.record import differences
 from hivit_jax.reporting import figures
 from hivit_jax.training.schedule import (
     make_schedule,
@@ -64,12 +65,7 @@ def draw_figures(config: Any, workdir: str | Path) -> str:
 
 def recipe_diff(config: Any, path: str) -> str:
     """Return the differences from the recipe in the file `path`, one line per key."""
-    old, new = (named_leaves(c.to_dict()) for c in (configs.load(path), config))
-    lines = [
-        f"{name.replace('/', '.')}: {old.get(name)} -> {new.get(name)}"
-        for name in sorted(old.keys() | new.keys())
-        if old.get(name) != new.get(name)
-    ]
+    lines = differences(configs.load(path).to_dict(), config.to_dict())
     return f"changes to {path}: " + ("\n  ".join(["", *lines]) if lines else "none")
 
 

@@ -33,7 +33,9 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """Return the chain [clip,] Adam, weight decay, [layer decay,] learning rate.
 
-    Weight decay is decoupled, as in AdamW.
+    Weight decay is decoupled, as in AdamW. The optional parts are stateless. They do
+    not change the tree of the state, so that a run resumes with them switched on or
+    off.
 
     Args:
       o: ``config.optimizer``.
@@ -45,16 +47,27 @@ def make_optimizer(
     mask = jax.tree_util.tree_map_with_path(
         lambda path, _: is_decayed(leaf_name(path)), params
     )
-    chain = [optax.clip_by_global_norm(o.clip_norm)] if o.clip_norm else []
-    chain += [
-        optax.scale_by_adam(*o.betas, eps=1e-8, mu_dtype=o.first_moment_dtype),
-        optax.add_decayed_weights(o.weight_decay, mask),
-    ]
+    adam = optax.scale_by_adam(*o.betas, eps=1e-8, mu_dtype=o.first_moment_dtype)
+    learning_rate = optax.scale_by_learning_rate(schedule)
+    if o.clip_norm:
+        adam = _preceded_by(optax.clip_by_global_norm(o.clip_norm), adam)
     if o.layer_decay != 1.0:
         scales = learning_rate_scales(params, layer_ids, o.layer_decay)
-        chain.append(
-            optax.stateless(
-                lambda updates, _: jax.tree.map(jnp.multiply, updates, scales)
-            )
+        layer_decay = optax.stateless(
+            lambda updates, _: jax.tree.map(jnp.multiply, updates, scales)
         )
-    return optax.chain(*chain, optax.scale_by_learning_rate(schedule))
+        learning_rate = _preceded_by(layer_decay, learning_rate)
+    weight_decay = optax.add_decayed_weights(o.weight_decay, mask)
+    return optax.chain(adam, weight_decay, learning_rate)
+
+
+def _preceded_by(
+    stateless: optax.GradientTransformation, transform: optax.GradientTransformation
+) -> optax.GradientTransformation:
+    """Return both transformations in order, with only the state of the second."""
+
+    def update(updates, state, params=None):
+        updates, _ = stateless.update(updates, optax.EmptyState(), params)
+        return transform.update(updates, state, params)
+
+    return optax.GradientTransformation(transform.init, update)

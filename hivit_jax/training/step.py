@@ -135,9 +135,9 @@ def make_train_step(
 ) -> Callable:
     """Return a function (state, frozen, batch, steps_done) -> (state, metrics).
 
-    All sums are over the global batch. If the loss, the gradient or the model state is
-    not finite, the step leaves the state unchanged. So does every later step, because
-    the state's step number is then smaller than `steps_done`.
+    All sums are over the global batch. If the loss, the gradient or any array of the
+    new state is not finite, the step leaves the state unchanged. So does every later
+    step, because the state's step number is then smaller than `steps_done`.
     """
 
     gradient = make_gradient(task, graphdef)
@@ -167,7 +167,7 @@ def make_train_step(
                     new["params"], state["ema"], 1.0 - ema_decay
                 )
             finite = jnp.isfinite(values["loss"] + norm)
-            for leaf in jax.tree.leaves(model_state):
+            for leaf in jax.tree.leaves(new):
                 finite &= jnp.isfinite(leaf).all()
             accepted = finite & (state["step"] == steps_done)
             state = jax.tree.map(lambda a, b: jnp.where(accepted, a, b), new, state)

@@ -10,8 +10,8 @@ from typing import Any
 import jax
 
 from hivit_jax.training.step import Training
-from hivit_jax.xla.chips import CHIPS, GPU_OPTIONS, PLUGINS, Chip
-from hivit_jax.xla.compile import compile_step
+from hivit_jax.xla.chips import CHIPS, GPU_OPTIONS, PLUGINS
+from hivit_jax.xla.compile import compile_step, memory_of
 from hivit_jax.xla.cost import (
     bytes_by_region,
     collectives,
@@ -81,7 +81,8 @@ def _compile(
             options |= GPU_OPTIONS if PLUGINS[chip_name] != "libtpu" else {}
             compiled = compile_step(training, bucket, options)
             [text] = Path(dump).glob("*after_optimizations.txt")
-            return compiled, text.read_text(), memory_of(compiled, chip)
+            memory = memory_of(compiled) | {"limit": chip.memory}
+            return compiled, text.read_text(), memory
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -129,20 +130,3 @@ def _costs(
         "collectives": communication,
         "roofline": roofline(CHIPS[chip_name], images, flops, hbm_bytes, communication),
     }
-
-
-def memory_of(compiled: jax.stages.Compiled, chip: Chip) -> dict[str, int]:
-    """Return the bytes on each device by kind, their total, and the chip's limit.
-
-    Aliased bytes are outputs in the memory of donated arguments; they count once.
-    """
-    analysis = compiled.memory_analysis()
-    parts = {
-        "arguments": analysis.argument_size_in_bytes,
-        "outputs": analysis.output_size_in_bytes,
-        "temporaries": analysis.temp_size_in_bytes,
-        "program": analysis.generated_code_size_in_bytes,
-        "aliased": analysis.alias_size_in_bytes,
-    }
-    total = sum(parts.values()) - 2 * parts["aliased"]
-    return parts | {"total": total, "limit": chip.memory}

@@ -11,6 +11,7 @@ import jax
 from hivit_jax.distributed.sharding import shardings_of
 from hivit_jax.paths import expand
 from hivit_jax.reporting.console import log
+from hivit_jax.resources import check_memory
 from hivit_jax.training.step import Training
 
 CACHE_HIT = "/jax/compilation_cache/cache_hits"
@@ -50,6 +51,9 @@ def compile_steps(training: Training) -> Callable:
     Returns:
       (state, frozen, batch, number of steps done) -> (state, metrics), which selects
       the program by the shapes of the batch.
+
+    Raises:
+      ResourceError: the devices have less memory than a program needs.
     """
 
     def signature(batch):
@@ -59,9 +63,27 @@ def compile_steps(training: Training) -> Callable:
         signature(batch): compile_step(training, bucket)
         for bucket, batch in enumerate(training.batches)
     }
+    for program in compiled.values():
+        check_memory(memory_of(program)["total"])
     return lambda state, frozen, batch, step: compiled[signature(batch)](
         state, frozen, batch, step
     )
+
+
+def memory_of(compiled: jax.stages.Compiled) -> dict[str, int]:
+    """Return the bytes of a program on each device by kind, and their total.
+
+    Aliased bytes are outputs in the memory of donated arguments; they count once.
+    """
+    analysis = compiled.memory_analysis()
+    parts = {
+        "arguments": analysis.argument_size_in_bytes,
+        "outputs": analysis.output_size_in_bytes,
+        "temporaries": analysis.temp_size_in_bytes,
+        "program": analysis.generated_code_size_in_bytes,
+        "aliased": analysis.alias_size_in_bytes,
+    }
+    return parts | {"total": sum(parts.values()) - 2 * parts["aliased"]}
 
 
 def compile_step(

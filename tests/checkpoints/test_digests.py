@@ -9,7 +9,7 @@ import optax
 import pytest
 from networks import fast_jit, pictures
 
-from hivit_jax.checkpoints.digests import digests
+from hivit_jax.checkpoints.digests import digests, not_finite
 from hivit_jax.distributed import sharding
 from hivit_jax.distributed.sharding import make_mesh, state_shardings, with_shardings
 
@@ -102,3 +102,19 @@ def test_every_bit_counts(dtype):
     if dtype == "float32":
         seen.add(digests({"": {"x": np.float32(0)}})[""]["x"])
         assert digests({"": {"x": np.float32(-0.0)}})[""]["x"] not in seen
+
+
+def test_arrays_that_are_not_finite():
+    """inf and NaN anywhere, of any float dtype, small on the host or large on the
+    device; integers are finite.
+    """
+    large = np.ones((300, 300), np.float32)
+    tree = {
+        "good": {"x": np.ones(3), "n": np.int32(7), "b": jnp.ones(4, jnp.bfloat16)},
+        "nan": np.array([1.0, np.nan], np.float32),
+        "inf": jnp.array([-jnp.inf], jnp.bfloat16),
+        "large": jnp.asarray(large),
+        "large_bad": jnp.asarray(large).at[299, 299].set(jnp.inf),
+        "empty": np.ones((0, 2)),
+    }
+    assert not_finite(tree) == ["inf", "large_bad", "nan"]

@@ -15,7 +15,7 @@ from flax import nnx
 from hivit_jax import inputs
 from hivit_jax.models import create_model
 from hivit_jax.training import optimizer
-from hivit_jax.tree import leaf_name, split, split_state
+from hivit_jax.tree import leaf_name, named_leaves, split, split_state
 from hivit_jax.weights.names.official import to_official
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -154,3 +154,38 @@ def test_drop_path_rates(fact, name, rate):
     model = abstract(name, drop_path_rate=rate)
     expected = [x for x in facts("drop_path")[fact] if x is not None]
     np.testing.assert_allclose(model.config.drop_path_rates, expected, rtol=1e-6)
+
+
+PARAMS = {"a": jnp.arange(3.0), "b": {"bias": jnp.ones(2)}}
+
+
+@pytest.mark.parametrize("clip_norm", [0.0, 0.5, 100.0])
+@pytest.mark.parametrize("layer_decay", [1.0, 0.5])
+def test_stateless_parts_change_no_tree(clip_norm, layer_decay):
+    """Updates of the plain chain bit for bit; the state of AdamW alone."""
+    options = recipes.mae().optimizer.copy_and_resolve_references()
+    options.unlock()
+    options.clip_norm, options.layer_decay = clip_norm, layer_decay
+    layers = {"a": 0, "b/bias": 2}
+    made = optimizer.make_optimizer(
+        options, lambda step: 0.1, PARAMS, lambda name: name == "a", layers
+    )
+    clip = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
+    scales = {"a": layer_decay**2, "b": {"bias": 1.0}}
+    decay = optax.stateless(lambda u, _: jax.tree.map(jnp.multiply, u, scales))
+    plain = optax.chain(
+        *clip,
+        optax.scale_by_adam(*options.betas, eps=1e-8),
+        optax.add_decayed_weights(options.weight_decay, {"a": True, "b": False}),
+        decay,
+        optax.scale_by_learning_rate(lambda step: 0.1),
+    )
+    names = ["0/count", "0/mu/a", "0/mu/b/bias", "0/nu/a", "0/nu/b/bias", "2/count"]
+    states = made.init(PARAMS), plain.init(PARAMS)
+    assert [*named_leaves(states[0])] == names
+    for number in range(3):
+        gradient = jax.tree.map(lambda x, n=number: x * n - 1, PARAMS)
+        found, first = made.update(gradient, states[0], PARAMS)
+        expected, second = plain.update(gradient, states[1], PARAMS)
+        states = first, second
+        jax.tree.map(np.testing.assert_array_equal, found, expected)

@@ -1,0 +1,244 @@
+"""Lock of a workdir: only one run at a time writes into it.
+
+The lock is a file ``run-N.lock`` with the owner's host, process and start time, and a
+count that the owner increases every `INTERVAL` seconds. A run takes over the lock of a
+dead run by creating file N + 1. Only one of several runs can create it.
+"""
+
+import json
+import os
+import platform
+import re
+import subprocess
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import wraps
+from inspect import signature
+from typing import Any
+
+import jax
+from etils.epath import Path
+
+from hivit_jax.checkpoints.read import absolute
+from hivit_jax.distributed.processes import exit_now, gather_objects
+from hivit_jax.errors import ConfigError, first_line
+from hivit_jax.reporting.console import log
+from hivit_jax.reporting.metrics import prepare_workdir
+
+INTERVAL = 10.0  # seconds between two heartbeats of an owner
+WATCHED = 2  # intervals without a heartbeat after which an owner elsewhere is dead
+
+Owner = dict[str, Any]
+
+
+def exclusive(run: Callable) -> Callable:
+    """Decorate a function with a parameter `workdir` to hold that workdir's lock."""
+
+    @wraps(run)
+    def locked(*args, **kwargs):
+        with hold(signature(run).bind(*args, **kwargs).arguments["workdir"]):
+            return run(*args, **kwargs)
+
+    return locked
+
+
+@contextmanager
+def hold(workdir: str | Path) -> Iterator[None]:
+    """Context manager that creates a workdir and holds its lock.
+
+    Process 0 of a run holds the lock for all of its processes.
+
+    Raises:
+      ConfigError: another run holds the lock, or the directory cannot be written to.
+    """
+    workdir, error, path = absolute(workdir), None, None
+    prepare_workdir(workdir)
+    owner = this_process()
+    if jax.process_index() == 0:
+        try:
+            path = _acquire(workdir, owner)
+        except (ConfigError, OSError) as problem:
+            error = problem
+    if message := gather_objects(error and str(error))[0]:
+        raise error or ConfigError(message)
+    released = threading.Event()
+    if path:
+        arguments = path, owner, released
+        threading.Thread(target=_beat, args=arguments, daemon=True).start()
+    try:
+        yield
+    finally:
+        released.set()
+        if path and (_read(path) or {}).get("token") == owner["token"]:
+            path.unlink(missing_ok=True)
+
+
+def this_process() -> Owner:
+    """Return the content of a lock that this process owns."""
+    return {
+        "host": platform.node(),
+        "pid": os.getpid(),
+        "started": _start_time(os.getpid()),
+        "since": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
+        "machine": _machine(),
+        "token": uuid.uuid4().hex,
+        "beats": f"{0:010d}",  # of fixed length, because it is overwritten in place
+    }
+
+
+def is_dead(owner: Owner, path: Path) -> bool:
+    """Return True if the owner of a lock no longer runs.
+
+    A process of this machine runs if its start time is unchanged, because process
+    numbers are reused. Any other owner is watched for `WATCHED` intervals. Only the
+    count is compared, because clocks of machines may differ.
+    """
+    if owner.get("machine") == _machine():
+        return owner.get("started") != _start_time(owner.get("pid", 0))
+    log(
+        f"{path} belongs to {_describe(owner)}; watching it for "
+        f"{WATCHED * INTERVAL:g} s"
+    )
+    end = time.monotonic() + WATCHED * INTERVAL
+    while time.monotonic() < end:
+        time.sleep(INTERVAL / 10)
+        if _read(path) != owner:
+            return False
+    return True
+
+
+def _acquire(workdir: Path, owner: Owner) -> Path:
+    """Create the next lock file once all existing ones are of dead owners."""
+    while True:
+        dead = {}
+        for path in _files(workdir):
+            found = _read(path)
+            alive = found is not None and not is_dead(found, path)
+            if alive and path.exists():  # it may finish while it is watched
+                raise ConfigError(
+                    f"{workdir} is in use by {_describe(found)}.\n"
+                    "Wait for that run, or choose another --workdir"
+                )
+            if not alive and found is not None:
+                dead[path] = found
+        number = 1 + max([_number(path) for path in dead], default=0)
+        path = workdir / f"run-{number}.lock"
+        if not _create(path, json.dumps(owner)):
+            continue  # another run was faster
+        if {*_files(workdir)} - {*dead} == {path}:
+            break
+        path.unlink()  # another run created a file since the files were listed
+        time.sleep(int(owner["token"], 16) % 100 / 100)
+    for stale, found in dead.items():
+        log(f"took over {workdir} from {_describe(found)}, which no longer runs")
+        stale.unlink(missing_ok=True)
+    return path
+
+
+def _create(path: Path, text: str) -> bool:
+    """Create a file; return False if it exists."""
+    try:
+        if "://" not in str(path):
+            with open(path, "x") as file:
+                file.write(text)
+            return True
+        import fsspec  # its stores of buckets create a file only if it is absent
+
+        with fsspec.open(str(path), "xb") as file:
+            file.write(text.encode())
+    except FileExistsError:
+        return False
+    except Exception as error:
+        if "://" not in str(path):
+            raise
+        log(
+            f"note: the store of {path} cannot create a file only if it is absent "
+            f"({first_line(error)[:80]}); two runs that start at the same moment would "
+            "not see each other"
+        )
+        if path.exists():
+            return False
+        path.write_text(text)
+    return True
+
+
+def _beat(path: Path, owner: Owner, released: threading.Event) -> None:
+    """Increase the count of a lock until it is released.
+
+    Ends this process without saving if another run took the lock over, which happens
+    if this process was suspended.
+    """
+    beats, others_before = 0, set()
+    while not released.wait(INTERVAL):
+        beats += 1
+        text = json.dumps(owner | {"beats": f"{beats:010d}"})
+        with suppress(OSError):
+            others = {*_files(path.parent)} - {path}
+            # Two beats, because `_acquire` may create a file and delete it again.
+            if others & others_before:
+                exit_now(
+                    ConfigError.exit_code,
+                    f"error: {path.parent} was taken over by "
+                    f"{_describe(_read(max(others, key=_number)) or {})} while this "
+                    "process was suspended; ending without saving\n",
+                )
+            others_before = others
+            if "://" in str(path):
+                path.write_text(text)
+            else:  # in place, so that readers never see an incomplete file
+                with open(path, "r+") as file:
+                    file.write(text)
+
+
+def _files(workdir: Path) -> list[Path]:
+    """Return all lock files, by number."""
+    found = [p for p in workdir.glob("run-*.lock") if re.search(r"-\d+\.", p.name)]
+    return sorted(found, key=_number)
+
+
+def _number(path: Path) -> int:
+    return int(re.search(r"run-(\d+)\.", path.name)[1])
+
+
+def _read(path: Path) -> Owner | None:
+    """Return the owner of a lock, {} if the file is damaged, None if it is gone."""
+    for _ in range(5):  # because the file may be incomplete while it is written
+        with suppress(OSError, ValueError, TypeError):
+            return {**json.loads(path.read_text())}
+        if not path.exists():
+            return None
+        time.sleep(0.05)
+    return {}
+
+
+def _describe(owner: Owner) -> str:
+    if "pid" not in owner:
+        return "a run whose lock file is damaged"
+    return f"process {owner['pid']} on {owner['host']}, running since {owner['since']}"
+
+
+def _machine() -> str:
+    """Return a name under which process numbers are comparable.
+
+    It differs between machines, between starts of a machine and between containers.
+    """
+    name = platform.node()
+    with suppress(OSError), open("/proc/sys/kernel/random/boot_id") as file:
+        name += f" {file.read().strip()} {os.readlink('/proc/self/ns/pid')}"
+    return name
+
+
+def _start_time(pid: int) -> str:
+    """Return the start time of a process of this machine, or "" if it has ended."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            fields = file.read().rpartition(")")[2].split()
+        return "" if fields[0] in "ZX" else fields[19]  # Z: ended, not yet reaped
+    except OSError:
+        if os.path.isdir("/proc/self"):
+            return ""
+    command = ["ps", "-o", "lstart=", "-p", str(pid)]  # macOS
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip()

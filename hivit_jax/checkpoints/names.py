@@ -1,0 +1,53 @@
+"""Names of optimizer arrays in checkpoints of other optimizer chains."""
+
+from collections import defaultdict
+from collections.abc import Container, Iterable
+
+
+def same_names(
+    saved: Iterable[str], expected: Iterable[str], variables: Container[str]
+) -> dict[str, str]:
+    """Return {saved name: expected name} of the arrays of an item.
+
+    An optimizer is a chain, and the names of its arrays contain their position. A
+    stateless part that was added or removed shifts the positions. Names that agree
+    after `_without_gaps` are therefore the same.
+    """
+    saved, expected = list(saved), list(expected)
+    short_names = _without_gaps(expected, variables)
+    known = dict(zip(short_names, expected, strict=True))
+    names = {
+        name: known.get(short, name)
+        for name, short in zip(saved, _without_gaps(saved, variables), strict=True)
+    }
+    unique = len({*names.values()}) == len(saved)
+    return names if unique else dict(zip(saved, saved, strict=True))
+
+
+def _without_gaps(names: Iterable[str], variables: Container[str]) -> list[str]:
+    """Renumber the positions in names of optimizer arrays as 0, 1, ... without gaps.
+
+    Args:
+      variables: names of the model's variables. Numbers in them are no positions.
+    """
+
+    def positions(name):
+        """Yield (index in the name, components before it, position)."""
+        parts = name.split("/")
+        ends = (i for i in range(len(parts)) if "/".join(parts[i:]) in variables)
+        for i, part in enumerate(parts[: next(ends, len(parts))]):
+            if parts[0] == "opt_state" and part.isdigit():
+                yield i, tuple(parts[:i]), int(part)
+
+    used: dict[tuple[str, ...], set[int]] = defaultdict(set)
+    for name in names:
+        for _, before, position in positions(name):
+            used[before].add(position)
+
+    def renumber(name):
+        parts = name.split("/")
+        for i, before, position in positions(name):
+            parts[i] = str(sorted(used[before]).index(position))
+        return "/".join(parts)
+
+    return [renumber(name) for name in names]

@@ -1,0 +1,69 @@
+"""Names of optimizer arrays after stateless parts were added or removed."""
+
+import jax.numpy as jnp
+import optax
+import pytest
+
+from hivit_jax.checkpoints.names import same_names
+from hivit_jax.tree import named_leaves
+
+PARAMS = {"stages": {"0": {"1": {"kernel": jnp.ones(2)}}, "2": {"bias": jnp.ones(1)}}}
+VARIABLES = named_leaves(PARAMS)
+
+
+def names(*parts):
+    """Names of the optimizer item of a chain."""
+    state = optax.chain(*parts).init(PARAMS)
+    return [*named_leaves({"opt_state": state, "step": 0})]
+
+
+clip, adam = optax.clip_by_global_norm(1.0), optax.scale_by_adam()
+scale, rate = optax.scale(0.5), optax.scale_by_schedule(lambda step: 0.1)
+
+
+@pytest.mark.parametrize(
+    ("saved", "expected"),
+    [
+        ((clip, adam, scale, rate), (adam, scale, rate)),
+        ((adam, rate), (clip, scale, adam, scale, scale, rate)),
+        ((optax.trace(0.9), rate), (clip, optax.trace(0.9), rate)),
+        (
+            (optax.chain(clip, adam), rate),
+            (optax.chain(adam), scale, scale, rate),
+        ),
+    ],
+)
+def test_stateless_parts_do_not_count(saved, expected):
+    """Every array has its counterpart, also in nested chains; numbers in names of
+    parameters are no positions.
+    """
+    saved, expected = names(*saved), names(*expected)
+    assert same_names(saved, expected, VARIABLES) == dict(
+        zip(saved, expected, strict=True)
+    )
+
+
+def test_multi_transform_of_labels():
+    def labeled(*parts):
+        transforms = {"a": optax.chain(*parts), "b": optax.set_to_zero()}
+        state = optax.multi_transform(transforms, {"stages": "a"}).init(PARAMS)
+        return [*named_leaves({"opt_state": state})]
+
+    saved, expected = labeled(clip, adam, rate), labeled(adam, rate)
+    assert saved != expected
+    assert [*same_names(saved, expected, VARIABLES).values()] == expected
+
+
+@pytest.mark.parametrize("other", [(optax.trace(0.9), rate), (adam,), (rate,)])
+def test_other_optimizers_stay_different(other):
+    """A stateful part more, less or of another kind is another optimizer."""
+    saved, expected = names(adam, rate), names(*other)
+    found = same_names(saved, expected, VARIABLES)
+    assert set(found.values()) != set(expected)
+
+
+def test_parameters_keep_their_numbers():
+    """Without a chain nothing is renamed, also of a model with other blocks."""
+    saved = ["stages/3/kernel", "stages/7/kernel", "step"]
+    expected = ["stages/0/kernel", "stages/1/kernel", "step"]
+    assert same_names(saved, expected, expected) == {name: name for name in saved}
