@@ -56,6 +56,7 @@ KEYS = {
         "randaugment": Key(False, "RandAugment in training, rand-m9-mstd0.5-inc1"),
         "mean": Key((0.485, 0.456, 0.406), "mean per channel of pixels in [0, 1]"),
         "std": Key((0.229, 0.224, 0.225), "standard deviation per channel"),
+        "value_range": Key((), "values of black and white beyond 8 bits; (): 0, 65535"),
         "interpolation": Key("bicubic", "resize filter", choices=tuple(FILTER_RADIUS)),
         "antialias": Key(True, "true: resize as PIL; false: as `tf.image.resize`"),
         "canvas": Key(512, "largest crop resized on the device; 0: host resizes", 0),
