@@ -66,6 +66,12 @@ KEYS = {
             "standard deviation per channel, at most 1 for images of 8 bits",
             above=0,
         ),
+        "value_range": Key(
+            (),
+            "values of black and white beyond 8 bits; (): 0, 65535",
+            item=float,
+            increasing=True,
+        ),
         "interpolation": Key("bicubic", "resize filter", choices=tuple(FILTER_RADIUS)),
         "antialias": Key(True, "true: resize as PIL; false: as `tf.image.resize`"),
         "canvas": Key(

@@ -95,7 +95,7 @@ def evaluate(
             f"evaluated {count} images and could not read {unreadable}; expected "
             f"{expected} in total, the size of the test split"
         )
-    inputs.check_unreadable(unreadable, expected, config.data, "test")
+    inputs.check_unreadable(unreadable, config.data, "test")
     records = _merge_records(gather_objects(records))
     values = {}
     if jax.process_index() == 0:

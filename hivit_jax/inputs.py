@@ -21,8 +21,12 @@ from hivit_jax.data.sources.registry import (
     published_info,
 )
 from hivit_jax.data.transforms import Transform
+from hivit_jax.distributed.processes import gather_objects
 from hivit_jax.errors import ConfigError, DataError, MissingPackage
 from hivit_jax.keys import INT_MAX
+
+CHECKED = 8  # examples of a split that are read before the first step
+CHECK_HINT = "python -m hivit_jax.tools.check_data lists all unreadable images"
 
 
 def make_task(config: Any, *splits: str) -> tasks.Task:
@@ -37,6 +41,18 @@ def make_task(config: Any, *splits: str) -> tasks.Task:
     splits = splits or ("train", "test")
     sources = {split: open_source(config.data, split) for split in splits}
     source = sources[splits[0]]
+    for split, opened in sources.items():
+        if not len(opened):
+            raise DataError(
+                f"the {split} split of {config.data.name} is empty; expected at least "
+                "one image"
+            )
+        if [*opened.classes] != [*source.classes]:
+            raise DataError(
+                f"{config.data.name}: expected the same classes in both splits, found "
+                f"{len(source.classes)} in {splits[0]} and {len(opened.classes)}, or "
+                f"others, in {split}"
+            )
     classes = source.classes
     if not source.encoded:  # a synthetic dataset has as many classes as the model
         classes = map(str, range(config.model.get("num_classes") or 1))
@@ -140,21 +156,77 @@ def first_test_batch(config: Any, count: int) -> Batch:
     return next(_load(config, task, transform, source, plan, len(indices)))
 
 
-def check_unreadable(count: float, seen: float, data: Any, split: str) -> None:
+def check_splits(config: Any, task: tasks.Task) -> None:
+    """Read a few evenly spaced examples of both splits, as training and evaluation do.
+
+    Raises:
+      DataError: none of a split can be read, or one contradicts the config.
+    """
+    for split in ("train", "test"):
+        source = open_source(config.data, split)
+        transform = task.transform(train=split == "train")
+        if not source.encoded:
+            continue
+        indices = np.linspace(0, len(source) - 1, CHECKED, dtype=np.int64)
+        buckets, readable = _buckets(config, transform, source)[indices], 0
+        loader = Loader(source, transform, config.seed, CHECKED)
+        for bucket in np.unique(buckets).tolist():
+            part = indices[buckets == bucket]
+            batch = loader.empty_batch(bucket, len(part))
+            loader.fill(batch, bucket, 0, part, np.zeros_like(part))
+            readable += batch["weight"].sum()
+        if not readable:
+            raise DataError(
+                f"{config.data.name}: cannot read any of {CHECKED} images of the "
+                f"{split} split\n{CHECK_HINT}"
+            )
+
+
+class UnreadableImages:
+    """Indices of the training images that could not be read when last tried.
+
+    An image counts once, also if several epochs and processes tried it.
+    """
+
+    def __init__(self):
+        self.indices: set[int] = set()  # on all processes, after `gather`
+        self._failed: set[int] = set()  # on this process, since the last `gather`
+        self._recovered: set[int] = set()
+
+    def watch(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """Yield the batches of this process unchanged."""
+        for batch in batches:
+            is_bad = batch["unreadable"] > 0
+            self._failed.update(batch["index"][is_bad].tolist())
+            if self.indices:
+                readable = batch["index"][~is_bad].tolist()
+                self._recovered |= self.indices.intersection(readable)
+            yield batch
+
+    def gather(self) -> int:
+        """Update `indices` and return their number. All processes call it together."""
+        gathered = gather_objects((self._failed, self._recovered))
+        for _, recovered in gathered:
+            self.indices -= recovered
+        for failed, _ in gathered:
+            self.indices |= failed
+        self._failed, self._recovered = set(), set()
+        return len(self.indices)
+
+
+def check_unreadable(count: int, data: Any, split: str) -> None:
     """Raise DataError if the fraction of unreadable images exceeds the allowed one.
 
     Args:
-      count: number of unreadable images so far.
-      seen: number of images so far. The fraction refers to the size of the split, if
-        that is larger.
+      count: number of different images of the split that cannot be read.
       data: `config.data`.
     """
-    fraction = count / max(seen, num_examples(data, split))
-    if fraction > data.max_unreadable:
+    total = num_examples(data, split)
+    if count / total > data.max_unreadable:
         raise DataError(
-            f"{count:.0f} images of {data.name} could not be read, {fraction:.2%}; "
-            f"data.max_unreadable allows {data.max_unreadable:.2%}.\n"
-            "python -m hivit_jax.tools.check_data lists all unreadable images"
+            f"{count:,} images of {data.name} could not be read, {count / total:.2%}; "
+            f"data.max_unreadable allows {data.max_unreadable:.2%} of {total:,} in the "
+            f"{split} split.\n{CHECK_HINT}"
         )
 
 

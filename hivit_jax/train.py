@@ -63,6 +63,7 @@ def train(
     # --- Task, mesh, train step: shapes only ----------------------------------------
     workdir = Path(expand(workdir))
     task = inputs.make_task(config)
+    inputs.check_splits(config, task)
     mesh = make_mesh(config.mesh, config.batch_size, config.optimizer.accumulate_steps)
     num_images = inputs.images_per_epoch(config, task)
     per_epoch, total_steps = inputs.count_steps(config, num_images)
@@ -131,13 +132,12 @@ def train(
 
     # --- Steps ------------------------------------------------------------------------
     throughput, results, pending = metrics.Throughput(), None, []
-    first_step, unreadable = step, 0
+    unreadable = inputs.UnreadableImages()
     try:
         stop = stop_requested(step)
         if step < total_steps and not stop:
-            batches = prefetch_to_device(
-                inputs.train_batches(config, step, total_steps), mesh
-            )
+            batches = inputs.train_batches(config, step, total_steps)
+            batches = prefetch_to_device(unreadable.watch(batches), mesh)
             batch = next(batches)
             train_step = compile_steps(training)
         throughput.read()  # starts the measurement
@@ -161,12 +161,12 @@ def train(
                 scalars["images_per_second"] = speed
                 images_left = (total_steps - step) * config.batch_size
                 scalars["seconds_left"] = images_left / speed
-                log(console.step_line(step, total_steps, scalars))
                 if writer:
                     writer.scalars(step, scalars)
-                unreadable += scalars["unreadable"]
-                seen = (step - first_step) * config.batch_size
-                inputs.check_unreadable(unreadable, seen, config.data, "train")
+                if scalars["unreadable"]:  # log different images, not attempts
+                    scalars["unreadable"] = unreadable.gather()
+                log(console.step_line(step, total_steps, scalars))
+                inputs.check_unreadable(scalars["unreadable"], config.data, "train")
                 with throughput.pause():
                     # Before the checkpoint, so that a resumed run never skips it.
                     if due["eval"]:

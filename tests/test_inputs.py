@@ -14,7 +14,8 @@ from hivit_jax.data import randaugment, transforms
 from hivit_jax.data.order import permutation, samples_at
 from hivit_jax.data.sources import digits as data_sources_digits
 from hivit_jax.data.sources import registry
-from hivit_jax.errors import ConfigError
+from hivit_jax.data.sources.base import Source
+from hivit_jax.errors import ConfigError, DataError
 
 
 def test_more_classes_than_the_model_has():
@@ -34,6 +35,15 @@ def test_more_classes_than_the_model_has():
         ({"data__crop_pct": 1.5}, "data.crop_pct=1.5; expected 0.001 to 1"),
         ({"data__max_unreadable": 2.0}, "data.max_unreadable=2.0; expected 0 to 1"),
         ({"data__interpolation": "bicubik"}, "expected 'bicubic' or 'bilinear'"),
+        (
+            {"data__value_range": (1, 0)},
+            r"value_range=\(1, 0\); expected \(LOW, HIGH\)",
+        ),
+        ({"data__value_range": (0.5,)}, r"value_range=\(0.5,\); expected"),
+        ({"data__value_range": (0, 1, 2)}, r"value_range=\(0, 1, 2\); expected"),
+        ({"data__value_range": (0, "'x'")}, r"value_range=.*; expected"),
+        ({"data__value_range": "(0,1e999)"}, r"value_range=\(0, inf\); expected"),
+        ({"data__value_range": (3, 3)}, r"value_range=\(3, 3\); expected"),
     ],
 )
 def test_settings_that_cannot_work(overrides, message):
@@ -282,3 +292,131 @@ def test_images_are_resized_as_told(folder, interpolation, antialias):
     difference = np.abs(device * 255 - expected)
     assert difference.max() < 1.01
     assert difference.mean() < 0.2
+
+
+# Before the first step
+
+
+class Listed(Source):
+    """Examples of a list: bytes, or an error."""
+
+    classes = ("a", "b")
+
+    def __init__(self, *samples, classes=("a", "b")):
+        self.samples, self.classes = samples, classes
+
+    def __len__(self):
+        return len(self.samples)
+
+    def sample(self, index):
+        found = self.samples[index]
+        if isinstance(found, Exception):
+            raise found
+        return found if isinstance(found, dict) else {"image": found, "label": 0}
+
+
+def encode(values, kind="PNG"):
+    buffer = io.BytesIO()
+    Image.fromarray(values).save(buffer, kind)
+    return buffer.getvalue()
+
+
+GOOD = encode(np.arange(64, dtype=np.uint8).reshape(8, 8))
+FLOATS = encode(np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8), "TIFF")
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """Sets the sources of both splits; returns (config, task)."""
+
+    def make(train, test, **overrides):
+        sources = {"train": train, "test": test}
+        monkeypatch.setattr(inputs, "open_source", lambda _, split: sources[split])
+        cfg = load(model__image_size=8, **overrides)
+        return cfg, inputs.make_task(cfg)
+
+    return make
+
+
+def test_an_empty_split_is_an_error(opened):
+    """Border of the kind: any source with a split of 0 examples, before a step."""
+    for train, test, name in (
+        (Listed(GOOD), Listed(), "test"),
+        (Listed(), Listed(GOOD), "train"),
+    ):
+        with pytest.raises(DataError, match=f"the {name} split of digits is empty"):
+            opened(train, test)
+
+
+def test_splits_have_the_same_classes(opened):
+    with pytest.raises(DataError, match="the same classes in both splits, found 2"):
+        opened(Listed(GOOD), Listed(GOOD, classes=("a", "c")))
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ([b""] * 20, "digits: cannot read any of 8 images of the test split\n.*check"),
+        ([OSError("gone")], "cannot read any of 8 images of the test split"),
+        ([FLOATS], r"example 0: expected 8 or 16 bits, .*value_range="),
+        ([{"image": GOOD, "label": 10}], "example 0: expected a label from 0 to 9"),
+    ],
+)
+def test_both_splits_are_read_before_the_first_step(opened, bad, message):
+    """Border of the kind: a few evenly spaced examples of each split; single damaged
+    images are no error here.
+    """
+    inputs.check_splits(*opened(Listed(GOOD, b"", GOOD), Listed(b"", GOOD)))
+    cfg, task = opened(Listed(GOOD), Listed(*bad))
+    with pytest.raises(DataError, match=message):
+        inputs.check_splits(cfg, task)
+    cfg, task = opened(Listed(*bad), Listed(GOOD))
+    with pytest.raises(DataError, match=message.replace("test split", "train split")):
+        inputs.check_splits(cfg, task)
+
+
+def test_a_range_of_values_reaches_the_batches(opened):
+    cfg, task = opened(Listed(FLOATS), Listed(FLOATS), data__value_range=(0, 1))
+    inputs.check_splits(cfg, task)
+    batch = next(inputs.eval_batches(cfg))
+    expected = np.rint(np.linspace(0, 255, 64)).reshape(8, 8)
+    assert_array_equal(batch["image"][0, ..., 0], expected)
+
+
+# Unreadable images
+
+
+def flags(*examples):
+    """Batches of (index, unreadable) pairs."""
+    index, unreadable = zip(*examples, strict=True)
+    return {"index": np.array(index), "unreadable": np.array(unreadable, np.float32)}
+
+
+def test_unreadable_images_are_counted_once(monkeypatch):
+    """Border of the kind: an image counts while its last reading failed, once in all
+    epochs and on all processes.
+    """
+    unreadable = inputs.UnreadableImages()
+    batches = [flags((0, 1), (1, 0)), flags((2, 1), (0, 1)), flags((0, 1), (-1, 0))]
+    assert [*unreadable.watch(batches)] == batches
+    assert unreadable.gather() == 2
+    assert [*unreadable.watch(batches)] == batches
+    assert unreadable.gather() == 2
+    assert unreadable.indices == {0, 2}
+    # Another process found 2 and 7; this one could read 0, on storage that recovers.
+    list(unreadable.watch([flags((0, 0), (5, 1))]))
+    monkeypatch.setattr(inputs, "gather_objects", lambda mine: [mine, ({2, 7}, set())])
+    assert unreadable.gather() == 3
+    assert unreadable.indices == {2, 5, 7}
+
+
+def test_share_of_unreadable_images():
+    """Of the images of the split."""
+    data = load(data__max_unreadable=0.001).data
+    inputs.check_unreadable(1, data, "train")  # of 1,437
+    with pytest.raises(
+        DataError, match=r"2 images of digits .* 0.14%; .* 0.10% of 1,43"
+    ):
+        inputs.check_unreadable(2, data, "train")
+    with pytest.raises(DataError, match="check_data"):
+        inputs.check_unreadable(1, data, "test")

@@ -5,7 +5,6 @@ it fits into the canvas; otherwise the host resizes it. Flips and normalization 
 on the device. All random numbers are a function of (seed, epoch, example).
 """
 
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,13 +12,10 @@ import jax
 import numpy as np
 
 from hivit_jax.data.crops import center_crop, paste_crop, random_resized_crop
+from hivit_jax.data.decoding import decode
 from hivit_jax.errors import DataError
 
-# PIL and simplejpeg are imported inside functions, so that a train step can be built
-# without them.
-
 DRAWS = 22  # random numbers of a random crop: ten areas, ten aspect ratios, top, left
-PIL_MODES = {1: "L", 3: "RGB"}  # by number of channels
 
 
 class Transform:
@@ -80,6 +76,7 @@ class ImageTransform(Transform):
       crop_scale: relative area of random crops; None: `center_crop` with `crop_pct`.
       randaugment: apply RandAugment to the resized image; requires canvas=0.
       num_classes: number of classes that labels are checked against; 0: no check.
+      value_range: see `decode`.
     """
 
     def __init__(
@@ -95,11 +92,13 @@ class ImageTransform(Transform):
         antialias: bool = True,
         randaugment: bool = False,
         num_classes: int = 0,
+        value_range: Sequence[float] = (),
     ):
         self.batch_size, self._size, self._channels = batch_size, tuple(size), channels
         self._crop_scale, self._crop_pct = crop_scale, crop_pct
         self._interpolation, self._antialias = interpolation, antialias
         self._randaugment, self._num_classes, self.draws = None, num_classes, DRAWS
+        self._value_range = tuple(value_range)
         if randaugment:
             from hivit_jax.data import randaugment as policy
 
@@ -120,8 +119,13 @@ class ImageTransform(Transform):
         draws: Sequence[float],
         out: Mapping[str, np.ndarray],
     ) -> None:
-        """See `Transform.__call__`; raises DataError for a label out of range."""
-        pixels, label = decode(sample["image"], self._channels), sample.get("label", 0)
+        """See `Transform.__call__`.
+
+        Raises:
+          DataError: the label is out of range, or the image requires a `value_range`.
+        """
+        pixels = decode(sample["image"], self._channels, self._value_range)
+        label = sample.get("label", 0)
         if self._num_classes and not 0 <= label < self._num_classes:
             raise DataError(
                 f"expected a label from 0 to {self._num_classes - 1}, found {label}; "
@@ -143,33 +147,6 @@ class ImageTransform(Transform):
         out["label"][...] = label
 
 
-def decode(encoded: bytes, channels: int) -> np.ndarray:
-    """Decode an image of any format to uint8 [h, w, channels], identically to PIL.
-
-    Raises:
-      Exception: an error of any type if PIL cannot read the image.
-    """
-    import simplejpeg
-    from PIL import Image, UnidentifiedImageError
-
-    if channels == 3:
-        # simplejpeg is faster than PIL and decodes to the same pixels, because both use
-        # libjpeg-turbo.
-        try:
-            height, width, color_space, _ = simplejpeg.decode_jpeg_header(encoded)
-            is_small = height * width < Image.MAX_IMAGE_PIXELS
-            if color_space in ("YCbCr", "Gray") and is_small:
-                return simplejpeg.decode_jpeg(encoded)
-        except ValueError:
-            pass  # another format, or a damaged JPEG that PIL may still decode
-    try:
-        with Image.open(io.BytesIO(encoded)) as image:
-            pixels = np.asarray(image.convert(PIL_MODES[channels]))
-    except UnidentifiedImageError as error:
-        raise OSError(f"unknown image format ({len(encoded):,} bytes)") from error
-    return pixels.reshape(*pixels.shape[:2], channels)
-
-
 def uniforms(seed: int, epoch: int, index: int, count: int = DRAWS) -> list[float]:
     """Return `count` random numbers in [0, 1) for one example in one epoch.
 
@@ -181,17 +158,23 @@ def uniforms(seed: int, epoch: int, index: int, count: int = DRAWS) -> list[floa
 
 
 def evaluation_image(
-    encoded: bytes, shape: Sequence[int], crop_pct: float = 1.0
+    encoded: bytes,
+    shape: Sequence[int],
+    crop_pct: float = 1.0,
+    value_range: Sequence[float] = (),
 ) -> np.ndarray:
     """Decode an image and return its `center_crop`, bicubic, resized on the host.
 
     Args:
       shape: (height, width, channels) of the model's image, uint8.
+      value_range: see `decode`.
 
     Raises:
+      DataError: the image requires a `value_range`.
       Exception: an error of any type if PIL cannot read the image.
     """
-    pixels, out = decode(encoded, shape[2]), np.zeros(shape, np.uint8)
+    pixels = decode(encoded, shape[2], value_range)
+    out = np.zeros(shape, np.uint8)
     crop = center_crop(*pixels.shape[:2], shape[:2], crop_pct)
     paste_crop(pixels, crop, out, shape[:2])
     return out

@@ -53,6 +53,7 @@ class Task:
     @classmethod
     def check(cls, config: Any) -> None:
         """Raise ConfigError for an invalid config. Called when a config is loaded."""
+        defaults.check_value_range(config.data.value_range)
         if cls.model_class is not None:
             defaults.check_model(config, cls.model_class)
         if cls.transform is Task.transform:

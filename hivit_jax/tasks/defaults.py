@@ -1,5 +1,6 @@
 """Defaults of the methods of `Task`: a registered model, one image per example."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,8 +8,9 @@ import jax
 
 from hivit_jax import rng
 from hivit_jax.augment import image, resample
+from hivit_jax.data.decoding import PIL_MODES
 from hivit_jax.data.sources.base import DatasetInfo
-from hivit_jax.data.transforms import PIL_MODES, ImageTransform
+from hivit_jax.data.transforms import ImageTransform
 from hivit_jax.errors import ConfigError
 from hivit_jax.models import Model, configure, image_shape, variant
 from hivit_jax.rng import Keys
@@ -45,6 +47,17 @@ def check_pixels(data: Any) -> None:
                 f"data.{name}={tuple(data[name])}; expected 0 to 1, because pixels of "
                 "8 bits are divided by 255; divide the values by 255"
             )
+
+
+def check_value_range(value_range: tuple) -> None:
+    """Raise ConfigError unless `data.value_range` is () or an increasing pair."""
+    numbers = [x for x in value_range if type(x) in (int, float) and math.isfinite(x)]
+    is_pair = len(numbers) == len(value_range) == 2
+    if value_range and not (is_pair and numbers[0] < numbers[1]):
+        raise ConfigError(
+            f"data.value_range={value_range}; expected (LOW, HIGH), the values of "
+            "black and white in images of more than 8 bits, or () for 0 to 65535"
+        )
 
 
 def image_transform(config: Any, dataset: DatasetInfo, train: bool) -> ImageTransform:
@@ -84,6 +97,7 @@ def image_transform(config: Any, dataset: DatasetInfo, train: bool) -> ImageTran
         antialias=data.antialias,
         randaugment=randaugment,
         num_classes=model.get("num_classes") or 0,
+        value_range=data.value_range,
     )
 
 

@@ -54,7 +54,7 @@ def nearest_neighbors(
         features, labels, weight, unreadable = map(
             np.concatenate, zip(*parts, strict=True)
         )
-        inputs.check_unreadable(unreadable.sum(), 0, config.data, split)
+        inputs.check_unreadable(int(unreadable.sum()), config.data, split)
         return features[weight > 0], labels[weight > 0]
 
     @jax.jit

@@ -4,29 +4,28 @@ Reads the images of both splits as training does. Prints their sizes, unusual fo
 and unreadable files, and an estimate of the CPU cores that keep one accelerator busy.
 """
 
-import io
 import os
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack
 from functools import partial
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
 import numpy as np
-import simplejpeg
 from flax import nnx
-from PIL import ExifTags, Image
 from tqdm import tqdm
 
 from hivit_jax import config as configs
 from hivit_jax import inputs, platforms, tasks
+from hivit_jax.data.decoding import decode
+from hivit_jax.data.findings import CLIPPED, LOST, image_findings
 from hivit_jax.data.loader import Loader, available_cores
 from hivit_jax.data.order import permutation, samples_at
 from hivit_jax.data.sources.registry import open_source
-from hivit_jax.data.transforms import Transform, decode
+from hivit_jax.data.transforms import Transform
 from hivit_jax.errors import ConfigError, DataError, Parser, exit_code
 from hivit_jax.models import Model, image_shape
 
@@ -36,6 +35,7 @@ TIMING_SECONDS = 3.0  # CPU time spent on measuring the loader
 UTILIZATION = 0.4  # assumed share of an accelerator's peak FLOP/s
 PEAK_FLOPS = {"H100": 989e12, "TPU v5e": 197e12, "TPU v5p": 459e12}  # bfloat16
 UNREADABLE, BAD_LABEL = "unreadable", "with an invalid label"
+NEED_RANGE = "that require data.value_range"
 
 
 class Split:
@@ -74,11 +74,15 @@ class Split:
 
     def _read(self, start: int) -> int:
         indices = self.indices[start : start + IMAGES_PER_JOB].tolist()
+        data, size = self.config.data, image_shape(self.config.model)[:2]
         for position, index in enumerate(indices, start):
             try:
                 sample = self.source.sample(index)
                 encoded, label = sample["image"], sample["label"]
-                pixels = decode(encoded, self.channels)
+                pixels = decode(encoded, self.channels, data.value_range)
+            except DataError as error:
+                self.findings[NEED_RANGE][index] = str(error)
+                continue
             except Exception as error:  # a broken file can raise any type
                 words = f"{type(error).__name__}: {error}".split()
                 self.findings[UNREADABLE][index] = " ".join(words)
@@ -89,9 +93,18 @@ class Split:
             else:
                 self.findings[BAD_LABEL][index] = str(label)
             name = partial(self.name, index)
-            for oddity in oddities(encoded, name, pixels.shape, self.config):
-                self.findings[oddity][index] = ""
+            options = size, data.canvas, data.value_range
+            found = image_findings(encoded, name, pixels, *options)
+            for finding, detail in found.items():
+                self.findings[finding][index] = detail
         return len(indices)
+
+    def write_unreadable(self, listing: BinaryIO, reasons: BinaryIO) -> None:
+        """Write a line per unreadable image: its name, and name, tab and reason."""
+        for index, reason in sorted(self.findings[UNREADABLE].items()):
+            name = self.source.name(index).replace("\n", "\\n")
+            listing.write(os.fsencode(f"{name}\n"))
+            reasons.write(f"{self.name(index)}\t{reason}\n".encode())
 
     def name(self, index: int) -> str:
         """Return an image's name; escape bytes that are not valid UTF-8."""
@@ -105,54 +118,17 @@ class Split:
     def faults(self) -> dict[str, list[str]]:
         """Return fault -> the affected images, with details, or the affected classes.
 
-        Empty classes are a fault only if the whole split was read.
+        Clipped values are included. Empty classes are a fault only if the whole split
+        was read.
         """
         faults = {}
-        for fault in (UNREADABLE, BAD_LABEL):
-            details = sorted(self.findings[fault].items())
+        for fault in (UNREADABLE, BAD_LABEL, NEED_RANGE, LOST, CLIPPED):
+            details = sorted(self.findings.get(fault, {}).items())
             faults[fault] = [f"{self.name(i)}: {detail}" for i, detail in details]
         if len(self.indices) == len(self.source):
             empty = np.flatnonzero(self.per_class() == 0)
             faults["classes without an image"] = [self.source.classes[i] for i in empty]
         return faults
-
-
-def oddities(
-    encoded: bytes, name: Callable[[], str], shape: Sequence[int], config: Any
-) -> list[str]:
-    """Return the unusual properties of an image.
-
-    Decodes no pixels. Opens the image with PIL and calls `name` only if it is not a
-    YCbCr JPEG without EXIF data.
-
-    Args:
-      encoded: content of the file.
-      name: returns the name of the file.
-      shape: height, width and channels of the decoded image.
-    """
-    canvas, (height, width, _) = config.data.canvas, image_shape(config.model)
-    checks = {
-        f"over {canvas}, may be slower": 0 < canvas < max(shape),
-        f"under {height} x {width}": shape[0] < height or shape[1] < width,
-    }
-    exif, color_space = encoded.find(b"Exif", 0, 65536) >= 0, ""
-    with suppress(ValueError):
-        color_space = simplejpeg.decode_jpeg_header(encoded)[2]
-    if exif or color_space != "YCbCr":
-        with suppress(Exception), Image.open(io.BytesIO(encoded)) as image:
-            suffix = os.path.splitext(name())[1].lower()
-            expected = Image.registered_extensions().get(suffix, image.format)
-            checks |= {
-                f"{image.format} named {suffix}": image.format not in (expected, "MPO"),
-                "CMYK": image.mode == "CMYK",
-                "grayscale": image.mode in ("1", "L", "LA"),
-                "palette": image.mode in ("P", "PA"),
-                "16 bit, clipped at 255": image.mode.startswith("I"),
-                "several frames, one is read": getattr(image, "n_frames", 1) > 1,
-            }
-            rotated = exif and image.getexif().get(ExifTags.Base.Orientation, 1) > 1
-            checks["EXIF rotation, not applied"] = rotated
-    return [oddity for oddity, found in checks.items() if found]
 
 
 def split_report(split: Split, faults: dict[str, list[str]]) -> str:
@@ -170,6 +146,8 @@ def split_report(split: Split, faults: dict[str, list[str]]) -> str:
     for finding, images in sorted(split.findings.items()):
         row = _row(finding, f"{len(images):,}", f"{len(images) / max(k, 1):.3%}")
         lines.append(row + (f"   e.g. {split.name(min(images))}" if images else ""))
+    if ignored := split.source.ignored_text():
+        lines += ["", f"  ignored files: {ignored}"]
     for fault, names in faults.items():
         if names:
             lines += ["", f"  {len(names):,} {fault}"]
@@ -214,19 +192,23 @@ def speed_report(task: tasks.Task, model: Model, rate: float) -> str:
     return "\n".join(lines)
 
 
-def check_dataset(config: Any, sample: int, listing: TextIO) -> None:
+def check_dataset(
+    config: Any, sample: int, listing: BinaryIO, reasons: BinaryIO
+) -> None:
     """Check both splits of a dataset and print the report.
 
     Args:
       sample: images to read per split; 0: all.
       listing: file to write the name of every unreadable image to.
+      reasons: file to write names and reasons to.
 
     Raises:
       ConfigError: the dataset is synthetic.
-      DataError: the dataset cannot be opened; images have invalid labels; classes are
-        empty; or more than `data.max_unreadable` of the images are unreadable.
+      DataError: the dataset cannot be opened; images have invalid labels or require a
+        `data.value_range`; classes are empty; or more than `data.max_unreadable` of the
+        images are unreadable or lose values.
     """
-    data, problems = config.data, []
+    data, problems, remarks = config.data, [], []
     if data.name == "synthetic":
         raise ConfigError("data.name='synthetic' has no files; nothing to check")
     task = inputs.make_task(config)
@@ -237,15 +219,19 @@ def check_dataset(config: Any, sample: int, listing: TextIO) -> None:
         split.read()
         faults = split.faults()
         print(f"\n{split_report(split, faults)}", flush=True)
-        listing.writelines(f"{line}\n" for line in faults[UNREADABLE])
-        allowed = {UNREADABLE: data.max_unreadable * len(split.indices)}
+        split.write_unreadable(listing, reasons)
+        tolerated = data.max_unreadable * len(split.indices)
+        allowed = {UNREADABLE: tolerated, LOST: tolerated, CLIPPED: np.inf}
         for fault, names in faults.items():
+            text = f"{split.title}: {len(names):,} {fault}"
             if len(names) > allowed.get(fault, 0):
-                problems.append(f"{split.title}: {len(names):,} {fault}")
+                problems.append(text)
+            elif names and fault in (LOST, CLIPPED):
+                remarks.append(text)
     if (splits[0].labels >= 0).any():
         rate = images_per_second(splits[0], task.transform(train=True))
         print(f"\n{speed_report(task, model, rate)}")
-    print(f"\n{'; '.join(problems) or 'healthy'}")
+    print(f"\n{'; '.join(problems + remarks) or 'healthy'}")
     if problems:
         raise DataError(f"{data.name} failed the dataset check\n{problems[0]}")
 
@@ -255,17 +241,21 @@ def run(argv: Sequence[str] | None) -> None:
     parser = Parser("python -m hivit_jax.tools.check_data", allow_abbrev=False)
     parser.add_argument("--config", required=True, help="then --config.KEY=VALUE ...")
     parser.add_argument("--sample", type=int, default=0, help="images a split; 0: all")
-    parser.add_argument("--list", default=os.devnull, help="write unreadable images to")
+    parser.add_argument("--list", help="write names of unreadable images to")
+    parser.add_argument("--list_reasons", help="write names, tab and reason to")
     flags, overrides = parser.parse_known_args(argv)
     config = configs.load(flags.config, overrides)
     if flags.sample < 0:
         raise ConfigError(f"--sample={flags.sample}; expected at least 0")
-    try:
-        listing = open(flags.list, "w", encoding="utf-8")  # noqa: SIM115
-    except OSError as error:
-        raise ConfigError(f"--list={flags.list}: {error.strerror}") from error
-    with listing:
-        check_dataset(config, flags.sample, listing)
+    with ExitStack() as stack:
+        files = []
+        for name in ("list", "list_reasons"):
+            path = getattr(flags, name) or os.devnull
+            try:
+                files.append(stack.enter_context(open(path, "wb")))
+            except OSError as error:
+                raise ConfigError(f"--{name}={path}: {error.strerror}") from error
+        check_dataset(config, flags.sample, *files)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -73,6 +73,8 @@ def predict(
     out.mkdir(parents=True, exist_ok=True)
     task.write_predictions(records, out)
     log(f"{len(records):,} of {len(source):,} images predicted; written to {out}")
+    if images is not None and source.ignored:
+        log(f"ignored files: {source.ignored_text()}")
     return len(records)
 
 

@@ -12,7 +12,8 @@ import numpy as np
 from flax import nnx
 
 from hivit_jax import platforms
-from hivit_jax.data import transforms
+from hivit_jax.data.decoding import PIL_MODES
+from hivit_jax.data.transforms import evaluation_image
 from hivit_jax.errors import ConfigError, DataError, Parser, exit_code
 from hivit_jax.models.mae import MaskedAutoencoder
 from hivit_jax.reporting import figures
@@ -102,11 +103,12 @@ def run(argv: Sequence[str] | None) -> None:
             "masked autoencoder"
         )
     shape = model.config.image_shape
-    if shape[2] not in transforms.PIL_MODES:
+    if shape[2] not in PIL_MODES:
         raise ConfigError(
             f"{pretrained.path}: expected in_channels 1 or 3, found {shape[2]}"
         )
-    pixels = np.stack([read(path, shape) for path in args.images])
+    value_range = pretrained.recipe.get("data", {}).get("value_range", ())
+    pixels = np.stack([read(path, shape, value_range) for path in args.images])
     mean, std = np.float32(model.info.mean), np.float32(model.info.std)
     images = (np.float32(pixels) / 255 - mean) / std
     predicted, mask = reconstruct(
@@ -122,14 +124,19 @@ def run(argv: Sequence[str] | None) -> None:
     log(f"written: {args.out} ({mask.mean():.1%} of each image removed; {title})")
 
 
-def read(path: Path, shape: Sequence[int]) -> np.ndarray:
+def read(
+    path: Path, shape: Sequence[int], value_range: Sequence[float] = ()
+) -> np.ndarray:
     """Read an image file as uint8 of `shape`, (height, width, channels).
+
+    Args:
+      value_range: see `decoding.decode`.
 
     Raises:
       DataError: the file cannot be read.
     """
     try:
-        return transforms.evaluation_image(path.read_bytes(), shape)
+        return evaluation_image(path.read_bytes(), shape, value_range=value_range)
     except Exception as error:  # a broken file can raise any type
         raise DataError(f"cannot read {path}: {error}") from error
 

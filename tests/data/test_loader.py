@@ -162,17 +162,6 @@ def test_unreadable_images_shift_nothing(folder, damaged, capfd):
     assert capfd.readouterr().err.count(str(broken[3])) == 1
 
 
-def test_share_of_unreadable_images():
-    """0.1 % of an epoch, or of what was seen once that is more."""
-    data = load(data__max_unreadable=0.001).data
-    inputs.check_unreadable(1, 50, data, "train")  # of 1,437
-    with pytest.raises(DataError, match=r"2 images of digits .* 0.14%; .* 0.10%"):
-        inputs.check_unreadable(2, 50, data, "train")
-    inputs.check_unreadable(2, 2000, data, "train")
-    with pytest.raises(DataError, match="check_data"):
-        inputs.check_unreadable(1, 360, data, "test")
-
-
 @pytest.mark.parametrize("wrong", [10, -1])
 def test_label_outside_the_classes(folder, monkeypatch, wrong):
     cfg = load_folder(folder)

@@ -394,6 +394,7 @@ ELSEWHERE = {
     "data.subset": "test_digits_by_key",
     "data.train_examples": "test_digits_by_key",
     "data.train_split": "test_splits_by_name",
+    "data.value_range": "test_a_range_of_values_reaches_the_batches",
     "data.workers": "test_number_of_threads",
     "mesh.data": "test_state_is_sharded_from_its_first_moment",
     "mesh.fsdp": "test_state_is_sharded_from_its_first_moment",

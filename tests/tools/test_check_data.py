@@ -45,7 +45,7 @@ def damaged(tmp_path_factory):
     root = tmp_path_factory.mktemp("damaged")
     write(root, {"train": 35, "val": 14}, (64, 48))
     image = Image.open(photo(root, 20))
-    levels = np.arange(48 * 64, dtype=np.uint16).reshape(48, 64)
+    levels = np.arange(48 * 64, dtype=np.uint16).reshape(48, 64) * 21
     contents = [
         encode(image, "JPEG")[:-300],
         b"",
@@ -164,7 +164,7 @@ def test_damaged(examine, damaged):
             f"GIF named .jpeg 1 2.857% e.g. {names[11]}",
             f"CMYK 2 5.714% e.g. {names[4]}",
             f"grayscale 1 2.857% e.g. {names[6]}",
-            f"16 bit, clipped at 255 1 2.857% e.g. {names[7]}",
+            f"uint16, reduced to 8 bit 1 2.857% e.g. {names[7]}",
             f"palette 2 5.714% e.g. {names[8]}",
             f"EXIF rotation, not applied 1 2.857% e.g. {names[9]}",
             f"several frames, one is read 1 2.857% e.g. {names[11]}",
@@ -199,19 +199,81 @@ def test_what_may_be_damaged(examine, damaged):
 
 
 def test_list(examine, damaged, tmp_path, monkeypatch):
-    """Has them all where the report has no room for them."""
+    """Has them all where the report has no room for them. Border of the kind: --list
+    has one plain path a line, as other tools take it; --list_reasons also the reason.
+    """
     monkeypatch.setattr(check_data, "MAX_LISTED", 3)
-    path = tmp_path / "broken.txt"
-    code, out, _ = examine(damaged, f"--list={path}")
+    path, reasons = tmp_path / "broken.txt", tmp_path / "reasons.txt"
+    code, out, _ = examine(damaged, f"--list={path}", f"--list_reasons={reasons}")
     assert code == 4
     listed = path.read_text().splitlines()
-    names = [line.split(": ")[0] for line in listed]
-    assert sorted(names) == sorted(str(photo(damaged, i)) for i in (0, 1, 2, 13))
+    assert listed == sorted(str(photo(damaged, i)) for i in (0, 1, 2, 13))
+    lines = [line.split("\t") for line in reasons.read_text().splitlines()]
+    assert [name for name, _ in lines] == listed
     shown = out.split("4 unreadable\n")[1].split("\n\n")[0]
     assert [line.strip() for line in shown.splitlines()] == [
-        *listed[:3],
+        *(": ".join(line) for line in lines[:3]),
         "... and 1 more",
     ]
+
+
+def depth(root, *contents):
+    """One training image of each class has one of the contents."""
+    write(root, {"train": 14, "val": 14}, (64, 48))
+    for number, content in enumerate(contents):
+        photo(root, number).write_bytes(content)
+
+
+RAMP = np.arange(48 * 64).reshape(48, 64)
+UNIT = np.float32(RAMP / RAMP.max())
+
+
+def test_lost_values(examine, tmp_path):
+    """12 bits in files of 16 bits are nearly black."""
+    depth(tmp_path, encode(Image.fromarray(RAMP.astype(np.uint16)), "PNG"))
+    code, out, err = examine(tmp_path)
+    assert code == 4
+    assert f"{photo(tmp_path, 0)}: 13 of 3072 levels remain; values are 0 to" in out
+    assert "healthy" not in out
+    assert err.endswith("\ntrain: 1 with lost values\n")
+    code, out, _ = examine(tmp_path, data__max_unreadable=0.1)
+    assert code == 0
+    assert out.endswith("\ntrain: 1 with lost values\n")
+
+
+def test_values_outside_the_range(examine, tmp_path):
+    """A range that clips may be meant, as a window of CT is: no error, not healthy."""
+    contents = [encode(Image.fromarray(UNIT * k), "TIFF") for k in (1, 2)]
+    depth(tmp_path, *contents)
+    code, out, _ = examine(tmp_path, data__value_range=(0, 1))
+    assert code == 0
+    assert f"    {photo(tmp_path, 1)}: 50.00% of the values\n" in out
+    assert out.endswith("\ntrain: 1 clipped to data.value_range\n")
+    assert " float32, reduced to 8 bit              2" in out
+
+
+def test_values_without_a_range(examine, tmp_path):
+    """One image that ends the run is one too many, however many may be damaged."""
+    depth(tmp_path, encode(Image.fromarray(RAMP.astype(np.int32)), "TIFF"))
+    code, out, err = examine(tmp_path, data__max_unreadable=1.0)
+    assert code == 4
+    assert "healthy" not in out
+    detail = "expected 8 or 16 bits, found int32 values from 0 to 3071; set "
+    assert f"{photo(tmp_path, 0)}: {detail}data.value_range=" in out
+    assert err.endswith("\ntrain: 1 that require data.value_range\n")
+
+
+def test_ignored_files(examine, tmp_path):
+    """Files that are not examples are counted by ending."""
+    depth(tmp_path)
+    for name in ("x.heic", "y.HEIC", ".DS_Store", "Thumbs.db", "notes.txt"):
+        (photo(tmp_path, 0).parent / name).touch()
+    (tmp_path / "train" / "stray.png").touch()
+    code, out, _ = examine(tmp_path)
+    assert code == 0
+    text = "2 .heic, 2 hidden or system, 1 .txt, 1 outside the class directories"
+    assert f"\n  ignored files: {text}\n" in out
+    assert out.count("ignored files") == 1
 
 
 def test_list_that_cannot_be_written(examine, healthy, tmp_path):
@@ -273,10 +335,18 @@ def test_name_that_is_no_text(examine, tmp_path):
     strange = os.fsencode(photo(tmp_path, 0).parent) + b"/\xff.JPEG"
     with open(strange, "wb"):
         pass
-    code, out, _ = examine(tmp_path, f"--list={tmp_path / 'broken.txt'}")
+    two_lines = photo(tmp_path, 1).with_name("a\nb.png")
+    two_lines.touch()
+    files = [tmp_path / "broken.txt", tmp_path / "reasons.txt"]
+    flags = f"--list={files[0]}", f"--list_reasons={files[1]}"
+    code, out, _ = examine(tmp_path, *flags)
     assert code == 4
     assert "/astronaut/\\udcff.JPEG: OSError: unknown image format (0 bytes)" in out
-    assert "/astronaut/\\udcff.JPEG: " in (tmp_path / "broken.txt").read_text()
+    listed = files[0].read_bytes().splitlines()
+    assert sorted(listed) == sorted(
+        [strange, os.fsencode(two_lines).replace(b"\n", b"\\n")]
+    )
+    assert "/astronaut/\\udcff.JPEG\tOSError: unknown" in files[1].read_text()
 
 
 def test_missing_split(examine, healthy):

@@ -30,10 +30,13 @@ class Source:
 
     Attributes:
       classes: class names in the order of the labels.
+      ignored: number of files of the split's directories that are not examples, by
+        ending or other reason.
       encoded: see `DatasetInfo`.
     """
 
     classes: Sequence[str] = ()
+    ignored: Mapping[str, int] = {}
     encoded: bool = True
 
     def __len__(self) -> int:
@@ -70,3 +73,11 @@ class Source:
     def name(self, index: int) -> str:
         """Return a name that identifies an example in messages, such as its path."""
         return f"example {index}"
+
+    def ignored_text(self) -> str:
+        """Describe `ignored`, most frequent first; "" if there is none."""
+        ordered = sorted(self.ignored.items(), key=lambda item: (-item[1], item[0]))
+        parts = [f"{count:,} {reason}" for reason, count in ordered[:8]]
+        if others := sum(count for _, count in ordered[8:]):
+            parts.append(f"{others:,} with other endings")
+        return ", ".join(parts)

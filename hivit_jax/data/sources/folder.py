@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,37 @@ from hivit_jax.data.sources.base import Source
 from hivit_jax.errors import DataError
 from hivit_jax.paths import expand
 
-INDEX_KEYS = ("classes", "counts", "files")
+INDEX_KEYS = ("classes", "counts", "files", "reasons", "ignored")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+# Files and directories of operating systems, file servers and Python, in lower case.
+SYSTEM_NAMES = {
+    "__macosx", "network trash folder", "temporary items",  # macOS
+    "$recycle.bin", "system volume information",  # Windows
+    "desktop.ini", "thumbs.db", "ehthumbs.db",
+    "lost+found", "cachedir.tag", "__pycache__",
+    "@eadir", "@recycle", "@__thumb", "#recycle", "#snapshot", "~snapshot",
+}  # fmt: skip
+HIDDEN, OUTSIDE = "hidden or system", "outside the class directories"
+
+
+def is_hidden(name: str) -> bool:
+    """Return True for a file or directory that is neither an image nor a class."""
+    return name.startswith(".") or name.lower() in SYSTEM_NAMES
+
+
+def ignored_reason(name: str) -> str:
+    """Return why a file is not an image: its ending, or `HIDDEN`; "" for an image."""
+    ending = os.path.splitext(name)[1].lower()
+    if is_hidden(name):
+        return HIDDEN
+    ending = ending.encode(errors="backslashreplace").decode()  # for the terminal
+    return "" if ending in SUFFIXES else ending or "without an ending"
 
 
 class Images(Source):
     """Images without labels: one file, or all files below a directory, sorted.
+
+    Hidden and system files (`is_hidden`) are ignored below the directory.
 
     Raises:
       DataError: there is no image.
@@ -25,10 +51,20 @@ class Images(Source):
 
     def __init__(self, path: str | Path, classes: Sequence[str] = ()):
         path, self.classes = Path(expand(path)), classes
-        files = [path] if path.is_file() else sorted(path.rglob("*"))
-        self._files = [f for f in files if f.suffix.lower() in SUFFIXES and f.is_file()]
+        files, self._files, ignored = [path], [], Counter()
+        if not path.is_file():
+            files = sorted(f for f in path.rglob("*") if f.is_file())
+        for file in files:
+            parts = file.relative_to(path).parts
+            hidden = any(map(is_hidden, parts))
+            reason = HIDDEN if hidden else ignored_reason(file.name.lstrip("."))
+            if reason:
+                ignored[reason] += 1
+            else:
+                self._files.append(file)
+        self.ignored = ignored
         if not self._files:
-            raise _no_images(path)
+            raise _no_images(path, self.ignored_text())
 
     def __len__(self) -> int:
         return len(self._files)
@@ -44,8 +80,8 @@ class Folder(Source):
     """Class folders ``ROOT/{train,val}/CLASS/*.JPEG``, as in torchvision's ImageFolder.
 
     The classes of every split are the sorted directories of the training split. Images
-    are the sorted files below them. The index of files is cached on disk until a
-    directory changes.
+    are the sorted files below them. Hidden and system names (`is_hidden`) are ignored
+    at every level. The index of files is cached on disk until a directory changes.
 
     Args:
       directory: ROOT. `split` and `train_split` are directories in it.
@@ -60,7 +96,8 @@ class Folder(Source):
         self._root = root / split
         for needed in (root / train_split, self._root):
             if not needed.is_dir():
-                names = sorted(p.name for p in root.iterdir()) if root.is_dir() else []
+                names = sorted(os.listdir(root)) if root.is_dir() else []
+                names = [name for name in names if not is_hidden(name)]
                 raise DataError(
                     f"no directory {needed}; data.dir={str(root)!r} contains "
                     f"{', '.join(names[:8]) or 'nothing'}\n"
@@ -68,6 +105,8 @@ class Folder(Source):
                 )
         self.classes = _subdirectories(root / train_split)
         index = _index(self._root)
+        pairs = zip(index["reasons"].tolist(), index["ignored"].tolist(), strict=True)
+        self.ignored = dict(pairs)
         self._files, names = index["files"], index["classes"].tolist()
         unknown = sorted(set(names) - set(self.classes))
         if unknown:
@@ -77,7 +116,7 @@ class Folder(Source):
             )
         empty = [name for name, n in zip(names, index["counts"], strict=True) if not n]
         if empty or not names:
-            raise _no_images(self._root.joinpath(*empty[:1]))
+            raise _no_images(self._root.joinpath(*empty[:1]), self.ignored_text())
         labels = np.array([self.classes.index(name) for name in names], np.int32)
         self.labels = np.repeat(labels, index["counts"])
 
@@ -95,14 +134,29 @@ class Folder(Source):
         return f"{self._root}/{os.fsdecode(self._files[index])}"
 
 
-def _no_images(path: Path) -> DataError:
+def _no_images(path: Path, ignored: str) -> DataError:
     expected = f"expected files that end in {', '.join(SUFFIXES)}"
-    return DataError(f"{path}: {expected}; found none")
+    ignored = ignored and f"\nIgnored files: {ignored}"
+    return DataError(f"{path}: {expected}; found none{ignored}")
 
 
 def _subdirectories(root: Path) -> list[str]:
     with os.scandir(root) as entries:
-        return sorted(entry.name for entry in entries if entry.is_dir())
+        names = [entry.name for entry in entries if entry.is_dir()]
+    return sorted(name for name in names if not is_hidden(name))
+
+
+def _walk(root: Path) -> list[tuple[str, list[str]]]:
+    """Return (directory, sorted names of its files) below `root`, sorted.
+
+    Does not enter hidden directories; they are returned as files.
+    """
+    found = []
+    for directory, subdirectories, names in os.walk(root, followlinks=True):
+        names += filter(is_hidden, subdirectories)
+        subdirectories[:] = [name for name in subdirectories if not is_hidden(name)]
+        found.append((directory, sorted(names)))
+    return sorted(found)
 
 
 def _index(root: Path) -> dict[str, np.ndarray]:
@@ -112,7 +166,8 @@ def _index(root: Path) -> dict[str, np.ndarray]:
 
     Returns:
       Arrays by name. classes: class names, str [k]. counts: images per class, int [k].
-      files: paths of all images relative to `root`, bytes [n].
+      files: paths of all images relative to `root`, bytes [n]. ignored: number of
+      ignored files for each of `reasons`, int [m].
     """
     cache_dir = Path(expand(os.environ.get("XDG_CACHE_HOME") or "~/.cache"))
     key = hashlib.sha256(os.fsencode(root.absolute())).hexdigest()[:16]
@@ -124,19 +179,26 @@ def _index(root: Path) -> dict[str, np.ndarray]:
     except (OSError, ValueError, KeyError):
         pass  # missing or damaged cache, deleted directory, or other cache version
     classes, counts, files, directories = _subdirectories(root), [], [], [root]
+    outside = sorted({*os.listdir(root)} - {*classes})
+    ignored = Counter(ignored_reason(name) or OUTSIDE for name in outside)
     for name in classes:
         before = len(files)
-        for directory, _, names in sorted(os.walk(root / name, followlinks=True)):
+        for directory, names in _walk(root / name):
             directories.append(directory)
-            images = [n for n in sorted(names) if n.lower().endswith(SUFFIXES)]
             relative = os.path.relpath(directory, root)
-            files += [os.fsencode(os.path.join(relative, n)) for n in images]
+            for file in names:
+                if reason := ignored_reason(file):
+                    ignored[reason] += 1
+                else:
+                    files.append(os.fsencode(os.path.join(relative, file)))
         counts.append(len(files) - before)
     directories = np.array([os.fsencode(d) for d in directories], "S")
     index = {
         "classes": np.array(classes, "U"),
         "counts": np.array(counts, np.int64),
         "files": np.array(files, "S"),
+        "reasons": np.array([*ignored], "U"),
+        "ignored": np.array([*ignored.values()], np.int64),
         "directories": directories,
         "times": _mtimes(directories),
     }

@@ -155,3 +155,108 @@ def test_unreadable_file_is_an_oserror(root):
     (root / "train/n10/a.JPEG").unlink()
     with pytest.raises(OSError, match="n10/a.JPEG"):
         recipes.sample(source, 4)
+
+
+# Names that are neither classes nor images
+
+IGNORED = [
+    ".ipynb_checkpoints/a-checkpoint.png",
+    "n1/.ipynb_checkpoints/z-checkpoint.webp",
+    "n02/deeper/._c.png",
+    "n02/.hidden.jpg",
+    "__MACOSX/n02/b.JPEG",
+    "n10/@eaDir/a.JPEG/SYNOPHOTO_THUMB_M.jpg",
+    "$RECYCLE.BIN/a.png",
+    "lost+found/a.png",
+    "n02/__pycache__/a.png",
+    "System Volume Information/a.png",
+    ".Trash-1000/files/a.png",
+    "n1/.AppleDouble/z.webp",
+    "Thumbs.db",
+    "n1/desktop.ini",
+    ".DS_Store",
+]
+
+
+def test_hidden_and_system_names_are_ignored(root):
+    """Border of the kind: names that begin with a dot and the names of
+    `folder.SYSTEM_NAMES`, in any case, are neither classes nor images at any level.
+    Other names are, such as __x, @x and cache.
+    """
+    make(root, "val/n1/v.png")
+    before = {s: listed(folder.Folder(str(root), s)) for s in ("train", "val")}
+    make(root, *(f"{split}/{name}" for split in before for name in IGNORED))
+    for split, examples in before.items():
+        source = folder.Folder(str(root), split)
+        assert source.classes == ["n02", "n1", "n10"]
+        assert listed(source) == examples
+    kept = ["train/@x/a.png", "train/__x/a.png", "train/cache/a.png", "train/n1/_.png"]
+    make(root, *kept)
+    source = folder.Folder(str(root), "train")
+    assert source.classes == ["@x", "__x", "cache", "n02", "n1", "n10"]
+    assert {name for name, _ in listed(source)} - {n for n, _ in before["train"]} == {
+        *kept
+    }
+
+
+def test_parents_may_be_hidden(tmp_path):
+    """The user has named them."""
+    root = tmp_path / ".cache" / "lost+found"
+    make(root, "train/a/0.png", "val/a/0.png")
+    assert len(folder.Folder(str(root), "train")) == 1
+    assert len(folder.Images(root)) == 2
+    assert len(folder.Images(root / "train/a/0.png")) == 1
+    make(root, ".shown.png")
+    assert folder.Images(root / ".shown.png").name(0) == f"{root}/.shown.png"
+
+
+def test_images_without_labels_ignore_the_same(root):
+    names = [folder.Images(root).name(i) for i in range(7)]
+    make(root, *(f"train/{name}" for name in IGNORED))
+    source = folder.Images(root)
+    assert [source.name(i) for i in range(len(source))] == names
+    assert source.ignored == {
+        folder.HIDDEN: len(IGNORED),
+        ".txt": 1,
+        "without an ending": 1,
+    }
+
+
+def test_ignored_files_are_counted_by_ending(root):
+    """Hidden directories count once. The counts are in the cache of the index."""
+    make(root, *(f"train/{name}" for name in IGNORED), "train/stray.png")
+    make(root, *(f"train/n1/{k}.heic" for k in range(3)), "train/n02/x.HEIC")
+    for _ in range(2):
+        source = folder.Folder(str(root), "train")
+        assert source.ignored == {
+            folder.HIDDEN: len(IGNORED),
+            ".heic": 4,
+            ".txt": 1,
+            folder.OUTSIDE: 1,
+            "without an ending": 1,
+        }
+    assert source.ignored_text().startswith(f"{len(IGNORED)} hidden or system, 4 .heic")
+    assert folder.Folder(str(root), "val").ignored_text() == ""
+    make(root, *(f"train/n1/{k}.{k:04}" for k in range(20)))
+    assert folder.Folder(str(root), "train").ignored_text().count(",") == 8
+
+
+def test_index_of_an_earlier_version_is_not_used(root, cache):
+    """Its classes may be hidden directories."""
+    make(root, "train/.ipynb_checkpoints/a.png")
+    folder.Folder(str(root), "train")
+    found = max(cache.glob("hivit_jax/*.npz"), key=os.path.getmtime)
+    with np.load(found) as index:
+        old = {k: index[k] for k in ("directories", "times", "files")}
+    old["classes"], old["counts"] = np.array([".ipynb_checkpoints"]), np.array([5])
+    np.savez(found, **old)
+    assert len(folder.Folder(str(root), "train")) == 5
+    assert folder.Folder(str(root), "train").labels.tolist() == [0, 0, 0, 1, 2]
+
+
+def test_only_hidden_images(root):
+    make(root, "train/n05/._a.png", "train/n05/a.heic")
+    with pytest.raises(DataError) as error:
+        folder.Folder(str(root), "train")
+    assert "train/n05: expected " in str(error.value)
+    assert "Ignored files: 1 .heic, 1 .txt, 1 hidden or system" in str(error.value)

@@ -1,0 +1,203 @@
+"""Decoding of image files to 8 bits per channel.
+
+Pillow converts images with more bits by clipping or truncation. Here the values of
+black and white are mapped to 0 and 255: the whole range of unsigned integers, or a
+range that the user states for other values.
+"""
+
+import io
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from hivit_jax.errors import DataError
+
+# PIL and simplejpeg are imported inside functions, so that a train step can be built
+# without them.
+
+PIL_MODES = {1: "L", 3: "RGB"}  # by number of channels
+# TIFF tags.
+BITS_PER_SAMPLE, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339
+SIGNED = (2,)  # value of SAMPLE_FORMAT
+OPPOSITE = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}
+# libtiff returns native byte order, which Pillow ignores in these raw modes.
+NATIVE = {"F;32BF": "F;32NF", "I;32BS": "I;32NS", "I;16BS": "I;16NS"}
+
+
+@dataclass(frozen=True)
+class StoredValues:
+    """Values of an image that are not unsigned 8-bit integers.
+
+    Attributes:
+      array: uint16, uint32, int8, int32 or float32, [h, w] or [h, w, bands].
+      mode: PIL mode of the image in 8 bits.
+      limits: values of black and white; (): the file format does not define them.
+    """
+
+    array: np.ndarray
+    mode: str
+    limits: tuple[float, ...]
+
+    def black_and_white(self, value_range: Sequence[float]) -> tuple[float, float]:
+        """Return the values that become 0 and 255.
+
+        Args:
+          value_range: lowest and highest value; (): `limits`.
+
+        Raises:
+          DataError: neither is known.
+        """
+        if value_range:
+            is_inverted = self.limits and self.limits[0] > self.limits[1]
+            low, high = value_range
+            return (high, low) if is_inverted else (low, high)
+        if not self.limits:
+            finite = self.array[np.isfinite(self.array)]
+            found = f" from {finite.min():g} to {finite.max():g}" if finite.size else ""
+            raise DataError(
+                f"expected 8 or 16 bits, found {self.array.dtype} values{found}; set "
+                "data.value_range=(LOW, HIGH), the values of black and white"
+            )
+        return self.limits
+
+    def to_8_bits(self, value_range: Sequence[float]) -> Any:
+        """Return the PIL image of the values, rounded and clipped to 0 .. 255.
+
+        Raises:
+          DataError: as in `black_and_white`.
+          ValueError: a value is not finite.
+        """
+        from PIL import Image
+
+        black, white = self.black_and_white(value_range)
+        if not np.isfinite(self.array).all():
+            raise ValueError("the image contains values that are not finite")
+        scaled = (self.array.astype(np.float64) - black) * (255 / (white - black))
+        pixels = np.rint(scaled).clip(0, 255).astype(np.uint8)
+        size = self.array.shape[1], self.array.shape[0]
+        return Image.frombytes(self.mode, size, pixels.tobytes())
+
+
+def decode(
+    encoded: bytes, channels: int, value_range: Sequence[float] = ()
+) -> np.ndarray:
+    """Decode an image of any format to uint8 [h, w, channels].
+
+    Images of up to 8 bits are decoded identically to PIL. 16-bit values are divided by
+    257; where Pillow has already reduced them (JPEG 2000, SGI and PPM in color,
+    premultiplied alpha), the result differs by at most one level.
+
+    Args:
+      value_range: values of black and white in images of more than 8 bits; (): the
+        whole range of 16 bits.
+
+    Raises:
+      DataError: floats, signed or 32-bit integers without a `value_range`.
+      Exception: an error of any type if PIL cannot read the image.
+    """
+    import simplejpeg
+    from PIL import Image, UnidentifiedImageError
+
+    if channels == 3:
+        # simplejpeg is faster than PIL and decodes to the same pixels, because both use
+        # libjpeg-turbo.
+        try:
+            height, width, color_space, _ = simplejpeg.decode_jpeg_header(encoded)
+            is_small = height * width < Image.MAX_IMAGE_PIXELS
+            if color_space in ("YCbCr", "Gray") and is_small:
+                return simplejpeg.decode_jpeg(encoded)
+        except ValueError:
+            pass  # another format, or a damaged JPEG that PIL may still decode
+    try:
+        with Image.open(io.BytesIO(encoded)) as image:
+            stored = stored_values(image, encoded)
+            image = stored.to_8_bits(value_range) if stored else image
+            pixels = np.asarray(image.convert(PIL_MODES[channels]))
+    except UnidentifiedImageError as error:
+        is_tiff = encoded[:4] in (b"II*\0", b"MM\0*")
+        kind = "TIFF that PIL cannot read" if is_tiff else "unknown image format"
+        raise OSError(f"{kind} ({len(encoded):,} bytes)") from error
+    return pixels.reshape(*pixels.shape[:2], channels)
+
+
+def stored_values(image: Any, encoded: bytes) -> StoredValues | None:
+    """Return the values of an image, or None if they are unsigned 8-bit integers.
+
+    Args:
+      image: the PIL image, opened and not loaded.
+      encoded: content of its file.
+
+    Raises:
+      Exception: an error of any type if PIL cannot read the image.
+    """
+    tags = image.tag_v2 if image.format == "TIFF" else {}
+    bits, signed = tags.get(BITS_PER_SAMPLE, (8,)), tags.get(SAMPLE_FORMAT) == SIGNED
+    if image.mode.startswith("I;16"):
+        bits = bits[0] if tags else 16  # TIFF also has 12
+        array, limits = np.asarray(image), (0, 2**bits - 1)
+    elif image.mode == "I" and image.format in ("PPM", "PNG"):
+        array, limits = np.asarray(image), (0, 65535)  # PIL scales PPM to 16 bits
+    elif image.mode in ("I", "F"):
+        names = _rawmodes(image)
+        if image.tile[0].codec_name == "libtiff":
+            names = [NATIVE.get(name, name) for name in names]
+        array, limits = _load(image, names), ()
+        if names[0] == "I;32N":
+            array = array.view(np.uint32)
+    elif image.mode == "L" and signed:
+        array, limits = np.asarray(image).view(np.int8), ()
+    else:
+        return _color_values(image, encoded, bits[0])
+    if image.format == "FITS":  # PIL ignores their offset and scale
+        raise OSError("expected FITS of 8 bits; values of more bits are not supported")
+    if tags.get(PHOTOMETRIC) == 0:
+        limits = limits[::-1]  # 0 is white
+    return StoredValues(array, "L", limits)
+
+
+def _color_values(image: Any, encoded: bytes, bits: int) -> StoredValues | None:
+    """Return the values of a 16-bit image with several bands; None for other images.
+
+    PIL decodes high bytes only. In the opposite byte order, it decodes low bytes.
+    """
+    from PIL import Image
+
+    mode, high_names = image.mode, _rawmodes(image)
+    if high_names[:1] == ["LA;16B"]:  # as four bands: both bytes of L and both of A
+        array = _load(image, ["RGBA"]).astype(np.uint16)
+        return StoredValues(array[..., 0] * 256 + array[..., 1], "L", (0, 65535))
+    if bits == 16 and high_names[0] in (*"RGBA", *"CMYK"):
+        # Uncompressed planes, of which PIL would decode every byte as a pixel.
+        order = "B" if image.tag_v2.prefix == b"MM" else "L"
+        high_names = [f"{name};16{order}" for name in high_names]
+    if not high_names or not re.fullmatch(r"[A-Z]+;16[BLN]", high_names[0]):
+        return None
+    low_names = [name[:-1] + OPPOSITE[name[-1]] for name in high_names]
+    high = _load(image, high_names).astype(np.uint16)
+    try:
+        with Image.open(io.BytesIO(encoded)) as copy:
+            low = _load(copy, low_names)
+    except ValueError:  # PIL does not have this mode in the opposite byte order
+        low = high
+    return StoredValues(high * 256 + low, mode, (0, 65535))
+
+
+def _rawmodes(image: Any) -> list[str]:
+    """Return the raw mode, PIL's name of the stored format, of each tile."""
+    arguments = [tile.args for tile in image.tile]
+    return [str(a[0] if isinstance(a, tuple) and a else a) for a in arguments]
+
+
+def _load(image: Any, rawmodes: Sequence[str]) -> np.ndarray:
+    """Load an image with other raw modes of its tiles: [h, w] or [h, w, bands]."""
+    image.tile = [
+        tile._replace(args=(name, *tile.args[1:]))
+        if isinstance(tile.args, tuple)
+        else tile._replace(args=name)
+        for tile, name in zip(image.tile, rawmodes, strict=True)
+    ]
+    return np.asarray(image)

@@ -1,0 +1,94 @@
+"""Unusual properties of an image file, and values that decoding loses."""
+
+import io
+import os
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+import simplejpeg
+from PIL import ExifTags, Image
+
+from hivit_jax.data.decoding import stored_values
+
+LOST, CLIPPED = "with lost values", "clipped to data.value_range"
+
+
+def image_findings(
+    encoded: bytes,
+    name: Callable[[], str],
+    pixels: np.ndarray,
+    size: Sequence[int],
+    canvas: int,
+    value_range: Sequence[float],
+) -> dict[str, str]:
+    """Return the unusual properties of an image, with details.
+
+    Opens the image with PIL and calls `name` only if it is not a YCbCr JPEG without
+    EXIF data.
+
+    Args:
+      encoded: content of the file.
+      name: returns the name of the file.
+      pixels: the decoded image, uint8 [h, w, C].
+      size: (height, width) of the model's image.
+      canvas: side of the array that the device resizes from; 0: none.
+      value_range: see `decode`.
+    """
+    shape = pixels.shape
+    checks = {
+        f"over {canvas}, may be slower": 0 < canvas < max(shape),
+        f"under {size[0]} x {size[1]}": shape[0] < size[0] or shape[1] < size[1],
+    }
+    lost: dict[str, str] = {}
+    exif, color_space = encoded.find(b"Exif", 0, 65536) >= 0, ""
+    with suppress(ValueError):
+        color_space = simplejpeg.decode_jpeg_header(encoded)[2]
+    if exif or color_space != "YCbCr":
+        with suppress(Exception), Image.open(io.BytesIO(encoded)) as image:
+            suffix = os.path.splitext(name())[1].lower()
+            expected = Image.registered_extensions().get(suffix, image.format)
+            checks |= {
+                f"{image.format} named {suffix}": image.format not in (expected, "MPO"),
+                "CMYK": image.mode == "CMYK",
+                "grayscale": image.mode in ("1", "L", "LA"),
+                "palette": image.mode in ("P", "PA"),
+                "alpha channel, dropped": image.has_transparency_data,
+                "several frames, one is read": getattr(image, "n_frames", 1) > 1,
+            }
+            rotated = exif and image.getexif().get(ExifTags.Base.Orientation, 1) > 1
+            checks["EXIF rotation, not applied"] = rotated
+        with Image.open(io.BytesIO(encoded)) as image:
+            lost = _value_findings(image, encoded, pixels, value_range)
+    return {finding: "" for finding, found in checks.items() if found} | lost
+
+
+def _value_findings(
+    image: Any, encoded: bytes, pixels: np.ndarray, value_range: Sequence[float]
+) -> dict[str, str]:
+    """Return whether an image has more than 8 bits, and which values are lost.
+
+    Lost: of up to 256 levels, less than a quarter or a single one remains; or the image
+    consists of an alpha channel, which is dropped. Clipped: values outside the range.
+    """
+    if image.has_transparency_data and pixels.min() == pixels.max():
+        low, high = image.convert("RGBA").getchannel("A").getextrema()
+        if low < high:
+            return {LOST: "one level remains, because the alpha channel is dropped"}
+    stored = stored_values(image, encoded)
+    if stored is None:
+        return {}
+    values = stored.array[..., :3] if stored.mode == "RGBA" else stored.array
+    low, high = sorted(stored.black_and_white(value_range))
+    found = {f"{values.dtype}, reduced to 8 bit": ""}
+    levels, left = len(np.unique(values)), len(np.unique(pixels))
+    outside = np.mean((values < low) | (values > high))
+    if left < min(levels, 256) / 4 or left == 1 < levels:
+        found[LOST] = (
+            f"{left} of {levels} levels remain; values are {values.min():g} to "
+            f"{values.max():g}, data.value_range is ({low:g}, {high:g})"
+        )
+    elif outside:
+        found[CLIPPED] = f"{outside:.2%} of the values"
+    return found

@@ -1,0 +1,331 @@
+"""Decoding of images: every format that Pillow reads, other depths than 8 bits, and
+damaged files.
+"""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from numpy.testing import assert_array_equal
+from PIL import Image
+
+from benchmarks.photographs import photographs
+from hivit_jax.data.decoding import decode
+from hivit_jax.data.transforms import ImageTransform
+from hivit_jax.errors import DataError
+
+
+def noise_image(*shape):
+    return np.random.RandomState(0).randint(0, 256, shape).astype(np.uint8)
+
+
+def encode(image, kind, **options):
+    if isinstance(image, np.ndarray):
+        image = Image.fromarray(image)
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+# Decoding
+
+
+PHOTO = photographs()["coffee"][:90, :120]
+
+
+IMAGE = Image.fromarray(PHOTO)
+
+
+ALPHA = IMAGE.convert("RGBA")
+
+
+ALPHA.putalpha(Image.fromarray(PHOTO[..., 0]))
+
+
+EXIF = Image.Exif()
+
+
+EXIF[0x0112] = 6  # rotated by a quarter
+
+
+READABLE = {
+    "jpeg": encode(IMAGE, "JPEG", quality=90),
+    "jpeg, progressive": encode(IMAGE, "JPEG", progressive=True),
+    "jpeg, 4:4:4": encode(IMAGE, "JPEG", subsampling=0),
+    "jpeg, grey": encode(IMAGE.convert("L"), "JPEG"),
+    "jpeg, CMYK": encode(IMAGE.convert("CMYK"), "JPEG"),
+    "jpeg, RGB": encode(IMAGE, "JPEG", keep_rgb=True),
+    "jpeg, EXIF rotation": encode(IMAGE, "JPEG", exif=EXIF),
+    "jpeg, junk behind": encode(IMAGE, "JPEG") + b"junk" * 100,
+    "png": encode(IMAGE, "PNG"),
+    "png, alpha": encode(ALPHA, "PNG"),
+    "png, palette": encode(IMAGE.convert("P"), "PNG"),
+    "png, one bit": encode(IMAGE.convert("1"), "PNG"),
+    "png, gray and alpha": encode(ALPHA.convert("LA"), "PNG"),
+    "tiff, CMYK": encode(IMAGE.convert("CMYK"), "TIFF"),
+    "tiff, palette and alpha": encode(ALPHA.convert("PA"), "TIFF"),
+    "gif": encode(IMAGE, "GIF"),
+    "gif, animated": encode(
+        IMAGE, "GIF", save_all=True, append_images=[IMAGE.rotate(90)]
+    ),
+    "webp": encode(IMAGE, "WEBP"),
+    "webp, alpha": encode(ALPHA, "WEBP", lossless=True),
+    "bmp": encode(IMAGE, "BMP"),
+    "tiff": encode(IMAGE, "TIFF"),
+}
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("kind", READABLE)
+def test_what_pil_reads_is_read_as_pil_does(kind, channels):
+    encoded = READABLE[kind]
+    expected = Image.open(io.BytesIO(encoded)).convert("L" if channels == 1 else "RGB")
+    decoded = decode(encoded, channels)
+    assert decoded.shape == (90, 120, channels)
+    assert decoded.dtype == np.uint8
+    assert_array_equal(decoded.squeeze(), expected)
+
+
+def test_damaged_inside_but_complete():
+    """400 wrong bytes in the middle: PIL reads on, and so must this."""
+    encoded = bytearray(READABLE["jpeg"])
+    middle = len(encoded) // 2
+    encoded[middle : middle + 400] = (noise_image(400) // 2).tobytes()  # no marker
+    expected = Image.open(io.BytesIO(bytes(encoded))).convert("RGB")
+    assert_array_equal(decode(bytes(encoded), 3), expected)
+
+
+@pytest.mark.parametrize(
+    "encoded",
+    [
+        READABLE["jpeg"][: len(READABLE["jpeg"]) // 2],
+        READABLE["jpeg"][:-20],
+        READABLE["jpeg"][:200],
+        READABLE["png"][:-100],
+        READABLE["webp"][:300],
+        b"",
+        b"\xff\xd8\xff\xe0",
+        b"<html>404</html>",
+        bytes(5000),
+    ],
+)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_what_pil_cannot_read_is_an_error(encoded, channels):
+    with pytest.raises((OSError, SyntaxError)):
+        Image.open(io.BytesIO(encoded)).convert("RGB")
+    with pytest.raises((OSError, SyntaxError)):
+        decode(encoded, channels)
+
+
+# Other depths
+
+RAMP = np.linspace(0, 65535, 16 * 18 * 3).astype(np.uint16).reshape(16, 18, 3)
+GRAY = RAMP[..., 1].copy()
+FORMATS = {"u": 1, "i": 2, "f": 3}  # of TIFF samples
+
+
+def png(values):
+    """Encode uint16 [h, w, bands] as PNG of 16 bits, which Pillow cannot write."""
+
+    def chunk(name, content):
+        checksum = struct.pack(">I", zlib.crc32(name + content))
+        return struct.pack(">I", len(content)) + name + content + checksum
+
+    h, w, bands = values.shape
+    color = {2: 4, 3: 2, 4: 6}[bands]
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    header = struct.pack(">IIBBBBB", w, h, 16, color, 0, 0, 0)
+    chunks = {b"IHDR": header, b"IDAT": zlib.compress(rows), b"IEND": b""}
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*item) for item in chunks.items())
+
+
+def tiff(values, order="<", photometric=None, planar=1, deflate=False, packed=None):
+    """Encode [h, w] or [h, w, bands] of any dtype as TIFF.
+
+    Args:
+      order: "<" little-endian or ">" big-endian.
+      planar: 2: a plane per band.
+      packed: bits per sample and content of an image that NumPy cannot represent.
+    """
+    h, w, bands = (*values.shape, 1)[:3]
+    planes = np.moveaxis(values, -1, 0) if planar == 2 else values[None]
+    strips = [p.astype(values.dtype.newbyteorder(order)).tobytes() for p in planes]
+    bits = values.dtype.itemsize * 8
+    if packed:
+        bits, strips = packed[0], [packed[1]]
+    strips = [zlib.compress(strip) for strip in strips] if deflate else strips
+    if photometric is None:
+        photometric = {1: 1, 3: 2, 4: 5}[bands]
+    starts = np.cumsum([8, *map(len, strips)])
+    tags = {
+        256: [w],
+        257: [h],
+        258: [bits] * bands,
+        259: [8 if deflate else 1],
+        262: [photometric],
+        273: starts[:-1].tolist(),
+        277: [bands],
+        278: [h],
+        279: [*map(len, strips)],
+        284: [planar],
+        339: [FORMATS[values.dtype.kind]] * bands,
+    }
+    entries, extra = b"", b""
+    first_extra = int(starts[-1]) + 2 + 12 * len(tags) + 4
+    for tag, numbers in tags.items():
+        field = struct.pack(f"{order}{len(numbers)}H", *numbers)
+        if len(field) > 4:
+            offset = struct.pack(f"{order}I", first_extra + len(extra))
+            field, extra = offset, extra + field
+        entries += struct.pack(f"{order}HHI", tag, 3, len(numbers)) + field.ljust(
+            4, b"\0"
+        )
+    head = {"<": b"II", ">": b"MM"}[order] + struct.pack(f"{order}HI", 42, starts[-1])
+    count = struct.pack(f"{order}H", len(tags))
+    return b"".join([head, *strips, count, entries, bytes(4), extra])
+
+
+def sgi(values):
+    """Encode uint16 [h, w] as SGI; rows are stored from the bottom."""
+    h, w = values.shape
+    header = struct.pack(">HBBHHHH", 474, 0, 2, 2, w, h, 1)
+    return header.ljust(512, b"\0") + values[::-1].astype(">u2").tobytes()
+
+
+def bits12(values):
+    """Pack uint16 [h, w] below 4096, w even, as TIFF of 12 bits."""
+    high, low = values.reshape(-1, 2).T.astype(int)
+    triples = np.stack([high >> 4, (high & 15) << 4 | low >> 8, low & 255], 1)
+    content = triples.astype(np.uint8).tobytes()
+    return tiff(values, packed=(12, content))
+
+
+SIXTEEN_BIT = {
+    "png": (encode(GRAY, "PNG"), GRAY),
+    "png, color": (png(RAMP), RAMP),
+    "png, color and alpha": (png(np.dstack([RAMP, GRAY])), RAMP),
+    "png, gray and alpha": (png(RAMP[..., :2]), RAMP[..., 0]),
+    "tiff": (tiff(GRAY), GRAY),
+    "tiff, big-endian": (tiff(GRAY, ">"), GRAY),
+    "tiff, deflate": (tiff(GRAY, ">", deflate=True), GRAY),
+    "tiff, 0 is white": (tiff(GRAY, photometric=0), 65535 - GRAY),
+    "tiff, color": (tiff(RAMP), RAMP),
+    "tiff, color, big-endian": (tiff(RAMP, ">"), RAMP),
+    "tiff, color, deflate": (tiff(RAMP, deflate=True), RAMP),
+    "tiff, planes": (tiff(RAMP, planar=2), RAMP),
+    "tiff, planes, big-endian": (tiff(RAMP, ">", planar=2), RAMP),
+    "pgm": (b"P5 18 16 65535 " + GRAY.astype(">u2").tobytes(), GRAY),
+    "pgm, 10 bit": (b"P5 18 16 1023 " + (GRAY // 64).astype(">u2").tobytes(), None),
+    "ppm": (b"P6 18 16 65535 " + RAMP.astype(">u2").tobytes(), RAMP),
+    "jpeg 2000": (encode(GRAY, "JPEG2000", irreversible=False), GRAY),
+    "tiff, 12 bit": (bits12(GRAY // 16), None),
+}
+# Within one level, because Pillow has removed the low bytes.
+NEARLY = {
+    "tiff, planes, deflate": (tiff(RAMP, planar=2, deflate=True), RAMP),
+    "sgi": (sgi(GRAY), GRAY),
+}
+
+
+@pytest.mark.parametrize("name", [*SIXTEEN_BIT, *NEARLY])
+def test_16_bits_are_divided_by_257(name):
+    """Border of the kind: unsigned integers of 9 to 16 bits, gray or color, in any
+    format that Pillow opens, become value / maximum * 255, rounded. Exact unless Pillow
+    has reduced the values itself.
+    """
+    encoded, values = (SIXTEEN_BIT | NEARLY)[name]
+    if values is None:
+        maximum = 1023 if "10 bit" in name else 4095
+        values = (GRAY // (65536 // (maximum + 1))) * (65535 / maximum)
+    expected = np.rint(values / 257)
+    color = decode(encoded, 3)
+    assert color.dtype == np.uint8
+    expected_color = np.broadcast_to(expected.reshape(16, 18, -1), (16, 18, 3))
+    np.testing.assert_allclose(color, expected_color, atol=name in NEARLY)
+    gray = np.asarray(Image.fromarray(color).convert("L"))
+    assert_array_equal(decode(encoded, 1)[..., 0], gray)
+    assert len(np.unique(color)) > 200
+
+
+def test_16_bit_cmyk():
+    values = np.dstack([RAMP, GRAY])
+    eight = np.rint(values / 257).astype(np.uint8)
+    expected = Image.frombytes("CMYK", (18, 16), eight.tobytes()).convert("RGB")
+    assert_array_equal(decode(tiff(values, ">"), 3), expected)
+
+
+UNIT = (GRAY / 65535).astype(np.float32)
+SIGNED = GRAY.astype(np.int32) - 32768
+# Encoded image, its values, and the range of its values.
+UNDEFINED = {
+    "tiff, float": (encode(UNIT, "TIFF"), (0, 1)),
+    "tiff, float, big-endian, deflate": (tiff(UNIT, ">", deflate=True), (0.0, 1.0)),
+    "tiff, int32": (tiff(SIGNED * 65537), (-(2**31), 2**31)),
+    "tiff, int32, big-endian, deflate": (
+        tiff(SIGNED, ">", deflate=True),
+        (-32768, 32767),
+    ),
+    "tiff, uint32": (tiff(GRAY.astype(np.uint32) * 65537), (0, 2**32 - 1)),
+    "tiff, int16": (tiff(SIGNED.astype(np.int16)), (-32768, 32767)),
+    "tiff, int8": (tiff((np.rint(GRAY / 257) - 128).astype(np.int8)), (-128, 127)),
+    "pfm": (b"Pf\n18 16\n-1.0\n" + UNIT[::-1].astype("<f4").tobytes(), (0, 1)),
+}
+
+
+@pytest.mark.parametrize("name", UNDEFINED)
+def test_other_values_require_a_range(name):
+    """Border of the kind: floats, signed and 32-bit integers have no defined black and
+    white. Without `value_range` they end the run with an error that names the key.
+    """
+    encoded, value_range = UNDEFINED[name]
+    with pytest.raises(DataError, match=r"found .* from .* data\.value_range="):
+        decode(encoded, 3)
+    expected = np.rint(GRAY / 257)
+    assert_array_equal(decode(encoded, 1, value_range)[..., 0], expected)
+    half = value_range[0], value_range[0] + (value_range[1] - value_range[0]) / 2
+    clipped = decode(encoded, 1, half)[..., 0]
+    np.testing.assert_allclose(clipped, np.minimum(GRAY / 257 * 2, 255), atol=1.1)
+
+
+def test_range_of_more_than_8_bits_only():
+    """A 12-bit camera image in 16 bits has a range; 8-bit images stay as they are."""
+    dark = GRAY // 16
+    expected = np.rint(dark / 4095 * 255)
+    for encoded in (encode(dark, "PNG"), tiff(dark), png(np.dstack([dark] * 3))):
+        assert_array_equal(decode(encoded, 1, (0, 4095))[..., 0], expected)
+    white_is_0 = decode(tiff(dark, photometric=0), 1, (0, 4095))[..., 0]
+    assert_array_equal(white_is_0, np.rint(255 - dark / 4095 * 255))
+    for kind in ("png", "jpeg", "tiff, CMYK", "bmp", "png, one bit"):
+        encoded = READABLE[kind]
+        assert_array_equal(decode(encoded, 3, (0, 4095)), decode(encoded, 3))
+
+
+def test_values_that_are_not_finite():
+    """The example is unreadable; the run goes on."""
+    for value in (np.nan, np.inf):
+        values = UNIT.copy()
+        values[3, 3] = value
+        with pytest.raises(ValueError, match="not finite"):
+            decode(tiff(values), 1, (0, 1))
+    with pytest.raises(DataError, match="value_range"):
+        decode(tiff(np.full((4, 4), np.nan, np.float32)), 1)
+
+
+@pytest.mark.parametrize(
+    "values", [UNIT.astype(np.float64), UNIT.astype(np.float16), np.dstack([UNIT] * 3)]
+)
+def test_tiff_that_pillow_cannot_read(values):
+    with pytest.raises(OSError, match="TIFF that PIL cannot read"):
+        decode(tiff(values), 3)
+
+
+def test_transform_has_a_range():
+    """The arguments of a task reach the pixels."""
+    options = dict(batch_size=1, size=(16, 18), channels=1, value_range=(0, 1))
+    transform = ImageTransform(**options)
+    out = {"image": np.zeros((16, 18, 1), np.uint8), "label": np.zeros((), np.int32)}
+    draws = [0.5] * transform.draws
+    transform({"image": encode(UNIT, "TIFF")}, draws, out)
+    assert_array_equal(out["image"][..., 0], np.rint(GRAY / 257))

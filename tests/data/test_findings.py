@@ -1,0 +1,87 @@
+"""Values that decoding loses: whether an image is worth training on."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from benchmarks.photographs import photographs
+from hivit_jax.data.decoding import decode
+from hivit_jax.data.findings import CLIPPED, LOST, image_findings
+
+RAMP = np.arange(48 * 64).reshape(48, 64)
+UNIT = np.float32(RAMP / RAMP.max())
+PHOTO = photographs()["cat"][80:128, 150:214]
+
+
+def findings(values, value_range=(), channels=1, kind="TIFF"):
+    image = values if isinstance(values, Image.Image) else Image.fromarray(values)
+    buffer = io.BytesIO()
+    image.save(buffer, kind)
+    encoded = buffer.getvalue()
+    pixels = decode(encoded, channels, value_range)
+    name = f"a.{kind.lower()}"
+    return image_findings(encoded, lambda: name, pixels, (48, 64), 64, value_range)
+
+
+@pytest.mark.parametrize(
+    ("values", "value_range", "detail"),
+    [
+        (RAMP.astype(np.uint16), (), "13 of 3072 levels remain; values are 0 to 3071"),
+        (RAMP.astype(np.uint16) % 2, (), "1 of 2 levels remain; values are 0 to 1"),
+        (PHOTO[..., 0].astype(np.uint16), (), "2 of "),  # 8 bits in 16
+        (UNIT, (0, 100), "4 of 3072 levels remain"),
+        (UNIT + 2, (0, 1), "1 of 3072 levels remain; values are 2 to 3, data.value_ra"),
+        (PHOTO[..., 0].astype(np.int32), (-(2**31), 2**31), "1 of "),
+    ],
+)
+def test_lost_values(values, value_range, detail):
+    """Border of the kind: an image loses values if less than a quarter of its levels,
+    of at most 256, or a single one of several remain after decoding.
+    """
+    found = findings(values, value_range)
+    assert found[LOST].startswith(detail)
+    assert f"{values.dtype}, reduced to 8 bit" in found
+
+
+@pytest.mark.parametrize("mode", ["LA", "RGBA", "P"])
+def test_image_in_the_alpha_channel(mode):
+    """A drawing whose colors are all black is black without its alpha channel."""
+    image = Image.new("RGBA", (64, 48))
+    image.putalpha(Image.fromarray(PHOTO[..., 0]))
+    image = image.convert("LA") if mode == "LA" else image
+    if mode == "P":
+        image = Image.fromarray((RAMP % 2).astype(np.uint8))
+        image.putpalette([0] * 6)
+        image.info["transparency"] = 1
+    found = findings(image, channels=3, kind="PNG")
+    assert found["alpha channel, dropped"] == ""
+    assert "alpha" in found[LOST]
+    photo = Image.fromarray(PHOTO)
+    photo.putalpha(Image.fromarray(PHOTO[..., 0]))
+    assert LOST not in findings(photo, channels=3, kind="PNG")
+
+
+@pytest.mark.parametrize(
+    ("values", "value_range"),
+    [
+        (PHOTO[..., 0].astype(np.uint16) * 257, ()),
+        (PHOTO[..., 0].astype(np.uint16) * 16, (0, 4095)),
+        (PHOTO[..., 1].astype(np.float32) / 255, (0, 1)),
+        (np.zeros((48, 64), np.uint16), ()),  # nothing in it that could be lost
+        (PHOTO, ()),
+        (PHOTO[..., 0] // 86 * 86, ()),
+    ],
+)
+def test_healthy_images(values, value_range):
+    found = findings(values, value_range, channels=3)
+    assert {LOST, CLIPPED}.isdisjoint(found)
+
+
+def test_clipped_values():
+    """A stated range may clip: the share is a finding, not a loss."""
+    found = findings(UNIT, (0.25, 1))
+    assert found[CLIPPED] == "25.00% of the values"
+    assert LOST not in found
+    assert CLIPPED not in findings(UNIT, (0, 1))
