@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hivit_jax.errors import ConfigError
+from hivit_jax.models.arguments import check_range
 from hivit_jax.models.base import Model, make_info
 from hivit_jax.models.config import HiViTConfig, RunOptions
+from hivit_jax.models.explicit_axes import accepts_explicit_axes
 from hivit_jax.models.flops import encoder_cost, row_cost
 from hivit_jax.models.hivit import HiViT
 from hivit_jax.models.layers import Linear
@@ -32,8 +33,7 @@ class ClassifierConfig(HiViTConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.num_classes < 0:
-            raise ConfigError(f"num_classes={self.num_classes}; expected 0 or more")
+        check_range(self, 0, "num_classes")
 
 
 class Classifier(Model):
@@ -60,6 +60,7 @@ class Classifier(Model):
             self.fc_norm = None
         self.head = Linear(dim, classes, rngs=rngs) if classes else None
 
+    @accepts_explicit_axes
     def __call__(
         self, images: jax.Array, *, drop_path_keys: jax.Array | None = None
     ) -> jax.Array:
@@ -71,6 +72,7 @@ class Classifier(Model):
         pooled = self.pooled(images, drop_path_keys=drop_path_keys)
         return pooled if self.head is None else self.head(pooled)
 
+    @accepts_explicit_axes
     def pooled(
         self, images: jax.Array, *, drop_path_keys: jax.Array | None = None
     ) -> jax.Array:
@@ -78,6 +80,7 @@ class Classifier(Model):
         pooled = self.encoded(images, drop_path_keys=drop_path_keys)
         return pooled if self.fc_norm is None else self.fc_norm(pooled)
 
+    @accepts_explicit_axes
     def encoded(
         self, images: jax.Array, *, drop_path_keys: jax.Array | None = None
     ) -> jax.Array:

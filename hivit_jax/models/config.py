@@ -6,6 +6,7 @@ import numpy as np
 
 from hivit_jax.errors import ConfigError
 from hivit_jax.kernels import dispatch
+from hivit_jax.models.arguments import check_range, convert_fields
 from hivit_jax.models.positions import Grid, check_grid
 from hivit_jax.models.windows import Windows, make_windows
 
@@ -20,7 +21,9 @@ class RunOptions:
     scan_blocks: compile one block per stage and run it in a loop. This shortens
       compilation. All blocks of a stage must be alike, so `global_blocks` must be ().
     kernels: fused kernels for residual branches, "auto" (on TPUs in bfloat16), "fused"
-      (wherever shapes allow) or "plain" (none). See `kernels.dispatch`.
+      (wherever shapes allow) or "plain" (none). See `kernels.dispatch`. Forward-mode
+      derivatives (`jax.jvp`, `jax.jacfwd`, `jax.linearize`) require "plain" where a
+      fused kernel would run.
     """
 
     dtype: str = "float32"
@@ -29,6 +32,7 @@ class RunOptions:
     kernels: str = "auto"
 
     def __post_init__(self):
+        convert_fields(self)
         name = getattr(self.dtype, "__name__", str(self.dtype))  # jnp.bfloat16 too
         object.__setattr__(self, "dtype", name)
         if name not in ("float32", "bfloat16"):
@@ -85,12 +89,14 @@ class HiViTConfig:
     layer_norm_eps: float = 1e-6
 
     def __post_init__(self):
+        convert_fields(self)
+        least_one = "in_channels", "patch_size", "num_heads", "embed_dim"
+        check_range(self, 1, *least_one)
+        check_range(self, 0, "window_size", "layer_norm_eps")
         set_field, patch_size = object.__setattr__, self.patch_size
         rows, columns = check_grid(self.image_size, patch_size)
         set_field(self, "image_size", (rows * patch_size, columns * patch_size))
-        set_field(self, "depths", tuple(self.depths))
-        set_field(self, "global_blocks", tuple(self.global_blocks))
-        stems, depth, inner = len(self.depths) - 1, self.depths[-1], self.inner_patches
+        stems, inner = len(self.depths) - 1, self.inner_patches
         if stems < 1 or inner != 2**stems or min(self.depths) < 1:
             raise ConfigError(
                 f"depths={self.depths} with inner_patches={inner}: expected positive "
@@ -101,7 +107,7 @@ class HiViTConfig:
                 f"patch_size={patch_size} is not a multiple of inner_patches={inner}"
             )
         check_heads("embed_dim", self.embed_dim, "num_heads", self.num_heads)
-        if self.embed_dim < 1 or self.embed_dim % 2**stems or self.embed_dim % 4:
+        if self.embed_dim % 2**stems or self.embed_dim % 4:
             raise ConfigError(
                 f"embed_dim={self.embed_dim}: expected a multiple of {max(4, 2**stems)}"
             )
@@ -110,10 +116,17 @@ class HiViTConfig:
                 f"drop_path_rate={self.drop_path_rate}; expected 0 <= "
                 "drop_path_rate < 1"
             )
-        if self.window_size < 0:
-            raise ConfigError(
-                f"window_size={self.window_size}; expected 0 or more units"
-            )
+        for name, width in (
+            ("stem_mlp_ratio", self.embed_dim // 2**stems),
+            ("mlp_ratio", self.embed_dim),
+        ):
+            ratio = getattr(self, name)
+            if int(width * ratio) < 1:
+                raise ConfigError(
+                    f"{name}={ratio} leaves no hidden unit of an MLP of width {width}; "
+                    f"expected at least {1 / width}"
+                )
+        depth = self.depths[-1]
         if any(not 0 <= index < depth for index in self.global_blocks):
             raise ConfigError(
                 f"global_blocks={self.global_blocks}; expected indices from 0 to "

@@ -1,5 +1,6 @@
 """LayerNorm and batch normalization."""
 
+import math
 from functools import partial
 
 import jax
@@ -8,6 +9,7 @@ from flax import nnx
 from jax.sharding import AxisType
 
 from hivit_jax.kernels.numerics import normalized_tangent
+from hivit_jax.models.arguments import check_shape
 
 
 class LayerNorm(nnx.LayerNorm):
@@ -104,7 +106,9 @@ class BatchNorm(nnx.Module):
         """
         x32 = x.astype(jnp.float32)
         if weight is None:
-            mean, var = self.mean[...], self.var[...]
+            # Without this, differentiating with respect to all variables trains them.
+            running = self.mean[...], self.var[...]
+            mean, var = jax.lax.stop_gradient(running)
         else:
             mean, var, count = batch_statistics(x32, weight)
             unbiased = var * count / jnp.maximum(count - 1, 1.0)
@@ -139,9 +143,10 @@ def batch_statistics(
         # Inside `shard_map` a device sees only its own examples.
         return jax.lax.psum(values, manual) if manual else values
 
+    check_shape("weight", weight, "[B]", len(x))
     axes = tuple(range(x.ndim - 1))
     weight = weight.reshape(-1, *[1] * (x.ndim - 1))
-    count = total(weight.sum()) * (x.size // x.shape[0] // x.shape[-1])
+    count = total(weight.sum()) * math.prod(x.shape[1:-1])
     divisor = jnp.maximum(count, 1.0)
     mean = total((weight * x).sum(axes)) / divisor
     var = total((weight * jnp.square(x - mean)).sum(axes)) / divisor
