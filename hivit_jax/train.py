@@ -14,7 +14,7 @@ from hivit_jax.checkpoints import manager
 from hivit_jax.config import step_options, to_json
 from hivit_jax.data.prefetch import prefetch_to_device
 from hivit_jax.distributed.processes import check_same_on_all_processes
-from hivit_jax.distributed.sharding import make_mesh, shardings_of
+from hivit_jax.distributed.sharding import make_mesh, replicate, shardings_of
 from hivit_jax.errors import DataError, DivergedError, Interrupted, LocalDataError
 from hivit_jax.reporting import console, figures, metrics
 from hivit_jax.reporting.console import log
@@ -98,7 +98,7 @@ def train(
     # --- Evaluation -----------------------------------------------------------------
     writer = metrics.Writer(workdir, step) if jax.process_index() == 0 else None
     eval_step = evaluate.make_eval_step(config, task, training.graphdef, mesh)
-    make_panels = evaluate.make_panels(config, task, training.graphdef)
+    make_panels = evaluate.make_panels(config, task, training.graphdef, mesh)
 
     def run_evaluation():
         variables = {
@@ -128,7 +128,8 @@ def train(
             train_step = compile_steps(training)
         throughput.read()  # starts the measurement
         while step < total_steps and not stop:
-            state, values = train_step(state, frozen, batch, np.int32(step))
+            steps_done = replicate(mesh, np.int32(step))
+            state, values = train_step(state, frozen, batch, steps_done)
             if pending:  # so that at most two steps and their batches are in flight
                 jax.block_until_ready(pending[-1])
             batch = next(batches, None)  # while the devices compute
@@ -193,11 +194,12 @@ def fetch_metrics(pending: list, state: State) -> dict[str, float]:
     pending.clear()
     for step, values in fetched:
         if not values.pop("finite"):
+            good_step = jax.device_get(state["step"])
             raise DivergedError(
                 f"step {step}: loss {values['loss']}, gradient norm "
                 f"{values['gradient_norm']}; expected finite numbers, also in the "
                 "batch statistics.\n"
-                f"The last good state, of step {int(state['step'])}, is saved."
+                f"The last good state, of step {good_step}, is saved."
             )
     newest = {name: float(value) for name, value in fetched[-1][1].items()}
     return newest | {"unreadable": int(sum(v["unreadable"] for _, v in fetched))}

@@ -20,7 +20,7 @@ def digests(trees: Mapping[str, Any]) -> dict[str, dict[str, str]]:
     for item, tree in trees.items():
         # Fetch each digest before starting the next, because XLA:CPU aborts when too
         # many small collectives are in flight.
-        sums = {name: np.asarray(_digest(x)) for name, x in named_leaves(tree).items()}
+        sums = {n: jax.device_get(_digest(x)) for n, x in named_leaves(tree).items()}
         result[item] = {n: f"{high:08x}{low:08x}" for n, (high, low) in sums.items()}
     return result
 
@@ -28,9 +28,10 @@ def digests(trees: Mapping[str, Any]) -> dict[str, dict[str, str]]:
 def _digest(x: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
     """Return `_mixed_sums` of an array's bits and positions, uint32 [2]."""
     if x.size > 2**16 or not getattr(x, "is_fully_replicated", True):
+        x = x if isinstance(x, jax.Array) else jax.device_put(x)
         return _digest_on_device(x)
     # Small arrays stay on the host, because XLA compiles a program for every shape.
-    x = np.ascontiguousarray(x).reshape(-1)
+    x = np.ascontiguousarray(jax.device_get(x)).reshape(-1)
     bits = x.view(f"u{x.itemsize}").astype(np.uint32)
     return np.stack(_mixed_sums(bits, np.arange(x.size, dtype=np.uint32)))
 
