@@ -17,6 +17,7 @@ from hivit_jax.distributed.sharding import (
     BATCH,
     check_batch,
     make_mesh,
+    replicate,
     state_shardings,
 )
 from hivit_jax.errors import ConfigError, DataError
@@ -80,7 +81,9 @@ def evaluate(
     """
     totals, counts, records, first = None, np.zeros(2), [], 0
     for batch in prefetch_to_device(inputs.eval_batches(config), mesh):
-        *device_sums, rows = eval_step(variables, batch, jnp.uint32(first))
+        *device_sums, rows = eval_step(
+            variables, batch, replicate(mesh, np.uint32(first))
+        )
         sums, *batch_counts = jax.device_get(device_sums)
         sums = jax.tree.map(_widen, sums)
         totals = sums if totals is None else jax.tree.map(np.add, totals, sums)
@@ -113,7 +116,8 @@ def local_rows(rows: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
     local = {}
     for name, array in rows.items():
         shards = {s.index[0].start or 0: s.data for s in array.addressable_shards}
-        local[name] = np.concatenate([np.asarray(shards[k]) for k in sorted(shards)])
+        ordered = [shards[k] for k in sorted(shards)]
+        local[name] = np.concatenate(jax.device_get(ordered))
     valid = local.pop("weight") > 0
     return {name: array[valid] for name, array in local.items()}
 
@@ -178,7 +182,9 @@ def put_frozen(task: tasks.Task, mesh: Mesh) -> Any:
     return jax.device_put(frozen, state_shardings(mesh, frozen))
 
 
-def make_panels(config: Any, task: tasks.Task, graphdef: nnx.GraphDef) -> Callable:
+def make_panels(
+    config: Any, task: tasks.Task, graphdef: nnx.GraphDef, mesh: Mesh
+) -> Callable:
     """Return variables -> `Task.panels` of the first held-out images, on the host.
 
     The PRNG keys are the same in every call. A task without panels reads no images.
@@ -187,6 +193,7 @@ def make_panels(config: Any, task: tasks.Task, graphdef: nnx.GraphDef) -> Callab
         return lambda variables: {}
     batch = inputs.first_test_batch(config, FIGURE_IMAGES)
     count = len(batch["weight"])
+    batch = {name: replicate(mesh, array) for name, array in batch.items()}
 
     @jax.jit
     def panels(variables, batch):

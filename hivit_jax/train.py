@@ -16,7 +16,7 @@ from hivit_jax.checkpoints.lock import exclusive
 from hivit_jax.config import from_checkpoint, step_options, to_json
 from hivit_jax.data.prefetch import prefetch_to_device
 from hivit_jax.distributed.processes import check_same_on_all_processes
-from hivit_jax.distributed.sharding import make_mesh, shardings_of
+from hivit_jax.distributed.sharding import make_mesh, replicate, shardings_of
 from hivit_jax.errors import (
     CheckpointError,
     ConfigError,
@@ -110,7 +110,7 @@ def train(
 
     # --- Evaluation -----------------------------------------------------------------
     eval_step = evaluate.make_eval_step(config, task, training.graphdef, mesh)
-    make_panels = evaluate.make_panels(config, task, training.graphdef)
+    make_panels = evaluate.make_panels(config, task, training.graphdef, mesh)
 
     def run_evaluation():
         variables = {
@@ -132,6 +132,7 @@ def train(
 
     # --- Steps ------------------------------------------------------------------------
     throughput, results, pending = metrics.Throughput(), None, []
+    first_step = step
     unreadable = inputs.UnreadableImages()
     try:
         stop = stop_requested(step)
@@ -142,7 +143,8 @@ def train(
             train_step = compile_steps(training)
         throughput.read()  # starts the measurement
         while step < total_steps and not stop:
-            state, values = train_step(state, frozen, batch, np.int32(step))
+            steps_done = replicate(mesh, np.int32(step))
+            state, values = train_step(state, frozen, batch, steps_done)
             if pending:  # so that at most two steps and their batches are in flight
                 jax.block_until_ready(pending[-1])
             batch = next(batches, None)  # while the devices compute
@@ -253,12 +255,13 @@ def fetch_metrics(pending: list, state: State) -> dict[str, float]:
     pending.clear()
     for step, values in fetched:
         if not values.pop("finite"):
+            good_step = jax.device_get(state["step"])
             raise DivergedError(
                 f"step {step}: loss {values['loss']}, gradient norm "
                 f"{values['gradient_norm']}, learning rate {values['learning_rate']}; "
                 "expected finite numbers, also in the updated parameters, statistics "
                 "and optimizer state.\n"
-                f"The last good state, of step {int(state['step'])}, is saved."
+                f"The last good state, of step {good_step}, is saved."
             )
     newest = {name: float(value) for name, value in fetched[-1][1].items()}
     return newest | {"unreadable": int(sum(v["unreadable"] for _, v in fetched))}

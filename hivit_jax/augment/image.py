@@ -10,8 +10,8 @@ def normalize(
     images: jax.Array, mean: Sequence[float], std: Sequence[float]
 ) -> jax.Array:
     """Normalize pixels, 0..255 [B, H, W, C] -> float32 ``(x / 255 - mean) / std``."""
-    scale = 255.0 * jnp.asarray(std, jnp.float32)
-    return (images.astype(jnp.float32) - 255.0 * jnp.asarray(mean, jnp.float32)) / scale
+    mean, std = (jnp.asarray(x, jnp.float32).reshape(1, 1, 1, -1) for x in (mean, std))
+    return (images.astype(jnp.float32) - 255.0 * mean) / (255.0 * std)
 
 
 def random_flip(images: jax.Array, keys: jax.Array) -> jax.Array:

@@ -49,7 +49,7 @@ def mix(
     half = jnp.floor(size * side) // 2
     center = jnp.floor(jax.random.uniform(center_key, (2,)) * size)
     low, high = jnp.maximum(center - half, 0), jnp.minimum(center + half, size)
-    cut_out = rectangle_mask(low, high, images.shape[1:3])
+    cut_out = rectangle_mask(low, high, images.shape[1:3])[None]  # [1, H, W, 1]
     kept_area = 1 - (high - low).prod() / size.prod()
     pixel_ratio = jnp.where(use_cutmix, 1.0 - cut_out, mixup_ratio)
     target_ratio = jnp.where(use_cutmix, kept_area, mixup_ratio)

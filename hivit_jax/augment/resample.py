@@ -71,14 +71,15 @@ def crop_resize_matrix(
     scale = length / size
     centers = start + (xp.arange(size) + 0.5) * scale
     stretch = xp.maximum(scale, 1.0) if antialias else 1.0
-    x = xp.abs(xp.arange(extent) + 0.5 - centers[:, None]) / stretch
+    pixels = xp.arange(extent)[None]
+    x = xp.abs(pixels + 0.5 - centers[:, None]) / stretch
     if interpolation == "bilinear":
         weights = xp.maximum(1 - x, 0)
     else:  # Keys' cubic, a = -1/2
         near = (1.5 * x - 2.5) * x * x + 1
         far = ((2.5 - 0.5 * x) * x - 4) * x + 2
         weights = xp.where(x < 1, near, xp.where(x < 2, far, 0))
-    weights = xp.where(xp.arange(extent) < num_real, weights, 0)
+    weights = xp.where(pixels < num_real, weights, 0)
     total = weights.sum(-1, keepdims=True)
     # Without this, the empty box of an unreadable example would give NaN.
     return weights / xp.where(total == 0, 1, total)

@@ -22,7 +22,7 @@ def digests(trees: Mapping[str, Any]) -> dict[str, dict[str, str]]:
     for item, tree in trees.items():
         # Fetch each digest before starting the next, because XLA:CPU aborts when too
         # many small collectives are in flight.
-        sums = {name: np.asarray(_digest(x)) for name, x in named_leaves(tree).items()}
+        sums = {n: jax.device_get(_digest(x)) for n, x in named_leaves(tree).items()}
         result[item] = {n: f"{high:08x}{low:08x}" for n, (high, low) in sums.items()}
     return result
 
@@ -32,7 +32,7 @@ def not_finite(tree: Any) -> list[str]:
 
     def finite(x):
         if _is_small(x):
-            return np.isfinite(np.asarray(x)).all()
+            return np.isfinite(jax.device_get(x)).all()
         return _finite_on_device(x)
 
     return [name for name, x in named_leaves(tree).items() if not finite(x)]
@@ -54,8 +54,8 @@ def _is_small(x: jax.Array | np.ndarray) -> bool:
 def _digest(x: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
     """Return `_mixed_sums` of an array's bits and positions, uint32 [2]."""
     if not _is_small(x):
-        return _digest_on_device(x)
-    x = np.ascontiguousarray(x).reshape(-1)
+        return _digest_on_device(x if isinstance(x, jax.Array) else jax.device_put(x))
+    x = np.ascontiguousarray(jax.device_get(x)).reshape(-1)
     bits = x.view(f"u{x.itemsize}").astype(np.uint32)
     return np.stack(_mixed_sums(bits, np.arange(x.size, dtype=np.uint32)))
 

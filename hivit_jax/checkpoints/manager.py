@@ -100,7 +100,7 @@ class Checkpoints:
         Raises:
           ConfigError: this checkpoint or the previous one cannot be written.
         """
-        step = int(state["step"])
+        step = int(jax.device_get(state["step"]))
         if step in self.steps():
             return
         arrays = {

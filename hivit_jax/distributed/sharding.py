@@ -81,6 +81,15 @@ def make_mesh(
         ) from error
 
 
+def replicate(mesh: Mesh, value: np.ndarray) -> jax.Array:
+    """Copy an array that is equal on all processes to every device of a mesh.
+
+    `jax.device_put` would first compare the array of all processes, in a collective.
+    """
+    sharding = NamedSharding(mesh, PartitionSpec())
+    return jax.make_array_from_process_local_data(sharding, value, value.shape)
+
+
 def check_batch(mesh: Mesh, batch_size: int) -> None:
     """Raise ConfigError unless an evaluation batch is divisible over a mesh."""
     shards = math.prod(mesh.shape[axis] for axis in BATCH[0])

@@ -36,7 +36,7 @@ def mlp(x: jax.Array, norm: Any, mlp: Any, choice: str) -> Branch | None:
     """
     target = _target(choice, x)
     width, hidden = mlp.fc1.kernel.shape
-    if target is None or width % LANES or hidden % LANES:
+    if target is None or x.size == 0 or width % LANES or hidden % LANES:
         return None
     total = x.size // width // target.shards
     plan = Plan(norm.epsilon, interpret=target.interpret)
@@ -77,7 +77,7 @@ def attention(
     qkv, proj = attention.qkv, attention.proj
     width, _, heads, head = qkv.kernel.shape
     unsupported = key_mask, attention.windows, attention.relative_position_bias_table
-    if target is None or target.platform == "gpu":
+    if target is None or x.size == 0 or target.platform == "gpu":
         return None
     if any(argument is not None for argument in unsupported):
         return None
@@ -191,6 +191,9 @@ def _target(choice: str, x: jax.Array) -> Target | None:
     # Without a mesh the sharding is known only if there is a single device.
     if heads_are_sharded() or (mesh.empty and jax.device_count() > 1):
         return None
+    # A kernel's results have no types that `shard_map` with check_vma could check.
+    if AxisType.Explicit in mesh.axis_types or _varies(x):
+        return None
     types = zip(mesh.axis_names, mesh.axis_types, strict=True)
     axes = tuple(name for name, axis_type in types if axis_type == AxisType.Auto)
     shards = math.prod(mesh.shape[axis] for axis in axes)
@@ -200,6 +203,13 @@ def _target(choice: str, x: jax.Array) -> Target | None:
     bandwidth = HBM_SHARE * info.mem_bw_bytes_per_second
     vmem = int(VMEM_SHARE * info.vmem_capacity_bytes)
     return Target(device, axes, shards, vmem, info.bf16_ops_per_second / bandwidth)
+
+
+def _varies(x: jax.Array) -> bool:
+    """Return whether x has a type that varies over manual axes (``check_vma``)."""
+    type_ = jax.typeof(x)
+    manual = getattr(type_, "manual_axis_type", None)
+    return bool(manual.varying if manual else getattr(type_, "vma", ()))
 
 
 def heads_are_sharded() -> bool:

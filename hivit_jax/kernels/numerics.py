@@ -104,6 +104,19 @@ def normalized_gradient(
     return inverse * (gradient - gradient.mean(-1, keepdims=True) - x_hat * projection)
 
 
+def normalized_tangent(
+    tangent: jax.Array, x_hat: jax.Array, inverse: jax.Array
+) -> jax.Array:
+    """Return the tangent of x_hat, given the tangent of x; see `layer_norm`.
+
+    Its transpose is `normalized_gradient`. Row averages are negated, not differences
+    taken, because the transpose of a difference negates all elements.
+    """
+    tangent = inverse * tangent
+    projection = -(tangent * x_hat).mean(-1, keepdims=True)
+    return tangent + -tangent.mean(-1, keepdims=True) + x_hat * projection
+
+
 def normal_cdf(x: jax.Array, dtype: Any = F32) -> jax.Array:
     """Cumulative distribution function of the standard normal distribution, float32.
 

@@ -10,6 +10,7 @@ from flax import nnx
 from hivit_jax.keys import setting
 from hivit_jax.models.base import Model, make_info
 from hivit_jax.models.config import HiViTConfig, RunOptions
+from hivit_jax.models.explicit_axes import accepts_explicit_axes
 from hivit_jax.models.flops import encoder_cost, row_cost
 from hivit_jax.models.hivit import HiViT
 from hivit_jax.models.layers import Linear
@@ -55,6 +56,7 @@ class Classifier(Model):
             self.fc_norm = None
         self.head = Linear(dim, classes, rngs=rngs) if classes else None
 
+    @accepts_explicit_axes
     def __call__(
         self, images: jax.Array, *, drop_path_keys: jax.Array | None = None
     ) -> jax.Array:
@@ -66,6 +68,7 @@ class Classifier(Model):
         pooled = self.pooled(images, drop_path_keys=drop_path_keys)
         return pooled if self.head is None else self.head(pooled)
 
+    @accepts_explicit_axes
     def pooled(
         self, images: jax.Array, *, drop_path_keys: jax.Array | None = None
     ) -> jax.Array:
@@ -73,6 +76,7 @@ class Classifier(Model):
         pooled = self.encoded(images, drop_path_keys=drop_path_keys)
         return pooled if self.fc_norm is None else self.fc_norm(pooled)
 
+    @accepts_explicit_axes
     def encoded(
         self, images: jax.Array, *, drop_path_keys: jax.Array | None = None
     ) -> jax.Array:

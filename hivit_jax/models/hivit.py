@@ -12,8 +12,10 @@ from flax import nnx
 
 from hivit_jax.errors import ConfigError
 from hivit_jax.models import positions
+from hivit_jax.models.arguments import check_drop_path_keys, check_ids, check_shape
 from hivit_jax.models.blocks import AttentionBlock, MlpBlock, run_blocks
 from hivit_jax.models.config import HiViTConfig, RunOptions
+from hivit_jax.models.explicit_axes import accepts_explicit_axes
 from hivit_jax.models.layers import INIT, PatchEmbed, PatchMerge
 from hivit_jax.models.positions import Grid
 
@@ -111,6 +113,7 @@ class HiViT(nnx.Module):
             **inputs,
         )
 
+    @accepts_explicit_axes
     def __call__(
         self,
         images: jax.Array,
@@ -132,10 +135,12 @@ class HiViT(nnx.Module):
           [B*K*16, E/4], [B*K*4, E/2], [B, K, E] in merge order and compute dtype.
 
         Raises:
-          ConfigError: image size or channels differ from the config's; `ids_keep` with
-            attention windows.
+          ConfigError: image size or channels differ from the config's; another
+            argument does not have the shape above; `ids_keep` with attention windows.
         """
         *outputs, x, relative_index = self._stem(images, ids_keep, drop_path_keys)
+        if key_mask is not None:
+            check_shape("key_mask", key_mask, "[B, K]", *x.shape[:2])
         with jax.named_scope("main"):
             x = self._run_stage(
                 len(self.stages) - 1,
@@ -156,6 +161,13 @@ class HiViT(nnx.Module):
                 f"images are {images.shape[1:]} (height, width, channels); "
                 f"this model was built for {expected}"
             )
+        if not jnp.issubdtype(images.dtype, jnp.floating):
+            raise ConfigError(
+                f"images are {images.dtype}; expected normalized floating-point images"
+            )
+        check_drop_path_keys(drop_path_keys, len(images))
+        if ids_keep is not None:
+            check_ids("ids_keep", ids_keep, len(images))
         if ids_keep is not None and any(config.windows(self.grid)):
             raise ConfigError(
                 f"window_size={config.window_size} with ids_keep: attention windows "
@@ -185,10 +197,11 @@ class HiViT(nnx.Module):
                 x = self._run_stage(stage, x, drop_path_keys=drop_path_keys)
             outputs.append(x)
             x = merge(x)
-        x = x.reshape(images.shape[0], -1, config.embed_dim)  # [B, K, E]
-        x = x + position.astype(dtype)
+        x = x.reshape(*units.shape[:2], config.embed_dim)  # [B, K, E]
+        x = x + position.reshape(-1, *x.shape[1:]).astype(dtype)
         return *outputs, x, positions.relative_position_index(ids, self.grid)
 
+    @accepts_explicit_axes
     def features(
         self,
         images: jax.Array,
@@ -231,6 +244,7 @@ class HiViT(nnx.Module):
             maps = [x.reshape(*ids_keep.shape, *x.shape[1:]) for x in maps]
         return maps
 
+    @accepts_explicit_axes
     def layers(self, images: jax.Array, attention: bool = False) -> list[Layer]:
         """Return the output of each main-stage block for images [B, H, W, C].
 

@@ -4,6 +4,7 @@ Parameters are float32. `dtype` is the dtype of matrix products and of block out
 LayerNorm statistics and the softmax are always float32.
 """
 
+import math
 from functools import partial
 
 import jax
@@ -14,6 +15,7 @@ from flax import nnx
 from hivit_jax.kernels import attention_xla, dispatch
 from hivit_jax.kernels.numerics import gelu_slope, normal_cdf
 from hivit_jax.models import positions
+from hivit_jax.models.arguments import make_key
 from hivit_jax.models.norms import LayerNorm
 from hivit_jax.models.positions import Grid
 from hivit_jax.models.windows import Windows
@@ -35,7 +37,7 @@ class ParameterKeys:
     """
 
     def __init__(self, seed: int | jax.Array):
-        self.key = jax.random.key(seed) if isinstance(seed, int) else seed
+        self.key = make_key(seed)
         self.count = 0
 
     def params(self) -> jax.Array:
@@ -87,7 +89,8 @@ def drop_path(
         return jax.random.bernoulli(jax.random.fold_in(key, branch_index), keep_prob)
 
     scale = jax.vmap(keep)(drop_path_keys).astype(x.dtype) / keep_prob.astype(x.dtype)
-    per_sample = x.reshape(len(scale), -1, x.shape[-1])
+    rows = math.prod(x.shape[:-1]) // max(len(scale), 1)
+    per_sample = x.reshape(len(scale), rows, x.shape[-1])
     return (per_sample * scale[:, None, None]).reshape(x.shape)
 
 
@@ -194,7 +197,8 @@ class Attention(nnx.Module):
         weights, sums = attention_xla.unnormalized_softmax(q, k, bias, mask)
         weights = weights / sums
         if self.windows is not None:
-            weights = weights.reshape(len(x), -1, *weights.shape[1:])
+            rows, columns = self.windows.counts
+            weights = weights.reshape(len(x), rows * columns, *weights.shape[1:])
         return weights
 
     def _project_qkv(self, x):
@@ -204,7 +208,7 @@ class Attention(nnx.Module):
             rows = self.qkv(rows)
         else:  # one product of matrices, for the reasons given in `RowLinear`
             kernel = self.qkv.kernel[...].reshape(x.shape[-1], -1).astype(x.dtype)
-            rows = rows @ kernel + self.qkv.bias[...].reshape(-1).astype(x.dtype)
+            rows = rows @ kernel + self.qkv.bias[...].reshape(1, -1).astype(x.dtype)
         return rows.reshape(*x.shape[:2], *self.qkv.bias.shape)
 
     def _softmax_inputs(self, x, relative_index, key_mask):

@@ -16,9 +16,11 @@ from flax import nnx
 from hivit_jax.errors import ConfigError
 from hivit_jax.keys import setting
 from hivit_jax.models import positions
+from hivit_jax.models.arguments import check_ids, check_shape
 from hivit_jax.models.base import Model, make_info
 from hivit_jax.models.blocks import AttentionBlock, run_blocks
 from hivit_jax.models.config import HiViTConfig, RunOptions, check_heads
+from hivit_jax.models.explicit_axes import accepts_explicit_axes
 from hivit_jax.models.flops import attention_cost, encoder_cost, row_cost
 from hivit_jax.models.hivit import HiViT
 from hivit_jax.models.layers import INIT, FixedTable, Linear
@@ -66,7 +68,8 @@ class MAEConfig(HiViTConfig):
 class MAEOutput(NamedTuple):
     """Output of the masked autoencoder for N units, K of them visible.
 
-    loss: float32 scalar, mean squared error over the masked units of the batch.
+    loss: float32 scalar, mean squared error over the masked units of the batch; NaN for
+      an empty batch.
     pred: [B, N, P*P*C] float32, predictions of the (possibly normalized) targets.
     mask: [B, N] float32, 0 keep, 1 removed.
     latent: [B, K, 7E] (multi-scale) or [B, K, E], input of the decoder embedding.
@@ -115,6 +118,7 @@ class MaskedAutoencoder(Model):
         pixels = config.patch_size**2 * config.in_channels
         self.decoder_pred = Linear(dim, pixels, **common)
 
+    @accepts_explicit_axes
     def __call__(
         self,
         images: jax.Array,
@@ -131,8 +135,11 @@ class MaskedAutoencoder(Model):
           mask_ratio: fraction of units to mask.
           drop_path_keys: [B] PRNG keys for drop path in the encoder; None: no drop
             path.
+
+        Raises:
+          ConfigError: an array has another shape, or a mask ratio outside (0, 1).
         """
-        kept = visible_units(noise.shape[1], mask_ratio)
+        kept = self._visible_units(images, noise, mask_ratio)
         ids_shuffle, ids_restore, mask = random_masking(noise, kept)
         latent = self.encode(images, ids_shuffle[:, :kept], drop_path_keys)
         pred = positions.gather_tokens(self.decode(latent, ids_shuffle), ids_restore)
@@ -140,6 +147,7 @@ class MaskedAutoencoder(Model):
         loss = (unit_loss * mask).sum() / mask.sum()
         return MAEOutput(loss, pred, mask, latent, unit_loss)
 
+    @accepts_explicit_axes
     def image_loss(
         self,
         images: jax.Array,
@@ -153,13 +161,20 @@ class MaskedAutoencoder(Model):
         Arguments are those of `__call__`. Training uses this function, which is cheaper
         because the decoder's last MLP and its output layer skip the visible units.
         """
-        kept = visible_units(noise.shape[1], mask_ratio)
+        kept = self._visible_units(images, noise, mask_ratio)
         ids_shuffle = random_masking(noise, kept)[0]
         latent = self.encode(images, ids_shuffle[:, :kept], drop_path_keys)
         # [B, N - K, P*P*C]
         pred = self.decode(latent, ids_shuffle, masked_only=True)
         return self.unit_loss(images, pred, ids_shuffle[:, kept:]).mean(1)
 
+    def _visible_units(self, images, noise, mask_ratio):
+        """Return the number of visible units; check the shape of the noise."""
+        rows, columns = self.config.grid
+        check_shape("noise", noise, "[B, N]", len(images), rows * columns)
+        return visible_units(rows * columns, mask_ratio)
+
+    @accepts_explicit_axes
     def encode(
         self,
         images: jax.Array,
@@ -179,6 +194,7 @@ class MaskedAutoencoder(Model):
             per_unit = [x.reshape(*ids_keep.shape, -1) for x in stages]  # 4E, 2E, E
             return self.norm(jnp.concatenate(per_unit, axis=-1))
 
+    @accepts_explicit_axes
     @jax.named_scope("latent")
     def decode(
         self, latent: jax.Array, ids: jax.Array, *, masked_only: bool = False
@@ -190,6 +206,9 @@ class MaskedAutoencoder(Model):
           ids: int [B, N], indices of all units, with those of the latent first.
           masked_only: predict only the masked units, [B, N - K, P*P*C].
         """
+        check_ids("ids", ids, len(latent), len(self.decoder_pos_embed[...]))
+        width = self.decoder_embed.in_features
+        check_shape("latent", latent, "[B, K, width]", len(latent), None, width)
         x = self.decoder_embed(latent)  # [B, K, D]
         batch, kept, dim = x.shape
         tokens = jnp.broadcast_to(
@@ -212,6 +231,7 @@ class MaskedAutoencoder(Model):
         with jax.named_scope("loss"):
             return self.decoder_pred(self.decoder_norm(x)).astype(jnp.float32)
 
+    @accepts_explicit_axes
     def targets(
         self, images: jax.Array, ids: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -223,6 +243,8 @@ class MaskedAutoencoder(Model):
         Args:
           ids: int [B, M], indices of the units to return; None: all, in image order.
         """
+        if ids is not None:
+            check_ids("ids", ids, len(images))
         units = positions.patchify(images.astype(jnp.float32), self.config.patch_size)
         units = units if ids is None else positions.gather_tokens(units, ids)
         if not self.config.norm_pix_loss:
@@ -231,6 +253,7 @@ class MaskedAutoencoder(Model):
         scale = jnp.sqrt(units.var(-1, keepdims=True, ddof=1) + 1e-6)
         return (units - mean) / scale, mean, scale
 
+    @accepts_explicit_axes
     @jax.named_scope("loss")
     def unit_loss(
         self, images: jax.Array, pred: jax.Array, ids: jax.Array | None = None
@@ -240,8 +263,11 @@ class MaskedAutoencoder(Model):
         Args:
           pred: [B, N, P*P*C], prediction of the units `ids`, see `targets`.
         """
-        return jnp.square(pred - self.targets(images, ids)[0]).mean(-1)
+        targets = self.targets(images, ids)[0]
+        check_shape("pred", pred, "[B, N, P*P*C]", *targets.shape)
+        return jnp.square(pred - targets).mean(-1)
 
+    @accepts_explicit_axes
     def to_images(
         self, out: MAEOutput, mean: jax.Array, scale: jax.Array
     ) -> tuple[jax.Array, jax.Array]:

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from hivit_jax.errors import ConfigError
 
@@ -12,15 +13,26 @@ def visible_units(units: int, mask_ratio: float) -> int:
     Raises:
       ConfigError: a mask ratio outside (0, 1), or one that leaves no visible unit.
     """
-    if not 0 < mask_ratio < 1:
+    if np.ndim(mask_ratio) or not 0 < mask_ratio < 1:
         raise ConfigError(f"mask_ratio={mask_ratio}; expected 0 < mask_ratio < 1")
     kept = int(units * (1 - mask_ratio))
     if kept == 0:
+        most = _largest_mask_ratio(units)
         raise ConfigError(
-            f"mask_ratio={mask_ratio} keeps none of {units} units; "
-            f"expected at most {1 - 1 / units:.4f}"
+            f"mask_ratio={mask_ratio} keeps none of {units} units; expected to keep at "
+            + (f"least 1, a mask_ratio of at most {most}" if most else "least 1 of 2")
         )
     return kept
+
+
+def _largest_mask_ratio(units: int) -> float:
+    """Return the largest ratio of few decimals that keeps a unit; 0: there is none."""
+    digits = max(2, len(str(units)))
+    step = 10**-digits
+    ratio = round(1 - 1 / units, digits)
+    while ratio > 0 and int(units * (1 - ratio)) < 1:
+        ratio = round(ratio - step, digits)
+    return ratio
 
 
 @jax.named_scope("input")

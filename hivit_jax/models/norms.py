@@ -1,5 +1,6 @@
 """LayerNorm and batch normalization."""
 
+import math
 from functools import partial
 
 import jax
@@ -7,7 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AxisType
 
-from hivit_jax.kernels.numerics import normalized_gradient
+from hivit_jax.kernels.numerics import normalized_tangent
+from hivit_jax.models.arguments import check_shape
 
 
 class LayerNorm(nnx.LayerNorm):
@@ -24,34 +26,47 @@ class LayerNorm(nnx.LayerNorm):
         return layer_norm(x, *params, self.epsilon, self.dtype or x.dtype)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+@partial(jax.custom_jvp, nondiff_argnums=(3, 4))
 def layer_norm(
     x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float, dtype: jnp.dtype
 ) -> jax.Array:
     """Return the LayerNorm of x, [..., C] -> [..., C] in `dtype`; scale, bias: [C]."""
-    return _layer_norm_forward(x, scale, bias, eps, dtype)[0]
+    return _layer_norm(x, scale, bias, eps, dtype)[0]
 
 
-def _layer_norm_forward(x, scale, bias, eps, dtype):
+def _layer_norm(x, scale, bias, eps, dtype):
+    """Return the LayerNorm, and mean and inverse standard deviation of each row."""
+    scale, bias = (_like_rows(w, x) for w in (scale, bias))
     x32 = x.astype(jnp.float32)
     mean = x32.mean(-1, keepdims=True)
     inverse = jax.lax.rsqrt(jnp.square(x32 - mean).mean(-1, keepdims=True) + eps)
     y = (x32 - mean) * inverse * scale + bias
-    return y.astype(dtype), (x, scale, mean, inverse)
+    return y.astype(dtype), mean, inverse
 
 
-def _layer_norm_backward(eps, dtype, saved, gradient):
-    # Without this, XLA:GPU recomputes mean and deviation at every use, and writes the
-    # summands of the scale's gradient to memory in float32.
-    x, scale, mean, inverse = jax.lax.optimization_barrier(saved)
-    gradient = gradient.astype(jnp.float32)
-    x_hat = (x.astype(jnp.float32) - mean) * inverse
-    rows = tuple(range(x.ndim - 1))
-    dx = normalized_gradient(gradient * scale, x_hat, inverse).astype(x.dtype)
-    return dx, (gradient * x_hat).sum(rows), gradient.sum(rows)
+@layer_norm.defjvp
+def _layer_norm_jvp(eps, dtype, primals, tangents):
+    y, mean, inverse = _layer_norm(*primals, eps, dtype)
+
+    # The backward pass transposes this function. Because of `jax.checkpoint` it
+    # recomputes the normalized rows from the arguments.
+    @partial(jax.checkpoint, prevent_cse=False)
+    def tangent(saved, dx, dscale, dbias):
+        # Without this, XLA:GPU recomputes mean and deviation at every use, and writes
+        # the summands of the scale's gradient to memory in float32.
+        x, scale, mean, inverse = jax.lax.optimization_barrier(saved)
+        x_hat = (x.astype(jnp.float32) - mean) * inverse
+        dx_hat = normalized_tangent(dx.astype(jnp.float32), x_hat, inverse)
+        scale, dscale, dbias = (_like_rows(w, x) for w in (scale, dscale, dbias))
+        return (dx_hat * scale + x_hat * dscale + dbias).astype(dtype)
+
+    x, scale, _ = primals
+    return y, tangent((x, scale, mean, inverse), *tangents)
 
 
-layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
+def _like_rows(weight, x):
+    """Return a vector [C] with the number of axes of x, [1, ..., C]."""
+    return weight.reshape((1,) * (x.ndim - 1) + weight.shape)
 
 
 class BatchNorm(nnx.Module):
@@ -91,7 +106,9 @@ class BatchNorm(nnx.Module):
         """
         x32 = x.astype(jnp.float32)
         if weight is None:
-            mean, var = self.mean[...], self.var[...]
+            # Without this, differentiating with respect to all variables trains them.
+            running = self.mean[...], self.var[...]
+            mean, var = jax.lax.stop_gradient(running)
         else:
             mean, var, count = batch_statistics(x32, weight)
             unbiased = var * count / jnp.maximum(count - 1, 1.0)
@@ -126,9 +143,10 @@ def batch_statistics(
         # Inside `shard_map` a device sees only its own examples.
         return jax.lax.psum(values, manual) if manual else values
 
+    check_shape("weight", weight, "[B]", len(x))
     axes = tuple(range(x.ndim - 1))
     weight = weight.reshape(-1, *[1] * (x.ndim - 1))
-    count = total(weight.sum()) * (x.size // x.shape[0] // x.shape[-1])
+    count = total(weight.sum()) * math.prod(x.shape[1:-1])
     divisor = jnp.maximum(count, 1.0)
     mean = total((weight * x).sum(axes)) / divisor
     var = total((weight * jnp.square(x - mean)).sum(axes)) / divisor

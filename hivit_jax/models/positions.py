@@ -20,7 +20,7 @@ Grid = tuple[int, int]  # units along height, units along width
 
 def check_grid(image_size: int | Sequence[int], patch_size: int) -> Grid:
     """Return the grid of an image; ConfigError if units of `patch_size` do not fit."""
-    sides = (image_size,) * 2 if isinstance(image_size, int) else tuple(image_size)
+    sides = tuple(image_size) if np.ndim(image_size) else (image_size,) * 2
     fits = patch_size > 0 and min(sides) > 0 and not any(s % patch_size for s in sides)
     if len(sides) != 2 or not fits:
         raise ConfigError(
@@ -53,8 +53,9 @@ def patchify(images: jax.Array, patch_size: int) -> jax.Array:
 def unpatchify(units: jax.Array, grid: Grid, patch_size: int) -> jax.Array:
     """Join units [B, N, P*P*C] to images [B, H, W, C]; the inverse of `patchify`."""
     b, p = len(units), patch_size
-    x = units.reshape(b, *grid, p, -1).transpose(0, 1, 3, 2, 4)
-    return x.reshape(b, grid[0] * p, grid[1] * p, -1)
+    row_length = units.shape[-1] // p  # pixels times channels
+    x = units.reshape(b, *grid, p, row_length).transpose(0, 1, 3, 2, 4)
+    return x.reshape(b, grid[0] * p, grid[1] * p, row_length // p)
 
 
 def _merge_axes(levels: int) -> list[int]:

@@ -49,7 +49,7 @@ class Windows:
         x = x.reshape(-1, rows, columns, height, width, *rest).swapaxes(2, 3)
         x = x.reshape(len(x), rows * height, columns * width, *rest)
         x = x[:, : self.grid[0], : self.grid[1]]
-        return x.reshape(len(x), -1, *rest)
+        return x.reshape(len(x), self.grid[0] * self.grid[1], *rest)
 
 
 def make_windows(grid: Grid, side: int) -> Windows | None:

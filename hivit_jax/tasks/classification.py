@@ -145,6 +145,6 @@ def topk_correct(logits: jax.Array, labels: jax.Array) -> PerSample:
     Of classes with equal logits [B, classes], those with lower indices rank higher.
     """
     true = jnp.take_along_axis(logits, labels[:, None], axis=-1)
-    lower_index = jnp.arange(logits.shape[-1]) < labels[:, None]
+    lower_index = jnp.arange(logits.shape[-1])[None] < labels[:, None]
     rank = ((logits > true) | ((logits == true) & lower_index)).sum(-1)
     return {f"top{k}": (rank < k).astype(jnp.float32) for k in (1, 5)}

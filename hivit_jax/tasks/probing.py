@@ -58,16 +58,20 @@ def nearest_neighbors(
         return features[weight > 0], labels[weight > 0]
 
     @jax.jit
-    def classify(queries, keys, labels):
+    def classify(queries, true, keys, labels):
         cosine, indices = jax.lax.top_k(queries @ keys.T, min(neighbors, len(keys)))
         votes = jax.nn.one_hot(labels[indices], num_classes)
-        return (jnp.exp(cosine / temperature)[..., None] * votes).sum(1)
+        scores = (jnp.exp(cosine / temperature)[..., None] * votes).sum(1)
+        return topk_correct(scores, true)
 
     keys, labels = jax.device_put(encode_split("train"))
     queries, true = encode_split("test")
     chunks = [
-        topk_correct(classify(queries[i : i + 256], keys, labels), true[i : i + 256])
-        for i in range(0, len(queries), 256)
+        jax.device_get(classify(*jax.device_put(chunk), keys, labels))
+        for chunk in (
+            (queries[i : i + 256], true[i : i + 256])
+            for i in range(0, len(queries), 256)
+        )
     ]
     top1, top5 = (
         float(np.concatenate([chunk[name] for chunk in chunks]).mean())

@@ -87,9 +87,10 @@ def skip_steps(state: dict[str, Any], steps: int) -> dict[str, Any]:
     The skipped steps do not count in Adam's bias correction.
     """
     schedules = optax.ScaleByScheduleState
+    add = jax.jit(lambda count: count + steps)
     opt_state = jax.tree.map(
-        lambda x: x._replace(count=x.count + steps) if isinstance(x, schedules) else x,
+        lambda x: x._replace(count=add(x.count)) if isinstance(x, schedules) else x,
         state["opt_state"],
         is_leaf=lambda x: isinstance(x, schedules),
     )
-    return state | {"opt_state": opt_state, "step": state["step"] + steps}
+    return state | {"opt_state": opt_state, "step": add(state["step"])}

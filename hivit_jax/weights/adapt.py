@@ -205,11 +205,12 @@ def initialize_from(
     """
     log(f"initializing from {pretrained.path}")
     arrays = adapt(pretrained, model, fresh)
+    scale_head = jax.jit(lambda kernel: kernel * head_scale)
 
     def pretrained_or_new(path, leaf):
         name = leaf_name(path[1:])
         if name in arrays:
             return jax.device_put(arrays[name], leaf.sharding)
-        return leaf * head_scale if name == "head/kernel" else leaf
+        return scale_head(leaf) if name == "head/kernel" else leaf
 
     return jax.tree_util.tree_map_with_path(pretrained_or_new, dict(variables))

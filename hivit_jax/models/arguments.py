@@ -1,0 +1,73 @@
+"""Checks of Python arguments of models: seeds and shapes of arrays."""
+
+import operator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hivit_jax.errors import ConfigError
+
+
+def make_key(seed: Any) -> jax.Array:
+    """Return the PRNG key of a seed: an integer of any kind, or a PRNG key itself.
+
+    Raises:
+      ConfigError: any other seed, or an integer of more than 64 bits.
+    """
+    dtype = getattr(seed, "dtype", None)
+    if isinstance(seed, jax.Array):
+        is_key = jnp.issubdtype(dtype, jax.dtypes.prng_key)
+        if seed.ndim == (0 if is_key else 1) and (is_key or dtype == jnp.uint32):
+            return seed
+    integer = dtype is not None and np.ndim(seed) == 0 and dtype.kind in "iu"
+    try:
+        return jax.random.key(seed if integer else _index(seed))
+    except (TypeError, OverflowError):
+        raise ConfigError(
+            f"seed={seed!r}; expected an integer of at most 64 bits or one PRNG key"
+        ) from None
+
+
+def _index(seed: Any) -> int:
+    """Return an integer of any type as an int; TypeError for True, False and others."""
+    if isinstance(seed, bool | np.bool_):
+        raise TypeError
+    return operator.index(seed)
+
+
+def check_shape(name: str, array: Any, axes: str, *expected: int | None) -> None:
+    """Raise a ConfigError unless an array has the expected shape.
+
+    Args:
+      axes: names of the axes in the message, such as "[B, N]".
+      expected: size of each axis; None: any.
+    """
+    shape = np.shape(array)
+    if len(shape) == len(expected) and all(
+        size in (None, found) for size, found in zip(expected, shape, strict=True)
+    ):
+        return
+    sizes = ", ".join("any" if size is None else str(size) for size in expected)
+    raise ConfigError(
+        f"{name} has shape {list(shape)}; expected {axes} = [{sizes}] for these images "
+        "and this model"
+    )
+
+
+def check_ids(name: str, ids: jax.Array, batch: int, units: int | None = None) -> None:
+    """Raise a ConfigError unless `ids` is an integer array [B, units]."""
+    check_shape(name, ids, "[B, K]" if units is None else "[B, N]", batch, units)
+    if not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise ConfigError(f"{name} is {ids.dtype}; expected integers, indices of units")
+
+
+def check_drop_path_keys(keys: jax.Array | None, batch: int) -> None:
+    """Raise a ConfigError unless there is one PRNG key for each image."""
+    if keys is None:
+        return
+    if jnp.issubdtype(keys.dtype, jax.dtypes.prng_key):
+        check_shape("drop_path_keys", keys, "[B]", batch)
+    else:  # keys of `jax.random.PRNGKey`
+        check_shape("drop_path_keys", keys, "[B, 2]", batch, None)
