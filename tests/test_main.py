@@ -8,7 +8,10 @@ import recipes
 from recipes import check_message
 
 from hivit_jax import recipes as recipes_by_name
+from hivit_jax.checkpoints import read
+from hivit_jax.errors import ConfigError
 from hivit_jax.main import MODES, main
+from hivit_jax.train import report_changes
 
 MINI = recipes.arguments()  # --config and overrides of a recipe that works
 
@@ -113,6 +116,69 @@ def test_eval_mode(finished, capsys):
         count = recipes.lines(finished, "eval/count")[1]
         out = capsys.readouterr().out
         assert f"step 1  eval  loss {loss:.4f}  ({count} images)" in out
+
+
+def test_workdir_alone(finished, tmp_path, capsys):
+    """Its config is that of the newest start: evaluation, description, a finished run,
+    which writes nothing. Its config files are recipes. Other directories and files are
+    refused.
+    """
+    before = {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()}
+    loss = f"loss {recipes.lines(finished, 'eval/loss')[1]:.4f}"
+    for flags in (
+        [f"--workdir={finished}", "--mode=eval"],
+        [f"--workdir={finished}"],
+        [f"--config={finished}/config.json", f"--workdir={finished}"],
+        [f"--workdir={finished}", "--config.log_every=7"],
+    ):
+        assert main(flags) == 0
+        assert f"step 1  eval  {loss}" in capsys.readouterr().out
+    assert {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()} == before
+
+    config = f"--config={finished}/config.json"
+    assert main([config, "--mode=describe", "--config.log_every=7"]) == 0
+    assert "  log_every: 1 -> 7" in capsys.readouterr().out
+    (tmp_path / "config.json").write_text('{"batch_size": 8}')
+    (tmp_path / "bad.json").write_text("{")
+    for flags, fragment in (
+        ([f"--workdir={tmp_path / 'none'}"], "contains no config.json"),
+        ([f"--workdir={tmp_path}"], "config.task is missing"),
+        ([f"--config={tmp_path / 'bad.json'}", "--mode=describe"], "JSONDecodeError"),
+        ([f"--config={tmp_path / 'x.json'}", "--mode=describe"], "No such file"),
+    ):
+        assert main(flags) == 2
+        check_message(capsys.readouterr().err, ["--config", fragment])
+
+
+def test_changes_since_a_checkpoint(finished, capsys):
+    """One line for each key and for the dataset; another batch size is refused before
+    anything is written.
+    """
+    step = finished / "checkpoints" / "1"
+    dataset = {"counts": {"train": 64, "test": 64}, "classes": ["0"]}
+    saved = read.load_dataset(step)
+    assert saved.keys() == {"counts", "classes", "encoded"}
+
+    def changes(**overrides):
+        config = recipes.mae(**{"total_steps": 1} | overrides)
+        report_changes(config, saved | dataset, step)
+        return capsys.readouterr().out.splitlines()
+
+    dataset = {}
+    assert changes() == []
+    assert changes(seed=3, optimizer__clip_norm=1, data__crop_scale="(0.5,1.0)") == [
+        "changed: data.crop_scale: (0.2, 1.0) -> (0.5, 1.0)",
+        "changed: optimizer.clip_norm: 0.0 -> 1.0",
+        "changed: seed: 0 -> 3",
+    ]
+    dataset = {"classes": ["other"], "counts": saved["counts"] | {"train": 7}}
+    train = saved["counts"]["train"]
+    assert changes() == [
+        f"dataset changed: train: {train} -> 7 examples",
+        f"dataset changed: label 0: {saved['classes'][0]} -> other",
+    ]
+    with pytest.raises(ConfigError, match="batch_size=8; .* with batch_size=16"):
+        changes(batch_size=8)
 
 
 def describe(*overrides):
