@@ -28,7 +28,7 @@ from benchmarks.machine import processor
 from hivit_jax import config as configs
 from hivit_jax import inputs, tasks
 from hivit_jax.config import step_options
-from hivit_jax.data.sources.base import IMAGENET
+from hivit_jax.data.sources.base import DatasetInfo
 from hivit_jax.distributed.sharding import make_mesh, shardings_of
 from hivit_jax.errors import HivitError, Parser, exit_code
 from hivit_jax.training import step as steps
@@ -75,7 +75,8 @@ class Training:
 def task_of(config: Any) -> tasks.Task:
     """Return the task of a recipe, for ImageNet (not opened) or synthetic images."""
     encoded = config.data.name != "synthetic"
-    return tasks.create(config, replace(IMAGENET, encoded=encoded))
+    counts = {"train": 1_281_167, "test": 50_000}
+    return tasks.create(config, DatasetInfo(counts, encoded=encoded))
 
 
 def synthetic_batch(shapes: dict[str, jax.ShapeDtypeStruct], config: Any) -> dict:

@@ -70,7 +70,6 @@ KEYS = {
             (),
             "values of black and white beyond 8 bits; (): 0, 65535",
             item=float,
-            increasing=True,
         ),
         "interpolation": Key("bicubic", "resize filter", choices=tuple(FILTER_RADIUS)),
         "antialias": Key(True, "true: resize as PIL; false: as `tf.image.resize`"),

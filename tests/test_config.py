@@ -34,7 +34,7 @@ BAD_OVERRIDES = [
     (["mask_ratio=0"], ["mask_ratio=0.0", "0 < mask_ratio < 1"]),
     (["mask_ratio=1"], ["mask_ratio=1.0", "0 < mask_ratio < 1"]),
     (["mask_ratio=1.5"], ["mask_ratio=1.5", "0 < mask_ratio < 1"]),
-    (["mask_ratio=0.95"], ["mask_ratio=0.95", "none of 16 units", "0.9375"]),
+    (["mask_ratio=0.95"], ["mask_ratio=0.95", "none of 16 units", "0.93"]),
     (["batch_size=12"], ["batch_size=12", "8 devices"]),
     (["batch_size=0"], ["batch_size=0", "at least 1"]),
     (["optimizer.accumulate_steps=4"], ["batch_size=16", "accumulate_steps=4"]),

@@ -11,9 +11,9 @@ from hivit_jax.aliases import unknown_key
 from hivit_jax.errors import unknown
 from hivit_jax.models.base import Model
 from hivit_jax.models.classifier import Classifier, ClassifierConfig
-from hivit_jax.models.config import HiViTConfig, RunOptions
+from hivit_jax.models.config import HiViTConfig, MAEConfig, RunOptions
 from hivit_jax.models.layers import ParameterKeys
-from hivit_jax.models.mae import MAEConfig, MaskedAutoencoder
+from hivit_jax.models.mae import MaskedAutoencoder
 
 # Tiny, Small and Base are official; Large and the 24-block Base are MMPretrain's.
 SIZES: dict[str, dict[str, Any]] = {

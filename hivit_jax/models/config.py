@@ -155,6 +155,43 @@ class HiViTConfig:
         ]
 
 
+@dataclass(frozen=True, kw_only=True)
+class MAEConfig(HiViTConfig):
+    """Sizes of encoder and decoder; `window_size` must be 0.
+
+    The decoder's MLP ratio is 4. The decoder has no relative positions and no drop
+    path.
+
+    decoder_embed_dim: width of the decoder.
+    decoder_depth: blocks of the decoder.
+    decoder_num_heads: attention heads of the decoder.
+    multi_scale: decode the outputs of all three stages, 7E wide after a LayerNorm
+      (official ``hifeat``). False: decode the main stage's output, without a norm. The
+      official module has an unused norm in this case.
+    norm_pix_loss: normalize the targets of each unit. The official constructor ignores
+      the value False; this one does not.
+    """
+
+    relative_position: bool = False
+    decoder_embed_dim: int = setting(512, low=4, high=2**16)
+    decoder_depth: int = setting(6, low=1, high=1000)
+    decoder_num_heads: int = setting(16, low=1, high=2**16)
+    multi_scale: bool = True
+    norm_pix_loss: bool = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        dim, heads = self.decoder_embed_dim, self.decoder_num_heads
+        check_heads("decoder_embed_dim", dim, "decoder_num_heads", heads)
+        if dim % 4:
+            raise ConfigError(f"decoder_embed_dim={dim}: expected a multiple of 4")
+        if self.window_size > 0:
+            raise ConfigError(
+                f"window_size={self.window_size}: masked pretraining drops units, but "
+                "attention windows need all units; expected window_size=0"
+            )
+
+
 def check_heads(dim_name: str, dim: int, heads_name: str, heads: int) -> None:
     """Raise a ConfigError unless `dim` is a multiple of `heads`."""
     if heads < 1 or dim % heads:

@@ -165,9 +165,9 @@ class HiViT(nnx.Module):
             raise ConfigError(
                 f"images are {images.dtype}; expected normalized floating-point images"
             )
-        check_drop_path_keys(drop_path_keys, len(images))
+        check_drop_path_keys(drop_path_keys, images.shape[0])
         if ids_keep is not None:
-            check_ids("ids_keep", ids_keep, len(images))
+            check_ids("ids_keep", ids_keep, images.shape[0])
         if ids_keep is not None and any(config.windows(self.grid)):
             raise ConfigError(
                 f"window_size={config.window_size} with ids_keep: attention windows "

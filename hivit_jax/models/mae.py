@@ -19,50 +19,13 @@ from hivit_jax.models import positions
 from hivit_jax.models.arguments import check_ids, check_shape
 from hivit_jax.models.base import Model, make_info
 from hivit_jax.models.blocks import AttentionBlock, run_blocks
-from hivit_jax.models.config import HiViTConfig, RunOptions, check_heads
+from hivit_jax.models.config import MAEConfig, RunOptions
 from hivit_jax.models.explicit_axes import accepts_explicit_axes
 from hivit_jax.models.flops import attention_cost, encoder_cost, row_cost
 from hivit_jax.models.hivit import HiViT
 from hivit_jax.models.layers import INIT, FixedTable, Linear
 from hivit_jax.models.masking import random_masking, visible_units
 from hivit_jax.models.norms import LayerNorm
-
-
-@dataclass(frozen=True, kw_only=True)
-class MAEConfig(HiViTConfig):
-    """Sizes of encoder and decoder; `window_size` must be 0.
-
-    The decoder's MLP ratio is 4. The decoder has no relative positions and no drop
-    path.
-
-    decoder_embed_dim: width of the decoder.
-    decoder_depth: blocks of the decoder.
-    decoder_num_heads: attention heads of the decoder.
-    multi_scale: decode the outputs of all three stages, 7E wide after a LayerNorm
-      (official ``hifeat``). False: decode the main stage's output, without a norm. The
-      official module has an unused norm in this case.
-    norm_pix_loss: normalize the targets of each unit. The official constructor ignores
-      the value False; this one does not.
-    """
-
-    relative_position: bool = False
-    decoder_embed_dim: int = setting(512, low=4, high=2**16)
-    decoder_depth: int = setting(6, low=1, high=1000)
-    decoder_num_heads: int = setting(16, low=1, high=2**16)
-    multi_scale: bool = True
-    norm_pix_loss: bool = True
-
-    def __post_init__(self):
-        super().__post_init__()
-        dim, heads = self.decoder_embed_dim, self.decoder_num_heads
-        check_heads("decoder_embed_dim", dim, "decoder_num_heads", heads)
-        if dim % 4:
-            raise ConfigError(f"decoder_embed_dim={dim}: expected a multiple of 4")
-        if self.window_size > 0:
-            raise ConfigError(
-                f"window_size={self.window_size}: masked pretraining drops units, but "
-                "attention windows need all units; expected window_size=0"
-            )
 
 
 class MAEOutput(NamedTuple):
@@ -171,7 +134,7 @@ class MaskedAutoencoder(Model):
     def _visible_units(self, images, noise, mask_ratio):
         """Return the number of visible units; check the shape of the noise."""
         rows, columns = self.config.grid
-        check_shape("noise", noise, "[B, N]", len(images), rows * columns)
+        check_shape("noise", noise, "[B, N]", images.shape[0], rows * columns)
         return visible_units(rows * columns, mask_ratio)
 
     @accepts_explicit_axes
@@ -206,9 +169,9 @@ class MaskedAutoencoder(Model):
           ids: int [B, N], indices of all units, with those of the latent first.
           masked_only: predict only the masked units, [B, N - K, P*P*C].
         """
-        check_ids("ids", ids, len(latent), len(self.decoder_pos_embed[...]))
+        check_ids("ids", ids, latent.shape[0], self.decoder_pos_embed[...].shape[0])
         width = self.decoder_embed.in_features
-        check_shape("latent", latent, "[B, K, width]", len(latent), None, width)
+        check_shape("latent", latent, "[B, K, width]", latent.shape[0], None, width)
         x = self.decoder_embed(latent)  # [B, K, D]
         batch, kept, dim = x.shape
         tokens = jnp.broadcast_to(
@@ -244,7 +207,7 @@ class MaskedAutoencoder(Model):
           ids: int [B, M], indices of the units to return; None: all, in image order.
         """
         if ids is not None:
-            check_ids("ids", ids, len(images))
+            check_ids("ids", ids, images.shape[0])
         units = positions.patchify(images.astype(jnp.float32), self.config.patch_size)
         units = units if ids is None else positions.gather_tokens(units, ids)
         if not self.config.norm_pix_loss:
