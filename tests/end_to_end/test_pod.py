@@ -9,6 +9,7 @@ import time
 import numpy as np
 import pytest
 import recipes
+from PIL import Image
 
 STEPS = 40
 
@@ -159,6 +160,8 @@ def failing(cause, directory):
         images.mkdir(parents=True)
         for index in range(20):
             (images / f"{index}.png").touch()
+        # A split without any readable image is refused before the first step.
+        Image.new("RGB", (64, 64)).save(images / "0.png")
     data = dict(data__name="folder", data__dir=directory / "data")
     return recipes.arguments(**RUN | data, data__train_examples=0)
 
