@@ -29,7 +29,7 @@ from benchmarks.machine import processor
 from hivit_jax import config as configs
 from hivit_jax import inputs
 from hivit_jax.data import crops, order, transforms
-from hivit_jax.data.sources import base, registry
+from hivit_jax.data.sources import registry
 from hivit_jax.tools.prepare_data import shrink
 
 ROOT = Path(__file__).resolve().parent.parent

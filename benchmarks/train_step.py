@@ -14,7 +14,6 @@ import resource
 import statistics
 import sys
 import time
-from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any

@@ -177,8 +177,8 @@ def check_splits(config: Any, task: tasks.Task) -> None:
             readable += batch["weight"].sum()
         if not readable:
             raise DataError(
-                f"{config.data.name}: cannot read any of {CHECKED} images of the "
-                f"{split} split\n{CHECK_HINT}"
+                f"{CHECKED} of {CHECKED} images tried of the {split} split of "
+                f"{config.data.name} could not be read\n{CHECK_HINT}"
             )
 
 

@@ -6,15 +6,12 @@ Only the visible units are embedded and encoded.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hivit_jax.errors import ConfigError
-from hivit_jax.keys import setting
 from hivit_jax.models import positions
 from hivit_jax.models.arguments import check_ids, check_shape
 from hivit_jax.models.base import Model, make_info

@@ -11,14 +11,14 @@ from jax.experimental import pallas as pl
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from numpy.testing import assert_allclose
 
-from hivit_jax.xla.compile import memory_of
 from hivit_jax import config as configs
 from hivit_jax import inputs
 from hivit_jax.distributed import sharding
 from hivit_jax.models.flops import row_cost
 from hivit_jax.models.masking import visible_units
 from hivit_jax.tools import compile_ahead
-from hivit_jax.xla import ahead, cost
+from hivit_jax.xla import cost
+from hivit_jax.xla.compile import memory_of
 
 MIB = 2**20
 
