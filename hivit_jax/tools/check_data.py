@@ -29,6 +29,7 @@ from hivit_jax.data.sources.registry import open_source
 from hivit_jax.data.transforms import Transform, decode
 from hivit_jax.errors import ConfigError, DataError, Parser, exit_code
 from hivit_jax.models import Model, image_shape
+from hivit_jax.tools.outputs import output_path
 
 IMAGES_PER_JOB = 32
 MAX_LISTED = 20  # names in the printed report
@@ -261,7 +262,8 @@ def run(argv: Sequence[str] | None) -> None:
     if flags.sample < 0:
         raise ConfigError(f"--sample={flags.sample}; expected at least 0")
     try:
-        listing = open(flags.list, "w", encoding="utf-8")  # noqa: SIM115
+        path = output_path("--list", flags.list, [flags.config.partition(":")[0]])
+        listing = path.open("w", encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"--list={flags.list}: {error.strerror}") from error
     with listing:

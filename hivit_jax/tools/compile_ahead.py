@@ -18,6 +18,7 @@ from hivit_jax import tasks
 from hivit_jax.config import step_options, to_json
 from hivit_jax.distributed.sharding import BATCH, make_mesh
 from hivit_jax.inputs import task_of_recipe
+from hivit_jax.paths import expand
 from hivit_jax.reporting.console import log
 from hivit_jax.reporting.metrics import prepare_workdir
 from hivit_jax.tools.describe import resolved_schedule
@@ -44,11 +45,12 @@ def compile_ahead(
         batch that does not fit the topology.
     """
     devices = devices_of(topology)
-    prepare_workdir(Path(workdir))
+    workdir = Path(expand(str(workdir)))
+    prepare_workdir(workdir)
     report = step_report(config, devices, topology)
     if search_batch:
         report |= largest_batch(config, devices, report)
-    path = Path(workdir) / "compile.json"
+    path = workdir / "compile.json"
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(report, indent=2) + "\n")
     temporary.replace(path)

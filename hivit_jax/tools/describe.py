@@ -13,6 +13,7 @@ from hivit_jax import config as configs
 from hivit_jax import inputs, rng, tasks
 from hivit_jax.errors import DataError
 from hivit_jax.models import Model
+from hivit_jax.paths import expand
 from hivit_jax.reporting import figures
 from hivit_jax.training.schedule import (
     make_schedule,
@@ -38,7 +39,7 @@ def draw_figures(config: Any, workdir: str | Path) -> str:
     Returns:
       The paths of the figures, as text.
     """
-    directory = Path(workdir) / "figures"
+    directory = Path(expand(str(workdir))) / "figures"
     _, total, learning_rate = resolved_schedule(config)
     steps = np.unique(np.linspace(0, total, 1000).astype(np.int32))
     curve = figures.schedule(steps, np.asarray(learning_rate(steps)))
