@@ -142,7 +142,7 @@ class TorchFile:
         """
         self._path, self._size = path, path.stat().st_size
         self._pids: dict[str, tuple] = {}
-        self._arrays: dict[str, np.ndarray] = {}
+        self._data: dict[str, bytes] = {}
         self._members: dict[str, zipfile.ZipInfo] = {}
         self._offsets: dict[str, int] = {}
         try:
@@ -217,19 +217,20 @@ class TorchFile:
             if file.tell() > self._size:
                 raise ValueError(f"{self._size:,} bytes, expected {file.tell():,}")
 
-    def _storage(self, pid: tuple) -> np.ndarray:
-        """Return the data of a storage, [numel]."""
-        key, count, dtype = pid[2], pid[4], _storage_dtype(pid)
-        if key not in self._arrays:
+    def _storage(self, pid: tuple) -> bytes:
+        key = pid[2]
+        size = pid[4] * _storage_dtype(pid).itemsize
+        if key not in self._data:
             if self._members:
                 with zipfile.ZipFile(self._path) as archive:
-                    data = archive.read(self._members[f"data/{key}"])
+                    self._data[key] = archive.read(self._members[f"data/{key}"])
             else:
                 with self._path.open("rb") as file:
                     file.seek(self._offsets[key])
-                    data = file.read(count * dtype.itemsize)
-            self._arrays[key] = np.frombuffer(data, dtype, count)
-        return self._arrays[key]
+                    self._data[key] = file.read(size)
+        if len(self._data[key]) != size:
+            raise ValueError(f"has {len(self._data[key])} bytes; expected {size}")
+        return self._data[key]
 
     def _array(self, record: StandIn) -> np.ndarray:
         source, args = record.source, record.args
@@ -247,24 +248,20 @@ class TorchFile:
         ):
             raise ValueError("is not a dense tensor")
         pid, offset, shape, strides = args[:4]
-        flat = self._storage(pid)
-        if len(pid) > 5 and pid[5]:  # a part of a storage
-            flat = flat[pid[5][1] :][: pid[5][2]]
-        if function == "_rebuild_tensor_v3":
-            flat = flat.view(_dtype(args[6].source))
-        if any(args[6 + function.endswith("v3") :]) and any(args[-1].values()):
+        metadata = 7 if function.endswith("v3") else 6  # its index in args
+        if any(args[metadata : metadata + 1]) and any(args[metadata].values()):
             raise ValueError("is not a dense tensor")  # conjugated or negated
+        dtype = _dtype(args[6].source) if metadata == 7 else _storage_dtype(pid)
+        offset *= dtype.itemsize
+        if len(pid) > 5 and pid[5]:  # a view of a storage
+            offset += pid[5][1] * dtype.itemsize
         if min((offset, *shape, *strides)) < 0:
             raise ValueError("has a negative size or stride")
-        if math.prod(shape) * flat.itemsize > self._size:
+        if math.prod(shape) * dtype.itemsize > self._size:
             raise ValueError(f"{list(shape)}, is larger than the file")
-        steps = zip(shape, strides, strict=True)
-        last = offset + sum((size - 1) * stride for size, stride in steps)
-        if 0 not in shape and last >= len(flat):
-            raise ValueError("reaches beyond its storage")
-        return np.lib.stride_tricks.as_strided(
-            flat[offset:], shape, [stride * flat.itemsize for stride in strides]
-        )
+        strides = [stride * dtype.itemsize for stride in strides]
+        # Raises an error if it would reach beyond the storage.
+        return np.ndarray(shape, dtype, self._storage(pid), offset, strides)
 
 
 def _storage_dtype(pid: tuple) -> np.dtype:
