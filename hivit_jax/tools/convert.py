@@ -125,6 +125,8 @@ def convert(
       ConfigError: the target is the source, or cannot be written.
     """
     target = output_path("DST", target, [source])
+    if target.suffix not in files.SUFFIXES:
+        output_path("DST", target / files.WEIGHTS, [source])
     pretrained = load.read(source, averaged=averaged, **overrides)
     model = build(pretrained, **overrides)
     if target.suffix in files.SUFFIXES:

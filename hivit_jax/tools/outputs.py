@@ -19,11 +19,10 @@ def output_path(flag: str, path: str | Path, inputs: Iterable[str | Path]) -> Pa
       ConfigError: the path is an input, or a model's file in an input directory.
     """
     output = Path(expand(str(path)))
-    for name in inputs:
-        source = Path(expand(str(name)))
+    for source in (Path(expand(str(each))) for each in inputs):
         files = [source]
         if source.is_dir():
-            files += [source / name for name in (WEIGHTS, CONFIG, CARD)]
+            files = [source / name for name in (WEIGHTS, CONFIG, CARD)]
             files += [f for f in source.iterdir() if f.name.endswith(SUFFIXES)]
         if output.exists() and any(f.exists() and output.samefile(f) for f in files):
             raise ConfigError(

@@ -12,11 +12,10 @@ from hivit_jax.weights.torch_format import StandIn, is_array
 STATE_DICT_KEYS = ("", "model", "state_dict", "module", "model_state_dict")
 # Every HiViT has an entry with this name, after the prefix of a wrapper.
 ANCHOR = "patch_embed.proj.weight"
-# Names that wrappers of PyTorch insert, anywhere in a name: DistributedDataParallel,
-# torch.compile, FullyShardedDataParallel, activation checkpoints.
+# Names that wrappers of PyTorch insert: DistributedDataParallel, torch.compile,
+# FullyShardedDataParallel, activation checkpoints. A first one counts as prefix.
 WRAPPERS = re.compile(
-    r"(?:^|(?<=\.))"
-    r"(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+    r"(?<=\.)(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
 )
 MAX_MODULES = 100_000
 
@@ -81,6 +80,7 @@ def remove_prefixes(state: Mapping[str, Any], averaged: bool = True) -> Unwrappe
     Raises:
       CheckpointError: the state dict contains several models.
     """
+    # First the wrappers inside of names, so that one prefix is common to all.
     removed = sorted({f"{part}." for n in state for part in WRAPPERS.findall(n)})
     named = {WRAPPERS.sub("", name): array for name, array in state.items()}
     # MMPretrain's prefix is a part of its names, see `official_names`.

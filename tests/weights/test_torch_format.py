@@ -117,15 +117,21 @@ def planted(marker):
         "OBJ": b"\x80\x02(" + system + text + b"o.",
         "NEWOBJ": b"\x80\x02" + system + text + b"\x85\x81.",
         "NEWOBJ_EX": b"\x80\x04" + system + text + b"\x85}\x92.",
-        "STACK_GLOBAL": b"\x80\x04X\x02\0\0\0osX\x06\0\0\0system\x93" + text + b"\x85R.",
+        "STACK_GLOBAL": b"\x80\x04X\x02\0\0\0osX\x06\0\0\0system\x93"
+        + text
+        + b"\x85R.",
         "result of a call": b"\x80\x02cbuiltins\ngetattr\ncos\nsystem\n"
         + code
         + b"\x86R"
         + text
         + b"\x85R.",
         "BUILD": b"\x80\x02cos\nsystem\n)R" + text + b"b" + text + b"\x85R.",
-        "BUILD of a slot": b"\x80\x02cmy\nClass\n)RN}X\4\0\0\0args" + system + b"s\x86b.",
-        "a dotted name": b"\x80\x04X\x02\0\0\0osX\x0b\0\0\0path.os.sys\x93" + text + b"\x85R.",
+        "BUILD of a slot": b"\x80\x02cmy\nClass\n)RN}X\4\0\0\0args"
+        + system
+        + b"s\x86b.",
+        "a dotted name": b"\x80\x04X\x02\0\0\0osX\x0b\0\0\0path.os.sys\x93"
+        + text
+        + b"\x85R.",
         "PERSID": b"\x80\x02(X\x06\0\0\0module" + system + b"tQ" + text + b"\x85R.",
     }
 
