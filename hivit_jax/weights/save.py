@@ -47,6 +47,7 @@ def save_pretrained(
         written or contains files of another program. Nothing is written.
     """
     directory = Path(expand(str(directory)))
+    edited = _check_directory(directory)
     metadata = {
         "arguments": arguments_of(model),
         "info": asdict(model.info),
@@ -55,7 +56,6 @@ def save_pretrained(
         "hivit_jax": hivit_jax.__version__,
     }
     state = _checked_state(model, metadata["arguments"])
-    edited = _check_directory(directory)
     card = _card(model, metadata).encode()
     metadata["card"] = _digest(card)
     text = json.dumps(metadata, indent=2, default=_json_value) + "\n"
