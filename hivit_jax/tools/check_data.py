@@ -28,6 +28,7 @@ from hivit_jax.data.sources.registry import open_source
 from hivit_jax.data.transforms import Transform
 from hivit_jax.errors import ConfigError, DataError, Parser, exit_code
 from hivit_jax.models import Model, image_shape
+from hivit_jax.tools.outputs import output_path
 
 IMAGES_PER_JOB = 32
 MAX_LISTED = 20  # names in the printed report
@@ -251,8 +252,9 @@ def run(argv: Sequence[str] | None) -> None:
         files = []
         for name in ("list", "list_reasons"):
             path = getattr(flags, name) or os.devnull
+            path = output_path(f"--{name}", path, [flags.config.partition(":")[0]])
             try:
-                files.append(stack.enter_context(open(path, "wb")))
+                files.append(stack.enter_context(path.open("wb")))
             except OSError as error:
                 raise ConfigError(f"--{name}={path}: {error.strerror}") from error
         check_dataset(config, flags.sample, *files)

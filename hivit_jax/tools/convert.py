@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -13,6 +14,7 @@ from hivit_jax import platforms
 from hivit_jax.errors import ConfigError, Parser, exit_code
 from hivit_jax.models import arguments_of, configure, variant
 from hivit_jax.reporting.console import log
+from hivit_jax.tools.outputs import output_path
 from hivit_jax.tree import named_leaves, split
 from hivit_jax.weights import files, load
 from hivit_jax.weights.adapt import compare
@@ -29,8 +31,8 @@ python -m hivit_jax.tools.convert --inspect SRC [--names] [--plain]
 SRC        workdir of a run, a checkpoint, a directory of save_pretrained, or
            hf://ORGANIZATION/NAME; or a .pth or .safetensors file written by this
            package, the official code or MMPretrain
-DST        a .safetensors or PyTorch file (.pth, .pt, .bin, .ckpt); any other name is a
-           directory for model.safetensors, config.json and a model card
+DST        a .safetensors or PyTorch file (.pth, .pt, .bin, .ckpt, .pth.tar); any other
+           name is a directory for model.safetensors, config.json and a model card
 --format   parameter names in the file: official (self_supervised, default), supervised
            or mmpretrain
 --set      override a model argument: name=hivit_base, num_classes=10, image_size=384;
@@ -119,13 +121,19 @@ def convert(
       layout: parameter names in a file, one of `weights.names.official.LAYOUTS`.
       averaged: read averaged weights (EMA) if they were saved.
       overrides: model arguments that differ from the saved ones.
+
+    Raises:
+      ConfigError: the target is the source, or cannot be written.
     """
+    target = output_path("DST", target, [source])
+    if target.suffix not in files.SUFFIXES:
+        output_path("DST", target / files.WEIGHTS, [source])
     pretrained = load.read(source, averaged=averaged, **overrides)
-    model, target = build(pretrained, **overrides), Path(target)
+    model = build(pretrained, **overrides)
     if target.suffix in files.SUFFIXES:
         state = to_state_dict(split(model)[1], model, layout)
         about = {"arguments": arguments_of(model), "info": asdict(model.info)}
-        files.write(target, state, about)
+        files.write(target, state, json.dumps(about))
     else:
         save_pretrained(model, target, pretrained.recipe, pretrained.results)
     log(f"written: {target}")

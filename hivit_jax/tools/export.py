@@ -21,7 +21,9 @@ from hivit_jax import errors, platforms
 from hivit_jax.errors import CheckpointError, ConfigError, HivitError
 from hivit_jax.models import Model
 from hivit_jax.models.classifier import Classifier
+from hivit_jax.paths import expand
 from hivit_jax.reporting.console import log
+from hivit_jax.tools.outputs import output_path
 
 OUTPUTS = ("classifier", "features")
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -95,7 +97,7 @@ def load_exported(path: str | Path) -> Callable[[Any], Any]:
       CheckpointError: the file does not exist or is not a valid exported model.
       ConfigError: flatbuffers or onnxruntime is not installed.
     """
-    path = Path(path)
+    path = Path(expand(str(path)))
     onnx = path.suffix == ".onnx"
     name, extra = ("onnxruntime", "onnx") if onnx else ("flatbuffers", "export")
     package = errors.require(name, f"hivit-jax[{extra}]")
@@ -187,7 +189,7 @@ def run(argv: Sequence[str] | None) -> None:
     parser.add_argument("--what", default=OUTPUTS[0], choices=OUTPUTS)
     parser.add_argument("--platforms", help=f"not for ONNX; {','.join(PLATFORMS)}")
     flags = parser.parse_args(argv)
-    out = Path(flags.out)
+    out = output_path("--out", flags.out, [flags.checkpoint])
     onnx = out.suffix == ".onnx"
     if onnx and flags.platforms:
         raise ConfigError(

@@ -17,8 +17,10 @@ from hivit_jax import evaluate, inputs, platforms
 from hivit_jax.data.prefetch import prefetch_to_device
 from hivit_jax.data.sources import folder, registry
 from hivit_jax.distributed.sharding import make_mesh
-from hivit_jax.errors import CheckpointError, DataError, Parser, exit_code
+from hivit_jax.errors import CheckpointError, ConfigError, DataError, Parser, exit_code
+from hivit_jax.paths import expand
 from hivit_jax.reporting.console import log
+from hivit_jax.tools.outputs import output_path
 from hivit_jax.weights import load
 
 
@@ -41,6 +43,7 @@ def predict(
       HivitError: the checkpoint is not usable, the images cannot be read, or the task
         has no predictions.
     """
+    out = output_path("--out", out, [checkpoint])
     pretrained = load.read(checkpoint)
     if not pretrained.recipe:
         raise CheckpointError(
@@ -52,7 +55,7 @@ def predict(
     if images is None:
         source = registry.open_source(config.data, "test")
     else:
-        source = folder.Images(images, task.data.classes)
+        source = folder.Images(expand(str(images)), task.data.classes)
     mesh = make_mesh(
         dict(replica=1, data=1, fsdp=1, tensor=1), 1, devices=jax.devices()[:1]
     )
@@ -69,9 +72,11 @@ def predict(
         rows = evaluate.local_rows(predict_step(variables, batch))
         rows["name"] = np.array([source.name(index) for index in rows["index"]])
         records += task.records(rows)
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    task.write_predictions(records, out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        task.write_predictions(records, out)
+    except OSError as error:
+        raise ConfigError(f"--out={out}: {error.strerror}") from error
     log(f"{len(records):,} of {len(source):,} images predicted; written to {out}")
     if images is not None and source.ignored:
         log(f"ignored files: {source.ignored_text()}")

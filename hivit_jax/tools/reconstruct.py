@@ -16,8 +16,10 @@ from hivit_jax.data.decoding import PIL_MODES
 from hivit_jax.data.transforms import evaluation_image
 from hivit_jax.errors import ConfigError, DataError, Parser, exit_code
 from hivit_jax.models.mae import MaskedAutoencoder
+from hivit_jax.paths import expand
 from hivit_jax.reporting import figures
 from hivit_jax.reporting.console import log
+from hivit_jax.tools.outputs import output_path
 from hivit_jax.tree import split
 from hivit_jax.weights import load
 from hivit_jax.weights.load import build
@@ -88,13 +90,16 @@ def run(argv: Sequence[str] | None) -> None:
     parser = Parser(usage=USAGE, allow_abbrev=False)
     add = partial(parser.add_argument, help=argparse.SUPPRESS)  # USAGE explains them
     add("--checkpoint", required=True)
-    add("images", nargs="+", type=Path)
+    add("images", nargs="+", type=lambda path: Path(expand(path)))
     add("--out", default="reconstruction.png")
     add("--mask_ratio", type=float)
     add("--seed", type=int, default=0)
     add("--statistics", choices=("unit", "visible"), default="unit")
     args = parser.parse_args(argv)
     platforms.start()
+    out = output_path("--out", args.out, [args.checkpoint, *args.images])
+    if out.is_dir():
+        raise ConfigError(f"--out={args.out} is a directory; expected a .png file")
     pretrained = load.read(args.checkpoint)
     model = build(pretrained)
     if not isinstance(model, MaskedAutoencoder):
@@ -107,6 +112,9 @@ def run(argv: Sequence[str] | None) -> None:
         raise ConfigError(
             f"{pretrained.path}: expected in_channels 1 or 3, found {shape[2]}"
         )
+    mask_ratio = args.mask_ratio
+    if mask_ratio is None:
+        mask_ratio = pretrained.recipe.get("mask_ratio", 0.75)
     value_range = pretrained.recipe.get("data", {}).get("value_range", ())
     pixels = np.stack([read(path, shape, value_range) for path in args.images])
     mean, std = np.float32(model.info.mean), np.float32(model.info.std)
@@ -114,14 +122,17 @@ def run(argv: Sequence[str] | None) -> None:
     predicted, mask = reconstruct(
         model,
         jnp.asarray(images),
-        mask_ratio=args.mask_ratio or pretrained.recipe.get("mask_ratio", 0.75),
+        mask_ratio=mask_ratio,
         seed=args.seed,
         statistics=args.statistics,
     )
     panels = figures.reconstruction_panels(images, predicted, mask, mean, std)
     title = statistics_text(model, args.statistics)
-    figures.write_png(Path(args.out), figures.reconstructions(panels, title))
-    log(f"written: {args.out} ({mask.mean():.1%} of each image removed; {title})")
+    try:
+        figures.write_png(out, figures.reconstructions(panels, title))
+    except OSError as error:
+        raise ConfigError(f"--out={out}: {error.strerror}") from error
+    log(f"written: {out} ({mask.mean():.1%} of each image removed; {title})")
 
 
 def read(

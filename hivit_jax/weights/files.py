@@ -1,30 +1,68 @@
 """Reading and writing state dicts as PyTorch (``.pth``) or safetensors files.
 
-Reading never runs code from a file. PyTorch files are loaded with ``weights_only``,
-which builds only tensors and plain containers, after a check of their zip archive. A
-safetensors file contains only numbers and a JSON header.
+Reading never runs code from a file, see `torch_format`. A safetensors file contains
+only numbers and a JSON header. The contents of a file determine its format, not its
+suffix.
 """
 
-import argparse
+import io
 import json
-import zipfile
+import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+import safetensors
+from safetensors import SafetensorError
+from safetensors.numpy import save
 
-from hivit_jax.errors import CheckpointError, first_line
+from hivit_jax.errors import CheckpointError, ConfigError, first_line
+from hivit_jax.weights import nesting
+from hivit_jax.weights.torch_format import TorchFile
 
-TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
+# Files of a directory of `save_pretrained`.
+WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
+TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar")  # .pth.tar
 SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
-# Keys under which programs save the state dict, averaged weights (EMA) first.
-STATE_DICT_KEYS = ("model_ema", "state_dict_ema", "model", "state_dict")
 # Key of our JSON description of the model, which other programs ignore.
 METADATA_KEY = "hivit_jax"
+SAFETENSORS_DTYPES = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E5M2": ml_dtypes.float8_e5m2,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
+# First bytes of files of other kinds, which downloads and mistakes leave behind.
+OTHER_KINDS = {
+    rb"\s*(<!doctype html|<html|<head)": "an HTML page, not the file that it links to",
+    rb"\s*<\?xml": "an XML document",
+    rb"version https://git-lfs": "a git-lfs pointer; run git lfs pull",
+    rb"\x1f\x8b": "a gzip archive; unpack it first",
+    rb"BZh": "a bzip2 archive; unpack it first",
+    rb"\xfd7zXZ": "an xz archive; unpack it first",
+    rb"\x28\xb5\x2f\xfd": "a zstd archive; unpack it first",
+    rb"7z\xbc\xaf|Rar!": "a 7z or rar archive; unpack it first",
+    rb".{257}ustar": "a tar archive; unpack it first",
+    rb"\x89HDF": "an HDF5 file",
+    rb"\x93NUMPY": "a numpy array",
+    rb"GGUF": "a GGUF file",
+    rb"%PDF": "a PDF document",
+    rb"\x89PNG|\xff\xd8\xff|GIF8": "an image",
+    rb"\s*[{\[]": "a JSON text",
+    rb"\x00+\Z": "a file of zeros (incomplete download?)",
+    rb"[\t\n\r -~]+\Z": "a text",
+}
 
 
 class WeightFile(NamedTuple):
@@ -32,7 +70,8 @@ class WeightFile(NamedTuple):
 
     state: numpy arrays by their PyTorch names.
     metadata: the `metadata` passed to `write`, {} in files of other programs.
-    key: key of the state dict in the file, "" if the file is a bare state dict.
+    key: key of the state dict in the file, with "/" between nested keys; "" if the file
+      is a bare state dict.
     other_keys: keys of the other entries of the file.
     """
 
@@ -49,38 +88,69 @@ def read(path: Path, averaged: bool = True) -> WeightFile:
       averaged: prefer averaged weights (EMA) if the file contains them.
 
     Raises:
-      CheckpointError: no such file, a damaged or unsafe file, no state dict, entries
-        that are not dense tensors, or PyTorch is required and not installed.
+      CheckpointError: no such file, a damaged file or one of another kind, no state
+        dict or several, or entries that are not dense tensors.
     """
     path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"no file {path}")
-    if path.suffix == ".safetensors":
+    try:
+        with path.open("rb") as file:
+            start = file.read(1024)
+    except OSError as error:
+        raise CheckpointError(f"no file {path}: {error.strerror}") from error
+    if not start:
+        raise CheckpointError(f"{path} is empty; copy or download it again")
+    length = int.from_bytes(start[:8], "little")
+    if start[8:9] == b"{" and length < path.stat().st_size:
         return _read_safetensors(path)
-    if path.suffix in TORCH_SUFFIXES:
+    if start.startswith((b"PK", b"\x80")):
         return _read_torch(path, averaged)
+    found = (kind for p, kind in OTHER_KINDS.items() if re.match(b"(?is)" + p, start))
+    kind = next(found, "")
+    if not kind and path.suffix == ".safetensors":
+        return _read_safetensors(path)  # which reports the damage
+    kind = kind or f"of an unknown kind, its first bytes are {start[:8]!r}"
     raise CheckpointError(
-        f"{path} has an unknown suffix; expected one of {', '.join(SUFFIXES)}"
+        f"{path} is {kind}; expected a file of torch.save or safetensors"
     )
 
 
-def write(path: Path, state: Mapping[str, np.ndarray], metadata: Mapping) -> None:
+def write(path: Path, state: Mapping[str, np.ndarray], metadata: str) -> None:
     """Write a state dict to a safetensors file or a PyTorch file ({"model": state}).
 
     Args:
-      metadata: description of the model for `read`; values for JSON.
+      metadata: description of the model for `read`, JSON.
 
     Raises:
       CheckpointError: PyTorch is required and not installed.
+      ConfigError: the file cannot be written. An older file is then unchanged.
     """
-    # Copy, because PyTorch accepts only writable arrays.
-    state = {name: np.array(array, order="C") for name, array in state.items()}
     if path.suffix == ".safetensors":
-        save_file(state, path, {"format": "pt", METADATA_KEY: json.dumps(metadata)})
+        content = save(dict(state), {"format": "pt", METADATA_KEY: metadata})
     else:
-        torch = import_torch(path)
+        torch, buffer = import_torch(path), io.BytesIO()
         tensors = {name: torch.from_numpy(array) for name, array in state.items()}
-        torch.save({"model": tensors, METADATA_KEY: json.dumps(metadata)}, path)
+        torch.save({"model": tensors, METADATA_KEY: metadata}, buffer)
+        content = buffer.getbuffer()
+    write_bytes(path, content)
+
+
+def write_bytes(path: Path, content: bytes | memoryview) -> None:
+    """Write a file that is either complete or, after an error, unchanged.
+
+    Its mode is that of other new files, as the umask allows.
+
+    Raises:
+      ConfigError: the file cannot be written.
+    """
+    part = path.with_name(f"{path.name}.incomplete")
+    try:
+        part.write_bytes(content)
+        part.replace(path)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error.strerror}") from error
+    finally:
+        with suppress(OSError):
+            part.unlink()
 
 
 def import_torch(path: Path) -> Any:
@@ -90,16 +160,24 @@ def import_torch(path: Path) -> Any:
     except ImportError as error:
         raise CheckpointError(
             f"{path} requires PyTorch, which is not installed.\n"
-            "Run pip install 'hivit-jax[torch]', or use a .safetensors file"
+            "Run pip install 'hivit-jax[torch]', or write a .safetensors file"
         ) from error
     return torch
 
 
 def _read_safetensors(path: Path) -> WeightFile:
+    # Not `safe_open`, because it does not read float8 into numpy arrays.
     try:
-        with safe_open(path, "np") as file:
-            text = (file.metadata() or {}).get(METADATA_KEY, "{}")
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        content = path.read_bytes()
+        arrays = safetensors.deserialize(content)
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        text = header.get("__metadata__", {}).get(METADATA_KEY, "{}")
+        state = {
+            name: np.frombuffer(
+                each["data"], SAFETENSORS_DTYPES[each["dtype"]]
+            ).reshape(each["shape"])
+            for name, each in arrays
+        }
     except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(
             f"{path} is damaged or not a safetensors file: {first_line(error)}"
@@ -108,71 +186,21 @@ def _read_safetensors(path: Path) -> WeightFile:
 
 
 def _read_torch(path: Path, averaged: bool) -> WeightFile:
-    _check_archive(path)
-    torch = import_torch(path)
-    try:
-        # Official files contain the command line arguments as a Namespace.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # because damaged files cause exceptions of many types
-        raise CheckpointError(
-            f"{path} is damaged, or contains more than tensors and plain values: "
-            f"{_torch_reason(error)}"
-        ) from error
-    if not isinstance(content, Mapping):
+    file = TorchFile(path)
+    content = file.content
+    if not isinstance(content, dict):
         raise CheckpointError(
             f"{path} contains a {type(content).__name__}; expected dict"
         )
-    entries = {name: entry for name, entry in content.items() if name != METADATA_KEY}
-    keys = [k for k in STATE_DICT_KEYS if averaged or not k.endswith("ema")]
-    keys = [k for k in keys if isinstance(entries.get(k), Mapping) and entries[k]]
-    key = keys[0] if keys else ""
-    other_keys = [str(name) for name in entries if name != key] if key else []
-    file_size, state = path.stat().st_size, {}
-    for name, tensor in (entries[key] if key else entries).items():
-        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
-            raise CheckpointError(
-                f"{path}: {name!r} is of type {type(tensor).__name__}; expected a "
-                "state dict with tensors by name"
-            )
-        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
-            raise CheckpointError(f"{path}: {name!r} is not a dense tensor")
-        if tensor.numel() * tensor.element_size() > file_size:
-            raise CheckpointError(
-                f"{path}: {name!r}, {list(tensor.shape)}, is larger than the file"
-            )
-        if tensor.dtype == torch.bfloat16:
-            bits = tensor.contiguous().view(torch.uint16).numpy()
-            state[name] = bits.view(ml_dtypes.bfloat16)
-        else:
-            state[name] = tensor.detach().resolve_conj().resolve_neg().numpy()
+    try:
+        key, records = nesting.find_state_dict(content, averaged)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path} {error}") from error
+    used = {METADATA_KEY, key.split("/")[0], *(records if not key else ())}
+    other_keys = [str(name) for name in content if name not in used]
+    state = {name: file.array(name, record) for name, record in records.items()}
     metadata = _parse_metadata(path, content.get(METADATA_KEY, "{}"))
     return WeightFile(state, metadata, key, other_keys)
-
-
-def _check_archive(path: Path) -> None:
-    """Raise CheckpointError unless a file is a zip archive in ``torch.save``'s format.
-
-    Its members are not compressed, so that none can be larger than the file.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = archive.infolist()
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-        raise CheckpointError(
-            f"{path} is truncated, or not written by PyTorch 1.6 or newer: "
-            f"{first_line(error)}"
-        ) from error
-    size = path.stat().st_size
-    for member in members:
-        if member.compress_type != zipfile.ZIP_STORED or member.file_size > size:
-            raise CheckpointError(
-                f"{path}: {member.filename!r} is compressed, which PyTorch never does"
-            )
-        if member.filename.startswith(("/", "\\")) or ".." in member.filename:
-            raise CheckpointError(f"{path}: {member.filename!r} leaves the archive")
-    if sum(member.file_size for member in members) > size:
-        raise CheckpointError(f"{path}: its members overlap")
 
 
 def _parse_metadata(path: Path, text: Any) -> dict[str, Any]:
@@ -185,10 +213,3 @@ def _parse_metadata(path: Path, text: Any) -> dict[str, Any]:
             f"{path}: its {METADATA_KEY!r} metadata is not a JSON object"
         ) from error
     return metadata
-
-
-def _torch_reason(error: Exception) -> str:
-    """Return PyTorch's reason, without its advice to disable ``weights_only``."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    reasons = [line for line in lines if "Unsupported" in line or "GLOBAL" in line]
-    return (reasons or lines or [type(error).__name__])[0][:200]

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from hivit_jax.errors import CheckpointError, first_line
-from hivit_jax.weights.save import CONFIG, WEIGHTS
+from hivit_jax.weights.files import CONFIG, WEIGHTS
 
 
 def download(address: str) -> Path:
@@ -41,5 +41,6 @@ def download(address: str) -> Path:
         ) from error
     path = Path(directory) / file
     if not (path if file else path / WEIGHTS).is_file():
-        raise CheckpointError(f"{address} has no {file or WEIGHTS}")
+        hint = "" if file else f"; for another file, use {address}/FILE"
+        raise CheckpointError(f"{address} has no {file or WEIGHTS}{hint}")
     return path

@@ -19,9 +19,10 @@ class Shapes(dict[str, tuple[int, ...]]):
         """Return a shape; CheckpointError unless it has `ndim` dimensions, none 0."""
         if len(self.get(name, ())) != ndim or 0 in self[name]:
             found = list(self[name]) if name in self else "missing"
+            names = ", ".join([*self][:3]) or "none"
             raise CheckpointError(
                 f"not a HiViT: {name!r} is {found}; expected an array with {ndim} "
-                "dimensions"
+                f"dimensions.\nThe first of {len(self)} entries: {names}"
             )
         return self[name]
 

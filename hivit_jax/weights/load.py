@@ -15,19 +15,21 @@ from hivit_jax.checkpoints.read import absolute
 from hivit_jax.errors import CheckpointError, ConfigError
 from hivit_jax.models import Model, configure, create_model, override_types, variant
 from hivit_jax.models.base import make_info
+from hivit_jax.paths import expand
 from hivit_jax.reporting import metrics
 from hivit_jax.reporting.console import log
 from hivit_jax.tree import leaf_name, named_leaves, split
-from hivit_jax.weights import files
+from hivit_jax.weights import files, nesting
 from hivit_jax.weights.adapt import Pretrained, adapt
+from hivit_jax.weights.files import CONFIG, WEIGHTS
 from hivit_jax.weights.hub import download
 from hivit_jax.weights.infer import infer
 from hivit_jax.weights.names.official import (
+    INDEX,
     from_official,
     official_names,
     unneeded_entries,
 )
-from hivit_jax.weights.save import CONFIG, WEIGHTS
 
 # Factor on the standard deviation, 0.02, of a new head (official ``main_finetune.py``).
 NEW_HEAD_SCALE = 2e-5 / 0.02
@@ -37,7 +39,8 @@ NOT_IN_STATE_DICT = ("num_heads", "decoder_num_heads", "layer_norm_eps")
 
 def locate(path: str | Path) -> Path:
     """Return the local path of a model; downloads ``hf://`` addresses."""
-    return download(path) if str(path).startswith("hf://") else absolute(path)
+    path = expand(str(path))
+    return download(path) if path.startswith("hf://") else absolute(path)
 
 
 def read(path: str | Path, *, averaged: bool = True, **overrides: Any) -> Pretrained:
@@ -47,8 +50,9 @@ def read(path: str | Path, *, averaged: bool = True, **overrides: Any) -> Pretra
 
     Args:
       path: a run's workdir or one of its checkpoints; a directory of
-        `save_pretrained`; a ``.safetensors`` or PyTorch file of this package, the
-        official code or MMPretrain; or ``hf://ORGANISATION/NAME[@REVISION][/FILE]``.
+        `save_pretrained`, or with one file of weights; a ``.safetensors`` or PyTorch
+        file of this package, the official code or MMPretrain; or
+        ``hf://ORGANISATION/NAME[@REVISION][/FILE]``.
       averaged: prefer averaged weights (EMA) if they were saved.
       overrides: as in `create_model`. Only arguments that a file may lack have an
         effect: `NOT_IN_STATE_DICT`, and image_size if the grid of units is not square.
@@ -57,11 +61,20 @@ def read(path: str | Path, *, averaged: bool = True, **overrides: Any) -> Pretra
       CheckpointError: no model at the path, a damaged or unsafe file, or not a HiViT.
     """
     path = locate(path)
-    if path.is_file() or path.suffix in files.SUFFIXES:
+    if path.is_file() or (path.suffix in files.SUFFIXES and not path.is_dir()):
         return _read_file(path, averaged, overrides)
     if (path / WEIGHTS).is_file():
         return _read_file(path / WEIGHTS, averaged, overrides)
-    *newer, oldest = checkpoints.find_steps(path)
+    try:
+        *newer, oldest = checkpoints.find_steps(path)
+    except CheckpointError as error:
+        found = [f for f in sorted(path.glob("*")) if f.name.endswith(files.SUFFIXES)]
+        if len(found) == 1 and found[0].is_file():
+            return _read_file(found[0], averaged, overrides)
+        names = ", ".join(each.name for each in found[:4])
+        if found:
+            raise CheckpointError(f"{error}, or one file of: {names}") from error
+        raise
     for step in newer:
         try:
             return _read_step(step, averaged)
@@ -78,22 +91,36 @@ def _read_file(path: Path, averaged: bool, overrides: Mapping[str, Any]) -> Pret
     notes = [f"{path.suffix} file" + (f", entry {file.key!r}" if file.key else "")]
     if file.other_keys:
         notes.append(f"other entries: {', '.join(file.other_keys)}")
-    averages = [key for key in (file.key, *file.other_keys) if "ema" in key]
+    averages = [k for k in (file.key, *file.other_keys) if nesting.is_averaged(k)]
     notes.append(f"averaged weights (EMA): {', '.join(averages) or 'none'}")
-    if "arguments" in metadata:
-        arguments = metadata["arguments"]
-    else:
-        arguments, remarks = _infer_arguments(file.state, overrides)
-        notes += remarks
-    model = abstract_model(arguments)
+    try:
+        state, removed, unused = nesting.remove_prefixes(file.state, averaged)
+        if "arguments" in metadata:
+            arguments = metadata["arguments"]
+        else:
+            arguments, remarks = _infer_arguments(state, overrides)
+            notes += remarks
+        model = abstract_model(arguments)
+        params = named_leaves(from_official(state, model, allow_missing=True))
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    if file.key not in nesting.STATE_DICT_KEYS:
+        log(f"{path}: reading entry {file.key!r}")
+    if removed:
+        notes.append(f"removed from the names: {', '.join(removed)}")
+        log(f"{path}: {notes[-1]}")
+    unused += unneeded_entries(official_names(state), model)
+    if leftovers := [name for name in unused if not name.endswith(INDEX)]:
+        more = f" and {len(leftovers) - 5} more" if len(leftovers) > 5 else ""
+        log(f"{path}: unused entries: {', '.join(leftovers[:5])}{more}")
     recipe = metadata.get("recipe", {})
     return Pretrained(
         path=str(path),
         label=str(path),
         arguments=arguments,
-        params=named_leaves(from_official(file.state, model, allow_missing=True)),
+        params=params,
         notes=notes,
-        unused=unneeded_entries(official_names(file.state), model),
+        unused=unused,
         recipe=recipe,
         results=metadata.get("results", {}),
         info=metadata.get("info", {}) | _info_arguments(recipe),

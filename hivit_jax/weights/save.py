@@ -1,18 +1,27 @@
 """Saving a model as a directory, which can be shared on the Hugging Face hub."""
 
+import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import hivit_jax
+from hivit_jax.errors import CheckpointError, ConfigError, first_line
 from hivit_jax.models import Model, arguments_of
+from hivit_jax.paths import expand
+from hivit_jax.reporting.console import log
 from hivit_jax.tree import split
 from hivit_jax.weights import files
-from hivit_jax.weights.names.official import to_state_dict
+from hivit_jax.weights.files import CARD, CONFIG, WEIGHTS
+from hivit_jax.weights.load import abstract_model
+from hivit_jax.weights.names.official import from_official, to_state_dict
 
-WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
+# Keys of a recipe whose values are directories of this machine.
+DIRECTORIES = ("dir", "compilation_cache")
+PATH = re.compile(r"[/~.\\]|[A-Za-z]:[/\\]|\w+://")  # start of a path
 
 
 def save_pretrained(
@@ -24,26 +33,113 @@ def save_pretrained(
     """Write `WEIGHTS`, `CONFIG` and a model card to a directory.
 
     The weights have their official PyTorch names and layout, so that other programs can
-    read them. `load_pretrained(directory)` returns a bit-identical model.
+    read them. `load_pretrained(directory)` returns a bit-identical model. A model that
+    was saved there before is replaced, but a model card that was edited is kept.
 
     Args:
-      recipe: the config of its training, for the card. When the directory is loaded,
-        mean, std and crop of the recipe's data replace those of `model.info`.
+      recipe: the config of its training, for the card; saved without paths of this
+        machine. When the directory is loaded, mean, std and crop of the recipe's data
+        replace those of `model.info`.
       results: its evaluation results, for the card.
+
+    Raises:
+      ConfigError: `load_pretrained` would refuse the model, or the directory cannot be
+        written or contains files of another program. Nothing is written.
     """
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
+    directory = Path(expand(str(directory)))
+    edited = _check_directory(directory)
     metadata = {
         "arguments": arguments_of(model),
         "info": asdict(model.info),
-        "recipe": dict(recipe or {}),
+        "recipe": shareable(dict(recipe or {})),
         "results": dict(results or {}),
         "hivit_jax": hivit_jax.__version__,
     }
-    state = to_state_dict(split(model)[1], model)
-    files.write(directory / WEIGHTS, state, metadata)
-    (directory / CONFIG).write_text(json.dumps(metadata, indent=2) + "\n")
-    (directory / CARD).write_text(_card(model, metadata))
+    state = _checked_state(model, metadata["arguments"])
+    card = _card(model, metadata).encode()
+    metadata["card"] = _digest(card)
+    text = json.dumps(metadata, indent=2, default=_json_value) + "\n"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{directory} cannot be written: {error.strerror}") from error
+    files.write(directory / WEIGHTS, state, text)
+    files.write_bytes(directory / CONFIG, text.encode())
+    if edited:
+        log(f"{directory / CARD} was edited and is kept; delete it for a new one")
+    else:
+        files.write_bytes(directory / CARD, card)
+
+
+def shareable(value: Any, key: str = "") -> Any:
+    """Return a recipe without paths of this machine.
+
+    Directories become "", and of other paths the last part remains. Addresses on the
+    Hugging Face hub are public and remain.
+    """
+    if isinstance(value, Mapping):
+        return {name: shareable(each, name) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [shareable(each, key) for each in value]
+    if not isinstance(value, str) or value.startswith("hf://"):
+        return value
+    if key in DIRECTORIES:
+        return ""
+    if PATH.match(value) or key == "init_from":
+        return re.split(r"[/\\]", value.rstrip("/\\"))[-1]
+    return value
+
+
+def _checked_state(model: Model, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return the model's state dict; ConfigError if it could not be loaded."""
+    try:
+        state = to_state_dict(split(model)[1], model)
+        from_official(state, abstract_model(arguments))
+    except (CheckpointError, ValueError, TypeError, KeyError, IndexError) as error:
+        raise ConfigError(
+            f"{model.name} cannot be saved, because it would not load: "
+            f"{first_line(error)}.\nExpected the arrays of model.config and finite "
+            "values. For another head, use load_pretrained(..., num_classes=N)"
+        ) from error
+    return state
+
+
+def _check_directory(directory: Path) -> bool:
+    """Return whether a directory's model card was edited.
+
+    Raises:
+      ConfigError: the directory contains weights or a config of another program, such
+        as the config of a run.
+    """
+    config, metadata = directory / CONFIG, {}
+    try:
+        if config.is_file():
+            metadata = json.loads(config.read_text())
+            ours = isinstance(metadata, dict) and {"arguments", "info"} <= {*metadata}
+        elif (directory / WEIGHTS).is_file():
+            config = directory / WEIGHTS
+            ours = bool(files.read(config).metadata)
+        else:
+            ours = True
+        card = directory / CARD
+        text = card.read_bytes() if card.is_file() else None
+    except (OSError, ValueError, CheckpointError):
+        ours = False
+    if not ours:
+        raise ConfigError(
+            f"{config} is not a file of save_pretrained, and would be overwritten; "
+            "use another directory"
+        )
+    return text is not None and _digest(text) != metadata.get("card")
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _json_value(value: Any) -> Any:
+    """Return a number or array of numpy or JAX as a JSON value."""
+    return value.tolist() if hasattr(value, "tolist") else str(value)
 
 
 def _card(model: Model, metadata: dict[str, Any]) -> str:
@@ -84,7 +180,8 @@ def _card(model: Model, metadata: dict[str, Any]) -> str:
     lines += results or ["Not available."]
     lines += ["", "## Training", ""]
     if recipe.get("task"):
-        lines += ["```json", json.dumps(recipe, indent=2), "```"]
+        text = json.dumps(recipe, indent=2, default=_json_value)
+        lines += ["```json", text, "```"]
     else:
         lines.append("The recipe is not available.")
     return "\n".join(lines) + "\n"

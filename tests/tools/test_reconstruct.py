@@ -150,6 +150,26 @@ def test_bad_input(saved, tmp_path, capsys, model, name, code, message):
     assert 1 <= len(err.splitlines()) <= 3
 
 
+@pytest.mark.parametrize("ratio", ["0", "0.0", "1", "-0.5", "nan"])
+def test_mask_ratios_out_of_range(ratio, saved, tmp_path, capsys):
+    """0 is a value, not an absent flag. Accepted: 0 < ratio < 1."""
+    image, out = picture(tmp_path / "a.png"), tmp_path / "out.png"
+    flags = ["--checkpoint", saved / "mae_hivit_base", "--out", out, image]
+    assert command.main([*map(str, flags), f"--mask_ratio={ratio}"]) == 2
+    assert f"mask_ratio={float(ratio)}" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_inputs_are_not_overwritten(saved, tmp_path, capsys):
+    image = picture(tmp_path / "a.png")
+    before, directory = image.read_bytes(), saved / "mae_hivit_base"
+    for out in (image, directory / "model.safetensors", directory, tmp_path):
+        flags = ["--checkpoint", directory, "--out", out, image]
+        assert command.main([*map(str, flags)]) == 2
+        assert f"--out={out} is " in capsys.readouterr().err
+    assert image.read_bytes() == before
+
+
 @pytest.mark.slow
 def test_statistics():
     """A unit's own mean and deviation, or those of the visible ones on average."""

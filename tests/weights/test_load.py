@@ -107,7 +107,6 @@ def by_hand(state, width=16):
 @pytest.mark.parametrize("kind", KINDS)
 def test_committed_pytorch_files(kind):
     """Written by PyTorch from the numbers of the recipe."""
-    pytest.importorskip("torch")
     _, content = KINDS[kind]
     hints = state_files.HINTS if kind == "official_mae" else {}
     loaded = hivit_jax.load_pretrained(reference.GOLDEN / f"{kind}.pth", **hints)
@@ -317,7 +316,6 @@ def test_a_model_of_its_own_size(tmp_path, capsys):
 @pytest.mark.torch
 def test_inspecting_runs_directories_and_files(tmp_path, capsys):
     """What is there, what a classifier would take, and every array by name."""
-    pytest.importorskip("torch")
     for kind, words in {
         "official_mae": ["mae_hivit_base", "entries: optimizer, epoch, scaler, args"],
         "official_finetuned": [

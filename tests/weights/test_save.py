@@ -1,20 +1,27 @@
 """Saved models: there and back."""
 
+import copy
 import json
+import os
 from dataclasses import replace
+from functools import cache
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import recipes
 import reference
 import state_files
+from flax import nnx
 from networks import mini
 
 import hivit_jax
+from hivit_jax.errors import ConfigError
 from hivit_jax.tools import convert
 from hivit_jax.tree import named_leaves, split
-from hivit_jax.weights import files
+from hivit_jax.weights import files, to_state_dict
+from hivit_jax.weights.save import shareable
 
 KINDS = state_files.kinds()
 
@@ -109,3 +116,186 @@ def test_facts_about_images_are_saved(file, tmp_path):
     assert (info.class_names, info.image_size, info.channels) == ((), (64, 32), 1)
     assert info.mean == pytest.approx([0.2])
     assert (info.crop, info.scale) == (0.9, 0.5)
+
+
+def other_head(model):
+    model.head = nnx.Linear(16, 3, rngs=nnx.Rngs(0))
+
+
+def deeper_head(model):
+    model.head = nnx.Sequential(nnx.Linear(16, 8, rngs=nnx.Rngs(0)), model.head)
+
+
+def no_head(model):
+    model.head = None
+
+
+def more(model):
+    model.lora = nnx.Linear(16, 4, rngs=nnx.Rngs(0))
+
+
+def narrower(model):
+    qkv = model.encoder.stages[2][0].attn.qkv
+    qkv.kernel = nnx.Param(qkv.kernel[..., :4])
+
+
+def diverged(model):
+    model.head.bias[...] = jnp.full_like(model.head.bias[...], jnp.nan)
+
+
+def integers(model):
+    model.head.bias = nnx.Param(jnp.zeros(2, jnp.int32))
+
+
+@cache
+def small():
+    return mini("hivit_base", depths=(1, 1, 1), num_classes=2)
+
+
+CHANGES = [other_head, deeper_head, no_head, more, narrower, diverged, integers]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_what_would_not_load_is_not_saved(change, tmp_path):
+    """The older files stay as they are.
+
+    Border: a model is saved if and only if its arrays have the names and shapes of
+    `model.config`, a float dtype and finite values.
+    """
+    model = copy.deepcopy(small())
+    (tmp_path / "README.md").write_text("")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    change(model)
+    with pytest.raises(ConfigError, match="cannot be saved, because it would not load"):
+        hivit_jax.save_pretrained(model, tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_changed_values_and_narrower_dtypes_are_saved(tmp_path):
+    model = copy.deepcopy(small())
+    model.head.kernel = nnx.Param(model.head.kernel[...].astype(jnp.bfloat16) + 1)
+    hivit_jax.save_pretrained(model, tmp_path, results={"eval/top1": np.float32(0.5)})
+    loaded = hivit_jax.load_pretrained(tmp_path)
+    expected = np.float32(model.head.kernel[...])
+    np.testing.assert_array_equal(loaded.head.kernel[...], expected)
+    about = json.loads((tmp_path / "config.json").read_text())
+    assert about["results"] == {"eval/top1": 0.5}
+
+
+def test_an_edited_model_card_is_kept(tmp_path, capsys):
+    """Border: a card with the bytes of the last save is replaced; any other is kept."""
+    card, model = tmp_path / "README.md", small()
+    hivit_jax.save_pretrained(model, tmp_path)
+    hivit_jax.save_pretrained(model, tmp_path, results={"eval/top1": 0.5})
+    assert "eval/top1: 0.5" in card.read_text()
+    assert "kept" not in capsys.readouterr().out
+    for text in ("my own words", "my own words", card.read_text() + "\n", ""):
+        card.write_text(text)
+        hivit_jax.save_pretrained(model, tmp_path)
+        assert card.read_text() == text
+        assert "README.md was edited and is kept" in capsys.readouterr().out
+    card.unlink()
+    hivit_jax.save_pretrained(model, tmp_path)
+    assert card.read_text().startswith("---")
+    # Of a directory that was saved before cards had digests.
+    about = json.loads((tmp_path / "config.json").read_text())
+    del about["card"]
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    hivit_jax.save_pretrained(model, tmp_path)
+    assert "is kept" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.json", b'{"task": "mae", "seed": 3}'),  # of a run
+        ("config.json", b'{"model_type": "vit"}'),
+        ("config.json", b"[1]"),
+        ("config.json", b"not JSON"),
+        ("model.safetensors", b"\2\0\0\0\0\0\0\0{}"),
+        ("model.safetensors", b"anything"),
+    ],
+)
+def test_files_of_other_programs_are_not_overwritten(name, content, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=f"{name} is not a file of save_pretrained"):
+        hivit_jax.save_pretrained(small(), tmp_path)
+    assert os.listdir(tmp_path) == [name]
+    assert (tmp_path / name).read_bytes() == content
+    with pytest.raises(ConfigError, match="cannot be written"):
+        hivit_jax.save_pretrained(small(), tmp_path / name)
+
+
+def test_home_directory(tmp_path, monkeypatch):
+    """`~` in every path that is saved to or loaded from."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    hivit_jax.save_pretrained(small(), "~/shared")
+    hivit_jax.load_pretrained("~/shared")
+    assert convert.main(["~/shared", "~/x.safetensors"]) == 0
+    hivit_jax.load_pretrained("~/x.safetensors")
+    assert sorted(os.listdir("home")) == ["shared", "x.safetensors"]
+    assert os.listdir(tmp_path) == ["home"]
+
+
+@pytest.mark.parametrize("form", ["official", "supervised", "mmpretrain"])
+def test_arrays_of_a_state_dict(form):
+    """C-contiguous and writable copies, because programs write their memory."""
+    fc_norm = form != "mmpretrain"
+    model = mini("hivit_base", num_classes=2, fc_norm=fc_norm, relative_position=True)
+    state = to_state_dict(split(model)[1], model, form)
+    arrays = [*state.values()]
+    for array in arrays:
+        assert array.flags.c_contiguous
+        assert array.flags.writeable
+    memory = {array.__array_interface__["data"][0] for array in arrays if array.size}
+    assert len(memory) == len(arrays)
+
+
+def test_no_paths_of_the_machine_are_shared(tmp_path):
+    """Neither in the card nor in the config or the weights.
+
+    Border: whatever begins like a path of any system, and the keys for directories.
+    Names with a slash, addresses on the hub and relative names stay.
+    """
+    secret = "/home/ann/secret"
+    recipe = {
+        "task": "x",
+        "init_from": f"{secret}/mae_base",
+        "data": {"dir": "secret/imagenet", "name": "imagenet_v2/topimages"},
+        "compilation_cache": "gs://secret/cache",
+        "teacher": {"paths": ["~/secret/t1", "C:\\secret\\t2", "../secret/t3/"]},
+        "model": {"name": "hivit_base", "depths": (1, 2)},
+    }
+    hivit_jax.save_pretrained(small(), tmp_path, recipe)
+    for path in tmp_path.iterdir():
+        content = path.read_bytes()
+        assert b"secret" not in content
+        assert b"imagenet_v2/topimages" in content
+    assert shareable(recipe) == {
+        "task": "x",
+        "init_from": "mae_base",
+        "data": {"dir": "", "name": "imagenet_v2/topimages"},
+        "compilation_cache": "",
+        "teacher": {"paths": ["t1", "t2", "t3"]},
+        "model": {"name": "hivit_base", "depths": [1, 2]},
+    }
+    kept = {
+        "init_from": "hf://group/hivit",
+        "augment": "rand-m9-mstd0.5-inc1",
+        "a": 0.5,
+    }
+    assert shareable(kept) == kept
+    assert shareable({"init_from": "runs/secret/last"}) == {"init_from": "last"}
+
+
+def test_a_conversion_does_not_overwrite_its_source(tmp_path, capsys):
+    """Neither a file nor a directory; another name of it does not help."""
+    hivit_jax.save_pretrained(small(), tmp_path / "d")
+    source = tmp_path / "d/model.safetensors"
+    before = source.read_bytes()
+    for pair in ((source, source), ("d", "d"), (source, "d"), ("d", source)):
+        pair = [str(tmp_path / path) for path in pair]
+        assert convert.main([*pair, "--set", "num_classes=3"]) == 2
+        assert "is an input of this command" in capsys.readouterr().err
+    assert source.read_bytes() == before

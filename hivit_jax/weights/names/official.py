@@ -7,8 +7,7 @@ The conversion permutes the latent's LayerNorm and the decoder embedding accordi
 that the model does not have to permute activations.
 """
 
-import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -28,7 +27,15 @@ from hivit_jax.tree import leaf_name, split
 LAYOUTS = ("official", "supervised", "mmpretrain")
 INDEX = "relative_position_index"
 # Dtypes of state dicts that are accepted, because float32 represents them exactly.
-FLOATS = (np.float32, np.float16, ml_dtypes.bfloat16)
+FLOATS = (
+    np.float32,
+    np.float16,
+    ml_dtypes.bfloat16,
+    ml_dtypes.float8_e4m3fn,
+    ml_dtypes.float8_e4m3fnuz,
+    ml_dtypes.float8_e5m2,
+    ml_dtypes.float8_e5m2fnuz,
+)
 
 
 class Entry(NamedTuple):
@@ -94,31 +101,34 @@ def _entry(path: str, shape: tuple[int, ...], model: Model) -> Entry:
 
 
 def official_names(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Return a state dict with official names, whichever program wrote it.
-
-    Translates MMPretrain's names and removes the prefixes ``module.``
-    (DistributedDataParallel) and ``_orig_mod.`` (``torch.compile``).
-    """
+    """Return a state dict with official names; translates those of MMPretrain."""
     named = {}
     for name, array in state.items():
-        new = re.sub(r"^((module|_orig_mod)\.)+", "", name)
-        new = new.removeprefix("backbone.").replace("head.fc.", "head.")
+        new = name.removeprefix("backbone.").replace("head.fc.", "head.")
         named["absolute_pos_embed" if new == "pos_embed" else new] = array
     return named
 
 
-def unneeded_entries(names: Iterable[str], model: Model) -> list[str]:
-    """Return those official names whose entries the model does not need.
+def unneeded_entries(state: Mapping[str, np.ndarray], model: Model) -> list[str]:
+    """Return those names of an official state dict whose entries the model ignores.
 
     The model computes the relative position index. Official masked autoencoders without
     multi-scale features store a norm that they do not apply. MMPretrain's decoder is
     not supported, because it treats HiViT's first visible unit as a class token.
+    An encoder may have a rest of its decoder, and the norm of the decoder's input.
     """
-    single = isinstance(model, MaskedAutoencoder) and not model.config.multi_scale
-    unused = ("norm.weight", "norm.bias") if single else ()
-    return [
-        n for n in names if n.endswith(INDEX) or n in unused or n.startswith("neck.")
-    ]
+    unused: tuple[str, ...] = ("neck.",)
+    norm = state.get("norm.weight", np.empty(0))
+    if isinstance(model, MaskedAutoencoder):
+        ignores_norm = not model.config.multi_scale
+    else:
+        rest = ("decoder_", "mask_token")
+        unused += rest
+        # A norm of the encoder's width could be applied before the head.
+        ignores_norm = norm.size > model.config.embed_dim
+        ignores_norm |= any(name.startswith(rest) for name in state)
+    unused += ("norm.weight", "norm.bias") if ignores_norm else ()
+    return [n for n in state if n.endswith(INDEX) or n.startswith(unused)]
 
 
 def from_official(
@@ -140,7 +150,7 @@ def from_official(
         The message names the entry.
     """
     remaining = official_names(state)
-    for name in unneeded_entries(list(remaining), model):
+    for name in unneeded_entries(remaining, model):
         del remaining[name]
 
     def convert(path, leaf):
@@ -161,7 +171,7 @@ def from_official(
         array = array.astype(np.float32, copy=False)
         if not np.isfinite(array).all():
             raise CheckpointError(f"{entry.name!r} has values that are not finite")
-        return entry.to_ours(array)
+        return np.ascontiguousarray(entry.to_ours(array))
 
     params = jax.tree_util.tree_map_with_path(convert, split(model)[1])
     if remaining:
@@ -174,11 +184,16 @@ def from_official(
 
 
 def to_official(params: Mapping, model: Model) -> dict[str, np.ndarray]:
-    """Convert nested parameters of `model` to numpy arrays by their official names."""
+    """Convert nested parameters of `model` to numpy arrays by their official names.
+
+    The arrays are C-contiguous copies, because other programs write their memory as it
+    is, whatever the strides.
+    """
     state = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         entry = _entry(leaf_name(path), leaf.shape, model)
-        state[entry.name] = entry.to_official(np.asarray(leaf))
+        array = entry.to_official(np.asarray(leaf))
+        state[entry.name] = np.array(array, order="C")
     return state
 
 
@@ -194,7 +209,8 @@ def to_state_dict(
       layout: one of `LAYOUTS`.
 
     Returns:
-      Numpy arrays by their PyTorch names in that program.
+      C-contiguous numpy arrays by their PyTorch names in that program; no two share
+      memory.
 
     Raises:
       ConfigError: that program has no such model.
@@ -215,11 +231,12 @@ def to_state_dict(
     tables = [name for name in state if name.endswith("_bias_table")]
     if tables and not config.window_size:
         units = np.arange(config.grid[0] * config.grid[1])
-        index = np.asarray(relative_position_index(units, config.grid), np.int64)
+        index = np.array(relative_position_index(units, config.grid), np.int64)
         if layout != "supervised":
             state[INDEX] = index
         if layout != "official":
-            state |= {n.rsplit(".", 1)[0] + "." + INDEX: index for n in tables}
+            for name in tables:
+                state[name.rsplit(".", 1)[0] + "." + INDEX] = index.copy()
     if layout == "mmpretrain":
         renamed = {"absolute_pos_embed": "backbone.pos_embed"}
         renamed |= {f"head.{leaf}": f"head.fc.{leaf}" for leaf in ("weight", "bias")}

@@ -1,0 +1,155 @@
+"""Finding a HiViT's state dict among the objects and prefixes of training programs."""
+
+import re
+from collections import deque
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from hivit_jax.errors import CheckpointError
+from hivit_jax.weights.torch_format import StandIn, is_array
+
+# Keys under which programs save the state dict, the preferred first; "" is the file.
+STATE_DICT_KEYS = ("", "model", "state_dict", "module", "model_state_dict")
+# Every HiViT has an entry with this name, after the prefix of a wrapper.
+ANCHOR = "patch_embed.proj.weight"
+# Names that wrappers of PyTorch insert: DistributedDataParallel, torch.compile,
+# FullyShardedDataParallel, activation checkpoints. A first one counts as prefix.
+WRAPPERS = re.compile(
+    r"(?<=\.)(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+)
+MAX_MODULES = 100_000
+
+
+class Unwrapped(NamedTuple):
+    """A state dict without prefixes.
+
+    state: arrays by the names of one program: official, MMPretrain.
+    removed: the removed wrappers and prefixes.
+    unused: names outside the prefix, which belong to other models or losses.
+    """
+
+    state: dict[str, Any]
+    removed: list[str]
+    unused: list[str]
+
+
+def is_averaged(name: str) -> bool:
+    """Return whether a key or prefix is a name of averaged weights (EMA)."""
+    return "ema" in re.split(r"[^a-z]", name.lower())
+
+
+def find_state_dict(
+    content: Mapping[Any, Any], averaged: bool = True
+) -> tuple[str, dict[str, StandIn]]:
+    """Return key and records of the state dict in the contents of a `TorchFile`.
+
+    Keys of nested dicts are joined by "/". Pickled modules count as their state dicts.
+
+    Args:
+      averaged: prefer averaged weights (EMA).
+
+    Raises:
+      CheckpointError: there is no state dict, or several to choose from.
+    """
+    found = _state_dicts(content)
+    if not found:
+        kinds = ", ".join(f"{key!r}: {_kind(content[key])}" for key in [*content][:4])
+        raise CheckpointError(
+            f"contains no tensors by name, but {{{kinds}}}; expected a state dict"
+        )
+    keys = [key for key, names in found.items() if any(map(_is_anchor, names))]
+    if not keys:  # not a HiViT, which is reported later
+        keys = [max(found, key=lambda key: len(found[key]))]
+    keys = [key for key in keys if is_averaged(key) == averaged] or keys
+    for known in STATE_DICT_KEYS:
+        keys = [key for key in keys if key.split("/")[0] == known] or keys
+    if len(keys) > 1:
+        raise CheckpointError(
+            f"contains several state dicts, {', '.join(keys)}; expected one. "
+            "Save one of them in a file of its own"
+        )
+    return keys[0], found[keys[0]]
+
+
+def remove_prefixes(state: Mapping[str, Any], averaged: bool = True) -> Unwrapped:
+    """Remove `WRAPPERS` and the prefix in front of a HiViT's names.
+
+    Args:
+      averaged: prefer averaged weights (EMA) if there are two models.
+
+    Raises:
+      CheckpointError: the state dict contains several models.
+    """
+    # First the wrappers inside of names, so that one prefix is common to all.
+    removed = sorted({f"{part}." for n in state for part in WRAPPERS.findall(n)})
+    named = {WRAPPERS.sub("", name): array for name, array in state.items()}
+    # MMPretrain's prefix is a part of its names, see `official_names`.
+    prefixes = {
+        name.removesuffix(ANCHOR).removesuffix("backbone.")
+        for name in filter(_is_anchor, named)
+    }
+    prefixes = {p for p in prefixes if is_averaged(p) == averaged} or prefixes
+    if len(prefixes) > 1 or len(named) < len(state):
+        found = ", ".join(map(repr, sorted(prefixes)))
+        raise CheckpointError(
+            f"the state dict contains several models, {found}; expected one. Save one "
+            "of them in a file of its own"
+        )
+    prefix = "".join(prefixes)
+    if not prefix:
+        return Unwrapped(named, removed, [])
+    inside = {
+        n.removeprefix(prefix): a for n, a in named.items() if n.startswith(prefix)
+    }
+    unused = [name for name in named if not name.startswith(prefix)]
+    return Unwrapped(inside, [*removed, prefix], unused)
+
+
+def _is_anchor(name: str) -> bool:
+    return f".{name}".endswith(f".{ANCHOR}")
+
+
+def _kind(value: Any) -> str:
+    return getattr(value, "source", "") or type(value).__name__
+
+
+def _state_dicts(content: Mapping[Any, Any]) -> dict[str, dict[str, StandIn]]:
+    """Return {key: tensors by name} of all nested dicts that contain tensors."""
+    found, seen, queue = {}, set(), deque([("", 0, content)])
+    while queue:
+        key, depth, entry = queue.popleft()
+        if id(entry) in seen:
+            continue
+        seen.add(id(entry))
+        items = {n: v for n, v in _items(entry).items() if isinstance(n, str)}
+        if arrays := {name: value for name, value in items.items() if is_array(value)}:
+            found[key] = arrays
+        if depth < 3:
+            queue.extend(
+                (f"{key}/{name}".lstrip("/"), depth + 1, value)
+                for name, value in items.items()
+                if isinstance(value, dict) and not is_array(value)
+            )
+    return found
+
+
+def _items(entry: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Return items and attributes of an object; the state dict of a pickled module."""
+    attributes = _dict(getattr(entry, "state", None))
+    if "_parameters" not in attributes:
+        return {**attributes, **entry}
+    arrays, queue = {}, deque([("", attributes)])
+    for _ in range(MAX_MODULES):  # modules may contain each other
+        if not queue:
+            break
+        prefix, attributes = queue.popleft()
+        for group in ("_parameters", "_buffers"):
+            entries = _dict(attributes.get(group))
+            arrays |= {f"{prefix}{name}": array for name, array in entries.items()}
+        for name, module in _dict(attributes.get("_modules")).items():
+            queue.append((f"{prefix}{name}.", _dict(getattr(module, "state", None))))
+    return arrays
+
+
+def _dict(value: Any) -> dict[Any, Any]:
+    return value if isinstance(value, dict) else {}

@@ -1,0 +1,114 @@
+"""Files of ``torch.save``, written without PyTorch."""
+
+import pickle
+import zipfile
+from collections import OrderedDict
+
+import numpy as np
+
+STORAGES = {
+    "float32": "Float",
+    "float16": "Half",
+    "bfloat16": "BFloat16",
+    "float64": "Double",
+    "int64": "Long",
+    "uint8": "Byte",
+    "bool": "Bool",
+    "complex64": "ComplexFloat",
+}
+MAGIC, VERSION = 0x1950A86A20F9469CFC6C, 1001
+
+
+class Global:
+    """A class or function that a pickle names; calling it gives a `Call`."""
+
+    def __init__(self, module, name):
+        self.module, self.name = module, name
+
+    def __call__(self, *args, state=None, items=None):
+        return Call(self, args, state, items)
+
+
+class Call:
+    """An object that a pickle makes by a call, then with a state and items."""
+
+    def __init__(self, *parts):
+        self.parts = parts
+
+    def __reduce__(self):
+        function, args, state, items = self.parts
+        return function, args, state, None, iter((items or {}).items())
+
+
+class Storage:
+    """The numbers of a tensor."""
+
+    def __init__(self, array, kind):
+        self.array, self.kind = np.ascontiguousarray(array).reshape(-1), kind
+
+
+class Writer(pickle._Pickler):
+    """Pickler that needs none of the classes and writes the ids of storages."""
+
+    def __init__(self, file, legacy):
+        super().__init__(file, 2)
+        self.storages, self.legacy = [], legacy
+
+    def save(self, obj, save_persistent_id=True):
+        if isinstance(obj, Global):
+            self.write(f"c{obj.module}\n{obj.name}\n".encode())
+        else:
+            super().save(obj, save_persistent_id)
+
+    def persistent_id(self, obj):
+        if not isinstance(obj, Storage):
+            return None
+        self.storages.append(obj)
+        kind, key = Global("torch", f"{obj.kind}Storage"), str(len(self.storages) - 1)
+        rest = (None,) if self.legacy else ()
+        return ("storage", kind, key, "cpu", obj.array.size, *rest)
+
+
+def tensor(array, offset=0, shape=None, strides=None):
+    """A tensor of an array's memory; shape and strides default to the array's."""
+    if shape is None:
+        shape, strides = array.shape, [s // array.itemsize for s in array.strides]
+    base = array if array.base is None else array.base
+    if name := STORAGES.get(array.dtype.name):
+        storage, function, rest = Storage(base, name), "_rebuild_tensor_v2", ()
+    else:  # newer dtypes
+        storage = Storage(base.reshape(-1).view(np.uint8), "Untyped")
+        function, rest = "_rebuild_tensor_v3", (Global("torch", array.dtype.name),)
+    return Global("torch._utils", function)(
+        storage, offset, tuple(shape), tuple(strides), False, OrderedDict(), *rest
+    )
+
+
+def with_tensors(content):
+    """The same content with tensors for arrays."""
+    if isinstance(content, dict):
+        return {key: with_tensors(value) for key, value in content.items()}
+    return tensor(content) if isinstance(content, np.ndarray) else content
+
+
+def save(content, path, legacy=False):
+    """Write a file as ``torch.save`` does, in its older format if `legacy`."""
+    if not legacy:
+        with zipfile.ZipFile(path, "w") as archive:
+            with archive.open("x/data.pkl", "w") as file:
+                writer = Writer(file, legacy)
+                writer.dump(content)
+            archive.writestr("x/byteorder", "little")
+            for key, storage in enumerate(writer.storages):
+                archive.writestr(f"x/data/{key}", storage.array.tobytes())
+        return path
+    with open(path, "wb") as file:
+        for each in (MAGIC, VERSION, {"little_endian": True}):
+            pickle.dump(each, file, 2)
+        writer = Writer(file, legacy)
+        writer.dump(content)
+        pickle.dump([str(key) for key in range(len(writer.storages))], file, 2)
+        for storage in writer.storages:
+            file.write(storage.array.size.to_bytes(8, "little"))
+            file.write(storage.array.tobytes())
+    return path

@@ -1,0 +1,172 @@
+"""State dicts among the objects and prefixes of training programs.
+
+Border: one HiViT in a file is found, below at most three keys and after one prefix.
+Names outside the prefix are not used, and named. Two HiViTs are an error that names
+both, unless one of them is averaged or has one of the usual keys.
+"""
+
+import numpy as np
+import pytest
+import state_files
+import torch_files
+from torch_files import Global
+
+from hivit_jax.errors import CheckpointError
+from hivit_jax.weights import files
+from hivit_jax.weights.load import read
+from hivit_jax.weights.nesting import remove_prefixes
+
+STATE = state_files.drawn("hivit_base", num_classes=3)[1]
+AVERAGE = {name: array * 2 for name, array in STATE.items()}
+OTHER = {"conv1.weight": np.ones((3, 3), np.float32)}
+
+
+def prefixed(prefix, state=STATE):
+    return {prefix + name: array for name, array in state.items()}
+
+
+def module(state):
+    """A pickled `torch.nn.Module` with the names of a state dict."""
+    entries, inner = {}, {}
+    for name, array in state.items():
+        first, _, rest = name.partition(".")
+        if rest:
+            inner.setdefault(first, {})[rest] = array
+        else:
+            entries[first] = array
+    attributes = {
+        "training": True,
+        "_parameters": torch_files.with_tensors(entries),
+        "_buffers": {"unset": None},
+        "_modules": {name: module(each) for name, each in inner.items()},
+    }
+    return Global("models.hivit", "HiViT")(state=attributes)
+
+
+NESTINGS = {
+    "": STATE,
+    "module": {"module": STATE, "global_steps": 3},
+    "net": {"net": STATE, "epoch": 1},
+    "model_state_dict": {"epoch": 1, "model_state_dict": STATE},
+    "checkpoint/model": {"checkpoint": {"model": STATE, "lr": 0.1}},
+    "model": {"model": STATE, "loss": OTHER, "teacher": AVERAGE},
+    "encoder": {"encoder": STATE, "decoder": OTHER, "optimizer": {"state": {0: OTHER}}},
+    "network": {"network": module(STATE)},
+    "state_dict": {
+        "state_dict": Global("addict", "Dict")(items=torch_files.with_tensors(STATE))
+    },
+}
+
+
+@pytest.mark.parametrize("key", NESTINGS)
+@pytest.mark.parametrize("legacy", [False, True])
+def test_nesting(key, legacy, tmp_path):
+    """The tensors of one HiViT, whatever lies around them."""
+    content = torch_files.with_tensors(NESTINGS[key])
+    file = files.read(torch_files.save(content, tmp_path / "x.pth", legacy))
+    assert file.key == key
+    assert file.state.keys() == STATE.keys()
+    for name, array in STATE.items():
+        np.testing.assert_array_equal(file.state[name], array)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"model": STATE, "model_ema": AVERAGE},
+        {"state_dict": STATE, "ema_state_dict": AVERAGE},
+        {"module": STATE, "ema": {"module": AVERAGE}},
+    ],
+)
+def test_averaged_weights(content, tmp_path):
+    """They are preferred, unless the plain ones are asked for."""
+    path = torch_files.save(torch_files.with_tensors(content), tmp_path / "x.pth")
+    for averaged, expected in ((True, AVERAGE), (False, STATE)):
+        state = files.read(path, averaged).state
+        np.testing.assert_array_equal(state["head.bias"], expected["head.bias"])
+
+
+@pytest.mark.parametrize(
+    ("state", "removed", "unused"),
+    [
+        (prefixed("model."), ["model."], []),
+        (prefixed("model.encoder."), ["model.encoder."], []),
+        (prefixed("module.model."), ["module.model."], []),
+        (prefixed("_orig_mod.module."), ["module.", "_orig_mod."], []),
+        (
+            {
+                n.replace("blocks.0.", "blocks.0._orig_mod."): a
+                for n, a in STATE.items()
+            },
+            ["_orig_mod."],
+            [],
+        ),
+        (
+            prefixed("_fsdp_wrapped_module.") | {"n_averaged": np.int64(3)},
+            ["_fsdp_wrapped_module."],
+            ["n_averaged"],
+        ),
+        (
+            prefixed("net.") | {"loss.weight": np.ones(3, np.float32)},
+            ["net."],
+            ["loss.weight"],
+        ),
+        (STATE, [], []),
+    ],
+)
+def test_prefixes(state, removed, unused):
+    """Of the whole model, and of wrapped blocks in it; without one nothing changes."""
+    found = remove_prefixes(state)
+    assert found.removed == removed
+    assert found.unused == unused
+    assert found.state.keys() == STATE.keys()
+
+
+def test_prefixes_of_two_models():
+    state = prefixed("model.") | prefixed("ema.", AVERAGE)
+    for averaged, expected in ((True, AVERAGE), (False, STATE)):
+        found = remove_prefixes(state, averaged)
+        assert found.state["head.bias"] is expected["head.bias"]
+        assert len(found.unused) == len(STATE)
+    message = "several models, 'student.', 'teacher.'; expected one"
+    with pytest.raises(CheckpointError, match=message):
+        remove_prefixes(prefixed("student.") | prefixed("teacher."))
+    with pytest.raises(CheckpointError, match="several models"):
+        remove_prefixes(STATE | prefixed("module."))
+
+
+def test_what_was_removed_is_reported(tmp_path, capsys):
+    content = {"net": prefixed("model.") | OTHER}
+    path = torch_files.save(torch_files.with_tensors(content), tmp_path / "x.pth")
+    pretrained = read(path, num_heads=1)
+    assert pretrained.unused == ["conv1.weight"]
+    assert "removed from the names: model." in pretrained.notes
+    out = capsys.readouterr().out
+    for text in ("entry 'net'", "names: model.", "unused entries: conv1.weight"):
+        assert text in out
+
+
+@pytest.mark.parametrize(
+    "kept", [("norm.",), ("mask_token", "norm.bias"), ("decoder_pos",)]
+)
+def test_an_encoder_without_its_decoder(kept, tmp_path, capsys):
+    """It is a model without a head; the rest of the decoder is named.
+
+    A norm of the encoder's width may be the classifier's own, and is refused.
+    """
+    whole = state_files.drawn("mae_hivit_base")[1]
+    encoder = ("absolute_pos_embed", "patch_embed.", "blocks.", *kept)
+    state = {n: a for n, a in whole.items() if n.startswith(encoder)}
+    path = torch_files.save(torch_files.with_tensors(state), tmp_path / "x.pth")
+    pretrained = read(path, num_heads=1)
+    rest = [name for name in state if name.startswith(kept)]
+    assert pretrained.unused == rest
+    assert f"unused entries: {', '.join(rest)}\n" in capsys.readouterr().out
+    assert {n.partition("/")[0] for n in pretrained.params} == {"encoder"}
+    state = {n: a for n, a in state.items() if not n.startswith(kept)}
+    state["norm.weight"] = np.ones(16, np.float32)
+    torch_files.save(torch_files.with_tensors(state), path)
+    with pytest.raises(
+        CheckpointError, match="x.pth: unexpected entries .*'norm.weight'"
+    ):
+        read(path, num_heads=1)
