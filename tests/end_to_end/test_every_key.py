@@ -270,7 +270,7 @@ def test_numbers_of_heads(trace_of):
 PROGRAMS = {
     "model.dtype": ("bfloat16", "bf16["),
     "model.kernels": ("fused", "pallas_call"),
-    "model.remat": (True, "prevent_cse"),
+    "model.remat": (True, "prevent_cse=True"),
     "model.scan_blocks": (True, "length=2"),
     "optimizer.accumulate_steps": (3, "length=3"),
 }

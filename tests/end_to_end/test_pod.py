@@ -9,6 +9,7 @@ import time
 import numpy as np
 import pytest
 import recipes
+from PIL import Image
 
 pytestmark = [pytest.mark.slow, pytest.mark.processes]
 
@@ -285,7 +286,7 @@ def test_processes_with_other_files(environment, tmp_path):
                 directory = tmp_path / str(index) / dataset / split / "class"
                 directory.mkdir(parents=True)
                 for image in range(count if split == "train" else 2):
-                    (directory / f"{image}.png").touch()
+                    Image.new("RGB", (70, 70)).save(directory / f"{image}.png")
         (tmp_path / str(index) / "run" / "checkpoints").mkdir(parents=True)
     (tmp_path / "1" / "run" / "checkpoints" / "7" / "params").mkdir(parents=True)
     processes = [

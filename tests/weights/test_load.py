@@ -103,7 +103,6 @@ def by_hand(state, width=16):
 # --- Formats -------------------------------------------------------------------------
 
 
-@pytest.mark.torch
 @pytest.mark.parametrize("kind", KINDS)
 def test_committed_pytorch_files(kind):
     """Written by PyTorch from the numbers of the recipe."""
@@ -313,7 +312,6 @@ def test_a_model_of_its_own_size(tmp_path, capsys):
     assert "matched" in text
 
 
-@pytest.mark.torch
 def test_inspecting_runs_directories_and_files(tmp_path, capsys):
     """What is there, what a classifier would take, and every array by name."""
     for kind, words in {
