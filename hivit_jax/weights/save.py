@@ -77,7 +77,7 @@ def shareable(value: Any, key: str = "") -> Any:
     Directories become "", and of other paths the last part remains. Addresses on the
     Hugging Face hub are public and remain.
     """
-    if isinstance(value, Mapping):
+    if hasattr(value, "items"):  # a Mapping or a ConfigDict
         return {name: shareable(each, name) for name, each in value.items()}
     if isinstance(value, (list, tuple)):
         return [shareable(each, key) for each in value]
@@ -95,7 +95,13 @@ def _checked_state(model: Model, arguments: dict[str, Any]) -> dict[str, Any]:
     try:
         state = to_state_dict(split(model)[1], model)
         from_official(state, abstract_model(arguments))
-    except (CheckpointError, ValueError, TypeError, KeyError, IndexError) as error:
+    except (
+        CheckpointError,
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+    ) as error:
         raise ConfigError(
             f"{model.name} cannot be saved, because it would not load: "
             f"{first_line(error)}.\nExpected the arrays of model.config and finite "
@@ -115,7 +121,7 @@ def _check_directory(directory: Path) -> bool:
     try:
         if config.is_file():
             metadata = json.loads(config.read_text())
-            ours = isinstance(metadata, dict) and {"arguments", "info"} <= {*metadata}
+            ours = isinstance(metadata, dict) and "arguments" in metadata
         elif (directory / WEIGHTS).is_file():
             config = directory / WEIGHTS
             ours = bool(files.read(config).metadata)
