@@ -8,7 +8,7 @@ import recipes
 from recipes import check_message
 
 from hivit_jax import recipes as recipes_by_name
-from hivit_jax.checkpoints import read
+from hivit_jax.checkpoints import lock, read
 from hivit_jax.errors import ConfigError
 from hivit_jax.main import MODES, main
 from hivit_jax.train import report_changes
@@ -148,6 +148,17 @@ def test_workdir_alone(finished, tmp_path, capsys):
     ):
         assert main(flags) == 2
         check_message(capsys.readouterr().err, ["--config", fragment])
+
+
+def test_second_run_in_a_workdir(finished, capsys):
+    """Refused at once, with the process of the first; other modes need no lock."""
+    with lock.hold(finished):
+        before = sorted(finished.rglob("*"))
+        assert main([f"--workdir={finished}", "--config.total_steps=9"]) == 2
+        err = capsys.readouterr().err
+        check_message(err, [f"{finished} is in use by process {os.getpid()} on "])
+        assert sorted(finished.rglob("*")) == before
+        assert main([f"--workdir={finished}", "--mode=eval"]) == 0
 
 
 def test_changes_since_a_checkpoint(finished, capsys):
