@@ -80,11 +80,11 @@ class Key:
             return None
         if self.value_type is str and isinstance(value, os.PathLike):
             value = os.fspath(value)
-        value = getattr(value, "tolist", lambda: value)()  # NumPy
+        value = _plain(value)
         if self.value_type is float and type(value) is int:
             value = float(value)
-        if isinstance(value, list):
-            value = tuple(value)
+        if isinstance(value, (list, tuple)):
+            value = tuple(map(_plain, value))
         allowed = (int, tuple) if self.value_type is object else self.value_type
         # bool is a subclass of int.
         wrong_bool = isinstance(value, bool) and self.value_type is not bool
@@ -194,6 +194,11 @@ class Key:
             return name
         text = self._range("value")
         return text if kind in (tuple, object) else f"{name}, {text}"
+
+
+def _plain(value: Any) -> Any:
+    """Return numbers and arrays of NumPy and JAX as Python numbers and lists."""
+    return getattr(value, "tolist", lambda: value)()
 
 
 def setting(default: Any = MISSING, **limits: Any) -> Any:
