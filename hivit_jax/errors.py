@@ -119,10 +119,10 @@ def first_line(error: Exception) -> str:
 
 def exit_code(action: Callable[[], object]) -> int:
     """Run a command, print a HivitError to stderr, and return the exit code."""
-    from hivit_jax.resources import exhaustion_reported  # late, because it needs JAX
+    from hivit_jax.resources import raise_resource_errors  # late, because it needs JAX
 
     try:
-        with exhaustion_reported():
+        with raise_resource_errors():
             action()
     except HivitError as error:
         label = "" if isinstance(error, Interrupted) else "error: "

@@ -93,7 +93,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     if not flags.config:
         if not flags.workdir:
             raise ConfigError("--config=RECIPE is required; --help lists the recipes")
-        flags.config = record.newest_start(flags.workdir)
+        flags.config = record.newest_config(flags.workdir)
         if flags.mode == "knn":
             overrides.insert(0, f"--config.init_from={flags.workdir}")
     return flags, overrides

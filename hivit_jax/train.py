@@ -36,7 +36,7 @@ from hivit_jax.weights import adapt, load
 from hivit_jax.xla.compile import compile_steps
 
 
-@resources.exhaustion_reported()
+@resources.raise_resource_errors()
 @exclusive  # one run at a time in a workdir
 def train(
     config: Any,
@@ -118,7 +118,7 @@ def train(
             "model_state": state["model_state"],
             "frozen": frozen,
         }
-        with resources.exhaustion_reported():
+        with resources.raise_resource_errors():
             values = evaluate.evaluate(
                 config, task, eval_step, variables, mesh, heartbeat
             )

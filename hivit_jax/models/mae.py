@@ -21,7 +21,7 @@ from hivit_jax.models.explicit_axes import accepts_explicit_axes
 from hivit_jax.models.flops import attention_cost, encoder_cost, row_cost
 from hivit_jax.models.hivit import HiViT
 from hivit_jax.models.layers import INIT, FixedTable, Linear
-from hivit_jax.models.masking import random_masking, visible_units
+from hivit_jax.models.masking import count_visible_units, random_masking
 from hivit_jax.models.norms import LayerNorm
 
 
@@ -132,7 +132,7 @@ class MaskedAutoencoder(Model):
         """Return the number of visible units; check the shape of the noise."""
         rows, columns = self.config.grid
         check_shape("noise", noise, "[B, N]", images.shape[0], rows * columns)
-        return visible_units(rows * columns, mask_ratio)
+        return count_visible_units(rows * columns, mask_ratio)
 
     @accepts_explicit_axes
     def encode(
@@ -261,7 +261,7 @@ class MaskedAutoencoder(Model):
         """
         grid = self._grid(image_size)
         units = grid[0] * grid[1]
-        kept = visible_units(units, mask_ratio)
+        kept = count_visible_units(units, mask_ratio)
         cost = encoder_cost(self.encoder, grid, kept, layer_norm_cost=layer_norm_cost)
         for part in (self.norm, self.decoder_embed):
             cost += row_cost(part, kept, layer_norm_cost)

@@ -7,7 +7,7 @@ import numpy as np
 from hivit_jax.errors import ConfigError
 
 
-def visible_units(units: int, mask_ratio: float) -> int:
+def count_visible_units(units: int, mask_ratio: float) -> int:
     """Return the number of visible units, ``int(units * (1 - mask_ratio))``.
 
     Raises:

@@ -61,7 +61,7 @@ def read(path: str | Path, *, averaged: bool = True, **overrides: Any) -> Pretra
         return _read_file(path, averaged, overrides)
     if (path / WEIGHTS).is_file():
         return _read_file(path / WEIGHTS, averaged, overrides)
-    *newer, oldest = checkpoints.find_steps(path)
+    *newer, oldest = checkpoints.find_checkpoints(path)
     for step in newer:
         try:
             return _read_step(step, averaged)

@@ -41,7 +41,7 @@ def test_command(saved, tmp_path, capsys):
     flags = [str(flag) for flag in flags]
     assert command.main(flags) == 0
     told = capsys.readouterr().out
-    assert "75.0% of each image removed" in told
+    assert "75.0% of each image masked" in told
     assert "contrast and brightness: each unit's own, not seen by the model" in told
     with Image.open(out) as drawn:
         assert drawn.width > drawn.height > 300  # two rows of four panels
