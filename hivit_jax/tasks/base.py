@@ -187,7 +187,7 @@ class Task:
     def summarize(
         self, sums: Mapping[str, np.ndarray], count: int, records: list[Any]
     ) -> dict[str, float]:
-        """Return the metrics of the test split, {"eval/NAME": value}. Runs on process 0.
+        """Return the test split's metrics, {"eval/NAME": value}. Runs on process 0.
 
         Args:
           sums: totals over all batches, float64 or int64.
