@@ -1,4 +1,4 @@
-"""Reading and writing state dicts as PyTorch (``.pth``) or safetensors files.
+"""Read and write state dicts as PyTorch (``.pth``) or safetensors files.
 
 Reading never runs code from a file. PyTorch files are loaded with ``weights_only``,
 which builds only tensors and plain containers, after a check of their zip archive. A
@@ -49,8 +49,8 @@ def read(path: Path, averaged: bool = True) -> WeightFile:
       averaged: prefer averaged weights (EMA) if the file contains them.
 
     Raises:
-      CheckpointError: no such file, a damaged or unsafe file, no state dict, entries
-        that are not dense tensors, or PyTorch is required and not installed.
+      CheckpointError: the file does not exist, is damaged or unsafe, or contains no
+        state dict of dense tensors; or PyTorch is required but not installed.
     """
     path = Path(path)
     if not path.is_file():
@@ -68,10 +68,10 @@ def write(path: Path, state: Mapping[str, np.ndarray], metadata: Mapping) -> Non
     """Write a state dict to a safetensors file or a PyTorch file ({"model": state}).
 
     Args:
-      metadata: description of the model for `read`; values for JSON.
+      metadata: description of the model for `read`, which JSON can represent.
 
     Raises:
-      CheckpointError: PyTorch is required and not installed.
+      CheckpointError: PyTorch is required but not installed.
     """
     # Copy, because PyTorch accepts only writable arrays.
     state = {name: np.array(array, order="C") for name, array in state.items()}
@@ -84,7 +84,11 @@ def write(path: Path, state: Mapping[str, np.ndarray], metadata: Mapping) -> Non
 
 
 def import_torch(path: Path) -> Any:
-    """Return the PyTorch module; CheckpointError if it is not installed."""
+    """Return the PyTorch module, which is required for the file `path`.
+
+    Raises:
+      CheckpointError: it is not installed.
+    """
     try:
         import torch
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""Saving a model as a directory, which can be shared on the Hugging Face hub."""
+"""Save a model as a directory, which can be shared on the Hugging Face hub."""
 
 import json
 from collections.abc import Mapping
@@ -27,9 +27,9 @@ def save_pretrained(
     read them. `load_pretrained(directory)` returns a bit-identical model.
 
     Args:
-      recipe: the config of its training, for the card. When the directory is loaded,
-        mean, std and crop of the recipe's data replace those of `model.info`.
-      results: its evaluation results, for the card.
+      recipe: the training config of the model, for the card. When the directory is
+        loaded, mean, std and crop of the recipe's data replace those of `model.info`.
+      results: the evaluation results of the model, for the card.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
