@@ -127,7 +127,8 @@ def test_variant_of_a_recipe(capsys):
         assert main([f"--config={recipe}", *arguments]) == 0
         out = capsys.readouterr().out
         assert '"name": "hivit_large"' in out
-        assert f"changes to {recipe}: \n  data.randaugment: True -> False\n" in out
+        changes = "data.randaugment: True -> False"
+        assert f"differences from {recipe}: \n  {changes}\n" in out
     assert main(["--config=supervised:huge", *arguments]) == 2
     check_message(capsys.readouterr().err, ["supervised:huge", "'huge'"])
     assert main(["--config=mae_base:384", *arguments]) == 2

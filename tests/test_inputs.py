@@ -358,7 +358,7 @@ def test_splits_have_the_same_classes(opened):
     [
         (
             [b""] * 20,
-            "8 of 8 images tried of the test split .*\n.*check_data",
+            "none of 8 images tried of the test split .*\n.*check_data",
         ),
         (
             [OSError("gone")],

@@ -32,7 +32,7 @@ def test_recipes_of_an_installed_package(tmp_path):
         command = ["-c", f"import os; os.chdir('/'); {program}", *flags]
         code, out, err = recipes.run(*command, PYTHONPATH=path)
         assert (code, err) == (0, "")
-        assert "changes to mae_base: none" in out
+        assert "differences from mae_base: none" in out
 
 
 def test_packages_are_listed():

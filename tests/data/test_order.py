@@ -77,14 +77,16 @@ def test_few_training_examples():
     whole = {image.tobytes() for image in data_sources_digits.Digits("train").pixels()}
     found = []
     for subset in (0, 1, 0):
-        source = data_sources_digits.Digits("train", train_examples=100, subset=subset)
+        source = data_sources_digits.Digits(
+            "train", train_examples=100, subset_seed=subset
+        )
         assert np.bincount(source.labels).tolist() == [10] * 10
         found.append([image.tobytes() for image in source.pixels()])
         assert len(set(found[-1])) == 100
         assert set(found[-1]) <= whole
     assert found[0] == found[2]
     assert set(found[0]) != set(found[1])
-    test = data_sources_digits.Digits("test", train_examples=100, subset=1)
+    test = data_sources_digits.Digits("test", train_examples=100, subset_seed=1)
     assert_array_equal(test.pixels(), data_sources_digits.Digits("test").pixels())
 
 

@@ -127,7 +127,7 @@ def test_parameters():
     """Of the policy: magnitude, its spread, number of operations, probability."""
     many = draws(200)
     for sample in many:
-        a, b = randaugment.choose(sample, magnitude=5, std=0, probability=1)
+        a, b = randaugment.choose(sample, mean_magnitude=5, std=0, probability=1)
         assert a[1] == b[1] == 5
         assert randaugment.choose(sample, probability=0) == []
         assert randaugment.choose(sample, num_ops=1) == (

@@ -166,7 +166,7 @@ def test_mode_eval(recipe, run, capsys):
 def test_mode_describe(recipe, capsys):
     assert main([f"--config={recipe}", "--mode=describe"]) == 0
     out = capsys.readouterr().out
-    assert "64 images, 4.0 steps each" in out
+    assert "64 images, 4.0 steps" in out
 
 
 @pytest.mark.extras

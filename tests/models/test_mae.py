@@ -17,7 +17,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from hivit_jax.errors import ConfigError
 from hivit_jax.models import positions
-from hivit_jax.models.masking import random_masking, visible_units
+from hivit_jax.models.masking import count_visible_units, random_masking
 
 # Masking
 
@@ -27,19 +27,19 @@ from hivit_jax.models.masking import random_masking, visible_units
     [(196, 0.75, 49), (196, 0.6, 78), (16, 0.6, 6), (16, 0.9375, 1), (4, 0.5, 2)],
 )
 def test_visible_units(units, ratio, kept):
-    assert visible_units(units, ratio) == kept
+    assert count_visible_units(units, ratio) == kept
 
 
 @pytest.mark.parametrize("ratio", [0, 1, 1.5, -0.1, 0.0, 1.0])
 def test_mask_ratio_out_of_range(ratio):
     message = re.escape(f"mask_ratio={ratio}; expected 0 < mask_ratio < 1")
     with pytest.raises(ConfigError, match=message):
-        visible_units(196, ratio)
+        count_visible_units(196, ratio)
 
 
 def test_mask_ratio_that_keeps_nothing():
     with pytest.raises(ConfigError, match="keeps none of 16 .* at most 0.93$"):
-        visible_units(16, 0.95)
+        count_visible_units(16, 0.95)
 
 
 def test_random_masking():

@@ -184,7 +184,7 @@ def test_workdir_in_a_bucket(bucket):
     assert str(read.absolute("gs://bucket/run")) == "gs://bucket/run"
     (bucket / "run/checkpoints/7/params").mkdir(parents=True)
     (bucket / "run/checkpoints/12/params").mkdir(parents=True)
-    steps_there = [path.name for path in read.find_steps("gs://bucket/run")]
+    steps_there = [path.name for path in read.find_checkpoints("gs://bucket/run")]
     assert steps_there == ["12", "7"]
 
 

@@ -41,14 +41,14 @@ def test_command(saved, tmp_path, capsys):
     flags = [str(flag) for flag in flags]
     assert command.main(flags) == 0
     told = capsys.readouterr().out
-    assert "75.0% of each image removed" in told
-    assert "contrast and brightness: each unit's own, not seen by the model" in told
+    assert "75.0% of each image masked" in told
+    assert "brightness and contrast of each true unit, unknown to the model" in told
     with Image.open(out) as drawn:
         assert drawn.width > drawn.height > 300  # two rows of four panels
     assert (
         command.main([str(x) for x in (*flags, *images, "--statistics=visible")]) == 0
     )
-    assert "mean of the visible units" in capsys.readouterr().out
+    assert "of the visible units" in capsys.readouterr().out
 
 
 MEAN, STD = (0.8, 0.2, 0.4), (0.1, 0.3, 0.2)

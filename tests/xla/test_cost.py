@@ -15,7 +15,7 @@ from hivit_jax import config as configs
 from hivit_jax import inputs
 from hivit_jax.distributed import sharding
 from hivit_jax.models.flops import row_cost
-from hivit_jax.models.masking import visible_units
+from hivit_jax.models.masking import count_visible_units
 from hivit_jax.tools import compile_ahead
 from hivit_jax.xla import cost
 from hivit_jax.xla.compile import memory_of
@@ -198,7 +198,7 @@ def test_memory_of_a_program_that_updates_in_place():
 
 def training_macs(model, mask_ratio):
     """Forward, matrix products alone; the decoder's end leaves visible units out."""
-    kept = visible_units(math.prod(model.encoder.grid), mask_ratio)
+    kept = count_visible_units(math.prod(model.encoder.grid), mask_ratio)
     last = model.decoder_blocks[-1].mlp, model.decoder_pred
     spared = sum(row_cost(each, kept, 0) for each in last)
     return model.macs(mask_ratio=mask_ratio, layer_norm_cost=0) - spared

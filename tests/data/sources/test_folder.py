@@ -86,7 +86,7 @@ def test_other_names_of_splits(root):
     assert len(registry.open_source(data, "train")) == 2
     with pytest.raises(DataError, match=r"train/n1: .*; found 1 unknown in train"):
         registry.open_source(data, "test")
-    with pytest.raises(ConfigError, match="only digits has subsets"):
+    with pytest.raises(ConfigError, match="only digits and synthetic support"):
         registry.open_source(data | {"train_examples": 10}, "train")
 
 
