@@ -10,7 +10,7 @@ from recipes import check_message
 from hivit_jax import recipes as recipes_by_name
 from hivit_jax.main import MODES, main
 
-MINI = recipes.arguments()  # --config and overrides of a recipe that works
+MINI = recipes.arguments()  # flags of a valid recipe
 
 
 def test_masked_autoencoder_does_not_classify(tmp_path, capsys):
@@ -70,7 +70,7 @@ def finished(tmp_path_factory):
 
 @pytest.mark.slow
 def test_checkpoint_of_another_model(finished, tmp_path, capsys):
-    """In the workdir, as init_from, for evaluation."""
+    """Another model is refused in the workdir, as init_from and for evaluation."""
     before = (finished / "config.json").read_text()
     for flags in (
         [f"--workdir={finished}"],
@@ -88,7 +88,7 @@ def test_checkpoint_of_another_model(finished, tmp_path, capsys):
 def test_no_checkpoint(finished, tmp_path, capsys):
     empty, nowhere = tmp_path / "empty", tmp_path / "nowhere"
     empty.mkdir()
-    for flags, place in (
+    for flags, path in (
         ([f"--workdir={empty}", "--mode=eval"], empty),
         ([f"--workdir={nowhere}", "--mode=eval"], nowhere),
         (
@@ -99,13 +99,13 @@ def test_no_checkpoint(finished, tmp_path, capsys):
         ([f"--workdir={tmp_path / 'x'}", f"--config.init_from={empty}"], empty),
     ):
         assert main([*MINI, *flags]) == 5
-        check_message(capsys.readouterr().err, ["no checkpoint", str(place)])
+        check_message(capsys.readouterr().err, ["no checkpoint", str(path)])
     assert not nowhere.exists()
 
 
 @pytest.mark.slow
 def test_eval_mode(finished, capsys):
-    """Gives what the run itself found, from the workdir or from a path."""
+    """``--mode eval`` prints the results of the run, from a workdir or a path."""
     step = finished / "checkpoints" / "1"
     for flags in ([], [f"--checkpoint={step}"]):
         assert main([*MINI, f"--workdir={finished}", "--mode=eval", *flags]) == 0
@@ -113,11 +113,6 @@ def test_eval_mode(finished, capsys):
         count = recipes.lines(finished, "eval/count")[1]
         out = capsys.readouterr().out
         assert f"step 1  eval  loss {loss:.4f}  ({count} images)" in out
-
-
-def describe(*overrides):
-    config = f"--config={recipes.ROOT / 'configs' / 'mae_base.py'}"
-    return main([config, "--mode=describe", *overrides])
 
 
 @pytest.mark.processes
@@ -137,7 +132,7 @@ def test_errors_of_a_real_process(flags, exit_code, fragments, tmp_path):
 
 
 def test_help(capsys):
-    """Modes, examples, exit codes, and each recipe by name and first line."""
+    """The help lists modes, examples, exit codes, and each recipe."""
     with pytest.raises(SystemExit):
         main(["--help"])
     out = capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Checkpoints: any mesh to any other, damage, evaluation's choice."""
+"""Checkpoints: restoring on another mesh, reading parameters, a full disk."""
 
 import itertools
 import json
@@ -86,7 +86,7 @@ def host(state):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """Workdir of a checkpoint that each mesh wrote, by mesh."""
+    """Return mesh name -> workdir with a checkpoint that this mesh wrote."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sharding, "MIN_SHARDED_SIZE", 64)
         found = {name: tmp_path_factory.mktemp(name) for name in MESHES}
@@ -97,21 +97,21 @@ def saved(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("old", "new"), list(itertools.permutations(MESHES, 2)))
-def test_from_any_mesh_to_any_other(saved, old, new):
-    """Bit for bit, and where the new mesh wants it."""
-    expected, (_, wanted) = host(init(3)), on_mesh(new)
-    step, state = Checkpoints(saved[old], 9).restore_newest(wanted)
+def test_restore_on_any_other_mesh(saved, old, new):
+    """Restored arrays are bit-identical and have the shardings of the new mesh."""
+    expected, (_, target) = host(init(3)), on_mesh(new)
+    step, state = Checkpoints(saved[old], 9).restore_newest(target)
     assert step == 3
     recipes.assert_identical(host(state), expected)
     for name, leaf in named_leaves(state).items():
-        assert leaf.sharding == named_leaves(wanted)[name].sharding, name
+        assert leaf.sharding == named_leaves(target)[name].sharding, name
     kernel = state["params"]["mlp"]["fc1"]["kernel"]
     assert kernel.addressable_shards[0].data.shape != kernel.shape or new == "data"
 
 
 @pytest.mark.slow
-def test_parameters_alone_on_one_device(saved):
-    """Averaged ones, or the plain ones, without the optimizer's state."""
+def test_read_parameters_on_one_device(saved):
+    """`read` returns averaged or plain parameters without the optimizer state."""
     for averaged, name in ((True, "ema"), (False, "params")):
         found = read(saved["every"], averaged=averaged)
         expected = host(init(3)[name])
@@ -120,7 +120,7 @@ def test_parameters_alone_on_one_device(saved):
 
 @pytest.fixture(scope="module")
 def two_steps(tmp_path_factory):
-    """Contents of a workdir with the checkpoints 1 and 2, by path."""
+    """Return the files of a workdir with checkpoints 1 and 2: path -> content."""
     workdir = tmp_path_factory.mktemp("two")
     save(workdir, *(on_mesh("data", seed)[0] for seed in (1, 2)))
     return {
@@ -131,6 +131,7 @@ def two_steps(tmp_path_factory):
 
 
 def written(workdir, files):
+    """Write files into a workdir."""
     for path, content in files.items():
         (workdir / path).parent.mkdir(parents=True, exist_ok=True)
         (workdir / path).write_bytes(content)
@@ -138,16 +139,16 @@ def written(workdir, files):
 
 
 def damages(files, count):
-    """Single bits of the files of step 2, and files cut short or gone."""
-    draw = random.Random(0)
-    ours = [path for path in files if path.parts[:2] == ("checkpoints", "2")]
-    weights = [len(files[path]) for path in ours]
+    """Yield (file of step 2, damaged content): a flipped bit, truncated, or None."""
+    rng = random.Random(0)
+    paths = [path for path in files if path.parts[:2] == ("checkpoints", "2")]
+    weights = [len(files[path]) for path in paths]
     for number in range(count):
-        path = draw.choices(ours, weights if number % 2 else None)[0]
+        path = rng.choices(paths, weights if number % 2 else None)[0]
         content = bytearray(files[path])
         kind = number % 5
         if kind < 3 and content:
-            content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+            content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
         elif kind == 3:
             content = content[: len(content) // 2]
         yield path, None if kind == 4 else bytes(content)
@@ -155,10 +156,13 @@ def damages(files, count):
 
 @pytest.mark.slow
 def test_damage_is_never_silent(two_steps, tmp_path, capsys):
-    """Whatever happens to step 2: its very numbers, or those of step 1 and a report."""
-    _, wanted = on_mesh("data")
+    """With step 2 damaged, restoring returns its exact arrays, or those of step 1.
+
+    Falling back to step 1 is reported.
+    """
+    _, target = on_mesh("data")
     expected = {seed: host(init(seed)) for seed in (1, 2)}
-    fates = {1: 0, 2: 0}
+    restored = {1: 0, 2: 0}
     for number, (path, content) in enumerate(damages(two_steps, 30)):
         workdir = written(tmp_path / str(number), two_steps)
         if content is None:
@@ -166,19 +170,19 @@ def test_damage_is_never_silent(two_steps, tmp_path, capsys):
         else:
             (workdir / path).write_bytes(content)
         capsys.readouterr()
-        step, state = Checkpoints(workdir, 9).restore_newest(wanted)
+        step, state = Checkpoints(workdir, 9).restore_newest(target)
         recipes.assert_identical(host(state), expected[step])
-        fates[step] += 1
+        restored[step] += 1
         if step == 1:
             out = capsys.readouterr().out
             if (workdir / "damaged").exists():
                 assert "checkpoint 2 was moved to" in out
                 assert "checkpoints/2" in out
             assert {p.name for p in (workdir / "checkpoints").iterdir()} == {"1"}
-    assert fates[1] > 10
+    assert restored[1] > 10
 
 
-def test_all_are_damaged(two_steps, tmp_path):
+def test_all_checkpoints_are_damaged(two_steps, tmp_path):
     workdir = written(tmp_path, two_steps)
     for path in workdir.rglob("checkpoints/*/*/d/*"):
         path.write_bytes(path.read_bytes()[:-9])
@@ -189,7 +193,7 @@ def test_all_are_damaged(two_steps, tmp_path):
     assert {p.name for p in (workdir / "checkpoints").iterdir()} == {"1", "2"}
 
 
-def test_evaluation_takes_the_newest_that_is_whole(two_steps, tmp_path, capsys):
+def test_evaluation_reads_the_newest_intact_checkpoint(two_steps, tmp_path, capsys):
     workdir = written(tmp_path, two_steps)
     for path in workdir.rglob("checkpoints/2/ema/d/*"):
         path.unlink()
@@ -199,17 +203,17 @@ def test_evaluation_takes_the_newest_that_is_whole(two_steps, tmp_path, capsys):
     assert "checkpoints/2 is damaged" in capsys.readouterr().out
 
 
-def test_another_model_is_no_damage(two_steps, tmp_path):
-    """All steps are of it; nothing is moved."""
+def test_checkpoint_of_another_model_is_not_damage(two_steps, tmp_path):
+    """Checkpoints of another model raise ConfigError and are not moved."""
     workdir = written(tmp_path, two_steps)
-    _, wanted = on_mesh("data")
+    _, target = on_mesh("data")
     wide = jax.ShapeDtypeStruct((65,), np.float32)
-    wanted["params"] = wanted["params"] | {"scale": wide}
+    target["params"] = target["params"] | {"scale": wide}
     with pytest.raises(ConfigError, match=r"checkpoints/2 is a checkpoint of a d"):
-        Checkpoints(workdir, 9).restore_newest(wanted)
-    wanted["params"]["scale"] = jax.ShapeDtypeStruct((64,), jnp.bfloat16)
+        Checkpoints(workdir, 9).restore_newest(target)
+    target["params"]["scale"] = jax.ShapeDtypeStruct((64,), jnp.bfloat16)
     with pytest.raises(ConfigError, match=r"scale: .* bfloat16.* float32\[64\]"):
-        Checkpoints(workdir, 9).restore_newest(wanted)
+        Checkpoints(workdir, 9).restore_newest(target)
     assert not (workdir / "damaged").exists()
 
 
@@ -222,8 +226,8 @@ def test_unfinished_checkpoints_are_reported(two_steps, tmp_path, capsys):
     assert Checkpoints(tmp_path / "empty", 9).restore_newest({}) is None
 
 
-def test_no_room_for_a_checkpoint(tmp_path, monkeypatch):
-    """One clear error; the step before stays."""
+def test_full_disk(tmp_path, monkeypatch):
+    """A full disk raises one clear error; the earlier checkpoint stays."""
     checkpoints = Checkpoints(tmp_path, 9)
     checkpoints.save(on_mesh("data", 1)[0], json.dumps(CONFIG))
     checkpoints._manager.wait_until_finished()

@@ -1,4 +1,4 @@
-"""From ImageNet's tar files, or class folders, to an evaluated classifier."""
+"""From ImageNet's tar files to an evaluated classifier, with a kill in between."""
 
 import json
 import signal
@@ -13,10 +13,10 @@ from hivit_jax.tools import prepare_data
 
 pytestmark = [pytest.mark.slow, pytest.mark.processes]
 
-TRAIN, VAL = 15, 6
+VAL = 6
 
 
-# SIGKILL as soon as the first checkpoint is on disk.
+# Sends itself SIGKILL after the first checkpoint.
 KILLED = """
 import os, signal, sys
 from hivit_jax import main
@@ -33,7 +33,7 @@ main.main(sys.argv[1:])
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Overrides that name a prepared dataset; no process may import tensorflow."""
+    """Overrides that name a prepared dataset."""
     tars = tmp_path_factory.mktemp("tars")
     write_tars(tars, size=(70, 90))
     out = tmp_path_factory.mktemp("imagenet2012")
@@ -43,6 +43,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
+    """Variables of a process without tensorflow and TensorBoard."""
     directory = tmp_path_factory.mktemp("environment")
     missing = recipes.not_installed(directory, "tensorflow", "tensorboardX")
     return {
@@ -52,6 +53,7 @@ def environment(tmp_path_factory):
 
 
 def test_pretrain_kill_resume_finetune_evaluate(data, environment, tmp_path):
+    """A killed run resumes bit-identically; its encoder initializes a classifier."""
     options = data | dict(batch_size=8, total_steps=4, checkpoint_every=2)
     options |= dict(model__image_size=64, data__canvas=96, eval_every=2)
     pretraining = recipes.arguments("photographs", **options)

@@ -1,4 +1,4 @@
-"""Killed and interrupted runs go on to the same bits, as real processes."""
+"""Killed and interrupted runs resume bit-identically, as real processes."""
 
 import re
 import signal
@@ -14,13 +14,13 @@ STEPS, EVERY = 120, 50
 
 @pytest.fixture(scope="module")
 def environment(environment):
-    """No place for compiled programs but the one that the config names."""
+    """Variables without a compilation cache other than that of the config."""
     return environment | {"JAX_COMPILATION_CACHE_DIR": ""}
 
 
 @pytest.fixture(scope="module")
 def synthetic(tmp_path_factory):
-    """What is overridden of the recipe; compiled programs go to a directory of all."""
+    """Overrides with a compilation cache that all tests share."""
     return dict(
         total_steps=STEPS,
         checkpoint_every=EVERY,
@@ -37,7 +37,7 @@ def command(workdir, source, **overrides):
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory, environment):
-    """source -> (workdir of a run that nothing disturbed, what it printed)."""
+    """Function from source to (workdir of an uninterrupted run, its stdout)."""
     found = {}
 
     def run(source, **overrides):
@@ -53,10 +53,10 @@ def uninterrupted(tmp_path_factory, environment):
     return run
 
 
-def disturb(workdir, source, number, after, environment, **overrides):
-    """Starts a run; sends it a signal when it has done `after` more steps.
+def interrupt(workdir, source, number, after, environment, **overrides):
+    """Start a run; send it a signal after `after` more steps.
 
-    Waits for a checkpoint too where the recipe writes one before that step.
+    Waits for the checkpoints that are due before that step, too.
 
     Returns:
       (exit code, stdout, stderr).
@@ -79,8 +79,8 @@ def disturb(workdir, source, number, after, environment, **overrides):
     return process.returncode, log.read_text(), err
 
 
-def same_run(workdir, expected):
-    """The last state and all losses are identical; every step is there once."""
+def check_same_run(workdir, expected):
+    """Check that the last state and all losses are identical, each step logged once."""
     assert recipes.saved(workdir)[-1] == recipes.saved(expected)[-1] == STEPS
     state = recipes.stored(workdir, STEPS)
     assert int(state["optimizer"]["step"]) == STEPS
@@ -93,12 +93,12 @@ def same_run(workdir, expected):
 
 
 def test_killed_run(uninterrupted, synthetic, environment, tmp_path):
-    """On made-up images; test_imagenet.py kills runs that read files."""
+    """A killed run resumes; test_imagenet.py kills runs that read files."""
     source, overrides = "synthetic", synthetic
     expected, _ = uninterrupted(source, **overrides)
     assert "ema" in recipes.stored(expected, STEPS)
     workdir = tmp_path / "killed"
-    code, *_ = disturb(
+    code, *_ = interrupt(
         workdir, source, signal.SIGKILL, EVERY + 5, environment, **overrides
     )
     assert code == -signal.SIGKILL
@@ -113,17 +113,19 @@ def test_killed_run(uninterrupted, synthetic, environment, tmp_path):
     assert "read from the cache in" in out
     assert list(overrides["compilation_cache"].iterdir())
     assert not (workdir / "compiled").exists()
-    same_run(workdir, expected)
+    check_same_run(workdir, expected)
     assert (workdir / "figures" / f"reconstruction_{STEPS:07d}.png").is_file()
 
 
 def test_interrupted_run(uninterrupted, synthetic, environment, tmp_path):
-    """SIGTERM, then Ctrl-C; no checkpoint is written but for them."""
+    """SIGTERM, then Ctrl-C: each saves the only checkpoint of its step."""
     expected, _ = uninterrupted("synthetic", **synthetic)
     workdir, options = tmp_path / "interrupted", synthetic | {"checkpoint_every": 1000}
     stopped = []
     for number in (signal.SIGTERM, signal.SIGINT):
-        code, _, err = disturb(workdir, "synthetic", number, 5, environment, **options)
+        code, _, err = interrupt(
+            workdir, "synthetic", number, 5, environment, **options
+        )
         assert code == 75
         message = f"{number.name}: step (\\d+) of {STEPS} is saved in {workdir}; run"
         step = int(re.search(message, err)[1])
@@ -137,7 +139,7 @@ def test_interrupted_run(uninterrupted, synthetic, environment, tmp_path):
     code, out, err = recipes.run(*arguments, **environment)
     assert code == 0, err
     assert f"resuming at step {stopped[-1]} from" in out
-    same_run(workdir, expected)
+    check_same_run(workdir, expected)
 
 
 def test_finished_run_only_evaluates(uninterrupted, synthetic, environment):

@@ -1,4 +1,4 @@
-"""Configs of the digits and of a folder of photographs, and comparison of batches."""
+"""Configs of datasets, encoded images and comparison of batches."""
 
 import recipes
 from numpy.testing import assert_array_equal
@@ -9,7 +9,7 @@ RECIPE = recipes.ROOT / "configs" / "digits_finetune.py"
 
 
 def load(**overrides):
-    """A digits recipe with everything that these tests depend on set."""
+    """Load a digits config in which all keys that these tests depend on are set."""
     values = {
         "seed": 0,
         "batch_size": 96,
@@ -26,6 +26,7 @@ def load(**overrides):
 
 
 def load_folder(root, **overrides):
+    """Load a config of class folders."""
     return load(
         **{
             "data__name": "folder",
@@ -44,6 +45,7 @@ def load_folder(root, **overrides):
 
 
 def assert_batches_equal(ones, others):
+    """Check that two sequences of batches are equal, dtypes included."""
     ones, others = list(ones), list(others)
     assert len(ones) == len(others) > 0
     for one, other in zip(ones, others, strict=True):

@@ -1,4 +1,4 @@
-"""Small networks whose every parameter matters, quick to compile."""
+"""Small networks in which every parameter affects the output; they compile quickly."""
 
 from functools import cache, partial
 
@@ -21,12 +21,12 @@ DEFAULTS = {
 
 @cache
 def abstract(name, **overrides):
-    """A model without arrays, of its full size."""
+    """Return a model whose parameters have shapes but no values."""
     return nnx.eval_shape(lambda: create_model(name, **overrides))
 
 
 def weight(path, leaf):
-    """Numbers for a parameter that keep a variance of about 1 in every layer."""
+    """Return a parameter that keeps the variance of activations at about 1."""
     name = leaf_name(path)
     draw, kind = pictures(leaf.shape, name), name.rsplit("/", 1)[-1]
     if kind == "kernel":
@@ -37,25 +37,25 @@ def weight(path, leaf):
 
 
 def mini(name="hivit_base", **overrides):
-    """A small model whose every parameter matters."""
+    """Return a small model in which every parameter affects the output."""
     model = abstract(name, **DEFAULTS[name] | overrides)
     graphdef, params = split(model)
     return nnx.merge(graphdef, jax.tree_util.tree_map_with_path(weight, params))
 
 
-# Most of the time goes into compiling, so little of it.
+# Without this, most of the test time is compilation.
 fast_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def compiled(model, function):
-    """`function` of the model and arrays, as a jitted function of the arrays."""
+    """Jit `function(model, *arrays)` as a function of the arrays."""
     graphdef, params = split(model)
     run = fast_jit(lambda params, *args: function(nnx.merge(graphdef, params), *args))
     return partial(run, params)
 
 
 def shapes(function, *models):
-    """Shapes of what `function` of the models returns; nothing is computed."""
+    """Return the output shapes of `function(*models)` without computing it."""
     graphdefs, params = zip(*map(split, models), strict=True)
 
     def run(params):
@@ -65,7 +65,7 @@ def shapes(function, *models):
 
 
 def attention_by_hand(attention, x, bias):
-    """Attention of one set of units [K, C] with bias [heads, K, K], in numpy."""
+    """Compute attention of units [K, C] with bias [heads, K, K] in numpy."""
     params = {k: np.asarray(v) for k, v in named_leaves(split(attention)[1]).items()}
     kernel, bias_in = params["qkv/kernel"], params["qkv/bias"]
     q, k, v = np.einsum("kc,cthd->thkd", x, kernel) + bias_in[:, :, None]
@@ -77,18 +77,19 @@ def attention_by_hand(attention, x, bias):
 
 @cache
 def drawing(name, **overrides):
-    """Key -> parameters of a small model as it starts training."""
+    """Return a jitted function from key to initial parameters of a small model."""
     arguments = DEFAULTS[name] | overrides
     return fast_jit(lambda key: split(create_model(name, seed=key, **arguments))[1])
 
 
 def drawn(name, seed, **overrides):
-    """Parameters of a small model as it starts training, by name."""
+    """Return the initial parameters of a small model, by name."""
     params = drawing(name, **overrides)(jax.random.key(seed))
     return {k: np.asarray(v) for k, v in named_leaves(params).items()}
 
 
 def pictures(shape, tag="pictures"):
+    """Return normally distributed float32 numbers; they depend on shape and tag."""
     return jnp.asarray(reference.normal(tag, shape))
 
 
@@ -98,7 +99,7 @@ def sample_keys(count, seed=0):
 
 @cache
 def mae_run(dtype):
-    """Loss, outputs, gradients and parameters of a small masked autoencoder."""
+    """Return loss, outputs, gradients and parameters of a small masked autoencoder."""
     images, noise = pictures((2, 64, 64, 3)), jnp.asarray(reference.noise("x", 2, 16))
     graphdef, params = split(mini("mae_hivit_base", dtype=dtype))
 

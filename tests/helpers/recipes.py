@@ -1,4 +1,4 @@
-"""Recipes of very small models that train in seconds, and ways to run them."""
+"""Recipes of very small models that train in seconds, and functions to run them."""
 
 import os
 import subprocess
@@ -23,7 +23,7 @@ from hivit_jax.tree import named_leaves
 
 ROOT = Path(__file__).parents[2]
 
-# 16 units of an image in both; a step is 16 images, the warmup two steps.
+# Each source: 16 units per image, 16 images per step, two steps of warmup.
 MINI = {
     "batch_size": 16,
     "total_steps": 8,
@@ -69,7 +69,7 @@ PRETRAINING_ONLY = ("model.decoder_", "model.multi_scale", "model.norm_pix_loss"
 
 
 def arguments(source: str = "synthetic", **overrides) -> list[str]:
-    """Command line of the mini masked autoencoder on "synthetic" or "digits".
+    """Return the command line of the mini masked autoencoder on a source.
 
     Args:
       overrides: config values; two underscores stand for a dot.
@@ -80,18 +80,18 @@ def arguments(source: str = "synthetic", **overrides) -> list[str]:
 
 
 def mae(source: str = "synthetic", **overrides) -> ConfigDict:
-    """The mini masked autoencoder's config."""
+    """Return the mini masked autoencoder's config."""
     path, *flags = arguments(source, **overrides)
     return configs.load(path.removeprefix("--config="), flags)
 
 
 def recipe(name: str) -> ConfigDict:
-    """The config of an installed recipe, nothing overridden."""
+    """Return the config of an installed recipe without overrides."""
     return configs.load(name)
 
 
 def without_decoder(source: str, **overrides) -> ConfigDict:
-    """The config of a mini classifier or linear probe, of `task=...`."""
+    """Return the config of a mini classifier or linear probe, by `task=...`."""
     values = SOURCES[source] | {k.replace("__", "."): v for k, v in overrides.items()}
     path = ROOT / "configs" / "mae_base.py"
     if source == "digits":
@@ -105,13 +105,13 @@ def without_decoder(source: str, **overrides) -> ConfigDict:
 
 
 def classifier(source: str = "synthetic", **overrides) -> ConfigDict:
-    """The mini classifier's config, with drop path and label smoothing."""
+    """Return the mini classifier's config, with drop path and label smoothing."""
     return without_decoder(source, **CLASSIFIER | overrides)
 
 
 @contextmanager
 def quick() -> Iterator[None]:
-    """Light compilation; no pictures and no TensorBoard."""
+    """Compile with few optimizations; draw no figures; write no TensorBoard events."""
     name = "jax_disable_most_optimizations"
     before = jax.config.values[name]
     with pytest.MonkeyPatch.context() as patch:
@@ -124,7 +124,7 @@ def quick() -> Iterator[None]:
 
 
 def traced_step(config: ConfigDict) -> str:
-    """The train step of a config as a program of JAX, before it is compiled."""
+    """Return the jaxpr of a config's train step as text."""
     mesh = make_mesh(config.mesh, config.batch_size, config.optimizer.accumulate_steps)
     training = prepared(config, mesh, lambda step: 0.1)
     with jax.set_mesh(mesh):
@@ -132,7 +132,7 @@ def traced_step(config: ConfigDict) -> str:
 
 
 def prepared(config: ConfigDict, mesh, schedule) -> Training:
-    """The train step of a config."""
+    """Prepare a config's train step."""
     task = inputs.make_task(config, "train")
     return prepare(task, mesh, schedule, **configs.step_options(config))
 
@@ -140,10 +140,10 @@ def prepared(config: ConfigDict, mesh, schedule) -> Training:
 def start(
     *command: str | Path, devices: int = 1, log: Path | None = None, **environment
 ) -> subprocess.Popen:
-    """Starts ``python COMMAND`` with this many CPU devices, quick to compile.
+    """Start ``python COMMAND`` with `devices` CPU devices and fast compilation.
 
     Args:
-      log: a file for stdout, which `communicate` returns otherwise.
+      log: file for stdout; without it `communicate` returns stdout.
       environment: variables on top of this process's.
     """
     variables = dict(
@@ -162,14 +162,14 @@ def start(
 
 
 def run(*command: str | Path, **options) -> tuple[int, str, str]:
-    """`start` to its end: (exit code, stdout, stderr)."""
+    """Run ``python COMMAND`` to its end; return (exit code, stdout, stderr)."""
     process = start(*command, **options)
     out, err = process.communicate()
     return process.returncode, out, err
 
 
 def not_installed(directory: Path, *names: str) -> Path:
-    """A directory that, on PYTHONPATH, makes importing these packages fail."""
+    """Return a directory that, on PYTHONPATH, makes importing these packages fail."""
     directory.mkdir(exist_ok=True)
     for name in names:
         message = f"{name} is not installed"
@@ -178,7 +178,7 @@ def not_installed(directory: Path, *names: str) -> Path:
 
 
 def lines(workdir: Path, name: str = "loss") -> dict[int, float]:
-    """One of the numbers in metrics.jsonl, by step; no step may have it twice."""
+    """Return one value of metrics.jsonl by step; no step may log it twice."""
     found = [line for line in metrics.read(workdir / "metrics.jsonl") if name in line]
     steps = [line["step"] for line in found]
     assert steps == sorted(set(steps))
@@ -186,19 +186,19 @@ def lines(workdir: Path, name: str = "loss") -> dict[int, float]:
 
 
 def saved(workdir: Path) -> list[int]:
-    """Steps with a complete checkpoint."""
+    """Return the steps with a complete checkpoint."""
     paths = (workdir / "checkpoints").glob("*")
     return sorted(int(path.name) for path in paths if path.name.isdigit())
 
 
 def sample(source, index: int) -> tuple[bytes, int]:
-    """Encoded image and label of an example."""
+    """Return the encoded image and the label of an example."""
     found = source.sample(index)
     return found["image"], found["label"]
 
 
 def stored(workdir: Path, step: int) -> dict[str, dict[str, np.ndarray]]:
-    """Arrays of a checkpoint: item -> name -> array."""
+    """Return the arrays of a checkpoint: item -> name -> array."""
     items = {}
     for item in ("params", "model_state", "optimizer", "ema"):
         path = read.absolute(workdir) / "checkpoints" / str(step) / item
@@ -208,19 +208,19 @@ def stored(workdir: Path, step: int) -> dict[str, dict[str, np.ndarray]]:
 
 
 def variables(workdir: Path, step: int) -> dict[str, np.ndarray]:
-    """Parameters and model state of a checkpoint by name, sorted."""
+    """Return the parameters and model state of a checkpoint by name, sorted."""
     items = stored(workdir, step)
     return dict(sorted((items["params"] | items.get("model_state", {})).items()))
 
 
 def assert_identical(actual, expected) -> None:
-    """Two pytrees of arrays are the same bit for bit."""
+    """Check that two pytrees of arrays are bit-identical."""
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
     jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
 def check_message(err: str, fragments: Iterable[str]) -> None:
-    """Check an error of one to three lines that contains all fragments."""
+    """Check that an error has one to three lines and contains all fragments."""
     assert 1 <= len(err.splitlines()) <= 3
     assert err.startswith("error: ")
     for fragment in fragments:

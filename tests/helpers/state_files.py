@@ -1,4 +1,4 @@
-"""Small state dicts of every kind that users have, and files of them.
+"""Small state dicts of every supported format, and files of them.
 
 ``python tests/helpers/state_files.py`` writes the files of tests/parity/golden with
 PyTorch.
@@ -17,12 +17,12 @@ from hivit_jax.weights.names.official import to_official
 
 TINY = dict(image_size=32, embed_dim=16, depths=(1, 1, 2), num_heads=1)
 TINY_DECODER = dict(decoder_embed_dim=8, decoder_depth=1, decoder_num_heads=1)
-# What a file of such narrow heads cannot tell.
+# Cannot be inferred from such narrow heads.
 HINTS = dict(num_heads=1, decoder_num_heads=1)
 
 
 def drawn(name, **overrides):
-    """(model, official state dict with the recipe's numbers) of a small network."""
+    """Return (model, random official state dict) of a small network."""
     overrides = TINY | (TINY_DECODER if name.startswith("mae_") else {}) | overrides
     model = abstract(name, **overrides)
     state = zeros(model)
@@ -30,7 +30,7 @@ def drawn(name, **overrides):
 
 
 def zeros(model):
-    """An abstract model's state dict of zeros, which take no memory."""
+    """Return an abstract model's state dict of zeros, which take no memory."""
     params = jax.tree.map(
         lambda x: np.broadcast_to(np.float32(0), x.shape), split(model)[1]
     )
@@ -38,7 +38,7 @@ def zeros(model):
 
 
 def kinds():
-    """Kind -> (model, state dict, what else its file holds beside it)."""
+    """Return format -> (model, content of its file)."""
     model, state = drawn("mae_hivit_base")
     args = argparse.Namespace(blr=1e-4, device="cuda", output_dir="somewhere")
     around = {"optimizer": {"state": {}}, "epoch": 1599, "scaler": {}, "args": args}
@@ -69,7 +69,7 @@ def kinds():
 
 
 def with_tensors(content):
-    """The same with PyTorch's tensors for arrays."""
+    """Convert the arrays of nested dicts to PyTorch's tensors."""
     import torch
 
     if isinstance(content, dict):

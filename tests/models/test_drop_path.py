@@ -1,4 +1,4 @@
-"""Drop path: which samples and branches it drops."""
+"""Drop path: dropped samples and branches, and rates."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,8 +16,6 @@ from networks import (
 from numpy.testing import assert_allclose, assert_array_equal
 
 from hivit_jax.models import blocks, layers
-
-# Drop path
 
 
 def test_drop_path_of_rate_zero_or_without_keys():
@@ -41,11 +39,11 @@ def test_drop_path_drops_or_scales_whole_samples(shape):
 
 @pytest.mark.slow
 def test_drop_path_draws():
-    """A sample's own key and the number of the draw decide, nothing else."""
+    """Only a sample's own key and the branch index determine a draw."""
     keys, ones = sample_keys(4000), jnp.ones((4000, 1))
 
-    def draws(keys, draw=0):
-        return np.asarray(layers.drop_path(ones[: len(keys)], 0.25, keys, draw))
+    def draws(keys, branch_index=0):
+        return np.asarray(layers.drop_path(ones[: len(keys)], 0.25, keys, branch_index))
 
     every = draws(keys)
     # Standard error of the mean: sqrt(0.25 / 0.75 / 4000) = 0.009.
@@ -53,8 +51,8 @@ def test_drop_path_draws():
     order = np.random.RandomState(0).permutation(4000)
     assert_array_equal(draws(keys[order]), every[order])
     assert_array_equal(draws(keys[100:150]), every[100:150])
-    other = draws(keys, draw=1)
-    # Independent: both dropped one time in sixteen.
+    other = draws(keys, branch_index=1)
+    # Independent: both are dropped with probability 1/16.
     assert ((every == 0) & (other == 0)).mean() == pytest.approx(1 / 16, abs=0.02)
 
 
@@ -88,16 +86,18 @@ def test_drop_path_of_a_model_depends_on_the_sample_alone():
 
 
 def test_drop_path_rates_rise_over_residual_blocks(monkeypatch):
-    """Every branch of every block has its rate and a draw of its own."""
+    """Every branch has the rate of its block and a draw of its own."""
     calls = []
 
-    def record(x, rate, keys, draw):
+    def record(x, rate, keys, branch_index):
         assert keys is not None
-        calls.append((rate, draw))
+        calls.append((rate, branch_index))
         return x
 
     monkeypatch.setattr(blocks, "drop_path", record)
-    monkeypatch.setattr(blocks.dispatch, "platform", lambda: "tpu")  # blocks inline
+    monkeypatch.setattr(
+        blocks.dispatch, "platform", lambda: "tpu"
+    )  # traces blocks inline
     images = jnp.zeros((2, 224, 224, 3))
     shapes(
         lambda model: model(images, drop_path_keys=sample_keys(2)),
@@ -106,20 +106,22 @@ def test_drop_path_rates_rise_over_residual_blocks(monkeypatch):
     linear = [0.05 * block / 13 for block in range(14)]  # 2 + 2 + 10 residual blocks
     expected = linear[:4] + [rate for rate in linear[4:] for _ in range(2)]
     assert [rate for rate, _ in calls] == pytest.approx(expected, abs=1e-8)
-    draws = [draw for _, draw in calls]
-    assert len(set(draws)) == len(draws) == 24
+    indices = [index for _, index in calls]
+    assert len(set(indices)) == len(indices) == 24
 
 
 def test_decoder_has_no_drop_path(monkeypatch):
     model = abstract("mae_hivit_base", **MINI, **DECODER, drop_path_rate=0.5)
     rates = []
 
-    def record(x, rate, keys, draw):
+    def record(x, rate, keys, branch_index):
         rates.append((rate, keys is None))
         return x
 
     monkeypatch.setattr(blocks, "drop_path", record)
-    monkeypatch.setattr(blocks.dispatch, "platform", lambda: "tpu")  # blocks inline
+    monkeypatch.setattr(
+        blocks.dispatch, "platform", lambda: "tpu"
+    )  # traces blocks inline
     images, noise = jnp.zeros((2, 64, 64, 3)), jnp.zeros((2, 16))
     shapes(lambda m: m(images, noise=noise, drop_path_keys=sample_keys(2)), model)
     encoder = [0, 0.1, 0.2, 0.3, 0.4, 0.4, 0.5, 0.5]

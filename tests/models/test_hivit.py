@@ -30,7 +30,7 @@ from hivit_jax.models.flops import encoder_cost, parameter_count
 # Parameters and cost
 
 
-# Parameters; multiply-adds; the same plus 5 per LayerNorm output.
+# (parameters, multiply-adds, multiply-adds plus 5 per LayerNorm output)
 COUNTS = [
     ("hivit_tiny", {}, 19_181_668, 4_587_273_216, 4_603_080_576),
     ("hivit_small", {}, 37_526_464, 9_044_106_240, 9_071_955_840),
@@ -51,7 +51,7 @@ def test_parameters_and_multiply_adds(name, overrides, parameters, macs, cost):
     assert model.macs() == cost
 
 
-# As printed by the papers and MMPretrain: millions of parameters, G multiply-adds.
+# As published by the papers and MMPretrain: M parameters, G multiply-adds.
 @pytest.mark.parametrize(
     ("name", "overrides", "parameters", "cost"),
     [
@@ -104,7 +104,7 @@ def test_cost_at_another_image_size():
 
 
 def test_no_head():
-    """The features that a head would see, from one parameter less for each weight."""
+    """The output is the pooled features; the head's parameters and costs are absent."""
     model, headless = mini(), mini(num_classes=0)
     images = pictures((2, 64, 64, 3))
     pooled = compiled(model, lambda model, images: model.pooled(images))(images)
@@ -115,7 +115,7 @@ def test_no_head():
 
 
 def test_layers_of_a_masked_autoencoder():
-    """As of a classifier; the decoder comes after the encoder's last block."""
+    """Encoder layers are those of a classifier; the decoder follows the last block."""
     ids = abstract("mae_hivit_base", **MINI, **DECODER).layer_ids()
     classifier = abstract("hivit_base", **MINI).layer_ids()
     assert ids["encoder/merges/0/norm/scale"] == 2
@@ -125,7 +125,7 @@ def test_layers_of_a_masked_autoencoder():
         assert layer == expected, name
 
 
-# Initialisation
+# Initialization
 
 
 INITIAL = [
@@ -150,7 +150,8 @@ def test_initial_parameters(name, overrides):
                 assert value.shape == (48, 16)
                 assert value.std() == pytest.approx(bound / np.sqrt(3), rel=0.05)
         elif parts[-1] == "kernel":
-            # Within five standard errors, and with the tails of a normal.
+            # Within five standard errors, with the tails of a normal
+            # distribution.
             error = 5 / np.sqrt(value.size)
             assert value.std() == pytest.approx(0.02, rel=error), path
             assert abs(value.mean()) < 0.02 * error, path
@@ -243,19 +244,19 @@ def test_shapes_at_other_sizes(sizes):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sizes", [SIZES[0] | SIZES[3], SIZES[6], SIZES[8]], ids=str)
-def test_features_hold_what_is_at_their_place(sizes):
-    """A changed pixel moves the one stem cell that it lies in, and no other."""
+def test_features_are_local(sizes):
+    """A changed pixel changes only the stem cell that contains it."""
     model = mini(**sizes)
     shape = (1, *model.config.image_shape)
     images = np.asarray(pictures(shape))
-    places = [
+    pixels = [
         (0, 0),
         (5, shape[2] - 2),
         (shape[1] - 1, 9),
         (shape[1] - 6, shape[2] - 5),
     ]
     batch = [images]
-    for number, (row, column) in enumerate(places):
+    for number, (row, column) in enumerate(pixels):
         batch.append(images.copy())
         batch[-1][0, row, column, number % shape[3]] += 3
     batch = jnp.asarray(np.concatenate(batch))
@@ -264,7 +265,7 @@ def test_features_hold_what_is_at_their_place(sizes):
     for level, x in enumerate(features[:-1]):
         x = np.asarray(x)
         cell = shape[1] // x.shape[1]
-        for (row, column), changed in zip(places, x[1:], strict=True):
+        for (row, column), changed in zip(pixels, x[1:], strict=True):
             moved = (np.abs(changed - x[0]) > 1e-6).any(-1)
             assert np.argwhere(moved).tolist() == [[row // cell, column // cell]], level
     main = np.asarray(stages[-1]).reshape(features[-1].shape)
@@ -279,7 +280,7 @@ def test_shifted_image_shifts_stem_features():
     features, shifted = run(images), run(jnp.roll(images, (16, 32), (1, 2)))
     for cells, x, moved in zip((4, 2), features, shifted, strict=False):
         assert_array_equal(moved, jnp.roll(x, (cells, 2 * cells), (1, 2)))
-    # The position table stays where it is.
+    # The position table does not shift.
     assert np.abs(shifted[2] - jnp.roll(features[2], (1, 2), (1, 2))).max() > 0.1
 
 

@@ -1,4 +1,4 @@
-"""The masked autoencoder: visible units, loss over removed units, targets."""
+"""The masked autoencoder: visible units, loss of masked units, targets."""
 
 import re
 from functools import cache
@@ -70,7 +70,7 @@ def kept_units(batch, units, kept):
 
 
 @pytest.mark.slow
-def test_stem_of_visible_units_is_that_of_all():
+def test_stem_processes_units_independently():
     model, images, ids_keep = mini(), pictures((3, 64, 64, 3)), kept_units(3, 16, 5)
 
     def run(model, images):
@@ -84,14 +84,14 @@ def test_stem_of_visible_units_is_that_of_all():
         expected = np.take_along_axis(every, np.asarray(ids_keep)[:, :, None, None], 1)
         assert_allclose(some, expected, atol=5e-6, rtol=0)
     assert kept[2].shape == (3, 5, 64)
-    # Units do meet in the main stage.
+    # Units interact in the main stage.
     main = np.take_along_axis(np.asarray(full[2]), np.asarray(ids_keep)[..., None], 1)
     assert np.abs(main - kept[2]).max() > 0.1
 
 
 @pytest.mark.parametrize("relative_position", [True, False])
 def test_units_kept_in_another_order(relative_position):
-    """Keeping every unit in any order is the whole image in that order."""
+    """Keeping every unit in another order permutes the output."""
     model = mini(relative_position=relative_position)
     images, order = pictures((2, 64, 64, 3)), kept_units(2, 16, 16)
 
@@ -121,23 +121,28 @@ def test_prediction_does_not_see_removed_units():
 @pytest.mark.slow
 def test_loss_is_the_mean_over_removed_units():
     images, noise = pictures((3, 64, 64, 3)), jnp.asarray(reference.noise("x", 3, 16))
-    how = {"noise": noise, "mask_ratio": 0.6}
+    options = {"noise": noise, "mask_ratio": 0.6}
     out, image_loss = compiled(
         mini("mae_hivit_base", norm_pix_loss=False),
-        lambda model, images: (model(images, **how), model.image_loss(images, **how)),
+        lambda model, images: (
+            model(images, **options),
+            model.image_loss(images, **options),
+        ),
     )(images)
     errors = np.square(np.asarray(out.pred) - positions.patchify(images, 16)).mean(-1)
     assert_allclose(out.unit_loss, errors, rtol=1e-5)
     removed = np.asarray(out.mask) == 1
     assert removed.sum() == 3 * 10
     assert_allclose(out.loss, errors[removed].mean(), rtol=1e-5)
-    of_each = errors[removed].reshape(3, 10).mean(1)  # as many in every image
+    of_each = errors[removed].reshape(3, 10).mean(1)  # all images have equally many
     assert_allclose(image_loss, of_each, rtol=1e-5)
 
 
 @cache
 def masked_runs():
-    """Main stage outputs: images, the same with masked units' pixels changed."""
+    """Return the key mask and outputs of images before and after changing masked
+    pixels.
+    """
     images = pictures((3, 64, 64, 3))
     mask = np.ones((3, 16), np.int32)
     mask[0, [2, 7, 15]] = 0
@@ -161,7 +166,7 @@ def test_key_mask_hides_units():
 
 @pytest.mark.slow
 def test_wholly_masked_sample():
-    """No key left: the softmax is uniform, not NaN."""
+    """Without any key the softmax is uniform, not NaN."""
     assert np.isfinite(masked_runs()[1]).all()
     attention = mini().encoder.stages[-1][0].attn
     x = pictures((2, 16, 64), "tokens")
@@ -171,9 +176,6 @@ def test_wholly_masked_sample():
     uniform = attention.proj(jnp.broadcast_to(values.mean(1, keepdims=True), x.shape))
     assert_allclose(out[0], uniform[0], atol=2e-6)
     assert_array_equal(out[1], attention(x, index)[1])
-
-
-# Targets
 
 
 @pytest.mark.slow

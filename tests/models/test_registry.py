@@ -1,4 +1,4 @@
-"""Names of models, their arguments, and what create_model refuses."""
+"""Names of models, their arguments, and errors of create_model."""
 
 import copy
 import json
@@ -32,9 +32,6 @@ from hivit_jax.models.layers import ParameterKeys
 from hivit_jax.models.mae import MaskedAutoencoder
 from hivit_jax.tree import split
 
-# Names
-
-
 WIDTHS = {
     "tiny": (384, (1, 1, 10), 6),
     "small": (384, (2, 2, 20), 6),
@@ -54,7 +51,7 @@ def test_names():
 def test_every_name_can_be_built(name):
     width, depths, heads = WIDTHS[name.split("hivit_")[1]]
     if name.startswith("mae_"):
-        # One block fewer to build where the classifier already shows the depth.
+        # A shallow encoder suffices, because the classifier tests the depth.
         model = abstract(name, depths=(1, 1, 1), decoder_depth=1)
         depths = (1, 1, 1)
         assert isinstance(model, MaskedAutoencoder)
@@ -102,9 +99,6 @@ def test_unknown_names(name, overrides, message):
         create_model(name, **overrides)
 
 
-# Config, run options, info
-
-
 def test_config_and_run_options():
     model = abstract("hivit_base", **MINI, dtype="bfloat16", remat=True)
     assert model.config == replace(VARIANTS["hivit_base"][1], **MINI)
@@ -137,9 +131,6 @@ def test_info_of_a_new_model_and_its_copies(channels):
     copies = copy.deepcopy(model), nnx.merge(*nnx.split(model)), nnx.clone(model)
     assert all(each.info == model.info for each in copies)
     assert all(each.config == model.config for each in copies)
-
-
-# Initialisation
 
 
 INITIAL = [

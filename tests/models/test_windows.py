@@ -27,7 +27,7 @@ UNEVEN = dict(image_size=(80, 112), window_size=3)
 
 
 def windows_of(grid, side):
-    """Units of every window, as rows and columns of the grid."""
+    """Yield the units of every window, as rows and columns of the grid."""
     for top in range(0, grid[0], side):
         for left in range(0, grid[1], side):
             rows = range(top, min(top + side, grid[0]))
@@ -68,8 +68,8 @@ def test_a_window_over_the_image_is_global_attention():
 @pytest.mark.parametrize(
     ("image_size", "side"), [((80, 112), 3), ((64, 96), 2), ((32, 112), 4)]
 )
-def test_attention_of_each_window_by_hand(image_size, side, relative_position):
-    """With and without a key mask; units that it hides count as not there."""
+def test_attention_of_each_window(image_size, side, relative_position):
+    """Attention equals numpy's in each window, with and without a key mask."""
     sizes = dict(image_size=image_size, window_size=side)
     model = mini(**sizes, relative_position=relative_position)
     attention, grid = model.encoder.stages[-1][0].attn, model.encoder.grid
@@ -91,7 +91,7 @@ def test_attention_of_each_window_by_hand(image_size, side, relative_position):
         for sample in range(2):
             for window in windows_of(grid, side):
                 units = [row * grid[1] + column for row, column in window]
-                keys = [place for place, n in enumerate(units) if seen[sample, n]]
+                keys = [i for i, n in enumerate(units) if seen[sample, n]]
                 if not keys:
                     continue
                 bias = np.full((2, len(units), len(units)), -np.inf, np.float32)
@@ -128,7 +128,7 @@ def test_only_a_global_block_lets_windows_meet(global_blocks):
 
 
 def test_gradients_are_finite_without_a_key():
-    """A window may have no key left, and padding none to begin with."""
+    """Also where a window has no visible key or only padding."""
     attention = mini(**UNEVEN).encoder.stages[-1][0].attn
     mask = jnp.ones((2, 5, 7)).at[0, 3:, 6:].set(0).at[1, :3, :3].set(0).reshape(2, 35)
 
@@ -153,7 +153,7 @@ def test_gradients_are_finite_without_a_key():
     ],
 )
 def test_cost_of_windows(image_size, side, pairs):
-    """Two products over the pairs in windows, here in one of two blocks."""
+    """The cost covers two products over pairs within windows, in one of two blocks."""
     sizes = MINI | dict(image_size=image_size)
     every = abstract("hivit_base", **sizes)
     model = abstract("hivit_base", **sizes, window_size=side, global_blocks=(0,))

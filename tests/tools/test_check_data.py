@@ -1,4 +1,4 @@
-"""What the doctor finds in a healthy dataset and in one that was spoilt on purpose."""
+"""check_data on a healthy dataset and on a damaged one."""
 
 import io
 import os
@@ -41,7 +41,7 @@ def exif(orientation):
 
 @pytest.fixture(scope="module")
 def damaged(tmp_path_factory):
-    """As healthy, with something wrong with the first 14 training images."""
+    """The same, with something wrong with 13 of the first 14 training images."""
     root = tmp_path_factory.mktemp("damaged")
     write(root, {"train": 35, "val": 14}, (64, 48))
     image = Image.open(photo(root, 20))
@@ -69,15 +69,15 @@ def damaged(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def at_once(monkeypatch, tmp_path):
-    """The speed is of no interest here; and an index of folders is kept aside."""
+def short_timing(monkeypatch, tmp_path):
+    """Measure the speed briefly; keep the cached index apart."""
     monkeypatch.setattr(check_data, "TIMING_SECONDS", 0.05)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 @pytest.fixture
-def examine(capsys):
-    """Runs the doctor on class folders: (exit code, stdout, stderr)."""
+def check(capsys):
+    """Function that runs check_data on class folders: (exit code, stdout, stderr)."""
 
     def run(root, *flags, **overrides):
         values = {"data__name": "folder", "data__dir": root, "data__canvas": 64}
@@ -90,7 +90,7 @@ def examine(capsys):
 
 
 def sections(out):
-    """The lines on each split, with one space between words."""
+    """Return the lines about each split, with single spaces."""
     train, test = out.split("\nspeed")[0].split("\ntrain")[1].split("\ntest")
     return [
         [" ".join(line.split()) for line in part.splitlines() if line]
@@ -98,8 +98,8 @@ def sections(out):
     ]
 
 
-def test_healthy(examine, healthy):
-    code, out, err = examine(healthy)
+def test_healthy(check, healthy):
+    code, out, err = check(healthy)
     assert code == 0
     assert out.startswith(f"folder {healthy}\n")
     assert out.endswith("\nhealthy\n")
@@ -126,27 +126,27 @@ def test_healthy(examine, healthy):
     ]
 
 
-def test_speed(examine, healthy):
-    """Chips at 40 % of their peak, and the cores that keep up with them."""
-    _, out, _ = examine(healthy, model__image_size=224, data__canvas=512)
+def test_speed(check, healthy):
+    """Image rates of chips at 40 % of their peak, and the cores that they need."""
+    _, out, _ = check(healthy, model__image_size=224, data__canvas=512)
     lines = [line.split() for line in out.splitlines()]
-    at = next(i for i, line in enumerate(lines) if "estimate" in line)
-    rate = float(lines[at - 2][1].replace(",", ""))
+    row = next(i for i, line in enumerate(lines) if "estimate" in line)
+    rate = float(lines[row - 2][1].replace(",", ""))
     config = recipes.mae("photographs", model__image_size=224)
     model = check_data.nnx.eval_shape(
         check_data.inputs.task_of_recipe(config).build_model
     )
     flops = 6 * model.macs(mask_ratio=0.75, layer_norm_cost=0)
     peaks = {"H100": 989, "TPU v5e": 197, "TPU v5p": 459}
-    for line, (name, peak) in zip(lines[at + 1 : at + 4], peaks.items(), strict=True):
+    for line, (name, peak) in zip(lines[row + 1 : row + 4], peaks.items(), strict=True):
         needed, cores = (float(cell.replace(",", "")) for cell in line[-2:])
         assert line[:-2] == ["one", *name.split()]
         assert needed == pytest.approx(0.4 * peak * 1e12 / flops, abs=1)
         assert cores == pytest.approx(needed / rate, rel=0.01)
 
 
-def test_damaged(examine, damaged):
-    code, out, err = examine(damaged)
+def test_damaged(check, damaged):
+    code, out, err = check(damaged)
     assert code == 4
     train, test = sections(out)
     names = [photo(damaged, number) for number in range(14)]
@@ -191,18 +191,18 @@ def test_damaged(examine, damaged):
     assert err.endswith(error)
 
 
-def test_what_may_be_damaged(examine, damaged):
-    code, out, _ = examine(damaged, data__max_unreadable=4 / 35)
+def test_damage_within_the_limit(check, damaged):
+    code, out, _ = check(damaged, data__max_unreadable=4 / 35)
     assert code == 0
     assert "\n  4 unreadable\n" in out
     assert out.endswith("\nhealthy\n")
 
 
-def test_list(examine, damaged, tmp_path, monkeypatch):
-    """Has them all where the report has no room for them."""
+def test_list(check, damaged, tmp_path, monkeypatch):
+    """--list contains all unreadable files, although the report truncates them."""
     monkeypatch.setattr(check_data, "MAX_LISTED", 3)
     path = tmp_path / "broken.txt"
-    code, out, _ = examine(damaged, f"--list={path}")
+    code, out, _ = check(damaged, f"--list={path}")
     assert code == 4
     listed = path.read_text().splitlines()
     names = [line.split(": ")[0] for line in listed]
@@ -214,31 +214,31 @@ def test_list(examine, damaged, tmp_path, monkeypatch):
     ]
 
 
-def test_list_that_cannot_be_written(examine, healthy, tmp_path):
-    code, _, err = examine(healthy, f"--list={tmp_path / 'none' / 'x'}")
+def test_list_that_cannot_be_written(check, healthy, tmp_path):
+    code, _, err = check(healthy, f"--list={tmp_path / 'none' / 'x'}")
     assert code == 2
     assert f"error: --list={tmp_path}/none/x: No such file or directory\n" in err
 
 
-def test_sample(examine, damaged, healthy):
-    """The same images every time; nothing is said on classes without one."""
-    code, out, err = examine(healthy, "--sample=3")
+def test_sample(check, damaged, healthy):
+    """--sample checks the same images every time and reports no empty classes."""
+    code, out, err = check(healthy, "--sample=3")
     assert code == 0
     assert "train: 35 images, 7 classes; 3 images checked\n" in out
     assert "test: 14 images, 7 classes; 3 images checked\n" in out
     assert "3/3" in err
     assert "without an image" not in out
-    outs = [examine(damaged, "--sample=12")[1].split("speed")[0] for _ in range(2)]
+    outs = [check(damaged, "--sample=12")[1].split("speed")[0] for _ in range(2)]
     assert outs[0] == outs[1]
-    assert examine(healthy, "--sample=1000")[1].count("images checked") == 0
-    assert examine(healthy, "--sample=-1")[0] == 2
+    assert check(healthy, "--sample=1000")[1].count("images checked") == 0
+    assert check(healthy, "--sample=-1")[0] == 2
 
 
-def test_class_without_an_image(examine, tmp_path):
-    """In the test split, where folders may be missing; and none that can be read."""
+def test_class_without_an_image(check, tmp_path):
+    """Test classes without a folder, and a class whose only image is unreadable."""
     write(tmp_path, {"train": 7, "val": 5}, (64, 48))
     photo(tmp_path, 0).write_bytes(b"")
-    code, out, err = examine(tmp_path, data__max_unreadable=1.0)
+    code, out, err = check(tmp_path, data__max_unreadable=1.0)
     assert code == 4
     train, test = sections(out)
     assert train[-2:] == ["1 classes without an image", "astronaut"]
@@ -248,16 +248,16 @@ def test_class_without_an_image(examine, tmp_path):
     assert err.endswith("\ntrain: 1 classes without an image\n")
 
 
-def test_label_of_no_class(examine, healthy, monkeypatch):
+def test_invalid_labels(check, healthy, monkeypatch):
     sample = folder.Folder.sample
     wrong = {3: -1, 8: 7}
 
-    def mislabelled(self, index):
+    def mislabeled(self, index):
         found = sample(self, index)
         return found | {"label": wrong.get(index, found["label"])}
 
-    monkeypatch.setattr(folder.Folder, "sample", mislabelled)
-    code, out, err = examine(healthy)
+    monkeypatch.setattr(folder.Folder, "sample", mislabeled)
+    code, out, err = check(healthy)
     assert code == 4
     train, test = sections(out)
     labels = ["2 with an invalid label"]
@@ -268,26 +268,26 @@ def test_label_of_no_class(examine, healthy, monkeypatch):
     assert err.endswith("\ntrain: 2 with an invalid label\n")
 
 
-def test_name_that_is_no_text(examine, tmp_path):
+def test_file_name_that_is_not_utf_8(check, tmp_path):
     write(tmp_path, {"train": 7, "val": 7}, (64, 48))
     strange = os.fsencode(photo(tmp_path, 0).parent) + b"/\xff.JPEG"
     with open(strange, "wb"):
         pass
-    code, out, _ = examine(tmp_path, f"--list={tmp_path / 'broken.txt'}")
+    code, out, _ = check(tmp_path, f"--list={tmp_path / 'broken.txt'}")
     assert code == 4
     assert "/astronaut/\\udcff.JPEG: OSError: unknown image format (0 bytes)" in out
     assert "/astronaut/\\udcff.JPEG: " in (tmp_path / "broken.txt").read_text()
 
 
-def test_missing_split(examine, healthy):
-    code, out, err = examine(healthy, data__eval_split="validation")
+def test_missing_split(check, healthy):
+    code, out, err = check(healthy, data__eval_split="validation")
     assert code == 4
     assert out == ""
     assert f"no directory {healthy}/validation" in err
 
 
-def test_titles_of_splits(examine, healthy):
-    code, out, _ = examine(healthy, data__train_split="train", data__eval_split="train")
+def test_titles_of_splits(check, healthy):
+    code, out, _ = check(healthy, data__train_split="train", data__eval_split="train")
     assert code == 0
     assert "\ntrain (train): 35 images" in out
     assert "\ntest (train): 35 images" in out

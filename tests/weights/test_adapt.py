@@ -1,4 +1,4 @@
-"""Weights adapted to another size, task or number of channels."""
+"""Weights adapted to another image size, task or number of channels."""
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +15,6 @@ from hivit_jax.tree import named_leaves, split
 def arrays_of(model):
     """Parameters by name."""
     return jax.device_get(named_leaves(split(model)[1]))
-
-
-# --- Another size, other channels, another task --------------------------------------
 
 
 def cubic(values, count):
@@ -45,8 +42,9 @@ def resized(table, old, new):
 
 @pytest.mark.parametrize("size", [(64, 96), (32, 160), (96, 64)])
 def test_another_image_size(size, tmp_path, capsys):
-    """Of 4 x 6 units; tables are resized from grid to grid, 6 x 4 too, which are as
-    many. Nothing else changes.
+    """Tables of 4 x 6 units are resized to the new grid; nothing else changes.
+
+    A grid of 6 x 4 units is resized, too.
     """
     model = mini("hivit_base", image_size=(64, 96))
     hivit_jax.save_pretrained(model, tmp_path)
@@ -75,7 +73,7 @@ def test_another_image_size(size, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_pretraining_goes_on_at_another_size(tmp_path):
+def test_continued_pretraining_at_another_size(tmp_path):
     hivit_jax.save_pretrained(mini("mae_hivit_base"), tmp_path)
     loaded = hivit_jax.load_pretrained(tmp_path, image_size=(64, 128))
     run = compiled(loaded, lambda m, images, noise: m(images, noise=noise))
@@ -95,7 +93,7 @@ def test_tables_of_windows_fit_any_larger_image(tmp_path):
     name = "encoder/stages/2/{}/attn/relative_position_bias_table"
     assert_array_equal(new[name.format(0)], old[name.format(0)])
     assert new[name.format(1)].shape == (15 * 15, 2)
-    # Other classes: a head for finetuning, and nothing else that is new.
+    # Other classes: only the head is new.
     assert new["head/kernel"].shape == (64, 7)
     assert new["head/kernel"].std() == pytest.approx(2e-5, rel=0.15)
     assert not new["head/bias"].any()
@@ -104,14 +102,14 @@ def test_tables_of_windows_fit_any_larger_image(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("old", "new"), [(3, 1), (3, 4), (1, 3), (2, 5)])
-def test_other_channels_of_a_grey_image(old, new, tmp_path):
-    """The same grey in every channel gives the same logits."""
+def test_other_channels_of_a_gray_image(old, new, tmp_path):
+    """The same gray in every channel gives the same logits."""
     model = mini("hivit_base", in_channels=old)
     hivit_jax.save_pretrained(model, tmp_path)
     loaded = hivit_jax.load_pretrained(tmp_path, in_channels=new)
-    grey = pictures((2, 64, 64, 1))
+    gray = pictures((2, 64, 64, 1))
     logits = [
-        compiled(each, lambda m, x: m(x))(jnp.repeat(grey, channels, -1))
+        compiled(each, lambda m, x: m(x))(jnp.repeat(gray, channels, -1))
         for each, channels in ((model, old), (loaded, new))
     ]
     assert_allclose(logits[0], logits[1], atol=1e-5)
@@ -140,5 +138,5 @@ def test_classifier_of_a_pretrained_encoder(tmp_path, capsys):
     assert new["head/kernel"].std() == pytest.approx(2e-5, rel=0.15)
     assert (new["fc_norm/scale"] == 1).all()
     out = capsys.readouterr().out
-    for fate in ("matched", "unused", "zero_init", "newly_initialized"):
-        assert f"  {fate} " in out
+    for outcome in ("matched", "unused", "zero_init", "newly_initialized"):
+        assert f"  {outcome} " in out

@@ -7,8 +7,6 @@ from networks import abstract
 from hivit_jax.models import configure
 from hivit_jax.weights.infer import infer
 
-# --- Which HiViT it is ---------------------------------------------------------------
-
 MMPRETRAIN = dict(fc_norm=False, layer_norm_eps=1e-5)
 
 
@@ -32,7 +30,7 @@ NETWORKS = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "overrides"), NETWORKS)
-def test_names_and_shapes_tell_the_network(name, overrides):
+def test_infer_from_names_and_shapes(name, overrides):
     model = abstract(name, **overrides)
     state = state_files.zeros(model)
     if overrides is MMPRETRAIN:

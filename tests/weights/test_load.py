@@ -1,4 +1,4 @@
-"""Pretrained models of every format: reading."""
+"""Loading pretrained models of every format."""
 
 import re
 import sys
@@ -45,7 +45,7 @@ def official(name="mae_hivit_base", **overrides):
     return state_files.drawn(name, **overrides)[1]
 
 
-# The flat list of blocks of an official network of depths (1, 1, 2), by our names.
+# Official names of blocks at depths (1, 1, 2) -> our names.
 BLOCKS = {
     "blocks.0": "encoder/stages/0/0",
     "blocks.1": "encoder/stages/0/1",
@@ -60,12 +60,12 @@ BLOCKS = {
 }
 
 
-# Raster numbers of 4x4, 2x2 and 1 cells, in the order in which they are merged.
+# Raster indices of 4x4, 2x2 and 1 cells, in merge order.
 MERGED = [0, 4, 1, 5, 8, 12, 9, 13, 2, 6, 3, 7, 10, 14, 11, 15], [0, 2, 1, 3], [0]
 
 
-def by_hand(state, width=16):
-    """A state dict of one head under our names and in our layout, entry by entry."""
+def converted(state, width=16):
+    """Convert a state dict with one head to our names and layout, entry by entry."""
     starts = np.cumsum([0, 4 * width, 2 * width])
     latent = np.concatenate(
         [
@@ -100,19 +100,19 @@ def by_hand(state, width=16):
     return found
 
 
-# --- Formats -------------------------------------------------------------------------
+# Formats
 
 
 @pytest.mark.torch
 @pytest.mark.parametrize("kind", KINDS)
 def test_committed_pytorch_files(kind):
-    """Written by PyTorch from the numbers of the recipe."""
+    """Files that PyTorch wrote load with their exact values."""
     pytest.importorskip("torch")
     _, content = KINDS[kind]
     hints = state_files.HINTS if kind == "official_mae" else {}
     loaded = hivit_jax.load_pretrained(reference.GOLDEN / f"{kind}.pth", **hints)
     state = content.get("model_ema") or content.get("model") or content["state_dict"]
-    recipes.assert_identical(arrays_of(loaded), by_hand(state))
+    recipes.assert_identical(arrays_of(loaded), converted(state))
     assert loaded.config.num_heads == 1
     norm = loaded.encoder.patch_embed.norm.epsilon
     assert norm == (1e-5 if kind == "mmpretrain" else 1e-6)
@@ -120,26 +120,27 @@ def test_committed_pytorch_files(kind):
         plain = hivit_jax.load_pretrained(
             reference.GOLDEN / f"{kind}.pth", averaged=False
         )
-        recipes.assert_identical(arrays_of(plain), by_hand(content["model"]))
+        recipes.assert_identical(arrays_of(plain), converted(content["model"]))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_same_state_dicts_as_safetensors(kind, tmp_path):
+def test_state_dicts_as_safetensors(kind, tmp_path):
     _, content = KINDS[kind]
     state = content.get("model") or content["state_dict"]
     path = safetensors(tmp_path / "x.safetensors", state)
     hints = state_files.HINTS if kind == "official_mae" else {}
     loaded = hivit_jax.load_pretrained(path, **hints)
-    recipes.assert_identical(arrays_of(loaded), by_hand(state))
+    recipes.assert_identical(arrays_of(loaded), converted(state))
     norm = loaded.encoder.patch_embed.norm.epsilon
     assert norm == (1e-5 if kind == "mmpretrain" else 1e-6)
 
 
 @pytest.mark.slow
 def test_pretraining_files_of_mmpretrain(tmp_path, capsys):
-    """A classifier starts from their encoder; their decoder, which takes the first
-    visible unit for a class token, is left out, and no entry else.
+    """A classifier loads the encoder; only the decoder is left out.
+
+    MMPretrain's decoder uses the first visible unit as class token.
     """
     state = KINDS["official_mae"][1]["model"]
     named = {}
@@ -150,7 +151,7 @@ def test_pretraining_files_of_mmpretrain(tmp_path, capsys):
     path = safetensors(tmp_path / "x.safetensors", named)
     options = dict(num_heads=1, num_classes=7)
     arrays = arrays_of(hivit_jax.load_pretrained(path, **options))
-    expected = by_hand(state)
+    expected = converted(state)
     for name, array in arrays.items():
         if name.startswith("encoder/"):
             assert_array_equal(array, expected[name], name)
@@ -171,7 +172,7 @@ def test_pretraining_files_of_mmpretrain(tmp_path, capsys):
     "fixture", ["mae_mini", "mae_mini_nohifeat_rpe", "features_mini_rpe"]
 )
 def test_golden_outputs_from_a_file(fixture, tmp_path):
-    """Names and shapes tell enough of an official file to give official outputs."""
+    """Inferred arguments of an official file give the official outputs."""
     path = safetensors(tmp_path / "x.safetensors", reference.state_dict(fixture))
     hints = {} if fixture == "features_mini_rpe" else dict(decoder_num_heads=2)
     model = hivit_jax.load_pretrained(path, num_heads=2, **hints)
@@ -190,8 +191,8 @@ def test_golden_outputs_from_a_file(fixture, tmp_path):
 
 
 @pytest.mark.slow
-def test_another_name_takes_over_the_models_own_sizes():
-    """Run options, and sizes that are not the class's defaults."""
+def test_another_name_keeps_custom_sizes():
+    """Another name keeps run options and sizes that are not the class's defaults."""
     saved = arguments_of(abstract("hivit_base_24", image_size=64, dtype="bfloat16"))
 
     def fitted(**overrides):
@@ -215,15 +216,18 @@ def test_another_name_takes_over_the_models_own_sizes():
 
 @pytest.mark.slow
 def test_pretrain_finetune_share_evaluate(tmp_path, capsys):
-    """Of two sizes that are no squares: tables are resized, the card tells all, and
-    what is evaluated is what was trained.
+    """A shared model evaluates as the trained one, with tables resized in between.
+
+    The model card lists results and recipe.
     """
-    first, run, shared = (tmp_path / name for name in ("first", "run", "shared"))
+    pretrained, run, shared = (
+        tmp_path / name for name in ("pretrained", "run", "shared")
+    )
     with recipes.quick():
-        train(recipes.mae(total_steps=1, model__image_size="(64,32)"), first)
+        train(recipes.mae(total_steps=1, model__image_size="(64,32)"), pretrained)
         wide = dict(total_steps=1, model__image_size="(32,96)")
         capsys.readouterr()
-        results = train(recipes.classifier(init_from=str(first), **wide), run)
+        results = train(recipes.classifier(init_from=str(pretrained), **wide), run)
         assert "encoder/absolute_pos_embed 1" in capsys.readouterr().out
         convert.convert(run, shared)
         card = (shared / "README.md").read_text()
@@ -243,7 +247,7 @@ def test_pretrain_finetune_share_evaluate(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_continued_pretraining_of_an_official_file(tmp_path):
-    """With its decoder; the first loss is that of the official weights."""
+    """Encoder and decoder are loaded with their exact values."""
     state = reference.state_dict("mae_mini")
     path = safetensors(tmp_path / "x.safetensors", state)
     config = recipes.mae(
@@ -256,30 +260,7 @@ def test_continued_pretraining_of_an_official_file(tmp_path):
     recipes.assert_identical(stored, arrays_of(model))
 
 
-# --- Another size, other channels, another task --------------------------------------
-
-
-def cubic(values, count):
-    """Numbers along the first axis -> `count` of them, as torch's bicubic: the kernel
-    with a = -0.75 over four samples, those at the edge repeated.
-    """
-    found = np.zeros((count, *values.shape[1:]))
-    for new in range(count):
-        place = (new + 0.5) * len(values) / count - 0.5
-        for old in range(int(np.floor(place)) - 1, int(np.floor(place)) + 3):
-            x = abs(place - old)
-            near = 1.25 * x**3 - 2.25 * x**2 + 1
-            far = -0.75 * (x**3 - 5 * x**2 + 8 * x - 4)
-            weight = near if x <= 1 else far
-            found[new] += weight * values[min(max(old, 0), len(values) - 1)]
-    return found
-
-
-def resized(table, old, new):
-    """A table of `old` rows and columns -> one of `new`."""
-    maps = table.reshape(*old, -1).astype(np.float64)
-    maps = cubic(cubic(maps, new[0]).swapaxes(0, 1), new[1]).swapaxes(0, 1)
-    return maps.reshape(new[0] * new[1], -1)
+# Overrides
 
 
 @pytest.mark.slow
@@ -299,8 +280,8 @@ def test_overrides_that_do_not_fit(overrides, message, tmp_path):
         hivit_jax.load_pretrained(tmp_path, **overrides)
 
 
-def test_a_model_of_its_own_size(tmp_path, capsys):
-    """What had to be guessed is said to be; what is given is not guessed."""
+def test_inspect_a_model_of_custom_size(tmp_path, capsys):
+    """--inspect marks guessed arguments; --set arguments are not guessed."""
     path = safetensors(tmp_path / "x.safetensors", official())
     assert convert.main(["--inspect", str(path), "--set", "num_heads=2"]) == 0
     text = capsys.readouterr().out
@@ -315,8 +296,8 @@ def test_a_model_of_its_own_size(tmp_path, capsys):
 
 
 @pytest.mark.torch
-def test_inspecting_runs_directories_and_files(tmp_path, capsys):
-    """What is there, what a classifier would take, and every array by name."""
+def test_inspect_files(tmp_path, capsys):
+    """--inspect prints entries, the loading report of a classifier, and all names."""
     pytest.importorskip("torch")
     for kind, words in {
         "official_mae": ["mae_hivit_base", "entries: optimizer, epoch, scaler, args"],
@@ -340,16 +321,16 @@ def test_inspecting_runs_directories_and_files(tmp_path, capsys):
     assert convert.main(["--inspect", mae, *flags]) == 0
     out = capsys.readouterr().out
     assert "as hivit_base" in out
-    for fate in ("matched", "resized", "unused", "newly_initialized"):
-        assert f"  {fate} " in out
+    for outcome in ("matched", "resized", "unused", "newly_initialized"):
+        assert f"  {outcome} " in out
 
 
-# --- The Hugging Face hub ------------------------------------------------------------
+# The Hugging Face hub
 
 
 @pytest.mark.slow
 def test_hub(tmp_path, monkeypatch):
-    """A directory or a file of a repository, of a revision."""
+    """Load a directory or a file of a repository, at a revision."""
     model, asked = mini("hivit_base"), []
     hivit_jax.save_pretrained(model, tmp_path)
     safetensors(tmp_path / "other.safetensors", official("hivit_base"))

@@ -21,10 +21,10 @@ from hivit_jax.xla.compile import compile_step
 pytestmark = pytest.mark.usefixtures("quick")
 
 
-GREY = "(0.5,0.5,0.5)"
+HALF = "(0.5,0.5,0.5)"
 
 
-COLOURED = dict(model__in_channels=3, data__mean=GREY, data__std=GREY)
+COLOR = dict(model__in_channels=3, data__mean=HALF, data__std=HALF)
 
 
 @pytest.mark.parametrize(
@@ -33,10 +33,10 @@ COLOURED = dict(model__in_channels=3, data__mean=GREY, data__std=GREY)
         ("synthetic", {}),
         ("digits", dict(data__canvas=0)),
         ("digits", dict(data__canvas=96)),
-        ("digits", dict(data__randaugment=True) | COLOURED),
+        ("digits", dict(data__randaugment=True) | COLOR),
     ],
 )
-def test_batches_are_of_the_shapes_that_are_compiled_for(source, overrides):
+def test_batches_have_the_compiled_shapes(source, overrides):
     if source == "digits":
         pytest.importorskip("sklearn")
     config = recipes.mae(source, **overrides)
@@ -44,9 +44,6 @@ def test_batches_are_of_the_shapes_that_are_compiled_for(source, overrides):
     [shapes] = batch_shapes(inputs.make_task(config).transform(train=True))
     found = {name: (array.shape, array.dtype) for name, array in batch.items()}
     assert found == {name: (each.shape, each.dtype) for name, each in shapes.items()}
-
-
-# --- The command ---------------------------------------------------------------------
 
 
 def report(tmp_path, *more, topology="v5e:2x4", **overrides):
@@ -58,8 +55,8 @@ def report(tmp_path, *more, topology="v5e:2x4", **overrides):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("fsdp", "parts"), [(8, 1), (4, 2)])
-def test_fsdp_exchanges_parameters_and_gradients_alone(fsdp, parts):
-    """As much for any batch: no activations."""
+def test_fsdp_communicates_only_parameters_and_gradients(fsdp, parts):
+    """Communication does not depend on the batch size: no activations."""
     found = []
     for size in (64, 256):
         config = recipes.mae(batch_size=size, model__depths="(1,1,1)")
@@ -83,8 +80,8 @@ def training_macs(model, mask_ratio):
 
 
 @pytest.mark.extras
-def test_tpu_step_does_what_it_should(tmp_path):
-    """Operations follow the mask; gradients are exchanged once, parts or not."""
+def test_tpu_step(tmp_path):
+    """FLOPs follow the mask ratio; gradients are reduced once per step."""
     pytest.importorskip("libtpu")
     whole = report(tmp_path)
     assert whole["fits"]
@@ -98,7 +95,7 @@ def test_tpu_step_does_what_it_should(tmp_path):
     model = nnx.eval_shape(inputs.task_of_recipe(config).build_model)
     [reduced] = whole["collectives"]
     assert reduced["kind"] == "all-reduce"
-    fixed = 16 * 32  # the decoder's table of positions
+    fixed = 16 * 32  # the decoder's position table
     parameters = 4 * (model.parameter_count() - fixed)
     assert_allclose(reduced["bytes_per_step"], parameters, rtol=0.02)
 
@@ -107,8 +104,8 @@ def test_tpu_step_does_what_it_should(tmp_path):
     assert_allclose(again["bytes_per_step"], reduced["bytes_per_step"], rtol=0.02)
     assert_allclose(parts["flops_per_image"], whole["flops_per_image"], rtol=0.1)
 
-    more = report(tmp_path, mask_ratio=0.25)
-    dearer = 6 * (training_macs(model, 0.25) - training_macs(model, 0.75))
-    # In a network this narrow what is no matrix product takes as much again.
-    added = more["flops_per_image"] - whole["flops_per_image"]
-    assert dearer < added < 1.7 * dearer
+    denser = report(tmp_path, mask_ratio=0.25)
+    expected = 6 * (training_macs(model, 0.25) - training_macs(model, 0.75))
+    # In a network this narrow other operations cost as much as matrix products.
+    added = denser["flops_per_image"] - whole["flops_per_image"]
+    assert expected < added < 1.7 * expected

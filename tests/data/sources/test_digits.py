@@ -1,4 +1,4 @@
-"""The digits of scikit-learn as a source."""
+"""Source of scikit-learn's digits."""
 
 import io
 
@@ -12,17 +12,15 @@ from hivit_jax import inputs
 from hivit_jax.data.sources import digits as data_sources_digits
 from hivit_jax.data.sources import registry
 
-# Sources
-
 
 def scans(source):
-    """Pixels and labels of all images of a source."""
+    """Return the pixels and labels of all images of a source."""
     found = [source.sample(i) for i in range(len(source))]
     images = [np.asarray(Image.open(io.BytesIO(each["image"]))) for each in found]
     return images, [each["label"] for each in found]
 
 
-def test_digits_splits():
+def test_train_and_test_scans_are_disjoint():
     digits = load_digits()
     known = {}
     for image, label in zip(digits.images, digits.target, strict=True):
@@ -47,7 +45,7 @@ def test_digits_splits():
     # All 1,797 scans differ, so no image is in both splits.
     assert not found[0] & found[1]
     assert len(found[0] | found[1]) == len(known) == 1797
-    # The split never moves.
+    # The split is fixed.
     assert test.labels[:12].tolist() == [2, 8, 2, 6, 6, 7, 1, 9, 8, 5, 2, 8]
     assert np.bincount(test.labels).tolist() == COUNTS
 
@@ -63,14 +61,14 @@ def test_digits_as_png():
     assert sample["label"] == source.labels[5]
 
 
-def test_number_of_images():
+def test_num_examples():
     data = load(data__train_examples=100).data
     assert registry.num_examples(data, "train") == 100
     assert registry.num_examples(data, "test") == 360
 
 
 def test_digits_by_key():
-    """The first number of training images of each class, as chosen by the subset."""
+    """data.subset selects the first training images of each class."""
     digits = load_digits()
     known = {
         np.rint(image * 255 / 16).astype(np.uint8).tobytes(): label
@@ -85,7 +83,7 @@ def test_digits_by_key():
         labels = batch["label"].tolist()
         assert labels == [known[image] for image in images]
         found[examples, subset] = set(images)
-        if examples:  # 80 of `examples`, over again
+        if examples:  # the batch of 80 repeats them
             counts = np.bincount(labels[:examples], minlength=10)
             assert counts.tolist() == [examples // 10] * 10
             assert len(found[examples, subset]) == examples

@@ -1,4 +1,4 @@
-"""Synthetic images."""
+"""Source of synthetic images."""
 
 import sys
 
@@ -9,8 +9,8 @@ from hivit_jax import inputs
 from hivit_jax.data.sources import registry
 
 
-def test_made_up_images_have_no_canvas():
-    """So they may be larger than it."""
+def test_synthetic_images_ignore_the_canvas():
+    """They may be larger than data.canvas."""
     cfg = load(data__name="synthetic", model__image_size=64, data__canvas=32)
     assert next(inputs.train_batches(cfg, 0, 1))["image"].shape == (96, 64, 64, 1)
 
