@@ -58,6 +58,33 @@ def quick():
     jax.config.update("jax_enable_compilation_cache", True)
 
 
+@pytest.fixture
+def shard_small_arrays(monkeypatch):
+    """Shard arrays of 64 elements and more."""
+    from hivit_jax.distributed import sharding
+
+    monkeypatch.setattr(sharding, "MIN_SHARDED_SIZE", 64)
+
+
+@pytest.fixture
+def workdir(tmp_path, monkeypatch):
+    """An empty directory. TensorBoard is off, because its import takes seconds."""
+    from hivit_jax.reporting import metrics
+
+    monkeypatch.setattr(metrics, "_tensorboard", lambda workdir: None)
+    return tmp_path
+
+
+@pytest.fixture
+def user_cache(tmp_path, monkeypatch):
+    """An empty cache directory of the user."""
+    from hivit_jax.data.sources import registry
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    registry._open.cache_clear()
+    return tmp_path / "cache"
+
+
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
     """Directory of 40 training and 11 validation photographs of 64x48, in seven
@@ -76,7 +103,7 @@ def environment(tmp_path_factory):
     import recipes
 
     directory = tmp_path_factory.mktemp("environment")
-    return {"PYTHONPATH": recipes.not_installed(directory, "tensorboardX")}
+    return {"PYTHONPATH": recipes.block_imports(directory, "tensorboardX")}
 
 
 @pytest.fixture

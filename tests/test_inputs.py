@@ -4,7 +4,7 @@ import io
 
 import numpy as np
 import pytest
-from datasets import assert_batches_equal, load, load_folder
+from datasets import assert_batches_equal, digits_config, folder_config
 from numpy.testing import assert_array_equal
 from PIL import Image
 
@@ -22,7 +22,7 @@ def test_more_classes_than_the_model_has():
         with pytest.raises(
             ConfigError, match="num_classes=9; expected at least 10, .*digits"
         ):
-            next(split(load(model__num_classes=9)))
+            next(split(digits_config(model__num_classes=9)))
 
 
 @pytest.mark.parametrize(
@@ -38,11 +38,11 @@ def test_more_classes_than_the_model_has():
 )
 def test_invalid_settings(overrides, message):
     with pytest.raises(ConfigError, match=message):
-        next(inputs.train_batches(load(**overrides), 0, 1))
+        next(inputs.train_batches(digits_config(**overrides), 0, 1))
 
 
 def test_images_of_their_own_size_are_unchanged():
-    cfg = load(model__image_size=8)
+    cfg = digits_config(model__image_size=8)
     batch = next(inputs.train_batches(cfg, 0, 1))
     expected = data_sources_digits.Digits("train").pixels()[
         permutation(0, 0, 1437)[:96]
@@ -52,20 +52,24 @@ def test_images_of_their_own_size_are_unchanged():
 
 def test_other_image_shapes():
     color = dict(model__in_channels=3, data__mean=(0.5,) * 3, data__std=(0.5,) * 3)
-    cfg = load(model__image_size=8, **color)
+    cfg = digits_config(model__image_size=8, **color)
     batch = next(inputs.train_batches(cfg, 0, 1))
-    gray = next(inputs.train_batches(load(model__image_size=8), 0, 1))
+    gray = next(inputs.train_batches(digits_config(model__image_size=8), 0, 1))
     assert_array_equal(batch["image"], np.repeat(gray["image"], 3, -1))
-    cfg = load(model__image_size=(8, 24), **color)
+    cfg = digits_config(model__image_size=(8, 24), **color)
     assert models.image_shape(cfg.model) == (8, 24, 3)
     assert next(inputs.train_batches(cfg, 0, 1))["image"].shape == (96, 8, 24, 3)
 
 
 def test_crops_differ_by_image_epoch_and_seed():
-    cfg = load(data__crop_scale=(0.3, 1.0), data__train_examples=100, batch_size=100)
+    cfg = digits_config(
+        data__crop_scale=(0.3, 1.0), data__train_examples=100, batch_size=100
+    )
     first, second = inputs.train_batches(cfg, 0, 2)
     plain = next(
-        inputs.train_batches(load(data__train_examples=100, batch_size=100), 0, 1)
+        inputs.train_batches(
+            digits_config(data__train_examples=100, batch_size=100), 0, 1
+        )
     )
     assert_array_equal(first["label"], plain["label"])
     assert (first["image"] != plain["image"]).any((1, 2, 3)).mean() > 0.9
@@ -82,7 +86,7 @@ def test_crops_differ_by_image_epoch_and_seed():
 @pytest.mark.slow
 def test_device_and_host_resizing_agree(folder):
     """Canvases that the device resizes match the images that the host resizes."""
-    shipped, resized = load_folder(folder), load_folder(folder, data__canvas=0)
+    shipped, resized = folder_config(folder), folder_config(folder, data__canvas=0)
     for batches in (lambda c: inputs.train_batches(c, 3, 7), inputs.eval_batches):
         for one, other in zip(batches(shipped), batches(resized), strict=True):
             assert one["image"].shape == (8, 64, 64, 3)
@@ -96,8 +100,8 @@ def test_device_and_host_resizing_agree(folder):
 
 
 def test_evaluation_uses_center_crops(folder):
-    source = registry.open_source(load_folder(folder).data, "test")
-    batches = list(inputs.eval_batches(load_folder(folder, data__canvas=0)))
+    source = registry.open_source(folder_config(folder).data, "test")
+    batches = list(inputs.eval_batches(folder_config(folder, data__canvas=0)))
     images = np.concatenate([b["image"] for b in batches])
     weights = np.concatenate([b["weight"] for b in batches])
     assert_array_equal(weights, np.arange(16) < 11)
@@ -112,8 +116,8 @@ def test_evaluation_uses_center_crops(folder):
 
 def test_randaugment(folder):
     """RandAugment is applied to the resized crop, in training only."""
-    plain = load_folder(folder, data__canvas=0)
-    cfg = load_folder(folder, data__randaugment=True)
+    plain = folder_config(folder, data__canvas=0)
+    cfg = folder_config(folder, data__randaugment=True)
     count = transforms.DRAWS + randaugment.DRAWS
     changed = 0
     for step, (one, other) in enumerate(
@@ -131,14 +135,14 @@ def test_randaugment(folder):
             changed += (one["image"][k] != other["image"][k]).any()
     assert 24 < changed < 46  # of 48; a quarter of them get no operation
     assert_batches_equal(
-        inputs.eval_batches(cfg), inputs.eval_batches(load_folder(folder))
+        inputs.eval_batches(cfg), inputs.eval_batches(folder_config(folder))
     )
     with pytest.raises(ConfigError, match="randaugment with .*in_channels=1"):
-        next(inputs.train_batches(load(data__randaugment=True), 0, 1))
+        next(inputs.train_batches(digits_config(data__randaugment=True), 0, 1))
 
 
 def test_channels_no_file_has(folder):
-    cfg = load_folder(
+    cfg = folder_config(
         folder, model__in_channels=4, data__mean=(0.5,) * 4, data__std=(1.0,) * 4
     )
     with pytest.raises(ConfigError, match=r"in_channels=4 .*; expected 3 .* or 1"):
@@ -171,7 +175,7 @@ EFFECTS = [
 @pytest.fixture(scope="module")
 def unchanged_batches(folder):
     """Four training batches resized on the host, and all evaluation batches."""
-    return batches_of(load_folder(folder, data__canvas=0, data__flip=True))
+    return batches_of(folder_config(folder, data__canvas=0, data__flip=True))
 
 
 def batches_of(cfg):
@@ -191,7 +195,7 @@ def test_batches_change_with_a_key(
     folder, unchanged_batches, key, value, train, evaluation
 ):
     overrides = dict(data__canvas=0, data__flip=True) | {f"data__{key}": value}
-    batches = batches_of(load_folder(folder, **overrides))
+    batches = batches_of(folder_config(folder, **overrides))
     same = [identical(*pair) for pair in zip(batches, unchanged_batches, strict=True)]
     assert same == [not train, not evaluation]
 
@@ -205,7 +209,7 @@ def pixels_of(folder, split):
 def test_splits_by_name(folder):
     """Training and evaluation swap splits, labels included."""
     swapped = dict(data__train_split="val", data__eval_split="train")
-    cfg = load_folder(folder, data__canvas=0, data__crop_scale=(1.0, 1.0), **swapped)
+    cfg = folder_config(folder, data__canvas=0, data__crop_scale=(1.0, 1.0), **swapped)
     [batch] = inputs.train_batches(cfg, 0, 1)
     classes = sorted(path.name for path in (folder / "train").iterdir())
     for split, found in (("val", [batch]), ("train", list(inputs.eval_batches(cfg)))):
@@ -221,7 +225,7 @@ def test_center_crops_are_pixels_of_the_files(folder):
     Without random crops training uses the same pixels, each image once per epoch.
     """
     options = dict(data__crop_pct=0.5, data__crop_scale=(1.0, 1.0), data__canvas=0)
-    train, evaluation = batches_of(load_folder(folder, **options))
+    train, evaluation = batches_of(folder_config(folder, **options))
     for split, batches, count in (("train", train, 32), ("val", evaluation, 11)):
         expected = [pixels[12:36, 20:44] for pixels in pixels_of(folder, split)]
         if split == "train":
@@ -278,10 +282,10 @@ def test_images_are_resized_as_told(folder, interpolation, antialias):
     expected = np.stack(
         [*map(RESIZED[interpolation, antialias], pixels_of(folder, "val"))]
     )
-    cfg = load_folder(folder, data__canvas=0, **options)
+    cfg = folder_config(folder, data__canvas=0, **options)
     host = np.concatenate([b["image"] for b in inputs.eval_batches(cfg)])[:11]
     assert_array_equal(host, expected)
-    cfg = load_folder(folder, data__canvas=64, **options)
+    cfg = folder_config(folder, data__canvas=64, **options)
     images = [*map(inputs.make_task(cfg).preprocess, inputs.eval_batches(cfg))]
     device = np.concatenate(images)[:11] * (0.2, 0.4, 0.8) + (0.1, 0.5, 0.9)
     difference = np.abs(device * 255 - expected)

@@ -109,8 +109,8 @@ def test_eval_mode(finished, capsys):
     step = finished / "checkpoints" / "1"
     for flags in ([], [f"--checkpoint={step}"]):
         assert main([*MINI, f"--workdir={finished}", "--mode=eval", *flags]) == 0
-        loss = recipes.lines(finished, "eval/loss")[1]
-        count = recipes.lines(finished, "eval/count")[1]
+        loss = recipes.logged(finished, "eval/loss")[1]
+        count = recipes.logged(finished, "eval/count")[1]
         out = capsys.readouterr().out
         assert f"step 1  eval  loss {loss:.4f}  ({count} images)" in out
 
@@ -126,7 +126,7 @@ def test_eval_mode(finished, capsys):
 )
 def test_errors_of_a_real_process(flags, exit_code, fragments, tmp_path):
     arguments = ["-m", "hivit_jax.main", *MINI, f"--workdir={tmp_path}", *flags]
-    code, _, err = recipes.run(*arguments, devices=8)
+    code, _, err = recipes.run_process(*arguments, devices=8)
     assert code == exit_code
     check_message(err, fragments)
 

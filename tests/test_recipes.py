@@ -4,7 +4,6 @@ import configparser
 import json
 import shutil
 
-import jax
 import numpy as np
 import pytest
 import recipes
@@ -15,7 +14,7 @@ from numpy.testing import assert_allclose
 from hivit_jax import config as configs
 from hivit_jax import inputs
 from hivit_jax import recipes as recipes_by_name
-from hivit_jax.training.schedule import make_schedule, peak_learning_rate
+from hivit_jax.training.schedule import peak_learning_rate
 from hivit_jax.tree import named_leaves
 
 
@@ -30,7 +29,7 @@ def test_recipes_of_an_installed_package(tmp_path):
     flags = ["--config=mae_base", "--mode=describe"]
     for path in (site.parent, recipes.ROOT):
         command = ["-c", f"import os; os.chdir('/'); {program}", *flags]
-        code, out, err = recipes.run(*command, PYTHONPATH=path)
+        code, out, err = recipes.run_process(*command, PYTHONPATH=path)
         assert (code, err) == (0, "")
         assert "changes to mae_base: none" in out
 
@@ -77,11 +76,6 @@ FIRST_EDITION = json.loads((reference.GOLDEN / "first_edition.json").read_text()
 
 
 IMAGES = {"imagenet2012": 1_281_167, "digits": 1437}
-
-
-def scheduled(config, per_epoch, steps):
-    o, batch_size = config.optimizer, config.batch_size
-    return jax.jit(make_schedule(o, batch_size, per_epoch, steps))
 
 
 def steps_of(config):
@@ -190,7 +184,7 @@ def test_values_of_the_first_edition(name, source):
 def test_schedules_of_the_first_edition(name, source):
     """Learning rates are the recorded ones, to the last bit of the peak."""
     old, config = FIRST_EDITION[name], configs.load(source)
-    rate = scheduled(config, *steps_of(config))
+    rate = recipes.jit_schedule(config, *steps_of(config))
     check_rates(rate, old["steps"], old["rates"])
 
 
@@ -206,7 +200,7 @@ def test_official_quirks_of_the_first_edition(name, tmp_path):
     from_scratch = config.task == "classify" and not config.init_from
     assert config.optimizer.first_epoch == int(not from_scratch)
     assert (config.optimizer.schedule == "cosine_from_start") == from_scratch
-    rate = scheduled(config, *steps_of(config))
+    rate = recipes.jit_schedule(config, *steps_of(config))
     check_rates(rate, old["steps"], old["official_quirks"])
     if config.task == "classify":
         other = "" if config.init_from else "somewhere"

@@ -34,13 +34,13 @@ def test_programs_can_be_imported(path):
 @pytest.mark.processes
 @pytest.mark.slow
 def test_train_step_needs_only_jax_flax_optax_and_numpy(tmp_path):
-    missing = recipes.not_installed(
+    missing = recipes.block_imports(
         tmp_path / "missing",
         *("ml_collections", "orbax", "etils", "tensorflow", "tensorflow_datasets"),
         *("clu", "simplejpeg", "PIL", "matplotlib", "safetensors", "sklearn", "torch"),
     )
     out = tmp_path / "out.json"
-    code, text, error = recipes.run(
+    code, text, error = recipes.run_process(
         *("-m", "benchmarks.train_step", "--rounds", 2, "--steps", 1, "--out", out),
         *("--set", *(f"{key}={value}" for key, value in SMALL.items())),
         PYTHONPATH=os.pathsep.join([str(missing), str(recipes.ROOT)]),

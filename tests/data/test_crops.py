@@ -5,6 +5,7 @@ import math
 import jax
 import numpy as np
 import pytest
+from datasets import noise_image
 from numpy.testing import assert_array_equal
 from PIL import Image
 
@@ -18,10 +19,6 @@ SIZE = (224, 224)
 
 
 NAMES = sorted(photographs())
-
-
-def noise_image(*shape):
-    return np.random.RandomState(0).randint(0, 256, shape).astype(np.uint8)
 
 
 def crops(height, width, count, scale=(0.2, 1.0), seed=0):

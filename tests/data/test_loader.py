@@ -8,7 +8,7 @@ import threading
 import jax
 import numpy as np
 import pytest
-from datasets import assert_batches_equal, load, load_folder
+from datasets import assert_batches_equal, digits_config, folder_config
 from numpy.testing import assert_array_equal
 
 from hivit_jax import inputs
@@ -20,7 +20,7 @@ from hivit_jax.errors import DataError
 
 @pytest.mark.slow
 def test_training_batches():
-    source, cfg = data_sources_digits.Digits("train"), load()
+    source, cfg = data_sources_digits.Digits("train"), digits_config()
     batches = list(inputs.train_batches(cfg, 0, 16))  # 1,536 of 1,437 images
     assert len(batches) == 16
     order = np.concatenate([permutation(0, 0, 1437), permutation(0, 1, 1437)])
@@ -42,7 +42,7 @@ def test_training_batches():
 @pytest.mark.parametrize("crop_scale", [(1.0, 1.0), (0.3, 1.0)])
 def test_run_can_start_at_any_step(crop_scale):
     """Batches 13 to 17, across an epoch boundary, equal those of a run from step 0."""
-    cfg = load(data__crop_scale=crop_scale)
+    cfg = digits_config(data__crop_scale=crop_scale)
     whole = list(inputs.train_batches(cfg, 0, 18))
     assert_batches_equal(whole[13:], inputs.train_batches(cfg, 13, 18))
 
@@ -50,7 +50,9 @@ def test_run_can_start_at_any_step(crop_scale):
 @pytest.mark.parametrize("batch_size", [90, 96, 360, 512])
 def test_evaluation_batches_hold_every_image_once(batch_size):
     source = data_sources_digits.Digits("test")
-    cfg = load(batch_size=batch_size, model__image_size=8, data__crop_scale=(0.3, 0.4))
+    cfg = digits_config(
+        batch_size=batch_size, model__image_size=8, data__crop_scale=(0.3, 0.4)
+    )
     batches = list(inputs.eval_batches(cfg))
     assert len(batches) == math.ceil(360 / batch_size)
     for batch in batches:
@@ -72,7 +74,7 @@ def test_evaluation_batches_hold_every_image_once(batch_size):
 @pytest.mark.parametrize("name", ["digits", "synthetic"])
 def test_shares_of_processes_make_the_batch(monkeypatch, processes, name):
     examples = 1000 if name == "synthetic" else 0
-    cfg = load(
+    cfg = digits_config(
         data__name=name, data__crop_scale=(0.3, 1.0), data__train_examples=examples
     )
 
@@ -94,8 +96,8 @@ def test_shares_of_processes_make_the_batch(monkeypatch, processes, name):
 
 @pytest.mark.parametrize("workers", [1, 5])
 def test_batches_do_not_depend_on_threads(folder, workers):
-    batches = list(inputs.train_batches(load_folder(folder), 0, 12))
-    cfg = load_folder(folder, data__workers=workers)
+    batches = list(inputs.train_batches(folder_config(folder), 0, 12))
+    cfg = folder_config(folder, data__workers=workers)
     assert_batches_equal(batches, inputs.train_batches(cfg, 0, 12))
     assert_batches_equal(batches[7:], inputs.train_batches(cfg, 7, 12))
 
@@ -104,7 +106,7 @@ def test_batches_do_not_depend_on_threads(folder, workers):
 def test_number_of_threads(folder, monkeypatch, workers, usable):
     """data.workers threads, or one for each core."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: usable, raising=False)
-    cfg = load_folder(folder, data__workers=workers, batch_size=40)
+    cfg = folder_config(folder, data__workers=workers, batch_size=40)
     batches = inputs.train_batches(cfg, 0, 100)
     next(batches)
     threads = [each for each in threading.enumerate() if each.name.startswith("read")]
@@ -113,7 +115,7 @@ def test_number_of_threads(folder, monkeypatch, workers, usable):
 
 
 def test_threads_end_with_the_batches(folder):
-    batches = inputs.train_batches(load_folder(folder, data__workers=3), 0, 1000)
+    batches = inputs.train_batches(folder_config(folder, data__workers=3), 0, 1000)
     next(batches)
     assert any(thread.name.startswith("read") for thread in threading.enumerate())
     batches.close()
@@ -139,8 +141,8 @@ def damaged(folder, tmp_path):
 
 def test_unreadable_images_keep_their_positions(folder, damaged, capfd):
     root, broken = damaged
-    whole = list(inputs.train_batches(load_folder(folder), 0, 10))
-    batches = list(inputs.train_batches(load_folder(root), 0, 10))
+    whole = list(inputs.train_batches(folder_config(folder), 0, 10))
+    batches = list(inputs.train_batches(folder_config(root), 0, 10))
     bad = 0
     for one, other in zip(batches, whole, strict=True):
         unreadable = one["unreadable"] == 1
@@ -156,7 +158,7 @@ def test_unreadable_images_keep_their_positions(folder, damaged, capfd):
         assert err.count(f"cannot read {path}: ") == 1
     assert err.count("cannot read") == 3  # one line per file
     assert "truncated" in err
-    evaluation = list(inputs.eval_batches(load_folder(root)))
+    evaluation = list(inputs.eval_batches(folder_config(root)))
     assert sum(batch["weight"].sum() for batch in evaluation) == 10
     assert sum(batch["unreadable"].sum() for batch in evaluation) == 1
     assert capfd.readouterr().err.count(str(broken[3])) == 1
@@ -164,7 +166,7 @@ def test_unreadable_images_keep_their_positions(folder, damaged, capfd):
 
 def test_share_of_unreadable_images():
     """The limit is 0.1% of an epoch, or of the images seen if these are more."""
-    data = load(data__max_unreadable=0.001).data
+    data = digits_config(data__max_unreadable=0.001).data
     inputs.check_unreadable(1, 50, data, "train")  # of 1,437
     with pytest.raises(DataError, match=r"2 images of digits .* 0.14%; .* 0.10%"):
         inputs.check_unreadable(2, 50, data, "train")
@@ -175,7 +177,7 @@ def test_share_of_unreadable_images():
 
 @pytest.mark.parametrize("wrong", [10, -1])
 def test_label_outside_the_classes(folder, monkeypatch, wrong):
-    cfg = load_folder(folder)
+    cfg = folder_config(folder)
     source = registry.open_source(cfg.data, "train")
     monkeypatch.setattr(source, "labels", np.where(source.labels == 3, wrong, 0))
     message = rf"coffee/\d+.JPEG: expected .* 0 to 9, found {wrong}; .*num_classes=10"

@@ -4,24 +4,12 @@ import io
 
 import numpy as np
 import pytest
+from datasets import encode, noise_image
 from numpy.testing import assert_array_equal
 from PIL import Image
 
 from benchmarks.photographs import photographs
 from hivit_jax.data import transforms
-
-
-def noise_image(*shape):
-    return np.random.RandomState(0).randint(0, 256, shape).astype(np.uint8)
-
-
-def encode(image, kind, **options):
-    if isinstance(image, np.ndarray):
-        image = Image.fromarray(image)
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
-
 
 PHOTO = photographs()["coffee"][:90, :120]
 

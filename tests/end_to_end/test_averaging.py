@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 import pytest
 import recipes
 from flax import nnx
-from networks import compiled, mini
+from networks import jit_model, mini
 from numpy.testing import assert_allclose, assert_array_equal
 from safetensors.numpy import load_file
 
@@ -121,7 +121,7 @@ def run(born, tmp_path_factory):
 @pytest.fixture(scope="module")
 def stored(run):
     """Arrays of each checkpoint: step -> item -> name -> array."""
-    return {step: recipes.stored(run, step) for step in range(STEPS + 1)}
+    return {step: recipes.saved_arrays(run, step) for step in range(STEPS + 1)}
 
 
 def averaged_variables(items):
@@ -147,7 +147,7 @@ def evaluated(stored):
         ),
         params,
     )
-    encode = compiled(nnx.merge(graphdef, params), lambda m, x: m.encoder(x)[-1])
+    encode = jit_model(nnx.merge(graphdef, params), lambda m, x: m.encoder(x)[-1])
     images = (pixels[weight > 0] / np.float32(255) - mean) / std
     features = np.asarray(encode(images), np.float64).mean(1)
     labels = labels[weight > 0]
@@ -172,7 +172,7 @@ def test_linear_probe_starts_with_a_new_head(shared, born):
     """Only the encoder is loaded; head and statistics are new. MAE's probe has std
     0.01.
     """
-    state = recipes.stored(born, 0)
+    state = recipes.saved_arrays(born, 0)
     recipes.assert_identical(state["ema"], state["params"])
     params = state["params"] | state["model_state"]
     saved = load_file(shared / "model.safetensors")
@@ -227,14 +227,14 @@ def test_best_evaluated_checkpoint_is_kept(born, stored, tmp_path, capsys):
     """
     shutil.copytree(born, tmp_path, dirs_exist_ok=True)
     train(probe(keep_checkpoints=1), tmp_path)
-    top1 = recipes.lines(tmp_path, "eval/top1")
+    top1 = recipes.logged(tmp_path, "eval/top1")
     assert list(top1) == [2, 4]
     assert top1[2] > top1[4] + 1.5 / 64  # otherwise choose another seed
-    assert recipes.saved(tmp_path) == [2, 4]
+    assert recipes.saved_steps(tmp_path) == [2, 4]
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith("best checkpoint  step 2 ")
     assert f"top1 {100 * top1[2]:.2f} %" in last
-    recipes.assert_identical(recipes.stored(tmp_path, 4), stored[4])
+    recipes.assert_identical(recipes.saved_arrays(tmp_path, 4), stored[4])
 
 
 # Commands that read a checkpoint
@@ -320,7 +320,7 @@ def test_a_flipped_bit_when_resuming(item, damaged):
     """Resuming verifies every item of the state."""
     with pytest.raises(CheckpointError, match=f"1 of .* arrays of {item} do not"):
         train(probe(), damaged[item])
-    assert recipes.saved(damaged[item]) == [4]
+    assert recipes.saved_steps(damaged[item]) == [4]
 
 
 @pytest.mark.parametrize(
@@ -347,7 +347,7 @@ def test_only_the_requested_weights_are_read(
     assert_array_equal(head, stored[step][item]["head/kernel"].T)
     about = json.loads((target / "config.json").read_text())
     assert about["recipe"]["optimizer"]["ema_decay"] == DECAY
-    assert about["results"].get("eval/loss") == recipes.lines(run, "eval/loss").get(
+    assert about["results"].get("eval/loss") == recipes.logged(run, "eval/loss").get(
         step
     )
     text = convert.inspect(source, averaged=averaged)

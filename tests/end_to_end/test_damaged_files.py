@@ -146,7 +146,7 @@ def test_training_lines(run, folder):
     Unreadable images are counted since the previous line and excluded from the means.
     """
     labels, order = folder[1]["train"][1], order_of(0, 4, TRAIN)
-    assert list(recipes.lines(run.workdir)) == list(LINES)
+    assert list(recipes.logged(run.workdir)) == list(LINES)
     peak = 0.016 * BATCH / 256
     bad = np.isin(order, DAMAGED["train"])
     assert len(run.train) == STEPS
@@ -164,7 +164,7 @@ def test_training_lines(run, folder):
         # The three epochs of warmup are 7.875 steps.
         rate = peak * (step - 1) / (3 * TRAIN / BATCH)
         assert line["learning_rate"] == pytest.approx(rate, rel=1e-5)
-    assert sum(recipes.lines(run.workdir, "unreadable").values()) == bad[:64].sum()
+    assert sum(recipes.logged(run.workdir, "unreadable").values()) == bad[:64].sum()
 
 
 def normalized(pixels):
@@ -234,7 +234,7 @@ def eval_results(evaluation, folder):
 def test_evaluation_means_exclude_unreadable_images(run, folder):
     """Means cover readable images only, every fourth step and at the end."""
     assert len(run.eval) == 2 * 2
-    assert list(recipes.lines(run.workdir, "eval/count")) == [4, 8]
+    assert list(recipes.logged(run.workdir, "eval/count")) == [4, 8]
     for step, evaluation in ((4, run.eval[:2]), (8, run.eval[2:])):
         expected = eval_results(evaluation, folder)
         line = line_of(run, step, "eval/loss")

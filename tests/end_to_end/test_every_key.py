@@ -319,7 +319,7 @@ def test_keys_that_change_no_bit(trace_of, tmp_path):
     config = config_of("classify, plain", data__dir=trace.root, **neutral)
     results = train(config, tmp_path / "run")
     assert results == trace.results
-    stored = recipes.stored(tmp_path / "run", STEPS)
+    stored = recipes.saved_arrays(tmp_path / "run", STEPS)
     recipes.assert_identical(stored, trace.states[STEPS])
 
 

@@ -1,7 +1,6 @@
 """Data pipeline of several hosts, as real processes on loopback, and after a kill."""
 
 import json
-import socket
 from pathlib import Path
 
 import hosts
@@ -47,12 +46,10 @@ def run(tmp_path_factory):
 def on_hosts(run, count):
     """Run `hosts.py` as `count` processes; return their (arrays, results, stderr)."""
     arguments, root = run
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
+    address = recipes.free_address()
     outs = [root / f"{index}of{count}" for index in range(count)]
     processes = [
-        recipes.start(
+        recipes.start_process(
             Path(hosts.__file__),
             *(address, count, index, out, root / "run", *arguments),
             XDG_CACHE_HOME=root / "cache",
@@ -114,7 +111,7 @@ def test_batches_after_a_kill(run, alone):
         f"    if step == {first}:\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    assert recipes.run("-c", code, *arguments)[0] == -9
+    assert recipes.run_process("-c", code, *arguments)[0] == -9
     config = recipes.configs.load(arguments[0].removeprefix("--config="), arguments[1:])
     for step, batch in enumerate(inputs.train_batches(config, first, last)):
         for key, value in batch.items():

@@ -45,7 +45,7 @@ def data(tmp_path_factory):
 def environment(tmp_path_factory):
     """Variables of a process without tensorflow and TensorBoard."""
     directory = tmp_path_factory.mktemp("environment")
-    missing = recipes.not_installed(directory, "tensorflow", "tensorboardX")
+    missing = recipes.block_imports(directory, "tensorflow", "tensorboardX")
     return {
         "XDG_CACHE_HOME": directory / "cache",
         "PYTHONPATH": missing,
@@ -60,23 +60,24 @@ def test_pretrain_kill_resume_finetune_evaluate(data, environment, tmp_path):
 
     def run(workdir, *arguments):
         command = ["-m", "hivit_jax.main", *arguments, f"--workdir={workdir}"]
-        code, out, err = recipes.run(*command, **environment)
+        code, out, err = recipes.run_process(*command, **environment)
         assert (code, err) == (0, "")
         return out
 
     run(tmp_path / "whole", *pretraining)
     workdir = tmp_path / "killed"
-    killed = recipes.run(
+    killed = recipes.run_process(
         "-c", KILLED, *pretraining, f"--workdir={workdir}", **environment
     )
     assert killed[0] == -signal.SIGKILL
     assert "resuming at step 2 from" in run(workdir, *pretraining)
     for name in ("loss", "gradient_norm", "eval/loss"):
-        numbers = recipes.lines(workdir, name)
-        assert numbers == recipes.lines(tmp_path / "whole", name)
+        numbers = recipes.logged(workdir, name)
+        assert numbers == recipes.logged(tmp_path / "whole", name)
         assert np.isfinite(list(numbers.values())).all()
     recipes.assert_identical(
-        recipes.stored(workdir, 4), recipes.stored(tmp_path / "whole", 4)
+        recipes.saved_arrays(workdir, 4),
+        recipes.saved_arrays(tmp_path / "whole", 4),
     )
     (line,) = [m for m in metrics.read(workdir / "metrics.jsonl") if m["step"] == 4][1:]
     assert (line["eval/count"], line["eval/unreadable"]) == (VAL, 0)

@@ -93,9 +93,9 @@ def finished(watch, tmp_path_factory):
 def test_rhythm(finished):
     """Each interval has its own key; the last step is logged, evaluated and saved."""
     workdir, _ = finished
-    assert list(recipes.lines(workdir)) == LOGGED
-    assert list(recipes.lines(workdir, "eval/loss")) == EVALUATED
-    assert recipes.saved(workdir) == [11]
+    assert list(recipes.logged(workdir)) == LOGGED
+    assert list(recipes.logged(workdir, "eval/loss")) == EVALUATED
+    assert recipes.saved_steps(workdir) == [11]
 
 
 def test_heartbeats(finished, watch, tmp_path, capsys):
@@ -107,7 +107,7 @@ def test_heartbeats(finished, watch, tmp_path, capsys):
     capsys.readouterr()
     assert main.main([*COMMAND, f"--workdir={workdir}", "--mode=eval"]) == 0
     assert watch.beats == EVAL_BATCHES
-    loss = recipes.lines(workdir, "eval/loss")[STEPS]
+    loss = recipes.logged(workdir, "eval/loss")[STEPS]
     assert f"step 11  eval  loss {loss:.4f}" in capsys.readouterr().out
 
     knn = ["--mode=knn", f"--config.init_from={workdir}"]
@@ -138,8 +138,8 @@ def test_interruptions_and_divergence(finished, watch, tmp_path, capsys, monkeyp
     with pytest.raises(Interrupted, match=f"^why: step 0 of {STEPS} is saved in "):
         train.train(recipes.mae(**RUN), tmp_path, lambda s: asked.append(s) or "why")
     assert asked == [0]
-    assert recipes.saved(tmp_path) == [0]
-    assert recipes.lines(tmp_path) == {}
+    assert recipes.saved_steps(tmp_path) == [0]
+    assert recipes.logged(tmp_path) == {}
 
     watch.signals[5 + 2] = signal.SIGTERM  # second batch of step 5's evaluation
     assert main.main(command) == 75
@@ -150,8 +150,8 @@ def test_interruptions_and_divergence(finished, watch, tmp_path, capsys, monkeyp
     assert not watch.signals
     for number in (signal.SIGTERM, signal.SIGINT):  # so that a second one kills
         assert signal.getsignal(number) is signal.SIG_DFL
-    assert recipes.saved(tmp_path) == [6]
-    assert list(recipes.lines(tmp_path)) == [4, 5, 6]
+    assert recipes.saved_steps(tmp_path) == [6]
+    assert list(recipes.logged(tmp_path)) == [4, 5, 6]
     assert watch.beats == 6 + EVAL_BATCHES
 
     clean = inputs.train_batches
@@ -164,18 +164,18 @@ def test_interruptions_and_divergence(finished, watch, tmp_path, capsys, monkeyp
         assert main.main(command) == 3
     err = capsys.readouterr().err
     assert err.startswith("error: step 9: loss nan")
-    assert recipes.saved(tmp_path) == [8]
-    assert list(recipes.lines(tmp_path)) == [4, 5, 6, 7, 8]
+    assert recipes.saved_steps(tmp_path) == [8]
+    assert list(recipes.logged(tmp_path)) == [4, 5, 6, 7, 8]
 
     assert main.main(command) == 0
     assert "resuming at step 8 from" in capsys.readouterr().out
     workdir, _ = finished
     for name in ("loss", "gradient_norm", "learning_rate", "eval/loss"):
-        found = recipes.lines(tmp_path, name)
+        found = recipes.logged(tmp_path, name)
         found.pop(6, None)  # logged because the run stopped there
-        assert found == recipes.lines(workdir, name)
-    assert recipes.saved(tmp_path) == [STEPS]
-    resumed, expected = (recipes.stored(w, STEPS) for w in (tmp_path, workdir))
+        assert found == recipes.logged(workdir, name)
+    assert recipes.saved_steps(tmp_path) == [STEPS]
+    resumed, expected = (recipes.saved_arrays(w, STEPS) for w in (tmp_path, workdir))
     recipes.assert_identical(resumed, expected)
 
 

@@ -117,9 +117,9 @@ train(recipes.classifier(), f"{{workdir}}/classifier")
 def alone(tmp_path_factory):
     """Workdirs mae/ and classifier/ of runs on one device without optional packages."""
     directory = tmp_path_factory.mktemp("alone")
-    missing = recipes.not_installed(directory / "missing", *OPTIONAL)
+    missing = recipes.block_imports(directory / "missing", *OPTIONAL)
     flags = recipes.arguments()
-    code, _, err = recipes.run(
+    code, _, err = recipes.run_process(
         *("-c", ALONE, directory, *flags),
         PYTHONPATH=f"{missing}:{recipes.ROOT / 'tests' / 'helpers'}",
     )
@@ -137,7 +137,7 @@ def same_trajectory(actual, expected, steps=8):
 def test_trains_on_one_device_without_optional_packages(name, alone, trained):
     """A process that cannot import `OPTIONAL` has the same losses."""
     run = trained(getattr(recipes, name), **EVERY_STEP if name == "mae" else {})
-    same_trajectory(recipes.lines(alone / name), recipes.lines(run.workdir))
+    same_trajectory(recipes.logged(alone / name), recipes.logged(run.workdir))
     assert not list((alone / name).glob("events.*"))
 
 
@@ -155,14 +155,14 @@ def test_losses_do_not_depend_on_the_mesh(name, mesh, trained):
     recipe = getattr(recipes, name)
     reference_run = trained(recipe, **EVERY_STEP if name == "mae" else {})
     run = trained(recipe, **mesh)
-    same_trajectory(recipes.lines(run.workdir), recipes.lines(reference_run.workdir))
+    same_trajectory(recipes.logged(run.workdir), recipes.logged(reference_run.workdir))
     assert run.results == pytest.approx(reference_run.results, rel=1e-5)
 
 
 def test_accumulation_changes_nothing(trained):
     reference_run = trained(recipes.classifier)
     run = trained(recipes.classifier, optimizer__accumulate_steps=4, **TENSOR)
-    same_trajectory(recipes.lines(run.workdir), recipes.lines(reference_run.workdir))
+    same_trajectory(recipes.logged(run.workdir), recipes.logged(reference_run.workdir))
 
 
 def test_accumulation_exchanges_gradients_once_a_step():
@@ -170,7 +170,7 @@ def test_accumulation_exchanges_gradients_once_a_step():
     config = recipes.classifier(optimizer__accumulate_steps=2, batch_size=32)
     mesh = sharding.make_mesh(config.mesh, 32, 2)
     schedule = make_schedule(config.optimizer, config.batch_size, 2, 8)
-    compiled = compile_step(recipes.prepared(config, mesh, schedule))
+    compiled = compile_step(recipes.make_training(config, mesh, schedule))
     found, name = set(), ""
     for line in compiled.as_text().splitlines():
         if line.endswith("{") and not line.startswith(" "):
@@ -183,7 +183,7 @@ def test_accumulation_exchanges_gradients_once_a_step():
 def test_losses_move(trained):
     """The compared losses change from step to step."""
     for recipe, options in ((recipes.mae, EVERY_STEP), (recipes.classifier, {})):
-        losses = list(recipes.lines(trained(recipe, **options).workdir).values())
+        losses = list(recipes.logged(trained(recipe, **options).workdir).values())
         assert len(set(losses)) == 8
         assert max(losses) - min(losses) > 1e-2
 
@@ -229,10 +229,10 @@ def test_load_pretrained(trained):
     model = hivit_jax.load_pretrained(workdir)
     assert (model.config.embed_dim, model.config.norm_pix_loss) == (64, True)
     loaded = jax.device_get(named_leaves(split(model)[1]))
-    recipes.assert_identical(loaded, recipes.variables(workdir, 8))
+    recipes.assert_identical(loaded, recipes.saved_variables(workdir, 8))
     step = hivit_jax.load_pretrained(workdir / "checkpoints" / "3")
     loaded = jax.device_get(named_leaves(split(step)[1]))
-    recipes.assert_identical(loaded, recipes.variables(workdir, 3))
+    recipes.assert_identical(loaded, recipes.saved_variables(workdir, 3))
 
 
 def test_divergence_saves_the_state_before_it(trained, tmp_path, monkeypatch):
@@ -252,8 +252,10 @@ def test_divergence_saves_the_state_before_it(trained, tmp_path, monkeypatch):
     assert steps == {3, 4}
     reference_run = trained(recipes.mae, **EVERY_STEP)
     for step in steps:
-        items = recipes.stored(tmp_path, step)
-        recipes.assert_identical(items, recipes.stored(reference_run.workdir, step))
+        items = recipes.saved_arrays(tmp_path, step)
+        recipes.assert_identical(
+            items, recipes.saved_arrays(reference_run.workdir, step)
+        )
         assert all(np.isfinite(a).all() for a in jax.tree.leaves(items))
 
 
@@ -276,16 +278,18 @@ def test_unreadable_images(tmp_path, monkeypatch):
         with pytest.raises(DataError, match="8 images .* 12.50%; .* allows 10.00%"):
             training.train(config, tmp_path / str(fill))
     one, other = tmp_path / "0", tmp_path / "200"
-    assert recipes.lines(one, "unreadable") == dict.fromkeys(range(1, 5), 2)
-    assert recipes.lines(one) == recipes.lines(other)
-    recipes.assert_identical(recipes.stored(one, 4), recipes.stored(other, 4))
+    assert recipes.logged(one, "unreadable") == dict.fromkeys(range(1, 5), 2)
+    assert recipes.logged(one) == recipes.logged(other)
+    recipes.assert_identical(
+        recipes.saved_arrays(one, 4), recipes.saved_arrays(other, 4)
+    )
 
 
 def test_classifier_from_pretraining(trained):
     pretrained = trained(recipes.mae, **EVERY_STEP).workdir
     run = trained(recipes.classifier, init_from=str(pretrained))
     born, fresh = run.params(), trained(recipes.classifier).params()
-    expected = recipes.stored(pretrained, 8)["params"]
+    expected = recipes.saved_arrays(pretrained, 8)["params"]
     for name, array in born.items():
         if name.endswith("relative_position_bias_table"):
             assert not array.any()
@@ -303,7 +307,7 @@ def test_pretraining_from_pretraining(trained):
     """All parameters are loaded; averages start from them, the optimizer is new."""
     pretrained = trained(recipes.mae, **EVERY_STEP).workdir
     run = trained(recipes.mae, init_from=str(pretrained), **AVERAGED)
-    expected = recipes.stored(pretrained, 8)["params"]
+    expected = recipes.saved_arrays(pretrained, 8)["params"]
     recipes.assert_identical(run.params(), expected)
     for name, array in expected.items():
         np.testing.assert_array_equal(run.born[f"ema/{name}"], array)
@@ -355,10 +359,10 @@ def test_first_epoch_1_leaves_out_an_epoch_when_resuming(tmp_path):
     with pytest.raises(Interrupted, match="step 2 of 8"):
         training.train(config, tmp_path, lambda step: next(asked))
     training.train(config, tmp_path)
-    rates = recipes.lines(tmp_path, "learning_rate")
+    rates = recipes.logged(tmp_path, "learning_rate")
     assert list(rates) == [1, 2, 7, 8]
     rate = make_schedule(config.optimizer, config.batch_size, 4.0, 8)
     assert_allclose([rates[7], rates[8]], [rate(6), rate(7)], rtol=1e-6)
-    state = recipes.stored(tmp_path, 8)["optimizer"]
+    state = recipes.saved_arrays(tmp_path, 8)["optimizer"]
     counts = {int(v) for name, v in state.items() if name.endswith("count")}
     assert counts == {4, 8}  # steps for Adam's bias correction, and for the schedule

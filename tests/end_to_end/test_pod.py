@@ -3,7 +3,6 @@
 import os
 import re
 import signal
-import socket
 import time
 
 import numpy as np
@@ -31,13 +30,6 @@ RUN = dict(
 ALONE = RUN | dict(peer_timeout=10, stall_timeout=60)
 
 
-def free_address():
-    """Return a HOST:PORT that no other process uses."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        return f"localhost:{free.getsockname()[1]}"
-
-
 class Pod:
     """A run as `count` processes on loopback.
 
@@ -46,13 +38,13 @@ class Pod:
     """
 
     def __init__(self, workdir, count, environment, *flags):
-        address = free_address()
+        address = recipes.free_address()
         workdir.mkdir(exist_ok=True)
         self.logs = [workdir.parent / f"{workdir.name}.{i}.log" for i in range(count)]
         flags = flags * count if len(flags) == 1 else flags
         pod_flags = [f"--coordinator_address={address}", f"--num_processes={count}"]
         self.processes = [
-            recipes.start(
+            recipes.start_process(
                 *("-u", "-m", "hivit_jax.main", f"--workdir={workdir}", *flags[index]),
                 *([*pod_flags, f"--process_id={index}"] if count > 1 else []),
                 log=self.logs[index],
@@ -100,7 +92,7 @@ def test_a_signal_stops_all_processes_and_one_resumes(alone, environment, tmp_pa
     pod.processes[1].send_signal(signal.SIGINT)
     errors = pod.errors()
     assert pod.codes() == [75] * 2, errors
-    (saved,) = recipes.saved(run)
+    (saved,) = recipes.saved_steps(run)
     assert 2 <= saved < STEPS
     for error in errors:
         assert f"SIGTERM to one of the processes: step {saved} of {STEPS}" in error
@@ -109,10 +101,13 @@ def test_a_signal_stops_all_processes_and_one_resumes(alone, environment, tmp_pa
     errors = pod.errors()
     assert pod.codes() == [0], errors
     assert f"resuming at step {saved} from" in pod.output()
-    losses, found = recipes.lines(alone), recipes.lines(run)
+    losses, found = recipes.logged(alone), recipes.logged(run)
     assert list(found) == list(range(1, STEPS + 1))
     np.testing.assert_allclose(list(found.values()), list(losses.values()), rtol=1e-5)
-    resumed, expected = recipes.stored(run, STEPS), recipes.stored(alone, STEPS)
+    resumed, expected = (
+        recipes.saved_arrays(run, STEPS),
+        recipes.saved_arrays(alone, STEPS),
+    )
     for item in ("params", "ema"):
         for name, array in resumed[item].items():
             difference = np.abs(array - expected[item][name])
@@ -127,7 +122,7 @@ def test_a_lost_process_ends_the_others(lost, signal_name, environment, tmp_path
     flags = recipes.arguments(**RUN | dict(total_steps=100_000, checkpoint_every=5))
     pod = Pod(tmp_path / "run", 2, environment, flags)
     pod.wait_for_step(8)
-    while not recipes.saved(tmp_path / "run") and pod.processes[0].poll() is None:
+    while not recipes.saved_steps(tmp_path / "run") and pod.processes[0].poll() is None:
         time.sleep(0.1)
     os.kill(pod.processes[lost].pid, signal.Signals[signal_name])
     error = pod.processes[1 - lost].communicate(timeout=PATIENCE)[1]
@@ -135,7 +130,7 @@ def test_a_lost_process_ends_the_others(lost, signal_name, environment, tmp_path
     assert pod.processes[1 - lost].returncode == -signal.SIGABRT, error
     assert "another task died" in error
     assert "Traceback" not in error
-    steps = recipes.saved(tmp_path / "run")
+    steps = recipes.saved_steps(tmp_path / "run")
     assert steps
     assert all(step % 5 == 0 for step in steps)
 
@@ -147,7 +142,7 @@ def test_divergence_on_all_processes(environment, tmp_path):
     errors = pod.errors()
     assert pod.codes() == [3] * 2, errors
     assert all("expected finite numbers" in error for error in errors)
-    assert recipes.saved(tmp_path / "run")
+    assert recipes.saved_steps(tmp_path / "run")
 
 
 ENDING = """
@@ -197,9 +192,9 @@ sys.exit(main.main())
 )
 def test_exit_codes_of_two_processes(actions, codes, messages, environment, tmp_path):
     """Exit codes: one error at different times, a stall, an error of one process."""
-    address = free_address()
+    address = recipes.free_address()
     started = [
-        recipes.start(
+        recipes.start_process(
             "-c",
             ENDING.replace("INDEX", str(index)).replace("ACTION", action),
             *recipes.arguments(**ALONE),
@@ -233,18 +228,20 @@ sys.exit(main.main())
 
 def test_a_data_error_of_one_process(environment, tmp_path):
     """The error is printed at once and nothing is saved; the other process aborts."""
-    address = free_address()
+    address = recipes.free_address()
     flags = [*recipes.arguments(**ALONE), f"--workdir={tmp_path}/run"]
     pod_flags = [f"--coordinator_address={address}", "--num_processes=2"]
     started = [
-        recipes.start(*script, *flags, *pod_flags, f"--process_id={i}", **environment)
+        recipes.start_process(
+            *script, *flags, *pod_flags, f"--process_id={i}", **environment
+        )
         for i, script in enumerate([("-m", "hivit_jax.main"), ("-c", BAD_LABEL)])
     ]
     errors = [process.communicate(timeout=PATIENCE)[1] for process in started]
     codes = [process.returncode for process in started]
     assert codes == [-signal.SIGABRT, 4], errors
     assert "error: label 10" in errors[1]
-    assert recipes.saved(tmp_path / "run") == []
+    assert recipes.saved_steps(tmp_path / "run") == []
 
 
 def test_processes_with_different_configs(environment, tmp_path):
@@ -278,7 +275,7 @@ sys.exit(main.main([path, *flags, "--config.data.dir=same", "--workdir=run"]))
 
 def test_processes_with_different_files(environment, tmp_path):
     """Processes with different datasets, or with different checkpoints, are refused."""
-    address = free_address()
+    address = recipes.free_address()
     for index in range(2):
         for dataset, count in (("differing", 20 + index), ("same", 20)):
             for split in ("train", "val"):
@@ -289,7 +286,7 @@ def test_processes_with_different_files(environment, tmp_path):
         (tmp_path / str(index) / "run" / "checkpoints").mkdir(parents=True)
     (tmp_path / "1" / "run" / "checkpoints" / "7" / "params").mkdir(parents=True)
     processes = [
-        recipes.start(
+        recipes.start_process(
             *("-c", DIFFERING, address, index, tmp_path / str(index)),
             *recipes.arguments(**RUN),
             **environment,

@@ -43,7 +43,7 @@ def uninterrupted(tmp_path_factory, environment):
     def run(source, **overrides):
         if source not in found:
             workdir = tmp_path_factory.mktemp(source)
-            code, out, err = recipes.run(
+            code, out, err = recipes.run_process(
                 *command(workdir, source, **overrides), **environment
             )
             assert code == 0, err
@@ -62,15 +62,15 @@ def interrupt(workdir, source, number, after, environment, **overrides):
       (exit code, stdout, stderr).
     """
     log = workdir.with_suffix(".log")
-    begun = max(recipes.lines(workdir), default=0) if workdir.exists() else 0
-    process = recipes.start(
+    begun = max(recipes.logged(workdir), default=0) if workdir.exists() else 0
+    process = recipes.start_process(
         *command(workdir, source, **overrides), log=log, **environment
     )
     due = [s for s in range(1, after) if s % overrides["checkpoint_every"] == 0]
     while not (
         workdir.exists()
-        and max(recipes.lines(workdir), default=0) >= begun + after
-        and set(due) <= set(recipes.saved(workdir))
+        and max(recipes.logged(workdir), default=0) >= begun + after
+        and set(due) <= set(recipes.saved_steps(workdir))
     ):
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.005)
@@ -81,32 +81,39 @@ def interrupt(workdir, source, number, after, environment, **overrides):
 
 def check_same_run(workdir, expected):
     """Check that the last state and all losses are identical, each step logged once."""
-    assert recipes.saved(workdir)[-1] == recipes.saved(expected)[-1] == STEPS
-    state = recipes.stored(workdir, STEPS)
+    assert (
+        recipes.saved_steps(workdir)[-1] == recipes.saved_steps(expected)[-1] == STEPS
+    )
+    state = recipes.saved_arrays(workdir, STEPS)
     assert int(state["optimizer"]["step"]) == STEPS
-    recipes.assert_identical(state, recipes.stored(expected, STEPS))
-    losses = recipes.lines(workdir)
+    recipes.assert_identical(state, recipes.saved_arrays(expected, STEPS))
+    losses = recipes.logged(workdir)
     assert list(losses) == list(range(1, STEPS + 1))
-    assert losses == recipes.lines(expected)
+    assert losses == recipes.logged(expected)
     for name in ("gradient_norm", "eval/loss"):
-        assert recipes.lines(workdir, name) == recipes.lines(expected, name)
+        assert recipes.logged(workdir, name) == recipes.logged(expected, name)
 
 
 def test_killed_run(uninterrupted, synthetic, environment, tmp_path):
     """A killed run resumes; test_imagenet.py kills runs that read files."""
     source, overrides = "synthetic", synthetic
     expected, _ = uninterrupted(source, **overrides)
-    assert "ema" in recipes.stored(expected, STEPS)
+    assert "ema" in recipes.saved_arrays(expected, STEPS)
     workdir = tmp_path / "killed"
     code, *_ = interrupt(
         workdir, source, signal.SIGKILL, EVERY + 5, environment, **overrides
     )
     assert code == -signal.SIGKILL
-    reached, saved = max(recipes.lines(workdir)), recipes.saved(workdir)[-1]
+    reached, saved = (
+        max(recipes.logged(workdir)),
+        recipes.saved_steps(workdir)[-1],
+    )
     assert saved < STEPS
     assert saved <= reached < STEPS
 
-    code, out, err = recipes.run(*command(workdir, source, **overrides), **environment)
+    code, out, err = recipes.run_process(
+        *command(workdir, source, **overrides), **environment
+    )
     assert code == 0, err
     assert f"resuming at step {saved} from" in out
     assert re.findall(r"^step (\d+)/", out, re.M)[0] == str(saved + 1)
@@ -130,13 +137,17 @@ def test_interrupted_run(uninterrupted, synthetic, environment, tmp_path):
         message = f"{number.name}: step (\\d+) of {STEPS} is saved in {workdir}; run"
         step = int(re.search(message, err)[1])
         assert "Traceback" not in err
-        assert recipes.saved(workdir) == [*stopped, step]
-        assert max(recipes.lines(workdir)) == step
-        assert int(recipes.stored(workdir, step)["optimizer"]["step"]) == step < STEPS
+        assert recipes.saved_steps(workdir) == [*stopped, step]
+        assert max(recipes.logged(workdir)) == step
+        assert (
+            int(recipes.saved_arrays(workdir, step)["optimizer"]["step"])
+            == step
+            < STEPS
+        )
         stopped.append(step)
 
     arguments = command(workdir, "synthetic", **options)
-    code, out, err = recipes.run(*arguments, **environment)
+    code, out, err = recipes.run_process(*arguments, **environment)
     assert code == 0, err
     assert f"resuming at step {stopped[-1]} from" in out
     check_same_run(workdir, expected)
@@ -144,12 +155,15 @@ def test_interrupted_run(uninterrupted, synthetic, environment, tmp_path):
 
 def test_finished_run_only_evaluates(uninterrupted, synthetic, environment):
     workdir, before = uninterrupted("synthetic", **synthetic)
-    losses, state = recipes.lines(workdir), recipes.stored(workdir, STEPS)
+    losses, state = (
+        recipes.logged(workdir),
+        recipes.saved_arrays(workdir, STEPS),
+    )
     arguments = command(workdir, "synthetic", **synthetic)
-    code, out, err = recipes.run(*arguments, **environment)
+    code, out, err = recipes.run_process(*arguments, **environment)
     assert code == 0, err
     assert not re.search(rf"^step \d+/{STEPS}|compil", out, re.M)
     evaluation = [line for line in before.splitlines() if "eval  loss" in line][-1]
     assert evaluation in out.splitlines()
-    assert recipes.lines(workdir) == losses
-    recipes.assert_identical(recipes.stored(workdir, STEPS), state)
+    assert recipes.logged(workdir) == losses
+    recipes.assert_identical(recipes.saved_arrays(workdir, STEPS), state)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import time
 from pathlib import Path
 
@@ -70,7 +69,7 @@ def lines(workdir):
 def start(recipe, workdir, *flags, **options):
     path = os.pathsep.join([str(recipes.ROOT / "tests" / "helpers"), str(recipes.ROOT)])
     command = ["-m", "hivit_jax.main", f"--config={recipe}", f"--workdir={workdir}"]
-    return recipes.start(*command, *flags, PYTHONPATH=path, **options)
+    return recipes.start_process(*command, *flags, PYTHONPATH=path, **options)
 
 
 def test_training_and_evaluation(run):
@@ -90,7 +89,7 @@ def test_training_and_evaluation(run):
 
 def test_saved_items(run):
     """Checkpoints contain statistics apart from parameters, and no frozen weights."""
-    items = recipes.stored(run, STEPS)
+    items = recipes.saved_arrays(run, STEPS)
     assert items["model_state"].keys() == {"norm/mean", "norm/var"}
     assert np.abs(items["model_state"]["norm/mean"]).min() > 0
     names = [name for item in items.values() for name in item]
@@ -114,16 +113,17 @@ def finish(*processes):
 def test_killed_run_resumes(recipe, run, tmp_path):
     """A killed run resumes bit-identical to an uninterrupted one."""
     process = start(recipe, tmp_path, devices=8)
-    while 2 not in recipes.saved(tmp_path) and process.poll() is None:
+    while 2 not in recipes.saved_steps(tmp_path) and process.poll() is None:
         time.sleep(0.02)
     process.kill()
     process.communicate()
-    assert STEPS not in recipes.saved(tmp_path)
+    assert STEPS not in recipes.saved_steps(tmp_path)
     [out] = finish(start(recipe, tmp_path, devices=8))
     assert "resuming at step" in out
     assert lines(tmp_path) == lines(run)
     recipes.assert_identical(
-        recipes.stored(tmp_path, STEPS), recipes.stored(run, STEPS)
+        recipes.saved_arrays(tmp_path, STEPS),
+        recipes.saved_arrays(run, STEPS),
     )
 
 
@@ -132,7 +132,7 @@ def test_one_device_equals_eight(recipe, run, tmp_path):
     finish(start(recipe, tmp_path))
     for one, other in zip(lines(tmp_path), lines(run), strict=True):
         assert one == pytest.approx(other, rel=2e-5)
-    alone, eight = (recipes.stored(w, STEPS) for w in (tmp_path, run))
+    alone, eight = (recipes.saved_arrays(w, STEPS) for w in (tmp_path, run))
     for item in ("params", "model_state"):
         for name, array in eight[item].items():
             assert_allclose(alone[item][name], array, rtol=2e-5, atol=1e-6)
@@ -140,10 +140,8 @@ def test_one_device_equals_eight(recipe, run, tmp_path):
 
 def test_two_processes(recipe, run, tmp_path):
     """Records of both processes are gathered; both return 0."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    flags = [f"--coordinator_address=localhost:{port}", "--num_processes=2"]
+    address = recipes.free_address()
+    flags = [f"--coordinator_address={address}", "--num_processes=2"]
     pair = [
         start(recipe, tmp_path, *flags, f"--process_id={index}", devices=2)
         for index in range(2)

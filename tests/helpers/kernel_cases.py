@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from networks import abstract, pictures, weight
+from networks import abstract_model, random_array, random_weight
 
 from hivit_jax.kernels.attention_tpu import attention_block
 from hivit_jax.kernels.mlp_tpu import mlp_block
@@ -37,17 +37,17 @@ class Case(NamedTuple):
     keeps: bool = True
 
 
-def arrays(*shapes, dtype=jnp.float32):
+def random_arrays(*shapes, dtype=jnp.float32):
     """Return random arrays of these shapes."""
     return [
-        jnp.asarray(pictures(shape, f"kernel {i}") / np.sqrt(shape[0]), dtype)
+        jnp.asarray(random_array(shape, f"kernel {i}") / np.sqrt(shape[0]), dtype)
         for i, shape in enumerate(shapes)
     ]
 
 
-def inputs_of(case: Case):
+def random_inputs(case: Case):
     """Return (inputs, cotangent of the output), float32."""
-    *inputs, direction = arrays(*case.shapes, case.shapes[0])
+    *inputs, direction = random_arrays(*case.shapes, case.shapes[0])
     inputs[1] = 1 + inputs[1]
     return inputs, direction
 
@@ -120,34 +120,34 @@ CASES = {
 }
 
 
-def results(function, inputs, direction):
+def output_and_gradients(function, inputs, direction):
     """Return the output and the gradients with respect to every input."""
     value, pull = jax.vjp(function, *inputs)
     return value, *pull(direction.astype(value.dtype))
 
 
-def errors(function, inputs, direction, truth, jit):
+def relative_errors(function, inputs, direction, truth, jit):
     """Return the relative errors (by norm) of the output and of each gradient."""
-    found = jit(partial(results, function))(inputs, direction)
+    found = jit(partial(output_and_gradients, function))(inputs, direction)
     return [
         float(jnp.linalg.norm(a.astype(jnp.float32) - b) / jnp.linalg.norm(b))
         for a, b in zip(found, truth, strict=True)
     ]
 
 
-def assert_no_less_exact(case, jit, keep, interpret):
+def assert_bfloat16_errors(case, jit, keep, interpret):
     """Check bfloat16 errors of a kernel against those of plain JAX.
 
     The errors of the output and of all seven gradients are relative to float32. Each
     may exceed the error of plain JAX by a tenth.
     """
-    inputs, direction = inputs_of(case)
+    inputs, direction = random_inputs(case)
     inputs = in_bfloat16(inputs)
     wide = [x.astype(jnp.float32) for x in inputs]
-    truth = results(partial(case.plain, add=True), wide, direction)
+    truth = output_and_gradients(partial(case.plain, add=True), wide, direction)
     fused = partial(case.fused, add=True, keep=keep, interpret=interpret)
     ours, plain = (
-        errors(function, inputs, direction, truth, jit)
+        relative_errors(function, inputs, direction, truth, jit)
         for function in (fused, partial(case.plain, add=True))
     )
     assert max(ours) < 0.02
@@ -165,12 +165,12 @@ SPECIAL = {
 }
 
 
-def attention_of(special: str, batch: int, mlp_ratio: float = 4.0, **options):
+def main_stage_block(special: str, batch: int, mlp_ratio: float = 4.0, **options):
     """Return a main-stage block of width 128: graphdef, parameters, inputs beside x."""
     options = {"relative_position": False} | SPECIAL[special] | options
     sizes = {"embed_dim": 128, "depths": (1, 1, 1), "num_heads": 2}
     grid = options.pop("grid", BLOCK_GRID)
-    model = abstract(
+    model = abstract_model(
         "hivit_base",
         image_size=tuple(16 * side for side in grid),
         mlp_ratio=mlp_ratio,
@@ -184,7 +184,7 @@ def attention_of(special: str, batch: int, mlp_ratio: float = 4.0, **options):
         inputs["key_mask"] = hidden_keys(batch)
     if special == "relative bias":
         inputs["relative_index"] = relative_index()
-    return graphdef, jax.tree_util.tree_map_with_path(weight, params), inputs
+    return graphdef, jax.tree_util.tree_map_with_path(random_weight, params), inputs
 
 
 def unit_coordinates():
@@ -206,7 +206,7 @@ def relative_index() -> np.ndarray:
     return down * (2 * width - 1) + right
 
 
-def block_by_hand(special: str, params: dict, x: jax.Array) -> jax.Array:
+def plain_block(special: str, params: dict, x: jax.Array) -> jax.Array:
     """Compute the block of `attention_of` in plain JAX.
 
     It masks units of different windows from each other instead of splitting into
@@ -227,6 +227,6 @@ def block_by_hand(special: str, params: dict, x: jax.Array) -> jax.Array:
     q, k, v = qkv + params["attn/qkv/bias"][:, None, None]
     y = library_attention(q, k, v, bias=bias, mask=mask).reshape(x.shape)
     x = x + y @ params["attn/proj/kernel"] + params["attn/proj/bias"]
-    arrays = [params[f"norm2/{name}"] for name in ("scale", "bias")]
-    arrays += [params[f"mlp/fc{i}/{k}"] for i in (1, 2) for k in ("kernel", "bias")]
-    return plain_mlp(x.reshape(-1, width), *arrays, add=True).reshape(x.shape)
+    later = [params[f"norm2/{name}"] for name in ("scale", "bias")]
+    later += [params[f"mlp/fc{i}/{k}"] for i in (1, 2) for k in ("kernel", "bias")]
+    return plain_mlp(x.reshape(-1, width), *later, add=True).reshape(x.shape)

@@ -103,7 +103,7 @@ def resize(pixels, box, size, data, on_device):
     return np.rint(np.einsum("oh,hwc->owc", rows, pixels)).clip(0, 255)
 
 
-def augmented_by_randaugment(pixels, draws):
+def apply_randaugment(pixels, draws):
     """Apply rand-m9-mstd0.5-inc1; another test compares its operations with timm's."""
     from statistics import NormalDist
 
@@ -116,7 +116,7 @@ def augmented_by_randaugment(pixels, draws):
     return np.asarray(image)
 
 
-def prepared_image(encoded, config, draws=None):
+def prepare_image(encoded, config, draws=None):
     """Decode and crop a file to [H, W, C], 0 to 255; None if it is not an image.
 
     With draws: random crop of training. Without: center crop of evaluation.
@@ -136,13 +136,13 @@ def prepared_image(encoded, config, draws=None):
         box = 0, 0, height, width
     augment = draws is not None and data.randaugment
     image = resize(pixels, box, size, data, data.canvas > 0 and not augment)
-    return augmented_by_randaugment(image, draws[22:30]) if augment else image
+    return apply_randaugment(image, draws[22:30]) if augment else image
 
 
 # One batch
 
 
-def batch_of(images, config):
+def make_batch(images, config):
     """Normalize images and fill in for None: (images [B, H, W, C], weight [B])."""
     blank = np.zeros((*config.model.image_size, 3))
     weight = np.array([image is not None for image in images], np.float64)
@@ -183,24 +183,24 @@ def mix(images, targets, weight, key, mixup, cutmix):
     """Apply Mixup or CutMix to neighbors, with one ratio for the batch."""
     size = np.array(images.shape[1:3])
     kind, ratio, area, position = jax.random.split(key, 4)
-    own = np.ones((*size, 1))
+    own_weight = np.ones((*size, 1))
     if mixup and (not cutmix or not jax.random.bernoulli(kind)):
-        share = float(jax.random.beta(ratio, mixup, mixup))
-        own *= share
+        fraction = float(jax.random.beta(ratio, mixup, mixup))
+        own_weight *= fraction
     else:
         side = np.sqrt(np.float32(1) - jax.random.beta(area, cutmix, cutmix))
         half = np.floor(np.float32(size) * side) // 2
         center = np.floor(np.asarray(jax.random.uniform(position, (2,))) * size)
         low, high = np.maximum(center - half, 0), np.minimum(center + half, size)
         (top, left), (bottom, right) = low.astype(int), high.astype(int)
-        own[top:bottom, left:right] = 0
-        share = own.mean()
+        own_weight[top:bottom, left:right] = 0
+        fraction = own_weight.mean()
     mixed = images.copy(), targets.copy()
     for i in range(len(images)):
         other = i + 1 - 2 * (i % 2)
         if weight[i] and weight[other]:
-            mixed[0][i] = own * images[i] + (1 - own) * images[other]
-            mixed[1][i] = share * targets[i] + (1 - share) * targets[other]
+            mixed[0][i] = own_weight * images[i] + (1 - own_weight) * images[other]
+            mixed[1][i] = fraction * targets[i] + (1 - fraction) * targets[other]
     return mixed
 
 
@@ -253,7 +253,7 @@ def neighbors(x):
     return jnp.concatenate(parts, -1)
 
 
-def blocks_of(p, stage):
+def count_blocks(p, stage):
     """Count the residual blocks of a stage."""
     return sum(f"encoder/stages/{stage}/{i}/norm2/scale" in p for i in range(99))
 
@@ -270,7 +270,7 @@ def encoder(p, images, keep_scale, ids=None):
     x = linear(p, "encoder/patch_embed/proj", cells.reshape(b, h // 4, w // 4, -1))
     x, maps, number = norm(p, "encoder/patch_embed/norm", x), [], 0
     for stage in (0, 1):
-        for i in range(blocks_of(p, stage)):
+        for i in range(count_blocks(p, stage)):
             branch = mlp_branch(p, f"encoder/stages/{stage}/{i}", x)
             x = x + branch * keep_scale[:, 2 * number, None, None, None]
             number += 1
@@ -281,7 +281,7 @@ def encoder(p, images, keep_scale, ids=None):
     x = x.reshape(b, grid[0] * grid[1], -1) + p["encoder/absolute_pos_embed"]
     if ids is not None:
         x = jnp.take_along_axis(x, ids[:, :, None], 1)
-    for i in range(blocks_of(p, 2)):
+    for i in range(count_blocks(p, 2)):
         name = f"encoder/stages/2/{i}"
         branch = attention_branch(p, name, x, relative_bias(p, name, grid))
         x = x + branch * keep_scale[:, 2 * number + 1, None, None]
@@ -342,7 +342,7 @@ def cross_entropy(logits, targets):
     return -(targets * jax.nn.log_softmax(logits)).sum(-1)
 
 
-def widened(x):
+def to_float64(x):
     """Cast float32 to float64."""
     x = np.asarray(x)
     return jnp.asarray(x, np.float64 if x.dtype == np.float32 else x.dtype)
@@ -354,12 +354,12 @@ def in_float64(function):
 
     def call(*arguments):
         with jax.enable_x64(True):
-            return jax.tree.map(np.asarray, run(*jax.tree.map(widened, arguments)))
+            return jax.tree.map(np.asarray, run(*jax.tree.map(to_float64, arguments)))
 
     return call
 
 
-def weighted(losses):
+def weighted_value_and_grad(losses):
     """Return a function to ((weighted mean, (losses [B], outputs)), gradient)."""
 
     def mean(params, eps, weight, *inputs):
@@ -410,14 +410,14 @@ def learning_rate(step, config, images):
     return low + (peak - low) * (1 + math.cos(math.pi * done)) / 2
 
 
-def clipped(gradients, limit):
+def clip_by_global_norm(gradients, limit):
     """Clip gradients by their global norm; return them and the norm."""
     length = math.sqrt(sum((g**2).sum() for g in gradients.values()))
     factor = min(1.0, limit / length) if limit else 1.0
     return {name: g * factor for name, g in gradients.items()}, length
 
 
-def decays(name, task):
+def is_decayed(name, task):
     leaf = name.rsplit("/", 1)[-1]
     if leaf in ("bias", "scale", "decoder_pos_embed"):
         return False
@@ -425,7 +425,7 @@ def decays(name, task):
 
 
 def layer_scale(name, decay, blocks):
-    """Return the factor of layer-wise decay; `blocks`: residual blocks of each stage."""
+    """Return the factor of layer-wise decay; `blocks`: residual blocks per stage."""
     parts, last = name.split("/"), sum(blocks) + 1
     layer = last
     if parts[:2] == ["encoder", "stages"]:

@@ -1,6 +1,8 @@
 """Recipes of very small models that train in seconds, and functions to run them."""
 
+import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
@@ -17,7 +19,9 @@ from hivit_jax import config as configs
 from hivit_jax import evaluate, inputs
 from hivit_jax.checkpoints import read
 from hivit_jax.distributed.sharding import make_mesh
+from hivit_jax.main import main
 from hivit_jax.reporting import figures, metrics
+from hivit_jax.training.schedule import make_schedule
 from hivit_jax.training.step import Training, prepare
 from hivit_jax.tree import named_leaves
 
@@ -126,18 +130,32 @@ def quick() -> Iterator[None]:
 def traced_step(config: ConfigDict) -> str:
     """Return the jaxpr of a config's train step as text."""
     mesh = make_mesh(config.mesh, config.batch_size, config.optimizer.accumulate_steps)
-    training = prepared(config, mesh, lambda step: 0.1)
+    training = make_training(config, mesh, lambda step: 0.1)
     with jax.set_mesh(mesh):
         return str(jax.make_jaxpr(training.step)(*training.arguments()))
 
 
-def prepared(config: ConfigDict, mesh, schedule) -> Training:
+def make_training(config: ConfigDict, mesh, schedule) -> Training:
     """Prepare a config's train step."""
     task = inputs.make_task(config, "train")
     return prepare(task, mesh, schedule, **configs.step_options(config))
 
 
-def start(
+def compile_report(workdir, *more, topology="v5e:2x4", **overrides):
+    """Run ``--mode compile``; return the content of compile.json."""
+    flags = arguments(**{"batch_size": 64} | overrides)
+    flags += [f"--topology={topology}", f"--workdir={workdir}", *more]
+    assert main([*flags, "--mode=compile"]) == 0
+    return json.loads((workdir / "compile.json").read_text())
+
+
+def jit_schedule(config: ConfigDict, steps_per_epoch: float, total_steps: int):
+    """Return the jitted learning-rate schedule of a config."""
+    optimizer, batch_size = config.optimizer, config.batch_size
+    return jax.jit(make_schedule(optimizer, batch_size, steps_per_epoch, total_steps))
+
+
+def start_process(
     *command: str | Path, devices: int = 1, log: Path | None = None, **environment
 ) -> subprocess.Popen:
     """Start ``python COMMAND`` with `devices` CPU devices and fast compilation.
@@ -161,14 +179,21 @@ def start(
     )
 
 
-def run(*command: str | Path, **options) -> tuple[int, str, str]:
+def run_process(*command: str | Path, **options) -> tuple[int, str, str]:
     """Run ``python COMMAND`` to its end; return (exit code, stdout, stderr)."""
-    process = start(*command, **options)
+    process = start_process(*command, **options)
     out, err = process.communicate()
     return process.returncode, out, err
 
 
-def not_installed(directory: Path, *names: str) -> Path:
+def free_address():
+    """Return a HOST:PORT that no other process uses."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return f"localhost:{free.getsockname()[1]}"
+
+
+def block_imports(directory: Path, *names: str) -> Path:
     """Return a directory that, on PYTHONPATH, makes importing these packages fail."""
     directory.mkdir(exist_ok=True)
     for name in names:
@@ -177,7 +202,7 @@ def not_installed(directory: Path, *names: str) -> Path:
     return directory
 
 
-def lines(workdir: Path, name: str = "loss") -> dict[int, float]:
+def logged(workdir: Path, name: str = "loss") -> dict[int, float]:
     """Return one value of metrics.jsonl by step; no step may log it twice."""
     found = [line for line in metrics.read(workdir / "metrics.jsonl") if name in line]
     steps = [line["step"] for line in found]
@@ -185,7 +210,7 @@ def lines(workdir: Path, name: str = "loss") -> dict[int, float]:
     return {line["step"]: line[name] for line in found}
 
 
-def saved(workdir: Path) -> list[int]:
+def saved_steps(workdir: Path) -> list[int]:
     """Return the steps with a complete checkpoint."""
     paths = (workdir / "checkpoints").glob("*")
     return sorted(int(path.name) for path in paths if path.name.isdigit())
@@ -197,7 +222,7 @@ def sample(source, index: int) -> tuple[bytes, int]:
     return found["image"], found["label"]
 
 
-def stored(workdir: Path, step: int) -> dict[str, dict[str, np.ndarray]]:
+def saved_arrays(workdir: Path, step: int) -> dict[str, dict[str, np.ndarray]]:
     """Return the arrays of a checkpoint: item -> name -> array."""
     items = {}
     for item in ("params", "model_state", "optimizer", "ema"):
@@ -207,9 +232,9 @@ def stored(workdir: Path, step: int) -> dict[str, dict[str, np.ndarray]]:
     return items
 
 
-def variables(workdir: Path, step: int) -> dict[str, np.ndarray]:
+def saved_variables(workdir: Path, step: int) -> dict[str, np.ndarray]:
     """Return the parameters and model state of a checkpoint by name, sorted."""
-    items = stored(workdir, step)
+    items = saved_arrays(workdir, step)
     return dict(sorted((items["params"] | items.get("model_state", {})).items()))
 
 

@@ -1,4 +1,4 @@
-"""Runs of recipes that store every state, and the expectations of `plain.py` for them."""
+"""Runs of recipes that store every state, and what `plain.py` expects of them."""
 
 import json
 from functools import cache, partial
@@ -137,7 +137,7 @@ def files_of(root, split):
 
 
 def flags_of(name, **more):
-    """Return the command line of a trace; `more`: overrides, two underscores for a dot."""
+    """Return the command line of a trace; in overrides, `__` stands for a dot."""
     recipe, overrides, _ = TRACES[name]
     more = {key.replace("__", "."): value for key, value in more.items()}
     values = COMMON | overrides | more
@@ -160,10 +160,10 @@ class Trace:
         with pytest.raises(Interrupted):
             train(self.config, workdir, lambda step: "stop" if step == 0 else None)
         self.results = train(self.config, workdir)
-        self.states = [recipes.stored(workdir, step) for step in range(STEPS + 1)]
+        self.states = [recipes.saved_arrays(workdir, step) for step in range(STEPS + 1)]
         text = (workdir / "metrics.jsonl").read_text().splitlines()
         self.lines = [json.loads(line) for line in text]
-        self.sizes = [plain.blocks_of(self.states[0]["params"], s) for s in range(3)]
+        self.sizes = [plain.count_blocks(self.states[0]["params"], s) for s in range(3)]
 
     def params(self, step, item="params"):
         """Return parameters (or their averages) and model state, by name."""
@@ -190,19 +190,19 @@ class Trace:
         for index, epoch in plain.samples_of_step(seed, step, size, len(files)):
             path, label = files[index]
             draws = plain.uniforms(seed, int(epoch), int(index), 30)
-            images.append(plain.prepared_image(path.read_bytes(), config, draws))
+            images.append(plain.prepare_image(path.read_bytes(), config, draws))
             labels.append(label if images[-1] is not None else 0)
         keys = plain.sample_keys(seed, "train", step * size, size)
-        images, weight = plain.batch_of(images, config)
+        images, weight = plain.make_batch(images, config)
         images = plain.flip(images, keys) if config.data.flip else images
         return images, weight, np.array(labels), keys
 
     def eval_batch(self, config):
         """Return (images, weight, labels, keys) of the held-out images, padded."""
         files = files_of(self.root, "val")
-        images = [plain.prepared_image(p.read_bytes(), config) for p, _ in files]
+        images = [plain.prepare_image(p.read_bytes(), config) for p, _ in files]
         fill = BATCH - len(files)
-        images, weight = plain.batch_of(images + [None] * fill, config)
+        images, weight = plain.make_batch(images + [None] * fill, config)
         labels = np.array([label for _, label in files] + [0] * fill)
         return images, weight, labels, plain.sample_keys(config.seed, "eval", 0, BATCH)
 
@@ -211,13 +211,13 @@ class Trace:
         return plain.keep_scales(keys, rates)
 
 
-def hits(logits, labels, count):
+def topk_correct(logits, labels, count):
     """Return 1 for each label among the `count` highest logits, else 0."""
     best = np.argsort(-logits, 1, kind="stable")[:, :count]
     return (best == labels[:, None]).any(1).astype(float)
 
 
-def length(x):
+def l2_norm(x):
     return np.sqrt((x**2).sum())
 
 
@@ -227,7 +227,7 @@ class Network:
     """
 
     def __init__(self, losses):
-        self._run = plain.weighted(losses)
+        self._run = plain.weighted_value_and_grad(losses)
 
     def __call__(self, config, params, weight, *inputs):
         eps = np.float64(config.model.layer_norm_eps or 1e-6)
@@ -291,14 +291,16 @@ def adam_expectation(trace, config, steps, evaluated=True):
         weight = batch[1]
         network, inputs, labels = network_and_inputs(trace, config, batch, True)
         (loss, (_, outputs)), gradients = network(config, before, weight, *inputs)
-        gradients, norm = plain.clipped(gradients, o.clip_norm)
+        gradients, norm = plain.clip_by_global_norm(gradients, o.clip_norm)
         expect("loss", loss)
         expect("gradient_norm", norm)
         expect("unreadable", (weight == 0).sum())
         if config.task == "classify":
             for top in (1, 5):
-                share = (hits(outputs, labels, top) * weight).sum() / weight.sum()
-                expect(f"top{top}", share)
+                accuracy = (
+                    topk_correct(outputs, labels, top) * weight
+                ).sum() / weight.sum()
+                expect(f"top{top}", accuracy)
         old = {kind: trace.moment(step, kind) for kind in ("mu", "nu")}
         stored = {kind: trace.moment(step + 1, kind) for kind in ("mu", "nu")}
         for index, kind in enumerate(("mu", "nu")):
@@ -318,7 +320,7 @@ def adam_expectation(trace, config, steps, evaluated=True):
                 continue
             moments = stored["mu"][name], stored["nu"][name]
             move = plain.direction(*moments, step + 1, o.betas)
-            move = move + o.weight_decay * plain.decays(name, config.task) * array
+            move = move + o.weight_decay * plain.is_decayed(name, config.task) * array
             move = move * plain.layer_scale(name, o.layer_decay, trace.sizes)
             params[name] = array - rate * move
         expect("params", params)
@@ -337,20 +339,20 @@ def adam_expectation(trace, config, steps, evaluated=True):
         (loss, (_, outputs)), _ = network(config, params, batch[1], *inputs)
         found["eval/loss"] = [loss]
         if config.task == "classify":
-            found |= evaluated_hits(outputs, labels, batch[1])
+            found |= eval_topk(outputs, labels, batch[1])
     return found
 
 
-def evaluated_hits(logits, labels, weight):
+def eval_topk(logits, labels, weight):
     return {
-        f"eval/top{top}": [hits(logits, labels, top)[weight > 0].mean()]
+        f"eval/top{top}": [topk_correct(logits, labels, top)[weight > 0].mean()]
         for top in (1, 5)
     }
 
 
 @cache
 def probe_network():
-    """Return functions for the features of an encoder and for the gradient of a head."""
+    """Return functions for features of an encoder and for the gradient of a head."""
 
     def features(p, eps, images, keep):
         return plain.encoder(p | {"eps": eps}, images, keep)[-1].mean(1)
@@ -390,12 +392,12 @@ def probe_expectation(trace, config, steps, evaluated=True):
         expect("loss", loss)
         expect("unreadable", (weight == 0).sum())
         for top in (1, 5):
-            share = (hits(logits, labels, top) * weight).sum() / weight.sum()
-            expect(f"top{top}", share)
+            accuracy = (topk_correct(logits, labels, top) * weight).sum() / weight.sum()
+            expect(f"top{top}", accuracy)
         kernel = before["head/kernel"]
         g = gradients["head/kernel"] + o.weight_decay * kernel
-        expect("gradient_norm", length(np.stack([*map(length, gradients.values())])))
-        gradients["head/kernel"] = g * 0.001 * length(kernel) / length(g)
+        expect("gradient_norm", l2_norm(np.stack([*map(l2_norm, gradients.values())])))
+        gradients["head/kernel"] = g * 0.001 * l2_norm(kernel) / l2_norm(g)
         old, stored = trace.moment(step, "trace"), trace.moment(step + 1, "trace")
         moves = {name: o.betas[0] * old[name] + g for name, g in gradients.items()}
         expect("trace", moves)
@@ -417,7 +419,7 @@ def probe_expectation(trace, config, steps, evaluated=True):
         targets = np.eye(classes)[labels]
         (loss, logits), _ = losses(head, normalized, targets, weight)
         found["eval/loss"] = [loss]
-        found |= evaluated_hits(logits, labels, weight)
+        found |= eval_topk(logits, labels, weight)
     return found
 
 
@@ -442,7 +444,7 @@ def observed(trace, kind, step):
 
 
 def mismatches(trace, config, steps=range(STEPS), evaluated=True):
-    """Return the kinds of values that differ from a config: kind -> first difference."""
+    """Return the kinds of values that differ: kind -> first difference."""
     found = {}
     expectation = EXPECTATIONS[config.task](trace, config, steps, evaluated)
     for kind, values in expectation.items():

@@ -12,8 +12,14 @@ import pytest
 import reference
 from flax import nnx
 from jax.sharding import Mesh
-from kernel_cases import CASES, assert_no_less_exact, errors, gpu_mlp, results
-from networks import pictures
+from kernel_cases import (
+    CASES,
+    assert_bfloat16_errors,
+    gpu_mlp,
+    output_and_gradients,
+    relative_errors,
+)
+from networks import random_array
 from numpy.testing import assert_allclose
 
 from hivit_jax.kernels import attention_xla, dispatch
@@ -45,18 +51,18 @@ def test_kernels_are_no_less_exact_than_plain(name, keep):
     case = (CASES | STEM)[name]
     if case.platform != jax.default_backend() or keep and not case.keeps:
         pytest.skip("not for this")
-    assert_no_less_exact(case, jax.jit, keep, interpret=False)
+    assert_bfloat16_errors(case, jax.jit, keep, interpret=False)
 
 
 @pytest.mark.parametrize("tokens", [49, 196])
 def test_attention_in_bfloat16(tokens):
     """Errors relative to float32 exceed those of JAX's attention by at most a tenth."""
-    *inputs, direction = 4 * pictures((4, 8, tokens, 16, 32))
+    *inputs, direction = 4 * random_array((4, 8, tokens, 16, 32))
     inputs = [x.astype(jnp.bfloat16) for x in inputs]
 
     with jax.default_matmul_precision("highest"):
         wide = [x.astype(jnp.float32) for x in inputs]
-        truth = results(jax.nn.dot_product_attention, wide, direction)
+        truth = output_and_gradients(jax.nn.dot_product_attention, wide, direction)
 
     def attend(q, k, v, choice):
         return attention_xla.dot_product_attention(
@@ -64,7 +70,9 @@ def test_attention_in_bfloat16(tokens):
         )
 
     ours, plain = (
-        errors(partial(attend, choice=choice), inputs, direction, truth, jax.jit)
+        relative_errors(
+            partial(attend, choice=choice), inputs, direction, truth, jax.jit
+        )
         for choice in ("auto", "plain")
     )
     assert all(a < 1.1 * b + 1e-3 for a, b in zip(ours, plain, strict=True))

@@ -12,13 +12,13 @@ from flax import nnx
 from jax.sharding import Mesh
 from kernel_cases import (
     SPECIAL,
-    arrays,
-    attention_of,
-    block_by_hand,
     library_attention,
-    results,
+    main_stage_block,
+    output_and_gradients,
+    plain_block,
+    random_arrays,
 )
-from networks import fast_jit, pictures
+from networks import fast_jit, random_array
 from numpy.testing import assert_allclose
 
 from hivit_jax.distributed import sharding
@@ -70,7 +70,10 @@ def loss_of(choice, **overrides):
     """Return a masked autoencoder's loss function and its parameters."""
     model = create_model("mae_hivit_base", kernels=choice, **WIDE | overrides)
     graphdef, params = split(model)
-    images, noise = pictures((16, 64, 64, 3), "images"), pictures((16, 16), "noise")
+    images, noise = (
+        random_array((16, 64, 64, 3), "images"),
+        random_array((16, 16), "noise"),
+    )
     keys = jax.random.split(jax.random.key(0), 16)
 
     def loss(params):
@@ -112,14 +115,14 @@ def test_kernels_on_a_mesh(monkeypatch):
         config.mesh.data, config.mesh.fsdp = 1, 2
         mesh = sharding.make_mesh(config.mesh, config.batch_size, parts)
         schedule = make_schedule(config.optimizer, config.batch_size, 2, 8)
-        training = recipes.prepared(config, mesh, schedule)
+        training = recipes.make_training(config, mesh, schedule)
         options = {"xla_backend_optimization_level": 0}
         compiled = compile_step(training, options=options)
         batch = {
             name: jax.device_put(
                 np.full(s.shape, name == "weight", s.dtype)
                 if s.ndim == 1
-                else (100 + 50 * pictures(s.shape, name)).astype(s.dtype),
+                else (100 + 50 * random_array(s.shape, name)).astype(s.dtype),
                 s.sharding,
             )
             for name, s in training.batches[0].items()
@@ -219,7 +222,9 @@ def test_kernels_of_each_backend(platform, dtype, on_platform):
 
     def found(special, choice, tokens=15):
         sizes = {"grid": (2, 8)} if tokens == 16 else {}
-        graphdef, params, inputs = attention_of(special, batch, dtype=dtype, **sizes)
+        graphdef, params, inputs = main_stage_block(
+            special, batch, dtype=dtype, **sizes
+        )
         x = jnp.zeros((batch, tokens, 128), dtype)
 
         def run(params, x):
@@ -262,8 +267,8 @@ def test_block_equals_plain_jax(
     """
     calls = on_platform(platform)
     sizes = {"mlp_ratio": 0.5, "dtype": dtype}
-    graphdef, params, inputs = attention_of(special, 8, **sizes)
-    x, direction = arrays((8, 15, 128), (8, 15, 128))
+    graphdef, params, inputs = main_stage_block(special, 8, **sizes)
+    x, direction = random_arrays((8, 15, 128), (8, 15, 128))
     names = tuple(named_leaves(params))
 
     def run(x, *params):
@@ -271,11 +276,11 @@ def test_block_equals_plain_jax(
         return block(x.astype(dtype), kernels="fused", **inputs)
 
     def plain(x, *params):
-        return block_by_hand(special, dict(zip(names, params, strict=True)), x)
+        return plain_block(special, dict(zip(names, params, strict=True)), x)
 
     leaves, tree = jax.tree.flatten(params)
     found, expected = (
-        fast_jit(partial(results, function))([3 * x, *leaves], direction)
+        fast_jit(partial(output_and_gradients, function))([3 * x, *leaves], direction)
         for function in (run, plain)
     )
     for name, a, b in zip(("out", "x", *names), found, expected, strict=True):

@@ -11,15 +11,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from kernel_cases import (
     CASES,
     EPS,
-    arrays,
-    assert_no_less_exact,
+    assert_bfloat16_errors,
     attention,
     gpu_mlp,
     in_bfloat16,
-    inputs_of,
     layer_norm,
     mlp,
-    results,
+    output_and_gradients,
+    random_arrays,
+    random_inputs,
 )
 from networks import fast_jit
 from numpy.testing import assert_allclose
@@ -49,9 +49,9 @@ LAYERS = {
 def test_layers_equal_jax_and_save_less(name):
     """Values agree with JAX; fewer residuals are saved."""
     ours, plain, shapes = LAYERS[name]
-    *inputs, direction = (4 * x for x in arrays(*shapes, shapes[0]))
-    expected = jax.jit(partial(results, plain))(inputs, direction)
-    found = jax.jit(partial(results, ours))(inputs, direction)
+    *inputs, direction = (4 * x for x in random_arrays(*shapes, shapes[0]))
+    expected = jax.jit(partial(output_and_gradients, plain))(inputs, direction)
+    found = jax.jit(partial(output_and_gradients, ours))(inputs, direction)
     for a, b in zip(found, expected, strict=True):
         assert_allclose(a, b, rtol=0, atol=3e-6 * float(jnp.abs(b).max()))
     assert (
@@ -63,8 +63,8 @@ def test_layers_equal_jax_and_save_less(name):
 @pytest.mark.parametrize("special", ["", "bias", "mask", "bias, mask"])
 def test_plain_attention_equals_jax(special):
     """Output and gradients agree in float32; the mask leaves one image without keys."""
-    q, k, v, direction = arrays(*[(2, 9, 4, 32)] * 4)
-    bias = arrays((1, 4, 9, 9))[0] if "bias" in special else None
+    q, k, v, direction = random_arrays(*[(2, 9, 4, 32)] * 4)
+    bias = random_arrays((1, 4, 9, 9))[0] if "bias" in special else None
     mask = jnp.arange(9) % 3 * jnp.array([[1], [0]]) > 0
     mask = mask[:, None, None] if "mask" in special else None
 
@@ -77,7 +77,9 @@ def test_plain_attention_equals_jax(special):
         return jax.nn.dot_product_attention(q, k, v, bias=bias, mask=mask)
 
     inputs = 9 * q, k, v, bias
-    expected, found = (results(each, inputs, direction) for each in (plain, ours))
+    expected, found = (
+        output_and_gradients(each, inputs, direction) for each in (plain, ours)
+    )
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert_allclose(a, b, rtol=0, atol=3e-6 * float(jnp.abs(b).max()))
 
@@ -92,17 +94,17 @@ def test_odd_numbers_of_tokens_are_padded_for_cudnn(tokens, monkeypatch):
         calls.append((implementation, qkv[0].shape[1]))
         return library(*qkv, **others)
 
-    *qkv, direction = arrays(*[(2, tokens, 4, 32)] * 4, dtype=jnp.bfloat16)
-    expected = results(library, qkv, direction)
+    *qkv, direction = random_arrays(*[(2, tokens, 4, 32)] * 4, dtype=jnp.bfloat16)
+    expected = output_and_gradients(library, qkv, direction)
     monkeypatch.setattr(jax.nn, "dot_product_attention", record)
     monkeypatch.setattr(dispatch, "platform", lambda: "gpu")
     attend = partial(attention_xla.dot_product_attention, bias=None, mask=None)
-    found = results(partial(attend, choice="auto"), qkv, direction)
+    found = output_and_gradients(partial(attend, choice="auto"), qkv, direction)
     assert calls == [("cudnn", 10)]
     for a, b in zip(found, expected, strict=True):
         a, b = np.float32(a), np.float32(b)
         assert_allclose(a, b, rtol=0, atol=0.01 * np.abs(b).max())
-    results(partial(attend, choice="plain"), qkv, direction)
+    output_and_gradients(partial(attend, choice="plain"), qkv, direction)
     assert calls[1:] == [(None, tokens)]
 
 
@@ -122,11 +124,11 @@ ADD_AND_KEEP = [(True, False), (True, True), (False, True)]
 )
 def test_fused_equals_plain(name, add, keep):
     """Output and all seven gradients agree in float32, for several blocks of rows."""
-    inputs, direction = inputs_of(CASES[name])
+    inputs, direction = random_inputs(CASES[name])
     plain = partial(CASES[name].plain, add=add)
     fused = partial(CASES[name].fused, add=add, keep=keep, interpret=True)
-    expected = jax.jit(partial(results, plain))(inputs, direction)
-    found = fast_jit(partial(results, fused))(inputs, direction)
+    expected = jax.jit(partial(output_and_gradients, plain))(inputs, direction)
+    found = fast_jit(partial(output_and_gradients, fused))(inputs, direction)
     for a, b in zip(found, expected, strict=True):
         assert_allclose(a, b, rtol=0, atol=3e-6 * float(jnp.abs(b).max()))
 
@@ -140,7 +142,7 @@ def test_fused_equals_plain(name, add, keep):
     ],
 )
 def test_no_less_exact_in_bfloat16(name, keep):
-    assert_no_less_exact(CASES[name], fast_jit, keep, interpret=True)
+    assert_bfloat16_errors(CASES[name], fast_jit, keep, interpret=True)
 
 
 @pytest.mark.extras
@@ -172,14 +174,14 @@ def compiled_text(case, device, keep, options=None):
     """Compile a kernel and its gradients in bfloat16 for a device; return the text."""
     mesh = Mesh(np.array([device]), ("data",))
     replicated = NamedSharding(mesh, PartitionSpec())
-    inputs, direction = inputs_of(case)
+    inputs, direction = random_inputs(case)
     inputs, direction = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated),
         (in_bfloat16(inputs), direction),
     )
     fused = partial(case.fused, add=True, keep=keep, interpret=False)
     with jax.set_mesh(mesh):
-        lowered = jax.jit(partial(results, fused)).lower(inputs, direction)
+        lowered = jax.jit(partial(output_and_gradients, fused)).lower(inputs, direction)
     return lowered.compile(options).as_text()
 
 

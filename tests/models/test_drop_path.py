@@ -6,12 +6,12 @@ import pytest
 from networks import (
     DECODER,
     MINI,
-    abstract,
-    compiled,
+    abstract_model,
+    jit_model,
     mini,
-    pictures,
+    output_shapes,
+    random_array,
     sample_keys,
-    shapes,
 )
 from numpy.testing import assert_allclose, assert_array_equal
 
@@ -19,7 +19,7 @@ from hivit_jax.models import blocks, layers
 
 
 def test_drop_path_of_rate_zero_or_without_keys():
-    x = pictures((6, 4), "rows")
+    x = random_array((6, 4), "rows")
     assert_array_equal(layers.drop_path(x, 0.0, sample_keys(3), 0), x)
     assert layers.drop_path(x, None, sample_keys(3), 0) is x
     assert layers.drop_path(x, 0.7, None, 0) is x
@@ -27,7 +27,7 @@ def test_drop_path_of_rate_zero_or_without_keys():
 
 @pytest.mark.parametrize("shape", [(64 * 3, 5), (64, 3, 5)])
 def test_drop_path_drops_or_scales_whole_samples(shape):
-    x = pictures(shape, "rows")
+    x = random_array(shape, "rows")
     out = layers.drop_path(x, 0.75, sample_keys(64), 3)
     assert out.shape == x.shape
     before, after = (np.asarray(a).reshape(64, 3, 5) for a in (x, out))
@@ -58,18 +58,18 @@ def test_drop_path_draws():
 
 @pytest.mark.slow
 def test_models_without_drop_path_ignore_keys():
-    images, keys = pictures((2, 64, 64, 3)), sample_keys(2)
+    images, keys = random_array((2, 64, 64, 3)), sample_keys(2)
 
     def run(model, images):
         return model(images), model(images, drop_path_keys=keys)
 
-    without, ignored = compiled(mini(), run)(images)
+    without, ignored = jit_model(mini(), run)(images)
     assert_array_equal(ignored, without)
     evaluated, trained = (
-        compiled(mini(drop_path_rate=0.5), lambda m, x, k=k: m(x, drop_path_keys=k))
+        jit_model(mini(drop_path_rate=0.5), lambda m, x, k=k: m(x, drop_path_keys=k))
         for k in (None, keys)
     )
-    alone = compiled(mini(), lambda m, x: m(x))(images)
+    alone = jit_model(mini(), lambda m, x: m(x))(images)
     assert_array_equal(evaluated(images), alone)
     assert (trained(images) != alone).any()
 
@@ -77,9 +77,9 @@ def test_models_without_drop_path_ignore_keys():
 @pytest.mark.slow
 def test_drop_path_of_a_model_depends_on_the_sample_alone():
     model = mini(drop_path_rate=0.9)
-    image = jnp.tile(pictures((1, 64, 64, 3)), (8, 1, 1, 1))
+    image = jnp.tile(random_array((1, 64, 64, 3)), (8, 1, 1, 1))
     keys, order = sample_keys(8), np.array([3, 1, 4, 0, 5, 2, 6, 7])
-    run = compiled(model, lambda model, keys: model(image, drop_path_keys=keys))
+    run = jit_model(model, lambda model, keys: model(image, drop_path_keys=keys))
     out = np.asarray(run(keys))
     assert len(np.unique(out.round(4), axis=0)) > 4
     assert_allclose(run(keys[order]), out[order], atol=1e-5)
@@ -99,9 +99,9 @@ def test_drop_path_rates_rise_over_residual_blocks(monkeypatch):
         blocks.dispatch, "platform", lambda: "tpu"
     )  # traces blocks inline
     images = jnp.zeros((2, 224, 224, 3))
-    shapes(
+    output_shapes(
         lambda model: model(images, drop_path_keys=sample_keys(2)),
-        abstract("hivit_tiny", drop_path_rate=0.05),
+        abstract_model("hivit_tiny", drop_path_rate=0.05),
     )
     linear = [0.05 * block / 13 for block in range(14)]  # 2 + 2 + 10 residual blocks
     expected = linear[:4] + [rate for rate in linear[4:] for _ in range(2)]
@@ -111,7 +111,7 @@ def test_drop_path_rates_rise_over_residual_blocks(monkeypatch):
 
 
 def test_decoder_has_no_drop_path(monkeypatch):
-    model = abstract("mae_hivit_base", **MINI, **DECODER, drop_path_rate=0.5)
+    model = abstract_model("mae_hivit_base", **MINI, **DECODER, drop_path_rate=0.5)
     rates = []
 
     def record(x, rate, keys, branch_index):
@@ -123,7 +123,9 @@ def test_decoder_has_no_drop_path(monkeypatch):
         blocks.dispatch, "platform", lambda: "tpu"
     )  # traces blocks inline
     images, noise = jnp.zeros((2, 64, 64, 3)), jnp.zeros((2, 16))
-    shapes(lambda m: m(images, noise=noise, drop_path_keys=sample_keys(2)), model)
+    output_shapes(
+        lambda m: m(images, noise=noise, drop_path_keys=sample_keys(2)), model
+    )
     encoder = [0, 0.1, 0.2, 0.3, 0.4, 0.4, 0.5, 0.5]
     assert [rate for rate, _ in rates[:-2]] == pytest.approx(encoder)
     assert [none for _, none in rates[:-2]] == [False] * 8

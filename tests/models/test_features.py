@@ -8,12 +8,12 @@ from flax import nnx
 from networks import (
     DEFAULTS,
     MINI,
-    abstract,
-    compiled,
+    abstract_model,
     fast_jit,
+    jit_model,
     mini,
-    pictures,
-    shapes,
+    output_shapes,
+    random_array,
 )
 from numpy.testing import assert_allclose, assert_array_equal
 
@@ -93,7 +93,7 @@ def test_order_of_maps_and_of_kept_units(sizes):
     def run(model, images):
         return model.features(images), model.features(images, KEPT)
 
-    found = compiled(model, run)(jnp.asarray(images))
+    found = jit_model(model, run)(jnp.asarray(images))
     maps, kept = jax.tree.map(np.asarray, found)
     for sample in range(2):
         expected = numpy_maps(model, images[sample])
@@ -120,8 +120,8 @@ def test_stride_32(image_size):
     """Each value is the maximum of 2x2; an odd last row or column is dropped."""
     model = mini(image_size=image_size)
     height, width = model.config.image_size
-    images = pictures((2, height, width, 3))
-    run = compiled(model, lambda model, x: model.features(x, stride_32=True))
+    images = random_array((2, height, width, 3))
+    run = jit_model(model, lambda model, x: model.features(x, stride_32=True))
     *_, x, pooled = map(np.asarray, run(images))
     assert pooled.shape == (2, height // 32, width // 32, 64)
     for row, column in np.ndindex(pooled.shape[1:3]):
@@ -131,10 +131,10 @@ def test_stride_32(image_size):
 
 def test_stride_32_is_refused():
     images = jnp.zeros((2, 64, 64, 3))
-    model = abstract("hivit_base", **MINI)
+    model = abstract_model("hivit_base", **MINI)
     with pytest.raises(ConfigError, match="stride_32=True with ids_keep; expected"):
         model.features(images, KEPT, stride_32=True)
-    row = abstract("hivit_base", **MINI | dict(image_size=(16, 64)))
+    row = abstract_model("hivit_base", **MINI | dict(image_size=(16, 64)))
     with pytest.raises(ConfigError, match="stride_32=True with a 1x4 .*at least 2x2"):
         row.features(images[:, :16], stride_32=True)
 
@@ -146,8 +146,8 @@ def test_every_model_has_features_and_layers(name):
         maps, layers = model.features(images, KEPT), model.layers(images)
         return maps, layers, model.layers(images, attention=True)
 
-    model = abstract(name, **DEFAULTS[name], dtype="bfloat16")
-    maps, layers, with_attention = shapes(run, model)
+    model = abstract_model(name, **DEFAULTS[name], dtype="bfloat16")
+    maps, layers, with_attention = output_shapes(run, model)
     assert [x.shape for x in maps] == [
         (2, 3, 4, 4, 16),
         (2, 3, 2, 2, 32),
@@ -185,7 +185,7 @@ def test_attention_gives_the_output_of_its_block():
             outputs.append(x + block.mlp(block.norm2(x)))
         return layers, outputs, encoder(images)[-1]
 
-    found = compiled(model, run)(pictures((2, 48, 80, 3)))
+    found = jit_model(model, run)(random_array((2, 48, 80, 3)))
     layers, outputs, last = jax.tree.map(np.asarray, found)
     for layer, output in zip(layers[1:], outputs, strict=True):
         assert_allclose(output, layer.tokens, atol=1e-5)
@@ -203,7 +203,7 @@ def test_attention_gives_the_output_of_its_block():
 def test_features_on_a_mesh(windows):
     """Features on eight devices equal those on one."""
     graphdef, params = split(mini(image_size=(48, 80), **windows))
-    images = pictures((8, 48, 80, 3))
+    images = random_array((8, 48, 80, 3))
     ids_keep = jnp.stack([jnp.roll(jnp.arange(15), n)[:6] for n in range(8)])
 
     @fast_jit

@@ -11,12 +11,12 @@ from networks import (
     DECODER,
     DEFAULTS,
     MINI,
-    abstract,
-    compiled,
-    drawn,
+    abstract_model,
+    initial_params,
+    jit_model,
     mini,
-    pictures,
-    shapes,
+    output_shapes,
+    random_array,
 )
 from numpy.testing import assert_array_equal
 
@@ -45,7 +45,7 @@ COUNTS = [
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "overrides", "parameters", "macs", "cost"), COUNTS)
 def test_parameters_and_multiply_adds(name, overrides, parameters, macs, cost):
-    model = abstract(name, **overrides)
+    model = abstract_model(name, **overrides)
     assert model.parameter_count() == parameters
     assert model.macs(layer_norm_cost=0) == macs
     assert model.macs() == cost
@@ -65,7 +65,7 @@ def test_parameters_and_multiply_adds(name, overrides, parameters, macs, cost):
     ],
 )
 def test_published_figures(name, overrides, parameters, cost):
-    model = abstract(name, **overrides)
+    model = abstract_model(name, **overrides)
 
     def printed(value, like):
         return f"{value:.{len(like.split('.')[1])}f}"
@@ -75,7 +75,7 @@ def test_published_figures(name, overrides, parameters, cost):
 
 
 def test_parts_of_the_masked_autoencoder():
-    model = abstract("mae_hivit_base")
+    model = abstract_model("mae_hivit_base")
     trained = nnx.state(model, nnx.Param)
     assert sum(leaf.size for leaf in jax.tree.leaves(trained)) == 86_940_800
     # The official encoder holds the norm of the latent.
@@ -90,13 +90,16 @@ def test_parts_of_the_masked_autoencoder():
 
 @pytest.mark.slow
 def test_parameters_of_larger_models():
-    deeper = abstract("mae_hivit_base", decoder_depth=8)
+    deeper = abstract_model("mae_hivit_base", decoder_depth=8)
     assert f"{deeper.parameter_count() / 1e6:.2f}" == "93.35"
-    assert f"{abstract('hivit_large').parameter_count() / 1e6:.1f}" == "290.7"
+    assert f"{abstract_model('hivit_large').parameter_count() / 1e6:.1f}" == "290.7"
 
 
 def test_cost_at_another_image_size():
-    model, larger = mini(), abstract("hivit_base", **MINI | dict(image_size=(96, 128)))
+    model, larger = (
+        mini(),
+        abstract_model("hivit_base", **MINI | dict(image_size=(96, 128))),
+    )
     assert model.macs((96, 128)) == larger.macs() - 64 * (1000 - 10)
     assert model.macs(64) == model.macs()
     with pytest.raises(ConfigError, match="image_size=100.*multiples of patch_size=16"):
@@ -106,9 +109,9 @@ def test_cost_at_another_image_size():
 def test_no_head():
     """The output is the pooled features; the head's parameters and costs are absent."""
     model, headless = mini(), mini(num_classes=0)
-    images = pictures((2, 64, 64, 3))
-    pooled = compiled(model, lambda model, images: model.pooled(images))(images)
-    out = compiled(headless, lambda model, images: model(images))(images)
+    images = random_array((2, 64, 64, 3))
+    pooled = jit_model(model, lambda model, images: model.pooled(images))(images)
+    out = jit_model(headless, lambda model, images: model(images))(images)
     assert_array_equal(out, pooled)
     assert model.parameter_count() - headless.parameter_count() == 64 * 10 + 10
     assert model.macs() - headless.macs() == 64 * 10
@@ -116,8 +119,8 @@ def test_no_head():
 
 def test_layers_of_a_masked_autoencoder():
     """Encoder layers are those of a classifier; the decoder follows the last block."""
-    ids = abstract("mae_hivit_base", **MINI, **DECODER).layer_ids()
-    classifier = abstract("hivit_base", **MINI).layer_ids()
+    ids = abstract_model("mae_hivit_base", **MINI, **DECODER).layer_ids()
+    classifier = abstract_model("hivit_base", **MINI).layer_ids()
     assert ids["encoder/merges/0/norm/scale"] == 2
     assert ids["encoder/stages/2/1/mlp/fc1/kernel"] == 6
     for name, layer in ids.items():
@@ -137,7 +140,7 @@ INITIAL = [
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "overrides"), INITIAL)
 def test_initial_parameters(name, overrides):
-    params = drawn(name, 0, **overrides)
+    params = initial_params(name, 0, **overrides)
     tables, seen = [], set()
     for path, value in params.items():
         parts = path.split("/")
@@ -206,8 +209,8 @@ SIZES = [
 @pytest.mark.slow
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_shapes_at_other_sizes(sizes):
-    classifier = abstract("hivit_base", **MINI | dict(num_classes=10) | sizes)
-    autoencoder = abstract("mae_hivit_base", **MINI | DECODER | sizes)
+    classifier = abstract_model("hivit_base", **MINI | dict(num_classes=10) | sizes)
+    autoencoder = abstract_model("mae_hivit_base", **MINI | DECODER | sizes)
     image = sizes.get("image_size", 64)
     height, width = (image, image) if isinstance(image, int) else image
     channels, patch = sizes.get("in_channels", 3), sizes.get("patch_size", 16)
@@ -222,7 +225,7 @@ def test_shapes_at_other_sizes(sizes):
             autoencoder.features(images),
         )
 
-    logits, features, out, same = shapes(run, classifier, autoencoder)
+    logits, features, out, same = output_shapes(run, classifier, autoencoder)
     assert logits.shape == (2, 10)
     inner, dim = sizes.get("inner_patches", 4), sizes.get("embed_dim", 64)
     expected, latent = [], 0
@@ -248,7 +251,7 @@ def test_features_are_local(sizes):
     """A changed pixel changes only the stem cell that contains it."""
     model = mini(**sizes)
     shape = (1, *model.config.image_shape)
-    images = np.asarray(pictures(shape))
+    images = np.asarray(random_array(shape))
     pixels = [
         (0, 0),
         (5, shape[2] - 2),
@@ -260,7 +263,7 @@ def test_features_are_local(sizes):
         batch.append(images.copy())
         batch[-1][0, row, column, number % shape[3]] += 3
     batch = jnp.asarray(np.concatenate(batch))
-    run = compiled(model, lambda model, x: (model.encoder(x), model.features(x)))
+    run = jit_model(model, lambda model, x: (model.encoder(x), model.features(x)))
     stages, features = run(batch)
     for level, x in enumerate(features[:-1]):
         x = np.asarray(x)
@@ -275,8 +278,8 @@ def test_features_are_local(sizes):
 @pytest.mark.slow
 def test_shifted_image_shifts_stem_features():
     model = mini(image_size=(64, 96))
-    images = pictures((2, 64, 96, 3))
-    run = compiled(model, lambda model, images: model.features(images))
+    images = random_array((2, 64, 96, 3))
+    run = jit_model(model, lambda model, images: model.features(images))
     features, shifted = run(images), run(jnp.roll(images, (16, 32), (1, 2)))
     for cells, x, moved in zip((4, 2), features, shifted, strict=False):
         assert_array_equal(moved, jnp.roll(x, (cells, 2 * cells), (1, 2)))
@@ -287,7 +290,7 @@ def test_shifted_image_shifts_stem_features():
 @pytest.mark.parametrize("shape", [(64, 64, 1), (64, 96, 3), (32, 64, 3)])
 @pytest.mark.parametrize("name", ["hivit_base", "mae_hivit_base"])
 def test_images_of_another_size(name, shape):
-    model, images = abstract(name, **DEFAULTS[name]), jnp.zeros((2, *shape))
+    model, images = abstract_model(name, **DEFAULTS[name]), jnp.zeros((2, *shape))
     arguments = dict(noise=jnp.zeros((2, 16))) if name.startswith("mae_") else {}
     message = re.escape(f"images are {shape} (height, width, channels)")
     with pytest.raises(ConfigError, match=message + r".* built for \(64, 64, 3\)"):

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from networks import mini, pictures
+from networks import mini, random_array
 from numpy.testing import assert_allclose, assert_array_equal
 
 from hivit_jax.models import positions
@@ -119,7 +119,7 @@ def test_relative_bias_is_added_query_first():
     kernel = attention.qkv.kernel[...].at[:, 0].set(0)
     attention.qkv.kernel[...] = kernel
     attention.qkv.bias[...] = attention.qkv.bias[...].at[0].set(0)
-    x = pictures((2, 16, 64), "tokens")
+    x = random_array((2, 16, 64), "tokens")
     index = positions.relative_position_index(jnp.arange(16), (4, 4))
     out = attention(x, index)
     values = np.asarray(attention.qkv(x)[:, :, 2])  # [B, K, heads, width]

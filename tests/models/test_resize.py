@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import reference
 from flax import nnx
-from networks import compiled, mini, pictures
+from networks import jit_model, mini, random_array, torch_bicubic
 from numpy.testing import assert_allclose, assert_array_equal
 
 from hivit_jax.models import resize
@@ -18,26 +18,6 @@ def numbered(grid, channels=1):
     return numbers.reshape(channels, *grid).transpose(1, 2, 0)
 
 
-def bicubic_by_hand(maps, grid):
-    """[h, w, D] -> [*grid, D]: each new place sums 4x4 old ones, one by one."""
-
-    def cubic(x, a=-0.75):
-        x = abs(x)
-        if x <= 1:
-            return (a + 2) * x**3 - (a + 3) * x**2 + 1
-        return a * x**3 - 5 * a * x**2 + 8 * a * x - 4 * a if x < 2 else 0.0
-
-    out = np.zeros((*grid, maps.shape[-1]))
-    for row, column in np.ndindex(grid):
-        y = (row + 0.5) * maps.shape[0] / grid[0] - 0.5
-        x = (column + 0.5) * maps.shape[1] / grid[1] - 0.5
-        for i in range(int(np.floor(y)) - 1, int(np.floor(y)) + 3):
-            for j in range(int(np.floor(x)) - 1, int(np.floor(x)) + 3):
-                inside = min(max(i, 0), len(maps) - 1), min(max(j, 0), len(maps[0]) - 1)
-                out[row, column] += cubic(y - i) * cubic(x - j) * maps[inside]
-    return out
-
-
 GRIDS = [((14, 14), (24, 24)), ((14, 14), (7, 7)), ((3, 5), (4, 7)), ((4, 3), (9, 2))]
 
 
@@ -46,7 +26,7 @@ def test_grid_table_of_another_size(grid, new):
     maps = numbered(grid, 3)
     table = resize.resize_grid_table(maps.reshape(-1, 3), grid, new)
     assert table.shape == (new[0] * new[1], 3)
-    assert_allclose(table.reshape(*new, 3), bicubic_by_hand(maps, new), atol=1e-13)
+    assert_allclose(table.reshape(*new, 3), torch_bicubic(maps, new), atol=1e-13)
     small = resize.resize_grid_table(np.float32(maps).reshape(-1, 3), grid, new)
     assert small.dtype == np.float32
     assert_allclose(small, table, atol=2e-7)
@@ -118,7 +98,7 @@ def test_patch_kernel_of_another_cell(new):
     assert resized.shape == (new * new * 3, 5)
     pixels, found = kernel.reshape(4, 4, 3, 5), resized.reshape(new, new, 3, 5)
     for channel in range(3):
-        expected = bicubic_by_hand(pixels[:, :, channel], (new, new))
+        expected = torch_bicubic(pixels[:, :, channel], (new, new))
         assert_allclose(found[:, :, channel], expected, atol=1e-13)
 
 
@@ -140,12 +120,12 @@ def test_channel_weights():
 @pytest.mark.slow
 @pytest.mark.parametrize("old", [1, 3])
 def test_gray_images_of_any_number_of_channels(old):
-    model, gray = mini(in_channels=old, image_size=32), pictures((2, 32, 32, 1))
+    model, gray = mini(in_channels=old, image_size=32), random_array((2, 32, 32, 1))
     _, params = split(model)
     kernel = params["encoder"]["patch_embed"]["proj"]["kernel"]
 
     def logits(model, channels):
-        return compiled(model, lambda m, x: m(x))(jnp.tile(gray, channels))
+        return jit_model(model, lambda m, x: m(x))(jnp.tile(gray, channels))
 
     expected = logits(model, old)
     for new in {1: (3, 4), 3: (1, 2, 6)}[old]:

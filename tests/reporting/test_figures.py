@@ -8,13 +8,6 @@ from PIL import Image
 from hivit_jax.reporting import figures, metrics
 
 
-@pytest.fixture
-def workdir(tmp_path, monkeypatch):
-    """An empty directory; without TensorBoard, whose import takes seconds."""
-    monkeypatch.setattr(metrics, "_tensorboard", lambda workdir: None)
-    return tmp_path
-
-
 def test_reconstruction_panels():
     """Two channels with their own mean and std; half of one image is masked."""
     mean, std = (0.5, 0.25), (0.5, 0.25)

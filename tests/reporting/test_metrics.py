@@ -19,13 +19,6 @@ def write(workdir, steps, first_step=0):
     writer.close()
 
 
-@pytest.fixture
-def workdir(tmp_path, monkeypatch):
-    """An empty directory; without TensorBoard, whose import takes seconds."""
-    monkeypatch.setattr(metrics, "_tensorboard", lambda workdir: None)
-    return tmp_path
-
-
 def steps(workdir):
     return [line["step"] for line in metrics.read(workdir / "metrics.jsonl")]
 

@@ -65,7 +65,7 @@ def test_metric_of_the_best_checkpoint(tmp_path, monkeypatch, capsys):
     every = dict(eval_every=1, checkpoint_every=1, keep_checkpoints=1)
     with recipes.quick():
         train(recipes.classifier(total_steps=4, **every), tmp_path)
-    assert recipes.saved(tmp_path) == [2, 4]
+    assert recipes.saved_steps(tmp_path) == [2, 4]
     last = capsys.readouterr().out.splitlines()[-1]
     assert "best checkpoint  step 2 " in last
     assert last.endswith(f"{tmp_path}/checkpoints/2")

@@ -89,8 +89,8 @@ def test_probe_of_a_pretrained_encoder(pretrained, tmp_path, capsys):
     assert "matched" in out
     assert "encoder/stages" in out
 
-    stored = [recipes.stored(tmp_path, step) for step in (1, 2, 3)]
-    original = recipes.stored(pretrained, 2)["params"]
+    stored = [recipes.saved_arrays(tmp_path, step) for step in (1, 2, 3)]
+    original = recipes.saved_arrays(pretrained, 2)["params"]
     params = [items["params"] for items in stored]
     frozen = [name for name in params[0] if name.startswith("encoder/")]
     assert len(frozen) > 30

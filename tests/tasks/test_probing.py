@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import recipes
-from networks import compiled, mini
+from networks import jit_model, mini
 from PIL import Image
 
 import hivit_jax
@@ -61,12 +61,12 @@ def model(tmp_path_factory):
 def features_of(model, pixels):
     """Return normalized features of images."""
     images = (pixels / 255 - MEAN) / STD
-    run = compiled(model, lambda model, images: model.encoder(images)[-1])
+    run = jit_model(model, lambda model, images: model.encoder(images)[-1])
     features = np.float64(run(images.astype(np.float32))).mean(1)
     return features / np.linalg.norm(features, axis=1, keepdims=True)
 
 
-def knn_hits(queries, true, keys, labels, check=True):
+def knn_correct(queries, true, keys, labels, check=True):
     """Count images whose class is first, and among the first five, by 20 neighbors'
     votes.
 
@@ -139,7 +139,7 @@ def test_nearest_neighbors(model, files, monkeypatch, tmp_path, capsys):
         flags = flags_of(files[0], directory, data__max_unreadable=0.05)
         assert main([*flags, "--mode=knn"]) == 0
     assert len(beats) == 6 + 4  # batches of 8
-    top1, top5 = knn_hits(queries, true, keys, labels)
+    top1, top5 = knn_correct(queries, true, keys, labels)
     assert capsys.readouterr().out.endswith(
         f"nearest neighbors  top1 {top1 / 28:.2%}  top5 {top5 / 28:.2%}  (28 images)\n"
     )
@@ -148,7 +148,7 @@ def test_nearest_neighbors(model, files, monkeypatch, tmp_path, capsys):
     for count in (2, 5, 7):
         more = np.concatenate([keys, *[black] * count])
         votes = np.concatenate([labels, [0] * count])
-        assert knn_hits(queries, true, more, votes, check=False) != [top1, top5]
+        assert knn_correct(queries, true, more, votes, check=False) != [top1, top5]
 
 
 @pytest.mark.slow

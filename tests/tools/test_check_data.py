@@ -1,11 +1,11 @@
 """check_data on a healthy dataset and on a damaged one."""
 
-import io
 import os
 
 import numpy as np
 import pytest
 import recipes
+from datasets import encode
 from PIL import Image
 
 from benchmarks.photographs import photographs, write
@@ -25,12 +25,6 @@ def healthy(tmp_path_factory):
 
 def photo(root, number, split="train"):
     return root / split / NAMES[number % len(NAMES)] / f"{number:05}.JPEG"
-
-
-def encode(image, kind, **options):
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
 
 
 def exif(orientation):
@@ -333,6 +327,6 @@ def test_real_process_without_tensorflow(healthy, tmp_path):
     )
     flags = recipes.arguments("photographs", data__name="folder", data__dir=healthy)
     flags.append("--sample=5")
-    code, out, _ = recipes.run("-c", program, *flags, XDG_CACHE_HOME=tmp_path)
+    code, out, _ = recipes.run_process("-c", program, *flags, XDG_CACHE_HOME=tmp_path)
     assert code == 0
     assert out.endswith("\nhealthy\n")

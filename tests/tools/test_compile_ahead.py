@@ -1,7 +1,6 @@
 """`--mode compile`: reports and errors."""
 
 import importlib.util
-import json
 
 import jax
 import pytest
@@ -33,7 +32,7 @@ def test_command_that_searches_the_largest_batch(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(compile_ahead, "devices_of", lambda topology: jax.devices())
     monkeypatch.setattr(compile_ahead, "step_report", step_report)
     for search in (False, True):
-        found = report(tmp_path, *["--search_batch"] * search)
+        found = recipes.compile_report(tmp_path, *["--search_batch"] * search)
         assert ("largest_batch_per_device" in found) == search
         out = capsys.readouterr().out
         assert "fits: 0.00 GiB of 0.00 GiB per device (arguments 0.00, " in out
@@ -111,13 +110,6 @@ def test_invalid_slices_and_meshes(capsys, tmp_path):
     assert "batch_size=16 is not divisible by 32 devices" in message
 
 
-def report(tmp_path, *more, topology="v5e:2x4", **overrides):
-    flags = recipes.arguments(**{"batch_size": 64} | overrides)
-    flags += [f"--topology={topology}", f"--workdir={tmp_path}", *more]
-    assert main([*flags, "--mode=compile"]) == 0
-    return json.loads((tmp_path / "compile.json").read_text())
-
-
 BRANCHES = ("attention", "mlp")
 
 
@@ -128,7 +120,7 @@ def test_complete_report(tmp_path, monkeypatch):
     monkeypatch.setattr(compile_ahead, "devices_of", lambda topology: jax.devices())
     monkeypatch.setitem(ahead.PLUGINS, "v5e", "jaxlib")
     options = dict(data__name="imagenet2012", data__canvas=96)
-    found = report(tmp_path, **options)
+    found = recipes.compile_report(tmp_path, **options)
     assert found["fits"]
     assert found["devices"] == found["batch_per_device"] == 8
     memory = found["hbm_bytes_per_device"]
@@ -145,7 +137,9 @@ def test_complete_report(tmp_path, monkeypatch):
     for name in blocks | parts:
         assert all(value > 0 for value in regions[name].values()), name
     assert regions["optimizer"]["flops_per_image"] == 0
-    parts = report(tmp_path, optimizer__accumulate_steps=4, batch_size=256, **options)
+    parts = recipes.compile_report(
+        tmp_path, optimizer__accumulate_steps=4, batch_size=256, **options
+    )
     assert_allclose(
         parts["collectives"][0]["bytes_per_step"], reduced["bytes_per_step"], rtol=0.02
     )

@@ -36,7 +36,7 @@ def test_real_process_describes_without_tensorflow():
         "sys.exit(code)"
     )
     flags = [f"--config={recipes.ROOT}/configs/mae_base.py", "--mode=describe"]
-    code, out, err = recipes.run("-c", program, *flags)
+    code, out, err = recipes.run_process("-c", program, *flags)
     assert (code, err) == (0, "")
     assert "= 87.04" in out
     assert " M" in out

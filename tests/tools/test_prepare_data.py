@@ -154,9 +154,9 @@ def test_reading_needs_no_tensorflow(whole, originals, tmp_path):
         "    'train', decoders={'image': tfds.decode.SkipDecoding()})\n"
         "print(len(source), source[7]['label'], source[7]['image'].hex())\n"
     )
-    missing = recipes.not_installed(tmp_path / "nothing", "tensorflow")
+    missing = recipes.block_imports(tmp_path / "nothing", "tensorflow")
     command = ["-c", program, whole / VERSION]
-    code, out, err = recipes.run(*command, PYTHONPATH=missing)
+    code, out, err = recipes.run_process(*command, PYTHONPATH=missing)
     assert code == 0, err
     expected = list(originals["train"].values())[7]
     assert out.split() == ["15", "0", expected.hex()]
@@ -168,7 +168,7 @@ def test_complete_dataset_is_kept(whole, flags):
     """A process reports that the dataset is complete, and writes nothing."""
     before = contents(whole / VERSION)
     command = ["-m", "hivit_jax.tools.prepare_data", *flags, f"--data_dir={whole}"]
-    code, out, err = recipes.run(*command)
+    code, out, err = recipes.run_process(*command)
     assert (code, err) == (0, "")
     assert "train: 15 images\nvalidation: 6 images\n" in out
     assert f"{whole / VERSION} is complete; nothing to do" in out
@@ -193,7 +193,7 @@ def test_killed_process_resumes(small, flags, tmp_path):
         "prepare.main(sys.argv[1:])\n"
     )
     command = [*flags, f"--data_dir={tmp_path}", "--short_side=32"]
-    code, _, _ = recipes.run("-c", program, *command)
+    code, _, _ = recipes.run_process("-c", program, *command)
     assert code == -signal.SIGKILL
     half = tmp_path / f"{VERSION}.incomplete"
     finished = sorted(half.glob("*.array_record-*"))

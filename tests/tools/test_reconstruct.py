@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from networks import mini, pictures
+from networks import mini, random_array
 from numpy.testing import assert_allclose
 from PIL import Image
 
@@ -155,7 +155,7 @@ def test_bad_input(saved, tmp_path, capsys, model, name, code, message):
 @pytest.mark.slow
 def test_statistics():
     """Units have their own mean and deviation, or the average of the visible units."""
-    model, images = mini("mae_hivit_base"), pictures((2, 64, 64, 3))
+    model, images = mini("mae_hivit_base"), random_array((2, 64, 64, 3))
     own, removed = command.reconstruct(model, images)
     other, same = command.reconstruct(model, images, statistics="visible")
     assert (removed == same).all()

@@ -102,7 +102,7 @@ def weight_decays(model, task):
 def test_weight_decay_groups_of_pretraining():
     expected = facts("weight_decay_groups")["mae_pretrain_base"]
     actual = weight_decays(
-        networks.abstract("mae_hivit_base"), inputs.make_task(recipes.mae())
+        networks.abstract_model("mae_hivit_base"), inputs.make_task(recipes.mae())
     )
     assert not actual.keys() & set(expected["frozen"])
     assert actual == expected["wd"]
@@ -122,7 +122,7 @@ def test_layer_decay_and_weight_decay_of_finetuning(size):
         reference.OUR_NAMES.get(key, key): value
         for key, value in reference.MINI_CLASSIFIER.items()
     }
-    model = networks.abstract("hivit_base", **mini if size == "mini" else {})
+    model = networks.abstract_model("hivit_base", **mini if size == "mini" else {})
     scales = optimizer.learning_rate_scales(
         split(model)[1], model.layer_ids(), expected["layer_decay"]
     )
@@ -146,6 +146,6 @@ def test_layer_decay_and_weight_decay_of_finetuning(size):
     ],
 )
 def test_drop_path_rates(fact, name, rate):
-    model = abstract(name, drop_path_rate=rate)
+    model = networks.abstract_model(name, drop_path_rate=rate)
     expected = [x for x in facts("drop_path")[fact] if x is not None]
     np.testing.assert_allclose(model.config.drop_path_rates, expected, rtol=1e-6)

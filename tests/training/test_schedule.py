@@ -2,7 +2,6 @@
 
 import json
 
-import jax
 import numpy as np
 import pytest
 import recipes
@@ -10,7 +9,7 @@ import reference
 from numpy.testing import assert_allclose
 
 from hivit_jax import config as configs
-from hivit_jax.training.schedule import make_schedule, peak_learning_rate
+from hivit_jax.training.schedule import peak_learning_rate
 
 FACTS = json.loads((reference.GOLDEN / "lr_schedules.json").read_text())
 
@@ -21,12 +20,7 @@ PER_EPOCH = 1000
 def schedule(recipe, *overrides, per_epoch=PER_EPOCH):
     config = configs.load(recipe, [f"--config.{each}" for each in overrides])
     steps = config.total_steps or round(config.total_epochs * per_epoch)
-    return scheduled(config, per_epoch, steps)
-
-
-def scheduled(config, per_epoch, steps):
-    o, batch_size = config.optimizer, config.batch_size
-    return jax.jit(make_schedule(o, batch_size, per_epoch, steps))
+    return recipes.jit_schedule(config, per_epoch, steps)
 
 
 @pytest.mark.parametrize(
@@ -100,7 +94,7 @@ def mini(**values):
 
 
 def rates(**values):
-    rate = scheduled(mini(**values), 10, 40)
+    rate = recipes.jit_schedule(mini(**values), 10, 40)
     return np.array([rate(np.int32(step)) for step in range(41)])
 
 

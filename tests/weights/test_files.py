@@ -18,7 +18,7 @@ from hivit_jax.errors import CheckpointError, ConfigError
 from hivit_jax.tools import convert
 from hivit_jax.weights.load import load_pretrained, read
 
-_, STATE = state_files.drawn("mae_hivit_base")
+_, STATE = state_files.random_state_dict("mae_hivit_base")
 
 
 def contents(state, dtype="F32", about=None, shift=0):
@@ -123,7 +123,7 @@ def check_refused(path, message, capsys):
     raises.
     """
     with pytest.raises(CheckpointError, match=message):
-        load_pretrained(path, **state_files.HINTS)
+        load_pretrained(path, **state_files.NOT_IN_STATE_DICT)
     flags = ["--set", "num_heads=1", "--set", "decoder_num_heads=1"]
     target = path.parent / "target.safetensors"
     assert convert.main([str(path), str(target), *flags]) == 5
@@ -148,7 +148,7 @@ def test_an_array_is_missing(tmp_path):
     path.write_bytes(contents(without("blocks.6.mlp.fc1.bias")))
     message = "1 array is missing, .* is encoder/stages/2/0/mlp/fc1/bias. Refusing"
     with pytest.raises(ConfigError, match=message):
-        load_pretrained(path, **state_files.HINTS)
+        load_pretrained(path, **state_files.NOT_IN_STATE_DICT)
 
 
 def archive(path, members, compression=zipfile.ZIP_STORED):
@@ -286,7 +286,7 @@ def test_half_precision_is_widened(tmp_path):
     for dtype in (torch.float16, torch.bfloat16):
         half = OrderedDict((n, torch.tensor(a).to(dtype)) for n, a in STATE.items())
         torch.save(half, tmp_path / "x.pth")
-        params = read(tmp_path / "x.pth", **state_files.HINTS).params
+        params = read(tmp_path / "x.pth", **state_files.NOT_IN_STATE_DICT).params
         expected = half["mask_token"].float().numpy().reshape(-1)
         np.testing.assert_array_equal(params["mask_token"], expected)
 

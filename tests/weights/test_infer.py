@@ -2,7 +2,7 @@
 
 import pytest
 import state_files
-from networks import abstract
+from networks import abstract_model
 
 from hivit_jax.models import configure
 from hivit_jax.weights.infer import infer
@@ -31,8 +31,8 @@ NETWORKS = [
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "overrides"), NETWORKS)
 def test_infer_from_names_and_shapes(name, overrides):
-    model = abstract(name, **overrides)
-    state = state_files.zeros(model)
+    model = abstract_model(name, **overrides)
+    state = state_files.zero_state_dict(model)
     if overrides is MMPRETRAIN:
         state = {
             n.replace("head.", "head.fc.")

@@ -4,14 +4,13 @@ import re
 import sys
 from types import SimpleNamespace
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import recipes
 import reference
 import state_files
-from networks import abstract, compiled, mini
+from networks import abstract_model, jit_model, mini, params_by_name
 from numpy.testing import assert_allclose, assert_array_equal
 
 import hivit_jax
@@ -21,28 +20,13 @@ from hivit_jax.models import arguments_of, configure
 from hivit_jax.models.mae import MaskedAutoencoder
 from hivit_jax.tools import convert
 from hivit_jax.train import train
-from hivit_jax.tree import named_leaves, split
 from hivit_jax.weights.load import fitting_arguments, read
 
 KINDS = state_files.kinds()
 
 
-def arrays_of(model):
-    """Parameters by name."""
-    return jax.device_get(named_leaves(split(model)[1]))
-
-
-def safetensors(path, state, about=()):
-    """A file of a state dict, as other programs write it."""
-    from safetensors.numpy import save_file
-
-    state = {name: np.array(array, order="C") for name, array in state.items()}
-    save_file(state, path, dict(about))
-    return path
-
-
 def official(name="mae_hivit_base", **overrides):
-    return state_files.drawn(name, **overrides)[1]
+    return state_files.random_state_dict(name, **overrides)[1]
 
 
 # Official names of blocks at depths (1, 1, 2) -> our names.
@@ -109,10 +93,10 @@ def test_committed_pytorch_files(kind):
     """Files that PyTorch wrote load with their exact values."""
     pytest.importorskip("torch")
     _, content = KINDS[kind]
-    hints = state_files.HINTS if kind == "official_mae" else {}
+    hints = state_files.NOT_IN_STATE_DICT if kind == "official_mae" else {}
     loaded = hivit_jax.load_pretrained(reference.GOLDEN / f"{kind}.pth", **hints)
     state = content.get("model_ema") or content.get("model") or content["state_dict"]
-    recipes.assert_identical(arrays_of(loaded), converted(state))
+    recipes.assert_identical(params_by_name(loaded), converted(state))
     assert loaded.config.num_heads == 1
     norm = loaded.encoder.patch_embed.norm.epsilon
     assert norm == (1e-5 if kind == "mmpretrain" else 1e-6)
@@ -120,7 +104,7 @@ def test_committed_pytorch_files(kind):
         plain = hivit_jax.load_pretrained(
             reference.GOLDEN / f"{kind}.pth", averaged=False
         )
-        recipes.assert_identical(arrays_of(plain), converted(content["model"]))
+        recipes.assert_identical(params_by_name(plain), converted(content["model"]))
 
 
 @pytest.mark.slow
@@ -128,10 +112,10 @@ def test_committed_pytorch_files(kind):
 def test_state_dicts_as_safetensors(kind, tmp_path):
     _, content = KINDS[kind]
     state = content.get("model") or content["state_dict"]
-    path = safetensors(tmp_path / "x.safetensors", state)
-    hints = state_files.HINTS if kind == "official_mae" else {}
+    path = state_files.save_safetensors(tmp_path / "x.safetensors", state)
+    hints = state_files.NOT_IN_STATE_DICT if kind == "official_mae" else {}
     loaded = hivit_jax.load_pretrained(path, **hints)
-    recipes.assert_identical(arrays_of(loaded), converted(state))
+    recipes.assert_identical(params_by_name(loaded), converted(state))
     norm = loaded.encoder.patch_embed.norm.epsilon
     assert norm == (1e-5 if kind == "mmpretrain" else 1e-6)
 
@@ -148,9 +132,9 @@ def test_pretraining_files_of_mmpretrain(tmp_path, capsys):
         encoder = name.startswith(("absolute_pos", "patch_embed.", "blocks."))
         new = "pos_embed" if name == "absolute_pos_embed" else name
         named[f"{'backbone' if encoder else 'neck'}.{new}"] = array
-    path = safetensors(tmp_path / "x.safetensors", named)
+    path = state_files.save_safetensors(tmp_path / "x.safetensors", named)
     options = dict(num_heads=1, num_classes=7)
-    arrays = arrays_of(hivit_jax.load_pretrained(path, **options))
+    arrays = params_by_name(hivit_jax.load_pretrained(path, **options))
     expected = converted(state)
     for name, array in arrays.items():
         if name.startswith("encoder/"):
@@ -162,7 +146,7 @@ def test_pretraining_files_of_mmpretrain(tmp_path, capsys):
     text = convert.inspect(path, num_heads=1)
     assert f"unused entries: {len(decoder)}, neck." in text
     named["neck_too"] = named.pop("neck.mask_token")
-    safetensors(path, named)
+    state_files.save_safetensors(path, named)
     with pytest.raises(CheckpointError, match="unexpected entries .*'neck_too'"):
         hivit_jax.load_pretrained(path, **options)
 
@@ -173,19 +157,25 @@ def test_pretraining_files_of_mmpretrain(tmp_path, capsys):
 )
 def test_golden_outputs_from_a_file(fixture, tmp_path):
     """Inferred arguments of an official file give the official outputs."""
-    path = safetensors(tmp_path / "x.safetensors", reference.state_dict(fixture))
+    path = state_files.save_safetensors(
+        tmp_path / "x.safetensors", reference.state_dict(fixture)
+    )
     hints = {} if fixture == "features_mini_rpe" else dict(decoder_num_heads=2)
     model = hivit_jax.load_pretrained(path, num_heads=2, **hints)
     images = jnp.asarray(reference.images("mini64", 3, 64))
     arrays = reference.golden(fixture)
     if isinstance(model, MaskedAutoencoder):
         noise = jnp.asarray(reference.noise("mini64", 3, 16))
-        out = compiled(model, lambda m, *args: m(args[0], noise=args[1]))(images, noise)
+        out = jit_model(model, lambda m, *args: m(args[0], noise=args[1]))(
+            images, noise
+        )
         assert_allclose(out.loss, arrays["loss"], atol=2e-6)
         assert_allclose(out.pred, arrays["pred"], atol=2e-5)
     else:
         ids_keep = jnp.asarray(arrays["ids_keep"])
-        run = compiled(model, lambda m, *args: m.encoder(args[0], ids_keep=args[1])[-1])
+        run = jit_model(
+            model, lambda m, *args: m.encoder(args[0], ids_keep=args[1])[-1]
+        )
         feat = run(images, ids_keep)
         assert_allclose(feat, arrays["feat"], atol=2e-5)
 
@@ -193,7 +183,9 @@ def test_golden_outputs_from_a_file(fixture, tmp_path):
 @pytest.mark.slow
 def test_another_name_keeps_custom_sizes():
     """Another name keeps run options and sizes that are not the class's defaults."""
-    saved = arguments_of(abstract("hivit_base_24", image_size=64, dtype="bfloat16"))
+    saved = arguments_of(
+        abstract_model("hivit_base_24", image_size=64, dtype="bfloat16")
+    )
 
     def fitted(**overrides):
         return configure(**fitting_arguments(saved, overrides))[1:]
@@ -208,7 +200,7 @@ def test_another_name_keeps_custom_sizes():
     config, _ = fitted(name="mae_hivit_base_24", decoder_depth=2)
     assert (config.depths, config.decoder_depth) == ((2, 2, 24), 2)
     assert not config.relative_position
-    saved = arguments_of(abstract("hivit_base", embed_dim=64, num_heads=2))
+    saved = arguments_of(abstract_model("hivit_base", embed_dim=64, num_heads=2))
     assert fitted(name="hivit_base_24")[0].fc_norm is False
     assert fitted(name="mae_hivit_base")[0].embed_dim == 64
     assert fitted(name="hivit_small")[0].embed_dim == 384
@@ -249,15 +241,15 @@ def test_pretrain_finetune_share_evaluate(tmp_path, capsys):
 def test_continued_pretraining_of_an_official_file(tmp_path):
     """Encoder and decoder are loaded with their exact values."""
     state = reference.state_dict("mae_mini")
-    path = safetensors(tmp_path / "x.safetensors", state)
+    path = state_files.save_safetensors(tmp_path / "x.safetensors", state)
     config = recipes.mae(
         init_from=str(path), total_steps=1, optimizer__base_learning_rate=0.0
     )
     with recipes.quick():
         train(config, tmp_path / "run")
     model, _ = reference.build_fixture("mae_mini")
-    stored = recipes.variables(tmp_path / "run", 1)
-    recipes.assert_identical(stored, arrays_of(model))
+    stored = recipes.saved_variables(tmp_path / "run", 1)
+    recipes.assert_identical(stored, params_by_name(model))
 
 
 # Overrides
@@ -282,7 +274,7 @@ def test_overrides_that_do_not_fit(overrides, message, tmp_path):
 
 def test_inspect_a_model_of_custom_size(tmp_path, capsys):
     """--inspect marks guessed arguments; --set arguments are not guessed."""
-    path = safetensors(tmp_path / "x.safetensors", official())
+    path = state_files.save_safetensors(tmp_path / "x.safetensors", official())
     assert convert.main(["--inspect", str(path), "--set", "num_heads=2"]) == 0
     text = capsys.readouterr().out
     assert "mae_hivit_base with non-standard sizes" in text
@@ -333,7 +325,7 @@ def test_hub(tmp_path, monkeypatch):
     """Load a directory or a file of a repository, at a revision."""
     model, asked = mini("hivit_base"), []
     hivit_jax.save_pretrained(model, tmp_path)
-    safetensors(tmp_path / "other.safetensors", official("hivit_base"))
+    state_files.save_safetensors(tmp_path / "other.safetensors", official("hivit_base"))
 
     def snapshot_download(name, revision, allow_patterns):
         asked.append((name, revision, allow_patterns))
@@ -342,7 +334,7 @@ def test_hub(tmp_path, monkeypatch):
     fake = SimpleNamespace(snapshot_download=snapshot_download)
     monkeypatch.setitem(sys.modules, "huggingface_hub", fake)
     loaded = hivit_jax.load_pretrained("hf://group/hivit@v1")
-    recipes.assert_identical(arrays_of(loaded), arrays_of(model))
+    recipes.assert_identical(params_by_name(loaded), params_by_name(model))
     other = hivit_jax.load_pretrained("hf://group/hivit/other.safetensors")
     assert other.config.embed_dim == 16
     assert asked == [

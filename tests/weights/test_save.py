@@ -7,7 +7,7 @@ import pytest
 import recipes
 import reference
 import state_files
-from networks import mini
+from networks import mini, params_by_name
 
 import hivit_jax
 from hivit_jax.tools import convert
@@ -28,7 +28,7 @@ def test_round_trip(layout, suffix, tmp_path):
         pytest.importorskip("torch")
     kind = "mmpretrain" if layout == "mmpretrain" else "official_finetuned"
     state = KINDS[kind][1].get("model") or KINDS[kind][1]["state_dict"]
-    first = safetensors(tmp_path / "first.safetensors", state)
+    first = state_files.save_safetensors(tmp_path / "first.safetensors", state)
     directory, last = tmp_path / "directory", tmp_path / f"last.{suffix}"
     assert convert.main([str(first), str(directory)]) == 0
     assert convert.main([str(directory), str(last), "--format", layout]) == 0
@@ -39,8 +39,8 @@ def test_round_trip(layout, suffix, tmp_path):
     extra = {name.rsplit(".")[-1] for name in back.keys() - state.keys()}
     assert extra <= {"relative_position_index"}
     recipes.assert_identical(
-        arrays_of(hivit_jax.load_pretrained(last)),
-        arrays_of(hivit_jax.load_pretrained(first)),
+        params_by_name(hivit_jax.load_pretrained(last)),
+        params_by_name(hivit_jax.load_pretrained(first)),
     )
 
 
@@ -63,7 +63,7 @@ def test_save_pretrained(name, tmp_path):
     model = mini(name, dtype="bfloat16", image_size=(64, 32), **overrides)
     hivit_jax.save_pretrained(model, tmp_path, {"task": "x"}, {"eval/top1": 0.5})
     loaded = hivit_jax.load_pretrained(tmp_path)
-    recipes.assert_identical(arrays_of(loaded), arrays_of(model))
+    recipes.assert_identical(params_by_name(loaded), params_by_name(model))
     assert split(loaded)[0] == split(model)[0]  # structure: every setting
     card = (tmp_path / "README.md").read_text()
     for text in (f"# {name}", "0.1", "eval/top1: 0.5", '"task": "x"', "64x32"):

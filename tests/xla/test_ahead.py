@@ -1,19 +1,14 @@
 """The train step compiled for chips that are not attached."""
 
-import json
-import math
-
 import pytest
 import recipes
 from flax import nnx
+from networks import training_macs
 from numpy.testing import assert_allclose
 
 from hivit_jax import inputs
 from hivit_jax.data.shapes import batch_shapes
 from hivit_jax.distributed import sharding
-from hivit_jax.main import main
-from hivit_jax.models.flops import row_cost
-from hivit_jax.models.masking import visible_units
 from hivit_jax.tools import compile_ahead
 from hivit_jax.xla import cost
 from hivit_jax.xla.compile import compile_step
@@ -46,13 +41,6 @@ def test_batches_have_the_compiled_shapes(source, overrides):
     assert found == {name: (each.shape, each.dtype) for name, each in shapes.items()}
 
 
-def report(tmp_path, *more, topology="v5e:2x4", **overrides):
-    flags = recipes.arguments(**{"batch_size": 64} | overrides)
-    flags += [f"--topology={topology}", f"--workdir={tmp_path}", *more]
-    assert main([*flags, "--mode=compile"]) == 0
-    return json.loads((tmp_path / "compile.json").read_text())
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("fsdp", "parts"), [(8, 1), (4, 2)])
 def test_fsdp_communicates_only_parameters_and_gradients(fsdp, parts):
@@ -71,19 +59,11 @@ def test_fsdp_communicates_only_parameters_and_gradients(fsdp, parts):
     assert kinds == ["all-reduce", "all-gather"]  # the CPU has no reduce-scatter
 
 
-def training_macs(model, mask_ratio):
-    """Forward, matrix products alone; the decoder's end leaves visible units out."""
-    kept = visible_units(math.prod(model.encoder.grid), mask_ratio)
-    last = model.decoder_blocks[-1].mlp, model.decoder_pred
-    spared = sum(row_cost(each, kept, 0) for each in last)
-    return model.macs(mask_ratio=mask_ratio, layer_norm_cost=0) - spared
-
-
 @pytest.mark.extras
 def test_tpu_step(tmp_path):
     """FLOPs follow the mask ratio; gradients are reduced once per step."""
     pytest.importorskip("libtpu")
-    whole = report(tmp_path)
+    whole = recipes.compile_report(tmp_path)
     assert whole["fits"]
     assert whole["devices"] == whole["batch_per_device"] == 8
     memory = whole["hbm_bytes_per_device"]
@@ -99,12 +79,14 @@ def test_tpu_step(tmp_path):
     parameters = 4 * (model.parameter_count() - fixed)
     assert_allclose(reduced["bytes_per_step"], parameters, rtol=0.02)
 
-    parts = report(tmp_path, optimizer__accumulate_steps=4, batch_size=256)
+    parts = recipes.compile_report(
+        tmp_path, optimizer__accumulate_steps=4, batch_size=256
+    )
     [again] = parts["collectives"]
     assert_allclose(again["bytes_per_step"], reduced["bytes_per_step"], rtol=0.02)
     assert_allclose(parts["flops_per_image"], whole["flops_per_image"], rtol=0.1)
 
-    denser = report(tmp_path, mask_ratio=0.25)
+    denser = recipes.compile_report(tmp_path, mask_ratio=0.25)
     expected = 6 * (training_macs(model, 0.25) - training_macs(model, 0.75))
     # In a network this narrow other operations cost as much as matrix products.
     added = denser["flops_per_image"] - whole["flops_per_image"]

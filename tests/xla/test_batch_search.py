@@ -20,7 +20,11 @@ def test_search_for_the_largest_batch(monkeypatch, start_size, limit):
 
     monkeypatch.setattr(compile_ahead, "step_report", report)
     config = recipes.mae(batch_size=8 * start_size)
-    start = {"batch_size": 8 * start_size, "batch_per_device": start_size, "fits": start_size <= limit}
+    start = {
+        "batch_size": 8 * start_size,
+        "batch_per_device": start_size,
+        "fits": start_size <= limit,
+    }
     start["topology"] = ""
     found = compile_ahead.largest_batch(config, [], start)
     low, high = (

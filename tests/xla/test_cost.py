@@ -1,6 +1,5 @@
 """Bytes, memory and FLOPs of compiled programs."""
 
-import math
 from types import SimpleNamespace
 
 import jax
@@ -9,13 +8,12 @@ import pytest
 from flax import nnx
 from jax.experimental import pallas as pl
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from networks import training_macs
 from numpy.testing import assert_allclose
 
 from hivit_jax import config as configs
 from hivit_jax import inputs
 from hivit_jax.distributed import sharding
-from hivit_jax.models.flops import row_cost
-from hivit_jax.models.masking import visible_units
 from hivit_jax.tools import compile_ahead
 from hivit_jax.xla import ahead, cost
 
@@ -195,17 +193,6 @@ def test_memory_of_an_in_place_update():
     assert 0 <= table <= 16
     rest = found["temporaries"] + found["program"]
     assert found["total"] == 4096 + 2048 + 2048 + table + rest
-
-
-def training_macs(model, mask_ratio):
-    """Return forward multiply-adds of matrix products.
-
-    The decoder's end skips visible units.
-    """
-    kept = visible_units(math.prod(model.encoder.grid), mask_ratio)
-    last = model.decoder_blocks[-1].mlp, model.decoder_pred
-    spared = sum(row_cost(each, kept, 0) for each in last)
-    return model.macs(mask_ratio=mask_ratio, layer_norm_cost=0) - spared
 
 
 @pytest.mark.slow

@@ -138,8 +138,7 @@ def test_bytes_of_regions():
 
 
 def test_regions_of_a_compiled_program():
-    """Forward and backward passes; XLA:CPU pads nothing and has no free memory space.
-    """
+    """Forward and backward passes; XLA:CPU pads nothing and reads nothing for free."""
 
     @jax.jit
     @jax.grad

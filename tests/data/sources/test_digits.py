@@ -3,7 +3,7 @@
 import io
 
 import numpy as np
-from datasets import load
+from datasets import digits_config
 from numpy.testing import assert_array_equal
 from PIL import Image
 from sklearn.datasets import load_digits
@@ -62,7 +62,7 @@ def test_digits_as_png():
 
 
 def test_num_examples():
-    data = load(data__train_examples=100).data
+    data = digits_config(data__train_examples=100).data
     assert registry.num_examples(data, "train") == 100
     assert registry.num_examples(data, "test") == 360
 
@@ -77,7 +77,7 @@ def test_digits_by_key():
     found = {}
     for examples, subset in ((0, 0), (50, 0), (50, 3), (70, 3)):
         choice = dict(data__train_examples=examples, data__subset=subset)
-        cfg = load(model__image_size=8, batch_size=80, **choice)
+        cfg = digits_config(model__image_size=8, batch_size=80, **choice)
         [batch] = inputs.train_batches(cfg, 0, 1)
         images = [image.tobytes() for image in batch["image"]]
         labels = batch["label"].tolist()

@@ -9,13 +9,7 @@ import recipes
 from hivit_jax.data.sources import folder, registry
 from hivit_jax.errors import ConfigError, DataError
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    """An empty cache directory of the user."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    registry._open.cache_clear()
-    return tmp_path / "cache"
+pytestmark = pytest.mark.usefixtures("user_cache")
 
 
 def make(root, *files):
@@ -89,9 +83,9 @@ def test_splits_have_configured_names(root):
         registry.open_source(data | {"train_examples": 10}, "train")
 
 
-def test_index_is_cached_until_a_directory_changes(root, cache, monkeypatch):
+def test_index_is_cached_until_a_directory_changes(root, user_cache, monkeypatch):
     first = listed(folder.Folder(str(root), "train"))
-    (found,) = cache.glob("hivit_jax/*.npz")
+    (found,) = user_cache.glob("hivit_jax/*.npz")
     walks, walk = [], os.walk
     monkeypatch.setattr(os, "walk", lambda *a, **k: walks.append(a) or walk(*a, **k))
     assert listed(folder.Folder(str(root), "train")) == first
@@ -110,8 +104,8 @@ def test_index_is_cached_until_a_directory_changes(root, cache, monkeypatch):
     found.write_bytes(b"PK damaged")
     assert len(folder.Folder(str(root), "train")) == 7
     found.unlink()
-    (cache / "hivit_jax").rmdir()
-    (cache / "hivit_jax").write_text("a file")
+    (user_cache / "hivit_jax").rmdir()
+    (user_cache / "hivit_jax").write_text("a file")
     assert len(folder.Folder(str(root), "train")) == 7
 
 

@@ -6,16 +6,10 @@ import struct
 
 import pytest
 
-from hivit_jax.data.sources import registry, tfds
+from hivit_jax.data.sources import tfds
 from hivit_jax.errors import ConfigError, DataError
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    """An empty cache directory of the user."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    registry._open.cache_clear()
-    return tmp_path / "cache"
+pytestmark = pytest.mark.usefixtures("user_cache")
 
 
 def write_tfrecord(path, records):

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 import reference
-from networks import abstract
+from networks import abstract_model
 from numpy.testing import assert_array_equal
 
 from hivit_jax.errors import CheckpointError, ConfigError
@@ -22,14 +22,14 @@ def fixture_model(fixture):
     """Return the abstract model of a fixture."""
     facts = reference.FIXTURES[fixture]
     if fixture == "mmpretrain_tiny":
-        return abstract("hivit_tiny", fc_norm=False, layer_norm_eps=1e-5)
+        return abstract_model("hivit_tiny", fc_norm=False, layer_norm_eps=1e-5)
     if fixture in reference.SUPERVISED:
-        return abstract(f"hivit_{fixture[4:]}")
+        return abstract_model(f"hivit_{fixture[4:]}")
     config = dict(facts.get("config", {}))
     overrides = {reference.OUR_NAMES.get(k, k): v for k, v in config.items()}
     overrides = {k: tuple(v) if type(v) is list else v for k, v in overrides.items()}
     name = "hivit_base" if "num_classes" in config else "mae_hivit_base"
-    return abstract(name, **overrides)
+    return abstract_model(name, **overrides)
 
 
 def layout_of(fixture):
@@ -121,7 +121,7 @@ def test_finetuning_from_pretraining():
     facts = json.loads((reference.GOLDEN / "finetune_loading.json").read_text())
     official, params = {}, {}
     for name in ("hivit_base", "mae_hivit_base"):
-        model = abstract(name)
+        model = abstract_model(name)
         zeros = jax.tree.map(
             lambda x: np.broadcast_to(np.float32(0), x.shape), split(model)[1]
         )
@@ -129,7 +129,7 @@ def test_finetuning_from_pretraining():
         official |= dict(zip(params, to_official(zeros, model), strict=True))
     arguments = {"name": "mae_hivit_base"}
     start = Pretrained("there", "there", arguments, params, [], [], {}, {}, {})
-    model = abstract("hivit_base")
+    model = abstract_model("hivit_base")
     _, report = compare(start, model)
     by_fate = {
         kind: {official[n] for n in names} for kind, names in vars(report).items()
