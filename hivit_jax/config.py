@@ -46,7 +46,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> ConfigDict:
 
 
 def from_checkpoint(config: Mapping[str, Any], path: str) -> ConfigDict:
-    """Complete the config saved in the checkpoint `path`, possibly by an old version."""
+    """Complete the config saved in the checkpoint `path`, maybe by an old version."""
     return _resolve(config, {}, path)
 
 

@@ -111,7 +111,7 @@ class HiViTConfig:
         for name, width in widths.items():
             if width * getattr(self, name) < 1:
                 raise ConfigError(
-                    f"{name}={getattr(self, name)} gives an MLP of width {width} no "
+                    f"{name}={getattr(self, name)} leaves an MLP of width {width} no "
                     f"hidden unit; expected at least {1 / width:g}"
                 )
         if any(index >= depth for index in self.global_blocks):

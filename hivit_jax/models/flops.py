@@ -16,7 +16,7 @@ def parameter_count(module: nnx.Module) -> int:
 
 
 def row_cost(module: nnx.Module | None, rows: int, layer_norm_cost: int) -> int:
-    """Return the cost of a module's Linears and LayerNorms, each applied to `rows` rows.
+    """Return the cost of a module's Linears and LayerNorms, each on `rows` rows.
 
     A Linear costs its multiply-adds. A LayerNorm costs `layer_norm_cost` per output
     element. A module of None costs 0.
