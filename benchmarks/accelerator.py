@@ -2,8 +2,8 @@
 
     python -m benchmarks.accelerator [--platform cuda] [--only numbers fused ...]
 
-- numbers: compares the networks with the golden data (tests/test_parity.py), and
-  kernels and bfloat16 with float32 (tests/test_accelerator.py). Needs pytest.
+- numbers: compares the networks with the golden data, and kernels and bfloat16 with
+  float32: `TESTS`. Needs pytest.
 - one part for each of `STEPS`: benchmarks.train_step on configs/mae_base.py.
 - peers: benchmarks.peers, on a GPU. Needs torch.
 
@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-TESTS = "tests/test_parity.py", "tests/test_accelerator.py"
+TESTS = "tests/parity/test_official.py", "tests/kernels/test_accelerator.py"
 TAIL = 30  # lines of output that are kept of a failed part
 
 

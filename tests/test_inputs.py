@@ -341,7 +341,7 @@ def opened(monkeypatch):
     def make(train, test, **overrides):
         sources = {"train": train, "test": test}
         monkeypatch.setattr(inputs, "open_source", lambda _, split: sources[split])
-        cfg = load(model__image_size=8, **overrides)
+        cfg = digits_config(model__image_size=8, **overrides)
         return cfg, inputs.make_task(cfg)
 
     return make
@@ -426,8 +426,8 @@ def test_unreadable_images_are_counted_once(monkeypatch):
 
 
 def test_share_of_unreadable_images():
-    """Of the images of the split."""
-    data = load(data__max_unreadable=0.001).data
+    """The limit is a share of the images of the split."""
+    data = digits_config(data__max_unreadable=0.001).data
     inputs.check_unreadable(1, data, "train")  # of 1,437
     with pytest.raises(
         DataError, match=r"2 images of digits .* 0.14%; .* 0.10% of 1,43"

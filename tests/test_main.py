@@ -124,7 +124,7 @@ def test_workdir_alone(finished, tmp_path, capsys):
     refused.
     """
     before = {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()}
-    loss = f"loss {recipes.lines(finished, 'eval/loss')[1]:.4f}"
+    loss = f"loss {recipes.logged(finished, 'eval/loss')[1]:.4f}"
     for flags in (
         [f"--workdir={finished}", "--mode=eval"],
         [f"--workdir={finished}"],

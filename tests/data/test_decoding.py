@@ -1,6 +1,4 @@
-"""Decoding: every format that Pillow reads, other depths than 8 bits, and
-damaged files.
-"""
+"""Decoding: formats that Pillow reads, other depths than 8 bits, and damaged files."""
 
 import io
 import struct
@@ -16,7 +14,6 @@ from benchmarks.photographs import photographs
 from hivit_jax.data.decoding import decode
 from hivit_jax.data.transforms import ImageTransform
 from hivit_jax.errors import DataError
-
 
 PHOTO = photographs()["coffee"][:90, :120]
 

@@ -156,7 +156,7 @@ def test_bad_input(saved, tmp_path, capsys, model, name, code, message):
 @pytest.mark.parametrize("ratio", ["0", "0.0", "1", "-0.5", "nan"])
 def test_mask_ratios_out_of_range(ratio, saved, tmp_path, capsys):
     """0 is a value, not an absent flag. Accepted: 0 < ratio < 1."""
-    image, out = picture(tmp_path / "a.png"), tmp_path / "out.png"
+    image, out = write_noise(tmp_path / "a.png"), tmp_path / "out.png"
     flags = ["--checkpoint", saved / "mae_hivit_base", "--out", out, image]
     assert command.main([*map(str, flags), f"--mask_ratio={ratio}"]) == 2
     assert f"mask_ratio={float(ratio)}" in capsys.readouterr().err
@@ -164,7 +164,7 @@ def test_mask_ratios_out_of_range(ratio, saved, tmp_path, capsys):
 
 
 def test_inputs_are_not_overwritten(saved, tmp_path, capsys):
-    image = picture(tmp_path / "a.png")
+    image = write_noise(tmp_path / "a.png")
     before, directory = image.read_bytes(), saved / "mae_hivit_base"
     for out in (image, directory / "model.safetensors", directory, tmp_path):
         flags = ["--checkpoint", directory, "--out", out, image]

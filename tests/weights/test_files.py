@@ -230,7 +230,8 @@ def test_directories_of_other_programs(tmp_path):
     """One file of weights is read; of several none is chosen."""
     torch_files.save(torch_files.with_tensors(STATE), tmp_path / "pytorch_model.bin")
     (tmp_path / "config.json").write_text("{}")
-    assert read(tmp_path, **state_files.HINTS).path.endswith("pytorch_model.bin")
+    loaded = read(tmp_path, **state_files.NOT_IN_STATE_DICT)
+    assert loaded.path.endswith("pytorch_model.bin")
     (tmp_path / "optimizer.bin").write_bytes(b"")
     with pytest.raises(CheckpointError, match="one file of: optimizer.bin, pytorch_m"):
         read(tmp_path)
@@ -256,7 +257,9 @@ def test_archives_with_overlapping_members(tmp_path, capsys):
 def test_pytorch_is_missing(tmp_path, monkeypatch):
     """PyTorch files are read without it, not written."""
     monkeypatch.setitem(sys.modules, "torch", None)
-    assert read(reference.GOLDEN / "official_mae.pth", **state_files.HINTS).params
+    assert read(
+        reference.GOLDEN / "official_mae.pth", **state_files.NOT_IN_STATE_DICT
+    ).params
     message = r"which is not installed.\nRun pip install 'hivit-jax\[torch\]'"
     with pytest.raises(CheckpointError, match=message):
         files.write(tmp_path / "x.pth", STATE, "{}")
@@ -307,7 +310,9 @@ def malicious(marker):
             "contains several state dicts, student, teacher; expected one",
         ),
         "complex numbers": (
-            torch_files.with_tensors(changed("mask_token", np.zeros(8, np.complex64))),
+            torch_files.with_tensors(
+                with_array("mask_token", np.zeros(8, np.complex64))
+            ),
             "mask_token",
         ),
         "double precision": (
@@ -348,7 +353,7 @@ def test_narrower_numbers_are_widened(name, kind, tmp_path):
     else:
         codes = {"float16": "F16", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3"}
         path.write_bytes(contents(narrow, codes.get(name, "F8_E5M2")))
-    params = read(path, **state_files.HINTS).params
+    params = read(path, **state_files.NOT_IN_STATE_DICT).params
     expected = narrow["mask_token"].astype(np.float32).reshape(-1)
     np.testing.assert_array_equal(params["mask_token"], expected)
 

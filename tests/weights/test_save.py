@@ -6,7 +6,6 @@ import os
 from dataclasses import replace
 from functools import cache
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -19,7 +18,7 @@ from networks import mini, params_by_name
 import hivit_jax
 from hivit_jax.errors import ConfigError
 from hivit_jax.tools import convert
-from hivit_jax.tree import named_leaves, split
+from hivit_jax.tree import split
 from hivit_jax.weights import files, to_state_dict
 from hivit_jax.weights.save import shareable
 
