@@ -207,7 +207,7 @@ def relative_index() -> np.ndarray:
 
 
 def plain_block(special: str, params: dict, x: jax.Array) -> jax.Array:
-    """Compute the block of `attention_of` in plain JAX.
+    """Compute the block of `main_stage_block` in plain JAX.
 
     It masks units of different windows from each other instead of splitting into
     windows.
