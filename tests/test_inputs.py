@@ -29,7 +29,10 @@ def test_more_classes_than_the_model_has():
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"data__canvas": 15}, "canvas=15 .*image_size=16; expected 0 or at least 16"),
+        (
+            {"data__canvas": 15},
+            "canvas=15 .*image_size=16; expected data.canvas=0 or at least 16",
+        ),
         ({"data__canvas": -1}, "data.canvas=-1; expected at least 0"),
         ({"data__workers": -1}, "data.workers=-1; expected at least 0"),
         ({"data__crop_pct": 1.5}, "data.crop_pct=1.5; expected 0.001 to 1"),
@@ -371,7 +374,7 @@ def test_splits_have_the_same_classes(opened):
         ),
         (
             [OSError("gone")],
-            "tried of the test split of digits could not be",
+            "none of 8 images tried of the test split of digits could be",
         ),
         ([FLOATS], r"example 0: expected 8 or 16 bits, .*value_range="),
         ([{"image": GOOD, "label": 10}], "example 0: expected a label from 0 to 9"),

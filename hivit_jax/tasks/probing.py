@@ -69,11 +69,10 @@ def nearest_neighbors(
     train_set = jax.device_put(encode_split("train"))
     features, labels = encode_split("test")
     count = len(features)
+    parts = (slice(i, i + 256) for i in range(0, count, 256))
     chunks = [
-        jax.device_get(classify(*jax.device_put(chunk), *train_set))
-        for chunk in (
-            (features[i : i + 256], labels[i : i + 256]) for i in range(0, count, 256)
-        )
+        jax.device_get(classify(*jax.device_put((features[p], labels[p])), *train_set))
+        for p in parts
     ]
     top1, top5 = (
         float(np.concatenate([chunk[name] for chunk in chunks]).mean())
