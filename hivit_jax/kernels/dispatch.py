@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, PartitionSpec
 
+from hivit_jax.errors import ConfigError
 from hivit_jax.kernels import mlp_triton
 from hivit_jax.kernels.attention_tpu import LANES, attention_block
 from hivit_jax.kernels.mlp_tpu import mlp_block
@@ -161,7 +162,12 @@ class Target:
     def run(
         self, kernel: Callable, x: jax.Array, weights: Weights, plan: Plan
     ) -> jax.Array:
-        """Run kernel([T, C], weights, plan) on each device's part of x [..., C]."""
+        """Run kernel([T, C], weights, plan) on each device's part of x [..., C].
+
+        Raises:
+          ConfigError: forward-mode differentiation outside `jax.jit`. Inside it, JAX
+            raises a TypeError when it compiles.
+        """
 
         def local(x, weights):
             return kernel(x.reshape(-1, x.shape[-1]), weights, plan).reshape(x.shape)
@@ -175,7 +181,15 @@ class Target:
                 axis_names=set(self.axes),
                 check_vma=False,
             )
-        return local(x, weights)
+        try:
+            return local(x, weights)
+        except TypeError as error:
+            if "custom_vjp" not in str(error):
+                raise
+            raise ConfigError(
+                "fused kernels have no forward-mode derivative (jax.jvp, jax.jacfwd, "
+                "jax.linearize); build the model with kernels='plain'"
+            ) from error
 
 
 def _target(choice: str, x: jax.Array) -> Target | None:

@@ -45,12 +45,12 @@ def mlp_block(x: jax.Array, weights: Weights, plan: Plan) -> jax.Array:
 
         def add_hidden_units(i, y):
             units = pl.ds(i * COLUMNS, COLUMNS)
-            g, _ = _gelu(dot(n, w1[:, units]) + b1[units])
+            g, _ = _gelu(dot(n, w1[:, units]) + _row(b1, units))
             return y + dot(g.astype(n.dtype), w2[units, :])
 
         steps = w1.shape[1] // COLUMNS
         y = jax.lax.fori_loop(0, steps, add_hidden_units, jnp.zeros_like(x_hat))
-        y = y + b2[...]
+        y = y + _row(b2)
         out[...] = (x[...].astype(F32) + y if plan.add else y).astype(out.dtype)
 
     return _over_rows(kernel, [x], weights, [x.shape[1]], [], plan.interpret)[0]
@@ -73,7 +73,7 @@ def _backward(plan, saved, gradient):
         def add_hidden_units(i, dn):
             units = pl.ds(i * COLUMNS, COLUMNS)
             w1_ = w1[:, units]
-            g, slope = _gelu(dot(n, w1_) + b1[units])
+            g, slope = _gelu(dot(n, w1_) + _row(b1, units))
             g_out[:, units] = g.astype(dtype)
             dh = dot(dy, w2[units, :], (1, 1)) * slope
             dh_out[:, units] = dh.astype(dtype)
@@ -88,7 +88,7 @@ def _backward(plan, saved, gradient):
         dbias[0, :] = dn.sum(0)
         dy = dy.astype(F32)
         db2[0, :] = dy.sum(0)
-        branch = normalized_gradient(dn * scale[...], x_hat, inverse)
+        branch = normalized_gradient(dn * _row(scale), x_hat, inverse)
         dx[...] = (branch + dy if plan.add else branch).astype(dtype)
 
     widths = [width, width, hidden, hidden], [width, width, hidden, width]
@@ -101,6 +101,11 @@ def _backward(plan, saved, gradient):
 
 
 mlp_block.defvjp(_forward, _backward)
+
+
+def _row(ref, columns=...):
+    """Return a vector, or some columns of it, as one row of a matrix."""
+    return jnp.expand_dims(ref[columns], 0)
 
 
 def _gelu(x):

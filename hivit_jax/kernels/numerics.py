@@ -93,6 +93,8 @@ def layer_norm(
     centered = x32 - x32.mean(-1, keepdims=True)
     inverse = jax.lax.rsqrt(jnp.square(centered).mean(-1, keepdims=True) + eps)
     x_hat = centered * inverse
+    # GPU kernels have vectors [C], TPU kernels rows [1, C].
+    scale, bias = (w if w.ndim == 2 else jnp.expand_dims(w, 0) for w in (scale, bias))
     return x_hat, inverse, (x_hat * scale + bias).astype(x.dtype)
 
 

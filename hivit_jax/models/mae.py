@@ -152,7 +152,13 @@ class MaskedAutoencoder(Model):
         if not self.config.multi_scale:
             return stages[-1]
         with jax.named_scope("latent"):
-            per_unit = [x.reshape(*ids_keep.shape, -1) for x in stages]  # 4E, 2E, E
+            width, inner = self.config.embed_dim, self.config.inner_patches
+            # 4E, 2E, E
+            widths = [width * inner >> level for level in range(len(stages))]
+            per_unit = [
+                x.reshape(*ids_keep.shape, n)
+                for x, n in zip(stages, widths, strict=True)
+            ]
             return self.norm(jnp.concatenate(per_unit, axis=-1))
 
     @accepts_explicit_axes

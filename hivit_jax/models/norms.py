@@ -118,9 +118,10 @@ class BatchNorm(nnx.Module):
             for running, new in ((self.mean, mean), (self.var, unbiased)):
                 old, new = running[...], jax.lax.stop_gradient(new)
                 running[...] = old + momentum * (new - old)
+        mean, var = (_like_rows(v, x) for v in (mean, var))
         y = (x32 - mean) * jax.lax.rsqrt(var + self.epsilon)
         if self.scale is not None:
-            y = y * self.scale[...] + self.bias[...]
+            y = y * _like_rows(self.scale[...], x) + _like_rows(self.bias[...], x)
         return y.astype(x.dtype)
 
 
@@ -150,5 +151,5 @@ def batch_statistics(
     count = total(weight.sum()) * math.prod(x.shape[1:-1])
     divisor = jnp.maximum(count, 1.0)
     mean = total((weight * x).sum(axes)) / divisor
-    var = total((weight * jnp.square(x - mean)).sum(axes)) / divisor
+    var = total((weight * jnp.square(x - _like_rows(mean, x))).sum(axes)) / divisor
     return mean, var, count

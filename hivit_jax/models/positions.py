@@ -83,7 +83,7 @@ def units_to_cells(units: jax.Array, patch_size: int, inner_patches: int) -> jax
     # In x, an axis of pixel rows lies between the row bits and the column bits.
     bit_axes = [a + 1 if a < levels else a + 2 for a in _merge_axes(levels)]
     x = x.transpose(0, *bit_axes, levels + 1, 2 * levels + 2)
-    return x.reshape(x.shape[0] * inner_patches**2, -1)
+    return x.reshape(x.shape[0] * inner_patches**2, cell * row_length)
 
 
 def tokens_to_map(tokens: jax.Array, grid: Grid, inner: int) -> jax.Array:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from hivit_jax import config as configs
 from hivit_jax import main
 
 pytestmark = pytest.mark.processes
@@ -484,8 +485,8 @@ def test_jobset():
     assert job["parallelism"] == job["completions"] == int(across) * int(down) // chips
     assert (job["backoffLimit"], pod["restartPolicy"]) == (0, "Never")
     assert pod["terminationGracePeriodSeconds"] == 120
-    config, flags = main.parse(container["args"])
-    assert config.task == "mae"
+    flags, overrides = main.parse(container["args"])
+    assert configs.load(flags.config, overrides).task == "mae"
     assert flags.workdir.startswith("gs://")
 
 

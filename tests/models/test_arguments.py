@@ -1,0 +1,245 @@
+"""Python arguments of models: numbers of numpy, ranges, shapes of arrays."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from networks import DECODER, MINI, abstract, shapes
+
+from hivit_jax.errors import ConfigError
+from hivit_jax.models import arguments_of, configure, create_model
+from hivit_jax.models.arguments import make_key
+from hivit_jax.models.masking import visible_units
+from hivit_jax.models.norms import BatchNorm
+
+MAE = MINI | DECODER
+F32 = jnp.float32
+
+
+def shape(*sizes, dtype=F32):
+    return jax.ShapeDtypeStruct(sizes, dtype)
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "stored"),
+    [
+        ("image_size", np.int64(96), (96, 96)),
+        ("image_size", np.array([64, 96]), (64, 96)),
+        ("depths", np.array([1, 1, 2]), (1, 1, 2)),
+        ("depths", [np.int8(1), jnp.int32(1), 2], (1, 1, 2)),
+        ("drop_path_rate", np.float32(0.5), 0.5),
+        ("mlp_ratio", jnp.float32(2.0), 2.0),
+        ("mlp_ratio", np.int32(2), 2.0),
+        ("relative_position", np.bool_(False), False),
+        ("num_classes", np.uint16(7), 7),
+        ("global_blocks", np.array([1]), (1,)),
+    ],
+)
+def test_numbers_of_any_library(name, given, stored):
+    """Fields accept integers, floats and bools of Python, numpy and JAX, and sequences
+    of integers. They are stored as Python's, so that saved models contain them.
+    """
+    _, config, _ = configure("hivit_base", **MINI | {name: given})
+    found = getattr(config, name)
+    assert found == stored
+    assert json.loads(json.dumps(found)) == (
+        list(stored) if isinstance(stored, tuple) else stored
+    )
+    assert {type(x) for x in np.ravel(np.array(found, object))} <= {int, float, bool}
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        dict(image_size="64"),
+        dict(image_size=64.0),
+        dict(image_size=None),
+        dict(image_size=(64, 64, 64)),
+        dict(depths=3),
+        dict(depths=()),
+        dict(depths=(1, 1.5, 2)),
+        dict(num_heads=True),
+        dict(num_heads=2.0),
+        dict(in_channels=0),
+        dict(patch_size=0),
+        dict(num_classes=-1),
+        dict(embed_dim=-64),
+        dict(mlp_ratio=0.001),
+        dict(stem_mlp_ratio=-1),
+        dict(mlp_ratio=float("inf")),
+        dict(drop_path_rate=float("nan")),
+        dict(drop_path_rate="0.1"),
+        dict(layer_norm_eps=-1e-6),
+        dict(window_size=-1),
+        dict(relative_position=1),
+        dict(remat="yes"),
+        dict(dtype="float16"),
+        dict(dtype=None),
+    ],
+    ids=str,
+)
+def test_other_values_are_refused(overrides):
+    """Refused: other types, bools as numbers, numbers out of range or not finite. The
+    message begins with the field.
+    """
+    with pytest.raises(ConfigError, match=next(iter(overrides))):
+        create_model("hivit_base", **MINI | overrides)
+
+
+@pytest.mark.parametrize(
+    "overrides", [dict(decoder_depth=0), dict(decoder_num_heads=0)]
+)
+def test_decoder_sizes(overrides):
+    with pytest.raises(ConfigError, match=next(iter(overrides))):
+        create_model("mae_hivit_base", **MAE | overrides)
+
+
+def test_numpy_arguments_can_be_saved():
+    sizes = MINI | dict(embed_dim=np.int64(64), depths=np.array(MINI["depths"]))
+    model = abstract("hivit_base", **MINI)
+    made = configure("hivit_base", **sizes)[1]
+    assert json.dumps(arguments_of(model)["depths"]) == json.dumps(made.depths)
+
+
+@pytest.mark.parametrize(
+    "seed", [3, np.int64(3), np.uint8(3), jnp.int32(3), jax.random.key(3)]
+)
+def test_seeds(seed):
+    """A seed is an integer of any library, or one PRNG key."""
+    assert jax.random.key_data(make_key(seed)).tolist() == [0, 3]
+
+
+def test_old_keys_and_traced_seeds():
+    old = jax.random.PRNGKey(3)
+    assert make_key(old) is old
+    assert jax.jit(lambda seed: jax.random.key_data(make_key(seed)))(3).tolist() == [
+        0,
+        3,
+    ]
+
+
+@pytest.mark.parametrize("seed", [0.5, "3", None, True, 2**70, np.arange(2)])
+def test_refused_seeds(seed):
+    with pytest.raises(ConfigError, match="seed="):
+        make_key(seed)
+
+
+def test_several_keys_are_no_seed():
+    with pytest.raises(ConfigError, match="seed="):
+        make_key(jax.random.split(jax.random.key(0), 2))
+
+
+IMAGES = shape(4, 64, 64, 3)
+KEYS = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 4))
+OLD_KEYS = shape(4, 2, dtype=jnp.uint32)
+
+
+def classify(images=IMAGES, **arrays):
+    model = abstract("hivit_base", **MINI | dict(drop_path_rate=0.5, num_classes=5))
+    return shapes(lambda m: jax.eval_shape(m, images, **arrays), model)
+
+
+def reconstruct(method="image_loss", *arrays, **named):
+    model = abstract("mae_hivit_base", **MAE)
+    return shapes(lambda m: jax.eval_shape(getattr(m, method), *arrays, **named), model)
+
+
+def test_one_drop_path_key_an_image():
+    """Keys of `jax.random.key`, [B], and of `jax.random.PRNGKey`, [B, 2]."""
+    assert classify(drop_path_keys=KEYS).shape == (4, 5)
+    assert classify(drop_path_keys=OLD_KEYS).shape == (4, 5)
+    for count in (1, 2, 3, 8):
+        few = jax.eval_shape(lambda n=count: jax.random.split(jax.random.key(0), n))
+        with pytest.raises(ConfigError, match=rf"\[{count}\].*\[4\]"):
+            classify(drop_path_keys=few)
+    one = jax.eval_shape(lambda: jax.random.key(0))
+    with pytest.raises(ConfigError, match="drop_path_keys"):
+        classify(drop_path_keys=one)
+
+
+@pytest.mark.parametrize(
+    "images",
+    [shape(64, 64, 3), shape(4, 64, 64, 1), shape(4, 64, 64, 3, dtype=jnp.uint8)],
+)
+def test_images(images):
+    """[B, H, W, C] of the model's size, floating point."""
+    with pytest.raises(ConfigError, match="images are"):
+        classify(images)
+
+
+@pytest.mark.parametrize(
+    "noise", [(4, 15), (4, 17), (2, 16), (1, 16), (16,), (4, 16, 1)]
+)
+@pytest.mark.parametrize("method", ["image_loss", "__call__"])
+def test_noise(method, noise):
+    """One number for each unit of each image; neither broadcast nor cut."""
+    with pytest.raises(ConfigError, match=r"noise has shape .* = \[4, 16\]"):
+        reconstruct(method, IMAGES, noise=shape(*noise))
+
+
+@pytest.mark.parametrize(
+    ("method", "arrays", "name"),
+    [
+        ("encode", (IMAGES, shape(2, 4, dtype=jnp.int32)), "ids_keep"),
+        ("encode", (IMAGES, shape(4, 4)), "ids_keep"),
+        ("decode", (shape(4, 4, 448), shape(4, 15, dtype=jnp.int32)), "ids"),
+        ("decode", (shape(4, 4, 64), shape(4, 16, dtype=jnp.int32)), "latent"),
+        ("targets", (IMAGES, shape(1, 4, dtype=jnp.int32)), "ids"),
+        ("unit_loss", (IMAGES, shape(4, 1, 768)), "pred"),
+        ("unit_loss", (IMAGES, shape(1, 16, 768)), "pred"),
+        ("features", (IMAGES, shape(4, dtype=jnp.int32)), "ids_keep"),
+    ],
+)
+def test_arrays_of_parts(method, arrays, name):
+    with pytest.raises(ConfigError, match=name):
+        reconstruct(method, *arrays)
+
+
+def test_weight_of_batch_norm():
+    norm, x = BatchNorm(3), jnp.ones((4, 3))
+    for weight in (jnp.ones(1), jnp.ones(2), jnp.ones((4, 1))):
+        with pytest.raises(ConfigError, match="weight"):
+            norm(x, weight)
+
+
+def test_empty_batch():
+    """Every method accepts no images, with and without windows and keys."""
+    none, keys = (
+        shape(0, 64, 64, 3),
+        jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 0)),
+    )
+    assert classify(none).shape == (0, 5)
+    assert classify(none, drop_path_keys=keys).shape == (0, 5)
+    windows = abstract("hivit_base", **MINI | dict(window_size=3))
+    maps = shapes(
+        lambda m: m.features(jnp.zeros((0, 64, 64, 3)), stride_32=True), windows
+    )
+    assert [m.shape[:3] for m in maps] == [(0, 16, 16), (0, 8, 8), (0, 4, 4), (0, 2, 2)]
+    layers = shapes(lambda m: m.layers(jnp.zeros((0, 64, 64, 3)), True), windows)
+    assert layers[0].attention.shape == (0, 4, 2, 9, 9)
+    noise = shape(0, 16)
+    assert reconstruct("image_loss", none, noise=noise).shape == (0,)
+    assert reconstruct("__call__", none, noise=noise).pred.shape == (0, 16, 768)
+    assert BatchNorm(3)(jnp.zeros((0, 3))).shape == (0, 3)
+    norm = BatchNorm(3)
+    assert norm(jnp.zeros((0, 3)), jnp.zeros(0)).shape == (0, 3)
+    assert norm.var[...].tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("units", [2, 3, 10, 49, 196, 1234])
+def test_stated_mask_ratio_works(units):
+    """The message states a ratio that keeps a unit."""
+    with pytest.raises(ConfigError, match="at least 1") as error:
+        visible_units(units, 0.99999)
+    most = float(str(error.value).rsplit(" ", 1)[1])
+    assert visible_units(units, most) >= 1
+    assert visible_units(units, np.float64(most)) >= 1
+
+
+def test_ten_units():
+    with pytest.raises(ConfigError, match="a mask_ratio of at most 0.89"):
+        visible_units(10, 0.9)
+    with pytest.raises(ConfigError, match="at least 1 of 2"):
+        visible_units(1, 0.5)

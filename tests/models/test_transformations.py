@@ -1,0 +1,255 @@
+"""Models under JAX's transformations, meshes and debug settings."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from networks import fast_jit, mini, pictures
+from numpy.testing import assert_allclose, assert_array_equal
+
+from hivit_jax.errors import ConfigError
+from hivit_jax.models.layers import FixedTable
+from hivit_jax.models.norms import layer_norm
+
+SMALL = dict(image_size=32, embed_dim=16, depths=(1, 1, 1), num_heads=1)
+DECODER = dict(decoder_embed_dim=16, decoder_num_heads=1)
+IMAGES, NOISE = pictures((4, 32, 32, 3)), pictures((4, 4), "noise")
+
+
+def loss(graphdef, state, images, noise):
+    """Loss of each image."""
+    model = nnx.merge(graphdef, state)
+    if hasattr(model, "image_loss"):
+        return model.image_loss(images, noise=noise)
+    return jnp.square(model(images)).sum(-1)
+
+
+def build(name, **overrides):
+    sizes = SMALL | (DECODER if name.startswith("mae") else {}) | overrides
+    return nnx.split(mini(name, **sizes))
+
+
+def close(found, expected):
+    for a, b in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+        assert_allclose(a, b, rtol=2e-4, atol=2e-4 * np.abs(b).max() + 1e-7)
+
+
+MODELS = "hivit_base", "mae_hivit_base"
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_manual_and_explicit_meshes(name):
+    """Loss and gradient are those without a mesh: inside `shard_map` with the checks of
+    varying types on, and on a mesh with Explicit axes, the default of `make_mesh`, with
+    sharded images. Fused kernels run as plain operations in both.
+    """
+    graphdef, state = build(name)
+
+    def mean(state, images, noise):
+        return loss(graphdef, state, images, noise).mean()
+
+    gradient = jax.value_and_grad(mean)
+    expected = fast_jit(gradient)(state, IMAGES, NOISE)
+    mesh = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Auto,))
+
+    def global_mean(state, images, noise):
+        return jax.lax.pmean(mean(state, images, noise), "d")
+
+    mapped = jax.shard_map(
+        jax.value_and_grad(global_mean),
+        mesh=mesh,
+        in_specs=(P(), P("d"), P("d")),
+        out_specs=P(),
+    )
+    close(fast_jit(mapped)(state, IMAGES, NOISE), expected)
+    sharding = NamedSharding(jax.make_mesh((4,), ("d",)), P("d"))
+    arrays = jax.device_put((IMAGES, NOISE), sharding)
+    close(fast_jit(gradient)(state, *arrays), expected)
+
+
+def outputs(model, images):
+    """Every public method of a classifier or masked autoencoder."""
+    if hasattr(model, "decode"):
+        out = model(images, noise=jnp.arange(4.0)[None].repeat(len(images), 0))
+        _, mean, scale = model.targets(images)
+        return out, model.to_images(out, mean, scale)
+    return model(images), model.features(images), model.layers(images, attention=True)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("spec", [P(("a", "b")), P("b"), P("a", "b"), P()])
+def test_shardings_on_explicit_meshes(name, spec):
+    """Results keep the sharding of the images along the batch, for axes of several
+    names, a sharded height, and images that are not sharded. The mesh may be set or
+    only known from the images.
+    """
+    model = nnx.merge(*build(name))
+    mesh = jax.make_mesh((2, 2), ("a", "b"))
+    images = jax.device_put(IMAGES, NamedSharding(mesh, spec))
+    plain = jax.eval_shape(partial(outputs, model), IMAGES)
+
+    def check(images):
+        found = outputs(model, images)
+        assert jax.tree.map(jnp.shape, found) == jax.tree.map(jnp.shape, plain)
+        for x in jax.tree.leaves(found):
+            first = jax.typeof(x).sharding.spec[:1] if x.ndim else ()
+            assert tuple(first) == ((*spec, None)[:1] if x.ndim else ())
+        return ()
+
+    jax.eval_shape(check, images)
+    with jax.set_mesh(mesh):
+        jax.eval_shape(check, images)
+
+
+@pytest.mark.parametrize("overrides", [{}, dict(scan_blocks=True, remat=True)])
+def test_forward_mode(overrides):
+    """`jvp`, `linearize` and `jacfwd` agree with reverse mode: <w, Jv> = <J'w, v>."""
+    graphdef, state = build("hivit_base", **overrides, num_classes=3)
+
+    def model(state, images):
+        return nnx.merge(graphdef, state)(images)
+
+    @fast_jit
+    def products(state, images):
+        arguments, tangents = (state, images), (state, images * 2)
+        forward = jax.jvp(model, arguments, tangents)[1]
+        linear = jax.linearize(model, *arguments)[1](*tangents)
+        _, backward = jax.vjp(model, *arguments)
+        weight = jnp.cos(jnp.arange(forward.size)).reshape(forward.shape)
+        pairs = zip(
+            jax.tree.leaves(backward(weight)), jax.tree.leaves(tangents), strict=True
+        )
+        return (
+            forward,
+            linear,
+            (weight * forward).sum(),
+            sum((a * b).sum() for a, b in pairs),
+        )
+
+    forward, linear, left, right = products(state, IMAGES[:1])
+    close(linear, forward)
+    assert np.abs(forward).max() > 0.1
+    assert_allclose(left, right, rtol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_derivatives_of_layer_norm(dtype):
+    """First and second derivatives, both modes, and vmap of them."""
+    x, scale, bias = (
+        pictures((3, 8)).astype(dtype),
+        pictures((8,), "s"),
+        pictures((8,), "b"),
+    )
+
+    def ours(x, scale, bias):
+        return layer_norm(x, scale, bias, 1e-6, jnp.dtype(dtype)).astype(jnp.float32)
+
+    def plain(x, scale, bias):
+        x = x.astype(jnp.float32)
+        centered = x - x.mean(-1, keepdims=True)
+        var = jnp.square(centered).mean(-1, keepdims=True)
+        y = centered / jnp.sqrt(var + 1e-6) * scale[None] + bias[None]
+        return y.astype(dtype).astype(jnp.float32)
+
+    tolerance = (
+        dict(rtol=0.05, atol=0.05)
+        if dtype == "bfloat16"
+        else dict(rtol=1e-4, atol=1e-5)
+    )
+    for transform in (
+        jax.jacfwd,
+        jax.jacrev,
+        lambda f, n: jax.jacfwd(jax.jacrev(f, n), n),
+    ):
+        for found, expected in zip(
+            *(transform(f, (0, 1, 2))(x, scale, bias) for f in (ours, plain)),
+            strict=True,
+        ):
+            for a, b in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+                assert_allclose(np.float32(a), np.float32(b), **tolerance)
+
+
+def test_backward_pass_saves_input_and_two_numbers_a_row():
+    x, scale = jnp.ones((64, 32)), jnp.ones(32)
+    _, backward = jax.vjp(lambda *a: layer_norm(*a, 1e-6, x.dtype), x, scale, scale)
+    sizes = sorted(leaf.size for leaf in jax.tree.leaves(backward))
+    assert sizes == [32, 64, 64, 64 * 32]
+
+
+def test_forward_mode_of_fused_kernels():
+    """Where a fused kernel runs, the error names the option to change."""
+    from hivit_jax.kernels.dispatch import Target
+
+    @jax.custom_vjp
+    def kernel(x, weights, plan):
+        return x
+
+    kernel.defvjp(lambda x, *_: (x, None), lambda _, g: (g, None, None))
+    run = partial(Target("cpu").run, kernel, weights=(), plan=0)
+    with pytest.raises(ConfigError, match="kernels='plain'"):
+        jax.jvp(run, (jnp.ones((2, 3)),), (jnp.ones((2, 3)),))
+    assert jax.grad(lambda x: run(x).sum())(jnp.ones(3)).tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "overrides", [{}, dict(scan_blocks=True), dict(dtype="bfloat16")]
+)
+def test_no_implicit_rank_promotion(name, overrides):
+    """`jax_numpy_rank_promotion="raise"`, a debug setting, forward and backward."""
+    graphdef, state = build(name, **overrides)
+    with jax.numpy_rank_promotion("raise"):
+        jax.eval_shape(
+            jax.grad(lambda s: loss(graphdef, s, IMAGES, NOISE).mean()), state
+        )
+
+
+def variables(model):
+    """Arrays of all variables that are not parameters."""
+    return jax.tree.map(
+        np.asarray, nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.Param)))
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [("mae_hivit_base", {}), ("hivit_base", dict(running_norm=True))],
+)
+@pytest.mark.parametrize(
+    "optimizer", [optax.adamw(0.1, weight_decay=0.5), optax.lion(0.1), optax.sgd(9.0)]
+)
+def test_own_loop_trains_parameters_alone(name, overrides, optimizer):
+    """Fixed tables and running statistics stay bit for bit the same in an
+    `nnx.Optimizer` of all `nnx.Param`, with any weight decay. A user who optimizes
+    every `nnx.Variable` gets zero gradients of them, but decays them.
+    """
+    model = nnx.merge(*build(name, **overrides))
+    before = variables(model)
+    trained = nnx.Optimizer(model, optimizer, wrt=nnx.Param)
+    gradient = jax.tree.map(jnp.ones_like, nnx.state(model, nnx.Param))
+    trained.update(model, gradient)
+    assert len(jax.tree.leaves(before)) == (1 if name.startswith("mae") else 2)
+    jax.tree.map(assert_array_equal, variables(model), before)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "overrides"),
+    [
+        ("mae_hivit_base", FixedTable, {}),
+        ("hivit_base", nnx.BatchStat, dict(running_norm=True)),
+    ],
+)
+def test_gradient_of_all_variables(name, kind, overrides):
+    graphdef, state = build(name, **overrides)
+    gradient = fast_jit(jax.grad(lambda s: loss(graphdef, s, IMAGES, NOISE).sum()))(
+        state
+    )
+    found = jax.tree.leaves(nnx.split(nnx.merge(graphdef, gradient), kind, ...)[1])
+    assert found
+    assert not any(np.asarray(x).any() for x in found)
