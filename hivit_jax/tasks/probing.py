@@ -51,9 +51,8 @@ def nearest_neighbors(
         for batch in prefetch_to_device(inputs.eval_batches(config, split), mesh):
             parts.append(jax.device_get(encode(batch)))
             heartbeat()
-        features, labels, weight, unreadable = map(
-            np.concatenate, zip(*parts, strict=True)
-        )
+        columns = map(np.concatenate, zip(*parts, strict=True))
+        features, labels, weight, unreadable = columns
         inputs.check_unreadable(int(unreadable.sum()), config.data, split)
         return features[weight > 0], labels[weight > 0]
 
