@@ -49,7 +49,18 @@ def random_masking(
       ids_restore: int [B, N], rank of each unit in that order.
       mask: float32 [B, N], 0 visible, 1 masked.
     """
-    ids_shuffle = jnp.argsort(noise, axis=1, stable=True)
-    ids_restore = jnp.argsort(ids_shuffle, axis=1)
+    ids_shuffle = _argsort(noise)
+    ids_restore = _argsort(ids_shuffle)
     mask = (ids_restore >= kept).astype(jnp.float32)
     return ids_shuffle, ids_restore, mask
+
+
+def _argsort(x: jax.Array) -> jax.Array:
+    """Return the stable order of each row of x [B, N], finite, as int32 [B, N].
+
+    The indices depend on x, because jnp.argsort in `jax.shard_map` has a result that
+    JAX takes to be equal on all devices. Gradients would then use the first device's
+    masks for all.
+    """
+    indices = jnp.arange(x.shape[1], dtype=jnp.int32)[None] + (x * 0).astype(jnp.int32)
+    return jax.lax.sort_key_val(x, indices, dimension=1, is_stable=True)[1]

@@ -100,7 +100,7 @@ def tokens_to_map(tokens: jax.Array, grid: Grid, inner: int) -> jax.Array:
     rows = [4 + 2 * i for i in range(levels)]
     columns = [3 + 2 * i for i in range(levels)]
     x = x.transpose(0, 1, *rows, 2, *columns, 3 + 2 * levels)
-    return x.reshape(x.shape[0], grid[0] * inner, grid[1] * inner, -1)
+    return x.reshape(x.shape[0], grid[0] * inner, grid[1] * inner, tokens.shape[-1])
 
 
 def merge_order(inner: int) -> np.ndarray:
