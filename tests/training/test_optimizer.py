@@ -32,7 +32,9 @@ def test_ten_steps_of_the_official_adamw(first_moment, of_losses, of_parameters)
         reference.FIXTURES["adamw_traj"],
     )
     overrides = {
-        reference.OUR_NAMES.get(key, key): value
+        reference.OUR_NAMES.get(key, key): (
+            tuple(value) if isinstance(value, list) else value
+        )
         for key, value in reference.FIXTURES["mae_mini"]["config"].items()
     }
     state = reference.state_dict("mae_mini")
@@ -119,7 +121,9 @@ def test_parameter_without_a_layer():
 def test_layer_decay_and_weight_decay_of_finetuning(size):
     expected = facts(f"layer_decay_{size}")
     mini = {
-        reference.OUR_NAMES.get(key, key): value
+        reference.OUR_NAMES.get(key, key): (
+            tuple(value) if isinstance(value, list) else value
+        )
         for key, value in reference.MINI_CLASSIFIER.items()
     }
     model = networks.abstract_model("hivit_base", **mini if size == "mini" else {})

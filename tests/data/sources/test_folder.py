@@ -234,11 +234,11 @@ def test_ignored_files_are_counted_by_ending(root):
     assert folder.Folder(str(root), "train").ignored_text().count(",") == 8
 
 
-def test_index_of_an_earlier_version_is_not_used(root, cache):
+def test_index_of_an_earlier_version_is_not_used(root, user_cache):
     """Its classes may be hidden directories."""
     make(root, "train/.ipynb_checkpoints/a.png")
     folder.Folder(str(root), "train")
-    found = max(cache.glob("hivit_jax/*.npz"), key=os.path.getmtime)
+    found = max(user_cache.glob("hivit_jax/*.npz"), key=os.path.getmtime)
     with np.load(found) as index:
         old = {k: index[k] for k in ("directories", "times", "files")}
     old["classes"], old["counts"] = np.array([".ipynb_checkpoints"]), np.array([5])
