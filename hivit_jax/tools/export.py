@@ -6,8 +6,8 @@ StableHLO, which `jax.export` runs without this package, or ONNX if B ends in ``
 
 import logging
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -49,9 +49,10 @@ def export(
             raise errors.unknown("platform", platform, PLATFORMS)
     function = jax.jit(_inference(model, what))
     errors.require("flatbuffers", "hivit-jax[export]")
-    exported = stablehlo.export(function, platforms=tuple(platforms))(
-        _input_spec(model)
-    )
+    with _names_of_files_only():
+        exported = stablehlo.export(function, platforms=tuple(platforms))(
+            _input_spec(model)
+        )
     return bytes(exported.serialize())
 
 
@@ -167,6 +168,18 @@ def _inference(model: Model, what: str) -> Callable[[jax.Array], Any]:
 def _input_spec(model: Model) -> jax.ShapeDtypeStruct:
     shape = (*stablehlo.symbolic_shape("b"), *model.config.image_shape)
     return jax.ShapeDtypeStruct(shape, np.float32)
+
+
+@contextmanager
+def _names_of_files_only() -> Iterator[None]:
+    """Context in which lowered programs contain source files without directories."""
+    key = "jax_hlo_source_file_canonicalization_regex"
+    previous = getattr(jax.config, key)
+    jax.config.update(key, r".*[/\\]")
+    try:
+        yield
+    finally:
+        jax.config.update(key, previous)
 
 
 def _flat(outputs: Any) -> np.ndarray:

@@ -146,8 +146,9 @@ class TorchFile:
         self._members: dict[str, zipfile.ZipInfo] = {}
         self._offsets: dict[str, int] = {}
         try:
-            read = self._read_archive if zipfile.is_zipfile(path) else self._read_legacy
-            read()
+            with path.open("rb") as file:
+                archive = file.read(2) == b"PK"
+            self._read_archive() if archive else self._read_legacy()
         except CheckpointError:
             raise
         except Exception as error:  # damaged files cause exceptions of many types

@@ -1,6 +1,7 @@
 """Exported models reproduce the live model, with jax alone or onnxruntime."""
 
 import json
+import os
 import sys
 
 import jax
@@ -73,6 +74,17 @@ def test_export_equals_the_model_in_any_batch(what, dtype, size, tmp_path):
 def test_parameters_are_stored_once(exported):
     size = 4 * mini().parameter_count()
     assert size < exported[0].stat().st_size < size + 2**16
+
+
+def test_no_paths_of_the_machine(exported, monkeypatch):
+    """Names of source files only; `~` of a path is the home directory."""
+    content = exported[0].read_bytes()
+    assert b"classifier.py" in content
+    for path in (export.__file__, __file__, np.__file__, jax.__file__):
+        assert os.path.dirname(path).encode() not in content
+    assert jax.config.jax_hlo_source_file_canonicalization_regex is None
+    monkeypatch.setenv("HOME", str(exported[0].parent))
+    assert export.load_exported("~/model")
 
 
 @pytest.mark.slow
