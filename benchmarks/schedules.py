@@ -31,7 +31,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from benchmarks.train_step import task_of
 from hivit_jax import config as configs
 from hivit_jax.errors import exit_code
-from hivit_jax.models.masking import visible_units
+from hivit_jax.models.masking import count_visible_units
 from hivit_jax.tree import split
 from hivit_jax.xla.chips import CHIPS, devices_of
 from hivit_jax.xla.cost import matmul_flops
@@ -77,7 +77,7 @@ def blocks(config: Any, images: int) -> dict[str, tuple[int, nnx.Module, tuple]]
     model = nnx.eval_shape(task_of(config).build_model)
     encoder, decoder = model.encoder, model.decoder_blocks
     units, cells = encoder.absolute_pos_embed.shape[0], model.config.inner_patches**2
-    visible, stages = visible_units(units, config.mask_ratio), {}
+    visible, stages = count_visible_units(units, config.mask_ratio), {}
     for number, stage in enumerate(encoder.stages[:-1], 1):
         stages[f"stem {number}"] = stage, (images * visible * cells,)
         cells //= 4

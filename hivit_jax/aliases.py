@@ -1,11 +1,11 @@
-"""Advice on unknown keys of a config or a model."""
+"""Errors for unknown keys of a config or model, with the key that was meant."""
 
 import difflib
 from collections.abc import Iterable, Sequence
 
 from hivit_jax.errors import ConfigError
 
-# Names that other programs use -> our key.
+# Key -> names that other programs use for it.
 _ALIASES = {
     "batch_size": "bs batch batchsize train_batch_size global_batch_size",
     "checkpoint_every": "save_every save_freq save_interval ckpt_every save_steps",
@@ -57,54 +57,55 @@ _WORKDIR = ["workdir", "output", "output_dir", "out_dir", "log_dir", "save_dir"]
 
 
 def unknown_key(kind: str, name: str, known: Iterable[str]) -> ConfigError:
-    """Return the error for an unknown key, with the key that was meant, if clear.
+    """Return the error for an unknown key.
 
-    In this order: the same last component in another part, a name that other programs
-    use, a typing error. Otherwise the error lists the keys of the part.
+    The error suggests the key that was probably meant: a key with the same last
+    component in another section, else a key that other programs call by this name, else
+    a similarly spelled key. If there is none, the error lists the section's keys.
 
     Args:
       kind: description of the key, such as "config key".
       name: the unknown key, with dots between its components.
-      known: all keys.
+      known: all valid keys.
     """
-    known, normal = list(known), name.lower().replace("-", "_")
-    if meant := _meant(normal, known):
-        hint = f"did you mean {' or '.join(map(repr, meant))}?"
-    elif normal in _WORKDIR:
+    known, normalized = list(known), name.lower().replace("-", "_")
+    if candidates := _probably_meant(normalized, known):
+        hint = f"did you mean {' or '.join(map(repr, candidates))}?"
+    elif normalized in _WORKDIR:
         hint = "did you mean the flag --workdir=DIR?"
     else:
-        hint = _listing(name, known)
+        hint = _list_keys(name, known)
     return ConfigError(f"unknown {kind} {name!r}; {hint}")
 
 
 def _split(key: str) -> tuple[str, str]:
-    """Split a key into its part, "" for none, and its last component."""
-    part, _, leaf = key.rpartition(".")
-    return part, leaf
+    """Split a key into its section, "" if it has none, and its last component."""
+    section, _, leaf = key.rpartition(".")
+    return section, leaf
 
 
-def _meant(name: str, known: Sequence[str]) -> list[str]:
-    """Return the keys that an unknown key may mean; [] if none is clear."""
-    part, leaf = _split(name)
-    if found := [key for key in known if _split(key)[1] == leaf]:
-        return found
-    if alias := _KEY_OF.get(leaf):
-        return [key for key in known if alias in (key, f"model.{key}")]
-    own = [key for key in known if _split(key)[0] == part]
-    for keys in (own, known):
+def _probably_meant(name: str, known: Sequence[str]) -> list[str]:
+    """Return the valid keys that an unknown key probably means; may be []."""
+    section, leaf = _split(name)
+    if same_leaf := [key for key in known if _split(key)[1] == leaf]:
+        return same_leaf
+    if target := _KEY_OF.get(leaf):
+        return [key for key in known if target in (key, f"model.{key}")]
+    same_section = [key for key in known if _split(key)[0] == section]
+    for keys in (same_section, known):
         by_leaf = {_split(key)[1]: key for key in keys}
         if near := difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=0.8):
             return [by_leaf[near[0]]]
     return []
 
 
-def _listing(name: str, known: Sequence[str]) -> str:
-    """Return the keys of the part to which an unknown key belongs, as text."""
+def _list_keys(name: str, known: Sequence[str]) -> str:
+    """Return the keys of the section of an unknown key, or of all keys, as text."""
     if inside := [_split(key)[1] for key in known if _split(key)[0] == name]:
-        return f"it is a part of the config with the keys {', '.join(inside)}"
-    part = _split(name)[0]
-    own = [_split(key)[1] for key in known if part and _split(key)[0] == part]
-    if own:
-        return f"keys of {part}: {', '.join(own)}"
+        return f"it is a section of the config with the keys {', '.join(inside)}"
+    section = _split(name)[0]
+    leaves = [_split(key)[1] for key in known if section and _split(key)[0] == section]
+    if leaves:
+        return f"keys of {section}: {', '.join(leaves)}"
     names = [f"{_split(key)[0]}.*" if "." in key else key for key in known]
     return f"known: {', '.join(dict.fromkeys(names))}"

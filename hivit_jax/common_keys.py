@@ -1,4 +1,4 @@
-"""Keys of every recipe: default, comment and range of each."""
+"""Config keys of every recipe, with default, comment and range."""
 
 from dataclasses import replace
 
@@ -7,7 +7,7 @@ from hivit_jax.keys import Key, field_keys
 from hivit_jax.models.config import HiViTConfig
 
 SCHEDULES = ("cosine", "cosine_from_start", "multistep", "polynomial", "constant")
-# Keys of every recipe. Tasks (`Task.keys`) and models (`model_keys`) add their own.
+# Tasks (`Task.keys`) and models (`config.model_keys`) add their own keys.
 KEYS = {
     "task": Key("", "a name below, or `module:Class` for your own task"),
     "seed": Key(
@@ -16,89 +16,116 @@ KEYS = {
     "batch_size": Key(1024, "global batch size in images", 1),
     "total_epochs": Key(0.0, "length of the run in epochs", 0, 10**6),
     "total_steps": Key(0, "length of the run in steps; 0: use `total_epochs`", 0),
-    "init_from": Key("", "pretrained model: any path that `load_pretrained` accepts"),
+    "init_from": Key(
+        "", "pretrained model to start from: any path that `load_pretrained` accepts"
+    ),
     "log_every": Key(50, "steps between log lines", 1),
     "eval_every": Key(1251, "steps between evaluations; 1251: an ImageNet epoch", 1),
     "checkpoint_every": Key(1251, "steps between checkpoints", 1),
     "keep_checkpoints": Key(3, "newest checkpoints to keep in addition to the best", 1),
-    "compilation_cache": Key("", "directory of compiled programs; empty: in workdir"),
+    "compilation_cache": Key(
+        "", "directory for compiled programs; empty: `compiled` in the workdir"
+    ),
     "stall_timeout": Key(
-        1800.0, "seconds without progress that end a run; 0: none", 0, 10**9
+        1800.0,
+        "end the run after this many seconds without progress; 0: never",
+        0,
+        10**9,
     ),
     "peer_timeout": Key(
-        60.0, "seconds of silence after which a process is lost", 1, 10**6
+        60.0,
+        "seconds without a heartbeat after which a process counts as lost",
+        1,
+        10**6,
     ),
     "model": {
-        "name": Key("", "a model name of `hivit_jax.list_models`"),
+        "name": Key("", "a model name from `hivit_jax.list_models`"),
         "image_size": replace(
             field_keys(HiViTConfig)["image_size"],
             default=224,
-            comment="side, or (height, width), in pixels, multiples of `patch_size`",
+            comment="side or (height, width) in pixels, multiples of `patch_size`",
         ),
         "in_channels": replace(field_keys(HiViTConfig)["in_channels"], default=3),
     },
     "data": {
         "name": Key(
             "imagenet2012",
-            "TFDS name, `folder`, `digits`, `synthetic` or your own `module:Class`",
+            "TFDS name, `folder`, `digits`, `synthetic`, or your own `module:Class`",
         ),
-        "dir": Key("", "dataset directory; empty: the default directory of TFDS"),
-        "train_split": Key("", "split name; empty: the default of the dataset"),
-        "eval_split": Key("", "split name; empty: the default of the dataset"),
-        "train_examples": Key(0, "training images of digits or synthetic; 0: all", 0),
-        "subset": Key(0, "seed that selects the `train_examples` digits", 0),
+        "dir": Key("", "dataset directory; empty: TFDS's default directory"),
+        "train_split": Key("", "training split; empty: the dataset's default"),
+        "eval_split": Key("", "evaluation split; empty: the dataset's default"),
+        "train_examples": Key(
+            0, "number of training images of digits or synthetic; 0: all", 0
+        ),
+        "subset": Key(0, "seed for selecting `train_examples` images of the digits", 0),
         "crop_scale": Key(
             (0.08, 1.0),
-            "smallest and largest area of training crops, relative to the image",
+            "smallest and largest area of training crops, as fractions of the image",
             above=0,
             high=1,
             length=2,
             increasing=True,
         ),
-        "crop_pct": Key(0.875, "center crop in evaluation; 0.875: 224 of 256", 1e-3, 1),
-        "flip": Key(True, "flip half of the training images left to right"),
-        "randaugment": Key(False, "RandAugment in training, rand-m9-mstd0.5-inc1"),
-        "mean": Key(
-            (0.485, 0.456, 0.406), "mean per channel, 0 to 1 for images of 8 bits"
+        "crop_pct": Key(
+            0.875,
+            "side of the evaluation's center crop, relative to the resized image; "
+            "0.875: 224 of 256",
+            1e-3,
+            1,
         ),
+        "flip": Key(
+            True, "flip each training image left to right with probability 1/2"
+        ),
+        "randaugment": Key(False, "RandAugment in training, rand-m9-mstd0.5-inc1"),
+        "mean": Key((0.485, 0.456, 0.406), "mean per channel, 0 to 1 for 8-bit images"),
         "std": Key(
             (0.229, 0.224, 0.225),
-            "standard deviation per channel, at most 1 for images of 8 bits",
+            "standard deviation per channel, at most 1 for 8-bit images",
             above=0,
         ),
         "value_range": Key(
             (),
-            "values of black and white beyond 8 bits; (): 0, 65535",
+            "values of black and white in images with more than 8 bits; (): (0, 65535)",
             item=float,
         ),
         "interpolation": Key("bicubic", "resize filter", choices=tuple(FILTER_RADIUS)),
         "antialias": Key(True, "true: resize as PIL; false: as `tf.image.resize`"),
         "canvas": Key(
-            512, "largest crop resized on the device; 0: host resizes", 0, 2**16
+            512,
+            "largest crop side that the device resizes; 0: the host resizes all crops",
+            0,
+            2**16,
         ),
-        "workers": Key(0, "reader threads; 0: one per core", 0, 1024),
+        "workers": Key(0, "reader threads per process; 0: one per core", 0, 1024),
         "max_unreadable": Key(0.001, "tolerated fraction of unreadable images", 0, 1),
     },
     "optimizer": {
         "base_learning_rate": Key(5e-4, "peak learning rate for `lr_batch` images", 0),
         "lr_batch": Key(
             256,
-            "the peak scales by `batch_size / lr_batch`; 0: no scaling",
+            "the peak learning rate is multiplied by `batch_size / lr_batch`; "
+            "0: not scaled",
             choices=(256, 512, 0),
         ),
         "schedule": Key(
             "cosine",
-            "learning rate curve; `cosine_from_start`: from step 0, one step late",
+            "learning rate curve; `cosine_from_start`: the cosine starts at step 0 "
+            "and is one step late",
             choices=SCHEDULES,
         ),
         "first_epoch": Key(
-            0, "1: skip an epoch at start and at resume", choices=(0, 1)
+            0, "1: skip one epoch at the start and at every resume", choices=(0, 1)
         ),
         "warmup_epochs": Key(
             5.0, "epochs from `warmup_learning_rate` to the peak", 0, 10**6
         ),
-        "warmup_learning_rate": Key(0.0, "initial learning rate, unscaled", 0),
-        "min_learning_rate": Key(0.0, "final learning rate, unscaled", 0),
+        "warmup_learning_rate": Key(
+            0.0, "initial learning rate, not scaled by the batch size", 0
+        ),
+        "min_learning_rate": Key(
+            0.0, "final learning rate, not scaled by the batch size", 0
+        ),
         "milestones": Key(
             (),
             "multistep: epochs at which the learning rate changes",
@@ -109,43 +136,69 @@ KEYS = {
         "gamma": Key(
             0.1, "multistep: factor on the learning rate at a milestone", 0, 1
         ),
-        "power": Key(1.0, "polynomial: exponent", 0, 100),
+        "power": Key(1.0, "polynomial: exponent of the decay", 0, 100),
         "betas": Key(
-            (0.9, 0.999), "Adam betas; the first: LARS momentum", 0, below=1, length=2
+            (0.9, 0.999),
+            "Adam's betas; LARS uses the first as its momentum",
+            0,
+            below=1,
+            length=2,
         ),
         "weight_decay": Key(
-            0.05, "decoupled with Adam, in the gradient with LARS", 0, 100
+            0.05,
+            "weight decay: decoupled in Adam, added to the gradient in LARS",
+            0,
+            100,
         ),
-        "layer_decay": Key(1.0, "learning rate factor per layer below the last", 0, 1),
+        "layer_decay": Key(
+            1.0,
+            "factor on the learning rate for each layer below the last",
+            0,
+            1,
+        ),
         "clip_norm": Key(0.0, "maximum gradient norm; 0: no clipping", 0),
         "ema_decay": Key(
             0.0, "decay of the parameter average (EMA); 0: none", 0, below=1
         ),
-        "accumulate_steps": Key(1, "microbatches per step", 1),
+        "accumulate_steps": Key(
+            1, "microbatches whose gradients are accumulated in each step", 1
+        ),
         "first_moment_dtype": Key(
             "float32", "dtype of Adam's first moment", choices=("float32", "bfloat16")
         ),
     },
     "mesh": {
         "replica": Key(
-            1, "devices that shard the batch across slices or nodes", 1, also=(-1,)
+            1, "axis size; shards the batch across slices or nodes", 1, also=(-1,)
         ),
         "data": Key(
             -1,
-            "devices that shard the batch; one axis may be -1: the rest",
+            "axis size; shards the batch; one axis may be -1, for all remaining "
+            "devices",
             1,
             also=(-1,),
         ),
         "fsdp": Key(
-            1, "devices that shard batch, parameters and optimizer state", 1, also=(-1,)
+            1,
+            "axis size; shards the batch, parameters and optimizer state",
+            1,
+            also=(-1,),
         ),
         "tensor": Key(
-            1, "devices that shard attention heads and MLP hidden units", 1, also=(-1,)
+            1,
+            "axis size; shards attention heads and MLP hidden units",
+            1,
+            also=(-1,),
         ),
-        "zero": Key(3, "3: fsdp shards all; 1: only the optimizer", choices=(1, 3)),
+        "zero": Key(
+            3,
+            "3: `fsdp` shards parameters and optimizer state; 1: only the optimizer "
+            "state",
+            choices=(1, 3),
+        ),
     },
 }
-# Key of `optimizer` -> the schedules that use it.
+# Key of the section `optimizer` -> the schedules that use it.
 SCHEDULES_OF_KEY = {
     "min_learning_rate": ("cosine", "cosine_from_start", "polynomial"),
     "milestones": ("multistep",),

@@ -22,7 +22,7 @@ from hivit_jax.models.config import RunOptions
 IGNORED = ("checkpoint", "topology", "search_batch")
 # Exceptions of `Key.parse` and `Key.convert`.
 _UNPARSABLE = (KeyError, TypeError, ValueError, SyntaxError, OverflowError)
-_UNPARSABLE += (MemoryError, RecursionError)  # of deeply nested text
+_UNPARSABLE += (MemoryError, RecursionError)  # raised for deeply nested text
 QUIRKS = "optimizer.official_quirks"  # first edition; see `_expand_quirks`
 
 
@@ -46,7 +46,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> ConfigDict:
 
 
 def from_checkpoint(config: Mapping[str, Any], path: str) -> ConfigDict:
-    """Load the config of the checkpoint in `path`. It may be from an older version."""
+    """Complete the config saved in the checkpoint `path`, maybe by an old version."""
     return _resolve(config, {}, path)
 
 
@@ -165,7 +165,7 @@ def _expand_quirks(keys: Mapping[str, Key], init_from: str | None) -> dict[str, 
 
 
 def _check(values: Mapping[str, Any], task: type[tasks.Task]) -> None:
-    """Raise ConfigError for values that contradict the task, schedule or each other."""
+    """Raise ConfigError for values that contradict the task or other values."""
     # Key without effect -> (only accepted value, key that makes it ineffective).
     unused = {name: (value, "task") for name, value in task.unused.items()}
     for name, schedules in SCHEDULES_OF_KEY.items():

@@ -45,7 +45,7 @@ class DataError(HivitError):
 
 
 class LocalDataError(DataError):
-    """A data error on one process, which the other processes do not see."""
+    """A data error that occurs on only one process of a run."""
 
 
 class CheckpointError(HivitError):
@@ -94,15 +94,15 @@ def require(module: str, requirement: str) -> ModuleType:
     """Import and return a module of a package that may not be installed.
 
     Args:
-      requirement: argument of ``pip install`` that provides it: an extra such as
-        ``hivit-jax[data]``, or a package.
+      requirement: argument of ``pip install`` that installs the module: an extra such
+        as ``hivit-jax[data]``, or a package.
 
     Raises:
       MissingPackage: the module cannot be imported.
     """
     try:
         return import_module(module)
-    except Exception as error:  # a package that does not fit another raises any type
+    except Exception as error:  # incompatible packages raise exceptions of any type
         reason = "is not installed"
         name = module.partition(".")[0]
         if not isinstance(error, ModuleNotFoundError) or error.name != name:
@@ -119,10 +119,10 @@ def first_line(error: Exception) -> str:
 
 def exit_code(action: Callable[[], object]) -> int:
     """Run a command, print a HivitError to stderr, and return the exit code."""
-    from hivit_jax.resources import exhaustion_reported  # late, because it needs JAX
+    from hivit_jax.resources import raise_resource_errors  # late, because it needs JAX
 
     try:
-        with exhaustion_reported():
+        with raise_resource_errors():
             action()
     except HivitError as error:
         label = "" if isinstance(error, Interrupted) else "error: "

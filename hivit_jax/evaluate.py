@@ -1,4 +1,4 @@
-"""Exact evaluation: every example counts once, on any number of devices."""
+"""Evaluate a model: every example counts exactly once, on any number of devices."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -36,9 +36,9 @@ def make_eval_step(
 ) -> Callable:
     """Return the jitted evaluation of one batch.
 
-    Returns:
-      (variables, batch, position of the first example) -> (sums, count, unreadable,
-      rows): `Task.eval_step` and the numbers of readable and unreadable examples.
+    Its arguments are the variables, the batch, and the position of the batch's first
+    example in the split. It returns (sums, count, unreadable, rows): the result of
+    `Task.eval_step`, and the numbers of readable and unreadable examples.
     """
     check_batch(mesh, task.transform(train=False).batch_size)
     replicated, sharded = (NamedSharding(mesh, s) for s in (PartitionSpec(), BATCH))
@@ -133,10 +133,10 @@ def evaluate_checkpoint(
     checkpoint: str = "",
     heartbeat: Callable[[], None] = lambda: None,
 ) -> dict[str, float | int]:
-    """Evaluate the newest checkpoint of the workdir and log the result.
+    """Evaluate the newest checkpoint of a workdir and log the result.
 
     Args:
-      checkpoint: evaluate this one instead; any path that `weights.load.read` accepts.
+      checkpoint: model to evaluate instead; any path that `weights.load.read` accepts.
 
     Raises:
       CheckpointError: there is no checkpoint.
@@ -155,7 +155,7 @@ def evaluate_checkpoint(
 def restore(
     pretrained: adapt.Pretrained, task: tasks.Task, mesh: Mesh
 ) -> tuple[nnx.GraphDef, Variables]:
-    """Return the graphdef and variables of a task's model with pretrained arrays.
+    """Return (graphdef, variables) of a task's model with pretrained arrays.
 
     Raises:
       ConfigError: an array is missing or has another shape.
@@ -185,9 +185,10 @@ def put_frozen(task: tasks.Task, mesh: Mesh) -> Any:
 def make_panels(
     config: Any, task: tasks.Task, graphdef: nnx.GraphDef, mesh: Mesh
 ) -> Callable:
-    """Return variables -> `Task.panels` of the first held-out images, on the host.
+    """Return a function from variables to `Task.panels` of the first test images.
 
-    The PRNG keys are the same in every call. A task without panels reads no images.
+    The panels are on the host. The PRNG keys are the same in every call. Images are
+    read only if the task has panels.
     """
     if type(task).panels is tasks.Task.panels:
         return lambda variables: {}

@@ -1,4 +1,4 @@
-"""Create the task and the batches of a config."""
+"""Create the task and the batches that a config describes."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -25,7 +25,7 @@ from hivit_jax.distributed.processes import gather_objects
 from hivit_jax.errors import ConfigError, DataError, MissingPackage
 from hivit_jax.keys import INT_MAX
 
-CHECKED = 8  # examples of a split that are read before the first step
+NUM_CHECKED = 8  # examples of each split that are read before the first step
 CHECK_HINT = "python -m hivit_jax.tools.check_data lists all unreadable images"
 
 
@@ -50,8 +50,8 @@ def make_task(config: Any, *splits: str) -> tasks.Task:
         if [*opened.classes] != [*source.classes]:
             raise DataError(
                 f"{config.data.name}: expected the same classes in both splits, found "
-                f"{len(source.classes)} in {splits[0]} and {len(opened.classes)}, or "
-                f"others, in {split}"
+                f"{len(source.classes)} in {splits[0]} and {len(opened.classes)} in "
+                f"{split}, with different names or order"
             )
     classes = source.classes
     if not source.encoded:  # a synthetic dataset has as many classes as the model
@@ -78,7 +78,7 @@ def task_of_recipe(config: Any) -> tasks.Task:
 def images_per_epoch(config: Any, task: tasks.Task) -> int:
     """Return the number of images in an epoch of training.
 
-    With several buckets it includes the padding of each bucket's last batch.
+    With several buckets, the number includes the padding of each bucket's last batch.
     """
     transform = task.transform(train=True)
     if len(transform.shapes) == 1:
@@ -87,28 +87,28 @@ def images_per_epoch(config: Any, task: tasks.Task) -> int:
     return order.bucketed_steps(buckets, transform.batch_size) * transform.batch_size
 
 
-def count_steps(config: Any, images: float) -> tuple[float, int]:
-    """Return (steps per epoch, total steps) for a number of images per epoch.
+def count_steps(config: Any, images_per_epoch: float) -> tuple[float, int]:
+    """Return (steps per epoch, total steps).
 
-    `total_steps` takes precedence over `total_epochs`.
+    The key `total_steps` takes precedence over `total_epochs`.
     """
-    per_epoch = images / config.batch_size
-    total = config.total_steps or round(config.total_epochs * per_epoch)
-    if not 1 <= total <= INT_MAX:
+    steps_per_epoch = images_per_epoch / config.batch_size
+    total_steps = config.total_steps or round(config.total_epochs * steps_per_epoch)
+    if not 1 <= total_steps <= INT_MAX:
         raise ConfigError(
             f"total_steps={config.total_steps}, total_epochs={config.total_epochs}; "
-            f"expected 1 to {INT_MAX:,} steps, found {total:,}"
+            f"expected 1 to {INT_MAX:,} steps, found {total_steps:,}"
         )
-    return per_epoch, total
+    return steps_per_epoch, total_steps
 
 
 def train_batches(config: Any, first_step: int, last_step: int) -> Iterator[Batch]:
     """Iterate over the training batches of steps first_step to last_step - 1.
 
     Yields:
-      The b examples of a batch that belong to this process: the arrays of the task's
-      transform, [b, ...]; "index" int32 [b]; "weight" float32 [b], 1 for valid
-      examples; "unreadable" float32 [b], 1 for examples that could not be read.
+      This process's b examples of a batch: the arrays of the task's transform,
+      [b, ...]; "index" int32 [b]; "weight" float32 [b], 1 for valid examples;
+      "unreadable" float32 [b], 1 for examples that could not be read.
 
     Raises:
       HivitError: as in `make_task`.
@@ -125,7 +125,7 @@ def train_batches(config: Any, first_step: int, last_step: int) -> Iterator[Batc
 
 
 def eval_batches(config: Any, split: str = "test") -> Iterator[Batch]:
-    """Iterate once over the examples of a split, in order, with `source_batches`."""
+    """Iterate once over the examples of a split, in order; see `source_batches`."""
     task, source = make_task(config, split), open_source(config.data, split)
     return source_batches(config, task, source)
 
@@ -144,7 +144,7 @@ def source_batches(config: Any, task: tasks.Task, source: Source) -> Iterator[Ba
 
 
 def first_test_batch(config: Any, count: int) -> Batch:
-    """Return the first `count` test examples in the bucket of the first test example.
+    """Return the first `count` test examples from the bucket of the first one.
 
     Every process returns the same batch.
     """
@@ -160,16 +160,17 @@ def check_splits(config: Any, task: tasks.Task) -> None:
     """Read a few evenly spaced examples of both splits, as training and evaluation do.
 
     Raises:
-      DataError: none of a split can be read, or one contradicts the config.
+      DataError: no example of a split can be read, or an example contradicts the
+        config.
     """
     for split in ("train", "test"):
         source = open_source(config.data, split)
         transform = task.transform(train=split == "train")
         if not source.encoded:
             continue
-        indices = np.linspace(0, len(source) - 1, CHECKED, dtype=np.int64)
+        indices = np.linspace(0, len(source) - 1, NUM_CHECKED, dtype=np.int64)
         buckets, readable = _buckets(config, transform, source)[indices], 0
-        loader = Loader(source, transform, config.seed, CHECKED)
+        loader = Loader(source, transform, config.seed, NUM_CHECKED)
         for bucket in np.unique(buckets).tolist():
             part = indices[buckets == bucket]
             batch = loader.empty_batch(bucket, len(part))
@@ -177,15 +178,15 @@ def check_splits(config: Any, task: tasks.Task) -> None:
             readable += batch["weight"].sum()
         if not readable:
             raise DataError(
-                f"{CHECKED} of {CHECKED} images tried of the {split} split of "
-                f"{config.data.name} could not be read\n{CHECK_HINT}"
+                f"none of {NUM_CHECKED} images tried of the {split} split of "
+                f"{config.data.name} could be read\n{CHECK_HINT}"
             )
 
 
 class UnreadableImages:
-    """Indices of the training images that could not be read when last tried.
+    """Indices of the training images whose last reading failed.
 
-    An image counts once, also if several epochs and processes tried it.
+    An image counts once, even if several epochs and processes tried to read it.
     """
 
     def __init__(self):
@@ -194,7 +195,7 @@ class UnreadableImages:
         self._recovered: set[int] = set()
 
     def watch(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """Yield the batches of this process unchanged."""
+        """Yield this process's batches unchanged and note their unreadable images."""
         for batch in batches:
             is_bad = batch["unreadable"] > 0
             self._failed.update(batch["index"][is_bad].tolist())
@@ -215,7 +216,7 @@ class UnreadableImages:
 
 
 def check_unreadable(count: int, data: Any, split: str) -> None:
-    """Raise DataError if the fraction of unreadable images exceeds the allowed one.
+    """Raise DataError if more images are unreadable than `data.max_unreadable` allows.
 
     Args:
       count: number of different images of the split that cannot be read.
@@ -231,7 +232,7 @@ def check_unreadable(count: int, data: Any, split: str) -> None:
 
 
 def _buckets(config: Any, transform: Transform, source: Source) -> np.ndarray:
-    """Return the bucket of every example of a source, int64 [n]."""
+    """Return the bucket of each example of a source, int64 [n]."""
     if len(transform.shapes) == 1:
         return np.zeros(len(source), np.int64)
     threads = config.data.workers or available_cores()

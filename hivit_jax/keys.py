@@ -1,4 +1,4 @@
-"""Config keys: default, type, range and comment of tasks, models and recipes."""
+"""`Key`: default, type, range and comment of one config key."""
 
 import ast
 import inspect
@@ -18,8 +18,9 @@ TYPE_NAMES = {
     tuple: "a tuple such as (1,2)",
     object: "an integer, or a tuple such as (224,192)",
 }
-INT_MAX = 2**31 - 1  # programs compute with int32 ...
-FLOAT_MIN, FLOAT_MAX = 1.1754944e-38, 3.4028234e38  # ... and with normal float32
+# Limits of numbers, because programs compute with int32 and normal float32.
+INT_MAX = 2**31 - 1
+FLOAT_MIN, FLOAT_MAX = 1.1754944e-38, 3.4028234e38
 
 
 @dataclass(frozen=True)
@@ -27,22 +28,23 @@ class Key:
     """One config key.
 
     The range applies to a number and to every number of a tuple. Without `high`,
-    integers are at most 2**31 - 1. Numbers are never NaN or infinite, and are 0 or
-    large enough for float32.
+    integers are at most 2**31 - 1. Numbers must be finite, and either 0 or a normal
+    float32.
 
     Attributes:
-      default: value if neither recipe nor command line sets the key; None: the
-        default of the model.
-      comment: meaning, for ``docs/config.md``.
-      low, high: smallest and largest allowed number; None: unlimited.
-      choices: all allowed values; (): unlimited.
+      default: value if neither recipe nor command line sets the key; None: the model's
+        default.
+      comment: meaning of the key, for ``docs/config.md``.
+      low, high: smallest and largest allowed number; None: no limit.
+      choices: all allowed values; (): every value in the range.
       length: required length of a tuple; 0: any.
       type: a key of `TYPE_NAMES`; None: the type of the default.
-      above, below: limits that a number must not reach; None: unlimited.
-      also: numbers outside of the range that are allowed.
-      item: int if the numbers of a tuple must be integers; None: any number, or
-        anything if neither a range nor the default contains numbers.
-      increasing: each number of a tuple must be at least the previous one.
+      above, below: limits that a number must not reach; None: no limit.
+      also: allowed numbers outside of the range.
+      item: required type of a tuple's elements: int, or float for any number. None: any
+        number if the key has limits or if its default contains only numbers; otherwise
+        anything.
+      increasing: each number of a tuple must be at least as large as the previous one.
     """
 
     default: Any
@@ -64,7 +66,11 @@ class Key:
         return self.type or type(self.default)
 
     def parse(self, text: str) -> Any:
-        """Parse a command line value; raises ValueError or similar for a wrong type."""
+        """Parse the text of a command line value.
+
+        Raises:
+          Exception: one of `config._UNPARSABLE`, if the text is invalid.
+        """
         if self.value_type is str:
             return text
         if self.value_type is bool:
@@ -72,9 +78,12 @@ class Key:
         return self.convert(ast.literal_eval(text))
 
     def convert(self, value: Any) -> Any:
-        """Convert a value to the type of the key; raises TypeError if not possible.
+        """Convert a value to the type of the key.
 
-        Accepts NumPy's numbers and arrays, lists as tuples, and paths as text.
+        Converts NumPy numbers and arrays, lists to tuples, and paths to text.
+
+        Raises:
+          TypeError: the value has another type.
         """
         if value is None and self.default is None:
             return None
@@ -86,14 +95,18 @@ class Key:
         if isinstance(value, (list, tuple)):
             value = tuple(map(_plain, value))
         allowed = (int, tuple) if self.value_type is object else self.value_type
-        # bool is a subclass of int.
+        # Checked separately, because bool is a subclass of int.
         wrong_bool = isinstance(value, bool) and self.value_type is not bool
         if wrong_bool or not isinstance(value, allowed):
             raise TypeError(f"{show(value)} is not {TYPE_NAMES[self.value_type]}")
         return value
 
     def check(self, name: str, value: Any) -> None:
-        """Raise ConfigError for a converted value out of range."""
+        """Raise ConfigError if a converted value is out of range.
+
+        Args:
+          name: name of the key, for the message.
+        """
         if value is None or self.value_type is bool:
             return
         if self.choices:
@@ -105,37 +118,41 @@ class Key:
         else:
             ok = self.value_type is str or self._accepts(value)
         if not ok:
-            expected = self._range(name.rpartition(".")[2])
+            expected = self._range_text(name.rpartition(".")[2])
             if self.choices:
                 expected = " or ".join(map(repr, self.choices))
-            elif note := self._limit_of_type(value):
-                expected = note
+            elif limit := self._exceeded_type_limit(value):
+                expected = limit
             raise ConfigError(f"{name}={show(value)}; expected {expected}")
 
-    def _limit_of_type(self, value: Any) -> str:
-        """Return the limit of int32 or float32 that a value exceeds, or ""."""
-        integer = int in (self.value_type, self.item)
+    @property
+    def _is_integer(self) -> bool:
+        return int in (self.value_type, self.item)
+
+    def _exceeded_type_limit(self, value: Any) -> str:
+        """Return the limit of int32 or float32 that a value exceeds, as text, or ""."""
         for x in value if isinstance(value, tuple) else (value,):
             if not isinstance(x, (int, float)):
                 continue
-            if integer and self.high is None and x > INT_MAX:
-                return f"at most {_number(INT_MAX)}"
-            if not integer and not abs(x) <= FLOAT_MAX:
+            if self._is_integer and self.high is None and x > INT_MAX:
+                return f"at most {_limit_text(INT_MAX)}"
+            if not self._is_integer and not abs(x) <= FLOAT_MAX:
                 return f"finite numbers, at most {FLOAT_MAX:.1e} (float32)"
-            if not integer and 0 < abs(x) < FLOAT_MIN:
+            if not self._is_integer and 0 < abs(x) < FLOAT_MIN:
                 return f"0 or at least {FLOAT_MIN:.1e} (float32)"
         return ""
 
     def _accepts(self, number: Any) -> bool:
-        """Return True for a number, or an element of a tuple, in the range."""
+        """Return True if a number, or an element of a tuple, is allowed."""
         if isinstance(number, bool) or not isinstance(number, (int, float)):
-            return self._item is None
+            return self._element_type is None
         if number in self.also:
             return True
-        integer = int in (self.value_type, self.item)
-        if integer and not isinstance(number, int):
+        if self._is_integer and not isinstance(number, int):
             return False
-        limit = (INT_MAX if self.high is None else self.high) if integer else FLOAT_MAX
+        limit = FLOAT_MAX
+        if self._is_integer:
+            limit = INT_MAX if self.high is None else self.high
         return (
             abs(number) <= limit  # False for NaN
             and (number == 0 or abs(number) >= FLOAT_MIN)
@@ -146,25 +163,25 @@ class Key:
         )
 
     @property
-    def _item(self) -> Any:
-        """Type of the numbers of a tuple; None: its elements may be anything."""
+    def _element_type(self) -> Any:
+        """Type of a tuple's elements, or of the value; None: anything is allowed."""
         if self.value_type not in (tuple, object):
             return self.value_type
         limits = self.low, self.high, self.above, self.below
-        numbers = isinstance(self.default, tuple) and all(
+        has_numbers = bool(self.default and isinstance(self.default, tuple)) and all(
             isinstance(x, (int, float)) for x in self.default
         )
-        if any(limit is not None for limit in limits) or numbers and self.default:
+        if any(limit is not None for limit in limits) or has_numbers:
             return self.item or float
         return self.item
 
-    def _range(self, name: str) -> str:
+    def _range_text(self, name: str) -> str:
         """Return the range and shape of the value as text, such as "at least 0"."""
         many = self.value_type in (tuple, object)
-        low, high = (_number(x) for x in (self.low, self.high))
+        low, high = (_limit_text(x) for x in (self.low, self.high))
         if self.above is not None or self.below is not None:
-            left = f"{low} <= " if low else f"{_number(self.above)} < "
-            right = f" <= {high}" if high else f" < {_number(self.below)}"
+            left = f"{low} <= " if low else f"{_limit_text(self.above)} < "
+            right = f" <= {high}" if high else f" < {_limit_text(self.below)}"
             left = left if low or self.above is not None else ""
             right = right if high or self.below is not None else ""
             text = f"{left}{'number' if many else name}{right}"
@@ -190,9 +207,9 @@ class Key:
         if self.choices:
             return ", ".join(f"`{choice}`" for choice in self.choices)
         name, kind = TYPE_NAMES[self.value_type], self.value_type
-        if kind in (bool, str) or (kind is tuple and self._item is None):
+        if kind in (bool, str) or (kind is tuple and self._element_type is None):
             return name
-        text = self._range("value")
+        text = self._range_text("value")
         return text if kind in (tuple, object) else f"{name}, {text}"
 
 
@@ -202,13 +219,21 @@ def _plain(value: Any) -> Any:
 
 
 def setting(default: Any = MISSING, **limits: Any) -> Any:
-    """Return a dataclass field whose range is stated by arguments of `Key`."""
+    """Return a dataclass field with the limits of a `Key`.
+
+    Args:
+      limits: arguments of `Key`, such as `low` and `high`.
+    """
     return field(default=default, metadata=limits)
 
 
 @cache
 def field_keys(cls: type) -> dict[str, Key]:
-    """Return the keys of a dataclass of `setting`, with docstrings as comments."""
+    """Return {field: key} of a dataclass.
+
+    Limits come from `setting`. The comment of a key is the first sentence about its
+    field in the docstring of the class or of a base class.
+    """
     comments = {}
     for base in reversed(cls.__mro__):
         docstring = inspect.cleandoc(base.__doc__ or "")
@@ -220,7 +245,7 @@ def field_keys(cls: type) -> dict[str, Key]:
         limits, kind = dict(each.metadata), each.type
         if get_origin(kind) is tuple:
             limits["item"], kind = get_args(kind)[0], tuple
-        elif kind not in TYPE_NAMES:  # int or pair
+        elif kind not in TYPE_NAMES:  # int | tuple[int, int]
             limits["item"], kind = int, object
         comment = comments.get(each.name, "")
         keys[each.name] = Key(None, comment, type=kind, **limits)
@@ -228,7 +253,7 @@ def field_keys(cls: type) -> dict[str, Key]:
 
 
 def check_fields(instance: Any) -> None:
-    """Convert and check the values of a frozen dataclass of `setting`, in place.
+    """Convert and check the fields of a frozen dataclass, in place; see `field_keys`.
 
     Raises:
       ConfigError: a value has the wrong type or is out of range.
@@ -255,10 +280,10 @@ def show(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _number(x: float | None) -> str:
+def _limit_text(limit: float | None) -> str:
     """Return a limit as text; None: ""."""
-    if x is None:
+    if limit is None:
         return ""
-    if isinstance(x, int) and x > 10**6 and (x + 1) & x == 0:
-        return f"2**{x.bit_length()} - 1"
-    return f"{x:g}" if abs(x) < 10**5 else f"{x:,}"
+    if isinstance(limit, int) and limit > 10**6 and (limit + 1) & limit == 0:
+        return f"2**{limit.bit_length()} - 1"
+    return f"{limit:g}" if abs(limit) < 10**5 else f"{limit:,}"

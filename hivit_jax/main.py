@@ -23,11 +23,11 @@ USAGE = """\
 hivit_jax --config RECIPE --workdir DIR [--mode MODE] [--config.KEY=VALUE ...]
 
 RECIPE is a name from the list below or FILE.py; NAME:VARIANT selects a variant.
-Without --config, the config is that of the newest start in DIR.
+Without --config, the config of DIR's newest start is used.
 python -m hivit_jax.config prints all config keys. python -m hivit_jax.main is the same
 command as hivit_jax.
 
-modes: train (default)  train, and resume the run in DIR if there is one
+modes: train (default)  train; resume the run in DIR if there is one
        eval             evaluate DIR's newest checkpoint, or --checkpoint=PATH
        knn              evaluate the features of --config.init_from by k-nearest
                         neighbors; without --config, the features of the run in DIR
@@ -93,7 +93,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     if not flags.config:
         if not flags.workdir:
             raise ConfigError("--config=RECIPE is required; --help lists the recipes")
-        flags.config = record.newest_start(flags.workdir)
+        flags.config = record.newest_config(flags.workdir)
         if flags.mode == "knn":
             overrides.insert(0, f"--config.init_from={flags.workdir}")
     return flags, overrides
@@ -150,7 +150,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point. Returns the exit code; in a multi-process run, exits with it.
 
     Args:
-      argv: flags. None: the flags of this process, which then joins its run.
+      argv: flags. None: the flags of this process, which then joins the other
+        processes of its run.
     """
     join = argv is None
     message, peer_lost = "", False
@@ -171,7 +172,7 @@ def command() -> int:
     """Run `main` as a program of its own."""
     code = main()
     if code:
-        # Without this, the interpreter may wait forever at its end for the threads of a
+        # Without this, the interpreter may wait forever at exit for the threads of a
         # checkpoint that could not be written.
         sys.stdout.flush()
         sys.stderr.flush()

@@ -1,13 +1,13 @@
-"""Paths that a user wrote."""
+"""Expansion of the paths in a config or on the command line."""
 
 import os
 
 
 def expand(path: str) -> str:
-    """Return a path with ``~`` and ``~user`` replaced by home directories.
+    """Return a path with a leading ``~`` or ``~user`` replaced by the home directory.
 
-    An address such as ``gs://bucket/x`` or ``hf://name/x`` stays as it is, and so does
-    the ``~`` of an unknown user.
+    Addresses such as ``gs://bucket/x`` and ``hf://name/x`` stay unchanged, and so does
+    ``~user`` if there is no such user.
     """
     path = os.fspath(path)
     return path if "://" in path else os.path.expanduser(path)

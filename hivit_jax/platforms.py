@@ -1,4 +1,4 @@
-"""The CPU for commands that compute nothing, and one line where a chip is missing."""
+"""Start JAX's accelerator runtimes, or keep them from starting."""
 
 import importlib.util
 import os
@@ -13,21 +13,24 @@ import jax
 
 from hivit_jax.reporting.console import log
 
-# Device files of TPUs, NVIDIA GPUs (also under Windows) and AMD GPUs.
+# Device files in /dev of TPUs (accel, vfio), NVIDIA GPUs (dxg: under Windows) and AMD
+# GPUs (kfd).
 DEVICE_FILES = ("accel*", "vfio/[0-9]*", "nvidia[0-9]*", "dxg", "kfd")
-GOOGLE, NETWORK_CARD = "0x1ae0", "0x0042"  # PCI vendor of TPUs, and its other card
+# PCI vendor of TPUs, and the PCI device of Google's network card, which is not a TPU.
+GOOGLE, NETWORK_CARD = "0x1ae0", "0x0042"
 
 
 def use_cpu() -> None:
-    """Keep JAX from starting an accelerator runtime in this process."""
+    """Restrict JAX to the CPU, so that it starts no accelerator runtime."""
     jax.config.update("jax_platforms", "cpu")
 
 
 def start() -> None:
-    """Start JAX's runtimes. If a runtime finds no chip, log one line.
+    """Start JAX's runtimes. If they find no chip, log one line.
 
     Without this, a runtime that is installed on a computer without its chip prints
-    pages of errors. They are printed only if JAX fails or finds the chip nevertheless.
+    pages of errors. This function prints them only if JAX fails, or finds a chip that
+    `has_chip` does not.
     """
     runtimes = installed_runtimes()
     if jax.config.jax_platforms or not runtimes or has_chip():
@@ -51,7 +54,7 @@ def installed_runtimes() -> list[str]:
 
 
 def has_chip(root: Path = Path("/")) -> bool:
-    """Return True if this computer has device files or a PCI card of an accelerator."""
+    """Return True if this computer has an accelerator's device file or a TPU card."""
     if any(any((root / "dev").glob(pattern)) for pattern in DEVICE_FILES):
         return True
     for card in (root / "sys/bus/pci/devices").glob("*"):
@@ -63,9 +66,10 @@ def has_chip(root: Path = Path("/")) -> bool:
 
 @contextmanager
 def _captured_stderr() -> Iterator:
-    """Redirect file descriptor 2 to a file; print its content at the end.
+    """Context manager that captures stderr in a file and prints it at the end.
 
-    Libraries in C++ write to the descriptor, not to `sys.stderr`.
+    It redirects file descriptor 2, because libraries in C++ do not write to
+    `sys.stderr`.
     """
     sys.stderr.flush()
     original = os.dup(2)

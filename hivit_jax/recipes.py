@@ -1,4 +1,4 @@
-"""Recipes: installed with the package, or Python files of the user."""
+"""Read recipes: those installed with the package, and Python files of the user."""
 
 import ast
 import importlib.util
@@ -24,11 +24,11 @@ def names() -> dict[str, str]:
 
 
 def read(path: str) -> Mapping[str, Any]:
-    """Read the values of a recipe, nested. It must contain "task".
+    """Read the values of a recipe as nested dicts. They include "task".
 
     Args:
-      path: NAME of an installed recipe or a Python file; either may end with :VARIANT.
-        Or a ``config.json`` of a run.
+      path: NAME of an installed recipe or a Python file, either of which may end with
+        :VARIANT; or a ``config.json`` file of a run.
 
     Raises:
       ConfigError: the recipe does not exist or cannot be executed.
@@ -55,7 +55,7 @@ def _read_json(path: str) -> Any:
 
 
 def _execute(path: str) -> Any:
-    """Return the result of a Python file's get_config()."""
+    """Execute a recipe and return the result of its ``get_config()``."""
     name, _, variant = path.partition(":")
     file = _locate(name)
     spec = importlib.util.spec_from_file_location(file.stem, file)

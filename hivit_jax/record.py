@@ -1,7 +1,7 @@
-"""The record of a run: the config of each of its starts, and its changes at resume.
+"""Record the config of every start of a run, and report what changes at a resume.
 
-``config.json`` contains the config of the first start. Each later start that takes a
-step adds a file such as ``config-20260101T120000Z.json``.
+``config.json`` contains the config of the first start. Each later start that trains at
+least one step adds a file such as ``config-20260101T120000Z.json``.
 """
 
 import calendar
@@ -16,55 +16,59 @@ from hivit_jax.errors import ConfigError
 from hivit_jax.paths import expand
 from hivit_jax.tree import leaf_name
 
-FIRST = "config.json"
-LATER = "config-%Y%m%dT%H%M%SZ.json"  # in UTC
-LABELS_LISTED = 3
+FIRST_NAME = "config.json"
+LATER_NAME = "config-%Y%m%dT%H%M%SZ.json"  # in UTC
+MAX_LABELS_LISTED = 3
 
 
-def starts(workdir: str | Path) -> list[Path]:
+def config_files(workdir: str | Path) -> list[Path]:
     """Return the config files of all starts of a run, oldest first."""
     workdir = Path(expand(str(workdir)))
-    found = [p for p in workdir.glob("config*.json") if _time(p) is not None]
-    return sorted(found, key=_time)
+    found = [p for p in workdir.glob("config*.json") if _start_time(p) is not None]
+    return sorted(found, key=_start_time)
 
 
-def newest_start(workdir: str | Path) -> str:
-    """Return the path of the newest config of a run.
+def newest_config(workdir: str | Path) -> str:
+    """Return the path of a run's newest config file.
 
     Raises:
       ConfigError: no run was started in the workdir.
     """
-    if not (found := starts(workdir)):
+    if not (found := config_files(workdir)):
         raise ConfigError(
             f"--config is required, because --workdir={workdir} contains no "
-            f"{FIRST} of an earlier start"
+            f"{FIRST_NAME} of an earlier start"
         )
     return str(found[-1])
 
 
 def add_start(workdir: Path, config: str) -> None:
-    """Write the config of a start, JSON text. Never overwrites an earlier one."""
-    name = FIRST
-    if before := starts(workdir):
-        # Later than all others, even if the clock was set back.
-        now = max(time.time(), 1 + _time(before[-1]))
-        name = time.strftime(LATER, time.gmtime(now))
+    """Write the config (JSON text) of a new start. Never overwrites an earlier one."""
+    name = FIRST_NAME
+    if earlier := config_files(workdir):
+        # Later than all earlier files, even if the clock was set back.
+        now = max(time.time(), 1 + _start_time(earlier[-1]))
+        name = time.strftime(LATER_NAME, time.gmtime(now))
     (workdir / name).write_text(config)
 
 
-def _time(path: Path) -> int | None:
-    """Return the time of a start in seconds; 0 for the first, None for other files."""
-    if path.name == FIRST:
+def _start_time(path: Path) -> int | None:
+    """Return the time in a config file's name, in seconds.
+
+    Returns:
+      0 for the first start; None if the name is not that of a start's config.
+    """
+    if path.name == FIRST_NAME:
         return 0
     try:
-        return calendar.timegm(time.strptime(path.name, LATER))
+        return calendar.timegm(time.strptime(path.name, LATER_NAME))
     except ValueError:
         return None
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Return a line ``KEY: OLD -> NEW`` for each value that differs in nested dicts."""
-    old, new = map(_by_key, (old, new))
+    old, new = map(_flatten, (old, new))
     return [
         f"{key}: {old.get(key)} -> {new.get(key)}"
         for key in sorted(old.keys() | new.keys())
@@ -72,7 +76,8 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _by_key(tree: Mapping[str, Any]) -> dict[str, Any]:
+def _flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Return {dotted key: value} of nested dicts."""
     leaves = jax.tree_util.tree_leaves_with_path(
         tree, is_leaf=lambda x: not isinstance(x, dict)
     )
@@ -80,31 +85,37 @@ def _by_key(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def dataset_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Return a line for each change of a dataset's sizes and class names.
+    """Return lines that describe the changes of a dataset's sizes and class names.
 
     Args:
       old, new: fields of `DatasetInfo`.
     """
     lines = [f"{line} examples" for line in differences(old["counts"], new["counts"])]
-    old, new = (dict(enumerate(facts["classes"])) for facts in (old, new))
+    old, new = (dict(enumerate(info["classes"])) for info in (old, new))
     changed = [label for label in old | new if old.get(label) != new.get(label)]
-    for label in changed[:LABELS_LISTED]:
+    for label in changed[:MAX_LABELS_LISTED]:
         lines.append(f"label {label}: {old.get(label)} -> {new.get(label)}")
-    if len(changed) > LABELS_LISTED:
+    if len(changed) > MAX_LABELS_LISTED:
         lines.append(f"{len(changed)} labels in total have another class name")
     return lines
 
 
 def check_batch_size(old: int, new: int, accumulate_steps: int, workdir: Any) -> None:
-    """Raise ConfigError if a run would resume with another batch size."""
+    """Raise ConfigError if a run would resume with another batch size.
+
+    Args:
+      old, new: the batch sizes.
+      accumulate_steps: the new `optimizer.accumulate_steps`.
+    """
     if old == new:
         return
-    smaller = -(-old * accumulate_steps // new)
-    steps = next((k for k in range(smaller, old + 1) if old % k == 0), old)
+    # The fewest steps whose microbatches are not larger than the new config's.
+    fewest = -(-old * accumulate_steps // new)
+    steps = next((k for k in range(fewest, old + 1) if old % k == 0), old)
     advice = (
         f"optimizer.accumulate_steps={steps} computes it in parts of {old // steps}"
         if new < old
-        else "a larger one requires another --workdir, with init_from"
+        else "a larger batch size requires another --workdir, with init_from"
     )
     raise ConfigError(
         f"batch_size={new}; the run in {workdir} was trained with batch_size={old}, "

@@ -1,4 +1,4 @@
-"""Memory and disk space: checks before the first step, and errors that name them."""
+"""Memory and disk space: checks before the first step, and errors when they run out."""
 
 import errno
 import os
@@ -16,61 +16,63 @@ from hivit_jax.errors import ResourceError, first_line
 
 GIB = 2**30
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-LESS_MEMORY = (
-    "These keys need less memory: a smaller batch_size, or the same batch_size with a "
+MEMORY_ADVICE = (
+    "These settings need less memory: a smaller batch_size; the same batch_size with a "
     "larger optimizer.accumulate_steps; model.remat=True; more devices in mesh.fsdp"
 )
-LESS_DISK = "Free some space, choose another --workdir, or lower keep_checkpoints"
+DISK_ADVICE = "Free some space, choose another --workdir, or lower keep_checkpoints"
 
 
 @contextmanager
-def exhaustion_reported() -> Iterator[None]:
-    """Context, or decorator, that turns errors of full memory or disks into
-    ResourceError.
+def raise_resource_errors() -> Iterator[None]:
+    """Context manager and decorator that reports exhausted memory and full disks.
+
+    Raises:
+      ResourceError: in place of an exception that one of them caused.
     """
     try:
         yield
     except Exception as error:
-        if found := exhausted(error):
-            raise found from error
+        if resource_error := as_resource_error(error):
+            raise resource_error from error
         raise
 
 
-def exhausted(error: BaseException) -> ResourceError | None:
-    """Return the error to report if memory or a disk was exhausted, else None."""
+def as_resource_error(error: BaseException) -> ResourceError | None:
+    """Return the ResourceError for an exception; None if it has another cause."""
     text = first_line(error)
-    disk = isinstance(error, OSError) and error.errno in DISK_FULL
-    if disk or "No space left on device" in text or "Disk quota exceeded" in text:
-        name = str(getattr(error, "filename", None) or ".")
+    disk_full = isinstance(error, OSError) and error.errno in DISK_FULL
+    if disk_full or "No space left on device" in text or "Disk quota exceeded" in text:
+        path = str(getattr(error, "filename", None) or ".")
         return ResourceError(
-            f"the disk is full ({free_disk_text(name)}): {text[:200]}\n{LESS_DISK}"
+            f"the disk is full ({free_disk_text(path)}): {text[:200]}\n{DISK_ADVICE}"
         )
     raised_by_jax = isinstance(error, jax.errors.JaxRuntimeError)
     if isinstance(error, MemoryError) or (
         raised_by_jax and re.search("RESOURCE_EXHAUSTED|[Oo]ut of memory", str(error))
     ):
-        needed = _bytes_in(str(error))
-        request = f"{needed / GIB:,.1f} GiB requested" if needed else text[:200]
+        requested = _requested_bytes(str(error))
+        cause = f"{requested / GIB:,.1f} GiB requested" if requested else text[:200]
         return ResourceError(
-            f"out of memory: {request}; {device_memory_text()}.\n{LESS_MEMORY}"
+            f"out of memory: {cause}; {device_memory_text()}.\n{MEMORY_ADVICE}"
         )
     return None
 
 
 def check_memory(needed: int) -> None:
-    """Check the memory that a program needs on each device.
+    """Check that a program fits into the memory of each device.
 
     Args:
-      needed: bytes of arguments, outputs, temporaries and code.
+      needed: bytes of the program's arguments, outputs, temporaries and code.
 
     Raises:
-      ResourceError: the backend reports less memory than that.
+      ResourceError: the backend reports less than `needed` bytes of memory.
     """
     limit = _device_limit()
     if limit and needed > limit:
         raise ResourceError(
             f"the train step needs {needed / GIB:,.1f} GiB on each device; "
-            f"{device_memory_text()}.\n{LESS_MEMORY}"
+            f"{device_memory_text()}.\n{MEMORY_ADVICE}"
         )
 
 
@@ -78,22 +80,22 @@ def check_disk(directory: str | Path, state: Any) -> None:
     """Check that a checkpoint of a train state fits into a directory's file system.
 
     Args:
-      state: arrays or their shapes and dtypes.
+      state: pytree of arrays or of their shapes and dtypes.
 
     Raises:
-      ResourceError: a process has less free space. Raised on every process.
+      ResourceError: a process finds less free space. Raised on every process.
     """
     needed = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
     free = _free_disk(directory)
     if not all_processes(free is None or free >= needed):
         raise ResourceError(
             f"a checkpoint needs {needed / GIB:,.2f} GiB in {directory}; "
-            f"{free_disk_text(directory)}.\n{LESS_DISK}"
+            f"{free_disk_text(directory)}.\n{DISK_ADVICE}"
         )
 
 
 def device_memory_text() -> str:
-    """Return the memory of this process's devices as text."""
+    """Return the memory of each device as text; on a CPU, of the machine."""
     kind = jax.local_devices()[0].device_kind
     if limit := _device_limit():
         return f"each device ({kind}) has {limit / GIB:,.1f} GiB"
@@ -104,7 +106,7 @@ def device_memory_text() -> str:
 
 
 def free_disk_text(path: str | Path) -> str:
-    """Return the free space of the file system of a path as text."""
+    """Return the free space of a path's file system as text."""
     free = _free_disk(path)
     if free is None:
         return "the free space is unknown"
@@ -112,12 +114,15 @@ def free_disk_text(path: str | Path) -> str:
 
 
 def _device_limit() -> int | None:
-    """Return the bytes of memory of each device, if the backend reports them."""
+    """Return each device's memory in bytes; None if the backend does not report it."""
     return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
 
 
 def _free_disk(path: str | Path) -> int | None:
-    """Return the free bytes at a path or its nearest parent; None for buckets."""
+    """Return the free bytes of a path's file system; None for buckets.
+
+    The path need not exist. Its nearest existing parent determines the file system.
+    """
     if "://" in str(path):
         return None
     path = Path(path).absolute()
@@ -125,8 +130,8 @@ def _free_disk(path: str | Path) -> int | None:
     return shutil.disk_usage(existing).free
 
 
-def _bytes_in(text: str) -> int | None:
-    """Return the requested bytes in an error of XLA or numpy, such as 1.5GiB."""
+def _requested_bytes(text: str) -> int | None:
+    """Return the requested bytes that an error of XLA or NumPy states, as in 1.5GiB."""
     verb = r"(?:[Aa]llocat\w*|[Rr]eserve|Used)"
     if found := re.search(verb + r" (\d+(?:\.\d+)?) ?([KMGTPE]?)", text):
         return int(float(found[1]) * 2 ** (10 * " KMGTPE".index(found[2] or " ")))

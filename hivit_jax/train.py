@@ -36,7 +36,7 @@ from hivit_jax.weights import adapt, load
 from hivit_jax.xla.compile import compile_steps
 
 
-@resources.exhaustion_reported()
+@resources.raise_resource_errors()
 @exclusive  # one run at a time in a workdir
 def train(
     config: Any,
@@ -65,10 +65,10 @@ def train(
     task = inputs.make_task(config)
     inputs.check_splits(config, task)
     mesh = make_mesh(config.mesh, config.batch_size, config.optimizer.accumulate_steps)
-    num_images = inputs.images_per_epoch(config, task)
-    per_epoch, total_steps = inputs.count_steps(config, num_images)
+    images_per_epoch = inputs.images_per_epoch(config, task)
+    steps_per_epoch, total_steps = inputs.count_steps(config, images_per_epoch)
     schedule = make_schedule(
-        config.optimizer, config.batch_size, per_epoch, total_steps
+        config.optimizer, config.batch_size, steps_per_epoch, total_steps
     )
     training = prepare(task, mesh, schedule, **step_options(config))
     model = nnx.eval_shape(task.build_model)
@@ -77,7 +77,7 @@ def train(
         f"{jax.devices()[0].device_kind}; {total_steps:,} steps of "
         f"{config.batch_size:,} images"
     )
-    for warning in task.warnings(per_epoch, total_steps):
+    for warning in task.warnings(steps_per_epoch, total_steps):
         log(f"warning: {warning}")
 
     # --- State: restored, initialized from a pretrained model, or new ---------------
@@ -87,7 +87,7 @@ def train(
     )
     steps = checkpoints.steps()
     check_same_on_all_processes(
-        {"config": config, "dataset's size": num_images, "checkpoints": steps}
+        {"config": config, "dataset's size": images_per_epoch, "checkpoints": steps}
     )
     step = 0
     if restored := checkpoints.restore_newest(training.state):
@@ -95,7 +95,7 @@ def train(
         log(f"resuming at step {step:,} from {checkpoints.directory / str(step)}")
         report_changes(config, dataset, checkpoints.directory / str(step))
         if config.optimizer.first_epoch:
-            skipped = min(round(per_epoch), total_steps - step)
+            skipped = min(round(steps_per_epoch), total_steps - step)
             state, step = skip_steps(state, skipped), step + skipped
             log(f"first_epoch=1: skipped one epoch, to step {step:,}")
     else:
@@ -118,7 +118,7 @@ def train(
             "model_state": state["model_state"],
             "frozen": frozen,
         }
-        with resources.exhaustion_reported():
+        with resources.raise_resource_errors():
             values = evaluate.evaluate(
                 config, task, eval_step, variables, mesh, heartbeat
             )
@@ -215,7 +215,7 @@ def initial_state(config: Any, task: Task, training: Training) -> State:
 
 
 def report_changes(config: Any, dataset: dict[str, Any], checkpoint: Path) -> None:
-    """Log what changed since a checkpoint: one line per config key, and the dataset.
+    """Log the changes since a checkpoint: one line per config key or dataset change.
 
     Args:
       dataset: fields of the `DatasetInfo`.

@@ -1,5 +1,7 @@
-"""Eight virtual CPU devices, unless JAX_PLATFORMS names others, and full float32
-products for every test; each program is compiled once, for all workers and processes.
+"""Test set-up: eight virtual CPU devices, float32 matrix products, one program cache.
+
+JAX_PLATFORMS selects another backend. All workers and subprocesses share the cache, so
+that each program is compiled once.
 """
 
 import atexit
@@ -11,12 +13,13 @@ import tempfile
 
 from flags import quick_to_compile, virtual_devices
 
-if "PYTEST_XDIST_WORKER" not in os.environ:  # workers inherit from their controller
+if "PYTEST_XDIST_WORKER" not in os.environ:  # workers inherit it
     directory = tempfile.mkdtemp(prefix="hivit-programs-")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = directory
     atexit.register(shutil.rmtree, directory, True)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-# JAX writes programs in place; one that is read too early is compiled again.
+# JAX writes the cache in place. A half-written entry is compiled again, with this
+# warning.
 os.environ["PYTHONWARNINGS"] = "ignore:Error reading persistent compilation cache"
 if os.environ.setdefault("JAX_PLATFORMS", "cpu") == "cpu":
     os.environ["XLA_FLAGS"] = f"{virtual_devices(8)} {quick_to_compile()}"
@@ -25,18 +28,20 @@ import jax
 import pytest
 
 jax.config.update("jax_default_matmul_precision", "highest")
-jax.devices()  # reads the flags
-os.environ["XLA_FLAGS"] = virtual_devices(8)  # libtpu reads too
+jax.devices()  # reads XLA_FLAGS
+os.environ["XLA_FLAGS"] = virtual_devices(8)  # read again by libtpu
 
 
 def pytest_collection_modifyitems(items):
-    """Files that train come first: they take longest, and workers end together."""
+    """Run files that train first, because they take longest and workers then end
+    together.
+    """
     items.sort(key=lambda item: not hasattr(item.module, "recipes"))
 
 
 @pytest.fixture(autouse=True)
 def _restored_signals():
-    """Commands run in this process install handlers."""
+    """Restore the signal handlers that commands install in this process."""
     handlers = {number: signal.getsignal(number) for number in (2, 15)}
     yield
     for number, handler in handlers.items():
@@ -45,7 +50,7 @@ def _restored_signals():
 
 @pytest.fixture(scope="module")
 def quick():
-    """Light compilation, no figures, no TensorBoard; see `recipes.quick`."""
+    """Fast compilation, no figures and no TensorBoard; see `recipes.quick`."""
     import recipes
 
     with recipes.quick():
@@ -53,9 +58,38 @@ def quick():
     jax.config.update("jax_enable_compilation_cache", True)
 
 
+@pytest.fixture
+def shard_small_arrays(monkeypatch):
+    """Shard arrays of 64 elements and more."""
+    from hivit_jax.distributed import sharding
+
+    monkeypatch.setattr(sharding, "MIN_SHARDED_SIZE", 64)
+
+
+@pytest.fixture
+def workdir(tmp_path, monkeypatch):
+    """An empty directory. TensorBoard is off, because its import takes seconds."""
+    from hivit_jax.reporting import metrics
+
+    monkeypatch.setattr(metrics, "_tensorboard", lambda workdir: None)
+    return tmp_path
+
+
+@pytest.fixture
+def user_cache(tmp_path, monkeypatch):
+    """An empty cache directory of the user."""
+    from hivit_jax.data.sources import registry
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    registry._open.cache_clear()
+    return tmp_path / "cache"
+
+
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
-    """40 training and 11 validation photographs of 64x48, in seven classes."""
+    """Directory of 40 training and 11 validation photographs of 64x48, in seven
+    classes.
+    """
     from benchmarks import photographs
 
     root = tmp_path_factory.mktemp("photographs")
@@ -65,18 +99,19 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
-    """Variables of a process without TensorBoard."""
+    """Environment variables of a process without TensorBoard."""
     import recipes
 
     directory = tmp_path_factory.mktemp("environment")
-    return {"PYTHONPATH": recipes.not_installed(directory, "tensorboardX")}
+    return {"PYTHONPATH": recipes.block_imports(directory, "tensorboardX")}
 
 
 @pytest.fixture
 def joined(monkeypatch, tmp_path):
-    """Runs flags as a process's own: (exit code, arguments and limits of its start).
+    """Run `main` with flags and record its calls of `jax.distributed.initialize`.
 
-    Where no cluster is found, "" as `problem`, the process goes on alone.
+    Returns the exit code and the (arguments, limits) of each call. Each call fails with
+    `problem`; the default is JAX's message that there is no cluster.
     """
 
     import recipes
@@ -90,7 +125,7 @@ def joined(monkeypatch, tmp_path):
 
         asked = []
         monkeypatch.setattr(jax.distributed, "initialize", initialize)
-        # The last of these settings would hold until the tests end.
+        # Its settings would outlive the test.
         monkeypatch.setattr(main, "keep_freed_memory", lambda: None)
         monkeypatch.setattr(
             sys, "argv", ["main", *recipes.arguments(peer_timeout=45), *flags]

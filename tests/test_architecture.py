@@ -1,4 +1,4 @@
-"""Rules of the house, read from the syntax trees of the package."""
+"""Architecture rules of the package, checked on its syntax trees."""
 
 import ast
 from pathlib import Path
@@ -8,20 +8,18 @@ from hivit_jax.tasks import TASKS
 
 PACKAGE = Path(hivit_jax.__file__).parent
 MODELS = {"Classifier", "MaskedAutoencoder", "HiViT"}
-# Modules that may know tasks by name or models by class: tasks, models, weights
-# and commands.
+# Modules that may name tasks or model classes: tasks, models, weights and commands.
 EXEMPT = ("tasks/", "models/", "weights/names/", "tools/")
 
 
 def trees():
-    """[(file, its syntax tree)] of the modules that must know no task."""
-    for path in sorted(PACKAGE.rglob("*.py")):
-        name = path.relative_to(PACKAGE).as_posix()
+    """Yield (file, syntax tree) of the modules that must not name a task."""
+    for name, _, tree in modules():
         if not name.startswith(EXEMPT):
-            yield name, ast.parse(path.read_text())
+            yield name, tree
 
 
-def test_only_tasks_know_a_task_by_name():
+def test_only_task_modules_name_tasks():
     found = [
         f"{name}:{node.lineno} {node.value!r}"
         for name, tree in trees()
@@ -31,7 +29,7 @@ def test_only_tasks_know_a_task_by_name():
     assert found == []
 
 
-def test_only_tasks_ask_for_the_class_of_a_model():
+def test_only_task_modules_check_model_classes():
     found = [
         f"{name}:{node.lineno}"
         for name, tree in trees()
@@ -56,21 +54,21 @@ def test_no_private_interface_of_jax():
     assert found == []
 
 
-def test_modules_do_not_import_each_other_in_circles():
-    """Imports at the top of a module; one inside a function may go up."""
-    modules = {}
+def test_no_import_cycles():
+    """Only imports at the top of a module count."""
+    bodies = {}
     for path in PACKAGE.rglob("*.py"):
         parts = path.relative_to(PACKAGE).with_suffix("").parts
         name = ".".join(("hivit_jax", *parts)).removesuffix(".__init__")
-        modules[name] = ast.parse(path.read_text()).body
-    needed = {name: set() for name in modules}
-    for name, body in modules.items():
+        bodies[name] = ast.parse(path.read_text()).body
+    needed = {name: set() for name in bodies}
+    for name, body in bodies.items():
         for node in body:
             if isinstance(node, ast.ImportFrom):
                 for alias in node.names:
                     inner = f"{node.module}.{alias.name}"
-                    needed[name].add(inner if inner in modules else node.module)
-    needed = {name: found & modules.keys() for name, found in needed.items()}
+                    needed[name].add(inner if inner in bodies else node.module)
+    needed = {name: found & bodies.keys() for name, found in needed.items()}
     while free := [name for name, found in needed.items() if not found]:
         needed = {n: found - {*free} for n, found in needed.items() if n not in free}
     assert needed == {}
@@ -91,7 +89,7 @@ ABOVE = {
 
 
 def modules():
-    """[(file, lines, its syntax tree)] of the package."""
+    """Yield (file, lines, syntax tree) of the modules of the package."""
     for path in sorted(PACKAGE.rglob("*.py")):
         text = path.read_text()
         name = path.relative_to(PACKAGE).as_posix()
@@ -99,7 +97,7 @@ def modules():
 
 
 def test_imports_go_down():
-    """At the top of a module and inside functions."""
+    """Imports at the top and inside functions follow the order of packages."""
     for name, _, tree in modules():
         forbidden = ABOVE.get(name.partition("/")[0], set())
         for node in ast.walk(tree):
@@ -110,15 +108,15 @@ def test_imports_go_down():
                 assert not found & forbidden, f"{name}:{node.lineno}"
 
 
-# Modules whose functions may have a whole config as a parameter.
-FRONT = ("main", "train.py", "evaluate", "inputs", "config", "tasks/", "tools/")
+# Modules whose functions may accept a whole config.
+TOP_LEVEL = ("main", "train.py", "evaluate", "inputs", "config", "tasks/", "tools/")
 
 
-def test_only_the_front_rooms_take_a_whole_config():
-    """Elsewhere functions have the values that they use."""
+def test_only_top_level_modules_accept_a_whole_config():
+    """Functions of other modules accept only the values that they use."""
     for name, _, tree in modules():
         for node in ast.walk(tree):
-            if isinstance(node, ast.FunctionDef) and not name.startswith(FRONT):
+            if isinstance(node, ast.FunctionDef) and not name.startswith(TOP_LEVEL):
                 for each in (*node.args.args, *node.args.kwonlyargs):
                     kind = each.annotation and ast.unparse(each.annotation)
                     whole = each.arg == "config" and kind in (None, "Any", "ConfigDict")
@@ -126,7 +124,7 @@ def test_only_the_front_rooms_take_a_whole_config():
 
 
 def test_files_and_functions_are_short():
-    """At most 300 lines a file and 60 a function; the training loop may have more."""
+    """Files have at most 300 lines, functions 60; the training loop may have 160."""
     longer = {("train.py", "train"): 160}
     for name, lines, tree in modules():
         assert len(lines) <= 300, name

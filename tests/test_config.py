@@ -1,4 +1,4 @@
-"""Keys and values of recipes: defaults, overrides, checks, and the page of all keys."""
+"""Keys and values of recipes: defaults, overrides, checks, and docs/config.md."""
 
 import pytest
 import recipes
@@ -9,10 +9,10 @@ from hivit_jax import tasks
 from hivit_jax.errors import ConfigError
 from hivit_jax.main import main
 
-MINI = recipes.arguments()  # --config and overrides of a recipe that works
+MINI = recipes.arguments()  # flags of a valid recipe
 
 
-# Override -> what the message must contain: the culprit, and what was expected.
+# Override -> fragments of the message: the key, and the expected value.
 BAD_OVERRIDES = [
     (["optimizer.warmup_epoch=3"], ["'optimizer.warmup_epoch'", "warmup_epochs'?"]),
     (["model.embed_dims=64"], ["'model.embed_dims'", "'model.embed_dim'?"]),
@@ -79,7 +79,7 @@ def test_bad_override(overrides, fragments, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("overrides", "micro"),
+    ("overrides", "microbatch"),
     [
         ("batch_size=25 mixup=0.8", 25),
         ("batch_size=25 cutmix=1.0", 25),
@@ -88,13 +88,15 @@ def test_bad_override(overrides, fragments, tmp_path, capsys):
         ("batch_size=25", None),
     ],
 )
-def test_pairs_are_mixed_in_even_batches_alone(overrides, micro):
+def test_mixing_needs_even_microbatches(overrides, microbatch):
     recipe = str(recipes.ROOT / "configs" / "digits_finetune.py")
     flags = [f"--config.{override}" for override in overrides.split()]
-    if micro is None:
+    if microbatch is None:
         assert configs.load(recipe, flags).batch_size in (24, 25)
         return
-    with pytest.raises(ConfigError, match=f"steps is {micro}, expected an even number"):
+    with pytest.raises(
+        ConfigError, match=f"steps is {microbatch}, expected an even number"
+    ):
         configs.load(recipe, flags)
 
 
@@ -127,7 +129,8 @@ def test_variant_of_a_recipe(capsys):
         assert main([f"--config={recipe}", *arguments]) == 0
         out = capsys.readouterr().out
         assert '"name": "hivit_large"' in out
-        assert f"changes to {recipe}: \n  data.randaugment: True -> False\n" in out
+        changes = "data.randaugment: True -> False"
+        assert f"differences from {recipe}: \n  {changes}\n" in out
     assert main(["--config=supervised:huge", *arguments]) == 2
     check_message(capsys.readouterr().err, ["supervised:huge", "'huge'"])
     assert main(["--config=mae_base:384", *arguments]) == 2
@@ -135,7 +138,7 @@ def test_variant_of_a_recipe(capsys):
 
 
 def test_values_of_a_recipe_are_checked(tmp_path, capsys):
-    """By the names of keys, as those of the command line are."""
+    """Values of a recipe are checked as those of the command line are."""
     path = tmp_path / "own.py"
     for values, fragments in (
         ("model=dict(embed_dims=64)", ["'model.embed_dims'", "'model.embed_dim'?"]),
@@ -156,7 +159,7 @@ def test_values_of_a_recipe_are_checked(tmp_path, capsys):
 
 
 def test_page_of_all_keys():
-    """Is the output of its command; has every key of every task, with a comment."""
+    """docs/config.md is up to date and has every key of every task, with a comment."""
     text = (recipes.ROOT / "docs" / "config.md").read_text()
     assert text == configs.to_markdown()
     for task in tasks.TASKS.values():

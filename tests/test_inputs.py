@@ -1,10 +1,10 @@
-"""From config keys to batches."""
+"""Input pipeline: from config keys to batches."""
 
 import io
 
 import numpy as np
 import pytest
-from datasets import assert_batches_equal, load, load_folder
+from datasets import assert_batches_equal, digits_config, folder_config
 from numpy.testing import assert_array_equal
 from PIL import Image
 
@@ -23,13 +23,16 @@ def test_more_classes_than_the_model_has():
         with pytest.raises(
             ConfigError, match="num_classes=9; expected at least 10, .*digits"
         ):
-            next(split(load(model__num_classes=9)))
+            next(split(digits_config(model__num_classes=9)))
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"data__canvas": 15}, "canvas=15 .*image_size=16; expected 0 or at least 16"),
+        (
+            {"data__canvas": 15},
+            "canvas=15 .*image_size=16; expected data.canvas=0 or at least 16",
+        ),
         ({"data__canvas": -1}, "data.canvas=-1; expected at least 0"),
         ({"data__workers": -1}, "data.workers=-1; expected at least 0"),
         ({"data__crop_pct": 1.5}, "data.crop_pct=1.5; expected 0.001 to 1"),
@@ -46,13 +49,13 @@ def test_more_classes_than_the_model_has():
         ({"data__value_range": (3, 3)}, r"value_range=\(3, 3\); expected"),
     ],
 )
-def test_settings_that_cannot_work(overrides, message):
+def test_invalid_settings(overrides, message):
     with pytest.raises(ConfigError, match=message):
-        next(inputs.train_batches(load(**overrides), 0, 1))
+        next(inputs.train_batches(digits_config(**overrides), 0, 1))
 
 
 def test_images_of_their_own_size_are_unchanged():
-    cfg = load(model__image_size=8)
+    cfg = digits_config(model__image_size=8)
     batch = next(inputs.train_batches(cfg, 0, 1))
     expected = data_sources_digits.Digits("train").pixels()[
         permutation(0, 0, 1437)[:96]
@@ -61,27 +64,31 @@ def test_images_of_their_own_size_are_unchanged():
 
 
 def test_other_image_shapes():
-    colour = dict(model__in_channels=3, data__mean=(0.5,) * 3, data__std=(0.5,) * 3)
-    cfg = load(model__image_size=8, **colour)
+    color = dict(model__in_channels=3, data__mean=(0.5,) * 3, data__std=(0.5,) * 3)
+    cfg = digits_config(model__image_size=8, **color)
     batch = next(inputs.train_batches(cfg, 0, 1))
-    grey = next(inputs.train_batches(load(model__image_size=8), 0, 1))
-    assert_array_equal(batch["image"], np.repeat(grey["image"], 3, -1))
-    cfg = load(model__image_size=(8, 24), **colour)
+    gray = next(inputs.train_batches(digits_config(model__image_size=8), 0, 1))
+    assert_array_equal(batch["image"], np.repeat(gray["image"], 3, -1))
+    cfg = digits_config(model__image_size=(8, 24), **color)
     assert models.image_shape(cfg.model) == (8, 24, 3)
     assert next(inputs.train_batches(cfg, 0, 1))["image"].shape == (96, 8, 24, 3)
 
 
 def test_crops_differ_by_image_epoch_and_seed():
-    cfg = load(data__crop_scale=(0.3, 1.0), data__train_examples=100, batch_size=100)
+    cfg = digits_config(
+        data__crop_scale=(0.3, 1.0), data__train_examples=100, batch_size=100
+    )
     first, second = inputs.train_batches(cfg, 0, 2)
     plain = next(
-        inputs.train_batches(load(data__train_examples=100, batch_size=100), 0, 1)
+        inputs.train_batches(
+            digits_config(data__train_examples=100, batch_size=100), 0, 1
+        )
     )
     assert_array_equal(first["label"], plain["label"])
     assert (first["image"] != plain["image"]).any((1, 2, 3)).mean() > 0.9
-    places = [np.argsort(permutation(0, epoch, 100)) for epoch in (0, 1)]
-    one, other = first["image"][places[0]], second["image"][places[1]]
-    assert_array_equal(first["label"][places[0]], second["label"][places[1]])
+    order = [np.argsort(permutation(0, epoch, 100)) for epoch in (0, 1)]
+    one, other = first["image"][order[0]], second["image"][order[1]]
+    assert_array_equal(first["label"][order[0]], second["label"][order[1]])
     assert (one != other).any((1, 2, 3)).mean() > 0.9
     cfg.seed = 1
     seeded = next(inputs.train_batches(cfg, 0, 1))
@@ -90,9 +97,9 @@ def test_crops_differ_by_image_epoch_and_seed():
 
 
 @pytest.mark.slow
-def test_batches_for_the_device_and_of_the_host_show_the_same(folder):
-    """Crops on a canvas, resized as the train step does it, are the host's images."""
-    shipped, resized = load_folder(folder), load_folder(folder, data__canvas=0)
+def test_device_and_host_resizing_agree(folder):
+    """Canvases that the device resizes match the images that the host resizes."""
+    shipped, resized = folder_config(folder), folder_config(folder, data__canvas=0)
     for batches in (lambda c: inputs.train_batches(c, 3, 7), inputs.eval_batches):
         for one, other in zip(batches(shipped), batches(resized), strict=True):
             assert one["image"].shape == (8, 64, 64, 3)
@@ -105,9 +112,9 @@ def test_batches_for_the_device_and_of_the_host_show_the_same(folder):
                 assert_array_equal(one[key], other[key])
 
 
-def test_evaluation_sees_the_middle_of_every_file(folder):
-    source = registry.open_source(load_folder(folder).data, "test")
-    batches = list(inputs.eval_batches(load_folder(folder, data__canvas=0)))
+def test_evaluation_uses_center_crops(folder):
+    source = registry.open_source(folder_config(folder).data, "test")
+    batches = list(inputs.eval_batches(folder_config(folder, data__canvas=0)))
     images = np.concatenate([b["image"] for b in batches])
     weights = np.concatenate([b["weight"] for b in batches])
     assert_array_equal(weights, np.arange(16) < 11)
@@ -121,9 +128,9 @@ def test_evaluation_sees_the_middle_of_every_file(folder):
 
 
 def test_randaugment(folder):
-    """Of the resized crop, by numbers of its own; never in evaluation."""
-    plain = load_folder(folder, data__canvas=0)
-    cfg = load_folder(folder, data__randaugment=True)
+    """RandAugment is applied to the resized crop, in training only."""
+    plain = folder_config(folder, data__canvas=0)
+    cfg = folder_config(folder, data__randaugment=True)
     count = transforms.DRAWS + randaugment.DRAWS
     changed = 0
     for step, (one, other) in enumerate(
@@ -139,28 +146,28 @@ def test_randaugment(folder):
             expected = randaugment.randaugment(other["image"][k], draws)
             assert_array_equal(one["image"][k], expected)
             changed += (one["image"][k] != other["image"][k]).any()
-    assert 24 < changed < 46  # of 48, of which a quarter meets no operation
+    assert 24 < changed < 46  # of 48; a quarter of them get no operation
     assert_batches_equal(
-        inputs.eval_batches(cfg), inputs.eval_batches(load_folder(folder))
+        inputs.eval_batches(cfg), inputs.eval_batches(folder_config(folder))
     )
     with pytest.raises(ConfigError, match="randaugment with .*in_channels=1"):
-        next(inputs.train_batches(load(data__randaugment=True), 0, 1))
+        next(inputs.train_batches(digits_config(data__randaugment=True), 0, 1))
 
 
 def test_channels_no_file_has(folder):
-    cfg = load_folder(
+    cfg = folder_config(
         folder, model__in_channels=4, data__mean=(0.5,) * 4, data__std=(1.0,) * 4
     )
     with pytest.raises(ConfigError, match=r"in_channels=4 .*; expected 3 .* or 1"):
         next(inputs.train_batches(cfg, 0, 1))
 
 
-# Every key of config.data, in batches
+# Every key of config.data
 
 KEYS = ("image", "label", "weight", "unreadable", "box")
 
 
-# Key and value -> whether training batches change, whether evaluation's do.
+# (key, value, training batches change, evaluation batches change)
 EFFECTS = [
     ("crop_scale", (0.8, 1.0), True, False),
     ("crop_pct", 0.5, False, True),
@@ -172,16 +179,16 @@ EFFECTS = [
     ("randaugment", True, True, False),
     ("train_split", "val", True, False),
     ("eval_split", "train", False, True),
-    ("flip", False, False, False),  # which is up to the device
+    ("flip", False, False, False),  # applied on the device
     ("mean", (0.1, 0.2, 0.3), False, False),
     ("std", (0.1, 0.2, 0.3), False, False),
 ]
 
 
 @pytest.fixture(scope="module")
-def as_it_is(folder):
-    """Four training batches of the host's images, and all of evaluation."""
-    return batches_of(load_folder(folder, data__canvas=0, data__flip=True))
+def unchanged_batches(folder):
+    """Four training batches resized on the host, and all evaluation batches."""
+    return batches_of(folder_config(folder, data__canvas=0, data__flip=True))
 
 
 def batches_of(cfg):
@@ -197,23 +204,25 @@ def identical(ones, others):
 
 
 @pytest.mark.parametrize(("key", "value", "train", "evaluation"), EFFECTS)
-def test_batches_change_with_a_key(folder, as_it_is, key, value, train, evaluation):
+def test_batches_change_with_a_key(
+    folder, unchanged_batches, key, value, train, evaluation
+):
     overrides = dict(data__canvas=0, data__flip=True) | {f"data__{key}": value}
-    batches = batches_of(load_folder(folder, **overrides))
-    same = [identical(*pair) for pair in zip(batches, as_it_is, strict=True)]
+    batches = batches_of(folder_config(folder, **overrides))
+    same = [identical(*pair) for pair in zip(batches, unchanged_batches, strict=True)]
     assert same == [not train, not evaluation]
 
 
 def pixels_of(folder, split):
-    """Pixels of the files, as PIL reads them in the order of their names."""
+    """Return the pixels of the files, in the order of their names."""
     paths = sorted((folder / split).glob("*/*"))
     return [np.asarray(Image.open(path)) for path in paths]
 
 
 def test_splits_by_name(folder):
-    """Labels too: of 11 validation images in training, of 40 training in evaluation."""
+    """Training and evaluation swap splits, labels included."""
     swapped = dict(data__train_split="val", data__eval_split="train")
-    cfg = load_folder(folder, data__canvas=0, data__crop_scale=(1.0, 1.0), **swapped)
+    cfg = folder_config(folder, data__canvas=0, data__crop_scale=(1.0, 1.0), **swapped)
     [batch] = inputs.train_batches(cfg, 0, 1)
     classes = sorted(path.name for path in (folder / "train").iterdir())
     for split, found in (("val", [batch]), ("train", list(inputs.eval_batches(cfg)))):
@@ -223,12 +232,13 @@ def test_splits_by_name(folder):
         assert np.concatenate([each["label"] for each in found]).tolist() == labels
 
 
-def test_crops_of_the_middle_are_the_files_pixels(folder):
-    """Half of 48x64 is 24x32: nothing is resized. Without random crops training has
-    the same ones, of every image once in an epoch.
+def test_center_crops_are_pixels_of_the_files(folder):
+    """Center crops of 24x32 from 48x64 are unresized pixels of the files.
+
+    Without random crops training uses the same pixels, each image once per epoch.
     """
     options = dict(data__crop_pct=0.5, data__crop_scale=(1.0, 1.0), data__canvas=0)
-    train, evaluation = batches_of(load_folder(folder, **options))
+    train, evaluation = batches_of(folder_config(folder, **options))
     for split, batches, count in (("train", train, 32), ("val", evaluation, 11)):
         expected = [pixels[12:36, 20:44] for pixels in pixels_of(folder, split)]
         if split == "train":
@@ -238,21 +248,21 @@ def test_crops_of_the_middle_are_the_files_pixels(folder):
 
 
 def halved(pixels, taps):
-    """Pixels between two others, along both axes; columns first, each axis rounded."""
+    """Downsample two-fold between pixels: columns first, each axis rounded."""
     for axis in (1, 0):
         pixels, total = np.moveaxis(np.float64(pixels), axis, 0), 0
         middle, weights = np.arange(24) * 2 + (4 if axis else 0) * 2, 0
         for offset, weight in taps.items():
-            place = middle + offset
-            inside = (place >= 0) & (place < len(pixels))
+            position = middle + offset
+            inside = (position >= 0) & (position < len(pixels))
             weight = (weight * inside)[:, None, None]
-            total = total + weight * pixels[place.clip(0, len(pixels) - 1)]
+            total = total + weight * pixels[position.clip(0, len(pixels) - 1)]
             weights = weights + weight
         pixels = np.moveaxis(np.rint(total / weights).clip(0, 255), 0, axis)
     return pixels.astype(np.uint8)
 
 
-def by_pil(name):
+def pil_halved(name):
     box = (8, 0, 56, 48)
     method = Image.Resampling[name.upper()]
     return lambda pixels: np.asarray(
@@ -264,8 +274,8 @@ CUBIC = {-1: -0.0625, 0: 0.5625, 1: 0.5625, 2: -0.0625}
 
 
 RESIZED = {
-    ("bicubic", True): by_pil("bicubic"),
-    ("bilinear", True): by_pil("bilinear"),
+    ("bicubic", True): pil_halved("bicubic"),
+    ("bilinear", True): pil_halved("bilinear"),
     ("bicubic", False): lambda pixels: halved(pixels, CUBIC),
     ("bilinear", False): lambda pixels: halved(pixels, {0: 0.5, 1: 0.5}),
 }
@@ -274,19 +284,21 @@ RESIZED = {
 @pytest.mark.slow
 @pytest.mark.parametrize(("interpolation", "antialias"), RESIZED)
 def test_images_are_resized_as_told(folder, interpolation, antialias):
-    """48x64 to half of it, of which 24x24: by the host to the bit; by the device, which
-    also normalizes, but for what lies between two numbers and is rounded otherwise.
+    """Images are halved as data.interpolation and data.antialias specify.
+
+    The host is bit-exact. The device, which also normalizes, may round ties
+    differently.
     """
-    how = dict(data__interpolation=interpolation, data__antialias=antialias)
+    resizing = dict(data__interpolation=interpolation, data__antialias=antialias)
     moments = dict(data__mean=(0.1, 0.5, 0.9), data__std=(0.2, 0.4, 0.8))
-    options = how | moments | dict(data__crop_pct=1.0)
+    options = resizing | moments | dict(data__crop_pct=1.0)
     expected = np.stack(
         [*map(RESIZED[interpolation, antialias], pixels_of(folder, "val"))]
     )
-    cfg = load_folder(folder, data__canvas=0, **options)
+    cfg = folder_config(folder, data__canvas=0, **options)
     host = np.concatenate([b["image"] for b in inputs.eval_batches(cfg)])[:11]
     assert_array_equal(host, expected)
-    cfg = load_folder(folder, data__canvas=64, **options)
+    cfg = folder_config(folder, data__canvas=64, **options)
     images = [*map(inputs.make_task(cfg).preprocess, inputs.eval_batches(cfg))]
     device = np.concatenate(images)[:11] * (0.2, 0.4, 0.8) + (0.1, 0.5, 0.9)
     difference = np.abs(device * 255 - expected)
@@ -332,7 +344,7 @@ def opened(monkeypatch):
     def make(train, test, **overrides):
         sources = {"train": train, "test": test}
         monkeypatch.setattr(inputs, "open_source", lambda _, split: sources[split])
-        cfg = load(model__image_size=8, **overrides)
+        cfg = digits_config(model__image_size=8, **overrides)
         return cfg, inputs.make_task(cfg)
 
     return make
@@ -358,11 +370,11 @@ def test_splits_have_the_same_classes(opened):
     [
         (
             [b""] * 20,
-            "8 of 8 images tried of the test split .*\n.*check_data",
+            "none of 8 images tried of the test split .*\n.*check_data",
         ),
         (
             [OSError("gone")],
-            "tried of the test split of digits could not be",
+            "none of 8 images tried of the test split of digits could be",
         ),
         ([FLOATS], r"example 0: expected 8 or 16 bits, .*value_range="),
         ([{"image": GOOD, "label": 10}], "example 0: expected a label from 0 to 9"),
@@ -417,8 +429,8 @@ def test_unreadable_images_are_counted_once(monkeypatch):
 
 
 def test_share_of_unreadable_images():
-    """Of the images of the split."""
-    data = load(data__max_unreadable=0.001).data
+    """The limit is a share of the images of the split."""
+    data = digits_config(data__max_unreadable=0.001).data
     inputs.check_unreadable(1, data, "train")  # of 1,437
     with pytest.raises(
         DataError, match=r"2 images of digits .* 0.14%; .* 0.10% of 1,43"

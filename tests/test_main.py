@@ -13,7 +13,7 @@ from hivit_jax.errors import ConfigError
 from hivit_jax.main import MODES, main
 from hivit_jax.train import report_changes
 
-MINI = recipes.arguments()  # --config and overrides of a recipe that works
+MINI = recipes.arguments()  # flags of a valid recipe
 
 
 def test_masked_autoencoder_does_not_classify(tmp_path, capsys):
@@ -73,7 +73,7 @@ def finished(tmp_path_factory):
 
 @pytest.mark.slow
 def test_checkpoint_of_another_model(finished, tmp_path, capsys):
-    """In the workdir, as init_from, for evaluation."""
+    """Another model is refused in the workdir, as init_from and for evaluation."""
     before = (finished / "config.json").read_text()
     for flags in (
         [f"--workdir={finished}"],
@@ -91,7 +91,7 @@ def test_checkpoint_of_another_model(finished, tmp_path, capsys):
 def test_no_checkpoint(finished, tmp_path, capsys):
     empty, nowhere = tmp_path / "empty", tmp_path / "nowhere"
     empty.mkdir()
-    for flags, place in (
+    for flags, path in (
         ([f"--workdir={empty}", "--mode=eval"], empty),
         ([f"--workdir={nowhere}", "--mode=eval"], nowhere),
         (
@@ -102,18 +102,18 @@ def test_no_checkpoint(finished, tmp_path, capsys):
         ([f"--workdir={tmp_path / 'x'}", f"--config.init_from={empty}"], empty),
     ):
         assert main([*MINI, *flags]) == 5
-        check_message(capsys.readouterr().err, ["no checkpoint", str(place)])
+        check_message(capsys.readouterr().err, ["no checkpoint", str(path)])
     assert not nowhere.exists()
 
 
 @pytest.mark.slow
 def test_eval_mode(finished, capsys):
-    """Gives what the run itself found, from the workdir or from a path."""
+    """``--mode eval`` prints the results of the run, from a workdir or a path."""
     step = finished / "checkpoints" / "1"
     for flags in ([], [f"--checkpoint={step}"]):
         assert main([*MINI, f"--workdir={finished}", "--mode=eval", *flags]) == 0
-        loss = recipes.lines(finished, "eval/loss")[1]
-        count = recipes.lines(finished, "eval/count")[1]
+        loss = recipes.logged(finished, "eval/loss")[1]
+        count = recipes.logged(finished, "eval/count")[1]
         out = capsys.readouterr().out
         assert f"step 1  eval  loss {loss:.4f}  ({count} images)" in out
 
@@ -124,7 +124,7 @@ def test_workdir_alone(finished, tmp_path, capsys):
     refused.
     """
     before = {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()}
-    loss = f"loss {recipes.lines(finished, 'eval/loss')[1]:.4f}"
+    loss = f"loss {recipes.logged(finished, 'eval/loss')[1]:.4f}"
     for flags in (
         [f"--workdir={finished}", "--mode=eval"],
         [f"--workdir={finished}"],
@@ -192,11 +192,6 @@ def test_changes_since_a_checkpoint(finished, capsys):
         changes(batch_size=8)
 
 
-def describe(*overrides):
-    config = f"--config={recipes.ROOT / 'configs' / 'mae_base.py'}"
-    return main([config, "--mode=describe", *overrides])
-
-
 @pytest.mark.processes
 @pytest.mark.slow
 @pytest.mark.parametrize(
@@ -208,13 +203,13 @@ def describe(*overrides):
 )
 def test_errors_of_a_real_process(flags, exit_code, fragments, tmp_path):
     arguments = ["-m", "hivit_jax.main", *MINI, f"--workdir={tmp_path}", *flags]
-    code, _, err = recipes.run(*arguments, devices=8)
+    code, _, err = recipes.run_process(*arguments, devices=8)
     assert code == exit_code
     check_message(err, fragments)
 
 
 def test_help(capsys):
-    """Modes, examples, exit codes, and each recipe by name and first line."""
+    """The help lists modes, examples, exit codes, and each recipe."""
     with pytest.raises(SystemExit):
         main(["--help"])
     out = capsys.readouterr().out

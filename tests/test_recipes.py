@@ -4,7 +4,6 @@ import configparser
 import json
 import shutil
 
-import jax
 import numpy as np
 import pytest
 import recipes
@@ -15,14 +14,14 @@ from numpy.testing import assert_allclose
 from hivit_jax import config as configs
 from hivit_jax import inputs
 from hivit_jax import recipes as recipes_by_name
-from hivit_jax.training.schedule import make_schedule, peak_learning_rate
+from hivit_jax.training.schedule import peak_learning_rate
 from hivit_jax.tree import named_leaves
 
 
 @pytest.mark.processes
 @pytest.mark.slow
 def test_recipes_of_an_installed_package(tmp_path):
-    """By name, from any directory, in an installation as in a clone."""
+    """Recipes are found by name from any directory, installed or in a clone."""
     site = tmp_path / "site" / "hivit_jax"
     shutil.copytree(recipes.ROOT / "hivit_jax", site)
     shutil.copytree(recipes.ROOT / "configs", site / "configs")
@@ -30,13 +29,13 @@ def test_recipes_of_an_installed_package(tmp_path):
     flags = ["--config=mae_base", "--mode=describe"]
     for path in (site.parent, recipes.ROOT):
         command = ["-c", f"import os; os.chdir('/'); {program}", *flags]
-        code, out, err = recipes.run(*command, PYTHONPATH=path)
+        code, out, err = recipes.run_process(*command, PYTHONPATH=path)
         assert (code, err) == (0, "")
-        assert "changes to mae_base: none" in out
+        assert "differences from mae_base: none" in out
 
 
 def test_packages_are_listed():
-    """setup.cfg lists each package, and the recipes as one."""
+    """setup.cfg lists every package, and the recipes as one."""
     setup = configparser.ConfigParser()
     setup.read(recipes.ROOT / "setup.cfg")
     root = recipes.ROOT / "hivit_jax"
@@ -60,7 +59,7 @@ VARIANTS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", recipes_by_name.names())
 def test_every_recipe(name):
-    """Builds its model; its docstring has command, hardware, result and cost."""
+    """Each recipe builds its model and documents command, hardware, result and cost."""
     text = (recipes.ROOT / "configs" / f"{name}.py").read_text()
     assert 10 <= len(text.splitlines()) <= 25
     assert f"\n    hivit_jax --config {name}" in text
@@ -76,21 +75,7 @@ def test_every_recipe(name):
 FIRST_EDITION = json.loads((reference.GOLDEN / "first_edition.json").read_text())
 
 
-PER_EPOCH = 1000
-
-
 IMAGES = {"imagenet2012": 1_281_167, "digits": 1437}
-
-
-def schedule(recipe, *overrides, per_epoch=PER_EPOCH):
-    config = configs.load(recipe, [f"--config.{each}" for each in overrides])
-    steps = config.total_steps or round(config.total_epochs * per_epoch)
-    return scheduled(config, per_epoch, steps)
-
-
-def scheduled(config, per_epoch, steps):
-    o, batch_size = config.optimizer, config.batch_size
-    return jax.jit(make_schedule(o, batch_size, per_epoch, steps))
 
 
 def steps_of(config):
@@ -98,7 +83,7 @@ def steps_of(config):
     return inputs.count_steps(config, images)
 
 
-# What the official commands and defaults say, as totals for the batch named.
+# Values of the official commands and defaults, as totals for the batch size.
 OFFICIAL = {
     "mae_base": dict(
         batch_size=4096,
@@ -133,11 +118,11 @@ OFFICIAL = {
 }
 
 
-for NAME, RATE in (("tiny", 0.05), ("small", 0.3), ("base", 0.5)):
+for NAME, DROP_PATH_RATE in (("tiny", 0.05), ("small", 0.3), ("base", 0.5)):
     OFFICIAL[f"supervised:{NAME}"] = OFFICIAL["finetune:base"] | dict(
         total_epochs=300,
         peak=1e-3,
-        model__drop_path_rate=RATE,
+        model__drop_path_rate=DROP_PATH_RATE,
         optimizer__min_learning_rate=1e-5,
         optimizer__warmup_learning_rate=1e-6,
         optimizer__warmup_epochs=20,
@@ -161,24 +146,24 @@ def test_recipes_are_the_official_ones(name):
     assert (config.optimizer.schedule, config.optimizer.first_epoch) == ("cosine", 0)
 
 
-# --- Recipes of the first edition -----------------------------------------------------
+# Recipes of the first edition
 
 
-def today(name):
-    """Name of a recipe of the first edition now."""
+def current_name(name):
+    """Return today's name of a first-edition recipe."""
     kind, _, size = name.partition("_")
     return f"{kind}:{size}" if kind in ("finetune", "linear", "supervised") else name
 
 
 def old_file(name):
-    """A file of the first edition, in which recipes had all keys."""
+    """Return a file of the first edition, in which recipes had all keys."""
     return reference.GOLDEN / "first_edition" / f"{name}.py"
 
 
 FILES = [name for name in FIRST_EDITION if old_file(name).is_file()]
 
 
-SOURCES = [(name, today(name)) for name in FIRST_EDITION]
+SOURCES = [(name, current_name(name)) for name in FIRST_EDITION]
 
 
 SOURCES += [(name, old_file(name)) for name in FILES]
@@ -186,7 +171,7 @@ SOURCES += [(name, old_file(name)) for name in FILES]
 
 @pytest.mark.parametrize(("name", "source"), SOURCES)
 def test_values_of_the_first_edition(name, source):
-    """Are those of today's recipe, and of the file that had all keys."""
+    """First-edition values are those of today's recipes and of the old files."""
     found = named_leaves(json.loads(configs.to_json(configs.load(source))))
     expected = named_leaves(FIRST_EDITION[name]["config"])
     assert {key: found.pop(key) for key in expected} == expected
@@ -197,16 +182,16 @@ def test_values_of_the_first_edition(name, source):
 
 @pytest.mark.parametrize(("name", "source"), SOURCES)
 def test_schedules_of_the_first_edition(name, source):
-    """Learning rates are those recorded then, to the last bit of the peak."""
-    then, config = FIRST_EDITION[name], configs.load(source)
-    rate = scheduled(config, *steps_of(config))
-    check_rates(rate, then["steps"], then["rates"])
+    """Learning rates are the recorded ones, to the last bit of the peak."""
+    old, config = FIRST_EDITION[name], configs.load(source)
+    rate = recipes.jit_schedule(config, *steps_of(config))
+    check_rates(rate, old["steps"], old["rates"])
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_official_quirks_of_the_first_edition(name, tmp_path):
-    """Become values that give the recorded learning rates."""
-    then = FIRST_EDITION[name]
+    """official_quirks becomes values that give the recorded learning rates."""
+    old = FIRST_EDITION[name]
     text = old_file(name).read_text()
     quirk = "    config.optimizer.official_quirks = True\n    return config\n"
     path = tmp_path / "quirks.py"
@@ -215,8 +200,8 @@ def test_official_quirks_of_the_first_edition(name, tmp_path):
     from_scratch = config.task == "classify" and not config.init_from
     assert config.optimizer.first_epoch == int(not from_scratch)
     assert (config.optimizer.schedule == "cosine_from_start") == from_scratch
-    rate = scheduled(config, *steps_of(config))
-    check_rates(rate, then["steps"], then["official_quirks"])
+    rate = recipes.jit_schedule(config, *steps_of(config))
+    check_rates(rate, old["steps"], old["official_quirks"])
     if config.task == "classify":
         other = "" if config.init_from else "somewhere"
         config = configs.load(path, [f"--config.init_from={other}"])
@@ -234,22 +219,3 @@ def test_keys_that_became_flags_are_ignored_in_old_recipes(tmp_path):
     path.write_text(text.replace('topology = ""', 'topology = "v5e:2x4"'))
     assert "v5e:2x4" in path.read_text()
     assert configs.load(path).to_dict() == recipes.recipe("mae_base").to_dict()
-
-
-# --- Other schedules ------------------------------------------------------------------
-
-
-def mini(**values):
-    """Config of 40 steps at a peak of 0.5; an epoch is 10 steps, the warmup 4."""
-    values = {
-        "base_learning_rate": 0.5,
-        "lr_batch": 0,
-        "warmup_epochs": 0.4,
-        "warmup_learning_rate": 0.05,
-    } | values
-    return recipes.mae(**{f"optimizer__{key}": value for key, value in values.items()})
-
-
-def rates(**values):
-    rate = scheduled(mini(**values), 10, 40)
-    return np.array([rate(np.int32(step)) for step in range(41)])

@@ -19,12 +19,12 @@ def test_every_start_is_kept(tmp_path, monkeypatch):
     for number, clock in enumerate([now, now, now, now - 3600]):
         monkeypatch.setattr(record.time, "time", lambda clock=clock: clock)
         record.add_start(tmp_path, str(number))
-        assert [p.read_text() for p in record.starts(tmp_path)] == [
+        assert [p.read_text() for p in record.config_files(tmp_path)] == [
             str(n) for n in range(number + 1)
         ]
-        newest = record.newest_start(tmp_path)
+        newest = record.newest_config(tmp_path)
         assert newest.endswith(".json") and open(newest).read() == str(number)  # noqa: PT018, SIM115
-    first, *later = [path.name for path in record.starts(tmp_path)]
+    first, *later = [path.name for path in record.config_files(tmp_path)]
     assert first == "config.json"
     stamp = time.strftime("config-%Y%m%dT%H%M%SZ.json", time.gmtime(now))
     assert later[0] == stamp
@@ -32,7 +32,7 @@ def test_every_start_is_kept(tmp_path, monkeypatch):
 
 def test_no_start(tmp_path):
     with pytest.raises(ConfigError, match=r"--config is required.*no config\.json"):
-        record.newest_start(tmp_path / "nowhere")
+        record.newest_config(tmp_path / "nowhere")
 
 
 def test_one_line_for_each_changed_key():

@@ -87,7 +87,7 @@ def test_disk_full(error, capsys):
     ],
 )
 def test_other_errors_stay(error):
-    with pytest.raises(type(error)) as raised, resources.exhaustion_reported():
+    with pytest.raises(type(error)) as raised, resources.raise_resource_errors():
         raise error
     assert raised.value is error
 

@@ -1,4 +1,4 @@
-"""Keys of a step."""
+"""PRNG keys of a step."""
 
 import jax
 import jax.numpy as jnp
@@ -34,10 +34,3 @@ def test_keys_for_one_purpose():
     assert len(np.unique(np.concatenate(data), axis=0)) == 18
     part = jax.random.key_data(rng.split_keys(keys[2:4], "mask"))
     assert_array_equal(part, data[1][2:4])
-
-
-# Erasing and mixing
-
-
-def keys(count, seed=0):
-    return jax.random.split(jax.random.key(seed), count)

@@ -1,5 +1,6 @@
-"""Digests of arrays, because orbax restores flipped bits without an error, and a check
-for numbers that are not finite.
+"""Digests of arrays, and a check for numbers that are not finite.
+
+Digests are needed because Orbax restores flipped bits without an error.
 """
 
 from collections.abc import Mapping
@@ -13,9 +14,9 @@ from hivit_jax.tree import named_leaves
 
 
 def digests(trees: Mapping[str, Any]) -> dict[str, dict[str, str]]:
-    """Return a 64-bit digest of every array as hex text, by item and array name.
+    """Return {item: {array name: digest}}; a digest has 64 bits, as hex text.
 
-    A digest does not depend on the sharding. A change of a single number always
+    A digest does not depend on the array's sharding. A change of a single number always
     changes it.
     """
     result: dict[str, dict[str, str]] = {}
@@ -46,13 +47,13 @@ def _finite_on_device(x: jax.Array) -> jax.Array:
 def _is_small(x: jax.Array | np.ndarray) -> bool:
     """Return True for arrays that are processed on the host.
 
-    Without this, XLA compiles a program for every shape.
+    On the devices, XLA would compile a program for each of their many shapes.
     """
     return x.size <= 2**16 and getattr(x, "is_fully_replicated", True)
 
 
 def _digest(x: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
-    """Return `_mixed_sums` of an array's bits and positions, uint32 [2]."""
+    """Return `_mixed_sums` of the bits and positions of an array, uint32 [2]."""
     if not _is_small(x):
         return _digest_on_device(x if isinstance(x, jax.Array) else jax.device_put(x))
     x = np.ascontiguousarray(jax.device_get(x)).reshape(-1)

@@ -1,8 +1,9 @@
-"""Lock of a workdir: only one run at a time writes into it.
+"""Lock of a workdir, so that only one run at a time writes into it.
 
-The lock is a file ``run-N.lock`` with the owner's host, process and start time, and a
-count that the owner increases every `INTERVAL` seconds. A run takes over the lock of a
-dead run by creating file N + 1. Only one of several runs can create it.
+The lock is a file ``run-N.lock``. It contains the owner's host, process and start time,
+and a heartbeat count that the owner increases every `INTERVAL` seconds. If the owner is
+dead, another run takes the workdir over: it creates ``run-M.lock`` with M = N + 1. Only
+one of several runs can create this file.
 """
 
 import json
@@ -29,13 +30,14 @@ from hivit_jax.reporting.console import log
 from hivit_jax.reporting.metrics import prepare_workdir
 
 INTERVAL = 10.0  # seconds between two heartbeats of an owner
-WATCHED = 2  # intervals without a heartbeat after which an owner elsewhere is dead
+# Intervals without a heartbeat after which an owner on another machine counts as dead.
+WATCHED_INTERVALS = 2
 
 Owner = dict[str, Any]
 
 
 def exclusive(run: Callable) -> Callable:
-    """Decorate a function with a parameter `workdir` to hold that workdir's lock."""
+    """Decorate a function so that it holds the lock of its argument `workdir`."""
 
     @wraps(run)
     def locked(*args, **kwargs):
@@ -49,7 +51,7 @@ def exclusive(run: Callable) -> Callable:
 def hold(workdir: str | Path) -> Iterator[None]:
     """Context manager that creates a workdir and holds its lock.
 
-    Process 0 of a run holds the lock for all of its processes.
+    Process 0 of a run holds the lock for all processes of the run.
 
     Raises:
       ConfigError: another run holds the lock, or the directory cannot be written to.
@@ -60,14 +62,14 @@ def hold(workdir: str | Path) -> Iterator[None]:
     if jax.process_index() == 0:
         try:
             path = _acquire(workdir, owner)
-        except (ConfigError, OSError) as problem:
-            error = problem
+        except (ConfigError, OSError) as caught:
+            error = caught
     if message := gather_objects(error and str(error))[0]:
         raise error or ConfigError(message)
     released = threading.Event()
     if path:
         arguments = path, owner, released
-        threading.Thread(target=_beat, args=arguments, daemon=True).start()
+        threading.Thread(target=_send_heartbeats, args=arguments, daemon=True).start()
     try:
         yield
     finally:
@@ -77,7 +79,7 @@ def hold(workdir: str | Path) -> Iterator[None]:
 
 
 def this_process() -> Owner:
-    """Return the content of a lock that this process owns."""
+    """Return the content of a lock file that this process owns."""
     return {
         "host": platform.node(),
         "pid": os.getpid(),
@@ -92,17 +94,18 @@ def this_process() -> Owner:
 def is_dead(owner: Owner, path: Path) -> bool:
     """Return True if the owner of a lock no longer runs.
 
-    A process of this machine runs if its start time is unchanged, because process
-    numbers are reused. Any other owner is watched for `WATCHED` intervals. Only the
-    count is compared, because clocks of machines may differ.
+    An owner on this machine is alive if a process with its number and start time
+    exists; the number alone may belong to another process. An owner on another machine
+    is watched for `WATCHED_INTERVALS` intervals and is alive if the lock's content
+    changes. Times are not compared, because the machines' clocks may differ.
     """
     if owner.get("machine") == _machine():
         return owner.get("started") != _start_time(owner.get("pid", 0))
     log(
-        f"{path} belongs to {_describe(owner)}; watching it for "
-        f"{WATCHED * INTERVAL:g} s"
+        f"{path} belongs to {_describe(owner)}; waiting "
+        f"{WATCHED_INTERVALS * INTERVAL:g} s for a heartbeat"
     )
-    end = time.monotonic() + WATCHED * INTERVAL
+    end = time.monotonic() + WATCHED_INTERVALS * INTERVAL
     while time.monotonic() < end:
         time.sleep(INTERVAL / 10)
         if _read(path) != owner:
@@ -111,41 +114,48 @@ def is_dead(owner: Owner, path: Path) -> bool:
 
 
 def _acquire(workdir: Path, owner: Owner) -> Path:
-    """Create the next lock file once all existing ones are of dead owners."""
+    """Create the next lock file and return its path.
+
+    Raises:
+      ConfigError: the owner of an existing lock file is alive.
+    """
     while True:
         dead = {}
-        for path in _files(workdir):
-            found = _read(path)
-            alive = found is not None and not is_dead(found, path)
-            if alive and path.exists():  # it may finish while it is watched
+        for path in _lock_files(workdir):
+            other = _read(path)
+            alive = other is not None and not is_dead(other, path)
+            if alive and path.exists():  # the other run may have ended meanwhile
                 raise ConfigError(
-                    f"{workdir} is in use by {_describe(found)}.\n"
+                    f"{workdir} is in use by {_describe(other)}.\n"
                     "Wait for that run, or choose another --workdir"
                 )
-            if not alive and found is not None:
-                dead[path] = found
+            if not alive and other is not None:
+                dead[path] = other
         number = 1 + max([_number(path) for path in dead], default=0)
         path = workdir / f"run-{number}.lock"
         if not _create(path, json.dumps(owner)):
             continue  # another run was faster
-        if {*_files(workdir)} - {*dead} == {path}:
+        if {*_lock_files(workdir)} - {*dead} == {path}:
             break
-        path.unlink()  # another run created a file since the files were listed
+        # Another run created a file since the files were listed. Both runs delete
+        # theirs and try again after different delays.
+        path.unlink()
         time.sleep(int(owner["token"], 16) % 100 / 100)
-    for stale, found in dead.items():
-        log(f"took over {workdir} from {_describe(found)}, which no longer runs")
+    for stale, other in dead.items():
+        log(f"took over {workdir} from {_describe(other)}, which no longer runs")
         stale.unlink(missing_ok=True)
     return path
 
 
 def _create(path: Path, text: str) -> bool:
-    """Create a file; return False if it exists."""
+    """Create a file and return True; return False if it already exists."""
     try:
         if "://" not in str(path):
             with open(path, "x") as file:
                 file.write(text)
             return True
-        import fsspec  # its stores of buckets create a file only if it is absent
+        # fsspec, because it can create a file in a bucket only if it does not exist.
+        import fsspec
 
         with fsspec.open(str(path), "xb") as file:
             file.write(text.encode())
@@ -155,9 +165,9 @@ def _create(path: Path, text: str) -> bool:
         if "://" not in str(path):
             raise
         log(
-            f"note: the store of {path} cannot create a file only if it is absent "
+            f"note: the storage of {path} cannot create a file exclusively "
             f"({first_line(error)[:80]}); two runs that start at the same moment would "
-            "not see each other"
+            "not notice each other"
         )
         if path.exists():
             return False
@@ -165,19 +175,20 @@ def _create(path: Path, text: str) -> bool:
     return True
 
 
-def _beat(path: Path, owner: Owner, released: threading.Event) -> None:
-    """Increase the count of a lock until it is released.
+def _send_heartbeats(path: Path, owner: Owner, released: threading.Event) -> None:
+    """Increase the heartbeat count of a lock until the lock is released.
 
-    Ends this process without saving if another run took the lock over, which happens
-    if this process was suspended.
+    Ends this process without saving if another run has taken over the workdir. This
+    happens if this process was suspended.
     """
     beats, others_before = 0, set()
     while not released.wait(INTERVAL):
         beats += 1
         text = json.dumps(owner | {"beats": f"{beats:010d}"})
         with suppress(OSError):
-            others = {*_files(path.parent)} - {path}
-            # Two beats, because `_acquire` may create a file and delete it again.
+            others = {*_lock_files(path.parent)} - {path}
+            # Seen at two heartbeats, because `_acquire` may create a file only to
+            # delete it again.
             if others & others_before:
                 exit_now(
                     ConfigError.exit_code,
@@ -193,8 +204,8 @@ def _beat(path: Path, owner: Owner, released: threading.Event) -> None:
                     file.write(text)
 
 
-def _files(workdir: Path) -> list[Path]:
-    """Return all lock files, by number."""
+def _lock_files(workdir: Path) -> list[Path]:
+    """Return all lock files of a workdir, in order of their numbers."""
     found = [p for p in workdir.glob("run-*.lock") if re.search(r"-\d+\.", p.name)]
     return sorted(found, key=_number)
 
@@ -204,8 +215,8 @@ def _number(path: Path) -> int:
 
 
 def _read(path: Path) -> Owner | None:
-    """Return the owner of a lock, {} if the file is damaged, None if it is gone."""
-    for _ in range(5):  # because the file may be incomplete while it is written
+    """Return the owner of a lock; {} if the file is damaged, None if it is gone."""
+    for _ in range(5):  # because the file is incomplete while it is being written
         with suppress(OSError, ValueError, TypeError):
             return {**json.loads(path.read_text())}
         if not path.exists():
@@ -221,9 +232,9 @@ def _describe(owner: Owner) -> str:
 
 
 def _machine() -> str:
-    """Return a name under which process numbers are comparable.
+    """Return an identifier of the space of process numbers that this process is in.
 
-    It differs between machines, between starts of a machine and between containers.
+    It differs between machines, between boots of a machine and between containers.
     """
     name = platform.node()
     with suppress(OSError), open("/proc/sys/kernel/random/boot_id") as file:
@@ -232,7 +243,7 @@ def _machine() -> str:
 
 
 def _start_time(pid: int) -> str:
-    """Return the start time of a process of this machine, or "" if it has ended."""
+    """Return the start time of a process on this machine, or "" if it has ended."""
     try:
         with open(f"/proc/{pid}/stat") as file:
             fields = file.read().rpartition(")")[2].split()

@@ -1,14 +1,16 @@
-"""Saving and restoring the state of a run with orbax.
+"""Save and restore the state of a run with Orbax.
 
-``DIR/checkpoints/STEP/`` contains the items *params*, *model_state* (if the model has
-any), *ema* (if averaging is on), *optimizer* (its state and the step), *config*,
-*dataset* (its size and class names), and *digests* of every array, because orbax
-restores flipped bits without an error. Each item can be restored alone. A step gets its
-final name only when it is complete, so incomplete steps are never restored.
+``WORKDIR/checkpoints/STEP/`` contains a subdirectory for each item: *params*;
+*model_state*, if the model has any; *ema*, if averaging is on; *optimizer*, with the
+optimizer state and the step; *config*; *dataset*, with the size and class names; and
+*digests* of every array, because Orbax restores flipped bits without an error. Each
+item can be restored alone. A checkpoint gets its final name only when it is complete,
+so incomplete checkpoints are never restored.
 
-Versions before 0.1 saved the model state in *params*, and moments of it in *optimizer*.
-Such checkpoints are restored by array name, and the moments are dropped. Their
-optimizer arrays may have other names; see `checkpoints.names`.
+Versions before 0.1 saved the model state in *params*, and the optimizer's moments of
+the model state in *optimizer*. Such checkpoints are restored by array name, and these
+moments are dropped. Their optimizer arrays may have other names; see
+`checkpoints.names`.
 """
 
 import json
@@ -27,9 +29,9 @@ from hivit_jax.checkpoints.digests import digests
 from hivit_jax.checkpoints.names import same_names
 from hivit_jax.checkpoints.read import (
     absolute,
-    damage_reported,
+    errors_as_damage,
     item_shapes,
-    params_item,
+    preferred_params_item,
     verify_digests,
     verify_finite,
 )
@@ -40,9 +42,9 @@ from hivit_jax.reporting.metrics import Best, Scalars, score
 from hivit_jax.resources import free_disk_text
 from hivit_jax.tree import leaf_name, named_leaves
 
-# Replicas of an array write slices of it in parallel. Slices have at least 1 MiB,
-# because every slice needs a program of its own and small arrays are written faster
-# whole.
+# Replicas of an array write slices of it in parallel. Arrays are not cut into slices of
+# less than 1 MiB, because each slice needs its own program. Small arrays are written
+# faster whole.
 ocp.type_handlers.register_type_handler(
     jax.Array,
     ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**20),
@@ -58,7 +60,8 @@ class Checkpoints:
       keep: number of newest checkpoints to keep. The checkpoint with the best
         evaluation is kept as well.
       best: evaluation metric that selects the best checkpoint, and "min" or "max".
-      dataset: facts about the dataset, saved with every checkpoint; values for JSON.
+      dataset: facts about the dataset, which JSON can represent; saved with every
+        checkpoint.
     """
 
     def __init__(
@@ -87,7 +90,7 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 
     def steps(self) -> list[int]:
-        """Return all saved steps, including those that are still being written."""
+        """Return the steps of all checkpoints, including those still being written."""
         return list(self._manager.all_steps())
 
     def save(
@@ -95,7 +98,7 @@ class Checkpoints:
     ) -> None:
         """Start writing a train state, its config (JSON text) and evaluation results.
 
-        Does nothing if the step is already saved.
+        Does nothing if a checkpoint of this step already exists.
 
         Raises:
           ConfigError: this checkpoint or the previous one cannot be written.
@@ -131,18 +134,21 @@ class Checkpoints:
     def restore_newest(
         self, abstract_state: Mapping[str, Any]
     ) -> tuple[int, dict[str, Any]] | None:
-        """Return the newest intact step and its state, or None if there is no step.
+        """Return the step and state of the newest intact checkpoint.
 
-        Damaged steps are logged and moved to ``DIR/damaged``.
+        Damaged newer checkpoints are logged and moved to ``WORKDIR/damaged``.
 
         Args:
           abstract_state: as in `restore`.
+
+        Returns:
+          None if there is no checkpoint.
 
         Raises:
           ConfigError: the checkpoints are of a different model or optimizer.
           CheckpointError: all checkpoints are damaged.
         """
-        errors: dict[int, CheckpointError] = {}  # the same steps on every process
+        errors: dict[int, CheckpointError] = {}  # step -> error; same keys everywhere
         for step in sorted(self._manager.all_steps(read=True), reverse=True):
             state = None
             try:
@@ -157,7 +163,7 @@ class Checkpoints:
             path = self.directory / str(step)
             elsewhere = CheckpointError(f"{path} cannot be restored by another process")
             errors.setdefault(step, elsewhere)
-        if errors:  # no step is intact: report the newest
+        if errors:  # no checkpoint is intact; the first error is the newest step's
             raise next(iter(errors.values()))
         return None
 
@@ -173,10 +179,10 @@ class Checkpoints:
         self._manager.reload()
 
     def restore(self, step: int, abstract_state: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the train state of a step.
+        """Return the train state of a step's checkpoint.
 
         Args:
-          abstract_state: shapes, dtypes and shardings of the state, see
+          abstract_state: shapes, dtypes and shardings of the state; see
             `distributed.sharding.with_shardings`.
 
         Raises:
@@ -201,12 +207,17 @@ class Checkpoints:
         if "ema" in abstract_state:
             # A checkpoint has no average if averaging was switched on later. The
             # average then starts from the parameters.
-            arrays = restore(params_item(path), named["ema"], ignored=model_state)
+            item = preferred_params_item(path)
+            arrays = restore(item, named["ema"], ignored=model_state)
             state["ema"] = _rebuild(abstract_state["ema"], arrays)
         return state
 
     def close(self) -> None:
-        """Wait until all checkpoints are written; ConfigError if a write failed."""
+        """Wait until all checkpoints are written.
+
+        Raises:
+          ConfigError: a write failed.
+        """
         with self._writing():
             self._manager.wait_until_finished()
             self._manager.close()
@@ -227,7 +238,7 @@ def _restore(
       ignored: names of arrays that the item may contain, under any prefix, although
         they are not expected.
     """
-    with damage_reported(step_path):
+    with errors_as_damage(step_path):
         shapes = item_shapes(step_path, item)
     suffixes = tuple(f"/{name}" for name in ignored)
     names = same_names(named_leaves(shapes), expected, variables)
@@ -245,7 +256,7 @@ def _restore(
         return expected.get(names[leaf_name(path)], default)
 
     abstract = jax.tree_util.tree_map_with_path(with_sharding, shapes)
-    with damage_reported(step_path), ocp.StandardCheckpointer() as checkpointer:
+    with errors_as_damage(step_path), ocp.StandardCheckpointer() as checkpointer:
         tree = checkpointer.restore(step_path / item, abstract)
     verify_digests(step_path, item, tree)
     verify_finite(step_path, item, tree)

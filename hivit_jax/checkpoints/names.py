@@ -1,4 +1,4 @@
-"""Names of optimizer arrays in checkpoints of other optimizer chains."""
+"""Match names of optimizer arrays in checkpoints of other versions."""
 
 from collections import defaultdict
 from collections.abc import Container, Iterable
@@ -9,16 +9,20 @@ def same_names(
 ) -> dict[str, str]:
     """Return {saved name: expected name} of the arrays of an item.
 
-    An optimizer is a chain, and the names of its arrays contain their position. A
-    stateless part that was added or removed shifts the positions. Names that agree
-    after `_without_gaps` are therefore the same.
+    An optimizer is a chain of transformations, and the name of an array contains the
+    position of its transformation. A version that adds or removes a stateless
+    transformation shifts these positions. Names that are equal after `_without_gaps`
+    therefore denote the same array.
+
+    Args:
+      variables: names of the model's variables.
     """
     saved, expected = list(saved), list(expected)
-    short_names = _without_gaps(expected, variables)
-    known = dict(zip(short_names, expected, strict=True))
+    renumbered = _without_gaps(expected, variables)
+    expected_names = dict(zip(renumbered, expected, strict=True))
     names = {
-        name: known.get(short, name)
-        for name, short in zip(saved, _without_gaps(saved, variables), strict=True)
+        name: expected_names.get(key, name)
+        for name, key in zip(saved, _without_gaps(saved, variables), strict=True)
     }
     unique = len({*names.values()}) == len(saved)
     return names if unique else dict(zip(saved, saved, strict=True))
@@ -28,11 +32,11 @@ def _without_gaps(names: Iterable[str], variables: Container[str]) -> list[str]:
     """Renumber the positions in names of optimizer arrays as 0, 1, ... without gaps.
 
     Args:
-      variables: names of the model's variables. Numbers in them are no positions.
+      variables: names of the model's variables. Numbers in them are not positions.
     """
 
     def positions(name):
-        """Yield (index in the name, components before it, position)."""
+        """Yield (component index, components before it, position)."""
         parts = name.split("/")
         ends = (i for i in range(len(parts)) if "/".join(parts[i:]) in variables)
         for i, part in enumerate(parts[: next(ends, len(parts))]):

@@ -1,4 +1,8 @@
-"""Reading the arrays and the config of a checkpoint."""
+"""Read the arrays and the config of a checkpoint.
+
+A checkpoint is a directory named by its step. Each of its items ("params", "config",
+...) is an Orbax item, a subdirectory of the checkpoint.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,55 +19,62 @@ from hivit_jax.errors import CheckpointError, first_line
 from hivit_jax.paths import expand
 from hivit_jax.tree import named_leaves
 
-logging.set_verbosity(logging.FATAL)  # because orbax also raises the errors it logs
+logging.set_verbosity(logging.FATAL)  # because Orbax also raises the errors it logs
 
 
 def absolute(path: str | Path) -> Path:
-    """Return an absolute path; addresses of buckets (``gs://``) stay as they are."""
+    """Return an absolute path. Addresses of buckets (``gs://``) stay as they are."""
     path = expand(path)
     return Path(path) if "://" in path else Path(path).absolute()
 
 
-def find_steps(path: str | Path) -> list[Path]:
-    """Return the directories of all steps, newest first.
+def find_checkpoints(path: str | Path) -> list[Path]:
+    """Return the directories of all checkpoints, newest first.
 
     Args:
-      path: a workdir, its checkpoints directory, or the directory of one step.
+      path: a workdir, its checkpoints directory, or the directory of one checkpoint.
 
     Raises:
-      CheckpointError: there is no step.
+      CheckpointError: there is no checkpoint.
     """
     path = absolute(path)
     if (path / "checkpoints").is_dir():
         path = path / "checkpoints"
     if (path / "params").is_dir():
         return [path]
-    steps = [p for p in path.glob("*") if p.name.isdigit() and (p / "params").is_dir()]
-    if not steps:
-        raise CheckpointError(f"no checkpoint in {path}; expected a workdir or a step")
-    return sorted(steps, key=lambda p: -int(p.name))
+    found = [p for p in path.glob("*") if p.name.isdigit() and (p / "params").is_dir()]
+    if not found:
+        raise CheckpointError(
+            f"no checkpoint in {path}; expected a workdir or the directory of one "
+            "checkpoint"
+        )
+    return sorted(found, key=lambda p: -int(p.name))
 
 
 def load_config(step_path: Path) -> dict[str, Any]:
-    """Return the resolved config of a checkpoint's run; CheckpointError if damaged."""
+    """Return the resolved config of a checkpoint's run.
+
+    Raises:
+      CheckpointError: the item is damaged.
+    """
     return _load_json(step_path, "config")
 
 
 def load_dataset(step_path: Path) -> dict[str, Any] | None:
-    """Return facts about the dataset of a checkpoint's run; None if not saved.
+    """Return the fields of the `DatasetInfo` of a checkpoint's run; None if not saved.
 
     Raises:
       CheckpointError: the item is damaged.
     """
     if not (step_path / "dataset").is_dir():
-        return None  # saved by a version without them
+        return None  # saved by a version without this item
     return _load_json(step_path, "dataset")
 
 
 def load_arrays(
     step_path: Path, averaged: bool = True
 ) -> tuple[dict[str, np.ndarray], str]:
-    """Return the parameters and model state of a step by name, on the host.
+    """Load a checkpoint's parameters and model state to the host, as {name: array}.
 
     Works for checkpoints of any model.
 
@@ -71,27 +82,27 @@ def load_arrays(
       averaged: prefer averaged parameters (EMA) if the checkpoint contains them.
 
     Returns:
-      The arrays, and the item of the parameters: "params" or "ema".
+      The arrays, and the item that the parameters come from: "params" or "ema".
 
     Raises:
-      CheckpointError: the step is damaged, or an array is not finite.
+      CheckpointError: the checkpoint is damaged, or an array contains inf or NaN.
     """
-    item = params_item(step_path) if averaged else "params"
-    items = [item]
+    params_item = preferred_params_item(step_path) if averaged else "params"
+    items = [params_item]
     if (step_path / "model_state").is_dir():
         items.append("model_state")
     arrays = {}
-    for name in items:
-        with damage_reported(step_path):
-            tree = load_item(step_path / name)
-        verify_digests(step_path, name, tree)
-        verify_finite(step_path, name, tree)
+    for item in items:
+        with errors_as_damage(step_path):
+            tree = load_item(step_path / item)
+        verify_digests(step_path, item, tree)
+        verify_finite(step_path, item, tree)
         arrays |= named_leaves(tree)
-    return arrays, item
+    return arrays, params_item
 
 
 def load_item(path: Path) -> Any:
-    """Return the arrays of one item on the host, regardless of their saved sharding."""
+    """Load the arrays of one item to the host, regardless of their saved sharding."""
     with ocp.PyTreeCheckpointer() as checkpointer:
         shapes = checkpointer.metadata(path).item_metadata.tree
         restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(np.ndarray), shapes)
@@ -124,13 +135,17 @@ def verify_finite(step_path: Path, item: str, tree: Any) -> None:
 
 def _load_json(step_path: Path, item: str) -> dict[str, Any]:
     handler = ocp.JsonCheckpointHandler()
-    with damage_reported(step_path), ocp.Checkpointer(handler) as checkpointer:
+    with errors_as_damage(step_path), ocp.Checkpointer(handler) as checkpointer:
         return checkpointer.restore(step_path / item)
 
 
 @contextmanager
-def damage_reported(step_path: Path) -> Iterator[None]:
-    """Context that turns any exception into a CheckpointError for a damaged step."""
+def errors_as_damage(step_path: Path) -> Iterator[None]:
+    """Context manager that reports any exception as damage of a checkpoint.
+
+    Raises:
+      CheckpointError: an exception was raised inside the context.
+    """
     try:
         yield
     except Exception as error:  # because damaged files cause exceptions of many types
@@ -138,8 +153,8 @@ def damage_reported(step_path: Path) -> Iterator[None]:
         raise CheckpointError(f"{step_path} is damaged: {reason}") from error
 
 
-def params_item(step_path: Path) -> str:
-    """Return "ema" if a step contains averaged parameters, else "params"."""
+def preferred_params_item(step_path: Path) -> str:
+    """Return "ema" if a checkpoint contains averaged parameters, else "params"."""
     return "ema" if (step_path / "ema").is_dir() else "params"
 
 

@@ -1,4 +1,4 @@
-"""Crops of an image and their resizing on the host."""
+"""Crop images, and resize crops on the host."""
 
 import math
 from collections.abc import Sequence
@@ -8,7 +8,8 @@ import numpy as np
 
 from hivit_jax.augment.resample import FILTER_RADIUS, crop_resize_matrix
 
-Span = tuple[float, float, int]  # start and length of a box, pixels of the array
+# Along one axis: start and length of a box, and the array's number of real pixels.
+Span = tuple[float, float, int]
 
 
 class Box(NamedTuple):
@@ -41,6 +42,8 @@ def random_resized_crop(
 ) -> Crop:
     """Return a random crop by the rule of torchvision's RandomResizedCrop.
 
+    The size of the image is (height, width).
+
     Each of ten tries draws an area from `scale` and a log-uniform aspect ratio from
     `ratio`. The first crop that fits inside the image is used, with a corner that is
     uniform over whole pixels. If none fits, the crop is the largest central one with an
@@ -71,9 +74,13 @@ def random_resized_crop(
 def center_crop(height: int, width: int, size: Sequence[int], crop_pct: float) -> Crop:
     """Return the central crop for evaluation by the rule of timm and torchvision.
 
-    The crop equals a resize of the image until it covers ``size / crop_pct``, followed
-    by a central crop of `size`. For a square `size`, that resizes the image's short
-    side to ``size / crop_pct``.
+    It corresponds to two steps: resize the image so that it just covers
+    ``size / crop_pct``, then crop `size` at the center. For a square `size`, the first
+    step resizes the image's shorter side to ``size / crop_pct``.
+
+    Args:
+      height, width: size of the image.
+      size: (height, width) of the model's image.
     """
     target = [math.floor(side / crop_pct) for side in size]
     if target[0] * width >= target[1] * height:  # the height determines the scale

@@ -1,8 +1,8 @@
-"""Decoding of image files to 8 bits per channel.
+"""Decode image files to 8 bits per channel.
 
-Pillow converts images with more bits by clipping or truncation. Here the values of
-black and white are mapped to 0 and 255: the whole range of unsigned integers, or a
-range that the user states for other values.
+Pillow converts images with more bits by clipping or truncation. This module maps the
+values of black and white linearly to 0 and 255. They are the ends of the whole range of
+16-bit unsigned integers. For other types, the user sets them (`data.value_range`).
 """
 
 import io
@@ -23,19 +23,22 @@ PIL_MODES = {1: "L", 3: "RGB"}  # by number of channels
 # TIFF tags.
 BITS_PER_SAMPLE, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339
 SIGNED = (2,)  # value of SAMPLE_FORMAT
+# Byte order in a raw mode -> the opposite one. B: big-endian, L: little, N: native.
 OPPOSITE = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}
-# libtiff returns native byte order, which Pillow ignores in these raw modes.
+# Big-endian raw mode -> native raw mode. libtiff returns values in native byte order,
+# but Pillow decodes them with these big-endian raw modes.
 NATIVE = {"F;32BF": "F;32NF", "I;32BS": "I;32NS", "I;16BS": "I;16NS"}
 
 
 @dataclass(frozen=True)
 class StoredValues:
-    """Values of an image that are not unsigned 8-bit integers.
+    """Values of an image, as stored in its file, that are not 8-bit unsigned integers.
 
     Attributes:
       array: uint16, uint32, int8, int32 or float32, [h, w] or [h, w, bands].
-      mode: PIL mode of the image in 8 bits.
-      limits: values of black and white; (): the file format does not define them.
+      mode: PIL mode of the image after conversion to 8 bits.
+      limits: (black, white), the values that become 0 and 255; (): the file format does
+        not define them.
     """
 
     array: np.ndarray
@@ -43,13 +46,13 @@ class StoredValues:
     limits: tuple[float, ...]
 
     def black_and_white(self, value_range: Sequence[float]) -> tuple[float, float]:
-        """Return the values that become 0 and 255.
+        """Return the values of black and white, which become 0 and 255.
 
         Args:
-          value_range: lowest and highest value; (): `limits`.
+          value_range: (low, high), which replaces `limits`; (): use `limits`.
 
         Raises:
-          DataError: neither is known.
+          DataError: both are ().
         """
         if value_range:
             is_inverted = self.limits and self.limits[0] > self.limits[1]
@@ -65,10 +68,10 @@ class StoredValues:
         return self.limits
 
     def to_8_bits(self, value_range: Sequence[float]) -> Any:
-        """Return the PIL image of the values, rounded and clipped to 0 .. 255.
+        """Convert to a PIL image with values rounded and clipped to 0 .. 255.
 
         Raises:
-          DataError: as in `black_and_white`.
+          DataError: see `black_and_white`.
           ValueError: a value is not finite.
         """
         from PIL import Image
@@ -88,15 +91,16 @@ def decode(
     """Decode an image of any format to uint8 [h, w, channels].
 
     Images of up to 8 bits are decoded identically to PIL. 16-bit values are divided by
-    257; where Pillow has already reduced them (JPEG 2000, SGI and PPM in color,
-    premultiplied alpha), the result differs by at most one level.
+    257. Pillow itself reduces some of them to 8 bits: JPEG 2000, SGI and PPM in color,
+    and images with premultiplied alpha. There the result differs by at most one level.
 
     Args:
-      value_range: values of black and white in images of more than 8 bits; (): the
+      value_range: values of black and white in images with more than 8 bits; (): the
         whole range of 16 bits.
 
     Raises:
-      DataError: floats, signed or 32-bit integers without a `value_range`.
+      DataError: the image contains floats, signed integers or 32-bit integers, and
+        `value_range` is ().
       Exception: an error of any type if PIL cannot read the image.
     """
     import simplejpeg
@@ -125,11 +129,11 @@ def decode(
 
 
 def stored_values(image: Any, encoded: bytes) -> StoredValues | None:
-    """Return the values of an image, or None if they are unsigned 8-bit integers.
+    """Return an image's values, or None if they are 8-bit unsigned integers.
 
     Args:
-      image: the PIL image, opened and not loaded.
-      encoded: content of its file.
+      image: PIL image that is opened but not yet loaded.
+      encoded: content of the image file.
 
     Raises:
       Exception: an error of any type if PIL cannot read the image.
@@ -137,67 +141,69 @@ def stored_values(image: Any, encoded: bytes) -> StoredValues | None:
     tags = image.tag_v2 if image.format == "TIFF" else {}
     bits, signed = tags.get(BITS_PER_SAMPLE, (8,)), tags.get(SAMPLE_FORMAT) == SIGNED
     if image.mode.startswith("I;16"):
-        bits = bits[0] if tags else 16  # TIFF also has 12
-        array, limits = np.asarray(image), (0, 2**bits - 1)
+        depth = bits[0] if tags else 16  # TIFF files may have 12 bits
+        array, limits = np.asarray(image), (0, 2**depth - 1)
     elif image.mode == "I" and image.format in ("PPM", "PNG"):
         array, limits = np.asarray(image), (0, 65535)  # PIL scales PPM to 16 bits
     elif image.mode in ("I", "F"):
-        names = _rawmodes(image)
+        raw_modes = _raw_modes(image)
         if image.tile[0].codec_name == "libtiff":
-            names = [NATIVE.get(name, name) for name in names]
-        array, limits = _load(image, names), ()
-        if names[0] == "I;32N":
+            raw_modes = [NATIVE.get(raw_mode, raw_mode) for raw_mode in raw_modes]
+        array, limits = _load(image, raw_modes), ()
+        if raw_modes[0] == "I;32N":
             array = array.view(np.uint32)
     elif image.mode == "L" and signed:
         array, limits = np.asarray(image).view(np.int8), ()
     else:
         return _color_values(image, encoded, bits[0])
-    if image.format == "FITS":  # PIL ignores their offset and scale
+    if image.format == "FITS":  # PIL ignores the offset and scale in FITS files
         raise OSError("expected FITS of 8 bits; values of more bits are not supported")
-    if tags.get(PHOTOMETRIC) == 0:
-        limits = limits[::-1]  # 0 is white
+    if tags.get(PHOTOMETRIC) == 0:  # 0 is white
+        limits = limits[::-1]
     return StoredValues(array, "L", limits)
 
 
 def _color_values(image: Any, encoded: bytes, bits: int) -> StoredValues | None:
     """Return the values of a 16-bit image with several bands; None for other images.
 
-    PIL decodes high bytes only. In the opposite byte order, it decodes low bytes.
+    Of each value, PIL decodes only the high byte. Decoded again in the opposite byte
+    order, it yields the low byte.
     """
     from PIL import Image
 
-    mode, high_names = image.mode, _rawmodes(image)
-    if high_names[:1] == ["LA;16B"]:  # as four bands: both bytes of L and both of A
+    mode, high_modes = image.mode, _raw_modes(image)
+    if high_modes[:1] == ["LA;16B"]:
+        # Loaded as four 8-bit bands: both bytes of L and both bytes of A.
         array = _load(image, ["RGBA"]).astype(np.uint16)
         return StoredValues(array[..., 0] * 256 + array[..., 1], "L", (0, 65535))
-    if bits == 16 and high_names[0] in (*"RGBA", *"CMYK"):
-        # Uncompressed planes, of which PIL would decode every byte as a pixel.
+    if bits == 16 and high_modes[0] in (*"RGBA", *"CMYK"):
+        # Uncompressed planes. Without this, PIL would decode each byte as a pixel.
         order = "B" if image.tag_v2.prefix == b"MM" else "L"
-        high_names = [f"{name};16{order}" for name in high_names]
-    if not high_names or not re.fullmatch(r"[A-Z]+;16[BLN]", high_names[0]):
+        high_modes = [f"{raw_mode};16{order}" for raw_mode in high_modes]
+    if not high_modes or not re.fullmatch(r"[A-Z]+;16[BLN]", high_modes[0]):
         return None
-    low_names = [name[:-1] + OPPOSITE[name[-1]] for name in high_names]
-    high = _load(image, high_names).astype(np.uint16)
+    low_modes = [raw_mode[:-1] + OPPOSITE[raw_mode[-1]] for raw_mode in high_modes]
+    high = _load(image, high_modes).astype(np.uint16)
     try:
         with Image.open(io.BytesIO(encoded)) as copy:
-            low = _load(copy, low_names)
-    except ValueError:  # PIL does not have this mode in the opposite byte order
+            low = _load(copy, low_modes)
+    except ValueError:  # PIL does not support this raw mode in the opposite byte order
         low = high
     return StoredValues(high * 256 + low, mode, (0, 65535))
 
 
-def _rawmodes(image: Any) -> list[str]:
-    """Return the raw mode, PIL's name of the stored format, of each tile."""
+def _raw_modes(image: Any) -> list[str]:
+    """Return the raw mode of each tile of an image: PIL's name of its stored format."""
     arguments = [tile.args for tile in image.tile]
     return [str(a[0] if isinstance(a, tuple) and a else a) for a in arguments]
 
 
-def _load(image: Any, rawmodes: Sequence[str]) -> np.ndarray:
-    """Load an image with other raw modes of its tiles: [h, w] or [h, w, bands]."""
+def _load(image: Any, raw_modes: Sequence[str]) -> np.ndarray:
+    """Load an image, [h, w] or [h, w, bands], with the given raw modes of its tiles."""
     image.tile = [
-        tile._replace(args=(name, *tile.args[1:]))
+        tile._replace(args=(raw_mode, *tile.args[1:]))
         if isinstance(tile.args, tuple)
-        else tile._replace(args=name)
-        for tile, name in zip(image.tile, rawmodes, strict=True)
+        else tile._replace(args=raw_mode)
+        for tile, raw_mode in zip(image.tile, raw_modes, strict=True)
     ]
     return np.asarray(image)

@@ -1,4 +1,4 @@
-"""Unusual properties of an image file, and values that decoding loses."""
+"""Find unusual properties of an image file, and values that decoding loses."""
 
 import io
 import os
@@ -17,20 +17,20 @@ LOST, CLIPPED = "with lost values", "clipped to data.value_range"
 
 def image_findings(
     encoded: bytes,
-    name: Callable[[], str],
+    get_name: Callable[[], str],
     pixels: np.ndarray,
     size: Sequence[int],
     canvas: int,
     value_range: Sequence[float],
 ) -> dict[str, str]:
-    """Return the unusual properties of an image, with details.
+    """Return {finding: detail} of an image; details may be "".
 
-    Opens the image with PIL and calls `name` only if it is not a YCbCr JPEG without
-    EXIF data.
+    A YCbCr JPEG without EXIF needs only its header. Any other image is also opened with
+    PIL and compared with the suffix of its name.
 
     Args:
       encoded: content of the file.
-      name: returns the name of the file.
+      get_name: returns the name of the file.
       pixels: the decoded image, uint8 [h, w, C].
       size: (height, width) of the model's image.
       canvas: side of the array that the device resizes from; 0: none.
@@ -38,6 +38,7 @@ def image_findings(
     """
     shape = pixels.shape
     checks = {
+        # The host may have to resize an image with such a side.
         f"over {canvas}, may be slower": 0 < canvas < max(shape),
         f"under {size[0]} x {size[1]}": shape[0] < size[0] or shape[1] < size[1],
     }
@@ -47,7 +48,7 @@ def image_findings(
         color_space = simplejpeg.decode_jpeg_header(encoded)[2]
     if exif or color_space != "YCbCr":
         with suppress(Exception), Image.open(io.BytesIO(encoded)) as image:
-            suffix = os.path.splitext(name())[1].lower()
+            suffix = os.path.splitext(get_name())[1].lower()
             expected = Image.registered_extensions().get(suffix, image.format)
             checks |= {
                 f"{image.format} named {suffix}": image.format not in (expected, "MPO"),
@@ -67,10 +68,11 @@ def image_findings(
 def _value_findings(
     image: Any, encoded: bytes, pixels: np.ndarray, value_range: Sequence[float]
 ) -> dict[str, str]:
-    """Return whether an image has more than 8 bits, and which values are lost.
+    """Return the findings about more than 8 bits, lost values and clipped values.
 
-    Lost: of up to 256 levels, less than a quarter or a single one remains; or the image
-    consists of an alpha channel, which is dropped. Clipped: values outside the range.
+    Values count as lost if fewer than a quarter of the levels remain, or only one of
+    several. At most 256 levels can remain. They also count as lost if only the alpha
+    channel, which is dropped, varies. Values outside of the range count as clipped.
     """
     if image.has_transparency_data and pixels.min() == pixels.max():
         low, high = image.convert("RGBA").getchannel("A").getextrema()
@@ -82,11 +84,11 @@ def _value_findings(
     values = stored.array[..., :3] if stored.mode == "RGBA" else stored.array
     low, high = sorted(stored.black_and_white(value_range))
     found = {f"{values.dtype}, reduced to 8 bit": ""}
-    levels, left = len(np.unique(values)), len(np.unique(pixels))
+    levels, remaining = len(np.unique(values)), len(np.unique(pixels))
     outside = np.mean((values < low) | (values > high))
-    if left < min(levels, 256) / 4 or left == 1 < levels:
+    if remaining < min(levels, 256) / 4 or remaining == 1 < levels:
         found[LOST] = (
-            f"{left} of {levels} levels remain; values are {values.min():g} to "
+            f"{remaining} of {levels} levels remain; values are {values.min():g} to "
             f"{values.max():g}, data.value_range is ({low:g}, {high:g})"
         )
     elif outside:

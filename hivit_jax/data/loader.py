@@ -1,4 +1,4 @@
-"""Loader: threads that read the planned examples of a source into batches."""
+"""Loader: reads planned examples of a source into batches, in threads."""
 
 import math
 import mmap
@@ -20,12 +20,12 @@ from hivit_jax.errors import DataError, LocalDataError
 
 Batch = dict[str, np.ndarray]
 IMAGES_PER_JOB = 8  # examples that a thread reads in one job
-PREFETCH_BATCHES = 2  # batches that threads fill beyond the next one
-MIN_POOLED_BYTES = 2**20  # size from which the memory of an array is reused
+PREFETCH_BATCHES = 2  # batches that threads fill in addition to the next one
+MIN_POOLED_BYTES = 2**20  # the memory of arrays of at least this size is reused
 
 
 class BufferPool:
-    """Allocator that reuses the memory of an array after its last view is gone.
+    """Allocator that reuses the memory of an array after its last view is deleted.
 
     Without reuse, the kernel zeroes fresh pages for every batch, which can take as long
     as decoding the images.
@@ -73,9 +73,9 @@ class Loader:
         self._buffers = BufferPool()
 
     def batches(self, plan: Iterable[PlannedBatch]) -> Iterator[Batch]:
-        """Yield the batches of a plan, filled by threads ahead of their use.
+        """Yield the batches of a plan. Threads fill them before they are needed.
 
-        Threads are sufficient, because decoding and copying release Python's global
+        No processes are needed, because decoding and copying release Python's global
         interpreter lock.
         """
         pool = ThreadPoolExecutor(self.threads, "read")
@@ -105,7 +105,7 @@ class Loader:
             pool.shutdown(cancel_futures=True)
 
     def empty_batch(self, bucket: int, count: int) -> Batch:
-        """Return a batch with room for `count` examples, followed by padding.
+        """Return a batch whose examples after the first `count` are padding.
 
         The arrays of the first `count` examples are undefined until `fill` writes them.
         """
@@ -163,10 +163,10 @@ def synthetic_batches(
     local_batch_size: int,
     num_classes: int,
 ) -> Iterator[Batch]:
-    """Yield batches of noise for benchmarks; a batch costs one copy and no reads.
+    """Yield batches of noise for benchmarks. A batch costs one copy and no reads.
 
-    uint8 arrays contain noise. All other arrays of the transform contain ``index %
-    num_classes``.
+    uint8 arrays contain noise. The transform's other arrays contain
+    ``index % num_classes``.
 
     Args:
       local_batch_size: examples of a batch on this process.

@@ -1,7 +1,7 @@
-"""Sample order: the examples of every batch of a run.
+"""Plans: the examples of every batch of a run.
 
-A plan is a function of (seed, epoch) and, with several buckets, of the image sizes. A
-run can therefore resume at any step and on any number of hosts with the same samples.
+A plan depends only on the seed, the epoch and, with several buckets, the image sizes. A
+run can therefore resume at any step and on any number of hosts with the same examples.
 Its state needs to contain only the step.
 """
 
@@ -38,7 +38,9 @@ def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
 def samples_at(
     positions: np.ndarray, n: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return example indices [b] and epochs [b] at positions of the sample stream.
+    """Return the examples at positions of the endless sequence of all epochs.
+
+    Returns (example indices [b], epochs [b]).
 
     Args:
       positions: int [b]; position p is in epoch ``p // n``.
@@ -57,8 +59,8 @@ def train_plan(
 ) -> Iterator[PlannedBatch]:
     """Yield the batches of steps first .. last-1 of a dataset with one bucket.
 
-    Position ``p = step * batch_size + position_in_batch`` of the sample stream holds
-    example ``permutation(seed, epoch)[p % n]`` with ``epoch = p // n``.
+    Position ``p = step * batch_size + position_in_batch`` of the run has example
+    ``permutation(seed, epoch)[p % n]`` with ``epoch = p // n``.
 
     Args:
       n: number of training examples.
@@ -80,7 +82,7 @@ def bucketed_plan(
     """Yield the batches of steps first .. last-1 of a dataset with several buckets.
 
     Each epoch's permutation is split by bucket. The last batch of each bucket is
-    padded. The other arguments are those of `train_plan`.
+    padded. For the other arguments see `train_plan`.
 
     Args:
       buckets: bucket of every example, int [n].
@@ -96,14 +98,14 @@ def bucketed_plan(
 
 
 def bucketed_steps(buckets: np.ndarray, batch_size: int) -> int:
-    """Return the steps per epoch, with the last batch of each bucket padded."""
+    """Return the number of steps per epoch if each bucket's last batch is padded."""
     return int(np.ceil(np.bincount(buckets) / batch_size).sum())
 
 
 def split_by_bucket(
     order: np.ndarray, buckets: np.ndarray, batch_size: int
 ) -> list[tuple[int, np.ndarray]]:
-    """Split examples in a given order, int64 [n], into (bucket, example indices).
+    """Split examples in a given order, int64 [n], into batches (bucket, indices).
 
     Batches are sorted by the position of their first example in `order`.
     """
@@ -119,9 +121,9 @@ def split_by_bucket(
 def eval_plan(
     buckets: np.ndarray, batch_size: int, positions: np.ndarray
 ) -> Iterator[PlannedBatch]:
-    """Yield batches that contain every example of a split once, in order per bucket.
+    """Yield batches that contain each example of a split once, in order within buckets.
 
-    The last batch of each bucket is padded. Arguments are those of `bucketed_plan`.
+    The last batch of each bucket is padded. For the arguments see `bucketed_plan`.
     """
     order = np.arange(len(buckets))
     for bucket, indices in split_by_bucket(order, buckets, batch_size):
@@ -132,7 +134,7 @@ def eval_plan(
 def assign_buckets(
     n: int, size: Callable[[int], tuple[int, int]], bucket: Callable, threads: int
 ) -> np.ndarray:
-    """Return the bucket of every example, int64 [n]; 0 for an unreadable size.
+    """Return the bucket of each example, int64 [n]; 0 if its size cannot be read.
 
     Args:
       size: function from example index to (height, width).
@@ -142,7 +144,7 @@ def assign_buckets(
     def bucket_of(index):
         try:
             image_size = size(index)
-        except Exception:  # any error of a damaged file; decoding reports it later
+        except Exception:  # from a damaged file; the loader reports it later
             return 0
         return bucket(image_size)
 

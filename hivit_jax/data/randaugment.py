@@ -1,7 +1,7 @@
 """RandAugment with timm's policy `rand-m9-mstd0.5-inc1`.
 
-Two of fifteen operations are drawn for each image. Each is applied with probability
-0.5, at a magnitude around 9 of 10. The result is a function of the image and the given
+Draws two of fifteen operations for each image. Each is applied with probability 0.5, at
+a magnitude around 9 of at most 10. The result depends only on the image and the given
 random numbers. All functions are thread-safe.
 """
 
@@ -11,37 +11,38 @@ from statistics import NormalDist
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
-# Random numbers per image. Each of two operations uses four: for its choice, whether it
-# is applied, its magnitude and its sign.
+# Random numbers per image. Each of the two operations uses four: one each for its
+# choice, its application, its magnitude and its sign.
 DRAWS = 8
-FILL = (124, 116, 104)  # color outside the image: the mean of ImageNet
+FILL = (124, 116, 104)  # color outside the image: ImageNet's mean
 
-# (image, level) -> image. The level is magnitude / 10 with a sign, which _posterize,
-# _solarize and _solarize_add ignore.
+# (image, level) -> image. The level is sign * magnitude / 10. _posterize, _solarize and
+# _solarize_add ignore its sign.
 Operation = Callable[[Image.Image, float], Image.Image]
 
 
 def _posterize(image: Image.Image, level: float) -> Image.Image:
-    """Keep the 4 to 0 highest bits of each value; 0 bits give a black image."""
+    """Keep only the highest bits of each value: 4 at level 0, none (black) at 1."""
     # ImageOps.posterize is not used, because Pillow >= 13 rejects 0 bits.
-    cleared = 4 + int(4 * abs(level))
-    return image.point([value >> cleared << cleared for value in range(256)] * 3)
+    cleared_bits = 4 + int(4 * abs(level))
+    table = [value >> cleared_bits << cleared_bits for value in range(256)]
+    return image.point(table * 3)
 
 
 def _solarize(image: Image.Image, level: float) -> Image.Image:
-    """Invert values at or above a threshold, which falls from 256 to 0."""
+    """Invert values at or above a threshold: 256 at level 0, 0 at level 1."""
     return ImageOps.solarize(image, 256 - int(256 * abs(level)))
 
 
 def _solarize_add(image: Image.Image, level: float) -> Image.Image:
-    """Add up to 110 to values below 128."""
+    """Brighten values below 128 by 110 * |level|."""
     added = int(110 * abs(level))
-    values = [value + added if value < 128 else value for value in range(256)]
-    return image.point(values * 3)
+    table = [value + added if value < 128 else value for value in range(256)]
+    return image.point(table * 3)
 
 
 def _enhance(enhancer: type) -> Operation:
-    """Return the operation that applies a PIL enhancer with a factor of 0.1 to 1.9."""
+    """Return an operation that applies a PIL enhancer with a factor of 0.1 to 1.9."""
     return lambda image, level: enhancer(image).enhance(1 + 0.9 * level)
 
 
@@ -58,7 +59,8 @@ def _affine(
     """Apply an affine map from output to input coordinates.
 
     Args:
-      x, y: factors of an output pixel's x, y and 1 in its input coordinate.
+      x, y: coefficients (a, b, c). An output pixel (u, v) takes its x (or y) input
+        coordinate from a * u + b * v + c.
     """
     return image.transform(
         image.size,
@@ -97,19 +99,20 @@ def apply(name: str, image: Image.Image, magnitude: float, sign: int) -> Image.I
 
     Args:
       magnitude: 0 to 10.
-      sign: 1 or -1, the direction of operations that have two.
+      sign: 1 or -1, the direction of an operation that can go both ways, such as a
+        rotation.
     """
     return OPERATIONS[name](image, sign * magnitude / 10)
 
 
 def choose(
     draws: Sequence[float],
-    magnitude: float = 9.0,
+    mean_magnitude: float = 9.0,
     std: float = 0.5,
     num_ops: int = 2,
     probability: float = 0.5,
 ) -> list[tuple[str, float, int]]:
-    """Return names, magnitudes and signs of the operations to apply to an image.
+    """Return (name, magnitude, sign) of each operation to apply to an image.
 
     Operations are drawn with replacement and applied independently of each other, as in
     timm's auto_augment.py. The arguments are those of `randaugment`.
@@ -120,37 +123,38 @@ def choose(
         if apply_draw < probability:
             # Draws are bounded away from 0, because the quantile of 0 is -infinity.
             noise = std * NormalDist().inv_cdf(max(magnitude_draw, 2.0**-54))
+            magnitude = min(max(mean_magnitude + noise, 0.0), 10.0)
             name = names[int(name_draw * len(names))]
             sign = -1 if sign_draw < 0.5 else 1
-            chosen.append((name, min(max(magnitude + noise, 0.0), 10.0), sign))
+            chosen.append((name, magnitude, sign))
     return chosen
 
 
 def randaugment(
     pixels: np.ndarray,
     draws: Sequence[float],
-    magnitude: float = 9.0,
+    mean_magnitude: float = 9.0,
     std: float = 0.5,
     num_ops: int = 2,
     probability: float = 0.5,
 ) -> np.ndarray:
-    """Apply RandAugment as in timm's auto_augment.py and official main_finetune.py.
+    """Apply RandAugment as in timm's auto_augment.py and HiViT's main_finetune.py.
 
     Args:
       pixels: uint8 [h, w, 3].
-      draws: numbers in [0, 1), four for each of `num_ops` operations.
-      magnitude: mean magnitude of an operation, before clipping to 0 .. 10.
-      std: standard deviation of the magnitude.
-      num_ops: number of operations drawn for an image.
+      draws: random numbers in [0, 1), four for each of `num_ops` operations.
+      mean_magnitude: mean magnitude of an operation, before clipping to 0 .. 10.
+      std: standard deviation of the magnitude, before clipping.
+      num_ops: number of operations to draw.
       probability: probability of applying a drawn operation.
 
     Returns:
       uint8 [h, w, 3]; `pixels` itself if no operation is applied.
     """
-    chosen = choose(draws, magnitude, std, num_ops, probability)
+    chosen = choose(draws, mean_magnitude, std, num_ops, probability)
     if not chosen:
         return pixels
     image = Image.fromarray(pixels)
-    for name, drawn_magnitude, sign in chosen:
-        image = apply(name, image, drawn_magnitude, sign)
+    for name, magnitude, sign in chosen:
+        image = apply(name, image, magnitude, sign)
     return np.asarray(image)

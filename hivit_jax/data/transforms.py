@@ -1,8 +1,9 @@
-"""Transforms: encoded examples -> arrays of a batch, on the host.
+"""Transforms: convert encoded examples to arrays of a batch, on the host.
 
 The host decodes and crops an image. The device resizes the crop (`augment.resample`) if
 it fits into the canvas; otherwise the host resizes it. Flips and normalization also run
-on the device. All random numbers are a function of (seed, epoch, example).
+on the device. All random numbers of a transform depend only on the seed, epoch and
+example.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,9 +20,9 @@ DRAWS = 22  # random numbers of a random crop: ten areas, ten aspect ratios, top
 
 
 class Transform:
-    """Converts the encoded parts of an example to its arrays in a batch.
+    """Converts an encoded example to its arrays in a batch.
 
-    A task builds it from plain values. Several threads call it at once.
+    A task builds it from plain values. Several threads call it concurrently.
 
     Attributes:
       batch_size: size of the global batch.
@@ -49,7 +50,7 @@ class Transform:
         """Write the arrays of one example.
 
         Args:
-          sample: encoded parts by name, from `Source.sample`.
+          sample: the encoded example from `Source.sample`.
           draws: `self.draws` numbers in [0, 1), a function of (seed, epoch, example).
           out: arrays with the shapes of one bucket and undefined content, to be
             overwritten.
@@ -75,7 +76,7 @@ class ImageTransform(Transform):
         host.
       crop_scale: relative area of random crops; None: `center_crop` with `crop_pct`.
       randaugment: apply RandAugment to the resized image; requires canvas=0.
-      num_classes: number of classes that labels are checked against; 0: no check.
+      num_classes: labels must be smaller than this number; 0: no check.
       value_range: see `decode`.
     """
 
@@ -163,10 +164,10 @@ def evaluation_image(
     crop_pct: float = 1.0,
     value_range: Sequence[float] = (),
 ) -> np.ndarray:
-    """Decode an image and return its `center_crop`, bicubic, resized on the host.
+    """Decode an image, and resize its `center_crop` on the host, bicubic: uint8.
 
     Args:
-      shape: (height, width, channels) of the model's image, uint8.
+      shape: (height, width, channels) of the model's image.
       value_range: see `decode`.
 
     Raises:

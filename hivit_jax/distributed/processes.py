@@ -1,7 +1,7 @@
 """Start, consistency checks and exit of the processes of a run.
 
-JAX monitors the processes. When one is lost, each other process aborts (SIGABRT, exit
-code 134) within 2 x peer_timeout, also inside a collective.
+JAX monitors the processes. When one is lost, every other process aborts (SIGABRT, exit
+code 134) within 2 x peer_timeout, even inside a collective.
 """
 
 import math
@@ -47,7 +47,7 @@ def start(address: str, count: int, index: int, peer_timeout: float) -> None:
         jax.distributed.initialize(
             *arguments,
             heartbeat_timeout_seconds=math.ceil(peer_timeout),
-            # Longer than `exit_now` waits, because JAX then aborts every process.
+            # Longer than `exit_now` waits, because JAX aborts every process after it.
             shutdown_timeout_seconds=math.ceil(_exit_timeout) + 30,
         )
     except ValueError as error:
@@ -64,7 +64,7 @@ def start(address: str, count: int, index: int, peer_timeout: float) -> None:
 
 
 def joined() -> bool:
-    """Return True if this process has joined others, also while `exit_now` runs."""
+    """Return True if this process has joined others, even while `exit_now` runs."""
     return jax.distributed.is_initialized() or _exiting.locked()
 
 
@@ -126,7 +126,7 @@ def check_same_on_all_processes(values: Mapping[str, Any]) -> None:
 
 
 def all_processes(ok: bool) -> bool:
-    """Return True if `ok` is true on every process; wait for all of them."""
+    """Wait for all processes, and return True if `ok` is true on each of them."""
     if jax.process_count() == 1:
         return ok
     return bool(multihost_utils.process_allgather(np.array([ok])).all())

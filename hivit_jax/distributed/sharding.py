@@ -37,8 +37,9 @@ def make_mesh(
 ) -> Mesh:
     """Return a mesh with the axes `AXES`.
 
-    If the devices belong to several TPU slices or nodes, the first axis divisible by
-    their number lies across them. The other axes stay on the fast links inside.
+    If the devices belong to several TPU slices or nodes, the first axis whose size is
+    divisible by the number of slices connects them. The other axes stay on the fast
+    links inside a slice.
 
     Args:
       sizes: size of each axis; one may be -1, for the remaining devices.
@@ -84,14 +85,14 @@ def make_mesh(
 def replicate(mesh: Mesh, value: np.ndarray) -> jax.Array:
     """Copy an array that is equal on all processes to every device of a mesh.
 
-    `jax.device_put` would first compare the array of all processes, in a collective.
+    `jax.device_put` would first compare the arrays of all processes in a collective.
     """
     sharding = NamedSharding(mesh, PartitionSpec())
     return jax.make_array_from_process_local_data(sharding, value, value.shape)
 
 
 def check_batch(mesh: Mesh, batch_size: int) -> None:
-    """Raise ConfigError unless an evaluation batch is divisible over a mesh."""
+    """Raise ConfigError unless a mesh can split an evaluation batch evenly."""
     shards = math.prod(mesh.shape[axis] for axis in BATCH[0])
     if batch_size < 1 or batch_size % shards:
         raise ConfigError(
@@ -126,8 +127,8 @@ def param_spec(
     """Return the PartitionSpec of one array of the train state.
 
     Shards its tensor dimension (`TENSOR_DIMS`) over the tensor axis, and its largest
-    divisible other dimension over fsdp. Optimizer moments and averaged parameters end
-    with the name of their parameter, so that the same rules apply.
+    divisible other dimension over fsdp. The same rules apply to optimizer moments and
+    averaged parameters, because their names end with their parameter's name.
 
     Args:
       name: path of the array, as in `tree.named_leaves`.

@@ -1,4 +1,7 @@
-"""Preemption: turn signals into requests to save and exit, at one step everywhere."""
+"""Preemption: turn signals into requests to save and exit.
+
+All processes of a run stop at the same step.
+"""
 
 import os
 import signal
@@ -15,9 +18,9 @@ def catch_signals() -> Callable[[int], str | None]:
     """Turn SIGTERM and Ctrl-C into requests to save and exit.
 
     Returns:
-      A function of the number of steps done. Every process must call it after every
-      step. It returns a description of the signal or None, the same on all processes.
-      A second signal kills a run of one process.
+      A function of the number of completed steps. Every process must call it after
+      every step. It returns a description of the signal, or None, and the same result
+      on all processes. In a run of one process, a second signal kills the process.
     """
     if jax.process_count() > 1:
         # JAX handles SIGTERM since `processes.start` and notifies the other processes.

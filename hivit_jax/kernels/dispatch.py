@@ -22,7 +22,8 @@ from hivit_jax.kernels.numerics import ROWS, VMEM_SHARE, Plan, Weights
 
 CHOICES = ("auto", "fused", "plain")
 HBM_SHARE = 0.5  # fraction of the peak bandwidth that a kernel can rely on
-Branch = Callable[[bool], jax.Array]  # (whether to add x to the branch) -> result
+# Function of one argument: True adds x to the branch, False returns the branch alone.
+Branch = Callable[[bool], jax.Array]
 
 
 def mlp(x: jax.Array, norm: Any, mlp: Any, choice: str) -> Branch | None:
@@ -124,7 +125,7 @@ class Target:
     axes: mesh axes that split the batch.
     shards: number of parts that they split it into.
     vmem: bytes of VMEM that a kernel may use.
-    balance: operations that take as long as moving one byte of HBM.
+    balance: number of operations that take as long as moving one byte of HBM.
     """
 
     platform: str
@@ -135,13 +136,13 @@ class Target:
 
     @property
     def interpret(self) -> bool:
-        """Return whether kernels run as plain JAX operations."""
+        """True if kernels run as plain JAX operations."""
         return self.platform == "cpu"
 
     def should_keep(
         self, forward: int, backward: int, recompute: int, width: int, kept: int
     ) -> bool:
-        """Return whether saving arrays for the backward pass is faster.
+        """Return True if saving arrays for the backward pass is faster.
 
         Args:
           forward, backward: operations of a row, without saving.
@@ -220,14 +221,14 @@ def _target(choice: str, x: jax.Array) -> Target | None:
 
 
 def _varies(x: jax.Array) -> bool:
-    """Return whether x has a type that varies over manual axes (``check_vma``)."""
+    """Return True if the type of x varies over manual axes (``check_vma``)."""
     type_ = jax.typeof(x)
     manual = getattr(type_, "manual_axis_type", None)
     return bool(manual.varying if manual else getattr(type_, "vma", ()))
 
 
 def heads_are_sharded() -> bool:
-    """Return whether the current mesh shards attention heads and hidden units."""
+    """Return True if the current mesh shards attention heads and hidden units."""
     return jax.sharding.get_abstract_mesh().shape.get("tensor", 1) > 1
 
 

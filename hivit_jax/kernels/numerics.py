@@ -127,7 +127,7 @@ def normal_cdf(x: jax.Array, dtype: Any = F32) -> jax.Array:
     Args:
       dtype: dtype that GELU is rounded to. With float32 the function is exact (erf).
         With bfloat16 GELU is off by 3e-6 at most, because the function is a fitted
-        tanh. TPUs have a unit for tanh; the many operations of an erf would take
+        tanh. TPUs have a unit for tanh. The many operations of an erf would take
         longer than the matrix products of a narrow block.
     """
     if dtype == F32:

@@ -44,7 +44,11 @@ def list_models(pattern: str = "*") -> list[str]:
 
 
 def variant(name: str) -> Variant:
-    """Return a model's class and default config; ConfigError for an unknown name."""
+    """Return a model's class and default config.
+
+    Raises:
+      ConfigError: the name is unknown.
+    """
     if name not in VARIANTS:
         raise unknown("model name", name, VARIANTS)
     return VARIANTS[name]

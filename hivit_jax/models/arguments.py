@@ -1,4 +1,4 @@
-"""Checks of Python arguments of models: seeds and shapes of arrays."""
+"""Checks of the arguments of models: seeds, and shapes of arrays."""
 
 import operator
 from typing import Any
@@ -11,38 +11,46 @@ from hivit_jax.errors import ConfigError
 
 
 def make_key(seed: Any) -> jax.Array:
-    """Return the PRNG key of a seed: an integer of any kind, or a PRNG key itself.
+    """Return the PRNG key of a seed.
+
+    Args:
+      seed: integer of any type, or a PRNG key, which is returned unchanged.
 
     Raises:
-      ConfigError: any other seed, or an integer of more than 64 bits.
+      ConfigError: the seed is neither, or is an integer of more than 64 bits.
     """
     dtype = getattr(seed, "dtype", None)
     if isinstance(seed, jax.Array):
         is_key = jnp.issubdtype(dtype, jax.dtypes.prng_key)
         if seed.ndim == (0 if is_key else 1) and (is_key or dtype == jnp.uint32):
             return seed
-    integer = dtype is not None and np.ndim(seed) == 0 and dtype.kind in "iu"
+    is_array_integer = dtype is not None and np.ndim(seed) == 0 and dtype.kind in "iu"
     try:
-        return jax.random.key(seed if integer else _index(seed))
+        return jax.random.key(seed if is_array_integer else _to_int(seed))
     except (TypeError, OverflowError):
         raise ConfigError(
             f"seed={seed!r}; expected an integer of at most 64 bits or one PRNG key"
         ) from None
 
 
-def _index(seed: Any) -> int:
-    """Return an integer of any type as an int; TypeError for True, False and others."""
+def _to_int(seed: Any) -> int:
+    """Convert an integer of any type to int.
+
+    Raises:
+      TypeError: the seed is not an integer. A bool is not an integer.
+    """
     if isinstance(seed, bool | np.bool_):
         raise TypeError
     return operator.index(seed)
 
 
 def check_shape(name: str, array: Any, axes: str, *expected: int | None) -> None:
-    """Raise a ConfigError unless an array has the expected shape.
+    """Raise ConfigError unless an array has the expected shape.
 
     Args:
+      name: name of the array in the message.
       axes: names of the axes in the message, such as "[B, N]".
-      expected: size of each axis; None: any.
+      expected: expected size of each axis; None: any size.
     """
     shape = np.shape(array)
     if len(shape) == len(expected) and all(
@@ -57,14 +65,19 @@ def check_shape(name: str, array: Any, axes: str, *expected: int | None) -> None
 
 
 def check_ids(name: str, ids: jax.Array, batch: int, units: int | None = None) -> None:
-    """Raise a ConfigError unless `ids` is an integer array [B, units]."""
+    """Raise ConfigError unless `ids` is an integer array [B, units].
+
+    Args:
+      name: name of the argument in the message.
+      units: expected size of the second axis; None: any size.
+    """
     check_shape(name, ids, "[B, K]" if units is None else "[B, N]", batch, units)
     if not jnp.issubdtype(ids.dtype, jnp.integer):
-        raise ConfigError(f"{name} is {ids.dtype}; expected integers, indices of units")
+        raise ConfigError(f"{name} is {ids.dtype}; expected integer indices of units")
 
 
 def check_drop_path_keys(keys: jax.Array | None, batch: int) -> None:
-    """Raise a ConfigError unless there is one PRNG key for each image."""
+    """Raise ConfigError unless `keys` is None or has one PRNG key per image."""
     if keys is None:
         return
     if jnp.issubdtype(keys.dtype, jax.dtypes.prng_key):

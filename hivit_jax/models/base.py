@@ -48,9 +48,9 @@ def make_info(
 ) -> ModelInfo:
     """Return the info of a model; the defaults are ImageNet's.
 
-    The config determines image size and channels. If mean and std have another number
-    of channels, each is replaced by its average. Class names of another number of
-    classes are dropped. Other keyword arguments are ignored.
+    The config determines image size and channels. If mean and std are for another
+    number of channels, each is replaced by its average. Class names are dropped if
+    their number differs from the config's. Other keyword arguments are ignored.
     """
     if len(mean) != config.in_channels:
         mean, std = ([float(np.mean(x))] * config.in_channels for x in (mean, std))
@@ -145,6 +145,6 @@ class Model(nnx.Module):
         return ids
 
     def _grid(self, image_size: int | Sequence[int] | None) -> positions.Grid:
-        """Return the grid of units of an image; None: of the model's image size."""
+        """Return the grid of units for an image size; None: the model's image size."""
         size = image_size or self.config.image_size
         return positions.check_grid(size, self.config.patch_size)

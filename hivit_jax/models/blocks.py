@@ -47,7 +47,7 @@ class MlpBlock(nnx.Module):
 
         Args:
           drop_path_keys, drop_path_rate: see `drop_path`.
-          block_index: index of the block in the model, so that each block draws its own
+          block_index: index of the block in the model, because each block draws its own
             samples to drop.
           kernels: see `RunOptions`.
         """

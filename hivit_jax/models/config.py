@@ -1,4 +1,4 @@
-"""Configs of the encoder: sizes (`HiViTConfig`) and `RunOptions`."""
+"""Configs of models: sizes (`HiViTConfig`, `MAEConfig`) and `RunOptions`."""
 
 from dataclasses import dataclass
 
@@ -49,7 +49,8 @@ class HiViTConfig:
     num_heads: attention heads of the main stage.
     mlp_ratio: hidden width divided by width in the MLPs of the main stage.
     stem_mlp_ratio: hidden width divided by width in the MLPs of the stem.
-    drop_path_rate: drop path rate of the last block. The rates rise linearly from 0.
+    drop_path_rate: drop path rate of the last block. The rates of the blocks rise
+      linearly from 0.
     patch_size: side of a unit in pixels.
     inner_patches: cells per unit side, ``2 ** (len(depths) - 1)``.
     relative_position: relative position bias in the main stage.
@@ -110,7 +111,7 @@ class HiViTConfig:
         for name, width in widths.items():
             if width * getattr(self, name) < 1:
                 raise ConfigError(
-                    f"{name}={getattr(self, name)} gives an MLP of width {width} no "
+                    f"{name}={getattr(self, name)} leaves an MLP of width {width} no "
                     f"hidden unit; expected at least {1 / width:g}"
                 )
         if any(index >= depth for index in self.global_blocks):
@@ -193,7 +194,7 @@ class MAEConfig(HiViTConfig):
 
 
 def check_heads(dim_name: str, dim: int, heads_name: str, heads: int) -> None:
-    """Raise a ConfigError unless `dim` is a multiple of `heads`."""
+    """Raise ConfigError unless `dim` is a multiple of `heads`."""
     if heads < 1 or dim % heads:
         raise ConfigError(
             f"{heads_name}={heads} does not divide {dim_name}={dim}; "

@@ -1,4 +1,4 @@
-"""Methods of models on meshes with Explicit axes, the default of `jax.make_mesh`."""
+"""Support for meshes with Explicit axes, the default of `jax.make_mesh`."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -10,13 +10,13 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 
 def accepts_explicit_axes(method: Callable) -> Callable:
-    """Decorate a method of an nnx.Module so that it accepts Explicit mesh axes.
+    """Decorate a method of an nnx.Module so that it runs on meshes with Explicit axes.
 
-    Explicit axes make every array's sharding part of its type. JAX then refuses
-    reshapes that split or merge a sharded axis, which patches and cells need.
-    Therefore the method runs with Auto axes, where XLA propagates shardings. Its
-    results are sharded along their first axis like the first array argument. Scalars
-    are replicated. Without Explicit axes the method runs unchanged.
+    With Explicit axes, the sharding of an array is part of its type, and JAX rejects
+    reshapes that split or merge a sharded axis. Models need such reshapes for patches
+    and cells. The decorated method therefore runs with Auto axes, where XLA propagates
+    shardings. Its results have the first array argument's sharding along their first
+    axis. Scalars are replicated. Without Explicit axes the method runs unchanged.
 
     The method must not change variables of the module.
     """
@@ -30,15 +30,15 @@ def accepts_explicit_axes(method: Callable) -> Callable:
         if mesh is None:
             return method(self, *args, **kwargs)
         graphdef, state = nnx.split(self)
-        treedefs = []
+        output_trees = []  # appended while `with_auto_axes` is traced
 
         def with_auto_axes(state, arrays):
             arrays = iter(arrays)
-            merged = [next(arrays) if _is_array(x) else x for x in leaves]
-            args, kwargs = jax.tree.unflatten(tree, merged)
+            inputs = [next(arrays) if _is_array(x) else x for x in leaves]
+            args, kwargs = jax.tree.unflatten(tree, inputs)
             out = method(nnx.merge(graphdef, state), *args, **kwargs)
             out_leaves, treedef = jax.tree.flatten(out)
-            treedefs.append((treedef, [x.ndim == 0 for x in out_leaves]))
+            output_trees.append((treedef, [x.ndim == 0 for x in out_leaves]))
             scalars = [x for x in out_leaves if x.ndim == 0]
             return scalars, [x for x in out_leaves if x.ndim]
 
@@ -55,9 +55,9 @@ def accepts_explicit_axes(method: Callable) -> Callable:
                 ),
             )(state, [x for x in leaves if _is_array(x)]),
         )
-        treedef, is_scalar = treedefs[-1]
+        treedef, are_scalars = output_trees[-1]
         return jax.tree.unflatten(
-            treedef, [next(scalars if scalar else arrays) for scalar in is_scalar]
+            treedef, [next(scalars if scalar else arrays) for scalar in are_scalars]
         )
 
     return run

@@ -16,10 +16,10 @@ def parameter_count(module: nnx.Module) -> int:
 
 
 def row_cost(module: nnx.Module | None, rows: int, layer_norm_cost: int) -> int:
-    """Return the cost of the Linears and LayerNorms of a module for `rows` rows each.
+    """Return the cost of a module's Linears and LayerNorms, each on `rows` rows.
 
-    A Linear costs its multiply-adds, and a LayerNorm `layer_norm_cost` per output
-    element. None costs 0.
+    A Linear costs its multiply-adds. A LayerNorm costs `layer_norm_cost` per output
+    element. A module of None costs 0.
     """
     if module is None:
         return 0

@@ -180,8 +180,8 @@ class HiViT(nnx.Module):
         if ids_keep is not None:
             units = positions.gather_tokens(units, ids_keep)  # [B, K, P*P*C]
             # A matrix product, because the gradient of a gather is a scatter-add.
-            # Scatter-adds are slow on TPUs, have no fixed order on GPUs, and are
-            # all-reduced before they are summed.
+            # Scatter-adds are slow on TPUs and have no fixed order on GPUs. They are
+            # also all-reduced before they are summed.
             one_hot = jax.nn.one_hot(ids_keep, len(position), dtype=dtype)
             position = jnp.matmul(
                 one_hot, position.astype(dtype), precision="highest"
@@ -213,7 +213,7 @@ class HiViT(nnx.Module):
         Args:
           images, ids_keep: see `__call__`.
           stride_32: add a map at stride 32, a 2x2 max pooling of the last map. As in
-            the official detection code, an odd last row or column is left out.
+            the official detection code, an odd last row or column is dropped.
 
         Returns:
           [B, H/4, W/4, E/4], [B, H/8, W/8, E/2], [B, H/16, W/16, E] in compute dtype

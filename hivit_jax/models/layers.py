@@ -78,7 +78,7 @@ def drop_path(
       drop_path_rate: probability of dropping; kept samples are divided by ``1 - rate``.
         None: return x.
       drop_path_keys: [B] PRNG keys, one per sample. None: return x.
-      branch_index: index of the branch in the model, so that each branch draws its own
+      branch_index: index of the branch in the model, because each branch draws its own
         samples to drop.
     """
     if drop_path_rate is None or drop_path_keys is None:

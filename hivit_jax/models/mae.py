@@ -21,7 +21,7 @@ from hivit_jax.models.explicit_axes import accepts_explicit_axes
 from hivit_jax.models.flops import attention_cost, encoder_cost, row_cost
 from hivit_jax.models.hivit import HiViT
 from hivit_jax.models.layers import INIT, FixedTable, Linear
-from hivit_jax.models.masking import random_masking, visible_units
+from hivit_jax.models.masking import count_visible_units, random_masking
 from hivit_jax.models.norms import LayerNorm
 
 
@@ -31,9 +31,9 @@ class MAEOutput(NamedTuple):
     loss: float32 scalar, mean squared error over the masked units of the batch; NaN for
       an empty batch.
     pred: [B, N, P*P*C] float32, predictions of the (possibly normalized) targets.
-    mask: [B, N] float32, 0 keep, 1 removed.
+    mask: [B, N] float32, 0 visible, 1 masked.
     latent: [B, K, 7E] (multi-scale) or [B, K, E], input of the decoder embedding.
-    unit_loss: [B, N] float32, mean squared error of each visible or masked unit.
+    unit_loss: [B, N] float32, mean squared error of each unit, visible or masked.
     """
 
     loss: jax.Array
@@ -97,9 +97,10 @@ class MaskedAutoencoder(Model):
             path.
 
         Raises:
-          ConfigError: an array has another shape, or a mask ratio outside (0, 1).
+          ConfigError: an array has another shape, or `mask_ratio` leaves no visible
+            unit or is outside (0, 1).
         """
-        kept = self._visible_units(images, noise, mask_ratio)
+        kept = self._count_visible(images, noise, mask_ratio)
         ids_shuffle, ids_restore, mask = random_masking(noise, kept)
         latent = self.encode(images, ids_shuffle[:, :kept], drop_path_keys)
         pred = positions.gather_tokens(self.decode(latent, ids_shuffle), ids_restore)
@@ -118,21 +119,21 @@ class MaskedAutoencoder(Model):
     ) -> jax.Array:
         """Return the mean squared error over each image's masked units, [B] float32.
 
-        Arguments are those of `__call__`. Training uses this function, which is cheaper
+        For the arguments see `__call__`. Training uses this method. It is cheaper,
         because the decoder's last MLP and its output layer skip the visible units.
         """
-        kept = self._visible_units(images, noise, mask_ratio)
+        kept = self._count_visible(images, noise, mask_ratio)
         ids_shuffle = random_masking(noise, kept)[0]
         latent = self.encode(images, ids_shuffle[:, :kept], drop_path_keys)
         # [B, N - K, P*P*C]
         pred = self.decode(latent, ids_shuffle, masked_only=True)
         return self.unit_loss(images, pred, ids_shuffle[:, kept:]).mean(1)
 
-    def _visible_units(self, images, noise, mask_ratio):
-        """Return the number of visible units; check the shape of the noise."""
+    def _count_visible(self, images, noise, mask_ratio):
+        """Check the shape of the noise and return the number of visible units."""
         rows, columns = self.config.grid
         check_shape("noise", noise, "[B, N]", images.shape[0], rows * columns)
-        return visible_units(rows * columns, mask_ratio)
+        return count_visible_units(rows * columns, mask_ratio)
 
     @accepts_explicit_axes
     def encode(
@@ -169,7 +170,8 @@ class MaskedAutoencoder(Model):
 
         Args:
           latent: [B, K, 7E] or [B, K, E], latent of the K visible units.
-          ids: int [B, N], indices of all units, with those of the latent first.
+          ids: int [B, N], indices of all units; first those of the visible units, in
+            the order of `latent`.
           masked_only: predict only the masked units, [B, N - K, P*P*C].
         """
         check_ids("ids", ids, latent.shape[0], self.decoder_pos_embed[...].shape[0])
@@ -243,8 +245,8 @@ class MaskedAutoencoder(Model):
         pixels and 0 for visible pixels.
 
         Args:
-          mean, scale: [B, N, 1], mean and scale of each unit from `targets`, or values
-            that do not depend on the masked pixels.
+          mean, scale: [B, N, 1], mean and scale of each unit. They come from `targets`,
+            or are estimates that do not depend on the masked pixels.
         """
         grid, patch_size = self.config.grid, self.config.patch_size
         mask = jnp.repeat(out.mask[..., None], patch_size**2, -1)
@@ -267,7 +269,7 @@ class MaskedAutoencoder(Model):
         """
         grid = self._grid(image_size)
         units = grid[0] * grid[1]
-        kept = visible_units(units, mask_ratio)
+        kept = count_visible_units(units, mask_ratio)
         cost = encoder_cost(self.encoder, grid, kept, layer_norm_cost=layer_norm_cost)
         for part in (self.norm, self.decoder_embed):
             cost += row_cost(part, kept, layer_norm_cost)

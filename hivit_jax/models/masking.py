@@ -7,11 +7,11 @@ import numpy as np
 from hivit_jax.errors import ConfigError
 
 
-def visible_units(units: int, mask_ratio: float) -> int:
+def count_visible_units(units: int, mask_ratio: float) -> int:
     """Return the number of visible units, ``int(units * (1 - mask_ratio))``.
 
     Raises:
-      ConfigError: a mask ratio outside (0, 1), or one that leaves no visible unit.
+      ConfigError: the mask ratio is outside (0, 1) or leaves no visible unit.
     """
     if np.ndim(mask_ratio) or not 0 < mask_ratio < 1:
         raise ConfigError(f"mask_ratio={mask_ratio}; expected 0 < mask_ratio < 1")
@@ -26,7 +26,7 @@ def visible_units(units: int, mask_ratio: float) -> int:
 
 
 def _largest_mask_ratio(units: int) -> float:
-    """Return the largest ratio of few decimals that keeps a unit; 0: there is none."""
+    """Return the largest ratio, rounded to few decimals, that keeps a unit; else 0."""
     digits = max(2, len(str(units)))
     step = 10**-digits
     ratio = round(1 - 1 / units, digits)
@@ -47,7 +47,7 @@ def random_masking(
     Returns:
       ids_shuffle: int [B, N], units in order of noise; visible units come first.
       ids_restore: int [B, N], rank of each unit in that order.
-      mask: float32 [B, N], 0 keep, 1 removed.
+      mask: float32 [B, N], 0 visible, 1 masked.
     """
     ids_shuffle = _argsort(noise)
     ids_restore = _argsort(ids_shuffle)

@@ -106,7 +106,8 @@ class BatchNorm(nnx.Module):
         """
         x32 = x.astype(jnp.float32)
         if weight is None:
-            # Without this, differentiating with respect to all variables trains them.
+            # Without this, a user who differentiates with respect to all variables
+            # would train the running statistics.
             running = self.mean[...], self.var[...]
             mean, var = jax.lax.stop_gradient(running)
         else:

@@ -19,7 +19,11 @@ Grid = tuple[int, int]  # units along height, units along width
 
 
 def check_grid(image_size: int | Sequence[int], patch_size: int) -> Grid:
-    """Return the grid of an image; ConfigError if units of `patch_size` do not fit."""
+    """Return the grid of an image.
+
+    Raises:
+      ConfigError: a side is not a multiple of `patch_size`.
+    """
     sides = tuple(image_size) if np.ndim(image_size) else (image_size,) * 2
     fits = patch_size > 0 and min(sides) > 0 and not any(s % patch_size for s in sides)
     if len(sides) != 2 or not fits:

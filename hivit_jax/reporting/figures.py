@@ -1,6 +1,6 @@
-"""Figures of a run: reconstructions, curves, schedule, training images.
+"""Draw the figures of a run: reconstructions, curves, schedule, training images.
 
-Plots are RGB images, uint8 [H, W, 3].
+Figures are RGB images, uint8 [H, W, 3].
 """
 
 import io
@@ -19,7 +19,7 @@ PANELS = ("original", "masked", "reconstruction", "with visible pasted")
 def reconstruction_panels(
     images: np.ndarray,
     predicted: np.ndarray,
-    removed: np.ndarray,
+    masked: np.ndarray,
     mean: Sequence[float],
     std: Sequence[float],
 ) -> np.ndarray:
@@ -28,20 +28,19 @@ def reconstruction_panels(
     Args:
       images: originals, [B, H, W, C], normalized.
       predicted: reconstructions, [B, H, W, C], normalized.
-      removed: [B, H, W, 1], 1 where the pixel is masked.
-      mean: mean of the normalization.
-      std: standard deviation of the normalization.
+      masked: [B, H, W, 1], 1 where the pixel is masked, else 0.
+      mean, std: mean and standard deviation of the normalization.
 
     Returns:
-      Panels in the order of `PANELS`; masked pixels are mid-gray in the second.
+      Panels in the order of `PANELS`. Masked pixels are mid-gray in the second panel.
     """
     original, predicted = (
         np.clip(x * np.asarray(std) + np.asarray(mean), 0, 1)
         for x in (images, predicted)
     )
-    masked = np.where(removed, 0.5, original)
-    pasted = np.where(removed, predicted, original)
-    return np.stack([original, masked, predicted, pasted], axis=1)
+    grayed = np.where(masked, 0.5, original)
+    pasted = np.where(masked, predicted, original)
+    return np.stack([original, grayed, predicted, pasted], axis=1)
 
 
 def reconstructions(panels: np.ndarray, title: str) -> np.ndarray:
@@ -58,7 +57,7 @@ def reconstructions(panels: np.ndarray, title: str) -> np.ndarray:
 
 
 def curves(workdir: Path) -> np.ndarray:
-    """Plot the losses of a run, and its top-1 accuracy if there is one."""
+    """Plot the losses of a run, and its top-1 accuracy if it is evaluated."""
     lines = metrics.read(workdir / "metrics.jsonl")
     figure = _figure(6.4, 4)
     axis = figure.subplots()

@@ -75,7 +75,11 @@ class Writer:
 
 
 def prepare_workdir(workdir: Path) -> None:
-    """Create the directory; raise ConfigError if it cannot be written to."""
+    """Create a workdir.
+
+    Raises:
+      ConfigError: the directory cannot be created or written to.
+    """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         probe = workdir / f".writable-{os.getpid()}"
@@ -88,7 +92,10 @@ def prepare_workdir(workdir: Path) -> None:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Return the complete lines of a metrics.jsonl; a kill may truncate the last."""
+    """Return the complete lines of a metrics.jsonl file.
+
+    If the run was killed, the last line may be incomplete.
+    """
     lines = []
     for text in path.read_text().splitlines() if path.exists() else []:
         try:

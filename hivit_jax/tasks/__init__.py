@@ -33,5 +33,5 @@ def find(name: str) -> type[Task]:
 
 
 def create(config: Any, data: DatasetInfo) -> Task:
-    """Create the task that `config.task` names, for a dataset."""
+    """Create the task of a config for a dataset."""
     return find(config.task)(config, data)

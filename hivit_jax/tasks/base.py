@@ -31,9 +31,9 @@ class Task:
 
     Attributes:
       keys: config keys of this task, nested as in a recipe.
-      unused: config keys without effect on this task, and their only accepted values.
+      unused: config key without effect on this task -> its only accepted value.
       best: metric that selects the best checkpoint, and "max" or "min".
-      fresh: name prefixes of parameters that are newly initialized, even if the
+      fresh: name prefixes of parameters that are always newly initialized, even if the
         pretrained model contains them.
       head_scale: factor on the standard deviation, 0.02, of a newly initialized head.
       decayed, undecayed: last components of the names of the parameters with and
@@ -52,7 +52,7 @@ class Task:
 
     @classmethod
     def check(cls, config: Any) -> None:
-        """Raise ConfigError for an invalid config. Called when a config is loaded."""
+        """Raise ConfigError for an invalid config. `config.load` calls this method."""
         defaults.check_value_range(config.data.value_range)
         if cls.model_class is not None:
             defaults.check_model(config, cls.model_class)
@@ -61,7 +61,7 @@ class Task:
 
     @classmethod
     def batch_multiple(cls, config: Any) -> int:
-        """Return the number that must divide the size of every microbatch."""
+        """Return the number of which every microbatch size must be a multiple."""
         return 1
 
     def __init__(self, config: Any, data: DatasetInfo):
@@ -77,7 +77,7 @@ class Task:
         """Return one line about each setting that is valid but probably not intended.
 
         Args:
-          total_steps: length of the run.
+          total_steps: length of the run in steps.
         """
         config, optimizer = self.config, self.config.optimizer
         found = warnings.common(config, self.data, steps_per_epoch, total_steps)
@@ -91,7 +91,7 @@ class Task:
         """Build the model of the config; also called under `jax.eval_shape`.
 
         Args:
-          key: PRNG key of the parameters; None: derived from the config's seed.
+          key: PRNG key for the initialization; None: derived from the config's seed.
         """
         key = jax.random.key(self.config.seed) if key is None else key
         return create_model(seed=key, **defaults.model_arguments(self.config))
@@ -109,13 +109,16 @@ class Task:
     def optimizer(
         self, model: Model, schedule: optax.Schedule
     ) -> optax.GradientTransformation:
-        """Return the optimizer of a model's parameters. The model may be abstract."""
+        """Return the optimizer for a model's parameters. The model may be abstract."""
         options, params = self.config.optimizer, split_state(model)[1]
         layer_ids = model.layer_ids() if options.layer_decay != 1.0 else {}
         return make_optimizer(options, schedule, params, self.is_decayed, layer_ids)
 
     def frozen(self) -> Any:
-        """Return a pytree of arrays for every step that are never trained or saved."""
+        """Return a pytree of arrays that every step receives.
+
+        They are neither trained nor saved.
+        """
         return {}
 
     def macs(self, model: Model, layer_norm_cost: int = 0) -> int:
@@ -139,7 +142,7 @@ class Task:
         return defaults.preprocess(self.config, batch)
 
     def augment_batch(self, batch: dict, keys: Keys) -> jax.Array:
-        """Preprocess and randomly flip the images of a training batch."""
+        """Preprocess and randomly flip the images of a training batch: [B, H, W, C]."""
         with jax.named_scope("input"):
             return defaults.random_flip(self.config, self.preprocess(batch), keys)
 
@@ -158,7 +161,7 @@ class Task:
     def eval_step(
         self, model: Model, frozen: Any, batch: dict, keys: Keys
     ) -> tuple[Sums, Rows]:
-        """Return sums over the examples of weight 1, and the rows for `records`."""
+        """Return (sums over the examples of weight 1, rows for `records`)."""
         raise NotImplementedError
 
     def predict_step(self, model: Model, batch: dict) -> Rows:
@@ -166,7 +169,7 @@ class Task:
         raise ConfigError(f"task={self.config.task!r} has no predictions")
 
     def panels(self, model: Model, frozen: Any, batch: dict, keys: Keys) -> Rows:
-        """Return the arrays for `figures`, from the first held-out images."""
+        """Return the arrays for `figures`, computed from the first held-out images."""
         return {}
 
     # --- On the host, after a batch or an evaluation ----------------------------------
@@ -175,15 +178,16 @@ class Task:
         """Convert rows to small picklable objects. Runs on every process.
 
         Args:
-          rows: result of `eval_step` or `predict_step` for this process's examples of
-            weight 1, and their "index" in the split. Predictions also have "name".
+          rows: rows of `eval_step` or `predict_step` for this process's examples of
+            weight 1, and "index", their indices in the split. With `predict_step` also
+            "name".
         """
         return []
 
     def summarize(
         self, sums: Mapping[str, np.ndarray], count: int, records: list[Any]
     ) -> dict[str, float]:
-        """Return the metrics of a split, {"eval/NAME": value}. Runs on process 0.
+        """Return the test split's metrics, {"eval/NAME": value}. Runs on process 0.
 
         Args:
           sums: totals over all batches, float64 or int64.
@@ -193,7 +197,7 @@ class Task:
         return {f"eval/{name}": float(total) / count for name, total in sums.items()}
 
     def figures(self, panels: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Draw panels as images by name, uint8 [H, W, 3]. Runs on process 0."""
+        """Draw the panels as {name: uint8 [H, W, 3]}. Runs on process 0."""
         return {}
 
     def write_predictions(self, records: list[Any], out: Path) -> None:

@@ -11,7 +11,8 @@ import numpy as np
 import optax
 
 from hivit_jax import rng
-from hivit_jax.augment import image, mixing
+from hivit_jax.augment import image as image_ops
+from hivit_jax.augment import mixing
 from hivit_jax.errors import ConfigError
 from hivit_jax.keys import Key
 from hivit_jax.models.classifier import Classifier
@@ -24,14 +25,16 @@ class Classification(Task):
 
     keys = {
         "label_smoothing": Key(
-            0.0, "target probability spread over all classes", 0, below=1
+            0.0, "target probability that is spread over all classes", 0, below=1
         ),
         "mixup": Key(0.0, "alpha of Mixup; 0: off", 0, 1000),
         "cutmix": Key(0.0, "alpha of CutMix; 0: off", 0, 1000),
-        "random_erasing": Key(0.0, "probability of erasing a rectangle", 0, 1),
+        "random_erasing": Key(
+            0.0, "probability of erasing a rectangle of an image", 0, 1
+        ),
     }
     best = ("eval/top1", "max")
-    # Official ``main_finetune.py``: scale of the head, no decay of position tables.
+    # As in the official ``main_finetune.py``, also that position tables do not decay.
     head_scale = 2e-5 / 0.02
     decayed = ("kernel",)
     undecayed = (
@@ -72,7 +75,7 @@ class Classification(Task):
     def augment_with_targets(
         self, batch: dict, keys: Keys
     ) -> tuple[jax.Array, jax.Array]:
-        """Augment a training batch.
+        """Augment a training batch and return (images, targets).
 
         Returns:
           images: float32 [B, H, W, C]; flipped, erased and mixed.
@@ -85,7 +88,9 @@ class Classification(Task):
             )
             if config.random_erasing:
                 erase_keys = rng.split_keys(keys.samples, "erase")
-                images = image.random_erasing(images, erase_keys, config.random_erasing)
+                images = image_ops.random_erasing(
+                    images, erase_keys, config.random_erasing
+                )
             if config.mixup or config.cutmix:
                 images, targets = mixing.mix(
                     images,
@@ -114,7 +119,7 @@ class Classification(Task):
         return {"probabilities": jax.nn.softmax(model(self.preprocess(batch)))}
 
     def records(self, rows: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
-        """Return the most probable class of each image."""
+        """Return the name, most probable class and its probability of each image."""
         if "probabilities" not in rows:
             return []
         names = dict(enumerate(self.data.classes))
@@ -140,9 +145,13 @@ def classification_metrics(logits: jax.Array, labels: jax.Array) -> PerSample:
 
 
 def topk_correct(logits: jax.Array, labels: jax.Array) -> PerSample:
-    """Return "top1" and "top5": 1.0 where the true class is among the highest logits.
+    """Return {"top1", "top5": [B]}: 1.0 if the true class has one of the top k logits.
 
-    Of classes with equal logits [B, classes], those with lower indices rank higher.
+    Of classes with equal logits, those with lower indices rank higher.
+
+    Args:
+      logits: [B, classes].
+      labels: [B].
     """
     true = jnp.take_along_axis(logits, labels[:, None], axis=-1)
     lower_index = jnp.arange(logits.shape[-1])[None] < labels[:, None]

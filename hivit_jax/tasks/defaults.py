@@ -1,4 +1,7 @@
-"""Defaults of the methods of `Task`: a registered model, one image per example."""
+"""Default implementations of `Task` methods.
+
+They serve tasks with a registered model and one image per example.
+"""
 
 import math
 from collections.abc import Mapping
@@ -7,7 +10,8 @@ from typing import Any
 import jax
 
 from hivit_jax import rng
-from hivit_jax.augment import image, resample
+from hivit_jax.augment import image as image_ops
+from hivit_jax.augment import resample
 from hivit_jax.data.decoding import PIL_MODES
 from hivit_jax.data.sources.base import DatasetInfo
 from hivit_jax.data.transforms import ImageTransform
@@ -18,7 +22,7 @@ from hivit_jax.rng import Keys
 
 def model_arguments(config: Any) -> dict[str, Any]:
     """Return the arguments of `create_model` that a config contains."""
-    return {k: v for k, v in config.model.items() if v is not None}
+    return {key: value for key, value in config.model.items() if value is not None}
 
 
 def check_model(config: Any, model_class: type[Model]) -> None:
@@ -36,35 +40,36 @@ def check_model(config: Any, model_class: type[Model]) -> None:
 
 
 def check_pixels(data: Any) -> None:
-    """Raise ConfigError for statistics that images of 8 bits cannot have.
+    """Raise ConfigError for a mean or std that 8-bit images cannot have.
 
     Args:
-      data: `config.data`. Its mean and std refer to pixels divided by 255.
+      data: `config.data`; its mean and std refer to pixels divided by 255.
     """
     for name in ("mean", "std"):
         if not all(0 <= x <= 1 for x in data[name]):
             raise ConfigError(
-                f"data.{name}={tuple(data[name])}; expected 0 to 1, because pixels of "
-                "8 bits are divided by 255; divide the values by 255"
+                f"data.{name}={tuple(data[name])}; expected 0 to 1, because 8-bit "
+                "pixels are divided by 255; divide these values by 255 too"
             )
 
 
 def check_value_range(value_range: tuple) -> None:
     """Raise ConfigError unless `data.value_range` is () or an increasing pair."""
-    numbers = [x for x in value_range if type(x) in (int, float) and math.isfinite(x)]
-    is_pair = len(numbers) == len(value_range) == 2
-    if value_range and not (is_pair and numbers[0] < numbers[1]):
+    finite = [x for x in value_range if type(x) in (int, float) and math.isfinite(x)]
+    is_pair = len(finite) == len(value_range) == 2
+    if value_range and not (is_pair and finite[0] < finite[1]):
         raise ConfigError(
             f"data.value_range={value_range}; expected (LOW, HIGH), the values of "
-            "black and white in images of more than 8 bits, or () for 0 to 65535"
+            "black and white in images with more than 8 bits, or () for 0 to 65535"
         )
 
 
 def image_transform(config: Any, dataset: DatasetInfo, train: bool) -> ImageTransform:
-    """Return the transform of images for training or evaluation.
+    """Return the image transform for training or evaluation.
 
     Raises:
-      ConfigError: sizes or channels do not fit each other.
+      ConfigError: the number of channels does not suit the data or RandAugment, or
+        `data.canvas` is smaller than the model's image.
     """
     data, model = config.data, config.model
     *size, channels = image_shape(model)
@@ -81,16 +86,17 @@ def image_transform(config: Any, dataset: DatasetInfo, train: bool) -> ImageTran
     if dataset.encoded and data.canvas and data.canvas < max(size):
         raise ConfigError(
             f"data.canvas={data.canvas} with model.image_size={model.image_size}; "
-            f"expected 0 or at least {max(size)}"
+            f"expected data.canvas=0 or at least {max(size)}"
         )
-    # RandAugment works on images of their final size. Synthetic images already have it.
-    on_host = randaugment or not dataset.encoded
+    # No canvas: RandAugment needs images that the host has already resized, and
+    # synthetic images are generated at their final size.
+    final_size_on_host = randaugment or not dataset.encoded
     random_crop = train and tuple(data.crop_scale) != (1.0, 1.0)
     return ImageTransform(
         batch_size=config.batch_size,
         size=size,
         channels=channels,
-        canvas=0 if on_host else data.canvas,
+        canvas=0 if final_size_on_host else data.canvas,
         crop_scale=tuple(data.crop_scale) if random_crop else None,
         crop_pct=data.crop_pct,
         interpolation=data.interpolation,
@@ -109,11 +115,14 @@ def preprocess(config: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
         images = resample.resample(
             images, batch["box"], size, data.interpolation, data.antialias
         )
-    return image.normalize(images, data.mean, data.std)
+    return image_ops.normalize(images, data.mean, data.std)
 
 
 def random_flip(config: Any, images: jax.Array, keys: Keys) -> jax.Array:
-    """Flip half of the images [B, H, W, C] left to right, if `data.flip` is set."""
+    """Flip each image [B, H, W, C] left to right with probability 1/2.
+
+    Returns the images unchanged if `data.flip` is not set.
+    """
     if not config.data.flip:
         return images
-    return image.random_flip(images, rng.split_keys(keys.samples, "flip"))
+    return image_ops.random_flip(images, rng.split_keys(keys.samples, "flip"))

@@ -14,8 +14,9 @@ from hivit_jax.tasks.warnings import peak_text
 from hivit_jax.training.schedule import peak_learning_rate
 from hivit_jax.tree import leaf_name, split_state
 
-# LARS scales updates by 0.001. Published linear probes have peaks of 1 to 100.
-LEAST_PEAK = 0.3
+# Smallest usual peak learning rate. It is large because LARS scales updates by 0.001.
+# Published linear probes have peaks of 1 to 100.
+MIN_PEAK = 0.3
 
 
 class LinearProbe(Classification):
@@ -45,11 +46,11 @@ class LinearProbe(Classification):
         if not config.init_from:
             found.append("init_from='': the frozen encoder has random parameters")
         peak = peak_learning_rate(config.optimizer, config.batch_size)
-        if 0 < peak < LEAST_PEAK:
+        if 0 < peak < MIN_PEAK:
             text = peak_text(config.optimizer, config.batch_size)
             found.append(
                 f"the peak learning rate, {text}, is small for LARS; expected at "
-                f"least {LEAST_PEAK:g}, or the accuracy may stay at chance"
+                f"least {MIN_PEAK:g}; otherwise the accuracy may stay at chance level"
             )
         return found
 

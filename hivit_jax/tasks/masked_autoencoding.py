@@ -11,7 +11,7 @@ from hivit_jax.errors import ConfigError
 from hivit_jax.keys import Key
 from hivit_jax.models import configure
 from hivit_jax.models.mae import MaskedAutoencoder
-from hivit_jax.models.masking import visible_units
+from hivit_jax.models.masking import count_visible_units
 from hivit_jax.rng import Keys
 from hivit_jax.tasks.base import PerSample, Rows, Sums, Task, weighted_sums
 from hivit_jax.tasks.defaults import model_arguments
@@ -22,8 +22,9 @@ class MaskedAutoencoding(Task):
 
     keys = {"mask_ratio": Key(0.75, "fraction of units to mask", above=0, below=1)}
     unused = {"optimizer.layer_decay": 1.0}
-    # The official code uses timm's rule, which exempts 1-D parameters: it decays the
-    # position tables and the mask token.
+    # As in the official code (timm's rule), every parameter with two or more axes
+    # decays, including the encoder's position tables and the mask token.
+    # `decoder_pos_embed` is a fixed table.
     decayed = (
         "kernel",
         "mask_token",
@@ -39,14 +40,15 @@ class MaskedAutoencoding(Task):
         super().check(config)
         rows, columns = configure(**model_arguments(config))[1].grid
         units = rows * columns
-        if visible_units(units, config.mask_ratio) == units:
+        # Raises ConfigError for a ratio that masks all units.
+        if count_visible_units(units, config.mask_ratio) == units:
             raise ConfigError(
                 f"mask_ratio={config.mask_ratio} masks none of {units} units; "
                 f"expected at least {1 / units:.4f}"
             )
 
     def macs(self, model: MaskedAutoencoder, layer_norm_cost: int = 0) -> int:
-        """As `Task.macs`, with the config's mask ratio."""
+        """As `Task.macs`, at the config's mask ratio."""
         return model.macs(
             mask_ratio=self.config.mask_ratio, layer_norm_cost=layer_norm_cost
         )
@@ -64,7 +66,10 @@ class MaskedAutoencoding(Task):
     def eval_step(
         self, model: MaskedAutoencoder, frozen: Any, batch: dict, keys: Keys
     ) -> tuple[Sums, Rows]:
-        """Return {"loss": sum} and no rows. The masks depend only on the keys."""
+        """Return {"loss": sum} and no rows.
+
+        The masks are a function of the PRNG keys alone.
+        """
         images = self.preprocess(batch)
         loss = model.image_loss(images, **self._masking(model, keys))
         return weighted_sums({"loss": loss}, batch["weight"]), {}
@@ -72,30 +77,31 @@ class MaskedAutoencoding(Task):
     def panels(
         self, model: MaskedAutoencoder, frozen: Any, batch: dict, keys: Keys
     ) -> Rows:
-        """Return normalized images, predictions and masks for `figures`.
+        """Return the inputs of `figures`.
 
-        With `norm_pix_loss`, predictions are rescaled by the mean and standard
-        deviation of the true unit, which the model does not see.
+        With `norm_pix_loss`, the mean and standard deviation of each true unit, unknown
+        to the model, convert its prediction back to pixels.
 
         Returns:
-          "images", "predicted" [B, H, W, C]; "removed" [B, H, W, 1], 1 where masked.
+          "images", "predicted": normalized images [B, H, W, C].
+          "masked": [B, H, W, 1], 1 at masked pixels, else 0.
         """
         images = self.preprocess(batch)
         out = model(images, **self._masking(model, keys))
         _, mean, scale = model.targets(images)
-        predicted, removed = model.to_images(out, mean, scale)
-        return {"images": images, "predicted": predicted, "removed": removed}
+        predicted, masked = model.to_images(out, mean, scale)
+        return {"images": images, "predicted": predicted, "masked": masked}
 
     def figures(self, panels: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Return {"reconstruction": uint8 [H, W, 3]} with four panels per image."""
-        from hivit_jax.reporting import figures
+        from hivit_jax.reporting import figures as drawing
 
         data = self.config.data
-        pixels = figures.reconstruction_panels(**panels, mean=data.mean, std=data.std)
-        return {"reconstruction": figures.reconstructions(pixels, "held-out images")}
+        pixels = drawing.reconstruction_panels(**panels, mean=data.mean, std=data.std)
+        return {"reconstruction": drawing.reconstructions(pixels, "held-out images")}
 
     def _masking(self, model: MaskedAutoencoder, keys: Keys) -> dict[str, Any]:
-        """Return the model arguments for masking: noise [B, N] and mask ratio."""
+        """Return the model arguments that select masks: noise [B, N], mask ratio."""
         rows, columns = model.encoder.grid
         units = rows * columns
         with jax.named_scope("input"):

@@ -28,9 +28,9 @@ def nearest_neighbors(
 ) -> dict[str, float | int]:
     """Classify the test split by its nearest training images, and log the accuracy.
 
-    A feature is the mean of the last tokens of the encoder in `config.init_from`,
-    normalized to length 1. A neighbor votes with weight ``exp(cosine / temperature)``,
-    as in DINO's ``eval_knn.py``.
+    The feature of an image is the mean of the last tokens of the encoder in
+    `config.init_from`, normalized to length 1. A neighbor votes for its class with
+    weight ``exp(cosine / temperature)``, as in DINO's ``eval_knn.py``.
 
     Args:
       neighbors: number of neighbors that vote.
@@ -51,40 +51,41 @@ def nearest_neighbors(
         for batch in prefetch_to_device(inputs.eval_batches(config, split), mesh):
             parts.append(jax.device_get(encode(batch)))
             heartbeat()
-        features, labels, weight, unreadable = map(
-            np.concatenate, zip(*parts, strict=True)
-        )
+        columns = map(np.concatenate, zip(*parts, strict=True))
+        features, labels, weight, unreadable = columns
         inputs.check_unreadable(int(unreadable.sum()), config.data, split)
         return features[weight > 0], labels[weight > 0]
 
     @jax.jit
-    def classify(queries, true, keys, labels):
-        cosine, indices = jax.lax.top_k(queries @ keys.T, min(neighbors, len(keys)))
-        votes = jax.nn.one_hot(labels[indices], num_classes)
-        scores = (jnp.exp(cosine / temperature)[..., None] * votes).sum(1)
-        return topk_correct(scores, true)
-
-    keys, labels = jax.device_put(encode_split("train"))
-    queries, true = encode_split("test")
-    chunks = [
-        jax.device_get(classify(*jax.device_put(chunk), keys, labels))
-        for chunk in (
-            (queries[i : i + 256], true[i : i + 256])
-            for i in range(0, len(queries), 256)
+    def classify(features, labels, train_features, train_labels):
+        cosine, indices = jax.lax.top_k(
+            features @ train_features.T, min(neighbors, len(train_features))
         )
+        votes = jax.nn.one_hot(train_labels[indices], num_classes)
+        scores = (jnp.exp(cosine / temperature)[..., None] * votes).sum(1)
+        return topk_correct(scores, labels)
+
+    train_set = jax.device_put(encode_split("train"))
+    features, labels = encode_split("test")
+    count = len(features)
+    parts = (slice(i, i + 256) for i in range(0, count, 256))
+    chunks = [
+        jax.device_get(classify(*jax.device_put((features[p], labels[p])), *train_set))
+        for p in parts
     ]
     top1, top5 = (
         float(np.concatenate([chunk[name] for chunk in chunks]).mean())
         for name in ("top1", "top5")
     )
-    count = len(queries)
     log(f"nearest neighbors  top1 {top1:.2%}  top5 {top5:.2%}  ({count:,} images)")
     return {"knn/top1": top1, "knn/top5": top5, "knn/count": count}
 
 
 def _make_encoder(config: Any, task: Task, mesh: Mesh) -> Callable:
-    """Return batch -> (features of length 1, labels, weights, unreadable), each
-    [B, ...] and replicated on all devices.
+    """Return a function from a batch to (features, labels, weights, unreadable).
+
+    Features, [B, E], have length 1; the others are [B]. All are replicated on all
+    devices.
     """
     pretrained = load.read_for(config.model, config.init_from)
     model = nnx.eval_shape(task.build_model)

@@ -1,21 +1,22 @@
-"""Warnings about configs that train, but probably not as intended."""
+"""Warnings about valid configs that probably do not train as intended."""
 
 from typing import Any
 
 from hivit_jax.data.sources.base import DatasetInfo
 from hivit_jax.training.schedule import peak_learning_rate
 
-# Peaks of AdamW outside of this range leave the weights as they are, or diverge.
+# AdamW hardly changes the weights with a smaller peak learning rate than the first, and
+# diverges with a larger one than the second.
 ADAM_PEAKS = (1e-6, 0.05)
 
 
 def common(
     config: Any, data: DatasetInfo, steps_per_epoch: float, total_steps: int
 ) -> list[str]:
-    """Return the warnings that hold for every task, one line each.
+    """Return the warnings that apply to every task, one line each.
 
     Args:
-      total_steps: length of the run.
+      total_steps: length of the run in steps.
     """
     return [
         *_lengths(config, data, steps_per_epoch, total_steps),
@@ -27,21 +28,23 @@ def common(
 def _lengths(
     config: Any, data: DatasetInfo, steps_per_epoch: float, total_steps: int
 ) -> list[str]:
-    """Return warnings about intervals that do not fit the length of the run."""
+    """Return warnings about settings that do not fit the length of the run."""
     optimizer, epochs = config.optimizer, total_steps / steps_per_epoch
-    run = f"the run ends after {total_steps:,} steps, {epochs:,.3g} epochs"
-    found, images = [], data.counts.get("train", config.batch_size)
+    end = f"the run ends after {total_steps:,} steps, {epochs:,.3g} epochs"
+    found, num_images = [], data.counts.get("train", config.batch_size)
     if optimizer.warmup_epochs >= epochs:
         found.append(
-            f"optimizer.warmup_epochs={optimizer.warmup_epochs:g}: {run}, before the "
+            f"optimizer.warmup_epochs={optimizer.warmup_epochs:g}: {end}, before the "
             "learning rate reaches its peak"
         )
-    if late := [f"{x:g}" for x in optimizer.milestones if x >= epochs]:
-        found.append(f"optimizer.milestones: {run}, before {', '.join(late)}")
-    if config.batch_size > images:
+    if unreached := [f"{x:g}" for x in optimizer.milestones if x >= epochs]:
         found.append(
-            f"batch_size={config.batch_size} exceeds the {images:,} training images: "
-            "a batch contains images several times"
+            f"optimizer.milestones: {end}, before epoch {', '.join(unreached)}"
+        )
+    if config.batch_size > num_images:
+        found.append(
+            f"batch_size={config.batch_size} exceeds the {num_images:,} training "
+            "images: a batch contains some images several times"
         )
     for name, consequence in (
         ("log_every", "logs only its last step"),
@@ -54,16 +57,18 @@ def _lengths(
                 f"which {consequence}"
             )
     decay = optimizer.ema_decay
-    if decay and decay**total_steps > 0.5:
+    initial_weight = decay**total_steps
+    if decay and initial_weight > 0.5:
         found.append(
-            f"optimizer.ema_decay={decay:g}: the average of {total_steps:,} steps is "
-            f"{decay**total_steps:.0%} initial parameters, and evaluation uses it"
+            f"optimizer.ema_decay={decay:g}: after {total_steps:,} steps, the initial "
+            f"parameters have a weight of {initial_weight:.0%} in the average, which "
+            "evaluation uses"
         )
     return found
 
 
 def _learning_rates(optimizer: Any, batch_size: int) -> list[str]:
-    """Return warnings about learning rates that contradict the peak."""
+    """Return warnings about a peak of 0, and learning rates above the peak."""
     peak, found = peak_learning_rate(optimizer, batch_size), []
     if peak == 0:
         return ["optimizer.base_learning_rate=0: the run changes no parameter"]
@@ -77,16 +82,16 @@ def _learning_rates(optimizer: Any, batch_size: int) -> list[str]:
 
 
 def _classes(config: Any, data: DatasetInfo) -> list[str]:
-    """Return warnings about classes and splits that contradict the dataset."""
-    found, known = [], len(data.classes)
+    """Return warnings about the number of classes, and about equal splits."""
+    found, dataset_classes = [], len(data.classes)
     num_classes = config.model.get("num_classes") or 0
-    if data.encoded and 0 < known < num_classes:
+    if data.encoded and 0 < dataset_classes < num_classes:
         found.append(
-            f"model.num_classes={num_classes} exceeds the {known:,} classes of "
-            f"{config.data.name}: the other outputs are never correct"
+            f"model.num_classes={num_classes} exceeds the {dataset_classes:,} classes "
+            f"of {config.data.name}: the additional outputs are never correct"
         )
     if num_classes == 1:
-        found.append("model.num_classes=1: the loss of one class is always 0")
+        found.append("model.num_classes=1: with one class the loss is always 0")
     splits = config.data.train_split, config.data.eval_split
     if splits[0] and splits[0] == splits[1]:
         found.append(
@@ -113,7 +118,7 @@ def adam(optimizer: Any, batch_size: int) -> list[str]:
 
 
 def peak_text(optimizer: Any, batch_size: int) -> str:
-    """Return the peak learning rate and its factors as text."""
+    """Return the peak learning rate and its computation as text."""
     peak = peak_learning_rate(optimizer, batch_size)
     if not optimizer.lr_batch:
         return f"{peak:g}"

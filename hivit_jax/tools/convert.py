@@ -28,7 +28,7 @@ python -m hivit_jax.tools.convert SRC DST [--format FORMAT] [--plain]
 python -m hivit_jax.tools.convert --inspect SRC [--names] [--plain]
               [--set KEY=VALUE ...]
 
-SRC        workdir of a run, a checkpoint, a directory of save_pretrained, or
+SRC        workdir of a run, checkpoint, directory written by save_pretrained, or
            hf://ORGANIZATION/NAME; or a .pth or .safetensors file written by this
            package, the official code or MMPretrain
 DST        a .safetensors or PyTorch file (.pth, .pt, .bin, .ckpt, .pth.tar); any other
@@ -140,7 +140,7 @@ def convert(
 
 
 def run(argv: Sequence[str] | None) -> None:
-    """Run the command line."""
+    """Parse the arguments, and inspect or convert the source."""
     args = parse(argv)
     options = {"averaged": not args.plain, **args.overrides}
     if args.inspect:

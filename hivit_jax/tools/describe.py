@@ -1,4 +1,4 @@
-"""Summary of a recipe: config, parameters, cost, schedule. Does not run the model."""
+"""Describe a recipe: config, parameters, cost, schedule. Does not run the model."""
 
 from collections import defaultdict
 from pathlib import Path
@@ -25,28 +25,28 @@ from hivit_jax.tree import named_leaves, split
 
 
 def describe(config: Any) -> str:
-    """Return the text of ``--mode describe``; warnings come first."""
+    """Return the text of ``--mode describe``. Warnings come first."""
     task = inputs.task_of_recipe(config)
     model = nnx.eval_shape(task.build_model)
-    images = inputs.images_per_epoch(config, task)
-    found = task.warnings(*inputs.count_steps(config, images))
-    warnings = ["\n".join(f"warning: {line}" for line in found)] if found else []
+    images_per_epoch = inputs.images_per_epoch(config, task)
+    warnings = task.warnings(*inputs.count_steps(config, images_per_epoch))
+    head = ["\n".join(f"warning: {line}" for line in warnings)] if warnings else []
     tables = [parameter_table(model), cost_table(task, model), schedule_table(config)]
-    return "\n\n".join([*warnings, configs.to_json(config).rstrip(), *tables])
+    return "\n\n".join([*head, configs.to_json(config).rstrip(), *tables])
 
 
 def draw_figures(config: Any, workdir: str | Path) -> str:
     """Write figures of the schedule and of 16 augmented training images.
 
-    Writes no image figure if the dataset cannot be read.
+    If the dataset cannot be read, draws only the schedule.
 
     Returns:
       The paths of the figures, as text.
     """
     directory = Path(expand(workdir)) / "figures"
-    _, total, learning_rate = resolved_schedule(config)
-    steps = np.unique(np.linspace(0, total, 1000).astype(np.int32))
-    curve = figures.schedule(steps, np.asarray(learning_rate(steps)))
+    _, total_steps, schedule = resolved_schedule(config)
+    steps = np.unique(np.linspace(0, total_steps, 1000).astype(np.int32))
+    curve = figures.schedule(steps, np.asarray(schedule(steps)))
     figures.write_png(directory / "schedule.png", curve)
     config = config.copy_and_resolve_references()
     config.batch_size = 16
@@ -64,13 +64,18 @@ def draw_figures(config: Any, workdir: str | Path) -> str:
 
 
 def recipe_diff(config: Any, path: str) -> str:
-    """Return the differences from the recipe in the file `path`, one line per key."""
+    """Return the differences from a recipe, one line per key.
+
+    Args:
+      path: file or name of the recipe.
+    """
     lines = differences(configs.load(path).to_dict(), config.to_dict())
-    return f"changes to {path}: " + ("\n  ".join(["", *lines]) if lines else "none")
+    text = "\n  ".join(["", *lines]) if lines else "none"
+    return f"differences from {path}: {text}"
 
 
 def parameter_table(model: Model) -> str:
-    """Return the number of parameters of each part of the model."""
+    """Return a table: the number of parameters of each part of the model."""
     sizes: dict[str, int] = defaultdict(int)
     for name, leaf in named_leaves(split(model)[1]).items():
         parts = name.split("/")
@@ -89,38 +94,43 @@ def parameter_table(model: Model) -> str:
 
 
 def cost_table(task: tasks.Task, model: Model) -> str:
-    """Return the multiply-adds of one image's forward pass, without and with norms."""
+    """Return the multiply-adds of one image's forward pass, with and without norms."""
     macs = task.macs(model) / 1e9
     published = task.macs(model, layer_norm_cost=5) / 1e9
     return (
         f"multiply-adds per image        {macs:12.4f} G\n"
-        f"with 5 per LayerNorm element   {published:12.4f} G  (as in published tables)"
+        f"counting LayerNorm as 5 per element {published:7.4f} G  "
+        "(as in published tables)"
     )
 
 
 def schedule_table(config: Any) -> str:
     """Return the number of steps and epochs, and the learning rate at a few steps."""
-    images, total, learning_rate = resolved_schedule(config)
+    images_per_epoch, total_steps, schedule = resolved_schedule(config)
     optimizer, batch_size = config.optimizer, config.batch_size
-    per_epoch = images / batch_size
-    warmup = warmup_steps(optimizer, per_epoch, total)
+    steps_per_epoch = images_per_epoch / batch_size
+    warmup = warmup_steps(optimizer, steps_per_epoch, total_steps)
     peak, lr_batch = peak_learning_rate(optimizer, batch_size), optimizer.lr_batch
     scale = f" x {batch_size:,} / {lr_batch}" if lr_batch else ""
     lines = [
-        f"{total:,} steps of {batch_size:,} images: {total / per_epoch:,.1f} "
-        f"epochs of {images:,} images, {per_epoch:,.1f} steps each",
+        f"{total_steps:,} steps of {batch_size:,} images = "
+        f"{total_steps / steps_per_epoch:,.1f} epochs; one epoch has "
+        f"{images_per_epoch:,} images, {steps_per_epoch:,.1f} steps",
         f"learning rate {optimizer.base_learning_rate:g}{scale} = {peak:g}, "
         f"{optimizer.schedule}",
     ]
-    for step in sorted({0, warmup, total // 2, total * 3 // 4, total}):
-        lines.append(f"  step {step:>9,}  {float(learning_rate(step)):.3e}")
+    half, three_quarters = total_steps // 2, total_steps * 3 // 4
+    for step in sorted({0, warmup, half, three_quarters, total_steps}):
+        lines.append(f"  step {step:>9,}  {float(schedule(step)):.3e}")
     return "\n".join(lines)
 
 
 def resolved_schedule(config: Any) -> tuple[int, int, optax.Schedule]:
-    """Return images per epoch, total steps, and the learning rate as a schedule."""
+    """Return images per epoch, total steps, and the learning rate schedule."""
     task = inputs.task_of_recipe(config)
-    images = inputs.images_per_epoch(config, task)
-    per_epoch, total = inputs.count_steps(config, images)
-    schedule = make_schedule(config.optimizer, config.batch_size, per_epoch, total)
-    return images, total, schedule
+    images_per_epoch = inputs.images_per_epoch(config, task)
+    steps_per_epoch, total_steps = inputs.count_steps(config, images_per_epoch)
+    schedule = make_schedule(
+        config.optimizer, config.batch_size, steps_per_epoch, total_steps
+    )
+    return images_per_epoch, total_steps, schedule

@@ -88,11 +88,11 @@ def export_onnx(model: Model, what: str = "classifier") -> bytes:
 
 
 def load_exported(path: str | Path) -> Callable[[Any], Any]:
-    """Load a file of `export`, or of `export_onnx` if its suffix is ``.onnx``.
+    """Load a file written by `export`, or by `export_onnx` if its suffix is ``.onnx``.
 
     Returns:
-      A function of images. It raises the ValueError of jax or the error of onnxruntime
-      for images of another shape or dtype, and that of jax on another platform.
+      A function of images. For images of another shape or dtype it raises JAX's
+      ValueError or onnxruntime's error. On another platform it raises JAX's ValueError.
 
     Raises:
       CheckpointError: the file does not exist or is not a valid exported model.
@@ -113,7 +113,7 @@ def load_exported(path: str | Path) -> Callable[[Any], Any]:
         # Without this, onnxruntime logs every constant that it optimizes away.
         options.log_severity_level = 3
         session = package.InferenceSession(content, options)
-    except Exception as error:  # invalid bytes can raise any type
+    except Exception as error:  # invalid files cause exceptions of many types
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise CheckpointError(
             f"{path} is not a valid exported model (truncated?)\n{reason}"
@@ -195,12 +195,28 @@ def _signature(model: Model, what: str) -> str:
 
 
 def run(argv: Sequence[str] | None) -> None:
-    """Export the model of the command line; compare it first if it can run here."""
+    """Parse the arguments and export the model.
+
+    If the exported program can run here, its outputs are first compared with the
+    model's.
+    """
     parser = errors.Parser("python -m hivit_jax.tools.export", allow_abbrev=False)
-    parser.add_argument("--checkpoint", required=True, help="path of load_pretrained")
-    parser.add_argument("--out", required=True, help="file to write; ONNX if *.onnx")
-    parser.add_argument("--what", default=OUTPUTS[0], choices=OUTPUTS)
-    parser.add_argument("--platforms", help=f"not for ONNX; {','.join(PLATFORMS)}")
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        help="workdir, checkpoint, weight file or directory written by save_pretrained",
+    )
+    parser.add_argument(
+        "--out", required=True, help="file to write; in ONNX format if it ends in .onnx"
+    )
+    parser.add_argument(
+        "--what", default=OUTPUTS[0], choices=OUTPUTS, help="output of the program"
+    )
+    parser.add_argument(
+        "--platforms",
+        help="comma-separated platforms to compile for, except with ONNX; default: "
+        f"{','.join(PLATFORMS)}",
+    )
     flags = parser.parse_args(argv)
     out = output_path("--out", flags.out, [flags.checkpoint])
     onnx = out.suffix == ".onnx"

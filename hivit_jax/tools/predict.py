@@ -1,6 +1,6 @@
 """Write predictions: ``python -m hivit_jax.tools.predict --checkpoint PATH --out DIR``.
 
-The task of the checkpoint's config determines the files.
+The task of the checkpoint determines which files are written to DIR.
 """
 
 import sys
@@ -30,10 +30,10 @@ def predict(
     """Write the predictions of a trained model into a directory.
 
     Args:
-      checkpoint: a workdir, one of its checkpoints, or a directory of
-        `save_pretrained` that contains the training config.
+      checkpoint: a workdir, one of its checkpoints, or a directory written by
+        `save_pretrained` that includes the training config.
       out: directory; created if it does not exist.
-      images: an image file or a directory that is searched recursively; None: the test
+      images: an image file, or a directory that is searched recursively; None: the test
         split of the config's dataset.
 
     Returns:
@@ -48,7 +48,7 @@ def predict(
     if not pretrained.recipe:
         raise CheckpointError(
             f"{pretrained.path} contains no training config; expected a workdir or a "
-            "directory of save_pretrained with one"
+            "directory, written by save_pretrained, that includes the training config"
         )
     config = configs.from_checkpoint(pretrained.recipe, pretrained.path)
     task = inputs.make_task(config, "test")
@@ -84,11 +84,22 @@ def predict(
 
 
 def run(argv: Sequence[str] | None) -> None:
-    """Run the command line."""
+    """Parse the arguments and write the predictions.
+
+    Raises:
+      DataError: no image can be read.
+    """
     parser = Parser("python -m hivit_jax.tools.predict", allow_abbrev=False)
-    parser.add_argument("--checkpoint", required=True, help="path of load_pretrained")
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        help="workdir, checkpoint, or directory written by save_pretrained",
+    )
     parser.add_argument("--out", required=True, help="directory to write to")
-    parser.add_argument("--images", help="file or directory; default: the test split")
+    parser.add_argument(
+        "--images",
+        help="image file, or directory to search; default: the dataset's test split",
+    )
     flags = parser.parse_args(argv)
     platforms.start()
     if not predict(flags.checkpoint, flags.out, flags.images):

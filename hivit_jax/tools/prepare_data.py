@@ -1,8 +1,8 @@
 """Prepare a dataset: ``python -m hivit_jax.tools.prepare_data --manual_dir DIR``.
 
-Writes the examples of TFDS, in its order, as array_record shards. TFDS reads them
-without tensorflow. Unlike TFDS's own preparation, which starts over after an
-interruption, this one resumes after the last complete shard.
+Writes the examples of a TFDS dataset, in TFDS's order, as array_record shards. TFDS
+reads them without tensorflow. After an interruption, this command resumes after the
+last complete shard, whereas TFDS's own preparation starts over.
 """
 
 import argparse
@@ -39,9 +39,15 @@ TRAIN, VALIDATION = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 OPTIONS = "group_size:1,uncompressed"
 FLAGS = {
     "manual_dir": ("", f"directory of manual downloads: {TRAIN}, {VALIDATION}"),
-    "data_dir": ("", "target; default: $TFDS_DATA_DIR or ~/tensorflow_datasets"),
-    "name": ("imagenet2012", "a classification dataset of TFDS"),
-    "short_side": (0, "shrink larger training images to this short side; 0: do not"),
+    "data_dir": (
+        "",
+        "directory to write to; default: $TFDS_DATA_DIR or ~/tensorflow_datasets",
+    ),
+    "name": ("imagenet2012", "classification dataset of TFDS to prepare"),
+    "short_side": (
+        0,
+        "shrink training images with a larger short side to this many pixels; 0: never",
+    ),
     "shard_size": (1024, argparse.SUPPRESS),
 }
 
@@ -173,7 +179,7 @@ def _check_tars(builder: Any, manual_dir: str) -> dict[str, int]:
 
 
 def _generators(builder: Any, manual_dir: str) -> dict[str, Iterable]:
-    """Return split -> TFDS's iterable of (key, example)."""
+    """Return {split: TFDS's iterable of (key, example)}."""
     import tensorflow as tf
     import tensorflow_datasets as tfds
     from absl import logging
@@ -251,7 +257,7 @@ def _write(
 
 
 def shrink(encoded: bytes, short_side: int) -> bytes:
-    """Return an encoded image as a JPEG with this short side; unchanged if smaller."""
+    """Shrink an encoded image to a JPEG with this short side; never enlarge it."""
     from PIL import Image
 
     image = Image.open(io.BytesIO(encoded))
@@ -266,7 +272,7 @@ def shrink(encoded: bytes, short_side: int) -> bytes:
 
 
 def run(argv: Sequence[str] | None) -> None:
-    """Run the command line; SIGTERM interrupts it like Ctrl-C."""
+    """Parse the arguments and prepare the dataset. SIGTERM interrupts like Ctrl-C."""
     parser = Parser("python -m hivit_jax.tools.prepare_data", allow_abbrev=False)
     for name, (default, text) in FLAGS.items():
         parser.add_argument(f"--{name}", type=type(default), default=default, help=text)
@@ -278,7 +284,7 @@ def run(argv: Sequence[str] | None) -> None:
         raise
     except KeyboardInterrupt:
         raise Interrupted("interrupted; run the same command to resume") from None
-    except Exception as error:  # each dataset of TFDS raises errors of its own
+    except Exception as error:  # TFDS datasets raise exceptions of many types
         reason = f"{type(error).__name__}: {_one_line(error)}"
         raise DataError(f"{flags.name} cannot be prepared: {reason}") from error
 

@@ -28,22 +28,23 @@ USAGE = """\
 python -m hivit_jax.tools.reconstruct --checkpoint PATH IMAGE [IMAGE ...]
               [--out FILE.png] [--mask_ratio RATIO] [--seed 0] [--statistics unit]
 
---checkpoint  a masked autoencoder: workdir of a run, a directory of save_pretrained, a
-              .pth or .safetensors file, or hf://ORGANIZATION/NAME
---mask_ratio  default: that of the training config, or 0.75 if it is unknown
---statistics  mean and deviation that denormalize predictions of normalized pixels.
-              unit: each unit's own, not seen by the model; visible: the mean over the
-              visible units
+--checkpoint  a masked autoencoder: workdir of a run, directory written by
+              save_pretrained, .pth or .safetensors file, or hf://ORGANIZATION/NAME
+--mask_ratio  fraction of units to mask; default: the training config's, or 0.75 if
+              there is no training config
+--statistics  source of the mean and standard deviation that convert predictions of
+              normalized pixels back to pixels. unit: each true unit, unknown to the
+              model; visible: the average over the visible units
 """
 
 
 def statistics_text(model: MaskedAutoencoder, statistics: str) -> str:
-    """Return a figure title that names the source of the units' mean and deviation."""
+    """Return a figure title that states the source of brightness and contrast."""
     if not model.config.norm_pix_loss:
         return "pixels as predicted"
     if statistics == "unit":
-        return "contrast and brightness: each unit's own, not seen by the model"
-    return "contrast and brightness: mean of the visible units"
+        return "brightness and contrast of each true unit, unknown to the model"
+    return "average brightness and contrast of the visible units"
 
 
 def reconstruct(
@@ -57,11 +58,12 @@ def reconstruct(
     """Reconstruct normalized images, [B, H, W, C].
 
     Args:
-      statistics: mean and deviation used to denormalize predictions of normalized
-        pixels: "unit", each unit's own, or "visible", the mean over the visible units.
+      statistics: source of the mean and standard deviation that convert predictions of
+        normalized pixels back to pixels: "unit", each true unit, or "visible", the
+        average over the visible units.
 
     Returns:
-      The prediction [B, H, W, C] and the mask [B, H, W, 1], 1 for a removed pixel.
+      The prediction [B, H, W, C] and the mask [B, H, W, 1], 1 for a masked pixel.
     """
     graphdef, params = split(model)
 
@@ -86,7 +88,7 @@ def reconstruct(
 
 
 def run(argv: Sequence[str] | None) -> None:
-    """Run the command line."""
+    """Parse the arguments, reconstruct the images and write the figure."""
     parser = Parser(usage=USAGE, allow_abbrev=False)
     add = partial(parser.add_argument, help=argparse.SUPPRESS)  # USAGE explains them
     add("--checkpoint", required=True)
@@ -132,15 +134,16 @@ def run(argv: Sequence[str] | None) -> None:
         figures.write_png(out, figures.reconstructions(panels, title))
     except OSError as error:
         raise ConfigError(f"--out={out}: {error.strerror}") from error
-    log(f"written: {out} ({mask.mean():.1%} of each image removed; {title})")
+    log(f"written: {out} ({mask.mean():.1%} of each image masked; {title})")
 
 
 def read(
     path: Path, shape: Sequence[int], value_range: Sequence[float] = ()
 ) -> np.ndarray:
-    """Read an image file as uint8 of `shape`, (height, width, channels).
+    """Read an image file as uint8 [height, width, channels].
 
     Args:
+      shape: (height, width, channels) of the model's image.
       value_range: see `decoding.decode`.
 
     Raises:
@@ -148,7 +151,7 @@ def read(
     """
     try:
         return evaluation_image(path.read_bytes(), shape, value_range=value_range)
-    except Exception as error:  # a broken file can raise any type
+    except Exception as error:  # damaged files cause exceptions of many types
         raise DataError(f"cannot read {path}: {error}") from error
 
 

@@ -11,14 +11,14 @@ from hivit_jax.rng import Keys
 
 
 def accumulate_gradients(gradient: Callable, num_microbatches: int) -> Callable:
-    """Return a function like `gradient` that sums over microbatches, one at a time.
+    """Return a function like `gradient` that computes one microbatch at a time.
 
-    Devices along the mesh axes replica and data each sum over their own examples. The
-    sums are all-reduced once a step, not once a microbatch.
+    Each device along the mesh axes replica and data sums over its own examples. The
+    sums are all-reduced once per step, not once per microbatch.
 
     Args:
-      gradient: (params, model state, batch, keys, *rest) -> (pytree of sums over the
-        examples of the batch, new model state).
+      gradient: function of (params, model state, batch, keys, *rest). It returns a
+        pytree of sums over the examples of the batch, and the new model state.
       num_microbatches: microbatches of a batch. Each one starts from the model state
         that the previous one returned.
     """
@@ -72,11 +72,10 @@ def accumulate_gradients(gradient: Callable, num_microbatches: int) -> Callable:
 def _summed_axes(microbatch_size: int) -> tuple[str, ...]:
     """Return the mesh axes along which each device sums over its own examples.
 
-    Returns no axes if splitting a microbatch over them would separate pairs of
-    neighbors.
+    Returns () if splitting a microbatch over them would separate pairs of neighbors.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    # Leaves out axes of one device, because XLA:CPU refuses to sum over them.
+    # Without axes of size 1, because XLA:CPU refuses to sum over them.
     axes = tuple(a for a in ("replica", "data") if mesh.shape.get(a, 1) > 1)
     groups = math.prod(mesh.shape[axis] for axis in axes)
     return axes if microbatch_size // groups % 2 == 0 else ()

@@ -33,15 +33,16 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """Return the chain [clip,] Adam, weight decay, [layer decay,] learning rate.
 
-    Weight decay is decoupled, as in AdamW. The optional parts are stateless. They do
-    not change the tree of the state, so that a run resumes with them switched on or
-    off.
+    Weight decay is decoupled, as in AdamW. The optional parts are stateless and do not
+    change the structure of the optimizer state. A run can therefore switch them on or
+    off when it resumes.
 
     Args:
       o: ``config.optimizer``.
       schedule: learning rate by step.
       params: parameters or their shapes; only their names are used.
-      is_decayed: returns whether weight decay applies to the parameter of a name.
+      is_decayed: function that returns True if weight decay applies to the parameter
+        with the given name.
       layer_ids: layer of every parameter by name; used if `o.layer_decay` is not 1.
     """
     mask = jax.tree_util.tree_map_with_path(

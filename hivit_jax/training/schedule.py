@@ -8,7 +8,7 @@ import optax
 
 
 def peak_learning_rate(o: Any, batch_size: int) -> float:
-    """Return ``base_learning_rate * batch_size / lr_batch``; unscaled if lr_batch=0."""
+    """Return ``base_learning_rate * batch_size / lr_batch``; not scaled if it is 0."""
     if not o.lr_batch:
         return o.base_learning_rate
     return o.base_learning_rate * batch_size / o.lr_batch
@@ -25,14 +25,14 @@ def make_schedule(
     """Return the learning rate by step: linear warmup, then `optimizer.schedule`.
 
     - cosine: from the peak at the end of the warmup down to the minimum.
-    - cosine_from_start: official ``supervised/lr_scheduler.py`` (timm). The cosine
-      starts at step 0, so that the learning rate drops at the end of the warmup. Each
-      step uses the learning rate of the step before it.
-    - multistep: multiplies by `gamma` at each of the `milestones`, in epochs (torch
+    - cosine_from_start: as in the official ``supervised/lr_scheduler.py`` (timm). The
+      cosine starts at step 0, so the learning rate jumps down at the end of the warmup.
+      Each step uses the learning rate of the previous step.
+    - multistep: multiplied by `gamma` at each of the `milestones`, in epochs (torch's
       ``MultiStepLR``).
     - polynomial: ``minimum + (peak - minimum) * (1 - step / total_steps) ** power``.
-      The warmup multiplies it by the warmup's fraction of the peak (mmcv
-      ``PolyLrUpdaterHook``).
+      During the warmup it is multiplied by the ratio of the linear warmup to the peak
+      (mmcv's ``PolyLrUpdaterHook``).
     - constant: the peak.
 
     With `first_epoch=1` epochs count from 1, as in official

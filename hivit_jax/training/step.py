@@ -38,7 +38,7 @@ class Training(NamedTuple):
       step: see `make_train_step`.
       state: shapes, dtypes and shardings of the state.
       frozen: shapes, dtypes and shardings of the task's frozen arrays.
-      batches: shapes, dtypes and shardings of a batch, one dict a bucket.
+      batches: shapes, dtypes and shardings of a batch, one dict per bucket.
     """
 
     graphdef: nnx.GraphDef
@@ -70,7 +70,8 @@ def prepare(
       seed: seed of the random draws in a step.
       accumulate_steps: microbatches of a batch.
       ema_decay: decay of the moving average of the parameters; 0: no average.
-      zero: selects the arrays that the fsdp axis shards; see `sharding.param_spec`.
+      zero: ZeRO stage, which selects the arrays that the fsdp axis shards; see
+        `sharding.param_spec`.
     """
     model = nnx.eval_shape(task.build_model)
     graphdef = split_state(model)[0]
@@ -106,7 +107,7 @@ def prepare(
 def make_init(
     task: Task, optimizer: optax.GradientTransformation, ema_decay: float = 0.0
 ) -> Callable:
-    """Return a function () -> initial train state, determined by the task's config."""
+    """Return a function without arguments that returns the initial train state."""
 
     def init():
         _, params, model_state = split_state(task.build_model())

@@ -1,4 +1,4 @@
-"""Initializing a model from pretrained arrays of another task or size."""
+"""Initialize a model from pretrained arrays of another task or size."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from hivit_jax.tree import leaf_name, named_leaves, split
 
 # Prefixes of arrays that may be newly initialized.
 HEAD = ("fc_norm/", "head/")
-PREDICTION = "decoder_pred/"  # only if the numbers of channels differ
+PREDICTION = "decoder_pred/"  # only if its shape differs
 
 
 class Pretrained(NamedTuple):
@@ -27,10 +27,10 @@ class Pretrained(NamedTuple):
     label: name for log lines: ``step N`` for a checkpoint of a run, else the path.
     arguments: `create_model(**arguments)` builds the saved model.
     params: numpy float32 arrays by name, see `named_leaves`.
-    notes: remarks for the user: file format, guessed arguments.
+    notes: remarks for the user, such as the file format and guessed arguments.
     unused: official names of the file's entries that the model does not need.
-    recipe: the config of its training, {} if unknown.
-    results: its evaluation results, {} if unknown.
+    recipe: the training config, {} if unknown.
+    results: the evaluation results, {} if unknown.
     info: the known arguments of `models.base.make_info`.
     """
 
@@ -84,7 +84,7 @@ class LoadReport:
 def adapt(
     pretrained: Pretrained, model: Model, fresh: tuple[str, ...] = ()
 ) -> dict[str, np.ndarray]:
-    """Return the arrays of `compare`; log its report unless all arrays match.
+    """Return the arrays of `compare`, and log its report unless all arrays match.
 
     Raises:
       ConfigError: an array is missing, or its shape differs and it cannot be resized.
@@ -164,7 +164,7 @@ def compare(
 def _resized(
     name: str, array: np.ndarray, old: HiViTConfig, new: HiViTConfig
 ) -> np.ndarray:
-    """Return an array resized from one config to another; itself if nothing differs."""
+    """Return an array resized from one config to another, unchanged if both agree."""
     if name.endswith("_pos_embed") and old.grid != new.grid:
         return resize.resize_grid_table(array, old.grid, new.grid)
     if name.endswith("relative_position_bias_table"):
@@ -193,7 +193,7 @@ def initialize_from(
     fresh: tuple[str, ...] = (),
     head_scale: float = 1.0,
 ) -> dict[str, Any]:
-    """Return the variables of `model` with pretrained arrays where there are any.
+    """Return a model's variables, replaced by pretrained arrays where available.
 
     Args:
       variables: newly initialized "params" and "model_state".

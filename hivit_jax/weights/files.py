@@ -1,4 +1,4 @@
-"""Reading and writing state dicts as PyTorch (``.pth``) or safetensors files.
+"""Read and write state dicts as PyTorch (``.pth``) or safetensors files.
 
 Reading never runs code from a file, see `torch_format`. A safetensors file contains
 only numbers and a JSON header. The contents of a file determine its format, not its
@@ -88,8 +88,8 @@ def read(path: Path, averaged: bool = True) -> WeightFile:
       averaged: prefer averaged weights (EMA) if the file contains them.
 
     Raises:
-      CheckpointError: no such file, a damaged file or one of another kind, no state
-        dict or several, or entries that are not dense tensors.
+      CheckpointError: the file does not exist, is damaged or of another kind, contains
+        no state dict or several, or has entries that are not dense tensors.
     """
     path = Path(path)
     try:
@@ -121,7 +121,7 @@ def write(path: Path, state: Mapping[str, np.ndarray], metadata: str) -> None:
       metadata: description of the model for `read`, JSON.
 
     Raises:
-      CheckpointError: PyTorch is required and not installed.
+      CheckpointError: PyTorch is required but not installed.
       ConfigError: the file cannot be written. An older file is then unchanged.
     """
     if path.suffix == ".safetensors":
@@ -154,7 +154,11 @@ def write_bytes(path: Path, content: bytes | memoryview) -> None:
 
 
 def import_torch(path: Path) -> Any:
-    """Return the PyTorch module; CheckpointError if it is not installed."""
+    """Return the PyTorch module, which is required for the file `path`.
+
+    Raises:
+      CheckpointError: it is not installed.
+    """
     try:
         import torch
     except ImportError as error:

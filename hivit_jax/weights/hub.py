@@ -13,8 +13,8 @@ def download(address: str) -> Path:
     (``HF_HUB_OFFLINE=1`` or no network), returns an earlier download.
 
     Raises:
-      CheckpointError: a malformed address, no such file, no connection and no local
-        copy, or huggingface_hub is not installed.
+      CheckpointError: the address is malformed, the file does not exist, there is
+        neither a connection nor a local copy, or huggingface_hub is not installed.
     """
     try:
         from huggingface_hub import snapshot_download

@@ -1,4 +1,4 @@
-"""Inferring a model's arguments from the names and shapes of a state dict."""
+"""Infer a model's arguments from the names and shapes of a state dict."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,7 +16,12 @@ class Shapes(dict[str, tuple[int, ...]]):
     """Shapes of the arrays of a state dict, by official name."""
 
     def require(self, name: str, ndim: int) -> tuple[int, ...]:
-        """Return a shape; CheckpointError unless it has `ndim` dimensions, none 0."""
+        """Return the shape of an array.
+
+        Raises:
+          CheckpointError: there is no such array, it does not have `ndim` dimensions,
+            or one of its dimensions is 0.
+        """
         if len(self.get(name, ())) != ndim or 0 in self[name]:
             found = list(self[name]) if name in self else "missing"
             names = ", ".join([*self][:3]) or "none"
@@ -65,22 +70,22 @@ def infer(
       image_size: the model's image size; required if its grid of units is not square.
 
     Returns:
-      The arguments; and the reason of each guess, by argument.
+      The arguments, and {argument: reason} of the guessed ones.
 
     Raises:
-      CheckpointError: not a HiViT.
+      CheckpointError: the state dict is not that of a HiViT.
     """
     named = official_names(state).items()
     shapes = Shapes({name: array.shape for name, array in named})
-    autoencoder = "decoder_embed.weight" in shapes
-    mmpretrain = any("head.fc." in name for name in state)
-    arguments, guessed = _encoder(shapes, image_size)
-    arguments["layer_norm_eps"] = 1e-5 if mmpretrain else 1e-6
+    is_autoencoder = "decoder_embed.weight" in shapes
+    is_mmpretrain = any("head.fc." in name for name in state)
+    arguments, guessed = _encoder_arguments(shapes, image_size)
+    arguments["layer_norm_eps"] = 1e-5 if is_mmpretrain else 1e-6
     guessed["layer_norm_eps"] = (
-        "as in MMPretrain's classifier" if mmpretrain else "as in the official code"
+        "as in MMPretrain's classifier" if is_mmpretrain else "as in the official code"
     )
-    if autoencoder:
-        arguments |= _decoder(shapes)
+    if is_autoencoder:
+        arguments |= _decoder_arguments(shapes)
         guessed["decoder_num_heads"] = "assuming 32 channels per head"
     else:
         head = shapes.get("head.weight")
@@ -88,7 +93,7 @@ def infer(
         arguments["running_norm"] = "fc_norm.mean" in shapes
         if head:
             arguments["num_classes"] = head[0]
-    model_class = MaskedAutoencoder if autoencoder else Classifier
+    model_class = MaskedAutoencoder if is_autoencoder else Classifier
     sizes = arguments["embed_dim"], arguments["depths"]
     names = [
         name
@@ -98,7 +103,9 @@ def infer(
     return dict(name=names[0] if names else model_class.name) | arguments, guessed
 
 
-def _encoder(shapes: Shapes, image_size: Any) -> tuple[dict[str, Any], dict[str, str]]:
+def _encoder_arguments(
+    shapes: Shapes, image_size: Any
+) -> tuple[dict[str, Any], dict[str, str]]:
     _, units, dim = shapes.require("absolute_pos_embed", 3)
     width, channels, cell, _ = shapes.require("patch_embed.proj.weight", 4)
     counts = shapes.blocks()
@@ -129,7 +136,7 @@ def _encoder(shapes: Shapes, image_size: Any) -> tuple[dict[str, Any], dict[str,
     return arguments, {} if table else {"num_heads": "assuming 64 channels per head"}
 
 
-def _decoder(shapes: Shapes) -> dict[str, Any]:
+def _decoder_arguments(shapes: Shapes) -> dict[str, Any]:
     decoder_dim, latent_dim = shapes.require("decoder_embed.weight", 2)
     blocks = {n.split(".")[1] for n in shapes if n.startswith("decoder_blocks.")}
     return dict(

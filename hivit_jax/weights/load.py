@@ -1,4 +1,4 @@
-"""Locating and reading pretrained models, and building models from them."""
+"""Locate and read pretrained models, and build models from them."""
 
 import json
 from collections.abc import Mapping
@@ -49,16 +49,17 @@ def read(path: str | Path, *, averaged: bool = True, **overrides: Any) -> Pretra
     In a workdir, damaged checkpoints are logged and the newest intact one is read.
 
     Args:
-      path: a run's workdir or one of its checkpoints; a directory of
+      path: a run's workdir or one of its checkpoints; a directory written by
         `save_pretrained`, or with one file of weights; a ``.safetensors`` or PyTorch
-        file of this package, the official code or MMPretrain; or
+        file written by this package, the official code or MMPretrain; or
         ``hf://ORGANISATION/NAME[@REVISION][/FILE]``.
       averaged: prefer averaged weights (EMA) if they were saved.
       overrides: as in `create_model`. Only arguments that a file may lack have an
         effect: `NOT_IN_STATE_DICT`, and image_size if the grid of units is not square.
 
     Raises:
-      CheckpointError: no model at the path, a damaged or unsafe file, or not a HiViT.
+      CheckpointError: there is no model at the path, the file is damaged or unsafe, or
+        the model is not a HiViT.
     """
     path = locate(path)
     if path.is_file() or (path.suffix in files.SUFFIXES and not path.is_dir()):
@@ -66,7 +67,7 @@ def read(path: str | Path, *, averaged: bool = True, **overrides: Any) -> Pretra
     if (path / WEIGHTS).is_file():
         return _read_file(path / WEIGHTS, averaged, overrides)
     try:
-        *newer, oldest = checkpoints.find_steps(path)
+        *newer, oldest = checkpoints.find_checkpoints(path)
     except CheckpointError as error:
         found = [f for f in sorted(path.glob("*")) if f.name.endswith(files.SUFFIXES)]
         if len(found) == 1 and found[0].is_file():
@@ -75,12 +76,12 @@ def read(path: str | Path, *, averaged: bool = True, **overrides: Any) -> Pretra
         if found:
             raise CheckpointError(f"{error}, or one file of: {names}") from error
         raise
-    for step in newer:
+    for checkpoint in newer:
         try:
-            return _read_step(step, averaged)
+            return _read_checkpoint(checkpoint, averaged)
         except CheckpointError as error:
             log(f"error: {error}")
-    return _read_step(oldest, averaged)
+    return _read_checkpoint(oldest, averaged)
 
 
 def _read_file(path: Path, averaged: bool, overrides: Mapping[str, Any]) -> Pretrained:
@@ -143,19 +144,19 @@ def _infer_arguments(
     return arguments, notes
 
 
-def _read_step(step: Path, averaged: bool) -> Pretrained:
-    config = checkpoints.load_config(step)
+def _read_checkpoint(path: Path, averaged: bool) -> Pretrained:
+    config = checkpoints.load_config(path)
     arguments = {k: v for k, v in config["model"].items() if v is not None}
-    params, item = checkpoints.load_arrays(step, averaged)
+    params, item = checkpoints.load_arrays(path, averaged)
     return Pretrained(
-        path=str(step),
-        label=f"step {step.name}",
+        path=str(path),
+        label=f"step {path.name}",
         arguments=arguments,
         params=params,
         notes=[f"checkpoint of hivit_jax, {item}"],
         unused=[],
         recipe=config,
-        results=metrics.read_evaluation(step.parent.parent, int(step.name)),
+        results=metrics.read_evaluation(path.parent.parent, int(path.name)),
         info=_info_arguments(config),
     )
 
@@ -167,7 +168,7 @@ def _info_arguments(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_for(model: Mapping[str, Any], path: str | Path) -> Pretrained:
-    """Return `read(path)` with the numbers of heads of `config.model`."""
+    """Return `read(path)` with the numbers of heads that `config.model` contains."""
     heads = {key: model.get(key) for key in ("num_heads", "decoder_num_heads")}
     return read(path, **{key: value for key, value in heads.items() if value})
 
@@ -190,8 +191,8 @@ def load_pretrained(
     """Return a model with pretrained parameters.
 
     Args:
-      path: as in `read`: a workdir, a directory of `save_pretrained`, a ``.pth`` or
-        ``.safetensors`` file, ``hf://ORGANISATION/NAME``.
+      path: a workdir, a directory written by `save_pretrained`, a ``.pth`` or
+        ``.safetensors`` file, or ``hf://ORGANISATION/NAME``; see `read`.
       averaged: prefer averaged weights (EMA) if they were saved.
       overrides: arguments of `create_model` that differ from the saved model's. The
         parameters are adapted to another name, image_size, in_channels or num_classes,

@@ -1,4 +1,4 @@
-"""Saving a model as a directory, which can be shared on the Hugging Face hub."""
+"""Save a model as a directory, which can be shared on the Hugging Face hub."""
 
 import hashlib
 import json
@@ -37,10 +37,10 @@ def save_pretrained(
     was saved there before is replaced, but a model card that was edited is kept.
 
     Args:
-      recipe: the config of its training, for the card; saved without paths of this
-        machine. When the directory is loaded, mean, std and crop of the recipe's data
-        replace those of `model.info`.
-      results: its evaluation results, for the card.
+      recipe: the training config of the model, for the card; saved without paths of
+        this machine. When the directory is loaded, mean, std and crop of the recipe's
+        data replace those of `model.info`.
+      results: the evaluation results of the model, for the card.
 
     Raises:
       ConfigError: `load_pretrained` would refuse the model, or the directory cannot be

@@ -1,4 +1,4 @@
-"""Upper bound on the throughput of a program from the peaks of a chip."""
+"""Upper bound on a program's throughput, from a chip's peak rates."""
 
 from typing import Any
 

@@ -4,12 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from networks import sample_keys
 from numpy.testing import assert_allclose, assert_array_equal
 
 from hivit_jax.augment import image
 
 
 def test_normalize():
+    """Pixels are scaled to [0, 1], then normalized."""
     images = np.random.RandomState(0).randint(0, 256, (2, 5, 6, 3), np.uint8)
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     out = image.normalize(jnp.asarray(images), mean, std)
@@ -19,33 +21,29 @@ def test_normalize():
 
 @pytest.mark.slow
 def test_random_flip():
-    keys = jax.random.split(jax.random.key(0), 1000)
+    """Half of the images are flipped, by each sample's own key."""
+    keys = sample_keys(1000)
     images = np.random.RandomState(0).rand(1000, 2, 3, 1).astype(np.float32)
     out = np.asarray(image.random_flip(jnp.asarray(images), keys))
     flipped = (out == images[:, :, ::-1]).all((1, 2, 3))
     same = (out == images).all((1, 2, 3))
     assert (flipped ^ same).all()
-    # Standard error of the share: 0.016.
+    # The standard error of the mean is 0.016.
     assert flipped.mean() == pytest.approx(0.5, abs=0.06)
     order = np.random.RandomState(1).permutation(1000)[:64]
     part = image.random_flip(jnp.asarray(images[order]), keys[order])
     assert_array_equal(part, out[order])
 
 
-# Erasing and mixing
-
-
-def keys(count, seed=0):
-    return jax.random.split(jax.random.key(seed), count)
-
-
 @pytest.mark.slow
 def test_random_erasing():
-    """Rectangles of noise: how many, how large, of which shape, where."""
+    """Frequency, area, aspect and position of erased rectangles follow their
+    distributions.
+    """
     count, side = 1500, 40
     images = jnp.full((count, side, side, 3), 7.0)
     erase = jax.jit(image.random_erasing, static_argnums=2)
-    out = np.asarray(erase(images, keys(count), 0.25))
+    out = np.asarray(erase(images, sample_keys(count), 0.25))
     erased = (out != 7).all(-1)
     assert_array_equal(erased, (out != 7).any(-1))
     found = erased.any((1, 2))
@@ -54,7 +52,7 @@ def test_random_erasing():
     for mask in erased[found]:
         rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
         height, width = rows[-1] - rows[0] + 1, columns[-1] - columns[0] + 1
-        assert mask.sum() == height * width  # one whole rectangle
+        assert mask.sum() == height * width  # a filled rectangle
         areas.append(height * width / side**2)
         aspects.append(np.log(height / width))
         corners.append((rows[0], columns[0]))
@@ -68,6 +66,6 @@ def test_random_erasing():
     assert values.mean() == pytest.approx(0, abs=0.01)
     assert values.std() == pytest.approx(1, abs=0.01)
     order = np.random.RandomState(1).permutation(count)[:16]
-    part = image.random_erasing(images[order], keys(count)[order], 0.25)
+    part = image.random_erasing(images[order], sample_keys(count)[order], 0.25)
     assert_allclose(part, out[order], atol=1e-6)
-    assert_array_equal(erase(images[:8], keys(8), 0.0), images[:8])
+    assert_array_equal(erase(images[:8], sample_keys(8), 0.0), images[:8])

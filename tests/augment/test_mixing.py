@@ -19,7 +19,7 @@ def test_smooth_labels():
 
 
 def mixed(seed, mixup, cutmix, batch=6, size=(20, 30), weight=None):
-    """Images that are their own number everywhere, and targets, after `mixing.mix`."""
+    """Mix images that hold their own index everywhere; return images and targets."""
     numbers = jnp.arange(batch, dtype=jnp.float32)
     images = jnp.broadcast_to(numbers[:, None, None, None], (batch, *size, 1))
     weight = jnp.ones(batch) if weight is None else jnp.array(weight)
@@ -35,7 +35,7 @@ PARTNER = [1, 0, 3, 2, 5, 4]
 
 @pytest.mark.slow
 def test_mixup():
-    """Every image with its neighbour, all by the same ratio, as are the targets."""
+    """All images and targets are mixed with their neighbors by one ratio."""
     ratios = []
     for seed in range(300):
         images, targets = mixed(seed, 0.8, 0.0)
@@ -53,7 +53,7 @@ def test_mixup():
 
 @pytest.mark.slow
 def test_cutmix():
-    """One rectangle for all; the targets by what of the image is really left."""
+    """One rectangle is exchanged in all images; targets follow the remaining area."""
     lefts = []
     for seed in range(300):
         images, targets = mixed(seed, 0.0, 1.0)
@@ -73,18 +73,18 @@ def test_cutmix():
         )
         lefts.append(left)
     assert np.min(lefts) < 0.2
-    # Centres are anywhere, so that rectangles are cut at the borders: less than half.
+    # The mean exceeds 1/2, because rectangles are clipped at the borders.
     assert 0.5 < np.mean(lefts) < 0.75
 
 
 @pytest.mark.slow
-def test_one_or_the_other():
+def test_half_of_the_batches_get_mixup():
     kinds = [(mixed(seed, 0.8, 1.0)[0] % 1 == 0).all() for seed in range(300)]
     assert np.mean(kinds) == pytest.approx(0.5, abs=0.12)  # four standard errors
 
 
 @pytest.mark.slow
-def test_nothing_is_mixed_with_an_unreadable_image():
+def test_unreadable_images_are_not_mixed():
     images, targets = mixed(3, 0.8, 0.0, weight=[1, 0, 1, 1, 0, 1])
     for i in (0, 1, 4, 5):
         assert (images[i] == i).all()

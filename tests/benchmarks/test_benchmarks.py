@@ -1,4 +1,4 @@
-"""Benchmarks, some of which have to run where little is installed."""
+"""Benchmarks; some must run with few packages installed."""
 
 import importlib
 import json
@@ -24,23 +24,23 @@ PROGRAMS = [
 
 
 @pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.stem)
-def test_programs_find_what_they_import(path):
+def test_programs_can_be_imported(path):
     if "\nimport torch" in path.read_text():
-        pytest.skip("takes torch")
+        pytest.skip("imports torch")
     name = ".".join(path.relative_to(recipes.ROOT).with_suffix("").parts)
     assert importlib.import_module(name).__doc__
 
 
 @pytest.mark.processes
 @pytest.mark.slow
-def test_train_step_takes_nothing_but_jax_flax_optax_and_numpy(tmp_path):
-    missing = recipes.not_installed(
+def test_train_step_needs_only_jax_flax_optax_and_numpy(tmp_path):
+    missing = recipes.block_imports(
         tmp_path / "missing",
         *("ml_collections", "orbax", "etils", "tensorflow", "tensorflow_datasets"),
         *("clu", "simplejpeg", "PIL", "matplotlib", "safetensors", "sklearn", "torch"),
     )
     out = tmp_path / "out.json"
-    code, text, error = recipes.run(
+    code, text, error = recipes.run_process(
         *("-m", "benchmarks.train_step", "--rounds", 2, "--steps", 1, "--out", out),
         *("--set", *(f"{key}={value}" for key, value in SMALL.items())),
         PYTHONPATH=os.pathsep.join([str(missing), str(recipes.ROOT)]),
@@ -74,7 +74,7 @@ def test_stand_in_reads_recipes_as_ml_collections_does(monkeypatch):
 
 
 def test_all_parts_for_an_accelerator_are_tried(tmp_path, monkeypatch, capsys):
-    """One that fails and one that hangs are told of; results stay from run to run."""
+    """A failing and a hanging part are reported; later runs keep earlier results."""
     part = "import json, sys; json.dump(dict(images_per_second=8, seconds_per_step=.5,"
     part += "peak_memory_bytes=2**30, compile_seconds=3, model_flop_utilisation=.25),"
     part += "open(sys.argv[-1], 'w'))"
@@ -89,8 +89,8 @@ def test_all_parts_for_an_accelerator_are_tried(tmp_path, monkeypatch, capsys):
     for only, limit in (("plain", 60), ("auto", 60), ("fused", 0.2)):
         argv = [f"--out={out}", "--only", only, f"--limit={limit}"]
         assert accelerator.main(argv) == (only != "plain")
-    said = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
-    assert said == [
+    printed = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert printed == [
         "plain 8.0 images/s 500.0 ms 1.00 GiB 3.0 s to compile 25.0% of the peak",
         "no such kernel",
         "auto failed",
@@ -105,7 +105,7 @@ def test_all_parts_for_an_accelerator_are_tried(tmp_path, monkeypatch, capsys):
 
 
 def test_parts_for_an_accelerator():
-    """Every choice of kernels, on the platform that is asked for."""
+    """The parts cover every choice of kernels, on the requested platform."""
     parts = accelerator.parts_for("cuda", 256, 5, 20)
     assert {"numbers", *dispatch.CHOICES, "peers"} < set(parts)
     assert {e.get("JAX_PLATFORMS", "cuda,cpu") for _, e in parts.values()} == {
@@ -118,7 +118,7 @@ def test_parts_for_an_accelerator():
     }
 
 
-# As the TPU compiler lists them, shortened; 4 blocks of rows, 3 images in each.
+# Shortened listing of the TPU compiler: 4 blocks of rows, 3 images in each.
 LISTING = """\
 = control target key start
 LH: loop header
@@ -143,5 +143,5 @@ LH: loop header
 
 
 def test_bundles_of_a_schedule():
-    """Three outside; a block 4 rounds of 7, 3 of them images of 3; a region once."""
+    """3 bundles outside, 4 blocks of 7 with 3 images of 3 each, and a region once."""
     assert schedules.bundles(LISTING) == 3 + 4 * 7 + 4 * 3 * 3 + 2

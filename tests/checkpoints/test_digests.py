@@ -1,67 +1,21 @@
-"""Digests of arrays."""
+"""Digests of arrays: equal on every mesh, different after any change."""
 
 import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
-from networks import fast_jit, pictures
+from networks import random_array
+from states import MESHES, on_mesh
 
 from hivit_jax.checkpoints.digests import digests, not_finite
-from hivit_jax.distributed import sharding
-from hivit_jax.distributed.sharding import make_mesh, state_shardings, with_shardings
 
 # Orbax leaves coroutines behind when it cannot read a file.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::pytest.PytestUnraisableExceptionWarning"
-)
-
-
-MESHES = {
-    "data": dict(replica=1, data=8, fsdp=1, tensor=1),
-    "fsdp": dict(replica=1, data=1, fsdp=8, tensor=1),
-    "both": dict(replica=1, data=2, fsdp=4, tensor=1),
-    "every": dict(replica=2, data=1, fsdp=2, tensor=2),
-}
-
-
-def init(seed=0):
-    """A small train state whose every number is another one."""
-    params = {
-        "attn": {
-            "qkv": {
-                "kernel": pictures((64, 3, 4, 16), f"k{seed}"),
-                "bias": pictures((3, 4, 16), f"b{seed}"),
-            }
-        },
-        "mlp": {"fc1": {"kernel": pictures((64, 256), f"m{seed}")}},
-        "scale": pictures((64,), f"s{seed}"),
-    }
-    moments = optax.adamw(1.0).init(params)
-    moments = jax.tree.map(
-        lambda x: x if x.ndim == 0 else pictures(x.shape, "moment"), moments
-    )
-    return {
-        "step": jnp.int32(seed),
-        "params": params,
-        "model_state": {},
-        "opt_state": moments,
-        "ema": jax.tree.map(lambda x: 2 * x, params),
-    }
-
-
-@pytest.fixture(autouse=True)
-def shard_small_arrays(monkeypatch):
-    monkeypatch.setattr(sharding, "MIN_SHARDED_SIZE", 64)
-
-
-def on_mesh(name, seed=0):
-    """(the state on a mesh, what to ask for when restoring it)."""
-    shardings = state_shardings(make_mesh(MESHES[name], 8), jax.eval_shape(init))
-    state = fast_jit(lambda: init(seed), out_shardings=shardings)()
-    return state, with_shardings(jax.eval_shape(init), shardings)
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.usefixtures("shard_small_arrays"),
+]
 
 
 @pytest.mark.slow
@@ -88,8 +42,8 @@ def test_digests_on_the_host_and_on_devices_agree(shape, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_bit_counts(dtype):
-    """A flipped bit, swapped numbers, another zero."""
-    x = np.asarray(jnp.asarray(pictures((5, 7), "bits") > 0, dtype))
+    """Any flipped bit changes the digest; so does -0.0 instead of 0.0."""
+    x = np.asarray(jnp.asarray(random_array((5, 7), "bits") > 0, dtype))
     before = digests({"": {"x": x}})[""]["x"]
     seen, raw = {before}, x.tobytes()
     bits = range(8) if dtype != "bool" else [0]

@@ -1,10 +1,11 @@
-"""Random and centered crops, and resizing on the host and the device."""
+"""Random and center crops; resizing on the host and on the device."""
 
 import math
 
 import jax
 import numpy as np
 import pytest
+from datasets import noise_image
 from numpy.testing import assert_array_equal
 from PIL import Image
 
@@ -20,11 +21,8 @@ SIZE = (224, 224)
 NAMES = sorted(photographs())
 
 
-def noise_image(*shape):
-    return np.random.RandomState(0).randint(0, 256, shape).astype(np.uint8)
-
-
 def crops(height, width, count, scale=(0.2, 1.0), seed=0):
+    """Draw random crops of the first images of epoch 0."""
     return [
         data_crops.random_resized_crop(
             height, width, transforms.uniforms(seed, 0, index), scale
@@ -33,30 +31,27 @@ def crops(height, width, count, scale=(0.2, 1.0), seed=0):
     ]
 
 
-def on_device(samples, size=SIZE, canvas=512, **how):
-    """Crops of images -> float [n, *size, C], resized by the device."""
+def on_device(samples, size=SIZE, canvas=512, **options):
+    """Resize crops on the device: (float [n, *size, C], canvases, boxes)."""
     images = np.zeros((len(samples), canvas, canvas, 3), np.uint8)
     boxes = [
-        data_crops.paste_crop(pixels, crop, out, size, **how)
+        data_crops.paste_crop(pixels, crop, out, size, **options)
         for (pixels, crop), out in zip(samples, images, strict=True)
     ]
     boxes = np.array(boxes, np.float32)
-    return np.asarray(resample.resample(images, boxes, size, **how)), images, boxes
+    return np.asarray(resample.resample(images, boxes, size, **options)), images, boxes
 
 
-def by_pil(image, size, box=None, filter=Image.Resampling.BICUBIC):
-    """Columns first, then rows, as PIL before 13 always did."""
+def pil_resize(image, size, box=None, filter=Image.Resampling.BICUBIC):
+    """Resize with PIL, columns first; PIL 13 may resize rows first."""
     left, top, right, bottom = box or (0, 0, image.width, image.height)
     height = image.height
     image = image.resize((size[1], height), filter, (left, 0, right, height))
     return np.asarray(image.resize(size[::-1], filter, (0, top, size[1], bottom)))
 
 
-# Random crops
-
-
 def test_uniforms_are_frozen():
-    """A saved run goes on with these crops, whatever the version of numpy."""
+    """Random numbers of crops never change, so that saved runs resume exactly."""
     draws = transforms.uniforms(7, 3, 1_281_166)
     assert draws[:3] == FROZEN
     assert len(draws) == transforms.DRAWS
@@ -76,6 +71,7 @@ FROZEN = [0.2921524578225323, 0.3256742663793454, 0.9849989507135709]
 
 @pytest.mark.parametrize(("height", "width"), [(120, 120), (100, 160)])
 def test_random_crops(height, width):
+    """Random crops are uniform in area and position and log-uniform in aspect."""
     low, high, count = 0.1, 0.5, 600
     boxes = [crop.box for crop in crops(height, width, count, (low, high))]
     assert all(
@@ -93,15 +89,15 @@ def test_random_crops(height, width):
     assert ((h - 0.5) * (w - 0.5) <= high * area).all()
     assert ((w + 0.5) / (h - 0.5) >= 3 / 4).all()
     assert ((w - 0.5) / (h + 0.5) <= 4 / 3).all()
-    # Uniform area, log-uniform aspect, uniform place: means within four errors.
+    # Means are within four standard errors.
     error = 4 / math.sqrt(12 * count)
     assert (h * w / area).mean() == pytest.approx(0.3, abs=error * 0.4)
     assert np.log(w / h).mean() == pytest.approx(0, abs=error * math.log(16 / 9))
-    for place, side, whole in ((top, h, height), (left, w, width)):
+    for corner, side, whole in ((top, h, height), (left, w, width)):
         free = side < whole
-        shares = place[free] / (whole - side[free])
+        shares = corner[free] / (whole - side[free])
         assert shares.mean() == pytest.approx(0.5, abs=error)
-    # Every corner there can be, the last one too.
+    # The first and the last possible corner occur.
     assert (top == 0).any()
     assert (top + h == height).any()
     assert len(set(boxes)) > 0.9 * count
@@ -112,7 +108,7 @@ def test_random_crops(height, width):
     [((1, 50), (1, 1)), ((50, 1), (1, 1)), ((6, 60), (6, 8)), ((60, 6), (8, 6))],
 )
 def test_image_that_no_crop_fits(shape, size):
-    """The largest centred crop of an allowed aspect."""
+    """The crop is the largest centered one with an allowed aspect."""
     for crop in crops(*shape, 20, (0.9, 1.0)):
         assert crop.box[2:] == size
         for first, side, whole in zip(crop.box[:2], size, shape, strict=True):
@@ -122,9 +118,6 @@ def test_image_that_no_crop_fits(shape, size):
 def test_crop_of_everything():
     for crop in crops(30, 30, 10, (1.0, 1.0)):
         assert crop == Crop(Box(0, 0, 30, 30), Box(0, 0, 30, 30))
-
-
-# Pixels equal to PIL's
 
 
 @pytest.mark.slow
@@ -140,8 +133,9 @@ def test_random_crops_equal_pil():
     for (pixels, crop), got in zip(samples, device, strict=True):
         top, left, height, width = crop.box
         part = Image.fromarray(pixels[top : top + height, left : left + width])
-        assert np.abs(got - by_pil(part, SIZE)).mean() < 0.002
-        # PIL 13 takes rows first where that is quicker, and rounds otherwise.
+        assert np.abs(got - pil_resize(part, SIZE)).mean() < 0.002
+        # PIL 13 resizes rows first where that is faster, and rounds
+        # differently.
         newest = np.asarray(part.resize(SIZE, Image.Resampling.BICUBIC))
         assert np.abs(got - newest).mean() < 0.35
         out = np.zeros((*SIZE, 3), np.uint8)
@@ -152,8 +146,8 @@ def test_random_crops_equal_pil():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [(224, 224), (168, 280), (280, 168)])
-def test_centre_crops_equal_pil(size):
-    """Resize so that size / 0.875 is covered, then cut out the middle."""
+def test_center_crops_equal_pil(size):
+    """Resize to cover size / 0.875, then cut out the center."""
     samples, expected = [], []
     for name in NAMES:
         pixels = photographs()[name]
@@ -161,7 +155,7 @@ def test_centre_crops_equal_pil(size):
         samples.append((pixels, data_crops.center_crop(height, width, size, 0.875)))
         scale = max(size[0] / 0.875 / height, size[1] / 0.875 / width)
         full = [math.floor(side * scale + 1e-9) for side in (height, width)]
-        image = by_pil(Image.fromarray(pixels), full)
+        image = pil_resize(Image.fromarray(pixels), full)
         top, left = (round((f - s) / 2) for f, s in zip(full, size, strict=True))
         expected.append(image[top : top + size[0], left : left + size[1]])
     device = on_device(samples, size, canvas=640)[0]
@@ -170,11 +164,13 @@ def test_centre_crops_equal_pil(size):
         assert np.abs(got - want).mean() < 0.01
         out = np.zeros((*size, 3), np.uint8)
         data_crops.paste_crop(pixels, crop, out, size)
-        assert np.abs(out - want.astype(float)).mean() < 0.35  # the order of PIL 13
+        assert (
+            np.abs(out - want.astype(float)).mean() < 0.35
+        )  # PIL 13 resizes in another order
 
 
-def test_centre_crop_of_a_usual_image():
-    """500x375, short side to 256: 341x256, of which 224x224 from (16, 58)."""
+def test_center_crop_of_a_usual_image():
+    """500x375 is resized to 341x256 and cropped to 224x224 at (16, 58)."""
     crop = data_crops.center_crop(375, 500, SIZE, 224 / 256)
     scale = 375 / 256
     assert crop.box.top == 16 * scale
@@ -189,34 +185,34 @@ def test_centre_crop_of_a_usual_image():
 @pytest.mark.slow
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 @pytest.mark.parametrize("antialias", [True, False])
-def test_ways_to_resize(interpolation, antialias):
-    """Host and device agree; antialiased ones with PIL, plain ones with a formula."""
-    how = dict(interpolation=interpolation, antialias=antialias)
+def test_interpolation_and_antialias(interpolation, antialias):
+    """Host and device agree with PIL, or without antialias with a formula."""
+    options = dict(interpolation=interpolation, antialias=antialias)
     pixels = photographs()["cat"]
     crop = Crop(*[Box(20, 30, 260, 330)] * 2)
-    device = on_device([(pixels, crop)], **how)[0][0]
+    device = on_device([(pixels, crop)], **options)[0][0]
     out = np.zeros((*SIZE, 3), np.uint8)
-    data_crops.paste_crop(pixels, crop, out, SIZE, **how)
-    close = 0.002 if interpolation == "bicubic" else 0.02  # there, ties are common
+    data_crops.paste_crop(pixels, crop, out, SIZE, **options)
+    close = 0.002 if interpolation == "bicubic" else 0.02  # bilinear has many ties
     assert np.abs(out - device).mean() < close
     part = pixels[20:280, 30:360]
     if antialias:
         filter = Image.Resampling[interpolation.upper()]
-        expected = by_pil(Image.fromarray(part), SIZE, filter=filter)
+        expected = pil_resize(Image.fromarray(part), SIZE, filter=filter)
     else:
         expected = part.astype(float)
         for axis in (1, 0):
-            expected = np.rint(plain(expected, axis, interpolation)).clip(0, 255)
+            expected = np.rint(resize_axis(expected, axis, interpolation)).clip(0, 255)
     assert np.abs(device - expected).mean() < close
 
 
-def plain(pixels, axis, interpolation):
-    """Resizes one axis to 224, weighing the nearest two or four pixels alone."""
+def resize_axis(pixels, axis, interpolation):
+    """Resize one axis to 224 from the nearest two or four pixels."""
     n = pixels.shape[axis]
-    at = (np.arange(224) + 0.5) * n / 224 - 0.5
-    first, total, weights = np.floor(at).astype(int), 0, 0
+    position = (np.arange(224) + 0.5) * n / 224 - 0.5
+    first, total, weights = np.floor(position).astype(int), 0, 0
     for tap in (0, 1) if interpolation == "bilinear" else (-1, 0, 1, 2):
-        x = np.abs(at - first - tap)
+        x = np.abs(position - first - tap)
         if interpolation == "bilinear":
             weight = 1 - x
         else:
@@ -232,12 +228,9 @@ def plain(pixels, axis, interpolation):
     return total / weights.reshape(shape)
 
 
-# What is shipped
-
-
 @pytest.mark.slow
-def test_what_is_shipped():
-    """The crop alone, at the top left of the canvas, and zeros; nothing resized."""
+def test_only_the_crop_is_shipped():
+    """The canvas holds only the unresized crop, at the top left, and zeros."""
     pixels = noise_image(300, 400, 3)
     crop = Crop(*[Box(20, 30, 200, 250)] * 2)
     _, images, boxes = on_device([(pixels, crop)])
@@ -248,7 +241,7 @@ def test_what_is_shipped():
 
 
 @pytest.mark.slow
-def test_pixels_beside_the_crop_play_no_role():
+def test_pixels_outside_the_crop_do_not_matter():
     pixels = noise_image(300, 400, 3)
     crop = Crop(*[Box(20, 30, 200, 250)] * 2)
     other = np.full_like(pixels, 255)
@@ -257,8 +250,8 @@ def test_pixels_beside_the_crop_play_no_role():
     assert_array_equal(one, two)
 
 
-def test_centre_crop_ships_what_weighs_in():
-    """A bit more than the box, and as good as the whole image."""
+def test_center_crop_ships_the_pixels_of_its_filters():
+    """The canvas holds the box and a margin; the result matches the whole image."""
     pixels = noise_image(375, 500, 3)
     crop = data_crops.center_crop(375, 500, SIZE, 0.875)
     got, images, boxes = on_device([(pixels, crop)])
@@ -284,11 +277,11 @@ def test_crop_larger_than_the_canvas_is_resized_on_the_host():
     assert boxes[0].tolist() == [[0, 224, 224]] * 2
     expected = Image.fromarray(pixels).resize(SIZE, Image.Resampling.BICUBIC)
     assert_array_equal(images[0, :224, :224], expected)
-    assert_array_equal(got[0], expected)  # of its own size: unchanged
+    assert_array_equal(got[0], expected)  # same size: unchanged
 
 
 @pytest.mark.slow
-def test_flat_colours_and_edges():
+def test_flat_colors_and_edges():
     for level in (0, 1, 127, 255):
         image = np.full((9, 7, 3), level, np.uint8)
         crop = Crop(*[Box(0, 0, 9, 7)] * 2)
@@ -305,8 +298,8 @@ def test_flat_colours_and_edges():
 
 
 @pytest.mark.slow
-def test_resampling_is_one_sample_at_a_time():
-    """An image's pixels do not depend on what else is in the batch."""
+def test_samples_are_resampled_independently():
+    """The pixels of an image do not depend on the rest of the batch."""
     samples = [
         (photographs()[name], crops(*photographs()[name].shape[:2], 1, (0.2, 0.3))[0])
         for name in NAMES
@@ -317,18 +310,3 @@ def test_resampling_is_one_sample_at_a_time():
     for i in (0, 3, 6):
         alone = np.asarray(run(images[i : i + 1], boxes[i : i + 1], SIZE))[0]
         assert_array_equal(alone, together[i])
-
-
-# Decoding
-
-
-PHOTO = photographs()["coffee"][:90, :120]
-
-
-IMAGE = Image.fromarray(PHOTO)
-
-
-ALPHA = IMAGE.convert("RGBA")
-
-
-ALPHA.putalpha(Image.fromarray(PHOTO[..., 0]))

@@ -1,6 +1,4 @@
-"""Decoding of images: every format that Pillow reads, other depths than 8 bits, and
-damaged files.
-"""
+"""Decoding: formats that Pillow reads, other depths than 8 bits, and damaged files."""
 
 import io
 import struct
@@ -8,6 +6,7 @@ import zlib
 
 import numpy as np
 import pytest
+from datasets import encode, noise_image
 from numpy.testing import assert_array_equal
 from PIL import Image
 
@@ -15,22 +14,6 @@ from benchmarks.photographs import photographs
 from hivit_jax.data.decoding import decode
 from hivit_jax.data.transforms import ImageTransform
 from hivit_jax.errors import DataError
-
-
-def noise_image(*shape):
-    return np.random.RandomState(0).randint(0, 256, shape).astype(np.uint8)
-
-
-def encode(image, kind, **options):
-    if isinstance(image, np.ndarray):
-        image = Image.fromarray(image)
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-# Decoding
-
 
 PHOTO = photographs()["coffee"][:90, :120]
 
@@ -47,7 +30,7 @@ ALPHA.putalpha(Image.fromarray(PHOTO[..., 0]))
 EXIF = Image.Exif()
 
 
-EXIF[0x0112] = 6  # rotated by a quarter
+EXIF[0x0112] = 6  # rotated by 90 degrees
 
 
 READABLE = {
@@ -79,7 +62,7 @@ READABLE = {
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("kind", READABLE)
-def test_what_pil_reads_is_read_as_pil_does(kind, channels):
+def test_decode_equals_pil(kind, channels):
     encoded = READABLE[kind]
     expected = Image.open(io.BytesIO(encoded)).convert("L" if channels == 1 else "RGB")
     decoded = decode(encoded, channels)
@@ -88,8 +71,8 @@ def test_what_pil_reads_is_read_as_pil_does(kind, channels):
     assert_array_equal(decoded.squeeze(), expected)
 
 
-def test_damaged_inside_but_complete():
-    """400 wrong bytes in the middle: PIL reads on, and so must this."""
+def test_damaged_but_complete_file():
+    """400 wrong bytes in the middle decode as with PIL, without an error."""
     encoded = bytearray(READABLE["jpeg"])
     middle = len(encoded) // 2
     encoded[middle : middle + 400] = (noise_image(400) // 2).tobytes()  # no marker
@@ -112,7 +95,7 @@ def test_damaged_inside_but_complete():
     ],
 )
 @pytest.mark.parametrize("channels", [1, 3])
-def test_what_pil_cannot_read_is_an_error(encoded, channels):
+def test_undecodable_files_are_errors(encoded, channels):
     with pytest.raises((OSError, SyntaxError)):
         Image.open(io.BytesIO(encoded)).convert("RGB")
     with pytest.raises((OSError, SyntaxError)):

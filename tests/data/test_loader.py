@@ -1,4 +1,4 @@
-"""Batches: every example once, from any start step, for any processes and threads."""
+"""Batches: every example once, from any step, for any processes and threads."""
 
 import math
 import os
@@ -8,7 +8,7 @@ import threading
 import jax
 import numpy as np
 import pytest
-from datasets import assert_batches_equal, load, load_folder
+from datasets import assert_batches_equal, digits_config, folder_config
 from numpy.testing import assert_array_equal
 
 from hivit_jax import inputs
@@ -17,34 +17,32 @@ from hivit_jax.data.sources import digits as data_sources_digits
 from hivit_jax.data.sources import registry
 from hivit_jax.errors import DataError
 
-# Batches
-
 
 @pytest.mark.slow
 def test_training_batches():
-    source, cfg = data_sources_digits.Digits("train"), load()
+    source, cfg = data_sources_digits.Digits("train"), digits_config()
     batches = list(inputs.train_batches(cfg, 0, 16))  # 1,536 of 1,437 images
     assert len(batches) == 16
     order = np.concatenate([permutation(0, 0, 1437), permutation(0, 1, 1437)])
     for step, batch in enumerate(batches):
-        places = order[step * 96 : (step + 1) * 96]
+        indices = order[step * 96 : (step + 1) * 96]
         assert batch["image"].shape == (96, 16, 16, 1)
         assert batch["image"].dtype == np.uint8
         assert batch["label"].dtype == np.int32
-        assert_array_equal(batch["label"], source.labels[places])
+        assert_array_equal(batch["label"], source.labels[indices])
         assert batch["weight"].dtype == np.float32
         assert (batch["weight"] == 1).all()
-        # Twice the size, yet the same picture: four pixels average to about one.
+        # Images are enlarged twofold: four pixels average to about one.
         small = batch["image"].reshape(96, 8, 2, 8, 2).mean((2, 4))
-        assert np.abs(small - source.pixels()[places]).mean() < 12
+        assert np.abs(small - source.pixels()[indices]).mean() < 12
     assert_batches_equal(batches, inputs.train_batches(cfg, 0, 16))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("crop_scale", [(1.0, 1.0), (0.3, 1.0)])
 def test_run_can_start_at_any_step(crop_scale):
-    """Steps 13 to 17, across the end of the first epoch, from a run that began at 0."""
-    cfg = load(data__crop_scale=crop_scale)
+    """Batches 13 to 17, across an epoch boundary, equal those of a run from step 0."""
+    cfg = digits_config(data__crop_scale=crop_scale)
     whole = list(inputs.train_batches(cfg, 0, 18))
     assert_batches_equal(whole[13:], inputs.train_batches(cfg, 13, 18))
 
@@ -52,7 +50,9 @@ def test_run_can_start_at_any_step(crop_scale):
 @pytest.mark.parametrize("batch_size", [90, 96, 360, 512])
 def test_evaluation_batches_hold_every_image_once(batch_size):
     source = data_sources_digits.Digits("test")
-    cfg = load(batch_size=batch_size, model__image_size=8, data__crop_scale=(0.3, 0.4))
+    cfg = digits_config(
+        batch_size=batch_size, model__image_size=8, data__crop_scale=(0.3, 0.4)
+    )
     batches = list(inputs.eval_batches(cfg))
     assert len(batches) == math.ceil(360 / batch_size)
     for batch in batches:
@@ -74,7 +74,7 @@ def test_evaluation_batches_hold_every_image_once(batch_size):
 @pytest.mark.parametrize("name", ["digits", "synthetic"])
 def test_shares_of_processes_make_the_batch(monkeypatch, processes, name):
     examples = 1000 if name == "synthetic" else 0
-    cfg = load(
+    cfg = digits_config(
         data__name=name, data__crop_scale=(0.3, 1.0), data__train_examples=examples
     )
 
@@ -95,18 +95,18 @@ def test_shares_of_processes_make_the_batch(monkeypatch, processes, name):
 
 
 @pytest.mark.parametrize("workers", [1, 5])
-def test_threads_change_nothing(folder, workers):
-    batches = list(inputs.train_batches(load_folder(folder), 0, 12))
-    cfg = load_folder(folder, data__workers=workers)
+def test_batches_do_not_depend_on_threads(folder, workers):
+    batches = list(inputs.train_batches(folder_config(folder), 0, 12))
+    cfg = folder_config(folder, data__workers=workers)
     assert_batches_equal(batches, inputs.train_batches(cfg, 0, 12))
     assert_batches_equal(batches[7:], inputs.train_batches(cfg, 7, 12))
 
 
 @pytest.mark.parametrize(("workers", "usable"), [(1, {0, 1, 2}), (0, {5})])
 def test_number_of_threads(folder, monkeypatch, workers, usable):
-    """As told, or one for each core; more work waits than both have."""
+    """data.workers threads, or one for each core."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: usable, raising=False)
-    cfg = load_folder(folder, data__workers=workers, batch_size=40)
+    cfg = folder_config(folder, data__workers=workers, batch_size=40)
     batches = inputs.train_batches(cfg, 0, 100)
     next(batches)
     threads = [each for each in threading.enumerate() if each.name.startswith("read")]
@@ -115,7 +115,7 @@ def test_number_of_threads(folder, monkeypatch, workers, usable):
 
 
 def test_threads_end_with_the_batches(folder):
-    batches = inputs.train_batches(load_folder(folder, data__workers=3), 0, 1000)
+    batches = inputs.train_batches(folder_config(folder, data__workers=3), 0, 1000)
     next(batches)
     assert any(thread.name.startswith("read") for thread in threading.enumerate())
     batches.close()
@@ -124,7 +124,9 @@ def test_threads_end_with_the_batches(folder):
 
 @pytest.fixture
 def damaged(folder, tmp_path):
-    """The folder with 3 training files and 1 of validation spoilt; their names."""
+    """A copy of the folder with 3 training files and 1 validation file damaged; their
+    paths.
+    """
     root = tmp_path / "damaged"
     shutil.copytree(folder, root)
     files = sorted(root.glob("train/*/*")), sorted(root.glob("val/*/*"))
@@ -137,10 +139,10 @@ def damaged(folder, tmp_path):
     return root, broken
 
 
-def test_unreadable_images_shift_nothing(folder, damaged, capfd):
+def test_unreadable_images_keep_their_positions(folder, damaged, capfd):
     root, broken = damaged
-    whole = list(inputs.train_batches(load_folder(folder), 0, 10))
-    batches = list(inputs.train_batches(load_folder(root), 0, 10))
+    whole = list(inputs.train_batches(folder_config(folder), 0, 10))
+    batches = list(inputs.train_batches(folder_config(root), 0, 10))
     bad = 0
     for one, other in zip(batches, whole, strict=True):
         unreadable = one["unreadable"] == 1
@@ -150,13 +152,13 @@ def test_unreadable_images_shift_nothing(folder, damaged, capfd):
         assert (one["label"][unreadable] == 0).all()
         for key in ("image", "label", "box"):
             assert_array_equal(one[key][~unreadable], other[key][~unreadable])
-    assert bad == 2 * 3  # 80 places: every file twice
+    assert bad == 2 * 3  # 80 samples: every file twice
     err = capfd.readouterr().err
     for path in broken[:3]:
         assert err.count(f"cannot read {path}: ") == 1
-    assert err.count("cannot read") == 3  # once each
+    assert err.count("cannot read") == 3  # one line per file
     assert "truncated" in err
-    evaluation = list(inputs.eval_batches(load_folder(root)))
+    evaluation = list(inputs.eval_batches(folder_config(root)))
     assert sum(batch["weight"].sum() for batch in evaluation) == 10
     assert sum(batch["unreadable"].sum() for batch in evaluation) == 1
     assert capfd.readouterr().err.count(str(broken[3])) == 1
@@ -164,13 +166,13 @@ def test_unreadable_images_shift_nothing(folder, damaged, capfd):
 
 @pytest.mark.parametrize("wrong", [10, -1])
 def test_label_outside_the_classes(folder, monkeypatch, wrong):
-    cfg = load_folder(folder)
+    cfg = folder_config(folder)
     source = registry.open_source(cfg.data, "train")
     monkeypatch.setattr(source, "labels", np.where(source.labels == 3, wrong, 0))
     message = rf"coffee/\d+.JPEG: expected .* 0 to 9, found {wrong}; .*num_classes=10"
     with pytest.raises(DataError, match=message):
         list(inputs.train_batches(cfg, 0, 5))
     with cfg.unlocked():
-        cfg.model.num_classes = None  # a masked autoencoder looks at no label
+        cfg.model.num_classes = None  # a masked autoencoder ignores labels
     labels = [batch["label"] for batch in inputs.train_batches(cfg, 0, 5)]
     assert set(np.concatenate(labels)) == {0, wrong}

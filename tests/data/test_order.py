@@ -12,9 +12,6 @@ from hivit_jax.errors import ConfigError
 IMAGENET = 1_281_167
 
 
-# Order
-
-
 def test_every_epoch_is_a_permutation_of_its_own():
     orders = [permutation(seed, epoch, 1437) for seed in (0, 1) for epoch in range(3)]
     orders.append(permutation(0, 1_000_000, 1437))
@@ -27,7 +24,7 @@ def test_every_epoch_is_a_permutation_of_its_own():
 
 
 def test_order_is_frozen():
-    """A saved run goes on in this order, whatever the version of numpy."""
+    """The order never changes, so that saved runs resume exactly."""
     first = [500, 469, 1156, 606, 909, 555, 794, 1425]
     assert permutation(0, 0, 1437)[:8].tolist() == first
     permutation.cache_clear()
@@ -43,13 +40,13 @@ def test_positions_across_an_epoch_boundary():
     indices, epochs = samples_at(np.arange(7, 24), n, 3)
     assert_array_equal(indices, stream[7:24])
     assert epochs.tolist() == [0] * 3 + [1] * 10 + [2] * 4
-    # Any places, in any order: a share of a batch, say.
-    places = np.array([29, 3, 10, 9, 30])
-    assert_array_equal(samples_at(places, n, 3)[0], stream[places])
+    # Any positions in any order, such as the share of a process.
+    at = np.array([29, 3, 10, 9, 30])
+    assert_array_equal(samples_at(at, n, 3)[0], stream[at])
 
 
 def test_jump_to_a_late_step(monkeypatch):
-    """Costs the epochs of that batch alone, and gives what slicing the run gives."""
+    """Only permutations of the needed epochs are computed."""
     needed = []
 
     def counted(seed, epoch, n):
@@ -58,10 +55,12 @@ def test_jump_to_a_late_step(monkeypatch):
 
     monkeypatch.setattr(order, "permutation", counted)
     start = 100_000 * 4096
-    epoch, place = divmod(start, IMAGENET)
+    epoch, position = divmod(start, IMAGENET)
     indices, epochs = samples_at(np.arange(start, start + 4096), IMAGENET, 0)
     assert needed == [(0, epoch, IMAGENET)]
-    assert_array_equal(indices, permutation(0, epoch, IMAGENET)[place : place + 4096])
+    assert_array_equal(
+        indices, permutation(0, epoch, IMAGENET)[position : position + 4096]
+    )
     assert (epochs == epoch).all()
     assert epoch == 319
 
@@ -77,14 +76,16 @@ def test_few_training_examples():
     whole = {image.tobytes() for image in data_sources_digits.Digits("train").pixels()}
     found = []
     for subset in (0, 1, 0):
-        source = data_sources_digits.Digits("train", train_examples=100, subset=subset)
+        source = data_sources_digits.Digits(
+            "train", train_examples=100, subset_seed=subset
+        )
         assert np.bincount(source.labels).tolist() == [10] * 10
         found.append([image.tobytes() for image in source.pixels()])
         assert len(set(found[-1])) == 100
         assert set(found[-1]) <= whole
     assert found[0] == found[2]
     assert set(found[0]) != set(found[1])
-    test = data_sources_digits.Digits("test", train_examples=100, subset=1)
+    test = data_sources_digits.Digits("test", train_examples=100, subset_seed=1)
     assert_array_equal(test.pixels(), data_sources_digits.Digits("test").pixels())
 
 

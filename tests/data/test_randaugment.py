@@ -1,4 +1,4 @@
-"""RandAugment: every operation as timm does it, and what is drawn how often."""
+"""RandAugment: operations equal to timm's, and the distribution of the policy."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -15,7 +15,7 @@ from hivit_jax.data.randaugment import DRAWS, FILL, OPERATIONS
 GOLDEN = golden("randaugment")
 
 
-ALMOST_ONE = 1 - 2.0**-53  # the greatest draw
+ALMOST_ONE = 1 - 2.0**-53  # the largest random number
 
 
 APPLIED, LEFT_OUT = 0.0, 0.5
@@ -26,14 +26,11 @@ def draws(count, seed=0):
 
 
 def position(name):
-    """A draw that chooses this operation."""
+    """Return a random number that chooses this operation."""
     return (list(OPERATIONS).index(name) + 0.5) / len(OPERATIONS)
 
 
-# Equal to timm
-
-
-def test_golden_data_are_of_these_operations():
+def test_golden_data_name_our_operations():
     assert GOLDEN["names"].tolist() == list(OPERATIONS)
     assert len(OPERATIONS) == 15
 
@@ -47,12 +44,12 @@ def test_operations_equal_timm(name, crop):
         for sign, want in zip(GOLDEN["signs"].tolist(), pair, strict=True):
             got = np.asarray(randaugment.apply(name, image, magnitude, sign))
             assert got.dtype == np.uint8
-            # Today equal; a later Pillow may round otherwise.
+            # A later Pillow may round differently.
             assert np.abs(got - want.astype(float)).mean() <= 1 / 255
 
 
-def test_signs():
-    """Six operations have no direction."""
+def test_operations_without_a_sign():
+    """Six operations ignore the sign."""
     results = GOLDEN["wide_results"]
     unsigned = [
         name
@@ -73,19 +70,19 @@ def test_signs():
     "name", ["Rotate", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel"]
 )
 @pytest.mark.parametrize("sign", [1, -1])
-def test_what_lies_beside_the_image_is_grey(name, sign):
+def test_geometric_operations_fill_with_gray(name, sign):
     white = Image.new("RGB", (40, 30), (255, 255, 255))
     result = np.asarray(randaugment.apply(name, white, 10, sign))
-    colours = {tuple(colour) for colour in result.reshape(-1, 3).tolist()}
-    assert FILL in colours
-    assert (255, 255, 255) in colours
+    colors = {tuple(color) for color in result.reshape(-1, 3).tolist()}
+    assert FILL in colors
+    assert (255, 255, 255) in colors
     share = (result == FILL).all(-1).mean()
     if name.startswith("Translate"):
         assert share == pytest.approx(0.45, abs=0.03)
 
 
-def test_magnitude_ten():
-    """The strongest: nothing is left of a value's bits, every value is inverted."""
+def test_largest_magnitude():
+    """Magnitude 10 posterizes to black and inverts every value."""
     image = Image.fromarray(GOLDEN["wide"])
     black = randaugment.apply("PosterizeIncreasing", image, 10, 1)
     assert not np.asarray(black).any()
@@ -93,11 +90,8 @@ def test_magnitude_ten():
     assert_array_equal(inverted, 255 - GOLDEN["wide"])
 
 
-# What is drawn
-
-
-def test_how_often():
-    """Each operation as often, half of them applied, a quarter of images untouched."""
+def test_distribution_of_operations():
+    """Operations are equally frequent and applied with probability 1/2."""
     count = 20_000
     chosen = [randaugment.choose(sample) for sample in draws(count)]
     lengths = np.array([len(operations) for operations in chosen])
@@ -110,24 +104,24 @@ def test_how_often():
     assert np.mean(twice) == pytest.approx(1 / 15, abs=0.015)  # with replacement
     assert set(signs) == {1, -1}
     assert np.mean(signs) == pytest.approx(0, abs=0.03)
-    # Two standard deviations above 9 they are cut off.
+    # Magnitudes are clipped at 10, two standard deviations above 9.
     assert max(magnitudes) == 10
     assert min(magnitudes) > 6
     magnitudes = np.array(magnitudes)
     assert (magnitudes == 10).mean() == pytest.approx(0.0228, abs=0.005)
     assert np.median(magnitudes) == pytest.approx(9, abs=0.02)
-    below = magnitudes[magnitudes < 9] - 9  # this half is whole
+    below = magnitudes[magnitudes < 9] - 9  # this half is not clipped
     assert np.sqrt((below**2).mean()) == pytest.approx(0.5, abs=0.015)
     names = np.unique(names, return_inverse=True)[1]
     correlations = np.corrcoef([names, magnitudes, signs])
     assert np.abs(correlations - np.eye(3)).max() < 0.03
 
 
-def test_parameters():
-    """Of the policy: magnitude, its spread, number of operations, probability."""
+def test_policy_parameters():
+    """Magnitude, its spread, number of operations and probability take effect."""
     many = draws(200)
     for sample in many:
-        a, b = randaugment.choose(sample, magnitude=5, std=0, probability=1)
+        a, b = randaugment.choose(sample, mean_magnitude=5, std=0, probability=1)
         assert a[1] == b[1] == 5
         assert randaugment.choose(sample, probability=0) == []
         assert randaugment.choose(sample, num_ops=1) == (
@@ -147,11 +141,8 @@ def test_parameters():
         assert {0.0, 10.0} & set(drawn)
 
 
-# Images
-
-
-def test_draws_decide():
-    """An operation after the other, as the draws say."""
+def test_operations_are_chained():
+    """Operations are applied one after another, as the random numbers select."""
     pixels = photographs()["coffee"][:100, :120]
     sample = [position("Rotate"), APPLIED, 0.5, 0.0]
     sample += [position("SolarizeAdd"), APPLIED, 0.5, 0.0]
@@ -182,7 +173,7 @@ def test_same_draws_same_bytes_in_threads():
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 7), (9, 2), (30, 50), (333, 224)])
-def test_sizes(shape):
+def test_image_sizes(shape):
     pixels = np.random.RandomState(0).randint(0, 256, (*shape, 3)).astype(np.uint8)
     for name in OPERATIONS:
         sample = [position(name), APPLIED, 0.9, 0.9] * 2

@@ -1,4 +1,4 @@
-"""Processes of one run: flags, addresses, one process without a cluster."""
+"""Process start-up: flags, addresses, and one process without a cluster."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from hivit_jax.errors import ConfigError
 
 
 def test_no_cluster_is_one_process(monkeypatch):
-    """Nothing is started where nothing is found; half a cluster is an error."""
+    """Without a cluster one process runs alone; half a cluster is an error."""
     asked = []
 
     def initialize(*args, **options):
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("quick")
 
 
 def test_flags_of_one_process_of_several(joined, tmp_path, capsys):
-    """They and `peer_timeout` reach JAX, which waits longer at the end than we do."""
+    """Flags and peer_timeout reach JAX, whose shutdown timeout is longer than ours."""
     address = "--coordinator_address=host:1234"
     flags = [address, "--num_processes=4", "--process_id=3", f"--workdir={tmp_path}"]
     code, asked = joined(*flags, problem="no")

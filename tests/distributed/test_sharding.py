@@ -12,7 +12,7 @@ pytestmark = pytest.mark.usefixtures("quick")
 
 
 def test_devices_of_several_slices():
-    """Slices lie along the first axis that they divide, and inside no other."""
+    """Slices lie along the first axis that their number divides."""
     devices = [
         SimpleNamespace(
             id=8 * s + i, slice_index=s, process_index=s, device_kind="x", platform="x"

@@ -1,4 +1,4 @@
-"""The watchdog ends a process that stands still."""
+"""The watchdog ends a process that hangs."""
 
 import pytest
 import recipes
@@ -24,8 +24,8 @@ with Watchdog(stall_timeout=1.0) as watchdog:
 
 @pytest.mark.processes
 @pytest.mark.slow
-def test_a_run_that_stands_still_ends_itself():
-    code, out, error = recipes.run("-c", HANGING)
+def test_hanging_process_exits():
+    code, out, error = recipes.run_process("-c", HANGING)
     assert code == 75
     assert "still here" in out
     assert "in wait_for_the_end_of_time" in error
@@ -33,6 +33,6 @@ def test_a_run_that_stands_still_ends_itself():
     assert "(stall_timeout=1)" in error
 
 
-def test_an_error_passes_the_watchdog():
+def test_watchdog_passes_errors_on():
     with pytest.raises(ConfigError, match="x"), Watchdog(stall_timeout=60.0):
         raise ConfigError("x")

@@ -1,8 +1,7 @@
-"""Averaged weights, and damage, on every road by which a checkpoint is read.
+"""Averaged weights (EMA) and bit flips, for every command that reads a checkpoint.
 
-All of it is seen on one linear probe, whose train step compiles quickly: its encoder
-stands still, so that any of its evaluations can be computed in numpy from the features
-of the test split.
+All tests share one linear probe, whose train step compiles quickly. Its encoder is
+frozen, so that numpy can compute any evaluation from the features of the test split.
 """
 
 import json
@@ -16,7 +15,7 @@ import orbax.checkpoint as ocp
 import pytest
 import recipes
 from flax import nnx
-from networks import compiled, mini
+from networks import jit_model, mini
 from numpy.testing import assert_allclose, assert_array_equal
 from safetensors.numpy import load_file
 
@@ -51,7 +50,7 @@ NETWORK = SIZES | dict(relative_position=False, running_norm=True)
 
 @pytest.fixture(scope="module", autouse=True)
 def quick():
-    """One device alone, for which a step compiles in a third of the time."""
+    """Fast compilation for a single device, in a third of the time."""
     devices = jax.devices()[:1]
     with pytest.MonkeyPatch.context() as patch, recipes.quick():
         patch.setattr(jax, "devices", lambda *_: devices)
@@ -59,7 +58,9 @@ def quick():
 
 
 def flags(**overrides):
-    """Command line of the probe; batches of 24 do not divide the 64 test images."""
+    """Return the command line of the probe; batches of 24 do not divide the 64 test
+    images.
+    """
     values = {
         k: v
         for k, v in recipes.SOURCES["synthetic"].items()
@@ -77,7 +78,7 @@ def flags(**overrides):
         "optimizer.warmup_epochs": 0.0,
         "optimizer.ema_decay": DECAY,
         "init_from": "",
-        "seed": 8,  # for which top-1 falls from step 2 to step 4
+        "seed": 8,  # top-1 falls from step 2 to step 4
     }
     values |= {key.replace("__", "."): value for key, value in overrides.items()}
     return ["--config=linear", *(f"--config.{k}={v}" for k, v in values.items())]
@@ -90,7 +91,7 @@ def probe(**overrides):
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
-    """A directory with a model that has a head and statistics of its own."""
+    """A saved model with a head and running statistics."""
     directory = tmp_path_factory.mktemp("shared")
     hivit_jax.save_pretrained(mini("hivit_base", **NETWORK), directory)
     return directory
@@ -98,7 +99,7 @@ def shared(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def born(shared, tmp_path_factory):
-    """Workdir of a probe that was stopped before its first step, and saved."""
+    """Workdir of a probe that was interrupted before its first step."""
     workdir, config = tmp_path_factory.mktemp("born"), probe(init_from=shared)
     with pytest.raises(Interrupted):
         train(config, workdir, lambda step: "stop")
@@ -107,8 +108,8 @@ def born(shared, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(born, tmp_path_factory):
-    """Workdir of the same probe to its end. Its first checkpoint has no averages, as
-    if they had been switched on there.
+    """Workdir of the finished probe. Its first checkpoint has no averages, as if they
+    were enabled afterwards.
     """
     workdir = tmp_path_factory.mktemp("run")
     shutil.copytree(born, workdir, dirs_exist_ok=True)
@@ -120,17 +121,17 @@ def run(born, tmp_path_factory):
 @pytest.fixture(scope="module")
 def stored(run):
     """Arrays of each checkpoint: step -> item -> name -> array."""
-    return {step: recipes.stored(run, step) for step in range(STEPS + 1)}
+    return {step: recipes.saved_arrays(run, step) for step in range(STEPS + 1)}
 
 
-def average_of(items):
-    """Averaged parameters of a checkpoint and its statistics, by name."""
+def averaged_variables(items):
+    """Return the averaged parameters and the statistics of a checkpoint, by name."""
     return items["ema"] | items["model_state"]
 
 
 @pytest.fixture(scope="module")
 def evaluated(stored):
-    """Parameters by name -> (loss, top-1, top-5) of the test split, in numpy."""
+    """Function from parameters to (loss, top-1, top-5) of the test split, in numpy."""
     batches = list(inputs.eval_batches(probe()))
     pixels, labels, weight = (
         np.concatenate([batch[name] for batch in batches])
@@ -146,7 +147,7 @@ def evaluated(stored):
         ),
         params,
     )
-    encode = compiled(nnx.merge(graphdef, params), lambda m, x: m.encoder(x)[-1])
+    encode = jit_model(nnx.merge(graphdef, params), lambda m, x: m.encoder(x)[-1])
     images = (pixels[weight > 0] / np.float32(255) - mean) / std
     features = np.asarray(encode(images), np.float64).mean(1)
     labels = labels[weight > 0]
@@ -164,36 +165,34 @@ def evaluated(stored):
     return evaluate
 
 
-# --- What a run keeps ----------------------------------------------------------------
+# Checkpoints of a run
 
 
-def test_a_linear_probe_starts_with_a_head_of_its_own(shared, born):
-    """The encoder is the file's; head and statistics, which the file has too, are not.
-    MAE's probe draws weights of std 0.01.
+def test_linear_probe_starts_with_a_new_head(shared, born):
+    """Only the encoder is loaded; head and statistics are new. MAE's probe has std
+    0.01.
     """
-    state = recipes.stored(born, 0)
+    state = recipes.saved_arrays(born, 0)
     recipes.assert_identical(state["ema"], state["params"])
     params = state["params"] | state["model_state"]
-    there = load_file(shared / "model.safetensors")
+    saved = load_file(shared / "model.safetensors")
     assert_array_equal(
-        params["encoder/absolute_pos_embed"], there["absolute_pos_embed"][0]
+        params["encoder/absolute_pos_embed"], saved["absolute_pos_embed"][0]
     )
     kernel = "blocks.3.mlp.fc1.weight"
-    assert_array_equal(params["encoder/stages/1/0/mlp/fc1/kernel"], there[kernel].T)
+    assert_array_equal(params["encoder/stages/1/0/mlp/fc1/kernel"], saved[kernel].T)
     assert params["head/kernel"].std() == pytest.approx(0.01, rel=0.1)
-    pair = np.corrcoef(params["head/kernel"].flat, there["head.weight"].T.flat)
+    pair = np.corrcoef(params["head/kernel"].flat, saved["head.weight"].T.flat)
     assert abs(pair[0, 1]) < 0.3
-    assert there["head.bias"].any()
+    assert saved["head.bias"].any()
     assert not params["head/bias"].any()
-    assert there["fc_norm.mean"].any()
+    assert saved["fc_norm.mean"].any()
     assert not params["fc_norm/mean"].any()
     assert (params["fc_norm/var"] == 1).all()
 
 
 def test_the_average_of_each_step(stored):
-    """Each step adds a tenth of its parameters. The average begins with those of the
-    step at which it is switched on.
-    """
+    """Each step adds a tenth of its parameters, starting where averaging is enabled."""
     assert "ema" not in stored[0]
     average = stored[0]["params"]
     for step in range(1, STEPS + 1):
@@ -203,7 +202,7 @@ def test_the_average_of_each_step(stored):
         for name, array in stored[step]["ema"].items():
             assert_allclose(array, average[name], rtol=2e-6, atol=1e-7, err_msg=name)
     moved = np.abs(stored[STEPS]["params"]["head/kernel"] - average["head/kernel"])
-    assert moved.max() > 0.005  # half the std that it began with
+    assert moved.max() > 0.005  # half the initial std
 
 
 def test_training_evaluates_the_average(run, stored, evaluated):
@@ -213,35 +212,37 @@ def test_training_evaluates_the_average(run, stored, evaluated):
     assert [line["step"] for line in lines] == [2, 4]
     for line in lines:
         items = stored[line["step"]]
-        average = evaluated(average_of(items))
+        average = evaluated(averaged_variables(items))
         plain = evaluated(items["params"] | items["model_state"])
         found = [line[f"eval/{name}"] for name in ("loss", "top1", "top5")]
         assert_allclose(found, average, rtol=1e-4)
         assert abs(plain[0] - average[0]) > 0.02
 
 
-def test_the_best_evaluated_checkpoint_stays(born, stored, tmp_path, capsys):
-    """Beside the newest, the one to be kept. Step 3 was not evaluated: it does not
-    inherit the score of step 2. With averages from the start all is the same.
+def test_best_evaluated_checkpoint_is_kept(born, stored, tmp_path, capsys):
+    """The best checkpoint is kept beside the newest; step 3 has no score.
+
+    Step 3 was not evaluated and does not inherit the score of step 2. The last state
+    does not depend on the step at which averaging starts.
     """
     shutil.copytree(born, tmp_path, dirs_exist_ok=True)
     train(probe(keep_checkpoints=1), tmp_path)
-    top1 = recipes.lines(tmp_path, "eval/top1")
+    top1 = recipes.logged(tmp_path, "eval/top1")
     assert list(top1) == [2, 4]
-    assert top1[2] > top1[4] + 1.5 / 64  # else choose another seed
-    assert recipes.saved(tmp_path) == [2, 4]
+    assert top1[2] > top1[4] + 1.5 / 64  # otherwise choose another seed
+    assert recipes.saved_steps(tmp_path) == [2, 4]
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith("best checkpoint  step 2 ")
     assert f"top1 {100 * top1[2]:.2f} %" in last
-    recipes.assert_identical(recipes.stored(tmp_path, 4), stored[4])
+    recipes.assert_identical(recipes.saved_arrays(tmp_path, 4), stored[4])
 
 
-# --- Roads that read a checkpoint ----------------------------------------------------
+# Commands that read a checkpoint
 
 
 @pytest.mark.parametrize(("where", "step"), [("", 4), ("checkpoints/2", 2)])
 def test_mode_eval(where, step, run, stored, evaluated, tmp_path, capsys):
-    """Of a workdir's newest checkpoint, or of any that is named."""
+    """Evaluate the newest checkpoint of a workdir, or a named one."""
     asked = [*flags(), "--mode=eval", f"--workdir={run}"]
     if where:
         asked[-1] = f"--workdir={tmp_path}"
@@ -249,7 +250,7 @@ def test_mode_eval(where, step, run, stored, evaluated, tmp_path, capsys):
     capsys.readouterr()
     assert main(asked) == 0
     out = capsys.readouterr().out
-    loss, top1, top5 = evaluated(average_of(stored[step]))
+    loss, top1, top5 = evaluated(averaged_variables(stored[step]))
     found = re.search(
         rf"^step {step}  eval  loss (\S+)  top1 (\S+) %  top5 (\S+) %  \(64 im",
         out,
@@ -262,8 +263,9 @@ def test_mode_eval(where, step, run, stored, evaluated, tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def damaged(run, tmp_path_factory):
-    """Item -> workdir of step 4 alone, in which one bit of one of its arrays is
-    another, and orbax has nothing to say against it.
+    """Item -> workdir with step 4, in which one bit of this item is flipped.
+
+    Orbax saved the flipped bit, so that it detects nothing.
     """
     found = {}
     for item in ("params", "model_state", "ema", "optimizer"):
@@ -280,8 +282,8 @@ def damaged(run, tmp_path_factory):
     return found
 
 
-def roads(workdir, tmp_path):
-    """Road -> command line; its command ends with the exit code."""
+def commands(workdir, tmp_path):
+    """Return name -> function that runs a command and returns its exit code."""
     new = ["--workdir", str(tmp_path / "new")]
     step = workdir / "checkpoints" / "4"
     out = ["--out", str(tmp_path / "out")]
@@ -301,32 +303,34 @@ def roads(workdir, tmp_path):
     }
 
 
-ROADS = list(roads(recipes.ROOT, recipes.ROOT))
+COMMANDS = list(commands(recipes.ROOT, recipes.ROOT))
 
 
-@pytest.mark.parametrize("road", ROADS)
-def test_a_flipped_bit_of_the_average(road, damaged, tmp_path, capsys):
-    """All these roads read the averaged weights, and compare their digests."""
-    assert roads(damaged["ema"], tmp_path)[road]() == 5
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_flipped_bit_of_the_average(command, damaged, tmp_path, capsys):
+    """All these commands read averaged weights and verify their digests."""
+    assert commands(damaged["ema"], tmp_path)[command]() == 5
     err = capsys.readouterr().err
     assert re.search(r"checkpoints/4 is damaged: 1 of \d+ arrays of ema do not", err)
     assert len(err.splitlines()) <= 3
 
 
 @pytest.mark.parametrize("item", ["params", "model_state", "ema", "optimizer"])
-def test_a_flipped_bit_when_going_on(item, damaged):
-    """Each item of the state is compared."""
+def test_a_flipped_bit_when_resuming(item, damaged):
+    """Resuming verifies every item of the state."""
     with pytest.raises(CheckpointError, match=f"1 of .* arrays of {item} do not"):
         train(probe(), damaged[item])
-    assert recipes.saved(damaged[item]) == [4]
+    assert recipes.saved_steps(damaged[item]) == [4]
 
 
 @pytest.mark.parametrize(
     ("item", "other", "step", "options"),
     [("ema", "params", 2, []), ("params", "ema", 3, ["--plain"])],
 )
-def test_averaged_or_plain(item, other, step, options, run, damaged, stored, tmp_path):
-    """Only the item that is asked for is read, and compared with its digests."""
+def test_only_the_requested_weights_are_read(
+    item, other, step, options, run, damaged, stored, tmp_path
+):
+    """Only the requested item is read and verified."""
     averaged = item == "ema"
     with pytest.raises(CheckpointError, match=f"1 of .* arrays of {item} do not"):
         hivit_jax.load_pretrained(damaged[item], averaged=averaged)
@@ -343,7 +347,7 @@ def test_averaged_or_plain(item, other, step, options, run, damaged, stored, tmp
     assert_array_equal(head, stored[step][item]["head/kernel"].T)
     about = json.loads((target / "config.json").read_text())
     assert about["recipe"]["optimizer"]["ema_decay"] == DECAY
-    assert about["results"].get("eval/loss") == recipes.lines(run, "eval/loss").get(
+    assert about["results"].get("eval/loss") == recipes.logged(run, "eval/loss").get(
         step
     )
     text = convert.inspect(source, averaged=averaged)

@@ -1,5 +1,6 @@
-"""From a recipe's value to its effect in a run: real runs against the second
-implementation in `plain.py`, and every key of every task.
+"""Every config key affects a run as documented.
+
+Real runs are compared with the second implementation in `plain.py`.
 """
 
 import re
@@ -25,7 +26,7 @@ pytestmark = [pytest.mark.usefixtures("quick"), pytest.mark.slow]
 
 @pytest.fixture(scope="module")
 def trace_of(tmp_path_factory):
-    """name -> `Trace`."""
+    """Function from name to `Trace`."""
     folder = tmp_path_factory.mktemp("folder")
     traces.write_folder(folder)
 
@@ -38,12 +39,12 @@ def trace_of(tmp_path_factory):
     return run
 
 
-# --- Every step, from files to parameters ---------------------------------------------
+# Every step, from files to parameters
 
 
 @pytest.mark.parametrize("name", traces.TRACES)
 def test_every_step(name, trace_of):
-    """Three training steps and the evaluation are those of the plain implementation."""
+    """Three training steps and the evaluation equal those of `plain.py`."""
     trace = trace_of(name)
     assert mismatches(trace, trace.config) == {}
     line = trace.line(STEPS, "eval/loss")
@@ -53,12 +54,12 @@ def test_every_step(name, trace_of):
 
 
 def test_both_kinds_of_mixing(trace_of):
-    """The steps of the classifier's trace have Mixup and CutMix."""
+    """The steps of the classifier's trace include Mixup and CutMix."""
     kinds = set()
     for step in range(STEPS):
         key = plain.sample_keys(5, "train", step * traces.BATCH, 1)[0]
-        which = jax.random.split(plain.fold(key, "step"), 4)[0]
-        kinds.add(bool(jax.random.bernoulli(which)))
+        kind = jax.random.split(plain.fold(key, "step"), 4)[0]
+        kinds.add(bool(jax.random.bernoulli(kind)))
     assert kinds == {True, False}
 
 
@@ -78,9 +79,10 @@ def test_seed_draws_the_first_parameters(trace_of):
         np.testing.assert_allclose(array, drawn[name], rtol=1e-6, atol=1e-7)
 
 
-def test_what_is_not_trained(trace_of):
-    """The decoder's table in pretraining; the whole encoder in a linear probe, which is
-    the averaged one of pretraining, under a head of its own.
+def test_frozen_parameters(trace_of):
+    """The decoder's position table and a probe's encoder stay fixed.
+
+    The probe starts from the averaged encoder and a new head.
     """
     mae, table = trace_of("mae"), "decoder_pos_embed"
     np.testing.assert_array_equal(mae.params(0)[table], mae.params(STEPS)[table])
@@ -94,7 +96,7 @@ def test_what_is_not_trained(trace_of):
     assert born.std() == pytest.approx(0.01, rel=0.15)
 
 
-# --- Every key ------------------------------------------------------------------------
+# Every key
 
 TRAINED = {"loss", "mu", "nu"}
 
@@ -108,9 +110,9 @@ RATE = {"learning_rate", "params"}
 EVALUATED = {"eval/loss"}
 
 
-# Trace -> key -> the kinds of numbers that the key governs, and no others. The trace's
-# value is not the recipe's; with the recipe's, just these kinds would differ (~: by a
-# little, which may be within the tolerance).
+# Trace -> key -> the kinds of values that the key governs. The trace overrides the
+# recipe's value; with the recipe's value exactly these kinds differ (~: the difference
+# may be within the tolerance).
 OF_TRAINING = {
     "total_steps": RATE,
     "optimizer.base_learning_rate": RATE,
@@ -184,7 +186,7 @@ GOVERNS = {
 }
 
 
-# These follow from the others; counts of images by chance.
+# These depend on the other kinds; counts of images may agree by chance.
 FOLLOWING = {"gradient_norm", "unreadable", "top1", "top5", "eval/top1", "eval/top5"}
 
 
@@ -192,25 +194,23 @@ FOLLOWING = {"gradient_norm", "unreadable", "top1", "top5", "eval/top1", "eval/t
     ("name", "key"), [(name, key) for name, keys in GOVERNS.items() for key in keys]
 )
 def test_key_governs(name, key, trace_of):
-    """With the recipe's value of a key the plain implementation departs from the run in
-    what the key governs, and in nothing else.
-    """
+    """With the recipe's value of a key, exactly the kinds that it governs differ."""
     trace = trace_of(name)
     recipe = recipes.recipe(traces.TRACES[name][0])
     config = trace.config.copy_and_resolve_references()
     *parents, leaf = key.split(".")
-    there, here = recipe, config
+    source, target = recipe, config
     for parent in parents:
-        there, here = there[parent], here[parent]
-    assert there[leaf] != here[leaf]
+        source, target = source[parent], target[parent]
+    assert source[leaf] != target[leaf]
     with config.unlocked():
-        here[leaf] = there[leaf]
+        target[leaf] = source[leaf]
     expected = {kind for kind in GOVERNS[name][key] if kind[0] != "~"}
     slight = {kind[1:] for kind in GOVERNS[name][key] - expected}
     assert mismatches(trace, config).keys() - FOLLOWING - slight == expected
 
 
-# Keys of a model's shape, with values that are not the trace's.
+# Keys of a model's shape, with values other than the trace's.
 SHAPES = {
     "depths": (2, 3),
     "embed_dim": 48,
@@ -240,12 +240,14 @@ SHAPES_OF = {
 
 @pytest.mark.parametrize("name", SHAPES_OF)
 def test_keys_of_the_models_shape(name, capsys):
-    """Parameters and multiply-adds are those of `hivit_jax.create_model`: each key
-    counts, because the same without any one of them has other numbers.
-    """
-    made_up = {"data__name": "synthetic", "data__mean": "(0.5,)", "data__std": "(0.5,)"}
+    """Parameters and multiply-adds are those of `hivit_jax.create_model`."""
+    synthetic = {
+        "data__name": "synthetic",
+        "data__mean": "(0.5,)",
+        "data__std": "(0.5,)",
+    }
     values = SHAPES_OF[name] | {"dtype": "float32"}
-    flags = traces.flags_of(name, **made_up)
+    flags = traces.flags_of(name, **synthetic)
     flags += [f"--config.model.{k}={v}".replace(" ", "") for k, v in values.items()]
     assert main([*flags, "--mode=describe"]) == 0
     text = capsys.readouterr().out
@@ -253,20 +255,20 @@ def test_keys_of_the_models_shape(name, capsys):
     probe = {"running_norm": True} if name == "linear_probe" else {}
     arguments = values | decoder | probe
     model = nnx.eval_shape(lambda: hivit_jax.create_model(**arguments))
-    how = {"mask_ratio": 0.6} if name == "mae" else {}
-    macs = [model.macs(layer_norm_cost=cost, **how) / 1e9 for cost in (0, 5)]
+    options = {"mask_ratio": 0.6} if name == "mae" else {}
+    macs = [model.macs(layer_norm_cost=cost, **options) / 1e9 for cost in (0, 5)]
     for number in (f"{model.parameter_count():,}  = ", *(f"{m:.4f} G" for m in macs)):
         assert f" {number}" in text
 
 
-def test_numbers_of_heads(trace_of):
-    """Which change neither parameters nor multiply-adds."""
+def test_num_heads(trace_of):
+    """Numbers of heads change neither parameter counts nor multiply-adds."""
     params = trace_of("mae").states[0]["params"]
     assert params["encoder/stages/2/0/attn/qkv/kernel"].shape == (32, 3, 2, 16)
     assert params["decoder_blocks/1/attn/qkv/kernel"].shape == (16, 3, 2, 8)
 
 
-# Key -> value, and what shows in the traced step with it and not without.
+# Key -> (value, text that only the jaxpr with this value contains).
 PROGRAMS = {
     "model.dtype": ("bfloat16", "bf16["),
     "model.kernels": ("fused", "pallas_call"),
@@ -278,15 +280,15 @@ PROGRAMS = {
 
 @pytest.mark.parametrize("key", PROGRAMS)
 def test_keys_of_the_program(key):
-    """Ways to compute the same numbers; that they are the same is tested elsewhere."""
-    value, shows = PROGRAMS[key]
-    assert shows not in traced_step("", None)
-    assert shows in traced_step(key, value)
+    """These keys change the program; other tests show that values stay equal."""
+    value, text = PROGRAMS[key]
+    assert text not in traced_step("", None)
+    assert text in traced_step(key, value)
 
 
 @cache
 def traced_step(key, value):
-    """Text of the step of a classifier that is wide enough for kernels."""
+    """Trace the step of a classifier that is wide enough for kernels."""
     fixed = {
         "data.name": "synthetic",
         "batch_size": 96,
@@ -300,7 +302,7 @@ def traced_step(key, value):
 
 
 def test_keys_that_change_no_bit(trace_of, tmp_path):
-    """When things are logged, saved and evaluated, and who reads, all at once."""
+    """Intervals, worker threads and timeouts change no result."""
     trace = trace_of("classify, plain")
     neutral = dict(
         log_every=3,
@@ -317,7 +319,7 @@ def test_keys_that_change_no_bit(trace_of, tmp_path):
     config = config_of("classify, plain", data__dir=trace.root, **neutral)
     results = train(config, tmp_path / "run")
     assert results == trace.results
-    stored = recipes.stored(tmp_path / "run", STEPS)
+    stored = recipes.saved_arrays(tmp_path / "run", STEPS)
     recipes.assert_identical(stored, trace.states[STEPS])
 
 
@@ -338,12 +340,12 @@ UNUSED = {
     [(name, *item) for name, keys in UNUSED.items() for item in keys.items()],
 )
 def test_key_without_effect_is_refused(name, key, value):
-    """A task that cannot heed a key says so."""
+    """A key without effect on a task is an error."""
     with pytest.raises(ConfigError, match=f"{key}={value} has no effect .*{name}"):
         config_of(name, **{key: value})
 
 
-# Keys of the model that belong to the other kind of network.
+# Keys of the other kind of network.
 FOREIGN = {
     "mae": {"fc_norm": False, "num_classes": 3, "running_norm": True},
     "classify": {
@@ -370,7 +372,7 @@ def test_keys_of_another_network_are_refused(name, key, capsys):
     )
 
 
-# Keys whose effect other tests show.
+# Key -> test in another place that shows its effect.
 ELSEWHERE = {
     "task": "test_every_step",
     "batch_size": "test_training_batches",
@@ -401,7 +403,7 @@ ELSEWHERE = {
     "mesh.replica": "test_losses_do_not_depend_on_the_mesh",
     "mesh.tensor": "test_tensor_axis_splits_heads_and_hidden_units",
     "mesh.zero": "test_zero_1_splits_the_moments_alone",
-    "model.decoder_num_heads": "test_numbers_of_heads",
+    "model.decoder_num_heads": "test_num_heads",
     "model.global_blocks": "test_windows_from_the_command_line",
     "model.running_norm": "test_needs_running_norm",
     "model.window_size": "test_windows_need_all_units",
@@ -418,7 +420,7 @@ ELSEWHERE = {
 
 @pytest.mark.parametrize("name", ["mae", "classify", "linear_probe"])
 def test_every_key_is_in_a_table(name):
-    """A new key brings an entry in one of the tables above."""
+    """Each key of a task is in one of the tables above."""
     known = set(PROGRAMS) | set(ELSEWHERE) | set(GOVERNS[name])
     known |= set(GOVERNS["classify, plain"] if name == "classify" else ())
     known |= {f"model.{key}" for key in [*SHAPES_OF[name], *FOREIGN[name]]}
@@ -429,7 +431,7 @@ def test_every_key_is_in_a_table(name):
     assert keys - known == set()
 
 
-def test_tests_of_other_files_are_there():
+def test_named_tests_exist():
     files = (recipes.ROOT / "tests").rglob("test_*.py")
     tests = "\n".join(path.read_text() for path in files)
     for test in ELSEWHERE.values():

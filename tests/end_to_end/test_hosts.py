@@ -1,7 +1,6 @@
-"""Several hosts, as real processes on loopback, and a killed one."""
+"""Data pipeline of several hosts, as real processes on loopback, and after a kill."""
 
 import json
-import socket
 from pathlib import Path
 
 import hosts
@@ -22,7 +21,9 @@ VAL = 13  # held-out images, one of which cannot be read
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """Command line of a run over photographs, two of them spoilt; and its workdir."""
+    """Command line of a run over photographs, two of them damaged, and its root
+    directory.
+    """
     root = tmp_path_factory.mktemp("hosts")
     photographs.write(root / "data", {"train": 50, "val": VAL}, (80, 60))
     for split in ("train", "val"):
@@ -43,14 +44,12 @@ def run(tmp_path_factory):
 
 
 def on_hosts(run, count):
-    """Runs `hosts.py` as `count` processes; their (arrays, numbers, stderr)."""
+    """Run `hosts.py` as `count` processes; return their (arrays, results, stderr)."""
     arguments, root = run
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
+    address = recipes.free_address()
     outs = [root / f"{index}of{count}" for index in range(count)]
     processes = [
-        recipes.start(
+        recipes.start_process(
             Path(hosts.__file__),
             *(address, count, index, out, root / "run", *arguments),
             XDG_CACHE_HOME=root / "cache",
@@ -71,6 +70,7 @@ def on_hosts(run, count):
 
 @pytest.fixture(scope="module")
 def alone(run):
+    """Results of a single host."""
     (result,) = on_hosts(run, 1)
     return result
 
@@ -84,8 +84,8 @@ def test_one_host_evaluates_every_image(alone):
     assert len(weights) == hosts.STEPS[1] - hosts.STEPS[0] + 2
 
 
-def test_hosts_share_the_same_batches_and_numbers(run, alone):
-    """Together byte for byte what one host has; every image evaluated once."""
+def test_hosts_share_batches_and_results(run, alone):
+    """The hosts' shares concatenate to the batches of one host; results are equal."""
     found = on_hosts(run, 4)
     for key, whole in alone[0].items():
         parts = [arrays[key] for arrays, _, _ in found]
@@ -98,7 +98,7 @@ def test_hosts_share_the_same_batches_and_numbers(run, alone):
 
 
 def test_batches_after_a_kill(run, alone):
-    """A process that dies half way, and one that starts where it stood."""
+    """Batches continue identically after the process is killed."""
     arguments, root = run
     first, last = hosts.STEPS
     code = (
@@ -111,7 +111,7 @@ def test_batches_after_a_kill(run, alone):
         f"    if step == {first}:\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    assert recipes.run("-c", code, *arguments)[0] == -9
+    assert recipes.run_process("-c", code, *arguments)[0] == -9
     config = recipes.configs.load(arguments[0].removeprefix("--config="), arguments[1:])
     for step, batch in enumerate(inputs.train_batches(config, first, last)):
         for key, value in batch.items():
@@ -119,14 +119,16 @@ def test_batches_after_a_kill(run, alone):
 
 
 def test_plan_of_an_imagenet_evaluation(monkeypatch):
-    """50,000 images, batches of 1,024, eight hosts: each exactly once."""
+    """Eight hosts evaluate each of 50,000 images exactly once."""
     seen, buckets = [], np.zeros(50_000, np.int64)
     monkeypatch.setattr(loader.jax, "process_count", lambda: 8)
     for host in range(8):
         monkeypatch.setattr(loader.jax, "process_index", lambda host=host: host)
-        places = loader.local_positions(1024)
-        assert len(places) == 128
-        seen.append([share.indices for share in order.eval_plan(buckets, 1024, places)])
+        positions = loader.local_positions(1024)
+        assert len(positions) == 128
+        seen.append(
+            [share.indices for share in order.eval_plan(buckets, 1024, positions)]
+        )
     assert {len(steps) for steps in seen} == {49}
     every = np.concatenate([indices for steps in seen for indices in steps])
     assert_array_equal(np.sort(every), np.arange(50_000))

@@ -1,4 +1,4 @@
-"""From ImageNet's tar files, or class folders, to an evaluated classifier."""
+"""From ImageNet's tar files to an evaluated classifier, with a kill in between."""
 
 import json
 import signal
@@ -13,10 +13,10 @@ from hivit_jax.tools import prepare_data
 
 pytestmark = [pytest.mark.slow, pytest.mark.processes]
 
-TRAIN, VAL = 15, 6
+VAL = 6
 
 
-# SIGKILL as soon as the first checkpoint is on disk.
+# Sends itself SIGKILL after the first checkpoint.
 KILLED = """
 import os, signal, sys
 from hivit_jax import main
@@ -33,7 +33,7 @@ main.main(sys.argv[1:])
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Overrides that name a prepared dataset; no process may import tensorflow."""
+    """Overrides that name a prepared dataset."""
     tars = tmp_path_factory.mktemp("tars")
     write_tars(tars, size=(70, 90))
     out = tmp_path_factory.mktemp("imagenet2012")
@@ -43,8 +43,9 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
+    """Variables of a process without tensorflow and TensorBoard."""
     directory = tmp_path_factory.mktemp("environment")
-    missing = recipes.not_installed(directory, "tensorflow", "tensorboardX")
+    missing = recipes.block_imports(directory, "tensorflow", "tensorboardX")
     return {
         "XDG_CACHE_HOME": directory / "cache",
         "PYTHONPATH": missing,
@@ -52,29 +53,31 @@ def environment(tmp_path_factory):
 
 
 def test_pretrain_kill_resume_finetune_evaluate(data, environment, tmp_path):
+    """A killed run resumes bit-identically; its encoder initializes a classifier."""
     options = data | dict(batch_size=8, total_steps=4, checkpoint_every=2)
     options |= dict(model__image_size=64, data__canvas=96, eval_every=2)
     pretraining = recipes.arguments("photographs", **options)
 
     def run(workdir, *arguments):
         command = ["-m", "hivit_jax.main", *arguments, f"--workdir={workdir}"]
-        code, out, err = recipes.run(*command, **environment)
+        code, out, err = recipes.run_process(*command, **environment)
         assert (code, err) == (0, "")
         return out
 
     run(tmp_path / "whole", *pretraining)
     workdir = tmp_path / "killed"
-    killed = recipes.run(
+    killed = recipes.run_process(
         "-c", KILLED, *pretraining, f"--workdir={workdir}", **environment
     )
     assert killed[0] == -signal.SIGKILL
     assert "resuming at step 2 from" in run(workdir, *pretraining)
     for name in ("loss", "gradient_norm", "eval/loss"):
-        numbers = recipes.lines(workdir, name)
-        assert numbers == recipes.lines(tmp_path / "whole", name)
+        numbers = recipes.logged(workdir, name)
+        assert numbers == recipes.logged(tmp_path / "whole", name)
         assert np.isfinite(list(numbers.values())).all()
     recipes.assert_identical(
-        recipes.stored(workdir, 4), recipes.stored(tmp_path / "whole", 4)
+        recipes.saved_arrays(workdir, 4),
+        recipes.saved_arrays(tmp_path / "whole", 4),
     )
     (line,) = [m for m in metrics.read(workdir / "metrics.jsonl") if m["step"] == 4][1:]
     assert (line["eval/count"], line["eval/unreadable"]) == (VAL, 0)

@@ -1,4 +1,4 @@
-"""One command in one process: its rhythm, heartbeats, signals and exit codes."""
+"""One command in one process: intervals, heartbeats, signals and exit codes."""
 
 import signal
 from contextlib import contextmanager
@@ -11,10 +11,10 @@ import recipes
 from hivit_jax import inputs, main, train
 from hivit_jax.errors import Interrupted
 
-STEPS = 11  # four epochs of 65 images, 24 a step, are 10.8 steps
+STEPS = 11  # four epochs of 65 images, 24 per step, are 10.8 steps
 
 
-HELD_OUT = 3  # batches of the 64 held-out images
+EVAL_BATCHES = 3  # of the 64 held-out images
 
 
 RUN = dict(
@@ -47,9 +47,9 @@ pytestmark = [pytest.mark.usefixtures("quick"), pytest.mark.slow]
 
 @pytest.fixture(scope="module")
 def watch():
-    """Stands in for the watchdog, which would end the tests: counts heartbeats.
+    """Replace the watchdog, which would end the tests, by a counter of heartbeats.
 
-    limit: its argument. beats: since its start. signals: what to send, by heartbeat.
+    limit: its argument. beats: since its start. signals: heartbeat -> signal to raise.
     """
     watch = SimpleNamespace(limit=None, beats=0, signals={})
 
@@ -70,7 +70,7 @@ def watch():
 
 @pytest.fixture(autouse=True)
 def restored_signals():
-    """A signal that the command does not catch fails the test and kills nothing."""
+    """Make a signal that the command does not catch fail the test."""
 
     def not_caught(number, frame):
         raise AssertionError(f"{signal.Signals(number).name} was not caught")
@@ -84,64 +84,62 @@ def restored_signals():
 
 @pytest.fixture(scope="module")
 def finished(watch, tmp_path_factory):
-    """(workdir of a run to its end, its heartbeats)."""
+    """(workdir of a finished run, its heartbeats)."""
     workdir = tmp_path_factory.mktemp("finished")
     assert main.main([*COMMAND, f"--workdir={workdir}"]) == 0
     return workdir, watch.beats
 
 
 def test_rhythm(finished):
-    """Each period has its own key; the last step has everything."""
+    """Each interval has its own key; the last step is logged, evaluated and saved."""
     workdir, _ = finished
-    assert list(recipes.lines(workdir)) == LOGGED
-    assert list(recipes.lines(workdir, "eval/loss")) == EVALUATED
-    assert recipes.saved(workdir) == [11]
+    assert list(recipes.logged(workdir)) == LOGGED
+    assert list(recipes.logged(workdir, "eval/loss")) == EVALUATED
+    assert recipes.saved_steps(workdir) == [11]
 
 
 def test_heartbeats(finished, watch, tmp_path, capsys):
-    """One after each step and each evaluated batch, in every mode that computes."""
+    """Every mode sends a heartbeat after each step and each evaluated batch."""
     workdir, beats = finished
-    assert beats == STEPS + len(EVALUATED) * HELD_OUT
+    assert beats == STEPS + len(EVALUATED) * EVAL_BATCHES
     assert watch.limit == 123
 
     capsys.readouterr()
     assert main.main([*COMMAND, f"--workdir={workdir}", "--mode=eval"]) == 0
-    assert watch.beats == HELD_OUT
-    loss = recipes.lines(workdir, "eval/loss")[STEPS]
+    assert watch.beats == EVAL_BATCHES
+    loss = recipes.logged(workdir, "eval/loss")[STEPS]
     assert f"step 11  eval  loss {loss:.4f}" in capsys.readouterr().out
 
     knn = ["--mode=knn", f"--config.init_from={workdir}"]
     assert main.main([*classifier(), *knn]) == 0
-    assert watch.beats == 3 + HELD_OUT  # 65 images to compare with
+    assert watch.beats == 3 + EVAL_BATCHES  # 65 training images in batches of 24
     assert "(64 images)" in capsys.readouterr().out
 
 
 def classifier():
-    """Flags of a classifier of the same width."""
+    """Return the flags of a classifier of the same width."""
     model = ("model.embed_dim", "model.depths", "model.num_heads", "model.dtype")
-    kept = [f for f in COMMAND[1:] if "decoder" not in f and "total" not in f]
-    assert all(any(key in flag for flag in kept) for key in model)
-    return ["--config=finetune", *kept, "--config.model.num_classes=10"]
+    flags = [f for f in COMMAND[1:] if "decoder" not in f and "total" not in f]
+    assert all(any(key in flag for flag in flags) for key in model)
+    return ["--config=finetune", *flags, "--config.model.num_classes=10"]
 
 
 def poisoned(batches, first, bad):
-    """The same batches; what step `bad` counts with is not a number."""
+    """Yield the batches; the weights of step `bad` are NaN."""
     for step, batch in enumerate(batches, first + 1):
         weight = batch["weight"] * np.float32(np.nan if step == bad else 1)
         yield batch | {"weight": weight}
 
 
 def test_interruptions_and_divergence(finished, watch, tmp_path, capsys, monkeypatch):
-    """Stopped before the first step, in an evaluation, by a bad step; then the end,
-    which is bit for bit that of an undisturbed run.
-    """
+    """A run that is interrupted twice and diverges once ends bit-identical."""
     command = [*COMMAND, f"--workdir={tmp_path}"]
     asked = []
     with pytest.raises(Interrupted, match=f"^why: step 0 of {STEPS} is saved in "):
         train.train(recipes.mae(**RUN), tmp_path, lambda s: asked.append(s) or "why")
     assert asked == [0]
-    assert recipes.saved(tmp_path) == [0]
-    assert recipes.lines(tmp_path) == {}
+    assert recipes.saved_steps(tmp_path) == [0]
+    assert recipes.logged(tmp_path) == {}
 
     watch.signals[5 + 2] = signal.SIGTERM  # second batch of step 5's evaluation
     assert main.main(command) == 75
@@ -152,9 +150,9 @@ def test_interruptions_and_divergence(finished, watch, tmp_path, capsys, monkeyp
     assert not watch.signals
     for number in (signal.SIGTERM, signal.SIGINT):  # so that a second one kills
         assert signal.getsignal(number) is signal.SIG_DFL
-    assert recipes.saved(tmp_path) == [6]
-    assert list(recipes.lines(tmp_path)) == [4, 5, 6]
-    assert watch.beats == 6 + HELD_OUT
+    assert recipes.saved_steps(tmp_path) == [6]
+    assert list(recipes.logged(tmp_path)) == [4, 5, 6]
+    assert watch.beats == 6 + EVAL_BATCHES
 
     clean = inputs.train_batches
     with monkeypatch.context() as patch:
@@ -166,19 +164,19 @@ def test_interruptions_and_divergence(finished, watch, tmp_path, capsys, monkeyp
         assert main.main(command) == 3
     err = capsys.readouterr().err
     assert err.startswith("error: step 9: loss nan")
-    assert recipes.saved(tmp_path) == [8]
-    assert list(recipes.lines(tmp_path)) == [4, 5, 6, 7, 8]
+    assert recipes.saved_steps(tmp_path) == [8]
+    assert list(recipes.logged(tmp_path)) == [4, 5, 6, 7, 8]
 
     assert main.main(command) == 0
     assert "resuming at step 8 from" in capsys.readouterr().out
     workdir, _ = finished
     for name in ("loss", "gradient_norm", "learning_rate", "eval/loss"):
-        found = recipes.lines(tmp_path, name)
+        found = recipes.logged(tmp_path, name)
         found.pop(6, None)  # logged because the run stopped there
-        assert found == recipes.lines(workdir, name)
-    assert recipes.saved(tmp_path) == [STEPS]
-    ours, theirs = (recipes.stored(w, STEPS) for w in (tmp_path, workdir))
-    recipes.assert_identical(ours, theirs)
+        assert found == recipes.logged(workdir, name)
+    assert recipes.saved_steps(tmp_path) == [STEPS]
+    resumed, expected = (recipes.saved_arrays(w, STEPS) for w in (tmp_path, workdir))
+    recipes.assert_identical(resumed, expected)
 
 
 def test_missing_data(watch, tmp_path, capsys):

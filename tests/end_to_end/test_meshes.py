@@ -1,4 +1,4 @@
-"""Training on every mesh: equal losses, sharded state, accumulation, divergence."""
+"""Training on several meshes: losses, sharded state, accumulation, divergence."""
 
 import math
 from functools import cache
@@ -43,14 +43,14 @@ pytestmark = [pytest.mark.usefixtures("quick"), pytest.mark.slow]
 class Run:
     """A run of `train`.
 
-    born: its first state, as arrays of the host, by name.
-    shards: shape of the first and last state's pieces on device 0, by name.
+    born: its first state, as host arrays, by name.
+    shards: shard shapes of the first and last state on device 0, by name.
     """
 
     def __init__(self, config, workdir):
         self.workdir, self.born, self.shards = workdir, {}, []
 
-        def look(state):
+        def record(state):
             leaves = named_leaves(state)
             self.shards.append(
                 {k: v.addressable_shards[0].data.shape for k, v in leaves.items()}
@@ -58,27 +58,27 @@ class Run:
             self.born = self.born or jax.device_get(leaves)
 
         def compile_steps(prepared):
-            step = compile_really(prepared)
+            step = original_compile(prepared)
 
             def run(state, *rest):
                 if not self.shards:
-                    look(state)
+                    record(state)
                 return step(state, *rest)
 
             return run
 
         def save(checkpoints, state, *rest):
-            look(state)
-            save_really(checkpoints, state, *rest)
+            record(state)
+            original_save(checkpoints, state, *rest)
 
-        compile_really, save_really = training.compile_steps, Checkpoints.save
+        original_compile, original_save = training.compile_steps, Checkpoints.save
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(training, "compile_steps", compile_steps)
             patch.setattr(Checkpoints, "save", save)
             self.results = training.train(config, workdir)
 
     def params(self):
-        """The born parameters by name."""
+        """Return the initial parameters by name."""
         return {
             name.removeprefix("params/"): array
             for name, array in self.born.items()
@@ -88,7 +88,7 @@ class Run:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """(recipe, overrides) -> its `Run`; tests that ask for the same one share it."""
+    """Function (recipe, overrides) -> `Run`, cached for all tests."""
 
     @cache
     def train(recipe, **overrides):
@@ -115,11 +115,11 @@ train(recipes.classifier(), f"{{workdir}}/classifier")
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """Workdirs mae/ and classifier/ of runs on one device, with no optional package."""
+    """Workdirs mae/ and classifier/ of runs on one device without optional packages."""
     directory = tmp_path_factory.mktemp("alone")
-    missing = recipes.not_installed(directory / "missing", *OPTIONAL)
+    missing = recipes.block_imports(directory / "missing", *OPTIONAL)
     flags = recipes.arguments()
-    code, _, err = recipes.run(
+    code, _, err = recipes.run_process(
         *("-c", ALONE, directory, *flags),
         PYTHONPATH=f"{missing}:{recipes.ROOT / 'tests' / 'helpers'}",
     )
@@ -135,9 +135,9 @@ def same_trajectory(actual, expected, steps=8):
 @pytest.mark.processes
 @pytest.mark.parametrize("name", ["mae", "classifier"])
 def test_trains_on_one_device_without_optional_packages(name, alone, trained):
-    """The subprocess could import none of `OPTIONAL`; the losses are the same."""
+    """A process that cannot import `OPTIONAL` has the same losses."""
     run = trained(getattr(recipes, name), **EVERY_STEP if name == "mae" else {})
-    same_trajectory(recipes.lines(alone / name), recipes.lines(run.workdir))
+    same_trajectory(recipes.logged(alone / name), recipes.logged(run.workdir))
     assert not list((alone / name).glob("events.*"))
 
 
@@ -151,26 +151,26 @@ def test_trains_on_one_device_without_optional_packages(name, alone, trained):
     ids=["mae-fsdp", "mae-tensor", "classifier-zero1"],
 )
 def test_losses_do_not_depend_on_the_mesh(name, mesh, trained):
-    """The classifier drops paths, so that its draws are the mesh's neither."""
+    """Losses agree, also with drop path in the classifier."""
     recipe = getattr(recipes, name)
     reference_run = trained(recipe, **EVERY_STEP if name == "mae" else {})
     run = trained(recipe, **mesh)
-    same_trajectory(recipes.lines(run.workdir), recipes.lines(reference_run.workdir))
+    same_trajectory(recipes.logged(run.workdir), recipes.logged(reference_run.workdir))
     assert run.results == pytest.approx(reference_run.results, rel=1e-5)
 
 
 def test_accumulation_changes_nothing(trained):
     reference_run = trained(recipes.classifier)
     run = trained(recipes.classifier, optimizer__accumulate_steps=4, **TENSOR)
-    same_trajectory(recipes.lines(run.workdir), recipes.lines(reference_run.workdir))
+    same_trajectory(recipes.logged(run.workdir), recipes.logged(reference_run.workdir))
 
 
 def test_accumulation_exchanges_gradients_once_a_step():
-    """Of the compiled program, no loop holds a collective; 8 devices, 2 parts of 2."""
+    """In the compiled program no loop contains an all-reduce."""
     config = recipes.classifier(optimizer__accumulate_steps=2, batch_size=32)
     mesh = sharding.make_mesh(config.mesh, 32, 2)
     schedule = make_schedule(config.optimizer, config.batch_size, 2, 8)
-    compiled = compile_step(recipes.prepared(config, mesh, schedule))
+    compiled = compile_step(recipes.make_training(config, mesh, schedule))
     found, name = set(), ""
     for line in compiled.as_text().splitlines():
         if line.endswith("{") and not line.startswith(" "):
@@ -181,9 +181,9 @@ def test_accumulation_exchanges_gradients_once_a_step():
 
 
 def test_losses_move(trained):
-    """What the comparisons above compare is training: neither constant nor alike."""
+    """The compared losses change from step to step."""
     for recipe, options in ((recipes.mae, EVERY_STEP), (recipes.classifier, {})):
-        losses = list(recipes.lines(trained(recipe, **options).workdir).values())
+        losses = list(recipes.logged(trained(recipe, **options).workdir).values())
         assert len(set(losses)) == 8
         assert max(losses) - min(losses) > 1e-2
 
@@ -195,7 +195,8 @@ def test_state_is_sharded_from_its_first_moment(trained):
             pieces = leaf.size // math.prod(shards[name])
             large = leaf.size >= 2**13 and any(side % 4 == 0 for side in leaf.shape)
             assert pieces == (4 if large else 1), name
-    # Its second dimension is the tensor axis's, of one device here.
+    # The second dimension is sharded over the tensor axis, which has one device
+    # here.
     kernel = "encoder/stages/2/0/mlp/fc1/kernel"  # [64, 256]
     born, last = run.shards[0], run.shards[-1]
     for prefix in ("params", "opt_state/0/mu", "opt_state/0/nu"):
@@ -220,7 +221,7 @@ def test_tensor_axis_splits_heads_and_hidden_units(trained):
     assert shards[f"{block}/mlp/fc2/kernel"] == (128, 16)  # of [256, 64]
 
 
-# --- What is kept ------------------------------------------------------------------
+# Checkpoints
 
 
 def test_load_pretrained(trained):
@@ -228,14 +229,14 @@ def test_load_pretrained(trained):
     model = hivit_jax.load_pretrained(workdir)
     assert (model.config.embed_dim, model.config.norm_pix_loss) == (64, True)
     loaded = jax.device_get(named_leaves(split(model)[1]))
-    recipes.assert_identical(loaded, recipes.variables(workdir, 8))
+    recipes.assert_identical(loaded, recipes.saved_variables(workdir, 8))
     step = hivit_jax.load_pretrained(workdir / "checkpoints" / "3")
     loaded = jax.device_get(named_leaves(split(step)[1]))
-    recipes.assert_identical(loaded, recipes.variables(workdir, 3))
+    recipes.assert_identical(loaded, recipes.saved_variables(workdir, 3))
 
 
 def test_divergence_saves_the_state_before_it(trained, tmp_path, monkeypatch):
-    """Step 5 of 8 is poisoned and noticed at step 6, the next that is logged."""
+    """Step 5 of 8 is NaN, step 6 reports it, and the state of step 4 is saved."""
 
     def poisoned(config, first, last):
         for step, batch in enumerate(clean(config, first, last), first):
@@ -251,13 +252,17 @@ def test_divergence_saves_the_state_before_it(trained, tmp_path, monkeypatch):
     assert steps == {3, 4}
     reference_run = trained(recipes.mae, **EVERY_STEP)
     for step in steps:
-        items = recipes.stored(tmp_path, step)
-        recipes.assert_identical(items, recipes.stored(reference_run.workdir, step))
+        items = recipes.saved_arrays(tmp_path, step)
+        recipes.assert_identical(
+            items, recipes.saved_arrays(reference_run.workdir, step)
+        )
         assert all(np.isfinite(a).all() for a in jax.tree.leaves(items))
 
 
 def test_unreadable_images(tmp_path, monkeypatch):
-    """They play no role, are counted, and stop the run at 8 of 64; nothing is lost."""
+    """Unreadable images do not affect the loss, are counted, and stop the run at a
+    limit.
+    """
 
     def spoiled(config, first, last):
         for batch in clean(config, first, last):
@@ -273,18 +278,20 @@ def test_unreadable_images(tmp_path, monkeypatch):
         with pytest.raises(DataError, match="8 images .* 12.50%; .* allows 10.00%"):
             training.train(config, tmp_path / str(fill))
     one, other = tmp_path / "0", tmp_path / "200"
-    last = recipes.saved(one)[-1]  # batches that are read ahead count too
+    last = recipes.saved_steps(one)[-1]  # batches that are read ahead count too
     assert 1 <= last <= 4
-    assert recipes.lines(one, "unreadable") == dict.fromkeys(range(1, last + 1), 2)
-    assert recipes.lines(one) == recipes.lines(other)
-    recipes.assert_identical(recipes.stored(one, last), recipes.stored(other, last))
+    assert recipes.logged(one, "unreadable") == dict.fromkeys(range(1, last + 1), 2)
+    assert recipes.logged(one) == recipes.logged(other)
+    recipes.assert_identical(
+        recipes.saved_arrays(one, last), recipes.saved_arrays(other, last)
+    )
 
 
 def test_classifier_from_pretraining(trained):
     pretrained = trained(recipes.mae, **EVERY_STEP).workdir
     run = trained(recipes.classifier, init_from=str(pretrained))
     born, fresh = run.params(), trained(recipes.classifier).params()
-    expected = recipes.stored(pretrained, 8)["params"]
+    expected = recipes.saved_arrays(pretrained, 8)["params"]
     for name, array in born.items():
         if name.endswith("relative_position_bias_table"):
             assert not array.any()
@@ -299,10 +306,10 @@ def test_classifier_from_pretraining(trained):
 
 
 def test_pretraining_from_pretraining(trained):
-    """Everything is taken over; the average starts from it, the optimiser anew."""
+    """All parameters are loaded; averages start from them, the optimizer is new."""
     pretrained = trained(recipes.mae, **EVERY_STEP).workdir
     run = trained(recipes.mae, init_from=str(pretrained), **AVERAGED)
-    expected = recipes.stored(pretrained, 8)["params"]
+    expected = recipes.saved_arrays(pretrained, 8)["params"]
     recipes.assert_identical(run.params(), expected)
     for name, array in expected.items():
         np.testing.assert_array_equal(run.born[f"ema/{name}"], array)
@@ -317,7 +324,7 @@ def test_pretrained_model_of_another_width(recipe, trained, tmp_path):
         training.train(config, tmp_path)
 
 
-# --- Evaluation ----------------------------------------------------------------------
+# Evaluation
 
 
 def mesh_of(devices):
@@ -328,7 +335,7 @@ def mesh_of(devices):
 
 @pytest.mark.parametrize("recipe", [recipes.mae, recipes.classifier])
 def test_every_image_counts_once_in_any_batch(recipe):
-    """360 images: 128 does not divide them, 72 does."""
+    """Results agree for batches of 128, which do not divide 360 images, and of 72."""
     config = recipe("digits")
     graphdef, params, model_state = split_state(
         inputs.task_of_recipe(config).build_model()
@@ -341,23 +348,23 @@ def test_every_image_counts_once_in_any_batch(recipe):
         mesh = mesh_of(jax.devices()[:devices])
         eval_step = evaluate.make_eval_step(config, task, graphdef, mesh)
         shardings = sharding.state_shardings(mesh, variables)
-        placed = jax.device_put(variables, shardings)
-        results.append(evaluate.evaluate(config, task, eval_step, placed, mesh))
+        sharded = jax.device_put(variables, shardings)
+        results.append(evaluate.evaluate(config, task, eval_step, sharded, mesh))
     assert results[0]["eval/count"] == 360
     assert results[1] == pytest.approx(results[0], rel=1e-6)
 
 
 def test_first_epoch_1_leaves_out_an_epoch_when_resuming(tmp_path):
-    """Of 4 steps; with the data and learning rates of the epoch after it."""
+    """A run resumed after 2 steps skips an epoch of 4 steps."""
     config = recipes.mae(optimizer__first_epoch=1)
     asked = iter([None, None, "stop"])
     with pytest.raises(Interrupted, match="step 2 of 8"):
         training.train(config, tmp_path, lambda step: next(asked))
     training.train(config, tmp_path)
-    rates = recipes.lines(tmp_path, "learning_rate")
+    rates = recipes.logged(tmp_path, "learning_rate")
     assert list(rates) == [1, 2, 7, 8]
     rate = make_schedule(config.optimizer, config.batch_size, 4.0, 8)
     assert_allclose([rates[7], rates[8]], [rate(6), rate(7)], rtol=1e-6)
-    state = recipes.stored(tmp_path, 8)["optimizer"]
+    state = recipes.saved_arrays(tmp_path, 8)["optimizer"]
     counts = {int(v) for name, v in state.items() if name.endswith("count")}
     assert counts == {4, 8}  # steps for Adam's bias correction, and for the schedule

@@ -1,6 +1,6 @@
-"""Runs and saved models that the first edition wrote give the same numbers today.
+"""Runs and saved models of the first edition give the same results today.
 
-tests/parity/golden/old_runs was written on one CPU device by::
+One CPU device wrote tests/parity/golden/old_runs::
 
     git worktree add --detach ../first 167c532
     PYTHONPATH=../first .venv/bin/python tests/parity/golden/old_runs/write.py
@@ -25,15 +25,15 @@ OLD = reference.GOLDEN / "old_runs"
 TASKS = ("mae", "classify", "linear_probe")
 
 
-# Eight devices add up in another order than one.
+# Eight devices sum in another order than one.
 RTOL = 1e-5
 
 
 TIMES = {"images_per_second", "seconds_left", "input_bound"}
 
 
-# The first edition moved a probe's statistics by gradients, and counted those too.
-OTHERS = {"linear_probe": {"gradient_norm"}}
+# The first edition updated a probe's statistics by gradients, which its norm included.
+NOT_COMPARABLE = {"linear_probe": {"gradient_norm"}}
 
 
 pytestmark = [pytest.mark.usefixtures("quick"), pytest.mark.slow]
@@ -49,19 +49,19 @@ def unpacked(tmp_path, monkeypatch):
 
 
 def run(task, workdir, *flags):
-    """The command line with the task's recipe of the first edition."""
+    """Run the command line with the task's recipe of the first edition."""
     recipe = f"--config={OLD / 'recipe.py'}:{task}"
     assert main([recipe, f"--workdir={workdir}", *flags]) == 0
 
 
 def check_lines(task, workdir):
-    """metrics.jsonl has what the first edition wrote, apart from times."""
+    """Check that metrics.jsonl equals that of the first edition, except for times."""
     expected = [json.loads(x) for x in (OLD / f"{task}.jsonl").read_text().splitlines()]
     path = Path(workdir, "metrics.jsonl")
     found = [json.loads(x) for x in path.read_text().splitlines()]
     assert [x["step"] for x in found] == [x["step"] for x in expected]
     for line, old in zip(found, expected, strict=True):
-        for name in old.keys() - TIMES - OTHERS.get(task, set()):
+        for name in old.keys() - TIMES - NOT_COMPARABLE.get(task, set()):
             np.testing.assert_allclose(
                 line[name], old[name], RTOL, err_msg=f"step {old['step']} {name}"
             )
@@ -69,7 +69,7 @@ def check_lines(task, workdir):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_run_resumes(task, unpacked, capsys):
-    """From step 4 to the end, with evaluations after steps 4 and 8."""
+    """A run resumes from step 4; evaluations follow steps 4 and 8."""
     run(task, f"{task}/run")
     assert "resuming at step 4" in capsys.readouterr().out
     check_lines(task, f"{task}/run")
@@ -77,14 +77,14 @@ def test_run_resumes(task, unpacked, capsys):
 
 @pytest.mark.parametrize("task", TASKS[1:])
 def test_run_starts_from_an_old_one(task, unpacked):
-    """All eight steps, with the old encoder as `init_from`."""
+    """Eight steps start from the old encoder as `init_from`."""
     run(task, "new", "--config.init_from=mae/run")
     check_lines(task, "new")
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_evaluation(task, unpacked, capsys):
-    """``--mode eval`` prints the old numbers, to the digits that it prints."""
+    """``--mode eval`` prints the old values, to the printed digits."""
     run(task, f"{task}/run", "--mode=eval")
     numbers = [
         [float(x) for x in re.findall(r"\d+\.?\d*", text.splitlines()[-1])]
@@ -96,7 +96,7 @@ def test_evaluation(task, unpacked, capsys):
 @pytest.mark.parametrize("directory", ["run", "saved"])
 @pytest.mark.parametrize("task", TASKS)
 def test_model_loads(task, directory, unpacked):
-    """`load_pretrained` of the workdir and of a directory of `save_pretrained`."""
+    """`load_pretrained` reads the workdir and the directory of `save_pretrained`."""
     found = outputs(hivit_jax.load_pretrained(f"{task}/{directory}"))
     if task == "linear_probe":  # running mean and variance of 16 features counted then
         found["parameters"] += 32

@@ -1,9 +1,8 @@
-"""Several processes as one run: the same numbers, one end for all, and no hanging."""
+"""Several processes as one run: equal results, coordinated exits, no hanging."""
 
 import os
 import re
 import signal
-import socket
 import time
 
 import numpy as np
@@ -16,7 +15,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.processes]
 STEPS = 40
 
 
-PATIENCE = 900  # seconds, because the machine may be busy
+PATIENCE = 900  # seconds; the machine may be busy
 
 
 RUN = dict(
@@ -32,30 +31,23 @@ RUN = dict(
 ALONE = RUN | dict(peer_timeout=10, stall_timeout=60)
 
 
-def free_address():
-    """HOST:PORT that no other process uses."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        return f"localhost:{free.getsockname()[1]}"
-
-
 class Pod:
     """A run as `count` processes on loopback.
 
     Args:
-      flags: one list for all, or one for each process.
+      flags: one list for all processes, or one for each.
     """
 
     def __init__(self, workdir, count, environment, *flags):
-        address = free_address()
+        address = recipes.free_address()
         workdir.mkdir(exist_ok=True)
         self.logs = [workdir.parent / f"{workdir.name}.{i}.log" for i in range(count)]
         flags = flags * count if len(flags) == 1 else flags
-        several = [f"--coordinator_address={address}", f"--num_processes={count}"]
+        pod_flags = [f"--coordinator_address={address}", f"--num_processes={count}"]
         self.processes = [
-            recipes.start(
+            recipes.start_process(
                 *("-u", "-m", "hivit_jax.main", f"--workdir={workdir}", *flags[index]),
-                *([*several, f"--process_id={index}"] if count > 1 else []),
+                *([*pod_flags, f"--process_id={index}"] if count > 1 else []),
                 log=self.logs[index],
                 **environment,
             )
@@ -63,7 +55,7 @@ class Pod:
         ]
 
     def wait_for_step(self, step):
-        """Until process 0 has told of this many steps."""
+        """Wait until process 0 has logged this step."""
         for _ in range(20 * PATIENCE):
             found = re.findall(r"step (\d+)/", self.logs[0].read_text())
             if found and int(found[-1]) >= step:
@@ -73,7 +65,7 @@ class Pod:
         raise AssertionError("no steps")
 
     def errors(self):
-        """What every process said on stderr; waits for its end."""
+        """Wait for the end of all processes; return their stderr."""
         return [process.communicate(timeout=PATIENCE)[1] for process in self.processes]
 
     def codes(self):
@@ -85,7 +77,7 @@ class Pod:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory, environment):
-    """Workdir of a run in one process that nothing disturbed."""
+    """Workdir of an uninterrupted run in one process."""
     workdir = tmp_path_factory.mktemp("alone") / "run"
     pod = Pod(workdir, 1, environment, recipes.arguments(**RUN))
     errors = pod.errors()
@@ -93,15 +85,15 @@ def alone(tmp_path_factory, environment):
     return workdir
 
 
-def test_a_signal_stops_all_and_another_number_goes_on(alone, environment, tmp_path):
-    """Two processes, Ctrl-C to one of them; then one process to the end."""
+def test_a_signal_stops_all_processes_and_one_resumes(alone, environment, tmp_path):
+    """SIGINT to one of two processes stops both; one process resumes."""
     run, flags = tmp_path / "run", recipes.arguments(**RUN)
     pod = Pod(run, 2, environment, flags)
     pod.wait_for_step(2)
     pod.processes[1].send_signal(signal.SIGINT)
     errors = pod.errors()
     assert pod.codes() == [75] * 2, errors
-    (saved,) = recipes.saved(run)
+    (saved,) = recipes.saved_steps(run)
     assert 2 <= saved < STEPS
     for error in errors:
         assert f"SIGTERM to one of the processes: step {saved} of {STEPS}" in error
@@ -110,45 +102,48 @@ def test_a_signal_stops_all_and_another_number_goes_on(alone, environment, tmp_p
     errors = pod.errors()
     assert pod.codes() == [0], errors
     assert f"resuming at step {saved} from" in pod.output()
-    expected, found = recipes.lines(alone), recipes.lines(run)
+    losses, found = recipes.logged(alone), recipes.logged(run)
     assert list(found) == list(range(1, STEPS + 1))
-    np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-5)
-    ours, theirs = recipes.stored(run, STEPS), recipes.stored(alone, STEPS)
+    np.testing.assert_allclose(list(found.values()), list(losses.values()), rtol=1e-5)
+    resumed, expected = (
+        recipes.saved_arrays(run, STEPS),
+        recipes.saved_arrays(alone, STEPS),
+    )
     for item in ("params", "ema"):
-        for name, array in ours[item].items():
-            difference = np.abs(array - theirs[item][name])
-            if name.endswith("qkv/bias"):  # Adam moves keys' biases by rounding alone
+        for name, array in resumed[item].items():
+            difference = np.abs(array - expected[item][name])
+            if name.endswith("qkv/bias"):  # Adam's steps of key biases are rounding
                 difference = difference[[0, 2]]
             assert difference.max() < 1e-4, name
 
 
-@pytest.mark.parametrize(("lost", "how"), [(1, "SIGSTOP"), (0, "SIGKILL")])
-def test_a_lost_process_ends_the_others(lost, how, environment, tmp_path):
-    """JAX aborts them; the checkpoint before it is complete."""
+@pytest.mark.parametrize(("lost", "signal_name"), [(1, "SIGSTOP"), (0, "SIGKILL")])
+def test_a_lost_process_ends_the_others(lost, signal_name, environment, tmp_path):
+    """JAX aborts the other process; the last checkpoint is complete."""
     flags = recipes.arguments(**RUN | dict(total_steps=100_000, checkpoint_every=5))
     pod = Pod(tmp_path / "run", 2, environment, flags)
     pod.wait_for_step(8)
-    while not recipes.saved(tmp_path / "run") and pod.processes[0].poll() is None:
+    while not recipes.saved_steps(tmp_path / "run") and pod.processes[0].poll() is None:
         time.sleep(0.1)
-    os.kill(pod.processes[lost].pid, signal.Signals[how])
+    os.kill(pod.processes[lost].pid, signal.Signals[signal_name])
     error = pod.processes[1 - lost].communicate(timeout=PATIENCE)[1]
     pod.processes[lost].kill()
     assert pod.processes[1 - lost].returncode == -signal.SIGABRT, error
     assert "another task died" in error
     assert "Traceback" not in error
-    steps = recipes.saved(tmp_path / "run")
+    steps = recipes.saved_steps(tmp_path / "run")
     assert steps
     assert all(step % 5 == 0 for step in steps)
 
 
 def test_divergence_on_all_processes(environment, tmp_path):
-    """All return its exit code, although the others need process 0 until their end."""
+    """All processes return its exit code, although process 0 must end last."""
     flags = recipes.arguments(**RUN, optimizer__base_learning_rate=1e30)
     pod = Pod(tmp_path / "run", 2, environment, flags)
     errors = pod.errors()
     assert pod.codes() == [3] * 2, errors
     assert all("expected finite numbers" in error for error in errors)
-    assert recipes.saved(tmp_path / "run")
+    assert recipes.saved_steps(tmp_path / "run")
 
 
 ENDING = """
@@ -177,7 +172,7 @@ def wait():
     all_processes(True)
 
 def train_together(*_):
-    all_processes(True)  # later collectives wait without a limit
+    all_processes(True)  # later collectives have no timeout
     ACTION()
 
 train.train = train_together
@@ -196,11 +191,11 @@ sys.exit(main.main())
         (("fail", "wait"), (1, -signal.SIGABRT), ("Error: a bug", "task died")),
     ],
 )
-def test_ends_of_two_processes(actions, codes, messages, environment, tmp_path):
-    """One error at different times, a stall of one process, an error of one alone."""
-    address = free_address()
+def test_exit_codes_of_two_processes(actions, codes, messages, environment, tmp_path):
+    """Exit codes: one error at different times, a stall, an error of one process."""
+    address = recipes.free_address()
     started = [
-        recipes.start(
+        recipes.start_process(
             "-c",
             ENDING.replace("INDEX", str(index)).replace("ACTION", action),
             *recipes.arguments(**ALONE),
@@ -233,22 +228,24 @@ sys.exit(main.main())
 
 
 def test_a_data_error_of_one_process(environment, tmp_path):
-    """It is printed and returned at once, nothing is saved; the other aborts."""
-    address = free_address()
+    """The error is printed at once and nothing is saved; the other process aborts."""
+    address = recipes.free_address()
     flags = [*recipes.arguments(**ALONE), f"--workdir={tmp_path}/run"]
-    several = [f"--coordinator_address={address}", "--num_processes=2"]
+    pod_flags = [f"--coordinator_address={address}", "--num_processes=2"]
     started = [
-        recipes.start(*script, *flags, *several, f"--process_id={i}", **environment)
+        recipes.start_process(
+            *script, *flags, *pod_flags, f"--process_id={i}", **environment
+        )
         for i, script in enumerate([("-m", "hivit_jax.main"), ("-c", BAD_LABEL)])
     ]
     errors = [process.communicate(timeout=PATIENCE)[1] for process in started]
     codes = [process.returncode for process in started]
     assert codes == [-signal.SIGABRT, 4], errors
     assert "error: label 10" in errors[1]
-    assert recipes.saved(tmp_path / "run") == []
+    assert recipes.saved_steps(tmp_path / "run") == []
 
 
-def test_processes_that_do_not_agree(environment, tmp_path):
+def test_processes_with_different_configs(environment, tmp_path):
     flags = [recipes.arguments(**RUN, seed=seed) for seed in (0, 1)]
     pod = Pod(tmp_path / "run", 2, environment, *flags)
     errors = pod.errors()
@@ -277,9 +274,9 @@ sys.exit(main.main([path, *flags, "--config.data.dir=same", "--workdir=run"]))
 """
 
 
-def test_processes_with_other_files(environment, tmp_path):
-    """Of the same names, for one command: a dataset, then a workdir's checkpoints."""
-    address = free_address()
+def test_processes_with_different_files(environment, tmp_path):
+    """Processes with different datasets, or with different checkpoints, are refused."""
+    address = recipes.free_address()
     for index in range(2):
         for dataset, count in (("differing", 20 + index), ("same", 20)):
             for split in ("train", "val"):
@@ -290,7 +287,7 @@ def test_processes_with_other_files(environment, tmp_path):
         (tmp_path / str(index) / "run" / "checkpoints").mkdir(parents=True)
     (tmp_path / "1" / "run" / "checkpoints" / "7" / "params").mkdir(parents=True)
     processes = [
-        recipes.start(
+        recipes.start_process(
             *("-c", DIFFERING, address, index, tmp_path / str(index)),
             *recipes.arguments(**RUN),
             **environment,
@@ -301,7 +298,7 @@ def test_processes_with_other_files(environment, tmp_path):
     try:
         errors = [process.communicate(timeout=PATIENCE)[1] for process in processes]
     finally:
-        for process in processes:  # one may wait for the other
+        for process in processes:  # one may still wait
             process.kill()
     assert [process.returncode for process in processes] == [2, 2], errors
     differ = "expected the value of process 0, found another on process 1 of 2."

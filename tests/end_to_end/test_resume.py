@@ -1,4 +1,4 @@
-"""Killed and interrupted runs go on to the same bits, as real processes."""
+"""Killed and interrupted runs resume bit-identically, as real processes."""
 
 import re
 import signal
@@ -14,13 +14,13 @@ STEPS, EVERY = 120, 50
 
 @pytest.fixture(scope="module")
 def environment(environment):
-    """No place for compiled programs but the one that the config names."""
+    """Variables without a compilation cache other than that of the config."""
     return environment | {"JAX_COMPILATION_CACHE_DIR": ""}
 
 
 @pytest.fixture(scope="module")
 def synthetic(tmp_path_factory):
-    """What is overridden of the recipe; compiled programs go to a directory of all."""
+    """Overrides with a compilation cache that all tests share."""
     return dict(
         total_steps=STEPS,
         checkpoint_every=EVERY,
@@ -37,13 +37,13 @@ def command(workdir, source, **overrides):
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory, environment):
-    """source -> (workdir of a run that nothing disturbed, what it printed)."""
+    """Function from source to (workdir of an uninterrupted run, its stdout)."""
     found = {}
 
     def run(source, **overrides):
         if source not in found:
             workdir = tmp_path_factory.mktemp(source)
-            code, out, err = recipes.run(
+            code, out, err = recipes.run_process(
                 *command(workdir, source, **overrides), **environment
             )
             assert code == 0, err
@@ -53,24 +53,24 @@ def uninterrupted(tmp_path_factory, environment):
     return run
 
 
-def disturb(workdir, source, number, after, environment, **overrides):
-    """Starts a run; sends it a signal when it has done `after` more steps.
+def interrupt(workdir, source, number, after, environment, **overrides):
+    """Start a run; send it a signal after `after` more steps.
 
-    Waits for a checkpoint too where the recipe writes one before that step.
+    Waits for the checkpoints that are due before that step, too.
 
     Returns:
       (exit code, stdout, stderr).
     """
     log = workdir.with_suffix(".log")
-    begun = max(recipes.lines(workdir), default=0) if workdir.exists() else 0
-    process = recipes.start(
+    begun = max(recipes.logged(workdir), default=0) if workdir.exists() else 0
+    process = recipes.start_process(
         *command(workdir, source, **overrides), log=log, **environment
     )
     due = [s for s in range(1, after) if s % overrides["checkpoint_every"] == 0]
     while not (
         workdir.exists()
-        and max(recipes.lines(workdir), default=0) >= begun + after
-        and set(due) <= set(recipes.saved(workdir))
+        and max(recipes.logged(workdir), default=0) >= begun + after
+        and set(due) <= set(recipes.saved_steps(workdir))
     ):
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.005)
@@ -79,75 +79,91 @@ def disturb(workdir, source, number, after, environment, **overrides):
     return process.returncode, log.read_text(), err
 
 
-def same_run(workdir, expected):
-    """The last state and all losses are identical; every step is there once."""
-    assert recipes.saved(workdir)[-1] == recipes.saved(expected)[-1] == STEPS
-    state = recipes.stored(workdir, STEPS)
+def check_same_run(workdir, expected):
+    """Check that the last state and all losses are identical, each step logged once."""
+    assert (
+        recipes.saved_steps(workdir)[-1] == recipes.saved_steps(expected)[-1] == STEPS
+    )
+    state = recipes.saved_arrays(workdir, STEPS)
     assert int(state["optimizer"]["step"]) == STEPS
-    recipes.assert_identical(state, recipes.stored(expected, STEPS))
-    losses = recipes.lines(workdir)
+    recipes.assert_identical(state, recipes.saved_arrays(expected, STEPS))
+    losses = recipes.logged(workdir)
     assert list(losses) == list(range(1, STEPS + 1))
-    assert losses == recipes.lines(expected)
+    assert losses == recipes.logged(expected)
     for name in ("gradient_norm", "eval/loss"):
-        assert recipes.lines(workdir, name) == recipes.lines(expected, name)
+        assert recipes.logged(workdir, name) == recipes.logged(expected, name)
 
 
 def test_killed_run(uninterrupted, synthetic, environment, tmp_path):
-    """On made-up images; test_imagenet.py kills runs that read files."""
+    """A killed run resumes; test_imagenet.py kills runs that read files."""
     source, overrides = "synthetic", synthetic
     expected, _ = uninterrupted(source, **overrides)
-    assert "ema" in recipes.stored(expected, STEPS)
+    assert "ema" in recipes.saved_arrays(expected, STEPS)
     workdir = tmp_path / "killed"
-    code, *_ = disturb(
+    code, *_ = interrupt(
         workdir, source, signal.SIGKILL, EVERY + 5, environment, **overrides
     )
     assert code == -signal.SIGKILL
-    reached, saved = max(recipes.lines(workdir)), recipes.saved(workdir)[-1]
+    reached, saved = (
+        max(recipes.logged(workdir)),
+        recipes.saved_steps(workdir)[-1],
+    )
     assert saved < STEPS
     assert saved <= reached < STEPS
 
-    code, out, err = recipes.run(*command(workdir, source, **overrides), **environment)
+    code, out, err = recipes.run_process(
+        *command(workdir, source, **overrides), **environment
+    )
     assert code == 0, err
     assert f"resuming at step {saved} from" in out
     assert re.findall(r"^step (\d+)/", out, re.M)[0] == str(saved + 1)
     assert "read from the cache in" in out
     assert list(overrides["compilation_cache"].iterdir())
     assert not (workdir / "compiled").exists()
-    same_run(workdir, expected)
+    check_same_run(workdir, expected)
     assert (workdir / "figures" / f"reconstruction_{STEPS:07d}.png").is_file()
 
 
 def test_interrupted_run(uninterrupted, synthetic, environment, tmp_path):
-    """SIGTERM, then Ctrl-C; no checkpoint is written but for them."""
+    """SIGTERM, then Ctrl-C: each saves the only checkpoint of its step."""
     expected, _ = uninterrupted("synthetic", **synthetic)
     workdir, options = tmp_path / "interrupted", synthetic | {"checkpoint_every": 1000}
     stopped = []
     for number in (signal.SIGTERM, signal.SIGINT):
-        code, _, err = disturb(workdir, "synthetic", number, 5, environment, **options)
+        code, _, err = interrupt(
+            workdir, "synthetic", number, 5, environment, **options
+        )
         assert code == 75
         message = f"{number.name}: step (\\d+) of {STEPS} is saved in {workdir}; run"
         step = int(re.search(message, err)[1])
         assert "Traceback" not in err
-        assert recipes.saved(workdir) == [*stopped, step]
-        assert max(recipes.lines(workdir)) == step
-        assert int(recipes.stored(workdir, step)["optimizer"]["step"]) == step < STEPS
+        assert recipes.saved_steps(workdir) == [*stopped, step]
+        assert max(recipes.logged(workdir)) == step
+        assert (
+            int(recipes.saved_arrays(workdir, step)["optimizer"]["step"])
+            == step
+            < STEPS
+        )
         stopped.append(step)
 
     arguments = command(workdir, "synthetic", **options)
-    code, out, err = recipes.run(*arguments, **environment)
+    code, out, err = recipes.run_process(*arguments, **environment)
     assert code == 0, err
     assert f"resuming at step {stopped[-1]} from" in out
-    same_run(workdir, expected)
+    check_same_run(workdir, expected)
 
 
 def test_finished_run_only_evaluates(uninterrupted, synthetic, environment):
     workdir, before = uninterrupted("synthetic", **synthetic)
-    losses, state = recipes.lines(workdir), recipes.stored(workdir, STEPS)
+    losses, state = (
+        recipes.logged(workdir),
+        recipes.saved_arrays(workdir, STEPS),
+    )
     arguments = command(workdir, "synthetic", **synthetic)
-    code, out, err = recipes.run(*arguments, **environment)
+    code, out, err = recipes.run_process(*arguments, **environment)
     assert code == 0, err
     assert not re.search(rf"^step \d+/{STEPS}|compil", out, re.M)
     evaluation = [line for line in before.splitlines() if "eval  loss" in line][-1]
     assert evaluation in out.splitlines()
-    assert recipes.lines(workdir) == losses
-    recipes.assert_identical(recipes.stored(workdir, STEPS), state)
+    assert recipes.logged(workdir) == losses
+    recipes.assert_identical(recipes.saved_arrays(workdir, STEPS), state)

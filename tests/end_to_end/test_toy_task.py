@@ -1,8 +1,7 @@
-"""A task of a user's own, `toy.Segmentation`, through the command line and its end."""
+"""A user's own task, `toy.Segmentation`, in every mode of the command line."""
 
 import json
 import os
-import socket
 import time
 from pathlib import Path
 
@@ -37,7 +36,7 @@ def get_config():
 """
 
 
-STEPS = 6  # an epoch is four, three of one bucket and one of the other
+STEPS = 6  # an epoch has four steps, three of one bucket and one of the other
 
 
 @pytest.fixture(scope="module")
@@ -51,14 +50,14 @@ def recipe(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(recipe, tmp_path_factory):
-    """Workdir of a whole run on eight devices."""
+    """Workdir of an uninterrupted run on eight devices."""
     workdir = tmp_path_factory.mktemp("whole")
     finish(start(recipe, workdir, devices=8))
     return workdir
 
 
 def lines(workdir):
-    """Lines of metrics.jsonl without what the clock says."""
+    """Return the lines of metrics.jsonl without times."""
     texts = (Path(workdir) / "metrics.jsonl").read_text().splitlines()
     timed = ("images_per_second", "seconds_left", "input_bound")
     return [
@@ -70,13 +69,11 @@ def lines(workdir):
 def start(recipe, workdir, *flags, **options):
     path = os.pathsep.join([str(recipes.ROOT / "tests" / "helpers"), str(recipes.ROOT)])
     command = ["-m", "hivit_jax.main", f"--config={recipe}", f"--workdir={workdir}"]
-    return recipes.start(*command, *flags, PYTHONPATH=path, **options)
+    return recipes.start_process(*command, *flags, PYTHONPATH=path, **options)
 
 
 def test_training_and_evaluation(run):
-    """It learns; every example is counted once, as a sum and as a record; the
-    unreadable one is left out once an epoch.
-    """
+    """The loss falls; each example counts once; the unreadable one is left out."""
     found = lines(run)
     losses = [line["eval/loss"] for line in found if "eval/loss" in line]
     assert len(losses) == STEPS
@@ -90,9 +87,9 @@ def test_training_and_evaluation(run):
     assert sum(unreadable[:4]) == 1
 
 
-def test_what_is_saved(run):
-    """Statistics, apart from the parameters; frozen weights nowhere."""
-    items = recipes.stored(run, STEPS)
+def test_saved_items(run):
+    """Checkpoints contain statistics apart from parameters, and no frozen weights."""
+    items = recipes.saved_arrays(run, STEPS)
     assert items["model_state"].keys() == {"norm/mean", "norm/var"}
     assert np.abs(items["model_state"]["norm/mean"]).min() > 0
     names = [name for item in items.values() for name in item]
@@ -107,45 +104,44 @@ def test_figure(run):
 
 
 def finish(*processes):
-    """Waits for their end, which must be a good one; their outputs."""
+    """Wait until all processes exit with 0; return their outputs."""
     ends = [process.communicate() for process in processes]
     assert [process.returncode for process in processes] == [0] * len(ends), ends
     return [out for out, _ in ends]
 
 
-def test_goes_on_after_a_kill(recipe, run, tmp_path):
-    """SIGKILL in the middle; then the same bits as a run that was left alone."""
+def test_killed_run_resumes(recipe, run, tmp_path):
+    """A killed run resumes bit-identical to an uninterrupted one."""
     process = start(recipe, tmp_path, devices=8)
-    while 2 not in recipes.saved(tmp_path) and process.poll() is None:
+    while 2 not in recipes.saved_steps(tmp_path) and process.poll() is None:
         time.sleep(0.02)
     process.kill()
     process.communicate()
-    assert STEPS not in recipes.saved(tmp_path)
+    assert STEPS not in recipes.saved_steps(tmp_path)
     [out] = finish(start(recipe, tmp_path, devices=8))
     assert "resuming at step" in out
     assert lines(tmp_path) == lines(run)
     recipes.assert_identical(
-        recipes.stored(tmp_path, STEPS), recipes.stored(run, STEPS)
+        recipes.saved_arrays(tmp_path, STEPS),
+        recipes.saved_arrays(run, STEPS),
     )
 
 
-def test_one_device_computes_what_eight_do(recipe, run, tmp_path):
-    """Statistics of microbatches included."""
+def test_one_device_equals_eight(recipe, run, tmp_path):
+    """Results agree, statistics of microbatches included."""
     finish(start(recipe, tmp_path))
     for one, other in zip(lines(tmp_path), lines(run), strict=True):
         assert one == pytest.approx(other, rel=2e-5)
-    alone, eight = (recipes.stored(w, STEPS) for w in (tmp_path, run))
+    alone, eight = (recipes.saved_arrays(w, STEPS) for w in (tmp_path, run))
     for item in ("params", "model_state"):
         for name, array in eight[item].items():
             assert_allclose(alone[item][name], array, rtol=2e-5, atol=1e-6)
 
 
 def test_two_processes(recipe, run, tmp_path):
-    """Records of both are put together; both return 0."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    flags = [f"--coordinator_address=localhost:{port}", "--num_processes=2"]
+    """Records of both processes are gathered; both return 0."""
+    address = recipes.free_address()
+    flags = [f"--coordinator_address={address}", "--num_processes=2"]
     pair = [
         start(recipe, tmp_path, *flags, f"--process_id={index}", devices=2)
         for index in range(2)
@@ -166,7 +162,7 @@ def test_mode_eval(recipe, run, capsys):
 def test_mode_describe(recipe, capsys):
     assert main([f"--config={recipe}", "--mode=describe"]) == 0
     out = capsys.readouterr().out
-    assert "64 images, 4.0 steps each" in out
+    assert "64 images, 4.0 steps" in out
 
 
 @pytest.mark.extras
@@ -179,9 +175,7 @@ def test_compiling_ahead(recipe, tmp_path, capsys):
 
 
 def test_predictions(recipe, run, tmp_path, capsys):
-    """Of the test split, and of a directory of images without maps; the bright cells
-    are found.
-    """
+    """Predict the test split and a directory of images without maps."""
     flags = ["--checkpoint", str(run), "--out"]
     assert predict.main([*flags, str(tmp_path / "split")]) == 0
     assert "17 of 17 images predicted" in capsys.readouterr().out

@@ -1,15 +1,19 @@
-"""Configs of the digits and of a folder of photographs, and comparison of batches."""
+"""Configs of datasets, encoded images and comparison of batches."""
 
+import io
+
+import numpy as np
 import recipes
 from numpy.testing import assert_array_equal
+from PIL import Image
 
 from hivit_jax import config
 
 RECIPE = recipes.ROOT / "configs" / "digits_finetune.py"
 
 
-def load(**overrides):
-    """A digits recipe with everything that these tests depend on set."""
+def digits_config(**overrides):
+    """Load a digits config in which all keys that these tests depend on are set."""
     values = {
         "seed": 0,
         "batch_size": 96,
@@ -25,8 +29,9 @@ def load(**overrides):
     return config.load(str(RECIPE), [f"--config.{k}={v}" for k, v in values.items()])
 
 
-def load_folder(root, **overrides):
-    return load(
+def folder_config(root, **overrides):
+    """Load a config of class folders."""
+    return digits_config(
         **{
             "data__name": "folder",
             "data__dir": root,
@@ -43,7 +48,22 @@ def load_folder(root, **overrides):
     )
 
 
+def noise_image(*shape):
+    """Return uint8 noise."""
+    return np.random.RandomState(0).randint(0, 256, shape).astype(np.uint8)
+
+
+def encode(image, kind, **options):
+    """Encode an image or an array in a format of Pillow."""
+    if isinstance(image, np.ndarray):
+        image = Image.fromarray(image)
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
 def assert_batches_equal(ones, others):
+    """Check that two sequences of batches are equal, dtypes included."""
     ones, others = list(ones), list(others)
     assert len(ones) == len(others) > 0
     for one, other in zip(ones, others, strict=True):

@@ -1,9 +1,9 @@
-"""One host of several.
+"""Program of one host in a multi-process test.
 
-python tests/helpers/hosts.py ADDRESS COUNT INDEX OUT WORKDIR FLAG...
+    python tests/helpers/hosts.py ADDRESS COUNT INDEX OUT WORKDIR FLAG...
 
-Writes its shares of some batches to OUT.npz, and with the others evaluates WORKDIR's
-checkpoint; the numbers go to OUT.json.
+Writes this host's shares of some batches to OUT.npz. Evaluates WORKDIR's checkpoint
+together with the other hosts and writes the results to OUT.json.
 """
 
 import json

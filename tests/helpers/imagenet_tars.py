@@ -1,4 +1,4 @@
-"""ImageNet's tar files with a few small images."""
+"""ImageNet's tar files, with a few small images."""
 
 import io
 import tarfile
@@ -16,7 +16,7 @@ WNIDS = ("n15075141", "n01440764", "n01443537")
 LABELS = {"n15075141": 999, "n01440764": 0, "n01443537": 1}
 
 
-VALIDATION_LABELS = [65, 970, 230, 809, 516, 57]  # of ILSVRC2012's first six
+VALIDATION_LABELS = [65, 970, 230, 809, 516, 57]  # of ILSVRC2012's images 1 to 6
 
 
 def write_tars(
@@ -26,7 +26,7 @@ def write_tars(
     validation: Iterable[int] = range(1, 7),
     size: tuple[int, int] = (48, 64),
 ) -> dict[str, dict[str, bytes]]:
-    """Writes ImageNet's two tar files, of noise.
+    """Write ImageNet's two tar files with images of noise.
 
     Args:
       validation: numbers of the validation images.
@@ -56,7 +56,7 @@ def write_tars(
 
 
 def packed(files: dict[str, bytes]) -> bytes:
-    """A tar file of these."""
+    """Return a tar file of these files."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as archive:
         for name, content in files.items():

@@ -1,4 +1,4 @@
-"""Residual branches in plain JAX and as kernels, and how far they are apart."""
+"""Residual branches in plain JAX and as fused kernels, and their relative errors."""
 
 import math
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from networks import abstract, pictures, weight
+from networks import abstract_model, random_array, random_weight
 
 from hivit_jax.kernels.attention_tpu import attention_block
 from hivit_jax.kernels.mlp_tpu import mlp_block
@@ -17,17 +17,17 @@ from hivit_jax.kernels.numerics import Plan, Weights
 from hivit_jax.tree import split
 
 EPS = 1e-6
-library_attention = jax.nn.dot_product_attention  # before a test puts another there
+library_attention = jax.nn.dot_product_attention  # the original; tests patch it
 
 
 class Case(NamedTuple):
     """A residual branch of rows [T, C].
 
-    platform: that the kernel is for.
-    shapes: of the inputs: rows, LayerNorm's scale and bias, two Linears.
+    platform: backend of the kernel.
+    shapes: of rows, LayerNorm's scale and bias, and two linear layers.
     plain: (*inputs, add) -> [T, C].
     fused: (*inputs, add, keep, interpret) -> [T, C], one kernel.
-    keeps: whether `keep` makes a difference.
+    keeps: the kernel implements `keep`.
     """
 
     platform: str
@@ -37,22 +37,23 @@ class Case(NamedTuple):
     keeps: bool = True
 
 
-def arrays(*shapes, dtype=jnp.float32):
+def random_arrays(*shapes, dtype=jnp.float32):
+    """Return random arrays of these shapes."""
     return [
-        jnp.asarray(pictures(shape, f"kernel {i}") / np.sqrt(shape[0]), dtype)
+        jnp.asarray(random_array(shape, f"kernel {i}") / np.sqrt(shape[0]), dtype)
         for i, shape in enumerate(shapes)
     ]
 
 
-def inputs_of(case: Case):
-    """(inputs, a direction for their gradients), float32."""
-    *inputs, direction = arrays(*case.shapes, case.shapes[0])
+def random_inputs(case: Case):
+    """Return (inputs, cotangent of the output), float32."""
+    *inputs, direction = random_arrays(*case.shapes, case.shapes[0])
     inputs[1] = 1 + inputs[1]
     return inputs, direction
 
 
 def in_bfloat16(inputs):
-    """All but LayerNorm's."""
+    """Cast all inputs except LayerNorm's to bfloat16."""
     return [x if i in (1, 2) else x.astype(jnp.bfloat16) for i, x in enumerate(inputs)]
 
 
@@ -75,12 +76,13 @@ def plain_attention(x, scale, bias, qkv, qkv_bias, proj, proj_bias, add, heads, 
 
 
 def shapes_of(rows, width, middle, end):
+    """Return the shapes of rows, LayerNorm and two linear layers."""
     shapes = [(rows, width), (width,), (width,), (width, middle), (middle,)]
     return [*shapes, (end, width), (width,)]
 
 
 def mlp(rows, width, hidden, block):
-    """`block`: rows of x that the kernel works on at a time."""
+    """Return the case of an MLP whose TPU kernel processes `block` rows at a time."""
 
     def fused(x, *weights, **options):
         return mlp_block(x, Weights(*weights), Plan(EPS, rows=block, **options))
@@ -110,7 +112,7 @@ CASES = {
     "mlp": mlp(96, 128, 256, 32),
     "mlp on GPUs": gpu_mlp(128, 128, 384),
     "wide mlp on GPUs": gpu_mlp(192, 256, 256),
-    # Two images at a time, in windows that begin where tiles do.
+    # Blocks of several images, so that each block begins at a tile.
     "attention of 49": attention(16, 49, 128, 4, 784),
     "attention of 196": attention(8, 196, 128, 2, 784),
     "attention of 144": attention(2, 144, 256, 8, 144),
@@ -118,41 +120,43 @@ CASES = {
 }
 
 
-def results(function, inputs, direction):
-    """Outputs and gradients with respect to every input."""
+def output_and_gradients(function, inputs, direction):
+    """Return the output and the gradients with respect to every input."""
     value, pull = jax.vjp(function, *inputs)
     return value, *pull(direction.astype(value.dtype))
 
 
-def errors(function, inputs, direction, truth, jit):
-    """Of output and gradients, relative, by their norms."""
-    found = jit(partial(results, function))(inputs, direction)
+def relative_errors(function, inputs, direction, truth, jit):
+    """Return the relative errors (by norm) of the output and of each gradient."""
+    found = jit(partial(output_and_gradients, function))(inputs, direction)
     return [
         float(jnp.linalg.norm(a.astype(jnp.float32) - b) / jnp.linalg.norm(b))
         for a, b in zip(found, truth, strict=True)
     ]
 
 
-def assert_no_less_exact(case, jit, keep, interpret):
-    """In bfloat16: errors against float32, output and all seven gradients, are at most
-    those of the plain path, and a tenth more.
+def assert_bfloat16_errors(case, jit, keep, interpret):
+    """Check bfloat16 errors of a kernel against those of plain JAX.
+
+    The errors of the output and of all seven gradients are relative to float32. Each
+    may exceed the error of plain JAX by a tenth.
     """
-    inputs, direction = inputs_of(case)
+    inputs, direction = random_inputs(case)
     inputs = in_bfloat16(inputs)
-    exact = [x.astype(jnp.float32) for x in inputs]
-    truth = results(partial(case.plain, add=True), exact, direction)
+    wide = [x.astype(jnp.float32) for x in inputs]
+    truth = output_and_gradients(partial(case.plain, add=True), wide, direction)
     fused = partial(case.fused, add=True, keep=keep, interpret=interpret)
-    here, there = (
-        errors(function, inputs, direction, truth, jit)
+    ours, plain = (
+        relative_errors(function, inputs, direction, truth, jit)
         for function in (fused, partial(case.plain, add=True))
     )
-    assert max(here) < 0.02
-    assert all(a < 1.1 * b + 1e-4 for a, b in zip(here, there, strict=True))
+    assert max(ours) < 0.02
+    assert all(a < 1.1 * b + 1e-4 for a, b in zip(ours, plain, strict=True))
 
 
-# --- Blocks whose attention no kernel may run ---------------------------------------
+# Blocks whose attention must not run as a kernel
 
-BLOCK_GRID, WINDOW = (3, 5), 2  # an odd number of tokens; windows that are not full
+BLOCK_GRID, WINDOW = (3, 5), 2  # an odd number of tokens; partly filled windows
 SPECIAL = {
     "nothing": {},
     "key mask": {},
@@ -161,14 +165,12 @@ SPECIAL = {
 }
 
 
-def attention_of(special: str, batch: int, mlp_ratio: float = 4.0, **options):
-    """A main-stage block 128 wide: its module's graph and parameters, and the inputs
-    that belong to it beside x.
-    """
+def main_stage_block(special: str, batch: int, mlp_ratio: float = 4.0, **options):
+    """Return a main-stage block of width 128: graphdef, parameters, inputs beside x."""
     options = {"relative_position": False} | SPECIAL[special] | options
     sizes = {"embed_dim": 128, "depths": (1, 1, 1), "num_heads": 2}
     grid = options.pop("grid", BLOCK_GRID)
-    model = abstract(
+    model = abstract_model(
         "hivit_base",
         image_size=tuple(16 * side for side in grid),
         mlp_ratio=mlp_ratio,
@@ -182,31 +184,33 @@ def attention_of(special: str, batch: int, mlp_ratio: float = 4.0, **options):
         inputs["key_mask"] = hidden_keys(batch)
     if special == "relative bias":
         inputs["relative_index"] = relative_index()
-    return graphdef, jax.tree_util.tree_map_with_path(weight, params), inputs
+    return graphdef, jax.tree_util.tree_map_with_path(random_weight, params), inputs
 
 
 def unit_coordinates():
-    """Row and column of every unit, row-major."""
+    """Return row and column of every unit, row-major."""
     return np.divmod(np.arange(math.prod(BLOCK_GRID)), BLOCK_GRID[1])
 
 
 def hidden_keys(batch: int) -> np.ndarray:
-    """Every third unit must not be attended to, others in every image."""
+    """Return a key mask [B, N] that hides every third unit, others in every image."""
     units = np.arange(math.prod(BLOCK_GRID))
     return ((units + np.arange(batch)[:, None]) % 3 > 0).astype(np.int32)
 
 
 def relative_index() -> np.ndarray:
-    """Rows of the bias table for each query and key."""
+    """Return the row of the bias table for each query and key, [N, N]."""
     (rows, columns), (height, width) = unit_coordinates(), BLOCK_GRID
     down = rows[:, None] - rows + height - 1
     right = columns[:, None] - columns + width - 1
     return down * (2 * width - 1) + right
 
 
-def block_by_hand(special: str, params: dict, x: jax.Array) -> jax.Array:
-    """The block of `attention_of` in plain JAX, without windows: units of different
-    windows are masked from each other.
+def plain_block(special: str, params: dict, x: jax.Array) -> jax.Array:
+    """Compute the block of `main_stage_block` in plain JAX.
+
+    It masks units of different windows from each other instead of splitting into
+    windows.
     """
     batch, tokens, width = x.shape
     bias, mask = None, None
@@ -223,6 +227,6 @@ def block_by_hand(special: str, params: dict, x: jax.Array) -> jax.Array:
     q, k, v = qkv + params["attn/qkv/bias"][:, None, None]
     y = library_attention(q, k, v, bias=bias, mask=mask).reshape(x.shape)
     x = x + y @ params["attn/proj/kernel"] + params["attn/proj/bias"]
-    arrays = [params[f"norm2/{name}"] for name in ("scale", "bias")]
-    arrays += [params[f"mlp/fc{i}/{k}"] for i in (1, 2) for k in ("kernel", "bias")]
-    return plain_mlp(x.reshape(-1, width), *arrays, add=True).reshape(x.shape)
+    later = [params[f"norm2/{name}"] for name in ("scale", "bias")]
+    later += [params[f"mlp/fc{i}/{k}"] for i in (1, 2) for k in ("kernel", "bias")]
+    return plain_mlp(x.reshape(-1, width), *later, add=True).reshape(x.shape)

@@ -1,5 +1,6 @@
-"""Small networks whose every parameter matters, quick to compile."""
+"""Small networks in which every parameter affects the output; they compile quickly."""
 
+import math
 from functools import cache, partial
 
 import jax
@@ -9,6 +10,8 @@ import reference
 from flax import nnx
 
 from hivit_jax.models import create_model
+from hivit_jax.models.flops import row_cost
+from hivit_jax.models.masking import count_visible_units
 from hivit_jax.tree import leaf_name, named_leaves, split
 
 MINI = dict(image_size=64, embed_dim=64, depths=(1, 1, 2), num_heads=2)
@@ -20,15 +23,15 @@ DEFAULTS = {
 
 
 @cache
-def abstract(name, **overrides):
-    """A model without arrays, of its full size."""
+def abstract_model(name, **overrides):
+    """Return a model whose parameters have shapes but no values."""
     return nnx.eval_shape(lambda: create_model(name, **overrides))
 
 
-def weight(path, leaf):
-    """Numbers for a parameter that keep a variance of about 1 in every layer."""
+def random_weight(path, leaf):
+    """Return a parameter that keeps the variance of activations at about 1."""
     name = leaf_name(path)
-    draw, kind = pictures(leaf.shape, name), name.rsplit("/", 1)[-1]
+    draw, kind = random_array(leaf.shape, name), name.rsplit("/", 1)[-1]
     if kind == "kernel":
         return draw / np.float32(np.sqrt(leaf.shape[0]))
     if kind in ("scale", "bias"):
@@ -37,25 +40,25 @@ def weight(path, leaf):
 
 
 def mini(name="hivit_base", **overrides):
-    """A small model whose every parameter matters."""
-    model = abstract(name, **DEFAULTS[name] | overrides)
+    """Return a small model in which every parameter affects the output."""
+    model = abstract_model(name, **DEFAULTS[name] | overrides)
     graphdef, params = split(model)
-    return nnx.merge(graphdef, jax.tree_util.tree_map_with_path(weight, params))
+    return nnx.merge(graphdef, jax.tree_util.tree_map_with_path(random_weight, params))
 
 
-# Most of the time goes into compiling, so little of it.
+# Without this, most of the test time is compilation.
 fast_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
-def compiled(model, function):
-    """`function` of the model and arrays, as a jitted function of the arrays."""
+def jit_model(model, function):
+    """Jit `function(model, *arrays)` as a function of the arrays."""
     graphdef, params = split(model)
     run = fast_jit(lambda params, *args: function(nnx.merge(graphdef, params), *args))
     return partial(run, params)
 
 
-def shapes(function, *models):
-    """Shapes of what `function` of the models returns; nothing is computed."""
+def output_shapes(function, *models):
+    """Return the output shapes of `function(*models)` without computing it."""
     graphdefs, params = zip(*map(split, models), strict=True)
 
     def run(params):
@@ -64,8 +67,8 @@ def shapes(function, *models):
     return jax.eval_shape(run, params)
 
 
-def attention_by_hand(attention, x, bias):
-    """Attention of one set of units [K, C] with bias [heads, K, K], in numpy."""
+def numpy_attention(attention, x, bias):
+    """Compute attention of units [K, C] with bias [heads, K, K] in numpy."""
     params = {k: np.asarray(v) for k, v in named_leaves(split(attention)[1]).items()}
     kernel, bias_in = params["qkv/kernel"], params["qkv/bias"]
     q, k, v = np.einsum("kc,cthd->thkd", x, kernel) + bias_in[:, :, None]
@@ -76,19 +79,20 @@ def attention_by_hand(attention, x, bias):
 
 
 @cache
-def drawing(name, **overrides):
-    """Key -> parameters of a small model as it starts training."""
+def jit_initializer(name, **overrides):
+    """Return a jitted function from key to initial parameters of a small model."""
     arguments = DEFAULTS[name] | overrides
     return fast_jit(lambda key: split(create_model(name, seed=key, **arguments))[1])
 
 
-def drawn(name, seed, **overrides):
-    """Parameters of a small model as it starts training, by name."""
-    params = drawing(name, **overrides)(jax.random.key(seed))
+def initial_params(name, seed, **overrides):
+    """Return the initial parameters of a small model, by name."""
+    params = jit_initializer(name, **overrides)(jax.random.key(seed))
     return {k: np.asarray(v) for k, v in named_leaves(params).items()}
 
 
-def pictures(shape, tag="pictures"):
+def random_array(shape, tag="pictures"):
+    """Return normally distributed float32 numbers; they depend on shape and tag."""
     return jnp.asarray(reference.normal(tag, shape))
 
 
@@ -97,9 +101,12 @@ def sample_keys(count, seed=0):
 
 
 @cache
-def mae_run(dtype):
-    """Loss, outputs, gradients and parameters of a small masked autoencoder."""
-    images, noise = pictures((2, 64, 64, 3)), jnp.asarray(reference.noise("x", 2, 16))
+def run_small_mae(dtype):
+    """Return loss, outputs, gradients and parameters of a small masked autoencoder."""
+    images, noise = (
+        random_array((2, 64, 64, 3)),
+        jnp.asarray(reference.noise("x", 2, 16)),
+    )
     graphdef, params = split(mini("mae_hivit_base", dtype=dtype))
 
     def run(params):
@@ -109,3 +116,39 @@ def mae_run(dtype):
     step = fast_jit(jax.value_and_grad(run, has_aux=True))
     (loss, out), gradients = step(params)
     return loss, out, named_leaves(gradients), named_leaves(params)
+
+
+def params_by_name(model):
+    """Return the parameters of a model on the host, by name."""
+    return jax.device_get(named_leaves(split(model)[1]))
+
+
+def torch_bicubic(maps, grid):
+    """Resize maps [h, w, D] to [*grid, D] as torch's bicubic: kernel with a = -0.75."""
+
+    def cubic(x, a=-0.75):
+        x = abs(x)
+        if x <= 1:
+            return (a + 2) * x**3 - (a + 3) * x**2 + 1
+        return a * x**3 - 5 * a * x**2 + 8 * a * x - 4 * a if x < 2 else 0.0
+
+    out = np.zeros((*grid, maps.shape[-1]))
+    for row, column in np.ndindex(grid):
+        y = (row + 0.5) * maps.shape[0] / grid[0] - 0.5
+        x = (column + 0.5) * maps.shape[1] / grid[1] - 0.5
+        for i in range(int(np.floor(y)) - 1, int(np.floor(y)) + 3):
+            for j in range(int(np.floor(x)) - 1, int(np.floor(x)) + 3):
+                inside = min(max(i, 0), len(maps) - 1), min(max(j, 0), len(maps[0]) - 1)
+                out[row, column] += cubic(y - i) * cubic(x - j) * maps[inside]
+    return out
+
+
+def training_macs(model, mask_ratio):
+    """Return forward multiply-adds of matrix products.
+
+    The decoder's end skips visible units.
+    """
+    kept = count_visible_units(math.prod(model.encoder.grid), mask_ratio)
+    last = model.decoder_blocks[-1].mlp, model.decoder_pred
+    spared = sum(row_cost(each, kept, 0) for each in last)
+    return model.macs(mask_ratio=mask_ratio, layer_norm_cost=0) - spared

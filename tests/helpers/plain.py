@@ -1,9 +1,9 @@
-"""A second implementation of training and evaluation: from encoded files to updated
-parameters, in numpy and straight JAX, in float64, with none of the package's wiring.
+"""Second implementation of training and evaluation, from encoded files to parameters.
 
-It follows the official code where that has a rule (raster maps, all units embedded and
-then gathered) and states the rules of this library where it has its own (order of
-samples, keys of the draws). `test_every_key.py` compares real runs with it.
+It is written in numpy and plain JAX, in float64, and shares no wiring with the package.
+It follows the official code where that has a rule (raster maps; all units are embedded,
+then gathered). Otherwise it implements the rules of this library (order of samples,
+PRNG keys). `test_every_key.py` compares real runs with it.
 """
 
 import io
@@ -17,21 +17,23 @@ from PIL import Image
 
 from hivit_jax.data import randaugment
 
-# --- Order and draws: functions of (seed, epoch, index) and of (seed, position) ------
+# Order and random numbers: functions of (seed, epoch, index) and of (seed, position)
 
 
 def permutation(seed, epoch, n):
+    """Return the order of the images in an epoch."""
     bits = np.random.MT19937(np.random.SeedSequence([seed, epoch]))
     return np.random.RandomState(bits).permutation(n)
 
 
 def samples_of_step(seed, step, batch_size, n):
-    """[(image index, epoch)] of the samples of one step."""
+    """Return [(image index, epoch)] of the samples of a step."""
     positions = range(step * batch_size, (step + 1) * batch_size)
     return [(permutation(seed, p // n, n)[p % n], p // n) for p in positions]
 
 
 def uniforms(seed, epoch, index, count):
+    """Return uniform numbers in [0, 1) for an image in an epoch."""
     words = np.random.Philox(key=seed, counter=[0, 0, index, epoch]).random_raw(count)
     return (words >> 11) * 2.0**-53
 
@@ -45,11 +47,11 @@ def sample_keys(seed, purpose, first, count):
     return [jax.random.fold_in(base, first + i) for i in range(count)]
 
 
-# --- One image on the host -----------------------------------------------------------
+# One image on the host
 
 
 def random_box(height, width, draws, scale):
-    """(top, left, height, width): torchvision's RandomResizedCrop."""
+    """Return (top, left, height, width) of torchvision's RandomResizedCrop."""
     for size, shape in zip(draws[:10], draws[10:20], strict=True):
         area = height * width * (scale[0] + (scale[1] - scale[0]) * size)
         aspect = math.exp(math.log(3 / 4) + math.log(16 / 9) * shape)
@@ -62,7 +64,7 @@ def random_box(height, width, draws, scale):
 
 
 def center_box(height, width, size, crop_pct):
-    """(top, left, height, width) in pixels of the file: timm's center crop."""
+    """Return (top, left, height, width), in pixels, of timm's center crop."""
     target = [math.floor(side / crop_pct) for side in size]
     ratio = max(target[0] / height, target[1] / width)
     full = [int(height * ratio + 1e-9), int(width * ratio + 1e-9)]
@@ -75,7 +77,7 @@ def center_box(height, width, size, crop_pct):
 
 
 def resize_matrix(start, length, size, extent, interpolation, antialias):
-    """Weights [size, extent], as PIL has them (without antialias: as tf.image)."""
+    """Return weights [size, extent] as in PIL, or as in tf.image without antialias."""
     scale = length / size
     stretch = max(scale, 1.0) if antialias else 1.0
     centers = start + (np.arange(size) + 0.5) * scale
@@ -87,36 +89,37 @@ def resize_matrix(start, length, size, extent, interpolation, antialias):
 
 
 def resize(pixels, box, size, data, on_device):
-    """A box of [h, w, C] -> [*size, C], whole numbers: columns, then rows."""
+    """Resize a box of [h, w, C] to [*size, C] integers: columns first, then rows."""
     top, left, height, width = box
     if data.antialias and not on_device:
         filters = Image.Resampling.BICUBIC, Image.Resampling.BILINEAR
         chosen = filters[data.interpolation == "bilinear"]
         edges = left, top, left + width, top + height
         return np.asarray(Image.fromarray(pixels).resize(size[::-1], chosen, edges))
-    how = data.interpolation, data.antialias
-    columns = resize_matrix(left, width, size[1], pixels.shape[1], *how)
+    options = data.interpolation, data.antialias
+    columns = resize_matrix(left, width, size[1], pixels.shape[1], *options)
     pixels = np.rint(np.einsum("ow,hwc->hoc", columns, pixels)).clip(0, 255)
-    rows = resize_matrix(top, height, size[0], pixels.shape[0], *how)
+    rows = resize_matrix(top, height, size[0], pixels.shape[0], *options)
     return np.rint(np.einsum("oh,hwc->owc", rows, pixels)).clip(0, 255)
 
 
-def augmented_by_randaugment(pixels, draws):
-    """rand-m9-mstd0.5-inc1; the operations themselves are compared with timm's."""
+def apply_randaugment(pixels, draws):
+    """Apply rand-m9-mstd0.5-inc1; another test compares its operations with timm's."""
     from statistics import NormalDist
 
     image, names = Image.fromarray(np.uint8(pixels)), list(randaugment.OPERATIONS)
-    for which, whether, normal, side in np.reshape(draws, (2, 4)):
-        if whether < 0.5:
+    for choice, apply, normal, side in np.reshape(draws, (2, 4)):
+        if apply < 0.5:
             magnitude = min(max(9 + 0.5 * NormalDist().inv_cdf(normal), 0), 10)
-            name, sign = names[int(which * 15)], -1 if side < 0.5 else 1
+            name, sign = names[int(choice * 15)], -1 if side < 0.5 else 1
             image = randaugment.apply(name, image, magnitude, sign)
     return np.asarray(image)
 
 
-def prepared_image(encoded, config, draws=None):
-    """File -> [H, W, C], 0 to 255; with draws as in training, else as in evaluation.
-    None where the file is no image.
+def prepare_image(encoded, config, draws=None):
+    """Decode and crop a file to [H, W, C], 0 to 255; None if it is not an image.
+
+    With draws: random crop of training. Without: center crop of evaluation.
     """
     try:
         pixels = np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB"))
@@ -128,19 +131,19 @@ def prepared_image(encoded, config, draws=None):
         box = center_box(height, width, size, data.crop_pct)
     else:
         top, left, height, width = random_box(height, width, draws, data.crop_scale)
-        # Pixels beside a random crop play no role.
+        # A random crop excludes the pixels around it from the filter.
         pixels = pixels[top : top + height, left : left + width]
         box = 0, 0, height, width
     augment = draws is not None and data.randaugment
     image = resize(pixels, box, size, data, data.canvas > 0 and not augment)
-    return augmented_by_randaugment(image, draws[22:30]) if augment else image
+    return apply_randaugment(image, draws[22:30]) if augment else image
 
 
-# --- One batch -----------------------------------------------------------------------
+# One batch
 
 
-def batch_of(images, config):
-    """Images or None -> (normalized [B, H, W, C], weight [B])."""
+def make_batch(images, config):
+    """Normalize images and fill in for None: (images [B, H, W, C], weight [B])."""
     blank = np.zeros((*config.model.image_size, 3))
     weight = np.array([image is not None for image in images], np.float64)
     pixels = np.stack([blank if image is None else image for image in images])
@@ -155,7 +158,7 @@ def flip(images, keys):
 
 
 def erase(image, key, probability):
-    """timm's RandomErasing in pixel mode."""
+    """Apply timm's RandomErasing in pixel mode."""
     height, width, _ = image.shape
     chosen, sizes, corner, values = jax.random.split(fold(key, "erase"), 4)
     if not jax.random.bernoulli(chosen, probability):
@@ -177,31 +180,31 @@ def erase(image, key, probability):
 
 
 def mix(images, targets, weight, key, mixup, cutmix):
-    """Mixup or CutMix of neighbors, one ratio for the batch."""
+    """Apply Mixup or CutMix to neighbors, with one ratio for the batch."""
     size = np.array(images.shape[1:3])
-    which, ratio, area, place = jax.random.split(key, 4)
-    own = np.ones((*size, 1))
-    if mixup and (not cutmix or not jax.random.bernoulli(which)):
-        share = float(jax.random.beta(ratio, mixup, mixup))
-        own *= share
+    kind, ratio, area, position = jax.random.split(key, 4)
+    own_weight = np.ones((*size, 1))
+    if mixup and (not cutmix or not jax.random.bernoulli(kind)):
+        fraction = float(jax.random.beta(ratio, mixup, mixup))
+        own_weight *= fraction
     else:
         side = np.sqrt(np.float32(1) - jax.random.beta(area, cutmix, cutmix))
         half = np.floor(np.float32(size) * side) // 2
-        center = np.floor(np.asarray(jax.random.uniform(place, (2,))) * size)
+        center = np.floor(np.asarray(jax.random.uniform(position, (2,))) * size)
         low, high = np.maximum(center - half, 0), np.minimum(center + half, size)
         (top, left), (bottom, right) = low.astype(int), high.astype(int)
-        own[top:bottom, left:right] = 0
-        share = own.mean()
+        own_weight[top:bottom, left:right] = 0
+        fraction = own_weight.mean()
     mixed = images.copy(), targets.copy()
     for i in range(len(images)):
         other = i + 1 - 2 * (i % 2)
         if weight[i] and weight[other]:
-            mixed[0][i] = own * images[i] + (1 - own) * images[other]
-            mixed[1][i] = share * targets[i] + (1 - share) * targets[other]
+            mixed[0][i] = own_weight * images[i] + (1 - own_weight) * images[other]
+            mixed[1][i] = fraction * targets[i] + (1 - fraction) * targets[other]
     return mixed
 
 
-# --- The networks: p has their parameters by name, and "eps" of every LayerNorm -------
+# Networks. p contains the parameters by name, and "eps" of every LayerNorm.
 
 
 def norm(p, name, x):
@@ -221,7 +224,7 @@ def mlp_branch(p, name, x):
 
 
 def attention_branch(p, name, x, bias=0.0):
-    """[B, N, C]; bias [heads, N, N]."""
+    """Compute the attention branch of x [B, N, C] with bias [heads, N, N]."""
     y = norm(p, f"{name}/norm1", x)
     qkv = jnp.einsum("bnc,cthd->tbhnd", y, p[f"{name}/attn/qkv/kernel"])
     q, k, v = qkv + p[f"{name}/attn/qkv/bias"][:, None, :, None]
@@ -231,32 +234,35 @@ def attention_branch(p, name, x, bias=0.0):
 
 
 def relative_bias(p, name, grid):
-    """[heads, N, N] of a block, or 0."""
+    """Return the relative position bias [heads, N, N] of a block, or 0."""
     table = p.get(f"{name}/attn/relative_position_bias_table")
     if table is None:
         return 0.0
-    at = np.stack(np.divmod(np.arange(grid[0] * grid[1]), grid[1]), 1)
-    row, column = np.moveaxis(at[:, None] - at[None], -1, 0)
+    position = np.stack(np.divmod(np.arange(grid[0] * grid[1]), grid[1]), 1)
+    row, column = np.moveaxis(position[:, None] - position[None], -1, 0)
     index = (row + grid[0] - 1) * (2 * grid[1] - 1) + column + grid[1] - 1
     return jnp.moveaxis(table[index], -1, 0)
 
 
 def neighbors(x):
-    """[B, H, W, C] -> [B, H/2, W/2, 4C]: top left, bottom left, top right, bottom
-    right.
+    """Concatenate 2x2 cells: [B, H, W, C] -> [B, H/2, W/2, 4C].
+
+    Order: top left, bottom left, top right, bottom right.
     """
     parts = [x[:, i::2, j::2] for j in (0, 1) for i in (0, 1)]
     return jnp.concatenate(parts, -1)
 
 
-def blocks_of(p, stage):
+def count_blocks(p, stage):
+    """Count the residual blocks of a stage."""
     return sum(f"encoder/stages/{stage}/{i}/norm2/scale" in p for i in range(99))
 
 
 def encoder(p, images, keep_scale, ids=None):
-    """Maps of all stages, the last as tokens [B, K, E] of units `ids` [B, K] alone.
+    """Return the maps of all stages; the last as tokens [B, K, E] of units `ids` [B,
+    K].
 
-    keep_scale: [B, branches], factors of drop path; branch 2n is the MLP of residual
+    keep_scale: [B, branches], scales of drop path; branch 2n is the MLP of residual
     block n, branch 2n + 1 its attention.
     """
     b, h, w, c = images.shape
@@ -264,7 +270,7 @@ def encoder(p, images, keep_scale, ids=None):
     x = linear(p, "encoder/patch_embed/proj", cells.reshape(b, h // 4, w // 4, -1))
     x, maps, number = norm(p, "encoder/patch_embed/norm", x), [], 0
     for stage in (0, 1):
-        for i in range(blocks_of(p, stage)):
+        for i in range(count_blocks(p, stage)):
             branch = mlp_branch(p, f"encoder/stages/{stage}/{i}", x)
             x = x + branch * keep_scale[:, 2 * number, None, None, None]
             number += 1
@@ -275,7 +281,7 @@ def encoder(p, images, keep_scale, ids=None):
     x = x.reshape(b, grid[0] * grid[1], -1) + p["encoder/absolute_pos_embed"]
     if ids is not None:
         x = jnp.take_along_axis(x, ids[:, :, None], 1)
-    for i in range(blocks_of(p, 2)):
+    for i in range(count_blocks(p, 2)):
         name = f"encoder/stages/2/{i}"
         branch = attention_branch(p, name, x, relative_bias(p, name, grid))
         x = x + branch * keep_scale[:, 2 * number + 1, None, None]
@@ -285,20 +291,21 @@ def encoder(p, images, keep_scale, ids=None):
 
 
 def units(x, side):
-    """[B, H, W, C] -> [B, N, side, side, C], units row-major."""
+    """Split into units: [B, H, W, C] -> [B, N, side, side, C], row-major."""
     b, h, w, c = x.shape
     x = x.reshape(b, h // side, side, w // side, side, c)
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, -1, side, side, c)
 
 
-ORDER = [(0, 0), (1, 0), (0, 1), (1, 1)]  # of four neighbors, as in `neighbors`
+ORDER = [(0, 0), (1, 0), (0, 1), (1, 1)]  # (row, column) in `neighbors`
 
 
 def masked_loss(kept, p, images, keep_scale, ids, pixels):
-    """Mean squared error over each image's removed units, [B], and the prediction.
+    """Return the mean squared error over each image's masked units, [B], and the
+    prediction.
 
     ids: [B, N], units in the order of their noise; the first `kept` stay visible.
-    pixels: 1: predict pixels as they are; 0: normalized by unit.
+    pixels: 1: predict raw pixels; 0: predict pixels normalized by unit.
     """
     first, second, x = encoder(p, images, keep_scale, ids[:, :kept])
     cells = [(2 * a + c, 2 * b + d) for a, b in ORDER for c, d in ORDER]
@@ -335,24 +342,25 @@ def cross_entropy(logits, targets):
     return -(targets * jax.nn.log_softmax(logits)).sum(-1)
 
 
-def widened(x):
+def to_float64(x):
+    """Cast float32 to float64."""
     x = np.asarray(x)
     return jnp.asarray(x, np.float64 if x.dtype == np.float32 else x.dtype)
 
 
 def in_float64(function):
-    """`function` of pytrees of arrays, compiled and run in float64."""
+    """Jit `function` of pytrees of arrays to run in float64."""
     run = jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
 
     def call(*arguments):
         with jax.enable_x64(True):
-            return jax.tree.map(np.asarray, run(*jax.tree.map(widened, arguments)))
+            return jax.tree.map(np.asarray, run(*jax.tree.map(to_float64, arguments)))
 
     return call
 
 
-def weighted(losses):
-    """Function of losses [B] and outputs -> ((weighted mean, both), gradient)."""
+def weighted_value_and_grad(losses):
+    """Return a function to ((weighted mean, (losses [B], outputs)), gradient)."""
 
     def mean(params, eps, weight, *inputs):
         found, outputs = losses(params | {"eps": eps}, *inputs)
@@ -363,7 +371,7 @@ def weighted(losses):
 
 @jax.jit
 def kept_branches(keys, keep):
-    """Whether each branch of each sample is kept, [B, branches]."""
+    """Draw whether each branch of each sample is kept, [B, branches]."""
 
     def draw(key, branch):
         return jax.random.bernoulli(jax.random.fold_in(key, branch), keep[branch // 2])
@@ -373,19 +381,20 @@ def kept_branches(keys, keep):
 
 
 def keep_scales(keys, rates):
-    """Factors of drop path [B, branches] for rates of residual blocks."""
+    """Return scales of drop path [B, branches] from rates of residual blocks."""
     keep = 1 - np.float32(rates)
     drop_keys = jnp.stack([fold(key, "drop_path") for key in keys])
     kept = np.asarray(kept_branches(drop_keys, keep))
     return kept / np.repeat(np.float64(keep), 2)
 
 
-# --- The update ----------------------------------------------------------------------
+# The update
 
 
 def learning_rate(step, config, images):
-    """Linear warmup to the peak, then half a cosine down to the minimum; with
-    first_epoch=1 the first epoch is left out, as in the official ``lr_sched.py``.
+    """Return the learning rate: linear warmup, then half a cosine to the minimum.
+
+    first_epoch=1 skips the first epoch, as the official ``lr_sched.py`` does.
     """
     o = config.optimizer
     steps_per_epoch = images / config.batch_size
@@ -401,13 +410,14 @@ def learning_rate(step, config, images):
     return low + (peak - low) * (1 + math.cos(math.pi * done)) / 2
 
 
-def clipped(gradients, limit):
+def clip_by_global_norm(gradients, limit):
+    """Clip gradients by their global norm; return them and the norm."""
     length = math.sqrt(sum((g**2).sum() for g in gradients.values()))
     factor = min(1.0, limit / length) if limit else 1.0
     return {name: g * factor for name, g in gradients.items()}, length
 
 
-def decays(name, task):
+def is_decayed(name, task):
     leaf = name.rsplit("/", 1)[-1]
     if leaf in ("bias", "scale", "decoder_pos_embed"):
         return False
@@ -415,7 +425,7 @@ def decays(name, task):
 
 
 def layer_scale(name, decay, blocks):
-    """Factor of layer-wise decay; `blocks`: residual blocks a stage."""
+    """Return the factor of layer-wise decay; `blocks`: residual blocks per stage."""
     parts, last = name.split("/"), sum(blocks) + 1
     layer = last
     if parts[:2] == ["encoder", "stages"]:
@@ -427,13 +437,7 @@ def layer_scale(name, decay, blocks):
     return decay ** (last - layer)
 
 
-def adam(p, g, mu, nu, count, betas):
-    """(moments, direction) after gradient number `count`, counted from 1."""
-    mu = betas[0] * mu + (1 - betas[0]) * g
-    nu = betas[1] * nu + (1 - betas[1]) * g**2
-    return mu, nu, direction(mu, nu, count, betas)
-
-
 def direction(mu, nu, count, betas):
+    """Return Adam's direction after `count` gradients."""
     scaled = nu / (1 - betas[1] ** count)
     return mu / (1 - betas[0] ** count) / (np.sqrt(scaled) + 1e-8)

@@ -1,6 +1,8 @@
-"""Recipes of very small models that train in seconds, and ways to run them."""
+"""Recipes of very small models that train in seconds, and functions to run them."""
 
+import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
@@ -17,13 +19,15 @@ from hivit_jax import config as configs
 from hivit_jax import evaluate, inputs
 from hivit_jax.checkpoints import read
 from hivit_jax.distributed.sharding import make_mesh
+from hivit_jax.main import main
 from hivit_jax.reporting import figures, metrics
+from hivit_jax.training.schedule import make_schedule
 from hivit_jax.training.step import Training, prepare
 from hivit_jax.tree import named_leaves
 
 ROOT = Path(__file__).parents[2]
 
-# 16 units of an image in both; a step is 16 images, the warmup two steps.
+# Each source: 16 units per image, 16 images per step, two steps of warmup.
 MINI = {
     "batch_size": 16,
     "total_steps": 8,
@@ -69,7 +73,7 @@ PRETRAINING_ONLY = ("model.decoder_", "model.multi_scale", "model.norm_pix_loss"
 
 
 def arguments(source: str = "synthetic", **overrides) -> list[str]:
-    """Command line of the mini masked autoencoder on "synthetic" or "digits".
+    """Return the command line of the mini masked autoencoder on a source.
 
     Args:
       overrides: config values; two underscores stand for a dot.
@@ -80,18 +84,18 @@ def arguments(source: str = "synthetic", **overrides) -> list[str]:
 
 
 def mae(source: str = "synthetic", **overrides) -> ConfigDict:
-    """The mini masked autoencoder's config."""
+    """Return the mini masked autoencoder's config."""
     path, *flags = arguments(source, **overrides)
     return configs.load(path.removeprefix("--config="), flags)
 
 
 def recipe(name: str) -> ConfigDict:
-    """The config of an installed recipe, nothing overridden."""
+    """Return the config of an installed recipe without overrides."""
     return configs.load(name)
 
 
 def without_decoder(source: str, **overrides) -> ConfigDict:
-    """The config of a mini classifier or linear probe, of `task=...`."""
+    """Return the config of a mini classifier or linear probe, by `task=...`."""
     values = SOURCES[source] | {k.replace("__", "."): v for k, v in overrides.items()}
     path = ROOT / "configs" / "mae_base.py"
     if source == "digits":
@@ -105,13 +109,13 @@ def without_decoder(source: str, **overrides) -> ConfigDict:
 
 
 def classifier(source: str = "synthetic", **overrides) -> ConfigDict:
-    """The mini classifier's config, with drop path and label smoothing."""
+    """Return the mini classifier's config, with drop path and label smoothing."""
     return without_decoder(source, **CLASSIFIER | overrides)
 
 
 @contextmanager
 def quick() -> Iterator[None]:
-    """Light compilation; no pictures and no TensorBoard."""
+    """Compile with few optimizations; draw no figures; write no TensorBoard events."""
     name = "jax_disable_most_optimizations"
     before = jax.config.values[name]
     with pytest.MonkeyPatch.context() as patch:
@@ -124,26 +128,40 @@ def quick() -> Iterator[None]:
 
 
 def traced_step(config: ConfigDict) -> str:
-    """The train step of a config as a program of JAX, before it is compiled."""
+    """Return the jaxpr of a config's train step as text."""
     mesh = make_mesh(config.mesh, config.batch_size, config.optimizer.accumulate_steps)
-    training = prepared(config, mesh, lambda step: 0.1)
+    training = make_training(config, mesh, lambda step: 0.1)
     with jax.set_mesh(mesh):
         return str(jax.make_jaxpr(training.step)(*training.arguments()))
 
 
-def prepared(config: ConfigDict, mesh, schedule) -> Training:
-    """The train step of a config."""
+def make_training(config: ConfigDict, mesh, schedule) -> Training:
+    """Prepare a config's train step."""
     task = inputs.make_task(config, "train")
     return prepare(task, mesh, schedule, **configs.step_options(config))
 
 
-def start(
+def compile_report(workdir, *more, topology="v5e:2x4", **overrides):
+    """Run ``--mode compile``; return the content of compile.json."""
+    flags = arguments(**{"batch_size": 64} | overrides)
+    flags += [f"--topology={topology}", f"--workdir={workdir}", *more]
+    assert main([*flags, "--mode=compile"]) == 0
+    return json.loads((workdir / "compile.json").read_text())
+
+
+def jit_schedule(config: ConfigDict, steps_per_epoch: float, total_steps: int):
+    """Return the jitted learning-rate schedule of a config."""
+    optimizer, batch_size = config.optimizer, config.batch_size
+    return jax.jit(make_schedule(optimizer, batch_size, steps_per_epoch, total_steps))
+
+
+def start_process(
     *command: str | Path, devices: int = 1, log: Path | None = None, **environment
 ) -> subprocess.Popen:
-    """Starts ``python COMMAND`` with this many CPU devices, quick to compile.
+    """Start ``python COMMAND`` with `devices` CPU devices and fast compilation.
 
     Args:
-      log: a file for stdout, which `communicate` returns otherwise.
+      log: file for stdout; without it `communicate` returns stdout.
       environment: variables on top of this process's.
     """
     variables = dict(
@@ -161,15 +179,22 @@ def start(
     )
 
 
-def run(*command: str | Path, **options) -> tuple[int, str, str]:
-    """`start` to its end: (exit code, stdout, stderr)."""
-    process = start(*command, **options)
+def run_process(*command: str | Path, **options) -> tuple[int, str, str]:
+    """Run ``python COMMAND`` to its end; return (exit code, stdout, stderr)."""
+    process = start_process(*command, **options)
     out, err = process.communicate()
     return process.returncode, out, err
 
 
-def not_installed(directory: Path, *names: str) -> Path:
-    """A directory that, on PYTHONPATH, makes importing these packages fail."""
+def free_address():
+    """Return a HOST:PORT that no other process uses."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return f"localhost:{free.getsockname()[1]}"
+
+
+def block_imports(directory: Path, *names: str) -> Path:
+    """Return a directory that, on PYTHONPATH, makes importing these packages fail."""
     directory.mkdir(exist_ok=True)
     for name in names:
         message = f"{name} is not installed"
@@ -177,28 +202,28 @@ def not_installed(directory: Path, *names: str) -> Path:
     return directory
 
 
-def lines(workdir: Path, name: str = "loss") -> dict[int, float]:
-    """One of the numbers in metrics.jsonl, by step; no step may have it twice."""
+def logged(workdir: Path, name: str = "loss") -> dict[int, float]:
+    """Return one value of metrics.jsonl by step; no step may log it twice."""
     found = [line for line in metrics.read(workdir / "metrics.jsonl") if name in line]
     steps = [line["step"] for line in found]
     assert steps == sorted(set(steps))
     return {line["step"]: line[name] for line in found}
 
 
-def saved(workdir: Path) -> list[int]:
-    """Steps with a complete checkpoint."""
+def saved_steps(workdir: Path) -> list[int]:
+    """Return the steps with a complete checkpoint."""
     paths = (workdir / "checkpoints").glob("*")
     return sorted(int(path.name) for path in paths if path.name.isdigit())
 
 
 def sample(source, index: int) -> tuple[bytes, int]:
-    """Encoded image and label of an example."""
+    """Return the encoded image and the label of an example."""
     found = source.sample(index)
     return found["image"], found["label"]
 
 
-def stored(workdir: Path, step: int) -> dict[str, dict[str, np.ndarray]]:
-    """Arrays of a checkpoint: item -> name -> array."""
+def saved_arrays(workdir: Path, step: int) -> dict[str, dict[str, np.ndarray]]:
+    """Return the arrays of a checkpoint: item -> name -> array."""
     items = {}
     for item in ("params", "model_state", "optimizer", "ema"):
         path = read.absolute(workdir) / "checkpoints" / str(step) / item
@@ -207,20 +232,20 @@ def stored(workdir: Path, step: int) -> dict[str, dict[str, np.ndarray]]:
     return items
 
 
-def variables(workdir: Path, step: int) -> dict[str, np.ndarray]:
-    """Parameters and model state of a checkpoint by name, sorted."""
-    items = stored(workdir, step)
+def saved_variables(workdir: Path, step: int) -> dict[str, np.ndarray]:
+    """Return the parameters and model state of a checkpoint by name, sorted."""
+    items = saved_arrays(workdir, step)
     return dict(sorted((items["params"] | items.get("model_state", {})).items()))
 
 
 def assert_identical(actual, expected) -> None:
-    """Two pytrees of arrays are the same bit for bit."""
+    """Check that two pytrees of arrays are bit-identical."""
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
     jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
 def check_message(err: str, fragments: Iterable[str]) -> None:
-    """Check an error of one to three lines that contains all fragments."""
+    """Check that an error has one to three lines and contains all fragments."""
     assert 1 <= len(err.splitlines()) <= 3
     assert err.startswith("error: ")
     for fragment in fragments:

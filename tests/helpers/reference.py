@@ -1,7 +1,7 @@
-"""Inputs of the golden data, drawn from names: weights, images, noise, labels.
+"""Inputs of the golden data, generated from names: weights, images, noise, labels.
 
-Every array is a function of (name, shape, seed) through PCG64 seeded with
-``crc32(name) + seed``. Names, shapes and layouts are PyTorch's; images NCHW.
+Every array is a function of (name, shape, seed) through PCG64 seeded with ``crc32(name)
++ seed``. Names, shapes and layouts are PyTorch's; images are NCHW.
 """
 
 import json
@@ -23,7 +23,7 @@ GOLDEN = Path(__file__).parents[1] / "parity" / "golden"
 MANIFEST = json.loads((GOLDEN / "manifest.json").read_text())
 FIXTURES = MANIFEST["fixtures"]
 
-# The names under which the golden data describe a model, and ours.
+# The golden data's names of model arguments -> ours.
 OUR_NAMES = {
     "img_size": "image_size",
     "hifeat": "multi_scale",
@@ -43,7 +43,9 @@ def normal(name: str, shape) -> np.ndarray:
 
 
 def weight(name: str, shape) -> np.ndarray:
-    """One state dict entry, scaled so that every stage keeps a variance of about 1."""
+    """Return a state dict entry, scaled so that every stage keeps a variance of about
+    1.
+    """
     draw, leaf = normal(name, shape), name.rsplit(".", 1)[-1]
     if "pos_embed" in leaf or leaf in ("mask_token", "relative_position_bias_table"):
         return np.float32(0.5) * draw
@@ -54,7 +56,7 @@ def weight(name: str, shape) -> np.ndarray:
 
 
 def state_dict(fixture: str, shapes=None) -> dict[str, np.ndarray]:
-    """The official state dict of a fixture: drawn weights, constructed tables."""
+    """Return the official state dict of a fixture: random weights, computed tables."""
     state = {}
     for name, shape in (shapes or FIXTURES[fixture]["state_dict"]).items():
         if name.endswith("relative_position_index"):
@@ -68,7 +70,7 @@ def state_dict(fixture: str, shapes=None) -> dict[str, np.ndarray]:
 
 
 def images(name: str, batch: int, size: int) -> np.ndarray:
-    """[B, H, W, 3] float32."""
+    """Return images [B, H, W, 3] float32."""
     low = normal(f"input_low/{name}", (batch, 3, 8, 8))
     low = low.repeat(size // 8, 2).repeat(size // 8, 3)
     noise = normal(f"input/{name}", (batch, 3, size, size))
@@ -85,7 +87,9 @@ def labels(name: str, batch: int, classes: int) -> np.ndarray:
 
 
 def probe(name: str, gradient: np.ndarray) -> float:
-    """Inner product of a gradient, in PyTorch's layout, with a drawn tensor."""
+    """Return the inner product of a gradient, in PyTorch's layout, with a random
+    tensor.
+    """
     draw = normal(f"{name}/probe", gradient.shape).astype(np.float64)
     return float((gradient.astype(np.float64) * draw).sum())
 
@@ -97,14 +101,14 @@ def golden(fixture: str) -> dict[str, np.ndarray]:
 
 
 def build(name: str, state, **overrides):
-    """Our model of this name holding an official state dict: (model, params)."""
+    """Build our model of this name from an official state dict: (model, params)."""
     model = nnx.eval_shape(lambda: create_model(name, **overrides))
     params = jax.tree.map(jnp.asarray, from_official(state, model))
     return nnx.merge(split(model)[0], params), params
 
 
 def build_fixture(fixture: str):
-    """The model of a fixture with its drawn weights: (model, params)."""
+    """Build the model of a fixture with its random weights: (model, params)."""
     config = dict(FIXTURES[fixture].get("config", {}))
     overrides = {OUR_NAMES.get(key, key): value for key, value in config.items()}
     name = f"hivit_{fixture[4:]}" if fixture in SUPERVISED else "mae_hivit_base"

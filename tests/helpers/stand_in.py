@@ -1,10 +1,12 @@
-"""Stands in for any command: writes down how it was called, and plays a part.
+"""Stand-in for any command: logs its call, then prints output and exits as scripted.
 
-Environment: CALLS is a file that gets one JSON list a line, name and arguments. PLAY is
-JSON, from a piece of a command line to what happens at the first, second, ... call that
-contains it: [stdout, exit code]; the last goes on for ever. An exit code of "signal"
-waits for SIGTERM and exits with 75; "abort" aborts. VM is the home directory on every
-virtual machine: what goes there by ssh is done, what goes there by scp is copied.
+Environment variables:
+  CALLS: file that receives one JSON list per call, name and arguments.
+  PLAY: JSON, piece of a command line -> [[stdout, exit code], ...]. The first call that
+    contains the piece uses the first entry, and so on; the last entry repeats. The exit
+    code "signal" waits for SIGTERM and exits with 75; "abort" aborts.
+  VM: home directory of every virtual machine. ssh runs commands there; scp copies
+    there.
 """
 
 import json
@@ -15,7 +17,9 @@ import sys
 
 
 def play(line: str, before: list[str]) -> int:
-    """The exit code of a command line, after the earlier ones; prints its output."""
+    """Print the output of a command line; return its exit code. `before`: earlier
+    lines.
+    """
     for piece, parts in json.loads(os.environ["PLAY"]).items():
         if piece in line:
             turn = sum(piece in each for each in before)
@@ -46,7 +50,7 @@ def main(name: str, *arguments: str) -> int:
         os.chdir(os.environ["VM"])
         line = command.removeprefix("--command=")
         code = subprocess.run(["bash", "-c", line], check=False).returncode
-        return code if code >= 0 else 255  # as ssh, where a signal ends the command
+        return code if code >= 0 else 255  # as ssh after a signal
     lines = [" ".join(call) for call in before if "ssh" not in call]
     return play(" ".join([name, *arguments]), lines)
 

@@ -1,4 +1,4 @@
-"""Small state dicts of every kind that users have, and files of them.
+"""Small state dicts of every supported format, and files of them.
 
 ``python tests/helpers/state_files.py`` writes the files of tests/parity/golden with
 PyTorch.
@@ -10,27 +10,27 @@ from pathlib import Path
 import jax
 import numpy as np
 import reference
-from networks import abstract
+from networks import abstract_model
 
 from hivit_jax.tree import split
 from hivit_jax.weights.names.official import to_official
 
 TINY = dict(image_size=32, embed_dim=16, depths=(1, 1, 2), num_heads=1)
 TINY_DECODER = dict(decoder_embed_dim=8, decoder_depth=1, decoder_num_heads=1)
-# What a file of such narrow heads cannot tell.
-HINTS = dict(num_heads=1, decoder_num_heads=1)
+# Cannot be inferred from such narrow heads.
+NOT_IN_STATE_DICT = dict(num_heads=1, decoder_num_heads=1)
 
 
-def drawn(name, **overrides):
-    """(model, official state dict with the recipe's numbers) of a small network."""
+def random_state_dict(name, **overrides):
+    """Return (model, random official state dict) of a small network."""
     overrides = TINY | (TINY_DECODER if name.startswith("mae_") else {}) | overrides
-    model = abstract(name, **overrides)
-    state = zeros(model)
+    model = abstract_model(name, **overrides)
+    state = zero_state_dict(model)
     return model, {n: reference.weight(n, a.shape) for n, a in state.items()}
 
 
-def zeros(model):
-    """An abstract model's state dict of zeros, which take no memory."""
+def zero_state_dict(model):
+    """Return an abstract model's state dict of zeros, which take no memory."""
     params = jax.tree.map(
         lambda x: np.broadcast_to(np.float32(0), x.shape), split(model)[1]
     )
@@ -38,13 +38,13 @@ def zeros(model):
 
 
 def kinds():
-    """Kind -> (model, state dict, what else its file holds beside it)."""
-    model, state = drawn("mae_hivit_base")
+    """Return format -> (model, content of its file)."""
+    model, state = random_state_dict("mae_hivit_base")
     args = argparse.Namespace(blr=1e-4, device="cuda", output_dir="somewhere")
     around = {"optimizer": {"state": {}}, "epoch": 1599, "scaler": {}, "args": args}
     found = {"official_mae": (model, {"model": state, **around})}
 
-    model, state = drawn("hivit_base", num_classes=5)
+    model, state = random_state_dict("hivit_base", num_classes=5)
     state["relative_position_index"] = np.zeros((4, 4), np.int64)
     ema = {name: array * 2 for name, array in state.items()}
     found["official_finetuned"] = (
@@ -52,7 +52,7 @@ def kinds():
         {"model": state, "model_ema": ema, "args": args},
     )
 
-    model, state = drawn(
+    model, state = random_state_dict(
         "hivit_base", num_classes=5, fc_norm=False, layer_norm_eps=1e-5
     )
     named = {}
@@ -69,12 +69,21 @@ def kinds():
 
 
 def with_tensors(content):
-    """The same with PyTorch's tensors for arrays."""
+    """Convert the arrays of nested dicts to PyTorch's tensors."""
     import torch
 
     if isinstance(content, dict):
         return {key: with_tensors(value) for key, value in content.items()}
     return torch.tensor(content) if isinstance(content, np.ndarray) else content
+
+
+def save_safetensors(path, state, about=()):
+    """Write a state dict as other programs do; return the path."""
+    from safetensors.numpy import save_file
+
+    state = {name: np.array(array, order="C") for name, array in state.items()}
+    save_file(state, path, dict(about))
+    return path
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
-"""A task and a dataset of a user's own: label maps of images of two sizes. Everything
-that a task may have is in it; nothing of it is in the package.
+"""A user's own task and dataset: label maps of images of two sizes.
+
+It uses everything that a task can have. The package contains none of it.
 """
 
 import io
@@ -26,8 +27,9 @@ BROKEN = "train/07"
 
 
 def write_dataset(root):
-    """40 + 11 files for training and 9 + 8 for evaluation, with a label for each cell:
-    0 dark, 1 middle, 2 bright. One image cannot be read.
+    """Write 40 + 11 training and 9 + 8 test images with a label for each cell.
+
+    Labels: 0 dark, 1 middle, 2 bright. One image cannot be read.
     """
     random = np.random.RandomState(0)
     for split, counts in (("train", (40, 11)), ("test", (9, 8))):
@@ -46,7 +48,7 @@ def write_dataset(root):
 
 
 class Maps(Source):
-    """Images, each with a label map beside it."""
+    """Images, each with a label map in the same directory."""
 
     classes = ("dark", "middle", "bright")
 
@@ -68,7 +70,7 @@ class Maps(Source):
 
 
 class MapTransform(Transform):
-    """Image and map as they are, mirrored half of the time in training."""
+    """Decode image and map; mirror half of them in training."""
 
     draws = 1
 
@@ -90,7 +92,7 @@ class MapTransform(Transform):
     def __call__(self, sample, draws, out):
         step = -1 if self._train and draws[0] < 0.5 else 1
         for name in ("image", "map"):
-            if name in sample:  # not for predictions
+            if name in sample:  # absent in predictions
                 pixels = np.asarray(Image.open(io.BytesIO(sample[name])))
                 out[name][:] = pixels[:, ::step]
 
@@ -126,7 +128,7 @@ class Segmentation(Task):
         return Network(nnx.Rngs(key))
 
     def optimizer(self, model, schedule):
-        return optax.sgd(schedule, 0.9)  # Adam would learn from rounding
+        return optax.sgd(schedule, 0.9)  # Adam's steps would depend on rounding
 
     def macs(self, model, layer_norm_cost=0):
         return (SIZES[0][0] // CELL) ** 2 * model.parameter_count()

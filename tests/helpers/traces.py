@@ -1,6 +1,4 @@
-"""Runs of the recipes on a small folder of images whose every state is stored, and what
-the second implementation in `plain.py` expects of them.
-"""
+"""Runs of recipes that store every state, and what `plain.py` expects of them."""
 
 import json
 from functools import cache, partial
@@ -104,7 +102,7 @@ PROBE = {
     "optimizer.weight_decay": 5.0,
 }
 # name -> recipe, overrides, relative tolerance of a loss. Where the device resizes, one
-# of some thousand pixels is rounded the other way.
+# of some thousand pixels is rounded differently.
 TRACES = {
     "mae": ("mae_base", OPTIMIZER | AUTOENCODER, 5e-6),
     "classify": ("finetune:base", OPTIMIZER | CLASSIFIER | AUGMENTED, 2e-6),
@@ -114,7 +112,7 @@ TRACES = {
 
 
 def write_folder(root):
-    """Class folders of 22 and 11 files of many sizes; a nested one, PNG among JPEG."""
+    """Write class folders of 22 and 11 files of many sizes; some nested, some PNG."""
     random = np.random.RandomState(3)
     for split, count in (("train", IMAGES), ("val", 11)):
         for number in range(count):
@@ -130,7 +128,7 @@ def write_folder(root):
 
 
 def files_of(root, split):
-    """[(path, label)]: sorted classes, and the sorted files of each."""
+    """Return [(path, label)] by sorted class and sorted file."""
     return [
         (path, label)
         for label, name in enumerate(CLASSES)
@@ -139,7 +137,7 @@ def files_of(root, split):
 
 
 def flags_of(name, **more):
-    """Command line of a trace; `more`: overrides, two underscores for a dot."""
+    """Return the command line of a trace; in overrides, `__` stands for a dot."""
     recipe, overrides, _ = TRACES[name]
     more = {key.replace("__", "."): value for key, value in more.items()}
     values = COMMON | overrides | more
@@ -147,13 +145,13 @@ def flags_of(name, **more):
 
 
 def config_of(name, **more):
-    """The config of a trace, as by `flags_of`."""
+    """Return the config of a trace; arguments as for `flags_of`."""
     path, *overrides = flags_of(name, **more)
     return configs.load(path.removeprefix("--config="), overrides)
 
 
 class Trace:
-    """A run of a recipe whose every state is stored, before the first step too."""
+    """A run of a recipe that stores every state, including the initial one."""
 
     def __init__(self, name, root, workdir, **more):
         self.name, self.root, self.workdir = name, root, workdir
@@ -162,19 +160,19 @@ class Trace:
         with pytest.raises(Interrupted):
             train(self.config, workdir, lambda step: "stop" if step == 0 else None)
         self.results = train(self.config, workdir)
-        self.states = [recipes.stored(workdir, step) for step in range(STEPS + 1)]
+        self.states = [recipes.saved_arrays(workdir, step) for step in range(STEPS + 1)]
         text = (workdir / "metrics.jsonl").read_text().splitlines()
         self.lines = [json.loads(line) for line in text]
-        self.sizes = [plain.blocks_of(self.states[0]["params"], s) for s in range(3)]
+        self.sizes = [plain.count_blocks(self.states[0]["params"], s) for s in range(3)]
 
     def params(self, step, item="params"):
-        """Parameters, or their averages, and what is not trained, by name."""
+        """Return parameters (or their averages) and model state, by name."""
         state = self.states[step]
         arrays = state[item] | state.get("model_state", {})
         return {k: v.astype(np.float64) for k, v in arrays.items()}
 
     def moment(self, step, kind):
-        """Adam's "mu" or "nu", or LARS's "trace", by parameter."""
+        """Return Adam's "mu" or "nu", or LARS's "trace", by parameter."""
         stored = self.states[step]["optimizer"]
         return {
             name.partition(f"/{kind}/")[2]: array.astype(np.float64)
@@ -186,25 +184,25 @@ class Trace:
         return next(x for x in self.lines if x["step"] == step and key in x)
 
     def batch(self, step, config):
-        """(images, weight, labels, keys) of a training step, flipped."""
+        """Return (images, weight, labels, keys) of a training step, flipped."""
         files, images, labels = files_of(self.root, "train"), [], []
         size, seed = config.batch_size, config.seed
         for index, epoch in plain.samples_of_step(seed, step, size, len(files)):
             path, label = files[index]
             draws = plain.uniforms(seed, int(epoch), int(index), 30)
-            images.append(plain.prepared_image(path.read_bytes(), config, draws))
+            images.append(plain.prepare_image(path.read_bytes(), config, draws))
             labels.append(label if images[-1] is not None else 0)
         keys = plain.sample_keys(seed, "train", step * size, size)
-        images, weight = plain.batch_of(images, config)
+        images, weight = plain.make_batch(images, config)
         images = plain.flip(images, keys) if config.data.flip else images
         return images, weight, np.array(labels), keys
 
     def eval_batch(self, config):
-        """(images, weight, labels, keys) of the held-out images, filled up."""
+        """Return (images, weight, labels, keys) of the held-out images, padded."""
         files = files_of(self.root, "val")
-        images = [plain.prepared_image(p.read_bytes(), config) for p, _ in files]
+        images = [plain.prepare_image(p.read_bytes(), config) for p, _ in files]
         fill = BATCH - len(files)
-        images, weight = plain.batch_of(images + [None] * fill, config)
+        images, weight = plain.make_batch(images + [None] * fill, config)
         labels = np.array([label for _, label in files] + [0] * fill)
         return images, weight, labels, plain.sample_keys(config.seed, "eval", 0, BATCH)
 
@@ -213,20 +211,23 @@ class Trace:
         return plain.keep_scales(keys, rates)
 
 
-def hits(logits, labels, count):
+def topk_correct(logits, labels, count):
+    """Return 1 for each label among the `count` highest logits, else 0."""
     best = np.argsort(-logits, 1, kind="stable")[:, :count]
     return (best == labels[:, None]).any(1).astype(float)
 
 
-def length(x):
+def l2_norm(x):
     return np.sqrt((x**2).sum())
 
 
 class Network:
-    """(params, weight, *inputs) -> ((mean loss, (losses, outputs)), gradients)."""
+    """Function (params, weight, *inputs) -> ((mean loss, (losses, outputs)),
+    gradients).
+    """
 
     def __init__(self, losses):
-        self._run = plain.weighted(losses)
+        self._run = plain.weighted_value_and_grad(losses)
 
     def __call__(self, config, params, weight, *inputs):
         eps = np.float64(config.model.layer_norm_eps or 1e-6)
@@ -247,7 +248,7 @@ classifier = cache(lambda: Network(_classifier_losses))
 
 
 def network_and_inputs(trace, config, batch, train):
-    """What the plain network of a task gets of a batch: (network, inputs, labels)."""
+    """Return (network, inputs, labels) of a task's batch."""
     images, weight, labels, keys = batch
     keep = np.ones((len(keys), 2 * sum(trace.sizes)))
     keep = trace.keep_scales(keys, config) if train else keep
@@ -273,10 +274,11 @@ def network_and_inputs(trace, config, batch, train):
 
 
 def adam_expectation(trace, config, steps, evaluated=True):
-    """Everything that a run stores and logs, by kind, each a list over the steps.
+    """Return everything that a run stores and logs, by kind, each a list over the
+    steps.
 
-    A step is expected from the stored state before it; parameters from the stored
-    moments, because Adam's direction of a tiny gradient is rounding.
+    Each step is computed from the stored state before it. Parameters are computed from
+    the stored moments, because Adam's direction of a tiny gradient is rounding.
     """
     o, found = config.optimizer, {}
 
@@ -289,14 +291,16 @@ def adam_expectation(trace, config, steps, evaluated=True):
         weight = batch[1]
         network, inputs, labels = network_and_inputs(trace, config, batch, True)
         (loss, (_, outputs)), gradients = network(config, before, weight, *inputs)
-        gradients, norm = plain.clipped(gradients, o.clip_norm)
+        gradients, norm = plain.clip_by_global_norm(gradients, o.clip_norm)
         expect("loss", loss)
         expect("gradient_norm", norm)
         expect("unreadable", (weight == 0).sum())
         if config.task == "classify":
             for top in (1, 5):
-                share = (hits(outputs, labels, top) * weight).sum() / weight.sum()
-                expect(f"top{top}", share)
+                accuracy = (
+                    topk_correct(outputs, labels, top) * weight
+                ).sum() / weight.sum()
+                expect(f"top{top}", accuracy)
         old = {kind: trace.moment(step, kind) for kind in ("mu", "nu")}
         stored = {kind: trace.moment(step + 1, kind) for kind in ("mu", "nu")}
         for index, kind in enumerate(("mu", "nu")):
@@ -316,7 +320,7 @@ def adam_expectation(trace, config, steps, evaluated=True):
                 continue
             moments = stored["mu"][name], stored["nu"][name]
             move = plain.direction(*moments, step + 1, o.betas)
-            move = move + o.weight_decay * plain.decays(name, config.task) * array
+            move = move + o.weight_decay * plain.is_decayed(name, config.task) * array
             move = move * plain.layer_scale(name, o.layer_decay, trace.sizes)
             params[name] = array - rate * move
         expect("params", params)
@@ -335,20 +339,20 @@ def adam_expectation(trace, config, steps, evaluated=True):
         (loss, (_, outputs)), _ = network(config, params, batch[1], *inputs)
         found["eval/loss"] = [loss]
         if config.task == "classify":
-            found |= evaluated_hits(outputs, labels, batch[1])
+            found |= eval_topk(outputs, labels, batch[1])
     return found
 
 
-def evaluated_hits(logits, labels, weight):
+def eval_topk(logits, labels, weight):
     return {
-        f"eval/top{top}": [hits(logits, labels, top)[weight > 0].mean()]
+        f"eval/top{top}": [topk_correct(logits, labels, top)[weight > 0].mean()]
         for top in (1, 5)
     }
 
 
 @cache
 def probe_network():
-    """Features of an encoder; loss, logits and gradient of a head on them."""
+    """Return functions for features of an encoder and for the gradient of a head."""
 
     def features(p, eps, images, keep):
         return plain.encoder(p | {"eps": eps}, images, keep)[-1].mean(1)
@@ -363,8 +367,10 @@ def probe_network():
 
 
 def probe_expectation(trace, config, steps, evaluated=True):
-    """As `adam_expectation`, for LARS and BatchNorm of frozen features (MAE's
-    ``main_linprobe.py``, ``util/lars.py``).
+    """Return what `adam_expectation` returns, for LARS and BatchNorm of frozen
+    features.
+
+    Follows MAE's ``main_linprobe.py`` and ``util/lars.py``.
     """
     o, found = config.optimizer, {}
     features_of, losses = probe_network()
@@ -386,12 +392,12 @@ def probe_expectation(trace, config, steps, evaluated=True):
         expect("loss", loss)
         expect("unreadable", (weight == 0).sum())
         for top in (1, 5):
-            share = (hits(logits, labels, top) * weight).sum() / weight.sum()
-            expect(f"top{top}", share)
+            accuracy = (topk_correct(logits, labels, top) * weight).sum() / weight.sum()
+            expect(f"top{top}", accuracy)
         kernel = before["head/kernel"]
         g = gradients["head/kernel"] + o.weight_decay * kernel
-        expect("gradient_norm", length(np.stack([*map(length, gradients.values())])))
-        gradients["head/kernel"] = g * 0.001 * length(kernel) / length(g)
+        expect("gradient_norm", l2_norm(np.stack([*map(l2_norm, gradients.values())])))
+        gradients["head/kernel"] = g * 0.001 * l2_norm(kernel) / l2_norm(g)
         old, stored = trace.moment(step, "trace"), trace.moment(step + 1, "trace")
         moves = {name: o.betas[0] * old[name] + g for name, g in gradients.items()}
         expect("trace", moves)
@@ -413,7 +419,7 @@ def probe_expectation(trace, config, steps, evaluated=True):
         targets = np.eye(classes)[labels]
         (loss, logits), _ = losses(head, normalized, targets, weight)
         found["eval/loss"] = [loss]
-        found |= evaluated_hits(logits, labels, weight)
+        found |= eval_topk(logits, labels, weight)
     return found
 
 
@@ -425,7 +431,7 @@ EXPECTATIONS = {
 
 
 def observed(trace, kind, step):
-    """What the run stored or logged of a step, counted from 0."""
+    """Return the stored or logged value of a step, counted from 0."""
     if kind in ("params", "ema", "statistics"):
         if kind == "ema" and "ema" not in trace.states[step]:
             return {}
@@ -438,7 +444,7 @@ def observed(trace, kind, step):
 
 
 def mismatches(trace, config, steps=range(STEPS), evaluated=True):
-    """Kinds of numbers in which a run is not one of this config: kind -> what."""
+    """Return the kinds of values that differ: kind -> first difference."""
     found = {}
     expectation = EXPECTATIONS[config.task](trace, config, steps, evaluated)
     for kind, values in expectation.items():
@@ -455,7 +461,7 @@ def mismatches(trace, config, steps=range(STEPS), evaluated=True):
 
 
 def _difference(trace, kind, actual, expected, step):
-    """Text on the first difference beyond the tolerance of a kind; "" if none."""
+    """Return a text on the first difference beyond the tolerance of a kind, or ""."""
     rate, norm = trace.line(step + 1)["learning_rate"], trace.line(step + 1)
     norm, tolerance = norm["gradient_norm"], trace.tolerance
     if not isinstance(expected, dict):
@@ -466,8 +472,9 @@ def _difference(trace, kind, actual, expected, step):
         }.get(kind, 1e-6)
         close = abs(actual - expected) <= allowed * abs(expected)
         return "" if close else f"{actual} is not {expected}"
-    # Of the largest number of an array; and an absolute floor: rounding of a gradient
-    # is relative to the largest of the network, and Adam's bias correction is float32.
+    # Relative to an array's largest value, plus an absolute floor: rounding of a
+    # gradient is relative to the network's largest gradient, and Adam's bias
+    # correction is float32.
     relative, floor = {
         "mu": (300 * tolerance, 1e-6 * tolerance * norm),
         "nu": (600 * tolerance, 1e-6 * tolerance * norm**2),

@@ -1,5 +1,6 @@
-"""What only a GPU or TPU can tell: kernels as they run there, and the numbers of the
-whole network. ``JAX_PLATFORMS=cuda python -m pytest tests/kernels/test_accelerator.py``
+"""Tests that need a GPU or TPU: errors of kernels and of whole networks there.
+
+``JAX_PLATFORMS=cuda python -m pytest tests/kernels/test_accelerator.py``
 """
 
 from functools import partial
@@ -11,8 +12,14 @@ import pytest
 import reference
 from flax import nnx
 from jax.sharding import Mesh
-from kernel_cases import CASES, assert_no_less_exact, errors, gpu_mlp, results
-from networks import pictures
+from kernel_cases import (
+    CASES,
+    assert_bfloat16_errors,
+    gpu_mlp,
+    output_and_gradients,
+    relative_errors,
+)
+from networks import random_array
 from numpy.testing import assert_allclose
 
 from hivit_jax.kernels import attention_xla, dispatch
@@ -27,7 +34,7 @@ pytestmark = [
 
 @pytest.fixture(autouse=True)
 def default_precision():
-    """As in training; and on one device."""
+    """Default matrix-product precision, as in training, and a single device."""
     before = jax.config.jax_default_matmul_precision
     jax.config.update("jax_default_matmul_precision", None)
     with jax.set_mesh(Mesh(np.array(jax.devices()[:1]), ("data",))):
@@ -44,34 +51,38 @@ def test_kernels_are_no_less_exact_than_plain(name, keep):
     case = (CASES | STEM)[name]
     if case.platform != jax.default_backend() or keep and not case.keeps:
         pytest.skip("not for this")
-    assert_no_less_exact(case, jax.jit, keep, interpret=False)
+    assert_bfloat16_errors(case, jax.jit, keep, interpret=False)
 
 
 @pytest.mark.parametrize("tokens", [49, 196])
 def test_attention_in_bfloat16(tokens):
-    """Output and gradients against float32, not further than JAX's own by a tenth."""
-    *exact, direction = 4 * pictures((4, 8, tokens, 16, 32))
-    exact = [x.astype(jnp.bfloat16) for x in exact]
+    """Errors relative to float32 exceed those of JAX's attention by at most a tenth."""
+    *inputs, direction = 4 * random_array((4, 8, tokens, 16, 32))
+    inputs = [x.astype(jnp.bfloat16) for x in inputs]
 
     with jax.default_matmul_precision("highest"):
-        wide = [x.astype(jnp.float32) for x in exact]
-        truth = results(jax.nn.dot_product_attention, wide, direction)
+        wide = [x.astype(jnp.float32) for x in inputs]
+        truth = output_and_gradients(jax.nn.dot_product_attention, wide, direction)
 
     def attend(q, k, v, choice):
-        how = dict(bias=None, mask=None, choice=choice)
-        return attention_xla.dot_product_attention(q, k, v, **how)
+        return attention_xla.dot_product_attention(
+            q, k, v, bias=None, mask=None, choice=choice
+        )
 
-    here, there = (
-        errors(partial(attend, choice=choice), exact, direction, truth, jax.jit)
+    ours, plain = (
+        relative_errors(
+            partial(attend, choice=choice), inputs, direction, truth, jax.jit
+        )
         for choice in ("auto", "plain")
     )
-    assert all(a < 1.1 * b + 1e-3 for a, b in zip(here, there, strict=True))
+    assert all(a < 1.1 * b + 1e-3 for a, b in zip(ours, plain, strict=True))
 
 
 @pytest.mark.parametrize("choice", dispatch.CHOICES)
 def test_base_mae_in_bfloat16(choice):
-    """Loss and norms of all gradients against the official code's, in float64; and the
-    same bits at the second time. Its two images again and again fill kernels' rows.
+    """Loss and gradient norms match the official code's; a second run is bit-identical.
+
+    The two golden images are repeated, so that they fill the rows of a kernel.
     """
     facts = reference.FIXTURES["mae_base"]
     state = reference.state_dict("mae_base")

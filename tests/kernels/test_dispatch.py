@@ -1,4 +1,4 @@
-"""Which kernel runs where, and that a network's numbers do not depend on it."""
+"""Kernel dispatch: the kernels of each backend, and equal results of every choice."""
 
 from functools import partial
 from types import SimpleNamespace
@@ -12,13 +12,13 @@ from flax import nnx
 from jax.sharding import Mesh
 from kernel_cases import (
     SPECIAL,
-    arrays,
-    attention_of,
-    block_by_hand,
     library_attention,
-    results,
+    main_stage_block,
+    output_and_gradients,
+    plain_block,
+    random_arrays,
 )
-from networks import fast_jit, pictures
+from networks import fast_jit, random_array
 from numpy.testing import assert_allclose
 
 from hivit_jax.distributed import sharding
@@ -29,7 +29,7 @@ from hivit_jax.training.schedule import make_schedule
 from hivit_jax.tree import named_leaves, split
 from hivit_jax.xla.compile import compile_step
 
-# Stem stages of 128 and 256, a main stage of 512, a decoder of 128: what kernels take.
+# Widths that kernels accept: stem 128 and 256, main stage 512, decoder 128.
 WIDE = dict(
     image_size=64,
     embed_dim=512,
@@ -43,7 +43,7 @@ WIDE = dict(
 
 
 def kernels_in(jaxpr):
-    """Names of the kernels that a traced program calls."""
+    """Return the names of the kernels that a jaxpr calls."""
     found = []
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "pallas_call":
@@ -59,16 +59,21 @@ def kernels_in(jaxpr):
 
 @pytest.fixture
 def one_device():
-    """Where nobody tells how arrays lie on several devices, kernels are left alone."""
+    """A mesh of one device; without any mesh, dispatch uses no kernels on several
+    devices.
+    """
     with jax.set_mesh(Mesh(np.array(jax.devices()[:1]), ("data",))):
         yield
 
 
 def loss_of(choice, **overrides):
-    """A masked autoencoder's loss as a function of its parameters, and these."""
+    """Return a masked autoencoder's loss function and its parameters."""
     model = create_model("mae_hivit_base", kernels=choice, **WIDE | overrides)
     graphdef, params = split(model)
-    images, noise = pictures((16, 64, 64, 3), "images"), pictures((16, 16), "noise")
+    images, noise = (
+        random_array((16, 64, 64, 3), "images"),
+        random_array((16, 16), "noise"),
+    )
     keys = jax.random.split(jax.random.key(0), 16)
 
     def loss(params):
@@ -79,8 +84,8 @@ def loss_of(choice, **overrides):
 
 
 @pytest.mark.slow
-def test_the_same_network(one_device):
-    """Loss and gradients, all residual branches fused: 2 + 2 MLPs, 2 attentions, 2."""
+def test_fused_network_equals_plain(one_device):
+    """Loss and gradients agree with all branches fused: 6 MLPs and 2 attentions."""
     options = dict(drop_path_rate=0.5, remat=True)
     (plain, params), (fused, _) = (loss_of(c, **options) for c in ("plain", "fused"))
     names = kernels_in(jax.make_jaxpr(fused)(params).jaxpr)
@@ -96,8 +101,8 @@ def test_the_same_network(one_device):
 
 
 @pytest.mark.slow
-def test_on_a_mesh(monkeypatch):
-    """A train step of 2 devices: each runs kernels on its own part of the batch."""
+def test_kernels_on_a_mesh(monkeypatch):
+    """In a train step on 2 devices each runs kernels on its part of the batch."""
     two = jax.devices()[:2]
     monkeypatch.setattr(jax, "devices", lambda *_: two)
     found, parts = {}, 2
@@ -110,14 +115,14 @@ def test_on_a_mesh(monkeypatch):
         config.mesh.data, config.mesh.fsdp = 1, 2
         mesh = sharding.make_mesh(config.mesh, config.batch_size, parts)
         schedule = make_schedule(config.optimizer, config.batch_size, 2, 8)
-        training = recipes.prepared(config, mesh, schedule)
+        training = recipes.make_training(config, mesh, schedule)
         options = {"xla_backend_optimization_level": 0}
         compiled = compile_step(training, options=options)
         batch = {
             name: jax.device_put(
                 np.full(s.shape, name == "weight", s.dtype)
                 if s.ndim == 1
-                else (100 + 50 * pictures(s.shape, name)).astype(s.dtype),
+                else (100 + 50 * random_array(s.shape, name)).astype(s.dtype),
                 s.sharding,
             )
             for name, s in training.batches[0].items()
@@ -130,14 +135,14 @@ def test_on_a_mesh(monkeypatch):
 
 
 @pytest.mark.slow
-def test_where_they_are_not_for(one_device):
-    """Shapes that tiles do not fit, and backends but TPUs, run as XLA compiles them."""
+def test_unsupported_shapes_and_backends(one_device):
+    """Shapes that do not fit tiles and backends without kernels run plain XLA."""
     assert (
         kernels_in(jax.make_jaxpr(loss_of("auto")[0])(loss_of("auto")[1]).jaxpr) == []
     )
     narrow = dict(embed_dim=256, decoder_embed_dim=64, decoder_num_heads=2)
     loss, params = loss_of("fused", **narrow)
-    # Of widths 64, 128, 256 and 64 the second and third, and the third's attention.
+    # Widths are 64, 128, 256 and 64: MLPs of 128 and 256, and the attention of 256.
     names = kernels_in(jax.make_jaxpr(loss)(params).jaxpr)
     assert sorted(names) == ["attention_block"] + 3 * ["mlp_block"]
     with pytest.raises(ConfigError, match="'auto' or 'fused' or 'plain'"):
@@ -145,8 +150,8 @@ def test_where_they_are_not_for(one_device):
 
 
 @pytest.mark.slow
-def test_gpus_run_narrow_mlps_as_kernels_where_told(one_device, monkeypatch):
-    """128 and 256 wide in bfloat16: the stem's two and two, and this decoder's."""
+def test_gpus_fuse_narrow_mlps(one_device, monkeypatch):
+    """GPUs fuse MLPs 128 and 256 wide in bfloat16, only with choice "fused"."""
     monkeypatch.setattr(dispatch, "platform", lambda: "gpu")
     monkeypatch.setattr(jax.nn, "dot_product_attention", lambda q, k, v, **_: v)
     for choice, dtype, count in (
@@ -158,14 +163,14 @@ def test_gpus_run_narrow_mlps_as_kernels_where_told(one_device, monkeypatch):
         assert names == count * ["mlp_block"], (choice, dtype)
 
 
-# --- Which kernels run where --------------------------------------------------------
+# Dispatch by backend
 
 
 @pytest.fixture
 def on_platform(monkeypatch):
-    """name -> calls of cuDNN from there on, as they come: [implementation, tokens]."""
+    """Function from backend name to a list of later cuDNN calls: (name, tokens)."""
 
-    def stand_in(name):
+    def patch(name):
         def attend(*qkv, implementation=None, **others):
             if implementation:
                 calls.append((implementation, qkv[0].shape[1]))
@@ -183,7 +188,7 @@ def on_platform(monkeypatch):
         monkeypatch.setattr(jax.nn, "dot_product_attention", attend)
         return calls
 
-    return stand_in
+    return patch
 
 
 def mesh_of(**axes):
@@ -194,8 +199,8 @@ def mesh_of(**axes):
 ATTENTION, MLP, CUDNN = "attention_block", "mlp_block", ("cudnn", 16)
 
 
-# Where something runs as a kernel: platform, choice, dtype -> attention, MLP.
-WHERE = {
+# Expected kernels: (platform, choice, dtype) -> attention, MLP.
+KERNELS = {
     ("cpu", "fused", "float32"): [ATTENTION, MLP],
     ("cpu", "fused", "bfloat16"): [ATTENTION, MLP],
     ("tpu", "auto", "bfloat16"): [ATTENTION, MLP],
@@ -208,15 +213,18 @@ WHERE = {
 @pytest.mark.slow
 @pytest.mark.parametrize("platform", ["cpu", "tpu", "gpu"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_what_runs_as_a_kernel(platform, dtype, on_platform):
-    """A key mask, windows and a relative bias leave the MLP alone as a kernel, a mesh
-    that splits heads nothing; 15 and 16 tokens are alike.
+def test_kernels_of_each_backend(platform, dtype, on_platform):
+    """Masks, windows and biases allow only MLP kernels, tensor parallelism none.
+
+    15 and 16 tokens are treated alike.
     """
     calls, batch = on_platform(platform), 64
 
     def found(special, choice, tokens=15):
         sizes = {"grid": (2, 8)} if tokens == 16 else {}
-        graphdef, params, inputs = attention_of(special, batch, dtype=dtype, **sizes)
+        graphdef, params, inputs = main_stage_block(
+            special, batch, dtype=dtype, **sizes
+        )
         x = jnp.zeros((batch, tokens, 128), dtype)
 
         def run(params, x):
@@ -227,18 +235,18 @@ def test_what_runs_as_a_kernel(platform, dtype, on_platform):
         return calls + names
 
     for choice in ("auto", "fused", "plain"):
-        expected = WHERE.get((platform, choice, dtype), [])
-        without = [each for each in expected if each == MLP]
+        expected = KERNELS.get((platform, choice, dtype), [])
+        mlps = [each for each in expected if each == MLP]
         with mesh_of(data=1):
             for tokens in (15, 16):
                 assert found("nothing", choice, tokens) == expected, (choice, tokens)
             for special in ("key mask", "windows", "relative bias"):
-                assert found(special, choice) == without, (choice, special)
+                assert found(special, choice) == mlps, (choice, special)
         with mesh_of(data=1, tensor=2):
-            outside = [each for each in expected if each == CUDNN]
-            assert found("nothing", choice) == outside, choice
-        # Nobody tells how the arrays lie on these eight devices.
-        assert found("nothing", choice) == outside, choice
+            library = [each for each in expected if each == CUDNN]
+            assert found("nothing", choice) == library, choice
+        # Without a mesh, shardings on these eight devices are unknown.
+        assert found("nothing", choice) == library, choice
 
 
 @pytest.mark.slow
@@ -250,29 +258,30 @@ def test_what_runs_as_a_kernel(platform, dtype, on_platform):
         ("relative bias", "gpu", "bfloat16", 0.03),
     ],
 )
-def test_every_choice_gives_the_numbers_of_plain_jax(
+def test_block_equals_plain_jax(
     special, platform, dtype, tolerance, on_platform, one_device
 ):
-    """Output and gradients of a block, fused as far as that may be; relative to the
-    largest number. The MLP is too narrow for a kernel.
+    """Output and gradients of a block agree, relative to the largest value.
+
+    The MLP is too narrow for a kernel.
     """
     calls = on_platform(platform)
     sizes = {"mlp_ratio": 0.5, "dtype": dtype}
-    graphdef, params, inputs = attention_of(special, 8, **sizes)
-    x, direction = arrays((8, 15, 128), (8, 15, 128))
+    graphdef, params, inputs = main_stage_block(special, 8, **sizes)
+    x, direction = random_arrays((8, 15, 128), (8, 15, 128))
     names = tuple(named_leaves(params))
 
     def run(x, *params):
         block = nnx.merge(graphdef, jax.tree.unflatten(tree, params))
         return block(x.astype(dtype), kernels="fused", **inputs)
 
-    def by_hand(x, *params):
-        return block_by_hand(special, dict(zip(names, params, strict=True)), x)
+    def plain(x, *params):
+        return plain_block(special, dict(zip(names, params, strict=True)), x)
 
     leaves, tree = jax.tree.flatten(params)
     found, expected = (
-        fast_jit(partial(results, function))([3 * x, *leaves], direction)
-        for function in (run, by_hand)
+        fast_jit(partial(output_and_gradients, function))([3 * x, *leaves], direction)
+        for function in (run, plain)
     )
     for name, a, b in zip(("out", "x", *names), found, expected, strict=True):
         a, b = np.float32(a), np.float32(b)

@@ -1,4 +1,4 @@
-"""Fused residual branches, interpreted on the CPU: numbers and gradients of JAX."""
+"""Fused residual branches, interpreted on the CPU, equal plain JAX."""
 
 from functools import partial
 from importlib.util import find_spec
@@ -11,15 +11,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from kernel_cases import (
     CASES,
     EPS,
-    arrays,
-    assert_no_less_exact,
+    assert_bfloat16_errors,
     attention,
     gpu_mlp,
     in_bfloat16,
-    inputs_of,
     layer_norm,
     mlp,
-    results,
+    output_and_gradients,
+    random_arrays,
+    random_inputs,
 )
 from networks import fast_jit
 from numpy.testing import assert_allclose
@@ -29,8 +29,8 @@ from hivit_jax.models import layers, norms
 from hivit_jax.xla.chips import GPU_OPTIONS, devices_of
 
 
-def kept(function, inputs):
-    """Numbers that are kept for the gradient, those of the inputs included."""
+def saved_size(function, inputs):
+    """Count the elements of the saved residuals, inputs included."""
     return sum(x.size for x in jax.tree.leaves(jax.vjp(function, *inputs)[1]))
 
 
@@ -46,34 +46,40 @@ LAYERS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LAYERS)
-def test_layers_give_the_librarys_numbers_and_keep_less(name):
+def test_layers_equal_jax_and_save_less(name):
+    """Values agree with JAX; fewer residuals are saved."""
     ours, plain, shapes = LAYERS[name]
-    *inputs, direction = (4 * x for x in arrays(*shapes, shapes[0]))
-    expected = jax.jit(partial(results, plain))(inputs, direction)
-    found = jax.jit(partial(results, ours))(inputs, direction)
+    *inputs, direction = (4 * x for x in random_arrays(*shapes, shapes[0]))
+    expected = jax.jit(partial(output_and_gradients, plain))(inputs, direction)
+    found = jax.jit(partial(output_and_gradients, ours))(inputs, direction)
     for a, b in zip(found, expected, strict=True):
         assert_allclose(a, b, rtol=0, atol=3e-6 * float(jnp.abs(b).max()))
-    assert kept(ours, inputs) <= inputs[0].size * 1.1 < kept(plain, inputs) / 2
+    assert (
+        saved_size(ours, inputs) <= inputs[0].size * 1.1 < saved_size(plain, inputs) / 2
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("special", ["", "bias", "mask", "bias, mask"])
-def test_plain_attention_gives_the_librarys_numbers(special):
-    """float32: output and all gradients; the mask leaves one image no key at all."""
-    q, k, v, direction = arrays(*[(2, 9, 4, 32)] * 4)
-    bias = arrays((1, 4, 9, 9))[0] if "bias" in special else None
+def test_plain_attention_equals_jax(special):
+    """Output and gradients agree in float32; the mask leaves one image without keys."""
+    q, k, v, direction = random_arrays(*[(2, 9, 4, 32)] * 4)
+    bias = random_arrays((1, 4, 9, 9))[0] if "bias" in special else None
     mask = jnp.arange(9) % 3 * jnp.array([[1], [0]]) > 0
     mask = mask[:, None, None] if "mask" in special else None
 
     def ours(q, k, v, bias):
-        how = dict(bias=bias, mask=mask, choice="auto")
-        return attention_xla.dot_product_attention(q, k, v, **how)
+        return attention_xla.dot_product_attention(
+            q, k, v, bias=bias, mask=mask, choice="auto"
+        )
 
     def plain(q, k, v, bias):
         return jax.nn.dot_product_attention(q, k, v, bias=bias, mask=mask)
 
     inputs = 9 * q, k, v, bias
-    expected, found = (results(each, inputs, direction) for each in (plain, ours))
+    expected, found = (
+        output_and_gradients(each, inputs, direction) for each in (plain, ours)
+    )
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert_allclose(a, b, rtol=0, atol=3e-6 * float(jnp.abs(b).max()))
 
@@ -81,29 +87,29 @@ def test_plain_attention_gives_the_librarys_numbers(special):
 @pytest.mark.slow
 @pytest.mark.parametrize("tokens", [9, 10])
 def test_odd_numbers_of_tokens_are_padded_for_cudnn(tokens, monkeypatch):
-    """What is padded neither is attended to nor has a gradient."""
+    """The padding is not attended to and has no gradient."""
     library, calls = jax.nn.dot_product_attention, []
 
-    def stand_in(*qkv, implementation=None, **others):
+    def record(*qkv, implementation=None, **others):
         calls.append((implementation, qkv[0].shape[1]))
         return library(*qkv, **others)
 
-    *qkv, direction = arrays(*[(2, tokens, 4, 32)] * 4, dtype=jnp.bfloat16)
-    expected = results(library, qkv, direction)
-    monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
+    *qkv, direction = random_arrays(*[(2, tokens, 4, 32)] * 4, dtype=jnp.bfloat16)
+    expected = output_and_gradients(library, qkv, direction)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", record)
     monkeypatch.setattr(dispatch, "platform", lambda: "gpu")
     attend = partial(attention_xla.dot_product_attention, bias=None, mask=None)
-    found = results(partial(attend, choice="auto"), qkv, direction)
+    found = output_and_gradients(partial(attend, choice="auto"), qkv, direction)
     assert calls == [("cudnn", 10)]
     for a, b in zip(found, expected, strict=True):
         a, b = np.float32(a), np.float32(b)
         assert_allclose(a, b, rtol=0, atol=0.01 * np.abs(b).max())
-    results(partial(attend, choice="plain"), qkv, direction)
+    output_and_gradients(partial(attend, choice="plain"), qkv, direction)
     assert calls[1:] == [(None, tokens)]
 
 
-# Whether to add x to the branch, and whether to keep more for the gradient.
-WAYS = [(True, False), (True, True), (False, True)]
+# (add x to the branch, save residuals)
+ADD_AND_KEEP = [(True, False), (True, True), (False, True)]
 
 
 @pytest.mark.slow
@@ -112,17 +118,17 @@ WAYS = [(True, False), (True, True), (False, True)]
     [
         (name, add, keep)
         for name, case in CASES.items()
-        for add, keep in WAYS
+        for add, keep in ADD_AND_KEEP
         if case.keeps or add != keep
     ],
 )
-def test_the_same_numbers(name, add, keep):
-    """float32: output and all seven gradients, of several blocks of rows."""
-    inputs, direction = inputs_of(CASES[name])
+def test_fused_equals_plain(name, add, keep):
+    """Output and all seven gradients agree in float32, for several blocks of rows."""
+    inputs, direction = random_inputs(CASES[name])
     plain = partial(CASES[name].plain, add=add)
     fused = partial(CASES[name].fused, add=add, keep=keep, interpret=True)
-    expected = jax.jit(partial(results, plain))(inputs, direction)
-    found = fast_jit(partial(results, fused))(inputs, direction)
+    expected = jax.jit(partial(output_and_gradients, plain))(inputs, direction)
+    found = fast_jit(partial(output_and_gradients, fused))(inputs, direction)
     for a, b in zip(found, expected, strict=True):
         assert_allclose(a, b, rtol=0, atol=3e-6 * float(jnp.abs(b).max()))
 
@@ -136,7 +142,7 @@ def test_the_same_numbers(name, add, keep):
     ],
 )
 def test_no_less_exact_in_bfloat16(name, keep):
-    assert_no_less_exact(CASES[name], fast_jit, keep, interpret=True)
+    assert_bfloat16_errors(CASES[name], fast_jit, keep, interpret=True)
 
 
 @pytest.mark.extras
@@ -145,7 +151,7 @@ def test_no_less_exact_in_bfloat16(name, keep):
 )
 @pytest.mark.parametrize("width", [128, 256])
 def test_compile_for_a_gpu(width):
-    """One kernel there, one back, and two products for the gradients of weights."""
+    """One kernel forward, one backward, and two products for weight gradients."""
     case = gpu_mlp(1024, width, 3 * width)
     text = compiled_text(case, devices_of("h100:1")[0], False, GPU_OPTIONS)
     assert text.count('custom_call_target="__gpu$xla.gpu.triton"') == 2
@@ -159,28 +165,28 @@ def test_compile_for_a_gpu(width):
     "case", [mlp(1024, 128, 256, 512), attention(16, 49, 128, 2, 784)]
 )
 def test_compile_for_a_tpu(case, keep):
-    """One kernel there, one back."""
+    """One kernel forward, one backward."""
     text = compiled_text(case, devices_of("v5e:2x4")[0], keep)
     assert text.count('custom_call_target="tpu_custom_call"') == 2
 
 
 def compiled_text(case, device, keep, options=None):
-    """The program of a kernel and its gradients, in bfloat16, for a device."""
+    """Compile a kernel and its gradients in bfloat16 for a device; return the text."""
     mesh = Mesh(np.array([device]), ("data",))
-    place = NamedSharding(mesh, PartitionSpec())
-    inputs, direction = inputs_of(case)
+    replicated = NamedSharding(mesh, PartitionSpec())
+    inputs, direction = random_inputs(case)
     inputs, direction = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated),
         (in_bfloat16(inputs), direction),
     )
     fused = partial(case.fused, add=True, keep=keep, interpret=False)
     with jax.set_mesh(mesh):
-        lowered = jax.jit(partial(results, fused)).lower(inputs, direction)
+        lowered = jax.jit(partial(output_and_gradients, fused)).lower(inputs, direction)
     return lowered.compile(options).as_text()
 
 
 def test_rows_of_a_block():
-    """As many as divide the total, of whole tiles, and for attention whole images."""
+    """Blocks divide the rows into whole tiles, and for attention into whole images."""
     assert dispatch.block_rows(64 * 784, 8, 1024, 2000) == 1024
     assert dispatch.block_rows(64 * 784, 8, 1024, 1000) == 896
     assert dispatch.block_rows(64 * 49, 8, 256, 2000) == 224
@@ -192,8 +198,8 @@ def test_rows_of_a_block():
     assert dispatch.block_rows(4 * 49, 392, 512, 2000) is None
 
 
-def test_what_is_worth_keeping():
-    """Where arithmetic is the limit, by a margin; not where the bytes would be."""
+def test_saving_residuals():
+    """Residuals are saved where arithmetic is the bottleneck by a margin."""
     for balance, kept in ((166, [False, True, True]), (240, [False, False, True])):
         target = dispatch.Target("cpu", balance=2 * balance)
         for (width, hidden), worth in zip(

@@ -42,11 +42,11 @@ QUEUE = "queued-resources describe"
 TPU = "tpu-vm describe"
 
 
-ALONE = ["create", "setup", "status", "delete"]  # commands without training
+ALONE = ["create", "setup", "status", "delete"]  # commands that run no training
 
 
 class Stage:
-    """A directory of stand-ins, and what they were called with."""
+    """A directory with stand-ins for commands, and the log of their calls."""
 
     def __init__(self, directory: Path):
         self.calls_file = directory / "calls"
@@ -71,7 +71,7 @@ class Stage:
         }
 
     def start(self, *command: str | Path, play=None, **environment) -> subprocess.Popen:
-        """Starts a command among stand-ins that play their parts."""
+        """Start a command; `play` scripts the stand-ins."""
         parts = {"pkill": [["", 1]], TPU: [["READY", 0]]} | (play or {})
         variables = {"PLAY": json.dumps(parts), **self.environment, **environment}
         return subprocess.Popen(
@@ -85,25 +85,25 @@ class Stage:
         )
 
     def run(self, *command: str | Path, **options) -> tuple[int, str, str]:
-        """`start` to its end: (exit code, stdout, stderr)."""
+        """Run a command to its end; return (exit code, stdout, stderr)."""
         self.calls_file.unlink(missing_ok=True)
         process = self.start(*command, **options)
         out, err = process.communicate(timeout=60)
         return process.returncode, out, err
 
     def calls(self) -> list[list[str]]:
-        """Name and arguments of every call since the last `run` began."""
+        """Return name and arguments of every call since the last `run` began."""
         if not self.calls_file.exists():
             return []
         return [json.loads(line) for line in self.calls_file.read_text().splitlines()]
 
-    def story(self) -> list[str]:
-        """The calls of gcloud by their verbs, and training as "train"."""
+    def steps(self) -> list[str]:
+        """Return the verbs of gcloud calls, and "train" for training."""
         words = {"gcloud": lambda c: c[4], "python": lambda c: "train"}
         return [words[c[0]](c) for c in self.calls() if c[0] in words]
 
     def trained(self) -> list[list[str]]:
-        """Arguments that each training got."""
+        """Return the arguments of each training."""
         return [c[3:] for c in self.calls() if c[0] == "python"]
 
 
@@ -186,9 +186,9 @@ def test_setup_installs_this_checkout(stage):
 
 
 def test_arguments_arrive_intact(stage):
-    """Through this shell, gcloud's and that of the virtual machine."""
+    """Arguments pass the local shell, gcloud and the remote shell unchanged."""
     assert stage.run(*tpu_vm("run", "--", *TRAINING, *AWKWARD))[0] == 0
-    assert stage.story() == ["ssh", "train"]
+    assert stage.steps() == ["ssh", "train"]
     assert stage.trained() == [TRAINING + AWKWARD]
 
 
@@ -208,17 +208,17 @@ def test_run_ends_as_training_does(stage, code):
     assert stage.run(*tpu_vm("run", "--", *TRAINING), play=play)[0] == code
 
 
-UP = ["scp", "ssh"]
+INSTALL = ["scp", "ssh"]
 
 
-NEW = ["delete", "create", "describe", *UP]
+RECREATE = ["delete", "create", "describe", *INSTALL]
 
 
-AGAIN = ["describe", *UP, "ssh", "train"]
+AGAIN = ["describe", *INSTALL, "ssh", "train"]
 
 
-def keep(stage, trainings, tpu=("READY",)):
-    """The story and exit code of a `keep`; states of the TPU, and ends of training."""
+def run_keep(stage, trainings, tpu=("READY",)):
+    """Run `keep` with these TPU states and training exit codes: (steps, exit code)."""
     play = {
         TRAIN: [["", code] for code in trainings],
         TPU: [[state, 0 if state else 1] for state in tpu],
@@ -227,49 +227,57 @@ def keep(stage, trainings, tpu=("READY",)):
     code, _, error = stage.run(*tpu_vm("keep", "--spot", "--", *TRAINING), play=play)
     assert "still there" in error
     assert all(each == TRAINING for each in stage.trained())
-    return stage.story(), code
+    return stage.steps(), code
 
 
-def test_a_preempted_tpu_is_made_again_and_goes_on(stage):
-    """There is none; it is taken away while training; the new one finishes."""
+def test_preempted_tpu_is_recreated_and_training_resumes(stage):
+    """A missing TPU is created; a preempted one is recreated and training resumes."""
     states = ["", "PREEMPTED", "PREEMPTED", "READY"]
-    story, code = keep(stage, [1, 0], states)
+    steps, code = run_keep(stage, [1, 0], states)
     train = ["ssh", "train"]
-    assert story == ["describe", *NEW, *train, "describe", "describe", *NEW, *train]
+    assert steps == [
+        "describe",
+        *RECREATE,
+        *train,
+        "describe",
+        "describe",
+        *RECREATE,
+        *train,
+    ]
     assert code == 0
 
 
-def test_an_unreachable_tpu_is_made_again(stage):
-    story, code = keep(stage, [255, 0])
-    assert story == [*AGAIN, "describe", *NEW, "ssh", "train"]
+def test_unreachable_tpu_is_recreated(stage):
+    steps, code = run_keep(stage, [255, 0])
+    assert steps == [*AGAIN, "describe", *RECREATE, "ssh", "train"]
     assert code == 0
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("code", [75, 134, "abort"])
-def test_an_interrupted_run_goes_on_where_it_is(stage, code):
-    """Saved, or aborted because another process was lost."""
-    story, code = keep(stage, [code] * 6 + [0])
-    assert story == [*AGAIN, "describe"] * 6 + AGAIN
+def test_interrupted_run_resumes_on_the_same_tpu(stage, code):
+    """The run saved its state, or aborted because another process died."""
+    steps, code = run_keep(stage, [code] * 6 + [0])
+    assert steps == [*AGAIN, "describe"] * 6 + AGAIN
     assert code == 0
 
 
 @pytest.mark.parametrize("code", [2, 3, 4, 5])
-def test_a_users_error_is_not_tried_again(stage, code):
-    assert keep(stage, [code]) == (AGAIN, code)
+def test_user_errors_are_not_retried(stage, code):
+    assert run_keep(stage, [code]) == (AGAIN, code)
 
 
 @pytest.mark.slow
-def test_a_crash_is_tried_five_times(stage):
-    story, code = keep(stage, [139])
-    assert story.count("train") == 5
+def test_crash_is_retried_five_times(stage):
+    steps, code = run_keep(stage, [139])
+    assert steps.count("train") == 5
     assert code == 139
 
 
-def test_resume_sets_up_what_is_lost(stage):
+def test_resume_recreates_a_lost_tpu(stage):
     play = {TPU: [["SUSPENDED", 0]], QUEUE: [["ACTIVE", 0]]}
     assert stage.run(*tpu_vm("resume", "--", *TRAINING), play=play)[0] == 0
-    assert stage.story() == ["describe", *NEW, "ssh", "train"]
+    assert stage.steps() == ["describe", *RECREATE, "ssh", "train"]
 
 
 @pytest.mark.parametrize("command", [*ALONE, "run", "resume", "keep"])
@@ -300,7 +308,7 @@ def test_dry_run_prints_what_can_be_pasted(stage, command):
         (["setup", "--source=/nowhere"], "--source=/nowhere"),
     ],
 )
-def test_mistakes(stage, arguments, named):
+def test_invalid_arguments(stage, arguments, named):
     code, _, error = stage.run(LAUNCH / "tpu_vm.sh", *arguments)
     assert code == 2
     assert named in error
@@ -334,14 +342,14 @@ def test_dry_run_of_a_job(stage):
     assert stage.calls() == [step, ["scontrol", "requeue", "JOB"]]
 
 
-def test_outside_of_a_job(stage):
+def test_slurm_script_outside_of_a_job(stage):
     code, _, error = stage.run(LAUNCH / "slurm.sh", *TRAINING)
     assert (code, stage.calls()) == (2, [])
     assert "sbatch" in error
 
 
 def test_options_of_a_job():
-    """SLURM reads them up to the first command; a process for each GPU."""
+    """SLURM reads the options before the first command; each GPU has a process."""
     text = (LAUNCH / "slurm.sh").read_text()
     comments = re.match(r"(#.*\n)*", text)[0]
     assert comments.count("\n#SBATCH ") == text.count("#SBATCH ")
@@ -363,8 +371,8 @@ def test_processes_of_a_fake_pod(stage):
         *fake_pod(3, *TRAINING, *AWKWARD), play={TRAIN: [["one\ntwo", 0]]}
     )
     assert code == 0
-    said = [f"[{i}] {word}" for i in range(3) for word in ("one", "two")]
-    assert sorted(out.splitlines()) == said
+    expected = [f"[{i}] {word}" for i in range(3) for word in ("one", "two")]
+    assert sorted(out.splitlines()) == expected
     (address,) = {call[-3] for call in stage.calls()}
     assert re.fullmatch(r"--coordinator_address=localhost:[12]\d{4}", address)
     command = ["python", "-m", "hivit_jax.main", *TRAINING, *AWKWARD, address]
@@ -376,7 +384,9 @@ def test_processes_of_a_fake_pod(stage):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_fake_pod_passes_signals_on(stage, number):
     play = {TRAIN: [["waiting", "signal"]]}
-    before = signal.signal(number, signal.SIG_DFL)  # nohup ignores one, and so on down
+    before = signal.signal(
+        number, signal.SIG_DFL
+    )  # nohup ignores SIGHUP, and children inherit that
     process = stage.start(*fake_pod(4, *TRAINING), play=play)
     signal.signal(number, before)
     waiting = {process.stdout.readline() for _ in range(4)}
@@ -420,13 +430,15 @@ def test_usage_of_a_fake_pod(stage, arguments):
 
 
 def after_exit(jobset, code):
-    """ "end" or "again": the reaction to a container's exit code, by the rules of
-    Kubernetes' podFailurePolicy and JobSet's failurePolicy. The first match wins.
+    """Return "end" or "again", the reaction to a container's exit code.
+
+    Follows Kubernetes' podFailurePolicy and JobSet's failurePolicy; the first match
+    wins.
     """
     (replicated,) = jobset["spec"]["replicatedJobs"]
     job = replicated["template"]["spec"]
     (container,) = job["template"]["spec"]["containers"]
-    reason = "BackoffLimitExceeded"  # of a job whose backoffLimit is 0
+    reason = "BackoffLimitExceeded"  # because backoffLimit is 0
     for rule in job.get("podFailurePolicy", {}).get("rules", []):
         asked = rule["onExitCodes"]
         inside = code in asked["values"]
@@ -454,13 +466,13 @@ def after_exit(jobset, code):
     + [(code, "again") for code in (1, 75, 134, 137, 143)],
 )
 def test_exit_codes_of_a_jobset(code, expected):
-    """Preempted and crashed pods start again; what a user has to mend ends."""
+    """Preempted and crashed pods restart; errors of the user end the job."""
     (jobset,) = yaml.safe_load_all((LAUNCH / "jobset.yaml").read_text())
     assert after_exit(jobset, code) == expected
 
 
 def test_jobset():
-    """A host for each four chips, which ends with training."""
+    """Each host has four chips; pods end with training."""
     (jobset,) = yaml.safe_load_all((LAUNCH / "jobset.yaml").read_text())
     assert jobset["kind"] == "JobSet"
     assert jobset["spec"]["failurePolicy"]["maxRestarts"] >= 100
@@ -479,7 +491,7 @@ def test_jobset():
 
 
 def test_dockerfile():
-    """What it copies is there and not ignored; its extras are those of the package."""
+    """Copied files exist and are not ignored; the extras exist in the package."""
     text = (LAUNCH / "Dockerfile").read_text()
     copied = " ".join(re.findall(r"^COPY (.*) \S+$", text, re.MULTILINE)).split()
     allowed = (ROOT / ".dockerignore").read_text().split()

@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from networks import DECODER, MINI, abstract, shapes
+from networks import DECODER, MINI, abstract_model, output_shapes
 
 from hivit_jax.errors import ConfigError
 from hivit_jax.models import arguments_of, configure, create_model
 from hivit_jax.models.arguments import make_key
-from hivit_jax.models.masking import visible_units
+from hivit_jax.models.masking import count_visible_units
 from hivit_jax.models.norms import BatchNorm
 
 MAE = MINI | DECODER
@@ -98,7 +98,7 @@ def test_decoder_sizes(overrides):
 
 def test_numpy_arguments_can_be_saved():
     sizes = MINI | dict(embed_dim=np.int64(64), depths=np.array(MINI["depths"]))
-    model = abstract("hivit_base", **MINI)
+    model = abstract_model("hivit_base", **MINI)
     made = configure("hivit_base", **sizes)[1]
     assert json.dumps(arguments_of(model)["depths"]) == json.dumps(made.depths)
 
@@ -137,13 +137,17 @@ OLD_KEYS = shape(4, 2, dtype=jnp.uint32)
 
 
 def classify(images=IMAGES, **arrays):
-    model = abstract("hivit_base", **MINI | dict(drop_path_rate=0.5, num_classes=5))
-    return shapes(lambda m: jax.eval_shape(m, images, **arrays), model)
+    model = abstract_model(
+        "hivit_base", **MINI | dict(drop_path_rate=0.5, num_classes=5)
+    )
+    return output_shapes(lambda m: jax.eval_shape(m, images, **arrays), model)
 
 
 def reconstruct(method="image_loss", *arrays, **named):
-    model = abstract("mae_hivit_base", **MAE)
-    return shapes(lambda m: jax.eval_shape(getattr(m, method), *arrays, **named), model)
+    model = abstract_model("mae_hivit_base", **MAE)
+    return output_shapes(
+        lambda m: jax.eval_shape(getattr(m, method), *arrays, **named), model
+    )
 
 
 def test_one_drop_path_key_an_image():
@@ -212,12 +216,12 @@ def test_empty_batch():
     )
     assert classify(none).shape == (0, 5)
     assert classify(none, drop_path_keys=keys).shape == (0, 5)
-    windows = abstract("hivit_base", **MINI | dict(window_size=3))
-    maps = shapes(
+    windows = abstract_model("hivit_base", **MINI | dict(window_size=3))
+    maps = output_shapes(
         lambda m: m.features(jnp.zeros((0, 64, 64, 3)), stride_32=True), windows
     )
     assert [m.shape[:3] for m in maps] == [(0, 16, 16), (0, 8, 8), (0, 4, 4), (0, 2, 2)]
-    layers = shapes(lambda m: m.layers(jnp.zeros((0, 64, 64, 3)), True), windows)
+    layers = output_shapes(lambda m: m.layers(jnp.zeros((0, 64, 64, 3)), True), windows)
     assert layers[0].attention.shape == (0, 4, 2, 9, 9)
     noise = shape(0, 16)
     assert reconstruct("image_loss", none, noise=noise).shape == (0,)
@@ -232,14 +236,14 @@ def test_empty_batch():
 def test_stated_mask_ratio_works(units):
     """The message states a ratio that keeps a unit."""
     with pytest.raises(ConfigError, match="at least 1") as error:
-        visible_units(units, 0.99999)
+        count_visible_units(units, 0.99999)
     most = float(str(error.value).rsplit(" ", 1)[1])
-    assert visible_units(units, most) >= 1
-    assert visible_units(units, np.float64(most)) >= 1
+    assert count_visible_units(units, most) >= 1
+    assert count_visible_units(units, np.float64(most)) >= 1
 
 
 def test_ten_units():
     with pytest.raises(ConfigError, match="a mask_ratio of at most 0.89"):
-        visible_units(10, 0.9)
+        count_visible_units(10, 0.9)
     with pytest.raises(ConfigError, match="at least 1 of 2"):
-        visible_units(1, 0.5)
+        count_visible_units(1, 0.5)

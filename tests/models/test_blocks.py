@@ -1,4 +1,4 @@
-"""Ways to run blocks: scan, remat and kernels change no number; compiled once."""
+"""Ways to run blocks: scan, remat and kernels change no value; blocks compile once."""
 
 import re
 from functools import cache
@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import recipes
 from flax import nnx
+from networks import MINI
 from numpy.testing import assert_allclose
 
 import hivit_jax
@@ -17,11 +18,6 @@ from hivit_jax.kernels import dispatch
 from hivit_jax.tree import named_leaves, split
 
 pytestmark = pytest.mark.usefixtures("quick")
-
-
-# --- Ways to run blocks --------------------------------------------------------------
-
-SMALL = dict(image_size=64, embed_dim=64, depths=(1, 1, 2), num_heads=2)
 
 
 MODELS = {
@@ -34,8 +30,8 @@ MODELS = {
 
 @cache
 def loss_and_gradients(name, **options):
-    """Of a small model with drop path in float32; and its parameters."""
-    model = hivit_jax.create_model(name, **SMALL, **MODELS[name], **options)
+    """Return loss, gradients and parameters of a small model with drop path."""
+    model = hivit_jax.create_model(name, **MINI, **MODELS[name], **options)
     graphdef, params = split(model)
     rng = np.random.default_rng(0)
     images = rng.normal(size=(8, 64, 64, 3)).astype(np.float32)
@@ -63,15 +59,15 @@ def loss_and_gradients(name, **options):
         dict(remat=True, scan_blocks=True),
     ],
 )
-def test_ways_to_run_blocks_change_nothing(monkeypatch, name, options):
-    """Nor which branches are dropped: another draw would change the loss by far.
+def test_scan_and_remat_change_no_value(monkeypatch, name, options):
+    """Losses and gradients agree, and so does drop path, whose draws affect both.
 
-    On a CPU every block is called; elsewhere they are one program, where nothing else
-    is asked for.
+    On XLA:CPU every block is called; other backends have one program unless an option
+    changes it.
     """
     value, found, same = loss_and_gradients(name, **options)
     monkeypatch.setattr(dispatch, "platform", lambda: "tpu")
-    # The default, said, so that it is kept apart from what a CPU makes of it.
+    # remat=False is the default; naming it keeps this result apart in the cache.
     loss, gradients, params = loss_and_gradients(name, remat=False)
     recipes.assert_identical(same, params)  # names, shapes and numbers
     assert_allclose(value, loss, rtol=1e-6)
@@ -82,8 +78,8 @@ def test_ways_to_run_blocks_change_nothing(monkeypatch, name, options):
 
 
 def gradient_program(**options):
-    """The gradient of a small classifier, lowered."""
-    model = hivit_jax.create_model("hivit_base", **SMALL | options)
+    """Lower the gradient of a small classifier."""
+    model = hivit_jax.create_model("hivit_base", **MINI | options)
     graphdef, params = split(model)
     images = jnp.zeros((2, 64, 64, 3))
     loss = jax.grad(lambda p, x: nnx.merge(graphdef, p)(x).sum())
@@ -91,6 +87,7 @@ def gradient_program(**options):
 
 
 def lines(**options):
+    """Count the lines of the lowered gradient."""
     return len(gradient_program(**options).as_text().splitlines())
 
 
@@ -103,12 +100,12 @@ def test_blocks_are_compiled_once(monkeypatch, platform, options):
     one_by_one = lines(depths=(1, 1, 9)) - lines()
     monkeypatch.setattr(dispatch, "platform", lambda: platform)
     more = lines(depths=(1, 1, 9), **options) - lines(**options)
-    assert more < one_by_one / 3  # stacking parameters remains
+    assert more < one_by_one / 3  # except for stacking parameters
 
 
 @pytest.mark.slow
-def test_cpus_add_up_residual_branches_once():
-    """No kernel takes more operands for there being more blocks."""
+def test_cpu_fusions_do_not_grow_with_depth():
+    """The number of operands of a fusion does not depend on the number of blocks."""
     found = []
     for depth in (3, 9):
         hlo = gradient_program(depths=(1, 1, depth)).compile().as_text()
@@ -118,18 +115,18 @@ def test_cpus_add_up_residual_branches_once():
 
 
 @pytest.mark.slow
-def test_blocks_that_differ():
-    """Are not scanned, and not taken for each other."""
+def test_blocks_with_different_windows():
+    """Blocks with and without windows are neither scanned nor confused."""
     windows = dict(window_size=2)
     images = np.random.default_rng(0).normal(size=(2, 64, 64, 3)).astype(np.float32)
     with pytest.raises(ConfigError, match="scan_blocks=True with global_blocks"):
         hivit_jax.create_model(
-            "hivit_base", **SMALL, **windows, global_blocks=(1,), scan_blocks=True
+            "hivit_base", **MINI, **windows, global_blocks=(1,), scan_blocks=True
         )
-    model = hivit_jax.create_model("hivit_base", **SMALL, **windows, scan_blocks=True)
-    plain = hivit_jax.create_model("hivit_base", **SMALL, **windows)
+    model = hivit_jax.create_model("hivit_base", **MINI, **windows, scan_blocks=True)
+    plain = hivit_jax.create_model("hivit_base", **MINI, **windows)
     assert_allclose(model(images), plain(images), atol=1e-6)
-    mixed = hivit_jax.create_model("hivit_base", **SMALL, **windows, global_blocks=(1,))
+    mixed = hivit_jax.create_model("hivit_base", **MINI, **windows, global_blocks=(1,))
     layers = [x.tokens for x in mixed.layers(images)]
     assert_allclose(mixed.encoder(images)[-1], layers[-1], atol=1e-6)
     assert np.abs(model(images) - mixed(images)).max() > 1e-4

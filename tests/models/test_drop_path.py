@@ -1,4 +1,4 @@
-"""Drop path: which samples and branches it drops."""
+"""Drop path: dropped samples and branches, and rates."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -6,22 +6,20 @@ import pytest
 from networks import (
     DECODER,
     MINI,
-    abstract,
-    compiled,
+    abstract_model,
+    jit_model,
     mini,
-    pictures,
+    output_shapes,
+    random_array,
     sample_keys,
-    shapes,
 )
 from numpy.testing import assert_allclose, assert_array_equal
 
 from hivit_jax.models import blocks, layers
 
-# Drop path
-
 
 def test_drop_path_of_rate_zero_or_without_keys():
-    x = pictures((6, 4), "rows")
+    x = random_array((6, 4), "rows")
     assert_array_equal(layers.drop_path(x, 0.0, sample_keys(3), 0), x)
     assert layers.drop_path(x, None, sample_keys(3), 0) is x
     assert layers.drop_path(x, 0.7, None, 0) is x
@@ -29,7 +27,7 @@ def test_drop_path_of_rate_zero_or_without_keys():
 
 @pytest.mark.parametrize("shape", [(64 * 3, 5), (64, 3, 5)])
 def test_drop_path_drops_or_scales_whole_samples(shape):
-    x = pictures(shape, "rows")
+    x = random_array(shape, "rows")
     out = layers.drop_path(x, 0.75, sample_keys(64), 3)
     assert out.shape == x.shape
     before, after = (np.asarray(a).reshape(64, 3, 5) for a in (x, out))
@@ -41,11 +39,11 @@ def test_drop_path_drops_or_scales_whole_samples(shape):
 
 @pytest.mark.slow
 def test_drop_path_draws():
-    """A sample's own key and the number of the draw decide, nothing else."""
+    """Only a sample's own key and the branch index determine a draw."""
     keys, ones = sample_keys(4000), jnp.ones((4000, 1))
 
-    def draws(keys, draw=0):
-        return np.asarray(layers.drop_path(ones[: len(keys)], 0.25, keys, draw))
+    def draws(keys, branch_index=0):
+        return np.asarray(layers.drop_path(ones[: len(keys)], 0.25, keys, branch_index))
 
     every = draws(keys)
     # Standard error of the mean: sqrt(0.25 / 0.75 / 4000) = 0.009.
@@ -53,25 +51,25 @@ def test_drop_path_draws():
     order = np.random.RandomState(0).permutation(4000)
     assert_array_equal(draws(keys[order]), every[order])
     assert_array_equal(draws(keys[100:150]), every[100:150])
-    other = draws(keys, draw=1)
-    # Independent: both dropped one time in sixteen.
+    other = draws(keys, branch_index=1)
+    # Independent: both are dropped with probability 1/16.
     assert ((every == 0) & (other == 0)).mean() == pytest.approx(1 / 16, abs=0.02)
 
 
 @pytest.mark.slow
 def test_models_without_drop_path_ignore_keys():
-    images, keys = pictures((2, 64, 64, 3)), sample_keys(2)
+    images, keys = random_array((2, 64, 64, 3)), sample_keys(2)
 
     def run(model, images):
         return model(images), model(images, drop_path_keys=keys)
 
-    without, ignored = compiled(mini(), run)(images)
+    without, ignored = jit_model(mini(), run)(images)
     assert_array_equal(ignored, without)
     evaluated, trained = (
-        compiled(mini(drop_path_rate=0.5), lambda m, x, k=k: m(x, drop_path_keys=k))
+        jit_model(mini(drop_path_rate=0.5), lambda m, x, k=k: m(x, drop_path_keys=k))
         for k in (None, keys)
     )
-    alone = compiled(mini(), lambda m, x: m(x))(images)
+    alone = jit_model(mini(), lambda m, x: m(x))(images)
     assert_array_equal(evaluated(images), alone)
     assert (trained(images) != alone).any()
 
@@ -79,49 +77,55 @@ def test_models_without_drop_path_ignore_keys():
 @pytest.mark.slow
 def test_drop_path_of_a_model_depends_on_the_sample_alone():
     model = mini(drop_path_rate=0.9)
-    image = jnp.tile(pictures((1, 64, 64, 3)), (8, 1, 1, 1))
+    image = jnp.tile(random_array((1, 64, 64, 3)), (8, 1, 1, 1))
     keys, order = sample_keys(8), np.array([3, 1, 4, 0, 5, 2, 6, 7])
-    run = compiled(model, lambda model, keys: model(image, drop_path_keys=keys))
+    run = jit_model(model, lambda model, keys: model(image, drop_path_keys=keys))
     out = np.asarray(run(keys))
     assert len(np.unique(out.round(4), axis=0)) > 4
     assert_allclose(run(keys[order]), out[order], atol=1e-5)
 
 
 def test_drop_path_rates_rise_over_residual_blocks(monkeypatch):
-    """Every branch of every block has its rate and a draw of its own."""
+    """Every branch has the rate of its block and a draw of its own."""
     calls = []
 
-    def record(x, rate, keys, draw):
+    def record(x, rate, keys, branch_index):
         assert keys is not None
-        calls.append((rate, draw))
+        calls.append((rate, branch_index))
         return x
 
     monkeypatch.setattr(blocks, "drop_path", record)
-    monkeypatch.setattr(blocks.dispatch, "platform", lambda: "tpu")  # blocks inline
+    monkeypatch.setattr(
+        blocks.dispatch, "platform", lambda: "tpu"
+    )  # traces blocks inline
     images = jnp.zeros((2, 224, 224, 3))
-    shapes(
+    output_shapes(
         lambda model: model(images, drop_path_keys=sample_keys(2)),
-        abstract("hivit_tiny", drop_path_rate=0.05),
+        abstract_model("hivit_tiny", drop_path_rate=0.05),
     )
     linear = [0.05 * block / 13 for block in range(14)]  # 2 + 2 + 10 residual blocks
     expected = linear[:4] + [rate for rate in linear[4:] for _ in range(2)]
     assert [rate for rate, _ in calls] == pytest.approx(expected, abs=1e-8)
-    draws = [draw for _, draw in calls]
-    assert len(set(draws)) == len(draws) == 24
+    indices = [index for _, index in calls]
+    assert len(set(indices)) == len(indices) == 24
 
 
 def test_decoder_has_no_drop_path(monkeypatch):
-    model = abstract("mae_hivit_base", **MINI, **DECODER, drop_path_rate=0.5)
+    model = abstract_model("mae_hivit_base", **MINI, **DECODER, drop_path_rate=0.5)
     rates = []
 
-    def record(x, rate, keys, draw):
+    def record(x, rate, keys, branch_index):
         rates.append((rate, keys is None))
         return x
 
     monkeypatch.setattr(blocks, "drop_path", record)
-    monkeypatch.setattr(blocks.dispatch, "platform", lambda: "tpu")  # blocks inline
+    monkeypatch.setattr(
+        blocks.dispatch, "platform", lambda: "tpu"
+    )  # traces blocks inline
     images, noise = jnp.zeros((2, 64, 64, 3)), jnp.zeros((2, 16))
-    shapes(lambda m: m(images, noise=noise, drop_path_keys=sample_keys(2)), model)
+    output_shapes(
+        lambda m: m(images, noise=noise, drop_path_keys=sample_keys(2)), model
+    )
     encoder = [0, 0.1, 0.2, 0.3, 0.4, 0.4, 0.5, 0.5]
     assert [rate for rate, _ in rates[:-2]] == pytest.approx(encoder)
     assert [none for _, none in rates[:-2]] == [False] * 8

@@ -1,4 +1,4 @@
-"""Feature maps of all units and of kept ones; tokens and attention of every block."""
+"""Feature maps of all and of kept units; tokens and attention of every block."""
 
 import jax
 import jax.numpy as jnp
@@ -8,12 +8,12 @@ from flax import nnx
 from networks import (
     DEFAULTS,
     MINI,
-    abstract,
-    compiled,
+    abstract_model,
     fast_jit,
+    jit_model,
     mini,
-    pictures,
-    shapes,
+    output_shapes,
+    random_array,
 )
 from numpy.testing import assert_allclose, assert_array_equal
 
@@ -25,7 +25,7 @@ KEPT = jnp.asarray([[5, 0, 3], [1, 4, 2]])
 
 
 def without_branches(**overrides):
-    """A model of which only patch embedding, merges and positions are left."""
+    """Return a model without residual branches: patch embedding, merges, positions."""
     graphdef, params = split(mini(**overrides))
 
     def cut(path, leaf):
@@ -36,8 +36,8 @@ def without_branches(**overrides):
     return nnx.merge(graphdef, jax.tree_util.tree_map_with_path(cut, params))
 
 
-def maps_by_hand(model, image):
-    """Its maps of one image, cell by cell, in numpy."""
+def numpy_maps(model, image):
+    """Compute the maps of one image cell by cell in numpy."""
     encoder = model.encoder
     params = {k: np.asarray(v) for k, v in named_leaves(split(encoder)[1]).items()}
 
@@ -81,31 +81,34 @@ def maps_by_hand(model, image):
     ids=str,
 )
 def test_order_of_maps_and_of_kept_units(sizes):
-    """Of images whose pixels are their coordinates, against every cell by hand."""
+    """Maps and kept units equal those computed cell by cell in numpy.
+
+    The pixels of the images are their coordinates.
+    """
     model = without_branches(**sizes)
     height, width = model.config.image_size
-    places = [-0.5, 0.5], np.arange(height) / height, np.arange(width) / width
-    images = np.stack(np.meshgrid(*places, indexing="ij"), -1).astype(np.float32)
+    axes = [-0.5, 0.5], np.arange(height) / height, np.arange(width) / width
+    images = np.stack(np.meshgrid(*axes, indexing="ij"), -1).astype(np.float32)
 
     def run(model, images):
         return model.features(images), model.features(images, KEPT)
 
-    found = compiled(model, run)(jnp.asarray(images))
+    found = jit_model(model, run)(jnp.asarray(images))
     maps, kept = jax.tree.map(np.asarray, found)
     for sample in range(2):
-        expected = maps_by_hand(model, images[sample])
+        expected = numpy_maps(model, images[sample])
         assert len(expected) == len(maps)
-        for level, by_hand in enumerate(expected):
-            assert_allclose(maps[level][sample], by_hand, atol=1e-5)
+        for level, expected_map in enumerate(expected):
+            assert_allclose(maps[level][sample], expected_map, atol=1e-5)
             inner = model.config.inner_patches >> level
-            for place, unit in enumerate(KEPT[sample].tolist()):
+            for i, unit in enumerate(KEPT[sample].tolist()):
                 row, column = divmod(unit, width // 16)
                 rows = slice(row * inner, (row + 1) * inner)
                 columns = slice(column * inner, (column + 1) * inner)
-                cells = kept[level][sample, place]
-                assert cells.shape == (inner, inner, by_hand.shape[-1])
-                assert_allclose(cells, by_hand[rows, columns], atol=1e-5)
-    # No two places look alike: another order would show.
+                cells = kept[level][sample, i]
+                assert cells.shape == (inner, inner, expected_map.shape[-1])
+                assert_allclose(cells, expected_map[rows, columns], atol=1e-5)
+    # No two positions are alike, so that another order fails.
     for x in maps:
         rows = x.reshape(-1, x.shape[-1])
         gaps = np.abs(rows[:, None] - rows).max(-1) + 9 * np.eye(len(rows))
@@ -114,11 +117,11 @@ def test_order_of_maps_and_of_kept_units(sizes):
 
 @pytest.mark.parametrize("image_size", [64, (80, 112)])
 def test_stride_32(image_size):
-    """The maximum of each 2x2; an odd last row or column is left out."""
+    """Each value is the maximum of 2x2; an odd last row or column is dropped."""
     model = mini(image_size=image_size)
     height, width = model.config.image_size
-    images = pictures((2, height, width, 3))
-    run = compiled(model, lambda model, x: model.features(x, stride_32=True))
+    images = random_array((2, height, width, 3))
+    run = jit_model(model, lambda model, x: model.features(x, stride_32=True))
     *_, x, pooled = map(np.asarray, run(images))
     assert pooled.shape == (2, height // 32, width // 32, 64)
     for row, column in np.ndindex(pooled.shape[1:3]):
@@ -126,12 +129,12 @@ def test_stride_32(image_size):
         assert_array_equal(pooled[:, row, column], four.max((1, 2)))
 
 
-def test_stride_32_of_too_little():
+def test_stride_32_is_refused():
     images = jnp.zeros((2, 64, 64, 3))
-    model = abstract("hivit_base", **MINI)
+    model = abstract_model("hivit_base", **MINI)
     with pytest.raises(ConfigError, match="stride_32=True with ids_keep; expected"):
         model.features(images, KEPT, stride_32=True)
-    row = abstract("hivit_base", **MINI | dict(image_size=(16, 64)))
+    row = abstract_model("hivit_base", **MINI | dict(image_size=(16, 64)))
     with pytest.raises(ConfigError, match="stride_32=True with a 1x4 .*at least 2x2"):
         row.features(images[:, :16], stride_32=True)
 
@@ -143,8 +146,8 @@ def test_every_model_has_features_and_layers(name):
         maps, layers = model.features(images, KEPT), model.layers(images)
         return maps, layers, model.layers(images, attention=True)
 
-    model = abstract(name, **DEFAULTS[name], dtype="bfloat16")
-    maps, layers, with_attention = shapes(run, model)
+    model = abstract_model(name, **DEFAULTS[name], dtype="bfloat16")
+    maps, layers, with_attention = output_shapes(run, model)
     assert [x.shape for x in maps] == [
         (2, 3, 4, 4, 16),
         (2, 3, 2, 2, 32),
@@ -160,7 +163,7 @@ def test_every_model_has_features_and_layers(name):
 
 @pytest.mark.slow
 def test_attention_gives_the_output_of_its_block():
-    """Its own normed input's values by it, projected and so on; in windows too."""
+    """The returned attention reproduces each block's output, in windows too."""
     model = mini(
         image_size=(48, 80), depths=(1, 1, 3), window_size=2, global_blocks=(0, 2)
     )
@@ -182,25 +185,25 @@ def test_attention_gives_the_output_of_its_block():
             outputs.append(x + block.mlp(block.norm2(x)))
         return layers, outputs, encoder(images)[-1]
 
-    found = compiled(model, run)(pictures((2, 48, 80, 3)))
+    found = jit_model(model, run)(random_array((2, 48, 80, 3)))
     layers, outputs, last = jax.tree.map(np.asarray, found)
     for layer, output in zip(layers[1:], outputs, strict=True):
         assert_allclose(output, layer.tokens, atol=1e-5)
     assert_array_equal(layers[-1].tokens, last)
-    grown = [(2, 2, 15, 15), (2, 6, 2, 4, 4), (2, 2, 15, 15)]
-    assert [layer.attention.shape for layer in layers] == grown
+    shapes_of_layers = [(2, 2, 15, 15), (2, 6, 2, 4, 4), (2, 2, 15, 15)]
+    assert [layer.attention.shape for layer in layers] == shapes_of_layers
     for layer in layers:
         assert_allclose(layer.attention.sum(-1), 1, rtol=1e-6)
-    # The last window has one unit and three places of padding, never attended to.
+    # The last window has one unit; its three padding units are never attended to.
     assert_array_equal(layers[1].attention[:, -1, ..., 1:], 0)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("windows", [{}, dict(window_size=3, global_blocks=(1,))])
 def test_features_on_a_mesh(windows):
-    """Batch and parameters over eight devices: the same as on one."""
+    """Features on eight devices equal those on one."""
     graphdef, params = split(mini(image_size=(48, 80), **windows))
-    images = pictures((8, 48, 80, 3))
+    images = random_array((8, 48, 80, 3))
     ids_keep = jnp.stack([jnp.roll(jnp.arange(15), n)[:6] for n in range(8)])
 
     @fast_jit

@@ -11,12 +11,12 @@ from networks import (
     DECODER,
     DEFAULTS,
     MINI,
-    abstract,
-    compiled,
-    drawn,
+    abstract_model,
+    initial_params,
+    jit_model,
     mini,
-    pictures,
-    shapes,
+    output_shapes,
+    random_array,
 )
 from numpy.testing import assert_array_equal
 
@@ -30,7 +30,7 @@ from hivit_jax.models.flops import encoder_cost, parameter_count
 # Parameters and cost
 
 
-# Parameters; multiply-adds; the same plus 5 per LayerNorm output.
+# (parameters, multiply-adds, multiply-adds plus 5 per LayerNorm output)
 COUNTS = [
     ("hivit_tiny", {}, 19_181_668, 4_587_273_216, 4_603_080_576),
     ("hivit_small", {}, 37_526_464, 9_044_106_240, 9_071_955_840),
@@ -45,13 +45,13 @@ COUNTS = [
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "overrides", "parameters", "macs", "cost"), COUNTS)
 def test_parameters_and_multiply_adds(name, overrides, parameters, macs, cost):
-    model = abstract(name, **overrides)
+    model = abstract_model(name, **overrides)
     assert model.parameter_count() == parameters
     assert model.macs(layer_norm_cost=0) == macs
     assert model.macs() == cost
 
 
-# As printed by the papers and MMPretrain: millions of parameters, G multiply-adds.
+# As published by the papers and MMPretrain: M parameters, G multiply-adds.
 @pytest.mark.parametrize(
     ("name", "overrides", "parameters", "cost"),
     [
@@ -65,7 +65,7 @@ def test_parameters_and_multiply_adds(name, overrides, parameters, macs, cost):
     ],
 )
 def test_published_figures(name, overrides, parameters, cost):
-    model = abstract(name, **overrides)
+    model = abstract_model(name, **overrides)
 
     def printed(value, like):
         return f"{value:.{len(like.split('.')[1])}f}"
@@ -75,7 +75,7 @@ def test_published_figures(name, overrides, parameters, cost):
 
 
 def test_parts_of_the_masked_autoencoder():
-    model = abstract("mae_hivit_base")
+    model = abstract_model("mae_hivit_base")
     trained = nnx.state(model, nnx.Param)
     assert sum(leaf.size for leaf in jax.tree.leaves(trained)) == 86_940_800
     # The official encoder holds the norm of the latent.
@@ -90,13 +90,16 @@ def test_parts_of_the_masked_autoencoder():
 
 @pytest.mark.slow
 def test_parameters_of_larger_models():
-    deeper = abstract("mae_hivit_base", decoder_depth=8)
+    deeper = abstract_model("mae_hivit_base", decoder_depth=8)
     assert f"{deeper.parameter_count() / 1e6:.2f}" == "93.35"
-    assert f"{abstract('hivit_large').parameter_count() / 1e6:.1f}" == "290.7"
+    assert f"{abstract_model('hivit_large').parameter_count() / 1e6:.1f}" == "290.7"
 
 
 def test_cost_at_another_image_size():
-    model, larger = mini(), abstract("hivit_base", **MINI | dict(image_size=(96, 128)))
+    model, larger = (
+        mini(),
+        abstract_model("hivit_base", **MINI | dict(image_size=(96, 128))),
+    )
     assert model.macs((96, 128)) == larger.macs() - 64 * (1000 - 10)
     assert model.macs(64) == model.macs()
     with pytest.raises(ConfigError, match="image_size=100.*multiples of patch_size=16"):
@@ -104,20 +107,20 @@ def test_cost_at_another_image_size():
 
 
 def test_no_head():
-    """The features that a head would see, from one parameter less for each weight."""
+    """The output is the pooled features; the head's parameters and costs are absent."""
     model, headless = mini(), mini(num_classes=0)
-    images = pictures((2, 64, 64, 3))
-    pooled = compiled(model, lambda model, images: model.pooled(images))(images)
-    out = compiled(headless, lambda model, images: model(images))(images)
+    images = random_array((2, 64, 64, 3))
+    pooled = jit_model(model, lambda model, images: model.pooled(images))(images)
+    out = jit_model(headless, lambda model, images: model(images))(images)
     assert_array_equal(out, pooled)
     assert model.parameter_count() - headless.parameter_count() == 64 * 10 + 10
     assert model.macs() - headless.macs() == 64 * 10
 
 
 def test_layers_of_a_masked_autoencoder():
-    """As of a classifier; the decoder comes after the encoder's last block."""
-    ids = abstract("mae_hivit_base", **MINI, **DECODER).layer_ids()
-    classifier = abstract("hivit_base", **MINI).layer_ids()
+    """Encoder layers are those of a classifier; the decoder follows the last block."""
+    ids = abstract_model("mae_hivit_base", **MINI, **DECODER).layer_ids()
+    classifier = abstract_model("hivit_base", **MINI).layer_ids()
     assert ids["encoder/merges/0/norm/scale"] == 2
     assert ids["encoder/stages/2/1/mlp/fc1/kernel"] == 6
     for name, layer in ids.items():
@@ -125,7 +128,7 @@ def test_layers_of_a_masked_autoencoder():
         assert layer == expected, name
 
 
-# Initialisation
+# Initialization
 
 
 INITIAL = [
@@ -137,7 +140,7 @@ INITIAL = [
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "overrides"), INITIAL)
 def test_initial_parameters(name, overrides):
-    params = drawn(name, 0, **overrides)
+    params = initial_params(name, 0, **overrides)
     tables, seen = [], set()
     for path, value in params.items():
         parts = path.split("/")
@@ -150,7 +153,8 @@ def test_initial_parameters(name, overrides):
                 assert value.shape == (48, 16)
                 assert value.std() == pytest.approx(bound / np.sqrt(3), rel=0.05)
         elif parts[-1] == "kernel":
-            # Within five standard errors, and with the tails of a normal.
+            # Within five standard errors, with the tails of a normal
+            # distribution.
             error = 5 / np.sqrt(value.size)
             assert value.std() == pytest.approx(0.02, rel=error), path
             assert abs(value.mean()) < 0.02 * error, path
@@ -205,8 +209,8 @@ SIZES = [
 @pytest.mark.slow
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_shapes_at_other_sizes(sizes):
-    classifier = abstract("hivit_base", **MINI | dict(num_classes=10) | sizes)
-    autoencoder = abstract("mae_hivit_base", **MINI | DECODER | sizes)
+    classifier = abstract_model("hivit_base", **MINI | dict(num_classes=10) | sizes)
+    autoencoder = abstract_model("mae_hivit_base", **MINI | DECODER | sizes)
     image = sizes.get("image_size", 64)
     height, width = (image, image) if isinstance(image, int) else image
     channels, patch = sizes.get("in_channels", 3), sizes.get("patch_size", 16)
@@ -221,7 +225,7 @@ def test_shapes_at_other_sizes(sizes):
             autoencoder.features(images),
         )
 
-    logits, features, out, same = shapes(run, classifier, autoencoder)
+    logits, features, out, same = output_shapes(run, classifier, autoencoder)
     assert logits.shape == (2, 10)
     inner, dim = sizes.get("inner_patches", 4), sizes.get("embed_dim", 64)
     expected, latent = [], 0
@@ -243,28 +247,28 @@ def test_shapes_at_other_sizes(sizes):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sizes", [SIZES[0] | SIZES[3], SIZES[6], SIZES[8]], ids=str)
-def test_features_hold_what_is_at_their_place(sizes):
-    """A changed pixel moves the one stem cell that it lies in, and no other."""
+def test_features_are_local(sizes):
+    """A changed pixel changes only the stem cell that contains it."""
     model = mini(**sizes)
     shape = (1, *model.config.image_shape)
-    images = np.asarray(pictures(shape))
-    places = [
+    images = np.asarray(random_array(shape))
+    pixels = [
         (0, 0),
         (5, shape[2] - 2),
         (shape[1] - 1, 9),
         (shape[1] - 6, shape[2] - 5),
     ]
     batch = [images]
-    for number, (row, column) in enumerate(places):
+    for number, (row, column) in enumerate(pixels):
         batch.append(images.copy())
         batch[-1][0, row, column, number % shape[3]] += 3
     batch = jnp.asarray(np.concatenate(batch))
-    run = compiled(model, lambda model, x: (model.encoder(x), model.features(x)))
+    run = jit_model(model, lambda model, x: (model.encoder(x), model.features(x)))
     stages, features = run(batch)
     for level, x in enumerate(features[:-1]):
         x = np.asarray(x)
         cell = shape[1] // x.shape[1]
-        for (row, column), changed in zip(places, x[1:], strict=True):
+        for (row, column), changed in zip(pixels, x[1:], strict=True):
             moved = (np.abs(changed - x[0]) > 1e-6).any(-1)
             assert np.argwhere(moved).tolist() == [[row // cell, column // cell]], level
     main = np.asarray(stages[-1]).reshape(features[-1].shape)
@@ -274,19 +278,19 @@ def test_features_hold_what_is_at_their_place(sizes):
 @pytest.mark.slow
 def test_shifted_image_shifts_stem_features():
     model = mini(image_size=(64, 96))
-    images = pictures((2, 64, 96, 3))
-    run = compiled(model, lambda model, images: model.features(images))
+    images = random_array((2, 64, 96, 3))
+    run = jit_model(model, lambda model, images: model.features(images))
     features, shifted = run(images), run(jnp.roll(images, (16, 32), (1, 2)))
     for cells, x, moved in zip((4, 2), features, shifted, strict=False):
         assert_array_equal(moved, jnp.roll(x, (cells, 2 * cells), (1, 2)))
-    # The position table stays where it is.
+    # The position table does not shift.
     assert np.abs(shifted[2] - jnp.roll(features[2], (1, 2), (1, 2))).max() > 0.1
 
 
 @pytest.mark.parametrize("shape", [(64, 64, 1), (64, 96, 3), (32, 64, 3)])
 @pytest.mark.parametrize("name", ["hivit_base", "mae_hivit_base"])
 def test_images_of_another_size(name, shape):
-    model, images = abstract(name, **DEFAULTS[name]), jnp.zeros((2, *shape))
+    model, images = abstract_model(name, **DEFAULTS[name]), jnp.zeros((2, *shape))
     arguments = dict(noise=jnp.zeros((2, 16))) if name.startswith("mae_") else {}
     message = re.escape(f"images are {shape} (height, width, channels)")
     with pytest.raises(ConfigError, match=message + r".* built for \(64, 64, 3\)"):

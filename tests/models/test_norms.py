@@ -1,4 +1,4 @@
-"""Batch normalization: PyTorch's numbers, the global batch, examples without weight."""
+"""Batch normalization: PyTorch's values, the global batch, examples of weight 0."""
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +20,10 @@ RANDOM = np.random.RandomState(0)
 IMAGES = RANDOM.normal(2, 3, (16, 4, 5, 6)).astype(np.float32)
 
 
-def test_numbers_of_pytorch():
-    """Two batches, then evaluation, by the formulas of ``nn.BatchNorm2d``: the biased
-    variance normalizes, the unbiased one is kept.
+def test_formulas_of_pytorch():
+    """Two batches and an evaluation follow the formulas of ``nn.BatchNorm2d``.
+
+    The biased variance normalizes; the unbiased variance updates the running variance.
     """
     norm = BatchNorm(6)
     norm.scale[...] = jnp.asarray(RANDOM.rand(6), jnp.float32)
@@ -44,25 +45,25 @@ def test_numbers_of_pytorch():
 @pytest.mark.torch
 def test_against_pytorch():
     torch = pytest.importorskip("torch")
-    there = torch.nn.BatchNorm2d(6, eps=1e-3, momentum=0.3, affine=False)
-    here = BatchNorm(6, epsilon=1e-3, momentum=0.3, affine=False)
+    theirs = torch.nn.BatchNorm2d(6, eps=1e-3, momentum=0.3, affine=False)
+    ours = BatchNorm(6, epsilon=1e-3, momentum=0.3, affine=False)
     for batch in (IMAGES[:8], IMAGES[8:]):
-        expected = there(torch.tensor(batch.transpose(0, 3, 1, 2))).numpy()
-        found = here(batch, jnp.ones(8))
+        expected = theirs(torch.tensor(batch.transpose(0, 3, 1, 2))).numpy()
+        found = ours(batch, jnp.ones(8))
         assert_allclose(found, expected.transpose(0, 2, 3, 1), rtol=1e-5, atol=1e-5)
-    assert_allclose(here.mean[...], there.running_mean.numpy(), rtol=1e-5)
-    assert_allclose(here.var[...], there.running_var.numpy(), rtol=1e-5)
+    assert_allclose(ours.mean[...], theirs.running_mean.numpy(), rtol=1e-5)
+    assert_allclose(ours.var[...], theirs.running_var.numpy(), rtol=1e-5)
 
 
-def test_what_is_trained():
-    """Scale and bias, if there are any; statistics never."""
+def test_parameters_and_statistics():
+    """Scale and bias are parameters; statistics are model state."""
     _, params, model_state = split_state(BatchNorm(6))
     assert (params.keys(), model_state.keys()) == ({"scale", "bias"}, {"mean", "var"})
     assert split_state(BatchNorm(6, affine=False))[1] == {}
 
 
 def test_an_example_of_weight_0_changes_nothing():
-    """Whatever it holds; without any other, the running statistics stay."""
+    """Examples of weight 0 are ignored; a batch of them keeps the statistics."""
     few, filled = BatchNorm(6), BatchNorm(6)
     weight = np.float32([1] * 5 + [0] * 11)
     expected = few(IMAGES[:5], jnp.ones(5))
@@ -76,7 +77,7 @@ def test_an_example_of_weight_0_changes_nothing():
 
 
 class Network(nnx.Module):
-    """Trained weights in front of a normalization, so that gradients pass through its
+    """Trained weights before a normalization, so that gradients pass through its
     statistics.
     """
 
@@ -94,8 +95,9 @@ class Network(nnx.Module):
 @pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("sizes", [(1, 8, 1, 1), (2, 2, 2, 1), (1, 2, 4, 1)])
 def test_eight_devices_equal_one(sizes, parts):
-    """Loss, gradients and running statistics, also in microbatches; two examples
-    without weight. Devices sum up their own examples where each has a pair of them.
+    """Loss, gradients and statistics agree, also with microbatches and weights of 0.
+
+    Devices sum their own examples where each has a pair of them.
     """
     batch = {
         "image": np.concatenate([IMAGES, 2 - IMAGES]),
@@ -117,14 +119,14 @@ def test_eight_devices_equal_one(sizes, parts):
     keys = Keys(jax.random.split(jax.random.key(0), 32), jax.random.key(1))
     names = dict(zip(sharding.AXES, sizes, strict=True))
     mesh = sharding.make_mesh(names, 32, parts)
-    place = NamedSharding(mesh, sharding.BATCH)
-    spread = jax.device_put((batch, keys.samples), place)
+    over_batch = NamedSharding(mesh, sharding.BATCH)
+    sharded = jax.device_put((batch, keys.samples), over_batch)
     with jax.set_mesh(mesh):
-        arguments = spread[0], Keys(spread[1], keys.step)
+        arguments = sharded[0], Keys(sharded[1], keys.step)
         together = jax.jit(gradient)(params, model_state, *arguments)
     (total, grads), state = jax.device_get(together)
 
-    # By hand: one device, part after part, each a slice of every device's examples.
+    # Expected: one device; each part is a slice of the examples of every device.
     groups = sizes[0] * sizes[1] * sizes[2]
     order = np.arange(32).reshape(-1, parts, 2).swapaxes(0, 1).reshape(parts, -1)
     assert 32 // groups % parts == 0

@@ -1,18 +1,16 @@
-"""Orders of pixels, cells and units; sin-cos and relative tables."""
+"""Order of pixels, cells and units; sin-cos and relative tables."""
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from networks import mini, pictures
+from networks import mini, random_array
 from numpy.testing import assert_allclose, assert_array_equal
 
 from hivit_jax.models import positions
 
-# Positions
-
 
 def coordinate_images(batch, height, width):
-    """[B, H, W, 3]: every pixel holds its image, row and column."""
+    """Return images [B, H, W, 3] whose pixels are (image, row, column)."""
     grid = np.meshgrid(
         np.arange(batch), np.arange(height), np.arange(width), indexing="ij"
     )
@@ -45,7 +43,7 @@ def test_patchify_order_and_inverse():
         (1, 2, (2, 3)),
     ],
 )
-def test_cells_and_maps_hold_the_pixels_of_their_place(inner, patch_size, grid):
+def test_cells_and_maps_hold_their_pixels(inner, patch_size, grid):
     cell = patch_size // inner
     images = coordinate_images(2, grid[0] * patch_size, grid[1] * patch_size)
     units = positions.patchify(jnp.asarray(images), patch_size)
@@ -62,7 +60,7 @@ def test_cells_and_maps_hold_the_pixels_of_their_place(inner, patch_size, grid):
 
 @pytest.mark.parametrize("inner", [1, 2, 4, 8])
 def test_merge_order_is_repeated_merging(inner):
-    """PatchMerge's concatenation, (row, column) = (0,0), (1,0), (0,1), (1,1)."""
+    """The order is that of PatchMerge: (row, column) = (0,0), (1,0), (0,1), (1,1)."""
     cells = np.arange(inner**2).reshape(inner, inner, 1)
     while len(cells) > 1:
         corners = [
@@ -87,9 +85,9 @@ def test_sincos_table(grid, dim):
         row, column = unit // grid[1], unit % grid[1]
         for k in range(quarter):
             w = 10000 ** (-k / quarter)
-            places = (column, column, row, row)
+            coordinates = (column, column, row, row)
             for part, (f, t) in enumerate(
-                zip((np.sin, np.cos) * 2, places, strict=True)
+                zip((np.sin, np.cos) * 2, coordinates, strict=True)
             ):
                 expected[unit, part * quarter + k] = f(t * w)
     assert_allclose(table, expected, atol=6e-8, rtol=0)
@@ -116,12 +114,12 @@ def test_relative_position_index(grid):
 
 @pytest.mark.slow
 def test_relative_bias_is_added_query_first():
-    """With zero queries the softmax sees the table alone."""
+    """With zero queries the softmax depends only on the table."""
     attention = mini().encoder.stages[-1][0].attn
     kernel = attention.qkv.kernel[...].at[:, 0].set(0)
     attention.qkv.kernel[...] = kernel
     attention.qkv.bias[...] = attention.qkv.bias[...].at[0].set(0)
-    x = pictures((2, 16, 64), "tokens")
+    x = random_array((2, 16, 64), "tokens")
     index = positions.relative_position_index(jnp.arange(16), (4, 4))
     out = attention(x, index)
     values = np.asarray(attention.qkv(x)[:, :, 2])  # [B, K, heads, width]

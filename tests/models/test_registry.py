@@ -1,4 +1,4 @@
-"""Names of models, their arguments, and what create_model refuses."""
+"""Names of models, their arguments, and errors of create_model."""
 
 import copy
 import json
@@ -12,9 +12,9 @@ from flax import nnx
 from networks import (
     DECODER,
     MINI,
-    abstract,
-    drawn,
+    abstract_model,
     fast_jit,
+    initial_params,
 )
 from numpy.testing import assert_array_equal
 
@@ -31,9 +31,6 @@ from hivit_jax.models.config import RunOptions
 from hivit_jax.models.layers import ParameterKeys
 from hivit_jax.models.mae import MaskedAutoencoder
 from hivit_jax.tree import split
-
-# Names
-
 
 WIDTHS = {
     "tiny": (384, (1, 1, 10), 6),
@@ -54,14 +51,14 @@ def test_names():
 def test_every_name_can_be_built(name):
     width, depths, heads = WIDTHS[name.split("hivit_")[1]]
     if name.startswith("mae_"):
-        # One block fewer to build where the classifier already shows the depth.
-        model = abstract(name, depths=(1, 1, 1), decoder_depth=1)
+        # A shallow encoder suffices, because the classifier tests the depth.
+        model = abstract_model(name, depths=(1, 1, 1), decoder_depth=1)
         depths = (1, 1, 1)
         assert isinstance(model, MaskedAutoencoder)
         assert model.config.multi_scale
         assert model.encoder.stages[-1][0].attn.relative_position_bias_table is None
     else:
-        model = abstract(name)
+        model = abstract_model(name)
         assert isinstance(model, Classifier)
         assert model.head.out_features == 1000
         table = model.encoder.stages[-1][0].attn.relative_position_bias_table
@@ -102,23 +99,23 @@ def test_unknown_names(name, overrides, message):
         create_model(name, **overrides)
 
 
-# Config, run options, info
-
-
 def test_config_and_run_options():
-    model = abstract("hivit_base", **MINI, dtype="bfloat16", remat=True)
+    model = abstract_model("hivit_base", **MINI, dtype="bfloat16", remat=True)
     assert model.config == replace(VARIANTS["hivit_base"][1], **MINI)
     assert model.config.image_shape == (64, 64, 3)
     assert model.run_options == RunOptions("bfloat16", remat=True)
     assert model.run_options == RunOptions(jnp.bfloat16, remat=True)
     listed = MINI | {"depths": [1, 1, 2], "image_size": [64, 64]}
-    assert abstract("hivit_base", **MINI).config == configure("hivit_base", **listed)[1]
+    assert (
+        abstract_model("hivit_base", **MINI).config
+        == configure("hivit_base", **listed)[1]
+    )
     with pytest.raises(FrozenInstanceError):
         model.config.embed_dim = 32
 
 
 def test_arguments_build_the_model_again():
-    model = abstract("mae_hivit_base", **MINI, **DECODER, scan_blocks=True)
+    model = abstract_model("mae_hivit_base", **MINI, **DECODER, scan_blocks=True)
     arguments = json.loads(json.dumps(arguments_of(model)))
     again = nnx.eval_shape(lambda: create_model(**arguments))
     assert split(again)[0] == split(model)[0]
@@ -127,7 +124,7 @@ def test_arguments_build_the_model_again():
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_info_of_a_new_model_and_its_copies(channels):
-    model = abstract("hivit_base", **MINI, in_channels=channels, num_classes=2)
+    model = abstract_model("hivit_base", **MINI, in_channels=channels, num_classes=2)
     info = model.info
     assert (info.image_size, info.channels) == ((64, 64), channels)
     assert (info.class_names, info.crop, info.scale) == ((), 0.875, 1 / 255)
@@ -139,9 +136,6 @@ def test_info_of_a_new_model_and_its_copies(channels):
     assert all(each.config == model.config for each in copies)
 
 
-# Initialisation
-
-
 INITIAL = [
     ("hivit_base", {}),
     ("mae_hivit_base", {"relative_position": True}),
@@ -151,8 +145,11 @@ INITIAL = [
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "overrides"), INITIAL)
 def test_seed_decides_parameters(name, overrides):
-    one, other = drawn(name, 0, **overrides), drawn(name, 1, **overrides)
-    again = drawn(name, 0, **overrides)
+    one, other = (
+        initial_params(name, 0, **overrides),
+        initial_params(name, 1, **overrides),
+    )
+    again = initial_params(name, 0, **overrides)
     for path, value in one.items():
         assert_array_equal(value, again[path])
         fixed = ("norm" in path and "proj" not in path) or "decoder_pos_embed" in path

@@ -1,43 +1,21 @@
-"""Tables and kernels resized for another image size."""
+"""Tables and kernels resized to another image size."""
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
 from flax import nnx
-from networks import compiled, mini, pictures
+from networks import jit_model, mini, random_array, torch_bicubic
 from numpy.testing import assert_allclose, assert_array_equal
 
 from hivit_jax.models import resize
 from hivit_jax.tree import split
 
-# Other sizes and channels
-
 
 def numbered(grid, channels=1):
-    """Numbers in [-0.5, 0.5) that do not repeat soon, [rows, columns, channels]."""
+    """Return numbers in [-0.5, 0.5) that repeat late, [rows, columns, channels]."""
     numbers = np.arange(channels * grid[0] * grid[1]) * 7919 % 1009 / 1009 - 0.5
     return numbers.reshape(channels, *grid).transpose(1, 2, 0)
-
-
-def bicubic_by_hand(maps, grid):
-    """[h, w, D] -> [*grid, D]: each new place sums 4x4 old ones, one by one."""
-
-    def cubic(x, a=-0.75):
-        x = abs(x)
-        if x <= 1:
-            return (a + 2) * x**3 - (a + 3) * x**2 + 1
-        return a * x**3 - 5 * a * x**2 + 8 * a * x - 4 * a if x < 2 else 0.0
-
-    out = np.zeros((*grid, maps.shape[-1]))
-    for row, column in np.ndindex(grid):
-        y = (row + 0.5) * maps.shape[0] / grid[0] - 0.5
-        x = (column + 0.5) * maps.shape[1] / grid[1] - 0.5
-        for i in range(int(np.floor(y)) - 1, int(np.floor(y)) + 3):
-            for j in range(int(np.floor(x)) - 1, int(np.floor(x)) + 3):
-                inside = min(max(i, 0), len(maps) - 1), min(max(j, 0), len(maps[0]) - 1)
-                out[row, column] += cubic(y - i) * cubic(x - j) * maps[inside]
-    return out
 
 
 GRIDS = [((14, 14), (24, 24)), ((14, 14), (7, 7)), ((3, 5), (4, 7)), ((4, 3), (9, 2))]
@@ -48,7 +26,7 @@ def test_grid_table_of_another_size(grid, new):
     maps = numbered(grid, 3)
     table = resize.resize_grid_table(maps.reshape(-1, 3), grid, new)
     assert table.shape == (new[0] * new[1], 3)
-    assert_allclose(table.reshape(*new, 3), bicubic_by_hand(maps, new), atol=1e-13)
+    assert_allclose(table.reshape(*new, 3), torch_bicubic(maps, new), atol=1e-13)
     small = resize.resize_grid_table(np.float32(maps).reshape(-1, 3), grid, new)
     assert small.dtype == np.float32
     assert_allclose(small, table, atol=2e-7)
@@ -60,7 +38,7 @@ def test_tables_resized_as_torch_does(grid, new):
         expected = arrays["{}x{}_{}x{}".format(*grid, *new)].reshape(-1, 1)
     table = numbered(grid).reshape(-1, 1)
     assert_allclose(resize.resize_grid_table(table, grid, new), expected, atol=5e-8)
-    if grid == (27, 27):  # the differences within 14x14 and 24x24 units
+    if grid == (27, 27):  # the relative tables of 14x14 and 24x24 units
         table = resize.resize_relative_table(table, (14, 14), (24, 24))
         assert_allclose(table, expected, atol=5e-8)
 
@@ -80,13 +58,13 @@ def test_resized_constants_stay_constant():
     assert_allclose(resized, 0.7, rtol=1e-14)
 
 
-# With a = -0.75 the cubic keeps a ramp at samples and halfway between them; elsewhere
-# it bends it by up to 4.9 % of a step on each axis (a = -0.5 would not).
+# With a = -0.75 the cubic reproduces a ramp at samples and halfway between them.
+# Elsewhere it deviates by up to 4.9 % of a step on each axis (a = -0.5 would not).
 @pytest.mark.parametrize(("new", "bend"), [((4, 6), 0), ((16, 18), 0.049)])
 def test_resized_ramps_stay_ramps_inside(new, bend):
     def ramp(grid):
-        places = [(np.arange(n) + 0.5) / n for n in grid]
-        return 24 * places[0][:, None] - 24 * places[1] + 1  # steps of 3 and 2 in 8x12
+        axes = [(np.arange(n) + 0.5) / n for n in grid]
+        return 24 * axes[0][:, None] - 24 * axes[1] + 1  # steps of 3 and 2 in 8x12
 
     table = ramp((8, 12)).reshape(-1, 1)
     resized = resize.resize_grid_table(table, (8, 12), new).reshape(new)
@@ -112,14 +90,16 @@ def test_the_same_size_keeps_every_byte(dtype):
 
 @pytest.mark.parametrize("new", [2, 5, 8])
 def test_patch_kernel_of_another_cell(new):
-    """Every channel and output on its own, over rows and columns of pixels."""
+    """Every channel and output is resized independently over rows and columns of
+    pixels.
+    """
     kernel = numbered((4 * 4 * 3, 5))[..., 0]
     resized = resize.resize_patch_kernel(kernel, 4, new)
     assert resized.shape == (new * new * 3, 5)
-    pixels, expected = kernel.reshape(4, 4, 3, 5), resized.reshape(new, new, 3, 5)
+    pixels, found = kernel.reshape(4, 4, 3, 5), resized.reshape(new, new, 3, 5)
     for channel in range(3):
-        by_hand = bicubic_by_hand(pixels[:, :, channel], (new, new))
-        assert_allclose(expected[:, :, channel], by_hand, atol=1e-13)
+        expected = torch_bicubic(pixels[:, :, channel], (new, new))
+        assert_allclose(found[:, :, channel], expected, atol=1e-13)
 
 
 def test_a_table_of_another_grid():
@@ -128,24 +108,24 @@ def test_a_table_of_another_grid():
 
 
 def test_channel_weights():
-    shares = resize.channel_weights
-    assert shares(1, 3).tolist() == [[1 / 3]] * 3
-    assert shares(3, 1).tolist() == [[1, 1, 1]]
-    assert shares(2, 3).tolist() == [[0.5, 0], [0, 1], [0.5, 0]]
-    assert shares(3, 2).tolist() == [[1, 0, 1], [0, 1, 0]]
-    assert shares(3, 6).tolist() == (np.tile(np.eye(3), (2, 1)) / 2).tolist()
-    assert shares(4, 4).tolist() == np.eye(4).tolist()
+    weights = resize.channel_weights
+    assert weights(1, 3).tolist() == [[1 / 3]] * 3
+    assert weights(3, 1).tolist() == [[1, 1, 1]]
+    assert weights(2, 3).tolist() == [[0.5, 0], [0, 1], [0.5, 0]]
+    assert weights(3, 2).tolist() == [[1, 0, 1], [0, 1, 0]]
+    assert weights(3, 6).tolist() == (np.tile(np.eye(3), (2, 1)) / 2).tolist()
+    assert weights(4, 4).tolist() == np.eye(4).tolist()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("old", [1, 3])
-def test_grey_images_of_any_number_of_channels(old):
-    model, grey = mini(in_channels=old, image_size=32), pictures((2, 32, 32, 1))
+def test_gray_images_of_any_number_of_channels(old):
+    model, gray = mini(in_channels=old, image_size=32), random_array((2, 32, 32, 1))
     _, params = split(model)
     kernel = params["encoder"]["patch_embed"]["proj"]["kernel"]
 
     def logits(model, channels):
-        return compiled(model, lambda m, x: m(x))(jnp.tile(grey, channels))
+        return jit_model(model, lambda m, x: m(x))(jnp.tile(gray, channels))
 
     expected = logits(model, old)
     for new in {1: (3, 4), 3: (1, 2, 6)}[old]:

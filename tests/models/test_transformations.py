@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from networks import fast_jit, mini, pictures
+from networks import fast_jit, mini, random_array
 from numpy.testing import assert_allclose, assert_array_equal
 
 from hivit_jax.errors import ConfigError
@@ -19,7 +19,7 @@ from hivit_jax.models.norms import layer_norm
 
 SMALL = dict(image_size=32, embed_dim=16, depths=(1, 1, 1), num_heads=1)
 DECODER = dict(decoder_embed_dim=16, decoder_num_heads=1)
-IMAGES, NOISE = pictures((4, 32, 32, 3)), pictures((4, 4), "noise")
+IMAGES, NOISE = random_array((4, 32, 32, 3)), random_array((4, 4), "noise")
 
 
 def loss(graphdef, state, images, noise):
@@ -142,9 +142,9 @@ def test_forward_mode(overrides):
 def test_derivatives_of_layer_norm(dtype):
     """First and second derivatives, both modes, and vmap of them."""
     x, scale, bias = (
-        pictures((3, 8)).astype(dtype),
-        pictures((8,), "s"),
-        pictures((8,), "b"),
+        random_array((3, 8)).astype(dtype),
+        random_array((8,), "s"),
+        random_array((8,), "b"),
     )
 
     def ours(x, scale, bias):

@@ -7,11 +7,11 @@ import pytest
 from flax import nnx
 from networks import (
     MINI,
-    abstract,
-    attention_by_hand,
-    compiled,
+    abstract_model,
+    jit_model,
     mini,
-    pictures,
+    numpy_attention,
+    random_array,
 )
 from numpy.testing import assert_allclose, assert_array_equal
 from recipes import classifier
@@ -27,7 +27,7 @@ UNEVEN = dict(image_size=(80, 112), window_size=3)
 
 
 def windows_of(grid, side):
-    """Units of every window, as rows and columns of the grid."""
+    """Yield the units of every window, as rows and columns of the grid."""
     for top in range(0, grid[0], side):
         for left in range(0, grid[1], side):
             rows = range(top, min(top + side, grid[0]))
@@ -55,12 +55,12 @@ def test_windows_hold_their_units_and_zeros(grid, size):
 
 def test_a_window_over_the_image_is_global_attention():
     every, model = (mini(depths=(1, 1, 1), window_size=side) for side in (0, 14))
-    images = pictures((2, 64, 64, 3))
-    outputs = [compiled(m, lambda m, x: m(x))(images) for m in (every, model)]
+    images = random_array((2, 64, 64, 3))
+    outputs = [jit_model(m, lambda m, x: m(x))(images) for m in (every, model)]
     assert_array_equal(*outputs)
     assert model.macs() == every.macs()
     for side in (4, 14):
-        encoder = abstract("hivit_base", **MINI, window_size=side).encoder
+        encoder = abstract_model("hivit_base", **MINI, window_size=side).encoder
         assert [block.attn.windows for block in encoder.stages[-1]] == [None, None]
 
 
@@ -68,8 +68,8 @@ def test_a_window_over_the_image_is_global_attention():
 @pytest.mark.parametrize(
     ("image_size", "side"), [((80, 112), 3), ((64, 96), 2), ((32, 112), 4)]
 )
-def test_attention_of_each_window_by_hand(image_size, side, relative_position):
-    """With and without a key mask; units that it hides count as not there."""
+def test_attention_of_each_window(image_size, side, relative_position):
+    """Attention equals numpy's in each window, with and without a key mask."""
     sizes = dict(image_size=image_size, window_size=side)
     model = mini(**sizes, relative_position=relative_position)
     attention, grid = model.encoder.stages[-1][0].attn, model.encoder.grid
@@ -77,7 +77,7 @@ def test_attention_of_each_window_by_hand(image_size, side, relative_position):
     if relative_position:
         table = np.asarray(attention.relative_position_bias_table[...])
         assert table.shape == ((2 * height - 1) * (2 * width - 1), 2)
-    x = pictures((2, grid[0] * grid[1], 64), "tokens")
+    x = random_array((2, grid[0] * grid[1], 64), "tokens")
     mask = np.ones(x.shape[:2], np.int32)
     mask[0, ::5] = 0
     mask[1, 3:9] = 0
@@ -85,13 +85,13 @@ def test_attention_of_each_window_by_hand(image_size, side, relative_position):
     def run(attention, x, mask):
         return attention(x), attention(x, key_mask=mask)
 
-    outputs = map(np.asarray, compiled(attention, run)(x, mask))
+    outputs = map(np.asarray, jit_model(attention, run)(x, mask))
     for out, seen in zip(outputs, (np.ones_like(mask), mask), strict=True):
         assert np.isfinite(out).all()
         for sample in range(2):
             for window in windows_of(grid, side):
                 units = [row * grid[1] + column for row, column in window]
-                keys = [place for place, n in enumerate(units) if seen[sample, n]]
+                keys = [i for i, n in enumerate(units) if seen[sample, n]]
                 if not keys:
                     continue
                 bias = np.full((2, len(units), len(units)), -np.inf, np.float32)
@@ -104,7 +104,7 @@ def test_attention_of_each_window_by_hand(image_size, side, relative_position):
                             number = down * (2 * width - 1) + right
                             bias[:, query, key] = table[number]
                 tokens = np.asarray(x)[sample, units]
-                expected = attention_by_hand(attention, tokens, bias)
+                expected = numpy_attention(attention, tokens, bias)
                 assert_allclose(out[sample, units], expected, atol=1e-5)
 
 
@@ -114,11 +114,11 @@ def test_only_a_global_block_lets_windows_meet(global_blocks):
     tables = [b.attn.relative_position_bias_table for b in model.encoder.stages[-1]]
     spans = [(9 * 13 if number in global_blocks else 25, 2) for number in range(2)]
     assert [table.shape for table in tables] == spans
-    image = np.asarray(pictures((1, 80, 112, 3)))
+    image = np.asarray(random_array((1, 80, 112, 3)))
     changed = image.copy()
     changed[:, 48:64, 96:112] += 3  # unit (3, 6), in the corner window of padding
     images = jnp.asarray(np.concatenate([image, changed]))
-    run = compiled(model, lambda model, images: model.features(images)[-1])
+    run = jit_model(model, lambda model, images: model.features(images)[-1])
     out = np.asarray(run(images))
     moved = (np.abs(out[0] - out[1]) > 1e-6).any(-1)
     if global_blocks:
@@ -128,7 +128,7 @@ def test_only_a_global_block_lets_windows_meet(global_blocks):
 
 
 def test_gradients_are_finite_without_a_key():
-    """A window may have no key left, and padding none to begin with."""
+    """Also where a window has no visible key or only padding."""
     attention = mini(**UNEVEN).encoder.stages[-1][0].attn
     mask = jnp.ones((2, 5, 7)).at[0, 3:, 6:].set(0).at[1, :3, :3].set(0).reshape(2, 35)
 
@@ -137,7 +137,7 @@ def test_gradients_are_finite_without_a_key():
             attention, x
         )
 
-    found = compiled(attention, gradients)(pictures((2, 35, 64), "tokens"))
+    found = jit_model(attention, gradients)(random_array((2, 35, 64), "tokens"))
     for name, gradient in named_leaves(found).items():
         assert np.isfinite(gradient).all(), name
         assert np.abs(gradient).max() > 0, name
@@ -153,20 +153,20 @@ def test_gradients_are_finite_without_a_key():
     ],
 )
 def test_cost_of_windows(image_size, side, pairs):
-    """Two products over the pairs in windows, here in one of two blocks."""
+    """The cost covers two products over pairs within windows, in one of two blocks."""
     sizes = MINI | dict(image_size=image_size)
-    every = abstract("hivit_base", **sizes)
-    model = abstract("hivit_base", **sizes, window_size=side, global_blocks=(0,))
+    every = abstract_model("hivit_base", **sizes)
+    model = abstract_model("hivit_base", **sizes, window_size=side, global_blocks=(0,))
     units = every.encoder.grid[0] * every.encoder.grid[1]
     assert every.macs() - model.macs() == 2 * 64 * (units**2 - pairs)
-    other = abstract("hivit_base", **MINI, window_size=side, global_blocks=(0,))
+    other = abstract_model("hivit_base", **MINI, window_size=side, global_blocks=(0,))
     assert other.macs(image_size) == model.macs()
 
 
 def test_windows_need_all_units():
     with pytest.raises(ConfigError, match="window_size=2: masked pretraining drops"):
         create_model("mae_hivit_base", **MINI, window_size=2)
-    model = abstract("hivit_base", **MINI, window_size=2)
+    model = abstract_model("hivit_base", **MINI, window_size=2)
     ids_keep, images = jnp.zeros((2, 3), int), jnp.zeros((2, 64, 64, 3))
     with pytest.raises(ConfigError, match="window_size=2 with ids_keep"):
         model.encoder(images, ids_keep=ids_keep)

@@ -1,4 +1,4 @@
-"""The networks against the official code's outputs, in float32."""
+"""The networks compared with the official code's outputs, in float32."""
 
 from dataclasses import replace
 
@@ -31,7 +31,7 @@ def close(actual, expected, atol, rtol=0.0):
 
 
 def official_stages(model, images, ids_keep=None):
-    """The stages that the golden data name, in their layout [B, K, h, w, C]."""
+    """Return the stages that the golden data name, in their layout [B, K, h, w, C]."""
     encoder, stages = model.encoder, {}
     units, inner = images.shape[0], encoder.config.inner_patches
     kept = (
@@ -120,7 +120,7 @@ def test_mmpretrain_classifier():
 
 
 def mae_loss(graphdef, images, noise):
-    """params -> (what training minimises, everything that is put out), gradients."""
+    """Return a function from params to (training loss, outputs), gradients."""
 
     def loss(params):
         model = nnx.merge(graphdef, params)
@@ -131,7 +131,7 @@ def mae_loss(graphdef, images, noise):
 
 
 def official_gradients(model, gradients):
-    """Gradients by official name. They permute like parameters do."""
+    """Return gradients by official name; they permute as parameters do."""
     return to_official(gradients, model)
 
 
@@ -201,6 +201,7 @@ def test_base_mae():
 
 
 def shrunk(state):
+    """Scale down the weights of the low-variance fixture."""
     facts = FIXTURES["lowvar_eps"]
     factor = np.float32(facts["factor"])
     ends = tuple(facts["shrunk_suffixes"])
@@ -209,7 +210,7 @@ def shrunk(state):
 
 @pytest.mark.slow
 def test_layer_norm_eps_everywhere():
-    """Low-variance weights: an eps of 1e-5 in any one norm moves these by 1e-3."""
+    """With low-variance weights, eps=1e-5 in any one norm changes outputs by 1e-3."""
     arrays = golden("lowvar_eps")
     images = jnp.asarray(reference.images("mini64", 3, 64))
     config = {

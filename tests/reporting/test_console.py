@@ -1,10 +1,8 @@
-"""Lines on the terminal."""
+"""Lines of the terminal."""
 
 import pytest
 
 from hivit_jax.reporting import console
-
-# Lines of the terminal
 
 
 @pytest.mark.parametrize(

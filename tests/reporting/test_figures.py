@@ -8,18 +8,8 @@ from PIL import Image
 from hivit_jax.reporting import figures, metrics
 
 
-@pytest.fixture
-def workdir(tmp_path, monkeypatch):
-    """An empty directory; without TensorBoard, whose import takes seconds."""
-    monkeypatch.setattr(metrics, "_tensorboard", lambda workdir: None)
-    return tmp_path
-
-
-# Pictures
-
-
 def test_reconstruction_panels():
-    """Two channels with their own mean and std; half of one image is removed."""
+    """Two channels with their own mean and std; half of one image is masked."""
     mean, std = (0.5, 0.25), (0.5, 0.25)
     original = np.array([0.0, 0.25, 0.75, 1.0])[None, None, :, None] * [1, 0.5]
     predicted = np.array([0.25, 0.5, 1.5, -1.0])[None, None, :, None] * [1, 0.5]
@@ -50,8 +40,8 @@ def test_panels_of_values_out_of_range():
 
 
 def pixels_of(path):
-    with Image.open(path) as picture:
-        return np.asarray(picture.convert("RGB"))
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -83,8 +73,8 @@ def test_draw_run_without_panels_or_lines(tmp_path):
     assert [p.name for p in (tmp_path / "figures").iterdir()] == ["curves.png"]
 
 
-def test_pictures_show_the_panels(tmp_path):
-    """Black, grey and white panels are where they belong."""
+def test_figures_show_the_panels(tmp_path):
+    """Black, gray and white panels are at their positions."""
     panels = np.stack([np.full((8, 8, 1), level) for level in (0, 0.5, 1, 0)])[None]
     pixels = figures.reconstructions(panels, "title")
     row = pixels[pixels.shape[0] * 2 // 3].mean(-1)

@@ -1,23 +1,15 @@
-"""Metrics: one line a step in metrics.jsonl, and throughput."""
+"""Metrics: lines of metrics.jsonl, throughput, the best checkpoint, buckets."""
 
 import json
 import time
 from functools import partial
 
-import jax
-import numpy as np
 import pytest
-import recipes
 from etils import epath
 from etils.epath import backend, gpath
-from PIL import Image
 
 from hivit_jax.checkpoints import read
-from hivit_jax.models.classifier import Classifier
 from hivit_jax.reporting import console, figures, metrics
-from hivit_jax.train import train
-
-# metrics.jsonl
 
 
 def write(workdir, steps, first_step=0):
@@ -25,13 +17,6 @@ def write(workdir, steps, first_step=0):
     for step in steps:
         writer.scalars(step, {"loss": step / 8, "count": step})
     writer.close()
-
-
-@pytest.fixture
-def workdir(tmp_path, monkeypatch):
-    """An empty directory; without TensorBoard, whose import takes seconds."""
-    monkeypatch.setattr(metrics, "_tensorboard", lambda workdir: None)
-    return tmp_path
 
 
 def steps(workdir):
@@ -50,7 +35,7 @@ def test_one_line_per_call(workdir):
     assert steps(workdir) == [10, 20, 30]
 
 
-def test_lines_are_there_before_the_end(workdir):
+def test_lines_are_flushed(workdir):
     writer = metrics.Writer(workdir)
     writer.scalars(10, {"loss": 0.5})
     assert steps(workdir) == [10]
@@ -61,7 +46,7 @@ def test_lines_after_the_checkpoint_are_dropped(workdir):
     write(workdir, [10, 20, 30, 40])
     write(workdir, [30, 40, 50], first_step=20)
     assert steps(workdir) == [10, 20, 30, 40, 50]
-    write(workdir, [10])  # from the start again
+    write(workdir, [10])  # a new run
     assert steps(workdir) == [10]
     assert [path.name for path in workdir.iterdir()] == ["metrics.jsonl"]
 
@@ -71,7 +56,7 @@ def test_half_written_line_is_dropped(workdir, cut):
     write(workdir, [10, 20, 30])
     path = workdir / "metrics.jsonl"
     path.write_text(path.read_text()[:-cut])
-    complete = [10, 20, 30] if cut == 1 else [10, 20]  # 1: only the newline is gone
+    complete = [10, 20, 30] if cut == 1 else [10, 20]  # cut=1 removes only the newline
     assert steps(workdir) == complete
     write(workdir, [30, 40], first_step=20)
     assert steps(workdir) == [10, 20, 30, 40]
@@ -79,16 +64,13 @@ def test_half_written_line_is_dropped(workdir, cut):
         json.loads(line)
 
 
-def test_no_file_has_no_lines(tmp_path):
+def test_read_without_a_file(tmp_path):
     assert metrics.read(tmp_path / "metrics.jsonl") == []
-
-
-# Rates
 
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that stands until `clock[0]` is moved."""
+    """A clock that only `clock[0]` advances."""
     now = [100.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     return now
@@ -147,7 +129,7 @@ def test_best_of_the_checkpoints_that_are_kept(tmp_path):
 
 @pytest.fixture
 def bucket(tmp_path, monkeypatch):
-    """gs://bucket is a directory, whose files can be written but not appended to."""
+    """gs://bucket as a local directory whose files cannot be appended to."""
 
     class StandIn:
         def __getattr__(self, name):
@@ -168,7 +150,7 @@ def bucket(tmp_path, monkeypatch):
 
 
 def test_workdir_in_a_bucket(bucket):
-    """Lines, pictures and the config of a run; from the start, and taken up again."""
+    """Lines, figures and the config are written, from the start and after resuming."""
     workdir = epath.Path("gs://bucket/run")
     metrics.prepare_workdir(workdir)
     for first, steps_done in ((0, [1, 2, 3]), (2, [3, 4])):
@@ -184,104 +166,5 @@ def test_workdir_in_a_bucket(bucket):
     assert str(read.absolute("gs://bucket/run")) == "gs://bucket/run"
     (bucket / "run/checkpoints/7/params").mkdir(parents=True)
     (bucket / "run/checkpoints/12/params").mkdir(parents=True)
-    steps_there = [path.name for path in read.find_steps("gs://bucket/run")]
-    assert steps_there == ["12", "7"]
-
-
-# A run whose every number is counted again
-
-SIZE, CLASSES, BATCH, STEPS = (32, 48), 7, 8, 8
-
-
-TRAIN, VAL = 3 * CLASSES, 11  # 8 divides neither
-
-
-MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
-
-
-DAMAGED = {"train": (2, 9, 17), "val": (4,)}
-
-
-def overrides_of(root):
-    """Sizes that 8 does not divide; a canvas, from which the device resizes."""
-    flags = dict(data__dir=root, data__canvas=64, data__crop_scale=(1.0, 1.0))
-    flags |= dict(data__mean=MEAN, data__std=STD, data__flip=True, data__crop_pct=1.0)
-    flags |= dict(log_every=3, eval_every=4, checkpoint_every=5, total_steps=STEPS)
-    flags |= dict(data__max_unreadable=0.5, optimizer__warmup_epochs=3.0)
-    return flags | dict(
-        data__name="folder",
-        batch_size=BATCH,
-        model__image_size=SIZE,
-        model__num_classes=CLASSES,
-        model__depths=(1, 1, 1),
-        model__drop_path_rate=0.0,
-    )
-
-
-class Seen:
-    """What the network was given and put out, batch by batch, in training and in
-    evaluation; a run's workdir and its pictures.
-    """
-
-    def __init__(self, workdir):
-        self.workdir, self.pictures = workdir, {}
-        self.train, self.eval = [], []
-
-    def draw(self, workdir, step, panels):
-        random = np.random.RandomState(step)
-        self.pictures[step] = random.randint(0, 256, (4, 6, 3)).astype(np.uint8)
-        return {"curves": self.pictures[step]}
-
-    def recorded(self, call):
-        def run(model, images, *, drop_path_keys=None):
-            logits = call(model, images, drop_path_keys=drop_path_keys)
-            batches = self.eval if drop_path_keys is None else self.train
-            jax.debug.callback(
-                lambda *xs: batches.append([*map(np.array, xs)]), images, logits
-            )
-            return logits
-
-        return run
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """(root, split -> pixels and labels of the files in order)."""
-    root, random = tmp_path_factory.mktemp("folder"), np.random.RandomState(0)
-    files = {"train": ([], []), "val": ([], [])}
-    for split, count in (("train", TRAIN), ("val", VAL)):
-        labels = np.sort(np.arange(count) % CLASSES)
-        for number, label in enumerate(labels):
-            pixels = random.randint(0, 256, (*SIZE, 3)).astype(np.uint8)
-            path = root / split / str(label) / f"{number:02}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(pixels).save(path)
-            if number in DAMAGED[split]:
-                path.write_bytes(b"damaged")
-            files[split][0].append(pixels)
-            files[split][1].append(label)
-    return root, {split: [*map(np.array, each)] for split, each in files.items()}
-
-
-@pytest.fixture(scope="module")
-def run(folder, tmp_path_factory):
-    seen, devices = Seen(tmp_path_factory.mktemp("run")), jax.devices()
-    overrides = overrides_of(folder[0])
-    config = recipes.classifier("photographs", **overrides)
-    config.mixup = config.cutmix = 0.0
-    config.random_erasing = 1.0
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(seen.workdir / "cache"))
-        patch.setattr(figures, "draw_run", seen.draw)
-        patch.setattr(Classifier, "__call__", seen.recorded(Classifier.__call__))
-        # Without this the callbacks of eight devices wait for each other.
-        patch.setattr(jax, "devices", lambda: devices[:1])
-        name = "jax_disable_most_optimizations"
-        before = jax.config.values[name]
-        jax.config.update(name, True)
-        try:
-            seen.results = train(config, seen.workdir)
-            jax.effects_barrier()
-        finally:
-            jax.config.update(name, before)
-    return seen
+    found = [path.name for path in read.find_checkpoints("gs://bucket/run")]
+    assert found == ["12", "7"]

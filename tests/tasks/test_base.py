@@ -1,4 +1,4 @@
-"""Tasks by name, and a user's own."""
+"""Tasks by name, and a user's own task."""
 
 import pytest
 import recipes
@@ -22,8 +22,8 @@ class Half(MaskedAutoencoding):
 """
 
 
-def test_a_task_of_ones_own(tmp_path, monkeypatch, capsys):
-    """``module:Class``: its keys can be set, its methods are called."""
+def test_users_own_task(tmp_path, monkeypatch, capsys):
+    """``module:Class``: its keys can be set and its methods are called."""
     (tmp_path / "own_task.py").write_text(OWN)
     monkeypatch.syspath_prepend(tmp_path)
     recipe = recipes.ROOT / "configs" / "digits_mae.py"
@@ -50,13 +50,11 @@ def test_unknown_task():
 
 
 @pytest.mark.slow
-def test_metric_that_picks_the_best_checkpoint(tmp_path, monkeypatch, capsys):
-    """Top-1 of a classifier, where the loss disagrees; of four checkpoints, with only
-    the newest to be kept.
-    """
-    picks = {name: task.best for name, task in tasks.TASKS.items()}
+def test_metric_of_the_best_checkpoint(tmp_path, monkeypatch, capsys):
+    """Top-1 selects the best checkpoint of a classifier, where the loss disagrees."""
+    best = {name: task.best for name, task in tasks.TASKS.items()}
     top1 = ("eval/top1", "max")
-    assert picks == dict(mae=("eval/loss", "min"), classify=top1, linear_probe=top1)
+    assert best == dict(mae=("eval/loss", "min"), classify=top1, linear_probe=top1)
     counts = {"eval/count": 8, "eval/unreadable": 0}
     values = iter([(0.9, 0.1), (0.8, 0.9), (0.2, 0.3), (0.5, 0.2)])
 
@@ -67,14 +65,14 @@ def test_metric_that_picks_the_best_checkpoint(tmp_path, monkeypatch, capsys):
     every = dict(eval_every=1, checkpoint_every=1, keep_checkpoints=1)
     with recipes.quick():
         train(recipes.classifier(total_steps=4, **every), tmp_path)
-    assert recipes.saved(tmp_path) == [2, 4]
+    assert recipes.saved_steps(tmp_path) == [2, 4]
     last = capsys.readouterr().out.splitlines()[-1]
     assert "best checkpoint  step 2 " in last
     assert last.endswith(f"{tmp_path}/checkpoints/2")
 
 
 def test_parameter_without_a_rule():
-    """Of weight decay, in every task that has weight decay by name."""
+    """A parameter without a weight-decay rule is an error in every task with rules."""
     for recipe in (recipes.mae, recipes.classifier):
         task = inputs.make_task(recipe())
         with pytest.raises(ValueError, match="weight decay .* 'encoder/gamma'"):

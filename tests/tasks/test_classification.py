@@ -6,8 +6,6 @@ from numpy.testing import assert_allclose
 
 from hivit_jax.tasks.classification import classification_metrics
 
-# What a task counts
-
 
 def classify(logits, labels):
     values = classification_metrics(

@@ -1,4 +1,4 @@
-"""The linear probe: LARS, running statistics and frozen features as MAE has them."""
+"""The linear probe: LARS, running statistics and frozen features as in MAE."""
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("quick")
 
 
 def probe(source="synthetic", **overrides):
-    """The mini linear probe's config."""
+    """Return the mini linear probe's config."""
     settings = {
         "task": "linear_probe",
         "model__name": "hivit_base",
@@ -46,7 +46,7 @@ class Parts(nnx.Module):
 
 @pytest.mark.slow
 def test_lars():
-    """Ten steps of MAE's rule, written down again: momentum of scaled gradients."""
+    """Ten steps follow MAE's LARS: momentum of scaled gradients."""
     model = Parts()
     params = split_state(model)[1]
     task = inputs.make_task(probe())
@@ -67,7 +67,7 @@ def test_lars():
     assert_allclose(params["head"]["kernel"], kernel, rtol=1e-5)
     assert_allclose(params["head"]["bias"], bias, rtol=1e-5, atol=1e-6)
     assert (params["encoder"] == 1).all()
-    assert params.keys() == {"encoder", "head"}  # of statistics none are trained
+    assert params.keys() == {"encoder", "head"}  # statistics are not trained
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def pretrained(tmp_path_factory):
 
 @pytest.mark.slow
 def test_probe_of_a_pretrained_encoder(pretrained, tmp_path, capsys):
-    """The encoder stays as it was; the statistics are BatchNorm's of its features."""
+    """The encoder stays fixed; the statistics are BatchNorm's of its features."""
     config = probe(init_from=str(pretrained), total_steps=3, checkpoint_every=1)
     config.keep_checkpoints = 5
     values = train(config, tmp_path)
@@ -89,8 +89,8 @@ def test_probe_of_a_pretrained_encoder(pretrained, tmp_path, capsys):
     assert "matched" in out
     assert "encoder/stages" in out
 
-    stored = [recipes.stored(tmp_path, step) for step in (1, 2, 3)]
-    original = recipes.stored(pretrained, 2)["params"]
+    stored = [recipes.saved_arrays(tmp_path, step) for step in (1, 2, 3)]
+    original = recipes.saved_arrays(pretrained, 2)["params"]
     params = [items["params"] for items in stored]
     frozen = [name for name in params[0] if name.startswith("encoder/")]
     assert len(frozen) > 30

@@ -1,9 +1,9 @@
-"""Nearest neighbours: the votes of every readable training image, counted by hand."""
+"""Nearest neighbors: numpy recounts the votes of every readable training image."""
 
 import numpy as np
 import pytest
 import recipes
-from networks import compiled, mini
+from networks import jit_model, mini
 from PIL import Image
 
 import hivit_jax
@@ -13,7 +13,7 @@ from hivit_jax.main import main
 SIZE, CLASSES, BATCH = (32, 48), 9, 8
 
 
-COUNTS = {"train": 43, "val": 29}  # of which 8 divides neither
+COUNTS = {"train": 43, "val": 29}  # 8 divides neither
 
 
 DAMAGED = {"train": (1, 20), "val": (7,)}
@@ -24,8 +24,9 @@ MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """(root, split -> pixels and labels): noise on a pattern of each class, the first
-    of which is nearly black, as filling and images that cannot be read are.
+    """(root, split -> pixels and labels): noise on a pattern of each class.
+
+    The first pattern is nearly black, as are padding and unreadable images.
     """
     root, random = tmp_path_factory.mktemp("files"), np.random.RandomState(49)
     patterns = random.uniform(0, 1, (CLASSES, 4, 6, 3))
@@ -50,7 +51,7 @@ def files(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A network as saved, and where."""
+    """(small network, directory that contains it)."""
     directory = tmp_path_factory.mktemp("model")
     model = mini(image_size=SIZE, depths=(1, 1, 1), num_classes=CLASSES)
     hivit_jax.save_pretrained(model, directory)
@@ -58,30 +59,31 @@ def model(tmp_path_factory):
 
 
 def features_of(model, pixels):
+    """Return normalized features of images."""
     images = (pixels / 255 - MEAN) / STD
-    run = compiled(model, lambda model, images: model.encoder(images)[-1])
+    run = jit_model(model, lambda model, images: model.encoder(images)[-1])
     features = np.float64(run(images.astype(np.float32))).mean(1)
     return features / np.linalg.norm(features, axis=1, keepdims=True)
 
 
-def by_hand(queries, true, keys, labels, check=True):
-    """Numbers of images whose class is the first, and among the first five, by the
-    votes of 20 neighbours.
+def knn_correct(queries, true, keys, labels, check=True):
+    """Count images whose class is first, and among the first five, by 20 neighbors'
+    votes.
 
     Args:
-      check: that no two numbers that are compared are close.
+      check: check that no two compared values are close.
     """
-    neighbours, temperature = 20, 0.07
+    neighbors, temperature = 20, 0.07
     cosine = queries @ keys.T
     order = (-cosine).argsort(1)
     ranked = np.take_along_axis(cosine, order, 1)
-    gaps, correct = [ranked[:, neighbours - 1] - ranked[:, neighbours]], [0, 0]
-    for row, near, label in zip(cosine, order[:, :neighbours], true, strict=True):
+    gaps, correct = [ranked[:, neighbors - 1] - ranked[:, neighbors]], [0, 0]
+    for row, near, label in zip(cosine, order[:, :neighbors], true, strict=True):
         votes = np.zeros(CLASSES)
         np.add.at(votes, labels[near], np.exp((row[near] - 1) / temperature))
         others = np.delete(votes, label)
         gaps.append(np.abs(others - votes[label])[others + votes[label] > 0])
-        # Of equal votes, which are none, the lower number counts.
+        # Ties go to the lower class number.
         rank = (others > votes[label]).sum() + (votes[:label] == votes[label]).sum()
         correct = [correct[0] + (rank < 1), correct[1] + (rank < 5)]
     assert not check or min(each.min(initial=1) for each in gaps) > 1e-4
@@ -89,7 +91,7 @@ def by_hand(queries, true, keys, labels, check=True):
 
 
 def readable(files, split):
-    """Pixels and labels."""
+    """Return pixels and labels of the readable images of a split."""
     good = ~np.isin(np.arange(COUNTS[split]), DAMAGED[split])
     return [array[good] for array in files[1][split]]
 
@@ -122,8 +124,8 @@ def flags_of(root, directory, **more):
 
 @pytest.mark.slow
 def test_nearest_neighbors(model, files, monkeypatch, tmp_path, capsys):
-    """As from features that the saved network gives in a plain use; images that cannot
-    be read and those that fill a batch up have no vote and do not count.
+    """Results equal those in numpy; unreadable images and padding neither vote nor
+    count.
     """
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     (images, labels), (tests, true) = (readable(files, split) for split in COUNTS)
@@ -137,21 +139,21 @@ def test_nearest_neighbors(model, files, monkeypatch, tmp_path, capsys):
         flags = flags_of(files[0], directory, data__max_unreadable=0.05)
         assert main([*flags, "--mode=knn"]) == 0
     assert len(beats) == 6 + 4  # batches of 8
-    top1, top5 = by_hand(queries, true, keys, labels)
+    top1, top5 = knn_correct(queries, true, keys, labels)
     assert capsys.readouterr().out.endswith(
         f"nearest neighbors  top1 {top1 / 28:.2%}  top5 {top5 / 28:.2%}  (28 images)\n"
     )
-    # Votes of the two damaged images, of those that fill a batch up, or of both would
-    # be noticed.
+    # Votes of the two damaged images, of padding, or of both would change the
+    # result.
     for count in (2, 5, 7):
         more = np.concatenate([keys, *[black] * count])
         votes = np.concatenate([labels, [0] * count])
-        assert by_hand(queries, true, more, votes, check=False) != [top1, top5]
+        assert knn_correct(queries, true, more, votes, check=False) != [top1, top5]
 
 
 @pytest.mark.slow
 def test_too_many_unreadable_images(model, files, monkeypatch, tmp_path, capsys):
-    """Two of the 43 training images are one too many."""
+    """Two unreadable images of 43 exceed the limit."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     flags = flags_of(files[0], model[1], data__max_unreadable=0.04)
     with recipes.quick():

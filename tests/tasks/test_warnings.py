@@ -50,7 +50,7 @@ def test_sound_settings_have_none():
         (["checkpoint_every=1251"], ["checkpoint_every=1251", "killed run is lost"]),
         (["log_every=2000"], ["log_every=2000"]),
         (["model.num_classes=1000"], ["num_classes=1000 exceeds the 9 classes"]),
-        (["optimizer.ema_decay=0.9999"], ["ema_decay=0.9999", "90% initial"]),
+        (["optimizer.ema_decay=0.9999"], ["ema_decay=0.9999", "weight of 90%"]),
         (["optimizer.min_learning_rate=1"], ["min_learning_rate=1 exceeds the peak"]),
         (["optimizer.warmup_learning_rate=1"], ["warmup_learning_rate=1 exceeds"]),
         (["optimizer.base_learning_rate=0"], ["changes no parameter"]),
@@ -61,7 +61,7 @@ def test_sound_settings_have_none():
         (["optimizer.betas=(0.99,0.9)"], ["betas=(0.99, 0.9)", "the first is usually"]),
         (
             ["optimizer.schedule=multistep", "optimizer.milestones=(100,300,400)"],
-            ["milestones", "before 300, 400"],
+            ["milestones", "before epoch 300, 400"],
         ),
         (["data.train_split=x", "data.eval_split=x"], ["'x' is the training split"]),
     ],
@@ -75,7 +75,7 @@ def test_one_line_each(overrides, fragments):
 
 def test_one_class():
     found = warnings(FT, *FINE[1:], "model.num_classes=1", classes=("a",))
-    assert found == ["model.num_classes=1: the loss of one class is always 0"]
+    assert found == ["model.num_classes=1: with one class the loss is always 0"]
 
 
 def test_linear_probe():

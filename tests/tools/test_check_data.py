@@ -1,11 +1,11 @@
-"""What the doctor finds in a healthy dataset and in one that was spoilt on purpose."""
+"""check_data on a healthy dataset and on a damaged one."""
 
-import io
 import os
 
 import numpy as np
 import pytest
 import recipes
+from datasets import encode
 from PIL import Image
 
 from benchmarks.photographs import photographs, write
@@ -27,12 +27,6 @@ def photo(root, number, split="train"):
     return root / split / NAMES[number % len(NAMES)] / f"{number:05}.JPEG"
 
 
-def encode(image, kind, **options):
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
 def exif(orientation):
     tags = Image.Exif()
     tags[274] = orientation
@@ -41,7 +35,7 @@ def exif(orientation):
 
 @pytest.fixture(scope="module")
 def damaged(tmp_path_factory):
-    """As healthy, with something wrong with the first 14 training images."""
+    """The same, with something wrong with 13 of the first 14 training images."""
     root = tmp_path_factory.mktemp("damaged")
     write(root, {"train": 35, "val": 14}, (64, 48))
     image = Image.open(photo(root, 20))
@@ -69,15 +63,15 @@ def damaged(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def at_once(monkeypatch, tmp_path):
-    """The speed is of no interest here; and an index of folders is kept aside."""
+def short_timing(monkeypatch, tmp_path):
+    """Measure the speed briefly; keep the cached index apart."""
     monkeypatch.setattr(check_data, "TIMING_SECONDS", 0.05)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 @pytest.fixture
-def examine(capsys):
-    """Runs the doctor on class folders: (exit code, stdout, stderr)."""
+def check(capsys):
+    """Function that runs check_data on class folders: (exit code, stdout, stderr)."""
 
     def run(root, *flags, **overrides):
         values = {"data__name": "folder", "data__dir": root, "data__canvas": 64}
@@ -90,7 +84,7 @@ def examine(capsys):
 
 
 def sections(out):
-    """The lines on each split, with one space between words."""
+    """Return the lines about each split, with single spaces."""
     train, test = out.split("\nspeed")[0].split("\ntrain")[1].split("\ntest")
     return [
         [" ".join(line.split()) for line in part.splitlines() if line]
@@ -98,8 +92,8 @@ def sections(out):
     ]
 
 
-def test_healthy(examine, healthy):
-    code, out, err = examine(healthy)
+def test_healthy(check, healthy):
+    code, out, err = check(healthy)
     assert code == 0
     assert out.startswith(f"folder {healthy}\n")
     assert out.endswith("\nhealthy\n")
@@ -126,27 +120,27 @@ def test_healthy(examine, healthy):
     ]
 
 
-def test_speed(examine, healthy):
-    """Chips at 40 % of their peak, and the cores that keep up with them."""
-    _, out, _ = examine(healthy, model__image_size=224, data__canvas=512)
+def test_speed(check, healthy):
+    """Image rates of chips at 40 % of their peak, and the cores that they need."""
+    _, out, _ = check(healthy, model__image_size=224, data__canvas=512)
     lines = [line.split() for line in out.splitlines()]
-    at = next(i for i, line in enumerate(lines) if "estimate" in line)
-    rate = float(lines[at - 2][1].replace(",", ""))
+    row = next(i for i, line in enumerate(lines) if "estimate" in line)
+    rate = float(lines[row - 2][1].replace(",", ""))
     config = recipes.mae("photographs", model__image_size=224)
     model = check_data.nnx.eval_shape(
         check_data.inputs.task_of_recipe(config).build_model
     )
     flops = 6 * model.macs(mask_ratio=0.75, layer_norm_cost=0)
     peaks = {"H100": 989, "TPU v5e": 197, "TPU v5p": 459}
-    for line, (name, peak) in zip(lines[at + 1 : at + 4], peaks.items(), strict=True):
+    for line, (name, peak) in zip(lines[row + 1 : row + 4], peaks.items(), strict=True):
         needed, cores = (float(cell.replace(",", "")) for cell in line[-2:])
         assert line[:-2] == ["one", *name.split()]
         assert needed == pytest.approx(0.4 * peak * 1e12 / flops, abs=1)
         assert cores == pytest.approx(needed / rate, rel=0.01)
 
 
-def test_damaged(examine, damaged):
-    code, out, err = examine(damaged)
+def test_damaged(check, damaged):
+    code, out, err = check(damaged)
     assert code == 4
     train, test = sections(out)
     names = [photo(damaged, number) for number in range(14)]
@@ -191,20 +185,22 @@ def test_damaged(examine, damaged):
     assert err.endswith(error)
 
 
-def test_what_may_be_damaged(examine, damaged):
-    code, out, _ = examine(damaged, data__max_unreadable=4 / 35)
+def test_damage_within_the_limit(check, damaged):
+    code, out, _ = check(damaged, data__max_unreadable=4 / 35)
     assert code == 0
     assert "\n  4 unreadable\n" in out
     assert out.endswith("\nhealthy\n")
 
 
-def test_list(examine, damaged, tmp_path, monkeypatch):
-    """Has them all where the report has no room for them. Border of the kind: --list
-    has one plain path a line, as other tools take it; --list_reasons also the reason.
+def test_list(check, damaged, tmp_path, monkeypatch):
+    """--list contains all unreadable files, although the report truncates them.
+
+    It has one plain path per line, as other tools expect; --list_reasons adds the
+    reason.
     """
     monkeypatch.setattr(check_data, "MAX_LISTED", 3)
     path, reasons = tmp_path / "broken.txt", tmp_path / "reasons.txt"
-    code, out, _ = examine(damaged, f"--list={path}", f"--list_reasons={reasons}")
+    code, out, _ = check(damaged, f"--list={path}", f"--list_reasons={reasons}")
     assert code == 4
     listed = path.read_text().splitlines()
     assert listed == sorted(str(photo(damaged, i)) for i in (0, 1, 2, 13))
@@ -228,34 +224,34 @@ RAMP = np.arange(48 * 64).reshape(48, 64)
 UNIT = np.float32(RAMP / RAMP.max())
 
 
-def test_lost_values(examine, tmp_path):
+def test_lost_values(check, tmp_path):
     """12 bits in files of 16 bits are nearly black."""
     depth(tmp_path, encode(Image.fromarray(RAMP.astype(np.uint16)), "PNG"))
-    code, out, err = examine(tmp_path)
+    code, out, err = check(tmp_path)
     assert code == 4
     assert f"{photo(tmp_path, 0)}: 13 of 3072 levels remain; values are 0 to" in out
     assert "healthy" not in out
     assert err.endswith("\ntrain: 1 with lost values\n")
-    code, out, _ = examine(tmp_path, data__max_unreadable=0.1)
+    code, out, _ = check(tmp_path, data__max_unreadable=0.1)
     assert code == 0
     assert out.endswith("\ntrain: 1 with lost values\n")
 
 
-def test_values_outside_the_range(examine, tmp_path):
+def test_values_outside_the_range(check, tmp_path):
     """A range that clips may be meant, as a window of CT is: no error, not healthy."""
     contents = [encode(Image.fromarray(UNIT * k), "TIFF") for k in (1, 2)]
     depth(tmp_path, *contents)
-    code, out, _ = examine(tmp_path, data__value_range=(0, 1))
+    code, out, _ = check(tmp_path, data__value_range=(0, 1))
     assert code == 0
     assert f"    {photo(tmp_path, 1)}: 50.00% of the values\n" in out
     assert out.endswith("\ntrain: 1 clipped to data.value_range\n")
     assert " float32, reduced to 8 bit              2" in out
 
 
-def test_values_without_a_range(examine, tmp_path):
+def test_values_without_a_range(check, tmp_path):
     """One image that ends the run is one too many, however many may be damaged."""
     depth(tmp_path, encode(Image.fromarray(RAMP.astype(np.int32)), "TIFF"))
-    code, out, err = examine(tmp_path, data__max_unreadable=1.0)
+    code, out, err = check(tmp_path, data__max_unreadable=1.0)
     assert code == 4
     assert "healthy" not in out
     detail = "expected 8 or 16 bits, found int32 values from 0 to 3071; set "
@@ -263,44 +259,44 @@ def test_values_without_a_range(examine, tmp_path):
     assert err.endswith("\ntrain: 1 that require data.value_range\n")
 
 
-def test_ignored_files(examine, tmp_path):
+def test_ignored_files(check, tmp_path):
     """Files that are not examples are counted by ending."""
     depth(tmp_path)
     for name in ("x.heic", "y.HEIC", ".DS_Store", "Thumbs.db", "notes.txt"):
         (photo(tmp_path, 0).parent / name).touch()
     (tmp_path / "train" / "stray.png").touch()
-    code, out, _ = examine(tmp_path)
+    code, out, _ = check(tmp_path)
     assert code == 0
     text = "2 .heic, 2 hidden or system, 1 .txt, 1 outside the class directories"
     assert f"\n  ignored files: {text}\n" in out
     assert out.count("ignored files") == 1
 
 
-def test_list_that_cannot_be_written(examine, healthy, tmp_path):
-    code, _, err = examine(healthy, f"--list={tmp_path / 'none' / 'x'}")
+def test_list_that_cannot_be_written(check, healthy, tmp_path):
+    code, _, err = check(healthy, f"--list={tmp_path / 'none' / 'x'}")
     assert code == 2
     assert f"error: --list={tmp_path}/none/x: No such file or directory\n" in err
 
 
-def test_sample(examine, damaged, healthy):
-    """The same images every time; nothing is said on classes without one."""
-    code, out, err = examine(healthy, "--sample=3")
+def test_sample(check, damaged, healthy):
+    """--sample checks the same images every time and reports no empty classes."""
+    code, out, err = check(healthy, "--sample=3")
     assert code == 0
     assert "train: 35 images, 7 classes; 3 images checked\n" in out
     assert "test: 14 images, 7 classes; 3 images checked\n" in out
     assert "3/3" in err
     assert "without an image" not in out
-    outs = [examine(damaged, "--sample=12")[1].split("speed")[0] for _ in range(2)]
+    outs = [check(damaged, "--sample=12")[1].split("speed")[0] for _ in range(2)]
     assert outs[0] == outs[1]
-    assert examine(healthy, "--sample=1000")[1].count("images checked") == 0
-    assert examine(healthy, "--sample=-1")[0] == 2
+    assert check(healthy, "--sample=1000")[1].count("images checked") == 0
+    assert check(healthy, "--sample=-1")[0] == 2
 
 
-def test_class_without_an_image(examine, tmp_path):
-    """In the test split, where folders may be missing; and none that can be read."""
+def test_class_without_an_image(check, tmp_path):
+    """Test classes without a folder, and a class whose only image is unreadable."""
     write(tmp_path, {"train": 7, "val": 5}, (64, 48))
     photo(tmp_path, 0).write_bytes(b"")
-    code, out, err = examine(tmp_path, data__max_unreadable=1.0)
+    code, out, err = check(tmp_path, data__max_unreadable=1.0)
     assert code == 4
     train, test = sections(out)
     assert train[-2:] == ["1 classes without an image", "astronaut"]
@@ -310,16 +306,16 @@ def test_class_without_an_image(examine, tmp_path):
     assert err.endswith("\ntrain: 1 classes without an image\n")
 
 
-def test_label_of_no_class(examine, healthy, monkeypatch):
+def test_invalid_labels(check, healthy, monkeypatch):
     sample = folder.Folder.sample
     wrong = {3: -1, 8: 7}
 
-    def mislabelled(self, index):
+    def mislabeled(self, index):
         found = sample(self, index)
         return found | {"label": wrong.get(index, found["label"])}
 
-    monkeypatch.setattr(folder.Folder, "sample", mislabelled)
-    code, out, err = examine(healthy)
+    monkeypatch.setattr(folder.Folder, "sample", mislabeled)
+    code, out, err = check(healthy)
     assert code == 4
     train, test = sections(out)
     labels = ["2 with an invalid label"]
@@ -330,7 +326,7 @@ def test_label_of_no_class(examine, healthy, monkeypatch):
     assert err.endswith("\ntrain: 2 with an invalid label\n")
 
 
-def test_name_that_is_no_text(examine, tmp_path):
+def test_file_name_that_is_not_utf_8(check, tmp_path):
     write(tmp_path, {"train": 7, "val": 7}, (64, 48))
     strange = os.fsencode(photo(tmp_path, 0).parent) + b"/\xff.JPEG"
     with open(strange, "wb"):
@@ -339,7 +335,7 @@ def test_name_that_is_no_text(examine, tmp_path):
     two_lines.touch()
     files = [tmp_path / "broken.txt", tmp_path / "reasons.txt"]
     flags = f"--list={files[0]}", f"--list_reasons={files[1]}"
-    code, out, _ = examine(tmp_path, *flags)
+    code, out, _ = check(tmp_path, *flags)
     assert code == 4
     assert "/astronaut/\\udcff.JPEG: OSError: unknown image format (0 bytes)" in out
     listed = files[0].read_bytes().splitlines()
@@ -349,15 +345,15 @@ def test_name_that_is_no_text(examine, tmp_path):
     assert "/astronaut/\\udcff.JPEG\tOSError: unknown" in files[1].read_text()
 
 
-def test_missing_split(examine, healthy):
-    code, out, err = examine(healthy, data__eval_split="validation")
+def test_missing_split(check, healthy):
+    code, out, err = check(healthy, data__eval_split="validation")
     assert code == 4
     assert out == ""
     assert f"no directory {healthy}/validation" in err
 
 
-def test_titles_of_splits(examine, healthy):
-    code, out, _ = examine(healthy, data__train_split="train", data__eval_split="train")
+def test_titles_of_splits(check, healthy):
+    code, out, _ = check(healthy, data__train_split="train", data__eval_split="train")
     assert code == 0
     assert "\ntrain (train): 35 images" in out
     assert "\ntest (train): 35 images" in out
@@ -403,6 +399,6 @@ def test_real_process_without_tensorflow(healthy, tmp_path):
     )
     flags = recipes.arguments("photographs", data__name="folder", data__dir=healthy)
     flags.append("--sample=5")
-    code, out, _ = recipes.run("-c", program, *flags, XDG_CACHE_HOME=tmp_path)
+    code, out, _ = recipes.run_process("-c", program, *flags, XDG_CACHE_HOME=tmp_path)
     assert code == 0
     assert out.endswith("\nhealthy\n")

@@ -1,13 +1,11 @@
 """`--mode compile`: reports and errors."""
 
 import importlib.util
-import json
 
 import jax
 import pytest
 import recipes
 from flax import nnx
-from jax.sharding import AxisType
 from numpy.testing import assert_allclose
 
 from hivit_jax import inputs
@@ -18,14 +16,10 @@ from hivit_jax.xla import ahead
 pytestmark = pytest.mark.usefixtures("quick")
 
 
-def mesh(*sizes, names=("data",)):
-    return jax.make_mesh(sizes, names, axis_types=(AxisType.Auto,) * len(names))
-
-
 def test_command_that_searches_the_largest_batch(monkeypatch, tmp_path, capsys):
-    """Only where it is asked for; with what the search found in file and text."""
+    """--search_batch adds the largest batch to the file and the text."""
 
-    def examine(config, devices, topology):
+    def step_report(config, devices, topology):
         size = config.batch_size // 8
         memory = dict(total=linear(size), limit=5000, arguments=1000, temporaries=1)
         return REPORT | {
@@ -36,9 +30,9 @@ def test_command_that_searches_the_largest_batch(monkeypatch, tmp_path, capsys):
         }
 
     monkeypatch.setattr(compile_ahead, "devices_of", lambda topology: jax.devices())
-    monkeypatch.setattr(compile_ahead, "step_report", examine)
+    monkeypatch.setattr(compile_ahead, "step_report", step_report)
     for search in (False, True):
-        found = report(tmp_path, *["--search_batch"] * search)
+        found = recipes.compile_report(tmp_path, *["--search_batch"] * search)
         assert ("largest_batch_per_device" in found) == search
         out = capsys.readouterr().out
         assert "fits: 0.00 GiB of 0.00 GiB per device (arguments 0.00, " in out
@@ -61,7 +55,7 @@ REPORT = {
 }
 
 
-# --- Errors --------------------------------------------------------------------------
+# Errors
 
 
 def fails(capsys, topology, tmp_path, *more):
@@ -100,12 +94,12 @@ def test_compiler_that_is_not_installed(
     assert f"hivit-jax[{extra}]" in message
 
 
-def test_gpus_of_more_than_a_node(capsys, tmp_path):
+def test_gpus_of_several_nodes(capsys, tmp_path):
     assert "expected h100:1 to h100:8" in fails(capsys, "h100:16", tmp_path)
 
 
 @pytest.mark.extras
-def test_shape_that_no_slice_has(capsys, tmp_path):
+def test_invalid_slices_and_meshes(capsys, tmp_path):
     pytest.importorskip("libtpu")
     assert "topology='v5e:3x5'" in fails(capsys, "v5e:3x5", tmp_path)
     mesh = "--config.mesh.data=3"
@@ -116,27 +110,17 @@ def test_shape_that_no_slice_has(capsys, tmp_path):
     assert "batch_size=16 is not divisible by 32 devices" in message
 
 
-# --- The command ---------------------------------------------------------------------
-
-
-def report(tmp_path, *more, topology="v5e:2x4", **overrides):
-    flags = recipes.arguments(**{"batch_size": 64} | overrides)
-    flags += [f"--topology={topology}", f"--workdir={tmp_path}", *more]
-    assert main([*flags, "--mode=compile"]) == 0
-    return json.loads((tmp_path / "compile.json").read_text())
-
-
 BRANCHES = ("attention", "mlp")
 
 
 @pytest.mark.extras
 @pytest.mark.slow
-def test_whole_report(tmp_path, monkeypatch):
-    """Of these CPUs in place of the chips."""
+def test_complete_report(tmp_path, monkeypatch):
+    """A report with CPU devices in place of the chips."""
     monkeypatch.setattr(compile_ahead, "devices_of", lambda topology: jax.devices())
     monkeypatch.setitem(ahead.PLUGINS, "v5e", "jaxlib")
     options = dict(data__name="imagenet2012", data__canvas=96)
-    found = report(tmp_path, **options)
+    found = recipes.compile_report(tmp_path, **options)
     assert found["fits"]
     assert found["devices"] == found["batch_per_device"] == 8
     memory = found["hbm_bytes_per_device"]
@@ -153,7 +137,9 @@ def test_whole_report(tmp_path, monkeypatch):
     for name in blocks | parts:
         assert all(value > 0 for value in regions[name].values()), name
     assert regions["optimizer"]["flops_per_image"] == 0
-    parts = report(tmp_path, optimizer__accumulate_steps=4, batch_size=256, **options)
+    parts = recipes.compile_report(
+        tmp_path, optimizer__accumulate_steps=4, batch_size=256, **options
+    )
     assert_allclose(
         parts["collectives"][0]["bytes_per_step"], reduced["bytes_per_step"], rtol=0.02
     )

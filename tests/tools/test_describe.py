@@ -1,4 +1,4 @@
-"""`--mode describe`: model, differences from the recipe, figures."""
+"""`--mode describe`: model, diff against the recipe, figures."""
 
 import numpy as np
 import pytest
@@ -36,7 +36,7 @@ def test_real_process_describes_without_tensorflow():
         "sys.exit(code)"
     )
     flags = [f"--config={recipes.ROOT}/configs/mae_base.py", "--mode=describe"]
-    code, out, err = recipes.run("-c", program, *flags)
+    code, out, err = recipes.run_process("-c", program, *flags)
     assert (code, err) == (0, "")
     assert "= 87.04" in out
     assert " M" in out
@@ -45,8 +45,9 @@ def test_real_process_describes_without_tensorflow():
 
 @pytest.mark.slow
 def test_describe_draws_schedule_and_images(tmp_path, capsys, monkeypatch):
-    """The learning rate of every step, and the first 16 training images as they are,
-    which the recipe neither crops nor mirrors here.
+    """It draws every learning rate and the first 16 training images.
+
+    Here the recipe neither crops nor flips them.
     """
     lines, images = [], []
     plot, imshow = Axes.plot, Axes.imshow

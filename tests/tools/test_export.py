@@ -1,4 +1,4 @@
-"""Exported models give the numbers of the live one, with jax alone or onnxruntime."""
+"""Exported models reproduce the live model, with jax alone or onnxruntime."""
 
 import json
 import os
@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 import recipes
-from networks import DEFAULTS, mini, pictures
+from networks import DEFAULTS, mini, random_array
 from numpy.testing import assert_allclose, assert_array_equal
 
 from hivit_jax.checkpoints.manager import Checkpoints
@@ -26,15 +26,15 @@ def _quick(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """A small classifier as a file, and its logits for two images."""
+    """(file of an exported classifier, its logits for two images)."""
     path, model = tmp_path_factory.mktemp("exported") / "model", mini()
     path.write_bytes(export.export(model))
-    return path, np.asarray(jax.jit(model)(pictures((2, 64, 64, 3))))
+    return path, np.asarray(jax.jit(model)(random_array((2, 64, 64, 3))))
 
 
 @pytest.fixture(scope="module")
 def workdirs(tmp_path_factory):
-    """Workdirs of two runs in bfloat16, by the model's name."""
+    """Directory of two workdirs in bfloat16, by model name."""
     root = tmp_path_factory.mktemp("workdirs")
     for name, arguments in DEFAULTS.items():
         config = {"model": {"name": name, **arguments, "dtype": "bfloat16"}}
@@ -59,12 +59,12 @@ def outputs(model, what, images):
         ("features", "bfloat16", (32, 64)),
     ],
 )
-def test_equal_in_any_batch(what, dtype, size, tmp_path):
+def test_export_equals_the_model_in_any_batch(what, dtype, size, tmp_path):
     model = mini(dtype=dtype, image_size=size)
     (tmp_path / "model").write_bytes(export.export(model, what))
     run = export.load_exported(tmp_path / "model")
     for batch in (1, 3):
-        images = pictures((batch, *model.config.image_size, 3))
+        images = random_array((batch, *model.config.image_size, 3))
         found, expected = run(images), outputs(model, what, images)
         assert isinstance(found, tuple) == (what == "features")
         recipes.assert_identical(jax.tree.leaves(found), expected)
@@ -88,7 +88,7 @@ def test_no_paths_of_the_machine(exported, monkeypatch):
 
 
 @pytest.mark.slow
-def test_kernels_of_one_backend_are_left_out(monkeypatch):
+def test_export_contains_no_kernels(monkeypatch):
     model, choices = mini(kernels="fused"), []
     monkeypatch.setattr(dispatch, "mlp", lambda *args: choices.append(args[-1]))
     export.export(model)
@@ -100,7 +100,7 @@ def test_kernels_of_one_backend_are_left_out(monkeypatch):
 @pytest.mark.slow
 def test_runs_with_jax_alone(exported, tmp_path):
     absent = ("hivit_jax", "flax", "orbax", "optax", "ml_collections")
-    program = recipes.not_installed(tmp_path / "bare", *absent) / "serve.py"
+    program = recipes.block_imports(tmp_path / "bare", *absent) / "serve.py"
     program.write_text(
         "import sys, jax, numpy as np\n"
         "path, images, logits = sys.argv[1:]\n"
@@ -108,9 +108,9 @@ def test_runs_with_jax_alone(exported, tmp_path):
         "    model = jax.export.deserialize(bytearray(file.read()))\n"
         "np.save(logits, jax.jit(model.call)(np.load(images)))\n"
     )
-    np.save(tmp_path / "images.npy", pictures((2, 64, 64, 3)))
+    np.save(tmp_path / "images.npy", random_array((2, 64, 64, 3)))
     path, expected = exported
-    code, _, err = recipes.run(
+    code, _, err = recipes.run_process(
         program, path, tmp_path / "images.npy", tmp_path / "logits.npy"
     )
     assert code == 0, err
@@ -130,17 +130,17 @@ def test_runs_with_jax_alone(exported, tmp_path):
         ((2, 64, 64, 3), "uint8", "expected float32 and called with uint8"),
     ],
 )
-def test_other_images(exported, shape, dtype, message):
+def test_images_of_another_shape_or_dtype(exported, shape, dtype, message):
     with pytest.raises(ValueError, match=message):
         export.load_exported(exported[0])(np.zeros(shape, dtype))
 
 
-def test_other_platform(tmp_path):
+def test_model_of_another_platform(tmp_path):
     (tmp_path / "model").write_bytes(export.export(mini(), platforms=["tpu"]))
     with pytest.raises(
         ValueError, match="exported for platforms .*tpu.* used on .*cpu"
     ):
-        export.load_exported(tmp_path / "model")(pictures((1, 64, 64, 3)))
+        export.load_exported(tmp_path / "model")(random_array((1, 64, 64, 3)))
 
 
 @pytest.mark.slow
@@ -166,7 +166,7 @@ def test_missing_package(package, monkeypatch):
         function(mini())
 
 
-# The command
+# Command
 
 
 @pytest.mark.slow
@@ -218,7 +218,7 @@ def test_command_that_cannot_work(
 
 
 @pytest.mark.slow
-def test_other_numbers_are_not_written(
+def test_differing_export_is_not_written(
     workdirs, exported, tmp_path, monkeypatch, capsys
 ):
     other = export.export(mini(dtype="bfloat16", layer_norm_eps=1.0))
@@ -248,7 +248,7 @@ def test_onnx(what, tmp_path):
     path.write_bytes(export.export_onnx(model, what))
     run = export.load_exported(path)
     for batch in (1, 3):
-        images = pictures((batch, 32, 64, 3))
+        images = random_array((batch, 32, 64, 3))
         found = jax.tree.leaves(run(images))
         for x, y in zip(found, outputs(model, what, images), strict=True):
             assert_allclose(x, y, rtol=0, atol=2e-5)

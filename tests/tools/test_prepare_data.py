@@ -1,4 +1,4 @@
-"""Preparing a dataset: what is written, how it goes on, what can be wrong."""
+"""Preparation of datasets: files, resuming and errors."""
 
 import io
 import os
@@ -24,7 +24,7 @@ VERSION = Path("imagenet2012") / "5.1.0"
 
 
 def stored(directory: Path, split: str) -> list[dict]:
-    """The examples of a split as TFDS reads them, images encoded."""
+    """Return the examples of a split as TFDS reads them, images encoded."""
     builder = tfds.builder_from_directory(directory)
     decoders = {"image": tfds.decode.SkipDecoding()}
     return list(builder.as_data_source(split, decoders=decoders))
@@ -50,13 +50,13 @@ def originals(tars):
 
 @pytest.fixture(scope="module")
 def flags(tars, originals):
-    """Command line of a preparation in shards of two, but for --data_dir."""
+    """Command line of a preparation in shards of two, without --data_dir."""
     return [f"--manual_dir={tars}", "--shard_size=2"]
 
 
 @pytest.fixture(scope="module")
 def whole(flags, tmp_path_factory):
-    """Data directory of a preparation that nothing interrupted."""
+    """Data directory of an uninterrupted preparation."""
     out = tmp_path_factory.mktemp("whole")
     assert main([*flags, f"--data_dir={out}"]) == 0
     return out
@@ -64,7 +64,7 @@ def whole(flags, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def small(flags, tmp_path_factory):
-    """The same with its training images reduced."""
+    """The same with reduced training images."""
     out = tmp_path_factory.mktemp("small")
     assert main([*flags, f"--data_dir={out}", "--short_side=32"]) == 0
     return out
@@ -98,7 +98,7 @@ def test_files(whole):
 
 
 def test_reduced_images(whole, small):
-    """Only training images are, in the aspect that they have."""
+    """Only training images are reduced, and keep their aspect ratio."""
     reduced = [e["image"] for e in stored(small / VERSION, "train")]
     assert {size_of(jpeg) for jpeg in reduced} == {(43, 32)}
     assert stored(small / VERSION, "validation") == stored(
@@ -107,7 +107,7 @@ def test_reduced_images(whole, small):
 
 
 def test_source(whole, originals):
-    """What the input pipeline reads, by many threads at once, and parts of it."""
+    """The source reads all examples from many threads, and slices of splits."""
     source = Tfds("imagenet2012", str(whole), "train")
     jpegs = list(originals["train"].values())
     expected = [(jpegs[i], LABELS[WNIDS[i // 5]]) for i in range(15)]
@@ -134,8 +134,8 @@ def test_source(whole, originals):
         assert all(pool.map(many, range(16)))
 
 
-def test_files_that_may_be_open(whole):
-    """Room is made for every shard, as far as the system allows it."""
+def test_limit_of_open_files(whole):
+    """The limit of open files is raised for every shard."""
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (500, before[1]))
@@ -154,9 +154,9 @@ def test_reading_needs_no_tensorflow(whole, originals, tmp_path):
         "    'train', decoders={'image': tfds.decode.SkipDecoding()})\n"
         "print(len(source), source[7]['label'], source[7]['image'].hex())\n"
     )
-    nothing = recipes.not_installed(tmp_path / "nothing", "tensorflow")
+    missing = recipes.block_imports(tmp_path / "nothing", "tensorflow")
     command = ["-c", program, whole / VERSION]
-    code, out, err = recipes.run(*command, PYTHONPATH=nothing)
+    code, out, err = recipes.run_process(*command, PYTHONPATH=missing)
     assert code == 0, err
     expected = list(originals["train"].values())[7]
     assert out.split() == ["15", "0", expected.hex()]
@@ -164,11 +164,11 @@ def test_reading_needs_no_tensorflow(whole, originals, tmp_path):
 
 @pytest.mark.processes
 @pytest.mark.slow
-def test_done_already(whole, flags):
-    """A real process says so, in no time, and touches nothing."""
+def test_complete_dataset_is_kept(whole, flags):
+    """A process reports that the dataset is complete, and writes nothing."""
     before = contents(whole / VERSION)
     command = ["-m", "hivit_jax.tools.prepare_data", *flags, f"--data_dir={whole}"]
-    code, out, err = recipes.run(*command)
+    code, out, err = recipes.run_process(*command)
     assert (code, err) == (0, "")
     assert "train: 15 images\nvalidation: 6 images\n" in out
     assert f"{whole / VERSION} is complete; nothing to do" in out
@@ -178,8 +178,8 @@ def test_done_already(whole, flags):
 
 @pytest.mark.processes
 @pytest.mark.slow
-def test_killed_process_goes_on(small, flags, tmp_path):
-    """SIGKILL in the fourth shard: the first three stay as they are."""
+def test_killed_process_resumes(small, flags, tmp_path):
+    """After SIGKILL in the fourth shard the first three are kept."""
     program = (
         "import os, signal, sys\n"
         "from hivit_jax.tools import prepare_data as prepare\n"
@@ -193,7 +193,7 @@ def test_killed_process_goes_on(small, flags, tmp_path):
         "prepare.main(sys.argv[1:])\n"
     )
     command = [*flags, f"--data_dir={tmp_path}", "--short_side=32"]
-    code, _, _ = recipes.run("-c", program, *command)
+    code, _, _ = recipes.run_process("-c", program, *command)
     assert code == -signal.SIGKILL
     half = tmp_path / f"{VERSION}.incomplete"
     finished = sorted(half.glob("*.array_record-*"))
@@ -210,14 +210,14 @@ def test_killed_process_goes_on(small, flags, tmp_path):
 
 @pytest.mark.slow
 def test_interrupted_anywhere(tars, tmp_path, monkeypatch, capsys):
-    """SIGTERM before or after any file gets its name; the rest comes out the same."""
+    """SIGTERM before or after any rename: resuming gives identical files."""
     replace = Path.replace
-    moves, deadly = [], None
+    moves, interrupted_move = [], None
 
     def moved(path, target):
         moves.append(target)
-        if len(moves) - 1 == deadly:
-            if deadly % 2:
+        if len(moves) - 1 == interrupted_move:
+            if interrupted_move % 2:
                 replace(path, target)
             os.kill(os.getpid(), signal.SIGTERM)
         return replace(path, target)
@@ -227,17 +227,17 @@ def test_interrupted_anywhere(tars, tmp_path, monkeypatch, capsys):
     assert main([*command, f"--data_dir={tmp_path / 'whole'}"]) == 0
     expected = contents(tmp_path / "whole" / VERSION)
     assert len(moves) == 2 * (4 + 2) + 1
-    for deadly in range(len(moves)):
+    for interrupted_move in range(len(moves)):
         moves.clear()
-        out = tmp_path / str(deadly)
+        out = tmp_path / str(interrupted_move)
         assert main([*command, f"--data_dir={out}"]) == 75
         assert "same command to resume" in capsys.readouterr().err.splitlines()[-1]
         assert main([*command, f"--data_dir={out}"]) == 0
         assert contents(out / VERSION) == expected
 
 
-def test_other_option_than_begun_with(whole, flags, tmp_path, capsys):
-    """Whether it is finished or half-finished."""
+def test_resume_with_another_option(whole, flags, tmp_path, capsys):
+    """Another --short_side is refused for finished and unfinished datasets."""
     half = tmp_path / f"{VERSION}.incomplete"
     half.mkdir(parents=True)
     (half / "short_side=320").touch()
@@ -248,7 +248,7 @@ def test_other_option_than_begun_with(whole, flags, tmp_path, capsys):
         check_message(capsys.readouterr().err, [str(out / VERSION), *fragments])
 
 
-def test_other_images_than_begun_with(tmp_path, capsys):
+def test_resume_with_other_images(tmp_path, capsys):
     command = [f"--manual_dir={tmp_path}", f"--data_dir={tmp_path}"]
     write_tars(tmp_path, validation=[])
     assert main(command) == 4
@@ -259,7 +259,7 @@ def test_other_images_than_begun_with(tmp_path, capsys):
 
 
 class Rings(tfds.core.GeneratorBasedBuilder):
-    """Grey images that no file holds, in the splits' newer form."""
+    """Grayscale images without files, with the newer form of splits."""
 
     VERSION = tfds.core.Version("1.0.0")
 
@@ -288,8 +288,8 @@ def test_dataset_without_manual_files(tmp_path):
     assert Image.open(io.BytesIO(train[0]["image"])).mode == "L"
 
 
-def test_tfrecord_that_tfds_wrote(tmp_path):
-    """Its own order and images, which it encodes as PNG; read without tensorflow."""
+def test_tfrecords_of_tfds(tmp_path):
+    """TFRecords of TFDS, with its order and PNG images, are read without tensorflow."""
     Rings(data_dir=tmp_path, file_format="tfrecord").download_and_prepare()
     source = Tfds("rings", str(tmp_path), "train")
     found = [recipes.sample(source, i) for i in range(3)]
@@ -329,7 +329,7 @@ def test_bad_flag(options, fragments, flags, tmp_path, capsys):
 
 
 def check_refused(tars, exit_code, fragments, capsys):
-    """Says what is wrong before it writes anything."""
+    """Check that the command fails before it writes anything."""
     out = tars / "out"
     assert main([f"--manual_dir={tars}", f"--data_dir={out}"]) == exit_code
     check_message(capsys.readouterr().err, [str(tars), *fragments])
@@ -359,7 +359,7 @@ def test_unknown_class(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("tar", [prepare_data.TRAIN, prepare_data.VALIDATION])
-def test_tar_that_is_cut_off(tar, tmp_path, capsys):
+def test_truncated_tar(tar, tmp_path, capsys):
     write_tars(tmp_path)
     os.truncate(tmp_path / tar, 9000)
     check_refused(tmp_path, 4, [tar, "not a valid tar file"], capsys)
@@ -375,8 +375,8 @@ def test_unreadable_image(tmp_path, capsys):
     assert "error: image 'n01440764_7.JPEG' cannot be read" in err
 
 
-def test_class_tar_that_is_cut_off(tmp_path, capsys):
-    """Which TFDS's own reader meets."""
+def test_truncated_class_tar(tmp_path, capsys):
+    """TFDS's own reader detects it."""
     write_tars(tmp_path)
     whole = packed({"n01440764_7.JPEG": b"nothing" * 1000})
     classes = {"n01440764.tar": whole[:3000]}

@@ -1,4 +1,4 @@
-"""Pictures of one's own images: the command, and the example of features."""
+"""Reconstructions of a user's images: the command, and the example of features."""
 
 import io
 
@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from networks import mini, pictures
+from networks import mini, random_array
 from numpy.testing import assert_allclose
 from PIL import Image
 
@@ -20,14 +20,15 @@ pytestmark = pytest.mark.usefixtures("quick")
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """Directories of a small masked autoencoder and a classifier."""
+    """Directories of a small masked autoencoder and of a classifier."""
     directory = tmp_path_factory.mktemp("saved")
     for name in ("mae_hivit_base", "hivit_base"):
         hivit_jax.save_pretrained(mini(name), directory / name)
     return directory
 
 
-def picture(path, size=(120, 90)):
+def write_noise(path, size=(120, 90)):
+    """Write an image of noise."""
     noise = np.random.RandomState(0).randint(0, 256, (*size[::-1], 3), np.uint8)
     Image.fromarray(noise).resize(size).save(path)
     return path
@@ -35,20 +36,21 @@ def picture(path, size=(120, 90)):
 
 @pytest.mark.slow
 def test_command(saved, tmp_path, capsys):
-    images = [picture(tmp_path / name) for name in ("a.png", "b.jpg")]
+    images = [write_noise(tmp_path / name) for name in ("a.png", "b.jpg")]
     out = tmp_path / "out.png"
     flags = ["--checkpoint", saved / "mae_hivit_base", "--out", out, *images]
     flags = [str(flag) for flag in flags]
     assert command.main(flags) == 0
-    told = capsys.readouterr().out
-    assert "75.0% of each image removed" in told
-    assert "contrast and brightness: each unit's own, not seen by the model" in told
+    out_text = capsys.readouterr().out
+    assert "75.0% of each image masked" in out_text
+    text = "brightness and contrast of each true unit, unknown to the model"
+    assert text in out_text
     with Image.open(out) as drawn:
         assert drawn.width > drawn.height > 300  # two rows of four panels
     assert (
         command.main([str(x) for x in (*flags, *images, "--statistics=visible")]) == 0
     )
-    assert "mean of the visible units" in capsys.readouterr().out
+    assert "of the visible units" in capsys.readouterr().out
 
 
 MEAN, STD = (0.8, 0.2, 0.4), (0.1, 0.3, 0.2)
@@ -58,7 +60,7 @@ RECIPE = {"task": "mae", "mask_ratio": 0.375, "data": {"mean": MEAN, "std": STD}
 
 
 def panels(directory, *options):
-    """The four panels that the command draws of DIRECTORY/image.png, uint8."""
+    """Return the four panels, uint8, that the command draws of DIRECTORY/image.png."""
     out = directory / "out.png"
     flags = ["--checkpoint", directory, "--out", out, directory / "image.png"]
     assert command.main([*map(str, flags), *options]) == 0
@@ -67,15 +69,15 @@ def panels(directory, *options):
     found = []
     for quarter in np.split(pixels, range(176, 704, 176), axis=1):  # of 704 columns
         colored = (quarter != 255).any(-1)
-        # Full rows and columns of a panel; text has neither.
+        # Text has no full rows and columns, in contrast to panels.
         rows = np.flatnonzero(colored.mean(1) > 0.6)[2:-2]
         columns = np.flatnonzero(colored[rows].all(0))[2:-2]
         found.append(quarter[np.ix_(rows, columns)])
     return found
 
 
-def flat(directory, recipe, **overrides):
-    """Saves a model of 2 x 4 units that predicts the same everywhere: 0.5, 1, -1."""
+def save_constant_model(directory, recipe, **overrides):
+    """Save a model of 2 x 4 units that predicts 0.5, 1, -1 everywhere."""
     overrides |= dict(image_size=(32, 64), depths=(1, 1), inner_patches=2)
     model = mini("mae_hivit_base", **overrides)
     kernel, bias = model.decoder_pred.kernel, model.decoder_pred.bias
@@ -89,12 +91,13 @@ def close(panel, color):
 
 
 @pytest.mark.slow
-def test_mean_deviation_and_mask_ratio_of_the_recipe(tmp_path):
-    """Pixels as predicted are mean + prediction * std of the run's own images; the
-    original is drawn as it is. Other ratios and masks are there for the asking.
+def test_mean_std_and_mask_ratio_of_the_recipe(tmp_path):
+    """Predicted pixels are mean + prediction * std of the run's recipe.
+
+    The original is drawn unchanged. Flags select other ratios and masks.
     """
-    flat(tmp_path, RECIPE, norm_pix_loss=False)
-    color, grey = (200, 100, 50), 128
+    save_constant_model(tmp_path, RECIPE, norm_pix_loss=False)
+    color, gray = (200, 100, 50), 128
     Image.new("RGB", (64, 32), color).save(tmp_path / "image.png")
     expected = 255 * (np.array(MEAN) + np.array([0.5, 1, -1]) * STD)
     masks = []
@@ -106,20 +109,20 @@ def test_mean_deviation_and_mask_ratio_of_the_recipe(tmp_path):
         assert close(original, color).all()
         assert close(predicted, expected).all()
         assert 1.8 < original.shape[1] / original.shape[0] < 2.2
-        for panel, hidden in ((masked, (grey,) * 3), (pasted, expected)):
-            # Units have edges that are drawn blurred.
+        for panel, hidden in ((masked, (gray,) * 3), (pasted, expected)):
+            # Edges of units are blurred.
             assert close(panel, hidden).mean() == pytest.approx(removed, abs=0.05)
             assert close(panel, color).mean() == pytest.approx(1 - removed, abs=0.05)
-        masks.append(close(masked, grey))
-    assert not masks[1][masks[0]].all()  # as with the same seed
+        masks.append(close(masked, gray))
+    assert not masks[1][masks[0]].all()  # another seed masks other units
 
 
 @pytest.mark.slow
-def test_statistics_are_those_asked_for(tmp_path):
-    """Where a unit has no contrast to speak of, all that is drawn is a mean: here that
-    of the visible units, and none of a unit's own.
-    """
-    flat(tmp_path, RECIPE | {"data": {"mean": (0.0,) * 3, "std": (1.0,) * 3}})
+def test_statistics_flag(tmp_path):
+    """--statistics=visible draws flat units as the mean of the visible units."""
+    save_constant_model(
+        tmp_path, RECIPE | {"data": {"mean": (0.0,) * 3, "std": (1.0,) * 3}}
+    )
     levels = np.arange(40, 200, 20, np.uint8).reshape(2, 4)
     image = np.repeat(np.repeat(levels, 16, 0), 16, 1)
     Image.fromarray(image).convert("RGB").save(tmp_path / "image.png")
@@ -141,7 +144,7 @@ def test_statistics_are_those_asked_for(tmp_path):
     ],
 )
 def test_bad_input(saved, tmp_path, capsys, model, name, code, message):
-    picture(tmp_path / "a.png")
+    write_noise(tmp_path / "a.png")
     (tmp_path / "text.png").write_text("no image")
     flags = ["--checkpoint", str(saved / model), str(tmp_path / name)]
     assert command.main(flags) == code
@@ -153,7 +156,7 @@ def test_bad_input(saved, tmp_path, capsys, model, name, code, message):
 @pytest.mark.parametrize("ratio", ["0", "0.0", "1", "-0.5", "nan"])
 def test_mask_ratios_out_of_range(ratio, saved, tmp_path, capsys):
     """0 is a value, not an absent flag. Accepted: 0 < ratio < 1."""
-    image, out = picture(tmp_path / "a.png"), tmp_path / "out.png"
+    image, out = write_noise(tmp_path / "a.png"), tmp_path / "out.png"
     flags = ["--checkpoint", saved / "mae_hivit_base", "--out", out, image]
     assert command.main([*map(str, flags), f"--mask_ratio={ratio}"]) == 2
     assert f"mask_ratio={float(ratio)}" in capsys.readouterr().err
@@ -161,7 +164,7 @@ def test_mask_ratios_out_of_range(ratio, saved, tmp_path, capsys):
 
 
 def test_inputs_are_not_overwritten(saved, tmp_path, capsys):
-    image = picture(tmp_path / "a.png")
+    image = write_noise(tmp_path / "a.png")
     before, directory = image.read_bytes(), saved / "mae_hivit_base"
     for out in (image, directory / "model.safetensors", directory, tmp_path):
         flags = ["--checkpoint", directory, "--out", out, image]
@@ -172,8 +175,8 @@ def test_inputs_are_not_overwritten(saved, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_statistics():
-    """A unit's own mean and deviation, or those of the visible ones on average."""
-    model, images = mini("mae_hivit_base"), pictures((2, 64, 64, 3))
+    """Units have their own mean and deviation, or the average of the visible units."""
+    model, images = mini("mae_hivit_base"), random_array((2, 64, 64, 3))
     own, removed = command.reconstruct(model, images)
     other, same = command.reconstruct(model, images, statistics="visible")
     assert (removed == same).all()
@@ -182,10 +185,10 @@ def test_statistics():
     true, own, other = units
     seen = np.asarray(patchify(jnp.asarray(removed), 16))[..., 0] == 0
     mean, scale = true.mean(-1), true.std(-1, ddof=1)
-    normalised = (own - mean[..., None]) / scale[..., None]
+    normalized = (own - mean[..., None]) / scale[..., None]
     for image in range(2):
-        of_seen = [x[image][seen[image]].mean() for x in (mean, scale)]
-        expected = normalised[image] * of_seen[1] + of_seen[0]
+        of_visible = [x[image][seen[image]].mean() for x in (mean, scale)]
+        expected = normalized[image] * of_visible[1] + of_visible[0]
         assert_allclose(other[image], expected, atol=1e-4)
 
 
@@ -197,7 +200,7 @@ def test_pixels_as_predicted():
 @pytest.mark.slow
 def test_example(saved, tmp_path):
     out = tmp_path / "features.png"
-    path = picture(tmp_path / "a.jpg")
+    path = write_noise(tmp_path / "a.jpg")
     flags = ["--checkpoint", saved / "mae_hivit_base", "--out", out, path]
     example.main([str(flag) for flag in flags])
     with Image.open(out) as drawn:
@@ -205,13 +208,13 @@ def test_example(saved, tmp_path):
 
 
 def test_principal_components():
-    """A map of one direction in feature space comes back as its first component."""
+    """A map along one direction in feature space is its first component."""
     plane = np.linspace(0, 1, 48).reshape(6, 8)
     direction = reference.normal("direction", (5,))
     noise = 1e-3 * reference.normal("noise", (6, 8, 5))
-    colours = example.principal_components(plane[..., None] * direction + noise)
-    assert colours.shape == (6, 8, 3)
-    assert abs(np.corrcoef(colours[..., 0].ravel(), plane.ravel())[0, 1]) > 0.99
+    colors = example.principal_components(plane[..., None] * direction + noise)
+    assert colors.shape == (6, 8, 3)
+    assert abs(np.corrcoef(colors[..., 0].ravel(), plane.ravel())[0, 1]) > 0.99
 
 
 def test_photograph():

@@ -1,4 +1,4 @@
-"""AdamW, weight decay, layer decay: the official programs' values."""
+"""AdamW, weight decay and layer decay: values of the official programs."""
 
 import json
 
@@ -13,15 +13,11 @@ import reference
 from flax import nnx
 
 from hivit_jax import inputs
-from hivit_jax.models import create_model
 from hivit_jax.training import optimizer
 from hivit_jax.tree import leaf_name, named_leaves, split, split_state
 from hivit_jax.weights.names.official import to_official
 
 pytestmark = pytest.mark.usefixtures("quick")
-
-
-# --- The optimiser against the official one -----------------------------------------
 
 
 @pytest.mark.slow
@@ -30,12 +26,15 @@ pytestmark = pytest.mark.usefixtures("quick")
     [("float32", 5e-6, 3e-4), ("bfloat16", 1e-3, 5e-3)],
 )
 def test_ten_steps_of_the_official_adamw(first_moment, of_losses, of_parameters):
+    """Losses and final parameters equal those of the official program."""
     arrays, facts = (
         reference.golden("adamw_traj"),
         reference.FIXTURES["adamw_traj"],
     )
     overrides = {
-        reference.OUR_NAMES.get(key, key): value
+        reference.OUR_NAMES.get(key, key): (
+            tuple(value) if isinstance(value, list) else value
+        )
         for key, value in reference.FIXTURES["mae_mini"]["config"].items()
     }
     state = reference.state_dict("mae_mini")
@@ -66,14 +65,14 @@ def test_ten_steps_of_the_official_adamw(first_moment, of_losses, of_parameters)
         noise = jnp.asarray(reference.noise(f"traj{number}", 4, 16))
         before, (params, opt_state, loss) = params, step(params, opt_state, noise)
         losses.append(loss)
-    params = before  # the eleventh step was for its loss
+    params = before  # the eleventh step only computes its loss
     np.testing.assert_allclose(losses, facts["loss_f64"], atol=of_losses, rtol=0)
 
     final = to_official(params | tables, model)
     assert {f"final/{name}" for name in final} == {k for k in arrays if "final/" in k}
     for name, array in final.items():
         difference = np.abs(array - arrays[f"final/{name}"])
-        if name.endswith("qkv.bias"):  # Adam moves the keys' third by rounding alone
+        if name.endswith("qkv.bias"):  # Adam's steps of the keys' third are rounding
             difference = difference.reshape(3, -1)[[0, 2]]
         assert difference.max() < of_parameters, name
     np.testing.assert_array_equal(
@@ -86,7 +85,7 @@ def facts(name):
 
 
 def by_official_name(model, values):
-    """A number per parameter, nested like the parameters -> by official name."""
+    """Convert a number per parameter, nested like the parameters, to official names."""
     filled = jax.tree.map(
         lambda leaf, value: np.broadcast_to(np.float64(value), leaf.shape),
         split_state(model)[1],
@@ -102,18 +101,16 @@ def weight_decays(model, task):
     return by_official_name(model, decays)
 
 
-def abstract(name, **overrides):
-    return nnx.eval_shape(lambda: create_model(name, **overrides))
-
-
 def test_weight_decay_groups_of_pretraining():
     expected = facts("weight_decay_groups")["mae_pretrain_base"]
-    actual = weight_decays(abstract("mae_hivit_base"), inputs.make_task(recipes.mae()))
+    actual = weight_decays(
+        networks.abstract_model("mae_hivit_base"), inputs.make_task(recipes.mae())
+    )
     assert not actual.keys() & set(expected["frozen"])
     assert actual == expected["wd"]
 
 
-def test_parameter_of_no_rule():
+def test_parameter_without_a_layer():
     model = networks.mini()
     model.encoder.gamma = nnx.Param(jnp.ones(1))
     with pytest.raises(ValueError, match="parameter 'encoder/gamma' has no layer"):
@@ -124,10 +121,12 @@ def test_parameter_of_no_rule():
 def test_layer_decay_and_weight_decay_of_finetuning(size):
     expected = facts(f"layer_decay_{size}")
     mini = {
-        reference.OUR_NAMES.get(key, key): value
+        reference.OUR_NAMES.get(key, key): (
+            tuple(value) if isinstance(value, list) else value
+        )
         for key, value in reference.MINI_CLASSIFIER.items()
     }
-    model = abstract("hivit_base", **mini if size == "mini" else {})
+    model = networks.abstract_model("hivit_base", **mini if size == "mini" else {})
     scales = optimizer.learning_rate_scales(
         split(model)[1], model.layer_ids(), expected["layer_decay"]
     )
@@ -151,7 +150,7 @@ def test_layer_decay_and_weight_decay_of_finetuning(size):
     ],
 )
 def test_drop_path_rates(fact, name, rate):
-    model = abstract(name, drop_path_rate=rate)
+    model = networks.abstract_model(name, drop_path_rate=rate)
     expected = [x for x in facts("drop_path")[fact] if x is not None]
     np.testing.assert_allclose(model.config.drop_path_rates, expected, rtol=1e-6)
 

@@ -1,58 +1,32 @@
-"""Weights adapted to another size, task or number of channels."""
+"""Weights adapted to another image size, task or number of channels."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from networks import compiled, mini, pictures
+from networks import jit_model, mini, params_by_name, random_array, torch_bicubic
 from numpy.testing import assert_allclose, assert_array_equal
 
 import hivit_jax
-from hivit_jax.tree import named_leaves, split
-
-
-def arrays_of(model):
-    """Parameters by name."""
-    return jax.device_get(named_leaves(split(model)[1]))
-
-
-# --- Another size, other channels, another task --------------------------------------
-
-
-def cubic(values, count):
-    """Numbers along the first axis -> `count` of them, as torch's bicubic: the kernel
-    with a = -0.75 over four samples, those at the edge repeated.
-    """
-    found = np.zeros((count, *values.shape[1:]))
-    for new in range(count):
-        place = (new + 0.5) * len(values) / count - 0.5
-        for old in range(int(np.floor(place)) - 1, int(np.floor(place)) + 3):
-            x = abs(place - old)
-            near = 1.25 * x**3 - 2.25 * x**2 + 1
-            far = -0.75 * (x**3 - 5 * x**2 + 8 * x - 4)
-            weight = near if x <= 1 else far
-            found[new] += weight * values[min(max(old, 0), len(values) - 1)]
-    return found
 
 
 def resized(table, old, new):
-    """A table of `old` rows and columns -> one of `new`."""
+    """Resize a table of `old` rows and columns to `new`."""
     maps = table.reshape(*old, -1).astype(np.float64)
-    maps = cubic(cubic(maps, new[0]).swapaxes(0, 1), new[1]).swapaxes(0, 1)
-    return maps.reshape(new[0] * new[1], -1)
+    return torch_bicubic(maps, new).reshape(new[0] * new[1], -1)
 
 
 @pytest.mark.parametrize("size", [(64, 96), (32, 160), (96, 64)])
 def test_another_image_size(size, tmp_path, capsys):
-    """Of 4 x 6 units; tables are resized from grid to grid, 6 x 4 too, which are as
-    many. Nothing else changes.
+    """Tables of 4 x 6 units are resized to the new grid; nothing else changes.
+
+    A grid of 6 x 4 units is resized, too.
     """
     model = mini("hivit_base", image_size=(64, 96))
     hivit_jax.save_pretrained(model, tmp_path)
     capsys.readouterr()
     loaded = hivit_jax.load_pretrained(tmp_path, image_size=size)
-    old, new = arrays_of(model), arrays_of(loaded)
+    old, new = params_by_name(model), params_by_name(loaded)
     grid = size[0] // 16, size[1] // 16
     same = grid == (4, 6)
     spans = (7, 11), (2 * grid[0] - 1, 2 * grid[1] - 1)
@@ -70,16 +44,16 @@ def test_another_image_size(size, tmp_path, capsys):
     assert ("resized" in out) == (not same)
     if not same:
         assert " 3  encoder/absolute_pos_embed 1, encoder/stages 2" in out
-        logits = compiled(loaded, lambda m, x: m(x))(pictures((2, *size, 3)))
+        logits = jit_model(loaded, lambda m, x: m(x))(random_array((2, *size, 3)))
         assert np.isfinite(logits).all()
 
 
 @pytest.mark.slow
-def test_pretraining_goes_on_at_another_size(tmp_path):
+def test_continued_pretraining_at_another_size(tmp_path):
     hivit_jax.save_pretrained(mini("mae_hivit_base"), tmp_path)
     loaded = hivit_jax.load_pretrained(tmp_path, image_size=(64, 128))
-    run = compiled(loaded, lambda m, images, noise: m(images, noise=noise))
-    out = run(pictures((2, 64, 128, 3)), jnp.asarray(reference.noise("x", 2, 32)))
+    run = jit_model(loaded, lambda m, images, noise: m(images, noise=noise))
+    out = run(random_array((2, 64, 128, 3)), jnp.asarray(reference.noise("x", 2, 32)))
     assert out.pred.shape == (2, 32, 768)
     assert np.isfinite(out.loss)
 
@@ -91,11 +65,11 @@ def test_tables_of_windows_fit_any_larger_image(tmp_path):
     loaded = hivit_jax.load_pretrained(
         tmp_path, image_size=128, window_size=4, global_blocks=(1,), num_classes=7
     )
-    old, new = arrays_of(model), arrays_of(loaded)
+    old, new = params_by_name(model), params_by_name(loaded)
     name = "encoder/stages/2/{}/attn/relative_position_bias_table"
     assert_array_equal(new[name.format(0)], old[name.format(0)])
     assert new[name.format(1)].shape == (15 * 15, 2)
-    # Other classes: a head for finetuning, and nothing else that is new.
+    # Other classes: only the head is new.
     assert new["head/kernel"].shape == (64, 7)
     assert new["head/kernel"].std() == pytest.approx(2e-5, rel=0.15)
     assert not new["head/bias"].any()
@@ -104,14 +78,14 @@ def test_tables_of_windows_fit_any_larger_image(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("old", "new"), [(3, 1), (3, 4), (1, 3), (2, 5)])
-def test_other_channels_of_a_grey_image(old, new, tmp_path):
-    """The same grey in every channel gives the same logits."""
+def test_other_channels_of_a_gray_image(old, new, tmp_path):
+    """The same gray in every channel gives the same logits."""
     model = mini("hivit_base", in_channels=old)
     hivit_jax.save_pretrained(model, tmp_path)
     loaded = hivit_jax.load_pretrained(tmp_path, in_channels=new)
-    grey = pictures((2, 64, 64, 1))
+    gray = random_array((2, 64, 64, 1))
     logits = [
-        compiled(each, lambda m, x: m(x))(jnp.repeat(grey, channels, -1))
+        jit_model(each, lambda m, x: m(x))(jnp.repeat(gray, channels, -1))
         for each, channels in ((model, old), (loaded, new))
     ]
     assert_allclose(logits[0], logits[1], atol=1e-5)
@@ -120,7 +94,7 @@ def test_other_channels_of_a_grey_image(old, new, tmp_path):
 def test_other_channels_of_pretraining_need_a_new_prediction(tmp_path):
     hivit_jax.save_pretrained(mini("mae_hivit_base"), tmp_path)
     loaded = hivit_jax.load_pretrained(tmp_path, in_channels=4)
-    kernel = arrays_of(loaded)["decoder_pred/kernel"]
+    kernel = params_by_name(loaded)["decoder_pred/kernel"]
     assert kernel.shape == (32, 16 * 16 * 4)
     assert kernel.std() == pytest.approx(0.02, rel=0.05)
 
@@ -130,7 +104,7 @@ def test_classifier_of_a_pretrained_encoder(tmp_path, capsys):
     model = mini("mae_hivit_base")
     hivit_jax.save_pretrained(model, tmp_path)
     loaded = hivit_jax.load_pretrained(tmp_path, name="hivit_base", num_classes=7)
-    old, new = arrays_of(model), arrays_of(loaded)
+    old, new = params_by_name(model), params_by_name(loaded)
     for name, array in new.items():
         if name.endswith("relative_position_bias_table"):
             assert not array.any()
@@ -140,5 +114,5 @@ def test_classifier_of_a_pretrained_encoder(tmp_path, capsys):
     assert new["head/kernel"].std() == pytest.approx(2e-5, rel=0.15)
     assert (new["fc_norm/scale"] == 1).all()
     out = capsys.readouterr().out
-    for fate in ("matched", "unused", "zero_init", "newly_initialized"):
-        assert f"  {fate} " in out
+    for outcome in ("matched", "unused", "zero_init", "newly_initialized"):
+        assert f"  {outcome} " in out

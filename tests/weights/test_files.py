@@ -1,4 +1,4 @@
-"""Damaged, malicious and foreign files of weights: a clear error, and nothing run."""
+"""Damaged, malicious and foreign weight files: a clear error, and no code execution."""
 
 import argparse
 import bz2
@@ -24,11 +24,11 @@ from hivit_jax.tools import convert
 from hivit_jax.weights import files
 from hivit_jax.weights.load import load_pretrained, read
 
-MODEL, STATE = state_files.drawn("mae_hivit_base")
+_, STATE = state_files.random_state_dict("mae_hivit_base")
 
 
 def contents(state, dtype="F32", about=None, shift=0):
-    """The bytes of a safetensors file, with whatever is wrong in them."""
+    """Return the bytes of a safetensors file, with errors as requested."""
     header, start = {}, 0
     if about is not None:
         header["__metadata__"] = {"hivit_jax": about}
@@ -42,7 +42,7 @@ def contents(state, dtype="F32", about=None, shift=0):
     return struct.pack("<Q", len(text)) + text + blob
 
 
-def changed(name, array):
+def with_array(name, array):
     return STATE | {name: array}
 
 
@@ -50,10 +50,10 @@ def without(*prefixes):
     return {n: a for n, a in STATE.items() if not n.startswith(prefixes)}
 
 
-def poisoned(name):
+def with_nan(name):
     array = STATE[name].copy()
     array.flat[3] = np.nan
-    return changed(name, array)
+    return with_array(name, array)
 
 
 WHOLE = contents(STATE)
@@ -65,13 +65,13 @@ DOUBLE = {name: array.astype(np.float64) for name, array in STATE.items()}
 VIT = {"cls_token": np.zeros((1, 1, 16), np.float32)} | without("blocks.")
 
 
-ODD = {n: a for n, a in STATE.items() if not n.startswith("blocks.0.")}
+ODD_STAGE = {n: a for n, a in STATE.items() if not n.startswith("blocks.0.")}
 
 
-ODD = {n.replace("blocks.1.", "blocks.0."): a for n, a in ODD.items()}
+ODD_STAGE = {n.replace("blocks.1.", "blocks.0."): a for n, a in ODD_STAGE.items()}
 
 
-THREE = changed("absolute_pos_embed", np.zeros((1, 3, 16), np.float32))
+NOT_SQUARE = with_array("absolute_pos_embed", np.zeros((1, 3, 16), np.float32))
 
 
 SAFETENSORS = {
@@ -87,21 +87,21 @@ SAFETENSORS = {
     "unknown dtype": (contents(STATE, dtype="F99"), "damaged or not a safetensors"),
     "double precision": (contents(DOUBLE, dtype="F64"), "is float64; expected float32"),
     "integers": (contents(STATE, dtype="I32"), "is int32; expected float32"),
-    "not finite": (contents(poisoned("mask_token")), "'mask_token' has values"),
+    "not finite": (contents(with_nan("mask_token")), "'mask_token' has values"),
     "a block is missing": (contents(without("blocks.6.")), "not a HiViT"),
     "an extra array": (
-        contents(changed("cls", np.zeros(3, np.float32))),
+        contents(with_array("cls", np.zeros(3, np.float32))),
         "unexpected entries in the state dict: 'cls'",
     ),
     "a wrong shape": (
-        contents(changed("mask_token", np.zeros((1, 2, 8), np.float32))),
+        contents(with_array("mask_token", np.zeros((1, 2, 8), np.float32))),
         r"'mask_token' has shape \[1, 2, 8\]; expected \[1, 1, 8\]",
     ),
     "a vision transformer": (contents(VIT), "not a HiViT"),
     "no position table": (contents(without("absolute")), "not a HiViT: 'absolute_pos_"),
-    "half a stage": (contents(ODD), "not a HiViT: .* expected an even number"),
+    "half a stage": (contents(ODD_STAGE), "not a HiViT: .* expected an even number"),
     "units that are no square": (
-        contents(THREE),
+        contents(NOT_SQUARE),
         "grid of 3 units is not square",
     ),
     "says no JSON of itself": (
@@ -124,10 +124,12 @@ SAFETENSORS = {
 }
 
 
-def refused(path, message, capsys):
-    """The command ends with code 5 and one to three lines; the library raises."""
+def check_refused(path, message, capsys):
+    """Check that the command exits with 5 and a short error, and that the library
+    raises.
+    """
     with pytest.raises(CheckpointError, match=message):
-        load_pretrained(path, **state_files.HINTS)
+        load_pretrained(path, **state_files.NOT_IN_STATE_DICT)
     flags = ["--set", "num_heads=1", "--set", "decoder_num_heads=1"]
     target = path.parent / "target.safetensors"
     assert convert.main([str(path), str(target), *flags]) == 5
@@ -143,16 +145,16 @@ def test_malformed_safetensors(case, tmp_path, capsys):
     content, message = SAFETENSORS[case]
     path = tmp_path / "x.safetensors"
     path.write_bytes(content)
-    refused(path, message, capsys)
+    check_refused(path, message, capsys)
 
 
 def test_an_array_is_missing(tmp_path):
-    """Of a network that is there otherwise: nothing is left to chance."""
+    """A single missing array is an error; it is not initialized randomly."""
     path = tmp_path / "x.safetensors"
     path.write_bytes(contents(without("blocks.6.mlp.fc1.bias")))
     message = "1 array is missing, .* is encoder/stages/2/0/mlp/fc1/bias. Refusing"
     with pytest.raises(ConfigError, match=message):
-        load_pretrained(path, **state_files.HINTS)
+        load_pretrained(path, **state_files.NOT_IN_STATE_DICT)
 
 
 def archive(path, members, compression=zipfile.ZIP_STORED):
@@ -161,18 +163,18 @@ def archive(path, members, compression=zipfile.ZIP_STORED):
             file.writestr(name, content)
 
 
-def test_archives_that_are_not_pytorchs(tmp_path, capsys):
+def test_foreign_archives(tmp_path, capsys):
     path = tmp_path / "x.pth"
     path.write_bytes(pickle.dumps({"model": {}}))
-    refused(path, "contains no tensors by name, but {'model': dict}", capsys)
+    check_refused(path, "contains no tensors by name, but {'model': dict}", capsys)
     whole = (reference.GOLDEN / "official_mae.pth").read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    refused(path, "is damaged or truncated", capsys)
+    check_refused(path, "is damaged or truncated", capsys)
     zeros = {"x/data.pkl": b"\x80\x02}.", "x/data/0": bytes(10**7)}
     archive(path, zeros, zipfile.ZIP_DEFLATED)
-    refused(path, "'x/data.pkl' is compressed, which PyTorch never does", capsys)
+    check_refused(path, "'x/data.pkl' is compressed, which PyTorch never does", capsys)
     archive(path, {"x/../../data.pkl": b"\x80\x02}."})
-    refused(path, "contains no tensors by name", capsys)
+    check_refused(path, "contains no tensors by name", capsys)
     assert sorted(os.listdir(tmp_path)) == ["x.pth"]
 
 
@@ -228,15 +230,16 @@ def test_directories_of_other_programs(tmp_path):
     """One file of weights is read; of several none is chosen."""
     torch_files.save(torch_files.with_tensors(STATE), tmp_path / "pytorch_model.bin")
     (tmp_path / "config.json").write_text("{}")
-    assert read(tmp_path, **state_files.HINTS).path.endswith("pytorch_model.bin")
+    loaded = read(tmp_path, **state_files.NOT_IN_STATE_DICT)
+    assert loaded.path.endswith("pytorch_model.bin")
     (tmp_path / "optimizer.bin").write_bytes(b"")
     with pytest.raises(CheckpointError, match="one file of: optimizer.bin, pytorch_m"):
         read(tmp_path)
 
 
-def test_archives_with_members_that_overlap(tmp_path, capsys):
-    """Two entries of the directory share the bytes of one member; of many such a small
-    file would unpack into a large one.
+def test_archives_with_overlapping_members(tmp_path, capsys):
+    """Two entries share the bytes of a member; a small file could unpack into a large
+    one.
     """
     path = tmp_path / "x.pth"
     members = {"x/data.pkl": b"\x80\x02}.", "x/data/0": bytes(10**4)}
@@ -248,20 +251,22 @@ def test_archives_with_members_that_overlap(tmp_path, capsys):
         file.filelist.append(double)
     with zipfile.ZipFile(path) as file:
         assert len(file.infolist()) == 3
-    refused(path, "its members overlap", capsys)
+    check_refused(path, "its members overlap", capsys)
 
 
 def test_pytorch_is_missing(tmp_path, monkeypatch):
     """PyTorch files are read without it, not written."""
     monkeypatch.setitem(sys.modules, "torch", None)
-    assert read(reference.GOLDEN / "official_mae.pth", **state_files.HINTS).params
+    assert read(
+        reference.GOLDEN / "official_mae.pth", **state_files.NOT_IN_STATE_DICT
+    ).params
     message = r"which is not installed.\nRun pip install 'hivit-jax\[torch\]'"
     with pytest.raises(CheckpointError, match=message):
         files.write(tmp_path / "x.pth", STATE, "{}")
 
 
 class Planted:
-    """Pickled, it makes whoever unpickles it without care call a function."""
+    """Pickled object that calls a function when unpickled."""
 
     def __init__(self, function, *arguments):
         self.reduced = function, arguments
@@ -271,7 +276,7 @@ class Planted:
 
 
 def malicious(marker):
-    """Case -> (what is saved, what the error says)."""
+    """Return case -> (saved object, expected message)."""
     tensor = torch_files.tensor(np.zeros(3, np.float32))
     write = f"open({str(marker)!r}, 'w').write('x')"
     sparse = torch_files.Global("torch._utils", "_rebuild_sparse_tensor")("coo", ())
@@ -305,7 +310,9 @@ def malicious(marker):
             "contains several state dicts, student, teacher; expected one",
         ),
         "complex numbers": (
-            torch_files.with_tensors(changed("mask_token", np.zeros(8, np.complex64))),
+            torch_files.with_tensors(
+                with_array("mask_token", np.zeros(8, np.complex64))
+            ),
             "mask_token",
         ),
         "double precision": (
@@ -320,7 +327,7 @@ def test_malicious_and_foreign_pytorch_files(case, tmp_path, capsys):
     marker, path = tmp_path / "marker", tmp_path / "x.pth"
     content, message = malicious(marker)[case]
     for legacy in (False, True):
-        refused(torch_files.save(content, path, legacy), message, capsys)
+        check_refused(torch_files.save(content, path, legacy), message, capsys)
     assert not marker.exists()
 
 
@@ -346,7 +353,7 @@ def test_narrower_numbers_are_widened(name, kind, tmp_path):
     else:
         codes = {"float16": "F16", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3"}
         path.write_bytes(contents(narrow, codes.get(name, "F8_E5M2")))
-    params = read(path, **state_files.HINTS).params
+    params = read(path, **state_files.NOT_IN_STATE_DICT).params
     expected = narrow["mask_token"].astype(np.float32).reshape(-1)
     np.testing.assert_array_equal(params["mask_token"], expected)
 
@@ -376,11 +383,13 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
         files.write(tmp_path / "nowhere/x.safetensors", STATE, "{}")
 
 
-def test_a_directory_with_a_broken_config(tmp_path, capsys):
+def test_directory_with_an_invalid_config(tmp_path, capsys):
     (tmp_path / "model.safetensors").write_bytes(WHOLE)
     for text in ("{", "[]", '{"arguments": 3}', '{"arguments": {}}'):
         (tmp_path / "config.json").write_text(text)
-        refused(tmp_path, "config.json cannot be read|invalid model arguments", capsys)
+        check_refused(
+            tmp_path, "config.json cannot be read|invalid model arguments", capsys
+        )
     with pytest.raises(CheckpointError, match="no checkpoint in"):
         read(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match="no file .*nowhere.pth"):

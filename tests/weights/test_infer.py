@@ -2,12 +2,10 @@
 
 import pytest
 import state_files
-from networks import abstract
+from networks import abstract_model
 
 from hivit_jax.models import configure
 from hivit_jax.weights.infer import infer
-
-# --- Which HiViT it is ---------------------------------------------------------------
 
 MMPRETRAIN = dict(fc_norm=False, layer_norm_eps=1e-5)
 
@@ -32,9 +30,9 @@ NETWORKS = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "overrides"), NETWORKS)
-def test_names_and_shapes_tell_the_network(name, overrides):
-    model = abstract(name, **overrides)
-    state = state_files.zeros(model)
+def test_infer_from_names_and_shapes(name, overrides):
+    model = abstract_model(name, **overrides)
+    state = state_files.zero_state_dict(model)
     if overrides is MMPRETRAIN:
         state = {
             n.replace("head.", "head.fc.")

@@ -1,17 +1,16 @@
-"""Pretrained models of every format: reading."""
+"""Loading pretrained models of every format."""
 
 import re
 import sys
 from types import SimpleNamespace
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import recipes
 import reference
 import state_files
-from networks import abstract, compiled, mini
+from networks import abstract_model, jit_model, mini, params_by_name
 from numpy.testing import assert_allclose, assert_array_equal
 
 import hivit_jax
@@ -21,31 +20,16 @@ from hivit_jax.models import arguments_of, configure
 from hivit_jax.models.mae import MaskedAutoencoder
 from hivit_jax.tools import convert
 from hivit_jax.train import train
-from hivit_jax.tree import named_leaves, split
 from hivit_jax.weights.load import fitting_arguments, read
 
 KINDS = state_files.kinds()
 
 
-def arrays_of(model):
-    """Parameters by name."""
-    return jax.device_get(named_leaves(split(model)[1]))
-
-
-def safetensors(path, state, about=()):
-    """A file of a state dict, as other programs write it."""
-    from safetensors.numpy import save_file
-
-    state = {name: np.array(array, order="C") for name, array in state.items()}
-    save_file(state, path, dict(about))
-    return path
-
-
 def official(name="mae_hivit_base", **overrides):
-    return state_files.drawn(name, **overrides)[1]
+    return state_files.random_state_dict(name, **overrides)[1]
 
 
-# The flat list of blocks of an official network of depths (1, 1, 2), by our names.
+# Official names of blocks at depths (1, 1, 2) -> our names.
 BLOCKS = {
     "blocks.0": "encoder/stages/0/0",
     "blocks.1": "encoder/stages/0/1",
@@ -60,12 +44,12 @@ BLOCKS = {
 }
 
 
-# Raster numbers of 4x4, 2x2 and 1 cells, in the order in which they are merged.
+# Raster indices of 4x4, 2x2 and 1 cells, in merge order.
 MERGED = [0, 4, 1, 5, 8, 12, 9, 13, 2, 6, 3, 7, 10, 14, 11, 15], [0, 2, 1, 3], [0]
 
 
-def by_hand(state, width=16):
-    """A state dict of one head under our names and in our layout, entry by entry."""
+def converted(state, width=16):
+    """Convert a state dict with one head to our names and layout, entry by entry."""
     starts = np.cumsum([0, 4 * width, 2 * width])
     latent = np.concatenate(
         [
@@ -100,17 +84,17 @@ def by_hand(state, width=16):
     return found
 
 
-# --- Formats -------------------------------------------------------------------------
+# Formats
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_committed_pytorch_files(kind):
-    """Written by PyTorch from the numbers of the recipe."""
+    """Files that PyTorch wrote load with their exact values."""
     _, content = KINDS[kind]
-    hints = state_files.HINTS if kind == "official_mae" else {}
+    hints = state_files.NOT_IN_STATE_DICT if kind == "official_mae" else {}
     loaded = hivit_jax.load_pretrained(reference.GOLDEN / f"{kind}.pth", **hints)
     state = content.get("model_ema") or content.get("model") or content["state_dict"]
-    recipes.assert_identical(arrays_of(loaded), by_hand(state))
+    recipes.assert_identical(params_by_name(loaded), converted(state))
     assert loaded.config.num_heads == 1
     norm = loaded.encoder.patch_embed.norm.epsilon
     assert norm == (1e-5 if kind == "mmpretrain" else 1e-6)
@@ -118,26 +102,27 @@ def test_committed_pytorch_files(kind):
         plain = hivit_jax.load_pretrained(
             reference.GOLDEN / f"{kind}.pth", averaged=False
         )
-        recipes.assert_identical(arrays_of(plain), by_hand(content["model"]))
+        recipes.assert_identical(params_by_name(plain), converted(content["model"]))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_same_state_dicts_as_safetensors(kind, tmp_path):
+def test_state_dicts_as_safetensors(kind, tmp_path):
     _, content = KINDS[kind]
     state = content.get("model") or content["state_dict"]
-    path = safetensors(tmp_path / "x.safetensors", state)
-    hints = state_files.HINTS if kind == "official_mae" else {}
+    path = state_files.save_safetensors(tmp_path / "x.safetensors", state)
+    hints = state_files.NOT_IN_STATE_DICT if kind == "official_mae" else {}
     loaded = hivit_jax.load_pretrained(path, **hints)
-    recipes.assert_identical(arrays_of(loaded), by_hand(state))
+    recipes.assert_identical(params_by_name(loaded), converted(state))
     norm = loaded.encoder.patch_embed.norm.epsilon
     assert norm == (1e-5 if kind == "mmpretrain" else 1e-6)
 
 
 @pytest.mark.slow
 def test_pretraining_files_of_mmpretrain(tmp_path, capsys):
-    """A classifier starts from their encoder; their decoder, which takes the first
-    visible unit for a class token, is left out, and no entry else.
+    """A classifier loads the encoder; only the decoder is left out.
+
+    MMPretrain's decoder uses the first visible unit as class token.
     """
     state = KINDS["official_mae"][1]["model"]
     named = {}
@@ -145,10 +130,10 @@ def test_pretraining_files_of_mmpretrain(tmp_path, capsys):
         encoder = name.startswith(("absolute_pos", "patch_embed.", "blocks."))
         new = "pos_embed" if name == "absolute_pos_embed" else name
         named[f"{'backbone' if encoder else 'neck'}.{new}"] = array
-    path = safetensors(tmp_path / "x.safetensors", named)
+    path = state_files.save_safetensors(tmp_path / "x.safetensors", named)
     options = dict(num_heads=1, num_classes=7)
-    arrays = arrays_of(hivit_jax.load_pretrained(path, **options))
-    expected = by_hand(state)
+    arrays = params_by_name(hivit_jax.load_pretrained(path, **options))
+    expected = converted(state)
     for name, array in arrays.items():
         if name.startswith("encoder/"):
             assert_array_equal(array, expected[name], name)
@@ -159,7 +144,7 @@ def test_pretraining_files_of_mmpretrain(tmp_path, capsys):
     text = convert.inspect(path, num_heads=1)
     assert f"unused entries: {len(decoder)}, neck." in text
     named["neck_too"] = named.pop("neck.mask_token")
-    safetensors(path, named)
+    state_files.save_safetensors(path, named)
     with pytest.raises(CheckpointError, match="unexpected entries .*'neck_too'"):
         hivit_jax.load_pretrained(path, **options)
 
@@ -169,28 +154,36 @@ def test_pretraining_files_of_mmpretrain(tmp_path, capsys):
     "fixture", ["mae_mini", "mae_mini_nohifeat_rpe", "features_mini_rpe"]
 )
 def test_golden_outputs_from_a_file(fixture, tmp_path):
-    """Names and shapes tell enough of an official file to give official outputs."""
-    path = safetensors(tmp_path / "x.safetensors", reference.state_dict(fixture))
+    """Inferred arguments of an official file give the official outputs."""
+    path = state_files.save_safetensors(
+        tmp_path / "x.safetensors", reference.state_dict(fixture)
+    )
     hints = {} if fixture == "features_mini_rpe" else dict(decoder_num_heads=2)
     model = hivit_jax.load_pretrained(path, num_heads=2, **hints)
     images = jnp.asarray(reference.images("mini64", 3, 64))
     arrays = reference.golden(fixture)
     if isinstance(model, MaskedAutoencoder):
         noise = jnp.asarray(reference.noise("mini64", 3, 16))
-        out = compiled(model, lambda m, *args: m(args[0], noise=args[1]))(images, noise)
+        out = jit_model(model, lambda m, *args: m(args[0], noise=args[1]))(
+            images, noise
+        )
         assert_allclose(out.loss, arrays["loss"], atol=2e-6)
         assert_allclose(out.pred, arrays["pred"], atol=2e-5)
     else:
         ids_keep = jnp.asarray(arrays["ids_keep"])
-        run = compiled(model, lambda m, *args: m.encoder(args[0], ids_keep=args[1])[-1])
+        run = jit_model(
+            model, lambda m, *args: m.encoder(args[0], ids_keep=args[1])[-1]
+        )
         feat = run(images, ids_keep)
         assert_allclose(feat, arrays["feat"], atol=2e-5)
 
 
 @pytest.mark.slow
-def test_another_name_takes_over_the_models_own_sizes():
-    """Run options, and sizes that are not the class's defaults."""
-    saved = arguments_of(abstract("hivit_base_24", image_size=64, dtype="bfloat16"))
+def test_another_name_keeps_custom_sizes():
+    """Another name keeps run options and sizes that are not the class's defaults."""
+    saved = arguments_of(
+        abstract_model("hivit_base_24", image_size=64, dtype="bfloat16")
+    )
 
     def fitted(**overrides):
         return configure(**fitting_arguments(saved, overrides))[1:]
@@ -205,7 +198,7 @@ def test_another_name_takes_over_the_models_own_sizes():
     config, _ = fitted(name="mae_hivit_base_24", decoder_depth=2)
     assert (config.depths, config.decoder_depth) == ((2, 2, 24), 2)
     assert not config.relative_position
-    saved = arguments_of(abstract("hivit_base", embed_dim=64, num_heads=2))
+    saved = arguments_of(abstract_model("hivit_base", embed_dim=64, num_heads=2))
     assert fitted(name="hivit_base_24")[0].fc_norm is False
     assert fitted(name="mae_hivit_base")[0].embed_dim == 64
     assert fitted(name="hivit_small")[0].embed_dim == 384
@@ -213,15 +206,18 @@ def test_another_name_takes_over_the_models_own_sizes():
 
 @pytest.mark.slow
 def test_pretrain_finetune_share_evaluate(tmp_path, capsys):
-    """Of two sizes that are no squares: tables are resized, the card tells all, and
-    what is evaluated is what was trained.
+    """A shared model evaluates as the trained one, with tables resized in between.
+
+    The model card lists results and recipe.
     """
-    first, run, shared = (tmp_path / name for name in ("first", "run", "shared"))
+    pretrained, run, shared = (
+        tmp_path / name for name in ("pretrained", "run", "shared")
+    )
     with recipes.quick():
-        train(recipes.mae(total_steps=1, model__image_size="(64,32)"), first)
+        train(recipes.mae(total_steps=1, model__image_size="(64,32)"), pretrained)
         wide = dict(total_steps=1, model__image_size="(32,96)")
         capsys.readouterr()
-        results = train(recipes.classifier(init_from=str(first), **wide), run)
+        results = train(recipes.classifier(init_from=str(pretrained), **wide), run)
         assert "encoder/absolute_pos_embed 1" in capsys.readouterr().out
         convert.convert(run, shared)
         card = (shared / "README.md").read_text()
@@ -241,43 +237,20 @@ def test_pretrain_finetune_share_evaluate(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_continued_pretraining_of_an_official_file(tmp_path):
-    """With its decoder; the first loss is that of the official weights."""
+    """Encoder and decoder are loaded with their exact values."""
     state = reference.state_dict("mae_mini")
-    path = safetensors(tmp_path / "x.safetensors", state)
+    path = state_files.save_safetensors(tmp_path / "x.safetensors", state)
     config = recipes.mae(
         init_from=str(path), total_steps=1, optimizer__base_learning_rate=0.0
     )
     with recipes.quick():
         train(config, tmp_path / "run")
     model, _ = reference.build_fixture("mae_mini")
-    stored = recipes.variables(tmp_path / "run", 1)
-    recipes.assert_identical(stored, arrays_of(model))
+    stored = recipes.saved_variables(tmp_path / "run", 1)
+    recipes.assert_identical(stored, params_by_name(model))
 
 
-# --- Another size, other channels, another task --------------------------------------
-
-
-def cubic(values, count):
-    """Numbers along the first axis -> `count` of them, as torch's bicubic: the kernel
-    with a = -0.75 over four samples, those at the edge repeated.
-    """
-    found = np.zeros((count, *values.shape[1:]))
-    for new in range(count):
-        place = (new + 0.5) * len(values) / count - 0.5
-        for old in range(int(np.floor(place)) - 1, int(np.floor(place)) + 3):
-            x = abs(place - old)
-            near = 1.25 * x**3 - 2.25 * x**2 + 1
-            far = -0.75 * (x**3 - 5 * x**2 + 8 * x - 4)
-            weight = near if x <= 1 else far
-            found[new] += weight * values[min(max(old, 0), len(values) - 1)]
-    return found
-
-
-def resized(table, old, new):
-    """A table of `old` rows and columns -> one of `new`."""
-    maps = table.reshape(*old, -1).astype(np.float64)
-    maps = cubic(cubic(maps, new[0]).swapaxes(0, 1), new[1]).swapaxes(0, 1)
-    return maps.reshape(new[0] * new[1], -1)
+# Overrides
 
 
 @pytest.mark.slow
@@ -297,9 +270,9 @@ def test_overrides_that_do_not_fit(overrides, message, tmp_path):
         hivit_jax.load_pretrained(tmp_path, **overrides)
 
 
-def test_a_model_of_its_own_size(tmp_path, capsys):
-    """What had to be guessed is said to be; what is given is not guessed."""
-    path = safetensors(tmp_path / "x.safetensors", official())
+def test_inspect_a_model_of_custom_size(tmp_path, capsys):
+    """--inspect marks guessed arguments; --set arguments are not guessed."""
+    path = state_files.save_safetensors(tmp_path / "x.safetensors", official())
     assert convert.main(["--inspect", str(path), "--set", "num_heads=2"]) == 0
     text = capsys.readouterr().out
     assert "mae_hivit_base with non-standard sizes" in text
@@ -312,8 +285,8 @@ def test_a_model_of_its_own_size(tmp_path, capsys):
     assert "matched" in text
 
 
-def test_inspecting_runs_directories_and_files(tmp_path, capsys):
-    """What is there, what a classifier would take, and every array by name."""
+def test_inspect_files(tmp_path, capsys):
+    """--inspect prints entries, the loading report of a classifier, and all names."""
     for kind, words in {
         "official_mae": ["mae_hivit_base", "entries: optimizer, epoch, scaler, args"],
         "official_finetuned": [
@@ -336,19 +309,19 @@ def test_inspecting_runs_directories_and_files(tmp_path, capsys):
     assert convert.main(["--inspect", mae, *flags]) == 0
     out = capsys.readouterr().out
     assert "as hivit_base" in out
-    for fate in ("matched", "resized", "unused", "newly_initialized"):
-        assert f"  {fate} " in out
+    for outcome in ("matched", "resized", "unused", "newly_initialized"):
+        assert f"  {outcome} " in out
 
 
-# --- The Hugging Face hub ------------------------------------------------------------
+# The Hugging Face hub
 
 
 @pytest.mark.slow
 def test_hub(tmp_path, monkeypatch):
-    """A directory or a file of a repository, of a revision."""
+    """Load a directory or a file of a repository, at a revision."""
     model, asked = mini("hivit_base"), []
     hivit_jax.save_pretrained(model, tmp_path)
-    safetensors(tmp_path / "other.safetensors", official("hivit_base"))
+    state_files.save_safetensors(tmp_path / "other.safetensors", official("hivit_base"))
 
     def snapshot_download(name, revision, allow_patterns):
         asked.append((name, revision, allow_patterns))
@@ -357,7 +330,7 @@ def test_hub(tmp_path, monkeypatch):
     fake = SimpleNamespace(snapshot_download=snapshot_download)
     monkeypatch.setitem(sys.modules, "huggingface_hub", fake)
     loaded = hivit_jax.load_pretrained("hf://group/hivit@v1")
-    recipes.assert_identical(arrays_of(loaded), arrays_of(model))
+    recipes.assert_identical(params_by_name(loaded), params_by_name(model))
     other = hivit_jax.load_pretrained("hf://group/hivit/other.safetensors")
     assert other.config.embed_dim == 16
     assert asked == [

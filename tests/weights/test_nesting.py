@@ -16,7 +16,7 @@ from hivit_jax.weights import files
 from hivit_jax.weights.load import read
 from hivit_jax.weights.nesting import remove_prefixes
 
-STATE = state_files.drawn("hivit_base", num_classes=3)[1]
+STATE = state_files.random_state_dict("hivit_base", num_classes=3)[1]
 AVERAGE = {name: array * 2 for name, array in STATE.items()}
 OTHER = {"conv1.weight": np.ones((3, 3), np.float32)}
 
@@ -154,7 +154,7 @@ def test_an_encoder_without_its_decoder(kept, tmp_path, capsys):
 
     A norm of the encoder's width may be the classifier's own, and is refused.
     """
-    whole = state_files.drawn("mae_hivit_base")[1]
+    whole = state_files.random_state_dict("mae_hivit_base")[1]
     encoder = ("absolute_pos_embed", "patch_embed.", "blocks.", *kept)
     state = {n: a for n, a in whole.items() if n.startswith(encoder)}
     path = torch_files.save(torch_files.with_tensors(state), tmp_path / "x.pth")

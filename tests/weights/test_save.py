@@ -1,4 +1,4 @@
-"""Saved models: there and back."""
+"""Saved models: round trips."""
 
 import copy
 import json
@@ -6,7 +6,6 @@ import os
 from dataclasses import replace
 from functools import cache
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -14,51 +13,33 @@ import recipes
 import reference
 import state_files
 from flax import nnx
-from networks import mini
+from networks import mini, params_by_name
 
 import hivit_jax
 from hivit_jax.errors import ConfigError
 from hivit_jax.tools import convert
-from hivit_jax.tree import named_leaves, split
+from hivit_jax.tree import split
 from hivit_jax.weights import files, to_state_dict
 from hivit_jax.weights.save import shareable
 
 KINDS = state_files.kinds()
 
 
-def arrays_of(model):
-    """Parameters by name."""
-    return jax.device_get(named_leaves(split(model)[1]))
-
-
-def safetensors(path, state, about=()):
-    """A file of a state dict, as other programs write it."""
-    from safetensors.numpy import save_file
-
-    state = {name: np.array(array, order="C") for name, array in state.items()}
-    save_file(state, path, dict(about))
-    return path
-
-
-def official(name="mae_hivit_base", **overrides):
-    return state_files.drawn(name, **overrides)[1]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ["official", "supervised", "mmpretrain"])
+@pytest.mark.parametrize("layout", ["official", "supervised", "mmpretrain"])
 @pytest.mark.parametrize(
     "suffix", ["safetensors", pytest.param("pth", marks=pytest.mark.torch)]
 )
-def test_there_and_back(form, suffix, tmp_path):
-    """Byte for byte: a file, our directory, the file's format again."""
+def test_round_trip(layout, suffix, tmp_path):
+    """A file, our directory and a file again are byte-identical."""
     if suffix == "pth":
         pytest.importorskip("torch")
-    kind = "mmpretrain" if form == "mmpretrain" else "official_finetuned"
+    kind = "mmpretrain" if layout == "mmpretrain" else "official_finetuned"
     state = KINDS[kind][1].get("model") or KINDS[kind][1]["state_dict"]
-    first = safetensors(tmp_path / "first.safetensors", state)
+    first = state_files.save_safetensors(tmp_path / "first.safetensors", state)
     directory, last = tmp_path / "directory", tmp_path / f"last.{suffix}"
     assert convert.main([str(first), str(directory)]) == 0
-    assert convert.main([str(directory), str(last), "--format", form]) == 0
+    assert convert.main([str(directory), str(last), "--format", layout]) == 0
     back = files.read(last).state
     for name, array in state.items():
         if not name.endswith("relative_position_index"):
@@ -66,13 +47,13 @@ def test_there_and_back(form, suffix, tmp_path):
     extra = {name.rsplit(".")[-1] for name in back.keys() - state.keys()}
     assert extra <= {"relative_position_index"}
     recipes.assert_identical(
-        arrays_of(hivit_jax.load_pretrained(last)),
-        arrays_of(hivit_jax.load_pretrained(first)),
+        params_by_name(hivit_jax.load_pretrained(last)),
+        params_by_name(hivit_jax.load_pretrained(first)),
     )
 
 
 @pytest.mark.slow
-def test_official_program_finds_every_entry(tmp_path):
+def test_official_program_can_load_every_entry(tmp_path):
     """A strict load_state_dict of the official mini classifier would succeed."""
     model, _ = reference.build_fixture("features_mini_rpe")
     hivit_jax.save_pretrained(model, tmp_path / "d")
@@ -85,12 +66,12 @@ def test_official_program_finds_every_entry(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["hivit_base", "mae_hivit_base"])
 def test_save_pretrained(name, tmp_path):
-    """The same model again, from a directory, with what its arguments say."""
+    """The loaded model has the same arguments and values."""
     overrides = dict(drop_path_rate=0.1) if name == "hivit_base" else {}
     model = mini(name, dtype="bfloat16", image_size=(64, 32), **overrides)
     hivit_jax.save_pretrained(model, tmp_path, {"task": "x"}, {"eval/top1": 0.5})
     loaded = hivit_jax.load_pretrained(tmp_path)
-    recipes.assert_identical(arrays_of(loaded), arrays_of(model))
+    recipes.assert_identical(params_by_name(loaded), params_by_name(model))
     assert split(loaded)[0] == split(model)[0]  # structure: every setting
     card = (tmp_path / "README.md").read_text()
     for text in (f"# {name}", "0.1", "eval/top1: 0.5", '"task": "x"', "64x32"):
@@ -102,7 +83,9 @@ def test_save_pretrained(name, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("file", ["", "model.safetensors", "other.safetensors"])
 def test_facts_about_images_are_saved(file, tmp_path):
-    """Also without config.json; names of other classes are dropped."""
+    """Image facts are saved, also without config.json; class names of other heads are
+    dropped.
+    """
     model = mini("hivit_base", num_classes=2)
     facts = dict(class_names=("cat", "dog"), crop=0.9, mean=(0.1, 0.2, 0.3))
     model.info = replace(model.info, std=(0.2,) * 3, scale=0.5, **facts)

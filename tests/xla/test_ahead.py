@@ -1,19 +1,14 @@
 """The train step compiled for chips that are not attached."""
 
-import json
-import math
-
 import pytest
 import recipes
 from flax import nnx
+from networks import training_macs
 from numpy.testing import assert_allclose
 
 from hivit_jax import inputs
 from hivit_jax.data.shapes import batch_shapes
 from hivit_jax.distributed import sharding
-from hivit_jax.main import main
-from hivit_jax.models.flops import row_cost
-from hivit_jax.models.masking import visible_units
 from hivit_jax.tools import compile_ahead
 from hivit_jax.xla import cost
 from hivit_jax.xla.compile import compile_step
@@ -21,10 +16,10 @@ from hivit_jax.xla.compile import compile_step
 pytestmark = pytest.mark.usefixtures("quick")
 
 
-GREY = "(0.5,0.5,0.5)"
+HALF = "(0.5,0.5,0.5)"
 
 
-COLOURED = dict(model__in_channels=3, data__mean=GREY, data__std=GREY)
+COLOR = dict(model__in_channels=3, data__mean=HALF, data__std=HALF)
 
 
 @pytest.mark.parametrize(
@@ -33,10 +28,10 @@ COLOURED = dict(model__in_channels=3, data__mean=GREY, data__std=GREY)
         ("synthetic", {}),
         ("digits", dict(data__canvas=0)),
         ("digits", dict(data__canvas=96)),
-        ("digits", dict(data__randaugment=True) | COLOURED),
+        ("digits", dict(data__randaugment=True) | COLOR),
     ],
 )
-def test_batches_are_of_the_shapes_that_are_compiled_for(source, overrides):
+def test_batches_have_the_compiled_shapes(source, overrides):
     if source == "digits":
         pytest.importorskip("sklearn")
     config = recipes.mae(source, **overrides)
@@ -46,20 +41,10 @@ def test_batches_are_of_the_shapes_that_are_compiled_for(source, overrides):
     assert found == {name: (each.shape, each.dtype) for name, each in shapes.items()}
 
 
-# --- The command ---------------------------------------------------------------------
-
-
-def report(tmp_path, *more, topology="v5e:2x4", **overrides):
-    flags = recipes.arguments(**{"batch_size": 64} | overrides)
-    flags += [f"--topology={topology}", f"--workdir={tmp_path}", *more]
-    assert main([*flags, "--mode=compile"]) == 0
-    return json.loads((tmp_path / "compile.json").read_text())
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("fsdp", "parts"), [(8, 1), (4, 2)])
-def test_fsdp_exchanges_parameters_and_gradients_alone(fsdp, parts):
-    """As much for any batch: no activations."""
+def test_fsdp_communicates_only_parameters_and_gradients(fsdp, parts):
+    """Communication does not depend on the batch size: no activations."""
     found = []
     for size in (64, 256):
         config = recipes.mae(batch_size=size, model__depths="(1,1,1)")
@@ -74,19 +59,11 @@ def test_fsdp_exchanges_parameters_and_gradients_alone(fsdp, parts):
     assert kinds == ["all-reduce", "all-gather"]  # the CPU has no reduce-scatter
 
 
-def training_macs(model, mask_ratio):
-    """Forward, matrix products alone; the decoder's end leaves visible units out."""
-    kept = visible_units(math.prod(model.encoder.grid), mask_ratio)
-    last = model.decoder_blocks[-1].mlp, model.decoder_pred
-    spared = sum(row_cost(each, kept, 0) for each in last)
-    return model.macs(mask_ratio=mask_ratio, layer_norm_cost=0) - spared
-
-
 @pytest.mark.extras
-def test_tpu_step_does_what_it_should(tmp_path):
-    """Operations follow the mask; gradients are exchanged once, parts or not."""
+def test_tpu_step(tmp_path):
+    """FLOPs follow the mask ratio; gradients are reduced once per step."""
     pytest.importorskip("libtpu")
-    whole = report(tmp_path)
+    whole = recipes.compile_report(tmp_path)
     assert whole["fits"]
     assert whole["devices"] == whole["batch_per_device"] == 8
     memory = whole["hbm_bytes_per_device"]
@@ -98,17 +75,19 @@ def test_tpu_step_does_what_it_should(tmp_path):
     model = nnx.eval_shape(inputs.task_of_recipe(config).build_model)
     [reduced] = whole["collectives"]
     assert reduced["kind"] == "all-reduce"
-    fixed = 16 * 32  # the decoder's table of positions
+    fixed = 16 * 32  # the decoder's position table
     parameters = 4 * (model.parameter_count() - fixed)
     assert_allclose(reduced["bytes_per_step"], parameters, rtol=0.02)
 
-    parts = report(tmp_path, optimizer__accumulate_steps=4, batch_size=256)
+    parts = recipes.compile_report(
+        tmp_path, optimizer__accumulate_steps=4, batch_size=256
+    )
     [again] = parts["collectives"]
     assert_allclose(again["bytes_per_step"], reduced["bytes_per_step"], rtol=0.02)
     assert_allclose(parts["flops_per_image"], whole["flops_per_image"], rtol=0.1)
 
-    more = report(tmp_path, mask_ratio=0.25)
-    dearer = 6 * (training_macs(model, 0.25) - training_macs(model, 0.75))
-    # In a network this narrow what is no matrix product takes as much again.
-    added = more["flops_per_image"] - whole["flops_per_image"]
-    assert dearer < added < 1.7 * dearer
+    denser = recipes.compile_report(tmp_path, mask_ratio=0.25)
+    expected = 6 * (training_macs(model, 0.25) - training_macs(model, 0.75))
+    # In a network this narrow other operations cost as much as matrix products.
+    added = denser["flops_per_image"] - whole["flops_per_image"]
+    assert expected < added < 1.7 * expected

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("quick")
     ],
 )
 def test_directory_of_compiled_programs(given, by_jax, expected, joined, tmp_path):
-    """The workdir's, unless the config or JAX's own settings name another."""
+    """The cache is in the workdir unless the config or JAX's settings name another."""
     name = "jax_compilation_cache_dir"
     before = jax.config.values[name]
     jax.config.update(name, by_jax)

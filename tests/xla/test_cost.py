@@ -1,6 +1,5 @@
-"""Bytes, memory and operations of compiled programs."""
+"""Bytes, memory and FLOPs of compiled programs."""
 
-import math
 from types import SimpleNamespace
 
 import jax
@@ -9,13 +8,12 @@ import pytest
 from flax import nnx
 from jax.experimental import pallas as pl
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from networks import training_macs
 from numpy.testing import assert_allclose
 
 from hivit_jax import config as configs
 from hivit_jax import inputs
 from hivit_jax.distributed import sharding
-from hivit_jax.models.flops import row_cost
-from hivit_jax.models.masking import visible_units
 from hivit_jax.tools import compile_ahead
 from hivit_jax.xla import cost
 from hivit_jax.xla.compile import memory_of
@@ -31,7 +29,7 @@ def mesh(*sizes, names=("data",)):
 
 
 def compiled(function, mesh, *shapes, out=()):
-    """HLO text of a program of float32 arrays of (shape, spec)."""
+    """Compile a function of float32 arrays of (shape, spec); return the HLO text."""
     arguments = [
         jax.ShapeDtypeStruct(
             shape, jnp.float32, sharding=NamedSharding(mesh, PartitionSpec(*spec))
@@ -42,7 +40,7 @@ def compiled(function, mesh, *shapes, out=()):
     return jitted.lower(*arguments).compile().as_text()
 
 
-ROWS = ((1024, 512), ("data",))  # 2 MiB, a row of devices each 1/8
+ROWS = ((1024, 512), ("data",))  # 2 MiB, sharded over 8 devices
 
 
 WHOLE = ((512, 512), ())  # 1 MiB
@@ -55,7 +53,7 @@ def test_bytes_of_an_all_reduce():
     ]
 
 
-def test_bytes_of_an_all_gather_are_those_of_what_is_gathered():
+def test_bytes_of_an_all_gather():
     hlo = compiled(lambda x: x + 1, mesh(8), ROWS)
     assert cost.collectives(hlo) == [
         {"kind": "all-gather", "count": 1, "bytes_per_step": 2 * MIB}
@@ -89,7 +87,7 @@ def test_bytes_of_other_collectives(operation, kind, size):
     assert found == {"kind": kind, "count": 1, "bytes_per_step": size * MIB}
 
 
-def test_what_a_loop_exchanges_counts_every_time():
+def test_collectives_in_loops_count_every_iteration():
     def loop(x, w):
         return jax.lax.scan(lambda w, _: (jnp.tanh((x @ w).T @ x), None), w, length=5)[
             0
@@ -101,9 +99,10 @@ def test_what_a_loop_exchanges_counts_every_time():
     ]
 
 
-def test_operations_of_kernels_on_every_device():
-    """A kernel counts for each point of its grid and each device that it is on, with
-    the loops in it, although others are to count once.
+def test_flops_of_kernels_on_every_device():
+    """A kernel counts for each grid point and device, with its inner loops.
+
+    loops=False affects only loops outside of kernels.
     """
     devices = mesh(8)
 
@@ -148,7 +147,7 @@ ENTRY %main (x: f32[32]) -> f32[256] {
     ]
 
 
-def test_operations_of_matrix_products_in_loops():
+def test_flops_of_matrix_products_in_loops():
     def program(x, w):
         step = jax.checkpoint(lambda x, w: (jnp.tanh(x @ w), None))
         return jax.lax.scan(step, x, w)[0].sum()
@@ -158,13 +157,13 @@ def test_operations_of_matrix_products_in_loops():
     forward = jax.make_jaxpr(program)(x, w).jaxpr
     assert cost.matmul_flops(forward, loops=True) == 5 * one
     assert cost.matmul_flops(forward, loops=False) == one
-    # Forward, again for the gradient, and a product for each of x and w.
+    # Forward, recomputation, and one product each for the gradients of x and w.
     both = jax.make_jaxpr(jax.grad(program, (0, 1)))(x, w).jaxpr
     assert cost.matmul_flops(both, loops=True) == 5 * 4 * one
 
 
-def test_memory_by_kind_as_counted_by_hand():
-    """Outputs that take the place of arguments count once."""
+def test_memory_by_kind():
+    """Outputs that alias arguments count once."""
     sizes = SimpleNamespace(
         argument_size_in_bytes=1000,
         output_size_in_bytes=700,
@@ -183,30 +182,22 @@ def test_memory_by_kind_as_counted_by_hand():
     }
 
 
-def test_memory_of_a_program_that_updates_in_place():
-    """4,096 bytes are updated in place, of 2,048 others a new array is made."""
+def test_memory_of_an_in_place_update():
+    """4,096 bytes are updated in place; a new array replaces 2,048 bytes."""
     update = jax.jit(lambda x, y: (x + 1, 2 * y), donate_argnums=0)
     program = update.lower(jnp.zeros(1024), jnp.zeros(512)).compile()
     found = memory_of(program)
     assert found["arguments"] == 4096 + 2048
     assert found["aliased"] == 4096
-    table = found["outputs"] - (4096 + 2048)  # XLA for CPUs: addresses of the two
+    table = found["outputs"] - (4096 + 2048)  # XLA:CPU: addresses of the two
     assert 0 <= table <= 16
-    beside = found["temporaries"] + found["program"]
-    assert found["total"] == 4096 + 2048 + 2048 + table + beside
-
-
-def training_macs(model, mask_ratio):
-    """Forward, matrix products alone; the decoder's end leaves visible units out."""
-    kept = visible_units(math.prod(model.encoder.grid), mask_ratio)
-    last = model.decoder_blocks[-1].mlp, model.decoder_pred
-    spared = sum(row_cost(each, kept, 0) for each in last)
-    return model.macs(mask_ratio=mask_ratio, layer_norm_cost=0) - spared
+    rest = found["temporaries"] + found["program"]
+    assert found["total"] == 4096 + 2048 + 2048 + table + rest
 
 
 @pytest.mark.slow
-def test_operations_fall_with_the_mask_as_counted_by_hand():
-    """Those of the matrix products of mae_tiny's step: forward, and twice backward."""
+def test_flops_of_a_step_by_mask_ratio():
+    """FLOPs of mae_tiny's step are those of forward, and twice that backward."""
     found, counted = [], []
     for mask_ratio in (0.5, 0.75):
         flags = [f"--config.mask_ratio={mask_ratio}", "--config.batch_size=8"]
@@ -217,5 +208,5 @@ def test_operations_fall_with_the_mask_as_counted_by_hand():
         found.append(cost.matmul_flops(jaxpr, loops=True) / 8)
         model = nnx.eval_shape(inputs.task_of_recipe(config).build_model)
         counted.append(6 * training_macs(model, mask_ratio))
-    assert_allclose(found, counted, rtol=0.04)  # images are resized, too
+    assert_allclose(found, counted, rtol=0.04)  # resizing of images adds some
     assert_allclose(found[0] - found[1], counted[0] - counted[1], rtol=0.01)

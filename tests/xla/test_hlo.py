@@ -1,4 +1,4 @@
-"""Compiled programs as text: collectives, regions, loops."""
+"""HLO text: collectives, regions, loops."""
 
 import re
 
@@ -11,7 +11,7 @@ from hivit_jax.xla import cost
 pytestmark = pytest.mark.usefixtures("quick")
 
 
-# As the TPU compiler writes it: tiles, memory spaces, loops without a trip count.
+# Text of the TPU compiler: tiles, memory spaces, loops without a trip count.
 ASYNCHRONOUS = """\
 HloModule step, entry_computation_layout={(f32[8]{0})->f32[8]{0}}
 
@@ -57,8 +57,8 @@ ENTRY %main (a: (s32[], f32[256]), b: bf16[64,128]) -> f32[] {
 """
 
 
-def written_in_place(hlo):
-    """Elements of tuples as newer versions write them: %name#2."""
+def with_tuple_indices(hlo):
+    """Write elements of tuples as newer versions do: %name#2."""
     taken = r"  (%\S+) = \S+ get-tuple-element\((%\S+)\), index=(\d+)\n"
     for name, whole, index in re.findall(taken, hlo):
         hlo = re.sub(rf"{name}\b(?! =)", f"{whole}#{index}", hlo)
@@ -67,7 +67,7 @@ def written_in_place(hlo):
 
 @pytest.mark.parametrize("newer", [False, True])
 def test_asynchronous_collectives_count_once_and_loops_by_their_bound(newer):
-    hlo = written_in_place(ASYNCHRONOUS) if newer else ASYNCHRONOUS
+    hlo = with_tuple_indices(ASYNCHRONOUS) if newer else ASYNCHRONOUS
     assert ("#" in hlo) == newer
     kinds = {
         each["kind"]: (each["count"], each["bytes_per_step"])
@@ -79,14 +79,14 @@ def test_asynchronous_collectives_count_once_and_loops_by_their_bound(newer):
         "reduce-scatter": (3, 3 * 4 * 2048),
         "collective-permute": (1, 4 * 256),
     }
-    # Fusions as one kernel. What is in VMEM, and so all that %cut reads, is free.
-    # A number takes a tile of 512 bytes: %c is read, and given by %d.
+    # A fusion is one kernel. Reads from VMEM, and so all reads of %cut, are free. A
+    # scalar occupies a tile of 512 bytes: %c is read, and %d returns one.
     reduced = 2 * (2 * 64 * 128 + 512)
     moved = cost.bytes_by_region(hlo).total()
     assert moved == reduced + (3 + 1) * 2 * 4 * 256
 
 
-# As the TPU compiler writes it, the names shortened.
+# Text of the TPU compiler, with shortened names.
 REGIONS = """\
 HloModule step
 
@@ -126,19 +126,19 @@ ENTRY %main (a: bf16[64,49,512], b: f32[8,1024], c: f32[512,256]) -> f32[] {
 
 
 def test_bytes_of_regions():
-    """Tiles pad 49 rows to 56. What names no region goes with what it is copied for."""
+    """Tiles pad 49 rows to 56. Operations without a region belong to their consumer."""
     row = 2 * 64 * 512
     assert cost.bytes_by_region(REGIONS) == {
         "main mlp": 56 * row + 4 * 8 * 128 + 56 * row,  # %in, a slice of %b, %out
         "decoder attention": 56 * row + 56 * row + 4 * (8 * 1024 + 128 * 256),
         "exchange": 2 * 4 * 8 * 1024,
-        "input": 4 + 3 * 4,  # in place: a number written; it and two places read
-        "stem2": 56 * row + 50 * row + 50 * row,  # %flat, padded no longer, and %end
+        "input": 4 + 3 * 4,  # in place: one scalar written, it and two indices read
+        "stem2": 56 * row + 50 * row + 50 * row,  # %flat without padding, and %end
     }
 
 
 def test_regions_of_a_compiled_program():
-    """Forward and backward; on a CPU nothing is padded, and nothing free."""
+    """Forward and backward passes; XLA:CPU pads nothing and reads nothing for free."""
 
     @jax.jit
     @jax.grad

@@ -7,7 +7,7 @@ from hivit_jax.xla import ahead, roofline
 pytestmark = pytest.mark.usefixtures("quick")
 
 
-def test_roofline_is_bound_by_what_is_slowest():
+def test_roofline_is_the_slowest_resource():
     chip = ahead.CHIPS["v5e"]
     exchanged = [{"kind": "all-reduce", "count": 1, "bytes_per_step": 100e9}]
 

@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-# `data.name` may also be another TFDS dataset or ``module:Class``, a user's `Source`
-# that is called with "train" or "test" and `data.dir`.
+# `data.name` may also be any other TFDS dataset, or ``module:Class`` for a user's
+# subclass of `Source`. It is constructed as Class(split, data.dir) with the split
+# "train" or "test".
 KNOWN_DATASETS = ("digits", "folder", "imagenet2012", "synthetic")
 
 
@@ -15,9 +16,9 @@ class DatasetInfo:
     """Facts about a dataset that a task depends on.
 
     Attributes:
-      counts: number of examples by split, "train" or "test".
+      counts: number of examples of each split, "train" and "test".
       classes: class names in the order of the labels.
-      encoded: True if examples are read and decoded, False if batches are synthetic.
+      encoded: True if examples are read and decoded; False if batches are synthetic.
     """
 
     counts: Mapping[str, int]
@@ -26,12 +27,12 @@ class DatasetInfo:
 
 
 class Source:
-    """One split of a dataset. Several threads call its methods at once.
+    """One split of a dataset. Several threads call its methods concurrently.
 
     Attributes:
       classes: class names in the order of the labels.
-      ignored: number of files of the split's directories that are not examples, by
-        ending or other reason.
+      ignored: reason, such as a file name's ending, -> number of files in the split's
+        directories that are ignored for this reason.
       encoded: see `DatasetInfo`.
     """
 
@@ -44,7 +45,9 @@ class Source:
         raise NotImplementedError
 
     def sample(self, index: int) -> dict[str, Any]:
-        """Return the encoded parts of an example, such as "image" bytes, "label" int.
+        """Return an example before decoding.
+
+        For images it is {"image": bytes of the file, "label": int}.
 
         Raises:
           Exception: an error of any type if the example cannot be read.
@@ -52,14 +55,17 @@ class Source:
         raise NotImplementedError
 
     def ask(self, index: int) -> None:
-        """Start to read an example for a later call of `sample`. Optional."""
+        """Start reading an example that `sample` will soon return.
+
+        A subclass may leave this method empty.
+        """
 
     def size(self, index: int) -> tuple[int, int]:
-        """Return (height, width) of an image from its file header, cached."""
+        """Return (height, width) of an image. Reads the file header once."""
         from PIL import Image
 
-        # Created here, because subclasses need not call __init__; `setdefault` does not
-        # replace the cache that another thread creates at the same time.
+        # The cache is created here because a subclass need not call `__init__`.
+        # `setdefault` is atomic, so two threads cannot each install their own cache.
         sizes = self.__dict__.setdefault("_sizes", {})
         if index not in sizes:
             with Image.open(self._image_file(index)) as image:
@@ -71,11 +77,11 @@ class Source:
         return io.BytesIO(self.sample(index)["image"])
 
     def name(self, index: int) -> str:
-        """Return a name that identifies an example in messages, such as its path."""
+        """Return a name that identifies an example in messages, such as a path."""
         return f"example {index}"
 
     def ignored_text(self) -> str:
-        """Describe `ignored`, most frequent first; "" if there is none."""
+        """Return `ignored` as text, most frequent reason first; "" if it is empty."""
         ordered = sorted(self.ignored.items(), key=lambda item: (-item[1], item[0]))
         parts = [f"{count:,} {reason}" for reason, count in ordered[:8]]
         if others := sum(count for _, count in ordered[8:]):

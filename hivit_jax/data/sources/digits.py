@@ -1,4 +1,4 @@
-"""Handwritten digits of scikit-learn."""
+"""scikit-learn's handwritten digits."""
 
 import io
 from functools import cache
@@ -19,12 +19,12 @@ class Digits(Source):
 
     Args:
       train_examples: size of a class-balanced subset of the training split; 0: all.
-      subset: seed of the subset.
+      subset_seed: seed that selects the subset.
     """
 
     classes = tuple("0123456789")
 
-    def __init__(self, split: str, train_examples: int = 0, subset: int = 0):
+    def __init__(self, split: str, train_examples: int = 0, subset_seed: int = 0):
         images, labels = _digits()
         order = np.random.RandomState(0).permutation(len(images))
         test, train = order[:NUM_TEST], order[NUM_TEST:]
@@ -32,9 +32,9 @@ class Digits(Source):
             if train_examples % 10 or train_examples > 1000:
                 raise ConfigError(
                     f"data.train_examples={train_examples}: expected 0 (all) or a "
-                    "multiple of 10 up to 1000, for equal shares of the 10 classes"
+                    "multiple of 10 up to 1000, so that the 10 classes are balanced"
                 )
-            shuffled = np.random.RandomState(1 + subset).permutation(train)
+            shuffled = np.random.RandomState(1 + subset_seed).permutation(train)
             per_class = train_examples // 10
             train = np.concatenate(
                 [shuffled[labels[shuffled] == k][:per_class] for k in range(10)]

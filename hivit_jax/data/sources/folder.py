@@ -1,4 +1,4 @@
-"""Image folders, with one directory per class or without labels."""
+"""Sources of image files: one directory per class, or images without labels."""
 
 import hashlib
 import os
@@ -13,7 +13,7 @@ from hivit_jax.data.sources.base import Source
 from hivit_jax.errors import DataError
 from hivit_jax.paths import expand
 
-INDEX_KEYS = ("classes", "counts", "files", "reasons", "ignored")
+INDEX_KEYS = ("classes", "counts", "files", "reasons", "ignored")  # see `_index`
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 # Files and directories of operating systems, file servers and Python, in lower case.
 SYSTEM_NAMES = {
@@ -32,7 +32,7 @@ def is_hidden(name: str) -> bool:
 
 
 def ignored_reason(name: str) -> str:
-    """Return why a file is not an image: its ending, or `HIDDEN`; "" for an image."""
+    """Return why a file is ignored: its ending, or `HIDDEN`; "" for an image."""
     ending = os.path.splitext(name)[1].lower()
     if is_hidden(name):
         return HIDDEN
@@ -43,7 +43,11 @@ def ignored_reason(name: str) -> str:
 class Images(Source):
     """Images without labels: one file, or all files below a directory, sorted.
 
-    Hidden and system files (`is_hidden`) are ignored below the directory.
+    Hidden and system names (`is_hidden`) below the directory are ignored.
+
+    Args:
+      path: image file or directory.
+      classes: class names of the model.
 
     Raises:
       DataError: there is no image.
@@ -79,12 +83,14 @@ class Images(Source):
 class Folder(Source):
     """Class folders ``ROOT/{train,val}/CLASS/*.JPEG``, as in torchvision's ImageFolder.
 
-    The classes of every split are the sorted directories of the training split. Images
-    are the sorted files below them. Hidden and system names (`is_hidden`) are ignored
-    at every level. The index of files is cached on disk until a directory changes.
+    The classes of every split are the sorted directories of the training split. The
+    images of a split are the sorted files below its class directories. Hidden and
+    system names (`is_hidden`) are ignored at every level. The index of files is cached
+    on disk until a directory changes.
 
     Args:
-      directory: ROOT. `split` and `train_split` are directories in it.
+      directory: ROOT.
+      split, train_split: names of directories in ROOT.
 
     Raises:
       DataError: the split does not exist, a class has no images, or a class is not in
@@ -94,12 +100,12 @@ class Folder(Source):
     def __init__(self, directory: str, split: str, train_split: str = "train"):
         root = Path(expand(directory))
         self._root = root / split
-        for needed in (root / train_split, self._root):
-            if not needed.is_dir():
+        for required in (root / train_split, self._root):
+            if not required.is_dir():
                 names = sorted(os.listdir(root)) if root.is_dir() else []
                 names = [name for name in names if not is_hidden(name)]
                 raise DataError(
-                    f"no directory {needed}; data.dir={str(root)!r} contains "
+                    f"no directory {required}; data.dir={str(root)!r} contains "
                     f"{', '.join(names[:8]) or 'nothing'}\n"
                     "Correct data.dir, data.train_split or data.eval_split."
                 )
@@ -147,9 +153,9 @@ def _subdirectories(root: Path) -> list[str]:
 
 
 def _walk(root: Path) -> list[tuple[str, list[str]]]:
-    """Return (directory, sorted names of its files) below `root`, sorted.
+    """Return (directory, sorted names of its files) for `root` and below, sorted.
 
-    Does not enter hidden directories; they are returned as files.
+    Hidden directories are not entered but returned as files.
     """
     found = []
     for directory, subdirectories, names in os.walk(root, followlinks=True):
@@ -162,12 +168,14 @@ def _walk(root: Path) -> list[tuple[str, list[str]]]:
 def _index(root: Path) -> dict[str, np.ndarray]:
     """Return the index of a split's directory, cached on disk per user.
 
-    The cached index is used if no directory has a new modification time.
+    The cached index is used unless the modification time of a directory has changed.
 
     Returns:
-      Arrays by name. classes: class names, str [k]. counts: images per class, int [k].
-      files: paths of all images relative to `root`, bytes [n]. ignored: number of
-      ignored files for each of `reasons`, int [m].
+      classes: class names, str [k].
+      counts: number of images per class, int [k].
+      files: paths of all images relative to `root`, bytes [n].
+      reasons: reasons for ignoring files, str [m].
+      ignored: number of ignored files per reason, int [m].
     """
     cache_dir = Path(expand(os.environ.get("XDG_CACHE_HOME") or "~/.cache"))
     key = hashlib.sha256(os.fsencode(root.absolute())).hexdigest()[:16]
@@ -177,7 +185,7 @@ def _index(root: Path) -> dict[str, np.ndarray]:
             if (_mtimes(cached["directories"]) == cached["times"]).all():
                 return {name: cached[name] for name in INDEX_KEYS}
     except (OSError, ValueError, KeyError):
-        pass  # missing or damaged cache, deleted directory, or other cache version
+        pass  # no cache, damaged or of another version; or a directory was deleted
     classes, counts, files, directories = _subdirectories(root), [], [], [root]
     outside = sorted({*os.listdir(root)} - {*classes})
     ignored = Counter(ignored_reason(name) or OUTSIDE for name in outside)
@@ -186,11 +194,11 @@ def _index(root: Path) -> dict[str, np.ndarray]:
         for directory, names in _walk(root / name):
             directories.append(directory)
             relative = os.path.relpath(directory, root)
-            for file in names:
-                if reason := ignored_reason(file):
+            for file_name in names:
+                if reason := ignored_reason(file_name):
                     ignored[reason] += 1
                 else:
-                    files.append(os.fsencode(os.path.join(relative, file)))
+                    files.append(os.fsencode(os.path.join(relative, file_name)))
         counts.append(len(files) - before)
     directories = np.array([os.fsencode(d) for d in directories], "S")
     index = {

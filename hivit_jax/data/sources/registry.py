@@ -1,4 +1,4 @@
-"""Opening of sources by name."""
+"""Open the source that `data.name` selects."""
 
 import re
 from collections.abc import Mapping
@@ -13,15 +13,18 @@ from hivit_jax.data.sources.tfds import Tfds
 from hivit_jax.errors import ConfigError, import_class
 from hivit_jax.paths import expand
 
-# Names of the training and evaluation split by dataset; "": all other datasets.
+# data.name -> default names of the training and evaluation split; "": any other name.
 DEFAULT_SPLITS = {"folder": ("train", "val"), "": ("train", "validation")}
 
 
 def published_info(data: Mapping[str, Any]) -> DatasetInfo | None:
-    """Return facts about ImageNet or the digits without reading them; else None.
+    """Return facts about ImageNet or the digits without opening them.
 
     Args:
       data: the `data` section of a config.
+
+    Returns:
+      None for any other dataset.
     """
     if data["name"] == "imagenet2012":
         return DatasetInfo({"train": 1_281_167, "test": 50_000})
@@ -43,8 +46,8 @@ def open_source(data: Mapping[str, Any], split: str) -> Source:
       data: the `data` section of a config.
 
     Raises:
-      ConfigError: the name is unknown, or `train_examples` is set for a dataset without
-        subsets.
+      ConfigError: the name is unknown, or the dataset does not support
+        `train_examples`.
       DataError: the dataset cannot be read.
     """
     keys = ("train_split", "eval_split", "train_examples", "subset")
@@ -60,13 +63,14 @@ def _open(
     train_split: str,
     eval_split: str,
     train_examples: int,
-    subset: int,
+    subset_seed: int,
 ) -> Source:
     if name == "synthetic":
         return Synthetic(split, train_examples)
     if name == "digits":
-        return Digits(split, train_examples, subset)
-    # module:Class; in a TFDS name, a version follows the colon.
+        return Digits(split, train_examples, subset_seed)
+    # A user's module:Class. A TFDS name such as "mnist:3.0.1" does not match, because
+    # its version starts with a digit.
     if re.fullmatch(r"[\w.]+:[A-Za-z_]\w*", name):
         return import_class("data.name", name)(split, directory)
     defaults = DEFAULT_SPLITS.get(name, DEFAULT_SPLITS[""])
@@ -79,6 +83,6 @@ def _open(
     if train_examples:
         raise ConfigError(
             f"data.train_examples={train_examples} with data.name={name!r}; expected "
-            "0, because only digits has subsets"
+            "0; only digits and synthetic support train_examples"
         )
     return source

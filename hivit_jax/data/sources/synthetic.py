@@ -1,4 +1,4 @@
-"""Synthetic images for benchmarks."""
+"""Synthetic dataset for benchmarks."""
 
 from hivit_jax.data.sources.base import Source
 
@@ -6,9 +6,10 @@ NUM_EXAMPLES = {"train": 1024, "test": 64}
 
 
 class Synthetic(Source):
-    """A split whose batches are noise with the shapes of the transform.
+    """A split whose batches are noise with the shapes of the task's transform.
 
-    `train_examples` > 0 is the size of the training split.
+    Args:
+      train_examples: size of the training split; 0: 1024.
     """
 
     encoded = False

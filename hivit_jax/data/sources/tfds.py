@@ -1,4 +1,7 @@
-"""Datasets prepared by TensorFlow Datasets (TFDS), read without tensorflow."""
+"""Datasets of TensorFlow Datasets (TFDS).
+
+They are read with tensorflow_datasets but without tensorflow.
+"""
 
 import os
 import resource
@@ -20,18 +23,18 @@ class Tfds(Source):
 
     Args:
       name: TFDS name of the dataset ("imagenet2012", "name/config:1.0.0").
-      directory: TFDS data directory; "": the default of TFDS.
+      directory: TFDS data directory; "": TFDS's default.
       split: TFDS split ("train", "validation", "train[:10%]").
 
     Raises:
       DataError: the dataset is not prepared, is not an image classification dataset,
-        has another file format, or has no such split.
+        has an unsupported file format, or does not have the split.
       MissingPackage: tensorflow-datasets or array_record is not installed.
     """
 
     def __init__(self, name: str, directory: str, split: str):
         tfds = require("tensorflow_datasets", "tensorflow-datasets")
-        path = _prepared(name, directory)
+        path = _prepared_path(name, directory)
         try:
             info = tfds.builder_from_directory(path).info
         except Exception as error:
@@ -45,10 +48,10 @@ class Tfds(Source):
                 f"{name}: expected a dataset with supervised features (Image, "
                 f"ClassLabel), found ({', '.join(types)})"
             )
-        self._image, self._label = info.supervised_keys
+        self._image_key, self._label_key = info.supervised_keys
         self._split, self._features = split, info.features
-        self._decoders = {self._image: tfds.decode.SkipDecoding()}
-        self.classes = info.features[self._label].names
+        self._decoders = {self._image_key: tfds.decode.SkipDecoding()}
+        self.classes = info.features[self._label_key].names
         try:
             files = info.splits[split].file_instructions
         except (KeyError, ValueError) as error:
@@ -59,12 +62,15 @@ class Tfds(Source):
         if file_format not in OPENERS:
             expected = " or ".join(OPENERS)
             raise DataError(f"{name}: expected {expected} files, found {file_format}")
-        _raise_open_file_limit(len(files))
-        if file_format == "array_record":  # here, because threads read the files
+        _increase_open_file_limit(len(files))
+        if file_format == "array_record":  # here, because threads open the files later
             require("array_record.python.array_record_module", "array_record")
         self._open_file = OPENERS[file_format]
         self._paths = [str(file.filename) for file in files]
-        self._files = np.repeat(np.arange(len(files)), [file.take for file in files])
+        # Per example: the index of its file, and of its record in the file.
+        self._file_indices = np.repeat(
+            np.arange(len(files)), [file.take for file in files]
+        )
         self._record_indices = np.concatenate(
             [np.arange(file.skip, file.skip + file.take) for file in files]
         )
@@ -74,26 +80,28 @@ class Tfds(Source):
 
     def sample(self, index: int) -> dict[str, Any]:
         example = self._example(index)
-        return {"image": example[self._image], "label": int(example[self._label])}
+        label = int(example[self._label_key])
+        return {"image": example[self._image_key], "label": label}
 
     def name(self, index: int) -> str:
         try:
             origin = self._example(index).get("file_name", b"").decode()
         except Exception:  # damaged files cause exceptions of many types
-            origin = f"in {self._paths[self._files[index]]}"
+            origin = f"in {self._paths[self._file_indices[index]]}"
         return f"{self._split}[{index}] {origin}".rstrip()
 
     def _example(self, index: int) -> dict[str, Any]:
-        read = self._open_file(self._paths[self._files[index]])
-        record = read(int(self._record_indices[index]))
+        read_record = self._open_file(self._paths[self._file_indices[index]])
+        record = read_record(int(self._record_indices[index]))
         return self._features.deserialize_example_np(record, decoders=self._decoders)
 
 
 @cache
 def _array_record(path: str) -> Callable[[int], bytes]:
-    """Open a file and return the function from record index to record.
+    """Return a function that reads the record at an index of a file.
 
-    Records are read one by one, because that is four times as fast as in batches.
+    Each file is opened once. Records are read one by one, because that is four times as
+    fast as in batches.
     """
     from array_record.python.array_record_module import ArrayRecordReader
 
@@ -103,10 +111,11 @@ def _array_record(path: str) -> Callable[[int], bytes]:
 
 @cache
 def _tfrecord(path: str) -> Callable[[int], bytes]:
-    """Open a file and return the function from record index to record.
+    """Return a function that reads the record at an index of a file.
 
-    Reads the header of every record once to find the offsets. A record consists of its
-    length (8 bytes), a CRC (4), the data and another CRC (4).
+    Each file is opened once, and the header of every record is read once to find the
+    offsets. A record consists of the length of its data (8 bytes), a CRC (4 bytes), the
+    data, and another CRC (4 bytes).
     """
     file, size = os.open(path, os.O_RDONLY), os.path.getsize(path)
     starts, offset = [], 0
@@ -120,8 +129,8 @@ def _tfrecord(path: str) -> Callable[[int], bytes]:
     return lambda i: os.pread(file, ends[i] - starts[i], starts[i])
 
 
-def _raise_open_file_limit(count: int) -> None:
-    """Raise the process's limit of open files by `count`, if possible.
+def _increase_open_file_limit(count: int) -> None:
+    """Allow the process `count` more open files, up to the system's hard limit.
 
     Every file of a split stays open, and the usual limit is 1,024.
     """
@@ -141,8 +150,11 @@ def supervised_feature_types(info: Any) -> list[str]:
     return [type(info.features[key]).__name__ for key in keys]
 
 
-def _prepared(name: str, directory: str) -> str:
-    """Return the path of a dataset's newest prepared version, NAME/[CONFIG/]VERSION."""
+def _prepared_path(name: str, directory: str) -> str:
+    """Return the path NAME/[CONFIG/]VERSION of the prepared dataset.
+
+    It is the newest version unless `name` gives one.
+    """
     from etils import epath
 
     tfds = require("tensorflow_datasets", "tensorflow-datasets")
@@ -164,6 +176,6 @@ def _prepared(name: str, directory: str) -> str:
     raise DataError(
         f"{name} is not prepared in {root}: expected VERSION/dataset_info.json, found "
         f"{', '.join(sorted(names)[:5]) or 'nothing'}\n"
-        "Set --config.data.dir=DIR to its directory, or prepare it with python -m "
-        f"hivit_jax.tools.prepare_data --name {base}"
+        f"Set --config.data.dir=DIR to the directory that contains {base}/, or prepare "
+        f"it with python -m hivit_jax.tools.prepare_data --name {base}"
     )

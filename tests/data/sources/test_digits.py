@@ -1,9 +1,9 @@
-"""The digits of scikit-learn as a source."""
+"""Source of scikit-learn's digits."""
 
 import io
 
 import numpy as np
-from datasets import load
+from datasets import digits_config
 from numpy.testing import assert_array_equal
 from PIL import Image
 from sklearn.datasets import load_digits
@@ -12,17 +12,15 @@ from hivit_jax import inputs
 from hivit_jax.data.sources import digits as data_sources_digits
 from hivit_jax.data.sources import registry
 
-# Sources
-
 
 def scans(source):
-    """Pixels and labels of all images of a source."""
+    """Return the pixels and labels of all images of a source."""
     found = [source.sample(i) for i in range(len(source))]
     images = [np.asarray(Image.open(io.BytesIO(each["image"]))) for each in found]
     return images, [each["label"] for each in found]
 
 
-def test_digits_splits():
+def test_train_and_test_scans_are_disjoint():
     digits = load_digits()
     known = {}
     for image, label in zip(digits.images, digits.target, strict=True):
@@ -47,7 +45,7 @@ def test_digits_splits():
     # All 1,797 scans differ, so no image is in both splits.
     assert not found[0] & found[1]
     assert len(found[0] | found[1]) == len(known) == 1797
-    # The split never moves.
+    # The split is fixed.
     assert test.labels[:12].tolist() == [2, 8, 2, 6, 6, 7, 1, 9, 8, 5, 2, 8]
     assert np.bincount(test.labels).tolist() == COUNTS
 
@@ -63,14 +61,14 @@ def test_digits_as_png():
     assert sample["label"] == source.labels[5]
 
 
-def test_number_of_images():
-    data = load(data__train_examples=100).data
+def test_num_examples():
+    data = digits_config(data__train_examples=100).data
     assert registry.num_examples(data, "train") == 100
     assert registry.num_examples(data, "test") == 360
 
 
 def test_digits_by_key():
-    """The first number of training images of each class, as chosen by the subset."""
+    """data.subset selects the first training images of each class."""
     digits = load_digits()
     known = {
         np.rint(image * 255 / 16).astype(np.uint8).tobytes(): label
@@ -79,13 +77,13 @@ def test_digits_by_key():
     found = {}
     for examples, subset in ((0, 0), (50, 0), (50, 3), (70, 3)):
         choice = dict(data__train_examples=examples, data__subset=subset)
-        cfg = load(model__image_size=8, batch_size=80, **choice)
+        cfg = digits_config(model__image_size=8, batch_size=80, **choice)
         [batch] = inputs.train_batches(cfg, 0, 1)
         images = [image.tobytes() for image in batch["image"]]
         labels = batch["label"].tolist()
         assert labels == [known[image] for image in images]
         found[examples, subset] = set(images)
-        if examples:  # 80 of `examples`, over again
+        if examples:  # the batch of 80 repeats them
             counts = np.bincount(labels[:examples], minlength=10)
             assert counts.tolist() == [examples // 10] * 10
             assert len(found[examples, subset]) == examples

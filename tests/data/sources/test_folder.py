@@ -1,4 +1,4 @@
-"""Class folders as a source."""
+"""Source of class folders."""
 
 import os
 
@@ -9,19 +9,11 @@ import recipes
 from hivit_jax.data.sources import folder, registry
 from hivit_jax.errors import ConfigError, DataError
 
-# Class folders
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    """The user's cache directory, empty."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    registry._open.cache_clear()
-    return tmp_path / "cache"
+pytestmark = pytest.mark.usefixtures("user_cache")
 
 
 def make(root, *files):
-    """Files whose content is their name."""
+    """Write files that contain their own name."""
     for name in files:
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -30,7 +22,7 @@ def make(root, *files):
 
 @pytest.fixture
 def root(tmp_path):
-    """Three classes, whose order is not that of creation."""
+    """Three classes; their sorted order differs from the order of creation."""
     root = tmp_path / "data"
     make(
         root,
@@ -48,11 +40,12 @@ def root(tmp_path):
 
 
 def listed(source):
+    """Return the content and label of every example."""
     found = [recipes.sample(source, i) for i in range(len(source))]
     return [(encoded.decode(), label) for encoded, label in found]
 
 
-def test_order_is_torchvisions(root):
+def test_files_are_in_the_order_of_torchvision(root):
     source = folder.Folder(str(root), "train")
     assert source.classes == ["n02", "n1", "n10"]
     assert listed(source) == [
@@ -68,13 +61,13 @@ def test_order_is_torchvisions(root):
 
 
 def test_validation_has_the_classes_of_training(root):
-    """torchvision would number the two classes of val 0 and 1."""
+    """Labels of val are those of train; torchvision would use 0 and 1."""
     source = folder.Folder(str(root), "val")
     assert source.classes == ["n02", "n1", "n10"]
     assert listed(source) == [("val/n02/ä.JPEG", 0), ("val/n10/v.JPEG", 2)]
 
 
-def test_other_names_of_splits(root):
+def test_splits_have_configured_names(root):
     data = {
         "name": "folder",
         "dir": str(root),
@@ -86,13 +79,13 @@ def test_other_names_of_splits(root):
     assert len(registry.open_source(data, "train")) == 2
     with pytest.raises(DataError, match=r"train/n1: .*; found 1 unknown in train"):
         registry.open_source(data, "test")
-    with pytest.raises(ConfigError, match="only digits has subsets"):
+    with pytest.raises(ConfigError, match="only digits and synthetic support"):
         registry.open_source(data | {"train_examples": 10}, "train")
 
 
-def test_index_is_cached_until_a_directory_changes(root, cache, monkeypatch):
+def test_index_is_cached_until_a_directory_changes(root, user_cache, monkeypatch):
     first = listed(folder.Folder(str(root), "train"))
-    (found,) = cache.glob("hivit_jax/*.npz")
+    (found,) = user_cache.glob("hivit_jax/*.npz")
     walks, walk = [], os.walk
     monkeypatch.setattr(os, "walk", lambda *a, **k: walks.append(a) or walk(*a, **k))
     assert listed(folder.Folder(str(root), "train")) == first
@@ -102,8 +95,8 @@ def test_index_is_cached_until_a_directory_changes(root, cache, monkeypatch):
     assert again == [*first[:3], ("train/n02/deeper/d.png", 0), *first[3:]]
     make(root, "train/n05/e.png")
     assert len(folder.Folder(str(root), "train").classes) == 4
-    assert len(walks) == 3 + 4  # once a class
-    # A cache of another version, a damaged one, or none at all.
+    assert len(walks) == 3 + 4  # one per class
+    # The index is rebuilt: other version, damaged cache, unwritable cache.
     with np.load(found) as index:
         other = {name: index[name] for name in index if name != "classes"}
     np.savez(found, **other)
@@ -111,13 +104,13 @@ def test_index_is_cached_until_a_directory_changes(root, cache, monkeypatch):
     found.write_bytes(b"PK damaged")
     assert len(folder.Folder(str(root), "train")) == 7
     found.unlink()
-    (cache / "hivit_jax").rmdir()
-    (cache / "hivit_jax").write_text("a file")
+    (user_cache / "hivit_jax").rmdir()
+    (user_cache / "hivit_jax").write_text("a file")
     assert len(folder.Folder(str(root), "train")) == 7
 
 
 def test_labels_follow_the_classes_of_training(root):
-    """A class more in train moves the labels of val, whose index is in the cache."""
+    """A new class in train changes the labels of val, although its index is cached."""
     assert folder.Folder(str(root), "val").labels.tolist() == [0, 2]
     make(root, "train/n01/first.png")
     assert folder.Folder(str(root), "val").labels.tolist() == [1, 3]
@@ -142,7 +135,7 @@ def test_empty_class(root):
         folder.Folder(str(root / "empty"), "train")
 
 
-def test_class_that_training_does_not_have(root):
+def test_class_missing_in_train(root):
     make(root, "val/n99/a.JPEG")
     with pytest.raises(
         DataError, match="val/n99: .* 3 classes of train; found 1 .* val"
@@ -241,11 +234,11 @@ def test_ignored_files_are_counted_by_ending(root):
     assert folder.Folder(str(root), "train").ignored_text().count(",") == 8
 
 
-def test_index_of_an_earlier_version_is_not_used(root, cache):
+def test_index_of_an_earlier_version_is_not_used(root, user_cache):
     """Its classes may be hidden directories."""
     make(root, "train/.ipynb_checkpoints/a.png")
     folder.Folder(str(root), "train")
-    found = max(cache.glob("hivit_jax/*.npz"), key=os.path.getmtime)
+    found = max(user_cache.glob("hivit_jax/*.npz"), key=os.path.getmtime)
     with np.load(found) as index:
         old = {k: index[k] for k in ("directories", "times", "files")}
     old["classes"], old["counts"] = np.array([".ipynb_checkpoints"]), np.array([5])

@@ -1,23 +1,23 @@
-"""Synthetic images."""
+"""Source of synthetic images."""
 
 import sys
 
 import numpy as np
-from datasets import assert_batches_equal, load
+from datasets import assert_batches_equal, digits_config
 
 from hivit_jax import inputs
 from hivit_jax.data.sources import registry
 
 
-def test_made_up_images_have_no_canvas():
-    """So they may be larger than it."""
-    cfg = load(data__name="synthetic", model__image_size=64, data__canvas=32)
+def test_synthetic_images_ignore_the_canvas():
+    """They may be larger than data.canvas."""
+    cfg = digits_config(data__name="synthetic", model__image_size=64, data__canvas=32)
     assert next(inputs.train_batches(cfg, 0, 1))["image"].shape == (96, 64, 64, 1)
 
 
 def test_synthetic_images_need_no_tensorflow(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow", None)  # importing it fails
-    cfg = load(data__name="synthetic", data__train_examples=1000)
+    cfg = digits_config(data__name="synthetic", data__train_examples=1000)
     batches = list(inputs.train_batches(cfg, 0, 12))
     assert_batches_equal(batches, inputs.train_batches(cfg, 0, 12))
     assert_batches_equal(batches[11:], inputs.train_batches(cfg, 11, 12))

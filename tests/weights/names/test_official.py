@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 import reference
-from networks import abstract
+from networks import abstract_model
 from numpy.testing import assert_array_equal
 
 from hivit_jax.errors import CheckpointError, ConfigError
@@ -15,28 +15,25 @@ from hivit_jax.tree import leaf_name, named_leaves, split
 from hivit_jax.weights.adapt import Pretrained, adapt, compare
 from hivit_jax.weights.names.official import from_official, to_official, to_state_dict
 
-# Official state dicts
-
-
 FIXTURES = [k for k, v in reference.FIXTURES.items() if "state_dict" in v]
 
 
 def fixture_model(fixture):
-    """The abstract model of a fixture."""
+    """Return the abstract model of a fixture."""
     facts = reference.FIXTURES[fixture]
     if fixture == "mmpretrain_tiny":
-        return abstract("hivit_tiny", fc_norm=False, layer_norm_eps=1e-5)
+        return abstract_model("hivit_tiny", fc_norm=False, layer_norm_eps=1e-5)
     if fixture in reference.SUPERVISED:
-        return abstract(f"hivit_{fixture[4:]}")
+        return abstract_model(f"hivit_{fixture[4:]}")
     config = dict(facts.get("config", {}))
     overrides = {reference.OUR_NAMES.get(k, k): v for k, v in config.items()}
     overrides = {k: tuple(v) if type(v) is list else v for k, v in overrides.items()}
     name = "hivit_base" if "num_classes" in config else "mae_hivit_base"
-    return abstract(name, **overrides)
+    return abstract_model(name, **overrides)
 
 
-def form_of(fixture):
-    """Whose names a fixture has."""
+def layout_of(fixture):
+    """Return the layout of a fixture."""
     if fixture == "mmpretrain_tiny":
         return "mmpretrain"
     return "supervised" if fixture in reference.SUPERVISED else "official"
@@ -45,7 +42,7 @@ def form_of(fixture):
 @pytest.mark.slow
 @pytest.mark.parametrize("fixture", FIXTURES)
 def test_official_state_dict_and_back(fixture):
-    """Names and bytes; every number of the state dict is another one."""
+    """Names and bytes survive; every value of the state dict is unique."""
     shapes = reference.FIXTURES[fixture]["state_dict"]
     state, start = {}, 0
     for name, shape in shapes.items():
@@ -57,9 +54,9 @@ def test_official_state_dict_and_back(fixture):
     ours = from_official(state, model)
     for path, leaf in jax.tree_util.tree_leaves_with_path(split(model)[1]):
         assert named_leaves(ours)[leaf_name(path)].shape == leaf.shape
-    back = to_state_dict(ours, model, form_of(fixture))
+    back = to_state_dict(ours, model, layout_of(fixture))
     assert {name: list(array.shape) for name, array in back.items()} == shapes
-    if "nohifeat" in fixture:  # stored there, never applied
+    if "nohifeat" in fixture:  # stored, but never applied
         del state["norm.weight"], state["norm.bias"]
     for name, array in state.items():
         assert back[name].dtype == np.float32
@@ -85,7 +82,7 @@ def test_missing_entry(mae_state, name):
 
 
 @pytest.mark.parametrize("name", ["cls_token", "blocks.99.norm1.weight"])
-def test_extra_entry(mae_state, name):
+def test_unexpected_entry(mae_state, name):
     state, model = mae_state
     state[name] = np.zeros(3, np.float32)
     with pytest.raises(CheckpointError, match=f"unexpected .*'{re.escape(name)}'"):
@@ -119,12 +116,12 @@ def test_wrongly_shaped_entry(mae_state, name, shape, here):
         from_official(state, model)
 
 
-def test_what_finetuning_takes_of_pretraining():
-    """The same arrays as the official loader, under the official names."""
+def test_finetuning_from_pretraining():
+    """The loaded arrays are the official loader's, by official name."""
     facts = json.loads((reference.GOLDEN / "finetune_loading.json").read_text())
     official, params = {}, {}
     for name in ("hivit_base", "mae_hivit_base"):
-        model = abstract(name)
+        model = abstract_model(name)
         zeros = jax.tree.map(
             lambda x: np.broadcast_to(np.float32(0), x.shape), split(model)[1]
         )
@@ -132,20 +129,22 @@ def test_what_finetuning_takes_of_pretraining():
         official |= dict(zip(params, to_official(zeros, model), strict=True))
     arguments = {"name": "mae_hivit_base"}
     start = Pretrained("there", "there", arguments, params, [], [], {}, {}, {})
-    model = abstract("hivit_base")
+    model = abstract_model("hivit_base")
     _, report = compare(start, model)
-    fates = {kind: {official[n] for n in names} for kind, names in vars(report).items()}
-    assert fates["matched"] == set(facts["loaded"])
-    assert fates["unused"] == set(facts["unexpected_dropped"])
+    by_fate = {
+        kind: {official[n] for n in names} for kind, names in vars(report).items()
+    }
+    assert by_fate["matched"] == set(facts["loaded"])
+    assert by_fate["unused"] == set(facts["unexpected_dropped"])
     kept = set(facts["missing_keep_own_init"]) - {"relative_position_index"}
-    assert fates["zero_init"] | fates["newly_initialized"] == kept
-    assert fates["newly_initialized"] == {
+    assert by_fate["zero_init"] | by_fate["newly_initialized"] == kept
+    assert by_fate["newly_initialized"] == {
         "fc_norm.weight",
         "fc_norm.bias",
         "head.weight",
         "head.bias",
     }
-    assert not fates["missing"] | fates["shape_mismatch"] | fates["resized"]
+    assert not by_fate["missing"] | by_fate["shape_mismatch"] | by_fate["resized"]
     for name in [name for name in start.params if "stages/2/7/" in name]:
         del start.params[name]
     missing = compare(start, model)[1].missing

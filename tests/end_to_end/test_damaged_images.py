@@ -1,4 +1,4 @@
-"""A run on folders with damaged files, every line and evaluation computed by hand."""
+"""Training on folders with damaged images; numpy recomputes every logged value."""
 
 import io
 import struct
@@ -20,15 +20,6 @@ from hivit_jax.train import train
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture
-def workdir(tmp_path, monkeypatch):
-    """An empty directory; without TensorBoard, whose import takes seconds."""
-    monkeypatch.setattr(metrics, "_tensorboard", lambda workdir: None)
-    return tmp_path
-
-
-# A run whose every number is counted again
-
 SIZE, CLASSES, BATCH, STEPS = (32, 48), 7, 8, 8
 
 
@@ -41,12 +32,12 @@ MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 DAMAGED = {"train": (2, 9, 17), "val": (4,)}
 
 
-# Of 8 steps: where a line is written, and the first step that it is about.
+# Logged step -> first step since the previous line.
 LINES = {3: 1, 4: 4, 5: 5, 6: 6, 8: 7}
 
 
 def overrides_of(root):
-    """Sizes that 8 does not divide; a canvas, from which the device resizes."""
+    """Return overrides: sizes that 8 does not divide, and a canvas to resize from."""
     flags = dict(data__dir=root, data__canvas=64, data__crop_scale=(1.0, 1.0))
     flags |= dict(data__mean=MEAN, data__std=STD, data__flip=True, data__crop_pct=1.0)
     flags |= dict(log_every=3, eval_every=4, checkpoint_every=5, total_steps=STEPS)
@@ -61,21 +52,21 @@ def overrides_of(root):
     )
 
 
-class Seen:
-    """What the network was given and put out, batch by batch, in training and in
-    evaluation; a run's workdir and its pictures.
+class Recorder:
+    """Inputs and logits of the network in training and in evaluation, and the run's
+    figures.
     """
 
     def __init__(self, workdir):
-        self.workdir, self.pictures = workdir, {}
+        self.workdir, self.figures_by_step = workdir, {}
         self.train, self.eval = [], []
 
     def draw(self, workdir, step, panels):
         random = np.random.RandomState(step)
-        self.pictures[step] = random.randint(0, 256, (4, 6, 3)).astype(np.uint8)
-        return {"curves": self.pictures[step]}
+        self.figures_by_step[step] = random.randint(0, 256, (4, 6, 3)).astype(np.uint8)
+        return {"curves": self.figures_by_step[step]}
 
-    def recorded(self, call):
+    def record(self, call):
         def run(model, images, *, drop_path_keys=None):
             logits = call(model, images, drop_path_keys=drop_path_keys)
             batches = self.eval if drop_path_keys is None else self.train
@@ -108,7 +99,8 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(folder, tmp_path_factory):
-    seen, devices = Seen(tmp_path_factory.mktemp("run")), jax.devices()
+    """The recorded run."""
+    seen, devices = Recorder(tmp_path_factory.mktemp("run")), jax.devices()
     overrides = overrides_of(folder[0])
     config = recipes.classifier("photographs", **overrides)
     config.mixup = config.cutmix = 0.0
@@ -116,7 +108,7 @@ def run(folder, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(seen.workdir / "cache"))
         patch.setattr(figures, "draw_run", seen.draw)
-        patch.setattr(Classifier, "__call__", seen.recorded(Classifier.__call__))
+        patch.setattr(Classifier, "__call__", seen.record(Classifier.__call__))
         # Without this the callbacks of eight devices wait for each other.
         patch.setattr(jax, "devices", lambda: devices[:1])
         name = "jax_disable_most_optimizations"
@@ -131,7 +123,7 @@ def run(folder, tmp_path_factory):
 
 
 def order_of(seed, epochs, count):
-    """Indices of the training images, position by position."""
+    """Return the indices of the training images, position by position."""
     return np.concatenate([permutation(seed, e, count) for e in range(epochs)])
 
 
@@ -148,12 +140,13 @@ def cross_entropy(logits, labels, smoothing):
     return -(targets * log).sum(-1)
 
 
-def test_lines_are_of_the_newest_step(run, folder):
-    """Loss, top-1, top-5 and learning rate, every third step; unreadable images are
-    those of all steps since the line before, and have no part in the means.
+def test_training_lines(run, folder):
+    """Logged loss, top-1, top-5 and learning rate are those of the newest step.
+
+    Unreadable images are counted since the previous line and excluded from the means.
     """
     labels, order = folder[1]["train"][1], order_of(0, 4, TRAIN)
-    assert list(recipes.lines(run.workdir)) == list(LINES)
+    assert list(recipes.logged(run.workdir)) == list(LINES)
     peak = 0.016 * BATCH / 256
     bad = np.isin(order, DAMAGED["train"])
     assert len(run.train) == STEPS
@@ -171,7 +164,7 @@ def test_lines_are_of_the_newest_step(run, folder):
         # The three epochs of warmup are 7.875 steps.
         rate = peak * (step - 1) / (3 * TRAIN / BATCH)
         assert line["learning_rate"] == pytest.approx(rate, rel=1e-5)
-    assert sum(recipes.lines(run.workdir, "unreadable").values()) == bad[:64].sum()
+    assert sum(recipes.logged(run.workdir, "unreadable").values()) == bad[:64].sum()
 
 
 def normalized(pixels):
@@ -179,12 +172,12 @@ def normalized(pixels):
 
 
 def same(images, others):
-    """Share of pixels that are the same but for rounding, for each image."""
+    """Return the fraction of pixels of each image that are equal up to rounding."""
     return (np.abs(images - others) < 1e-4).all(-1).mean((1, 2))
 
 
 def test_training_flips_and_erases_what_the_device_resizes(run, folder):
-    """Half of the images are mirrored, and in all of them one rectangle is noise."""
+    """Half of the images are flipped, and one rectangle of each is erased."""
     pixels, order = normalized(folder[1]["train"][0]), order_of(0, 4, TRAIN)
     mirrored = []
     for step, (images, _) in enumerate(run.train):
@@ -205,14 +198,14 @@ def test_training_flips_and_erases_what_the_device_resizes(run, folder):
 
 
 def readable(folder):
-    """Pixels and labels of the validation images that can be read."""
+    """Return pixels and labels of the readable validation images."""
     pixels, labels = folder[1]["val"]
     good = ~np.isin(np.arange(VAL), DAMAGED["val"])
     return pixels[good], labels[good]
 
 
-def test_evaluation_sees_files_as_they_are(run, folder):
-    """In order; neither mirrored nor erased; the last batch filled up."""
+def test_evaluation_images_are_not_augmented(run, folder):
+    """Images are in order, neither flipped nor erased; the last batch is padded."""
     black = normalized(np.zeros((*SIZE, 3)))
     for evaluation in (run.eval[:2], run.eval[2:]):
         images = np.concatenate([images for images, _ in evaluation])
@@ -224,7 +217,7 @@ def test_evaluation_sees_files_as_they_are(run, folder):
 
 
 def eval_results(evaluation, folder):
-    """Loss, top-1 and top-5 of the readable images, from the logits; no smoothing."""
+    """Compute loss, top-1 and top-5 of the readable images from the logits."""
     good = ~np.isin(np.arange(VAL), DAMAGED["val"])
     logits = np.concatenate([logits for _, logits in evaluation])[:VAL][good]
     labels = readable(folder)[1]
@@ -238,10 +231,10 @@ def eval_results(evaluation, folder):
     }
 
 
-def test_means_of_an_evaluation(run, folder):
-    """Over readable images alone; every fourth step and the last."""
+def test_evaluation_means_exclude_unreadable_images(run, folder):
+    """Means cover readable images only, every fourth step and at the end."""
     assert len(run.eval) == 2 * 2
-    assert list(recipes.lines(run.workdir, "eval/count")) == [4, 8]
+    assert list(recipes.logged(run.workdir, "eval/count")) == [4, 8]
     for step, evaluation in ((4, run.eval[:2]), (8, run.eval[2:])):
         expected = eval_results(evaluation, folder)
         line = line_of(run, step, "eval/loss")
@@ -252,20 +245,22 @@ def test_means_of_an_evaluation(run, folder):
 
 
 def test_tensorboard(run):
-    """Values, steps and names are those of metrics.jsonl; pictures those drawn."""
+    """TensorBoard contains the values, steps and names of metrics.jsonl, and the
+    figures.
+    """
     pytest.importorskip("tensorboardX")
     from tensorboardX.proto.event_pb2 import Event
 
     [path] = run.workdir.glob("events.*")
-    content, at, scalars, pictures = path.read_bytes(), 0, [], {}
-    while at < len(content):  # length, its CRC, an event, its CRC
-        size = struct.unpack_from("<Q", content, at)[0]
-        event = Event.FromString(content[at + 12 : at + 12 + size])
-        at += 16 + size
+    content, offset, scalars, images = path.read_bytes(), 0, [], {}
+    while offset < len(content):  # length, CRC, event, CRC
+        size = struct.unpack_from("<Q", content, offset)[0]
+        event = Event.FromString(content[offset + 12 : offset + 12 + size])
+        offset += 16 + size
         for value in event.summary.value:
             if value.HasField("image"):
                 image = Image.open(io.BytesIO(value.image.encoded_image_string))
-                pictures[value.tag, event.step] = np.asarray(image)
+                images[value.tag, event.step] = np.asarray(image)
             else:
                 scalars.append((value.tag, event.step, value.simple_value))
     expected = [
@@ -275,14 +270,15 @@ def test_tensorboard(run):
         if name != "step"
     ]
     assert sorted(scalars) == sorted(expected)
-    assert pictures.keys() == {("curves", 4), ("curves", 8)}
-    for (_, step), pixels in pictures.items():
-        np.testing.assert_array_equal(pixels, run.pictures[step])
+    assert images.keys() == {("curves", 4), ("curves", 8)}
+    for (_, step), pixels in images.items():
+        np.testing.assert_array_equal(pixels, run.figures_by_step[step])
 
 
 def test_mode_eval_of_damaged_files(run, folder, monkeypatch, tmp_path, capsys):
-    """The same numbers, whatever training would mix, erase and smooth; code 4 where
-    more are damaged than may be, or the pipeline leaves images out.
+    """``--mode eval`` ignores Mixup, erasing and smoothing and prints the same values.
+
+    Exit code 4: too many images are damaged, or the pipeline skips images.
     """
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     values = overrides_of(folder[0]) | {

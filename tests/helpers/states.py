@@ -1,0 +1,66 @@
+"""A small train state on several meshes."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import optax
+from networks import fast_jit, random_array
+
+from hivit_jax.checkpoints.manager import Checkpoints
+from hivit_jax.distributed.sharding import make_mesh, state_shardings, with_shardings
+from hivit_jax.tree import named_leaves
+
+CONFIG = {"model": {"name": "hivit_base"}, "seed": 0}
+
+MESHES = {
+    "data": dict(replica=1, data=8, fsdp=1, tensor=1),
+    "fsdp": dict(replica=1, data=1, fsdp=8, tensor=1),
+    "both": dict(replica=1, data=2, fsdp=4, tensor=1),
+    "every": dict(replica=2, data=1, fsdp=2, tensor=2),
+}
+
+
+def init(seed=0):
+    """Return a small train state whose values are all different."""
+    params = {
+        "attn": {
+            "qkv": {
+                "kernel": random_array((64, 3, 4, 16), f"k{seed}"),
+                "bias": random_array((3, 4, 16), f"b{seed}"),
+            }
+        },
+        "mlp": {"fc1": {"kernel": random_array((64, 256), f"m{seed}")}},
+        "scale": random_array((64,), f"s{seed}"),
+    }
+    moments = optax.adamw(1.0).init(params)
+    moments = jax.tree.map(
+        lambda x: x if x.ndim == 0 else random_array(x.shape, "moment"), moments
+    )
+    return {
+        "step": jnp.int32(seed),
+        "params": params,
+        "model_state": {},
+        "opt_state": moments,
+        "ema": jax.tree.map(lambda x: 2 * x, params),
+    }
+
+
+def on_mesh(name, seed=0):
+    """Return (the state on a mesh, shapes and shardings to restore it with)."""
+    shardings = state_shardings(make_mesh(MESHES[name], 8), jax.eval_shape(init))
+    state = fast_jit(lambda: init(seed), out_shardings=shardings)()
+    return state, with_shardings(jax.eval_shape(init), shardings)
+
+
+def save(workdir, *states, keep=9, results=None):
+    """Save the states as checkpoints of a workdir."""
+    checkpoints = Checkpoints(workdir, keep)
+    for state in states:
+        checkpoints.save(state, json.dumps(CONFIG), results)
+    checkpoints.close()
+
+
+def host(state):
+    """Return the arrays of a state on the host, by name."""
+    return jax.device_get(named_leaves(state))
