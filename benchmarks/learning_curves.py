@@ -76,7 +76,7 @@ def recipe(task: str, data: str, folder: str, steps: int) -> Any:
     return configs.load(str(ROOT / "configs" / f"{name}.py"), flags)
 
 
-def twin(config: Any, model: Any, params: Any) -> HiViT:
+def twin(config: Any, model: Any, arrays: Any) -> HiViT:
     """Return the PyTorch network with the same weights."""
     m = config.model
     mae = config.task == "mae"
@@ -89,7 +89,7 @@ def twin(config: Any, model: Any, params: Any) -> HiViT:
     )
     state = {
         name: torch.tensor(np.array(array))
-        for name, array in to_official(params, model).items()
+        for name, array in to_official(arrays, model).items()
     }
     network.load_state_dict(state)
     return network
@@ -107,7 +107,8 @@ def curves(config: Any) -> tuple[list[float], list[float]]:
     training = prepare(task, mesh, schedule, **step_options(config))
     state, train_step = jax.jit(training.init)(), jax.jit(training.step)
 
-    network = twin(config, model, jax.device_get(state["params"]))
+    arrays = jax.device_get(state["params"] | state["model_state"])
+    network = twin(config, model, arrays)
     # to_official keeps the order of parameters, so that names can be paired.
     official = to_official(jax.device_get(state["params"]), model)
     names = dict(zip(official, named_leaves(abstract), strict=True))

@@ -55,7 +55,7 @@ WEIGHT_DECAY, BETAS, LEARNING_RATE = 0.05, (0.9, 0.95), 1e-6
 def start_ours(args: argparse.Namespace, first_step: Path) -> Started:
     """Compile our step and run it once.
 
-    Writes parameters, images and noise of the first step to a file for the twin.
+    Writes the model, images and noise of the first step to a file for the twin.
     """
     import jax
     import jax.numpy as jnp
@@ -73,13 +73,14 @@ def start_ours(args: argparse.Namespace, first_step: Path) -> Started:
     flags = [f"--config.{key}={value}" for key, value in values.items()]
     config = configs.load(str(ROOT / "configs" / "mae_base.py"), flags)
     training = Training(config)
-    params = jax.device_get(training.state["params"])
+    state = jax.device_get(training.state)
     keys = rng.step_keys(config.seed, "train", jnp.uint32(0), args.batch)
     images = training.task.training_images(training.batch, keys)
     mask_keys = rng.split_keys(keys.samples, "mask")
     noise = jax.vmap(lambda key: jax.random.uniform(key, (196,)))(mask_keys)
     model = nnx.eval_shape(training.task.build_model)
-    np.savez(first_step, **to_official(params, model), images=images, noise=noise)
+    weights = to_official(state["params"] | state["model_state"], model)
+    np.savez(first_step, **weights, images=images, noise=noise)
     return training.run, {
         "loss": training.run(1),
         "compile_seconds": training.compile_seconds,

@@ -104,6 +104,20 @@ def test_all_parts_for_an_accelerator_are_tried(tmp_path, monkeypatch, capsys):
     assert "expected some of plain, auto, fused" in capsys.readouterr().err
 
 
+@pytest.mark.torch
+def test_pytorch_twin_has_our_first_loss(tmp_path):
+    """The twin receives all arrays of our model; the benchmark fails otherwise."""
+    out = tmp_path / "out.json"
+    code, _, error = recipes.run_process(
+        *("-m", "benchmarks.peers", "--batch", 1, "--rounds", 1, "--steps", 1),
+        *("--rows", "hivit_jax", "torch", "--out", out),
+        PYTHONPATH=recipes.ROOT,
+    )
+    assert code == 0, error
+    ours, twin = json.loads(out.read_text())["rows"].values()
+    assert ours["loss"] == pytest.approx(twin["loss"], rel=1e-5)
+
+
 def test_parts_for_an_accelerator():
     """The parts cover every choice of kernels, on the requested platform."""
     parts = accelerator.parts_for("cuda", 256, 5, 20)
@@ -112,6 +126,7 @@ def test_parts_for_an_accelerator():
         "cuda,cpu"
     }
     assert "model.kernels=fused" in parts["fused"][0]
+    assert all((accelerator.ROOT / path).exists() for path in accelerator.TESTS)
     assert set(parts) - set(accelerator.parts_for("tpu", 256, 5, 20)) == {
         *accelerator.FLAGS,
         "peers",
