@@ -118,6 +118,7 @@ def test_eval_mode(finished, capsys):
         assert f"step 1  eval  loss {loss:.4f}  ({count} images)" in out
 
 
+@pytest.mark.slow
 def test_workdir_alone(finished, tmp_path, capsys):
     """Its config is that of the newest start: evaluation, description, a finished run,
     which writes nothing. Its config files are recipes. Other directories and files are

@@ -207,7 +207,7 @@ def _target(choice: str, x: jax.Array) -> Target | None:
     if heads_are_sharded() or (mesh.empty and jax.device_count() > 1):
         return None
     # A kernel's results have no types that `shard_map` with check_vma could check.
-    if AxisType.Explicit in mesh.axis_types or _varies(x):
+    if AxisType.Explicit in mesh.axis_types or varying_axes(x):
         return None
     types = zip(mesh.axis_names, mesh.axis_types, strict=True)
     axes = tuple(name for name, axis_type in types if axis_type == AxisType.Auto)
@@ -220,11 +220,11 @@ def _target(choice: str, x: jax.Array) -> Target | None:
     return Target(device, axes, shards, vmem, info.bf16_ops_per_second / bandwidth)
 
 
-def _varies(x: jax.Array) -> bool:
-    """Return True if the type of x varies over manual axes (``check_vma``)."""
+def varying_axes(x: jax.Array) -> frozenset[str]:
+    """Return the manual mesh axes that the type of x varies over (``check_vma``)."""
     type_ = jax.typeof(x)
     manual = getattr(type_, "manual_axis_type", None)
-    return bool(manual.varying if manual else getattr(type_, "vma", ()))
+    return manual.varying if manual else getattr(type_, "vma", frozenset())
 
 
 def heads_are_sharded() -> bool:

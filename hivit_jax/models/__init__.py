@@ -10,8 +10,13 @@ import jax
 from hivit_jax.aliases import unknown_key
 from hivit_jax.errors import unknown
 from hivit_jax.models.base import Model
-from hivit_jax.models.classifier import Classifier, ClassifierConfig
-from hivit_jax.models.config import HiViTConfig, MAEConfig, RunOptions
+from hivit_jax.models.classifier import Classifier
+from hivit_jax.models.config import (
+    ClassifierConfig,
+    HiViTConfig,
+    MAEConfig,
+    RunOptions,
+)
 from hivit_jax.models.layers import ParameterKeys
 from hivit_jax.models.mae import MaskedAutoencoder
 

@@ -1,35 +1,18 @@
 """Classifier on HiViT's encoder: finetuning, supervised training, linear probe."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hivit_jax.keys import setting
 from hivit_jax.models.base import Model, make_info
-from hivit_jax.models.config import HiViTConfig, RunOptions
+from hivit_jax.models.config import ClassifierConfig, RunOptions
 from hivit_jax.models.explicit_axes import accepts_explicit_axes
 from hivit_jax.models.flops import encoder_cost, row_cost
 from hivit_jax.models.hivit import HiViT
 from hivit_jax.models.layers import Linear
 from hivit_jax.models.norms import BatchNorm, LayerNorm
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClassifierConfig(HiViTConfig):
-    """Sizes of encoder and head.
-
-    num_classes: classes of the head, or 0 for no head.
-    fc_norm: LayerNorm between pooling and head. MMPretrain's HiViT has none.
-    running_norm: replace `fc_norm` by a `BatchNorm` without scale and bias, for a
-      linear probe. This follows MAE's ``main_linprobe.py``, with eps 1e-6.
-    """
-
-    num_classes: int = setting(1000, low=0, high=10**7)
-    fc_norm: bool = True
-    running_norm: bool = False
 
 
 class Classifier(Model):

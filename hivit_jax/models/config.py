@@ -157,6 +157,21 @@ class HiViTConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ClassifierConfig(HiViTConfig):
+    """Sizes of encoder and head.
+
+    num_classes: classes of the head, or 0 for no head.
+    fc_norm: LayerNorm between pooling and head. MMPretrain's HiViT has none.
+    running_norm: replace `fc_norm` by a `BatchNorm` without scale and bias, for a
+      linear probe. This follows MAE's ``main_linprobe.py``, with eps 1e-6.
+    """
+
+    num_classes: int = setting(1000, low=0, high=10**7)
+    fc_norm: bool = True
+    running_norm: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class MAEConfig(HiViTConfig):
     """Sizes of encoder and decoder; `window_size` must be 0.
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hivit_jax.errors import ConfigError
+from hivit_jax.kernels.dispatch import varying_axes
 
 
 def count_visible_units(units: int, mask_ratio: float) -> int:
@@ -56,11 +57,9 @@ def random_masking(
 
 
 def _argsort(x: jax.Array) -> jax.Array:
-    """Return the stable order of each row of x [B, N], finite, as int32 [B, N].
-
-    The indices depend on x, because jnp.argsort in `jax.shard_map` has a result that
-    JAX takes to be equal on all devices. Gradients would then use the first device's
-    masks for all.
-    """
-    indices = jnp.arange(x.shape[1], dtype=jnp.int32)[None] + (x * 0).astype(jnp.int32)
-    return jax.lax.sort_key_val(x, indices, dimension=1, is_stable=True)[1]
+    """Return the stable order of each row of x [B, N], as int32 [B, N]."""
+    order = jnp.argsort(x, axis=1, stable=True)
+    # Without this, JAX 0.10 takes the order to be equal on all devices of a
+    # `jax.shard_map`, and gradients use the first device's masks for all.
+    axes = varying_axes(x) - varying_axes(order)
+    return jax.lax.pcast(order, tuple(axes), to="varying") if axes else order

@@ -50,3 +50,12 @@ def test_equal_noise_goes_by_unit_number():
     ids_shuffle, ids_restore, _ = random_masking(noise, 4)
     assert ids_shuffle.tolist() == [[0, 1, 2, 3, 4, 5], [1, 3, 5, 0, 2, 4]]
     assert ids_restore.tolist() == [[0, 1, 2, 3, 4, 5], [3, 0, 4, 1, 5, 2]]
+
+
+def test_infinite_noise_masks_units():
+    """Units that must stay masked are given infinite noise; NaN sorts behind it."""
+    noise = jnp.asarray([[np.inf, 0.5, -np.inf, np.nan, 0.1]])
+    ids_shuffle, ids_restore, mask = random_masking(noise, 3)
+    assert ids_shuffle.tolist() == [[2, 4, 1, 0, 3]]
+    assert ids_restore.tolist() == [[3, 2, 0, 4, 1]]
+    assert mask.tolist() == [[1, 0, 0, 1, 0]]
