@@ -90,6 +90,7 @@ def test_largest_magnitude():
     assert_array_equal(inverted, 255 - GOLDEN["wide"])
 
 
+@pytest.mark.slow
 def test_distribution_of_operations():
     """Operations are equally frequent and applied with probability 1/2."""
     count = 20_000

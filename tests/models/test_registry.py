@@ -161,6 +161,7 @@ def test_seed_decides_parameters(name, overrides):
     assert len(set(firsts)) == len(firsts) - (1 if 0 in firsts else 0)
 
 
+@pytest.mark.slow
 def test_integer_seed_is_its_key():
     def kernel(seed):
         return create_model("hivit_base", seed=seed, **MINI, num_classes=10).head.kernel

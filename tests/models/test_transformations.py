@@ -199,6 +199,7 @@ def test_forward_mode_of_fused_kernels():
     assert jax.grad(lambda x: run(x).sum())(jnp.ones(3)).tolist() == [1, 1, 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize(
     "overrides", [{}, dict(scan_blocks=True), dict(dtype="bfloat16")]

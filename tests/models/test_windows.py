@@ -53,6 +53,7 @@ def test_windows_hold_their_units_and_zeros(grid, size):
     assert_array_equal(windows.merge(split), units)
 
 
+@pytest.mark.slow
 def test_a_window_over_the_image_is_global_attention():
     every, model = (mini(depths=(1, 1, 1), window_size=side) for side in (0, 14))
     images = random_array((2, 64, 64, 3))
@@ -108,6 +109,7 @@ def test_attention_of_each_window(image_size, side, relative_position):
                 assert_allclose(out[sample, units], expected, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("global_blocks", [(), (1,)])
 def test_only_a_global_block_lets_windows_meet(global_blocks):
     model = mini(**UNEVEN, global_blocks=global_blocks)

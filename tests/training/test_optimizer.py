@@ -101,6 +101,7 @@ def weight_decays(model, task):
     return by_official_name(model, decays)
 
 
+@pytest.mark.slow
 def test_weight_decay_groups_of_pretraining():
     expected = facts("weight_decay_groups")["mae_pretrain_base"]
     actual = weight_decays(

@@ -16,6 +16,7 @@ def resized(table, old, new):
     return torch_bicubic(maps, new).reshape(new[0] * new[1], -1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(64, 96), (32, 160), (96, 64)])
 def test_another_image_size(size, tmp_path, capsys):
     """Tables of 4 x 6 units are resized to the new grid; nothing else changes.
@@ -91,6 +92,7 @@ def test_other_channels_of_a_gray_image(old, new, tmp_path):
     assert_allclose(logits[0], logits[1], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_other_channels_of_pretraining_need_a_new_prediction(tmp_path):
     hivit_jax.save_pretrained(mini("mae_hivit_base"), tmp_path)
     loaded = hivit_jax.load_pretrained(tmp_path, in_channels=4)

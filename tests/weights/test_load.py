@@ -285,6 +285,7 @@ def test_inspect_a_model_of_custom_size(tmp_path, capsys):
     assert "matched" in text
 
 
+@pytest.mark.slow
 def test_inspect_files(tmp_path, capsys):
     """--inspect prints entries, the loading report of a classifier, and all names."""
     for kind, words in {

@@ -138,6 +138,7 @@ def small():
 CHANGES = [other_head, deeper_head, no_head, more, narrower, diverged, integers]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_what_would_not_load_is_not_saved(change, tmp_path):
     """The older files stay as they are.
@@ -209,6 +210,7 @@ def test_files_of_other_programs_are_not_overwritten(name, content, tmp_path):
         hivit_jax.save_pretrained(small(), tmp_path / name)
 
 
+@pytest.mark.slow
 def test_home_directory(tmp_path, monkeypatch):
     """`~` in every path that is saved to or loaded from."""
     monkeypatch.setenv("HOME", str(tmp_path / "home"))

@@ -6,7 +6,6 @@ import numpy as np
 from datasets import digits_config
 from numpy.testing import assert_array_equal
 from PIL import Image
-from sklearn.datasets import load_digits
 
 from hivit_jax import inputs
 from hivit_jax.data.sources import digits as data_sources_digits
@@ -21,6 +20,9 @@ def scans(source):
 
 
 def test_train_and_test_scans_are_disjoint():
+    # Here, because collecting the tests would otherwise take seconds longer.
+    from sklearn.datasets import load_digits
+
     digits = load_digits()
     known = {}
     for image, label in zip(digits.images, digits.target, strict=True):
@@ -69,6 +71,9 @@ def test_num_examples():
 
 def test_digits_by_key():
     """data.subset selects the first training images of each class."""
+    # Here, because collecting the tests would otherwise take seconds longer.
+    from sklearn.datasets import load_digits
+
     digits = load_digits()
     known = {
         np.rint(image * 255 / 16).astype(np.uint8).tobytes(): label
