@@ -1,7 +1,7 @@
 """Read the arrays and the config of a checkpoint.
 
-A checkpoint is a directory named by its step. Each of its items ("params", "config",
-...) is an Orbax item, a subdirectory of the checkpoint.
+A checkpoint is a directory named by its step. Each subdirectory is an Orbax item, such
+as "params" or "config".
 """
 
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 from etils.epath import Path
 
-from hivit_jax.checkpoints.digests import digests, not_finite
+from hivit_jax.checkpoints.digests import digests, nonfinite_names
 from hivit_jax.errors import CheckpointError, first_line
 from hivit_jax.paths import expand
 from hivit_jax.tree import named_leaves
@@ -52,7 +52,7 @@ def find_checkpoints(path: str | Path) -> list[Path]:
 
 
 def load_config(step_path: Path) -> dict[str, Any]:
-    """Return the resolved config of a checkpoint's run.
+    """Return the complete config that is saved in a checkpoint.
 
     Raises:
       CheckpointError: the item is damaged.
@@ -60,8 +60,8 @@ def load_config(step_path: Path) -> dict[str, Any]:
     return _load_json(step_path, "config")
 
 
-def load_dataset(step_path: Path) -> dict[str, Any] | None:
-    """Return the fields of the `DatasetInfo` of a checkpoint's run; None if not saved.
+def load_dataset_info(step_path: Path) -> dict[str, Any] | None:
+    """Return the fields of the saved `DatasetInfo`; None if the item is missing.
 
     Raises:
       CheckpointError: the item is damaged.
@@ -126,7 +126,7 @@ def verify_digests(step_path: Path, item: str, tree: Any) -> None:
 
 def verify_finite(step_path: Path, item: str, tree: Any) -> None:
     """Raise CheckpointError if an array of an item contains inf or NaN."""
-    if wrong := not_finite(tree):
+    if wrong := nonfinite_names(tree):
         raise CheckpointError(
             f"{step_path} is not usable: {len(wrong)} of {len(named_leaves(tree))} "
             f"arrays of {item} contain inf or NaN, the first is {wrong[0]}"
