@@ -31,12 +31,12 @@ def digests(trees: Mapping[str, Any]) -> dict[str, dict[str, str]]:
 def nonfinite_names(tree: Any) -> list[str]:
     """Return the names of the arrays of a pytree that contain inf or NaN."""
 
-    def finite(x):
+    def is_finite(x):
         if _on_host(x):
             return np.isfinite(jax.device_get(x)).all()
         return _finite_on_device(x)
 
-    return [name for name, x in named_leaves(tree).items() if not finite(x)]
+    return [name for name, x in named_leaves(tree).items() if not is_finite(x)]
 
 
 @jax.jit

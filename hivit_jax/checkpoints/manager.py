@@ -30,7 +30,7 @@ from hivit_jax.checkpoints.names import match_names
 from hivit_jax.checkpoints.read import (
     absolute,
     errors_as_damage,
-    item_shapes,
+    item_metadata,
     preferred_params_item,
     verify_digests,
     verify_finite,
@@ -42,9 +42,9 @@ from hivit_jax.reporting.metrics import Best, Scalars, score
 from hivit_jax.resources import free_disk_text
 from hivit_jax.tree import leaf_name, named_leaves
 
-# Replicas of an array write slices of it in parallel. Arrays are not cut into slices of
-# less than 1 MiB, because each slice needs its own program. Small arrays are written
-# faster whole.
+# Replicas of an array write slices of the array in parallel. Arrays are not cut into
+# slices of less than 1 MiB, because each slice needs its own program. Small arrays are
+# written faster whole.
 ocp.type_handlers.register_type_handler(
     jax.Array,
     ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**20),
@@ -60,8 +60,7 @@ class Checkpoints:
       keep: number of newest checkpoints to keep. The checkpoint with the best
         evaluation is kept as well.
       best: evaluation metric that selects the best checkpoint, and "min" or "max".
-      dataset: facts about the dataset, which JSON can represent; saved with every
-        checkpoint.
+      dataset: JSON-serializable facts about the dataset, saved with every checkpoint.
     """
 
     def __init__(
@@ -117,11 +116,12 @@ class Checkpoints:
         json_items = {"config": json.loads(config), "digests": digests(arrays)}
         json_items |= {"dataset": self._dataset} if self._dataset else {}
         items |= {name: ocp.args.JsonSave(x) for name, x in json_items.items()}
-        with self._writing():
+        with self._write_errors():
             self._manager.save(step, args=ocp.args.Composite(**items), metrics=results)
 
     @contextmanager
-    def _writing(self) -> Iterator[None]:
+    def _write_errors(self) -> Iterator[None]:
+        """Context manager that converts any exception to ConfigError."""
         try:
             yield
         except Exception as error:  # because file systems cause many exception types
@@ -219,7 +219,7 @@ class Checkpoints:
         Raises:
           ConfigError: a write failed.
         """
-        with self._writing():
+        with self._write_errors():
             self._manager.wait_until_finished()
             self._manager.close()
 
@@ -240,12 +240,12 @@ def _restore(
         they are not expected.
     """
     with errors_as_damage(step_path):
-        shapes = item_shapes(step_path, item)
+        metadata = item_metadata(step_path, item)
     suffixes = tuple(f"/{name}" for name in ignored)
-    expected_names = match_names(named_leaves(shapes), expected, variables)
+    expected_names = match_names(named_leaves(metadata), expected, variables)
     saved = {
         expected_names[name]: leaf
-        for name, leaf in named_leaves(shapes).items()
+        for name, leaf in named_leaves(metadata).items()
         if expected_names[name] in expected or not f"/{name}".endswith(suffixes)
     }
     _check_same(step_path, saved, expected)
@@ -256,7 +256,7 @@ def _restore(
         default = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated)
         return expected.get(expected_names[leaf_name(path)], default)
 
-    abstract = jax.tree_util.tree_map_with_path(with_sharding, shapes)
+    abstract = jax.tree_util.tree_map_with_path(with_sharding, metadata)
     with errors_as_damage(step_path), ocp.StandardCheckpointer() as checkpointer:
         tree = checkpointer.restore(step_path / item, abstract)
     verify_digests(step_path, item, tree)

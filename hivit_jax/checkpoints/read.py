@@ -67,7 +67,7 @@ def load_dataset_info(step_path: Path) -> dict[str, Any] | None:
       CheckpointError: the item is damaged.
     """
     if not (step_path / "dataset").is_dir():
-        return None  # saved by a version without this item
+        return None  # an older version saved the checkpoint
     return _load_json(step_path, "dataset")
 
 
@@ -104,8 +104,8 @@ def load_arrays(
 def load_item(path: Path) -> Any:
     """Load the arrays of one item to the host, regardless of their saved sharding."""
     with ocp.PyTreeCheckpointer() as checkpointer:
-        shapes = checkpointer.metadata(path).item_metadata.tree
-        restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(np.ndarray), shapes)
+        metadata = checkpointer.metadata(path).item_metadata.tree
+        restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(np.ndarray), metadata)
         args = ocp.args.PyTreeRestore(restore_args=restore_args)
         return checkpointer.restore(path, args=args)
 
@@ -113,7 +113,7 @@ def load_item(path: Path) -> Any:
 def verify_digests(step_path: Path, item: str, tree: Any) -> None:
     """Raise CheckpointError if an array of an item does not match its saved digest."""
     if not (step_path / "digests").is_dir():
-        return  # saved by a version without digests
+        return  # an older version saved the checkpoint
     saved = _load_json(step_path, "digests").get(item, {})
     restored = digests({item: tree})[item]
     wrong = [name for name in restored if restored[name] != saved.get(name)]
@@ -158,7 +158,7 @@ def preferred_params_item(step_path: Path) -> str:
     return "ema" if (step_path / "ema").is_dir() else "params"
 
 
-def item_shapes(step_path: Path, item: str) -> Any:
-    """Return shapes and dtypes of the arrays of an item, as a pytree."""
+def item_metadata(step_path: Path, item: str) -> Any:
+    """Return a pytree with the shape and dtype of each array of an item."""
     with ocp.StandardCheckpointer() as checkpointer:
         return checkpointer.metadata(step_path / item).item_metadata.tree
