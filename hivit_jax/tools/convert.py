@@ -18,7 +18,7 @@ from hivit_jax.tools.outputs import output_path
 from hivit_jax.tree import named_leaves, split
 from hivit_jax.weights import files, load
 from hivit_jax.weights.adapt import match_arrays
-from hivit_jax.weights.load import abstract_model, build, fitting_arguments
+from hivit_jax.weights.load import abstract_model, build, merge_arguments
 from hivit_jax.weights.names.official import LAYOUTS, to_state_dict
 from hivit_jax.weights.save import save_pretrained
 
@@ -80,7 +80,7 @@ def inspect(
       overrides: model arguments that differ from the saved ones.
     """
     pretrained = load.read(source, averaged=averaged, **overrides)
-    model = abstract_model(fitting_arguments(pretrained.arguments, overrides))
+    model = abstract_model(merge_arguments(pretrained.arguments, overrides))
     _, config, run_options = configure(**pretrained.arguments)
     title = pretrained.arguments["name"]
     standard, sizes = variant(title)[1], ("embed_dim", "depths", "num_heads")

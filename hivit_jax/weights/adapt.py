@@ -167,7 +167,10 @@ def match_arrays(
 def _resized(
     name: str, array: np.ndarray, old: HiViTConfig, new: HiViTConfig
 ) -> np.ndarray:
-    """Return an array resized from one config to another, unchanged if both agree."""
+    """Return an array resized from the old to the new config.
+
+    If both configs agree, return the array itself.
+    """
     if name.endswith("_pos_embed") and old.grid != new.grid:
         return resize.resize_grid_table(array, old.grid, new.grid)
     if name.endswith("relative_position_bias_table"):
