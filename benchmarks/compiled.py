@@ -26,7 +26,7 @@ import re
 from pathlib import Path
 
 from hivit_jax import config as configs
-from hivit_jax.errors import ConfigError, exit_code
+from hivit_jax.errors import ConfigError, run_command
 from hivit_jax.tools.compile_ahead import compile_ahead
 from hivit_jax.xla.chips import GIB
 
@@ -121,7 +121,7 @@ def main() -> int:
         "--variant", nargs="+", action="extend", default=[], metavar="NAME:KEY=VALUE"
     )
     arguments = parser.parse_args()
-    return exit_code(lambda: compare(arguments))
+    return run_command(lambda: compare(arguments))
 
 
 if __name__ == "__main__":

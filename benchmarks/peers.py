@@ -291,9 +291,9 @@ def run(argv: list[str] | None) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point. Return the exit code."""
-    from hivit_jax.errors import exit_code
+    from hivit_jax.errors import run_command
 
-    return exit_code(lambda: run(argv))
+    return run_command(lambda: run(argv))
 
 
 if __name__ == "__main__":

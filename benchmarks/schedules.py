@@ -30,7 +30,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from benchmarks.train_step import task_of
 from hivit_jax import config as configs
-from hivit_jax.errors import exit_code
+from hivit_jax.errors import run_command
 from hivit_jax.models.masking import count_visible_units
 from hivit_jax.tree import split
 from hivit_jax.xla.chips import CHIPS, devices_of
@@ -186,7 +186,7 @@ def run() -> None:
 
 def main() -> int:
     """Entry point. Return the exit code."""
-    return exit_code(run)
+    return run_command(run)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from hivit_jax import inputs, tasks
 from hivit_jax.config import step_options
 from hivit_jax.data.sources.base import DatasetInfo
 from hivit_jax.distributed.sharding import make_mesh, shardings_of
-from hivit_jax.errors import HivitError, Parser, exit_code
+from hivit_jax.errors import HivitError, Parser, run_command
 from hivit_jax.training import step as steps
 from hivit_jax.training.schedule import make_schedule
 from hivit_jax.xla.chips import chip_of
@@ -211,7 +211,7 @@ def run(argv: list[str] | None) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point. Return the exit code."""
-    return exit_code(lambda: run(argv))
+    return run_command(lambda: run(argv))
 
 
 if __name__ == "__main__":

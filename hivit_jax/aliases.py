@@ -100,9 +100,13 @@ def _probably_meant(name: str, known: Sequence[str]) -> list[str]:
 
 
 def _list_keys(name: str, known: Sequence[str]) -> str:
-    """Return the keys of the section of an unknown key, or of all keys, as text."""
-    if inside := [_split(key)[1] for key in known if _split(key)[0] == name]:
-        return f"it is a section of the config with the keys {', '.join(inside)}"
+    """Return text that lists valid keys.
+
+    If the unknown key is a section, these are its keys; else the keys of the unknown
+    key's section; else all top-level keys and sections.
+    """
+    if section_keys := [_split(key)[1] for key in known if _split(key)[0] == name]:
+        return f"it is a section of the config with the keys {', '.join(section_keys)}"
     section = _split(name)[0]
     leaves = [_split(key)[1] for key in known if section and _split(key)[0] == section]
     if leaves:

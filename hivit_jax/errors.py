@@ -117,7 +117,7 @@ def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def exit_code(action: Callable[[], object]) -> int:
+def run_command(action: Callable[[], object]) -> int:
     """Run a command, print a HivitError to stderr, and return the exit code."""
     from hivit_jax.resources import raise_resource_errors  # late, because it needs JAX
 

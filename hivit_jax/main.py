@@ -14,7 +14,7 @@ from hivit_jax import platforms, recipes, record
 from hivit_jax.distributed import processes
 from hivit_jax.distributed.signals import catch_signals
 from hivit_jax.distributed.watchdog import Watchdog
-from hivit_jax.errors import ConfigError, Parser, exit_code
+from hivit_jax.errors import ConfigError, Parser, run_command
 from hivit_jax.paths import expand
 from hivit_jax.reporting.console import log
 from hivit_jax.xla.compile import enable_compilation_cache, keep_freed_memory
@@ -23,7 +23,7 @@ USAGE = """\
 hivit_jax --config RECIPE --workdir DIR [--mode MODE] [--config.KEY=VALUE ...]
 
 RECIPE is a name from the list below or FILE.py; NAME:VARIANT selects a variant.
-Without --config, the config of DIR's newest start is used.
+Without --config, the config of the latest run started in DIR is used.
 python -m hivit_jax.config prints all config keys. python -m hivit_jax.main is the same
 command as hivit_jax.
 
@@ -31,9 +31,10 @@ modes: train (default)  train; resume the run in DIR if there is one
        eval             evaluate DIR's newest checkpoint, or --checkpoint=PATH
        knn              evaluate the features of --config.init_from by k-nearest
                         neighbors; without --config, the features of the run in DIR
-       compile          compile the train step for --topology=v5e:16x16, h100:8 or
-                        other chips, without these chips; write DIR/compile.json;
-                        --search_batch: also search for the largest batch that fits
+       compile          compile the train step ahead of time for --topology
+                        (v5e:16x16, h100:8, ...), without the hardware; write
+                        DIR/compile.json; --search_batch: also search for the largest
+                        batch that fits
        describe         print config, parameters, cost and schedule
 
 On TPU pods and under SLURM, processes connect automatically. Elsewhere, each process
@@ -99,14 +100,16 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     return flags, overrides
 
 
-def run(argv: Sequence[str], join: bool) -> None:
+def run(argv: Sequence[str], setup_process: bool) -> None:
     """Run one mode.
 
     Args:
-      join: connect to the other processes of the run, if there are any.
+      setup_process: set up this process: select the backend, connect to the other
+        processes of the run, enable the compilation cache. False if `main` was called
+        from Python with argv.
     """
     flags, overrides = parse(argv)
-    if join and flags.mode in ("describe", "compile"):
+    if setup_process and flags.mode in ("describe", "compile"):
         platforms.use_cpu()
     config = configs.load(flags.config, overrides)
     if flags.mode == "describe":
@@ -122,7 +125,7 @@ def run(argv: Sequence[str], join: bool) -> None:
 
         compile_ahead(config, flags.workdir, flags.topology, flags.search_batch)
         return
-    if join:
+    if setup_process:
         process = flags.coordinator_address, flags.num_processes, flags.process_id
         processes.start(*process, config.peer_timeout)
         platforms.start()
@@ -147,16 +150,19 @@ def run(argv: Sequence[str], join: bool) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point. Returns the exit code; in a multi-process run, exits with it.
+    """Run the command line, and return the exit code.
+
+    A process of a multi-process run exits with the code instead of returning it.
 
     Args:
-      argv: flags. None: the flags of this process, which then joins the other
-        processes of its run.
+      argv: flags. None: the flags of this process, which is then set up as described
+        in `run`.
     """
-    join = argv is None
+    setup_process = argv is None
+    argv = sys.argv[1:] if argv is None else argv
     message, peer_lost = "", False
     try:
-        code = exit_code(lambda: run(sys.argv[1:] if join else argv, join))
+        code = run_command(lambda: run(argv, setup_process))
     except (Exception, KeyboardInterrupt) as error:
         if not processes.joined():
             raise
@@ -169,7 +175,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def command() -> int:
-    """Run `main` as a program of its own."""
+    """Entry point of the `hivit_jax` command.
+
+    Run `main`; on failure, end the process without waiting for its threads.
+    """
     code = main()
     if code:
         # Without this, the interpreter may wait forever at exit for the threads of a

@@ -13,7 +13,7 @@ from flax import nnx
 from hivit_jax import evaluate, inputs, record, resources
 from hivit_jax.checkpoints import manager, read
 from hivit_jax.checkpoints.lock import exclusive
-from hivit_jax.config import from_checkpoint, step_options, to_json
+from hivit_jax.config import complete_saved, step_options, to_json
 from hivit_jax.data.prefetch import prefetch_to_device
 from hivit_jax.distributed.processes import check_same_on_all_processes
 from hivit_jax.distributed.sharding import make_mesh, replicate, shardings_of
@@ -224,8 +224,8 @@ def report_changes(config: Any, dataset: dict[str, Any], checkpoint: Path) -> No
       ConfigError: the batch size changed.
     """
     try:
-        saved = from_checkpoint(read.load_config(checkpoint), str(checkpoint))
-        before = read.load_dataset(checkpoint)
+        saved = complete_saved(read.load_config(checkpoint), str(checkpoint))
+        before = read.load_dataset_info(checkpoint)
     except (CheckpointError, ConfigError) as error:
         log(f"note: changes since {checkpoint} are unknown: {error}")
         return

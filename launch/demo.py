@@ -20,7 +20,7 @@ import numpy as np
 from hivit_jax import config as configs
 from hivit_jax import inputs
 from hivit_jax.distributed.signals import catch_signals
-from hivit_jax.errors import exit_code
+from hivit_jax.errors import run_command
 from hivit_jax.reporting.console import log
 from hivit_jax.train import train
 
@@ -96,7 +96,7 @@ def main() -> int:
     # The cache saves compilations, because the classifiers differ only in their data.
     jax.config.update("jax_compilation_cache_dir", str(workdir.absolute() / "cache"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    return exit_code(lambda: demo(workdir, catch_signals()))
+    return run_command(lambda: demo(workdir, catch_signals()))
 
 
 if __name__ == "__main__":

@@ -107,9 +107,9 @@ def test_borders_are_accepted():
 
 
 def test_peak_learning_rate_is_finite():
-    """Scaled by the batch size."""
+    """The batch size scales the peak."""
     with pytest.raises(
-        ConfigError, match="batch_size / lr_batch=2.5.*; expected finite"
+        ConfigError, match=r"batch_size / optimizer.lr_batch\)=2.5.*; expected finite"
     ):
         load("optimizer.base_learning_rate=3e38", "batch_size=2147483646")
     assert load("optimizer.base_learning_rate=1e37").optimizer.lr_batch == 256

@@ -169,7 +169,7 @@ def test_changes_since_a_checkpoint(finished, capsys):
     """
     step = finished / "checkpoints" / "1"
     dataset = {"counts": {"train": 64, "test": 64}, "classes": ["0"]}
-    saved = read.load_dataset(step)
+    saved = read.load_dataset_info(step)
     assert saved.keys() == {"counts", "classes", "encoded"}
 
     def changes(**overrides):

@@ -1,4 +1,4 @@
-"""Recipes: official values, first-edition files, installation with the package."""
+"""Recipes: official values, old recipes, installation with the package."""
 
 import configparser
 import json
@@ -72,7 +72,7 @@ def test_every_recipe(name):
         assert model.parameter_count() > 10_000
 
 
-FIRST_EDITION = json.loads((reference.GOLDEN / "first_edition.json").read_text())
+OLD_RECIPES = json.loads((reference.GOLDEN / "old_recipes.json").read_text())
 
 
 IMAGES = {"imagenet2012": 1_281_167, "digits": 1437}
@@ -146,34 +146,34 @@ def test_recipes_are_the_official_ones(name):
     assert (config.optimizer.schedule, config.optimizer.first_epoch) == ("cosine", 0)
 
 
-# Recipes of the first edition
+# Recipes of versions before 0.1
 
 
 def current_name(name):
-    """Return today's name of a first-edition recipe."""
+    """Return today's name of an old recipe."""
     kind, _, size = name.partition("_")
     return f"{kind}:{size}" if kind in ("finetune", "linear", "supervised") else name
 
 
 def old_file(name):
-    """Return a file of the first edition, in which recipes had all keys."""
-    return reference.GOLDEN / "first_edition" / f"{name}.py"
+    """Return the file of an old recipe, which contains all keys."""
+    return reference.GOLDEN / "old_recipes" / f"{name}.py"
 
 
-FILES = [name for name in FIRST_EDITION if old_file(name).is_file()]
+FILES = [name for name in OLD_RECIPES if old_file(name).is_file()]
 
 
-SOURCES = [(name, current_name(name)) for name in FIRST_EDITION]
+SOURCES = [(name, current_name(name)) for name in OLD_RECIPES]
 
 
 SOURCES += [(name, old_file(name)) for name in FILES]
 
 
 @pytest.mark.parametrize(("name", "source"), SOURCES)
-def test_values_of_the_first_edition(name, source):
-    """First-edition values are those of today's recipes and of the old files."""
+def test_values_of_old_recipes(name, source):
+    """Today's recipes and the old files have the recorded values."""
     found = named_leaves(json.loads(configs.to_json(configs.load(source))))
-    expected = named_leaves(FIRST_EDITION[name]["config"])
+    expected = named_leaves(OLD_RECIPES[name]["config"])
     assert {key: found.pop(key) for key in expected} == expected
     new = "schedule", "first_epoch", "lr_batch", "gamma", "power"
     added = {f"optimizer/{key}" for key in new}
@@ -181,17 +181,17 @@ def test_values_of_the_first_edition(name, source):
 
 
 @pytest.mark.parametrize(("name", "source"), SOURCES)
-def test_schedules_of_the_first_edition(name, source):
-    """Learning rates are the recorded ones, to the last bit of the peak."""
-    old, config = FIRST_EDITION[name], configs.load(source)
+def test_schedules_of_old_recipes(name, source):
+    """Learning rates equal the recorded rates, to the last bit of the peak."""
+    old, config = OLD_RECIPES[name], configs.load(source)
     rate = recipes.jit_schedule(config, *steps_of(config))
     check_rates(rate, old["steps"], old["rates"])
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_official_quirks_of_the_first_edition(name, tmp_path):
-    """official_quirks becomes values that give the recorded learning rates."""
-    old = FIRST_EDITION[name]
+def test_official_quirks_of_old_recipes(name, tmp_path):
+    """official_quirks is translated to keys that give the recorded learning rates."""
+    old = OLD_RECIPES[name]
     text = old_file(name).read_text()
     quirk = "    config.optimizer.official_quirks = True\n    return config\n"
     path = tmp_path / "quirks.py"

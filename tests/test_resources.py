@@ -33,7 +33,7 @@ def code_and_message(error, capsys):
     def fail():
         raise error
 
-    code = errors.exit_code(fail)
+    code = errors.run_command(fail)
     err = capsys.readouterr().err
     assert 1 <= len(err.splitlines()) <= 3
     return code, err

@@ -24,8 +24,8 @@ def random_erasing(images: jax.Array, keys: jax.Array, probability: float) -> ja
     """Replace a random rectangle of some images with standard normal noise.
 
     Follows timm's RandomErasing in pixel mode. A rectangle covers 2 to 33 % of the area
-    and has an aspect ratio of 0.3 to 3.3. Ten sizes are drawn and the first one that
-    fits inside the image is used. If none fits, the image is unchanged.
+    and has an aspect ratio of 0.3 to 3.3. Ten sizes are drawn, and the first size that
+    fits inside the image is used. If no size fits, the image is unchanged.
 
     Args:
       images: float32 [B, H, W, C], normalized.
@@ -45,10 +45,10 @@ def random_erasing(images: jax.Array, keys: jax.Array, probability: float) -> ja
         h, w = h[fits.argmax()], w[fits.argmax()]
         margin = jnp.stack([height - h, width - w])
         top, left = jnp.floor(jax.random.uniform(corner_key, (2,)) * (margin + 1))
-        inside = rectangle_mask((top, left), (top + h, left + w), (height, width))
+        rectangle = rectangle_mask((top, left), (top + h, left + w), (height, width))
         erased = fits.any() & jax.random.bernoulli(erase_key, probability)
         noise = jax.random.normal(noise_key, (height, width, channels), images.dtype)
-        return jnp.where(inside & erased, noise, image)
+        return jnp.where(rectangle & erased, noise, image)
 
     return jax.vmap(erase)(images, keys)
 
@@ -57,9 +57,10 @@ def rectangle_mask(low: Sequence, high: Sequence, size: Sequence[int]) -> jax.Ar
     """Return bool [H, W, 1], True for pixels inside a rectangle.
 
     Args:
-      low, high: (row, column) of the first pixel, and past the last one.
+      low, high: (row, column) of the first pixel, and past the last pixel.
       size: (H, W).
     """
     rows, columns = jnp.arange(size[0])[:, None], jnp.arange(size[1])[None]
-    inside = (rows >= low[0]) & (rows < high[0])
-    return (inside & (columns >= low[1]) & (columns < high[1]))[..., None]
+    in_rows = (rows >= low[0]) & (rows < high[0])
+    in_columns = (columns >= low[1]) & (columns < high[1])
+    return (in_rows & in_columns)[..., None]

@@ -38,8 +38,8 @@ def resample(
         weights = jax.vmap(crop_resize_matrix, (0, None, None, None, None))(
             boxes[:, axis], size[axis], images.shape[1 + axis], interpolation, antialias
         )
-        # Two bfloat16 products: pixels are exact in bfloat16, and the sum of two
-        # bfloat16 numbers holds 16 bits of a weight.
+        # Two bfloat16 products are precise enough, because pixels are exact in
+        # bfloat16, and the sum of two bfloat16 numbers holds 16 bits of a weight.
         high = weights.astype(jnp.bfloat16)
         low = (weights - high.astype(jnp.float32)).astype(jnp.bfloat16)
         images = sum(
@@ -61,8 +61,8 @@ def crop_resize_matrix(
     """Return the matrix [size, extent] that crops and resizes one axis of an image.
 
     Args:
-      box: floats [3], start and length of the box and number of real pixels; a NumPy
-        or JAX array, like the result.
+      box: floats [3], start and length of the box and number of real pixels. The
+        result is a NumPy or JAX array, like the box.
       size: pixels of the resized box.
       extent: pixels of the source, padding included.
     """

@@ -1,6 +1,6 @@
 """Digests of arrays, and a check for numbers that are not finite.
 
-Digests are needed because Orbax restores flipped bits without an error.
+Checkpoints contain digests, because Orbax restores flipped bits without an error.
 """
 
 from collections.abc import Mapping
@@ -28,15 +28,15 @@ def digests(trees: Mapping[str, Any]) -> dict[str, dict[str, str]]:
     return result
 
 
-def not_finite(tree: Any) -> list[str]:
+def nonfinite_names(tree: Any) -> list[str]:
     """Return the names of the arrays of a pytree that contain inf or NaN."""
 
-    def finite(x):
-        if _is_small(x):
+    def is_finite(x):
+        if _on_host(x):
             return np.isfinite(jax.device_get(x)).all()
         return _finite_on_device(x)
 
-    return [name for name, x in named_leaves(tree).items() if not finite(x)]
+    return [name for name, x in named_leaves(tree).items() if not is_finite(x)]
 
 
 @jax.jit
@@ -44,17 +44,18 @@ def _finite_on_device(x: jax.Array) -> jax.Array:
     return jnp.isfinite(x).all()
 
 
-def _is_small(x: jax.Array | np.ndarray) -> bool:
-    """Return True for arrays that are processed on the host.
+def _on_host(x: jax.Array | np.ndarray) -> bool:
+    """Return True for small arrays whose whole value is on this host.
 
-    On the devices, XLA would compile a program for each of their many shapes.
+    These arrays are processed on the host. On the devices, XLA would compile a program
+    for each of their many shapes.
     """
     return x.size <= 2**16 and getattr(x, "is_fully_replicated", True)
 
 
 def _digest(x: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
-    """Return `_mixed_sums` of the bits and positions of an array, uint32 [2]."""
-    if not _is_small(x):
+    """Return the digest of an array as two numbers, uint32 [2]."""
+    if not _on_host(x):
         return _digest_on_device(x if isinstance(x, jax.Array) else jax.device_put(x))
     x = np.ascontiguousarray(jax.device_get(x)).reshape(-1)
     bits = x.view(f"u{x.itemsize}").astype(np.uint32)
@@ -73,9 +74,10 @@ def _digest_on_device(x: jax.Array) -> jax.Array:
 
 
 def _mixed_sums(bits: Any, position: Any) -> list:
-    """Return two sums modulo 2**32 of bits mixed with their positions, both uint32.
+    """Mix uint32 bits with their uint32 positions, and return two sums modulo 2**32.
 
-    `mix` is the finalizer of MurmurHash3. It is bijective in the bits of each position.
+    `mix` is the finalizer of MurmurHash3. For a fixed position, each summand is a
+    bijection of the bits. Therefore a change of a single number changes both sums.
     """
 
     def mix(h):

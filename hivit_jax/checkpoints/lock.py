@@ -1,9 +1,9 @@
 """Lock of a workdir, so that only one run at a time writes into it.
 
-The lock is a file ``run-N.lock``. It contains the owner's host, process and start time,
-and a heartbeat count that the owner increases every `INTERVAL` seconds. If the owner is
-dead, another run takes the workdir over: it creates ``run-M.lock`` with M = N + 1. Only
-one of several runs can create this file.
+The lock is a file ``run-N.lock``. The file contains the host, process and start time of
+the owner, and a heartbeat count that the owner increases every `INTERVAL` seconds. If
+the owner is dead, another run takes over the workdir: the other run creates
+``run-M.lock`` with M = N + 1. Only one of several runs can create this file.
 """
 
 import json
@@ -87,17 +87,17 @@ def this_process() -> Owner:
         "since": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
         "machine": _machine(),
         "token": uuid.uuid4().hex,
-        "beats": f"{0:010d}",  # of fixed length, because it is overwritten in place
+        "beats": f"{0:010d}",  # fixed length, because heartbeats overwrite it
     }
 
 
 def is_dead(owner: Owner, path: Path) -> bool:
     """Return True if the owner of a lock no longer runs.
 
-    An owner on this machine is alive if a process with its number and start time
-    exists; the number alone may belong to another process. An owner on another machine
-    is watched for `WATCHED_INTERVALS` intervals and is alive if the lock's content
-    changes. Times are not compared, because the machines' clocks may differ.
+    An owner on this machine is alive if a process has the owner's number and start
+    time. The number alone may belong to another process. An owner on another machine is
+    watched for `WATCHED_INTERVALS` intervals and is alive if the content of the lock
+    changes. Times are not compared, because the clocks of the machines may differ.
     """
     if owner.get("machine") == _machine():
         return owner.get("started") != _start_time(owner.get("pid", 0))
@@ -138,7 +138,7 @@ def _acquire(workdir: Path, owner: Owner) -> Path:
         if {*_lock_files(workdir)} - {*dead} == {path}:
             break
         # Another run created a file since the files were listed. Both runs delete
-        # theirs and try again after different delays.
+        # their own file and try again after different delays.
         path.unlink()
         time.sleep(int(owner["token"], 16) % 100 / 100)
     for stale, other in dead.items():
@@ -154,7 +154,7 @@ def _create(path: Path, text: str) -> bool:
             with open(path, "x") as file:
                 file.write(text)
             return True
-        # fsspec, because it can create a file in a bucket only if it does not exist.
+        # fsspec can create a file in a bucket only if the file does not exist.
         import fsspec
 
         with fsspec.open(str(path), "xb") as file:
@@ -178,7 +178,7 @@ def _create(path: Path, text: str) -> bool:
 def _send_heartbeats(path: Path, owner: Owner, released: threading.Event) -> None:
     """Increase the heartbeat count of a lock until the lock is released.
 
-    Ends this process without saving if another run has taken over the workdir. This
+    Ends this process without saving if another run has taken over the workdir, which
     happens if this process was suspended.
     """
     beats, others_before = 0, set()
@@ -187,8 +187,8 @@ def _send_heartbeats(path: Path, owner: Owner, released: threading.Event) -> Non
         text = json.dumps(owner | {"beats": f"{beats:010d}"})
         with suppress(OSError):
             others = {*_lock_files(path.parent)} - {path}
-            # Seen at two heartbeats, because `_acquire` may create a file only to
-            # delete it again.
+            # A file counts if two heartbeats in a row see the file, because `_acquire`
+            # may create a file and delete it at once.
             if others & others_before:
                 exit_now(
                     ConfigError.exit_code,
@@ -215,7 +215,7 @@ def _number(path: Path) -> int:
 
 
 def _read(path: Path) -> Owner | None:
-    """Return the owner of a lock; {} if the file is damaged, None if it is gone."""
+    """Return the owner of a lock; {} for a damaged file, None for a deleted file."""
     for _ in range(5):  # because the file is incomplete while it is being written
         with suppress(OSError, ValueError, TypeError):
             return {**json.loads(path.read_text())}
@@ -232,9 +232,9 @@ def _describe(owner: Owner) -> str:
 
 
 def _machine() -> str:
-    """Return an identifier of the space of process numbers that this process is in.
+    """Return an identifier of the PID namespace of this process.
 
-    It differs between machines, between boots of a machine and between containers.
+    The identifier differs between machines, boots of a machine and containers.
     """
     name = platform.node()
     with suppress(OSError), open("/proc/sys/kernel/random/boot_id") as file:

@@ -4,12 +4,12 @@
 *model_state*, if the model has any; *ema*, if averaging is on; *optimizer*, with the
 optimizer state and the step; *config*; *dataset*, with the size and class names; and
 *digests* of every array, because Orbax restores flipped bits without an error. Each
-item can be restored alone. A checkpoint gets its final name only when it is complete,
-so incomplete checkpoints are never restored.
+item can be restored alone. Orbax gives only complete checkpoints their final name, so
+that incomplete checkpoints are never restored.
 
-Versions before 0.1 saved the model state in *params*, and the optimizer's moments of
-the model state in *optimizer*. Such checkpoints are restored by array name, and these
-moments are dropped. Their optimizer arrays may have other names; see
+Versions before 0.1 saved the model state inside *params*, and optimizer moments of the
+model state inside *optimizer*. `restore` finds that model state by array name and drops
+its moments. Names of optimizer arrays may also differ between versions; see
 `checkpoints.names`.
 """
 
@@ -26,11 +26,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint import checkpoint_managers
 
 from hivit_jax.checkpoints.digests import digests
-from hivit_jax.checkpoints.names import same_names
+from hivit_jax.checkpoints.names import match_names
 from hivit_jax.checkpoints.read import (
     absolute,
     errors_as_damage,
-    item_shapes,
+    item_metadata,
     preferred_params_item,
     verify_digests,
     verify_finite,
@@ -42,9 +42,9 @@ from hivit_jax.reporting.metrics import Best, Scalars, score
 from hivit_jax.resources import free_disk_text
 from hivit_jax.tree import leaf_name, named_leaves
 
-# Replicas of an array write slices of it in parallel. Arrays are not cut into slices of
-# less than 1 MiB, because each slice needs its own program. Small arrays are written
-# faster whole.
+# Replicas of an array write slices of the array in parallel. Arrays are not cut into
+# slices of less than 1 MiB, because each slice needs its own program. Small arrays are
+# written faster whole.
 ocp.type_handlers.register_type_handler(
     jax.Array,
     ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**20),
@@ -60,8 +60,7 @@ class Checkpoints:
       keep: number of newest checkpoints to keep. The checkpoint with the best
         evaluation is kept as well.
       best: evaluation metric that selects the best checkpoint, and "min" or "max".
-      dataset: facts about the dataset, which JSON can represent; saved with every
-        checkpoint.
+      dataset: JSON-serializable facts about the dataset, saved with every checkpoint.
     """
 
     def __init__(
@@ -114,14 +113,15 @@ class Checkpoints:
             if jax.tree.leaves(state.get(item)):
                 arrays[item] = state[item]
         items = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
-        texts = {"config": json.loads(config), "digests": digests(arrays)}
-        texts |= {"dataset": self._dataset} if self._dataset else {}
-        items |= {name: ocp.args.JsonSave(text) for name, text in texts.items()}
-        with self._writing():
+        json_items = {"config": json.loads(config), "digests": digests(arrays)}
+        json_items |= {"dataset": self._dataset} if self._dataset else {}
+        items |= {name: ocp.args.JsonSave(x) for name, x in json_items.items()}
+        with self._write_errors():
             self._manager.save(step, args=ocp.args.Composite(**items), metrics=results)
 
     @contextmanager
-    def _writing(self) -> Iterator[None]:
+    def _write_errors(self) -> Iterator[None]:
+        """Context manager that converts any exception to ConfigError."""
         try:
             yield
         except Exception as error:  # because file systems cause many exception types
@@ -134,21 +134,19 @@ class Checkpoints:
     def restore_newest(
         self, abstract_state: Mapping[str, Any]
     ) -> tuple[int, dict[str, Any]] | None:
-        """Return the step and state of the newest intact checkpoint.
+        """Return step and state of the newest intact checkpoint; None without any.
 
         Damaged newer checkpoints are logged and moved to ``WORKDIR/damaged``.
 
         Args:
-          abstract_state: as in `restore`.
-
-        Returns:
-          None if there is no checkpoint.
+          abstract_state: shapes, dtypes and shardings of the state.
 
         Raises:
           ConfigError: the checkpoints are of a different model or optimizer.
           CheckpointError: all checkpoints are damaged.
         """
-        errors: dict[int, CheckpointError] = {}  # step -> error; same keys everywhere
+        # step -> error; all processes have the same keys
+        errors: dict[int, CheckpointError] = {}
         for step in sorted(self._manager.all_steps(read=True), reverse=True):
             state = None
             try:
@@ -161,9 +159,12 @@ class Checkpoints:
                     self._move_to_damaged(damaged)
                 return step, state
             path = self.directory / str(step)
-            elsewhere = CheckpointError(f"{path} cannot be restored by another process")
-            errors.setdefault(step, elsewhere)
-        if errors:  # no checkpoint is intact; the first error is the newest step's
+            peer_error = CheckpointError(
+                f"{path}: another process could not restore it; its log contains the "
+                "error"
+            )
+            errors.setdefault(step, peer_error)
+        if errors:  # no checkpoint is intact; raise the error of the newest
             raise next(iter(errors.values()))
         return None
 
@@ -205,8 +206,8 @@ class Checkpoints:
         arrays = restore("optimizer", expected, ignored=model_state)
         state |= _rebuild(optimizer, arrays)
         if "ema" in abstract_state:
-            # A checkpoint has no average if averaging was switched on later. The
-            # average then starts from the parameters.
+            # If averaging was switched on after the checkpoint was written, the
+            # checkpoint has no average. The average then starts from the parameters.
             item = preferred_params_item(path)
             arrays = restore(item, named["ema"], ignored=model_state)
             state["ema"] = _rebuild(abstract_state["ema"], arrays)
@@ -218,7 +219,7 @@ class Checkpoints:
         Raises:
           ConfigError: a write failed.
         """
-        with self._writing():
+        with self._write_errors():
             self._manager.wait_until_finished()
             self._manager.close()
 
@@ -230,7 +231,7 @@ def _restore(
     variables: Container[str],
     ignored: Iterable[str] = (),
 ) -> dict[str, jax.Array]:
-    """Return the arrays of an item by name, verified against their digests.
+    """Return {expected name: array} of an item, verified against the digests.
 
     Args:
       expected: shapes, dtypes and shardings by name.
@@ -239,28 +240,28 @@ def _restore(
         they are not expected.
     """
     with errors_as_damage(step_path):
-        shapes = item_shapes(step_path, item)
+        metadata = item_metadata(step_path, item)
     suffixes = tuple(f"/{name}" for name in ignored)
-    names = same_names(named_leaves(shapes), expected, variables)
+    expected_names = match_names(named_leaves(metadata), expected, variables)
     saved = {
-        names[name]: leaf
-        for name, leaf in named_leaves(shapes).items()
-        if names[name] in expected or not f"/{name}".endswith(suffixes)
+        expected_names[name]: leaf
+        for name, leaf in named_leaves(metadata).items()
+        if expected_names[name] in expected or not f"/{name}".endswith(suffixes)
     }
-    _compare(step_path, saved, expected)
+    _check_same(step_path, saved, expected)
     mesh = next(iter(expected.values())).sharding.mesh
     replicated = NamedSharding(mesh, PartitionSpec())
 
     def with_sharding(path, leaf):
         default = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated)
-        return expected.get(names[leaf_name(path)], default)
+        return expected.get(expected_names[leaf_name(path)], default)
 
-    abstract = jax.tree_util.tree_map_with_path(with_sharding, shapes)
+    abstract = jax.tree_util.tree_map_with_path(with_sharding, metadata)
     with errors_as_damage(step_path), ocp.StandardCheckpointer() as checkpointer:
         tree = checkpointer.restore(step_path / item, abstract)
     verify_digests(step_path, item, tree)
     verify_finite(step_path, item, tree)
-    arrays = {names[name]: array for name, array in named_leaves(tree).items()}
+    arrays = {expected_names[name]: x for name, x in named_leaves(tree).items()}
     return {name: arrays[name] for name in expected}
 
 
@@ -271,8 +272,10 @@ def _rebuild(tree: Any, arrays: Mapping[str, jax.Array]) -> Any:
     )
 
 
-def _compare(path: Path, saved: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    """Raise ConfigError for the first difference in names, shapes or dtypes."""
+def _check_same(
+    path: Path, saved: Mapping[str, Any], expected: Mapping[str, Any]
+) -> None:
+    """Raise ConfigError if names, shapes or dtypes differ, for the first difference."""
     for name in [*expected, *saved]:
         found, needed = (
             f"{leaves[name].dtype}{list(leaves[name].shape)}"

@@ -4,15 +4,15 @@ from collections import defaultdict
 from collections.abc import Container, Iterable
 
 
-def same_names(
+def match_names(
     saved: Iterable[str], expected: Iterable[str], variables: Container[str]
 ) -> dict[str, str]:
     """Return {saved name: expected name} of the arrays of an item.
 
     An optimizer is a chain of transformations, and the name of an array contains the
     position of its transformation. A version that adds or removes a stateless
-    transformation shifts these positions. Names that are equal after `_without_gaps`
-    therefore denote the same array.
+    transformation shifts the positions. Two names therefore denote the same array if
+    they are equal after the positions are renumbered without gaps.
 
     Args:
       variables: names of the model's variables.
@@ -29,7 +29,7 @@ def same_names(
 
 
 def _without_gaps(names: Iterable[str], variables: Container[str]) -> list[str]:
-    """Renumber the positions in names of optimizer arrays as 0, 1, ... without gaps.
+    """Return names of optimizer arrays with positions renumbered to 0, 1, ...
 
     Args:
       variables: names of the model's variables. Numbers in them are not positions.

@@ -1,7 +1,7 @@
 """Read the arrays and the config of a checkpoint.
 
-A checkpoint is a directory named by its step. Each of its items ("params", "config",
-...) is an Orbax item, a subdirectory of the checkpoint.
+A checkpoint is a directory named by its step. Each subdirectory is an Orbax item, such
+as "params" or "config".
 """
 
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 from etils.epath import Path
 
-from hivit_jax.checkpoints.digests import digests, not_finite
+from hivit_jax.checkpoints.digests import digests, nonfinite_names
 from hivit_jax.errors import CheckpointError, first_line
 from hivit_jax.paths import expand
 from hivit_jax.tree import named_leaves
@@ -52,7 +52,7 @@ def find_checkpoints(path: str | Path) -> list[Path]:
 
 
 def load_config(step_path: Path) -> dict[str, Any]:
-    """Return the resolved config of a checkpoint's run.
+    """Return the complete config that is saved in a checkpoint.
 
     Raises:
       CheckpointError: the item is damaged.
@@ -60,14 +60,14 @@ def load_config(step_path: Path) -> dict[str, Any]:
     return _load_json(step_path, "config")
 
 
-def load_dataset(step_path: Path) -> dict[str, Any] | None:
-    """Return the fields of the `DatasetInfo` of a checkpoint's run; None if not saved.
+def load_dataset_info(step_path: Path) -> dict[str, Any] | None:
+    """Return the fields of the saved `DatasetInfo`; None if the item is missing.
 
     Raises:
       CheckpointError: the item is damaged.
     """
     if not (step_path / "dataset").is_dir():
-        return None  # saved by a version without this item
+        return None  # an older version saved the checkpoint
     return _load_json(step_path, "dataset")
 
 
@@ -104,8 +104,8 @@ def load_arrays(
 def load_item(path: Path) -> Any:
     """Load the arrays of one item to the host, regardless of their saved sharding."""
     with ocp.PyTreeCheckpointer() as checkpointer:
-        shapes = checkpointer.metadata(path).item_metadata.tree
-        restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(np.ndarray), shapes)
+        metadata = checkpointer.metadata(path).item_metadata.tree
+        restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(np.ndarray), metadata)
         args = ocp.args.PyTreeRestore(restore_args=restore_args)
         return checkpointer.restore(path, args=args)
 
@@ -113,7 +113,7 @@ def load_item(path: Path) -> Any:
 def verify_digests(step_path: Path, item: str, tree: Any) -> None:
     """Raise CheckpointError if an array of an item does not match its saved digest."""
     if not (step_path / "digests").is_dir():
-        return  # saved by a version without digests
+        return  # an older version saved the checkpoint
     saved = _load_json(step_path, "digests").get(item, {})
     restored = digests({item: tree})[item]
     wrong = [name for name in restored if restored[name] != saved.get(name)]
@@ -126,7 +126,7 @@ def verify_digests(step_path: Path, item: str, tree: Any) -> None:
 
 def verify_finite(step_path: Path, item: str, tree: Any) -> None:
     """Raise CheckpointError if an array of an item contains inf or NaN."""
-    if wrong := not_finite(tree):
+    if wrong := nonfinite_names(tree):
         raise CheckpointError(
             f"{step_path} is not usable: {len(wrong)} of {len(named_leaves(tree))} "
             f"arrays of {item} contain inf or NaN, the first is {wrong[0]}"
@@ -158,7 +158,7 @@ def preferred_params_item(step_path: Path) -> str:
     return "ema" if (step_path / "ema").is_dir() else "params"
 
 
-def item_shapes(step_path: Path, item: str) -> Any:
-    """Return shapes and dtypes of the arrays of an item, as a pytree."""
+def item_metadata(step_path: Path, item: str) -> Any:
+    """Return a pytree with the shape and dtype of each array of an item."""
     with ocp.StandardCheckpointer() as checkpointer:
         return checkpointer.metadata(step_path / item).item_metadata.tree

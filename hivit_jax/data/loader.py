@@ -20,7 +20,7 @@ from hivit_jax.errors import DataError, LocalDataError
 
 Batch = dict[str, np.ndarray]
 IMAGES_PER_JOB = 8  # examples that a thread reads in one job
-PREFETCH_BATCHES = 2  # batches that threads fill in addition to the next one
+PREFETCH_BATCHES = 2  # batches that threads fill while the caller uses another
 MIN_POOLED_BYTES = 2**20  # the memory of arrays of at least this size is reused
 
 
@@ -75,28 +75,28 @@ class Loader:
     def batches(self, plan: Iterable[PlannedBatch]) -> Iterator[Batch]:
         """Yield the batches of a plan. Threads fill them before they are needed.
 
-        No processes are needed, because decoding and copying release Python's global
-        interpreter lock.
+        Threads suffice and worker processes are not needed, because decoding and
+        copying release Python's global interpreter lock.
         """
         pool = ThreadPoolExecutor(self.threads, "read")
         queue: deque[tuple[Batch, list[Future]]] = deque()
 
         def wait_for_first():
-            batch, jobs = queue.popleft()
-            for job in jobs:
-                job.result()
+            batch, futures = queue.popleft()
+            for future in futures:
+                future.result()
             return batch
 
         try:
             for bucket, indices, epochs in plan:
                 for index in indices.tolist():
                     self._source.ask(index)
-                batch, jobs = self.empty_batch(bucket, len(indices)), []
+                batch, futures = self.empty_batch(bucket, len(indices)), []
                 for first in range(0, len(indices), IMAGES_PER_JOB):
                     part = slice(first, first + IMAGES_PER_JOB)
-                    job = batch, bucket, first, indices[part], epochs[part]
-                    jobs.append(pool.submit(self.fill, *job))
-                queue.append((batch, jobs))
+                    arguments = batch, bucket, first, indices[part], epochs[part]
+                    futures.append(pool.submit(self.fill, *arguments))
+                queue.append((batch, futures))
                 if len(queue) > PREFETCH_BATCHES:
                     yield wait_for_first()
             while queue:
@@ -110,9 +110,9 @@ class Loader:
         The arrays of the first `count` examples are undefined until `fill` writes them.
         """
         batch = {}
-        for name, shape in self._shapes[bucket].items():
-            local_shape = self._local_batch_size, *shape.shape[1:]
-            batch[name] = self._buffers.array(local_shape, shape.dtype)
+        for name, batched in self._shapes[bucket].items():
+            local_shape = self._local_batch_size, *batched.shape[1:]
+            batch[name] = self._buffers.array(local_shape, batched.dtype)
             batch[name][count:] = 0
         batch["index"][count:] = -1
         return batch
@@ -174,9 +174,9 @@ def synthetic_batches(
     rng = np.random.default_rng(seed)
     noise = [
         {
-            name: rng.integers(0, 256, (64, *shape.shape[1:]), np.uint8)
-            for name, shape in shapes.items()
-            if shape.dtype == np.uint8
+            name: rng.integers(0, 256, (64, *batched.shape[1:]), np.uint8)
+            for name, batched in shapes.items()
+            if batched.dtype == np.uint8
         }
         for shapes in batch_shapes(transform)
     ]
@@ -184,13 +184,13 @@ def synthetic_batches(
         is_real = np.arange(local_batch_size) < len(indices)
         indices = np.pad(indices, (0, local_batch_size - len(indices)))
         batch = {}
-        for name, shape in transform.shapes[bucket].items():
+        for name, array in transform.shapes[bucket].items():
             if name in noise[bucket]:
                 batch[name] = noise[bucket][name][indices % 64]
             else:
-                values = (indices % num_classes).reshape(-1, *[1] * len(shape.shape))
-                values = np.broadcast_to(values, (local_batch_size, *shape.shape))
-                batch[name] = values.astype(shape.dtype)
+                values = (indices % num_classes).reshape(-1, *[1] * len(array.shape))
+                values = np.broadcast_to(values, (local_batch_size, *array.shape))
+                batch[name] = values.astype(array.dtype)
         yield batch | {
             "index": np.where(is_real, indices, -1).astype(np.int32),
             "weight": is_real.astype(np.float32),

@@ -28,8 +28,8 @@ _exiting = threading.Lock()
 def start(address: str, count: int, index: int, peer_timeout: float) -> None:
     """Connect this process to the others of its run.
 
-    Without an address, the other processes are inferred from TPU metadata or SLURM
-    variables. Where neither exists, the process runs alone.
+    Without an address, JAX infers the other processes from TPU metadata or SLURM
+    variables. Without these, the process runs alone.
 
     Args:
       address: HOST:PORT of process 0, or "".
@@ -47,13 +47,13 @@ def start(address: str, count: int, index: int, peer_timeout: float) -> None:
         jax.distributed.initialize(
             *arguments,
             heartbeat_timeout_seconds=math.ceil(peer_timeout),
-            # Longer than `exit_now` waits, because JAX aborts every process after it.
+            # Longer than the barrier wait in `exit_now`, because JAX aborts all
+            # processes when this timeout expires.
             shutdown_timeout_seconds=math.ceil(_exit_timeout) + 30,
         )
     except ValueError as error:
-        if "coordinator_address should be defined" not in str(
-            error
-        ):  # no cluster was found
+        # JAX raises this message if it finds no cluster. This process then runs alone.
+        if "coordinator_address should be defined" not in str(error):
             raise ConfigError(
                 f"the processes cannot start together: {error}"
             ) from error
@@ -64,30 +64,37 @@ def start(address: str, count: int, index: int, peer_timeout: float) -> None:
 
 
 def joined() -> bool:
-    """Return True if this process has joined others, even while `exit_now` runs."""
+    """Return True if this process is connected to others, or `exit_now` has begun.
+
+    `exit_now` ends the connection.
+    """
     return jax.distributed.is_initialized() or _exiting.locked()
 
 
 def exit_now(code: int, message: str = "", peer_lost: bool = False) -> NoReturn:
-    """End this process without exit handlers, together with the others of its run.
+    """End this process without exit handlers, together with all processes of its run.
 
-    The other processes abort when process 0 ends. Each process therefore waits until
-    all have called this function, so that each exits with its own code. A process that
-    fails alone waits 2 x peer_timeout and exits with its code; then JAX aborts the
-    others.
+    The other processes abort when process 0 ends. Each process therefore waits at a
+    barrier until all processes have called this function, so that each process exits
+    with its own code. A process that fails alone waits 2 x peer_timeout and exits with
+    its code; then JAX aborts the other processes.
 
     Args:
       code: exit code.
-      message: printed to stderr unless JAX also aborts this process.
-      peer_lost: a lost process may have caused the error. Wait for JAX's abort instead
-        of the other processes, because the lost process may already be exiting.
+      message: printed to stderr after the wait; not printed if JAX aborts this process
+        first.
+      peer_lost: a lost process may have caused the error. This process then skips the
+        barrier and waits for JAX to abort it. A lost process that had already reached
+        the barrier could otherwise complete it, and this process would exit with
+        `code`.
     """
     _exiting.acquire()  # never released: the first of two threads sets the exit code
     sys.stdout.flush()
     if peer_lost:
         time.sleep(2 * _exit_timeout)
     elif jax.distributed.is_initialized():
-        # In a thread, because another process may hang and never reach this barrier.
+        # The barrier is in a thread, because another process may hang and never reach
+        # the barrier.
         barrier = threading.Thread(target=_shutdown, daemon=True)
         barrier.start()
         barrier.join(_exit_timeout)
@@ -136,7 +143,8 @@ def gather_objects(value: Any) -> list[Any]:
     """Return the objects of all processes, by process index, on every process.
 
     Args:
-      value: an object that pickle can write. Only processes of this run read it.
+      value: an object that pickle can write. Only processes of this run read the
+        pickled bytes.
     """
     if jax.process_count() == 1:
         return [value]

@@ -38,15 +38,15 @@ def make_mesh(
     """Return a mesh with the axes `AXES`.
 
     If the devices belong to several TPU slices or nodes, the first axis whose size is
-    divisible by the number of slices connects them. The other axes stay on the fast
-    links inside a slice.
+    divisible by the number of slices connects the slices. The other axes stay on the
+    fast links inside a slice.
 
     Args:
       sizes: size of each axis; one may be -1, for the remaining devices.
       batch_size: examples per step. It must be divisible by replica x data x fsdp x
         `num_microbatches`.
       num_microbatches: microbatches per step (optimizer.accumulate_steps).
-      devices: all devices of the mesh; None: all devices of the run.
+      devices: devices of the mesh; None: all devices of the run.
 
     Raises:
       ConfigError: the sizes do not fit the devices or their torus, or the batch is not
@@ -72,7 +72,9 @@ def make_mesh(
     types = (AxisType.Auto,) * len(AXES)
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices > 1:
-        return Mesh(across_slices(shape, slices, devices), AXES, axis_types=types)
+        return Mesh(
+            arrange_across_slices(shape, slices, devices), AXES, axis_types=types
+        )
     try:
         return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
     except NotImplementedError as error:
@@ -92,7 +94,7 @@ def replicate(mesh: Mesh, value: np.ndarray) -> jax.Array:
 
 
 def check_batch(mesh: Mesh, batch_size: int) -> None:
-    """Raise ConfigError unless a mesh can split an evaluation batch evenly."""
+    """Raise ConfigError if a mesh cannot split an evaluation batch evenly."""
     shards = math.prod(mesh.shape[axis] for axis in BATCH[0])
     if batch_size < 1 or batch_size % shards:
         raise ConfigError(
@@ -101,7 +103,7 @@ def check_batch(mesh: Mesh, batch_size: int) -> None:
         )
 
 
-def across_slices(
+def arrange_across_slices(
     shape: Sequence[int], slices: int, devices: Sequence[jax.Device]
 ) -> np.ndarray:
     """Return the devices of several slices as an array of the mesh's shape.
@@ -126,9 +128,10 @@ def param_spec(
 ) -> PartitionSpec:
     """Return the PartitionSpec of one array of the train state.
 
-    Shards its tensor dimension (`TENSOR_DIMS`) over the tensor axis, and its largest
-    divisible other dimension over fsdp. The same rules apply to optimizer moments and
-    averaged parameters, because their names end with their parameter's name.
+    The dimension in `TENSOR_DIMS` is sharded over the tensor axis, and the largest
+    other divisible dimension over the fsdp axis. The same rules apply to optimizer
+    moments and averaged parameters, because the names of these arrays end with the name
+    of the parameter.
 
     Args:
       name: path of the array, as in `tree.named_leaves`.
@@ -152,7 +155,7 @@ def param_spec(
 def unshard_fsdp(params: Any) -> Any:
     """All-gather parameters over the fsdp axis, if a mesh is set.
 
-    Without this constraint XLA may shard the computation instead and communicate
+    Without this constraint, XLA may shard the computation instead and communicate
     activations. The gradients get the same constraint.
     """
     mesh = jax.sharding.get_abstract_mesh()
@@ -176,11 +179,11 @@ def state_shardings(mesh: Mesh, abstract_state: Any, zero: int = 3) -> Any:
     )
 
 
-def with_shardings(shapes: Any, shardings: Any) -> Any:
-    """Return ShapeDtypeStructs with shardings, from pytrees of shapes and shardings."""
+def with_shardings(abstract: Any, shardings: Any) -> Any:
+    """Return a pytree of ShapeDtypeStructs with the given shardings."""
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        shapes,
+        abstract,
         shardings,
     )
 

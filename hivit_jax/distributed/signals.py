@@ -18,19 +18,20 @@ def catch_signals() -> Callable[[int], str | None]:
     """Turn SIGTERM and Ctrl-C into requests to save and exit.
 
     Returns:
-      A function of the number of completed steps. Every process must call it after
-      every step. It returns a description of the signal, or None, and the same result
-      on all processes. In a run of one process, a second signal kills the process.
+      A function (number of completed steps) -> description of the signal, or None
+      without a signal. Every process must call the function after every step. The
+      result is the same on all processes. In a run of one process, a second signal
+      kills the process.
     """
     if jax.process_count() > 1:
         # JAX handles SIGTERM since `processes.start` and notifies the other processes.
         signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
 
-        def reached(step: int) -> str | None:
+        def stop_reason(step: int) -> str | None:
             stop = multihost_utils.reached_preemption_sync_point(step)
             return "SIGTERM to one of the processes" if stop else None
 
-        return reached
+        return stop_reason
 
     caught: list[str] = []
 

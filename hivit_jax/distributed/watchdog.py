@@ -15,9 +15,9 @@ from hivit_jax.errors import Interrupted
 class Watchdog:
     """Context manager that ends this process with exit code 75 when it hangs.
 
-    It runs in a thread, because the main thread may wait forever for a collective.
-    The same command resumes the run, because a checkpoint is either complete or not
-    visible.
+    The watchdog runs in a thread, because the main thread may wait forever for a
+    collective. The same command resumes the run, because a checkpoint is either
+    complete or not visible.
 
     Args:
       stall_timeout: seconds allowed between two heartbeats; 0: unlimited.

@@ -63,7 +63,7 @@ def override_types(*config_classes: type[HiViTConfig]) -> dict[str, Any]:
     """Return {name: type} of the overrides that `create_model` accepts.
 
     Args:
-      config_classes: config classes of the models; default: those of all models.
+      config_classes: config classes of the models; default: the classes of all models.
     """
     classes = config_classes or dict.fromkeys(type(c) for _, c in VARIANTS.values())
     return {f.name: f.type for cls in (*classes, RunOptions) for f in fields(cls)}

@@ -17,7 +17,7 @@ def make_key(seed: Any) -> jax.Array:
       seed: integer of any type, or a PRNG key, which is returned unchanged.
 
     Raises:
-      ConfigError: the seed is neither, or is an integer of more than 64 bits.
+      ConfigError: the seed is neither an integer nor a key, or exceeds 64 bits.
     """
     dtype = getattr(seed, "dtype", None)
     if isinstance(seed, jax.Array):

@@ -10,7 +10,7 @@ from flax import nnx
 
 from hivit_jax.models import flops, positions
 from hivit_jax.models.config import HiViTConfig, RunOptions
-from hivit_jax.models.hivit import HiViT, Layer
+from hivit_jax.models.hivit import BlockOutput, HiViT
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -100,14 +100,14 @@ class Model(nnx.Module):
         """Return the encoder's feature pyramid, see `HiViT.features`."""
         return self.encoder.features(images, ids_keep, stride_32)
 
-    def layers(self, images: jax.Array, attention: bool = False) -> list[Layer]:
+    def layers(self, images: jax.Array, attention: bool = False) -> list[BlockOutput]:
         """Return the output of each main-stage block, see `HiViT.layers`."""
         return self.encoder.layers(images, attention)
 
     def parameter_count(self) -> int:
         """Return the number of parameters, including head, decoder and fixed tables.
 
-        It is 66.42 M for hivit_base and 87.04 M for mae_hivit_base.
+        hivit_base has 66.42 M parameters, mae_hivit_base 87.04 M.
         """
         return flops.parameter_count(self)
 
@@ -115,11 +115,12 @@ class Model(nnx.Module):
         """Return {parameter name: layer}, as in the official ``lr_decay.py``.
 
         The patch embedding and the absolute positions have layer 0. Residual blocks
-        count from 1. A merge has the layer of the block before it. All parameters
+        count from 1. A merge has the layer of the preceding block. All parameters
         outside the encoder have the layer after the last block.
 
         Raises:
-          ValueError: an encoder parameter that belongs to none of these.
+          ValueError: an encoder parameter belongs to no patch embedding, absolute
+            positions, block or merge.
         """
         layer_of, last = {"patch_embed": 0, "absolute_pos_embed": 0}, 0
         for stage, blocks in enumerate(self.encoder.stages):

@@ -19,9 +19,9 @@ from hivit_jax.models.windows import Windows
 
 
 class MlpBlock(nnx.Module):
-    """Stem block, ``x + MLP(LN(x))``. It does not mix the rows of x, [T, C].
+    """Stem block, ``x + MLP(LN(x))``, which does not mix the rows of x, [T, C].
 
-    Its only norm is named ``norm2``, as in the official code.
+    The only norm is named ``norm2``, as in the official code.
     """
 
     def __init__(

@@ -45,8 +45,10 @@ class Classifier(Model):
     ) -> jax.Array:
         """Return logits, [B, H, W, C] -> [B, num_classes] float32.
 
-        A model without head returns the pooled features, [B, E] float32. For
-        `drop_path_keys` see `HiViT`.
+        A model without head returns the pooled features, [B, E] float32.
+
+        Args:
+          drop_path_keys: [B] PRNG keys for drop path; None (evaluation): no drop path.
         """
         pooled = self.pooled(images, drop_path_keys=drop_path_keys)
         return pooled if self.head is None else self.head(pooled)
@@ -56,11 +58,11 @@ class Classifier(Model):
         self, images: jax.Array, *, drop_path_keys: jax.Array | None = None
     ) -> jax.Array:
         """Return the input of the head, [B, H, W, C] -> [B, E] float32."""
-        pooled = self.encoded(images, drop_path_keys=drop_path_keys)
+        pooled = self.mean_token(images, drop_path_keys=drop_path_keys)
         return pooled if self.fc_norm is None else self.fc_norm(pooled)
 
     @accepts_explicit_axes
-    def encoded(
+    def mean_token(
         self, images: jax.Array, *, drop_path_keys: jax.Array | None = None
     ) -> jax.Array:
         """Return the main stage's mean token, [B, H, W, C] -> [B, E] float32."""

@@ -15,8 +15,9 @@ def accepts_explicit_axes(method: Callable) -> Callable:
     With Explicit axes, the sharding of an array is part of its type, and JAX rejects
     reshapes that split or merge a sharded axis. Models need such reshapes for patches
     and cells. The decorated method therefore runs with Auto axes, where XLA propagates
-    shardings. Its results have the first array argument's sharding along their first
-    axis. Scalars are replicated. Without Explicit axes the method runs unchanged.
+    shardings. The first axis of each result is sharded like the first axis of the first
+    non-scalar array argument with Explicit axes. The other axes are replicated. Without
+    Explicit axes the method runs unchanged.
 
     The method must not change variables of the module.
     """

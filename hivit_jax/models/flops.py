@@ -45,9 +45,9 @@ def encoder_cost(
 ) -> int:
     """Return the cost of encoding `kept` units of one image; None: all units.
 
-    The patch convolution counts for all units, as in the published tables, although it
-    runs on the kept units only. Attention products with the padding of windows count,
-    because they are computed.
+    The patch convolution counts for all units, as in the published tables, although the
+    convolution runs on the kept units only. Attention products with the padding of
+    windows count, because these products are computed.
     """
     config, units = encoder.config, grid[0] * grid[1]
     kept = units if kept is None else kept

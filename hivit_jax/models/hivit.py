@@ -1,7 +1,8 @@
 """Encoder of HiViT (Zhang et al., ICLR 2023).
 
-The stem stages do not mix units. Therefore masked units are dropped as pixels, before
-any computation, and the stem processes one matrix of cells row by row.
+The stem stages do not mix units. Masked units are therefore dropped from the patchified
+image, before the patch embedding. The cells of all remaining units of the batch are the
+rows of one matrix, which the stem processes.
 """
 
 from typing import NamedTuple
@@ -20,7 +21,7 @@ from hivit_jax.models.layers import INIT, PatchEmbed, PatchMerge
 from hivit_jax.models.positions import Grid
 
 
-class Layer(NamedTuple):
+class BlockOutput(NamedTuple):
     """Output of a main-stage block.
 
     tokens: [B, N, E] in compute dtype, units in row-major order.
@@ -37,8 +38,9 @@ class HiViT(nnx.Module):
 
     Args:
       sincos_position: initialize `absolute_pos_embed` with the sine-cosine table
-        instead of normal(0.02). It is trained in both cases. The official pretraining
-        code also trains the table, although a comment there calls it frozen.
+        instead of normal(0.02). The table is trained in both cases. The official
+        pretraining code also trains the table, although a comment in that code calls
+        the table frozen.
 
     Raises:
       ConfigError: `scan_blocks` with `global_blocks`.
@@ -127,12 +129,13 @@ class HiViT(nnx.Module):
         Args:
           images: [B, H, W, C] float, normalized.
           ids_keep: int [B, K], indices of the units to keep, in the order of the
-            output; None: all units.
+            output; None: all N units, K = N.
           key_mask: [B, K], nonzero for units that may be attended to.
           drop_path_keys: [B] PRNG keys for drop path; None (evaluation): no drop path.
 
         Returns:
-          [B*K*16, E/4], [B*K*4, E/2], [B, K, E] in merge order and compute dtype.
+          Stage outputs in compute dtype: [B*K*16, E/4], [B*K*4, E/2] and [B, K, E].
+          The cells of each unit are in merge order, see `positions`.
 
         Raises:
           ConfigError: image size or channels differ from the config's; another
@@ -153,7 +156,11 @@ class HiViT(nnx.Module):
 
     @jax.named_scope("embedding")
     def _stem(self, images, ids_keep=None, drop_path_keys=None):
-        """Return stem stage outputs, main stage input [B, K, E] and relative index."""
+        """Return the stem stages' outputs, the main stage's input and relative index.
+
+        The input has the shape [B, K, E]. The index is that of
+        `positions.relative_position_index`.
+        """
         config = self.config
         expected = config.image_shape
         if images.shape[1:] != expected:
@@ -180,8 +187,9 @@ class HiViT(nnx.Module):
         if ids_keep is not None:
             units = positions.gather_tokens(units, ids_keep)  # [B, K, P*P*C]
             # A matrix product, because the gradient of a gather is a scatter-add.
-            # Scatter-adds are slow on TPUs and have no fixed order on GPUs. They are
-            # also all-reduced before they are summed.
+            # Scatter-adds are slow on TPUs and have no fixed order on GPUs. With a
+            # sharded table, XLA may also exchange the gradients of all samples,
+            # [B, K, E], instead of their sum, [N, E].
             one_hot = jax.nn.one_hot(ids_keep, len(position), dtype=dtype)
             position = jnp.matmul(
                 one_hot, position.astype(dtype), precision="highest"
@@ -245,7 +253,7 @@ class HiViT(nnx.Module):
         return maps
 
     @accepts_explicit_axes
-    def layers(self, images: jax.Array, attention: bool = False) -> list[Layer]:
+    def layers(self, images: jax.Array, attention: bool = False) -> list[BlockOutput]:
         """Return the output of each main-stage block for images [B, H, W, C].
 
         Args:
@@ -258,5 +266,5 @@ class HiViT(nnx.Module):
             if attention:
                 weights = block.attn.probabilities(block.norm1(x), index)
             x = run_blocks([block], x, self.run_options, relative_index=index)
-            layers.append(Layer(x, weights))
+            layers.append(BlockOutput(x, weights))
         return layers

@@ -28,9 +28,9 @@ INIT = nnx.initializers.normal(0.02)
 class ParameterKeys:
     """PRNG keys for initialization, equal to those of ``nnx.Rngs(seed)``.
 
-    The counter is a Python integer. The counter of `nnx.Rngs` is an array, and inside
-    `jax.eval_shape` and `jax.jit` each increment makes JAX search the program traced so
-    far. This takes 5 s for HiViT-B.
+    The counter is a Python integer. The counter of `nnx.Rngs` is an array. Inside
+    `jax.eval_shape` and `jax.jit`, each increment of the array makes JAX search the
+    program traced so far, which takes 5 s for HiViT-B.
 
     Args:
       seed: integer or PRNG key.
@@ -238,8 +238,8 @@ class Attention(nnx.Module):
 class PatchEmbed(nnx.Module):
     """Linear and LayerNorm on cells, [T, cell*cell*in_channels] -> [T, dim].
 
-    The Linear is equivalent to the official strided convolution. Its weight and bias
-    have PyTorch's default initialization, uniform in +-1/sqrt(fan_in).
+    The Linear is equivalent to the official strided convolution. Weight and bias have
+    PyTorch's default initialization, uniform in +-1/sqrt(fan_in).
     """
 
     def __init__(self, fan_in: int, dim: int, *, eps: float, dtype, rngs: nnx.Rngs):

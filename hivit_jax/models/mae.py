@@ -1,6 +1,6 @@
 """Masked autoencoder (He et al., CVPR 2022) with HiViT as encoder.
 
-It follows ``masked_autoencoder.py`` and ``models_mae_hivit.py`` of the official HiViT
+Follows ``masked_autoencoder.py`` and ``models_mae_hivit.py`` of the official HiViT
 code: no class token, a latent from all three stages, and a plain transformer decoder.
 Only the visible units are embedded and encoded.
 """
@@ -60,9 +60,10 @@ class MaskedAutoencoder(Model):
         common = dict(dtype=jnp.dtype(run_options.dtype), rngs=rngs)
         norm = dict(epsilon=config.layer_norm_eps, **common)
         multi_scale, dim = config.multi_scale, config.decoder_embed_dim
-        # Each stage adds its cells per unit times its width: 4E + 2E + E for three.
-        scales = 2 * config.inner_patches - 1 if multi_scale else 1
-        width = config.embed_dim * scales
+        # Latent width per unit: each stage contributes (cells per unit) x (stage
+        # width), 4E + 2E + E with three stages.
+        width_factor = 2 * config.inner_patches - 1 if multi_scale else 1
+        width = config.embed_dim * width_factor
         self.norm = LayerNorm(width, **norm) if multi_scale else None
         self.decoder_embed = Linear(width, dim, **common)
         self.mask_token = nnx.Param(INIT(rngs.params(), (dim,), jnp.float32))
@@ -119,8 +120,8 @@ class MaskedAutoencoder(Model):
     ) -> jax.Array:
         """Return the mean squared error over each image's masked units, [B] float32.
 
-        For the arguments see `__call__`. Training uses this method. It is cheaper,
-        because the decoder's last MLP and its output layer skip the visible units.
+        For the arguments see `__call__`. Training uses this method, because its
+        decoder's last MLP and output layer skip the visible units.
         """
         kept = self._count_visible(images, noise, mask_ratio)
         ids_shuffle = random_masking(noise, kept)[0]
@@ -170,8 +171,8 @@ class MaskedAutoencoder(Model):
 
         Args:
           latent: [B, K, 7E] or [B, K, E], latent of the K visible units.
-          ids: int [B, N], indices of all units; first those of the visible units, in
-            the order of `latent`.
+          ids: int [B, N], indices of all units. The visible units come first, in the
+            order of `latent`.
           masked_only: predict only the masked units, [B, N - K, P*P*C].
         """
         check_ids("ids", ids, latent.shape[0], self.decoder_pos_embed[...].shape[0])
@@ -179,13 +180,14 @@ class MaskedAutoencoder(Model):
         check_shape("latent", latent, "[B, K, width]", latent.shape[0], None, width)
         x = self.decoder_embed(latent)  # [B, K, D]
         batch, kept, dim = x.shape
-        tokens = jnp.broadcast_to(
+        mask_tokens = jnp.broadcast_to(
             self.mask_token[...].astype(x.dtype), (batch, ids.shape[1] - kept, dim)
         )
-        # Tokens stay in this order, so that the masked ones are a slice. The order does
-        # not matter to the decoder, because positions come from the table only.
+        # The tokens stay in the order of `ids`, so that the masked tokens are a slice.
+        # The order does not matter to the decoder, because positions come from the
+        # table only.
         table = jax.lax.stop_gradient(self.decoder_pos_embed[...]).astype(x.dtype)
-        x = jnp.concatenate([x, tokens], axis=1) + table[ids]  # [B, N, D]
+        x = jnp.concatenate([x, mask_tokens], axis=1) + table[ids]  # [B, N, D]
 
         def run_last(block, x, **options):
             x = block.add_attention(x, **options)
@@ -245,8 +247,8 @@ class MaskedAutoencoder(Model):
         pixels and 0 for visible pixels.
 
         Args:
-          mean, scale: [B, N, 1], mean and scale of each unit. They come from `targets`,
-            or are estimates that do not depend on the masked pixels.
+          mean, scale: [B, N, 1], mean and scale of each unit, from `targets` or
+            estimated without the masked pixels.
         """
         grid, patch_size = self.config.grid, self.config.patch_size
         mask = jnp.repeat(out.mask[..., None], patch_size**2, -1)
@@ -262,10 +264,16 @@ class MaskedAutoencoder(Model):
         mask_ratio: float = 0.75,
         layer_norm_cost: int = 5,
     ) -> int:
-        """Return the multiply-adds of one image's forward pass, see `Classifier.macs`.
+        """Return the multiply-adds of one image's forward pass.
 
         As in the published tables, all units are predicted. `image_loss` costs about
         1.5 % less.
+
+        Args:
+          image_size: side or (height, width) in pixels; None: the model's.
+          mask_ratio: fraction of units to mask.
+          layer_norm_cost: cost per LayerNorm output element. 5 is fvcore's rule, which
+            the published numbers use; with 0, only multiply-adds count.
         """
         grid = self._grid(image_size)
         units = grid[0] * grid[1]

@@ -27,7 +27,7 @@ def count_visible_units(units: int, mask_ratio: float) -> int:
 
 
 def _largest_mask_ratio(units: int) -> float:
-    """Return the largest ratio, rounded to few decimals, that keeps a unit; else 0."""
+    """Return the largest ratio that keeps a unit, rounded to few decimals; else 0."""
     digits = max(2, len(str(units)))
     step = 10**-digits
     ratio = round(1 - 1 / units, digits)
@@ -59,7 +59,7 @@ def random_masking(
 def _argsort(x: jax.Array) -> jax.Array:
     """Return the stable order of each row of x [B, N], as int32 [B, N]."""
     order = jnp.argsort(x, axis=1, stable=True)
-    # Without this, JAX 0.10 takes the order to be equal on all devices of a
-    # `jax.shard_map`, and gradients use the first device's masks for all.
+    # Without this, JAX 0.10 assumes that the order is equal on all devices of a
+    # `jax.shard_map`, and gradients use the masks of the first device for all devices.
     axes = varying_axes(x) - varying_axes(order)
     return jax.lax.pcast(order, tuple(axes), to="varying") if axes else order

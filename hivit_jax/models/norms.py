@@ -17,8 +17,8 @@ class LayerNorm(nnx.LayerNorm):
 
     Computes the variance in two passes, because the one-pass formula loses the small
     variances that eps=1e-6 is meant for. Saves the input and each row's mean and
-    inverse standard deviation for the backward pass; `nnx.LayerNorm` saves three
-    arrays.
+    inverse standard deviation for the backward pass. `nnx.LayerNorm` saves three
+    float32 arrays of the input's shape.
     """
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -48,8 +48,8 @@ def _layer_norm(x, scale, bias, eps, dtype):
 def _layer_norm_jvp(eps, dtype, primals, tangents):
     y, mean, inverse = _layer_norm(*primals, eps, dtype)
 
-    # The backward pass transposes this function. Because of `jax.checkpoint` it
-    # recomputes the normalized rows from the arguments.
+    # The backward pass transposes this function. Because of `jax.checkpoint`, the
+    # backward pass recomputes the normalized rows from the arguments.
     @partial(jax.checkpoint, prevent_cse=False)
     def tangent(saved, dx, dscale, dbias):
         # Without this, XLA:GPU recomputes mean and deviation at every use, and writes
@@ -65,7 +65,7 @@ def _layer_norm_jvp(eps, dtype, primals, tangents):
 
 
 def _like_rows(weight, x):
-    """Return a vector [C] with the number of axes of x, [1, ..., C]."""
+    """Reshape a vector [C] to [1, ..., 1, C], with as many axes as x."""
     return weight.reshape((1,) * (x.ndim - 1) + weight.shape)
 
 
@@ -99,7 +99,7 @@ class BatchNorm(nnx.Module):
         """Return normalized x, [B, ..., C] -> [B, ..., C] in the dtype of x.
 
         Args:
-          weight: [B], weights of the examples of a training batch; those with weight 0
+          weight: [B], weights of the examples of a training batch. Examples of weight 0
             do not count. x is normalized by the statistics of the global batch, and the
             running statistics are updated. None (evaluation): x is normalized by the
             running statistics.
@@ -135,7 +135,8 @@ def batch_statistics(
       weight: [B].
 
     Returns:
-      Mean [C], biased variance [C] and the sum of the weights of a channel's elements.
+      Mean [C], biased variance [C], and the weighted number of elements per channel:
+      sum(weight) times the positions per example, a scalar.
     """
     mesh = jax.sharding.get_abstract_mesh()
     axis_types = zip(mesh.axis_names, mesh.axis_types, strict=True)

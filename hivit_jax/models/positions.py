@@ -132,7 +132,7 @@ def relative_position_index(ids: jax.Array, grid: Grid) -> jax.Array:
 
     Returns:
       int [..., K, K], query first: ``(r1-r2+Gh-1)*(2*Gw-1) + (c1-c2+Gw-1)``. The
-      official ``hivit.py`` gathers these from a stored N x N buffer.
+      official ``hivit.py`` gathers these indices from a stored N x N buffer.
     """
     row, column = jnp.divmod(ids, grid[1])
     row = row[..., :, None] - row[..., None, :] + grid[0] - 1

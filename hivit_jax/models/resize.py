@@ -9,8 +9,8 @@ def resize_grid_table(table: np.ndarray, grid: Grid, new_grid: Grid) -> np.ndarr
     """Resize absolute positions to another grid, [Gh*Gw, D] -> [Gh'*Gw', D].
 
     The interpolation is bicubic, as in the official supervised loader: torch's
-    ``interpolate(mode="bicubic", align_corners=False)`` without antialiasing. It is
-    computed in float64 and returned in the dtype of `table`. If the grids are equal,
+    ``interpolate(mode="bicubic", align_corners=False)`` without antialiasing. The table
+    is resized in float64 and returned in its own dtype. If the grids are equal,
     the table is returned unchanged.
 
     Raises:
@@ -26,9 +26,10 @@ def resize_grid_table(table: np.ndarray, grid: Grid, new_grid: Grid) -> np.ndarr
 
 
 def resize_relative_table(table: np.ndarray, grid: Grid, new_grid: Grid) -> np.ndarray:
-    """Resize relative positions, [(2*Gh-1)*(2*Gw-1), heads], to another grid.
+    """Resize a relative position bias table to another grid.
 
-    Applies `resize_grid_table` to the map of row and column differences.
+    The table is [(2*Gh-1)*(2*Gw-1), heads]. Applies `resize_grid_table` to the table as
+    a map with one row per row difference and one column per column difference.
     """
     shapes = [(2 * rows - 1, 2 * columns - 1) for rows, columns in (grid, new_grid)]
     return resize_grid_table(table, *shapes)
@@ -58,17 +59,18 @@ def resize_matrix(old: int, new: int) -> np.ndarray:
     near = ((a + 2) * t - (a + 3)) * t**2 + 1
     far = ((a * t - 5 * a) * t + 8 * a) * t - 4 * a
     weights = np.where(t <= 1, near, far)
-    inside = np.clip(taps, 0, old - 1)[:, :, None] == np.arange(old)  # [new, 4, old]
-    return (weights[:, :, None] * inside).sum(1)
+    one_hot = np.clip(taps, 0, old - 1)[:, :, None] == np.arange(old)  # [new, 4, old]
+    return (weights[:, :, None] * one_hot).sum(1)
 
 
-def channel_weights(old: int, new: int) -> np.ndarray:
+def channel_matrix(old: int, new: int) -> np.ndarray:
     """Return the matrix that maps `old` input channels to `new`, float64 [new, old].
 
     With more channels, new channel i gets the weights of old channel ``i % old``,
-    divided by the number of new channels that share it. With fewer, new channel i gets
-    the sum of the old channels j with ``j % new == i``. Every column sums to 1, so
-    images whose channels are equal give the same embedding for any number of channels.
+    divided by the number of new channels that share it. With fewer channels, new
+    channel i gets the sum of the old channels j with ``j % new == i``. Every column
+    sums to 1, so images whose channels are equal give the same embedding for any number
+    of channels.
     """
     few, many = min(old, new), max(old, new)
     cycle = np.equal.outer(np.arange(many) % few, np.arange(few)).astype(np.float64)
@@ -78,11 +80,11 @@ def channel_weights(old: int, new: int) -> np.ndarray:
 def resize_channels(kernel: np.ndarray, old: int, new: int) -> np.ndarray:
     """Adapt a patch embedding, [cell*cell*old, dim] -> [cell*cell*new, dim].
 
-    See `channel_weights`. The dtype is that of `kernel`.
+    Multiplies the channels by `channel_matrix`. The result has the dtype of `kernel`.
     """
     kernel = np.asarray(kernel)
     if old == new:
         return kernel
     dim = kernel.shape[-1]
     pixels = kernel.reshape(-1, old, dim).astype(np.float64)
-    return (channel_weights(old, new) @ pixels).reshape(-1, dim).astype(kernel.dtype)
+    return (channel_matrix(old, new) @ pixels).reshape(-1, dim).astype(kernel.dtype)

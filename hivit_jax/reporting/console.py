@@ -51,13 +51,13 @@ def eval_line(label: str, values: Scalars) -> str:
 
 
 def best_line(workdir: Path, steps: Collection[int], best: Best) -> str:
-    """Return the log line of the best checkpoint; the newest of several equal ones.
+    """Return the log line of the best checkpoint; of equal results, the newest.
 
     For example ``best checkpoint  step 360  eval  loss ...  DIR/checkpoints/360``.
 
     Args:
-      steps: steps of the existing checkpoints; only these are compared.
-      best: metric and direction that select the best.
+      steps: steps of the existing checkpoints. Other steps are ignored.
+      best: metric and direction that select the best checkpoint.
     """
     lines = [
         line

@@ -114,7 +114,10 @@ def _tensorboard(workdir: str | Path) -> Any:
 
 
 class Throughput:
-    """Images per second between two calls of `read`, without the time in `pause`."""
+    """Measures images per second between two calls of `read`.
+
+    The time inside `pause` does not count.
+    """
 
     def __init__(self):
         self._restart()

@@ -61,7 +61,7 @@ class Task:
 
     @classmethod
     def batch_multiple(cls, config: Any) -> int:
-        """Return the number of which every microbatch size must be a multiple."""
+        """Return a number that must divide the size of every microbatch."""
         return 1
 
     def __init__(self, config: Any, data: DatasetInfo):
@@ -80,9 +80,11 @@ class Task:
           total_steps: length of the run in steps.
         """
         config, optimizer = self.config, self.config.optimizer
-        found = warnings.common(config, self.data, steps_per_epoch, total_steps)
+        found = warnings.common_warnings(
+            config, self.data, steps_per_epoch, total_steps
+        )
         if type(self).optimizer is Task.optimizer:
-            found += warnings.adam(optimizer, config.batch_size)
+            found += warnings.adam_warnings(optimizer, config.batch_size)
         return found
 
     # --- Model and optimizer ----------------------------------------------------------
@@ -117,7 +119,7 @@ class Task:
     def frozen(self) -> Any:
         """Return a pytree of arrays that every step receives.
 
-        They are neither trained nor saved.
+        These arrays are neither trained nor saved.
         """
         return {}
 

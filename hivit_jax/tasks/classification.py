@@ -34,7 +34,7 @@ class Classification(Task):
         ),
     }
     best = ("eval/top1", "max")
-    # As in the official ``main_finetune.py``, also that position tables do not decay.
+    # As in the official ``main_finetune.py``. There, position tables do not decay.
     head_scale = 2e-5 / 0.02
     decayed = ("kernel",)
     undecayed = (
@@ -47,7 +47,10 @@ class Classification(Task):
 
     @classmethod
     def check(cls, config: Any) -> None:
-        """As `Task.check`; Mixup and CutMix require an even microbatch."""
+        """Raise ConfigError for an invalid config.
+
+        Mixup and CutMix require an even microbatch size.
+        """
         super().check(config)
         microbatch = config.batch_size // config.optimizer.accumulate_steps
         if microbatch % cls.batch_multiple(config):
@@ -59,7 +62,7 @@ class Classification(Task):
 
     @classmethod
     def batch_multiple(cls, config: Any) -> int:
-        """Return 2 with Mixup or CutMix, because they mix pairs of images; else 1."""
+        """Return 2 for Mixup or CutMix, which mix pairs of images; else 1."""
         return 2 if config.get("mixup") or config.get("cutmix") else 1
 
     def loss(
@@ -103,7 +106,7 @@ class Classification(Task):
         return images, targets
 
     def training_images(self, batch: dict, keys: Keys) -> jax.Array:
-        """As `Task.training_images`, with random erasing, Mixup and CutMix."""
+        """Return the flipped, erased and mixed images of a batch, for figures."""
         return self.augment_with_targets(batch, keys)[0]
 
     def eval_step(

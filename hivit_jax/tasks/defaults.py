@@ -1,7 +1,4 @@
-"""Default implementations of `Task` methods.
-
-They serve tasks with a registered model and one image per example.
-"""
+"""Default `Task` methods, for a registered model and one image per example."""
 
 import math
 from collections.abc import Mapping

@@ -14,8 +14,8 @@ from hivit_jax.tasks.warnings import peak_text
 from hivit_jax.training.schedule import peak_learning_rate
 from hivit_jax.tree import leaf_name, split_state
 
-# Smallest usual peak learning rate. It is large because LARS scales updates by 0.001.
-# Published linear probes have peaks of 1 to 100.
+# Smallest usual peak learning rate. The peak is large, because LARS scales updates by
+# 0.001. Published linear probes have peaks of 1 to 100.
 MIN_PEAK = 0.3
 
 
@@ -35,13 +35,16 @@ class LinearProbe(Classification):
 
     @classmethod
     def check(cls, config: Any) -> None:
-        """As `Task.check`; requires `model.running_norm`."""
+        """Raise ConfigError for an invalid config, or without `model.running_norm`."""
         super().check(config)
         if not config.model.running_norm:
             raise ConfigError("task='linear_probe' requires model.running_norm=True")
 
     def warnings(self, steps_per_epoch: float, total_steps: int) -> list[str]:
-        """As `Task.warnings`; also for a random encoder and a small learning rate."""
+        """Return one line about each setting that is probably not intended.
+
+        These include a random encoder and a small learning rate.
+        """
         config, found = self.config, super().warnings(steps_per_epoch, total_steps)
         if not config.init_from:
             found.append("init_from='': the frozen encoder has random parameters")
@@ -82,10 +85,12 @@ class LinearProbe(Classification):
         self, model: Classifier, frozen: Any, batch: dict, keys: Keys
     ) -> PerSample:
         """Return the cross entropy, and top-1 and top-5 accuracy."""
-        features = jax.lax.stop_gradient(model.encoded(self.augment_batch(batch, keys)))
+        features = jax.lax.stop_gradient(
+            model.mean_token(self.augment_batch(batch, keys))
+        )
         logits = model.head(model.fc_norm(features, weight=batch["weight"]))
         return classification_metrics(logits, batch["label"])
 
     def training_images(self, batch: dict, keys: Keys) -> jax.Array:
-        """As `Task.training_images`."""
+        """Return the flipped images of a training batch, for figures."""
         return self.augment_batch(batch, keys)

@@ -36,7 +36,7 @@ class MaskedAutoencoding(Task):
 
     @classmethod
     def check(cls, config: Any) -> None:
-        """As `Task.check`; also checks `mask_ratio`."""
+        """Raise ConfigError for an invalid config, such as an invalid `mask_ratio`."""
         super().check(config)
         rows, columns = configure(**model_arguments(config))[1].grid
         units = rows * columns
@@ -48,7 +48,7 @@ class MaskedAutoencoding(Task):
             )
 
     def macs(self, model: MaskedAutoencoder, layer_norm_cost: int = 0) -> int:
-        """As `Task.macs`, at the config's mask ratio."""
+        """Return the multiply-adds of one image at the config's mask ratio."""
         return model.macs(
             mask_ratio=self.config.mask_ratio, layer_norm_cost=layer_norm_cost
         )
@@ -79,8 +79,8 @@ class MaskedAutoencoding(Task):
     ) -> Rows:
         """Return the inputs of `figures`.
 
-        With `norm_pix_loss`, the mean and standard deviation of each true unit, unknown
-        to the model, convert its prediction back to pixels.
+        With `norm_pix_loss`, each prediction is converted back to pixels with the mean
+        and standard deviation of the true unit, which the model does not receive.
 
         Returns:
           "images", "predicted": normalized images [B, H, W, C].
@@ -101,7 +101,7 @@ class MaskedAutoencoding(Task):
         return {"reconstruction": drawing.reconstructions(pixels, "held-out images")}
 
     def _masking(self, model: MaskedAutoencoder, keys: Keys) -> dict[str, Any]:
-        """Return the model arguments that select masks: noise [B, N], mask ratio."""
+        """Return the model arguments noise, [B, N], and mask_ratio."""
         rows, columns = model.encoder.grid
         units = rows * columns
         with jax.named_scope("input"):

@@ -26,11 +26,11 @@ def nearest_neighbors(
     temperature: float = 0.07,
     heartbeat: Callable[[], None] = lambda: None,
 ) -> dict[str, float | int]:
-    """Classify the test split by its nearest training images, and log the accuracy.
+    """Classify each test image by its nearest training images, and log the accuracy.
 
-    The feature of an image is the mean of the last tokens of the encoder in
-    `config.init_from`, normalized to length 1. A neighbor votes for its class with
-    weight ``exp(cosine / temperature)``, as in DINO's ``eval_knn.py``.
+    The feature of an image is the mean of the encoder's last tokens, normalized to
+    length 1. The encoder is read from `config.init_from`. A neighbor votes for its
+    class with weight ``exp(cosine / temperature)``, as in DINO's ``eval_knn.py``.
 
     Args:
       neighbors: number of neighbors that vote.

@@ -5,12 +5,12 @@ from typing import Any
 from hivit_jax.data.sources.base import DatasetInfo
 from hivit_jax.training.schedule import peak_learning_rate
 
-# AdamW hardly changes the weights with a smaller peak learning rate than the first, and
-# diverges with a larger one than the second.
+# Usual range of AdamW's peak learning rate. With a smaller peak the weights hardly
+# change; with a larger peak the loss diverges.
 ADAM_PEAKS = (1e-6, 0.05)
 
 
-def common(
+def common_warnings(
     config: Any, data: DatasetInfo, steps_per_epoch: float, total_steps: int
 ) -> list[str]:
     """Return the warnings that apply to every task, one line each.
@@ -19,13 +19,13 @@ def common(
       total_steps: length of the run in steps.
     """
     return [
-        *_lengths(config, data, steps_per_epoch, total_steps),
-        *_learning_rates(config.optimizer, config.batch_size),
-        *_classes(config, data),
+        *_length_warnings(config, data, steps_per_epoch, total_steps),
+        *_learning_rate_warnings(config.optimizer, config.batch_size),
+        *_class_warnings(config, data),
     ]
 
 
-def _lengths(
+def _length_warnings(
     config: Any, data: DatasetInfo, steps_per_epoch: float, total_steps: int
 ) -> list[str]:
     """Return warnings about settings that do not fit the length of the run."""
@@ -67,7 +67,7 @@ def _lengths(
     return found
 
 
-def _learning_rates(optimizer: Any, batch_size: int) -> list[str]:
+def _learning_rate_warnings(optimizer: Any, batch_size: int) -> list[str]:
     """Return warnings about a peak of 0, and learning rates above the peak."""
     peak, found = peak_learning_rate(optimizer, batch_size), []
     if peak == 0:
@@ -81,7 +81,7 @@ def _learning_rates(optimizer: Any, batch_size: int) -> list[str]:
     return found
 
 
-def _classes(config: Any, data: DatasetInfo) -> list[str]:
+def _class_warnings(config: Any, data: DatasetInfo) -> list[str]:
     """Return warnings about the number of classes, and about equal splits."""
     found, dataset_classes = [], len(data.classes)
     num_classes = config.model.get("num_classes") or 0
@@ -101,7 +101,7 @@ def _classes(config: Any, data: DatasetInfo) -> list[str]:
     return found
 
 
-def adam(optimizer: Any, batch_size: int) -> list[str]:
+def adam_warnings(optimizer: Any, batch_size: int) -> list[str]:
     """Return the warnings about the settings of AdamW, one line each."""
     peak, (low, high), found = peak_learning_rate(optimizer, batch_size), ADAM_PEAKS, []
     if peak and not low <= peak <= high:

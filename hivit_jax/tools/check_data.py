@@ -29,7 +29,7 @@ from hivit_jax.data.loader import Loader, available_cores
 from hivit_jax.data.order import permutation, samples_at
 from hivit_jax.data.sources.registry import open_source
 from hivit_jax.data.transforms import Transform
-from hivit_jax.errors import ConfigError, DataError, Parser, exit_code
+from hivit_jax.errors import ConfigError, DataError, Parser, run_command
 from hivit_jax.models import Model, image_shape
 from hivit_jax.tools.outputs import output_path
 
@@ -286,7 +286,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     if argv is None:
         platforms.use_cpu()
-    return exit_code(lambda: run(argv))
+    return run_command(lambda: run(argv))
 
 
 if __name__ == "__main__":

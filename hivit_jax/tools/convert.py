@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from hivit_jax import platforms
-from hivit_jax.errors import ConfigError, Parser, exit_code
+from hivit_jax.errors import ConfigError, Parser, run_command
 from hivit_jax.models import arguments_of, configure, variant
 from hivit_jax.reporting.console import log
 from hivit_jax.tools.outputs import output_path
 from hivit_jax.tree import named_leaves, split
 from hivit_jax.weights import files, load
-from hivit_jax.weights.adapt import compare
-from hivit_jax.weights.load import abstract_model, build, fitting_arguments
+from hivit_jax.weights.adapt import match_arrays
+from hivit_jax.weights.load import abstract_model, build, merge_arguments
 from hivit_jax.weights.names.official import LAYOUTS, to_state_dict
 from hivit_jax.weights.save import save_pretrained
 
@@ -80,7 +80,7 @@ def inspect(
       overrides: model arguments that differ from the saved ones.
     """
     pretrained = load.read(source, averaged=averaged, **overrides)
-    model = abstract_model(fitting_arguments(pretrained.arguments, overrides))
+    model = abstract_model(merge_arguments(pretrained.arguments, overrides))
     _, config, run_options = configure(**pretrained.arguments)
     title = pretrained.arguments["name"]
     standard, sizes = variant(title)[1], ("embed_dim", "depths", "num_heads")
@@ -95,7 +95,7 @@ def inspect(
     if unused := pretrained.unused:
         lines.append(f"unused entries: {len(unused)}, {', '.join(unused[:3])}")
     text = "\n  ".join(lines) + f"\nas {model.name}:\n"
-    _, report = compare(pretrained, model)
+    _, report = match_arrays(pretrained, model)
     if names:
         leaves = named_leaves(split(model)[1])
         for outcome, arrays in vars(report).items():
@@ -153,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     if argv is None:
         platforms.use_cpu()
-    return exit_code(lambda: run(argv))
+    return run_command(lambda: run(argv))
 
 
 if __name__ == "__main__":

@@ -252,7 +252,7 @@ def run(argv: Sequence[str] | None) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    return errors.exit_code(lambda: run(argv))
+    return errors.run_command(lambda: run(argv))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,13 @@ from hivit_jax import evaluate, inputs, platforms
 from hivit_jax.data.prefetch import prefetch_to_device
 from hivit_jax.data.sources import folder, registry
 from hivit_jax.distributed.sharding import make_mesh
-from hivit_jax.errors import CheckpointError, ConfigError, DataError, Parser, exit_code
+from hivit_jax.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    Parser,
+    run_command,
+)
 from hivit_jax.paths import expand
 from hivit_jax.reporting.console import log
 from hivit_jax.tools.outputs import output_path
@@ -50,7 +56,7 @@ def predict(
             f"{pretrained.path} contains no training config; expected a workdir or a "
             "directory, written by save_pretrained, that includes the training config"
         )
-    config = configs.from_checkpoint(pretrained.recipe, pretrained.path)
+    config = configs.complete_saved(pretrained.recipe, pretrained.path)
     task = inputs.make_task(config, "test")
     if images is None:
         source = registry.open_source(config.data, "test")
@@ -108,7 +114,7 @@ def run(argv: Sequence[str] | None) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    return exit_code(lambda: run(argv))
+    return run_command(lambda: run(argv))
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from hivit_jax.errors import (
     HivitError,
     Interrupted,
     Parser,
-    exit_code,
+    run_command,
     unknown,
 )
 
@@ -291,7 +291,7 @@ def run(argv: Sequence[str] | None) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    return exit_code(lambda: run(argv))
+    return run_command(lambda: run(argv))
 
 
 if __name__ == "__main__":

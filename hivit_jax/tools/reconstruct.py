@@ -14,7 +14,7 @@ from flax import nnx
 from hivit_jax import platforms
 from hivit_jax.data.decoding import PIL_MODES
 from hivit_jax.data.transforms import evaluation_image
-from hivit_jax.errors import ConfigError, DataError, Parser, exit_code
+from hivit_jax.errors import ConfigError, DataError, Parser, run_command
 from hivit_jax.models.mae import MaskedAutoencoder
 from hivit_jax.paths import expand
 from hivit_jax.reporting import figures
@@ -157,7 +157,7 @@ def read(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    return exit_code(lambda: run(argv))
+    return run_command(lambda: run(argv))
 
 
 if __name__ == "__main__":

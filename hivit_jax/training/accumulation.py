@@ -19,8 +19,8 @@ def accumulate_gradients(gradient: Callable, num_microbatches: int) -> Callable:
     Args:
       gradient: function of (params, model state, batch, keys, *rest). It returns a
         pytree of sums over the examples of the batch, and the new model state.
-      num_microbatches: microbatches of a batch. Each one starts from the model state
-        that the previous one returned.
+      num_microbatches: microbatches of a batch. Each microbatch starts from the state
+        that the previous microbatch returned.
     """
 
     def accumulated(params, model_state, batch, keys, *rest):
@@ -30,24 +30,24 @@ def accumulate_gradients(gradient: Callable, num_microbatches: int) -> Callable:
                 return gradient(params, model_state, batch, keys, *rest)
 
             def add(carry, microbatch):
-                sums, model_state = carry
-                new, model_state = microbatch_gradient(model_state, *microbatch)
-                return (jax.tree.map(jnp.add, sums, new), model_state), None
+                totals, model_state = carry
+                sums, model_state = microbatch_gradient(model_state, *microbatch)
+                return (jax.tree.map(jnp.add, totals, sums), model_state), None
 
             microbatches = jax.tree.map(split_batch, (batch, sample_keys))
             first = jax.tree.map(lambda x: x[0], microbatches)
-            shapes = jax.eval_shape(microbatch_gradient, model_state, *first)[0]
-            zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+            abstract = jax.eval_shape(microbatch_gradient, model_state, *first)[0]
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract)
             carry = zeros, model_state
-            (sums, model_state), _ = jax.lax.scan(add, carry, microbatches)
-            return (jax.lax.psum(sums, axes) if axes else sums), model_state
+            (totals, model_state), _ = jax.lax.scan(add, carry, microbatches)
+            return (jax.lax.psum(totals, axes) if axes else totals), model_state
 
         def split_batch(x):
-            """[B, ...] -> [num_microbatches, B / num_microbatches, ...].
+            """Split [B, ...] into [num_microbatches, B / num_microbatches, ...].
 
             Microbatches are interleaved, so that every example stays on its device,
-            along fsdp too. Pairs of neighbors stay together, because Mixup and CutMix
-            blend them.
+            also along the fsdp axis. Pairs of neighbors stay together, because Mixup
+            and CutMix blend neighbors.
             """
             pair = 2 if len(x) // num_microbatches % 2 == 0 else 1
             parts = x.reshape(-1, num_microbatches, pair, *x.shape[1:])
@@ -72,10 +72,11 @@ def accumulate_gradients(gradient: Callable, num_microbatches: int) -> Callable:
 def _summed_axes(microbatch_size: int) -> tuple[str, ...]:
     """Return the mesh axes along which each device sums over its own examples.
 
-    Returns () if splitting a microbatch over them would separate pairs of neighbors.
+    Returns () if splitting a microbatch over these axes would separate pairs of
+    neighbors.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    # Without axes of size 1, because XLA:CPU refuses to sum over them.
+    # Axes of size 1 are left out, because XLA:CPU refuses to sum over such an axis.
     axes = tuple(a for a in ("replica", "data") if mesh.shape.get(a, 1) > 1)
     groups = math.prod(mesh.shape[axis] for axis in axes)
     return axes if microbatch_size // groups % 2 == 0 else ()

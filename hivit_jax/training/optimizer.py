@@ -13,10 +13,10 @@ from hivit_jax.tree import leaf_name
 def learning_rate_scales(
     params: Any, layer_ids: Mapping[str, int], layer_decay: float
 ) -> Any:
-    """Return each parameter's learning rate factor, ``layer_decay ** (last - layer)``.
+    """Return a learning rate factor per parameter, ``layer_decay ** (last - layer)``.
 
     Args:
-      layer_ids: layer of every parameter by name; see `Model.layer_ids`.
+      layer_ids: {parameter name: layer}, from 0 to the last layer.
     """
     last = max(layer_ids.values())
     return jax.tree_util.tree_map_with_path(
@@ -39,11 +39,11 @@ def make_optimizer(
 
     Args:
       o: ``config.optimizer``.
-      schedule: learning rate by step.
-      params: parameters or their shapes; only their names are used.
+      schedule: function from step to learning rate.
+      params: concrete or abstract parameters; only their names are used.
       is_decayed: function that returns True if weight decay applies to the parameter
         with the given name.
-      layer_ids: layer of every parameter by name; used if `o.layer_decay` is not 1.
+      layer_ids: {parameter name: layer}; used only if `o.layer_decay` is not 1.
     """
     mask = jax.tree_util.tree_map_with_path(
         lambda path, _: is_decayed(leaf_name(path)), params
@@ -65,7 +65,7 @@ def make_optimizer(
 def _preceded_by(
     stateless: optax.GradientTransformation, transform: optax.GradientTransformation
 ) -> optax.GradientTransformation:
-    """Return both transformations in order, with only the state of the second."""
+    """Chain two transformations; the state is that of `transform` alone."""
 
     def update(updates, state, params=None):
         updates, _ = stateless.update(updates, optax.EmptyState(), params)

@@ -8,7 +8,10 @@ import optax
 
 
 def peak_learning_rate(o: Any, batch_size: int) -> float:
-    """Return ``base_learning_rate * batch_size / lr_batch``; not scaled if it is 0."""
+    """Return ``base_learning_rate * batch_size / lr_batch``.
+
+    If `lr_batch` is 0, return `base_learning_rate`.
+    """
     if not o.lr_batch:
         return o.base_learning_rate
     return o.base_learning_rate * batch_size / o.lr_batch
@@ -22,20 +25,20 @@ def warmup_steps(o: Any, steps_per_epoch: float, total_steps: int) -> int:
 def make_schedule(
     o: Any, batch_size: int, steps_per_epoch: float, total_steps: int
 ) -> optax.Schedule:
-    """Return the learning rate by step: linear warmup, then `optimizer.schedule`.
+    """Return a function (step) -> learning rate: linear warmup, then `o.schedule`.
 
-    - cosine: from the peak at the end of the warmup down to the minimum.
+    - cosine: a cosine from the peak at the end of the warmup down to the minimum.
     - cosine_from_start: as in the official ``supervised/lr_scheduler.py`` (timm). The
       cosine starts at step 0, so the learning rate jumps down at the end of the warmup.
       Each step uses the learning rate of the previous step.
-    - multistep: multiplied by `gamma` at each of the `milestones`, in epochs (torch's
-      ``MultiStepLR``).
+    - multistep: the peak, multiplied by `gamma` at each of the `milestones`, in epochs
+      (torch's ``MultiStepLR``).
     - polynomial: ``minimum + (peak - minimum) * (1 - step / total_steps) ** power``.
-      During the warmup it is multiplied by the ratio of the linear warmup to the peak
-      (mmcv's ``PolyLrUpdaterHook``).
+      During the warmup, this value is multiplied by the ratio of the linear warmup to
+      the peak (mmcv's ``PolyLrUpdaterHook``).
     - constant: the peak.
 
-    With `first_epoch=1` epochs count from 1, as in official
+    With `first_epoch=1`, epochs count from 1, as in the official
     ``self_supervised/util/lr_sched.py``. The schedule then skips its first epoch, and a
     cosine ends past its lowest point.
     """
@@ -86,11 +89,14 @@ def skip_steps(state: dict[str, Any], steps: int) -> dict[str, Any]:
 
     The skipped steps do not count in Adam's bias correction.
     """
-    schedules = optax.ScaleByScheduleState
+
+    def has_schedule(x):
+        return isinstance(x, optax.ScaleByScheduleState)
+
     add = jax.jit(lambda count: count + steps)
     opt_state = jax.tree.map(
-        lambda x: x._replace(count=add(x.count)) if isinstance(x, schedules) else x,
+        lambda x: x._replace(count=add(x.count)) if has_schedule(x) else x,
         state["opt_state"],
-        is_leaf=lambda x: isinstance(x, schedules),
+        is_leaf=has_schedule,
     )
     return state | {"opt_state": opt_state, "step": add(state["step"])}

@@ -1,4 +1,4 @@
-"""The train step: its state, its computation and the shapes of its arguments.
+"""The train step: state, computation, and shapes of the arguments.
 
 This module reads no images and no checkpoints.
 """
@@ -34,8 +34,8 @@ class Training(NamedTuple):
 
     Attributes:
       graphdef: structure of the model.
-      init: see `make_init`.
-      step: see `make_train_step`.
+      init: function without arguments that returns the initial state.
+      step: function (state, frozen, batch, steps_done) -> (state, metrics).
       state: shapes, dtypes and shardings of the state.
       frozen: shapes, dtypes and shardings of the task's frozen arrays.
       batches: shapes, dtypes and shardings of a batch, one dict per bucket.
@@ -66,7 +66,7 @@ def prepare(
     """Build the train step of a task on a mesh, without allocating any array.
 
     Args:
-      schedule: learning rate by step.
+      schedule: function from step to learning rate.
       seed: seed of the random draws in a step.
       accumulate_steps: microbatches of a batch.
       ema_decay: decay of the moving average of the parameters; 0: no average.
@@ -87,8 +87,8 @@ def prepare(
         ema_decay=ema_decay,
     )
 
-    def shard(shapes):
-        return with_shardings(shapes, state_shardings(mesh, shapes, zero))
+    def shard(abstract):
+        return with_shardings(abstract, state_shardings(mesh, abstract, zero))
 
     batch_sharding = NamedSharding(mesh, BATCH)
     return Training(
@@ -98,8 +98,8 @@ def prepare(
         shard(jax.eval_shape(init)),
         shard(jax.eval_shape(task.frozen)),
         tuple(
-            with_shardings(shapes, dict.fromkeys(shapes, batch_sharding))
-            for shapes in batch_shapes(task.transform(train=True))
+            with_shardings(abstract, dict.fromkeys(abstract, batch_sharding))
+            for abstract in batch_shapes(task.transform(train=True))
         ),
     )
 
@@ -137,10 +137,9 @@ def make_train_step(
     """Return a function (state, frozen, batch, steps_done) -> (state, metrics).
 
     All sums are over the global batch. If the loss, the gradient or any array of the
-    new state is not finite, the step leaves the state unchanged. So does every later
-    step, because the state's step number is then smaller than `steps_done`.
+    new state is not finite, the step leaves the state unchanged. Later steps do the
+    same, because the step number in the state is then smaller than `steps_done`.
     """
-
     gradient = make_gradient(task, graphdef)
     if accumulate_steps > 1:
         gradient = accumulate_gradients(gradient, accumulate_steps)
@@ -157,21 +156,23 @@ def make_train_step(
         with jax.named_scope("optimizer"):
             norm = optax.tree.norm(grads)
             updates, opt_state = optimizer.update(grads, state["opt_state"], params)
-            new = {
+            new_state = {
                 "step": state["step"] + 1,
                 "params": optax.apply_updates(params, updates),
                 "model_state": model_state,
                 "opt_state": opt_state,
             }
             if ema_decay:
-                new["ema"] = optax.incremental_update(
-                    new["params"], state["ema"], 1.0 - ema_decay
+                new_state["ema"] = optax.incremental_update(
+                    new_state["params"], state["ema"], 1.0 - ema_decay
                 )
             finite = jnp.isfinite(values["loss"] + norm)
-            for leaf in jax.tree.leaves(new):
+            for leaf in jax.tree.leaves(new_state):
                 finite &= jnp.isfinite(leaf).all()
             accepted = finite & (state["step"] == steps_done)
-            state = jax.tree.map(lambda a, b: jnp.where(accepted, a, b), new, state)
+            state = jax.tree.map(
+                lambda a, b: jnp.where(accepted, a, b), new_state, state
+            )
         values |= {
             "gradient_norm": norm,
             "finite": finite,
@@ -186,9 +187,9 @@ def make_train_step(
 def make_gradient(task: Task, graphdef: nnx.GraphDef) -> Callable:
     """Return the gradient function of a task.
 
-    It maps (params, model state, batch, keys, frozen, total weight) to ((gradients,
-    metrics), new model state). Gradients and metrics are weighted sums over the batch,
-    divided by the total weight.
+    The function maps (params, model state, batch, keys, frozen, total weight) to
+    ((gradients, metrics), new model state). Gradients and metrics are weighted sums
+    over the batch, divided by the total weight.
     """
 
     def loss_fn(params, model_state, batch, keys, frozen, total_weight):

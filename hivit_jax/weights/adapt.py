@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from flax import nnx
 
 from hivit_jax.errors import ConfigError
 from hivit_jax.models import Model, configure, resize
@@ -82,14 +83,16 @@ class LoadReport:
 
 
 def adapt(
-    pretrained: Pretrained, model: Model, fresh: tuple[str, ...] = ()
+    pretrained: Pretrained, model: nnx.Module, fresh: tuple[str, ...] = ()
 ) -> dict[str, np.ndarray]:
-    """Return the arrays of `compare`, and log its report unless all arrays match.
+    """Return a model's initial arrays from a pretrained one.
+
+    Log the report unless all arrays match. Arguments and arrays as in `match_arrays`.
 
     Raises:
       ConfigError: an array is missing, or its shape differs and it cannot be resized.
     """
-    arrays, report = compare(pretrained, model, fresh)
+    arrays, report = match_arrays(pretrained, model, fresh)
     if report.shape_mismatch:
         name = report.shape_mismatch[0]
         expected = list(named_leaves(split(model)[1])[name].shape)
@@ -114,22 +117,22 @@ def adapt(
     return arrays
 
 
-def compare(
-    pretrained: Pretrained, model: Model, fresh: tuple[str, ...] = ()
+def match_arrays(
+    pretrained: Pretrained, model: nnx.Module, fresh: tuple[str, ...] = ()
 ) -> tuple[dict[str, np.ndarray], LoadReport]:
     """Return the initial arrays for a model from a pretrained one, and a report.
 
     Position tables are resized to the model's grid, and the patch embedding to its
-    channels and cell size (official: ``supervised/utils.py``). For a model that is not
-    a `models.base.Model`, nothing is resized.
+    channels and cell size (official: ``supervised/utils.py``). Only arrays of a
+    `models.base.Model` are resized; any other module must have the same shapes.
 
     Args:
       model: a built or abstract model.
       fresh: prefixes of arrays that are not copied, such as ``head/``.
 
     Returns:
-      Numpy arrays by the model's names, without the newly initialized, missing and
-      mismatched ones; and the report.
+      {name in the model: numpy array} without the newly initialized, missing and
+      mismatched arrays; and the report.
     """
     resizable = isinstance(model, Model)
     source = configure(**pretrained.arguments)[1] if resizable else None
@@ -164,7 +167,10 @@ def compare(
 def _resized(
     name: str, array: np.ndarray, old: HiViTConfig, new: HiViTConfig
 ) -> np.ndarray:
-    """Return an array resized from one config to another, unchanged if both agree."""
+    """Return an array resized from the old to the new config.
+
+    If both configs agree, return the array itself.
+    """
     if name.endswith("_pos_embed") and old.grid != new.grid:
         return resize.resize_grid_table(array, old.grid, new.grid)
     if name.endswith("relative_position_bias_table"):
@@ -188,7 +194,7 @@ def _span(config: HiViTConfig, block: int) -> Grid:
 
 def initialize_from(
     pretrained: Pretrained,
-    model: Model,
+    model: nnx.Module,
     variables: Mapping[str, Any],
     fresh: tuple[str, ...] = (),
     head_scale: float = 1.0,
@@ -201,7 +207,7 @@ def initialize_from(
       head_scale: factor on the weights of a newly initialized head.
 
     Raises:
-      ConfigError: see `adapt`.
+      ConfigError: an array is missing, or its shape differs and it cannot be resized.
     """
     log(f"initializing from {pretrained.path}")
     arrays = adapt(pretrained, model, fresh)

@@ -107,7 +107,7 @@ def read(path: Path, averaged: bool = True) -> WeightFile:
     found = (kind for p, kind in OTHER_KINDS.items() if re.match(b"(?is)" + p, start))
     kind = next(found, "")
     if not kind and path.suffix == ".safetensors":
-        return _read_safetensors(path)  # which reports the damage
+        return _read_safetensors(path)  # raises an error about the damage
     kind = kind or f"of an unknown kind, its first bytes are {start[:8]!r}"
     raise CheckpointError(
         f"{path} is {kind}; expected a file of torch.save or safetensors"
@@ -137,7 +137,7 @@ def write(path: Path, state: Mapping[str, np.ndarray], metadata: str) -> None:
 def write_bytes(path: Path, content: bytes | memoryview) -> None:
     """Write a file that is either complete or, after an error, unchanged.
 
-    Its mode is that of other new files, as the umask allows.
+    The umask determines the file's mode.
 
     Raises:
       ConfigError: the file cannot be written.
@@ -157,7 +157,7 @@ def import_torch(path: Path) -> Any:
     """Return the PyTorch module, which is required for the file `path`.
 
     Raises:
-      CheckpointError: it is not installed.
+      CheckpointError: PyTorch is not installed.
     """
     try:
         import torch

@@ -131,7 +131,7 @@ def _read_file(path: Path, averaged: bool, overrides: Mapping[str, Any]) -> Pret
 def _infer_arguments(
     state: Mapping[str, Any], overrides: Mapping[str, Any]
 ) -> tuple[dict[str, Any], list[str]]:
-    """Return the arguments of a state dict's model, and notes on guessed arguments."""
+    """Return the inferred arguments of a model, and notes on guessed arguments."""
     arguments, guessed = infer(state, overrides.get("image_size"))
     mmpretrain = any(name.startswith("backbone.") for name in state)
     notes = [f"parameter names: {'MMPretrain' if mmpretrain else 'official code'}"]
@@ -207,12 +207,12 @@ def load_pretrained(
 
 def build(pretrained: Pretrained, **overrides: Any) -> Model:
     """Return a model with pretrained parameters; overrides as in `load_pretrained`."""
-    arguments = fitting_arguments(pretrained.arguments, overrides)
+    arguments = merge_arguments(pretrained.arguments, overrides)
     model = nnx.eval_shape(lambda: create_model(**arguments))
     model.info = make_info(model.config, **pretrained.info)
-    graphdef, shapes = split(model)
+    graphdef, abstract = split(model)
     arrays = adapt(pretrained, model)
-    new = {name for name in named_leaves(shapes) if name not in arrays}
+    new = {name for name in named_leaves(abstract) if name not in arrays}
     if new:
 
         @jax.jit  # so that XLA omits the initialization of all other arrays
@@ -224,19 +224,20 @@ def build(pretrained: Pretrained, **overrides: Any) -> Model:
         if "head/kernel" in new:
             arrays["head/kernel"] *= NEW_HEAD_SCALE
     params = jax.tree_util.tree_map_with_path(
-        lambda key_path, _: jnp.asarray(arrays[leaf_name(key_path)]), shapes
+        lambda key_path, _: jnp.asarray(arrays[leaf_name(key_path)]), abstract
     )
     return nnx.merge(graphdef, params)
 
 
-def fitting_arguments(
+def merge_arguments(
     arguments: dict[str, Any], overrides: dict[str, Any]
 ) -> dict[str, Any]:
-    """Return the arguments of a saved model with overrides.
+    """Merge the arguments of a saved model with overrides.
 
-    A model of another name inherits only arguments that it accepts: the run options,
-    and the sizes that are not defaults of the saved model's config class. It inherits
-    embed_dim, depths and num_heads only if both variants agree in all three.
+    A model of another name inherits only arguments that the model accepts: the run
+    options, and the sizes that are not defaults of the saved model's config class. The
+    model inherits embed_dim, depths and num_heads only if both variants agree in all
+    three.
     """
     if overrides.get("name", arguments["name"]) == arguments["name"]:
         return arguments | overrides

@@ -1,4 +1,4 @@
-"""Finding a HiViT's state dict among the objects and prefixes of training programs."""
+"""Find the state dict of a HiViT in the nested objects that training programs save."""
 
 import re
 from collections import deque
@@ -12,8 +12,9 @@ from hivit_jax.weights.torch_format import StandIn, is_array
 STATE_DICT_KEYS = ("", "model", "state_dict", "module", "model_state_dict")
 # Every HiViT has an entry with this name, after the prefix of a wrapper.
 ANCHOR = "patch_embed.proj.weight"
-# Names that wrappers of PyTorch insert: DistributedDataParallel, torch.compile,
-# FullyShardedDataParallel, activation checkpoints. A first one counts as prefix.
+# Names that PyTorch inserts for DistributedDataParallel, torch.compile,
+# FullyShardedDataParallel and activation checkpoints. At the start of a name, such a
+# component counts as prefix.
 WRAPPERS = re.compile(
     r"(?<=\.)(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
 )
@@ -23,7 +24,7 @@ MAX_MODULES = 100_000
 class Unwrapped(NamedTuple):
     """A state dict without prefixes.
 
-    state: arrays by the names of one program: official, MMPretrain.
+    state: {official or MMPretrain's name: array}.
     removed: the removed wrappers and prefixes.
     unused: names outside the prefix, which belong to other models or losses.
     """
@@ -34,7 +35,7 @@ class Unwrapped(NamedTuple):
 
 
 def is_averaged(name: str) -> bool:
-    """Return whether a key or prefix is a name of averaged weights (EMA)."""
+    """Return True if a key or prefix is a name of averaged weights (EMA)."""
     return "ema" in re.split(r"[^a-z]", name.lower())
 
 
@@ -43,7 +44,7 @@ def find_state_dict(
 ) -> tuple[str, dict[str, StandIn]]:
     """Return key and records of the state dict in the contents of a `TorchFile`.
 
-    Keys of nested dicts are joined by "/". Pickled modules count as their state dicts.
+    Keys of nested dicts are joined by "/". A pickled module counts as a state dict.
 
     Args:
       averaged: prefer averaged weights (EMA).
@@ -58,7 +59,7 @@ def find_state_dict(
             f"contains no tensors by name, but {{{kinds}}}; expected a state dict"
         )
     keys = [key for key, names in found.items() if any(map(_is_anchor, names))]
-    if not keys:  # not a HiViT, which is reported later
+    if not keys:  # not a HiViT; `infer` raises the error
         keys = [max(found, key=lambda key: len(found[key]))]
     keys = [key for key in keys if is_averaged(key) == averaged] or keys
     for known in STATE_DICT_KEYS:
@@ -80,10 +81,10 @@ def remove_prefixes(state: Mapping[str, Any], averaged: bool = True) -> Unwrappe
     Raises:
       CheckpointError: the state dict contains several models.
     """
-    # First the wrappers inside of names, so that one prefix is common to all.
+    # Wrappers inside of names are removed first, so that all names have one prefix.
     removed = sorted({f"{part}." for n in state for part in WRAPPERS.findall(n)})
     named = {WRAPPERS.sub("", name): array for name, array in state.items()}
-    # MMPretrain's prefix is a part of its names, see `official_names`.
+    # "backbone." is no prefix, because `official_names` translates MMPretrain's names.
     prefixes = {
         name.removesuffix(ANCHOR).removesuffix("backbone.")
         for name in filter(_is_anchor, named)
@@ -98,11 +99,11 @@ def remove_prefixes(state: Mapping[str, Any], averaged: bool = True) -> Unwrappe
     prefix = "".join(prefixes)
     if not prefix:
         return Unwrapped(named, removed, [])
-    inside = {
+    unprefixed = {
         n.removeprefix(prefix): a for n, a in named.items() if n.startswith(prefix)
     }
     unused = [name for name in named if not name.startswith(prefix)]
-    return Unwrapped(inside, [*removed, prefix], unused)
+    return Unwrapped(unprefixed, [*removed, prefix], unused)
 
 
 def _is_anchor(name: str) -> bool:
@@ -134,7 +135,7 @@ def _state_dicts(content: Mapping[Any, Any]) -> dict[str, dict[str, StandIn]]:
 
 
 def _items(entry: Mapping[Any, Any]) -> dict[Any, Any]:
-    """Return items and attributes of an object; the state dict of a pickled module."""
+    """Return items and attributes of an object; of a module, the state dict."""
     attributes = _dict(getattr(entry, "state", None))
     if "_parameters" not in attributes:
         return {**attributes, **entry}

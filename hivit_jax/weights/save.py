@@ -34,7 +34,7 @@ def save_pretrained(
 
     The weights have their official PyTorch names and layout, so that other programs can
     read them. `load_pretrained(directory)` returns a bit-identical model. A model that
-    was saved there before is replaced, but a model card that was edited is kept.
+    the directory already contains is replaced. An edited model card is kept.
 
     Args:
       recipe: the training config of the model, for the card; saved without paths of
@@ -91,7 +91,11 @@ def shareable(value: Any, key: str = "") -> Any:
 
 
 def _checked_state(model: Model, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Return the model's state dict; ConfigError if it could not be loaded."""
+    """Return the model's state dict, and check that the state dict can be loaded.
+
+    Raises:
+      ConfigError: `from_official` would refuse the state dict.
+    """
     try:
         state = to_state_dict(split(model)[1], model)
         from_official(state, abstract_model(arguments))
@@ -111,7 +115,7 @@ def _checked_state(model: Model, arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_directory(directory: Path) -> bool:
-    """Return whether a directory's model card was edited.
+    """Return True if the model card in a directory was edited.
 
     Raises:
       ConfigError: the directory contains weights or a config of another program, such

@@ -1,4 +1,4 @@
-"""Reading PyTorch files without PyTorch. Nothing in a file is run.
+"""Read PyTorch files without PyTorch, and without running any code from the files.
 
 ``torch.save`` writes a pickle and the bytes of the tensors. A pickle is a program that
 calls functions by name. Here every name becomes a `StandIn`, which records the
@@ -49,8 +49,8 @@ STORAGE_DTYPES = {
 class StandIn(dict):
     """Inert substitute for a class or function that a pickle names, or for its result.
 
-    It calls nothing. It keeps the items that the file sets, so that objects of
-    subclasses of dict can be read.
+    A stand-in calls nothing. A stand-in keeps the items that the file sets, so that
+    objects of subclasses of dict can be read.
 
     source: ``module.name`` in the file.
     args: arguments of the recorded call.
@@ -58,7 +58,7 @@ class StandIn(dict):
     """
 
     source = ""
-    # Without these, it could not be a key of a dict.
+    # Without these, a stand-in could not be a key of a dict.
     __hash__, __eq__ = object.__hash__, object.__eq__
 
     def __new__(cls, /, *args: Any, **kwargs: Any):
@@ -106,11 +106,11 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _unpickle(file: BinaryIO, storages: dict[str, tuple]) -> Any:
-    """Return the next object of a file; leave the file's position behind it."""
+    """Return the next object of a file; move the file's position behind the object."""
     start = file.tell()
     for opcode, arg, position in pickletools.genops(file):
-        # Registered extensions would not go through `find_class`. A large index would
-        # make the memo as large.
+        # Registered extensions do not call `find_class`. PUT with a large index would
+        # allocate a memo of that size.
         extension = opcode.name.startswith("EXT")
         if extension or (opcode.name.endswith("PUT") and arg > position):
             raise ValueError(f"unexpected opcode {opcode.name}")
@@ -122,7 +122,7 @@ def _unpickle(file: BinaryIO, storages: dict[str, tuple]) -> Any:
 
 
 def is_array(value: Any) -> bool:
-    """Return whether an object of a file is a tensor or a numpy array."""
+    """Return True if an object of a file is a tensor or a numpy array."""
     return isinstance(value, StandIn) and bool(ARRAY_SOURCES.fullmatch(value.source))
 
 
@@ -160,7 +160,7 @@ class TorchFile:
         """Return a tensor or numpy array of `content`.
 
         Raises:
-          CheckpointError: it is not dense, or its data are missing or damaged.
+          CheckpointError: the array is not dense, or its data are missing or damaged.
         """
         try:
             return self._array(record)
@@ -261,7 +261,7 @@ class TorchFile:
         if math.prod(shape) * dtype.itemsize > self._size:
             raise ValueError(f"{list(shape)}, is larger than the file")
         strides = [stride * dtype.itemsize for stride in strides]
-        # Raises an error if it would reach beyond the storage.
+        # numpy raises an error if the array would reach beyond the storage.
         return np.ndarray(shape, dtype, self._storage(pid), offset, strides)
 
 

@@ -24,18 +24,19 @@ from hivit_jax.xla.roofline import roofline
 def compile_report(training: Training, chip_name: str) -> dict[str, Any]:
     """Compile a train step and return a report on its costs, as JSON values.
 
-    With several buckets the report is on the bucket with the most bytes, because it
-    determines whether training fits.
+    With several buckets the report is on the bucket with the most bytes, because this
+    bucket determines whether training fits.
 
     - ``hbm_bytes_per_device`` is the compiler's memory analysis. If the program does
-      not fit, it contains only ``total`` and ``limit``, and all costs are None.
+      not fit, the analysis contains only ``total`` and ``limit``, and all costs are
+      None.
     - ``flops_per_image`` and ``bytes_accessed_per_image`` are the counts of the TPU
-      compiler, which counts the body of a loop once. Both are therefore multiplied by
-      the ratio of matrix product operations with and without repetition of loops. The
-      GPU compiler has no such counts. There the two are the operations of the matrix
-      products and the total of `bytes_by_region`.
+      compiler, which counts the body of a loop once. Both counts are therefore
+      multiplied by the ratio of matrix product operations with and without repetition
+      of loops. The GPU compiler does not count. For GPUs the two values are the
+      operations of the matrix products and the total of `bytes_by_region`.
     - ``regions`` contains the bytes of `bytes_by_region` and the operations of matrix
-      products for each region of the step. ``hbm_bytes_per_image`` is the sum of their
+      products for each region of the step. ``hbm_bytes_per_image`` is the sum of the
       bytes. The sums differ from the TPU compiler's counts, because the compiler also
       counts bytes in VMEM and operations other than matrix products.
     - ``roofline`` uses ``hbm_bytes_per_image``.
@@ -72,7 +73,10 @@ def compile_report(training: Training, chip_name: str) -> dict[str, Any]:
 def _compile(
     training: Training, bucket: int, chip_name: str
 ) -> tuple[jax.stages.Compiled | None, str, dict[str, int | None]]:
-    """Return program, text and memory; (None, "", memory) if it does not fit."""
+    """Return program, HLO text and memory.
+
+    If the program does not fit, return (None, "", memory).
+    """
     chip = CHIPS[chip_name]
     try:
         with tempfile.TemporaryDirectory() as dump:

@@ -57,8 +57,8 @@ PLUGINS = {
     name: "jax-cuda13-plugin" if name.startswith("h") else "libtpu" for name in CHIPS
 }
 EXAMPLES = "v5e:16x16, v5p:4x4x4, v6e:16x16, v4:4x4x4, h100:8, h200:8"
-# Without these values the TPU compiler queries them from its machine, which need not be
-# a TPU host.
+# Without these values, the TPU compiler queries the machine that it runs on, which need
+# not be a TPU host.
 TPU_ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-8",
@@ -121,7 +121,7 @@ def devices_of(topology: str) -> Sequence[jax.Device]:
             f"topology={topology!r} needs the compiler in {PLUGINS[name]}, which is "
             f"not installed; run pip install 'hivit-jax[{'cuda' if gpu else 'tpu'}]'"
         )
-    # This keeps JAX from initializing accelerators of this machine.
+    # Without this, JAX would initialize the accelerators of this machine.
     jax.config.update("jax_platforms", "cpu")
     options: dict[str, Any] = {"platform": "cuda" if gpu else "tpu"}
     if gpu:

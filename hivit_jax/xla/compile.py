@@ -35,8 +35,8 @@ def keep_freed_memory() -> None:
     """Make malloc keep the memory that this process frees.
 
     Without this, XLA:CPU allocates the temporaries of each train step from the
-    operating system and returns them at its end. The system then clears every page
-    again for the next step. Does nothing where glibc is not available.
+    operating system and returns the memory at the end of the step. The system then
+    clears every page again for the next step. Does nothing without glibc.
     """
     max_mapped, trim_threshold, max_arenas = -4, -1, -8  # malloc.h
     with suppress(AttributeError):
@@ -49,8 +49,8 @@ def compile_steps(training: Training) -> Callable:
     """Compile the train step for every bucket before its first call.
 
     Returns:
-      (state, frozen, batch, number of steps done) -> (state, metrics), which selects
-      the program by the shapes of the batch.
+      A function (state, frozen, batch, number of steps done) -> (state, metrics) that
+      selects the program by the shapes of the batch.
 
     Raises:
       ResourceError: the devices have less memory than a program needs.
@@ -73,7 +73,8 @@ def compile_steps(training: Training) -> Callable:
 def memory_of(compiled: jax.stages.Compiled) -> dict[str, int]:
     """Return the bytes of a program on each device by kind, and their total.
 
-    Aliased bytes are outputs in the memory of donated arguments; they count once.
+    Aliased bytes are outputs in the memory of donated arguments. These bytes count once
+    in the total.
     """
     analysis = compiled.memory_analysis()
     parts = {

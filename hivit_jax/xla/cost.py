@@ -1,6 +1,7 @@
 """Operations, bytes of HBM and collectives of programs, by region of the train step.
 
-They are counted in traced programs (jaxprs) and in the text of compiled programs (HLO).
+Operations are counted in traced programs (jaxprs), bytes and collectives in the text of
+compiled programs (HLO).
 """
 
 import math
@@ -57,7 +58,7 @@ def region_of(name: str) -> str:
 
 
 def matmul_flops(jaxpr: Any, loops: bool) -> int:
-    """Return the sum of `matmul_flops_by_region`."""
+    """Return the operations of all matrix products of a traced program."""
     return matmul_flops_by_region(jaxpr, loops).total()
 
 
@@ -94,11 +95,11 @@ def matmul_flops_by_region(jaxpr: Any, loops: bool, outer: str = "") -> Counter:
 
 
 def _run_count(eqn: Any, loops: bool) -> int:
-    """Return how often the program in an equation runs, on all devices together."""
+    """Return the number of runs of the program in an equation, on all devices."""
     match eqn.primitive.name:
         case "scan":
             return eqn.params["length"] if loops else 1
-        case "shard_map":  # its shapes are those on one device
+        case "shard_map":  # the program runs on each device
             mesh = eqn.params["mesh"]
             return math.prod(
                 mesh.shape[axis] for axis in eqn.params["newly_manual_axes"]
@@ -118,8 +119,8 @@ def collectives(text: str) -> list[dict[str, Any]]:
       text: the program, as returned by ``Compiled.as_text``.
 
     Returns:
-      One ``{"kind", "count", "bytes_per_step"}`` per kind: how often it runs, and the
-      larger of its input and output bytes on one device.
+      One ``{"kind", "count", "bytes_per_step"}`` per kind: the number of runs, and the
+      larger of input and output bytes on one device.
     """
     runs, sizes = defaultdict(Counter), {}
     for instruction, computation, times in hlo.executed(*hlo.parse(text)):
@@ -128,8 +129,8 @@ def collectives(text: str) -> list[dict[str, Any]]:
             # The TPU compiler may split a collective over several kernels. The parts
             # have the same channel and count once.
             channel = re.search(r"channel_id=\d+", instruction.attributes)
-            same = channel[0] + instruction.shapes if channel else id(instruction)
-            key = kind, same
+            part = channel[0] + instruction.shapes if channel else id(instruction)
+            key = kind, part
             runs[key][id(instruction)] += times
             operands = hlo.read_operands(instruction, computation)
             sizes[key] = max(
@@ -154,8 +155,8 @@ def bytes_by_region(text: str) -> Counter:
     - Every kernel reads its operands once and writes its results once, including the
       padding of their tiles. Kernels are fusions, matrix products, and custom calls
       (Pallas, cuDNN).
-    - If a kernel only slices an operand, it reads only the slices. If it updates an
-      operand in place, it writes only the update.
+    - A kernel that only slices an operand reads only the slices. A kernel that updates
+      an operand in place writes only the update.
     - Kernels in a loop count once per iteration, if the text contains the trip count.
     - Arrays in another memory (VMEM of TPUs) are free, but copies from and to HBM
       count. A copy belongs to the region that uses or made the array.
@@ -165,7 +166,8 @@ def bytes_by_region(text: str) -> Counter:
       text: the program after all optimizations.
 
     Returns:
-      Bytes by `region_of`. Collectives are "exchange", the remaining kernels "other".
+      {region: bytes}. Collectives have the region "exchange", the remaining kernels
+      "other".
     """
     # Without this, the workspaces of cuBLAS would count as outputs.
     text = re.sub(r"s8\[\d+\]", "s8[0]", text)

@@ -101,10 +101,10 @@ def executed(
 
 
 def trip_count(instruction: Instruction, computations: dict[str, Computation]) -> int:
-    """Return how often an instruction runs the computations that it calls.
+    """Return the number of runs of the computations that an instruction calls.
 
-    For a loop this is its known trip count, or else the largest integer constant of its
-    condition. Otherwise it is 1.
+    For a loop, this is the known trip count, or else the largest integer constant in
+    the loop's condition. For other instructions, this is 1.
     """
     attributes = instruction.attributes
     if instruction.opcode != "while":
@@ -139,9 +139,9 @@ def tiled_bytes(shapes: str, excluded: str = "S(") -> int:
     """Return the bytes of arrays including the padding of their tiles.
 
     By default only arrays in HBM count. A layout such as
-    ``{1,0:T(8,128)(2,1)S(1)}`` lists the dimensions from minor to major. Its first
+    ``{1,0:T(8,128)(2,1)S(1)}`` lists the dimensions from minor to major. The first
     tile, written from major to minor, pads the minor dimensions. ``S`` is the memory
-    if it is not HBM.
+    of an array outside HBM.
 
     Args:
       excluded: arrays whose layout contains this text do not count; "": all count.

@@ -15,7 +15,7 @@ def roofline(
     """Return an upper bound on images per second, as JSON values.
 
     The bound assumes that arithmetic, memory traffic and communication overlap
-    completely, so that the slowest of them determines the time of a step. An
+    completely, so that the slowest of the three determines the time of a step. An
     all-reduce sends its bytes twice: in a reduce-scatter and in an all-gather.
 
     Args:

@@ -9,7 +9,7 @@ import pytest
 from networks import random_array
 from states import MESHES, on_mesh
 
-from hivit_jax.checkpoints.digests import digests, not_finite
+from hivit_jax.checkpoints.digests import digests, nonfinite_names
 
 # Orbax leaves coroutines behind when it cannot read a file.
 pytestmark = [
@@ -71,4 +71,4 @@ def test_arrays_that_are_not_finite():
         "large_bad": jnp.asarray(large).at[299, 299].set(jnp.inf),
         "empty": np.ones((0, 2)),
     }
-    assert not_finite(tree) == ["inf", "large_bad", "nan"]
+    assert nonfinite_names(tree) == ["inf", "large_bad", "nan"]

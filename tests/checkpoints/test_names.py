@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from hivit_jax.checkpoints.names import same_names
+from hivit_jax.checkpoints.names import match_names
 from hivit_jax.tree import named_leaves
 
 PARAMS = {"stages": {"0": {"1": {"kernel": jnp.ones(2)}}, "2": {"bias": jnp.ones(1)}}}
@@ -38,7 +38,7 @@ def test_stateless_parts_do_not_count(saved, expected):
     parameters are no positions.
     """
     saved, expected = names(*saved), names(*expected)
-    assert same_names(saved, expected, VARIABLES) == dict(
+    assert match_names(saved, expected, VARIABLES) == dict(
         zip(saved, expected, strict=True)
     )
 
@@ -51,14 +51,14 @@ def test_multi_transform_of_labels():
 
     saved, expected = labeled(clip, adam, rate), labeled(adam, rate)
     assert saved != expected
-    assert [*same_names(saved, expected, VARIABLES).values()] == expected
+    assert [*match_names(saved, expected, VARIABLES).values()] == expected
 
 
 @pytest.mark.parametrize("other", [(optax.trace(0.9), rate), (adam,), (rate,)])
 def test_other_optimizers_stay_different(other):
     """A stateful part more, less or of another kind is another optimizer."""
     saved, expected = names(adam, rate), names(*other)
-    found = same_names(saved, expected, VARIABLES)
+    found = match_names(saved, expected, VARIABLES)
     assert set(found.values()) != set(expected)
 
 
@@ -66,4 +66,4 @@ def test_parameters_keep_their_numbers():
     """Without a chain nothing is renamed, also of a model with other blocks."""
     saved = ["stages/3/kernel", "stages/7/kernel", "step"]
     expected = ["stages/0/kernel", "stages/1/kernel", "step"]
-    assert same_names(saved, expected, expected) == {name: name for name in saved}
+    assert match_names(saved, expected, expected) == {name: name for name in saved}

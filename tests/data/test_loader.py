@@ -1,4 +1,8 @@
-"""Batches: every example once, from any step, for any processes and threads."""
+"""Tests of batches.
+
+Each epoch contains every example once, a run can start at any step, and batches do not
+depend on the number of processes and threads.
+"""
 
 import math
 import os
@@ -21,7 +25,8 @@ from hivit_jax.errors import DataError
 @pytest.mark.slow
 def test_training_batches():
     source, cfg = data_sources_digits.Digits("train"), digits_config()
-    batches = list(inputs.train_batches(cfg, 0, 16))  # 1,536 of 1,437 images
+    # 16 x 96 = 1,536 examples: one epoch of 1,437 images and 99 of the next
+    batches = list(inputs.train_batches(cfg, 0, 16))
     assert len(batches) == 16
     order = np.concatenate([permutation(0, 0, 1437), permutation(0, 1, 1437)])
     for step, batch in enumerate(batches):
@@ -32,7 +37,8 @@ def test_training_batches():
         assert_array_equal(batch["label"], source.labels[indices])
         assert batch["weight"].dtype == np.float32
         assert (batch["weight"] == 1).all()
-        # Images are enlarged twofold: four pixels average to about one.
+        # Images are upscaled from 8x8 to 16x16, so the mean of each 2x2 block is close
+        # to the original pixel.
         small = batch["image"].reshape(96, 8, 2, 8, 2).mean((2, 4))
         assert np.abs(small - source.pixels()[indices]).mean() < 12
     assert_batches_equal(batches, inputs.train_batches(cfg, 0, 16))
@@ -124,8 +130,8 @@ def test_threads_end_with_the_batches(folder):
 
 @pytest.fixture
 def damaged(folder, tmp_path):
-    """A copy of the folder with 3 training files and 1 validation file damaged; their
-    paths.
+    """Return a copy of the folder in which 3 training files and 1 validation file are
+    damaged, and the paths of these 4 files.
     """
     root = tmp_path / "damaged"
     shutil.copytree(folder, root)

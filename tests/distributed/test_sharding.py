@@ -26,11 +26,11 @@ def test_devices_of_several_slices():
         ((1, 1, 16, 1), 2),
         ((1, 1, 4, 4), 2),
     ):
-        array = sharding.across_slices(shape, 2, devices)
+        array = sharding.arrange_across_slices(shape, 2, devices)
         assert array.shape == shape
         slices = np.vectorize(lambda device: device.slice_index)(array)
         assert sorted(np.unique(slices.take(0, axis))) == [0]
         assert slices.sum() == 8
         assert (np.diff(slices, axis=axis) >= 0).all()
     with pytest.raises(ConfigError, match="over 2 slices or nodes; expected replica"):
-        sharding.across_slices((1, 1, 1, 16), 2, devices)
+        sharding.arrange_across_slices((1, 1, 1, 16), 2, devices)

@@ -414,7 +414,7 @@ ELSEWHERE = {
     "optimizer.lr_batch": "test_peak",
     "optimizer.milestones": "test_multistep",
     "optimizer.power": "test_polynomial",
-    "optimizer.schedule": "test_schedules_of_the_first_edition",
+    "optimizer.schedule": "test_schedules_of_old_recipes",
 }
 
 

@@ -1,4 +1,4 @@
-"""Runs and saved models of the first edition give the same results today.
+"""Runs and saved models of versions before 0.1 give the same results today.
 
 One CPU device wrote tests/parity/golden/old_runs::
 
@@ -32,7 +32,8 @@ RTOL = 1e-5
 TIMES = {"images_per_second", "seconds_left", "input_bound"}
 
 
-# The first edition updated a probe's statistics by gradients, which its norm included.
+# Versions before 0.1 updated the statistics of a probe by gradients. The gradient norm
+# included these gradients.
 NOT_COMPARABLE = {"linear_probe": {"gradient_norm"}}
 
 
@@ -49,13 +50,13 @@ def unpacked(tmp_path, monkeypatch):
 
 
 def run(task, workdir, *flags):
-    """Run the command line with the task's recipe of the first edition."""
+    """Run the command line with the old recipe of a task."""
     recipe = f"--config={OLD / 'recipe.py'}:{task}"
     assert main([recipe, f"--workdir={workdir}", *flags]) == 0
 
 
 def check_lines(task, workdir):
-    """Check that metrics.jsonl equals that of the first edition, except for times."""
+    """Check that metrics.jsonl equals the old file, except for times."""
     expected = [json.loads(x) for x in (OLD / f"{task}.jsonl").read_text().splitlines()]
     path = Path(workdir, "metrics.jsonl")
     found = [json.loads(x) for x in path.read_text().splitlines()]

@@ -58,10 +58,10 @@ def test_bfloat16_classifier():
 def test_bfloat16_tokens_are_averaged_in_float32():
     tokens = random_array((2, 196, 8)).astype(jnp.bfloat16)
     model = SimpleNamespace(encoder=lambda images, drop_path_keys: [tokens])
-    pooled = Classifier.encoded(model, None)
-    assert pooled.dtype == jnp.float32
+    mean = Classifier.mean_token(model, None)
+    assert mean.dtype == jnp.float32
     # With rounding to bfloat16 the error would be 1e-4.
-    assert_allclose(pooled, np.asarray(tokens, np.float32).mean(1), atol=1e-6)
+    assert_allclose(mean, np.asarray(tokens, np.float32).mean(1), atol=1e-6)
 
 
 def equations(jaxpr):

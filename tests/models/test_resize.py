@@ -107,8 +107,8 @@ def test_a_table_of_another_grid():
         resize.resize_grid_table(np.zeros((12, 4)), (2, 3), (4, 4))
 
 
-def test_channel_weights():
-    weights = resize.channel_weights
+def test_channel_matrix():
+    weights = resize.channel_matrix
     assert weights(1, 3).tolist() == [[1 / 3]] * 3
     assert weights(3, 1).tolist() == [[1, 1, 1]]
     assert weights(2, 3).tolist() == [[0.5, 0], [0, 1], [0.5, 0]]

@@ -113,7 +113,7 @@ def test_probe_of_a_pretrained_encoder(pretrained, tmp_path, capsys):
     )
     mean, var = np.zeros(64), np.ones(64)
     for items, batch in zip(stored, inputs.train_batches(config, 0, 3), strict=True):
-        features = np.asarray(model.encoded(task.preprocess(batch)))
+        features = np.asarray(model.mean_token(task.preprocess(batch)))
         mean += 0.1 * (features.mean(0) - mean)
         var += 0.1 * (features.var(0, ddof=1) - var)
         statistics = items["model_state"]

@@ -1,4 +1,7 @@
-"""A step that is not good leaves the state as it is."""
+"""Tests of the train step.
+
+A train step leaves the state unchanged if loss, gradient or new state is not finite.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +14,8 @@ from hivit_jax.training.step import make_init, make_train_step
 from hivit_jax.tree import split_state
 
 
-class Square:
-    """Squares of the outputs of a linear layer."""
+class SquareTask:
+    """Task whose loss is the squared output of a linear layer."""
 
     def build_model(self):
         return nnx.Linear(3, 1, rngs=nnx.Rngs(0))
@@ -21,8 +24,11 @@ class Square:
         return {"loss": model(batch["x"])[:, 0] ** 2}
 
 
-def counting(start):
-    """An optimizer of no updates, whose own state grows to inf."""
+def overflowing_state(start):
+    """Optimizer with zero updates.
+
+    Each step multiplies the optimizer state by 10, until the state overflows.
+    """
 
     def update(updates, state, params=None):
         return jax.tree.map(jnp.zeros_like, updates), state * 10
@@ -30,8 +36,8 @@ def counting(start):
     return optax.GradientTransformation(lambda params: jnp.float32(start), update)
 
 
-def step_of(optimizer, schedule=lambda step: 0.1, ema_decay=0.5):
-    task = Square()
+def make_state_and_step(optimizer, schedule=lambda step: 0.1, ema_decay=0.5):
+    task = SquareTask()
     graphdef = split_state(task.build_model())[0]
     step = make_train_step(
         task, graphdef, optimizer, schedule, seed=0, ema_decay=ema_decay
@@ -39,36 +45,38 @@ def step_of(optimizer, schedule=lambda step: 0.1, ema_decay=0.5):
     return make_init(task, optimizer, ema_decay)(), jax.jit(step)
 
 
-def batch_of(value=1.0):
+def make_batch(value=1.0):
     ones = np.ones(2, np.float32)
     x = np.full((2, 3), value, np.float32)
     return {"x": x, "weight": ones, "unreadable": 0 * ones}
 
 
-BAD = {
+OPTIMIZERS = {
     "infinite learning rate": optax.adam(float("inf")),
     "update overflows": optax.adam(1e39),
     "parameters overflow": optax.chain(optax.scale_by_adam(), optax.scale(3e38)),
     "weight decay overflows": optax.chain(
         optax.add_decayed_weights(3e38), optax.scale(-9.0)
     ),
-    "optimizer state": counting(1e38),
+    "optimizer state": overflowing_state(1e38),
     "moments": optax.scale_by_adam(b1=float("inf")),
 }
 
 
-@pytest.mark.parametrize("kind", BAD)
+@pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_updated_state_is_not_finite(kind):
-    """Loss and gradient are finite; parameters, average or optimizer state would not
-    be. The state stays bit for bit, in this step and in all later ones.
+    """Loss and gradient are finite, but the new parameters, EMA or optimizer state are
+    not finite. The state stays bit-identical in this step and the next.
     """
-    state, step = step_of(BAD[kind])
-    if kind == "parameters overflow":  # an update that is finite itself
+    state, step = make_state_and_step(OPTIMIZERS[kind])
+    if kind == "parameters overflow":
+        # The update (-3e38) is finite. Only its sum with the parameters (-2e38)
+        # overflows.
         kernel = jnp.full_like(state["params"]["kernel"], -2e38)
         state["params"] = state["params"] | {"kernel": kernel}
     before = jax.device_get(state)
     for steps_done in (0, 1):
-        state, values = step(state, {}, batch_of(1e-20), np.int32(steps_done))
+        state, values = step(state, {}, make_batch(1e-20), np.int32(steps_done))
         for name, x in before.items():
             jax.tree.map(np.testing.assert_array_equal, x, state[name])
     assert np.isfinite(values["loss"] + values["gradient_norm"])
@@ -76,18 +84,18 @@ def test_updated_state_is_not_finite(kind):
 
 
 def test_good_steps_are_taken():
-    state, step = step_of(optax.adam(0.1))
+    state, step = make_state_and_step(optax.adam(0.1))
     before = jax.device_get(state)
     for steps_done in range(2):
-        state, values = step(state, {}, batch_of(), np.int32(steps_done))
+        state, values = step(state, {}, make_batch(), np.int32(steps_done))
         assert values["finite"]
     assert int(state["step"]) == 2
     assert not np.array_equal(state["params"]["kernel"], before["params"]["kernel"])
     assert not np.array_equal(state["ema"]["kernel"], before["params"]["kernel"])
 
 
-def test_gradient_is_not_finite():
-    state, step = step_of(optax.adam(0.1))
-    state, values = step(state, {}, batch_of(1e30), np.int32(0))
+def test_loss_and_gradient_are_not_finite():
+    state, step = make_state_and_step(optax.adam(0.1))
+    state, values = step(state, {}, make_batch(1e30), np.int32(0))
     assert not values["finite"]
     assert int(state["step"]) == 0

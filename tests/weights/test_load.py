@@ -20,7 +20,7 @@ from hivit_jax.models import arguments_of, configure
 from hivit_jax.models.mae import MaskedAutoencoder
 from hivit_jax.tools import convert
 from hivit_jax.train import train
-from hivit_jax.weights.load import fitting_arguments, read
+from hivit_jax.weights.load import merge_arguments, read
 
 KINDS = state_files.kinds()
 
@@ -186,7 +186,7 @@ def test_another_name_keeps_custom_sizes():
     )
 
     def fitted(**overrides):
-        return configure(**fitting_arguments(saved, overrides))[1:]
+        return configure(**merge_arguments(saved, overrides))[1:]
 
     config, run_options = fitted(name="hivit_base")
     assert (config.depths, config.fc_norm, config.layer_norm_eps) == (

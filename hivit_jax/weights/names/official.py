@@ -49,8 +49,8 @@ class Entry(NamedTuple):
 def latent_order(config: HiViTConfig) -> np.ndarray:
     """Return the official channel of each channel of our multi-scale latent, int [7E].
 
-    Both concatenate the stages. Within a stage, the official cells are in row-major
-    order and ours in merge order.
+    Both latents concatenate the stages. Within a stage, the official cells are in
+    row-major order, and our cells in merge order.
     """
     channels, inner, start = [], config.inner_patches, 0
     while inner:
@@ -101,7 +101,7 @@ def _entry(path: str, shape: tuple[int, ...], model: Model) -> Entry:
 
 
 def official_names(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Return a state dict with official names; translates those of MMPretrain."""
+    """Return a state dict with official names; names of MMPretrain are translated."""
     named = {}
     for name, array in state.items():
         new = name.removeprefix("backbone.").replace("head.fc.", "head.")
@@ -110,12 +110,13 @@ def official_names(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def unneeded_entries(state: Mapping[str, np.ndarray], model: Model) -> list[str]:
-    """Return those names of an official state dict whose entries the model ignores.
+    """Return the names of official state dict entries that the model ignores.
 
     The model computes the relative position index. Official masked autoencoders without
-    multi-scale features store a norm that they do not apply. MMPretrain's decoder is
-    not supported, because it treats HiViT's first visible unit as a class token.
-    An encoder may have a rest of its decoder, and the norm of the decoder's input.
+    multi-scale features store a norm that is not applied. MMPretrain's decoder is not
+    supported, because the decoder treats HiViT's first visible unit as a class token.
+    The state dict of an encoder may contain parts of the decoder, and the norm of the
+    decoder's input.
     """
     unused: tuple[str, ...] = ("neck.",)
     norm = state.get("norm.weight", np.empty(0))
@@ -186,8 +187,8 @@ def from_official(
 def to_official(params: Mapping, model: Model) -> dict[str, np.ndarray]:
     """Convert nested parameters of `model` to numpy arrays by their official names.
 
-    The arrays are C-contiguous copies, because other programs write their memory as it
-    is, whatever the strides.
+    The arrays are C-contiguous copies, because other programs write the memory of an
+    array to a file regardless of its strides.
     """
     state = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
@@ -202,18 +203,18 @@ def to_state_dict(
 ) -> dict[str, np.ndarray]:
     """Convert nested parameters of `model` to the full state dict of another program.
 
-    It contains the relative position index, except for models with windows, which those
-    programs do not have. MMPretrain's masked autoencoders are reduced to the encoder.
+    The state dict contains the relative position index, except for models with windows,
+    which the other programs do not have. MMPretrain's masked autoencoders are reduced
+    to the encoder.
 
     Args:
       layout: one of `LAYOUTS`.
 
     Returns:
-      C-contiguous numpy arrays by their PyTorch names in that program; no two share
-      memory.
+      {name in the other program: C-contiguous numpy array}; no two arrays share memory.
 
     Raises:
-      ConfigError: that program has no such model.
+      ConfigError: the other program does not have this model.
     """
     if layout == "mmpretrain" and getattr(model, "fc_norm", None) is not None:
         raise ConfigError(

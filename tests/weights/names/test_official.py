@@ -12,7 +12,7 @@ from numpy.testing import assert_array_equal
 
 from hivit_jax.errors import CheckpointError, ConfigError
 from hivit_jax.tree import leaf_name, named_leaves, split
-from hivit_jax.weights.adapt import Pretrained, adapt, compare
+from hivit_jax.weights.adapt import Pretrained, adapt, match_arrays
 from hivit_jax.weights.names.official import from_official, to_official, to_state_dict
 
 FIXTURES = [k for k, v in reference.FIXTURES.items() if "state_dict" in v]
@@ -130,7 +130,7 @@ def test_finetuning_from_pretraining():
     arguments = {"name": "mae_hivit_base"}
     start = Pretrained("there", "there", arguments, params, [], [], {}, {}, {})
     model = abstract_model("hivit_base")
-    _, report = compare(start, model)
+    _, report = match_arrays(start, model)
     by_fate = {
         kind: {official[n] for n in names} for kind, names in vars(report).items()
     }
@@ -147,7 +147,7 @@ def test_finetuning_from_pretraining():
     assert not by_fate["missing"] | by_fate["shape_mismatch"] | by_fate["resized"]
     for name in [name for name in start.params if "stages/2/7/" in name]:
         del start.params[name]
-    missing = compare(start, model)[1].missing
+    missing = match_arrays(start, model)[1].missing
     assert len(missing) > 5
     assert all(name.startswith("encoder/stages/2/7/") for name in missing)
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""Full recipes of the first edition, of very small models on scikit-learn's digits.
+"""Full recipes of hivit_jax before 0.1, of very small models on scikit-learn's digits.
 
 Variants: ``mae``, ``classify`` and ``linear_probe``, the values of ``config.task``.
 """

@@ -1,4 +1,4 @@
-"""Writes the files of this directory with the code of the first edition.
+"""Writes the files of this directory with hivit_jax before 0.1.
 
 The docstring of test_old_runs.py contains the commands. TASK is mae, classify or
 linear_probe:
