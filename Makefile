@@ -1,7 +1,7 @@
 # `make demo` runs the example of the README, `make test` runs lint and the tests.
 PYTHON ?= python3
 
-.PHONY: install lint quick test test-extras demo clean
+.PHONY: install lint quick test test-extras demo docs clean
 
 PYTEST = .venv/bin/python -m pytest --numprocesses auto --dist loadfile \
   --no-loadscope-reorder
@@ -44,5 +44,15 @@ test-extras: .venv-extras/installed
 demo: install
 	.venv/bin/python launch/demo.py
 
+# The site is written to build/docs.
+docs: .venv-docs/installed
+	.venv-docs/bin/mkdocs build --quiet --strict
+
+.venv-docs/installed:
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/pip install --quiet --disable-pip-version-check mkdocs-material \
+	  'mkdocstrings[python]'
+	touch $@
+
 clean:
-	rm -rf .venv .venv-extras runs
+	rm -rf .venv .venv-docs .venv-extras build runs

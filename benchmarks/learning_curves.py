@@ -5,7 +5,8 @@
 Both train the same small network with the same initial weights, batches, masks and
 schedule. There are four runs: pretraining and classification, on the digits and on JPEG
 photographs. Needs torch (`pip install torch`). Writes results/learning_curves.json and
-.png. The exit code is 1 if the losses of a step differ by 1 % or more.
+docs/learning_curves.png. The exit code is 1 if the losses of a step differ by 1 % or
+more.
 """
 
 import argparse
@@ -36,6 +37,7 @@ from hivit_jax.weights.names.official import to_official
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "benchmarks" / "results" / "learning_curves"
+FIGURE = ROOT / "docs" / "learning_curves.png"
 SMALL = {
     "model.embed_dim": 64,
     "model.depths": (1, 1, 4),
@@ -188,7 +190,7 @@ def main() -> int:
                 axes.set_xlabel("step")
                 axes.set_ylabel("loss")
                 axes.legend()
-    figure.savefig(OUT.with_suffix(".png"), dpi=90)
+    figure.savefig(FIGURE, dpi=90)
     result = {"torch": torch.__version__, "jax": jax.__version__, "curves": results}
     OUT.with_suffix(".json").write_text(json.dumps(result) + "\n")
     worst = max(run["largest_relative_difference"] for run in results.values())

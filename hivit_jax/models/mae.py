@@ -247,8 +247,9 @@ class MaskedAutoencoder(Model):
         pixels and 0 for visible pixels.
 
         Args:
-          mean, scale: [B, N, 1], mean and scale of each unit, from `targets` or
-            estimated without the masked pixels.
+          mean: [B, N, 1], mean of each unit, from `targets` or estimated without the
+            masked pixels.
+          scale: [B, N, 1], scale of each unit, likewise.
         """
         grid, patch_size = self.config.grid, self.config.patch_size
         mask = jnp.repeat(out.mask[..., None], patch_size**2, -1)
