@@ -1,4 +1,4 @@
-"""Order of pixels, cells and units; sin-cos and relative tables."""
+"""Tests of the order of pixels, cells and units, and of position tables."""
 
 import jax.numpy as jnp
 import numpy as np
