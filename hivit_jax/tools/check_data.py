@@ -29,7 +29,7 @@ from hivit_jax.data.loader import Loader, available_cores
 from hivit_jax.data.order import permutation, samples_at
 from hivit_jax.data.sources.registry import open_source
 from hivit_jax.data.transforms import Transform
-from hivit_jax.errors import ConfigError, DataError, Parser, exit_code
+from hivit_jax.errors import ConfigError, DataError, LocalDataError, Parser, exit_code
 from hivit_jax.models import Model, image_shape
 from hivit_jax.tools.outputs import output_path
 
@@ -90,6 +90,8 @@ class Split:
                 sample = self.source.sample(index)
                 encoded, label = sample["image"], sample["label"]
                 pixels = decode(encoded, self.channels, data.value_range)
+            except LocalDataError:
+                raise
             except DataError as error:
                 self.findings[NEED_RANGE][index] = str(error)
                 continue

@@ -60,6 +60,9 @@ class Source:
         A subclass may leave this method empty.
         """
 
+    def forget(self) -> None:
+        """Drop what `ask` started and `sample` did not return."""
+
     def size(self, index: int) -> tuple[int, int]:
         """Return (height, width) of an image. Reads the file header once."""
         from PIL import Image
