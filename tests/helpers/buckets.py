@@ -60,6 +60,9 @@ class Bucket(ThreadingHTTPServer):
             "AWS_SECRET_ACCESS_KEY": "none",
         }
 
+    def answering(self, change: int) -> None:
+        """Is called with 1 before and with -1 after each answer."""
+
     def keys(self, prefix: str = "") -> list[str]:
         """Return the sorted keys of all objects that start with a prefix."""
         files = (path for path in self.root.rglob("*") if path.is_file())
@@ -107,7 +110,9 @@ class Handler(BaseHTTPRequestHandler):
         with bucket.lock:
             bucket.requests.append((method, key, self.headers.get("Range", "")))
             failure = bucket.failures.pop(0) if bucket.failures else 0
+        bucket.answering(1)
         time.sleep(bucket.delay)
+        bucket.answering(-1)
         for piece, status in bucket.statuses.items():
             failure = status if piece in (key or query.get("prefix", "")) else failure
         if failure:
