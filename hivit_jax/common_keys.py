@@ -50,7 +50,8 @@ KEYS = {
     "data": {
         "name": Key(
             "imagenet2012",
-            "TFDS name, `folder`, `digits`, `synthetic`, or your own `module:Class`",
+            "TFDS name, `folder`, `webdataset`, `zip`, `digits`, `synthetic`, or your "
+            "own `module:Class`",
         ),
         "dir": Key(
             "",

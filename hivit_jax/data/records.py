@@ -4,7 +4,7 @@ import hashlib
 import io
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -117,8 +117,3 @@ def log_indexing(directory: str, count: int) -> None:
     """Log to stderr that files are indexed, which can take minutes in a bucket."""
     text = f"indexing {count:,} files of {directory}; the index is saved for later runs"
     print(text, file=sys.stderr, flush=True)
-
-
-def concatenated(parts: Sequence[Mapping[str, np.ndarray]]) -> Index:
-    """Concatenate the arrays of several indexes."""
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

@@ -57,6 +57,7 @@ def read(path: str, start: int = 0, stop: int | None = None) -> Waiter:
 
     Args:
       start: first byte; a negative one counts from the end and needs ``stop=None``.
+        A file that is shorter than ``-start`` is returned whole.
       stop: byte after the last; None: the end.
 
     Raises:
@@ -69,7 +70,12 @@ def read(path: str, start: int = 0, stop: int | None = None) -> Waiter:
     future = _start(path, start, stop)
 
     def wait() -> bytes:
-        return _result(path, future).value
+        try:
+            return _result(path, future).value
+        except _RangeError:
+            if start >= 0:
+                raise
+            return _result(path, _start(path, 0, None)).value  # shorter than `-start`
 
     return wait
 
@@ -92,8 +98,8 @@ def list_files(directory: str) -> list[str]:
 def copy(path: str, file: BinaryIO, stopped: Callable[[], bool] = lambda: False) -> int:
     """Copy an object of a bucket into a local file and return its size.
 
-    The bytes are on the disk when the function returns. The size of an object is
-    unknown, so that parts are read until the end cuts one off.
+    The bytes are on the disk when the function returns. Parts are read until the end
+    cuts one off, because the size of an object is unknown.
 
     Args:
       file: empty file, open for writing.
@@ -104,26 +110,35 @@ def copy(path: str, file: BinaryIO, stopped: Callable[[], bool] = lambda: False)
       InterruptedError: `stopped` returned True.
       OSError: the file cannot be written.
     """
-    position, generation, is_last = 0, None, False
-    while not is_last:
+    position, generation = 0, None
+    while True:
         if stopped():
             raise InterruptedError(f"the copy of {path} was stopped")
-        try:
-            part = _result(path, _start(path, position, position + PART_BYTES))
-        except _RangeError:
-            is_last = True
-            try:
-                part = _result(path, _start(path, position, None))
-            except _RangeError:  # the previous part ended at the end of the object
-                break
-        generation = generation or part.stamp.generation
-        if part.stamp.generation != generation:
-            raise StorageError(f"{path} was replaced while it was copied")
-        file.write(part.value)
-        position += len(part.value)
+        part = _read_part(path, position, PART_BYTES)
+        if part is not None:
+            generation = generation or part.stamp.generation
+            if part.stamp.generation != generation:
+                raise StorageError(f"{path} was replaced while it was copied")
+            file.write(part.value)
+            position += len(part.value)
+        if part is None or len(part.value) < PART_BYTES:
+            break
     file.flush()
     os.fsync(file.fileno())
     return position
+
+
+def read_up_to(path: str, start: int, size: int) -> bytes:
+    """Return `size` bytes from `start` on, or fewer at the end of the file.
+
+    Raises:
+      StorageError, OSError: as in `read`.
+    """
+    if is_remote(path):
+        part = _read_part(path, start, size)
+        return b"" if part is None else part.value
+    with open(path, "rb", buffering=0) as file:
+        return os.pread(file.fileno(), size, start)
 
 
 def write(path: str, data: bytes) -> None:
@@ -168,6 +183,18 @@ def _open_store(scheme: str, bucket: str) -> Any:
         spec |= {"endpoint": endpoint, "aws_region": "us-east-1"}
     opened = tensorstore.KvStore.open(spec | {"context": context})
     return _result(f"{scheme}://{bucket}", opened)
+
+
+def _read_part(path: str, start: int, size: int) -> Any:
+    """Return tensorstore's answer with up to `size` bytes; None behind the end."""
+    try:
+        return _result(path, _start(path, start, start + size))
+    except _RangeError:
+        pass  # the part is cut off by the end
+    try:
+        return _result(path, _start(path, start, None))
+    except _RangeError:
+        return None
 
 
 def _start(path: str, start: int, stop: int | None) -> Any:

@@ -189,8 +189,10 @@ def test_copies_are_read(bucket, prepared, tmp_path, file_format, capfd):
     copies = tmp_path / "cache/gs/bucket" / file_format / VERSION
     for path in (bucket.root / file_format / VERSION).glob("*-train*"):
         assert (copies / path.name).read_bytes() == path.read_bytes()
+    registry.open_source(cfg.data, "test")._cache.stop()
     bucket.statuses = {"-train.": 403}
     assert_batches_equal(batches(cfg)[:4], expected[:4])
+    registry.open_source(cfg.data, "test")._cache.stop()
     assert "4 are present" in capfd.readouterr().err
 
 

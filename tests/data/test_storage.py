@@ -33,6 +33,10 @@ def test_ranges(root):
     assert storage.read(path, 5, 15)() == DATA[5:15]
     assert storage.read(path, 100)() == DATA[100:]
     assert storage.read(path, -7)() == DATA[-7:]
+    assert storage.read(path, -len(DATA) - 7)() == DATA
+    assert storage.read_up_to(path, 5, 15) == DATA[5:20]
+    assert storage.read_up_to(path, len(DATA) - 5, 15) == DATA[-5:]
+    assert storage.read_up_to(path, len(DATA), 15) == b""
     with pytest.raises((OSError, storage.StorageError), match="ends before|is shorter"):
         storage.read(path, len(DATA) - 1, len(DATA) + 1)()
     with pytest.raises((OSError, storage.StorageError), match="missing"):

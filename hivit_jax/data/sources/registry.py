@@ -6,6 +6,7 @@ from functools import lru_cache
 from typing import Any
 
 from hivit_jax.data import storage
+from hivit_jax.data.sources.archives import WebDataset, Zip
 from hivit_jax.data.sources.base import DatasetInfo, Source
 from hivit_jax.data.sources.digits import NUM_TEST, NUM_TRAIN, Digits
 from hivit_jax.data.sources.folder import Folder
@@ -15,7 +16,10 @@ from hivit_jax.errors import ConfigError, import_class
 from hivit_jax.paths import expand
 
 # data.name -> default names of the training and evaluation split; "": any other name.
-DEFAULT_SPLITS = {"folder": ("train", "val"), "": ("train", "validation")}
+DEFAULT_SPLITS = {"": ("train", "validation")} | dict.fromkeys(
+    ("folder", "webdataset", "zip"), ("train", "val")
+)
+ARCHIVES = {"webdataset": WebDataset, "zip": Zip}
 
 
 def published_info(data: Mapping[str, Any]) -> DatasetInfo | None:
@@ -86,6 +90,8 @@ def _open(
                 "shards are copied, such as tfrecord or tar files"
             )
         source = Folder(directory, split_name, train_split)
+    elif name in ARCHIVES:
+        source = ARCHIVES[name](directory, split_name, train_split, cache_dir)
     else:
         source = Tfds(name, directory, split_name, cache_dir)
     if train_examples:
