@@ -65,6 +65,16 @@ class Source:
     def forget(self) -> None:
         """Drop what `ask` started and `sample` did not return."""
 
+    def checksum_error(self, index: int) -> str:
+        """Return how an example differs from its stored checksum; "": it does not.
+
+        Sources without checksums return "".
+
+        Raises:
+          Exception: an error of any type if the example cannot be read.
+        """
+        return ""
+
     def size(self, index: int) -> tuple[int, int]:
         """Return (height, width) of an image. Reads the file header once."""
         from PIL import Image

@@ -68,7 +68,7 @@ class Tfds(Source):
                     f"{name} has no split {split!r}; available: "
                     f"{', '.join(info.splits)}"
                 ) from error
-        file_format = info.file_format.value
+        self._format = file_format = info.file_format.value
         if file_format not in OPENERS:
             expected = " or ".join(OPENERS)
             raise DataError(f"{name}: expected {expected} files, found {file_format}")
@@ -138,6 +138,20 @@ class Tfds(Source):
         if self._records:
             self._records.forget()
 
+    def checksum_error(self, index: int) -> str:
+        if self._format != "tfrecord":  # other formats are checked when they are read
+            return ""
+        if self._records:
+            record = self._records.read(index)
+        else:
+            file = self._open_file(self._paths[self._file_indices[index]])
+            record = file.record(int(self._record_indices[index]))
+        try:
+            tfrecord.verify(record)
+        except tfrecord.DamagedRecord as error:
+            return str(error)
+        return ""
+
     def _example(self, index: int) -> dict[str, Any]:
         record = self._read_record(index)
         return self._features.deserialize_example_np(record, decoders=self._decoders)
@@ -193,24 +207,33 @@ def _array_record(path: str) -> Callable[[int], bytes]:
     return lambda record_index: reader.read([record_index])[0]
 
 
-@cache
-def _tfrecord(path: str) -> Callable[[int], bytes]:
-    """Return a function that reads the record at an index of a file.
+class _TfrecordFile:
+    """Local tfrecord file. It is opened once, and the header of every record read once.
 
-    Each file is opened once, and the header of every record is read once to find the
-    offsets. A record consists of the length of its data (8 bytes), a CRC (4 bytes), the
-    data, and another CRC (4 bytes).
+    Calling it with the index of a record returns the record's data.
     """
-    file, size = os.open(path, os.O_RDONLY), os.path.getsize(path)
-    starts, offset = [], 0
-    while offset < size:
-        starts.append(offset + 12)
-        offset += struct.unpack("<Q", os.pread(file, 8, offset))[0] + 16
-    if offset != size:
-        raise OSError(f"{path} ends inside a record, at byte {size:,}")
-    ends = np.array([*starts[1:], size + 12]) - 16
 
-    return lambda i: os.pread(file, ends[i] - starts[i], starts[i])
+    def __init__(self, path: str):
+        self._file, size = os.open(path, os.O_RDONLY), os.path.getsize(path)
+        starts, offset, around = [], 0, tfrecord.HEADER + tfrecord.FOOTER
+        while offset < size:
+            starts.append(offset)
+            header = os.pread(self._file, 8, offset)
+            offset += struct.unpack("<Q", header)[0] + around
+        if offset != size:
+            raise OSError(f"{path} ends inside a record, at byte {size:,}")
+        self._offsets = np.array([*starts, size])
+
+    def __call__(self, i: int) -> bytes:
+        return self._read(i, tfrecord.HEADER, tfrecord.FOOTER)
+
+    def record(self, i: int) -> bytes:
+        """Return a record with its length and checksums."""
+        return self._read(i, 0, 0)
+
+    def _read(self, i: int, before: int, after: int) -> bytes:
+        start, stop = self._offsets[i] + before, self._offsets[i + 1] - after
+        return os.pread(self._file, stop - start, start)
 
 
 def _increase_open_file_limit(count: int) -> None:
@@ -225,7 +248,7 @@ def _increase_open_file_limit(count: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
 
 
-OPENERS = {"array_record": _array_record, "tfrecord": _tfrecord}
+OPENERS = {"array_record": _array_record, "tfrecord": cache(_TfrecordFile)}
 
 
 def supervised_feature_types(info: Any) -> list[str]:
