@@ -151,6 +151,7 @@ def test_workdir_alone(finished, tmp_path, capsys):
         check_message(capsys.readouterr().err, ["--config", fragment])
 
 
+@pytest.mark.slow
 def test_second_run_in_a_workdir(finished, capsys):
     """Refused at once, with the process of the first; other modes need no lock."""
     with lock.hold(finished):

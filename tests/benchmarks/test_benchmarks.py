@@ -110,7 +110,7 @@ def test_pytorch_twin_has_our_first_loss(tmp_path):
     out = tmp_path / "out.json"
     code, _, error = recipes.run_process(
         *("-m", "benchmarks.peers", "--batch", 1, "--rounds", 1, "--steps", 1),
-        *("--rows", "hivit_jax", "torch", "--out", out),
+        *("--threads", 1, "--rows", "hivit_jax", "torch", "--out", out),
         PYTHONPATH=recipes.ROOT,
     )
     assert code == 0, error

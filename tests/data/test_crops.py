@@ -250,6 +250,7 @@ def test_pixels_outside_the_crop_do_not_matter():
     assert_array_equal(one, two)
 
 
+@pytest.mark.slow
 def test_center_crop_ships_the_pixels_of_its_filters():
     """The canvas holds the box and a margin; the result matches the whole image."""
     pixels = noise_image(375, 500, 3)

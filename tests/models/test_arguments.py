@@ -208,6 +208,7 @@ def test_weight_of_batch_norm():
             norm(x, weight)
 
 
+@pytest.mark.slow
 def test_empty_batch():
     """Every method accepts no images, with and without windows and keys."""
     none, keys = (

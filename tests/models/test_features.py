@@ -115,6 +115,7 @@ def test_order_of_maps_and_of_kept_units(sizes):
         assert gaps.min() > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("image_size", [64, (80, 112)])
 def test_stride_32(image_size):
     """Each value is the maximum of 2x2; an odd last row or column is dropped."""

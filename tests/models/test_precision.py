@@ -76,6 +76,7 @@ def equations(jaxpr):
                 yield from equations(inner)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["hivit_base", "mae_hivit_base"])
 def test_float32_inside_bfloat16(name):
     """Softmax and LayerNorm statistics are float32, matrix products bfloat16."""

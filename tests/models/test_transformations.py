@@ -43,6 +43,7 @@ def close(found, expected):
 MODELS = "hivit_base", "mae_hivit_base"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_manual_and_explicit_meshes(name):
     """Loss and gradient are those without a mesh: inside `shard_map` with the checks of
@@ -107,6 +108,7 @@ def test_shardings_on_explicit_meshes(name, spec):
         jax.eval_shape(check, images)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("overrides", [{}, dict(scan_blocks=True, remat=True)])
 def test_forward_mode(overrides):
     """`jvp`, `linearize` and `jacfwd` agree with reverse mode: <w, Jv> = <J'w, v>."""
@@ -210,6 +212,7 @@ def test_no_implicit_rank_promotion(name, overrides):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "overrides", "optimizer"),
     [
@@ -240,6 +243,7 @@ def test_own_loop_trains_parameters_alone(name, overrides, optimizer):
         assert (old != new).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "kind", "overrides"),
     [

@@ -76,6 +76,7 @@ def test_parameters_are_stored_once(exported):
     assert size < exported[0].stat().st_size < size + 2**16
 
 
+@pytest.mark.slow
 def test_no_paths_of_the_machine(exported, monkeypatch):
     """Names of source files only; `~` of a path is the home directory."""
     content = exported[0].read_bytes()

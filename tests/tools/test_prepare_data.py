@@ -97,6 +97,7 @@ def test_files(whole):
     assert splits["validation"].num_examples == 6
 
 
+@pytest.mark.slow
 def test_reduced_images(whole, small):
     """Only training images are reduced, and keep their aspect ratio."""
     reduced = [e["image"] for e in stored(small / VERSION, "train")]

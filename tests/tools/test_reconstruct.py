@@ -69,8 +69,10 @@ def panels(directory, *options):
     found = []
     for quarter in np.split(pixels, range(176, 704, 176), axis=1):  # of 704 columns
         colored = (quarter != 255).any(-1)
-        # Text has no full rows and columns, in contrast to panels.
-        rows = np.flatnonzero(colored.mean(1) > 0.6)[2:-2]
+        # Rows of text are shorter runs than the panel.
+        rows = np.flatnonzero(colored.mean(1) > 0.6)
+        runs = np.split(rows, np.flatnonzero(np.diff(rows) > 1) + 1)
+        rows = max(runs, key=len)[2:-2]
         columns = np.flatnonzero(colored[rows].all(0))[2:-2]
         found.append(quarter[np.ix_(rows, columns)])
     return found

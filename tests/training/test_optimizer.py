@@ -117,6 +117,7 @@ def test_parameter_without_a_layer():
         model.layer_ids()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", ["mini", "hivit_base"])
 def test_layer_decay_and_weight_decay_of_finetuning(size):
     expected = facts(f"layer_decay_{size}")
