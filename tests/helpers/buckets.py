@@ -1,6 +1,13 @@
-"""Stand-in for Cloud Storage and S3: an HTTP server in a thread."""
+"""Stand-in for Cloud Storage and S3: an HTTP server in a thread.
+
+    python tests/helpers/buckets.py DIRECTORY DELAY
+
+serves a directory until it is terminated. It prints the environment variables of
+clients as JSON.
+"""
 
 import json
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -9,10 +16,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 from xml.sax.saxutils import escape
-
-import pytest
-
-from hivit_jax.data import storage
 
 
 class Bucket(ThreadingHTTPServer):
@@ -161,11 +164,11 @@ class Handler(BaseHTTPRequestHandler):
         if query.get("alt", "media") != "media":
             self._send(200, json.dumps(self._metadata(key)).encode())
             return
-        data, version = path.read_bytes(), str(self.server.generation)
+        size, version = path.stat().st_size, str(self.server.generation)
         headers = {"x-goog-generation": version, "ETag": f'"{version}"'}
-        size, wanted = len(data), self.headers.get("Range", "")
+        wanted = self.headers.get("Range", "")
         if not wanted:
-            self._send(200, data, headers)
+            self._send(200, path.read_bytes(), headers)
             return
         first, _, last = wanted.removeprefix("bytes=").partition("-")
         start = int(first) if first else max(size - int(last), 0)
@@ -174,7 +177,9 @@ class Handler(BaseHTTPRequestHandler):
             self._send(416, b"", {"Content-Range": f"bytes */{size}"})
             return
         headers["Content-Range"] = f"bytes {start}-{stop - 1}/{size}"
-        self._send(206, data[start:stop], headers)
+        with path.open("rb") as file:
+            file.seek(start)
+            self._send(206, file.read(stop - start), headers)
 
     def _send(self, status: int, body: bytes, headers: dict[str, str] | None = None):
         self.send_response(status)
@@ -192,6 +197,10 @@ class Handler(BaseHTTPRequestHandler):
 @contextmanager
 def serve(root: Path) -> Iterator[Bucket]:
     """Serve a directory. Clients in this process use the server and retry quickly."""
+    import pytest  # here, because benchmarks run this file without it
+
+    from hivit_jax.data import storage
+
     retries = {"max_retries": 3, "initial_delay": "1ms", "max_delay": "10ms"}
     with Bucket(root) as bucket, pytest.MonkeyPatch.context() as patch:
         for name, value in bucket.environment.items():
@@ -202,3 +211,15 @@ def serve(root: Path) -> Iterator[Bucket]:
         yield bucket
         bucket.shutdown()
     storage._open_store.cache_clear()
+
+
+def main(root: str, delay: str) -> None:
+    """Serve a directory in this process."""
+    bucket = Bucket(Path(root))
+    bucket.delay = float(delay)
+    print(json.dumps(bucket.environment), flush=True)
+    bucket.serve_forever()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
