@@ -50,9 +50,19 @@ KEYS = {
     "data": {
         "name": Key(
             "imagenet2012",
-            "TFDS name, `folder`, `digits`, `synthetic`, or your own `module:Class`",
+            "TFDS name, `folder`, `webdataset`, `zip`, `digits`, `synthetic`, or your "
+            "own `module:Class`",
         ),
-        "dir": Key("", "dataset directory; empty: TFDS's default directory"),
+        "dir": Key(
+            "",
+            "dataset directory, or its address in a bucket (`gs://`, `s3://`); empty: "
+            "TFDS's default directory",
+        ),
+        "cache": Key(
+            "",
+            "directory for local copies of the files in a bucket, made in the "
+            "background; empty: none",
+        ),
         "train_split": Key("", "training split; empty: the dataset's default"),
         "eval_split": Key("", "evaluation split; empty: the dataset's default"),
         "train_examples": Key(

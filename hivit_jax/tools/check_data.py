@@ -29,7 +29,13 @@ from hivit_jax.data.loader import Loader, available_cores
 from hivit_jax.data.order import permutation, samples_at
 from hivit_jax.data.sources.registry import open_source
 from hivit_jax.data.transforms import Transform
-from hivit_jax.errors import ConfigError, DataError, Parser, run_command
+from hivit_jax.errors import (
+    ConfigError,
+    DataError,
+    LocalDataError,
+    Parser,
+    run_command,
+)
 from hivit_jax.models import Model, image_shape
 from hivit_jax.tools.outputs import output_path
 
@@ -39,7 +45,9 @@ TIMING_SECONDS = 3.0  # CPU time in which the loader's speed is measured
 UTILIZATION = 0.4  # assumed share of an accelerator's peak FLOP/s
 PEAK_FLOPS = {"H100": 989e12, "TPU v5e": 197e12, "TPU v5p": 459e12}  # bfloat16
 UNREADABLE, BAD_LABEL = "unreadable", "with an invalid label"
+BAD_CHECKSUM = "with a wrong checksum"
 NEED_RANGE = "that require data.value_range"
+FAULTS = (UNREADABLE, BAD_CHECKSUM, BAD_LABEL, NEED_RANGE, LOST, CLIPPED)
 
 
 class Split:
@@ -87,9 +95,13 @@ class Split:
         data, size = self.config.data, image_shape(self.config.model)[:2]
         for position, index in enumerate(indices, start):
             try:
+                if problem := self.source.checksum_error(index):
+                    self.findings[BAD_CHECKSUM][index] = problem
                 sample = self.source.sample(index)
                 encoded, label = sample["image"], sample["label"]
                 pixels = decode(encoded, self.channels, data.value_range)
+            except LocalDataError:
+                raise
             except DataError as error:
                 self.findings[NEED_RANGE][index] = str(error)
                 continue
@@ -137,7 +149,7 @@ class Split:
         was read.
         """
         faults = {}
-        for fault in (UNREADABLE, BAD_LABEL, NEED_RANGE, LOST, CLIPPED):
+        for fault in FAULTS:
             details = sorted(self.findings.get(fault, {}).items())
             faults[fault] = [f"{self.name(i)}: {detail}" for i, detail in details]
         if len(self.indices) == len(self.source):
@@ -232,7 +244,8 @@ def check_dataset(
         print(f"\n{split_report(split, faults)}", flush=True)
         split.write_unreadable(listing, reasons)
         tolerated = data.max_unreadable * len(split.indices)
-        allowed = {UNREADABLE: tolerated, LOST: tolerated, CLIPPED: np.inf}
+        allowed = dict.fromkeys((UNREADABLE, BAD_CHECKSUM, LOST), tolerated)
+        allowed[CLIPPED] = np.inf
         for fault, affected in faults.items():
             text = f"{split.title}: {len(affected):,} {fault}"
             if len(affected) > allowed.get(fault, 0):

@@ -20,7 +20,7 @@ from hivit_jax.weights.load import abstract_model
 from hivit_jax.weights.names.official import from_official, to_state_dict
 
 # Keys of a recipe whose values are directories of this machine.
-DIRECTORIES = ("dir", "compilation_cache")
+DIRECTORIES = ("dir", "cache", "compilation_cache")
 PATH = re.compile(r"[/~.\\]|[A-Za-z]:[/\\]|\w+://")  # start of a path
 
 

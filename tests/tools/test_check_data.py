@@ -7,6 +7,7 @@ import pytest
 import recipes
 from datasets import encode
 from PIL import Image
+from prepared import prepare
 
 from benchmarks.photographs import photographs, write
 from hivit_jax.data.sources import folder
@@ -402,3 +403,16 @@ def test_real_process_without_tensorflow(healthy, tmp_path):
     code, out, _ = recipes.run_process("-c", program, *flags, XDG_CACHE_HOME=tmp_path)
     assert code == 0
     assert out.endswith("\nhealthy\n")
+
+
+def test_wrong_checksum_of_a_tfrecord(check, tmp_path):
+    """An image whose bytes changed is reported even if it can be decoded."""
+    path = prepare(tmp_path, "tfrecord")
+    [shard] = path.glob("*validation*00001-of*")
+    data = bytearray(shard.read_bytes())
+    data[-2] ^= 1  # of the last record's checksum
+    shard.write_bytes(data)
+    code, out, err = check(tmp_path, data__name="stripes")
+    assert code == 4
+    assert "1 with a wrong checksum" in out
+    assert "the checksum of the record's data is wrong" in out

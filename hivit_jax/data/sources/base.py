@@ -8,7 +8,9 @@ from typing import Any
 # `data.name` may also be any other TFDS dataset, or ``module:Class`` for a user's
 # subclass of `Source`. It is constructed as Class(split, data.dir) with the split
 # "train" or "test".
-KNOWN_DATASETS = ("digits", "folder", "imagenet2012", "synthetic")
+KNOWN_DATASETS = (
+    "digits", "folder", "imagenet2012", "synthetic", "webdataset", "zip"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,19 @@ class Source:
 
         A subclass may leave this method empty.
         """
+
+    def forget(self) -> None:
+        """Drop what `ask` started and `sample` did not return."""
+
+    def checksum_error(self, index: int) -> str:
+        """Return how an example differs from its stored checksum; "": it does not.
+
+        Sources without checksums return "".
+
+        Raises:
+          Exception: an error of any type if the example cannot be read.
+        """
+        return ""
 
     def size(self, index: int) -> tuple[int, int]:
         """Return (height, width) of an image. Reads the file header once."""

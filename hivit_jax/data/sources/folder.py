@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from hivit_jax.data import storage
+from hivit_jax.data.records import Records
 from hivit_jax.data.sources.base import Source
 from hivit_jax.errors import DataError
-from hivit_jax.paths import expand
+from hivit_jax.paths import expand, user_cache
 
 INDEX_KEYS = ("classes", "counts", "files", "reasons", "ignored")  # see `_index`
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
@@ -85,11 +87,11 @@ class Folder(Source):
 
     The classes of every split are the sorted directories of the training split. The
     images of a split are the sorted files below its class directories. Hidden and
-    system names (`is_hidden`) are ignored at every level. The index of files is cached
-    on disk until a directory changes.
+    system names (`is_hidden`) are ignored at every level. The index of local files is
+    cached on disk until a directory changes. A bucket is listed at every start.
 
     Args:
-      directory: ROOT.
+      directory: ROOT, a directory or its address in a bucket.
       split, train_split: names of directories in ROOT.
 
     Raises:
@@ -98,49 +100,86 @@ class Folder(Source):
     """
 
     def __init__(self, directory: str, split: str, train_split: str = "train"):
-        root = Path(expand(directory))
-        self._root = root / split
-        for required in (root / train_split, self._root):
-            if not required.is_dir():
-                names = sorted(os.listdir(root)) if root.is_dir() else []
-                names = [name for name in names if not is_hidden(name)]
-                raise DataError(
-                    f"no directory {required}; data.dir={str(root)!r} contains "
-                    f"{', '.join(names[:8]) or 'nothing'}\n"
-                    "Correct data.dir, data.train_split or data.eval_split."
-                )
-        self.classes = _subdirectories(root / train_split)
-        index = _index(self._root)
+        if storage.is_remote(directory):
+            directory = directory.rstrip("/")
+            self._root = f"{directory}/{split}"
+            index = _bucket_index(self._root)
+            train = index if split == train_split else None
+            train = train or _bucket_index(f"{directory}/{train_split}")
+            self.classes = train["classes"].tolist()
+            for required, found in ((train_split, train), (split, index)):
+                if not len(found["files"]):
+                    raise _no_images(f"{directory}/{required}", "")
+        else:
+            root = Path(expand(directory))
+            self._root = str(root / split)
+            for required in (train_split, split):
+                _check_directory(root, required)
+            self.classes = _subdirectories(root / train_split)
+            index = _index(root / split)
         pairs = zip(index["reasons"].tolist(), index["ignored"].tolist(), strict=True)
         self.ignored = dict(pairs)
         self._files, names = index["files"], index["classes"].tolist()
         unknown = sorted(set(names) - set(self.classes))
         if unknown:
             raise DataError(
-                f"{self._root / unknown[0]}: expected one of the {len(self.classes)} "
+                f"{self._root}/{unknown[0]}: expected one of the {len(self.classes)} "
                 f"classes of {train_split}; found {len(unknown)} unknown in {split}"
             )
         empty = [name for name, n in zip(names, index["counts"], strict=True) if not n]
         if empty or not names:
-            raise _no_images(self._root.joinpath(*empty[:1]), self.ignored_text())
+            raise _no_images("/".join([self._root, *empty[:1]]), self.ignored_text())
         labels = np.array([self.classes.index(name) for name in names], np.int32)
         self.labels = np.repeat(labels, index["counts"])
+        self._records = Records(_Paths(self._root, self._files))
 
     def __len__(self) -> int:
         return len(self._files)
 
-    def sample(self, index: int) -> dict[str, Any]:
-        with open(self.name(index), "rb", buffering=0) as file:
-            return {"image": file.read(), "label": int(self.labels[index])}
+    def ask(self, index: int) -> None:
+        self._records.ask(index)
 
-    def _image_file(self, index: int) -> str:
+    def forget(self) -> None:
+        self._records.forget()
+
+    def sample(self, index: int) -> dict[str, Any]:
+        return {"image": self._records.read(index), "label": int(self.labels[index])}
+
+    def _image_file(self, index: int) -> Any:
+        if storage.is_remote(self._root):
+            return super()._image_file(index)
         return self.name(index)
 
     def name(self, index: int) -> str:
+        return self._records.file(index)
+
+
+class _Paths:
+    """Sequence of paths, which are stored as bytes relative to `root`."""
+
+    def __init__(self, root: str, files: np.ndarray):
+        self._root, self._files = root, files
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, index: int) -> str:
         return f"{self._root}/{os.fsdecode(self._files[index])}"
 
 
-def _no_images(path: Path, ignored: str) -> DataError:
+def _check_directory(root: Path, name: str) -> None:
+    """Raise DataError if `root` does not contain a directory of this name."""
+    if not (root / name).is_dir():
+        names = sorted(os.listdir(root)) if root.is_dir() else []
+        names = [each for each in names if not is_hidden(each)]
+        raise DataError(
+            f"no directory {root / name}; data.dir={str(root)!r} contains "
+            f"{', '.join(names[:8]) or 'nothing'}\n"
+            "Correct data.dir, data.train_split or data.eval_split."
+        )
+
+
+def _no_images(path: str | Path, ignored: str) -> DataError:
     expected = f"expected files that end in {', '.join(SUFFIXES)}"
     ignored = ignored and f"\nIgnored files: {ignored}"
     return DataError(f"{path}: {expected}; found none{ignored}")
@@ -177,9 +216,8 @@ def _index(root: Path) -> dict[str, np.ndarray]:
       reasons: reasons for ignoring files, str [m].
       ignored: number of ignored files per reason, int [m].
     """
-    cache_dir = Path(expand(os.environ.get("XDG_CACHE_HOME") or "~/.cache"))
     key = hashlib.sha256(os.fsencode(root.absolute())).hexdigest()[:16]
-    path = cache_dir / "hivit_jax" / f"{key}.npz"
+    path = user_cache() / f"{key}.npz"
     try:
         with np.load(path) as cached:
             if (_mtimes(cached["directories"]) == cached["times"]).all():
@@ -218,6 +256,32 @@ def _index(root: Path) -> dict[str, np.ndarray]:
     except OSError:
         pass  # the cache is optional
     return index
+
+
+def _bucket_index(root: str) -> dict[str, np.ndarray]:
+    """Return the index of a split in a bucket, with the keys and order of `_index`."""
+    ignored: Counter = Counter()
+    found: dict[str, list[tuple[str, str]]] = {}  # class -> (directory, file name)
+    for path in storage.list_files(root):
+        *directories, name = path.split("/")
+        if not directories:
+            ignored[ignored_reason(name) or OUTSIDE] += 1
+        elif any(map(is_hidden, directories)):
+            ignored[HIDDEN] += 1
+        else:
+            images = found.setdefault(directories[0], [])
+            if reason := ignored_reason(name):
+                ignored[reason] += 1
+            else:
+                images.append(("/".join(directories), name))
+    files = [f"{d}/{name}" for c in sorted(found) for d, name in sorted(found[c])]
+    return {
+        "classes": np.array(sorted(found), "U"),
+        "counts": np.array([len(found[name]) for name in sorted(found)], np.int64),
+        "files": np.array([*map(os.fsencode, files)], "S"),
+        "reasons": np.array([*ignored], "U"),
+        "ignored": np.array([*ignored.values()], np.int64),
+    }
 
 
 def _mtimes(directories: np.ndarray) -> np.ndarray:

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
+from hivit_jax.data import storage
+from hivit_jax.data.sources.archives import WebDataset, Zip
 from hivit_jax.data.sources.base import DatasetInfo, Source
 from hivit_jax.data.sources.digits import NUM_TEST, NUM_TRAIN, Digits
 from hivit_jax.data.sources.folder import Folder
@@ -14,7 +16,10 @@ from hivit_jax.errors import ConfigError, import_class
 from hivit_jax.paths import expand
 
 # data.name -> default names of the training and evaluation split; "": any other name.
-DEFAULT_SPLITS = {"folder": ("train", "val"), "": ("train", "validation")}
+DEFAULT_SPLITS = {"": ("train", "validation")} | dict.fromkeys(
+    ("folder", "webdataset", "zip"), ("train", "val")
+)
+ARCHIVES = {"webdataset": WebDataset, "zip": Zip}
 
 
 def published_info(data: Mapping[str, Any]) -> DatasetInfo | None:
@@ -52,7 +57,8 @@ def open_source(data: Mapping[str, Any], split: str) -> Source:
     """
     keys = ("train_split", "eval_split", "train_examples", "subset")
     values = [data[key] for key in keys]
-    return _open(split, data["name"], expand(data["dir"]), *values)
+    directories = expand(data["dir"]), expand(data.get("cache", ""))
+    return _open(split, data["name"], *directories, *values)
 
 
 @lru_cache(maxsize=8)
@@ -60,6 +66,7 @@ def _open(
     split: str,
     name: str,
     directory: str,
+    cache_dir: str,
     train_split: str,
     eval_split: str,
     train_examples: int,
@@ -77,9 +84,16 @@ def _open(
     train_split, eval_split = train_split or defaults[0], eval_split or defaults[1]
     split_name = train_split if split == "train" else eval_split
     if name == "folder":
+        if cache_dir and storage.is_remote(directory):
+            raise ConfigError(
+                f"data.cache={cache_dir!r} with data.name='folder'; expected '': only "
+                "shards are copied, such as tfrecord or tar files"
+            )
         source = Folder(directory, split_name, train_split)
+    elif name in ARCHIVES:
+        source = ARCHIVES[name](directory, split_name, train_split, cache_dir)
     else:
-        source = Tfds(name, directory, split_name)
+        source = Tfds(name, directory, split_name, cache_dir)
     if train_examples:
         raise ConfigError(
             f"data.train_examples={train_examples} with data.name={name!r}; expected "
