@@ -39,6 +39,7 @@ class Task:
       decayed, undecayed: last components of the names of the parameters with and
         without weight decay.
       model_class: required class of the registered model; None: any model.
+      config: the config; `model.num_classes=0` is replaced by the dataset's number.
     """
 
     keys: Mapping[str, Any] = {}
@@ -65,8 +66,17 @@ class Task:
         return 1
 
     def __init__(self, config: Any, data: DatasetInfo):
-        self.config, self.data = config, data
         num_classes = config.model.get("num_classes")
+        if num_classes == 0:  # of the dataset
+            num_classes = len(data.classes)
+            config = config.copy_and_resolve_references()
+            config.model.num_classes = num_classes
+            if not num_classes:
+                raise ConfigError(
+                    f"model.num_classes=0, the number of classes of {config.data.name}"
+                    ", which is unknown; set model.num_classes"
+                )
+        self.config, self.data = config, data
         if num_classes and num_classes < len(data.classes):
             raise ConfigError(
                 f"model.num_classes={num_classes}; expected at least "
