@@ -4,7 +4,7 @@ The rest of the package uses a task only through this interface. `docs/own_task.
 explains how to write one.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import optax
 
-from hivit_jax.data.sources.base import DatasetInfo
+from hivit_jax.data.sources.base import DatasetInfo, Source
 from hivit_jax.data.transforms import Transform
 from hivit_jax.errors import ConfigError
 from hivit_jax.models import Model, create_model
@@ -213,6 +213,32 @@ class Task:
     def write_predictions(self, records: list[Any], out: Path) -> None:
         """Write the records of `predict_step` into the directory `out`."""
         raise NotImplementedError
+
+    def stream_predictions(
+        self, batches: Iterator[Mapping[str, np.ndarray]], out: Path, source: Source
+    ) -> None:
+        """Write predictions to `out` while they are computed.
+
+        By default, `write_predictions` writes the records of all readable images.
+
+        Args:
+          batches: rows of `predict_step` and of "index", "name", "label" (-1: unknown)
+            and "error" ("": the image is readable; otherwise its other rows have no
+            meaning).
+          out: path that the user gave.
+          source: the images.
+
+        Raises:
+          ConfigError: `out` does not suit the task.
+          OSError: a file cannot be written.
+        """
+        records = []
+        for rows in batches:
+            readable = rows["error"] == ""
+            rows = {k: v for k, v in rows.items() if k not in ("error", "label")}
+            records += self.records({k: v[readable] for k, v in rows.items()})
+        out.mkdir(parents=True, exist_ok=True)
+        self.write_predictions(records, out)
 
 
 def weighted_sums(values: PerSample, weight: jax.Array) -> Sums:
