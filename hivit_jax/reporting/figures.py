@@ -106,11 +106,13 @@ def confusion_matrix(matrix: np.ndarray, names: Sequence[str]) -> np.ndarray:
     axis.set_xlabel("predicted class")
     axis.set_ylabel("true class")
     if count <= 40:
+        names = [name.replace("$", r"\$") for name in names]  # no formulas
         axis.set_xticks(range(count), names, rotation=90)
         axis.set_yticks(range(count), names)
     if count <= 15:
         for (row, column), value in np.ndenumerate(matrix):
-            style = dict(ha="center", va="center", fontsize=8)
+            color = "white" if 2 * value > matrix[row].sum() else "black"
+            style = dict(ha="center", va="center", fontsize=8, color=color)
             axis.text(column, row, f"{value}" if value else "", **style)
     return _pixels(figure)
 
@@ -122,7 +124,7 @@ def titled_images(images: np.ndarray, titles: Sequence[str]) -> np.ndarray:
     axes = figure.subplots(rows, 6, squeeze=False).flat
     for axis, pixels, title in zip(axes, images, titles, strict=False):
         _show(axis, pixels)
-        axis.set_title(title, fontsize=7)
+        axis.set_title(title.replace("$", r"\$"), fontsize=7)
     for axis in axes:
         axis.set_axis_off()
     return _pixels(figure)

@@ -138,7 +138,10 @@ def _write_evaluation(
     images, titles = [], []
     for p_true, index, true, found, p_found in worst:
         images.append(read(index) / np.float32(255))
-        titles.append(f"{names[true]} {p_true:.0%}\nnot {names[found]} {p_found:.0%}")
+        titles.append(
+            f"true: {names[true]}, {p_true:.0%}\n"
+            f"predicted: {names[found]}, {p_found:.0%}"
+        )
     if images:
         picture = figures.titled_images(np.stack(images), titles)
         figures.write_png(beside("worst.png"), picture)
