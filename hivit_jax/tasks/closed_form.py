@@ -12,7 +12,7 @@ from hivit_jax.reporting.classes import MIN_TOP5
 from hivit_jax.tasks import probing
 
 # Penalties per training image. Features have variance 1.
-PENALTIES = tuple(10.0 ** (k / 2) for k in range(-12, 7))
+PENALTIES = tuple(10.0 ** (k / 2) for k in range(-16, 7))
 DEFAULT_PENALTY = 0.1  # if no image can be held out
 CHUNK = 4096  # images that are converted to float64 at a time
 
