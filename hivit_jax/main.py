@@ -35,7 +35,7 @@ modes: train (default)  train; resume the run in DIR if there is one
        compile          compile the train step for --topology=v5e:16x16, h100:8 or
                         other chips, without these chips; write DIR/compile.json;
                         --search_batch: also search for the largest batch that fits
-       describe         print config, parameters, cost and schedule
+       describe         print config, parameters, cost, schedule and hours at peak
 
 On TPU pods and under SLURM, processes connect automatically. Elsewhere, each process
 requires --coordinator_address=HOST:PORT --num_processes=N --process_id=I.

@@ -36,6 +36,7 @@ class Task:
       fresh: name prefixes of parameters that are always newly initialized, even if the
         pretrained model contains them.
       head_scale: factor on the standard deviation, 0.02, of a newly initialized head.
+      passes: cost of a training step in forward passes; 3: the backward pass costs two.
       decayed, undecayed: last components of the names of the parameters with and
         without weight decay.
       model_class: required class of the registered model; None: any model.
@@ -47,6 +48,7 @@ class Task:
     best: tuple[str, str] = ("eval/loss", "min")
     fresh: tuple[str, ...] = ()
     head_scale: float = 1.0
+    passes: int = 3
     decayed: tuple[str, ...] = ()
     undecayed: tuple[str, ...] = ()
     model_class: type[Model] | None = None

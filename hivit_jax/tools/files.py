@@ -18,7 +18,8 @@ from hivit_jax.data.sources.paths import Paths
 from hivit_jax.data.transforms import Transform
 from hivit_jax.distributed.sharding import make_mesh
 from hivit_jax.errors import DataError, HivitError, first_line
-from hivit_jax.models import variant
+from hivit_jax.models import configure
+from hivit_jax.models.base import make_info
 from hivit_jax.weights.adapt import Pretrained
 from hivit_jax.weights.load import DATA_KEYS
 
@@ -38,11 +39,12 @@ def config_of(pretrained: Pretrained, batch_size: int = 0) -> Any:
         model = {k: v for k, v in pretrained.arguments.items() if v is not None}
         if model.get("num_classes") == 0:  # which means "of the dataset" in a config
             model["num_classes"] = 1
-        kind = variant(model["name"])[0]
+        kind, model_config, _ = configure(**pretrained.arguments)
         names = [name for name, t in tasks.TASKS.items() if t.model_class is kind]
-        info = pretrained.info
-        data = {key: info[name] for key, name in DATA_KEYS.items() if name in info}
-        recipe = {"task": names[0], "model": model, "data": data}
+        info = make_info(model_config, **pretrained.info)
+        data = {key: getattr(info, name) for key, name in DATA_KEYS.items()}
+        # With a canvas, images could not be larger than its default side.
+        recipe = {"task": names[0], "model": model, "data": data | {"canvas": 0}}
     config = configs.from_checkpoint(recipe, pretrained.path)
     config = config.copy_and_resolve_references()
     config.batch_size = batch_size or min(config.batch_size, MAX_BATCH)
