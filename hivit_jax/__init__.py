@@ -9,6 +9,7 @@ __all__ = [
     "create_model",
     "list_models",
     "load_pretrained",
+    "preprocess",
     "save_pretrained",
     "train_batches",
 ]
@@ -17,6 +18,7 @@ __version__ = "0.1.0"
 # Imported on first use, because these modules import orbax and safetensors.
 _MODULES = {
     "load_pretrained": "weights.load",
+    "preprocess": "preprocessing",
     "save_pretrained": "weights.save",
     "train_batches": "inputs",
 }

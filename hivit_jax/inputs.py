@@ -130,14 +130,22 @@ def eval_batches(config: Any, split: str = "test") -> Iterator[Batch]:
     return source_batches(config, task, source)
 
 
-def source_batches(config: Any, task: tasks.Task, source: Source) -> Iterator[Batch]:
+def source_batches(
+    config: Any,
+    task: tasks.Task,
+    source: Source,
+    transform: Transform | None = None,
+) -> Iterator[Batch]:
     """Iterate once over the examples of a source, in order, transformed for evaluation.
+
+    Args:
+      transform: replaces the task's transform for evaluation.
 
     Yields:
       Batches as in `train_batches`. The last batch of each bucket is padded with
       examples of weight 0.
     """
-    transform = task.transform(train=False)
+    transform = transform or task.transform(train=False)
     buckets, size = _buckets(config, transform, source), transform.batch_size
     plan = order.eval_plan(buckets, size, local_positions(size))
     return _load(config, task, transform, source, plan)

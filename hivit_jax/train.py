@@ -63,6 +63,7 @@ def train(
     # --- Task, mesh, train step: shapes only ----------------------------------------
     workdir = Path(expand(workdir))
     task = inputs.make_task(config)
+    config = task.config  # with the dataset's number of classes
     inputs.check_splits(config, task)
     mesh = make_mesh(config.mesh, config.batch_size, config.optimizer.accumulate_steps)
     images_per_epoch = inputs.images_per_epoch(config, task)

@@ -93,6 +93,43 @@ def schedule(steps: np.ndarray, learning_rates: np.ndarray) -> np.ndarray:
     return _pixels(figure)
 
 
+def confusion_matrix(matrix: np.ndarray, names: Sequence[str]) -> np.ndarray:
+    """Plot a confusion matrix [classes, classes], true x predicted, as fractions.
+
+    Up to 40 classes are named, and up to 15 have numbers in their cells.
+    """
+    count = len(names)
+    side = min(max(4.0, 1.5 + 0.4 * count), 14.0)
+    figure = _figure(side, side)
+    axis = figure.subplots()
+    axis.imshow(matrix / np.maximum(matrix.sum(1, keepdims=True), 1), "Blues", vmin=0)
+    axis.set_xlabel("predicted class")
+    axis.set_ylabel("true class")
+    if count <= 40:
+        names = [name.replace("$", r"\$") for name in names]  # no formulas
+        axis.set_xticks(range(count), names, rotation=90)
+        axis.set_yticks(range(count), names)
+    if count <= 15:
+        for (row, column), value in np.ndenumerate(matrix):
+            color = "white" if 2 * value > matrix[row].sum() else "black"
+            style = dict(ha="center", va="center", fontsize=8, color=color)
+            axis.text(column, row, f"{value}" if value else "", **style)
+    return _pixels(figure)
+
+
+def titled_images(images: np.ndarray, titles: Sequence[str]) -> np.ndarray:
+    """Plot images [n, H, W, C] in 0..1 with titles, six per row."""
+    rows = -(-len(images) // 6)
+    figure = _figure(9.6, 2.0 * rows)
+    axes = figure.subplots(rows, 6, squeeze=False).flat
+    for axis, pixels, title in zip(axes, images, titles, strict=False):
+        _show(axis, pixels)
+        axis.set_title(title.replace("$", r"\$"), fontsize=7)
+    for axis in axes:
+        axis.set_axis_off()
+    return _pixels(figure)
+
+
 def image_grid(images: np.ndarray) -> np.ndarray:
     """Plot images [16, H, W, C] in 0..1, four per row."""
     figure = _figure(6.4, 6.4)

@@ -31,9 +31,7 @@ def check_model(config: Any, model_class: type[Model]) -> None:
             f"task={config.task!r} with model.name={name!r}, which is a "
             f"{actual.__name__}; expected a {model_class.__name__}"
         )
-    model_config = configure(**model_arguments(config))[1]
-    if getattr(model_config, "num_classes", 1) == 0:
-        raise ConfigError("model.num_classes=0 (no head); expected 1 or more")
+    configure(**model_arguments(config))  # raises ConfigError for invalid values
 
 
 def check_pixels(data: Any) -> None:

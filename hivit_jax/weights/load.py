@@ -35,6 +35,9 @@ from hivit_jax.weights.names.official import (
 NEW_HEAD_SCALE = 2e-5 / 0.02
 # Arguments that the names and shapes of a state dict do not determine.
 NOT_IN_STATE_DICT = ("num_heads", "decoder_num_heads", "layer_norm_eps")
+# Key of a recipe's data -> argument of `make_info`.
+DATA_KEYS = {key: key for key in ("mean", "std", "interpolation", "antialias")}
+DATA_KEYS |= {"crop_pct": "crop", "value_range": "value_range"}
 
 
 def locate(path: str | Path) -> Path:
@@ -148,6 +151,8 @@ def _read_checkpoint(path: Path, averaged: bool) -> Pretrained:
     config = checkpoints.load_config(path)
     arguments = {k: v for k, v in config["model"].items() if v is not None}
     params, item = checkpoints.load_arrays(path, averaged)
+    dataset = checkpoints.load_dataset_info(path)
+    class_names = {"class_names": dataset["classes"]} if dataset else {}
     return Pretrained(
         path=str(path),
         label=f"step {path.name}",
@@ -157,14 +162,14 @@ def _read_checkpoint(path: Path, averaged: bool) -> Pretrained:
         unused=[],
         recipe=config,
         results=metrics.read_evaluation(path.parent.parent, int(path.name)),
-        info=_info_arguments(config),
+        info=_info_arguments(config) | class_names,
     )
 
 
 def _info_arguments(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of `make_info` that a recipe contains."""
-    names, data = {"mean": "mean", "std": "std", "crop_pct": "crop"}, recipe.get("data")
-    return {names[key]: value for key, value in (data or {}).items() if key in names}
+    data = recipe.get("data") or {}
+    return {name: data[key] for key, name in DATA_KEYS.items() if key in data}
 
 
 def read_for(model: Mapping[str, Any], path: str | Path) -> Pretrained:
