@@ -54,7 +54,28 @@ KEYS = {
         ),
         "dir": Key("", "dataset directory; empty: TFDS's default directory"),
         "train_split": Key("", "training split; empty: the dataset's default"),
-        "eval_split": Key("", "evaluation split; empty: the dataset's default"),
+        "eval_split": Key(
+            "",
+            "evaluation split; empty: the dataset's default; `none`: no evaluation",
+        ),
+        "eval_fraction": Key(
+            0.0,
+            "fraction of the training split of `folder` to hold out for evaluation",
+            0,
+            below=1,
+        ),
+        "eval_group": Key(
+            "",
+            "pattern; `eval_fraction` keeps images together whose paths have the same "
+            "first group",
+        ),
+        "exclude": Key("", "file with one path per line of the images to leave out"),
+        "class_level": Key(
+            "top",
+            "directories of `folder` that are the classes: the topmost, all that "
+            "contain images (`leaf`), or `none`",
+            choices=("top", "leaf", "none"),
+        ),
         "train_examples": Key(
             0, "number of training images of digits or synthetic; 0: all", 0
         ),

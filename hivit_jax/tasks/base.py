@@ -39,6 +39,7 @@ class Task:
       decayed, undecayed: last components of the names of the parameters with and
         without weight decay.
       model_class: required class of the registered model; None: any model.
+      needs_labels: True if the images must have labels.
     """
 
     keys: Mapping[str, Any] = {}
@@ -49,6 +50,7 @@ class Task:
     decayed: tuple[str, ...] = ()
     undecayed: tuple[str, ...] = ()
     model_class: type[Model] | None = None
+    needs_labels: bool = False
 
     @classmethod
     def check(cls, config: Any) -> None:

@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from hivit_jax import inputs
 from hivit_jax.data.prefetch import prefetch_to_device
+from hivit_jax.data.sources.registry import open_source
 from hivit_jax.distributed.sharding import make_mesh, state_shardings
 from hivit_jax.reporting.console import log
 from hivit_jax.tasks.base import Task
@@ -86,7 +87,11 @@ def _make_encoder(config: Any, task: Task, mesh: Mesh) -> Callable:
 
     Features, [B, E], have length 1; the others are [B]. All are replicated on all
     devices.
+
+    Raises:
+      ConfigError: the images have no labels.
     """
+    inputs.check_labels(config, open_source(config.data, "train"))
     pretrained = load.read_for(config.model, config.init_from)
     model = nnx.eval_shape(task.build_model)
     graphdef = split_state(model)[0]
