@@ -50,9 +50,12 @@ KEYS = {
     "data": {
         "name": Key(
             "imagenet2012",
-            "TFDS name, `folder`, `digits`, `synthetic`, or your own `module:Class`",
+            "TFDS name, `folder`, `csv`, `digits`, `synthetic`, or your own "
+            "`module:Class`",
         ),
-        "dir": Key("", "dataset directory; empty: TFDS's default directory"),
+        "dir": Key(
+            "", "dataset directory or CSV file; empty: TFDS's default directory"
+        ),
         "train_split": Key("", "training split; empty: the dataset's default"),
         "eval_split": Key(
             "",
@@ -60,7 +63,7 @@ KEYS = {
         ),
         "eval_fraction": Key(
             0.0,
-            "fraction of the training split of `folder` to hold out for evaluation",
+            "fraction of the training images to hold out (`folder`, `csv`)",
             0,
             below=1,
         ),

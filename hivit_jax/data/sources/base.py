@@ -8,7 +8,7 @@ from typing import Any
 # `data.name` may also be any other TFDS dataset, or ``module:Class`` for a user's
 # subclass of `Source`. It is constructed as Class(split, data.dir) with the split
 # "train" or "test".
-KNOWN_DATASETS = ("digits", "folder", "imagenet2012", "synthetic")
+KNOWN_DATASETS = ("csv", "digits", "folder", "imagenet2012", "synthetic")
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,12 @@ from hivit_jax.data.sources.splits import (
     select,
 )
 from hivit_jax.data.sources.synthetic import Synthetic
+from hivit_jax.data.sources.tables import Table, table_path
 from hivit_jax.data.sources.tfds import Tfds
-from hivit_jax.errors import ConfigError, import_class
+from hivit_jax.errors import ConfigError, DataError, import_class
 from hivit_jax.paths import expand
 
-SELECTABLE = ("folder",)  # datasets whose images `Selection` selects by path
+SELECTABLE = ("folder", "csv")  # datasets whose images `Selection` selects by path
 # data.name -> default names of the training and evaluation split; "": any other name.
 DEFAULT_SPLITS = {"folder": ("train", "val"), "": ("train", "validation")}
 
@@ -101,6 +102,8 @@ def _open(
     split_name = train_split if split == "train" else eval_split
     if name == "folder":
         source = _open_folder(directory, split, *splits, selection, class_level)
+    elif name == "csv":
+        source = _open_table(directory, split, *splits, selection)
     else:
         source = Tfds(name, directory, split_name)
     if train_examples:
@@ -152,3 +155,32 @@ def _open_folder(
         chosen, percent = parse_slice(eval_split or DEFAULT_SPLITS["folder"][1])
     source = Folder(directory, chosen, train, class_level)
     return select(source, selection, split == "test", percent)
+
+
+def _open_table(
+    directory: str, split: str, train_split: str, eval_split: str, selection: Selection
+) -> Source:
+    """Open a split of the images that a CSV file or a list of paths names.
+
+    `directory` is a file, or contains the files `train_split` and `eval_split`. In a
+    file, the splits are values of the column "split". This column takes precedence
+    over `eval_fraction`.
+    """
+    if Path(directory).is_file():
+        train_file = file = table_path(directory, "")
+        split_name = train_split if split == "train" else eval_split
+    else:
+        train_file = file = table_path(directory, train_split or "train.csv")
+        split_name = ""
+        if split == "test" and not selection.eval_fraction:
+            file = table_path(directory, eval_split or "val.csv")
+    source = Table(file, train_file, split, split_name)
+    if source.has_splits:
+        return select(source, replace(selection, eval_fraction=0.0), False)
+    is_shared = file == train_file and not selection.eval_fraction
+    if is_shared and (split == "test" or split_name):
+        raise DataError(
+            f"{file} has no column 'split'; set data.eval_fraction=0.1 to hold out "
+            "images, or data.eval_split=none to train without evaluation"
+        )
+    return select(source, selection, split == "test")
