@@ -102,6 +102,17 @@ KEYS = {
             True, "flip each training image left to right with probability 1/2"
         ),
         "randaugment": Key(False, "RandAugment in training, rand-m9-mstd0.5-inc1"),
+        "dtype": Key(
+            "uint8",
+            "dtype of pixels; `uint8` reduces more bits to 8, the others keep them",
+            choices=("uint8", "uint16", "float32"),
+        ),
+        "scale": Key(
+            0.0,
+            "pixel value that becomes 1; 0: 255 or 65535 by `dtype`; required by "
+            "float32",
+            0,
+        ),
         "mean": Key((0.485, 0.456, 0.406), "mean per channel, 0 to 1 for 8-bit images"),
         "std": Key(
             (0.229, 0.224, 0.225),

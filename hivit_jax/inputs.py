@@ -14,8 +14,8 @@ from hivit_jax.data.loader import (
     local_positions,
     synthetic_batches,
 )
+from hivit_jax.data.notes import split_notes
 from hivit_jax.data.sources.base import DatasetInfo, Source
-from hivit_jax.data.sources.file_index import OUTSIDE
 from hivit_jax.data.sources.registry import (
     num_examples,
     open_source,
@@ -192,13 +192,6 @@ def check_splits(config: Any, task: tasks.Task) -> list[str]:
     notes = []
     for split in used_splits(config):
         source = open_source(config.data, split)
-        if source.loose:
-            count = source.ignored[OUTSIDE]
-            notes.append(
-                f"{count:,} images of the {split} split are ignored, because they are "
-                f"outside of the class directories: {', '.join(source.loose)}"
-                f"{', ...' if count > len(source.loose) else ''}"
-            )
         transform = task.transform(train=split == "train")
         if not source.encoded:
             continue
@@ -210,6 +203,7 @@ def check_splits(config: Any, task: tasks.Task) -> list[str]:
             batch = loader.empty_batch(bucket, len(part))
             loader.fill(batch, bucket, 0, part, np.zeros_like(part))
             readable += batch["weight"].sum()
+        notes += split_notes(source, indices, split, config.data.dtype)
         if not readable:
             raise DataError(
                 f"none of {NUM_CHECKED} images tried of the {split} split of "

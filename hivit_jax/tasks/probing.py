@@ -43,7 +43,8 @@ def nearest_neighbors(
     Raises:
       DataError: more images are unreadable than `data.max_unreadable` allows.
     """
-    task, mesh = inputs.make_task(config), make_mesh(config.mesh, config.batch_size)
+    task = inputs.make_task(config, "train", "test")
+    mesh = make_mesh(config.mesh, config.batch_size)
     encode = _make_encoder(config, task, mesh)
     num_classes = max(len(task.data.classes), config.model.get("num_classes") or 0)
 

@@ -64,3 +64,21 @@ def test_classification_needs_labels(tiles, tmp_path, capsys):
     ]
     assert main([*flags, f"--workdir={tmp_path / 'run'}"]) == 2
     assert "the images have no labels; expected" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick")
+def test_tiles_of_16_bits_and_4_bands(tmp_path, capsys):
+    """NumPy arrays with held-out images, from files to a model."""
+    values = np.random.RandomState(0).randint(0, 10000, (24, 34, 36, 4))
+    for k, tile in enumerate(values.astype(np.uint16)):
+        (tmp_path / "tiles" / f"c{k % 2}").mkdir(parents=True, exist_ok=True)
+        np.save(tmp_path / "tiles" / f"c{k % 2}" / f"{k}.npy", tile)
+    flags = FLAGS | dict(data__dir=tmp_path / "tiles", data__eval_fraction=0.3)
+    flags |= dict(data__dtype="uint16", data__scale=10000, model__in_channels=4)
+    flags |= dict(data__mean=(0.5,) * 4, data__std=(0.3,) * 4)
+    arguments = recipes.arguments("photographs", **flags)
+    assert main([*arguments, f"--workdir={tmp_path / 'run'}"]) == 0
+    (line,) = (x for x in lines_of(tmp_path / "run") if "eval/loss" in x)
+    assert 0 < line["eval/count"] < 12
+    assert "16 bits" not in capsys.readouterr().out
