@@ -73,12 +73,14 @@ def evaluate(
 
     Returns:
       The metrics of `Task.summarize`; eval/count, the number of evaluated examples; and
-      eval/unreadable, the number of unreadable examples.
+      eval/unreadable, the number of unreadable examples. {} without a test split.
 
     Raises:
       DataError: the loader did not yield every example once, or too many examples are
         unreadable.
     """
+    if "test" not in task.data.counts:
+        return {}
     totals, counts, records, first = None, np.zeros(2), [], 0
     for batch in prefetch_to_device(inputs.eval_batches(config), mesh):
         *device_sums, rows = eval_step(

@@ -14,12 +14,14 @@ from hivit_jax.data.loader import (
     local_positions,
     synthetic_batches,
 )
+from hivit_jax.data.notes import split_notes
 from hivit_jax.data.sources.base import DatasetInfo, Source
 from hivit_jax.data.sources.registry import (
     num_examples,
     open_source,
     published_info,
 )
+from hivit_jax.data.sources.splits import NO_EVALUATION
 from hivit_jax.data.transforms import Transform
 from hivit_jax.distributed.processes import gather_objects
 from hivit_jax.errors import ConfigError, DataError, MissingPackage
@@ -33,12 +35,12 @@ def make_task(config: Any, *splits: str) -> tasks.Task:
     """Create the task of a config for its dataset.
 
     Args:
-      splits: splits to open, "train" or "test"; both by default.
+      splits: splits to open, "train" or "test"; default: `used_splits`.
 
     Raises:
       HivitError: the config is invalid or the dataset cannot be read.
     """
-    splits = splits or ("train", "test")
+    splits = splits or used_splits(config)
     sources = {split: open_source(config.data, split) for split in splits}
     source = sources[splits[0]]
     for split, opened in sources.items():
@@ -53,12 +55,31 @@ def make_task(config: Any, *splits: str) -> tasks.Task:
                 f"{len(source.classes)} in {splits[0]} and {len(opened.classes)} in "
                 f"{split}, with different names or order"
             )
+    if tasks.find(config.task).needs_labels:
+        check_labels(config, source)
     classes = source.classes
     if not source.encoded:  # a synthetic dataset has as many classes as the model
         classes = map(str, range(config.model.get("num_classes") or 1))
     counts = {split: len(source) for split, source in sources.items()}
     info = DatasetInfo(counts, tuple(classes), source.encoded)
     return tasks.create(config, info)
+
+
+def used_splits(config: Any) -> tuple[str, ...]:
+    """Return the splits of a config, "train" and, unless it is "none", "test"."""
+    has_evaluation = config.data.eval_split != NO_EVALUATION
+    return ("train", "test") if has_evaluation else ("train",)
+
+
+def check_labels(config: Any, source: Source) -> None:
+    """Raise ConfigError if the images of a source have no labels."""
+    if not source.labeled:
+        data = config.data
+        raise ConfigError(
+            f"data.name={data.name!r}, data.dir={data.dir!r}: the images have no "
+            "labels; expected a directory or a label per class for classification\n"
+            "Pretraining uses images without labels; see docs/own_images.md"
+        )
 
 
 def task_of_recipe(config: Any) -> tasks.Task:
@@ -154,9 +175,11 @@ def source_batches(
 def first_test_batch(config: Any, count: int) -> Batch:
     """Return the first `count` test examples from the bucket of the first one.
 
-    Every process returns the same batch.
+    Every process returns the same batch. Without evaluation, its examples are those of
+    the training split, transformed for evaluation.
     """
-    task, source = make_task(config, "test"), open_source(config.data, "test")
+    split = used_splits(config)[-1]
+    task, source = make_task(config, split), open_source(config.data, split)
     transform = task.transform(train=False)
     buckets = _buckets(config, transform, source)
     indices = np.flatnonzero(buckets == buckets[0])[:count]
@@ -164,14 +187,18 @@ def first_test_batch(config: Any, count: int) -> Batch:
     return next(_load(config, task, transform, source, plan, len(indices)))
 
 
-def check_splits(config: Any, task: tasks.Task) -> None:
-    """Read a few evenly spaced examples of both splits, as training and evaluation do.
+def check_splits(config: Any, task: tasks.Task) -> list[str]:
+    """Read a few evenly spaced examples of each split, as training and evaluation do.
+
+    Returns:
+      Lines about data that the run does not use.
 
     Raises:
       DataError: no example of a split can be read, or an example contradicts the
         config.
     """
-    for split in ("train", "test"):
+    notes = []
+    for split in used_splits(config):
         source = open_source(config.data, split)
         transform = task.transform(train=split == "train")
         if not source.encoded:
@@ -184,11 +211,13 @@ def check_splits(config: Any, task: tasks.Task) -> None:
             batch = loader.empty_batch(bucket, len(part))
             loader.fill(batch, bucket, 0, part, np.zeros_like(part))
             readable += batch["weight"].sum()
+        notes += split_notes(source, indices, split, config.data.dtype)
         if not readable:
             raise DataError(
                 f"none of {NUM_CHECKED} images tried of the {split} split of "
                 f"{config.data.name} could be read\n{CHECK_HINT}"
             )
+    return notes
 
 
 class UnreadableImages:

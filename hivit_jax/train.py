@@ -55,7 +55,7 @@ def train(
       heartbeat: called after every step and every batch of an evaluation.
 
     Returns:
-      The last result of `evaluate.evaluate`.
+      The last result of `evaluate.evaluate`; {} with `data.eval_split="none"`.
 
     Raises:
       HivitError: invalid config or input, divergence or interruption; see `errors`.
@@ -64,7 +64,7 @@ def train(
     workdir = Path(expand(workdir))
     task = inputs.make_task(config)
     config = task.config  # with the dataset's number of classes
-    inputs.check_splits(config, task)
+    notes = inputs.check_splits(config, task)
     mesh = make_mesh(config.mesh, config.batch_size, config.optimizer.accumulate_steps)
     images_per_epoch = inputs.images_per_epoch(config, task)
     steps_per_epoch, total_steps = inputs.count_steps(config, images_per_epoch)
@@ -78,7 +78,7 @@ def train(
         f"{jax.devices()[0].device_kind}; {total_steps:,} steps of "
         f"{config.batch_size:,} images"
     )
-    for warning in task.warnings(steps_per_epoch, total_steps):
+    for warning in [*notes, *task.warnings(steps_per_epoch, total_steps)]:
         log(f"warning: {warning}")
 
     # --- State: restored, initialized from a pretrained model, or new ---------------
@@ -124,7 +124,8 @@ def train(
                 config, task, eval_step, variables, mesh, heartbeat
             )
             panels = make_panels(variables)
-        log(console.eval_line(f"step {step}", values))
+        if values:
+            log(console.eval_line(f"step {step}", values))
         if writer:
             writer.scalars(step, values)
             images = task.figures(panels) if panels else {}
@@ -175,7 +176,7 @@ def train(
                     if due["eval"]:
                         results = run_evaluation()
                     if due["checkpoint"]:
-                        evaluated = results if due["eval"] else None
+                        evaluated = results or None if due["eval"] else None
                         checkpoints.save(state, to_json(config), evaluated)
         if step < total_steps:
             checkpoints.save(state, to_json(config))
@@ -184,7 +185,8 @@ def train(
                 f"{workdir}; run the same command to resume"
             )
         results = results or run_evaluation()
-        log(console.best_line(workdir, checkpoints.steps(), task.best))
+        if results:
+            log(console.best_line(workdir, checkpoints.steps(), task.best))
         return results
     except (DataError, DivergedError, ResourceError) as error:
         # All processes must save together, but only one of them sees a local error.

@@ -155,10 +155,11 @@ def test_randaugment(folder):
 
 
 def test_channels_no_file_has(folder):
+    """The error names the file and the key."""
     cfg = folder_config(
         folder, model__in_channels=4, data__mean=(0.5,) * 4, data__std=(1.0,) * 4
     )
-    with pytest.raises(ConfigError, match=r"in_channels=4 .*; expected 3 .* or 1"):
+    with pytest.raises(DataError, match=r"JPEG: expected 4 channels, found 3; set"):
         next(inputs.train_batches(cfg, 0, 1))
 
 

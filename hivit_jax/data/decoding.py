@@ -76,13 +76,16 @@ class StoredValues:
         """
         from PIL import Image
 
+        size = self.array.shape[1], self.array.shape[0]
+        return Image.frombytes(self.mode, size, self.levels(value_range).tobytes())
+
+    def levels(self, value_range: Sequence[float]) -> np.ndarray:
+        """Return the values converted to uint8; see `to_8_bits`."""
         black, white = self.black_and_white(value_range)
         if not np.isfinite(self.array).all():
             raise ValueError("the image contains values that are not finite")
         scaled = (self.array.astype(np.float64) - black) * (255 / (white - black))
-        pixels = np.rint(scaled).clip(0, 255).astype(np.uint8)
-        size = self.array.shape[1], self.array.shape[0]
-        return Image.frombytes(self.mode, size, pixels.tobytes())
+        return np.rint(scaled).clip(0, 255).astype(np.uint8)
 
 
 def decode(

@@ -138,6 +138,19 @@ def image_grid(images: np.ndarray) -> np.ndarray:
     return _pixels(figure)
 
 
+def contact_sheet(rows: Mapping[str, np.ndarray], columns: int) -> np.ndarray:
+    """Plot a row of images [n, H, W, C] in 0..1 for each name, n <= columns."""
+    figure = _figure(1.5 + columns, 0.3 + len(rows))
+    axes = figure.subplots(len(rows), columns, squeeze=False)
+    for axes_of_row, (name, images) in zip(axes, rows.items(), strict=True):
+        for axis in axes_of_row:
+            axis.set_axis_off()
+        for axis, pixels in zip(axes_of_row, images, strict=False):
+            _show(axis, pixels.clip(0, 1))
+        axes_of_row[0].set_title(name, fontsize=8, loc="left")
+    return _pixels(figure)
+
+
 def draw_run(
     workdir: Path, step: int, task_figures: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
@@ -170,8 +183,11 @@ def _figure(width: float, height: float) -> Any:
 
 
 def _show(axis: Any, pixels: np.ndarray) -> None:
-    """Draw an image [H, W, C] without axes; one channel is drawn in gray."""
-    pixels = pixels[..., 0] if pixels.shape[-1] == 1 else pixels
+    """Draw an image [H, W, C] without axes.
+
+    One or two channels are drawn in gray; of more than three, the first three.
+    """
+    pixels = pixels[..., 0] if pixels.shape[-1] < 3 else pixels[..., :3]
     axis.imshow(pixels, cmap="gray", vmin=0, vmax=1)
     axis.set_axis_off()
 

@@ -41,6 +41,7 @@ class Task:
         without weight decay.
       model_class: required class of the registered model; None: any model.
       config: the config; `model.num_classes=0` is replaced by the dataset's number.
+      needs_labels: True if the images must have labels.
     """
 
     keys: Mapping[str, Any] = {}
@@ -52,6 +53,7 @@ class Task:
     decayed: tuple[str, ...] = ()
     undecayed: tuple[str, ...] = ()
     model_class: type[Model] | None = None
+    needs_labels: bool = False
 
     @classmethod
     def check(cls, config: Any) -> None:

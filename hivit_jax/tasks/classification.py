@@ -48,6 +48,7 @@ class Classification(Task):
         "relative_position_bias_table",
     )
     model_class = Classifier
+    needs_labels = True
 
     @classmethod
     def check(cls, config: Any) -> None:

@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from hivit_jax import inputs
 from hivit_jax.data.prefetch import prefetch_to_device
+from hivit_jax.data.sources.registry import open_source
 from hivit_jax.distributed.sharding import make_mesh, state_shardings
 from hivit_jax.reporting.console import log
 from hivit_jax.tasks.base import Task
@@ -42,7 +43,8 @@ def nearest_neighbors(
     Raises:
       DataError: more images are unreadable than `data.max_unreadable` allows.
     """
-    task, mesh = inputs.make_task(config), make_mesh(config.mesh, config.batch_size)
+    task = inputs.make_task(config, "train", "test")
+    mesh = make_mesh(config.mesh, config.batch_size)
     encode = make_encoder(config, task, mesh, unit_length=True)
     num_classes = max(len(task.data.classes), config.model.get("num_classes") or 0)
 
@@ -107,7 +109,11 @@ def make_encoder(config: Any, task: Task, mesh: Mesh, unit_length: bool) -> Call
 
     Args:
       unit_length: divide the features of each image by their length.
+
+    Raises:
+      ConfigError: the images have no labels.
     """
+    inputs.check_labels(config, open_source(config.data, "train"))
     pretrained = load.read_for(config.model, config.init_from)
     model = nnx.eval_shape(task.build_model)
     graphdef = split_state(model)[0]

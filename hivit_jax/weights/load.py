@@ -1,6 +1,7 @@
 """Locate and read pretrained models, and build models from them."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from hivit_jax.augment.resample import MAXIMUM
 from hivit_jax.checkpoints import read as checkpoints
 from hivit_jax.checkpoints.read import absolute
 from hivit_jax.errors import CheckpointError, ConfigError
@@ -169,7 +171,9 @@ def _read_checkpoint(path: Path, averaged: bool) -> Pretrained:
 def _info_arguments(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of `make_info` that a recipe contains."""
     data = recipe.get("data") or {}
-    return {name: data[key] for key, name in DATA_KEYS.items() if key in data}
+    found = {name: data[key] for key, name in DATA_KEYS.items() if key in data}
+    white = data.get("scale") or MAXIMUM[data.get("dtype", "uint8")]
+    return found if white in (255, math.inf) else found | {"scale": 1 / white}
 
 
 def read_for(model: Mapping[str, Any], path: str | Path) -> Pretrained:

@@ -9,7 +9,7 @@ from typing import Any
 # subclass of `Source`. It is constructed as Class(split, data.dir) with the split
 # "train" or "test".
 KNOWN_DATASETS = (
-    "digits", "folder", "imagenet2012", "synthetic", "webdataset", "zip"
+    "csv", "digits", "folder", "imagenet2012", "synthetic", "webdataset", "zip"
 )  # fmt: skip
 
 
@@ -35,11 +35,15 @@ class Source:
       classes: class names in the order of the labels.
       ignored: reason, such as a file name's ending, -> number of files in the split's
         directories that are ignored for this reason.
+      loose: names of the first ignored images outside of the class directories.
+      labeled: False if all labels are 0, because the images have none.
       encoded: see `DatasetInfo`.
     """
 
     classes: Sequence[str] = ()
     ignored: Mapping[str, int] = {}
+    loose: Sequence[str] = ()
+    labeled: bool = True
     encoded: bool = True
 
     def __len__(self) -> int:
