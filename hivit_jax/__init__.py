@@ -10,6 +10,7 @@ __all__ = [
     "list_models",
     "load_pretrained",
     "save_pretrained",
+    "tf_dataset",
     "train_batches",
 ]
 __version__ = "0.1.0"
@@ -18,6 +19,7 @@ __version__ = "0.1.0"
 _MODULES = {
     "load_pretrained": "weights.load",
     "save_pretrained": "weights.save",
+    "tf_dataset": "inputs",
     "train_batches": "inputs",
 }
 

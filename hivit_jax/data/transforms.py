@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from hivit_jax.data.crops import center_crop, paste_crop, random_resized_crop
+from hivit_jax.data.crops import Box, center_crop, paste_crop, random_resized_crop
 from hivit_jax.data.decoding import decode
 from hivit_jax.errors import DataError
 
@@ -127,7 +127,7 @@ class ImageTransform(Transform):
         """
         pixels = decode(sample["image"], self._channels, self._value_range)
         label = sample.get("label", 0)
-        if self._num_classes and not 0 <= label < self._num_classes:
+        if not self._is_valid(label):
             raise DataError(
                 f"expected a label from 0 to {self._num_classes - 1}, found {label}; "
                 f"correct the label or model.num_classes={self._num_classes}"
@@ -146,6 +146,31 @@ class ImageTransform(Transform):
         if "box" in out:
             out["box"][:] = box
         out["label"][...] = label
+
+    def copied_box(
+        self, height: int, width: int, label: int, draws: Sequence[float]
+    ) -> Box | None:
+        """Return the box of an image that `__call__` copies into the canvas unchanged.
+
+        `__call__` then sets "box" to ((0, box.height, box.height), (0, box.width,
+        box.width)).
+
+        Args:
+          height, width: size of the image, a JPEG.
+
+        Returns:
+          None if `__call__` decodes the image with PIL, resizes it, copies pixels
+          around the box or raises an error.
+        """
+        room = self.shapes[0]["image"].shape[:2]
+        is_copied = self._crop_scale and not self._randaugment and room != self._size
+        if not is_copied or self._channels != 3 or not self._is_valid(label):
+            return None
+        box = random_resized_crop(height, width, draws, self._crop_scale).box
+        return box if box.height <= room[0] and box.width <= room[1] else None
+
+    def _is_valid(self, label: int) -> bool:
+        return not self._num_classes or 0 <= label < self._num_classes
 
 
 def uniforms(seed: int, epoch: int, index: int, count: int = DRAWS) -> list[float]:

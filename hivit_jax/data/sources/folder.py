@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from hivit_jax.data.sources.base import Source
+from hivit_jax.data.sources.base import Record, Source
 from hivit_jax.errors import DataError
 from hivit_jax.paths import expand
 
@@ -132,6 +132,9 @@ class Folder(Source):
     def sample(self, index: int) -> dict[str, Any]:
         with open(self.name(index), "rb", buffering=0) as file:
             return {"image": file.read(), "label": int(self.labels[index])}
+
+    def record(self, index: int) -> Record:
+        return Record(self.name(index), 0, -1, int(self.labels[index]))
 
     def _image_file(self, index: int) -> str:
         return self.name(index)

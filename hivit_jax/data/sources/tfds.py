@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from hivit_jax.data.sources.base import KNOWN_DATASETS, Source
+from hivit_jax.data.sources.base import KNOWN_DATASETS, Record, Source
 from hivit_jax.errors import DataError, require, unknown
 from hivit_jax.paths import expand
 
@@ -66,6 +66,8 @@ class Tfds(Source):
         if file_format == "array_record":  # here, because threads open the files later
             require("array_record.python.array_record_module", "array_record")
         self._open_file = OPENERS[file_format]
+        if file_format == "tfrecord":
+            self.example_keys = self._image_key, self._label_key
         self._paths = [str(file.filename) for file in files]
         # Per example: the index of its file, and of its record in the file.
         self._file_indices = np.repeat(
@@ -82,6 +84,13 @@ class Tfds(Source):
         example = self._example(index)
         label = int(example[self._label_key])
         return {"image": example[self._image_key], "label": label}
+
+    def record(self, index: int) -> Record | None:
+        if not self.example_keys:
+            return None
+        path = self._paths[self._file_indices[index]]
+        file, position = _tfrecord(path), self._record_indices[index]
+        return Record(path, int(file.starts[position]), int(file.ends[position]))
 
     def name(self, index: int) -> str:
         try:
@@ -109,24 +118,35 @@ def _array_record(path: str) -> Callable[[int], bytes]:
     return lambda record_index: reader.read([record_index])[0]
 
 
-@cache
-def _tfrecord(path: str) -> Callable[[int], bytes]:
-    """Return a function that reads the record at an index of a file.
+class _TfrecordFile:
+    """An open tfrecord file. Calling it with a record's index returns its data.
 
-    Each file is opened once, and the header of every record is read once to find the
-    offsets. A record consists of the length of its data (8 bytes), a CRC (4 bytes), the
-    data, and another CRC (4 bytes).
+    The header of every record is read once. A record consists of the length of its data
+    (8 bytes), a CRC (4 bytes), the data, and another CRC (4 bytes).
+
+    Attributes:
+      starts, ends: first byte of each record's data and byte after it, int64 [n].
     """
-    file, size = os.open(path, os.O_RDONLY), os.path.getsize(path)
-    starts, offset = [], 0
-    while offset < size:
-        starts.append(offset + 12)
-        offset += struct.unpack("<Q", os.pread(file, 8, offset))[0] + 16
-    if offset != size:
-        raise OSError(f"{path} ends inside a record, at byte {size:,}")
-    ends = np.array([*starts[1:], size + 12]) - 16
 
-    return lambda i: os.pread(file, ends[i] - starts[i], starts[i])
+    def __init__(self, path: str):
+        self._file, size = os.open(path, os.O_RDONLY), os.path.getsize(path)
+        starts, offset = [], 0
+        while offset < size:
+            starts.append(offset + 12)
+            offset += struct.unpack("<Q", os.pread(self._file, 8, offset))[0] + 16
+        if offset != size:
+            raise OSError(f"{path} ends inside a record, at byte {size:,}")
+        self.starts = np.array(starts)
+        self.ends = np.array([*starts[1:], size + 12]) - 16
+
+    def __call__(self, i: int) -> bytes:
+        return os.pread(self._file, self.ends[i] - self.starts[i], self.starts[i])
+
+
+@cache
+def _tfrecord(path: str) -> _TfrecordFile:
+    """Open a file; each file is opened once."""
+    return _TfrecordFile(path)
 
 
 def _increase_open_file_limit(count: int) -> None:
