@@ -79,7 +79,8 @@ class TfReader:
         self._loader = Loader(source, transform, seed, 1)
         self._spec = self._element_spec()
         # Subclasses may change `__call__`.
-        self._decodes = type(transform) is transforms.ImageTransform
+        is_image = type(transform) is transforms.ImageTransform
+        self._decodes = is_image and transform.copies_crops
         self._unreadable: set[int] = set()  # indices of examples
         self._error: DataError | None = None
 
@@ -235,7 +236,7 @@ class TfReader:
             return tf.io.read_file(row["file"]), row["label"]
         # A tfrecord contains 12 bytes before the data and 4 after it.
         records = tf.raw_ops.TFRecordDatasetV2(
-            filenames=row["file"],
+            filenames=[row["file"]],
             compression_type="",
             buffer_size=row["stop"] - row["start"] + 16,
             byte_offsets=[row["start"] - 12],

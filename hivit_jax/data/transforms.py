@@ -147,27 +147,31 @@ class ImageTransform(Transform):
             out["box"][:] = box
         out["label"][...] = label
 
+    @property
+    def copies_crops(self) -> bool:
+        """True if `__call__` copies most random crops into the canvas unchanged."""
+        room = self.shapes[0]["image"].shape
+        is_resized = self._randaugment or room[:2] == self._size
+        return bool(self._crop_scale) and not is_resized and self._channels == 3
+
     def copied_box(
         self, height: int, width: int, label: int, draws: Sequence[float]
     ) -> Box | None:
-        """Return the box of an image that `__call__` copies into the canvas unchanged.
+        """Return the box of a JPEG that `__call__` copies into the canvas unchanged.
 
         `__call__` then sets "box" to ((0, box.height, box.height), (0, box.width,
-        box.width)).
+        box.width)). Requires `copies_crops`.
 
         Args:
-          height, width: size of the image, a JPEG.
+          height, width: size of the image.
 
         Returns:
-          None if `__call__` decodes the image with PIL, resizes it, copies pixels
-          around the box or raises an error.
+          None if `__call__` resizes the crop or raises an error.
         """
         room = self.shapes[0]["image"].shape[:2]
-        is_copied = self._crop_scale and not self._randaugment and room != self._size
-        if not is_copied or self._channels != 3 or not self._is_valid(label):
-            return None
         box = random_resized_crop(height, width, draws, self._crop_scale).box
-        return box if box.height <= room[0] and box.width <= room[1] else None
+        fits = box.height <= room[0] and box.width <= room[1]
+        return box if fits and self._is_valid(label) else None
 
     def _is_valid(self, label: int) -> bool:
         return not self._num_classes or 0 <= label < self._num_classes
