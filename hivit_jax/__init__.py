@@ -11,6 +11,7 @@ __all__ = [
     "load_pretrained",
     "preprocess",
     "save_pretrained",
+    "tf_dataset",
     "train_batches",
 ]
 __version__ = "0.1.0"
@@ -20,6 +21,7 @@ _MODULES = {
     "load_pretrained": "weights.load",
     "preprocess": "preprocessing",
     "save_pretrained": "weights.save",
+    "tf_dataset": "inputs",
     "train_batches": "inputs",
 }
 

@@ -139,6 +139,11 @@ KEYS = {
             0,
             2**16,
         ),
+        "reader": Key(
+            "threads",
+            "`tf.data`: load batches with tensorflow; the batches are the same",
+            choices=("threads", "tf.data"),
+        ),
         "workers": Key(0, "reader threads per process; 0: one per core", 0, 1024),
         "max_unreadable": Key(0.001, "tolerated fraction of unreadable images", 0, 1),
     },

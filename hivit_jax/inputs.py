@@ -1,12 +1,13 @@
 """Create the task and the batches that a config describes."""
 
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from hivit_jax import tasks
-from hivit_jax.data import order
+from hivit_jax.data import order, tf_data
 from hivit_jax.data.loader import (
     Batch,
     Loader,
@@ -22,6 +23,7 @@ from hivit_jax.data.sources.registry import (
     published_info,
 )
 from hivit_jax.data.sources.splits import NO_EVALUATION
+from hivit_jax.data.tf_data import Plan
 from hivit_jax.data.transforms import Transform
 from hivit_jax.distributed.processes import gather_objects
 from hivit_jax.errors import ConfigError, DataError, MissingPackage
@@ -134,15 +136,41 @@ def train_batches(config: Any, first_step: int, last_step: int) -> Iterator[Batc
     Raises:
       HivitError: as in `make_task`.
     """
+    return _load(config, *_training(config, first_step, last_step))
+
+
+def tf_dataset(config: Any, first_step: int, last_step: int) -> Any:
+    """Return a `tf.data.Dataset` of the same batches as `train_batches`.
+
+    It reads in the same way with every `data.reader`. If an error ends the iteration,
+    tensorflow raises a `tf.errors.OpError` that contains its message.
+
+    Raises:
+      HivitError: as in `make_task`; no tensorflow; or the dataset is synthetic.
+    """
+    task, transform, source, plan = _training(config, first_step, last_step)
+    if not source.encoded:
+        raise ConfigError(
+            f"data.name={config.data.name!r}: expected a dataset of files; use "
+            "train_batches for synthetic batches"
+        )
+    return _tf_reader(config, transform, source, plan).dataset()
+
+
+def _training(
+    config: Any, first_step: int, last_step: int
+) -> tuple[tasks.Task, Transform, Source, Plan]:
+    """Return task, transform, source and plan of some steps of training."""
     task, source = make_task(config, "train"), open_source(config.data, "train")
     transform = task.transform(train=True)
     size = transform.batch_size
     steps = config.seed, size, local_positions(size), first_step, last_step
     if len(transform.shapes) == 1:
-        plan = order.train_plan(len(source), *steps)
+        plan = partial(order.train_plan, len(source), *steps)
     else:
-        plan = order.bucketed_plan(_buckets(config, transform, source), *steps)
-    return _load(config, task, transform, source, plan)
+        buckets = _buckets(config, transform, source)
+        plan = partial(order.bucketed_plan, buckets, *steps)
+    return task, transform, source, plan
 
 
 def eval_batches(config: Any, split: str = "test") -> Iterator[Batch]:
@@ -168,7 +196,7 @@ def source_batches(
     """
     transform = transform or task.transform(train=False)
     buckets, size = _buckets(config, transform, source), transform.batch_size
-    plan = order.eval_plan(buckets, size, local_positions(size))
+    plan = partial(order.eval_plan, buckets, size, local_positions(size))
     return _load(config, task, transform, source, plan)
 
 
@@ -184,7 +212,7 @@ def first_test_batch(config: Any, count: int) -> Batch:
     buckets = _buckets(config, transform, source)
     indices = np.flatnonzero(buckets == buckets[0])[:count]
     plan = [order.PlannedBatch(int(buckets[0]), indices, np.zeros_like(indices))]
-    return next(_load(config, task, transform, source, plan, len(indices)))
+    return next(_load(config, task, transform, source, lambda: plan, len(indices)))
 
 
 def check_splits(config: Any, task: tasks.Task) -> list[str]:
@@ -197,6 +225,8 @@ def check_splits(config: Any, task: tasks.Task) -> list[str]:
       DataError: no example of a split can be read, or an example contradicts the
         config.
     """
+    if config.data.reader == tf_data.READER:
+        tf_data.tensorflow()  # here, because it may be missing
     notes = []
     for split in used_splits(config):
         source = open_source(config.data, split)
@@ -281,18 +311,27 @@ def _load(
     task: tasks.Task,
     transform: Transform,
     source: Source,
-    plan: Iterable[order.PlannedBatch],
+    plan: Plan,
     local_size: int = 0,
 ) -> Iterator[Batch]:
-    """Load the batches of a plan.
+    """Load the batches of a plan with the reader that the config selects.
 
     Args:
-      local_size: examples per batch that this process loads; 0: this process's part
-        of the transform's batch size.
+      local_size: examples per batch on this process; 0: its part of the batch size.
     """
     local_size = local_size or len(local_positions(transform.batch_size))
     if not source.encoded:
         classes = len(task.data.classes)
-        return synthetic_batches(transform, plan, config.seed, local_size, classes)
+        return synthetic_batches(transform, plan(), config.seed, local_size, classes)
+    if config.data.reader == tf_data.READER:
+        return _tf_reader(config, transform, source, plan, local_size).batches()
     loader = Loader(source, transform, config.seed, local_size, config.data.workers)
-    return loader.batches(plan)
+    return loader.batches(plan())
+
+
+def _tf_reader(
+    config: Any, transform: Transform, source: Source, plan: Plan, local_size: int = 0
+) -> tf_data.TfReader:
+    local_size = local_size or len(local_positions(transform.batch_size))
+    options = config.seed, local_size, config.data.workers
+    return tf_data.TfReader(source, transform, *options, plan)

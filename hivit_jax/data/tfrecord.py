@@ -4,6 +4,7 @@ A record consists of the length of its data (8 bytes), a checksum of the length 
 bytes), the data, and a checksum of the data (4 bytes).
 """
 
+import os
 import struct
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,37 @@ THREADS = 64  # files of a bucket that are indexed concurrently
 
 class DamagedRecord(ValueError):
     """A record's length or checksum is wrong."""
+
+
+class LocalFile:
+    """Local tfrecord file. It is opened once, and the header of every record read once.
+
+    Calling it with the index of a record returns the record's data.
+    """
+
+    def __init__(self, path: str):
+        self._file, size = os.open(path, os.O_RDONLY), os.path.getsize(path)
+        starts, offset, around = [], 0, HEADER + FOOTER
+        while offset < size:
+            starts.append(offset)
+            header = os.pread(self._file, 8, offset)
+            offset += struct.unpack("<Q", header)[0] + around
+        if offset != size:
+            raise OSError(f"{path} ends inside a record, at byte {size:,}")
+        self._offsets = np.array([*starts, size])
+
+    def __call__(self, i: int) -> bytes:
+        return unpack(self.framed(i))
+
+    def span(self, i: int) -> tuple[int, int]:
+        """Return the first byte of a record's data and the byte after it."""
+        start, stop = self._offsets[i], self._offsets[i + 1]
+        return int(start) + HEADER, int(stop) - FOOTER
+
+    def framed(self, i: int) -> bytes:
+        """Return a record with its length and checksums."""
+        start, stop = self._offsets[i], self._offsets[i + 1]
+        return os.pread(self._file, stop - start, start)
 
 
 def index(counts: Mapping[str, int], cache: ShardCache | None) -> dict[str, np.ndarray]:

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from hivit_jax.augment.resample import precise_span
-from hivit_jax.data.crops import center_crop, paste_crop, random_resized_crop
+from hivit_jax.data.crops import Box, center_crop, paste_crop, random_resized_crop
 from hivit_jax.data.rasters import decode
 from hivit_jax.errors import DataError
 
@@ -132,7 +132,7 @@ class ImageTransform(Transform):
         options = self._channels, self._value_range, self._dtype
         pixels = decode(sample["image"], *options)
         label = sample.get("label", 0)
-        if self._num_classes and not 0 <= label < self._num_classes:
+        if not self._is_valid(label):
             raise DataError(
                 f"expected a label from 0 to {self._num_classes - 1}, found {label}; "
                 f"correct the label or model.num_classes={self._num_classes}"
@@ -153,6 +153,36 @@ class ImageTransform(Transform):
                 box = [*map(precise_span, box, self._size)]
             out["box"][:] = box
         out["label"][...] = label
+
+    @property
+    def copies_crops(self) -> bool:
+        """True if `__call__` copies most random crops into the canvas unchanged."""
+        room = self.shapes[0]["image"].shape
+        is_resized = self._randaugment or room[:2] == self._size
+        is_color = self._channels == 3 and self._dtype == "uint8"
+        return bool(self._crop_scale) and is_color and not is_resized
+
+    def copied_box(
+        self, height: int, width: int, label: int, draws: Sequence[float]
+    ) -> Box | None:
+        """Return the box of a JPEG that `__call__` copies into the canvas unchanged.
+
+        `__call__` then sets "box" to ((0, box.height, box.height), (0, box.width,
+        box.width)). Requires `copies_crops`.
+
+        Args:
+          height, width: size of the image.
+
+        Returns:
+          None if `__call__` resizes the crop or raises an error.
+        """
+        room = self.shapes[0]["image"].shape[:2]
+        box = random_resized_crop(height, width, draws, self._crop_scale).box
+        fits = box.height <= room[0] and box.width <= room[1]
+        return box if fits and self._is_valid(label) else None
+
+    def _is_valid(self, label: int) -> bool:
+        return not self._num_classes or 0 <= label < self._num_classes
 
 
 def uniforms(seed: int, epoch: int, index: int, count: int = DRAWS) -> list[float]:

@@ -118,6 +118,11 @@ def _list_bucket(root: str) -> list[str]:
     return storage.list_files(root)
 
 
+def forget_listings() -> None:
+    """List buckets again that were already listed."""
+    _list_bucket.cache_clear()
+
+
 def is_directory(path: str) -> bool:
     """Return True for a directory, or for the address of one that contains files."""
     return bool(_list_bucket(path)) if storage.is_remote(path) else Path(path).is_dir()

@@ -10,12 +10,13 @@ import numpy as np
 
 from hivit_jax.data import storage
 from hivit_jax.data.records import Records
-from hivit_jax.data.sources.base import Source
+from hivit_jax.data.sources.base import Record, Source
 from hivit_jax.data.sources.file_index import (
     HIDDEN,
     OUTSIDE,
     SUFFIXES,
     SYSTEM_NAMES,
+    forget_listings,
     ignored_reason,
     index_of,
     is_directory,
@@ -100,6 +101,7 @@ class Folder(FileSource):
         train_split: str = "train",
         class_level: str = "top",
     ):
+        forget_listings()
         remote = storage.is_remote(directory)
         root = directory.rstrip("/") if remote else str(Path(expand(directory)))
         self.root, train_root = (
@@ -147,6 +149,11 @@ class Folder(FileSource):
 
     def sample(self, index: int) -> dict[str, Any]:
         return {"image": self._records.read(index), "label": int(self.labels[index])}
+
+    def record(self, index: int) -> Record | None:
+        if storage.is_remote(self.root):
+            return None
+        return Record(self.name(index), 0, -1, int(self.labels[index]))
 
     def _image_file(self, index: int) -> Any:
         if storage.is_remote(self.root):

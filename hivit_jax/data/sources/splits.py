@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from hivit_jax.data.sources.base import Source
+from hivit_jax.data.sources.base import Record, Source
 from hivit_jax.errors import ConfigError, DataError
 from hivit_jax.paths import expand
 
@@ -93,6 +93,7 @@ class Subset(Source):
         if excluded:
             self.ignored[EXCLUDED] = excluded
         self.labels = source.labels[indices]
+        self.example_keys = source.example_keys
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -105,6 +106,9 @@ class Subset(Source):
 
     def forget(self) -> None:
         self._source.forget()
+
+    def record(self, index: int) -> Record | None:
+        return self._source.record(int(self._indices[index]))
 
     def checksum_error(self, index: int) -> str:
         return self._source.checksum_error(int(self._indices[index]))

@@ -5,7 +5,6 @@ They are read with tensorflow_datasets but without tensorflow.
 
 import os
 import resource
-import struct
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ from hivit_jax.data import storage, tfrecord
 from hivit_jax.data.crc32c import FAST
 from hivit_jax.data.records import Records, load_index, log_indexing
 from hivit_jax.data.shard_cache import ShardCache
-from hivit_jax.data.sources.base import KNOWN_DATASETS, Source
+from hivit_jax.data.sources.base import KNOWN_DATASETS, Record, Source
 from hivit_jax.errors import DataError, first_line, require, unknown
 from hivit_jax.paths import expand
 
@@ -72,6 +71,8 @@ class Tfds(Source):
         if file_format not in OPENERS:
             expected = " or ".join(OPENERS)
             raise DataError(f"{name}: expected {expected} files, found {file_format}")
+        if file_format == "tfrecord":
+            self.example_keys = self._image_key, self._label_key
         # Per example: the index of its file, and of its record in the file.
         self._file_indices = np.repeat(
             np.arange(len(files)), [file.take for file in files]
@@ -122,6 +123,12 @@ class Tfds(Source):
         example = self._example(index)
         label = int(example[self._label_key])
         return {"image": example[self._image_key], "label": label}
+
+    def record(self, index: int) -> Record | None:
+        if self._format != "tfrecord" or self._records:
+            return None
+        path = self._paths[self._file_indices[index]]
+        return Record(path, *self._open_file(path).span(self._record_indices[index]))
 
     def name(self, index: int) -> str:
         try:
@@ -215,32 +222,6 @@ def _array_record(path: str) -> Callable[[int], bytes]:
     return lambda record_index: reader.read([record_index])[0]
 
 
-class _TfrecordFile:
-    """Local tfrecord file. It is opened once, and the header of every record read once.
-
-    Calling it with the index of a record returns the record's data.
-    """
-
-    def __init__(self, path: str):
-        self._file, size = os.open(path, os.O_RDONLY), os.path.getsize(path)
-        starts, offset, around = [], 0, tfrecord.HEADER + tfrecord.FOOTER
-        while offset < size:
-            starts.append(offset)
-            header = os.pread(self._file, 8, offset)
-            offset += struct.unpack("<Q", header)[0] + around
-        if offset != size:
-            raise OSError(f"{path} ends inside a record, at byte {size:,}")
-        self._offsets = np.array([*starts, size])
-
-    def __call__(self, i: int) -> bytes:
-        return tfrecord.unpack(self.framed(i))
-
-    def framed(self, i: int) -> bytes:
-        """Return a record with its length and checksums."""
-        start, stop = self._offsets[i], self._offsets[i + 1]
-        return os.pread(self._file, stop - start, start)
-
-
 def _increase_open_file_limit(count: int) -> None:
     """Allow the process `count` more open files, up to the system's hard limit.
 
@@ -253,7 +234,7 @@ def _increase_open_file_limit(count: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
 
 
-OPENERS = {"array_record": _array_record, "tfrecord": cache(_TfrecordFile)}
+OPENERS = {"array_record": _array_record, "tfrecord": cache(tfrecord.LocalFile)}
 
 
 def supervised_feature_types(info: Any) -> list[str]:
