@@ -137,7 +137,8 @@ def _write_evaluation(
         written += [beside("confusion.csv"), beside("confusion.png")]
     images, titles = [], []
     for p_true, index, true, found, p_found in worst:
-        images.append(read(index) / np.float32(255))
+        image = read(index) / np.float32(255)
+        images.append(image[..., : 3 if image.shape[-1] >= 3 else 1])
         titles.append(
             f"true: {names[true]}, {p_true:.0%}\n"
             f"predicted: {names[found]}, {p_found:.0%}"
