@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from hivit_jax import inputs, rng, tasks
 from hivit_jax.data.prefetch import prefetch_to_device
+from hivit_jax.data.unreadable import check_unreadable
 from hivit_jax.distributed.processes import gather_objects
 from hivit_jax.distributed.sharding import (
     BATCH,
@@ -100,7 +101,7 @@ def evaluate(
             f"evaluated {count} images and could not read {unreadable}; expected "
             f"{expected} in total, the size of the test split"
         )
-    inputs.check_unreadable(unreadable, config.data, "test")
+    check_unreadable(unreadable, config.data, "test")
     records = _merge_records(gather_objects(records))
     values = {}
     if jax.process_index() == 0:

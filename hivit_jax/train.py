@@ -15,6 +15,7 @@ from hivit_jax.checkpoints import manager, read
 from hivit_jax.checkpoints.lock import exclusive
 from hivit_jax.config import complete_saved, step_options, to_json
 from hivit_jax.data.prefetch import prefetch_to_device
+from hivit_jax.data.unreadable import UnreadableImages, check_unreadable
 from hivit_jax.distributed.processes import check_same_on_all_processes
 from hivit_jax.distributed.sharding import make_mesh, replicate, shardings_of
 from hivit_jax.errors import (
@@ -135,7 +136,7 @@ def train(
     # --- Steps ------------------------------------------------------------------------
     throughput, results, pending = metrics.Throughput(), None, []
     first_step = step
-    unreadable = inputs.UnreadableImages()
+    unreadable = UnreadableImages()
     try:
         stop = stop_requested(step)
         if step < total_steps and not stop:
@@ -170,7 +171,7 @@ def train(
                 if scalars["unreadable"]:  # log different images, not attempts
                     scalars["unreadable"] = unreadable.gather()
                 log(console.step_line(step, total_steps, scalars))
-                inputs.check_unreadable(scalars["unreadable"], config.data, "train")
+                check_unreadable(scalars["unreadable"], config.data, "train")
                 with throughput.pause():
                     # Before the checkpoint, so that a resumed run never skips it.
                     if due["eval"]:

@@ -15,6 +15,7 @@ from hivit_jax.data.order import permutation, samples_at
 from hivit_jax.data.sources import digits as data_sources_digits
 from hivit_jax.data.sources import registry
 from hivit_jax.data.sources.base import Source
+from hivit_jax.data.unreadable import UnreadableImages, check_unreadable
 from hivit_jax.errors import ConfigError, DataError
 
 
@@ -415,7 +416,7 @@ def test_unreadable_images_are_counted_once(monkeypatch):
     """Border of the kind: an image counts while its last reading failed, once in all
     epochs and on all processes.
     """
-    unreadable = inputs.UnreadableImages()
+    unreadable = UnreadableImages()
     batches = [flags((0, 1), (1, 0)), flags((2, 1), (0, 1)), flags((0, 1), (-1, 0))]
     assert [*unreadable.watch(batches)] == batches
     assert unreadable.gather() == 2
@@ -432,10 +433,10 @@ def test_unreadable_images_are_counted_once(monkeypatch):
 def test_share_of_unreadable_images():
     """The limit is a share of the images of the split."""
     data = digits_config(data__max_unreadable=0.001).data
-    inputs.check_unreadable(1, data, "train")  # of 1,437
+    check_unreadable(1, data, "train")  # of 1,437
     with pytest.raises(
         DataError, match=r"2 images of digits .* 0.14%; .* 0.10% of 1,43"
     ):
-        inputs.check_unreadable(2, data, "train")
+        check_unreadable(2, data, "train")
     with pytest.raises(DataError, match="check_data"):
-        inputs.check_unreadable(1, data, "test")
+        check_unreadable(1, data, "test")

@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from hivit_jax import inputs
 from hivit_jax.data.prefetch import prefetch_to_device
 from hivit_jax.data.sources.registry import open_source
+from hivit_jax.data.unreadable import check_unreadable
 from hivit_jax.distributed.sharding import make_mesh, state_shardings
 from hivit_jax.reporting.console import log
 from hivit_jax.tasks.base import Task
@@ -98,7 +99,7 @@ def encode_split(
         heartbeat()
     columns = map(np.concatenate, zip(*parts, strict=True))
     features, labels, weight, unreadable = columns
-    inputs.check_unreadable(int(unreadable.sum()), config.data, split)
+    check_unreadable(int(unreadable.sum()), config.data, split)
     return features[weight > 0], labels[weight > 0]
 
 
