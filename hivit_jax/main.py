@@ -132,7 +132,7 @@ def run(argv: Sequence[str], setup_process: bool) -> None:
         platforms.start()
         default_cache = flags.workdir and f"{flags.workdir}/compiled"
         enable_compilation_cache(config.compilation_cache or default_cache)
-        if jax.default_backend() == "cpu":
+        if jax.default_backend() == "cpu" or config.data.reader == "tf.data":
             keep_freed_memory()
     with Watchdog(config.stall_timeout) as watchdog:
         heartbeat = watchdog.heartbeat

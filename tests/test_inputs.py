@@ -425,7 +425,10 @@ def test_unreadable_images_are_counted_once(monkeypatch):
     assert unreadable.indices == {0, 2}
     # Another process found 2 and 7; this one could read 0, on storage that recovers.
     list(unreadable.watch([flags((0, 0), (5, 1))]))
-    monkeypatch.setattr(inputs, "gather_objects", lambda mine: [mine, ({2, 7}, set())])
+    monkeypatch.setattr(
+        "hivit_jax.data.unreadable.gather_objects",
+        lambda mine: [mine, ({2, 7}, set())],
+    )
     assert unreadable.gather() == 3
     assert unreadable.indices == {2, 5, 7}
 
