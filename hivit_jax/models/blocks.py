@@ -106,8 +106,8 @@ class AttentionBlock(MlpBlock):
         """
         with jax.named_scope("attention"):
             drop = drop_path_rate, drop_path_keys, 2 * block_index + 1
-            fused = dispatch.attention(x, self.norm1, self.attn, key_mask, kernels)
             options = relative_index, key_mask, kernels
+            fused = dispatch.attention(x, self.norm1, self.attn, *options)
             return _add_branch(
                 x, lambda: self.attn(self.norm1(x), *options), fused, drop
             )

@@ -201,6 +201,20 @@ class Attention(nnx.Module):
             weights = weights.reshape(len(x), rows * columns, *weights.shape[1:])
         return weights
 
+    def position_bias(self, relative_index: jax.Array | None) -> jax.Array | None:
+        """Return the relative position bias, float32 [heads, K, K], or None.
+
+        For an index [B, K, K] the shape is [B, heads, K, K]. For the argument see
+        `__call__`.
+        """
+        if self.relative_position_bias_table is None:
+            return None
+        if self.windows is not None:
+            units = jnp.arange(math.prod(self.windows.size))
+            relative_index = positions.relative_position_index(units, self.windows.size)
+        bias = self.relative_position_bias_table[...][relative_index]
+        return jnp.moveaxis(bias, -1, -3)
+
     def _project_qkv(self, x):
         """Return q, k, v as one array, [B, K, C] -> [B, K, 3, heads, C/heads]."""
         rows = x.reshape(-1, x.shape[-1])
@@ -220,17 +234,14 @@ class Attention(nnx.Module):
         qkv = self._project_qkv(x)  # [B, K, 3, heads, C/heads]
         if self.windows is not None:
             qkv = self.windows.partition(qkv)
-            # `partition` pads the mask with zeros, so that padding is not attended to.
-            key_mask = jnp.ones(x.shape[:2], bool) if key_mask is None else key_mask
-            key_mask = self.windows.partition(key_mask)
-            units = jnp.arange(qkv.shape[1])
-            relative_index = positions.relative_position_index(units, self.windows.size)
+            if key_mask is None and self.windows.is_padded:
+                key_mask = jnp.ones(x.shape[:2], bool)
+            if key_mask is not None:
+                # Pads the mask with zeros, so that padding is not attended to.
+                key_mask = self.windows.partition(key_mask)
         q, k, v = (qkv[:, :, i] for i in range(3))
-        bias = None
-        if self.relative_position_bias_table is not None:
-            bias = self.relative_position_bias_table[...][relative_index]
-            bias = jnp.moveaxis(bias, -1, -3)  # [(B,) heads, K, K]
-            bias = bias if bias.ndim == 4 else bias[None]
+        bias = self.position_bias(relative_index)
+        bias = bias[None] if bias is not None and bias.ndim == 3 else bias
         mask = None if key_mask is None else (key_mask != 0)[:, None, None, :]
         return q, k, v, bias, mask
 
