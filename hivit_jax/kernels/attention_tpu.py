@@ -251,9 +251,10 @@ def _restore(x, kept, weights, plan, scratch):
     """
     if not plan.keep:
         return _project(x, weights, plan.eps, scratch[0])
+    normalized = layer_norm(x, weights[0][...], weights[1][...], plan.eps)
     for ref, saved in zip(scratch[:2], kept, strict=True):
         ref[...] = saved[...].astype(F32)
-    return layer_norm(x, weights[0][...], weights[1][...], plan.eps)
+    return normalized
 
 
 def _load_tile(qkv, window, tile, width):

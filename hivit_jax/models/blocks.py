@@ -122,9 +122,14 @@ def _add_branch(x, plain, fused, drop):
       drop: further arguments of `drop_path`.
     """
     drop_path_rate, drop_path_keys, _ = drop
-    if fused and (drop_path_rate is None or drop_path_keys is None):
+    if fused is None:
+        return x + drop_path(plain(), *drop)
+    if drop_path_rate is None or drop_path_keys is None:
         return fused(True)
-    return x + drop_path(fused(False) if fused else plain(), *drop)
+    # Adds matrices, for the reason given in `drop_path`.
+    rows = -1, x.shape[-1]
+    branch = drop_path(fused(False), *drop).reshape(rows)
+    return (x.reshape(rows) + branch).reshape(x.shape)
 
 
 def run_blocks(
