@@ -220,7 +220,8 @@ def _whole(x):
 
 def _of_core(x):
     """Spec of an array [cores, ...] of which each core writes its part."""
-    return pl.BlockSpec((1, *x.shape[1:]), lambda core, step: (core, 0, 0))
+    rest = (0,) * (x.ndim - 1)
+    return pl.BlockSpec((1, *x.shape[1:]), lambda core, step: (core, *rest))
 
 
 def _compiler_params(interpret: bool) -> pltpu.CompilerParams:

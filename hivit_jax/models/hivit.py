@@ -141,9 +141,12 @@ class HiViT(nnx.Module):
           ConfigError: image size or channels differ from the config's; another
             argument does not have the shape above; `ids_keep` with attention windows.
         """
-        *outputs, x, relative_index = self._stem(images, ids_keep, drop_path_keys)
+        *outputs, x = self._stem(images, ids_keep, drop_path_keys)
         if key_mask is not None:
             check_shape("key_mask", key_mask, "[B, K]", *x.shape[:2])
+        relative_index = None
+        if ids_keep is not None and self.config.relative_position:
+            relative_index = positions.relative_position_index(ids_keep, self.grid)
         with jax.named_scope("main"):
             x = self._run_stage(
                 len(self.stages) - 1,
@@ -156,11 +159,7 @@ class HiViT(nnx.Module):
 
     @jax.named_scope("embedding")
     def _stem(self, images, ids_keep=None, drop_path_keys=None):
-        """Return the stem stages' outputs, the main stage's input and relative index.
-
-        The input has the shape [B, K, E]. The index is that of
-        `positions.relative_position_index`.
-        """
+        """Return the outputs of the stem stages, and main stage input [B, K, E]."""
         config = self.config
         expected = config.image_shape
         if images.shape[1:] != expected:
@@ -183,7 +182,6 @@ class HiViT(nnx.Module):
         dtype = jnp.dtype(self.run_options.dtype)
         units = positions.patchify(images, config.patch_size)  # [B, N, P*P*C]
         position = self.absolute_pos_embed[...]  # [N, E]
-        ids = jnp.arange(len(position))  # [N]
         if ids_keep is not None:
             units = positions.gather_tokens(units, ids_keep)  # [B, K, P*P*C]
             # A matrix product, because the gradient of a gather is a scatter-add.
@@ -194,7 +192,6 @@ class HiViT(nnx.Module):
             position = jnp.matmul(
                 one_hot, position.astype(dtype), precision="highest"
             )  # [B, K, E]
-            ids = ids_keep
         cells = positions.units_to_cells(
             units.astype(dtype), config.patch_size, config.inner_patches
         )
@@ -207,7 +204,7 @@ class HiViT(nnx.Module):
             x = merge(x)
         x = x.reshape(*units.shape[:2], config.embed_dim)  # [B, K, E]
         x = x + position.reshape(-1, *x.shape[1:]).astype(dtype)
-        return *outputs, x, positions.relative_position_index(ids, self.grid)
+        return *outputs, x
 
     @accepts_explicit_axes
     def features(
@@ -259,12 +256,12 @@ class HiViT(nnx.Module):
         Args:
           attention: also return attention weights.
         """
-        *_, x, index = self._stem(images)
+        *_, x = self._stem(images)
         layers = []
         for block in self.stages[-1]:
             weights = None
             if attention:
-                weights = block.attn.probabilities(block.norm1(x), index)
-            x = run_blocks([block], x, self.run_options, relative_index=index)
+                weights = block.attn.probabilities(block.norm1(x))
+            x = run_blocks([block], x, self.run_options)
             layers.append(BlockOutput(x, weights))
         return layers

@@ -90,8 +90,9 @@ def drop_path(
 
     scale = jax.vmap(keep)(drop_path_keys).astype(x.dtype) / keep_prob.astype(x.dtype)
     rows = math.prod(x.shape[:-1]) // max(len(scale), 1)
-    per_sample = x.reshape(len(scale), rows, x.shape[-1])
-    return (per_sample * scale[:, None, None]).reshape(x.shape)
+    # As a matrix, because XLA:TPU pads the tokens of each image to whole tiles.
+    matrix = x.reshape(-1, x.shape[-1]) * jnp.repeat(scale, rows)[:, None]
+    return matrix.reshape(x.shape)
 
 
 @jax.custom_jvp
@@ -139,7 +140,7 @@ class Attention(nnx.Module):
         dtype,
         rngs: nnx.Rngs,
     ):
-        self.windows = windows
+        self.grid, self.windows = grid, windows
         # The kernel has a head axis, [C, 3, heads, C/heads], so that heads can be
         # sharded. Flattened, it is the official [q | k | v] matrix.
         self.qkv = nnx.LinearGeneral(
@@ -168,7 +169,7 @@ class Attention(nnx.Module):
 
         Args:
           relative_index: int [K, K] or [B, K, K], rows of the relative position table;
-            ignored with windows, which compute their own.
+            None: x are all units in row-major order. Ignored with windows.
           key_mask: [B, K], nonzero for keys that may be attended to. If a sample or a
             window has no such key, its softmax is uniform and not NaN.
           kernels: see `RunOptions`.
@@ -201,6 +202,19 @@ class Attention(nnx.Module):
             weights = weights.reshape(len(x), rows * columns, *weights.shape[1:])
         return weights
 
+    def position_bias(self, relative_index: jax.Array | None) -> jax.Array | None:
+        """Return the relative position bias, float32, or None.
+
+        The shape is [heads, K, K], or [B, heads, K, K] for an index [B, K, K]. For the
+        argument see `__call__`.
+        """
+        if self.relative_position_bias_table is None:
+            return None
+        table = self.relative_position_bias_table[...]
+        if relative_index is None or self.windows is not None:
+            return positions.relative_position_bias(table, self.grid)
+        return jnp.moveaxis(table[relative_index], -1, -3)
+
     def _project_qkv(self, x):
         """Return q, k, v as one array, [B, K, C] -> [B, K, 3, heads, C/heads]."""
         rows = x.reshape(-1, x.shape[-1])
@@ -220,17 +234,14 @@ class Attention(nnx.Module):
         qkv = self._project_qkv(x)  # [B, K, 3, heads, C/heads]
         if self.windows is not None:
             qkv = self.windows.partition(qkv)
-            # `partition` pads the mask with zeros, so that padding is not attended to.
-            key_mask = jnp.ones(x.shape[:2], bool) if key_mask is None else key_mask
-            key_mask = self.windows.partition(key_mask)
-            units = jnp.arange(qkv.shape[1])
-            relative_index = positions.relative_position_index(units, self.windows.size)
+            if key_mask is None and self.windows.is_padded:
+                key_mask = jnp.ones(x.shape[:2], bool)
+            if key_mask is not None:
+                # Pads the mask with zeros, so that padding is not attended to.
+                key_mask = self.windows.partition(key_mask)
         q, k, v = (qkv[:, :, i] for i in range(3))
-        bias = None
-        if self.relative_position_bias_table is not None:
-            bias = self.relative_position_bias_table[...][relative_index]
-            bias = jnp.moveaxis(bias, -1, -3)  # [(B,) heads, K, K]
-            bias = bias if bias.ndim == 4 else bias[None]
+        bias = self.position_bias(relative_index)
+        bias = bias[None] if bias is not None and bias.ndim == 3 else bias
         mask = None if key_mask is None else (key_mask != 0)[:, None, None, :]
         return q, k, v, bias, mask
 

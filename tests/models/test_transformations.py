@@ -196,7 +196,7 @@ def test_forward_mode_of_fused_kernels():
         return x
 
     kernel.defvjp(lambda x, *_: (x, None), lambda _, g: (g, None, None))
-    run = partial(Target("cpu").run, kernel, weights=(), plan=0)
+    run = partial(Target("cpu").run, kernel, params=((),), plan=0)
     with pytest.raises(ConfigError, match="kernels='plain'"):
         jax.jvp(run, (jnp.ones((2, 3)),), (jnp.ones((2, 3)),))
     assert jax.grad(lambda x: run(x).sum())(jnp.ones(3)).tolist() == [1, 1, 1]
