@@ -2,8 +2,13 @@
 
 import base64
 import configparser
+import html
 import io
 import json
+import os
+import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 
 import numpy as np
@@ -240,3 +245,74 @@ def test_errors(tmp_path, capsys):
         assert report.main([str(path), "--out", str(where)]) == 2
         check_message(capsys.readouterr().err, words)
     assert not out.exists()
+
+
+INTERACTIONS = """<script>
+setTimeout(() => {
+  const find = selector => document.querySelector(selector);
+  const texts = node => [...node.querySelectorAll("text")].map(t => t.textContent);
+  const lines = () => svg.querySelectorAll("path").length;
+  const card = find("[data-chart=loss]"), svg = card.querySelector("svg");
+  const found = {lines: lines(), linear: texts(svg)};
+  card.querySelector("button").click();
+  found.log = texts(svg);
+  const box = svg.getBoundingClientRect();
+  const end = {clientX: box.right - 12, clientY: box.top + 50};
+  svg.dispatchEvent(new PointerEvent("pointermove", end));
+  found.tip = [...find("#tip").children].map(row => row.textContent);
+  find("#bar button").click();
+  found.hidden = lines();
+  find("#bar button").click();
+  const select = find("#bar select");
+  select.value = "time";
+  select.dispatchEvent(new Event("change"));
+  found.time = texts(svg).filter(text => text.endsWith(" s"));
+  const slider = find("[data-figure] input"), image = find(".images img");
+  const last = image.src;
+  slider.value = 0;
+  slider.dispatchEvent(new Event("input"));
+  found.slider = [find("[data-figure] .note").textContent, image.src !== last];
+  const root = document.documentElement;
+  found.overflow = root.scrollWidth - root.clientWidth;
+  document.body.textContent = JSON.stringify(found);
+}, 500);
+</script></body>"""
+
+
+@pytest.mark.browser
+@pytest.mark.processes
+def test_interactions(tmp_path):
+    """Hover, logarithmic axis, hidden run, training time and slider, in Chromium."""
+    browser = os.environ.get("CHROMIUM") or shutil.which("chromium")
+    if not browser:
+        pytest.skip("no Chromium; set CHROMIUM to its path")
+    runs = [write_run(tmp_path / name) for name in "ab"]
+    for step in (10, 20):
+        pixels = np.full((1, 1, 3), step, np.uint8)
+        figures.write_png(runs[0] / "figures" / f"cells_{step:07d}.png", pixels)
+    page = report.make_report(map(str, runs)).replace("</body>", INTERACTIONS)
+    (tmp_path / "page.html").write_text(page)
+    flags = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--virtual-time-budget=3000",
+    ]
+    flags += [f"--user-data-dir={tmp_path / 'profile'}", "--window-size=600,900"]
+    dom = subprocess.run(
+        [browser, *flags, "--dump-dom", f"file://{tmp_path}/page.html"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    text = re.search("(?s)<body>(.*)</body>", dom)[1]
+    assert json.loads(html.unescape(text)) == {
+        "lines": 2,
+        "linear": ["0.2", "0.3", "0.4", "0.5", "0", "5", "10", "15", "20"],
+        "log": ["0.15", "0.2", "0.3", "0.5", "0", "5", "10", "15", "20"],
+        "tip": ["a: 0.125 at step 20", "b: 0.125 at step 20"],
+        "hidden": 1,
+        "time": ["0 s", "1 s", "2 s", "3 s", "4 s"],
+        "slider": ["step 10", True],
+        "overflow": 0,
+    }
