@@ -1,5 +1,6 @@
 """Convert image files, PIL images and arrays to the input of a model."""
 
+import io
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,8 @@ import numpy as np
 
 from hivit_jax.augment import image as image_ops
 from hivit_jax.data import crops
-from hivit_jax.data.decoding import PIL_MODES, StoredValues, decode
+from hivit_jax.data.decoding import PIL_MODES, StoredValues
+from hivit_jax.data.rasters import decode
 from hivit_jax.errors import ConfigError, DataError, first_line
 from hivit_jax.models import Model
 from hivit_jax.models.base import ModelInfo
@@ -26,23 +28,19 @@ def preprocess(model: Model) -> Callable[[Any], np.ndarray]:
     The function accepts one image or a list of images: a path, the bytes of an image
     file, a PIL image, or an array [h, w], [h, w, C] or, for a batch, [B, h, w, C]. It
     decodes, crops, resizes and normalizes them by `model.info`, and returns float32
-    [B, H, W, C]. Values of 16 bits are divided by 257, as in training.
+    [B, H, W, C]. With `model.info.dtype` "uint8", values of 16 bits are divided by 257,
+    as in training.
 
     The result is bit-identical to the evaluation with `data.canvas=0`. With a canvas,
     training resizes on the device, and the result may differ by one of 255 levels where
     a value lies halfway between two of them.
 
     Raises:
-      ConfigError: the model has a number of channels other than 1 and 3. The function
-        raises it for an array of another shape or dtype.
-      DataError: raised by the function if a file cannot be read.
+      ConfigError: (by the function) the shape or dtype of an array is not supported.
+      DataError: (by the function) a file cannot be read, or an image has another number
+        of channels than the model.
     """
     info = model.info
-    if info.channels not in PIL_MODES:
-        raise ConfigError(
-            f"in_channels={info.channels}; preprocess supports 1 (grayscale) and 3 "
-            "(color)"
-        )
 
     def run(images: Any) -> np.ndarray:
         is_batch = isinstance(images, (list, tuple)) or getattr(images, "ndim", 0) == 4
@@ -57,25 +55,31 @@ def preprocess(model: Model) -> Callable[[Any], np.ndarray]:
 
 
 def _resize(image: Any, info: ModelInfo) -> np.ndarray:
-    """Convert one image to uint8 [H, W, C]."""
+    """Convert one image to [H, W, C] of the dtype `info.dtype`."""
     pixels, size = _pixels(image, info), info.image_size
-    resized = np.zeros((*size, info.channels), np.uint8)
+    resized = np.zeros((*size, info.channels), info.dtype)
     crop = crops.center_crop(*pixels.shape[:2], size, info.crop)
     crops.paste_crop(pixels, crop, resized, size, info.interpolation, info.antialias)
     return resized
 
 
 def _pixels(image: Any, info: ModelInfo) -> np.ndarray:
-    """Return the pixels of one image, uint8 [h, w, C]."""
+    """Return the pixels of one image, [h, w, C] of the dtype `info.dtype`."""
     from PIL import Image
 
     channels, value_range = info.channels, info.value_range
+    if not isinstance(image, (str, os.PathLike, bytes)) and (
+        info.dtype != "uint8" or channels not in PIL_MODES
+    ):
+        buffer = io.BytesIO()
+        np.save(buffer, np.asarray(image), allow_pickle=False)
+        return decode(buffer.getvalue(), channels, value_range, info.dtype)
     if isinstance(image, (str, os.PathLike, bytes)):
         is_file = isinstance(image, bytes)
         path = "an image file's bytes" if is_file else expand(os.fspath(image))
         try:
             content = image if is_file else Path(path).read_bytes()
-            return decode(content, channels, value_range)
+            return decode(content, channels, value_range, info.dtype)
         except Exception as error:  # damaged files cause exceptions of many types
             raise DataError(f"cannot read {path}: {first_line(error)}") from error
     if isinstance(image, Image.Image) and not image.mode.startswith(("I", "F")):

@@ -28,6 +28,7 @@ class ModelInfo:
     interpolation, antialias: resize filter, and whether it is widened for downscaling.
     value_range: values of black and white in images with more than 8 bits; (): the
       whole range of 16 bits.
+    dtype: dtype of the pixels before normalization, "uint8", "uint16" or "float32".
     """
 
     class_names: tuple[str, ...]
@@ -40,6 +41,7 @@ class ModelInfo:
     interpolation: str = "bicubic"
     antialias: bool = True
     value_range: tuple[float, ...] = ()
+    dtype: str = "uint8"
 
 
 def make_info(
@@ -53,6 +55,7 @@ def make_info(
     interpolation: str = "bicubic",
     antialias: bool = True,
     value_range: Sequence[float] = (),
+    dtype: str = "uint8",
     **_: Any,
 ) -> ModelInfo:
     """Return the info of a model; the defaults are ImageNet's.
@@ -76,6 +79,7 @@ def make_info(
         interpolation=interpolation,
         antialias=antialias,
         value_range=tuple(map(float, value_range)),
+        dtype=dtype,
     )
 
 

@@ -39,7 +39,8 @@ def closed_form_probe(
     Raises:
       DataError: more images are unreadable than `data.max_unreadable` allows.
     """
-    task, mesh = inputs.make_task(config), make_mesh(config.mesh, config.batch_size)
+    task = inputs.make_task(config, "train", "test")
+    mesh = make_mesh(config.mesh, config.batch_size)
     encode = probing.make_encoder(config, task, mesh, unit_length=False)
     train, test = (
         probing.encode_split(config, encode, mesh, split, heartbeat)

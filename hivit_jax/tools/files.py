@@ -44,7 +44,8 @@ def config_of(pretrained: Pretrained, batch_size: int = 0) -> Any:
         info = make_info(model_config, **pretrained.info)
         data = {key: getattr(info, name) for key, name in DATA_KEYS.items()}
         # With a canvas, images could not be larger than its default side.
-        recipe = {"task": names[0], "model": model, "data": data | {"canvas": 0}}
+        data |= {"canvas": 0, "scale": 1 / info.scale}
+        recipe = {"task": names[0], "model": model, "data": data}
     config = configs.complete_saved(recipe, pretrained.path)
     config = config.copy_and_resolve_references()
     config.batch_size = batch_size or min(config.batch_size, MAX_BATCH)

@@ -38,8 +38,8 @@ NEW_HEAD_SCALE = 2e-5 / 0.02
 # Arguments that the names and shapes of a state dict do not determine.
 NOT_IN_STATE_DICT = ("num_heads", "decoder_num_heads", "layer_norm_eps")
 # Key of a recipe's data -> argument of `make_info`.
-DATA_KEYS = {key: key for key in ("mean", "std", "interpolation", "antialias")}
-DATA_KEYS |= {"crop_pct": "crop", "value_range": "value_range"}
+SAME_NAMES = ("mean", "std", "interpolation", "antialias", "value_range", "dtype")
+DATA_KEYS = {key: key for key in SAME_NAMES} | {"crop_pct": "crop"}
 
 
 def locate(path: str | Path) -> Path:
