@@ -48,7 +48,7 @@ from hivit_jax.kernels.numerics import (
     Weights,
     dot,
     layer_norm,
-    normalized_gradient,
+    normalize_vjp,
     over_rows,
 )
 
@@ -119,7 +119,7 @@ def _run(x, weights, bias, plan):
         [x],
         [*weights, *biases],
         scratch=scratch,
-        kept=[3 * width, width] if plan.keep else [],
+        extra_widths=[3 * width, width] if plan.keep else [],
         flops=x.size * (8 * width + 4 * tokens),
         name="attention_block",
     )
@@ -175,7 +175,7 @@ def _backward(plan, saved, gradient):
         groups.for_each(attend)
         dn = dot(qkv[...].astype(dtype), qkv_w[...], (1, 1))
         _add_weight_gradients(sums[:6], n, x_hat, dn, qkv[...], heads_out[...], dy)
-        dx = normalized_gradient(dn * scale[...], x_hat, inverse)
+        dx = normalize_vjp(dn * scale[...], x_hat, inverse)
         dx = dx + dy.astype(F32) if plan.add else dx
         out_refs[0][...] = dx.astype(dtype)
 
