@@ -180,9 +180,8 @@ def over_rows(
     steps = total // plan.rows // cores
     weights = [jnp.atleast_2d(w) for w in weights]
     shapes = [(1, s.size) if s.ndim == 1 else s.shape for s in sums_like]
-    dtypes = [s.dtype for s in sums_like]
-    per_core = [(cores, *shape) for shape in shapes]
-    core_sums = [*map(jax.ShapeDtypeStruct, per_core, dtypes)]
+    pairs = zip(shapes, sums_like, strict=True)
+    core_sums = [jax.ShapeDtypeStruct((cores, *x), s.dtype) for x, s in pairs]
     bytes_moved = sum(x.size * x.dtype.itemsize for x in (*rows, *outputs))
     bytes_moved += cores * sum(x.nbytes for x in (*weights, *sums_like))
     results = pl.pallas_call(
