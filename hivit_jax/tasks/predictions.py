@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from hivit_jax.errors import ConfigError
-from hivit_jax.reporting import figures
 from hivit_jax.reporting.classes import ClassCounts
 from hivit_jax.reporting.console import log
 
@@ -122,6 +121,8 @@ def _write_evaluation(
     read: Callable[[int], np.ndarray],
 ) -> None:
     """Write metrics, class table, confusion matrix and worst images beside `out`."""
+    # Here, because benchmarks import the tasks without Pillow and etils.
+    from hivit_jax.reporting import figures
 
     def beside(name):
         return out.with_name(f"{out.stem}_{name}")
