@@ -398,6 +398,7 @@ ELSEWHERE = {
     "data.max_unreadable": "test_unreadable_images",
     "data.name": "test_every_step",
     "data.randaugment": "test_randaugment",
+    "data.reader": "test_training_is_bit_identical",
     "data.interpolation": "test_images_are_resized_as_told",
     "data.scale": "test_dtypes_reach_the_batches",
     "data.subset": "test_digits_by_key",
