@@ -31,7 +31,7 @@ quick: install
 test: lint
 	$(PYTEST) -m "$(PLAIN)"
 
-# Tests that need PyTorch, libtpu, ONNX or Chromium, and those of full-size models. They
+# Tests that need PyTorch, libtpu, ONNX or Chromium, and tests of more than a minute. They
 # have an environment of their own, because other tests check that these packages are
 # optional.
 test-extras: .venv-extras/installed
