@@ -18,6 +18,7 @@ from hivit_jax.train import train
 DIGITS = tuple("0123456789")
 
 
+@pytest.mark.extras
 @pytest.mark.slow
 def test_from_a_run_to_saved_models(tmp_path, quick, capsys):
     """`num_classes=0` becomes 10 in the run's files, also for a run that resumes."""
