@@ -75,10 +75,10 @@ def _pixels(image: Any, info: ModelInfo) -> np.ndarray:
         np.save(buffer, np.asarray(image), allow_pickle=False)
         return decode(buffer.getvalue(), channels, value_range, info.dtype)
     if isinstance(image, (str, os.PathLike, bytes)):
-        is_file = isinstance(image, bytes)
-        path = "an image file's bytes" if is_file else expand(os.fspath(image))
+        is_content = isinstance(image, bytes)
+        path = "an image file's bytes" if is_content else expand(os.fspath(image))
         try:
-            content = image if is_file else Path(path).read_bytes()
+            content = image if is_content else Path(path).read_bytes()
             return decode(content, channels, value_range, info.dtype)
         except Exception as error:  # damaged files cause exceptions of many types
             raise DataError(f"cannot read {path}: {first_line(error)}") from error

@@ -21,7 +21,7 @@ from hivit_jax.models.classifier import Classifier
 from hivit_jax.rng import Keys
 from hivit_jax.tasks import predictions
 from hivit_jax.tasks.base import PerSample, Rows, Sums, Task, weighted_sums
-from hivit_jax.tasks.defaults import model_arguments
+from hivit_jax.tasks.defaults import model_arguments, pixel_scale
 
 
 class Classification(Task):
@@ -135,8 +135,9 @@ class Classification(Task):
         names = [*classes, *map(str, range(len(classes), model.num_classes))]
 
         def read(index):
-            options = model.image_shape, data.crop_pct, data.value_range
-            return evaluation_image(source.sample(index)["image"], *options)
+            options = model.image_shape, data.crop_pct, data.value_range, data.dtype
+            pixels = evaluation_image(source.sample(index)["image"], *options)
+            return np.clip(pixels / pixel_scale(data), 0, 1)
 
         predictions.write(batches, out, names, read)
 

@@ -33,7 +33,7 @@ def write(
         [B, classes].
       out: file that ends in .csv or .jsonl, or a directory for predictions.csv.
       names: names of all classes.
-      read: function from an index to the image, uint8 [H, W, C].
+      read: function from an index to the image, float [H, W, C] in 0..1.
 
     Raises:
       ConfigError: `out` has another ending.
@@ -138,8 +138,7 @@ def _write_evaluation(
         written += [beside("confusion.csv"), beside("confusion.png")]
     images, titles = [], []
     for p_true, index, true, found, p_found in worst:
-        image = read(index) / np.float32(255)
-        images.append(image[..., : 3 if image.shape[-1] >= 3 else 1])
+        images.append(read(index))
         titles.append(
             f"true: {names[true]}, {p_true:.0%}\n"
             f"predicted: {names[found]}, {p_found:.0%}"

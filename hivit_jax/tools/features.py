@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from hivit_jax import platforms
-from hivit_jax.errors import ConfigError, DataError, Parser, run_command
+from hivit_jax.errors import ConfigError, run_command
 from hivit_jax.models import Model
 from hivit_jax.models.classifier import Classifier
 from hivit_jax.reporting.console import log
@@ -134,21 +134,13 @@ def run(argv: Sequence[str] | None) -> None:
     Raises:
       DataError: no image can be read.
     """
-    parser = Parser(usage=USAGE, allow_abbrev=False)
-    add = partial(parser.add_argument, help=argparse.SUPPRESS)  # USAGE explains them
-    add("--checkpoint", required=True)
-    add("--out", required=True)
-    add("paths", nargs="*")
-    add("--pyramid", action="store_true")
-    add("--batch_size", type=int, default=0)
-    flags = parser.parse_args(argv)
-    if flags.batch_size < 0:
-        raise ConfigError(f"--batch_size={flags.batch_size}; expected at least 1")
+    parser = files.make_parser(USAGE)
+    parser.add_argument("--pyramid", action="store_true", help=argparse.SUPPRESS)
+    flags = files.parse(parser, argv)
     platforms.start()
     options = flags.paths, flags.pyramid, flags.batch_size
-    if not write_features(flags.checkpoint, flags.out, *options):
-        names = ", ".join(flags.paths[:3]) or "test split"
-        raise DataError(f"{names}: no image can be read")
+    count = write_features(flags.checkpoint, flags.out, *options)
+    files.check_readable(count, flags.paths)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

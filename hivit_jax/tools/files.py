@@ -1,6 +1,8 @@
 """Compute outputs of a trained model for image files, in flat memory."""
 
+import argparse
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +19,43 @@ from hivit_jax.data.sources.base import DatasetInfo, Source
 from hivit_jax.data.sources.paths import Paths
 from hivit_jax.data.transforms import Transform
 from hivit_jax.distributed.sharding import make_mesh
-from hivit_jax.errors import DataError, HivitError, first_line
+from hivit_jax.errors import ConfigError, DataError, HivitError, Parser, first_line
 from hivit_jax.models import configure
 from hivit_jax.models.base import make_info
 from hivit_jax.weights.adapt import Pretrained
 from hivit_jax.weights.load import DATA_KEYS
 
 MAX_BATCH = 64  # images per batch, unless the training used fewer
+
+
+def make_parser(usage: str) -> Parser:
+    """Return a parser of the arguments that commands on image files share.
+
+    Args:
+      usage: text that explains all arguments.
+    """
+    parser = Parser(usage=usage, allow_abbrev=False)
+    add = partial(parser.add_argument, help=argparse.SUPPRESS)
+    add("--checkpoint", required=True)
+    add("--out", required=True)
+    add("paths", nargs="*")
+    add("--batch_size", type=int, default=0)
+    return parser
+
+
+def parse(parser: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the arguments; ConfigError if the batch size is negative."""
+    flags = parser.parse_args(argv)
+    if flags.batch_size < 0:
+        raise ConfigError(f"--batch_size={flags.batch_size}; expected at least 1")
+    return flags
+
+
+def check_readable(count: int, paths: Sequence[str]) -> None:
+    """Raise DataError if no image of the paths could be read."""
+    if not count:
+        names = ", ".join(paths[:3]) or "test split"
+        raise DataError(f"{names}: no image can be read")
 
 
 def config_of(pretrained: Pretrained, batch_size: int = 0) -> Any:

@@ -10,7 +10,7 @@ import jax
 from flax import nnx
 
 from hivit_jax import evaluate, platforms
-from hivit_jax.errors import ConfigError, DataError, Parser, run_command
+from hivit_jax.errors import ConfigError, run_command
 from hivit_jax.reporting.console import log
 from hivit_jax.tools import files
 from hivit_jax.tools.outputs import output_path
@@ -99,21 +99,15 @@ def run(argv: Sequence[str] | None) -> None:
     Raises:
       DataError: no image can be read.
     """
-    parser = Parser(usage=USAGE, allow_abbrev=False)
-    add = partial(parser.add_argument, help=argparse.SUPPRESS)  # USAGE explains them
-    add("--checkpoint", required=True)
-    add("--out", required=True)
-    add("paths", nargs="*")
-    add("--images", action="append", default=[])  # of earlier versions
-    add("--batch_size", type=int, default=0)
-    flags = parser.parse_args(argv)
-    if flags.batch_size < 0:
-        raise ConfigError(f"--batch_size={flags.batch_size}; expected at least 1")
+    parser = files.make_parser(USAGE)
+    parser.add_argument(
+        "--images", action="append", default=[], help=argparse.SUPPRESS
+    )  # of earlier versions
+    flags = files.parse(parser, argv)
     images = [*flags.paths, *flags.images]
     platforms.start()
-    if not predict(flags.checkpoint, flags.out, images, flags.batch_size):
-        names = ", ".join(images[:3]) or "test split"
-        raise DataError(f"{names}: no image can be read")
+    count = predict(flags.checkpoint, flags.out, images, flags.batch_size)
+    files.check_readable(count, images)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -145,6 +145,25 @@ def test_order_and_ignored_files_of_class_folders(tmp_path):
                 assert remote.sample(i) == local.sample(i)
 
 
+@pytest.mark.parametrize("level", ["top", "leaf", "none"])
+def test_numpy_arrays_in_class_folders(level, tmp_path):
+    """They are images if there are no others, as in local directories."""
+    for name in ("a/1.npy", "b/2.npy", "b/notes.txt"):
+        for split in ("train", "val"):
+            path = tmp_path / split / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(name)
+    options = dict(data__eval_split="val", data__class_level=level)
+    local = registry.open_source(folder_config(tmp_path, **options).data, "train")
+    with serve(tmp_path):
+        data = folder_config("gs://bucket", **options).data
+        remote = registry.open_source(data, "train")
+        assert len(remote) == len(local) == 2
+        assert [*remote.classes] == [*local.classes]
+        assert remote.ignored == local.ignored == {".txt": 1}
+        assert [remote.sample(i) for i in (0, 1)] == [local.sample(i) for i in (0, 1)]
+
+
 def test_errors_of_a_bucket_are_not_unreadable_images(bucket):
     """They end the run although all images may be unreadable."""
     cfg = config("gs://bucket/tfrecord", data__max_unreadable=1.0)

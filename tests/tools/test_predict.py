@@ -33,11 +33,9 @@ def data(tmp_path_factory):
     return root
 
 
-@pytest.fixture(scope="module")
-def run(data, tmp_path_factory, quick):
-    """Workdir of a classifier of these images."""
+def train_classifier(data, workdir, **overrides):
+    """Train on the images of a directory, and keep its index in `workdir`."""
     with pytest.MonkeyPatch.context() as patch:
-        workdir = tmp_path_factory.mktemp("run")
         patch.setenv("XDG_CACHE_HOME", str(workdir))
         options = dict(
             data__name="folder",
@@ -60,8 +58,14 @@ def run(data, tmp_path_factory, quick):
             log_every=24,
             optimizer__base_learning_rate=0.05,
         )
-        train(recipes.classifier("digits", **options), workdir)
+        train(recipes.classifier("digits", **options | overrides), workdir)
     return workdir
+
+
+@pytest.fixture(scope="module")
+def run(data, tmp_path_factory, quick):
+    """Workdir of a classifier of these images."""
+    return train_classifier(data, tmp_path_factory.mktemp("run"))
 
 
 @pytest.fixture(scope="module")
@@ -210,3 +214,40 @@ def test_features(run, shared, data, tmp_path):
         "stride4": (1, 8, 8, 16), "stride8": (1, 4, 4, 32), "stride16": (1, 2, 2, 64)
     }  # fmt: skip
     assert features.main([*flags, f"--out={out}", images[0]]) == 4
+
+
+@pytest.mark.slow
+def test_arrays_of_16_bits_and_4_bands(tmp_path, quick):
+    """From a run or a saved model; the worst images are drawn from 16 bits too."""
+    pixels = np.random.RandomState(0).randint(0, 10000, (8, 40, 48, 4), np.uint16)
+    for k, array in enumerate(pixels):
+        for split in ("train", "val"):
+            path = tmp_path / "data" / split / ("field", "water")[k % 2] / f"{k}.npy"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            np.save(path, array)
+    run = train_classifier(
+        tmp_path / "data",
+        tmp_path / "run",
+        data__dtype="uint16",
+        data__scale=10000.0,
+        data__mean=(0.5,) * 4,
+        data__std=(0.3,) * 4,
+        model__in_channels=4,
+        batch_size=8,
+        total_steps=1,
+    )
+    convert.convert(str(run), shared := tmp_path / "shared")
+    for name, model in (("run", run), ("shared", shared)):
+        out = tmp_path / f"{name}.csv"
+        flags = [f"--checkpoint={model}", f"--out={out}", str(tmp_path / "data/val")]
+        assert predict.main(flags) == 0
+        found = rows(out)
+        assert [row["label"] for row in found] == 4 * ["field"] + 4 * ["water"]
+        assert not any(row["error"] for row in found)
+    wrong = sum(row["predicted"] != row["label"] for row in found)
+    assert (tmp_path / "run_worst.png").exists() == (wrong > 0)
+    assert wrong  # of random pixels after one step
+    preprocess = hivit_jax.preprocess(hivit_jax.load_pretrained(shared))
+    images = preprocess(np.full((40, 48, 4), 7500, np.uint16))
+    assert images.shape == (1, 32, 32, 4)
+    np.testing.assert_allclose(images, (0.75 - 0.5) / 0.3, rtol=1e-5)

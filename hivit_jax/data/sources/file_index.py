@@ -3,8 +3,8 @@
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +48,7 @@ def subdirectories(root: str | Path) -> list[str]:
       root: directory, or its address in a bucket.
     """
     if storage.is_remote(root):
-        return _bucket_index(str(root), "top")["classes"].tolist()
+        return _bucket_index(str(root), "top", SUFFIXES)["classes"].tolist()
     with os.scandir(root) as entries:
         names = [entry.name for entry in entries if entry.is_dir()]
     return sorted(name for name in names if not is_hidden(name))
@@ -87,7 +87,7 @@ def index_of(root: str, class_level: str) -> dict[str, np.ndarray]:
       loose: names of the first images outside of the class directories, bytes.
     """
     if storage.is_remote(root):
-        return _bucket_index(root, class_level)
+        return _scan_images(partial(_bucket_index, root, class_level))
     root = Path(root)
     identity = os.fsencode(root.absolute())
     identity += b"" if class_level == "top" else b"\0" + class_level.encode()
@@ -99,9 +99,7 @@ def index_of(root: str, class_level: str) -> dict[str, np.ndarray]:
                 return {name: cached[name] for name in INDEX_KEYS}
     except (OSError, ValueError, KeyError):
         pass  # no cache, damaged or of another version; or a directory was deleted
-    index = _scan(root, class_level, SUFFIXES)
-    if not len(index["files"]) and ARRAYS in index["reasons"]:
-        index = _scan(root, class_level, (ARRAYS,))
+    index = _scan_images(partial(_scan, root, class_level))
     index["times"] = _mtimes(index["directories"])
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -110,6 +108,20 @@ def index_of(root: str, class_level: str) -> dict[str, np.ndarray]:
         temporary.replace(path)
     except OSError:
         pass  # the cache is optional
+    return index
+
+
+def _scan_images(
+    scan: Callable[[Sequence[str]], dict[str, np.ndarray]],
+) -> dict[str, np.ndarray]:
+    """Return the index of images or, if there are none, of NumPy arrays.
+
+    Args:
+      scan: function from the endings of the files to the index.
+    """
+    index = scan(SUFFIXES)
+    if not len(index["files"]) and ARRAYS in index["reasons"]:
+        index = scan((ARRAYS,))
     return index
 
 
@@ -128,8 +140,10 @@ def is_directory(path: str) -> bool:
     return bool(_list_bucket(path)) if storage.is_remote(path) else Path(path).is_dir()
 
 
-def _bucket_index(root: str, class_level: str) -> dict[str, np.ndarray]:
-    """Return the index of a split in a bucket, with the keys of `index_of`."""
+def _bucket_index(
+    root: str, class_level: str, suffixes: Sequence[str]
+) -> dict[str, np.ndarray]:
+    """Return the index of a split in a bucket; arguments as in `_scan`."""
     ignored: Counter[str] = Counter()
     found: dict[str, list[tuple[str, str]]] = {}  # class -> (directory, file name)
     loose = []
@@ -139,7 +153,7 @@ def _bucket_index(root: str, class_level: str) -> dict[str, np.ndarray]:
         if any(map(is_hidden, parts)):
             ignored[HIDDEN] += 1
             continue
-        reason = ignored_reason(name)
+        reason = ignored_reason(name, suffixes)
         label = {"top": parts[0], "leaf": directory, "none": ""}[class_level]
         if not label and class_level != "none":
             ignored[reason or OUTSIDE] += 1
@@ -165,7 +179,14 @@ def _bucket_index(root: str, class_level: str) -> dict[str, np.ndarray]:
 def _scan(
     root: Path, class_level: str, suffixes: Sequence[str]
 ) -> dict[str, np.ndarray]:
-    """Return the index of a split's directory, read from the file system."""
+    """Return the index of a split's directory, read from the file system.
+
+    Args:
+      suffixes: endings of images, in lower case.
+
+    Returns:
+      Keys as in `index_of`, and directories: bytes, those that contain the files.
+    """
     classes, counts, files, directories, loose = [], [], [], [root], []
     ignored: Counter[str] = Counter()
     if class_level == "top":

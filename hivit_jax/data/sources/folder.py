@@ -12,6 +12,7 @@ from hivit_jax.data import storage
 from hivit_jax.data.records import Records
 from hivit_jax.data.sources.base import Record, Source
 from hivit_jax.data.sources.file_index import (
+    ARRAYS,
     HIDDEN,
     OUTSIDE,
     SUFFIXES,
@@ -33,7 +34,8 @@ __all__ = ["HIDDEN", "OUTSIDE", "SYSTEM_NAMES", "Folder", "Images", "is_hidden"]
 class Images(Source):
     """Images without labels: one file, or all files below a directory, sorted.
 
-    Hidden and system names (`is_hidden`) below the directory are ignored.
+    Hidden and system names (`is_hidden`) below the directory are ignored. NumPy arrays
+    are images only if there are no other images.
 
     Args:
       path: image file or directory.
@@ -45,18 +47,12 @@ class Images(Source):
 
     def __init__(self, path: str | Path, classes: Sequence[str] = ()):
         path, self.classes = Path(expand(path)), classes
-        files, self._files, ignored = [path], [], Counter()
+        files = [path]
         if not path.is_file():
             files = sorted(f for f in path.rglob("*") if f.is_file())
-        for file in files:
-            parts = file.relative_to(path).parts
-            hidden = any(map(is_hidden, parts))
-            reason = HIDDEN if hidden else ignored_reason(file.name.lstrip("."))
-            if reason:
-                ignored[reason] += 1
-            else:
-                self._files.append(file)
-        self.ignored = ignored
+        self._files, self.ignored = _select(path, files, SUFFIXES)
+        if not self._files and ARRAYS in self.ignored:
+            self._files, self.ignored = _select(path, files, (ARRAYS,))
         if not self._files:
             raise _no_images(path, self.ignored_text())
 
@@ -68,6 +64,21 @@ class Images(Source):
 
     def name(self, index: int) -> str:
         return str(self._files[index])
+
+
+def _select(
+    root: Path, files: Sequence[Path], suffixes: Sequence[str]
+) -> tuple[list[Path], Counter[str]]:
+    """Return the images among the files below `root`, and counts of the others."""
+    images, ignored = [], Counter()
+    for file in files:
+        hidden = any(map(is_hidden, file.relative_to(root).parts))
+        reason = HIDDEN if hidden else ignored_reason(file.name.lstrip("."), suffixes)
+        if reason:
+            ignored[reason] += 1
+        else:
+            images.append(file)
+    return images, ignored
 
 
 class Folder(FileSource):
