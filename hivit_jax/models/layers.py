@@ -23,6 +23,8 @@ from hivit_jax.models.windows import Windows
 # Not truncated, because the official trunc_normal_(std=.02) truncates at an absolute
 # value of 2, which is 100 standard deviations.
 INIT = nnx.initializers.normal(0.02)
+# Initializers receive the matrix of a kernel, so q, k and v count as one matrix.
+XAVIER = nnx.initializers.xavier_uniform()
 
 
 class ParameterKeys:
@@ -110,10 +112,12 @@ def _gelu_jvp(primals, tangents):
 class Mlp(nnx.Module):
     """MLP with exact (erf) GELU, [..., C] -> [..., C]."""
 
-    def __init__(self, dim: int, ratio: float, *, dtype, rngs: nnx.Rngs):
-        hidden = int(dim * ratio)
-        self.fc1 = Linear(dim, hidden, dtype=dtype, rngs=rngs)
-        self.fc2 = Linear(hidden, dim, dtype=dtype, rngs=rngs)
+    def __init__(
+        self, dim: int, ratio: float, *, dtype, rngs: nnx.Rngs, kernel_init=INIT
+    ):
+        hidden, common = int(dim * ratio), dict(kernel_init=kernel_init, dtype=dtype)
+        self.fc1 = Linear(dim, hidden, rngs=rngs, **common)
+        self.fc2 = Linear(hidden, dim, rngs=rngs, **common)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         hidden = self.fc1(x.reshape(-1, x.shape[-1]))
@@ -138,6 +142,7 @@ class Attention(nnx.Module):
         *,
         dtype,
         rngs: nnx.Rngs,
+        kernel_init=INIT,
     ):
         self.windows = windows
         # The kernel has a head axis, [C, 3, heads, C/heads], so that heads can be
@@ -145,11 +150,11 @@ class Attention(nnx.Module):
         self.qkv = nnx.LinearGeneral(
             dim,
             (3, num_heads, dim // num_heads),
-            kernel_init=INIT,
+            kernel_init=kernel_init,
             dtype=dtype,
             rngs=rngs,
         )
-        self.proj = Linear(dim, dim, dtype=dtype, rngs=rngs)
+        self.proj = Linear(dim, dim, kernel_init=kernel_init, dtype=dtype, rngs=rngs)
         if grid is None:
             self.relative_position_bias_table = None
         else:
@@ -236,28 +241,45 @@ class Attention(nnx.Module):
 
 
 class PatchEmbed(nnx.Module):
-    """Linear and LayerNorm on cells, [T, cell*cell*in_channels] -> [T, dim].
+    """Linear and optional LayerNorm on cells, [T, cell*cell*in_channels] -> [T, dim].
 
     The Linear is equivalent to the official strided convolution. Weight and bias have
     PyTorch's default initialization, uniform in +-1/sqrt(fan_in).
+
+    Args:
+      eps: epsilon of the LayerNorm; None: no LayerNorm.
+      kernel_init: another initializer of the weight.
     """
 
-    def __init__(self, fan_in: int, dim: int, *, eps: float, dtype, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        fan_in: int,
+        dim: int,
+        *,
+        eps: float | None,
+        dtype,
+        rngs: nnx.Rngs,
+        kernel_init=None,
+    ):
         def uniform(key, shape, dtype):
             return jax.random.uniform(key, shape, dtype, -1, 1) / np.sqrt(fan_in)
 
         self.proj = nnx.Linear(
             fan_in,
             dim,
-            kernel_init=uniform,
+            kernel_init=kernel_init or uniform,
             bias_init=uniform,
             dtype=dtype,
             rngs=rngs,
         )
-        self.norm = LayerNorm(dim, epsilon=eps, dtype=dtype, rngs=rngs)
+        if eps is None:
+            self.norm = None
+        else:
+            self.norm = LayerNorm(dim, epsilon=eps, dtype=dtype, rngs=rngs)
 
     def __call__(self, cells: jax.Array) -> jax.Array:
-        return self.norm(self.proj(cells))
+        x = self.proj(cells)
+        return x if self.norm is None else self.norm(x)
 
 
 class PatchMerge(nnx.Module):
