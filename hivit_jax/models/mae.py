@@ -1,6 +1,6 @@
 """Masked autoencoder (He et al., CVPR 2022), by default with HiViT as encoder.
 
-With HiViT, it follows the official ``models_mae_hivit.py``: no class token, and a latent
+With HiViT, it follows the official ``models_mae_hivit.py``: no class token, a latent
 from all stages. Only the visible units are embedded and encoded.
 """
 

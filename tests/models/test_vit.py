@@ -12,7 +12,7 @@ from vit import FACTS
 from hivit_jax import inputs
 from hivit_jax.errors import ConfigError
 from hivit_jax.models import create_model
-from hivit_jax.tree import named_leaves, split
+from hivit_jax.tree import named_leaves, split, split_state
 from hivit_jax.weights.names.official import to_official
 
 MINI = dict(image_size=64, embed_dim=64, depth=2, num_heads=2)
@@ -64,17 +64,10 @@ def test_weight_decay_in_pretraining():
     task = inputs.task_of_recipe(recipes.recipe("mae_vit"))
     facts = FACTS["weight_decay"]["mae_vit_base pretraining (0.05)"]
     model = abstract_model("mae_vit_base")
-    trained = named_leaves(recipes_params(model))
+    trained = named_leaves(split_state(model)[1])
     found = official_names(model, {name: task.is_decayed(name) for name in trained})
     for name, decay in facts.items():
         assert found.get(name) == (None if decay is None else decay > 0), name
-
-
-def recipes_params(model):
-    """Return the trained parameters."""
-    from hivit_jax.tree import split_state
-
-    return split_state(model)[1]
 
 
 def test_weight_decay_in_finetuning():
