@@ -6,6 +6,8 @@ PYTHON ?= python3
 PYTEST = .venv/bin/python -m pytest --numprocesses auto --dist loadfile \
   --no-loadscope-reorder
 
+PLAIN = not torch and not extras and not browser and not accelerator
+
 install: .venv/installed
 
 .venv/installed: requirements.lock setup.cfg pyproject.toml
@@ -24,15 +26,16 @@ lint: install
 
 # Seconds, for use between two edits; `make test` takes minutes.
 quick: install
-	$(PYTEST) -m "not slow and not processes and not torch and not extras and not accelerator"
+	$(PYTEST) -m "not slow and not processes and $(PLAIN)"
 
 test: lint
-	$(PYTEST) -m "not torch and not extras and not accelerator"
+	$(PYTEST) -m "$(PLAIN)"
 
-# Tests that need PyTorch, libtpu or ONNX, and those of full-size models. They have an
-# environment of their own, because other tests check that these packages are optional.
+# Tests that need PyTorch, libtpu, ONNX or Chromium, and tests of more than a minute. They
+# have an environment of their own, because other tests check that these packages are
+# optional.
 test-extras: .venv-extras/installed
-	.venv-extras/bin/python -m pytest -n auto --dist worksteal -m "torch or extras"
+	.venv-extras/bin/python -m pytest -n auto --dist worksteal -m "torch or extras or browser"
 
 .venv-extras/installed: requirements-extras.lock requirements.lock setup.cfg
 	$(PYTHON) -m venv .venv-extras

@@ -1,15 +1,16 @@
-"""Bytes and operations of pretraining by region, read from compiled programs.
+"""Bytes and operations of a train step by region, read from compiled programs.
 
-    python -m benchmarks.compiled [--workdir runs/compiled] [--chip v5e:2x4 ...]
-        [--set KEY=VALUE ...] [--variant NAME:KEY=VALUE,KEY=VALUE ...]
+    python -m benchmarks.compiled [--config mae_base] [--workdir runs/compiled]
+        [--chip v5e:2x4 ...] [--set KEY=VALUE ...]
+        [--variant NAME:KEY=VALUE,KEY=VALUE ...]
 
-Compiles the train step of mae_base for TPU and GPU topologies, without the hardware.
-Images arrive as 224x224 uint8. --set overrides config keys, and each --variant compiles
-once more with further overrides. For every region of the program, forward and backward
-together, it prints the HBM bytes and their share, the operations of matrix products and
-the shortest time that the chip's peaks allow for either. Writes results/compiled.json.
-An interrupted benchmark resumes; use another --workdir after changing the program.
-Chips whose compiler is not installed are skipped.
+Compiles the train step of a recipe for TPU and GPU topologies, without the hardware.
+Images arrive as uint8 in the model's size. --set overrides config keys, and each
+--variant compiles once more with further overrides. For every region of the program,
+forward and backward together, it prints the HBM bytes and their share, the operations
+of matrix products and the shortest time that the chip's peaks allow for either. Writes
+results/compiled.json, or --out. An interrupted benchmark resumes; use another --workdir
+after changing the program. Chips whose compiler is not installed are skipped.
 
 There are two totals of bytes, both with the padding of tiles:
 
@@ -40,18 +41,18 @@ ORDER = (
 )
 
 
-def report_for(chip: str, overrides: list[str], workdir: Path) -> dict:
-    """Return the compile report for a chip and overrides KEY=VALUE.
+def report_for(recipe: str, chip: str, overrides: list[str], workdir: Path) -> dict:
+    """Return the compile report of a recipe for a chip and overrides KEY=VALUE.
 
     Compiles only if the workdir has no report yet.
     """
     overrides = [f"batch_size={CHIPS[chip]}", "data.canvas=0", *overrides]
-    name = "_".join([chip, *overrides])
+    name = "_".join([*[recipe] * (recipe != "mae_base"), chip, *overrides])
     directory = workdir / re.sub("[^A-Za-z0-9.=()-]+", "_", name)
     if not (directory / "compile.json").exists():
         print(f"--- {directory}", flush=True)
         flags = [f"--config.{override}" for override in overrides]
-        config = configs.load(str(ROOT / "configs" / "mae_base.py"), flags)
+        config = configs.load(recipe, flags)
         compile_ahead(config, directory, chip)
     return json.loads((directory / "compile.json").read_text())
 
@@ -98,7 +99,9 @@ def compare(arguments: argparse.Namespace) -> None:
             name = f"{chip} {variant}".strip()
             overrides = [*arguments.set, *overrides]
             try:
-                report = report_for(chip, overrides, arguments.workdir)
+                report = report_for(
+                    arguments.config, chip, overrides, arguments.workdir
+                )
             except ConfigError as error:
                 print(f"{name} skipped: {error}")
                 continue
@@ -111,6 +114,7 @@ def compare(arguments: argparse.Namespace) -> None:
 def main() -> int:
     """Entry point. Return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--config", default="mae_base", help="name of a recipe")
     parser.add_argument("--workdir", type=Path, default=Path("runs/compiled"))
     parser.add_argument("--out", type=Path, default=RESULT)
     parser.add_argument("--chip", nargs="+", choices=CHIPS, default=list(CHIPS))

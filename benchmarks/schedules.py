@@ -1,17 +1,17 @@
-"""Count the cycles that the TPU compiler schedules for the blocks of pretraining.
+"""Count the cycles that the TPU compiler schedules for the blocks of a recipe.
 
-    python -m benchmarks.schedules [--images 64]
+    python -m benchmarks.schedules [--config mae_base] [--images 64]
 
 Runs on a CPU and needs libtpu. A TPU core issues one bundle of instructions per cycle,
-in an order that the compiler fixes. Every kind of block of configs/mae_base.py is
-compiled for a v5e, with its backward pass. The table contains for one block, in cycles:
+in an order that the compiler fixes. Every kind of block of the recipe is compiled for a
+v5e, with its backward pass. The table contains for one block, in cycles:
 
 - forward, backward: bundles that the fused kernels issue for all images of a chip. They
   are the run time if kernels wait neither for memory nor for unfinished products.
 - products alone: time in which the kernels' matrix products occupy all matrix units.
 - plain: the compiler's own estimate for the same block without fused kernels.
 
-Writes results/schedules.json.
+Writes results/schedules.json, or schedules_NAME.json for another recipe.
 """
 
 import argparse
@@ -37,7 +37,7 @@ from hivit_jax.xla.chips import CHIPS, devices_of
 from hivit_jax.xla.cost import matmul_flops
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "schedules.json"
+RESULTS = ROOT / "benchmarks" / "results"
 CLOCK = 1.5e9  # Hz, v5e: 197 TFLOP/s with four matrix units of 128 x 128
 DUMP = "--xla_jf_dump_to={} --xla_jf_dump_llo_text=true"
 DUMP += " --xla_jf_dump_llo_pass_label_regex=final_bundles"
@@ -75,14 +75,16 @@ def bundles(listing: str) -> int:
 def blocks(config: Any, images: int) -> dict[str, tuple[int, nnx.Module, tuple]]:
     """Return {kind: (number of blocks, one abstract block, shape of its input)}."""
     model = nnx.eval_shape(task_of(config).build_model)
-    encoder, decoder = model.encoder, model.decoder_blocks
+    encoder, decoder = model.encoder, getattr(model, "decoder_blocks", None)
     units, cells = encoder.absolute_pos_embed.shape[0], model.config.inner_patches**2
-    visible, stages = count_visible_units(units, config.mask_ratio), {}
+    visible = count_visible_units(units, config.mask_ratio) if decoder else units
+    stages = {}
     for number, stage in enumerate(encoder.stages[:-1], 1):
         stages[f"stem {number}"] = stage, (images * visible * cells,)
         cells //= 4
     stages["main stage"] = encoder.stages[-1], (images, visible)
-    stages["decoder"] = decoder, (images, units)
+    if decoder:
+        stages["decoder"] = decoder, (images, units)
     return {
         kind: (len(stage), stage[0], (*rows, stage[0].mlp.fc1.in_features))
         for kind, (stage, rows) in stages.items()
@@ -119,14 +121,13 @@ def compile_block(
         return compiled.as_text(), matmul_flops(jaxpr, loops=True)
 
 
-def measure(images: int, dump: Path) -> dict[str, Any]:
-    """Return the cycles of every kind of block, as JSON values.
+def measure(config: Any, images: int, dump: Path) -> dict[str, Any]:
+    """Return the cycles of every kind of block of a recipe, as JSON values.
 
     Args:
       images: images per chip.
       dump: directory into which the compiler writes its listings.
     """
-    config = configs.load(str(ROOT / "configs" / "mae_base.py"), [])
     device, peak = devices_of("v5e:2x4")[0], CHIPS["v5e"].flops
     results = {}
     for kind, (count, block, shape) in blocks(config, images).items():
@@ -173,14 +174,18 @@ def run() -> None:
     """Parse flags, run the benchmark, print the table and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     add = parser.add_argument
+    add("--config", default="mae_base", help="name or file of a recipe")
     add("--images", type=int, default=64, help="images per chip")
-    add("--out", type=Path, default=RESULTS, help="the JSON file to write")
+    add("--out", type=Path, help="the JSON file to write")
     args = parser.parse_args()
+    config = configs.load(args.config, [])
     with tempfile.TemporaryDirectory() as dump:
         os.environ["LIBTPU_INIT_ARGS"] = DUMP.format(dump)
-        results = measure(args.images, Path(dump))
+        results = measure(config, args.images, Path(dump))
     result = {"images": args.images, "cycles": results}
-    args.out.write_text(json.dumps(result, indent=2) + "\n")
+    suffix = "" if args.config == "mae_base" else "_" + re.sub(r"\W", "_", args.config)
+    out = args.out or RESULTS / f"schedules{suffix}.json"
+    out.write_text(json.dumps(result, indent=2) + "\n")
     print(table(results, args.images))
 
 

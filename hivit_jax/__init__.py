@@ -9,7 +9,9 @@ __all__ = [
     "create_model",
     "list_models",
     "load_pretrained",
+    "preprocess",
     "save_pretrained",
+    "tf_dataset",
     "train_batches",
 ]
 __version__ = "0.1.0"
@@ -17,7 +19,9 @@ __version__ = "0.1.0"
 # Imported on first use, because these modules import orbax and safetensors.
 _MODULES = {
     "load_pretrained": "weights.load",
+    "preprocess": "preprocessing",
     "save_pretrained": "weights.save",
+    "tf_dataset": "inputs",
     "train_batches": "inputs",
 }
 

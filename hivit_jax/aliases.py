@@ -22,6 +22,7 @@ _ALIASES = {
     "data.crop_pct": "crop_ratio",
     "data.crop_scale": "scale min_scale crop_min",
     "data.dir": "path root data_path data_dir data_root dataset_path dataset_dir",
+    "data.eval_fraction": "val_fraction test_fraction val_ratio test_size val_size",
     "data.eval_split": "val_split test_split validation_split",
     "data.flip": "hflip horizontal_flip",
     "data.name": "dataset dataset_name data_set",

@@ -50,11 +50,42 @@ KEYS = {
     "data": {
         "name": Key(
             "imagenet2012",
-            "TFDS name, `folder`, `digits`, `synthetic`, or your own `module:Class`",
+            "TFDS name, `folder`, `csv`, `webdataset`, `zip`, `digits`, `synthetic`, "
+            "or your own `module:Class`",
         ),
-        "dir": Key("", "dataset directory; empty: TFDS's default directory"),
+        "dir": Key(
+            "",
+            "dataset directory or CSV file, or a directory's address in a bucket "
+            "(`gs://`, `s3://`); empty: TFDS's default directory",
+        ),
+        "cache": Key(
+            "",
+            "directory for local copies of the files in a bucket, made in the "
+            "background; empty: none",
+        ),
         "train_split": Key("", "training split; empty: the dataset's default"),
-        "eval_split": Key("", "evaluation split; empty: the dataset's default"),
+        "eval_split": Key(
+            "",
+            "evaluation split; empty: the dataset's default; `none`: no evaluation",
+        ),
+        "eval_fraction": Key(
+            0.0,
+            "fraction of the training images to hold out (`folder`, `csv`)",
+            0,
+            below=1,
+        ),
+        "eval_group": Key(
+            "",
+            "pattern; `eval_fraction` keeps images together whose paths have the same "
+            "first group",
+        ),
+        "exclude": Key("", "file with one path per line of the images to leave out"),
+        "class_level": Key(
+            "top",
+            "directories of `folder` that are the classes: the topmost, all that "
+            "contain images (`leaf`), or `none`",
+            choices=("top", "leaf", "none"),
+        ),
         "train_examples": Key(
             0, "number of training images of digits or synthetic; 0: all", 0
         ),
@@ -78,6 +109,17 @@ KEYS = {
             True, "flip each training image left to right with probability 1/2"
         ),
         "randaugment": Key(False, "RandAugment in training, rand-m9-mstd0.5-inc1"),
+        "dtype": Key(
+            "uint8",
+            "dtype of pixels; `uint8` reduces more bits to 8, the others keep them",
+            choices=("uint8", "uint16", "float32"),
+        ),
+        "scale": Key(
+            0.0,
+            "pixel value that becomes 1; 0: 255 or 65535 by `dtype`; required by "
+            "float32",
+            0,
+        ),
         "mean": Key((0.485, 0.456, 0.406), "mean per channel, 0 to 1 for 8-bit images"),
         "std": Key(
             (0.229, 0.224, 0.225),
@@ -96,6 +138,11 @@ KEYS = {
             "largest crop side that the device resizes; 0: the host resizes all crops",
             0,
             2**16,
+        ),
+        "reader": Key(
+            "threads",
+            "`tf.data`: load batches with tensorflow; the batches are the same",
+            choices=("threads", "tf.data"),
         ),
         "workers": Key(0, "reader threads per process; 0: one per core", 0, 1024),
         "max_unreadable": Key(0.001, "tolerated fraction of unreadable images", 0, 1),

@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from hivit_jax import inputs, rng, tasks
 from hivit_jax.data.prefetch import prefetch_to_device
+from hivit_jax.data.unreadable import check_unreadable
 from hivit_jax.distributed.processes import gather_objects
 from hivit_jax.distributed.sharding import (
     BATCH,
@@ -73,12 +74,14 @@ def evaluate(
 
     Returns:
       The metrics of `Task.summarize`; eval/count, the number of evaluated examples; and
-      eval/unreadable, the number of unreadable examples.
+      eval/unreadable, the number of unreadable examples. {} without a test split.
 
     Raises:
       DataError: the loader did not yield every example once, or too many examples are
         unreadable.
     """
+    if "test" not in task.data.counts:
+        return {}
     totals, counts, records, first = None, np.zeros(2), [], 0
     for batch in prefetch_to_device(inputs.eval_batches(config), mesh):
         *device_sums, rows = eval_step(
@@ -98,7 +101,7 @@ def evaluate(
             f"evaluated {count} images and could not read {unreadable}; expected "
             f"{expected} in total, the size of the test split"
         )
-    inputs.check_unreadable(unreadable, config.data, "test")
+    check_unreadable(unreadable, config.data, "test")
     records = _merge_records(gather_objects(records))
     values = {}
     if jax.process_index() == 0:

@@ -1,12 +1,13 @@
 """Create the task and the batches that a config describes."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from hivit_jax import tasks
-from hivit_jax.data import order
+from hivit_jax.data import order, tf_data
 from hivit_jax.data.loader import (
     Batch,
     Loader,
@@ -14,31 +15,32 @@ from hivit_jax.data.loader import (
     local_positions,
     synthetic_batches,
 )
+from hivit_jax.data.notes import split_notes
 from hivit_jax.data.sources.base import DatasetInfo, Source
 from hivit_jax.data.sources.registry import (
-    num_examples,
     open_source,
     published_info,
 )
+from hivit_jax.data.sources.splits import NO_EVALUATION
+from hivit_jax.data.tf_data import Plan
 from hivit_jax.data.transforms import Transform
-from hivit_jax.distributed.processes import gather_objects
+from hivit_jax.data.unreadable import CHECK_HINT
 from hivit_jax.errors import ConfigError, DataError, MissingPackage
 from hivit_jax.keys import INT_MAX
 
 NUM_CHECKED = 8  # examples of each split that are read before the first step
-CHECK_HINT = "python -m hivit_jax.tools.check_data lists all unreadable images"
 
 
 def make_task(config: Any, *splits: str) -> tasks.Task:
     """Create the task of a config for its dataset.
 
     Args:
-      splits: splits to open, "train" or "test"; both by default.
+      splits: splits to open, "train" or "test"; default: `used_splits`.
 
     Raises:
       HivitError: the config is invalid or the dataset cannot be read.
     """
-    splits = splits or ("train", "test")
+    splits = splits or used_splits(config)
     sources = {split: open_source(config.data, split) for split in splits}
     source = sources[splits[0]]
     for split, opened in sources.items():
@@ -53,12 +55,31 @@ def make_task(config: Any, *splits: str) -> tasks.Task:
                 f"{len(source.classes)} in {splits[0]} and {len(opened.classes)} in "
                 f"{split}, with different names or order"
             )
+    if tasks.find(config.task).needs_labels:
+        check_labels(config, source)
     classes = source.classes
     if not source.encoded:  # a synthetic dataset has as many classes as the model
         classes = map(str, range(config.model.get("num_classes") or 1))
     counts = {split: len(source) for split, source in sources.items()}
     info = DatasetInfo(counts, tuple(classes), source.encoded)
     return tasks.create(config, info)
+
+
+def used_splits(config: Any) -> tuple[str, ...]:
+    """Return the splits of a config, "train" and, unless it is "none", "test"."""
+    has_evaluation = config.data.eval_split != NO_EVALUATION
+    return ("train", "test") if has_evaluation else ("train",)
+
+
+def check_labels(config: Any, source: Source) -> None:
+    """Raise ConfigError if the images of a source have no labels."""
+    if not source.labeled:
+        data = config.data
+        raise ConfigError(
+            f"data.name={data.name!r}, data.dir={data.dir!r}: the images have no "
+            "labels; expected a directory or a label per class for classification\n"
+            "Pretraining uses images without labels; see docs/own_images.md"
+        )
 
 
 def task_of_recipe(config: Any) -> tasks.Task:
@@ -113,15 +134,41 @@ def train_batches(config: Any, first_step: int, last_step: int) -> Iterator[Batc
     Raises:
       HivitError: as in `make_task`.
     """
+    return _load(config, *_training(config, first_step, last_step))
+
+
+def tf_dataset(config: Any, first_step: int, last_step: int) -> Any:
+    """Return a `tf.data.Dataset` of the same batches as `train_batches`.
+
+    It reads in the same way with every `data.reader`. If an error ends the iteration,
+    tensorflow raises a `tf.errors.OpError` that contains its message.
+
+    Raises:
+      HivitError: as in `make_task`; no tensorflow; or the dataset is synthetic.
+    """
+    task, transform, source, plan = _training(config, first_step, last_step)
+    if not source.encoded:
+        raise ConfigError(
+            f"data.name={config.data.name!r}: expected a dataset of files; use "
+            "train_batches for synthetic batches"
+        )
+    return _tf_reader(config, transform, source, plan).dataset()
+
+
+def _training(
+    config: Any, first_step: int, last_step: int
+) -> tuple[tasks.Task, Transform, Source, Plan]:
+    """Return task, transform, source and plan of some steps of training."""
     task, source = make_task(config, "train"), open_source(config.data, "train")
     transform = task.transform(train=True)
     size = transform.batch_size
     steps = config.seed, size, local_positions(size), first_step, last_step
     if len(transform.shapes) == 1:
-        plan = order.train_plan(len(source), *steps)
+        plan = partial(order.train_plan, len(source), *steps)
     else:
-        plan = order.bucketed_plan(_buckets(config, transform, source), *steps)
-    return _load(config, task, transform, source, plan)
+        buckets = _buckets(config, transform, source)
+        plan = partial(order.bucketed_plan, buckets, *steps)
+    return task, transform, source, plan
 
 
 def eval_batches(config: Any, split: str = "test") -> Iterator[Batch]:
@@ -130,40 +177,56 @@ def eval_batches(config: Any, split: str = "test") -> Iterator[Batch]:
     return source_batches(config, task, source)
 
 
-def source_batches(config: Any, task: tasks.Task, source: Source) -> Iterator[Batch]:
+def source_batches(
+    config: Any,
+    task: tasks.Task,
+    source: Source,
+    transform: Transform | None = None,
+) -> Iterator[Batch]:
     """Iterate once over the examples of a source, in order, transformed for evaluation.
+
+    Args:
+      transform: replaces the task's transform for evaluation.
 
     Yields:
       Batches as in `train_batches`. The last batch of each bucket is padded with
       examples of weight 0.
     """
-    transform = task.transform(train=False)
+    transform = transform or task.transform(train=False)
     buckets, size = _buckets(config, transform, source), transform.batch_size
-    plan = order.eval_plan(buckets, size, local_positions(size))
+    plan = partial(order.eval_plan, buckets, size, local_positions(size))
     return _load(config, task, transform, source, plan)
 
 
 def first_test_batch(config: Any, count: int) -> Batch:
     """Return the first `count` test examples from the bucket of the first one.
 
-    Every process returns the same batch.
+    Every process returns the same batch. Without evaluation, its examples are those of
+    the training split, transformed for evaluation.
     """
-    task, source = make_task(config, "test"), open_source(config.data, "test")
+    split = used_splits(config)[-1]
+    task, source = make_task(config, split), open_source(config.data, split)
     transform = task.transform(train=False)
     buckets = _buckets(config, transform, source)
     indices = np.flatnonzero(buckets == buckets[0])[:count]
     plan = [order.PlannedBatch(int(buckets[0]), indices, np.zeros_like(indices))]
-    return next(_load(config, task, transform, source, plan, len(indices)))
+    return next(_load(config, task, transform, source, lambda: plan, len(indices)))
 
 
-def check_splits(config: Any, task: tasks.Task) -> None:
-    """Read a few evenly spaced examples of both splits, as training and evaluation do.
+def check_splits(config: Any, task: tasks.Task) -> list[str]:
+    """Read a few evenly spaced examples of each split, as training and evaluation do.
+
+    Returns:
+      Lines about data that the run does not use.
 
     Raises:
       DataError: no example of a split can be read, or an example contradicts the
         config.
     """
-    for split in ("train", "test"):
+    if config.data.reader == tf_data.READER:
+        tf_data.tensorflow()  # here, because it may be missing
+    notes = []
+    for split in used_splits(config):
         source = open_source(config.data, split)
         transform = task.transform(train=split == "train")
         if not source.encoded:
@@ -176,59 +239,13 @@ def check_splits(config: Any, task: tasks.Task) -> None:
             batch = loader.empty_batch(bucket, len(part))
             loader.fill(batch, bucket, 0, part, np.zeros_like(part))
             readable += batch["weight"].sum()
+        notes += split_notes(source, indices, split, config.data.dtype)
         if not readable:
             raise DataError(
                 f"none of {NUM_CHECKED} images tried of the {split} split of "
                 f"{config.data.name} could be read\n{CHECK_HINT}"
             )
-
-
-class UnreadableImages:
-    """Indices of the training images whose last reading failed.
-
-    An image counts once, even if several epochs and processes tried to read it.
-    """
-
-    def __init__(self):
-        self.indices: set[int] = set()  # on all processes, after `gather`
-        self._failed: set[int] = set()  # on this process, since the last `gather`
-        self._recovered: set[int] = set()
-
-    def watch(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """Yield this process's batches unchanged and note their unreadable images."""
-        for batch in batches:
-            is_bad = batch["unreadable"] > 0
-            self._failed.update(batch["index"][is_bad].tolist())
-            if self.indices:
-                readable = batch["index"][~is_bad].tolist()
-                self._recovered |= self.indices.intersection(readable)
-            yield batch
-
-    def gather(self) -> int:
-        """Update `indices` and return their number. All processes call it together."""
-        gathered = gather_objects((self._failed, self._recovered))
-        for _, recovered in gathered:
-            self.indices -= recovered
-        for failed, _ in gathered:
-            self.indices |= failed
-        self._failed, self._recovered = set(), set()
-        return len(self.indices)
-
-
-def check_unreadable(count: int, data: Any, split: str) -> None:
-    """Raise DataError if more images are unreadable than `data.max_unreadable` allows.
-
-    Args:
-      count: number of different images of the split that cannot be read.
-      data: `config.data`.
-    """
-    total = num_examples(data, split)
-    if count / total > data.max_unreadable:
-        raise DataError(
-            f"{count:,} images of {data.name} could not be read, {count / total:.2%}; "
-            f"data.max_unreadable allows {data.max_unreadable:.2%} of {total:,} in the "
-            f"{split} split.\n{CHECK_HINT}"
-        )
+    return notes
 
 
 def _buckets(config: Any, transform: Transform, source: Source) -> np.ndarray:
@@ -244,18 +261,27 @@ def _load(
     task: tasks.Task,
     transform: Transform,
     source: Source,
-    plan: Iterable[order.PlannedBatch],
+    plan: Plan,
     local_size: int = 0,
 ) -> Iterator[Batch]:
-    """Load the batches of a plan.
+    """Load the batches of a plan with the reader that the config selects.
 
     Args:
-      local_size: examples per batch that this process loads; 0: this process's part
-        of the transform's batch size.
+      local_size: examples per batch on this process; 0: its part of the batch size.
     """
     local_size = local_size or len(local_positions(transform.batch_size))
     if not source.encoded:
         classes = len(task.data.classes)
-        return synthetic_batches(transform, plan, config.seed, local_size, classes)
+        return synthetic_batches(transform, plan(), config.seed, local_size, classes)
+    if config.data.reader == tf_data.READER:
+        return _tf_reader(config, transform, source, plan, local_size).batches()
     loader = Loader(source, transform, config.seed, local_size, config.data.workers)
-    return loader.batches(plan)
+    return loader.batches(plan())
+
+
+def _tf_reader(
+    config: Any, transform: Transform, source: Source, plan: Plan, local_size: int = 0
+) -> tf_data.TfReader:
+    local_size = local_size or len(local_positions(transform.batch_size))
+    options = config.seed, local_size, config.data.workers
+    return tf_data.TfReader(source, transform, *options, plan)

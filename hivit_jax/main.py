@@ -31,11 +31,12 @@ modes: train (default)  train; resume the run in DIR if there is one
        eval             evaluate DIR's newest checkpoint, or --checkpoint=PATH
        knn              evaluate the features of --config.init_from by k-nearest
                         neighbors; without --config, the features of the run in DIR
+        probe            evaluate these features by a linear classifier in closed form
        compile          compile the train step ahead of time for --topology
                         (v5e:16x16, h100:8, ...), without the hardware; write
                         DIR/compile.json; --search_batch: also search for the largest
                         batch that fits
-       describe         print config, parameters, cost and schedule
+       describe         print config, parameters, cost, schedule and hours at peak
 
 On TPU pods and under SLURM, processes connect automatically. Elsewhere, each process
 requires --coordinator_address=HOST:PORT --num_processes=N --process_id=I.
@@ -51,7 +52,7 @@ exit codes: 0 finished, 2 bad config, flag or path, 3 diverged, 4 bad data,
             5 no usable checkpoint, 75 interrupted and saved: run again to resume,
             134 aborted because another process was lost: run again to resume
 """
-MODES = ("train", "eval", "knn", "compile", "describe")
+MODES = ("train", "eval", "knn", "probe", "compile", "describe")
 MODE_OF_FLAG = {"checkpoint": "eval", "topology": "compile", "search_batch": "compile"}
 
 
@@ -95,7 +96,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         if not flags.workdir:
             raise ConfigError("--config=RECIPE is required; --help lists the recipes")
         flags.config = record.newest_config(flags.workdir)
-        if flags.mode == "knn":
+        if flags.mode in ("knn", "probe"):
             overrides.insert(0, f"--config.init_from={flags.workdir}")
     return flags, overrides
 
@@ -131,7 +132,7 @@ def run(argv: Sequence[str], setup_process: bool) -> None:
         platforms.start()
         default_cache = flags.workdir and f"{flags.workdir}/compiled"
         enable_compilation_cache(config.compilation_cache or default_cache)
-        if jax.default_backend() == "cpu":
+        if jax.default_backend() == "cpu" or config.data.reader == "tf.data":
             keep_freed_memory()
     with Watchdog(config.stall_timeout) as watchdog:
         heartbeat = watchdog.heartbeat
@@ -143,6 +144,10 @@ def run(argv: Sequence[str], setup_process: bool) -> None:
             from hivit_jax.tasks.probing import nearest_neighbors
 
             nearest_neighbors(config, heartbeat=heartbeat)
+        elif flags.mode == "probe":
+            from hivit_jax.tasks.closed_form import closed_form_probe
+
+            closed_form_probe(config, heartbeat)
         else:
             from hivit_jax.train import train
 

@@ -1,6 +1,7 @@
-"""Expansion of the paths in a config or on the command line."""
+"""Paths in a config or on the command line, and the user's cache directory."""
 
 import os
+from pathlib import Path
 
 
 def expand(path: str) -> str:
@@ -11,3 +12,8 @@ def expand(path: str) -> str:
     """
     path = os.fspath(path)
     return path if "://" in path else os.path.expanduser(path)
+
+
+def user_cache() -> Path:
+    """Return this package's directory in the user's cache directory."""
+    return Path(expand(os.environ.get("XDG_CACHE_HOME") or "~/.cache")) / "hivit_jax"

@@ -68,7 +68,7 @@ def _start_time(path: Path) -> int | None:
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Return a line ``KEY: OLD -> NEW`` for each value that differs in nested dicts."""
-    old, new = map(_flatten, (old, new))
+    old, new = map(flatten, (old, new))
     return [
         f"{key}: {old.get(key)} -> {new.get(key)}"
         for key in sorted(old.keys() | new.keys())
@@ -76,7 +76,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
+def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Return {dotted key: value} of nested dicts."""
     leaves = jax.tree_util.tree_leaves_with_path(
         tree, is_leaf=lambda x: not isinstance(x, dict)

@@ -15,6 +15,7 @@ from hivit_jax.checkpoints import manager, read
 from hivit_jax.checkpoints.lock import exclusive
 from hivit_jax.config import complete_saved, step_options, to_json
 from hivit_jax.data.prefetch import prefetch_to_device
+from hivit_jax.data.unreadable import UnreadableImages, check_unreadable
 from hivit_jax.distributed.processes import check_same_on_all_processes
 from hivit_jax.distributed.sharding import make_mesh, replicate, shardings_of
 from hivit_jax.errors import (
@@ -55,7 +56,7 @@ def train(
       heartbeat: called after every step and every batch of an evaluation.
 
     Returns:
-      The last result of `evaluate.evaluate`.
+      The last result of `evaluate.evaluate`; {} with `data.eval_split="none"`.
 
     Raises:
       HivitError: invalid config or input, divergence or interruption; see `errors`.
@@ -63,7 +64,8 @@ def train(
     # --- Task, mesh, train step: shapes only ----------------------------------------
     workdir = Path(expand(workdir))
     task = inputs.make_task(config)
-    inputs.check_splits(config, task)
+    config = task.config  # with the dataset's number of classes
+    notes = inputs.check_splits(config, task)
     mesh = make_mesh(config.mesh, config.batch_size, config.optimizer.accumulate_steps)
     images_per_epoch = inputs.images_per_epoch(config, task)
     steps_per_epoch, total_steps = inputs.count_steps(config, images_per_epoch)
@@ -77,7 +79,7 @@ def train(
         f"{jax.devices()[0].device_kind}; {total_steps:,} steps of "
         f"{config.batch_size:,} images"
     )
-    for warning in task.warnings(steps_per_epoch, total_steps):
+    for warning in [*notes, *task.warnings(steps_per_epoch, total_steps)]:
         log(f"warning: {warning}")
 
     # --- State: restored, initialized from a pretrained model, or new ---------------
@@ -123,7 +125,8 @@ def train(
                 config, task, eval_step, variables, mesh, heartbeat
             )
             panels = make_panels(variables)
-        log(console.eval_line(f"step {step}", values))
+        if values:
+            log(console.eval_line(f"step {step}", values))
         if writer:
             writer.scalars(step, values)
             images = task.figures(panels) if panels else {}
@@ -133,7 +136,7 @@ def train(
     # --- Steps ------------------------------------------------------------------------
     throughput, results, pending = metrics.Throughput(), None, []
     first_step = step
-    unreadable = inputs.UnreadableImages()
+    unreadable = UnreadableImages()
     try:
         stop = stop_requested(step)
         if step < total_steps and not stop:
@@ -168,13 +171,13 @@ def train(
                 if scalars["unreadable"]:  # log different images, not attempts
                     scalars["unreadable"] = unreadable.gather()
                 log(console.step_line(step, total_steps, scalars))
-                inputs.check_unreadable(scalars["unreadable"], config.data, "train")
+                check_unreadable(scalars["unreadable"], config.data, "train")
                 with throughput.pause():
                     # Before the checkpoint, so that a resumed run never skips it.
                     if due["eval"]:
                         results = run_evaluation()
                     if due["checkpoint"]:
-                        evaluated = results if due["eval"] else None
+                        evaluated = results or None if due["eval"] else None
                         checkpoints.save(state, to_json(config), evaluated)
         if step < total_steps:
             checkpoints.save(state, to_json(config))
@@ -183,7 +186,8 @@ def train(
                 f"{workdir}; run the same command to resume"
             )
         results = results or run_evaluation()
-        log(console.best_line(workdir, checkpoints.steps(), task.best))
+        if results:
+            log(console.best_line(workdir, checkpoints.steps(), task.best))
         return results
     except (DataError, DivergedError, ResourceError) as error:
         # All processes must save together, but only one of them sees a local error.

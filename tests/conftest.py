@@ -13,7 +13,7 @@ import tempfile
 
 from flags import quick_to_compile, virtual_devices
 
-if "PYTEST_XDIST_WORKER" not in os.environ:  # workers inherit it
+if "PYTEST_XDIST_WORKER" not in os.environ:  # workers inherit the cache
     directory = tempfile.mkdtemp(prefix="hivit-programs-")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = directory
     atexit.register(shutil.rmtree, directory, True)
@@ -33,8 +33,9 @@ os.environ["XLA_FLAGS"] = virtual_devices(8)  # read again by libtpu
 
 
 def pytest_collection_modifyitems(items):
-    """Run files that train first, because they take longest and workers then end
-    together.
+    """Run the files that train first.
+
+    These files take longest. If they run first, all workers end at the same time.
     """
     items.sort(key=lambda item: not hasattr(item.module, "recipes"))
 
@@ -50,7 +51,7 @@ def _restored_signals():
 
 @pytest.fixture(scope="module")
 def quick():
-    """Fast compilation, no figures and no TensorBoard; see `recipes.quick`."""
+    """Compile fast; draw no figures; write no TensorBoard events."""
     import recipes
 
     with recipes.quick():
@@ -68,7 +69,10 @@ def shard_small_arrays(monkeypatch):
 
 @pytest.fixture
 def workdir(tmp_path, monkeypatch):
-    """An empty directory. TensorBoard is off, because its import takes seconds."""
+    """Return an empty directory.
+
+    TensorBoard is off, because its import takes seconds.
+    """
     from hivit_jax.reporting import metrics
 
     monkeypatch.setattr(metrics, "_tensorboard", lambda workdir: None)
@@ -77,7 +81,7 @@ def workdir(tmp_path, monkeypatch):
 
 @pytest.fixture
 def user_cache(tmp_path, monkeypatch):
-    """An empty cache directory of the user."""
+    """Return the empty cache directory of the user."""
     from hivit_jax.data.sources import registry
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -87,8 +91,9 @@ def user_cache(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
-    """Directory of 40 training and 11 validation photographs of 64x48, in seven
-    classes.
+    """Return a directory of 40 training and 11 validation photographs.
+
+    The photographs have 64x48 pixels and belong to seven classes.
     """
     from benchmarks import photographs
 
@@ -99,7 +104,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
-    """Environment variables of a process without TensorBoard."""
+    """Return the environment variables of a process without TensorBoard."""
     import recipes
 
     directory = tmp_path_factory.mktemp("environment")
@@ -107,29 +112,29 @@ def environment(tmp_path_factory):
 
 
 @pytest.fixture
-def joined(monkeypatch, tmp_path):
-    """Run `main` with flags and record its calls of `jax.distributed.initialize`.
+def run_main(monkeypatch, tmp_path):
+    """Return a function that runs `main` and records `jax.distributed.initialize`.
 
-    Returns the exit code and the (arguments, limits) of each call. Each call fails with
-    `problem`; the default is JAX's message that there is no cluster.
+    The function returns the exit code and the (arguments, limits) of each call. Each
+    call fails with `problem`; default: JAX's message that there is no cluster.
     """
 
     import recipes
 
     from hivit_jax import main
 
-    def join(*flags, problem=""):
+    def run(*flags, problem=""):
         def initialize(*arguments, **limits):
-            asked.append((arguments, limits))
+            calls.append((arguments, limits))
             raise ValueError(problem or "coordinator_address should be defined.")
 
-        asked = []
+        calls = []
         monkeypatch.setattr(jax.distributed, "initialize", initialize)
-        # Its settings would outlive the test.
+        # The settings of malloc would outlive the test.
         monkeypatch.setattr(main, "keep_freed_memory", lambda: None)
         monkeypatch.setattr(
             sys, "argv", ["main", *recipes.arguments(peer_timeout=45), *flags]
         )
-        return main.main(), asked
+        return main.main(), calls
 
-    return join
+    return run

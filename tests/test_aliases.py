@@ -57,7 +57,7 @@ def test_no_far_guess(key):
 
 
 def test_keys_of_the_part():
-    assert advice("data.foo").startswith("keys of data: name, dir, train_split, ")
+    assert advice("data.foo").startswith("keys of data: name, dir, cache, ")
     assert advice("mesh.pipeline") == "keys of mesh: replica, data, fsdp, tensor, zero"
     expected = "it is a section of the config with the keys replica, data, "
     assert advice("mesh").startswith(expected)

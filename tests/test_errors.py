@@ -4,10 +4,12 @@ import sys
 
 import pytest
 
+import hivit_jax
 from hivit_jax import config as configs
 from hivit_jax import inputs
+from hivit_jax.data import tf_data
 from hivit_jax.data.sources import digits
-from hivit_jax.errors import MissingPackage, require
+from hivit_jax.errors import ConfigError, MissingPackage, require
 
 
 def test_require(tmp_path, monkeypatch):
@@ -53,3 +55,17 @@ def test_other_datasets_need_their_package(monkeypatch):
     flags = ["--config.data.name=cifar10"]
     with pytest.raises(MissingPackage, match="tensorflow_datasets is not installed"):
         inputs.task_of_recipe(configs.load("mae_base", flags))
+
+
+def test_reader_needs_tensorflow(monkeypatch):
+    """The error comes before the first step, and from the public function."""
+    monkeypatch.setitem(sys.modules, "tensorflow", None)
+    tf_data.tensorflow.cache_clear()
+    config = configs.load("digits_mae", ["--config.data.reader=tf.data"])
+    message = r"tensorflow is not installed; run pip install 'hivit-jax\[tf\]'"
+    with pytest.raises(MissingPackage, match=message):
+        inputs.check_splits(config, inputs.make_task(config))
+    with pytest.raises(MissingPackage, match=message):
+        hivit_jax.tf_dataset(config, 0, 1)
+    with pytest.raises(ConfigError, match="reader='tfdata'; expected 'threads' or 'tf"):
+        configs.load("digits_mae", ["--config.data.reader=tfdata"])

@@ -15,6 +15,7 @@ from hivit_jax.data.order import permutation, samples_at
 from hivit_jax.data.sources import digits as data_sources_digits
 from hivit_jax.data.sources import registry
 from hivit_jax.data.sources.base import Source
+from hivit_jax.data.unreadable import UnreadableImages, check_unreadable
 from hivit_jax.errors import ConfigError, DataError
 
 
@@ -155,10 +156,11 @@ def test_randaugment(folder):
 
 
 def test_channels_no_file_has(folder):
+    """The error names the file and the key."""
     cfg = folder_config(
         folder, model__in_channels=4, data__mean=(0.5,) * 4, data__std=(1.0,) * 4
     )
-    with pytest.raises(ConfigError, match=r"in_channels=4 .*; expected 3 .* or 1"):
+    with pytest.raises(DataError, match=r"JPEG: expected 4 channels, found 3; set"):
         next(inputs.train_batches(cfg, 0, 1))
 
 
@@ -414,7 +416,7 @@ def test_unreadable_images_are_counted_once(monkeypatch):
     """Border of the kind: an image counts while its last reading failed, once in all
     epochs and on all processes.
     """
-    unreadable = inputs.UnreadableImages()
+    unreadable = UnreadableImages()
     batches = [flags((0, 1), (1, 0)), flags((2, 1), (0, 1)), flags((0, 1), (-1, 0))]
     assert [*unreadable.watch(batches)] == batches
     assert unreadable.gather() == 2
@@ -423,7 +425,10 @@ def test_unreadable_images_are_counted_once(monkeypatch):
     assert unreadable.indices == {0, 2}
     # Another process found 2 and 7; this one could read 0, on storage that recovers.
     list(unreadable.watch([flags((0, 0), (5, 1))]))
-    monkeypatch.setattr(inputs, "gather_objects", lambda mine: [mine, ({2, 7}, set())])
+    monkeypatch.setattr(
+        "hivit_jax.data.unreadable.gather_objects",
+        lambda mine: [mine, ({2, 7}, set())],
+    )
     assert unreadable.gather() == 3
     assert unreadable.indices == {2, 5, 7}
 
@@ -431,10 +436,10 @@ def test_unreadable_images_are_counted_once(monkeypatch):
 def test_share_of_unreadable_images():
     """The limit is a share of the images of the split."""
     data = digits_config(data__max_unreadable=0.001).data
-    inputs.check_unreadable(1, data, "train")  # of 1,437
+    check_unreadable(1, data, "train")  # of 1,437
     with pytest.raises(
         DataError, match=r"2 images of digits .* 0.14%; .* 0.10% of 1,43"
     ):
-        inputs.check_unreadable(2, data, "train")
+        check_unreadable(2, data, "train")
     with pytest.raises(DataError, match="check_data"):
-        inputs.check_unreadable(1, data, "test")
+        check_unreadable(1, data, "test")

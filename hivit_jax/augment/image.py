@@ -7,11 +7,14 @@ import jax.numpy as jnp
 
 
 def normalize(
-    images: jax.Array, mean: Sequence[float], std: Sequence[float]
+    images: jax.Array,
+    mean: Sequence[float],
+    std: Sequence[float],
+    scale: float = 255.0,
 ) -> jax.Array:
-    """Normalize pixels, 0..255 [B, H, W, C] -> float32 ``(x / 255 - mean) / std``."""
+    """Normalize pixels [B, H, W, C] to float32 ``(x / scale - mean) / std``."""
     mean, std = (jnp.asarray(x, jnp.float32).reshape(1, 1, 1, -1) for x in (mean, std))
-    return (images.astype(jnp.float32) - 255.0 * mean) / (255.0 * std)
+    return (images.astype(jnp.float32) - scale * mean) / (scale * std)
 
 
 def random_flip(images: jax.Array, keys: jax.Array) -> jax.Array:

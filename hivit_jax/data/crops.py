@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hivit_jax.augment.resample import FILTER_RADIUS, crop_resize_matrix
+from hivit_jax.augment.resample import FILTER_RADIUS, MAXIMUM, crop_resize_matrix
 
 # Along one axis: start and length of a box, and the array's number of real pixels.
 Span = tuple[float, float, int]
@@ -111,8 +111,8 @@ def paste_crop(
     has no room for these pixels, the box is resized to `size` on the host.
 
     Args:
-      pixels: uint8 [h, w, C].
-      out: uint8 [H', W', C]; at least `size`.
+      pixels: uint8, uint16 or float32 [h, w, C].
+      out: array [H', W', C] of the same dtype; at least `size`.
       size: (height, width) of the model's image.
 
     Returns:
@@ -160,30 +160,40 @@ def resize(
     interpolation: str,
     antialias: bool,
 ) -> np.ndarray:
-    """Resize a box of an image [h, w, C] to uint8 [*size, C] on the host.
+    """Resize a box of an image [h, w, C] to [*size, C] on the host.
 
     This is the counterpart of `augment.resample`. PIL does the antialiased resize.
-    NumPy does the resize without antialiasing, because PIL does not support it.
+    NumPy does the resize without antialiasing, because PIL does not support it. uint8
+    is rounded after each axis, uint16 only at the end, and float32 never.
     """
     from PIL import Image
 
+    dtype, limit = pixels.dtype, MAXIMUM[pixels.dtype.name]
     if antialias:
         (top, height, _), (left, width, _) = box
         edges = (left, top, left + width, top + height)
-        is_gray = pixels.shape[-1] == 1
-        image = Image.fromarray(pixels[..., 0] if is_gray else pixels)
-        image = image.resize(
-            tuple(size)[::-1], Image.Resampling[interpolation.upper()], edges
-        )
-        return np.asarray(image).reshape(*size, -1)
-    for axis in (1, 0):
-        matrix = crop_resize_matrix(
-            np.array(box[axis]),
-            size[axis],
-            pixels.shape[axis],
-            interpolation,
-            antialias,
-        )
-        pixels = np.moveaxis(np.tensordot(matrix, pixels, (1, axis)), 0, axis)
-        pixels = np.rint(pixels).clip(0, 255)
-    return pixels.astype(np.uint8)
+        # PIL resizes one and three channels of 8 bits; it would multiply a fourth one.
+        whole = dtype == np.uint8 and pixels.shape[-1] == 3
+        bands = [pixels] if whole else np.moveaxis(pixels, -1, 0)
+        bands = [band if dtype == np.uint8 else band.astype("f4") for band in bands]
+        shape, filter = tuple(size)[::-1], Image.Resampling[interpolation.upper()]
+        bands = [
+            np.asarray(Image.fromarray(band).resize(shape, filter, edges))
+            for band in bands
+        ]
+        pixels = bands[0] if whole else np.stack(bands, -1)
+    else:
+        for axis in (1, 0):
+            matrix = crop_resize_matrix(
+                np.array(box[axis]),
+                size[axis],
+                pixels.shape[axis],
+                interpolation,
+                antialias,
+            )
+            pixels = np.moveaxis(np.tensordot(matrix, pixels, (1, axis)), 0, axis)
+            if dtype == np.uint8:
+                pixels = np.rint(pixels).clip(0, limit)
+    if dtype == np.uint16:
+        pixels = np.rint(pixels).clip(0, limit)
+    return pixels.astype(dtype)

@@ -9,6 +9,7 @@ import io
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,11 @@ from hivit_jax.errors import DataError
 # without them.
 
 PIL_MODES = {1: "L", 3: "RGB"}  # by number of channels
+# Second bytes of JPEG markers; FRAMES start a frame and contain its coding process.
+START_OF_SCAN, BASELINE, FRAMES = 0xDA, 0xC0, {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
+END_OF_IMAGE = b"\xff\xd9"
+# A JPEG marker after the start of a scan, except restart markers.
+MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
 # TIFF tags.
 BITS_PER_SAMPLE, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339
 SIGNED = (2,)  # value of SAMPLE_FORMAT
@@ -76,13 +82,16 @@ class StoredValues:
         """
         from PIL import Image
 
+        size = self.array.shape[1], self.array.shape[0]
+        return Image.frombytes(self.mode, size, self.levels(value_range).tobytes())
+
+    def levels(self, value_range: Sequence[float]) -> np.ndarray:
+        """Return the values converted to uint8; see `to_8_bits`."""
         black, white = self.black_and_white(value_range)
         if not np.isfinite(self.array).all():
             raise ValueError("the image contains values that are not finite")
         scaled = (self.array.astype(np.float64) - black) * (255 / (white - black))
-        pixels = np.rint(scaled).clip(0, 255).astype(np.uint8)
-        size = self.array.shape[1], self.array.shape[0]
-        return Image.frombytes(self.mode, size, pixels.tobytes())
+        return np.rint(scaled).clip(0, 255).astype(np.uint8)
 
 
 def decode(
@@ -106,16 +115,11 @@ def decode(
     import simplejpeg
     from PIL import Image, UnidentifiedImageError
 
-    if channels == 3:
+    if channels == 3 and ordinary_jpeg_size(encoded):
         # simplejpeg is faster than PIL and decodes to the same pixels, because both use
         # libjpeg-turbo.
-        try:
-            height, width, color_space, _ = simplejpeg.decode_jpeg_header(encoded)
-            is_small = height * width < Image.MAX_IMAGE_PIXELS
-            if color_space in ("YCbCr", "Gray") and is_small:
-                return simplejpeg.decode_jpeg(encoded)
-        except ValueError:
-            pass  # another format, or a damaged JPEG that PIL may still decode
+        with suppress(ValueError):  # from a damaged JPEG that PIL may still decode
+            return simplejpeg.decode_jpeg(encoded)
     try:
         with Image.open(io.BytesIO(encoded)) as image:
             stored = stored_values(image, encoded)
@@ -126,6 +130,43 @@ def decode(
         kind = "TIFF that PIL cannot read" if is_tiff else "unknown image format"
         raise OSError(f"{kind} ({len(encoded):,} bytes)") from error
     return pixels.reshape(*pixels.shape[:2], channels)
+
+
+def ordinary_jpeg_size(encoded: bytes) -> tuple[int, int] | None:
+    """Return (height, width) of a color or gray JPEG, from its header.
+
+    Returns:
+      None for another format, for other color spaces such as CMYK, and for images with
+      too many pixels, which PIL reports.
+    """
+    import simplejpeg
+    from PIL import Image
+
+    try:
+        height, width, color_space, _ = simplejpeg.decode_jpeg_header(encoded)
+    except ValueError:
+        return None
+    is_small = height * width < Image.MAX_IMAGE_PIXELS
+    return (height, width) if color_space in ("YCbCr", "Gray") and is_small else None
+
+
+def may_decode_crops(encoded: bytes) -> bool:
+    """Return True if a crop of a JPEG can be decoded alone, without the rows below it.
+
+    This is a baseline JPEG with one scan that ends with the file. Other JPEGs may turn
+    out to be unreadable, or decode to other pixels, because of data further below.
+    """
+    position, frame = 2, None
+    try:
+        while (marker := encoded[position + 1]) != START_OF_SCAN:
+            frame = marker if marker in FRAMES else frame
+            position += 2 + int.from_bytes(encoded[position + 2 : position + 4], "big")
+    except IndexError:
+        return False
+    position += 2 + int.from_bytes(encoded[position + 2 : position + 4], "big")
+    found = MARKER.search(encoded, position)
+    is_last = found is not None and found.start() == len(encoded) - 2
+    return frame == BASELINE and is_last and encoded.endswith(END_OF_IMAGE)
 
 
 def stored_values(image: Any, encoded: bytes) -> StoredValues | None:

@@ -4,13 +4,13 @@ import io
 import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any
 
 import numpy as np
 import simplejpeg
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from hivit_jax.data.decoding import stored_values
+from hivit_jax.data.rasters import read_values
 
 LOST, CLIPPED = "with lost values", "clipped to data.value_range"
 
@@ -31,7 +31,8 @@ def image_findings(
     Args:
       encoded: content of the file.
       get_name: returns the name of the file.
-      pixels: the decoded image, uint8 [h, w, C].
+      pixels: the decoded image, [h, w, C]. Values that decoding loses are searched
+        only if it is uint8.
       size: (height, width) of the model's image.
       canvas: side of the array that the device resizes from; 0: none.
       value_range: see `decode`.
@@ -60,13 +61,13 @@ def image_findings(
             }
             rotated = exif and image.getexif().get(ExifTags.Base.Orientation, 1) > 1
             checks["EXIF rotation, not applied"] = rotated
-        with Image.open(io.BytesIO(encoded)) as image:
-            lost = _value_findings(image, encoded, pixels, value_range)
+        if pixels.dtype == np.uint8:
+            lost = _value_findings(encoded, pixels, value_range)
     return {finding: "" for finding, found in checks.items() if found} | lost
 
 
 def _value_findings(
-    image: Any, encoded: bytes, pixels: np.ndarray, value_range: Sequence[float]
+    encoded: bytes, pixels: np.ndarray, value_range: Sequence[float]
 ) -> dict[str, str]:
     """Return the findings about more than 8 bits, lost values and clipped values.
 
@@ -74,11 +75,17 @@ def _value_findings(
     several. At most 256 levels can remain. They also count as lost if only the alpha
     channel, which is dropped, varies. Values outside of the range count as clipped.
     """
-    if image.has_transparency_data and pixels.min() == pixels.max():
-        low, high = image.convert("RGBA").getchannel("A").getextrema()
-        if low < high:
-            return {LOST: "one level remains, because the alpha channel is dropped"}
-    stored = stored_values(image, encoded)
+    try:
+        with Image.open(io.BytesIO(encoded)) as image:
+            if image.has_transparency_data and pixels.min() == pixels.max():
+                low, high = image.convert("RGBA").getchannel("A").getextrema()
+                if low < high:
+                    reason = "because the alpha channel is dropped"
+                    return {LOST: f"one level remains, {reason}"}
+            stored = stored_values(image, encoded)
+    except UnidentifiedImageError:  # NumPy arrays and TIFF with many bands
+        stored = read_values(encoded)
+        stored = None if stored.array.dtype == np.uint8 else stored
     if stored is None:
         return {}
     values = stored.array[..., :3] if stored.mode == "RGBA" else stored.array

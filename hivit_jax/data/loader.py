@@ -16,6 +16,7 @@ from hivit_jax.data import transforms
 from hivit_jax.data.order import PlannedBatch
 from hivit_jax.data.shapes import batch_shapes
 from hivit_jax.data.sources.base import Source
+from hivit_jax.data.storage import StorageError
 from hivit_jax.errors import DataError, LocalDataError
 
 Batch = dict[str, np.ndarray]
@@ -103,6 +104,7 @@ class Loader:
                 yield wait_for_first()
         finally:
             pool.shutdown(cancel_futures=True)
+            self._source.forget()
 
     def empty_batch(self, bucket: int, count: int) -> Batch:
         """Return a batch whose examples after the first `count` are padding.
@@ -146,6 +148,8 @@ class Loader:
             sample = self._source.sample(index)
             draws = transforms.uniforms(self._seed, epoch, index, self._transform.draws)
             self._transform(sample, draws, out)
+        except StorageError:
+            raise
         except DataError as error:
             raise LocalDataError(f"{self._source.name(index)}: {error}") from error
         except Exception as error:  # damaged files cause exceptions of many types

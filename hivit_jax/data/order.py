@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from hivit_jax.errors import LocalDataError
+
 
 class PlannedBatch(NamedTuple):
     """Examples that one process reads for a batch; indices and epochs are int64 [k].
@@ -139,11 +141,16 @@ def assign_buckets(
     Args:
       size: function from example index to (height, width).
       bucket: function from (height, width) to bucket.
+
+    Raises:
+      LocalDataError: from `size`, such as a bucket that cannot be reached.
     """
 
     def bucket_of(index):
         try:
             image_size = size(index)
+        except LocalDataError:
+            raise
         except Exception:  # from a damaged file; the loader reports it later
             return 0
         return bucket(image_size)

@@ -12,8 +12,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from hivit_jax.data.crops import center_crop, paste_crop, random_resized_crop
-from hivit_jax.data.decoding import decode
+from hivit_jax.augment.resample import precise_span
+from hivit_jax.data.crops import Box, center_crop, paste_crop, random_resized_crop
+from hivit_jax.data.rasters import decode
 from hivit_jax.errors import DataError
 
 DRAWS = 22  # random numbers of a random crop: ten areas, ten aspect ratios, top, left
@@ -66,18 +67,19 @@ class Transform:
 class ImageTransform(Transform):
     """Converts an image and its label to arrays.
 
-    The arrays are "image" uint8 [H, W, C], "label" int32 and, with a canvas, "box"
-    float32 [2, 3] (see `augment.resample`).
+    The arrays are "image" [H, W, C], "label" int32 and, with a canvas, "box" float32
+    [2, 3], or [2, 5] unless the image is uint8 (see `augment.resample`).
 
     Args:
       size: (height, width) of the model's image.
-      channels: number of channels, 3 or 1.
+      channels: number of channels.
       canvas: side of the square array that the device resizes from; 0: resize on the
         host.
       crop_scale: relative area of random crops; None: `center_crop` with `crop_pct`.
       randaugment: apply RandAugment to the resized image; requires canvas=0.
       num_classes: labels must be smaller than this number; 0: no check.
       value_range: see `decode`.
+      dtype: dtype of the image, one of `rasters.DTYPES`.
     """
 
     def __init__(
@@ -94,12 +96,13 @@ class ImageTransform(Transform):
         randaugment: bool = False,
         num_classes: int = 0,
         value_range: Sequence[float] = (),
+        dtype: str = "uint8",
     ):
         self.batch_size, self._size, self._channels = batch_size, tuple(size), channels
         self._crop_scale, self._crop_pct = crop_scale, crop_pct
         self._interpolation, self._antialias = interpolation, antialias
         self._randaugment, self._num_classes, self.draws = None, num_classes, DRAWS
-        self._value_range = tuple(value_range)
+        self._value_range, self._dtype = tuple(value_range), dtype
         if randaugment:
             from hivit_jax.data import randaugment as policy
 
@@ -107,11 +110,12 @@ class ImageTransform(Transform):
             self.draws += policy.DRAWS
         stored_size = (canvas, canvas) if canvas else self._size
         shapes = {
-            "image": jax.ShapeDtypeStruct((*stored_size, channels), np.uint8),
+            "image": jax.ShapeDtypeStruct((*stored_size, channels), np.dtype(dtype)),
             "label": jax.ShapeDtypeStruct((), np.int32),
         }
         if canvas:
-            shapes["box"] = jax.ShapeDtypeStruct((2, 3), np.float32)
+            numbers = 3 if dtype == "uint8" else 5
+            shapes["box"] = jax.ShapeDtypeStruct((2, numbers), np.float32)
         self.shapes = (shapes,)
 
     def __call__(
@@ -125,9 +129,10 @@ class ImageTransform(Transform):
         Raises:
           DataError: the label is out of range, or the image requires a `value_range`.
         """
-        pixels = decode(sample["image"], self._channels, self._value_range)
+        options = self._channels, self._value_range, self._dtype
+        pixels = decode(sample["image"], *options)
         label = sample.get("label", 0)
-        if self._num_classes and not 0 <= label < self._num_classes:
+        if not self._is_valid(label):
             raise DataError(
                 f"expected a label from 0 to {self._num_classes - 1}, found {label}; "
                 f"correct the label or model.num_classes={self._num_classes}"
@@ -144,8 +149,40 @@ class ImageTransform(Transform):
         if self._randaugment:
             image[:] = self._randaugment(image, draws[DRAWS:])
         if "box" in out:
+            if self._dtype != "uint8":
+                box = [*map(precise_span, box, self._size)]
             out["box"][:] = box
         out["label"][...] = label
+
+    @property
+    def copies_crops(self) -> bool:
+        """True if `__call__` copies most random crops into the canvas unchanged."""
+        room = self.shapes[0]["image"].shape
+        is_resized = self._randaugment or room[:2] == self._size
+        is_color = self._channels == 3 and self._dtype == "uint8"
+        return bool(self._crop_scale) and is_color and not is_resized
+
+    def copied_box(
+        self, height: int, width: int, label: int, draws: Sequence[float]
+    ) -> Box | None:
+        """Return the box of a JPEG that `__call__` copies into the canvas unchanged.
+
+        `__call__` then sets "box" to ((0, box.height, box.height), (0, box.width,
+        box.width)). Requires `copies_crops`.
+
+        Args:
+          height, width: size of the image.
+
+        Returns:
+          None if `__call__` resizes the crop or raises an error.
+        """
+        room = self.shapes[0]["image"].shape[:2]
+        box = random_resized_crop(height, width, draws, self._crop_scale).box
+        fits = box.height <= room[0] and box.width <= room[1]
+        return box if fits and self._is_valid(label) else None
+
+    def _is_valid(self, label: int) -> bool:
+        return not self._num_classes or 0 <= label < self._num_classes
 
 
 def uniforms(seed: int, epoch: int, index: int, count: int = DRAWS) -> list[float]:
@@ -163,19 +200,20 @@ def evaluation_image(
     shape: Sequence[int],
     crop_pct: float = 1.0,
     value_range: Sequence[float] = (),
+    dtype: str = "uint8",
 ) -> np.ndarray:
-    """Decode an image, and resize its `center_crop` on the host, bicubic: uint8.
+    """Decode an image, and resize its `center_crop` on the host, bicubic.
 
     Args:
       shape: (height, width, channels) of the model's image.
-      value_range: see `decode`.
+      value_range, dtype: see `decode`.
 
     Raises:
       DataError: the image requires a `value_range`.
       Exception: an error of any type if PIL cannot read the image.
     """
-    pixels = decode(encoded, shape[2], value_range)
-    out = np.zeros(shape, np.uint8)
+    pixels = decode(encoded, shape[2], value_range, dtype)
+    out = np.zeros(shape, pixels.dtype)
     crop = center_crop(*pixels.shape[:2], shape[:2], crop_pct)
     paste_crop(pixels, crop, out, shape[:2])
     return out

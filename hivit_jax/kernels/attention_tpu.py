@@ -6,6 +6,9 @@ their image. C is a multiple of 128, and heads are 32, 64 or 128 wide. The forwa
 saves x, and with `Plan.keep` also q, k, v and the outputs of the heads, which are
 otherwise recomputed.
 
+An optional bias [heads, N, N] is added to the scores of every image. The bias and the
+sum of its gradient stay in VMEM while a core processes its images.
+
 A tile has 128 lanes. A narrower head is cut out of its tile by zeros in the lanes of
 the other heads, which costs the matrix unit no more than padding would. Images of few
 tokens share a softmax, in which they are masked from each other. Two images of 49
@@ -32,29 +35,38 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from hivit_jax.kernels.attention_groups import (
+    LANES,
+    Groups,
+    head_lanes,
+    merge_heads,
+    stack_heads,
+)
 from hivit_jax.kernels.numerics import (
     F32,
     Plan,
     Weights,
     dot,
     layer_norm,
-    normalized_gradient,
+    normalize_vjp,
     over_rows,
 )
 
-LANES, TILE = 128, 8  # columns and rows of a float32 tile
 
-
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def attention_block(x: jax.Array, weights: Weights, plan: Plan) -> jax.Array:
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def attention_block(
+    x: jax.Array, weights: Weights, bias: jax.Array | None, plan: Plan
+) -> jax.Array:
     """Run the attention branch, [B*N, C] -> [B*N, C].
 
-    `plan.rows` must be a multiple of N, so that blocks hold whole images.
+    Args:
+      bias: added to the scores of every image, [heads, N, N] float32; or None.
+      plan: `rows` must be a multiple of N, so that blocks hold whole images.
     """
-    return _run(x, weights, replace(plan, keep=False))[0]
+    return _run(x, weights, bias, replace(plan, keep=False))[0]
 
 
-def _run(x, weights, plan):
+def _run(x, weights, bias, plan):
     """Return the output and a tuple of the saved arrays.
 
     With `plan.keep` these are q, k and v, [B*N, 3C], and the heads' outputs, [B*N, C].
@@ -63,20 +75,27 @@ def _run(x, weights, plan):
     width, dtype = x.shape[1], x.dtype
     head = width // plan.heads
     factor = np.float32(head**-0.5)
+    groups = Groups(rows, tokens)
+    biases = [] if bias is None else [groups.query_rows(bias)]
 
     def kernel(row_refs, weights, out_refs, _, scratch):
         qkv, heads_out = scratch
+        weights, biases = weights[:6], weights[6:]
         x = row_refs[0][...]
         _project(x, weights, plan.eps, qkv)
 
-        def attend(window, inside, score_mask):
-            mask = score_mask(1)  # [W or 1, W]: queries are rows, keys columns
+        def attend(window, inside, score_mask, slot):
+            # [W or 1, W]: queries are rows, keys columns
+            mask = None if biases else score_mask(1)
+            first = slot() * plan.heads if biases else 0
             for tile in range(width // LANES):
                 columns = pl.ds(tile * LANES, LANES)
                 q, k, v = _load_tile(qkv, window, tile, width)
                 k, v = k.astype(dtype), v.astype(dtype)
                 o, total = heads_out[window, columns], jnp.ones(q.shape, F32)
-                for lanes in _head_lanes(head):
+                for index, lanes in enumerate(head_lanes(head)):
+                    if biases:
+                        mask = biases[0][first + tile * (LANES // head) + index]
                     qh = jnp.where(lanes, q, 0.0).astype(dtype)
                     p = dot(qh, k, (1, 1)) * factor + mask  # [W, W]
                     p = jnp.exp(p - p.max(-1, keepdims=True))
@@ -87,7 +106,7 @@ def _run(x, weights, plan):
                     total = jnp.where(lanes, p.sum(-1, keepdims=True), total)
                 heads_out[window, columns] = o / total
 
-        _for_each_group(rows, tokens, attend)
+        groups.for_each(attend)
         y = dot(heads_out[...].astype(dtype), weights[4][...]) + weights[5][...]
         out_refs[0][...] = (x.astype(F32) + y if plan.add else y).astype(dtype)
         for ref, kept in zip(out_refs[1:], scratch, strict=plan.keep):
@@ -98,59 +117,65 @@ def _run(x, weights, plan):
         kernel,
         plan,
         [x],
-        weights,
+        [*weights, *biases],
         scratch=scratch,
-        kept=[3 * width, width] if plan.keep else [],
+        extra_widths=[3 * width, width] if plan.keep else [],
         flops=x.size * (8 * width + 4 * tokens),
         name="attention_block",
     )
     return out, tuple(kept)
 
 
-def _forward(x, weights, plan):
-    out, kept = _run(x, weights, plan)
-    return out, (x, weights, kept)
+def _forward(x, weights, bias, plan):
+    out, kept = _run(x, weights, bias, plan)
+    return out, (x, weights, bias, kept)
 
 
 def _backward(plan, saved, gradient):
-    x, weights, kept = saved
+    x, weights, bias, kept = saved
     tokens, rows, keep = plan.tokens, plan.rows, plan.keep
     width, dtype = x.shape[1], x.dtype
-    head = width // plan.heads
+    head, groups = width // plan.heads, Groups(rows, tokens)
+    side_by_side, biases = LANES // head, []
+    if bias is not None:
+        copied, pull = jax.vjp(partial(groups.key_rows, heads=side_by_side), bias)
+        biases = [copied]
 
     def kernel(row_refs, weights, out_refs, sums, scratch):
         qkv, heads_out, dheads_out = scratch  # qkv is overwritten by its gradient
-        scale, bias, qkv_w, _, proj_w, _ = weights
+        weights, biases = weights[:6], weights[6:]
+        scale, _, qkv_w, _, proj_w, _ = weights
         x, dy = row_refs[0][...], row_refs[1][...]
-        if keep:
-            x_hat, inverse, n = layer_norm(x, scale[...], bias[...], plan.eps)
-            for ref, kept in zip(scratch[:2], row_refs[2:], strict=True):
-                ref[...] = kept[...].astype(F32)
-        else:
-            x_hat, inverse, n = _project(x, weights, plan.eps, qkv)
+        x_hat, inverse, n = _restore(x, row_refs[2:], weights, plan, scratch)
         dheads_out[...] = dot(dy, proj_w[...], (1, 1))
 
-        def attend(window, inside, score_mask):
-            mask = score_mask(0, LANES // head)  # [W, heads * W or 1]: keys are rows
+        def attend(window, inside, score_mask, slot):
+            # [W, heads * W or 1]: keys are rows
+            mask = None if biases else score_mask(0, side_by_side)
+            first = slot() * (width // LANES) if biases else 0
             for tile in range(width // LANES):
+                if biases:
+                    mask = biases[0][first + tile]
                 columns = pl.ds(tile * LANES, LANES)
                 q, k, v = _load_tile(qkv, window, tile, width)
                 do = dheads_out[window, columns]
-                q, do = (_stack_heads(x, head, inside, dtype) for x in (q, do))
+                q, do = (stack_heads(x, head, inside, dtype) for x in (q, do))
                 k, v = k.astype(dtype), v.astype(dtype)
-                p, *gradients = _tile_gradients(q, k, v, do, mask, head)
+                p, ds, *gradients = _tile_gradients(q, k, v, do, mask, head)
+                if biases:
+                    sums[6][first + tile] += ds
                 if not keep:
-                    o = _merge_heads(dot(p, v, (0, 0)), head)
+                    o = merge_heads(dot(p, v, (0, 0)), head)
                     o = jnp.where(inside, o, heads_out[window, columns])
                     heads_out[window, columns] = o
                 for part, new in enumerate(gradients):
                     columns = pl.ds(part * width + tile * LANES, LANES)
                     qkv[window, columns] = jnp.where(inside, new, qkv[window, columns])
 
-        _for_each_group(rows, tokens, attend)
+        groups.for_each(attend)
         dn = dot(qkv[...].astype(dtype), qkv_w[...], (1, 1))
-        _add_weight_gradients(sums, n, x_hat, dn, qkv[...], heads_out[...], dy)
-        dx = normalized_gradient(dn * scale[...], x_hat, inverse)
+        _add_weight_gradients(sums[:6], n, x_hat, dn, qkv[...], heads_out[...], dy)
+        dx = normalize_vjp(dn * scale[...], x_hat, inverse)
         dx = dx + dy.astype(F32) if plan.add else dx
         out_refs[0][...] = dx.astype(dtype)
 
@@ -158,17 +183,17 @@ def _backward(plan, saved, gradient):
         kernel,
         plan,
         [x, gradient, *kept],
-        weights,
-        weights,
+        [*weights, *biases],
+        [*weights, *biases],
         [pltpu.VMEM((rows, n * width), F32) for n in (3, 1, 1)],
         flops=x.size * ((16 if keep else 22) * width + (12 if keep else 14) * tokens),
         name="attention_block_gradient",
     )
-    return out, Weights(*sums)
+    return out, Weights(*sums[:6]), pull(sums[6])[0] if biases else None
 
 
 def _tile_gradients(q, k, v, do, mask, head):
-    """Return probabilities [W, heads * W] and the gradients of q, k and v, [W, 128].
+    """Return probabilities and gradients of a tile of heads.
 
     Keys are rows and the heads of a tile lie side by side, because sums over keys then
     add whole tiles and stay within lanes.
@@ -177,16 +202,20 @@ def _tile_gradients(q, k, v, do, mask, head):
       q, do: queries and gradients of the outputs, from `_stack_heads`.
       k, v: keys and values of the tile, [W, 128].
       mask: added to the scores.
+
+    Returns:
+      Probabilities, [W, heads * W] in the dtype of q; float32 gradients of the scores,
+      [W, heads * W], and of q, k and v, [W, 128].
     """
     factor = np.float32(head**-0.5)
     p = dot(k, q, (1, 1)) * factor + mask
     p = jnp.exp(p - p.max(0, keepdims=True))
     p = p * (1 / p.sum(0, keepdims=True))
     dp = dot(v, do, (1, 1))
-    ds = (p * (dp - (dp * p).sum(0, keepdims=True))).astype(q.dtype)
-    p = p.astype(q.dtype)
-    dq = _merge_heads(dot(ds, k, (0, 0)), head) * factor
-    return p, dq, dot(ds, q) * factor, dot(p, do)
+    dscores = p * (dp - (dp * p).sum(0, keepdims=True))
+    ds, p = dscores.astype(q.dtype), p.astype(q.dtype)
+    dq = merge_heads(dot(ds, k, (0, 0)), head) * factor
+    return p, dscores, dq, dot(ds, q) * factor, dot(p, do)
 
 
 def _add_weight_gradients(sums, n, x_hat, dn, dqkv, heads_out, dy):
@@ -211,77 +240,24 @@ def _project(x, weights, eps, qkv):
     return x_hat, inverse, n
 
 
-def _for_each_group(rows, tokens, attend):
-    """Call attend(window, inside, score_mask) for each group of images in a block.
+def _restore(x, kept, weights, plan, scratch):
+    """Write q, k, v to scratch[0], and the heads' outputs to scratch[1] if saved.
 
-    The images of a group share a softmax. The arguments of `attend` are:
+    Args:
+      kept: refs of the saved arrays.
 
-    - window: slice of W rows that contains the group. It starts and ends at a tile, and
-      so may contain rows of neighboring groups.
-    - inside: bool [W, 1], True for rows of the group.
-    - score_mask(axis, heads=1): returns the float32 mask to add to scores [W, W] with
-      keys along `axis`: 0 if key and query are of the same image, else -1e30. With
-      `heads` > 1 the scores of so many heads lie side by side. For a group of one image
-      the mask is the same for all queries and has length 1 along their axis.
+    Returns:
+      The results of `layer_norm`.
     """
-    images = rows // tokens
-    count = max(1, LANES // tokens)
-    while images % count:
-        count -= 1
-    size = count * tokens
-    window = min(rows, -(-(size + TILE - 1) // TILE) * TILE)
-
-    def body(i, _):
-        start = jnp.minimum(i * size // TILE * TILE, rows - window)
-        start = pl.multiple_of(start, TILE)
-
-        def image_index(axis, heads=1):
-            """Return the index of each row's image in the group; -1 outside of it."""
-            shape = [1, 1]
-            shape[axis] = heads * window
-            row = jax.lax.broadcasted_iota(jnp.int32, shape, axis)
-            row = (row % window if heads > 1 else row) + start - i * size
-            index = jnp.full(shape, -1)
-            for j in range(count):
-                in_image = (row >= j * tokens) & (row < (j + 1) * tokens)
-                index = jnp.where(in_image, j, index)
-            return index
-
-        def score_mask(axis, heads=1):
-            keys = image_index(axis)
-            same = keys >= 0 if count == 1 else keys == image_index(1 - axis, heads)
-            return jnp.where(same, 0.0, -1e30)
-
-        attend(pl.ds(start, window), image_index(0) >= 0, score_mask)
-
-    jax.lax.fori_loop(0, rows // size, body, None)
+    if not plan.keep:
+        return _project(x, weights, plan.eps, scratch[0])
+    normalized = layer_norm(x, weights[0][...], weights[1][...], plan.eps)
+    for ref, saved in zip(scratch[:2], kept, strict=True):
+        ref[...] = saved[...].astype(F32)
+    return normalized
 
 
 def _load_tile(qkv, window, tile, width):
     """Return q, k, v of the heads in a tile of lanes, each [W, 128] float32."""
     starts = (part * width + tile * LANES for part in range(3))
     return [qkv[window, pl.ds(start, LANES)] for start in starts]
-
-
-def _head_lanes(head):
-    """Return masks [1, 128] of the lanes of a tile, one for each head."""
-    lane = jax.lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
-    return [(lane // head) == i for i in range(LANES // head)]
-
-
-def _stack_heads(x, head, inside, dtype):
-    """Stack the heads of a tile, [W, 128] -> [heads * W, 128].
-
-    Lanes of other heads and rows that are not inside are zero.
-    """
-    parts = [jnp.where(lanes & inside, x, 0.0) for lanes in _head_lanes(head)]
-    return jnp.concatenate(parts).astype(dtype)
-
-
-def _merge_heads(x, head):
-    """Undo `_stack_heads`, [heads * W, 128] -> [W, 128], with each head's own lanes."""
-    window = len(x) * head // LANES
-    merged = x[:window]
-    for i, lanes in enumerate(_head_lanes(head)):
-        merged = jnp.where(lanes, x[i * window : (i + 1) * window], merged)
-    return merged

@@ -19,9 +19,10 @@ def dot_product_attention(
 ) -> jax.Array:
     """Attention of q, k, v, each [B, N, heads, head], like the result.
 
-    CPUs use `unnormalized_softmax`. GPUs use cuDNN, which saves no scores for the
-    backward pass, if q is bfloat16, the head width is a multiple of 8 up to 128, and
-    there is no bias or mask. All other cases use `jax.nn.dot_product_attention`.
+    CPUs use `unnormalized_softmax`. GPUs use `cudnn_attention`, which saves no scores
+    for the backward pass, if q is bfloat16, the head width is a multiple of 8 up to
+    128, there is no mask, and all images share the bias. All other cases use
+    `jax.nn.dot_product_attention`.
 
     Args:
       bias, mask: see `unnormalized_softmax`.
@@ -34,23 +35,41 @@ def dot_product_attention(
         product = "bhqk,bhkd->bhqd", weights.astype(v.dtype), jnp.swapaxes(v, 1, 2)
         out = jnp.einsum(*product, preferred_element_type=jnp.float32) / sums
         return jnp.swapaxes(out, 1, 2).astype(v.dtype)
-    batch, tokens, _, head = q.shape
+    head = q.shape[-1]
     cudnn = (
         dispatch.platform() == "gpu"
         and choice != "plain"
         and (q.dtype == jnp.bfloat16 and head % 8 == 0 and head <= 128)
-        and (bias is None and mask is None)
+        and (bias is None or len(bias) == 1)
+        and mask is None
     )
-    if not cudnn:
-        return jax.nn.dot_product_attention(q, k, v, bias=bias, mask=mask)
-    # Odd numbers of tokens are padded, because JAX supports the backward pass of cuDNN
-    # only for even numbers.
-    padding, lengths = ((0, 0), (0, tokens % 2), (0, 0), (0, 0)), {}
+    if cudnn:
+        return cudnn_attention(q, k, v, bias)
+    return jax.nn.dot_product_attention(q, k, v, bias=bias, mask=mask)
+
+
+def cudnn_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None
+) -> jax.Array:
+    """Compute `dot_product_attention` of bfloat16 q, k and v by cuDNN, without a mask.
+
+    Odd numbers of tokens are padded, because JAX supports the backward pass of cuDNN
+    only for even numbers.
+
+    The bias, [1, heads, N, N], is rounded to bfloat16, like the scores' operands. cuDNN
+    sums its gradient over the images of a GPU and returns it in bfloat16, and GPUs
+    exchange it in bfloat16. The gradients of weights have the same precision.
+    """
+    batch, tokens = q.shape[:2]
+    options = {} if bias is None else {"bias": bias.astype(q.dtype)}
     if tokens % 2:
-        q, k, v = (jnp.pad(x, padding) for x in (q, k, v))
+        q, k, v = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (q, k, v))
+        if bias is not None:
+            padding = (0, 0), (0, 0), (0, 1), (0, 1)
+            options["bias"] = jnp.pad(options["bias"], padding)
         names = "query_seq_lengths", "key_value_seq_lengths"
-        lengths = dict.fromkeys(names, jnp.full(batch, tokens, jnp.int32))
-    out = jax.nn.dot_product_attention(q, k, v, **lengths, implementation="cudnn")
+        options |= dict.fromkeys(names, jnp.full(batch, tokens, jnp.int32))
+    out = jax.nn.dot_product_attention(q, k, v, **options, implementation="cudnn")
     return out[:, :tokens]
 
 

@@ -16,7 +16,8 @@ from jax.sharding import AxisType, PartitionSpec
 
 from hivit_jax.errors import ConfigError
 from hivit_jax.kernels import mlp_triton
-from hivit_jax.kernels.attention_tpu import LANES, attention_block
+from hivit_jax.kernels.attention_groups import LANES, bias_bytes
+from hivit_jax.kernels.attention_tpu import attention_block
 from hivit_jax.kernels.mlp_tpu import mlp_block
 from hivit_jax.kernels.numerics import ROWS, VMEM_SHARE, Plan, Weights
 
@@ -47,7 +48,7 @@ def mlp(x: jax.Array, norm: Any, mlp: Any, choice: str) -> Branch | None:
         if width not in mlp_triton.WIDTHS or total % mlp_triton.ROWS:
             return None
         return lambda add: target.run(
-            mlp_triton.mlp_block, x, weights, replace(plan, add=add)
+            mlp_triton.mlp_block, x, (weights,), replace(plan, add=add)
         )
     # More rows make programs that take longer to compile. Fewer rows make more and
     # shorter steps.
@@ -64,31 +65,41 @@ def mlp(x: jax.Array, norm: Any, mlp: Any, choice: str) -> Branch | None:
     product = 2 * width * hidden
     keep = target.should_keep(2 * product, 5 * product, product, width, 2 * hidden)
     plan = replace(plan, rows=rows, keep=keep)
-    return lambda add: target.run(mlp_block, x, weights, replace(plan, add=add))
+    return lambda add: target.run(mlp_block, x, (weights,), replace(plan, add=add))
 
 
 def attention(
-    x: jax.Array, norm: Any, attention: Any, key_mask: Any, choice: str
+    x: jax.Array,
+    norm: Any,
+    attention: Any,
+    relative_index: jax.Array | None,
+    key_mask: jax.Array | None,
+    choice: str,
 ) -> Branch | None:
-    """Return ``attention(norm(x))`` as one kernel, or None; arguments as in `mlp`.
+    """Return ``attention(norm(x))`` as one kernel, or None.
 
-    Also returns None on GPUs, where cuDNN computes attention, and with a key mask,
-    windows or a relative position bias.
+    Arguments are those of `mlp` and of `attention.Attention`. Also returns None on
+    GPUs, where cuDNN computes attention, and with a key mask, windows that are padded,
+    or a bias that differs between images.
     """
     target = _target(choice, x)
-    qkv, proj = attention.qkv, attention.proj
+    qkv, proj, windows = attention.qkv, attention.proj, attention.windows
     width, _, heads, head = qkv.kernel.shape
-    unsupported = key_mask, attention.windows, attention.relative_position_bias_table
     if target is None or x.size == 0 or target.platform == "gpu":
         return None
-    if any(argument is not None for argument in unsupported):
+    if key_mask is not None or (windows is not None and windows.is_padded):
         return None
     if width % LANES or LANES % head:
         return None
+    bias = attention.position_bias(relative_index)
+    if bias is not None and bias.ndim == 4:
+        return None
+    x = x if windows is None else windows.partition(x)
     tokens = x.shape[1]
-    # Bytes of VMEM in the backward pass: weights, and four arrays of the scores of a
-    # tile's heads; and for each row its activations.
+    # Bytes of VMEM in the backward pass: weights, four arrays of the scores of a tile's
+    # heads, and the bias; and for each row its activations.
     fixed, per_row = 48 * width**2 + 16 * tokens**2 * LANES // head, 76 * width
+    fixed += 0 if bias is None else bias_bytes(tokens, heads, head)
     total, unit = x.shape[0] * tokens // target.shards, math.lcm(tokens, ROWS)
     rows = block_rows(total, unit, 1024, (target.vmem - fixed) // per_row)
     if rows is None:
@@ -105,7 +116,13 @@ def attention(
         heads=heads,
         tokens=tokens,
     )
-    return lambda add: target.run(attention_block, x, weights, replace(plan, add=add))
+
+    def run(add):
+        params = weights, bias
+        out = target.run(attention_block, x, params, replace(plan, add=add))
+        return out if windows is None else windows.merge(out)
+
+    return run
 
 
 def _weights(dtype, norm, *linear_layers):
@@ -160,17 +177,17 @@ class Target:
         return forward + time(backward - recompute, 6 * width + kept) < without
 
     def run(
-        self, kernel: Callable, x: jax.Array, weights: Weights, plan: Plan
+        self, kernel: Callable, x: jax.Array, params: tuple, plan: Plan
     ) -> jax.Array:
-        """Run kernel([T, C], weights, plan) on each device's part of x [..., C].
+        """Run kernel([T, C], *params, plan) on each device's part of x [..., C].
 
         Raises:
           ConfigError: forward-mode differentiation outside `jax.jit`. Inside it, JAX
             raises a TypeError when it compiles.
         """
 
-        def local(x, weights):
-            return kernel(x.reshape(-1, x.shape[-1]), weights, plan).reshape(x.shape)
+        def local(x, params):
+            return kernel(x.reshape(-1, x.shape[-1]), *params, plan).reshape(x.shape)
 
         if self.axes:  # because compilers do not partition kernels
             split = PartitionSpec(self.axes)
@@ -182,7 +199,7 @@ class Target:
                 check_vma=False,
             )
         try:
-            return local(x, weights)
+            return local(x, params)
         except TypeError as error:
             if "custom_vjp" not in str(error):
                 raise

@@ -29,7 +29,7 @@ from hivit_jax.kernels.numerics import (
     gelu_slope,
     layer_norm,
     normal_cdf,
-    normalized_gradient,
+    normalize_vjp,
     over_rows,
 )
 
@@ -59,7 +59,7 @@ def _run(x, weights, plan):
         plan,
         [x],
         weights,
-        kept=[hidden_width] if plan.keep else [],
+        extra_widths=[hidden_width] if plan.keep else [],
         flops=4 * x.size * hidden_width,
         name="mlp_block",
     )
@@ -96,7 +96,7 @@ def _backward(plan, saved, gradient):
         db1[...] += dh.sum(0, keepdims=True)
         dw2[...] += dot(g, dy, (0, 0))
         db2[...] += dy.astype(F32).sum(0, keepdims=True)
-        dx = normalized_gradient(dn * scale[...], x_hat, inverse)
+        dx = normalize_vjp(dn * scale[...], x_hat, inverse)
         dx = dx + dy.astype(F32) if plan.add else dx
         out_refs[0][...] = dx.astype(dtype)
 

@@ -28,7 +28,7 @@ from hivit_jax.kernels.numerics import (
     Weights,
     dot,
     layer_norm,
-    normalized_gradient,
+    normalize_vjp,
 )
 
 ROWS = 64  # rows of x that a thread block processes
@@ -88,7 +88,7 @@ def _backward(plan, saved, gradient):
         dbias[0, :] = dn.sum(0)
         dy = dy.astype(F32)
         db2[0, :] = dy.sum(0)
-        branch = normalized_gradient(dn * _row(scale), x_hat, inverse)
+        branch = normalize_vjp(dn * _row(scale), x_hat, inverse)
         dx[...] = (branch + dy if plan.add else branch).astype(dtype)
 
     widths = [width, width, hidden, hidden], [width, width, hidden, width]

@@ -98,7 +98,7 @@ def layer_norm(
     return x_hat, inverse, (x_hat * scale + bias).astype(x.dtype)
 
 
-def normalized_gradient(
+def normalize_vjp(
     gradient: jax.Array, x_hat: jax.Array, inverse: jax.Array
 ) -> jax.Array:
     """Return the gradient of x, given the gradient of x_hat; see `layer_norm`."""
@@ -106,13 +106,14 @@ def normalized_gradient(
     return inverse * (gradient - gradient.mean(-1, keepdims=True) - x_hat * projection)
 
 
-def normalized_tangent(
+def normalize_jvp(
     tangent: jax.Array, x_hat: jax.Array, inverse: jax.Array
 ) -> jax.Array:
     """Return the tangent of x_hat, given the tangent of x; see `layer_norm`.
 
-    Its transpose is `normalized_gradient`. Row averages are negated, not differences
-    taken, because the transpose of a difference negates all elements.
+    Its transpose is `normalize_vjp`. Adds negated row averages instead of subtracting
+    the averages, because the transpose of a subtraction negates a [T, C] array. The
+    transpose of this form negates only [T, 1].
     """
     tangent = inverse * tangent
     projection = -(tangent * x_hat).mean(-1, keepdims=True)
@@ -148,9 +149,9 @@ def over_rows(
     plan: Plan,
     rows: Sequence[jax.Array],
     weights: Sequence[jax.Array],
-    sums: Sequence[jax.Array] = (),
+    sums_like: Sequence[jax.Array] = (),
     scratch: Sequence[Any] = (),
-    kept: Sequence[int] = (),
+    extra_widths: Sequence[int] = (),
     *,
     flops: int,
     name: str,
@@ -162,28 +163,29 @@ def over_rows(
         refs) -> None, called for each block.
       rows: arrays [T, C]; a block gets `plan.rows` rows of each.
       weights: every block gets each array whole; vectors become [1, n].
-      sums: arrays with the shape and dtype of each sum over all rows.
+      sums_like: one array per sum over all rows, with the sum's shape and dtype; its
+        values are not used.
       scratch: scratch buffers of the kernel.
-      kept: widths of outputs [T, width] besides the first.
+      extra_widths: widths of the outputs [T, width] after the first.
       flops: operations of all blocks, for the compiler's estimates.
 
     Returns:
-      Outputs: an array like rows[0], then those of the widths `kept`; and the sums.
+      (outputs, sums). outputs: an array like rows[0], then one [T, width] per width in
+      `extra_widths`, in the dtype of rows[0]. sums: one array per entry of `sums_like`.
     """
     total, width = rows[0].shape
-    outputs = [jax.ShapeDtypeStruct((total, w), rows[0].dtype) for w in (width, *kept)]
+    widths, dtype = (width, *extra_widths), rows[0].dtype
+    outputs = [jax.ShapeDtypeStruct((total, w), dtype) for w in widths]
     cores = _cores(total // plan.rows)
     steps = total // plan.rows // cores
     weights = [jnp.atleast_2d(w) for w in weights]
-    shapes = [(1, s.size) if s.ndim == 1 else s.shape for s in sums]
-    core_sums = [
-        jax.ShapeDtypeStruct((cores, *shape), s.dtype)
-        for shape, s in zip(shapes, sums, strict=True)
-    ]
+    shapes = [(1, s.size) if s.ndim == 1 else s.shape for s in sums_like]
+    pairs = zip(shapes, sums_like, strict=True)
+    core_sums = [jax.ShapeDtypeStruct((cores, *x), s.dtype) for x, s in pairs]
     bytes_moved = sum(x.size * x.dtype.itemsize for x in (*rows, *outputs))
-    bytes_moved += cores * sum(x.nbytes for x in (*weights, *sums))
+    bytes_moved += cores * sum(x.nbytes for x in (*weights, *sums_like))
     results = pl.pallas_call(
-        _body(kernel, (rows, weights, outputs, sums, sums, scratch), steps),
+        _body(kernel, (rows, weights, outputs, core_sums, core_sums, scratch), steps),
         grid_spec=pl.GridSpec(
             grid=(cores, steps),
             in_specs=[*_blocks(plan.rows, steps, rows), *map(_whole, weights)],
@@ -200,7 +202,7 @@ def over_rows(
     )(*rows, *weights)
     parts = results[len(outputs) :]
     return tuple(results[: len(outputs)]), tuple(
-        x.sum(0).reshape(like.shape) for x, like in zip(parts, sums, strict=True)
+        x.sum(0).reshape(like.shape) for x, like in zip(parts, sums_like, strict=True)
     )
 
 
@@ -220,11 +222,15 @@ def _whole(x):
 
 def _of_core(x):
     """Spec of an array [cores, ...] of which each core writes its part."""
-    return pl.BlockSpec((1, *x.shape[1:]), lambda core, step: (core, 0, 0))
+    rest = (0,) * (x.ndim - 1)
+    return pl.BlockSpec((1, *x.shape[1:]), lambda core, step: (core, *rest))
 
 
 def _compiler_params(interpret: bool) -> pltpu.CompilerParams:
-    """Options of the TPU compiler: VMEM limit, and the blocks of a core in order."""
+    """Options of the TPU compiler: a VMEM limit and the order of the grid.
+
+    The first axis is split over cores, and the second axis runs in order.
+    """
     capacity = 0 if interpret else pltpu.get_tpu_info().vmem_capacity_bytes
     vmem = int(VMEM_SHARE * capacity) or None
     return pltpu.CompilerParams(
@@ -238,25 +244,26 @@ def _body(kernel: Callable, groups: Sequence[Sequence], steps: int) -> Callable:
     The function zeroes the sums at a core's first block and writes them at its last.
 
     Args:
-      groups: arrays or shapes, grouped as the refs of the function are.
+      groups: one sequence per group of refs; only its length is used. The sums occur
+        twice, as outputs and as buffers in which a core adds them up.
     """
 
     def body(*refs):
         refs = list(refs)
         parts = [[refs.pop(0) for _ in group] for group in groups]
-        row_refs, weight_refs, out_refs, out_sums, sums, scratch = parts
+        row_refs, weight_refs, out_refs, out_sums, sum_refs, scratch = parts
         step = pl.program_id(1)
 
         @pl.when(step == 0)
         def _():
-            for ref in sums:
+            for ref in sum_refs:
                 ref[...] = jnp.zeros_like(ref)
 
-        kernel(row_refs, weight_refs, out_refs, sums, scratch)
+        kernel(row_refs, weight_refs, out_refs, sum_refs, scratch)
 
         @pl.when(step == steps - 1)
         def _():
-            for out, total in zip(out_sums, sums, strict=True):
+            for out, total in zip(out_sums, sum_refs, strict=True):
                 out[0] = total[...].astype(out.dtype)
 
     return body

@@ -25,6 +25,10 @@ class ModelInfo:
     mean, std: one number per channel, for pixel values multiplied by `scale`.
     scale: factor from stored pixel values to the range of mean and std.
     channels: number of image channels.
+    interpolation, antialias: resize filter, and whether it is widened for downscaling.
+    value_range: values of black and white in images with more than 8 bits; (): the
+      whole range of 16 bits.
+    dtype: dtype of the pixels before normalization, "uint8", "uint16" or "float32".
     """
 
     class_names: tuple[str, ...]
@@ -34,6 +38,10 @@ class ModelInfo:
     std: tuple[float, ...]
     scale: float
     channels: int
+    interpolation: str = "bicubic"
+    antialias: bool = True
+    value_range: tuple[float, ...] = ()
+    dtype: str = "uint8"
 
 
 def make_info(
@@ -44,6 +52,10 @@ def make_info(
     mean: Sequence[float] = IMAGENET_MEAN,
     std: Sequence[float] = IMAGENET_STD,
     scale: float = 1 / 255,
+    interpolation: str = "bicubic",
+    antialias: bool = True,
+    value_range: Sequence[float] = (),
+    dtype: str = "uint8",
     **_: Any,
 ) -> ModelInfo:
     """Return the info of a model; the defaults are ImageNet's.
@@ -64,6 +76,10 @@ def make_info(
         std=tuple(map(float, std)),
         scale=float(scale),
         channels=config.in_channels,
+        interpolation=interpolation,
+        antialias=antialias,
+        value_range=tuple(map(float, value_range)),
+        dtype=dtype,
     )
 
 

@@ -11,8 +11,9 @@ from jax.experimental.xla_metadata import set_xla_metadata
 from jax.sharding import AxisType
 
 from hivit_jax.kernels import dispatch
+from hivit_jax.models.attention import Attention
 from hivit_jax.models.config import RunOptions
-from hivit_jax.models.layers import INIT, Attention, Mlp, drop_path
+from hivit_jax.models.layers import INIT, Mlp, drop_path
 from hivit_jax.models.norms import LayerNorm
 from hivit_jax.models.positions import Grid
 from hivit_jax.models.windows import Windows
@@ -117,8 +118,8 @@ class AttentionBlock(MlpBlock):
         """
         with jax.named_scope("attention"):
             drop = drop_path_rate, drop_path_keys, 2 * block_index + 1
-            fused = dispatch.attention(x, self.norm1, self.attn, key_mask, kernels)
             options = relative_index, key_mask, kernels
+            fused = dispatch.attention(x, self.norm1, self.attn, *options)
             return _add_branch(
                 x, lambda: self.attn(self.norm1(x), *options), fused, drop
             )
@@ -133,9 +134,14 @@ def _add_branch(x, plain, fused, drop):
       drop: further arguments of `drop_path`.
     """
     drop_path_rate, drop_path_keys, _ = drop
-    if fused and (drop_path_rate is None or drop_path_keys is None):
+    if fused is None:
+        return x + drop_path(plain(), *drop)
+    if drop_path_rate is None or drop_path_keys is None:
         return fused(True)
-    return x + drop_path(fused(False) if fused else plain(), *drop)
+    # Adds matrices, for the reason given in `drop_path`.
+    rows = -1, x.shape[-1]
+    branch = drop_path(fused(False), *drop).reshape(rows)
+    return (x.reshape(rows) + branch).reshape(x.shape)
 
 
 def run_blocks(

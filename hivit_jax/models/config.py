@@ -201,7 +201,7 @@ class HiViTConfig(EncoderConfig):
 class ClassifierConfig(HiViTConfig):
     """Sizes of encoder and head.
 
-    num_classes: classes of the head, or 0 for no head.
+    num_classes: classes of the head; 0: no head, or in a recipe, those of the dataset.
     fc_norm: LayerNorm between pooling and head. MMPretrain's HiViT has none.
     running_norm: replace `fc_norm` by a `BatchNorm` without scale and bias, for a
       linear probe. This follows MAE's ``main_linprobe.py``, with eps 1e-6.

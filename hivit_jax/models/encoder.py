@@ -92,9 +92,12 @@ class Encoder(nnx.Module):
           ConfigError: image size or channels differ from the config's; another
             argument does not have the shape above; `ids_keep` with attention windows.
         """
-        *outputs, x, relative_index = self._stem(images, ids_keep, drop_path_keys)
+        *outputs, x = self._stem(images, ids_keep, drop_path_keys)
         if key_mask is not None:
             check_shape("key_mask", key_mask, "[B, K]", *x.shape[:2])
+        relative_index = None
+        if ids_keep is not None and self.config.relative_position:
+            relative_index = positions.relative_position_index(ids_keep, self.grid)
         with jax.named_scope("main"):
             x = self._run_stage(
                 len(self.stages) - 1,
@@ -108,8 +111,7 @@ class Encoder(nnx.Module):
     def _stem(self, images, ids_keep=None, drop_path_keys=None):
         """Return the outputs of all stages but the last, and the last stage's input.
 
-        The input has the shape [B, K, E]. A further output, the last one, is the index
-        of `positions.relative_position_index`, or None.
+        The input has the shape [B, K, E]; [B, 1+K, E] with a class token.
         """
         raise NotImplementedError
 
@@ -136,20 +138,18 @@ class Encoder(nnx.Module):
             )
 
     def _select_units(self, images, ids_keep):
-        """Return units, positions and ids of all units or of those in `ids_keep`.
+        """Return pixels and positions of all units or of those in `ids_keep`.
 
         Returns:
           units: [B, K, P*P*C], pixels.
           position: [K, E] or [B, K, E], position of each unit; the second in compute
             dtype.
-          ids: int [K] or [B, K], indices of the units.
         """
         dtype = jnp.dtype(self.run_options.dtype)
         units = positions.patchify(images, self.config.patch_size)  # [B, N, P*P*C]
         position = self._position_table()  # [N, E]
         if count := self.config.class_tokens:
             position = position[count:]
-        ids = jnp.arange(len(position))  # [N]
         if ids_keep is not None:
             units = positions.gather_tokens(units, ids_keep)  # [B, K, P*P*C]
             # A matrix product, because the gradient of a gather is a scatter-add.
@@ -160,8 +160,7 @@ class Encoder(nnx.Module):
             position = jnp.matmul(
                 one_hot, position.astype(dtype), precision="highest"
             )  # [B, K, E]
-            ids = ids_keep
-        return units, position, ids
+        return units, position
 
     def _position_table(self):
         """Return the position table; a fixed table has no gradient."""
@@ -223,12 +222,12 @@ class Encoder(nnx.Module):
         Args:
           attention: also return attention weights.
         """
-        *_, x, index = self._stem(images)
+        *_, x = self._stem(images)
         layers = []
         for block in self.stages[-1]:
             weights = None
             if attention:
-                weights = block.attn.probabilities(block.norm1(x), index)
-            x = run_blocks([block], x, self.run_options, relative_index=index)
+                weights = block.attn.probabilities(block.norm1(x))
+            x = run_blocks([block], x, self.run_options)
             layers.append(BlockOutput(x, weights))
         return layers

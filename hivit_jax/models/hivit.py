@@ -84,14 +84,10 @@ class HiViT(Encoder):
 
     @jax.named_scope("embedding")
     def _stem(self, images, ids_keep=None, drop_path_keys=None):
-        """Return the stem stages' outputs, the main stage's input and relative index.
-
-        The input has the shape [B, K, E]. The index is that of
-        `positions.relative_position_index`.
-        """
+        """Return the outputs of the stem stages, and main stage input [B, K, E]."""
         self._check_images(images, ids_keep, drop_path_keys)
         config, dtype = self.config, jnp.dtype(self.run_options.dtype)
-        units, position, ids = self._select_units(images, ids_keep)
+        units, position = self._select_units(images, ids_keep)
         cells = positions.units_to_cells(
             units.astype(dtype), config.patch_size, config.inner_patches
         )
@@ -104,4 +100,4 @@ class HiViT(Encoder):
             x = merge(x)
         x = x.reshape(*units.shape[:2], config.embed_dim)  # [B, K, E]
         x = x + position.reshape(-1, *x.shape[1:]).astype(dtype)
-        return *outputs, x, positions.relative_position_index(ids, self.grid)
+        return *outputs, x

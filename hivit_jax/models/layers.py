@@ -1,7 +1,7 @@
-"""Layers of HiViT: linear, GELU, drop path, MLP, attention, patch embedding and merge.
+"""Layers: linear, GELU, drop path, MLP, patch embedding and merge.
 
 Parameters are float32. `dtype` is the dtype of matrix products and of block outputs.
-LayerNorm statistics and the softmax are always float32.
+LayerNorm statistics are always float32.
 """
 
 import math
@@ -12,13 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from hivit_jax.kernels import attention_xla, dispatch
 from hivit_jax.kernels.numerics import gelu_slope, normal_cdf
-from hivit_jax.models import positions
 from hivit_jax.models.arguments import make_key
 from hivit_jax.models.norms import LayerNorm
-from hivit_jax.models.positions import Grid
-from hivit_jax.models.windows import Windows
 
 # Not truncated, because the official trunc_normal_(std=.02) truncates at an absolute
 # value of 2, which is 100 standard deviations.
@@ -92,8 +88,9 @@ def drop_path(
 
     scale = jax.vmap(keep)(drop_path_keys).astype(x.dtype) / keep_prob.astype(x.dtype)
     rows = math.prod(x.shape[:-1]) // max(len(scale), 1)
-    per_sample = x.reshape(len(scale), rows, x.shape[-1])
-    return (per_sample * scale[:, None, None]).reshape(x.shape)
+    # As a matrix, because XLA:TPU pads the tokens of each image to whole tiles.
+    matrix = x.reshape(-1, x.shape[-1]) * jnp.repeat(scale, rows)[:, None]
+    return matrix.reshape(x.shape)
 
 
 @jax.custom_jvp
@@ -122,122 +119,6 @@ class Mlp(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         hidden = self.fc1(x.reshape(-1, x.shape[-1]))
         return self.fc2(gelu(hidden)).reshape(x.shape)
-
-
-class Attention(nnx.Module):
-    """Multi-head self-attention over units, with optional relative position bias.
-
-    Args:
-      grid: grid of units of the image, or of a window if there are windows; None: no
-        relative position bias.
-      windows: windows that attention is limited to; None: global attention.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        grid: Grid | None,
-        windows: Windows | None = None,
-        *,
-        dtype,
-        rngs: nnx.Rngs,
-        kernel_init=INIT,
-    ):
-        self.windows = windows
-        # The kernel has a head axis, [C, 3, heads, C/heads], so that heads can be
-        # sharded. Flattened, it is the official [q | k | v] matrix.
-        self.qkv = nnx.LinearGeneral(
-            dim,
-            (3, num_heads, dim // num_heads),
-            kernel_init=kernel_init,
-            dtype=dtype,
-            rngs=rngs,
-        )
-        self.proj = Linear(dim, dim, kernel_init=kernel_init, dtype=dtype, rngs=rngs)
-        if grid is None:
-            self.relative_position_bias_table = None
-        else:
-            rows = (2 * grid[0] - 1) * (2 * grid[1] - 1)
-            table = INIT(rngs.params(), (rows, num_heads), jnp.float32)
-            self.relative_position_bias_table = nnx.Param(table)
-
-    def __call__(
-        self,
-        x: jax.Array,
-        relative_index: jax.Array | None = None,
-        key_mask: jax.Array | None = None,
-        kernels: str = "plain",
-    ) -> jax.Array:
-        """Return the attention output, [B, K, C] -> [B, K, C].
-
-        Args:
-          relative_index: int [K, K] or [B, K, K], rows of the relative position table;
-            ignored with windows, which compute their own.
-          key_mask: [B, K], nonzero for keys that may be attended to. If a sample or a
-            window has no such key, its softmax is uniform and not NaN.
-          kernels: see `RunOptions`.
-        """
-        q, k, v, bias, mask = self._softmax_inputs(x, relative_index, key_mask)
-        out = attention_xla.dot_product_attention(
-            q, k, v, bias=bias, mask=mask, choice=kernels
-        )
-        if self.windows is not None:
-            out = self.windows.merge(out)
-        return self.proj(out.reshape(x.shape))
-
-    def probabilities(
-        self,
-        x: jax.Array,
-        relative_index: jax.Array | None = None,
-        key_mask: jax.Array | None = None,
-    ) -> jax.Array:
-        """Return the attention weights, float32 [B, heads, K, K].
-
-        The query axis is before the key axis, and each row sums to 1. With W windows of
-        S units, the shape is [B, W, heads, S, S]; rows of padding have no meaning.
-        Arguments are those of `__call__`.
-        """
-        q, k, _, bias, mask = self._softmax_inputs(x, relative_index, key_mask)
-        weights, sums = attention_xla.unnormalized_softmax(q, k, bias, mask)
-        weights = weights / sums
-        if self.windows is not None:
-            rows, columns = self.windows.counts
-            weights = weights.reshape(len(x), rows * columns, *weights.shape[1:])
-        return weights
-
-    def _project_qkv(self, x):
-        """Return q, k, v as one array, [B, K, C] -> [B, K, 3, heads, C/heads]."""
-        rows = x.reshape(-1, x.shape[-1])
-        if dispatch.heads_are_sharded():
-            rows = self.qkv(rows)
-        else:  # one product of matrices, for the reasons given in `RowLinear`
-            kernel = self.qkv.kernel[...].reshape(x.shape[-1], -1).astype(x.dtype)
-            rows = rows @ kernel + self.qkv.bias[...].reshape(1, -1).astype(x.dtype)
-        return rows.reshape(*x.shape[:2], *self.qkv.bias.shape)
-
-    def _softmax_inputs(self, x, relative_index, key_mask):
-        """Return q, k, v, [B, K, heads, C/heads] each, and bias and mask.
-
-        Bias and mask broadcast over [B, heads, K, K], or are None. With windows, B*W
-        takes the place of B, and S that of K (see `Windows`).
-        """
-        qkv = self._project_qkv(x)  # [B, K, 3, heads, C/heads]
-        if self.windows is not None:
-            qkv = self.windows.partition(qkv)
-            # `partition` pads the mask with zeros, so that padding is not attended to.
-            key_mask = jnp.ones(x.shape[:2], bool) if key_mask is None else key_mask
-            key_mask = self.windows.partition(key_mask)
-            units = jnp.arange(qkv.shape[1])
-            relative_index = positions.relative_position_index(units, self.windows.size)
-        q, k, v = (qkv[:, :, i] for i in range(3))
-        bias = None
-        if self.relative_position_bias_table is not None:
-            bias = self.relative_position_bias_table[...][relative_index]
-            bias = jnp.moveaxis(bias, -1, -3)  # [(B,) heads, K, K]
-            bias = bias if bias.ndim == 4 else bias[None]
-        mask = None if key_mask is None else (key_mask != 0)[:, None, None, :]
-        return q, k, v, bias, mask
 
 
 class PatchEmbed(nnx.Module):

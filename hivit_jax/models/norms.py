@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AxisType
 
-from hivit_jax.kernels.numerics import normalized_tangent
+from hivit_jax.kernels.numerics import normalize_jvp
 from hivit_jax.models.arguments import check_shape
 
 
@@ -56,7 +56,7 @@ def _layer_norm_jvp(eps, dtype, primals, tangents):
         # the summands of the scale's gradient to memory in float32.
         x, scale, mean, inverse = jax.lax.optimization_barrier(saved)
         x_hat = (x.astype(jnp.float32) - mean) * inverse
-        dx_hat = normalized_tangent(dx.astype(jnp.float32), x_hat, inverse)
+        dx_hat = normalize_jvp(dx.astype(jnp.float32), x_hat, inverse)
         scale, dscale, dbias = (_like_rows(w, x) for w in (scale, dscale, dbias))
         return (dx_hat * scale + x_hat * dscale + dbias).astype(dtype)
 

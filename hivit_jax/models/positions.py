@@ -140,3 +140,23 @@ def relative_position_index(ids: jax.Array, grid: Grid) -> jax.Array:
     row = row[..., :, None] - row[..., None, :] + grid[0] - 1
     column = column[..., :, None] - column[..., None, :] + grid[1] - 1
     return row * (2 * grid[1] - 1) + column
+
+
+def relative_position_bias(table: jax.Array, grid: Grid) -> jax.Array:
+    """Return the relative position bias of all units, row-major: [heads, N, N].
+
+    It equals the rows `relative_position_index` of the table. Only slices are copied,
+    because the gradient of a gather is a scatter-add, which TPUs execute serially.
+
+    Args:
+      table: [(2*Gh-1)*(2*Gw-1), heads].
+    """
+    (height, width), heads = grid, table.shape[1]
+    # In a reversed table, the entries of a query are in the order of its keys.
+    x = table.T.reshape(heads, 2 * height - 1, 2 * width - 1)[:, ::-1, ::-1]
+    starts = range(width - 1, -1, -1)
+    x = jnp.stack([x[:, :, i : i + width] for i in starts], 1)
+    x = x.reshape(heads, width, -1)  # [heads, Gw of queries, (2*Gh-1) * Gw of keys]
+    starts = range((height - 1) * width, -1, -width)
+    x = jnp.stack([x[:, :, i : i + height * width] for i in starts], 1)
+    return x.reshape(heads, height * width, height * width)

@@ -37,6 +37,7 @@ class ViTConfig(EncoderConfig):
 
     class_tokens: ClassVar[int] = 1
     inner_patches: ClassVar[int] = 1
+    relative_position: ClassVar[bool] = False
     multi_scale: ClassVar[bool] = False
 
     depth: int = setting(low=1, high=1000)
@@ -144,15 +145,15 @@ class ViT(Encoder):
 
     @jax.named_scope("embedding")
     def _stem(self, images, ids_keep=None, drop_path_keys=None):
-        """Return the tokens [B, 1+K, E], the class token first, and None."""
+        """Return the tokens [B, 1+K, E], the class token first, in a tuple."""
         self._check_images(images, ids_keep, drop_path_keys)
         dtype = jnp.dtype(self.run_options.dtype)
-        units, position, _ = self._select_units(images, ids_keep)
+        units, position = self._select_units(images, ids_keep)
         rows = self.patch_embed(units.astype(dtype).reshape(-1, units.shape[-1]))
         x = rows.reshape(*units.shape[:2], -1) + position.astype(dtype)  # [B, K, E]
         token = self.cls_token[...] + self._position_table()[0]
         token = jnp.broadcast_to(token.astype(dtype), (len(x), 1, x.shape[-1]))
-        return jnp.concatenate([token, x], axis=1), None
+        return (jnp.concatenate([token, x], axis=1),)
 
 
 class ViTClassifier(Classifier):

@@ -28,6 +28,11 @@ class Windows:
         return -(-self.grid[0] // self.size[0]), -(-self.grid[1] // self.size[1])
 
     @property
+    def is_padded(self) -> bool:
+        """True if the grid is not a multiple of the window size."""
+        return bool(self.grid[0] % self.size[0] or self.grid[1] % self.size[1])
+
+    @property
     def pairs(self) -> int:
         """Number of query-key pairs that attention computes, including padding."""
         return self.counts[0] * self.counts[1] * (self.size[0] * self.size[1]) ** 2

@@ -93,11 +93,61 @@ def schedule(steps: np.ndarray, learning_rates: np.ndarray) -> np.ndarray:
     return _pixels(figure)
 
 
+def confusion_matrix(matrix: np.ndarray, names: Sequence[str]) -> np.ndarray:
+    """Plot a confusion matrix [classes, classes], true x predicted, as fractions.
+
+    Up to 40 classes are named, and up to 15 have numbers in their cells.
+    """
+    count = len(names)
+    side = min(max(4.0, 1.5 + 0.4 * count), 14.0)
+    figure = _figure(side, side)
+    axis = figure.subplots()
+    axis.imshow(matrix / np.maximum(matrix.sum(1, keepdims=True), 1), "Blues", vmin=0)
+    axis.set_xlabel("predicted class")
+    axis.set_ylabel("true class")
+    if count <= 40:
+        names = [name.replace("$", r"\$") for name in names]  # no formulas
+        axis.set_xticks(range(count), names, rotation=90)
+        axis.set_yticks(range(count), names)
+    if count <= 15:
+        for (row, column), value in np.ndenumerate(matrix):
+            color = "white" if 2 * value > matrix[row].sum() else "black"
+            style = dict(ha="center", va="center", fontsize=8, color=color)
+            axis.text(column, row, f"{value}" if value else "", **style)
+    return _pixels(figure)
+
+
+def titled_images(images: np.ndarray, titles: Sequence[str]) -> np.ndarray:
+    """Plot images [n, H, W, C] in 0..1 with titles, six per row."""
+    rows = -(-len(images) // 6)
+    figure = _figure(9.6, 2.0 * rows)
+    axes = figure.subplots(rows, 6, squeeze=False).flat
+    for axis, pixels, title in zip(axes, images, titles, strict=False):
+        _show(axis, pixels)
+        axis.set_title(title.replace("$", r"\$"), fontsize=7)
+    for axis in axes:
+        axis.set_axis_off()
+    return _pixels(figure)
+
+
 def image_grid(images: np.ndarray) -> np.ndarray:
     """Plot images [16, H, W, C] in 0..1, four per row."""
     figure = _figure(6.4, 6.4)
     for axis, pixels in zip(figure.subplots(4, 4).flat, images, strict=True):
         _show(axis, pixels)
+    return _pixels(figure)
+
+
+def contact_sheet(rows: Mapping[str, np.ndarray], columns: int) -> np.ndarray:
+    """Plot a row of images [n, H, W, C] in 0..1 for each name, n <= columns."""
+    figure = _figure(1.5 + columns, 0.3 + len(rows))
+    axes = figure.subplots(len(rows), columns, squeeze=False)
+    for axes_of_row, (name, images) in zip(axes, rows.items(), strict=True):
+        for axis in axes_of_row:
+            axis.set_axis_off()
+        for axis, pixels in zip(axes_of_row, images, strict=False):
+            _show(axis, pixels.clip(0, 1))
+        axes_of_row[0].set_title(name, fontsize=8, loc="left")
     return _pixels(figure)
 
 
@@ -133,8 +183,11 @@ def _figure(width: float, height: float) -> Any:
 
 
 def _show(axis: Any, pixels: np.ndarray) -> None:
-    """Draw an image [H, W, C] without axes; one channel is drawn in gray."""
-    pixels = pixels[..., 0] if pixels.shape[-1] == 1 else pixels
+    """Draw an image [H, W, C] without axes.
+
+    One or two channels are drawn in gray; of more than three, the first three.
+    """
+    pixels = pixels[..., 0] if pixels.shape[-1] < 3 else pixels[..., :3]
     axis.imshow(pixels, cmap="gray", vmin=0, vmax=1)
     axis.set_axis_off()
 

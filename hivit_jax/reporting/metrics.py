@@ -44,11 +44,11 @@ class Writer:
     def scalars(self, step: int, values: Scalars) -> None:
         """Append a line to metrics.jsonl and a point to every TensorBoard curve.
 
-        Does nothing if metrics.jsonl already contained a line with this step and these
-        names when the run resumed.
+        Does nothing without values, or if metrics.jsonl already contained a line with
+        this step and these names when the run resumed.
         """
         line = {"step": step, **values}
-        if (step, *sorted(line)) in self._written:
+        if not values or (step, *sorted(line)) in self._written:
             return
         text = json.dumps(line) + "\n"
         if self._file:

@@ -4,7 +4,7 @@ The rest of the package uses a task only through this interface. `docs/own_task.
 explains how to write one.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import optax
 
-from hivit_jax.data.sources.base import DatasetInfo
+from hivit_jax.data.sources.base import DatasetInfo, Source
 from hivit_jax.data.transforms import Transform
 from hivit_jax.errors import ConfigError
 from hivit_jax.models import Model, create_model
@@ -36,9 +36,12 @@ class Task:
       fresh: name prefixes of parameters that are always newly initialized, even if the
         pretrained model contains them.
       head_scale: factor on the standard deviation, 0.02, of a newly initialized head.
+      passes: cost of a training step in forward passes; 3: the backward pass costs two.
       decayed, undecayed: last components of the names of the parameters with and
         without weight decay.
       model_class: required class of the registered model; None: any model.
+      config: the config; `model.num_classes=0` is replaced by the dataset's number.
+      needs_labels: True if the images must have labels.
     """
 
     keys: Mapping[str, Any] = {}
@@ -46,9 +49,11 @@ class Task:
     best: tuple[str, str] = ("eval/loss", "min")
     fresh: tuple[str, ...] = ()
     head_scale: float = 1.0
+    passes: int = 3
     decayed: tuple[str, ...] = ()
     undecayed: tuple[str, ...] = ()
     model_class: type[Model] | None = None
+    needs_labels: bool = False
 
     @classmethod
     def check(cls, config: Any) -> None:
@@ -65,8 +70,17 @@ class Task:
         return 1
 
     def __init__(self, config: Any, data: DatasetInfo):
-        self.config, self.data = config, data
         num_classes = config.model.get("num_classes")
+        if num_classes == 0:  # of the dataset
+            num_classes = len(data.classes)
+            config = config.copy_and_resolve_references()
+            config.model.num_classes = num_classes
+            if not num_classes:
+                raise ConfigError(
+                    f"model.num_classes=0, the number of classes of {config.data.name}"
+                    ", which is unknown; set model.num_classes"
+                )
+        self.config, self.data = config, data
         if num_classes and num_classes < len(data.classes):
             raise ConfigError(
                 f"model.num_classes={num_classes}; expected at least "
@@ -205,6 +219,32 @@ class Task:
     def write_predictions(self, records: list[Any], out: Path) -> None:
         """Write the records of `predict_step` into the directory `out`."""
         raise NotImplementedError
+
+    def stream_predictions(
+        self, batches: Iterator[Mapping[str, np.ndarray]], out: Path, source: Source
+    ) -> None:
+        """Write predictions to `out` while they are computed.
+
+        By default, `write_predictions` writes the records of all readable images.
+
+        Args:
+          batches: rows of `predict_step` and of "index", "name", "label" (-1: unknown)
+            and "error" ("": the image is readable; otherwise its other rows have no
+            meaning).
+          out: path that the user gave.
+          source: the images.
+
+        Raises:
+          ConfigError: `out` does not suit the task.
+          OSError: a file cannot be written.
+        """
+        records = []
+        for rows in batches:
+            readable = rows["error"] == ""
+            rows = {k: v for k, v in rows.items() if k not in ("error", "label")}
+            records += self.records({k: v[readable] for k, v in rows.items()})
+        out.mkdir(parents=True, exist_ok=True)
+        self.write_predictions(records, out)
 
 
 def weighted_sums(values: PerSample, weight: jax.Array) -> Sums:

@@ -1,7 +1,6 @@
 """Classification: finetuning from a pretrained encoder, or training from scratch."""
 
-import csv
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,16 @@ import optax
 from hivit_jax import rng
 from hivit_jax.augment import image as image_ops
 from hivit_jax.augment import mixing
+from hivit_jax.data.sources.base import Source
+from hivit_jax.data.transforms import evaluation_image
 from hivit_jax.errors import ConfigError
 from hivit_jax.keys import Key
+from hivit_jax.models import configure
 from hivit_jax.models.classifier import Classifier
 from hivit_jax.rng import Keys
+from hivit_jax.tasks import predictions
 from hivit_jax.tasks.base import PerSample, Rows, Sums, Task, weighted_sums
+from hivit_jax.tasks.defaults import model_arguments, pixel_scale
 
 
 class Classification(Task):
@@ -46,6 +50,7 @@ class Classification(Task):
         "relative_position_bias_table",
     )
     model_class = Classifier
+    needs_labels = True
 
     @classmethod
     def check(cls, config: Any) -> None:
@@ -123,24 +128,20 @@ class Classification(Task):
         """Return {"probabilities": float32 [B, classes]}."""
         return {"probabilities": jax.nn.softmax(model(self.preprocess(batch)))}
 
-    def records(self, rows: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
-        """Return the name, most probable class and its probability of each image."""
-        if "probabilities" not in rows:
-            return []
-        names = dict(enumerate(self.data.classes))
-        records = []
-        for name, p in zip(rows["name"], rows["probabilities"], strict=True):
-            k = int(p.argmax())
-            best = {"class": names.get(k, str(k)), "probability": float(p[k])}
-            records.append({"name": str(name), **best})
-        return records
+    def stream_predictions(
+        self, batches: Iterator[Mapping[str, np.ndarray]], out: Path, source: Source
+    ) -> None:
+        """Write a table of the most probable classes; see `predictions.write`."""
+        data, classes = self.config.data, self.data.classes
+        model = configure(**model_arguments(self.config))[1]
+        names = [*classes, *map(str, range(len(classes), model.num_classes))]
 
-    def write_predictions(self, records: list[Any], out: Path) -> None:
-        """Write predictions.csv with the columns name, class and probability."""
-        with open(out / "predictions.csv", "w", newline="") as file:
-            writer = csv.DictWriter(file, ("name", "class", "probability"))
-            writer.writeheader()
-            writer.writerows(records)
+        def read(index):
+            options = model.image_shape, data.crop_pct, data.value_range, data.dtype
+            pixels = evaluation_image(source.sample(index)["image"], *options)
+            return np.clip(pixels / pixel_scale(data), 0, 1)
+
+        predictions.write(batches, out, names, read)
 
 
 def classification_metrics(logits: jax.Array, labels: jax.Array) -> PerSample:

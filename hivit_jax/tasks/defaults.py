@@ -9,7 +9,7 @@ import jax
 from hivit_jax import rng
 from hivit_jax.augment import image as image_ops
 from hivit_jax.augment import resample
-from hivit_jax.data.decoding import PIL_MODES
+from hivit_jax.augment.resample import MAXIMUM
 from hivit_jax.data.sources.base import DatasetInfo
 from hivit_jax.data.transforms import ImageTransform
 from hivit_jax.errors import ConfigError
@@ -31,22 +31,38 @@ def check_model(config: Any, model_class: type[Model]) -> None:
             f"task={config.task!r} with model.name={name!r}, which is a "
             f"{actual.__name__}; expected a {model_class.__name__}"
         )
-    model_config = configure(**model_arguments(config))[1]
-    if getattr(model_config, "num_classes", 1) == 0:
-        raise ConfigError("model.num_classes=0 (no head); expected 1 or more")
+    configure(**model_arguments(config))  # raises ConfigError for invalid values
+
+
+def pixel_scale(data: Any) -> float:
+    """Return the pixel value that becomes 1: `data.scale`, or white by `data.dtype`."""
+    return data.scale or float(MAXIMUM[data.dtype])
 
 
 def check_pixels(data: Any) -> None:
-    """Raise ConfigError for a mean or std that 8-bit images cannot have.
+    """Raise ConfigError for pixel keys that contradict each other.
 
     Args:
-      data: `config.data`; its mean and std refer to pixels divided by 255.
+      data: `config.data`; its mean and std refer to pixels divided by `pixel_scale`.
     """
-    for name in ("mean", "std"):
-        if not all(0 <= x <= 1 for x in data[name]):
+    if data.dtype == "float32" and not data.scale:
+        raise ConfigError(
+            "data.dtype='float32' with data.scale=0; expected data.scale, the pixel "
+            "value that becomes 1"
+        )
+    for name in ("value_range", "randaugment"):
+        if data.dtype != "uint8" and data[name]:
             raise ConfigError(
-                f"data.{name}={tuple(data[name])}; expected 0 to 1, because 8-bit "
-                "pixels are divided by 255; divide these values by 255 too"
+                f"data.{name}={data[name]} with data.dtype={data.dtype!r}; expected "
+                "data.dtype='uint8'"
+            )
+    limit, scale = MAXIMUM[data.dtype] / pixel_scale(data), f"{pixel_scale(data):g}"
+    pixels = "8-bit pixels" if data.dtype == "uint8" else "pixels"
+    for name in ("mean", "std"):
+        if data.dtype != "float32" and not all(0 <= x <= limit for x in data[name]):
+            raise ConfigError(
+                f"data.{name}={tuple(data[name])}; expected 0 to {limit:g}, because "
+                f"{pixels} are divided by {scale}; divide these values by {scale} too"
             )
 
 
@@ -65,20 +81,15 @@ def image_transform(config: Any, dataset: DatasetInfo, train: bool) -> ImageTran
     """Return the image transform for training or evaluation.
 
     Raises:
-      ConfigError: the number of channels does not suit the data or RandAugment, or
-        `data.canvas` is smaller than the model's image.
+      ConfigError: the number of channels does not suit RandAugment, or `data.canvas`
+        is smaller than the model's image.
     """
     data, model = config.data, config.model
     *size, channels = image_shape(model)
     randaugment = train and data.randaugment and dataset.encoded
-    if dataset.encoded and channels not in PIL_MODES:
-        raise ConfigError(
-            f"model.in_channels={channels} with data.name={data.name!r}; "
-            "expected 3 (color) or 1 (grayscale)"
-        )
     if randaugment and channels != 3:
         raise ConfigError(
-            f"data.randaugment with model.in_channels={channels}; expected 3"
+            f"data.randaugment with model.in_channels={channels}; expected 3 (RGB)"
         )
     if dataset.encoded and data.canvas and data.canvas < max(size):
         raise ConfigError(
@@ -101,6 +112,7 @@ def image_transform(config: Any, dataset: DatasetInfo, train: bool) -> ImageTran
         randaugment=randaugment,
         num_classes=model.get("num_classes") or 0,
         value_range=data.value_range,
+        dtype=data.dtype,
     )
 
 
@@ -112,7 +124,7 @@ def preprocess(config: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
         images = resample.resample(
             images, batch["box"], size, data.interpolation, data.antialias
         )
-    return image_ops.normalize(images, data.mean, data.std)
+    return image_ops.normalize(images, data.mean, data.std, pixel_scale(data))
 
 
 def random_flip(config: Any, images: jax.Array, keys: Keys) -> jax.Array:

@@ -32,6 +32,7 @@ class LinearProbe(Classification):
     }
     fresh = ("fc_norm/", "head/")
     head_scale = 0.01 / 0.02  # MAE's ``main_linprobe.py``
+    passes = 1  # the encoder is frozen
 
     @classmethod
     def check(cls, config: Any) -> None:

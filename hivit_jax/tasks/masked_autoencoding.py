@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from hivit_jax import rng
+from hivit_jax.data.sources.splits import NO_EVALUATION
 from hivit_jax.errors import ConfigError
 from hivit_jax.keys import Key
 from hivit_jax.models import configure
@@ -99,7 +100,9 @@ class MaskedAutoencoding(Task):
 
         data = self.config.data
         pixels = drawing.reconstruction_panels(**panels, mean=data.mean, std=data.std)
-        return {"reconstruction": drawing.reconstructions(pixels, "held-out images")}
+        held_out = data.eval_split not in (NO_EVALUATION, data.train_split or "train")
+        title = "held-out images" if held_out else "training images"
+        return {"reconstruction": drawing.reconstructions(pixels, title)}
 
     def _masking(self, model: MaskedAutoencoder, keys: Keys) -> dict[str, Any]:
         """Return the model arguments noise, [B, N], and mask_ratio."""

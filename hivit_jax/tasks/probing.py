@@ -12,6 +12,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from hivit_jax import inputs
 from hivit_jax.data.prefetch import prefetch_to_device
+from hivit_jax.data.sources.registry import open_source
+from hivit_jax.data.unreadable import check_unreadable
 from hivit_jax.distributed.sharding import make_mesh, state_shardings
 from hivit_jax.reporting.console import log
 from hivit_jax.tasks.base import Task
@@ -42,19 +44,10 @@ def nearest_neighbors(
     Raises:
       DataError: more images are unreadable than `data.max_unreadable` allows.
     """
-    task, mesh = inputs.make_task(config), make_mesh(config.mesh, config.batch_size)
-    encode = _make_encoder(config, task, mesh)
+    task = inputs.make_task(config, "train", "test")
+    mesh = make_mesh(config.mesh, config.batch_size)
+    encode = make_encoder(config, task, mesh, unit_length=True)
     num_classes = max(len(task.data.classes), config.model.get("num_classes") or 0)
-
-    def encode_split(split):
-        parts = []
-        for batch in prefetch_to_device(inputs.eval_batches(config, split), mesh):
-            parts.append(jax.device_get(encode(batch)))
-            heartbeat()
-        columns = map(np.concatenate, zip(*parts, strict=True))
-        features, labels, weight, unreadable = columns
-        inputs.check_unreadable(int(unreadable.sum()), config.data, split)
-        return features[weight > 0], labels[weight > 0]
 
     @jax.jit
     def classify(features, labels, train_features, train_labels):
@@ -65,8 +58,11 @@ def nearest_neighbors(
         scores = (jnp.exp(cosine / temperature)[..., None] * votes).sum(1)
         return topk_correct(scores, labels)
 
-    train_set = jax.device_put(encode_split("train"))
-    features, labels = encode_split("test")
+    train, (features, labels) = (
+        encode_split(config, encode, mesh, split, heartbeat)
+        for split in ("train", "test")
+    )
+    train_set = jax.device_put(train)
     count = len(features)
     parts = (slice(i, i + 256) for i in range(0, count, 256))
     chunks = [
@@ -81,12 +77,44 @@ def nearest_neighbors(
     return {"knn/top1": top1, "knn/top5": top5, "knn/count": count}
 
 
-def _make_encoder(config: Any, task: Task, mesh: Mesh) -> Callable:
+def encode_split(
+    config: Any,
+    encode: Callable,
+    mesh: Mesh,
+    split: str,
+    heartbeat: Callable[[], None],
+) -> tuple[np.ndarray, np.ndarray]:
+    """Encode every readable image of a split once: features [n, E] and labels [n].
+
+    Args:
+      encode: result of `make_encoder`.
+      heartbeat: called after every batch.
+
+    Raises:
+      DataError: more images are unreadable than `data.max_unreadable` allows.
+    """
+    parts = []
+    for batch in prefetch_to_device(inputs.eval_batches(config, split), mesh):
+        parts.append(jax.device_get(encode(batch)))
+        heartbeat()
+    columns = map(np.concatenate, zip(*parts, strict=True))
+    features, labels, weight, unreadable = columns
+    check_unreadable(int(unreadable.sum()), config.data, split)
+    return features[weight > 0], labels[weight > 0]
+
+
+def make_encoder(config: Any, task: Task, mesh: Mesh, unit_length: bool) -> Callable:
     """Return a function from a batch to (features, labels, weights, unreadable).
 
-    Features, [B, E], have length 1; the others are [B]. All are replicated on all
-    devices.
+    Features are float32 [B, E]; the others are [B]. All are replicated on all devices.
+
+    Args:
+      unit_length: divide the features of each image by their length.
+
+    Raises:
+      ConfigError: the images have no labels.
     """
+    inputs.check_labels(config, open_source(config.data, "train"))
     pretrained = load.read_for(config.model, config.init_from)
     model = nnx.eval_shape(task.build_model)
     graphdef = split_state(model)[0]
@@ -106,7 +134,8 @@ def _make_encoder(config: Any, task: Task, mesh: Mesh) -> Callable:
         if first := model.config.class_tokens:
             tokens = tokens[:, first:]  # [B, N, E]
         features = tokens.astype(jnp.float32).mean(1)
-        length = jnp.linalg.norm(features, axis=-1, keepdims=True)
-        return features / length, batch["label"], batch["weight"], batch["unreadable"]
+        if unit_length:
+            features /= jnp.linalg.norm(features, axis=-1, keepdims=True)
+        return features, batch["label"], batch["weight"], batch["unreadable"]
 
     return partial(encode, variables)

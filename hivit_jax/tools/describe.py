@@ -1,4 +1,4 @@
-"""Describe a recipe: config, parameters, cost, schedule. Does not run the model."""
+"""Describe a recipe: config, parameters, cost, schedule, hours. Runs no model."""
 
 from collections import defaultdict
 from pathlib import Path
@@ -22,6 +22,7 @@ from hivit_jax.training.schedule import (
     warmup_steps,
 )
 from hivit_jax.tree import named_leaves, split, split_state
+from hivit_jax.xla.chips import CHIPS
 
 
 def describe(config: Any) -> str:
@@ -32,6 +33,7 @@ def describe(config: Any) -> str:
     warnings = task.warnings(*inputs.count_steps(config, images_per_epoch))
     head = ["\n".join(f"warning: {line}" for line in warnings)] if warnings else []
     tables = [parameter_table(model), cost_table(task, model), schedule_table(config)]
+    tables.append(hours_table(config, task, model))
     return "\n\n".join([*head, configs.to_json(config).rstrip(), *tables])
 
 
@@ -123,6 +125,28 @@ def schedule_table(config: Any) -> str:
     half, three_quarters = total_steps // 2, total_steps * 3 // 4
     for step in sorted({0, warmup, half, three_quarters, total_steps}):
         lines.append(f"  step {step:>9,}  {float(schedule(step)):.3e}")
+    return "\n".join(lines)
+
+
+def hours_table(config: Any, task: tasks.Task, model: Model) -> str:
+    """Return the run's throughput and hours at the bfloat16 peaks of known chips.
+
+    Counts the multiply-adds of `Task.passes` forward passes, but not memory traffic,
+    recomputation, evaluation and reading of images.
+    """
+    _, total_steps, _ = resolved_schedule(config)
+    images = total_steps * config.batch_size
+    flops = 2 * task.passes * task.macs(model)
+    lines = [
+        f"about {flops / 1e9:,.1f} GFLOP per training image; at the bfloat16 peak of a "
+        "chip, which no run reaches:",
+        f"{'':8}{'images/s per chip':>18}{'hours, 1 chip':>15}{'hours, 8 chips':>16}",
+    ]
+    for name, chip in CHIPS.items():
+        speed = chip.flops / flops
+        hours = images / speed / 3600
+        lines.append(f"{name:8}{speed:18,.0f}{hours:15,.2f}{hours / 8:16,.2f}")
+    lines.append("--mode compile --topology=v5e:8 (or another) includes memory traffic")
     return "\n".join(lines)
 
 

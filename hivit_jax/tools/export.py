@@ -2,13 +2,16 @@
 
 The file contains the program and the parameters, for any batch size. It is serialized
 StableHLO, which `jax.export` runs without this package, or ONNX if B ends in ``.onnx``.
+Class names and preprocessing (`describe_images`) are the metadata of the ONNX file.
+StableHLO files have no metadata, so they are written to B.json.
 """
 
+import json
 import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +87,14 @@ def export_onnx(model: Model, what: str = "classifier") -> bytes:
         output_names=["logits"] if what == "classifier" else strides,
         model_name="hivit",
     )
+    for key, value in describe_images(model).items():
+        onnx.metadata_props.add(key=key, value=json.dumps(value))
     return onnx.SerializeToString()
+
+
+def describe_images(model: Model) -> dict[str, Any]:
+    """Return `model.info` as JSON values: class names, size, crop, mean, std, ...."""
+    return json.loads(json.dumps(asdict(model.info)))
 
 
 def load_exported(path: str | Path) -> Callable[[Any], Any]:
@@ -241,6 +251,9 @@ def run(argv: Sequence[str] | None) -> None:
             difference = compare(model, flags.what, part)
             comparison = f"largest difference from the model {difference:.1e}"
         part.replace(out)
+        if not onnx:
+            text = json.dumps(describe_images(model), indent=2) + "\n"
+            out.with_name(f"{out.name}.json").write_text(text)
     except OSError as error:
         raise ConfigError(f"--out={out}: {error.strerror}") from error
     finally:

@@ -1,92 +1,96 @@
-"""Write predictions: ``python -m hivit_jax.tools.predict --checkpoint PATH --out DIR``.
+"""Write predictions for image files; `USAGE` shows the command."""
 
-The task of the checkpoint determines which files are written to DIR.
-"""
-
+import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
-import numpy as np
 from flax import nnx
 
-from hivit_jax import config as configs
-from hivit_jax import evaluate, inputs, platforms
-from hivit_jax.data.prefetch import prefetch_to_device
-from hivit_jax.data.sources import folder, registry
-from hivit_jax.distributed.sharding import make_mesh
-from hivit_jax.errors import (
-    CheckpointError,
-    ConfigError,
-    DataError,
-    Parser,
-    run_command,
-)
-from hivit_jax.paths import expand
+from hivit_jax import evaluate, platforms
+from hivit_jax.errors import ConfigError, run_command
 from hivit_jax.reporting.console import log
+from hivit_jax.tools import files
 from hivit_jax.tools.outputs import output_path
 from hivit_jax.weights import load
 
+USAGE = """\
+python -m hivit_jax.tools.predict --checkpoint PATH --out OUT [IMAGE|DIRECTORY ...]
+              [--batch_size N]
+
+--checkpoint  workdir of a run, checkpoint, directory written by save_pretrained, .pth
+              or .safetensors file, or hf://ORGANIZATION/NAME
+IMAGE|DIRECTORY
+              images; directories are searched recursively. Default: the test split of
+              the training's dataset
+--out         of a classifier: a file that ends in .csv or .jsonl. Images below a
+              directory with the name of a class are labeled. With labels, accuracy,
+              class table, confusion matrix and worst images are written beside it.
+              Of your own task: a directory
+--batch_size  default: that of the training, at most 64
+
+exit codes: 0 finished, 2 bad flag or path, 4 no image could be read,
+            5 no usable checkpoint
+"""
+
 
 def predict(
-    checkpoint: str | Path, out: str | Path, images: str | Path | None = None
+    checkpoint: str | Path,
+    out: str | Path,
+    images: Sequence[str | Path] = (),
+    batch_size: int = 0,
 ) -> int:
-    """Write the predictions of a trained model into a directory.
+    """Write the predictions of a trained model; the task determines the format.
 
     Args:
-      checkpoint: a workdir, one of its checkpoints, or a directory written by
-        `save_pretrained` that includes the training config.
-      out: directory; created if it does not exist.
-      images: an image file, or a directory that is searched recursively; None: the test
+      checkpoint: any path that `weights.load.read` accepts.
+      out: a classifier's .csv or .jsonl file, or a directory; created if missing.
+      images: image files, and directories that are searched recursively; none: the test
         split of the config's dataset.
+      batch_size: 0: that of the training, at most `files.MAX_BATCH`.
 
     Returns:
-      The number of predicted images.
+      The number of readable images.
 
     Raises:
       HivitError: the checkpoint is not usable, the images cannot be read, or the task
         has no predictions.
     """
-    out = output_path("--out", out, [checkpoint])
+    out = output_path("--out", out, [checkpoint, *images])
     pretrained = load.read(checkpoint)
-    if not pretrained.recipe:
-        raise CheckpointError(
-            f"{pretrained.path} contains no training config; expected a workdir or a "
-            "directory, written by save_pretrained, that includes the training config"
+    if pretrained.arguments.get("num_classes") == 0:
+        raise ConfigError(
+            f"{pretrained.path} has no head; expected a classifier. "
+            "hivit_jax.tools.features writes its features"
         )
-    config = configs.complete_saved(pretrained.recipe, pretrained.path)
-    task = inputs.make_task(config, "test")
-    if images is None:
-        source = registry.open_source(config.data, "test")
-    else:
-        source = folder.Images(expand(str(images)), task.data.classes)
-    mesh = make_mesh(
-        dict(replica=1, data=1, fsdp=1, tensor=1), 1, devices=jax.devices()[:1]
-    )
-    graphdef, variables = evaluate.restore(pretrained, task, mesh)
+    config = files.config_of(pretrained, batch_size)
+    task, source = files.open_images(pretrained, config, images)
+    graphdef, variables = evaluate.restore(pretrained, task, files.one_device())
 
     @jax.jit
-    def predict_step(variables, batch):
+    def step(variables, batch):
         model = nnx.merge(graphdef, variables["params"], variables["model_state"])
-        rows = task.predict_step(model, batch)
-        return rows | {name: batch[name] for name in ("index", "weight")}
+        return task.predict_step(model, batch)
 
-    records: list[Any] = []
-    for batch in prefetch_to_device(inputs.source_batches(config, task, source), mesh):
-        rows = evaluate.local_rows(predict_step(variables, batch))
-        rows["name"] = np.array([source.name(index) for index in rows["index"]])
-        records += task.records(rows)
+    num_readable = 0
+
+    def counted(batches):
+        nonlocal num_readable
+        for rows in batches:
+            num_readable += int((rows["error"] == "").sum())
+            yield rows
+
+    rows = files.compute(config, task, source, partial(step, variables), "predict")
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        task.write_predictions(records, out)
+        task.stream_predictions(counted(rows), out, source)
     except OSError as error:
         raise ConfigError(f"--out={out}: {error.strerror}") from error
-    log(f"{len(records):,} of {len(source):,} images predicted; written to {out}")
-    if images is not None and source.ignored:
+    log(f"{num_readable:,} of {len(source):,} images predicted; written to {out}")
+    if images and source.ignored:
         log(f"ignored files: {source.ignored_text()}")
-    return len(records)
+    return num_readable
 
 
 def run(argv: Sequence[str] | None) -> None:
@@ -95,21 +99,15 @@ def run(argv: Sequence[str] | None) -> None:
     Raises:
       DataError: no image can be read.
     """
-    parser = Parser("python -m hivit_jax.tools.predict", allow_abbrev=False)
+    parser = files.make_parser(USAGE)
     parser.add_argument(
-        "--checkpoint",
-        required=True,
-        help="workdir, checkpoint, or directory written by save_pretrained",
-    )
-    parser.add_argument("--out", required=True, help="directory to write to")
-    parser.add_argument(
-        "--images",
-        help="image file, or directory to search; default: the dataset's test split",
-    )
-    flags = parser.parse_args(argv)
+        "--images", action="append", default=[], help=argparse.SUPPRESS
+    )  # of earlier versions
+    flags = files.parse(parser, argv)
+    images = [*flags.paths, *flags.images]
     platforms.start()
-    if not predict(flags.checkpoint, flags.out, flags.images):
-        raise DataError(f"{flags.images or 'test split'}: no image can be read")
+    count = predict(flags.checkpoint, flags.out, images, flags.batch_size)
+    files.check_readable(count, images)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

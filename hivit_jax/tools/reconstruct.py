@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from hivit_jax import platforms
-from hivit_jax.data.decoding import PIL_MODES
+from hivit_jax.augment.resample import MAXIMUM
 from hivit_jax.data.transforms import evaluation_image
 from hivit_jax.errors import ConfigError, DataError, Parser, run_command
 from hivit_jax.models.mae import MaskedAutoencoder
@@ -110,17 +110,15 @@ def run(argv: Sequence[str] | None) -> None:
             "masked autoencoder"
         )
     shape = model.config.image_shape
-    if shape[2] not in PIL_MODES:
-        raise ConfigError(
-            f"{pretrained.path}: expected in_channels 1 or 3, found {shape[2]}"
-        )
     mask_ratio = args.mask_ratio
     if mask_ratio is None:
         mask_ratio = pretrained.recipe.get("mask_ratio", 0.75)
-    value_range = pretrained.recipe.get("data", {}).get("value_range", ())
-    pixels = np.stack([read(path, shape, value_range) for path in args.images])
+    data = pretrained.recipe.get("data", {})
+    value_range, dtype = data.get("value_range", ()), data.get("dtype", "uint8")
+    scale = data.get("scale") or MAXIMUM[dtype]
+    pixels = np.stack([read(path, shape, value_range, dtype) for path in args.images])
     mean, std = np.float32(model.info.mean), np.float32(model.info.std)
-    images = (np.float32(pixels) / 255 - mean) / std
+    images = (np.float32(pixels) / scale - mean) / std
     predicted, mask = reconstruct(
         model,
         jnp.asarray(images),
@@ -138,19 +136,23 @@ def run(argv: Sequence[str] | None) -> None:
 
 
 def read(
-    path: Path, shape: Sequence[int], value_range: Sequence[float] = ()
+    path: Path,
+    shape: Sequence[int],
+    value_range: Sequence[float] = (),
+    dtype: str = "uint8",
 ) -> np.ndarray:
-    """Read an image file as uint8 [height, width, channels].
+    """Read an image file as [height, width, channels].
 
     Args:
       shape: (height, width, channels) of the model's image.
-      value_range: see `decoding.decode`.
+      value_range, dtype: see `rasters.decode`.
 
     Raises:
       DataError: the file cannot be read.
     """
     try:
-        return evaluation_image(path.read_bytes(), shape, value_range=value_range)
+        options = dict(value_range=value_range, dtype=dtype)
+        return evaluation_image(path.read_bytes(), shape, **options)
     except Exception as error:  # damaged files cause exceptions of many types
         raise DataError(f"cannot read {path}: {error}") from error
 

@@ -1,6 +1,7 @@
 """Locate and read pretrained models, and build models from them."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from hivit_jax.augment.resample import MAXIMUM
 from hivit_jax.checkpoints import read as checkpoints
 from hivit_jax.checkpoints.read import absolute
 from hivit_jax.errors import CheckpointError, ConfigError
@@ -35,6 +37,9 @@ from hivit_jax.weights.names.official import (
 NEW_HEAD_SCALE = 2e-5 / 0.02
 # Arguments that the names and shapes of a state dict do not determine.
 NOT_IN_STATE_DICT = ("num_heads", "decoder_num_heads", "layer_norm_eps")
+# Key of a recipe's data -> argument of `make_info`.
+SAME_NAMES = ("mean", "std", "interpolation", "antialias", "value_range", "dtype")
+DATA_KEYS = {key: key for key in SAME_NAMES} | {"crop_pct": "crop"}
 
 
 def locate(path: str | Path) -> Path:
@@ -150,6 +155,8 @@ def _read_checkpoint(path: Path, averaged: bool) -> Pretrained:
     config = checkpoints.load_config(path)
     arguments = {k: v for k, v in config["model"].items() if v is not None}
     params, item = checkpoints.load_arrays(path, averaged)
+    dataset = checkpoints.load_dataset_info(path)
+    class_names = {"class_names": dataset["classes"]} if dataset else {}
     return Pretrained(
         path=str(path),
         label=f"step {path.name}",
@@ -159,14 +166,16 @@ def _read_checkpoint(path: Path, averaged: bool) -> Pretrained:
         unused=[],
         recipe=config,
         results=metrics.read_evaluation(path.parent.parent, int(path.name)),
-        info=_info_arguments(config),
+        info=_info_arguments(config) | class_names,
     )
 
 
 def _info_arguments(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of `make_info` that a recipe contains."""
-    names, data = {"mean": "mean", "std": "std", "crop_pct": "crop"}, recipe.get("data")
-    return {names[key]: value for key, value in (data or {}).items() if key in names}
+    data = recipe.get("data") or {}
+    found = {name: data[key] for key, name in DATA_KEYS.items() if key in data}
+    white = data.get("scale") or MAXIMUM[data.get("dtype", "uint8")]
+    return found if white in (255, math.inf) else found | {"scale": 1 / white}
 
 
 def read_for(model: Mapping[str, Any], path: str | Path) -> Pretrained:

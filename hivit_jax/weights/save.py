@@ -20,7 +20,7 @@ from hivit_jax.weights.load import abstract_model
 from hivit_jax.weights.names.official import from_official, to_state_dict
 
 # Keys of a recipe whose values are directories of this machine.
-DIRECTORIES = ("dir", "compilation_cache")
+DIRECTORIES = ("dir", "cache", "compilation_cache")
 PATH = re.compile(r"[/~.\\]|[A-Za-z]:[/\\]|\w+://")  # start of a path
 
 
@@ -155,7 +155,7 @@ def _json_value(value: Any) -> Any:
 def _card(model: Model, metadata: dict[str, Any]) -> str:
     """Return a model card in the Hugging Face hub's format."""
     arguments, recipe = metadata["arguments"], metadata["recipe"]
-    size, shape = "x".join(map(str, model.config.image_size)), model.config.image_shape
+    size = "x".join(map(str, model.config.image_size))
     family = model.encoder_class.__name__.lower()
     lines = [
         "---",
@@ -172,20 +172,8 @@ def _card(model: Model, metadata: dict[str, Any]) -> str:
         f"| multiply-adds per image | {model.macs(layer_norm_cost=0) / 1e9:.2f} G |",
     ]
     lines += [f"| {key} | {value} |" for key, value in arguments.items()]
-    lines += [
-        "",
-        "```python",
-        "import hivit_jax",
-        "",
-        "model = hivit_jax.load_pretrained(DIRECTORY)",
-        f"maps = model.features(images)  # [B, {', '.join(map(str, shape))}]",
-        "```",
-        "",
-        f"`{WEIGHTS}` has the names and layout of the official PyTorch code.",
-        "",
-        "## Results",
-        "",
-    ]
+    lines += _usage(model)
+    lines += ["## Results", ""]
     results = [f"- {key}: {value}" for key, value in metadata["results"].items()]
     lines += results or ["Not available."]
     lines += ["", "## Training", ""]
@@ -195,3 +183,38 @@ def _card(model: Model, metadata: dict[str, Any]) -> str:
     else:
         lines.append("The recipe is not available.")
     return "\n".join(lines) + "\n"
+
+
+def _usage(model: Model) -> list[str]:
+    """Return the lines of a model card on images, Python and classes."""
+    info, shape = model.info, ", ".join(map(str, model.config.image_shape))
+    facts = {
+        "center crop": f"{info.crop:g} of the shorter side, {info.interpolation}",
+        "mean": ", ".join(f"{x:.6g}" for x in info.mean),
+        "standard deviation": ", ".join(f"{x:.6g}" for x in info.std),
+        "factor on pixels": f"{info.scale:.6g}",
+    }
+    lines = [f"| {key} | {value} |" for key, value in facts.items()]
+    lines += [
+        "",
+        "```python",
+        "import hivit_jax",
+        "",
+        "model = hivit_jax.load_pretrained(DIRECTORY)",
+        f'images = hivit_jax.preprocess(model)(["a.jpg", "b.jpg"])  # [2, {shape}]',
+    ]
+    if getattr(model, "head", None) is not None:
+        lines.append(f"logits = model(images)  # [2, {model.config.num_classes}]")
+    if info.class_names:
+        lines.append("names = [model.info.class_names[k] for k in logits.argmax(-1)]")
+    lines += [
+        "maps = model.features(images)",
+        "```",
+        "",
+        f"`{WEIGHTS}` has the names and layout of the official PyTorch code.",
+        "",
+    ]
+    if names := info.class_names:
+        more = [f"and {len(names) - 100:,} more in `{CONFIG}`"] if names[100:] else []
+        lines += ["## Classes", "", ", ".join([*names[:100], *more]), ""]
+    return lines

@@ -36,7 +36,8 @@ def keep_freed_memory() -> None:
 
     Without this, XLA:CPU allocates the temporaries of each train step from the
     operating system and returns the memory at the end of the step. The system then
-    clears every page again for the next step. Does nothing without glibc.
+    clears every page again for the next step. The same holds for the batches of
+    tf.data. Does nothing without glibc.
     """
     max_mapped, trim_threshold, max_arenas = -4, -1, -8  # malloc.h
     with suppress(AttributeError):

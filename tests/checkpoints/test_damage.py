@@ -1,4 +1,4 @@
-"""Damaged, unfinished and foreign checkpoints: digests, fallback and reports."""
+"""Tests of damaged, unfinished and foreign checkpoints."""
 
 import random
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import recipes
-from states import host, init, on_mesh, save
+from states import make_state, save_states, state_on_mesh, to_host
 
 from hivit_jax.checkpoints.manager import Checkpoints
 from hivit_jax.errors import CheckpointError, ConfigError
@@ -22,9 +22,9 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def two_steps(tmp_path_factory):
-    """Return the files of a workdir with checkpoints 1 and 2: path -> content."""
+    """Return {path: content} of a workdir with checkpoints 1 and 2."""
     workdir = tmp_path_factory.mktemp("two")
-    save(workdir, *(on_mesh("data", seed)[0] for seed in (1, 2)))
+    save_states(workdir, *(state_on_mesh("data", seed)[0] for seed in (1, 2)))
     return {
         path.relative_to(workdir): path.read_bytes()
         for path in sorted(workdir.rglob("*"))
@@ -33,7 +33,7 @@ def two_steps(tmp_path_factory):
 
 
 def write_files(workdir, files):
-    """Write files into a workdir."""
+    """Write {path: content} into a workdir; return the workdir."""
     for path, content in files.items():
         (workdir / path).parent.mkdir(parents=True, exist_ok=True)
         (workdir / path).write_bytes(content)
@@ -41,7 +41,10 @@ def write_files(workdir, files):
 
 
 def damaged_contents(files, count):
-    """Yield (file of step 2, damaged content): a flipped bit, truncated, or None."""
+    """Yield `count` times a file of step 2 and its damaged content.
+
+    The content has a flipped bit, is truncated, or is None for a deleted file.
+    """
     rng = random.Random(0)
     paths = [path for path in files if path.parts[:2] == ("checkpoints", "2")]
     weights = [len(files[path]) for path in paths]
@@ -58,12 +61,12 @@ def damaged_contents(files, count):
 
 @pytest.mark.slow
 def test_damage_is_never_silent(two_steps, tmp_path, capsys):
-    """With step 2 damaged, restoring returns its exact arrays, or those of step 1.
+    """Restoring returns the exact arrays of the damaged step 2, or those of step 1.
 
-    Falling back to step 1 is reported.
+    A fallback to step 1 is logged.
     """
-    _, target = on_mesh("data")
-    expected = {seed: host(init(seed)) for seed in (1, 2)}
+    _, target = state_on_mesh("data")
+    expected = {seed: to_host(make_state(seed)) for seed in (1, 2)}
     restored = {1: 0, 2: 0}
     for number, (path, content) in enumerate(damaged_contents(two_steps, 30)):
         workdir = write_files(tmp_path / str(number), two_steps)
@@ -73,7 +76,7 @@ def test_damage_is_never_silent(two_steps, tmp_path, capsys):
             (workdir / path).write_bytes(content)
         capsys.readouterr()
         step, state = Checkpoints(workdir, 9).restore_newest(target)
-        recipes.assert_identical(host(state), expected[step])
+        recipes.assert_identical(to_host(state), expected[step])
         restored[step] += 1
         if step == 1:
             out = capsys.readouterr().out
@@ -89,7 +92,7 @@ def test_all_checkpoints_are_damaged(two_steps, tmp_path):
     for path in workdir.rglob("checkpoints/*/*/d/*"):
         path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(CheckpointError, match=r"checkpoints/2 is damaged: "):
-        Checkpoints(workdir, 9).restore_newest(on_mesh("data")[1])
+        Checkpoints(workdir, 9).restore_newest(state_on_mesh("data")[1])
     with pytest.raises(CheckpointError, match=r"checkpoints/1 is damaged: "):
         read(workdir)
     assert {p.name for p in (workdir / "checkpoints").iterdir()} == {"1", "2"}
@@ -101,14 +104,14 @@ def test_evaluation_reads_the_newest_intact_checkpoint(two_steps, tmp_path, caps
         path.unlink()
     found = read(workdir)
     assert found.path.endswith("checkpoints/1")
-    recipes.assert_identical(found.params, host(init(1)["ema"]))
+    recipes.assert_identical(found.params, to_host(make_state(1)["ema"]))
     assert "checkpoints/2 is damaged" in capsys.readouterr().out
 
 
 def test_checkpoint_of_another_model_is_not_damage(two_steps, tmp_path):
     """Checkpoints of another model raise ConfigError and are not moved."""
     workdir = write_files(tmp_path, two_steps)
-    _, target = on_mesh("data")
+    _, target = state_on_mesh("data")
     wide = jax.ShapeDtypeStruct((65,), np.float32)
     target["params"] = target["params"] | {"scale": wide}
     with pytest.raises(ConfigError, match=r"checkpoints/2 is a checkpoint of a d"):
@@ -124,5 +127,5 @@ def test_unfinished_checkpoints_are_reported(two_steps, tmp_path, capsys):
     (workdir / "checkpoints" / "3.orbax-checkpoint-tmp" / "params").mkdir(parents=True)
     checkpoints = Checkpoints(workdir, 9)
     assert "checkpoint 3 was not finished; removed" in capsys.readouterr().out
-    assert checkpoints.restore_newest(on_mesh("data")[1])[0] == 2
+    assert checkpoints.restore_newest(state_on_mesh("data")[1])[0] == 2
     assert Checkpoints(tmp_path / "empty", 9).restore_newest({}) is None

@@ -1,4 +1,4 @@
-"""Digests of arrays: equal on every mesh, different after any change."""
+"""Tests of digests: equal on every mesh, different after any change."""
 
 import itertools
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from networks import random_array
-from states import MESHES, on_mesh
+from states import MESHES, state_on_mesh
 
 from hivit_jax.checkpoints.digests import digests, nonfinite_names
 
@@ -20,7 +20,7 @@ pytestmark = [
 
 @pytest.mark.slow
 def test_digests_do_not_depend_on_the_mesh():
-    found = [digests({"state": on_mesh(name, seed=1)[0]}) for name in MESHES]
+    found = [digests({"state": state_on_mesh(name, seed=1)[0]}) for name in MESHES]
     assert all(each == found[0] for each in found)
     assert len(set(found[0]["state"].values())) > 10
 
@@ -42,7 +42,7 @@ def test_digests_on_the_host_and_on_devices_agree(shape, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_bit_counts(dtype):
-    """Any flipped bit changes the digest; so does -0.0 instead of 0.0."""
+    """Any flipped bit changes the digest, also the sign of 0.0."""
     x = np.asarray(jnp.asarray(random_array((5, 7), "bits") > 0, dtype))
     before = digests({"": {"x": x}})[""]["x"]
     seen, raw = {before}, x.tobytes()
@@ -58,9 +58,10 @@ def test_every_bit_counts(dtype):
         assert digests({"": {"x": np.float32(-0.0)}})[""]["x"] not in seen
 
 
-def test_arrays_that_are_not_finite():
-    """inf and NaN anywhere, of any float dtype, small on the host or large on the
-    device; integers are finite.
+def test_nonfinite_names():
+    """inf and NaN are found in any float dtype, in small and in large arrays.
+
+    Integers are finite.
     """
     large = np.ones((300, 300), np.float32)
     tree = {

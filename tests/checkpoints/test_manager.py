@@ -1,11 +1,11 @@
-"""Checkpoints: restoring on another mesh, reading parameters, a full disk."""
+"""Tests of checkpoints: other meshes, reading parameters, a full disk."""
 
 import itertools
 import json
 
 import pytest
 import recipes
-from states import CONFIG, MESHES, host, init, on_mesh, save
+from states import CONFIG, MESHES, make_state, save_states, state_on_mesh, to_host
 
 from hivit_jax.checkpoints.manager import Checkpoints
 from hivit_jax.distributed import sharding
@@ -22,12 +22,12 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """Return mesh name -> workdir with a checkpoint that this mesh wrote."""
+    """Return {mesh name: workdir with a checkpoint written on this mesh}."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sharding, "MIN_SHARDED_SIZE", 64)
         found = {name: tmp_path_factory.mktemp(name) for name in MESHES}
         for name, workdir in found.items():
-            save(workdir, on_mesh(name, seed=3)[0])
+            save_states(workdir, state_on_mesh(name, seed=3)[0])
     return found
 
 
@@ -35,10 +35,10 @@ def saved(tmp_path_factory):
 @pytest.mark.parametrize(("old", "new"), list(itertools.permutations(MESHES, 2)))
 def test_restore_on_any_other_mesh(saved, old, new):
     """Restored arrays are bit-identical and have the shardings of the new mesh."""
-    expected, (_, target) = host(init(3)), on_mesh(new)
+    expected, (_, target) = to_host(make_state(3)), state_on_mesh(new)
     step, state = Checkpoints(saved[old], 9).restore_newest(target)
     assert step == 3
-    recipes.assert_identical(host(state), expected)
+    recipes.assert_identical(to_host(state), expected)
     for name, leaf in named_leaves(state).items():
         assert leaf.sharding == named_leaves(target)[name].sharding, name
     kernel = state["params"]["mlp"]["fc1"]["kernel"]
@@ -50,14 +50,14 @@ def test_read_parameters_on_one_device(saved):
     """`read` returns averaged or plain parameters without the optimizer state."""
     for averaged, name in ((True, "ema"), (False, "params")):
         found = read(saved["every"], averaged=averaged)
-        expected = host(init(3)[name])
+        expected = to_host(make_state(3)[name])
         recipes.assert_identical(found.params, expected)
 
 
 def test_full_disk(tmp_path, monkeypatch):
     """A full disk raises one clear error; the earlier checkpoint stays."""
     checkpoints = Checkpoints(tmp_path, 9)
-    checkpoints.save(on_mesh("data", 1)[0], json.dumps(CONFIG))
+    checkpoints.save(state_on_mesh("data", 1)[0], json.dumps(CONFIG))
     checkpoints._manager.wait_until_finished()
 
     def save(*_, **__):
@@ -66,6 +66,6 @@ def test_full_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoints._manager, "save", save)
     message = r"cannot write a .*are intact.\n.* MiB are free on .*; RESOURCE_EXH"
     with pytest.raises(ConfigError, match=message):
-        checkpoints.save(on_mesh("data", 2)[0], json.dumps(CONFIG))
-    step, _ = Checkpoints(tmp_path, 9).restore_newest(on_mesh("data")[1])
+        checkpoints.save(state_on_mesh("data", 2)[0], json.dumps(CONFIG))
+    step, _ = Checkpoints(tmp_path, 9).restore_newest(state_on_mesh("data")[1])
     assert step == 1

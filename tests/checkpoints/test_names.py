@@ -1,4 +1,4 @@
-"""Names of optimizer arrays after stateless parts were added or removed."""
+"""Tests of array names of optimizers with added or removed stateless parts."""
 
 import jax.numpy as jnp
 import optax
@@ -11,8 +11,8 @@ PARAMS = {"stages": {"0": {"1": {"kernel": jnp.ones(2)}}, "2": {"bias": jnp.ones
 VARIABLES = named_leaves(PARAMS)
 
 
-def names(*parts):
-    """Names of the optimizer item of a chain."""
+def array_names(*parts):
+    """Return the array names of the optimizer item of a chain."""
     state = optax.chain(*parts).init(PARAMS)
     return [*named_leaves({"opt_state": state, "step": 0})]
 
@@ -34,10 +34,11 @@ scale, rate = optax.scale(0.5), optax.scale_by_schedule(lambda step: 0.1)
     ],
 )
 def test_stateless_parts_do_not_count(saved, expected):
-    """Every array has its counterpart, also in nested chains; numbers in names of
-    parameters are no positions.
+    """Every saved name is matched with its expected name, also in nested chains.
+
+    Numbers in the names of parameters are not positions.
     """
-    saved, expected = names(*saved), names(*expected)
+    saved, expected = array_names(*saved), array_names(*expected)
     assert match_names(saved, expected, VARIABLES) == dict(
         zip(saved, expected, strict=True)
     )
@@ -56,14 +57,14 @@ def test_multi_transform_of_labels():
 
 @pytest.mark.parametrize("other", [(optax.trace(0.9), rate), (adam,), (rate,)])
 def test_other_optimizers_stay_different(other):
-    """A stateful part more, less or of another kind is another optimizer."""
-    saved, expected = names(adam, rate), names(*other)
+    """Optimizers with other stateful parts do not match."""
+    saved, expected = array_names(adam, rate), array_names(*other)
     found = match_names(saved, expected, VARIABLES)
     assert set(found.values()) != set(expected)
 
 
 def test_parameters_keep_their_numbers():
-    """Without a chain nothing is renamed, also of a model with other blocks."""
+    """Names outside a chain are not renamed, even if the model has other blocks."""
     saved = ["stages/3/kernel", "stages/7/kernel", "step"]
     expected = ["stages/0/kernel", "stages/1/kernel", "step"]
     assert match_names(saved, expected, expected) == {name: name for name in saved}

@@ -11,7 +11,7 @@ from numpy.testing import assert_array_equal
 from PIL import Image
 
 from benchmarks.photographs import photographs
-from hivit_jax.data.decoding import decode
+from hivit_jax.data.decoding import decode, may_decode_crops
 from hivit_jax.data.transforms import ImageTransform
 from hivit_jax.errors import DataError
 
@@ -312,3 +312,32 @@ def test_transform_has_a_range():
     draws = [0.5] * transform.draws
     transform({"image": encode(UNIT, "TIFF")}, draws, out)
     assert_array_equal(out["image"][..., 0], np.rint(GRAY / 257))
+
+
+# Crops
+
+
+def test_crops_of_ordinary_jpegs_may_be_decoded_alone():
+    """Only of baseline JPEGs with one scan, which nothing follows."""
+    plain = encode(IMAGE, "JPEG", quality=90)
+    thumbnail = Image.Exif()
+    thumbnail[0x010E] = plain[:2000].decode("latin1")  # markers inside a segment
+    for good in (
+        plain,
+        encode(IMAGE.convert("L"), "JPEG"),
+        encode(IMAGE, "JPEG", restart_marker_blocks=2),
+        encode(IMAGE, "JPEG", exif=thumbnail),
+    ):
+        assert may_decode_crops(good)
+    for bad in (
+        encode(IMAGE, "JPEG", progressive=True),
+        encode(IMAGE, "PNG"),
+        plain[:-2],
+        plain[: len(plain) // 2],
+        plain[:30],
+        plain[:2],
+        b"",
+        plain + b"\0",
+        plain[:-500] + b"\xff\xc3" + plain[-498:],
+    ):
+        assert not may_decode_crops(bad)

@@ -1,4 +1,4 @@
-"""Process start-up: flags, addresses, and one process without a cluster."""
+"""Tests of process start-up: flags, addresses, one process without a cluster."""
 
 import pytest
 
@@ -7,18 +7,18 @@ from hivit_jax.errors import ConfigError
 
 
 def test_no_cluster_is_one_process(monkeypatch):
-    """Without a cluster one process runs alone; half a cluster is an error."""
-    asked = []
+    """Without a cluster, a process runs alone; an incomplete cluster is an error."""
+    calls = []
 
     def initialize(*args, **options):
-        asked.append((args, options))
+        calls.append((args, options))
         raise ValueError(problem)
 
     monkeypatch.setattr(processes.jax.distributed, "initialize", initialize)
     problem = "coordinator_address should be defined."
     processes.start("", -1, -1, 60.0)
     limits = dict(heartbeat_timeout_seconds=60, shutdown_timeout_seconds=150)
-    assert asked == [((), limits)]
+    assert calls == [((), limits)]
     problem = "Number of processes must be defined."
     with pytest.raises(ConfigError, match="cannot start together: Number of processes"):
         processes.start("", -1, -1, 60.0)
@@ -27,15 +27,15 @@ def test_no_cluster_is_one_process(monkeypatch):
 pytestmark = pytest.mark.usefixtures("quick")
 
 
-def test_flags_of_one_process_of_several(joined, tmp_path, capsys):
-    """Flags and peer_timeout reach JAX, whose shutdown timeout is longer than ours."""
+def test_flags_of_one_process_of_several(run_main, tmp_path, capsys):
+    """Flags and timeouts reach JAX; JAX's shutdown waits longer than `exit_now`."""
     address = "--coordinator_address=host:1234"
     flags = [address, "--num_processes=4", "--process_id=3", f"--workdir={tmp_path}"]
-    code, asked = joined(*flags, problem="no")
+    code, calls = run_main(*flags, problem="no")
     limits = dict(heartbeat_timeout_seconds=45, shutdown_timeout_seconds=2 * 45 + 30)
-    assert (code, asked) == (2, [(("host:1234", 4, 3), limits)])
+    assert (code, calls) == (2, [(("host:1234", 4, 3), limits)])
     assert "the processes cannot start together: no" in capsys.readouterr().err
 
     for wrong in (flags[:2], flags[1:], [*flags, "--process_id=4"], flags[::2]):
-        assert joined(*wrong, f"--workdir={tmp_path}") == (2, [])
+        assert run_main(*wrong, f"--workdir={tmp_path}") == (2, [])
         assert "expected all or none of" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Meshes: the order of devices."""
+"""Tests of the order of devices in a mesh."""
 
 from types import SimpleNamespace
 
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.usefixtures("quick")
 
 
 def test_devices_of_several_slices():
-    """Slices lie along the first axis that their number divides."""
+    """Slices lie along the first axis whose size the number of slices divides."""
     devices = [
         SimpleNamespace(
             id=8 * s + i, slice_index=s, process_index=s, device_kind="x", platform="x"

@@ -1,4 +1,4 @@
-"""The watchdog ends a process that hangs."""
+"""Tests of the watchdog, which ends a process that hangs."""
 
 import pytest
 import recipes

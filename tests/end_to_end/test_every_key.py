@@ -13,7 +13,7 @@ import pytest
 import recipes
 import traces
 from flax import nnx
-from traces import STEPS, config_of, mismatches
+from traces import STEPS, mismatches, trace_config
 
 import hivit_jax
 from hivit_jax.errors import ConfigError
@@ -247,7 +247,7 @@ def test_keys_of_the_models_shape(name, capsys):
         "data__std": "(0.5,)",
     }
     values = SHAPES_OF[name] | {"dtype": "float32"}
-    flags = traces.flags_of(name, **synthetic)
+    flags = traces.trace_flags(name, **synthetic)
     flags += [f"--config.model.{k}={v}".replace(" ", "") for k, v in values.items()]
     assert main([*flags, "--mode=describe"]) == 0
     text = capsys.readouterr().out
@@ -298,7 +298,7 @@ def traced_step(key, value):
         "optimizer.accumulate_steps": 1,
     }
     changed = {key: value} if key else {}
-    return recipes.traced_step(config_of("classify, plain", **fixed | changed))
+    return recipes.traced_step(trace_config("classify, plain", **fixed | changed))
 
 
 def test_keys_that_change_no_bit(trace_of, tmp_path):
@@ -316,7 +316,7 @@ def test_keys_that_change_no_bit(trace_of, tmp_path):
         data__workers=3,
         data__max_unreadable=0.9,
     )
-    config = config_of("classify, plain", data__dir=trace.root, **neutral)
+    config = trace_config("classify, plain", data__dir=trace.root, **neutral)
     results = train(config, tmp_path / "run")
     assert results == trace.results
     stored = recipes.saved_arrays(tmp_path / "run", STEPS)
@@ -342,7 +342,7 @@ UNUSED = {
 def test_key_without_effect_is_refused(name, key, value):
     """A key without effect on a task is an error."""
     with pytest.raises(ConfigError, match=f"{key}={value} has no effect .*{name}"):
-        config_of(name, **{key: value})
+        trace_config(name, **{key: value})
 
 
 # Keys of the other kind of network.
@@ -365,7 +365,7 @@ FOREIGN["linear_probe"] = FOREIGN["classify"]
     ("name", "key"), [(name, key) for name, keys in FOREIGN.items() for key in keys]
 )
 def test_keys_of_another_network_are_refused(name, key, capsys):
-    flags = traces.flags_of(name, **{f"model.{key}": FOREIGN[name][key]})
+    flags = traces.trace_flags(name, **{f"model.{key}": FOREIGN[name][key]})
     assert main([*flags, "--mode=describe"]) == 2
     assert f"unknown override of {'mae_' * (name == 'mae')}hivit" in (
         capsys.readouterr().err
@@ -385,14 +385,22 @@ ELSEWHERE = {
     "peer_timeout": "test_a_lost_process_ends_the_others",
     "stall_timeout": "test_heartbeats",
     "total_epochs": "test_rhythm",
+    "data.cache": "test_copies_are_read",
     "data.canvas": "test_batches_change_with_a_key",
+    "data.class_level": "test_leaf_classes",
     "data.dir": "test_every_step",
+    "data.dtype": "test_dtypes_reach_the_batches",
+    "data.eval_fraction": "test_fraction",
+    "data.eval_group": "test_groups_stay_together",
     "data.eval_split": "test_splits_by_name",
+    "data.exclude": "test_exclude",
     "data.flip": "test_training_flips_and_erases_what_the_device_resizes",
     "data.max_unreadable": "test_unreadable_images",
     "data.name": "test_every_step",
     "data.randaugment": "test_randaugment",
+    "data.reader": "test_training_is_bit_identical",
     "data.interpolation": "test_images_are_resized_as_told",
+    "data.scale": "test_dtypes_reach_the_batches",
     "data.subset": "test_digits_by_key",
     "data.train_examples": "test_digits_by_key",
     "data.train_split": "test_splits_by_name",
@@ -425,8 +433,8 @@ def test_every_key_is_in_a_table(name):
     known |= set(GOVERNS["classify, plain"] if name == "classify" else ())
     known |= {f"model.{key}" for key in [*SHAPES_OF[name], *FOREIGN[name]]}
     known |= set(UNUSED.get(name, ()))
-    keys = {key.replace("/", ".") for key in named_leaves(config_of(name).to_dict())}
-    keys |= {f"model.{key}" for key in config_of(name).model}
+    keys = {key.replace("/", ".") for key in named_leaves(trace_config(name).to_dict())}
+    keys |= {f"model.{key}" for key in trace_config(name).model}
     keys = {key for key in keys if not re.search(r"\.\d+$", key)}  # of tuples
     assert keys - known == set()
 

@@ -52,6 +52,7 @@ def environment(tmp_path_factory):
     }
 
 
+@pytest.mark.extras
 def test_pretrain_kill_resume_finetune_evaluate(data, environment, tmp_path):
     """A killed run resumes bit-identically; its encoder initializes a classifier."""
     options = data | dict(batch_size=8, total_steps=4, checkpoint_every=2)

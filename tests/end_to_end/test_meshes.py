@@ -305,6 +305,7 @@ def test_classifier_from_pretraining(trained):
     assert (born["fc_norm/scale"] == 1).all()
 
 
+@pytest.mark.extras
 def test_pretraining_from_pretraining(trained):
     """All parameters are loaded; averages start from them, the optimizer is new."""
     pretrained = trained(recipes.mae, **EVERY_STEP).workdir

@@ -136,6 +136,7 @@ def test_a_lost_process_ends_the_others(lost, signal_name, environment, tmp_path
     assert all(step % 5 == 0 for step in steps)
 
 
+@pytest.mark.extras
 def test_divergence_on_all_processes(environment, tmp_path):
     """All processes return its exit code, although process 0 must end last."""
     flags = recipes.arguments(**RUN, optimizer__base_learning_rate=1e30)

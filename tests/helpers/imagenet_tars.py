@@ -33,7 +33,7 @@ def write_tars(
       size: (height, width) of the images.
 
     Returns:
-      split -> file name -> JPEG, in the order of the tar files.
+      {split: {file name: JPEG}}, in the order of the tar files.
     """
     directory.mkdir(parents=True, exist_ok=True)
     random = np.random.RandomState(0)
@@ -48,15 +48,15 @@ def write_tars(
         wnid: {f"{wnid}_{i}.JPEG": noise() for i in range(per_class)} for wnid in wnids
     }
     images = {f"ILSVRC2012_val_{i:08d}.JPEG": noise() for i in validation}
-    tars = {f"{wnid}.tar": packed(files) for wnid, files in classes.items()}
-    (directory / prepare_data.TRAIN).write_bytes(packed(tars))
-    (directory / prepare_data.VALIDATION).write_bytes(packed(images))
+    tars = {f"{wnid}.tar": pack_tar(files) for wnid, files in classes.items()}
+    (directory / prepare_data.TRAIN).write_bytes(pack_tar(tars))
+    (directory / prepare_data.VALIDATION).write_bytes(pack_tar(images))
     train = {name: jpeg for files in classes.values() for name, jpeg in files.items()}
     return {"train": train, "validation": images}
 
 
-def packed(files: dict[str, bytes]) -> bytes:
-    """Return a tar file of these files."""
+def pack_tar(files: dict[str, bytes]) -> bytes:
+    """Return a tar file of {name: content}."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as archive:
         for name, content in files.items():

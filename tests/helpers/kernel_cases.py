@@ -24,7 +24,8 @@ class Case(NamedTuple):
     """A residual branch of rows [T, C].
 
     platform: backend of the kernel.
-    shapes: of rows, LayerNorm's scale and bias, and two linear layers.
+    shapes: of rows, LayerNorm's scale and bias, two linear layers and, for some, the
+      bias of the attention scores.
     plain: (*inputs, add) -> [T, C].
     fused: (*inputs, add, keep, interpret) -> [T, C], one kernel.
     keeps: the kernel implements `keep`.
@@ -53,8 +54,9 @@ def random_inputs(case: Case):
 
 
 def in_bfloat16(inputs):
-    """Cast all inputs except LayerNorm's to bfloat16."""
-    return [x if i in (1, 2) else x.astype(jnp.bfloat16) for i, x in enumerate(inputs)]
+    """Cast all inputs to bfloat16, except LayerNorm's and the bias of the scores."""
+    wide = 1, 2, 7
+    return [x if i in wide else x.astype(jnp.bfloat16) for i, x in enumerate(inputs)]
 
 
 def layer_norm(x, scale, bias):
@@ -68,10 +70,13 @@ def plain_mlp(x, scale, bias, w1, b1, w2, b2, add):
     return x * add + jax.nn.gelu(hidden, approximate=False) @ w2 + b2
 
 
-def plain_attention(x, scale, bias, qkv, qkv_bias, proj, proj_bias, add, heads, tokens):
+def plain_attention(
+    x, scale, bias, qkv, qkv_bias, proj, proj_bias, *positions, add, heads, tokens
+):
     y = layer_norm(x, scale, bias).astype(qkv.dtype) @ qkv + qkv_bias
     q, k, v = jnp.moveaxis(y.reshape(-1, tokens, 3, heads, x.shape[1] // heads), 2, 0)
-    y = jax.nn.dot_product_attention(q, k, v).reshape(x.shape)
+    positions = positions[0][None] if positions else None
+    y = jax.nn.dot_product_attention(q, k, v, bias=positions).reshape(x.shape)
     return x * add + y @ proj + proj_bias
 
 
@@ -98,12 +103,14 @@ def gpu_mlp(rows, width, hidden):
     return Case("gpu", shapes, plain_mlp, fused, keeps=False)
 
 
-def attention(images, tokens, width, heads, block):
+def attention(images, tokens, width, heads, block, bias=False):
     def fused(x, *weights, **options):
         plan = Plan(EPS, rows=block, heads=heads, tokens=tokens, **options)
-        return attention_block(x, Weights(*weights), plan)
+        positions = weights[6] if bias else None
+        return attention_block(x, Weights(*weights[:6]), positions, plan)
 
     shapes = shapes_of(images * tokens, width, 3 * width, width)
+    shapes += [(heads, tokens, tokens)] * bias
     plain = partial(plain_attention, heads=heads, tokens=tokens)
     return Case("tpu", shapes, plain, fused)
 
@@ -117,6 +124,11 @@ CASES = {
     "attention of 196": attention(8, 196, 128, 2, 784),
     "attention of 144": attention(2, 144, 256, 8, 144),
     "attention of 9": attention(32, 9, 128, 1, 144),
+    # Windows of the scores have one, one, three and four offsets.
+    "bias of 144": attention(2, 144, 256, 8, 144, bias=True),
+    "bias of 9": attention(32, 9, 128, 1, 144, bias=True),
+    "bias of 196": attention(8, 196, 128, 2, 784, bias=True),
+    "bias of 49": attention(16, 49, 128, 4, 392, bias=True),
 }
 
 
@@ -138,7 +150,7 @@ def relative_errors(function, inputs, direction, truth, jit):
 def assert_bfloat16_errors(case, jit, keep, interpret):
     """Check bfloat16 errors of a kernel against those of plain JAX.
 
-    The errors of the output and of all seven gradients are relative to float32. Each
+    The errors of the output and of all gradients are relative to float32. Each
     may exceed the error of plain JAX by a tenth.
     """
     inputs, direction = random_inputs(case)

@@ -1,4 +1,4 @@
-"""Small networks in which every parameter affects the output; they compile quickly."""
+"""Small networks that compile quickly and in which every parameter has an effect."""
 
 import math
 from functools import cache, partial
@@ -57,8 +57,8 @@ def jit_model(model, function):
     return partial(run, params)
 
 
-def output_shapes(function, *models):
-    """Return the output shapes of `function(*models)` without computing it."""
+def abstract_outputs(function, *models):
+    """Return the ShapeDtypeStructs of `function(*models)` without any computation."""
     graphdefs, params = zip(*map(split, models), strict=True)
 
     def run(params):
@@ -92,11 +92,12 @@ def initial_params(name, seed, **overrides):
 
 
 def random_array(shape, tag="pictures"):
-    """Return normally distributed float32 numbers; they depend on shape and tag."""
+    """Return normally distributed float32 numbers, a function of shape and tag."""
     return jnp.asarray(reference.normal(tag, shape))
 
 
 def sample_keys(count, seed=0):
+    """Return PRNG keys, one per sample, [count]."""
     return jax.random.split(jax.random.key(seed), count)
 
 
@@ -138,15 +139,15 @@ def torch_bicubic(maps, grid):
         x = (column + 0.5) * maps.shape[1] / grid[1] - 0.5
         for i in range(int(np.floor(y)) - 1, int(np.floor(y)) + 3):
             for j in range(int(np.floor(x)) - 1, int(np.floor(x)) + 3):
-                inside = min(max(i, 0), len(maps) - 1), min(max(j, 0), len(maps[0]) - 1)
-                out[row, column] += cubic(y - i) * cubic(x - j) * maps[inside]
+                source = min(max(i, 0), len(maps) - 1), min(max(j, 0), len(maps[0]) - 1)
+                out[row, column] += cubic(y - i) * cubic(x - j) * maps[source]
     return out
 
 
 def training_macs(model, mask_ratio):
-    """Return forward multiply-adds of matrix products.
+    """Return the multiply-adds of a training forward pass in matrix products.
 
-    The decoder's end skips visible units.
+    The last MLP and the prediction of the decoder skip visible units.
     """
     kept = count_visible_units(math.prod(model.encoder.grid), mask_ratio)
     last = model.decoder_blocks[-1].mlp, model.decoder_pred

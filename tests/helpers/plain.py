@@ -1,9 +1,10 @@
 """Second implementation of training and evaluation, from encoded files to parameters.
 
-It is written in numpy and plain JAX, in float64, and shares no wiring with the package.
-It follows the official code where that has a rule (raster maps; all units are embedded,
-then gathered). Otherwise it implements the rules of this library (order of samples,
-PRNG keys). `test_every_key.py` compares real runs with it.
+This implementation uses numpy and plain JAX in float64, and shares no wiring with the
+package. It follows the rules of the official code (raster maps; all units are embedded,
+then gathered). The order of samples and the PRNG keys, which the official code does not
+define, follow the rules of this library. `test_every_key.py` compares real runs with
+this implementation.
 """
 
 import io
@@ -77,7 +78,7 @@ def center_box(height, width, size, crop_pct):
 
 
 def resize_matrix(start, length, size, extent, interpolation, antialias):
-    """Return weights [size, extent] as in PIL, or as in tf.image without antialias."""
+    """Return weights [size, extent]: PIL's, or without antialias those of tf.image."""
     scale = length / size
     stretch = max(scale, 1.0) if antialias else 1.0
     centers = start + (np.arange(size) + 0.5) * scale
@@ -104,7 +105,7 @@ def resize(pixels, box, size, data, on_device):
 
 
 def apply_randaugment(pixels, draws):
-    """Apply rand-m9-mstd0.5-inc1; another test compares its operations with timm's."""
+    """Apply rand-m9-mstd0.5-inc1; another test compares the operations with timm's."""
     from statistics import NormalDist
 
     image, names = Image.fromarray(np.uint8(pixels)), list(randaugment.OPERATIONS)
@@ -117,9 +118,10 @@ def apply_randaugment(pixels, draws):
 
 
 def prepare_image(encoded, config, draws=None):
-    """Decode and crop a file to [H, W, C], 0 to 255; None if it is not an image.
+    """Decode and crop a file to [H, W, C], 0 to 255; return None for other files.
 
-    With draws: random crop of training. Without: center crop of evaluation.
+    With draws, the crop is the random crop of training. Without draws, the crop is the
+    center crop of evaluation.
     """
     try:
         pixels = np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB"))
@@ -131,7 +133,7 @@ def prepare_image(encoded, config, draws=None):
         box = center_box(height, width, size, data.crop_pct)
     else:
         top, left, height, width = random_box(height, width, draws, data.crop_scale)
-        # A random crop excludes the pixels around it from the filter.
+        # The filter of a random crop does not read pixels outside the crop.
         pixels = pixels[top : top + height, left : left + width]
         box = 0, 0, height, width
     augment = draws is not None and data.randaugment
@@ -143,7 +145,7 @@ def prepare_image(encoded, config, draws=None):
 
 
 def make_batch(images, config):
-    """Normalize images and fill in for None: (images [B, H, W, C], weight [B])."""
+    """Return normalized images [B, H, W, C] and weights [B]; None has weight 0."""
     blank = np.zeros((*config.model.image_size, 3))
     weight = np.array([image is not None for image in images], np.float64)
     pixels = np.stack([blank if image is None else image for image in images])
@@ -244,7 +246,7 @@ def relative_bias(p, name, grid):
     return jnp.moveaxis(table[index], -1, 0)
 
 
-def neighbors(x):
+def concatenate_neighbors(x):
     """Concatenate 2x2 cells: [B, H, W, C] -> [B, H/2, W/2, 4C].
 
     Order: top left, bottom left, top right, bottom right.
@@ -259,11 +261,11 @@ def count_blocks(p, stage):
 
 
 def encoder(p, images, keep_scale, ids=None):
-    """Return the maps of all stages; the last as tokens [B, K, E] of units `ids` [B,
-    K].
+    """Return the maps of the stem stages and the tokens [B, K, E] of the main stage.
 
     keep_scale: [B, branches], scales of drop path; branch 2n is the MLP of residual
     block n, branch 2n + 1 its attention.
+    ids: [B, K], units of the main stage; None: all units.
     """
     b, h, w, c = images.shape
     cells = images.reshape(b, h // 4, 4, w // 4, 4, c).transpose(0, 1, 3, 2, 4, 5)
@@ -275,7 +277,7 @@ def encoder(p, images, keep_scale, ids=None):
             x = x + branch * keep_scale[:, 2 * number, None, None, None]
             number += 1
         maps.append(x)
-        x = norm(p, f"encoder/merges/{stage}/norm", neighbors(x))
+        x = norm(p, f"encoder/merges/{stage}/norm", concatenate_neighbors(x))
         x = linear(p, f"encoder/merges/{stage}/reduction", x)
     grid = x.shape[1:3]
     x = x.reshape(b, grid[0] * grid[1], -1) + p["encoder/absolute_pos_embed"]
@@ -290,26 +292,25 @@ def encoder(p, images, keep_scale, ids=None):
     return [*maps, x]
 
 
-def units(x, side):
+def split_units(x, side):
     """Split into units: [B, H, W, C] -> [B, N, side, side, C], row-major."""
     b, h, w, c = x.shape
     x = x.reshape(b, h // side, side, w // side, side, c)
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, -1, side, side, c)
 
 
-ORDER = [(0, 0), (1, 0), (0, 1), (1, 1)]  # (row, column) in `neighbors`
+ORDER = [(0, 0), (1, 0), (0, 1), (1, 1)]  # (row, column) in `concatenate_neighbors`
 
 
 def masked_loss(kept, p, images, keep_scale, ids, pixels):
-    """Return the mean squared error over each image's masked units, [B], and the
-    prediction.
+    """Return (mean squared error over the masked units of each image [B], prediction).
 
     ids: [B, N], units in the order of their noise; the first `kept` stay visible.
     pixels: 1: predict raw pixels; 0: predict pixels normalized by unit.
     """
     first, second, x = encoder(p, images, keep_scale, ids[:, :kept])
     cells = [(2 * a + c, 2 * b + d) for a, b in ORDER for c, d in ORDER]
-    first, second = units(first, 4), units(second, 2)
+    first, second = split_units(first, 4), split_units(second, 2)
     parts = [first[:, :, i, j] for i, j in cells]
     parts += [second[:, :, i, j] for i, j in ORDER]
     parts = jnp.concatenate(parts, -1)
@@ -325,7 +326,7 @@ def masked_loss(kept, p, images, keep_scale, ids, pixels):
         x = x + attention_branch(p, f"decoder_blocks/{i}", x)
         x = x + mlp_branch(p, f"decoder_blocks/{i}", x)
     predicted = linear(p, "decoder_pred", norm(p, "decoder_norm", x))
-    target = units(images, 16).reshape(b, n, -1)
+    target = split_units(images, 16).reshape(b, n, -1)
     mean, variance = target.mean(-1, keepdims=True), target.var(-1, ddof=1)[..., None]
     normalized = (target - mean) / jnp.sqrt(variance + 1e-6)
     target = jnp.where(pixels, target, normalized)
@@ -333,7 +334,7 @@ def masked_loss(kept, p, images, keep_scale, ids, pixels):
     return jnp.take_along_axis(loss, ids[:, kept:], 1).mean(1), predicted
 
 
-def logits_of(p, images, keep_scale):
+def classifier_logits(p, images, keep_scale):
     features = encoder(p, images, keep_scale)[-1].mean(1)
     return linear(p, "head", norm(p, "fc_norm", features))
 
@@ -360,7 +361,10 @@ def in_float64(function):
 
 
 def weighted_value_and_grad(losses):
-    """Return a function to ((weighted mean, (losses [B], outputs)), gradient)."""
+    """Return a function that computes a weighted mean of losses and its gradient.
+
+    The function returns ((weighted mean, (losses [B], outputs)), gradient).
+    """
 
     def mean(params, eps, weight, *inputs):
         found, outputs = losses(params | {"eps": eps}, *inputs)
@@ -371,7 +375,7 @@ def weighted_value_and_grad(losses):
 
 @jax.jit
 def kept_branches(keys, keep):
-    """Draw whether each branch of each sample is kept, [B, branches]."""
+    """Return [B, branches], True for each branch of a sample that is kept."""
 
     def draw(key, branch):
         return jax.random.bernoulli(jax.random.fold_in(key, branch), keep[branch // 2])
@@ -411,7 +415,7 @@ def learning_rate(step, config, images):
 
 
 def clip_by_global_norm(gradients, limit):
-    """Clip gradients by their global norm; return them and the norm."""
+    """Return the gradients clipped by their global norm, and the norm."""
     length = math.sqrt(sum((g**2).sum() for g in gradients.values()))
     factor = min(1.0, limit / length) if limit else 1.0
     return {name: g * factor for name, g in gradients.items()}, length
@@ -437,7 +441,7 @@ def layer_scale(name, decay, blocks):
     return decay ** (last - layer)
 
 
-def direction(mu, nu, count, betas):
+def adam_direction(mu, nu, count, betas):
     """Return Adam's direction after `count` gradients."""
     scaled = nu / (1 - betas[1] ** count)
     return mu / (1 - betas[0] ** count) / (np.sqrt(scaled) + 1e-8)

@@ -95,7 +95,7 @@ def recipe(name: str) -> ConfigDict:
 
 
 def without_decoder(source: str, **overrides) -> ConfigDict:
-    """Return the config of a mini classifier or linear probe, by `task=...`."""
+    """Return the config of a mini classifier or linear probe; `task` selects one."""
     values = SOURCES[source] | {k.replace("__", "."): v for k, v in overrides.items()}
     path = ROOT / "configs" / "mae_base.py"
     if source == "digits":
@@ -161,8 +161,8 @@ def start_process(
     """Start ``python COMMAND`` with `devices` CPU devices and fast compilation.
 
     Args:
-      log: file for stdout; without it `communicate` returns stdout.
-      environment: variables on top of this process's.
+      log: file for stdout; None: `communicate` returns stdout.
+      environment: variables in addition to those of this process.
     """
     variables = dict(
         JAX_PLATFORMS="cpu",
@@ -194,7 +194,7 @@ def free_address():
 
 
 def block_imports(directory: Path, *names: str) -> Path:
-    """Return a directory that, on PYTHONPATH, makes importing these packages fail."""
+    """Return a directory for PYTHONPATH, in which imports of these packages fail."""
     directory.mkdir(exist_ok=True)
     for name in names:
         message = f"{name} is not installed"
@@ -203,7 +203,7 @@ def block_imports(directory: Path, *names: str) -> Path:
 
 
 def logged(workdir: Path, name: str = "loss") -> dict[int, float]:
-    """Return one value of metrics.jsonl by step; no step may log it twice."""
+    """Return {step: value} of metrics.jsonl, and check that no step occurs twice."""
     found = [line for line in metrics.read(workdir / "metrics.jsonl") if name in line]
     steps = [line["step"] for line in found]
     assert steps == sorted(set(steps))
@@ -223,7 +223,7 @@ def sample(source, index: int) -> tuple[bytes, int]:
 
 
 def saved_arrays(workdir: Path, step: int) -> dict[str, dict[str, np.ndarray]]:
-    """Return the arrays of a checkpoint: item -> name -> array."""
+    """Return {item: {name: array}} of a checkpoint."""
     items = {}
     for item in ("params", "model_state", "optimizer", "ema"):
         path = read.absolute(workdir) / "checkpoints" / str(step) / item

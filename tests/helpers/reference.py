@@ -35,17 +35,17 @@ MINI_CLASSIFIER = FIXTURES["features_mini_rpe"]["config"]
 
 
 def generator(name: str, seed: int = SEED) -> np.random.Generator:
+    """Return the random generator of an array."""
     return np.random.Generator(np.random.PCG64(zlib.crc32(name.encode()) + seed))
 
 
 def normal(name: str, shape, seed: int = SEED) -> np.ndarray:
+    """Return normally distributed float32 numbers."""
     return generator(name, seed).standard_normal(tuple(shape), dtype=np.float32)
 
 
 def weight(name: str, shape, seed: int = SEED) -> np.ndarray:
-    """Return a state dict entry, scaled so that every stage keeps a variance of about
-    1.
-    """
+    """Return a state dict entry whose scale keeps the variance of stages at about 1."""
     draw, leaf = normal(name, shape, seed), name.rsplit(".", 1)[-1]
     if "pos_embed" in leaf or leaf in ("mask_token", "relative_position_bias_table"):
         return np.float32(0.5) * draw
@@ -79,16 +79,19 @@ def images(name: str, batch: int, size: int, seed: int = SEED) -> np.ndarray:
 
 
 def noise(name: str, batch: int, units: int, seed: int = SEED) -> np.ndarray:
+    """Return uniform noise for random masking, [batch, units]."""
     return generator(f"noise/{name}", seed).random((batch, units))
 
 
 def labels(name: str, batch: int, classes: int, seed: int = SEED) -> np.ndarray:
+    """Return random labels, int [batch]."""
     return generator(f"labels/{name}", seed).integers(0, classes, size=batch)
 
 
 def probe(name: str, gradient: np.ndarray, seed: int = SEED) -> float:
-    """Return the inner product of a gradient, in PyTorch's layout, with a random
-    tensor.
+    """Return the inner product of a gradient and a random tensor.
+
+    The gradient has PyTorch's layout.
     """
     draw = normal(f"{name}/probe", gradient.shape, seed).astype(np.float64)
     return float((gradient.astype(np.float64) * draw).sum())
@@ -96,19 +99,20 @@ def probe(name: str, gradient: np.ndarray, seed: int = SEED) -> float:
 
 @cache
 def golden(fixture: str) -> dict[str, np.ndarray]:
+    """Return the golden arrays of a fixture."""
     with np.load(GOLDEN / f"{fixture}.npz") as arrays:
         return dict(arrays)
 
 
 def build(name: str, state, **overrides):
-    """Build our model of this name from an official state dict: (model, params)."""
+    """Return (model, params), built from an official state dict."""
     model = nnx.eval_shape(lambda: create_model(name, **overrides))
     params = jax.tree.map(jnp.asarray, from_official(state, model))
     return nnx.merge(split(model)[0], params), params
 
 
 def build_fixture(fixture: str):
-    """Build the model of a fixture with its random weights: (model, params)."""
+    """Return (model, params) of a fixture with its random weights."""
     config = dict(FIXTURES[fixture].get("config", {}))
     overrides = {OUR_NAMES.get(key, key): value for key, value in config.items()}
     name = f"hivit_{fixture[4:]}" if fixture in SUPERVISED else "mae_hivit_base"

@@ -17,8 +17,9 @@ import sys
 
 
 def play(line: str, before: list[str]) -> int:
-    """Print the output of a command line; return its exit code. `before`: earlier
-    lines.
+    """Print the scripted output of a command line; return its exit code.
+
+    before: earlier command lines.
     """
     for piece, parts in json.loads(os.environ["PLAY"]).items():
         if piece in line:

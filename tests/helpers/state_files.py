@@ -17,7 +17,7 @@ from hivit_jax.weights.names.official import to_official
 
 TINY = dict(image_size=32, embed_dim=16, depths=(1, 1, 2), num_heads=1)
 TINY_DECODER = dict(decoder_embed_dim=8, decoder_depth=1, decoder_num_heads=1)
-# Cannot be inferred from such narrow heads.
+# Arguments that cannot be inferred, because the heads are narrow.
 NOT_IN_STATE_DICT = dict(num_heads=1, decoder_num_heads=1)
 
 
@@ -37,8 +37,8 @@ def zero_state_dict(model):
     return to_official(params, model)
 
 
-def kinds():
-    """Return format -> (model, content of its file)."""
+def contents_by_format():
+    """Return {format: (model, content of a file)}."""
     model, state = random_state_dict("mae_hivit_base")
     args = argparse.Namespace(blr=1e-4, device="cuda", output_dir="somewhere")
     around = {"optimizer": {"state": {}}, "epoch": 1599, "scaler": {}, "args": args}
@@ -69,7 +69,7 @@ def kinds():
 
 
 def with_tensors(content):
-    """Convert the arrays of nested dicts to PyTorch's tensors."""
+    """Convert the arrays of nested dicts to PyTorch tensors."""
     import torch
 
     if isinstance(content, dict):
@@ -89,5 +89,5 @@ def save_safetensors(path, state, about=()):
 if __name__ == "__main__":
     import torch
 
-    for kind, (_, content) in kinds().items():
+    for kind, (_, content) in contents_by_format().items():
         torch.save(with_tensors(content), Path(reference.GOLDEN) / f"{kind}.pth")

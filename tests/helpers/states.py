@@ -21,7 +21,7 @@ MESHES = {
 }
 
 
-def init(seed=0):
+def make_state(seed=0):
     """Return a small train state whose values are all different."""
     params = {
         "attn": {
@@ -46,14 +46,14 @@ def init(seed=0):
     }
 
 
-def on_mesh(name, seed=0):
-    """Return (the state on a mesh, shapes and shardings to restore it with)."""
-    shardings = state_shardings(make_mesh(MESHES[name], 8), jax.eval_shape(init))
-    state = fast_jit(lambda: init(seed), out_shardings=shardings)()
-    return state, with_shardings(jax.eval_shape(init), shardings)
+def state_on_mesh(name, seed=0):
+    """Return a state on a mesh, and the abstract state that `restore` accepts."""
+    shardings = state_shardings(make_mesh(MESHES[name], 8), jax.eval_shape(make_state))
+    state = fast_jit(lambda: make_state(seed), out_shardings=shardings)()
+    return state, with_shardings(jax.eval_shape(make_state), shardings)
 
 
-def save(workdir, *states, keep=9, results=None):
+def save_states(workdir, *states, keep=9, results=None):
     """Save the states as checkpoints of a workdir."""
     checkpoints = Checkpoints(workdir, keep)
     for state in states:
@@ -61,6 +61,6 @@ def save(workdir, *states, keep=9, results=None):
     checkpoints.close()
 
 
-def host(state):
-    """Return the arrays of a state on the host, by name."""
+def to_host(state):
+    """Return {name: numpy array} of a state."""
     return jax.device_get(named_leaves(state))

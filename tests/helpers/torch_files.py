@@ -1,4 +1,4 @@
-"""Files of ``torch.save``, written without PyTorch."""
+"""Write files like ``torch.save``, without PyTorch."""
 
 import pickle
 import zipfile
@@ -20,7 +20,7 @@ MAGIC, VERSION = 0x1950A86A20F9469CFC6C, 1001
 
 
 class Global:
-    """A class or function that a pickle names; calling it gives a `Call`."""
+    """A class or function that a pickle names. A call returns a `Call`."""
 
     def __init__(self, module, name):
         self.module, self.name = module, name
@@ -30,7 +30,7 @@ class Global:
 
 
 class Call:
-    """An object that a pickle makes by a call, then with a state and items."""
+    """An object that a pickle creates by a call and then fills with state and items."""
 
     def __init__(self, *parts):
         self.parts = parts
@@ -41,14 +41,14 @@ class Call:
 
 
 class Storage:
-    """The numbers of a tensor."""
+    """Memory of a tensor."""
 
     def __init__(self, array, kind):
         self.array, self.kind = np.ascontiguousarray(array).reshape(-1), kind
 
 
 class Writer(pickle._Pickler):
-    """Pickler that needs none of the classes and writes the ids of storages."""
+    """Pickler that writes `Global` objects as names and `Storage` objects as ids."""
 
     def __init__(self, file, legacy):
         super().__init__(file, 2)
@@ -70,7 +70,10 @@ class Writer(pickle._Pickler):
 
 
 def tensor(array, offset=0, shape=None, strides=None):
-    """A tensor of an array's memory; shape and strides default to the array's."""
+    """Return a tensor on the memory of an array.
+
+    Shape and strides default to those of the array.
+    """
     if shape is None:
         shape, strides = array.shape, [s // array.itemsize for s in array.strides]
     base = array if array.base is None else array.base
@@ -85,14 +88,14 @@ def tensor(array, offset=0, shape=None, strides=None):
 
 
 def with_tensors(content):
-    """The same content with tensors for arrays."""
+    """Convert the arrays of nested dicts to tensors."""
     if isinstance(content, dict):
         return {key: with_tensors(value) for key, value in content.items()}
     return tensor(content) if isinstance(content, np.ndarray) else content
 
 
 def save(content, path, legacy=False):
-    """Write a file as ``torch.save`` does, in its older format if `legacy`."""
+    """Write a file like ``torch.save``; legacy: in the format before PyTorch 1.6."""
     if not legacy:
         with zipfile.ZipFile(path, "w") as archive:
             with archive.open("x/data.pkl", "w") as file:

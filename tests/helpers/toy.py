@@ -1,6 +1,7 @@
 """A user's own task and dataset: label maps of images of two sizes.
 
-It uses everything that a task can have. The package contains none of it.
+The task uses every feature of the task interface. The package contains none of this
+code.
 """
 
 import io
@@ -70,7 +71,7 @@ class Maps(Source):
 
 
 class MapTransform(Transform):
-    """Decode image and map; mirror half of them in training."""
+    """Decode image and map; mirror half of the examples in training."""
 
     draws = 1
 

@@ -1,4 +1,4 @@
-"""Runs of recipes that store every state, and what `plain.py` expects of them."""
+"""Runs of recipes that store every state, and the values that `plain.py` expects."""
 
 import json
 from functools import cache, partial
@@ -124,10 +124,10 @@ def write_folder(root):
             path = root / split / name / f"{nested}{number:02}.{kind}"
             path.parent.mkdir(parents=True, exist_ok=True)
             image.save(path)
-        files_of(root, split)[BROKEN[split]][0].write_bytes(b"no image")
+        list_files(root, split)[BROKEN[split]][0].write_bytes(b"no image")
 
 
-def files_of(root, split):
+def list_files(root, split):
     """Return [(path, label)] by sorted class and sorted file."""
     return [
         (path, label)
@@ -136,17 +136,20 @@ def files_of(root, split):
     ]
 
 
-def flags_of(name, **more):
-    """Return the command line of a trace; in overrides, `__` stands for a dot."""
+def trace_flags(name, **more):
+    """Return the command line of a trace.
+
+    more: config values; two underscores stand for a dot.
+    """
     recipe, overrides, _ = TRACES[name]
     more = {key.replace("__", "."): value for key, value in more.items()}
     values = COMMON | overrides | more
     return [f"--config={recipe}"] + [f"--config.{k}={v}" for k, v in values.items()]
 
 
-def config_of(name, **more):
-    """Return the config of a trace; arguments as for `flags_of`."""
-    path, *overrides = flags_of(name, **more)
+def trace_config(name, **more):
+    """Return the config of a trace with config values `more`, as in `trace_flags`."""
+    path, *overrides = trace_flags(name, **more)
     return configs.load(path.removeprefix("--config="), overrides)
 
 
@@ -156,7 +159,7 @@ class Trace:
     def __init__(self, name, root, workdir, **more):
         self.name, self.root, self.workdir = name, root, workdir
         self.tolerance = TRACES[name][2]
-        self.config = config_of(name, data__dir=root, **more)
+        self.config = trace_config(name, data__dir=root, **more)
         with pytest.raises(Interrupted):
             train(self.config, workdir, lambda step: "stop" if step == 0 else None)
         self.results = train(self.config, workdir)
@@ -185,7 +188,7 @@ class Trace:
 
     def batch(self, step, config):
         """Return (images, weight, labels, keys) of a training step, flipped."""
-        files, images, labels = files_of(self.root, "train"), [], []
+        files, images, labels = list_files(self.root, "train"), [], []
         size, seed = config.batch_size, config.seed
         for index, epoch in plain.samples_of_step(seed, step, size, len(files)):
             path, label = files[index]
@@ -199,7 +202,7 @@ class Trace:
 
     def eval_batch(self, config):
         """Return (images, weight, labels, keys) of the held-out images, padded."""
-        files = files_of(self.root, "val")
+        files = list_files(self.root, "val")
         images = [plain.prepare_image(p.read_bytes(), config) for p, _ in files]
         fill = BATCH - len(files)
         images, weight = plain.make_batch(images + [None] * fill, config)
@@ -222,8 +225,9 @@ def l2_norm(x):
 
 
 class Network:
-    """Function (params, weight, *inputs) -> ((mean loss, (losses, outputs)),
-    gradients).
+    """Loss function with gradients.
+
+    A call returns ((mean loss, (losses, outputs)), gradients).
     """
 
     def __init__(self, losses):
@@ -240,7 +244,7 @@ def autoencoder(kept):
 
 
 def _classifier_losses(p, images, keep_scale, targets):
-    logits = plain.logits_of(p, images, keep_scale)
+    logits = plain.classifier_logits(p, images, keep_scale)
     return plain.cross_entropy(logits, targets), logits
 
 
@@ -274,11 +278,10 @@ def network_and_inputs(trace, config, batch, train):
 
 
 def adam_expectation(trace, config, steps, evaluated=True):
-    """Return everything that a run stores and logs, by kind, each a list over the
-    steps.
+    """Return {kind: values over the steps} of all that a run stores and logs.
 
-    Each step is computed from the stored state before it. Parameters are computed from
-    the stored moments, because Adam's direction of a tiny gradient is rounding.
+    Each step is computed from the stored state before the step. Parameters are computed
+    from the stored moments, because Adam's direction of a tiny gradient is rounding.
     """
     o, found = config.optimizer, {}
 
@@ -319,7 +322,7 @@ def adam_expectation(trace, config, steps, evaluated=True):
                 params[name] = array
                 continue
             moments = stored["mu"][name], stored["nu"][name]
-            move = plain.direction(*moments, step + 1, o.betas)
+            move = plain.adam_direction(*moments, step + 1, o.betas)
             move = move + o.weight_decay * plain.is_decayed(name, config.task) * array
             move = move * plain.layer_scale(name, o.layer_decay, trace.sizes)
             params[name] = array - rate * move
@@ -352,7 +355,7 @@ def eval_topk(logits, labels, weight):
 
 @cache
 def probe_network():
-    """Return functions for features of an encoder and for the gradient of a head."""
+    """Return two functions: features of an encoder, and gradient of a head."""
 
     def features(p, eps, images, keep):
         return plain.encoder(p | {"eps": eps}, images, keep)[-1].mean(1)
@@ -367,13 +370,12 @@ def probe_network():
 
 
 def probe_expectation(trace, config, steps, evaluated=True):
-    """Return what `adam_expectation` returns, for LARS and BatchNorm of frozen
-    features.
+    """Return {kind: values over the steps} for LARS and BatchNorm of frozen features.
 
     Follows MAE's ``main_linprobe.py`` and ``util/lars.py``.
     """
     o, found = config.optimizer, {}
-    features_of, losses = probe_network()
+    encode, losses = probe_network()
     eps = np.float64(config.model.layer_norm_eps or 1e-6)
     classes, keep = config.model.num_classes, np.ones((BATCH, 2 * sum(trace.sizes)))
 
@@ -383,7 +385,7 @@ def probe_expectation(trace, config, steps, evaluated=True):
     for step in steps:
         before = trace.params(step)
         images, weight, labels, _ = trace.batch(step, config)
-        features = features_of(before, eps, images, keep)
+        features = encode(before, eps, images, keep)
         seen = features[weight > 0]
         normalized = (features - seen.mean(0)) / np.sqrt(seen.var(0) + 1e-6)
         head = {k: v for k, v in before.items() if k.startswith("head/")}
@@ -413,7 +415,7 @@ def probe_expectation(trace, config, steps, evaluated=True):
     if evaluated:
         params = trace.params(STEPS)
         images, weight, labels, _ = trace.eval_batch(config)
-        features = features_of(params, eps, images, keep) - params["fc_norm/mean"]
+        features = encode(params, eps, images, keep) - params["fc_norm/mean"]
         normalized = features / np.sqrt(params["fc_norm/var"] + 1e-6)
         head = {k: v for k, v in params.items() if k.startswith("head/")}
         targets = np.eye(classes)[labels]
@@ -444,26 +446,27 @@ def observed(trace, kind, step):
 
 
 def mismatches(trace, config, steps=range(STEPS), evaluated=True):
-    """Return the kinds of values that differ: kind -> first difference."""
+    """Return {kind: first difference} of the values that differ."""
     found = {}
     expectation = EXPECTATIONS[config.task](trace, config, steps, evaluated)
     for kind, values in expectation.items():
         each = range(STEPS) if kind == "learning_rate" else steps
         each = [STEPS - 1] if kind.startswith("eval/") else each
         for step, value in zip(each, values, strict=True):
-            if what := _difference(
+            if difference := _difference(
                 trace, kind, observed(trace, kind, step), value, step
             ):
-                found[kind] = f"step {step}: {what}"
+                found[kind] = f"step {step}: {difference}"
     if "ema" in trace.states[0] and "ema" not in expectation:
         found["ema"] = "none expected"
     return found
 
 
 def _difference(trace, kind, actual, expected, step):
-    """Return a text on the first difference beyond the tolerance of a kind, or ""."""
-    rate, norm = trace.line(step + 1)["learning_rate"], trace.line(step + 1)
-    norm, tolerance = norm["gradient_norm"], trace.tolerance
+    """Return the first difference beyond the tolerance of a kind as text, or ""."""
+    line, tolerance = trace.line(step + 1), trace.tolerance
+    rate = line["learning_rate"]
+    norm = line["gradient_norm"]
     if not isinstance(expected, dict):
         allowed = {
             "loss": tolerance,
@@ -472,9 +475,9 @@ def _difference(trace, kind, actual, expected, step):
         }.get(kind, 1e-6)
         close = abs(actual - expected) <= allowed * abs(expected)
         return "" if close else f"{actual} is not {expected}"
-    # Relative to an array's largest value, plus an absolute floor: rounding of a
-    # gradient is relative to the network's largest gradient, and Adam's bias
-    # correction is float32.
+    # Errors are relative to an array's largest value, plus an absolute floor, because
+    # the rounding of a gradient is relative to the network's largest gradient, and
+    # Adam's bias correction is float32.
     relative, floor = {
         "mu": (300 * tolerance, 1e-6 * tolerance * norm),
         "nu": (600 * tolerance, 1e-6 * tolerance * norm**2),

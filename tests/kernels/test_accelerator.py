@@ -53,37 +53,45 @@ def test_kernels_are_no_less_exact_than_plain(name, keep):
 
 
 @jax.custom_vjp
-def flash_attention(q, k, v):
+def flash_attention(q, k, v, bias=None):
     """Attention with the roundings of a fused kernel, in plain JAX.
 
     Such kernels save only the output, in bfloat16, and the logarithm of each row's sum.
     The backward pass subtracts a product with the rounded output from each row. This
     makes the gradients of q and k less exact than those of a saved softmax.
     """
-    return _flash_forward(q, k, v)[0]
+    return _flash_forward(q, k, v, bias)[0]
 
 
-def _flash_forward(q, k, v):
+def _flash_scores(q, k, bias):
+    """Return scores, with the bias rounded as in `cudnn_attention`."""
     scores = _product("bqhd,bkhd->bhqk", q, k) / np.sqrt(q.shape[-1])
+    return scores if bias is None else scores + bias.astype(q.dtype)
+
+
+def _flash_forward(q, k, v, bias):
+    scores = _flash_scores(q, k, bias)
     log_sums = jax.nn.logsumexp(scores, -1, keepdims=True)
     weights = jnp.exp(scores - log_sums).astype(q.dtype)
     out = _product("bhqk,bkhd->bqhd", weights, v).astype(q.dtype)
-    return out, (q, k, v, out, log_sums)
+    return out, (q, k, v, bias, out, log_sums)
 
 
 def _flash_backward(saved, direction):
-    q, k, v, out, log_sums = saved
+    q, k, v, bias, out, log_sums = saved
     scale = 1 / np.sqrt(q.shape[-1])
-    weights = jnp.exp(_product("bqhd,bkhd->bhqk", q, k) * scale - log_sums)
+    weights = jnp.exp(_flash_scores(q, k, bias) - log_sums)
     subtracted = _product("bqhd,bqhd->bhq", direction, out)[..., None]
-    slopes = _product("bqhd,bkhd->bhqk", direction, v) - subtracted
-    slopes = (scale * weights * slopes).astype(q.dtype)
+    slopes = weights * (_product("bqhd,bkhd->bhqk", direction, v) - subtracted)
+    dbias = slopes.sum(0, keepdims=True).astype(q.dtype)
+    slopes = (scale * slopes).astype(q.dtype)
     gradients = (
         _product("bhqk,bkhd->bqhd", slopes, k),
         _product("bhqk,bqhd->bkhd", slopes, q),
         _product("bhqk,bqhd->bkhd", weights.astype(q.dtype), direction),
     )
-    return tuple(gradient.astype(q.dtype) for gradient in gradients)
+    gradients = tuple(gradient.astype(q.dtype) for gradient in gradients)
+    return *gradients, None if bias is None else dbias.astype(bias.dtype)
 
 
 def _product(axes, a, b):
@@ -93,19 +101,21 @@ def _product(axes, a, b):
 flash_attention.defvjp(_flash_forward, _flash_backward)
 
 
+@pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("tokens", [49, 196])
-def test_attention_in_bfloat16(tokens):
+def test_attention_in_bfloat16(tokens, with_bias):
     """Errors relative to float32 are at most 1.1 times those of `flash_attention`."""
     *inputs, direction = 4 * random_array((4, 8, tokens, 16, 32))
     inputs = [x.astype(jnp.bfloat16) for x in inputs]
+    inputs += [random_array((1, 16, tokens, tokens), "bias")] * with_bias
 
     with jax.default_matmul_precision("highest"):
-        wide = [x.astype(jnp.float32) for x in inputs]
+        wide = [jnp.float32(x) for x in inputs]
         truth = output_and_gradients(jax.nn.dot_product_attention, wide, direction)
 
-    def attend(q, k, v):
+    def attend(q, k, v, bias=None):
         return attention_xla.dot_product_attention(
-            q, k, v, bias=None, mask=None, choice="auto"
+            q, k, v, bias=bias, mask=None, choice="auto"
         )
 
     ours, expected = (

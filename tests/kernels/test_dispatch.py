@@ -214,14 +214,14 @@ KERNELS = {
 @pytest.mark.parametrize("platform", ["cpu", "tpu", "gpu"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_kernels_of_each_backend(platform, dtype, on_platform):
-    """Masks, windows and biases allow only MLP kernels, tensor parallelism none.
+    """Masks and padded windows allow only MLP kernels, tensor parallelism none.
 
     15 and 16 tokens are treated alike.
     """
     calls, batch = on_platform(platform), 64
 
     def found(special, choice, tokens=15):
-        sizes = {"grid": (2, 8)} if tokens == 16 else {}
+        sizes = {"grid": (2, 8)} if tokens == 16 else {}  # of whole windows
         graphdef, params, inputs = main_stage_block(
             special, batch, dtype=dtype, **sizes
         )
@@ -240,8 +240,11 @@ def test_kernels_of_each_backend(platform, dtype, on_platform):
         with mesh_of(data=1):
             for tokens in (15, 16):
                 assert found("nothing", choice, tokens) == expected, (choice, tokens)
-            for special in ("key mask", "windows", "relative bias"):
+            assert found("relative bias", choice) == expected, choice
+            for special in ("key mask", "windows"):
                 assert found(special, choice) == mlps, (choice, special)
+            whole = [("cudnn", 4) if each == CUDNN else each for each in expected]
+            assert found("windows", choice, 16) == whole, choice
         with mesh_of(data=1, tensor=2):
             library = [each for each in expected if each == CUDNN]
             assert found("nothing", choice) == library, choice
@@ -286,4 +289,27 @@ def test_block_equals_plain_jax(
     for name, a, b in zip(("out", "x", *names), found, expected, strict=True):
         a, b = np.float32(a), np.float32(b)
         assert_allclose(a, b, rtol=0, atol=tolerance * np.abs(b).max(), err_msg=name)
-    assert bool(calls) == (platform == "gpu" and special == "nothing")
+    assert bool(calls) == (platform == "gpu")
+
+
+@pytest.mark.slow
+def test_windows_without_padding(one_device):
+    """Output and all gradients of kernels on windows with a bias equal plain JAX."""
+    options = dict(grid=(4, 4), relative_position=True, mlp_ratio=0.5)
+    graphdef, params, _ = main_stage_block("windows", 8, **options)
+    x, direction = random_arrays((8, 16, 128), (8, 16, 128))
+    leaves, tree = jax.tree.flatten(params)
+
+    def run(choice, x, *leaves):
+        block = nnx.merge(graphdef, jax.tree.unflatten(tree, leaves))
+        return block(x, kernels=choice)
+
+    inputs = [3 * x, *leaves]
+    jaxpr = jax.make_jaxpr(partial(run, "fused"))(*inputs).jaxpr
+    assert kernels_in(jaxpr) == [ATTENTION]
+    found, expected = (
+        fast_jit(partial(output_and_gradients, partial(run, choice)))(inputs, direction)
+        for choice in ("fused", "plain")
+    )
+    for a, b in zip(found, expected, strict=True):
+        assert_allclose(a, b, rtol=0, atol=1e-5 * float(jnp.abs(b).max()))

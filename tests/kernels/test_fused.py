@@ -86,7 +86,8 @@ def test_plain_attention_equals_jax(special):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tokens", [9, 10])
-def test_odd_numbers_of_tokens_are_padded_for_cudnn(tokens, monkeypatch):
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_odd_numbers_of_tokens_are_padded_for_cudnn(tokens, with_bias, monkeypatch):
     """The padding is not attended to and has no gradient."""
     library, calls = jax.nn.dot_product_attention, []
 
@@ -95,16 +96,22 @@ def test_odd_numbers_of_tokens_are_padded_for_cudnn(tokens, monkeypatch):
         return library(*qkv, **others)
 
     *qkv, direction = random_arrays(*[(2, tokens, 4, 32)] * 4, dtype=jnp.bfloat16)
-    expected = output_and_gradients(library, qkv, direction)
+    inputs = qkv + random_arrays((1, 4, tokens, tokens)) * with_bias
+    expected = output_and_gradients(library, inputs, direction)
     monkeypatch.setattr(jax.nn, "dot_product_attention", record)
     monkeypatch.setattr(dispatch, "platform", lambda: "gpu")
-    attend = partial(attention_xla.dot_product_attention, bias=None, mask=None)
-    found = output_and_gradients(partial(attend, choice="auto"), qkv, direction)
+
+    def attend(q, k, v, bias=None, *, choice):
+        return attention_xla.dot_product_attention(
+            q, k, v, bias=bias, mask=None, choice=choice
+        )
+
+    found = output_and_gradients(partial(attend, choice="auto"), inputs, direction)
     assert calls == [("cudnn", 10)]
     for a, b in zip(found, expected, strict=True):
         a, b = np.float32(a), np.float32(b)
         assert_allclose(a, b, rtol=0, atol=0.01 * np.abs(b).max())
-    output_and_gradients(partial(attend, choice="plain"), qkv, direction)
+    output_and_gradients(partial(attend, choice="plain"), inputs, direction)
     assert calls[1:] == [(None, tokens)]
 
 
@@ -123,7 +130,7 @@ ADD_AND_KEEP = [(True, False), (True, True), (False, True)]
     ],
 )
 def test_fused_equals_plain(name, add, keep):
-    """Output and all seven gradients agree in float32, for several blocks of rows."""
+    """Output and all gradients agree in float32, for several blocks of rows."""
     inputs, direction = random_inputs(CASES[name])
     plain = partial(CASES[name].plain, add=add)
     fused = partial(CASES[name].fused, add=add, keep=keep, interpret=True)
@@ -139,6 +146,7 @@ def test_fused_equals_plain(name, add, keep):
     [
         *(("mlp", True), ("mlp", False), ("mlp on GPUs", False)),
         *(("attention of 49", True), ("attention of 49", False)),
+        *(("bias of 49", True), ("bias of 49", False)),
     ],
 )
 def test_no_less_exact_in_bfloat16(name, keep):

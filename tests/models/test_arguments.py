@@ -1,4 +1,4 @@
-"""Python arguments of models: numbers of numpy, ranges, shapes of arrays."""
+"""Tests of arguments of models: numbers of any library, ranges, shapes."""
 
 import json
 
@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from networks import DECODER, MINI, abstract_model, output_shapes
+from networks import DECODER, MINI, abstract_model, abstract_outputs
 
 from hivit_jax.errors import ConfigError
 from hivit_jax.models import arguments_of, configure, create_model
@@ -18,7 +18,8 @@ MAE = MINI | DECODER
 F32 = jnp.float32
 
 
-def shape(*sizes, dtype=F32):
+def abstract(*sizes, dtype=F32):
+    """Return a ShapeDtypeStruct."""
     return jax.ShapeDtypeStruct(sizes, dtype)
 
 
@@ -38,8 +39,9 @@ def shape(*sizes, dtype=F32):
     ],
 )
 def test_numbers_of_any_library(name, given, stored):
-    """Fields accept integers, floats and bools of Python, numpy and JAX, and sequences
-    of integers. They are stored as Python's, so that saved models contain them.
+    """Fields accept numbers and bools of Python, numpy and JAX, and integer sequences.
+
+    Fields store Python numbers, so that saved models can contain the values.
     """
     _, config, _ = configure("hivit_base", **MINI | {name: given})
     found = getattr(config, name)
@@ -81,8 +83,9 @@ def test_numbers_of_any_library(name, given, stored):
     ids=str,
 )
 def test_other_values_are_refused(overrides):
-    """Refused: other types, bools as numbers, numbers out of range or not finite. The
-    message begins with the field.
+    """Other types, bools as numbers, and numbers out of range or not finite fail.
+
+    The message begins with the field.
     """
     with pytest.raises(ConfigError, match=next(iter(overrides))):
         create_model("hivit_base", **MINI | overrides)
@@ -131,46 +134,51 @@ def test_several_keys_are_no_seed():
         make_key(jax.random.split(jax.random.key(0), 2))
 
 
-IMAGES = shape(4, 64, 64, 3)
+IMAGES = abstract(4, 64, 64, 3)
 KEYS = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 4))
-OLD_KEYS = shape(4, 2, dtype=jnp.uint32)
+OLD_KEYS = abstract(4, 2, dtype=jnp.uint32)
 
 
-def classify(images=IMAGES, **arrays):
+def abstract_logits(images=IMAGES, **arrays):
     model = abstract_model(
         "hivit_base", **MINI | dict(drop_path_rate=0.5, num_classes=5)
     )
-    return output_shapes(lambda m: jax.eval_shape(m, images, **arrays), model)
+    return abstract_outputs(lambda m: jax.eval_shape(m, images, **arrays), model)
 
 
-def reconstruct(method="image_loss", *arrays, **named):
+def call_autoencoder(method="image_loss", *arrays, **named):
+    """Return the abstract result of a method of a small masked autoencoder."""
     model = abstract_model("mae_hivit_base", **MAE)
-    return output_shapes(
+    return abstract_outputs(
         lambda m: jax.eval_shape(getattr(m, method), *arrays, **named), model
     )
 
 
 def test_one_drop_path_key_an_image():
-    """Keys of `jax.random.key`, [B], and of `jax.random.PRNGKey`, [B, 2]."""
-    assert classify(drop_path_keys=KEYS).shape == (4, 5)
-    assert classify(drop_path_keys=OLD_KEYS).shape == (4, 5)
+    """Keys are those of `jax.random.key`, [B], or of `jax.random.PRNGKey`, [B, 2]."""
+    assert abstract_logits(drop_path_keys=KEYS).shape == (4, 5)
+    assert abstract_logits(drop_path_keys=OLD_KEYS).shape == (4, 5)
     for count in (1, 2, 3, 8):
         few = jax.eval_shape(lambda n=count: jax.random.split(jax.random.key(0), n))
         with pytest.raises(ConfigError, match=rf"\[{count}\].*\[4\]"):
-            classify(drop_path_keys=few)
+            abstract_logits(drop_path_keys=few)
     one = jax.eval_shape(lambda: jax.random.key(0))
     with pytest.raises(ConfigError, match="drop_path_keys"):
-        classify(drop_path_keys=one)
+        abstract_logits(drop_path_keys=one)
 
 
 @pytest.mark.parametrize(
     "images",
-    [shape(64, 64, 3), shape(4, 64, 64, 1), shape(4, 64, 64, 3, dtype=jnp.uint8)],
+    [
+        abstract(64, 64, 3),
+        abstract(4, 64, 64, 1),
+        abstract(4, 64, 64, 3, dtype=jnp.uint8),
+    ],
 )
 def test_images(images):
-    """[B, H, W, C] of the model's size, floating point."""
+    """Images must be [B, H, W, C] of the model's size, in floating point."""
     with pytest.raises(ConfigError, match="images are"):
-        classify(images)
+        abstract_logits(images)
 
 
 @pytest.mark.parametrize(
@@ -178,27 +186,27 @@ def test_images(images):
 )
 @pytest.mark.parametrize("method", ["image_loss", "__call__"])
 def test_noise(method, noise):
-    """One number for each unit of each image; neither broadcast nor cut."""
+    """Noise must have one number for each unit of each image."""
     with pytest.raises(ConfigError, match=r"noise has shape .* = \[4, 16\]"):
-        reconstruct(method, IMAGES, noise=shape(*noise))
+        call_autoencoder(method, IMAGES, noise=abstract(*noise))
 
 
 @pytest.mark.parametrize(
     ("method", "arrays", "name"),
     [
-        ("encode", (IMAGES, shape(2, 4, dtype=jnp.int32)), "ids_keep"),
-        ("encode", (IMAGES, shape(4, 4)), "ids_keep"),
-        ("decode", (shape(4, 4, 448), shape(4, 15, dtype=jnp.int32)), "ids"),
-        ("decode", (shape(4, 4, 64), shape(4, 16, dtype=jnp.int32)), "latent"),
-        ("targets", (IMAGES, shape(1, 4, dtype=jnp.int32)), "ids"),
-        ("unit_loss", (IMAGES, shape(4, 1, 768)), "pred"),
-        ("unit_loss", (IMAGES, shape(1, 16, 768)), "pred"),
-        ("features", (IMAGES, shape(4, dtype=jnp.int32)), "ids_keep"),
+        ("encode", (IMAGES, abstract(2, 4, dtype=jnp.int32)), "ids_keep"),
+        ("encode", (IMAGES, abstract(4, 4)), "ids_keep"),
+        ("decode", (abstract(4, 4, 448), abstract(4, 15, dtype=jnp.int32)), "ids"),
+        ("decode", (abstract(4, 4, 64), abstract(4, 16, dtype=jnp.int32)), "latent"),
+        ("targets", (IMAGES, abstract(1, 4, dtype=jnp.int32)), "ids"),
+        ("unit_loss", (IMAGES, abstract(4, 1, 768)), "pred"),
+        ("unit_loss", (IMAGES, abstract(1, 16, 768)), "pred"),
+        ("features", (IMAGES, abstract(4, dtype=jnp.int32)), "ids_keep"),
     ],
 )
 def test_arrays_of_parts(method, arrays, name):
     with pytest.raises(ConfigError, match=name):
-        reconstruct(method, *arrays)
+        call_autoencoder(method, *arrays)
 
 
 def test_weight_of_batch_norm():
@@ -212,21 +220,23 @@ def test_weight_of_batch_norm():
 def test_empty_batch():
     """Every method accepts no images, with and without windows and keys."""
     none, keys = (
-        shape(0, 64, 64, 3),
+        abstract(0, 64, 64, 3),
         jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 0)),
     )
-    assert classify(none).shape == (0, 5)
-    assert classify(none, drop_path_keys=keys).shape == (0, 5)
+    assert abstract_logits(none).shape == (0, 5)
+    assert abstract_logits(none, drop_path_keys=keys).shape == (0, 5)
     windows = abstract_model("hivit_base", **MINI | dict(window_size=3))
-    maps = output_shapes(
+    maps = abstract_outputs(
         lambda m: m.features(jnp.zeros((0, 64, 64, 3)), stride_32=True), windows
     )
-    assert [m.shape[:3] for m in maps] == [(0, 16, 16), (0, 8, 8), (0, 4, 4), (0, 2, 2)]
-    layers = output_shapes(lambda m: m.layers(jnp.zeros((0, 64, 64, 3)), True), windows)
+    assert [x.shape[:3] for x in maps] == [(0, 16, 16), (0, 8, 8), (0, 4, 4), (0, 2, 2)]
+    layers = abstract_outputs(
+        lambda m: m.layers(jnp.zeros((0, 64, 64, 3)), True), windows
+    )
     assert layers[0].attention.shape == (0, 4, 2, 9, 9)
-    noise = shape(0, 16)
-    assert reconstruct("image_loss", none, noise=noise).shape == (0,)
-    assert reconstruct("__call__", none, noise=noise).pred.shape == (0, 16, 768)
+    noise = abstract(0, 16)
+    assert call_autoencoder("image_loss", none, noise=noise).shape == (0,)
+    assert call_autoencoder("__call__", none, noise=noise).pred.shape == (0, 16, 768)
     assert BatchNorm(3)(jnp.zeros((0, 3))).shape == (0, 3)
     norm = BatchNorm(3)
     assert norm(jnp.zeros((0, 3)), jnp.zeros(0)).shape == (0, 3)

@@ -1,4 +1,4 @@
-"""Ways to run blocks: scan, remat and kernels change no value; blocks compile once."""
+"""Tests of scan, remat and kernels, which change no value, and of compilation."""
 
 import re
 from functools import cache
@@ -60,14 +60,14 @@ def loss_and_gradients(name, **options):
     ],
 )
 def test_scan_and_remat_change_no_value(monkeypatch, name, options):
-    """Losses and gradients agree, and so does drop path, whose draws affect both.
+    """Losses and gradients agree with those of plain blocks, including drop path.
 
-    On XLA:CPU every block is called; other backends have one program unless an option
-    changes it.
+    XLA:CPU calls every block. Other backends have one program for all blocks, unless an
+    option changes the program.
     """
     value, found, same = loss_and_gradients(name, **options)
     monkeypatch.setattr(dispatch, "platform", lambda: "tpu")
-    # remat=False is the default; naming it keeps this result apart in the cache.
+    # remat=False is the default. This argument gives the result its own cache entry.
     loss, gradients, params = loss_and_gradients(name, remat=False)
     recipes.assert_identical(same, params)  # names, shapes and numbers
     assert_allclose(value, loss, rtol=1e-6)
@@ -78,7 +78,7 @@ def test_scan_and_remat_change_no_value(monkeypatch, name, options):
 
 
 def gradient_program(**options):
-    """Lower the gradient of a small classifier."""
+    """Return the lowered gradient of a small classifier."""
     model = hivit_jax.create_model("hivit_base", **MINI | options)
     graphdef, params = split(model)
     images = jnp.zeros((2, 64, 64, 3))
@@ -86,7 +86,7 @@ def gradient_program(**options):
     return jax.jit(loss).lower(params, images)
 
 
-def lines(**options):
+def count_lines(**options):
     """Count the lines of the lowered gradient."""
     return len(gradient_program(**options).as_text().splitlines())
 
@@ -97,9 +97,9 @@ def lines(**options):
 )
 def test_blocks_are_compiled_once(monkeypatch, platform, options):
     monkeypatch.setattr(dispatch, "platform", lambda: "tpu")
-    one_by_one = lines(depths=(1, 1, 9)) - lines()
+    one_by_one = count_lines(depths=(1, 1, 9)) - count_lines()
     monkeypatch.setattr(dispatch, "platform", lambda: platform)
-    more = lines(depths=(1, 1, 9), **options) - lines(**options)
+    more = count_lines(depths=(1, 1, 9), **options) - count_lines(**options)
     assert more < one_by_one / 3  # except for stacking parameters
 
 
@@ -116,7 +116,7 @@ def test_cpu_fusions_do_not_grow_with_depth():
 
 @pytest.mark.slow
 def test_blocks_with_different_windows():
-    """Blocks with and without windows are neither scanned nor confused."""
+    """Blocks with and without windows cannot be scanned, and keep their windows."""
     windows = dict(window_size=2)
     images = np.random.default_rng(0).normal(size=(2, 64, 64, 3)).astype(np.float32)
     with pytest.raises(ConfigError, match="scan_blocks=True with global_blocks"):

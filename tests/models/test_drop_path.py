@@ -1,4 +1,4 @@
-"""Drop path: dropped samples and branches, and rates."""
+"""Tests of drop path: dropped samples and branches, and rates."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -7,9 +7,9 @@ from networks import (
     DECODER,
     MINI,
     abstract_model,
+    abstract_outputs,
     jit_model,
     mini,
-    output_shapes,
     random_array,
     sample_keys,
 )
@@ -39,7 +39,7 @@ def test_drop_path_drops_or_scales_whole_samples(shape):
 
 @pytest.mark.slow
 def test_drop_path_draws():
-    """Only a sample's own key and the branch index determine a draw."""
+    """A draw depends only on the key of the sample and on the branch index."""
     keys, ones = sample_keys(4000), jnp.ones((4000, 1))
 
     def draws(keys, branch_index=0):
@@ -86,7 +86,7 @@ def test_drop_path_of_a_model_depends_on_the_sample_alone():
 
 
 def test_drop_path_rates_rise_over_residual_blocks(monkeypatch):
-    """Every branch has the rate of its block and a draw of its own."""
+    """Every branch has the rate of its block and its own draw."""
     calls = []
 
     def record(x, rate, keys, branch_index):
@@ -99,7 +99,7 @@ def test_drop_path_rates_rise_over_residual_blocks(monkeypatch):
         blocks.dispatch, "platform", lambda: "tpu"
     )  # traces blocks inline
     images = jnp.zeros((2, 224, 224, 3))
-    output_shapes(
+    abstract_outputs(
         lambda model: model(images, drop_path_keys=sample_keys(2)),
         abstract_model("hivit_tiny", drop_path_rate=0.05),
     )
@@ -123,7 +123,7 @@ def test_decoder_has_no_drop_path(monkeypatch):
         blocks.dispatch, "platform", lambda: "tpu"
     )  # traces blocks inline
     images, noise = jnp.zeros((2, 64, 64, 3)), jnp.zeros((2, 16))
-    output_shapes(
+    abstract_outputs(
         lambda m: m(images, noise=noise, drop_path_keys=sample_keys(2)), model
     )
     encoder = [0, 0.1, 0.2, 0.3, 0.4, 0.4, 0.5, 0.5]

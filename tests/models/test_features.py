@@ -1,4 +1,4 @@
-"""Feature maps of all and of kept units; tokens and attention of every block."""
+"""Tests of feature maps of all and of kept units, and of the blocks' outputs."""
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +9,10 @@ from networks import (
     DEFAULTS,
     MINI,
     abstract_model,
+    abstract_outputs,
     fast_jit,
     jit_model,
     mini,
-    output_shapes,
     random_array,
 )
 from numpy.testing import assert_allclose, assert_array_equal
@@ -81,9 +81,9 @@ def numpy_maps(model, image):
     ids=str,
 )
 def test_order_of_maps_and_of_kept_units(sizes):
-    """Maps and kept units equal those computed cell by cell in numpy.
+    """Maps and kept units equal maps computed cell by cell in numpy.
 
-    The pixels of the images are their coordinates.
+    The channels of a pixel are its coordinates.
     """
     model = without_branches(**sizes)
     height, width = model.config.image_size
@@ -108,7 +108,7 @@ def test_order_of_maps_and_of_kept_units(sizes):
                 cells = kept[level][sample, i]
                 assert cells.shape == (inner, inner, expected_map.shape[-1])
                 assert_allclose(cells, expected_map[rows, columns], atol=1e-5)
-    # No two positions are alike, so that another order fails.
+    # No two positions have the same features, so that another order fails.
     for x in maps:
         rows = x.reshape(-1, x.shape[-1])
         gaps = np.abs(rows[:, None] - rows).max(-1) + 9 * np.eye(len(rows))
@@ -118,7 +118,7 @@ def test_order_of_maps_and_of_kept_units(sizes):
 @pytest.mark.slow
 @pytest.mark.parametrize("image_size", [64, (80, 112)])
 def test_stride_32(image_size):
-    """Each value is the maximum of 2x2; an odd last row or column is dropped."""
+    """Each value is the maximum of 2x2 values; an odd last row or column is dropped."""
     model = mini(image_size=image_size)
     height, width = model.config.image_size
     images = random_array((2, height, width, 3))
@@ -148,7 +148,7 @@ def test_every_model_has_features_and_layers(name):
         return maps, layers, model.layers(images, attention=True)
 
     model = abstract_model(name, **DEFAULTS[name], dtype="bfloat16")
-    maps, layers, with_attention = output_shapes(run, model)
+    maps, layers, with_attention = abstract_outputs(run, model)
     assert [x.shape for x in maps] == [
         (2, 3, 4, 4, 16),
         (2, 3, 2, 2, 32),
@@ -164,7 +164,7 @@ def test_every_model_has_features_and_layers(name):
 
 @pytest.mark.slow
 def test_attention_gives_the_output_of_its_block():
-    """The returned attention reproduces each block's output, in windows too."""
+    """The returned attention reproduces the output of a block, also with windows."""
     model = mini(
         image_size=(48, 80), depths=(1, 1, 3), window_size=2, global_blocks=(0, 2)
     )
@@ -191,8 +191,8 @@ def test_attention_gives_the_output_of_its_block():
     for layer, output in zip(layers[1:], outputs, strict=True):
         assert_allclose(output, layer.tokens, atol=1e-5)
     assert_array_equal(layers[-1].tokens, last)
-    shapes_of_layers = [(2, 2, 15, 15), (2, 6, 2, 4, 4), (2, 2, 15, 15)]
-    assert [layer.attention.shape for layer in layers] == shapes_of_layers
+    expected_shapes = [(2, 2, 15, 15), (2, 6, 2, 4, 4), (2, 2, 15, 15)]
+    assert [layer.attention.shape for layer in layers] == expected_shapes
     for layer in layers:
         assert_allclose(layer.attention.sum(-1), 1, rtol=1e-6)
     # The last window has one unit; its three padding units are never attended to.

@@ -1,4 +1,4 @@
-"""HiViT: counts of parameters and multiply-adds, initialization, sizes."""
+"""Tests of HiViT: parameters, multiply-adds, initialization, sizes."""
 
 import re
 
@@ -12,10 +12,10 @@ from networks import (
     DEFAULTS,
     MINI,
     abstract_model,
+    abstract_outputs,
     initial_params,
     jit_model,
     mini,
-    output_shapes,
     random_array,
 )
 from numpy.testing import assert_array_equal
@@ -51,7 +51,7 @@ def test_parameters_and_multiply_adds(name, overrides, parameters, macs, cost):
     assert model.macs() == cost
 
 
-# As published by the papers and MMPretrain: M parameters, G multiply-adds.
+# Figures published by the papers and MMPretrain: M parameters, G multiply-adds.
 @pytest.mark.parametrize(
     ("name", "overrides", "parameters", "cost"),
     [
@@ -107,7 +107,10 @@ def test_cost_at_another_image_size():
 
 
 def test_no_head():
-    """The output is the pooled features; the head's parameters and costs are absent."""
+    """Without a head, the output is the pooled features.
+
+    Counts of parameters and multiply-adds exclude the head.
+    """
     model, headless = mini(), mini(num_classes=0)
     images = random_array((2, 64, 64, 3))
     pooled = jit_model(model, lambda model, images: model.pooled(images))(images)
@@ -118,7 +121,7 @@ def test_no_head():
 
 
 def test_layers_of_a_masked_autoencoder():
-    """Encoder layers are those of a classifier; the decoder follows the last block."""
+    """The encoder has the layers of a classifier; the decoder has the next layer."""
     ids = abstract_model("mae_hivit_base", **MINI, **DECODER).layer_ids()
     classifier = abstract_model("hivit_base", **MINI).layer_ids()
     assert ids["encoder/merges/0/norm/scale"] == 2
@@ -153,8 +156,8 @@ def test_initial_parameters(name, overrides):
                 assert value.shape == (48, 16)
                 assert value.std() == pytest.approx(bound / np.sqrt(3), rel=0.05)
         elif parts[-1] == "kernel":
-            # Within five standard errors, with the tails of a normal
-            # distribution.
+            # Mean and deviation are within five standard errors, and the tails are
+            # those of a normal distribution.
             error = 5 / np.sqrt(value.size)
             assert value.std() == pytest.approx(0.02, rel=error), path
             assert abs(value.mean()) < 0.02 * error, path
@@ -225,7 +228,7 @@ def test_shapes_at_other_sizes(sizes):
             autoencoder.features(images),
         )
 
-    logits, features, out, same = output_shapes(run, classifier, autoencoder)
+    logits, features, out, same = abstract_outputs(run, classifier, autoencoder)
     assert logits.shape == (2, 10)
     inner, dim = sizes.get("inner_patches", 4), sizes.get("embed_dim", 64)
     expected, latent = [], 0

@@ -1,4 +1,4 @@
-"""The masked autoencoder: visible units, loss of masked units, targets."""
+"""Tests of the masked autoencoder: visible units, loss of masked units, targets."""
 
 from functools import cache
 
@@ -18,6 +18,7 @@ from hivit_jax.models import positions
 
 
 def kept_units(batch, units, kept):
+    """Return `kept` random units of each image, int [batch, kept]."""
     rows = [np.random.RandomState(s).permutation(units)[:kept] for s in range(batch)]
     return jnp.asarray(np.stack(rows))
 
@@ -93,15 +94,13 @@ def test_loss_is_the_mean_over_removed_units():
     removed = np.asarray(out.mask) == 1
     assert removed.sum() == 3 * 10
     assert_allclose(out.loss, errors[removed].mean(), rtol=1e-5)
-    of_each = errors[removed].reshape(3, 10).mean(1)  # all images have equally many
-    assert_allclose(image_loss, of_each, rtol=1e-5)
+    expected = errors[removed].reshape(3, 10).mean(1)  # 10 masked units per image
+    assert_allclose(image_loss, expected, rtol=1e-5)
 
 
 @cache
 def masked_runs():
-    """Return the key mask and outputs of images before and after changing masked
-    pixels.
-    """
+    """Return a key mask, and outputs before and after a change of masked pixels."""
     images = random_array((3, 64, 64, 3))
     mask = np.ones((3, 16), np.int32)
     mask[0, [2, 7, 15]] = 0
@@ -138,7 +137,7 @@ def test_wholly_masked_sample():
 
 
 @pytest.mark.slow
-def test_targets_give_the_pixels_back():
+def test_targets_restore_the_pixels():
     images = random_array((2, 64, 64, 3)) * 0.3 + 0.5
     units = np.asarray(positions.patchify(images, 16), np.float64)
     model = mini("mae_hivit_base")

@@ -1,4 +1,4 @@
-"""Random masking: visible units, mask ratios, order of units."""
+"""Tests of random masking: visible units, mask ratios, order of units."""
 
 import re
 
@@ -53,7 +53,7 @@ def test_equal_noise_goes_by_unit_number():
 
 
 def test_infinite_noise_masks_units():
-    """Units that must stay masked are given infinite noise; NaN sorts behind it."""
+    """Infinite noise masks a unit; NaN sorts behind infinity."""
     noise = jnp.asarray([[np.inf, 0.5, -np.inf, np.nan, 0.1]])
     ids_shuffle, ids_restore, mask = random_masking(noise, 3)
     assert ids_shuffle.tolist() == [[2, 4, 1, 0, 3]]

@@ -1,4 +1,4 @@
-"""Batch normalization: PyTorch's values, the global batch, examples of weight 0."""
+"""Tests of batch normalization: PyTorch's values, global batch, weights of 0."""
 
 import jax
 import jax.numpy as jnp
@@ -63,7 +63,7 @@ def test_parameters_and_statistics():
 
 
 def test_an_example_of_weight_0_changes_nothing():
-    """Examples of weight 0 are ignored; a batch of them keeps the statistics."""
+    """Examples of weight 0 are ignored; a batch of only these keeps the statistics."""
     few, filled = BatchNorm(6), BatchNorm(6)
     weight = np.float32([1] * 5 + [0] * 11)
     expected = few(IMAGES[:5], jnp.ones(5))
@@ -77,8 +77,9 @@ def test_an_example_of_weight_0_changes_nothing():
 
 
 class Network(nnx.Module):
-    """Trained weights before a normalization, so that gradients pass through its
-    statistics.
+    """Network with weights before its normalization.
+
+    Gradients of these weights pass through the statistics.
     """
 
     def __init__(self):
@@ -97,7 +98,7 @@ class Network(nnx.Module):
 def test_eight_devices_equal_one(sizes, parts):
     """Loss, gradients and statistics agree, also with microbatches and weights of 0.
 
-    Devices sum their own examples where each has a pair of them.
+    If each device has pairs of examples, each device sums over its own examples.
     """
     batch = {
         "image": np.concatenate([IMAGES, 2 - IMAGES]),

@@ -1,5 +1,6 @@
-"""Order of pixels, cells and units; sin-cos and relative tables."""
+"""Tests of the order of pixels, cells and units, and of position tables."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -110,6 +111,20 @@ def test_relative_position_index(grid):
     for sample in range(4):
         kept = expected[np.ix_(ids[sample], ids[sample])]
         assert_array_equal(gathered[sample], kept)
+
+
+@pytest.mark.parametrize("grid", [(3, 3), (2, 4), (5, 1)])
+def test_relative_position_bias(grid):
+    """Values and gradient equal those of a gather; the sums of integers are exact."""
+    units, rows = grid[0] * grid[1], (2 * grid[0] - 1) * (2 * grid[1] - 1)
+    index = positions.relative_position_index(jnp.arange(units), grid)
+    table = random_array((rows, 2), "table")
+    bias, backward = jax.vjp(lambda x: positions.relative_position_bias(x, grid), table)
+    assert_array_equal(bias, np.moveaxis(np.asarray(table)[index], -1, 0))
+    cotangent = np.arange(2.0 * units**2, dtype=np.float32).reshape(2, units, units)
+    expected = np.zeros((rows, 2), np.float32)
+    np.add.at(expected, np.asarray(index), np.moveaxis(cotangent, 0, -1))
+    assert_array_equal(backward(cotangent)[0], expected)
 
 
 @pytest.mark.slow

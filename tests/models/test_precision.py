@@ -1,4 +1,4 @@
-"""bfloat16 compute with float32 parameters, softmax, norms and loss."""
+"""Tests of bfloat16 compute with float32 parameters, softmax, norms and loss."""
 
 from types import SimpleNamespace
 
@@ -100,7 +100,7 @@ def test_float32_inside_bfloat16(name):
     assert found["exp"] == [jnp.dtype("float32")] * attentions
     assert found["rsqrt"] == [jnp.dtype("float32")] * norms
     low = [dtypes == {jnp.dtype("bfloat16")} for dtypes in products]
-    # patch embedding, stem MLPs, merges, main blocks with six products; then the rest.
+    # Patch embedding, stem MLPs, merges, and main blocks with six products each.
     encoder = 1 + 2 * 4 + 2 + 6 * 2
     if name.startswith("mae_"):
         # positions, decoder embedding, decoder block, prediction

@@ -1,4 +1,4 @@
-"""Names of models, their arguments, and errors of create_model."""
+"""Tests of the names of models, arguments, and errors of create_model."""
 
 import copy
 import json

@@ -1,4 +1,4 @@
-"""Tables and kernels resized to another image size."""
+"""Tests of tables and kernels resized to another image size."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,8 +12,11 @@ from hivit_jax.models import resize
 from hivit_jax.tree import split
 
 
-def numbered(grid, channels=1):
-    """Return numbers in [-0.5, 0.5) that repeat late, [rows, columns, channels]."""
+def number_map(grid, channels=1):
+    """Return numbers in [-0.5, 0.5), [rows, columns, channels].
+
+    The sequence of numbers repeats after 1,009.
+    """
     numbers = np.arange(channels * grid[0] * grid[1]) * 7919 % 1009 / 1009 - 0.5
     return numbers.reshape(channels, *grid).transpose(1, 2, 0)
 
@@ -23,7 +26,7 @@ GRIDS = [((14, 14), (24, 24)), ((14, 14), (7, 7)), ((3, 5), (4, 7)), ((4, 3), (9
 
 @pytest.mark.parametrize(("grid", "new"), [*GRIDS, ((5, 2), (1, 1)), ((1, 2), (3, 2))])
 def test_grid_table_of_another_size(grid, new):
-    maps = numbered(grid, 3)
+    maps = number_map(grid, 3)
     table = resize.resize_grid_table(maps.reshape(-1, 3), grid, new)
     assert table.shape == (new[0] * new[1], 3)
     assert_allclose(table.reshape(*new, 3), torch_bicubic(maps, new), atol=1e-13)
@@ -36,7 +39,7 @@ def test_grid_table_of_another_size(grid, new):
 def test_tables_resized_as_torch_does(grid, new):
     with np.load(reference.GOLDEN / "bicubic.npz") as arrays:
         expected = arrays["{}x{}_{}x{}".format(*grid, *new)].reshape(-1, 1)
-    table = numbered(grid).reshape(-1, 1)
+    table = number_map(grid).reshape(-1, 1)
     assert_allclose(resize.resize_grid_table(table, grid, new), expected, atol=5e-8)
     if grid == (27, 27):  # the relative tables of 14x14 and 24x24 units
         table = resize.resize_relative_table(table, (14, 14), (24, 24))
@@ -46,7 +49,7 @@ def test_tables_resized_as_torch_does(grid, new):
 @pytest.mark.parametrize(("grid", "new"), [((4, 4), (6, 6)), ((2, 5), (3, 2))])
 def test_relative_table_is_a_map_of_differences(grid, new):
     spans = [(2 * rows - 1, 2 * columns - 1) for rows, columns in (grid, new)]
-    table = numbered(spans[0], 2).reshape(-1, 2)
+    table = number_map(spans[0], 2).reshape(-1, 2)
     resized = resize.resize_relative_table(table, grid, new)
     assert_array_equal(resized, resize.resize_grid_table(table, *spans))
     assert len(resized) == (2 * new[0] - 1) * (2 * new[1] - 1)
@@ -58,8 +61,9 @@ def test_resized_constants_stay_constant():
     assert_allclose(resized, 0.7, rtol=1e-14)
 
 
-# With a = -0.75 the cubic reproduces a ramp at samples and halfway between them.
-# Elsewhere it deviates by up to 4.9 % of a step on each axis (a = -0.5 would not).
+# With a = -0.75, the cubic reproduces a ramp at samples and halfway between samples.
+# Elsewhere the cubic deviates by up to 4.9 % of a step on each axis. With a = -0.5, it
+# would not deviate.
 @pytest.mark.parametrize(("new", "bend"), [((4, 6), 0), ((16, 18), 0.049)])
 def test_resized_ramps_stay_ramps_inside(new, bend):
     def ramp(grid):
@@ -74,8 +78,8 @@ def test_resized_ramps_stay_ramps_inside(new, bend):
 
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
 def test_the_same_size_keeps_every_byte(dtype):
-    table = np.asarray(numbered((7, 9), 2).reshape(-1, 2), dtype)
-    kernel = np.asarray(numbered((4 * 4 * 3, 8))[..., 0], dtype)
+    table = np.asarray(number_map((7, 9), 2).reshape(-1, 2), dtype)
+    kernel = np.asarray(number_map((4 * 4 * 3, 8))[..., 0], dtype)
     for before, after in (
         (table, resize.resize_grid_table(table, (7, 9), (7, 9))),
         (table, resize.resize_relative_table(table, (4, 5), (4, 5))),
@@ -90,10 +94,8 @@ def test_the_same_size_keeps_every_byte(dtype):
 
 @pytest.mark.parametrize("new", [2, 5, 8])
 def test_patch_kernel_of_another_cell(new):
-    """Every channel and output is resized independently over rows and columns of
-    pixels.
-    """
-    kernel = numbered((4 * 4 * 3, 5))[..., 0]
+    """Each channel and output is resized alone, over the rows and columns of pixels."""
+    kernel = number_map((4 * 4 * 3, 5))[..., 0]
     resized = resize.resize_patch_kernel(kernel, 4, new)
     assert resized.shape == (new * new * 3, 5)
     pixels, found = kernel.reshape(4, 4, 3, 5), resized.reshape(new, new, 3, 5)
@@ -108,13 +110,13 @@ def test_a_table_of_another_grid():
 
 
 def test_channel_matrix():
-    weights = resize.channel_matrix
-    assert weights(1, 3).tolist() == [[1 / 3]] * 3
-    assert weights(3, 1).tolist() == [[1, 1, 1]]
-    assert weights(2, 3).tolist() == [[0.5, 0], [0, 1], [0.5, 0]]
-    assert weights(3, 2).tolist() == [[1, 0, 1], [0, 1, 0]]
-    assert weights(3, 6).tolist() == (np.tile(np.eye(3), (2, 1)) / 2).tolist()
-    assert weights(4, 4).tolist() == np.eye(4).tolist()
+    matrix = resize.channel_matrix
+    assert matrix(1, 3).tolist() == [[1 / 3]] * 3
+    assert matrix(3, 1).tolist() == [[1, 1, 1]]
+    assert matrix(2, 3).tolist() == [[0.5, 0], [0, 1], [0.5, 0]]
+    assert matrix(3, 2).tolist() == [[1, 0, 1], [0, 1, 0]]
+    assert matrix(3, 6).tolist() == (np.tile(np.eye(3), (2, 1)) / 2).tolist()
+    assert matrix(4, 4).tolist() == np.eye(4).tolist()
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Models under JAX's transformations, meshes and debug settings."""
+"""Tests of models under JAX's transformations, meshes and debug settings."""
 
 from functools import partial
 
@@ -23,19 +23,19 @@ IMAGES, NOISE = random_array((4, 32, 32, 3)), random_array((4, 4), "noise")
 
 
 def loss(graphdef, state, images, noise):
-    """Loss of each image."""
+    """Return the loss of each image."""
     model = nnx.merge(graphdef, state)
     if hasattr(model, "image_loss"):
         return model.image_loss(images, noise=noise)
     return jnp.square(model(images)).sum(-1)
 
 
-def build(name, **overrides):
+def split_mini(name, **overrides):
     sizes = SMALL | (DECODER if name.startswith("mae") else {}) | overrides
     return nnx.split(mini(name, **sizes))
 
 
-def close(found, expected):
+def assert_close(found, expected):
     for a, b in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
         assert_allclose(a, b, rtol=2e-4, atol=2e-4 * np.abs(b).max() + 1e-7)
 
@@ -46,11 +46,13 @@ MODELS = "hivit_base", "mae_hivit_base"
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_manual_and_explicit_meshes(name):
-    """Loss and gradient are those without a mesh: inside `shard_map` with the checks of
-    varying types on, and on a mesh with Explicit axes, the default of `make_mesh`, with
-    sharded images. Fused kernels run as plain operations in both.
+    """Loss and gradient equal those without a mesh.
+
+    The first mesh is manual, inside a `shard_map` that checks varying types. The second
+    mesh has Explicit axes, the default of `make_mesh`, and sharded images. Fused
+    kernels run as plain operations on both meshes.
     """
-    graphdef, state = build(name)
+    graphdef, state = split_mini(name)
 
     def mean(state, images, noise):
         return loss(graphdef, state, images, noise).mean()
@@ -68,14 +70,14 @@ def test_manual_and_explicit_meshes(name):
         in_specs=(P(), P("d"), P("d")),
         out_specs=P(),
     )
-    close(fast_jit(mapped)(state, IMAGES, NOISE), expected)
+    assert_close(fast_jit(mapped)(state, IMAGES, NOISE), expected)
     sharding = NamedSharding(jax.make_mesh((4,), ("d",)), P("d"))
     arrays = jax.device_put((IMAGES, NOISE), sharding)
-    close(fast_jit(gradient)(state, *arrays), expected)
+    assert_close(fast_jit(gradient)(state, *arrays), expected)
 
 
-def outputs(model, images):
-    """Every public method of a classifier or masked autoencoder."""
+def all_outputs(model, images):
+    """Return the results of every public method of a model."""
     if hasattr(model, "decode"):
         out = model(images, noise=jnp.arange(4.0)[None].repeat(len(images), 0))
         _, mean, scale = model.targets(images)
@@ -86,17 +88,18 @@ def outputs(model, images):
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("spec", [P(("a", "b")), P("b"), P("a", "b"), P()])
 def test_shardings_on_explicit_meshes(name, spec):
-    """Results keep the sharding of the images along the batch, for axes of several
-    names, a sharded height, and images that are not sharded. The mesh may be set or
-    only known from the images.
+    """Results keep the sharding of the images along the batch axis.
+
+    The batch is sharded over several mesh axes or not at all, or the height is sharded.
+    The mesh is either set, or only the images contain it.
     """
-    model = nnx.merge(*build(name))
+    model = nnx.merge(*split_mini(name))
     mesh = jax.make_mesh((2, 2), ("a", "b"))
     images = jax.device_put(IMAGES, NamedSharding(mesh, spec))
-    plain = jax.eval_shape(partial(outputs, model), IMAGES)
+    plain = jax.eval_shape(partial(all_outputs, model), IMAGES)
 
     def check(images):
-        found = outputs(model, images)
+        found = all_outputs(model, images)
         assert jax.tree.map(jnp.shape, found) == jax.tree.map(jnp.shape, plain)
         for x in jax.tree.leaves(found):
             first = jax.typeof(x).sharding.spec[:1] if x.ndim else ()
@@ -112,7 +115,7 @@ def test_shardings_on_explicit_meshes(name, spec):
 @pytest.mark.parametrize("overrides", [{}, dict(scan_blocks=True, remat=True)])
 def test_forward_mode(overrides):
     """`jvp`, `linearize` and `jacfwd` agree with reverse mode: <w, Jv> = <J'w, v>."""
-    graphdef, state = build("hivit_base", **overrides, num_classes=3)
+    graphdef, state = split_mini("hivit_base", **overrides, num_classes=3)
 
     def model(state, images):
         return nnx.merge(graphdef, state)(images)
@@ -135,14 +138,14 @@ def test_forward_mode(overrides):
         )
 
     forward, linear, left, right = products(state, IMAGES[:1])
-    close(linear, forward)
+    assert_close(linear, forward)
     assert np.abs(forward).max() > 0.1
     assert_allclose(left, right, rtol=1e-3)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_derivatives_of_layer_norm(dtype):
-    """First and second derivatives, both modes, and vmap of them."""
+    """First and second derivatives agree with plain JAX in both modes."""
     x, scale, bias = (
         random_array((3, 8)).astype(dtype),
         random_array((8,), "s"),
@@ -193,7 +196,7 @@ def test_forward_mode_of_fused_kernels():
         return x
 
     kernel.defvjp(lambda x, *_: (x, None), lambda _, g: (g, None, None))
-    run = partial(Target("cpu").run, kernel, weights=(), plan=0)
+    run = partial(Target("cpu").run, kernel, params=((),), plan=0)
     with pytest.raises(ConfigError, match="kernels='plain'"):
         jax.jvp(run, (jnp.ones((2, 3)),), (jnp.ones((2, 3)),))
     assert jax.grad(lambda x: run(x).sum())(jnp.ones(3)).tolist() == [1, 1, 1]
@@ -206,7 +209,7 @@ def test_forward_mode_of_fused_kernels():
 )
 def test_no_implicit_rank_promotion(name, overrides):
     """`jax_numpy_rank_promotion="raise"`, a debug setting, forward and backward."""
-    graphdef, state = build(name, **overrides)
+    graphdef, state = split_mini(name, **overrides)
     with jax.numpy_rank_promotion("raise"):
         jax.eval_shape(
             jax.grad(lambda s: loss(graphdef, s, IMAGES, NOISE).mean()), state
@@ -223,11 +226,12 @@ def test_no_implicit_rank_promotion(name, overrides):
     ],
 )
 def test_own_loop_trains_parameters_alone(name, overrides, optimizer):
-    """Fixed tables and running statistics stay bit for bit the same in an
-    `nnx.Optimizer` of all `nnx.Param`, with any weight decay. A user who optimizes
-    every `nnx.Variable` gets zero gradients of them, but decays them.
+    """An `nnx.Optimizer` of all `nnx.Param` changes no table and no statistics.
+
+    Fixed tables and running statistics stay bit-identical with any weight decay. With
+    an optimizer of every `nnx.Variable`, their gradients are 0, but they decay.
     """
-    graphdef, state = build(name, **overrides)
+    graphdef, state = split_mini(name, **overrides)
 
     @fast_jit
     def step(state):
@@ -253,7 +257,7 @@ def test_own_loop_trains_parameters_alone(name, overrides, optimizer):
     ],
 )
 def test_gradient_of_all_variables(name, kind, overrides):
-    graphdef, state = build(name, **overrides)
+    graphdef, state = split_mini(name, **overrides)
     gradient = fast_jit(jax.grad(lambda s: loss(graphdef, s, IMAGES, NOISE).sum()))(
         state
     )

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import recipes
-from networks import abstract_model, fast_jit, output_shapes
+from networks import abstract_model, abstract_outputs, fast_jit
 from vit import FACTS
 
 from hivit_jax import inputs
@@ -79,7 +79,7 @@ def test_shapes():
     """Maps contain units only; tokens contain the class token."""
     model = abstract_model("vit_base", **MINI, num_classes=7)
     images = jnp.zeros((2, 64, 64, 3))
-    maps, layers, logits, kept = output_shapes(
+    maps, layers, logits, kept = abstract_outputs(
         lambda m: (
             m.features(images, stride_32=True),
             m.layers(images, attention=True),

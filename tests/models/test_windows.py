@@ -1,4 +1,4 @@
-"""Attention in windows, and the blocks that stay global."""
+"""Tests of attention in windows, and of blocks with global attention."""
 
 import jax
 import jax.numpy as jnp
@@ -22,11 +22,11 @@ from hivit_jax.models import create_model
 from hivit_jax.models.windows import Windows
 from hivit_jax.tree import named_leaves
 
-# Five rows and seven columns: 3x3 windows leave both unfilled.
+# 3x3 windows do not fill the five rows and seven columns of units.
 UNEVEN = dict(image_size=(80, 112), window_size=3)
 
 
-def windows_of(grid, side):
+def window_units(grid, side):
     """Yield the units of every window, as rows and columns of the grid."""
     for top in range(0, grid[0], side):
         for left in range(0, grid[1], side):
@@ -90,7 +90,7 @@ def test_attention_of_each_window(image_size, side, relative_position):
     for out, seen in zip(outputs, (np.ones_like(mask), mask), strict=True):
         assert np.isfinite(out).all()
         for sample in range(2):
-            for window in windows_of(grid, side):
+            for window in window_units(grid, side):
                 units = [row * grid[1] + column for row, column in window]
                 keys = [i for i, n in enumerate(units) if seen[sample, n]]
                 if not keys:
@@ -130,7 +130,7 @@ def test_only_a_global_block_lets_windows_meet(global_blocks):
 
 
 def test_gradients_are_finite_without_a_key():
-    """Also where a window has no visible key or only padding."""
+    """Gradients are finite if a window has no visible key, or only padding."""
     attention = mini(**UNEVEN).encoder.stages[-1][0].attn
     mask = jnp.ones((2, 5, 7)).at[0, 3:, 6:].set(0).at[1, :3, :3].set(0).reshape(2, 35)
 
@@ -155,7 +155,7 @@ def test_gradients_are_finite_without_a_key():
     ],
 )
 def test_cost_of_windows(image_size, side, pairs):
-    """The cost covers two products over pairs within windows, in one of two blocks."""
+    """One of two blocks has windows; its two products cover only pairs in windows."""
     sizes = MINI | dict(image_size=image_size)
     every = abstract_model("hivit_base", **sizes)
     model = abstract_model("hivit_base", **sizes, window_size=side, global_blocks=(0,))

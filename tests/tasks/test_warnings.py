@@ -90,7 +90,7 @@ def test_linear_probe():
 
 
 def test_describe_prints_them_first(monkeypatch):
-    for name in ("parameter_table", "cost_table", "schedule_table"):
+    for name in ("parameter_table", "cost_table", "schedule_table", "hours_table"):
         monkeypatch.setattr(f"hivit_jax.tools.describe.{name}", lambda *_: "")
     monkeypatch.setattr(Task, "build_model", lambda self: Module())
     flags = ["--config.total_steps=400", "--config.mesh.data=1"]

@@ -7,6 +7,7 @@ import pytest
 import recipes
 from datasets import encode
 from PIL import Image
+from prepared import prepare
 
 from benchmarks.photographs import photographs, write
 from hivit_jax.data.sources import folder
@@ -272,6 +273,81 @@ def test_ignored_files(check, tmp_path):
     assert out.count("ignored files") == 1
 
 
+def content(out):
+    """Return the lines after the speed estimate, with single spaces."""
+    return [" ".join(x.split()) for x in out.split("\nspeed")[1].splitlines()]
+
+
+def test_classes_and_settings(check, healthy, tmp_path):
+    """Classes by name, kinds of files, and settings that can be pasted."""
+    sheet = tmp_path / "sheet.png"
+    code, out, _ = check(healthy, f"--sheet={sheet}")
+    assert code == 0
+    lines = content(out)
+    assert lines[lines.index("class train test") + 1] == f"{NAMES[0]} 5 2"
+    assert "imbalance, largest class / smallest class: 1.0" in lines
+    assert any(
+        x.startswith("train: channels x dtype of files: 3 x uint8: 35; ") for x in lines
+    )
+    assert "--config.model.num_classes=7" in lines
+    pixels = np.concatenate(
+        [np.asarray(Image.open(p)).reshape(-1, 3) for p in healthy.glob("train/*/*")]
+    )
+    for name, values in (("mean", pixels.mean(0)), ("std", pixels.std(0))):
+        text = ",".join(f"{value / 255:.4f}" for value in values)
+        assert f"--config.data.{name}=({text},)" in lines
+    drawn = np.asarray(Image.open(sheet))
+    assert drawn.shape[2] == 3
+    assert (drawn != 255).any()
+
+
+def test_images_in_both_splits(check, tmp_path):
+    """Equal content and equal groups are named; the dataset is not healthy."""
+    depth(tmp_path)
+    content = photo(tmp_path, 0).read_bytes()
+    photo(tmp_path, 14, "val").write_bytes(content)
+    code, out, _ = check(tmp_path, r"--group=/0+(1\d)\.")
+    assert code == 0
+    one, other = photo(tmp_path, 0), photo(tmp_path, 14, "val")
+    assert f"    {one} = {other}\n" in out
+    assert "1 files with equal content in both splits" in out.splitlines()[-1]
+    assert check(tmp_path, "--group=(")[0] == 2
+
+
+def test_tiles_of_many_bands(check, tmp_path):
+    """Bands that differ from the model's end a run; 12 bits of 16 lose values."""
+    root = tmp_path / "tiles"
+    values = np.random.RandomState(0).randint(0, 4096, (6, 64, 64, 4)).astype(np.uint16)
+    for k, tile in enumerate(values):
+        path = root / f"c{k % 2}" / f"{k}.npy"
+        path.parent.mkdir(exist_ok=True, parents=True)
+        np.save(path, tile if k else tile[..., :3])
+    keys = dict(data__eval_split="none", model__in_channels=4)
+    keys |= dict(data__mean=(0.5,) * 4, data__std=(0.5,) * 4)
+    code, out, err = check(root, **keys)
+    assert code == 4
+    assert f"{root}/c0/0.npy: expected 4 channels, found 3; set model.in_ch" in out
+    assert "5 with lost values" in out
+    assert "--config.data.dtype=uint16 keeps the 16 bits of 5 files" in out
+    np.save(root / "c0" / "0.npy", values[0])
+    code, out, err = check(root, data__dtype="uint16", data__scale=4095, **keys)
+    assert code == 0, err
+    assert out.endswith("\nhealthy\n")
+    assert "train (none)" not in out
+    mean = ",".join(f"{x:.4f}" for x in values.reshape(-1, 4).mean(0) / 4095)
+    assert f"--config.data.mean=({mean},)" in out
+
+
+def test_images_without_labels(check, healthy):
+    keys = dict(data__eval_split="none", data__class_level="none")
+    code, out, _ = check(healthy, **keys)
+    assert code == 0
+    assert "\ntrain: 35 images, no classes\n" in out
+    assert "\ntest" not in out
+    assert "num_classes" not in out
+    assert out.endswith("\nhealthy\n")
+
+
 def test_list_that_cannot_be_written(check, healthy, tmp_path):
     code, _, err = check(healthy, f"--list={tmp_path / 'none' / 'x'}")
     assert code == 2
@@ -402,3 +478,16 @@ def test_real_process_without_tensorflow(healthy, tmp_path):
     code, out, _ = recipes.run_process("-c", program, *flags, XDG_CACHE_HOME=tmp_path)
     assert code == 0
     assert out.endswith("\nhealthy\n")
+
+
+def test_wrong_checksum_of_a_tfrecord(check, tmp_path):
+    """An image whose bytes changed is reported even if it can be decoded."""
+    path = prepare(tmp_path, "tfrecord")
+    [shard] = path.glob("*validation*00001-of*")
+    data = bytearray(shard.read_bytes())
+    data[-2] ^= 1  # of the last record's checksum
+    shard.write_bytes(data)
+    code, out, err = check(tmp_path, data__name="stripes")
+    assert code == 4
+    assert "1 with a wrong checksum" in out
+    assert "the checksum of the record's data is wrong" in out

@@ -3,13 +3,16 @@
 import numpy as np
 import pytest
 import recipes
+from flax import nnx
 from matplotlib.axes import Axes
 from PIL import Image
 from recipes import check_message
 
+from hivit_jax import inputs
 from hivit_jax.data.order import permutation
 from hivit_jax.data.sources import digits
 from hivit_jax.main import main
+from hivit_jax.tools.describe import hours_table
 
 
 def describe(*overrides):
@@ -23,6 +26,25 @@ def test_describe_and_overrides(capsys):
     assert "93.3459 M" in capsys.readouterr().out
     assert describe("--config.model.depths=[2,2,24]", "--config.mask_ratio=1") == 2
     check_message(capsys.readouterr().err, ["mask_ratio=1.0"])
+
+
+@pytest.mark.slow
+def test_hours_at_peak():
+    """Three forward passes of all images; one for a linear probe, which is frozen."""
+    for config, passes in (
+        (recipes.recipe("digits_mae"), 3),
+        (recipes.recipe("digits_linear"), 1),
+    ):
+        task = inputs.task_of_recipe(config)
+        model = nnx.eval_shape(task.build_model)
+        lines = hours_table(config, task, model).splitlines()
+        row = next(line for line in lines if line.startswith("h100"))
+        speed = 989e12 / (2 * passes * task.macs(model))
+        images = config.total_steps * config.batch_size
+        hours = images / speed / 3600
+        assert row.split() == [
+            "h100", f"{speed:,.0f}", f"{hours:,.2f}", f"{hours / 8:,.2f}"
+        ]  # fmt: skip
 
 
 @pytest.mark.processes

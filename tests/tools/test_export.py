@@ -3,6 +3,8 @@
 import json
 import os
 import sys
+from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -183,7 +185,9 @@ def test_command(workdirs, tmp_path, capsys):
     assert written == (
         f"{out}: 0.6 MB, cpu, cuda, tpu; largest difference from the model 0.0e+00"
     )
-    assert [file.name for file in tmp_path.iterdir()] == ["model"]
+    assert {file.name for file in tmp_path.iterdir()} == {"model", "model.json"}
+    facts = json.loads((tmp_path / "model.json").read_text())
+    assert (facts["class_names"], facts["image_size"]) == ([], [64, 64])
 
 
 @pytest.mark.slow
@@ -234,6 +238,26 @@ def test_differing_export_is_not_written(
 
 
 # ONNX
+
+
+def test_onnx_contains_class_names_and_preprocessing(monkeypatch):
+    class Proto(dict):
+        metadata_props = property(lambda self: self)
+
+        def add(self, key, value):
+            self[key] = json.loads(value)
+
+        def SerializeToString(self):
+            return json.dumps(self).encode()
+
+    stub = SimpleNamespace(to_onnx=lambda *_, **__: Proto())
+    monkeypatch.setitem(sys.modules, "jax2onnx", stub)
+    model = mini(num_classes=2)
+    model.info = replace(model.info, class_names=("cat", "dog"))
+    found = json.loads(export.export_onnx(model))
+    assert found["class_names"] == ["cat", "dog"]
+    assert found["image_size"] == [64, 64]
+    assert (found["mean"], found["crop"]) == ([0.485, 0.456, 0.406], 0.875)
 
 
 def test_onnx_is_float32():

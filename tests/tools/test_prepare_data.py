@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import recipes
 import tensorflow_datasets as tfds
-from imagenet_tars import LABELS, VALIDATION_LABELS, WNIDS, packed, write_tars
+from imagenet_tars import LABELS, VALIDATION_LABELS, WNIDS, pack_tar, write_tars
 from PIL import Image
 from recipes import check_message
 
@@ -368,8 +368,8 @@ def test_truncated_tar(tar, tmp_path, capsys):
 
 def test_unreadable_image(tmp_path, capsys):
     write_tars(tmp_path)
-    classes = {"n01440764.tar": packed({"n01440764_7.JPEG": b"nothing"})}
-    (tmp_path / prepare_data.TRAIN).write_bytes(packed(classes))
+    classes = {"n01440764.tar": pack_tar({"n01440764_7.JPEG": b"nothing"})}
+    (tmp_path / prepare_data.TRAIN).write_bytes(pack_tar(classes))
     command = [f"--manual_dir={tmp_path}", f"--data_dir={tmp_path}", "--short_side=9"]
     assert main(command) == 4
     err = capsys.readouterr().err
@@ -379,9 +379,9 @@ def test_unreadable_image(tmp_path, capsys):
 def test_truncated_class_tar(tmp_path, capsys):
     """TFDS's own reader detects it."""
     write_tars(tmp_path)
-    whole = packed({"n01440764_7.JPEG": b"nothing" * 1000})
+    whole = pack_tar({"n01440764_7.JPEG": b"nothing" * 1000})
     classes = {"n01440764.tar": whole[:3000]}
-    (tmp_path / prepare_data.TRAIN).write_bytes(packed(classes))
+    (tmp_path / prepare_data.TRAIN).write_bytes(pack_tar(classes))
     assert main([f"--manual_dir={tmp_path}", f"--data_dir={tmp_path}"]) == 4
     assert (
         "error: imagenet2012 cannot be prepared: ReadError" in capsys.readouterr().err

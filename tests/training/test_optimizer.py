@@ -1,4 +1,4 @@
-"""AdamW, weight decay and layer decay: values of the official programs."""
+"""Tests of AdamW, weight decay and layer decay with values of the official code."""
 
 import json
 
@@ -22,11 +22,13 @@ pytestmark = pytest.mark.usefixtures("quick")
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("first_moment", "of_losses", "of_parameters"),
+    ("first_moment", "loss_tolerance", "parameter_tolerance"),
     [("float32", 5e-6, 3e-4), ("bfloat16", 1e-3, 5e-3)],
 )
-def test_ten_steps_of_the_official_adamw(first_moment, of_losses, of_parameters):
-    """Losses and final parameters equal those of the official program."""
+def test_ten_steps_of_the_official_adamw(
+    first_moment, loss_tolerance, parameter_tolerance
+):
+    """Losses and final parameters equal the official values."""
     arrays, facts = (
         reference.golden("adamw_traj"),
         reference.FIXTURES["adamw_traj"],
@@ -66,26 +68,28 @@ def test_ten_steps_of_the_official_adamw(first_moment, of_losses, of_parameters)
         before, (params, opt_state, loss) = params, step(params, opt_state, noise)
         losses.append(loss)
     params = before  # the eleventh step only computes its loss
-    np.testing.assert_allclose(losses, facts["loss_f64"], atol=of_losses, rtol=0)
+    np.testing.assert_allclose(losses, facts["loss_f64"], atol=loss_tolerance, rtol=0)
 
     final = to_official(params | tables, model)
     assert {f"final/{name}" for name in final} == {k for k in arrays if "final/" in k}
     for name, array in final.items():
         difference = np.abs(array - arrays[f"final/{name}"])
-        if name.endswith("qkv.bias"):  # Adam's steps of the keys' third are rounding
+        # The bias of the keys has no effect. Adam's steps of this third are rounding.
+        if name.endswith("qkv.bias"):
             difference = difference.reshape(3, -1)[[0, 2]]
-        assert difference.max() < of_parameters, name
+        assert difference.max() < parameter_tolerance, name
     np.testing.assert_array_equal(
         final["decoder_pos_embed"], state["decoder_pos_embed"]
     )
 
 
-def facts(name):
+def golden_facts(name):
+    """Return the content of a golden JSON file."""
     return json.loads((reference.GOLDEN / f"{name}.json").read_text())
 
 
 def by_official_name(model, values):
-    """Convert a number per parameter, nested like the parameters, to official names."""
+    """Return {official name: number} from a pytree with a number per parameter."""
     filled = jax.tree.map(
         lambda leaf, value: np.broadcast_to(np.float64(value), leaf.shape),
         split_state(model)[1],
@@ -95,6 +99,7 @@ def by_official_name(model, values):
 
 
 def weight_decays(model, task):
+    """Return {official name: weight decay}."""
     decays = jax.tree_util.tree_map_with_path(
         lambda path, _: 0.05 * task.is_decayed(leaf_name(path)), split_state(model)[1]
     )
@@ -103,7 +108,7 @@ def weight_decays(model, task):
 
 @pytest.mark.slow
 def test_weight_decay_groups_of_pretraining():
-    expected = facts("weight_decay_groups")["mae_pretrain_base"]
+    expected = golden_facts("weight_decay_groups")["mae_pretrain_base"]
     actual = weight_decays(
         networks.abstract_model("mae_hivit_base"), inputs.make_task(recipes.mae())
     )
@@ -121,7 +126,7 @@ def test_parameter_without_a_layer():
 @pytest.mark.slow
 @pytest.mark.parametrize("size", ["mini", "hivit_base"])
 def test_layer_decay_and_weight_decay_of_finetuning(size):
-    expected = facts(f"layer_decay_{size}")
+    expected = golden_facts(f"layer_decay_{size}")
     mini = {
         reference.OUR_NAMES.get(key, key): (
             tuple(value) if isinstance(value, list) else value
@@ -153,7 +158,7 @@ def test_layer_decay_and_weight_decay_of_finetuning(size):
 )
 def test_drop_path_rates(fact, name, rate):
     model = networks.abstract_model(name, drop_path_rate=rate)
-    expected = [x for x in facts("drop_path")[fact] if x is not None]
+    expected = [x for x in golden_facts("drop_path")[fact] if x is not None]
     np.testing.assert_allclose(model.config.drop_path_rates, expected, rtol=1e-6)
 
 
@@ -163,7 +168,7 @@ PARAMS = {"a": jnp.arange(3.0), "b": {"bias": jnp.ones(2)}}
 @pytest.mark.parametrize("clip_norm", [0.0, 0.5, 100.0])
 @pytest.mark.parametrize("layer_decay", [1.0, 0.5])
 def test_stateless_parts_change_no_tree(clip_norm, layer_decay):
-    """Updates of the plain chain bit for bit; the state of AdamW alone."""
+    """Updates equal those of a plain chain bit for bit; the state is AdamW's alone."""
     options = recipes.mae().optimizer.copy_and_resolve_references()
     options.unlock()
     options.clip_norm, options.layer_decay = clip_norm, layer_decay

@@ -1,4 +1,4 @@
-"""Learning-rate schedules: official values, and each kind by its formula."""
+"""Tests of learning rate schedules: official values and formulas."""
 
 import json
 
@@ -17,7 +17,8 @@ FACTS = json.loads((reference.GOLDEN / "lr_schedules.json").read_text())
 PER_EPOCH = 1000
 
 
-def schedule(recipe, *overrides, per_epoch=PER_EPOCH):
+def recipe_schedule(recipe, *overrides, per_epoch=PER_EPOCH):
+    """Return the jitted schedule of an installed recipe."""
     config = configs.load(recipe, [f"--config.{each}" for each in overrides])
     steps = config.total_steps or round(config.total_epochs * per_epoch)
     return recipes.jit_schedule(config, per_epoch, steps)
@@ -31,10 +32,10 @@ def schedule(recipe, *overrides, per_epoch=PER_EPOCH):
     ],
 )
 def test_pretraining_and_finetuning(recipe, fact):
-    """Values at every epoch are official; first_epoch=1 starts at epoch 1."""
+    """Learning rates at every epoch are official; first_epoch=1 starts at epoch 1."""
     epochs = FACTS[fact]["epochs"]
-    default = schedule(recipe)
-    official = schedule(recipe, "optimizer.first_epoch=1")
+    default = recipe_schedule(recipe)
+    official = recipe_schedule(recipe, "optimizer.first_epoch=1")
     for epoch, expected in FACTS[fact]["points"]:
         close = pytest.approx(expected, rel=1e-4, abs=1e-9)
         if epoch <= epochs:
@@ -53,7 +54,7 @@ def test_training_from_scratch(recipe):
     fact = FACTS["supervised_bs1024"]
     per_epoch = fact["n_iter_per_epoch"]
     from_start = "optimizer.schedule=cosine_from_start"
-    official = schedule(recipe, from_start, per_epoch=per_epoch)
+    official = recipe_schedule(recipe, from_start, per_epoch=per_epoch)
     for update, _, expected in fact["points_[t,epoch,lr]"]:
         # A step uses the value of the previous update.
         found = official(np.int32(update + 1))
@@ -62,7 +63,7 @@ def test_training_from_scratch(recipe):
     warmup = fact["warmup_epochs"] * per_epoch
     assert official(np.int32(warmup + 1)) < 0.99 * official(np.int32(warmup))
 
-    default = schedule(recipe, per_epoch=per_epoch)
+    default = recipe_schedule(recipe, per_epoch=per_epoch)
     rates = [float(default(np.int32(step))) for step in range(0, 300 * per_epoch, 500)]
     assert max(rates) == pytest.approx(1e-3, rel=1e-3)
     top = int(np.argmax(rates))
@@ -74,7 +75,7 @@ def test_training_from_scratch(recipe):
 
 
 def test_run_shorter_than_its_warmup():
-    rate = schedule("mae_base", "total_epochs=20")
+    rate = recipe_schedule("mae_base", "total_epochs=20")
     assert rate(np.int32(10 * PER_EPOCH)) == pytest.approx(0.8e-3)
     assert rate(np.int32(20 * PER_EPOCH - 1)) == pytest.approx(1.6e-3, rel=1e-3)
 
@@ -82,7 +83,7 @@ def test_run_shorter_than_its_warmup():
 # Other schedules
 
 
-def mini(**values):
+def mini_config(**values):
     """Return a config of 40 steps with peak 0.5; an epoch is 10 steps, the warmup 4."""
     values = {
         "base_learning_rate": 0.5,
@@ -94,7 +95,8 @@ def mini(**values):
 
 
 def rates(**values):
-    rate = recipes.jit_schedule(mini(**values), 10, 40)
+    """Return the 41 learning rates of `mini_config`."""
+    rate = recipes.jit_schedule(mini_config(**values), 10, 40)
     return np.array([rate(np.int32(step)) for step in range(41)])
 
 
@@ -141,5 +143,5 @@ def test_first_epoch_of_other_schedules():
 
 @pytest.mark.parametrize(("lr_batch", "peak"), [(256, 0.2), (512, 0.1), (0, 0.1)])
 def test_peak(lr_batch, peak):
-    config = mini(base_learning_rate=0.1, lr_batch=lr_batch)
+    config = mini_config(base_learning_rate=0.1, lr_batch=lr_batch)
     assert peak_learning_rate(config.optimizer, 512) == pytest.approx(peak)

@@ -1,4 +1,4 @@
-"""Weights adapted to another image size, task or number of channels."""
+"""Tests of weights adapted to another image size, task or number of channels."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +10,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 import hivit_jax
 
 
-def resized(table, old, new):
+def resize_table(table, old, new):
     """Resize a table of `old` rows and columns to `new`."""
     maps = table.reshape(*old, -1).astype(np.float64)
     return torch_bicubic(maps, new).reshape(new[0] * new[1], -1)
@@ -33,9 +33,9 @@ def test_another_image_size(size, tmp_path, capsys):
     spans = (7, 11), (2 * grid[0] - 1, 2 * grid[1] - 1)
     for name, array in new.items():
         if name.endswith("absolute_pos_embed") and not same:
-            expected = resized(old[name], (4, 6), grid)
+            expected = resize_table(old[name], (4, 6), grid)
         elif name.endswith("bias_table") and not same:
-            expected = resized(old[name], *spans)
+            expected = resize_table(old[name], *spans)
         else:
             assert_array_equal(array, old[name], name)
             continue
@@ -70,7 +70,7 @@ def test_tables_of_windows_fit_any_larger_image(tmp_path):
     name = "encoder/stages/2/{}/attn/relative_position_bias_table"
     assert_array_equal(new[name.format(0)], old[name.format(0)])
     assert new[name.format(1)].shape == (15 * 15, 2)
-    # Other classes: only the head is new.
+    # With another number of classes, only the head is new.
     assert new["head/kernel"].shape == (64, 7)
     assert new["head/kernel"].std() == pytest.approx(2e-5, rel=0.15)
     assert not new["head/bias"].any()

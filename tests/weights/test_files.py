@@ -1,4 +1,7 @@
-"""Damaged, malicious and foreign weight files: a clear error, and no code execution."""
+"""Tests of damaged, malicious and foreign weight files.
+
+Each file raises a clear error, and no code from a file is run.
+"""
 
 import argparse
 import bz2
@@ -27,7 +30,7 @@ from hivit_jax.weights.load import load_pretrained, read
 _, STATE = state_files.random_state_dict("mae_hivit_base")
 
 
-def contents(state, dtype="F32", about=None, shift=0):
+def to_bytes(state, dtype="F32", about=None, shift=0):
     """Return the bytes of a safetensors file, with errors as requested."""
     header, start = {}, 0
     if about is not None:
@@ -56,7 +59,7 @@ def with_nan(name):
     return with_array(name, array)
 
 
-WHOLE = contents(STATE)
+WHOLE = to_bytes(STATE)
 
 
 DOUBLE = {name: array.astype(np.float64) for name, array in STATE.items()}
@@ -79,55 +82,77 @@ SAFETENSORS = {
     "garbage": (b"\x81\x04garbage" * 99, "damaged or not a safetensors"),
     "truncated": (WHOLE[:-100], "damaged or not a safetensors"),
     "cut in its header": (WHOLE[:60], "damaged or not a safetensors"),
-    "longer than it says": (WHOLE + b"x" * 9, "damaged or not a safetensors"),
+    "longer than its header states": (WHOLE + b"x" * 9, "damaged or not a safetensors"),
     "header beyond the file": (struct.pack("<Q", 2**60) + WHOLE[8:], "damaged"),
-    "header is no JSON": (struct.pack("<Q", 9) + b"[not json" + WHOLE, "damaged"),
-    "overlapping arrays": (contents(STATE, shift=4), "damaged or not a safetensors"),
+    "header is not JSON": (struct.pack("<Q", 9) + b"[not json" + WHOLE, "damaged"),
+    "overlapping arrays": (
+        to_bytes(STATE, shift=4),
+        "damaged or not a safetensors",
+    ),
     "shape larger than data": (WHOLE.replace(b"[1, 4, 16]", b"[9, 4, 16]"), "damaged"),
-    "unknown dtype": (contents(STATE, dtype="F99"), "damaged or not a safetensors"),
-    "double precision": (contents(DOUBLE, dtype="F64"), "is float64; expected float32"),
-    "integers": (contents(STATE, dtype="I32"), "is int32; expected float32"),
-    "not finite": (contents(with_nan("mask_token")), "'mask_token' has values"),
-    "a block is missing": (contents(without("blocks.6.")), "not a HiViT"),
+    "unknown dtype": (
+        to_bytes(STATE, dtype="F99"),
+        "damaged or not a safetensors",
+    ),
+    "double precision": (
+        to_bytes(DOUBLE, dtype="F64"),
+        "is float64; expected float32",
+    ),
+    "integers": (to_bytes(STATE, dtype="I32"), "is int32; expected float32"),
+    "not finite": (
+        to_bytes(with_nan("mask_token")),
+        "'mask_token' has values",
+    ),
+    "a block is missing": (
+        to_bytes(without("blocks.6.")),
+        "not a HiViT",
+    ),
     "an extra array": (
-        contents(with_array("cls", np.zeros(3, np.float32))),
+        to_bytes(with_array("cls", np.zeros(3, np.float32))),
         "unexpected entries in the state dict: 'cls'",
     ),
     "a wrong shape": (
-        contents(with_array("mask_token", np.zeros((1, 2, 8), np.float32))),
+        to_bytes(with_array("mask_token", np.zeros((1, 2, 8), np.float32))),
         r"'mask_token' has shape \[1, 2, 8\]; expected \[1, 1, 8\]",
     ),
-    "a vision transformer": (contents(VIT), "not a HiViT"),
-    "no position table": (contents(without("absolute")), "not a HiViT: 'absolute_pos_"),
-    "half a stage": (contents(ODD_STAGE), "not a HiViT: .* expected an even number"),
+    "a vision transformer": (to_bytes(VIT), "not a HiViT"),
+    "no position table": (
+        to_bytes(without("absolute")),
+        "not a HiViT: 'absolute_pos_",
+    ),
+    "half a stage": (
+        to_bytes(ODD_STAGE),
+        "not a HiViT: .* expected an even number",
+    ),
     "units that are no square": (
-        contents(NOT_SQUARE),
+        to_bytes(NOT_SQUARE),
         "grid of 3 units is not square",
     ),
-    "says no JSON of itself": (
-        contents(STATE, about="{"),
+    "metadata is no JSON": (
+        to_bytes(STATE, about="{"),
         "metadata is not a JSON",
     ),
-    "says a list of itself": (contents(STATE, about="[1]"), "metadata is not a JSON"),
-    "says an unknown network": (
-        contents(STATE, about='{"arguments": {"name": "vit_base"}}'),
+    "metadata is a list": (
+        to_bytes(STATE, about="[1]"),
+        "metadata is not a JSON",
+    ),
+    "metadata has an unknown network": (
+        to_bytes(STATE, about='{"arguments": {"name": "vit_base"}}'),
         "invalid model arguments: unknown model name 'vit_base'",
     ),
-    "says an unknown setting": (
-        contents(STATE, about='{"arguments": {"name": "hivit_base", "width": 3}}'),
+    "metadata has an unknown setting": (
+        to_bytes(STATE, about='{"arguments": {"name": "hivit_base", "width": 3}}'),
         "invalid model arguments: unknown override",
     ),
-    "says another size of itself": (
-        contents(STATE, about='{"arguments": {"name": "mae_hivit_base"}}'),
+    "metadata has another size": (
+        to_bytes(STATE, about='{"arguments": {"name": "mae_hivit_base"}}'),
         r"'decoder_blocks.0.attn.proj.bias' has shape \[8\]; expected \[512\]",
     ),
 }
 
 
 def check_refused(path, message, capsys):
-    """Check that the command exits with 5 and a short error, and that the library
-    raises.
-    """
+    """Check that the library raises, and that the command exits with code 5."""
     with pytest.raises(CheckpointError, match=message):
         load_pretrained(path, **state_files.NOT_IN_STATE_DICT)
     flags = ["--set", "num_heads=1", "--set", "decoder_num_heads=1"]
@@ -151,13 +176,13 @@ def test_malformed_safetensors(case, tmp_path, capsys):
 def test_an_array_is_missing(tmp_path):
     """A single missing array is an error; it is not initialized randomly."""
     path = tmp_path / "x.safetensors"
-    path.write_bytes(contents(without("blocks.6.mlp.fc1.bias")))
+    path.write_bytes(to_bytes(without("blocks.6.mlp.fc1.bias")))
     message = "1 array is missing, .* is encoder/stages/2/0/mlp/fc1/bias. Refusing"
     with pytest.raises(ConfigError, match=message):
         load_pretrained(path, **state_files.NOT_IN_STATE_DICT)
 
 
-def archive(path, members, compression=zipfile.ZIP_STORED):
+def write_archive(path, members, compression=zipfile.ZIP_STORED):
     with zipfile.ZipFile(path, "w", compression) as file:
         for name, content in members.items():
             file.writestr(name, content)
@@ -171,9 +196,9 @@ def test_foreign_archives(tmp_path, capsys):
     path.write_bytes(whole[: len(whole) // 2])
     check_refused(path, "is damaged or truncated", capsys)
     zeros = {"x/data.pkl": b"\x80\x02}.", "x/data/0": bytes(10**7)}
-    archive(path, zeros, zipfile.ZIP_DEFLATED)
+    write_archive(path, zeros, zipfile.ZIP_DEFLATED)
     check_refused(path, "'x/data.pkl' is compressed, which PyTorch never does", capsys)
-    archive(path, {"x/../../data.pkl": b"\x80\x02}."})
+    write_archive(path, {"x/../../data.pkl": b"\x80\x02}."})
     check_refused(path, "contains no tensors by name", capsys)
     assert sorted(os.listdir(tmp_path)) == ["x.pth"]
 
@@ -200,10 +225,11 @@ OTHER_KINDS = {
 @pytest.mark.parametrize("suffix", ["pth", "safetensors", "pth.tar"])
 @pytest.mark.parametrize("kind", OTHER_KINDS)
 def test_files_of_another_kind(kind, suffix, tmp_path):
-    """They are named as what they are; the suffix does not matter.
+    """The error names the kind of file, for any suffix.
 
-    Border: kinds with a known start are named; of other files the first bytes are. What
-    begins like a pickle, a zip archive or safetensors and is damaged is called damaged.
+    Border: the kind is named if the first bytes are known; else the error contains the
+    first bytes. A damaged pickle, zip archive or safetensors file is reported as
+    damaged.
     """
     path = tmp_path / f"x.{suffix}"
     path.write_bytes(OTHER_KINDS[kind])
@@ -215,7 +241,7 @@ def test_files_of_another_kind(kind, suffix, tmp_path):
 
 @pytest.mark.parametrize("suffix", ["pth", "pth.tar", "pyth", "pkl", "bin", "weights"])
 def test_any_suffix(suffix, tmp_path):
-    """The contents determine the format."""
+    """The contents of a file determine its format."""
     content = {"state_dict": torch_files.with_tensors(STATE), "epoch": 3}
     for number, legacy in enumerate((False, True)):
         path = torch_files.save(content, tmp_path / f"{number}.{suffix}", legacy)
@@ -227,7 +253,7 @@ def test_any_suffix(suffix, tmp_path):
 
 
 def test_directories_of_other_programs(tmp_path):
-    """One file of weights is read; of several none is chosen."""
+    """A directory is read if it contains one file of weights, not several."""
     torch_files.save(torch_files.with_tensors(STATE), tmp_path / "pytorch_model.bin")
     (tmp_path / "config.json").write_text("{}")
     loaded = read(tmp_path, **state_files.NOT_IN_STATE_DICT)
@@ -238,8 +264,9 @@ def test_directories_of_other_programs(tmp_path):
 
 
 def test_archives_with_overlapping_members(tmp_path, capsys):
-    """Two entries share the bytes of a member; a small file could unpack into a large
-    one.
+    """Archives whose entries share bytes are refused.
+
+    Otherwise a small archive could unpack into a large file.
     """
     path = tmp_path / "x.pth"
     members = {"x/data.pkl": b"\x80\x02}.", "x/data/0": bytes(10**4)}
@@ -255,7 +282,7 @@ def test_archives_with_overlapping_members(tmp_path, capsys):
 
 
 def test_pytorch_is_missing(tmp_path, monkeypatch):
-    """PyTorch files are read without it, not written."""
+    """Without PyTorch, its files are read, but not written."""
     monkeypatch.setitem(sys.modules, "torch", None)
     assert read(
         reference.GOLDEN / "official_mae.pth", **state_files.NOT_IN_STATE_DICT
@@ -275,8 +302,8 @@ class Planted:
         return self.reduced
 
 
-def malicious(marker):
-    """Return case -> (saved object, expected message)."""
+def malicious_cases(marker):
+    """Return {case: (saved object, expected message)}."""
     tensor = torch_files.tensor(np.zeros(3, np.float32))
     write = f"open({str(marker)!r}, 'w').write('x')"
     sparse = torch_files.Global("torch._utils", "_rebuild_sparse_tensor")("coo", ())
@@ -322,20 +349,20 @@ def malicious(marker):
     }
 
 
-@pytest.mark.parametrize("case", malicious(""))
+@pytest.mark.parametrize("case", malicious_cases(""))
 def test_malicious_and_foreign_pytorch_files(case, tmp_path, capsys):
     marker, path = tmp_path / "marker", tmp_path / "x.pth"
-    content, message = malicious(marker)[case]
+    content, message = malicious_cases(marker)[case]
     for legacy in (False, True):
         check_refused(torch_files.save(content, path, legacy), message, capsys)
     assert not marker.exists()
 
 
 def test_the_planted_files_are_real(tmp_path):
-    """Without care, they run."""
+    """pickle.loads runs the code in the malicious files."""
     marker = tmp_path / "marker"
     for case in ("os.system", "eval", "exec"):
-        pickle.loads(pickle.dumps(malicious(marker)[case][0]))
+        pickle.loads(pickle.dumps(malicious_cases(marker)[case][0]))
         assert marker.exists()
         marker.unlink()
 
@@ -345,14 +372,17 @@ def test_the_planted_files_are_real(tmp_path):
     "name", ["float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"]
 )
 def test_narrower_numbers_are_widened(name, kind, tmp_path):
-    """float32 represents them exactly. Other dtypes are refused: see "integers"."""
+    """Narrower floats are widened to float32 without a change of any number.
+
+    Other dtypes are refused, see "integers".
+    """
     narrow = {n: a.astype(name) for n, a in STATE.items()}
     path = tmp_path / f"x.{kind}"
     if kind == "pth":
         torch_files.save(torch_files.with_tensors(narrow), path)
     else:
         codes = {"float16": "F16", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3"}
-        path.write_bytes(contents(narrow, codes.get(name, "F8_E5M2")))
+        path.write_bytes(to_bytes(narrow, codes.get(name, "F8_E5M2")))
     params = read(path, **state_files.NOT_IN_STATE_DICT).params
     expected = narrow["mask_token"].astype(np.float32).reshape(-1)
     np.testing.assert_array_equal(params["mask_token"], expected)
@@ -360,7 +390,7 @@ def test_narrower_numbers_are_widened(name, kind, tmp_path):
 
 @pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
 def test_modes_of_files(mask, tmp_path):
-    """Those of other new files, as the umask allows."""
+    """The umask determines the modes of written files."""
     old = os.umask(mask)
     try:
         files.write(tmp_path / "x.safetensors", STATE, "{}")

@@ -1,4 +1,4 @@
-"""Arguments of a model inferred from the names and shapes of its weights."""
+"""Tests of arguments inferred from the names and shapes of weights."""
 
 import pytest
 import state_files

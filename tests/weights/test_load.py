@@ -1,4 +1,4 @@
-"""Loading pretrained models of every format."""
+"""Tests of loading pretrained models of every format."""
 
 import re
 import sys
@@ -22,10 +22,11 @@ from hivit_jax.tools import convert
 from hivit_jax.train import train
 from hivit_jax.weights.load import merge_arguments, read
 
-KINDS = state_files.kinds()
+KINDS = state_files.contents_by_format()
 
 
-def official(name="mae_hivit_base", **overrides):
+def official_state(name="mae_hivit_base", **overrides):
+    """Return a random official state dict of a small network."""
     return state_files.random_state_dict(name, **overrides)[1]
 
 
@@ -48,7 +49,7 @@ BLOCKS = {
 MERGED = [0, 4, 1, 5, 8, 12, 9, 13, 2, 6, 3, 7, 10, 14, 11, 15], [0, 2, 1, 3], [0]
 
 
-def converted(state, width=16):
+def convert_state(state, width=16):
     """Convert a state dict with one head to our names and layout, entry by entry."""
     starts = np.cumsum([0, 4 * width, 2 * width])
     latent = np.concatenate(
@@ -94,7 +95,7 @@ def test_committed_pytorch_files(kind):
     hints = state_files.NOT_IN_STATE_DICT if kind == "official_mae" else {}
     loaded = hivit_jax.load_pretrained(reference.GOLDEN / f"{kind}.pth", **hints)
     state = content.get("model_ema") or content.get("model") or content["state_dict"]
-    recipes.assert_identical(params_by_name(loaded), converted(state))
+    recipes.assert_identical(params_by_name(loaded), convert_state(state))
     assert loaded.config.num_heads == 1
     norm = loaded.encoder.patch_embed.norm.epsilon
     assert norm == (1e-5 if kind == "mmpretrain" else 1e-6)
@@ -102,7 +103,7 @@ def test_committed_pytorch_files(kind):
         plain = hivit_jax.load_pretrained(
             reference.GOLDEN / f"{kind}.pth", averaged=False
         )
-        recipes.assert_identical(params_by_name(plain), converted(content["model"]))
+        recipes.assert_identical(params_by_name(plain), convert_state(content["model"]))
 
 
 @pytest.mark.slow
@@ -113,7 +114,7 @@ def test_state_dicts_as_safetensors(kind, tmp_path):
     path = state_files.save_safetensors(tmp_path / "x.safetensors", state)
     hints = state_files.NOT_IN_STATE_DICT if kind == "official_mae" else {}
     loaded = hivit_jax.load_pretrained(path, **hints)
-    recipes.assert_identical(params_by_name(loaded), converted(state))
+    recipes.assert_identical(params_by_name(loaded), convert_state(state))
     norm = loaded.encoder.patch_embed.norm.epsilon
     assert norm == (1e-5 if kind == "mmpretrain" else 1e-6)
 
@@ -133,7 +134,7 @@ def test_pretraining_files_of_mmpretrain(tmp_path, capsys):
     path = state_files.save_safetensors(tmp_path / "x.safetensors", named)
     options = dict(num_heads=1, num_classes=7)
     arrays = params_by_name(hivit_jax.load_pretrained(path, **options))
-    expected = converted(state)
+    expected = convert_state(state)
     for name, array in arrays.items():
         if name.startswith("encoder/"):
             assert_array_equal(array, expected[name], name)
@@ -180,35 +181,35 @@ def test_golden_outputs_from_a_file(fixture, tmp_path):
 
 @pytest.mark.slow
 def test_another_name_keeps_custom_sizes():
-    """Another name keeps run options and sizes that are not the class's defaults."""
+    """A model of another name inherits run options and non-default sizes."""
     saved = arguments_of(
         abstract_model("hivit_base_24", image_size=64, dtype="bfloat16")
     )
 
-    def fitted(**overrides):
+    def merged_config(**overrides):
         return configure(**merge_arguments(saved, overrides))[1:]
 
-    config, run_options = fitted(name="hivit_base")
+    config, run_options = merged_config(name="hivit_base")
     assert (config.depths, config.fc_norm, config.layer_norm_eps) == (
         (2, 2, 20),
         False,
         1e-5,
     )
     assert (config.image_size, run_options.dtype) == ((64, 64), "bfloat16")
-    config, _ = fitted(name="mae_hivit_base_24", decoder_depth=2)
+    config, _ = merged_config(name="mae_hivit_base_24", decoder_depth=2)
     assert (config.depths, config.decoder_depth) == ((2, 2, 24), 2)
     assert not config.relative_position
     saved = arguments_of(abstract_model("hivit_base", embed_dim=64, num_heads=2))
-    assert fitted(name="hivit_base_24")[0].fc_norm is False
-    assert fitted(name="mae_hivit_base")[0].embed_dim == 64
-    assert fitted(name="hivit_small")[0].embed_dim == 384
+    assert merged_config(name="hivit_base_24")[0].fc_norm is False
+    assert merged_config(name="mae_hivit_base")[0].embed_dim == 64
+    assert merged_config(name="hivit_small")[0].embed_dim == 384
 
 
 @pytest.mark.slow
 def test_pretrain_finetune_share_evaluate(tmp_path, capsys):
-    """A shared model evaluates as the trained one, with tables resized in between.
+    """A shared model evaluates like the trained model.
 
-    The model card lists results and recipe.
+    Finetuning resizes the pretrained tables. The model card lists results and recipe.
     """
     pretrained, run, shared = (
         tmp_path / name for name in ("pretrained", "run", "shared")
@@ -271,8 +272,8 @@ def test_overrides_that_do_not_fit(overrides, message, tmp_path):
 
 
 def test_inspect_a_model_of_custom_size(tmp_path, capsys):
-    """--inspect marks guessed arguments; --set arguments are not guessed."""
-    path = state_files.save_safetensors(tmp_path / "x.safetensors", official())
+    """--inspect marks guessed arguments; arguments of --set are not guessed."""
+    path = state_files.save_safetensors(tmp_path / "x.safetensors", official_state())
     assert convert.main(["--inspect", str(path), "--set", "num_heads=2"]) == 0
     text = capsys.readouterr().out
     assert "mae_hivit_base with non-standard sizes" in text
@@ -322,7 +323,9 @@ def test_hub(tmp_path, monkeypatch):
     """Load a directory or a file of a repository, at a revision."""
     model, asked = mini("hivit_base"), []
     hivit_jax.save_pretrained(model, tmp_path)
-    state_files.save_safetensors(tmp_path / "other.safetensors", official("hivit_base"))
+    state_files.save_safetensors(
+        tmp_path / "other.safetensors", official_state("hivit_base")
+    )
 
     def snapshot_download(name, revision, allow_patterns):
         asked.append((name, revision, allow_patterns))

@@ -1,8 +1,8 @@
-"""State dicts among the objects and prefixes of training programs.
+"""Tests of state dicts among the objects and prefixes of training programs.
 
-Border: one HiViT in a file is found, below at most three keys and after one prefix.
-Names outside the prefix are not used, and named. Two HiViTs are an error that names
-both, unless one of them is averaged or has one of the usual keys.
+Border: one HiViT in a file is found, below at most three keys and after one prefix. A
+note lists the names outside the prefix. Two HiViTs are an error that names both, unless
+one of the two is averaged or has one of the usual keys.
 """
 
 import numpy as np
@@ -21,12 +21,13 @@ AVERAGE = {name: array * 2 for name, array in STATE.items()}
 OTHER = {"conv1.weight": np.ones((3, 3), np.float32)}
 
 
-def prefixed(prefix, state=STATE):
+def add_prefix(prefix, state=STATE):
+    """Return a state dict with a prefix before every name."""
     return {prefix + name: array for name, array in state.items()}
 
 
-def module(state):
-    """A pickled `torch.nn.Module` with the names of a state dict."""
+def pickled_module(state):
+    """Return a pickled `torch.nn.Module` with the names of a state dict."""
     entries, inner = {}, {}
     for name, array in state.items():
         first, _, rest = name.partition(".")
@@ -38,7 +39,7 @@ def module(state):
         "training": True,
         "_parameters": torch_files.with_tensors(entries),
         "_buffers": {"unset": None},
-        "_modules": {name: module(each) for name, each in inner.items()},
+        "_modules": {name: pickled_module(each) for name, each in inner.items()},
     }
     return Global("models.hivit", "HiViT")(state=attributes)
 
@@ -51,7 +52,7 @@ NESTINGS = {
     "checkpoint/model": {"checkpoint": {"model": STATE, "lr": 0.1}},
     "model": {"model": STATE, "loss": OTHER, "teacher": AVERAGE},
     "encoder": {"encoder": STATE, "decoder": OTHER, "optimizer": {"state": {0: OTHER}}},
-    "network": {"network": module(STATE)},
+    "network": {"network": pickled_module(STATE)},
     "state_dict": {
         "state_dict": Global("addict", "Dict")(items=torch_files.with_tensors(STATE))
     },
@@ -61,7 +62,7 @@ NESTINGS = {
 @pytest.mark.parametrize("key", NESTINGS)
 @pytest.mark.parametrize("legacy", [False, True])
 def test_nesting(key, legacy, tmp_path):
-    """The tensors of one HiViT, whatever lies around them."""
+    """The tensors of a HiViT are found among any other objects."""
     content = torch_files.with_tensors(NESTINGS[key])
     file = files.read(torch_files.save(content, tmp_path / "x.pth", legacy))
     assert file.key == key
@@ -79,7 +80,7 @@ def test_nesting(key, legacy, tmp_path):
     ],
 )
 def test_averaged_weights(content, tmp_path):
-    """They are preferred, unless the plain ones are asked for."""
+    """Averaged weights are preferred, unless averaged=False."""
     path = torch_files.save(torch_files.with_tensors(content), tmp_path / "x.pth")
     for averaged, expected in ((True, AVERAGE), (False, STATE)):
         state = files.read(path, averaged).state
@@ -89,10 +90,10 @@ def test_averaged_weights(content, tmp_path):
 @pytest.mark.parametrize(
     ("state", "removed", "unused"),
     [
-        (prefixed("model."), ["model."], []),
-        (prefixed("model.encoder."), ["model.encoder."], []),
-        (prefixed("module.model."), ["module.model."], []),
-        (prefixed("_orig_mod.module."), ["module.", "_orig_mod."], []),
+        (add_prefix("model."), ["model."], []),
+        (add_prefix("model.encoder."), ["model.encoder."], []),
+        (add_prefix("module.model."), ["module.model."], []),
+        (add_prefix("_orig_mod.module."), ["module.", "_orig_mod."], []),
         (
             {
                 n.replace("blocks.0.", "blocks.0._orig_mod."): a
@@ -102,12 +103,12 @@ def test_averaged_weights(content, tmp_path):
             [],
         ),
         (
-            prefixed("_fsdp_wrapped_module.") | {"n_averaged": np.int64(3)},
+            add_prefix("_fsdp_wrapped_module.") | {"n_averaged": np.int64(3)},
             ["_fsdp_wrapped_module."],
             ["n_averaged"],
         ),
         (
-            prefixed("net.") | {"loss.weight": np.ones(3, np.float32)},
+            add_prefix("net.") | {"loss.weight": np.ones(3, np.float32)},
             ["net."],
             ["loss.weight"],
         ),
@@ -115,7 +116,7 @@ def test_averaged_weights(content, tmp_path):
     ],
 )
 def test_prefixes(state, removed, unused):
-    """Of the whole model, and of wrapped blocks in it; without one nothing changes."""
+    """Prefixes of the whole model and of wrapped blocks are removed."""
     found = remove_prefixes(state)
     assert found.removed == removed
     assert found.unused == unused
@@ -123,20 +124,20 @@ def test_prefixes(state, removed, unused):
 
 
 def test_prefixes_of_two_models():
-    state = prefixed("model.") | prefixed("ema.", AVERAGE)
+    state = add_prefix("model.") | add_prefix("ema.", AVERAGE)
     for averaged, expected in ((True, AVERAGE), (False, STATE)):
         found = remove_prefixes(state, averaged)
         assert found.state["head.bias"] is expected["head.bias"]
         assert len(found.unused) == len(STATE)
     message = "several models, 'student.', 'teacher.'; expected one"
     with pytest.raises(CheckpointError, match=message):
-        remove_prefixes(prefixed("student.") | prefixed("teacher."))
+        remove_prefixes(add_prefix("student.") | add_prefix("teacher."))
     with pytest.raises(CheckpointError, match="several models"):
-        remove_prefixes(STATE | prefixed("module."))
+        remove_prefixes(STATE | add_prefix("module."))
 
 
 def test_what_was_removed_is_reported(tmp_path, capsys):
-    content = {"net": prefixed("model.") | OTHER}
+    content = {"net": add_prefix("model.") | OTHER}
     path = torch_files.save(torch_files.with_tensors(content), tmp_path / "x.pth")
     pretrained = read(path, num_heads=1)
     assert pretrained.unused == ["conv1.weight"]
@@ -150,9 +151,9 @@ def test_what_was_removed_is_reported(tmp_path, capsys):
     "kept", [("norm.",), ("mask_token", "norm.bias"), ("decoder_pos",)]
 )
 def test_an_encoder_without_its_decoder(kept, tmp_path, capsys):
-    """It is a model without a head; the rest of the decoder is named.
+    """An encoder loads as a model without a head; a note lists the decoder's entries.
 
-    A norm of the encoder's width may be the classifier's own, and is refused.
+    A norm of the encoder's width may belong to a classifier, and is refused.
     """
     whole = state_files.random_state_dict("mae_hivit_base")[1]
     encoder = ("absolute_pos_embed", "patch_embed.", "blocks.", *kept)

@@ -1,4 +1,4 @@
-"""Saved models: round trips."""
+"""Tests of saved models: round trips, and models that cannot be saved."""
 
 import copy
 import json
@@ -22,7 +22,7 @@ from hivit_jax.tree import split
 from hivit_jax.weights import files, to_state_dict
 from hivit_jax.weights.save import shareable
 
-KINDS = state_files.kinds()
+KINDS = state_files.contents_by_format()
 
 
 @pytest.mark.slow
@@ -83,9 +83,7 @@ def test_save_pretrained(name, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("file", ["", "model.safetensors", "other.safetensors"])
 def test_facts_about_images_are_saved(file, tmp_path):
-    """Image facts are saved, also without config.json; class names of other heads are
-    dropped.
-    """
+    """`model.info` is saved in every file; another head has no class names."""
     model = mini("hivit_base", num_classes=2)
     facts = dict(class_names=("cat", "dog"), crop=0.9, mean=(0.1, 0.2, 0.3))
     model.info = replace(model.info, std=(0.2,) * 3, scale=0.5, **facts)
@@ -113,40 +111,48 @@ def no_head(model):
     model.head = None
 
 
-def more(model):
+def with_lora(model):
     model.lora = nnx.Linear(16, 4, rngs=nnx.Rngs(0))
 
 
-def narrower(model):
+def narrower_qkv(model):
     qkv = model.encoder.stages[2][0].attn.qkv
     qkv.kernel = nnx.Param(qkv.kernel[..., :4])
 
 
-def diverged(model):
+def nan_bias(model):
     model.head.bias[...] = jnp.full_like(model.head.bias[...], jnp.nan)
 
 
-def integers(model):
+def integer_bias(model):
     model.head.bias = nnx.Param(jnp.zeros(2, jnp.int32))
 
 
 @cache
-def small():
+def small_model():
     return mini("hivit_base", depths=(1, 1, 1), num_classes=2)
 
 
-CHANGES = [other_head, deeper_head, no_head, more, narrower, diverged, integers]
+CHANGES = [
+    other_head,
+    deeper_head,
+    no_head,
+    with_lora,
+    narrower_qkv,
+    nan_bias,
+    integer_bias,
+]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_what_would_not_load_is_not_saved(change, tmp_path):
-    """The older files stay as they are.
+    """A model that would not load is refused, and older files stay unchanged.
 
     Border: a model is saved if and only if its arrays have the names and shapes of
     `model.config`, a float dtype and finite values.
     """
-    model = copy.deepcopy(small())
+    model = copy.deepcopy(small_model())
     (tmp_path / "README.md").write_text("")
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     change(model)
@@ -156,7 +162,7 @@ def test_what_would_not_load_is_not_saved(change, tmp_path):
 
 
 def test_changed_values_and_narrower_dtypes_are_saved(tmp_path):
-    model = copy.deepcopy(small())
+    model = copy.deepcopy(small_model())
     model.head.kernel = nnx.Param(model.head.kernel[...].astype(jnp.bfloat16) + 1)
     hivit_jax.save_pretrained(model, tmp_path, results={"eval/top1": np.float32(0.5)})
     loaded = hivit_jax.load_pretrained(tmp_path)
@@ -167,8 +173,8 @@ def test_changed_values_and_narrower_dtypes_are_saved(tmp_path):
 
 
 def test_an_edited_model_card_is_kept(tmp_path, capsys):
-    """Border: a card with the bytes of the last save is replaced; any other is kept."""
-    card, model = tmp_path / "README.md", small()
+    """A model card is replaced only if it has the bytes of the last save."""
+    card, model = tmp_path / "README.md", small_model()
     hivit_jax.save_pretrained(model, tmp_path)
     hivit_jax.save_pretrained(model, tmp_path, results={"eval/top1": 0.5})
     assert "eval/top1: 0.5" in card.read_text()
@@ -181,7 +187,7 @@ def test_an_edited_model_card_is_kept(tmp_path, capsys):
     card.unlink()
     hivit_jax.save_pretrained(model, tmp_path)
     assert card.read_text().startswith("---")
-    # Of a directory that was saved before cards had digests.
+    # A directory saved by a version without card digests keeps its card.
     about = json.loads((tmp_path / "config.json").read_text())
     del about["card"]
     (tmp_path / "config.json").write_text(json.dumps(about))
@@ -203,19 +209,19 @@ def test_an_edited_model_card_is_kept(tmp_path, capsys):
 def test_files_of_other_programs_are_not_overwritten(name, content, tmp_path):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ConfigError, match=f"{name} is not a file of save_pretrained"):
-        hivit_jax.save_pretrained(small(), tmp_path)
+        hivit_jax.save_pretrained(small_model(), tmp_path)
     assert os.listdir(tmp_path) == [name]
     assert (tmp_path / name).read_bytes() == content
     with pytest.raises(ConfigError, match="cannot be written"):
-        hivit_jax.save_pretrained(small(), tmp_path / name)
+        hivit_jax.save_pretrained(small_model(), tmp_path / name)
 
 
 @pytest.mark.slow
 def test_home_directory(tmp_path, monkeypatch):
-    """`~` in every path that is saved to or loaded from."""
+    """`~` is expanded in every path for saving or loading."""
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
-    hivit_jax.save_pretrained(small(), "~/shared")
+    hivit_jax.save_pretrained(small_model(), "~/shared")
     hivit_jax.load_pretrained("~/shared")
     assert convert.main(["~/shared", "~/x.safetensors"]) == 0
     hivit_jax.load_pretrained("~/x.safetensors")
@@ -225,7 +231,7 @@ def test_home_directory(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("form", ["official", "supervised", "mmpretrain"])
 def test_arrays_of_a_state_dict(form):
-    """C-contiguous and writable copies, because programs write their memory."""
+    """Arrays are C-contiguous, writable copies, because programs write their memory."""
     fc_norm = form != "mmpretrain"
     model = mini("hivit_base", num_classes=2, fc_norm=fc_norm, relative_position=True)
     state = to_state_dict(split(model)[1], model, form)
@@ -238,10 +244,10 @@ def test_arrays_of_a_state_dict(form):
 
 
 def test_no_paths_of_the_machine_are_shared(tmp_path):
-    """Neither in the card nor in the config or the weights.
+    """Card, config and weights contain no paths of this machine.
 
-    Border: whatever begins like a path of any system, and the keys for directories.
-    Names with a slash, addresses on the hub and relative names stay.
+    Border: values that begin like a path of any system, and keys of directories, are
+    shortened. Names with a slash, addresses on the hub and relative names stay.
     """
     secret = "/home/ann/secret"
     recipe = {
@@ -252,7 +258,7 @@ def test_no_paths_of_the_machine_are_shared(tmp_path):
         "teacher": {"paths": ["~/secret/t1", "C:\\secret\\t2", "../secret/t3/"]},
         "model": {"name": "hivit_base", "depths": (1, 2)},
     }
-    hivit_jax.save_pretrained(small(), tmp_path, recipe)
+    hivit_jax.save_pretrained(small_model(), tmp_path, recipe)
     for path in tmp_path.iterdir():
         content = path.read_bytes()
         assert b"secret" not in content
@@ -275,8 +281,8 @@ def test_no_paths_of_the_machine_are_shared(tmp_path):
 
 
 def test_a_conversion_does_not_overwrite_its_source(tmp_path, capsys):
-    """Neither a file nor a directory; another name of it does not help."""
-    hivit_jax.save_pretrained(small(), tmp_path / "d")
+    """A file or directory is not overwritten, also under another name."""
+    hivit_jax.save_pretrained(small_model(), tmp_path / "d")
     source = tmp_path / "d/model.safetensors"
     before = source.read_bytes()
     for pair in ((source, source), ("d", "d"), (source, "d"), ("d", source)):

@@ -1,8 +1,8 @@
-"""Files of ``torch.save``: read without PyTorch, and nothing in them is run.
+"""Tests of reading files of ``torch.save`` without PyTorch and without running code.
 
-Border: every class and function is inert, whichever file names it. Dense tensors and
-numpy arrays of numbers are read; sparse, quantized, conjugated and big-endian ones are
-refused by name. Files that contradict themselves are refused.
+Border: every class and function that a file names is inert. Dense tensors and numpy
+arrays of numbers are read. Sparse, quantized, conjugated and big-endian tensors are
+refused by name. Inconsistent files are refused.
 """
 
 import copyreg
@@ -46,7 +46,7 @@ def read(path, name="a"):
     ids=lambda array: f"{array.dtype}{array.strides}",
 )
 def test_tensors(array, legacy, tmp_path):
-    """Of every dtype, and views of their storage."""
+    """Tensors of every dtype and views of a storage are read."""
     found = read(torch_files.save({"a": tensor(array)}, tmp_path / "x.pth", legacy))
     assert found.dtype == array.dtype
     np.testing.assert_array_equal(found, array)
@@ -54,7 +54,7 @@ def test_tensors(array, legacy, tmp_path):
 
 @FORMATS
 def test_what_programs_save_beside_the_weights(legacy, tmp_path):
-    """Configs, histories, enums, schedulers: classes that are not installed."""
+    """Objects of classes that are not installed are read, such as configs."""
     history = Global("mmengine.logging.history_buffer", "HistoryBuffer")
     dtype = Global("numpy", "dtype")("f8", False, True, state=(3, "<", None))
     content = {
@@ -75,7 +75,7 @@ def test_what_programs_save_beside_the_weights(legacy, tmp_path):
 @pytest.mark.parametrize("protocol", [2, 4, 5])
 @pytest.mark.parametrize("dtype", [">f4", "<i8", "float16", "bool"])
 def test_arrays_of_numpy(protocol, dtype, tmp_path):
-    """In a plain pickle, of either byte order, rows or columns first."""
+    """Arrays in a plain pickle are read, for any byte order and axis order."""
     array = (np.arange(6).reshape(2, 3) % 2).astype(dtype)
     content = {"a": array, "f": np.asfortranarray(array)}
     (tmp_path / "x.pkl").write_bytes(pickle.dumps(content, protocol))
@@ -90,7 +90,7 @@ def test_arrays_of_numpy(protocol, dtype, tmp_path):
 
 
 def test_parameters_and_subclasses(tmp_path):
-    """As they were before a wrapper."""
+    """Parameters and tensor subclasses are read as plain arrays."""
     utils = [Global("torch._utils", f"_rebuild_{n}") for n in ("parameter", "tensor")]
     inner = tensor(NUMBERS)
     function, args, *_ = inner.parts
@@ -105,8 +105,8 @@ def test_parameters_and_subclasses(tmp_path):
         np.testing.assert_array_equal(read(path, name), NUMBERS)
 
 
-def planted(marker):
-    """Case -> a pickle that runs a command if its names are looked up."""
+def planted_programs(marker):
+    """Return {case: pickle}; pickle.loads of the pickle runs a command."""
     command = f"touch {marker}".encode()
     text = b"X" + struct.pack("<I", len(command)) + command  # BINUNICODE
     system = b"cos\nsystem\n"
@@ -137,11 +137,11 @@ def planted(marker):
 
 
 @FORMATS
-@pytest.mark.parametrize("case", planted(""))
+@pytest.mark.parametrize("case", planted_programs(""))
 def test_nothing_in_a_file_is_run(case, legacy, tmp_path):
-    """Whichever opcode calls it, and in whichever of the file's pickles."""
+    """No opcode runs a command, in any pickle of a file."""
     path, marker = tmp_path / "x.pth", tmp_path / "marker"
-    program = planted(marker)[case]
+    program = planted_programs(marker)[case]
     before = dict(vars(StandIn))
     if legacy:
         path.write_bytes(program)
@@ -154,7 +154,7 @@ def test_nothing_in_a_file_is_run(case, legacy, tmp_path):
 
 
 def test_classes_cannot_be_changed(tmp_path):
-    """A state for a class itself, or for its extension code, is an error."""
+    """A file that sets the state of a class or uses extension codes is an error."""
     path = tmp_path / "x.pth"
     copyreg.add_extension("os", "system", 0x7E)
     try:
@@ -204,7 +204,7 @@ def test_tensors_that_are_not_dense(name, tmp_path):
 
 @FORMATS
 def test_damage(legacy, tmp_path):
-    """Cut anywhere; with one other bit in the numbers, where there is a checksum."""
+    """A truncated file is an error, and with checksums also a changed number."""
     path = torch_files.save({"a": tensor(NUMBERS)}, tmp_path / "x.pth", legacy)
     content = path.read_bytes()
     for length in (*range(0, len(content) - 1, 97), len(content) - 1):

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.usefixtures("quick")
         ("{}/programs", "/by/jax", "/by/jax"),
     ],
 )
-def test_directory_of_compiled_programs(given, by_jax, expected, joined, tmp_path):
+def test_directory_of_compiled_programs(given, by_jax, expected, run_main, tmp_path):
     """The cache is in the workdir unless the config or JAX's settings name another."""
     name = "jax_compilation_cache_dir"
     before = jax.config.values[name]
@@ -22,9 +22,9 @@ def test_directory_of_compiled_programs(given, by_jax, expected, joined, tmp_pat
     try:
         flags = ["--mode=eval", f"--workdir={tmp_path}/run"]
         cache = f"--config.compilation_cache={given.format(tmp_path)}"
-        code, asked = joined(*flags, cache)
+        code, calls = run_main(*flags, cache)
         assert code == 5  # there is no checkpoint
-        assert len(asked) == 1
+        assert len(calls) == 1
         assert jax.config.values[name] == expected.format(tmp_path)
     finally:
         jax.config.update(name, before)

@@ -3,12 +3,14 @@
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 # `data.name` may also be any other TFDS dataset, or ``module:Class`` for a user's
 # subclass of `Source`. It is constructed as Class(split, data.dir) with the split
 # "train" or "test".
-KNOWN_DATASETS = ("digits", "folder", "imagenet2012", "synthetic")
+KNOWN_DATASETS = (
+    "csv", "digits", "folder", "imagenet2012", "synthetic", "webdataset", "zip"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,21 @@ class DatasetInfo:
     encoded: bool = True
 
 
+class Record(NamedTuple):
+    """Bytes of a local file that contain one example and nothing else.
+
+    Attributes:
+      file: path.
+      start, stop: first byte, and byte after the last; stop=-1: the end of the file.
+      label: label of an image file; not used if `Source.example_keys` is set.
+    """
+
+    file: str
+    start: int
+    stop: int
+    label: int = 0
+
+
 class Source:
     """One split of a dataset. Several threads call its methods concurrently.
 
@@ -33,12 +50,19 @@ class Source:
       classes: class names in the order of the labels.
       ignored: reason, such as a file name's ending, -> number of files in the split's
         directories that are ignored for this reason.
+      loose: names of the first ignored images outside of the class directories.
+      labeled: False if all labels are 0, because the images have none.
       encoded: see `DatasetInfo`.
+      example_keys: names of image and label in the `tf.train.Example` that a record is;
+        (): records are image files.
     """
 
     classes: Sequence[str] = ()
     ignored: Mapping[str, int] = {}
+    loose: Sequence[str] = ()
+    labeled: bool = True
     encoded: bool = True
+    example_keys: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         """Return the number of examples."""
@@ -59,6 +83,28 @@ class Source:
 
         A subclass may leave this method empty.
         """
+
+    def forget(self) -> None:
+        """Drop what `ask` started and `sample` did not return."""
+
+    def checksum_error(self, index: int) -> str:
+        """Return how an example differs from its stored checksum; "": it does not.
+
+        Sources without checksums return "".
+
+        Raises:
+          Exception: an error of any type if the example cannot be read.
+        """
+        return ""
+
+    def record(self, index: int) -> Record | None:
+        """Return the bytes of an example that tensorflow may read itself.
+
+        Returns:
+          A whole image file, or a record of a tfrecord file; None: only `sample` can
+          read the example.
+        """
+        return None
 
     def size(self, index: int) -> tuple[int, int]:
         """Return (height, width) of an image. Reads the file header once."""

@@ -1,6 +1,5 @@
 """Sources of image files: one directory per class, or images without labels."""
 
-import hashlib
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -9,41 +8,34 @@ from typing import Any
 
 import numpy as np
 
-from hivit_jax.data.sources.base import Source
+from hivit_jax.data import storage
+from hivit_jax.data.records import Records
+from hivit_jax.data.sources.base import Record, Source
+from hivit_jax.data.sources.file_index import (
+    ARRAYS,
+    HIDDEN,
+    OUTSIDE,
+    SUFFIXES,
+    SYSTEM_NAMES,
+    forget_listings,
+    ignored_reason,
+    index_of,
+    is_directory,
+    is_hidden,
+    subdirectories,
+)
+from hivit_jax.data.sources.splits import FileSource
 from hivit_jax.errors import DataError
 from hivit_jax.paths import expand
 
-INDEX_KEYS = ("classes", "counts", "files", "reasons", "ignored")  # see `_index`
-SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-# Files and directories of operating systems, file servers and Python, in lower case.
-SYSTEM_NAMES = {
-    "__macosx", "network trash folder", "temporary items",  # macOS
-    "$recycle.bin", "system volume information",  # Windows
-    "desktop.ini", "thumbs.db", "ehthumbs.db",
-    "lost+found", "cachedir.tag", "__pycache__",
-    "@eadir", "@recycle", "@__thumb", "#recycle", "#snapshot", "~snapshot",
-}  # fmt: skip
-HIDDEN, OUTSIDE = "hidden or system", "outside the class directories"
-
-
-def is_hidden(name: str) -> bool:
-    """Return True for a file or directory that is neither an image nor a class."""
-    return name.startswith(".") or name.lower() in SYSTEM_NAMES
-
-
-def ignored_reason(name: str) -> str:
-    """Return why a file is ignored: its ending, or `HIDDEN`; "" for an image."""
-    ending = os.path.splitext(name)[1].lower()
-    if is_hidden(name):
-        return HIDDEN
-    ending = ending.encode(errors="backslashreplace").decode()  # for the terminal
-    return "" if ending in SUFFIXES else ending or "without an ending"
+__all__ = ["HIDDEN", "OUTSIDE", "SYSTEM_NAMES", "Folder", "Images", "is_hidden"]
 
 
 class Images(Source):
     """Images without labels: one file, or all files below a directory, sorted.
 
-    Hidden and system names (`is_hidden`) below the directory are ignored.
+    Hidden and system names (`is_hidden`) below the directory are ignored. NumPy arrays
+    are images only if there are no other images.
 
     Args:
       path: image file or directory.
@@ -55,18 +47,12 @@ class Images(Source):
 
     def __init__(self, path: str | Path, classes: Sequence[str] = ()):
         path, self.classes = Path(expand(path)), classes
-        files, self._files, ignored = [path], [], Counter()
+        files = [path]
         if not path.is_file():
             files = sorted(f for f in path.rglob("*") if f.is_file())
-        for file in files:
-            parts = file.relative_to(path).parts
-            hidden = any(map(is_hidden, parts))
-            reason = HIDDEN if hidden else ignored_reason(file.name.lstrip("."))
-            if reason:
-                ignored[reason] += 1
-            else:
-                self._files.append(file)
-        self.ignored = ignored
+        self._files, self.ignored = _select(path, files, SUFFIXES)
+        if not self._files and ARRAYS in self.ignored:
+            self._files, self.ignored = _select(path, files, (ARRAYS,))
         if not self._files:
             raise _no_images(path, self.ignored_text())
 
@@ -80,145 +66,144 @@ class Images(Source):
         return str(self._files[index])
 
 
-class Folder(Source):
+def _select(
+    root: Path, files: Sequence[Path], suffixes: Sequence[str]
+) -> tuple[list[Path], Counter[str]]:
+    """Return the images among the files below `root`, and counts of the others."""
+    images, ignored = [], Counter()
+    for file in files:
+        hidden = any(map(is_hidden, file.relative_to(root).parts))
+        reason = HIDDEN if hidden else ignored_reason(file.name.lstrip("."), suffixes)
+        if reason:
+            ignored[reason] += 1
+        else:
+            images.append(file)
+    return images, ignored
+
+
+class Folder(FileSource):
     """Class folders ``ROOT/{train,val}/CLASS/*.JPEG``, as in torchvision's ImageFolder.
 
     The classes of every split are the sorted directories of the training split. The
     images of a split are the sorted files below its class directories. Hidden and
-    system names (`is_hidden`) are ignored at every level. The index of files is cached
-    on disk until a directory changes.
+    system names (`is_hidden`) are ignored at every level. The index of local files is
+    cached on disk until a directory changes. A bucket is listed at every start.
+
+    If the training split contains images but no directory, or with
+    ``class_level="none"``, the images have no labels: `labeled` is False, and all
+    images of a split are used.
 
     Args:
-      directory: ROOT.
-      split, train_split: names of directories in ROOT.
+      directory: ROOT, a directory or its address in a bucket.
+      split, train_split: names of directories in ROOT, or "." for ROOT itself.
+      class_level: "top": the directories of a split are the classes; "leaf": every
+        directory below it that contains images is a class, named by its path; "none":
+        there are no classes.
 
     Raises:
       DataError: the split does not exist, a class has no images, or a class is not in
         the training split.
     """
 
-    def __init__(self, directory: str, split: str, train_split: str = "train"):
-        root = Path(expand(directory))
-        self._root = root / split
-        for required in (root / train_split, self._root):
-            if not required.is_dir():
-                names = sorted(os.listdir(root)) if root.is_dir() else []
-                names = [name for name in names if not is_hidden(name)]
-                raise DataError(
-                    f"no directory {required}; data.dir={str(root)!r} contains "
-                    f"{', '.join(names[:8]) or 'nothing'}\n"
-                    "Correct data.dir, data.train_split or data.eval_split."
-                )
-        self.classes = _subdirectories(root / train_split)
-        index = _index(self._root)
+    def __init__(
+        self,
+        directory: str,
+        split: str,
+        train_split: str = "train",
+        class_level: str = "top",
+    ):
+        forget_listings()
+        remote = storage.is_remote(directory)
+        root = directory.rstrip("/") if remote else str(Path(expand(directory)))
+        self.root, train_root = (
+            root if name == "." else f"{root}/{name}" for name in (split, train_split)
+        )
+        for path in (train_root, self.root):
+            if not is_directory(path):
+                raise _no_directory(path, root)
+        if class_level == "top" and not subdirectories(train_root):
+            class_level = "none"
+        index = index_of(self.root, class_level)
         pairs = zip(index["reasons"].tolist(), index["ignored"].tolist(), strict=True)
         self.ignored = dict(pairs)
+        self.loose = [os.fsdecode(name) for name in index["loose"].tolist()]
         self._files, names = index["files"], index["classes"].tolist()
+        empty = [name for name, n in zip(names, index["counts"], strict=True) if not n]
+        if class_level == "none":
+            self.labeled, self.classes = False, names
+        elif class_level == "leaf":
+            self.classes = index_of(train_root, "leaf")["classes"].tolist()
+        else:
+            self.classes = subdirectories(train_root)
         unknown = sorted(set(names) - set(self.classes))
         if unknown:
             raise DataError(
-                f"{self._root / unknown[0]}: expected one of the {len(self.classes)} "
+                f"{self.root}/{unknown[0]}: expected one of the {len(self.classes)} "
                 f"classes of {train_split}; found {len(unknown)} unknown in {split}"
             )
-        empty = [name for name, n in zip(names, index["counts"], strict=True) if not n]
-        if empty or not names:
-            raise _no_images(self._root.joinpath(*empty[:1]), self.ignored_text())
+        if empty or not len(self._files):
+            path = "/".join([self.root, *filter(None, empty[:1])])
+            raise _no_images(path, self.ignored_text())
         labels = np.array([self.classes.index(name) for name in names], np.int32)
         self.labels = np.repeat(labels, index["counts"])
+        self.classes = self.classes if self.labeled else ()
+        self._records = Records(_Paths(self.root, self._files))
 
     def __len__(self) -> int:
         return len(self._files)
 
-    def sample(self, index: int) -> dict[str, Any]:
-        with open(self.name(index), "rb", buffering=0) as file:
-            return {"image": file.read(), "label": int(self.labels[index])}
+    def ask(self, index: int) -> None:
+        self._records.ask(index)
 
-    def _image_file(self, index: int) -> str:
+    def forget(self) -> None:
+        self._records.forget()
+
+    def sample(self, index: int) -> dict[str, Any]:
+        return {"image": self._records.read(index), "label": int(self.labels[index])}
+
+    def record(self, index: int) -> Record | None:
+        if storage.is_remote(self.root):
+            return None
+        return Record(self.name(index), 0, -1, int(self.labels[index]))
+
+    def _image_file(self, index: int) -> Any:
+        if storage.is_remote(self.root):
+            return super()._image_file(index)
         return self.name(index)
 
     def name(self, index: int) -> str:
+        return self._records.file(index)
+
+    def relative_paths(self) -> list[str]:
+        return [os.fsdecode(file) for file in self._files.tolist()]
+
+
+class _Paths:
+    """Sequence of paths, which are stored as bytes relative to `root`."""
+
+    def __init__(self, root: str, files: np.ndarray):
+        self._root, self._files = root, files
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, index: int) -> str:
         return f"{self._root}/{os.fsdecode(self._files[index])}"
 
 
-def _no_images(path: Path, ignored: str) -> DataError:
+def _no_directory(required: str, root: str) -> DataError:
+    names = sorted(os.listdir(root)) if os.path.isdir(root) else []
+    names = [name for name in names if not is_hidden(name)]
+    return DataError(
+        f"no directory {required}; data.dir={root!r} contains "
+        f"{', '.join(names[:8]) or 'nothing'}\n"
+        "Correct data.dir, data.train_split or data.eval_split. Or set "
+        "data.eval_fraction=0.1 to hold out images,\nor data.eval_split=none to train "
+        "without evaluation; then data.dir itself may contain the classes or images."
+    )
+
+
+def _no_images(path: str | Path, ignored: str) -> DataError:
     expected = f"expected files that end in {', '.join(SUFFIXES)}"
     ignored = ignored and f"\nIgnored files: {ignored}"
     return DataError(f"{path}: {expected}; found none{ignored}")
-
-
-def _subdirectories(root: Path) -> list[str]:
-    with os.scandir(root) as entries:
-        names = [entry.name for entry in entries if entry.is_dir()]
-    return sorted(name for name in names if not is_hidden(name))
-
-
-def _walk(root: Path) -> list[tuple[str, list[str]]]:
-    """Return (directory, sorted names of its files) for `root` and below, sorted.
-
-    Hidden directories are not entered but returned as files.
-    """
-    found = []
-    for directory, subdirectories, names in os.walk(root, followlinks=True):
-        names += filter(is_hidden, subdirectories)
-        subdirectories[:] = [name for name in subdirectories if not is_hidden(name)]
-        found.append((directory, sorted(names)))
-    return sorted(found)
-
-
-def _index(root: Path) -> dict[str, np.ndarray]:
-    """Return the index of a split's directory, cached on disk per user.
-
-    The cached index is used unless the modification time of a directory has changed.
-
-    Returns:
-      classes: class names, str [k].
-      counts: number of images per class, int [k].
-      files: paths of all images relative to `root`, bytes [n].
-      reasons: reasons for ignoring files, str [m].
-      ignored: number of ignored files per reason, int [m].
-    """
-    cache_dir = Path(expand(os.environ.get("XDG_CACHE_HOME") or "~/.cache"))
-    key = hashlib.sha256(os.fsencode(root.absolute())).hexdigest()[:16]
-    path = cache_dir / "hivit_jax" / f"{key}.npz"
-    try:
-        with np.load(path) as cached:
-            if (_mtimes(cached["directories"]) == cached["times"]).all():
-                return {name: cached[name] for name in INDEX_KEYS}
-    except (OSError, ValueError, KeyError):
-        pass  # no cache, damaged or of another version; or a directory was deleted
-    classes, counts, files, directories = _subdirectories(root), [], [], [root]
-    outside = sorted({*os.listdir(root)} - {*classes})
-    ignored = Counter(ignored_reason(name) or OUTSIDE for name in outside)
-    for name in classes:
-        before = len(files)
-        for directory, names in _walk(root / name):
-            directories.append(directory)
-            relative = os.path.relpath(directory, root)
-            for file_name in names:
-                if reason := ignored_reason(file_name):
-                    ignored[reason] += 1
-                else:
-                    files.append(os.fsencode(os.path.join(relative, file_name)))
-        counts.append(len(files) - before)
-    directories = np.array([os.fsencode(d) for d in directories], "S")
-    index = {
-        "classes": np.array(classes, "U"),
-        "counts": np.array(counts, np.int64),
-        "files": np.array(files, "S"),
-        "reasons": np.array([*ignored], "U"),
-        "ignored": np.array([*ignored.values()], np.int64),
-        "directories": directories,
-        "times": _mtimes(directories),
-    }
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}.npz")
-        np.savez(temporary, **index)
-        temporary.replace(path)
-    except OSError:
-        pass  # the cache is optional
-    return index
-
-
-def _mtimes(directories: np.ndarray) -> np.ndarray:
-    return np.array([os.stat(d).st_mtime_ns for d in directories.tolist()])

@@ -2,19 +2,35 @@
 
 import re
 from collections.abc import Mapping
+from dataclasses import asdict, replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
+from hivit_jax.data import storage
+from hivit_jax.data.sources.archives import WebDataset, Zip
 from hivit_jax.data.sources.base import DatasetInfo, Source
 from hivit_jax.data.sources.digits import NUM_TEST, NUM_TRAIN, Digits
+from hivit_jax.data.sources.file_index import is_directory
 from hivit_jax.data.sources.folder import Folder
+from hivit_jax.data.sources.splits import (
+    NO_EVALUATION,
+    Selection,
+    parse_slice,
+    select,
+)
 from hivit_jax.data.sources.synthetic import Synthetic
+from hivit_jax.data.sources.tables import Table, table_path
 from hivit_jax.data.sources.tfds import Tfds
-from hivit_jax.errors import ConfigError, import_class
+from hivit_jax.errors import ConfigError, DataError, import_class
 from hivit_jax.paths import expand
 
+SELECTABLE = ("folder", "csv")  # datasets whose images `Selection` selects by path
 # data.name -> default names of the training and evaluation split; "": any other name.
-DEFAULT_SPLITS = {"folder": ("train", "val"), "": ("train", "validation")}
+DEFAULT_SPLITS = {"": ("train", "validation")} | dict.fromkeys(
+    ("folder", "webdataset", "zip"), ("train", "val")
+)
+ARCHIVES = {"webdataset": WebDataset, "zip": Zip}
 
 
 def published_info(data: Mapping[str, Any]) -> DatasetInfo | None:
@@ -52,7 +68,12 @@ def open_source(data: Mapping[str, Any], split: str) -> Source:
     """
     keys = ("train_split", "eval_split", "train_examples", "subset")
     values = [data[key] for key in keys]
-    return _open(split, data["name"], expand(data["dir"]), *values)
+    # Configs of earlier versions and other programs lack the following keys.
+    names = ("eval_fraction", "eval_group", "exclude")
+    selection = Selection(**{key: data[key] for key in names if key in data})
+    level = data.get("class_level", "top")
+    directories = expand(data["dir"]), expand(data.get("cache", ""))
+    return _open(split, data["name"], *directories, *values, selection, level)
 
 
 @lru_cache(maxsize=8)
@@ -60,11 +81,20 @@ def _open(
     split: str,
     name: str,
     directory: str,
+    cache_dir: str,
     train_split: str,
     eval_split: str,
     train_examples: int,
     subset_seed: int,
+    selection: Selection,
+    class_level: str,
 ) -> Source:
+    if split == "test" and eval_split == NO_EVALUATION:
+        raise ConfigError(
+            "data.eval_split='none': the config has no evaluation images; set "
+            "data.eval_split or data.eval_fraction"
+        )
+    _check_selection(name, selection, class_level, eval_split)
     if name == "synthetic":
         return Synthetic(split, train_examples)
     if name == "digits":
@@ -73,16 +103,98 @@ def _open(
     # its version starts with a digit.
     if re.fullmatch(r"[\w.]+:[A-Za-z_]\w*", name):
         return import_class("data.name", name)(split, directory)
+    splits = train_split, eval_split
     defaults = DEFAULT_SPLITS.get(name, DEFAULT_SPLITS[""])
     train_split, eval_split = train_split or defaults[0], eval_split or defaults[1]
     split_name = train_split if split == "train" else eval_split
     if name == "folder":
-        source = Folder(directory, split_name, train_split)
+        if cache_dir and storage.is_remote(directory):
+            raise ConfigError(
+                f"data.cache={cache_dir!r} with data.name='folder'; expected '': only "
+                "shards are copied, such as tfrecord or tar files"
+            )
+        source = _open_folder(directory, split, *splits, selection, class_level)
+    elif name in ARCHIVES:
+        source = ARCHIVES[name](directory, split_name, train_split, cache_dir)
+    elif name == "csv":
+        source = _open_table(directory, split, *splits, selection)
     else:
-        source = Tfds(name, directory, split_name)
+        source = Tfds(name, directory, split_name, cache_dir)
     if train_examples:
         raise ConfigError(
             f"data.train_examples={train_examples} with data.name={name!r}; expected "
             "0; only digits and synthetic support train_examples"
         )
     return source
+
+
+def _check_selection(
+    name: str, selection: Selection, class_level: str, eval_split: str
+) -> None:
+    """Raise ConfigError for rules that contradict each other or have no effect."""
+    selection.check(eval_split)
+    changed = {key: value for key, value in asdict(selection).items() if value}
+    if class_level != "top":
+        changed["class_level"] = class_level
+    for key, value in changed.items():
+        supported = ("folder",) if key == "class_level" else SELECTABLE
+        if name not in supported:
+            raise ConfigError(
+                f"data.{key}={value!r} has no effect with data.name={name!r}; only "
+                f"{' and '.join(supported)} support it"
+            )
+
+
+def _open_folder(
+    directory: str,
+    split: str,
+    train_split: str,
+    eval_split: str,
+    selection: Selection,
+    class_level: str,
+) -> Source:
+    """Open a split of class folders or unlabelled images.
+
+    Without an evaluation split, `directory` itself is the default training split
+    unless it contains the directory of the usual name.
+    """
+    default = DEFAULT_SPLITS["folder"][0]
+    if selection.eval_fraction or eval_split == NO_EVALUATION:
+        eval_split = ""
+        if not is_directory(f"{directory}/{default}"):
+            default = "."
+    train, percent = parse_slice(train_split or default)
+    chosen = train
+    if split == "test" and not selection.eval_fraction:
+        chosen, percent = parse_slice(eval_split or DEFAULT_SPLITS["folder"][1])
+    source = Folder(directory, chosen, train, class_level)
+    return select(source, selection, split == "test", percent)
+
+
+def _open_table(
+    directory: str, split: str, train_split: str, eval_split: str, selection: Selection
+) -> Source:
+    """Open a split of the images that a CSV file or a list of paths names.
+
+    `directory` is a file, or contains the files `train_split` and `eval_split`. In a
+    file, the splits are values of the column "split". This column takes precedence
+    over `eval_fraction`.
+    """
+    if Path(directory).is_file():
+        train_file = file = table_path(directory, "")
+        split_name = train_split if split == "train" else eval_split
+    else:
+        train_file = file = table_path(directory, train_split or "train.csv")
+        split_name = ""
+        if split == "test" and not selection.eval_fraction:
+            file = table_path(directory, eval_split or "val.csv")
+    source = Table(file, train_file, split, split_name)
+    if source.has_splits:
+        return select(source, replace(selection, eval_fraction=0.0), False)
+    is_shared = file == train_file and not selection.eval_fraction
+    if is_shared and (split == "test" or split_name):
+        raise DataError(
+            f"{file} has no column 'split'; set data.eval_fraction=0.1 to hold out "
+            "images, or data.eval_split=none to train without evaluation"
+        )
+    return select(source, selection, split == "test")

@@ -1,20 +1,26 @@
-"""Datasets of TensorFlow Datasets (TFDS).
+"""Datasets of TensorFlow Datasets (TFDS), on disk or in a bucket.
 
 They are read with tensorflow_datasets but without tensorflow.
 """
 
 import os
 import resource
-import struct
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from hivit_jax.data.sources.base import KNOWN_DATASETS, Source
-from hivit_jax.errors import DataError, require, unknown
+from hivit_jax.data import storage, tfrecord
+from hivit_jax.data.crc32c import FAST
+from hivit_jax.data.records import Records, load_index, log_indexing
+from hivit_jax.data.shard_cache import ShardCache
+from hivit_jax.data.sources.base import KNOWN_DATASETS, Record, Source
+from hivit_jax.errors import DataError, first_line, require, unknown
 from hivit_jax.paths import expand
 
 
@@ -23,8 +29,9 @@ class Tfds(Source):
 
     Args:
       name: TFDS name of the dataset ("imagenet2012", "name/config:1.0.0").
-      directory: TFDS data directory; "": TFDS's default.
+      directory: TFDS data directory or address; "": TFDS's default.
       split: TFDS split ("train", "validation", "train[:10%]").
+      cache_dir: directory for local copies of files in a bucket; "": no copies.
 
     Raises:
       DataError: the dataset is not prepared, is not an image classification dataset,
@@ -32,41 +39,40 @@ class Tfds(Source):
       MissingPackage: tensorflow-datasets or array_record is not installed.
     """
 
-    def __init__(self, name: str, directory: str, split: str):
+    def __init__(self, name: str, directory: str, split: str, cache_dir: str = ""):
         tfds = require("tensorflow_datasets", "tensorflow-datasets")
         path = _prepared_path(name, directory)
-        try:
-            info = tfds.builder_from_directory(path).info
-        except Exception as error:
-            raise DataError(
-                f"{path} cannot be read by tensorflow-datasets {tfds.__version__}: "
-                f"{type(error).__name__}: {error}"
-            ) from error
-        types = supervised_feature_types(info)
-        if types != ["Image", "ClassLabel"]:
-            raise DataError(
-                f"{name}: expected a dataset with supervised features (Image, "
-                f"ClassLabel), found ({', '.join(types)})"
-            )
-        self._image_key, self._label_key = info.supervised_keys
-        self._split, self._features = split, info.features
-        self._decoders = {self._image_key: tfds.decode.SkipDecoding()}
-        self.classes = info.features[self._label_key].names
-        try:
-            files = info.splits[split].file_instructions
-        except (KeyError, ValueError) as error:
-            raise DataError(
-                f"{name} has no split {split!r}; available: {', '.join(info.splits)}"
-            ) from error
-        file_format = info.file_format.value
+        with _local_metadata(path) as metadata:
+            try:
+                info = tfds.builder_from_directory(metadata).info
+            except Exception as error:
+                raise DataError(
+                    f"{path} cannot be read by tensorflow-datasets {tfds.__version__}: "
+                    f"{type(error).__name__}: {error}"
+                ) from error
+            types = supervised_feature_types(info)
+            if types != ["Image", "ClassLabel"]:
+                raise DataError(
+                    f"{name}: expected a dataset with supervised features (Image, "
+                    f"ClassLabel), found ({', '.join(types)})"
+                )
+            self._image_key, self._label_key = info.supervised_keys
+            self._split, self._features = split, info.features
+            self._decoders = {self._image_key: tfds.decode.SkipDecoding()}
+            self.classes = info.features[self._label_key].names
+            try:
+                files = info.splits[split].file_instructions
+            except (KeyError, ValueError) as error:
+                raise DataError(
+                    f"{name} has no split {split!r}; available: "
+                    f"{', '.join(info.splits)}"
+                ) from error
+        self._format = file_format = info.file_format.value
         if file_format not in OPENERS:
             expected = " or ".join(OPENERS)
             raise DataError(f"{name}: expected {expected} files, found {file_format}")
-        _increase_open_file_limit(len(files))
-        if file_format == "array_record":  # here, because threads open the files later
-            require("array_record.python.array_record_module", "array_record")
-        self._open_file = OPENERS[file_format]
-        self._paths = [str(file.filename) for file in files]
+        if file_format == "tfrecord":
+            self.example_keys = self._image_key, self._label_key
         # Per example: the index of its file, and of its record in the file.
         self._file_indices = np.repeat(
             np.arange(len(files)), [file.take for file in files]
@@ -74,6 +80,41 @@ class Tfds(Source):
         self._record_indices = np.concatenate(
             [np.arange(file.skip, file.skip + file.take) for file in files]
         )
+        self._records, self._cache = None, None
+        self._paths = [str(file.filename) for file in files]
+        if storage.is_remote(path):
+            self._paths = [f"{path}/{os.path.basename(p)}" for p in self._paths]
+            if cache_dir:
+                check = file_format == "tfrecord" and FAST and tfrecord.check_file
+                self._cache = ShardCache(cache_dir, check or None)
+                self._cache.log_size(self._paths, info.splits[split].num_bytes)
+        if file_format == "tfrecord" and storage.is_remote(path):
+            counts = [file.examples_in_shard for file in files]
+            self._records = self._index_records(path, counts)
+            return
+        _increase_open_file_limit(len(files))
+        if file_format == "array_record":  # here, because threads open the files later
+            require("array_record.python.array_record_module", "array_record")
+        self._open_file = OPENERS[file_format]
+
+    def _index_records(self, path: str, counts: list[int]) -> Records:
+        """Return the records of tfrecord files in a bucket.
+
+        Args:
+          path: address of the directory.
+          counts: number of records of each file.
+        """
+
+        def make():
+            log_indexing(path, len(counts))
+            return tfrecord.index(dict(zip(self._paths, counts, strict=True)), cache)
+
+        cache = self._cache
+        offsets = load_index(path, self._paths, make)["offsets"]
+        first = np.cumsum([0, *counts])[:-1] + np.arange(len(counts))
+        positions = first[self._file_indices] + self._record_indices
+        ranges = offsets[positions], offsets[positions + 1]
+        return Records(self._paths, self._file_indices, *ranges, cache)
 
     def __len__(self) -> int:
         return len(self._record_indices)
@@ -83,6 +124,12 @@ class Tfds(Source):
         label = int(example[self._label_key])
         return {"image": example[self._image_key], "label": label}
 
+    def record(self, index: int) -> Record | None:
+        if self._format != "tfrecord" or self._records:
+            return None
+        path = self._paths[self._file_indices[index]]
+        return Record(path, *self._open_file(path).span(self._record_indices[index]))
+
     def name(self, index: int) -> str:
         try:
             origin = self._example(index).get("file_name", b"").decode()
@@ -90,10 +137,76 @@ class Tfds(Source):
             origin = f"in {self._paths[self._file_indices[index]]}"
         return f"{self._split}[{index}] {origin}".rstrip()
 
+    def ask(self, index: int) -> None:
+        if self._records:
+            self._records.ask(index)
+
+    def forget(self) -> None:
+        if self._records:
+            self._records.forget()
+
+    def checksum_error(self, index: int) -> str:
+        if self._format != "tfrecord":  # other formats are checked when they are read
+            return ""
+        try:
+            tfrecord.verify(self._framed_record(index))
+        except tfrecord.DamagedRecord as error:
+            return str(error)
+        return ""
+
     def _example(self, index: int) -> dict[str, Any]:
-        read_record = self._open_file(self._paths[self._file_indices[index]])
-        record = read_record(int(self._record_indices[index]))
+        if self._format == "tfrecord":
+            framed = self._framed_record(index)
+            if FAST:  # costs about 1% of decoding the image
+                tfrecord.verify(framed)
+            record = tfrecord.unpack(framed)
+        else:
+            record = self._array_record(index)
         return self._features.deserialize_example_np(record, decoders=self._decoders)
+
+    def _framed_record(self, index: int) -> bytes:
+        """Return a record of a tfrecord file with its length and checksums."""
+        if self._records:
+            return self._records.read(index)
+        file = self._open_file(self._paths[self._file_indices[index]])
+        return file.framed(int(self._record_indices[index]))
+
+    def _array_record(self, index: int) -> bytes:
+        """Return a record of an array_record file.
+
+        Raises:
+          StorageError: the file is in a bucket and cannot be read.
+        """
+        path = self._paths[self._file_indices[index]]
+        path = self._cache.locate(path) if self._cache else path
+        try:
+            return self._open_file(path)(int(self._record_indices[index]))
+        except Exception as error:
+            if storage.is_remote(path):
+                raise storage.StorageError(
+                    f"cannot access {path}: {first_line(error)}\n"
+                    "Set --config.data.cache=DIR to read local copies of the files."
+                ) from error
+            raise
+
+
+@contextmanager
+def _local_metadata(path: str) -> Iterator[str]:
+    """Provide the directory with a dataset's metadata: `path` itself if it is local.
+
+    The metadata in a bucket are copied, because TFDS needs tensorflow or gcsfs to read
+    them there.
+    """
+    if not storage.is_remote(path):
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as directory:
+        copied = Path(directory).joinpath(*path.rsplit("/", 2)[1:])
+        copied.mkdir(parents=True)
+        for name in storage.list_files(path):
+            if name.endswith((".json", ".txt")) and "/" not in name:
+                (copied / name).write_bytes(storage.read(f"{path}/{name}")())
+        yield str(copied)
 
 
 @cache
@@ -109,26 +222,6 @@ def _array_record(path: str) -> Callable[[int], bytes]:
     return lambda record_index: reader.read([record_index])[0]
 
 
-@cache
-def _tfrecord(path: str) -> Callable[[int], bytes]:
-    """Return a function that reads the record at an index of a file.
-
-    Each file is opened once, and the header of every record is read once to find the
-    offsets. A record consists of the length of its data (8 bytes), a CRC (4 bytes), the
-    data, and another CRC (4 bytes).
-    """
-    file, size = os.open(path, os.O_RDONLY), os.path.getsize(path)
-    starts, offset = [], 0
-    while offset < size:
-        starts.append(offset + 12)
-        offset += struct.unpack("<Q", os.pread(file, 8, offset))[0] + 16
-    if offset != size:
-        raise OSError(f"{path} ends inside a record, at byte {size:,}")
-    ends = np.array([*starts[1:], size + 12]) - 16
-
-    return lambda i: os.pread(file, ends[i] - starts[i], starts[i])
-
-
 def _increase_open_file_limit(count: int) -> None:
     """Allow the process `count` more open files, up to the system's hard limit.
 
@@ -141,7 +234,7 @@ def _increase_open_file_limit(count: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
 
 
-OPENERS = {"array_record": _array_record, "tfrecord": _tfrecord}
+OPENERS = {"array_record": _array_record, "tfrecord": cache(tfrecord.LocalFile)}
 
 
 def supervised_feature_types(info: Any) -> list[str]:
@@ -155,27 +248,29 @@ def _prepared_path(name: str, directory: str) -> str:
 
     It is the newest version unless `name` gives one.
     """
-    from etils import epath
-
     tfds = require("tensorflow_datasets", "tensorflow-datasets")
     base, _, version = name.partition(":")
-    root = epath.Path(expand(directory or tfds.core.constants.DATA_DIR)) / base
-    names = [p.name for p in root.iterdir()] if root.is_dir() else []
+    root = f"{expand(directory or tfds.core.constants.DATA_DIR)}/{base}"
+    if storage.is_remote(root):
+        files = set(storage.list_files(root))
+        names = sorted({file.partition("/")[0] for file in files})
+        has_info = [n for n in names if f"{n}/dataset_info.json" in files]
+    else:
+        names = sorted(os.listdir(root)) if os.path.isdir(root) else []
+        has_info = [n for n in names if os.path.exists(f"{root}/{n}/dataset_info.json")]
     versions = [
         candidate
-        for candidate in names
-        if tfds.core.Version.is_valid(candidate)
-        and candidate == (version or candidate)
-        and (root / candidate / "dataset_info.json").exists()
+        for candidate in has_info
+        if tfds.core.Version.is_valid(candidate) and candidate == (version or candidate)
     ]
     if versions:
-        return str(root / max(versions, key=tfds.core.Version))
+        return f"{root}/{max(versions, key=tfds.core.Version)}"
     near = get_close_matches(base, KNOWN_DATASETS, cutoff=0.8)
     if near and base not in near:
         raise unknown("data.name", base, KNOWN_DATASETS)
     raise DataError(
         f"{name} is not prepared in {root}: expected VERSION/dataset_info.json, found "
-        f"{', '.join(sorted(names)[:5]) or 'nothing'}\n"
+        f"{', '.join(names[:5]) or 'nothing'}\n"
         f"Set --config.data.dir=DIR to the directory that contains {base}/, or prepare "
         f"it with python -m hivit_jax.tools.prepare_data --name {base}"
     )

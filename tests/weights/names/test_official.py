@@ -1,4 +1,4 @@
-"""Official state dicts to our parameters and back."""
+"""Tests of conversion from official state dicts to our parameters and back."""
 
 import json
 import re
@@ -32,7 +32,7 @@ def fixture_model(fixture):
     return abstract_model(name, **overrides)
 
 
-def layout_of(fixture):
+def fixture_layout(fixture):
     """Return the layout of a fixture."""
     if fixture == "mmpretrain_tiny":
         return "mmpretrain"
@@ -42,7 +42,10 @@ def layout_of(fixture):
 @pytest.mark.slow
 @pytest.mark.parametrize("fixture", FIXTURES)
 def test_official_state_dict_and_back(fixture):
-    """Names and bytes survive; every value of the state dict is unique."""
+    """Names and bytes are unchanged after a conversion to our parameters and back.
+
+    Every value of the state dict is unique.
+    """
     shapes = reference.FIXTURES[fixture]["state_dict"]
     state, start = {}, 0
     for name, shape in shapes.items():
@@ -54,7 +57,7 @@ def test_official_state_dict_and_back(fixture):
     ours = from_official(state, model)
     for path, leaf in jax.tree_util.tree_leaves_with_path(split(model)[1]):
         assert named_leaves(ours)[leaf_name(path)].shape == leaf.shape
-    back = to_state_dict(ours, model, layout_of(fixture))
+    back = to_state_dict(ours, model, fixture_layout(fixture))
     assert {name: list(array.shape) for name, array in back.items()} == shapes
     if "nohifeat" in fixture:  # stored, but never applied
         del state["norm.weight"], state["norm.bias"]
@@ -117,7 +120,7 @@ def test_wrongly_shaped_entry(mae_state, name, shape, here):
 
 
 def test_finetuning_from_pretraining():
-    """The loaded arrays are the official loader's, by official name."""
+    """The same arrays are loaded as by the official loader."""
     facts = json.loads((reference.GOLDEN / "finetune_loading.json").read_text())
     official, params = {}, {}
     for name in ("hivit_base", "mae_hivit_base"):
@@ -131,20 +134,22 @@ def test_finetuning_from_pretraining():
     start = Pretrained("there", "there", arguments, params, [], [], {}, {}, {})
     model = abstract_model("hivit_base")
     _, report = match_arrays(start, model)
-    by_fate = {
+    by_outcome = {
         kind: {official[n] for n in names} for kind, names in vars(report).items()
     }
-    assert by_fate["matched"] == set(facts["loaded"])
-    assert by_fate["unused"] == set(facts["unexpected_dropped"])
+    assert by_outcome["matched"] == set(facts["loaded"])
+    assert by_outcome["unused"] == set(facts["unexpected_dropped"])
     kept = set(facts["missing_keep_own_init"]) - {"relative_position_index"}
-    assert by_fate["zero_init"] | by_fate["newly_initialized"] == kept
-    assert by_fate["newly_initialized"] == {
+    assert by_outcome["zero_init"] | by_outcome["newly_initialized"] == kept
+    assert by_outcome["newly_initialized"] == {
         "fc_norm.weight",
         "fc_norm.bias",
         "head.weight",
         "head.bias",
     }
-    assert not by_fate["missing"] | by_fate["shape_mismatch"] | by_fate["resized"]
+    assert (
+        not by_outcome["missing"] | by_outcome["shape_mismatch"] | by_outcome["resized"]
+    )
     for name in [name for name in start.params if "stages/2/7/" in name]:
         del start.params[name]
     missing = match_arrays(start, model)[1].missing

@@ -1,0 +1,39 @@
+"""Notes at the start of a run about data that it does not use."""
+
+from contextlib import suppress
+
+import numpy as np
+
+from hivit_jax.data.rasters import read_values
+from hivit_jax.data.sources.base import Source
+from hivit_jax.data.sources.file_index import OUTSIDE
+
+
+def split_notes(
+    source: Source, indices: np.ndarray, split: str, dtype: str
+) -> list[str]:
+    """Return lines about ignored images of a split and about reduced values.
+
+    Args:
+      indices: indices of the examples to read for the second kind.
+      dtype: `data.dtype`.
+    """
+    notes = []
+    if source.loose:
+        count = source.ignored[OUTSIDE]
+        notes.append(
+            f"{count:,} images of the {split} split are ignored, because they are "
+            f"outside of the class directories: {', '.join(source.loose)}"
+            f"{', ...' if count > len(source.loose) else ''}"
+        )
+    tried, count = set(indices.tolist()), 0
+    for index in tried if dtype == "uint8" else ():
+        with suppress(Exception):  # damaged files cause exceptions of many types
+            values = read_values(source.sample(index)["image"]).array
+            count += values.dtype == np.uint16
+    if count:
+        notes.append(
+            f"{count} of {len(tried)} images tried of the {split} split have 16 bits, "
+            "which are divided by 257 to get 8; data.dtype=uint16 keeps them"
+        )
+    return notes

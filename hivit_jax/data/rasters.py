@@ -1,0 +1,187 @@
+"""Decode images to 8 or 16 bits or floats, with any number of channels."""
+
+import io
+
+import numpy as np
+
+from hivit_jax.data import decoding
+from hivit_jax.data.decoding import PIL_MODES, StoredValues, stored_values
+from hivit_jax.errors import DataError
+
+DTYPES = ("uint8", "uint16", "float32")  # values of `data.dtype`
+NPY = b"\x93NUMPY"
+TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+WHITE_IS_0, PALETTE, YCBCR = 0, 3, 6  # values of the tag PhotometricInterpretation
+# Luminance of red, green and blue, as in PIL.
+LUMINANCE = (0.299, 0.587, 0.114)
+LIMITS = {"uint8": (0, 255), "uint16": (0, 65535)}
+
+
+class ChannelError(DataError):
+    """A file has another number of channels than the model."""
+
+
+def decode(
+    encoded: bytes,
+    channels: int,
+    value_range: tuple[float, ...] = (),
+    dtype: str = "uint8",
+) -> np.ndarray:
+    """Decode an image file or NumPy array to [h, w, channels].
+
+    uint8: values of more than 8 bits are reduced. Values of 16 bits are divided by 257
+    and rounded to the nearest integer, so that black and white stay black and white
+    and the error is at most half a level. uint16: 16-bit values as stored, and 8-bit
+    values times 257. float32: values as stored, integers included.
+
+    Grayscale is repeated to three channels, and color is converted to luminance for
+    one channel. An alpha channel of a file other than TIFF is dropped for one or three
+    channels.
+
+    Args:
+      value_range: see `decoding.decode`; only for uint8.
+
+    Raises:
+      ChannelError: the file has another number of channels.
+      DataError: `dtype` cannot represent its values.
+      Exception: an error of any type if the image cannot be read.
+    """
+    if dtype == "uint8" and channels in PIL_MODES and not encoded.startswith(NPY):
+        try:
+            return decoding.decode(encoded, channels, value_range)
+        except OSError:
+            if not encoded.startswith(TIFF):
+                raise
+    stored = read_values(encoded, channels)
+    values = _match_channels(stored.array, channels)
+    stored = StoredValues(values, "", stored.limits)
+    if dtype == "uint8":
+        is_final = values.dtype == np.uint8 and stored.limits == LIMITS["uint8"]
+        return values if is_final else stored.levels(value_range)
+    if np.issubdtype(values.dtype, np.floating) and not np.isfinite(values).all():
+        raise ValueError("the image contains values that are not finite")
+    if stored.limits and stored.limits[0]:  # 0 is white
+        values = (stored.limits[0] - values.astype(np.int64)).astype(values.dtype)
+    if dtype == "float32":
+        return values.astype(np.float32)
+    if values.dtype == np.uint8:
+        return values.astype(np.uint16) * 257
+    if values.dtype != np.uint16:
+        raise DataError(
+            f"data.dtype='uint16': expected unsigned values of 8 or 16 bits, found "
+            f"{values.dtype} from {values.min():g} to {values.max():g}; set "
+            "data.dtype=float32 and data.scale, the value that becomes 1"
+        )
+    return values
+
+
+def read_values(encoded: bytes, channels: int = 0) -> StoredValues:
+    """Return the values of an image as stored, [h, w, bands].
+
+    Args:
+      channels: channels of the model; an alpha channel that it lacks is dropped.
+
+    Raises:
+      Exception: an error of any type if the image cannot be read.
+    """
+    if encoded.startswith(NPY):
+        array = np.load(io.BytesIO(encoded), allow_pickle=False)
+        return _with_bands(array, "")
+    if encoded.startswith(TIFF) and (stored := _read_tiff(encoded)):
+        return stored
+    return _read_with_pil(encoded, channels)
+
+
+def _with_bands(array: np.ndarray, axes: str, inverted: bool = False) -> StoredValues:
+    """Return an array as [h, w, bands] with the limits of its dtype.
+
+    Args:
+      axes: letter of each axis, with Y and X for rows and columns; "": rows and
+        columns come first.
+      inverted: True if 0 is white.
+    """
+    if axes:
+        array = np.moveaxis(array, (axes.index("Y"), axes.index("X")), (0, 1))
+    array = array[..., None] if array.ndim == 2 else array
+    if array.ndim != 3 or array.dtype.kind not in "uif":
+        raise ValueError(
+            f"expected an array [h, w] or [h, w, channels] of numbers, found "
+            f"{array.shape} of {array.dtype}"
+        )
+    limits = LIMITS.get(array.dtype.name, ())
+    array = array.astype(array.dtype.newbyteorder("="), copy=False)
+    return StoredValues(array, "", limits[::-1] if inverted else limits)
+
+
+def _read_tiff(encoded: bytes) -> StoredValues | None:
+    """Read the first series of a TIFF file.
+
+    Returns:
+      None for palettes, and for compressions that only PIL supports here.
+    """
+    import tifffile
+
+    with tifffile.TiffFile(io.BytesIO(encoded)) as file:
+        series, page = file.series[0], file.pages[0]
+        photometric = int(page.photometric)
+        if photometric in (PALETTE, YCBCR):
+            return None
+        try:
+            array = series.asarray()
+        except (ValueError, ImportError) as error:
+            if "imagecodecs" not in str(error):
+                raise
+            return None
+        axes = "".join(series.axes)
+        if "Y" not in axes or "X" not in axes:
+            raise ValueError(f"expected a TIFF with rows and columns, found {axes}")
+        return _with_bands(array, axes, inverted=photometric == WHITE_IS_0)
+
+
+def _read_with_pil(encoded: bytes, channels: int) -> StoredValues:
+    """Read an image that PIL supports."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(io.BytesIO(encoded)) as image:
+            stored = stored_values(image, encoded)
+            if stored is None:
+                mode = image.mode
+                if mode == "1":
+                    mode = "L"
+                elif mode not in ("L", "LA", "RGB", "RGBA", "CMYK"):
+                    mode = "RGBA" if image.has_transparency_data else "RGB"
+                array = np.asarray(image.convert(mode))
+                stored = StoredValues(array, mode, LIMITS["uint8"])
+    except UnidentifiedImageError as error:
+        raise OSError(f"unknown image format ({len(encoded):,} bytes)") from error
+    array = stored.array
+    if array.dtype == np.int32 and stored.limits:
+        array = array.astype(np.uint16)
+    array = array.reshape(*array.shape[:2], -1)
+    if channels in PIL_MODES and stored.mode in ("LA", "RGBA"):
+        array = array[..., :-1]
+    return StoredValues(array, stored.mode, stored.limits)
+
+
+def _match_channels(array: np.ndarray, channels: int) -> np.ndarray:
+    """Return an image [h, w, bands] as [h, w, channels].
+
+    Raises:
+      ChannelError: the number of bands does not fit.
+    """
+    bands = array.shape[-1]
+    if bands == channels:
+        return array
+    if array.shape[0] == channels:  # a NumPy array with channels first
+        return np.moveaxis(array, 0, -1)
+    if (bands, channels) == (1, 3):
+        return np.repeat(array, 3, -1)
+    if (bands, channels) == (3, 1):
+        gray = array.astype(np.float64) @ np.array(LUMINANCE)
+        gray = gray if array.dtype.kind == "f" else np.rint(gray)
+        return gray[..., None].astype(array.dtype)
+    raise ChannelError(
+        f"expected {channels} channels, found {bands}; set model.in_channels={bands}, "
+        "or leave the file out with data.exclude"
+    )

@@ -1,0 +1,119 @@
+"""Records of a dataset as byte ranges of files, and saved indexes of such ranges."""
+
+import hashlib
+import io
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from hivit_jax.data import storage
+from hivit_jax.data.shard_cache import ShardCache
+from hivit_jax.paths import user_cache
+
+Index = dict[str, np.ndarray]
+
+
+class Records:
+    """Records that are byte ranges of files, local or in a bucket. Thread-safe.
+
+    Args:
+      files: paths or addresses of the files.
+      file_indices: file of each record, int [n]; None: one record per file.
+      starts, stops: byte range of each record, int64 [n]; None: whole files.
+      cache: local copies of files in a bucket; None: no copies.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[str],
+        file_indices: np.ndarray | None = None,
+        starts: np.ndarray | None = None,
+        stops: np.ndarray | None = None,
+        cache: ShardCache | None = None,
+    ):
+        self._files, self._file_indices = files, file_indices
+        self._starts, self._stops, self._cache = starts, stops, cache
+        self._asked: dict[int, storage.Waiter] = {}
+
+    def file(self, i: int) -> str:
+        """Return the path or address of the file that contains record i."""
+        return self._files[i if self._file_indices is None else self._file_indices[i]]
+
+    def ask(self, i: int) -> None:
+        """Start reading record i, unless it is in a local file."""
+        if i not in self._asked:
+            path = self._locate(i)
+            if storage.is_remote(path):
+                self._asked[i] = self._start(path, i)
+
+    def read(self, i: int) -> bytes:
+        """Return record i.
+
+        Raises:
+          StorageError, OSError: as in `storage.read`.
+        """
+        wait = self._asked.pop(i, None) or self._start(self._locate(i), i)
+        return wait()
+
+    def forget(self) -> None:
+        """Drop the records that were asked for and not read."""
+        self._asked.clear()
+
+    def _locate(self, i: int) -> str:
+        path = self.file(i)
+        return self._cache.locate(path) if self._cache else path
+
+    def _start(self, path: str, i: int) -> storage.Waiter:
+        if self._starts is None:
+            return storage.read(path)
+        return storage.read(path, int(self._starts[i]), int(self._stops[i]))
+
+
+def load_index(
+    directory: str, files: Sequence[str], make: Callable[[], Index]
+) -> Index:
+    """Return the index of a dataset's files. It is made once and then saved.
+
+    The index of a bucket is saved beside the files if they can be written. Otherwise,
+    and for local files, it is saved in the user's cache directory. An index of local
+    files is made again after a file has changed.
+
+    Args:
+      directory: directory of the files.
+      files: paths or addresses of the files.
+      make: returns the index.
+    """
+    stamps = [file if storage.is_remote(file) else _stamp(file) for file in files]
+    key = hashlib.sha256("\n".join(stamps).encode()).hexdigest()[:16]
+    name = f"hivit_jax_index_{key}.npz"
+    cached = str(user_cache() / name)
+    paths = [f"{directory.rstrip('/')}/{name}"] * storage.is_remote(directory)
+    for path in (*paths, cached):
+        try:
+            with np.load(io.BytesIO(storage.read(path)())) as saved:
+                return dict(saved)
+        except (storage.MissingObject, OSError, ValueError, KeyError):
+            pass  # missing or damaged
+    index, buffer = make(), io.BytesIO()
+    np.savez(buffer, **index)
+    for path in (*paths, cached):
+        try:
+            storage.write(path, buffer.getvalue())
+            break
+        except (storage.StorageError, OSError):
+            pass  # no permission; the next place, or none, because it is optional
+    return index
+
+
+def _stamp(path: str) -> str:
+    status = os.stat(path)
+    return f"{Path(path).absolute()} {status.st_size} {status.st_mtime_ns}"
+
+
+def log_indexing(directory: str, count: int) -> None:
+    """Log to stderr that files are indexed, which can take minutes in a bucket."""
+    text = f"indexing {count:,} files of {directory}; the index is saved for later runs"
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,152 @@
+"""Local copies of files in a bucket, made in the background."""
+
+import atexit
+import fcntl
+import os
+import queue
+import shutil
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from hivit_jax.data import storage
+from hivit_jax.errors import HivitError
+
+THREADS = 4  # copies in progress
+EXIT_SECONDS = 10.0  # time that copies in progress have to stop at exit
+
+
+class ShardCache:
+    """Directory with whole copies of files in buckets. Thread-safe.
+
+    Files are copied in the order in which they are needed first. Processes of one host
+    may share the directory: a copy in progress has another name and a lock, so that
+    one process makes it and none reads it. Nothing is ever deleted.
+
+    Args:
+      directory: the cache directory.
+      check: raises an error if a complete copy at a path is damaged.
+    """
+
+    def __init__(self, directory: str, check: Callable[[str], None] | None = None):
+        self._root, self._check = Path(directory), check
+        self._copies: dict[str, str] = {}  # address -> path of its copy
+        self._wanted: set[str] = set()  # queued, in progress or failed
+        self._queue: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._stopped = threading.Event()
+        self._threads: list[threading.Thread] = []
+        self._lock = threading.Lock()
+
+    def target(self, address: str) -> Path:
+        """Return the path of a file's copy, whether it exists or not."""
+        scheme, _, rest = address.partition("://")
+        return self._root / scheme / rest
+
+    def locate(self, address: str) -> str:
+        """Return the path of a file's copy if there is one, otherwise its address.
+
+        A file without a copy is queued for copying.
+        """
+        if address in self._copies:
+            return self._copies[address]
+        if self.target(address).exists():
+            self._copies[address] = str(self.target(address))
+            return self._copies[address]
+        if address not in self._wanted and not self._stopped.is_set():
+            self._want(address)
+        return address
+
+    def fetch(self, address: str) -> str:
+        """As `locate`, but wait for the copy. Returns the address if it failed."""
+        if self.locate(address) == address and not self._stopped.is_set():
+            self._copy(address, wait=True)
+        return self.locate(address)
+
+    def log_size(self, files: Sequence[str], total_bytes: int) -> None:
+        """Log to stderr how much space a split needs and how much is free.
+
+        Args:
+          files: addresses of the split's files.
+          total_bytes: their approximate size.
+        """
+        present = sum(self.target(file).exists() for file in files)
+        self._root.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self._root).free
+        self._log(
+            f"{len(files):,} files of {total_bytes / 1e9:,.1f} GB are needed, "
+            f"{present:,} are present; {free / 1e9:,.1f} GB are free"
+        )
+
+    def _want(self, address: str) -> None:
+        with self._lock:
+            if not self._threads:
+                atexit.register(self.stop)
+                for _ in range(THREADS):
+                    thread = threading.Thread(target=self._work, daemon=True)
+                    thread.start()
+                    self._threads.append(thread)
+            if address not in self._wanted:
+                self._wanted.add(address)
+                self._queue.put(address)
+
+    def stop(self) -> None:
+        """Stop copying and wait a while for the copies in progress to end."""
+        self._stopped.set()
+        for _ in self._threads:
+            self._queue.put("")
+        for thread in self._threads:
+            thread.join(EXIT_SECONDS / THREADS)
+
+    def _work(self) -> None:
+        while (address := self._queue.get()) and not self._stopped.is_set():
+            self._copy(address, wait=False)
+
+    def _copy(self, address: str, wait: bool) -> None:
+        """Copy a file, and log an error.
+
+        Args:
+          wait: wait for a copy that another process or thread makes; otherwise skip it.
+        """
+        try:
+            target = self.target(address)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with open(f"{target}.part", "ab") as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+                except BlockingIOError:
+                    self._wanted.discard(address)  # look for the copy again later
+                    return
+                self._copy_locked(address, target, file)
+        except InterruptedError:
+            pass
+        except HivitError as error:
+            self._log(f"not copied: {error}")
+        except OSError as error:  # such as a full disk
+            self._stopped.set()
+            self._log(f"{error.strerror or error}; other files are read in the bucket")
+
+    def _copy_locked(self, address: str, target: Path, file) -> None:
+        """Copy a file into its locked, partial copy, and rename it."""
+        if target.exists():
+            # Another process renamed the partial copy while this one waited.
+            _remove_if_empty(f"{target}.part")
+            return
+        file.truncate(0)
+        size = storage.copy(address, file, self._stopped.is_set)
+        found = os.path.getsize(file.name)
+        if found != size:
+            raise storage.StorageError(
+                f"{file.name}: expected {size:,} bytes, found {found:,}"
+            )
+        if self._check:
+            self._check(file.name)
+        os.rename(file.name, target)
+
+    def _log(self, text: str) -> None:
+        print(f"data.cache={self._root}: {text}", file=sys.stderr, flush=True)
+
+
+def _remove_if_empty(path: str) -> None:
+    if os.path.exists(path) and not os.path.getsize(path):
+        os.remove(path)

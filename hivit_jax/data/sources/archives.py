@@ -1,0 +1,240 @@
+"""Sources of images in archives: WebDataset's tar files, and zip files.
+
+Archives are not unpacked. An index of their members is made once.
+"""
+
+import fnmatch
+import os
+import re
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from hivit_jax.data import storage, tar, zip
+from hivit_jax.data.records import Index, Records, load_index, log_indexing
+from hivit_jax.data.shard_cache import ShardCache
+from hivit_jax.data.sources.base import Source
+from hivit_jax.data.sources.folder import SUFFIXES
+from hivit_jax.errors import DataError
+
+THREADS = 64  # tar files that are indexed concurrently
+UNLABELED = -1
+
+
+class Archives(Source):
+    """Images in archives, with integer labels or without labels.
+
+    Subclasses implement `_files` and `_make_index`. The classes are "0", "1", ... up to
+    the largest label of the training split.
+
+    Args:
+      directory: directory of the archives, or its address in a bucket.
+      split, train_split: see the subclasses.
+      cache_dir: directory for local copies of archives in a bucket; "": no copies.
+
+    Raises:
+      DataError: an archive is missing or damaged, or an image has no label although
+        others have one.
+    """
+
+    def __init__(
+        self, directory: str, split: str, train_split: str, cache_dir: str = ""
+    ):
+        directory = directory.rstrip("/")
+        files = self._files(directory, split)
+        is_cached = cache_dir and storage.is_remote(directory)
+        cache = ShardCache(cache_dir) if is_cached else None
+        index = self._index(directory, files)
+        train = index
+        if split != train_split:
+            train = self._index(directory, self._files(directory, train_split))
+        self.classes = [*map(str, range(train["labels"].max() + 1))]
+        self.ignored = (
+            {"without an image": n} if (n := int(index["ignored"][0])) else {}
+        )
+        if cache:
+            size = int((index["stops"] - index["starts"]).sum())
+            cache.log_size(files, size)
+        self.labels, self._names = np.maximum(index["labels"], 0), index["names"]
+        ranges = index["starts"], index["stops"]
+        self._records = Records(files, index["files"], *ranges, cache)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def ask(self, index: int) -> None:
+        self._records.ask(index)
+
+    def forget(self) -> None:
+        self._records.forget()
+
+    def sample(self, index: int) -> dict[str, Any]:
+        image = self._image(self._records.read(index))
+        return {"image": image, "label": int(self.labels[index])}
+
+    def name(self, index: int) -> str:
+        return f"{self._records.file(index)}/{os.fsdecode(self._names[index])}"
+
+    def _image(self, record: bytes) -> bytes:
+        """Return the image file from its byte range of an archive."""
+        return record
+
+    def _files(self, directory: str, split: str) -> list[str]:
+        """Return the paths or addresses of a split's archives."""
+        raise NotImplementedError
+
+    def _index(self, directory: str, files: Sequence[str]) -> Index:
+        """Return the index of a split's archives.
+
+        Returns:
+          files: archive of each image, int [n].
+          starts, stops: byte range of each image, int64 [n].
+          labels: int64 [n]; `UNLABELED` if no image has a label.
+          names: names in the archives, bytes [n].
+          ignored: number of ignored files, int64 [1].
+        """
+
+        def make():
+            log_indexing(directory, len(files))
+            return self._make_index(files)
+
+        index = load_index(directory, files, make)
+        labels = index["labels"]
+        if not len(labels):
+            raise DataError(f"{files[0]} contains no images; expected {SUFFIXES[:3]}")
+        if (labels == UNLABELED).any() and (labels != UNLABELED).any():
+            first = int(np.flatnonzero(labels == UNLABELED)[0])
+            name = os.fsdecode(index["names"][first])
+            raise DataError(
+                f"{files[index['files'][first]]}: {name} has no label, but other "
+                "images have one"
+            )
+        return index
+
+    def _make_index(self, files: Sequence[str]) -> Index:
+        raise NotImplementedError
+
+
+class WebDataset(Archives):
+    """Tar files in the format of WebDataset: members KEY.jpg and KEY.cls (digits).
+
+    A split is a pattern of file names relative to the directory, such as
+    ``imagenet1k-train-{0000..1023}.tar``. A split without ``*`` and ``{`` stands for
+    all tar files whose names contain it.
+    """
+
+    def _files(self, directory: str, split: str) -> list[str]:
+        names = storage.list_files(directory)
+        patterns = _expand_braces(split)
+        if patterns == [split] and "*" not in split:
+            patterns = [f"*{split}*.tar"]
+        found = [n for n in names if any(fnmatch.fnmatch(n, p) for p in patterns)]
+        if not found:
+            raise DataError(
+                f"no tar file {split!r} in {directory}; found "
+                f"{', '.join(names[:5]) or 'nothing'}\n"
+                "Correct data.dir, data.train_split or data.eval_split."
+            )
+        return [f"{directory}/{name}" for name in found]
+
+    def _make_index(self, files: Sequence[str]) -> Index:
+        with ThreadPoolExecutor(THREADS) as pool:
+            found = [*pool.map(_tar_index, files)]
+        index = {name: np.concatenate([part[name] for part in found]) for name in INDEX}
+        index["files"] = np.repeat(
+            np.arange(len(files)), [len(p["names"]) for p in found]
+        )
+        index["ignored"] = np.array([sum(part["ignored"] for part in found)])
+        return index
+
+
+class Zip(Archives):
+    """Stored zip files SPLIT.zip with SPLIT_map.txt, as Swin Transformer reads them.
+
+    The lines of SPLIT_map.txt are "name<tab>label".
+    """
+
+    def _files(self, directory: str, split: str) -> list[str]:
+        return [f"{directory}/{split}.zip"]
+
+    def _image(self, record: bytes) -> bytes:
+        return zip.data_of(record)
+
+    def _make_index(self, files: Sequence[str]) -> Index:
+        [path] = files
+        map_path = f"{path.removesuffix('.zip')}_map.txt"
+        try:
+            found = {member.name: member for member in zip.members(path)}
+            lines = storage.read(map_path)().decode().splitlines()
+        except FileNotFoundError as error:
+            raise DataError(f"{error.filename} does not exist") from error
+        chosen, labels = [], []
+        for number, line in enumerate(lines, 1):
+            name, _, label = line.rstrip().rpartition("\t")
+            name = name.rpartition("zip@/")[2].lstrip("/")
+            if name not in found or not label.isdecimal():
+                raise DataError(
+                    f"{map_path}, line {number}: expected the name of a member of "
+                    f"{path}, a tab and a label; found {line!r}"
+                )
+            chosen.append(found[name])
+            labels.append(int(label))
+        arrays = _arrays(chosen, labels)
+        ignored = np.array([len(found) - len(chosen)])
+        return arrays | {"files": np.zeros(len(chosen), np.int32), "ignored": ignored}
+
+
+INDEX = ("starts", "stops", "labels", "names")
+
+
+def _tar_index(path: str) -> dict[str, Any]:
+    """Return the arrays of `INDEX` and "ignored", the number of other members."""
+    images: list[tar.Member] = []
+    labels: list[int] = []
+    image_key, label_key, label, ignored = "", "", UNLABELED, 0
+    for member, read in tar.members(path):
+        directory, _, name = member.name.rpartition("/")
+        key, _, extension = name.partition(".")
+        key, extension = f"{directory}/{key}", f".{extension.lower()}"
+        if extension in SUFFIXES:
+            images.append(member)
+            labels.append(label if label_key == key else UNLABELED)
+            image_key = key
+        elif extension == ".cls":
+            label, label_key = _label(path, member.name, read), key
+            if image_key == key:
+                labels[-1] = label
+        else:
+            ignored += 1
+    return _arrays(images, labels) | {"ignored": ignored}
+
+
+def _label(path: str, name: str, read: Callable[[], bytes]) -> int:
+    text = read().decode(errors="replace").strip()
+    if not text.isdecimal():
+        raise DataError(f"{path}: {name}: expected a class index, found {text[:40]!r}")
+    return int(text)
+
+
+def _arrays(found: Sequence[Any], labels: Sequence[int]) -> Index:
+    """Return the arrays of `INDEX` for members of an archive."""
+    return {
+        "starts": np.array([member.start for member in found], np.int64),
+        "stops": np.array([member.stop for member in found], np.int64),
+        "labels": np.array(labels, np.int64),
+        "names": np.array([os.fsencode(member.name) for member in found], "S"),
+    }
+
+
+def _expand_braces(pattern: str) -> list[str]:
+    """Return the patterns for ``{0000..1023}``, or the pattern itself."""
+    found = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
+    if not found:
+        return [pattern]
+    first, last = found.groups()
+    numbers = range(int(first), int(last) + 1)
+    before, after = pattern[: found.start()], pattern[found.end() :]
+    expanded = (f"{before}{n:0{len(first)}}{after}" for n in numbers)
+    return [each for one in expanded for each in _expand_braces(one)]

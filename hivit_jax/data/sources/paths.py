@@ -1,0 +1,81 @@
+"""Source of image files that a user names on the command line."""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hivit_jax.data.sources.base import Source
+from hivit_jax.data.sources.folder import Images
+from hivit_jax.errors import ConfigError
+from hivit_jax.paths import expand
+
+
+class Paths(Source):
+    """Image files, and the images below directories (`folder.Images`).
+
+    The order is that of the paths; the images of a directory are sorted. An image below
+    a directory with the name of a class has this label. Only the names of the given
+    directory and of the directories below it count. For a given file, the name of its
+    directory counts.
+
+    Args:
+      paths: files and directories.
+      classes: class names of the model.
+
+    Attributes:
+      labels: int32 [n], -1 where the class is unknown.
+
+    Raises:
+      ConfigError: a path does not exist.
+      DataError: a directory contains no image.
+    """
+
+    def __init__(self, paths: Iterable[str | Path], classes: Sequence[str] = ()):
+        self.classes, ignored = tuple(classes), Counter()
+        self._files: list[str] = []
+        label_of, labels = {name: k for k, name in enumerate(self.classes)}, []
+        for path in (Path(expand(str(path))) for path in paths):
+            files = [str(path)]
+            if path.is_dir():
+                images = Images(path)
+                files = [images.name(index) for index in range(len(images))]
+                ignored.update(images.ignored)
+            elif not path.exists():
+                raise ConfigError(f"{path}: no such file or directory")
+            self._files += files
+            labels += [_label(file, path, label_of) for file in files]
+        self.labels, self.ignored = np.array(labels, np.int32), ignored
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def sample(self, index: int) -> dict[str, Any]:
+        image = Path(self._files[index]).read_bytes()
+        label = int(self.labels[index])
+        return {"image": image} | ({} if label < 0 else {"label": label})
+
+    def _image_file(self, index: int) -> str:
+        return self._files[index]
+
+    def name(self, index: int) -> str:
+        return self._files[index]
+
+
+def _label(file: str, path: Path, label_of: dict[str, int]) -> int:
+    """Return the label of a file by the names of its directories, nearest first.
+
+    Names of several directories, such as ``animals/cat``, also count.
+
+    Args:
+      path: the given file, or the given directory that contains the file.
+    """
+    top = path.parent if str(path) == file else path
+    names = (top.absolute().name, *Path(file).relative_to(top).parts[:-1])
+    for end in range(len(names), 0, -1):
+        for start in range(end):
+            if (label := label_of.get("/".join(names[start:end]))) is not None:
+                return label
+    return -1

@@ -1,0 +1,273 @@
+"""Selection of a source's examples: held-out images, percent slices, exclusions."""
+
+import os
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hivit_jax.data.sources.base import Record, Source
+from hivit_jax.errors import ConfigError, DataError
+from hivit_jax.paths import expand
+
+NO_EVALUATION = "none"  # value of `data.eval_split`
+EXCLUDED = "excluded by data.exclude"
+_SLICE = re.compile(r"(.*)\[(?:(-?\d+)%)?:(?:(-?\d+)%)?\]")
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Rules that select examples; the config keys of the same names.
+
+    Attributes:
+      eval_fraction: fraction of the examples to hold out; 0: none.
+      eval_group: pattern; files whose paths have the same first group stay together.
+      exclude: file with one path per line of the files to leave out; "": none.
+    """
+
+    eval_fraction: float = 0.0
+    eval_group: str = ""
+    exclude: str = ""
+
+    def check(self, eval_split: str) -> None:
+        """Raise ConfigError for values that contradict each other."""
+        if self.eval_fraction and eval_split:
+            raise ConfigError(
+                f"data.eval_fraction={self.eval_fraction} with data.eval_split="
+                f"{eval_split!r}; expected only one of them"
+            )
+        if self.eval_group and not self.eval_fraction:
+            raise ConfigError(
+                f"data.eval_group={self.eval_group!r} has no effect with "
+                "data.eval_fraction=0; expected data.eval_fraction such as 0.1"
+            )
+        if self.eval_group:
+            try:
+                groups = re.compile(self.eval_group).groups
+            except re.error as error:
+                raise ConfigError(
+                    f"data.eval_group={self.eval_group!r}: {error}; expected a regular "
+                    "expression"
+                ) from error
+            if not groups:
+                raise ConfigError(
+                    f"data.eval_group={self.eval_group!r}: expected a group in "
+                    r"parentheses, such as '(scene\d+)'"
+                )
+
+
+class FileSource(Source):
+    """Source of files below one directory, whose examples can be selected by path.
+
+    Attributes:
+      root: directory that contains the files.
+      labels: int32 [n].
+    """
+
+    root: str
+    labels: np.ndarray
+
+    def relative_paths(self) -> list[str]:
+        """Return the path of each example's file relative to `root`."""
+        raise NotImplementedError
+
+
+class Subset(Source):
+    """Examples of another source, in its order.
+
+    Args:
+      source: the other source.
+      indices: indices of the examples in `source`, int64 [k], increasing.
+      excluded: number of examples that `data.exclude` leaves out.
+    """
+
+    def __init__(self, source: FileSource, indices: np.ndarray, excluded: int = 0):
+        self._source, self._indices = source, indices
+        self.classes, self.labeled = source.classes, source.labeled
+        self.ignored, self.loose = dict(source.ignored), source.loose
+        if excluded:
+            self.ignored[EXCLUDED] = excluded
+        self.labels = source.labels[indices]
+        self.example_keys = source.example_keys
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def sample(self, index: int) -> dict[str, Any]:
+        return self._source.sample(int(self._indices[index]))
+
+    def ask(self, index: int) -> None:
+        self._source.ask(int(self._indices[index]))
+
+    def forget(self) -> None:
+        self._source.forget()
+
+    def record(self, index: int) -> Record | None:
+        return self._source.record(int(self._indices[index]))
+
+    def checksum_error(self, index: int) -> str:
+        return self._source.checksum_error(int(self._indices[index]))
+
+    def size(self, index: int) -> tuple[int, int]:
+        return self._source.size(int(self._indices[index]))
+
+    def name(self, index: int) -> str:
+        return self._source.name(int(self._indices[index]))
+
+
+def parse_slice(split: str) -> tuple[str, tuple[int, int]]:
+    """Split a name such as ``train[:80%]`` into ("train", (0, 80)).
+
+    Negative percentages count from the end.
+
+    Raises:
+      DataError: the name ends with a slice of another form.
+    """
+    match = _SLICE.fullmatch(split)
+    if match:
+        name, *bounds = match.groups()
+        start, stop = (
+            default if text is None else int(text) + 100 * text.startswith("-")
+            for text, default in zip(bounds, (0, 100), strict=True)
+        )
+        if 0 <= start < stop <= 100:
+            return name or ".", (start, stop)
+    elif not split.endswith("]"):
+        return split, (0, 100)
+    raise DataError(
+        f"split {split!r}: expected NAME or NAME[A%:B%] with A < B from 0 to 100, such "
+        "as train[:80%] and train[80%:]"
+    )
+
+
+def select(
+    source: FileSource,
+    selection: Selection,
+    held_out: bool,
+    percent: tuple[int, int] = (0, 100),
+) -> Source:
+    """Return the selected examples of a source; `source` itself if these are all.
+
+    Args:
+      held_out: with `eval_fraction`, return the held-out examples instead of the
+        others.
+      percent: slice of each class to return. Its images are ordered by a hash of their
+        paths, so that adjacent slices are random, disjoint parts.
+
+    Raises:
+      ConfigError: `selection.exclude` cannot be read.
+      DataError: `selection.eval_group` matches no path.
+    """
+    if not (selection.exclude or selection.eval_fraction or percent != (0, 100)):
+        return source
+    paths, excluded = source.relative_paths(), 0
+    chosen = np.arange(len(source))
+    if selection.exclude:
+        listed = _listed_paths(selection.exclude, source.root)
+        chosen = np.array([i for i in chosen if paths[i] not in listed], np.int64)
+        excluded = len(source) - len(chosen)
+    paths, labels = [paths[i] for i in chosen], source.labels[chosen]
+    if selection.eval_fraction:
+        groups = _groups(paths, selection.eval_group)
+        mask = hold_out(groups, labels, selection.eval_fraction)
+        chosen = chosen[mask == held_out]
+    else:
+        chosen = chosen[_slice_mask(paths, labels, percent)]
+    return Subset(source, chosen, excluded)
+
+
+def _listed_paths(file: str, root: str) -> set[str]:
+    """Return the paths in a file, as written and relative to `root`.
+
+    check_data escapes line feeds in names.
+    """
+    try:
+        lines = os.fsdecode(Path(expand(file)).read_bytes()).splitlines()
+    except OSError as error:
+        raise ConfigError(f"data.exclude={file}: {error.strerror}") from error
+    lines = [line.replace("\\n", "\n") for line in lines if line]
+    return {*lines, *(os.path.relpath(line, root) for line in lines)}
+
+
+def _groups(paths: Sequence[str], pattern: str) -> list[str]:
+    """Return the group of each path: the first group of `pattern`, else the path."""
+    if not pattern:
+        return [*paths]
+    matches = [re.search(pattern, path) for path in paths]
+    if paths and not any(matches):
+        raise DataError(
+            f"data.eval_group={pattern!r} matches none of {len(paths):,} paths, such "
+            f"as {paths[0]}"
+        )
+    pairs = zip(paths, matches, strict=True)
+    # A group may be optional in the pattern; then it is None.
+    return [match and match[1] or path for path, match in pairs]
+
+
+def hold_out(groups: Sequence[str], labels: np.ndarray, fraction: float) -> np.ndarray:
+    """Return True for each held-out example, bool [n].
+
+    A group is held out if the hash of its name, in [0, 1), is below `fraction`. This
+    does not depend on the other groups, with one exception: of a class that would be
+    completely on one side, the group with the nearest hash changes the side. A class
+    with a single group is never held out.
+
+    Args:
+      groups: name of each example's group.
+      labels: int [n].
+    """
+    numbers: dict[str, int] = {}
+    members = np.array([numbers.setdefault(g, len(numbers)) for g in groups], np.int64)
+    hashes = np.array([_hash(name) for name in numbers])
+    chosen = hashes < fraction
+    classes = [np.unique(members[indices]) for indices in _by_label(labels)]
+    for own in classes:
+        if chosen[own].all():
+            chosen[own[hashes[own].argmax()]] = False
+    training = [int((~chosen[own]).sum()) for own in classes]
+    classes_of = defaultdict(list)
+    for k, own in enumerate(classes):
+        for group in own.tolist():
+            classes_of[group].append(k)
+    for own in classes:
+        if chosen[own].any():
+            continue
+        for group in own[hashes[own].argsort()].tolist():
+            if all(training[k] > 1 for k in classes_of[group]):
+                chosen[group] = True
+                for k in classes_of[group]:
+                    training[k] -= 1
+                break
+    return chosen[members]
+
+
+def _slice_mask(
+    paths: Sequence[str], labels: np.ndarray, percent: tuple[int, int]
+) -> np.ndarray:
+    """Return True for the examples in a slice of each class, bool [n]."""
+    hashes = np.array([_hash(path) for path in paths])
+    mask = np.zeros(len(paths), bool)
+    for indices in _by_label(labels):
+        order = indices[hashes[indices].argsort()]
+        start, stop = (round(len(order) * bound / 100) for bound in percent)
+        mask[order[start:stop]] = True
+    return mask
+
+
+def _by_label(labels: np.ndarray) -> list[np.ndarray]:
+    """Return the indices of the examples of each label that occurs."""
+    if not len(labels):
+        return []
+    order = np.argsort(labels, kind="stable")
+    return np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
+
+
+def _hash(text: str) -> float:
+    """Return a hash of a path in [0, 1) that is the same on every machine."""
+    digest = blake2b(os.fsencode(text), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64

@@ -1,0 +1,207 @@
+"""Source of images that a CSV file or a list of paths names."""
+
+import csv
+import os
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from hivit_jax.data.sources.file_index import SUFFIXES
+from hivit_jax.data.sources.splits import FileSource
+from hivit_jax.errors import DataError
+from hivit_jax.paths import expand
+
+PATH_COLUMNS = ("path", "file_name", "filename", "file", "image")
+LABEL_COLUMNS = ("label", "class", "class_name", "category")
+# Value of the column "split" that is used if the config names none, by split.
+SPLIT_NAMES = {
+    "train": ("train", "training"),
+    "test": ("val", "valid", "validation", "dev", "eval", "test"),
+}
+
+
+class Rows(NamedTuple):
+    """Columns of a file.
+
+    Attributes:
+      paths: paths as written.
+      labels: names or numbers as written; None: there is no such column.
+      splits: names of splits; None: there is no such column.
+    """
+
+    paths: list[str]
+    labels: list[str] | None
+    splits: list[str] | None
+
+
+class Table(FileSource):
+    """Images named by a file, with a label per image or without labels.
+
+    A file that ends in .csv or .tsv has a header with a column `path`, `file_name`,
+    `filename`, `file` or `image`; it may have the columns `label`, `class`,
+    `class_name` or `category`, and `split`. Any other file is a list with a line ``PATH
+    LABEL`` or ``PATH`` per image. Relative paths refer to the directory of the file.
+
+    If all labels are integers from 0, they are the labels, and the classes are named by
+    them. Otherwise, the classes are the sorted names. Classes are those of `train_file`
+    without regard to the column `split`.
+
+    Args:
+      file: the file that contains the split.
+      train_file: the file of the training split; may be the same.
+      split: "train" or "test"; selects rows if there is a column `split`.
+      split_name: value of the column `split` to select; "": one of `SPLIT_NAMES`.
+
+    Attributes:
+      has_splits: True if there is a column `split`.
+
+    Raises:
+      DataError: a file cannot be read or has no suitable column, no row is selected,
+        or a label is empty or unknown.
+    """
+
+    def __init__(self, file: Path, train_file: Path, split: str, split_name: str = ""):
+        rows = _read(file)
+        reference = rows if file == train_file else _read(train_file)
+        self.root, self.has_splits = str(file.parent), rows.splits is not None
+        self.labeled = reference.labels is not None
+        chosen = np.arange(len(rows.paths))
+        if self.has_splits:
+            chosen = _rows_of_split(file, rows.splits, split, split_name)
+            others = Counter(rows.splits)
+            name = rows.splits[chosen[0]]
+            self.ignored = {
+                f"of split {other!r}": n for other, n in others.items() if other != name
+            }
+        if not len(chosen):
+            raise DataError(f"{file}: expected at least one image, found none")
+        self._paths = [rows.paths[i] for i in chosen]
+        self.labels = np.zeros(len(chosen), np.int32)
+        if self.labeled:
+            self.classes, label_of = _classes(train_file, reference.labels)
+            names = rows.labels or [""] * len(rows.paths)
+            found = [label_of.get(names[i], -1) for i in chosen]
+            if -1 in found:
+                row = found.index(-1)
+                raise DataError(
+                    f"{file}: {self._paths[row]} has the label {names[chosen[row]]!r}; "
+                    f"expected one of the {len(self.classes)} classes of {train_file}"
+                )
+            self.labels = np.array(found, np.int32)
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def sample(self, index: int) -> dict[str, Any]:
+        with open(self.name(index), "rb", buffering=0) as file:
+            return {"image": file.read(), "label": int(self.labels[index])}
+
+    def _image_file(self, index: int) -> str:
+        return self.name(index)
+
+    def name(self, index: int) -> str:
+        return os.path.join(self.root, self._paths[index])
+
+    def relative_paths(self) -> list[str]:
+        return [os.path.normpath(path) for path in self._paths]
+
+
+def table_path(directory: str, name: str) -> Path:
+    """Return the path of a file; `directory` may be the file itself.
+
+    Raises:
+      DataError: there is no such file.
+    """
+    path = Path(expand(directory)) / name
+    if not path.is_file():
+        raise DataError(
+            f"{path}: expected a CSV file or a list of paths; set data.dir=FILE, or "
+            "data.dir=DIRECTORY with data.train_split=FILE and data.eval_split=FILE"
+        )
+    return path
+
+
+def _read(file: Path) -> Rows:
+    """Read a CSV file or a list of paths.
+
+    Raises:
+      DataError: the file cannot be read or has no column of paths.
+    """
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file}: expected UTF-8 text; {error}") from error
+    lines = [line for line in text.splitlines() if line.strip()]
+    if file.suffix.lower() not in (".csv", ".tsv"):
+        return _parse_list(lines)
+    header = lines[0] if lines else ""
+    delimiter = max(",\t;", key=header.count)
+    header, *rows = csv.reader(lines, delimiter=delimiter) if lines else [[]]
+    columns = {name.strip().lower(): k for k, name in enumerate(header)}
+    for number, row in enumerate(rows, 2):
+        if len(row) != len(header):
+            raise DataError(
+                f"{file}: expected {len(header)} columns, found {len(row)} in row "
+                f"{number}"
+            )
+
+    def column(names: Sequence[str]) -> list[str] | None:
+        found = [columns[name] for name in names if name in columns]
+        return [row[found[0]].strip() for row in rows] if found else None
+
+    paths = column(PATH_COLUMNS)
+    if paths is None:
+        raise DataError(
+            f"{file}: expected a header with one of the columns "
+            f"{', '.join(PATH_COLUMNS)}; found {', '.join(columns) or 'nothing'}"
+        )
+    return Rows(paths, column(LABEL_COLUMNS), column(("split",)))
+
+
+def _parse_list(lines: Sequence[str]) -> Rows:
+    """Parse lines ``PATH LABEL``, or ``PATH`` if every line ends like an image."""
+    lines = [line.strip() for line in lines]
+    if all(line.lower().endswith((*SUFFIXES, ".npy")) for line in lines):
+        return Rows(lines, None, None)
+    parts = [line.rsplit(None, 1) for line in lines]
+    return Rows([p[0] for p in parts], [p[1] if p[1:] else "" for p in parts], None)
+
+
+def _classes(file: Path, names: Sequence[str]) -> tuple[list[str], dict[str, int]]:
+    """Return the class names, and the label of each text in a column of labels.
+
+    Raises:
+      DataError: a label is empty.
+    """
+    different = {*names}
+    if "" in different:
+        raise DataError(
+            f"{file}: row {names.index('') + 1} has no label; expected a label in "
+            "every row, or no column of labels"
+        )
+    if all(name.isascii() and name.isdigit() for name in different):
+        numbers = {name: int(name) for name in different}
+        return [*map(str, range(1 + max(numbers.values(), default=-1)))], numbers
+    classes = sorted(different)
+    return classes, {name: k for k, name in enumerate(classes)}
+
+
+def _rows_of_split(
+    file: Path, splits: Sequence[str], split: str, split_name: str
+) -> np.ndarray:
+    """Return the indices of the rows of a split, int64 [k].
+
+    Raises:
+      DataError: no row has this split.
+    """
+    names = (split_name,) if split_name else SPLIT_NAMES[split]
+    present = [name for name in names if name in splits]
+    if not present:
+        raise DataError(
+            f"{file}: expected rows with the split {' or '.join(names)}; found "
+            f"{', '.join(sorted({*splits})[:8])}"
+        )
+    return np.flatnonzero(np.array(splits) == present[0])

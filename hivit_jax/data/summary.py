@@ -1,0 +1,119 @@
+"""Facts about the images of a split: pixel statistics, kinds of files, leaks."""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from hashlib import blake2b
+from threading import Lock
+
+import numpy as np
+import simplejpeg
+
+from hivit_jax.augment.resample import MAXIMUM
+from hivit_jax.data.rasters import read_values
+
+
+class Summary:
+    """Facts about decoded images. Several threads call `add` concurrently.
+
+    Args:
+      channels: number of channels of the decoded images.
+
+    Attributes:
+      digests: index of an example -> digest of its file.
+      kinds: "CHANNELS x DTYPE" of the files -> number of files.
+      dropped: indices of the files of which channels are dropped.
+      reduced: number of 16-bit files that are reduced to 8 bits.
+    """
+
+    def __init__(self, channels: int):
+        self.digests: dict[int, bytes] = {}
+        self.kinds: Counter[str] = Counter()
+        self.dropped: dict[int, str] = {}
+        self.reduced = 0
+        self._lock, self._channels = Lock(), channels
+        self._count = self._black = self._white = 0
+        self._sums, self._squares = np.zeros((2, channels))
+
+    def add(self, index: int, encoded: bytes, pixels: np.ndarray) -> None:
+        """Add an example.
+
+        Args:
+          encoded: content of the file.
+          pixels: the decoded image, [h, w, C].
+        """
+        digest = blake2b(encoded, digest_size=16).digest()
+        bands, dtype, drops = _stored_kind(encoded, self._channels)
+        flat = pixels.reshape(-1, self._channels)
+        sums, squares, ends = _moments(flat)
+        with self._lock:
+            self.digests[index] = digest
+            self.kinds[f"{bands} x {dtype}"] += 1
+            self.reduced += dtype == "uint16" and pixels.dtype == np.uint8
+            if drops:
+                self.dropped[index] = f"{bands} channels, {self._channels} are used"
+            self._count += len(flat)
+            self._sums += sums
+            self._squares += squares
+            self._black, self._white = self._black + ends[0], self._white + ends[1]
+
+    def mean_and_std(self, scale: float) -> tuple[np.ndarray, np.ndarray]:
+        """Return mean and standard deviation per channel, of pixels / `scale`."""
+        mean = self._sums / max(self._count, 1)
+        variance = self._squares / max(self._count, 1) - mean**2
+        return mean / scale, np.sqrt(np.maximum(variance, 0)) / scale
+
+    def clipped(self) -> tuple[float, float]:
+        """Return the fractions of values at the ends of the dtype's range."""
+        values = max(self._count * self._channels, 1)
+        return self._black / values, self._white / values
+
+
+def _moments(flat: np.ndarray) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
+    """Return sums, sums of squares, and numbers of black and white values."""
+    white = MAXIMUM[flat.dtype.name]
+    if flat.dtype == np.uint8:
+        counts = np.array([np.bincount(column, minlength=256) for column in flat.T])
+        levels = np.arange(256.0)
+        ends = int(counts[:, 0].sum()), int(counts[:, 255].sum())
+        return counts @ levels, counts @ levels**2, ends
+    values = flat.astype(np.float64)
+    ends = int((flat == 0).sum()), int((flat == white).sum())
+    ends = (0, 0) if flat.dtype == np.float32 else ends
+    return values.sum(0), (values**2).sum(0), ends
+
+
+def _stored_kind(encoded: bytes, channels: int) -> tuple[int, str, bool]:
+    """Return the channels and dtype of a file, and True if channels are dropped."""
+    try:
+        space = simplejpeg.decode_jpeg_header(encoded)[2]
+        return {"Gray": 1, "CMYK": 4, "YCCK": 4}.get(space, 3), "uint8", False
+    except ValueError:
+        pass  # another format
+    try:
+        stored = read_values(encoded)
+    except Exception:  # formats that only PIL supports fully
+        return channels, "unknown", False
+    bands = stored.array.shape[-1]
+    is_raster = not stored.mode  # TIFF or NumPy array, whose bands have no meaning
+    return bands, stored.array.dtype.name, is_raster and bands > channels > 1
+
+
+def equal_files(splits: Sequence[Mapping[int, bytes]]) -> list[tuple[int, int]]:
+    """Return the examples with the same content in both splits, as pairs of indices.
+
+    Args:
+      splits: digests of the training and evaluation split.
+    """
+    first = {digest: index for index, digest in reversed([*splits[0].items()])}
+    pairs = ((first.get(digest), index) for index, digest in sorted(splits[1].items()))
+    return [(train, index) for train, index in pairs if train is not None]
+
+
+def shared_groups(pattern: str, splits: Sequence[Iterable[str]]) -> list[str]:
+    """Return the first groups of a pattern that match names of both splits, sorted."""
+    found = []
+    for names in splits:
+        matches = (re.search(pattern, name) for name in names)
+        found.append({match[1] for match in matches if match})
+    return sorted(found[0] & found[1])

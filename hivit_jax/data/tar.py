@@ -1,0 +1,102 @@
+"""Members of tar files, found by reading only their headers."""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from hivit_jax.data import storage
+from hivit_jax.errors import DataError
+
+BLOCK = 512
+READ_AHEAD = 4096  # covers the small members that follow an image
+REGULAR = b"0\0"  # types of regular files
+
+
+class Member(NamedTuple):
+    """File in a tar file; its data are bytes `start` to `stop`."""
+
+    name: str
+    start: int
+    stop: int
+
+
+def members(path: str) -> Iterator[tuple[Member, Callable[[], bytes]]]:
+    """Yield the members of a tar file in order, each with a function that reads it.
+
+    Raises:
+      DataError: the file is not a tar file, or is truncated.
+      StorageError, OSError: it cannot be read.
+    """
+    read, position, name, size, stop = _reader(path), 0, "", -1, 0
+    while True:
+        header = read(position, BLOCK)
+        if len(header) < BLOCK or not any(header):
+            break
+        kind = header[156:157]
+        length = _number(path, header[124:136]) if size < 0 else size
+        start = position + BLOCK
+        stop = start + length
+        position = start + -(-length // BLOCK) * BLOCK
+        if kind == b"L":  # GNU: name of the next member
+            name = _text(read(start, length))
+        elif kind == b"x":  # pax: attributes of the next member
+            attributes = _pax(read(start, length))
+            name = attributes.get("path", name)
+            size = int(attributes.get("size", -1))
+        else:
+            if kind in REGULAR:
+                member = Member(name or _name(header), start, stop)
+                yield (
+                    member,
+                    lambda member=member: read(
+                        member.start, member.stop - member.start
+                    ),
+                )
+            name, size = "", -1
+    if not stop or len(read(stop - 1, 1)) < 1:
+        raise DataError(f"{path} is not a valid tar file (empty or truncated?)")
+
+
+def _reader(path: str) -> Callable[[int, int], bytes]:
+    """Return a function (position, size) -> bytes that reads ahead."""
+    first, data = 0, b""
+
+    def read(position: int, size: int) -> bytes:
+        nonlocal first, data
+        if not first <= position <= position + size <= first + len(data):
+            first = position
+            data = storage.read_up_to(path, position, max(size, READ_AHEAD))
+        return data[position - first : position - first + size]
+
+    return read
+
+
+def _number(path: str, field: bytes) -> int:
+    """Return a number of a header: octal digits, or binary with the highest bit set."""
+    try:
+        if field[0] & 0x80:
+            return int.from_bytes(field[1:], "big")
+        return int(field.strip(b" \0") or b"0", 8)
+    except ValueError as error:
+        raise DataError(f"{path} is not a valid tar file (compressed?)") from error
+
+
+def _name(header: bytes) -> str:
+    prefix = header[345:500] if header[257:263] == b"ustar\0" else b""
+    name = _text(header[:100])
+    return f"{_text(prefix)}/{name}" if prefix.strip(b"\0") else name
+
+
+def _text(field: bytes) -> str:
+    return field.partition(b"\0")[0].decode(errors="surrogateescape")
+
+
+def _pax(data: bytes) -> dict[str, str]:
+    """Parse records "LENGTH KEY=VALUE"."""
+    found = {}
+    while data:
+        length, _, rest = data.partition(b" ")
+        size = int(length)
+        key, _, value = rest[: size - len(length) - 2].partition(b"=")
+        found[key.decode()] = value.decode(errors="surrogateescape")
+        data = data[size:]
+    return found

@@ -1,0 +1,137 @@
+"""Format of tfrecord files.
+
+A record consists of the length of its data (8 bytes), a checksum of the length (4
+bytes), the data, and a checksum of the data (4 bytes).
+"""
+
+import os
+import struct
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from hivit_jax.data import storage
+from hivit_jax.data.crc32c import masked_crc32c
+from hivit_jax.data.shard_cache import ShardCache
+
+HEADER, FOOTER = 12, 4  # bytes before and after the data
+THREADS = 64  # files of a bucket that are indexed concurrently
+
+
+class DamagedRecord(ValueError):
+    """A record's length or checksum is wrong."""
+
+
+class LocalFile:
+    """Local tfrecord file. It is opened once, and the header of every record read once.
+
+    Calling it with the index of a record returns the record's data.
+    """
+
+    def __init__(self, path: str):
+        self._file, size = os.open(path, os.O_RDONLY), os.path.getsize(path)
+        starts, offset, around = [], 0, HEADER + FOOTER
+        while offset < size:
+            starts.append(offset)
+            header = os.pread(self._file, 8, offset)
+            offset += struct.unpack("<Q", header)[0] + around
+        if offset != size:
+            raise OSError(f"{path} ends inside a record, at byte {size:,}")
+        self._offsets = np.array([*starts, size])
+
+    def __call__(self, i: int) -> bytes:
+        return unpack(self.framed(i))
+
+    def span(self, i: int) -> tuple[int, int]:
+        """Return the first byte of a record's data and the byte after it."""
+        start, stop = self._offsets[i], self._offsets[i + 1]
+        return int(start) + HEADER, int(stop) - FOOTER
+
+    def framed(self, i: int) -> bytes:
+        """Return a record with its length and checksums."""
+        start, stop = self._offsets[i], self._offsets[i + 1]
+        return os.pread(self._file, stop - start, start)
+
+
+def index(counts: Mapping[str, int], cache: ShardCache | None) -> dict[str, np.ndarray]:
+    """Return where the records of files begin and end, including headers.
+
+    The headers of a file are read one after the other. If there is a cache, the files
+    are copied into it first, because that takes fewer requests.
+
+    Args:
+      counts: path or address of each file -> number of its records.
+
+    Returns:
+      offsets: int64 [sum of (count + 1)]; file by file, the start of each record and
+        the end of the last one.
+    """
+
+    def hop(file: str) -> np.ndarray:
+        path = cache.fetch(file) if cache else file
+        return offsets(path, counts[file])
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        found = [*pool.map(hop, counts)]
+    return {"offsets": np.concatenate(found)}
+
+
+def offsets(path: str, count: int) -> np.ndarray:
+    """Return the start of each of a file's records and the end, int64 [count + 1].
+
+    Raises:
+      StorageError, OSError: the file cannot be read, or has fewer records.
+    """
+    found = [0]
+    for _ in range(count):
+        header = storage.read(path, found[-1], found[-1] + HEADER)()
+        found.append(found[-1] + HEADER + FOOTER + struct.unpack("<Q", header[:8])[0])
+    storage.read(path, found[-1] - FOOTER, found[-1])()
+    return np.array(found)
+
+
+def unpack(record: bytes) -> bytes:
+    """Return the data of a record.
+
+    Raises:
+      DamagedRecord: its length is wrong.
+    """
+    length = int.from_bytes(record[:8], "little")
+    if length != len(record) - HEADER - FOOTER:
+        raise DamagedRecord(
+            f"expected a record of {len(record) - HEADER - FOOTER:,} bytes, found "
+            f"length {length:,}"
+        )
+    return record[HEADER:-FOOTER]
+
+
+def check_file(path: str) -> None:
+    """Check all records of a local file.
+
+    Raises:
+      StorageError: a record is damaged.
+    """
+    position, data = 0, np.memmap(path, np.uint8, "r")
+    while position < len(data):
+        length = int.from_bytes(data[position : position + 8], "little")
+        stop = position + HEADER + length + FOOTER
+        try:
+            verify(data[position:stop].tobytes())
+        except DamagedRecord as error:
+            raise storage.StorageError(f"{path}, byte {position:,}: {error}") from error
+        position = stop
+
+
+def verify(record: bytes, crc32c: Callable[[bytes], int] = masked_crc32c) -> None:
+    """Check a record's length and both checksums.
+
+    Raises:
+      DamagedRecord: one of them is wrong.
+    """
+    for name, data, checksum in (
+        ("length", record[:8], record[8:HEADER]),
+        ("data", unpack(record), record[-FOOTER:]),
+    ):
+        if crc32c(data) != int.from_bytes(checksum, "little"):
+            raise DamagedRecord(f"the checksum of the record's {name} is wrong")

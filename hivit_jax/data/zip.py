@@ -1,0 +1,98 @@
+"""Members of zip files whose data are stored, not compressed."""
+
+import struct
+from typing import NamedTuple
+
+from hivit_jax.data import storage
+from hivit_jax.errors import DataError
+
+END, END_64, LOCATOR_64 = b"PK\5\6", b"PK\6\6", b"PK\6\7"
+MAX_END = 22 + 2**16 + 20 + 56  # bytes of the records after the directory
+NONE_32 = 2**32 - 1  # marks a number that is in the zip64 field
+
+
+class Member(NamedTuple):
+    """File in a zip file.
+
+    Bytes `start` to `stop` contain its local header, its data, and perhaps more.
+    """
+
+    name: str
+    start: int
+    stop: int
+
+
+def members(path: str) -> list[Member]:
+    """Return the members of a zip file that are not directories.
+
+    Raises:
+      DataError: the file is not a zip file, or a member is compressed.
+      StorageError, OSError: it cannot be read.
+    """
+    first, size = _directory(path)
+    data, position, found = storage.read(path, first, first + size)(), 0, []
+    while position < size:
+        fields = struct.unpack_from("<4s6H3I5H2I", data, position)
+        method, compressed = fields[4], fields[8]
+        lengths = fields[10:13]  # of name, extra field and comment
+        start = position + 46
+        name = data[start : start + lengths[0]].decode(errors="surrogateescape")
+        extra = data[start + lengths[0] : start + lengths[0] + lengths[1]]
+        position = start + sum(lengths)
+        if name.endswith("/"):
+            continue
+        if method or fields[3] & 8:  # compressed, or its size follows the data
+            raise DataError(
+                f"{path}: {name} is compressed or was streamed; expected members that "
+                "are stored, as zip -0 writes them"
+            )
+        missing = [value for value in (fields[9], compressed) if value == NONE_32]
+        offset = fields[16]
+        if offset == NONE_32:
+            offset = _extra_64(extra)[len(missing)]
+        found.append((offset, name))
+    offsets = sorted(offset for offset, _ in found)
+    ends = dict(zip(offsets, [*offsets[1:], first], strict=True))
+    return [Member(name, offset, ends[offset]) for offset, name in found]
+
+
+def data_of(encoded: bytes) -> bytes:
+    """Return the data of a member from its byte range.
+
+    Raises:
+      ValueError: the range does not begin with a local header.
+    """
+    if encoded[:4] != b"PK\3\4":
+        raise ValueError("expected a local header of a zip file")
+    (size,) = struct.unpack_from("<I", encoded, 18)
+    name, extra = struct.unpack_from("<2H", encoded, 26)
+    start = 30 + name + extra
+    if size == NONE_32:
+        size = _extra_64(encoded[30 + name : start])[1]
+    if start + size > len(encoded):
+        raise ValueError("the member overlaps the next one")
+    return encoded[start : start + size]
+
+
+def _directory(path: str) -> tuple[int, int]:
+    """Return the start and size of the central directory."""
+    tail = storage.read(path, -MAX_END)()
+    at = tail.rfind(END)
+    if at < 0:
+        raise DataError(f"{path} is not a valid zip file (truncated?)")
+    size, first = struct.unpack_from("<2I", tail, at + 12)
+    if NONE_32 in (size, first) or tail[at - 20 : at - 16] == LOCATOR_64:
+        at = tail.rfind(END_64, 0, at)
+        size, first = struct.unpack_from("<2Q", tail, at + 40)
+    return first, size
+
+
+def _extra_64(extra: bytes) -> tuple[int, ...]:
+    """Return the 8-byte numbers of the zip64 extra field."""
+    position = 0
+    while position + 4 <= len(extra):
+        kind, size = struct.unpack_from("<2H", extra, position)
+        if kind == 1:
+            return struct.unpack_from(f"<{size // 8}Q", extra, position + 4)
+        position += 4 + size
+    raise ValueError("expected a zip64 extra field")

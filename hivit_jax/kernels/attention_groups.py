@@ -1,0 +1,158 @@
+"""Groups of images that share a softmax in the TPU attention kernel, and the scores'
+masks and biases of a group.
+
+A group's rows start anywhere in a tile, but a kernel loads whole tiles. The *window* of
+a group is the smallest range of whole tiles that can hold it, W rows. The *offset* of a
+group is the number of rows of its window before its first row.
+
+A bias [heads, N, N] is copied to windows before the kernel runs, once for each offset.
+Inside the kernel it would have to be shifted for each image.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+
+LANES, TILE = 128, 8  # columns and rows of a float32 tile
+MASKED = -1e30  # added to the scores of keys that must not be attended to
+
+
+class Groups:
+    """Groups of the images in a block of `rows` rows, with `tokens` rows per image.
+
+    count: images of a group.
+    size: rows of a group.
+    window: rows of its window, W.
+    offsets: all offsets, ascending.
+    """
+
+    def __init__(self, rows: int, tokens: int):
+        self.rows, self.tokens = rows, tokens
+        self.count = max(1, LANES // tokens)
+        while rows // tokens % self.count:
+            self.count -= 1
+        self.size = self.count * tokens
+        self.window = min(rows, _window(self.size))
+        starts = range(0, rows, self.size)
+        last = rows - self.window
+        offsets = {start - min(start // TILE * TILE, last) for start in starts}
+        self.offsets = sorted(offsets)
+
+    def for_each(self, attend):
+        """Call attend(window, inside, score_mask, slot) for each group.
+
+        - window: slice of the rows of the window.
+        - inside: bool [W, 1], True for rows of the group.
+        - score_mask(axis, heads=1): returns the float32 mask to add to scores [W, W]
+          with keys along `axis`: 0 if key and query are of the same image, else MASKED.
+          With `heads` > 1 the scores of so many heads lie side by side. For a group of
+          one image the mask is the same for all queries and has length 1 along their
+          axis.
+        - slot(): returns the index of the group's offset.
+        """
+        tokens, window, size, count = self.tokens, self.window, self.size, self.count
+
+        def body(i, _):
+            start = jnp.minimum(i * size // TILE * TILE, self.rows - window)
+            start = pl.multiple_of(start, TILE)
+
+            def image_index(axis, heads=1):
+                """Return the index of each row's image in the group; -1 outside."""
+                shape = [1, 1]
+                shape[axis] = heads * window
+                row = jax.lax.broadcasted_iota(jnp.int32, shape, axis)
+                row = (row % window if heads > 1 else row) + start - i * size
+                index = jnp.full(shape, -1)
+                for j in range(count):
+                    in_image = (row >= j * tokens) & (row < (j + 1) * tokens)
+                    index = jnp.where(in_image, j, index)
+                return index
+
+            def score_mask(axis, heads=1):
+                keys = image_index(axis)
+                same = keys >= 0 if count == 1 else keys == image_index(1 - axis, heads)
+                return jnp.where(same, 0.0, MASKED)
+
+            def slot():
+                return sum(
+                    jnp.where(i * size - start == offset, index, 0)
+                    for index, offset in enumerate(self.offsets)
+                )
+
+            attend(pl.ds(start, window), image_index(0) >= 0, score_mask, slot)
+
+        jax.lax.fori_loop(0, self.rows // size, body, None)
+
+    def query_rows(self, bias: jax.Array) -> jax.Array:
+        """Copy a bias to windows, [heads, N, N] -> [offsets * heads, W, W].
+
+        Queries are rows. The bias of keys that a query must not attend to is MASKED.
+        """
+        windows = [self._at_offset(bias, offset) for offset in self.offsets]
+        return jnp.concatenate(windows)
+
+    def key_rows(self, bias: jax.Array, heads: int) -> jax.Array:
+        """Copy a bias to windows, [H, N, N] -> [offsets * H/heads, W, heads * W].
+
+        Like `query_rows`, but keys are rows, and so many heads lie side by side.
+        """
+        bias = self.query_rows(bias).swapaxes(1, 2)
+        bias = bias.reshape(-1, heads, self.window, self.window).swapaxes(1, 2)
+        return bias.reshape(-1, self.window, heads * self.window)
+
+    def _at_offset(self, bias, offset):
+        """Return the windows of all heads, [heads, N, N] -> [heads, W, W]."""
+        image = (np.arange(self.window) - offset) // self.tokens
+        image = np.where((image >= 0) & (image < self.count), image, -1)
+        same = (image == image[:, None]) & (image >= 0)
+        out = jnp.asarray(np.where(same, 0, MASKED)[None], bias.dtype)
+        for start in range(offset, offset + self.size, self.tokens):
+            rows = start, self.window - self.tokens - start
+            out = out + jnp.pad(bias, ((0, 0), rows, rows))
+        return out
+
+
+def _window(size):
+    """Return the rows of the window of a group with `size` rows."""
+    return size if size % TILE == 0 else -(-(size + TILE - 1) // TILE) * TILE
+
+
+def bias_bytes(tokens: int, heads: int, head: int) -> int:
+    """Return the bytes of VMEM for a bias and its gradient in the backward pass.
+
+    Input and output are in two buffers each, and the gradient is summed in a third
+    array. The block is assumed to hold many images, of which some share a softmax.
+    """
+    size = max(1, LANES // tokens) * tokens
+    window, offsets = _window(size), TILE // math.gcd(size, TILE)
+    offsets += offsets > 1  # the last window of a block may start earlier
+    side_by_side = LANES // head
+    columns = -(-side_by_side * window // LANES) * LANES
+    return 20 * offsets * heads // side_by_side * window * columns
+
+
+def head_lanes(head: int) -> list[jax.Array]:
+    """Return masks [1, 128] of the lanes of a tile, one for each head."""
+    lane = jax.lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
+    return [(lane // head) == i for i in range(LANES // head)]
+
+
+def stack_heads(x: jax.Array, head: int, inside: jax.Array, dtype) -> jax.Array:
+    """Stack the heads of a tile, [W, 128] -> [heads * W, 128].
+
+    Lanes of other heads and rows that are not inside are zero.
+    """
+    parts = [jnp.where(lanes & inside, x, 0.0) for lanes in head_lanes(head)]
+    return jnp.concatenate(parts).astype(dtype)
+
+
+def merge_heads(x: jax.Array, head: int) -> jax.Array:
+    """Undo `stack_heads`, [heads * W, 128] -> [W, 128], with each head's own lanes."""
+    window = len(x) * head // LANES
+    merged = x[:window]
+    for i, lanes in enumerate(head_lanes(head)):
+        merged = jnp.where(lanes, x[i * window : (i + 1) * window], merged)
+    return merged

@@ -1,0 +1,98 @@
+"""Accuracy of each class, and the confusion matrix."""
+
+import csv
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+MAX_MATRIX = 1000  # classes up to which a confusion matrix is counted and drawn
+MIN_TOP5 = 6  # classes from which the top-5 accuracy is computed
+
+
+class ClassCounts:
+    """Counts of labeled images by true and predicted class.
+
+    Args:
+      names: names of all classes.
+
+    Attributes:
+      images, predicted, correct: int64 [classes].
+      matrix: int64 [classes, classes], true x predicted; None for more than
+        `MAX_MATRIX` classes.
+      in_top5: number of images whose true class is among the first five.
+    """
+
+    def __init__(self, names: Sequence[str]):
+        self.names, count = tuple(names), len(names)
+        self.images, self.predicted, self.correct = np.zeros((3, count), np.int64)
+        small = count <= MAX_MATRIX
+        self.matrix = np.zeros((count, count), np.int64) if small else None
+        self.in_top5 = 0
+
+    def add(self, labels: np.ndarray, ranked: np.ndarray) -> None:
+        """Count images.
+
+        Args:
+          labels: true classes, int [n].
+          ranked: at least the five most probable classes in order, int [n, k].
+        """
+        first = ranked[:, 0]
+        np.add.at(self.images, labels, 1)
+        np.add.at(self.predicted, first, 1)
+        np.add.at(self.correct, labels[labels == first], 1)
+        self.in_top5 += int((ranked[:, :5] == labels[:, None]).any(1).sum())
+        if self.matrix is not None:
+            np.add.at(self.matrix, (labels, first), 1)
+
+    def metrics(self) -> dict[str, float | int]:
+        """Return images, accuracy, balanced_accuracy and, from six classes, top5.
+
+        The balanced accuracy is the mean over the classes that have images of the
+        fraction of correct ones.
+        """
+        total, present = int(self.images.sum()), self.images > 0
+        recalls = self.correct[present] / self.images[present]
+        found = {
+            "images": total,
+            "accuracy": float(self.correct.sum()) / total,
+            "balanced_accuracy": float(recalls.mean()),
+        }
+        if len(self.names) >= MIN_TOP5:
+            found["top5"] = self.in_top5 / total
+        return found
+
+    def table(self) -> Iterator[dict[str, str | int]]:
+        """Yield one row per class: counts, recall and precision; "" without images."""
+        columns = zip(
+            self.names,
+            self.images.tolist(),
+            self.predicted.tolist(),
+            self.correct.tolist(),
+            strict=True,
+        )
+        for name, images, predicted, correct in columns:
+            yield {
+                "class": name,
+                "images": images,
+                "predicted": predicted,
+                "correct": correct,
+                "recall": f"{correct / images:.6f}" if images else "",
+                "precision": f"{correct / predicted:.6f}" if predicted else "",
+            }
+
+    def write_table(self, path: Path) -> None:
+        """Write `table` as CSV."""
+        rows = list(self.table())
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+
+    def write_matrix(self, path: Path) -> None:
+        """Write the confusion matrix as CSV: a row per true class."""
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(["true class", *self.names])
+            for name, row in zip(self.names, self.matrix.tolist(), strict=True):
+                writer.writerow([name, *row])

@@ -1,0 +1,159 @@
+"""Closed-form probe: ridge regression on the features of a pretrained encoder."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from hivit_jax import inputs
+from hivit_jax.distributed.sharding import make_mesh
+from hivit_jax.reporting import console
+from hivit_jax.reporting.classes import MIN_TOP5
+from hivit_jax.tasks import probing
+
+# Penalties per training image. Features have variance 1.
+PENALTIES = tuple(10.0 ** (k / 2) for k in range(-16, 7))
+DEFAULT_PENALTY = 0.1  # if no image can be held out
+CHUNK = 4096  # images that are converted to float64 at a time
+
+
+def closed_form_probe(
+    config: Any, heartbeat: Callable[[], None] = lambda: None
+) -> dict[str, float | int]:
+    """Fit a linear classifier in closed form, evaluate it and log the accuracy.
+
+    The features of an image are the mean of the last tokens of the encoder in
+    `config.init_from`. Every image of both splits is encoded once, as in evaluation.
+    The penalty is the one of `PENALTIES` with the best accuracy on held-out training
+    images; the final classifier uses all training images. The computation is in float64
+    on the host and has no random numbers.
+
+    Args:
+      heartbeat: called after every batch.
+
+    Returns:
+      eval/top1 and, from `MIN_TOP5` classes, eval/top5 as fractions; eval/count and
+      eval/unreadable, numbers of test images; probe/penalty; probe/held_out_top1, NaN
+      if no image could be held out.
+
+    Raises:
+      DataError: more images are unreadable than `data.max_unreadable` allows.
+    """
+    task = inputs.make_task(config, "train", "test")
+    mesh = make_mesh(config.mesh, config.batch_size)
+    encode = probing.make_encoder(config, task, mesh, unit_length=False)
+    train, test = (
+        probing.encode_split(config, encode, mesh, split, heartbeat)
+        for split in ("train", "test")
+    )
+    classes = max(len(task.data.classes), int(train[1].max()) + 1)
+    penalty, held_out_top1 = select_penalty(*train, classes)
+    top1, top5 = fit(*train, classes).accuracy(*test, penalty)
+    count = len(test[1])
+    values = {"eval/top1": top1, "eval/top5": top5, "eval/count": count}
+    if classes < MIN_TOP5:
+        del values["eval/top5"]
+    values["eval/unreadable"] = task.data.counts["test"] - count
+    console.log(console.eval_line(f"probe  penalty {penalty:g}", values))
+    return values | {"probe/penalty": penalty, "probe/held_out_top1": held_out_top1}
+
+
+class Ridge(NamedTuple):
+    """Ridge regression to one-hot targets, for every penalty at once.
+
+    With the eigenvectors of the correlation matrix of the features, the weights for a
+    penalty need one matrix product.
+
+    Attributes:
+      mean, scale: mean and standard deviation of each feature, float64 [D].
+      values, vectors: eigenvalues [D] and eigenvectors [D, D] of the correlations.
+      targets: vectors.T @ (standardized features.T @ targets / images), [D, classes].
+      frequencies: fraction of the images in each class, [classes].
+    """
+
+    mean: np.ndarray
+    scale: np.ndarray
+    values: np.ndarray
+    vectors: np.ndarray
+    targets: np.ndarray
+    frequencies: np.ndarray
+
+    def weights(self, penalty: float) -> np.ndarray:
+        """Return the weights of standardized features, [D, classes].
+
+        They minimize the mean squared error plus `penalty` times their squared norm.
+        """
+        return self.vectors @ (self.targets / (self.values + penalty)[:, None])
+
+    def accuracy(
+        self, features: np.ndarray, labels: np.ndarray, penalty: float
+    ) -> tuple[float, float]:
+        """Return the top-1 and top-5 accuracy. Equal scores go by class number."""
+        weights, correct = self.weights(penalty), np.zeros(2, np.int64)
+        for part in _chunks(len(labels)):
+            x, true = (features[part] - self.mean) / self.scale, labels[part, None]
+            scores = x @ weights + self.frequencies
+            own = np.take_along_axis(scores, true, 1)
+            earlier = np.arange(scores.shape[1]) < true
+            rank = ((scores > own) | ((scores == own) & earlier)).sum(1)
+            correct += [(rank < 1).sum(), (rank < 5).sum()]
+        top1, top5 = (correct / max(len(labels), 1)).tolist()
+        return top1, top5
+
+
+def fit(features: np.ndarray, labels: np.ndarray, classes: int) -> Ridge:
+    """Fit features, float32 [n, D], with labels, int [n]."""
+    count, dim = features.shape
+    mean = features.mean(0, dtype=np.float64)
+    covariance, sums = np.zeros((dim, dim)), np.zeros((dim, classes))
+    for part in _chunks(count):
+        x = features[part] - mean
+        covariance += x.T @ x / count
+        sums += x.T @ np.eye(classes)[labels[part]] / count
+    scale = np.sqrt(np.diag(covariance))
+    scale[scale <= 1e-9 * np.abs(mean)] = 1.0  # of constant features
+    values, vectors = np.linalg.eigh(covariance / np.outer(scale, scale))
+    return Ridge(
+        mean,
+        scale,
+        np.maximum(values, 0),
+        vectors,
+        vectors.T @ (sums / scale[:, None]),
+        np.bincount(labels, minlength=classes) / count,
+    )
+
+
+def select_penalty(
+    features: np.ndarray, labels: np.ndarray, classes: int
+) -> tuple[float, float]:
+    """Return the best penalty, and its accuracy on the held-out images.
+
+    Of equally good penalties, returns the largest.
+    """
+    held_out = held_out_images(labels)
+    if not held_out.any():
+        return DEFAULT_PENALTY, float("nan")
+    ridge = fit(features[~held_out], labels[~held_out], classes)
+    parts = features[held_out], labels[held_out]
+    return max(
+        ((penalty, ridge.accuracy(*parts, penalty)[0]) for penalty in PENALTIES),
+        key=lambda pair: (pair[1], pair[0]),
+    )
+
+
+def held_out_images(labels: np.ndarray) -> np.ndarray:
+    """Return bool [n]: every fifth image of each class.
+
+    If no class has five images, every second image of each class.
+    """
+    order = np.argsort(labels, kind="stable")
+    first = np.searchsorted(labels[order], labels[order])
+    position = np.empty(len(labels), np.int64)  # among the images of the same class
+    position[order] = np.arange(len(labels)) - first
+    every = 5 if (position >= 4).any() else 2
+    return position % every == every - 1
+
+
+def _chunks(count: int) -> Iterator[slice]:
+    """Yield slices of `CHUNK` images, because float64 copies need twice the memory."""
+    yield from (slice(first, first + CHUNK) for first in range(0, count, CHUNK))

@@ -1,0 +1,114 @@
+"""Report on the content of a dataset: classes, leaks, settings, contact sheet."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from hivit_jax.data.summary import equal_files, shared_groups
+from hivit_jax.data.transforms import evaluation_image
+from hivit_jax.models import image_shape
+from hivit_jax.reporting import figures
+from hivit_jax.tasks.defaults import pixel_scale
+from hivit_jax.tools.dataset_split import Split
+
+MAX_CLASSES = 100  # classes in the printed table: the largest and the smallest
+MAX_PAIRS = 5  # listed pairs of equal files, and groups
+SHEET_CLASSES, SHEET_IMAGES, SHEET_SIDE = 20, 6, 96
+
+
+def content_report(splits: Sequence[Split], group: str) -> tuple[str, list[str]]:
+    """Return the report on classes, pixels, leaks and settings, and its problems.
+
+    Args:
+      splits: the training split and, if there is one, the evaluation split.
+      group: pattern, see `summary.shared_groups`; "": none.
+    """
+    lines = class_lines(splits)
+    for split in splits:
+        kinds = sorted(split.summary.kinds.items(), key=lambda item: -item[1])
+        text = ", ".join(f"{kind}: {count:,}" for kind, count in kinds)
+        black, white = split.summary.clipped()
+        lines.append(
+            f"{split.title}: channels x dtype of files: {text or 'none'}; "
+            f"{black:.2%} of the values are at the lower end, {white:.2%} at the upper"
+        )
+    leaks, problems = leak_lines(splits, group) if len(splits) > 1 else ([], [])
+    return "\n".join([*lines, *leaks, *setting_lines(splits[0])]), problems
+
+
+def class_lines(splits: Sequence[Split]) -> list[str]:
+    """Return a table of classes with the number of usable images in each split."""
+    if not splits[0].source.labeled:
+        return []
+    names, counts = splits[0].source.classes, [split.per_class() for split in splits]
+    order = np.argsort(-counts[0], kind="stable")
+    if len(order) > MAX_CLASSES:
+        order = np.r_[order[: MAX_CLASSES // 2], order[-MAX_CLASSES // 2 :]]
+    titles = "".join(f"{split.title:>12}" for split in splits)
+    lines = [f"  {'class':<28}{titles}"]
+    for k in order:
+        numbers = "".join(f"{count[k]:>12,}" for count in counts)
+        lines.append(f"  {names[k]:<28}{numbers}")
+    if len(order) < len(names):
+        lines.append(f"  ... and {len(names) - len(order):,} classes in between")
+    smallest, largest = counts[0].min(), counts[0].max()
+    ratio = f"{largest / smallest:.1f}" if smallest else "unlimited"
+    lines.append(f"imbalance, largest class / smallest class: {ratio}")
+    return lines
+
+
+def leak_lines(splits: Sequence[Split], group: str) -> tuple[list[str], list[str]]:
+    """Return lines about images that are in both splits, and the problems."""
+    train, test = splits
+    pairs = equal_files([split.summary.digests for split in splits])
+    lines, problems = [], []
+    if pairs:
+        problems.append(f"{len(pairs):,} files with equal content in both splits")
+        lines.append(problems[-1])
+        for one, other in pairs[:MAX_PAIRS]:
+            lines.append(f"    {train.name(one)} = {test.name(other)}")
+    if group:
+        names = [[split.name(i) for i in split.indices.tolist()] for split in splits]
+        if shared := shared_groups(group, names):
+            problems.append(f"{len(shared):,} groups in both splits")
+            listed = ", ".join(shared[:MAX_PAIRS])
+            lines.append(
+                f"{problems[-1]}: {listed}{' ...' * (len(shared) > MAX_PAIRS)}"
+            )
+    return lines, problems
+
+
+def setting_lines(split: Split) -> list[str]:
+    """Return the settings that suit the training images, ready to paste."""
+    data = split.config.data
+    lines = ["settings:"]
+    if split.source.labeled:
+        lines.append(f"  --config.model.num_classes={len(split.source.classes)}")
+    for name, values in zip(
+        ("mean", "std"), split.summary.mean_and_std(pixel_scale(data)), strict=True
+    ):
+        text = ",".join(f"{value:.4f}" for value in values)
+        lines.append(f"  --config.data.{name}=({text},)")
+    if split.summary.reduced:
+        lines.append(
+            f"  --config.data.dtype=uint16 keeps the 16 bits of "
+            f"{split.summary.reduced:,} files"
+        )
+    return lines
+
+
+def contact_sheet(split: Split) -> np.ndarray:
+    """Draw the first images of each class, uint8 [H, W, 3]."""
+    source, data = split.source, split.config.data
+    channels = image_shape(split.config.model)[2]
+    shape = SHEET_SIDE, SHEET_SIDE, channels
+    rows = {}
+    names = source.classes if source.labeled else ("images",)
+    for label, name in enumerate(names[:SHEET_CLASSES]):
+        images = []
+        for index in split.indices[split.labels == label][:SHEET_IMAGES].tolist():
+            encoded = source.sample(index)["image"]
+            options = 1.0, data.value_range, data.dtype
+            images.append(evaluation_image(encoded, shape, *options))
+        rows[name] = np.array(images).reshape(-1, *shape) / pixel_scale(data)
+    return figures.contact_sheet(rows, SHEET_IMAGES)

@@ -1,0 +1,144 @@
+"""The images of one split that check_data reads, and their unusual properties."""
+
+import os
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, BinaryIO
+
+import numpy as np
+from tqdm import tqdm
+
+from hivit_jax.data.findings import CLIPPED, LOST, image_findings
+from hivit_jax.data.loader import available_cores
+from hivit_jax.data.order import permutation
+from hivit_jax.data.rasters import ChannelError, decode
+from hivit_jax.data.sources.registry import open_source
+from hivit_jax.data.summary import Summary
+from hivit_jax.errors import DataError, LocalDataError
+from hivit_jax.models import image_shape
+
+IMAGES_PER_JOB = 32
+UNREADABLE, BAD_LABEL = "unreadable", "with an invalid label"
+BAD_CHECKSUM = "with a wrong checksum"
+NEED_RANGE = "that require data.value_range"
+CHANNELS, DROPPED = "with another number of channels", "with dropped channels"
+FAULTS = (
+    UNREADABLE, BAD_CHECKSUM, BAD_LABEL, NEED_RANGE, CHANNELS, LOST, CLIPPED, DROPPED
+)  # fmt: skip
+
+
+class Split:
+    """The images to check of "train" or "test": all, or a random selection.
+
+    Args:
+      max_images: number of images to select; 0: all.
+
+    Attributes:
+      indices: indices in the dataset's split of the k images, int64 [k].
+      labels: int64 [k]; -1 for an unreadable image or an invalid label.
+      sizes: height and width, int64 [k, 2]; 0 for an unreadable image.
+      summary: facts about all readable images.
+      findings: findings[finding][index] is the detail, text, about the image at an
+        index of the split. An example of a finding is "unreadable".
+    """
+
+    def __init__(self, config: Any, split: str, max_images: int = 0):
+        data = config.data
+        configured_split = data.train_split if split == "train" else data.eval_split
+        self.title = f"{split} ({configured_split})" if configured_split else split
+        self.config, self.channels = config, image_shape(config.model)[2]
+        self.source = open_source(data, split)
+        n = len(self.source)
+        self.indices = np.sort(permutation(0, 0, n)[: max_images or n])
+        self.labels = np.full(len(self.indices), -1)
+        self.sizes = np.zeros((len(self.indices), 2), np.int64)
+        empty = {UNREADABLE: {}, BAD_LABEL: {}}
+        self.summary = Summary(self.channels)
+        self.findings: dict[str, dict[int, str]] = defaultdict(dict, empty)
+
+    def read(self) -> None:
+        """Read the images in threads and fill the attributes.
+
+        Shows a progress bar.
+        """
+        starts = range(0, len(self.indices), IMAGES_PER_JOB)
+        bar = tqdm(total=len(self.indices), desc=self.title, unit=" images")
+        threads = self.config.data.workers or available_cores()
+        with bar, ThreadPoolExecutor(threads) as pool:
+            for count in pool.map(self._read_job, starts):
+                bar.update(count)
+
+    def _read_job(self, start: int) -> int:
+        """Read up to `IMAGES_PER_JOB` images and return their number."""
+        indices = self.indices[start : start + IMAGES_PER_JOB].tolist()
+        data, size = self.config.data, image_shape(self.config.model)[:2]
+        for position, index in enumerate(indices, start):
+            try:
+                if problem := self.source.checksum_error(index):
+                    self.findings[BAD_CHECKSUM][index] = problem
+                sample = self.source.sample(index)
+                encoded, label = sample["image"], sample["label"]
+                options = self.channels, data.value_range, data.dtype
+                pixels = decode(encoded, *options)
+            except LocalDataError:
+                raise
+            except ChannelError as error:
+                self.findings[CHANNELS][index] = str(error)
+                continue
+            except DataError as error:
+                self.findings[NEED_RANGE][index] = str(error)
+                continue
+            except Exception as error:  # damaged files cause exceptions of many types
+                words = f"{type(error).__name__}: {error}".split()
+                self.findings[UNREADABLE][index] = " ".join(words)
+                continue
+            self.sizes[position] = pixels.shape[:2]
+            self.summary.add(index, encoded, pixels)
+            if 0 <= label < len(self.source.classes) or not self.source.labeled:
+                self.labels[position] = label
+            else:
+                self.findings[BAD_LABEL][index] = str(label)
+            get_name = partial(self.name, index)
+            options = size, data.canvas, data.value_range
+            found = image_findings(encoded, get_name, pixels, *options)
+            for finding, detail in found.items():
+                self.findings[finding][index] = detail
+        return len(indices)
+
+    def write_unreadable(self, listing: BinaryIO, reasons: BinaryIO) -> None:
+        """Write a line per unreadable image to each of two files.
+
+        Args:
+          listing: receives the names.
+          reasons: receives each name, a tab and the reason.
+        """
+        for index, reason in sorted(self.findings[UNREADABLE].items()):
+            name = self.source.name(index).replace("\n", "\\n")
+            listing.write(os.fsencode(f"{name}\n"))
+            reasons.write(f"{self.name(index)}\t{reason}\n".encode())
+
+    def name(self, index: int) -> str:
+        """Return an image's name, with bytes that are not valid UTF-8 escaped."""
+        return self.source.name(index).encode(errors="backslashreplace").decode()
+
+    def per_class(self) -> np.ndarray:
+        """Return the number of usable images per class, int64 [classes]."""
+        labels = self.labels[self.labels >= 0]
+        return np.bincount(labels, minlength=len(self.source.classes))
+
+    def faults(self) -> dict[str, list[str]]:
+        """Return {fault: lines}: one line per affected image or per empty class.
+
+        Clipped values are included. Empty classes are reported only if the whole split
+        was read.
+        """
+        faults = {}
+        self.findings |= {DROPPED: self.summary.dropped} if self.summary.dropped else {}
+        for fault in FAULTS:
+            details = sorted(self.findings.get(fault, {}).items())
+            faults[fault] = [f"{self.name(i)}: {detail}" for i, detail in details]
+        if len(self.indices) == len(self.source):
+            empty = np.flatnonzero(self.per_class() == 0)
+            faults["classes without an image"] = [self.source.classes[i] for i in empty]
+        return faults

@@ -1,0 +1,195 @@
+"""Compute outputs of a trained model for image files, in flat memory."""
+
+import argparse
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from hivit_jax import config as configs
+from hivit_jax import inputs, tasks
+from hivit_jax.data.prefetch import prefetch_to_device
+from hivit_jax.data.sources import registry
+from hivit_jax.data.sources.base import DatasetInfo, Source
+from hivit_jax.data.sources.paths import Paths
+from hivit_jax.data.transforms import Transform
+from hivit_jax.distributed.sharding import make_mesh
+from hivit_jax.errors import ConfigError, DataError, HivitError, Parser, first_line
+from hivit_jax.models import configure
+from hivit_jax.models.base import make_info
+from hivit_jax.weights.adapt import Pretrained
+from hivit_jax.weights.load import DATA_KEYS
+
+MAX_BATCH = 64  # images per batch, unless the training used fewer
+
+
+def make_parser(usage: str) -> Parser:
+    """Return a parser of the arguments that commands on image files share.
+
+    Args:
+      usage: text that explains all arguments.
+    """
+    parser = Parser(usage=usage, allow_abbrev=False)
+    add = partial(parser.add_argument, help=argparse.SUPPRESS)
+    add("--checkpoint", required=True)
+    add("--out", required=True)
+    add("paths", nargs="*")
+    add("--batch_size", type=int, default=0)
+    return parser
+
+
+def parse(parser: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the arguments; ConfigError if the batch size is negative."""
+    flags = parser.parse_args(argv)
+    if flags.batch_size < 0:
+        raise ConfigError(f"--batch_size={flags.batch_size}; expected at least 1")
+    return flags
+
+
+def check_readable(count: int, paths: Sequence[str]) -> None:
+    """Raise DataError if no image of the paths could be read."""
+    if not count:
+        names = ", ".join(paths[:3]) or "test split"
+        raise DataError(f"{names}: no image can be read")
+
+
+def config_of(pretrained: Pretrained, batch_size: int = 0) -> Any:
+    """Return the training config of a model, with a batch size for predictions.
+
+    A model without training config gets one from its arguments and `info`.
+
+    Args:
+      batch_size: 0: that of the training, at most `MAX_BATCH`.
+    """
+    recipe = pretrained.recipe
+    if not recipe:
+        model = {k: v for k, v in pretrained.arguments.items() if v is not None}
+        if model.get("num_classes") == 0:  # which means "of the dataset" in a config
+            model["num_classes"] = 1
+        kind, model_config, _ = configure(**pretrained.arguments)
+        names = [name for name, t in tasks.TASKS.items() if t.model_class is kind]
+        info = make_info(model_config, **pretrained.info)
+        data = {key: getattr(info, name) for key, name in DATA_KEYS.items()}
+        # With a canvas, images could not be larger than its default side.
+        data |= {"canvas": 0, "scale": 1 / info.scale}
+        recipe = {"task": names[0], "model": model, "data": data}
+    config = configs.complete_saved(recipe, pretrained.path)
+    config = config.copy_and_resolve_references()
+    config.batch_size = batch_size or min(config.batch_size, MAX_BATCH)
+    return config
+
+
+def open_images(
+    pretrained: Pretrained, config: Any, paths: Sequence[str | Path]
+) -> tuple[tasks.Task, Source]:
+    """Return the model's task, and the images of paths or, without paths, the test
+    split of the config's dataset.
+
+    Raises:
+      HivitError: a path does not exist, a directory contains no image, or the dataset
+        cannot be read.
+    """
+    if not paths:
+        source = registry.open_source(config.data, "test")
+        classes = source.classes
+    else:
+        classes = pretrained.info.get("class_names") or _classes_of_dataset(config)
+        source = Paths(paths, classes)
+    info = DatasetInfo({"test": len(source)}, tuple(classes), source.encoded)
+    return tasks.create(config, info), source
+
+
+def _classes_of_dataset(config: Any) -> Sequence[str]:
+    """Return the class names of the config's dataset; () if it cannot be read."""
+    try:
+        return registry.open_source(config.data, "test").classes
+    except HivitError:
+        return ()
+
+
+def one_device() -> Mesh:
+    """Return a mesh of the first device."""
+    axes = dict(replica=1, data=1, fsdp=1, tensor=1)
+    return make_mesh(axes, 1, devices=jax.devices()[:1])
+
+
+class _NoErrorEndsTheRun(Transform):
+    """A task's transform that turns a `DataError` into an unreadable image."""
+
+    def __init__(self, transform: Transform):
+        self.batch_size, self.draws = transform.batch_size, transform.draws
+        self.shapes, self.bucket = transform.shapes, transform.bucket
+        self._transform = transform
+
+    def __call__(
+        self, sample: Mapping[str, Any], draws: Any, out: Mapping[str, np.ndarray]
+    ) -> None:
+        """See `Transform.__call__`."""
+        try:
+            self._transform(sample, draws, out)
+        except DataError as error:
+            raise ValueError(first_line(error)) from error
+
+
+def compute(
+    config: Any, task: tasks.Task, source: Source, step: Callable, title: str
+) -> Iterator[dict[str, np.ndarray]]:
+    """Yield the outputs of a model for all images of a source, batch by batch.
+
+    The last batch is padded, so that one program is compiled per bucket. Shows a
+    progress bar.
+
+    Args:
+      step: jitted function from a batch to rows {name: [B, ...]}.
+      title: label of the progress bar.
+
+    Yields:
+      The rows without padding, [n, ...], and "index" int32, "name" str, "label" int32
+      (-1: unknown) and "error" str ("": readable; otherwise the rows of `step` have no
+      meaning), each [n].
+    """
+    transform = _NoErrorEndsTheRun(task.transform(train=False))
+    batches = inputs.source_batches(config, task, source, transform)
+    with tqdm(total=len(source), desc=title, unit=" images", disable=None) as bar:
+        for batch in prefetch_to_device(batches, one_device()):
+            outputs = step(batch)
+            names = ("index", "unreadable", *[k for k in ("label",) if k in batch])
+            facts, rows = jax.device_get(({k: batch[k] for k in names}, outputs))
+            real = facts["index"] >= 0
+            facts, rows = ({k: v[real] for k, v in d.items()} for d in (facts, rows))
+            unreadable = facts.pop("unreadable") > 0
+            facts["error"] = np.array(
+                [
+                    _reason(source, transform, index) if bad else ""
+                    for index, bad in zip(facts["index"], unreadable, strict=True)
+                ],
+                object,
+            )
+            facts["label"] = _labels(source, facts)
+            facts["name"] = np.array([source.name(i) for i in facts["index"]], object)
+            yield rows | facts
+            bar.update(len(unreadable))
+
+
+def _labels(source: Source, facts: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Return the labels of a batch, int32 [n]; -1 where unknown."""
+    if isinstance(source, Paths):
+        return source.labels[facts["index"]]
+    known = bool(source.classes) and np.ndim(facts.get("label")) == 1
+    return facts["label"] if known else np.full(len(facts["index"]), -1, np.int32)
+
+
+def _reason(source: Source, transform: Transform, index: int) -> str:
+    """Read an unreadable image again and return the error."""
+    shapes = transform.shapes[0]
+    out = {name: np.zeros(each.shape, each.dtype) for name, each in shapes.items()}
+    try:
+        transform(source.sample(index), [0.0] * transform.draws, out)
+    except Exception as error:  # damaged files cause exceptions of many types
+        return first_line(error)
+    return "cannot be read"

@@ -1,0 +1,141 @@
+"""Facts about a run that the files of its workdir record: summary and events."""
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+from etils.epath import Path
+from flax import nnx
+
+from hivit_jax import config as configs
+from hivit_jax import record, tasks
+from hivit_jax.checkpoints import read
+from hivit_jax.data.sources.base import DatasetInfo
+from hivit_jax.errors import HivitError
+from hivit_jax.reporting import metrics
+from hivit_jax.tasks import Task
+
+UNKNOWN = "unknown"
+Lines = Sequence[Mapping[str, Any]]  # of metrics.jsonl
+Starts = Sequence[tuple[str, Mapping[str, Any]]]  # (name of the config file, config)
+
+
+def summary(
+    workdir: Path,
+    lines: Lines,
+    starts: Starts,
+    config: Mapping[str, Any],
+) -> dict[str, str]:
+    """Return the facts about a run, as text by label."""
+    training = [line for line in lines if "images_per_second" in line]
+    step, total = max(line["step"] for line in lines), None
+    if config and training and "seconds_left" in (last := training[-1]):
+        images_left = last["seconds_left"] * last["images_per_second"]
+        total = last["step"] + round(images_left / config["batch_size"])
+    task, dataset = _task(workdir, config)
+    facts = {
+        "task": config.get("task", UNKNOWN),
+        "model": config["model"]["name"] if config else UNKNOWN,
+        "parameters": _parameters(task),
+        "dataset": dataset,
+        "steps": f"{step:,}" + (f" of {total:,}" if total else ""),
+        "state": "finished" if step == total else "not finished" if total else UNKNOWN,
+        "best evaluation": _best(lines, _best_metric(config)),
+    }
+    if training:
+        speeds = [line["images_per_second"] for line in training]
+        facts["last training loss"] = f"{training[-1]['loss']:.4g}"
+        facts["median throughput"] = f"{statistics.median(speeds):,.0f} images/s"
+    if config:
+        facts["batch size"] = f"{config['batch_size']:,}"
+        facts["starts"] = str(len(starts))
+    return facts
+
+
+def _task(workdir: Path, config: Mapping[str, Any]) -> tuple[Task | None, str]:
+    """Return the task of a run, or None, and a description of its dataset.
+
+    Reads the newest checkpoint's description of the dataset instead of the dataset.
+    """
+    name = config["data"]["name"] if config else UNKNOWN
+    try:
+        info = read.load_dataset_info(read.find_checkpoints(workdir)[0])
+        if not info:
+            return None, name
+        complete = configs.complete_saved(config, str(workdir))
+        task = tasks.create(complete, DatasetInfo(**info))
+    except (HivitError, KeyError):  # no checkpoint, or not of this version
+        return None, name
+    counts = ", ".join(f"{n:,} {split}" for split, n in info["counts"].items())
+    return task, f"{name}: {counts}, {len(info['classes']):,} classes"
+
+
+def _parameters(task: Task | None) -> str:
+    if task is None:
+        return UNKNOWN
+    return f"{nnx.eval_shape(task.build_model).parameter_count():,}"
+
+
+def _best_metric(config: Mapping[str, Any]) -> metrics.Best:
+    try:
+        return tasks.find(config["task"]).best
+    except (HivitError, KeyError):
+        return Task.best
+
+
+def _best(lines: Lines, best: metrics.Best) -> str:
+    """Return the best evaluation as text; of equal ones, the newest."""
+    found = [line for line in lines if math.isfinite(line.get(best[0], math.nan))]
+    if not found:
+        return "none"
+    line = max(found, key=lambda line: (metrics.score(line, best), line["step"]))
+    return f"{best[0]} {line[best[0]]:.4g} at step {line['step']:,}"
+
+
+def events(workdir: Path, lines: Lines, starts: Starts) -> list[dict[str, Any]]:
+    """Return what a run's files record about its course.
+
+    Returns:
+      Dicts of "text", "details" (lines) and, where recorded, "step" and "time".
+    """
+    found, previous = [], None
+    for name, config in starts:
+        event = {"text": "first start" if previous is None else "later start"}
+        if previous is not None:
+            event["time"] = f"{datetime.strptime(name, record.LATER_NAME)} UTC"
+            event["details"] = record.differences(previous, config)
+        found.append(event)
+        previous = config
+    kept = _checkpoint_steps(workdir / "checkpoints")
+    for step in _early_ends(lines, [config for _, config in starts], kept):
+        text = "interrupted, or ended by an error; this step was saved"
+        found.append({"step": step, "text": text})
+    for step in _checkpoint_steps(workdir / "damaged"):
+        found.append({"step": step, "text": "damaged checkpoint, moved to damaged/"})
+    unreadable = sum(line.get("unreadable", 0) for line in lines)
+    if unreadable:
+        found.append({"text": f"{unreadable:,} times an image was unreadable"})
+    if kept:
+        text = "checkpoints of steps " + ", ".join(f"{step:,}" for step in kept)
+        found.append({"text": text})
+    return found
+
+
+def _checkpoint_steps(directory: Path) -> list[int]:
+    if not directory.is_dir():
+        return []
+    return sorted(int(path.name) for path in directory.glob("*") if path.name.isdigit())
+
+
+def _early_ends(
+    lines: Lines, start_configs: Sequence[Mapping[str, Any]], kept: Iterable[int]
+) -> list[int]:
+    """Return the steps before the last that a run logged or saved off its intervals."""
+    names = ("log_every", "eval_every", "checkpoint_every")
+    every = {config.get(name) for config in start_configs for name in names} - {None, 0}
+    steps = {line["step"] for line in lines if "seconds_left" in line} | {*kept}
+    last = {line["step"] for line in lines if line.get("seconds_left") == 0}
+    steps = steps - last - {0} if every else ()
+    return sorted(step for step in steps if all(step % n for n in every))

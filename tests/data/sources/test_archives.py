@@ -1,0 +1,216 @@
+"""Sources of tar and zip files."""
+
+import io
+import tarfile
+import zipfile
+
+import numpy as np
+import pytest
+from buckets import serve
+from datasets import assert_batches_equal, encode, folder_config, noise_image
+
+from hivit_jax import inputs
+from hivit_jax.data import tar
+from hivit_jax.data.sources import registry
+from hivit_jax.errors import DataError
+
+pytestmark = pytest.mark.usefixtures("user_cache")
+LABELS = {"train": (3, 0, 2, 1, 3), "val": (1, 2)}
+
+
+def images(split):
+    return [
+        encode(noise_image(30, 40 + i, 3), "JPEG") for i in range(len(LABELS[split]))
+    ]
+
+
+def write_tar(path, members, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", **options) as archive:
+        for name, content in members:
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+
+
+@pytest.fixture(params=["webdataset", "zip"])
+def dataset(request, tmp_path):
+    """(name, directory) of a dataset with two tar files or one zip file a split."""
+    root = tmp_path / request.param
+    root.mkdir()
+    for split, labels in LABELS.items():
+        examples = [*zip(images(split), labels, strict=True)]
+        if request.param == "zip":
+            with zipfile.ZipFile(root / f"{split}.zip", "w") as archive:
+                for i, (image, _) in enumerate(examples[::-1]):
+                    archive.writestr(f"c/{len(labels) - 1 - i}.jpg", image)
+            lines = [f"c/{i}.jpg\t{label}" for i, label in enumerate(labels)]
+            (root / f"{split}_map.txt").write_text("\n".join(lines) + "\n")
+            continue
+        for shard in range(2):
+            members = []
+            for i, (image, label) in enumerate(examples):
+                if i % 2 == shard:
+                    sample = [(f"{i:03}.jpg", image), (f"{i:03}.cls", b"%d" % label)]
+                    members += [*sample, (f"{i:03}.json", b"{}" * 4000)]
+            write_tar(root / f"x-{split}-{shard}.tar", members)
+    return request.param, root
+
+
+def data_config(dataset, directory=None, **overrides):
+    name, root = dataset
+    return folder_config(directory or root, data__name=name, **overrides)
+
+
+def order(name, split):
+    """Return the indices of the images in the order of the source."""
+    n = len(LABELS[split])
+    return [*range(0, n, 2), *range(1, n, 2)] if name == "webdataset" else [*range(n)]
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_samples(dataset, split, user_cache):
+    source = registry.open_source(data_config(dataset).data, split)
+    stored = "train" if split == "train" else "val"
+    expected = images(stored)
+    assert source.classes == ["0", "1", "2", "3"]
+    assert len(source) == len(expected)
+    for i, k in enumerate(order(dataset[0], stored)):
+        assert source.sample(i) == {"image": expected[k], "label": LABELS[stored][k]}
+        assert source.name(i).endswith(f"{k}.jpg")
+        assert source.size(i) == (30, 40 + k)
+    assert len(list(user_cache.glob("hivit_jax/hivit_jax_index_*"))) >= 1
+
+
+def test_index_of_a_changed_file(dataset):
+    cfg = data_config(dataset)
+    assert len(registry.open_source(cfg.data, "test")) == 2
+    name, root = dataset
+    for path in (*root.glob("*val*.tar"), *root.glob("val.zip")):
+        path.write_bytes(b"damaged")
+    registry._open.cache_clear()
+    with pytest.raises(
+        DataError, match=f"not a valid {name[:3].replace('web', 'tar')}"
+    ):
+        registry.open_source(cfg.data, "test")
+
+
+def test_batches_from_a_bucket(dataset, tmp_path):
+    """They equal local ones; with copies, archives are read once."""
+
+    def batches(cfg):
+        registry._open.cache_clear()
+        return [*inputs.train_batches(cfg, 0, 3), *inputs.eval_batches(cfg)]
+
+    name, root = dataset
+    expected = batches(data_config(dataset))
+    with serve(root) as bucket:
+        assert_batches_equal(batches(data_config(dataset, "gs://bucket")), expected)
+        assert len(bucket.keys("hivit_jax_index_")) == 2
+        bucket.requests.clear()
+        assert_batches_equal(batches(data_config(dataset, "gs://bucket")), expected)
+        ending = ".tar" if name == "webdataset" else ".zip"
+        assert bucket.reads(ending) <= 3 * 8 + 2
+        copied = data_config(dataset, "gs://bucket", data__cache=tmp_path / "copies")
+        assert_batches_equal(batches(copied), expected)
+        for split in ("train", "test"):
+            registry.open_source(copied.data, split)._records._cache.stop()
+
+
+def test_long_names(tmp_path):
+    """Of the formats of pax, GNU and ustar; a label may precede its image."""
+    formats = (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT)
+    for number, tar_format in enumerate(formats):
+        name = "d" * 90 + "/" + "n" * 80
+        members = [(f"{name}.cls", b"2\n"), (f"{name}.JPEG", b"image" * 300)]
+        path = tmp_path / f"train{number}.tar"
+        write_tar(path, members, format=tar_format)
+        found = [(member.name, read()) for member, read in tar.members(str(path))]
+        assert found == members
+    write_tar(tmp_path / "val.tar", members)
+    data = folder_config(tmp_path, data__name="webdataset").data
+    source = registry.open_source(data, "train")
+    assert [source.sample(i)["label"] for i in range(3)] == [2, 2, 2]
+    assert source.sample(1)["image"] == b"image" * 300
+    pattern = folder_config(
+        tmp_path, data__name="webdataset", data__train_split="train{1..2}.tar"
+    ).data
+    assert len(registry.open_source(pattern, "train")) == 2
+
+
+def test_images_without_labels(tmp_path):
+    """They are for pretraining. One without a label among others is an error."""
+    write_tar(
+        tmp_path / "train.tar", [("a.png", b"1"), ("b.png", b"2"), ("c.txt", b"")]
+    )
+    data = folder_config(tmp_path, data__name="webdataset").data
+    source = registry.open_source(data, "train")
+    assert source.classes == []
+    assert source.sample(1) == {"image": b"2", "label": 0}
+    assert source.ignored == {"without an image": 1}
+    write_tar(
+        tmp_path / "train.tar", [("a.png", b"1"), ("b.png", b"2"), ("b.cls", b"0")]
+    )
+    registry._open.cache_clear()
+    with pytest.raises(DataError, match=r"train\.tar: a\.png has no label"):
+        registry.open_source(data, "train")
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        (
+            [("a.png", b"1"), ("a.cls", b"cat")],
+            "a.cls: expected a class index, .*'cat'",
+        ),
+        ([("a.txt", b"1")], "contains no images"),
+    ],
+)
+def test_unusable_tar(tmp_path, members, message):
+    write_tar(tmp_path / "train.tar", members)
+    with pytest.raises(DataError, match=message):
+        registry.open_source(
+            folder_config(tmp_path, data__name="webdataset").data, "train"
+        )
+
+
+def test_truncated_and_missing_tar(tmp_path):
+    data = folder_config(tmp_path, data__name="webdataset").data
+    with pytest.raises(DataError, match="no tar file 'train' in .*; found nothing"):
+        registry.open_source(data, "train")
+    path = tmp_path / "train.tar"
+    write_tar(path, [("a.png", bytes(5000))])
+    path.write_bytes(path.read_bytes()[:3000])
+    with pytest.raises(DataError, match="truncated"):
+        registry.open_source(data, "train")
+
+
+def test_compressed_zip(tmp_path):
+    with zipfile.ZipFile(tmp_path / "train.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.jpg", bytes(np.zeros(1000)))
+    (tmp_path / "train_map.txt").write_text("a.jpg\t0\n")
+    data = folder_config(tmp_path, data__name="zip").data
+    with pytest.raises(DataError, match=r"a\.jpg is compressed .*zip -0"):
+        registry.open_source(data, "train")
+    with zipfile.ZipFile(tmp_path / "train.zip", "w") as archive:
+        archive.writestr("a.jpg", b"image")
+    (tmp_path / "train_map.txt").write_text("b.jpg\t0\n")
+    with pytest.raises(DataError, match=r"train_map\.txt, line 1: .*found 'b\.jpg"):
+        registry.open_source(data, "train")
+    (tmp_path / "train_map.txt").unlink()
+    with pytest.raises(DataError, match=r"train_map\.txt does not exist"):
+        registry.open_source(data, "train")
+
+
+def test_zip64(tmp_path):
+    """Offsets and sizes in zip64 fields, of which Swin's files need them."""
+    path = tmp_path / "train.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in ("a.jpg", "b.jpg"):
+            with archive.open(name, "w", force_zip64=True) as file:
+                file.write(name.encode() * 3)
+    (tmp_path / "train_map.txt").write_text("b.jpg\t1\ntrain.zip@/a.jpg\t0\n")
+    data = folder_config(tmp_path, data__name="zip").data
+    source = registry.open_source(data, "train")
+    assert [source.sample(i)["image"] for i in range(2)] == [b"b.jpg" * 3, b"a.jpg" * 3]
+    assert source.labels.tolist() == [1, 0]

@@ -1,0 +1,226 @@
+"""Selection of a folder's images: fraction, groups, slices, exclusions, levels."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import recipes
+
+from hivit_jax.data.sources import registry, splits
+from hivit_jax.errors import ConfigError, DataError
+
+pytestmark = pytest.mark.usefixtures("user_cache")
+DATA = {
+    "name": "folder",
+    "train_split": "",
+    "eval_split": "",
+    "train_examples": 0,
+    "subset": 0,
+}
+
+
+@pytest.fixture
+def root(tmp_path):
+    """Three classes of 40, 2 and 1 images below the root itself."""
+    root = tmp_path / "data"
+    for name, count in (("brick", 40), ("cat", 2), ("lone", 1)):
+        (root / name).mkdir(parents=True)
+        for k in range(count):
+            (root / name / f"s{k // 4}_{k:02}.png").write_text(f"{name}{k}")
+    return root
+
+
+def opened(root, split, **keys):
+    registry._open.cache_clear()
+    return registry.open_source(DATA | {"dir": str(root)} | keys, split)
+
+
+def paths(root, split, **keys):
+    """Return the relative paths of a split, and check content, label and length."""
+    source = opened(root, split, **keys)
+    names = [source.name(i) for i in range(len(source))]
+    for i, name in enumerate(names):
+        encoded, label = recipes.sample(source, i)
+        with open(name) as file:
+            assert encoded.decode() == file.read()
+        if source.labeled:
+            class_name = name.removeprefix(f"{source._source.root}/").rpartition("/")[0]
+            assert source.classes[label] == class_name
+            assert source.labels[i] == label
+    return [name.removeprefix(f"{root}/") for name in names]
+
+
+def test_fraction(root):
+    """Both sides together are all images; the choice depends on the path alone."""
+    train = paths(root, "train", eval_fraction=0.25)
+    held_out = paths(root, "test", eval_fraction=0.25)
+    assert sorted(train + held_out) == sorted(
+        p.relative_to(root).as_posix() for p in root.glob("*/*")
+    )
+    assert train == sorted(train)
+    counts = Counter(path.split("/")[0] for path in held_out)
+    assert counts == {"brick": 13, "cat": 1}
+    assert opened(root, "test", eval_fraction=0.25).classes == ["brick", "cat", "lone"]
+    assert held_out[:3] == FROZEN
+
+
+# Saved runs depend on it.
+FROZEN = [f"brick/{name}.png" for name in ("s0_00", "s0_03", "s1_04")]
+
+
+def test_fraction_is_stable(root):
+    """New and removed files change the side of no other file of their class."""
+    before = set(paths(root, "test", eval_fraction=0.25))
+    (root / "brick" / "zz.png").write_text("new")
+    (root / "brick" / "s0_00.png").unlink()
+    after = set(paths(root, "test", eval_fraction=0.25))
+    assert before - after <= {"brick/s0_00.png"}
+    assert after - before <= {"brick/zz.png"}
+    more = set(paths(root, "test", eval_fraction=0.5))
+    assert after < more
+
+
+@pytest.mark.parametrize("fraction", [1e-6, 0.3, 0.999])
+def test_every_class_is_on_both_sides(root, fraction):
+    train = paths(root, "train", eval_fraction=fraction)
+    held_out = paths(root, "test", eval_fraction=fraction)
+    assert {path.split("/")[0] for path in train} == {"brick", "cat", "lone"}
+    assert {path.split("/")[0] for path in held_out} == {"brick", "cat"}
+
+
+@pytest.mark.parametrize("fraction", [1e-6, 0.3, 0.999])
+def test_groups_stay_together(root, fraction):
+    """Scenes s0, s1, ... are on one side, over all classes."""
+    options = dict(eval_fraction=fraction, eval_group=r"/(s\d+)_")
+    train, held_out = (paths(root, split, **options) for split in ("train", "test"))
+    scenes = [{p.split("/")[1][:2] for p in part} for part in (train, held_out)]
+    assert not scenes[0] & scenes[1]
+    assert len(train) + len(held_out) == 43
+    assert {path.split("/")[0] for path in train} == {"brick", "cat", "lone"}
+    assert {path.split("/")[0] for path in held_out} == {"brick"}
+
+
+def test_groups_of_several_classes():
+    """A group is held out only if each of its classes keeps another one."""
+    groups = [*"aabbcc"]
+    for fraction in (1e-9, 1 - 1e-9):
+        mask = splits.hold_out(groups, np.array([0, 1, 0, 1, 0, 1]), fraction)
+        assert 0 < mask.sum() < 6
+        assert (mask[::2] == mask[1::2]).all()
+    assert not splits.hold_out([*"aab"], np.array([0, 1, 1]), 1e-9)[:2].any()
+    assert splits.hold_out([], np.zeros(0, np.int64), 0.5).shape == (0,)
+
+
+def test_slices(root):
+    """Slices of each class are disjoint, and do not follow the order of the names."""
+    parts = [
+        paths(root, "train", train_split=f"[{text}]", eval_split=".")
+        for text in (":50%", "50%:75%", "-25%:")
+    ]
+    assert [len(part) for part in parts] == [21, 12, 10]
+    assert len(set().union(*parts)) == 43
+    assert parts[0] != sorted(p for part in parts for p in part)[:21]
+    evaluated = paths(root, "test", train_split="[:50%]", eval_split=".[75%:]")
+    assert evaluated == parts[2]
+
+
+def test_slices_of_a_directory(root):
+    (root / "photos").mkdir()
+    for name in ("brick", "cat", "lone"):
+        (root / name).rename(root / "photos" / name)
+    train = paths(root, "train", train_split="photos[:80%]")
+    assert len(train) == 32 + 2 + 1
+    assert (
+        len(paths(root, "test", eval_split="photos[80%:]", train_split="photos")) == 8
+    )
+    assert len(paths(root, "test", eval_fraction=0.25, train_split="photos")) == 14
+
+
+@pytest.mark.parametrize("text", ["train[:10]", "[50%:20%]", "x[:200%]", "x[a]"])
+def test_bad_slices(root, text):
+    with pytest.raises(DataError, match=r"expected NAME or NAME\[A%:B%\]"):
+        opened(root, "train", train_split=text)
+
+
+def test_exclude(root, tmp_path_factory, monkeypatch):
+    """Paths as check_data writes them, and relative to the directory of images."""
+    file = tmp_path_factory.mktemp("lists") / "bad.txt"
+    strange = root / "brick" / "a\nb.png"
+    strange.write_text("brick")
+    monkeypatch.chdir(root)
+    lines = ["brick/s0_00.png", f"{root}/cat/s0_01.png", "./cat/s0_00.png", ""]
+    file.write_text("\n".join([*lines, f"{root}/brick/a\\nb.png", "elsewhere.png"]))
+    source = opened(root, "train", train_split=".", exclude=str(file))
+    assert len(source) == 40
+    assert source.ignored_text() == "4 excluded by data.exclude"
+    options = dict(eval_fraction=0.3, exclude=str(file))
+    both = [opened(root, split, **options) for split in ("train", "test")]
+    assert sum(map(len, both)) == 40
+    with pytest.raises(ConfigError, match="data.exclude=nowhere: No such file"):
+        opened(root, "train", train_split=".", exclude="nowhere")
+
+
+def test_leaf_classes(root):
+    """Each directory that contains images is a class; the topmost ones by default."""
+    nested = root / "nested"
+    for name in ("train/animals/cat", "train/things/flower", "val/animals/cat"):
+        (nested / name).mkdir(parents=True)
+        (nested / name / "0.png").write_text("x")
+    (nested / "train" / "loose.png").touch()
+    (nested / "train" / "animals" / "wild.png").touch()
+    assert opened(nested, "train").classes == ["animals", "things"]
+    source = opened(nested, "train", class_level="leaf")
+    assert source.classes == ["animals", "animals/cat", "things/flower"]
+    assert source.labels.tolist() == [0, 1, 2]
+    assert source.loose == ["loose.png"]
+    assert source.ignored_text() == "1 outside the class directories"
+    test = opened(nested, "test", class_level="leaf")
+    assert (test.classes, test.labels.tolist()) == (source.classes, [1])
+
+
+def test_images_without_labels(root):
+    """A directory that contains only images, or any directory on request."""
+    source = opened(root / "brick", "train", eval_split="none")
+    assert (len(source), source.classes, source.labeled) == (40, (), False)
+    assert recipes.sample(source, 3) == (b"brick3", 0)
+    assert source.name(0) == f"{root}/brick/s0_00.png"
+    (root / "brick" / "below" / "deeper").mkdir(parents=True)
+    (root / "brick" / "below" / "deeper" / "x.png").touch()
+    source = opened(root, "train", eval_split="none", class_level="none")
+    assert (len(source), source.labeled) == (44, False)
+    assert source.labels.tolist() == [0] * 44
+    assert len(paths(root, "test", eval_fraction=0.25, class_level="none")) == 14
+    (root / "train").mkdir()
+    (root / "train" / "x.png").touch()
+    assert len(opened(root, "train", eval_split="none")) == 1
+    with pytest.raises(ConfigError, match="the config has no evaluation images"):
+        opened(root, "test", eval_split="none")
+
+
+def test_arrays_are_images_where_there_are_no_others(root):
+    (root / "brick" / "features.npy").touch()
+    assert len(opened(root, "train", eval_split="none")) == 43
+    for path in root.glob("*/*.png"):
+        path.rename(path.with_suffix(".npy"))
+    assert len(opened(root, "train", eval_split="none")) == 44
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"eval_fraction": 0.1, "eval_split": "val"}, "expected only one of them"),
+        ({"eval_group": "(a)"}, "no effect with data.eval_fraction=0"),
+        ({"eval_group": "a", "eval_fraction": 0.1}, "expected a group in parentheses"),
+        ({"eval_group": "(", "eval_fraction": 0.1}, "expected a regular expression"),
+        ({"name": "digits", "eval_fraction": 0.1}, "no effect with data.name='digits'"),
+        ({"name": "mnist", "class_level": "leaf"}, "class_level='leaf' has no effect"),
+    ],
+)
+def test_contradictions(root, keys, message):
+    with pytest.raises(ConfigError, match=message):
+        opened(root, "train", **keys)
+
+
+def test_pattern_that_matches_nothing(root):
+    with pytest.raises(DataError, match="none of 43 paths, such as brick/s0"):
+        opened(root, "train", eval_fraction=0.1, eval_group="(patient)")

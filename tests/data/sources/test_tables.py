@@ -1,0 +1,136 @@
+"""Source of CSV files and lists of paths."""
+
+import pytest
+import recipes
+
+from hivit_jax.data.sources import registry
+from hivit_jax.errors import ConfigError, DataError
+
+DATA = {
+    "name": "csv",
+    "train_split": "",
+    "eval_split": "",
+    "train_examples": 0,
+    "subset": 0,
+}
+NAMES = ("a/0.png", "b/0.png", "b/1 2.png", "c/0.png")
+
+
+@pytest.fixture
+def root(tmp_path):
+    for name in NAMES:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    return tmp_path
+
+
+def opened(file, split="train", **keys):
+    registry._open.cache_clear()
+    return registry.open_source(DATA | {"dir": str(file)} | keys, split)
+
+
+def listed(source):
+    return [
+        (s[0].decode(), s[1])
+        for s in map(lambda i: recipes.sample(source, i), range(len(source)))
+    ]
+
+
+def write(root, *lines, name="list.csv"):
+    (root / name).write_text("\n".join(lines) + "\n")
+    return root / name
+
+
+@pytest.mark.parametrize("separator", [",", "\t", ";"])
+def test_names(root, separator):
+    lines = [
+        "id,File_Name,class",
+        "7,a/0.png,dog",
+        "8,b/1 2.png,cat",
+        "",
+        "9,c/0.png,dog",
+    ]
+    file = write(root, *(line.replace(",", separator) for line in lines))
+    source = opened(file, eval_split="none")
+    assert source.classes == ["cat", "dog"]
+    assert listed(source) == [("a/0.png", 1), ("b/1 2.png", 0), ("c/0.png", 1)]
+    assert source.name(1) == f"{root}/b/1 2.png"
+
+
+def test_numbers(root):
+    """Labels are used as they are; classes in between may be empty."""
+    file = write(root, "path,label", f"{root}/a/0.png,3", "b/0.png,1")
+    source = opened(file, eval_split="none")
+    assert source.classes == [*"0123"]
+    assert listed(source) == [("a/0.png", 3), ("b/0.png", 1)]
+
+
+def test_column_of_splits(root):
+    """It takes precedence over `eval_fraction`; splits may have other names."""
+    rows = ["a/0.png,x,train", "b/0.png,y,val", "b/1 2.png,y,test", "c/0.png,z,train"]
+    file = write(root, "path,label,split", *rows)
+    for keys in ({}, {"eval_fraction": 0.999}):
+        train, test = (opened(file, split, **keys) for split in ("train", "test"))
+        assert listed(train) == [("a/0.png", 0), ("c/0.png", 2)]
+        assert listed(test) == [("b/0.png", 1)]
+        assert test.classes == [*"xyz"]
+        assert test.ignored_text() == "2 of split 'train', 1 of split 'test'"
+    assert listed(opened(file, "test", eval_split="test")) == [("b/1 2.png", 1)]
+    with pytest.raises(DataError, match="with the split extra; found test, train, val"):
+        opened(file, "test", eval_split="extra")
+
+
+def test_fraction_and_exclusion(root):
+    file = write(root, "path,label", *(f"{name},{name[0]}" for name in NAMES))
+    sides = [listed(opened(file, s, eval_fraction=0.5)) for s in ("train", "test")]
+    assert sorted(sides[0] + sides[1]) == [(n, "abc".index(n[0])) for n in NAMES]
+    assert [label for _, label in sides[1]] == [1]
+    bad = write(root, "b/0.png", f"{root}/c/0.png", name="bad.txt")
+    assert len(opened(file, eval_split="none", exclude=str(bad))) == 2
+
+
+def test_two_files(root):
+    """Labels of the evaluation follow the classes of training."""
+    write(root, "path,label", "a/0.png,x", "b/0.png,y", name="train.csv")
+    write(root, "path,label", "c/0.png,y", name="val.csv")
+    assert listed(opened(root, "test")) == [("c/0.png", 1)]
+    write(root, "path,label", "c/0.png,w", name="other.csv")
+    with pytest.raises(DataError, match="c/0.png has the label 'w'; expected one of"):
+        opened(root, "test", eval_split="other.csv")
+    with pytest.raises(DataError, match="no.csv: expected a CSV file or a list"):
+        opened(root, "test", eval_split="no.csv")
+
+
+def test_lists(root):
+    file = write(root, "a/0.png 1", "b/1 2.png   0", name="train.txt")
+    assert listed(opened(file, eval_split="none")) == [("a/0.png", 1), ("b/1 2.png", 0)]
+    file = write(root, *NAMES, name="unlabelled.txt")
+    source = opened(file, eval_split="none")
+    assert (source.labeled, source.classes, len(source)) == (False, (), 4)
+    file = write(root, "path", *NAMES)
+    assert not opened(file, eval_split="none").labeled
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["name,label", "a/0.png,1"], "one of the columns path, .* found name, label"),
+        (["path,label", "a/0.png"], "expected 2 columns, found 1 in row 2"),
+        (["path,label", "a/0.png,"], "row 1 has no label"),
+        (["path,label"], "expected at least one image, found none"),
+        ([], "expected a header .* found nothing"),
+    ],
+)
+def test_bad_files(root, lines, message):
+    with pytest.raises(DataError, match=message):
+        opened(write(root, *lines), eval_split="none")
+
+
+def test_no_evaluation_images(root):
+    file = write(root, "path,label", "a/0.png,1")
+    with pytest.raises(
+        DataError, match="has no column 'split'; set data.eval_fraction"
+    ):
+        opened(file, "test")
+    with pytest.raises(ConfigError, match="class_level='leaf' has no effect"):
+        opened(file, class_level="leaf")

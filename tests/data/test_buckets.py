@@ -1,0 +1,265 @@
+"""Batches of datasets in a bucket equal those of local files."""
+
+import os
+import shutil
+import struct
+import threading
+
+import pytest
+from buckets import serve
+from datasets import assert_batches_equal, folder_config
+from prepared import prepare
+
+from hivit_jax import inputs
+from hivit_jax.data.shard_cache import ShardCache
+from hivit_jax.data.sources import registry
+from hivit_jax.data.sources.tfds import OPENERS, Tfds
+from hivit_jax.data.storage import StorageError
+from hivit_jax.errors import ConfigError, LocalDataError
+
+pytestmark = [pytest.mark.usefixtures("user_cache"), pytest.mark.slow]
+VERSION = "stripes/1.0.0"
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """Format -> data directory of a small dataset."""
+    root = tmp_path_factory.mktemp("prepared")
+    for file_format in ("tfrecord", "array_record"):
+        prepare(root / file_format, file_format)
+    return root
+
+
+@pytest.fixture
+def bucket(prepared, tmp_path):
+    """Server of a copy of the data; directories are those of `prepared`."""
+    root = tmp_path / "objects"
+    shutil.copytree(prepared, root)
+    with serve(root) as server:
+        yield server
+
+
+def config(directory, **overrides):
+    return folder_config(directory, data__name="stripes", **overrides)
+
+
+def batches(cfg):
+    """Return training batches over an epoch and the evaluation's."""
+    registry._open.cache_clear()
+    OPENERS["array_record"].cache_clear()
+    return [*inputs.train_batches(cfg, 0, 4), *inputs.eval_batches(cfg)]
+
+
+def test_tfrecords(bucket, prepared):
+    """Each record is read once, the index is made once and saved beside the files."""
+    expected = batches(config(prepared / "tfrecord"))
+    cfg = config("gs://bucket/tfrecord")
+    assert_batches_equal(batches(cfg), expected)
+    assert len(list(bucket.root.glob(f"tfrecord/{VERSION}/*.npz"))) == 2
+    bucket.requests.clear()
+    bucket.failures, bucket.truncated = [503, 429, 500], 2
+    assert_batches_equal(batches(cfg), expected)
+    assert bucket.reads("-of-") <= 4 * 8 + 6 + 5
+    assert_batches_equal(batches(config("s3://bucket/tfrecord")), expected)
+
+
+def test_reads_start_when_a_batch_is_planned(bucket):
+    """One thread has several reads in flight."""
+    cfg = config("gs://bucket/tfrecord", batch_size=24, data__workers=1)
+    registry.open_source(cfg.data, "train")
+    counts, lock = [0], threading.Lock()
+
+    def answering(change):
+        with lock:
+            counts.append(counts[-1] + change)
+
+    bucket.answering, bucket.delay = answering, 0.05
+    list(inputs.train_batches(cfg, 0, 1))
+    assert max(counts) >= 3
+
+
+def test_index_without_permission_to_write(bucket, prepared, user_cache):
+    bucket.read_only = True
+    expected = batches(config(prepared / "tfrecord"))
+    for _ in range(2):
+        assert_batches_equal(batches(config("gs://bucket/tfrecord")), expected)
+        assert len(list(user_cache.glob("hivit_jax/hivit_jax_index_*.npz"))) == 2
+        assert not list(bucket.root.glob(f"tfrecord/{VERSION}/*.npz"))
+        (header_reads, bucket.requests[:]) = (len(bucket.requests), ())
+    assert header_reads < 60
+
+
+def test_slice_of_a_split(bucket, prepared):
+    for part in ("train[5:-3]", "validation[:50%]"):
+        local = Tfds("stripes", str(prepared / "tfrecord"), part)
+        remote = Tfds("stripes", "gs://bucket/tfrecord", part)
+        assert len(local) == len(remote)
+        for i in range(len(local)):
+            assert local.sample(i) == remote.sample(i)
+            assert local.name(i) == remote.name(i)
+
+
+def test_array_records(bucket, prepared):
+    expected = batches(config(prepared / "array_record"))
+    cfg = config("gs://bucket/array_record")
+    assert_batches_equal(batches(cfg), expected)
+    bucket.statuses = {"stripes-train": 403}
+    with pytest.raises(StorageError, match=r"cannot access gs://.*\n.*data\.cache=DIR"):
+        batches(cfg)
+
+
+def test_class_folders(folder):
+    expected = batches(folder_config(folder))
+    with serve(folder) as server:
+        cfg = folder_config("gs://bucket")
+        assert_batches_equal(batches(cfg), expected)
+        source = registry.open_source(cfg.data, "train")
+        assert source.ignored == {}
+        assert source.name(0).startswith("gs://bucket/train/")
+        assert source.size(0) == (48, 64)
+        server.statuses = {"train/": 403}
+        with pytest.raises(StorageError, match="HTTP status 403"):
+            batches(cfg)
+    with pytest.raises(ConfigError, match="expected '': only shards"):
+        registry.open_source({**cfg.data, "cache": "copies"}, "train")
+
+
+def test_order_and_ignored_files_of_class_folders(tmp_path):
+    """As of local directories."""
+    names = ("train/b/x.png", "train/b/a/z.jpg", "train/b-/y.JPG", "train/a/1.png")
+    names += ("train/a/.hidden/2.png", "train/a/notes.txt", "train/README")
+    for name in (*names, "val/a/ä.png"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name)
+    for split in ("train", "val"):
+        data = folder_config(tmp_path, data__eval_split="val").data
+        local = registry.open_source(data, "train" if split == "train" else "test")
+        with serve(tmp_path):
+            data = folder_config("gs://bucket", data__eval_split="val").data
+            remote = registry.open_source(data, "train" if split == "train" else "test")
+            assert remote.classes == local.classes == ["a", "b", "b-"]
+            assert remote.ignored == local.ignored
+            assert len(remote) == len(local)
+            for i in range(len(remote)):
+                assert remote.sample(i) == local.sample(i)
+
+
+@pytest.mark.parametrize("level", ["top", "leaf", "none"])
+def test_numpy_arrays_in_class_folders(level, tmp_path):
+    """They are images if there are no others, as in local directories."""
+    for name in ("a/1.npy", "b/2.npy", "b/notes.txt"):
+        for split in ("train", "val"):
+            path = tmp_path / split / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(name)
+    options = dict(data__eval_split="val", data__class_level=level)
+    local = registry.open_source(folder_config(tmp_path, **options).data, "train")
+    with serve(tmp_path):
+        data = folder_config("gs://bucket", **options).data
+        remote = registry.open_source(data, "train")
+        assert len(remote) == len(local) == 2
+        assert [*remote.classes] == [*local.classes]
+        assert remote.ignored == local.ignored == {".txt": 1}
+        assert [remote.sample(i) for i in (0, 1)] == [local.sample(i) for i in (0, 1)]
+
+
+def test_errors_of_a_bucket_are_not_unreadable_images(bucket):
+    """They end the run although all images may be unreadable."""
+    cfg = config("gs://bucket/tfrecord", data__max_unreadable=1.0)
+    batches(cfg)
+    shard = f"{VERSION}/stripes-train.tfrecord-00001-of-00004"
+    for status, text in ((403, "HTTP status 403"), (503, "HTTP status 503")):
+        bucket.statuses = {shard: status}
+        with pytest.raises(LocalDataError, match=f"gs://.*{shard}: {text}"):
+            batches(cfg)
+    bucket.statuses, bucket.truncated = {}, 10**6
+    with pytest.raises(LocalDataError, match="cannot access"):
+        batches(cfg)
+    bucket.truncated = 0
+    (bucket.root / "tfrecord" / shard).unlink()
+    with pytest.raises(LocalDataError, match=rf"{shard} does not exist \(HTTP .*404"):
+        batches(cfg)
+
+
+def test_damaged_record(bucket):
+    """A record that is there but damaged is an unreadable image."""
+    cfg = config("gs://bucket/tfrecord")
+    batches(cfg)
+    [path] = bucket.root.glob("tfrecord/stripes/1.0.0/*train*00002-of*")
+    data = bytearray(path.read_bytes())
+    data[:8] = struct.pack("<Q", 7)
+    path.write_bytes(data)
+    found = batches(cfg)[:3]
+    assert sum(batch["unreadable"].sum() for batch in found) == 1
+
+
+@pytest.mark.parametrize("file_format", ["tfrecord", "array_record"])
+def test_copies_are_read(bucket, prepared, tmp_path, file_format, capfd):
+    """With data.cache, every shard is read once, and afterwards never again."""
+    expected = batches(config(prepared / file_format))
+    cfg = config(f"gs://bucket/{file_format}", data__cache=tmp_path / "cache")
+    assert_batches_equal(batches(cfg), expected)
+    err = capfd.readouterr().err
+    assert f"data.cache={tmp_path}/cache: 4 files of 0.0 GB are needed, 0 are" in err
+    source = registry.open_source(cfg.data, "train")
+    for i in range(len(source)):
+        source._cache.fetch(source._paths[source._file_indices[i]])
+    copies = tmp_path / "cache/gs/bucket" / file_format / VERSION
+    for path in (bucket.root / file_format / VERSION).glob("*-train*"):
+        assert (copies / path.name).read_bytes() == path.read_bytes()
+    registry.open_source(cfg.data, "test")._cache.stop()
+    bucket.statuses = {"-train.": 403}
+    assert_batches_equal(batches(cfg)[:4], expected[:4])
+    registry.open_source(cfg.data, "test")._cache.stop()
+    assert "4 are present" in capfd.readouterr().err
+
+
+def shard(bucket):
+    """Return the address and the path of a shard."""
+    [path] = bucket.root.glob("tfrecord/stripes/1.0.0/*train*00002-of*")
+    return f"gs://bucket/{path.relative_to(bucket.root)}", path
+
+
+def test_partial_copy_is_never_read(bucket, tmp_path):
+    address, path = shard(bucket)
+    cache = ShardCache(str(tmp_path / "cache"))
+    part = cache.target(address).with_name(f"{path.name}.part")
+    part.parent.mkdir(parents=True)
+    part.write_bytes(b"longer than the object" * 10_000)  # of a killed process
+    bucket.statuses = {path.name: 503}
+    assert cache.fetch(address) == address
+    bucket.statuses = {}
+    copy = cache.fetch(address)
+    assert copy == str(cache.target(address))
+    with open(copy, "rb") as file:
+        assert file.read() == path.read_bytes()
+    assert [*part.parent.iterdir()] == [cache.target(address)]
+
+
+def test_processes_share_copies(bucket, tmp_path):
+    """Four caches in one directory copy a file once."""
+    address, path = shard(bucket)
+    caches = [ShardCache(str(tmp_path / "cache")) for _ in range(4)]
+    bucket.delay = 0.05
+    threads = [threading.Thread(target=each.fetch, args=(address,)) for each in caches]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert bucket.reads(path.name) == 2  # a part, and the rest without its end
+    assert os.listdir(tmp_path / "cache/gs/bucket/tfrecord" / VERSION) == [path.name]
+    assert len({cache.locate(address) for cache in caches}) == 1
+
+
+def test_full_disk(bucket, prepared, tmp_path, monkeypatch, capfd):
+    """The remaining files are read in the bucket."""
+    expected = batches(config(prepared / "tfrecord"))
+
+    def fsync(_):
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    cfg = config("gs://bucket/tfrecord", data__cache=tmp_path / "cache")
+    assert_batches_equal(batches(cfg), expected)
+    assert "No space left on device; other files" in capfd.readouterr().err

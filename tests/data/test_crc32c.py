@@ -1,0 +1,35 @@
+"""CRC-32C and the checksums of tfrecord files."""
+
+import os
+
+import pytest
+
+from hivit_jax.data import crc32c, tfrecord
+
+
+def test_published_values():
+    """Of RFC 3720, section B.4."""
+    compute = crc32c.numpy_crc32c
+    assert compute(bytes(32)) == 0x8A9136AA
+    assert compute(b"\xff" * 32) == 0x62A8AB43
+    assert compute(bytes(range(32))) == 0x46DD794E
+    assert compute(b"123456789") == 0xE3069283
+
+
+@pytest.mark.parametrize("length", [0, 1, 3, 4, 63, 64, 65, 1023, 5000])
+def test_any_length(length):
+    """Equal to a computation byte by byte."""
+    data = os.urandom(length)
+    assert crc32c.numpy_crc32c(data) == crc32c._bytewise(data)
+
+
+def test_record_of_tensorflow():
+    """The checksums are those that TensorFlow wrote for this record."""
+    record = bytes.fromhex("0300000000000000b099490e6162636e57f121")
+    tfrecord.verify(record)
+    assert tfrecord.unpack(record) == b"abc"
+    for position, part in ((0, "length"), (9, "length"), (13, "data"), (16, "data")):
+        damaged = bytearray(record)
+        damaged[position] ^= 1
+        with pytest.raises(tfrecord.DamagedRecord, match=part):
+            tfrecord.verify(bytes(damaged))

@@ -1,0 +1,328 @@
+"""Decoding to 8 or 16 bits or floats with any number of channels, and resizing."""
+
+import io
+
+import numpy as np
+import pytest
+import tifffile
+from datasets import encode, folder_config, noise_image
+from numpy.testing import assert_array_equal
+from PIL import Image
+
+from hivit_jax import inputs
+from hivit_jax.augment import resample
+from hivit_jax.data import crops, decoding
+from hivit_jax.data.crops import Box, Crop
+from hivit_jax.data.rasters import decode
+from hivit_jax.data.transforms import ImageTransform
+from hivit_jax.errors import ConfigError, DataError
+from hivit_jax.tasks import defaults
+
+NOISE = np.random.RandomState(0).randint(0, 65536, (18, 16, 5)).astype(np.uint16)
+
+
+def npy(array):
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
+
+
+def tiff(array, **options):
+    buffer = io.BytesIO()
+    tifffile.imwrite(buffer, array, **options)
+    return buffer.getvalue()
+
+
+def color_tiff(**options):
+    return tiff(NOISE[..., :3], photometric="rgb", **options)
+
+
+# Kind of file -> (content, its values).
+KINDS = {
+    "npy": (npy(NOISE), NOISE),
+    "npy, big-endian": (npy(NOISE.astype(">u2")), NOISE),
+    "npy, Fortran order": (npy(np.asfortranarray(NOISE)), NOISE),
+    "npy, channels first": (npy(np.moveaxis(NOISE, -1, 0)), NOISE),
+    "tiff": (tiff(NOISE, photometric="minisblack", planarconfig="contig"), NOISE),
+    "tiff, planes": (
+        tiff(
+            np.ascontiguousarray(np.moveaxis(NOISE, -1, 0)),
+            photometric="minisblack",
+            planarconfig="separate",
+        ),
+        NOISE,
+    ),
+    "tiff, deflate": (
+        tiff(NOISE, photometric="minisblack", planarconfig="contig", compression=8),
+        NOISE,
+    ),
+    "tiff, pages": (
+        tiff(np.ascontiguousarray(np.moveaxis(NOISE, -1, 0)), photometric="minisblack"),
+        NOISE,
+    ),
+    "tiff, color": (color_tiff(), NOISE[..., :3]),
+    "tiff, big-endian": (color_tiff(byteorder=">"), NOISE[..., :3]),
+    "tiff, gray": (tiff(NOISE[..., 0]), NOISE[..., :1]),
+    "tiff, white is 0": (
+        tiff(NOISE[..., 0], photometric="miniswhite"),
+        65535 - NOISE[..., :1],
+    ),
+    "png, gray": (encode(NOISE[..., 0], "PNG"), NOISE[..., :1]),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_16_bits(kind):
+    """uint16 and float32 keep all bits; uint8 divides by 257 and rounds."""
+    encoded, values = KINDS[kind]
+    channels = values.shape[-1]
+    for dtype in ("uint16", "float32"):
+        found = decode(encoded, channels, dtype=dtype)
+        assert found.dtype == dtype
+        assert_array_equal(found, values)
+    reduced = decode(encoded, channels)
+    assert reduced.dtype == np.uint8
+    assert_array_equal(reduced, np.rint(values / 257))
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 7])
+def test_8_bits(channels):
+    values = noise_image(18, 16, channels)
+    kind = dict(photometric="minisblack", planarconfig="contig")
+    stored = tiff(values, **kind) if channels > 1 else tiff(values[..., 0])
+    for encoded in (npy(values), stored):
+        assert_array_equal(decode(encoded, channels), values)
+        assert_array_equal(decode(encoded, channels, dtype="float32"), values)
+        wide = decode(encoded, channels, dtype="uint16")
+        assert wide.dtype == np.uint16
+        assert_array_equal(wide, values * np.uint16(257))
+
+
+def test_alpha_is_a_channel_on_request():
+    values = noise_image(18, 16, 4)
+    encoded = encode(values, "PNG")
+    assert_array_equal(decode(encoded, 4), values)
+    assert_array_equal(decode(encoded, 3), values[..., :3])
+    assert_array_equal(decode(encoded, 3, dtype="float32"), values[..., :3])
+    gray = encode(Image.fromarray(values[..., :2], "LA"), "PNG")
+    assert_array_equal(decode(gray, 2), values[..., :2])
+    assert_array_equal(decode(gray, 1, dtype="uint16") // 257, values[..., :1])
+
+
+def test_gray_and_color():
+    gray = decode(KINDS["png, gray"][0], 3, dtype="uint16")
+    assert_array_equal(gray, np.repeat(NOISE[..., :1], 3, -1))
+    color = KINDS["tiff, color"][0]
+    expected = NOISE[..., :3] @ np.array([0.299, 0.587, 0.114])
+    found = decode(color, 1, dtype="uint16")[..., 0]
+    assert np.abs(found - expected).max() < 0.501
+    jpeg = encode(noise_image(18, 16, 3), "JPEG")
+    expected = decoding.decode(jpeg, 3)
+    assert_array_equal(decode(jpeg, 3), expected)
+    assert_array_equal(decode(jpeg, 3, dtype="float32"), expected)
+
+
+def test_floats():
+    values = (NOISE / 100 - 300).astype(np.float32)
+    encoded = npy(values)
+    assert_array_equal(decode(encoded, 5, dtype="float32"), values)
+    assert_array_equal(decode(npy(values.astype("f8")), 5, dtype="float32"), values)
+    integers = npy(NOISE.astype(np.int32) - 9)
+    assert_array_equal(decode(integers, 5, dtype="float32"), NOISE - 9.0)
+    expected = np.rint((values.astype(float) + 300) / 400 * 255).clip(0, 255)
+    assert_array_equal(decode(encoded, 5, (-300, 100)), expected)
+    with pytest.raises(DataError, match="found float32 from .*; set data.dtype="):
+        decode(encoded, 5, dtype="uint16")
+    with pytest.raises(DataError, match="data.value_range"):
+        decode(encoded, 5)
+    values[0, 0, 0] = np.nan
+    with pytest.raises(ValueError, match="not finite"):
+        decode(npy(values), 5, dtype="float32")
+
+
+@pytest.mark.parametrize(
+    ("encoded", "error", "message"),
+    [
+        (KINDS["npy"][0], DataError, "expected 4 channels, found 5; set model.in_cha"),
+        (npy(np.zeros((2, 2, 2, 4))), ValueError, r"found \(2, 2, 2, 4\) of float64"),
+        (npy(np.array(["x"])), ValueError, "of numbers, found"),
+        (npy(NOISE)[:-9], ValueError, None),
+        (b"no image", OSError, "unknown image format"),
+        (KINDS["tiff"][0][:100], Exception, None),
+    ],
+)
+def test_unsuitable_files(encoded, error, message):
+    with pytest.raises(error, match=message):
+        decode(encoded, 4, dtype="uint16")
+
+
+# Resizing
+
+
+def exact_axis(pixels, span, size, axis, radius, antialias=True):
+    """Resize one axis in float64, written anew from the definition of the filters."""
+    start, length, extent = span
+    scale = length / size
+    stretch = max(scale, 1.0) if antialias else 1.0
+    rows = []
+    for i in range(size):
+        center = start + (i + 0.5) * scale
+        x = np.abs(np.arange(extent) + 0.5 - center) / stretch
+        if radius == 1:
+            weights = np.maximum(1 - x, 0)
+        else:
+            near, far = 1.5 * x**3 - 2.5 * x**2 + 1, 4 - 8 * x + 5 * x**2 - x**3
+            weights = np.where(x < 1, near, np.where(x < 2, far / 2, 0))
+        rows.append(weights / weights.sum())
+    part = np.take(pixels, range(extent), axis).astype(np.float64)
+    return np.moveaxis(np.tensordot(np.array(rows), part, (1, axis)), 0, axis)
+
+
+CROPS = [
+    (Crop(Box(5, 3, 401, 307), Box(5, 3, 401, 307)), (64, 96)),
+    (crops.center_crop(470, 503, (448, 416), 0.875), (448, 416)),
+    (crops.center_crop(470, 503, (64, 64), 0.7), (64, 64)),
+    (Crop(Box(0, 0, 40, 30), Box(0, 0, 40, 30)), (224, 200)),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("antialias", [True, False])
+@pytest.mark.parametrize("dtype", ["uint16", "float32"])
+def test_resize_is_exact(dtype, interpolation, antialias):
+    """Device and host are within 1/65535 of the range of a float64 reference.
+
+    The image has edges of the whole range, where errors of positions matter most.
+    """
+    rows = np.random.RandomState(1).randint(0, 2, (503, 503, 2)) * 65535
+    pixels, options = rows[:470].astype(dtype), (interpolation, antialias)
+    for crop, size in CROPS:
+        canvas = np.zeros((512, 512, 2), dtype)
+        box = crops.paste_crop(pixels, crop, canvas, size, *options)
+        expected = canvas
+        for axis, radius in ((1, None), (0, None)):
+            radius = resample.FILTER_RADIUS[interpolation]
+            span = box[axis]
+            expected = exact_axis(expected, span, size[axis], axis, radius, antialias)
+        if dtype == "uint16":
+            expected = expected.clip(0, 65535)
+        spans = np.float32([[*map(resample.precise_span, box, size)]])
+        device = np.asarray(resample.resample(canvas[None], spans, size, *options))[0]
+        assert device.dtype == np.float32
+        assert np.abs(device - expected).max() < 0.25  # float32; 1 would be allowed
+        host = np.zeros((*size, 2), dtype)
+        crops.paste_crop(pixels, crop, host, size, *options)
+        assert np.abs(host - expected).max() < (0.75 if dtype == "uint16" else 0.25)
+
+
+def test_channels_are_resized_alike():
+    """Four channels of 8 bits equal four grayscale images; alpha is not multiplied."""
+    pixels = noise_image(60, 50, 4)
+    box = (2.5, 40, 60), (0, 50, 50)
+    for antialias in (True, False):
+        options = (24, 20), "bicubic", antialias
+        found = crops.resize(pixels, box, *options)
+        assert found.dtype == np.uint8
+        for k in range(4):
+            one = crops.resize(pixels[..., k : k + 1], box, *options)
+            assert_array_equal(found[..., k : k + 1], one)
+
+
+# Configs
+
+
+@pytest.fixture
+def tiles(tmp_path, user_cache):
+    """Eight 4-band tiles of 16 bits in each split."""
+    values = np.random.RandomState(0).randint(0, 10000, (16, 30, 26, 4))
+    for k, tile in enumerate(values.astype(np.uint16)):
+        path = tmp_path / ("train" if k < 8 else "val") / f"c{k % 2}" / f"{k}.tif"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        options = dict(photometric="minisblack", planarconfig="contig")
+        path.write_bytes(tiff(tile, **options))
+    return tmp_path, values
+
+
+FOUR = dict(
+    model__in_channels=4,
+    model__image_size=16,
+    data__mean=(0.1, 0.2, 0.3, 0.4),
+    data__std=(0.5,) * 4,
+)
+
+
+@pytest.mark.slow
+def test_dtypes_reach_the_batches(tiles):
+    """Center crops of 16x16 without resizing, normalized by the scale."""
+    root, values = tiles
+    options = FOUR | dict(data__crop_pct=1.0, data__canvas=32)
+    expected, means, on_host = {}, np.array(FOUR["data__mean"]), {"data__canvas": 0}
+    for dtype, scale, white in (
+        ("uint8", 0, 65535),
+        ("uint16", 0, 65535),
+        ("uint16", 10000, 10000),
+        ("float32", 10000, 10000),
+    ):
+        keys = options | dict(data__dtype=dtype, data__scale=scale)
+        config = folder_config(root, **keys)
+        task = inputs.make_task(config)
+        batch = next(inputs.eval_batches(config))
+        assert batch["image"].dtype == dtype
+        found = np.asarray(task.preprocess(batch))
+        assert found.shape == (8, 16, 16, 4)
+        found = (found * 0.5 + means) * white
+        other = expected.setdefault(white, found)
+        reduced = dtype == "uint8"
+        assert np.abs(found - other).max() < (400 if white == 65535 else 0.1)
+        host = next(inputs.eval_batches(folder_config(root, **keys | on_host)))
+        pixels = (np.asarray(task.preprocess(host)) * 0.5 + means) * white
+        assert np.abs(pixels - found).max() < (400 if reduced else 0.75)
+        notes = inputs.check_splits(config, task)
+        assert len(notes) == (2 if dtype == "uint8" else 0)
+    config = folder_config(root, **options)
+    assert (
+        "8 of 8 images tried of the train split have 16 bits"
+        in (inputs.check_splits(config, inputs.make_task(config))[0])
+    )
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (dict(dtype="float32"), "data.scale=0; expected data.scale"),
+        (
+            dict(dtype="uint16", value_range=(0, 9)),
+            r"value_range=\(0, 9\) with data.dty",
+        ),
+        (dict(dtype="uint16", randaugment=True), "randaugment=True with data.dtype"),
+        (dict(dtype="uint16", mean=(2.0,) * 3), "expected 0 to 1, because pixels are"),
+        (dict(dtype="int8"), "expected 'uint8' or 'uint16' or 'float32'"),
+    ],
+)
+def test_contradictions(keys, message):
+    with pytest.raises(ConfigError, match=message):
+        folder_config("x", **{f"data__{key}": value for key, value in keys.items()})
+
+
+def test_scale_of_saved_models():
+    data = folder_config("x", data__dtype="float32", data__scale=8.0).data
+    assert defaults.pixel_scale(data) == 8
+
+
+def test_random_crops_of_16_bits():
+    """A training transform fills a canvas of 16 bits."""
+    transform = ImageTransform(
+        batch_size=1,
+        size=(8, 8),
+        channels=5,
+        canvas=32,
+        crop_scale=(0.3, 1.0),
+        dtype="uint16",
+    )
+    shapes = transform.shapes[0]
+    out = {name: np.zeros(s.shape, s.dtype) for name, s in shapes.items()}
+    transform({"image": npy(NOISE)}, [0.4] * transform.draws, out)
+    assert out["box"].shape == (2, 5)
+    assert out["image"].dtype == np.uint16
+    assert np.isin(out["image"], [*NOISE.flat, 0]).all()

@@ -1,0 +1,131 @@
+"""Files in buckets: ranges, listing, copies, retries and errors."""
+
+import re
+
+import pytest
+from buckets import serve
+
+from hivit_jax.data import storage
+from hivit_jax.errors import ConfigError
+
+DATA = bytes(range(256)) * 40
+KEY = "data/a b ä.bin"
+
+
+@pytest.fixture
+def bucket(tmp_path):
+    path = tmp_path / "objects" / KEY
+    path.parent.mkdir(parents=True)
+    path.write_bytes(DATA)
+    with serve(tmp_path / "objects") as server:
+        yield server
+
+
+@pytest.fixture(params=["", "gs://bucket/", "s3://bucket/"])
+def root(request, bucket):
+    """A local directory and two buckets with the same files."""
+    return request.param or f"{bucket.root}/"
+
+
+def test_ranges(root):
+    path = f"{root}{KEY}"
+    assert storage.read(path)() == DATA
+    assert storage.read(path, 5, 15)() == DATA[5:15]
+    assert storage.read(path, 100)() == DATA[100:]
+    assert storage.read(path, -7)() == DATA[-7:]
+    assert storage.read(path, -len(DATA) - 7)() == DATA
+    assert storage.read_up_to(path, 5, 15) == DATA[5:20]
+    assert storage.read_up_to(path, len(DATA) - 5, 15) == DATA[-5:]
+    assert storage.read_up_to(path, len(DATA), 15) == b""
+    with pytest.raises((OSError, storage.StorageError), match="ends before|is shorter"):
+        storage.read(path, len(DATA) - 1, len(DATA) + 1)()
+    with pytest.raises((OSError, storage.StorageError), match="missing"):
+        storage.read(f"{root}missing", 0, 1)()
+
+
+def test_listing(root, bucket):
+    (bucket.root / "data/deeper").mkdir()
+    (bucket.root / "data/deeper/file").touch()
+    (bucket.root / "data2").mkdir()
+    (bucket.root / "data2/file").touch()
+    assert storage.list_files(f"{root}data") == ["a b ä.bin", "deeper/file"]
+    assert storage.list_files(f"{root}nowhere") == []
+
+
+@pytest.mark.parametrize("part", [len(DATA) // 4, 3000, 10**6])
+def test_copy(bucket, tmp_path, monkeypatch, part):
+    """Also of an object that ends with a part."""
+    monkeypatch.setattr(storage, "PART_BYTES", part)
+    with open(tmp_path / "copy", "wb") as file:
+        assert storage.copy(f"gs://bucket/{KEY}", file) == len(DATA)
+    assert (tmp_path / "copy").read_bytes() == DATA
+
+
+def test_object_is_replaced_during_a_copy(bucket, tmp_path, monkeypatch):
+    monkeypatch.setattr(storage, "PART_BYTES", 3000)
+
+    def replace():
+        bucket.generation += 1
+        return False
+
+    expected = "was replaced while it was copied"
+    with (
+        open(tmp_path / "copy", "wb") as file,
+        pytest.raises(storage.StorageError, match=expected),
+    ):
+        storage.copy(f"gs://bucket/{KEY}", file, replace)
+
+
+@pytest.mark.parametrize("scheme", ["gs", "s3"])
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_busy_server_is_asked_again(bucket, scheme, status):
+    bucket.failures = [status] * 2
+    assert storage.read(f"{scheme}://bucket/{KEY}", 5, 15)() == DATA[5:15]
+    assert bucket.reads(KEY) == 3
+
+
+@pytest.mark.parametrize("scheme", ["gs", "s3"])
+def test_truncated_answer_is_asked_again(bucket, scheme):
+    bucket.truncated = 2
+    assert storage.read(f"{scheme}://bucket/{KEY}", 5, 1500)() == DATA[5:1500]
+    assert bucket.reads(KEY) == 3
+    bucket.truncated = 100
+    with pytest.raises(storage.StorageError, match="partial file"):
+        storage.read(f"{scheme}://bucket/{KEY}", 5, 1500)()
+
+
+@pytest.mark.parametrize(
+    ("scheme", "status", "hint"),
+    [
+        ("gs", 401, "gcloud auth application-default login"),
+        ("gs", 403, "Storage Object Viewer"),
+        ("s3", 403, "AWS_PROFILE"),
+        ("gs", 503, "Check the network"),
+    ],
+)
+def test_errors_name_address_and_status(bucket, scheme, status, hint):
+    bucket.statuses = {KEY: status}
+    with pytest.raises(storage.StorageError) as error:
+        storage.read(f"{scheme}://bucket/{KEY}", 5, 15)()
+    assert error.value.exit_code == 4
+    access = rf"cannot access {scheme}://bucket/{KEY}: HTTP status {status} \("
+    assert re.match(rf"{access}.*\)\n.*{hint}", str(error.value))
+    assert str(error.value).count("\n") == 1
+
+
+def test_silent_server(bucket, monkeypatch):
+    bucket.delay = 1.0
+    monkeypatch.setattr(storage, "TIMEOUT", 0.01)
+    with pytest.raises(storage.StorageError, match="no answer within"):
+        storage.read(f"gs://bucket/{KEY}")()
+
+
+def test_writing(root, bucket):
+    storage.write(f"{root}new/file", b"data")
+    assert storage.read(f"{root}new/file")() == b"data"
+    assert bucket.keys() == [KEY, "new/file"]
+
+
+def test_unknown_scheme():
+    with pytest.raises(ConfigError, match=r"ftp://x/y: expected .* gs:// or s3://"):
+        storage.read("ftp://x/y")

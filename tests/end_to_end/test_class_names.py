@@ -1,0 +1,52 @@
+"""Class names from the dataset to a saved and an exported model."""
+
+import json
+
+import pytest
+import recipes
+from datasets import digits_config
+
+import hivit_jax
+from hivit_jax import config as configs
+from hivit_jax import inputs
+from hivit_jax.data.sources.base import DatasetInfo
+from hivit_jax.errors import ConfigError
+from hivit_jax.tasks import create
+from hivit_jax.tools import convert
+from hivit_jax.train import train
+
+DIGITS = tuple("0123456789")
+
+
+@pytest.mark.extras
+@pytest.mark.slow
+def test_from_a_run_to_saved_models(tmp_path, quick, capsys):
+    """`num_classes=0` becomes 10 in the run's files, also for a run that resumes."""
+    run, shared = tmp_path / "run", tmp_path / "shared"
+    config = recipes.classifier("digits", model__num_classes=0, total_steps=1)
+    train(config, run)
+    train(config, run)
+    assert "changed" not in capsys.readouterr().out
+    assert configs.load(str(run / "config.json")).model.num_classes == 10
+    assert json.loads((run / "config.json").read_text())["model"]["num_classes"] == 10
+    model = hivit_jax.load_pretrained(run)
+    assert model.info.class_names == DIGITS
+    assert model.head.bias.shape == (10,)
+    convert.convert(str(run), shared)
+    assert hivit_jax.load_pretrained(shared).info == model.info
+    about = json.loads((shared / "config.json").read_text())
+    assert about["info"]["class_names"] == [*DIGITS]
+    card = (shared / "README.md").read_text()
+    assert "## Classes\n\n0, 1, 2, 3, 4, 5, 6, 7, 8, 9\n" in card
+    assert "hivit_jax.preprocess(model)" in card
+    other = hivit_jax.load_pretrained(run, num_classes=3)
+    assert other.info.class_names == ()
+
+
+def test_0_is_the_number_of_the_dataset():
+    """The given config does not change. Without class names it is an error."""
+    config = digits_config(model__num_classes=0)
+    assert inputs.make_task(config).config.model.num_classes == 10
+    assert config.model.num_classes == 0
+    with pytest.raises(ConfigError, match=r"num_classes=0, .* of digits, .* unknown"):
+        create(config, DatasetInfo({"train": 5}))

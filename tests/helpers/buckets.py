@@ -1,0 +1,225 @@
+"""Stand-in for Cloud Storage and S3: an HTTP server in a thread.
+
+    python tests/helpers/buckets.py DIRECTORY DELAY
+
+serves a directory until it is terminated. It prints the environment variables of
+clients as JSON.
+"""
+
+import json
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import parse_qs, unquote, urlsplit
+from xml.sax.saxutils import escape
+
+
+class Bucket(ThreadingHTTPServer):
+    """Serves the files below a directory, as ``gs://bucket/...`` or ``s3://...``.
+
+    Args:
+      root: directory with the objects.
+
+    Attributes:
+      delay: seconds before each answer.
+      failures: statuses of the next answers; each is used once.
+      statuses: piece of a key -> status of every request for such a key.
+      truncated: number of answers with data that end after half of their bytes.
+      read_only: refuse uploads with 403.
+      generation: version number of all objects.
+      requests: (method, key, range header) of all requests.
+    """
+
+    daemon_threads = True
+    request_queue_size = 256
+
+    def __init__(self, root: Path):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.root, self.delay, self.truncated = Path(root), 0.0, 0
+        self.failures: list[int] = []
+        self.statuses: dict[str, int] = {}
+        self.read_only, self.generation = False, 1
+        self.requests: list[tuple[str, str, str]] = []
+        self.lock = threading.Lock()
+
+    @property
+    def url(self) -> str:
+        """Address for TENSORSTORE_GCS_HTTP_URL and AWS_ENDPOINT_URL."""
+        return f"http://127.0.0.1:{self.server_port}"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Environment variables that make clients use this server."""
+        return {
+            "TENSORSTORE_GCS_HTTP_URL": self.url,
+            "CLOUD_STORAGE_EMULATOR_ENDPOINT": self.url,
+            "GOOGLE_AUTH_TOKEN_FOR_TESTING": "none",
+            "AWS_ENDPOINT_URL": self.url,
+            "AWS_ACCESS_KEY_ID": "none",
+            "AWS_SECRET_ACCESS_KEY": "none",
+        }
+
+    def answering(self, change: int) -> None:
+        """Is called with 1 before and with -1 after each answer."""
+
+    def keys(self, prefix: str = "") -> list[str]:
+        """Return the sorted keys of all objects that start with a prefix."""
+        files = (path for path in self.root.rglob("*") if path.is_file())
+        names = (path.relative_to(self.root).as_posix() for path in files)
+        return sorted(name for name in names if name.startswith(prefix))
+
+    def reads(self, piece: str) -> int:
+        """Return the number of GETs of objects whose key contains a piece."""
+        return sum(m == "GET" and piece in key for m, key, _ in self.requests)
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Answers one connection."""
+
+    protocol_version = "HTTP/1.1"
+    wbufsize = -1  # headers and body in one packet
+    server: Bucket
+
+    def log_message(self, *_):
+        """Log nothing."""
+
+    def do_GET(self):
+        self._answer("GET")
+
+    def do_POST(self):
+        self._answer("POST")
+
+    def do_PUT(self):
+        self._answer("PUT")
+
+    def do_DELETE(self):
+        self._answer("DELETE")
+
+    def _answer(self, method: str) -> None:
+        bucket, url = self.server, urlsplit(self.path)
+        query = {key: value[0] for key, value in parse_qs(url.query).items()}
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        parts = url.path.strip("/").split("/")
+        if url.path.startswith("/upload/"):
+            key = query["name"]
+        elif url.path.startswith("/storage/v1/b/"):
+            key = unquote("/".join(parts[5:]))
+        else:
+            key = unquote("/".join(parts[1:]))
+        with bucket.lock:
+            bucket.requests.append((method, key, self.headers.get("Range", "")))
+            failure = bucket.failures.pop(0) if bucket.failures else 0
+        bucket.answering(1)
+        time.sleep(bucket.delay)
+        bucket.answering(-1)
+        for piece, status in bucket.statuses.items():
+            failure = status if piece in (key or query.get("prefix", "")) else failure
+        if failure:
+            self._send(failure, b"refused")
+        elif method in ("POST", "PUT") and bucket.read_only:
+            self._send(403, b"read only")
+        elif method in ("POST", "PUT"):
+            path = bucket.root / key
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(body)
+            answer = json.dumps(self._metadata(key)).encode()
+            self._send(200, answer, {"ETag": '"1"'})
+        elif method == "DELETE":
+            (bucket.root / key).unlink(missing_ok=True)
+            self._send(204, b"")
+        elif not key:
+            self._list(query)
+        else:
+            self._send_object(key, query)
+
+    def _metadata(self, key: str) -> dict[str, str]:
+        size = (self.server.root / key).stat().st_size
+        generation = str(self.server.generation)
+        return {"name": key, "size": str(size), "generation": generation}
+
+    def _list(self, query: dict[str, str]) -> None:
+        keys = self.server.keys(query.get("prefix", ""))
+        keys = [key for key in keys if key >= query.get("startOffset", "")]
+        if end := query.get("endOffset"):
+            keys = [key for key in keys if key < end]
+        if "list-type" in query:
+            items = "".join(
+                f"<Contents><Key>{escape(k)}</Key></Contents>" for k in keys
+            )
+            text = f"<ListBucketResult><KeyCount>{len(keys)}</KeyCount>{items}"
+            self._send(200, f"{text}</ListBucketResult>".encode())
+        else:
+            items = [self._metadata(key) for key in keys]
+            self._send(200, json.dumps({"items": items}).encode())
+
+    def _send_object(self, key: str, query: dict[str, str]) -> None:
+        path = self.server.root / key
+        if not path.is_file():
+            self._send(404, b"not found")
+            return
+        if query.get("alt", "media") != "media":
+            self._send(200, json.dumps(self._metadata(key)).encode())
+            return
+        size, version = path.stat().st_size, str(self.server.generation)
+        headers = {"x-goog-generation": version, "ETag": f'"{version}"'}
+        wanted = self.headers.get("Range", "")
+        if not wanted:
+            self._send(200, path.read_bytes(), headers)
+            return
+        first, _, last = wanted.removeprefix("bytes=").partition("-")
+        start = int(first) if first else max(size - int(last), 0)
+        stop = min(int(last) + 1, size) if first and last else size
+        if start >= size:
+            self._send(416, b"", {"Content-Range": f"bytes */{size}"})
+            return
+        headers["Content-Range"] = f"bytes {start}-{stop - 1}/{size}"
+        with path.open("rb") as file:
+            file.seek(start)
+            self._send(206, file.read(stop - start), headers)
+
+    def _send(self, status: int, body: bytes, headers: dict[str, str] | None = None):
+        self.send_response(status)
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        with self.server.lock:
+            cut = status in (200, 206) and headers and self.server.truncated > 0
+            self.server.truncated -= bool(cut)
+        self.wfile.write(body[: len(body) // 2] if cut else body)
+        self.close_connection = self.close_connection or bool(cut)
+
+
+@contextmanager
+def serve(root: Path) -> Iterator[Bucket]:
+    """Serve a directory. Clients in this process use the server and retry quickly."""
+    import pytest  # here, because benchmarks run this file without it
+
+    from hivit_jax.data import storage
+
+    retries = {"max_retries": 3, "initial_delay": "1ms", "max_delay": "10ms"}
+    with Bucket(root) as bucket, pytest.MonkeyPatch.context() as patch:
+        for name, value in bucket.environment.items():
+            patch.setenv(name, value)
+        patch.setattr(storage, "RETRIES", retries)
+        storage._open_store.cache_clear()
+        threading.Thread(target=bucket.serve_forever, args=(0.02,)).start()
+        yield bucket
+        bucket.shutdown()
+    storage._open_store.cache_clear()
+
+
+def main(root: str, delay: str) -> None:
+    """Serve a directory in this process."""
+    bucket = Bucket(Path(root))
+    bucket.delay = float(delay)
+    print(json.dumps(bucket.environment), flush=True)
+    bucket.serve_forever()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,108 @@
+"""Closed-form probe: the solution, the choice of the penalty, and the command."""
+
+import numpy as np
+import pytest
+import recipes
+from networks import jit_model, mini
+from numpy.testing import assert_allclose
+
+import hivit_jax
+from hivit_jax import inputs
+from hivit_jax.main import main
+from hivit_jax.tasks import closed_form
+from hivit_jax.tasks.closed_form import fit, held_out_images, select_penalty
+
+
+def problem(count=60, classes=4, dim=7):
+    """Return features with other scales and offsets, a constant one, and labels."""
+    random = np.random.RandomState(3)
+    labels = random.randint(0, classes, count)
+    features = random.normal(size=(count, dim)) + 0.7 * np.eye(classes, dim)[labels]
+    features = features * np.logspace(-2, 2, dim) + np.linspace(-50, 50, dim)
+    features[:, 2] = 5
+    return features.astype(np.float32), labels
+
+
+@pytest.mark.parametrize("penalty", [1e-6, 0.1, 100.0])
+def test_solution(penalty, monkeypatch):
+    """The scores equal those of the normal equations, for any size of the chunks."""
+    monkeypatch.setattr(closed_form, "CHUNK", 13)
+    features, labels = problem()
+    x = np.float64(features)
+    scale = x.std(0)
+    scale[2] = 1
+    x = (x - x.mean(0)) / scale
+    y = np.eye(4)[labels]
+    matrix = x.T @ x / 60 + penalty * np.eye(7)
+    expected = np.linalg.solve(matrix, x.T @ (y - y.mean(0)) / 60)
+    ridge = fit(features, labels, 4)
+    assert_allclose(ridge.weights(penalty), expected, rtol=1e-6, atol=1e-9)
+    right = (x @ expected + y.mean(0)).argmax(1) == labels
+    assert ridge.accuracy(features, labels, penalty) == (right.mean(), 1.0)
+
+
+def test_held_out_images():
+    """Every fifth of each class; every second if all classes are smaller."""
+    labels = np.array([1, 0, 1, 1, 0, 1, 1, 1, 2, 1, 1, 1])
+    assert np.flatnonzero(held_out_images(labels)).tolist() == [6]
+    assert held_out_images(np.zeros(11, int)).nonzero()[0].tolist() == [4, 9]
+    assert held_out_images(np.array([0, 1, 0, 1, 1])).nonzero()[0].tolist() == [2, 3]
+    assert not held_out_images(np.arange(3)).any()
+
+
+def test_penalty():
+    """The largest of the best ones. Without held-out images, the default."""
+    features, labels = problem()
+    held = held_out_images(labels)
+    ridge = fit(features[~held], labels[~held], 4)
+    scores = [
+        ridge.accuracy(features[held], labels[held], penalty)[0]
+        for penalty in closed_form.PENALTIES
+    ]
+    penalty, top1 = select_penalty(features, labels, 4)
+    assert top1 == max(scores) > min(scores)
+    later = scores[closed_form.PENALTIES.index(penalty) + 1 :]
+    assert all(score < top1 for score in later)
+    penalty, top1 = select_penalty(features[:3], np.arange(3), 4)
+    assert penalty == closed_form.DEFAULT_PENALTY
+    assert np.isnan(top1)
+
+
+@pytest.mark.slow
+def test_command(tmp_path, quick, capsys):
+    """The printed accuracy is that of the features of all 360 test digits."""
+    sizes = dict(image_size=16, in_channels=1, patch_size=4, depths=(1, 1, 1))
+    model = mini(relative_position=False, **sizes)
+    hivit_jax.save_pretrained(model, tmp_path)
+    config = recipes.without_decoder(
+        "digits",
+        task="linear_probe",
+        init_from=str(tmp_path),
+        model__depths="(1,1,1)",
+        data__train_examples=100,
+        batch_size=56,  # divides neither split
+        mesh__data=-1,
+    )
+    found = closed_form.closed_form_probe(config)
+    encode = jit_model(model, lambda model, images: model.encoder(images)[-1])
+    splits = []
+    mean, std = config.data.mean, config.data.std
+    for split in ("train", "test"):
+        source = inputs.open_source(config.data, split)
+        parts = []
+        for batch in inputs.eval_batches(config, split):
+            images = (np.float32(batch["image"]) / 255 - mean) / np.float32(std)
+            tokens = np.float64(encode(np.float32(images))).mean(1)
+            parts.append(tokens[batch["weight"] > 0])
+        splits.append((np.float32(np.concatenate(parts)), source.labels))
+    penalty = select_penalty(*splits[0], 10)[0]
+    assert found["probe/penalty"] == penalty
+    top1, top5 = fit(*splits[0], 10).accuracy(*splits[1], penalty)
+    assert (found["eval/count"], found["eval/unreadable"]) == (360, 0)
+    assert abs(found["eval/top1"] - top1) <= 1 / 360
+    assert abs(found["eval/top5"] - top5) <= 1 / 360
+    assert f"penalty {penalty:g}  eval  top1 " in capsys.readouterr().out
+    flags = recipes.ROOT / "configs" / "digits_linear.py"
+    absent = [f"--config={flags}", f"--config.init_from={tmp_path / 'absent'}"]
+    absent += ["--config.mesh.data=-1", "--config.batch_size=48"]
+    assert main([*absent, "--mode=probe"]) == 5

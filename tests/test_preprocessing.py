@@ -1,0 +1,142 @@
+"""`preprocess` repeats the evaluation transform of the training."""
+
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+from datasets import digits_config, encode, folder_config, noise_image
+from networks import mini
+from numpy.testing import assert_array_equal
+from PIL import Image
+
+import hivit_jax
+from hivit_jax import inputs
+from hivit_jax.errors import ConfigError, DataError
+from hivit_jax.models.base import make_info
+from hivit_jax.weights.load import _info_arguments
+
+
+def evaluated(config):
+    """Return the evaluation images of a config's test split, as training computes
+    them.
+    """
+    task, found = inputs.make_task(config, "test"), []
+    step = jax.jit(task.preprocess)
+    for batch in inputs.eval_batches(config):
+        found.append(np.asarray(step(batch))[batch["weight"] > 0])
+    return np.concatenate(found)
+
+
+def model_of(config, **overrides):
+    """Return a model with the image facts of a config."""
+    shape = dict(image_size=64, in_channels=config.model.in_channels)
+    model = mini(depths=(1, 1, 1), **shape)
+    info = make_info(model.config, **_info_arguments(config.to_dict()))
+    size = (config.model.image_size,) * 2
+    model.info = replace(info, image_size=size, **overrides)
+    return model
+
+
+OPTIONS = [
+    dict(data__canvas=0),
+    dict(data__canvas=0, data__crop_pct=0.875, data__interpolation="bilinear"),
+    dict(data__canvas=0, data__antialias=False),
+    dict(data__canvas=0, model__in_channels=1, data__mean=(0.4,), data__std=(0.3,)),
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_equals_the_evaluation_of_training(options, folder, user_cache):
+    """Bit-identical for paths, bytes, PIL images and arrays."""
+    config = folder_config(folder, **options)
+    source = inputs.open_source(config.data, "test")
+    run = hivit_jax.preprocess(model_of(config))
+    paths = [source.name(index) for index in range(len(source))]
+    expected = evaluated(config)
+    found = run(paths)
+    assert found.dtype == np.float32
+    assert_array_equal(found, expected)
+    samples = [source.sample(index)["image"] for index in range(len(source))]
+    assert_array_equal(run(samples), expected)
+    opened = [Image.open(path) for path in paths]
+    assert_array_equal(run(opened), expected)
+    arrays = [np.asarray(each.convert("RGB")) for each in opened]
+    if config.model.in_channels == 3:
+        assert_array_equal(run(arrays), expected)
+    assert_array_equal(run(opened[0]), expected[:1])
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "float32"])
+def test_four_channels(dtype, tmp_path, user_cache):
+    """Rasters of 16 bits or floats are not reduced to 8 bits."""
+    high = {"uint16": 65535, "float32": 1000}[dtype]
+    for split in ("train", "val"):
+        for k in range(3):
+            pixels = np.random.default_rng(k).uniform(0, high, (40, 50, 4))
+            path = tmp_path / split / "field" / f"{k}.npy"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            np.save(path, pixels.astype(dtype))
+    config = folder_config(
+        tmp_path,
+        model__in_channels=4,
+        data__canvas=0,
+        data__dtype=dtype,
+        data__scale=0.0 if dtype == "uint16" else 500.0,
+        data__mean=(0.4,) * 4,
+        data__std=(0.3,) * 4,
+    )
+    run = hivit_jax.preprocess(model_of(config))
+    paths = sorted(tmp_path.glob("val/field/*.npy"))
+    expected = evaluated(config)
+    assert_array_equal(run(paths), expected)
+    assert_array_equal(run([np.load(path) for path in paths]), expected)
+    with pytest.raises(DataError, match="4 channels"):
+        run(np.zeros((40, 50, 3), dtype))
+
+
+def test_canvas_differs_by_one_level_at_most(folder, user_cache):
+    config = folder_config(folder, data__canvas=64)
+    source = inputs.open_source(config.data, "test")
+    run = hivit_jax.preprocess(model_of(config))
+    found = run([source.name(index) for index in range(len(source))])
+    levels = np.abs(found - evaluated(config)) * 255 * np.float32(config.data.std)
+    assert levels.max() < 1.001
+    assert (levels > 0.5).mean() < 2e-3
+
+
+def test_16_bits_and_gray_arrays():
+    config = digits_config()
+    run = hivit_jax.preprocess(model_of(config))
+    pixels = noise_image(16, 16)
+    expected = run(pixels)
+    assert expected.shape == (1, 16, 16, 1)
+    deep = pixels.astype(np.uint16) * 257
+    for image in (
+        deep,
+        Image.fromarray(deep),
+        encode(deep, "PNG"),
+        deep[None, ..., None],
+    ):
+        assert_array_equal(run(image), expected)
+    assert_array_equal(run(pixels.repeat(3).reshape(16, 16, 3)), expected)
+
+
+def test_floats_require_a_value_range():
+    config, pixels = digits_config(), np.float32(noise_image(16, 16)) * 3 - 100
+    with pytest.raises(DataError, match="value_range"):
+        hivit_jax.preprocess(model_of(config))(pixels)
+    run = hivit_jax.preprocess(model_of(config, value_range=(-100.0, 665.0)))
+    assert_array_equal(run(pixels), run(noise_image(16, 16)))
+
+
+def test_refused_images(tmp_path):
+    run = hivit_jax.preprocess(model_of(digits_config()))
+    (tmp_path / "a.png").write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"a\.png: unknown image format"):
+        run(tmp_path / "a.png")
+    with pytest.raises(DataError, match=r"b\.png: .*No such file"):
+        run([str(tmp_path / "b.png")])
+    for array in (np.zeros((8, 8, 2), np.uint8), np.zeros((8, 8), np.complex64)):
+        with pytest.raises(ConfigError, match="an array .*found"):
+            run(array)

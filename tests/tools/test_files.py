@@ -1,0 +1,63 @@
+"""Configs for models that were saved without a training config."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from datasets import noise_image
+from networks import mini
+from PIL import Image
+
+import hivit_jax
+from hivit_jax.tools import features, files, predict
+from hivit_jax.weights import load
+
+
+@pytest.mark.parametrize(
+    ("model", "task", "classes"),
+    [
+        (dict(num_classes=2), "classify", 2),
+        (dict(num_classes=0), "classify", 1),
+        (dict(name="mae_hivit_base", in_channels=1, image_size=(32, 64)), "mae", None),
+    ],
+)
+def test_config_without_recipe(model, task, classes, tmp_path):
+    """The config repeats arguments and image facts, also without facts in the file."""
+    model = mini(depths=(1, 1, 1), **model)
+    channels = model.config.in_channels
+    model.info = replace(model.info, crop=0.9, std=(0.1,) * channels)
+    hivit_jax.save_pretrained(model, tmp_path)
+    pretrained = load.read(tmp_path)
+    config = files.config_of(pretrained)
+    assert (config.task, config.model.num_classes) == (task, classes)
+    assert config.model.image_size == model.config.image_size
+    assert (config.data.crop_pct, config.data.std) == (0.9, (0.1,) * channels)
+    assert config.batch_size == files.MAX_BATCH
+    unknown = files.config_of(pretrained._replace(info={}), batch_size=7)
+    assert len(unknown.data.mean) == channels
+    assert unknown.batch_size == 7
+
+
+@pytest.mark.slow
+def test_model_without_recipe(tmp_path, capsys):
+    """Its predictions are those of the model; a model without head has features."""
+    model = mini(depths=(1, 1, 1), num_classes=2)
+    model.info = replace(model.info, class_names=("cat", "dog"))
+    hivit_jax.save_pretrained(model, tmp_path / "model")
+    hivit_jax.save_pretrained(mini(depths=(1, 1, 1), num_classes=0), tmp_path / "bare")
+    Image.fromarray(noise_image(90, 70, 3)).save(tmp_path / "a.png")
+    image, out = str(tmp_path / "a.png"), tmp_path / "a.csv"
+    flags = ["--batch_size=1", f"--out={out}", image]
+    assert predict.main([f"--checkpoint={tmp_path / 'model'}", *flags]) == 0
+    logits = np.asarray(model(hivit_jax.preprocess(model)(image)))[0]
+    expected = ("cat", "dog")[logits.argmax()]
+    probability = 1 / np.exp(logits - logits.max()).sum()
+    _, name, found, *_ = out.read_text().splitlines()[1].split(",")
+    assert name == expected
+    assert float(found) == pytest.approx(probability, abs=1e-5)
+    bare = f"--checkpoint={tmp_path / 'bare'}"
+    assert predict.main([bare, *flags]) == 2
+    assert "has no head" in capsys.readouterr().err
+    flags = ["--batch_size=1", f"--out={tmp_path / 'a.npz'}", image]
+    assert features.main([bare, *flags]) == 0
+    assert np.load(tmp_path / "a.npz")["features"].shape == (1, 64)

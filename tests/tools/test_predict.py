@@ -1,0 +1,253 @@
+"""Predictions and features of image files, with a run trained in seconds."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import recipes
+from datasets import noise_image
+from PIL import Image
+
+import hivit_jax
+from hivit_jax.tools import convert, features, predict
+from hivit_jax.train import train
+
+COLORS = {"blue": (30, 40, 200), "green": (40, 190, 50), "red": (210, 40, 30)}
+MEAN = (0.4, 0.4, 0.4)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Class folders of noisy images of one color."""
+    root, random = tmp_path_factory.mktemp("data"), np.random.RandomState(0)
+    for split, count in (("train", 8), ("val", 5)):
+        for name, color in COLORS.items():
+            directory = root / split / name
+            directory.mkdir(parents=True)
+            for number in range(count):
+                pixels = color + random.randint(-25, 26, (40, 48, 3))
+                image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+                image.save(directory / f"{number}.png")
+    return root
+
+
+def train_classifier(data, workdir, **overrides):
+    """Train on the images of a directory, and keep its index in `workdir`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(workdir))
+        options = dict(
+            data__name="folder",
+            data__dir=data,
+            data__canvas=64,
+            data__mean=MEAN,
+            data__std=(0.3, 0.3, 0.3),
+            data__randaugment=False,
+            model__image_size=32,
+            model__in_channels=3,
+            model__patch_size=16,
+            model__depths=(1, 1, 1),
+            model__num_classes=0,
+            model__drop_path_rate=0.0,
+            mixup=0.0,
+            cutmix=0.0,
+            random_erasing=0.0,
+            batch_size=16,
+            total_steps=24,
+            log_every=24,
+            optimizer__base_learning_rate=0.05,
+        )
+        train(recipes.classifier("digits", **options | overrides), workdir)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def run(data, tmp_path_factory, quick):
+    """Workdir of a classifier of these images."""
+    return train_classifier(data, tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="module")
+def shared(run, tmp_path_factory):
+    """Directory of the saved model."""
+    convert.convert(str(run), directory := tmp_path_factory.mktemp("shared"))
+    return directory
+
+
+def rows(path):
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.slow
+def test_labeled_folder(run, data, tmp_path, capsys):
+    """Every image has a row, in sorted order; the table agrees with the metrics."""
+    out = tmp_path / "p" / "all.csv"
+    flags = [f"--checkpoint={run}", f"--out={out}"]
+    assert predict.main([*flags, str(data / "val")]) == 0
+    found = rows(out)
+    paths = sorted(str(path) for path in (data / "val").rglob("*.png"))
+    assert [row["file"] for row in found] == paths
+    assert [row["label"] for row in found] == [path.split("/")[-2] for path in paths]
+    ranks = ["", "_2", "_3"]
+    assert [*found[0]] == [
+        "file", *(f"{n}{r}" for r in ranks for n in ("predicted", "probability")),
+        "label", "error",
+    ]  # fmt: skip
+    for row in found:
+        p = [float(row[f"probability{r}"]) for r in ranks]
+        assert p == sorted(p, reverse=True)
+        assert sum(p) == pytest.approx(1, abs=1e-5)
+        assert {row[f"predicted{r}"] for r in ranks} == {*COLORS}
+    right = [row["predicted"] == row["label"] for row in found]
+    accuracy = np.mean(right)
+    assert accuracy > 0.9
+    metrics = json.loads((tmp_path / "p" / "all_metrics.json").read_text())
+    assert metrics == {
+        "images": 15, "accuracy": accuracy, "balanced_accuracy": pytest.approx(accuracy)
+    }  # fmt: skip
+    table = rows(tmp_path / "p" / "all_classes.csv")
+    assert [row["class"] for row in table] == [*COLORS]
+    assert sum(int(row["correct"]) for row in table) == sum(right)
+    matrix = rows(tmp_path / "p" / "all_confusion.csv")
+    assert [int(matrix[k][name]) for k, name in enumerate(COLORS)] == [
+        int(row["correct"]) for row in table
+    ]
+    assert (tmp_path / "p" / "all_confusion.png").is_file()
+    assert "15 of 15 images predicted" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_any_files_by_run_or_saved_model(run, shared, data, tmp_path, monkeypatch):
+    """Unlabeled, mislabeled, 16-bit and damaged files; run and saved model agree,
+    although the dataset is not available.
+    """
+    monkeypatch.chdir(tmp_path)
+    images = tmp_path / "tiles"
+    (images / "deep" / "blue").mkdir(parents=True)
+    (images / "b.png").write_bytes((data / "val/red/0.png").read_bytes())
+    (images / "deep/blue/c.png").write_bytes((data / "val/green/0.png").read_bytes())
+    (images / "a.png").write_bytes(b"no image")
+    (images / "notes.txt").write_text("")
+    Image.fromarray(np.float32(noise_image(8, 8))).save(images / "float.tiff")
+    more = str(data / "val" / "green" / "1.png")
+    for checkpoint, name in ((run, "a.csv"), (shared, "b.csv"), (shared, "c.jsonl")):
+        flags = ["--checkpoint", str(checkpoint), "--out", name, "--batch_size=2"]
+        assert predict.main([*flags, "tiles", more]) == 0
+    assert (tmp_path / "a.csv").read_bytes() == (tmp_path / "b.csv").read_bytes()
+    found = rows("a.csv")
+    names = ["tiles/a.png", "tiles/b.png", "tiles/deep/blue/c.png", "tiles/float.tiff"]
+    assert [row["file"] for row in found] == [*names, more]
+    assert [row["label"] for row in found] == ["", "", "blue", "", "green"]
+    assert [row["predicted"] for row in found] == ["", "red", "green", "", "green"]
+    assert "unknown image format" in found[0]["error"]
+    assert "data.value_range" in found[3]["error"]
+    assert not any(found[k]["error"] for k in (1, 2, 4))
+    lines = [json.loads(line) for line in Path("c.jsonl").read_text().splitlines()]
+    assert lines[0].keys() == {"file", "error"}
+    assert lines[1]["predicted"] == "red"
+    assert lines[1]["probability"] == float(found[1]["probability"])
+    assert json.loads((tmp_path / "a_metrics.json").read_text())["accuracy"] == 0.5
+    with Image.open(tmp_path / "a_worst.png") as sheet:
+        assert sheet.width > 500
+
+
+@pytest.mark.slow
+def test_dataset_split_and_preprocess(run, data, tmp_path):
+    """Without paths: the test split, with labels. Probabilities are those of the model
+    with `preprocess`.
+    """
+    out = tmp_path / "split.csv"
+    assert predict.main([f"--checkpoint={run}", f"--out={out}"]) == 0
+    found = rows(out)
+    assert {row["label"] for row in found} == {*COLORS}
+    model = hivit_jax.load_pretrained(run)
+    images = hivit_jax.preprocess(model)([row["file"] for row in found])
+    for row, logits in zip(found, np.asarray(model(images)), strict=True):
+        p = np.exp(logits - logits.max())
+        best = p.argmax()
+        assert model.info.class_names[best] == row["predicted"]
+        assert p[best] / p.sum() == pytest.approx(float(row["probability"]), abs=0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("paths", "out", "code", "message"),
+    [
+        (["damaged"], "a.csv", 4, "damaged: no image can be read"),
+        (["empty"], "a.csv", 4, "expected files that end in"),
+        (["absent"], "a.csv", 2, "absent: no such file or directory"),
+        (["damaged"], "a.xlsx", 2, "ends in .csv or .jsonl"),
+    ],
+)
+def test_errors(run, paths, out, code, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("damaged", "empty"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "damaged" / "x.png").write_bytes(b"x")
+    assert predict.main([f"--checkpoint={run}", f"--out={out}", *paths]) == code
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_features(run, shared, data, tmp_path):
+    """Pooled features and maps equal the model's; damaged files are left out."""
+    (tmp_path / "x.png").write_bytes(b"x")
+    images = [str(tmp_path / "x.png"), str(data / "val")]
+    out = tmp_path / "f.npz"
+    flags = [f"--checkpoint={shared}", "--batch_size=4"]
+    assert features.main([*flags, f"--out={out}", *images]) == 0
+    found = np.load(out)
+    paths = sorted(str(path) for path in (data / "val").rglob("*.png"))
+    assert found["files"].tolist() == paths
+    assert found["labels"].tolist() == [0] * 5 + [1] * 5 + [2] * 5
+    assert found["class_names"].tolist() == [*COLORS]
+    assert found["features"].dtype == np.float32
+    model = hivit_jax.load_pretrained(shared)
+    expected = model.pooled(hivit_jax.preprocess(model)(paths))
+    np.testing.assert_allclose(found["features"], expected, atol=0.02)
+    assert features.main([*flags, f"--out={out}", "--pyramid", paths[0]]) == 0
+    maps = np.load(out)
+    shapes = {name: maps[name].shape for name in maps if name.startswith("stride")}
+    assert shapes == {
+        "stride4": (1, 8, 8, 16), "stride8": (1, 4, 4, 32), "stride16": (1, 2, 2, 64)
+    }  # fmt: skip
+    assert features.main([*flags, f"--out={out}", images[0]]) == 4
+
+
+@pytest.mark.slow
+def test_arrays_of_16_bits_and_4_bands(tmp_path, quick):
+    """From a run or a saved model; the worst images are drawn from 16 bits too."""
+    pixels = np.random.RandomState(0).randint(0, 10000, (8, 40, 48, 4), np.uint16)
+    for k, array in enumerate(pixels):
+        for split in ("train", "val"):
+            path = tmp_path / "data" / split / ("field", "water")[k % 2] / f"{k}.npy"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            np.save(path, array)
+    run = train_classifier(
+        tmp_path / "data",
+        tmp_path / "run",
+        data__dtype="uint16",
+        data__scale=10000.0,
+        data__mean=(0.5,) * 4,
+        data__std=(0.3,) * 4,
+        model__in_channels=4,
+        batch_size=8,
+        total_steps=1,
+    )
+    convert.convert(str(run), shared := tmp_path / "shared")
+    for name, model in (("run", run), ("shared", shared)):
+        out = tmp_path / f"{name}.csv"
+        flags = [f"--checkpoint={model}", f"--out={out}", str(tmp_path / "data/val")]
+        assert predict.main(flags) == 0
+        found = rows(out)
+        assert [row["label"] for row in found] == 4 * ["field"] + 4 * ["water"]
+        assert not any(row["error"] for row in found)
+    wrong = sum(row["predicted"] != row["label"] for row in found)
+    assert (tmp_path / "run_worst.png").exists() == (wrong > 0)
+    assert wrong  # of random pixels after one step
+    preprocess = hivit_jax.preprocess(hivit_jax.load_pretrained(shared))
+    images = preprocess(np.full((40, 48, 4), 7500, np.uint16))
+    assert images.shape == (1, 32, 32, 4)
+    np.testing.assert_allclose(images, (0.75 - 0.5) / 0.3, rtol=1e-5)

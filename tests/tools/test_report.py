@@ -1,0 +1,318 @@
+"""The HTML report on runs: its data, its independence of other files, its errors."""
+
+import base64
+import configparser
+import html
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import recipes
+from PIL import Image
+from recipes import check_message
+
+from hivit_jax import config as configs
+from hivit_jax.checkpoints.manager import Checkpoints
+from hivit_jax.reporting import figures
+from hivit_jax.tools import report
+
+# Batches of 16: 10 steps take 2 s, the next 5 take 1 s. Step 13 is between intervals.
+LINES = [
+    {"step": 10, "loss": 0.5, "images_per_second": 80.0, "seconds_left": 2.0},
+    {"step": 10, "eval/loss": 0.75, "eval/count": 360, "eval/unreadable": 0},
+    {"step": 13, "loss": 0.25, "images_per_second": 96.0, "seconds_left": 7 * 16 / 96},
+    {"step": 20, "loss": 0.125, "images_per_second": 56.0, "seconds_left": 0.0},
+    {"step": 20, "eval/loss": 0.5, "eval/count": 360, "eval/unreadable": 0},
+]
+
+
+class Elements(HTMLParser):
+    """Tags, attributes, text by tag, and the JSON text of a page."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.attributes, self.open, self.json, self.tags = [], [], "", []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(tag, *pair) for pair in attrs]
+        if tag not in ("meta", "input"):
+            self.open.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop()[0] == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] == ("script", DATA):
+            self.json += data
+
+
+DATA = {"type": "application/json", "id": "data"}
+
+
+def write_run(workdir, lines=LINES, **overrides):
+    """Write metrics.jsonl and config.json of a mini run of 20 steps."""
+    workdir.mkdir(parents=True)
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (workdir / "metrics.jsonl").write_text(text)
+    values = {"log_every": 10, "total_steps": 20} | overrides
+    config = configs.to_json(recipes.mae("digits", **values))
+    (workdir / "config.json").write_text(config)
+    return workdir
+
+
+def page_data(*workdirs):
+    return json.loads(Elements(report.make_report(map(str, workdirs))).json)
+
+
+def test_metrics_are_embedded(tmp_path):
+    write_run(tmp_path / "a", [*LINES, {"step": 30, "loss": float("nan")}])
+    [run] = page_data(tmp_path / "a")["runs"]
+    assert run["series"]["loss"] == {
+        "step": [10, 13, 20, 30],
+        "value": [0.5, 0.25, 0.125, None],
+    }
+    assert run["series"]["eval/loss"] == {"step": [10, 20], "value": [0.75, 0.5]}
+    assert run["batch_size"] == 16
+    assert run["seconds"] == {"step": [0, 10, 13, 20], "seconds": [0, 2, 2.5, 4.5]}
+
+
+def test_charts(tmp_path):
+    """Losses first, then evaluations; metrics that are always 0 have no chart."""
+    lines = [{"step": 1, "learning_rate": 1e-3, "top1": 0.5, "eval/top1": 0.25}]
+    write_run(tmp_path / "a")
+    write_run(tmp_path / "b", lines)
+    titles = [c["title"] for c in page_data(tmp_path / "a", tmp_path / "b")["charts"]]
+    assert titles == [
+        "training loss",
+        "evaluation loss",
+        "evaluation top1",
+        "training top1",
+        "learning rate",
+        "throughput, images/s",
+    ]
+
+
+def test_config_keys(tmp_path):
+    write_run(tmp_path / "a")
+    write_run(tmp_path / "b", mask_ratio=0.5)
+    rows = page_data(tmp_path / "a", tmp_path / "b")["config"]
+    assert [row for row in rows if row["differs"]] == [
+        {"key": "mask_ratio", "values": ["0.625", "0.5"], "differs": True}
+    ]
+    values = {row["key"]: row["values"] for row in rows}
+    assert values["model.depths"] == ["[1, 1, 2]"] * 2
+
+
+def test_events(tmp_path):
+    """Starts, changed keys, an early end, a damaged and the kept checkpoints."""
+    run = write_run(tmp_path / "a")
+    later = recipes.mae("digits", log_every=10, total_steps=20, seed=5)
+    (run / "config-20260102T030405Z.json").write_text(configs.to_json(later))
+    for name in ("checkpoints/13", "checkpoints/20", "damaged/12"):
+        (run / name).mkdir(parents=True)
+    assert page_data(run)["runs"][0]["events"] == [
+        {"text": "first start"},
+        {
+            "text": "later start",
+            "time": "2026-01-02 03:04:05 UTC",
+            "details": ["seed: 0 -> 5"],
+        },
+        {
+            "step": 13,
+            "text": "interrupted, or ended by an error; this step was saved",
+        },
+        {"step": 12, "text": "damaged checkpoint, moved to damaged/"},
+        {"text": "checkpoints of steps 13, 20"},
+    ]
+
+
+@pytest.mark.slow
+def test_summary(tmp_path):
+    run = write_run(tmp_path / "a")
+    info = {"counts": {"train": 1437, "test": 360}, "classes": [*"0123456789"]}
+    checkpoints = Checkpoints(run, keep=1, dataset=info)
+    state = {"params": {"x": np.zeros(1)}, "opt_state": {}, "step": np.int32(20)}
+    checkpoints.save(state, (run / "config.json").read_text())
+    checkpoints.close()
+    assert page_data(run)["runs"][0]["summary"] == {
+        "task": "mae",
+        "model": "mae_hivit_tiny",
+        "parameters": "156,720",
+        "dataset": "digits: 1,437 train, 360 test, 10 classes",
+        "steps": "20 of 20",
+        "state": "finished",
+        "best evaluation": "eval/loss 0.5 at step 20",
+        "last training loss": "0.125",
+        "median throughput": "80 images/s",
+        "batch size": "16",
+        "starts": "1",
+    }
+
+
+def test_metrics_alone(tmp_path):
+    """An unfinished run; the same without its config."""
+    run = write_run(tmp_path / "a", LINES[:3])
+    facts = page_data(run)["runs"][0]["summary"]
+    assert (facts["steps"], facts["state"]) == ("13 of 20", "not finished")
+    assert facts["parameters"] == "unknown"
+    (run / "config.json").unlink()
+    [alone] = page_data(run)["runs"]
+    assert (alone["seconds"], alone["events"]) == (None, [])
+    assert (alone["summary"]["steps"], alone["summary"]["model"]) == ("13", "unknown")
+
+
+def test_figures(tmp_path, monkeypatch):
+    """First, last and evenly spaced steps; the curves are drawn by the page itself."""
+    monkeypatch.setattr(report, "MAX_STEPS", 3)
+    run = write_run(tmp_path / "a")
+    for step in range(10, 60, 10):
+        pixels = np.full((1, 2, 3), step, np.uint8)
+        figures.write_png(run / "figures" / f"some_cells_{step:07d}.png", pixels)
+    for name in ("schedule", "curves"):
+        figures.write_png(run / "figures" / f"{name}.png", pixels)
+    found = page_data(run)["runs"][0]["figures"]
+    assert {name: [image["step"] for image in found[name]] for name in found} == {
+        "schedule": [0],
+        "some_cells": [10, 30, 50],
+    }
+    for image in found["some_cells"]:
+        encoded = image["src"].removeprefix("data:image/png;base64,")
+        with Image.open(io.BytesIO(base64.b64decode(encoded))) as drawn:
+            assert (drawn.size, drawn.getpixel((0, 0))[0]) == ((2, 1), image["step"])
+
+
+def test_page_is_self_contained(tmp_path):
+    """It refers to no file or address, and text of a run is never markup."""
+    text = "</script><b>&amp;{{DATA}}"
+    run = write_run(tmp_path / "a", [{"step": 1, text: 0.5}], init_from=text)
+    page = Elements(report.make_report([str(run)]))
+    assert page.open == []
+    assert "b" not in page.tags
+    assert {*page.tags} & {"link", "img", "iframe", "object", "base"} == set()
+    assert {name for _, name, _ in page.attributes} & {"src", "href"} == set()
+    policy = next(v for _, n, v in page.attributes if n == "content" and "src" in v)
+    assert "default-src 'none'" in policy
+    data = json.loads(page.json)
+    assert data["charts"][0]["name"] == text
+    assert ["init_from", [json.dumps(text)]] in [
+        [row["key"], row["values"]] for row in data["config"]
+    ]
+
+
+def test_names_of_runs(tmp_path):
+    """As many directories as make the names different; a run appears once."""
+    runs = [write_run(tmp_path / name) for name in ("x/a/run", "x/b/run", "y/a/run")]
+    assert [run["name"] for run in page_data(*runs, runs[0])["runs"]] == [
+        "x/a/run",
+        "x/b/run",
+        "y/a/run",
+    ]
+    assert [run["name"] for run in page_data(runs[1])["runs"]] == ["run"]
+
+
+def test_command(tmp_path, capsys):
+    run, out = write_run(tmp_path / "a"), tmp_path / "report.html"
+    assert report.main([str(run), "--out", str(out)]) == 0
+    assert out.read_text() == report.make_report([str(run)])
+    assert f"written: {out} (0.0 MB)" in capsys.readouterr().out
+    setup = configparser.ConfigParser()
+    setup.read(recipes.ROOT / "setup.cfg")
+    assert setup["options.package_data"]["hivit_jax.tools"] == "report.html"
+
+
+def test_errors(tmp_path, capsys):
+    run = write_run(tmp_path / "runs" / "a")
+    write_run(tmp_path / "empty", [])
+    damaged = write_run(tmp_path / "damaged") / "config.json"
+    damaged.write_text("{")
+    out = tmp_path / "report.html"
+    for path, where, words in (
+        (tmp_path / "none", out, ["none/metrics.jsonl", "no directory"]),
+        (run.parent, out, ["runs/metrics.jsonl", "no file", "in it: a"]),
+        (tmp_path / "empty", out, ["empty/metrics.jsonl", "none", "log_every"]),
+        (damaged.parent, out, [str(damaged), "expected JSON", "move the file"]),
+        (run, tmp_path / "none" / "x.html", ["--out", "No such file or directory"]),
+        (run, run / "metrics.jsonl", ["--out", "would be overwritten"]),
+    ):
+        assert report.main([str(path), "--out", str(where)]) == 2
+        check_message(capsys.readouterr().err, words)
+    assert not out.exists()
+
+
+INTERACTIONS = """<script>
+setTimeout(() => {
+  const find = selector => document.querySelector(selector);
+  const texts = node => [...node.querySelectorAll("text")].map(t => t.textContent);
+  const lines = () => svg.querySelectorAll("path").length;
+  const card = find("[data-chart=loss]"), svg = card.querySelector("svg");
+  const found = {lines: lines(), linear: texts(svg)};
+  card.querySelector("button").click();
+  found.log = texts(svg);
+  const box = svg.getBoundingClientRect();
+  const end = {clientX: box.right - 12, clientY: box.top + 50};
+  svg.dispatchEvent(new PointerEvent("pointermove", end));
+  found.tip = [...find("#tip").children].map(row => row.textContent);
+  find("#bar button").click();
+  found.hidden = lines();
+  find("#bar button").click();
+  const select = find("#bar select");
+  select.value = "time";
+  select.dispatchEvent(new Event("change"));
+  found.time = texts(svg).filter(text => text.endsWith(" s"));
+  const slider = find("[data-figure] input"), image = find(".images img");
+  const last = image.src;
+  slider.value = 0;
+  slider.dispatchEvent(new Event("input"));
+  found.slider = [find("[data-figure] .note").textContent, image.src !== last];
+  const root = document.documentElement;
+  found.overflow = root.scrollWidth - root.clientWidth;
+  document.body.textContent = JSON.stringify(found);
+}, 500);
+</script></body>"""
+
+
+@pytest.mark.browser
+@pytest.mark.processes
+def test_interactions(tmp_path):
+    """Hover, logarithmic axis, hidden run, training time and slider, in Chromium."""
+    browser = os.environ.get("CHROMIUM") or shutil.which("chromium")
+    if not browser:
+        pytest.skip("no Chromium; set CHROMIUM to its path")
+    runs = [write_run(tmp_path / name) for name in "ab"]
+    for step in (10, 20):
+        pixels = np.full((1, 1, 3), step, np.uint8)
+        figures.write_png(runs[0] / "figures" / f"cells_{step:07d}.png", pixels)
+    page = report.make_report(map(str, runs)).replace("</body>", INTERACTIONS)
+    (tmp_path / "page.html").write_text(page)
+    flags = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--virtual-time-budget=3000",
+    ]
+    flags += [f"--user-data-dir={tmp_path / 'profile'}", "--window-size=600,900"]
+    dom = subprocess.run(
+        [browser, *flags, "--dump-dom", f"file://{tmp_path}/page.html"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    text = re.search("(?s)<body>(.*)</body>", dom)[1]
+    assert json.loads(html.unescape(text)) == {
+        "lines": 2,
+        "linear": ["0.2", "0.3", "0.4", "0.5", "0", "5", "10", "15", "20"],
+        "log": ["0.15", "0.2", "0.3", "0.5", "0", "5", "10", "15", "20"],
+        "tip": ["a: 0.125 at step 20", "b: 0.125 at step 20"],
+        "hidden": 1,
+        "time": ["0 s", "1 s", "2 s", "3 s", "4 s"],
+        "slider": ["step 10", True],
+        "overflow": 0,
+    }
