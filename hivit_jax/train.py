@@ -185,8 +185,7 @@ def train(
                 f"{stop}: step {step} of {total_steps} is saved in "
                 f"{workdir}; run the same command to resume"
             )
-        if results is None:
-            results = run_evaluation()
+        results = run_evaluation() if results is None else results
         if results:
             log(console.best_line(workdir, checkpoints.steps(), task.best))
         return results
