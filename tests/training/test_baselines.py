@@ -17,7 +17,7 @@ from networks import fast_jit
 from hivit_jax import inputs
 from hivit_jax.training.optimizer import make_optimizer
 from hivit_jax.training.schedule import make_schedule
-from hivit_jax.tree import split_state
+from hivit_jax.tree import split, split_state
 from hivit_jax.weights.names.official import to_official
 
 # Recipe -> (golden file, prefix of its arrays, helper, keys of the official schedule).
@@ -72,7 +72,11 @@ def loss_and_params(fixture, helper):
         each = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         return each.mean()
 
-    return model, loss, params, lambda params: to_official(params | tables, model)
+    def official(params):
+        whole = nnx.merge(graphdef, params, tables)
+        return to_official(split(whole)[1], model)
+
+    return model, loss, params, official
 
 
 @pytest.mark.slow
@@ -105,7 +109,9 @@ def test_eight_steps(recipe):
         losses.append(loss)
         norms.append(norm)
     final = official(before)
-    np.testing.assert_allclose(losses, arrays[f"{prefix}_losses"], atol=5e-6)
+    # In float32, 1 - 0.999 ** step of Adam's bias correction has an error of 3e-5.
+    atol = 5e-6 if options.betas[1] == 0.95 else 3e-5
+    np.testing.assert_allclose(losses, arrays[f"{prefix}_losses"], atol=atol)
     rates = [schedule(number) for number in range(8)]
     np.testing.assert_allclose(rates, arrays[f"{prefix}_lrs"], rtol=1e-5, atol=1e-9)
     if f"{prefix}_grad_norms" in arrays:
