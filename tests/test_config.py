@@ -62,7 +62,7 @@ BAD_OVERRIDES = [
     (["optimizer.clip_norm=-1"], ["clip_norm=-1.0", "at least 0"]),
     (
         ["model.name=hivit_base"],
-        ["task='mae'", "'hivit_base'", "expected a MaskedAutoencoder"],
+        ["task='mae'", "'hivit_base'", "expected a MaskedModel"],
     ),
     (["data.name=digit"], ["data.name 'digit'", "'digits'?"]),
     (["data.train_examples=-1"], ["data.train_examples=-1", "at least 0"]),

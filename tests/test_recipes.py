@@ -53,6 +53,9 @@ VARIANTS = {
     "finetune_vit": ("", ":tiny", ":large", ":huge"),
     "linear_vit": ("", ":tiny", ":large"),
     "mae_vit": ("", ":tiny", ":huge"),
+    "finetune_swin": ("", ":large"),
+    "simmim_swin": ("", ":large", ":base_100"),
+    "supervised_swin": ("", ":tiny"),
     "finetune": ("", ":tiny", ":small", ":base", ":large"),
     "linear": ("", ":tiny", ":small", ":base", ":large"),
     "supervised": ("", ":tiny", ":small", ":base"),
@@ -133,6 +136,51 @@ for NAME, PEAK, EPOCHS, LAYER_DECAY, RATE in (
         model__drop_path_rate=RATE,
         optimizer__layer_decay=LAYER_DECAY,
     )
+for NAME, LAYER_DECAY, RATE, WINDOW in (
+    ("base", 0.8, 0.1, 7),
+    ("large", 0.7, 0.2, 14),
+):
+    OFFICIAL[f"finetune_swin:{NAME}"] = OFFICIAL["finetune:base"] | dict(
+        batch_size=2048,
+        peak=5e-3,
+        model__drop_path_rate=RATE,
+        model__window_size=WINDOW,
+        optimizer__layer_decay=LAYER_DECAY,
+        optimizer__warmup_epochs=20,
+        optimizer__warmup_learning_rate=1e-6,
+        optimizer__clip_norm=5.0,
+        optimizer__schedule="cosine_from_start",
+    )
+for NAME, EPOCHS, PEAK, SCHEDULE in (
+    ("base", 800, 4e-4, "multistep"),
+    ("base_100", 100, 8e-4, "cosine_from_start"),
+):
+    OFFICIAL[f"simmim_swin:{NAME}"] = dict(
+        batch_size=2048,
+        total_epochs=EPOCHS,
+        mask_ratio=0.6,
+        peak=PEAK,
+        optimizer__warmup_learning_rate=PEAK / 200,
+        optimizer__warmup_epochs=10,
+        optimizer__betas=(0.9, 0.999),
+        optimizer__weight_decay=0.05,
+        optimizer__clip_norm=5.0,
+        optimizer__schedule=SCHEDULE,
+        data__crop_scale=(0.67, 1.0),
+        data__interpolation="bilinear",
+    )
+for NAME, DROP_PATH_RATE in (("tiny", 0.2), ("small", 0.3), ("base", 0.5)):
+    OFFICIAL[f"supervised_swin:{NAME}"] = OFFICIAL["finetune:base"] | dict(
+        total_epochs=300,
+        peak=1e-3,
+        model__drop_path_rate=DROP_PATH_RATE,
+        optimizer__min_learning_rate=1e-5,
+        optimizer__warmup_learning_rate=1e-6,
+        optimizer__warmup_epochs=20,
+        optimizer__layer_decay=1.0,
+        optimizer__clip_norm=5.0,
+        optimizer__schedule="cosine_from_start",
+    )
 for NAME, DROP_PATH_RATE in (("tiny", 0.05), ("small", 0.3), ("base", 0.5)):
     OFFICIAL[f"supervised:{NAME}"] = OFFICIAL["finetune:base"] | dict(
         total_epochs=300,
@@ -158,7 +206,8 @@ def test_recipes_are_the_official_ones(name):
     for key, value in (("mean", (0.485, 0.456, 0.406)), ("std", (0.229, 0.224, 0.225))):
         assert config.data[key] == value
     assert config.data.flip
-    assert (config.optimizer.schedule, config.optimizer.first_epoch) == ("cosine", 0)
+    schedule = OFFICIAL[name].get("optimizer__schedule", "cosine")
+    assert (config.optimizer.schedule, config.optimizer.first_epoch) == (schedule, 0)
 
 
 # Recipes of versions before 0.1

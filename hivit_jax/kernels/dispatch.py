@@ -79,15 +79,17 @@ def attention(
     """Return ``attention(norm(x))`` as one kernel, or None.
 
     Arguments are those of `mlp` and of `attention.Attention`. Also returns None on
-    GPUs, where cuDNN computes attention, and with a key mask, windows that are padded,
-    or a bias that differs between images.
+    GPUs, where cuDNN computes attention, and with a key mask, windows that are padded
+    or shifted, or a bias that differs between images.
     """
     target = _target(choice, x)
     qkv, proj, windows = attention.qkv, attention.proj, attention.windows
     width, _, heads, head = qkv.kernel.shape
     if target is None or x.size == 0 or target.platform == "gpu":
         return None
-    if key_mask is not None or (windows is not None and windows.is_padded):
+    if key_mask is not None:
+        return None
+    if windows is not None and (windows.is_padded or windows.shift):
         return None
     if width % LANES or LANES % head:
         return None

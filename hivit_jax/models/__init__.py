@@ -19,6 +19,8 @@ from hivit_jax.models.config import (
 )
 from hivit_jax.models.layers import ParameterKeys
 from hivit_jax.models.mae import MaskedAutoencoder
+from hivit_jax.models.simmim import SimMIM, SimMIMConfig
+from hivit_jax.models.swin_classifier import SwinClassifier, SwinClassifierConfig
 from hivit_jax.models.vit import (
     ViTClassifier,
     ViTClassifierConfig,
@@ -63,6 +65,25 @@ VARIANTS |= {
     f"mae_{name}": (ViTMaskedAutoencoder, ViTMAEConfig(**size))
     for name, size in VIT_SIZES.items()
 }
+SWIN_SIZES: dict[str, dict[str, Any]] = {
+    "swin_tiny": dict(embed_dim=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24)),
+    "swin_small": dict(embed_dim=96, depths=(2, 2, 18, 2), num_heads=(3, 6, 12, 24)),
+    "swin_base": dict(embed_dim=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32)),
+    "swin_large": dict(embed_dim=192, depths=(2, 2, 18, 2), num_heads=(6, 12, 24, 48)),
+}
+VARIANTS |= {
+    name: (SwinClassifier, SwinClassifierConfig(**size))
+    for name, size in SWIN_SIZES.items()
+}
+VARIANTS |= {
+    f"simmim_{name}": (SimMIM, SimMIMConfig(**size))
+    for name, size in SWIN_SIZES.items()
+}
+# SimMIM pretrains Swin-L with windows of 12.
+VARIANTS["simmim_swin_large"] = (
+    SimMIM,
+    SimMIMConfig(**SWIN_SIZES["swin_large"], window_size=12),
+)
 
 
 def list_models(pattern: str = "*") -> list[str]:
@@ -121,7 +142,8 @@ def create_model(name: str, seed: int | jax.Array = 0, **overrides: Any) -> Mode
 
     Args:
       name: one of `list_models()`: hivit_{tiny,small,base,large,base_24},
-        vit_{tiny,small,base,large,huge}, or one of these with the prefix ``mae_``.
+        vit_{tiny,small,base,large,huge}, one of these with the prefix ``mae_``, or
+        swin_{tiny,small,base,large}, or one of these with the prefix ``simmim_``.
       seed: integer or PRNG key for the initialization.
       overrides: fields of the model's config, such as `ClassifierConfig`, and of
         `RunOptions`, such as image_size, num_classes (0: no head), embed_dim,

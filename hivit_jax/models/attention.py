@@ -122,16 +122,24 @@ class Attention(nnx.Module):
         Bias and mask broadcast over [B, heads, K, K], or are None. With windows, B*W
         takes the place of B, and S that of K (see `Windows`).
         """
-        qkv = self._project_qkv(x)  # [B, K, 3, heads, C/heads]
-        if self.windows is not None:
-            qkv = self.windows.partition(qkv)
-            if key_mask is None and self.windows.is_padded:
-                key_mask = jnp.ones(x.shape[:2], bool)
-            if key_mask is not None:
-                # Pads the mask with zeros, so that padding is not attended to.
-                key_mask = self.windows.partition(key_mask)
+        windows = self.windows
+        if windows is not None and windows.attend_padding:
+            qkv = self._project_qkv(windows.partition(x))  # [B*W, S, 3, heads, C/heads]
+        else:
+            qkv = self._project_qkv(x)  # [B, K, 3, heads, C/heads]
+            if windows is not None:
+                qkv = windows.partition(qkv)
+                if key_mask is None and windows.is_padded:
+                    key_mask = jnp.ones(x.shape[:2], bool)
+                if key_mask is not None:
+                    # Pads the mask with zeros, so that padding is not attended to.
+                    key_mask = windows.partition(key_mask)
         q, k, v = (qkv[:, :, i] for i in range(3))
         bias = self.position_bias(relative_index)
         bias = bias[None] if bias is not None and bias.ndim == 3 else bias
+        if windows is not None and windows.shift:
+            bias = bias + windows.shift_mask()[:, None]  # [W, heads, S, S]
+            bias = jnp.broadcast_to(bias, (len(x), *bias.shape))
+            bias = bias.reshape(-1, *bias.shape[2:])
         mask = None if key_mask is None else (key_mask != 0)[:, None, None, :]
         return q, k, v, bias, mask

@@ -13,6 +13,8 @@ from hivit_jax.models.config import EncoderConfig, RunOptions
 from hivit_jax.models.encoder import BlockOutput, Encoder
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# Parameters of an encoder before its first block.
+LAYER_ZERO = ("patch_embed", "cls_token", "mask_token", "absolute_pos_embed")
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,7 @@ class Model(nnx.Module):
     def layer_ids(self) -> dict[str, int]:
         """Return {parameter name: layer}, as in the official ``lr_decay.py``.
 
-        The patch embedding, the class token and the absolute positions have layer 0.
+        The patch embedding, tokens and absolute positions have layer 0.
         Residual blocks count from 1. A merge has the layer of the preceding block. All
         parameters outside the encoder have the layer after the last block.
 
@@ -142,7 +144,7 @@ class Model(nnx.Module):
           ValueError: an encoder parameter belongs to no patch embedding, absolute
             positions, block or merge.
         """
-        layer_of = dict.fromkeys(("patch_embed", "cls_token", "absolute_pos_embed"), 0)
+        layer_of = dict.fromkeys(LAYER_ZERO, 0)
         last = 0
         for stage, blocks in enumerate(self.encoder.stages):
             for block in range(len(blocks)):
@@ -161,7 +163,7 @@ class Model(nnx.Module):
             if prefix is None:
                 raise ValueError(
                     f"parameter {name!r} has no layer; expected a parameter of "
-                    "patch_embed, cls_token, absolute_pos_embed, stages or merges"
+                    f"{', '.join(LAYER_ZERO)}, stages or merges"
                 )
             ids[name] = layer_of[prefix]
         return ids

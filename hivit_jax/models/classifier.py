@@ -20,6 +20,9 @@ class Classifier(Model):
     """HiViT with mean pooling, LayerNorm and a linear head (official ``HiViT``)."""
 
     name, description = "hivit_base", "a classifier"
+    # Factor on the standard deviation, 0.02, of a new head on a pretrained encoder, as
+    # in the official ``main_finetune.py``.
+    new_head_scale: float = 2e-5 / 0.02
     encoder_class: type[Encoder] = HiViT
 
     def __init__(

@@ -123,6 +123,11 @@ class EncoderConfig:
         """Return the windows of each block with attention; None: global attention."""
         return [None] * self.block_counts[-1]
 
+    def table_grid(self, stage: int, block: int) -> Grid:
+        """Return the grid that a block's relative position table spans."""
+        windows = self.windows(self.grid)[block]
+        return self.grid if windows is None else windows.size
+
 
 @dataclass(frozen=True, kw_only=True)
 class HiViTConfig(EncoderConfig):

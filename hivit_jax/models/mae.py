@@ -5,7 +5,6 @@ from all stages. Only the visible units are embedded and encoded.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +12,7 @@ from flax import nnx
 
 from hivit_jax.models import positions
 from hivit_jax.models.arguments import check_ids, check_shape
-from hivit_jax.models.base import Model, make_info
+from hivit_jax.models.base import make_info
 from hivit_jax.models.blocks import AttentionBlock, run_blocks
 from hivit_jax.models.config import DecoderConfig, RunOptions
 from hivit_jax.models.encoder import Encoder
@@ -21,30 +20,12 @@ from hivit_jax.models.explicit_axes import accepts_explicit_axes
 from hivit_jax.models.flops import attention_cost, encoder_cost, row_cost
 from hivit_jax.models.hivit import HiViT
 from hivit_jax.models.layers import INIT, FixedTable, Linear
+from hivit_jax.models.masked import MAEOutput, MaskedModel
 from hivit_jax.models.masking import count_visible_units, random_masking
 from hivit_jax.models.norms import LayerNorm
 
 
-class MAEOutput(NamedTuple):
-    """Output of the masked autoencoder for N units, K of them visible.
-
-    loss: float32 scalar, mean squared error over the masked units of the batch; NaN for
-      an empty batch.
-    pred: [B, N, P*P*C] float32, predictions of the (possibly normalized) targets.
-    mask: [B, N] float32, 0 visible, 1 masked.
-    latent: [B, K, 7E] (multi-scale), [B, K, E] or, with a class token, [B, 1+K, E];
-      input of the decoder embedding.
-    unit_loss: [B, N] float32, mean squared error of each unit, visible or masked.
-    """
-
-    loss: jax.Array
-    pred: jax.Array
-    mask: jax.Array
-    latent: jax.Array
-    unit_loss: jax.Array
-
-
-class MaskedAutoencoder(Model):
+class MaskedAutoencoder(MaskedModel):
     """Encoder on visible units, transformer decoder on all units."""
 
     name, description = "mae_hivit_base", "a masked autoencoder"
@@ -102,7 +83,7 @@ class MaskedAutoencoder(Model):
           ConfigError: an array has another shape, or `mask_ratio` leaves no visible
             unit or is outside (0, 1).
         """
-        kept = self._count_visible(images, noise, mask_ratio)
+        kept = self.check_noise(images, noise, mask_ratio)
         ids_shuffle, ids_restore, mask = random_masking(noise, kept)
         latent = self.encode(images, ids_shuffle[:, :kept], drop_path_keys)
         pred = positions.gather_tokens(self.decode(latent, ids_shuffle), ids_restore)
@@ -124,18 +105,12 @@ class MaskedAutoencoder(Model):
         For the arguments see `__call__`. Training uses this method, because its
         decoder's last MLP and output layer skip the visible units.
         """
-        kept = self._count_visible(images, noise, mask_ratio)
+        kept = self.check_noise(images, noise, mask_ratio)
         ids_shuffle = random_masking(noise, kept)[0]
         latent = self.encode(images, ids_shuffle[:, :kept], drop_path_keys)
         # [B, N - K, P*P*C]
         pred = self.decode(latent, ids_shuffle, masked_only=True)
         return self.unit_loss(images, pred, ids_shuffle[:, kept:]).mean(1)
-
-    def _count_visible(self, images, noise, mask_ratio):
-        """Check the shape of the noise and return the number of visible units."""
-        rows, columns = self.config.grid
-        check_shape("noise", noise, "[B, N]", images.shape[0], rows * columns)
-        return count_visible_units(rows * columns, mask_ratio)
 
     @accepts_explicit_axes
     def encode(
@@ -210,63 +185,6 @@ class MaskedAutoencoder(Model):
             x = run_blocks([last], x, self.run_options, apply=run_last)
         with jax.named_scope("loss"):
             return self.decoder_pred(self.decoder_norm(x)).astype(jnp.float32)
-
-    @accepts_explicit_axes
-    def targets(
-        self, images: jax.Array, ids: jax.Array | None = None
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Return targets [B, N, P*P*C], and mean and scale of each unit [B, N, 1].
-
-        The pixels of the units are ``targets * scale + mean``. Without pixel
-        normalization, mean is 0 and scale 1. The variance is unbiased.
-
-        Args:
-          ids: int [B, M], indices of the units to return; None: all, in image order.
-        """
-        if ids is not None:
-            check_ids("ids", ids, images.shape[0])
-        units = positions.patchify(images.astype(jnp.float32), self.config.patch_size)
-        units = units if ids is None else positions.gather_tokens(units, ids)
-        if not self.config.norm_pix_loss:
-            return units, jnp.zeros_like(units[..., :1]), jnp.ones_like(units[..., :1])
-        mean = units.mean(-1, keepdims=True)
-        scale = jnp.sqrt(units.var(-1, keepdims=True, ddof=1) + 1e-6)
-        return (units - mean) / scale, mean, scale
-
-    @accepts_explicit_axes
-    @jax.named_scope("loss")
-    def unit_loss(
-        self, images: jax.Array, pred: jax.Array, ids: jax.Array | None = None
-    ) -> jax.Array:
-        """Return the mean squared error of each unit, [B, N] float32.
-
-        Args:
-          pred: [B, N, P*P*C], prediction of the units `ids`, see `targets`.
-        """
-        targets = self.targets(images, ids)[0]
-        check_shape("pred", pred, "[B, N, P*P*C]", *targets.shape)
-        return jnp.square(pred - targets).mean(-1)
-
-    @accepts_explicit_axes
-    def to_images(
-        self, out: MAEOutput, mean: jax.Array, scale: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        """Return the prediction [B, H, W, C] and the mask [B, H, W, 1] as images.
-
-        The prediction is in the pixel range of the input. The mask is 1 for masked
-        pixels and 0 for visible pixels.
-
-        Args:
-          mean: [B, N, 1], mean of each unit, from `targets` or estimated without the
-            masked pixels.
-          scale: [B, N, 1], scale of each unit, likewise.
-        """
-        grid, patch_size = self.config.grid, self.config.patch_size
-        mask = jnp.repeat(out.mask[..., None], patch_size**2, -1)
-        return (
-            positions.unpatchify(out.pred * scale + mean, grid, patch_size),
-            positions.unpatchify(mask, grid, patch_size),
-        )
 
     def macs(
         self,

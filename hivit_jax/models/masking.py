@@ -1,5 +1,7 @@
 """Random masking of units."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,6 +26,18 @@ def count_visible_units(units: int, mask_ratio: float) -> int:
             + (f"least 1, a mask_ratio of at most {most}" if most else "least 1 of 2")
         )
     return kept
+
+
+def count_visible_cells(cells: int, mask_ratio: float) -> int:
+    """Return the number of visible cells as SimMIM: ``cells - ceil(cells * ratio)``.
+
+    It differs from `count_visible_units` by the rounding of floating-point numbers.
+
+    Raises:
+      ConfigError: the mask ratio is outside (0, 1) or leaves no visible cell.
+    """
+    count_visible_units(cells, mask_ratio)  # raises ConfigError
+    return cells - math.ceil(cells * mask_ratio)
 
 
 def _largest_mask_ratio(units: int) -> float:

@@ -110,6 +110,23 @@ def merge_order(inner: int) -> np.ndarray:
     return raster.transpose(_merge_axes(levels)).reshape(-1)
 
 
+def merge_neighbors(x: jax.Array, grid: Grid) -> jax.Array:
+    """Return row-major tokens [B, H*W, C] in merge order, padded to even sides.
+
+    Args:
+      grid: (H, W). A row and a column of zeros are added to odd sides.
+
+    Returns:
+      [B*H'*W', C]; each four rows are neighbors, in the order of `PatchMerge`.
+    """
+    rows, columns = (-(-side // 2) for side in grid)
+    x = x.reshape(len(x), *grid, x.shape[-1])
+    padding = 2 * rows - grid[0], 2 * columns - grid[1]
+    x = jnp.pad(x, ((0, 0), *((0, n) for n in padding), (0, 0)))
+    x = x.reshape(len(x), rows, 2, columns, 2, x.shape[-1])
+    return x.transpose(0, 1, 3, 4, 2, 5).reshape(-1, x.shape[-1])
+
+
 def sincos_table(grid: Grid, dim: int, class_tokens: int = 0) -> np.ndarray:
     """Return the 2-D sine-cosine position table, float32 [class_tokens + N, dim].
 

@@ -1,6 +1,7 @@
 """Resizing of parameters to another image size or number of channels, in numpy."""
 
 import numpy as np
+from scipy.interpolate import CubicSpline
 
 from hivit_jax.models.positions import Grid
 
@@ -33,6 +34,35 @@ def resize_relative_table(table: np.ndarray, grid: Grid, new_grid: Grid) -> np.n
     """
     shapes = [(2 * rows - 1, 2 * columns - 1) for rows, columns in (grid, new_grid)]
     return resize_grid_table(table, *shapes)
+
+
+def resize_table_geometrically(table: np.ndarray, side: int, new: int) -> np.ndarray:
+    """Resize a relative position table of square windows, as SimMIM's finetuning.
+
+    A cubic spline through the entries, whose distances grow geometrically with the
+    distance of two units: [(2*side-1)**2, heads] -> [(2*new-1)**2, heads].
+    """
+    if side == new:
+        return table
+    matrix = geometric_matrix(side, new)
+    maps = table.reshape(2 * side - 1, 2 * side - 1, -1).astype(np.float64)
+    resized = matrix @ np.tensordot(matrix, maps, 1)
+    return resized.reshape(-1, table.shape[-1]).astype(table.dtype)
+
+
+def geometric_matrix(side: int, new: int) -> np.ndarray:
+    """Return the matrix of `resize_table_geometrically`, [2*new-1, 2*side-1]."""
+    low, high = 1.01, 1.5
+    while high - low > 1e-6:
+        ratio = (low + high) / 2
+        if (ratio ** (side - 1) - 1) / (ratio - 1) > new - 1:
+            high = ratio
+        else:
+            low = ratio
+    positive = np.cumsum(ratio ** np.arange(side - 1))
+    source = np.concatenate([-positive[::-1], [0], positive])
+    target = np.clip(np.arange(1 - new, new), source[0], source[-1])
+    return CubicSpline(source, np.eye(len(source)), bc_type="not-a-knot")(target)
 
 
 def resize_patch_kernel(kernel: np.ndarray, cell: int, new_cell: int) -> np.ndarray:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from hivit_jax.models.positions import Grid
 
@@ -17,10 +18,16 @@ class Windows:
 
     grid: (Gh, Gw), units along height and width.
     size: (Sh, Sw), units of a window along height and width.
+    shift: units by which the windows are shifted to the bottom right. The windows at
+      the border continue at the opposite side, see `shift_mask`.
+    attend_padding: padding is zeros before the projections of attention, and keys of
+      padding are attended to, as in Swin. False: they are not attended to.
     """
 
     grid: Grid
     size: Grid
+    shift: int = 0
+    attend_padding: bool = False
 
     @property
     def counts(self) -> Grid:
@@ -44,6 +51,8 @@ class Windows:
         x = x.reshape(len(x), *self.grid, *rest)
         padding = rows * height - self.grid[0], columns * width - self.grid[1]
         x = jnp.pad(x, ((0, 0), *((0, n) for n in padding), *((0, 0),) * len(rest)))
+        if self.shift:
+            x = jnp.roll(x, (-self.shift, -self.shift), (1, 2))
         x = x.reshape(len(x), rows, height, columns, width, *rest).swapaxes(2, 3)
         return x.reshape(-1, height * width, *rest)
 
@@ -53,8 +62,28 @@ class Windows:
         rest = x.shape[2:]
         x = x.reshape(-1, rows, columns, height, width, *rest).swapaxes(2, 3)
         x = x.reshape(len(x), rows * height, columns * width, *rest)
+        if self.shift:
+            x = jnp.roll(x, (self.shift, self.shift), (1, 2))
         x = x[:, : self.grid[0], : self.grid[1]]
         return x.reshape(len(x), self.grid[0] * self.grid[1], *rest)
+
+    def shift_mask(self) -> np.ndarray:
+        """Return the addend to the scores of shifted windows, float32 [W, S, S].
+
+        It is 0 for pairs of units that are neighbors in the padded image, and -100 for
+        pairs from opposite sides, as in the official code.
+        """
+        sides = []
+        for count, side in zip(self.counts, self.size, strict=True):
+            position = np.arange(count * side)
+            first = position >= (count - 1) * side
+            sides.append(first.astype(int) + (position >= count * side - self.shift))
+        regions = 3 * sides[0][:, None] + sides[1]
+        (rows, columns), (height, width) = self.counts, self.size
+        regions = regions.reshape(rows, height, columns, width).swapaxes(1, 2)
+        regions = regions.reshape(rows * columns, height * width)
+        different = regions[:, :, None] != regions[:, None, :]
+        return np.where(different, np.float32(-100), np.float32(0))
 
 
 def make_windows(grid: Grid, side: int) -> Windows | None:

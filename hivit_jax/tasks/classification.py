@@ -16,7 +16,7 @@ from hivit_jax.data.sources.base import Source
 from hivit_jax.data.transforms import evaluation_image
 from hivit_jax.errors import ConfigError
 from hivit_jax.keys import Key
-from hivit_jax.models import configure
+from hivit_jax.models import configure, variant
 from hivit_jax.models.classifier import Classifier
 from hivit_jax.rng import Keys
 from hivit_jax.tasks import predictions
@@ -38,9 +38,8 @@ class Classification(Task):
         ),
     }
     best = ("eval/top1", "max")
-    # As in the official ``main_finetune.py``. There, position tables and class token do
-    # not decay.
-    head_scale = 2e-5 / 0.02
+    # As in the official ``main_finetune.py``, position tables and class token do not
+    # decay.
     decayed = ("kernel",)
     undecayed = (
         "bias",
@@ -66,6 +65,11 @@ class Classification(Task):
                 f"batch_size / accumulate_steps is {microbatch}, expected an even "
                 "number"
             )
+
+    @property
+    def head_scale(self) -> float:
+        """Factor on the standard deviation, 0.02, of a newly initialized head."""
+        return variant(self.config.model.name)[0].new_head_scale
 
     @classmethod
     def batch_multiple(cls, config: Any) -> int:

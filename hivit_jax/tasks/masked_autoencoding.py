@@ -1,5 +1,6 @@
 """Masked autoencoding: predict the pixels of masked units (He et al., CVPR 2022)."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,8 +12,8 @@ from hivit_jax.data.sources.splits import NO_EVALUATION
 from hivit_jax.errors import ConfigError
 from hivit_jax.keys import Key
 from hivit_jax.models import configure
-from hivit_jax.models.mae import MaskedAutoencoder
-from hivit_jax.models.masking import count_visible_units
+from hivit_jax.models.masked import MaskedModel
+from hivit_jax.models.positions import check_grid
 from hivit_jax.rng import Keys
 from hivit_jax.tasks.base import PerSample, Rows, Sums, Task, weighted_sums
 from hivit_jax.tasks.defaults import model_arguments
@@ -34,29 +35,37 @@ class MaskedAutoencoding(Task):
         "relative_position_bias_table",
     )
     undecayed = ("bias", "scale", "decoder_pos_embed")
-    model_class = MaskedAutoencoder
+    model_class = MaskedModel
 
     @classmethod
     def check(cls, config: Any) -> None:
         """Raise ConfigError for an invalid config, such as an invalid `mask_ratio`."""
         super().check(config)
-        rows, columns = configure(**model_arguments(config))[1].grid
-        units = rows * columns
+        model_class, sizes, _ = configure(**model_arguments(config))
+        side = model_class.unit_size_of(sizes)
+        units = math.prod(check_grid(sizes.image_size, side))
         # Raises ConfigError for a ratio that masks all units.
-        if count_visible_units(units, config.mask_ratio) == units:
+        if model_class.count_visible(units, config.mask_ratio) == units:
             raise ConfigError(
                 f"mask_ratio={config.mask_ratio} masks none of {units} units; "
                 f"expected at least {1 / units:.4f}"
             )
 
-    def macs(self, model: MaskedAutoencoder, layer_norm_cost: int = 0) -> int:
+    def is_decayed(self, name: str) -> bool:
+        """Return True if weight decay applies to a parameter.
+
+        As in the official SimMIM code, its mask token, in the encoder, does not decay.
+        """
+        return name != "encoder/mask_token" and super().is_decayed(name)
+
+    def macs(self, model: MaskedModel, layer_norm_cost: int = 0) -> int:
         """Return the multiply-adds of one image at the config's mask ratio."""
         return model.macs(
             mask_ratio=self.config.mask_ratio, layer_norm_cost=layer_norm_cost
         )
 
     def loss(
-        self, model: MaskedAutoencoder, frozen: Any, batch: dict, keys: Keys
+        self, model: MaskedModel, frozen: Any, batch: dict, keys: Keys
     ) -> PerSample:
         """Return {"loss": [B]}."""
         images = self.augment_batch(batch, keys)
@@ -66,7 +75,7 @@ class MaskedAutoencoding(Task):
         return {"loss": loss}
 
     def eval_step(
-        self, model: MaskedAutoencoder, frozen: Any, batch: dict, keys: Keys
+        self, model: MaskedModel, frozen: Any, batch: dict, keys: Keys
     ) -> tuple[Sums, Rows]:
         """Return {"loss": sum} and no rows.
 
@@ -76,9 +85,7 @@ class MaskedAutoencoding(Task):
         loss = model.image_loss(images, **self._masking(model, keys))
         return weighted_sums({"loss": loss}, batch["weight"]), {}
 
-    def panels(
-        self, model: MaskedAutoencoder, frozen: Any, batch: dict, keys: Keys
-    ) -> Rows:
+    def panels(self, model: MaskedModel, frozen: Any, batch: dict, keys: Keys) -> Rows:
         """Return the inputs of `figures`.
 
         With `norm_pix_loss`, each prediction is converted back to pixels with the mean
@@ -104,10 +111,9 @@ class MaskedAutoencoding(Task):
         title = "held-out images" if held_out else "training images"
         return {"reconstruction": drawing.reconstructions(pixels, title)}
 
-    def _masking(self, model: MaskedAutoencoder, keys: Keys) -> dict[str, Any]:
+    def _masking(self, model: MaskedModel, keys: Keys) -> dict[str, Any]:
         """Return the model arguments noise, [B, N], and mask_ratio."""
-        rows, columns = model.encoder.grid
-        units = rows * columns
+        units = math.prod(model.unit_grid)
         with jax.named_scope("input"):
             mask_keys = rng.split_keys(keys.samples, "mask")
             noise = jax.vmap(lambda key: jax.random.uniform(key, (units,)))(mask_keys)

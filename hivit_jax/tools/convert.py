@@ -30,11 +30,11 @@ python -m hivit_jax.tools.convert --inspect SRC [--names] [--plain]
 
 SRC        workdir of a run, checkpoint, directory written by save_pretrained, or
            hf://ORGANIZATION/NAME; or a .pth or .safetensors file written by this
-           package, the official code or MMPretrain
+           package, the official code, MMPretrain, timm or transformers
 DST        a .safetensors or PyTorch file (.pth, .pt, .bin, .ckpt, .pth.tar); any other
            name is a directory for model.safetensors, config.json and a model card
 --format   parameter names in the file: official (self_supervised, default), supervised
-           or mmpretrain
+           or mmpretrain; of ViT and Swin: official, timm or transformers
 --set      override a model argument: name=hivit_base, num_classes=10, image_size=384;
            num_heads, decoder_num_heads and layer_norm_eps if SRC does not contain them
 --inspect  describe SRC and how its arrays fit the model; write nothing

@@ -1,6 +1,7 @@
 """Draw a masked autoencoder's reconstructions of images; see `USAGE`."""
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -15,7 +16,7 @@ from hivit_jax import platforms
 from hivit_jax.augment.resample import MAXIMUM
 from hivit_jax.data.transforms import evaluation_image
 from hivit_jax.errors import ConfigError, DataError, Parser, run_command
-from hivit_jax.models.mae import MaskedAutoencoder
+from hivit_jax.models.masked import MaskedModel
 from hivit_jax.paths import expand
 from hivit_jax.reporting import figures
 from hivit_jax.reporting.console import log
@@ -38,7 +39,7 @@ python -m hivit_jax.tools.reconstruct --checkpoint PATH IMAGE [IMAGE ...]
 """
 
 
-def statistics_text(model: MaskedAutoencoder, statistics: str) -> str:
+def statistics_text(model: MaskedModel, statistics: str) -> str:
     """Return a figure title that states the source of brightness and contrast."""
     if not model.config.norm_pix_loss:
         return "pixels as predicted"
@@ -48,7 +49,7 @@ def statistics_text(model: MaskedAutoencoder, statistics: str) -> str:
 
 
 def reconstruct(
-    model: MaskedAutoencoder,
+    model: MaskedModel,
     images: jax.Array,
     *,
     mask_ratio: float = 0.75,
@@ -82,7 +83,7 @@ def reconstruct(
             )
         return model.to_images(out, mean, scale)
 
-    units = model.encoder.grid[0] * model.encoder.grid[1]
+    units = math.prod(model.unit_grid)
     noise = jax.random.uniform(jax.random.key(seed), (len(images), units))
     return jax.device_get(run(params, images, noise))
 
@@ -104,7 +105,7 @@ def run(argv: Sequence[str] | None) -> None:
         raise ConfigError(f"--out={args.out} is a directory; expected a .png file")
     pretrained = load.read(args.checkpoint)
     model = build(pretrained)
-    if not isinstance(model, MaskedAutoencoder):
+    if not isinstance(model, MaskedModel):
         raise ConfigError(
             f"{pretrained.path} is a {model.name}, which has no decoder; expected a "
             "masked autoencoder"

@@ -12,7 +12,6 @@ from flax import nnx
 from hivit_jax.errors import ConfigError
 from hivit_jax.models import Model, configure, resize
 from hivit_jax.models.config import EncoderConfig
-from hivit_jax.models.positions import Grid
 from hivit_jax.reporting.console import log
 from hivit_jax.tree import leaf_name, named_leaves, split
 
@@ -122,8 +121,8 @@ def match_arrays(
 ) -> tuple[dict[str, np.ndarray], LoadReport]:
     """Return the initial arrays for a model from a pretrained one, and a report.
 
-    Position tables are resized to the model's grid, and the patch embedding to its
-    channels and cell size (official: ``supervised/utils.py``). Only arrays of a
+    Position tables are resized to the model's grid or windows, and the patch embedding
+    to its channels and cell size (official: ``supervised/utils.py``). Only arrays of a
     `models.base.Model` are resized; any other module must have the same shapes.
 
     Args:
@@ -176,9 +175,12 @@ def _resized(
         rows = resize.resize_grid_table(rows, old.grid, new.grid)
         return np.concatenate([first, rows]) if len(first) else rows
     if name.endswith("relative_position_bias_table"):
-        block = int(name.split("/")[3])
-        spans = [_span(config, block) for config in (old, new)]
+        stage, block = map(int, name.split("/")[2:4])
+        spans = [config.table_grid(stage, block) for config in (old, new)]
         if spans[0] != spans[1]:
+            if getattr(old, "geometric_tables", False):
+                sides = (side for side, _ in spans)
+                return resize.resize_table_geometrically(array, *sides)
             return resize.resize_relative_table(array, *spans)
     if name.startswith("encoder/patch_embed/proj/kernel"):
         if old.cell_size != new.cell_size:
@@ -186,12 +188,6 @@ def _resized(
         if old.in_channels != new.in_channels:
             array = resize.resize_channels(array, old.in_channels, new.in_channels)
     return array
-
-
-def _span(config: EncoderConfig, block: int) -> Grid:
-    """Return the size in units of a block's window, or of the whole grid."""
-    windows = config.windows(config.grid)[block]
-    return config.grid if windows is None else windows.size
 
 
 def initialize_from(

@@ -1,15 +1,20 @@
 """Downloads from the Hugging Face hub."""
 
+from functools import partial
 from pathlib import Path
 
 from hivit_jax.errors import CheckpointError, first_line
 from hivit_jax.weights.files import CONFIG, WEIGHTS
+from hivit_jax.weights.programs import PREPROCESSOR
+
+TORCH_WEIGHTS = "pytorch_model.bin"  # in older repositories
 
 
 def download(address: str) -> Path:
     """Download ``hf://ORGANISATION/NAME[@REVISION][/FILE]`` and return the local path.
 
-    Without FILE, returns a directory with the files of `save_pretrained`. Offline
+    Without FILE, returns a directory with the files of `save_pretrained`, timm or
+    transformers. Offline
     (``HF_HUB_OFFLINE=1`` or no network), returns an earlier download.
 
     Raises:
@@ -28,19 +33,22 @@ def download(address: str) -> Path:
         raise CheckpointError(f"{address}: expected hf://ORGANISATION/NAME")
     name, _, revision = parts[1].partition("@")
     file = parts[2] if len(parts) > 2 else ""
+    wanted = [file] if file else [WEIGHTS, CONFIG, PREPROCESSOR]
+    download_files = partial(
+        snapshot_download, f"{parts[0]}/{name}", revision=revision or None
+    )
     try:
-        directory = snapshot_download(
-            f"{parts[0]}/{name}",
-            revision=revision or None,
-            allow_patterns=[file] if file else [WEIGHTS, CONFIG],
-        )
+        directory = Path(download_files(allow_patterns=wanted))
+        if not file and not (directory / WEIGHTS).is_file():
+            download_files(allow_patterns=[TORCH_WEIGHTS])
     except Exception as error:  # because network and hub cause many exception types
         raise CheckpointError(
             f"{address} cannot be downloaded, and there is no complete local copy: "
             f"{type(error).__name__}: {first_line(error)}"
         ) from error
-    path = Path(directory) / file
-    if not (path if file else path / WEIGHTS).is_file():
+    path = directory / file
+    candidates = [path] if file else [path / WEIGHTS, path / TORCH_WEIGHTS]
+    if not any(each.is_file() for each in candidates):
         hint = "" if file else f"; for another file, use {address}/FILE"
         raise CheckpointError(f"{address} has no {file or WEIGHTS}{hint}")
     return path

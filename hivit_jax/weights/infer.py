@@ -6,56 +6,14 @@ from typing import Any
 import numpy as np
 
 from hivit_jax.errors import CheckpointError
-from hivit_jax.models import VARIANTS, Model
+from hivit_jax.models import VARIANTS
 from hivit_jax.models.classifier import Classifier
 from hivit_jax.models.mae import MaskedAutoencoder
 from hivit_jax.models.vit import ViTClassifier, ViTMaskedAutoencoder
+from hivit_jax.weights.infer_swin import swin_arguments
 from hivit_jax.weights.names.official import official_names
-
-
-class Shapes(dict[str, tuple[int, ...]]):
-    """Shapes of the arrays of a state dict, by official name."""
-
-    kind = "HiViT"  # for error messages
-
-    def require(self, name: str, ndim: int) -> tuple[int, ...]:
-        """Return the shape of an array.
-
-        Raises:
-          CheckpointError: there is no such array, it does not have `ndim` dimensions,
-            or one of its dimensions is 0.
-        """
-        if len(self.get(name, ())) != ndim or 0 in self[name]:
-            found = list(self[name]) if name in self else "missing"
-            names = ", ".join([*self][:3]) or "none"
-            raise CheckpointError(
-                f"not a {self.kind}: {name!r} is {found}; expected an array with "
-                f"{ndim} dimensions.\nThe first of {len(self)} entries: {names}"
-            )
-        return self[name]
-
-    def blocks(self) -> list[int]:
-        """Return the number of residual blocks of every stage.
-
-        Raises:
-          CheckpointError: blocks and widths are not those of a HiViT.
-        """
-        counts, index = [0], 0
-        while any(name.startswith(f"blocks.{index}.") for name in self):
-            if f"blocks.{index}.reduction.weight" in self:  # a merge
-                counts.append(0)
-            else:
-                counts[-1] += 1
-            index += 1
-        dim = self.require("absolute_pos_embed", 3)[2]
-        width, stems = self.require("patch_embed.proj.weight", 4)[0], len(counts) - 1
-        if not stems or width << stems != dim or any(n % 2 for n in counts[:-1]):
-            raise CheckpointError(
-                f"not a HiViT: found {counts} blocks between merges and widths from "
-                f"{width} to {dim}; expected an even number of blocks before each "
-                "merge and twice the width after it"
-            )
-        return counts
+from hivit_jax.weights.names.swin import is_swin
+from hivit_jax.weights.shapes import Shapes, registered
 
 
 def infer(
@@ -76,10 +34,12 @@ def infer(
       The arguments, and {argument: reason} of the guessed ones.
 
     Raises:
-      CheckpointError: the state dict is neither that of a HiViT nor of a ViT.
+      CheckpointError: the state dict is not that of a HiViT, ViT or Swin.
     """
     named = official_names(state).items()
     shapes = Shapes({name: array.shape for name, array in named})
+    if is_swin(state):
+        return swin_arguments(shapes, image_size)
     is_autoencoder = "decoder_embed.weight" in shapes
     is_mmpretrain = any("head.fc." in name for name in state)
     is_vit = {"cls_token", "pos_embed"} <= shapes.keys()
@@ -105,19 +65,8 @@ def infer(
         (False, False): Classifier,
     }
     model_class = classes[is_vit, is_autoencoder]
-    names = _registered(model_class, arguments)
+    names = registered(model_class, arguments)
     return dict(name=names[0] if names else model_class.name) | arguments, guessed
-
-
-def _registered(model_class: type[Model], arguments: Mapping[str, Any]) -> list[str]:
-    """Return the names of the registered models of this class and size."""
-    depths = arguments.get("depths") or (arguments["depth"],)
-    sizes = arguments["embed_dim"], depths
-    return [
-        name
-        for name, (variant_class, config) in VARIANTS.items()
-        if variant_class is model_class and (config.embed_dim, config.depths) == sizes
-    ]
 
 
 def _head_arguments(shapes: Shapes, is_vit: bool) -> dict[str, Any]:
@@ -147,7 +96,7 @@ def _vit_arguments(
         mlp_ratio=hidden / dim,
         patch_size=patch_size,
     )
-    if names := _registered(ViTClassifier, arguments):
+    if names := registered(ViTClassifier, arguments):
         arguments["num_heads"] = VARIANTS[names[0]][1].num_heads
         return arguments, {"num_heads": f"as in {names[0]}"}
     arguments["num_heads"] = max(dim // 64, 1)

@@ -1,6 +1,5 @@
 """Locate and read pretrained models, and build models from them."""
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import fields
@@ -21,20 +20,21 @@ from hivit_jax.paths import expand
 from hivit_jax.reporting import metrics
 from hivit_jax.reporting.console import log
 from hivit_jax.tree import leaf_name, named_leaves, split
-from hivit_jax.weights import files, nesting
+from hivit_jax.weights import files, nesting, programs
 from hivit_jax.weights.adapt import Pretrained, adapt
 from hivit_jax.weights.files import CONFIG, WEIGHTS
-from hivit_jax.weights.hub import download
+from hivit_jax.weights.hub import TORCH_WEIGHTS, download
 from hivit_jax.weights.infer import infer
 from hivit_jax.weights.names.official import (
-    INDEX,
     from_official,
     official_names,
     unneeded_entries,
 )
+from hivit_jax.weights.names.swin import BUFFERS, is_swin
+from hivit_jax.weights.names.transformers import from_transformers, is_transformers
 
-# Factor on the standard deviation, 0.02, of a new head (official ``main_finetune.py``).
-NEW_HEAD_SCALE = 2e-5 / 0.02
+# Weights of a directory or repository, whose config.json describes them.
+DIRECTORY_WEIGHTS = (WEIGHTS, TORCH_WEIGHTS)
 # Arguments that the names and shapes of a state dict do not determine.
 NOT_IN_STATE_DICT = ("num_heads", "decoder_num_heads", "layer_norm_eps")
 # Key of a recipe's data -> argument of `make_info`.
@@ -56,15 +56,16 @@ def read(path: str | Path, *, averaged: bool = True, **overrides: Any) -> Pretra
     Args:
       path: a run's workdir or one of its checkpoints; a directory written by
         `save_pretrained`, or with one file of weights; a ``.safetensors`` or PyTorch
-        file written by this package, the official code, MMPretrain or timm (ViT); or
-        ``hf://ORGANISATION/NAME[@REVISION][/FILE]``.
+        file written by this package, the official code, MMPretrain or timm; or
+        ``hf://ORGANISATION/NAME[@REVISION][/FILE]``. Directories and repositories may
+        be those of timm and transformers, with their config.json.
       averaged: prefer averaged weights (EMA) if they were saved.
       overrides: as in `create_model`. Only arguments that a file may lack have an
         effect: `NOT_IN_STATE_DICT`, and image_size if the grid of units is not square.
 
     Raises:
       CheckpointError: there is no model at the path, the file is damaged or unsafe, or
-        the model is neither a HiViT nor a ViT.
+        the model is not a HiViT, ViT or Swin.
     """
     path = locate(path)
     if path.is_file() or (path.suffix in files.SUFFIXES and not path.is_dir()):
@@ -91,9 +92,10 @@ def read(path: str | Path, *, averaged: bool = True, **overrides: Any) -> Pretra
 
 def _read_file(path: Path, averaged: bool, overrides: Mapping[str, Any]) -> Pretrained:
     file = files.read(path, averaged)
-    metadata = file.metadata
+    metadata, is_directory = file.metadata, path.name in DIRECTORY_WEIGHTS
     if (path.parent / CONFIG).is_file() and path.name == WEIGHTS:
-        metadata = _read_json(path.parent / CONFIG)
+        metadata = programs.read_json(path.parent / CONFIG)
+    known, info = programs.read_config(path.parent) if is_directory else ({}, {})
     notes = [f"{path.suffix} file" + (f", entry {file.key!r}" if file.key else "")]
     if file.other_keys:
         notes.append(f"other entries: {', '.join(file.other_keys)}")
@@ -101,11 +103,14 @@ def _read_file(path: Path, averaged: bool, overrides: Mapping[str, Any]) -> Pret
     notes.append(f"averaged weights (EMA): {', '.join(averages) or 'none'}")
     try:
         state, removed, unused = nesting.remove_prefixes(file.state, averaged)
+        if translated := is_transformers(state):
+            state = from_transformers(state)
+            notes.append("parameter names: transformers")
         if "arguments" in metadata:
             arguments = metadata["arguments"]
         else:
-            arguments, remarks = _infer_arguments(state, overrides)
-            notes += remarks
+            arguments, remarks = _infer_arguments(state, overrides, known)
+            notes += remarks[translated:]
         model = abstract_model(arguments)
         params = named_leaves(from_official(state, model, allow_missing=True))
     except CheckpointError as error:
@@ -116,7 +121,7 @@ def _read_file(path: Path, averaged: bool, overrides: Mapping[str, Any]) -> Pret
         notes.append(f"removed from the names: {', '.join(removed)}")
         log(f"{path}: {notes[-1]}")
     unused += unneeded_entries(official_names(state), model)
-    if leftovers := [name for name in unused if not name.endswith(INDEX)]:
+    if leftovers := [name for name in unused if not name.endswith(BUFFERS)]:
         more = f" and {len(leftovers) - 5} more" if len(leftovers) > 5 else ""
         log(f"{path}: unused entries: {', '.join(leftovers[:5])}{more}")
     recipe = metadata.get("recipe", {})
@@ -129,24 +134,34 @@ def _read_file(path: Path, averaged: bool, overrides: Mapping[str, Any]) -> Pret
         unused=unused,
         recipe=recipe,
         results=metadata.get("results", {}),
-        info=metadata.get("info", {}) | _info_arguments(recipe),
+        info=info | metadata.get("info", {}) | _info_arguments(recipe),
     )
 
 
 def _infer_arguments(
-    state: Mapping[str, Any], overrides: Mapping[str, Any]
+    state: Mapping[str, Any], overrides: Mapping[str, Any], known: Mapping[str, Any]
 ) -> tuple[dict[str, Any], list[str]]:
-    """Return the inferred arguments of a model, and notes on guessed arguments."""
-    arguments, guessed = infer(state, overrides.get("image_size"))
+    """Return the inferred arguments of a model, and notes on guessed arguments.
+
+    Args:
+      known: arguments from a config beside the file; `overrides` take precedence.
+    """
+    size = overrides.get("image_size") or known.get("image_size")
+    arguments, guessed = infer(state, size)
+    accepted = override_types(type(variant(arguments["name"])[1]))
+    known = {key: value for key, value in known.items() if key in accepted}
+    arguments |= known | {"image_size": arguments["image_size"]}
     program = "MAE and timm" if "cls_token" in state else "official code"
-    if any(name.startswith("backbone.") for name in state):
+    if is_swin(state):
+        program = "official code or timm"
+    elif any(name.startswith("backbone.") for name in state):
         program = "MMPretrain"
     notes = [f"parameter names: {program}"]
     arguments |= {key: overrides[key] for key in NOT_IN_STATE_DICT if key in overrides}
     notes += [
         f"guessed: {key} {arguments[key]}, {reason}"
         for key, reason in guessed.items()
-        if key not in overrides
+        if key not in overrides and key not in known
     ]
     return arguments, notes
 
@@ -233,7 +248,7 @@ def build(pretrained: Pretrained, **overrides: Any) -> Model:
 
         arrays |= initialize()
         if "head/kernel" in new:
-            arrays["head/kernel"] *= NEW_HEAD_SCALE
+            arrays["head/kernel"] *= model.new_head_scale
     params = jax.tree_util.tree_map_with_path(
         lambda key_path, _: jnp.asarray(arrays[leaf_name(key_path)]), abstract
     )
@@ -261,13 +276,3 @@ def merge_arguments(
     excluded |= {f.name for f in fields(config) if getattr(config, f.name) == f.default}
     kept = {k: v for k, v in arguments.items() if k in accepted and k not in excluded}
     return kept | overrides
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-        if not isinstance(content, dict):
-            raise ValueError("expected an object")
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    return content

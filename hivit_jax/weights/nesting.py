@@ -89,6 +89,10 @@ def remove_prefixes(state: Mapping[str, Any], averaged: bool = True) -> Unwrappe
         name.removesuffix(ANCHOR).removesuffix("backbone.")
         for name in filter(_is_anchor, named)
     }
+    # Nor is "encoder." of SimMIM, whose mask token is inside of the encoder.
+    prefixes = {
+        p.removesuffix("encoder.") if f"{p}mask_token" in named else p for p in prefixes
+    }
     prefixes = {p for p in prefixes if is_averaged(p) == averaged} or prefixes
     if len(prefixes) > 1 or len(named) < len(state):
         found = ", ".join(map(repr, sorted(prefixes)))

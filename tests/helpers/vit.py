@@ -11,8 +11,8 @@ from flax import nnx
 from networks import abstract_model
 
 from hivit_jax.models.positions import sincos_table
-from hivit_jax.tree import split
-from hivit_jax.weights.names.official import from_official
+from hivit_jax.tree import named_leaves, split
+from hivit_jax.weights.names.official import from_official, to_official
 
 FACTS = json.loads((reference.GOLDEN / "vit.json").read_text())
 FIXTURES = FACTS["fixtures"]
@@ -67,3 +67,21 @@ def build(fixture, state=None, **overrides):
     state = state_dict(fixture) if state is None else state
     params = jax.tree.map(jnp.asarray, from_official(state, model))
     return nnx.merge(split(model)[0], params), params
+
+
+def official_names(model, values):
+    """Return {official name: value} of {our name: number}."""
+    shapes = named_leaves(split(model)[1])
+    return {
+        official: values[name]
+        for name, leaf in shapes.items()
+        if name in values
+        for official in to_official(nested(name, np.empty(leaf.shape, bool)), model)
+    }
+
+
+def nested(name, leaf):
+    """Return nested dicts with one leaf at a name."""
+    for part in reversed(name.split("/")):
+        leaf = {part: leaf}
+    return leaf

@@ -5,13 +5,12 @@ import numpy as np
 import pytest
 import recipes
 from networks import abstract_model, abstract_outputs, fast_jit
-from vit import FACTS
+from vit import FACTS, official_names
 
 from hivit_jax import inputs
 from hivit_jax.errors import ConfigError
 from hivit_jax.models import create_model
 from hivit_jax.tree import named_leaves, split, split_state
-from hivit_jax.weights.names.official import to_official
 
 MINI = dict(image_size=64, embed_dim=64, depth=2, num_heads=2)
 PUBLISHED = {
@@ -29,24 +28,6 @@ def test_published_parameters_and_multiply_adds(name):
     assert model.parameter_count() == facts["params"]
     assert model.macs(layer_norm_cost=0) == facts["macs"]
     assert model.macs() == facts["macs_plus_5_per_layernorm_element"]
-
-
-def official_names(model, values):
-    """Return {official name: value} of {our name: number}."""
-    shapes = named_leaves(split(model)[1])
-    return {
-        official: values[name]
-        for name, leaf in shapes.items()
-        if name in values
-        for official in to_official(nested(name, np.empty(leaf.shape, bool)), model)
-    }
-
-
-def nested(name, leaf):
-    """Return nested dicts with one leaf at a name."""
-    for part in reversed(name.split("/")):
-        leaf = {part: leaf}
-    return leaf
 
 
 def test_layer_ids():

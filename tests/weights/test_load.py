@@ -337,8 +337,9 @@ def test_hub(tmp_path, monkeypatch):
     recipes.assert_identical(params_by_name(loaded), params_by_name(model))
     other = hivit_jax.load_pretrained("hf://group/hivit/other.safetensors")
     assert other.config.embed_dim == 16
+    files = ["model.safetensors", "config.json", "preprocessor_config.json"]
     assert asked == [
-        ("group/hivit", "v1", ["model.safetensors", "config.json"]),
+        ("group/hivit", "v1", files),
         ("group/hivit", None, ["other.safetensors"]),
     ]
     with pytest.raises(CheckpointError, match=r"hf://group/hivit/x.pth has no x.pth"):

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import state_files
-import torch_files
 import vit
+from foreign import write
 from networks import params_by_name
 from reference import golden
 
@@ -16,13 +16,6 @@ from hivit_jax.weights.load import read
 from hivit_jax.weights.names.official import from_official
 
 HEADS = dict(num_heads=2)
-
-
-def write(path, state):
-    """Write a file as the official code does."""
-    args = torch_files.Global("argparse", "Namespace")(state={"norm_pix_loss": True})
-    content = {"model": torch_files.with_tensors(state), "epoch": 3, "args": args}
-    return torch_files.save(content, path)
 
 
 def test_pretraining_file(tmp_path):

@@ -16,15 +16,20 @@ import numpy as np
 
 from hivit_jax.errors import CheckpointError, ConfigError
 from hivit_jax.models import Model
-from hivit_jax.models.config import MAEConfig
+from hivit_jax.models.config import HiViTConfig, MAEConfig
 from hivit_jax.models.mae import MaskedAutoencoder
 from hivit_jax.models.positions import merge_order, relative_position_index
+from hivit_jax.models.simmim import SimMIM
+from hivit_jax.models.swin import SwinConfig
 from hivit_jax.tree import leaf_name, split
+from hivit_jax.weights.names import baselines, swin
+from hivit_jax.weights.names.baselines import to_layout
 
-# Programs that a state dict can be written for: official self_supervised, official
-# supervised, MMPretrain. The two official programs differ in the names of the relative
-# position index.
-LAYOUTS = ("official", "supervised", "mmpretrain")
+# Programs that the state dict of a HiViT can be written for: official self_supervised,
+# official supervised, MMPretrain. The two official programs differ in the names of the
+# relative position index.
+HIVIT_LAYOUTS = ("official", "supervised", "mmpretrain")
+LAYOUTS = tuple(dict.fromkeys((*HIVIT_LAYOUTS, *baselines.LAYOUTS)))
 INDEX = "relative_position_index"
 # Dtypes of state dicts that are accepted, because float32 represents them exactly.
 FLOATS = (
@@ -64,28 +69,38 @@ def latent_order(config: MAEConfig) -> np.ndarray:
 
 def _entry(path: str, shape: tuple[int, ...], model: Model) -> Entry:
     """Return the official name and conversions of our parameter `path`."""
-    config = model.config
-    parts = path.removeprefix("encoder/").split("/")
-    # The official encoder is one flat list: each stage's blocks, then its merge.
-    lengths = [count + 1 for count in config.block_counts]
-    if parts[0] == "stages":
-        parts[:3] = ["blocks", str(sum(lengths[: int(parts[1])]) + int(parts[2]))]
-    elif parts[0] == "merges":
-        parts[:2] = ["blocks", str(sum(lengths[: int(parts[1]) + 1]) - 1)]
+    config, is_simmim = model.config, isinstance(model, SimMIM)
+    if isinstance(config, SwinConfig):
+        parts = swin.official_parts(path, is_simmim)
+    else:
+        parts = path.removeprefix("encoder/").split("/")
+        # The official encoder is one flat list: each stage's blocks, then its merge.
+        lengths = [count + 1 for count in config.block_counts]
+        if parts[0] == "stages":
+            parts[:3] = ["blocks", str(sum(lengths[: int(parts[1])]) + int(parts[2]))]
+        elif parts[0] == "merges":
+            parts[:2] = ["blocks", str(sum(lengths[: int(parts[1]) + 1]) - 1)]
     leaf = parts[-1]
     parts[-1] = {"kernel": "weight", "scale": "weight"}.get(leaf, leaf)
     name = ".".join(parts)
     if config.class_tokens and name == "absolute_pos_embed":  # ViT
         name = "pos_embed"
 
-    if name == "patch_embed.proj.weight":  # conv [out, in, kh, kw]
+    if is_simmim and parts[0] == "decoder":  # 1x1 conv, then pixel shuffle
+        channels = config.in_channels
+        return Entry(
+            name,
+            lambda a: swin.to_ours(a, shape, channels),
+            lambda a: swin.to_official(a, channels),
+        )
+    if name.endswith("patch_embed.proj.weight"):  # conv [out, in, kh, kw]
         cell = config.cell_size
         return Entry(
             name,
             lambda a: a.transpose(2, 3, 1, 0).reshape(shape),
             lambda a: a.T.reshape(shape[1], cell, cell, -1).transpose(0, 3, 1, 2),
         )
-    if name in ("mask_token", "cls_token"):
+    if leaf in ("mask_token", "cls_token"):
         return Entry(name, lambda a: a.reshape(shape), lambda a: a[None, None])
     if leaf.endswith("_pos_embed"):
         return Entry(name, lambda a: a.reshape(shape), lambda a: a[None])
@@ -105,9 +120,11 @@ def _entry(path: str, shape: tuple[int, ...], model: Model) -> Entry:
 def official_names(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Return a state dict with official names.
 
-    Names of MMPretrain's HiViT are translated. The names of ViT, which has a class
-    token, are those of MAE and timm.
+    Names of MMPretrain's HiViT and of timm's Swin are translated. The names of ViT,
+    which has a class token, are those of MAE and timm.
     """
+    if swin.is_swin(state):
+        return swin.from_timm(state)
     if "cls_token" in state:
         return dict(state)
     named = {}
@@ -123,11 +140,15 @@ def unneeded_entries(state: Mapping[str, np.ndarray], model: Model) -> list[str]
     The model computes the relative position index. Official masked autoencoders without
     multi-scale features store a norm that is not applied. MMPretrain's decoder is not
     supported, because the decoder treats HiViT's first visible unit as a class token.
+    The pooler of transformers' encoders is not part of a classifier.
+    Swin computes its masks, too.
     The state dict of an encoder may contain parts of the decoder, and the norm of the
     decoder's input.
     """
-    unused: tuple[str, ...] = ("neck.",)
+    unused: tuple[str, ...] = ("neck.", "pooler.")
     norm = state.get("norm.weight", np.empty(0))
+    if isinstance(model.config, SwinConfig):
+        return [name for name in state if name.endswith(swin.BUFFERS)]
     if isinstance(model, MaskedAutoencoder):
         ignores_norm = model.norm is None
     else:
@@ -213,8 +234,8 @@ def to_state_dict(
     """Convert nested parameters of `model` to the full state dict of another program.
 
     The state dict contains the relative position index, except for models with windows,
-    which the other programs do not have. MMPretrain's masked autoencoders are reduced
-    to the encoder.
+    which the other programs do not have, or Swin's indices and masks. MMPretrain's and
+    timm's masked autoencoders are reduced to the encoder.
 
     Args:
       layout: one of `LAYOUTS`.
@@ -225,17 +246,19 @@ def to_state_dict(
     Raises:
       ConfigError: the other program does not have this model.
     """
-    if layout != "official" and model.config.class_tokens:
+    state, config = to_official(params, model), model.config
+    if not isinstance(config, HiViTConfig):
+        return to_layout(state, model, layout)
+    if layout not in HIVIT_LAYOUTS:
         raise ConfigError(
-            f"layout={layout!r} with {model.name}, which is not a HiViT; expected "
-            "layout='official', the names of MAE and timm"
+            f"layout={layout!r} with {model.name}, which other programs do not have; "
+            f"expected one of {', '.join(HIVIT_LAYOUTS)}"
         )
     if layout == "mmpretrain" and getattr(model, "fc_norm", None) is not None:
         raise ConfigError(
             "MMPretrain's classifier has no norm between pooling and head; expected a "
             "model with fc_norm=False"
         )
-    state, config = to_official(params, model), model.config
     if isinstance(model, MaskedAutoencoder):
         if layout == "mmpretrain":  # see `unneeded_entries`
             names = ("absolute_pos_embed", "patch_embed.", "blocks.")

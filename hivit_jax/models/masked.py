@@ -1,0 +1,126 @@
+"""Base class of models that predict masked units of an image."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from hivit_jax.models import positions
+from hivit_jax.models.arguments import check_ids, check_shape
+from hivit_jax.models.base import Model
+from hivit_jax.models.config import EncoderConfig
+from hivit_jax.models.explicit_axes import accepts_explicit_axes
+from hivit_jax.models.masking import count_visible_units
+
+
+class MAEOutput(NamedTuple):
+    """Output of a masked model for N units, K of them visible.
+
+    loss: float32 scalar, mean error over the masked units of the batch; NaN for an
+      empty batch.
+    pred: [B, N, P*P*C] float32, predictions of the (possibly normalized) targets.
+    mask: [B, N] float32, 0 visible, 1 masked.
+    latent: [B, K, 7E] (multi-scale), [B, K, E] or, with a class token, [B, 1+K, E];
+      input of the decoder embedding. SimMIM: all tokens of the last stage.
+    unit_loss: [B, N] float32, mean error of each unit, visible or masked.
+    """
+
+    loss: jax.Array
+    pred: jax.Array
+    mask: jax.Array
+    latent: jax.Array
+    unit_loss: jax.Array
+
+
+class MaskedModel(Model):
+    """Model with targets of pixels; a subclass masks units and predicts them.
+
+    Attributes:
+      error: function of the difference of prediction and target.
+      count_visible: function (units, mask_ratio) that returns the number of visible
+        units, or raises ConfigError for an invalid ratio.
+    """
+
+    error: Callable[[jax.Array], jax.Array] = staticmethod(jnp.square)
+    count_visible: Callable[[int, float], int] = staticmethod(count_visible_units)
+
+    @staticmethod
+    def unit_size_of(config: EncoderConfig) -> int:
+        """Return the side in pixels of the units that are masked."""
+        return config.patch_size
+
+    @property
+    def unit_size(self) -> int:
+        """Side in pixels of the units that are masked."""
+        return self.unit_size_of(self.config)
+
+    @property
+    def unit_grid(self) -> positions.Grid:
+        """Numbers of units along the height and the width of an image."""
+        return positions.check_grid(self.config.image_size, self.unit_size)
+
+    def check_noise(
+        self, images: jax.Array, noise: jax.Array, mask_ratio: float
+    ) -> int:
+        """Check the shape of the noise and return the number of visible units."""
+        rows, columns = self.unit_grid
+        check_shape("noise", noise, "[B, N]", images.shape[0], rows * columns)
+        return self.count_visible(rows * columns, mask_ratio)
+
+    @accepts_explicit_axes
+    def targets(
+        self, images: jax.Array, ids: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Return targets [B, N, P*P*C], and mean and scale of each unit [B, N, 1].
+
+        The pixels of the units are ``targets * scale + mean``. Without pixel
+        normalization, mean is 0 and scale 1. The variance is unbiased.
+
+        Args:
+          ids: int [B, M], indices of the units to return; None: all, in image order.
+        """
+        if ids is not None:
+            check_ids("ids", ids, images.shape[0])
+        units = positions.patchify(images.astype(jnp.float32), self.unit_size)
+        units = units if ids is None else positions.gather_tokens(units, ids)
+        if not self.config.norm_pix_loss:
+            return units, jnp.zeros_like(units[..., :1]), jnp.ones_like(units[..., :1])
+        mean = units.mean(-1, keepdims=True)
+        scale = jnp.sqrt(units.var(-1, keepdims=True, ddof=1) + 1e-6)
+        return (units - mean) / scale, mean, scale
+
+    @accepts_explicit_axes
+    @jax.named_scope("loss")
+    def unit_loss(
+        self, images: jax.Array, pred: jax.Array, ids: jax.Array | None = None
+    ) -> jax.Array:
+        """Return the mean error of each unit, [B, N] float32.
+
+        Args:
+          pred: [B, N, P*P*C], prediction of the units `ids`, see `targets`.
+        """
+        targets = self.targets(images, ids)[0]
+        check_shape("pred", pred, "[B, N, P*P*C]", *targets.shape)
+        return self.error(pred - targets).mean(-1)
+
+    @accepts_explicit_axes
+    def to_images(
+        self, out: MAEOutput, mean: jax.Array, scale: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Return the prediction [B, H, W, C] and the mask [B, H, W, 1] as images.
+
+        The prediction is in the pixel range of the input. The mask is 1 for masked
+        pixels and 0 for visible pixels.
+
+        Args:
+          mean: [B, N, 1], mean of each unit, from `targets` or estimated without the
+            masked pixels.
+          scale: [B, N, 1], scale of each unit, likewise.
+        """
+        grid, patch_size = self.unit_grid, self.unit_size
+        mask = jnp.repeat(out.mask[..., None], patch_size**2, -1)
+        return (
+            positions.unpatchify(out.pred * scale + mean, grid, patch_size),
+            positions.unpatchify(mask, grid, patch_size),
+        )

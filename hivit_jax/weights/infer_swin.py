@@ -1,0 +1,68 @@
+"""Infer the arguments of Swin and SimMIM from the names and shapes of a state dict."""
+
+from typing import Any
+
+from hivit_jax.models.simmim import SimMIM, SimMIMConfig
+from hivit_jax.models.swin_classifier import SwinClassifier
+from hivit_jax.weights.names.swin import MASK_TOKEN
+from hivit_jax.weights.shapes import Shapes, registered
+
+
+def swin_arguments(
+    shapes: Shapes, image_size: Any = None
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the arguments of a Swin or SimMIM, and reasons of the guessed ones.
+
+    No parameter has the size of the image. Without `image_size`, it is that of official
+    shift masks, or one window in the last stage.
+
+    Args:
+      image_size: the model's image size; None: guess it.
+    """
+    shapes.kind = "Swin"
+    is_simmim = MASK_TOKEN in shapes
+    prefix = "encoder." if is_simmim else ""
+    embed = f"{prefix}patch_embed.proj.weight"
+    dim, channels, patch_size, _ = shapes.require(embed, 4)
+    depths, heads, sides = [], [], []
+    names = [name.removeprefix(prefix).split(".") for name in shapes]
+    blocks = [name[1:4:2] for name in names if name[:3:2] == ["layers", "blocks"]]
+    for stage in sorted({int(stage) for stage, _ in blocks}):
+        depths.append(len({block for each, block in blocks if int(each) == stage}))
+        table = f"{prefix}layers.{stage}.blocks.0.attn.relative_position_bias_table"
+        rows, count = shapes.require(table, 2)
+        heads.append(count)
+        sides.append(round((rows**0.5 + 1) / 2))
+    hidden, _ = shapes.require(f"{prefix}layers.0.blocks.0.mlp.fc1.weight", 2)
+    guessed = {"layer_norm_eps": "as in the official code"}
+    if image_size is None:
+        stride = patch_size << (len(depths) - 1)
+        image_size, guessed["image_size"] = sides[-1] * stride, "one window at the end"
+        windows, side, _ = shapes.get(f"{prefix}layers.0.blocks.1.attn_mask", (0, 0, 0))
+        tokens = round((windows * side) ** 0.5)
+        if tokens and tokens**2 == windows * side:
+            image_size = tokens * patch_size
+            guessed["image_size"] = "the size of the shift masks"
+    arguments = dict(
+        image_size=image_size,
+        in_channels=channels,
+        embed_dim=dim,
+        depths=tuple(depths),
+        num_heads=tuple(heads),
+        mlp_ratio=hidden / dim,
+        patch_size=patch_size,
+        window_size=max(sides),
+        layer_norm_eps=1e-5,
+    )
+    if is_simmim:
+        model_class = SimMIM
+        default = SimMIMConfig.__dataclass_fields__["mask_patch_size"].default
+        arguments["mask_patch_size"] = default
+        guessed["mask_patch_size"] = "as in the official code"
+    else:
+        model_class = SwinClassifier
+        arguments["running_norm"] = "fc_norm.mean" in shapes
+        if head := shapes.get("head.weight"):
+            arguments["num_classes"] = head[0]
+    names = registered(model_class, arguments)
+    return dict(name=names[0] if names else model_class.name) | arguments, guessed

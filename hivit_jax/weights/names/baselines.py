@@ -1,0 +1,63 @@
+"""State dicts of ViT and Swin for other programs."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from hivit_jax.errors import ConfigError
+from hivit_jax.models import Model
+from hivit_jax.models.masked import MaskedModel
+from hivit_jax.models.simmim import SimMIM
+from hivit_jax.models.swin import SwinConfig
+from hivit_jax.weights.names import swin
+from hivit_jax.weights.names.transformers import to_transformers
+
+LAYOUTS = ("official", "timm", "transformers")
+
+
+def to_layout(
+    state: Mapping[str, np.ndarray], model: Model, layout: str
+) -> dict[str, np.ndarray]:
+    """Return the state dict of another program from official names.
+
+    timm has no decoders: a masked autoencoder of ViT is reduced to its encoder.
+
+    Args:
+      state: official parameters of a ViT or Swin, without buffers.
+      layout: one of `LAYOUTS`.
+
+    Raises:
+      ConfigError: the program does not have this model.
+    """
+    is_swin, is_simmim = (
+        isinstance(model.config, SwinConfig),
+        isinstance(model, SimMIM),
+    )
+    if layout not in LAYOUTS:
+        raise ConfigError(
+            f"layout={layout!r} with {model.name}, which is not a HiViT; expected one "
+            f"of {', '.join(LAYOUTS)}"
+        )
+    if layout == "timm" and is_simmim:
+        raise ConfigError(
+            f"layout='timm' with {model.name}, which timm does not have; expected "
+            "layout='official' or 'transformers'"
+        )
+    if layout == "transformers" and getattr(model, "fc_norm", None) is not None:
+        raise ConfigError(
+            f"layout='transformers' with {model.name}: its classifier has no fc_norm; "
+            "expected pooling='token' and running_norm=False"
+        )
+    if is_swin and layout != "timm":
+        state = state | swin.buffers(model.config, "encoder." if is_simmim else "")
+    if layout == "transformers":
+        return to_transformers(state, "swin" if is_swin else "vit")
+    if layout == "timm" and is_swin:
+        return swin.to_timm(state)
+    if layout == "timm" and isinstance(model, MaskedModel):
+        return {
+            name: array
+            for name, array in state.items()
+            if not name.startswith(("decoder_", "mask_token"))
+        }
+    return dict(state)

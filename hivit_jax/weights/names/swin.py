@@ -1,0 +1,98 @@
+"""Names of Swin and SimMIM: official, timm's, and the buffers of the official code."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from hivit_jax.models.positions import relative_position_index
+from hivit_jax.models.swin import SwinConfig
+
+MASK_TOKEN = "encoder.mask_token"  # only in SimMIM's files
+PREFIXES = ("", "encoder.")
+BUFFERS = ("relative_position_index", "attn_mask")
+
+
+def is_swin(state: Mapping[str, np.ndarray]) -> bool:
+    """Return True if a state dict has the names of Swin or SimMIM."""
+    return any(n.removeprefix("encoder.").startswith("layers.0.blocks.") for n in state)
+
+
+def official_parts(path: str, is_simmim: bool) -> list[str]:
+    """Return the components of the official name of our parameter `path`.
+
+    The last component is ours, such as "kernel".
+    """
+    in_encoder = path.startswith(("encoder/", "norm/"))
+    parts = path.removeprefix("encoder/").split("/")
+    if parts[0] == "stages":
+        parts[:3] = ["layers", parts[1], "blocks", parts[2]]
+    elif parts[0] == "merges":
+        parts[:2] = ["layers", parts[1], "downsample"]
+    elif parts[:2] == ["decoder", "proj"]:
+        parts[1] = "0"
+    return ["encoder", *parts] if is_simmim and in_encoder else parts
+
+
+def from_timm(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return a state dict with official names; timm's names are translated.
+
+    timm stores the merge after a stage with the next stage, and the classifier as
+    ``head.fc``.
+    """
+    is_timm = not any(f"{p}layers.0.downsample.norm.weight" in state for p in PREFIXES)
+    named = {}
+    for name, array in state.items():
+        parts = name.replace("head.fc.", "head.").split(".")
+        if is_timm and "downsample" in parts:
+            index = parts.index("layers") + 1
+            parts[index] = str(int(parts[index]) - 1)
+        named[".".join(parts)] = array
+    return named
+
+
+def to_timm(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return the state dict of a Swin classifier with timm's names."""
+    named = {}
+    for name, array in state.items():
+        parts = name.split(".")
+        if "downsample" in parts:
+            parts[1] = str(int(parts[1]) + 1)
+        if parts[0] == "head":
+            parts[:1] = ["head", "fc"]
+        named[".".join(parts)] = array
+    return named
+
+
+def to_ours(array: np.ndarray, shape: tuple[int, ...], channels: int) -> np.ndarray:
+    """Convert an array of SimMIM's decoder, whose channels vary slowest."""
+    side = round((array.shape[0] // channels) ** 0.5)
+    array = array.reshape(channels, side, side, -1)
+    return array.transpose(3, 1, 2, 0).reshape(shape)
+
+
+def to_official(array: np.ndarray, channels: int) -> np.ndarray:
+    """Convert an array of our decoder, [8E, P*P*C] or [P*P*C], to SimMIM's."""
+    side = round((array.shape[-1] // channels) ** 0.5)
+    moved = array.reshape(-1, side, side, channels).transpose(3, 1, 2, 0)
+    if array.ndim == 1:
+        return moved.reshape(-1)
+    return moved.reshape(array.shape[1], array.shape[0], 1, 1)
+
+
+def buffers(config: SwinConfig, prefix: str) -> dict[str, np.ndarray]:
+    """Return the arrays that the official code stores and that depend on sizes only.
+
+    Args:
+      prefix: start of the names, such as ``encoder.``.
+    """
+    found = {}
+    for stage, grid in enumerate(config.stage_grids(config.grid)):
+        side = config.window_side(grid)
+        index = relative_position_index(np.arange(side * side), (side, side))
+        windows = config.stage_windows(stage, grid)
+        for block, each in enumerate(windows):
+            name = f"{prefix}layers.{stage}.blocks.{block}"
+            found[f"{name}.attn.{BUFFERS[0]}"] = np.array(index, np.int64)
+            if each is not None and each.shift:
+                found[f"{name}.{BUFFERS[1]}"] = each.shift_mask()
+    return found

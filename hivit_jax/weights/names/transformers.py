@@ -1,0 +1,120 @@
+"""Names of Hugging Face transformers for ViT, ViTMAE, Swin and SimMIM."""
+
+import re
+from collections.abc import Mapping
+
+import numpy as np
+
+from hivit_jax.errors import CheckpointError
+
+PATCHES = "embeddings.patch_embeddings.projection.weight"
+PARTS = ("query", "key", "value")  # row thirds of the official qkv
+# Patterns in names of transformers and their official replacements, in this order.
+RULES = [
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (r"^(vit|swin)\.", ""),
+        (r"^classifier\.", "head."),
+        (r"^decoder\.(mask_token|decoder_)", r"\1"),
+        (r"^decoder_layers\.", "decoder_blocks."),
+        (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+        (r"^embeddings\.norm\.", "patch_embed.norm."),
+        (r"^embeddings\.position_embeddings$", "pos_embed"),
+        (r"^embeddings\.", ""),
+        (r"^layernorm\.", "norm."),
+        (r"^encoder\.layer\.", "blocks."),
+        (r"^encoder\.layers\.", "layers."),
+        (r"\.layernorm_before\.", ".norm1."),
+        (r"\.layernorm_after\.", ".norm2."),
+        (r"\.attention\.output\.dense\.", ".attn.proj."),
+        (r"\.attention\.(attention|self)\.", ".attn."),
+        (r"\.intermediate\.dense\.", ".mlp.fc1."),
+        (r"\.output\.dense\.", ".mlp.fc2."),
+    )
+]
+
+
+def is_transformers(state: Mapping[str, np.ndarray]) -> bool:
+    """Return True if a state dict has the names of transformers."""
+    return any(name.endswith(PATCHES) for name in state)
+
+
+def from_transformers(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return a state dict with official names; query, key and value are joined.
+
+    Raises:
+      CheckpointError: a query has no key or no value.
+    """
+    named, thirds = {}, {}
+    for name, array in state.items():
+        for pattern, replacement in RULES:
+            name = pattern.sub(replacement, name)
+        *parents, part, leaf = ["", *name.split(".")]
+        if part in PARTS and parents[-1] == "attn":
+            name = ".".join([*parents[1:], "qkv", leaf])
+            thirds.setdefault(name, {})[part] = array
+        else:
+            named[name] = array
+    for name, parts in thirds.items():
+        if missing := [part for part in PARTS if part not in parts]:
+            raise CheckpointError(f"{name!r}: the state dict has no {missing[0]}")
+        named[name] = np.concatenate([parts[part] for part in PARTS])
+    if "mask_token" in named and any(name.startswith("layers.") for name in named):
+        # SimMIM: its official names have the encoder's prefix.
+        named = {
+            name if name.startswith("decoder.") else f"encoder.{name}": array
+            for name, array in named.items()
+        }
+    return named
+
+
+# Patterns in official names and their replacements; FAMILY is "vit" or "swin".
+INVERSE = [
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (r"^(cls_token)$", r"FAMILY.embeddings.\1"),
+        (r"^pos_embed$", "FAMILY.embeddings.position_embeddings"),
+        (r"^patch_embed\.proj\.", "FAMILY.embeddings.patch_embeddings.projection."),
+        (r"^patch_embed\.norm\.", "FAMILY.embeddings.norm."),
+        (r"^norm\.", "FAMILY.layernorm."),
+        (r"^head\.", "classifier."),
+        (r"^blocks\.", "FAMILY.encoder.layer."),
+        (r"^layers\.", "FAMILY.encoder.layers."),
+        (r"^decoder_blocks\.", "decoder.decoder_layers."),
+        (r"^decoder_", "decoder.decoder_"),
+        (r"\.norm1\.", ".layernorm_before."),
+        (r"\.norm2\.", ".layernorm_after."),
+        (r"\.attn\.proj\.", ".attention.output.dense."),
+        (r"\.attn\.", ".attention.INNER."),
+        (r"\.mlp\.fc1\.", ".intermediate.dense."),
+        (r"\.mlp\.fc2\.", ".output.dense."),
+    )
+]
+
+
+def to_transformers(
+    state: Mapping[str, np.ndarray], family: str
+) -> dict[str, np.ndarray]:
+    """Return an official state dict with the names of transformers.
+
+    Args:
+      family: "vit" or "swin".
+    """
+    inner = {"vit": "attention", "swin": "self"}[family]
+    mask_token = {"vit": "decoder.mask_token", "swin": "swin.embeddings.mask_token"}
+    named = {}
+    for name, array in state.items():
+        name = name.removeprefix("encoder.")
+        if name.endswith("attn_mask"):
+            continue  # transformers computes the masks
+        if name == "mask_token":
+            name = mask_token[family]
+        for pattern, replacement in INVERSE:
+            name = pattern.sub(replacement, name)
+        name = name.replace("FAMILY", family).replace("INNER", inner)
+        if ".qkv." in name:
+            for part, third in zip(PARTS, np.split(array, 3), strict=True):
+                named[name.replace("qkv", part)] = np.array(third, order="C")
+        else:
+            named[name] = array
+    return named

@@ -1,0 +1,91 @@
+"""Configs that timm and transformers store beside the weights of a model."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hivit_jax.errors import CheckpointError
+from hivit_jax.weights.files import CONFIG
+
+PREPROCESSOR = "preprocessor_config.json"  # of transformers
+# Key of transformers' config.json -> argument of `create_model`.
+ARGUMENTS = {
+    "num_attention_heads": "num_heads",
+    "num_heads": "num_heads",
+    "decoder_num_attention_heads": "decoder_num_heads",
+    "layer_norm_eps": "layer_norm_eps",
+    "image_size": "image_size",
+    "window_size": "window_size",
+    "norm_pix_loss": "norm_pix_loss",
+}
+RESAMPLE = {2: "bilinear", 3: "bicubic"}  # numbers of Pillow
+
+
+def read_config(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the arguments of `create_model` and of `make_info` of a directory.
+
+    Both are {} if its config.json is neither timm's nor that of transformers. Arguments
+    that a file does not contain are left out.
+
+    Raises:
+      CheckpointError: a file is damaged.
+    """
+    config = read_json(directory / CONFIG) if (directory / CONFIG).is_file() else {}
+    if "architecture" in config:
+        return _timm(config)
+    if "model_type" not in config:
+        return {}, {}
+    arguments = {ours: config[key] for key, ours in ARGUMENTS.items() if key in config}
+    info: dict[str, Any] = {}
+    if (directory / PREPROCESSOR).is_file():
+        images = read_json(directory / PREPROCESSOR)
+        keys = {"image_mean": "mean", "image_std": "std", "crop_pct": "crop"}
+        info = {ours: images[key] for key, ours in keys.items() if images.get(key)}
+        if images.get("resample") in RESAMPLE:
+            info["interpolation"] = RESAMPLE[images["resample"]]
+        # These processors resize the whole image and do not crop it.
+        info.setdefault("crop", 1.0)
+    labels = config.get("id2label") or {}
+    names = [str(labels[key]) for key in sorted(labels, key=int)]
+    if names and not names[0].startswith("LABEL_"):
+        info["class_names"] = names
+    return _plain(arguments), info
+
+
+def _timm(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the arguments of `create_model` and `make_info` of timm's config."""
+    images = config.get("pretrained_cfg") or {}
+    arguments, info = {}, {}
+    if size := images.get("input_size"):
+        arguments["image_size"] = tuple(size[1:])
+    keys = {"mean": "mean", "std": "std", "crop_pct": "crop"}
+    info = {ours: images[key] for key, ours in keys.items() if images.get(key)}
+    if images.get("interpolation") in RESAMPLE.values():
+        info["interpolation"] = images["interpolation"]
+    if names := config.get("label_names"):
+        info["class_names"] = names
+    return _plain(arguments), info
+
+
+def _plain(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return arguments with tuples in place of JSON's lists."""
+    return {
+        key: tuple(value) if isinstance(value, Sequence) else value
+        for key, value in arguments.items()
+    }
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file.
+
+    Raises:
+      CheckpointError: the file cannot be read, or contains no object.
+    """
+    try:
+        content = json.loads(path.read_text())
+        if not isinstance(content, dict):
+            raise ValueError("expected an object")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    return content

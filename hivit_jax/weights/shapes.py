@@ -1,0 +1,63 @@
+"""Shapes of the arrays of a state dict, and registered models by size."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from hivit_jax.errors import CheckpointError
+from hivit_jax.models import VARIANTS, Model
+
+
+class Shapes(dict[str, tuple[int, ...]]):
+    """Shapes of the arrays of a state dict, by official name."""
+
+    kind = "HiViT"  # for error messages
+
+    def require(self, name: str, ndim: int) -> tuple[int, ...]:
+        """Return the shape of an array.
+
+        Raises:
+          CheckpointError: there is no such array, it does not have `ndim` dimensions,
+            or one of its dimensions is 0.
+        """
+        if len(self.get(name, ())) != ndim or 0 in self[name]:
+            found = list(self[name]) if name in self else "missing"
+            names = ", ".join([*self][:3]) or "none"
+            raise CheckpointError(
+                f"not a {self.kind}: {name!r} is {found}; expected an array with "
+                f"{ndim} dimensions.\nThe first of {len(self)} entries: {names}"
+            )
+        return self[name]
+
+    def blocks(self) -> list[int]:
+        """Return the number of residual blocks of every stage.
+
+        Raises:
+          CheckpointError: blocks and widths are not those of a HiViT.
+        """
+        counts, index = [0], 0
+        while any(name.startswith(f"blocks.{index}.") for name in self):
+            if f"blocks.{index}.reduction.weight" in self:  # a merge
+                counts.append(0)
+            else:
+                counts[-1] += 1
+            index += 1
+        dim = self.require("absolute_pos_embed", 3)[2]
+        width, stems = self.require("patch_embed.proj.weight", 4)[0], len(counts) - 1
+        if not stems or width << stems != dim or any(n % 2 for n in counts[:-1]):
+            raise CheckpointError(
+                f"not a HiViT: found {counts} blocks between merges and widths from "
+                f"{width} to {dim}; expected an even number of blocks before each "
+                "merge and twice the width after it"
+            )
+        return counts
+
+
+def registered(model_class: type[Model], arguments: Mapping[str, Any]) -> list[str]:
+    """Return the names of the registered models of this class and size."""
+    depths = arguments.get("depths") or (arguments["depth"],)
+    sizes = arguments["embed_dim"], depths
+    return [
+        name
+        for name, (variant_class, config) in VARIANTS.items()
+        if variant_class is model_class and (config.embed_dim, config.depths) == sizes
+    ]

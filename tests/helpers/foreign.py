@@ -1,0 +1,100 @@
+"""Files as the official code, timm and transformers write them."""
+
+import json
+
+import numpy as np
+import state_files
+import torch_files
+
+BLOCK = {
+    "norm1": "layernorm_before",
+    "norm2": "layernorm_after",
+    "attn.proj": "attention.output.dense",
+    "mlp.fc1": "intermediate.dense",
+    "mlp.fc2": "output.dense",
+}
+ROOTS = {
+    "cls_token": "embeddings.cls_token",
+    "pos_embed": "embeddings.position_embeddings",
+    "patch_embed.proj": "embeddings.patch_embeddings.projection",
+    "patch_embed.norm": "embeddings.norm",
+    "norm": "layernorm",
+}
+
+
+def transformers_state(state, family):
+    """Return an official state dict with the names of transformers.
+
+    Args:
+      family: "vit" or "swin", prefix of the encoder's names.
+    """
+    named = {}
+    for name, array in state.items():
+        name = name.removeprefix("encoder.")
+        stem, _, leaf = name.rpartition(".")
+        if name == "mask_token":
+            new = "embeddings.mask_token" if family == "swin" else "decoder.mask_token"
+            named[f"swin.{new}" if family == "swin" else new] = array
+        elif name in ROOTS or stem in ROOTS:
+            new = ROOTS[name] if name in ROOTS else f"{ROOTS[stem]}.{leaf}"
+            named[f"{family}.{new}"] = array
+        elif stem == "head":
+            named[f"classifier.{leaf}"] = array
+        elif name.startswith("decoder."):
+            named[name] = array
+        elif "blocks." in name:
+            named |= _block(name, array, family)
+        elif name.startswith("decoder_"):
+            named[f"decoder.{name}"] = array
+        else:
+            named[f"{family}.encoder.{name}"] = array
+    return named
+
+
+def _block(name, array, family):
+    """Return the entries of one array of a block."""
+    head, _, rest = name.partition("blocks.")
+    number, stem, leaf = rest.partition(".")[0], *rest.partition(".")[2].rsplit(".", 1)
+    if head == "decoder_":
+        start = f"decoder.decoder_layers.{number}"
+    elif family == "swin":
+        start = f"swin.encoder.{head}blocks.{number}"
+    else:
+        start = f"vit.encoder.layer.{number}"
+    inner = "self" if family == "swin" else "attention"
+    if stem == "attn":
+        return {f"{start}.attention.{inner}.{leaf}": array}
+    if stem == "attn.qkv":
+        parts = zip(("query", "key", "value"), np.split(array, 3), strict=True)
+        return {f"{start}.attention.{inner}.{part}.{leaf}": x for part, x in parts}
+    return {f"{start}.{BLOCK[stem]}.{leaf}": array}
+
+
+def timm_swin_state(state):
+    """Return an official state dict of Swin with timm's names."""
+    named = {}
+    for name, array in state.items():
+        parts = name.split(".")
+        if parts[0] == "head":
+            parts.insert(1, "fc")
+        elif parts[2:3] == ["downsample"]:
+            parts[1] = str(int(parts[1]) + 1)
+        named[".".join(parts)] = array
+    return named
+
+
+def write_directory(path, state, config, processor=None):
+    """Write a directory as these programs publish it; return the path."""
+    path.mkdir(parents=True)
+    state_files.save_safetensors(path / "model.safetensors", state)
+    (path / "config.json").write_text(json.dumps(config))
+    if processor:
+        (path / "preprocessor_config.json").write_text(json.dumps(processor))
+    return path
+
+
+def write(path, state):
+    """Write a PyTorch file as the official code does; return the path."""
+    args = torch_files.Global("argparse", "Namespace")(state={"norm_pix_loss": True})
+    content = {"model": torch_files.with_tensors(state), "epoch": 3, "args": args}
+    return torch_files.save(content, path)

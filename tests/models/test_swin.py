@@ -1,0 +1,113 @@
+"""Swin and SimMIM: sizes, layers, weight decay, errors, and features."""
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import recipes
+import swin
+from networks import abstract_model, abstract_outputs, sample_keys
+from vit import official_names
+
+from hivit_jax import inputs
+from hivit_jax.errors import ConfigError
+from hivit_jax.models.windows import Windows
+from hivit_jax.tree import named_leaves, split_state
+
+MINI = dict(image_size=64, embed_dim=24, depths=(2, 2), num_heads=(2, 4), window_size=4)
+
+
+@pytest.mark.parametrize("title", swin.FACTS["params_macs"])
+def test_published_parameters_and_multiply_adds(title):
+    name, size, _, window = title.removeprefix("simmim ").split()[:4]
+    if title.startswith("simmim"):
+        model = abstract_model(
+            f"simmim_{name}", image_size=int(size), window_size=int(window)
+        )
+    else:
+        classes = 0 if "no head" in title else 1000
+        sizes = dict(image_size=int(size), window_size=int(window.rstrip(",")))
+        model = abstract_model(name, **sizes, num_classes=classes)
+    facts = swin.FACTS["params_macs"][title]
+    assert model.parameter_count() == facts["params"]
+    assert model.macs(layer_norm_cost=0) == facts["macs"]
+    assert model.macs() == facts["macs_plus_5_per_layernorm_element"]
+
+
+def test_layers_and_weight_decay_of_finetuning():
+    """Layers and decayed parameters are those of the official optimizer."""
+    name, config = swin.arguments("swin_mini")
+    model, facts = abstract_model(name, **config), swin.FACTS["layer_decay"]
+    found = official_names(model, model.layer_ids())
+    assert found == {name: layer for name, (layer, _) in facts.items()}
+    task = inputs.task_of_recipe(recipes.recipe("finetune_swin"))
+    found = official_names(model, {n: task.is_decayed(n) for n in model.layer_ids()})
+    assert found == {name: decay > 0 for name, (_, decay) in facts.items()}
+
+
+def test_weight_decay_of_pretraining():
+    """The mask token does not decay; the relative position tables do."""
+    task = inputs.task_of_recipe(recipes.recipe("simmim_swin"))
+    (facts,) = swin.FACTS["weight_decay"].values()
+    model = abstract_model("simmim_swin_base")
+    trained = named_leaves(split_state(model)[1])
+    found = official_names(model, {name: task.is_decayed(name) for name in trained})
+    assert found == {name: decay > 0 for name, decay in facts.items()}
+
+
+def test_shapes():
+    """Maps have strides 4 and 8; blocks of all stages are layers."""
+    model = abstract_model("swin_base", **MINI | dict(image_size=(56, 72)))
+    images = jnp.zeros((2, 56, 72, 3))
+    maps, layers, logits = abstract_outputs(
+        lambda m: (
+            m.features(images),
+            m.layers(images, attention=True),
+            m(images, drop_path_keys=sample_keys(2)),
+        ),
+        model,
+    )
+    assert [x.shape for x in maps] == [(2, 14, 18, 24), (2, 7, 9, 48)]
+    assert [x.tokens.shape for x in layers[::2]] == [(2, 252, 24), (2, 63, 48)]
+    assert layers[1].attention.shape == (2, 4 * 5, 2, 16, 16)
+    assert logits.shape == (2, 1000)
+
+
+def test_shrunk_windows():
+    """Windows shrink to the shorter side of the grid, and are not shifted there."""
+    config = abstract_model("swin_base", **MINI).config
+    whole = Windows((4, 8), (4, 4), 0, attend_padding=True)
+    assert config.stage_windows(0, (4, 8)) == [whole] * 2
+    assert config.stage_windows(0, (3, 3)) == [None] * 2
+    assert config.stage_windows(0, (8, 8))[1].shift == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "message"),
+    [
+        ("swin_base", {"num_heads": (2,)}, r"num_heads=\(2,\); expected one number"),
+        ("swin_base", {"num_heads": (2, 5)}, "num_heads=5 does not divide"),
+        ("swin_base", {"scan_blocks": True}, "scan_blocks=True with Swin"),
+        ("swin_base", {"stem_mlp_ratio": 3.0}, "override of swin_base"),
+        ("simmim_swin_base", {"mask_patch_size": 30}, "mask_patch_size=30"),
+        ("simmim_swin_base", {"mask_patch_size": 24}, "image_size"),
+    ],
+)
+def test_errors(name, overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        abstract_model(name, **MINI | overrides)
+
+
+def test_features_need_all_tokens():
+    model = abstract_model("swin_base", **MINI)
+    with pytest.raises(ConfigError, match="ids_keep with Swin"):
+        model.features(jnp.zeros((1, 64, 64, 3)), np.zeros((1, 2), int))
+
+
+def test_fused_kernels_leave_shifted_windows_to_xla():
+    """A model with kernels='fused' computes the same shapes."""
+    model = abstract_model("swin_base", **MINI, kernels="fused", dtype="bfloat16")
+    logits = abstract_outputs(lambda m: m(jnp.zeros((2, 64, 64, 3))), model)
+    assert logits.shape == (2, 1000)
+    assert math.prod(model.encoder.grid) == 256

@@ -1,0 +1,233 @@
+"""Swin and SimMIM compared with outputs of the official code, in float32."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import swin
+from flax import nnx
+from networks import fast_jit
+from reference import golden
+from swin import FIXTURES
+
+from hivit_jax.models import resize
+from hivit_jax.models.masking import count_visible_cells, random_masking
+from hivit_jax.tree import split
+from hivit_jax.weights.names.official import from_official, to_official, to_state_dict
+
+MINIS = ["swin_mini", "swin_mini_rect", "swin_mini_rect_clamp", "swin_mini_clamp"]
+
+
+def close(actual, expected, atol, rtol=0.0):
+    np.testing.assert_allclose(np.asarray(actual), expected, atol=atol, rtol=rtol)
+
+
+def check_gradients(fixture, official, atol, probe_atol):
+    """Compare gradients by official name with the arrays, norms and probes."""
+    facts, arrays = FIXTURES[fixture], golden(fixture)
+    assert official.keys() == facts["grad_norm"].keys()
+    for name, gradient in official.items():
+        if f"grad/{name}" in arrays:
+            close(gradient, arrays[f"grad/{name}"], atol)
+        close(np.linalg.norm(gradient), facts["grad_norm"][name], 1e-7, 1e-5)
+        close(swin.probe(name, gradient), facts["grad_probe"][name], probe_atol)
+
+
+def run_classifier(fixture, state=None):
+    """Return model, loss, logits and gradients by official name."""
+    model, params = swin.build(fixture, state)
+    images = swin.fixture_images(fixture)
+    labels = jnp.asarray(swin.labels(*FIXTURES[fixture]["input"]["labels"]))
+    graphdef = split(model)[0]
+
+    def loss(params):
+        logits = nnx.merge(graphdef, params)(images)
+        each = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        return each.mean(), logits
+
+    run = fast_jit(jax.value_and_grad(loss, has_aux=True))
+    (value, logits), gradients = run(params)
+    return model, value, logits, to_official(gradients, model)
+
+
+def check_tokens(model, images, arrays, atol):
+    """Compare the tokens after each block and merge, where the golden data has them."""
+    layers, number = iter(model.layers(images)), 0
+    for stage, blocks in enumerate(model.encoder.stages):
+        for block in range(len(blocks)):
+            x, name = next(layers).tokens, f"stage{stage}_block{block}"
+            if name in arrays:
+                close(x, arrays[name], atol)
+                number += 1
+        if stage < len(model.encoder.merges):
+            x = model.encoder._merge(stage + 1, x)
+            close(x, arrays[f"merge{stage}"], atol)
+    close(model.norm(x), arrays["norm"], atol)
+    assert number >= len(model.encoder.stages)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fixture", MINIS)
+def test_mini_classifier_outputs_and_all_gradients(fixture):
+    model, loss, logits, gradients = run_classifier(fixture)
+    arrays = golden(fixture)
+    close(loss, FIXTURES[fixture]["loss_f64"], 1e-6)
+    close(logits, arrays["logits"], 2e-5)
+    check_gradients(fixture, gradients, 3e-6, 2e-4)
+    check_tokens(model, swin.fixture_images(fixture), arrays, 2e-5)
+
+
+@pytest.mark.slow
+def test_padded_windows_and_odd_grids():
+    """Padding precedes the shift, and keys of padding are attended to."""
+    state, arrays = swin.state_dict("swin_mini_pad"), golden("swin_mini_pad")
+    norms = {name: state.pop(name) for name in [*state] if name.startswith("norm")}
+    state |= {f"norm.{x}": norms[f"norm2.{x}"] for x in ("weight", "bias")}
+    model, _ = swin.build("swin_mini_pad", state)
+    maps = model.features(swin.fixture_images("swin_mini_pad"))
+    for stage, x in enumerate(maps):
+        scale, bias = (norms[f"norm{stage}.{name}"] for name in ("weight", "bias"))
+        deviation = x - x.mean(-1, keepdims=True)
+        normalized = deviation / jnp.sqrt(x.var(-1, keepdims=True) + 1e-5)
+        expected = arrays[f"pad_then_shift/norm{stage}"]
+        close(normalized * scale + bias, expected, 2e-5)
+
+
+@pytest.mark.slow
+def test_layer_norm_eps():
+    """With these weights, eps=1e-6 in any one norm changes logits by 0.3."""
+    shrunk = FIXTURES["swin_lowvar_eps"]["shrunk"]
+    state = {
+        name: array * np.float32(0.003)
+        if any(part in name for part in shrunk)
+        else array
+        for name, array in swin.state_dict("swin_mini").items()
+    }
+    model, _ = swin.build("swin_mini", state)
+    logits = model(swin.fixture_images("swin_mini"))
+    close(logits, golden("swin_lowvar_eps")["logits"], 2e-5)
+
+
+def simmim_inputs(fixture):
+    """Return the images and the noise of a fixture."""
+    noise = swin.noise(*FIXTURES[fixture]["input"]["noise"])
+    return swin.fixture_images(fixture), jnp.asarray(noise)
+
+
+def run_simmim(fixture, state=None):
+    """Return model, losses, outputs and gradients by official name."""
+    model, params = swin.build(fixture, state)
+    images, noise = simmim_inputs(fixture)
+    graphdef = split(model)[0]
+
+    def loss(params):
+        model = nnx.merge(graphdef, params)
+        out = model(images, noise=noise)
+        return model.image_loss(images, noise=noise).mean(), out
+
+    run = fast_jit(jax.value_and_grad(loss, has_aux=True))
+    (value, out), gradients = run(params)
+    return model, (value, out.loss), out, to_official(gradients, model)
+
+
+@pytest.mark.slow
+def test_mini_simmim_outputs_and_all_gradients():
+    model, losses, out, gradients = run_simmim("simmim_mini")
+    arrays = golden("simmim_mini")
+    close(losses, [FIXTURES["simmim_mini"]["loss_f64"]] * 2, 1e-6)
+    zeros, ones = jnp.zeros((2, 16, 1)), jnp.ones((2, 16, 1))
+    pixels, _ = model.to_images(out, zeros, ones)
+    close(pixels, arrays["rec"], 2e-5)
+    close(out.latent, arrays["norm"], 2e-5)
+    cells = out.mask.reshape(2, 4, 4).repeat(4, 1).repeat(4, 2)
+    np.testing.assert_array_equal(cells, arrays["mask"])
+    images, _ = simmim_inputs("simmim_mini")
+    tokens = model.encoder._embed(images, cells.reshape(2, -1))
+    close(tokens, arrays["tokens_in"], 2e-5)
+    check_gradients("simmim_mini", gradients, 3e-6, 2e-4)
+
+
+@pytest.mark.parametrize("case", FIXTURES["simmim_masks"]["cases"])
+def test_masks(case):
+    """The cells with the lowest noise are masked; their number is rounded up."""
+    facts = FIXTURES["simmim_masks"]["cases"][case]
+    size, cell, patch, ratio = map(float, case.split("_"))
+    cells, side = facts["cells"], int(size // cell)
+    masked = cells - count_visible_cells(cells, ratio)
+    assert masked == facts["count"]
+    noise = jnp.asarray(swin.noise(*facts["noise"]))
+    mask = 1 - random_masking(noise, masked)[2].reshape(-1, side, side)
+    repeated = mask.repeat(int(cell // patch), 1).repeat(int(cell // patch), 2)
+    np.testing.assert_array_equal(repeated, golden("simmim_masks")[case])
+
+
+@pytest.mark.parametrize("case", ["6_to_7", "7_to_12", "12_to_14", "6_to_12", "7_to_6"])
+def test_resized_relative_tables(case):
+    old, new = map(int, case.split("_to_"))
+    arrays = golden("swin_table_resize")
+    heads = arrays[f"geometric_{case}"].shape[1]
+    name = f"resize{old}_{new}.relative_position_bias_table"
+    table = swin.weight(name, ((2 * old - 1) ** 2, heads))
+    geometric = resize.resize_table_geometrically(table, old, new)
+    close(geometric, arrays[f"geometric_{case}"], 1e-5)
+    bicubic = resize.resize_relative_table(table, (old, old), (new, new))
+    close(bicubic, arrays[f"bicubic_{case}"], 1e-5)
+
+
+@pytest.mark.parametrize("fixture", ["swin_mini", "swin_mini_clamp", "simmim_mini"])
+def test_official_state_dict_and_back(fixture):
+    """Names, shapes and bytes survive; indices and masks are computed."""
+    state = swin.state_dict(fixture)
+    name, config = swin.arguments(fixture)
+    model = swin.abstract_model(name, **config)
+    back = to_state_dict(from_official(state, model), model)
+    shapes = FIXTURES[fixture]["state_dict"]
+    assert {name: list(array.shape) for name, array in back.items()} == shapes
+    for name, array in state.items():
+        assert array.tobytes() == back[name].tobytes(), name
+    for name, array in golden(fixture).items():
+        if name.startswith("mask/"):
+            np.testing.assert_array_equal(back[name.removeprefix("mask/")], array)
+
+
+def shapes_of(fixture):
+    """Return {official name: shape} of a full-size model."""
+    name, config = swin.arguments(fixture)
+    model = swin.abstract_model(name, **config)
+    zeros = jax.tree.map(
+        lambda x: np.broadcast_to(np.float32(0), x.shape), split(model)[1]
+    )
+    return {key: array.shape for key, array in to_official(zeros, model).items()}
+
+
+@pytest.mark.extras
+@pytest.mark.slow
+@pytest.mark.parametrize("fixture", ["swin_tiny_cls", "swin_small_cls"])
+def test_tiny_and_small_logits(fixture):
+    model, _ = swin.build(fixture, swin.state_dict(fixture, shapes_of(fixture)))
+    logits = nnx.jit(model)(swin.fixture_images(fixture))
+    close(logits, golden(fixture)["logits"], 2e-5)
+
+
+@pytest.mark.extras
+@pytest.mark.slow
+def test_base_classifier():
+    state = swin.state_dict("swin_base_cls", shapes_of("swin_base_cls"))
+    _, loss, logits, gradients = run_classifier("swin_base_cls", state)
+    close(loss, FIXTURES["swin_base_cls"]["loss_f64"], 1e-6)
+    close(logits, golden("swin_base_cls")["logits"], 2e-5)
+    check_gradients("swin_base_cls", gradients, 0, 2e-4)
+
+
+@pytest.mark.extras
+@pytest.mark.slow
+def test_base_simmim():
+    state = swin.state_dict("simmim_swin_base", shapes_of("simmim_swin_base"))
+    model, losses, out, gradients = run_simmim("simmim_swin_base", state)
+    close(losses, [FIXTURES["simmim_swin_base"]["loss_f64"]] * 2, 1e-6)
+    arrays, zeros = golden("simmim_swin_base"), jnp.zeros((2, 36, 1))
+    pixels, mask = model.to_images(out, zeros, zeros + 1)
+    close(pixels[:, ::8, ::8], arrays["rec_slice"], 2e-5)
+    np.testing.assert_array_equal(mask[:, ::4, ::4, 0], arrays["mask"])
+    check_gradients("simmim_swin_base", gradients, 0, 2e-4)
