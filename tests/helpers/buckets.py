@@ -7,6 +7,7 @@ clients as JSON.
 """
 
 import json
+import re
 import sys
 import threading
 import time
@@ -15,9 +16,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlencode, urlsplit
 from xml.sax.saxutils import escape
-
 
 UPLOADING = ".uploading"  # file with an object that is not yet complete
 
@@ -67,6 +67,7 @@ class Bucket(ThreadingHTTPServer):
             "STORAGE_EMULATOR_HOST": self.url,
             # gcsfs would ask another service for the type of the bucket.
             "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
+            "FSSPEC_GCS_TOKEN": "anon",
             "AWS_ENDPOINT_URL": self.url,
             "AWS_ACCESS_KEY_ID": "none",
             "AWS_SECRET_ACCESS_KEY": "none",
@@ -135,9 +136,12 @@ class Handler(BaseHTTPRequestHandler):
         query = {key: value[0] for key, value in parse_qs(url.query).items()}
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         # Google's JSON interface, or the interface of S3: /BUCKET/KEY.
-        path, is_upload = url.path.removeprefix("/upload"), "/upload/" in url.path
+        is_upload = url.path.startswith("/upload/")
+        path = url.path.removeprefix("/upload").removeprefix("/download")
         is_json = path.startswith("/storage/v1/b/")
-        source, _, target = path.partition("/rewriteTo/b/")
+        source, action, target = re.match(
+            "(.*?)(?:/(rewriteTo/b/[^/]*|moveTo)/o/(.*))?$", path
+        ).groups("")
         parts = source.strip("/").split("/")[3 if is_json else 0 :]
         key = unquote("/".join(parts[2 if is_json else 1 :]))
         if is_upload:
@@ -152,8 +156,14 @@ class Handler(BaseHTTPRequestHandler):
             failure = status if piece in (key or query.get("prefix", "")) else failure
         if failure:
             self._send(failure, b"refused")
+        elif query.get("uploadType") == "resumable":
+            query["uploadType"] = "parts"
+            address = f"{bucket.url}{url.path}?{urlencode(query)}"
+            self._send(200, b"", {"Location": address})
         elif method in ("POST", "PUT", "DELETE"):
-            self._change(method, key, unquote(target.partition("/o/")[2]), query, body)
+            if action == "moveTo":
+                method = "MOVE"
+            self._change(method, key, unquote(target), query, body)
         elif is_json and len(parts) == 1:
             self._send(200, json.dumps({"name": parts[0]}).encode())
         elif not key:
@@ -185,8 +195,10 @@ class Handler(BaseHTTPRequestHandler):
             else:
                 body = (bucket.root / key).read_bytes() if target else body
                 bucket.write(target or key, body)
+                if method == "MOVE":
+                    bucket.delete(key)
                 status = 200
-        answer = self._metadata(key) if status == 200 else {}
+            answer = self._metadata(target or key) if status == 200 else {}
         answer |= {"done": True} if target else {}
         text = b"" if status == 204 else json.dumps(answer).encode()
         self._send(status, text, {"ETag": '"1"'} if method == "PUT" else None)
