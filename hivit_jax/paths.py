@@ -43,7 +43,7 @@ def open_path(path: str | os.PathLike) -> Any:
             f"{path}: expected a local path or gs://BUCKET/DIRECTORY, because Orbax "
             "writes checkpoints to no other kind of bucket"
         )
-    require("gcsfs", "gcsfs")
+    require("gcsfs", "hivit-jax[gcs]")
     import fsspec
 
     # Without the first line, etils uses tensorflow if it is installed. Without the

@@ -50,7 +50,7 @@ def test_recipe_and_checkpoint(home, monkeypatch):
 
 def test_workdirs_in_buckets(monkeypatch):
     monkeypatch.setitem(sys.modules, "gcsfs", None)
-    with pytest.raises(MissingPackage, match="run pip install 'gcsfs'"):
+    with pytest.raises(MissingPackage, match=r"run pip install 'hivit-jax\[gcs\]'"):
         absolute("gs://bucket/run")
     with pytest.raises(ConfigError, match="s3://bucket/run: expected .* gs://BUCKET"):
         absolute("s3://bucket/run")
