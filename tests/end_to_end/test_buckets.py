@@ -7,7 +7,7 @@ from prepared import prepare
 
 pytestmark = [pytest.mark.slow, pytest.mark.processes]
 
-OPTIONS = dict(batch_size=8, total_steps=4, checkpoint_every=2, eval_every=2)
+OPTIONS = dict(batch_size=8, total_steps=12, checkpoint_every=6, eval_every=6)
 OPTIONS |= dict(model__image_size=64, data__canvas=96, data__name="stripes")
 
 
@@ -54,12 +54,15 @@ def test_refused_and_resumed_run(dataset, run, local, tmp_path, reader):
     Neither reader needs gcsfs, and the threads do not need tensorflow.
     """
     workdir = tmp_path / "remote"
-    for index in dataset.rglob("hivit_jax_index*"):
-        index.unlink()
     with serve(dataset) as bucket:
-        # The index, the first images, the training images of one epoch and the first
-        # evaluation take 64 to 70 requests.
-        bucket.failures = [0] * 70 + [403] * 1000
+
+        def refuse(change):
+            """Refuse all requests after nine of twelve batches were read."""
+            ranges = (wanted for _, key, wanted in bucket.requests if "-train." in key)
+            if sum(length(wanted) > 500 for wanted in ranges) > 9 * 8 + 8:
+                bucket.statuses = {"stripes": 403}
+
+        bucket.answering = refuse
         code, _, err = run(workdir, "gs://bucket", reader)
         assert code == 4, err
         lines = err.splitlines()
@@ -67,7 +70,8 @@ def test_refused_and_resumed_run(dataset, run, local, tmp_path, reader):
         assert "HTTP status 403" in lines[-2]
         assert "gcloud auth application-default login" in lines[-1]
         resumed_at = recipes.saved_steps(workdir)[-1]
-        assert 0 < resumed_at < 4
+        assert 6 <= resumed_at < 12
+        bucket.answering, bucket.statuses = lambda change: None, {}
         bucket.failures, bucket.delay, bucket.truncated = [503, 429], 0.02, 3
         code, out, err = run(workdir, "gs://bucket", reader)
         assert code == 0, err
@@ -78,5 +82,11 @@ def test_refused_and_resumed_run(dataset, run, local, tmp_path, reader):
         assert recipes.logged(workdir, name) == recipes.logged(local, name)
     assert set(recipes.logged(workdir, "eval/count").values()) == {6}
     recipes.assert_identical(
-        recipes.saved_arrays(workdir, 4), recipes.saved_arrays(local, 4)
+        recipes.saved_arrays(workdir, 12), recipes.saved_arrays(local, 12)
     )
+
+
+def length(wanted):
+    """Return the length of a range of bytes; 0 if it has no end."""
+    first, _, last = wanted.removeprefix("bytes=").partition("-")
+    return int(last) + 1 - int(first) if first and last else 0

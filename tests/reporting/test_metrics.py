@@ -139,7 +139,12 @@ def bucket(tmp_path, monkeypatch):
                 assert str(path).startswith("gs://")
                 assert "a" not in args[:1]
                 args = [here(x) if str(x).startswith("gs://") else x for x in args]
-                return getattr(backend.os_backend, name)(here(path), *args, **kwargs)
+                found = getattr(backend.os_backend, name)(here(path), *args, **kwargs)
+                if name == "glob":
+                    return [
+                        each.replace(str(tmp_path), "gs://bucket") for each in found
+                    ]
+                return found
 
             return call
 
