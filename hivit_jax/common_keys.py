@@ -70,7 +70,7 @@ KEYS = {
         ),
         "eval_fraction": Key(
             0.0,
-            "fraction of the training images to hold out (`folder`, `csv`)",
+            "fraction of the training images to hold out (files and archives)",
             0,
             below=1,
         ),

@@ -27,7 +27,7 @@ from hivit_jax.errors import (
     LocalDataError,
     ResourceError,
 )
-from hivit_jax.paths import expand
+from hivit_jax.paths import open_path
 from hivit_jax.reporting import console, figures, metrics
 from hivit_jax.reporting.console import log
 from hivit_jax.tasks import Task
@@ -62,7 +62,7 @@ def train(
       HivitError: invalid config or input, divergence or interruption; see `errors`.
     """
     # --- Task, mesh, train step: shapes only ----------------------------------------
-    workdir = Path(expand(workdir))
+    workdir = open_path(workdir)
     task = inputs.make_task(config)
     config = task.config  # with the dataset's number of classes
     notes = inputs.check_splits(config, task)

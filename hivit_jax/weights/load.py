@@ -12,11 +12,10 @@ from flax import nnx
 
 from hivit_jax.augment.resample import MAXIMUM
 from hivit_jax.checkpoints import read as checkpoints
-from hivit_jax.checkpoints.read import absolute
 from hivit_jax.errors import CheckpointError, ConfigError
 from hivit_jax.models import Model, configure, create_model, override_types, variant
 from hivit_jax.models.base import make_info
-from hivit_jax.paths import expand
+from hivit_jax.paths import absolute, expand
 from hivit_jax.reporting import metrics
 from hivit_jax.reporting.console import log
 from hivit_jax.tree import leaf_name, named_leaves, split

@@ -25,7 +25,8 @@ from hivit_jax.data.sources.tfds import Tfds
 from hivit_jax.errors import ConfigError, DataError, import_class
 from hivit_jax.paths import expand
 
-SELECTABLE = ("folder", "csv")  # datasets whose images `Selection` selects by path
+# Datasets whose images `Selection` selects by path.
+SELECTABLE = ("folder", "csv", "webdataset", "zip")
 # data.name -> default names of the training and evaluation split; "": any other name.
 DEFAULT_SPLITS = {"": ("train", "validation")} | dict.fromkeys(
     ("folder", "webdataset", "zip"), ("train", "val")
@@ -115,7 +116,7 @@ def _open(
             )
         source = _open_folder(directory, split, *splits, selection, class_level)
     elif name in ARCHIVES:
-        source = ARCHIVES[name](directory, split_name, train_split, cache_dir)
+        source = _open_archives(name, directory, cache_dir, split, *splits, selection)
     elif name == "csv":
         source = _open_table(directory, split, *splits, selection)
     else:
@@ -168,6 +169,25 @@ def _open_folder(
     if split == "test" and not selection.eval_fraction:
         chosen, percent = parse_slice(eval_split or DEFAULT_SPLITS["folder"][1])
     source = Folder(directory, chosen, train, class_level)
+    return select(source, selection, split == "test", percent)
+
+
+def _open_archives(
+    name: str,
+    directory: str,
+    cache_dir: str,
+    split: str,
+    train_split: str,
+    eval_split: str,
+    selection: Selection,
+) -> Source:
+    """Open a split of the images in tar or zip files."""
+    defaults = DEFAULT_SPLITS[name]
+    train, percent = parse_slice(train_split or defaults[0])
+    chosen = train
+    if split == "test" and not selection.eval_fraction:
+        chosen, percent = parse_slice(eval_split or defaults[1])
+    source = ARCHIVES[name](directory, chosen, train, cache_dir)
     return select(source, selection, split == "test", percent)
 
 
