@@ -152,8 +152,7 @@ def compute(
     Yields:
       The rows without padding, [n, ...], and "index" int32, "name" str, "label" int32
       (-1: unknown) and "error" str ("": readable; otherwise the rows of `step` have no
-      meaning), each [n]. With several labels per image, known labels are uint8 [n,
-      classes].
+      meaning), each [n]. With several labels per image, known labels are [n, classes].
     """
     transform = _NoErrorEndsTheRun(task.transform(train=False))
     batches = inputs.source_batches(config, task, source, transform)
@@ -179,11 +178,15 @@ def compute(
 
 
 def _labels(source: Source, facts: Mapping[str, np.ndarray], ndim: int) -> np.ndarray:
-    """Return the labels of a batch, an array of `ndim` axes, or -1 where unknown."""
+    """Return the labels of a batch, int32 with `ndim` axes, or [n]; -1: unknown."""
     if isinstance(source, Paths):
         return source.labels[facts["index"]]
     known = len(source.classes) > 0 and np.ndim(facts.get("label")) == ndim
-    return facts["label"] if known else np.full(len(facts["index"]), -1, np.int32)
+    if not known:
+        return np.full(len(facts["index"]), -1, np.int32)
+    # The loader sets the label of an unreadable example to 0.
+    readable = (facts["error"] == "").reshape(-1, *[1] * (ndim - 1))
+    return np.where(readable, facts["label"].astype(np.int32), -1)
 
 
 def _reason(source: Source, transform: Transform, index: int) -> str:

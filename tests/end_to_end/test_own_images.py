@@ -141,15 +141,14 @@ def write_tars(root):
 def write_parquet(root):
     """Files of the Hugging Face hub, converted; a damaged image, and one is missing."""
     pyarrow = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
-
+    parquet = pytest.importorskip("pyarrow.parquet")
     for split, found in SPLITS.items():
         images, names = map(list, zip(*found, strict=True))
         if split == "train":
             images, names = [*images, DAMAGED, None], [*names, "red", "red"]
         structs = [{"bytes": image, "path": None} for image in images]
         table = pyarrow.table({"image": structs, "label": names})
-        pyarrow.parquet.write_table(table, root / f"{split}-00000-of-00001.parquet")
+        parquet.write_table(table, root / f"{split}-00000-of-00001.parquet")
     assert prepare_data.main([f"--from={root}", f"--out={root / 'own'}"]) == 0
     return dict(data__name="own", data__dir=root)
 
