@@ -24,6 +24,7 @@ RUN = dict(
     peer_timeout=10,
     optimizer__ema_decay=0.9,
     mesh__data=-1,
+    data__eval_split="none",
 )
 
 
