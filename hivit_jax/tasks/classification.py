@@ -147,8 +147,8 @@ class Classification(Task):
         """
         logits, label = model(self.preprocess(batch)), batch["label"]
         if self.config.data.multi_label:
-            metrics, rows = multi_label_metrics(logits, label), (logits, label)
-            rows = dict(zip(("logits", "label"), rows, strict=True))
+            metrics = multi_label_metrics(logits, label)
+            rows = {"logits": logits, "label": label}
         else:
             metrics, rows = classification_metrics(logits, label), {}
         return weighted_sums(metrics, batch["weight"]), rows

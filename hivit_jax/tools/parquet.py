@@ -13,7 +13,7 @@ from hivit_jax.errors import ConfigError, DataError, first_line, require
 from hivit_jax.paths import expand
 from hivit_jax.tools.record_shards import Splits, write_dataset
 
-# Part of a file's name, or of its directory's name, -> split.
+# Start of a word in a file's name, or else in its directory's name, -> split.
 SPLIT_NAMES = {
     "train": "train",
     "val": "validation",
@@ -122,7 +122,8 @@ def _find(pattern: str) -> dict[str, list[Path]]:
     files: dict[str, list[Path]] = {}
     for file in sorted(found):
         texts = file.stem.lower(), file.absolute().parent.name.lower()
-        splits = (SPLIT_NAMES[n] for text in texts for n in SPLIT_NAMES if n in text)
+        words = [word for text in texts for word in re.findall("[a-z]+", text)]
+        splits = (SPLIT_NAMES[n] for w in words for n in SPLIT_NAMES if w.startswith(n))
         files.setdefault(next(splits, "train"), []).append(file)
     return dict(sorted(files.items()))
 

@@ -187,6 +187,8 @@ def run(argv: Sequence[str] | None) -> None:
     source, *options = (flags.pop(name) for name in ("from", "out", "label_column"))
     if bool(source) != bool(options[0]):
         raise ConfigError("expected both --from=FILES and --out=DIR, or neither")
+    if source and (flags["manual_dir"] or flags["data_dir"]):
+        raise ConfigError("--from: expected neither --manual_dir nor --data_dir")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         if source:

@@ -157,6 +157,7 @@ def test_bad_flags(tmp_path, capsys, monkeypatch):
 
     good = f"--out={tmp_path / 'd'}"
     fails("both --from=FILES and --out=DIR", f"--from={file}")
+    fails("neither --manual_dir", f"--from={file}", good, f"--data_dir={tmp_path}")
     fails("expected parquet files, found none", f"--from={tmp_path}/*.x", good)
     fails("becomes data.name", f"--from={file}", f"--out={tmp_path / '0-d'}")
     fails("becomes data.name", f"--from={file}", f"--out={tmp_path / 'folder'}")
