@@ -239,7 +239,8 @@ def test_tiles_of_16_bits_and_4_bands(tmp_path, capsys):
         bands[..., k % 2] += 6000
         path = tmp_path / "tiles" / f"c{k % 2}" / f"{k}.tif"
         path.parent.mkdir(parents=True, exist_ok=True)
-        tifffile.imwrite(path, bands.astype(np.uint16), photometric="minisblack")
+        options = dict(photometric="minisblack", planarconfig="contig")
+        tifffile.imwrite(path, bands.astype(np.uint16), **options)
     (tmp_path / "tiles" / "c0" / "damaged.tif").write_bytes(DAMAGED)
     (tmp_path / "tiles" / "c0" / "stray.txt").touch()
     flags = dict(data__dir=tmp_path / "tiles", data__eval_fraction=0.3)

@@ -132,9 +132,8 @@ def test_several_labels(check, healthy, tmp_path):
     table = [line.split()[-3:] for line in out.splitlines() if line.startswith("  ")]
     for row in (["a", "8", "3"], ["b", "8", "0"], ["c", "0", "3"]):
         assert row in table
-    assert [line for line in out.splitlines() if "of no class" in line] == [
-        "  (images of no class)                 4           0"
-    ]
+    (row,) = (line for line in out.splitlines() if "of no class" in line)
+    assert row.split()[-2:] == ["4", "0"]
     assert (tmp_path / "sheet.png").is_file()
     assert code == 4
     assert "1 classes without an image" in err

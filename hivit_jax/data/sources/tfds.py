@@ -62,10 +62,9 @@ class Tfds(Source):
                 ) from error
             _check_features(name, supervised_feature_types(info), multi_label)
             self._image_key, self._label_key = info.supervised_keys
-            self._split, self._features = split, info.features
-            self._multi_label = multi_label
+            self._split, self._multi_label = split, multi_label
+            self._features, feature = info.features, info.features[self._label_key]
             self._decoders = {self._image_key: tfds.decode.SkipDecoding()}
-            feature = info.features[self._label_key]
             self.classes = getattr(feature, "feature", feature).names
             try:
                 files = info.splits[split].file_instructions
