@@ -94,7 +94,7 @@ class LinearProbe(Classification):
         With several labels per image, only the binary cross entropy.
         """
         features = jax.lax.stop_gradient(
-            model.mean_token(self.augment_batch(batch, keys))
+            model.head_token(self.augment_batch(batch, keys))
         )
         logits = model.head(model.fc_norm(features, weight=batch["weight"]))
         multi_label = self.config.data.multi_label
