@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from hivit_jax.data.sources.base import KNOWN_DATASETS
 from hivit_jax.errors import ConfigError, DataError, first_line, require
 from hivit_jax.paths import expand
-from hivit_jax.tools.record_shards import Splits, write_dataset
+from hivit_jax.tools.record_shards import Splits, is_complete, write_dataset
 
 # Start of a word in a file's name, or else in its directory's name, -> split.
 SPLIT_NAMES = {
@@ -92,7 +92,7 @@ def convert(
     )
     info.set_file_format("array_record", override=True)
     final = directory / VERSION
-    if (final / "dataset_info.json").exists():
+    if is_complete(final):
         info.read_from_directory(final)
     label_of = {name: k for k, name in enumerate(names)}
     write_dataset(

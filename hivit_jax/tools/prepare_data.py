@@ -28,7 +28,7 @@ from hivit_jax.errors import (
     unknown,
 )
 from hivit_jax.tools import parquet
-from hivit_jax.tools.record_shards import Splits, write_dataset
+from hivit_jax.tools.record_shards import Splits, is_complete, write_dataset
 
 # Without these, tensorflow logs messages when it is imported.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -68,13 +68,13 @@ def prepare(
     """
     manual_dir, data_dir = map(os.path.expanduser, (manual_dir, data_dir))
     builder = _open_builder(name, data_dir)
+    final = Path(builder.data_dir)
+    totals = {} if is_complete(final) else _check_tars(builder, manual_dir)
 
     def splits() -> Splits:
-        totals = _check_tars(builder, manual_dir)
         examples = _generators(builder, manual_dir)
         return {split: (x, totals.get(split)) for split, x in examples.items()}
 
-    final = Path(builder.data_dir)
     write_dataset(builder.info, final, short_side, shard_size, splits)
     root = builder.data_dir_root
     print(f"to train on it: --config.data.name={name} --config.data.dir={root}")

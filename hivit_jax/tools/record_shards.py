@@ -16,6 +16,11 @@ OPTIONS = "group_size:1,uncompressed"
 Splits = Mapping[str, tuple[Iterable[tuple[Any, Mapping[str, Any]]], int | None]]
 
 
+def is_complete(final: Path) -> bool:
+    """Return True if a dataset is completely written."""
+    return (final / "dataset_info.json").exists()
+
+
 def write_dataset(
     info: Any,
     final: Path,
@@ -41,7 +46,7 @@ def write_dataset(
 
     if short_side < 0:
         raise ConfigError(f"--short_side={short_side}: expected at least 0")
-    finished = (final / "dataset_info.json").exists()
+    finished = is_complete(final)
     directory = final if finished else final.with_name(f"{final.name}.incomplete")
     # An empty file with this name records the option for later calls.
     option = f"short_side={short_side}"
@@ -52,14 +57,13 @@ def write_dataset(
             "choose another directory"
         )
     if not finished:
-        found = make_splits()
         try:
             directory.mkdir(parents=True, exist_ok=True)
             (directory / option).touch()
         except OSError as error:
             raise ConfigError(f"{directory} cannot be written: {error}") from error
         splits = {}
-        for split, (examples, total) in found.items():
+        for split, (examples, total) in make_splits().items():
             side = short_side if split == "train" else 0
             with tqdm(examples, split, total, unit=" images") as bar:
                 splits[split] = _write(info, split, bar, directory, side, shard_size)

@@ -314,7 +314,10 @@ def test_tfrecords_of_tfds(tmp_path):
         (["--name=imagenet2012:9.9.9"], ["imagenet2012:9.9.9", "5.1.0"]),
         (["--name=imagenet2012/x"], ["imagenet2012/x", "not found"]),
         (["--name=coco"], ["coco", "(Image, ClassLabel)", "found ()"]),
-        (["--name=imagenet2012_real"], ["ClassLabel", "found (Image, Sequence)"]),
+        (
+            ["--name=imagenet2012_real"],
+            ["ClassLabel", "(Image, Sequence of ClassLabel)"],
+        ),
         (["--manual_dir="], ["--manual_dir=''", "not a directory", prepare_data.TRAIN]),
         (["--manual_dir=/x/y"], ["--manual_dir='/x/y'", "not a directory"]),
         (["--data_dir=/dev/null"], ["/dev/null", "cannot be written"]),
