@@ -37,7 +37,9 @@ DIRECTORY_WEIGHTS = (WEIGHTS, TORCH_WEIGHTS)
 # Arguments that the names and shapes of a state dict do not determine.
 NOT_IN_STATE_DICT = ("num_heads", "decoder_num_heads", "layer_norm_eps")
 # Key of a recipe's data -> argument of `make_info`.
-SAME_NAMES = ("mean", "std", "interpolation", "antialias", "value_range", "dtype")
+SAME_NAMES = (
+    "mean", "std", "interpolation", "antialias", "value_range", "dtype", "multi_label"
+)  # fmt: skip
 DATA_KEYS = {key: key for key in SAME_NAMES} | {"crop_pct": "crop"}
 
 

@@ -32,6 +32,7 @@ DEFAULT_SPLITS = {"": ("train", "validation")} | dict.fromkeys(
     ("folder", "webdataset", "zip"), ("train", "val")
 )
 ARCHIVES = {"webdataset": WebDataset, "zip": Zip}
+SINGLE_LABEL = ("folder", "digits", "synthetic", *ARCHIVES)
 
 
 def published_info(data: Mapping[str, Any]) -> DatasetInfo | None:
@@ -72,9 +73,9 @@ def open_source(data: Mapping[str, Any], split: str) -> Source:
     # Configs of earlier versions and other programs lack the following keys.
     names = ("eval_fraction", "eval_group", "exclude")
     selection = Selection(**{key: data[key] for key in names if key in data})
-    level = data.get("class_level", "top")
+    level = data.get("class_level", "top"), data.get("multi_label", False)
     directories = expand(data["dir"]), expand(data.get("cache", ""))
-    return _open(split, data["name"], *directories, *values, selection, level)
+    return _open(split, data["name"], *directories, *values, selection, *level)
 
 
 @lru_cache(maxsize=8)
@@ -89,6 +90,7 @@ def _open(
     subset_seed: int,
     selection: Selection,
     class_level: str,
+    multi_label: bool,
 ) -> Source:
     if split == "test" and eval_split == NO_EVALUATION:
         raise ConfigError(
@@ -96,6 +98,11 @@ def _open(
             "data.eval_split or data.eval_fraction"
         )
     _check_selection(name, selection, class_level, eval_split)
+    if multi_label and name in SINGLE_LABEL:
+        raise ConfigError(
+            f"data.multi_label=True with data.name={name!r}; expected 'csv', a TFDS "
+            "name or your own module:Class"
+        )
     if name == "synthetic":
         return Synthetic(split, train_examples)
     if name == "digits":
@@ -118,9 +125,9 @@ def _open(
     elif name in ARCHIVES:
         source = _open_archives(name, directory, cache_dir, split, *splits, selection)
     elif name == "csv":
-        source = _open_table(directory, split, *splits, selection)
+        source = _open_table(directory, split, *splits, selection, multi_label)
     else:
-        source = Tfds(name, directory, split_name, cache_dir)
+        source = Tfds(name, directory, split_name, cache_dir, multi_label)
     if train_examples:
         raise ConfigError(
             f"data.train_examples={train_examples} with data.name={name!r}; expected "
@@ -192,7 +199,12 @@ def _open_archives(
 
 
 def _open_table(
-    directory: str, split: str, train_split: str, eval_split: str, selection: Selection
+    directory: str,
+    split: str,
+    train_split: str,
+    eval_split: str,
+    selection: Selection,
+    multi_label: bool,
 ) -> Source:
     """Open a split of the images that a CSV file or a list of paths names.
 
@@ -208,7 +220,7 @@ def _open_table(
         split_name = ""
         if split == "test" and not selection.eval_fraction:
             file = table_path(directory, eval_split or "val.csv")
-    source = Table(file, train_file, split, split_name)
+    source = Table(file, train_file, split, split_name, multi_label)
     if source.has_splits:
         return select(source, replace(selection, eval_fraction=0.0), False)
     is_shared = file == train_file and not selection.eval_fraction
