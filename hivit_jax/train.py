@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import jax
@@ -16,7 +17,10 @@ from hivit_jax.checkpoints.lock import exclusive
 from hivit_jax.config import complete_saved, step_options, to_json
 from hivit_jax.data.prefetch import prefetch_to_device
 from hivit_jax.data.unreadable import UnreadableImages, check_unreadable
-from hivit_jax.distributed.processes import check_same_on_all_processes
+from hivit_jax.distributed.processes import (
+    check_same_on_all_processes,
+    gather_objects,
+)
 from hivit_jax.distributed.sharding import make_mesh, replicate, shardings_of
 from hivit_jax.errors import (
     CheckpointError,
@@ -104,7 +108,9 @@ def train(
         state = initial_state(config, task, training)
     frozen = evaluate.put_frozen(task, mesh)
     writer = None
-    if step < total_steps:
+    stop_early = partial(has_stalled, workdir, config.early_stopping, task.best)
+    finished = step >= total_steps or stop_early(step)[0]
+    if not finished:
         resources.check_disk(workdir, training.state)
         if jax.process_index() == 0:
             record.add_start(workdir, to_json(config))
@@ -139,13 +145,13 @@ def train(
     unreadable = UnreadableImages()
     try:
         stop = stop_requested(step)
-        if step < total_steps and not stop:
+        if not finished and not stop:
             batches = inputs.train_batches(config, step, total_steps)
             batches = prefetch_to_device(unreadable.watch(batches), mesh)
             batch = next(batches)
             train_step = compile_steps(training)
         throughput.read()  # starts the measurement
-        while step < total_steps and not stop:
+        while not finished and not stop:
             steps_done = replicate(mesh, np.int32(step))
             state, values = train_step(state, frozen, batch, steps_done)
             if pending:  # so that at most two steps and their batches are in flight
@@ -154,7 +160,7 @@ def train(
             throughput.add(config.batch_size, starved=values["loss"].is_ready())
             step += 1
             pending.append((step, values))
-            stop = stop_requested(step)
+            finished, stop = step == total_steps, stop_requested(step)
             heartbeat()
             due = {
                 name: step == total_steps or step % config[f"{name}_every"] == 0
@@ -176,10 +182,13 @@ def train(
                     # Before the checkpoint, so that a resumed run never skips it.
                     if due["eval"]:
                         results = run_evaluation()
+                        stalled, improved = stop_early(step)
+                        finished |= stalled
+                        due["checkpoint"] |= stalled or improved
                     if due["checkpoint"]:
                         evaluated = results or None if due["eval"] else None
                         checkpoints.save(state, to_json(config), evaluated)
-        if step < total_steps:
+        if not finished:
             checkpoints.save(state, to_json(config))
             raise Interrupted(
                 f"{stop}: step {step} of {total_steps} is saved in "
@@ -216,6 +225,28 @@ def initial_state(config: Any, task: Task, training: Training) -> State:
         if "ema" in state:
             state["ema"] = jax.tree.map(jnp.copy, state["params"])
     return state
+
+
+def has_stalled(
+    workdir: Path, patience: int, best: metrics.Best, step: int
+) -> tuple[bool, bool]:
+    """Return (a run ends early at a step, the step's evaluation is the first best one).
+
+    Both are False without `patience`. Process 0 decides for all processes.
+
+    Args:
+      patience: number of evaluations without a new best that end the run; 0: any.
+      best: metric and direction.
+    """
+    if not patience:
+        return False, False
+    count = 0
+    if jax.process_index() == 0:
+        count = metrics.evaluations_since_best(workdir, step, best)
+    count = gather_objects(count)[0]
+    if count >= patience:
+        log(f"early stopping: no better {best[0]} in the last {count} evaluations")
+    return count >= patience, count == 0
 
 
 def report_changes(config: Any, dataset: dict[str, Any], checkpoint: Path) -> None:

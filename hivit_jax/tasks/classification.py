@@ -12,7 +12,7 @@ import optax
 from hivit_jax import rng
 from hivit_jax.augment import image as image_ops
 from hivit_jax.augment import mixing
-from hivit_jax.data.sources.base import Source
+from hivit_jax.data.sources.base import DatasetInfo, Source
 from hivit_jax.data.transforms import evaluation_image
 from hivit_jax.errors import ConfigError
 from hivit_jax.keys import Key
@@ -30,6 +30,12 @@ class Classification(Task):
     keys = {
         "label_smoothing": Key(
             0.0, "target probability that is spread over all classes", 0, below=1
+        ),
+        "class_weights": Key(
+            "",
+            "weights of the classes in the training loss: `balanced` (inversely "
+            "proportional to their training images), or one number per class, "
+            "separated by commas; empty: none",
         ),
         "mixup": Key(0.0, "alpha of Mixup; 0: off", 0, 1000),
         "cutmix": Key(0.0, "alpha of CutMix; 0: off", 0, 1000),
@@ -70,11 +76,18 @@ class Classification(Task):
         """Return 2 for Mixup or CutMix, which mix pairs of images; else 1."""
         return 2 if config.get("mixup") or config.get("cutmix") else 1
 
+    def __init__(self, config: Any, data: DatasetInfo):
+        super().__init__(config, data)
+        text, num_classes = config.get("class_weights"), self.config.model.num_classes
+        self.class_weights = class_weights(text, data, num_classes) if text else None
+
     def loss(
         self, model: Classifier, frozen: Any, batch: dict, keys: Keys
     ) -> PerSample:
         """Return the cross entropy with mixed targets, and top-1 and top-5 accuracy."""
         images, targets = self.augment_with_targets(batch, keys)
+        if self.class_weights is not None:
+            targets = targets * self.class_weights
         drop_path_keys = rng.split_keys(keys.samples, "drop_path")
         logits = model(images, drop_path_keys=drop_path_keys)
         loss = optax.softmax_cross_entropy(logits, targets)
@@ -140,6 +153,45 @@ class Classification(Task):
             return np.clip(pixels / pixel_scale(data), 0, 1)
 
         predictions.write(batches, out, names, read)
+
+
+def class_weights(text: str, data: DatasetInfo, num_classes: int) -> np.ndarray | None:
+    """Return the weights of `class_weights`, float32 [classes].
+
+    With "balanced", a class with k of n training images has the weight ``n / (k *
+    classes)``. The mean weight of the training images is 1. Classes without training
+    images do not count and have the weight 0.
+
+    Returns:
+      None for "balanced" if `data` has no training split.
+
+    Raises:
+      ConfigError: the text is neither "balanced" nor one number from 0 per class, or
+        the class of each training image is unknown.
+    """
+    if text == "balanced":
+        if "train" not in data.counts:
+            return None
+        if not data.class_counts:
+            raise ConfigError(
+                "class_weights='balanced' requires a dataset that lists one label per "
+                "image before the images are read; expected one number per class"
+            )
+        counts = np.zeros(num_classes)
+        counts[: len(data.class_counts)] = data.class_counts
+        present = counts > 0
+        weights = counts.sum() / present.sum() / np.where(present, counts, np.inf)
+        return weights.astype(np.float32)
+    try:
+        values = np.array([float(part) for part in text.split(",")])
+    except ValueError:
+        values = np.array(np.nan)
+    if values.shape != (num_classes,) or not (values >= 0).all() or not values.any():
+        raise ConfigError(
+            f"class_weights={text!r}; expected 'balanced', or {num_classes} numbers "
+            "from 0, separated by commas, one per class"
+        )
+    return values.astype(np.float32)
 
 
 def classification_metrics(logits: jax.Array, labels: jax.Array) -> PerSample:

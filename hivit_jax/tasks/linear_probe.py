@@ -26,6 +26,7 @@ class LinearProbe(Classification):
     unused = {
         "model.drop_path_rate": 0.0,
         "model.fc_norm": True,
+        "model.freeze": "",
         "optimizer.clip_norm": 0.0,
         "optimizer.first_moment_dtype": "float32",
         "optimizer.layer_decay": 1.0,

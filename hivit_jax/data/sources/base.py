@@ -21,11 +21,13 @@ class DatasetInfo:
       counts: number of examples of each split, "train" and "test".
       classes: class names in the order of the labels.
       encoded: True if examples are read and decoded; False if batches are synthetic.
+      class_counts: number of training examples of each class; () if unknown.
     """
 
     counts: Mapping[str, int]
     classes: tuple[str, ...] = ()
     encoded: bool = True
+    class_counts: tuple[int, ...] = ()
 
 
 class Record(NamedTuple):
@@ -52,6 +54,7 @@ class Source:
         directories that are ignored for this reason.
       loose: names of the first ignored images outside of the class directories.
       labeled: False if all labels are 0, because the images have none.
+      labels: label of each example, int [n]; None: unknown until they are read.
       encoded: see `DatasetInfo`.
       example_keys: names of image and label in the `tf.train.Example` that a record is;
         (): records are image files.
@@ -61,6 +64,7 @@ class Source:
     ignored: Mapping[str, int] = {}
     loose: Sequence[str] = ()
     labeled: bool = True
+    labels: Any = None
     encoded: bool = True
     example_keys: tuple[str, ...] = ()
 

@@ -1,0 +1,17 @@
+"""Classification of one's own class folders, from a pretrained model or from scratch.
+
+    hivit_jax --config folder_finetune --workdir runs/own --config.data.dir=DIR
+
+Variants: tiny (default), small, base.
+"""
+
+
+def get_config(size: str = "tiny") -> dict:
+    """Return the keys that differ from the defaults."""
+    run = dict(task="classify", batch_size=32, total_epochs=100.0)
+    intervals = dict(log_every=50, eval_every=200, checkpoint_every=200)
+    model = dict(name=f"hivit_{size}", num_classes=0, drop_path_rate=0.1)
+    model |= dict(dtype="bfloat16")
+    data = dict(name="folder", eval_fraction=0.1, crop_scale=(0.35, 1.0))
+    optimizer = dict(base_learning_rate=4e-3, layer_decay=0.85, warmup_epochs=10.0)
+    return run | intervals | dict(model=model, data=data, optimizer=optimizer)

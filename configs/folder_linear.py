@@ -1,0 +1,18 @@
+"""Linear probe of a pretrained encoder on one's own class folders.
+
+    hivit_jax --config folder_linear --workdir runs/lp --config.data.dir=DIR
+
+Variants: tiny (default), small, base.
+"""
+
+
+def get_config(size: str = "tiny") -> dict:
+    """Return the keys that differ from the defaults."""
+    run = dict(task="linear_probe", batch_size=64, total_epochs=50.0)
+    intervals = dict(log_every=50, eval_every=200, checkpoint_every=200)
+    probe = dict(num_classes=0, running_norm=True, relative_position=False)
+    model = dict(name=f"hivit_{size}", dtype="bfloat16") | probe
+    data = dict(name="folder", eval_fraction=0.1, crop_scale=(0.35, 1.0))
+    optimizer = dict(base_learning_rate=80.0, betas=(0.9, 0.0), weight_decay=0.0)
+    run |= intervals | dict(init_from="runs/mae")
+    return run | dict(model=model, data=data, optimizer=optimizer)
