@@ -1,18 +1,20 @@
 """Small datasets: the ImageNet recipes against the folder recipes.
 
-    python -m benchmarks.small_data [--workdir runs/small_data] [--only NAME ...]
+    python -m benchmarks.small_data [--workdir runs/small_data] [--only TEXT ...]
 
-Trains a very small HiViT on two datasets of 32x32 grayscale images that packages ship:
-400 handwritten digits (scikit-learn), and 400 tiles of ten photographs (scikit-image and
-scikit-learn), whose class is the photograph. Each cell of the table is one run per seed
-with the same number of epochs. A cell that results/small_data.json contains is not
-measured again.
+Trains a very small HiViT on two datasets of ten classes with 32x32 grayscale pixels:
+handwritten digits (scikit-learn), and tiles of ten photographs (scikit-image and
+scikit-learn), where the class is the photograph. Each draw has 40 other training images
+per class and 20 other test images. All recipes see the same number of images. Adds each
+result to results/small_data.json as soon as it is known; a result that the file contains
+is not measured again.
 """
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -27,41 +29,45 @@ from hivit_jax.train import train
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "small_data.json"
-SEEDS = (0, 1, 2)
-SIDE, TRAIN, TEST = 32, 40, 20  # pixels, and images per class
-PHOTOGRAPHS = "astronaut brick camera chelsea coffee grass gravel".split()
-DATASETS = ("digits", "tiles")
-# A unit of 8x8 pixels; 0.3 M parameters.
-ENCODER = {
+SIDE, TRAIN, TEST, DRAWS = 32, 40, 20, 3  # pixels; images per class; draws
+PHOTOGRAPHS = ("astronaut", "brick", "camera", "chelsea", "coffee", "grass", "gravel")
+EPOCHS, PRETRAINING_EPOCHS = 60, 150
+NEVER = 10**6  # the last step is always evaluated and saved
+COMMON = {
     "model.image_size": SIDE,
     "model.patch_size": 8,
     "model.embed_dim": 64,
-    "model.depths": (1, 1, 4),
+    "model.depths": (1, 1, 2),
     "model.num_heads": 2,
     "model.dtype": "float32",
+    "data.name": "folder",
+    "data.eval_fraction": 0,
+    "data.crop_pct": 1.0,
+    "data.canvas": 64,
+    "data.flip": False,
+    "log_every": 100,
+    "eval_every": NEVER,
+    "checkpoint_every": NEVER,
 }
 DECODER = {
     "model.decoder_embed_dim": 64,
-    "model.decoder_depth": 2,
+    "model.decoder_depth": 1,
     "model.decoder_num_heads": 2,
 }
-# Pretraining: name -> recipe.
-PRETRAINING = {"imagenet": "mae_tiny", "folder": "folder_mae"}
-# Cell -> recipe, name of the pretraining ("": from scratch).
+# Column -> recipe that trains, and recipe that pretrains ("": from scratch).
 CELLS = {
-    "finetune, from scratch": ("finetune:tiny", ""),
-    "folder_finetune, from scratch": ("folder_finetune", ""),
-    "finetune after folder_mae": ("finetune:tiny", "folder"),
-    "folder_finetune after folder_mae": ("folder_finetune", "folder"),
-    "folder_finetune after mae_tiny": ("folder_finetune", "imagenet"),
-    "linear after folder_mae": ("linear:tiny", "folder"),
-    "folder_linear after folder_mae": ("folder_linear", "folder"),
+    "scratch: finetune": ("finetune:tiny", ""),
+    "scratch: folder_finetune": ("folder_finetune", ""),
+    "folder_mae: finetune": ("finetune:tiny", "folder_mae"),
+    "folder_mae: folder_finetune": ("folder_finetune", "folder_mae"),
+    "mae_tiny: folder_finetune": ("folder_finetune", "mae_tiny"),
+    "folder_mae: linear": ("linear:tiny", "folder_mae"),
+    "folder_mae: folder_linear": ("folder_linear", "folder_mae"),
 }
-EPOCHS, MAE_EPOCHS = 50, 200
 
 
-def tiles() -> dict[str, list[np.ndarray]]:
-    """Return disjoint tiles of photographs by name, uint8 [32, 32], shuffled."""
+def tiles() -> dict[str, np.ndarray]:
+    """Return the disjoint tiles of each photograph, uint8 [n, 32, 32]."""
     import skimage.data
     from sklearn.datasets import load_sample_image
 
@@ -73,110 +79,77 @@ def tiles() -> dict[str, list[np.ndarray]]:
     for name, photo in photographs.items():
         gray = np.asarray(Image.fromarray(photo).convert("L"))
         rows, columns = (side // SIDE for side in gray.shape)
-        gray = gray[: rows * SIDE, : columns * SIDE]
-        cut = gray.reshape(rows, SIDE, columns, SIDE).swapaxes(1, 2)
-        order = np.random.RandomState(0).permutation(rows * columns)
-        found[name] = [*cut.reshape(-1, SIDE, SIDE)[order]]
+        cut = gray[: rows * SIDE, : columns * SIDE].reshape(rows, SIDE, columns, SIDE)
+        found[name] = cut.swapaxes(1, 2).reshape(-1, SIDE, SIDE)
     return found
 
 
-def digits() -> dict[str, list[np.ndarray]]:
-    """Return scikit-learn's digits by class, uint8 [8, 8]."""
-    source = Digits("train", 10 * (TRAIN + TEST))
-    pixels = source.pixels()
-    return {str(k): [*pixels[source.labels == k]] for k in range(10)}
+def digits() -> dict[str, np.ndarray]:
+    """Return scikit-learn's digits by class, uint8 [n, 8, 8]."""
+    source = Digits("train")
+    return {str(k): source.pixels()[source.labels == k] for k in range(10)}
 
 
-def write(root: Path, images: dict[str, list[np.ndarray]]) -> None:
-    """Write class folders ROOT/{train,val}/CLASS/NUMBER.png."""
-    splits = {"train": slice(TRAIN), "val": slice(TRAIN, TRAIN + TEST)}
+DATASETS = {"digits": digits, "tiles": tiles}
+
+
+def write(root: Path, images: Mapping[str, np.ndarray], draw: int) -> None:
+    """Write class folders ROOT/{train,val}/CLASS/NUMBER.png of a random draw."""
     for name, pixels in images.items():
-        for split, part in splits.items():
-            directory = root / split / name
-            directory.mkdir(parents=True, exist_ok=True)
-            for number, each in enumerate(pixels[part]):
-                Image.fromarray(each).save(directory / f"{number:03}.png")
+        order = np.random.RandomState(draw).permutation(len(pixels))
+        for number, index in enumerate(order[: TRAIN + TEST]):
+            split = "train" if number < TRAIN else "val"
+            path = root / split / name / f"{number:03}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels[index]).save(path)
 
 
 def run(
-    recipe: str, dataset: Path, workdir: Path, stop: Callable, **overrides: object
-) -> dict:
-    """Run a recipe on class folders and return its last evaluation."""
-    never = 10**6  # the last step is always evaluated and saved
-    values = ENCODER | {"eval_every": never, "checkpoint_every": never}
-    values |= {"data.name": "folder", "data.dir": dataset, "data.eval_fraction": 0}
-    values |= {"data.crop_pct": 1.0, "data.canvas": 64, "log_every": 100}
-    values |= {key.replace("__", "."): value for key, value in overrides.items()}
-    flags = [f"--config.{key}={value}" for key, value in values.items()]
+    recipe: str, workdir: Path, stop: Callable, values: Mapping[str, Any]
+) -> dict[str, float]:
+    """Run a recipe with other values and return its last evaluation."""
+    flags = [f"--config.{key}={value}" for key, value in (COMMON | values).items()]
     return train(configs.load(recipe, flags), workdir, stop)
 
 
-def measure(workdir: Path, stop: Callable, only: list[str]) -> None:
+def measure(workdir: Path, stop: Callable, only: Sequence[str]) -> None:
     """Measure all missing cells and print the table."""
     rows = json.loads(RESULT.read_text()) if RESULT.exists() else []
-    for name, make in (("digits", digits), ("tiles", tiles)):
-        if not (workdir / name).exists():
-            write(workdir / name, make())
-    for dataset in DATASETS:
-        data = workdir / dataset
-        flip = {"data__flip": dataset != "digits"}
-        for cell, (recipe, pretraining) in CELLS.items():
-            for seed in SEEDS:
-                found = [(r["dataset"], r["cell"], r["seed"]) for r in rows]
-                if (dataset, cell, seed) in found or (only and cell not in only):
-                    continue
-                start = {}
-                if pretraining:
-                    pretrained = workdir / f"{dataset}_mae_{pretraining}"
-                    options = flip | {
-                        f"{k}".replace(".", "__"): v for k, v in DECODER.items()
-                    }
-                    run(
-                        PRETRAINING[pretraining],
-                        data,
-                        pretrained,
-                        stop,
-                        total_epochs=MAE_EPOCHS,
-                        **options,
-                    )
-                    start = {"init_from": pretrained}
-                else:
-                    start = {"init_from": ""}
-                target = workdir / f"{dataset} {cell} {seed}".replace(" ", "_")
-                results = run(
-                    recipe,
-                    data,
-                    target,
-                    stop,
-                    seed=seed,
-                    total_epochs=EPOCHS,
-                    model__num_classes=10,
-                    **start,
-                    **flip,
-                )
-                rows.append(
-                    dict(
-                        dataset=dataset, cell=cell, seed=seed, top1=results["eval/top1"]
-                    )
-                )
-                RESULT.write_text(json.dumps(rows, indent=1) + "\n")
+    known = {(row["draw"], row["dataset"], row["cell"]) for row in rows}
+    cells = [(d, n, c) for d in range(DRAWS) for n in DATASETS for c in CELLS]
+    for draw, dataset, cell in cells:
+        if (draw, dataset, cell) in known or not all(text in cell for text in only):
+            continue
+        directory = workdir / f"{dataset}_{draw}"
+        images = directory / "images"
+        if not images.exists():
+            write(images, DATASETS[dataset](), draw)
+        recipe, pretraining = CELLS[cell]
+        values = {"data.dir": images, "init_from": ""}
+        if pretraining:
+            values["init_from"] = directory / pretraining
+            length = {"total_epochs": PRETRAINING_EPOCHS, "data.dir": images}
+            run(pretraining, directory / pretraining, stop, DECODER | length)
+        values |= {"total_epochs": EPOCHS, "model.num_classes": 10}
+        name = cell.replace(": ", "_").replace(":", "_")
+        top1 = run(recipe, directory / name, stop, values)["eval/top1"]
+        rows.append({"draw": draw, "dataset": dataset, "cell": cell, "top1": top1})
+        lines = ",\n".join(json.dumps(row) for row in rows)
+        RESULT.write_text(f"[\n{lines}\n]\n")
     log(table(rows))
 
 
-def table(rows: list[dict]) -> str:
-    """Return the mean and deviation of each cell as text."""
-    lines = [f"{'top-1 in %':<36}" + "".join(f"{d:>16}" for d in DATASETS)]
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the mean and standard deviation of each cell as text."""
+    lines = [f"{'top-1 in %':<30}" + "".join(f"{name:>16}" for name in DATASETS)]
     for cell in CELLS:
-        texts = []
-        for dataset in DATASETS:
-            own = [
-                100 * r["top1"]
-                for r in rows
-                if (r["dataset"], r["cell"]) == (dataset, cell)
-            ]
-            spread = f" +- {np.std(own, ddof=1):.1f}" if len(own) > 1 else ""
-            texts.append(f"{np.mean(own):.1f}{spread}" if own else "")
-        lines.append(f"{cell:<36}" + "".join(f"{text:>16}" for text in texts))
+        line = f"{cell:<30}"
+        for name in DATASETS:
+            own = [r for r in rows if (r["dataset"], r["cell"]) == (name, cell)]
+            values = [100 * row["top1"] for row in own]
+            spread = f" +- {np.std(values, ddof=1):.1f}" if values[1:] else ""
+            line += f"{f'{np.mean(values):.1f}{spread}' if values else '':>16}"
+        lines.append(line)
     return "\n".join(lines)
 
 
@@ -184,9 +157,11 @@ def main() -> int:
     """Entry point. Return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--workdir", type=Path, default=Path("runs/small_data"))
-    parser.add_argument("--only", nargs="*", default=[])
+    parser.add_argument("--only", nargs="*", default=[], help="texts in a cell's name")
     args = parser.parse_args()
     workdir = args.workdir.absolute()
+    # Compilation takes longer than the runs, which share their programs.
+    jax.config.update("jax_disable_most_optimizations", True)
     jax.config.update("jax_compilation_cache_dir", str(workdir / "cache"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     return run_command(lambda: measure(workdir, catch_signals(), args.only))

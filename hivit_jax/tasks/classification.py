@@ -31,16 +31,16 @@ class Classification(Task):
         "label_smoothing": Key(
             0.0, "target probability that is spread over all classes", 0, below=1
         ),
+        "mixup": Key(0.0, "alpha of Mixup; 0: off", 0, 1000),
+        "cutmix": Key(0.0, "alpha of CutMix; 0: off", 0, 1000),
+        "random_erasing": Key(
+            0.0, "probability of erasing a rectangle of an image", 0, 1
+        ),
         "class_weights": Key(
             "",
             "weights of the classes in the training loss: `balanced` (inversely "
             "proportional to their training images), or one number per class, "
             "separated by commas; empty: none",
-        ),
-        "mixup": Key(0.0, "alpha of Mixup; 0: off", 0, 1000),
-        "cutmix": Key(0.0, "alpha of CutMix; 0: off", 0, 1000),
-        "random_erasing": Key(
-            0.0, "probability of erasing a rectangle of an image", 0, 1
         ),
     }
     best = ("eval/top1", "max")
