@@ -6,8 +6,7 @@ Trains a very small HiViT on two datasets of ten classes with 32x32 grayscale pi
 handwritten digits (scikit-learn), and tiles of ten photographs (scikit-image and
 scikit-learn), where the class is the photograph. Each draw has 40 other training images
 per class and 20 other test images. All recipes see the same number of images. Adds each
-result to results/small_data.json as soon as it is known; a result that the file contains
-is not measured again.
+result to results/small_data.json; an interrupted benchmark resumes.
 """
 
 import argparse

@@ -8,7 +8,7 @@ import numpy as np
 
 from hivit_jax import tasks
 from hivit_jax.data import order, tf_data
-from hivit_jax.data.balance import BalancedOrder
+from hivit_jax.data.balance import BalancedOrder, check_balance
 from hivit_jax.data.loader import (
     Batch,
     Loader,
@@ -62,11 +62,10 @@ def make_task(config: Any, *splits: str) -> tasks.Task:
     if not source.encoded:  # a synthetic dataset has as many classes as the model
         classes = map(str, range(config.model.get("num_classes") or 1))
     counts = {split: len(source) for split, source in sources.items()}
-    class_counts = ()
-    if "train" in sources and has_known_labels(sources["train"]):
-        labels = np.asarray(sources["train"].labels)
-        class_counts = np.bincount(labels, minlength=len(source.classes)).tolist()
-    info = DatasetInfo(counts, tuple(classes), source.encoded, tuple(class_counts))
+    class_counts = sources["train"].class_counts() if "train" in sources else ()
+    if config.data.balance and "train" in sources:
+        check_balance(class_counts, config.data)
+    info = DatasetInfo(counts, tuple(classes), source.encoded, class_counts)
     return tasks.create(config, info)
 
 
@@ -85,26 +84,6 @@ def check_labels(config: Any, source: Source) -> None:
             "labels; expected a directory or a label per class for classification\n"
             "Pretraining uses images without labels; see docs/own_images.md"
         )
-
-
-def has_known_labels(source: Source) -> bool:
-    """Return True if `source.labels` contains one class per example."""
-    return source.labeled and np.ndim(source.labels) == 1
-
-
-def training_labels(config: Any, source: Source) -> np.ndarray:
-    """Return the labels of all examples, int [n], for `data.balance`.
-
-    Raises:
-      ConfigError: the labels are unknown before the examples are read.
-    """
-    if not has_known_labels(source):
-        raise ConfigError(
-            f"data.balance={config.data.balance} with data.name={config.data.name!r}; "
-            "expected one label per image, listed before the images are read, as in "
-            "class folders, CSV files, tar and zip archives"
-        )
-    return np.asarray(source.labels)
 
 
 def task_of_recipe(config: Any) -> tasks.Task:
@@ -191,15 +170,11 @@ def _training(
     if len(transform.shapes) == 1:
         plan = partial(order.train_plan, len(source), *steps)
         if config.data.balance:
-            labels = training_labels(config, source)
-            balanced = BalancedOrder(labels, config.data.balance, config.seed)
+            balanced = BalancedOrder(source.labels, config.data.balance, config.seed)
             plan = partial(plan, find=balanced.samples_at)
+    elif config.data.balance:
+        raise ConfigError("data.balance: expected 0 for images in several buckets")
     else:
-        if config.data.balance:
-            raise ConfigError(
-                f"data.balance={config.data.balance} with images of several sizes in "
-                "buckets; expected 0"
-            )
         buckets = _buckets(config, transform, source)
         plan = partial(order.bucketed_plan, buckets, *steps)
     return task, transform, source, plan

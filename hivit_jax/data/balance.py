@@ -1,10 +1,13 @@
 """Balanced order: examples of rare classes occur more often."""
 
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
 from hivit_jax.data.order import permutation, shuffled
+from hivit_jax.errors import ConfigError
 
 
 class BalancedOrder:
@@ -23,6 +26,7 @@ class BalancedOrder:
     """
 
     def __init__(self, labels: np.ndarray, balance: float, seed: int):
+        labels = np.asarray(labels)
         self._seed, self._n = seed, len(labels)
         self._members = [np.flatnonzero(labels == k) for k in np.unique(labels)]
         self.counts = balanced_counts([len(own) for own in self._members], balance)
@@ -61,6 +65,21 @@ class BalancedOrder:
             parts.append(np.stack([indices, passes]))
         order = permutation(self._seed, epoch, self._n)
         return np.concatenate(parts, axis=1)[:, order]
+
+
+def check_balance(class_counts: Sequence[int], data: Mapping[str, Any]) -> None:
+    """Raise ConfigError if the class of each training image is unknown.
+
+    Args:
+      class_counts: result of `Source.class_counts`.
+      data: the `data` section of a config.
+    """
+    if not class_counts:
+        raise ConfigError(
+            f"data.balance={data['balance']:g} with data.name={data['name']!r}; "
+            "expected one label per image, known before the images are read, as in "
+            "class folders, CSV files, tar and zip archives"
+        )
 
 
 def balanced_counts(sizes: list[int], balance: float) -> np.ndarray:

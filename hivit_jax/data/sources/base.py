@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
+
 # `data.name` may also be any other TFDS dataset, or ``module:Class`` for a user's
 # subclass of `Source`. It is constructed as Class(split, data.dir) with the split
 # "train" or "test".
@@ -129,6 +131,13 @@ class Source:
     def name(self, index: int) -> str:
         """Return a name that identifies an example in messages, such as a path."""
         return f"example {index}"
+
+    def class_counts(self) -> tuple[int, ...]:
+        """Return the number of examples of each class; () if the labels are unknown."""
+        labels = np.asarray(self.labels)
+        if not self.labeled or labels.ndim != 1 or labels.dtype.kind not in "iu":
+            return ()
+        return tuple(np.bincount(labels, minlength=len(self.classes)).tolist())
 
     def ignored_text(self) -> str:
         """Return `ignored` as text, most frequent reason first; "" if it is empty."""
