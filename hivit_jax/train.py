@@ -83,6 +83,8 @@ def train(
         f"{jax.devices()[0].device_kind}; {total_steps:,} steps of "
         f"{config.batch_size:,} images"
     )
+    if frozen_names := task.frozen_parameters(model):
+        log(f"model.freeze: {len(frozen_names)} arrays are not trained")
     for warning in [*notes, *task.warnings(steps_per_epoch, total_steps)]:
         log(f"warning: {warning}")
 

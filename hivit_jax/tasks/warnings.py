@@ -90,10 +90,11 @@ def _class_warnings(config: Any, data: DatasetInfo) -> list[str]:
             f"model.num_classes={num_classes} exceeds the {dataset_classes:,} classes "
             f"of {config.data.name}: the additional outputs are never correct"
         )
-    if data_balance := config.data.balance and config.get("class_weights"):
+    weights, balance = config.get("class_weights"), config.data.balance
+    if weights and balance:
         found.append(
-            f"class_weights={data_balance!r} with data.balance="
-            f"{config.data.balance:g}: both give rare classes more weight"
+            f"class_weights={weights!r} with data.balance={balance:g}: both give rare "
+            "classes more weight"
         )
     if num_classes == 1:
         found.append("model.num_classes=1: with one class the loss is always 0")

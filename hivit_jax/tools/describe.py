@@ -1,6 +1,7 @@
 """Describe a recipe: config, parameters, cost, schedule, hours. Runs no model."""
 
 from collections import defaultdict
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,12 @@ def describe(config: Any) -> str:
     images_per_epoch = inputs.images_per_epoch(config, task)
     warnings = task.warnings(*inputs.count_steps(config, images_per_epoch))
     head = ["\n".join(f"warning: {line}" for line in warnings)] if warnings else []
-    tables = [parameter_table(model), cost_table(task, model), schedule_table(config)]
-    tables.append(hours_table(config, task, model))
+    tables = [
+        parameter_table(model, task.frozen_parameters(model)),
+        cost_table(task, model),
+        schedule_table(config),
+        hours_table(config, task, model),
+    ]
     return "\n\n".join([*head, configs.to_json(config).rstrip(), *tables])
 
 
@@ -76,10 +81,15 @@ def recipe_diff(config: Any, path: str) -> str:
     return f"differences from {path}: {text}"
 
 
-def parameter_table(model: Model) -> str:
-    """Return a table: the number of parameters of each part of the model."""
+def parameter_table(model: Model, frozen: Collection[str] = ()) -> str:
+    """Return a table: the number of parameters of each part of the model.
+
+    Args:
+      frozen: names of the parameters that `model.freeze` selects.
+    """
     sizes: dict[str, int] = defaultdict(int)
-    for name, leaf in named_leaves(split(model)[1]).items():
+    leaves = named_leaves(split(model)[1])
+    for name, leaf in leaves.items():
         parts = name.split("/")
         if parts[0] == "encoder":
             index = int(parts[2]) + 1 if parts[1] in ("stages", "merges") else ""
@@ -92,6 +102,9 @@ def parameter_table(model: Model) -> str:
     lines.append(f"{'parameters':<30} {total:>12,}  = {total / 1e6:.4f} M")
     if fixed := sizes.get("decoder_pos_embed"):
         lines[-1] += f" ({(total - fixed) / 1e6:.4f} M trained)"
+    if frozen:
+        count = sum(leaves[name].size for name in frozen)
+        lines.append(f"{'not trained (model.freeze)':<30} {count:>12,}")
     return "\n".join(lines)
 
 

@@ -64,6 +64,10 @@ def test_sound_settings_have_none():
             ["optimizer.schedule=multistep", "optimizer.milestones=(100,300,400)"],
             ["milestones", "before epoch 300, 400"],
         ),
+        (
+            ["data.balance=1", "class_weights=1,1,1,1,1,1,1,1,2"],
+            ["data.balance=1: both give rare classes more weight"],
+        ),
         (["data.train_split=x", "data.eval_split=x"], ["'x' is the training split"]),
     ],
 )

@@ -24,6 +24,14 @@ def describe(*overrides):
 def test_describe_and_overrides(capsys):
     assert describe("--config.model.decoder_depth=8") == 0
     assert "93.3459 M" in capsys.readouterr().out
+    assert describe("--config.model.freeze=decoder_embed") == 0
+    assert f"not trained (model.freeze) {3584 * 512 + 512:>16,}" in (
+        capsys.readouterr().out
+    )
+    assert describe("--config.model.freeze=decode") == 2
+    check_message(
+        capsys.readouterr().err, ["'decode'", "decoder_blocks, decoder_embed"]
+    )
     assert describe("--config.model.depths=[2,2,24]", "--config.mask_ratio=1") == 2
     check_message(capsys.readouterr().err, ["mask_ratio=1.0"])
 
