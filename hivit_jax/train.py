@@ -17,10 +17,7 @@ from hivit_jax.checkpoints.lock import exclusive
 from hivit_jax.config import complete_saved, step_options, to_json
 from hivit_jax.data.prefetch import prefetch_to_device
 from hivit_jax.data.unreadable import UnreadableImages, check_unreadable
-from hivit_jax.distributed.processes import (
-    check_same_on_all_processes,
-    gather_objects,
-)
+from hivit_jax.distributed.processes import check_same_on_all_processes
 from hivit_jax.distributed.sharding import make_mesh, replicate, shardings_of
 from hivit_jax.errors import (
     CheckpointError,
@@ -35,6 +32,7 @@ from hivit_jax.paths import expand
 from hivit_jax.reporting import console, figures, metrics
 from hivit_jax.reporting.console import log
 from hivit_jax.tasks import Task
+from hivit_jax.training.early_stopping import has_stalled
 from hivit_jax.training.schedule import make_schedule, skip_steps
 from hivit_jax.training.step import State, Training, prepare
 from hivit_jax.weights import adapt, load
@@ -227,28 +225,6 @@ def initial_state(config: Any, task: Task, training: Training) -> State:
         if "ema" in state:
             state["ema"] = jax.tree.map(jnp.copy, state["params"])
     return state
-
-
-def has_stalled(
-    workdir: Path, patience: int, best: metrics.Best, step: int
-) -> tuple[bool, bool]:
-    """Return (a run ends early at a step, the step's evaluation is the first best one).
-
-    Both are False without `patience`. Process 0 decides for all processes.
-
-    Args:
-      patience: number of evaluations without a new best that end the run; 0: any.
-      best: metric and direction.
-    """
-    if not patience:
-        return False, False
-    count = 0
-    if jax.process_index() == 0:
-        count = metrics.evaluations_since_best(workdir, step, best)
-    count = gather_objects(count)[0]
-    if count >= patience:
-        log(f"early stopping: no better {best[0]} in the last {count} evaluations")
-    return count >= patience, count == 0
 
 
 def report_changes(config: Any, dataset: dict[str, Any], checkpoint: Path) -> None:
