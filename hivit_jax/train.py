@@ -81,8 +81,6 @@ def train(
         f"{jax.devices()[0].device_kind}; {total_steps:,} steps of "
         f"{config.batch_size:,} images"
     )
-    if frozen_names := task.frozen_parameters(model):
-        log(f"model.freeze: {len(frozen_names)} arrays are not trained")
     for warning in [*notes, *task.warnings(steps_per_epoch, total_steps)]:
         log(f"warning: {warning}")
 
@@ -95,7 +93,6 @@ def train(
     check_same_on_all_processes(
         {"config": config, "dataset's size": images_per_epoch, "checkpoints": steps}
     )
-    step = 0
     if restored := checkpoints.restore_newest(training.state):
         step, state = restored
         log(f"resuming at step {step:,} from {checkpoints.directory / str(step)}")
@@ -105,9 +102,8 @@ def train(
             state, step = skip_steps(state, skipped), step + skipped
             log(f"first_epoch=1: skipped one epoch, to step {step:,}")
     else:
-        state = initial_state(config, task, training)
-    frozen = evaluate.put_frozen(task, mesh)
-    writer = None
+        step, state = 0, initial_state(config, task, training)
+    frozen, writer = evaluate.put_frozen(task, mesh), None
     stop_early = partial(has_stalled, workdir, config.early_stopping, task.best)
     finished = step >= total_steps or stop_early(step)[0]
     if not finished:
@@ -141,8 +137,7 @@ def train(
 
     # --- Steps ------------------------------------------------------------------------
     throughput, results, pending = metrics.Throughput(), None, []
-    first_step = step
-    unreadable = UnreadableImages()
+    first_step, unreadable = step, UnreadableImages()
     try:
         stop = stop_requested(step)
         if not finished and not stop:
@@ -190,11 +185,9 @@ def train(
                         checkpoints.save(state, to_json(config), evaluated)
         if not finished:
             checkpoints.save(state, to_json(config))
-            raise Interrupted(
-                f"{stop}: step {step} of {total_steps} is saved in "
-                f"{workdir}; run the same command to resume"
-            )
-        results = results or run_evaluation()
+            raise interrupted(stop, step, total_steps, workdir)
+        if results is None:
+            results = run_evaluation()
         if results:
             log(console.best_line(workdir, checkpoints.steps(), task.best))
         return results
@@ -208,6 +201,14 @@ def train(
         checkpoints.close()
         if writer:
             writer.close()
+
+
+def interrupted(reason: str, step: int, total_steps: int, workdir: Path) -> Interrupted:
+    """Return the error of a run that was interrupted and saved."""
+    return Interrupted(
+        f"{reason}: step {step} of {total_steps} is saved in {workdir}; run the same "
+        "command to resume"
+    )
 
 
 def initial_state(config: Any, task: Task, training: Training) -> State:

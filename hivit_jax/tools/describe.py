@@ -22,7 +22,7 @@ from hivit_jax.training.schedule import (
     peak_learning_rate,
     warmup_steps,
 )
-from hivit_jax.tree import named_leaves, split
+from hivit_jax.tree import named_leaves, split, split_state
 from hivit_jax.xla.chips import CHIPS
 
 
@@ -88,8 +88,7 @@ def parameter_table(model: Model, frozen: Collection[str] = ()) -> str:
       frozen: names of the parameters that `model.freeze` selects.
     """
     sizes: dict[str, int] = defaultdict(int)
-    leaves = named_leaves(split(model)[1])
-    for name, leaf in leaves.items():
+    for name, leaf in named_leaves(split(model)[1]).items():
         parts = name.split("/")
         if parts[0] == "encoder":
             index = int(parts[2]) + 1 if parts[1] in ("stages", "merges") else ""
@@ -100,11 +99,10 @@ def parameter_table(model: Model, frozen: Collection[str] = ()) -> str:
     lines = [f"{part:<30} {size:>12,}" for part, size in sizes.items()]
     total = model.parameter_count()
     lines.append(f"{'parameters':<30} {total:>12,}  = {total / 1e6:.4f} M")
-    if fixed := sizes.get("decoder_pos_embed"):
-        lines[-1] += f" ({(total - fixed) / 1e6:.4f} M trained)"
-    if frozen:
-        count = sum(leaves[name].size for name in frozen)
-        lines.append(f"{'not trained (model.freeze)':<30} {count:>12,}")
+    named = named_leaves(split_state(model)[1])
+    trained = sum(leaf.size for name, leaf in named.items() if name not in frozen)
+    if trained != total:
+        lines[-1] += f" ({trained / 1e6:.4f} M trained)"
     return "\n".join(lines)
 
 
