@@ -159,8 +159,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="*", default=[], help="texts in a cell's name")
     args = parser.parse_args()
     workdir = args.workdir.absolute()
-    # Compilation takes longer than the runs, which share their programs.
-    jax.config.update("jax_disable_most_optimizations", True)
+    # The cache saves compilations, because draws and datasets share their programs.
     jax.config.update("jax_compilation_cache_dir", str(workdir / "cache"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     return run_command(lambda: measure(workdir, catch_signals(), args.only))

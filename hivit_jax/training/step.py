@@ -143,9 +143,7 @@ def make_train_step(
     All sums are over the global batch. If the loss, the gradient or any array of the
     new state is not finite, the step leaves the state unchanged. Later steps do the
     same, because the step number in the state is then smaller than `steps_done`.
-
-    Args:
-      frozen_names: names of the parameters that `optimizer` never changes.
+    `frozen_names` are the parameters that `optimizer` never changes.
     """
     gradient = make_gradient(task, graphdef, frozen_names)
     if accumulate_steps > 1:
@@ -170,11 +168,9 @@ def make_train_step(
                 "opt_state": opt_state,
             }
             if ema_decay:
-                average = optax.incremental_update(
-                    new_state["params"], state["ema"], 1.0 - ema_decay
+                new_state["ema"] = update_average(
+                    state["ema"], new_state["params"], ema_decay, frozen_names
                 )
-                # Without this, the average of equal arrays is rounded.
-                new_state["ema"] = select_frozen(frozen_names, params, average)
             finite = jnp.isfinite(values["loss"] + norm)
             for leaf in jax.tree.leaves(new_state):
                 finite &= jnp.isfinite(leaf).all()
@@ -191,6 +187,15 @@ def make_train_step(
         return state, values
 
     return train_step
+
+
+def update_average(
+    average: Any, params: Any, decay: float, frozen_names: Collection[str]
+) -> Any:
+    """Return the new moving average of the parameters."""
+    updated = optax.incremental_update(params, average, 1.0 - decay)
+    # Without this, the average of equal arrays is rounded.
+    return select_frozen(frozen_names, params, updated)
 
 
 def make_gradient(
