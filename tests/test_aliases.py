@@ -31,6 +31,8 @@ def advice(key, recipe="digits_finetune"):
         ("wd", "optimizer.weight_decay"),
         ("img-size", "model.image_size"),
         ("momentum", "optimizer.betas"),
+        ("patience", "early_stopping"),
+        ("freeze", "model.freeze"),
         ("Model.Depths", "model.depths"),
         ("optimizer.warmup_epoch", "optimizer.warmup_epochs"),
         ("data.flp", "data.flip"),
@@ -45,14 +47,14 @@ def test_several_keys_of_the_same_leaf():
     assert advice("dataset.name") == "did you mean 'model.name' or 'data.name'?"
 
 
-@pytest.mark.parametrize("key", ["patience", "foo.bar", "crop", "xyz"])
+@pytest.mark.parametrize("key", ["tempo", "foo.bar", "crop", "xyz"])
 def test_no_far_guess(key):
     """A key that resembles none: the keys at the top, and the parts."""
     text = advice(key)
     assert text.startswith("known: task, seed, batch_size, ")
     assert text.endswith(
         "model.*, data.*, optimizer.*, mesh.*, label_smoothing, mixup, "
-        "cutmix, random_erasing"
+        "cutmix, random_erasing, class_weights"
     )
 
 

@@ -171,7 +171,7 @@ def test_changes_since_a_checkpoint(finished, capsys):
     step = finished / "checkpoints" / "1"
     dataset = {"counts": {"train": 64, "test": 64}, "classes": ["0"]}
     saved = read.load_dataset_info(step)
-    assert saved.keys() == {"counts", "classes", "encoded"}
+    assert saved.keys() == {"counts", "classes", "encoded", "class_counts"}
 
     def changes(**overrides):
         config = recipes.mae(**{"total_steps": 1} | overrides)

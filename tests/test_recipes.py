@@ -57,6 +57,9 @@ VARIANTS = {
     "simmim_swin": ("", ":large", ":base_100"),
     "supervised_swin": ("", ":tiny"),
     "finetune": ("", ":tiny", ":small", ":base", ":large"),
+    "folder_finetune": ("", ":tiny", ":small", ":base"),
+    "folder_linear": ("", ":tiny", ":small", ":base"),
+    "folder_mae": ("", ":tiny", ":small", ":base"),
     "linear": ("", ":tiny", ":small", ":base", ":large"),
     "supervised": ("", ":tiny", ":small", ":base"),
 }
@@ -64,7 +67,8 @@ VARIANTS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", recipes_by_name.names())
-def test_every_recipe(name):
+@pytest.mark.usefixtures("user_cache")
+def test_every_recipe(name, folder):
     """Each recipe builds its model and documents command, hardware, result and cost."""
     text = (recipes.ROOT / "configs" / f"{name}.py").read_text()
     assert 10 <= len(text.splitlines()) <= 25
@@ -72,8 +76,10 @@ def test_every_recipe(name):
     assert all(
         f"{word}: " in text for word in ("Values", "Expected", "Hardware", "Cost")
     )
+    own = [f"--config.data.dir={folder}", "--config.data.eval_fraction=0"]
     for variant in VARIANTS.get(name, ("",)):
-        config = configs.load(f"{name}{variant}")
+        flags = own if name.startswith("folder_") else []
+        config = configs.load(f"{name}{variant}", flags)
         model = nnx.eval_shape(inputs.task_of_recipe(config).build_model)
         assert model.parameter_count() > 10_000
 
@@ -238,11 +244,17 @@ def test_values_of_old_recipes(name, source):
     """Today's recipes and the old files have the recorded values."""
     found = named_leaves(json.loads(configs.to_json(configs.load(source))))
     expected = named_leaves(OLD_RECIPES[name]["config"])
+    if source == "digits_linear":  # mesh.data=1 failed on several devices
+        expected["mesh/data"] = -1
     assert {key: found.pop(key) for key in expected} == expected
     new = "schedule", "first_epoch", "lr_batch", "gamma", "power"
     added = {f"optimizer/{key}" for key in new}
     new = "cache", "class_level", "dtype", "eval_fraction", "eval_group", "exclude"
-    added |= {f"data/{key}" for key in (*new, "multi_label", "reader", "scale")}
+    added |= {
+        f"data/{key}" for key in (*new, "multi_label", "reader", "scale", "balance")
+    }
+    added |= {"early_stopping", "model/freeze"}
+    added |= {"class_weights"} if "label_smoothing" in expected else set()
     assert {key for key, value in found.items() if value is not None} == added
 
 

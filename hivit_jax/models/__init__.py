@@ -158,6 +158,11 @@ def create_model(name: str, seed: int | jax.Array = 0, **overrides: Any) -> Mode
     return model
 
 
+def create_arguments(section: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of `create_model` in the section `model` of a config."""
+    return {k: v for k, v in section.items() if v is not None and k != "freeze"}
+
+
 def arguments_of(model: Model) -> dict[str, Any]:
     """Return the arguments of `create_model` that rebuild a model, as JSON values."""
     return {"name": model.name, **asdict(model.config), **asdict(model.run_options)}

@@ -177,3 +177,13 @@ def score(results: Scalars, best: Best) -> float:
     """Return a number that is larger for a better evaluation."""
     name, direction = best
     return results[name] if direction == "max" else -results[name]
+
+
+def evaluations_since_best(workdir: Path, step: int, best: Best) -> int:
+    """Return the number of evaluations, up to a step, after the first best one.
+
+    Reads metrics.jsonl, so that the number survives an interruption.
+    """
+    lines = [line for line in read(workdir / "metrics.jsonl") if "eval/count" in line]
+    scores = [score(line, best) for line in lines if line["step"] <= step]
+    return len(scores) - 1 - scores.index(max(scores)) if scores else 0

@@ -1,6 +1,7 @@
 """Describe a recipe: config, parameters, cost, schedule, hours. Runs no model."""
 
 from collections import defaultdict
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,12 @@ def describe(config: Any) -> str:
     images_per_epoch = inputs.images_per_epoch(config, task)
     warnings = task.warnings(*inputs.count_steps(config, images_per_epoch))
     head = ["\n".join(f"warning: {line}" for line in warnings)] if warnings else []
-    tables = [parameter_table(model), cost_table(task, model), schedule_table(config)]
-    tables.append(hours_table(config, task, model))
+    tables = [
+        parameter_table(model, task.frozen_parameters(model)),
+        cost_table(task, model),
+        schedule_table(config),
+        hours_table(config, task, model),
+    ]
     return "\n\n".join([*head, configs.to_json(config).rstrip(), *tables])
 
 
@@ -76,8 +81,12 @@ def recipe_diff(config: Any, path: str) -> str:
     return f"differences from {path}: {text}"
 
 
-def parameter_table(model: Model) -> str:
-    """Return a table: the number of parameters of each part of the model."""
+def parameter_table(model: Model, frozen: Collection[str] = ()) -> str:
+    """Return a table: the number of parameters of each part of the model.
+
+    Args:
+      frozen: names of the parameters that `model.freeze` selects.
+    """
     sizes: dict[str, int] = defaultdict(int)
     for name, leaf in named_leaves(split(model)[1]).items():
         parts = name.split("/")
@@ -90,7 +99,8 @@ def parameter_table(model: Model) -> str:
     lines = [f"{part:<30} {size:>12,}" for part, size in sizes.items()]
     total = model.parameter_count()
     lines.append(f"{'parameters':<30} {total:>12,}  = {total / 1e6:.4f} M")
-    trained = sum(leaf.size for leaf in named_leaves(split_state(model)[1]).values())
+    named = named_leaves(split_state(model)[1])
+    trained = sum(leaf.size for name, leaf in named.items() if name not in frozen)
     if trained != total:
         lines[-1] += f" ({trained / 1e6:.4f} M trained)"
     return "\n".join(lines)

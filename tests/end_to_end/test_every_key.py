@@ -18,6 +18,7 @@ from traces import STEPS, mismatches, trace_config
 import hivit_jax
 from hivit_jax.errors import ConfigError
 from hivit_jax.main import main
+from hivit_jax.models import create_arguments
 from hivit_jax.train import train
 from hivit_jax.tree import named_leaves, split
 
@@ -65,7 +66,7 @@ def test_both_kinds_of_mixing(trace_of):
 
 def test_seed_draws_the_first_parameters(trace_of):
     trace = trace_of("classify, plain")
-    arguments = {k: v for k, v in trace.config.model.items() if v is not None}
+    arguments = create_arguments(trace.config.model)
 
     @jax.jit
     def draw():
@@ -328,6 +329,7 @@ UNUSED = {
     "linear_probe": {
         "model.drop_path_rate": 0.1,
         "model.fc_norm": False,
+        "model.freeze": "encoder",
         "optimizer.clip_norm": 1.0,
         "optimizer.first_moment_dtype": "bfloat16",
         "optimizer.layer_decay": 0.9,
@@ -377,7 +379,9 @@ ELSEWHERE = {
     "task": "test_every_step",
     "batch_size": "test_training_batches",
     "checkpoint_every": "test_rhythm",
+    "class_weights": "test_loss_with_class_weights",
     "compilation_cache": "test_directory_of_compiled_programs",
+    "early_stopping": "test_run_ends_at_the_same_step_after_interruptions",
     "eval_every": "test_rhythm",
     "init_from": "test_classifier_from_pretraining",
     "keep_checkpoints": "test_rhythm",
@@ -385,6 +389,7 @@ ELSEWHERE = {
     "peer_timeout": "test_a_lost_process_ends_the_others",
     "stall_timeout": "test_heartbeats",
     "total_epochs": "test_rhythm",
+    "data.balance": "test_batches",
     "data.cache": "test_copies_are_read",
     "data.canvas": "test_batches_change_with_a_key",
     "data.class_level": "test_leaf_classes",
@@ -413,6 +418,7 @@ ELSEWHERE = {
     "mesh.tensor": "test_tensor_axis_splits_heads_and_hidden_units",
     "mesh.zero": "test_zero_1_splits_the_moments_alone",
     "model.decoder_num_heads": "test_num_heads",
+    "model.freeze": "test_run_with_frozen_stages",
     "model.global_blocks": "test_windows_from_the_command_line",
     "model.running_norm": "test_needs_running_norm",
     "model.window_size": "test_windows_need_all_units",

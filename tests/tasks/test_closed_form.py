@@ -104,5 +104,5 @@ def test_command(tmp_path, quick, capsys):
     assert f"penalty {penalty:g}  eval  top1 " in capsys.readouterr().out
     flags = recipes.ROOT / "configs" / "digits_linear.py"
     absent = [f"--config={flags}", f"--config.init_from={tmp_path / 'absent'}"]
-    absent += ["--config.mesh.data=-1", "--config.batch_size=48"]
+    # Its batch size, 50, is not divisible by eight devices.
     assert main([*absent, "--mode=probe"]) == 5

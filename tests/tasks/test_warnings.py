@@ -25,7 +25,8 @@ def warnings(recipe, *overrides, images=291, classes=NAMES, steps=1000):
 )
 def test_installed_recipes_have_none(name):
     config = configs.load(name)
-    task = create(config, inputs.published_info(config.data))
+    own = DatasetInfo({"train": 400, "test": 40}, NAMES)  # of the folder recipes
+    task = create(config, inputs.published_info(config.data) or own)
     assert task.warnings(*inputs.count_steps(config, task.data.counts["train"])) == []
 
 
@@ -63,6 +64,10 @@ def test_sound_settings_have_none():
             ["optimizer.schedule=multistep", "optimizer.milestones=(100,300,400)"],
             ["milestones", "before epoch 300, 400"],
         ),
+        (
+            ["data.balance=1", "class_weights=1,1,1,1,1,1,1,1,2"],
+            ["data.balance=1: both give rare classes more weight"],
+        ),
         (["data.train_split=x", "data.eval_split=x"], ["'x' is the training split"]),
     ],
 )
@@ -83,7 +88,21 @@ def test_linear_probe():
     fine = [*FINE, "batch_size=32"]
     lars = "optimizer.base_learning_rate=0.1"
     [line] = warnings("digits_linear", *fine, lars)
-    assert "0.1 x batch_size 32 / 256 = 0.0125, is small for LARS" in line
+    assert "0.1 x batch_size 32 / 256 = 0.0125, is small for LARS in 1,000" in line
+    assert "expected at least 1;" in line
+    # The shorter the run, the larger the learning rate must be.
+    lars = "optimizer.base_learning_rate=10"
+    assert warnings("digits_linear", *fine, lars) == []
+    [line] = warnings(
+        "digits_linear",
+        *fine,
+        lars,
+        "log_every=9",
+        "eval_every=9",
+        "checkpoint_every=9",
+        steps=100,
+    )
+    assert "= 1.25, is small for LARS in 100 steps; expected at least 10;" in line
     [line] = warnings("digits_linear", *fine, "init_from=")
     assert "random parameters" in line
     assert warnings("digits_linear", *fine) == []

@@ -1,5 +1,7 @@
 """`--mode describe`: model, diff against the recipe, figures."""
 
+import re
+
 import numpy as np
 import pytest
 import recipes
@@ -24,6 +26,16 @@ def describe(*overrides):
 def test_describe_and_overrides(capsys):
     assert describe("--config.model.decoder_depth=8") == 0
     assert "93.3459 M" in capsys.readouterr().out
+    trained = []
+    for prefix in ("", "decoder_embed"):
+        assert describe(f"--config.model.freeze={prefix}") == 0
+        number = re.search(r"\(([\d.]+) M trained\)", capsys.readouterr().out)[1]
+        trained.append(float(number))
+    assert trained[0] - trained[1] == pytest.approx((3584 * 512 + 512) / 1e6, abs=2e-4)
+    assert describe("--config.model.freeze=decode") == 2
+    check_message(
+        capsys.readouterr().err, ["'decode'", "decoder_blocks, decoder_embed"]
+    )
     assert describe("--config.model.depths=[2,2,24]", "--config.mask_ratio=1") == 2
     check_message(capsys.readouterr().err, ["mask_ratio=1.0"])
 

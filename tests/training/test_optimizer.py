@@ -174,7 +174,7 @@ def test_stateless_parts_change_no_tree(clip_norm, layer_decay):
     options.clip_norm, options.layer_decay = clip_norm, layer_decay
     layers = {"a": 0, "b/bias": 2}
     made = optimizer.make_optimizer(
-        options, lambda step: 0.1, PARAMS, lambda name: name == "a", layers
+        options, lambda step: 0.1, lambda name: name == "a", layers
     )
     clip = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
     scales = {"a": layer_decay**2, "b": {"bias": 1.0}}
