@@ -332,7 +332,10 @@ def test_block_equals_plain_jax(
 
 @pytest.mark.slow
 def test_windows_without_padding(one_device):
-    """Output and all gradients of kernels on windows with a bias equal plain JAX."""
+    """Output and all gradients of kernels on windows with a bias equal plain JAX.
+
+    Drop path drops all windows of an image.
+    """
     options = dict(grid=(4, 4), relative_position=True, mlp_ratio=0.5)
     graphdef, params, _ = main_stage_block("windows", 8, **options)
     x, direction = random_arrays((8, 16, 128), (8, 16, 128))
@@ -340,8 +343,11 @@ def test_windows_without_padding(one_device):
 
     def run(choice, x, *leaves):
         block = nnx.merge(graphdef, jax.tree.unflatten(tree, leaves))
-        return block(x, kernels=choice)
+        return block(x, kernels=choice, **drop)
 
+    drop = dict(
+        drop_path_rate=0.5, drop_path_keys=jax.random.split(jax.random.key(0), 8)
+    )
     inputs = [3 * x, *leaves]
     jaxpr = jax.make_jaxpr(partial(run, "fused"))(*inputs).jaxpr
     assert kernels_in(jaxpr) == [ATTENTION]
