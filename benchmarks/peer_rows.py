@@ -27,17 +27,13 @@ TORCH = {
 RECIPES = {"pretrain": "mae_base", "classify": "finetune:base"}
 RECIPES["inference"] = RECIPES["classify"]
 CLASSES, SMOOTHING = 1000, 0.1
-# Keys of a recipe that a twin without random draws can follow.
+# Overrides of finetuning without random draws, which a twin could not repeat.
 UNRANDOM = {
-    "pretrain": {},
-    "classify": {
-        "model.drop_path_rate": 0,
-        "mixup": 0,
-        "cutmix": 0,
-        "random_erasing": 0,
-        "label_smoothing": SMOOTHING,
-    },
-    "inference": {},
+    "model.drop_path_rate": 0,
+    "mixup": 0,
+    "cutmix": 0,
+    "random_erasing": 0,
+    "label_smoothing": SMOOTHING,
 }
 WEIGHT_DECAY, BETAS, LEARNING_RATE = 0.05, (0.9, 0.95), 1e-6
 
@@ -61,7 +57,7 @@ def start_ours(args: argparse.Namespace, first_step: Path) -> Started:
 
     dtype = "float32" if args.device == "cpu" else "bfloat16"
     values = {"batch_size": args.batch, "data.name": "synthetic", "model.dtype": dtype}
-    values |= UNRANDOM[args.task]
+    values |= {} if args.task == "pretrain" else UNRANDOM
     flags = [f"--config.{key}={value}" for key, value in values.items()]
     config = configs.load(RECIPES[args.task], flags)
     forward = args.task == "inference"
