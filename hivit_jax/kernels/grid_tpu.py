@@ -35,8 +35,7 @@ def over_rows(
 
     Args:
       kernel: (row refs, weight refs, output refs, refs of the sums in float32, scratch
-        refs, scaled) -> None, called for each block. scaled(y) multiplies the rows of y
-        [rows, C] by `image_scale` and returns float32.
+        refs, scaled) -> None, for each block. scaled(y) is y times `image_scale`.
       rows: arrays [T, C]; a block gets `plan.rows` rows of each.
       weights: every block gets each array whole; vectors become [1, n].
       sums_like: one array per sum over all rows, with the sum's shape and dtype; its
@@ -50,9 +49,8 @@ def over_rows(
       (outputs, sums). outputs: an array like rows[0], then one [T, width] per width in
       `extra_widths`, in the dtype of rows[0]. sums: one array per entry of `sums_like`.
     """
-    total, width = rows[0].shape
-    widths, dtype = (width, *extra_widths), rows[0].dtype
-    outputs = [jax.ShapeDtypeStruct((total, w), dtype) for w in widths]
+    total, width, dtype = *rows[0].shape, rows[0].dtype
+    outputs = [jax.ShapeDtypeStruct((total, w), dtype) for w in (width, *extra_widths)]
     cores = _cores(total // plan.rows)
     steps = total // plan.rows // cores
     weights = [jnp.atleast_2d(w) for w in weights]
@@ -60,34 +58,26 @@ def over_rows(
     pairs = zip(shapes, sums_like, strict=True)
     core_sums = [jax.ShapeDtypeStruct((cores, *x), s.dtype) for x, s in pairs]
     scalars = [] if image_scale is None else [image_scale]
-    bytes_moved = sum(x.size * x.dtype.itemsize for x in (*rows, *outputs))
-    bytes_moved += cores * sum(x.nbytes for x in (*weights, *sums_like))
     groups = rows, weights, scalars, outputs, core_sums, core_sums, scratch
-    smem = pl.BlockSpec(memory_space=pltpu.SMEM)
+    in_specs = [*_blocks(plan.rows, steps, rows), *map(_whole, weights)]
+    in_specs += [pl.BlockSpec(memory_space=pltpu.SMEM)] * len(scalars)
     results = pl.pallas_call(
         _body(kernel, groups, steps, total),
         grid_spec=pl.GridSpec(
             grid=(cores, steps),
-            in_specs=[
-                *_blocks(plan.rows, steps, rows),
-                *map(_whole, weights),
-                *(smem for _ in scalars),
-            ],
+            in_specs=in_specs,
             out_specs=[*_blocks(plan.rows, steps, outputs), *map(_of_core, core_sums)],
             scratch_shapes=[*(pltpu.VMEM(s, F32) for s in shapes), *scratch],
         ),
         out_shape=[*outputs, *core_sums],
         compiler_params=_compiler_params(plan.interpret),
-        cost_estimate=pl.CostEstimate(
-            flops=flops, transcendentals=0, bytes_accessed=bytes_moved
-        ),
+        cost_estimate=_cost(flops, (*rows, *outputs), (*weights, *sums_like), cores),
         interpret=plan.interpret,
         name=name,
     )(*rows, *weights, *scalars)
-    parts = results[len(outputs) :]
-    return tuple(results[: len(outputs)]), tuple(
-        x.sum(0).reshape(like.shape) for x, like in zip(parts, sums_like, strict=True)
-    )
+    pairs = zip(results[len(outputs) :], sums_like, strict=True)
+    sums = tuple(x.sum(0).reshape(like.shape) for x, like in pairs)
+    return tuple(results[: len(outputs)]), sums
 
 
 def _blocks(block_rows, steps, arrays):
@@ -120,6 +110,13 @@ def _compiler_params(interpret: bool) -> pltpu.CompilerParams:
     return pltpu.CompilerParams(
         dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=vmem
     )
+
+
+def _cost(flops, rows, whole, cores):
+    """Estimate for the compiler, if each core moves the arrays `whole` once."""
+    bytes_moved = sum(x.size * x.dtype.itemsize for x in rows)
+    bytes_moved += cores * sum(x.size * x.dtype.itemsize for x in whole)
+    return pl.CostEstimate(flops, 0, bytes_moved)
 
 
 def _body(
