@@ -149,6 +149,7 @@ class HiViT(nn.Module):
     ):
         super().__init__()
         grid, self.patch_size = image_size // patch_size, patch_size
+        self.units = grid**2
         self.patch_embed = PatchEmbed(in_channels, embed_dim // 4, patch_size // 4)
         self.absolute_pos_embed = nn.Parameter(torch.zeros(1, grid**2, embed_dim))
         blocks: list[nn.Module] = []
@@ -198,7 +199,7 @@ class HiViT(nn.Module):
 
     def classify(self, images):
         """Map images [B, C, H, W] to logits."""
-        units = torch.arange(self.absolute_pos_embed.shape[1])
+        units = torch.arange(self.units, device=images.device)
         tokens = self.encode(images, units.expand(len(images), -1))[-1]
         return self.head(self.fc_norm(tokens.mean(1)))
 

@@ -15,7 +15,7 @@ from hivit_jax import inputs
 from hivit_jax.data.prefetch import prefetch_to_device
 from hivit_jax.data.sources.registry import open_source
 from hivit_jax.data.unreadable import check_unreadable
-from hivit_jax.distributed.sharding import BATCH, make_mesh, state_shardings
+from hivit_jax.distributed.sharding import BATCH, make_mesh, on_mesh, state_shardings
 from hivit_jax.errors import ConfigError
 from hivit_jax.reporting.console import log
 from hivit_jax.tasks.base import Task
@@ -156,4 +156,4 @@ def make_encoder(config: Any, task: Task, mesh: Mesh, unit_length: bool) -> Call
             features /= jnp.linalg.norm(features, axis=-1, keepdims=True)
         return features, batch["label"], batch["weight"], batch["unreadable"]
 
-    return partial(encode, variables)
+    return partial(on_mesh(mesh, encode), variables)

@@ -105,12 +105,13 @@ def test_all_parts_for_an_accelerator_are_tried(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.torch
-def test_pytorch_twin_has_our_first_loss(tmp_path):
+@pytest.mark.parametrize("task", ["pretrain", "classify", "inference"])
+def test_pytorch_twin_has_our_first_loss(task, tmp_path):
     """The twin receives all arrays of our model; the benchmark fails otherwise."""
     out = tmp_path / "out.json"
     code, _, error = recipes.run_process(
-        *("-m", "benchmarks.peers", "--batch", 1, "--rounds", 1, "--steps", 1),
-        *("--threads", 1, "--rows", "hivit_jax", "torch", "--out", out),
+        *("-m", "benchmarks.peers", "--task", task, "--batch", 1, "--threads", 1),
+        *("--rounds", 1, "--steps", 1, "--rows", "hivit_jax", "torch", "--out", out),
         PYTHONPATH=recipes.ROOT,
     )
     assert code == 0, error
@@ -118,19 +119,25 @@ def test_pytorch_twin_has_our_first_loss(tmp_path):
     assert ours["loss"] == pytest.approx(twin["loss"], rel=1e-5)
 
 
-def test_parts_for_an_accelerator():
+def test_parts_for_an_accelerator(capsys):
     """The parts cover every choice of kernels, on the requested platform."""
     parts = accelerator.parts_for("cuda", 256, 5, 20)
-    assert {"numbers", *dispatch.CHOICES, "peers"} < set(parts)
+    jobs = "pretrain", "classify", "inference"
+    peers = {f"peers {job}{group}" for job in jobs for group in accelerator.PEERS}
+    assert {*accelerator.TESTS, *dispatch.CHOICES, *peers} < set(parts)
     assert {e.get("JAX_PLATFORMS", "cuda,cpu") for _, e in parts.values()} == {
         "cuda,cpu"
     }
     assert "model.kernels=fused" in parts["fused"][0]
-    assert all((accelerator.ROOT / path).exists() for path in accelerator.TESTS)
+    assert "--forward" in parts["inference auto"][0]
+    paths = accelerator.TESTS.values()
+    assert all((accelerator.ROOT / path).exists() for path in paths)
     assert set(parts) - set(accelerator.parts_for("tpu", 256, 5, 20)) == {
         *accelerator.FLAGS,
-        "peers",
+        *peers,
     }
+    assert accelerator.main(["--list"]) == 0
+    assert capsys.readouterr().out.splitlines() == list(parts)
 
 
 # Shortened listing of the TPU compiler: 4 blocks of rows, 3 images in each.

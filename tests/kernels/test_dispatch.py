@@ -21,12 +21,14 @@ from kernel_cases import (
 from networks import fast_jit, random_array
 from numpy.testing import assert_allclose
 
+from hivit_jax import evaluate, inputs
+from hivit_jax.data.prefetch import prefetch_to_device
 from hivit_jax.distributed import sharding
 from hivit_jax.errors import ConfigError
 from hivit_jax.kernels import dispatch
 from hivit_jax.models import create_model
 from hivit_jax.training.schedule import make_schedule
-from hivit_jax.tree import named_leaves, split
+from hivit_jax.tree import named_leaves, split, split_state
 from hivit_jax.xla.compile import compile_step
 
 # Widths that kernels accept: stem 128 and 256, main stage 512, decoder 128.
@@ -132,6 +134,42 @@ def test_kernels_on_a_mesh(monkeypatch):
         state, values = compiled(state, {}, batch, np.int32(0))
         found[choice] = values["loss"], values["gradient_norm"]
     assert_allclose(found["fused"], found["plain"], rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_evaluation_runs_kernels_on_a_mesh(monkeypatch):
+    """On 2 devices each runs the kernels; the sums and rows are those of plain JAX.
+
+    The stem is too narrow for kernels. The main blocks are one function, traced once.
+    """
+    calls, target_run = [], dispatch.Target.run
+
+    def run(target, kernel, *arguments):
+        calls.append((kernel, target.shards))
+        return target_run(target, kernel, *arguments)
+
+    monkeypatch.setattr(dispatch.Target, "run", run)
+    found = {}
+    for choice in ("plain", "fused"):
+        config = recipes.classifier("digits", batch_size=16)
+        config.model.kernels, config.model.embed_dim = choice, 128
+        config.mesh.data, config.mesh.fsdp = 1, 2
+        mesh = sharding.make_mesh(config.mesh, 16, devices=jax.devices()[:2])
+        task = inputs.make_task(config)
+        graphdef, *state = split_state(task.build_model())
+        variables = dict(zip(("params", "model_state"), state, strict=True))
+        variables |= {"frozen": {}}
+        variables = jax.device_put(variables, sharding.state_shardings(mesh, variables))
+        eval_step = evaluate.make_eval_step(config, task, graphdef, mesh)
+        batch = next(prefetch_to_device(inputs.eval_batches(config), mesh))
+        first = sharding.replicate(mesh, np.uint32(0))
+        found[choice] = jax.device_get(eval_step(variables, batch, first))
+        assert bool(calls) == (choice == "fused")
+    kernels = dispatch.attention_block, dispatch.mlp_block
+    assert calls == [(kernel, 2) for kernel in kernels]
+    plain, fused = map(jax.tree.leaves, (found["plain"], found["fused"]))
+    for a, b in zip(fused, plain, strict=True):
+        assert_allclose(a, b, rtol=1e-5)
 
 
 @pytest.mark.slow
@@ -294,7 +332,10 @@ def test_block_equals_plain_jax(
 
 @pytest.mark.slow
 def test_windows_without_padding(one_device):
-    """Output and all gradients of kernels on windows with a bias equal plain JAX."""
+    """Output and all gradients of kernels on windows with a bias equal plain JAX.
+
+    Drop path drops all windows of an image.
+    """
     options = dict(grid=(4, 4), relative_position=True, mlp_ratio=0.5)
     graphdef, params, _ = main_stage_block("windows", 8, **options)
     x, direction = random_arrays((8, 16, 128), (8, 16, 128))
@@ -302,8 +343,11 @@ def test_windows_without_padding(one_device):
 
     def run(choice, x, *leaves):
         block = nnx.merge(graphdef, jax.tree.unflatten(tree, leaves))
-        return block(x, kernels=choice)
+        return block(x, kernels=choice, **drop)
 
+    drop = dict(
+        drop_path_rate=0.5, drop_path_keys=jax.random.split(jax.random.key(0), 8)
+    )
     inputs = [3 * x, *leaves]
     jaxpr = jax.make_jaxpr(partial(run, "fused"))(*inputs).jaxpr
     assert kernels_in(jaxpr) == [ATTENTION]

@@ -13,6 +13,7 @@ from kernel_cases import (
     EPS,
     assert_bfloat16_errors,
     attention,
+    drop_some_images,
     gpu_mlp,
     in_bfloat16,
     layer_norm,
@@ -115,25 +116,27 @@ def test_odd_numbers_of_tokens_are_padded_for_cudnn(tokens, with_bias, monkeypat
     assert calls[1:] == [(None, tokens)]
 
 
-# (add x to the branch, save residuals)
-ADD_AND_KEEP = [(True, False), (True, True), (False, True)]
+# (drop some images, save residuals)
+DROP_AND_KEEP = [(False, False), (False, True), (True, True)]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "add", "keep"),
+    ("name", "drop", "keep"),
     [
-        (name, add, keep)
+        (name, drop, keep)
         for name, case in CASES.items()
-        for add, keep in ADD_AND_KEEP
-        if case.keeps or add != keep
+        for drop, keep in DROP_AND_KEEP
+        if case.keeps or drop == keep
     ],
 )
-def test_fused_equals_plain(name, add, keep):
+def test_fused_equals_plain(name, drop, keep):
     """Output and all gradients agree in float32, for several blocks of rows."""
-    inputs, direction = random_inputs(CASES[name])
-    plain = partial(CASES[name].plain, add=add)
-    fused = partial(CASES[name].fused, add=add, keep=keep, interpret=True)
+    case = CASES[name]
+    inputs, direction = random_inputs(case)
+    scale = drop_some_images(case.images) if drop else None
+    plain = partial(case.plain, image_scale=scale)
+    fused = partial(case.fused, image_scale=scale, keep=keep, interpret=True)
     expected = jax.jit(partial(output_and_gradients, plain))(inputs, direction)
     found = fast_jit(partial(output_and_gradients, fused))(inputs, direction)
     for a, b in zip(found, expected, strict=True):
@@ -187,7 +190,7 @@ def compiled_text(case, device, keep, options=None):
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated),
         (in_bfloat16(inputs), direction),
     )
-    fused = partial(case.fused, add=True, keep=keep, interpret=False)
+    fused = partial(case.fused, keep=keep, interpret=False)
     with jax.set_mesh(mesh):
         lowered = jax.jit(partial(output_and_gradients, fused)).lower(inputs, direction)
     return lowered.compile(options).as_text()
