@@ -32,7 +32,7 @@ from hivit_jax.distributed.sharding import make_mesh, shardings_of
 from hivit_jax.errors import HivitError, Parser, run_command
 from hivit_jax.training import step as steps
 from hivit_jax.training.schedule import make_schedule
-from hivit_jax.xla.chips import chip_of
+from hivit_jax.xla.chips import peak_flops
 from hivit_jax.xla.compile import compile_step, keep_freed_memory
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -136,9 +136,8 @@ def measure(config: Any, rounds: int, steps_per_round: int) -> dict[str, Any]:
     throughput = config.batch_size / median
     task = training.task
     model = nnx.eval_shape(task.build_model)
-    # A multiply-add is 2 operations. The backward pass costs twice the forward pass.
-    flops = (2 if config.task == "linear_probe" else 6) * task.macs(model)
-    chip = chip_of(devices[0].device_kind)
+    flops = task.training_flops(model)
+    peak = peak_flops(devices[0].device_kind)
     return {
         "model": config.model.name,
         "dtype": config.model.dtype or "float32",
@@ -154,9 +153,7 @@ def measure(config: Any, rounds: int, steps_per_round: int) -> dict[str, Any]:
             statistics.median(cpu_seconds) if devices[0].platform == "cpu" else None
         ),
         "model_flops_per_image": flops,
-        "model_flop_utilisation": (
-            chip and throughput * flops / (chip.flops * len(devices))
-        ),
+        "model_flop_utilisation": (peak and throughput * flops / (peak * len(devices))),
         "peak_memory_bytes": peak_memory(),
         "compile_seconds": training.compile_seconds,
         "compile_cpu_seconds": training.compile_cpu_seconds,

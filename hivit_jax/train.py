@@ -74,9 +74,10 @@ def train(
     )
     training = prepare(task, mesh, schedule, **step_options(config))
     model = nnx.eval_shape(task.build_model)
+    devices, flops = [*mesh.devices.flat], task.training_flops(model)
     log(
         f"{config.model.name}: {model.parameter_count():,} parameters on {mesh.size} x "
-        f"{jax.devices()[0].device_kind}; {total_steps:,} steps of "
+        f"{devices[0].device_kind}; {total_steps:,} steps of "
         f"{config.batch_size:,} images"
     )
     for warning in [*notes, *task.warnings(steps_per_epoch, total_steps)]:
@@ -102,8 +103,7 @@ def train(
             log(f"first_epoch=1: skipped one epoch, to step {step:,}")
     else:
         state = initial_state(config, task, training)
-    frozen = evaluate.put_frozen(task, mesh)
-    writer = None
+    frozen, writer = evaluate.put_frozen(task, mesh), None
     if step < total_steps:
         resources.check_disk(workdir, training.state)
         if jax.process_index() == 0:
@@ -135,8 +135,7 @@ def train(
 
     # --- Steps ------------------------------------------------------------------------
     throughput, results, pending = metrics.Throughput(), None, []
-    first_step = step
-    unreadable = UnreadableImages()
+    first_step, unreadable = step, UnreadableImages()
     try:
         stop = stop_requested(step)
         if step < total_steps and not stop:
@@ -163,7 +162,8 @@ def train(
             if any(due.values()) or stop:
                 scalars = fetch_metrics(pending, state)
                 speed, scalars["input_bound"] = throughput.read()
-                scalars["images_per_second"] = speed
+                scalars |= metrics.device_metrics(speed, devices, flops)
+                scalars["epoch"] = step / steps_per_epoch
                 images_left = (total_steps - step) * config.batch_size
                 scalars["seconds_left"] = images_left / speed
                 if writer:

@@ -3,14 +3,16 @@
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from hivit_jax.errors import ConfigError
+from hivit_jax.xla.chips import chip_of
 
 Scalars = Mapping[str, float | int]
 
@@ -151,6 +153,37 @@ class Throughput:
         start = time.perf_counter()
         yield
         self._start += time.perf_counter() - start
+
+
+def device_metrics(
+    images_per_second: float, devices: Sequence[jax.Device], flops: float
+) -> dict[str, float]:
+    """Return the throughput and memory of the chips that a run uses.
+
+    Args:
+      images_per_second: throughput of all devices.
+      devices: the run's devices; at least one belongs to this process.
+      flops: operations per image.
+
+    Returns:
+      "images_per_second" and "images_per_second_per_chip"; "mfu" (model FLOP
+      utilization), the operations per second as a fraction of the chips' bfloat16 peak,
+      if the peak is known; "device_memory", the most bytes that a device of this process
+      has used, if the backend reports them.
+    """
+    chip = chip_of(devices[0].device_kind)
+    chips = len(devices) / (chip.devices if chip else 1)
+    per_chip = images_per_second / chips
+    found = {
+        "images_per_second": images_per_second,
+        "images_per_second_per_chip": per_chip,
+    }
+    if chip:
+        found["mfu"] = per_chip * flops / chip.flops
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "peak_bytes_in_use" in stats:
+        found["device_memory"] = stats["peak_bytes_in_use"]
+    return found
 
 
 def read_evaluation(workdir: Path, step: int) -> dict[str, float]:
