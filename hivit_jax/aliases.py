@@ -19,6 +19,7 @@ _ALIASES = {
     "seed": "random_seed rng_seed",
     "total_epochs": "epochs num_epochs max_epochs n_epochs nb_epochs epoch",
     "total_steps": "steps num_steps max_steps iterations iters max_iters niter",
+    "wandb_project": "wandb wandb_name",
     "data.crop_pct": "crop_ratio",
     "data.crop_scale": "scale min_scale crop_min",
     "data.dir": "path root data_path data_dir data_root dataset_path dataset_dir",

@@ -14,7 +14,7 @@ from hivit_jax import platforms, recipes, record
 from hivit_jax.distributed import processes
 from hivit_jax.distributed.signals import catch_signals
 from hivit_jax.distributed.watchdog import Watchdog
-from hivit_jax.errors import ConfigError, Parser, run_command
+from hivit_jax.errors import ConfigError, Parser, require, run_command
 from hivit_jax.paths import expand
 from hivit_jax.reporting.console import log
 from hivit_jax.xla.compile import enable_compilation_cache, keep_freed_memory
@@ -155,6 +155,8 @@ def run(argv: Sequence[str], setup_process: bool) -> None:
         else:
             from hivit_jax.train import train
 
+            if config.wandb_project:  # on every process, although only one uses it
+                require("wandb", "hivit-jax[wandb]")
             train(config, flags.workdir, catch_signals(), heartbeat)
 
 

@@ -107,8 +107,7 @@ def train(
     if step < total_steps:
         resources.check_disk(workdir, training.state)
         if jax.process_index() == 0:
-            record.add_start(workdir, to_json(config))
-            writer = metrics.Writer(workdir, step)
+            writer = start_record(config, workdir, step)
 
     # --- Evaluation -----------------------------------------------------------------
     eval_step = evaluate.make_eval_step(config, task, training.graphdef, mesh)
@@ -130,7 +129,8 @@ def train(
         if writer:
             writer.scalars(step, values)
             images = task.figures(panels) if panels else {}
-            writer.images(step, figures.draw_run(workdir, step, images))
+            figures.draw_run(workdir, step, images)
+            writer.images(step, images)
         return values
 
     # --- Steps ------------------------------------------------------------------------
@@ -199,6 +199,13 @@ def train(
         checkpoints.close()
         if writer:
             writer.close()
+
+
+def start_record(config: Any, workdir: Path, step: int) -> metrics.Writer:
+    """Record a start of the run, and return the writer of its metrics."""
+    record.add_start(workdir, to_json(config))
+    settings = record.flatten(config.to_dict())
+    return metrics.Writer(workdir, step, settings, config.wandb_project)
 
 
 def initial_state(config: Any, task: Task, training: Training) -> State:

@@ -1,4 +1,4 @@
-"""Metrics of a run: metrics.jsonl, TensorBoard, throughput, best evaluation."""
+"""Metrics of a run: metrics.jsonl, boards, throughput, best evaluation."""
 
 import json
 import os
@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from hivit_jax.errors import ConfigError
+from hivit_jax.reporting import boards
 from hivit_jax.xla.chips import chip_of
 
 Scalars = Mapping[str, float | int]
@@ -21,14 +22,21 @@ class Writer:
     """Writer of the scalars and images of one run; only process 0 may create one.
 
     Args:
-      workdir: directory of ``metrics.jsonl``, one JSON object per line. TensorBoard
-        files are also written if tensorboardX is installed and `workdir` is not in a
-        bucket.
+      workdir: directory of ``metrics.jsonl``, one JSON object per line, and of
+        TensorBoard files; see `boards.open_boards`.
       first_step: step that the run starts or resumes at. Lines of later steps are
         deleted, because the resumed run writes them again.
+      settings: the run's config by dotted key, for TensorBoard and wandb.
+      project: project of Weights & Biases; "": none.
     """
 
-    def __init__(self, workdir: str | Path, first_step: int = 0):
+    def __init__(
+        self,
+        workdir: str | Path,
+        first_step: int = 0,
+        settings: Mapping[str, Any] | None = None,
+        project: str = "",
+    ):
         from etils import epath  # late, because compiling a step does not need it
 
         self._path = path = epath.Path(workdir) / "metrics.jsonl"
@@ -41,10 +49,10 @@ class Writer:
         # Objects in a bucket cannot be appended to, so `scalars` writes the whole text.
         remote = "://" in str(path)
         self._file = None if remote else open(path, "a", buffering=1)  # noqa: SIM115
-        self._board = None if remote else _tensorboard(workdir)
+        self._boards = boards.open_boards(path.parent, settings or {}, project)
 
     def scalars(self, step: int, values: Scalars) -> None:
-        """Append a line to metrics.jsonl and a point to every TensorBoard curve.
+        """Append a line to metrics.jsonl and a point to the curves of every board.
 
         Does nothing without values, or if metrics.jsonl already contained a line with
         this step and these names when the run resumed.
@@ -58,22 +66,20 @@ class Writer:
         else:
             self._text += text
             self._path.write_text(self._text)
-        if self._board:
-            for name, value in values.items():
-                self._board.add_scalar(name, value, step)
+        for board in self._boards:
+            board.scalars(step, values)
 
     def images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
-        """Write images by name, uint8 [H, W, 3], to TensorBoard."""
-        if self._board:
-            for name, pixels in images.items():
-                self._board.add_image(name, pixels, step, dataformats="HWC")
+        """Write images by name, uint8 [H, W, 3], to every board."""
+        for board in self._boards:
+            board.images(step, images)
 
     def close(self) -> None:
         """Flush and close all files."""
         if self._file:
             self._file.close()
-        if self._board:
-            self._board.close()
+        for board in self._boards:
+            board.close()
 
 
 def prepare_workdir(workdir: Path) -> None:
@@ -105,14 +111,6 @@ def read(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             continue
     return lines
-
-
-def _tensorboard(workdir: str | Path) -> Any:
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(str(workdir))
 
 
 class Throughput:
@@ -168,8 +166,8 @@ def device_metrics(
     Returns:
       "images_per_second" and "images_per_second_per_chip"; "mfu" (model FLOP
       utilization), the operations per second as a fraction of the chips' bfloat16 peak,
-      if the peak is known; "device_memory", the most bytes that a device of this process
-      has used, if the backend reports them.
+      if the peak is known; "device_memory", the most bytes that a device of this
+      process has used, if the backend reports them.
     """
     chip = chip_of(devices[0].device_kind)
     chips = len(devices) / (chip.devices if chip else 1)

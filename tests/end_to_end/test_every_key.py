@@ -385,6 +385,7 @@ ELSEWHERE = {
     "peer_timeout": "test_a_lost_process_ends_the_others",
     "stall_timeout": "test_heartbeats",
     "total_epochs": "test_rhythm",
+    "wandb_project": "test_offline_run",
     "data.cache": "test_copies_are_read",
     "data.canvas": "test_batches_change_with_a_key",
     "data.class_level": "test_leaf_classes",

@@ -120,7 +120,7 @@ def quick() -> Iterator[None]:
     before = jax.config.values[name]
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "tensorboardX", None)
-        patch.setattr(figures, "draw_run", lambda *_: {})
+        patch.setattr(figures, "draw_run", lambda *_: None)
         patch.setattr(evaluate, "make_panels", lambda *_: lambda params: {})
         jax.config.update(name, True)
         yield
