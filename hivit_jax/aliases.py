@@ -92,7 +92,7 @@ def _probably_meant(name: str, known: Sequence[str]) -> list[str]:
     if same_leaf := [key for key in known if _split(key)[1] == leaf]:
         return same_leaf
     if target := _KEY_OF.get(leaf):
-        return [key for key in known if target in (key, f"model.{key}")]
+        return [key for key in known if key in (target, _split(target)[1])]
     same_section = [key for key in known if _split(key)[0] == section]
     for keys in (same_section, known):
         by_leaf = {_split(key)[1]: key for key in keys}
