@@ -35,6 +35,7 @@ PRINTED = {
 }
 
 
+@pytest.mark.extras
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook(path, tmp_path, monkeypatch, capsys, quick):
