@@ -50,6 +50,19 @@ def model_card(
         *_training(recipe),
         *(f"- {name}: {_value(name, value)}" for name, value in results.items()),
         "",
+        *_usage(model, has_head),
+        "",
+        "## Citation",
+        "",
+        CITATION,
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _usage(model: Model, has_head: bool) -> list[str]:
+    """Return the lines on code and preprocessing."""
+    info, (height, width) = model.info, model.config.image_size
+    lines = [
         "## Use",
         "",
         "```python",
@@ -62,7 +75,7 @@ def model_card(
     ]
     if has_head:
         lines.append(f"logits = model(images)  # [1, {model.config.num_classes}]")
-    if info.class_names:
+    if has_head and info.class_names:
         lines.append("print(model.info.class_names[logits[0].argmax()])")
     mean, std = (", ".join(f"{x:.6g}" for x in each) for each in (info.mean, info.std))
     lines += [
@@ -73,12 +86,8 @@ def model_card(
         f"({mean}) and divides by the standard deviation ({std}). `{WEIGHTS}` has the "
         f"names and layout of the official PyTorch code. `{CONFIG}` contains all "
         "settings of the model and of its training.",
-        "",
-        "## Citation",
-        "",
-        CITATION,
     ]
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def _classes(model: Model, has_head: bool) -> list[str]:
@@ -109,6 +118,8 @@ def _training(recipe: Mapping[str, Any]) -> list[str]:
 
 def _value(name: str, value: Any) -> str:
     """Return a result as text; accuracies in percent."""
+    if not isinstance(value, (int, float)) and not hasattr(value, "__float__"):
+        return str(value)
     if name.rpartition("/")[2].startswith("top"):
         return f"{100 * float(value):.2f} %"
     return f"{value:,}" if isinstance(value, int) else f"{float(value):.4f}"
