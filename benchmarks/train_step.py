@@ -45,7 +45,7 @@ from hivit_jax.errors import HivitError, Parser, run_command
 from hivit_jax.training import step as steps
 from hivit_jax.training.schedule import make_schedule
 from hivit_jax.tree import split_state
-from hivit_jax.xla.chips import chip_of
+from hivit_jax.xla.chips import peak_flops
 from hivit_jax.xla.compile import compile_step, keep_freed_memory
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -187,10 +187,11 @@ def measure(
     throughput = config.batch_size / median
     task = program.task
     model = nnx.eval_shape(task.build_model)
-    # A multiply-add is 2 operations. The backward pass costs twice the forward pass.
-    once = forward or config.task == "linear_probe"
-    flops = (2 if once else 6) * task.macs(model)
-    chip = chip_of(devices[0].device_kind)
+    # The backward pass costs twice the forward pass.
+    flops = task.training_flops(model)
+    if forward and config.task != "linear_probe":
+        flops /= 3
+    peak = peak_flops(devices[0].device_kind)
     return {
         "model": config.model.name,
         "forward_only": forward,
@@ -207,9 +208,7 @@ def measure(
             statistics.median(cpu_seconds) if devices[0].platform == "cpu" else None
         ),
         "model_flops_per_image": flops,
-        "model_flop_utilisation": (
-            chip and throughput * flops / (chip.flops * len(devices))
-        ),
+        "model_flop_utilisation": (peak and throughput * flops / (peak * len(devices))),
         "peak_memory_bytes": peak_memory(),
         "compile_seconds": program.compile_seconds,
         "compile_cpu_seconds": program.compile_cpu_seconds,

@@ -22,6 +22,7 @@ _ALIASES = {
     "total_epochs": "epochs num_epochs max_epochs n_epochs nb_epochs epoch",
     "total_steps": "steps num_steps max_steps iterations iters max_iters niter",
     "data.balance": "sampler balanced class_balanced balanced_sampling oversample",
+    "wandb_project": "wandb wandb_name",
     "data.crop_pct": "crop_ratio",
     "data.crop_scale": "scale min_scale crop_min",
     "data.dir": "path root data_path data_dir data_root dataset_path dataset_dir",
@@ -95,7 +96,7 @@ def _probably_meant(name: str, known: Sequence[str]) -> list[str]:
     if same_leaf := [key for key in known if _split(key)[1] == leaf]:
         return same_leaf
     if target := _KEY_OF.get(leaf):
-        return [key for key in known if target in (key, f"model.{key}")]
+        return [key for key in known if key in (target, _split(target)[1])]
     same_section = [key for key in known if _split(key)[0] == section]
     for keys in (same_section, known):
         by_leaf = {_split(key)[1]: key for key in keys}

@@ -32,6 +32,9 @@ KEYS = {
     "compilation_cache": Key(
         "", "directory for compiled programs; empty: `compiled` in the workdir"
     ),
+    "wandb_project": Key(
+        "", "project of Weights & Biases that metrics also go to; empty: none"
+    ),
     "stall_timeout": Key(
         1800.0,
         "end the run after this many seconds without progress; 0: never",

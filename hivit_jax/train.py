@@ -76,9 +76,10 @@ def train(
     )
     training = prepare(task, mesh, schedule, **step_options(config))
     model = nnx.eval_shape(task.build_model)
+    devices, flops = [*mesh.devices.flat], task.training_flops(model)
     log(
         f"{config.model.name}: {model.parameter_count():,} parameters on {mesh.size} x "
-        f"{jax.devices()[0].device_kind}; {total_steps:,} steps of "
+        f"{devices[0].device_kind}; {total_steps:,} steps of "
         f"{config.batch_size:,} images"
     )
     for warning in [*notes, *task.warnings(steps_per_epoch, total_steps)]:
@@ -95,8 +96,7 @@ def train(
     )
     if restored := checkpoints.restore_newest(training.state):
         step, state = restored
-        log(f"resuming at step {step:,} from {checkpoints.directory / str(step)}")
-        report_changes(config, dataset, checkpoints.directory / str(step))
+        report_resumption(config, dataset, checkpoints.directory / str(step))
         if config.optimizer.first_epoch:
             skipped = min(round(steps_per_epoch), total_steps - step)
             state, step = skip_steps(state, skipped), step + skipped
@@ -109,8 +109,7 @@ def train(
     if not finished:
         resources.check_disk(workdir, training.state)
         if jax.process_index() == 0:
-            record.add_start(workdir, to_json(config))
-            writer = metrics.Writer(workdir, step)
+            writer = start_record(config, workdir, step)
 
     # --- Evaluation -----------------------------------------------------------------
     eval_step = evaluate.make_eval_step(config, task, training.graphdef, mesh)
@@ -132,7 +131,8 @@ def train(
         if writer:
             writer.scalars(step, values)
             images = task.figures(panels) if panels else {}
-            writer.images(step, figures.draw_run(workdir, step, images))
+            figures.draw_run(workdir, step, images)
+            writer.images(step, images)
         return values
 
     # --- Steps ------------------------------------------------------------------------
@@ -164,7 +164,8 @@ def train(
             if any(due.values()) or stop:
                 scalars = fetch_metrics(pending, state)
                 speed, scalars["input_bound"] = throughput.read()
-                scalars["images_per_second"] = speed
+                scalars |= metrics.device_metrics(speed, devices, flops)
+                scalars["epoch"] = step / steps_per_epoch
                 images_left = (total_steps - step) * config.batch_size
                 scalars["seconds_left"] = images_left / speed
                 if writer:
@@ -210,6 +211,13 @@ def interrupted(reason: str, step: int, total_steps: int, workdir: Path) -> Inte
     )
 
 
+def start_record(config: Any, workdir: Path, step: int) -> metrics.Writer:
+    """Record a start of the run, and return the writer of its metrics."""
+    record.add_start(workdir, to_json(config))
+    settings = record.flatten(config.to_dict())
+    return metrics.Writer(workdir, step, settings, config.wandb_project)
+
+
 def initial_state(config: Any, task: Task, training: Training) -> State:
     """Return the state of a new run, initialized from `init_from` if it is set."""
     pretrained = config.init_from and load.read_for(config.model, config.init_from)
@@ -227,8 +235,8 @@ def initial_state(config: Any, task: Task, training: Training) -> State:
     return state
 
 
-def report_changes(config: Any, dataset: dict[str, Any], checkpoint: Path) -> None:
-    """Log the changes since a checkpoint: one line per config key or dataset change.
+def report_resumption(config: Any, dataset: dict[str, Any], checkpoint: Path) -> None:
+    """Log the checkpoint of a resumed run, and each change of config or dataset.
 
     Args:
       dataset: fields of the `DatasetInfo`.
@@ -236,6 +244,7 @@ def report_changes(config: Any, dataset: dict[str, Any], checkpoint: Path) -> No
     Raises:
       ConfigError: the batch size changed.
     """
+    log(f"resuming at step {int(checkpoint.name):,} from {checkpoint}")
     try:
         saved = complete_saved(read.load_config(checkpoint), str(checkpoint))
         before = read.load_dataset_info(checkpoint)

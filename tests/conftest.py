@@ -75,9 +75,9 @@ def workdir(tmp_path, monkeypatch):
 
     TensorBoard is off, because its import takes seconds.
     """
-    from hivit_jax.reporting import metrics
+    from hivit_jax.reporting import boards
 
-    monkeypatch.setattr(metrics, "_tensorboard", lambda workdir: None)
+    monkeypatch.setattr(boards, "tensorboards", lambda *_: [])
     return tmp_path
 
 

@@ -1,5 +1,8 @@
 """Keys and values of recipes: defaults, overrides, checks, and docs/config.md."""
 
+import copy
+import pickle
+
 import pytest
 import recipes
 from recipes import check_message
@@ -191,3 +194,32 @@ def test_family_of_an_override():
     config = configs.load("supervised", overrides)
     assert config.model.pooling == "token"
     assert "fc_norm" not in config.model
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "meant"),
+    [
+        ("", "optimiser", "'optimizer'"),
+        ("", "lr", "'optimizer.base_learning_rate'"),
+        ("", "epochs", "'total_epochs'"),
+        ("optimizer", "lr", "'base_learning_rate'"),
+        ("data", "path", "'dir'"),
+        ("model", "depth", "'depths'"),
+    ],
+)
+def test_unknown_attributes(section, name, meant):
+    """Reading and setting them raise an error that names the key that was meant."""
+    config = recipes.mae()
+    for part in (config, config.copy_and_resolve_references()):
+        part = part[section] if section else part
+        assert not hasattr(part, name)
+        for access in (getattr, lambda *args: setattr(*args, 1)):
+            with pytest.raises(ConfigError, match=f"{name}'; did you mean {meant}"):
+                access(part, name)
+
+
+def test_copies_of_configs():
+    config = recipes.mae()
+    for other in (copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
+        assert other == config
+        assert configs.to_json(other) == configs.to_json(config)

@@ -11,7 +11,7 @@ from hivit_jax import recipes as recipes_by_name
 from hivit_jax.checkpoints import lock, read
 from hivit_jax.errors import ConfigError
 from hivit_jax.main import MODES, main
-from hivit_jax.train import report_changes
+from hivit_jax.train import report_resumption
 
 MINI = recipes.arguments()  # flags of a valid recipe
 
@@ -175,7 +175,7 @@ def test_changes_since_a_checkpoint(finished, capsys):
 
     def changes(**overrides):
         config = recipes.mae(**{"total_steps": 1} | overrides)
-        report_changes(config, saved | dataset, step)
+        report_resumption(config, saved | dataset, step)
         return capsys.readouterr().out.splitlines()
 
     dataset = {}

@@ -248,7 +248,7 @@ def test_values_of_old_recipes(name, source):
         expected["mesh/data"] = -1
     assert {key: found.pop(key) for key in expected} == expected
     new = "schedule", "first_epoch", "lr_batch", "gamma", "power"
-    added = {f"optimizer/{key}" for key in new}
+    added = {"wandb_project"} | {f"optimizer/{key}" for key in new}
     new = "cache", "class_level", "dtype", "eval_fraction", "eval_group", "exclude"
     added |= {
         f"data/{key}" for key in (*new, "multi_label", "reader", "scale", "balance")

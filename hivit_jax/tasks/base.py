@@ -164,6 +164,13 @@ class Task:
         """
         return model.macs(layer_norm_cost=layer_norm_cost)
 
+    def training_flops(self, model: Model) -> int:
+        """Return the operations of one image in a training step.
+
+        A multiply-add is two operations. Without norms and recomputation.
+        """
+        return 2 * self.passes * self.macs(model)
+
     # --- On the host, in threads ------------------------------------------------------
 
     def transform(self, train: bool) -> Transform:

@@ -420,4 +420,10 @@ def test_training_is_bit_identical(roots, tmp_path, monkeypatch):
     recipes.assert_identical(*arrays)
 
 
-MEASURED = ("images_per_second", "seconds_left", "input_bound", "time")
+MEASURED = (
+    "images_per_second",
+    "images_per_second_per_chip",
+    "seconds_left",
+    "input_bound",
+    "time",
+)

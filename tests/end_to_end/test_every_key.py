@@ -390,6 +390,7 @@ ELSEWHERE = {
     "stall_timeout": "test_heartbeats",
     "total_epochs": "test_rhythm",
     "data.balance": "test_batches",
+    "wandb_project": "test_offline_run",
     "data.cache": "test_copies_are_read",
     "data.canvas": "test_batches_change_with_a_key",
     "data.class_level": "test_leaf_classes",

@@ -118,7 +118,7 @@ def quick() -> Iterator[None]:
     """Draw no figures; write no TensorBoard events."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "tensorboardX", None)
-        patch.setattr(figures, "draw_run", lambda *_: {})
+        patch.setattr(figures, "draw_run", lambda *_: None)
         patch.setattr(evaluate, "make_panels", lambda *_: lambda params: {})
         yield
 

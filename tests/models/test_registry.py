@@ -177,3 +177,9 @@ def test_keys_of_parameters_are_those_of_nnx():
         ours, theirs = ParameterKeys(seed), nnx.Rngs(seed)
         for _ in range(3):
             assert ours.params() == theirs.params()
+
+
+@pytest.mark.parametrize("name", ["pretrained", "weights", "checkpoint_path"])
+def test_create_model_refers_to_load_pretrained(name):
+    with pytest.raises(ConfigError, match=r"hivit_jax.load_pretrained\(PATH\)"):
+        configure("hivit_base", **{name: True})

@@ -1,6 +1,7 @@
 """`--mode compile`: reports and errors."""
 
 import importlib.util
+import json
 
 import jax
 import pytest
@@ -40,6 +41,14 @@ def test_command_that_searches_the_largest_batch(monkeypatch, tmp_path, capsys):
         assert "at most 123 images/s per chip, bound by memory\n" in out
         assert "2.5 GFLOP and 7 MB of HBM traffic per image\n" in out
         assert (f"written: {tmp_path}/compile.json") in out
+        # 8 steps of 64 images on 8 chips at 123.4 images/s each.
+        hours = 8 * 64 / (8 * 123.4) / 3600
+        assert found["run"]["hours_at_bound"] == pytest.approx(hours)
+        assert found["run"]["hours_at_utilization"] == pytest.approx(hours / 0.4)
+        assert [line.split() for line in out.splitlines() if "chip-hours" in line] == [
+            ["at", "the", "bound", "0.00", "hours", "0.0", "chip-hours"],
+            ["at", "40%", "of", "it", "0.00", "hours", "0.0", "chip-hours"],
+        ]
     assert found["largest_batch_per_device"] <= 40 < found["smallest_that_does_not_fit"]
     assert f"per device: {found['largest_batch_per_device']} (" in out
 
@@ -53,6 +62,25 @@ REPORT = {
     "collectives": [{"kind": "all-reduce", "count": 2, "bytes_per_step": 3e6}],
     "roofline": {"images_per_second_per_chip": 123.4, "bound": "memory"},
 }
+
+
+def test_describe_prints_the_earlier_report(monkeypatch, tmp_path, capsys):
+    """It notes that compile.json belongs to another config."""
+    config = recipes.mae(batch_size=64)
+    report = REPORT | {
+        "batch_per_device": 8,
+        "fits": True,
+        "hbm_bytes_per_device": dict(total=1, limit=2, arguments=1, temporaries=1),
+        "config_sha256": compile_ahead._digest(config),
+    }
+    assert compile_ahead.earlier_summary(config, tmp_path) == ""
+    for text, other in (("{", ""), ("{}", ""), (json.dumps(report), "at most 123 ")):
+        (tmp_path / "compile.json").write_text(text)
+        found = compile_ahead.earlier_summary(config, tmp_path)
+        assert (other in found) if other else found == ""
+    assert "another config" not in found
+    other = recipes.mae(batch_size=32)
+    assert "another config" in compile_ahead.earlier_summary(other, tmp_path)
 
 
 # Errors

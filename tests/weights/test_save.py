@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import re
 from dataclasses import replace
 from functools import cache
 
@@ -14,6 +15,7 @@ import reference
 import state_files
 from flax import nnx
 from networks import mini, params_by_name
+from PIL import Image
 
 import hivit_jax
 from hivit_jax.errors import ConfigError
@@ -74,10 +76,32 @@ def test_save_pretrained(name, tmp_path):
     recipes.assert_identical(params_by_name(loaded), params_by_name(model))
     assert split(loaded)[0] == split(model)[0]  # structure: every setting
     card = (tmp_path / "README.md").read_text()
-    for text in (f"# {name}", "0.1", "eval/top1: 0.5", '"task": "x"', "64x32"):
+    for text in (f"# {name}", "eval/top1: 50.00 %", "training: x\n", "64x32"):
         assert text in card
+    assert len(card.splitlines()) < 60
     about = json.loads((tmp_path / "config.json").read_text())
     assert about["arguments"]["image_size"] == [64, 32]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["hivit_base", "mae_hivit_base"])
+def test_code_of_the_card_runs(name, tmp_path, monkeypatch, capsys):
+    """It runs in the saved directory, and prints a class name of a classifier."""
+    classifier = name == "hivit_base"
+    model = mini(name, **dict(num_classes=2) if classifier else {})
+    names = ("a cat", "a dog") * classifier
+    model.info = replace(model.info, class_names=names)
+    hivit_jax.save_pretrained(model, tmp_path)
+    Image.new("RGB", (80, 70)).save(tmp_path / "photo.jpg")
+    monkeypatch.chdir(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    [code] = re.findall(r"(?s)```python\n(.*?)```", card)
+    found = {}
+    exec(code, found)
+    assert found["images"].shape == (1, *model.config.image_shape)
+    if classifier:
+        assert "classes: 2: a cat, a dog\n" in card
+        assert capsys.readouterr().out.splitlines()[-1] in names
 
 
 @pytest.mark.slow
@@ -177,7 +201,7 @@ def test_an_edited_model_card_is_kept(tmp_path, capsys):
     card, model = tmp_path / "README.md", small_model()
     hivit_jax.save_pretrained(model, tmp_path)
     hivit_jax.save_pretrained(model, tmp_path, results={"eval/top1": 0.5})
-    assert "eval/top1: 0.5" in card.read_text()
+    assert "eval/top1: 50.00 %" in card.read_text()
     assert "kept" not in capsys.readouterr().out
     for text in ("my own words", "my own words", card.read_text() + "\n", ""):
         card.write_text(text)

@@ -17,4 +17,6 @@ def test_roofline_is_the_slowest_resource():
 
     assert bound(197e12, 0) == ("arithmetic", 1)
     assert bound(1, 819e9 / 2) == ("memory", 2)
+    per_device = roofline.roofline(chip._replace(devices=2), 5, 1, 1, exchanged)
+    assert per_device["images_per_second_per_chip"] == 10 / 2  # two all-reduces a chip
     assert bound(1, 1, exchanged) == ("network", 10)  # 2 x 100 GB at 200 GB/s
