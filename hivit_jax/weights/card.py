@@ -32,8 +32,9 @@ def model_card(
         f"# {model.name}",
         "",
         f"{model.architecture}: {model.description} for images of {height}x{width} "
-        f"pixels with {info.channels} channels. "
-        "The license of the weights is not stated; state it above before you share them.",
+        f"pixels with {info.channels} channels.",
+        "",
+        "The license of the weights is not stated. State it above before sharing them.",
         "",
         f"- citation: {model.architecture}",
         f"- parameters: {model.parameter_count() / 1e6:.2f} M",
