@@ -1,4 +1,4 @@
-"""Runs of recipes that store every state, and the values that `plain.py` expects."""
+"""Runs that save every state, compared with the second implementation in `plain.py`."""
 
 import json
 from functools import cache, partial
@@ -101,9 +101,9 @@ PROBE = {
     "optimizer.warmup_learning_rate": 0.3,
     "optimizer.weight_decay": 5.0,
 }
-# name -> recipe, overrides, relative tolerance of a loss. Where the device resizes, one
-# of some thousand pixels is rounded differently.
-TRACES = {
+# Name -> recipe, overrides, relative tolerance of a loss. The tolerance is larger where
+# the device resizes, because about one in a thousand pixels is rounded differently.
+RECORDED_RUNS = {
     "mae": ("mae_base", OPTIMIZER | AUTOENCODER, 5e-6),
     "classify": ("finetune:base", OPTIMIZER | CLASSIFIER | AUGMENTED, 2e-6),
     "classify, plain": ("supervised:base", CLASSIFIER | PLAIN, 3e-5),
@@ -112,16 +112,19 @@ TRACES = {
 
 
 def write_folder(root):
-    """Write class folders of 22 and 11 files of many sizes; some nested, some PNG."""
+    """Write 22 training and 11 validation images of many sizes into class folders.
+
+    Some files are nested, some are PNG. One file per split cannot be read.
+    """
     random = np.random.RandomState(3)
     for split, count in (("train", IMAGES), ("val", 11)):
-        for number in range(count):
-            name = CLASSES[number % 7]
-            size = (70 + 9 * (number % 7), 130 - 3 * number)
-            low = random.randint(0, 256, (9, 7, 3), np.uint8)
-            image = Image.fromarray(low).resize(size, Image.Resampling.BILINEAR)
-            kind, nested = ("png", "deep/") if number % 5 == 1 else ("jpg", "")
-            path = root / split / name / f"{nested}{number:02}.{kind}"
+        for index in range(count):
+            name = CLASSES[index % 7]
+            size = (70 + 9 * (index % 7), 130 - 3 * index)
+            small = random.randint(0, 256, (9, 7, 3), np.uint8)
+            image = Image.fromarray(small).resize(size, Image.Resampling.BILINEAR)
+            suffix, folder = ("png", "deep/") if index % 5 == 1 else ("jpg", "")
+            path = root / split / name / f"{folder}{index:02}.{suffix}"
             path.parent.mkdir(parents=True, exist_ok=True)
             image.save(path)
         list_files(root, split)[BROKEN[split]][0].write_bytes(b"no image")
@@ -136,40 +139,46 @@ def list_files(root, split):
     ]
 
 
-def trace_flags(name, **more):
-    """Return the command line of a trace.
+def run_flags(name, **more):
+    """Return the command line of a recorded run.
 
     more: config values; two underscores stand for a dot.
     """
-    recipe, overrides, _ = TRACES[name]
+    recipe, overrides, _ = RECORDED_RUNS[name]
     more = {key.replace("__", "."): value for key, value in more.items()}
     values = COMMON | overrides | more
     return [f"--config={recipe}"] + [f"--config.{k}={v}" for k, v in values.items()]
 
 
-def trace_config(name, **more):
-    """Return the config of a trace with config values `more`, as in `trace_flags`."""
-    path, *overrides = trace_flags(name, **more)
+def run_config(name, **more):
+    """Return the config of a recorded run with config values `more`.
+
+    more: see `run_flags`.
+    """
+    path, *overrides = run_flags(name, **more)
     return configs.load(path.removeprefix("--config="), overrides)
 
 
-class Trace:
-    """A run of a recipe that stores every state, including the initial one."""
+class RecordedRun:
+    """A run of a recipe that saves every state, including the initial state."""
 
     def __init__(self, name, root, workdir, **more):
         self.name, self.root, self.workdir = name, root, workdir
-        self.tolerance = TRACES[name][2]
-        self.config = trace_config(name, data__dir=root, **more)
+        self.tolerance = RECORDED_RUNS[name][2]
+        self.config = run_config(name, data__dir=root, **more)
         with pytest.raises(Interrupted):
             train(self.config, workdir, lambda step: "stop" if step == 0 else None)
         self.results = train(self.config, workdir)
         self.states = [recipes.saved_arrays(workdir, step) for step in range(STEPS + 1)]
         text = (workdir / "metrics.jsonl").read_text().splitlines()
         self.lines = [json.loads(line) for line in text]
-        self.sizes = [plain.count_blocks(self.states[0]["params"], s) for s in range(3)]
+        params = self.states[0]["params"]
+        self.blocks_per_stage = [
+            plain.count_blocks(params, stage) for stage in range(3)
+        ]
 
     def params(self, step, item="params"):
-        """Return parameters (or their averages) and model state, by name."""
+        """Return parameters and model state by name; item="ema": their averages."""
         state = self.states[step]
         arrays = state[item] | state.get("model_state", {})
         return {k: v.astype(np.float64) for k, v in arrays.items()}
@@ -184,10 +193,11 @@ class Trace:
         }
 
     def line(self, step, key="loss"):
+        """Return the line of metrics.jsonl that contains a key at a step."""
         return next(x for x in self.lines if x["step"] == step and key in x)
 
     def batch(self, step, config):
-        """Return (images, weight, labels, keys) of a training step, flipped."""
+        """Return (images, weight, labels, keys) of a training step after the flip."""
         files, images, labels = list_files(self.root, "train"), [], []
         size, seed = config.batch_size, config.seed
         for index, epoch in plain.samples_of_step(seed, step, size, len(files)):
@@ -204,34 +214,36 @@ class Trace:
         """Return (images, weight, labels, keys) of the held-out images, padded."""
         files = list_files(self.root, "val")
         images = [plain.prepare_image(p.read_bytes(), config) for p, _ in files]
-        fill = BATCH - len(files)
-        images, weight = plain.make_batch(images + [None] * fill, config)
-        labels = np.array([label for _, label in files] + [0] * fill)
+        padding = BATCH - len(files)
+        images, weight = plain.make_batch(images + [None] * padding, config)
+        labels = np.array([label for _, label in files] + [0] * padding)
         return images, weight, labels, plain.sample_keys(config.seed, "eval", 0, BATCH)
 
-    def keep_scales(self, keys, config):
-        rates = np.linspace(0, config.model.get("drop_path_rate") or 0, sum(self.sizes))
-        return plain.keep_scales(keys, rates)
+    def drop_path_scales(self, keys, config):
+        """Return the factors of the branches [B, branches] in a training step."""
+        largest = config.model.get("drop_path_rate") or 0
+        rates = np.linspace(0, largest, sum(self.blocks_per_stage))
+        return plain.drop_path_scales(keys, rates)
 
 
 def topk_correct(logits, labels, count):
     """Return 1 for each label among the `count` highest logits, else 0."""
-    best = np.argsort(-logits, 1, kind="stable")[:, :count]
-    return (best == labels[:, None]).any(1).astype(float)
+    highest = np.argsort(-logits, 1, kind="stable")[:, :count]
+    return (highest == labels[:, None]).any(1).astype(float)
 
 
 def l2_norm(x):
     return np.sqrt((x**2).sum())
 
 
-class Network:
-    """Loss function with gradients.
+class LossAndGrad:
+    """Weighted mean loss of a network, with gradients.
 
-    A call returns ((mean loss, (losses, outputs)), gradients).
+    A call returns ((mean loss, (losses [B], outputs)), gradients).
     """
 
-    def __init__(self, losses):
-        self._run = plain.weighted_value_and_grad(losses)
+    def __init__(self, losses_of):
+        self._run = plain.weighted_value_and_grad(losses_of)
 
     def __call__(self, config, params, weight, *inputs):
         eps = np.float64(config.model.layer_norm_eps or 1e-6)
@@ -239,61 +251,68 @@ class Network:
 
 
 @cache
-def autoencoder(kept):
-    return Network(partial(plain.masked_loss, kept))
+def autoencoder_loss(num_visible):
+    """Return the `LossAndGrad` of a masked autoencoder."""
+    return LossAndGrad(partial(plain.masked_loss, num_visible))
 
 
-def _classifier_losses(p, images, keep_scale, targets):
-    logits = plain.classifier_logits(p, images, keep_scale)
+def _classifier_losses(p, images, drop_path_scale, targets):
+    logits = plain.classifier_logits(p, images, drop_path_scale)
     return plain.cross_entropy(logits, targets), logits
 
 
-classifier = cache(lambda: Network(_classifier_losses))
+@cache
+def classifier_loss():
+    """Return the `LossAndGrad` of a classifier."""
+    return LossAndGrad(_classifier_losses)
 
 
-def network_and_inputs(trace, config, batch, train):
-    """Return (network, inputs, labels) of a task's batch."""
+def loss_and_inputs(run, config, batch, train):
+    """Return (`LossAndGrad`, its inputs, labels) for a task's batch."""
     images, weight, labels, keys = batch
-    keep = np.ones((len(keys), 2 * sum(trace.sizes)))
-    keep = trace.keep_scales(keys, config) if train else keep
+    drop_path_scale = np.ones((len(keys), 2 * sum(run.blocks_per_stage)))
+    if train:
+        drop_path_scale = run.drop_path_scales(keys, config)
     if config.task == "mae":
         units = images.shape[1] * images.shape[2] // 256
         noise = [jax.random.uniform(plain.fold(k, "mask"), (units,)) for k in keys]
         order = np.argsort(np.array(noise), 1, kind="stable")
-        network = autoencoder(int(units * (1 - config.mask_ratio)))
-        pixels = np.bool_(config.model.norm_pix_loss is False)
-        return network, (images, keep, order, pixels), labels
+        loss_and_grad = autoencoder_loss(int(units * (1 - config.mask_ratio)))
+        use_raw_pixel_targets = np.bool_(config.model.norm_pix_loss is False)
+        inputs = images, drop_path_scale, order, use_raw_pixel_targets
+        return loss_and_grad, inputs, labels
     classes = config.model.num_classes
-    smooth = config.label_smoothing if train else 0.0
-    targets = (1 - smooth) * np.eye(classes)[labels] + smooth / classes
+    smoothing = config.label_smoothing if train else 0.0
+    targets = (1 - smoothing) * np.eye(classes)[labels] + smoothing / classes
     if train and config.random_erasing:
         pairs = zip(images, keys, strict=True)
         images = np.stack(
             [plain.erase(image, key, config.random_erasing) for image, key in pairs]
         )
     if train and (config.mixup or config.cutmix):
-        key, rates = plain.fold(keys[0], "step"), (config.mixup, config.cutmix)
-        images, targets = plain.mix(images, targets, weight, key, *rates)
-    return classifier(), (images, keep, targets), labels
+        key, mix_alphas = plain.fold(keys[0], "step"), (config.mixup, config.cutmix)
+        images, targets = plain.mix(images, targets, weight, key, *mix_alphas)
+    return classifier_loss(), (images, drop_path_scale, targets), labels
 
 
-def adam_expectation(trace, config, steps, evaluated=True):
-    """Return {kind: values over the steps} of all that a run stores and logs.
+def expected_with_adam(run, config, steps, evaluated=True):
+    """Return {kind: values over the steps} of everything that a run saves and logs.
 
-    Each step is computed from the stored state before the step. Parameters are computed
-    from the stored moments, because Adam's direction of a tiny gradient is rounding.
+    Each step is computed from the saved state before the step. Parameters are computed
+    from the saved moments, because rounding decides Adam's direction where a gradient
+    is tiny.
     """
-    o, found = config.optimizer, {}
+    o, expected = config.optimizer, {}
 
     def expect(kind, value):
-        found.setdefault(kind, []).append(value)
+        expected.setdefault(kind, []).append(value)
 
     for step in steps:
-        before = trace.params(step)
-        batch = trace.batch(step, config)
+        before = run.params(step)
+        batch = run.batch(step, config)
         weight = batch[1]
-        network, inputs, labels = network_and_inputs(trace, config, batch, True)
-        (loss, (_, outputs)), gradients = network(config, before, weight, *inputs)
+        loss_and_grad, inputs, labels = loss_and_inputs(run, config, batch, True)
+        (loss, (_, outputs)), gradients = loss_and_grad(config, before, weight, *inputs)
         gradients, norm = plain.clip_by_global_norm(gradients, o.clip_norm)
         expect("loss", loss)
         expect("gradient_norm", norm)
@@ -304,8 +323,8 @@ def adam_expectation(trace, config, steps, evaluated=True):
                     topk_correct(outputs, labels, top) * weight
                 ).sum() / weight.sum()
                 expect(f"top{top}", accuracy)
-        old = {kind: trace.moment(step, kind) for kind in ("mu", "nu")}
-        stored = {kind: trace.moment(step + 1, kind) for kind in ("mu", "nu")}
+        old = {kind: run.moment(step, kind) for kind in ("mu", "nu")}
+        saved = {kind: run.moment(step + 1, kind) for kind in ("mu", "nu")}
         for index, kind in enumerate(("mu", "nu")):
             decay = o.betas[index]
             expect(
@@ -316,37 +335,38 @@ def adam_expectation(trace, config, steps, evaluated=True):
                     if name in old[kind]
                 },
             )
-        rate, params = plain.learning_rate(step, config, IMAGES), {}
+        learning_rate, params = plain.learning_rate(step, config, IMAGES), {}
         for name, array in before.items():
-            if name not in stored["mu"]:
+            if name not in saved["mu"]:
                 params[name] = array
                 continue
-            moments = stored["mu"][name], stored["nu"][name]
-            move = plain.adam_direction(*moments, step + 1, o.betas)
-            move = move + o.weight_decay * plain.is_decayed(name, config.task) * array
-            move = move * plain.layer_scale(name, o.layer_decay, trace.sizes)
-            params[name] = array - rate * move
+            moments = saved["mu"][name], saved["nu"][name]
+            update = plain.adam_direction(*moments, step + 1, o.betas)
+            update += o.weight_decay * plain.is_decayed(name, config.task) * array
+            update *= plain.layer_scale(name, o.layer_decay, run.blocks_per_stage)
+            params[name] = array - learning_rate * update
         expect("params", params)
-        if o.ema_decay and "ema" in trace.states[0]:
-            average, new = trace.params(step, "ema"), trace.params(step + 1)
+        if o.ema_decay and "ema" in run.states[0]:
+            average, new = run.params(step, "ema"), run.params(step + 1)
             decay = o.ema_decay
             average = {k: decay * a + (1 - decay) * new[k] for k, a in average.items()}
             expect("ema", average)
-    found["learning_rate"] = [
+    expected["learning_rate"] = [
         plain.learning_rate(step, config, IMAGES) for step in range(STEPS)
     ]
     if evaluated:
-        params = trace.params(STEPS, "ema" if o.ema_decay else "params")
-        batch = trace.eval_batch(config)
-        network, inputs, labels = network_and_inputs(trace, config, batch, False)
-        (loss, (_, outputs)), _ = network(config, params, batch[1], *inputs)
-        found["eval/loss"] = [loss]
+        params = run.params(STEPS, "ema" if o.ema_decay else "params")
+        batch = run.eval_batch(config)
+        loss_and_grad, inputs, labels = loss_and_inputs(run, config, batch, False)
+        (loss, (_, outputs)), _ = loss_and_grad(config, params, batch[1], *inputs)
+        expected["eval/loss"] = [loss]
         if config.task == "classify":
-            found |= eval_topk(outputs, labels, batch[1])
-    return found
+            expected |= eval_topk(outputs, labels, batch[1])
+    return expected
 
 
 def eval_topk(logits, labels, weight):
+    """Return the accuracies of an evaluation by metric."""
     return {
         f"eval/top{top}": [topk_correct(logits, labels, top)[weight > 0].mean()]
         for top in (1, 5)
@@ -354,43 +374,47 @@ def eval_topk(logits, labels, weight):
 
 
 @cache
-def probe_network():
-    """Return two functions: features of an encoder, and gradient of a head."""
+def probe_functions():
+    """Return two functions: encoder features, and loss and gradients of the head.
 
-    def features(p, eps, images, keep):
-        return plain.encoder(p | {"eps": eps}, images, keep)[-1].mean(1)
+    The second function returns ((mean loss, logits), gradients).
+    """
+
+    def features(p, eps, images, drop_path_scale):
+        return plain.encoder(p | {"eps": eps}, images, drop_path_scale)[-1].mean(1)
 
     def loss(head, normalized, targets, weight):
         logits = plain.linear(head, "head", normalized)
-        each = plain.cross_entropy(logits, targets)
-        return (each * weight).sum() / weight.sum(), logits
+        losses = plain.cross_entropy(logits, targets)
+        return (losses * weight).sum() / weight.sum(), logits
 
-    gradient = jax.value_and_grad(loss, has_aux=True)
-    return plain.in_float64(features), plain.in_float64(gradient)
+    loss_and_grad = jax.value_and_grad(loss, has_aux=True)
+    return plain.in_float64(features), plain.in_float64(loss_and_grad)
 
 
-def probe_expectation(trace, config, steps, evaluated=True):
-    """Return {kind: values over the steps} for LARS and BatchNorm of frozen features.
+def expected_with_lars(run, config, steps, evaluated=True):
+    """Return {kind: values over the steps} of everything that a linear probe saves.
 
     Follows MAE's ``main_linprobe.py`` and ``util/lars.py``.
     """
-    o, found = config.optimizer, {}
-    encode, losses = probe_network()
+    o, expected = config.optimizer, {}
+    encode, loss_and_grad = probe_functions()
     eps = np.float64(config.model.layer_norm_eps or 1e-6)
-    classes, keep = config.model.num_classes, np.ones((BATCH, 2 * sum(trace.sizes)))
+    classes = config.model.num_classes
+    no_drop_path = np.ones((BATCH, 2 * sum(run.blocks_per_stage)))
 
     def expect(kind, value):
-        found.setdefault(kind, []).append(value)
+        expected.setdefault(kind, []).append(value)
 
     for step in steps:
-        before = trace.params(step)
-        images, weight, labels, _ = trace.batch(step, config)
-        features = encode(before, eps, images, keep)
-        seen = features[weight > 0]
-        normalized = (features - seen.mean(0)) / np.sqrt(seen.var(0) + 1e-6)
+        before = run.params(step)
+        images, weight, labels, _ = run.batch(step, config)
+        features = encode(before, eps, images, no_drop_path)
+        readable = features[weight > 0]
+        normalized = (features - readable.mean(0)) / np.sqrt(readable.var(0) + 1e-6)
         head = {k: v for k, v in before.items() if k.startswith("head/")}
         targets = np.eye(classes)[labels]
-        (loss, logits), gradients = losses(head, normalized, targets, weight)
+        (loss, logits), gradients = loss_and_grad(head, normalized, targets, weight)
         expect("loss", loss)
         expect("unreadable", (weight == 0).sum())
         for top in (1, 5):
@@ -400,73 +424,78 @@ def probe_expectation(trace, config, steps, evaluated=True):
         g = gradients["head/kernel"] + o.weight_decay * kernel
         expect("gradient_norm", l2_norm(np.stack([*map(l2_norm, gradients.values())])))
         gradients["head/kernel"] = g * 0.001 * l2_norm(kernel) / l2_norm(g)
-        old, stored = trace.moment(step, "trace"), trace.moment(step + 1, "trace")
-        moves = {name: o.betas[0] * old[name] + g for name, g in gradients.items()}
-        expect("trace", moves)
-        rate = plain.learning_rate(step, config, IMAGES)
-        moved = {name: before[name] - rate * stored[name] for name in moves}
+        old, saved = run.moment(step, "trace"), run.moment(step + 1, "trace")
+        momentum = {name: o.betas[0] * old[name] + g for name, g in gradients.items()}
+        expect("trace", momentum)
+        learning_rate = plain.learning_rate(step, config, IMAGES)
+        trained = {
+            name: before[name] - learning_rate * saved[name] for name in momentum
+        }
         frozen = {k: v for k, v in before.items() if k.startswith("encoder/")}
-        expect("params", moved | frozen)
-        new = {"fc_norm/mean": seen.mean(0), "fc_norm/var": seen.var(0, ddof=1)}
+        expect("params", trained | frozen)
+        new = {"fc_norm/mean": readable.mean(0), "fc_norm/var": readable.var(0, ddof=1)}
         expect("statistics", {k: 0.9 * before[k] + 0.1 * v for k, v in new.items()})
-    found["learning_rate"] = [
+    expected["learning_rate"] = [
         plain.learning_rate(step, config, IMAGES) for step in range(STEPS)
     ]
     if evaluated:
-        params = trace.params(STEPS)
-        images, weight, labels, _ = trace.eval_batch(config)
-        features = encode(params, eps, images, keep) - params["fc_norm/mean"]
-        normalized = features / np.sqrt(params["fc_norm/var"] + 1e-6)
+        params = run.params(STEPS)
+        images, weight, labels, _ = run.eval_batch(config)
+        features = encode(params, eps, images, no_drop_path)
+        centered = features - params["fc_norm/mean"]
+        normalized = centered / np.sqrt(params["fc_norm/var"] + 1e-6)
         head = {k: v for k, v in params.items() if k.startswith("head/")}
         targets = np.eye(classes)[labels]
-        (loss, logits), _ = losses(head, normalized, targets, weight)
-        found["eval/loss"] = [loss]
-        found |= eval_topk(logits, labels, weight)
-    return found
+        (loss, logits), _ = loss_and_grad(head, normalized, targets, weight)
+        expected["eval/loss"] = [loss]
+        expected |= eval_topk(logits, labels, weight)
+    return expected
 
 
-EXPECTATIONS = {
-    "mae": adam_expectation,
-    "classify": adam_expectation,
-    "linear_probe": probe_expectation,
+EXPECTED_VALUES = {
+    "mae": expected_with_adam,
+    "classify": expected_with_adam,
+    "linear_probe": expected_with_lars,
 }
 
 
-def observed(trace, kind, step):
-    """Return the stored or logged value of a step, counted from 0."""
+def recorded_value(run, kind, step):
+    """Return the saved or logged value of a step; steps count from 0."""
     if kind in ("params", "ema", "statistics"):
-        if kind == "ema" and "ema" not in trace.states[step]:
+        if kind == "ema" and "ema" not in run.states[step]:
             return {}
-        return trace.params(step + 1, "ema" if kind == "ema" else "params")
+        return run.params(step + 1, "ema" if kind == "ema" else "params")
     if kind in ("mu", "nu", "trace"):
-        return trace.moment(step + 1, kind)
+        return run.moment(step + 1, kind)
     if kind.startswith("eval/"):
-        return trace.line(STEPS, "eval/loss")[kind]
-    return trace.line(step + 1)[kind]
+        return run.line(STEPS, "eval/loss")[kind]
+    return run.line(step + 1)[kind]
 
 
-def mismatches(trace, config, steps=range(STEPS), evaluated=True):
-    """Return {kind: first difference} of the values that differ."""
-    found = {}
-    expectation = EXPECTATIONS[config.task](trace, config, steps, evaluated)
-    for kind, values in expectation.items():
-        each = range(STEPS) if kind == "learning_rate" else steps
-        each = [STEPS - 1] if kind.startswith("eval/") else each
-        for step, value in zip(each, values, strict=True):
-            if difference := _difference(
-                trace, kind, observed(trace, kind, step), value, step
-            ):
-                found[kind] = f"step {step}: {difference}"
-    if "ema" in trace.states[0] and "ema" not in expectation:
-        found["ema"] = "none expected"
-    return found
+def mismatches(run, config, steps=range(STEPS), evaluated=True):
+    """Return {kind: first difference} of the recorded values that are not as expected.
+
+    config: config of the second implementation; it may differ from the run's config.
+    """
+    differences = {}
+    expected = EXPECTED_VALUES[config.task](run, config, steps, evaluated)
+    for kind, values in expected.items():
+        steps_of_kind = range(STEPS) if kind == "learning_rate" else steps
+        if kind.startswith("eval/"):
+            steps_of_kind = [STEPS - 1]
+        for step, value in zip(steps_of_kind, values, strict=True):
+            recorded = recorded_value(run, kind, step)
+            if difference := _difference(run, kind, recorded, value, step):
+                differences[kind] = f"step {step}: {difference}"
+    if "ema" in run.states[0] and "ema" not in expected:
+        differences["ema"] = "expected none"
+    return differences
 
 
-def _difference(trace, kind, actual, expected, step):
-    """Return the first difference beyond the tolerance of a kind as text, or ""."""
-    line, tolerance = trace.line(step + 1), trace.tolerance
-    rate = line["learning_rate"]
-    norm = line["gradient_norm"]
+def _difference(run, kind, actual, expected, step):
+    """Return a text for a difference beyond the tolerance of a kind, else ""."""
+    line, tolerance = run.line(step + 1), run.tolerance
+    learning_rate, norm = line["learning_rate"], line["gradient_norm"]
     if not isinstance(expected, dict):
         allowed = {
             "loss": tolerance,
@@ -474,22 +503,22 @@ def _difference(trace, kind, actual, expected, step):
             "eval/loss": 3e-5,
         }.get(kind, 1e-6)
         close = abs(actual - expected) <= allowed * abs(expected)
-        return "" if close else f"{actual} is not {expected}"
-    # Errors are relative to an array's largest value, plus an absolute floor, because
-    # the rounding of a gradient is relative to the network's largest gradient, and
-    # Adam's bias correction is float32.
+        return "" if close else f"expected {expected}, found {actual}"
+    # The limit is relative to an array's largest value, plus an absolute floor, because
+    # rounding errors of gradients are relative to the network's largest gradient, and
+    # because Adam's bias correction is float32.
     relative, floor = {
         "mu": (300 * tolerance, 1e-6 * tolerance * norm),
         "nu": (600 * tolerance, 1e-6 * tolerance * norm**2),
         "trace": (300 * tolerance, 0.0),
-        "params": (3e-7, 1e-4 * rate),
+        "params": (3e-7, 1e-4 * learning_rate),
         "ema": (1e-6, 0.0),
         "statistics": (2e-4, 1e-5),
     }[kind]
     for name, array in expected.items():
         if name not in actual:
-            return f"no {name}"
+            return f"{name} is missing"
         scale, error = np.abs(array).max(), np.abs(actual[name] - array).max()
         if error > relative * scale + floor:
-            return f"{name} is {error} off, of {scale}"
+            return f"{name}: largest error {error}, largest value {scale}"
     return ""
