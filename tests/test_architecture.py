@@ -1,4 +1,4 @@
-"""Architecture rules of the package, checked on its syntax trees."""
+"""Tests of the package's architecture rules, on its syntax trees."""
 
 import ast
 from pathlib import Path
@@ -55,7 +55,7 @@ def test_no_private_interface_of_jax():
 
 
 def test_no_import_cycles():
-    """Only imports at the top of a module count."""
+    """Modules have no import cycles; imports inside functions are allowed."""
     bodies = {}
     for path in PACKAGE.rglob("*.py"):
         parts = path.relative_to(PACKAGE).with_suffix("").parts

@@ -1,4 +1,4 @@
-"""Keys and values of recipes: defaults, overrides, checks, and docs/config.md."""
+"""Tests of keys and values of recipes: defaults, overrides, checks, docs/config.md."""
 
 import pytest
 import recipes
@@ -138,7 +138,7 @@ def test_variant_of_a_recipe(capsys):
 
 
 def test_values_of_a_recipe_are_checked(tmp_path, capsys):
-    """Values of a recipe are checked as those of the command line are."""
+    """Values of a recipe are checked like values of the command line."""
     path = tmp_path / "own.py"
     for values, fragments in (
         ("model=dict(embed_dims=64)", ["'model.embed_dims'", "'model.embed_dim'?"]),

@@ -1,4 +1,4 @@
-"""Commands, programs and links of README and the pages of docs/."""
+"""Tests of commands, programs and links in README and docs/."""
 
 import ast
 import configparser
@@ -131,7 +131,7 @@ def test_links(path):
 
 
 def test_every_page_is_linked_from_the_readme():
-    """`index.md` takes the README's place in the site; the site lists all pages too."""
+    """README, index.md (the site's front page) and the site link to all pages."""
     text, site = (ROOT / "README.md").read_text(), (ROOT / "mkdocs.yml").read_text()
     names = {path.name for path in PAGES[2:]}
     assert {name for name in names if f"(docs/{name})" not in text} == {"index.md"}
@@ -139,7 +139,7 @@ def test_every_page_is_linked_from_the_readme():
 
 
 def test_length_of_the_readme():
-    """It is read in one sitting."""
+    """The README is short enough to be read in one sitting."""
     text = (ROOT / "README.md").read_bytes()
     assert len(text) <= 12_000
     assert text.count(b"\n") <= 150

@@ -1,4 +1,4 @@
-"""Input pipeline: from config keys to batches."""
+"""Tests of the input pipeline, from config keys to batches."""
 
 import io
 
@@ -189,7 +189,7 @@ EFFECTS = [
 
 @pytest.fixture(scope="module")
 def unchanged_batches(folder):
-    """Four training batches resized on the host, and all evaluation batches."""
+    """Return four training batches, resized on the host, and all evaluation batches."""
     return batches_of(folder_config(folder, data__canvas=0, data__flip=True))
 
 
@@ -312,7 +312,7 @@ def test_images_are_resized_as_told(folder, interpolation, antialias):
 
 
 class Listed(Source):
-    """Examples of a list: bytes, or an error."""
+    """Source of examples in a list: bytes, or an exception."""
 
     classes = ("a", "b")
 
@@ -341,7 +341,10 @@ FLOATS = encode(np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8), "TIFF")
 
 @pytest.fixture
 def opened(monkeypatch):
-    """Sets the sources of both splits; returns (config, task)."""
+    """Return a function that sets the sources of both splits.
+
+    The function returns (config, task).
+    """
 
     def make(train, test, **overrides):
         sources = {"train": train, "test": test}
@@ -353,7 +356,7 @@ def opened(monkeypatch):
 
 
 def test_an_empty_split_is_an_error(opened):
-    """Border of the kind: any source with a split of 0 examples, before a step."""
+    """A split of 0 examples, from any source, is an error before the first step."""
     for train, test, name in (
         (Listed(GOOD), Listed(), "test"),
         (Listed(), Listed(GOOD), "train"),
@@ -383,8 +386,9 @@ def test_splits_have_the_same_classes(opened):
     ],
 )
 def test_both_splits_are_read_before_the_first_step(opened, bad, message):
-    """Border of the kind: a few evenly spaced examples of each split; single damaged
-    images are no error here.
+    """A few evenly spaced examples of each split are read before the first step.
+
+    A single damaged image is no error there.
     """
     inputs.check_splits(*opened(Listed(GOOD, b"", GOOD), Listed(b"", GOOD)))
     cfg, task = opened(Listed(GOOD), Listed(*bad))
@@ -407,15 +411,13 @@ def test_a_range_of_values_reaches_the_batches(opened):
 
 
 def flags(*examples):
-    """Batches of (index, unreadable) pairs."""
+    """Return a batch of these (index, unreadable) pairs."""
     index, unreadable = zip(*examples, strict=True)
     return {"index": np.array(index), "unreadable": np.array(unreadable, np.float32)}
 
 
 def test_unreadable_images_are_counted_once(monkeypatch):
-    """Border of the kind: an image counts while its last reading failed, once in all
-    epochs and on all processes.
-    """
+    """An image whose last reading failed counts once over all epochs and processes."""
     unreadable = UnreadableImages()
     batches = [flags((0, 1), (1, 0)), flags((2, 1), (0, 1)), flags((0, 1), (-1, 0))]
     assert [*unreadable.watch(batches)] == batches
@@ -434,7 +436,7 @@ def test_unreadable_images_are_counted_once(monkeypatch):
 
 
 def test_share_of_unreadable_images():
-    """The limit is a share of the images of the split."""
+    """data.max_unreadable is a fraction of the images of the split."""
     data = digits_config(data__max_unreadable=0.001).data
     check_unreadable(1, data, "train")  # of 1,437
     with pytest.raises(

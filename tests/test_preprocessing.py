@@ -1,4 +1,4 @@
-"""`preprocess` repeats the evaluation transform of the training."""
+"""Tests that `preprocess` equals the evaluation transform of training."""
 
 from dataclasses import replace
 
@@ -18,9 +18,7 @@ from hivit_jax.weights.load import _info_arguments
 
 
 def evaluated(config):
-    """Return the evaluation images of a config's test split, as training computes
-    them.
-    """
+    """Return the images of a config's test split after the evaluation transform."""
     task, found = inputs.make_task(config, "test"), []
     step = jax.jit(task.preprocess)
     for batch in inputs.eval_batches(config):
@@ -29,7 +27,7 @@ def evaluated(config):
 
 
 def model_of(config, **overrides):
-    """Return a model with the image facts of a config."""
+    """Return a model with the image size, mean, std and so on of a config."""
     shape = dict(image_size=64, in_channels=config.model.in_channels)
     model = mini(depths=(1, 1, 1), **shape)
     info = make_info(model.config, **_info_arguments(config.to_dict()))
@@ -48,7 +46,7 @@ OPTIONS = [
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_equals_the_evaluation_of_training(options, folder, user_cache):
-    """Bit-identical for paths, bytes, PIL images and arrays."""
+    """Paths, bytes, PIL images and arrays give the same bits as the evaluation."""
     config = folder_config(folder, **options)
     source = inputs.open_source(config.data, "test")
     run = hivit_jax.preprocess(model_of(config))

@@ -1,4 +1,4 @@
-"""Recipes: official values, old recipes, installation with the package."""
+"""Tests of recipes: official values, old recipes, installation with the package."""
 
 import configparser
 import json
@@ -35,7 +35,7 @@ def test_recipes_of_an_installed_package(tmp_path):
 
 
 def test_packages_are_listed():
-    """setup.cfg lists every package, and the recipes as one."""
+    """setup.cfg lists every package, including the recipes."""
     setup = configparser.ConfigParser()
     setup.read(recipes.ROOT / "setup.cfg")
     root = recipes.ROOT / "hivit_jax"

@@ -1,4 +1,4 @@
-"""PRNG keys of a step."""
+"""Tests of the PRNG keys of a step."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Normalization, flips and random erasing on the device."""
+"""Tests of normalization, flips and random erasing on the device."""
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ def test_normalize():
 
 @pytest.mark.slow
 def test_random_flip():
-    """Half of the images are flipped, by each sample's own key."""
+    """About half of the images are flipped; a flip depends on the sample's key only."""
     keys = sample_keys(1000)
     images = np.random.RandomState(0).rand(1000, 2, 3, 1).astype(np.float32)
     out = np.asarray(image.random_flip(jnp.asarray(images), keys))

@@ -1,4 +1,4 @@
-"""Label smoothing, Mixup and CutMix."""
+"""Tests of label smoothing, Mixup and CutMix."""
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ def test_smooth_labels():
 
 
 def mixed(seed, mixup, cutmix, batch=6, size=(20, 30), weight=None):
-    """Mix images that hold their own index everywhere; return images and targets."""
+    """Mix images whose pixels are their own index; return images and targets."""
     numbers = jnp.arange(batch, dtype=jnp.float32)
     images = jnp.broadcast_to(numbers[:, None, None, None], (batch, *size, 1))
     weight = jnp.ones(batch) if weight is None else jnp.array(weight)

@@ -1,4 +1,4 @@
-"""Benchmarks; some must run with few packages installed."""
+"""Tests of the benchmarks, some of which run with few installed packages."""
 
 import importlib
 import json
@@ -10,7 +10,7 @@ import recipes
 
 from benchmarks import accelerator, plain_config, schedules
 from hivit_jax import config as configs
-from hivit_jax import recipes as recipes_by_name
+from hivit_jax import recipes as installed_recipes
 from hivit_jax.kernels import dispatch
 
 SMALL = {**recipes.SOURCES["synthetic"], "batch_size": 4}
@@ -57,7 +57,7 @@ def test_train_step_needs_only_jax_flax_optax_and_numpy(tmp_path):
 
 
 def test_stand_in_reads_recipes_as_ml_collections_does(monkeypatch):
-    names = recipes_by_name.names()
+    names = installed_recipes.names()
     assert names
 
     def read():
@@ -74,7 +74,7 @@ def test_stand_in_reads_recipes_as_ml_collections_does(monkeypatch):
 
 
 def test_all_parts_for_an_accelerator_are_tried(tmp_path, monkeypatch, capsys):
-    """A failing and a hanging part are reported; later runs keep earlier results."""
+    """Failing and hanging parts are reported; later runs keep earlier results."""
     part = "import json, sys; json.dump(dict(images_per_second=8, seconds_per_step=.5,"
     part += "peak_memory_bytes=2**30, compile_seconds=3, model_flop_utilisation=.25),"
     part += "open(sys.argv[-1], 'w'))"
@@ -106,7 +106,7 @@ def test_all_parts_for_an_accelerator_are_tried(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.torch
 def test_pytorch_twin_has_our_first_loss(tmp_path):
-    """The twin receives all arrays of our model; the benchmark fails otherwise."""
+    """hivit_jax and its PyTorch twin, with the same arrays, have equal losses."""
     out = tmp_path / "out.json"
     code, _, error = recipes.run_process(
         *("-m", "benchmarks.peers", "--batch", 1, "--rounds", 1, "--steps", 1),
@@ -158,5 +158,5 @@ LH: loop header
 
 
 def test_bundles_of_a_schedule():
-    """3 bundles outside, 4 blocks of 7 with 3 images of 3 each, and a region once."""
+    """Bundles count once per iteration of the loops over blocks and images."""
     assert schedules.bundles(LISTING) == 3 + 4 * 7 + 4 * 3 * 3 + 2

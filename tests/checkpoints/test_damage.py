@@ -41,7 +41,7 @@ def write_files(workdir, files):
 
 
 def damaged_contents(files, count):
-    """Yield `count` times a file of step 2 and its damaged content.
+    """Yield `count` pairs of a file of step 2 and its damaged content.
 
     The content has a flipped bit, is truncated, or is None for a deleted file.
     """
@@ -61,7 +61,7 @@ def damaged_contents(files, count):
 
 @pytest.mark.slow
 def test_damage_is_never_silent(two_steps, tmp_path, capsys):
-    """Restoring returns the exact arrays of the damaged step 2, or those of step 1.
+    """Restoring a damaged step 2 returns its exact arrays, or the arrays of step 1.
 
     A fallback to step 1 is logged.
     """

@@ -1,4 +1,4 @@
-"""Tests of digests: equal on every mesh, different after any change."""
+"""Tests that digests are equal on every mesh and differ after any change."""
 
 import itertools
 

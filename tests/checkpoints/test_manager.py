@@ -1,4 +1,4 @@
-"""Tests of checkpoints: other meshes, reading parameters, a full disk."""
+"""Tests of checkpoints on other meshes, without optimizer state, and on full disks."""
 
 import itertools
 import json
@@ -47,7 +47,7 @@ def test_restore_on_any_other_mesh(saved, old, new):
 
 @pytest.mark.slow
 def test_read_parameters_on_one_device(saved):
-    """`read` returns averaged or plain parameters without the optimizer state."""
+    """`read` returns parameters or their averages without the optimizer state."""
     for averaged, name in ((True, "ema"), (False, "params")):
         found = read(saved["every"], averaged=averaged)
         expected = to_host(make_state(3)[name])

@@ -1,4 +1,4 @@
-"""Tests of array names of optimizers with added or removed stateless parts."""
+"""Tests that array names of optimizers ignore stateless transformations."""
 
 import jax.numpy as jnp
 import optax

@@ -1,4 +1,4 @@
-"""Batches of datasets in a bucket equal those of local files."""
+"""Tests that batches of datasets in a bucket equal those of local files."""
 
 import os
 import shutil
@@ -23,7 +23,7 @@ VERSION = "stripes/1.0.0"
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-    """Format -> data directory of a small dataset."""
+    """Return {format: data directory} of a small dataset."""
     root = tmp_path_factory.mktemp("prepared")
     for file_format in ("tfrecord", "array_record"):
         prepare(root / file_format, file_format)
@@ -32,7 +32,7 @@ def prepared(tmp_path_factory):
 
 @pytest.fixture
 def bucket(prepared, tmp_path):
-    """Server of a copy of the data; directories are those of `prepared`."""
+    """Return a server of a copy of the directory that contains `prepared`."""
     root = tmp_path / "objects"
     shutil.copytree(prepared, root)
     with serve(root) as server:
@@ -44,14 +44,14 @@ def config(directory, **overrides):
 
 
 def batches(cfg):
-    """Return training batches over an epoch and the evaluation's."""
+    """Return the training batches of an epoch, and the evaluation batches."""
     registry._open.cache_clear()
     OPENERS["array_record"].cache_clear()
     return [*inputs.train_batches(cfg, 0, 4), *inputs.eval_batches(cfg)]
 
 
 def test_tfrecords(bucket, prepared):
-    """Each record is read once, the index is made once and saved beside the files."""
+    """Each record is read once; the index is made once and saved beside the files."""
     expected = batches(config(prepared / "tfrecord"))
     cfg = config("gs://bucket/tfrecord")
     assert_batches_equal(batches(cfg), expected)
@@ -125,7 +125,7 @@ def test_class_folders(folder):
 
 
 def test_order_and_ignored_files_of_class_folders(tmp_path):
-    """As of local directories."""
+    """Order and ignored files equal those of local directories."""
     names = ("train/b/x.png", "train/b/a/z.jpg", "train/b-/y.JPG", "train/a/1.png")
     names += ("train/a/.hidden/2.png", "train/a/notes.txt", "train/README")
     for name in (*names, "val/a/ä.png"):
@@ -147,7 +147,7 @@ def test_order_and_ignored_files_of_class_folders(tmp_path):
 
 @pytest.mark.parametrize("level", ["top", "leaf", "none"])
 def test_numpy_arrays_in_class_folders(level, tmp_path):
-    """They are images if there are no others, as in local directories."""
+    """NumPy arrays are the images of a directory without other images."""
     for name in ("a/1.npy", "b/2.npy", "b/notes.txt"):
         for split in ("train", "val"):
             path = tmp_path / split / name
@@ -165,7 +165,7 @@ def test_numpy_arrays_in_class_folders(level, tmp_path):
 
 
 def test_errors_of_a_bucket_are_not_unreadable_images(bucket):
-    """They end the run although all images may be unreadable."""
+    """Errors of the bucket end the run even if all images may be unreadable."""
     cfg = config("gs://bucket/tfrecord", data__max_unreadable=1.0)
     batches(cfg)
     shard = f"{VERSION}/stripes-train.tfrecord-00001-of-00004"
@@ -183,7 +183,7 @@ def test_errors_of_a_bucket_are_not_unreadable_images(bucket):
 
 
 def test_damaged_record(bucket):
-    """A record that is there but damaged is an unreadable image."""
+    """A damaged record is an unreadable image."""
     cfg = config("gs://bucket/tfrecord")
     batches(cfg)
     [path] = bucket.root.glob("tfrecord/stripes/1.0.0/*train*00002-of*")
@@ -196,7 +196,7 @@ def test_damaged_record(bucket):
 
 @pytest.mark.parametrize("file_format", ["tfrecord", "array_record"])
 def test_copies_are_read(bucket, prepared, tmp_path, file_format, capfd):
-    """With data.cache, every shard is read once, and afterwards never again."""
+    """With data.cache, every shard is read exactly once over several runs."""
     expected = batches(config(prepared / file_format))
     cfg = config(f"gs://bucket/{file_format}", data__cache=tmp_path / "cache")
     assert_batches_equal(batches(cfg), expected)
@@ -253,7 +253,7 @@ def test_processes_share_copies(bucket, tmp_path):
 
 
 def test_full_disk(bucket, prepared, tmp_path, monkeypatch, capfd):
-    """The remaining files are read in the bucket."""
+    """With a full disk, the remaining files are read from the bucket."""
     expected = batches(config(prepared / "tfrecord"))
 
     def fsync(_):

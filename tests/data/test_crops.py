@@ -1,4 +1,4 @@
-"""Random and center crops; resizing on the host and on the device."""
+"""Tests of random and center crops, and of resizing on the host and on the device."""
 
 import math
 
@@ -147,7 +147,7 @@ def test_random_crops_equal_pil():
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [(224, 224), (168, 280), (280, 168)])
 def test_center_crops_equal_pil(size):
-    """Resize to cover size / 0.875, then cut out the center."""
+    """A center crop is PIL's resize to cover size / 0.875, and then a cut."""
     samples, expected = [], []
     for name in NAMES:
         pixels = photographs()[name]
@@ -186,7 +186,7 @@ def test_center_crop_of_a_usual_image():
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 @pytest.mark.parametrize("antialias", [True, False])
 def test_interpolation_and_antialias(interpolation, antialias):
-    """Host and device agree with PIL, or without antialias with a formula."""
+    """Host and device agree with PIL, or without antialiasing with a formula."""
     options = dict(interpolation=interpolation, antialias=antialias)
     pixels = photographs()["cat"]
     crop = Crop(*[Box(20, 30, 260, 330)] * 2)
@@ -207,7 +207,7 @@ def test_interpolation_and_antialias(interpolation, antialias):
 
 
 def resize_axis(pixels, axis, interpolation):
-    """Resize one axis to 224 from the nearest two or four pixels."""
+    """Resize one axis to 224 with the nearest two or four pixels."""
     n = pixels.shape[axis]
     position = (np.arange(224) + 0.5) * n / 224 - 0.5
     first, total, weights = np.floor(position).astype(int), 0, 0

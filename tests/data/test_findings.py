@@ -1,4 +1,4 @@
-"""Values that decoding loses: whether an image is worth training on."""
+"""Tests of warnings about values that decoding loses."""
 
 import io
 
@@ -37,8 +37,10 @@ def findings(values, value_range=(), channels=1, kind="TIFF"):
     ],
 )
 def test_lost_values(values, value_range, detail):
-    """Border of the kind: an image loses values if less than a quarter of its levels,
-    of at most 256, or a single one of several remain after decoding.
+    """An image loses values if decoding leaves less than a quarter of its levels.
+
+    At most 256 levels count. An image with several levels also loses values if one
+    level remains.
     """
     found = findings(values, value_range)
     assert found[LOST].startswith(detail)
@@ -80,7 +82,7 @@ def test_healthy_images(values, value_range):
 
 
 def test_clipped_values():
-    """A stated range may clip: the share is a finding, not a loss."""
+    """The fraction of values that `value_range` clips is reported, but is no loss."""
     found = findings(UNIT, (0.25, 1))
     assert found[CLIPPED] == "25.00% of the values"
     assert LOST not in found

@@ -110,7 +110,7 @@ def test_batches_do_not_depend_on_threads(folder, workers):
 
 @pytest.mark.parametrize(("workers", "usable"), [(1, {0, 1, 2}), (0, {5})])
 def test_number_of_threads(folder, monkeypatch, workers, usable):
-    """data.workers threads, or one for each core."""
+    """Batches use data.workers threads, or one thread per core."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: usable, raising=False)
     cfg = folder_config(folder, data__workers=workers, batch_size=40)
     batches = inputs.train_batches(cfg, 0, 100)
@@ -130,8 +130,9 @@ def test_threads_end_with_the_batches(folder):
 
 @pytest.fixture
 def damaged(folder, tmp_path):
-    """Return a copy of the folder in which 3 training files and 1 validation file are
-    damaged, and the paths of these 4 files.
+    """Return a copy of the folder with damaged files, and the paths of these files.
+
+    3 training files and 1 validation file are damaged.
     """
     root = tmp_path / "damaged"
     shutil.copytree(folder, root)

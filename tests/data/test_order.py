@@ -1,4 +1,4 @@
-"""Order of samples: permutations, epochs, subsets and positions."""
+"""Tests of the order of samples: permutations, epochs, subsets and positions."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""RandAugment: operations equal to timm's, and the distribution of the policy."""
+"""Tests of RandAugment: operations equal timm's; distribution of the policy."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -119,7 +119,7 @@ def test_distribution_of_operations():
 
 
 def test_policy_parameters():
-    """Magnitude, its spread, number of operations and probability take effect."""
+    """Magnitude, its spread, number of operations and probability are applied."""
     many = draws(200)
     for sample in many:
         a, b = randaugment.choose(sample, mean_magnitude=5, std=0, probability=1)

@@ -1,4 +1,4 @@
-"""Decoding to 8 or 16 bits or floats with any number of channels, and resizing."""
+"""Tests of images of 8 bits, 16 bits or floats with any number of channels."""
 
 import io
 
@@ -160,7 +160,7 @@ def test_unsuitable_files(encoded, error, message):
 
 
 def exact_axis(pixels, span, size, axis, radius, antialias=True):
-    """Resize one axis in float64, written anew from the definition of the filters."""
+    """Resize one axis in float64: a second implementation of the filters."""
     start, length, extent = span
     scale = length / size
     stretch = max(scale, 1.0) if antialias else 1.0
@@ -217,7 +217,7 @@ def test_resize_is_exact(dtype, interpolation, antialias):
 
 
 def test_channels_are_resized_alike():
-    """Four channels of 8 bits equal four grayscale images; alpha is not multiplied."""
+    """Four 8-bit channels equal four grayscale images; alpha is not multiplied."""
     pixels = noise_image(60, 50, 4)
     box = (2.5, 40, 60), (0, 50, 50)
     for antialias in (True, False):
@@ -234,7 +234,7 @@ def test_channels_are_resized_alike():
 
 @pytest.fixture
 def tiles(tmp_path, user_cache):
-    """Eight 4-band tiles of 16 bits in each split."""
+    """Return a directory with eight 16-bit images of 4 bands in each split."""
     values = np.random.RandomState(0).randint(0, 10000, (16, 30, 26, 4))
     for k, tile in enumerate(values.astype(np.uint16)):
         path = tmp_path / ("train" if k < 8 else "val") / f"c{k % 2}" / f"{k}.tif"
@@ -254,7 +254,7 @@ FOUR = dict(
 
 @pytest.mark.slow
 def test_dtypes_reach_the_batches(tiles):
-    """Center crops of 16x16 without resizing, normalized by the scale."""
+    """Batches contain center crops of 16x16 without resizing, divided by data.scale."""
     root, values = tiles
     options = FOUR | dict(data__crop_pct=1.0, data__canvas=32)
     expected, means, on_host = {}, np.array(FOUR["data__mean"]), {"data__canvas": 0}

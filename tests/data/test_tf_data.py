@@ -1,4 +1,4 @@
-"""Batches read with tf.data equal those of the threads, byte for byte."""
+"""Tests that tf.data and threads read bit-identical batches."""
 
 import io
 import os
@@ -98,7 +98,7 @@ def write_folder(root, damaged=()):
 
 
 class Kinds(tfds.core.GeneratorBasedBuilder):
-    """The images as a dataset of TFDS."""
+    """Dataset of TFDS with these images."""
 
     VERSION = tfds.core.Version("1.0.0")
     damaged = ()
@@ -133,7 +133,7 @@ def write_tfds(root, file_format, damaged=()):
 
 @pytest.fixture(scope="module", autouse=True)
 def cache(tmp_path_factory):
-    """An empty cache directory of the user."""
+    """Return an empty cache directory of the user."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         registry._open.cache_clear()
@@ -142,7 +142,7 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def roots(tmp_path_factory):
-    """Datasets by format; those of names that end in " damaged" have damaged files."""
+    """Return {format: dataset}; names that end in " damaged" have damaged files."""
     found = {}
     for suffix, damaged in (("", ()), (" damaged", DAMAGED)):
         root = found[f"folder{suffix}"] = tmp_path_factory.mktemp("folder")
@@ -155,7 +155,7 @@ def roots(tmp_path_factory):
 
 @pytest.fixture
 def loaded(monkeypatch):
-    """Indices of the examples that TensorFlow does not decode."""
+    """Return a list that records the examples that TensorFlow does not decode."""
     indices, load = [], tf_data.TfReader._load_arrays
 
     def record(self, bucket, index, epoch):
@@ -191,7 +191,7 @@ def assert_readers_agree(config, *steps):
 @pytest.mark.parametrize("name", ["folder", "tfrecord", "array_record"])
 @pytest.mark.parametrize("randaugment", [False, True])
 def test_batches_are_equal(roots, name, randaugment):
-    """Over an epoch boundary; from a step in the middle, far away too."""
+    """Batches agree across an epoch boundary, and from a late first step."""
     config = config_of(roots, name, data__randaugment=randaugment)
     assert_readers_agree(config, 0, 7)
     for steps in ((3, 6), (100_000, 100_002)):
@@ -218,7 +218,7 @@ def test_other_settings(roots, overrides):
 
 @pytest.mark.parametrize("name", ["folder", "tfrecord"])
 def test_ordinary_images_are_decoded_by_tensorflow(roots, name, loaded):
-    """All but CMYK, progressive JPEG, PNG and crops larger than the canvas."""
+    """TensorFlow decodes all except CMYK, progressive JPEG, PNG and large crops."""
     config = config_of(roots, name, data__canvas=160)
     assert_batches_equal(
         inputs.train_batches(with_tf(config), 0, 5), inputs.train_batches(config, 0, 5)
@@ -255,7 +255,7 @@ def test_damaged_files(roots, name, capfd, monkeypatch):
 
 
 def test_missing_file_and_wrong_checksum(roots, tmp_path, loaded):
-    """TensorFlow cannot read them, so that their batches are loaded by our own code."""
+    """Batches with files that TensorFlow cannot read are loaded by threads."""
     root = tmp_path / "folder"
     shutil.copytree(roots["folder"], root)
     paths = sorted(root.glob("train/*/*"))
@@ -297,7 +297,7 @@ def test_shares_of_processes(roots, monkeypatch):
 
 
 def test_public_dataset(roots):
-    """A `tf.data.Dataset` that starts again from its first step."""
+    """`tf_dataset` returns a `tf.data.Dataset`; each iteration starts at first_step."""
     config = config_of(roots, "folder damaged")
     dataset = hivit_jax.tf_dataset(config, 3, 7)
     assert isinstance(dataset, tf.data.Dataset)
@@ -392,7 +392,7 @@ def test_accelerators_are_left_to_jax():
 
 @pytest.mark.usefixtures("quick")
 def test_training_is_bit_identical(roots, tmp_path, monkeypatch):
-    """Both readers lead to the same metrics and the same checkpoint."""
+    """Runs with the two readers have equal metrics and bit-identical checkpoints."""
     workdirs = {reader: tmp_path / reader for reader in ("threads", "tf.data")}
     for reader, workdir in workdirs.items():
         flags = recipes.arguments(

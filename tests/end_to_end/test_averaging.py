@@ -1,4 +1,4 @@
-"""Averaged weights (EMA) and bit flips, for every command that reads a checkpoint.
+"""Tests of averaged weights (EMA) and bit flips, with all commands that read them.
 
 All tests share one linear probe, whose train step compiles quickly. Its encoder is
 frozen, so that numpy can compute any evaluation from the features of the test split.
@@ -50,7 +50,7 @@ NETWORK = SIZES | dict(relative_position=False, running_norm=True)
 
 @pytest.fixture(scope="module", autouse=True)
 def quick():
-    """Fast compilation for a single device, in a third of the time."""
+    """Compile fast, for a single device."""
     devices = jax.devices()[:1]
     with pytest.MonkeyPatch.context() as patch, recipes.quick():
         patch.setattr(jax, "devices", lambda *_: devices)
@@ -58,8 +58,9 @@ def quick():
 
 
 def flags(**overrides):
-    """Return the command line of the probe; batches of 24 do not divide the 64 test
-    images.
+    """Return the command line of the probe.
+
+    24, the batch size, does not divide the 64 test images.
     """
     values = {
         k: v
@@ -91,7 +92,7 @@ def probe(**overrides):
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
-    """A saved model with a head and running statistics."""
+    """Return the directory of a saved model with a head and running statistics."""
     directory = tmp_path_factory.mktemp("shared")
     hivit_jax.save_pretrained(mini("hivit_base", **NETWORK), directory)
     return directory
@@ -99,7 +100,7 @@ def shared(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def born(shared, tmp_path_factory):
-    """Workdir of a probe that was interrupted before its first step."""
+    """Return the workdir of a probe that was interrupted before its first step."""
     workdir, config = tmp_path_factory.mktemp("born"), probe(init_from=shared)
     with pytest.raises(Interrupted):
         train(config, workdir, lambda step: "stop")
@@ -108,8 +109,9 @@ def born(shared, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(born, tmp_path_factory):
-    """Workdir of the finished probe. Its first checkpoint has no averages, as if they
-    were enabled afterwards.
+    """Return the workdir of the finished probe.
+
+    Its first checkpoint has no averages, as if they were enabled afterwards.
     """
     workdir = tmp_path_factory.mktemp("run")
     shutil.copytree(born, workdir, dirs_exist_ok=True)
@@ -120,7 +122,7 @@ def run(born, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def stored(run):
-    """Arrays of each checkpoint: step -> item -> name -> array."""
+    """Return {step: {item: {name: array}}} of all checkpoints."""
     return {step: recipes.saved_arrays(run, step) for step in range(STEPS + 1)}
 
 
@@ -131,7 +133,10 @@ def averaged_variables(items):
 
 @pytest.fixture(scope="module")
 def evaluated(stored):
-    """Function from parameters to (loss, top-1, top-5) of the test split, in numpy."""
+    """Return a function from parameters to the test split's (loss, top-1, top-5).
+
+    The function is implemented in numpy.
+    """
     batches = list(inputs.eval_batches(probe()))
     pixels, labels, weight = (
         np.concatenate([batch[name] for batch in batches])
@@ -169,8 +174,9 @@ def evaluated(stored):
 
 
 def test_linear_probe_starts_with_a_new_head(shared, born):
-    """Only the encoder is loaded; head and statistics are new. MAE's probe has std
-    0.01.
+    """Only the encoder is loaded; the statistics are new, and so is the head.
+
+    The standard deviation of MAE's new head is 0.01.
     """
     state = recipes.saved_arrays(born, 0)
     recipes.assert_identical(state["ema"], state["params"])
@@ -192,7 +198,7 @@ def test_linear_probe_starts_with_a_new_head(shared, born):
 
 
 def test_the_average_of_each_step(stored):
-    """Each step adds a tenth of its parameters, starting where averaging is enabled."""
+    """Each step after the start of averaging adds a tenth of its parameters."""
     assert "ema" not in stored[0]
     average = stored[0]["params"]
     for step in range(1, STEPS + 1):
@@ -263,9 +269,9 @@ def test_mode_eval(where, step, run, stored, evaluated, tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def damaged(run, tmp_path_factory):
-    """Item -> workdir with step 4, in which one bit of this item is flipped.
+    """Return {item: workdir in which one bit of this item of step 4 is flipped}.
 
-    Orbax saved the flipped bit, so that it detects nothing.
+    Orbax itself saved the flipped bit, so that only digests can detect it.
     """
     found = {}
     for item in ("params", "model_state", "ema", "optimizer"):
@@ -283,7 +289,7 @@ def damaged(run, tmp_path_factory):
 
 
 def commands(workdir, tmp_path):
-    """Return name -> function that runs a command and returns its exit code."""
+    """Return {name: function that runs a command and returns its exit code}."""
     new = ["--workdir", str(tmp_path / "new")]
     step = workdir / "checkpoints" / "4"
     out = ["--out", str(tmp_path / "out")]
@@ -308,7 +314,7 @@ COMMANDS = list(commands(recipes.ROOT, recipes.ROOT))
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_flipped_bit_of_the_average(command, damaged, tmp_path, capsys):
-    """All these commands read averaged weights and verify their digests."""
+    """All commands that read averaged weights verify their digests."""
     assert commands(damaged["ema"], tmp_path)[command]() == 5
     err = capsys.readouterr().err
     assert re.search(r"checkpoints/4 is damaged: 1 of \d+ arrays of ema do not", err)

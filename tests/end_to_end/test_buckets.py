@@ -1,4 +1,4 @@
-"""Training from a bucket that fails, resumed, equals training from local files."""
+"""Test that training from a failing bucket equals training from local files."""
 
 import pytest
 import recipes
@@ -9,7 +9,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.processes]
 
 
 def test_refused_and_resumed_run(tmp_path):
-    """The command ends with code 4, resumes bit-identically and needs no tensorflow."""
+    """A run exits with code 4, resumes bit-identically and needs no tensorflow."""
     root = tmp_path / "objects"
     prepare(root, "tfrecord")
     options = dict(batch_size=8, total_steps=4, checkpoint_every=2, eval_every=2)

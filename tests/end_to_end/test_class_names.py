@@ -1,4 +1,4 @@
-"""Class names from the dataset to a saved and an exported model."""
+"""Tests that class names of a dataset reach saved and exported models."""
 
 import json
 
@@ -21,7 +21,7 @@ DIGITS = tuple("0123456789")
 @pytest.mark.extras
 @pytest.mark.slow
 def test_from_a_run_to_saved_models(tmp_path, quick, capsys):
-    """`num_classes=0` becomes 10 in the run's files, also for a run that resumes."""
+    """`num_classes=0` becomes 10 in the files of a new and of a resumed run."""
     run, shared = tmp_path / "run", tmp_path / "shared"
     config = recipes.classifier("digits", model__num_classes=0, total_steps=1)
     train(config, run)
@@ -44,7 +44,7 @@ def test_from_a_run_to_saved_models(tmp_path, quick, capsys):
 
 
 def test_0_is_the_number_of_the_dataset():
-    """The given config does not change. Without class names it is an error."""
+    """A copy of the config has the number; a dataset without classes is an error."""
     config = digits_config(model__num_classes=0)
     assert inputs.make_task(config).config.model.num_classes == 10
     assert config.model.num_classes == 0

@@ -1,4 +1,4 @@
-"""Training on folders with damaged images; numpy recomputes every logged value."""
+"""Tests of training on damaged images; numpy recomputes every logged value."""
 
 import io
 import struct
@@ -37,7 +37,7 @@ LINES = {3: 1, 4: 4, 5: 5, 6: 6, 8: 7}
 
 
 def overrides_of(root):
-    """Return overrides: sizes that 8 does not divide, and a canvas to resize from."""
+    """Return overrides: a canvas to resize from, and sizes that 8 does not divide."""
     flags = dict(data__dir=root, data__canvas=64, data__crop_scale=(1.0, 1.0))
     flags |= dict(data__mean=MEAN, data__std=STD, data__flip=True, data__crop_pct=1.0)
     flags |= dict(log_every=3, eval_every=4, checkpoint_every=5, total_steps=STEPS)
@@ -53,9 +53,7 @@ def overrides_of(root):
 
 
 class Recorder:
-    """Inputs and logits of the network in training and in evaluation, and the run's
-    figures.
-    """
+    """Recorder of a run's figures, and of inputs and logits of its network."""
 
     def __init__(self, workdir):
         self.workdir, self.figures_by_step = workdir, {}
@@ -80,7 +78,7 @@ class Recorder:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """(root, split -> pixels and labels of the files in order)."""
+    """Return (root, {split: (pixels, labels) of the files in order})."""
     root, random = tmp_path_factory.mktemp("folder"), np.random.RandomState(0)
     files = {"train": ([], []), "val": ([], [])}
     for split, count in (("train", TRAIN), ("val", VAL)):
@@ -99,7 +97,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(folder, tmp_path_factory):
-    """The recorded run."""
+    """Return the `Recorder` of a finished run."""
     seen, devices = Recorder(tmp_path_factory.mktemp("run")), jax.devices()
     overrides = overrides_of(folder[0])
     config = recipes.classifier("photographs", **overrides)
@@ -141,7 +139,7 @@ def cross_entropy(logits, labels, smoothing):
 
 
 def test_training_lines(run, folder):
-    """Logged loss, top-1, top-5 and learning rate are those of the newest step.
+    """Loss, top-1, top-5 and learning rate of a line belong to the newest step.
 
     Unreadable images are counted since the previous line and excluded from the means.
     """
@@ -205,7 +203,7 @@ def readable(folder):
 
 
 def test_evaluation_images_are_not_augmented(run, folder):
-    """Images are in order, neither flipped nor erased; the last batch is padded."""
+    """Images are in order, not flipped and not erased; the last batch is padded."""
     black = normalized(np.zeros((*SIZE, 3)))
     for evaluation in (run.eval[:2], run.eval[2:]):
         images = np.concatenate([images for images, _ in evaluation])
@@ -232,7 +230,7 @@ def eval_results(evaluation, folder):
 
 
 def test_evaluation_means_exclude_unreadable_images(run, folder):
-    """Means cover readable images only, every fourth step and at the end."""
+    """Evaluations, after every fourth step and the last, ignore unreadable images."""
     assert len(run.eval) == 2 * 2
     assert list(recipes.logged(run.workdir, "eval/count")) == [4, 8]
     for step, evaluation in ((4, run.eval[:2]), (8, run.eval[2:])):
@@ -245,9 +243,7 @@ def test_evaluation_means_exclude_unreadable_images(run, folder):
 
 
 def test_tensorboard(run):
-    """TensorBoard contains the values, steps and names of metrics.jsonl, and the
-    figures.
-    """
+    """TensorBoard files contain the content of metrics.jsonl, and the figures."""
     pytest.importorskip("tensorboardX")
     from tensorboardX.proto.event_pb2 import Event
 

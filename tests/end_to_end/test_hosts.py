@@ -1,4 +1,4 @@
-"""Data pipeline of several hosts, as real processes on loopback, and after a kill."""
+"""Tests of several hosts' batches, as real processes on loopback, with a kill."""
 
 import json
 from pathlib import Path
@@ -21,8 +21,9 @@ VAL = 13  # held-out images, one of which cannot be read
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """Command line of a run over photographs, two of them damaged, and its root
-    directory.
+    """Return the command line of a run, and its root directory.
+
+    The run trains on photographs, two of which are damaged.
     """
     root = tmp_path_factory.mktemp("hosts")
     photographs.write(root / "data", {"train": 50, "val": VAL}, (80, 60))
@@ -70,7 +71,7 @@ def on_hosts(run, count):
 
 @pytest.fixture(scope="module")
 def alone(run):
-    """Results of a single host."""
+    """Return the results of a single host."""
     (result,) = on_hosts(run, 1)
     return result
 

@@ -1,4 +1,4 @@
-"""From ImageNet's tar files to an evaluated classifier, with a kill in between."""
+"""Test of all steps from ImageNet's tar files to a classifier, with a killed run."""
 
 import json
 import signal
@@ -33,7 +33,7 @@ main.main(sys.argv[1:])
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Overrides that name a prepared dataset."""
+    """Return overrides that name a prepared dataset."""
     tars = tmp_path_factory.mktemp("tars")
     write_tars(tars, size=(70, 90))
     out = tmp_path_factory.mktemp("imagenet2012")
@@ -43,7 +43,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
-    """Variables of a process without tensorflow and TensorBoard."""
+    """Return variables of a process without tensorflow and TensorBoard."""
     directory = tmp_path_factory.mktemp("environment")
     missing = recipes.block_imports(directory, "tensorflow", "tensorboardX")
     return {

@@ -1,4 +1,4 @@
-"""One command in one process: intervals, heartbeats, signals and exit codes."""
+"""Tests of a run in one process: intervals, heartbeats, signals, exit codes."""
 
 import signal
 from contextlib import contextmanager
@@ -49,7 +49,10 @@ pytestmark = [pytest.mark.usefixtures("quick"), pytest.mark.slow]
 def watch():
     """Replace the watchdog, which would end the tests, by a counter of heartbeats.
 
-    limit: its argument. beats: since its start. signals: heartbeat -> signal to raise.
+    Attributes:
+      limit: argument of the watchdog.
+      beats: number of heartbeats since its start.
+      signals: {number of a heartbeat: signal to raise}.
     """
     watch = SimpleNamespace(limit=None, beats=0, signals={})
 
@@ -84,7 +87,7 @@ def restored_signals():
 
 @pytest.fixture(scope="module")
 def finished(watch, tmp_path_factory):
-    """(workdir of a finished run, its heartbeats)."""
+    """Return (workdir of a finished run, number of its heartbeats)."""
     workdir = tmp_path_factory.mktemp("finished")
     assert main.main([*COMMAND, f"--workdir={workdir}"]) == 0
     return workdir, watch.beats

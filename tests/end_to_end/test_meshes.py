@@ -1,4 +1,4 @@
-"""Training on several meshes: losses, sharded state, accumulation, divergence."""
+"""Tests of training on several meshes: losses, shardings, accumulation, divergence."""
 
 import math
 from functools import cache
@@ -88,7 +88,7 @@ class Run:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Function (recipe, overrides) -> `Run`, cached for all tests."""
+    """Return a cached function from (recipe, overrides) to a `Run`."""
 
     @cache
     def train(recipe, **overrides):
@@ -115,7 +115,10 @@ train(recipes.classifier(), f"{{workdir}}/classifier")
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """Workdirs mae/ and classifier/ of runs on one device without optional packages."""
+    """Return a directory of two runs on one device without optional packages.
+
+    The workdirs are mae/ and classifier/.
+    """
     directory = tmp_path_factory.mktemp("alone")
     missing = recipes.block_imports(directory / "missing", *OPTIONAL)
     flags = recipes.arguments()
@@ -166,7 +169,7 @@ def test_accumulation_changes_nothing(trained):
 
 
 def test_accumulation_exchanges_gradients_once_a_step():
-    """In the compiled program no loop contains an all-reduce."""
+    """No loop of the compiled program contains an all-reduce."""
     config = recipes.classifier(optimizer__accumulate_steps=2, batch_size=32)
     mesh = sharding.make_mesh(config.mesh, 32, 2)
     schedule = make_schedule(config.optimizer, config.batch_size, 2, 8)
@@ -260,8 +263,9 @@ def test_divergence_saves_the_state_before_it(trained, tmp_path, monkeypatch):
 
 
 def test_unreadable_images(tmp_path, monkeypatch):
-    """Unreadable images do not affect the loss, are counted, and stop the run at a
-    limit.
+    """Unreadable images are counted, and do not affect the loss.
+
+    Too many unreadable images stop the run.
     """
 
     def spoiled(config, first, last):
@@ -307,7 +311,7 @@ def test_classifier_from_pretraining(trained):
 
 @pytest.mark.extras
 def test_pretraining_from_pretraining(trained):
-    """All parameters are loaded; averages start from them, the optimizer is new."""
+    """All parameters are loaded; averages start from them; the optimizer is new."""
     pretrained = trained(recipes.mae, **EVERY_STEP).workdir
     run = trained(recipes.mae, init_from=str(pretrained), **AVERAGED)
     expected = recipes.saved_arrays(pretrained, 8)["params"]

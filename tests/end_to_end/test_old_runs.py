@@ -1,4 +1,4 @@
-"""Runs and saved models of versions before 0.1 give the same results today.
+"""Tests that runs and saved models of versions before 0.1 give the same results.
 
 One CPU device wrote tests/parity/golden/old_runs::
 
@@ -42,7 +42,7 @@ pytestmark = [pytest.mark.usefixtures("quick"), pytest.mark.slow]
 
 @pytest.fixture
 def unpacked(tmp_path, monkeypatch):
-    """Working directory with TASK/run and TASK/saved of every task."""
+    """Change to a directory with TASK/run and TASK/saved of every task."""
     for task in TASKS:
         with tarfile.open(OLD / f"{task}.tar.xz") as archive:
             archive.extractall(tmp_path / task, filter="data")
@@ -78,7 +78,7 @@ def test_run_resumes(task, unpacked, capsys):
 
 @pytest.mark.parametrize("task", TASKS[1:])
 def test_run_starts_from_an_old_one(task, unpacked):
-    """Eight steps start from the old encoder as `init_from`."""
+    """Eight steps with the old encoder as `init_from` have the old losses."""
     run(task, "new", "--config.init_from=mae/run")
     check_lines(task, "new")
 

@@ -1,4 +1,4 @@
-"""Users' own images, through the real command line."""
+"""Tests of the command line with users' own images."""
 
 import json
 
@@ -19,7 +19,7 @@ def lines_of(workdir):
 
 @pytest.fixture
 def tiles(tmp_path):
-    """Twenty images without labels in nested directories, and a stray file."""
+    """Return a directory of twenty nested unlabeled images and a stray file."""
     root = tmp_path / "tiles"
     for k in range(20):
         path = root / f"scene{k % 3}" / "deeper" / f"{k}.png"
@@ -34,7 +34,7 @@ FLAGS = dict(data__name="folder", model__image_size=32, batch_size=8, total_step
 
 @pytest.mark.slow
 def test_pretraining_without_labels_and_evaluation(tiles, tmp_path, capsys):
-    """Figures show training images, because there are no others."""
+    """Without evaluation images, figures show training images."""
     flags = FLAGS | dict(data__dir=tiles, data__eval_split="none", eval_every=1)
     flags |= dict(data__class_level="none", checkpoint_every=1)
     arguments = recipes.arguments("photographs", **flags)
@@ -68,7 +68,7 @@ def test_classification_needs_labels(tiles, tmp_path, capsys):
 @pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_tiles_of_16_bits_and_4_bands(tmp_path, capsys):
-    """NumPy arrays with held-out images, from files to a model."""
+    """A model trains on NumPy arrays of 16 bits and 4 bands, with held-out images."""
     values = np.random.RandomState(0).randint(0, 10000, (24, 34, 36, 4))
     for k, tile in enumerate(values.astype(np.uint16)):
         (tmp_path / "tiles" / f"c{k % 2}").mkdir(parents=True, exist_ok=True)

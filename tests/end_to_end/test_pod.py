@@ -1,4 +1,4 @@
-"""Several processes as one run: equal results, coordinated exits, no hanging."""
+"""Tests of runs of several processes: equal results, coordinated exits, no hanging."""
 
 import os
 import re
@@ -32,7 +32,7 @@ ALONE = RUN | dict(peer_timeout=10, stall_timeout=60)
 
 
 class Pod:
-    """A run as `count` processes on loopback.
+    """Run with `count` processes on loopback.
 
     Args:
       flags: one list for all processes, or one for each.
@@ -77,7 +77,7 @@ class Pod:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory, environment):
-    """Workdir of an uninterrupted run in one process."""
+    """Return the workdir of an uninterrupted run in one process."""
     workdir = tmp_path_factory.mktemp("alone") / "run"
     pod = Pod(workdir, 1, environment, recipes.arguments(**RUN))
     errors = pod.errors()
@@ -138,7 +138,7 @@ def test_a_lost_process_ends_the_others(lost, signal_name, environment, tmp_path
 
 @pytest.mark.extras
 def test_divergence_on_all_processes(environment, tmp_path):
-    """All processes return its exit code, although process 0 must end last."""
+    """All processes exit with the code of divergence, although process 0 ends last."""
     flags = recipes.arguments(**RUN, optimizer__base_learning_rate=1e30)
     pod = Pod(tmp_path / "run", 2, environment, flags)
     errors = pod.errors()
@@ -193,7 +193,7 @@ sys.exit(main.main())
     ],
 )
 def test_exit_codes_of_two_processes(actions, codes, messages, environment, tmp_path):
-    """Exit codes: one error at different times, a stall, an error of one process."""
+    """Errors, stalls and crashes give the documented exit codes on both processes."""
     address = recipes.free_address()
     started = [
         recipes.start_process(
@@ -276,7 +276,7 @@ sys.exit(main.main([path, *flags, "--config.data.dir=same", "--workdir=run"]))
 
 
 def test_processes_with_different_files(environment, tmp_path):
-    """Processes with different datasets, or with different checkpoints, are refused."""
+    """Different datasets or checkpoints of the processes are an error."""
     address = recipes.free_address()
     for index in range(2):
         for dataset, count in (("differing", 20 + index), ("same", 20)):

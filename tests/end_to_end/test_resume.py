@@ -1,4 +1,4 @@
-"""Killed and interrupted runs resume bit-identically, as real processes."""
+"""Tests that killed and interrupted processes resume bit-identically."""
 
 import re
 import signal
@@ -14,13 +14,13 @@ STEPS, EVERY = 120, 50
 
 @pytest.fixture(scope="module")
 def environment(environment):
-    """Variables without a compilation cache other than that of the config."""
+    """Return variables of a process whose only compilation cache is the config's."""
     return environment | {"JAX_COMPILATION_CACHE_DIR": ""}
 
 
 @pytest.fixture(scope="module")
 def synthetic(tmp_path_factory):
-    """Overrides with a compilation cache that all tests share."""
+    """Return overrides with a compilation cache that all tests share."""
     return dict(
         total_steps=STEPS,
         checkpoint_every=EVERY,
@@ -37,7 +37,7 @@ def command(workdir, source, **overrides):
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory, environment):
-    """Function from source to (workdir of an uninterrupted run, its stdout)."""
+    """Return a function from a source to (workdir, stdout) of an uninterrupted run."""
     found = {}
 
     def run(source, **overrides):
@@ -125,7 +125,7 @@ def test_killed_run(uninterrupted, synthetic, environment, tmp_path):
 
 
 def test_interrupted_run(uninterrupted, synthetic, environment, tmp_path):
-    """SIGTERM, then Ctrl-C: each saves the only checkpoint of its step."""
+    """SIGTERM, and later Ctrl-C, each save one checkpoint and end the run."""
     expected, _ = uninterrupted("synthetic", **synthetic)
     workdir, options = tmp_path / "interrupted", synthetic | {"checkpoint_every": 1000}
     stopped = []

@@ -1,4 +1,4 @@
-"""A user's own task, `toy.Segmentation`, in every mode of the command line."""
+"""Tests of a user's own task, `toy.Segmentation`, in every mode."""
 
 import json
 import os
@@ -50,7 +50,7 @@ def recipe(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(recipe, tmp_path_factory):
-    """Workdir of an uninterrupted run on eight devices."""
+    """Return the workdir of an uninterrupted run on eight devices."""
     workdir = tmp_path_factory.mktemp("whole")
     finish(start(recipe, workdir, devices=8))
     return workdir
@@ -73,7 +73,7 @@ def start(recipe, workdir, *flags, **options):
 
 
 def test_training_and_evaluation(run):
-    """The loss falls; each example counts once; the unreadable one is left out."""
+    """The loss falls; each readable example counts once in the evaluation."""
     found = lines(run)
     losses = [line["eval/loss"] for line in found if "eval/loss" in line]
     assert len(losses) == STEPS
@@ -88,7 +88,7 @@ def test_training_and_evaluation(run):
 
 
 def test_saved_items(run):
-    """Checkpoints contain statistics apart from parameters, and no frozen weights."""
+    """Checkpoints separate statistics from parameters and have no frozen weights."""
     items = recipes.saved_arrays(run, STEPS)
     assert items["model_state"].keys() == {"norm/mean", "norm/var"}
     assert np.abs(items["model_state"]["norm/mean"]).min() > 0
@@ -128,7 +128,7 @@ def test_killed_run_resumes(recipe, run, tmp_path):
 
 
 def test_one_device_equals_eight(recipe, run, tmp_path):
-    """Results agree, statistics of microbatches included."""
+    """Results, including microbatch statistics, agree on one and eight devices."""
     finish(start(recipe, tmp_path))
     for one, other in zip(lines(tmp_path), lines(run), strict=True):
         assert one == pytest.approx(other, rel=2e-5)
@@ -139,7 +139,7 @@ def test_one_device_equals_eight(recipe, run, tmp_path):
 
 
 def test_two_processes(recipe, run, tmp_path):
-    """Records of both processes are gathered; both return 0."""
+    """Two processes gather their records and both exit with 0."""
     address = recipes.free_address()
     flags = [f"--coordinator_address={address}", "--num_processes=2"]
     pair = [
@@ -175,7 +175,7 @@ def test_compiling_ahead(recipe, tmp_path, capsys):
 
 
 def test_predictions(recipe, run, tmp_path, capsys):
-    """Predict the test split and a directory of images without maps."""
+    """`predict` processes the test split, and a directory of images without maps."""
     flags = ["--checkpoint", str(run), "--out"]
     assert predict.main([*flags, str(tmp_path / "split")]) == 0
     assert "17 of 17 images predicted" in capsys.readouterr().out

@@ -2,8 +2,8 @@
 
     python tests/helpers/hosts.py ADDRESS COUNT INDEX OUT WORKDIR FLAG...
 
-Writes this host's share of some batches to OUT.npz. Evaluates the checkpoint in WORKDIR
-together with the other hosts, and writes the results to OUT.json.
+The program writes this host's share of some batches to OUT.npz. It evaluates the
+checkpoint in WORKDIR together with the other hosts, and writes the results to OUT.json.
 """
 
 import json

@@ -21,7 +21,7 @@ library_attention = jax.nn.dot_product_attention  # the original; tests patch it
 
 
 class Case(NamedTuple):
-    """A residual branch of rows [T, C].
+    """Residual branch of rows [T, C].
 
     platform: backend of the kernel.
     shapes: of rows, LayerNorm's scale and bias, two linear layers and, for some, the

@@ -1,4 +1,4 @@
-"""Small networks that compile quickly and in which every parameter has an effect."""
+"""Small networks that compile quickly, and in which every parameter has an effect."""
 
 import math
 from functools import cache, partial

@@ -1,4 +1,4 @@
-"""Stand-in for any command: logs its call, then prints output and exits as scripted.
+"""Stand-in for any command, which logs its calls and replays scripted answers.
 
 Environment variables:
   CALLS: file that receives one JSON list per call, name and arguments.

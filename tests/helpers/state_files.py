@@ -1,4 +1,4 @@
-"""Small state dicts of every supported format, and files of them.
+"""Small state dicts of every supported format, and files that contain them.
 
 ``python tests/helpers/state_files.py`` writes the files of tests/parity/golden with
 PyTorch.
@@ -30,7 +30,7 @@ def random_state_dict(name, **overrides):
 
 
 def zero_state_dict(model):
-    """Return an abstract model's state dict of zeros, which take no memory."""
+    """Return an abstract model's state dict of zeros that use no memory."""
     params = jax.tree.map(
         lambda x: np.broadcast_to(np.float32(0), x.shape), split(model)[1]
     )
@@ -78,7 +78,7 @@ def with_tensors(content):
 
 
 def save_safetensors(path, state, about=()):
-    """Write a state dict as other programs do; return the path."""
+    """Write a safetensors file as other programs do; return the path."""
     from safetensors.numpy import save_file
 
     state = {name: np.array(array, order="C") for name, array in state.items()}

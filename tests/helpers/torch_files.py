@@ -20,7 +20,7 @@ MAGIC, VERSION = 0x1950A86A20F9469CFC6C, 1001
 
 
 class Global:
-    """A class or function that a pickle names. A call returns a `Call`."""
+    """Name of a class or function in a pickle. A call returns a `Call`."""
 
     def __init__(self, module, name):
         self.module, self.name = module, name
@@ -30,7 +30,7 @@ class Global:
 
 
 class Call:
-    """An object that a pickle creates by a call and then fills with state and items."""
+    """Object that a pickle creates by a call and then fills with state and items."""
 
     def __init__(self, *parts):
         self.parts = parts

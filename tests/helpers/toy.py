@@ -1,4 +1,4 @@
-"""A user's own task and dataset: label maps of images of two sizes.
+"""Task and dataset as a user writes them: label maps of images of two sizes.
 
 The task uses every feature of the task interface. The package contains none of this
 code.
@@ -49,7 +49,7 @@ def write_dataset(root):
 
 
 class Maps(Source):
-    """Images, each with a label map in the same directory."""
+    """Source of images, each with a label map in the same directory."""
 
     classes = ("dark", "middle", "bright")
 
@@ -99,7 +99,7 @@ class MapTransform(Transform):
 
 
 class Network(nnx.Module):
-    """Cells [B, h, w, 8*8*3] -> logits [B, h, w, 3], with batch normalization."""
+    """Network from cells [B, h, w, 8*8*3] to logits [B, h, w, 3], with batch norm."""
 
     def __init__(self, rngs):
         self.embed = nnx.Linear(CELL * CELL * 3, 16, rngs=rngs)
@@ -119,7 +119,7 @@ class Network(nnx.Module):
 
 
 class Segmentation(Task):
-    """Per-cell classification."""
+    """Task that classifies every cell."""
 
     keys = {"prior": Key((0.0,) * CLASSES, "added to the logits", length=CLASSES)}
     best = ("eval/accuracy", "max")

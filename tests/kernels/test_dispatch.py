@@ -1,4 +1,4 @@
-"""Kernel dispatch: the kernels of each backend, and equal results of every choice."""
+"""Tests of kernel dispatch: the kernels of each backend, and equal results."""
 
 from functools import partial
 from types import SimpleNamespace
@@ -59,8 +59,9 @@ def kernels_in(jaxpr):
 
 @pytest.fixture
 def one_device():
-    """A mesh of one device; without any mesh, dispatch uses no kernels on several
-    devices.
+    """Set a mesh of one device.
+
+    Without a mesh, dispatch uses no kernels on several devices.
     """
     with jax.set_mesh(Mesh(np.array(jax.devices()[:1]), ("data",))):
         yield
@@ -102,7 +103,7 @@ def test_fused_network_equals_plain(one_device):
 
 @pytest.mark.slow
 def test_kernels_on_a_mesh(monkeypatch):
-    """In a train step on 2 devices each runs kernels on its part of the batch."""
+    """In a train step on two devices, each device runs kernels on half of the batch."""
     two = jax.devices()[:2]
     monkeypatch.setattr(jax, "devices", lambda *_: two)
     found, parts = {}, 2
@@ -168,7 +169,10 @@ def test_gpus_fuse_narrow_mlps(one_device, monkeypatch):
 
 @pytest.fixture
 def on_platform(monkeypatch):
-    """Function from backend name to a list of later cuDNN calls: (name, tokens)."""
+    """Return a function that sets the backend.
+
+    It returns a list that records (name, tokens) of cuDNN calls.
+    """
 
     def patch(name):
         def attend(*qkv, implementation=None, **others):
@@ -214,9 +218,9 @@ KERNELS = {
 @pytest.mark.parametrize("platform", ["cpu", "tpu", "gpu"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_kernels_of_each_backend(platform, dtype, on_platform):
-    """Masks and padded windows allow only MLP kernels, tensor parallelism none.
+    """Masks and padded windows allow only MLP kernels; tensor parallelism allows none.
 
-    15 and 16 tokens are treated alike.
+    15 and 16 tokens use the same kernels.
     """
     calls, batch = on_platform(platform), 64
 

@@ -1,4 +1,4 @@
-"""Fused residual branches, interpreted on the CPU, equal plain JAX."""
+"""Tests that fused residual branches, interpreted on the CPU, equal plain JAX."""
 
 from functools import partial
 from importlib.util import find_spec
@@ -159,7 +159,7 @@ def test_no_less_exact_in_bfloat16(name, keep):
 )
 @pytest.mark.parametrize("width", [128, 256])
 def test_compile_for_a_gpu(width):
-    """One kernel forward, one backward, and two products for weight gradients."""
+    """The program has two kernels, and two products for weight gradients."""
     case = gpu_mlp(1024, width, 3 * width)
     text = compiled_text(case, devices_of("h100:1")[0], False, GPU_OPTIONS)
     assert text.count('custom_call_target="__gpu$xla.gpu.triton"') == 2
@@ -173,7 +173,7 @@ def test_compile_for_a_gpu(width):
     "case", [mlp(1024, 128, 256, 512), attention(16, 49, 128, 2, 784)]
 )
 def test_compile_for_a_tpu(case, keep):
-    """One kernel forward, one backward."""
+    """The program has one kernel per pass."""
     text = compiled_text(case, devices_of("v5e:2x4")[0], keep)
     assert text.count('custom_call_target="tpu_custom_call"') == 2
 

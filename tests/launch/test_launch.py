@@ -1,4 +1,4 @@
-"""Launch scripts, with stand-ins for the commands of clouds and clusters."""
+"""Tests of launch scripts, with stand-ins for commands of clouds and clusters."""
 
 import json
 import os
@@ -46,7 +46,7 @@ ALONE = ["create", "setup", "status", "delete"]  # commands that run no training
 
 
 class Stage:
-    """A directory with stand-ins for commands, and the log of their calls."""
+    """Directory with stand-ins for commands, and the log of their calls."""
 
     def __init__(self, directory: Path):
         self.calls_file = directory / "calls"

@@ -1,4 +1,4 @@
-"""Tests of drop path: dropped samples and branches, and rates."""
+"""Tests of drop path: dropped samples, dropped branches and drop path rates."""
 
 import jax.numpy as jnp
 import numpy as np

@@ -1,4 +1,4 @@
-"""Tests of the names of models, arguments, and errors of create_model."""
+"""Tests of `create_model`: names, arguments, errors and seeds."""
 
 import copy
 import json

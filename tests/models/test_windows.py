@@ -155,7 +155,7 @@ def test_gradients_are_finite_without_a_key():
     ],
 )
 def test_cost_of_windows(image_size, side, pairs):
-    """One of two blocks has windows; its two products cover only pairs in windows."""
+    """The attention products of a block with windows cover only pairs in windows."""
     sizes = MINI | dict(image_size=image_size)
     every = abstract_model("hivit_base", **sizes)
     model = abstract_model("hivit_base", **sizes, window_size=side, global_blocks=(0,))

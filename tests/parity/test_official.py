@@ -1,4 +1,4 @@
-"""The networks compared with the official code's outputs, in float32."""
+"""Tests of the networks against outputs of the official code, in float32."""
 
 from dataclasses import replace
 

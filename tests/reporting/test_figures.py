@@ -1,4 +1,4 @@
-"""Figures of a run."""
+"""Tests of the figures of a run."""
 
 import numpy as np
 import pytest
@@ -74,7 +74,7 @@ def test_draw_run_without_panels_or_lines(tmp_path):
 
 
 def test_figures_show_the_panels(tmp_path):
-    """Black, gray and white panels are at their positions."""
+    """A figure shows black, gray and white panels at their positions."""
     panels = np.stack([np.full((8, 8, 1), level) for level in (0, 0.5, 1, 0)])[None]
     pixels = figures.reconstructions(panels, "title")
     row = pixels[pixels.shape[0] * 2 // 3].mean(-1)

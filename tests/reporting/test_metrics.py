@@ -1,4 +1,4 @@
-"""Metrics: lines of metrics.jsonl, throughput, the best checkpoint, buckets."""
+"""Tests of metrics.jsonl, throughput, the best checkpoint, and buckets."""
 
 import json
 import time
@@ -70,7 +70,7 @@ def test_read_without_a_file(tmp_path):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that only `clock[0]` advances."""
+    """Return a list whose first element is the time."""
     now = [100.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     return now
@@ -129,7 +129,7 @@ def test_best_of_the_checkpoints_that_are_kept(tmp_path):
 
 @pytest.fixture
 def bucket(tmp_path, monkeypatch):
-    """gs://bucket as a local directory whose files cannot be appended to."""
+    """Map gs://bucket to a local directory whose files cannot be appended to."""
 
     class StandIn:
         def __getattr__(self, name):

@@ -1,4 +1,4 @@
-"""Tasks by name, and a user's own task."""
+"""Tests of tasks by name, and of a user's own task."""
 
 import pytest
 import recipes
@@ -23,7 +23,7 @@ class Half(MaskedAutoencoding):
 
 
 def test_users_own_task(tmp_path, monkeypatch, capsys):
-    """``module:Class``: its keys can be set and its methods are called."""
+    """``module:Class`` selects a task; its keys can be set, its methods are called."""
     (tmp_path / "own_task.py").write_text(OWN)
     monkeypatch.syspath_prepend(tmp_path)
     recipe = recipes.ROOT / "configs" / "digits_mae.py"
@@ -51,7 +51,7 @@ def test_unknown_task():
 
 @pytest.mark.slow
 def test_metric_of_the_best_checkpoint(tmp_path, monkeypatch, capsys):
-    """Top-1 selects the best checkpoint of a classifier, where the loss disagrees."""
+    """Top-1, and not the loss, selects the best checkpoint of a classifier."""
     best = {name: task.best for name, task in tasks.TASKS.items()}
     top1 = ("eval/top1", "max")
     assert best == dict(mae=("eval/loss", "min"), classify=top1, linear_probe=top1)

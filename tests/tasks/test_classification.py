@@ -1,4 +1,4 @@
-"""Metrics of classification."""
+"""Tests of the metrics of classification."""
 
 import jax.numpy as jnp
 import numpy as np

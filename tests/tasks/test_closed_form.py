@@ -1,4 +1,4 @@
-"""Closed-form probe: the solution, the choice of the penalty, and the command."""
+"""Tests of the closed-form probe: solution, choice of the penalty, command."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ from hivit_jax.tasks.closed_form import fit, held_out_images, select_penalty
 
 
 def problem(count=60, classes=4, dim=7):
-    """Return features with other scales and offsets, a constant one, and labels."""
+    """Return features of different scales, one of them constant, and labels."""
     random = np.random.RandomState(3)
     labels = random.randint(0, classes, count)
     features = random.normal(size=(count, dim)) + 0.7 * np.eye(classes, dim)[labels]
@@ -42,7 +42,7 @@ def test_solution(penalty, monkeypatch):
 
 
 def test_held_out_images():
-    """Every fifth of each class; every second if all classes are smaller."""
+    """Every fifth image of a class is held out; every second if classes are small."""
     labels = np.array([1, 0, 1, 1, 0, 1, 1, 1, 2, 1, 1, 1])
     assert np.flatnonzero(held_out_images(labels)).tolist() == [6]
     assert held_out_images(np.zeros(11, int)).nonzero()[0].tolist() == [4, 9]
@@ -51,7 +51,7 @@ def test_held_out_images():
 
 
 def test_penalty():
-    """The largest of the best ones. Without held-out images, the default."""
+    """The largest best penalty is chosen; without held-out images, the default."""
     features, labels = problem()
     held = held_out_images(labels)
     ridge = fit(features[~held], labels[~held], 4)
@@ -70,7 +70,7 @@ def test_penalty():
 
 @pytest.mark.slow
 def test_command(tmp_path, quick, capsys):
-    """The printed accuracy is that of the features of all 360 test digits."""
+    """The command prints the accuracy on all 360 test digits."""
     sizes = dict(image_size=16, in_channels=1, patch_size=4, depths=(1, 1, 1))
     model = mini(relative_position=False, **sizes)
     hivit_jax.save_pretrained(model, tmp_path)

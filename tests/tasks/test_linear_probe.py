@@ -1,4 +1,4 @@
-"""The linear probe: LARS, running statistics and frozen features as in MAE."""
+"""Tests of the linear probe: LARS, running statistics, frozen features, as in MAE."""
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,7 @@ def probe(source="synthetic", **overrides):
 
 
 class Parts(nnx.Module):
-    """An encoder, statistics and a head."""
+    """Model with an encoder, statistics and a head."""
 
     def __init__(self):
         self.encoder = nnx.Param(jnp.ones((3, 3)))
@@ -79,7 +79,7 @@ def pretrained(tmp_path_factory):
 
 @pytest.mark.slow
 def test_probe_of_a_pretrained_encoder(pretrained, tmp_path, capsys):
-    """The encoder stays fixed; the statistics are BatchNorm's of its features."""
+    """The encoder stays fixed; the statistics are averages over its features."""
     config = probe(init_from=str(pretrained), total_steps=3, checkpoint_every=1)
     config.keep_checkpoints = 5
     values = train(config, tmp_path)

@@ -1,4 +1,4 @@
-"""Nearest neighbors: numpy recounts the votes of every readable training image."""
+"""Tests of nearest neighbors; numpy recounts the votes of all readable images."""
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """(root, split -> pixels and labels): noise on a pattern of each class.
+    """Return (root, {split: (pixels, labels)}): noise on a pattern of each class.
 
     The first pattern is nearly black, as are padding and unreadable images.
     """
@@ -51,7 +51,7 @@ def files(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """(small network, directory that contains it)."""
+    """Return (small network, directory that contains it)."""
     directory = tmp_path_factory.mktemp("model")
     model = mini(image_size=SIZE, depths=(1, 1, 1), num_classes=CLASSES)
     hivit_jax.save_pretrained(model, directory)
@@ -67,8 +67,7 @@ def features_of(model, pixels):
 
 
 def knn_correct(queries, true, keys, labels, check=True):
-    """Count images whose class is first, and among the first five, by 20 neighbors'
-    votes.
+    """Count correct top-1 and top-5 predictions by the votes of 20 neighbors.
 
     Args:
       check: check that no two compared values are close.
@@ -124,9 +123,7 @@ def flags_of(root, directory, **more):
 
 @pytest.mark.slow
 def test_nearest_neighbors(model, files, monkeypatch, tmp_path, capsys):
-    """Results equal those in numpy; unreadable images and padding neither vote nor
-    count.
-    """
+    """Results equal numpy's; unreadable images and padding neither vote nor count."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     (images, labels), (tests, true) = (readable(files, split) for split in COUNTS)
     net, directory = model
@@ -153,7 +150,7 @@ def test_nearest_neighbors(model, files, monkeypatch, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_too_many_unreadable_images(model, files, monkeypatch, tmp_path, capsys):
-    """Two unreadable images of 43 exceed the limit."""
+    """The limit is exceeded by two unreadable images of 43."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     flags = flags_of(files[0], model[1], data__max_unreadable=0.04)
     with recipes.quick():

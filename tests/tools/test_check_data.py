@@ -1,4 +1,4 @@
-"""check_data on a healthy dataset and on a damaged one."""
+"""Tests of check_data on healthy and damaged datasets."""
 
 import os
 
@@ -18,7 +18,7 @@ NAMES = sorted(photographs())
 
 @pytest.fixture(scope="module")
 def healthy(tmp_path_factory):
-    """35 training and 14 validation photographs of 64x48, in seven classes."""
+    """Return a directory of 35 training and 14 validation photographs, 64x48."""
     root = tmp_path_factory.mktemp("healthy")
     write(root, {"train": 35, "val": 14}, (64, 48))
     return root
@@ -36,7 +36,7 @@ def exif(orientation):
 
 @pytest.fixture(scope="module")
 def damaged(tmp_path_factory):
-    """The same, with something wrong with 13 of the first 14 training images."""
+    """Return a copy of `healthy` with defects in 13 of the first 14 training images."""
     root = tmp_path_factory.mktemp("damaged")
     write(root, {"train": 35, "val": 14}, (64, 48))
     image = Image.open(photo(root, 20))
@@ -72,7 +72,10 @@ def short_timing(monkeypatch, tmp_path):
 
 @pytest.fixture
 def check(capsys):
-    """Function that runs check_data on class folders: (exit code, stdout, stderr)."""
+    """Return a function that runs check_data on class folders.
+
+    The function returns (exit code, stdout, stderr).
+    """
 
     def run(root, *flags, **overrides):
         values = {"data__name": "folder", "data__dir": root, "data__canvas": 64}
@@ -122,7 +125,7 @@ def test_healthy(check, healthy):
 
 
 def test_speed(check, healthy):
-    """Image rates of chips at 40 % of their peak, and the cores that they need."""
+    """The report lists images/s of chips at 40 % of their peak, and needed cores."""
     _, out, _ = check(healthy, model__image_size=224, data__canvas=512)
     lines = [line.split() for line in out.splitlines()]
     row = next(i for i, line in enumerate(lines) if "estimate" in line)
@@ -194,10 +197,9 @@ def test_damage_within_the_limit(check, damaged):
 
 
 def test_list(check, damaged, tmp_path, monkeypatch):
-    """--list contains all unreadable files, although the report truncates them.
+    """--list writes all unreadable files, although the report truncates them.
 
-    It has one plain path per line, as other tools expect; --list_reasons adds the
-    reason.
+    Each line is a path, as other tools expect; --list_reasons adds the reason.
     """
     monkeypatch.setattr(check_data, "MAX_LISTED", 3)
     path, reasons = tmp_path / "broken.txt", tmp_path / "reasons.txt"
@@ -226,7 +228,7 @@ UNIT = np.float32(RAMP / RAMP.max())
 
 
 def test_lost_values(check, tmp_path):
-    """12 bits in files of 16 bits are nearly black."""
+    """12-bit values in 16-bit files are nearly black, and lose values."""
     depth(tmp_path, encode(Image.fromarray(RAMP.astype(np.uint16)), "PNG"))
     code, out, err = check(tmp_path)
     assert code == 4
@@ -239,7 +241,7 @@ def test_lost_values(check, tmp_path):
 
 
 def test_values_outside_the_range(check, tmp_path):
-    """A range that clips may be meant, as a window of CT is: no error, not healthy."""
+    """Clipping, which may be intended as in CT windows, is reported, but no error."""
     contents = [encode(Image.fromarray(UNIT * k), "TIFF") for k in (1, 2)]
     depth(tmp_path, *contents)
     code, out, _ = check(tmp_path, data__value_range=(0, 1))
@@ -250,7 +252,7 @@ def test_values_outside_the_range(check, tmp_path):
 
 
 def test_values_without_a_range(check, tmp_path):
-    """One image that ends the run is one too many, however many may be damaged."""
+    """Images that require data.value_range are errors, whatever data.max_unreadable."""
     depth(tmp_path, encode(Image.fromarray(RAMP.astype(np.int32)), "TIFF"))
     code, out, err = check(tmp_path, data__max_unreadable=1.0)
     assert code == 4
@@ -279,7 +281,7 @@ def content(out):
 
 
 def test_classes_and_settings(check, healthy, tmp_path):
-    """Classes by name, kinds of files, and settings that can be pasted."""
+    """The report lists classes, kinds of files, and settings to copy."""
     sheet = tmp_path / "sheet.png"
     code, out, _ = check(healthy, f"--sheet={sheet}")
     assert code == 0
@@ -369,7 +371,7 @@ def test_sample(check, damaged, healthy):
 
 
 def test_class_without_an_image(check, tmp_path):
-    """Test classes without a folder, and a class whose only image is unreadable."""
+    """Classes without a folder in test or without a readable image are reported."""
     write(tmp_path, {"train": 7, "val": 5}, (64, 48))
     photo(tmp_path, 0).write_bytes(b"")
     code, out, err = check(tmp_path, data__max_unreadable=1.0)

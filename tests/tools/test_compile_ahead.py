@@ -1,4 +1,4 @@
-"""`--mode compile`: reports and errors."""
+"""Tests of `--mode compile`: reports and errors."""
 
 import importlib.util
 
@@ -116,7 +116,7 @@ BRANCHES = ("attention", "mlp")
 @pytest.mark.extras
 @pytest.mark.slow
 def test_complete_report(tmp_path, monkeypatch):
-    """A report with CPU devices in place of the chips."""
+    """The report of a program for CPU devices, in place of chips, is complete."""
     monkeypatch.setattr(compile_ahead, "devices_of", lambda topology: jax.devices())
     monkeypatch.setitem(ahead.PLUGINS, "v5e", "jaxlib")
     options = dict(data__name="imagenet2012", data__canvas=96)

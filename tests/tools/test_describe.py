@@ -1,4 +1,4 @@
-"""`--mode describe`: model, diff against the recipe, figures."""
+"""Tests of `--mode describe`: model, diff against the recipe, figures."""
 
 import numpy as np
 import pytest
@@ -30,7 +30,7 @@ def test_describe_and_overrides(capsys):
 
 @pytest.mark.slow
 def test_hours_at_peak():
-    """Three forward passes of all images; one for a linear probe, which is frozen."""
+    """Hours count three forward passes per image, and one for a frozen encoder."""
     for config, passes in (
         (recipes.recipe("digits_mae"), 3),
         (recipes.recipe("digits_linear"), 1),
@@ -67,7 +67,7 @@ def test_real_process_describes_without_tensorflow():
 
 @pytest.mark.slow
 def test_describe_draws_schedule_and_images(tmp_path, capsys, monkeypatch):
-    """It draws every learning rate and the first 16 training images.
+    """Figures show every learning rate and the first 16 training images.
 
     Here the recipe neither crops nor flips them.
     """

@@ -1,4 +1,4 @@
-"""Exported models reproduce the live model, with jax alone or onnxruntime."""
+"""Tests that exported models equal the original, with only jax or onnxruntime."""
 
 import json
 import os
@@ -28,7 +28,7 @@ def _quick(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """(file of an exported classifier, its logits for two images)."""
+    """Return (file of an exported classifier, its logits for two images)."""
     path, model = tmp_path_factory.mktemp("exported") / "model", mini()
     path.write_bytes(export.export(model))
     return path, np.asarray(jax.jit(model)(random_array((2, 64, 64, 3))))
@@ -36,7 +36,7 @@ def exported(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def workdirs(tmp_path_factory):
-    """Directory of two workdirs in bfloat16, by model name."""
+    """Return a directory of two workdirs in bfloat16; their names are model names."""
     root = tmp_path_factory.mktemp("workdirs")
     for name, arguments in DEFAULTS.items():
         config = {"model": {"name": name, **arguments, "dtype": "bfloat16"}}
@@ -80,7 +80,7 @@ def test_parameters_are_stored_once(exported):
 
 @pytest.mark.slow
 def test_no_paths_of_the_machine(exported, monkeypatch):
-    """Names of source files only; `~` of a path is the home directory."""
+    """A file contains only names of source files; `~` is expanded in paths."""
     content = exported[0].read_bytes()
     assert b"classifier.py" in content
     for path in (export.__file__, __file__, np.__file__, jax.__file__):

@@ -1,4 +1,4 @@
-"""Predictions and features of image files, with a run trained in seconds."""
+"""Tests of predictions and features of image files, with a very short run."""
 
 import csv
 import json
@@ -20,7 +20,7 @@ MEAN = (0.4, 0.4, 0.4)
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Class folders of noisy images of one color."""
+    """Write class folders; the images of a class are one color with noise."""
     root, random = tmp_path_factory.mktemp("data"), np.random.RandomState(0)
     for split, count in (("train", 8), ("val", 5)):
         for name, color in COLORS.items():
@@ -64,13 +64,13 @@ def train_classifier(data, workdir, **overrides):
 
 @pytest.fixture(scope="module")
 def run(data, tmp_path_factory, quick):
-    """Workdir of a classifier of these images."""
+    """Return the workdir of a classifier of these images."""
     return train_classifier(data, tmp_path_factory.mktemp("run"))
 
 
 @pytest.fixture(scope="module")
 def shared(run, tmp_path_factory):
-    """Directory of the saved model."""
+    """Return the directory of the saved model."""
     convert.convert(str(run), directory := tmp_path_factory.mktemp("shared"))
     return directory
 
@@ -120,8 +120,10 @@ def test_labeled_folder(run, data, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_any_files_by_run_or_saved_model(run, shared, data, tmp_path, monkeypatch):
-    """Unlabeled, mislabeled, 16-bit and damaged files; run and saved model agree,
-    although the dataset is not available.
+    """A run and its saved model give equal rows for files of any kind.
+
+    The files are unlabeled, mislabeled, 16-bit or damaged. The dataset of the run is
+    not available.
     """
     monkeypatch.chdir(tmp_path)
     images = tmp_path / "tiles"
@@ -155,8 +157,9 @@ def test_any_files_by_run_or_saved_model(run, shared, data, tmp_path, monkeypatc
 
 @pytest.mark.slow
 def test_dataset_split_and_preprocess(run, data, tmp_path):
-    """Without paths: the test split, with labels. Probabilities are those of the model
-    with `preprocess`.
+    """Without paths, the command predicts the labeled test split.
+
+    Probabilities equal those of the model after `preprocess`.
     """
     out = tmp_path / "split.csv"
     assert predict.main([f"--checkpoint={run}", f"--out={out}"]) == 0
@@ -218,7 +221,7 @@ def test_features(run, shared, data, tmp_path):
 
 @pytest.mark.slow
 def test_arrays_of_16_bits_and_4_bands(tmp_path, quick):
-    """From a run or a saved model; the worst images are drawn from 16 bits too."""
+    """A run and its saved model read 16-bit arrays, also in the figure of errors."""
     pixels = np.random.RandomState(0).randint(0, 10000, (8, 40, 48, 4), np.uint16)
     for k, array in enumerate(pixels):
         for split in ("train", "val"):

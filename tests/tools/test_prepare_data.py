@@ -1,4 +1,4 @@
-"""Preparation of datasets: files, resuming and errors."""
+"""Tests of dataset preparation: files, resuming and errors."""
 
 import io
 import os
@@ -50,13 +50,13 @@ def originals(tars):
 
 @pytest.fixture(scope="module")
 def flags(tars, originals):
-    """Command line of a preparation in shards of two, without --data_dir."""
+    """Return the flags of a preparation in shards of two images, without --data_dir."""
     return [f"--manual_dir={tars}", "--shard_size=2"]
 
 
 @pytest.fixture(scope="module")
 def whole(flags, tmp_path_factory):
-    """Data directory of an uninterrupted preparation."""
+    """Return the data directory of an uninterrupted preparation."""
     out = tmp_path_factory.mktemp("whole")
     assert main([*flags, f"--data_dir={out}"]) == 0
     return out
@@ -64,7 +64,7 @@ def whole(flags, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def small(flags, tmp_path_factory):
-    """The same with reduced training images."""
+    """Return the data directory of a preparation with reduced training images."""
     out = tmp_path_factory.mktemp("small")
     assert main([*flags, f"--data_dir={out}", "--short_side=32"]) == 0
     return out
@@ -238,7 +238,7 @@ def test_interrupted_anywhere(tars, tmp_path, monkeypatch, capsys):
 
 
 def test_resume_with_another_option(whole, flags, tmp_path, capsys):
-    """Another --short_side is refused for finished and unfinished datasets."""
+    """Another --short_side is an error for finished and unfinished datasets."""
     half = tmp_path / f"{VERSION}.incomplete"
     half.mkdir(parents=True)
     (half / "short_side=320").touch()
@@ -260,7 +260,7 @@ def test_resume_with_other_images(tmp_path, capsys):
 
 
 class Rings(tfds.core.GeneratorBasedBuilder):
-    """Grayscale images without files, with the newer form of splits."""
+    """Dataset of generated grayscale images, with the newer form of splits."""
 
     VERSION = tfds.core.Version("1.0.0")
 
@@ -377,7 +377,7 @@ def test_unreadable_image(tmp_path, capsys):
 
 
 def test_truncated_class_tar(tmp_path, capsys):
-    """TFDS's own reader detects it."""
+    """TFDS's own reader detects a truncated tar file inside the tar file."""
     write_tars(tmp_path)
     whole = pack_tar({"n01440764_7.JPEG": b"nothing" * 1000})
     classes = {"n01440764.tar": whole[:3000]}

@@ -1,4 +1,4 @@
-"""Reconstructions of a user's images: the command, and the example of features."""
+"""Tests of reconstructions of a user's images, and of the example of features."""
 
 import io
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("quick")
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """Directories of a small masked autoencoder and of a classifier."""
+    """Return the directory of a saved masked autoencoder and a saved classifier."""
     directory = tmp_path_factory.mktemp("saved")
     for name in ("mae_hivit_base", "hivit_base"):
         hivit_jax.save_pretrained(mini(name), directory / name)
@@ -157,7 +157,7 @@ def test_bad_input(saved, tmp_path, capsys, model, name, code, message):
 
 @pytest.mark.parametrize("ratio", ["0", "0.0", "1", "-0.5", "nan"])
 def test_mask_ratios_out_of_range(ratio, saved, tmp_path, capsys):
-    """0 is a value, not an absent flag. Accepted: 0 < ratio < 1."""
+    """Mask ratios must be above 0 and below 1; 0 is not an absent flag."""
     image, out = write_noise(tmp_path / "a.png"), tmp_path / "out.png"
     flags = ["--checkpoint", saved / "mae_hivit_base", "--out", out, image]
     assert command.main([*map(str, flags), f"--mask_ratio={ratio}"]) == 2

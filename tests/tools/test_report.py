@@ -1,4 +1,4 @@
-"""The HTML report on runs: its data, its independence of other files, its errors."""
+"""Tests of the HTML report on runs: data, independence of other files, errors."""
 
 import base64
 import configparser
@@ -33,7 +33,7 @@ LINES = [
 
 
 class Elements(HTMLParser):
-    """Tags, attributes, text by tag, and the JSON text of a page."""
+    """Parser of a page: tags, attributes, text by tag, and the JSON text."""
 
     def __init__(self, page):
         super().__init__()
@@ -85,7 +85,7 @@ def test_metrics_are_embedded(tmp_path):
 
 
 def test_charts(tmp_path):
-    """Losses first, then evaluations; metrics that are always 0 have no chart."""
+    """Charts show losses, then evaluations; metrics that are always 0 have no chart."""
     lines = [{"step": 1, "learning_rate": 1e-3, "top1": 0.5, "eval/top1": 0.25}]
     write_run(tmp_path / "a")
     write_run(tmp_path / "b", lines)
@@ -112,7 +112,7 @@ def test_config_keys(tmp_path):
 
 
 def test_events(tmp_path):
-    """Starts, changed keys, an early end, a damaged and the kept checkpoints."""
+    """Events are starts, changed keys, an early end, damaged and kept checkpoints."""
     run = write_run(tmp_path / "a")
     later = recipes.mae("digits", log_every=10, total_steps=20, seed=5)
     (run / "config-20260102T030405Z.json").write_text(configs.to_json(later))
@@ -158,7 +158,7 @@ def test_summary(tmp_path):
 
 
 def test_metrics_alone(tmp_path):
-    """An unfinished run; the same without its config."""
+    """An unfinished run is reported, also without its config."""
     run = write_run(tmp_path / "a", LINES[:3])
     facts = page_data(run)["runs"][0]["summary"]
     assert (facts["steps"], facts["state"]) == ("13 of 20", "not finished")
@@ -170,7 +170,7 @@ def test_metrics_alone(tmp_path):
 
 
 def test_figures(tmp_path, monkeypatch):
-    """First, last and evenly spaced steps; the curves are drawn by the page itself."""
+    """The page has figures of the first, last and evenly spaced steps."""
     monkeypatch.setattr(report, "MAX_STEPS", 3)
     run = write_run(tmp_path / "a")
     for step in range(10, 60, 10):
@@ -190,7 +190,7 @@ def test_figures(tmp_path, monkeypatch):
 
 
 def test_page_is_self_contained(tmp_path):
-    """It refers to no file or address, and text of a run is never markup."""
+    """The page refers to no file or address; text of a run is never markup."""
     text = "</script><b>&amp;{{DATA}}"
     run = write_run(tmp_path / "a", [{"step": 1, text: 0.5}], init_from=text)
     page = Elements(report.make_report([str(run)]))
@@ -208,7 +208,7 @@ def test_page_is_self_contained(tmp_path):
 
 
 def test_names_of_runs(tmp_path):
-    """As many directories as make the names different; a run appears once."""
+    """Names have as many directories as make them different; a run appears once."""
     runs = [write_run(tmp_path / name) for name in ("x/a/run", "x/b/run", "y/a/run")]
     assert [run["name"] for run in page_data(*runs, runs[0])["runs"]] == [
         "x/a/run",
@@ -282,7 +282,7 @@ setTimeout(() => {
 @pytest.mark.browser
 @pytest.mark.processes
 def test_interactions(tmp_path):
-    """Hover, logarithmic axis, hidden run, training time and slider, in Chromium."""
+    """The page's interactions work in Chromium: hover, axes, hidden runs, slider."""
     browser = os.environ.get("CHROMIUM") or shutil.which("chromium")
     if not browser:
         pytest.skip("no Chromium; set CHROMIUM to its path")

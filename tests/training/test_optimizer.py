@@ -168,7 +168,7 @@ PARAMS = {"a": jnp.arange(3.0), "b": {"bias": jnp.ones(2)}}
 @pytest.mark.parametrize("clip_norm", [0.0, 0.5, 100.0])
 @pytest.mark.parametrize("layer_decay", [1.0, 0.5])
 def test_stateless_parts_change_no_tree(clip_norm, layer_decay):
-    """Updates equal those of a plain chain bit for bit; the state is AdamW's alone."""
+    """Updates are bit-identical to a chain without them; the state is AdamW's only."""
     options = recipes.mae().optimizer.copy_and_resolve_references()
     options.unlock()
     options.clip_norm, options.layer_decay = clip_norm, layer_decay

@@ -108,14 +108,14 @@ def test_constant():
 
 
 def test_multistep():
-    """Equals torch's MultiStepLR(milestones=[1, 2], gamma=0.2) after warmup."""
+    """Rates equal torch's MultiStepLR(milestones=[1, 2], gamma=0.2) after warmup."""
     found = rates(schedule="multistep", milestones=(1, 2), gamma=0.2)
     expected = WARMUP + 6 * [0.5] + 10 * [0.1] + 21 * [0.02]
     assert_allclose(found, expected, rtol=1e-6)
 
 
 def test_polynomial():
-    """Equals mmcv's PolyLrUpdaterHook(power=2, min_lr=0.02) with a linear warmup.
+    """Rates equal mmcv's PolyLrUpdaterHook(power=2, min_lr=0.02) with linear warmup.
 
     The warmup has warmup_iters=4 and warmup_ratio=0.1.
     """

@@ -25,7 +25,7 @@ class SquareTask:
 
 
 def overflowing_state(start):
-    """Optimizer with zero updates.
+    """Return an optimizer with zero updates.
 
     Each step multiplies the optimizer state by 10, until the state overflows.
     """
@@ -65,8 +65,10 @@ OPTIMIZERS = {
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_updated_state_is_not_finite(kind):
-    """Loss and gradient are finite, but the new parameters, EMA or optimizer state are
-    not finite. The state stays bit-identical in this step and the next.
+    """A step whose new state is not finite leaves the state bit-identical.
+
+    Loss and gradient are finite, but new parameters, EMA or optimizer state are not.
+    The next step changes nothing either.
     """
     state, step = make_state_and_step(OPTIMIZERS[kind])
     if kind == "parameters overflow":

@@ -227,7 +227,7 @@ OTHER_KINDS = {
 def test_files_of_another_kind(kind, suffix, tmp_path):
     """The error names the kind of file, for any suffix.
 
-    Border: the kind is named if the first bytes are known; else the error contains the
+    The kind is named if the first bytes are known. Otherwise the error contains the
     first bytes. A damaged pickle, zip archive or safetensors file is reported as
     damaged.
     """
@@ -359,7 +359,7 @@ def test_malicious_and_foreign_pytorch_files(case, tmp_path, capsys):
 
 
 def test_the_planted_files_are_real(tmp_path):
-    """pickle.loads runs the code in the malicious files."""
+    """pickle.loads runs the code in the malicious files of these tests."""
     marker = tmp_path / "marker"
     for case in ("os.system", "eval", "exec"):
         pickle.loads(pickle.dumps(malicious_cases(marker)[case][0]))

@@ -121,7 +121,7 @@ def test_state_dicts_as_safetensors(kind, tmp_path):
 
 @pytest.mark.slow
 def test_pretraining_files_of_mmpretrain(tmp_path, capsys):
-    """A classifier loads the encoder; only the decoder is left out.
+    """A classifier loads the encoder; only the decoder is unused.
 
     MMPretrain's decoder uses the first visible unit as class token.
     """

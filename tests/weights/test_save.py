@@ -31,7 +31,7 @@ KINDS = state_files.contents_by_format()
     "suffix", ["safetensors", pytest.param("pth", marks=pytest.mark.torch)]
 )
 def test_round_trip(layout, suffix, tmp_path):
-    """A file, our directory and a file again are byte-identical."""
+    """Arrays are byte-identical after a conversion to a directory and back."""
     if suffix == "pth":
         pytest.importorskip("torch")
     kind = "mmpretrain" if layout == "mmpretrain" else "official_finetuned"
@@ -149,7 +149,7 @@ CHANGES = [
 def test_what_would_not_load_is_not_saved(change, tmp_path):
     """A model that would not load is refused, and older files stay unchanged.
 
-    Border: a model is saved if and only if its arrays have the names and shapes of
+    A model is saved if and only if its arrays have the names and shapes of
     `model.config`, a float dtype and finite values.
     """
     model = copy.deepcopy(small_model())
@@ -246,8 +246,8 @@ def test_arrays_of_a_state_dict(form):
 def test_no_paths_of_the_machine_are_shared(tmp_path):
     """Card, config and weights contain no paths of this machine.
 
-    Border: values that begin like a path of any system, and keys of directories, are
-    shortened. Names with a slash, addresses on the hub and relative names stay.
+    Values that begin like a path of any system, and keys of directories, are shortened.
+    Names with a slash, addresses on the hub and relative names are unchanged.
     """
     secret = "/home/ann/secret"
     recipe = {
@@ -281,7 +281,7 @@ def test_no_paths_of_the_machine_are_shared(tmp_path):
 
 
 def test_a_conversion_does_not_overwrite_its_source(tmp_path, capsys):
-    """A file or directory is not overwritten, also under another name."""
+    """The source of a conversion is never overwritten, also under another name."""
     hivit_jax.save_pretrained(small_model(), tmp_path / "d")
     source = tmp_path / "d/model.safetensors"
     before = source.read_bytes()

@@ -1,7 +1,7 @@
 """Tests of reading files of ``torch.save`` without PyTorch and without running code.
 
-Border: every class and function that a file names is inert. Dense tensors and numpy
-arrays of numbers are read. Sparse, quantized, conjugated and big-endian tensors are
+Every class and function that a file names is inert. Dense tensors and numpy arrays of
+numbers are read. Sparse, quantized, conjugated and big-endian tensors are
 refused by name. Inconsistent files are refused.
 """
 

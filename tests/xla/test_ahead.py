@@ -1,4 +1,4 @@
-"""The train step compiled for chips that are not attached."""
+"""Tests of train steps compiled for chips that are not attached."""
 
 import pytest
 import recipes
@@ -44,7 +44,7 @@ def test_batches_have_the_compiled_shapes(source, overrides):
 @pytest.mark.slow
 @pytest.mark.parametrize(("fsdp", "parts"), [(8, 1), (4, 2)])
 def test_fsdp_communicates_only_parameters_and_gradients(fsdp, parts):
-    """Communication does not depend on the batch size: no activations."""
+    """Communicated bytes do not depend on the batch size, as activations would."""
     found = []
     for size in (64, 256):
         config = recipes.mae(batch_size=size, model__depths="(1,1,1)")

@@ -1,4 +1,4 @@
-"""Search for the largest batch that fits."""
+"""Tests of the search for the largest batch that fits."""
 
 import pytest
 import recipes
@@ -11,7 +11,7 @@ pytestmark = pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("start_size", [8, 39, 64])
 @pytest.mark.parametrize("limit", [40, 100])
 def test_search_for_the_largest_batch(monkeypatch, start_size, limit):
-    """Doubling and bisection find it to an eighth."""
+    """Doubling and bisection find the largest batch to within an eighth."""
     tried = []
 
     def report(config, devices, topology):

@@ -1,4 +1,4 @@
-"""The cache of compiled programs."""
+"""Tests of the cache of compiled programs."""
 
 import jax
 import pytest

@@ -1,4 +1,4 @@
-"""HLO text: collectives, regions, loops."""
+"""Tests of HLO text: collectives, regions, loops."""
 
 import re
 
@@ -58,7 +58,7 @@ ENTRY %main (a: (s32[], f32[256]), b: bf16[64,128]) -> f32[] {
 
 
 def with_tuple_indices(hlo):
-    """Write elements of tuples as newer versions do: %name#2."""
+    """Write elements of tuples as newer versions of XLA do: %name#2."""
     taken = r"  (%\S+) = \S+ get-tuple-element\((%\S+)\), index=(\d+)\n"
     for name, whole, index in re.findall(taken, hlo):
         hlo = re.sub(rf"{name}\b(?! =)", f"{whole}#{index}", hlo)
@@ -138,7 +138,7 @@ def test_bytes_of_regions():
 
 
 def test_regions_of_a_compiled_program():
-    """Forward and backward passes; XLA:CPU pads nothing and reads nothing for free."""
+    """Bytes of forward and backward passes match; XLA:CPU pads no array."""
 
     @jax.jit
     @jax.grad

@@ -1,4 +1,4 @@
-"""Bound on the speed of a program."""
+"""Tests of the bound on the speed of a program."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Sources of tar and zip files."""
+"""Tests of sources of tar and zip files."""
 
 import io
 import tarfile
@@ -35,7 +35,7 @@ def write_tar(path, members, **options):
 
 @pytest.fixture(params=["webdataset", "zip"])
 def dataset(request, tmp_path):
-    """(name, directory) of a dataset with two tar files or one zip file a split."""
+    """Return (name, directory) of a dataset: two tar files or a zip file per split."""
     root = tmp_path / request.param
     root.mkdir()
     for split, labels in LABELS.items():
@@ -96,7 +96,7 @@ def test_index_of_a_changed_file(dataset):
 
 
 def test_batches_from_a_bucket(dataset, tmp_path):
-    """They equal local ones; with copies, archives are read once."""
+    """Batches equal those of local files; with data.cache, archives are read once."""
 
     def batches(cfg):
         registry._open.cache_clear()
@@ -118,7 +118,7 @@ def test_batches_from_a_bucket(dataset, tmp_path):
 
 
 def test_long_names(tmp_path):
-    """Of the formats of pax, GNU and ustar; a label may precede its image."""
+    """Long names of pax, GNU and ustar tar files are read; a label may come first."""
     formats = (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT)
     for number, tar_format in enumerate(formats):
         name = "d" * 90 + "/" + "n" * 80
@@ -139,7 +139,7 @@ def test_long_names(tmp_path):
 
 
 def test_images_without_labels(tmp_path):
-    """They are for pretraining. One without a label among others is an error."""
+    """Unlabeled images are accepted; a mixture with labeled images is an error."""
     write_tar(
         tmp_path / "train.tar", [("a.png", b"1"), ("b.png", b"2"), ("c.txt", b"")]
     )
@@ -203,7 +203,7 @@ def test_compressed_zip(tmp_path):
 
 
 def test_zip64(tmp_path):
-    """Offsets and sizes in zip64 fields, of which Swin's files need them."""
+    """Offsets and sizes in zip64 fields are read, because Swin's files contain them."""
     path = tmp_path / "train.zip"
     with zipfile.ZipFile(path, "w") as archive:
         for name in ("a.jpg", "b.jpg"):

@@ -1,4 +1,4 @@
-"""Source of scikit-learn's digits."""
+"""Tests of the source of scikit-learn's digits."""
 
 import io
 

@@ -1,4 +1,4 @@
-"""Source of class folders."""
+"""Tests of the source of class folders."""
 
 import os
 
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.usefixtures("user_cache")
 
 
 def make(root, *files):
-    """Write files that contain their own name."""
+    """Write files; the content of a file is its name."""
     for name in files:
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -22,7 +22,7 @@ def make(root, *files):
 
 @pytest.fixture
 def root(tmp_path):
-    """Three classes; their sorted order differs from the order of creation."""
+    """Return a directory of three classes, which were not created in sorted order."""
     root = tmp_path / "data"
     make(
         root,
@@ -61,7 +61,7 @@ def test_files_are_in_the_order_of_torchvision(root):
 
 
 def test_validation_has_the_classes_of_training(root):
-    """Labels of val are those of train; torchvision would use 0 and 1."""
+    """Labels of val number the classes of train; torchvision would use 0 and 1."""
     source = folder.Folder(str(root), "val")
     assert source.classes == ["n02", "n1", "n10"]
     assert listed(source) == [("val/n02/ä.JPEG", 0), ("val/n10/v.JPEG", 2)]
@@ -172,9 +172,10 @@ IGNORED = [
 
 
 def test_hidden_and_system_names_are_ignored(root):
-    """Border of the kind: names that begin with a dot and the names of
-    `folder.SYSTEM_NAMES`, in any case, are neither classes nor images at any level.
-    Other names are, such as __x, @x and cache.
+    """Names with a leading dot and system names are neither classes nor images.
+
+    This holds at any level, for `folder.SYSTEM_NAMES` in any case. Other names, such as
+    __x, @x and cache, are classes and images.
     """
     make(root, "val/n1/v.png")
     before = {s: listed(folder.Folder(str(root), s)) for s in ("train", "val")}
@@ -193,7 +194,7 @@ def test_hidden_and_system_names_are_ignored(root):
 
 
 def test_parents_may_be_hidden(tmp_path):
-    """The user has named them."""
+    """Hidden parents of data.dir are accepted, because the user has named them."""
     root = tmp_path / ".cache" / "lost+found"
     make(root, "train/a/0.png", "val/a/0.png")
     assert len(folder.Folder(str(root), "train")) == 1
@@ -216,7 +217,7 @@ def test_images_without_labels_ignore_the_same(root):
 
 
 def test_ignored_files_are_counted_by_ending(root):
-    """Hidden directories count once. The counts are in the cache of the index."""
+    """A hidden directory counts as one file. The cached index contains the counts."""
     make(root, *(f"train/{name}" for name in IGNORED), "train/stray.png")
     make(root, *(f"train/n1/{k}.heic" for k in range(3)), "train/n02/x.HEIC")
     for _ in range(2):
@@ -235,7 +236,7 @@ def test_ignored_files_are_counted_by_ending(root):
 
 
 def test_index_of_an_earlier_version_is_not_used(root, user_cache):
-    """Its classes may be hidden directories."""
+    """An old index is not used, because its classes may be hidden directories."""
     make(root, "train/.ipynb_checkpoints/a.png")
     folder.Folder(str(root), "train")
     found = max(user_cache.glob("hivit_jax/*.npz"), key=os.path.getmtime)

@@ -1,4 +1,4 @@
-"""Selection of a folder's images: fraction, groups, slices, exclusions, levels."""
+"""Tests of selected images of a folder: fractions, groups, slices, exclusions."""
 
 from collections import Counter
 
@@ -21,7 +21,7 @@ DATA = {
 
 @pytest.fixture
 def root(tmp_path):
-    """Three classes of 40, 2 and 1 images below the root itself."""
+    """Return a directory with classes of 40, 2 and 1 images and without splits."""
     root = tmp_path / "data"
     for name, count in (("brick", 40), ("cat", 2), ("lone", 1)):
         (root / name).mkdir(parents=True)
@@ -51,7 +51,7 @@ def paths(root, split, **keys):
 
 
 def test_fraction(root):
-    """Both sides together are all images; the choice depends on the path alone."""
+    """Both sides together are all images; the side of an image depends on its path."""
     train = paths(root, "train", eval_fraction=0.25)
     held_out = paths(root, "test", eval_fraction=0.25)
     assert sorted(train + held_out) == sorted(
@@ -90,7 +90,7 @@ def test_every_class_is_on_both_sides(root, fraction):
 
 @pytest.mark.parametrize("fraction", [1e-6, 0.3, 0.999])
 def test_groups_stay_together(root, fraction):
-    """Scenes s0, s1, ... are on one side, over all classes."""
+    """All images of a scene s0, s1, ... are on one side, over all classes."""
     options = dict(eval_fraction=fraction, eval_group=r"/(s\d+)_")
     train, held_out = (paths(root, split, **options) for split in ("train", "test"))
     scenes = [{p.split("/")[1][:2] for p in part} for part in (train, held_out)]
@@ -101,7 +101,7 @@ def test_groups_stay_together(root, fraction):
 
 
 def test_groups_of_several_classes():
-    """A group is held out only if each of its classes keeps another one."""
+    """A group is held out only if each of its classes has another group."""
     groups = [*"aabbcc"]
     for fraction in (1e-9, 1 - 1e-9):
         mask = splits.hold_out(groups, np.array([0, 1, 0, 1, 0, 1]), fraction)
@@ -143,7 +143,7 @@ def test_bad_slices(root, text):
 
 
 def test_exclude(root, tmp_path_factory, monkeypatch):
-    """Paths as check_data writes them, and relative to the directory of images."""
+    """Excluded paths may be absolute, as check_data writes them, or relative."""
     file = tmp_path_factory.mktemp("lists") / "bad.txt"
     strange = root / "brick" / "a\nb.png"
     strange.write_text("brick")
@@ -161,7 +161,7 @@ def test_exclude(root, tmp_path_factory, monkeypatch):
 
 
 def test_leaf_classes(root):
-    """Each directory that contains images is a class; the topmost ones by default."""
+    """Classes are the topmost directories, or each directory that contains images."""
     nested = root / "nested"
     for name in ("train/animals/cat", "train/things/flower", "val/animals/cat"):
         (nested / name).mkdir(parents=True)
@@ -179,7 +179,7 @@ def test_leaf_classes(root):
 
 
 def test_images_without_labels(root):
-    """A directory that contains only images, or any directory on request."""
+    """Images without class folders have no labels, nor has any directory on request."""
     source = opened(root / "brick", "train", eval_split="none")
     assert (len(source), source.classes, source.labeled) == (40, (), False)
     assert recipes.sample(source, 3) == (b"brick3", 0)

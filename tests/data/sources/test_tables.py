@@ -1,4 +1,4 @@
-"""Source of CSV files and lists of paths."""
+"""Tests of the source of CSV files and lists of paths."""
 
 import pytest
 import recipes
@@ -58,7 +58,7 @@ def test_names(root, separator):
 
 
 def test_numbers(root):
-    """Labels are used as they are; classes in between may be empty."""
+    """Numbers in the table are the labels; some labels may have no image."""
     file = write(root, "path,label", f"{root}/a/0.png,3", "b/0.png,1")
     source = opened(file, eval_split="none")
     assert source.classes == [*"0123"]
@@ -66,7 +66,7 @@ def test_numbers(root):
 
 
 def test_column_of_splits(root):
-    """It takes precedence over `eval_fraction`; splits may have other names."""
+    """The column precedes `eval_fraction`; splits may have other names."""
     rows = ["a/0.png,x,train", "b/0.png,y,val", "b/1 2.png,y,test", "c/0.png,z,train"]
     file = write(root, "path,label,split", *rows)
     for keys in ({}, {"eval_fraction": 0.999}):
@@ -90,7 +90,7 @@ def test_fraction_and_exclusion(root):
 
 
 def test_two_files(root):
-    """Labels of the evaluation follow the classes of training."""
+    """Labels of the evaluation are numbers of the classes of training."""
     write(root, "path,label", "a/0.png,x", "b/0.png,y", name="train.csv")
     write(root, "path,label", "c/0.png,y", name="val.csv")
     assert listed(opened(root, "test")) == [("c/0.png", 1)]

@@ -1,4 +1,4 @@
-"""Source of datasets that TFDS has prepared."""
+"""Tests of the source of datasets that TFDS has prepared."""
 
 import json
 import os
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.usefixtures("user_cache")
 
 
 def write_tfrecord(path, records):
-    """Write length, its CRC, data and their CRC; the reader ignores CRCs."""
+    """Write a TFRecord file: length, CRC of the length, data, CRC of the data."""
     path.write_bytes(
         b"".join(struct.pack("<Q", len(r)) + b"hcrc" + r + b"dcrc" for r in records)
     )
@@ -78,7 +78,7 @@ def test_misspelled_dataset_name(tmp_path, name, near):
 
 
 def test_dataset_of_an_incompatible_tfds(tmp_path):
-    """No features.json (before TFDS 4) or invalid JSON is an error."""
+    """A missing features.json (before TFDS 4) and invalid JSON are errors."""
     path = prepared(tmp_path)
     for _ in range(2):
         with pytest.raises(DataError) as error:

@@ -1,4 +1,4 @@
-"""Tests of conversion from official state dicts to our parameters and back."""
+"""Tests of conversions between official state dicts and our parameters."""
 
 import json
 import re
