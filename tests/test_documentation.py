@@ -21,8 +21,8 @@ FOREIGN = {"pytest"}
 
 def blocks(path, *languages):
     """Return the code blocks of a page in one of the languages."""
-    found = re.findall(r"(?ms)^```(\w+)\n(.*?)^```", path.read_text())
-    return [text for language, text in found if language in languages]
+    code_blocks = re.findall(r"(?ms)^```(\w+)\n(.*?)^```", path.read_text())
+    return [text for language, text in code_blocks if language in languages]
 
 
 def commands(path):

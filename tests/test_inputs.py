@@ -80,13 +80,13 @@ def test_crops_differ_by_image_epoch_and_seed():
         data__crop_scale=(0.3, 1.0), data__train_examples=100, batch_size=100
     )
     first, second = inputs.train_batches(cfg, 0, 2)
-    plain = next(
+    other_seed = next(
         inputs.train_batches(
             digits_config(data__train_examples=100, batch_size=100), 0, 1
         )
     )
-    assert_array_equal(first["label"], plain["label"])
-    assert (first["image"] != plain["image"]).any((1, 2, 3)).mean() > 0.9
+    assert_array_equal(first["label"], other_seed["label"])
+    assert (first["image"] != other_seed["image"]).any((1, 2, 3)).mean() > 0.9
     order = [np.argsort(permutation(0, epoch, 100)) for epoch in (0, 1)]
     one, other = first["image"][order[0]], second["image"][order[1]]
     assert_array_equal(first["label"][order[0]], second["label"][order[1]])
@@ -121,10 +121,10 @@ def test_evaluation_uses_center_crops(folder):
     assert_array_equal(weights, np.arange(16) < 11)
     for image, index in zip(images, range(11), strict=False):
         encoded = source.sample(index)["image"]
-        whole = Image.open(io.BytesIO(encoded)).resize(
+        resized = Image.open(io.BytesIO(encoded)).resize(
             (42, 32), Image.Resampling.BICUBIC
         )
-        expected = np.asarray(whole)[4:28, 9:33]
+        expected = np.asarray(resized)[4:28, 9:33]
         assert np.abs(image - expected.astype(float)).mean() < 0.4
 
 
@@ -211,8 +211,10 @@ def test_batches_change_with_a_key(
 ):
     overrides = dict(data__canvas=0, data__flip=True) | {f"data__{key}": value}
     batches = batches_of(folder_config(folder, **overrides))
-    same = [identical(*pair) for pair in zip(batches, unchanged_batches, strict=True)]
-    assert same == [not train, not evaluation]
+    unchanged = [
+        identical(*pair) for pair in zip(batches, unchanged_batches, strict=True)
+    ]
+    assert unchanged == [not train, not evaluation]
 
 
 def pixels_of(folder, split):
@@ -227,11 +229,11 @@ def test_splits_by_name(folder):
     cfg = folder_config(folder, data__canvas=0, data__crop_scale=(1.0, 1.0), **swapped)
     [batch] = inputs.train_batches(cfg, 0, 1)
     classes = sorted(path.name for path in (folder / "train").iterdir())
-    for split, found in (("val", [batch]), ("train", list(inputs.eval_batches(cfg)))):
+    for split, batches in (("val", [batch]), ("train", list(inputs.eval_batches(cfg)))):
         paths = sorted((folder / split).glob("*/*"))
         order = permutation(0, 0, 11)[:8] if split == "val" else range(40)
         labels = [classes.index(paths[index].parent.name) for index in order]
-        assert np.concatenate([each["label"] for each in found]).tolist() == labels
+        assert np.concatenate([b["label"] for b in batches]).tolist() == labels
 
 
 def test_center_crops_are_pixels_of_the_files(folder):
@@ -323,10 +325,10 @@ class Listed(Source):
         return len(self.samples)
 
     def sample(self, index):
-        found = self.samples[index]
-        if isinstance(found, Exception):
-            raise found
-        return found if isinstance(found, dict) else {"image": found, "label": 0}
+        example = self.samples[index]
+        if isinstance(example, Exception):
+            raise example
+        return example if isinstance(example, dict) else {"image": example, "label": 0}
 
 
 def encode(values, kind="PNG"):

@@ -15,7 +15,7 @@ CLASSIFY = "digits_finetune"
 
 
 def load(*overrides, recipe=CLASSIFY):
-    return configs.load(recipe, [f"--config.{each}" for each in overrides])
+    return configs.load(recipe, [f"--config.{override}" for override in overrides])
 
 
 def test_every_number_has_a_range():

@@ -19,11 +19,11 @@ from hivit_jax.weights.load import _info_arguments
 
 def evaluated(config):
     """Return the images of a config's test split after the evaluation transform."""
-    task, found = inputs.make_task(config, "test"), []
+    task, images = inputs.make_task(config, "test"), []
     step = jax.jit(task.preprocess)
     for batch in inputs.eval_batches(config):
-        found.append(np.asarray(step(batch))[batch["weight"] > 0])
-    return np.concatenate(found)
+        images.append(np.asarray(step(batch))[batch["weight"] > 0])
+    return np.concatenate(images)
 
 
 def model_of(config, **overrides):
@@ -52,9 +52,9 @@ def test_equals_the_evaluation_of_training(options, folder, user_cache):
     run = hivit_jax.preprocess(model_of(config))
     paths = [source.name(index) for index in range(len(source))]
     expected = evaluated(config)
-    found = run(paths)
-    assert found.dtype == np.float32
-    assert_array_equal(found, expected)
+    actual = run(paths)
+    assert actual.dtype == np.float32
+    assert_array_equal(actual, expected)
     samples = [source.sample(index)["image"] for index in range(len(source))]
     assert_array_equal(run(samples), expected)
     opened = [Image.open(path) for path in paths]
@@ -97,8 +97,8 @@ def test_canvas_differs_by_one_level_at_most(folder, user_cache):
     config = folder_config(folder, data__canvas=64)
     source = inputs.open_source(config.data, "test")
     run = hivit_jax.preprocess(model_of(config))
-    found = run([source.name(index) for index in range(len(source))])
-    levels = np.abs(found - evaluated(config)) * 255 * np.float32(config.data.std)
+    actual = run([source.name(index) for index in range(len(source))])
+    levels = np.abs(actual - evaluated(config)) * 255 * np.float32(config.data.std)
     assert levels.max() < 1.001
     assert (levels > 0.5).mean() < 2e-3
 

@@ -39,9 +39,9 @@ def test_packages_are_listed():
     setup = configparser.ConfigParser()
     setup.read(recipes.ROOT / "setup.cfg")
     root = recipes.ROOT / "hivit_jax"
-    found = {".".join(p.parent.parts) for p in relative(root.rglob("__init__.py"))}
+    packages = {".".join(p.parent.parts) for p in relative(root.rglob("__init__.py"))}
     listed = {*setup["options"]["packages"].split()}
-    assert listed == found | {"hivit_jax.configs"}
+    assert listed == packages | {"hivit_jax.configs"}
     assert "hivit_jax.configs = configs" in setup["options"]["package_dir"]
 
 
@@ -172,22 +172,22 @@ SOURCES += [(name, old_file(name)) for name in FILES]
 @pytest.mark.parametrize(("name", "source"), SOURCES)
 def test_values_of_old_recipes(name, source):
     """Today's recipes and the old files have the recorded values."""
-    found = named_leaves(json.loads(configs.to_json(configs.load(source))))
+    values = named_leaves(json.loads(configs.to_json(configs.load(source))))
     expected = named_leaves(OLD_RECIPES[name]["config"])
-    assert {key: found.pop(key) for key in expected} == expected
+    assert {key: values.pop(key) for key in expected} == expected
     new = "schedule", "first_epoch", "lr_batch", "gamma", "power"
     added = {f"optimizer/{key}" for key in new}
     new = "cache", "class_level", "dtype", "eval_fraction", "eval_group", "exclude"
     added |= {f"data/{key}" for key in (*new, "reader", "scale")}
-    assert {key for key, value in found.items() if value is not None} == added
+    assert {key for key, value in values.items() if value is not None} == added
 
 
 @pytest.mark.parametrize(("name", "source"), SOURCES)
 def test_schedules_of_old_recipes(name, source):
     """Learning rates equal the recorded rates, to the last bit of the peak."""
     old, config = OLD_RECIPES[name], configs.load(source)
-    rate = recipes.jit_schedule(config, *steps_of(config))
-    check_rates(rate, old["steps"], old["rates"])
+    schedule = recipes.jit_schedule(config, *steps_of(config))
+    check_rates(schedule, old["steps"], old["rates"])
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -202,17 +202,17 @@ def test_official_quirks_of_old_recipes(name, tmp_path):
     from_scratch = config.task == "classify" and not config.init_from
     assert config.optimizer.first_epoch == int(not from_scratch)
     assert (config.optimizer.schedule == "cosine_from_start") == from_scratch
-    rate = recipes.jit_schedule(config, *steps_of(config))
-    check_rates(rate, old["steps"], old["official_quirks"])
+    schedule = recipes.jit_schedule(config, *steps_of(config))
+    check_rates(schedule, old["steps"], old["official_quirks"])
     if config.task == "classify":
         other = "" if config.init_from else "somewhere"
         config = configs.load(path, [f"--config.init_from={other}"])
         assert config.optimizer.first_epoch == int(from_scratch)
 
 
-def check_rates(rate, steps, expected):
-    found = np.array([rate(np.int32(step)) for step in steps])
-    assert_allclose(found, np.float32(expected), rtol=0, atol=2e-7 * max(expected))
+def check_rates(schedule, steps, expected):
+    actual = np.array([schedule(np.int32(step)) for step in steps])
+    assert_allclose(actual, np.float32(expected), rtol=0, atol=2e-7 * max(expected))
 
 
 def test_keys_that_became_flags_are_ignored_in_old_recipes(tmp_path):

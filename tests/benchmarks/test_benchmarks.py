@@ -46,14 +46,14 @@ def test_train_step_needs_only_jax_flax_optax_and_numpy(tmp_path):
         PYTHONPATH=os.pathsep.join([str(missing), str(recipes.ROOT)]),
     )
     assert code == 0, error
-    found = json.loads(out.read_text())
-    assert f"{found['images_per_second']:,.1f} images/s" in text
-    assert found["batch_size"] == 4
-    assert found["device"] == "cpu"
-    assert found["model_flop_utilisation"] is None
-    assert len(found["seconds_of_rounds"]) == 2
-    assert 0 < found["loss"] < 10
-    assert found["peak_memory_bytes"] > 2**25
+    result = json.loads(out.read_text())
+    assert f"{result['images_per_second']:,.1f} images/s" in text
+    assert result["batch_size"] == 4
+    assert result["device"] == "cpu"
+    assert result["model_flop_utilisation"] is None
+    assert len(result["seconds_of_rounds"]) == 2
+    assert 0 < result["loss"] < 10
+    assert result["peak_memory_bytes"] > 2**25
 
 
 def test_stand_in_reads_recipes_as_ml_collections_does(monkeypatch):
@@ -96,9 +96,9 @@ def test_all_parts_for_an_accelerator_are_tried(tmp_path, monkeypatch, capsys):
         "auto failed",
         "fused took too long",
     ]
-    found = json.loads(out.read_text())
-    assert [found[name]["exit_code"] for name in parts] == [0, 3, None]
-    assert found["plain"]["result"]["images_per_second"] == 8
+    results = json.loads(out.read_text())
+    assert [results[name]["exit_code"] for name in parts] == [0, 3, None]
+    assert results["plain"]["result"]["images_per_second"] == 8
     with pytest.raises(SystemExit):
         accelerator.main(["--only", "quick"])
     assert "expected some of plain, auto, fused" in capsys.readouterr().err

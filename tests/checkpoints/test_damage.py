@@ -102,9 +102,9 @@ def test_evaluation_reads_the_newest_intact_checkpoint(two_steps, tmp_path, caps
     workdir = write_files(tmp_path, two_steps)
     for path in workdir.rglob("checkpoints/2/ema/d/*"):
         path.unlink()
-    found = read(workdir)
-    assert found.path.endswith("checkpoints/1")
-    recipes.assert_identical(found.params, to_host(make_state(1)["ema"]))
+    checkpoint = read(workdir)
+    assert checkpoint.path.endswith("checkpoints/1")
+    recipes.assert_identical(checkpoint.params, to_host(make_state(1)["ema"]))
     assert "checkpoints/2 is damaged" in capsys.readouterr().out
 
 

@@ -25,10 +25,10 @@ def saved(tmp_path_factory):
     """Return {mesh name: workdir with a checkpoint written on this mesh}."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sharding, "MIN_SHARDED_SIZE", 64)
-        found = {name: tmp_path_factory.mktemp(name) for name in MESHES}
-        for name, workdir in found.items():
+        workdirs = {name: tmp_path_factory.mktemp(name) for name in MESHES}
+        for name, workdir in workdirs.items():
             save_states(workdir, state_on_mesh(name, seed=3)[0])
-    return found
+    return workdirs
 
 
 @pytest.mark.slow
@@ -49,9 +49,9 @@ def test_restore_on_any_other_mesh(saved, old, new):
 def test_read_parameters_on_one_device(saved):
     """`read` returns parameters or their averages without the optimizer state."""
     for averaged, name in ((True, "ema"), (False, "params")):
-        found = read(saved["every"], averaged=averaged)
+        checkpoint = read(saved["every"], averaged=averaged)
         expected = to_host(make_state(3)[name])
-        recipes.assert_identical(found.params, expected)
+        recipes.assert_identical(checkpoint.params, expected)
 
 
 def test_full_disk(tmp_path, monkeypatch):

@@ -190,8 +190,8 @@ def test_damaged_record(bucket):
     data = bytearray(path.read_bytes())
     data[:8] = struct.pack("<Q", 7)
     path.write_bytes(data)
-    found = batches(cfg)[:3]
-    assert sum(batch["unreadable"].sum() for batch in found) == 1
+    training = batches(cfg)[:3]
+    assert sum(batch["unreadable"].sum() for batch in training) == 1
 
 
 @pytest.mark.parametrize("file_format", ["tfrecord", "array_record"])
@@ -242,7 +242,9 @@ def test_processes_share_copies(bucket, tmp_path):
     address, path = shard(bucket)
     caches = [ShardCache(str(tmp_path / "cache")) for _ in range(4)]
     bucket.delay = 0.05
-    threads = [threading.Thread(target=each.fetch, args=(address,)) for each in caches]
+    threads = [
+        threading.Thread(target=cache.fetch, args=(address,)) for cache in caches
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:

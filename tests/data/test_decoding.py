@@ -321,11 +321,11 @@ def test_transform_has_a_range():
 
 def test_crops_of_ordinary_jpegs_may_be_decoded_alone():
     """Crops are decoded alone only from baseline JPEGs with one scan at the end."""
-    plain = encode(IMAGE, "JPEG", quality=90)
+    jpeg = encode(IMAGE, "JPEG", quality=90)
     thumbnail = Image.Exif()
-    thumbnail[0x010E] = plain[:2000].decode("latin1")  # markers inside a segment
+    thumbnail[0x010E] = jpeg[:2000].decode("latin1")  # markers inside a segment
     for good in (
-        plain,
+        jpeg,
         encode(IMAGE.convert("L"), "JPEG"),
         encode(IMAGE, "JPEG", restart_marker_blocks=2),
         encode(IMAGE, "JPEG", exif=thumbnail),
@@ -334,12 +334,12 @@ def test_crops_of_ordinary_jpegs_may_be_decoded_alone():
     for bad in (
         encode(IMAGE, "JPEG", progressive=True),
         encode(IMAGE, "PNG"),
-        plain[:-2],
-        plain[: len(plain) // 2],
-        plain[:30],
-        plain[:2],
+        jpeg[:-2],
+        jpeg[: len(jpeg) // 2],
+        jpeg[:30],
+        jpeg[:2],
         b"",
-        plain + b"\0",
-        plain[:-500] + b"\xff\xc3" + plain[-498:],
+        jpeg + b"\0",
+        jpeg[:-500] + b"\xff\xc3" + jpeg[-498:],
     ):
         assert not may_decode_crops(bad)

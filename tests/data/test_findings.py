@@ -42,9 +42,9 @@ def test_lost_values(values, value_range, detail):
     At most 256 levels count. An image with several levels also loses values if one
     level remains.
     """
-    found = findings(values, value_range)
-    assert found[LOST].startswith(detail)
-    assert f"{values.dtype}, reduced to 8 bit" in found
+    reported = findings(values, value_range)
+    assert reported[LOST].startswith(detail)
+    assert f"{values.dtype}, reduced to 8 bit" in reported
 
 
 @pytest.mark.parametrize("mode", ["LA", "RGBA", "P"])
@@ -57,9 +57,9 @@ def test_image_in_the_alpha_channel(mode):
         image = Image.fromarray((RAMP % 2).astype(np.uint8))
         image.putpalette([0] * 6)
         image.info["transparency"] = 1
-    found = findings(image, channels=3, kind="PNG")
-    assert found["alpha channel, dropped"] == ""
-    assert "alpha" in found[LOST]
+    reported = findings(image, channels=3, kind="PNG")
+    assert reported["alpha channel, dropped"] == ""
+    assert "alpha" in reported[LOST]
     photo = Image.fromarray(PHOTO)
     photo.putalpha(Image.fromarray(PHOTO[..., 0]))
     assert LOST not in findings(photo, channels=3, kind="PNG")
@@ -77,13 +77,13 @@ def test_image_in_the_alpha_channel(mode):
     ],
 )
 def test_healthy_images(values, value_range):
-    found = findings(values, value_range, channels=3)
-    assert {LOST, CLIPPED}.isdisjoint(found)
+    reported = findings(values, value_range, channels=3)
+    assert {LOST, CLIPPED}.isdisjoint(reported)
 
 
 def test_clipped_values():
     """The fraction of values that `value_range` clips is reported, but is no loss."""
-    found = findings(UNIT, (0.25, 1))
-    assert found[CLIPPED] == "25.00% of the values"
-    assert LOST not in found
+    reported = findings(UNIT, (0.25, 1))
+    assert reported[CLIPPED] == "25.00% of the values"
+    assert LOST not in reported
     assert CLIPPED not in findings(UNIT, (0, 1))

@@ -41,11 +41,11 @@ def test_operations_equal_timm(name, crop):
     image = Image.fromarray(GOLDEN[crop])
     expected = GOLDEN[f"{crop}_results"][list(OPERATIONS).index(name)]
     for magnitude, pair in zip(GOLDEN["magnitudes"].tolist(), expected, strict=True):
-        for sign, want in zip(GOLDEN["signs"].tolist(), pair, strict=True):
-            got = np.asarray(randaugment.apply(name, image, magnitude, sign))
-            assert got.dtype == np.uint8
+        for sign, expected in zip(GOLDEN["signs"].tolist(), pair, strict=True):
+            actual = np.asarray(randaugment.apply(name, image, magnitude, sign))
+            assert actual.dtype == np.uint8
             # A later Pillow may round differently.
-            assert np.abs(got - want.astype(float)).mean() <= 1 / 255
+            assert np.abs(actual - expected.astype(float)).mean() <= 1 / 255
 
 
 def test_operations_without_a_sign():
@@ -132,14 +132,14 @@ def test_policy_parameters():
     pairs = [randaugment.choose(sample, probability=1) for sample in many[:2]]
     assert four == sum(pairs, [])
     for magnitude, std in ((0, 1), (10, 1), (5, 100)):
-        drawn = [
+        magnitudes = [
             operation[1]
             for sample in many
             for operation in randaugment.choose(sample, magnitude, std)
         ]
-        assert min(drawn) >= 0
-        assert max(drawn) <= 10
-        assert {0.0, 10.0} & set(drawn)
+        assert min(magnitudes) >= 0
+        assert max(magnitudes) <= 10
+        assert {0.0, 10.0} & set(magnitudes)
 
 
 def test_operations_are_chained():
@@ -149,9 +149,9 @@ def test_operations_are_chained():
     sample += [position("SolarizeAdd"), APPLIED, 0.5, 0.0]
     turned = randaugment.apply("Rotate", Image.fromarray(pixels), 9.0, -1)
     expected = randaugment.apply("SolarizeAdd", turned, 9.0, -1)
-    got = randaugment.randaugment(pixels, sample)
-    assert_array_equal(got, expected)
-    assert got.dtype == np.uint8
+    actual = randaugment.randaugment(pixels, sample)
+    assert_array_equal(actual, expected)
+    assert actual.dtype == np.uint8
     sample[5] = LEFT_OUT
     assert_array_equal(randaugment.randaugment(pixels, sample), turned)
     sample[1] = LEFT_OUT

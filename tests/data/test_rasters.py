@@ -77,9 +77,9 @@ def test_16_bits(kind):
     encoded, values = KINDS[kind]
     channels = values.shape[-1]
     for dtype in ("uint16", "float32"):
-        found = decode(encoded, channels, dtype=dtype)
-        assert found.dtype == dtype
-        assert_array_equal(found, values)
+        decoded = decode(encoded, channels, dtype=dtype)
+        assert decoded.dtype == dtype
+        assert_array_equal(decoded, values)
     reduced = decode(encoded, channels)
     assert reduced.dtype == np.uint8
     assert_array_equal(reduced, np.rint(values / 257))
@@ -114,8 +114,8 @@ def test_gray_and_color():
     assert_array_equal(gray, np.repeat(NOISE[..., :1], 3, -1))
     color = KINDS["tiff, color"][0]
     expected = NOISE[..., :3] @ np.array([0.299, 0.587, 0.114])
-    found = decode(color, 1, dtype="uint16")[..., 0]
-    assert np.abs(found - expected).max() < 0.501
+    decoded = decode(color, 1, dtype="uint16")[..., 0]
+    assert np.abs(decoded - expected).max() < 0.501
     jpeg = encode(noise_image(18, 16, 3), "JPEG")
     expected = decoding.decode(jpeg, 3)
     assert_array_equal(decode(jpeg, 3), expected)
@@ -222,11 +222,11 @@ def test_channels_are_resized_alike():
     box = (2.5, 40, 60), (0, 50, 50)
     for antialias in (True, False):
         options = (24, 20), "bicubic", antialias
-        found = crops.resize(pixels, box, *options)
-        assert found.dtype == np.uint8
+        resized = crops.resize(pixels, box, *options)
+        assert resized.dtype == np.uint8
         for k in range(4):
             one = crops.resize(pixels[..., k : k + 1], box, *options)
-            assert_array_equal(found[..., k : k + 1], one)
+            assert_array_equal(resized[..., k : k + 1], one)
 
 
 # Configs
@@ -269,15 +269,15 @@ def test_dtypes_reach_the_batches(tiles):
         task = inputs.make_task(config)
         batch = next(inputs.eval_batches(config))
         assert batch["image"].dtype == dtype
-        found = np.asarray(task.preprocess(batch))
-        assert found.shape == (8, 16, 16, 4)
-        found = (found * 0.5 + means) * white
-        other = expected.setdefault(white, found)
+        images = np.asarray(task.preprocess(batch))
+        assert images.shape == (8, 16, 16, 4)
+        images = (images * 0.5 + means) * white
+        reference = expected.setdefault(white, images)
         reduced = dtype == "uint8"
-        assert np.abs(found - other).max() < (400 if white == 65535 else 0.1)
+        assert np.abs(images - reference).max() < (400 if white == 65535 else 0.1)
         host = next(inputs.eval_batches(folder_config(root, **keys | on_host)))
         pixels = (np.asarray(task.preprocess(host)) * 0.5 + means) * white
-        assert np.abs(pixels - found).max() < (400 if reduced else 0.75)
+        assert np.abs(pixels - images).max() < (400 if reduced else 0.75)
         notes = inputs.check_splits(config, task)
         assert len(notes) == (2 if dtype == "uint8" else 0)
     config = folder_config(root, **options)

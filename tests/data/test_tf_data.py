@@ -143,14 +143,16 @@ def cache(tmp_path_factory):
 @pytest.fixture(scope="module")
 def roots(tmp_path_factory):
     """Return {format: dataset}; names that end in " damaged" have damaged files."""
-    found = {}
+    by_format = {}
     for suffix, damaged in (("", ()), (" damaged", DAMAGED)):
-        root = found[f"folder{suffix}"] = tmp_path_factory.mktemp("folder")
+        root = by_format[f"folder{suffix}"] = tmp_path_factory.mktemp("folder")
         write_folder(root, damaged)
         for file_format in ("tfrecord", "array_record"):
-            root = found[file_format + suffix] = tmp_path_factory.mktemp(file_format)
+            root = by_format[file_format + suffix] = tmp_path_factory.mktemp(
+                file_format
+            )
             write_tfds(root, file_format, damaged)
-    return found
+    return by_format
 
 
 @pytest.fixture
@@ -243,11 +245,11 @@ def test_damaged_files(roots, name, capfd, monkeypatch):
     monkeypatch.setattr(loader, "_logged", set())
     config = config_of(roots, f"{name} damaged")
     batches = list(inputs.train_batches(with_tf(config), 0, 10))
-    found = capfd.readouterr().err
+    errors = capfd.readouterr().err
     assert_batches_equal(batches, inputs.train_batches(config, 0, 10))
     unreadable = sum(batch["unreadable"].sum() for batch in batches)
     assert unreadable == 2 * 5
-    assert found.count("cannot read ") == 5
+    assert errors.count("cannot read ") == 5
     assert "cannot read " not in capfd.readouterr().err  # the same names
     assert_batches_equal(
         inputs.eval_batches(with_tf(config)), inputs.eval_batches(config)
@@ -283,7 +285,7 @@ def test_missing_file_and_wrong_checksum(roots, tmp_path, loaded):
 
 def test_shares_of_processes(roots, monkeypatch):
     config = config_of(roots, "folder damaged")
-    whole, shares = list(inputs.train_batches(config, 3, 7)), []
+    expected, shares = list(inputs.train_batches(config, 3, 7)), []
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     for index in range(2):
         monkeypatch.setattr(jax, "process_index", lambda index=index: index)
@@ -293,7 +295,7 @@ def test_shares_of_processes(roots, monkeypatch):
         {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
         for parts in zip(*shares, strict=True)
     ]
-    assert_batches_equal(joined, whole)
+    assert_batches_equal(joined, expected)
 
 
 def test_public_dataset(roots):
@@ -333,8 +335,8 @@ def test_buckets(tmp_path):
     recipe.write_text(RECIPE.format(str(tmp_path)))
     config = configs.load(str(recipe))
     batches, expected = (
-        [*inputs.train_batches(each, 0, 9), *inputs.eval_batches(each)]
-        for each in (with_tf(config), config)
+        [*inputs.train_batches(cfg, 0, 9), *inputs.eval_batches(cfg)]
+        for cfg in (with_tf(config), config)
     )
     assert len({batch["image"].shape for batch in batches}) == 2
     assert min(batch["index"].min() for batch in batches) == -1

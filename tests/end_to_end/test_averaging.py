@@ -99,22 +99,22 @@ def shared(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def born(shared, tmp_path_factory):
+def interrupted(shared, tmp_path_factory):
     """Return the workdir of a probe that was interrupted before its first step."""
-    workdir, config = tmp_path_factory.mktemp("born"), probe(init_from=shared)
+    workdir, config = tmp_path_factory.mktemp("interrupted"), probe(init_from=shared)
     with pytest.raises(Interrupted):
         train(config, workdir, lambda step: "stop")
     return workdir
 
 
 @pytest.fixture(scope="module")
-def run(born, tmp_path_factory):
+def run(interrupted, tmp_path_factory):
     """Return the workdir of the finished probe.
 
     Its first checkpoint has no averages, as if they were enabled afterwards.
     """
     workdir = tmp_path_factory.mktemp("run")
-    shutil.copytree(born, workdir, dirs_exist_ok=True)
+    shutil.copytree(interrupted, workdir, dirs_exist_ok=True)
     shutil.rmtree(workdir / "checkpoints" / "0" / "ema")
     train(probe(), workdir)
     return workdir
@@ -173,12 +173,12 @@ def evaluated(stored):
 # Checkpoints of a run
 
 
-def test_linear_probe_starts_with_a_new_head(shared, born):
+def test_linear_probe_starts_with_a_new_head(shared, interrupted):
     """Only the encoder is loaded; the statistics are new, and so is the head.
 
     The standard deviation of MAE's new head is 0.01.
     """
-    state = recipes.saved_arrays(born, 0)
+    state = recipes.saved_arrays(interrupted, 0)
     recipes.assert_identical(state["ema"], state["params"])
     params = state["params"] | state["model_state"]
     saved = load_file(shared / "model.safetensors")
@@ -202,9 +202,9 @@ def test_the_average_of_each_step(stored):
     assert "ema" not in stored[0]
     average = stored[0]["params"]
     for step in range(1, STEPS + 1):
-        plain = stored[step]["params"]
-        average = {k: DECAY * average[k] + (1 - DECAY) * plain[k] for k in plain}
-        assert stored[step]["ema"].keys() == plain.keys()
+        params = stored[step]["params"]
+        average = {k: DECAY * average[k] + (1 - DECAY) * params[k] for k in params}
+        assert stored[step]["ema"].keys() == params.keys()
         for name, array in stored[step]["ema"].items():
             assert_allclose(array, average[name], rtol=2e-6, atol=1e-7, err_msg=name)
     moved = np.abs(stored[STEPS]["params"]["head/kernel"] - average["head/kernel"])
@@ -219,19 +219,19 @@ def test_training_evaluates_the_average(run, stored, evaluated):
     for line in lines:
         items = stored[line["step"]]
         average = evaluated(averaged_variables(items))
-        plain = evaluated(items["params"] | items["model_state"])
-        found = [line[f"eval/{name}"] for name in ("loss", "top1", "top5")]
-        assert_allclose(found, average, rtol=1e-4)
-        assert abs(plain[0] - average[0]) > 0.02
+        of_params = evaluated(items["params"] | items["model_state"])
+        logged = [line[f"eval/{name}"] for name in ("loss", "top1", "top5")]
+        assert_allclose(logged, average, rtol=1e-4)
+        assert abs(of_params[0] - average[0]) > 0.02
 
 
-def test_best_evaluated_checkpoint_is_kept(born, stored, tmp_path, capsys):
+def test_best_evaluated_checkpoint_is_kept(interrupted, stored, tmp_path, capsys):
     """The best checkpoint is kept beside the newest; step 3 has no score.
 
     Step 3 was not evaluated and does not inherit the score of step 2. The last state
     does not depend on the step at which averaging starts.
     """
-    shutil.copytree(born, tmp_path, dirs_exist_ok=True)
+    shutil.copytree(interrupted, tmp_path, dirs_exist_ok=True)
     train(probe(keep_checkpoints=1), tmp_path)
     top1 = recipes.logged(tmp_path, "eval/top1")
     assert list(top1) == [2, 4]
@@ -257,14 +257,14 @@ def test_mode_eval(where, step, run, stored, evaluated, tmp_path, capsys):
     assert main(asked) == 0
     out = capsys.readouterr().out
     loss, top1, top5 = evaluated(averaged_variables(stored[step]))
-    found = re.search(
+    match = re.search(
         rf"^step {step}  eval  loss (\S+)  top1 (\S+) %  top5 (\S+) %  \(64 im",
         out,
         re.M,
     )
-    assert float(found[1]) == pytest.approx(loss, abs=2e-4)
-    assert float(found[2]) == pytest.approx(100 * top1, abs=0.01)
-    assert float(found[3]) == pytest.approx(100 * top5, abs=0.01)
+    assert float(match[1]) == pytest.approx(loss, abs=2e-4)
+    assert float(match[2]) == pytest.approx(100 * top1, abs=0.01)
+    assert float(match[3]) == pytest.approx(100 * top5, abs=0.01)
 
 
 @pytest.fixture(scope="module")
@@ -273,11 +273,11 @@ def damaged(run, tmp_path_factory):
 
     Orbax itself saved the flipped bit, so that only digests can detect it.
     """
-    found = {}
+    workdirs = {}
     for item in ("params", "model_state", "ema", "optimizer"):
-        found[item] = tmp_path_factory.mktemp(item)
-        shutil.copytree(run / "checkpoints" / "4", found[item] / "checkpoints" / "4")
-        path = read.absolute(found[item]) / "checkpoints" / "4" / item
+        workdirs[item] = tmp_path_factory.mktemp(item)
+        shutil.copytree(run / "checkpoints" / "4", workdirs[item] / "checkpoints" / "4")
+        path = read.absolute(workdirs[item]) / "checkpoints" / "4" / item
         tree = read.load_item(path)
         leaves, structure = jax.tree.flatten(tree)
         leaves = [np.array(leaf) for leaf in leaves]
@@ -285,7 +285,7 @@ def damaged(run, tmp_path_factory):
         largest.reshape(-1).view(np.uint32)[-1] ^= 1
         with ocp.StandardCheckpointer() as writer:
             writer.save(path, jax.tree.unflatten(structure, leaves), force=True)
-    return found
+    return workdirs
 
 
 def commands(workdir, tmp_path):

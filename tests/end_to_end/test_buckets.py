@@ -38,8 +38,8 @@ def test_refused_and_resumed_run(tmp_path):
         code, out, err = run("remote", "gs://bucket")
         assert code == 0, err
     for name in ("loss", "eval/loss"):
-        found = recipes.logged(tmp_path / "remote", name)
-        assert found == recipes.logged(tmp_path / "local", name)
+        values = recipes.logged(tmp_path / "remote", name)
+        assert values == recipes.logged(tmp_path / "local", name)
     recipes.assert_identical(
         recipes.saved_arrays(tmp_path / "remote", 4),
         recipes.saved_arrays(tmp_path / "local", 4),

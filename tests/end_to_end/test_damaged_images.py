@@ -289,16 +289,16 @@ def test_mode_eval_of_damaged_files(run, folder, monkeypatch, tmp_path, capsys):
     command = [f"--config={recipe}", f"--workdir={run.workdir}", "--mode=eval", *flags]
     with recipes.quick():
         assert main(command) == 0
-        found = run.results
+        results = run.results
         assert capsys.readouterr().out == (
-            f"step 8  eval  loss {found['eval/loss']:.4f}  "
-            f"top1 {found['eval/top1']:.2%}  top5 {found['eval/top5']:.2%}  "
+            f"step 8  eval  loss {results['eval/loss']:.4f}  "
+            f"top1 {results['eval/top1']:.2%}  top5 {results['eval/top5']:.2%}  "
             "(10 images, 1 unreadable)\n"
         ).replace("%", " %")
         assert main([*command, "--config.data.max_unreadable=0.09"]) == 4  # 1 of 11
         assert "1 images of folder could not be read, 9.09%" in capsys.readouterr().err
-        whole = inputs.eval_batches
-        monkeypatch.setattr(inputs, "eval_batches", lambda c: [next(whole(c))])
+        all_batches = inputs.eval_batches
+        monkeypatch.setattr(inputs, "eval_batches", lambda c: [next(all_batches(c))])
         assert main(command) == 4
         expected = "evaluated 7 images and could not read 1; expected 11 in total"
         assert expected in capsys.readouterr().err

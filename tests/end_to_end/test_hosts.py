@@ -87,12 +87,12 @@ def test_one_host_evaluates_every_image(alone):
 
 def test_hosts_share_batches_and_results(run, alone):
     """The hosts' shares concatenate to the batches of one host; results are equal."""
-    found = on_hosts(run, 4)
-    for key, whole in alone[0].items():
-        parts = [arrays[key] for arrays, _, _ in found]
-        assert {len(part) for part in parts} == {len(whole) // 4}
-        assert_array_equal(np.concatenate(parts), whole)
-    for _, values, _ in found:
+    results_of_hosts = on_hosts(run, 4)
+    for key, batches in alone[0].items():
+        shares = [arrays[key] for arrays, _, _ in results_of_hosts]
+        assert {len(share) for share in shares} == {len(batches) // 4}
+        assert_array_equal(np.concatenate(shares), batches)
+    for _, values, _ in results_of_hosts:
         assert values["eval/count"] == VAL - 1
         assert values["eval/unreadable"] == 1
         assert values == pytest.approx(alone[1], rel=1e-5)
@@ -121,15 +121,15 @@ def test_batches_after_a_kill(run, alone):
 
 def test_plan_of_an_imagenet_evaluation(monkeypatch):
     """Eight hosts evaluate each of 50,000 images exactly once."""
-    seen, buckets = [], np.zeros(50_000, np.int64)
+    steps_of_hosts, buckets = [], np.zeros(50_000, np.int64)
     monkeypatch.setattr(loader.jax, "process_count", lambda: 8)
     for host in range(8):
         monkeypatch.setattr(loader.jax, "process_index", lambda host=host: host)
         positions = loader.local_positions(1024)
         assert len(positions) == 128
-        seen.append(
+        steps_of_hosts.append(
             [share.indices for share in order.eval_plan(buckets, 1024, positions)]
         )
-    assert {len(steps) for steps in seen} == {49}
-    every = np.concatenate([indices for steps in seen for indices in steps])
+    assert {len(steps) for steps in steps_of_hosts} == {49}
+    every = np.concatenate([indices for steps in steps_of_hosts for indices in steps])
     assert_array_equal(np.sort(every), np.arange(50_000))

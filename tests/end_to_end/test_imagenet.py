@@ -99,10 +99,10 @@ def test_pretrain_kill_resume_finetune_evaluate(data, environment, tmp_path):
     flags = [f"--config.{k.replace('__', '.')}={v}" for k, v in overrides.items()]
     finetuning = [f"--config={recipes.ROOT / 'configs/digits_finetune.py'}", *flags]
     run(tmp_path / "finetuned", *finetuning)
-    found = metrics.read(tmp_path / "finetuned/metrics.jsonl")[-1]
-    assert (found["step"], found["eval/count"], found["eval/unreadable"]) == (4, VAL, 0)
-    assert found["eval/top1"] * VAL == pytest.approx(round(found["eval/top1"] * VAL))
+    line = metrics.read(tmp_path / "finetuned/metrics.jsonl")[-1]
+    assert (line["step"], line["eval/count"], line["eval/unreadable"]) == (4, VAL, 0)
+    assert line["eval/top1"] * VAL == pytest.approx(round(line["eval/top1"] * VAL))
     out = run(tmp_path / "finetuned", *finetuning, "--mode=eval")
-    assert out.splitlines()[-1] == console.eval_line("step 4", found)
+    assert out.splitlines()[-1] == console.eval_line("step 4", line)
     config = json.loads((tmp_path / "finetuned/config.json").read_text())
     assert config["data"]["name"] == data["data__name"]

@@ -174,9 +174,9 @@ def test_interruptions_and_divergence(finished, watch, tmp_path, capsys, monkeyp
     assert "resuming at step 8 from" in capsys.readouterr().out
     workdir, _ = finished
     for name in ("loss", "gradient_norm", "learning_rate", "eval/loss"):
-        found = recipes.logged(tmp_path, name)
-        found.pop(6, None)  # logged because the run stopped there
-        assert found == recipes.logged(workdir, name)
+        values = recipes.logged(tmp_path, name)
+        values.pop(6, None)  # logged because the run stopped there
+        assert values == recipes.logged(workdir, name)
     assert recipes.saved_steps(tmp_path) == [STEPS]
     resumed, expected = (recipes.saved_arrays(w, STEPS) for w in (tmp_path, workdir))
     recipes.assert_identical(resumed, expected)

@@ -43,19 +43,19 @@ pytestmark = [pytest.mark.usefixtures("quick"), pytest.mark.slow]
 class Run:
     """A run of `train`.
 
-    born: its first state, as host arrays, by name.
+    initial: its first state, as host arrays, by name.
     shards: shard shapes of the first and last state on device 0, by name.
     """
 
     def __init__(self, config, workdir):
-        self.workdir, self.born, self.shards = workdir, {}, []
+        self.workdir, self.initial, self.shards = workdir, {}, []
 
         def record(state):
             leaves = named_leaves(state)
             self.shards.append(
                 {k: v.addressable_shards[0].data.shape for k, v in leaves.items()}
             )
-            self.born = self.born or jax.device_get(leaves)
+            self.initial = self.initial or jax.device_get(leaves)
 
         def compile_steps(prepared):
             step = original_compile(prepared)
@@ -81,7 +81,7 @@ class Run:
         """Return the initial parameters by name."""
         return {
             name.removeprefix("params/"): array
-            for name, array in self.born.items()
+            for name, array in self.initial.items()
             if name.startswith("params/")
         }
 
@@ -173,14 +173,14 @@ def test_accumulation_exchanges_gradients_once_a_step():
     config = recipes.classifier(optimizer__accumulate_steps=2, batch_size=32)
     mesh = sharding.make_mesh(config.mesh, 32, 2)
     schedule = make_schedule(config.optimizer, config.batch_size, 2, 8)
-    compiled = compile_step(recipes.make_training(config, mesh, schedule))
-    found, name = set(), ""
-    for line in compiled.as_text().splitlines():
+    program = compile_step(recipes.make_training(config, mesh, schedule))
+    computations, name = set(), ""
+    for line in program.as_text().splitlines():
         if line.endswith("{") and not line.startswith(" "):
             name = line.split()[0]
         if " all-reduce(" in line:
-            found.add(name)
-    assert found == {"ENTRY"}
+            computations.add(name)
+    assert computations == {"ENTRY"}
 
 
 def test_losses_move(trained):
@@ -194,16 +194,16 @@ def test_losses_move(trained):
 def test_state_is_sharded_from_its_first_moment(trained):
     run = trained(recipes.mae, **FSDP)
     for shards in run.shards:
-        for name, leaf in run.born.items():
+        for name, leaf in run.initial.items():
             pieces = leaf.size // math.prod(shards[name])
             large = leaf.size >= 2**13 and any(side % 4 == 0 for side in leaf.shape)
             assert pieces == (4 if large else 1), name
     # The second dimension is sharded over the tensor axis, which has one device
     # here.
     kernel = "encoder/stages/2/0/mlp/fc1/kernel"  # [64, 256]
-    born, last = run.shards[0], run.shards[-1]
+    first, last = run.shards[0], run.shards[-1]
     for prefix in ("params", "opt_state/0/mu", "opt_state/0/nu"):
-        assert born[f"{prefix}/{kernel}"] == last[f"{prefix}/{kernel}"] == (16, 256)
+        assert first[f"{prefix}/{kernel}"] == last[f"{prefix}/{kernel}"] == (16, 256)
 
 
 def test_zero_1_splits_the_moments_alone(trained):
@@ -294,19 +294,19 @@ def test_unreadable_images(tmp_path, monkeypatch):
 def test_classifier_from_pretraining(trained):
     pretrained = trained(recipes.mae, **EVERY_STEP).workdir
     run = trained(recipes.classifier, init_from=str(pretrained))
-    born, fresh = run.params(), trained(recipes.classifier).params()
+    initial, fresh = run.params(), trained(recipes.classifier).params()
     expected = recipes.saved_arrays(pretrained, 8)["params"]
-    for name, array in born.items():
+    for name, array in initial.items():
         if name.endswith("relative_position_bias_table"):
             assert not array.any()
         elif name.startswith("encoder/"):
             np.testing.assert_array_equal(array, expected[name])
             assert (array != fresh[name]).any(), name
-    assert {k for k in expected if k.startswith("encoder/")} <= born.keys()
-    assert born["head/kernel"].std() == pytest.approx(2e-5, rel=0.15)
+    assert {k for k in expected if k.startswith("encoder/")} <= initial.keys()
+    assert initial["head/kernel"].std() == pytest.approx(2e-5, rel=0.15)
     assert fresh["head/kernel"].std() == pytest.approx(0.02, rel=0.15)
-    assert not born["head/bias"].any()
-    assert (born["fc_norm/scale"] == 1).all()
+    assert not initial["head/bias"].any()
+    assert (initial["fc_norm/scale"] == 1).all()
 
 
 @pytest.mark.extras
@@ -317,8 +317,8 @@ def test_pretraining_from_pretraining(trained):
     expected = recipes.saved_arrays(pretrained, 8)["params"]
     recipes.assert_identical(run.params(), expected)
     for name, array in expected.items():
-        np.testing.assert_array_equal(run.born[f"ema/{name}"], array)
-    assert run.born["step"] == 0
+        np.testing.assert_array_equal(run.initial[f"ema/{name}"], array)
+    assert run.initial["step"] == 0
 
 
 @pytest.mark.parametrize("recipe", [recipes.mae, recipes.classifier])
@@ -366,10 +366,10 @@ def test_first_epoch_1_leaves_out_an_epoch_when_resuming(tmp_path):
     with pytest.raises(Interrupted, match="step 2 of 8"):
         training.train(config, tmp_path, lambda step: next(asked))
     training.train(config, tmp_path)
-    rates = recipes.logged(tmp_path, "learning_rate")
-    assert list(rates) == [1, 2, 7, 8]
-    rate = make_schedule(config.optimizer, config.batch_size, 4.0, 8)
-    assert_allclose([rates[7], rates[8]], [rate(6), rate(7)], rtol=1e-6)
+    logged = recipes.logged(tmp_path, "learning_rate")
+    assert list(logged) == [1, 2, 7, 8]
+    schedule = make_schedule(config.optimizer, config.batch_size, 4.0, 8)
+    assert_allclose([logged[7], logged[8]], [schedule(6), schedule(7)], rtol=1e-6)
     state = recipes.saved_arrays(tmp_path, 8)["optimizer"]
     counts = {int(v) for name, v in state.items() if name.endswith("count")}
     assert counts == {4, 8}  # steps for Adam's bias correction, and for the schedule

@@ -59,9 +59,9 @@ def check_lines(task, workdir):
     """Check that metrics.jsonl equals the old file, except for times."""
     expected = [json.loads(x) for x in (OLD / f"{task}.jsonl").read_text().splitlines()]
     path = Path(workdir, "metrics.jsonl")
-    found = [json.loads(x) for x in path.read_text().splitlines()]
-    assert [x["step"] for x in found] == [x["step"] for x in expected]
-    for line, old in zip(found, expected, strict=True):
+    lines = [json.loads(x) for x in path.read_text().splitlines()]
+    assert [x["step"] for x in lines] == [x["step"] for x in expected]
+    for line, old in zip(lines, expected, strict=True):
         for name in old.keys() - TIMES - NOT_COMPARABLE.get(task, set()):
             np.testing.assert_allclose(
                 line[name], old[name], RTOL, err_msg=f"step {old['step']} {name}"
@@ -98,12 +98,12 @@ def test_evaluation(task, unpacked, capsys):
 @pytest.mark.parametrize("task", TASKS)
 def test_model_loads(task, directory, unpacked):
     """`load_pretrained` reads the workdir and the directory of `save_pretrained`."""
-    found = outputs(hivit_jax.load_pretrained(f"{task}/{directory}"))
+    values = outputs(hivit_jax.load_pretrained(f"{task}/{directory}"))
     if task == "linear_probe":  # running mean and variance of 16 features counted then
-        found["parameters"] += 32
+        values["parameters"] += 32
     with np.load(OLD / f"{task}.npz") as expected:
-        assert found.keys() == set(expected)
+        assert values.keys() == set(expected)
         for name, array in expected.items():
             np.testing.assert_allclose(
-                found[name], array, RTOL, 1e-5, err_msg=name, strict=True
+                values[name], array, RTOL, 1e-5, err_msg=name, strict=True
             )

@@ -38,17 +38,17 @@ def command(workdir, source, **overrides):
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory, environment):
     """Return a function from a source to (workdir, stdout) of an uninterrupted run."""
-    found = {}
+    finished = {}
 
     def run(source, **overrides):
-        if source not in found:
+        if source not in finished:
             workdir = tmp_path_factory.mktemp(source)
             code, out, err = recipes.run_process(
                 *command(workdir, source, **overrides), **environment
             )
             assert code == 0, err
-            found[source] = workdir, out
-        return found[source]
+            finished[source] = workdir, out
+        return finished[source]
 
     return run
 

@@ -74,16 +74,16 @@ def start(recipe, workdir, *flags, **options):
 
 def test_training_and_evaluation(run):
     """The loss falls; each readable example counts once in the evaluation."""
-    found = lines(run)
-    losses = [line["eval/loss"] for line in found if "eval/loss" in line]
+    logged = lines(run)
+    losses = [line["eval/loss"] for line in logged if "eval/loss" in line]
     assert len(losses) == STEPS
     assert losses[-1] < 0.8 * losses[0]
-    for line in found:
+    for line in logged:
         if "eval/count" in line:
             assert (line["eval/count"], line["eval/records"]) == (17, 17)
             assert line["eval/cells"] == 9 * 16 + 8 * 24
             assert line["eval/worst"] <= line["eval/accuracy"] <= 1
-    unreadable = [line["unreadable"] for line in found if "unreadable" in line]
+    unreadable = [line["unreadable"] for line in logged if "unreadable" in line]
     assert sum(unreadable[:4]) == 1
 
 
@@ -179,12 +179,12 @@ def test_predictions(recipe, run, tmp_path, capsys):
     flags = ["--checkpoint", str(run), "--out"]
     assert predict.main([*flags, str(tmp_path / "split")]) == 0
     assert "17 of 17 images predicted" in capsys.readouterr().out
-    found = json.loads((tmp_path / "split" / "maps.json").read_text())
+    predictions = json.loads((tmp_path / "split" / "maps.json").read_text())
     data = recipe.parent / "data" / "test"
     right = []
-    for each in found:
-        with Image.open(data / each["name"].replace(".png", ".map.png")) as image:
-            right.append((np.asarray(image) == each["map"]).mean())
+    for prediction in predictions:
+        with Image.open(data / prediction["name"].replace(".png", ".map.png")) as image:
+            right.append((np.asarray(image) == prediction["map"]).mean())
     assert len(right) == 17
     assert np.mean(right) > 0.6
     (tmp_path / "own").mkdir()
@@ -193,5 +193,9 @@ def test_predictions(recipe, run, tmp_path, capsys):
     assert predict.main(own) == 0
     [one] = json.loads((tmp_path / "out" / "maps.json").read_text())
     assert one == {"name": "a.png"} | {
-        "map": next(each["map"] for each in found if each["name"] == "03.png")
+        "map": next(
+            prediction["map"]
+            for prediction in predictions
+            if prediction["name"] == "03.png"
+        )
     }

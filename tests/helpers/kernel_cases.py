@@ -140,10 +140,10 @@ def output_and_gradients(function, inputs, direction):
 
 def relative_errors(function, inputs, direction, truth, jit):
     """Return the relative errors (by norm) of the output and of each gradient."""
-    found = jit(partial(output_and_gradients, function))(inputs, direction)
+    results = jit(partial(output_and_gradients, function))(inputs, direction)
     return [
         float(jnp.linalg.norm(a.astype(jnp.float32) - b) / jnp.linalg.norm(b))
-        for a, b in zip(found, truth, strict=True)
+        for a, b in zip(results, truth, strict=True)
     ]
 
 
@@ -229,7 +229,9 @@ def plain_block(special: str, params: dict, x: jax.Array) -> jax.Array:
     if special == "key mask":
         mask = jnp.asarray(hidden_keys(batch) > 0)[:, None, None, :]
     if special == "windows":
-        window = np.stack([each // WINDOW for each in unit_coordinates()], -1)
+        window = np.stack(
+            [coordinate // WINDOW for coordinate in unit_coordinates()], -1
+        )
         mask = jnp.asarray((window[:, None] == window).all(-1))[None, None]
     if special == "relative bias":
         table = params["attn/relative_position_bias_table"]

@@ -23,7 +23,7 @@ def play(line: str, before: list[str]) -> int:
     """
     for piece, parts in json.loads(os.environ["PLAY"]).items():
         if piece in line:
-            turn = sum(piece in each for each in before)
+            turn = sum(piece in earlier for earlier in before)
             out, code = parts[min(turn, len(parts) - 1)]
             if code == "signal":
                 signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))

@@ -153,12 +153,12 @@ class Segmentation(Task):
 
     def eval_step(self, model, frozen, batch, keys):
         logits = model(self.preprocess(batch)) + frozen["prior"]
-        found = logits.argmax(-1)
+        predicted = logits.argmax(-1)
         weight = batch["weight"].astype(jnp.int32)[:, None, None]
         confusion = jnp.zeros((CLASSES, CLASSES), jnp.int32)
-        confusion = confusion.at[batch["map"], found].add(weight)
+        confusion = confusion.at[batch["map"], predicted].add(weight)
         loss = cross_entropy(logits, batch["map"]) * batch["weight"]
-        right = (found == batch["map"]).mean((1, 2))
+        right = (predicted == batch["map"]).mean((1, 2))
         return {"confusion": confusion, "loss": loss.sum()}, {"right": right}
 
     def predict_step(self, model, batch):
@@ -171,8 +171,8 @@ class Segmentation(Task):
     def records(self, rows):
         if "map" in rows:
             return [
-                {"name": Path(str(name)).name, "map": found.tolist()}
-                for name, found in zip(rows["name"], rows["map"], strict=True)
+                {"name": Path(str(name)).name, "map": label_map.tolist()}
+                for name, label_map in zip(rows["name"], rows["map"], strict=True)
             ]
         pairs = zip(rows["index"].tolist(), rows["right"].tolist(), strict=True)
         return [{"index": index, "right": right} for index, right in pairs]

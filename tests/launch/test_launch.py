@@ -149,11 +149,11 @@ def test_calls_of_create(stage):
 def test_create_without_flags_and_from_the_environment(stage):
     play = {QUEUE: [["ACTIVE", 0]]}
     assert stage.run(*tpu_vm("create"), play=play)[0] == 0
-    plain = gcloud("queued-resources", "create", "hivit", "--node-id=hivit")
+    command = gcloud("queued-resources", "create", "hivit", "--node-id=hivit")
     kind = ["--accelerator-type=v5litepod-4", "--runtime-version=v2-alpha-tpuv5-lite"]
-    assert stage.calls()[0] == [*plain, *kind, "--quiet"]
+    assert stage.calls()[0] == [*command, *kind, "--quiet"]
     assert stage.run(*tpu_vm("create"), play=play, TPU_SPOT="1", TPU_ZONE="z")[0] == 0
-    assert stage.calls()[0] == [*plain, *kind, "--spot", "--zone=z", "--quiet"]
+    assert stage.calls()[0] == [*command, *kind, "--spot", "--zone=z", "--quiet"]
 
 
 @pytest.mark.parametrize("state", ["FAILED", "SUSPENDED"])

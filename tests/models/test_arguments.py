@@ -44,12 +44,12 @@ def test_numbers_of_any_library(name, given, stored):
     Fields store Python numbers, so that saved models can contain the values.
     """
     _, config, _ = configure("hivit_base", **MINI | {name: given})
-    found = getattr(config, name)
-    assert found == stored
-    assert json.loads(json.dumps(found)) == (
+    value = getattr(config, name)
+    assert value == stored
+    assert json.loads(json.dumps(value)) == (
         list(stored) if isinstance(stored, tuple) else stored
     )
-    assert {type(x) for x in np.ravel(np.array(found, object))} <= {int, float, bool}
+    assert {type(x) for x in np.ravel(np.array(value, object))} <= {int, float, bool}
 
 
 @pytest.mark.parametrize(

@@ -93,8 +93,8 @@ def test_order_of_maps_and_of_kept_units(sizes):
     def run(model, images):
         return model.features(images), model.features(images, KEPT)
 
-    found = jit_model(model, run)(jnp.asarray(images))
-    maps, kept = jax.tree.map(np.asarray, found)
+    result = jit_model(model, run)(jnp.asarray(images))
+    maps, kept_units = jax.tree.map(np.asarray, result)
     for sample in range(2):
         expected = numpy_maps(model, images[sample])
         assert len(expected) == len(maps)
@@ -105,7 +105,7 @@ def test_order_of_maps_and_of_kept_units(sizes):
                 row, column = divmod(unit, width // 16)
                 rows = slice(row * inner, (row + 1) * inner)
                 columns = slice(column * inner, (column + 1) * inner)
-                cells = kept[level][sample, i]
+                cells = kept_units[level][sample, i]
                 assert cells.shape == (inner, inner, expected_map.shape[-1])
                 assert_allclose(cells, expected_map[rows, columns], atol=1e-5)
     # No two positions have the same features, so that another order fails.
@@ -186,8 +186,8 @@ def test_attention_gives_the_output_of_its_block():
             outputs.append(x + block.mlp(block.norm2(x)))
         return layers, outputs, encoder(images)[-1]
 
-    found = jit_model(model, run)(random_array((2, 48, 80, 3)))
-    layers, outputs, last = jax.tree.map(np.asarray, found)
+    result = jit_model(model, run)(random_array((2, 48, 80, 3)))
+    layers, outputs, last = jax.tree.map(np.asarray, result)
     for layer, output in zip(layers[1:], outputs, strict=True):
         assert_allclose(output, layer.tokens, atol=1e-5)
     assert_array_equal(layers[-1].tokens, last)

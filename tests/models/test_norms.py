@@ -49,8 +49,8 @@ def test_against_pytorch():
     ours = BatchNorm(6, epsilon=1e-3, momentum=0.3, affine=False)
     for batch in (IMAGES[:8], IMAGES[8:]):
         expected = theirs(torch.tensor(batch.transpose(0, 3, 1, 2))).numpy()
-        found = ours(batch, jnp.ones(8))
-        assert_allclose(found, expected.transpose(0, 2, 3, 1), rtol=1e-5, atol=1e-5)
+        actual = ours(batch, jnp.ones(8))
+        assert_allclose(actual, expected.transpose(0, 2, 3, 1), rtol=1e-5, atol=1e-5)
     assert_allclose(ours.mean[...], theirs.running_mean.numpy(), rtol=1e-5)
     assert_allclose(ours.var[...], theirs.running_var.numpy(), rtol=1e-5)
 

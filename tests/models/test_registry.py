@@ -132,8 +132,8 @@ def test_info_of_a_new_model_and_its_copies(channels):
     assert info.mean == pytest.approx(mean if channels == 3 else [np.mean(mean)])
     model.info = replace(info, class_names=("cat", "dog"))
     copies = copy.deepcopy(model), nnx.merge(*nnx.split(model)), nnx.clone(model)
-    assert all(each.info == model.info for each in copies)
-    assert all(each.config == model.config for each in copies)
+    assert all(copied.info == model.info for copied in copies)
+    assert all(copied.config == model.config for copied in copies)
 
 
 INITIAL = [

@@ -35,8 +35,8 @@ def split_mini(name, **overrides):
     return nnx.split(mini(name, **sizes))
 
 
-def assert_close(found, expected):
-    for a, b in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+def assert_close(actual, expected):
+    for a, b in zip(*map(jax.tree.leaves, (actual, expected)), strict=True):
         assert_allclose(a, b, rtol=2e-4, atol=2e-4 * np.abs(b).max() + 1e-7)
 
 
@@ -96,12 +96,12 @@ def test_shardings_on_explicit_meshes(name, spec):
     model = nnx.merge(*split_mini(name))
     mesh = jax.make_mesh((2, 2), ("a", "b"))
     images = jax.device_put(IMAGES, NamedSharding(mesh, spec))
-    plain = jax.eval_shape(partial(all_outputs, model), IMAGES)
+    expected = jax.eval_shape(partial(all_outputs, model), IMAGES)
 
     def check(images):
-        found = all_outputs(model, images)
-        assert jax.tree.map(jnp.shape, found) == jax.tree.map(jnp.shape, plain)
-        for x in jax.tree.leaves(found):
+        outputs = all_outputs(model, images)
+        assert jax.tree.map(jnp.shape, outputs) == jax.tree.map(jnp.shape, expected)
+        for x in jax.tree.leaves(outputs):
             first = jax.typeof(x).sharding.spec[:1] if x.ndim else ()
             assert tuple(first) == ((*spec, None)[:1] if x.ndim else ())
         return ()
@@ -172,11 +172,11 @@ def test_derivatives_of_layer_norm(dtype):
         jax.jacrev,
         lambda f, n: jax.jacfwd(jax.jacrev(f, n), n),
     ):
-        for found, expected in zip(
+        for actual, expected in zip(
             *(fast_jit(transform(f, (0, 1, 2)))(x, scale, bias) for f in (ours, plain)),
             strict=True,
         ):
-            for a, b in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+            for a, b in zip(*map(jax.tree.leaves, (actual, expected)), strict=True):
                 assert_allclose(np.float32(a), np.float32(b), **tolerance)
 
 
@@ -261,6 +261,6 @@ def test_gradient_of_all_variables(name, kind, overrides):
     gradient = fast_jit(jax.grad(lambda s: loss(graphdef, s, IMAGES, NOISE).sum()))(
         state
     )
-    found = jax.tree.leaves(nnx.split(nnx.merge(graphdef, gradient), kind, ...)[1])
-    assert found
-    assert not any(np.asarray(x).any() for x in found)
+    gradients = jax.tree.leaves(nnx.split(nnx.merge(graphdef, gradient), kind, ...)[1])
+    assert gradients
+    assert not any(np.asarray(x).any() for x in gradients)

@@ -87,12 +87,12 @@ def test_attention_of_each_window(image_size, side, relative_position):
         return attention(x), attention(x, key_mask=mask)
 
     outputs = map(np.asarray, jit_model(attention, run)(x, mask))
-    for out, seen in zip(outputs, (np.ones_like(mask), mask), strict=True):
+    for out, visible in zip(outputs, (np.ones_like(mask), mask), strict=True):
         assert np.isfinite(out).all()
         for sample in range(2):
             for window in window_units(grid, side):
                 units = [row * grid[1] + column for row, column in window]
-                keys = [i for i, n in enumerate(units) if seen[sample, n]]
+                keys = [i for i, n in enumerate(units) if visible[sample, n]]
                 if not keys:
                     continue
                 bias = np.full((2, len(units), len(units)), -np.inf, np.float32)
@@ -139,8 +139,8 @@ def test_gradients_are_finite_without_a_key():
             attention, x
         )
 
-    found = jit_model(attention, gradients)(random_array((2, 35, 64), "tokens"))
-    for name, gradient in named_leaves(found).items():
+    results = jit_model(attention, gradients)(random_array((2, 35, 64), "tokens"))
+    for name, gradient in named_leaves(results).items():
         assert np.isfinite(gradient).all(), name
         assert np.abs(gradient).max() > 0, name
 

@@ -34,7 +34,7 @@ def official_stages(model, images, ids_keep=None):
     """Return the stages that the golden data name, in their layout [B, K, h, w, C]."""
     encoder, stages = model.encoder, {}
     units, inner = images.shape[0], encoder.config.inner_patches
-    kept = (
+    num_kept = (
         encoder.absolute_pos_embed.shape[0] if ids_keep is None else ids_keep.shape[1]
     )
 
@@ -62,9 +62,9 @@ def official_stages(model, images, ids_keep=None):
         record(f"stage{number}", x, inner)
         x, inner = merge(x), inner // 2
         record(f"merge{number}", x, inner)
-    x = x.reshape(units, kept, -1) + position
+    x = x.reshape(units, num_kept, -1) + position
     stages["pos_added"] = x
-    ids = jnp.arange(kept) if ids_keep is None else ids_keep
+    ids = jnp.arange(num_kept) if ids_keep is None else ids_keep
     index = relative_position_index(ids, encoder.grid)
     depth = len(encoder.stages[-1])
     named = {0: "main_first", depth // 2 - 1: "main_mid", depth - 1: "main_last"}

@@ -53,23 +53,23 @@ def test_draw_run(workdir, channels):
     writer.close()
     panels = np.random.RandomState(0).rand(2, 4, 16, 16, channels)
     pictures = {"reconstruction": figures.reconstructions(panels, "title")}
-    drawn = figures.draw_run(workdir, 20, pictures)
+    images = figures.draw_run(workdir, 20, pictures)
     paths = {
         "curves": workdir / "figures" / "curves.png",
         "reconstruction": workdir / "figures" / "reconstruction_0000020.png",
     }
-    assert drawn.keys() == paths.keys()
+    assert images.keys() == paths.keys()
     sizes = {"curves": (440, 704), "reconstruction": (407, 704)}  # 110 dots per inch
     for name, path in paths.items():
-        assert drawn[name].dtype == np.uint8
-        for pixels in (drawn[name], pixels_of(path)):
+        assert images[name].dtype == np.uint8
+        for pixels in (images[name], pixels_of(path)):
             assert pixels.shape == (*sizes[name], 3)
             assert pixels.std() > 10  # not blank
 
 
 def test_draw_run_without_panels_or_lines(tmp_path):
-    drawn = figures.draw_run(tmp_path, 0, {})
-    assert list(drawn) == ["curves"]
+    images = figures.draw_run(tmp_path, 0, {})
+    assert list(images) == ["curves"]
     assert [p.name for p in (tmp_path / "figures").iterdir()] == ["curves.png"]
 
 

@@ -166,5 +166,5 @@ def test_workdir_in_a_bucket(bucket):
     assert str(read.absolute("gs://bucket/run")) == "gs://bucket/run"
     (bucket / "run/checkpoints/7/params").mkdir(parents=True)
     (bucket / "run/checkpoints/12/params").mkdir(parents=True)
-    found = [path.name for path in read.find_checkpoints("gs://bucket/run")]
-    assert found == ["12", "7"]
+    names = [path.name for path in read.find_checkpoints("gs://bucket/run")]
+    assert names == ["12", "7"]

@@ -83,7 +83,7 @@ def test_command(tmp_path, quick, capsys):
         batch_size=56,  # divides neither split
         mesh__data=-1,
     )
-    found = closed_form.closed_form_probe(config)
+    metrics = closed_form.closed_form_probe(config)
     encode = jit_model(model, lambda model, images: model.encoder(images)[-1])
     splits = []
     mean, std = config.data.mean, config.data.std
@@ -96,11 +96,11 @@ def test_command(tmp_path, quick, capsys):
             parts.append(tokens[batch["weight"] > 0])
         splits.append((np.float32(np.concatenate(parts)), source.labels))
     penalty = select_penalty(*splits[0], 10)[0]
-    assert found["probe/penalty"] == penalty
+    assert metrics["probe/penalty"] == penalty
     top1, top5 = fit(*splits[0], 10).accuracy(*splits[1], penalty)
-    assert (found["eval/count"], found["eval/unreadable"]) == (360, 0)
-    assert abs(found["eval/top1"] - top1) <= 1 / 360
-    assert abs(found["eval/top5"] - top5) <= 1 / 360
+    assert (metrics["eval/count"], metrics["eval/unreadable"]) == (360, 0)
+    assert abs(metrics["eval/top1"] - top1) <= 1 / 360
+    assert abs(metrics["eval/top5"] - top5) <= 1 / 360
     assert f"penalty {penalty:g}  eval  top1 " in capsys.readouterr().out
     flags = recipes.ROOT / "configs" / "digits_linear.py"
     absent = [f"--config={flags}", f"--config.init_from={tmp_path / 'absent'}"]

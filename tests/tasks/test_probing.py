@@ -32,7 +32,7 @@ def files(tmp_path_factory):
     patterns = random.uniform(0, 1, (CLASSES, 4, 6, 3))
     patterns[0] *= 0.03
     patterns[1] *= 0.1
-    found = {}
+    splits = {}
     for split, count in COUNTS.items():
         labels = np.sort(np.arange(count) % CLASSES)
         images = patterns[labels].repeat(8, 1).repeat(8, 2)
@@ -45,8 +45,8 @@ def files(tmp_path_factory):
             Image.fromarray(image).save(path)
             if number in DAMAGED[split]:
                 path.write_bytes(b"damaged")
-        found[split] = pixels, labels
-    return root, found
+        splits[split] = pixels, labels
+    return root, splits
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,9 @@ NAMES = tuple("abcdefghi")
 
 def warnings(recipe, *overrides, images=291, classes=NAMES, steps=1000):
     """Return the warnings about a recipe on a folder; 1000 steps by default."""
-    flags = [f"--config.{each}" for each in (f"total_steps={steps}", *overrides)]
+    flags = [
+        f"--config.{override}" for override in (f"total_steps={steps}", *overrides)
+    ]
     config = configs.load(recipe, flags)
     task = create(config, DatasetInfo({"train": images, "test": 9}, classes))
     return task.warnings(*inputs.count_steps(config, images))
@@ -74,8 +76,8 @@ def test_one_line_each(overrides, fragments):
 
 
 def test_one_class():
-    found = warnings(FT, *FINE[1:], "model.num_classes=1", classes=("a",))
-    assert found == ["model.num_classes=1: with one class the loss is always 0"]
+    messages = warnings(FT, *FINE[1:], "model.num_classes=1", classes=("a",))
+    assert messages == ["model.num_classes=1: with one class the loss is always 0"]
 
 
 def test_linear_probe():

@@ -129,7 +129,7 @@ def test_speed(check, healthy):
     _, out, _ = check(healthy, model__image_size=224, data__canvas=512)
     lines = [line.split() for line in out.splitlines()]
     row = next(i for i, line in enumerate(lines) if "estimate" in line)
-    rate = float(lines[row - 2][1].replace(",", ""))
+    images_per_second = float(lines[row - 2][1].replace(",", ""))
     config = recipes.mae("photographs", model__image_size=224)
     model = check_data.nnx.eval_shape(
         check_data.inputs.task_of_recipe(config).build_model
@@ -140,7 +140,7 @@ def test_speed(check, healthy):
         needed, cores = (float(cell.replace(",", "")) for cell in line[-2:])
         assert line[:-2] == ["one", *name.split()]
         assert needed == pytest.approx(0.4 * peak * 1e12 / flops, abs=1)
-        assert cores == pytest.approx(needed / rate, rel=0.01)
+        assert cores == pytest.approx(needed / images_per_second, rel=0.01)
 
 
 def test_damaged(check, damaged):
@@ -298,9 +298,9 @@ def test_classes_and_settings(check, healthy, tmp_path):
     for name, values in (("mean", pixels.mean(0)), ("std", pixels.std(0))):
         text = ",".join(f"{value / 255:.4f}" for value in values)
         assert f"--config.data.{name}=({text},)" in lines
-    drawn = np.asarray(Image.open(sheet))
-    assert drawn.shape[2] == 3
-    assert (drawn != 255).any()
+    sheet_pixels = np.asarray(Image.open(sheet))
+    assert sheet_pixels.shape[2] == 3
+    assert (sheet_pixels != 255).any()
 
 
 def test_images_in_both_splits(check, tmp_path):
@@ -389,8 +389,8 @@ def test_invalid_labels(check, healthy, monkeypatch):
     wrong = {3: -1, 8: 7}
 
     def mislabeled(self, index):
-        found = sample(self, index)
-        return found | {"label": wrong.get(index, found["label"])}
+        example = sample(self, index)
+        return example | {"label": wrong.get(index, example["label"])}
 
     monkeypatch.setattr(folder.Folder, "sample", mislabeled)
     code, out, err = check(healthy)

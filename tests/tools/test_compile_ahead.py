@@ -32,16 +32,20 @@ def test_command_that_searches_the_largest_batch(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(compile_ahead, "devices_of", lambda topology: jax.devices())
     monkeypatch.setattr(compile_ahead, "step_report", step_report)
     for search in (False, True):
-        found = recipes.compile_report(tmp_path, *["--search_batch"] * search)
-        assert ("largest_batch_per_device" in found) == search
+        content = recipes.compile_report(tmp_path, *["--search_batch"] * search)
+        assert ("largest_batch_per_device" in content) == search
         out = capsys.readouterr().out
         assert "fits: 0.00 GiB of 0.00 GiB per device (arguments 0.00, " in out
         assert "all-reduce x 2: 3.0 MB per step and device\n" in out
         assert "at most 123 images/s per chip, bound by memory\n" in out
         assert "2.5 GFLOP and 7 MB of HBM traffic per image\n" in out
         assert (f"written: {tmp_path}/compile.json") in out
-    assert found["largest_batch_per_device"] <= 40 < found["smallest_that_does_not_fit"]
-    assert f"per device: {found['largest_batch_per_device']} (" in out
+    assert (
+        content["largest_batch_per_device"]
+        <= 40
+        < content["smallest_that_does_not_fit"]
+    )
+    assert f"per device: {content['largest_batch_per_device']} (" in out
 
 
 REPORT = {
@@ -120,19 +124,19 @@ def test_complete_report(tmp_path, monkeypatch):
     monkeypatch.setattr(compile_ahead, "devices_of", lambda topology: jax.devices())
     monkeypatch.setitem(ahead.PLUGINS, "v5e", "jaxlib")
     options = dict(data__name="imagenet2012", data__canvas=96)
-    found = recipes.compile_report(tmp_path, **options)
-    assert found["fits"]
-    assert found["devices"] == found["batch_per_device"] == 8
-    memory = found["hbm_bytes_per_device"]
+    report = recipes.compile_report(tmp_path, **options)
+    assert report["fits"]
+    assert report["devices"] == report["batch_per_device"] == 8
+    memory = report["hbm_bytes_per_device"]
     assert memory["limit"] == 15.75 * 2**30
     assert 0 < memory["aliased"] <= memory["arguments"] < memory["total"]
     model = nnx.eval_shape(inputs.task_of_recipe(recipes.mae()).build_model)
-    [reduced] = found["collectives"]
+    [reduced] = report["collectives"]
     assert reduced["kind"] == "all-reduce"
     assert_allclose(reduced["bytes_per_step"], 4 * model.parameter_count(), rtol=0.02)
     blocks = {f"{part} {branch}" for part in ("main", "decoder") for branch in BRANCHES}
     parts = {"input", "embedding", "stem1", "stem2", "merge", "latent", "loss"}
-    regions = found["regions"]
+    regions = report["regions"]
     assert blocks | parts | {"optimizer", "exchange"} <= regions.keys()
     for name in blocks | parts:
         assert all(value > 0 for value in regions[name].values()), name
@@ -143,7 +147,7 @@ def test_complete_report(tmp_path, monkeypatch):
     assert_allclose(
         parts["collectives"][0]["bytes_per_step"], reduced["bytes_per_step"], rtol=0.02
     )
-    assert_allclose(parts["flops_per_image"], found["flops_per_image"], rtol=0.1)
+    assert_allclose(parts["flops_per_image"], report["flops_per_image"], rtol=0.1)
 
 
 def linear(size):

@@ -97,12 +97,12 @@ def test_describe_draws_schedule_and_images(tmp_path, capsys, monkeypatch):
     assert f"drawn: {tmp_path}/figures/schedule.png, " in capsys.readouterr().out
     for name in ("schedule", "augmented"):
         Image.open(tmp_path / "figures" / f"{name}.png").verify()
-    [(steps, rates)] = lines
+    [(steps, learning_rates)] = lines
     np.testing.assert_array_equal(steps, np.arange(361))
     peak, warmup = 1e-2 * 24 / 256, 125  # steps: 30 of 100 images
     fall = 0.5 + 0.5 * np.cos(np.pi * (steps - warmup) / (360 - warmup))
     expected = peak * np.where(steps < warmup, steps / warmup, fall)
-    np.testing.assert_allclose(rates, expected, rtol=1e-4, atol=1e-8)
+    np.testing.assert_allclose(learning_rates, expected, rtol=1e-4, atol=1e-8)
     pixels = digits.Digits("train", 100).pixels()[permutation(0, 0, 100)[:16]]
     assert len(images) == 16
     for (image, options), scan in zip(images, pixels, strict=True):

@@ -67,9 +67,9 @@ def test_export_equals_the_model_in_any_batch(what, dtype, size, tmp_path):
     run = export.load_exported(tmp_path / "model")
     for batch in (1, 3):
         images = random_array((batch, *model.config.image_size, 3))
-        found, expected = run(images), outputs(model, what, images)
-        assert isinstance(found, tuple) == (what == "features")
-        recipes.assert_identical(jax.tree.leaves(found), expected)
+        actual, expected = run(images), outputs(model, what, images)
+        assert isinstance(actual, tuple) == (what == "features")
+        recipes.assert_identical(jax.tree.leaves(actual), expected)
 
 
 @pytest.mark.slow
@@ -254,10 +254,10 @@ def test_onnx_contains_class_names_and_preprocessing(monkeypatch):
     monkeypatch.setitem(sys.modules, "jax2onnx", stub)
     model = mini(num_classes=2)
     model.info = replace(model.info, class_names=("cat", "dog"))
-    found = json.loads(export.export_onnx(model))
-    assert found["class_names"] == ["cat", "dog"]
-    assert found["image_size"] == [64, 64]
-    assert (found["mean"], found["crop"]) == ([0.485, 0.456, 0.406], 0.875)
+    metadata = json.loads(export.export_onnx(model))
+    assert metadata["class_names"] == ["cat", "dog"]
+    assert metadata["image_size"] == [64, 64]
+    assert (metadata["mean"], metadata["crop"]) == ([0.485, 0.456, 0.406], 0.875)
 
 
 def test_onnx_is_float32():
@@ -274,8 +274,8 @@ def test_onnx(what, tmp_path):
     run = export.load_exported(path)
     for batch in (1, 3):
         images = random_array((batch, 32, 64, 3))
-        found = jax.tree.leaves(run(images))
-        for x, y in zip(found, outputs(model, what, images), strict=True):
+        actual = jax.tree.leaves(run(images))
+        for x, y in zip(actual, outputs(model, what, images), strict=True):
             assert_allclose(x, y, rtol=0, atol=2e-5)
 
 

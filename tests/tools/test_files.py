@@ -52,9 +52,9 @@ def test_model_without_recipe(tmp_path, capsys):
     logits = np.asarray(model(hivit_jax.preprocess(model)(image)))[0]
     expected = ("cat", "dog")[logits.argmax()]
     probability = 1 / np.exp(logits - logits.max()).sum()
-    _, name, found, *_ = out.read_text().splitlines()[1].split(",")
+    _, name, printed, *_ = out.read_text().splitlines()[1].split(",")
     assert name == expected
-    assert float(found) == pytest.approx(probability, abs=1e-5)
+    assert float(printed) == pytest.approx(probability, abs=1e-5)
     bare = f"--checkpoint={tmp_path / 'bare'}"
     assert predict.main([bare, *flags]) == 2
     assert "has no head" in capsys.readouterr().err

@@ -178,15 +178,21 @@ def test_figures(tmp_path, monkeypatch):
         figures.write_png(run / "figures" / f"some_cells_{step:07d}.png", pixels)
     for name in ("schedule", "curves"):
         figures.write_png(run / "figures" / f"{name}.png", pixels)
-    found = page_data(run)["runs"][0]["figures"]
-    assert {name: [image["step"] for image in found[name]] for name in found} == {
+    images_by_name = page_data(run)["runs"][0]["figures"]
+    assert {
+        name: [image["step"] for image in images_by_name[name]]
+        for name in images_by_name
+    } == {
         "schedule": [0],
         "some_cells": [10, 30, 50],
     }
-    for image in found["some_cells"]:
+    for image in images_by_name["some_cells"]:
         encoded = image["src"].removeprefix("data:image/png;base64,")
-        with Image.open(io.BytesIO(base64.b64decode(encoded))) as drawn:
-            assert (drawn.size, drawn.getpixel((0, 0))[0]) == ((2, 1), image["step"])
+        with Image.open(io.BytesIO(base64.b64decode(encoded))) as picture:
+            assert (picture.size, picture.getpixel((0, 0))[0]) == (
+                (2, 1),
+                image["step"],
+            )
 
 
 def test_page_is_self_contained(tmp_path):

@@ -61,7 +61,7 @@ def test_ten_steps_of_the_official_adamw(
 
     opt_state, losses = transform.init(params), []
     moments = optax.tree.get(opt_state, "mu"), optax.tree.get(opt_state, "nu")
-    dtypes = [{x.dtype.name for x in jax.tree.leaves(each)} for each in moments]
+    dtypes = [{x.dtype.name for x in jax.tree.leaves(tree)} for tree in moments]
     assert dtypes == [{first_moment}, {"float32"}]
     for number in range(11):
         noise = jnp.asarray(reference.noise(f"traj{number}", 4, 16))
@@ -148,7 +148,7 @@ def test_layer_decay_and_weight_decay_of_finetuning(size):
 
 
 @pytest.mark.parametrize(
-    ("fact", "name", "rate"),
+    ("fact", "name", "drop_path_rate"),
     [
         ("supervised_tiny", "hivit_tiny", 0.05),
         ("supervised_small", "hivit_small", 0.3),
@@ -156,8 +156,8 @@ def test_layer_decay_and_weight_decay_of_finetuning(size):
         ("finetune_base_0.2", "hivit_base", 0.2),
     ],
 )
-def test_drop_path_rates(fact, name, rate):
-    model = networks.abstract_model(name, drop_path_rate=rate)
+def test_drop_path_rates(fact, name, drop_path_rate):
+    model = networks.abstract_model(name, drop_path_rate=drop_path_rate)
     expected = [x for x in golden_facts("drop_path")[fact] if x is not None]
     np.testing.assert_allclose(model.config.drop_path_rates, expected, rtol=1e-6)
 
@@ -179,7 +179,7 @@ def test_stateless_parts_change_no_tree(clip_norm, layer_decay):
     clip = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
     scales = {"a": layer_decay**2, "b": {"bias": 1.0}}
     decay = optax.stateless(lambda u, _: jax.tree.map(jnp.multiply, u, scales))
-    plain = optax.chain(
+    adamw = optax.chain(
         *clip,
         optax.scale_by_adam(*options.betas, eps=1e-8),
         optax.add_decayed_weights(options.weight_decay, {"a": True, "b": False}),
@@ -187,11 +187,11 @@ def test_stateless_parts_change_no_tree(clip_norm, layer_decay):
         optax.scale_by_learning_rate(lambda step: 0.1),
     )
     names = ["0/count", "0/mu/a", "0/mu/b/bias", "0/nu/a", "0/nu/b/bias", "2/count"]
-    states = made.init(PARAMS), plain.init(PARAMS)
+    states = made.init(PARAMS), adamw.init(PARAMS)
     assert [*named_leaves(states[0])] == names
     for number in range(3):
         gradient = jax.tree.map(lambda x, n=number: x * n - 1, PARAMS)
-        found, first = made.update(gradient, states[0], PARAMS)
-        expected, second = plain.update(gradient, states[1], PARAMS)
+        updates, first = made.update(gradient, states[0], PARAMS)
+        expected, second = adamw.update(gradient, states[1], PARAMS)
         states = first, second
-        jax.tree.map(np.testing.assert_array_equal, found, expected)
+        jax.tree.map(np.testing.assert_array_equal, updates, expected)

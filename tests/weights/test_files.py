@@ -192,8 +192,8 @@ def test_foreign_archives(tmp_path, capsys):
     path = tmp_path / "x.pth"
     path.write_bytes(pickle.dumps({"model": {}}))
     check_refused(path, "contains no tensors by name, but {'model': dict}", capsys)
-    whole = (reference.GOLDEN / "official_mae.pth").read_bytes()
-    path.write_bytes(whole[: len(whole) // 2])
+    content = (reference.GOLDEN / "official_mae.pth").read_bytes()
+    path.write_bytes(content[: len(content) // 2])
     check_refused(path, "is damaged or truncated", capsys)
     zeros = {"x/data.pkl": b"\x80\x02}.", "x/data/0": bytes(10**7)}
     write_archive(path, zeros, zipfile.ZIP_DEFLATED)

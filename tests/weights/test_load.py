@@ -58,7 +58,7 @@ def convert_state(state, width=16):
             for start, cells, size in zip(starts, MERGED, (4, 8, 16), strict=True)
         ]
     )
-    found = {}
+    converted = {}
     for name, array in state.items():
         name = name.removeprefix("backbone.").replace("head.fc.", "head.")
         name = "absolute_pos_embed" if name == "pos_embed" else name
@@ -81,8 +81,8 @@ def convert_state(state, width=16):
         first = ".".join(name.split(".")[: 1 + name.startswith("blocks.")])
         path = BLOCKS.get(first, first) + name.removeprefix(first).replace(".", "/")
         ending = "kernel" if array.ndim > 1 else "scale"
-        found[re.sub("weight$", ending, path)] = array
-    return found
+        converted[re.sub("weight$", ending, path)] = array
+    return converted
 
 
 # Formats

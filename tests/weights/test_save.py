@@ -271,12 +271,12 @@ def test_no_paths_of_the_machine_are_shared(tmp_path):
         "teacher": {"paths": ["t1", "t2", "t3"]},
         "model": {"name": "hivit_base", "depths": [1, 2]},
     }
-    kept = {
+    unchanged = {
         "init_from": "hf://group/hivit",
         "augment": "rand-m9-mstd0.5-inc1",
         "a": 0.5,
     }
-    assert shareable(kept) == kept
+    assert shareable(unchanged) == unchanged
     assert shareable({"init_from": "runs/secret/last"}) == {"init_from": "last"}
 
 

@@ -47,9 +47,9 @@ def read(path, name="a"):
 )
 def test_tensors(array, legacy, tmp_path):
     """Tensors of every dtype and views of a storage are read."""
-    found = read(torch_files.save({"a": tensor(array)}, tmp_path / "x.pth", legacy))
-    assert found.dtype == array.dtype
-    np.testing.assert_array_equal(found, array)
+    loaded = read(torch_files.save({"a": tensor(array)}, tmp_path / "x.pth", legacy))
+    assert loaded.dtype == array.dtype
+    np.testing.assert_array_equal(loaded, array)
 
 
 @FORMATS
@@ -81,9 +81,9 @@ def test_arrays_of_numpy(protocol, dtype, tmp_path):
     (tmp_path / "x.pkl").write_bytes(pickle.dumps(content, protocol))
     file = TorchFile(tmp_path / "x.pkl")
     for name, record in file.content.items():
-        found = file.array(name, record)
-        np.testing.assert_array_equal(found, array)
-        assert found.dtype.isnative
+        loaded = file.array(name, record)
+        np.testing.assert_array_equal(loaded, array)
+        assert loaded.dtype.isnative
     (tmp_path / "x.pkl").write_bytes(pickle.dumps({"a": array.astype(object)}, 2))
     with pytest.raises(CheckpointError, match="'a' has dtype 'O8'; expected numbers"):
         read(tmp_path / "x.pkl")

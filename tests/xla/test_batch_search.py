@@ -26,12 +26,13 @@ def test_search_for_the_largest_batch(monkeypatch, start_size, limit):
         "fits": start_size <= limit,
     }
     start["topology"] = ""
-    found = compile_ahead.largest_batch(config, [], start)
+    result = compile_ahead.largest_batch(config, [], start)
     low, high = (
-        found[key] for key in ("largest_batch_per_device", "smallest_that_does_not_fit")
+        result[key]
+        for key in ("largest_batch_per_device", "smallest_that_does_not_fit")
     )
     assert low <= limit < high <= low + max(1, low // 8)
-    assert found["compiles_of_the_search"] == len(tried) <= 7
+    assert result["compiles_of_the_search"] == len(tried) <= 7
     assert len({*tried, start_size}) == len(tried) + 1  # none is tried twice
     assert config.batch_size == 8 * start_size
 
@@ -56,5 +57,5 @@ def test_search_where_nothing_fits(monkeypatch):
     report = {"fits": False, "hbm_bytes_per_device": memory}
     monkeypatch.setattr(compile_ahead, "step_report", lambda *_: report)
     start = {"batch_size": 32, "batch_per_device": 4, "topology": ""} | report
-    found = compile_ahead.largest_batch(recipes.mae(batch_size=32), [], start)
-    assert found["largest_batch_per_device"] == 0
+    result = compile_ahead.largest_batch(recipes.mae(batch_size=32), [], start)
+    assert result["largest_batch_per_device"] == 0

@@ -12,8 +12,8 @@ def test_roofline_is_the_slowest_resource():
     exchanged = [{"kind": "all-reduce", "count": 1, "bytes_per_step": 100e9}]
 
     def bound(flops, moved, exchanged=()):
-        found = roofline.roofline(chip, 10, flops, moved, exchanged)
-        return found["bound"], found["images_per_second_per_chip"]
+        result = roofline.roofline(chip, 10, flops, moved, exchanged)
+        return result["bound"], result["images_per_second_per_chip"]
 
     assert bound(197e12, 0) == ("arithmetic", 1)
     assert bound(1, 819e9 / 2) == ("memory", 2)

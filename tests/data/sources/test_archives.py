@@ -125,8 +125,8 @@ def test_long_names(tmp_path):
         members = [(f"{name}.cls", b"2\n"), (f"{name}.JPEG", b"image" * 300)]
         path = tmp_path / f"train{number}.tar"
         write_tar(path, members, format=tar_format)
-        found = [(member.name, read()) for member, read in tar.members(str(path))]
-        assert found == members
+        content = [(member.name, read()) for member, read in tar.members(str(path))]
+        assert content == members
     write_tar(tmp_path / "val.tar", members)
     data = folder_config(tmp_path, data__name="webdataset").data
     source = registry.open_source(data, "train")

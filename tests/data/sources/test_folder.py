@@ -41,8 +41,8 @@ def root(tmp_path):
 
 def listed(source):
     """Return the content and label of every example."""
-    found = [recipes.sample(source, i) for i in range(len(source))]
-    return [(encoded.decode(), label) for encoded, label in found]
+    examples = [recipes.sample(source, i) for i in range(len(source))]
+    return [(encoded.decode(), label) for encoded, label in examples]
 
 
 def test_files_are_in_the_order_of_torchvision(root):
@@ -85,7 +85,7 @@ def test_splits_have_configured_names(root):
 
 def test_index_is_cached_until_a_directory_changes(root, user_cache, monkeypatch):
     first = listed(folder.Folder(str(root), "train"))
-    (found,) = user_cache.glob("hivit_jax/*.npz")
+    (index_file,) = user_cache.glob("hivit_jax/*.npz")
     walks, walk = [], os.walk
     monkeypatch.setattr(os, "walk", lambda *a, **k: walks.append(a) or walk(*a, **k))
     assert listed(folder.Folder(str(root), "train")) == first
@@ -97,13 +97,13 @@ def test_index_is_cached_until_a_directory_changes(root, user_cache, monkeypatch
     assert len(folder.Folder(str(root), "train").classes) == 4
     assert len(walks) == 3 + 4  # one per class
     # The index is rebuilt: other version, damaged cache, unwritable cache.
-    with np.load(found) as index:
+    with np.load(index_file) as index:
         other = {name: index[name] for name in index if name != "classes"}
-    np.savez(found, **other)
+    np.savez(index_file, **other)
     assert len(folder.Folder(str(root), "train")) == 7
-    found.write_bytes(b"PK damaged")
+    index_file.write_bytes(b"PK damaged")
     assert len(folder.Folder(str(root), "train")) == 7
-    found.unlink()
+    index_file.unlink()
     (user_cache / "hivit_jax").rmdir()
     (user_cache / "hivit_jax").write_text("a file")
     assert len(folder.Folder(str(root), "train")) == 7
@@ -184,12 +184,17 @@ def test_hidden_and_system_names_are_ignored(root):
         source = folder.Folder(str(root), split)
         assert source.classes == ["n02", "n1", "n10"]
         assert listed(source) == examples
-    kept = ["train/@x/a.png", "train/__x/a.png", "train/cache/a.png", "train/n1/_.png"]
-    make(root, *kept)
+    ordinary = [
+        "train/@x/a.png",
+        "train/__x/a.png",
+        "train/cache/a.png",
+        "train/n1/_.png",
+    ]
+    make(root, *ordinary)
     source = folder.Folder(str(root), "train")
     assert source.classes == ["@x", "__x", "cache", "n02", "n1", "n10"]
     assert {name for name, _ in listed(source)} - {n for n, _ in before["train"]} == {
-        *kept
+        *ordinary
     }
 
 
@@ -239,11 +244,11 @@ def test_index_of_an_earlier_version_is_not_used(root, user_cache):
     """An old index is not used, because its classes may be hidden directories."""
     make(root, "train/.ipynb_checkpoints/a.png")
     folder.Folder(str(root), "train")
-    found = max(user_cache.glob("hivit_jax/*.npz"), key=os.path.getmtime)
-    with np.load(found) as index:
+    index_file = max(user_cache.glob("hivit_jax/*.npz"), key=os.path.getmtime)
+    with np.load(index_file) as index:
         old = {k: index[k] for k in ("directories", "times", "files")}
     old["classes"], old["counts"] = np.array([".ipynb_checkpoints"]), np.array([5])
-    np.savez(found, **old)
+    np.savez(index_file, **old)
     assert len(folder.Folder(str(root), "train")) == 5
     assert folder.Folder(str(root), "train").labels.tolist() == [0, 0, 0, 1, 2]
 

@@ -93,5 +93,5 @@ def test_newest_version_is_read(tmp_path):
     paths = {v: prepared(tmp_path, version=v) for v in ("5.1.0", "10.0.0", "5.0.0")}
     (tmp_path / "imagenet2012/11.0.0.incompleteXY").mkdir()
     for name, version in (("imagenet2012", "10.0.0"), ("imagenet2012:5.0.0", "5.0.0")):
-        found = tfds._prepared_path(name, str(tmp_path))
-        assert found == str(paths[version])
+        newest = tfds._prepared_path(name, str(tmp_path))
+        assert newest == str(paths[version])

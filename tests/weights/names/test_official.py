@@ -139,8 +139,8 @@ def test_finetuning_from_pretraining():
     }
     assert by_outcome["matched"] == set(facts["loaded"])
     assert by_outcome["unused"] == set(facts["unexpected_dropped"])
-    kept = set(facts["missing_keep_own_init"]) - {"relative_position_index"}
-    assert by_outcome["zero_init"] | by_outcome["newly_initialized"] == kept
+    not_loaded = set(facts["missing_keep_own_init"]) - {"relative_position_index"}
+    assert by_outcome["zero_init"] | by_outcome["newly_initialized"] == not_loaded
     assert by_outcome["newly_initialized"] == {
         "fc_norm.weight",
         "fc_norm.bias",
