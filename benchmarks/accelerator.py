@@ -2,10 +2,12 @@
 
     python -m benchmarks.accelerator [--platform cuda] [--only numbers fused ...]
 
-- numbers: compares the networks with the golden data, and kernels and bfloat16 with
-  float32: `TESTS`. Needs pytest.
-- one part for each of `STEPS`: benchmarks.train_step on configs/mae_base.py.
-- peers: benchmarks.peers, on a GPU. Needs torch.
+The command runs these parts:
+
+- numbers: the tests `TESTS` compare the networks with the golden data, and kernels and
+  bfloat16 with float32. This part requires pytest.
+- one part per entry of `STEPS`: benchmarks.train_step on configs/mae_base.py.
+- peers: benchmarks.peers, on a GPU only. This part requires torch.
 
 Every part is a separate process. A part that fails, or takes longer than `--limit`
 seconds, is reported, and the next part starts. After each part the results are written
@@ -26,11 +28,11 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 TESTS = "tests/parity/test_official.py", "tests/kernels/test_accelerator.py"
-TAIL = 30  # lines of output that are kept of a failed part
+TAIL = 30  # the last lines of output of a failed part are saved
 
 
 class Step(NamedTuple):
-    """Variant of the train step: config overrides, "KEY=VALUE", and XLA flags."""
+    """Variant of the train step: config overrides ("KEY=VALUE") and XLA flags."""
 
     overrides: tuple[str, ...] = ()
     xla_flags: str = ""
@@ -44,7 +46,7 @@ STEPS = {
     "remat": Step(("model.remat=True",)),
     "scan": Step(("model.scan_blocks=True",)),
 }
-# On GPUs only. Each flag is the opposite of XLA's default.
+# Variants on GPUs only. Each flag is the opposite of XLA's default.
 FLAGS = {
     "no command buffers": "--xla_gpu_enable_command_buffer=",
     "no Triton products": "--xla_gpu_enable_triton_gemm=false",
@@ -61,21 +63,21 @@ def parts_for(platform: str, batch: int, rounds: int, steps: int) -> dict[str, A
     # The CPU backend stays enabled because tests compute references on it.
     base = {"JAX_PLATFORMS": "cpu" if platform == "cpu" else f"{platform},cpu"}
     tests = (*python, "pytest", "-q", "-p", "no:xdist", *TESTS)
-    sizes = f"--rounds={rounds}", f"--steps={steps}", f"--batch={batch}"
-    # Tests compile many small programs. Without this flag, XLA:GPU times several
-    # algorithms for every matrix product in them.
+    counts = f"--rounds={rounds}", f"--steps={steps}", f"--batch={batch}"
+    # Without this flag, XLA:GPU times several algorithms for every matrix product, and
+    # the tests compile many small programs.
     quick = {"XLA_FLAGS": "--xla_gpu_autotune_level=0"} if platform == "cuda" else {}
     parts = {"numbers": (tests, base | quick)}
     for name, step in variants.items():
         overrides = ("--set", *step.overrides) if step.overrides else ()
         flags = f"{os.environ.get('XLA_FLAGS', '')} {step.xla_flags}".strip()
-        command = (*python, "benchmarks.train_step", *sizes, *overrides)
+        command = (*python, "benchmarks.train_step", *counts, *overrides)
         parts[name] = command, base | {"XLA_FLAGS": flags}
     if platform != "tpu":
         device = "gpu" if platform == "cuda" else "cpu"
         rows = "hivit_jax", "torch", "torch, compiled"
         rows += "ViT-B MAE, compiled", "Swin-B SimMIM, compiled"
-        options = (*sizes, "--device", device, "--rows", *rows)
+        options = (*counts, "--device", device, "--rows", *rows)
         parts["peers"] = (*python, "benchmarks.peers", *options), {}
     return parts
 
@@ -85,8 +87,8 @@ def run_part(
 ) -> dict[str, Any]:
     """Run a part and return its result as JSON values.
 
-    A benchmark writes its own result to the file of the flag ``--out``, which is added
-    here.
+    This function adds the flag ``--out`` to the command of a benchmark, and returns the
+    content of that file.
     """
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
@@ -110,7 +112,7 @@ def run_part(
     return {
         "exit_code": code,  # None: timeout
         "seconds": time.perf_counter() - began,
-        "said": lines[-TAIL:] if code != 0 else lines[-1:],
+        "output": lines[-TAIL:] if code != 0 else lines[-1:],
         "result": result,
     }
 
@@ -121,7 +123,7 @@ def row(name: str, part: dict[str, Any]) -> str:
     if part["exit_code"] != 0:
         return line + ("took too long" if part["exit_code"] is None else "failed")
     if "images_per_second" not in result:
-        return line + " ".join(part["said"])
+        return line + " ".join(part["output"])
     line += f"{result['images_per_second']:10,.1f} images/s"
     line += f"{1e3 * result['seconds_per_step']:9,.1f} ms"
     line += f"{result['peak_memory_bytes'] / 2**30:8.2f} GiB"
@@ -152,7 +154,7 @@ def main(argv: list[str] | None = None) -> int:
     for name in selected:
         results[name] = run_part(*parts[name], args.limit)
         if results[name]["exit_code"] != 0:
-            print("".join(f"{line}\n" for line in results[name]["said"]), end="")
+            print("".join(f"{line}\n" for line in results[name]["output"]), end="")
         print(row(name, results[name]), flush=True)
         out.write_text(json.dumps(results, indent=2) + "\n")
     return int(any(results[name]["exit_code"] != 0 for name in selected))

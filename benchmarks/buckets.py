@@ -2,9 +2,10 @@
 
     python -m benchmarks.buckets [--rounds 4] [--delay 0.03]
 
-Writes 420 photographs of 500x375 as class folders and as tar files. A server on this
-machine stands in for the bucket and delays each answer. Its CPU time does not count.
-Batches are read with two threads. The table contains medians of interleaved rounds.
+The benchmark writes 420 photographs of 500x375 as class folders and as tar files. A
+server on this machine stands in for the bucket and delays each answer. The CPU time of
+the server is not counted. Two threads read the batches. The table contains medians of
+interleaved rounds.
 """
 
 import argparse
@@ -30,7 +31,7 @@ SHARDS, STEPS = 8, 15
 
 
 def write_tars(root: Path) -> None:
-    """Write the photographs of ROOT/train as tar files of WebDataset."""
+    """Write the photographs of ROOT/train as WebDataset tar files."""
     paths = sorted(root.glob("train/*/*"))
     for split in ("train", "val"):
         for shard in range(SHARDS):
@@ -55,31 +56,28 @@ def sources(root: Path) -> dict[str, object]:
             "cache": root / "copies",
         },
     }
-    return {
-        row: recipe(each["dir"], workers=2, **{k: each[k] for k in each if k != "dir"})
-        for row, each in options.items()
-    }
+    return {row: recipe(root, workers=2, **data) for row, data in options.items()}
 
 
 def measure(root: Path, rounds: int) -> dict[str, dict[str, float]]:
-    """Return images per CPU-second and per second of each row."""
+    """Return images per CPU-second and images per second of each row."""
     configs = sources(root)
-    rates: dict[str, list[tuple[float, float]]] = {row: [] for row in configs}
+    throughputs: dict[str, list[tuple[float, float]]] = {row: [] for row in configs}
     for _ in range(rounds + 1):  # the first round is a warmup, and makes the copies
         for row, config in configs.items():
             registry.open_source(config.data, "train")
-            cpu, wall = time.process_time(), time.perf_counter()
+            cpu_began, began = time.process_time(), time.perf_counter()
             for _ in inputs.train_batches(config, 0, STEPS):
                 pass
-            images = BATCH * STEPS
-            spent = time.process_time() - cpu, time.perf_counter() - wall
-            rates[row].append((images / spent[0], images / spent[1]))
+            seconds, images = time.perf_counter() - began, BATCH * STEPS
+            cpu_seconds = time.process_time() - cpu_began
+            throughputs[row].append((images / cpu_seconds, images / seconds))
     return {
         row: {
-            "images_per_cpu_second": statistics.median(cpu for cpu, _ in values[1:]),
-            "images_per_second": statistics.median(wall for _, wall in values[1:]),
+            "images_per_cpu_second": statistics.median(x for x, _ in values[1:]),
+            "images_per_second": statistics.median(x for _, x in values[1:]),
         }
-        for row, values in rates.items()
+        for row, values in throughputs.items()
     }
 
 
@@ -98,16 +96,16 @@ def main() -> None:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         try:
             os.environ |= json.loads(process.stdout.readline())
-            rates = measure(root, args.rounds)
+            results = measure(root, args.rounds)
         finally:
             process.terminate()
     print(f"{'':28}images per CPU-second   images per second")
-    for row, rate in rates.items():
-        print(f"{row:28}{rate['images_per_cpu_second']:21,.0f}", end="")
-        print(f"{rate['images_per_second']:20,.0f}")
-    result = {"rates": rates, "rounds": args.rounds, "delay_seconds": args.delay}
+    for row, result in results.items():
+        print(f"{row:28}{result['images_per_cpu_second']:21,.0f}", end="")
+        print(f"{result['images_per_second']:20,.0f}")
+    content = {"rows": results, "rounds": args.rounds, "delay_seconds": args.delay}
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    RESULTS.write_text(json.dumps(result | {"cpu": processor()}, indent=2) + "\n")
+    RESULTS.write_text(json.dumps(content | {"cpu": processor()}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

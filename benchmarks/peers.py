@@ -1,19 +1,22 @@
-"""Time pretraining steps here and in PyTorch, in interleaved blocks of steps.
+"""Time pretraining steps in hivit_jax and in PyTorch, in interleaved blocks of steps.
 
     python -m benchmarks.peers [--device cpu|gpu] [--rows hivit_jax torch ...] \
         [--batch 8] [--rounds 5] [--steps 2] [--threads 2]
 
-Compares configs/mae_base.py with a twin of the official PyTorch code, eager and
-compiled, and with MAE on ViT-B and SimMIM on Swin-B (benchmarks/torch_peers.py). The
-dtype is float32 on a CPU and bfloat16 (autocast) on a GPU. On a CPU our process keeps
-freed memory, as in training. PyTorch does not do so by default; --keep_memory makes it.
-Every row is a separate process. The rows run blocks of `--steps` steps in turn,
-`--rounds` times, on the same cores, while the others sleep. Needs torch in addition to
-the packages of benchmarks/train_step.py.
+The benchmark compares configs/mae_base.py with a twin of the official PyTorch code,
+eager and compiled, and with MAE on ViT-B and SimMIM on Swin-B
+(benchmarks/torch_peers.py). The dtype is float32 on a CPU and bfloat16 (autocast) on a
+GPU. On a CPU, the process of hivit_jax keeps freed memory, as in training. PyTorch does
+so only with --keep_memory.
 
-The first loss of the twin must match ours for the same weights, images and masks. In
-PyTorch the images are on the device and already normalized. Ours are uint8, and every
-step flips and normalizes them. Writes results/peers_{cpu,gpu}.json.
+Every row of the table is a separate process. In each of `--rounds` rounds, the rows run
+blocks of `--steps` steps one after another on the same cores. The benchmark requires
+torch in addition to the packages of benchmarks/train_step.py.
+
+The first loss of the twin must match that of hivit_jax for the same weights, images and
+masks. In PyTorch, the images are normalized before the first step. In hivit_jax, they
+are uint8, and every step flips and normalizes them. The results are written to
+results/peers_{cpu,gpu}.json.
 """
 
 import argparse
@@ -35,7 +38,7 @@ from benchmarks.machine import processor
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 OURS = "hivit_jax"
-# A function that runs a number of steps, and facts about the row.
+# Function that runs a number of steps, and facts about the row.
 Started = tuple[Callable[[int], Any], dict[str, Any]]
 # Row -> (network, compiled, explicit softmax attention).
 TORCH = {
@@ -53,9 +56,9 @@ WEIGHT_DECAY, BETAS, LEARNING_RATE = 0.05, (0.9, 0.95), 1e-6
 
 
 def start_ours(args: argparse.Namespace, first_step: Path) -> Started:
-    """Compile our step and run it once.
+    """Compile the step of hivit_jax and run it once.
 
-    Writes the model, images and noise of the first step to a file for the twin.
+    Parameters, images and noise of the first step are written to a file for the twin.
     """
     import jax
     import jax.numpy as jnp
@@ -96,14 +99,14 @@ def start_torch(row: str, args: argparse.Namespace, first_step: Path) -> Started
     from benchmarks import torch_peers
     from benchmarks.torch_twin import Attention, HiViT
 
-    name, compiled, Attention.plain = TORCH[row]
+    name, is_compiled, Attention.plain = TORCH[row]
     torch.manual_seed(0)
     torch.set_num_threads(args.threads)
     torch.set_float32_matmul_precision("high")
     device = "cpu" if args.device == "cpu" else "cuda"
     if name == "hivit":
-        sizes = (224, 16, 3, 512, (2, 2, 20), 8)
-        network = HiViT(*sizes, relative_position=False, decoder=(512, 6, 16))
+        network_sizes = (224, 16, 3, 512, (2, 2, 20), 8)
+        network = HiViT(*network_sizes, relative_position=False, decoder=(512, 6, 16))
         units = 196
     else:
         network = {"vit": torch_peers.ViTMAE, "swin": torch_peers.SwinSimMIM}[name]()
@@ -122,7 +125,7 @@ def start_torch(row: str, args: argparse.Namespace, first_step: Path) -> Started
     ]
     optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=BETAS, fused=True)
     masked_loss = network.masked_loss
-    if compiled:
+    if is_compiled:
         masked_loss = torch.compile(masked_loss, mode=args.torch_mode)
 
     def step(noise):
@@ -143,7 +146,7 @@ def start_torch(row: str, args: argparse.Namespace, first_step: Path) -> Started
     loss = step(first).item()
     return run, {
         "loss": None if noise is None else loss,
-        "compile_seconds": time.perf_counter() - began if compiled else None,
+        "compile_seconds": time.perf_counter() - began if is_compiled else None,
         "versions": {"torch": torch.__version__},
         "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
     }
@@ -152,8 +155,9 @@ def start_torch(row: str, args: argparse.Namespace, first_step: Path) -> Started
 def worker(row: str, args: argparse.Namespace, first_step: Path, pipe: Any) -> None:
     """Run the process of a row.
 
-    Sends the facts about the row. Then receives a number of steps, runs them, and sends
-    the seconds and the CPU-seconds of all threads, until it receives 0.
+    The process sends the facts about the row. Then it repeatedly receives a number of
+    steps, runs them, and sends the seconds and the CPU-seconds of all threads. It ends
+    when it receives 0.
     """
     if args.device == "cpu":
         from hivit_jax.xla.compile import keep_freed_memory
@@ -182,7 +186,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     pipes, results = {}, {}
     with tempfile.TemporaryDirectory() as folder:
         first_step = Path(folder) / "first_step.npz"
-        for row in args.rows:  # ours is the first
+        for row in args.rows:  # hivit_jax is the first
             pipes[row], end = context.Pipe()
             arguments = row, args, first_step, end
             context.Process(target=worker, args=arguments, daemon=True).start()
@@ -191,13 +195,13 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
             print(f"{row}: ready; first loss {results[row]['loss']}", flush=True)
     check_first_losses(results, TOLERANCE[args.device])
     blocks: dict[str, list[tuple[float, float]]] = {row: [] for row in args.rows}
-    for number in range(args.rounds + 1):  # the first round is a warmup
+    for round_index in range(args.rounds + 1):  # the first round is a warmup
         for row, pipe in pipes.items():
             pipe.send(args.steps)
             blocks[row].append(receive(pipe, row))
             seconds, cpu = (total / args.steps for total in blocks[row][-1])
-            line = f"round {number}  {row:26}{seconds:9.4f} s{cpu:9.4f} CPU-s per step"
-            print(line, flush=True)
+            text = f"{seconds:9.4f} s{cpu:9.4f} CPU-s per step"
+            print(f"round {round_index}  {row:26}{text}", flush=True)
     for pipe in pipes.values():
         pipe.send(0)
     for row, timings in blocks.items():
@@ -213,7 +217,11 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def receive(pipe: Any, row: str) -> Any:
-    """Receive an object from the process of a row; HivitError if the process ended."""
+    """Receive an object from the process of a row.
+
+    Raises:
+      HivitError: the process ended.
+    """
     from hivit_jax.errors import HivitError
 
     try:
@@ -223,7 +231,11 @@ def receive(pipe: Any, row: str) -> Any:
 
 
 def check_first_losses(results: dict[str, dict[str, Any]], tolerance: float) -> None:
-    """HivitError if the first loss of a twin differs from ours."""
+    """Check that the first loss of a twin equals that of hivit_jax.
+
+    Raises:
+      HivitError: a loss differs by more than the relative tolerance.
+    """
     from hivit_jax.errors import HivitError
 
     expected = results.get(OURS, {}).get("loss")
@@ -239,7 +251,7 @@ def check_first_losses(results: dict[str, dict[str, Any]], tolerance: float) -> 
 
 
 def table(results: dict[str, dict[str, Any]], cpu: bool) -> str:
-    """Format images per second, relative to ours, and on a CPU CPU-seconds per step."""
+    """Format a table: images per second, relative throughput, CPU-seconds per step."""
     ours = results.get(OURS, {}).get("images_per_second")
     lines = [f"{'':26}{'images/s':>10}{'of ours':>10}{'CPU-s per step' * cpu:>16}"]
     for row, result in results.items():

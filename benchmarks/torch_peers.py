@@ -1,7 +1,7 @@
 """Masked image modeling with ViT and Swin in PyTorch, for comparison of speed only.
 
-Written from the papers, with the published sizes and the blocks of `torch_twin`. Each
-model has `masked_loss(images [B, 3, 224, 224], noise [B, units])`.
+The models follow the papers, with the published sizes and the blocks of `torch_twin`.
+Each model has `masked_loss(images [B, 3, 224, 224], noise [B, units])`.
 """
 
 import torch
@@ -34,7 +34,7 @@ class ViTMAE(nn.Module):
         self.decoder_pred = nn.Linear(512, 16 * 16 * 3)
 
     def masked_loss(self, images, noise):
-        """Mean squared error on the 147 masked units."""
+        """Return the mean squared error on the 147 masked units."""
         batch, units = noise.shape
         visible = units // 4
         ids_shuffle = noise.argsort(1)
@@ -58,7 +58,7 @@ class ViTMAE(nn.Module):
 
 
 def fixed(table):
-    """Return a table that is not trained."""
+    """Return a parameter that is not trained."""
     return nn.Parameter(table, requires_grad=False)
 
 
@@ -124,7 +124,7 @@ class SwinSimMIM(nn.Module):
         self.norm, self.head = nn.LayerNorm(1024), nn.Linear(1024, 32 * 32 * 3)
 
     def masked_loss(self, images, noise):
-        """Mean absolute error on the 30 masked units."""
+        """Return the mean absolute error on the 30 masked units."""
         mask = noise.argsort(1).argsort(1) >= 19
         x = self.norm0(self.proj(images).permute(0, 2, 3, 1))
         cells = mask.reshape(-1, 7, 7, 1).float()

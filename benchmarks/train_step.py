@@ -3,10 +3,10 @@
     python -m benchmarks.train_step [--config configs/mae_base.py] [--batch 256] \
         [--rounds 5] [--steps 20] [--set model.dtype=float32 data.canvas=0 ...]
 
-Runs the step of training on all devices, repeatedly on one batch of synthetic images
-that is already on the devices. Needs only jax, flax, optax and numpy. Times are medians
-of `--rounds` blocks of `--steps` steps. Writes results/train_step_RECIPE_PLATFORM.json,
-or the file of `--out`.
+The benchmark runs the train step on all devices, repeatedly on one batch of synthetic
+images that is already on the devices. It requires only jax, flax, optax and numpy. The
+times are medians of `--rounds` blocks of `--steps` steps. The results are written to
+results/train_step_RECIPE_PLATFORM.json, or the file of `--out`.
 """
 
 import json
@@ -22,7 +22,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from benchmarks import plain_config  # noqa: F401  first, see there
+from benchmarks import plain_config  # noqa: F401  first, because it replaces ml_collections
 from benchmarks.machine import processor
 from hivit_jax import config as configs
 from hivit_jax import inputs, tasks
@@ -72,7 +72,7 @@ class Training:
 
 
 def task_of(config: Any) -> tasks.Task:
-    """Return the task of a recipe, for ImageNet (not opened) or synthetic images."""
+    """Return the task of a recipe for ImageNet or synthetic images, without files."""
     encoded = config.data.name != "synthetic"
     counts = {"train": 1_281_167, "test": 50_000}
     return tasks.create(config, DatasetInfo(counts, encoded=encoded))
@@ -104,14 +104,14 @@ def synthetic_batch(shapes: dict[str, jax.ShapeDtypeStruct], config: Any) -> dic
 
 
 def peak_memory() -> int:
-    """Return peak memory in bytes, of the first device, or of the process on a CPU."""
+    """Return the peak memory in bytes of the first device; on a CPU, of the process."""
     peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     # ru_maxrss is in kilobytes on Linux.
     return peak or 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def measure(config: Any, rounds: int, steps_per_round: int) -> dict[str, Any]:
-    """Measure the train step of a recipe. Return JSON values.
+    """Measure the train step of a recipe; return JSON values.
 
     The model FLOP utilization counts three times the matrix products of a forward pass
     (once for a linear probe), without recomputation and resizing, relative to the
@@ -198,7 +198,7 @@ def run(argv: list[str] | None) -> None:
     args = parser.parse_args(argv)
     overrides = args.set + ([f"batch_size={args.batch}"] if args.batch else [])
     config = configs.load(args.config, [f"--config.{item}" for item in overrides])
-    # Without a cache, so that the compile time is measured.
+    # The cache is disabled so that the compile time is measured.
     jax.config.update("jax_enable_compilation_cache", False)
     if jax.default_backend() == "cpu":
         keep_freed_memory()  # as training does
