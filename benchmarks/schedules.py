@@ -9,7 +9,7 @@ cycles for one block:
 
 - forward, backward: bundles that the fused kernels issue for all images of a chip. They
   are the run time if kernels wait neither for memory nor for unfinished products.
-- products alone: the time of the kernels' matrix products if they fill all matrix units.
+- products alone: the kernels' matrix products if they occupy all matrix units.
 - plain: the compiler's own estimate for the same block without fused kernels.
 
 The results are written to results/schedules.json, or schedules_NAME.json for another
