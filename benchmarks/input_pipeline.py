@@ -85,6 +85,8 @@ def torchvision_like(encoded: bytes, index: int) -> None:
 def tf_data(directory: Path, method: str) -> Callable[[], Iterator]:
     """Return a function that starts a tf.data pipeline with two threads.
 
+    Its crops equal those of our pipeline.
+
     Args:
       method: "bicubic", "bilinear", "antialiased bicubic", or "canvas": the device
         resizes, as in our pipeline.
