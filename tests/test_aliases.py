@@ -8,6 +8,7 @@ from hivit_jax.errors import ConfigError
 
 
 def advice(key, recipe="digits_finetune"):
+    """Return the advice in the error about an unknown key."""
     with pytest.raises(ConfigError) as error:
         configs.load(recipe, [f"--config.{key}=1"])
     message = str(error.value)

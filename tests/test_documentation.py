@@ -55,6 +55,7 @@ def check_module(name, words):
 
 
 def check_flags(path, words):
+    """Check that the text of a program contains all flags."""
     text = path.read_text()
     flags = [word.partition("=")[0] for word in words if word.startswith("--")]
     # Flags after "--" belong to the command that a script starts.
@@ -72,6 +73,7 @@ def check_install(words):
 
 
 def check(words):
+    """Check one command."""
     program, *arguments = words
     if program == "hivit_jax":
         check_run(arguments)

@@ -194,10 +194,12 @@ def unchanged_batches(folder):
 
 
 def batches_of(cfg):
+    """Return four training batches and all evaluation batches."""
     return list(inputs.train_batches(cfg, 0, 4)), list(inputs.eval_batches(cfg))
 
 
 def identical(ones, others):
+    """Return True if two lists of batches are bit-identical."""
     return len(ones) == len(others) and all(
         np.array_equal(one.get(key), other.get(key))
         for one, other in zip(ones, others, strict=True)
@@ -267,6 +269,7 @@ def halved(pixels, taps):
 
 
 def pil_halved(name):
+    """Return a function that halves the center of an image with PIL."""
     box = (8, 0, 56, 48)
     method = Image.Resampling[name.upper()]
     return lambda pixels: np.asarray(
@@ -332,6 +335,7 @@ class Listed(Source):
 
 
 def encode(values, kind="PNG"):
+    """Encode pixels as an image file."""
     buffer = io.BytesIO()
     Image.fromarray(values).save(buffer, kind)
     return buffer.getvalue()

@@ -15,6 +15,7 @@ CLASSIFY = "digits_finetune"
 
 
 def load(*overrides, recipe=CLASSIFY):
+    """Return the config of a recipe with overrides."""
     return configs.load(recipe, [f"--config.{override}" for override in overrides])
 
 

@@ -46,6 +46,7 @@ def test_packages_are_listed():
 
 
 def relative(paths):
+    """Return paths relative to the root of the repository."""
     return [path.relative_to(recipes.ROOT) for path in paths]
 
 
@@ -79,6 +80,7 @@ IMAGES = {"imagenet2012": 1_281_167, "digits": 1437}
 
 
 def steps_of(config):
+    """Return (steps per epoch, total steps) of a recipe."""
     images = config.data.train_examples or IMAGES[config.data.name]
     return inputs.count_steps(config, images)
 
@@ -211,6 +213,7 @@ def test_official_quirks_of_old_recipes(name, tmp_path):
 
 
 def check_rates(schedule, steps, expected):
+    """Check the learning rates at some steps."""
     actual = np.array([schedule(np.int32(step)) for step in steps])
     assert_allclose(actual, np.float32(expected), rtol=0, atol=2e-7 * max(expected))
 

@@ -16,10 +16,12 @@ from hivit_jax.errors import ConfigError
 
 @pytest.fixture(autouse=True)
 def short_intervals(monkeypatch):
+    """Shorten the interval of heartbeats."""
     monkeypatch.setattr(lock, "INTERVAL", 0.1)
 
 
 def lock_files(workdir):
+    """Return the names of the lock files in a workdir."""
     return sorted(path.name for path in workdir.glob("*.lock"))
 
 

@@ -40,6 +40,7 @@ def bucket(prepared, tmp_path):
 
 
 def config(directory, **overrides):
+    """Return the config of the prepared dataset in a directory."""
     return folder_config(directory, data__name="stripes", **overrides)
 
 

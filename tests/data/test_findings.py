@@ -16,6 +16,7 @@ PHOTO = photographs()["cat"][80:128, 150:214]
 
 
 def findings(values, value_range=(), channels=1, kind="TIFF"):
+    """Return the findings of an image file as {finding: detail}."""
     image = values if isinstance(values, Image.Image) else Image.fromarray(values)
     buffer = io.BytesIO()
     image.save(buffer, kind)

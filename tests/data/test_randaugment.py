@@ -22,6 +22,7 @@ APPLIED, LEFT_OUT = 0.0, 0.5
 
 
 def draws(count, seed=0):
+    """Return lists of random numbers, one list per image."""
     return np.random.RandomState(seed).random_sample((count, DRAWS)).tolist()
 
 

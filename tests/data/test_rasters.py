@@ -22,18 +22,21 @@ NOISE = np.random.RandomState(0).randint(0, 65536, (18, 16, 5)).astype(np.uint16
 
 
 def npy(array):
+    """Encode an array as NPY."""
     buffer = io.BytesIO()
     np.save(buffer, array)
     return buffer.getvalue()
 
 
 def tiff(array, **options):
+    """Encode an array as TIFF."""
     buffer = io.BytesIO()
     tifffile.imwrite(buffer, array, **options)
     return buffer.getvalue()
 
 
 def color_tiff(**options):
+    """Encode noise as a TIFF of three channels."""
     return tiff(NOISE[..., :3], photometric="rgb", **options)
 
 

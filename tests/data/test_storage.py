@@ -14,6 +14,7 @@ KEY = "data/a b ä.bin"
 
 @pytest.fixture
 def bucket(tmp_path):
+    """Start a server of a bucket with one object."""
     path = tmp_path / "objects" / KEY
     path.parent.mkdir(parents=True)
     path.write_bytes(DATA)

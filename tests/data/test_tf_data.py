@@ -90,6 +90,7 @@ DAMAGED = (0, 9, 14, 18, 27, 36)
 
 
 def write_folder(root, damaged=()):
+    """Write the images as class folders."""
     for split, files in (("train", images(damaged)), ("val", images(damaged)[:11])):
         for name, content in files:
             path = root / split / name

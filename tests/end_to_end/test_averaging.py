@@ -86,6 +86,7 @@ def flags(**overrides):
 
 
 def probe(**overrides):
+    """Return the config of the probe."""
     path, *rest = flags(**overrides)
     return configs.load(path.removeprefix("--config="), rest)
 

@@ -126,12 +126,14 @@ def order_of(seed, epochs, count):
 
 
 def line_of(run, step, name):
+    """Return the line of metrics.jsonl that contains a metric at a step."""
     lines = metrics.read(run.workdir / "metrics.jsonl")
     [found] = [line for line in lines if line["step"] == step and name in line]
     return found
 
 
 def cross_entropy(logits, labels, smoothing):
+    """Return the cross-entropy of each example with smoothed labels."""
     logits = np.float64(logits)
     log = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     targets = np.eye(CLASSES)[labels] * (1 - smoothing) + smoothing / CLASSES
@@ -166,6 +168,7 @@ def test_training_lines(run, folder):
 
 
 def normalized(pixels):
+    """Normalize pixels as the run does."""
     return (pixels / 255 - MEAN) / STD
 
 

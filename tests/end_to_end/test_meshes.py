@@ -131,6 +131,7 @@ def alone(tmp_path_factory):
 
 
 def same_trajectory(actual, expected, steps=8):
+    """Check that two runs logged the same steps and close losses."""
     assert list(actual) == list(expected) == list(range(1, steps + 1))
     np.testing.assert_allclose([*actual.values()], [*expected.values()], rtol=1e-5)
 
@@ -333,6 +334,7 @@ def test_pretrained_model_of_another_width(recipe, trained, tmp_path):
 
 
 def mesh_of(devices):
+    """Return a mesh of these devices along the data axis."""
     shape = (1, len(devices), 1, 1)
     types = (AxisType.Auto,) * 4
     return jax.make_mesh(shape, sharding.AXES, axis_types=types, devices=devices)

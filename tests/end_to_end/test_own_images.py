@@ -14,6 +14,7 @@ pytestmark = pytest.mark.usefixtures("user_cache")
 
 
 def lines_of(workdir):
+    """Return the lines of metrics.jsonl."""
     return [json.loads(x) for x in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 

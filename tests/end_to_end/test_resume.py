@@ -31,6 +31,7 @@ def synthetic(tmp_path_factory):
 
 
 def command(workdir, source, **overrides):
+    """Return the arguments of a run for `recipes.start_process`."""
     flags = recipes.arguments(source, **overrides)
     return ["-m", "hivit_jax.main", *flags, f"--workdir={workdir}"]
 

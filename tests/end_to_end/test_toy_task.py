@@ -41,6 +41,7 @@ STEPS = 6  # an epoch has four steps, three of one bucket and one of the other
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory):
+    """Write the dataset and a recipe of the toy task; return the recipe."""
     root = tmp_path_factory.mktemp("toy")
     toy.write_dataset(root / "data")
     text = RECIPE.format(data=str(root / "data"), steps=STEPS)
@@ -67,6 +68,7 @@ def lines(workdir):
 
 
 def start(recipe, workdir, *flags, **options):
+    """Start a process that can import the toy task."""
     path = os.pathsep.join([str(recipes.ROOT / "tests" / "helpers"), str(recipes.ROOT)])
     command = ["-m", "hivit_jax.main", f"--config={recipe}", f"--workdir={workdir}"]
     return recipes.start_process(*command, *flags, PYTHONPATH=path, **options)

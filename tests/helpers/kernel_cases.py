@@ -60,12 +60,14 @@ def in_bfloat16(inputs):
 
 
 def layer_norm(x, scale, bias):
+    """Compute LayerNorm in float32."""
     x = x.astype(jnp.float32)
     x = x - x.mean(-1, keepdims=True)
     return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + EPS) * scale + bias
 
 
 def plain_mlp(x, scale, bias, w1, b1, w2, b2, add):
+    """Compute an MLP branch in plain JAX; add: 1 for the residual sum, else 0."""
     hidden = layer_norm(x, scale, bias).astype(w1.dtype) @ w1 + b1
     return x * add + jax.nn.gelu(hidden, approximate=False) @ w2 + b2
 
@@ -73,6 +75,7 @@ def plain_mlp(x, scale, bias, w1, b1, w2, b2, add):
 def plain_attention(
     x, scale, bias, qkv, qkv_bias, proj, proj_bias, *positions, add, heads, tokens
 ):
+    """Compute an attention branch in plain JAX; add: see `plain_mlp`."""
     y = layer_norm(x, scale, bias).astype(qkv.dtype) @ qkv + qkv_bias
     q, k, v = jnp.moveaxis(y.reshape(-1, tokens, 3, heads, x.shape[1] // heads), 2, 0)
     positions = positions[0][None] if positions else None
@@ -96,6 +99,8 @@ def mlp(rows, width, hidden, block):
 
 
 def gpu_mlp(rows, width, hidden):
+    """Return the case of an MLP for the GPU's kernel."""
+
     def fused(x, *weights, **options):
         return gpu_mlp_block(x, Weights(*weights), Plan(EPS, **options))
 
@@ -104,6 +109,8 @@ def gpu_mlp(rows, width, hidden):
 
 
 def attention(images, tokens, width, heads, block, bias=False):
+    """Return the case of an attention branch; `block` rows at a time."""
+
     def fused(x, *weights, **options):
         plan = Plan(EPS, rows=block, heads=heads, tokens=tokens, **options)
         positions = weights[6] if bias else None

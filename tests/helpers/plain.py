@@ -225,16 +225,19 @@ def mix(images, targets, weight, key, mixup_alpha, cutmix_alpha):
 
 
 def norm(p, name, x):
+    """Compute LayerNorm."""
     x = x - x.mean(-1, keepdims=True)
     x = x / jnp.sqrt((x**2).mean(-1, keepdims=True) + p["eps"])
     return x * p[f"{name}/scale"] + p[f"{name}/bias"]
 
 
 def linear(p, name, x):
+    """Compute a linear layer, with or without a bias."""
     return x @ p[f"{name}/kernel"] + p.get(f"{name}/bias", 0)
 
 
 def mlp_branch(p, name, x):
+    """Compute the MLP branch of a residual block."""
     x = linear(p, f"{name}/mlp/fc1", norm(p, f"{name}/norm2", x))
     x = x * (1 + jax.lax.erf(x / math.sqrt(2))) / 2
     return linear(p, f"{name}/mlp/fc2", x)
@@ -351,11 +354,13 @@ def masked_loss(num_visible, p, images, drop_path_scale, ids, use_raw_pixel_targ
 
 
 def classifier_logits(p, images, drop_path_scale):
+    """Return logits [B, classes]."""
     features = encoder(p, images, drop_path_scale)[-1].mean(1)
     return linear(p, "head", norm(p, "fc_norm", features))
 
 
 def cross_entropy(logits, targets):
+    """Return the cross-entropy of each example [B]."""
     return -(targets * jax.nn.log_softmax(logits)).sum(-1)
 
 

@@ -35,6 +35,7 @@ def play(line: str, before: list[str]) -> int:
 
 
 def main(name: str, *arguments: str) -> int:
+    """Log the call, then run it as scripted; return its exit code."""
     with open(os.environ["CALLS"], "a+") as calls:
         calls.seek(0)
         before = [json.loads(line) for line in calls]

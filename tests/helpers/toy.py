@@ -197,4 +197,5 @@ class Segmentation(Task):
 
 
 def cross_entropy(logits, labels):
+    """Return the mean cross-entropy of each image [B]."""
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean((1, 2))

@@ -233,6 +233,7 @@ def topk_correct(logits, labels, count):
 
 
 def l2_norm(x):
+    """Return the Euclidean norm."""
     return np.sqrt((x**2).sum())
 
 
@@ -257,6 +258,7 @@ def autoencoder_loss(num_visible):
 
 
 def _classifier_losses(p, images, drop_path_scale, targets):
+    """Return (losses [B], logits)."""
     logits = plain.classifier_logits(p, images, drop_path_scale)
     return plain.cross_entropy(logits, targets), logits
 

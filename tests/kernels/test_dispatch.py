@@ -200,6 +200,7 @@ def on_platform(monkeypatch):
 
 
 def mesh_of(**axes):
+    """Set a mesh with these axis sizes."""
     devices = np.array(jax.devices()[: np.prod([*axes.values()])])
     return jax.set_mesh(Mesh(devices.reshape(*axes.values()), tuple(axes)))
 

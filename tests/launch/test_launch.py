@@ -109,10 +109,12 @@ class Stage:
 
 @pytest.fixture
 def stage(tmp_path):
+    """Return a directory with stand-ins for commands."""
     return Stage(tmp_path)
 
 
 def tpu_vm(command, *flags):
+    """Return a command line of tpu_vm.sh."""
     return LAUNCH / "tpu_vm.sh", command, *flags
 
 
@@ -128,6 +130,7 @@ def test_scripts_parse(script):
 
 
 def gcloud(*arguments):
+    """Return the arguments of a gcloud call, as logged."""
     return ["gcloud", "compute", "tpus", *arguments]
 
 
@@ -363,6 +366,7 @@ def test_options_of_a_job():
 
 
 def fake_pod(count, *arguments):
+    """Return a command line of fake_pod.sh."""
     return LAUNCH / "fake_pod.sh", "-n", count, "--", *arguments
 
 

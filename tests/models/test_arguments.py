@@ -140,6 +140,7 @@ OLD_KEYS = abstract(4, 2, dtype=jnp.uint32)
 
 
 def abstract_logits(images=IMAGES, **arrays):
+    """Return the abstract logits of a small classifier."""
     model = abstract_model(
         "hivit_base", **MINI | dict(drop_path_rate=0.5, num_classes=5)
     )

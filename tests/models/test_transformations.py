@@ -31,11 +31,13 @@ def loss(graphdef, state, images, noise):
 
 
 def split_mini(name, **overrides):
+    """Return (graphdef, state) of a small model."""
     sizes = SMALL | (DECODER if name.startswith("mae") else {}) | overrides
     return nnx.split(mini(name, **sizes))
 
 
 def assert_close(actual, expected):
+    """Check that two pytrees agree, relative to each array's largest value."""
     for a, b in zip(*map(jax.tree.leaves, (actual, expected)), strict=True):
         assert_allclose(a, b, rtol=2e-4, atol=2e-4 * np.abs(b).max() + 1e-7)
 

@@ -79,6 +79,7 @@ def official_stages(model, images, ids_keep=None):
 
 
 def check_stages(stages, arrays):
+    """Check means, deviations and slices of all stages against golden values."""
     assert set(arrays["stage_names"]) == set(stages)
     for number, name in enumerate(arrays["stage_names"]):
         x = np.asarray(stages[name])

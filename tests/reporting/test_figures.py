@@ -40,6 +40,7 @@ def test_panels_of_values_out_of_range():
 
 
 def pixels_of(path):
+    """Return the pixels of an image file."""
     with Image.open(path) as image:
         return np.asarray(image.convert("RGB"))
 

@@ -13,6 +13,7 @@ from hivit_jax.reporting import console, figures, metrics
 
 
 def write(workdir, steps, first_step=0):
+    """Write a line of metrics.jsonl for each step."""
     writer = metrics.Writer(workdir, first_step)
     for step in steps:
         writer.scalars(step, {"loss": step / 8, "count": step})
@@ -20,6 +21,7 @@ def write(workdir, steps, first_step=0):
 
 
 def steps(workdir):
+    """Return the steps in metrics.jsonl."""
     return [line["step"] for line in metrics.read(workdir / "metrics.jsonl")]
 
 

@@ -8,6 +8,7 @@ from hivit_jax.tasks.classification import classification_metrics
 
 
 def classify(logits, labels):
+    """Return the metrics of each example as numpy arrays."""
     values = classification_metrics(
         jnp.asarray(logits, jnp.float32), jnp.asarray(labels)
     )

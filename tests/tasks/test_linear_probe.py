@@ -72,6 +72,7 @@ def test_lars():
 
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory):
+    """Return the workdir of a short pretraining."""
     workdir = tmp_path_factory.mktemp("pretrained")
     train(recipes.mae(total_steps=2, log_every=2), workdir)
     return workdir

@@ -96,6 +96,7 @@ def readable(files, split):
 
 
 def flags_of(root, directory, **more):
+    """Return the command line of a nearest-neighbor evaluation."""
     values = dict(
         batch_size=BATCH,
         init_from=directory,

@@ -25,10 +25,12 @@ def healthy(tmp_path_factory):
 
 
 def photo(root, number, split="train"):
+    """Return the path of a photograph."""
     return root / split / NAMES[number % len(NAMES)] / f"{number:05}.JPEG"
 
 
 def exif(orientation):
+    """Return EXIF data with an orientation."""
     tags = Image.Exif()
     tags[274] = orientation
     return tags

@@ -63,6 +63,7 @@ REPORT = {
 
 
 def fails(capsys, topology, tmp_path, *more):
+    """Run ``--mode compile``, which must fail; return the error."""
     flags = [f"--topology={topology}", f"--workdir={tmp_path}", *more]
     assert main([*recipes.arguments(), "--mode=compile", *flags]) == 2
     message = capsys.readouterr().err
@@ -151,4 +152,5 @@ def test_complete_report(tmp_path, monkeypatch):
 
 
 def linear(size):
+    """Return the bytes of a program for a batch size."""
     return 1000 + 100 * size

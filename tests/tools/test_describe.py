@@ -16,6 +16,7 @@ from hivit_jax.tools.describe import hours_table
 
 
 def describe(*overrides):
+    """Run ``--mode describe`` on mae_base; return the exit code."""
     config = f"--config={recipes.ROOT / 'configs' / 'mae_base.py'}"
     return main([config, "--mode=describe", *overrides])
 

@@ -48,6 +48,7 @@ def workdirs(tmp_path_factory):
 
 
 def outputs(model, what, images):
+    """Return the outputs of a classifier, or the features of its encoder."""
     function = model if what == "classifier" else model.encoder.features
     return jax.tree.leaves(jax.jit(function)(images))
 

@@ -76,6 +76,7 @@ def shared(run, tmp_path_factory):
 
 
 def rows(path):
+    """Return the rows of a CSV file as dicts."""
     with open(path, newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 

@@ -31,20 +31,24 @@ def stored(directory: Path, split: str) -> list[dict]:
 
 
 def contents(directory: Path) -> dict[str, bytes]:
+    """Return {name: content} of the files in a directory."""
     return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
 def size_of(jpeg: bytes) -> tuple[int, int]:
+    """Return (width, height) of an image."""
     return Image.open(io.BytesIO(jpeg)).size
 
 
 @pytest.fixture(scope="module")
 def tars(tmp_path_factory):
+    """Return a directory for ImageNet's tar files."""
     return tmp_path_factory.mktemp("tars")
 
 
 @pytest.fixture(scope="module")
 def originals(tars):
+    """Write ImageNet's tar files; return their images."""
     return write_tars(tars)
 
 

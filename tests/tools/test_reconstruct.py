@@ -89,6 +89,7 @@ def save_constant_model(directory, recipe, **overrides):
 
 
 def close(panel, color):
+    """Return True for each pixel that differs from a color by at most one level."""
     return (np.abs(panel.astype(int) - color) <= 1).all(-1)
 
 

@@ -69,6 +69,7 @@ def write_run(workdir, lines=LINES, **overrides):
 
 
 def page_data(*workdirs):
+    """Return the JSON data in the report on these runs."""
     return json.loads(Elements(report.make_report(map(str, workdirs))).json)
 
 

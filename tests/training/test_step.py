@@ -37,6 +37,7 @@ def overflowing_state(start):
 
 
 def make_state_and_step(optimizer, schedule=lambda step: 0.1, ema_decay=0.5):
+    """Return the initial state and the jitted train step of a `SquareTask`."""
     task = SquareTask()
     graphdef = split_state(task.build_model())[0]
     step = make_train_step(
@@ -46,6 +47,7 @@ def make_state_and_step(optimizer, schedule=lambda step: 0.1, ema_decay=0.5):
 
 
 def make_batch(value=1.0):
+    """Return a batch of two examples, filled with a value."""
     ones = np.ones(2, np.float32)
     x = np.full((2, 3), value, np.float32)
     return {"x": x, "weight": ones, "unreadable": 0 * ones}

@@ -46,14 +46,17 @@ def to_bytes(state, dtype="F32", about=None, shift=0):
 
 
 def with_array(name, array):
+    """Return the state dict with one more or another array."""
     return STATE | {name: array}
 
 
 def without(*prefixes):
+    """Return the state dict without names that start with a prefix."""
     return {n: a for n, a in STATE.items() if not n.startswith(prefixes)}
 
 
 def with_nan(name):
+    """Return the state dict with a NaN in one array."""
     array = STATE[name].copy()
     array.flat[3] = np.nan
     return with_array(name, array)
@@ -183,6 +186,7 @@ def test_an_array_is_missing(tmp_path):
 
 
 def write_archive(path, members, compression=zipfile.ZIP_STORED):
+    """Write a zip archive of {name: content}."""
     with zipfile.ZipFile(path, "w", compression) as file:
         for name, content in members.items():
             file.writestr(name, content)

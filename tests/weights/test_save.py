@@ -130,6 +130,7 @@ def integer_bias(model):
 
 @cache
 def small_model():
+    """Return a small classifier."""
     return mini("hivit_base", depths=(1, 1, 1), num_classes=2)
 
 

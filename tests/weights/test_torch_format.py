@@ -25,6 +25,7 @@ NUMBERS = np.arange(24.0, dtype=np.float32).reshape(2, 3, 4)
 
 
 def read(path, name="a"):
+    """Return an array of a PyTorch file."""
     file = TorchFile(path)
     return file.array(name, file.content[name])
 

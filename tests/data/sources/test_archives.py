@@ -19,12 +19,14 @@ LABELS = {"train": (3, 0, 2, 1, 3), "val": (1, 2)}
 
 
 def images(split):
+    """Return the encoded images of a split."""
     return [
         encode(noise_image(30, 40 + i, 3), "JPEG") for i in range(len(LABELS[split]))
     ]
 
 
 def write_tar(path, members, **options):
+    """Write a tar file of (name, content) members."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w", **options) as archive:
         for name, content in members:
@@ -58,6 +60,7 @@ def dataset(request, tmp_path):
 
 
 def data_config(dataset, directory=None, **overrides):
+    """Return the config of a dataset, in another directory if given."""
     name, root = dataset
     return folder_config(directory or root, data__name=name, **overrides)
 

@@ -31,6 +31,7 @@ def root(tmp_path):
 
 
 def opened(root, split, **keys):
+    """Return a split, which is read again."""
     registry._open.cache_clear()
     return registry.open_source(DATA | {"dir": str(root)} | keys, split)
 

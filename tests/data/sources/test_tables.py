@@ -18,6 +18,7 @@ NAMES = ("a/0.png", "b/0.png", "b/1 2.png", "c/0.png")
 
 @pytest.fixture
 def root(tmp_path):
+    """Return a directory of files that contain their own name."""
     for name in NAMES:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name)
@@ -25,11 +26,13 @@ def root(tmp_path):
 
 
 def opened(file, split="train", **keys):
+    """Return a split of a table, which is read again."""
     registry._open.cache_clear()
     return registry.open_source(DATA | {"dir": str(file)} | keys, split)
 
 
 def listed(source):
+    """Return the content and label of every example."""
     return [
         (s[0].decode(), s[1])
         for s in map(lambda i: recipes.sample(source, i), range(len(source)))
@@ -37,6 +40,7 @@ def listed(source):
 
 
 def write(root, *lines, name="list.csv"):
+    """Write a table; return its path."""
     (root / name).write_text("\n".join(lines) + "\n")
     return root / name
 

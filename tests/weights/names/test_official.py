@@ -73,6 +73,7 @@ def test_official_state_dict_and_back(fixture):
 
 @pytest.fixture
 def mae_state():
+    """Return the state dict of a fixture and its abstract model."""
     return reference.state_dict("mae_mini"), fixture_model("mae_mini")
 
 
