@@ -108,7 +108,7 @@ def test_random_crops(height, width):
     [((1, 50), (1, 1)), ((50, 1), (1, 1)), ((6, 60), (6, 8)), ((60, 6), (8, 6))],
 )
 def test_image_that_no_crop_fits(shape, size):
-    """The crop is the largest centered one with an allowed aspect."""
+    """The crop is the largest centered crop with an allowed aspect."""
     for crop in crops(*shape, 20, (0.9, 1.0)):
         assert crop.box[2:] == size
         for first, side, extent in zip(crop.box[:2], size, shape, strict=True):

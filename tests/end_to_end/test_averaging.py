@@ -249,7 +249,7 @@ def test_best_evaluated_checkpoint_is_kept(interrupted, stored, tmp_path, capsys
 
 @pytest.mark.parametrize(("where", "step"), [("", 4), ("checkpoints/2", 2)])
 def test_mode_eval(where, step, run, stored, evaluated, tmp_path, capsys):
-    """Evaluate the newest checkpoint of a workdir, or a named one."""
+    """``--mode eval`` reads the newest checkpoint of a workdir, or --checkpoint."""
     asked = [*flags(), "--mode=eval", f"--workdir={run}"]
     if where:
         asked[-1] = f"--workdir={tmp_path}"

@@ -113,7 +113,7 @@ def finish(*processes):
 
 
 def test_killed_run_resumes(recipe, run, tmp_path):
-    """A killed run resumes bit-identical to an uninterrupted one."""
+    """A killed run resumes bit-identical to an uninterrupted run."""
     process = start(recipe, tmp_path, devices=8)
     while 2 not in recipes.saved_steps(tmp_path) and process.poll() is None:
         time.sleep(0.02)

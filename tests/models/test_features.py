@@ -202,7 +202,7 @@ def test_attention_gives_the_output_of_its_block():
 @pytest.mark.slow
 @pytest.mark.parametrize("windows", [{}, dict(window_size=3, global_blocks=(1,))])
 def test_features_on_a_mesh(windows):
-    """Features on eight devices equal those on one."""
+    """Features on eight devices equal the features on one device."""
     graphdef, params = split(mini(image_size=(48, 80), **windows))
     images = random_array((8, 48, 80, 3))
     ids_keep = jnp.stack([jnp.roll(jnp.arange(15), n)[:6] for n in range(8)])

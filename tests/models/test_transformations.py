@@ -190,7 +190,7 @@ def test_backward_pass_saves_input_and_small_arrays():
 
 
 def test_forward_mode_of_fused_kernels():
-    """Where a fused kernel runs, the error names the option to change."""
+    """Fused kernels have no forward mode; the error names the option to change."""
     from hivit_jax.kernels.dispatch import Target
 
     @jax.custom_vjp

@@ -9,7 +9,7 @@ from hivit_jax.reporting import figures, metrics
 
 
 def test_reconstruction_panels():
-    """Two channels with their own mean and std; half of one image is masked."""
+    """Panels undo the mean and std of two channels; half of an image is masked."""
     mean, std = (0.5, 0.25), (0.5, 0.25)
     original = np.array([0.0, 0.25, 0.75, 1.0])[None, None, :, None] * [1, 0.5]
     predicted = np.array([0.25, 0.5, 1.5, -1.0])[None, None, :, None] * [1, 0.5]

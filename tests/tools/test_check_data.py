@@ -219,7 +219,7 @@ def test_list(check, damaged, tmp_path, monkeypatch):
 
 
 def depth(root, *contents):
-    """One training image of each class has one of the contents."""
+    """Write class folders whose first training images have these contents."""
     write(root, {"train": 14, "val": 14}, (64, 48))
     for number, content in enumerate(contents):
         photo(root, number).write_bytes(content)

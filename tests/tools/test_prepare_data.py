@@ -103,7 +103,7 @@ def test_files(complete):
 
 @pytest.mark.slow
 def test_reduced_images(complete, small):
-    """Only training images are reduced, and keep their aspect ratio."""
+    """Only training images are reduced; their aspect ratio is unchanged."""
     reduced = [e["image"] for e in stored(small / VERSION, "train")]
     assert {size_of(jpeg) for jpeg in reduced} == {(43, 32)}
     assert stored(small / VERSION, "validation") == stored(

@@ -257,7 +257,7 @@ def test_any_suffix(suffix, tmp_path):
 
 
 def test_directories_of_other_programs(tmp_path):
-    """A directory is read if it contains one file of weights, not several."""
+    """A directory must contain exactly one file of weights."""
     torch_files.save(torch_files.with_tensors(STATE), tmp_path / "pytorch_model.bin")
     (tmp_path / "config.json").write_text("{}")
     loaded = read(tmp_path, **state_files.NOT_IN_STATE_DICT)
