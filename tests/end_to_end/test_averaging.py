@@ -163,9 +163,9 @@ def evaluated(stored):
         normed = features - params["fc_norm/mean"]
         normed /= np.sqrt(params["fc_norm/var"] + 1e-6)
         logits = normed @ params["head/kernel"] + params["head/bias"]
-        true = logits[np.arange(64), labels]
-        loss = np.log(np.exp(logits - true[:, None]).sum(1)).mean()
-        rank = (logits > true[:, None]).sum(1)
+        true_logits = logits[np.arange(64), labels]
+        loss = np.log(np.exp(logits - true_logits[:, None]).sum(1)).mean()
+        rank = (logits > true_logits[:, None]).sum(1)
         return loss, (rank < 1).mean(), (rank < 5).mean()
 
     return evaluate
@@ -250,12 +250,12 @@ def test_best_evaluated_checkpoint_is_kept(interrupted, stored, tmp_path, capsys
 @pytest.mark.parametrize(("where", "step"), [("", 4), ("checkpoints/2", 2)])
 def test_mode_eval(where, step, run, stored, evaluated, tmp_path, capsys):
     """``--mode eval`` reads the newest checkpoint of a workdir, or --checkpoint."""
-    asked = [*flags(), "--mode=eval", f"--workdir={run}"]
+    arguments = [*flags(), "--mode=eval", f"--workdir={run}"]
     if where:
-        asked[-1] = f"--workdir={tmp_path}"
-        asked += [f"--checkpoint={run / where}"]
+        arguments[-1] = f"--workdir={tmp_path}"
+        arguments += [f"--checkpoint={run / where}"]
     capsys.readouterr()
-    assert main(asked) == 0
+    assert main(arguments) == 0
     out = capsys.readouterr().out
     loss, top1, top5 = evaluated(averaged_variables(stored[step]))
     match = re.search(

@@ -153,12 +153,16 @@ def test_training_lines(run, folder):
     for step, first in LINES.items():
         line = line_of(run, step, "loss")
         here = slice((step - 1) * BATCH, step * BATCH)
-        logits, true, good = run.train[step - 1][1], labels[order[here]], ~bad[here]
-        losses = cross_entropy(logits, true, 0.1)
+        logits, true_labels, good = (
+            run.train[step - 1][1],
+            labels[order[here]],
+            ~bad[here],
+        )
+        losses = cross_entropy(logits, true_labels, 0.1)
         assert line["loss"] == pytest.approx(losses[good].mean(), rel=1e-5)
         rank = (-logits).argsort(-1)
         for k in (1, 5):
-            hit = (rank[:, :k] == true[:, None]).any(-1)
+            hit = (rank[:, :k] == true_labels[:, None]).any(-1)
             assert line[f"top{k}"] == pytest.approx(hit[good].mean(), rel=1e-6)
         assert line["unreadable"] == bad[(first - 1) * BATCH : step * BATCH].sum()
         # The three epochs of warmup are 7.875 steps.

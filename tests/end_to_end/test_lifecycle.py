@@ -137,10 +137,10 @@ def poisoned(batches, first, bad):
 def test_interruptions_and_divergence(finished, watch, tmp_path, capsys, monkeypatch):
     """A run that is interrupted twice and diverges once ends bit-identical."""
     command = [*COMMAND, f"--workdir={tmp_path}"]
-    asked = []
+    steps = []
     with pytest.raises(Interrupted, match=f"^why: step 0 of {STEPS} is saved in "):
-        train.train(recipes.mae(**RUN), tmp_path, lambda s: asked.append(s) or "why")
-    assert asked == [0]
+        train.train(recipes.mae(**RUN), tmp_path, lambda s: steps.append(s) or "why")
+    assert steps == [0]
     assert recipes.saved_steps(tmp_path) == [0]
     assert recipes.logged(tmp_path) == {}
 

@@ -364,9 +364,9 @@ def test_every_image_counts_once_in_any_batch(recipe):
 def test_first_epoch_1_leaves_out_an_epoch_when_resuming(tmp_path):
     """A run resumed after 2 steps skips an epoch of 4 steps."""
     config = recipes.mae(optimizer__first_epoch=1)
-    asked = iter([None, None, "stop"])
+    requests = iter([None, None, "stop"])
     with pytest.raises(Interrupted, match="step 2 of 8"):
-        training.train(config, tmp_path, lambda step: next(asked))
+        training.train(config, tmp_path, lambda step: next(requests))
     training.train(config, tmp_path)
     logged = recipes.logged(tmp_path, "learning_rate")
     assert list(logged) == [1, 2, 7, 8]

@@ -64,16 +64,16 @@ def test_parameters_and_statistics():
 
 def test_an_example_of_weight_0_changes_nothing():
     """Examples of weight 0 are ignored; a batch of only these keeps the statistics."""
-    few, filled = BatchNorm(6), BatchNorm(6)
+    unpadded, padded = BatchNorm(6), BatchNorm(6)
     weight = np.float32([1] * 5 + [0] * 11)
-    expected = few(IMAGES[:5], jnp.ones(5))
-    assert_allclose(filled(IMAGES, weight)[:5], expected, rtol=1e-5, atol=1e-6)
-    for one, other in ((few.mean, filled.mean), (few.var, filled.var)):
+    expected = unpadded(IMAGES[:5], jnp.ones(5))
+    assert_allclose(padded(IMAGES, weight)[:5], expected, rtol=1e-5, atol=1e-6)
+    for one, other in ((unpadded.mean, padded.mean), (unpadded.var, padded.var)):
         assert_allclose(one[...], other[...], rtol=1e-6)
-    before = np.array(few.mean[...]), np.array(few.var[...])
-    assert np.isfinite(few(IMAGES, jnp.zeros(16))).all()
-    assert_array_equal(few.mean[...], before[0])
-    assert_array_equal(few.var[...], before[1])
+    before = np.array(unpadded.mean[...]), np.array(unpadded.var[...])
+    assert np.isfinite(unpadded(IMAGES, jnp.zeros(16))).all()
+    assert_array_equal(unpadded.mean[...], before[0])
+    assert_array_equal(unpadded.var[...], before[1])
 
 
 class Network(nnx.Module):

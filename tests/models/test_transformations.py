@@ -139,10 +139,10 @@ def test_forward_mode(overrides):
             sum((a * b).sum() for a, b in pairs),
         )
 
-    forward, linear, left, right = products(state, IMAGES[:1])
+    forward, linear, w_dot_jv, jtw_dot_v = products(state, IMAGES[:1])
     assert_close(linear, forward)
     assert np.abs(forward).max() > 0.1
-    assert_allclose(left, right, rtol=1e-3)
+    assert_allclose(w_dot_jv, jtw_dot_v, rtol=1e-3)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

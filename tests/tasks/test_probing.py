@@ -66,7 +66,7 @@ def features_of(model, pixels):
     return features / np.linalg.norm(features, axis=1, keepdims=True)
 
 
-def knn_correct(queries, true, keys, labels, check=True):
+def knn_correct(queries, classes, keys, labels, check=True):
     """Count correct top-1 and top-5 predictions by the votes of 20 neighbors.
 
     Args:
@@ -77,7 +77,7 @@ def knn_correct(queries, true, keys, labels, check=True):
     order = (-cosine).argsort(1)
     ranked = np.take_along_axis(cosine, order, 1)
     gaps, correct = [ranked[:, neighbors - 1] - ranked[:, neighbors]], [0, 0]
-    for row, near, label in zip(cosine, order[:, :neighbors], true, strict=True):
+    for row, near, label in zip(cosine, order[:, :neighbors], classes, strict=True):
         votes = np.zeros(CLASSES)
         np.add.at(votes, labels[near], np.exp((row[near] - 1) / temperature))
         others = np.delete(votes, label)
@@ -126,7 +126,7 @@ def flags_of(root, directory, **more):
 def test_nearest_neighbors(model, files, monkeypatch, tmp_path, capsys):
     """Results equal numpy's; unreadable images and padding neither vote nor count."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    (images, labels), (tests, true) = (readable(files, split) for split in COUNTS)
+    (images, labels), (tests, classes) = (readable(files, split) for split in COUNTS)
     net, directory = model
     parts = features_of(net, np.concatenate([images, tests, [np.zeros((*SIZE, 3))]]))
     keys, queries, black = np.split(parts, [len(images), len(parts) - 1])
@@ -137,16 +137,18 @@ def test_nearest_neighbors(model, files, monkeypatch, tmp_path, capsys):
         flags = flags_of(files[0], directory, data__max_unreadable=0.05)
         assert main([*flags, "--mode=knn"]) == 0
     assert len(beats) == 6 + 4  # batches of 8
-    top1, top5 = knn_correct(queries, true, keys, labels)
+    top1, top5 = knn_correct(queries, classes, keys, labels)
     assert capsys.readouterr().out.endswith(
         f"nearest neighbors  top1 {top1 / 28:.2%}  top5 {top5 / 28:.2%}  (28 images)\n"
     )
     # Votes of the two damaged images, of padding, or of both would change the
     # result.
     for count in (2, 5, 7):
-        more = np.concatenate([keys, *[black] * count])
+        keys_with_outsiders = np.concatenate([keys, *[black] * count])
         votes = np.concatenate([labels, [0] * count])
-        assert knn_correct(queries, true, more, votes, check=False) != [top1, top5]
+        assert knn_correct(
+            queries, classes, keys_with_outsiders, votes, check=False
+        ) != [top1, top5]
 
 
 @pytest.mark.slow

@@ -185,9 +185,9 @@ def test_statistics():
     assert (removed == by_visible_units).all()
     assert removed.mean() == 0.75
     units = [np.asarray(patchify(jnp.asarray(x), 16)) for x in (images, own, by_unit)]
-    true, own, by_unit = units
+    originals, own, by_unit = units
     is_visible = np.asarray(patchify(jnp.asarray(removed), 16))[..., 0] == 0
-    mean, scale = true.mean(-1), true.std(-1, ddof=1)
+    mean, scale = originals.mean(-1), originals.std(-1, ddof=1)
     normalized = (own - mean[..., None]) / scale[..., None]
     for image in range(2):
         of_visible = [x[image][is_visible[image]].mean() for x in (mean, scale)]

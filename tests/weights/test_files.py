@@ -62,7 +62,7 @@ def with_nan(name):
     return with_array(name, array)
 
 
-WHOLE = to_bytes(STATE)
+VALID = to_bytes(STATE)
 
 
 DOUBLE = {name: array.astype(np.float64) for name, array in STATE.items()}
@@ -83,16 +83,16 @@ NOT_SQUARE = with_array("absolute_pos_embed", np.zeros((1, 3, 16), np.float32))
 SAFETENSORS = {
     "empty": (b"", "x.safetensors is empty"),
     "garbage": (b"\x81\x04garbage" * 99, "damaged or not a safetensors"),
-    "truncated": (WHOLE[:-100], "damaged or not a safetensors"),
-    "cut in its header": (WHOLE[:60], "damaged or not a safetensors"),
-    "longer than its header states": (WHOLE + b"x" * 9, "damaged or not a safetensors"),
-    "header beyond the file": (struct.pack("<Q", 2**60) + WHOLE[8:], "damaged"),
-    "header is not JSON": (struct.pack("<Q", 9) + b"[not json" + WHOLE, "damaged"),
+    "truncated": (VALID[:-100], "damaged or not a safetensors"),
+    "cut in its header": (VALID[:60], "damaged or not a safetensors"),
+    "longer than its header states": (VALID + b"x" * 9, "damaged or not a safetensors"),
+    "header beyond the file": (struct.pack("<Q", 2**60) + VALID[8:], "damaged"),
+    "header is not JSON": (struct.pack("<Q", 9) + b"[not json" + VALID, "damaged"),
     "overlapping arrays": (
         to_bytes(STATE, shift=4),
         "damaged or not a safetensors",
     ),
-    "shape larger than data": (WHOLE.replace(b"[1, 4, 16]", b"[9, 4, 16]"), "damaged"),
+    "shape larger than data": (VALID.replace(b"[1, 4, 16]", b"[9, 4, 16]"), "damaged"),
     "unknown dtype": (
         to_bytes(STATE, dtype="F99"),
         "damaged or not a safetensors",
@@ -252,7 +252,7 @@ def test_any_suffix(suffix, tmp_path):
         file = files.read(path)
         assert (file.key, file.other_keys) == ("state_dict", ["epoch"])
         np.testing.assert_array_equal(file.state["mask_token"], STATE["mask_token"])
-    path.write_bytes(WHOLE)
+    path.write_bytes(VALID)
     assert files.read(path).state.keys() == STATE.keys()
 
 
@@ -418,7 +418,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
 
 
 def test_directory_with_an_invalid_config(tmp_path, capsys):
-    (tmp_path / "model.safetensors").write_bytes(WHOLE)
+    (tmp_path / "model.safetensors").write_bytes(VALID)
     for text in ("{", "[]", '{"arguments": 3}', '{"arguments": {}}'):
         (tmp_path / "config.json").write_text(text)
         check_refused(

@@ -321,14 +321,14 @@ def test_inspect_files(tmp_path, capsys):
 @pytest.mark.slow
 def test_hub(tmp_path, monkeypatch):
     """Load a directory or a file of a repository, at a revision."""
-    model, asked = mini("hivit_base"), []
+    model, downloads = mini("hivit_base"), []
     hivit_jax.save_pretrained(model, tmp_path)
     state_files.save_safetensors(
         tmp_path / "other.safetensors", official_state("hivit_base")
     )
 
     def snapshot_download(name, revision, allow_patterns):
-        asked.append((name, revision, allow_patterns))
+        downloads.append((name, revision, allow_patterns))
         return str(tmp_path)
 
     fake = SimpleNamespace(snapshot_download=snapshot_download)
@@ -337,7 +337,7 @@ def test_hub(tmp_path, monkeypatch):
     recipes.assert_identical(params_by_name(loaded), params_by_name(model))
     other = hivit_jax.load_pretrained("hf://group/hivit/other.safetensors")
     assert other.config.embed_dim == 16
-    assert asked == [
+    assert downloads == [
         ("group/hivit", "v1", ["model.safetensors", "config.json"]),
         ("group/hivit", None, ["other.safetensors"]),
     ]

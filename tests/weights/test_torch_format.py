@@ -222,10 +222,10 @@ def test_damage(legacy, tmp_path):
 def test_archives_without_checksums_and_of_other_programs(tmp_path):
     path = torch_files.save({"a": tensor(NUMBERS)}, tmp_path / "x.pth")
     content = bytearray(path.read_bytes())
-    for header, place in ((b"PK\3\4", 14), (b"PK\1\2", 16)):
+    for header, offset in ((b"PK\3\4", 14), (b"PK\1\2", 16)):
         start = -1
         while (start := content.find(header, start + 1)) >= 0:
-            content[start + place : start + place + 4] = bytes(4)
+            content[start + offset : start + offset + 4] = bytes(4)
     path.write_bytes(content)
     np.testing.assert_array_equal(read(path), NUMBERS)
     np.savez(tmp_path / "x.npz", a=NUMBERS)
