@@ -18,14 +18,14 @@ def test_every_start_is_kept(tmp_path, monkeypatch):
     for name in ("config-old.json", "config-2026.json", "my-config.json"):
         (tmp_path / name).write_text("{}")
     now = time.time()
-    for number, clock in enumerate([now, now, now, now - 3600]):
+    for start_index, clock in enumerate([now, now, now, now - 3600]):
         monkeypatch.setattr(record.time, "time", lambda clock=clock: clock)
-        record.add_start(tmp_path, str(number))
+        record.add_start(tmp_path, str(start_index))
         assert [p.read_text() for p in record.config_files(tmp_path)] == [
-            str(n) for n in range(number + 1)
+            str(n) for n in range(start_index + 1)
         ]
         newest = record.newest_config(tmp_path)
-        assert newest.endswith(".json") and open(newest).read() == str(number)  # noqa: PT018, SIM115
+        assert newest.endswith(".json") and open(newest).read() == str(start_index)  # noqa: PT018, SIM115
     first, *later = [path.name for path in record.config_files(tmp_path)]
     assert first == "config.json"
     stamp = time.strftime("config-%Y%m%dT%H%M%SZ.json", time.gmtime(now))

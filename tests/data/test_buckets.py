@@ -91,9 +91,9 @@ def test_index_without_permission_to_write(bucket, prepared, user_cache):
 
 
 def test_slice_of_a_split(bucket, prepared):
-    for part in ("train[5:-3]", "validation[:50%]"):
-        local = Tfds("stripes", str(prepared / "tfrecord"), part)
-        remote = Tfds("stripes", "gs://bucket/tfrecord", part)
+    for split in ("train[5:-3]", "validation[:50%]"):
+        local = Tfds("stripes", str(prepared / "tfrecord"), split)
+        remote = Tfds("stripes", "gs://bucket/tfrecord", split)
         assert len(local) == len(remote)
         for i in range(len(local)):
             assert local.sample(i) == remote.sample(i)
@@ -225,9 +225,9 @@ def shard(bucket):
 def test_partial_copy_is_never_read(bucket, tmp_path):
     address, path = shard(bucket)
     cache = ShardCache(str(tmp_path / "cache"))
-    part = cache.target(address).with_name(f"{path.name}.part")
-    part.parent.mkdir(parents=True)
-    part.write_bytes(b"longer than the object" * 10_000)  # of a killed process
+    partial_copy = cache.target(address).with_name(f"{path.name}.part")
+    partial_copy.parent.mkdir(parents=True)
+    partial_copy.write_bytes(b"longer than the object" * 10_000)  # of a killed process
     bucket.statuses = {path.name: 503}
     assert cache.fetch(address) == address
     bucket.statuses = {}
@@ -235,7 +235,7 @@ def test_partial_copy_is_never_read(bucket, tmp_path):
     assert copy == str(cache.target(address))
     with open(copy, "rb") as file:
         assert file.read() == path.read_bytes()
-    assert [*part.parent.iterdir()] == [cache.target(address)]
+    assert [*partial_copy.parent.iterdir()] == [cache.target(address)]
 
 
 def test_processes_share_copies(bucket, tmp_path):

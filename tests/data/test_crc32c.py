@@ -28,8 +28,13 @@ def test_record_of_tensorflow():
     record = bytes.fromhex("0300000000000000b099490e6162636e57f121")
     tfrecord.verify(record)
     assert tfrecord.unpack(record) == b"abc"
-    for position, part in ((0, "length"), (9, "length"), (13, "data"), (16, "data")):
+    for position, damaged_part in (
+        (0, "length"),
+        (9, "length"),
+        (13, "data"),
+        (16, "data"),
+    ):
         damaged = bytearray(record)
         damaged[position] ^= 1
-        with pytest.raises(tfrecord.DamagedRecord, match=part):
+        with pytest.raises(tfrecord.DamagedRecord, match=damaged_part):
             tfrecord.verify(bytes(damaged))

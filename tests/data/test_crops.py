@@ -246,10 +246,10 @@ def test_only_the_crop_is_shipped():
 def test_pixels_outside_the_crop_do_not_matter():
     pixels = noise_image(300, 400, 3)
     crop = Crop(*[Box(20, 30, 200, 250)] * 2)
-    other = np.full_like(pixels, 255)
-    other[20:220, 30:280] = pixels[20:220, 30:280]
-    one, two = on_device([(pixels, crop), (other, crop)])[0]
-    assert_array_equal(one, two)
+    changed = np.full_like(pixels, 255)
+    changed[20:220, 30:280] = pixels[20:220, 30:280]
+    resized, resized_changed = on_device([(pixels, crop), (changed, crop)])[0]
+    assert_array_equal(resized, resized_changed)
 
 
 @pytest.mark.slow

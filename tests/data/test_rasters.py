@@ -177,8 +177,8 @@ def exact_axis(pixels, span, size, axis, radius, antialias=True):
             near, far = 1.5 * x**3 - 2.5 * x**2 + 1, 4 - 8 * x + 5 * x**2 - x**3
             weights = np.where(x < 1, near, np.where(x < 2, far / 2, 0))
         rows.append(weights / weights.sum())
-    part = np.take(pixels, range(extent), axis).astype(np.float64)
-    return np.moveaxis(np.tensordot(np.array(rows), part, (1, axis)), 0, axis)
+    source = np.take(pixels, range(extent), axis).astype(np.float64)
+    return np.moveaxis(np.tensordot(np.array(rows), source, (1, axis)), 0, axis)
 
 
 CROPS = [
@@ -228,8 +228,8 @@ def test_channels_are_resized_alike():
         resized = crops.resize(pixels, box, *options)
         assert resized.dtype == np.uint8
         for k in range(4):
-            one = crops.resize(pixels[..., k : k + 1], box, *options)
-            assert_array_equal(resized[..., k : k + 1], one)
+            resized_channel = crops.resize(pixels[..., k : k + 1], box, *options)
+            assert_array_equal(resized[..., k : k + 1], resized_channel)
 
 
 # Configs

@@ -49,26 +49,26 @@ def images(damaged=()):
     """Return (name, content) of 40 files of many kinds."""
     random, files = np.random.RandomState(0), []
     photos = [*photographs.photographs().values()]
-    for number in range(COUNT):
-        size, options = ORDINARY[number % len(ORDINARY)]
-        image = photographs.variant(photos[number % 7], number, size[::-1])
+    for index in range(COUNT):
+        size, options = ORDINARY[index % len(ORDINARY)]
+        image = photographs.variant(photos[index % 7], index, size[::-1])
         suffix, kind = "jpg", "JPEG"
-        if number == 5:
+        if index == 5:
             image = image.convert("L")
-        elif number == 11:
+        elif index == 11:
             image = image.convert("CMYK")
-        elif number == 17:
+        elif index == 17:
             options = options | dict(progressive=True)
-        elif number == 23:
+        elif index == 23:
             suffix, kind, options = "png", "PNG", {}
-        elif number == 29:
+        elif index == 29:
             exif = Image.Exif()
             exif[0x0112] = 6  # rotated
             options = options | dict(exif=exif)
         content = encode(image, kind, **options)
-        if number in damaged:
-            content = DAMAGES[damaged.index(number)](content, random)
-        files.append((f"{number % 3}/{number:02}.{suffix}", content))
+        if index in damaged:
+            content = DAMAGES[damaged.index(index)](content, random)
+        files.append((f"{index % 3}/{index:02}.{suffix}", content))
     return files
 
 
@@ -184,11 +184,14 @@ def with_tf(config):
 
 def assert_readers_agree(config, *steps):
     """Check training batches of some steps and all evaluation batches."""
-    other = with_tf(config)
+    config_with_tf = with_tf(config)
     assert_batches_equal(
-        inputs.train_batches(other, *steps), inputs.train_batches(config, *steps)
+        inputs.train_batches(config_with_tf, *steps),
+        inputs.train_batches(config, *steps),
     )
-    assert_batches_equal(inputs.eval_batches(other), inputs.eval_batches(config))
+    assert_batches_equal(
+        inputs.eval_batches(config_with_tf), inputs.eval_batches(config)
+    )
 
 
 @pytest.mark.parametrize("name", ["folder", "tfrecord", "array_record"])

@@ -39,8 +39,8 @@ def test_from_a_run_to_saved_models(tmp_path, quick, capsys):
     card = (shared / "README.md").read_text()
     assert "## Classes\n\n0, 1, 2, 3, 4, 5, 6, 7, 8, 9\n" in card
     assert "hivit_jax.preprocess(model)" in card
-    other = hivit_jax.load_pretrained(run, num_classes=3)
-    assert other.info.class_names == ()
+    model_of_3_classes = hivit_jax.load_pretrained(run, num_classes=3)
+    assert model_of_3_classes.info.class_names == ()
 
 
 def test_0_is_the_number_of_the_dataset():

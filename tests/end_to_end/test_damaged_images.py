@@ -83,12 +83,12 @@ def folder(tmp_path_factory):
     files = {"train": ([], []), "val": ([], [])}
     for split, count in (("train", TRAIN), ("val", VAL)):
         labels = np.sort(np.arange(count) % CLASSES)
-        for number, label in enumerate(labels):
+        for index, label in enumerate(labels):
             pixels = random.randint(0, 256, (*SIZE, 3)).astype(np.uint8)
-            path = root / split / str(label) / f"{number:02}.png"
+            path = root / split / str(label) / f"{index:02}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels).save(path)
-            if number in DAMAGED[split]:
+            if index in DAMAGED[split]:
                 path.write_bytes(b"damaged")
             files[split][0].append(pixels)
             files[split][1].append(label)

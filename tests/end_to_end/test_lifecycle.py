@@ -58,8 +58,8 @@ def watch():
 
     def heartbeat():
         watch.beats += 1
-        if number := watch.signals.pop(watch.beats, None):
-            signal.raise_signal(number)
+        if signal_number := watch.signals.pop(watch.beats, None):
+            signal.raise_signal(signal_number)
 
     @contextmanager
     def watchdog(stall_timeout):
@@ -75,14 +75,17 @@ def watch():
 def restored_signals():
     """Make a signal that the command does not catch fail the test."""
 
-    def not_caught(number, frame):
-        raise AssertionError(f"{signal.Signals(number).name} was not caught")
+    def not_caught(signal_number, frame):
+        raise AssertionError(f"{signal.Signals(signal_number).name} was not caught")
 
-    numbers = signal.SIGTERM, signal.SIGINT
-    before = {number: signal.signal(number, not_caught) for number in numbers}
+    signal_numbers = signal.SIGTERM, signal.SIGINT
+    before = {
+        signal_number: signal.signal(signal_number, not_caught)
+        for signal_number in signal_numbers
+    }
     yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    for signal_number, handler in before.items():
+        signal.signal(signal_number, handler)
 
 
 @pytest.fixture(scope="module")
@@ -151,8 +154,8 @@ def test_interruptions_and_divergence(finished, watch, tmp_path, capsys, monkeyp
     assert "SIGTERM: finishing the step and saving; a second signal kills" in out
     assert f"SIGTERM: step 6 of {STEPS} is saved in {tmp_path}; run" in err
     assert not watch.signals
-    for number in (signal.SIGTERM, signal.SIGINT):  # so that a second one kills
-        assert signal.getsignal(number) is signal.SIG_DFL
+    for signal_number in (signal.SIGTERM, signal.SIGINT):  # so that a second one kills
+        assert signal.getsignal(signal_number) is signal.SIG_DFL
     assert recipes.saved_steps(tmp_path) == [6]
     assert list(recipes.logged(tmp_path)) == [4, 5, 6]
     assert watch.beats == 6 + EVAL_BATCHES

@@ -54,7 +54,7 @@ def uninterrupted(tmp_path_factory, environment):
     return run
 
 
-def interrupt(workdir, source, number, after, environment, **overrides):
+def interrupt(workdir, source, signal_number, after, environment, **overrides):
     """Start a run; send it a signal after `after` more steps.
 
     Waits for the checkpoints that are due before that step, too.
@@ -75,7 +75,7 @@ def interrupt(workdir, source, number, after, environment, **overrides):
     ):
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.005)
-    process.send_signal(number)
+    process.send_signal(signal_number)
     _, err = process.communicate()
     return process.returncode, log.read_text(), err
 
@@ -130,12 +130,14 @@ def test_interrupted_run(uninterrupted, synthetic, environment, tmp_path):
     expected, _ = uninterrupted("synthetic", **synthetic)
     workdir, options = tmp_path / "interrupted", synthetic | {"checkpoint_every": 1000}
     stopped = []
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for signal_number in (signal.SIGTERM, signal.SIGINT):
         code, _, err = interrupt(
-            workdir, "synthetic", number, 5, environment, **options
+            workdir, "synthetic", signal_number, 5, environment, **options
         )
         assert code == 75
-        message = f"{number.name}: step (\\d+) of {STEPS} is saved in {workdir}; run"
+        message = (
+            f"{signal_number.name}: step (\\d+) of {STEPS} is saved in {workdir}; run"
+        )
         step = int(re.search(message, err)[1])
         assert "Traceback" not in err
         assert recipes.saved_steps(workdir) == [*stopped, step]

@@ -193,8 +193,8 @@ def test_predictions(recipe, run, tmp_path, capsys):
     (tmp_path / "own" / "a.png").write_bytes((data / "03.png").read_bytes())
     own = [*flags, str(tmp_path / "out"), "--images", str(tmp_path / "own")]
     assert predict.main(own) == 0
-    [one] = json.loads((tmp_path / "out" / "maps.json").read_text())
-    assert one == {"name": "a.png"} | {
+    [record] = json.loads((tmp_path / "out" / "maps.json").read_text())
+    assert record == {"name": "a.png"} | {
         "map": next(
             prediction["map"]
             for prediction in predictions

@@ -37,12 +37,12 @@ def write_dataset(root):
         directory = root / split
         directory.mkdir(parents=True)
         kinds = random.permutation([0] * counts[0] + [1] * counts[1])
-        for number, kind in enumerate(kinds):
+        for index, kind in enumerate(kinds):
             rows, columns = (side // CELL for side in SIZES[kind])
             labels = random.randint(0, CLASSES, (rows, columns)).astype(np.uint8)
             pixels = labels.repeat(CELL, 0).repeat(CELL, 1)[..., None] * 90
             pixels = pixels + random.randint(0, 60, (*pixels.shape[:2], 3))
-            path = directory / f"{number:02}"
+            path = directory / f"{index:02}"
             Image.fromarray(pixels.astype(np.uint8)).save(f"{path}.png")
             Image.fromarray(labels).save(f"{path}.map.png")
     (root / f"{BROKEN}.map.png").write_bytes(b"no image")

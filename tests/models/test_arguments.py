@@ -163,9 +163,9 @@ def test_one_drop_path_key_an_image():
         keys = jax.eval_shape(lambda n=count: jax.random.split(jax.random.key(0), n))
         with pytest.raises(ConfigError, match=rf"\[{count}\].*\[4\]"):
             abstract_logits(drop_path_keys=keys)
-    one = jax.eval_shape(lambda: jax.random.key(0))
+    single_key = jax.eval_shape(lambda: jax.random.key(0))
     with pytest.raises(ConfigError, match="drop_path_keys"):
-        abstract_logits(drop_path_keys=one)
+        abstract_logits(drop_path_keys=single_key)
 
 
 @pytest.mark.parametrize(

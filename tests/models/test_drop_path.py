@@ -51,9 +51,11 @@ def test_drop_path_draws():
     order = np.random.RandomState(0).permutation(4000)
     assert_array_equal(draws(keys[order]), every[order])
     assert_array_equal(draws(keys[100:150]), every[100:150])
-    other = draws(keys, branch_index=1)
+    of_next_branch = draws(keys, branch_index=1)
     # Independent: both are dropped with probability 1/16.
-    assert ((every == 0) & (other == 0)).mean() == pytest.approx(1 / 16, abs=0.02)
+    assert ((every == 0) & (of_next_branch == 0)).mean() == pytest.approx(
+        1 / 16, abs=0.02
+    )
 
 
 @pytest.mark.slow

@@ -172,9 +172,9 @@ def test_attention_gives_the_output_of_its_block():
     def run(model, images):
         encoder = model.encoder
         layers, outputs = encoder.layers(images, attention=True), []
-        for number in (1, 2):
-            before, layer = layers[number - 1 : number + 1]
-            block = encoder.stages[-1][number]
+        for block_index in (1, 2):
+            before, layer = layers[block_index - 1 : block_index + 1]
+            block = encoder.stages[-1][block_index]
             values = block.attn.qkv(block.norm1(before.tokens))[:, :, 2]
             weights, windows = layer.attention, block.attn.windows
             if windows is not None:
@@ -224,6 +224,6 @@ def test_features_on_a_mesh(windows):
         jax.device_put(images, over_batch),
         jax.device_put(ids_keep, over_batch),
     )
-    for one, eight in zip(*map(jax.tree.leaves, (expected, out)), strict=True):
-        assert len(eight.sharding.device_set) == 8
-        assert_allclose(eight, one, atol=1e-5)
+    for on_one, on_eight in zip(*map(jax.tree.leaves, (expected, out)), strict=True):
+        assert len(on_eight.sharding.device_set) == 8
+        assert_allclose(on_eight, on_one, atol=1e-5)

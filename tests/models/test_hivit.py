@@ -262,9 +262,9 @@ def test_features_are_local(sizes):
         (shape[1] - 6, shape[2] - 5),
     ]
     batch = [images]
-    for number, (row, column) in enumerate(pixels):
+    for image_index, (row, column) in enumerate(pixels):
         batch.append(images.copy())
-        batch[-1][0, row, column, number % shape[3]] += 3
+        batch[-1][0, row, column, image_index % shape[3]] += 3
     batch = jnp.asarray(np.concatenate(batch))
     run = jit_model(model, lambda model, x: (model.encoder(x), model.features(x)))
     stages, features = run(batch)

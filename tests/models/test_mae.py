@@ -71,8 +71,8 @@ def test_prediction_does_not_see_removed_units():
     changed = run(images + removed)
     assert_array_equal(out.pred, changed.pred)
     assert_array_equal(out.latent, changed.latent)
-    other = run(images + (1 - removed))
-    assert np.abs(out.pred - other.pred).max() > 0.01
+    changed_visible = run(images + (1 - removed))
+    assert np.abs(out.pred - changed_visible.pred).max() > 0.01
 
 
 @pytest.mark.slow

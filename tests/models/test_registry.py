@@ -145,19 +145,19 @@ INITIAL = [
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "overrides"), INITIAL)
 def test_seed_decides_parameters(name, overrides):
-    one, other = (
+    first, second = (
         initial_params(name, 0, **overrides),
         initial_params(name, 1, **overrides),
     )
     again = initial_params(name, 0, **overrides)
-    for path, value in one.items():
+    for path, value in first.items():
         assert_array_equal(value, again[path])
         fixed = ("norm" in path and "proj" not in path) or "decoder_pos_embed" in path
         fixed |= path.endswith("bias") and "patch_embed/proj" not in path
         fixed |= path.endswith("absolute_pos_embed") and name.startswith("mae_")
-        assert (value == other[path]).all() == fixed, path
+        assert (value == second[path]).all() == fixed, path
     # No two draws share a stream.
-    firsts = [v.flat[0] for v in one.values() if v.flat[0] not in (0, 1)]
+    firsts = [v.flat[0] for v in first.values() if v.flat[0] not in (0, 1)]
     assert len(set(firsts)) == len(firsts) - (1 if 0 in firsts else 0)
 
 

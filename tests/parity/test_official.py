@@ -81,14 +81,14 @@ def official_stages(model, images, ids_keep=None):
 def check_stages(stages, arrays):
     """Check means, deviations and slices of all stages against golden values."""
     assert set(arrays["stage_names"]) == set(stages)
-    for number, name in enumerate(arrays["stage_names"]):
+    for stage_index, name in enumerate(arrays["stage_names"]):
         x = np.asarray(stages[name])
-        close(x.mean(), arrays["stage_mean"][number], 2e-5)
-        close(x.std(), arrays["stage_std"][number], 2e-5)
+        close(x.mean(), arrays["stage_mean"][stage_index], 2e-5)
+        close(x.std(), arrays["stage_std"][stage_index], 2e-5)
         close(x.mean(tuple(range(x.ndim - 1))), arrays[f"chanmean/{name}"], 2e-5)
-        part = x if x.ndim == 2 else x[:, [0, 1, 17, -1]]
-        part = part[..., : {2: None, 3: 16, 5: 8}[x.ndim]]
-        close(part, arrays[f"slice/{name}"], 2e-5)
+        selection = x if x.ndim == 2 else x[:, [0, 1, 17, -1]]
+        selection = selection[..., : {2: None, 3: 16, 5: 8}[x.ndim]]
+        close(selection, arrays[f"slice/{name}"], 2e-5)
 
 
 @pytest.mark.slow

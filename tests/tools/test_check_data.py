@@ -24,9 +24,9 @@ def healthy(tmp_path_factory):
     return root
 
 
-def photo(root, number, split="train"):
+def photo(root, index, split="train"):
     """Return the path of a photograph."""
-    return root / split / NAMES[number % len(NAMES)] / f"{number:05}.JPEG"
+    return root / split / NAMES[index % len(NAMES)] / f"{index:05}.JPEG"
 
 
 def exif(orientation):

@@ -123,10 +123,10 @@ def test_batches_from_a_bucket(dataset, tmp_path):
 def test_long_names(tmp_path):
     """Long names of pax, GNU and ustar tar files are read; a label may come first."""
     formats = (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT)
-    for number, tar_format in enumerate(formats):
+    for index, tar_format in enumerate(formats):
         name = "d" * 90 + "/" + "n" * 80
         members = [(f"{name}.cls", b"2\n"), (f"{name}.JPEG", b"image" * 300)]
-        path = tmp_path / f"train{number}.tar"
+        path = tmp_path / f"train{index}.tar"
         write_tar(path, members, format=tar_format)
         content = [(member.name, read()) for member, read in tar.members(str(path))]
         assert content == members

@@ -98,8 +98,8 @@ def test_index_is_cached_until_a_directory_changes(root, user_cache, monkeypatch
     assert len(walks) == 3 + 4  # one per class
     # The index is rebuilt: other version, damaged cache, unwritable cache.
     with np.load(index_file) as index:
-        other = {name: index[name] for name in index if name != "classes"}
-    np.savez(index_file, **other)
+        other_version = {name: index[name] for name in index if name != "classes"}
+    np.savez(index_file, **other_version)
     assert len(folder.Folder(str(root), "train")) == 7
     index_file.write_bytes(b"PK damaged")
     assert len(folder.Folder(str(root), "train")) == 7

@@ -94,7 +94,7 @@ def test_groups_stay_together(root, fraction):
     """All images of a scene s0, s1, ... are on one side, over all classes."""
     options = dict(eval_fraction=fraction, eval_group=r"/(s\d+)_")
     train, held_out = (paths(root, split, **options) for split in ("train", "test"))
-    scenes = [{p.split("/")[1][:2] for p in part} for part in (train, held_out)]
+    scenes = [{p.split("/")[1][:2] for p in side} for side in (train, held_out)]
     assert not scenes[0] & scenes[1]
     assert len(train) + len(held_out) == 43
     assert {path.split("/")[0] for path in train} == {"brick", "cat", "lone"}
@@ -114,15 +114,15 @@ def test_groups_of_several_classes():
 
 def test_slices(root):
     """Slices of each class are disjoint, and do not follow the order of the names."""
-    parts = [
+    pieces = [
         paths(root, "train", train_split=f"[{text}]", eval_split=".")
         for text in (":50%", "50%:75%", "-25%:")
     ]
-    assert [len(part) for part in parts] == [21, 12, 10]
-    assert len(set().union(*parts)) == 43
-    assert parts[0] != sorted(p for part in parts for p in part)[:21]
+    assert [len(piece) for piece in pieces] == [21, 12, 10]
+    assert len(set().union(*pieces)) == 43
+    assert pieces[0] != sorted(p for piece in pieces for p in piece)[:21]
     evaluated = paths(root, "test", train_split="[:50%]", eval_split=".[75%:]")
-    assert evaluated == parts[2]
+    assert evaluated == pieces[2]
 
 
 def test_slices_of_a_directory(root):
