@@ -3,10 +3,13 @@
     hivit_jax --config finetune:base --workdir runs/ft --config.init_from=runs/mae_base
 
 Variants: tiny, small, base (default), large. `init_from` may be the official file.
-Values: official self_supervised code for base; none are published for other sizes.
-Expected: base 84.6 % top-1 after mae_base (published, not reproduced here).
-Hardware: any mesh. The official run used 8 GPUs, 64 images each, 2 microbatches a step.
-Cost: 128 M images. GFLOP per image: tiny 27.5, small 54.3, base 94.9, large 383.4.
+Values: those of the official self_supervised code for base; no values are published for
+other sizes.
+Expected: base reaches 84.6 % top-1 after mae_base (published, not reproduced here).
+Hardware: any mesh. The official run used 8 GPUs with 64 images each, and 2 microbatches
+per step.
+Cost: the run trains on 128 million images. A train step, which costs three forward
+passes, takes per image: tiny 27.5, small 54.3, base 94.9, large 383.4 GFLOP.
 """
 
 

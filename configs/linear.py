@@ -2,10 +2,12 @@
 
     hivit_jax --config linear:base --workdir runs/lp --config.init_from=runs/mae_base
 
-Variants: tiny, small, base (default), large. Values: MAE's linear probe (LARS,
-BatchNorm without scale and bias on mean-pooled frozen features, no weight decay).
+Variants: tiny, small, base (default), large.
+Values: those of MAE's linear probe. LARS without weight decay trains a linear layer on
+the mean-pooled, frozen features, after BatchNorm without scale and bias.
 Expected: unknown, because the HiViT paper reports no linear probe. Hardware: any mesh.
-Cost: 115 M images. GFLOP forward: tiny 9.2, small 18.1, base 31.6, large 127.8.
+Cost: the run trains on 115 million images. A train step, which costs one forward pass,
+takes per image: tiny 9.2, small 18.1, base 31.6, large 127.8 GFLOP.
 """
 
 

@@ -2,10 +2,12 @@
 
     hivit_jax --config mae_base --workdir runs/mae_base
 
-Values: official self_supervised code, which uses fp16 and 2 microbatches of 2048.
+Values: those of the official self_supervised code, which trains in fp16 and splits a
+batch into 2 microbatches of 2048 images.
 Expected: 84.6 % top-1 after finetuning (published, not reproduced here).
-Hardware: any mesh. GiB per device: 1.8 on v5e:16x16, 27.9 on h100:8.
-Cost: 2.05 G images, 47.5 GFLOP per image.
+Hardware: any mesh. A device needs 1.8 GiB on v5e:16x16 and 27.9 GiB on h100:8.
+Cost: the run trains on 2.05 billion images. A train step, which costs three forward
+passes, takes 47.5 GFLOP per image.
 """
 
 

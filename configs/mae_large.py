@@ -2,10 +2,12 @@
 
     hivit_jax --config mae_large --workdir runs/mae_large
 
-Values: as mae_base except for the encoder; none are published for L.
+Values: those of mae_base; only the encoder differs. None are published for HiViT-L.
 Expected: unknown, because no result is published.
-Hardware: mesh.fsdp > 1. GiB per device: 5.4 on v5e:16x16, 51.1 on h100:8.
-Cost: 2.05 G images, 118 GFLOP per image.
+Hardware: a mesh with mesh.fsdp > 1. A device needs 5.4 GiB on v5e:16x16 and 51.1 GiB on
+h100:8.
+Cost: the run trains on 2.05 billion images. A train step, which costs three forward
+passes, takes 118 GFLOP per image.
 """
 
 

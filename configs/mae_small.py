@@ -2,10 +2,11 @@
 
     hivit_jax --config mae_small --workdir runs/mae_small
 
-Values: as mae_base except for the encoder; none are published for S.
+Values: those of mae_base; only the encoder differs. None are published for HiViT-S.
 Expected: unknown, because no result is published.
-Hardware: any mesh. GiB per device: 1.4 on v5e:16x16, 23.9 on h100:8.
-Cost: 2.05 G images, 37.4 GFLOP per image.
+Hardware: any mesh. A device needs 1.4 GiB on v5e:16x16 and 23.9 GiB on h100:8.
+Cost: the run trains on 2.05 billion images. A train step, which costs three forward
+passes, takes 37.4 GFLOP per image.
 """
 
 

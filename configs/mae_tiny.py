@@ -2,10 +2,11 @@
 
     hivit_jax --config mae_tiny --workdir runs/mae_tiny
 
-Values: as mae_base except for the encoder; none are published for T.
+Values: those of mae_base; only the encoder differs. None are published for HiViT-T.
 Expected: unknown, because no result is published.
-Hardware: any mesh. GiB per device: 1.0 on v5e:16x16, 18.6 on h100:8.
-Cost: 2.05 G images, 31.1 GFLOP per image.
+Hardware: any mesh. A device needs 1.0 GiB on v5e:16x16 and 18.6 GiB on h100:8.
+Cost: the run trains on 2.05 billion images. A train step, which costs three forward
+passes, takes 31.1 GFLOP per image.
 """
 
 

@@ -2,11 +2,12 @@
 
     hivit_jax --config supervised:tiny --workdir runs/tiny
 
-Variants: tiny, small, base (default). Values: official supervised code;
-`--config.optimizer.schedule=cosine_from_start` selects its exact schedule.
-Expected: top-1 tiny 82.1, small 83.5, base 83.8 % (published, not reproduced here).
+Variants: tiny, small, base (default). Values: those of the official supervised code;
+for its learning rates, add `--config.optimizer.schedule=cosine_from_start`.
+Expected: top-1 of tiny 82.1, small 83.5, base 83.8 % (published, not reproduced here).
 Hardware: any mesh. The official runs used 8 GPUs with 128 images each.
-Cost: 384 M images. GFLOP per image: tiny 27.5, small 54.3, base 94.9.
+Cost: the run trains on 384 million images. A train step, which costs three forward
+passes, takes per image: tiny 27.5, small 54.3, base 94.9 GFLOP.
 """
 
 

@@ -185,7 +185,8 @@ def train(
                 f"{stop}: step {step} of {total_steps} is saved in "
                 f"{workdir}; run the same command to resume"
             )
-        results = results or run_evaluation()
+        if results is None:
+            results = run_evaluation()
         if results:
             log(console.best_line(workdir, checkpoints.steps(), task.best))
         return results

@@ -163,8 +163,31 @@ def test_page_of_all_keys():
     text = (recipes.ROOT / "docs" / "config.md").read_text()
     assert text == configs.to_markdown()
     for task in tasks.TASKS.values():
-        for name, key in configs.task_keys(task).items():
+        both = configs.task_keys(task) | configs.task_keys(task, "vit_base")
+        for name, key in both.items():
             leaf = name.rpartition(".")[2]
             assert key.comment
             assert f"| {key.comment} |\n" in text
             assert f"| `{leaf}` | " in text or f"| `{name}` | " in text
+
+
+@pytest.mark.parametrize(
+    ("recipe", "key"),
+    [
+        ("mae_vit", "model.stem_mlp_ratio"),
+        ("finetune_vit", "model.fc_norm"),
+        ("mae_base", "model.pooling"),
+    ],
+)
+def test_keys_of_another_family(recipe, key):
+    """A key of another family of models is an unknown key."""
+    with pytest.raises(ConfigError, match=f"unknown config key '{key}'"):
+        configs.load(recipe, [f"--config.{key}=1"])
+
+
+def test_family_of_an_override():
+    """`model.name` on the command line selects the keys too."""
+    overrides = ["--config.model.name=vit_tiny", "--config.model.pooling=token"]
+    config = configs.load("supervised", overrides)
+    assert config.model.pooling == "token"
+    assert "fc_norm" not in config.model

@@ -51,6 +51,9 @@ def relative(paths):
 
 
 VARIANTS = {
+    "finetune_vit": ("", ":tiny", ":large", ":huge"),
+    "linear_vit": ("", ":tiny", ":large"),
+    "mae_vit": ("", ":tiny", ":huge"),
     "finetune": ("", ":tiny", ":small", ":base", ":large"),
     "linear": ("", ":tiny", ":small", ":base", ":large"),
     "supervised": ("", ":tiny", ":small", ":base"),
@@ -120,6 +123,18 @@ OFFICIAL = {
 }
 
 
+OFFICIAL["mae_vit:base"] = OFFICIAL["mae_base"] | dict(peak=2.4e-3)
+for NAME, PEAK, EPOCHS, LAYER_DECAY, RATE in (
+    ("base", 2e-3, 100, 0.65, 0.1),
+    ("large", 4e-3, 50, 0.75, 0.2),
+    ("huge", 4e-3, 50, 0.75, 0.3),
+):
+    OFFICIAL[f"finetune_vit:{NAME}"] = OFFICIAL["finetune:base"] | dict(
+        total_epochs=EPOCHS,
+        peak=PEAK,
+        model__drop_path_rate=RATE,
+        optimizer__layer_decay=LAYER_DECAY,
+    )
 for NAME, DROP_PATH_RATE in (("tiny", 0.05), ("small", 0.3), ("base", 0.5)):
     OFFICIAL[f"supervised:{NAME}"] = OFFICIAL["finetune:base"] | dict(
         total_epochs=300,

@@ -78,9 +78,9 @@ def attention(
 ) -> Branch | None:
     """Return ``attention(norm(x))`` as one kernel, or None.
 
-    Arguments are those of `mlp` and of `layers.Attention`. Also returns None on GPUs,
-    where cuDNN computes attention, and with a key mask, windows that are padded, or a
-    bias that differs between images.
+    Arguments are those of `mlp` and of `attention.Attention`. Also returns None on
+    GPUs, where cuDNN computes attention, and with a key mask, windows that are padded,
+    or a bias that differs between images.
     """
     target = _target(choice, x)
     qkv, proj, windows = attention.qkv, attention.proj, attention.windows

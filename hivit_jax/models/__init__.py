@@ -13,12 +13,18 @@ from hivit_jax.models.base import Model
 from hivit_jax.models.classifier import Classifier
 from hivit_jax.models.config import (
     ClassifierConfig,
-    HiViTConfig,
+    EncoderConfig,
     MAEConfig,
     RunOptions,
 )
 from hivit_jax.models.layers import ParameterKeys
 from hivit_jax.models.mae import MaskedAutoencoder
+from hivit_jax.models.vit import (
+    ViTClassifier,
+    ViTClassifierConfig,
+    ViTMAEConfig,
+    ViTMaskedAutoencoder,
+)
 
 # Tiny, Small and Base are official; Large and the 24-block Base are MMPretrain's.
 SIZES: dict[str, dict[str, Any]] = {
@@ -28,7 +34,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "hivit_base_24": dict(embed_dim=512, depths=(2, 2, 24), num_heads=8),
     "hivit_large": dict(embed_dim=768, depths=(2, 2, 40), num_heads=12),
 }
-Variant = tuple[type[Model], HiViTConfig]
+Variant = tuple[type[Model], EncoderConfig]
 VARIANTS: dict[str, Variant] = {
     name: (Classifier, ClassifierConfig(**size)) for name, size in SIZES.items()
 }
@@ -40,6 +46,22 @@ VARIANTS["hivit_base_24"] = (
 VARIANTS |= {
     f"mae_{name}": (MaskedAutoencoder, MAEConfig(**size))
     for name, size in SIZES.items()
+}
+# Base, Large and Huge are MAE's; Tiny and Small have the widths of DeiT.
+VIT_SIZES: dict[str, dict[str, Any]] = {
+    "vit_tiny": dict(embed_dim=192, depth=12, num_heads=3),
+    "vit_small": dict(embed_dim=384, depth=12, num_heads=6),
+    "vit_base": dict(embed_dim=768, depth=12, num_heads=12),
+    "vit_large": dict(embed_dim=1024, depth=24, num_heads=16),
+    "vit_huge": dict(embed_dim=1280, depth=32, num_heads=16, patch_size=14),
+}
+VARIANTS |= {
+    name: (ViTClassifier, ViTClassifierConfig(**size))
+    for name, size in VIT_SIZES.items()
+}
+VARIANTS |= {
+    f"mae_{name}": (ViTMaskedAutoencoder, ViTMAEConfig(**size))
+    for name, size in VIT_SIZES.items()
 }
 
 
@@ -59,7 +81,18 @@ def variant(name: str) -> Variant:
     return VARIANTS[name]
 
 
-def override_types(*config_classes: type[HiViTConfig]) -> dict[str, Any]:
+def family(name: str) -> list[type[EncoderConfig]]:
+    """Return the config classes of all models with the encoder of `name`.
+
+    The family of an unknown name is HiViT.
+    """
+    encoder_class = VARIANTS.get(name, VARIANTS["hivit_base"])[0].encoder_class
+    variants = VARIANTS.values()
+    classes = [type(c) for model, c in variants if model.encoder_class is encoder_class]
+    return [*dict.fromkeys(classes)]
+
+
+def override_types(*config_classes: type[EncoderConfig]) -> dict[str, Any]:
     """Return {name: type} of the overrides that `create_model` accepts.
 
     Args:
@@ -71,7 +104,7 @@ def override_types(*config_classes: type[HiViTConfig]) -> dict[str, Any]:
 
 def configure(
     name: str, **overrides: Any
-) -> tuple[type[Model], HiViTConfig, RunOptions]:
+) -> tuple[type[Model], EncoderConfig, RunOptions]:
     """Return class, config and run options for the arguments of `create_model`."""
     model_class, config = variant(name)
     known = override_types(type(config))
@@ -87,10 +120,10 @@ def create_model(name: str, seed: int | jax.Array = 0, **overrides: Any) -> Mode
     """Build a model with newly initialized float32 parameters.
 
     Args:
-      name: one of `list_models()`: hivit_{tiny,small,base,large,base_24}, or one of
-        these with the prefix ``mae_``.
+      name: one of `list_models()`: hivit_{tiny,small,base,large,base_24},
+        vit_{tiny,small,base,large,huge}, or one of these with the prefix ``mae_``.
       seed: integer or PRNG key for the initialization.
-      overrides: fields of the model's config (`ClassifierConfig` or `MAEConfig`) and of
+      overrides: fields of the model's config, such as `ClassifierConfig`, and of
         `RunOptions`, such as image_size, num_classes (0: no head), embed_dim,
         drop_path_rate and dtype.
 

@@ -9,8 +9,8 @@ import numpy as np
 from flax import nnx
 
 from hivit_jax.models import flops, positions
-from hivit_jax.models.config import HiViTConfig, RunOptions
-from hivit_jax.models.hivit import BlockOutput, HiViT
+from hivit_jax.models.config import EncoderConfig, RunOptions
+from hivit_jax.models.encoder import BlockOutput, Encoder
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -45,7 +45,7 @@ class ModelInfo:
 
 
 def make_info(
-    config: HiViTConfig,
+    config: EncoderConfig,
     *,
     class_names: Sequence[str] = (),
     crop: float = 0.875,
@@ -89,16 +89,20 @@ class Model(nnx.Module):
     Attributes:
       name: registered name of the model.
       description: noun phrase for the model card.
+      architecture: name and publication, for the model card.
+      encoder_class: class of the encoder.
       info: facts about images and classes.
     """
 
     name: str
     description: str
-    encoder: HiViT
+    architecture: str = "HiViT (Zhang et al., ICLR 2023)"
+    encoder_class: type[Encoder]
+    encoder: Encoder
     info: ModelInfo
 
     @property
-    def config(self) -> HiViTConfig:
+    def config(self) -> EncoderConfig:
         """Architecture of the model."""
         return self.encoder.config
 
@@ -113,11 +117,11 @@ class Model(nnx.Module):
         ids_keep: jax.Array | None = None,
         stride_32: bool = False,
     ) -> list[jax.Array]:
-        """Return the encoder's feature pyramid, see `HiViT.features`."""
+        """Return the encoder's feature pyramid, see `Encoder.features`."""
         return self.encoder.features(images, ids_keep, stride_32)
 
     def layers(self, images: jax.Array, attention: bool = False) -> list[BlockOutput]:
-        """Return the output of each main-stage block, see `HiViT.layers`."""
+        """Return the output of each block with attention, see `Encoder.layers`."""
         return self.encoder.layers(images, attention)
 
     def parameter_count(self) -> int:
@@ -130,15 +134,16 @@ class Model(nnx.Module):
     def layer_ids(self) -> dict[str, int]:
         """Return {parameter name: layer}, as in the official ``lr_decay.py``.
 
-        The patch embedding and the absolute positions have layer 0. Residual blocks
-        count from 1. A merge has the layer of the preceding block. All parameters
-        outside the encoder have the layer after the last block.
+        The patch embedding, the class token and the absolute positions have layer 0.
+        Residual blocks count from 1. A merge has the layer of the preceding block. All
+        parameters outside the encoder have the layer after the last block.
 
         Raises:
           ValueError: an encoder parameter belongs to no patch embedding, absolute
             positions, block or merge.
         """
-        layer_of, last = {"patch_embed": 0, "absolute_pos_embed": 0}, 0
+        layer_of = dict.fromkeys(("patch_embed", "cls_token", "absolute_pos_embed"), 0)
+        last = 0
         for stage, blocks in enumerate(self.encoder.stages):
             for block in range(len(blocks)):
                 last += 1
@@ -156,7 +161,7 @@ class Model(nnx.Module):
             if prefix is None:
                 raise ValueError(
                     f"parameter {name!r} has no layer; expected a parameter of "
-                    "patch_embed, absolute_pos_embed, stages or merges"
+                    "patch_embed, cls_token, absolute_pos_embed, stages or merges"
                 )
             ids[name] = layer_of[prefix]
         return ids

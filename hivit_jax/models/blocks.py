@@ -11,8 +11,9 @@ from jax.experimental.xla_metadata import set_xla_metadata
 from jax.sharding import AxisType
 
 from hivit_jax.kernels import dispatch
+from hivit_jax.models.attention import Attention
 from hivit_jax.models.config import RunOptions
-from hivit_jax.models.layers import Attention, Mlp, drop_path
+from hivit_jax.models.layers import INIT, Mlp, drop_path
 from hivit_jax.models.norms import LayerNorm
 from hivit_jax.models.positions import Grid
 from hivit_jax.models.windows import Windows
@@ -25,10 +26,17 @@ class MlpBlock(nnx.Module):
     """
 
     def __init__(
-        self, dim: int, mlp_ratio: float, *, eps: float, dtype, rngs: nnx.Rngs
+        self,
+        dim: int,
+        mlp_ratio: float,
+        *,
+        eps: float,
+        dtype,
+        rngs: nnx.Rngs,
+        kernel_init=INIT,
     ):
         self.norm2 = LayerNorm(dim, epsilon=eps, dtype=dtype, rngs=rngs)
-        self.mlp = Mlp(dim, mlp_ratio, dtype=dtype, rngs=rngs)
+        self.mlp = Mlp(dim, mlp_ratio, dtype=dtype, rngs=rngs, kernel_init=kernel_init)
 
     def __call__(self, x: jax.Array, **options: Any) -> jax.Array:
         """Return the block's output, [T, C] -> [T, C]; options as in `add_mlp`."""
@@ -71,10 +79,14 @@ class AttentionBlock(MlpBlock):
         rngs: nnx.Rngs,
         grid: Grid | None = None,
         windows: Windows | None = None,
+        kernel_init=INIT,
     ):
-        super().__init__(dim, mlp_ratio, eps=eps, dtype=dtype, rngs=rngs)
-        self.norm1 = LayerNorm(dim, epsilon=eps, dtype=dtype, rngs=rngs)
-        self.attn = Attention(dim, num_heads, grid, windows, dtype=dtype, rngs=rngs)
+        common = dict(dtype=dtype, rngs=rngs)
+        super().__init__(dim, mlp_ratio, eps=eps, kernel_init=kernel_init, **common)
+        self.norm1 = LayerNorm(dim, epsilon=eps, **common)
+        self.attn = Attention(
+            dim, num_heads, grid, windows, kernel_init=kernel_init, **common
+        )
 
     def __call__(
         self,

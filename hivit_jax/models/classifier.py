@@ -8,6 +8,7 @@ from flax import nnx
 
 from hivit_jax.models.base import Model, make_info
 from hivit_jax.models.config import ClassifierConfig, RunOptions
+from hivit_jax.models.encoder import Encoder
 from hivit_jax.models.explicit_axes import accepts_explicit_axes
 from hivit_jax.models.flops import encoder_cost, row_cost
 from hivit_jax.models.hivit import HiViT
@@ -19,6 +20,7 @@ class Classifier(Model):
     """HiViT with mean pooling, LayerNorm and a linear head (official ``HiViT``)."""
 
     name, description = "hivit_base", "a classifier"
+    encoder_class: type[Encoder] = HiViT
 
     def __init__(
         self,
@@ -27,7 +29,7 @@ class Classifier(Model):
         *,
         rngs: nnx.Rngs,
     ):
-        self.encoder = HiViT(config, run_options, rngs=rngs)
+        self.encoder = self.encoder_class(config, run_options, rngs=rngs)
         self.info = make_info(config)
         dim, classes = config.embed_dim, config.num_classes
         # Pooled features, their norm and the logits are float32 for any compute dtype.
@@ -58,14 +60,21 @@ class Classifier(Model):
         self, images: jax.Array, *, drop_path_keys: jax.Array | None = None
     ) -> jax.Array:
         """Return the input of the head, [B, H, W, C] -> [B, E] float32."""
-        pooled = self.mean_token(images, drop_path_keys=drop_path_keys)
+        pooled = self.head_token(images, drop_path_keys=drop_path_keys)
         return pooled if self.fc_norm is None else self.fc_norm(pooled)
+
+    @accepts_explicit_axes
+    def head_token(
+        self, images: jax.Array, *, drop_path_keys: jax.Array | None = None
+    ) -> jax.Array:
+        """Return the input of `fc_norm`, [B, H, W, C] -> [B, E] float32."""
+        return self.mean_token(images, drop_path_keys=drop_path_keys)
 
     @accepts_explicit_axes
     def mean_token(
         self, images: jax.Array, *, drop_path_keys: jax.Array | None = None
     ) -> jax.Array:
-        """Return the main stage's mean token, [B, H, W, C] -> [B, E] float32."""
+        """Return the mean of the units' last tokens, [B, H, W, C] -> [B, E] float32."""
         tokens = self.encoder(images, drop_path_keys=drop_path_keys)[-1]  # [B, N, E]
         return tokens.astype(jnp.float32).mean(1)
 

@@ -1,6 +1,7 @@
-"""Configs of models: sizes (`HiViTConfig`, `MAEConfig`) and `RunOptions`."""
+"""Configs of models: sizes common to all, HiViT's sizes, and `RunOptions`."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -38,87 +39,63 @@ class RunOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class HiViTConfig:
-    """Sizes of the encoder.
+class EncoderConfig:
+    """Sizes that every encoder has.
 
     image_size: side or (height, width) in pixels, multiples of `patch_size`; stored as
       a pair.
     in_channels: channels of an image.
-    embed_dim: width E of the main stage. The stem stages have widths E/4 and E/2.
-    depths: blocks per stage. A stem stage of depth d has 2d MLP blocks.
-    num_heads: attention heads of the main stage.
-    mlp_ratio: hidden width divided by width in the MLPs of the main stage.
-    stem_mlp_ratio: hidden width divided by width in the MLPs of the stem.
+    embed_dim: width E of the blocks with attention.
+    num_heads: attention heads of a block.
+    mlp_ratio: hidden width divided by width in the MLPs after attention.
     drop_path_rate: drop path rate of the last block. The rates of the blocks rise
       linearly from 0.
     patch_size: side of a unit in pixels.
-    inner_patches: cells per unit side, ``2 ** (len(depths) - 1)``.
-    relative_position: relative position bias in the main stage.
-    window_size: side of the attention windows of the main stage in units, or 0 for
-      global attention. A smaller image is one window. The bias table of a windowed
-      block spans the window, so a table of a 14x14 grid fits windows of 14 in any
-      larger image.
-    global_blocks: main-stage blocks, counted from 0, that use global attention despite
-      `window_size`. Official detection uses windows of 14 and blocks 4, 9, 14, 19. With
-      these, the forward pass of hivit_base on one 1024x1024 image needs 3.1 GiB of
-      temporary memory instead of 11.1 GiB (XLA:CPU, float32).
     layer_norm_eps: epsilon of every LayerNorm.
+
+    Class attributes:
+      class_tokens: tokens before those of the units, 0 or 1.
 
     Raises:
       ConfigError: inconsistent sizes.
     """
 
+    class_tokens: ClassVar[int] = 0
+
     image_size: int | tuple[int, int] = setting(224, high=2**14, length=2)
     in_channels: int = setting(3, low=1, high=4096)
     embed_dim: int = setting(low=4, high=2**16)
-    depths: tuple[int, ...] = setting(low=1, high=1000)
     num_heads: int = setting(low=1, high=2**16)
     mlp_ratio: float = setting(4.0, above=0, high=1000)
-    stem_mlp_ratio: float = setting(3.0, above=0, high=1000)
     drop_path_rate: float = setting(0.0, low=0, below=1)
     patch_size: int = setting(16, low=1, high=2**14)
-    inner_patches: int = setting(4, low=1, high=2**14)
-    relative_position: bool = True
-    window_size: int = setting(0, low=0, high=2**14)
-    global_blocks: tuple[int, ...] = setting((), low=0, high=1000)
     layer_norm_eps: float = setting(1e-6, above=0, high=1)
 
     def __post_init__(self):
         check_fields(self)
-        set_field, patch_size = object.__setattr__, self.patch_size
+        patch_size = self.patch_size
         rows, columns = check_grid(self.image_size, patch_size)
-        set_field(self, "image_size", (rows * patch_size, columns * patch_size))
-        stems, inner = len(self.depths) - 1, self.inner_patches
-        if stems < 1 or inner != 2**stems:
-            raise ConfigError(
-                f"depths={self.depths} with inner_patches={inner}: expected at least "
-                "two depths and inner_patches = 2 ** (number of stages - 1)"
-            )
-        depth = self.depths[-1]
-        if patch_size % inner:
-            raise ConfigError(
-                f"patch_size={patch_size} is not a multiple of inner_patches={inner}"
-            )
+        size = rows * patch_size, columns * patch_size
+        object.__setattr__(self, "image_size", size)
+
+    def check_widths(self, **widths: int) -> None:
+        """Raise ConfigError for invalid heads, widths, or MLPs without hidden unit.
+
+        Args:
+          widths: {field of an MLP ratio: width of the MLP}.
+        """
         check_heads("embed_dim", self.embed_dim, "num_heads", self.num_heads)
-        if self.embed_dim % 2**stems or self.embed_dim % 4:
+        multiple = max(4, 2 ** (len(self.block_counts) - 1))
+        if self.embed_dim % multiple:
             raise ConfigError(
-                f"embed_dim={self.embed_dim}: expected a multiple of {max(4, 2**stems)}"
+                f"embed_dim={self.embed_dim}: expected a multiple of {multiple}"
             )
-        widths = {
-            "mlp_ratio": self.embed_dim,
-            "stem_mlp_ratio": self.embed_dim >> stems,
-        }
         for name, width in widths.items():
             if width * getattr(self, name) < 1:
                 raise ConfigError(
                     f"{name}={getattr(self, name)} leaves an MLP of width {width} no "
                     f"hidden unit; expected at least {1 / width:g}"
                 )
-        if any(index >= depth for index in self.global_blocks):
-            raise ConfigError(
-                f"global_blocks={self.global_blocks}; expected indices from 0 to "
-                f"{depth - 1} for the {depth} blocks of the main stage"
-            )
 
     @property
     def grid(self) -> Grid:
@@ -131,6 +108,77 @@ class HiViTConfig:
         return (*self.image_size, self.in_channels)
 
     @property
+    def block_counts(self) -> tuple[int, ...]:
+        """Numbers of residual blocks per stage."""
+        raise NotImplementedError
+
+    @property
+    def drop_path_rates(self) -> tuple[float, ...]:
+        """Drop path rates of all residual blocks in order."""
+        count = sum(self.block_counts)
+        rates = np.linspace(0, self.drop_path_rate, count, dtype=np.float32)
+        return tuple(map(float, rates))
+
+    def windows(self, grid: Grid) -> list[Windows | None]:
+        """Return the windows of each block with attention; None: global attention."""
+        return [None] * self.block_counts[-1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class HiViTConfig(EncoderConfig):
+    """Sizes of HiViT's encoder.
+
+    embed_dim: width E of the main stage. The stem stages have widths E/4 and E/2.
+    depths: blocks per stage. A stem stage of depth d has 2d MLP blocks.
+    num_heads: attention heads of the main stage.
+    mlp_ratio: hidden width divided by width in the MLPs of the main stage.
+    stem_mlp_ratio: hidden width divided by width in the MLPs of the stem.
+    inner_patches: cells per unit side, ``2 ** (len(depths) - 1)``.
+    relative_position: relative position bias in the main stage.
+    window_size: side of the attention windows of the main stage in units, or 0 for
+      global attention. A smaller image is one window. The bias table of a windowed
+      block spans the window, so a table of a 14x14 grid fits windows of 14 in any
+      larger image.
+    global_blocks: main-stage blocks, counted from 0, that use global attention despite
+      `window_size`. Official detection uses windows of 14 and blocks 4, 9, 14, 19. With
+      these, the forward pass of hivit_base on one 1024x1024 image needs 3.1 GiB of
+      temporary memory instead of 11.1 GiB (XLA:CPU, float32).
+
+    Raises:
+      ConfigError: inconsistent sizes.
+    """
+
+    depths: tuple[int, ...] = setting(low=1, high=1000)
+    stem_mlp_ratio: float = setting(3.0, above=0, high=1000)
+    inner_patches: int = setting(4, low=1, high=2**14)
+    relative_position: bool = True
+    window_size: int = setting(0, low=0, high=2**14)
+    global_blocks: tuple[int, ...] = setting((), low=0, high=1000)
+
+    def __post_init__(self):
+        super().__post_init__()
+        stems, inner = len(self.depths) - 1, self.inner_patches
+        if stems < 1 or inner != 2**stems:
+            raise ConfigError(
+                f"depths={self.depths} with inner_patches={inner}: expected at least "
+                "two depths and inner_patches = 2 ** (number of stages - 1)"
+            )
+        if self.patch_size % inner:
+            raise ConfigError(
+                f"patch_size={self.patch_size} is not a multiple of "
+                f"inner_patches={inner}"
+            )
+        self.check_widths(
+            mlp_ratio=self.embed_dim, stem_mlp_ratio=self.embed_dim >> stems
+        )
+        depth = self.depths[-1]
+        if any(index >= depth for index in self.global_blocks):
+            raise ConfigError(
+                f"global_blocks={self.global_blocks}; expected indices from 0 to "
+                f"{depth - 1} for the {depth} blocks of the main stage"
+            )
+
+    @property
     def cell_size(self) -> int:
         """Side of a cell in pixels."""
         return self.patch_size // self.inner_patches
@@ -139,13 +187,6 @@ class HiViTConfig:
     def block_counts(self) -> tuple[int, ...]:
         """Numbers of residual blocks per stage."""
         return (*(2 * depth for depth in self.depths[:-1]), self.depths[-1])
-
-    @property
-    def drop_path_rates(self) -> tuple[float, ...]:
-        """Drop path rates of all residual blocks in order."""
-        count = sum(self.block_counts)
-        rates = np.linspace(0, self.drop_path_rate, count, dtype=np.float32)
-        return tuple(map(float, rates))
 
     def windows(self, grid: Grid) -> list[Windows | None]:
         """Return the windows of each main-stage block; None: global attention."""
@@ -172,8 +213,8 @@ class ClassifierConfig(HiViTConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MAEConfig(HiViTConfig):
-    """Sizes of encoder and decoder; `window_size` must be 0.
+class DecoderConfig(EncoderConfig):
+    """Sizes of an encoder and of the decoder of a masked autoencoder.
 
     The decoder's MLP ratio is 4. The decoder has no relative positions and no drop
     path.
@@ -181,18 +222,13 @@ class MAEConfig(HiViTConfig):
     decoder_embed_dim: width of the decoder.
     decoder_depth: blocks of the decoder.
     decoder_num_heads: attention heads of the decoder.
-    multi_scale: decode the outputs of all three stages, 7E wide after a LayerNorm
-      (official ``hifeat``). False: decode the main stage's output, without a norm. The
-      official module has an unused norm in this case.
     norm_pix_loss: normalize the targets of each unit. The official constructor ignores
       the value False; this one does not.
     """
 
-    relative_position: bool = False
     decoder_embed_dim: int = setting(512, low=4, high=2**16)
-    decoder_depth: int = setting(6, low=1, high=1000)
+    decoder_depth: int = setting(low=1, high=1000)
     decoder_num_heads: int = setting(16, low=1, high=2**16)
-    multi_scale: bool = True
     norm_pix_loss: bool = True
 
     def __post_init__(self):
@@ -201,11 +237,52 @@ class MAEConfig(HiViTConfig):
         check_heads("decoder_embed_dim", dim, "decoder_num_heads", heads)
         if dim % 4:
             raise ConfigError(f"decoder_embed_dim={dim}: expected a multiple of 4")
+
+    @property
+    def latent_dim(self) -> int:
+        """Width of the latent of a token."""
+        return self.embed_dim
+
+    @property
+    def latent_norm(self) -> bool:
+        """True if a LayerNorm precedes the embedding of the decoder."""
+        return True
+
+
+@dataclass(frozen=True, kw_only=True)
+class MAEConfig(DecoderConfig, HiViTConfig):
+    """Sizes of HiViT's encoder and decoder; `window_size` must be 0.
+
+    multi_scale: decode the outputs of all three stages, 7E wide after a LayerNorm
+      (official ``hifeat``). False: decode the main stage's output, without a norm. The
+      official module has an unused norm in this case.
+    """
+
+    decoder_depth: int = setting(6, low=1, high=1000)
+    relative_position: bool = False
+    multi_scale: bool = True
+
+    def __post_init__(self):
+        super().__post_init__()
         if self.window_size > 0:
             raise ConfigError(
                 f"window_size={self.window_size}: masked pretraining drops units, but "
                 "attention windows need all units; expected window_size=0"
             )
+
+    @property
+    def latent_dim(self) -> int:
+        """Width of the latent of a unit.
+
+        With `multi_scale`, each stage contributes (cells per unit) x (stage width):
+        4E + 2E + E with three stages.
+        """
+        return self.embed_dim * (2 * self.inner_patches - 1 if self.multi_scale else 1)
+
+    @property
+    def latent_norm(self) -> bool:
+        """True if a LayerNorm precedes the embedding of the decoder."""
+        return self.multi_scale
 
 
 def check_heads(dim_name: str, dim: int, heads_name: str, heads: int) -> None:

@@ -4,7 +4,7 @@ import jax
 from flax import nnx
 
 from hivit_jax.models.blocks import AttentionBlock
-from hivit_jax.models.hivit import HiViT
+from hivit_jax.models.encoder import Encoder
 from hivit_jax.models.layers import FixedTable
 from hivit_jax.models.positions import Grid
 
@@ -41,7 +41,7 @@ def attention_cost(
 
 
 def encoder_cost(
-    encoder: HiViT, grid: Grid, kept: int | None = None, *, layer_norm_cost: int = 5
+    encoder: Encoder, grid: Grid, kept: int | None = None, *, layer_norm_cost: int = 5
 ) -> int:
     """Return the cost of encoding `kept` units of one image; None: all units.
 
@@ -57,7 +57,8 @@ def encoder_cost(
         cost += row_cost(blocks, kept * cells, layer_norm_cost)
         cells //= 4
         cost += row_cost(merge, kept * cells, layer_norm_cost)
+    tokens = config.class_tokens + kept
     for block, windows in zip(encoder.stages[-1], config.windows(grid), strict=True):
-        pairs = kept**2 if windows is None else windows.pairs
-        cost += attention_cost(block, kept, pairs, layer_norm_cost)
+        pairs = tokens**2 if windows is None else windows.pairs
+        cost += attention_cost(block, tokens, pairs, layer_norm_cost)
     return cost

@@ -5,36 +5,20 @@ image, before the patch embedding. The cells of all remaining units of the batch
 rows of one matrix, which the stem processes.
 """
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from hivit_jax.errors import ConfigError
 from hivit_jax.models import positions
-from hivit_jax.models.arguments import check_drop_path_keys, check_ids, check_shape
-from hivit_jax.models.blocks import AttentionBlock, MlpBlock, run_blocks
+from hivit_jax.models.blocks import AttentionBlock, MlpBlock
 from hivit_jax.models.config import HiViTConfig, RunOptions
-from hivit_jax.models.explicit_axes import accepts_explicit_axes
+from hivit_jax.models.encoder import Encoder
 from hivit_jax.models.layers import INIT, PatchEmbed, PatchMerge
-from hivit_jax.models.positions import Grid
 
 
-class BlockOutput(NamedTuple):
-    """Output of a main-stage block.
-
-    tokens: [B, N, E] in compute dtype, units in row-major order.
-    attention: None, or attention weights, float32 [B, heads, N, N], query axis before
-      key axis. With windows, [B, W, heads, S, S], see `windows.Windows`.
-    """
-
-    tokens: jax.Array
-    attention: jax.Array | None
-
-
-class HiViT(nnx.Module):
-    """Encoder without a head.
+class HiViT(Encoder):
+    """HiViT without a head.
 
     Args:
       sincos_position: initialize `absolute_pos_embed` with the sine-cosine table
@@ -98,100 +82,12 @@ class HiViT(nnx.Module):
         )
         self.absolute_pos_embed = nnx.Param(jnp.asarray(table))
 
-    @property
-    def grid(self) -> Grid:
-        """Numbers of units along the height and the width of an image."""
-        return self.config.grid
-
-    def _run_stage(self, stage: int, x: jax.Array, **inputs: jax.Array | None):
-        first, blocks = sum(map(len, self.stages[:stage])), self.stages[stage]
-        rates = self.config.drop_path_rates[first : first + len(blocks)]
-        return run_blocks(
-            blocks,
-            x,
-            self.run_options,
-            first_index=first,
-            drop_path_rates=rates if self.config.drop_path_rate else None,
-            **inputs,
-        )
-
-    @accepts_explicit_axes
-    def __call__(
-        self,
-        images: jax.Array,
-        *,
-        ids_keep: jax.Array | None = None,
-        key_mask: jax.Array | None = None,
-        drop_path_keys: jax.Array | None = None,
-    ) -> list[jax.Array]:
-        """Return the output of each stage, for all units or for those in `ids_keep`.
-
-        Args:
-          images: [B, H, W, C] float, normalized.
-          ids_keep: int [B, K], indices of the units to keep, in the order of the
-            output; None: all N units, K = N.
-          key_mask: [B, K], nonzero for units that may be attended to.
-          drop_path_keys: [B] PRNG keys for drop path; None (evaluation): no drop path.
-
-        Returns:
-          Stage outputs in compute dtype: [B*K*16, E/4], [B*K*4, E/2] and [B, K, E].
-          The cells of each unit are in merge order, see `positions`.
-
-        Raises:
-          ConfigError: image size or channels differ from the config's; another
-            argument does not have the shape above; `ids_keep` with attention windows.
-        """
-        *outputs, x = self._stem(images, ids_keep, drop_path_keys)
-        if key_mask is not None:
-            check_shape("key_mask", key_mask, "[B, K]", *x.shape[:2])
-        relative_index = None
-        if ids_keep is not None and self.config.relative_position:
-            relative_index = positions.relative_position_index(ids_keep, self.grid)
-        with jax.named_scope("main"):
-            x = self._run_stage(
-                len(self.stages) - 1,
-                x,
-                relative_index=relative_index,
-                key_mask=key_mask,
-                drop_path_keys=drop_path_keys,
-            )
-        return [*outputs, x]
-
     @jax.named_scope("embedding")
     def _stem(self, images, ids_keep=None, drop_path_keys=None):
         """Return the outputs of the stem stages, and main stage input [B, K, E]."""
-        config = self.config
-        expected = config.image_shape
-        if images.shape[1:] != expected:
-            raise ConfigError(
-                f"images are {images.shape[1:]} (height, width, channels); "
-                f"this model was built for {expected}"
-            )
-        if not jnp.issubdtype(images.dtype, jnp.floating):
-            raise ConfigError(
-                f"images are {images.dtype}; expected normalized floating-point images"
-            )
-        check_drop_path_keys(drop_path_keys, images.shape[0])
-        if ids_keep is not None:
-            check_ids("ids_keep", ids_keep, images.shape[0])
-        if ids_keep is not None and any(config.windows(self.grid)):
-            raise ConfigError(
-                f"window_size={config.window_size} with ids_keep: attention windows "
-                "need all units; expected window_size=0 or ids_keep=None"
-            )
-        dtype = jnp.dtype(self.run_options.dtype)
-        units = positions.patchify(images, config.patch_size)  # [B, N, P*P*C]
-        position = self.absolute_pos_embed[...]  # [N, E]
-        if ids_keep is not None:
-            units = positions.gather_tokens(units, ids_keep)  # [B, K, P*P*C]
-            # A matrix product, because the gradient of a gather is a scatter-add.
-            # Scatter-adds are slow on TPUs and have no fixed order on GPUs. With a
-            # sharded table, XLA may also exchange the gradients of all samples,
-            # [B, K, E], instead of their sum, [N, E].
-            one_hot = jax.nn.one_hot(ids_keep, len(position), dtype=dtype)
-            position = jnp.matmul(
-                one_hot, position.astype(dtype), precision="highest"
-            )  # [B, K, E]
+        self._check_images(images, ids_keep, drop_path_keys)
+        config, dtype = self.config, jnp.dtype(self.run_options.dtype)
+        units, position = self._select_units(images, ids_keep)
         cells = positions.units_to_cells(
             units.astype(dtype), config.patch_size, config.inner_patches
         )
@@ -205,63 +101,3 @@ class HiViT(nnx.Module):
         x = x.reshape(*units.shape[:2], config.embed_dim)  # [B, K, E]
         x = x + position.reshape(-1, *x.shape[1:]).astype(dtype)
         return *outputs, x
-
-    @accepts_explicit_axes
-    def features(
-        self,
-        images: jax.Array,
-        ids_keep: jax.Array | None = None,
-        stride_32: bool = False,
-    ) -> list[jax.Array]:
-        """Return the outputs of all stages as feature maps in raster order.
-
-        Args:
-          images, ids_keep: see `__call__`.
-          stride_32: add a map at stride 32, a 2x2 max pooling of the last map. As in
-            the official detection code, an odd last row or column is dropped.
-
-        Returns:
-          [B, H/4, W/4, E/4], [B, H/8, W/8, E/2], [B, H/16, W/16, E] in compute dtype
-          and, with `stride_32`, [B, H/32, W/32, E]. With `ids_keep`, the cells of each
-          unit: [B, K, 4, 4, E/4], [B, K, 2, 2, E/2], [B, K, 1, 1, E].
-
-        Raises:
-          ConfigError: as `__call__`; `stride_32` with `ids_keep` or with fewer than 2x2
-            units.
-        """
-        # With `ids_keep`, each unit is treated as an image of its own.
-        grid = self.grid if ids_keep is None else (1, 1)
-        if stride_32 and min(grid) < 2:
-            found = f"a {grid[0]}x{grid[1]} grid" if ids_keep is None else "ids_keep"
-            raise ConfigError(
-                f"stride_32=True with {found}; expected ids_keep=None and a grid of at "
-                "least 2x2 units"
-            )
-        maps = [
-            positions.tokens_to_map(x, grid, self.config.inner_patches >> level)
-            for level, x in enumerate(self(images, ids_keep=ids_keep))
-        ]
-        if stride_32:
-            rows, columns = grid[0] // 2, grid[1] // 2
-            x = maps[-1][:, : 2 * rows, : 2 * columns]
-            maps.append(x.reshape(-1, rows, 2, columns, 2, x.shape[-1]).max((2, 4)))
-        if ids_keep is not None:
-            maps = [x.reshape(*ids_keep.shape, *x.shape[1:]) for x in maps]
-        return maps
-
-    @accepts_explicit_axes
-    def layers(self, images: jax.Array, attention: bool = False) -> list[BlockOutput]:
-        """Return the output of each main-stage block for images [B, H, W, C].
-
-        Args:
-          attention: also return attention weights.
-        """
-        *_, x = self._stem(images)
-        layers = []
-        for block in self.stages[-1]:
-            weights = None
-            if attention:
-                weights = block.attn.probabilities(block.norm1(x))
-            x = run_blocks([block], x, self.run_options)
-            layers.append(BlockOutput(x, weights))
-        return layers

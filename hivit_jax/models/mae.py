@@ -1,8 +1,7 @@
-"""Masked autoencoder (He et al., CVPR 2022) with HiViT as encoder.
+"""Masked autoencoder (He et al., CVPR 2022), by default with HiViT as encoder.
 
-Follows ``masked_autoencoder.py`` and ``models_mae_hivit.py`` of the official HiViT
-code: no class token, a latent from all three stages, and a plain transformer decoder.
-Only the visible units are embedded and encoded.
+With HiViT, it follows the official ``models_mae_hivit.py``: no class token, a latent
+from all stages. Only the visible units are embedded and encoded.
 """
 
 from collections.abc import Sequence
@@ -16,7 +15,8 @@ from hivit_jax.models import positions
 from hivit_jax.models.arguments import check_ids, check_shape
 from hivit_jax.models.base import Model, make_info
 from hivit_jax.models.blocks import AttentionBlock, run_blocks
-from hivit_jax.models.config import MAEConfig, RunOptions
+from hivit_jax.models.config import DecoderConfig, RunOptions
+from hivit_jax.models.encoder import Encoder
 from hivit_jax.models.explicit_axes import accepts_explicit_axes
 from hivit_jax.models.flops import attention_cost, encoder_cost, row_cost
 from hivit_jax.models.hivit import HiViT
@@ -32,7 +32,8 @@ class MAEOutput(NamedTuple):
       an empty batch.
     pred: [B, N, P*P*C] float32, predictions of the (possibly normalized) targets.
     mask: [B, N] float32, 0 visible, 1 masked.
-    latent: [B, K, 7E] (multi-scale) or [B, K, E], input of the decoder embedding.
+    latent: [B, K, 7E] (multi-scale), [B, K, E] or, with a class token, [B, 1+K, E];
+      input of the decoder embedding.
     unit_loss: [B, N] float32, mean squared error of each unit, visible or masked.
     """
 
@@ -44,40 +45,40 @@ class MAEOutput(NamedTuple):
 
 
 class MaskedAutoencoder(Model):
-    """HiViT encoder on visible units, transformer decoder on all units."""
+    """Encoder on visible units, transformer decoder on all units."""
 
     name, description = "mae_hivit_base", "a masked autoencoder"
+    encoder_class: type[Encoder] = HiViT
+    kernel_init = staticmethod(INIT)  # of the decoder
 
     def __init__(
         self,
-        config: MAEConfig,
+        config: DecoderConfig,
         run_options: RunOptions = RunOptions(),  # noqa: B008
         *,
         rngs: nnx.Rngs,
     ):
-        self.encoder = HiViT(config, run_options, sincos_position=True, rngs=rngs)
+        self.encoder = self.encoder_class(
+            config, run_options, sincos_position=True, rngs=rngs
+        )
         self.info = make_info(config)
         common = dict(dtype=jnp.dtype(run_options.dtype), rngs=rngs)
         norm = dict(epsilon=config.layer_norm_eps, **common)
-        multi_scale, dim = config.multi_scale, config.decoder_embed_dim
-        # Latent width per unit: each stage contributes (cells per unit) x (stage
-        # width), 4E + 2E + E with three stages.
-        width_factor = 2 * config.inner_patches - 1 if multi_scale else 1
-        width = config.embed_dim * width_factor
-        self.norm = LayerNorm(width, **norm) if multi_scale else None
-        self.decoder_embed = Linear(width, dim, **common)
+        kernels = dict(kernel_init=self.kernel_init, **common)
+        width, dim = config.latent_dim, config.decoder_embed_dim
+        self.norm = LayerNorm(width, **norm) if config.latent_norm else None
+        self.decoder_embed = Linear(width, dim, **kernels)
         self.mask_token = nnx.Param(INIT(rngs.params(), (dim,), jnp.float32))
-        self.decoder_pos_embed = FixedTable(
-            jnp.asarray(positions.sincos_table(config.grid, dim))
-        )
+        table = positions.sincos_table(config.grid, dim, config.class_tokens)
+        self.decoder_pos_embed = FixedTable(jnp.asarray(table))
         eps, heads = config.layer_norm_eps, config.decoder_num_heads
         self.decoder_blocks = nnx.List(
-            AttentionBlock(dim, heads, 4.0, eps=eps, **common)
+            AttentionBlock(dim, heads, 4.0, eps=eps, **kernels)
             for _ in range(config.decoder_depth)
         )
         self.decoder_norm = LayerNorm(dim, **norm)
         pixels = config.patch_size**2 * config.in_channels
-        self.decoder_pred = Linear(dim, pixels, **common)
+        self.decoder_pred = Linear(dim, pixels, **kernels)
 
     @accepts_explicit_axes
     def __call__(
@@ -146,21 +147,25 @@ class MaskedAutoencoder(Model):
         """Encode the units `ids_keep`, int [B, K], of images [B, H, W, C].
 
         Returns:
-          Latent [B, K, 7E] or [B, K, E] in compute dtype. The multi-scale latent
-          concatenates the stages, with cells in merge order.
+          Latent in compute dtype: [B, K, 7E], [B, K, E] or, with a class token,
+          [B, 1+K, E]. The multi-scale latent concatenates the stages, with cells in
+          merge order.
         """
         stages = self.encoder(images, ids_keep=ids_keep, drop_path_keys=drop_path_keys)
-        if not self.config.multi_scale:
+        if self.norm is None:
             return stages[-1]
         with jax.named_scope("latent"):
-            width, inner = self.config.embed_dim, self.config.inner_patches
-            # 4E, 2E, E
-            widths = [width * inner >> level for level in range(len(stages))]
-            per_unit = [
-                x.reshape(*ids_keep.shape, n)
-                for x, n in zip(stages, widths, strict=True)
-            ]
-            return self.norm(jnp.concatenate(per_unit, axis=-1))
+            latent = stages[-1]
+            if self.config.multi_scale:
+                width, inner = self.config.embed_dim, self.config.inner_patches
+                # 4E, 2E, E
+                widths = [width * inner >> level for level in range(len(stages))]
+                per_unit = [
+                    x.reshape(*ids_keep.shape, n)
+                    for x, n in zip(stages, widths, strict=True)
+                ]
+                latent = jnp.concatenate(per_unit, axis=-1)
+            return self.norm(latent)
 
     @accepts_explicit_axes
     @jax.named_scope("latent")
@@ -170,28 +175,33 @@ class MaskedAutoencoder(Model):
         """Return the prediction of all units, [B, N, P*P*C] float32, in order of `ids`.
 
         Args:
-          latent: [B, K, 7E] or [B, K, E], latent of the K visible units.
+          latent: output of `encode` for the K visible units.
           ids: int [B, N], indices of all units. The visible units come first, in the
             order of `latent`.
           masked_only: predict only the masked units, [B, N - K, P*P*C].
         """
-        check_ids("ids", ids, latent.shape[0], self.decoder_pos_embed[...].shape[0])
+        first = self.config.class_tokens
+        units = self.decoder_pos_embed[...].shape[0] - first
+        check_ids("ids", ids, latent.shape[0], units)
         width = self.decoder_embed.in_features
         check_shape("latent", latent, "[B, K, width]", latent.shape[0], None, width)
         x = self.decoder_embed(latent)  # [B, K, D]
         batch, kept, dim = x.shape
         mask_tokens = jnp.broadcast_to(
-            self.mask_token[...].astype(x.dtype), (batch, ids.shape[1] - kept, dim)
+            self.mask_token[...].astype(x.dtype),
+            (batch, first + ids.shape[1] - kept, dim),
         )
         # The tokens stay in the order of `ids`, so that the masked tokens are a slice.
         # The order does not matter to the decoder, because positions come from the
         # table only.
         table = jax.lax.stop_gradient(self.decoder_pos_embed[...]).astype(x.dtype)
-        x = jnp.concatenate([x, mask_tokens], axis=1) + table[ids]  # [B, N, D]
+        rows = jnp.pad(ids + first, ((0, 0), (first, 0))) if first else ids
+        x = jnp.concatenate([x, mask_tokens], axis=1) + table[rows]  # [B, N, D]
+        start = kept if masked_only else first  # the first token to predict
 
         def run_last(block, x, **options):
             x = block.add_attention(x, **options)
-            return block.add_mlp(x[:, kept:] if masked_only else x, **options)
+            return block.add_mlp(x[:, start:] if start else x, **options)
 
         with jax.named_scope("decoder"):
             *blocks, last = self.decoder_blocks
@@ -280,10 +290,11 @@ class MaskedAutoencoder(Model):
         units = grid[0] * grid[1]
         kept = count_visible_units(units, mask_ratio)
         cost = encoder_cost(self.encoder, grid, kept, layer_norm_cost=layer_norm_cost)
+        kept, tokens = (n + self.config.class_tokens for n in (kept, units))
         for part in (self.norm, self.decoder_embed):
             cost += row_cost(part, kept, layer_norm_cost)
         for block in self.decoder_blocks:
-            cost += attention_cost(block, units, units**2, layer_norm_cost)
+            cost += attention_cost(block, tokens, tokens**2, layer_norm_cost)
         for part in (self.decoder_norm, self.decoder_pred):
-            cost += row_cost(part, units, layer_norm_cost)
+            cost += row_cost(part, tokens, layer_norm_cost)
         return cost

@@ -110,17 +110,19 @@ def merge_order(inner: int) -> np.ndarray:
     return raster.transpose(_merge_axes(levels)).reshape(-1)
 
 
-def sincos_table(grid: Grid, dim: int) -> np.ndarray:
-    """Return the 2-D sine-cosine position table, float32 [N, dim].
+def sincos_table(grid: Grid, dim: int, class_tokens: int = 0) -> np.ndarray:
+    """Return the 2-D sine-cosine position table, float32 [class_tokens + N, dim].
 
     The first half of each row encodes the column and the second half the row, each as
-    ``[sin, cos]`` (official ``util/pos_embed.py``). `dim` must be a multiple of 4.
+    ``[sin, cos]`` (official ``util/pos_embed.py``). `dim` must be a multiple of 4. The
+    rows of class tokens come first and are 0.
     """
     omega = 10000.0 ** (-np.arange(dim // 4, dtype=np.float64) / (dim / 4))
     rows, columns = np.divmod(np.arange(grid[0] * grid[1]), grid[1])
     angles = np.stack([columns, rows], 1)[:, :, None] * omega  # [N, 2, dim/4]
     table = np.concatenate([np.sin(angles), np.cos(angles)], -1)
-    return table.reshape(-1, dim).astype(np.float32)
+    table = table.reshape(-1, dim).astype(np.float32)
+    return np.pad(table, ((class_tokens, 0), (0, 0)))
 
 
 def relative_position_index(ids: jax.Array, grid: Grid) -> jax.Array:

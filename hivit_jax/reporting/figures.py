@@ -46,12 +46,11 @@ def reconstruction_panels(
 def reconstructions(panels: np.ndarray, title: str) -> np.ndarray:
     """Plot panels [B, 4, H, W, C] in 0..1, one image per row."""
     figure = _figure(6.4, 0.6 + 1.55 * len(panels))
-    axes = figure.subplots(len(panels), 4, squeeze=False)
-    for row, image in zip(axes, panels, strict=True):
-        for axis, pixels in zip(row, image, strict=True):
-            _show(axis, pixels)
-    for axis, name in zip(axes[0], PANELS, strict=True):
-        axis.set_title(name, fontsize=9)
+    axis = figure.subplots()
+    _show_grid(axis, panels)
+    for column, name in enumerate(PANELS):
+        style = dict(xycoords="axes fraction", ha="center", fontsize=9)
+        axis.annotate(name, ((column + 0.5) / len(PANELS), 1), **style)
     figure.suptitle(title, fontsize=10)
     return _pixels(figure)
 
@@ -133,8 +132,7 @@ def titled_images(images: np.ndarray, titles: Sequence[str]) -> np.ndarray:
 def image_grid(images: np.ndarray) -> np.ndarray:
     """Plot images [16, H, W, C] in 0..1, four per row."""
     figure = _figure(6.4, 6.4)
-    for axis, pixels in zip(figure.subplots(4, 4).flat, images, strict=True):
-        _show(axis, pixels)
+    _show_grid(figure.subplots(), images.reshape(4, 4, *images.shape[1:]))
     return _pixels(figure)
 
 
@@ -192,8 +190,23 @@ def _show(axis: Any, pixels: np.ndarray) -> None:
     axis.set_axis_off()
 
 
+def _show_grid(axis: Any, images: np.ndarray) -> None:
+    """Draw a grid of images [rows, columns, H, W, C] with white gaps.
+
+    The grid is one image, because matplotlib needs seconds for dozens of axes.
+    """
+    gap = max(1, images.shape[3] // 16)
+    padding = [(0, 0), (0, 0), (gap, gap), (gap, gap), (0, 0)]
+    images = np.pad(images, padding, constant_values=1)
+    rows, columns, height, width, channels = images.shape
+    grid = images.swapaxes(1, 2).reshape(rows * height, columns * width, channels)
+    _show(axis, grid)
+
+
 def _pixels(figure: Any) -> np.ndarray:
     """Render a figure as uint8 [H, W, 3]."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer)
-    return np.array(Image.open(buffer).convert("RGB"))
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.array(canvas.buffer_rgba())[..., :3].copy()

@@ -38,12 +38,14 @@ class Classification(Task):
         ),
     }
     best = ("eval/top1", "max")
-    # As in the official ``main_finetune.py``. There, position tables do not decay.
+    # As in the official ``main_finetune.py``. There, position tables and class token do
+    # not decay.
     head_scale = 2e-5 / 0.02
     decayed = ("kernel",)
     undecayed = (
         "bias",
         "scale",
+        "cls_token",
         "absolute_pos_embed",
         "relative_position_bias_table",
     )

@@ -26,7 +26,7 @@ def check_model(config: Any, model_class: type[Model]) -> None:
     """Raise ConfigError unless the config's model is a valid `model_class`."""
     name = config.model.name
     actual = variant(name)[0]
-    if actual is not model_class:
+    if not issubclass(actual, model_class):
         raise ConfigError(
             f"task={config.task!r} with model.name={name!r}, which is a "
             f"{actual.__name__}; expected a {model_class.__name__}"

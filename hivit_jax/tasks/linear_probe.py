@@ -87,7 +87,7 @@ class LinearProbe(Classification):
     ) -> PerSample:
         """Return the cross entropy, and top-1 and top-5 accuracy."""
         features = jax.lax.stop_gradient(
-            model.mean_token(self.augment_batch(batch, keys))
+            model.head_token(self.augment_batch(batch, keys))
         )
         logits = model.head(model.fc_norm(features, weight=batch["weight"]))
         return classification_metrics(logits, batch["label"])

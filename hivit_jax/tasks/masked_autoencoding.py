@@ -24,11 +24,12 @@ class MaskedAutoencoding(Task):
     keys = {"mask_ratio": Key(0.75, "fraction of units to mask", above=0, below=1)}
     unused = {"optimizer.layer_decay": 1.0}
     # As in the official code (timm's rule), every parameter with two or more axes
-    # decays, including the encoder's position tables and the mask token.
-    # `decoder_pos_embed` is a fixed table.
+    # decays, including mask token, class token and the encoder's position tables. Fixed
+    # tables, such as `decoder_pos_embed`, are not trained.
     decayed = (
         "kernel",
         "mask_token",
+        "cls_token",
         "absolute_pos_embed",
         "relative_position_bias_table",
     )

@@ -30,8 +30,8 @@ def nearest_neighbors(
 ) -> dict[str, float | int]:
     """Classify each test image by its nearest training images, and log the accuracy.
 
-    The feature of an image is the mean of the encoder's last tokens, normalized to
-    length 1. The encoder is read from `config.init_from`. A neighbor votes for its
+    The feature of an image is the mean of the units' last tokens, normalized to length
+    1. The encoder is read from `config.init_from`. A neighbor votes for its
     class with weight ``exp(cosine / temperature)``, as in DINO's ``eval_knn.py``.
 
     Args:
@@ -130,7 +130,9 @@ def make_encoder(config: Any, task: Task, mesh: Mesh, unit_length: bool) -> Call
     @partial(jax.jit, out_shardings=NamedSharding(mesh, PartitionSpec()))
     def encode(variables, batch):
         model = nnx.merge(graphdef, *variables.values())
-        tokens = model.encoder(task.preprocess(batch))[-1]  # [B, N, E]
+        tokens = model.encoder(task.preprocess(batch))[-1]
+        if first := model.config.class_tokens:
+            tokens = tokens[:, first:]  # [B, N, E]
         features = tokens.astype(jnp.float32).mean(1)
         if unit_length:
             features /= jnp.linalg.norm(features, axis=-1, keepdims=True)

@@ -21,7 +21,7 @@ from hivit_jax.training.schedule import (
     peak_learning_rate,
     warmup_steps,
 )
-from hivit_jax.tree import named_leaves, split
+from hivit_jax.tree import named_leaves, split, split_state
 from hivit_jax.xla.chips import CHIPS
 
 
@@ -90,8 +90,9 @@ def parameter_table(model: Model) -> str:
     lines = [f"{part:<30} {size:>12,}" for part, size in sizes.items()]
     total = model.parameter_count()
     lines.append(f"{'parameters':<30} {total:>12,}  = {total / 1e6:.4f} M")
-    if fixed := sizes.get("decoder_pos_embed"):
-        lines[-1] += f" ({(total - fixed) / 1e6:.4f} M trained)"
+    trained = sum(leaf.size for leaf in named_leaves(split_state(model)[1]).values())
+    if trained != total:
+        lines[-1] += f" ({trained / 1e6:.4f} M trained)"
     return "\n".join(lines)
 
 

@@ -11,7 +11,7 @@ from flax import nnx
 
 from hivit_jax.errors import ConfigError
 from hivit_jax.models import Model, configure, resize
-from hivit_jax.models.config import HiViTConfig
+from hivit_jax.models.config import EncoderConfig
 from hivit_jax.models.positions import Grid
 from hivit_jax.reporting.console import log
 from hivit_jax.tree import leaf_name, named_leaves, split
@@ -165,14 +165,16 @@ def match_arrays(
 
 
 def _resized(
-    name: str, array: np.ndarray, old: HiViTConfig, new: HiViTConfig
+    name: str, array: np.ndarray, old: EncoderConfig, new: EncoderConfig
 ) -> np.ndarray:
     """Return an array resized from the old to the new config.
 
     If both configs agree, return the array itself.
     """
     if name.endswith("_pos_embed") and old.grid != new.grid:
-        return resize.resize_grid_table(array, old.grid, new.grid)
+        first, rows = np.split(array, [old.class_tokens])
+        rows = resize.resize_grid_table(rows, old.grid, new.grid)
+        return np.concatenate([first, rows]) if len(first) else rows
     if name.endswith("relative_position_bias_table"):
         block = int(name.split("/")[3])
         spans = [_span(config, block) for config in (old, new)]
@@ -186,8 +188,8 @@ def _resized(
     return array
 
 
-def _span(config: HiViTConfig, block: int) -> Grid:
-    """Return the size in units of a main-stage block's window, or of the whole grid."""
+def _span(config: EncoderConfig, block: int) -> Grid:
+    """Return the size in units of a block's window, or of the whole grid."""
     windows = config.windows(config.grid)[block]
     return config.grid if windows is None else windows.size
 

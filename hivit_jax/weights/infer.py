@@ -6,14 +6,17 @@ from typing import Any
 import numpy as np
 
 from hivit_jax.errors import CheckpointError
-from hivit_jax.models import VARIANTS
+from hivit_jax.models import VARIANTS, Model
 from hivit_jax.models.classifier import Classifier
 from hivit_jax.models.mae import MaskedAutoencoder
+from hivit_jax.models.vit import ViTClassifier, ViTMaskedAutoencoder
 from hivit_jax.weights.names.official import official_names
 
 
 class Shapes(dict[str, tuple[int, ...]]):
     """Shapes of the arrays of a state dict, by official name."""
+
+    kind = "HiViT"  # for error messages
 
     def require(self, name: str, ndim: int) -> tuple[int, ...]:
         """Return the shape of an array.
@@ -26,8 +29,8 @@ class Shapes(dict[str, tuple[int, ...]]):
             found = list(self[name]) if name in self else "missing"
             names = ", ".join([*self][:3]) or "none"
             raise CheckpointError(
-                f"not a HiViT: {name!r} is {found}; expected an array with {ndim} "
-                f"dimensions.\nThe first of {len(self)} entries: {names}"
+                f"not a {self.kind}: {name!r} is {found}; expected an array with "
+                f"{ndim} dimensions.\nThe first of {len(self)} entries: {names}"
             )
         return self[name]
 
@@ -61,9 +64,9 @@ def infer(
     """Infer arguments of `create_model` from the names and shapes of a state dict.
 
     Some arguments are guessed, because names and shapes do not determine them. Without
-    relative position tables, attention heads are assumed to have 64 channels. Decoder
-    heads are assumed to have 32. The LayerNorm eps is assumed to be 1e-5 in
-    MMPretrain's classifier and 1e-6 otherwise.
+    relative position tables, attention heads are assumed to have 64 channels, or to be
+    those of the registered ViT of this size. Decoder heads are assumed to have 32. The
+    LayerNorm eps is assumed to be 1e-5 in MMPretrain's classifier and 1e-6 otherwise.
 
     Args:
       state: as in `from_official`.
@@ -73,13 +76,16 @@ def infer(
       The arguments, and {argument: reason} of the guessed ones.
 
     Raises:
-      CheckpointError: the state dict is not that of a HiViT.
+      CheckpointError: the state dict is neither that of a HiViT nor of a ViT.
     """
     named = official_names(state).items()
     shapes = Shapes({name: array.shape for name, array in named})
     is_autoencoder = "decoder_embed.weight" in shapes
     is_mmpretrain = any("head.fc." in name for name in state)
-    arguments, guessed = _encoder_arguments(shapes, image_size)
+    is_vit = {"cls_token", "pos_embed"} <= shapes.keys()
+    shapes.kind = "ViT" if is_vit else "HiViT"
+    find_encoder = _vit_arguments if is_vit else _encoder_arguments
+    arguments, guessed = find_encoder(shapes, image_size)
     arguments["layer_norm_eps"] = 1e-5 if is_mmpretrain else 1e-6
     guessed["layer_norm_eps"] = (
         "as in MMPretrain's classifier" if is_mmpretrain else "as in the official code"
@@ -87,20 +93,78 @@ def infer(
     if is_autoencoder:
         arguments |= _decoder_arguments(shapes)
         guessed["decoder_num_heads"] = "assuming 32 channels per head"
+        if not is_vit:
+            latent_dim = shapes["decoder_embed.weight"][1]
+            arguments["multi_scale"] = latent_dim != arguments["embed_dim"]
     else:
-        head = shapes.get("head.weight")
-        arguments["fc_norm"] = "fc_norm.weight" in shapes or head is None
-        arguments["running_norm"] = "fc_norm.mean" in shapes
-        if head:
-            arguments["num_classes"] = head[0]
-    model_class = MaskedAutoencoder if is_autoencoder else Classifier
-    sizes = arguments["embed_dim"], arguments["depths"]
-    names = [
+        arguments |= _head_arguments(shapes, is_vit)
+    classes = {
+        (True, True): ViTMaskedAutoencoder,
+        (True, False): ViTClassifier,
+        (False, True): MaskedAutoencoder,
+        (False, False): Classifier,
+    }
+    model_class = classes[is_vit, is_autoencoder]
+    names = _registered(model_class, arguments)
+    return dict(name=names[0] if names else model_class.name) | arguments, guessed
+
+
+def _registered(model_class: type[Model], arguments: Mapping[str, Any]) -> list[str]:
+    """Return the names of the registered models of this class and size."""
+    depths = arguments.get("depths") or (arguments["depth"],)
+    sizes = arguments["embed_dim"], depths
+    return [
         name
         for name, (variant_class, config) in VARIANTS.items()
         if variant_class is model_class and (config.embed_dim, config.depths) == sizes
     ]
-    return dict(name=names[0] if names else model_class.name) | arguments, guessed
+
+
+def _head_arguments(shapes: Shapes, is_vit: bool) -> dict[str, Any]:
+    """Return the arguments of a classifier that its encoder does not determine."""
+    head, arguments = shapes.get("head.weight"), {}
+    if is_vit:
+        arguments["pooling"] = "token" if "norm.weight" in shapes else "mean"
+    else:
+        arguments["fc_norm"] = "fc_norm.weight" in shapes or head is None
+    arguments["running_norm"] = "fc_norm.mean" in shapes
+    return arguments | (dict(num_classes=head[0]) if head else {})
+
+
+def _vit_arguments(
+    shapes: Shapes, image_size: Any
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the inferred arguments of a ViT's encoder, and reasons of the guesses."""
+    _, tokens, dim = shapes.require("pos_embed", 3)
+    _, channels, patch_size, _ = shapes.require("patch_embed.proj.weight", 4)
+    hidden, _ = shapes.require("blocks.0.mlp.fc1.weight", 2)
+    blocks = {name.split(".")[1] for name in shapes if name.startswith("blocks.")}
+    arguments = dict(
+        image_size=_image_size(tokens - 1, patch_size, image_size),
+        in_channels=channels,
+        embed_dim=dim,
+        depth=len(blocks),
+        mlp_ratio=hidden / dim,
+        patch_size=patch_size,
+    )
+    if names := _registered(ViTClassifier, arguments):
+        arguments["num_heads"] = VARIANTS[names[0]][1].num_heads
+        return arguments, {"num_heads": f"as in {names[0]}"}
+    arguments["num_heads"] = max(dim // 64, 1)
+    return arguments, {"num_heads": "assuming 64 channels per head"}
+
+
+def _image_size(units: int, patch_size: int, image_size: Any) -> Any:
+    """Return the side of an image, or `image_size` if the grid is not square."""
+    side = round(units**0.5)
+    if side**2 == units:
+        return side * patch_size
+    if image_size is None:
+        raise CheckpointError(
+            f"the grid of {units} units is not square; expected the argument "
+            "image_size=(height, width) of the saved model"
+        )
+    return image_size
 
 
 def _encoder_arguments(
@@ -113,16 +177,9 @@ def _encoder_arguments(
     stem_hidden = counts[0] and shapes.require("blocks.0.mlp.fc1.weight", 2)[0]
     hidden, _ = shapes.require(f"{last_block}.mlp.fc1.weight", 2)
     table = shapes.get(f"{last_block}.attn.relative_position_bias_table")
-    side, patch_size = round(units**0.5), cell << stems
-    if side**2 == units:
-        image_size = side * patch_size
-    elif image_size is None:
-        raise CheckpointError(
-            f"the grid of {units} units is not square; expected the argument "
-            "image_size=(height, width) of the saved model"
-        )
+    patch_size = cell << stems
     arguments = dict(
-        image_size=image_size,
+        image_size=_image_size(units, patch_size, image_size),
         in_channels=channels,
         embed_dim=dim,
         depths=(*(n // 2 for n in counts[:-1]), counts[-1]),
@@ -137,11 +194,10 @@ def _encoder_arguments(
 
 
 def _decoder_arguments(shapes: Shapes) -> dict[str, Any]:
-    decoder_dim, latent_dim = shapes.require("decoder_embed.weight", 2)
+    decoder_dim, _ = shapes.require("decoder_embed.weight", 2)
     blocks = {n.split(".")[1] for n in shapes if n.startswith("decoder_blocks.")}
     return dict(
         decoder_embed_dim=decoder_dim,
         decoder_depth=len(blocks),
         decoder_num_heads=max(decoder_dim // 32, 1),
-        multi_scale=latent_dim != shapes.require("absolute_pos_embed", 3)[2],
     )

@@ -56,7 +56,7 @@ def read(path: str | Path, *, averaged: bool = True, **overrides: Any) -> Pretra
     Args:
       path: a run's workdir or one of its checkpoints; a directory written by
         `save_pretrained`, or with one file of weights; a ``.safetensors`` or PyTorch
-        file written by this package, the official code or MMPretrain; or
+        file written by this package, the official code, MMPretrain or timm (ViT); or
         ``hf://ORGANISATION/NAME[@REVISION][/FILE]``.
       averaged: prefer averaged weights (EMA) if they were saved.
       overrides: as in `create_model`. Only arguments that a file may lack have an
@@ -64,7 +64,7 @@ def read(path: str | Path, *, averaged: bool = True, **overrides: Any) -> Pretra
 
     Raises:
       CheckpointError: there is no model at the path, the file is damaged or unsafe, or
-        the model is not a HiViT.
+        the model is neither a HiViT nor a ViT.
     """
     path = locate(path)
     if path.is_file() or (path.suffix in files.SUFFIXES and not path.is_dir()):
@@ -138,8 +138,10 @@ def _infer_arguments(
 ) -> tuple[dict[str, Any], list[str]]:
     """Return the inferred arguments of a model, and notes on guessed arguments."""
     arguments, guessed = infer(state, overrides.get("image_size"))
-    mmpretrain = any(name.startswith("backbone.") for name in state)
-    notes = [f"parameter names: {'MMPretrain' if mmpretrain else 'official code'}"]
+    program = "MAE and timm" if "cls_token" in state else "official code"
+    if any(name.startswith("backbone.") for name in state):
+        program = "MMPretrain"
+    notes = [f"parameter names: {program}"]
     arguments |= {key: overrides[key] for key in NOT_IN_STATE_DICT if key in overrides}
     notes += [
         f"guessed: {key} {arguments[key]}, {reason}"
@@ -246,7 +248,7 @@ def merge_arguments(
     A model of another name inherits only arguments that the model accepts: the run
     options, and the sizes that are not defaults of the saved model's config class. The
     model inherits embed_dim, depths and num_heads only if both variants agree in all
-    three.
+    three. The depth of a ViT belongs to its depths.
     """
     if overrides.get("name", arguments["name"]) == arguments["name"]:
         return arguments | overrides
@@ -255,7 +257,7 @@ def merge_arguments(
     accepted, excluded = override_types(type(new)), {"name"}
     sizes = ("embed_dim", "depths", "num_heads")
     if any(getattr(old, key) != getattr(new, key) for key in sizes):
-        excluded |= {*sizes}
+        excluded |= {*sizes, "depth"}
     excluded |= {f.name for f in fields(config) if getattr(config, f.name) == f.default}
     kept = {k: v for k, v in arguments.items() if k in accepted and k not in excluded}
     return kept | overrides

@@ -156,15 +156,15 @@ def _card(model: Model, metadata: dict[str, Any]) -> str:
     """Return a model card in the Hugging Face hub's format."""
     arguments, recipe = metadata["arguments"], metadata["recipe"]
     size = "x".join(map(str, model.config.image_size))
+    family = model.encoder_class.__name__.lower()
     lines = [
         "---",
         "library_name: hivit_jax",
-        "tags: [hivit, jax, image-feature-extraction]",
+        f"tags: [{family}, jax, image-feature-extraction]",
         "---",
         f"# {model.name}",
         "",
-        f"HiViT (Zhang et al., ICLR 2023), {model.description} for images of {size} "
-        "pixels.",
+        f"{model.architecture}, {model.description} for images of {size} pixels.",
         "",
         "| | |",
         "|---|---|",

@@ -109,14 +109,8 @@ def run(folder, tmp_path_factory):
         patch.setattr(Classifier, "__call__", seen.record(Classifier.__call__))
         # Without this the callbacks of eight devices wait for each other.
         patch.setattr(jax, "devices", lambda: devices[:1])
-        name = "jax_disable_most_optimizations"
-        before = jax.config.values[name]
-        jax.config.update(name, True)
-        try:
-            seen.results = train(config, seen.workdir)
-            jax.effects_barrier()
-        finally:
-            jax.config.update(name, before)
+        seen.results = train(config, seen.workdir)
+        jax.effects_barrier()
     return seen
 
 

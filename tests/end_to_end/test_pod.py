@@ -24,11 +24,12 @@ RUN = dict(
     peer_timeout=10,
     optimizer__ema_decay=0.9,
     mesh__data=-1,
+    data__eval_split="none",
 )
 
 
 # A process that fails alone waits for twice peer_timeout.
-ALONE = RUN | dict(peer_timeout=10, stall_timeout=60)
+ALONE = RUN | dict(peer_timeout=10, stall_timeout=30)
 
 
 class Pod:

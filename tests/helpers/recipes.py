@@ -115,16 +115,12 @@ def classifier(source: str = "synthetic", **overrides) -> ConfigDict:
 
 @contextmanager
 def quick() -> Iterator[None]:
-    """Compile with few optimizations; draw no figures; write no TensorBoard events."""
-    name = "jax_disable_most_optimizations"
-    before = jax.config.values[name]
+    """Draw no figures; write no TensorBoard events."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "tensorboardX", None)
         patch.setattr(figures, "draw_run", lambda *_: {})
         patch.setattr(evaluate, "make_panels", lambda *_: lambda params: {})
-        jax.config.update(name, True)
         yield
-        jax.config.update(name, before)
 
 
 def traced_step(config: ConfigDict) -> str:
@@ -158,7 +154,7 @@ def jit_schedule(config: ConfigDict, steps_per_epoch: float, total_steps: int):
 def start_process(
     *command: str | Path, devices: int = 1, log: Path | None = None, **environment
 ) -> subprocess.Popen:
-    """Start ``python COMMAND`` with `devices` CPU devices and fast compilation.
+    """Start ``python COMMAND`` with `devices` CPU devices.
 
     Args:
       log: file for stdout; None: `communicate` returns stdout.
@@ -166,7 +162,6 @@ def start_process(
     """
     variables = dict(
         JAX_PLATFORMS="cpu",
-        JAX_DISABLE_MOST_OPTIMIZATIONS="1",
         XLA_FLAGS=f"{virtual_devices(devices)} {quick_to_compile()}",
         **environment,
     )

@@ -22,6 +22,7 @@ from hivit_jax.weights.names.official import from_official
 GOLDEN = Path(__file__).parents[1] / "parity" / "golden"
 MANIFEST = json.loads((GOLDEN / "manifest.json").read_text())
 FIXTURES = MANIFEST["fixtures"]
+SEED = MANIFEST["seed"]
 
 # The golden data's names of model arguments -> ours.
 OUR_NAMES = {
@@ -33,20 +34,19 @@ SUPERVISED = {"cls_tiny", "cls_small", "cls_base"}
 MINI_CLASSIFIER = FIXTURES["features_mini_rpe"]["config"]
 
 
-def generator(name: str) -> np.random.Generator:
+def generator(name: str, seed: int = SEED) -> np.random.Generator:
     """Return the random generator of an array."""
-    seed = zlib.crc32(name.encode()) + MANIFEST["seed"]
-    return np.random.Generator(np.random.PCG64(seed))
+    return np.random.Generator(np.random.PCG64(zlib.crc32(name.encode()) + seed))
 
 
-def normal(name: str, shape) -> np.ndarray:
+def normal(name: str, shape, seed: int = SEED) -> np.ndarray:
     """Return normally distributed float32 numbers."""
-    return generator(name).standard_normal(tuple(shape), dtype=np.float32)
+    return generator(name, seed).standard_normal(tuple(shape), dtype=np.float32)
 
 
-def weight(name: str, shape) -> np.ndarray:
+def weight(name: str, shape, seed: int = SEED) -> np.ndarray:
     """Return a state dict entry whose scale keeps the variance of stages at about 1."""
-    draw, leaf = normal(name, shape), name.rsplit(".", 1)[-1]
+    draw, leaf = normal(name, shape, seed), name.rsplit(".", 1)[-1]
     if "pos_embed" in leaf or leaf in ("mask_token", "relative_position_bias_table"):
         return np.float32(0.5) * draw
     if len(shape) == 1:
@@ -69,31 +69,31 @@ def state_dict(fixture: str, shapes=None) -> dict[str, np.ndarray]:
     return state
 
 
-def images(name: str, batch: int, size: int) -> np.ndarray:
+def images(name: str, batch: int, size: int, seed: int = SEED) -> np.ndarray:
     """Return images [B, H, W, 3] float32."""
-    low = normal(f"input_low/{name}", (batch, 3, 8, 8))
+    low = normal(f"input_low/{name}", (batch, 3, 8, 8), seed)
     low = low.repeat(size // 8, 2).repeat(size // 8, 3)
-    noise = normal(f"input/{name}", (batch, 3, size, size))
+    noise = normal(f"input/{name}", (batch, 3, size, size), seed)
     nchw = np.float32(0.6) * noise + np.float32(0.8) * low
     return np.ascontiguousarray(nchw.transpose(0, 2, 3, 1))
 
 
-def noise(name: str, batch: int, units: int) -> np.ndarray:
+def noise(name: str, batch: int, units: int, seed: int = SEED) -> np.ndarray:
     """Return uniform noise for random masking, [batch, units]."""
-    return generator(f"noise/{name}").random((batch, units))
+    return generator(f"noise/{name}", seed).random((batch, units))
 
 
-def labels(name: str, batch: int, classes: int) -> np.ndarray:
+def labels(name: str, batch: int, classes: int, seed: int = SEED) -> np.ndarray:
     """Return random labels, int [batch]."""
-    return generator(f"labels/{name}").integers(0, classes, size=batch)
+    return generator(f"labels/{name}", seed).integers(0, classes, size=batch)
 
 
-def probe(name: str, gradient: np.ndarray) -> float:
+def probe(name: str, gradient: np.ndarray, seed: int = SEED) -> float:
     """Return the inner product of a gradient and a random tensor.
 
     The gradient has PyTorch's layout.
     """
-    draw = normal(f"{name}/probe", gradient.shape).astype(np.float64)
+    draw = normal(f"{name}/probe", gradient.shape, seed).astype(np.float64)
     return float((gradient.astype(np.float64) * draw).sum())
 
 

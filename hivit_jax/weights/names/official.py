@@ -16,7 +16,7 @@ import numpy as np
 
 from hivit_jax.errors import CheckpointError, ConfigError
 from hivit_jax.models import Model
-from hivit_jax.models.config import HiViTConfig
+from hivit_jax.models.config import MAEConfig
 from hivit_jax.models.mae import MaskedAutoencoder
 from hivit_jax.models.positions import merge_order, relative_position_index
 from hivit_jax.tree import leaf_name, split
@@ -46,7 +46,7 @@ class Entry(NamedTuple):
     to_official: Callable[[np.ndarray], np.ndarray]
 
 
-def latent_order(config: HiViTConfig) -> np.ndarray:
+def latent_order(config: MAEConfig) -> np.ndarray:
     """Return the official channel of each channel of our multi-scale latent, int [7E].
 
     Both latents concatenate the stages. Within a stage, the official cells are in
@@ -75,6 +75,8 @@ def _entry(path: str, shape: tuple[int, ...], model: Model) -> Entry:
     leaf = parts[-1]
     parts[-1] = {"kernel": "weight", "scale": "weight"}.get(leaf, leaf)
     name = ".".join(parts)
+    if config.class_tokens and name == "absolute_pos_embed":  # ViT
+        name = "pos_embed"
 
     if name == "patch_embed.proj.weight":  # conv [out, in, kh, kw]
         cell = config.cell_size
@@ -83,7 +85,7 @@ def _entry(path: str, shape: tuple[int, ...], model: Model) -> Entry:
             lambda a: a.transpose(2, 3, 1, 0).reshape(shape),
             lambda a: a.T.reshape(shape[1], cell, cell, -1).transpose(0, 3, 1, 2),
         )
-    if name == "mask_token":
+    if name in ("mask_token", "cls_token"):
         return Entry(name, lambda a: a.reshape(shape), lambda a: a[None, None])
     if leaf.endswith("_pos_embed"):
         return Entry(name, lambda a: a.reshape(shape), lambda a: a[None])
@@ -101,7 +103,13 @@ def _entry(path: str, shape: tuple[int, ...], model: Model) -> Entry:
 
 
 def official_names(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Return a state dict with official names; names of MMPretrain are translated."""
+    """Return a state dict with official names.
+
+    Names of MMPretrain's HiViT are translated. The names of ViT, which has a class
+    token, are those of MAE and timm.
+    """
+    if "cls_token" in state:
+        return dict(state)
     named = {}
     for name, array in state.items():
         new = name.removeprefix("backbone.").replace("head.fc.", "head.")
@@ -121,13 +129,14 @@ def unneeded_entries(state: Mapping[str, np.ndarray], model: Model) -> list[str]
     unused: tuple[str, ...] = ("neck.",)
     norm = state.get("norm.weight", np.empty(0))
     if isinstance(model, MaskedAutoencoder):
-        ignores_norm = not model.config.multi_scale
+        ignores_norm = model.norm is None
     else:
         rest = ("decoder_", "mask_token")
         unused += rest
         # A norm of the encoder's width could be applied before the head.
         ignores_norm = norm.size > model.config.embed_dim
         ignores_norm |= any(name.startswith(rest) for name in state)
+        ignores_norm &= getattr(model, "norm", None) is None
     unused += ("norm.weight", "norm.bias") if ignores_norm else ()
     return [n for n in state if n.endswith(INDEX) or n.startswith(unused)]
 
@@ -216,6 +225,11 @@ def to_state_dict(
     Raises:
       ConfigError: the other program does not have this model.
     """
+    if layout != "official" and model.config.class_tokens:
+        raise ConfigError(
+            f"layout={layout!r} with {model.name}, which is not a HiViT; expected "
+            "layout='official', the names of MAE and timm"
+        )
     if layout == "mmpretrain" and getattr(model, "fc_norm", None) is not None:
         raise ConfigError(
             "MMPretrain's classifier has no norm between pooling and head; expected a "
@@ -226,7 +240,7 @@ def to_state_dict(
         if layout == "mmpretrain":  # see `unneeded_entries`
             names = ("absolute_pos_embed", "patch_embed.", "blocks.")
             state = {n: array for n, array in state.items() if n.startswith(names)}
-        elif not config.multi_scale:
+        elif model.norm is None:
             state["norm.weight"] = np.ones(config.embed_dim, np.float32)
             state["norm.bias"] = np.zeros(config.embed_dim, np.float32)
     tables = [name for name in state if name.endswith("_bias_table")]

@@ -1,0 +1,69 @@
+"""Plain ViTs of the golden data: their facts, state dicts and our models."""
+
+import json
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import reference
+from flax import nnx
+from networks import abstract_model
+
+from hivit_jax.models.positions import sincos_table
+from hivit_jax.tree import split
+from hivit_jax.weights.names.official import from_official
+
+FACTS = json.loads((reference.GOLDEN / "vit.json").read_text())
+FIXTURES = FACTS["fixtures"]
+# These fixtures have another seed.
+weight, images, noise, labels, probe = (
+    partial(make, seed=0)
+    for make in (
+        reference.weight,
+        reference.images,
+        reference.noise,
+        reference.labels,
+        reference.probe,
+    )
+)
+OUR_NAMES = {"img_size": "image_size"}
+
+
+def arguments(fixture):
+    """Return our name and arguments of the model of a fixture."""
+    config = dict(FIXTURES[fixture].get("config", {}))
+    config.pop("qkv_bias", None)
+    is_autoencoder = fixture.startswith("mae_")
+    name = "mae_vit_base" if is_autoencoder else "vit_base"
+    has_mean = config.pop("global_pool", fixture != "vit_base_token")
+    if not is_autoencoder:
+        config["pooling"] = "mean" if has_mean else "token"
+    return name, {OUR_NAMES.get(key, key): value for key, value in config.items()}
+
+
+def table(shape):
+    """Return the fixed position table of a masked autoencoder, [1, 1+N, D]."""
+    side = round((shape[1] - 1) ** 0.5)
+    rows = sincos_table((side, side), shape[2])
+    return np.concatenate([np.zeros_like(rows[:1]), rows])[None]
+
+
+def state_dict(fixture, shapes=None):
+    """Return the official state dict of a fixture: random weights, computed tables."""
+    is_autoencoder = fixture.startswith("mae_")
+    return {
+        name: table(shape)
+        if is_autoencoder and name.endswith("pos_embed")
+        else weight(name, shape)
+        for name, shape in (shapes or FIXTURES[fixture]["state_dict"]).items()
+    }
+
+
+def build(fixture, state=None, **overrides):
+    """Return the model of a fixture, and its parameters."""
+    name, config = arguments(fixture)
+    model = abstract_model(name, **config | overrides)
+    state = state_dict(fixture) if state is None else state
+    params = jax.tree.map(jnp.asarray, from_official(state, model))
+    return nnx.merge(split(model)[0], params), params

@@ -1,0 +1,131 @@
+"""Plain ViT: sizes, layers, initialization, and options shared with HiViT."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import recipes
+from networks import abstract_model, abstract_outputs, fast_jit
+from vit import FACTS
+
+from hivit_jax import inputs
+from hivit_jax.errors import ConfigError
+from hivit_jax.models import create_model
+from hivit_jax.tree import named_leaves, split, split_state
+from hivit_jax.weights.names.official import to_official
+
+MINI = dict(image_size=64, embed_dim=64, depth=2, num_heads=2)
+PUBLISHED = {
+    "vit_tiny": "vit_tiny_patch16 224 (DeiT-Ti widths)",
+    "vit_base": "vit_base_patch16 224",
+    "vit_huge": "vit_huge_patch14 224",
+    "mae_vit_base": "mae_vit_base 224, 25% kept",
+    "mae_vit_huge": "mae_vit_huge patch14 224, 25% kept",
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_parameters_and_multiply_adds(name):
+    model, facts = abstract_model(name), FACTS["params_macs"][PUBLISHED[name]]
+    assert model.parameter_count() == facts["params"]
+    assert model.macs(layer_norm_cost=0) == facts["macs"]
+    assert model.macs() == facts["macs_plus_5_per_layernorm_element"]
+
+
+def official_names(model, values):
+    """Return {official name: value} of {our name: number}."""
+    shapes = named_leaves(split(model)[1])
+    return {
+        official: values[name]
+        for name, leaf in shapes.items()
+        if name in values
+        for official in to_official(nested(name, np.empty(leaf.shape, bool)), model)
+    }
+
+
+def nested(name, leaf):
+    """Return nested dicts with one leaf at a name."""
+    for part in reversed(name.split("/")):
+        leaf = {part: leaf}
+    return leaf
+
+
+def test_layer_ids():
+    """The layers are those of MAE's ``lr_decay.py``."""
+    model = abstract_model("vit_base")
+    facts = FACTS["layer_decay"]["base_0.65"]
+    found = official_names(model, model.layer_ids())
+    assert found == {name: layer for name, (layer, _) in facts.items()}
+
+
+def test_weight_decay_in_pretraining():
+    """Class token and mask token decay; fixed tables are not trained."""
+    task = inputs.task_of_recipe(recipes.recipe("mae_vit"))
+    facts = FACTS["weight_decay"]["mae_vit_base pretraining (0.05)"]
+    model = abstract_model("mae_vit_base")
+    trained = named_leaves(split_state(model)[1])
+    found = official_names(model, {name: task.is_decayed(name) for name in trained})
+    for name, decay in facts.items():
+        assert found.get(name) == (None if decay is None else decay > 0), name
+
+
+def test_weight_decay_in_finetuning():
+    task = inputs.task_of_recipe(recipes.recipe("finetune_vit"))
+    assert not task.is_decayed("encoder/cls_token")
+    assert not task.is_decayed("encoder/absolute_pos_embed")
+    assert task.is_decayed("encoder/patch_embed/proj/kernel")
+
+
+def test_shapes():
+    """Maps contain units only; tokens contain the class token."""
+    model = abstract_model("vit_base", **MINI, num_classes=7)
+    images = jnp.zeros((2, 64, 64, 3))
+    maps, layers, logits, kept = abstract_outputs(
+        lambda m: (
+            m.features(images, stride_32=True),
+            m.layers(images, attention=True),
+            m(images),
+            m.features(images, jnp.zeros((2, 3), int)),
+        ),
+        model,
+    )
+    assert [x.shape for x in maps] == [(2, 4, 4, 64), (2, 2, 2, 64)]
+    assert layers[-1].tokens.shape == (2, 17, 64)
+    assert layers[-1].attention.shape == (2, 2, 17, 17)
+    assert logits.shape == (2, 7)
+    assert kept[0].shape == (2, 3, 1, 1, 64)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"depths": (1, 1, 2)}, "override of vit_base 'depths'; did you mean 'depth'"),
+        ({"pooling": "max"}, "pooling"),
+        ({"num_heads": 5}, "num_heads=5 does not divide embed_dim=64"),
+        ({"image_size": 60}, "image_size=60"),
+    ],
+)
+def test_errors(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        abstract_model("vit_base", **MINI | overrides)
+
+
+@pytest.mark.slow
+def test_initialization():
+    """Xavier's bounds, with q, k and v as one matrix; the table's first row is 0."""
+    decoder = dict(decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2)
+    sizes = MINI | decoder
+    build = fast_jit(lambda: split(create_model("mae_vit_base", **sizes))[1])
+    params = named_leaves(build())
+    block = "encoder/stages/0/0"
+    for name, bound in {
+        f"{block}/attn/qkv/kernel": (6 / (4 * 64)) ** 0.5,
+        f"{block}/mlp/fc1/kernel": (6 / (5 * 64)) ** 0.5,
+        "encoder/patch_embed/proj/kernel": (6 / (64 + 768)) ** 0.5,
+        "encoder/patch_embed/proj/bias": 768**-0.5,
+        "decoder_pred/kernel": (6 / (32 + 768)) ** 0.5,
+    }.items():
+        largest = np.abs(params[name]).max()
+        assert 0.8 * bound < largest <= bound, name
+    assert not np.any(params[f"{block}/attn/qkv/bias"])
+    assert not np.any(params["encoder/absolute_pos_embed"][0])
+    assert 0.01 < np.std(params["encoder/cls_token"]) < 0.03

@@ -1,0 +1,217 @@
+"""Plain ViT compared with the official MAE code's outputs, in float32."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import vit
+from flax import nnx
+from reference import golden
+from vit import FIXTURES
+
+from hivit_jax.models.masking import random_masking
+from hivit_jax.models.resize import resize_grid_table
+from hivit_jax.tree import split
+from hivit_jax.weights.names.official import from_official, to_official, to_state_dict
+
+CLASSIFIERS = ["vit_cls_mini", "vit_cls_mini_token"]
+
+
+def close(actual, expected, atol, rtol=0.0):
+    np.testing.assert_allclose(np.asarray(actual), expected, atol=atol, rtol=rtol)
+
+
+def check_gradients(fixture, official, atol, probe_atol):
+    """Compare gradients by official name with the arrays, norms and probes."""
+    facts, arrays = FIXTURES[fixture], golden(fixture)
+    assert official.keys() == facts["grad_norm"].keys()
+    for name, gradient in official.items():
+        if f"grad/{name}" in arrays:
+            close(gradient, arrays[f"grad/{name}"], atol)
+        close(np.linalg.norm(gradient), facts["grad_norm"][name], 1e-7, 1e-5)
+        close(vit.probe(name, gradient), facts["grad_probe"][name], probe_atol)
+
+
+def mae_inputs(fixture):
+    """Return the images and the noise of a fixture."""
+    tag, batch, size = FIXTURES[fixture]["input"]["images"]
+    images = jnp.asarray(vit.images(tag, batch, size))
+    return images, jnp.asarray(vit.noise(*FIXTURES[fixture]["input"]["noise"]))
+
+
+def run_mae(fixture):
+    """Return model, losses, outputs and gradients by official name."""
+    model, params = vit.build(fixture)
+    images, noise = mae_inputs(fixture)
+    graphdef = split(model)[0]
+
+    def loss(params):
+        model = nnx.merge(graphdef, params)
+        out = model(images, noise=noise)
+        return model.image_loss(images, noise=noise).mean(), out
+
+    run = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    (value, out), gradients = run(params)
+    official = to_official(gradients, model)
+    assert not official.pop("pos_embed").any()
+    assert not official.pop("decoder_pos_embed").any()
+    return model, (value, out.loss), out, official
+
+
+@pytest.mark.slow
+def test_mini_mae_outputs_and_all_gradients():
+    model, losses, out, gradients = run_mae("mae_vit_mini")
+    arrays = golden("mae_vit_mini")
+    close(losses, [FIXTURES["mae_vit_mini"]["loss_f64"]] * 2, 1e-6)
+    close(out.pred, arrays["pred"], 2e-5)
+    close(out.latent, arrays["latent"], 2e-5)
+    np.testing.assert_array_equal(out.mask, arrays["mask"])
+    images, noise = mae_inputs("mae_vit_mini")
+    ids_shuffle, ids_restore, _ = random_masking(noise, 4)
+    np.testing.assert_array_equal(ids_shuffle[:, :4], arrays["ids_keep"])
+    np.testing.assert_array_equal(ids_restore, arrays["ids_restore"])
+    close(model.targets(images)[0][0], arrays["target0_norm"], 2e-5)
+    x = model.encoder._stem(images, ids_shuffle[:, :4])[0]
+    close(x, arrays["tokens_in"], 2e-5)
+    for number, block in enumerate(model.encoder.stages[-1]):
+        x = block(x)
+        close(x, arrays[f"block{number}"], 2e-5)
+    check_gradients("mae_vit_mini", gradients, 3e-6, 2e-4)
+
+
+@pytest.mark.slow
+def test_mini_mae_of_raw_pixels():
+    model, losses, out, gradients = run_mae("mae_vit_mini_pix")
+    close(losses, [FIXTURES["mae_vit_mini_pix"]["loss_f64"]] * 2, 1e-6)
+    close(out.pred, golden("mae_vit_mini")["pred"], 2e-5)
+    images, _ = mae_inputs("mae_vit_mini")
+    raw = golden("mae_vit_mini")["target0_raw"]
+    close(model.targets(images)[0][0], raw, 0)
+    check_gradients("mae_vit_mini_pix", gradients, 3e-6, 2e-4)
+
+
+def classifier_inputs(fixture):
+    """Return the images and the labels of a fixture."""
+    inputs = FIXTURES[fixture]["input"]
+    images = jnp.asarray(vit.images(*inputs["images"]))
+    return images, jnp.asarray(vit.labels(*inputs["labels"]))
+
+
+def run_classifier(fixture, state=None):
+    """Return model, loss, logits and gradients by official name."""
+    model, params = vit.build(fixture, state)
+    images, labels = classifier_inputs(fixture)
+    graphdef = split(model)[0]
+
+    def loss(params):
+        logits = nnx.merge(graphdef, params)(images)
+        each = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        return each.mean(), logits
+
+    run = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    (value, logits), gradients = run(params)
+    return model, value, logits, to_official(gradients, model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fixture", CLASSIFIERS)
+def test_mini_classifier_outputs_and_all_gradients(fixture):
+    model, loss, logits, gradients = run_classifier(fixture)
+    arrays = golden(fixture)
+    close(loss, FIXTURES[fixture]["loss_f64"], 1e-6)
+    close(logits, arrays["logits"], 2e-5)
+    check_gradients(fixture, gradients, 3e-6, 2e-4)
+    if "pooled" in arrays:
+        images, _ = classifier_inputs(fixture)
+        close(model.mean_token(images), arrays["pooled"], 2e-5)
+        close(model.pooled(images), arrays["fc_norm"], 2e-5)
+        layers = model.layers(images)
+        close(layers[0].tokens, arrays["block0"], 2e-5)
+        close(layers[1].tokens, arrays["block1"], 2e-5)
+
+
+@pytest.mark.slow
+def test_layer_norm_eps_everywhere():
+    """With these weights, eps=1e-5 in any one norm changes outputs by more than 1."""
+    arrays, shrunk = golden("vit_lowvar_eps"), FIXTURES["vit_lowvar_eps"]["shrunk"]
+
+    def shrink(fixture):
+        return {
+            name: array * np.float32(0.003)
+            if any(part in name for part in shrunk)
+            else array
+            for name, array in vit.state_dict(fixture).items()
+        }
+
+    model, _ = vit.build("vit_cls_mini", shrink("vit_cls_mini"))
+    close(model(classifier_inputs("vit_cls_mini")[0]), arrays["cls_logits"], 2e-5)
+    model, _ = vit.build("mae_vit_mini", shrink("mae_vit_mini"))
+    images, noise = mae_inputs("mae_vit_mini")
+    out = model(images, noise=noise)
+    close(out.loss, arrays["mae_loss"], 1e-6)
+    close(out.pred[..., :64], arrays["mae_pred"], 2e-5)
+    close(out.latent, arrays["mae_latent"], 2e-5)
+
+
+@pytest.mark.parametrize(("old", "new"), [(4, 6), (4, 3), (14, 12), (14, 24)])
+def test_resized_position_tables(old, new):
+    """The row of the class token stays; the others are resized."""
+    source = vit.weight(f"resize{old}.pos_embed", (1, 1 + old * old, 6))[0]
+    expected = golden("vit_pos_resize")[f"pos_{old}_to_{new}"][0]
+    np.testing.assert_array_equal(source[0], expected[0])
+    resized = resize_grid_table(source[1:], (old, old), (new, new))
+    close(resized, expected[1:], 1e-5)
+
+
+def shapes_of(name, **overrides):
+    """Return {official name: shape} of a full-size model."""
+    model = vit.abstract_model(name, **overrides)
+    zeros = jax.tree.map(
+        lambda x: np.broadcast_to(np.float32(0), x.shape), split(model)[1]
+    )
+    return {key: array.shape for key, array in to_state_dict(zeros, model).items()}
+
+
+@pytest.mark.extras
+@pytest.mark.slow
+@pytest.mark.parametrize("fixture", ["vit_base_cls", "vit_base_token"])
+def test_base_classifier(fixture):
+    name, config = vit.arguments(fixture)
+    state = vit.state_dict(fixture, shapes_of(name, **config))
+    if fixture == "vit_base_token":
+        model, _ = vit.build(fixture, state)
+        images = vit.images(*FIXTURES[fixture]["input"]["images"])
+        logits = nnx.jit(model)(jnp.asarray(images))
+    else:
+        _, loss, logits, gradients = run_classifier(fixture, state)
+        close(loss, FIXTURES[fixture]["loss_f64"], 1e-6)
+        check_gradients(fixture, gradients, 0, 2e-4)
+    close(logits, golden(fixture)["logits"], 2e-5)
+
+
+@pytest.mark.extras
+@pytest.mark.slow
+def test_base_mae(monkeypatch):
+    shapes = shapes_of("mae_vit_base")
+    monkeypatch.setitem(FIXTURES["mae_vit_base"], "state_dict", shapes)
+    _, losses, out, gradients = run_mae("mae_vit_base")
+    arrays = golden("mae_vit_base")
+    close(losses, [FIXTURES["mae_vit_base"]["loss_f64"]] * 2, 1e-6)
+    np.testing.assert_array_equal(out.mask, arrays["mask"])
+    close(out.pred[:, [0, 1, 97, 195], ::16], arrays["pred_slice"], 2e-5)
+    close(out.pred.mean(-1), arrays["pred_mean_per_token"], 2e-5)
+    check_gradients("mae_vit_base", gradients, 0, 2e-4)
+
+
+@pytest.mark.parametrize("fixture", ["mae_vit_mini", *CLASSIFIERS])
+def test_official_state_dict_and_back(fixture):
+    """Names, shapes and bytes survive."""
+    state = vit.state_dict(fixture)
+    name, config = vit.arguments(fixture)
+    model = vit.abstract_model(name, **config)
+    back = to_state_dict(from_official(state, model), model)
+    assert back.keys() == state.keys()
+    for name, array in state.items():
+        assert array.shape == back[name].shape, name
+        assert array.tobytes() == back[name].tobytes(), name

@@ -1,0 +1,84 @@
+"""Files of the official MAE code: pretraining, encoder alone, finetuned."""
+
+import numpy as np
+import pytest
+import state_files
+import torch_files
+import vit
+from networks import params_by_name
+from reference import golden
+
+import hivit_jax
+from hivit_jax.models.vit import ViTClassifier, ViTMaskedAutoencoder
+from hivit_jax.tree import named_leaves
+from hivit_jax.weights.adapt import match_arrays
+from hivit_jax.weights.load import read
+from hivit_jax.weights.names.official import from_official
+
+HEADS = dict(num_heads=2)
+
+
+def write(path, state):
+    """Write a file as the official code does."""
+    args = torch_files.Global("argparse", "Namespace")(state={"norm_pix_loss": True})
+    content = {"model": torch_files.with_tensors(state), "epoch": 3, "args": args}
+    return torch_files.save(content, path)
+
+
+def test_pretraining_file(tmp_path):
+    state = vit.state_dict("mae_vit_mini")
+    path = write(tmp_path / "checkpoint-3.pth", state)
+    model = hivit_jax.load_pretrained(path, **HEADS, decoder_num_heads=2)
+    assert isinstance(model, ViTMaskedAutoencoder)
+    assert model.config.norm_pix_loss
+    assert (model.config.depth, model.config.decoder_depth) == (2, 1)
+    expected = named_leaves(from_official(state, model))
+    for name, array in params_by_name(model).items():
+        assert array.tobytes() == expected[name].tobytes(), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fixture", ["vit_cls_mini", "vit_cls_mini_token"])
+def test_golden_logits_from_a_file(fixture, tmp_path):
+    path = write(tmp_path / "finetuned.pth", vit.state_dict(fixture))
+    model = hivit_jax.load_pretrained(path, **HEADS)
+    assert isinstance(model, ViTClassifier)
+    assert model.config.pooling == vit.arguments(fixture)[1]["pooling"]
+    logits = model(np.asarray(vit.images("vitcls64", 3, 64)))
+    np.testing.assert_allclose(logits, golden(fixture)["logits"], atol=2e-5)
+    hivit_jax.save_pretrained(model, tmp_path / "saved")
+    again = hivit_jax.load_pretrained(tmp_path / "saved")
+    assert again.config == model.config
+    for name, array in params_by_name(again).items():
+        assert array.tobytes() == params_by_name(model)[name].tobytes(), name
+
+
+@pytest.mark.parametrize("pooling", ["mean", "token"])
+def test_finetuning_from_a_pretraining_file(pooling, tmp_path):
+    """Everything but the head is used; with pooling, `norm` is not."""
+    path = write(tmp_path / "full.pth", vit.state_dict("mae_vit_mini"))
+    pretrained = read(path, **HEADS)
+    sizes = dict(image_size=96, embed_dim=64, depth=2, num_heads=2)
+    model = vit.abstract_model("vit_base", **sizes, pooling=pooling)
+    arrays, report = match_arrays(pretrained, model, fresh=("head/",))
+    assert report.resized == ["encoder/absolute_pos_embed"]
+    table = pretrained.params["encoder/absolute_pos_embed"]
+    resized = arrays["encoder/absolute_pos_embed"]
+    assert resized.shape == (37, 64)
+    np.testing.assert_array_equal(resized[0], table[0])
+    assert not report.missing
+    assert not report.shape_mismatch
+    norm = {"norm/scale", "norm/bias"}
+    assert norm & {*report.unused} == (norm if pooling == "mean" else set())
+
+
+def test_encoder_alone(tmp_path):
+    """Files of the encoder contain its norm and no head."""
+    state = vit.state_dict("mae_vit_mini")
+    encoder = {k: v for k, v in state.items() if "decoder" not in k}
+    del encoder["mask_token"]
+    path = state_files.save_safetensors(tmp_path / "timm.safetensors", encoder)
+    pretrained = read(path, **HEADS)
+    assert pretrained.arguments["pooling"] == "token"
+    assert pretrained.unused == []
+    assert "parameter names: MAE and timm" in pretrained.notes
