@@ -1,4 +1,4 @@
-"""Plain ViT: sizes, layers, initialization, and options shared with HiViT."""
+"""Tests of plain ViT: sizes, layers, initialization, options shared with HiViT."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -50,11 +50,11 @@ def nested(name, leaf):
 
 
 def test_layer_ids():
-    """The layers are those of MAE's ``lr_decay.py``."""
+    """The layers equal those of MAE's ``lr_decay.py``."""
     model = abstract_model("vit_base")
     facts = FACTS["layer_decay"]["base_0.65"]
-    found = official_names(model, model.layer_ids())
-    assert found == {name: layer for name, (layer, _) in facts.items()}
+    actual = official_names(model, model.layer_ids())
+    assert actual == {name: layer for name, (layer, _) in facts.items()}
 
 
 def test_weight_decay_in_pretraining():
@@ -63,9 +63,9 @@ def test_weight_decay_in_pretraining():
     facts = FACTS["weight_decay"]["mae_vit_base pretraining (0.05)"]
     model = abstract_model("mae_vit_base")
     trained = named_leaves(split_state(model)[1])
-    found = official_names(model, {name: task.is_decayed(name) for name in trained})
+    actual = official_names(model, {name: task.is_decayed(name) for name in trained})
     for name, decay in facts.items():
-        assert found.get(name) == (None if decay is None else decay > 0), name
+        assert actual.get(name) == (None if decay is None else decay > 0), name
 
 
 def test_weight_decay_in_finetuning():
