@@ -55,7 +55,7 @@ def test_golden_logits_from_a_file(fixture, tmp_path):
 
 @pytest.mark.parametrize("pooling", ["mean", "token"])
 def test_finetuning_from_a_pretraining_file(pooling, tmp_path):
-    """All entries except the head are used; pooling also leaves `norm` unused."""
+    """All entries except the head are used; mean pooling also ignores `norm`."""
     path = write(tmp_path / "full.pth", vit.state_dict("mae_vit_mini"))
     pretrained = read(path, **HEADS)
     sizes = dict(image_size=96, embed_dim=64, depth=2, num_heads=2)
