@@ -14,6 +14,6 @@ def expand(path: str) -> str:
     return path if "://" in path else os.path.expanduser(path)
 
 
-def user_cache() -> Path:
+def cache_directory() -> Path:
     """Return this package's directory in the user's cache directory."""
     return Path(expand(os.environ.get("XDG_CACHE_HOME") or "~/.cache")) / "hivit_jax"

@@ -82,7 +82,7 @@ def workdir(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def user_cache(tmp_path, monkeypatch):
+def cache_directory(tmp_path, monkeypatch):
     """Return the empty cache directory of the user."""
     from hivit_jax.data.sources import registry
 

@@ -45,7 +45,7 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_equals_the_evaluation_of_training(options, folder, user_cache):
+def test_equals_the_evaluation_of_training(options, folder, cache_directory):
     """Paths, bytes, PIL images and arrays give the same bits as the evaluation."""
     config = folder_config(folder, **options)
     source = inputs.open_source(config.data, "test")
@@ -66,7 +66,7 @@ def test_equals_the_evaluation_of_training(options, folder, user_cache):
 
 
 @pytest.mark.parametrize("dtype", ["uint16", "float32"])
-def test_four_channels(dtype, tmp_path, user_cache):
+def test_four_channels(dtype, tmp_path, cache_directory):
     """Rasters of 16 bits or floats are not reduced to 8 bits."""
     high = {"uint16": 65535, "float32": 1000}[dtype]
     for split in ("train", "val"):
@@ -93,7 +93,7 @@ def test_four_channels(dtype, tmp_path, user_cache):
         run(np.zeros((40, 50, 3), dtype))
 
 
-def test_canvas_differs_by_one_level_at_most(folder, user_cache):
+def test_canvas_differs_by_one_level_at_most(folder, cache_directory):
     config = folder_config(folder, data__canvas=64)
     source = inputs.open_source(config.data, "test")
     run = hivit_jax.preprocess(model_of(config))

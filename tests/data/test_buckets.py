@@ -17,7 +17,7 @@ from hivit_jax.data.sources.tfds import OPENERS, Tfds
 from hivit_jax.data.storage import StorageError
 from hivit_jax.errors import ConfigError, LocalDataError
 
-pytestmark = [pytest.mark.usefixtures("user_cache"), pytest.mark.slow]
+pytestmark = [pytest.mark.usefixtures("cache_directory"), pytest.mark.slow]
 VERSION = "stripes/1.0.0"
 
 
@@ -79,12 +79,12 @@ def test_reads_start_when_a_batch_is_planned(bucket):
     assert max(counts) >= 3
 
 
-def test_index_without_permission_to_write(bucket, prepared, user_cache):
+def test_index_without_permission_to_write(bucket, prepared, cache_directory):
     bucket.read_only = True
     expected = batches(config(prepared / "tfrecord"))
     for _ in range(2):
         assert_batches_equal(batches(config("gs://bucket/tfrecord")), expected)
-        assert len(list(user_cache.glob("hivit_jax/hivit_jax_index_*.npz"))) == 2
+        assert len(list(cache_directory.glob("hivit_jax/hivit_jax_index_*.npz"))) == 2
         assert not list(bucket.root.glob(f"tfrecord/{VERSION}/*.npz"))
         (header_reads, bucket.requests[:]) = (len(bucket.requests), ())
     assert header_reads < 60

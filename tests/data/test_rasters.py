@@ -236,7 +236,7 @@ def test_channels_are_resized_alike():
 
 
 @pytest.fixture
-def tiles(tmp_path, user_cache):
+def tiles(tmp_path, cache_directory):
     """Return a directory with eight 16-bit images of 4 bands in each split."""
     values = np.random.RandomState(0).randint(0, 10000, (16, 30, 26, 4))
     for k, tile in enumerate(values.astype(np.uint16)):

@@ -10,7 +10,7 @@ from PIL import Image
 
 from hivit_jax.main import main
 
-pytestmark = pytest.mark.usefixtures("user_cache")
+pytestmark = pytest.mark.usefixtures("cache_directory")
 
 
 def lines_of(workdir):

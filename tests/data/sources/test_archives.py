@@ -14,7 +14,7 @@ from hivit_jax.data import tar
 from hivit_jax.data.sources import registry
 from hivit_jax.errors import DataError
 
-pytestmark = pytest.mark.usefixtures("user_cache")
+pytestmark = pytest.mark.usefixtures("cache_directory")
 LABELS = {"train": (3, 0, 2, 1, 3), "val": (1, 2)}
 
 
@@ -72,7 +72,7 @@ def order(name, split):
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_samples(dataset, split, user_cache):
+def test_samples(dataset, split, cache_directory):
     source = registry.open_source(data_config(dataset).data, split)
     stored = "train" if split == "train" else "val"
     expected = images(stored)
@@ -82,7 +82,7 @@ def test_samples(dataset, split, user_cache):
         assert source.sample(i) == {"image": expected[k], "label": LABELS[stored][k]}
         assert source.name(i).endswith(f"{k}.jpg")
         assert source.size(i) == (30, 40 + k)
-    assert len(list(user_cache.glob("hivit_jax/hivit_jax_index_*"))) >= 1
+    assert len(list(cache_directory.glob("hivit_jax/hivit_jax_index_*"))) >= 1
 
 
 def test_index_of_a_changed_file(dataset):

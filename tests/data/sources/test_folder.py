@@ -9,7 +9,7 @@ import recipes
 from hivit_jax.data.sources import folder, registry
 from hivit_jax.errors import ConfigError, DataError
 
-pytestmark = pytest.mark.usefixtures("user_cache")
+pytestmark = pytest.mark.usefixtures("cache_directory")
 
 
 def make(root, *files):
@@ -83,9 +83,9 @@ def test_splits_have_configured_names(root):
         registry.open_source(data | {"train_examples": 10}, "train")
 
 
-def test_index_is_cached_until_a_directory_changes(root, user_cache, monkeypatch):
+def test_index_is_cached_until_a_directory_changes(root, cache_directory, monkeypatch):
     first = listed(folder.Folder(str(root), "train"))
-    (index_file,) = user_cache.glob("hivit_jax/*.npz")
+    (index_file,) = cache_directory.glob("hivit_jax/*.npz")
     walks, walk = [], os.walk
     monkeypatch.setattr(os, "walk", lambda *a, **k: walks.append(a) or walk(*a, **k))
     assert listed(folder.Folder(str(root), "train")) == first
@@ -104,8 +104,8 @@ def test_index_is_cached_until_a_directory_changes(root, user_cache, monkeypatch
     index_file.write_bytes(b"PK damaged")
     assert len(folder.Folder(str(root), "train")) == 7
     index_file.unlink()
-    (user_cache / "hivit_jax").rmdir()
-    (user_cache / "hivit_jax").write_text("a file")
+    (cache_directory / "hivit_jax").rmdir()
+    (cache_directory / "hivit_jax").write_text("a file")
     assert len(folder.Folder(str(root), "train")) == 7
 
 
@@ -240,11 +240,11 @@ def test_ignored_files_are_counted_by_ending(root):
     assert folder.Folder(str(root), "train").ignored_text().count(",") == 8
 
 
-def test_index_of_an_earlier_version_is_not_used(root, user_cache):
+def test_index_of_an_earlier_version_is_not_used(root, cache_directory):
     """An old index is not used, because its classes may be hidden directories."""
     make(root, "train/.ipynb_checkpoints/a.png")
     folder.Folder(str(root), "train")
-    index_file = max(user_cache.glob("hivit_jax/*.npz"), key=os.path.getmtime)
+    index_file = max(cache_directory.glob("hivit_jax/*.npz"), key=os.path.getmtime)
     with np.load(index_file) as index:
         old = {k: index[k] for k in ("directories", "times", "files")}
     old["classes"], old["counts"] = np.array([".ipynb_checkpoints"]), np.array([5])

@@ -9,7 +9,7 @@ import recipes
 from hivit_jax.data.sources import registry, splits
 from hivit_jax.errors import ConfigError, DataError
 
-pytestmark = pytest.mark.usefixtures("user_cache")
+pytestmark = pytest.mark.usefixtures("cache_directory")
 DATA = {
     "name": "folder",
     "train_split": "",

@@ -9,7 +9,7 @@ import pytest
 from hivit_jax.data.sources import tfds
 from hivit_jax.errors import ConfigError, DataError
 
-pytestmark = pytest.mark.usefixtures("user_cache")
+pytestmark = pytest.mark.usefixtures("cache_directory")
 
 
 def write_tfrecord(path, records):
