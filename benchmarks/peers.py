@@ -3,20 +3,17 @@
     python -m benchmarks.peers [--device cpu|gpu] [--rows hivit_jax torch ...] \
         [--batch 8] [--rounds 5] [--steps 2] [--threads 2]
 
-The benchmark compares configs/mae_base.py with a twin of the official PyTorch code,
-eager and compiled, and with MAE on ViT-B and SimMIM on Swin-B
-(benchmarks/torch_peers.py). The dtype is float32 on a CPU and bfloat16 (autocast) on a
-GPU. On a CPU, the process of hivit_jax keeps freed memory, as in training. PyTorch does
-so only with --keep_memory.
-
-Every row of the table is a separate process. In each of `--rounds` rounds, the rows run
-blocks of `--steps` steps one after another on the same cores. The benchmark requires
-torch in addition to the packages of benchmarks/train_step.py.
+The benchmark compares configs/mae_base.py with a twin of the official PyTorch code and
+with MAE on ViT-B and SimMIM on Swin-B (benchmarks/torch_peers.py). The dtype is float32
+on a CPU and bfloat16 (autocast) on a GPU. On a CPU, the process of hivit_jax keeps
+freed memory, as in training. PyTorch does so only with --keep_memory. Every row of the
+table is a separate process. In each of `--rounds` rounds, the rows run `--steps` steps
+one after another on the same cores. The benchmark requires torch in addition to the
+packages of benchmarks/train_step.py.
 
 The first loss of the twin must match that of hivit_jax for the same weights, images and
-masks. In PyTorch, the images are normalized before the first step. In hivit_jax, they
-are uint8, and every step flips and normalizes them. The results are written to
-results/peers_{cpu,gpu}.json.
+masks. PyTorch steps use normalized images; hivit_jax steps flip and normalize uint8
+images. The results are written to results/peers_{cpu,gpu}.json.
 """
 
 import argparse
@@ -155,9 +152,8 @@ def start_torch(row: str, args: argparse.Namespace, first_step: Path) -> Started
 def worker(row: str, args: argparse.Namespace, first_step: Path, pipe: Any) -> None:
     """Run the process of a row.
 
-    The process sends the facts about the row. Then it repeatedly receives a number of
-    steps, runs them, and sends the seconds and the CPU-seconds of all threads. It ends
-    when it receives 0.
+    The process sends the facts about the row. Until it receives 0, it receives a number
+    of steps, runs them, and sends the seconds and the CPU-seconds of all threads.
     """
     if args.device == "cpu":
         from hivit_jax.xla.compile import keep_freed_memory
@@ -217,11 +213,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def receive(pipe: Any, row: str) -> Any:
-    """Receive an object from the process of a row.
-
-    Raises:
-      HivitError: the process ended.
-    """
+    """Receive an object from a row's process; raise HivitError if the process ended."""
     from hivit_jax.errors import HivitError
 
     try:
@@ -231,11 +223,7 @@ def receive(pipe: Any, row: str) -> Any:
 
 
 def check_first_losses(results: dict[str, dict[str, Any]], tolerance: float) -> None:
-    """Check that the first loss of a twin equals that of hivit_jax.
-
-    Raises:
-      HivitError: a loss differs by more than the relative tolerance.
-    """
+    """Raise HivitError if the first loss of a twin differs from that of hivit_jax."""
     from hivit_jax.errors import HivitError
 
     expected = results.get(OURS, {}).get("loss")
