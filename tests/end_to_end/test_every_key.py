@@ -1,6 +1,6 @@
 """Tests that every config key affects a run as documented.
 
-Recorded runs are compared with the second implementation in `plain.py`.
+Recorded runs are compared with the second implementation in `oracle.py`.
 """
 
 import re
@@ -8,12 +8,12 @@ from functools import cache
 
 import jax
 import numpy as np
-import plain
+import oracle
 import pytest
 import recipes
-import traces
+import recorded_runs
 from flax import nnx
-from traces import STEPS, mismatches, run_config
+from recorded_runs import STEPS, mismatches, run_config
 
 import hivit_jax
 from hivit_jax.errors import ConfigError
@@ -28,13 +28,13 @@ pytestmark = [pytest.mark.usefixtures("quick"), pytest.mark.slow]
 def recorded_run(tmp_path_factory):
     """Return a function from a name to its `RecordedRun`, which trains once."""
     folder = tmp_path_factory.mktemp("folder")
-    traces.write_folder(folder)
+    recorded_runs.write_folder(folder)
 
     @cache
     def record(name):
         workdir = tmp_path_factory.mktemp(name.replace(", ", "_")) / "run"
         start = {"init_from": record("mae").workdir} if name == "linear_probe" else {}
-        return traces.RecordedRun(name, folder, workdir, **start)
+        return recorded_runs.RecordedRun(name, folder, workdir, **start)
 
     return record
 
@@ -42,7 +42,7 @@ def recorded_run(tmp_path_factory):
 # Every step, from files to parameters
 
 
-@pytest.mark.parametrize("name", traces.RECORDED_RUNS)
+@pytest.mark.parametrize("name", recorded_runs.RECORDED_RUNS)
 def test_every_step(name, recorded_run):
     """Three training steps and the evaluation equal the second implementation's."""
     run = recorded_run(name)
@@ -57,8 +57,8 @@ def test_both_kinds_of_mixing():
     """The steps of the recorded classifier include Mixup and CutMix."""
     uses_cutmix = set()
     for step in range(STEPS):
-        key = plain.sample_keys(5, "train", step * traces.BATCH, 1)[0]
-        kind_key = jax.random.split(plain.fold(key, "step"), 4)[0]
+        key = oracle.sample_keys(5, "train", step * recorded_runs.BATCH, 1)[0]
+        kind_key = jax.random.split(oracle.fold(key, "step"), 4)[0]
         uses_cutmix.add(bool(jax.random.bernoulli(kind_key)))
     assert uses_cutmix == {True, False}
 
@@ -191,7 +191,7 @@ DEPENDENT = {"gradient_norm", "unreadable", "top1", "top5", "eval/top1", "eval/t
 def test_key_governs(name, key, recorded_run):
     """With the recipe's value of a key, exactly the kinds that it governs differ."""
     run = recorded_run(name)
-    recipe = recipes.recipe(traces.RECORDED_RUNS[name][0])
+    recipe = recipes.recipe(recorded_runs.RECORDED_RUNS[name][0])
     config = run.config.copy_and_resolve_references()
     *parents, leaf = key.split(".")
     source, target = recipe, config
@@ -242,7 +242,7 @@ def test_keys_of_the_models_shape(name, capsys):
         "data__std": "(0.5,)",
     }
     values = SHAPES_OF[name] | {"dtype": "float32"}
-    flags = traces.run_flags(name, **synthetic)
+    flags = recorded_runs.run_flags(name, **synthetic)
     flags += [f"--config.model.{k}={v}".replace(" ", "") for k, v in values.items()]
     assert main([*flags, "--mode=describe"]) == 0
     text = capsys.readouterr().out
@@ -360,7 +360,7 @@ FOREIGN["linear_probe"] = FOREIGN["classify"]
     ("name", "key"), [(name, key) for name, keys in FOREIGN.items() for key in keys]
 )
 def test_keys_of_another_network_are_refused(name, key, capsys):
-    flags = traces.run_flags(name, **{f"model.{key}": FOREIGN[name][key]})
+    flags = recorded_runs.run_flags(name, **{f"model.{key}": FOREIGN[name][key]})
     assert main([*flags, "--mode=describe"]) == 2
     assert f"unknown override of {'mae_' * (name == 'mae')}hivit" in (
         capsys.readouterr().err

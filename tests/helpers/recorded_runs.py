@@ -1,11 +1,11 @@
-"""Runs that save every state, compared with the second implementation in `plain.py`."""
+"""Runs that save every state, compared with the second implementation in `oracle.py`."""
 
 import json
 from functools import cache, partial
 
 import jax
 import numpy as np
-import plain
+import oracle
 import pytest
 import recipes
 from PIL import Image
@@ -174,7 +174,7 @@ class RecordedRun:
         self.lines = [json.loads(line) for line in text]
         params = self.states[0]["params"]
         self.blocks_per_stage = [
-            plain.count_blocks(params, stage) for stage in range(3)
+            oracle.count_blocks(params, stage) for stage in range(3)
         ]
 
     def params(self, step, item="params"):
@@ -200,30 +200,30 @@ class RecordedRun:
         """Return (images, weight, labels, keys) of a training step after the flip."""
         files, images, labels = list_files(self.root, "train"), [], []
         size, seed = config.batch_size, config.seed
-        for index, epoch in plain.samples_of_step(seed, step, size, len(files)):
+        for index, epoch in oracle.samples_of_step(seed, step, size, len(files)):
             path, label = files[index]
-            draws = plain.uniforms(seed, int(epoch), int(index), 30)
-            images.append(plain.prepare_image(path.read_bytes(), config, draws))
+            draws = oracle.uniforms(seed, int(epoch), int(index), 30)
+            images.append(oracle.prepare_image(path.read_bytes(), config, draws))
             labels.append(label if images[-1] is not None else 0)
-        keys = plain.sample_keys(seed, "train", step * size, size)
-        images, weight = plain.make_batch(images, config)
-        images = plain.flip(images, keys) if config.data.flip else images
+        keys = oracle.sample_keys(seed, "train", step * size, size)
+        images, weight = oracle.make_batch(images, config)
+        images = oracle.flip(images, keys) if config.data.flip else images
         return images, weight, np.array(labels), keys
 
     def eval_batch(self, config):
         """Return (images, weight, labels, keys) of the held-out images, padded."""
         files = list_files(self.root, "val")
-        images = [plain.prepare_image(p.read_bytes(), config) for p, _ in files]
+        images = [oracle.prepare_image(p.read_bytes(), config) for p, _ in files]
         padding = BATCH - len(files)
-        images, weight = plain.make_batch(images + [None] * padding, config)
+        images, weight = oracle.make_batch(images + [None] * padding, config)
         labels = np.array([label for _, label in files] + [0] * padding)
-        return images, weight, labels, plain.sample_keys(config.seed, "eval", 0, BATCH)
+        return images, weight, labels, oracle.sample_keys(config.seed, "eval", 0, BATCH)
 
     def drop_path_scales(self, keys, config):
         """Return the factors of the branches [B, branches] in a training step."""
         largest = config.model.get("drop_path_rate") or 0
         rates = np.linspace(0, largest, sum(self.blocks_per_stage))
-        return plain.drop_path_scales(keys, rates)
+        return oracle.drop_path_scales(keys, rates)
 
 
 def topk_correct(logits, labels, count):
@@ -244,7 +244,7 @@ class LossAndGrad:
     """
 
     def __init__(self, losses_of):
-        self._run = plain.weighted_value_and_grad(losses_of)
+        self._run = oracle.weighted_value_and_grad(losses_of)
 
     def __call__(self, config, params, weight, *inputs):
         eps = np.float64(config.model.layer_norm_eps or 1e-6)
@@ -254,13 +254,13 @@ class LossAndGrad:
 @cache
 def autoencoder_loss(num_visible):
     """Return the `LossAndGrad` of a masked autoencoder."""
-    return LossAndGrad(partial(plain.masked_loss, num_visible))
+    return LossAndGrad(partial(oracle.masked_loss, num_visible))
 
 
 def _classifier_losses(p, images, drop_path_scale, targets):
     """Return (losses [B], logits)."""
-    logits = plain.classifier_logits(p, images, drop_path_scale)
-    return plain.cross_entropy(logits, targets), logits
+    logits = oracle.classifier_logits(p, images, drop_path_scale)
+    return oracle.cross_entropy(logits, targets), logits
 
 
 @cache
@@ -277,7 +277,7 @@ def loss_and_inputs(run, config, batch, train):
         drop_path_scale = run.drop_path_scales(keys, config)
     if config.task == "mae":
         units = images.shape[1] * images.shape[2] // 256
-        noise = [jax.random.uniform(plain.fold(k, "mask"), (units,)) for k in keys]
+        noise = [jax.random.uniform(oracle.fold(k, "mask"), (units,)) for k in keys]
         order = np.argsort(np.array(noise), 1, kind="stable")
         loss_and_grad = autoencoder_loss(int(units * (1 - config.mask_ratio)))
         use_raw_pixel_targets = np.bool_(config.model.norm_pix_loss is False)
@@ -289,11 +289,11 @@ def loss_and_inputs(run, config, batch, train):
     if train and config.random_erasing:
         pairs = zip(images, keys, strict=True)
         images = np.stack(
-            [plain.erase(image, key, config.random_erasing) for image, key in pairs]
+            [oracle.erase(image, key, config.random_erasing) for image, key in pairs]
         )
     if train and (config.mixup or config.cutmix):
-        key, mix_alphas = plain.fold(keys[0], "step"), (config.mixup, config.cutmix)
-        images, targets = plain.mix(images, targets, weight, key, *mix_alphas)
+        key, mix_alphas = oracle.fold(keys[0], "step"), (config.mixup, config.cutmix)
+        images, targets = oracle.mix(images, targets, weight, key, *mix_alphas)
     return classifier_loss(), (images, drop_path_scale, targets), labels
 
 
@@ -315,7 +315,7 @@ def expected_with_adam(run, config, steps, evaluated=True):
         weight = batch[1]
         loss_and_grad, inputs, labels = loss_and_inputs(run, config, batch, True)
         (loss, (_, outputs)), gradients = loss_and_grad(config, before, weight, *inputs)
-        gradients, norm = plain.clip_by_global_norm(gradients, o.clip_norm)
+        gradients, norm = oracle.clip_by_global_norm(gradients, o.clip_norm)
         expect("loss", loss)
         expect("gradient_norm", norm)
         expect("unreadable", (weight == 0).sum())
@@ -337,15 +337,15 @@ def expected_with_adam(run, config, steps, evaluated=True):
                     if name in old[kind]
                 },
             )
-        learning_rate, params = plain.learning_rate(step, config, IMAGES), {}
+        learning_rate, params = oracle.learning_rate(step, config, IMAGES), {}
         for name, array in before.items():
             if name not in saved["mu"]:
                 params[name] = array
                 continue
             moments = saved["mu"][name], saved["nu"][name]
-            update = plain.adam_direction(*moments, step + 1, o.betas)
-            update += o.weight_decay * plain.is_decayed(name, config.task) * array
-            update *= plain.layer_scale(name, o.layer_decay, run.blocks_per_stage)
+            update = oracle.adam_direction(*moments, step + 1, o.betas)
+            update += o.weight_decay * oracle.is_decayed(name, config.task) * array
+            update *= oracle.layer_scale(name, o.layer_decay, run.blocks_per_stage)
             params[name] = array - learning_rate * update
         expect("params", params)
         if o.ema_decay and "ema" in run.states[0]:
@@ -354,7 +354,7 @@ def expected_with_adam(run, config, steps, evaluated=True):
             average = {k: decay * a + (1 - decay) * new[k] for k, a in average.items()}
             expect("ema", average)
     expected["learning_rate"] = [
-        plain.learning_rate(step, config, IMAGES) for step in range(STEPS)
+        oracle.learning_rate(step, config, IMAGES) for step in range(STEPS)
     ]
     if evaluated:
         params = run.params(STEPS, "ema" if o.ema_decay else "params")
@@ -383,15 +383,15 @@ def probe_functions():
     """
 
     def features(p, eps, images, drop_path_scale):
-        return plain.encoder(p | {"eps": eps}, images, drop_path_scale)[-1].mean(1)
+        return oracle.encoder(p | {"eps": eps}, images, drop_path_scale)[-1].mean(1)
 
     def loss(head, normalized, targets, weight):
-        logits = plain.linear(head, "head", normalized)
-        losses = plain.cross_entropy(logits, targets)
+        logits = oracle.linear(head, "head", normalized)
+        losses = oracle.cross_entropy(logits, targets)
         return (losses * weight).sum() / weight.sum(), logits
 
     loss_and_grad = jax.value_and_grad(loss, has_aux=True)
-    return plain.in_float64(features), plain.in_float64(loss_and_grad)
+    return oracle.in_float64(features), oracle.in_float64(loss_and_grad)
 
 
 def expected_with_lars(run, config, steps, evaluated=True):
@@ -429,7 +429,7 @@ def expected_with_lars(run, config, steps, evaluated=True):
         old, saved = run.moment(step, "trace"), run.moment(step + 1, "trace")
         momentum = {name: o.betas[0] * old[name] + g for name, g in gradients.items()}
         expect("trace", momentum)
-        learning_rate = plain.learning_rate(step, config, IMAGES)
+        learning_rate = oracle.learning_rate(step, config, IMAGES)
         trained = {
             name: before[name] - learning_rate * saved[name] for name in momentum
         }
@@ -438,7 +438,7 @@ def expected_with_lars(run, config, steps, evaluated=True):
         new = {"fc_norm/mean": readable.mean(0), "fc_norm/var": readable.var(0, ddof=1)}
         expect("statistics", {k: 0.9 * before[k] + 0.1 * v for k, v in new.items()})
     expected["learning_rate"] = [
-        plain.learning_rate(step, config, IMAGES) for step in range(STEPS)
+        oracle.learning_rate(step, config, IMAGES) for step in range(STEPS)
     ]
     if evaluated:
         params = run.params(STEPS)
