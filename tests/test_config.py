@@ -1,15 +1,15 @@
 """Tests of keys and values of recipes: defaults, overrides, checks, docs/config.md."""
 
+import mini_runs
 import pytest
-import recipes
-from recipes import check_message
+from mini_runs import check_message
 
 from hivit_jax import config as configs
 from hivit_jax import tasks
 from hivit_jax.errors import ConfigError
 from hivit_jax.main import main
 
-MINI = recipes.arguments()  # flags of a valid recipe
+MINI = mini_runs.arguments()  # flags of a valid recipe
 
 
 # Override -> fragments of the message: the key, and the expected value.
@@ -89,7 +89,7 @@ def test_bad_override(overrides, fragments, tmp_path, capsys):
     ],
 )
 def test_mixing_needs_even_microbatches(overrides, microbatch):
-    recipe = str(recipes.ROOT / "configs" / "digits_finetune.py")
+    recipe = str(mini_runs.ROOT / "configs" / "digits_finetune.py")
     flags = [f"--config.{override}" for override in overrides.split()]
     if microbatch is None:
         assert configs.load(recipe, flags).batch_size in (24, 25)
@@ -124,7 +124,7 @@ def test_bad_recipe(text, fragment, capsys, tmp_path):
 @pytest.mark.slow
 def test_variant_of_a_recipe(capsys):
     arguments = ["--mode=describe", "--config.data.randaugment=false"]
-    path = recipes.ROOT / "configs" / "finetune.py"
+    path = mini_runs.ROOT / "configs" / "finetune.py"
     for recipe in ("finetune:large", f"{path}:large"):
         assert main([f"--config={recipe}", *arguments]) == 0
         out = capsys.readouterr().out
@@ -160,7 +160,7 @@ def test_values_of_a_recipe_are_checked(tmp_path, capsys):
 
 def test_page_of_all_keys():
     """docs/config.md is up to date and has every key of every task, with a comment."""
-    text = (recipes.ROOT / "docs" / "config.md").read_text()
+    text = (mini_runs.ROOT / "docs" / "config.md").read_text()
     assert text == configs.to_markdown()
     for task in tasks.TASKS.values():
         both = configs.task_keys(task) | configs.task_keys(task, "vit_base")

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from recipes import ROOT
+from mini_runs import ROOT
 
 from hivit_jax import config as configs
 from hivit_jax import main

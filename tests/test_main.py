@@ -3,21 +3,21 @@
 import os
 import re
 
+import mini_runs
 import pytest
-import recipes
-from recipes import check_message
+from mini_runs import check_message
 
-from hivit_jax import recipes as installed_recipes
+from hivit_jax import recipes
 from hivit_jax.checkpoints import lock, read
 from hivit_jax.errors import ConfigError
 from hivit_jax.main import MODES, main
 from hivit_jax.train import report_changes
 
-MINI = recipes.arguments()  # flags of a valid recipe
+MINI = mini_runs.arguments()  # flags of a valid recipe
 
 
 def test_masked_autoencoder_does_not_classify(tmp_path, capsys):
-    config = f"--config={recipes.ROOT / 'configs' / 'digits_finetune.py'}"
+    config = f"--config={mini_runs.ROOT / 'configs' / 'digits_finetune.py'}"
     name = "--config.model.name=mae_hivit_tiny"
     assert main([config, name, f"--workdir={tmp_path}"]) == 2
     check_message(
@@ -66,7 +66,7 @@ def test_workdir_that_cannot_be_written(capsys, tmp_path):
 def finished(tmp_path_factory):
     """Workdir of a run of one step."""
     workdir = tmp_path_factory.mktemp("finished")
-    with recipes.quick():
+    with mini_runs.quick():
         assert main([*MINI, f"--workdir={workdir}", "--config.total_steps=1"]) == 0
     return workdir
 
@@ -112,8 +112,8 @@ def test_eval_mode(finished, capsys):
     step = finished / "checkpoints" / "1"
     for flags in ([], [f"--checkpoint={step}"]):
         assert main([*MINI, f"--workdir={finished}", "--mode=eval", *flags]) == 0
-        loss = recipes.logged(finished, "eval/loss")[1]
-        count = recipes.logged(finished, "eval/count")[1]
+        loss = mini_runs.logged(finished, "eval/loss")[1]
+        count = mini_runs.logged(finished, "eval/count")[1]
         out = capsys.readouterr().out
         assert f"step 1  eval  loss {loss:.4f}  ({count} images)" in out
 
@@ -126,7 +126,7 @@ def test_workdir_alone(finished, tmp_path, capsys):
     directories and files are errors.
     """
     before = {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()}
-    loss = f"loss {recipes.logged(finished, 'eval/loss')[1]:.4f}"
+    loss = f"loss {mini_runs.logged(finished, 'eval/loss')[1]:.4f}"
     for flags in (
         [f"--workdir={finished}", "--mode=eval"],
         [f"--workdir={finished}"],
@@ -174,7 +174,7 @@ def test_changes_since_a_checkpoint(finished, capsys):
     assert saved.keys() == {"counts", "classes", "encoded"}
 
     def changes(dataset, **overrides):
-        config = recipes.mae(**{"total_steps": 1} | overrides)
+        config = mini_runs.mae(**{"total_steps": 1} | overrides)
         report_changes(config, dataset, step)
         return capsys.readouterr().out.splitlines()
 
@@ -206,7 +206,7 @@ def test_changes_since_a_checkpoint(finished, capsys):
 )
 def test_errors_of_a_real_process(flags, exit_code, fragments, tmp_path):
     arguments = ["-m", "hivit_jax.main", *MINI, f"--workdir={tmp_path}", *flags]
-    code, _, err = recipes.run_process(*arguments, devices=8)
+    code, _, err = mini_runs.run_process(*arguments, devices=8)
     assert code == exit_code
     check_message(err, fragments)
 
@@ -222,5 +222,5 @@ def test_help(capsys):
     assert "exit codes: 0 finished" in out
     line = "Masked autoencoder pretraining of HiViT-B on ImageNet-1k, 1600 epochs."
     assert re.search(rf"^  mae_base +{line}$", out, re.M)
-    for name, line in installed_recipes.names().items():
+    for name, line in recipes.names().items():
         assert re.search(rf"^  {name} +{line}$", out, re.M)

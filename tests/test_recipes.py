@@ -4,16 +4,15 @@ import configparser
 import json
 import shutil
 
+import mini_runs
 import numpy as np
 import pytest
-import recipes
 import reference
 from flax import nnx
 from numpy.testing import assert_allclose
 
 from hivit_jax import config as configs
-from hivit_jax import inputs
-from hivit_jax import recipes as recipes_by_name
+from hivit_jax import inputs, recipes
 from hivit_jax.training.schedule import peak_learning_rate
 from hivit_jax.tree import named_leaves
 
@@ -23,13 +22,13 @@ from hivit_jax.tree import named_leaves
 def test_recipes_of_an_installed_package(tmp_path):
     """Recipes are found by name from any directory, installed or in a clone."""
     site = tmp_path / "site" / "hivit_jax"
-    shutil.copytree(recipes.ROOT / "hivit_jax", site)
-    shutil.copytree(recipes.ROOT / "configs", site / "configs")
+    shutil.copytree(mini_runs.ROOT / "hivit_jax", site)
+    shutil.copytree(mini_runs.ROOT / "configs", site / "configs")
     program = "import sys; from hivit_jax.main import main; sys.exit(main())"
     flags = ["--config=mae_base", "--mode=describe"]
-    for path in (site.parent, recipes.ROOT):
+    for path in (site.parent, mini_runs.ROOT):
         command = ["-c", f"import os; os.chdir('/'); {program}", *flags]
-        code, out, err = recipes.run_process(*command, PYTHONPATH=path)
+        code, out, err = mini_runs.run_process(*command, PYTHONPATH=path)
         assert (code, err) == (0, "")
         assert "differences from mae_base: none" in out
 
@@ -37,8 +36,8 @@ def test_recipes_of_an_installed_package(tmp_path):
 def test_packages_are_listed():
     """setup.cfg lists every package, including the recipes."""
     setup = configparser.ConfigParser()
-    setup.read(recipes.ROOT / "setup.cfg")
-    root = recipes.ROOT / "hivit_jax"
+    setup.read(mini_runs.ROOT / "setup.cfg")
+    root = mini_runs.ROOT / "hivit_jax"
     packages = {".".join(p.parent.parts) for p in relative(root.rglob("__init__.py"))}
     listed = {*setup["options"]["packages"].split()}
     assert listed == packages | {"hivit_jax.configs"}
@@ -47,7 +46,7 @@ def test_packages_are_listed():
 
 def relative(paths):
     """Return paths relative to the root of the repository."""
-    return [path.relative_to(recipes.ROOT) for path in paths]
+    return [path.relative_to(mini_runs.ROOT) for path in paths]
 
 
 VARIANTS = {
@@ -61,10 +60,10 @@ VARIANTS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", recipes_by_name.names())
+@pytest.mark.parametrize("name", recipes.names())
 def test_every_recipe(name):
     """Each recipe builds its model and documents command, hardware, result and cost."""
-    text = (recipes.ROOT / "configs" / f"{name}.py").read_text()
+    text = (mini_runs.ROOT / "configs" / f"{name}.py").read_text()
     assert 10 <= len(text.splitlines()) <= 25
     assert f"\n    hivit_jax --config {name}" in text
     assert all(
@@ -149,7 +148,7 @@ for NAME, DROP_PATH_RATE in (("tiny", 0.05), ("small", 0.3), ("base", 0.5)):
 
 @pytest.mark.parametrize("name", OFFICIAL)
 def test_recipes_are_the_official_ones(name):
-    config = recipes.recipe(name)
+    config = mini_runs.recipe(name)
     for key, value in OFFICIAL[name].items():
         if key == "peak":
             peak = peak_learning_rate(config.optimizer, config.batch_size)
@@ -203,7 +202,7 @@ def test_values_of_old_recipes(name, source):
 def test_schedules_of_old_recipes(name, source):
     """Learning rates equal the recorded rates, to the last bit of the peak."""
     old, config = OLD_RECIPES[name], configs.load(source)
-    schedule = recipes.jit_schedule(config, *steps_of(config))
+    schedule = mini_runs.jit_schedule(config, *steps_of(config))
     check_rates(schedule, old["steps"], old["rates"])
 
 
@@ -219,7 +218,7 @@ def test_official_quirks_of_old_recipes(name, tmp_path):
     from_scratch = config.task == "classify" and not config.init_from
     assert config.optimizer.first_epoch == int(not from_scratch)
     assert (config.optimizer.schedule == "cosine_from_start") == from_scratch
-    schedule = recipes.jit_schedule(config, *steps_of(config))
+    schedule = mini_runs.jit_schedule(config, *steps_of(config))
     check_rates(schedule, old["steps"], old["official_quirks"])
     if config.task == "classify":
         other = "" if config.init_from else "somewhere"
@@ -238,4 +237,4 @@ def test_keys_that_became_flags_are_ignored_in_old_recipes(tmp_path):
     path = tmp_path / "old.py"
     path.write_text(text.replace('topology = ""', 'topology = "v5e:2x4"'))
     assert "v5e:2x4" in path.read_text()
-    assert configs.load(path).to_dict() == recipes.recipe("mae_base").to_dict()
+    assert configs.load(path).to_dict() == mini_runs.recipe("mae_base").to_dict()

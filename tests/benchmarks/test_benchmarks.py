@@ -5,21 +5,21 @@ import json
 import os
 import sys
 
+import mini_runs
 import pytest
-import recipes
 
 from benchmarks import accelerator, plain_config, schedules
 from hivit_jax import config as configs
-from hivit_jax import recipes as installed_recipes
+from hivit_jax import recipes
 from hivit_jax.kernels import dispatch
 
-SMALL = {**recipes.SOURCES["synthetic"], "batch_size": 4}
+SMALL = {**mini_runs.SOURCES["synthetic"], "batch_size": 4}
 
 
 PROGRAMS = [
     path
     for folder in ("benchmarks", "examples", "launch")
-    for path in sorted(recipes.ROOT.glob(f"{folder}/*.py"))
+    for path in sorted(mini_runs.ROOT.glob(f"{folder}/*.py"))
 ]
 
 
@@ -27,23 +27,23 @@ PROGRAMS = [
 def test_programs_can_be_imported(path):
     if "\nimport torch" in path.read_text():
         pytest.skip("imports torch")
-    name = ".".join(path.relative_to(recipes.ROOT).with_suffix("").parts)
+    name = ".".join(path.relative_to(mini_runs.ROOT).with_suffix("").parts)
     assert importlib.import_module(name).__doc__
 
 
 @pytest.mark.processes
 @pytest.mark.slow
 def test_train_step_needs_only_jax_flax_optax_and_numpy(tmp_path):
-    missing = recipes.block_imports(
+    missing = mini_runs.block_imports(
         tmp_path / "missing",
         *("ml_collections", "orbax", "etils", "tensorflow", "tensorflow_datasets"),
         *("clu", "simplejpeg", "PIL", "matplotlib", "safetensors", "sklearn", "torch"),
     )
     out = tmp_path / "out.json"
-    code, text, error = recipes.run_process(
+    code, text, error = mini_runs.run_process(
         *("-m", "benchmarks.train_step", "--rounds", 2, "--steps", 1, "--out", out),
         *("--set", *(f"{key}={value}" for key, value in SMALL.items())),
-        PYTHONPATH=os.pathsep.join([str(missing), str(recipes.ROOT)]),
+        PYTHONPATH=os.pathsep.join([str(missing), str(mini_runs.ROOT)]),
     )
     assert code == 0, error
     result = json.loads(out.read_text())
@@ -57,7 +57,7 @@ def test_train_step_needs_only_jax_flax_optax_and_numpy(tmp_path):
 
 
 def test_stand_in_reads_recipes_as_ml_collections_does(monkeypatch):
-    names = installed_recipes.names()
+    names = recipes.names()
     assert names
 
     def read():
@@ -108,10 +108,10 @@ def test_all_parts_for_an_accelerator_are_tried(tmp_path, monkeypatch, capsys):
 def test_pytorch_twin_has_our_first_loss(tmp_path):
     """hivit_jax and its PyTorch twin, with the same arrays, have equal losses."""
     out = tmp_path / "out.json"
-    code, _, error = recipes.run_process(
+    code, _, error = mini_runs.run_process(
         *("-m", "benchmarks.peers", "--batch", 1, "--rounds", 1, "--steps", 1),
         *("--threads", 1, "--rows", "hivit_jax", "torch", "--out", out),
-        PYTHONPATH=recipes.ROOT,
+        PYTHONPATH=mini_runs.ROOT,
     )
     assert code == 0, error
     ours, twin = json.loads(out.read_text())["rows"].values()

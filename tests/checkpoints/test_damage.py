@@ -4,9 +4,9 @@ import random
 
 import jax
 import jax.numpy as jnp
+import mini_runs
 import numpy as np
 import pytest
-import recipes
 from states import make_state, save_states, state_on_mesh, to_host
 
 from hivit_jax.checkpoints.manager import Checkpoints
@@ -76,7 +76,7 @@ def test_damage_is_never_silent(two_steps, tmp_path, capsys):
             (workdir / path).write_bytes(content)
         capsys.readouterr()
         step, state = Checkpoints(workdir, 9).restore_newest(target)
-        recipes.assert_identical(to_host(state), expected[step])
+        mini_runs.assert_identical(to_host(state), expected[step])
         restored[step] += 1
         if step == 1:
             out = capsys.readouterr().out
@@ -104,7 +104,7 @@ def test_evaluation_reads_the_newest_intact_checkpoint(two_steps, tmp_path, caps
         path.unlink()
     checkpoint = read(workdir)
     assert checkpoint.path.endswith("checkpoints/1")
-    recipes.assert_identical(checkpoint.params, to_host(make_state(1)["ema"]))
+    mini_runs.assert_identical(checkpoint.params, to_host(make_state(1)["ema"]))
     assert "checkpoints/2 is damaged" in capsys.readouterr().out
 
 

@@ -3,8 +3,8 @@
 import itertools
 import json
 
+import mini_runs
 import pytest
-import recipes
 from states import CONFIG, MESHES, make_state, save_states, state_on_mesh, to_host
 
 from hivit_jax.checkpoints.manager import Checkpoints
@@ -38,7 +38,7 @@ def test_restore_on_any_other_mesh(saved, old, new):
     expected, (_, target) = to_host(make_state(3)), state_on_mesh(new)
     step, state = Checkpoints(saved[old], 9).restore_newest(target)
     assert step == 3
-    recipes.assert_identical(to_host(state), expected)
+    mini_runs.assert_identical(to_host(state), expected)
     for name, leaf in named_leaves(state).items():
         assert leaf.sharding == named_leaves(target)[name].sharding, name
     kernel = state["params"]["mlp"]["fc1"]["kernel"]
@@ -51,7 +51,7 @@ def test_read_parameters_on_one_device(saved):
     for averaged, name in ((True, "ema"), (False, "params")):
         checkpoint = read(saved["every"], averaged=averaged)
         expected = to_host(make_state(3)[name])
-        recipes.assert_identical(checkpoint.params, expected)
+        mini_runs.assert_identical(checkpoint.params, expected)
 
 
 def test_full_disk(tmp_path, monkeypatch):

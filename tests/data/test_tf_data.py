@@ -7,9 +7,9 @@ import threading
 import time
 
 import jax
+import mini_runs
 import numpy as np
 import pytest
-import recipes
 import tensorflow_datasets as tfds
 import toy
 from datasets import assert_batches_equal, digits_config, encode, folder_config
@@ -345,7 +345,7 @@ def test_buckets(tmp_path):
     assert len({batch["image"].shape for batch in batches}) == 2
     assert min(batch["index"].min() for batch in batches) == -1
     assert sum(batch["unreadable"].sum() for batch in batches) > 0
-    recipes.assert_identical(batches, expected)
+    mini_runs.assert_identical(batches, expected)
 
 
 def test_wrong_label_ends_the_run(roots, monkeypatch):
@@ -401,7 +401,7 @@ def test_training_is_bit_identical(roots, tmp_path, monkeypatch):
     """Runs with the two readers have equal metrics and bit-identical checkpoints."""
     workdirs = {reader: tmp_path / reader for reader in ("threads", "tf.data")}
     for reader, workdir in workdirs.items():
-        flags = recipes.arguments(
+        flags = mini_runs.arguments(
             "photographs",
             data__name="folder",
             data__dir=roots["folder damaged"],
@@ -422,8 +422,8 @@ def test_training_is_bit_identical(roots, tmp_path, monkeypatch):
     ]
     assert lines[0] == lines[1]
     assert sum("eval/loss" in line for line in lines[0]) == 2
-    arrays = [recipes.saved_arrays(workdir, 4) for workdir in workdirs.values()]
-    recipes.assert_identical(*arrays)
+    arrays = [mini_runs.saved_arrays(workdir, 4) for workdir in workdirs.values()]
+    mini_runs.assert_identical(*arrays)
 
 
 MEASURED = ("images_per_second", "seconds_left", "input_bound", "time")

@@ -10,10 +10,10 @@ import shutil
 
 import jax
 import jax.numpy as jnp
+import mini_runs
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-import recipes
 from flax import nnx
 from networks import jit_model, mini
 from numpy.testing import assert_allclose, assert_array_equal
@@ -52,7 +52,7 @@ NETWORK = SIZES | dict(relative_position=False, running_norm=True)
 def quick():
     """Compile fast, for a single device."""
     devices = jax.devices()[:1]
-    with pytest.MonkeyPatch.context() as patch, recipes.quick():
+    with pytest.MonkeyPatch.context() as patch, mini_runs.quick():
         patch.setattr(jax, "devices", lambda *_: devices)
         yield
 
@@ -64,7 +64,7 @@ def flags(**overrides):
     """
     values = {
         k: v
-        for k, v in recipes.SOURCES["synthetic"].items()
+        for k, v in mini_runs.SOURCES["synthetic"].items()
         if not k.startswith(("model.decoder", "optimizer."))
     }
     values |= {f"model.{key}": value for key, value in SIZES.items()}
@@ -124,7 +124,7 @@ def run(interrupted, tmp_path_factory):
 @pytest.fixture(scope="module")
 def stored(run):
     """Return {step: {item: {name: array}}} of all checkpoints."""
-    return {step: recipes.saved_arrays(run, step) for step in range(STEPS + 1)}
+    return {step: mini_runs.saved_arrays(run, step) for step in range(STEPS + 1)}
 
 
 def averaged_variables(items):
@@ -179,8 +179,8 @@ def test_linear_probe_starts_with_a_new_head(shared, interrupted):
 
     The standard deviation of MAE's new head is 0.01.
     """
-    state = recipes.saved_arrays(interrupted, 0)
-    recipes.assert_identical(state["ema"], state["params"])
+    state = mini_runs.saved_arrays(interrupted, 0)
+    mini_runs.assert_identical(state["ema"], state["params"])
     params = state["params"] | state["model_state"]
     saved = load_file(shared / "model.safetensors")
     assert_array_equal(
@@ -234,14 +234,14 @@ def test_best_evaluated_checkpoint_is_kept(interrupted, stored, tmp_path, capsys
     """
     shutil.copytree(interrupted, tmp_path, dirs_exist_ok=True)
     train(probe(keep_checkpoints=1), tmp_path)
-    top1 = recipes.logged(tmp_path, "eval/top1")
+    top1 = mini_runs.logged(tmp_path, "eval/top1")
     assert list(top1) == [2, 4]
     assert top1[2] > top1[4] + 1.5 / 64  # otherwise choose another seed
-    assert recipes.saved_steps(tmp_path) == [2, 4]
+    assert mini_runs.saved_steps(tmp_path) == [2, 4]
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith("best checkpoint  step 2 ")
     assert f"top1 {100 * top1[2]:.2f} %" in last
-    recipes.assert_identical(recipes.saved_arrays(tmp_path, 4), stored[4])
+    mini_runs.assert_identical(mini_runs.saved_arrays(tmp_path, 4), stored[4])
 
 
 # Commands that read a checkpoint
@@ -310,7 +310,7 @@ def commands(workdir, tmp_path):
     }
 
 
-COMMANDS = list(commands(recipes.ROOT, recipes.ROOT))
+COMMANDS = list(commands(mini_runs.ROOT, mini_runs.ROOT))
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -327,7 +327,7 @@ def test_a_flipped_bit_when_resuming(item, damaged):
     """Resuming verifies every item of the state."""
     with pytest.raises(CheckpointError, match=f"1 of .* arrays of {item} do not"):
         train(probe(), damaged[item])
-    assert recipes.saved_steps(damaged[item]) == [4]
+    assert mini_runs.saved_steps(damaged[item]) == [4]
 
 
 @pytest.mark.parametrize(
@@ -344,7 +344,7 @@ def test_only_the_requested_weights_are_read(
     loaded = hivit_jax.load_pretrained(damaged[other], averaged=averaged)
     arrays = jax.device_get(named_leaves(split(loaded)[1]))
     expected = stored[4][item] | stored[4]["model_state"]
-    recipes.assert_identical(arrays, {name: expected[name] for name in arrays})
+    mini_runs.assert_identical(arrays, {name: expected[name] for name in arrays})
 
     target = tmp_path / "shared"
     assert convert.main([str(damaged[item]), str(target), *options]) == 5
@@ -354,7 +354,7 @@ def test_only_the_requested_weights_are_read(
     assert_array_equal(head, stored[step][item]["head/kernel"].T)
     about = json.loads((target / "config.json").read_text())
     assert about["recipe"]["optimizer"]["ema_decay"] == DECAY
-    assert about["results"].get("eval/loss") == recipes.logged(run, "eval/loss").get(
+    assert about["results"].get("eval/loss") == mini_runs.logged(run, "eval/loss").get(
         step
     )
     text = convert.inspect(source, averaged=averaged)

@@ -1,7 +1,7 @@
 """Test that training from a failing bucket equals training from local files."""
 
+import mini_runs
 import pytest
-import recipes
 from buckets import serve
 from prepared import prepare
 
@@ -17,13 +17,13 @@ def test_refused_and_resumed_run(tmp_path):
     missing = ("tensorflow", "gcsfs", "tensorboardX")
     environment = {
         "XDG_CACHE_HOME": tmp_path / "cache",
-        "PYTHONPATH": recipes.block_imports(tmp_path / "environment", *missing),
+        "PYTHONPATH": mini_runs.block_imports(tmp_path / "environment", *missing),
     }
 
     def run(name, directory):
-        flags = recipes.arguments("photographs", data__dir=directory, **options)
+        flags = mini_runs.arguments("photographs", data__dir=directory, **options)
         command = ["-m", "hivit_jax.main", *flags, f"--workdir={tmp_path / name}"]
-        return recipes.run_process(*command, **environment)
+        return mini_runs.run_process(*command, **environment)
 
     assert run("local", root)[0] == 0
     with serve(root) as bucket:
@@ -38,9 +38,9 @@ def test_refused_and_resumed_run(tmp_path):
         code, out, err = run("remote", "gs://bucket")
         assert code == 0, err
     for name in ("loss", "eval/loss"):
-        values = recipes.logged(tmp_path / "remote", name)
-        assert values == recipes.logged(tmp_path / "local", name)
-    recipes.assert_identical(
-        recipes.saved_arrays(tmp_path / "remote", 4),
-        recipes.saved_arrays(tmp_path / "local", 4),
+        values = mini_runs.logged(tmp_path / "remote", name)
+        assert values == mini_runs.logged(tmp_path / "local", name)
+    mini_runs.assert_identical(
+        mini_runs.saved_arrays(tmp_path / "remote", 4),
+        mini_runs.saved_arrays(tmp_path / "local", 4),
     )

@@ -2,8 +2,8 @@
 
 import json
 
+import mini_runs
 import pytest
-import recipes
 from datasets import digits_config
 
 import hivit_jax
@@ -23,7 +23,7 @@ DIGITS = tuple("0123456789")
 def test_from_a_run_to_saved_models(tmp_path, quick, capsys):
     """`num_classes=0` becomes 10 in the files of a new and of a resumed run."""
     run, shared = tmp_path / "run", tmp_path / "shared"
-    config = recipes.classifier("digits", model__num_classes=0, total_steps=1)
+    config = mini_runs.classifier("digits", model__num_classes=0, total_steps=1)
     train(config, run)
     train(config, run)
     assert "changed" not in capsys.readouterr().out

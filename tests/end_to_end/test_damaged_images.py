@@ -4,9 +4,9 @@ import io
 import struct
 
 import jax
+import mini_runs
 import numpy as np
 import pytest
-import recipes
 from numpy.testing import assert_allclose
 from PIL import Image
 
@@ -100,7 +100,7 @@ def run(folder, tmp_path_factory):
     """Return the `Recorder` of a finished run."""
     seen, devices = Recorder(tmp_path_factory.mktemp("run")), jax.devices()
     overrides = overrides_of(folder[0])
-    config = recipes.classifier("photographs", **overrides)
+    config = mini_runs.classifier("photographs", **overrides)
     config.mixup = config.cutmix = 0.0
     config.random_erasing = 1.0
     with pytest.MonkeyPatch.context() as patch:
@@ -140,7 +140,7 @@ def test_training_lines(run, folder):
     Unreadable images are counted since the previous line and excluded from the means.
     """
     labels, order = folder[1]["train"][1], order_of(0, 4, TRAIN)
-    assert list(recipes.logged(run.workdir)) == list(LINES)
+    assert list(mini_runs.logged(run.workdir)) == list(LINES)
     peak = 0.016 * BATCH / 256
     bad = np.isin(order, DAMAGED["train"])
     assert len(run.train) == STEPS
@@ -162,7 +162,7 @@ def test_training_lines(run, folder):
         # The three epochs of warmup are 7.875 steps.
         rate = peak * (step - 1) / (3 * TRAIN / BATCH)
         assert line["learning_rate"] == pytest.approx(rate, rel=1e-5)
-    assert sum(recipes.logged(run.workdir, "unreadable").values()) == bad[:64].sum()
+    assert sum(mini_runs.logged(run.workdir, "unreadable").values()) == bad[:64].sum()
 
 
 def normalized(pixels):
@@ -233,7 +233,7 @@ def eval_results(evaluation, folder):
 def test_evaluation_means_exclude_unreadable_images(run, folder):
     """Evaluations, after every fourth step and the last, ignore unreadable images."""
     assert len(run.eval) == 2 * 2
-    assert list(recipes.logged(run.workdir, "eval/count")) == [4, 8]
+    assert list(mini_runs.logged(run.workdir, "eval/count")) == [4, 8]
     for step, evaluation in ((4, run.eval[:2]), (8, run.eval[2:])):
         expected = eval_results(evaluation, folder)
         line = line_of(run, step, "eval/loss")
@@ -285,10 +285,10 @@ def test_mode_eval_of_damaged_files(run, folder, monkeypatch, tmp_path, capsys):
         "data__train_examples": 0,
     }
     values |= dict(mixup=0.8, cutmix=1.0, random_erasing=1.0, label_smoothing=0.3)
-    recipe = recipes.ROOT / "configs" / "digits_finetune.py"
+    recipe = mini_runs.ROOT / "configs" / "digits_finetune.py"
     flags = [f"--config.{k.replace('__', '.')}={v}" for k, v in values.items()]
     command = [f"--config={recipe}", f"--workdir={run.workdir}", "--mode=eval", *flags]
-    with recipes.quick():
+    with mini_runs.quick():
         assert main(command) == 0
         results = run.results
         assert capsys.readouterr().out == (

@@ -7,10 +7,10 @@ import re
 from functools import cache
 
 import jax
+import mini_runs
 import numpy as np
 import oracle
 import pytest
-import recipes
 import recorded_runs
 from flax import nnx
 from recorded_runs import STEPS, mismatches, run_config
@@ -191,7 +191,7 @@ DEPENDENT = {"gradient_norm", "unreadable", "top1", "top5", "eval/top1", "eval/t
 def test_key_governs(name, key, recorded_run):
     """With the recipe's value of a key, exactly the kinds that it governs differ."""
     run = recorded_run(name)
-    recipe = recipes.recipe(recorded_runs.RECORDED_RUNS[name][0])
+    recipe = mini_runs.recipe(recorded_runs.RECORDED_RUNS[name][0])
     config = run.config.copy_and_resolve_references()
     *parents, leaf = key.split(".")
     source, target = recipe, config
@@ -293,7 +293,7 @@ def traced_step(key, value):
         "optimizer.accumulate_steps": 1,
     }
     changed = {key: value} if key else {}
-    return recipes.traced_step(run_config("classify, plain", **fixed | changed))
+    return mini_runs.traced_step(run_config("classify, plain", **fixed | changed))
 
 
 def test_keys_that_change_no_bit(recorded_run, tmp_path):
@@ -314,8 +314,8 @@ def test_keys_that_change_no_bit(recorded_run, tmp_path):
     config = run_config("classify, plain", data__dir=run.root, **other_values)
     results = train(config, tmp_path / "run")
     assert results == run.results
-    saved = recipes.saved_arrays(tmp_path / "run", STEPS)
-    recipes.assert_identical(saved, run.states[STEPS])
+    saved = mini_runs.saved_arrays(tmp_path / "run", STEPS)
+    mini_runs.assert_identical(saved, run.states[STEPS])
 
 
 UNUSED = {
@@ -435,7 +435,7 @@ def test_every_key_is_in_a_table(name):
 
 
 def test_named_tests_exist():
-    files = (recipes.ROOT / "tests").rglob("test_*.py")
+    files = (mini_runs.ROOT / "tests").rglob("test_*.py")
     tests = "\n".join(path.read_text() for path in files)
     for test in ELSEWHERE.values():
         assert f"def {test}(" in tests, test

@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 
 import hosts
+import mini_runs
 import numpy as np
 import pytest
-import recipes
 from numpy.testing import assert_array_equal
 
 from benchmarks import photographs
@@ -38,19 +38,19 @@ def run(tmp_path_factory):
         "total_steps": 1,
     }
     overrides["model__image_size"] = 64
-    arguments = recipes.arguments("photographs", **overrides)
-    with recipes.quick():
-        train(recipes.mae("photographs", **overrides), root / "run")
+    arguments = mini_runs.arguments("photographs", **overrides)
+    with mini_runs.quick():
+        train(mini_runs.mae("photographs", **overrides), root / "run")
     return arguments, root
 
 
 def on_hosts(run, count):
     """Run `hosts.py` as `count` processes; return their (arrays, results, stderr)."""
     arguments, root = run
-    address = recipes.free_address()
+    address = mini_runs.free_address()
     outs = [root / f"{index}of{count}" for index in range(count)]
     processes = [
-        recipes.start_process(
+        mini_runs.start_process(
             Path(hosts.__file__),
             *(address, count, index, out, root / "run", *arguments),
             XDG_CACHE_HOME=root / "cache",
@@ -112,8 +112,10 @@ def test_batches_after_a_kill(run, alone):
         f"    if step == {first}:\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    assert recipes.run_process("-c", code, *arguments)[0] == -9
-    config = recipes.configs.load(arguments[0].removeprefix("--config="), arguments[1:])
+    assert mini_runs.run_process("-c", code, *arguments)[0] == -9
+    config = mini_runs.configs.load(
+        arguments[0].removeprefix("--config="), arguments[1:]
+    )
     for step, batch in enumerate(inputs.train_batches(config, first, last)):
         for key, value in batch.items():
             assert_array_equal(value, alone[0][f"{step} {key}"])

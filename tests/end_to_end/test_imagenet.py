@@ -3,9 +3,9 @@
 import json
 import signal
 
+import mini_runs
 import numpy as np
 import pytest
-import recipes
 from imagenet_tars import write_tars
 
 from hivit_jax.reporting import console, metrics
@@ -45,7 +45,7 @@ def data(tmp_path_factory):
 def environment(tmp_path_factory):
     """Return variables of a process without tensorflow and TensorBoard."""
     directory = tmp_path_factory.mktemp("environment")
-    missing = recipes.block_imports(directory, "tensorflow", "tensorboardX")
+    missing = mini_runs.block_imports(directory, "tensorflow", "tensorboardX")
     return {
         "XDG_CACHE_HOME": directory / "cache",
         "PYTHONPATH": missing,
@@ -57,28 +57,28 @@ def test_pretrain_kill_resume_finetune_evaluate(data, environment, tmp_path):
     """A killed run resumes bit-identically; its encoder initializes a classifier."""
     options = data | dict(batch_size=8, total_steps=4, checkpoint_every=2)
     options |= dict(model__image_size=64, data__canvas=96, eval_every=2)
-    pretraining = recipes.arguments("photographs", **options)
+    pretraining = mini_runs.arguments("photographs", **options)
 
     def run(workdir, *arguments):
         command = ["-m", "hivit_jax.main", *arguments, f"--workdir={workdir}"]
-        code, out, err = recipes.run_process(*command, **environment)
+        code, out, err = mini_runs.run_process(*command, **environment)
         assert (code, err) == (0, "")
         return out
 
     run(tmp_path / "whole", *pretraining)
     workdir = tmp_path / "killed"
-    killed = recipes.run_process(
+    killed = mini_runs.run_process(
         "-c", KILLED, *pretraining, f"--workdir={workdir}", **environment
     )
     assert killed[0] == -signal.SIGKILL
     assert "resuming at step 2 from" in run(workdir, *pretraining)
     for name in ("loss", "gradient_norm", "eval/loss"):
-        numbers = recipes.logged(workdir, name)
-        assert numbers == recipes.logged(tmp_path / "whole", name)
+        numbers = mini_runs.logged(workdir, name)
+        assert numbers == mini_runs.logged(tmp_path / "whole", name)
         assert np.isfinite(list(numbers.values())).all()
-    recipes.assert_identical(
-        recipes.saved_arrays(workdir, 4),
-        recipes.saved_arrays(tmp_path / "whole", 4),
+    mini_runs.assert_identical(
+        mini_runs.saved_arrays(workdir, 4),
+        mini_runs.saved_arrays(tmp_path / "whole", 4),
     )
     (line,) = [m for m in metrics.read(workdir / "metrics.jsonl") if m["step"] == 4][1:]
     assert (line["eval/count"], line["eval/unreadable"]) == (VAL, 0)
@@ -97,7 +97,7 @@ def test_pretrain_kill_resume_finetune_evaluate(data, environment, tmp_path):
         "init_from": workdir,
     }
     flags = [f"--config.{k.replace('__', '.')}={v}" for k, v in overrides.items()]
-    finetuning = [f"--config={recipes.ROOT / 'configs/digits_finetune.py'}", *flags]
+    finetuning = [f"--config={mini_runs.ROOT / 'configs/digits_finetune.py'}", *flags]
     run(tmp_path / "finetuned", *finetuning)
     line = metrics.read(tmp_path / "finetuned/metrics.jsonl")[-1]
     assert (line["step"], line["eval/count"], line["eval/unreadable"]) == (4, VAL, 0)

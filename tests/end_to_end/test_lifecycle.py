@@ -4,9 +4,9 @@ import signal
 from contextlib import contextmanager
 from types import SimpleNamespace
 
+import mini_runs
 import numpy as np
 import pytest
-import recipes
 
 from hivit_jax import inputs, main, train
 from hivit_jax.errors import Interrupted
@@ -33,7 +33,7 @@ RUN = dict(
 )
 
 
-COMMAND = recipes.arguments(**RUN)
+COMMAND = mini_runs.arguments(**RUN)
 
 
 LOGGED = [4, 5, 7, 8, 10, 11]  # evaluated and saved steps are logged too
@@ -99,9 +99,9 @@ def finished(watch, tmp_path_factory):
 def test_rhythm(finished):
     """Each interval has its own key; the last step is logged, evaluated and saved."""
     workdir, _ = finished
-    assert list(recipes.logged(workdir)) == LOGGED
-    assert list(recipes.logged(workdir, "eval/loss")) == EVALUATED
-    assert recipes.saved_steps(workdir) == [11]
+    assert list(mini_runs.logged(workdir)) == LOGGED
+    assert list(mini_runs.logged(workdir, "eval/loss")) == EVALUATED
+    assert mini_runs.saved_steps(workdir) == [11]
 
 
 def test_heartbeats(finished, watch, tmp_path, capsys):
@@ -113,7 +113,7 @@ def test_heartbeats(finished, watch, tmp_path, capsys):
     capsys.readouterr()
     assert main.main([*COMMAND, f"--workdir={workdir}", "--mode=eval"]) == 0
     assert watch.beats == EVAL_BATCHES
-    loss = recipes.logged(workdir, "eval/loss")[STEPS]
+    loss = mini_runs.logged(workdir, "eval/loss")[STEPS]
     assert f"step 11  eval  loss {loss:.4f}" in capsys.readouterr().out
 
     knn = ["--mode=knn", f"--config.init_from={workdir}"]
@@ -142,10 +142,10 @@ def test_interruptions_and_divergence(finished, watch, tmp_path, capsys, monkeyp
     command = [*COMMAND, f"--workdir={tmp_path}"]
     steps = []
     with pytest.raises(Interrupted, match=f"^why: step 0 of {STEPS} is saved in "):
-        train.train(recipes.mae(**RUN), tmp_path, lambda s: steps.append(s) or "why")
+        train.train(mini_runs.mae(**RUN), tmp_path, lambda s: steps.append(s) or "why")
     assert steps == [0]
-    assert recipes.saved_steps(tmp_path) == [0]
-    assert recipes.logged(tmp_path) == {}
+    assert mini_runs.saved_steps(tmp_path) == [0]
+    assert mini_runs.logged(tmp_path) == {}
 
     watch.signals[5 + 2] = signal.SIGTERM  # second batch of step 5's evaluation
     assert main.main(command) == 75
@@ -156,8 +156,8 @@ def test_interruptions_and_divergence(finished, watch, tmp_path, capsys, monkeyp
     assert not watch.signals
     for signal_number in (signal.SIGTERM, signal.SIGINT):  # so that a second one kills
         assert signal.getsignal(signal_number) is signal.SIG_DFL
-    assert recipes.saved_steps(tmp_path) == [6]
-    assert list(recipes.logged(tmp_path)) == [4, 5, 6]
+    assert mini_runs.saved_steps(tmp_path) == [6]
+    assert list(mini_runs.logged(tmp_path)) == [4, 5, 6]
     assert watch.beats == 6 + EVAL_BATCHES
 
     clean = inputs.train_batches
@@ -170,19 +170,19 @@ def test_interruptions_and_divergence(finished, watch, tmp_path, capsys, monkeyp
         assert main.main(command) == 3
     err = capsys.readouterr().err
     assert err.startswith("error: step 9: loss nan")
-    assert recipes.saved_steps(tmp_path) == [8]
-    assert list(recipes.logged(tmp_path)) == [4, 5, 6, 7, 8]
+    assert mini_runs.saved_steps(tmp_path) == [8]
+    assert list(mini_runs.logged(tmp_path)) == [4, 5, 6, 7, 8]
 
     assert main.main(command) == 0
     assert "resuming at step 8 from" in capsys.readouterr().out
     workdir, _ = finished
     for name in ("loss", "gradient_norm", "learning_rate", "eval/loss"):
-        values = recipes.logged(tmp_path, name)
+        values = mini_runs.logged(tmp_path, name)
         values.pop(6, None)  # logged because the run stopped there
-        assert values == recipes.logged(workdir, name)
-    assert recipes.saved_steps(tmp_path) == [STEPS]
-    resumed, expected = (recipes.saved_arrays(w, STEPS) for w in (tmp_path, workdir))
-    recipes.assert_identical(resumed, expected)
+        assert values == mini_runs.logged(workdir, name)
+    assert mini_runs.saved_steps(tmp_path) == [STEPS]
+    resumed, expected = (mini_runs.saved_arrays(w, STEPS) for w in (tmp_path, workdir))
+    mini_runs.assert_identical(resumed, expected)
 
 
 def test_missing_data(watch, tmp_path, capsys):

@@ -2,9 +2,9 @@
 
 import json
 
+import mini_runs
 import numpy as np
 import pytest
-import recipes
 from datasets import noise_image
 from PIL import Image
 
@@ -38,7 +38,7 @@ def test_pretraining_without_labels_and_evaluation(tiles, tmp_path, capsys):
     """Without evaluation images, figures show training images."""
     flags = FLAGS | dict(data__dir=tiles, data__eval_split="none", eval_every=1)
     flags |= dict(data__class_level="none", checkpoint_every=1)
-    arguments = recipes.arguments("photographs", **flags)
+    arguments = mini_runs.arguments("photographs", **flags)
     workdir = tmp_path / "run"
     assert main([*arguments, f"--workdir={workdir}"]) == 0
     out = capsys.readouterr().out
@@ -55,7 +55,7 @@ def test_pretraining_without_labels_and_evaluation(tiles, tmp_path, capsys):
 
 
 def test_classification_needs_labels(tiles, tmp_path, capsys):
-    flags = recipes.arguments("photographs", **FLAGS, data__dir=tiles)
+    flags = mini_runs.arguments("photographs", **FLAGS, data__dir=tiles)
     flags = [f for f in flags if "decoder" not in f] + [
         "--config.task=classify",
         "--config.model.name=hivit_tiny",
@@ -77,7 +77,7 @@ def test_tiles_of_16_bits_and_4_bands(tmp_path, capsys):
     flags = FLAGS | dict(data__dir=tmp_path / "tiles", data__eval_fraction=0.3)
     flags |= dict(data__dtype="uint16", data__scale=10000, model__in_channels=4)
     flags |= dict(data__mean=(0.5,) * 4, data__std=(0.3,) * 4)
-    arguments = recipes.arguments("photographs", **flags)
+    arguments = mini_runs.arguments("photographs", **flags)
     assert main([*arguments, f"--workdir={tmp_path / 'run'}"]) == 0
     (line,) = (x for x in lines_of(tmp_path / "run") if "eval/loss" in x)
     assert 0 < line["eval/count"] < 12

@@ -4,8 +4,8 @@ import re
 import signal
 import time
 
+import mini_runs
 import pytest
-import recipes
 
 pytestmark = [pytest.mark.slow, pytest.mark.processes]
 
@@ -31,8 +31,8 @@ def synthetic(tmp_path_factory):
 
 
 def command(workdir, source, **overrides):
-    """Return the arguments of a run for `recipes.start_process`."""
-    flags = recipes.arguments(source, **overrides)
+    """Return the arguments of a run for `mini_runs.start_process`."""
+    flags = mini_runs.arguments(source, **overrides)
     return ["-m", "hivit_jax.main", *flags, f"--workdir={workdir}"]
 
 
@@ -44,7 +44,7 @@ def uninterrupted(tmp_path_factory, environment):
     def run(source, **overrides):
         if source not in finished:
             workdir = tmp_path_factory.mktemp(source)
-            code, out, err = recipes.run_process(
+            code, out, err = mini_runs.run_process(
                 *command(workdir, source, **overrides), **environment
             )
             assert code == 0, err
@@ -63,15 +63,15 @@ def interrupt(workdir, source, signal_number, after, environment, **overrides):
       (exit code, stdout, stderr).
     """
     log = workdir.with_suffix(".log")
-    begun = max(recipes.logged(workdir), default=0) if workdir.exists() else 0
-    process = recipes.start_process(
+    begun = max(mini_runs.logged(workdir), default=0) if workdir.exists() else 0
+    process = mini_runs.start_process(
         *command(workdir, source, **overrides), log=log, **environment
     )
     due = [s for s in range(1, after) if s % overrides["checkpoint_every"] == 0]
     while not (
         workdir.exists()
-        and max(recipes.logged(workdir), default=0) >= begun + after
-        and set(due) <= set(recipes.saved_steps(workdir))
+        and max(mini_runs.logged(workdir), default=0) >= begun + after
+        and set(due) <= set(mini_runs.saved_steps(workdir))
     ):
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.005)
@@ -83,36 +83,38 @@ def interrupt(workdir, source, signal_number, after, environment, **overrides):
 def check_same_run(workdir, expected):
     """Check that the last state and all losses are identical, each step logged once."""
     assert (
-        recipes.saved_steps(workdir)[-1] == recipes.saved_steps(expected)[-1] == STEPS
+        mini_runs.saved_steps(workdir)[-1]
+        == mini_runs.saved_steps(expected)[-1]
+        == STEPS
     )
-    state = recipes.saved_arrays(workdir, STEPS)
+    state = mini_runs.saved_arrays(workdir, STEPS)
     assert int(state["optimizer"]["step"]) == STEPS
-    recipes.assert_identical(state, recipes.saved_arrays(expected, STEPS))
-    losses = recipes.logged(workdir)
+    mini_runs.assert_identical(state, mini_runs.saved_arrays(expected, STEPS))
+    losses = mini_runs.logged(workdir)
     assert list(losses) == list(range(1, STEPS + 1))
-    assert losses == recipes.logged(expected)
+    assert losses == mini_runs.logged(expected)
     for name in ("gradient_norm", "eval/loss"):
-        assert recipes.logged(workdir, name) == recipes.logged(expected, name)
+        assert mini_runs.logged(workdir, name) == mini_runs.logged(expected, name)
 
 
 def test_killed_run(uninterrupted, synthetic, environment, tmp_path):
     """A killed run resumes; test_imagenet.py kills runs that read files."""
     source, overrides = "synthetic", synthetic
     expected, _ = uninterrupted(source, **overrides)
-    assert "ema" in recipes.saved_arrays(expected, STEPS)
+    assert "ema" in mini_runs.saved_arrays(expected, STEPS)
     workdir = tmp_path / "killed"
     code, *_ = interrupt(
         workdir, source, signal.SIGKILL, EVERY + 5, environment, **overrides
     )
     assert code == -signal.SIGKILL
     reached, saved = (
-        max(recipes.logged(workdir)),
-        recipes.saved_steps(workdir)[-1],
+        max(mini_runs.logged(workdir)),
+        mini_runs.saved_steps(workdir)[-1],
     )
     assert saved < STEPS
     assert saved <= reached < STEPS
 
-    code, out, err = recipes.run_process(
+    code, out, err = mini_runs.run_process(
         *command(workdir, source, **overrides), **environment
     )
     assert code == 0, err
@@ -140,17 +142,17 @@ def test_interrupted_run(uninterrupted, synthetic, environment, tmp_path):
         )
         step = int(re.search(message, err)[1])
         assert "Traceback" not in err
-        assert recipes.saved_steps(workdir) == [*stopped, step]
-        assert max(recipes.logged(workdir)) == step
+        assert mini_runs.saved_steps(workdir) == [*stopped, step]
+        assert max(mini_runs.logged(workdir)) == step
         assert (
-            int(recipes.saved_arrays(workdir, step)["optimizer"]["step"])
+            int(mini_runs.saved_arrays(workdir, step)["optimizer"]["step"])
             == step
             < STEPS
         )
         stopped.append(step)
 
     arguments = command(workdir, "synthetic", **options)
-    code, out, err = recipes.run_process(*arguments, **environment)
+    code, out, err = mini_runs.run_process(*arguments, **environment)
     assert code == 0, err
     assert f"resuming at step {stopped[-1]} from" in out
     check_same_run(workdir, expected)
@@ -159,14 +161,14 @@ def test_interrupted_run(uninterrupted, synthetic, environment, tmp_path):
 def test_finished_run_only_evaluates(uninterrupted, synthetic, environment):
     workdir, before = uninterrupted("synthetic", **synthetic)
     losses, state = (
-        recipes.logged(workdir),
-        recipes.saved_arrays(workdir, STEPS),
+        mini_runs.logged(workdir),
+        mini_runs.saved_arrays(workdir, STEPS),
     )
     arguments = command(workdir, "synthetic", **synthetic)
-    code, out, err = recipes.run_process(*arguments, **environment)
+    code, out, err = mini_runs.run_process(*arguments, **environment)
     assert code == 0, err
     assert not re.search(rf"^step \d+/{STEPS}|compil", out, re.M)
     evaluation = [line for line in before.splitlines() if "eval  loss" in line][-1]
     assert evaluation in out.splitlines()
-    assert recipes.logged(workdir) == losses
-    recipes.assert_identical(recipes.saved_arrays(workdir, STEPS), state)
+    assert mini_runs.logged(workdir) == losses
+    mini_runs.assert_identical(mini_runs.saved_arrays(workdir, STEPS), state)

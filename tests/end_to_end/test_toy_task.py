@@ -5,9 +5,9 @@ import os
 import time
 from pathlib import Path
 
+import mini_runs
 import numpy as np
 import pytest
-import recipes
 import toy
 from numpy.testing import assert_allclose
 from PIL import Image
@@ -69,9 +69,11 @@ def lines(workdir):
 
 def start(recipe, workdir, *flags, **options):
     """Start a process that can import the toy task."""
-    path = os.pathsep.join([str(recipes.ROOT / "tests" / "helpers"), str(recipes.ROOT)])
+    path = os.pathsep.join(
+        [str(mini_runs.ROOT / "tests" / "helpers"), str(mini_runs.ROOT)]
+    )
     command = ["-m", "hivit_jax.main", f"--config={recipe}", f"--workdir={workdir}"]
-    return recipes.start_process(*command, *flags, PYTHONPATH=path, **options)
+    return mini_runs.start_process(*command, *flags, PYTHONPATH=path, **options)
 
 
 def test_training_and_evaluation(run):
@@ -91,7 +93,7 @@ def test_training_and_evaluation(run):
 
 def test_saved_items(run):
     """Checkpoints separate statistics from parameters and have no frozen weights."""
-    items = recipes.saved_arrays(run, STEPS)
+    items = mini_runs.saved_arrays(run, STEPS)
     assert items["model_state"].keys() == {"norm/mean", "norm/var"}
     assert np.abs(items["model_state"]["norm/mean"]).min() > 0
     names = [name for item in items.values() for name in item]
@@ -115,17 +117,17 @@ def finish(*processes):
 def test_killed_run_resumes(recipe, run, tmp_path):
     """A killed run resumes bit-identical to an uninterrupted run."""
     process = start(recipe, tmp_path, devices=8)
-    while 2 not in recipes.saved_steps(tmp_path) and process.poll() is None:
+    while 2 not in mini_runs.saved_steps(tmp_path) and process.poll() is None:
         time.sleep(0.02)
     process.kill()
     process.communicate()
-    assert STEPS not in recipes.saved_steps(tmp_path)
+    assert STEPS not in mini_runs.saved_steps(tmp_path)
     [out] = finish(start(recipe, tmp_path, devices=8))
     assert "resuming at step" in out
     assert lines(tmp_path) == lines(run)
-    recipes.assert_identical(
-        recipes.saved_arrays(tmp_path, STEPS),
-        recipes.saved_arrays(run, STEPS),
+    mini_runs.assert_identical(
+        mini_runs.saved_arrays(tmp_path, STEPS),
+        mini_runs.saved_arrays(run, STEPS),
     )
 
 
@@ -134,7 +136,7 @@ def test_one_device_equals_eight(recipe, run, tmp_path):
     finish(start(recipe, tmp_path))
     for one, other in zip(lines(tmp_path), lines(run), strict=True):
         assert one == pytest.approx(other, rel=2e-5)
-    alone, eight = (recipes.saved_arrays(w, STEPS) for w in (tmp_path, run))
+    alone, eight = (mini_runs.saved_arrays(w, STEPS) for w in (tmp_path, run))
     for item in ("params", "model_state"):
         for name, array in eight[item].items():
             assert_allclose(alone[item][name], array, rtol=2e-5, atol=1e-6)
@@ -142,7 +144,7 @@ def test_one_device_equals_eight(recipe, run, tmp_path):
 
 def test_two_processes(recipe, run, tmp_path):
     """Two processes gather their records and both exit with 0."""
-    address = recipes.free_address()
+    address = mini_runs.free_address()
     flags = [f"--coordinator_address={address}", "--num_processes=2"]
     pair = [
         start(recipe, tmp_path, *flags, f"--process_id={index}", devices=2)

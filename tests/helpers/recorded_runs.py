@@ -4,10 +4,10 @@ import json
 from functools import cache, partial
 
 import jax
+import mini_runs
 import numpy as np
 import oracle
 import pytest
-import recipes
 from PIL import Image
 
 from hivit_jax import config as configs
@@ -169,7 +169,9 @@ class RecordedRun:
         with pytest.raises(Interrupted):
             train(self.config, workdir, lambda step: "stop" if step == 0 else None)
         self.results = train(self.config, workdir)
-        self.states = [recipes.saved_arrays(workdir, step) for step in range(STEPS + 1)]
+        self.states = [
+            mini_runs.saved_arrays(workdir, step) for step in range(STEPS + 1)
+        ]
         text = (workdir / "metrics.jsonl").read_text().splitlines()
         self.lines = [json.loads(line) for line in text]
         params = self.states[0]["params"]

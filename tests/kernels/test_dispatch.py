@@ -5,9 +5,9 @@ from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import mini_runs
 import numpy as np
 import pytest
-import recipes
 from flax import nnx
 from jax.sharding import Mesh
 from kernel_cases import (
@@ -112,7 +112,7 @@ def test_kernels_on_a_mesh(monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda *_: two)
     results, parts = {}, 2
     for choice in ("plain", "fused"):
-        config = recipes.mae(batch_size=32 * parts, data__name="synthetic")
+        config = mini_runs.mae(batch_size=32 * parts, data__name="synthetic")
         config.optimizer.accumulate_steps = parts
         config.model.kernels = choice
         for name, value in WIDE.items():
@@ -120,7 +120,7 @@ def test_kernels_on_a_mesh(monkeypatch):
         config.mesh.data, config.mesh.fsdp = 1, 2
         mesh = sharding.make_mesh(config.mesh, config.batch_size, parts)
         schedule = make_schedule(config.optimizer, config.batch_size, 2, 8)
-        training = recipes.make_training(config, mesh, schedule)
+        training = mini_runs.make_training(config, mesh, schedule)
         options = {"xla_backend_optimization_level": 0}
         step = compile_step(training, options=options)
         batch = {

@@ -5,9 +5,9 @@ from functools import cache
 
 import jax
 import jax.numpy as jnp
+import mini_runs
 import numpy as np
 import pytest
-import recipes
 from flax import nnx
 from networks import MINI
 from numpy.testing import assert_allclose
@@ -69,7 +69,7 @@ def test_scan_and_remat_change_no_value(monkeypatch, name, options):
     monkeypatch.setattr(dispatch, "platform", lambda: "tpu")
     # remat=False is the default. This argument gives the result its own cache entry.
     expected_loss, expected, expected_params = loss_and_gradients(name, remat=False)
-    recipes.assert_identical(params, expected_params)
+    mini_runs.assert_identical(params, expected_params)
     assert_allclose(loss, expected_loss, rtol=1e-6)
     assert gradients.keys() == expected.keys()
     for key, gradient in expected.items():

@@ -1,9 +1,9 @@
 """Tests of plain ViT: sizes, layers, initialization, options shared with HiViT."""
 
 import jax.numpy as jnp
+import mini_runs
 import numpy as np
 import pytest
-import recipes
 from networks import abstract_model, abstract_outputs, fast_jit
 from vit import FACTS
 
@@ -59,7 +59,7 @@ def test_layer_ids():
 
 def test_weight_decay_in_pretraining():
     """Class token and mask token decay; fixed tables are not trained."""
-    task = inputs.task_of_recipe(recipes.recipe("mae_vit"))
+    task = inputs.task_of_recipe(mini_runs.recipe("mae_vit"))
     facts = FACTS["weight_decay"]["mae_vit_base pretraining (0.05)"]
     model = abstract_model("mae_vit_base")
     trained = named_leaves(split_state(model)[1])
@@ -69,7 +69,7 @@ def test_weight_decay_in_pretraining():
 
 
 def test_weight_decay_in_finetuning():
-    task = inputs.task_of_recipe(recipes.recipe("finetune_vit"))
+    task = inputs.task_of_recipe(mini_runs.recipe("finetune_vit"))
     assert not task.is_decayed("encoder/cls_token")
     assert not task.is_decayed("encoder/absolute_pos_embed")
     assert task.is_decayed("encoder/patch_embed/proj/kernel")

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from mini_runs import classifier
 from networks import (
     MINI,
     abstract_model,
@@ -14,7 +15,6 @@ from networks import (
     random_array,
 )
 from numpy.testing import assert_allclose, assert_array_equal
-from recipes import classifier
 
 from hivit_jax import inputs
 from hivit_jax.errors import ConfigError

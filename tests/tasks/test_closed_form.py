@@ -1,8 +1,8 @@
 """Tests of the closed-form probe: solution, choice of the penalty, command."""
 
+import mini_runs
 import numpy as np
 import pytest
-import recipes
 from networks import jit_model, mini
 from numpy.testing import assert_allclose
 
@@ -74,7 +74,7 @@ def test_command(tmp_path, quick, capsys):
     sizes = dict(image_size=16, in_channels=1, patch_size=4, depths=(1, 1, 1))
     model = mini(relative_position=False, **sizes)
     hivit_jax.save_pretrained(model, tmp_path)
-    config = recipes.without_decoder(
+    config = mini_runs.without_decoder(
         "digits",
         task="linear_probe",
         init_from=str(tmp_path),
@@ -102,7 +102,7 @@ def test_command(tmp_path, quick, capsys):
     assert abs(metrics["eval/top1"] - top1) <= 1 / 360
     assert abs(metrics["eval/top5"] - top5) <= 1 / 360
     assert f"penalty {penalty:g}  eval  top1 " in capsys.readouterr().out
-    flags = recipes.ROOT / "configs" / "digits_linear.py"
+    flags = mini_runs.ROOT / "configs" / "digits_linear.py"
     absent = [f"--config={flags}", f"--config.init_from={tmp_path / 'absent'}"]
     absent += ["--config.mesh.data=-1", "--config.batch_size=48"]
     assert main([*absent, "--mode=probe"]) == 5

@@ -2,9 +2,9 @@
 
 import jax
 import jax.numpy as jnp
+import mini_runs
 import numpy as np
 import pytest
-import recipes
 from flax import nnx
 from numpy.testing import assert_allclose
 
@@ -32,7 +32,7 @@ def probe(source="synthetic", **overrides):
         "optimizer__weight_decay": 0.0,
         "data__flip": False,
     }
-    return recipes.without_decoder(source, **settings | overrides)
+    return mini_runs.without_decoder(source, **settings | overrides)
 
 
 class Parts(nnx.Module):
@@ -74,7 +74,7 @@ def test_lars():
 def pretrained(tmp_path_factory):
     """Return the workdir of a short pretraining."""
     workdir = tmp_path_factory.mktemp("pretrained")
-    train(recipes.mae(total_steps=2, log_every=2), workdir)
+    train(mini_runs.mae(total_steps=2, log_every=2), workdir)
     return workdir
 
 
@@ -90,8 +90,8 @@ def test_probe_of_a_pretrained_encoder(pretrained, tmp_path, capsys):
     assert "matched" in out
     assert "encoder/stages" in out
 
-    stored = [recipes.saved_arrays(tmp_path, step) for step in (1, 2, 3)]
-    original = recipes.saved_arrays(pretrained, 2)["params"]
+    stored = [mini_runs.saved_arrays(tmp_path, step) for step in (1, 2, 3)]
+    original = mini_runs.saved_arrays(pretrained, 2)["params"]
     params = [items["params"] for items in stored]
     frozen = [name for name in params[0] if name.startswith("encoder/")]
     assert len(frozen) > 30

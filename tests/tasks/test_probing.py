@@ -1,8 +1,8 @@
 """Tests of nearest neighbors; numpy recounts the votes of all readable images."""
 
+import mini_runs
 import numpy as np
 import pytest
-import recipes
 from networks import jit_model, mini
 from PIL import Image
 
@@ -117,7 +117,7 @@ def flags_of(root, directory, **more):
         random_erasing=1.0,
         **more,
     )
-    recipe = recipes.ROOT / "configs" / "digits_finetune.py"
+    recipe = mini_runs.ROOT / "configs" / "digits_finetune.py"
     flags = [f"--config.{k.replace('__', '.')}={v}" for k, v in values.items()]
     return [f"--config={recipe}", *flags]
 
@@ -133,7 +133,7 @@ def test_nearest_neighbors(model, files, monkeypatch, tmp_path, capsys):
 
     beats = []
     monkeypatch.setattr(Watchdog, "heartbeat", lambda watchdog: beats.append(watchdog))
-    with recipes.quick():
+    with mini_runs.quick():
         flags = flags_of(files[0], directory, data__max_unreadable=0.05)
         assert main([*flags, "--mode=knn"]) == 0
     assert len(beats) == 6 + 4  # batches of 8
@@ -156,7 +156,7 @@ def test_too_many_unreadable_images(model, files, monkeypatch, tmp_path, capsys)
     """The limit is exceeded by two unreadable images of 43."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     flags = flags_of(files[0], model[1], data__max_unreadable=0.04)
-    with recipes.quick():
+    with mini_runs.quick():
         assert main([*flags, "--mode=knn"]) == 4
     error = capsys.readouterr().err
     assert "2 images of folder could not be read, 4.65%" in error

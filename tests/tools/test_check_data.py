@@ -2,9 +2,9 @@
 
 import os
 
+import mini_runs
 import numpy as np
 import pytest
-import recipes
 from datasets import encode
 from PIL import Image
 from prepared import prepare
@@ -81,7 +81,7 @@ def check(capsys):
 
     def run(root, *flags, **overrides):
         values = {"data__name": "folder", "data__dir": root, "data__canvas": 64}
-        arguments = recipes.arguments("photographs", **values | overrides)
+        arguments = mini_runs.arguments("photographs", **values | overrides)
         code = check_data.main([*arguments, *flags])
         out, err = capsys.readouterr()
         return code, out, err
@@ -132,7 +132,7 @@ def test_speed(check, healthy):
     lines = [line.split() for line in out.splitlines()]
     row = next(i for i, line in enumerate(lines) if "estimate" in line)
     images_per_second = float(lines[row - 2][1].replace(",", ""))
-    config = recipes.mae("photographs", model__image_size=224)
+    config = mini_runs.mae("photographs", model__image_size=224)
     model = check_data.nnx.eval_shape(
         check_data.inputs.task_of_recipe(config).build_model
     )
@@ -440,7 +440,7 @@ def test_titles_of_splits(check, healthy):
 
 
 def test_digits(capsys):
-    assert check_data.main(recipes.arguments("digits", data__train_examples=100)) == 0
+    assert check_data.main(mini_runs.arguments("digits", data__train_examples=100)) == 0
     out = capsys.readouterr().out
     assert "\ntrain: 100 images, 10 classes\n" in out
     assert "\ntest: 360 images, 10 classes\n" in out
@@ -458,7 +458,7 @@ def test_digits(capsys):
     ],
 )
 def test_bad_flag(flags, fragment, capsys):
-    assert check_data.main([*recipes.arguments("digits"), *flags]) == 2
+    assert check_data.main([*mini_runs.arguments("digits"), *flags]) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("error: ")
@@ -477,9 +477,9 @@ def test_real_process_without_tensorflow(healthy, tmp_path):
         "assert not xla_bridge._backends  # no accelerator is taken\n"
         "sys.exit(code)"
     )
-    flags = recipes.arguments("photographs", data__name="folder", data__dir=healthy)
+    flags = mini_runs.arguments("photographs", data__name="folder", data__dir=healthy)
     flags.append("--sample=5")
-    code, out, _ = recipes.run_process("-c", program, *flags, XDG_CACHE_HOME=tmp_path)
+    code, out, _ = mini_runs.run_process("-c", program, *flags, XDG_CACHE_HOME=tmp_path)
     assert code == 0
     assert out.endswith("\nhealthy\n")
 

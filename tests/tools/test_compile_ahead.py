@@ -3,8 +3,8 @@
 import importlib.util
 
 import jax
+import mini_runs
 import pytest
-import recipes
 from flax import nnx
 from numpy.testing import assert_allclose
 
@@ -32,7 +32,7 @@ def test_command_that_searches_the_largest_batch(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(compile_ahead, "devices_of", lambda topology: jax.devices())
     monkeypatch.setattr(compile_ahead, "step_report", step_report)
     for search in (False, True):
-        content = recipes.compile_report(tmp_path, *["--search_batch"] * search)
+        content = mini_runs.compile_report(tmp_path, *["--search_batch"] * search)
         assert ("largest_batch_per_device" in content) == search
         out = capsys.readouterr().out
         assert "fits: 0.00 GiB of 0.00 GiB per device (arguments 0.00, " in out
@@ -65,7 +65,7 @@ REPORT = {
 def fails(capsys, topology, tmp_path, *more):
     """Run ``--mode compile``, which must fail; return the error."""
     flags = [f"--topology={topology}", f"--workdir={tmp_path}", *more]
-    assert main([*recipes.arguments(), "--mode=compile", *flags]) == 2
+    assert main([*mini_runs.arguments(), "--mode=compile", *flags]) == 2
     message = capsys.readouterr().err
     assert 1 <= len(message.splitlines()) <= 3
     assert not (tmp_path / "compile.json").exists()
@@ -125,13 +125,13 @@ def test_complete_report(tmp_path, monkeypatch):
     monkeypatch.setattr(compile_ahead, "devices_of", lambda topology: jax.devices())
     monkeypatch.setitem(ahead.PLUGINS, "v5e", "jaxlib")
     options = dict(data__name="imagenet2012", data__canvas=96)
-    report = recipes.compile_report(tmp_path, **options)
+    report = mini_runs.compile_report(tmp_path, **options)
     assert report["fits"]
     assert report["devices"] == report["batch_per_device"] == 8
     memory = report["hbm_bytes_per_device"]
     assert memory["limit"] == 15.75 * 2**30
     assert 0 < memory["aliased"] <= memory["arguments"] < memory["total"]
-    model = nnx.eval_shape(inputs.task_of_recipe(recipes.mae()).build_model)
+    model = nnx.eval_shape(inputs.task_of_recipe(mini_runs.mae()).build_model)
     [reduced] = report["collectives"]
     assert reduced["kind"] == "all-reduce"
     assert_allclose(reduced["bytes_per_step"], 4 * model.parameter_count(), rtol=0.02)
@@ -142,7 +142,7 @@ def test_complete_report(tmp_path, monkeypatch):
     for name in blocks | parts:
         assert all(value > 0 for value in regions[name].values()), name
     assert regions["optimizer"]["flops_per_image"] == 0
-    parts = recipes.compile_report(
+    parts = mini_runs.compile_report(
         tmp_path, optimizer__accumulate_steps=4, batch_size=256, **options
     )
     assert_allclose(

@@ -1,12 +1,12 @@
 """Tests of `--mode describe`: model, diff against the recipe, figures."""
 
+import mini_runs
 import numpy as np
 import pytest
-import recipes
 from flax import nnx
 from matplotlib.axes import Axes
+from mini_runs import check_message
 from PIL import Image
-from recipes import check_message
 
 from hivit_jax import inputs
 from hivit_jax.data.order import permutation
@@ -17,7 +17,7 @@ from hivit_jax.tools.describe import hours_table
 
 def describe(*overrides):
     """Run ``--mode describe`` on mae_base; return the exit code."""
-    config = f"--config={recipes.ROOT / 'configs' / 'mae_base.py'}"
+    config = f"--config={mini_runs.ROOT / 'configs' / 'mae_base.py'}"
     return main([config, "--mode=describe", *overrides])
 
 
@@ -33,8 +33,8 @@ def test_describe_and_overrides(capsys):
 def test_hours_at_peak():
     """Hours count three forward passes per image, and one for a frozen encoder."""
     for config, passes in (
-        (recipes.recipe("digits_mae"), 3),
-        (recipes.recipe("digits_linear"), 1),
+        (mini_runs.recipe("digits_mae"), 3),
+        (mini_runs.recipe("digits_linear"), 1),
     ):
         task = inputs.task_of_recipe(config)
         model = nnx.eval_shape(task.build_model)
@@ -58,8 +58,8 @@ def test_real_process_describes_without_tensorflow():
         "assert 'tensorflow' not in sys.modules\n"
         "sys.exit(code)"
     )
-    flags = [f"--config={recipes.ROOT}/configs/mae_base.py", "--mode=describe"]
-    code, out, err = recipes.run_process("-c", program, *flags)
+    flags = [f"--config={mini_runs.ROOT}/configs/mae_base.py", "--mode=describe"]
+    code, out, err = mini_runs.run_process("-c", program, *flags)
     assert (code, err) == (0, "")
     assert "= 87.04" in out
     assert " M" in out
@@ -85,7 +85,7 @@ def test_describe_draws_schedule_and_images(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(Axes, "plot", plotted)
     monkeypatch.setattr(Axes, "imshow", shown)
-    recipe = recipes.ROOT / "configs" / "digits_finetune.py"
+    recipe = mini_runs.ROOT / "configs" / "digits_finetune.py"
     overrides = [
         "--config.batch_size=24",
         "--config.model.image_size=8",

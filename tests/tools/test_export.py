@@ -7,9 +7,9 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import jax
+import mini_runs
 import numpy as np
 import pytest
-import recipes
 from networks import DEFAULTS, mini, random_array
 from numpy.testing import assert_allclose, assert_array_equal
 
@@ -22,7 +22,7 @@ from hivit_jax.tree import split
 
 @pytest.fixture(scope="module", autouse=True)
 def _quick(tmp_path_factory):
-    with recipes.quick():
+    with mini_runs.quick():
         yield
 
 
@@ -70,7 +70,7 @@ def test_export_equals_the_model_in_any_batch(what, dtype, size, tmp_path):
         images = random_array((batch, *model.config.image_size, 3))
         actual, expected = run(images), outputs(model, what, images)
         assert isinstance(actual, tuple) == (what == "features")
-        recipes.assert_identical(jax.tree.leaves(actual), expected)
+        mini_runs.assert_identical(jax.tree.leaves(actual), expected)
 
 
 @pytest.mark.slow
@@ -104,7 +104,7 @@ def test_export_contains_no_kernels(monkeypatch):
 @pytest.mark.slow
 def test_runs_with_jax_alone(exported, tmp_path):
     absent = ("hivit_jax", "flax", "orbax", "optax", "ml_collections")
-    program = recipes.block_imports(tmp_path / "bare", *absent) / "serve.py"
+    program = mini_runs.block_imports(tmp_path / "bare", *absent) / "serve.py"
     program.write_text(
         "import sys, jax, numpy as np\n"
         "path, images, logits = sys.argv[1:]\n"
@@ -114,7 +114,7 @@ def test_runs_with_jax_alone(exported, tmp_path):
     )
     np.save(tmp_path / "images.npy", random_array((2, 64, 64, 3)))
     path, expected = exported
-    code, _, err = recipes.run_process(
+    code, _, err = mini_runs.run_process(
         program, path, tmp_path / "images.npy", tmp_path / "logits.npy"
     )
     assert code == 0, err

@@ -4,9 +4,9 @@ import csv
 import json
 from pathlib import Path
 
+import mini_runs
 import numpy as np
 import pytest
-import recipes
 from datasets import noise_image
 from PIL import Image
 
@@ -58,7 +58,7 @@ def train_classifier(data, workdir, **overrides):
             log_every=24,
             optimizer__base_learning_rate=0.05,
         )
-        train(recipes.classifier("digits", **options | overrides), workdir)
+        train(mini_runs.classifier("digits", **options | overrides), workdir)
     return workdir
 
 

@@ -7,13 +7,13 @@ import signal
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import mini_runs
 import numpy as np
 import pytest
-import recipes
 import tensorflow_datasets as tfds
 from imagenet_tars import LABELS, VALIDATION_LABELS, WNIDS, pack_tar, write_tars
+from mini_runs import check_message
 from PIL import Image
-from recipes import check_message
 
 from hivit_jax.data.sources.tfds import OPENERS, Tfds
 from hivit_jax.errors import DataError
@@ -117,13 +117,13 @@ def test_source(complete, originals):
     jpegs = list(originals["train"].values())
     expected = [(jpegs[i], LABELS[WNIDS[i // 5]]) for i in range(15)]
     assert len(source) == 15
-    assert [recipes.sample(source, i) for i in range(15)] == expected
+    assert [mini_runs.sample(source, i) for i in range(15)] == expected
     assert len(source.classes) == 1000
     assert source.name(7) == "train[7] n01440764_2.JPEG"
     part = Tfds("imagenet2012", str(complete), "train[3:9]")
-    assert [recipes.sample(part, i) for i in range(6)] == expected[3:9]
+    assert [mini_runs.sample(part, i) for i in range(6)] == expected[3:9]
     validation = Tfds("imagenet2012", str(complete), "validation")
-    assert [recipes.sample(validation, i)[1] for i in range(6)] == VALIDATION_LABELS
+    assert [mini_runs.sample(validation, i)[1] for i in range(6)] == VALIDATION_LABELS
     with pytest.raises(
         DataError, match="no split 'test'; available: train, validation"
     ):
@@ -131,7 +131,7 @@ def test_source(complete, originals):
 
     def many(seed):
         order = np.random.RandomState(seed).randint(0, 15, 300)
-        return [recipes.sample(source, i) for i in order] == [
+        return [mini_runs.sample(source, i) for i in order] == [
             expected[i] for i in order
         ]
 
@@ -159,9 +159,9 @@ def test_reading_needs_no_tensorflow(complete, originals, tmp_path):
         "    'train', decoders={'image': tfds.decode.SkipDecoding()})\n"
         "print(len(source), source[7]['label'], source[7]['image'].hex())\n"
     )
-    missing = recipes.block_imports(tmp_path / "nothing", "tensorflow")
+    missing = mini_runs.block_imports(tmp_path / "nothing", "tensorflow")
     command = ["-c", program, complete / VERSION]
-    code, out, err = recipes.run_process(*command, PYTHONPATH=missing)
+    code, out, err = mini_runs.run_process(*command, PYTHONPATH=missing)
     assert code == 0, err
     expected = list(originals["train"].values())[7]
     assert out.split() == ["15", "0", expected.hex()]
@@ -173,7 +173,7 @@ def test_complete_dataset_is_kept(complete, flags):
     """A process reports that the dataset is complete, and writes nothing."""
     before = contents(complete / VERSION)
     command = ["-m", "hivit_jax.tools.prepare_data", *flags, f"--data_dir={complete}"]
-    code, out, err = recipes.run_process(*command)
+    code, out, err = mini_runs.run_process(*command)
     assert (code, err) == (0, "")
     assert "train: 15 images\nvalidation: 6 images\n" in out
     assert f"{complete / VERSION} is complete; nothing to do" in out
@@ -198,7 +198,7 @@ def test_killed_process_resumes(small, flags, tmp_path):
         "prepare.main(sys.argv[1:])\n"
     )
     command = [*flags, f"--data_dir={tmp_path}", "--short_side=32"]
-    code, _, _ = recipes.run_process("-c", program, *command)
+    code, _, _ = mini_runs.run_process("-c", program, *command)
     assert code == -signal.SIGKILL
     half = tmp_path / f"{VERSION}.incomplete"
     finished = sorted(half.glob("*.array_record-*"))
@@ -297,17 +297,17 @@ def test_tfrecords_of_tfds(tmp_path):
     """TFRecords of TFDS, with its order and PNG images, are read without tensorflow."""
     Rings(data_dir=tmp_path, file_format="tfrecord").download_and_prepare()
     source = Tfds("rings", str(tmp_path), "train")
-    examples = [recipes.sample(source, i) for i in range(3)]
+    examples = [mini_runs.sample(source, i) for i in range(3)]
     widths = [(size_of(png)[0], label) for png, label in examples]
     assert sorted(widths) == [(8, 0), (9, 1), (10, 0)]
     part = Tfds("rings", str(tmp_path), "train[1:]")
-    assert [recipes.sample(part, 0), recipes.sample(part, 1)] == examples[1:]
+    assert [mini_runs.sample(part, 0), mini_runs.sample(part, 1)] == examples[1:]
     (shard,) = tmp_path.glob("rings/1.0.0/*tfrecord*")
     assert source.name(1) == "train[1]"
     shard.write_bytes(shard.read_bytes()[:-3])
     OPENERS["tfrecord"].cache_clear()
     with pytest.raises(OSError, match="ends inside a record"):
-        recipes.sample(source, 0)
+        mini_runs.sample(source, 0)
     assert source.name(1) == f"train[1] in {shard}"
 
 

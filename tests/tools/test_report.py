@@ -11,11 +11,11 @@ import shutil
 import subprocess
 from html.parser import HTMLParser
 
+import mini_runs
 import numpy as np
 import pytest
-import recipes
+from mini_runs import check_message
 from PIL import Image
-from recipes import check_message
 
 from hivit_jax import config as configs
 from hivit_jax.checkpoints.manager import Checkpoints
@@ -63,7 +63,7 @@ def write_run(workdir, lines=LINES, **overrides):
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (workdir / "metrics.jsonl").write_text(text)
     values = {"log_every": 10, "total_steps": 20} | overrides
-    config = configs.to_json(recipes.mae("digits", **values))
+    config = configs.to_json(mini_runs.mae("digits", **values))
     (workdir / "config.json").write_text(config)
     return workdir
 
@@ -115,7 +115,7 @@ def test_config_keys(tmp_path):
 def test_events(tmp_path):
     """Events are starts, changed keys, an early end, damaged and kept checkpoints."""
     run = write_run(tmp_path / "a")
-    later = recipes.mae("digits", log_every=10, total_steps=20, seed=5)
+    later = mini_runs.mae("digits", log_every=10, total_steps=20, seed=5)
     (run / "config-20260102T030405Z.json").write_text(configs.to_json(later))
     for name in ("checkpoints/13", "checkpoints/20", "damaged/12"):
         (run / name).mkdir(parents=True)
@@ -231,7 +231,7 @@ def test_command(tmp_path, capsys):
     assert out.read_text() == report.make_report([str(run)])
     assert f"written: {out} (0.0 MB)" in capsys.readouterr().out
     setup = configparser.ConfigParser()
-    setup.read(recipes.ROOT / "setup.cfg")
+    setup.read(mini_runs.ROOT / "setup.cfg")
     assert setup["options.package_data"]["hivit_jax.tools"] == "report.html"
 
 

@@ -4,11 +4,11 @@ import json
 
 import jax
 import jax.numpy as jnp
+import mini_runs
 import networks
 import numpy as np
 import optax
 import pytest
-import recipes
 import reference
 from flax import nnx
 
@@ -42,7 +42,7 @@ def test_ten_steps_of_the_official_adamw(
     state = reference.state_dict("mae_mini")
     model, params = reference.build("mae_hivit_base", state, **overrides)
     images = jnp.asarray(reference.images("traj64", 4, 64))
-    config = recipes.mae(optimizer__first_moment_dtype=first_moment)
+    config = mini_runs.mae(optimizer__first_moment_dtype=first_moment)
     assert (config.optimizer.betas, config.optimizer.weight_decay) == (
         (0.9, 0.95),
         0.05,
@@ -110,7 +110,7 @@ def weight_decays(model, task):
 def test_weight_decay_groups_of_pretraining():
     expected = golden_facts("weight_decay_groups")["mae_pretrain_base"]
     actual = weight_decays(
-        networks.abstract_model("mae_hivit_base"), inputs.make_task(recipes.mae())
+        networks.abstract_model("mae_hivit_base"), inputs.make_task(mini_runs.mae())
     )
     assert not actual.keys() & set(expected["frozen"])
     assert actual == expected["wd"]
@@ -139,7 +139,7 @@ def test_layer_decay_and_weight_decay_of_finetuning(size):
     )
     scales, decays = (
         by_official_name(model, scales),
-        weight_decays(model, inputs.make_task(recipes.classifier())),
+        weight_decays(model, inputs.make_task(mini_runs.classifier())),
     )
     assert scales.keys() == expected["params"].keys()
     for name, fact in expected["params"].items():
@@ -169,7 +169,7 @@ PARAMS = {"a": jnp.arange(3.0), "b": {"bias": jnp.ones(2)}}
 @pytest.mark.parametrize("layer_decay", [1.0, 0.5])
 def test_stateless_parts_change_no_tree(clip_norm, layer_decay):
     """Updates are bit-identical to a chain without them; the state is AdamW's only."""
-    options = recipes.mae().optimizer.copy_and_resolve_references()
+    options = mini_runs.mae().optimizer.copy_and_resolve_references()
     options.unlock()
     options.clip_norm, options.layer_decay = clip_norm, layer_decay
     layers = {"a": 0, "b/bias": 2}

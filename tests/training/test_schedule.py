@@ -2,9 +2,9 @@
 
 import json
 
+import mini_runs
 import numpy as np
 import pytest
-import recipes
 import reference
 from numpy.testing import assert_allclose
 
@@ -21,7 +21,7 @@ def recipe_schedule(recipe, *overrides, per_epoch=PER_EPOCH):
     """Return the jitted schedule of an installed recipe."""
     config = configs.load(recipe, [f"--config.{override}" for override in overrides])
     steps = config.total_steps or round(config.total_epochs * per_epoch)
-    return recipes.jit_schedule(config, per_epoch, steps)
+    return mini_runs.jit_schedule(config, per_epoch, steps)
 
 
 @pytest.mark.parametrize(
@@ -91,12 +91,14 @@ def mini_config(**values):
         "warmup_epochs": 0.4,
         "warmup_learning_rate": 0.05,
     } | values
-    return recipes.mae(**{f"optimizer__{key}": value for key, value in values.items()})
+    return mini_runs.mae(
+        **{f"optimizer__{key}": value for key, value in values.items()}
+    )
 
 
 def rates(**values):
     """Return the 41 learning rates of `mini_config`."""
-    learning_rate = recipes.jit_schedule(mini_config(**values), 10, 40)
+    learning_rate = mini_runs.jit_schedule(mini_config(**values), 10, 40)
     return np.array([learning_rate(np.int32(step)) for step in range(41)])
 
 

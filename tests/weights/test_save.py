@@ -7,9 +7,9 @@ from dataclasses import replace
 from functools import cache
 
 import jax.numpy as jnp
+import mini_runs
 import numpy as np
 import pytest
-import recipes
 import reference
 import state_files
 from flax import nnx
@@ -46,7 +46,7 @@ def test_round_trip(layout, suffix, tmp_path):
             assert back[name].tobytes() == array.tobytes(), name
     extra = {name.rsplit(".")[-1] for name in back.keys() - state.keys()}
     assert extra <= {"relative_position_index"}
-    recipes.assert_identical(
+    mini_runs.assert_identical(
         params_by_name(hivit_jax.load_pretrained(last)),
         params_by_name(hivit_jax.load_pretrained(first)),
     )
@@ -71,7 +71,7 @@ def test_save_pretrained(name, tmp_path):
     model = mini(name, dtype="bfloat16", image_size=(64, 32), **overrides)
     hivit_jax.save_pretrained(model, tmp_path, {"task": "x"}, {"eval/top1": 0.5})
     loaded = hivit_jax.load_pretrained(tmp_path)
-    recipes.assert_identical(params_by_name(loaded), params_by_name(model))
+    mini_runs.assert_identical(params_by_name(loaded), params_by_name(model))
     assert split(loaded)[0] == split(model)[0]  # structure: every setting
     card = (tmp_path / "README.md").read_text()
     for text in (f"# {name}", "0.1", "eval/top1: 0.5", '"task": "x"', "64x32"):

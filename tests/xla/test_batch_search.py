@@ -1,7 +1,7 @@
 """Tests of the search for the largest batch that fits."""
 
+import mini_runs
 import pytest
-import recipes
 
 from hivit_jax.tools import compile_ahead
 
@@ -19,7 +19,7 @@ def test_search_for_the_largest_batch(monkeypatch, start_size, limit):
         return {"fits": tried[-1] <= limit}
 
     monkeypatch.setattr(compile_ahead, "step_report", report)
-    config = recipes.mae(batch_size=8 * start_size)
+    config = mini_runs.mae(batch_size=8 * start_size)
     start = {
         "batch_size": 8 * start_size,
         "batch_per_device": start_size,
@@ -39,7 +39,7 @@ def test_search_for_the_largest_batch(monkeypatch, start_size, limit):
 
 def test_sizes_of_the_search_divide(monkeypatch):
     """Each microbatch has an even size, because Mixup pairs its images."""
-    config = recipes.classifier(batch_size=96, optimizer__accumulate_steps=3)
+    config = mini_runs.classifier(batch_size=96, optimizer__accumulate_steps=3)
     start = {"batch_size": 96, "batch_per_device": 12, "fits": False, "topology": ""}
     tried = []
 
@@ -57,5 +57,5 @@ def test_search_where_nothing_fits(monkeypatch):
     report = {"fits": False, "hbm_bytes_per_device": memory}
     monkeypatch.setattr(compile_ahead, "step_report", lambda *_: report)
     start = {"batch_size": 32, "batch_per_device": 4, "topology": ""} | report
-    result = compile_ahead.largest_batch(recipes.mae(batch_size=32), [], start)
+    result = compile_ahead.largest_batch(mini_runs.mae(batch_size=32), [], start)
     assert result["largest_batch_per_device"] == 0

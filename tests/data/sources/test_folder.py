@@ -2,9 +2,9 @@
 
 import os
 
+import mini_runs
 import numpy as np
 import pytest
-import recipes
 
 from hivit_jax.data.sources import folder, registry
 from hivit_jax.errors import ConfigError, DataError
@@ -41,7 +41,7 @@ def root(tmp_path):
 
 def listed(source):
     """Return the content and label of every example."""
-    examples = [recipes.sample(source, i) for i in range(len(source))]
+    examples = [mini_runs.sample(source, i) for i in range(len(source))]
     return [(encoded.decode(), label) for encoded, label in examples]
 
 
@@ -147,7 +147,7 @@ def test_unreadable_file_is_an_oserror(root):
     source = folder.Folder(str(root), "train")
     (root / "train/n10/a.JPEG").unlink()
     with pytest.raises(OSError, match="n10/a.JPEG"):
-        recipes.sample(source, 4)
+        mini_runs.sample(source, 4)
 
 
 # Names that are neither classes nor images

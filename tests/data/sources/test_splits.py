@@ -2,9 +2,9 @@
 
 from collections import Counter
 
+import mini_runs
 import numpy as np
 import pytest
-import recipes
 
 from hivit_jax.data.sources import registry, splits
 from hivit_jax.errors import ConfigError, DataError
@@ -41,7 +41,7 @@ def paths(root, split, **keys):
     source = opened(root, split, **keys)
     names = [source.name(i) for i in range(len(source))]
     for i, name in enumerate(names):
-        encoded, label = recipes.sample(source, i)
+        encoded, label = mini_runs.sample(source, i)
         with open(name) as file:
             assert encoded.decode() == file.read()
         if source.labeled:
@@ -183,7 +183,7 @@ def test_images_without_labels(root):
     """Images without class folders have no labels, nor has any directory on request."""
     source = opened(root / "brick", "train", eval_split="none")
     assert (len(source), source.classes, source.labeled) == (40, (), False)
-    assert recipes.sample(source, 3) == (b"brick3", 0)
+    assert mini_runs.sample(source, 3) == (b"brick3", 0)
     assert source.name(0) == f"{root}/brick/s0_00.png"
     (root / "brick" / "below" / "deeper").mkdir(parents=True)
     (root / "brick" / "below" / "deeper" / "x.png").touch()

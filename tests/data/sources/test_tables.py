@@ -1,7 +1,7 @@
 """Tests of the source of CSV files and lists of paths."""
 
+import mini_runs
 import pytest
-import recipes
 
 from hivit_jax.data.sources import registry
 from hivit_jax.errors import ConfigError, DataError
@@ -35,7 +35,7 @@ def listed(source):
     """Return the content and label of every example."""
     return [
         (s[0].decode(), s[1])
-        for s in map(lambda i: recipes.sample(source, i), range(len(source)))
+        for s in map(lambda i: mini_runs.sample(source, i), range(len(source)))
     ]
 
 
