@@ -1,4 +1,4 @@
-"""Recipes of very small models that train in seconds, and functions to run them."""
+"""Mini runs: recipes of models that train in seconds, and functions to run them."""
 
 import json
 import os

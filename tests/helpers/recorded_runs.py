@@ -1,4 +1,4 @@
-"""Runs that save every state, compared with the second implementation in `oracle.py`."""
+"""Runs that save every state, compared with the implementation in `oracle.py`."""
 
 import json
 from functools import cache, partial
