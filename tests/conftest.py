@@ -52,11 +52,11 @@ def _restored_signals():
 
 
 @pytest.fixture(scope="module")
-def quick():
+def minimal_output():
     """Draw no figures; write no TensorBoard events."""
     import mini_runs
 
-    with mini_runs.quick():
+    with mini_runs.minimal_output():
         yield
     jax.config.update("jax_enable_compilation_cache", True)
 

@@ -66,7 +66,7 @@ def test_workdir_that_cannot_be_written(capsys, tmp_path):
 def finished(tmp_path_factory):
     """Workdir of a run of one step."""
     workdir = tmp_path_factory.mktemp("finished")
-    with mini_runs.quick():
+    with mini_runs.minimal_output():
         assert main([*MINI, f"--workdir={workdir}", "--config.total_steps=1"]) == 0
     return workdir
 

@@ -49,10 +49,10 @@ NETWORK = SIZES | dict(relative_position=False, running_norm=True)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick():
-    """Compile fast, for a single device."""
+def minimal_output():
+    """Use a single device; draw no figures; write no TensorBoard events."""
     devices = jax.devices()[:1]
-    with pytest.MonkeyPatch.context() as patch, mini_runs.quick():
+    with pytest.MonkeyPatch.context() as patch, mini_runs.minimal_output():
         patch.setattr(jax, "devices", lambda *_: devices)
         yield
 

@@ -20,7 +20,7 @@ DIGITS = tuple("0123456789")
 
 @pytest.mark.extras
 @pytest.mark.slow
-def test_from_a_run_to_saved_models(tmp_path, quick, capsys):
+def test_from_a_run_to_saved_models(tmp_path, minimal_output, capsys):
     """`num_classes=0` becomes 10 in the files of a new and of a resumed run."""
     run, shared = tmp_path / "run", tmp_path / "shared"
     config = mini_runs.classifier("digits", model__num_classes=0, total_steps=1)

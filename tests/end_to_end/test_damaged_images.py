@@ -288,7 +288,7 @@ def test_mode_eval_of_damaged_files(run, folder, monkeypatch, tmp_path, capsys):
     recipe = mini_runs.ROOT / "configs" / "digits_finetune.py"
     flags = [f"--config.{k.replace('__', '.')}={v}" for k, v in values.items()]
     command = [f"--config={recipe}", f"--workdir={run.workdir}", "--mode=eval", *flags]
-    with mini_runs.quick():
+    with mini_runs.minimal_output():
         assert main(command) == 0
         results = run.results
         assert capsys.readouterr().out == (

@@ -21,7 +21,7 @@ from hivit_jax.main import main
 from hivit_jax.train import train
 from hivit_jax.tree import named_leaves, split
 
-pytestmark = [pytest.mark.usefixtures("quick"), pytest.mark.slow]
+pytestmark = [pytest.mark.usefixtures("minimal_output"), pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

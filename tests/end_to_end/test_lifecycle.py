@@ -42,7 +42,7 @@ LOGGED = [4, 5, 7, 8, 10, 11]  # evaluated and saved steps are logged too
 EVALUATED = [5, 10, 11]
 
 
-pytestmark = [pytest.mark.usefixtures("quick"), pytest.mark.slow]
+pytestmark = [pytest.mark.usefixtures("minimal_output"), pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

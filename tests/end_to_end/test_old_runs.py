@@ -37,7 +37,7 @@ TIMES = {"images_per_second", "seconds_left", "input_bound"}
 NOT_COMPARABLE = {"linear_probe": {"gradient_norm"}}
 
 
-pytestmark = [pytest.mark.usefixtures("quick"), pytest.mark.slow]
+pytestmark = [pytest.mark.usefixtures("minimal_output"), pytest.mark.slow]
 
 
 @pytest.fixture

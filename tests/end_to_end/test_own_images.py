@@ -67,7 +67,7 @@ def test_classification_needs_labels(tiles, tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("minimal_output")
 def test_tiles_of_16_bits_and_4_bands(tmp_path, capsys):
     """A model trains on NumPy arrays of 16 bits and 4 bands, with held-out images."""
     values = np.random.RandomState(0).randint(0, 10000, (24, 34, 36, 4))

@@ -114,7 +114,7 @@ def classifier(source: str = "synthetic", **overrides) -> ConfigDict:
 
 
 @contextmanager
-def quick() -> Iterator[None]:
+def minimal_output() -> Iterator[None]:
     """Draw no figures; write no TensorBoard events."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "tensorboardX", None)

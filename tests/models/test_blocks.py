@@ -17,7 +17,7 @@ from hivit_jax.errors import ConfigError
 from hivit_jax.kernels import dispatch
 from hivit_jax.tree import named_leaves, split
 
-pytestmark = pytest.mark.usefixtures("quick")
+pytestmark = pytest.mark.usefixtures("minimal_output")
 
 
 MODELS = {

@@ -63,7 +63,7 @@ def test_metric_of_the_best_checkpoint(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(evaluate, "evaluate", evaluation)
     every = dict(eval_every=1, checkpoint_every=1, keep_checkpoints=1)
-    with mini_runs.quick():
+    with mini_runs.minimal_output():
         train(mini_runs.classifier(total_steps=4, **every), tmp_path)
     assert mini_runs.saved_steps(tmp_path) == [2, 4]
     last = capsys.readouterr().out.splitlines()[-1]

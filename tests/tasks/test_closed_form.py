@@ -69,7 +69,7 @@ def test_penalty():
 
 
 @pytest.mark.slow
-def test_command(tmp_path, quick, capsys):
+def test_command(tmp_path, minimal_output, capsys):
     """The command prints the accuracy on all 360 test digits."""
     sizes = dict(image_size=16, in_channels=1, patch_size=4, depths=(1, 1, 1))
     model = mini(relative_position=False, **sizes)

@@ -17,7 +17,7 @@ from hivit_jax.tree import leaf_name, split_state
 MOMENTUM, TRUST = 0.9, 0.001
 
 
-pytestmark = pytest.mark.usefixtures("quick")
+pytestmark = pytest.mark.usefixtures("minimal_output")
 
 
 def probe(source="synthetic", **overrides):

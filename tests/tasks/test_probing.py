@@ -133,7 +133,7 @@ def test_nearest_neighbors(model, files, monkeypatch, tmp_path, capsys):
 
     beats = []
     monkeypatch.setattr(Watchdog, "heartbeat", lambda watchdog: beats.append(watchdog))
-    with mini_runs.quick():
+    with mini_runs.minimal_output():
         flags = flags_of(files[0], directory, data__max_unreadable=0.05)
         assert main([*flags, "--mode=knn"]) == 0
     assert len(beats) == 6 + 4  # batches of 8
@@ -156,7 +156,7 @@ def test_too_many_unreadable_images(model, files, monkeypatch, tmp_path, capsys)
     """The limit is exceeded by two unreadable images of 43."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     flags = flags_of(files[0], model[1], data__max_unreadable=0.04)
-    with mini_runs.quick():
+    with mini_runs.minimal_output():
         assert main([*flags, "--mode=knn"]) == 4
     error = capsys.readouterr().err
     assert "2 images of folder could not be read, 4.65%" in error

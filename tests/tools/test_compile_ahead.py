@@ -13,7 +13,7 @@ from hivit_jax.main import main
 from hivit_jax.tools import compile_ahead
 from hivit_jax.xla import ahead
 
-pytestmark = pytest.mark.usefixtures("quick")
+pytestmark = pytest.mark.usefixtures("minimal_output")
 
 
 def test_command_that_searches_the_largest_batch(monkeypatch, tmp_path, capsys):

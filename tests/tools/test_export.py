@@ -21,8 +21,8 @@ from hivit_jax.tree import split
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _quick(tmp_path_factory):
-    with mini_runs.quick():
+def _minimal_output(tmp_path_factory):
+    with mini_runs.minimal_output():
         yield
 
 

@@ -63,7 +63,7 @@ def train_classifier(data, workdir, **overrides):
 
 
 @pytest.fixture(scope="module")
-def run(data, tmp_path_factory, quick):
+def run(data, tmp_path_factory, minimal_output):
     """Return the workdir of a classifier of these images."""
     return train_classifier(data, tmp_path_factory.mktemp("run"))
 
@@ -221,7 +221,7 @@ def test_features(run, shared, data, tmp_path):
 
 
 @pytest.mark.slow
-def test_arrays_of_16_bits_and_4_bands(tmp_path, quick):
+def test_arrays_of_16_bits_and_4_bands(tmp_path, minimal_output):
     """A run and its saved model read 16-bit arrays, also in the figure of errors."""
     pixels = np.random.RandomState(0).randint(0, 10000, (8, 40, 48, 4), np.uint16)
     for k, array in enumerate(pixels):

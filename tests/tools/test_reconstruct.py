@@ -15,7 +15,7 @@ from examples import features as example
 from hivit_jax.models.positions import patchify
 from hivit_jax.tools import reconstruct as command
 
-pytestmark = pytest.mark.usefixtures("quick")
+pytestmark = pytest.mark.usefixtures("minimal_output")
 
 
 @pytest.fixture(scope="module")

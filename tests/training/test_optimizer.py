@@ -17,7 +17,7 @@ from hivit_jax.training import optimizer
 from hivit_jax.tree import leaf_name, named_leaves, split, split_state
 from hivit_jax.weights.names.official import to_official
 
-pytestmark = pytest.mark.usefixtures("quick")
+pytestmark = pytest.mark.usefixtures("minimal_output")
 
 
 @pytest.mark.slow

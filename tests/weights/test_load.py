@@ -216,7 +216,7 @@ def test_pretrain_finetune_share_evaluate(tmp_path, capsys):
     pretrained, run, shared = (
         tmp_path / name for name in ("pretrained", "run", "shared")
     )
-    with mini_runs.quick():
+    with mini_runs.minimal_output():
         train(mini_runs.mae(total_steps=1, model__image_size="(64,32)"), pretrained)
         wide = dict(total_steps=1, model__image_size="(32,96)")
         capsys.readouterr()
@@ -246,7 +246,7 @@ def test_continued_pretraining_of_an_official_file(tmp_path):
     config = mini_runs.mae(
         init_from=str(path), total_steps=1, optimizer__base_learning_rate=0.0
     )
-    with mini_runs.quick():
+    with mini_runs.minimal_output():
         train(config, tmp_path / "run")
     model, _ = reference.build_fixture("mae_mini")
     stored = mini_runs.saved_variables(tmp_path / "run", 1)

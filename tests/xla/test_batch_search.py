@@ -5,7 +5,7 @@ import pytest
 
 from hivit_jax.tools import compile_ahead
 
-pytestmark = pytest.mark.usefixtures("quick")
+pytestmark = pytest.mark.usefixtures("minimal_output")
 
 
 @pytest.mark.parametrize("start_size", [8, 39, 64])

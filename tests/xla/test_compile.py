@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-pytestmark = pytest.mark.usefixtures("quick")
+pytestmark = pytest.mark.usefixtures("minimal_output")
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from hivit_jax.xla.compile import memory_of
 MIB = 2**20
 
 
-pytestmark = pytest.mark.usefixtures("quick")
+pytestmark = pytest.mark.usefixtures("minimal_output")
 
 
 def data_mesh():

@@ -8,7 +8,7 @@ import pytest
 
 from hivit_jax.xla import cost
 
-pytestmark = pytest.mark.usefixtures("quick")
+pytestmark = pytest.mark.usefixtures("minimal_output")
 
 
 # Text of the TPU compiler: tiles, memory spaces, loops without a trip count.

@@ -4,7 +4,7 @@ import pytest
 
 from hivit_jax.xla import ahead, roofline
 
-pytestmark = pytest.mark.usefixtures("quick")
+pytestmark = pytest.mark.usefixtures("minimal_output")
 
 
 def test_roofline_is_the_slowest_resource():
