@@ -107,8 +107,8 @@ def run_part(
 ) -> dict[str, Any]:
     """Run a part and return its result as JSON values.
 
-    A benchmark writes its own result to the file of the flag ``--out``, which is added
-    here.
+    This function adds the flag ``--out`` to the command of a benchmark, and returns the
+    content of that file.
     """
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
@@ -132,7 +132,7 @@ def run_part(
     return {
         "exit_code": code,  # None: timeout
         "seconds": time.perf_counter() - began,
-        "said": lines[-TAIL:] if code != 0 else lines[-1:],
+        "output": lines[-TAIL:] if code != 0 else lines[-1:],
         "result": result,
     }
 
@@ -143,7 +143,7 @@ def row(name: str, part: dict[str, Any]) -> str:
     if part["exit_code"] != 0:
         return line + ("took too long" if part["exit_code"] is None else "failed")
     if "images_per_second" not in result:
-        return line + " ".join(part["said"])
+        return line + " ".join(part["output"])
     line += f"{result['images_per_second']:10,.1f} images/s"
     line += f"{1e3 * result['seconds_per_step']:9,.1f} ms"
     line += f"{result['peak_memory_bytes'] / 2**30:8.2f} GiB"
@@ -178,7 +178,7 @@ def main(argv: list[str] | None = None) -> int:
     for name in selected:
         results[name] = run_part(*parts[name], args.limit)
         if results[name]["exit_code"] != 0:
-            print("".join(f"{line}\n" for line in results[name]["said"]), end="")
+            print("".join(f"{line}\n" for line in results[name]["output"]), end="")
         print(row(name, results[name]), flush=True)
         out.write_text(json.dumps(results, indent=2) + "\n")
     return int(any(results[name]["exit_code"] != 0 for name in selected))

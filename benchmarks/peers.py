@@ -46,8 +46,8 @@ TOLERANCE = {"cpu": 1e-5, "gpu": 1e-2}  # relative, of the first loss
 def worker(row: str, args: argparse.Namespace, first_step: Path, pipe: Any) -> None:
     """Run the process of a row.
 
-    Sends the facts about the row. Then receives a number of steps, runs them, and sends
-    the seconds and the CPU-seconds of all threads, until it receives 0.
+    The process sends the facts about the row. Until it receives 0, it receives a number
+    of steps, runs them, and sends the seconds and the CPU-seconds of all threads.
     """
     if args.device == "cpu":
         from hivit_jax.xla.compile import keep_freed_memory
@@ -76,7 +76,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     pipes, results = {}, {}
     with tempfile.TemporaryDirectory() as folder:
         first_step = Path(folder) / "first_step.npz"
-        for row in args.rows:  # ours is the first
+        for row in args.rows:  # hivit_jax is the first
             pipes[row], end = context.Pipe()
             arguments = row, args, first_step, end
             context.Process(target=worker, args=arguments, daemon=True).start()
@@ -85,13 +85,13 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
             print(f"{row}: ready; first loss {results[row]['loss']}", flush=True)
     check_first_losses(results, TOLERANCE[args.device])
     blocks: dict[str, list[tuple[float, float]]] = {row: [] for row in args.rows}
-    for number in range(args.rounds + 1):  # the first round is a warmup
+    for round_index in range(args.rounds + 1):  # the first round is a warmup
         for row, pipe in pipes.items():
             pipe.send(args.steps)
             blocks[row].append(receive(pipe, row))
             seconds, cpu = (total / args.steps for total in blocks[row][-1])
-            line = f"round {number}  {row:26}{seconds:9.4f} s{cpu:9.4f} CPU-s per step"
-            print(line, flush=True)
+            text = f"{seconds:9.4f} s{cpu:9.4f} CPU-s per step"
+            print(f"round {round_index}  {row:26}{text}", flush=True)
     for pipe in pipes.values():
         pipe.send(0)
     for row, timings in blocks.items():
@@ -107,7 +107,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def receive(pipe: Any, row: str) -> Any:
-    """Receive an object from the process of a row; HivitError if the process ended."""
+    """Receive an object from a row's process; raise HivitError if the process ended."""
     from hivit_jax.errors import HivitError
 
     try:
@@ -117,7 +117,7 @@ def receive(pipe: Any, row: str) -> Any:
 
 
 def check_first_losses(results: dict[str, dict[str, Any]], tolerance: float) -> None:
-    """HivitError if the first loss of a twin differs from ours."""
+    """Raise HivitError if the first loss of a twin differs from that of hivit_jax."""
     from hivit_jax.errors import HivitError
 
     expected = results.get(OURS, {}).get("loss")
@@ -133,7 +133,7 @@ def check_first_losses(results: dict[str, dict[str, Any]], tolerance: float) -> 
 
 
 def table(results: dict[str, dict[str, Any]], cpu: bool) -> str:
-    """Format images per second, relative to ours, and on a CPU CPU-seconds per step."""
+    """Format a table: images per second, relative throughput, CPU-seconds per step."""
     ours = results.get(OURS, {}).get("images_per_second")
     lines = [f"{'':26}{'images/s':>10}{'of ours':>10}{'CPU-s per step' * cpu:>16}"]
     for row, result in results.items():

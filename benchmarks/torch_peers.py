@@ -60,7 +60,7 @@ class ViT(nn.Module):
         return self.head(self.encode(images)[:, 0])
 
     def masked_loss(self, images, noise):
-        """Mean squared error on the 147 masked units."""
+        """Return the mean squared error on the 147 masked units."""
         batch, units = noise.shape
         visible = units // 4
         ids_shuffle = noise.argsort(1)
@@ -78,7 +78,7 @@ class ViT(nn.Module):
 
 
 def fixed(table):
-    """Return a table that is not trained."""
+    """Return a parameter that is not trained."""
     return nn.Parameter(table, requires_grad=False)
 
 
@@ -164,7 +164,7 @@ class Swin(nn.Module):
         return self.head(self.encode(self.embed(images)).mean((1, 2)))
 
     def masked_loss(self, images, noise):
-        """Mean absolute error on the 30 masked units."""
+        """Return the mean absolute error on the 30 masked units."""
         mask = noise.argsort(1).argsort(1) >= 19
         cells = mask.reshape(-1, 7, 7, 1).float()
         cells = cells.repeat_interleave(8, 1).repeat_interleave(8, 2)

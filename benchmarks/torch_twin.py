@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 
 class Mlp(nn.Module):
-    """Linear, GELU (erf), Linear."""
+    """MLP: linear layer, GELU with erf, linear layer."""
 
     def __init__(self, dim: int, ratio: float):
         super().__init__()
@@ -27,8 +27,8 @@ class Attention(nn.Module):
     """Self-attention, with a table of relative positions if `grid` is given.
 
     Attributes:
-      plain: of the class. True: compute scores and softmax explicitly, as the official
-        code does. False: use `scaled_dot_product_attention`.
+      plain: class attribute. True: compute scores and softmax explicitly, as the
+        official code does. False: use `scaled_dot_product_attention`.
     """
 
     plain = False
@@ -82,7 +82,7 @@ def gather_tokens(x, ids):
 
 
 class Block(nn.Module):
-    """Residual block of attention and MLP. Without heads, MLP only, as in the stem."""
+    """Residual block of attention and MLP; with heads=0 only MLP, as in the stem."""
 
     def __init__(self, dim: int, ratio: float, heads: int = 0, grid: int | None = None):
         super().__init__()
@@ -206,7 +206,12 @@ class HiViT(nn.Module):
     def masked_loss(
         self, images, noise, mask_ratio: float = 0.75, normalize: bool = True
     ):
-        """Mean squared error on the masked units: [B, C, H, W], noise [B, N]."""
+        """Return the mean squared error on the masked units.
+
+        Args:
+          images: [B, C, H, W].
+          noise: [B, N].
+        """
         batch, units = noise.shape
         ids_shuffle = noise.argsort(1)
         ids_restore = ids_shuffle.argsort(1)

@@ -26,7 +26,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from benchmarks import plain_config  # noqa: F401  first, see there
+from benchmarks import plain_config  # noqa: F401  first, because it replaces ml_collections
 from benchmarks.machine import processor
 from hivit_jax import config as configs
 from hivit_jax import inputs, rng, tasks
@@ -121,7 +121,7 @@ class Evaluation:
 
 
 def task_of(config: Any) -> tasks.Task:
-    """Return the task of a recipe, for ImageNet (not opened) or synthetic images."""
+    """Return the task of a recipe for ImageNet or synthetic images, without files."""
     encoded = config.data.name != "synthetic"
     counts = {"train": 1_281_167, "test": 50_000}
     return tasks.create(config, DatasetInfo(counts, encoded=encoded))
@@ -153,7 +153,7 @@ def synthetic_batch(shapes: dict[str, jax.ShapeDtypeStruct], config: Any) -> dic
 
 
 def peak_memory() -> int:
-    """Return peak memory in bytes, of the first device, or of the process on a CPU."""
+    """Return the peak memory in bytes of the first device; on a CPU, of the process."""
     peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     # ru_maxrss is in kilobytes on Linux.
     return peak or 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -251,7 +251,7 @@ def run(argv: list[str] | None) -> None:
     args = parser.parse_args(argv)
     overrides = args.set + ([f"batch_size={args.batch}"] if args.batch else [])
     config = configs.load(args.config, [f"--config.{item}" for item in overrides])
-    # Without a cache, so that the compile time is measured.
+    # The cache is disabled so that the compile time is measured.
     jax.config.update("jax_enable_compilation_cache", False)
     if jax.default_backend() == "cpu":
         keep_freed_memory()  # as training does

@@ -1,7 +1,7 @@
-"""Training from a bucket that fails, resumed, equals training from local files."""
+"""Test that training from a failing bucket equals training from local files."""
 
+import mini_runs
 import pytest
-import recipes
 from buckets import serve
 from prepared import prepare
 

@@ -21,7 +21,7 @@ library_attention = jax.nn.dot_product_attention  # the original; tests patch it
 
 
 class Case(NamedTuple):
-    """A residual branch of rows [T, C].
+    """Residual branch of rows [T, C].
 
     platform: backend of the kernel.
     shapes: of rows, LayerNorm's scale and bias, two linear layers and, for some, the
@@ -62,6 +62,7 @@ def in_bfloat16(inputs):
 
 
 def layer_norm(x, scale, bias):
+    """Compute LayerNorm in float32."""
     x = x.astype(jnp.float32)
     x = x - x.mean(-1, keepdims=True)
     return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + EPS) * scale + bias
@@ -159,10 +160,10 @@ def output_and_gradients(function, inputs, direction):
 
 def relative_errors(function, inputs, direction, truth, jit):
     """Return the relative errors (by norm) of the output and of each gradient."""
-    found = jit(partial(output_and_gradients, function))(inputs, direction)
+    results = jit(partial(output_and_gradients, function))(inputs, direction)
     return [
         float(jnp.linalg.norm(a.astype(jnp.float32) - b) / jnp.linalg.norm(b))
-        for a, b in zip(found, truth, strict=True)
+        for a, b in zip(results, truth, strict=True)
     ]
 
 
@@ -248,7 +249,9 @@ def plain_block(special: str, params: dict, x: jax.Array) -> jax.Array:
     if special == "key mask":
         mask = jnp.asarray(hidden_keys(batch) > 0)[:, None, None, :]
     if special == "windows":
-        window = np.stack([each // WINDOW for each in unit_coordinates()], -1)
+        window = np.stack(
+            [coordinate // WINDOW for coordinate in unit_coordinates()], -1
+        )
         mask = jnp.asarray((window[:, None] == window).all(-1))[None, None]
     if special == "relative bias":
         table = params["attn/relative_position_bias_table"]

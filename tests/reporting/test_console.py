@@ -1,4 +1,4 @@
-"""Lines of the terminal."""
+"""Tests of lines on the terminal."""
 
 import pytest
 

@@ -19,6 +19,7 @@ from hivit_jax.tasks.classification import (
 
 
 def classify(logits, labels):
+    """Return the metrics of each example as numpy arrays."""
     values = classification_metrics(
         jnp.asarray(logits, jnp.float32), jnp.asarray(labels)
     )

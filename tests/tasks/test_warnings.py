@@ -1,4 +1,4 @@
-"""Warnings about configs that train, but probably not as intended."""
+"""Tests of warnings about configs that probably do not train as intended."""
 
 import pytest
 from flax.nnx import Module
@@ -13,8 +13,10 @@ NAMES = tuple("abcdefghi")
 
 
 def warnings(recipe, *overrides, images=291, classes=NAMES, steps=1000):
-    """Warnings for a folder of images; a run of 1000 steps unless set."""
-    flags = [f"--config.{each}" for each in (f"total_steps={steps}", *overrides)]
+    """Return the warnings about a recipe on a folder; 1000 steps by default."""
+    flags = [
+        f"--config.{override}" for override in (f"total_steps={steps}", *overrides)
+    ]
     config = configs.load(recipe, flags)
     task = create(config, DatasetInfo({"train": images, "test": 9}, classes))
     return task.warnings(*inputs.count_steps(config, images))
@@ -35,7 +37,7 @@ FINE = ["model.num_classes=9", "batch_size=50", "data.train_examples=0"]
 
 
 def test_sound_settings_have_none():
-    """Up to the border: all images in a batch, an interval as long as the run."""
+    """No warning: all images in one batch, or an interval as long as the run."""
     border = ["batch_size=291", "eval_every=1000", "checkpoint_every=1000"]
     assert warnings(FT, *FINE) == []
     assert warnings(FT, *FINE, *border) == []
@@ -79,12 +81,12 @@ def test_one_line_each(overrides, fragments):
 
 
 def test_one_class():
-    found = warnings(FT, *FINE[1:], "model.num_classes=1", classes=("a",))
-    assert found == ["model.num_classes=1: with one class the loss is always 0"]
+    messages = warnings(FT, *FINE[1:], "model.num_classes=1", classes=("a",))
+    assert messages == ["model.num_classes=1: with one class the loss is always 0"]
 
 
 def test_linear_probe():
-    """LARS needs large learning rates; a probe of a random encoder is meaningless."""
+    """Small learning rates for LARS and probes of random encoders cause warnings."""
     fine = [*FINE, "batch_size=32"]
     lars = "optimizer.base_learning_rate=0.1"
     [line] = warnings("digits_linear", *fine, lars)

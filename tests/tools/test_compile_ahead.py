@@ -1,11 +1,11 @@
-"""`--mode compile`: reports and errors."""
+"""Tests of `--mode compile`: reports and errors."""
 
 import importlib.util
 import json
 
 import jax
+import mini_runs
 import pytest
-import recipes
 from flax import nnx
 from numpy.testing import assert_allclose
 
@@ -14,7 +14,7 @@ from hivit_jax.main import main
 from hivit_jax.tools import compile_ahead
 from hivit_jax.xla import ahead
 
-pytestmark = pytest.mark.usefixtures("quick")
+pytestmark = pytest.mark.usefixtures("minimal_output")
 
 
 def test_command_that_searches_the_largest_batch(monkeypatch, tmp_path, capsys):
@@ -33,8 +33,8 @@ def test_command_that_searches_the_largest_batch(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(compile_ahead, "devices_of", lambda topology: jax.devices())
     monkeypatch.setattr(compile_ahead, "step_report", step_report)
     for search in (False, True):
-        found = recipes.compile_report(tmp_path, *["--search_batch"] * search)
-        assert ("largest_batch_per_device" in found) == search
+        content = mini_runs.compile_report(tmp_path, *["--search_batch"] * search)
+        assert ("largest_batch_per_device" in content) == search
         out = capsys.readouterr().out
         assert "fits: 0.00 GiB of 0.00 GiB per device (arguments 0.00, " in out
         assert "all-reduce x 2: 3.0 MB per step and device\n" in out
@@ -87,8 +87,9 @@ def test_describe_prints_the_earlier_report(monkeypatch, tmp_path, capsys):
 
 
 def fails(capsys, topology, tmp_path, *more):
+    """Run ``--mode compile``, which must fail; return the error."""
     flags = [f"--topology={topology}", f"--workdir={tmp_path}", *more]
-    assert main([*recipes.arguments(), "--mode=compile", *flags]) == 2
+    assert main([*mini_runs.arguments(), "--mode=compile", *flags]) == 2
     message = capsys.readouterr().err
     assert 1 <= len(message.splitlines()) <= 3
     assert not (tmp_path / "compile.json").exists()
@@ -144,35 +145,36 @@ BRANCHES = ("attention", "mlp")
 @pytest.mark.extras
 @pytest.mark.slow
 def test_complete_report(tmp_path, monkeypatch):
-    """A report with CPU devices in place of the chips."""
+    """The report of a program for CPU devices, in place of chips, is complete."""
     monkeypatch.setattr(compile_ahead, "devices_of", lambda topology: jax.devices())
     monkeypatch.setitem(ahead.PLUGINS, "v5e", "jaxlib")
     options = dict(data__name="imagenet2012", data__canvas=96)
-    found = recipes.compile_report(tmp_path, **options)
-    assert found["fits"]
-    assert found["devices"] == found["batch_per_device"] == 8
-    memory = found["hbm_bytes_per_device"]
+    report = mini_runs.compile_report(tmp_path, **options)
+    assert report["fits"]
+    assert report["devices"] == report["batch_per_device"] == 8
+    memory = report["hbm_bytes_per_device"]
     assert memory["limit"] == 15.75 * 2**30
     assert 0 < memory["aliased"] <= memory["arguments"] < memory["total"]
-    model = nnx.eval_shape(inputs.task_of_recipe(recipes.mae()).build_model)
-    [reduced] = found["collectives"]
+    model = nnx.eval_shape(inputs.task_of_recipe(mini_runs.mae()).build_model)
+    [reduced] = report["collectives"]
     assert reduced["kind"] == "all-reduce"
     assert_allclose(reduced["bytes_per_step"], 4 * model.parameter_count(), rtol=0.02)
     blocks = {f"{part} {branch}" for part in ("main", "decoder") for branch in BRANCHES}
     parts = {"input", "embedding", "stem1", "stem2", "merge", "latent", "loss"}
-    regions = found["regions"]
+    regions = report["regions"]
     assert blocks | parts | {"optimizer", "exchange"} <= regions.keys()
     for name in blocks | parts:
         assert all(value > 0 for value in regions[name].values()), name
     assert regions["optimizer"]["flops_per_image"] == 0
-    parts = recipes.compile_report(
+    parts = mini_runs.compile_report(
         tmp_path, optimizer__accumulate_steps=4, batch_size=256, **options
     )
     assert_allclose(
         parts["collectives"][0]["bytes_per_step"], reduced["bytes_per_step"], rtol=0.02
     )
-    assert_allclose(parts["flops_per_image"], found["flops_per_image"], rtol=0.1)
+    assert_allclose(parts["flops_per_image"], report["flops_per_image"], rtol=0.1)
 
 
 def linear(size):
+    """Return the bytes of a program for a batch size."""
     return 1000 + 100 * size

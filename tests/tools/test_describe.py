@@ -1,14 +1,13 @@
-"""`--mode describe`: model, diff against the recipe, figures."""
+"""Tests of `--mode describe`: model, diff against the recipe, figures."""
 
 import re
 
 import numpy as np
 import pytest
-import recipes
 from flax import nnx
 from matplotlib.axes import Axes
+from mini_runs import check_message
 from PIL import Image
-from recipes import check_message
 
 from hivit_jax import inputs
 from hivit_jax.data.order import permutation
@@ -18,7 +17,8 @@ from hivit_jax.tools.describe import hours_table
 
 
 def describe(*overrides):
-    config = f"--config={recipes.ROOT / 'configs' / 'mae_base.py'}"
+    """Run ``--mode describe`` on mae_base; return the exit code."""
+    config = f"--config={mini_runs.ROOT / 'configs' / 'mae_base.py'}"
     return main([config, "--mode=describe", *overrides])
 
 
@@ -42,10 +42,10 @@ def test_describe_and_overrides(capsys):
 
 @pytest.mark.slow
 def test_hours_at_peak():
-    """Three forward passes of all images; one for a linear probe, which is frozen."""
+    """Hours count three forward passes per image, and one for a frozen encoder."""
     for config, passes in (
-        (recipes.recipe("digits_mae"), 3),
-        (recipes.recipe("digits_linear"), 1),
+        (mini_runs.recipe("digits_mae"), 3),
+        (mini_runs.recipe("digits_linear"), 1),
     ):
         task = inputs.task_of_recipe(config)
         model = nnx.eval_shape(task.build_model)
@@ -68,8 +68,8 @@ def test_real_process_describes_without_tensorflow():
         "assert 'tensorflow' not in sys.modules\n"
         "sys.exit(code)"
     )
-    flags = [f"--config={recipes.ROOT}/configs/mae_base.py", "--mode=describe"]
-    code, out, err = recipes.run_process("-c", program, *flags)
+    flags = [f"--config={mini_runs.ROOT}/configs/mae_base.py", "--mode=describe"]
+    code, out, err = mini_runs.run_process("-c", program, *flags)
     assert (code, err) == (0, "")
     assert "= 87.04" in out
     assert " M" in out
@@ -78,7 +78,7 @@ def test_real_process_describes_without_tensorflow():
 
 @pytest.mark.slow
 def test_describe_draws_schedule_and_images(tmp_path, capsys, monkeypatch):
-    """It draws every learning rate and the first 16 training images.
+    """Figures show every learning rate and the first 16 training images.
 
     Here the recipe neither crops nor flips them.
     """
@@ -95,7 +95,7 @@ def test_describe_draws_schedule_and_images(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(Axes, "plot", plotted)
     monkeypatch.setattr(Axes, "imshow", shown)
-    recipe = recipes.ROOT / "configs" / "digits_finetune.py"
+    recipe = mini_runs.ROOT / "configs" / "digits_finetune.py"
     overrides = [
         "--config.batch_size=24",
         "--config.model.image_size=8",
@@ -108,12 +108,12 @@ def test_describe_draws_schedule_and_images(tmp_path, capsys, monkeypatch):
     assert f"drawn: {tmp_path}/figures/schedule.png, " in capsys.readouterr().out
     for name in ("schedule", "augmented"):
         Image.open(tmp_path / "figures" / f"{name}.png").verify()
-    [(steps, rates)] = lines
+    [(steps, learning_rates)] = lines
     np.testing.assert_array_equal(steps, np.arange(361))
     peak, warmup = 1e-2 * 24 / 256, 125  # steps: 30 of 100 images
     fall = 0.5 + 0.5 * np.cos(np.pi * (steps - warmup) / (360 - warmup))
     expected = peak * np.where(steps < warmup, steps / warmup, fall)
-    np.testing.assert_allclose(rates, expected, rtol=1e-4, atol=1e-8)
+    np.testing.assert_allclose(learning_rates, expected, rtol=1e-4, atol=1e-8)
     pixels = digits.Digits("train", 100).pixels()[permutation(0, 0, 100)[:16]]
     assert len(images) == 16
     for (image, options), scan in zip(images, pixels, strict=True):
