@@ -97,7 +97,7 @@ def measure(
             "images_per_cpu_second": statistics.median(x for x, _ in values[1:]),
             "images_per_second": statistics.median(x for _, x in values[1:]),
         }
-        for row, values in throughputs.items()
+        for row, values in rates.items()
     }
 
 
@@ -134,7 +134,7 @@ def main() -> None:
         "delay_seconds": args.delay,
     }
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
-    RESULTS.write_text(json.dumps(content | {"cpu": processor()}, indent=2) + "\n")
+    RESULTS.write_text(json.dumps(result | {"cpu": processor()}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

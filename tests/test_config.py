@@ -3,6 +3,7 @@
 import copy
 import pickle
 
+import mini_runs
 import pytest
 from mini_runs import check_message
 
@@ -208,7 +209,7 @@ def test_family_of_an_override():
 )
 def test_unknown_attributes(section, name, meant):
     """Reading and setting them raise an error that names the key that was meant."""
-    config = recipes.mae()
+    config = mini_runs.mae()
     for part in (config, config.copy_and_resolve_references()):
         part = part[section] if section else part
         assert not hasattr(part, name)
@@ -218,7 +219,7 @@ def test_unknown_attributes(section, name, meant):
 
 
 def test_copies_of_configs():
-    config = recipes.mae()
+    config = mini_runs.mae()
     for other in (copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
         assert other == config
         assert configs.to_json(other) == configs.to_json(config)

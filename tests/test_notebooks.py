@@ -5,10 +5,10 @@ import json
 import re
 
 import matplotlib
+import mini_runs
 import pytest
-import recipes
 
-NOTEBOOKS = sorted((recipes.ROOT / "notebooks").glob("*.ipynb"))
+NOTEBOOKS = sorted((mini_runs.ROOT / "notebooks").glob("*.ipynb"))
 
 
 def code_cells(path):
@@ -38,7 +38,7 @@ PRINTED = {
 @pytest.mark.extras
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook(path, tmp_path, monkeypatch, capsys, quick):
+def test_notebook(path, tmp_path, monkeypatch, capsys, minimal_output):
     """All cells run in order, without libtpu."""
     pytest.importorskip("sklearn")
     matplotlib.use("Agg")

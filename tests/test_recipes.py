@@ -66,8 +66,8 @@ VARIANTS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", recipes_by_name.names())
-@pytest.mark.usefixtures("user_cache")
+@pytest.mark.parametrize("name", recipes.names())
+@pytest.mark.usefixtures("cache_directory")
 def test_every_recipe(name, folder):
     """Each recipe builds its model and documents command, hardware, result and cost."""
     text = (mini_runs.ROOT / "configs" / f"{name}.py").read_text()
@@ -243,7 +243,7 @@ SOURCES += [(name, old_file(name)) for name in FILES]
 @pytest.mark.parametrize(("name", "source"), SOURCES)
 def test_values_of_old_recipes(name, source):
     """Today's recipes and the old files have the recorded values."""
-    values = named_leaves(json.loads(configs.to_json(configs.load(source))))
+    found = named_leaves(json.loads(configs.to_json(configs.load(source))))
     expected = named_leaves(OLD_RECIPES[name]["config"])
     if source == "digits_linear":  # mesh.data=1 failed on several devices
         expected["mesh/data"] = -1

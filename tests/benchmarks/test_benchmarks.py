@@ -109,10 +109,10 @@ def test_all_parts_for_an_accelerator_are_tried(tmp_path, monkeypatch, capsys):
 def test_pytorch_twin_has_our_first_loss(task, tmp_path):
     """The twin receives all arrays of our model; the benchmark fails otherwise."""
     out = tmp_path / "out.json"
-    code, _, error = recipes.run_process(
+    code, _, error = mini_runs.run_process(
         *("-m", "benchmarks.peers", "--task", task, "--batch", 1, "--threads", 1),
         *("--rounds", 1, "--steps", 1, "--rows", "hivit_jax", "torch", "--out", out),
-        PYTHONPATH=recipes.ROOT,
+        PYTHONPATH=mini_runs.ROOT,
     )
     assert code == 0, error
     ours, twin = json.loads(out.read_text())["rows"].values()

@@ -70,7 +70,7 @@ GOLDEN = [[52, 57, 16, 16, 36, 16, 0, 16], [0, 0, 21, 20, 2, 18, 5, 16]]
 
 
 @pytest.fixture
-def folder(tmp_path, user_cache):
+def folder(tmp_path, cache_directory):
     """Class folders with 12 and 2 training images."""
     for split, counts in (("train", (12, 2)), ("val", (1, 1))):
         for label, count in enumerate(counts):

@@ -8,9 +8,9 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
+import mini_runs
 import numpy as np
 import pytest
-import recipes
 from PIL import Image
 
 from hivit_jax.main import main
@@ -50,13 +50,13 @@ def test_every_page_with_commands_is_run():
     above.
     """
     found = {
-        str(path.relative_to(recipes.ROOT))
-        for path in [recipes.ROOT / "README.md", *recipes.ROOT.glob("docs/*.md")]
+        str(path.relative_to(mini_runs.ROOT))
+        for path in [mini_runs.ROOT / "README.md", *mini_runs.ROOT.glob("docs/*.md")]
         if any(not reason_to_skip(shlex.join(words)) for words in commands(path))
     }
     assert found - {*PAGES} <= {"docs/index.md"}
-    known = [c for page in PAGES for c in commands(recipes.ROOT / page)]
-    index = commands(recipes.ROOT / "docs/index.md")
+    known = [c for page in PAGES for c in commands(mini_runs.ROOT / page)]
+    index = commands(mini_runs.ROOT / "docs/index.md")
     assert [c for c in index if c not in known] == []
 
 
@@ -76,7 +76,7 @@ def directory(tmp_path, monkeypatch):
         write(tmp_path / name)
     for k in range(12):
         write(tmp_path / "tiles" / f"{k}.png")
-    shutil.copy(recipes.ROOT / "tests/parity/golden/official_mae.pth", tmp_path)
+    shutil.copy(mini_runs.ROOT / "tests/parity/golden/official_mae.pth", tmp_path)
     (tmp_path / "official_mae.pth").rename(tmp_path / "FILE.pth")
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -98,13 +98,13 @@ def run(words):
     return import_module(name).main(words[2:])
 
 
-def test_commands(directory, monkeypatch, capfd, quick):
+def test_commands(directory, monkeypatch, capfd, minimal_output):
     for package in ("sklearn", "matplotlib"):
         pytest.importorskip(package)
-    monkeypatch.setattr(sys, "path", [str(recipes.ROOT), *sys.path])
+    monkeypatch.setattr(sys, "path", [str(mini_runs.ROOT), *sys.path])
     counts, failed, done = {"run": 0}, [], []
     for page in PAGES:
-        for words in commands(recipes.ROOT / page):
+        for words in commands(mini_runs.ROOT / page):
             command = shlex.join(words)
             if command in done:
                 continue

@@ -2,15 +2,15 @@
 
 import shutil
 
+import mini_runs
 import pytest
-import recipes
 
 from hivit_jax import evaluate
 from hivit_jax.errors import ConfigError, Interrupted
 from hivit_jax.reporting import metrics
 from hivit_jax.train import train
 
-pytestmark = pytest.mark.usefixtures("quick")
+pytestmark = pytest.mark.usefixtures("minimal_output")
 
 # Step -> loss of its evaluation. With patience 2, the run ends at step 5.
 LOSSES = {1: 0.7, 2: 0.5, 3: 0.4, 4: 0.6, 5: 0.45, 6: 0.1}
@@ -34,7 +34,7 @@ def config(**overrides):
     """Return a run of 6 steps with an evaluation after each one."""
     mini = dict(total_steps=6, eval_every=1, keep_checkpoints=1, early_stopping=2)
     size = dict(model__embed_dim=32, model__depths="(1,1,1)")
-    return recipes.mae(**mini | size | overrides)
+    return mini_runs.mae(**mini | size | overrides)
 
 
 @pytest.mark.slow
@@ -43,7 +43,7 @@ def test_run_ends_at_the_same_step_after_interruptions(evaluated, tmp_path, caps
     whole = tmp_path / "whole"
     assert train(config(), whole)["eval/loss"] == 0.45
     assert evaluated == [1, 2, 3, 4, 5]
-    assert recipes.saved_steps(whole) == [3, 5]
+    assert mini_runs.saved_steps(whole) == [3, 5]
     *_, early, last = capsys.readouterr().out.splitlines()
     assert early == "early stopping: no better eval/loss in the last 2 evaluations"
     assert last.startswith("best checkpoint  step 3  eval  loss 0.4000")
@@ -53,7 +53,7 @@ def test_run_ends_at_the_same_step_after_interruptions(evaluated, tmp_path, caps
     evaluated.clear()
     with pytest.raises(Interrupted):
         train(config(), workdir, lambda step: "why" if step == 4 else None)
-    assert recipes.saved_steps(workdir) == [3, 4]
+    assert mini_runs.saved_steps(workdir) == [3, 4]
     for kept in (4, 3):
         again = tmp_path / f"again{kept}"
         shutil.copytree(workdir, again)
@@ -62,9 +62,11 @@ def test_run_ends_at_the_same_step_after_interruptions(evaluated, tmp_path, caps
         evaluated[:] = range(1, kept + 1)
         train(config(), again)
         assert evaluated == [1, 2, 3, 4, 5]
-        assert recipes.logged(again, "eval/loss") == recipes.logged(whole, "eval/loss")
-        ends = (recipes.saved_arrays(each, 5) for each in (whole, again))
-        recipes.assert_identical(*ends)
+        assert mini_runs.logged(again, "eval/loss") == mini_runs.logged(
+            whole, "eval/loss"
+        )
+        ends = (mini_runs.saved_arrays(each, 5) for each in (whole, again))
+        mini_runs.assert_identical(*ends)
 
     # The same command only evaluates. Without early stopping, the run goes on.
     capsys.readouterr()
@@ -74,7 +76,7 @@ def test_run_ends_at_the_same_step_after_interruptions(evaluated, tmp_path, caps
     assert "early stopping: no better" in capsys.readouterr().out
     evaluated[:] = range(1, 6)
     train(config(early_stopping=0), whole)
-    assert recipes.logged(whole, "eval/loss")[6] == 0.1
+    assert mini_runs.logged(whole, "eval/loss")[6] == 0.1
 
 
 def test_evaluations_since_best(tmp_path):

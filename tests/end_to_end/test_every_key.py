@@ -64,9 +64,9 @@ def test_both_kinds_of_mixing():
     assert uses_cutmix == {True, False}
 
 
-def test_seed_draws_the_first_parameters(trace_of):
-    trace = trace_of("classify, plain")
-    arguments = create_arguments(trace.config.model)
+def test_seed_draws_the_first_parameters(recorded_run):
+    run = recorded_run("classify, plain")
+    arguments = create_arguments(run.config.model)
 
     @jax.jit
     def initialize():

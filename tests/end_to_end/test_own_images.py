@@ -8,7 +8,6 @@ import tarfile
 import mini_runs
 import numpy as np
 import pytest
-import recipes
 import tifffile
 from datasets import encode, noise_image
 from PIL import Image
@@ -156,7 +155,7 @@ def write_parquet(root):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("minimal_output")
 @pytest.mark.parametrize("write", [write_csv, write_tars, write_parquet])
 def test_from_files_to_predictions(write, tmp_path, capsys):
     """Damaged images have weight 0 and are named; the trained model is right."""
@@ -179,7 +178,7 @@ def test_from_files_to_predictions(write, tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("minimal_output")
 def test_several_labels(tmp_path, capsys):
     """The upper half is red or not, the lower half blue; some images have no label."""
     lines = ["file,label,split", "damaged.png,red;blue,train"]
@@ -260,7 +259,7 @@ def test_tiles_of_16_bits_and_4_bands(tmp_path, capsys):
 
 def arguments(**overrides):
     """Return the command line of a small classifier."""
-    flags = recipes.arguments("photographs", **CLASSIFIER | overrides)
+    flags = mini_runs.arguments("photographs", **CLASSIFIER | overrides)
     return [flag for flag in flags if "decoder" not in flag]
 
 

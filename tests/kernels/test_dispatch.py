@@ -156,7 +156,7 @@ def test_evaluation_runs_kernels_on_a_mesh(monkeypatch):
     monkeypatch.setattr(dispatch.Target, "run", run)
     found = {}
     for choice in ("plain", "fused"):
-        config = recipes.classifier("digits", batch_size=16)
+        config = mini_runs.classifier("digits", batch_size=16)
         config.model.kernels, config.model.embed_dim = choice, 128
         config.mesh.data, config.mesh.fsdp = 1, 2
         mesh = sharding.make_mesh(config.mesh, 16, devices=jax.devices()[:2])

@@ -4,9 +4,9 @@ import struct
 import sys
 from types import SimpleNamespace
 
+import mini_runs
 import numpy as np
 import pytest
-import recipes
 from etils.epath import Path as EPath
 
 from hivit_jax.errors import ConfigError, MissingPackage
@@ -111,11 +111,11 @@ def test_wandb_that_cannot_start(workdir, monkeypatch):
 
 @pytest.mark.extras
 @pytest.mark.slow
-def test_offline_run(workdir, monkeypatch, quick):
+def test_offline_run(workdir, monkeypatch, minimal_output):
     """A real run in wandb's offline mode writes its files into the workdir."""
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
-    flags = recipes.arguments(wandb_project="hivit", total_steps=2)
+    flags = mini_runs.arguments(wandb_project="hivit", total_steps=2)
     assert main([*flags, f"--workdir={workdir}"]) == 0
     [record] = workdir.glob("wandb/offline-run-*/run-*.wandb")
     assert record.stem == f"run-{(workdir / 'wandb.id').read_text()}"

@@ -1,9 +1,9 @@
 """Metrics and class weights of classification."""
 
 import jax.numpy as jnp
+import mini_runs
 import numpy as np
 import pytest
-import recipes
 from numpy.testing import assert_allclose
 
 from hivit_jax import rng
@@ -114,7 +114,7 @@ def test_class_weights_by_number():
 @pytest.mark.parametrize("text", ["", "1,0.5,3"])
 def test_loss_with_class_weights(text):
     """As torch's cross_entropy with class probabilities, before its mean."""
-    config = recipes.classifier(model__num_classes=3, class_weights=text)
+    config = mini_runs.classifier(model__num_classes=3, class_weights=text)
     task = Classification(config, COUNTS)
     logits = np.random.RandomState(0).randn(4, 3)
     targets = np.array([[1, 0, 0], [0, 0.7, 0.3], [0.1, 0.1, 0.8], [0, 1, 0]])

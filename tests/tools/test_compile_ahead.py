@@ -43,14 +43,18 @@ def test_command_that_searches_the_largest_batch(monkeypatch, tmp_path, capsys):
         assert (f"written: {tmp_path}/compile.json") in out
         # 8 steps of 64 images on 8 chips at 123.4 images/s each.
         hours = 8 * 64 / (8 * 123.4) / 3600
-        assert found["run"]["hours_at_bound"] == pytest.approx(hours)
-        assert found["run"]["hours_at_utilization"] == pytest.approx(hours / 0.4)
+        assert content["run"]["hours_at_bound"] == pytest.approx(hours)
+        assert content["run"]["hours_at_utilization"] == pytest.approx(hours / 0.4)
         assert [line.split() for line in out.splitlines() if "chip-hours" in line] == [
             ["at", "the", "bound", "0.00", "hours", "0.0", "chip-hours"],
             ["at", "40%", "of", "it", "0.00", "hours", "0.0", "chip-hours"],
         ]
-    assert found["largest_batch_per_device"] <= 40 < found["smallest_that_does_not_fit"]
-    assert f"per device: {found['largest_batch_per_device']} (" in out
+    assert (
+        content["largest_batch_per_device"]
+        <= 40
+        < content["smallest_that_does_not_fit"]
+    )
+    assert f"per device: {content['largest_batch_per_device']} (" in out
 
 
 REPORT = {
@@ -66,7 +70,7 @@ REPORT = {
 
 def test_describe_prints_the_earlier_report(monkeypatch, tmp_path, capsys):
     """It notes that compile.json belongs to another config."""
-    config = recipes.mae(batch_size=64)
+    config = mini_runs.mae(batch_size=64)
     report = REPORT | {
         "batch_per_device": 8,
         "fits": True,
@@ -79,7 +83,7 @@ def test_describe_prints_the_earlier_report(monkeypatch, tmp_path, capsys):
         found = compile_ahead.earlier_summary(config, tmp_path)
         assert (other in found) if other else found == ""
     assert "another config" not in found
-    other = recipes.mae(batch_size=32)
+    other = mini_runs.mae(batch_size=32)
     assert "another config" in compile_ahead.earlier_summary(other, tmp_path)
 
 

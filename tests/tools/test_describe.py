@@ -2,6 +2,7 @@
 
 import re
 
+import mini_runs
 import numpy as np
 import pytest
 from flax import nnx

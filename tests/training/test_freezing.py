@@ -4,11 +4,11 @@ import shutil
 
 import jax
 import jax.numpy as jnp
+import mini_runs
 import networks
 import numpy as np
 import optax
 import pytest
-import recipes
 from flax import nnx
 from numpy.testing import assert_allclose, assert_array_equal
 
@@ -76,7 +76,7 @@ LAYERS = {"a": 0, "b/bias": 1, "b/kernel": 2}
 
 def test_other_parameters_are_trained_as_before():
     """Moments, weight decay and layer decay of the others are bit-identical."""
-    options = recipes.mae().optimizer.copy_and_resolve_references()
+    options = mini_runs.mae().optimizer.copy_and_resolve_references()
     options.unlock()
     options.layer_decay = 0.5
     whole = make_optimizer(
@@ -93,7 +93,7 @@ def test_other_parameters_are_trained_as_before():
         states = first, second
         assert (expected["b"].pop("kernel") != 0).all()
         assert not found["b"].pop("kernel").any()
-        recipes.assert_identical(found, expected)
+        mini_runs.assert_identical(found, expected)
 
 
 class SquareTask:
@@ -132,10 +132,10 @@ def test_no_bit_changes_in_a_step():
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("minimal_output")
 def test_run_with_frozen_stages(tmp_path, capsys):
     """A real run with an average and layer decay, which resumes bit-identically."""
-    config = recipes.classifier(
+    config = mini_runs.classifier(
         total_steps=2,
         checkpoint_every=1,
         eval_every=2,
@@ -144,7 +144,7 @@ def test_run_with_frozen_stages(tmp_path, capsys):
         optimizer__layer_decay=0.7,
     )
     train(config, tmp_path / "run")
-    before, after = (recipes.saved_arrays(tmp_path / "run", step) for step in (1, 2))
+    before, after = (mini_runs.saved_arrays(tmp_path / "run", step) for step in (1, 2))
     frozen = frozen_parameters(config.model.freeze, before["params"])
     assert len(frozen) > 20
     for item in ("params", "ema"):
@@ -159,4 +159,4 @@ def test_run_with_frozen_stages(tmp_path, capsys):
     capsys.readouterr()
     train(config, tmp_path / "resumed")
     assert "resuming at step 1" in capsys.readouterr().out
-    recipes.assert_identical(recipes.saved_arrays(tmp_path / "resumed", 2), after)
+    mini_runs.assert_identical(mini_runs.saved_arrays(tmp_path / "resumed", 2), after)

@@ -340,7 +340,7 @@ def test_hub(tmp_path, monkeypatch):
     other = hivit_jax.load_pretrained("hf://group/hivit/other.safetensors")
     assert other.config.embed_dim == 16
     files = ["model.safetensors", "config.json", "preprocessor_config.json"]
-    assert asked == [
+    assert downloads == [
         ("group/hivit", "v1", files),
         ("group/hivit", None, ["other.safetensors"]),
     ]

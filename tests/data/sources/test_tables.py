@@ -1,5 +1,6 @@
 """Tests of the source of CSV files and lists of paths."""
 
+import mini_runs
 import numpy as np
 import pytest
 
@@ -150,7 +151,7 @@ def test_several_labels(root):
     expected = [[1, 1, 0], [0, 0, 0], [1, 0, 0], [0, 0, 1]]
     np.testing.assert_array_equal(source.labels, expected)
     for index, vector in enumerate(expected):
-        label = recipes.sample(source, index)[1]
+        label = mini_runs.sample(source, index)[1]
         assert (label.dtype, label.tolist()) == (np.uint8, vector)
     (note,) = split_notes(source, np.arange(1), "train", "uint8")
     assert note.startswith("1 of 4 images of the train split have no label; they count")
