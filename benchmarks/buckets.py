@@ -1,10 +1,13 @@
 """Compare reading from local disk, a bucket and local copies of its files.
 
-    python -m benchmarks.buckets [--rounds 4] [--delay 0.03]
+    python -m benchmarks.buckets [--rounds 4] [--batches 30] [--delay 0.03]
 
 Writes 420 photographs of 500x375 as class folders and as tar files. A server on this
 machine stands in for the bucket and delays each answer. Its CPU time does not count.
-Batches are read with two threads. The table contains medians of interleaved rounds.
+Batches are read with two threads. The first batches of each round do not count, because
+tf.data is traced then. The table contains medians of interleaved rounds, and the
+components that read and decode. The tf.data rows need tensorflow and are skipped
+without it.
 """
 
 import argparse
@@ -17,6 +20,7 @@ import sys
 import tarfile
 import tempfile
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 from benchmarks import photographs
@@ -24,9 +28,10 @@ from benchmarks.input_pipeline import BATCH, ROOT, recipe
 from benchmarks.machine import processor
 from hivit_jax import inputs
 from hivit_jax.data.sources import registry
+from hivit_jax.xla.compile import keep_freed_memory
 
 RESULTS = ROOT / "benchmarks" / "results" / "buckets.json"
-SHARDS, STEPS = 8, 15
+SHARDS, START = 8, 3  # batches at the start that do not count
 
 
 def write_tars(root: Path) -> None:
@@ -42,36 +47,49 @@ def write_tars(root: Path) -> None:
                     archive.addfile(label, io.BytesIO(b"0"))
 
 
-def sources(root: Path) -> dict[str, object]:
-    """Return {row of the table: config}."""
-    options = {
-        "class folders, local": {"dir": root},
-        "class folders, bucket": {"dir": "gs://bucket"},
-        "tar files, local": {"dir": root, "name": "webdataset"},
-        "tar files, bucket": {"dir": "gs://bucket", "name": "webdataset"},
-        "tar files, bucket, copied": {
-            "dir": "gs://bucket",
-            "name": "webdataset",
-            "cache": root / "copies",
-        },
+def sources(root: Path) -> dict[tuple[str, str, str], object]:
+    """Return {(files, reader, who reads and decodes): config}."""
+    tars = {"name": "webdataset"}
+    places = {
+        "class folders, local": ("file", {"dir": root}),
+        "class folders, bucket": ("tensorstore", {"dir": "gs://bucket"}),
+        "tar files, local": ("file", {"dir": root} | tars),
+        "tar files, bucket": ("tensorstore", {"dir": "gs://bucket"} | tars),
+        "tar files, bucket, copied": (
+            "copy",
+            {"dir": "gs://bucket", "cache": root / "copies"} | tars,
+        ),
     }
-    return {
-        row: recipe(each["dir"], workers=2, **{k: each[k] for k in each if k != "dir"})
-        for row, each in options.items()
-    }
+    readers = ["threads"] + ["tf.data"] * (find_spec("tensorflow") is not None)
+    configs = {}
+    for place, (origin, data) in places.items():
+        for reader in readers:
+            road = f"{origin} -> simplejpeg"
+            if reader == "tf.data":
+                road += " in tf.numpy_function"
+                if place == "class folders, local":
+                    road = "tensorflow reads and decodes"
+            options = {k: v for k, v in data.items() if k != "dir"}
+            options |= {"workers": 2, "reader": reader}
+            configs[place, reader, road] = recipe(data["dir"], **options)
+    return configs
 
 
-def measure(root: Path, rounds: int) -> dict[str, dict[str, float]]:
+def measure(
+    root: Path, rounds: int, batches: int
+) -> dict[tuple[str, str, str], dict[str, float]]:
     """Return images per CPU-second and per second of each row."""
+    keep_freed_memory()  # as in training
     configs = sources(root)
-    rates: dict[str, list[tuple[float, float]]] = {row: [] for row in configs}
+    rates: dict[tuple, list[tuple[float, float]]] = {row: [] for row in configs}
     for _ in range(rounds + 1):  # the first round is a warmup, and makes the copies
         for row, config in configs.items():
             registry.open_source(config.data, "train")
+            read = inputs.train_batches(config, 0, START + batches)
+            for _ in range(START):
+                next(read)
             cpu, wall = time.process_time(), time.perf_counter()
-            for _ in inputs.train_batches(config, 0, STEPS):
-                pass
-            images = BATCH * STEPS
+            images = BATCH * sum(1 for _ in read)
             spent = time.process_time() - cpu, time.perf_counter() - wall
             rates[row].append((images / spent[0], images / spent[1]))
     return {
@@ -87,6 +105,7 @@ def main() -> None:
     """Write the photographs, start the server and run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--batches", type=int, default=30, help="per round")
     parser.add_argument("--delay", type=float, default=0.03, help="seconds")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
@@ -98,14 +117,22 @@ def main() -> None:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         try:
             os.environ |= json.loads(process.stdout.readline())
-            rates = measure(root, args.rounds)
+            rates = measure(root, args.rounds, args.batches)
         finally:
             process.terminate()
-    print(f"{'':28}images per CPU-second   images per second")
-    for row, rate in rates.items():
-        print(f"{row:28}{rate['images_per_cpu_second']:21,.0f}", end="")
-        print(f"{rate['images_per_second']:20,.0f}")
-    result = {"rates": rates, "rounds": args.rounds, "delay_seconds": args.delay}
+    print(f"{'files':27}{'reader':9}images per CPU-second  per second  read by")
+    for (place, reader, road), rate in rates.items():
+        print(f"{place:27}{reader:9}{rate['images_per_cpu_second']:21,.0f}", end="")
+        print(f"{rate['images_per_second']:12,.0f}  {road}")
+    result = {
+        "rows": [
+            dict(zip(("files", "reader", "read_by"), row, strict=True)) | rate
+            for row, rate in rates.items()
+        ],
+        "rounds": args.rounds,
+        "batches": args.batches,
+        "delay_seconds": args.delay,
+    }
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     RESULTS.write_text(json.dumps(result | {"cpu": processor()}, indent=2) + "\n")
 

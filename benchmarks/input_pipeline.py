@@ -31,7 +31,7 @@ from hivit_jax import config as configs
 from hivit_jax import inputs
 from hivit_jax.data import crops, order, transforms
 from hivit_jax.data.sources import registry
-from hivit_jax.tools.prepare_data import shrink
+from hivit_jax.tools.record_shards import shrink
 from hivit_jax.xla.compile import keep_freed_memory
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -70,7 +70,7 @@ KEYS = {
         ),
         "eval_fraction": Key(
             0.0,
-            "fraction of the training images to hold out (`folder`, `csv`)",
+            "fraction of the training images to hold out (files and archives)",
             0,
             below=1,
         ),
@@ -80,6 +80,11 @@ KEYS = {
             "first group",
         ),
         "exclude": Key("", "file with one path per line of the images to leave out"),
+        "multi_label": Key(
+            False,
+            "an image has any number of labels: separated by `;` in the files of `csv`,"
+            " or a sequence of labels of TFDS",
+        ),
         "class_level": Key(
             "top",
             "directories of `folder` that are the classes: the topmost, all that "

@@ -2,6 +2,9 @@
 
 import os
 from pathlib import Path
+from typing import Any
+
+from hivit_jax.errors import ConfigError, require
 
 
 def expand(path: str) -> str:
@@ -12,6 +15,47 @@ def expand(path: str) -> str:
     """
     path = os.fspath(path)
     return path if "://" in path else os.path.expanduser(path)
+
+
+def absolute(path: str | os.PathLike) -> Any:
+    """Return `open_path` of a path, absolute. Addresses of buckets stay unchanged."""
+    path = open_path(path)
+    return path if is_bucket(path) else path.absolute()
+
+
+def open_path(path: str | os.PathLike) -> Any:
+    """Return the `etils.epath.Path` of a workdir, checkpoint or model file.
+
+    Files in Cloud Storage (``gs://``) are accessed with gcsfs.
+
+    Raises:
+      ConfigError: the address has another scheme.
+      MissingPackage: gcsfs is not installed.
+    """
+    from etils.epath import Path  # late, because compiling a step does not need it
+
+    path = expand(path)
+    scheme, separator, _ = path.partition("://")
+    if not separator:
+        return Path(path)
+    if scheme != "gs":
+        raise ConfigError(
+            f"{path}: expected a local path or gs://BUCKET/DIRECTORY, because Orbax "
+            "writes checkpoints to no other kind of bucket"
+        )
+    require("gcsfs", "hivit-jax[gcs]")
+    import fsspec
+
+    # Without the first line, etils uses tensorflow if it is installed. Without the
+    # second one, files that other processes write later are not seen.
+    os.environ["EPATH_USE_TF"] = "false"
+    fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
+    return Path(path)
+
+
+def is_bucket(path: str | os.PathLike) -> bool:
+    """Return True for an address such as ``gs://bucket/x``."""
+    return "://" in os.fspath(path)
 
 
 def user_cache() -> Path:

@@ -13,7 +13,7 @@ import jax
 from etils.epath import Path
 
 from hivit_jax.errors import ConfigError
-from hivit_jax.paths import expand
+from hivit_jax.paths import open_path
 from hivit_jax.tree import leaf_name
 
 FIRST_NAME = "config.json"
@@ -23,8 +23,9 @@ MAX_LABELS_LISTED = 3
 
 def config_files(workdir: str | Path) -> list[Path]:
     """Return the config files of all starts of a run, oldest first."""
-    workdir = Path(expand(str(workdir)))
-    found = [p for p in workdir.glob("config*.json") if _start_time(p) is not None]
+    found = [
+        p for p in open_path(workdir).glob("config*.json") if _start_time(p) is not None
+    ]
     return sorted(found, key=_start_time)
 
 

@@ -13,6 +13,7 @@ import jax
 
 from hivit_jax.distributed.processes import all_processes
 from hivit_jax.errors import ResourceError, first_line
+from hivit_jax.paths import is_bucket
 
 GIB = 2**30
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -123,7 +124,7 @@ def _free_disk(path: str | Path) -> int | None:
 
     The path need not exist. Its nearest existing parent determines the file system.
     """
-    if "://" in str(path):
+    if is_bucket(path):
         return None
     path = Path(path).absolute()
     existing = next(each for each in (path, *path.parents) if each.exists())

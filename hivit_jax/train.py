@@ -27,7 +27,7 @@ from hivit_jax.errors import (
     LocalDataError,
     ResourceError,
 )
-from hivit_jax.paths import expand
+from hivit_jax.paths import open_path
 from hivit_jax.reporting import console, figures, metrics
 from hivit_jax.reporting.console import log
 from hivit_jax.tasks import Task
@@ -62,7 +62,7 @@ def train(
       HivitError: invalid config or input, divergence or interruption; see `errors`.
     """
     # --- Task, mesh, train step: shapes only ----------------------------------------
-    workdir = Path(expand(workdir))
+    workdir = open_path(workdir)
     task = inputs.make_task(config)
     config = task.config  # with the dataset's number of classes
     notes = inputs.check_splits(config, task)
@@ -185,8 +185,7 @@ def train(
                 f"{stop}: step {step} of {total_steps} is saved in "
                 f"{workdir}; run the same command to resume"
             )
-        if results is None:
-            results = run_evaluation()
+        results = run_evaluation() if results is None else results
         if results:
             log(console.best_line(workdir, checkpoints.steps(), task.best))
         return results

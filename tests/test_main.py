@@ -163,6 +163,7 @@ def test_second_run_in_a_workdir(finished, capsys):
         assert main([f"--workdir={finished}", "--mode=eval"]) == 0
 
 
+@pytest.mark.slow
 def test_changes_since_a_checkpoint(finished, capsys):
     """One line for each key and for the dataset; another batch size is refused before
     anything is written.

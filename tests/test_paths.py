@@ -1,14 +1,16 @@
 """Home directories in paths: wherever the command line or a config takes one."""
 
+import sys
+from types import ModuleType
+
 import jax
 import pytest
 
 from hivit_jax import config as configs
 from hivit_jax import main
-from hivit_jax.checkpoints.read import absolute
 from hivit_jax.data.sources.registry import open_source
-from hivit_jax.errors import DataError
-from hivit_jax.paths import expand
+from hivit_jax.errors import ConfigError, DataError, MissingPackage
+from hivit_jax.paths import absolute, expand
 from hivit_jax.xla.compile import enable_compilation_cache
 
 
@@ -33,7 +35,7 @@ def test_flags_of_the_command(home):
     assert flags.checkpoint == f"{home}/y"
 
 
-def test_recipe_and_checkpoint(home):
+def test_recipe_and_checkpoint(home, monkeypatch):
     (home / "own.py").write_text(
         "def get_config(size='16'):\n"
         "  return dict(task='mae', model=dict(name='mae_hivit_tiny', image_size=16 *"
@@ -41,7 +43,17 @@ def test_recipe_and_checkpoint(home):
     )
     assert configs.load("~/own.py:4").model.image_size == 64
     assert str(absolute("~/x")) == f"{home}/x"
+    monkeypatch.setitem(sys.modules, "gcsfs", ModuleType("gcsfs"))
+    monkeypatch.setenv("EPATH_USE_TF", "false")
     assert str(absolute("gs://b/~")) == "gs://b/~"
+
+
+def test_workdirs_in_buckets(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    with pytest.raises(MissingPackage, match=r"run pip install 'hivit-jax\[gcs\]'"):
+        absolute("gs://bucket/run")
+    with pytest.raises(ConfigError, match="s3://bucket/run: expected .* gs://BUCKET"):
+        absolute("s3://bucket/run")
 
 
 def test_data(home):

@@ -242,7 +242,7 @@ def test_values_of_old_recipes(name, source):
     new = "schedule", "first_epoch", "lr_batch", "gamma", "power"
     added = {f"optimizer/{key}" for key in new}
     new = "cache", "class_level", "dtype", "eval_fraction", "eval_group", "exclude"
-    added |= {f"data/{key}" for key in (*new, "reader", "scale")}
+    added |= {f"data/{key}" for key in (*new, "multi_label", "reader", "scale")}
     assert {key for key, value in found.items() if value is not None} == added
 
 

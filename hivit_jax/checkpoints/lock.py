@@ -23,9 +23,9 @@ from typing import Any
 import jax
 from etils.epath import Path
 
-from hivit_jax.checkpoints.read import absolute
 from hivit_jax.distributed.processes import exit_now, gather_objects
 from hivit_jax.errors import ConfigError, first_line
+from hivit_jax.paths import absolute, is_bucket
 from hivit_jax.reporting.console import log
 from hivit_jax.reporting.metrics import prepare_workdir
 
@@ -150,7 +150,7 @@ def _acquire(workdir: Path, owner: Owner) -> Path:
 def _create(path: Path, text: str) -> bool:
     """Create a file and return True; return False if it already exists."""
     try:
-        if "://" not in str(path):
+        if not is_bucket(path):
             with open(path, "x") as file:
                 file.write(text)
             return True
@@ -162,7 +162,7 @@ def _create(path: Path, text: str) -> bool:
     except FileExistsError:
         return False
     except Exception as error:
-        if "://" not in str(path):
+        if not is_bucket(path):
             raise
         log(
             f"note: the storage of {path} cannot create a file exclusively "
@@ -185,7 +185,7 @@ def _send_heartbeats(path: Path, owner: Owner, released: threading.Event) -> Non
     while not released.wait(INTERVAL):
         beats += 1
         text = json.dumps(owner | {"beats": f"{beats:010d}"})
-        with suppress(OSError):
+        with suppress(Exception):  # because errors of buckets have many types
             others = {*_lock_files(path.parent)} - {path}
             # A file counts if two heartbeats in a row see the file, because `_acquire`
             # may create a file and delete it at once.
@@ -197,7 +197,7 @@ def _send_heartbeats(path: Path, owner: Owner, released: threading.Event) -> Non
                     "process was suspended; ending without saving\n",
                 )
             others_before = others
-            if "://" in str(path):
+            if is_bucket(path):
                 path.write_text(text)
             else:  # in place, so that readers never see an incomplete file
                 with open(path, "r+") as file:

@@ -5,7 +5,8 @@
 optimizer state and the step; *config*; *dataset*, with the size and class names; and
 *digests* of every array, because Orbax restores flipped bits without an error. Each
 item can be restored alone. Orbax gives only complete checkpoints their final name, so
-that incomplete checkpoints are never restored.
+that incomplete checkpoints are never restored. In buckets, complete checkpoints contain
+`read.COMMIT_FILE` instead.
 
 Versions before 0.1 saved the model state inside *params*, and optimizer moments of the
 model state inside *optimizer*. `restore` finds that model state by array name and drops
@@ -28,8 +29,8 @@ from orbax.checkpoint import checkpoint_managers
 from hivit_jax.checkpoints.digests import digests
 from hivit_jax.checkpoints.names import match_names
 from hivit_jax.checkpoints.read import (
-    absolute,
     errors_as_damage,
+    is_complete,
     item_metadata,
     preferred_params_item,
     verify_digests,
@@ -37,6 +38,7 @@ from hivit_jax.checkpoints.read import (
 )
 from hivit_jax.distributed.processes import all_processes
 from hivit_jax.errors import CheckpointError, ConfigError, first_line
+from hivit_jax.paths import absolute, is_bucket
 from hivit_jax.reporting.console import log
 from hivit_jax.reporting.metrics import Best, Scalars, score
 from hivit_jax.resources import free_disk_text
@@ -84,7 +86,11 @@ class Checkpoints:
             cleanup_tmp_directories=True,
         )
         self.directory = absolute(workdir) / "checkpoints"
-        for path in self.directory.glob("*.orbax-checkpoint-tmp*"):
+        unfinished = [*self.directory.glob("*.orbax-checkpoint-tmp*")]
+        if is_bucket(self.directory):
+            found = (path for path in self.directory.glob("*") if path.name.isdigit())
+            unfinished = [path for path in found if not is_complete(path)]
+        for path in unfinished:
             log(f"checkpoint {path.name.split('.')[0]} was not finished; removed")
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 
@@ -172,6 +178,8 @@ class Checkpoints:
         if jax.process_index() == 0:
             target = self.directory.parent / "damaged" / str(step)
             target.parent.mkdir(exist_ok=True)
+            if is_bucket(target):  # which contains no empty directories
+                (target.parent / "README").write_text("Damaged checkpoints.\n")
             if target.exists():
                 target.rmtree()
             (self.directory / str(step)).rename(target)

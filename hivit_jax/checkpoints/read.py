@@ -16,16 +16,12 @@ from etils.epath import Path
 
 from hivit_jax.checkpoints.digests import digests, nonfinite_names
 from hivit_jax.errors import CheckpointError, first_line
-from hivit_jax.paths import expand
+from hivit_jax.paths import absolute, is_bucket
 from hivit_jax.tree import named_leaves
 
+COMMIT_FILE = "commit_success.txt"
+
 logging.set_verbosity(logging.FATAL)  # because Orbax also raises the errors it logs
-
-
-def absolute(path: str | Path) -> Path:
-    """Return an absolute path. Addresses of buckets (``gs://``) stay as they are."""
-    path = expand(path)
-    return Path(path) if "://" in path else Path(path).absolute()
 
 
 def find_checkpoints(path: str | Path) -> list[Path]:
@@ -42,13 +38,24 @@ def find_checkpoints(path: str | Path) -> list[Path]:
         path = path / "checkpoints"
     if (path / "params").is_dir():
         return [path]
-    found = [p for p in path.glob("*") if p.name.isdigit() and (p / "params").is_dir()]
+    found = [p for p in path.glob("*") if p.name.isdigit() and is_complete(p)]
     if not found:
         raise CheckpointError(
             f"no checkpoint in {path}; expected a workdir or the directory of one "
             "checkpoint"
         )
     return sorted(found, key=lambda p: -int(p.name))
+
+
+def is_complete(step_path: Path) -> bool:
+    """Return True for a checkpoint that has been written completely.
+
+    In buckets, where directories cannot be renamed atomically, Orbax writes a file
+    after all others.
+    """
+    if is_bucket(step_path):
+        return (step_path / COMMIT_FILE).exists()
+    return (step_path / "params").is_dir()
 
 
 def load_config(step_path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Notes at the start of a run about data that it does not use."""
+"""Notes at the start of a run about data that it does not use as they are."""
 
 from contextlib import suppress
 
@@ -12,10 +12,10 @@ from hivit_jax.data.sources.file_index import OUTSIDE
 def split_notes(
     source: Source, indices: np.ndarray, split: str, dtype: str
 ) -> list[str]:
-    """Return lines about ignored images of a split and about reduced values.
+    """Return lines about ignored images, images of no class, and reduced values.
 
     Args:
-      indices: indices of the examples to read for the second kind.
+      indices: indices of the examples to read for the last kind.
       dtype: `data.dtype`.
     """
     notes = []
@@ -25,6 +25,12 @@ def split_notes(
             f"{count:,} images of the {split} split are ignored, because they are "
             f"outside of the class directories: {', '.join(source.loose)}"
             f"{', ...' if count > len(source.loose) else ''}"
+        )
+    labels = np.asarray(getattr(source, "labels", 0))
+    if labels.ndim == 2 and (count := int((~labels.any(1)).sum())):
+        notes.append(
+            f"{count:,} of {len(labels):,} images of the {split} split have no label; "
+            "they count as images of no class"
         )
     tried, count = set(indices.tolist()), 0
     for index in tried if dtype == "uint8" else ():

@@ -67,8 +67,9 @@ class Transform:
 class ImageTransform(Transform):
     """Converts an image and its label to arrays.
 
-    The arrays are "image" [H, W, C], "label" int32 and, with a canvas, "box" float32
-    [2, 3], or [2, 5] unless the image is uint8 (see `augment.resample`).
+    The arrays are "image" [H, W, C], "label" int32 or uint8 [num_labels] and, with a
+    canvas, "box" float32 [2, 3], or [2, 5] unless the image is uint8 (see
+    `augment.resample`).
 
     Args:
       size: (height, width) of the model's image.
@@ -78,6 +79,8 @@ class ImageTransform(Transform):
       crop_scale: relative area of random crops; None: `center_crop` with `crop_pct`.
       randaugment: apply RandAugment to the resized image; requires canvas=0.
       num_classes: labels must be smaller than this number; 0: no check.
+      num_labels: length of the vector of an image's labels, 0 and 1. Shorter vectors of
+        the source are extended with 0. 0: the label is a number.
       value_range: see `decode`.
       dtype: dtype of the image, one of `rasters.DTYPES`.
     """
@@ -95,6 +98,7 @@ class ImageTransform(Transform):
         antialias: bool = True,
         randaugment: bool = False,
         num_classes: int = 0,
+        num_labels: int = 0,
         value_range: Sequence[float] = (),
         dtype: str = "uint8",
     ):
@@ -108,10 +112,14 @@ class ImageTransform(Transform):
 
             self._randaugment = policy.randaugment
             self.draws += policy.DRAWS
+        self._num_labels = num_labels
         stored_size = (canvas, canvas) if canvas else self._size
         shapes = {
             "image": jax.ShapeDtypeStruct((*stored_size, channels), np.dtype(dtype)),
-            "label": jax.ShapeDtypeStruct((), np.int32),
+            "label": jax.ShapeDtypeStruct(
+                (num_labels,) if num_labels else (),
+                np.uint8 if num_labels else np.int32,
+            ),
         }
         if canvas:
             numbers = 3 if dtype == "uint8" else 5
@@ -131,12 +139,7 @@ class ImageTransform(Transform):
         """
         options = self._channels, self._value_range, self._dtype
         pixels = decode(sample["image"], *options)
-        label = sample.get("label", 0)
-        if not self._is_valid(label):
-            raise DataError(
-                f"expected a label from 0 to {self._num_classes - 1}, found {label}; "
-                f"correct the label or model.num_classes={self._num_classes}"
-            )
+        out["label"][...] = self._label(sample)
         height, width = pixels.shape[:2]
         if self._crop_scale is None:
             crop = center_crop(height, width, self._size, self._crop_pct)
@@ -152,7 +155,6 @@ class ImageTransform(Transform):
             if self._dtype != "uint8":
                 box = [*map(precise_span, box, self._size)]
             out["box"][:] = box
-        out["label"][...] = label
 
     @property
     def copies_crops(self) -> bool:
@@ -180,6 +182,30 @@ class ImageTransform(Transform):
         box = random_resized_crop(height, width, draws, self._crop_scale).box
         fits = box.height <= room[0] and box.width <= room[1]
         return box if fits and self._is_valid(label) else None
+
+    def _label(self, sample: Mapping[str, Any]) -> int | np.ndarray:
+        """Return the label of an example, or the vector of its labels.
+
+        An example without label has the label 0, or no labels.
+
+        Raises:
+          DataError: the label is invalid.
+        """
+        label = sample.get("label", () if self._num_labels else 0)
+        if not self._num_labels:
+            if self._is_valid(label):
+                return label
+            raise DataError(
+                f"expected a label from 0 to {self._num_classes - 1}, found {label}; "
+                f"correct the label or model.num_classes={self._num_classes}"
+            )
+        given, count = np.array(label), self._num_labels
+        if given.ndim != 1 or len(given) > count or not np.isin(given, (0, 1)).all():
+            raise DataError(
+                f"data.multi_label=True: expected at most {count} values 0 or 1 as "
+                f"label, found {label}"
+            )
+        return np.pad(given.astype(np.uint8), (0, count - len(given)))
 
     def _is_valid(self, label: int) -> bool:
         return not self._num_classes or 0 <= label < self._num_classes

@@ -31,6 +31,8 @@ class ModelInfo:
     value_range: values of black and white in images with more than 8 bits; (): the
       whole range of 16 bits.
     dtype: dtype of the pixels before normalization, "uint8", "uint16" or "float32".
+    multi_label: an image has any number of classes. The sigmoid of a logit is the
+      probability of its class.
     """
 
     class_names: tuple[str, ...]
@@ -44,6 +46,7 @@ class ModelInfo:
     antialias: bool = True
     value_range: tuple[float, ...] = ()
     dtype: str = "uint8"
+    multi_label: bool = False
 
 
 def make_info(
@@ -58,6 +61,7 @@ def make_info(
     antialias: bool = True,
     value_range: Sequence[float] = (),
     dtype: str = "uint8",
+    multi_label: bool = False,
     **_: Any,
 ) -> ModelInfo:
     """Return the info of a model; the defaults are ImageNet's.
@@ -82,6 +86,7 @@ def make_info(
         antialias=antialias,
         value_range=tuple(map(float, value_range)),
         dtype=dtype,
+        multi_label=multi_label,
     )
 
 

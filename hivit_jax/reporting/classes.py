@@ -83,11 +83,7 @@ class ClassCounts:
 
     def write_table(self, path: Path) -> None:
         """Write `table` as CSV."""
-        rows = list(self.table())
-        with open(path, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
+        write_rows(path, list(self.table()))
 
     def write_matrix(self, path: Path) -> None:
         """Write the confusion matrix as CSV: a row per true class."""
@@ -96,3 +92,11 @@ class ClassCounts:
             writer.writerow(["true class", *self.names])
             for name, row in zip(self.names, self.matrix.tolist(), strict=True):
                 writer.writerow([name, *row])
+
+
+def write_rows(path: Path, rows: Sequence[dict[str, str | int]]) -> None:
+    """Write rows with the same columns as CSV."""
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)

@@ -41,7 +41,7 @@ def eval_line(label: str, values: Scalars) -> str:
         group, _, name = key.partition("/")
         if group == "eval" and name not in ("count", "unreadable"):
             text = f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
-            if name.startswith("top"):
+            if name.startswith("top") or name == "mAP":
                 text = f"{100 * value:.2f} %"
             parts.append(f"{name} {text}")
     images = f"{values['eval/count']:,} images"

@@ -56,7 +56,7 @@ def reconstructions(panels: np.ndarray, title: str) -> np.ndarray:
 
 
 def curves(workdir: Path) -> np.ndarray:
-    """Plot the losses of a run, and its top-1 accuracy if it is evaluated."""
+    """Plot the losses of a run, and its accuracy or mAP if it is evaluated."""
     lines = metrics.read(workdir / "metrics.jsonl")
     figure = _figure(6.4, 4)
     axis = figure.subplots()
@@ -66,13 +66,13 @@ def curves(workdir: Path) -> np.ndarray:
             axis.plot(*zip(*points, strict=True), ".-", label=label)
     axis.set_xlabel("step")
     axis.set_ylabel("loss")
-    points = [
-        (line["step"], line["eval/top1"]) for line in lines if "eval/top1" in line
-    ]
-    if points:
+    for name, label in (("eval/top1", "top-1"), ("eval/mAP", "mAP")):
+        points = [(line["step"], line[name]) for line in lines if name in line]
+        if not points:
+            continue
         right = axis.twinx()
-        right.plot(*zip(*points, strict=True), "C2.-", label="evaluation top-1")
-        right.set_ylabel("top-1")
+        right.plot(*zip(*points, strict=True), "C2.-", label=f"evaluation {label}")
+        right.set_ylabel(label)
         right.set_ylim(0, 1)
         right.legend(loc="center right")
     if axis.lines:

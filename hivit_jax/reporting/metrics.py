@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from hivit_jax.errors import ConfigError
+from hivit_jax.errors import ConfigError, first_line
+from hivit_jax.paths import is_bucket
 
 Scalars = Mapping[str, float | int]
 
@@ -37,7 +38,7 @@ class Writer:
         temporary.replace(path)
         self._written = {(line["step"], *sorted(line)) for line in kept}
         # Objects in a bucket cannot be appended to, so `scalars` writes the whole text.
-        remote = "://" in str(path)
+        remote = is_bucket(path)
         self._file = None if remote else open(path, "a", buffering=1)  # noqa: SIM115
         self._board = None if remote else _tensorboard(workdir)
 
@@ -85,7 +86,15 @@ def prepare_workdir(workdir: Path) -> None:
         probe = workdir / f".writable-{os.getpid()}"
         probe.write_text("")
         probe.unlink()
-    except OSError as error:
+    except Exception as error:
+        if is_bucket(workdir):  # where errors have many types
+            raise ConfigError(
+                f"workdir {workdir} cannot be written to: {first_line(error)[:200]}\n"
+                "To log in, run gcloud auth application-default login, or grant the "
+                "VM's service account the role Storage Object User"
+            ) from error
+        if not isinstance(error, OSError):
+            raise
         raise ConfigError(
             f"workdir {workdir} cannot be written to: {error.strerror}"
         ) from error

@@ -32,7 +32,8 @@ class Task:
     Attributes:
       keys: config keys of this task, nested as in a recipe.
       unused: config key without effect on this task -> its only accepted value.
-      best: metric that selects the best checkpoint, and "max" or "min".
+      best: metric that selects the best checkpoint, and "max" or "min". In an instance,
+        that of its config (`best_metric`).
       fresh: name prefixes of parameters that are always newly initialized, even if the
         pretrained model contains them.
       head_scale: factor on the standard deviation, 0.02, of a newly initialized head.
@@ -69,6 +70,11 @@ class Task:
         """Return a number that must divide the size of every microbatch."""
         return 1
 
+    @classmethod
+    def best_metric(cls, config: Mapping[str, Any]) -> tuple[str, str]:
+        """Return `best` for a config, which may be incomplete."""
+        return cls.best
+
     def __init__(self, config: Any, data: DatasetInfo):
         num_classes = config.model.get("num_classes")
         if num_classes == 0:  # of the dataset
@@ -81,6 +87,7 @@ class Task:
                     ", which is unknown; set model.num_classes"
                 )
         self.config, self.data = config, data
+        self.best = self.best_metric(config)
         if num_classes and num_classes < len(data.classes):
             raise ConfigError(
                 f"model.num_classes={num_classes}; expected at least "

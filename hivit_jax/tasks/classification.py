@@ -18,6 +18,7 @@ from hivit_jax.errors import ConfigError
 from hivit_jax.keys import Key
 from hivit_jax.models import configure, variant
 from hivit_jax.models.classifier import Classifier
+from hivit_jax.reporting.multi_label import mean_average_precision
 from hivit_jax.rng import Keys
 from hivit_jax.tasks import predictions
 from hivit_jax.tasks.base import PerSample, Rows, Sums, Task, weighted_sums
@@ -25,11 +26,19 @@ from hivit_jax.tasks.defaults import model_arguments, pixel_scale
 
 
 class Classification(Task):
-    """Cross entropy with label smoothing, random erasing, Mixup and CutMix."""
+    """Cross entropy with label smoothing, random erasing, Mixup and CutMix.
+
+    With `data.multi_label`, the loss is the binary cross entropy, the mean over all
+    classes. The best checkpoint has the largest mean average precision.
+    """
 
     keys = {
         "label_smoothing": Key(
-            0.0, "target probability that is spread over all classes", 0, below=1
+            0.0,
+            "target probability that is spread over all classes; with "
+            "`data.multi_label` over both outcomes of each class",
+            0,
+            below=1,
         ),
         "mixup": Key(0.0, "alpha of Mixup; 0: off", 0, 1000),
         "cutmix": Key(0.0, "alpha of CutMix; 0: off", 0, 1000),
@@ -72,6 +81,11 @@ class Classification(Task):
         return variant(self.config.model.name)[0].new_head_scale
 
     @classmethod
+    def best_metric(cls, config: Mapping[str, Any]) -> tuple[str, str]:
+        """Return the mean average precision for several labels, else the accuracy."""
+        return ("eval/mAP", "max") if config["data"].get("multi_label") else cls.best
+
+    @classmethod
     def batch_multiple(cls, config: Any) -> int:
         """Return 2 for Mixup or CutMix, which mix pairs of images; else 1."""
         return 2 if config.get("mixup") or config.get("cutmix") else 1
@@ -79,10 +93,15 @@ class Classification(Task):
     def loss(
         self, model: Classifier, frozen: Any, batch: dict, keys: Keys
     ) -> PerSample:
-        """Return the cross entropy with mixed targets, and top-1 and top-5 accuracy."""
+        """Return the cross entropy with mixed targets, and top-1 and top-5 accuracy.
+
+        With several labels per image, only the binary cross entropy.
+        """
         images, targets = self.augment_with_targets(batch, keys)
         drop_path_keys = rng.split_keys(keys.samples, "drop_path")
         logits = model(images, drop_path_keys=drop_path_keys)
+        if self.config.data.multi_label:
+            return multi_label_metrics(logits, targets)
         loss = optax.softmax_cross_entropy(logits, targets)
         return {"loss": loss, **topk_correct(logits, batch["label"])}
 
@@ -97,9 +116,13 @@ class Classification(Task):
         """
         config, images = self.config, self.augment_batch(batch, keys)
         with jax.named_scope("input"):
-            targets = mixing.smooth_labels(
-                batch["label"], config.model.num_classes, config.label_smoothing
-            )
+            if config.data.multi_label:
+                smoothing, label = config.label_smoothing, batch["label"]
+                targets = label * (1 - smoothing) + smoothing / 2
+            else:
+                targets = mixing.smooth_labels(
+                    batch["label"], config.model.num_classes, config.label_smoothing
+                )
             if config.random_erasing:
                 erase_keys = rng.split_keys(keys.samples, "erase")
                 images = image_ops.random_erasing(
@@ -123,22 +146,60 @@ class Classification(Task):
     def eval_step(
         self, model: Classifier, frozen: Any, batch: dict, keys: Keys
     ) -> tuple[Sums, Rows]:
-        """Return the sums of `classification_metrics` and no rows."""
-        logits = model(self.preprocess(batch))
-        metrics = classification_metrics(logits, batch["label"])
-        return weighted_sums(metrics, batch["weight"]), {}
+        """Return the sums of `classification_metrics` and no rows.
+
+        With several labels per image, the sums of `multi_label_metrics`, and the rows
+        "logits" and "label", [B, classes].
+        """
+        logits, label = model(self.preprocess(batch)), batch["label"]
+        if self.config.data.multi_label:
+            metrics = multi_label_metrics(logits, label)
+            rows = {"logits": logits, "label": label}
+        else:
+            metrics, rows = classification_metrics(logits, label), {}
+        return weighted_sums(metrics, batch["weight"]), rows
+
+    def records(self, rows: Mapping[str, np.ndarray]) -> list[Any]:
+        """Return (logits, labels) of each image, [classes]."""
+        return [*zip(rows["logits"], rows["label"], strict=True)]
+
+    def summarize(
+        self, sums: Mapping[str, np.ndarray], count: int, records: list[Any]
+    ) -> dict[str, float]:
+        """Return the means of the sums and, with several labels per image, eval/mAP.
+
+        The mAP is the mean of the average precisions of all classes that occur.
+        """
+        values = super().summarize(sums, count, records)
+        if self.config.data.multi_label:
+            logits, labels = map(np.array, zip(*records, strict=True))
+            values["eval/mAP"] = mean_average_precision(logits, labels)
+        return values
 
     def predict_step(self, model: Classifier, batch: dict) -> Rows:
-        """Return {"probabilities": float32 [B, classes]}."""
-        return {"probabilities": jax.nn.softmax(model(self.preprocess(batch)))}
+        """Return {"probabilities": float32 [B, classes]}.
+
+        With several labels per image, also the "logits" of these probabilities.
+        """
+        logits = model(self.preprocess(batch))
+        if self.config.data.multi_label:
+            return {"probabilities": jax.nn.sigmoid(logits), "logits": logits}
+        return {"probabilities": jax.nn.softmax(logits)}
 
     def stream_predictions(
         self, batches: Iterator[Mapping[str, np.ndarray]], out: Path, source: Source
     ) -> None:
-        """Write a table of the most probable classes; see `predictions.write`."""
+        """Write a table of the most probable classes; see `predictions.write`.
+
+        With several labels per image, see `predictions.write_multi_label`.
+        """
         data, classes = self.config.data, self.data.classes
         model = configure(**model_arguments(self.config))[1]
         names = [*classes, *map(str, range(len(classes), model.num_classes))]
+        if data.multi_label:
+            labeled = source.labeled and len(source.classes) > 0
+            predictions.write_multi_label(batches, out, names, labeled)
+            return
 
         def read(index):
             options = model.image_shape, data.crop_pct, data.value_range, data.dtype
@@ -146,6 +207,16 @@ class Classification(Task):
             return np.clip(pixels / pixel_scale(data), 0, 1)
 
         predictions.write(batches, out, names, read)
+
+
+def multi_label_metrics(logits: jax.Array, targets: jax.Array) -> PerSample:
+    """Return the binary cross entropy, the mean over all classes.
+
+    Args:
+      logits: [B, classes].
+      targets: probabilities, [B, classes].
+    """
+    return {"loss": optax.sigmoid_binary_cross_entropy(logits, targets).mean(-1)}
 
 
 def classification_metrics(logits: jax.Array, labels: jax.Array) -> PerSample:

@@ -99,6 +99,7 @@ def image_transform(config: Any, dataset: DatasetInfo, train: bool) -> ImageTran
     # No canvas: RandAugment needs images that the host has already resized, and
     # synthetic images are generated at their final size.
     final_size_on_host = randaugment or not dataset.encoded
+    num_classes = model.get("num_classes") or 0
     random_crop = train and tuple(data.crop_scale) != (1.0, 1.0)
     return ImageTransform(
         batch_size=config.batch_size,
@@ -110,7 +111,8 @@ def image_transform(config: Any, dataset: DatasetInfo, train: bool) -> ImageTran
         interpolation=data.interpolation,
         antialias=data.antialias,
         randaugment=randaugment,
-        num_classes=model.get("num_classes") or 0,
+        num_classes=num_classes,
+        num_labels=(num_classes or len(dataset.classes)) if data.multi_label else 0,
         value_range=data.value_range,
         dtype=data.dtype,
     )

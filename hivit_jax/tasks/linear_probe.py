@@ -9,7 +9,11 @@ from hivit_jax.errors import ConfigError
 from hivit_jax.models.classifier import Classifier
 from hivit_jax.rng import Keys
 from hivit_jax.tasks.base import PerSample
-from hivit_jax.tasks.classification import Classification, classification_metrics
+from hivit_jax.tasks.classification import (
+    Classification,
+    classification_metrics,
+    multi_label_metrics,
+)
 from hivit_jax.tasks.warnings import peak_text
 from hivit_jax.training.schedule import peak_learning_rate
 from hivit_jax.tree import leaf_name, split_state
@@ -85,12 +89,17 @@ class LinearProbe(Classification):
     def loss(
         self, model: Classifier, frozen: Any, batch: dict, keys: Keys
     ) -> PerSample:
-        """Return the cross entropy, and top-1 and top-5 accuracy."""
+        """Return the cross entropy, and top-1 and top-5 accuracy.
+
+        With several labels per image, only the binary cross entropy.
+        """
         features = jax.lax.stop_gradient(
             model.head_token(self.augment_batch(batch, keys))
         )
         logits = model.head(model.fc_norm(features, weight=batch["weight"]))
-        return classification_metrics(logits, batch["label"])
+        multi_label = self.config.data.multi_label
+        metrics = multi_label_metrics if multi_label else classification_metrics
+        return metrics(logits, batch["label"])
 
     def training_images(self, batch: dict, keys: Keys) -> jax.Array:
         """Return the flipped images of a training batch, for figures."""

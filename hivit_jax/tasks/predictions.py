@@ -3,13 +3,16 @@
 import csv
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from hivit_jax.data.sources.tables import SEPARATOR
 from hivit_jax.errors import ConfigError
-from hivit_jax.reporting.classes import ClassCounts
+from hivit_jax.reporting import multi_label
+from hivit_jax.reporting.classes import ClassCounts, write_rows
 from hivit_jax.reporting.console import log
 
 SUFFIXES = (".csv", ".jsonl")
@@ -39,20 +42,11 @@ def write(
       ConfigError: `out` has another ending.
       OSError: a file cannot be written.
     """
-    if out.suffix not in SUFFIXES:
-        if out.suffix and not out.is_dir():
-            raise ConfigError(
-                f"--out={out}: expected a name that ends in .csv or .jsonl, or a "
-                "directory"
-            )
-        out = out / "predictions.csv"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    counts, worst = ClassCounts(names), []
-    part = out.with_name(f"{out.stem}.incomplete{out.suffix}")
-    with open(
-        part, "w", newline="", encoding="utf-8", errors="surrogateescape"
-    ) as file:
-        add = _row_writer(file, out.suffix, min(MAX_RANK, len(names)))
+    counts, worst, out = ClassCounts(names), [], _file(out)
+    ranks = range(min(MAX_RANK, len(names)))
+    pairs = [(_key("predicted", k), _key("probability", k)) for k in ranks]
+    columns = ["file", *(name for pair in pairs for name in pair), "label", "error"]
+    with _table_writer(out, columns) as add:
         for rows in batches:
             ranked = np.argsort(-rows["probabilities"], axis=1, kind="stable")
             for row in _table(rows, ranked[:, :MAX_RANK], names):
@@ -60,25 +54,98 @@ def write(
             known = (rows["label"] >= 0) & (rows["error"] == "")
             counts.add(rows["label"][known], ranked[known, :MAX_RANK])
             worst = sorted([*worst, *_mistakes(rows, ranked, known)])[:NUM_WORST]
-    part.replace(out)
     if counts.images.sum():
         _write_evaluation(out, counts, worst, read)
 
 
-def _row_writer(file: Any, suffix: str, ranks: int) -> Callable[[dict], None]:
-    """Return a function that writes one row to a file."""
-    if suffix == ".jsonl":
+def write_multi_label(
+    batches: Iterator[Rows], out: Path, names: Sequence[str], labeled: bool
+) -> None:
+    """Write the probability of each class and, if labels are known, an evaluation.
 
-        def add(row: dict[str, Any]) -> None:
-            present = {key: value for key, value in row.items() if value != ""}
-            file.write(json.dumps(present, ensure_ascii=False) + "\n")
+    The table has a column "label" only if labels are known. There, "" is an image of no
+    class. The memory contains the logits and labels of all images with known labels.
 
-        return add
-    pairs = [(_key("predicted", k), _key("probability", k)) for k in range(ranks)]
-    columns = ["file", *(name for pair in pairs for name in pair), "label", "error"]
-    writer = csv.DictWriter(file, columns, restval="")
-    writer.writeheader()
-    return writer.writerow
+    Args:
+      batches: rows as in `Task.stream_predictions`, with "probabilities" and "logits"
+        float32 [B, classes] and, if `labeled`, "label" [B, classes].
+      out: see `write`.
+      names: names of all classes.
+      labeled: True if the labels are known.
+
+    Raises:
+      ConfigError, OSError: see `write`.
+    """
+    out, known = _file(out), []
+    columns = ["file", "predicted", *(f"probability_{name}" for name in names)]
+    columns += [*["label"] * labeled, "error"]
+
+    def join(mask: np.ndarray) -> str:
+        return SEPARATOR.join(names[k] for k in np.flatnonzero(mask))
+
+    with _table_writer(out, columns) as add:
+        for rows in batches:
+            for k, (name, error) in enumerate(
+                zip(rows["name"], rows["error"], strict=True)
+            ):
+                if error:
+                    add({"file": name, "error": error})
+                    continue
+                values = rows["probabilities"][k]
+                row = {"file": name, "predicted": join(values >= 0.5)}
+                pairs = zip(columns[2:], values.tolist(), strict=False)
+                row |= {column: round(value, 6) for column, value in pairs}
+                add(row | ({"label": join(rows["label"][k])} if labeled else {}))
+            if labeled:
+                good = rows["error"] == ""
+                known.append((rows["logits"][good], rows["label"][good]))
+    if not sum(len(labels) for _, labels in known):
+        return
+    logits, labels = map(np.concatenate, zip(*known, strict=True))
+    metrics = {
+        "images": len(labels),
+        "images_of_no_class": int((labels == 0).all(1).sum()),
+        "mAP": multi_label.mean_average_precision(logits, labels),
+    }
+    paths = [out.with_name(f"{out.stem}_{x}") for x in ("metrics.json", "classes.csv")]
+    paths[0].write_text(json.dumps(metrics, indent=2) + "\n")
+    write_rows(paths[1], multi_label.class_table(names, logits, labels))
+    log(f"mAP {metrics['mAP']:.2%}  ({len(labels):,} labeled images)")
+    log(f"written: {paths[0]}, {paths[1]}")
+
+
+def _file(out: Path) -> Path:
+    """Return the file of the table; ConfigError if it has another ending."""
+    if out.suffix in SUFFIXES:
+        return out
+    if out.suffix and not out.is_dir():
+        raise ConfigError(
+            f"--out={out}: expected a name that ends in .csv or .jsonl, or a directory"
+        )
+    return out / "predictions.csv"
+
+
+@contextmanager
+def _table_writer(
+    out: Path, columns: Sequence[str]
+) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Provide a function that writes a row; the file appears when all are written."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    part = out.with_name(f"{out.stem}.incomplete{out.suffix}")
+    with open(
+        part, "w", newline="", encoding="utf-8", errors="surrogateescape"
+    ) as file:
+        if out.suffix == ".jsonl":
+
+            def add(row: dict[str, Any]) -> None:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+            yield add
+        else:
+            writer = csv.DictWriter(file, columns, restval="")
+            writer.writeheader()
+            yield writer.writerow
+    part.replace(out)
 
 
 def _key(name: str, rank: int) -> str:
@@ -88,7 +155,7 @@ def _key(name: str, rank: int) -> str:
 def _table(
     rows: Rows, ranked: np.ndarray, names: Sequence[str]
 ) -> Iterator[dict[str, Any]]:
-    """Yield the columns of each image; label and error are "" if there is none."""
+    """Yield the columns of each image; without label or error if there is none."""
     probabilities = np.take_along_axis(rows["probabilities"], ranked, 1).tolist()
     columns = [rows[key].tolist() for key in ("name", "label", "error")]
     for name, label, error, classes, values in zip(
@@ -99,8 +166,9 @@ def _table(
             for k, (index, value) in enumerate(zip(classes, values, strict=True)):
                 row[_key("predicted", k)] = names[index]
                 row[_key("probability", k)] = round(value, 6)
-        row["label"] = names[label] if label >= 0 else ""
-        yield row | {"error": error}
+        if label >= 0:
+            row["label"] = names[label]
+        yield row | ({"error": error} if error else {})
 
 
 def _mistakes(rows: Rows, ranked: np.ndarray, known: np.ndarray) -> Iterator[tuple]:

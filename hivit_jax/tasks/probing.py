@@ -15,6 +15,7 @@ from hivit_jax.data.prefetch import prefetch_to_device
 from hivit_jax.data.sources.registry import open_source
 from hivit_jax.data.unreadable import check_unreadable
 from hivit_jax.distributed.sharding import make_mesh, state_shardings
+from hivit_jax.errors import ConfigError
 from hivit_jax.reporting.console import log
 from hivit_jax.tasks.base import Task
 from hivit_jax.tasks.classification import topk_correct
@@ -112,8 +113,12 @@ def make_encoder(config: Any, task: Task, mesh: Mesh, unit_length: bool) -> Call
       unit_length: divide the features of each image by their length.
 
     Raises:
-      ConfigError: the images have no labels.
+      ConfigError: the images have no labels, or several.
     """
+    if config.data.multi_label:
+        raise ConfigError(
+            "data.multi_label=True: the modes knn and probe expect one label per image"
+        )
     inputs.check_labels(config, open_source(config.data, "train"))
     pretrained = load.read_for(config.model, config.init_from)
     model = nnx.eval_shape(task.build_model)

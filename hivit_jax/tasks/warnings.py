@@ -90,7 +90,7 @@ def _class_warnings(config: Any, data: DatasetInfo) -> list[str]:
             f"model.num_classes={num_classes} exceeds the {dataset_classes:,} classes "
             f"of {config.data.name}: the additional outputs are never correct"
         )
-    if num_classes == 1:
+    if num_classes == 1 and not config.data.multi_label:
         found.append("model.num_classes=1: with one class the loss is always 0")
     splits = config.data.train_split, config.data.eval_split
     if splits[0] and splits[0] == splits[1]:

@@ -80,7 +80,7 @@ def _row(label: str, *cells: str) -> str:
 
 def images_per_cpu_second(split: Split, transform: Transform) -> float:
     """Return how many usable images the training loader reads per CPU-second."""
-    indices = split.indices[split.labels >= 0]
+    indices = split.indices[split.usable()]
     loader = Loader(split.source, transform, split.config.seed, IMAGES_PER_JOB)
     done, start = 0, time.process_time()
     while (spent := time.process_time() - start) < TIMING_SECONDS:
@@ -152,7 +152,7 @@ def check_dataset(
                 notes.append(text)
         if split.source.loose:
             notes.append(f"{split.title}: images outside the class directories")
-    if (splits[0].labels >= 0).any():
+    if splits[0].usable().any():
         speed = images_per_cpu_second(splits[0], task.transform(train=True))
         print(f"\n{speed_report(task, model, speed)}")
     text, found = content_report(splits, group)

@@ -18,7 +18,7 @@ from hivit_jax import tasks
 from hivit_jax.config import step_options, to_json
 from hivit_jax.distributed.sharding import BATCH, make_mesh
 from hivit_jax.inputs import task_of_recipe
-from hivit_jax.paths import expand
+from hivit_jax.paths import open_path
 from hivit_jax.reporting.console import log
 from hivit_jax.reporting.metrics import prepare_workdir
 from hivit_jax.tools.describe import resolved_schedule
@@ -45,7 +45,7 @@ def compile_ahead(
         batch that does not fit the topology.
     """
     devices = devices_of(topology)
-    workdir = Path(expand(workdir))
+    workdir = open_path(workdir)
     prepare_workdir(workdir)
     report = step_report(config, devices, topology)
     if search_batch:

@@ -51,6 +51,10 @@ def class_lines(splits: Sequence[Split]) -> list[str]:
         lines.append(f"  {names[k]:<28}{numbers}")
     if len(order) < len(names):
         lines.append(f"  ... and {len(names) - len(order):,} classes in between")
+    if splits[0].labels.ndim == 2:
+        none = [int((s.labels.max(1, initial=-1) == 0).sum()) for s in splits]
+        numbers = "".join(f"{count:>12,}" for count in none)
+        lines.append(f"  {'(images of no class)':<28}{numbers}")
     smallest, largest = counts[0].min(), counts[0].max()
     ratio = f"{largest / smallest:.1f}" if smallest else "unlimited"
     lines.append(f"imbalance, largest class / smallest class: {ratio}")
@@ -106,7 +110,7 @@ def contact_sheet(split: Split) -> np.ndarray:
     names = source.classes if source.labeled else ("images",)
     for label, name in enumerate(names[:SHEET_CLASSES]):
         images = []
-        for index in split.indices[split.labels == label][:SHEET_IMAGES].tolist():
+        for index in split.of_class(label)[:SHEET_IMAGES].tolist():
             encoded = source.sample(index)["image"]
             options = 1.0, data.value_range, data.dtype
             images.append(evaluation_image(encoded, shape, *options))

@@ -36,7 +36,8 @@ class Split:
 
     Attributes:
       indices: indices in the dataset's split of the k images, int64 [k].
-      labels: int64 [k]; -1 for an unreadable image or an invalid label.
+      labels: int64 [k], or [k, classes] of 0 and 1 with several labels per image; -1
+        for an unreadable image or an invalid label.
       sizes: height and width, int64 [k, 2]; 0 for an unreadable image.
       summary: facts about all readable images.
       findings: findings[finding][index] is the detail, text, about the image at an
@@ -51,7 +52,8 @@ class Split:
         self.source = open_source(data, split)
         n = len(self.source)
         self.indices = np.sort(permutation(0, 0, n)[: max_images or n])
-        self.labels = np.full(len(self.indices), -1)
+        several = (len(self.source.classes),) if data.multi_label else ()
+        self.labels = np.full((len(self.indices), *several), -1)
         self.sizes = np.zeros((len(self.indices), 2), np.int64)
         empty = {UNREADABLE: {}, BAD_LABEL: {}}
         self.summary = Summary(self.channels)
@@ -95,7 +97,11 @@ class Split:
                 continue
             self.sizes[position] = pixels.shape[:2]
             self.summary.add(index, encoded, pixels)
-            if 0 <= label < len(self.source.classes) or not self.source.labeled:
+            if not self.source.labeled or (
+                np.shape(label) == (len(self.source.classes),)
+                if data.multi_label
+                else 0 <= label < len(self.source.classes)
+            ):
                 self.labels[position] = label
             else:
                 self.findings[BAD_LABEL][index] = str(label)
@@ -122,9 +128,21 @@ class Split:
         """Return an image's name, with bytes that are not valid UTF-8 escaped."""
         return self.source.name(index).encode(errors="backslashreplace").decode()
 
+    def usable(self) -> np.ndarray:
+        """Return True for readable images with valid labels, bool [k]."""
+        return (self.labels >= 0).reshape(len(self.labels), -1).all(1)
+
+    def of_class(self, label: int) -> np.ndarray:
+        """Return the indices of the usable images of a class, int64."""
+        several = self.labels.ndim == 2
+        mask = self.labels[:, label] > 0 if several else self.labels == label
+        return self.indices[mask]
+
     def per_class(self) -> np.ndarray:
         """Return the number of usable images per class, int64 [classes]."""
-        labels = self.labels[self.labels >= 0]
+        if self.labels.ndim == 2:
+            return (self.labels > 0).sum(0)
+        labels = self.labels[self.usable()]
         return np.bincount(labels, minlength=len(self.source.classes))
 
     def faults(self) -> dict[str, list[str]]:

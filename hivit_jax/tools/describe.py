@@ -13,7 +13,7 @@ from hivit_jax import config as configs
 from hivit_jax import inputs, rng, tasks
 from hivit_jax.errors import DataError, MissingPackage
 from hivit_jax.models import Model
-from hivit_jax.paths import expand
+from hivit_jax.paths import open_path
 from hivit_jax.record import differences
 from hivit_jax.reporting import figures
 from hivit_jax.training.schedule import (
@@ -45,7 +45,7 @@ def draw_figures(config: Any, workdir: str | Path) -> str:
     Returns:
       The paths of the figures, as text.
     """
-    directory = Path(expand(workdir)) / "figures"
+    directory = open_path(workdir) / "figures"
     _, total_steps, schedule = resolved_schedule(config)
     steps = np.unique(np.linspace(0, total_steps, 1000).astype(np.int32))
     curve = figures.schedule(steps, np.asarray(schedule(steps)))

@@ -99,7 +99,8 @@ def open_images(
         classes = source.classes
     else:
         classes = pretrained.info.get("class_names") or _classes_of_dataset(config)
-        source = Paths(paths, classes)
+        # One directory contains an image, but not all of its labels.
+        source = Paths(paths, () if config.data.multi_label else classes)
     info = DatasetInfo({"test": len(source)}, tuple(classes), source.encoded)
     return tasks.create(config, info), source
 
@@ -151,7 +152,7 @@ def compute(
     Yields:
       The rows without padding, [n, ...], and "index" int32, "name" str, "label" int32
       (-1: unknown) and "error" str ("": readable; otherwise the rows of `step` have no
-      meaning), each [n].
+      meaning), each [n]. With several labels per image, known labels are [n, classes].
     """
     transform = _NoErrorEndsTheRun(task.transform(train=False))
     batches = inputs.source_batches(config, task, source, transform)
@@ -170,18 +171,22 @@ def compute(
                 ],
                 object,
             )
-            facts["label"] = _labels(source, facts)
+            facts["label"] = _labels(source, facts, 1 + config.data.multi_label)
             facts["name"] = np.array([source.name(i) for i in facts["index"]], object)
             yield rows | facts
             bar.update(len(unreadable))
 
 
-def _labels(source: Source, facts: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Return the labels of a batch, int32 [n]; -1 where unknown."""
+def _labels(source: Source, facts: Mapping[str, np.ndarray], ndim: int) -> np.ndarray:
+    """Return the labels of a batch, int32 with `ndim` axes, or [n]; -1: unknown."""
     if isinstance(source, Paths):
         return source.labels[facts["index"]]
-    known = bool(source.classes) and np.ndim(facts.get("label")) == 1
-    return facts["label"] if known else np.full(len(facts["index"]), -1, np.int32)
+    known = len(source.classes) > 0 and np.ndim(facts.get("label")) == ndim
+    if not known:
+        return np.full(len(facts["index"]), -1, np.int32)
+    # The loader sets the label of an unreadable example to 0.
+    readable = (facts["error"] == "").reshape(-1, *[1] * (ndim - 1))
+    return np.where(readable, facts["label"].astype(np.int32), -1)
 
 
 def _reason(source: Source, transform: Transform, index: int) -> str:

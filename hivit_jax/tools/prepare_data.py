@@ -1,22 +1,19 @@
 """Prepare a dataset: ``python -m hivit_jax.tools.prepare_data --manual_dir DIR``.
 
-Writes the examples of a TFDS dataset, in TFDS's order, as array_record shards. TFDS
-reads them without tensorflow. After an interruption, this command resumes after the
-last complete shard, whereas TFDS's own preparation starts over.
+Writes the examples of a TFDS dataset, in TFDS's order, or the rows of parquet files
+(``--from FILES --out DIR``) as array_record shards. TFDS reads them without tensorflow.
+After an interruption, this command resumes after the last complete shard, whereas
+TFDS's own preparation starts over.
 """
 
 import argparse
-import io
 import os
 import re
 import signal
 import sys
 import tarfile
-from collections import deque
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from difflib import get_close_matches
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +27,13 @@ from hivit_jax.errors import (
     run_command,
     unknown,
 )
+from hivit_jax.tools import parquet
+from hivit_jax.tools.record_shards import Splits, is_complete, write_dataset
 
 # Without these, tensorflow logs messages when it is imported.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 TRAIN, VALIDATION = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
-# Uncompressed, because compressing JPEGs makes them slower to read but not smaller.
-OPTIONS = "group_size:1,uncompressed"
 FLAGS = {
     "manual_dir": ("", f"directory of manual downloads: {TRAIN}, {VALIDATION}"),
     "data_dir": (
@@ -44,6 +41,12 @@ FLAGS = {
         "directory to write to; default: $TFDS_DATA_DIR or ~/tensorflow_datasets",
     ),
     "name": ("imagenet2012", "classification dataset of TFDS to prepare"),
+    "from": (
+        "",
+        "convert parquet files instead: a file, a directory, or a pattern in quotes",
+    ),
+    "out": ("", "directory for the converted files; its name becomes data.name"),
+    "label_column": ("", "column of the labels in parquet files; default: by its name"),
     "short_side": (
         0,
         "shrink training images with a larger short side to this many pixels; 0: never",
@@ -63,41 +66,16 @@ def prepare(
       short_side: short side that larger training images are shrunk to; 0: no shrinking.
       shard_size: images per shard. An interruption loses at most one shard.
     """
-    from tqdm import tqdm
-
-    if short_side < 0:
-        raise ConfigError(f"--short_side={short_side}: expected at least 0")
     manual_dir, data_dir = map(os.path.expanduser, (manual_dir, data_dir))
     builder = _open_builder(name, data_dir)
-    info, final = builder.info, Path(builder.data_dir)
-    finished = (final / "dataset_info.json").exists()
-    directory = final if finished else final.with_name(f"{final.name}.incomplete")
-    # An empty file with this name records the option for later calls.
-    option = f"short_side={short_side}"
-    earlier = [path.name for path in directory.glob("short_side=*")]
-    if earlier and earlier != [option]:
-        raise ConfigError(
-            f"--{option}: {directory} was started with --{earlier[0]}; delete it or "
-            "choose another --data_dir"
-        )
-    if not finished:
-        totals = _check_tars(builder, manual_dir)
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            (directory / option).touch()
-        except OSError as error:
-            raise ConfigError(f"{directory} cannot be written: {error}") from error
-        splits = {}
-        for split, examples in _generators(builder, manual_dir).items():
-            side = short_side if split == "train" else 0
-            with tqdm(examples, split, totals.get(split), unit=" images") as bar:
-                splits[split] = _write(info, split, bar, directory, side, shard_size)
-        info.set_splits(splits)
-        info.write_to_directory(directory)
-        directory.replace(final)
-    for split in info.splits.values():
-        print(f"{split.name}: {split.num_examples:,} images")
-    print(f"{final} is complete" + ("; nothing to do" if finished else ""))
+    final = Path(builder.data_dir)
+    totals = {} if is_complete(final) else _check_tars(builder, manual_dir)
+
+    def splits() -> Splits:
+        examples = _generators(builder, manual_dir)
+        return {split: (x, totals.get(split)) for split, x in examples.items()}
+
+    write_dataset(builder.info, final, short_side, shard_size, splits)
     root = builder.data_dir_root
     print(f"to train on it: --config.data.name={name} --config.data.dir={root}")
 
@@ -200,93 +178,32 @@ def _generators(builder: Any, manual_dir: str) -> dict[str, Iterable]:
     return generators
 
 
-def _write(
-    info: Any,
-    split: str,
-    examples: Iterable,
-    directory: Path,
-    short_side: int,
-    shard_size: int,
-) -> Any:
-    """Write the missing shards of a split; return its TFDS SplitInfo."""
-    from array_record.python import array_record_module as array_record
-    from tensorflow_datasets.core import example_serializer, splits
-
-    features, image = info.features, info.supervised_keys[0]
-    serializer = example_serializer.ExampleSerializer(features.get_serialized_info())
-
-    def encode(item):
-        key, example = item
-        return key, features.encode_example(example)
-
-    def serialize(item):
-        key, example = item
-        if short_side:
-            try:
-                example = example | {image: shrink(example[image], short_side)}
-            except Exception as error:
-                raise DataError(f"image {key!r} cannot be read: {error}") from error
-        # Without this, the order of the features differs between processes.
-        return serializer.get_tf_example(example).SerializeToString(deterministic=True)
-
-    examples, stem = iter(examples), f"{info.name}-{split}.array_record"
-    shards = sorted(directory.glob(f"{stem}-*"))
-    readers = [array_record.ArrayRecordReader(str(shard)) for shard in shards]
-    lengths = [reader.num_records() for reader in readers]
-    last = deque(islice(examples, sum(lengths)), maxlen=1)
-    if last and serialize(encode(last[0])) != readers[-1].read([lengths[-1] - 1])[0]:
-        raise DataError(
-            f"{directory} was started with other images or another order; delete it to "
-            "start over"
-        )
-    with ThreadPoolExecutor() as pool:
-        while batch := list(map(encode, islice(examples, shard_size))):
-            temporary = directory / "shard.tmp"
-            writer = array_record.ArrayRecordWriter(str(temporary), OPTIONS)
-            for record in pool.map(serialize, batch):
-                writer.write(record)
-            writer.close()
-            shards.append(temporary.replace(directory / f"{stem}-{len(shards):05d}"))
-            lengths.append(len(batch))
-    if not shards:
-        raise DataError(f"{info.name} has no image in split {split}")
-    for i, shard in enumerate(shards):
-        shards[i] = shard.replace(directory / f"{stem}-{i:05d}-of-{len(shards):05d}")
-    size = sum(shard.stat().st_size for shard in shards)
-    return splits.SplitInfo(name=split, shard_lengths=lengths, num_bytes=size)
-
-
-def shrink(encoded: bytes, short_side: int) -> bytes:
-    """Shrink an encoded image to a JPEG with this short side; never enlarge it."""
-    from PIL import Image
-
-    image = Image.open(io.BytesIO(encoded))
-    scale = short_side / min(image.size)
-    if scale >= 1:
-        return encoded
-    image = image if image.mode in ("L", "RGB") else image.convert("RGB")
-    size = [round(side * scale) for side in image.size]
-    buffer = io.BytesIO()
-    image.resize(size, Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=95)
-    return buffer.getvalue()
-
-
 def run(argv: Sequence[str] | None) -> None:
     """Parse the arguments and prepare the dataset. SIGTERM interrupts like Ctrl-C."""
     parser = Parser("python -m hivit_jax.tools.prepare_data", allow_abbrev=False)
     for name, (default, text) in FLAGS.items():
         parser.add_argument(f"--{name}", type=type(default), default=default, help=text)
-    flags = parser.parse_args(argv)
+    flags = vars(parser.parse_args(argv))
+    source, *options = (flags.pop(name) for name in ("from", "out", "label_column"))
+    if bool(source) != bool(options[0]):
+        raise ConfigError("expected both --from=FILES and --out=DIR, or neither")
+    if source and (flags["manual_dir"] or flags["data_dir"]):
+        raise ConfigError("--from: expected neither --manual_dir nor --data_dir")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        prepare(**vars(flags))
+        if source:
+            sizes = flags["short_side"], flags["shard_size"]
+            parquet.convert(source, *options, *sizes)
+        else:
+            prepare(**flags)
     except HivitError:
         raise
     except KeyboardInterrupt:
         raise Interrupted("interrupted; run the same command to resume") from None
     except Exception as error:  # TFDS datasets raise exceptions of many types
         reason = f"{type(error).__name__}: {_one_line(error)}"
-        raise DataError(f"{flags.name} cannot be prepared: {reason}") from error
+        name = source or flags["name"]
+        raise DataError(f"{name} cannot be prepared: {reason}") from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:

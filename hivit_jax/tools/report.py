@@ -17,9 +17,8 @@ from etils.epath import Path
 
 from hivit_jax import config as configs
 from hivit_jax import platforms, record
-from hivit_jax.checkpoints import read
 from hivit_jax.errors import ConfigError, HivitError, Parser, run_command
-from hivit_jax.paths import expand
+from hivit_jax.paths import absolute, expand
 from hivit_jax.reporting import metrics
 from hivit_jax.reporting.console import log
 from hivit_jax.tools.outputs import output_path
@@ -48,7 +47,7 @@ def make_report(workdirs: Iterable[str]) -> str:
     Raises:
       ConfigError: a directory is not the workdir of a run with metrics.
     """
-    paths = list(dict.fromkeys(read.absolute(workdir) for workdir in workdirs))
+    paths = list(dict.fromkeys(absolute(workdir) for workdir in workdirs))
     names, parts = [], 1  # the last parts of each path that make all names different
     while len(set(names)) < len(paths):
         names, parts = ["/".join(path.parts[-parts:]) for path in paths], parts + 1

@@ -80,7 +80,7 @@ def _parameters(task: Task | None) -> str:
 
 def _best_metric(config: Mapping[str, Any]) -> metrics.Best:
     try:
-        return tasks.find(config["task"]).best
+        return tasks.find(config["task"]).best_metric(config)
     except (HivitError, KeyError):
         return Task.best
 

@@ -12,11 +12,10 @@ from flax import nnx
 
 from hivit_jax.augment.resample import MAXIMUM
 from hivit_jax.checkpoints import read as checkpoints
-from hivit_jax.checkpoints.read import absolute
 from hivit_jax.errors import CheckpointError, ConfigError
 from hivit_jax.models import Model, configure, create_model, override_types, variant
 from hivit_jax.models.base import make_info
-from hivit_jax.paths import expand
+from hivit_jax.paths import absolute, expand
 from hivit_jax.reporting import metrics
 from hivit_jax.reporting.console import log
 from hivit_jax.tree import leaf_name, named_leaves, split
@@ -38,7 +37,9 @@ DIRECTORY_WEIGHTS = (WEIGHTS, TORCH_WEIGHTS)
 # Arguments that the names and shapes of a state dict do not determine.
 NOT_IN_STATE_DICT = ("num_heads", "decoder_num_heads", "layer_norm_eps")
 # Key of a recipe's data -> argument of `make_info`.
-SAME_NAMES = ("mean", "std", "interpolation", "antialias", "value_range", "dtype")
+SAME_NAMES = (
+    "mean", "std", "interpolation", "antialias", "value_range", "dtype", "multi_label"
+)  # fmt: skip
 DATA_KEYS = {key: key for key in SAME_NAMES} | {"crop_pct": "crop"}
 
 

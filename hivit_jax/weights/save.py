@@ -199,13 +199,16 @@ def _usage(model: Model) -> list[str]:
         "",
         "```python",
         "import hivit_jax",
+        *["import jax"] * info.multi_label,
         "",
         "model = hivit_jax.load_pretrained(DIRECTORY)",
         f'images = hivit_jax.preprocess(model)(["a.jpg", "b.jpg"])  # [2, {shape}]',
     ]
     if getattr(model, "head", None) is not None:
         lines.append(f"logits = model(images)  # [2, {model.config.num_classes}]")
-    if info.class_names:
+    if info.class_names and info.multi_label:
+        lines.append("probabilities = jax.nn.sigmoid(logits)  # one per class name")
+    elif info.class_names:
         lines.append("names = [model.info.class_names[k] for k in logits.argmax(-1)]")
     lines += [
         "maps = model.features(images)",

@@ -61,7 +61,7 @@ def test_stand_in_reads_recipes_as_ml_collections_does(monkeypatch):
     assert names
 
     def read():
-        flags = ["--config.model.depths=(1,1,2)", "--config.data.flip=false"]
+        flags = ["--config.optimizer.betas=(0.9,0.99)", "--config.data.flip=false"]
         return [
             json.loads(configs.to_json(configs.load(name, flags))) for name in names
         ]

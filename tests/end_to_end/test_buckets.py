@@ -7,40 +7,86 @@ from prepared import prepare
 
 pytestmark = [pytest.mark.slow, pytest.mark.processes]
 
+OPTIONS = dict(batch_size=8, total_steps=12, checkpoint_every=6, eval_every=6)
+OPTIONS |= dict(model__image_size=64, data__canvas=96, data__name="stripes")
 
-def test_refused_and_resumed_run(tmp_path):
-    """The command ends with code 4, resumes bit-identically and needs no tensorflow."""
-    root = tmp_path / "objects"
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    """Directory of a dataset of TFDS."""
+    root = tmp_path_factory.mktemp("bucket") / "objects"
     prepare(root, "tfrecord")
-    options = dict(batch_size=8, total_steps=4, checkpoint_every=2, eval_every=2)
-    options |= dict(model__image_size=64, data__canvas=96, data__name="stripes")
-    missing = ("tensorflow", "gcsfs", "tensorboardX")
-    environment = {
-        "XDG_CACHE_HOME": tmp_path / "cache",
-        "PYTHONPATH": recipes.block_imports(tmp_path / "environment", *missing),
-    }
+    return root
 
-    def run(name, directory):
-        flags = recipes.arguments("photographs", data__dir=directory, **options)
-        command = ["-m", "hivit_jax.main", *flags, f"--workdir={tmp_path / name}"]
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Function that runs the command without packages that are optional for it."""
+    root = tmp_path_factory.mktemp("runs")
+
+    def run(workdir, directory, reader="threads"):
+        missing = ["gcsfs", "tensorboardX"] + ["tensorflow"] * (reader == "threads")
+        environment = {
+            "XDG_CACHE_HOME": root / f"cache {reader}",
+            "PYTHONPATH": recipes.block_imports(root / f"without {reader}", *missing),
+        }
+        options = OPTIONS | dict(data__dir=directory, data__reader=reader)
+        flags = recipes.arguments("photographs", **options)
+        command = ["-m", "hivit_jax.main", *flags, f"--workdir={workdir}"]
         return recipes.run_process(*command, **environment)
 
-    assert run("local", root)[0] == 0
-    with serve(root) as bucket:
-        bucket.failures = [0] * 70 + [403] * 1000
-        code, _, err = run("remote", "gs://bucket")
+    return run
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory, dataset, run):
+    """Workdir of an uninterrupted run that reads local files with threads."""
+    workdir = tmp_path_factory.mktemp("local")
+    code, _, err = run(workdir, dataset)
+    assert code == 0, err
+    return workdir
+
+
+@pytest.mark.parametrize("reader", ["threads", "tf.data"])
+def test_refused_and_resumed_run(dataset, run, local, tmp_path, reader):
+    """The command ends with code 4 and resumes bit-identically.
+
+    Neither reader needs gcsfs, and the threads do not need tensorflow.
+    """
+    workdir = tmp_path / "remote"
+    with serve(dataset) as bucket:
+
+        def refuse(change):
+            """Refuse all requests after nine of twelve batches were read."""
+            ranges = (wanted for _, key, wanted in bucket.requests if "-train." in key)
+            if sum(length(wanted) > 500 for wanted in ranges) > 9 * 8 + 8:
+                bucket.statuses = {"stripes": 403}
+
+        bucket.answering = refuse
+        code, _, err = run(workdir, "gs://bucket", reader)
         assert code == 4, err
         lines = err.splitlines()
         assert lines[-2].startswith("error: cannot access gs://bucket/stripes/1.0.0/")
         assert "HTTP status 403" in lines[-2]
         assert "gcloud auth application-default login" in lines[-1]
-        bucket.failures = [503, 429]
-        code, out, err = run("remote", "gs://bucket")
+        resumed_at = recipes.saved_steps(workdir)[-1]
+        assert 6 <= resumed_at < 12
+        bucket.answering, bucket.statuses = lambda change: None, {}
+        bucket.failures, bucket.delay, bucket.truncated = [503, 429], 0.02, 3
+        code, out, err = run(workdir, "gs://bucket", reader)
         assert code == 0, err
-    for name in ("loss", "eval/loss"):
-        found = recipes.logged(tmp_path / "remote", name)
-        assert found == recipes.logged(tmp_path / "local", name)
+        assert f"resuming at step {resumed_at} " in out
+        assert bucket.truncated == 0
+        assert bucket.failures == []
+    for name in ("loss", "eval/loss", "eval/count"):
+        assert recipes.logged(workdir, name) == recipes.logged(local, name)
+    assert set(recipes.logged(workdir, "eval/count").values()) == {6}
     recipes.assert_identical(
-        recipes.saved_arrays(tmp_path / "remote", 4),
-        recipes.saved_arrays(tmp_path / "local", 4),
+        recipes.saved_arrays(workdir, 12), recipes.saved_arrays(local, 12)
     )
+
+
+def length(wanted):
+    """Return the length of a range of bytes; 0 if it has no end."""
+    first, _, last = wanted.removeprefix("bytes=").partition("-")
+    return int(last) + 1 - int(first) if first and last else 0

@@ -396,6 +396,7 @@ ELSEWHERE = {
     "data.exclude": "test_exclude",
     "data.flip": "test_training_flips_and_erases_what_the_device_resizes",
     "data.max_unreadable": "test_unreadable_images",
+    "data.multi_label": "test_several_labels",
     "data.name": "test_every_step",
     "data.randaugment": "test_randaugment",
     "data.reader": "test_training_is_bit_identical",

@@ -7,15 +7,19 @@ clients as JSON.
 """
 
 import json
+import re
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlencode, urlsplit
 from xml.sax.saxutils import escape
+
+UPLOADING = ".uploading"  # file with an object that is not yet complete
 
 
 class Bucket(ThreadingHTTPServer):
@@ -30,7 +34,8 @@ class Bucket(ThreadingHTTPServer):
       statuses: piece of a key -> status of every request for such a key.
       truncated: number of answers with data that end after half of their bytes.
       read_only: refuse uploads with 403.
-      generation: version number of all objects.
+      generation: added to the version number of each object.
+      writes: key -> number of uploads of this object.
       requests: (method, key, range header) of all requests.
     """
 
@@ -43,8 +48,9 @@ class Bucket(ThreadingHTTPServer):
         self.failures: list[int] = []
         self.statuses: dict[str, int] = {}
         self.read_only, self.generation = False, 1
+        self.writes: Counter[str] = Counter()
         self.requests: list[tuple[str, str, str]] = []
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()
 
     @property
     def url(self) -> str:
@@ -58,6 +64,10 @@ class Bucket(ThreadingHTTPServer):
             "TENSORSTORE_GCS_HTTP_URL": self.url,
             "CLOUD_STORAGE_EMULATOR_ENDPOINT": self.url,
             "GOOGLE_AUTH_TOKEN_FOR_TESTING": "none",
+            "STORAGE_EMULATOR_HOST": self.url,
+            # gcsfs would ask another service for the type of the bucket.
+            "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
+            "FSSPEC_GCS_TOKEN": "anon",
             "AWS_ENDPOINT_URL": self.url,
             "AWS_ACCESS_KEY_ID": "none",
             "AWS_SECRET_ACCESS_KEY": "none",
@@ -70,7 +80,29 @@ class Bucket(ThreadingHTTPServer):
         """Return the sorted keys of all objects that start with a prefix."""
         files = (path for path in self.root.rglob("*") if path.is_file())
         names = (path.relative_to(self.root).as_posix() for path in files)
-        return sorted(name for name in names if name.startswith(prefix))
+        return sorted(n for n in names if n.startswith(prefix) and n != UPLOADING)
+
+    def version(self, key: str) -> int:
+        """Return the version number of an object; 0 if it does not exist."""
+        exists = (self.root / key).is_file()
+        return self.generation + self.writes[key] if exists else 0
+
+    def write(self, key: str, data: bytes) -> None:
+        """Write an object."""
+        path = self.root / key
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.root / UPLOADING
+        temporary.write_bytes(data)
+        temporary.replace(path)
+        self.writes[key] += 1
+
+    def delete(self, key: str) -> None:
+        """Delete an object, and directories that are empty thereafter."""
+        path = self.root / key
+        path.unlink(missing_ok=True)
+        while path.parent != self.root and not any(path.parent.iterdir()):
+            path = path.parent
+            path.rmdir()
 
     def reads(self, piece: str) -> int:
         """Return the number of GETs of objects whose key contains a piece."""
@@ -103,13 +135,17 @@ class Handler(BaseHTTPRequestHandler):
         bucket, url = self.server, urlsplit(self.path)
         query = {key: value[0] for key, value in parse_qs(url.query).items()}
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        parts = url.path.strip("/").split("/")
-        if url.path.startswith("/upload/"):
-            key = query["name"]
-        elif url.path.startswith("/storage/v1/b/"):
-            key = unquote("/".join(parts[5:]))
-        else:
-            key = unquote("/".join(parts[1:]))
+        # Google's JSON interface, or the interface of S3: /BUCKET/KEY.
+        is_upload = url.path.startswith("/upload/")
+        path = url.path.removeprefix("/upload").removeprefix("/download")
+        is_json = path.startswith("/storage/v1/b/")
+        source, action, target = re.match(
+            "(.*?)(?:/(rewriteTo/b/[^/]*|moveTo)/o/(.*))?$", path
+        ).groups("")
+        parts = source.strip("/").split("/")[3 if is_json else 0 :]
+        key = unquote("/".join(parts[2 if is_json else 1 :]))
+        if is_upload:
+            key, body = _uploaded(query, body)
         with bucket.lock:
             bucket.requests.append((method, key, self.headers.get("Range", "")))
             failure = bucket.failures.pop(0) if bucket.failures else 0
@@ -120,32 +156,69 @@ class Handler(BaseHTTPRequestHandler):
             failure = status if piece in (key or query.get("prefix", "")) else failure
         if failure:
             self._send(failure, b"refused")
-        elif method in ("POST", "PUT") and bucket.read_only:
-            self._send(403, b"read only")
-        elif method in ("POST", "PUT"):
-            path = bucket.root / key
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(body)
-            answer = json.dumps(self._metadata(key)).encode()
-            self._send(200, answer, {"ETag": '"1"'})
-        elif method == "DELETE":
-            (bucket.root / key).unlink(missing_ok=True)
-            self._send(204, b"")
+        elif query.get("uploadType") == "resumable":
+            query["uploadType"] = "parts"
+            address = f"{bucket.url}{url.path}?{urlencode(query)}"
+            self._send(200, b"", {"Location": address})
+        elif method in ("POST", "PUT", "DELETE"):
+            if action == "moveTo":
+                method = "MOVE"
+            self._change(method, key, unquote(target), query, body)
+        elif is_json and len(parts) == 1:
+            self._send(200, json.dumps({"name": parts[0]}).encode())
         elif not key:
-            self._list(query)
+            with bucket.lock:
+                self._list(query)
+        elif not bucket.version(key):
+            self._send(404, b"not found")
+        elif is_json and query.get("alt") != "media":
+            self._send(200, json.dumps(self._metadata(key)).encode())
         else:
-            self._send_object(key, query)
+            self._send_object(key)
+
+    def _change(
+        self, method: str, key: str, target: str, query: dict[str, str], body: bytes
+    ) -> None:
+        """Write, copy or delete an object, unless its version is unexpected."""
+        bucket = self.server
+        with bucket.lock:
+            expected = query.get("ifGenerationMatch", str(bucket.version(key)))
+            if bucket.read_only:
+                status = 403
+            elif expected != str(bucket.version(key)):
+                status = 412
+            elif (target or method == "DELETE") and not bucket.version(key):
+                status = 404
+            elif method == "DELETE":
+                bucket.delete(key)
+                status = 204
+            else:
+                body = (bucket.root / key).read_bytes() if target else body
+                bucket.write(target or key, body)
+                if method == "MOVE":
+                    bucket.delete(key)
+                status = 200
+            answer = self._metadata(target or key) if status == 200 else {}
+        answer |= {"done": True} if target else {}
+        text = b"" if status == 204 else json.dumps(answer).encode()
+        self._send(status, text, {"ETag": '"1"'} if method == "PUT" else None)
 
     def _metadata(self, key: str) -> dict[str, str]:
         size = (self.server.root / key).stat().st_size
-        generation = str(self.server.generation)
+        generation = str(self.server.version(key))
         return {"name": key, "size": str(size), "generation": generation}
 
     def _list(self, query: dict[str, str]) -> None:
-        keys = self.server.keys(query.get("prefix", ""))
+        prefix, prefixes = query.get("prefix", ""), set()
+        keys = self.server.keys(prefix)
         keys = [key for key in keys if key >= query.get("startOffset", "")]
         if end := query.get("endOffset"):
             keys = [key for key in keys if key < end]
+        if "delimiter" in query:
+            below = {key for key in keys if "/" in key[len(prefix) :]}
+            ends = ((key, key.index("/", len(prefix)) + 1) for key in below)
+            prefixes = {key[:end] for key, end in ends}
+            keys = [key for key in keys if key not in below]
         if "list-type" in query:
             items = "".join(
                 f"<Contents><Key>{escape(k)}</Key></Contents>" for k in keys
@@ -154,17 +227,12 @@ class Handler(BaseHTTPRequestHandler):
             self._send(200, f"{text}</ListBucketResult>".encode())
         else:
             items = [self._metadata(key) for key in keys]
-            self._send(200, json.dumps({"items": items}).encode())
+            answer = {"items": items, "prefixes": sorted(prefixes)}
+            self._send(200, json.dumps(answer).encode())
 
-    def _send_object(self, key: str, query: dict[str, str]) -> None:
+    def _send_object(self, key: str) -> None:
         path = self.server.root / key
-        if not path.is_file():
-            self._send(404, b"not found")
-            return
-        if query.get("alt", "media") != "media":
-            self._send(200, json.dumps(self._metadata(key)).encode())
-            return
-        size, version = path.stat().st_size, str(self.server.generation)
+        size, version = path.stat().st_size, str(self.server.version(key))
         headers = {"x-goog-generation": version, "ETag": f'"{version}"'}
         wanted = self.headers.get("Range", "")
         if not wanted:
@@ -192,6 +260,17 @@ class Handler(BaseHTTPRequestHandler):
             self.server.truncated -= bool(cut)
         self.wfile.write(body[: len(body) // 2] if cut else body)
         self.close_connection = self.close_connection or bool(cut)
+
+
+def _uploaded(query: dict[str, str], body: bytes) -> tuple[str, bytes]:
+    """Return key and data of an upload: the whole body, or two parts of it."""
+    if "name" in query:
+        return query["name"], body
+    boundary, _, rest = body.partition(b"\n")
+    metadata, data = (
+        part.partition(b"\n\n")[2] for part in rest.split(b"\n" + boundary)[:2]
+    )
+    return json.loads(metadata)["name"], data
 
 
 @contextmanager

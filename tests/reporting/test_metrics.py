@@ -1,8 +1,10 @@
 """Metrics: lines of metrics.jsonl, throughput, the best checkpoint, buckets."""
 
 import json
+import sys
 import time
 from functools import partial
+from types import ModuleType
 
 import pytest
 from etils import epath
@@ -137,7 +139,12 @@ def bucket(tmp_path, monkeypatch):
                 assert str(path).startswith("gs://")
                 assert "a" not in args[:1]
                 args = [here(x) if str(x).startswith("gs://") else x for x in args]
-                return getattr(backend.os_backend, name)(here(path), *args, **kwargs)
+                found = getattr(backend.os_backend, name)(here(path), *args, **kwargs)
+                if name == "glob":
+                    return [
+                        each.replace(str(tmp_path), "gs://bucket") for each in found
+                    ]
+                return found
 
             return call
 
@@ -146,6 +153,8 @@ def bucket(tmp_path, monkeypatch):
 
     monkeypatch.setitem(gpath._PREFIX_TO_BACKEND, "gs", StandIn())
     monkeypatch.setattr(gpath, "_is_tf_installed", lambda: False)
+    monkeypatch.setitem(sys.modules, "gcsfs", ModuleType("gcsfs"))
+    monkeypatch.setenv("EPATH_USE_TF", "false")
     return tmp_path
 
 
@@ -164,7 +173,9 @@ def test_workdir_in_a_bucket(bucket):
     assert (bucket / "run" / "figures" / "curves.png").stat().st_size > 1000
     assert not list(bucket.rglob(".writable*"))
     assert str(read.absolute("gs://bucket/run")) == "gs://bucket/run"
-    (bucket / "run/checkpoints/7/params").mkdir(parents=True)
-    (bucket / "run/checkpoints/12/params").mkdir(parents=True)
+    for step in (7, 12, 15):  # the last one is incomplete
+        (bucket / f"run/checkpoints/{step}/params").mkdir(parents=True)
+        if step < 15:
+            (bucket / f"run/checkpoints/{step}/commit_success.txt").touch()
     found = [path.name for path in read.find_checkpoints("gs://bucket/run")]
     assert found == ["12", "7"]

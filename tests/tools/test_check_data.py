@@ -121,6 +121,24 @@ def test_healthy(check, healthy):
     ]
 
 
+def test_several_labels(check, healthy, tmp_path):
+    """Images count in each of their classes; those of no class have a row."""
+    rows = [f"{photo(healthy, k)},{'a;b' if k % 3 else ''},train" for k in range(12)]
+    rows += [f"{photo(healthy, k, 'val')},a;c,val" for k in range(3)]
+    (tmp_path / "all.csv").write_text("\n".join(["path,label,split", *rows]))
+    flags = dict(data__name="csv", data__multi_label=True, data__eval_split="val")
+    sheet = f"--sheet={tmp_path / 'sheet.png'}"
+    code, out, err = check(tmp_path / "all.csv", sheet, **flags)
+    table = [line.split()[-3:] for line in out.splitlines() if line.startswith("  ")]
+    for row in (["a", "8", "3"], ["b", "8", "0"], ["c", "0", "3"]):
+        assert row in table
+    (row,) = (line for line in out.splitlines() if "of no class" in line)
+    assert row.split()[-2:] == ["4", "0"]
+    assert (tmp_path / "sheet.png").is_file()
+    assert code == 4
+    assert "1 classes without an image" in err
+
+
 def test_speed(check, healthy):
     """Image rates of chips at 40 % of their peak, and the cores that they need."""
     _, out, _ = check(healthy, model__image_size=224, data__canvas=512)

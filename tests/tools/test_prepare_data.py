@@ -183,15 +183,15 @@ def test_killed_process_resumes(small, flags, tmp_path):
     """After SIGKILL in the fourth shard the first three are kept."""
     program = (
         "import os, signal, sys\n"
-        "from hivit_jax.tools import prepare_data as prepare\n"
-        "shrink, calls = prepare.shrink, []\n"
+        "from hivit_jax.tools import prepare_data, record_shards\n"
+        "shrink, calls = record_shards.shrink, []\n"
         "def deadly(*arguments):\n"
         "    calls.append(1)\n"
         "    if len(calls) == 8:\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return shrink(*arguments)\n"
-        "prepare.shrink = deadly\n"
-        "prepare.main(sys.argv[1:])\n"
+        "record_shards.shrink = deadly\n"
+        "prepare_data.main(sys.argv[1:])\n"
     )
     command = [*flags, f"--data_dir={tmp_path}", "--short_side=32"]
     code, _, _ = recipes.run_process("-c", program, *command)
@@ -314,7 +314,10 @@ def test_tfrecords_of_tfds(tmp_path):
         (["--name=imagenet2012:9.9.9"], ["imagenet2012:9.9.9", "5.1.0"]),
         (["--name=imagenet2012/x"], ["imagenet2012/x", "not found"]),
         (["--name=coco"], ["coco", "(Image, ClassLabel)", "found ()"]),
-        (["--name=imagenet2012_real"], ["ClassLabel", "found (Image, Sequence)"]),
+        (
+            ["--name=imagenet2012_real"],
+            ["ClassLabel", "(Image, Sequence of ClassLabel)"],
+        ),
         (["--manual_dir="], ["--manual_dir=''", "not a directory", prepare_data.TRAIN]),
         (["--manual_dir=/x/y"], ["--manual_dir='/x/y'", "not a directory"]),
         (["--data_dir=/dev/null"], ["/dev/null", "cannot be written"]),

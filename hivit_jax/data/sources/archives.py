@@ -4,6 +4,7 @@ Archives are not unpacked. An index of their members is made once.
 """
 
 import fnmatch
+import json
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -15,15 +16,15 @@ import numpy as np
 from hivit_jax.data import storage, tar, zip
 from hivit_jax.data.records import Index, Records, load_index, log_indexing
 from hivit_jax.data.shard_cache import ShardCache
-from hivit_jax.data.sources.base import Source
 from hivit_jax.data.sources.folder import SUFFIXES
+from hivit_jax.data.sources.splits import FileSource
 from hivit_jax.errors import DataError
 
 THREADS = 64  # tar files that are indexed concurrently
 UNLABELED = -1
 
 
-class Archives(Source):
+class Archives(FileSource):
     """Images in archives, with integer labels or without labels.
 
     Subclasses implement `_files` and `_make_index`. The classes are "0", "1", ... up to
@@ -42,7 +43,7 @@ class Archives(Source):
     def __init__(
         self, directory: str, split: str, train_split: str, cache_dir: str = ""
     ):
-        directory = directory.rstrip("/")
+        self.root = directory = directory.rstrip("/")
         files = self._files(directory, split)
         is_cached = cache_dir and storage.is_remote(directory)
         cache = ShardCache(cache_dir) if is_cached else None
@@ -57,6 +58,7 @@ class Archives(Source):
         if cache:
             size = int((index["stops"] - index["starts"]).sum())
             cache.log_size(files, size)
+        self.labeled = bool((index["labels"] != UNLABELED).all())
         self.labels, self._names = np.maximum(index["labels"], 0), index["names"]
         ranges = index["starts"], index["stops"]
         self._records = Records(files, index["files"], *ranges, cache)
@@ -76,6 +78,10 @@ class Archives(Source):
 
     def name(self, index: int) -> str:
         return f"{self._records.file(index)}/{os.fsdecode(self._names[index])}"
+
+    def relative_paths(self) -> list[str]:
+        start = len(self.root) + 1
+        return [self.name(index)[start:] for index in range(len(self))]
 
     def _image(self, record: bytes) -> bytes:
         """Return the image file from its byte range of an archive."""
@@ -120,6 +126,8 @@ class Archives(Source):
 class WebDataset(Archives):
     """Tar files in the format of WebDataset: members KEY.jpg and KEY.cls (digits).
 
+    Without KEY.cls, the label is the integer "label" of KEY.json.
+
     A split is a pattern of file names relative to the directory, such as
     ``imagenet1k-train-{0000..1023}.tar``. A split without ``*`` and ``{`` stands for
     all tar files whose names contain it.
@@ -135,7 +143,8 @@ class WebDataset(Archives):
             raise DataError(
                 f"no tar file {split!r} in {directory}; found "
                 f"{', '.join(names[:5]) or 'nothing'}\n"
-                "Correct data.dir, data.train_split or data.eval_split."
+                "Correct data.dir, or set data.train_split and data.eval_split to a "
+                "part of the names or a pattern such as '*.tar'"
             )
         return [f"{directory}/{name}" for name in found]
 
@@ -158,6 +167,10 @@ class Zip(Archives):
 
     def _files(self, directory: str, split: str) -> list[str]:
         return [f"{directory}/{split}.zip"]
+
+    def relative_paths(self) -> list[str]:
+        start = len(self.root) + 1
+        return [self.name(index)[start:] for index in range(len(self))]
 
     def _image(self, record: bytes) -> bytes:
         return zip.data_of(record)
@@ -193,21 +206,26 @@ def _tar_index(path: str) -> dict[str, Any]:
     """Return the arrays of `INDEX` and "ignored", the number of other members."""
     images: list[tar.Member] = []
     labels: list[int] = []
-    image_key, label_key, label, ignored = "", "", UNLABELED, 0
+    image_key, current, label, has_cls, ignored = "", "", UNLABELED, False, 0
     for member, read in tar.members(path):
         directory, _, name = member.name.rpartition("/")
         key, _, extension = name.partition(".")
         key, extension = f"{directory}/{key}", f".{extension.lower()}"
+        if key != current:
+            current, label, has_cls = key, UNLABELED, False
         if extension in SUFFIXES:
             images.append(member)
-            labels.append(label if label_key == key else UNLABELED)
+            labels.append(label)
             image_key = key
         elif extension == ".cls":
-            label, label_key = _label(path, member.name, read), key
-            if image_key == key:
-                labels[-1] = label
+            label, has_cls = _label(path, member.name, read), True
+        elif extension == ".json" and not has_cls:
+            label = _json_label(read())
+            ignored += label == UNLABELED
         else:
             ignored += 1
+        if image_key == key:  # a label may follow its image
+            labels[-1] = label
     return _arrays(images, labels) | {"ignored": ignored}
 
 
@@ -216,6 +234,15 @@ def _label(path: str, name: str, read: Callable[[], bytes]) -> int:
     if not text.isdecimal():
         raise DataError(f"{path}: {name}: expected a class index, found {text[:40]!r}")
     return int(text)
+
+
+def _json_label(data: bytes) -> int:
+    """Return the class index "label" of a JSON object, or `UNLABELED` without any."""
+    try:
+        label = json.loads(data)["label"]
+    except (ValueError, TypeError, LookupError):
+        return UNLABELED
+    return label if type(label) is int and label >= 0 else UNLABELED
 
 
 def _arrays(found: Sequence[Any], labels: Sequence[int]) -> Index:

@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
+
 # `data.name` may also be any other TFDS dataset, or ``module:Class`` for a user's
 # subclass of `Source`. It is constructed as Class(split, data.dir) with the split
 # "train" or "test".
@@ -51,7 +53,8 @@ class Source:
       ignored: reason, such as a file name's ending, -> number of files in the split's
         directories that are ignored for this reason.
       loose: names of the first ignored images outside of the class directories.
-      labeled: False if all labels are 0, because the images have none.
+      labeled: False if all labels are 0, because the images have none. With several
+        labels per image, an image of no class is labeled, by zeros.
       encoded: see `DatasetInfo`.
       example_keys: names of image and label in the `tf.train.Example` that a record is;
         (): records are image files.
@@ -71,7 +74,8 @@ class Source:
     def sample(self, index: int) -> dict[str, Any]:
         """Return an example before decoding.
 
-        For images it is {"image": bytes of the file, "label": int}.
+        For images it is {"image": bytes of the file, "label": int}. With
+        `data.multi_label`, the label is `multi_hot`.
 
         Raises:
           Exception: an error of any type if the example cannot be read.
@@ -133,3 +137,10 @@ class Source:
         if others := sum(count for _, count in ordered[8:]):
             parts.append(f"{others:,} with other endings")
         return ", ".join(parts)
+
+
+def multi_hot(labels: Sequence[int], num_classes: int) -> np.ndarray:
+    """Return uint8 [num_classes], 1 for each of the labels of an image."""
+    found = np.zeros(num_classes, np.uint8)
+    found[np.asarray(labels, np.int64)] = 1
+    return found

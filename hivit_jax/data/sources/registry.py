@@ -25,12 +25,14 @@ from hivit_jax.data.sources.tfds import Tfds
 from hivit_jax.errors import ConfigError, DataError, import_class
 from hivit_jax.paths import expand
 
-SELECTABLE = ("folder", "csv")  # datasets whose images `Selection` selects by path
+# Datasets whose images `Selection` selects by path.
+SELECTABLE = ("folder", "csv", "webdataset", "zip")
 # data.name -> default names of the training and evaluation split; "": any other name.
 DEFAULT_SPLITS = {"": ("train", "validation")} | dict.fromkeys(
     ("folder", "webdataset", "zip"), ("train", "val")
 )
 ARCHIVES = {"webdataset": WebDataset, "zip": Zip}
+SINGLE_LABEL = ("folder", "digits", "synthetic", *ARCHIVES)
 
 
 def published_info(data: Mapping[str, Any]) -> DatasetInfo | None:
@@ -71,9 +73,9 @@ def open_source(data: Mapping[str, Any], split: str) -> Source:
     # Configs of earlier versions and other programs lack the following keys.
     names = ("eval_fraction", "eval_group", "exclude")
     selection = Selection(**{key: data[key] for key in names if key in data})
-    level = data.get("class_level", "top")
+    level = data.get("class_level", "top"), data.get("multi_label", False)
     directories = expand(data["dir"]), expand(data.get("cache", ""))
-    return _open(split, data["name"], *directories, *values, selection, level)
+    return _open(split, data["name"], *directories, *values, selection, *level)
 
 
 @lru_cache(maxsize=8)
@@ -88,6 +90,7 @@ def _open(
     subset_seed: int,
     selection: Selection,
     class_level: str,
+    multi_label: bool,
 ) -> Source:
     if split == "test" and eval_split == NO_EVALUATION:
         raise ConfigError(
@@ -95,6 +98,11 @@ def _open(
             "data.eval_split or data.eval_fraction"
         )
     _check_selection(name, selection, class_level, eval_split)
+    if multi_label and name in SINGLE_LABEL:
+        raise ConfigError(
+            f"data.multi_label=True with data.name={name!r}; expected 'csv', a TFDS "
+            "name or your own module:Class"
+        )
     if name == "synthetic":
         return Synthetic(split, train_examples)
     if name == "digits":
@@ -115,11 +123,11 @@ def _open(
             )
         source = _open_folder(directory, split, *splits, selection, class_level)
     elif name in ARCHIVES:
-        source = ARCHIVES[name](directory, split_name, train_split, cache_dir)
+        source = _open_archives(name, directory, cache_dir, split, *splits, selection)
     elif name == "csv":
-        source = _open_table(directory, split, *splits, selection)
+        source = _open_table(directory, split, *splits, selection, multi_label)
     else:
-        source = Tfds(name, directory, split_name, cache_dir)
+        source = Tfds(name, directory, split_name, cache_dir, multi_label)
     if train_examples:
         raise ConfigError(
             f"data.train_examples={train_examples} with data.name={name!r}; expected "
@@ -171,8 +179,32 @@ def _open_folder(
     return select(source, selection, split == "test", percent)
 
 
+def _open_archives(
+    name: str,
+    directory: str,
+    cache_dir: str,
+    split: str,
+    train_split: str,
+    eval_split: str,
+    selection: Selection,
+) -> Source:
+    """Open a split of the images in tar or zip files."""
+    defaults = DEFAULT_SPLITS[name]
+    train, percent = parse_slice(train_split or defaults[0])
+    chosen = train
+    if split == "test" and not selection.eval_fraction:
+        chosen, percent = parse_slice(eval_split or defaults[1])
+    source = ARCHIVES[name](directory, chosen, train, cache_dir)
+    return select(source, selection, split == "test", percent)
+
+
 def _open_table(
-    directory: str, split: str, train_split: str, eval_split: str, selection: Selection
+    directory: str,
+    split: str,
+    train_split: str,
+    eval_split: str,
+    selection: Selection,
+    multi_label: bool,
 ) -> Source:
     """Open a split of the images that a CSV file or a list of paths names.
 
@@ -188,7 +220,7 @@ def _open_table(
         split_name = ""
         if split == "test" and not selection.eval_fraction:
             file = table_path(directory, eval_split or "val.csv")
-    source = Table(file, train_file, split, split_name)
+    source = Table(file, train_file, split, split_name, multi_label)
     if source.has_splits:
         return select(source, replace(selection, eval_fraction=0.0), False)
     is_shared = file == train_file and not selection.eval_fraction

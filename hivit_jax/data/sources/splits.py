@@ -66,7 +66,7 @@ class FileSource(Source):
 
     Attributes:
       root: directory that contains the files.
-      labels: int32 [n].
+      labels: int32 [n], or uint8 [n, classes] with several labels per image.
     """
 
     root: str
@@ -176,7 +176,7 @@ def select(
         groups = _groups(paths, selection.eval_group)
         mask = hold_out(groups, labels, selection.eval_fraction)
         chosen = chosen[mask == held_out]
-    else:
+    elif percent != (0, 100):
         chosen = chosen[_slice_mask(paths, labels, percent)]
     return Subset(source, chosen, excluded)
 
@@ -219,7 +219,7 @@ def hold_out(groups: Sequence[str], labels: np.ndarray, fraction: float) -> np.n
 
     Args:
       groups: name of each example's group.
-      labels: int [n].
+      labels: int [n], or [n, classes] with several labels per image.
     """
     numbers: dict[str, int] = {}
     members = np.array([numbers.setdefault(g, len(numbers)) for g in groups], np.int64)
@@ -263,6 +263,8 @@ def _by_label(labels: np.ndarray) -> list[np.ndarray]:
     """Return the indices of the examples of each label that occurs."""
     if not len(labels):
         return []
+    if labels.ndim == 2:
+        return [np.flatnonzero(column) for column in labels.T if column.any()]
     order = np.argsort(labels, kind="stable")
     return np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
 

@@ -9,12 +9,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from hivit_jax.data.sources.base import multi_hot
 from hivit_jax.data.sources.file_index import SUFFIXES
 from hivit_jax.data.sources.splits import FileSource
 from hivit_jax.errors import DataError
 from hivit_jax.paths import expand
 
 PATH_COLUMNS = ("path", "file_name", "filename", "file", "image")
+SEPARATOR = ";"  # of the labels of an image
 LABEL_COLUMNS = ("label", "class", "class_name", "category")
 # Value of the column "split" that is used if the config names none, by split.
 SPLIT_NAMES = {
@@ -49,21 +51,33 @@ class Table(FileSource):
     them. Otherwise, the classes are the sorted names. Classes are those of `train_file`
     without regard to the column `split`.
 
+    With `multi_label`, a label consists of any number of names or numbers, separated by
+    ``;``. An empty one means that the image belongs to no class.
+
     Args:
       file: the file that contains the split.
       train_file: the file of the training split; may be the same.
       split: "train" or "test"; selects rows if there is a column `split`.
       split_name: value of the column `split` to select; "": one of `SPLIT_NAMES`.
+      multi_label: an image has any number of labels.
 
     Attributes:
       has_splits: True if there is a column `split`.
+      labels: int32 [n]; with `multi_label`, uint8 [n, classes] of 0 and 1.
 
     Raises:
       DataError: a file cannot be read or has no suitable column, no row is selected,
         or a label is empty or unknown.
     """
 
-    def __init__(self, file: Path, train_file: Path, split: str, split_name: str = ""):
+    def __init__(
+        self,
+        file: Path,
+        train_file: Path,
+        split: str,
+        split_name: str = "",
+        multi_label: bool = False,
+    ):
         rows = _read(file)
         reference = rows if file == train_file else _read(train_file)
         self.root, self.has_splits = str(file.parent), rows.splits is not None
@@ -80,24 +94,33 @@ class Table(FileSource):
             raise DataError(f"{file}: expected at least one image, found none")
         self._paths = [rows.paths[i] for i in chosen]
         self.labels = np.zeros(len(chosen), np.int32)
-        if self.labeled:
-            self.classes, label_of = _classes(train_file, reference.labels)
-            names = rows.labels or [""] * len(rows.paths)
-            found = [label_of.get(names[i], -1) for i in chosen]
-            if -1 in found:
-                row = found.index(-1)
+        if not self.labeled:
+            return
+        if rows.labels is None:
+            raise DataError(f"{file}: expected labels as in {train_file}, found none")
+        known = _split_labels(train_file, reference.labels, multi_label)
+        self.classes, label_of = _classes(train_file, known)
+        texts = [rows.labels[i] for i in chosen]
+        names = _split_labels(file, texts, multi_label)
+        for path, text, own in zip(self._paths, texts, names, strict=True):
+            if any(name not in label_of for name in own):
                 raise DataError(
-                    f"{file}: {self._paths[row]} has the label {names[chosen[row]]!r}; "
-                    f"expected one of the {len(self.classes)} classes of {train_file}"
+                    f"{file}: {path} has the label {text!r}; expected one of the "
+                    f"{len(self.classes)} classes of {train_file}"
                 )
-            self.labels = np.array(found, np.int32)
+        found = [[label_of[name] for name in own] for own in names]
+        if multi_label:
+            self.labels = np.stack([multi_hot(k, len(self.classes)) for k in found])
+        else:
+            self.labels = np.array(found, np.int32)[:, 0]
 
     def __len__(self) -> int:
         return len(self._paths)
 
     def sample(self, index: int) -> dict[str, Any]:
         with open(self.name(index), "rb", buffering=0) as file:
-            return {"image": file.read(), "label": int(self.labels[index])}
+            label = self.labels[index]
+            return {"image": file.read(), "label": label if label.ndim else int(label)}
 
     def _image_file(self, index: int) -> str:
         return self.name(index)
@@ -170,21 +193,45 @@ def _parse_list(lines: Sequence[str]) -> Rows:
     return Rows([p[0] for p in parts], [p[1] if p[1:] else "" for p in parts], None)
 
 
-def _classes(file: Path, names: Sequence[str]) -> tuple[list[str], dict[str, int]]:
-    """Return the class names, and the label of each text in a column of labels.
+def _split_labels(
+    file: Path, texts: Sequence[str], multi_label: bool
+) -> list[list[str]]:
+    """Return the labels of each text in a column of labels.
 
     Raises:
-      DataError: a label is empty.
+      DataError: without `multi_label`, a label is empty or contains `SEPARATOR`.
     """
-    different = {*names}
-    if "" in different:
-        raise DataError(
-            f"{file}: row {names.index('') + 1} has no label; expected a label in "
-            "every row, or no column of labels"
-        )
+    if multi_label:
+        parts = [map(str.strip, text.split(SEPARATOR)) for text in texts]
+        return [[name for name in own if name] for own in parts]
+    for row, text in enumerate(texts, 1):
+        if not text:
+            raise DataError(
+                f"{file}: row {row} has no label; expected a label in every row, or no "
+                "column of labels; data.multi_label=True allows images of no class"
+            )
+        if SEPARATOR in text:
+            raise DataError(
+                f"{file}: row {row} has the label {text!r}; set data.multi_label=True "
+                f"for several labels, separated by {SEPARATOR!r}"
+            )
+    return [[text] for text in texts]
+
+
+def _classes(
+    file: Path, labels: Sequence[Sequence[str]]
+) -> tuple[list[str], dict[str, int]]:
+    """Return the class names, and the label of each name in a column of labels.
+
+    Raises:
+      DataError: no row has a label.
+    """
+    different = {name for own in labels for name in own}
+    if not different:
+        raise DataError(f"{file}: expected a label in at least one row, found none")
     if all(name.isascii() and name.isdigit() for name in different):
         numbers = {name: int(name) for name in different}
-        return [*map(str, range(1 + max(numbers.values(), default=-1)))], numbers
+        return [*map(str, range(1 + max(numbers.values())))], numbers
     classes = sorted(different)
     return classes, {name: k for k, name in enumerate(classes)}
 

@@ -19,9 +19,11 @@ from hivit_jax.data import storage, tfrecord
 from hivit_jax.data.crc32c import FAST
 from hivit_jax.data.records import Records, load_index, log_indexing
 from hivit_jax.data.shard_cache import ShardCache
-from hivit_jax.data.sources.base import KNOWN_DATASETS, Record, Source
+from hivit_jax.data.sources.base import KNOWN_DATASETS, Record, Source, multi_hot
 from hivit_jax.errors import DataError, first_line, require, unknown
 from hivit_jax.paths import expand
+
+SEVERAL_LABELS = "Sequence of ClassLabel"
 
 
 class Tfds(Source):
@@ -32,14 +34,22 @@ class Tfds(Source):
       directory: TFDS data directory or address; "": TFDS's default.
       split: TFDS split ("train", "validation", "train[:10%]").
       cache_dir: directory for local copies of files in a bucket; "": no copies.
+      multi_label: an image has any number of labels.
 
     Raises:
       DataError: the dataset is not prepared, is not an image classification dataset,
-        has an unsupported file format, or does not have the split.
+        has an unsupported file format or several labels per image, or no such split.
       MissingPackage: tensorflow-datasets or array_record is not installed.
     """
 
-    def __init__(self, name: str, directory: str, split: str, cache_dir: str = ""):
+    def __init__(
+        self,
+        name: str,
+        directory: str,
+        split: str,
+        cache_dir: str = "",
+        multi_label: bool = False,
+    ):
         tfds = require("tensorflow_datasets", "tensorflow-datasets")
         path = _prepared_path(name, directory)
         with _local_metadata(path) as metadata:
@@ -50,16 +60,12 @@ class Tfds(Source):
                     f"{path} cannot be read by tensorflow-datasets {tfds.__version__}: "
                     f"{type(error).__name__}: {error}"
                 ) from error
-            types = supervised_feature_types(info)
-            if types != ["Image", "ClassLabel"]:
-                raise DataError(
-                    f"{name}: expected a dataset with supervised features (Image, "
-                    f"ClassLabel), found ({', '.join(types)})"
-                )
+            _check_features(name, supervised_feature_types(info), multi_label)
             self._image_key, self._label_key = info.supervised_keys
-            self._split, self._features = split, info.features
+            self._split, self._multi_label = split, multi_label
+            self._features, feature = info.features, info.features[self._label_key]
             self._decoders = {self._image_key: tfds.decode.SkipDecoding()}
-            self.classes = info.features[self._label_key].names
+            self.classes = getattr(feature, "feature", feature).names
             try:
                 files = info.splits[split].file_instructions
             except (KeyError, ValueError) as error:
@@ -121,11 +127,12 @@ class Tfds(Source):
 
     def sample(self, index: int) -> dict[str, Any]:
         example = self._example(index)
-        label = int(example[self._label_key])
+        label = np.array(example[self._label_key])
+        label = multi_hot(label, len(self.classes)) if self._multi_label else int(label)
         return {"image": example[self._image_key], "label": label}
 
     def record(self, index: int) -> Record | None:
-        if self._format != "tfrecord" or self._records:
+        if self._format != "tfrecord" or self._records or self._multi_label:
             return None
         path = self._paths[self._file_indices[index]]
         return Record(path, *self._open_file(path).span(self._record_indices[index]))
@@ -237,10 +244,26 @@ def _increase_open_file_limit(count: int) -> None:
 OPENERS = {"array_record": _array_record, "tfrecord": cache(tfrecord.LocalFile)}
 
 
+def _check_features(name: str, types: list[str], multi_label: bool) -> None:
+    """Raise DataError unless a dataset is for image classification."""
+    if types not in (["Image", "ClassLabel"], ["Image", SEVERAL_LABELS]):
+        found = f"({', '.join(types)})"
+        raise DataError(
+            f"{name}: expected supervised features (Image, ClassLabel), found {found}"
+        )
+    if types[1] == SEVERAL_LABELS and not multi_label:
+        raise DataError(
+            f"{name}: images have several labels; set data.multi_label=True"
+        )
+
+
 def supervised_feature_types(info: Any) -> list[str]:
     """Return the feature types of a TFDS dataset's supervised input and target."""
     keys = [key for key in info.supervised_keys or () if isinstance(key, str)]
-    return [type(info.features[key]).__name__ for key in keys]
+    features = [info.features[key] for key in keys]
+    several = [hasattr(getattr(f, "feature", None), "names") for f in features]
+    pairs = zip(features, several, strict=True)
+    return [SEVERAL_LABELS if s else type(f).__name__ for f, s in pairs]
 
 
 def _prepared_path(name: str, directory: str) -> str:

@@ -146,6 +146,7 @@ def test_images_without_labels(tmp_path):
     data = folder_config(tmp_path, data__name="webdataset").data
     source = registry.open_source(data, "train")
     assert source.classes == []
+    assert not source.labeled
     assert source.sample(1) == {"image": b"2", "label": 0}
     assert source.ignored == {"without an image": 1}
     write_tar(
@@ -154,6 +155,50 @@ def test_images_without_labels(tmp_path):
     registry._open.cache_clear()
     with pytest.raises(DataError, match=r"train\.tar: a\.png has no label"):
         registry.open_source(data, "train")
+
+
+def test_labels_in_json(tmp_path):
+    """A .cls member takes precedence; other contents are not labels."""
+    members = [
+        *[("a.jpg", b"0"), ("a.json", b'{"label": 2}')],
+        *[("b.json", b'{"label": 1}'), ("b.jpg", b"1")],
+        *[("c.json", b'{"label": 7}'), ("c.jpg", b"2"), ("c.cls", b"0")],
+        *[("d.cls", b"3"), ("d.jpg", b"3"), ("d.json", b'{"label": 7}')],
+    ]
+    write_tar(tmp_path / "train.tar", members)
+    data = folder_config(tmp_path, data__name="webdataset").data
+    source = registry.open_source(data, "train")
+    assert source.labels.tolist() == [2, 1, 0, 3]
+    assert source.ignored == {"without an image": 1}
+    contents = (b"[]", b"{", b'{"label": "cat"}', b'{"label": true}', b"{}")
+    members = [(f"{i}.json", text) for i, text in enumerate(contents)]
+    write_tar(tmp_path / "train.tar", [*members, ("5.jpg", b"")])
+    registry._open.cache_clear()
+    source = registry.open_source(data, "train")
+    assert source.ignored == {"without an image": 5}
+    assert not source.labeled
+
+
+def test_held_out_images_and_slices(dataset):
+    """One set of archives serves for training and evaluation."""
+    name, root = dataset
+    split = "*train*.tar[{}:{}]" if name == "webdataset" else "train[{}:{}]"
+    held_out = dict(data__train_split=split[: -len("[{}:{}]")], data__eval_fraction=0.4)
+    slices = dict(
+        data__train_split=split.format("", "50%"),
+        data__eval_split=split.format("50%", ""),
+    )
+    everything = registry.open_source(data_config(dataset).data, "train")
+    names = sorted(everything.name(i) for i in range(len(everything)))
+    for options in (held_out, slices):
+        data = data_config(dataset, **options).data
+        parts = [registry.open_source(data, split) for split in ("train", "test")]
+        found = [part.name(i) for part in parts for i in range(len(part))]
+        assert sorted(found) == names
+        assert all(map(len, parts))
+        for part in parts:
+            k = int(part.name(0)[-5])
+            assert part.sample(0)["label"] == part.labels[0] == LABELS["train"][k]
 
 
 @pytest.mark.parametrize(

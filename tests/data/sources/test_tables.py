@@ -1,8 +1,10 @@
 """Source of CSV files and lists of paths."""
 
+import numpy as np
 import pytest
 import recipes
 
+from hivit_jax.data.notes import split_notes
 from hivit_jax.data.sources import registry
 from hivit_jax.errors import ConfigError, DataError
 
@@ -134,3 +136,67 @@ def test_no_evaluation_images(root):
         opened(file, "test")
     with pytest.raises(ConfigError, match="class_level='leaf' has no effect"):
         opened(file, class_level="leaf")
+
+
+def test_several_labels(root):
+    """Names or numbers separated by ";"; an empty label is an image of no class."""
+    rows = ["a/0.png,dog;cat", "b/0.png,", "b/1 2.png, cat ;;cat", "c/0.png,emu"]
+    file = write(root, "path,label", *rows)
+    source = opened(file, eval_split="none", multi_label=True)
+    assert (source.classes, source.labeled) == (["cat", "dog", "emu"], True)
+    expected = [[1, 1, 0], [0, 0, 0], [1, 0, 0], [0, 0, 1]]
+    np.testing.assert_array_equal(source.labels, expected)
+    for index, vector in enumerate(expected):
+        label = recipes.sample(source, index)[1]
+        assert (label.dtype, label.tolist()) == (np.uint8, vector)
+    (note,) = split_notes(source, np.arange(1), "train", "uint8")
+    assert note.startswith("1 of 4 images of the train split have no label; they count")
+    file = write(root, "a/0.png 3;0", "b/0.png 1", "c/0.png", name="list.txt")
+    numbers = opened(file, eval_split="none", multi_label=True)
+    assert numbers.classes == [*"0123"]
+    assert numbers.labels.tolist() == [[1, 0, 0, 1], [0, 1, 0, 0], [0, 0, 0, 0]]
+
+
+def test_held_out_images_of_several_labels(root):
+    """Every class is on both sides; images of no class are kept."""
+    rows = [f"{k}.png,{'x' if k % 2 else ''};{'y' if k % 3 else ''}" for k in range(60)]
+    file, keys = write(root, "path,label", *rows), {"multi_label": True}
+    sides = [
+        opened(file, split, eval_fraction=0.4, **keys) for split in ("train", "test")
+    ]
+    assert sum(map(len, sides)) == 60
+    assert 12 < len(sides[1]) < 36
+    for side in sides:
+        assert side.labels.any(0).all()
+        assert not side.labels.any(1).all()
+    bad = write(root, "1.png", name="bad.txt")
+    left = opened(file, eval_split="none", exclude=str(bad), **keys)
+    assert len(left) == 59
+    assert len(left.labels) == 59
+
+
+@pytest.mark.parametrize(
+    ("lines", "keys", "message"),
+    [
+        (["a/0.png,x;y"], {}, r"row 1 has the label 'x;y'; set data.multi_label=True"),
+        (["a/0.png,;"], {"multi_label": True}, "in at least one row, found none"),
+    ],
+)
+def test_bad_labels(root, lines, keys, message):
+    with pytest.raises(DataError, match=message):
+        opened(write(root, "path,label", *lines), eval_split="none", **keys)
+
+
+def test_unknown_and_missing_labels(root):
+    """The evaluation has no other classes, and does not lack the labels."""
+    write(root, "path,label", "a/0.png,x;y", name="train.csv")
+    write(root, "path,label", "b/0.png,x;z", name="val.csv")
+    with pytest.raises(DataError, match="b/0.png has the label 'x;z'; expected one of"):
+        opened(root, "test", multi_label=True)
+    write(root, "path", "b/0.png", name="val.csv")
+    with pytest.raises(
+        DataError, match="expected labels as in .*train.csv, found none"
+    ):
+        opened(root, "test", multi_label=True)
+    with pytest.raises(ConfigError, match="data.multi_label=True with data.name='zip'"):
+        opened(root, name="zip", multi_label=True)

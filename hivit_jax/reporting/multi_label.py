@@ -1,0 +1,66 @@
+"""Average precision of each class, for images with any number of labels."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def average_precision(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Return the average precision of each class, float64 [classes].
+
+    It is the sum over the distinct scores of the precision at this threshold times the
+    increase in recall, without interpolation, as in scikit-learn. It does not depend on
+    the order of the images, also with equal scores. NaN for a class without images.
+
+    Args:
+      scores: larger for a more probable class, [n, classes].
+      labels: 0 and 1, [n, classes].
+    """
+    found = np.full(labels.shape[1], np.nan)
+    for k in np.flatnonzero(labels.any(0)):
+        order = np.argsort(-scores[:, k], kind="stable")
+        score, label = scores[order, k], labels[order, k]
+        last = np.flatnonzero(np.append(score[1:] != score[:-1], True))
+        correct = np.cumsum(label, dtype=np.int64)[last]
+        precision = correct / (last + 1)
+        found[k] = (np.diff(correct, prepend=0) * precision).sum() / correct[-1]
+    return found
+
+
+def mean_average_precision(scores: np.ndarray, labels: np.ndarray) -> float:
+    """Return the mean average precision of the classes that occur; 0 if none does."""
+    found = average_precision(scores, labels)
+    return float(np.nanmean(found)) if labels.any() else 0.0
+
+
+def class_table(
+    names: Sequence[str], logits: np.ndarray, labels: np.ndarray
+) -> list[dict[str, str | int]]:
+    """Return one row per class: counts, recall, precision and average precision.
+
+    A class is predicted if its probability is at least 0.5. An undefined value is "".
+
+    Args:
+      logits, labels: [n, classes].
+    """
+
+    def ratio(count: float, total: float) -> str:
+        return f"{count / total:.6f}" if total else ""
+
+    precisions, rows = average_precision(logits, labels), []
+    for k, name in enumerate(names):
+        true, predicted = labels[:, k] > 0, logits[:, k] >= 0
+        images, positive = int(true.sum()), int(predicted.sum())
+        correct = int((true & predicted).sum())
+        rows.append(
+            {
+                "class": name,
+                "images": images,
+                "predicted": positive,
+                "correct": correct,
+                "recall": ratio(correct, images),
+                "precision": ratio(correct, positive),
+                "average_precision": ratio(precisions[k], images > 0),
+            }
+        )
+    return rows

@@ -1,0 +1,300 @@
+"""Conversion of parquet files, such as those of the Hugging Face hub."""
+
+import glob
+import io
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hivit_jax.data.sources.base import KNOWN_DATASETS
+from hivit_jax.errors import ConfigError, DataError, first_line, require
+from hivit_jax.paths import expand
+from hivit_jax.tools.record_shards import Splits, is_complete, write_dataset
+
+# Start of a word in a file's name, or else in its directory's name, -> split.
+SPLIT_NAMES = {
+    "train": "train",
+    "val": "validation",
+    "dev": "validation",
+    "test": "test",
+}
+LABEL_COLUMNS = ("label", "labels", "class", "class_name", "category")
+VERSION = "1.0.0"  # TFDS reads datasets from NAME/VERSION
+MAX_LISTED = 20  # reported rows
+ROWS_PER_READ = 64
+
+
+class Columns(NamedTuple):
+    """Columns of images and labels.
+
+    Attributes:
+      image: name of the column: files, or structs with their "bytes".
+      label: name of the column: numbers, texts, or lists of them.
+      names: class names; None: not in the metadata.
+      several: True if the labels are lists.
+    """
+
+    image: str
+    label: str
+    names: list[str] | None
+    several: bool
+
+
+def convert(
+    pattern: str, out: str, label_column: str, short_side: int, shard_size: int
+) -> None:
+    """Write the rows of parquet files to OUT/1.0.0, or resume writing them.
+
+    The names of the files and directories determine the splits. Class names come from
+    the Hugging Face metadata; otherwise they are the numbers, or the sorted texts. Rows
+    without image or label are reported and left out.
+
+    Args:
+      pattern: a file, a directory that is searched recursively, or a pattern.
+      out: directory; its name becomes `data.name`.
+      label_column: "": a column of class labels, or one of `LABEL_COLUMNS`.
+      short_side, shard_size: see `record_shards.write_dataset`.
+
+    Raises:
+      ConfigError: no file is found, `out` is not usable, or no column has labels.
+      DataError: a file is damaged, or the files do not have the same columns.
+      MissingPackage: pyarrow is not installed.
+    """
+    require("pyarrow.parquet", "hivit-jax[parquet]")
+    tfds = require("tensorflow_datasets", "tensorflow-datasets")
+    directory = Path(expand(out)).absolute()
+    name = directory.name
+    if not re.fullmatch(r"[A-Za-z]\w*", name) or name in KNOWN_DATASETS:
+        raise ConfigError(
+            f"--out={out}: expected a directory named by a letter and further letters, "
+            "digits or _, such as data/birds; the name becomes data.name"
+        )
+    files = _find(pattern)
+    columns = _columns(files, label_column)
+    names = columns.names or _class_names(files, columns)
+    features = tfds.features
+    label = features.ClassLabel(names=names)
+    identity = tfds.core.dataset_info.DatasetIdentity(
+        name=name, version=VERSION, data_dir=str(directory / VERSION), module_name=""
+    )
+    info = tfds.core.DatasetInfo(
+        builder=identity,
+        features=features.FeaturesDict(
+            {
+                "image": features.Image(),
+                "label": features.Sequence(label) if columns.several else label,
+                "file_name": features.Text(),
+            }
+        ),
+        supervised_keys=("image", "label"),
+    )
+    info.set_file_format("array_record", override=True)
+    final = directory / VERSION
+    if is_complete(final):
+        info.read_from_directory(final)
+    label_of = {name: k for k, name in enumerate(names)}
+    write_dataset(
+        info, final, short_side, shard_size, lambda: _splits(files, columns, label_of)
+    )
+    print(f"to train on it: {' '.join(_flags(directory, info, columns))}")
+
+
+def _flags(directory: Path, info: Any, columns: Columns) -> list[str]:
+    """Return the flags that select the converted dataset."""
+    flags = [f"name={directory.name}", f"dir={directory.parent}"]
+    if columns.several:
+        flags.append("multi_label=True")
+    if "validation" not in info.splits:
+        flags.append(f"eval_split={'test' if 'test' in info.splits else 'none'}")
+    return [f"--config.data.{flag}" for flag in flags]
+
+
+def _find(pattern: str) -> dict[str, list[Path]]:
+    """Return the sorted files of each split."""
+    path = Path(expand(pattern))
+    found = [*path.rglob("*.parquet")] if path.is_dir() else [path]
+    if not path.exists():
+        found = [Path(file) for file in glob.glob(str(path), recursive=True)]
+    if not found:
+        raise ConfigError(f"--from={pattern}: expected parquet files, found none")
+    files: dict[str, list[Path]] = {}
+    for file in sorted(found):
+        texts = file.stem.lower(), file.absolute().parent.name.lower()
+        words = [word for text in texts for word in re.findall("[a-z]+", text)]
+        splits = (SPLIT_NAMES[n] for w in words for n in SPLIT_NAMES if w.startswith(n))
+        files.setdefault(next(splits, "train"), []).append(file)
+    return dict(sorted(files.items()))
+
+
+def _read(file: Path, action: str, *arguments: Any, **options: Any) -> Any:
+    """Call a function of pyarrow.parquet; DataError if the file is damaged."""
+    import pyarrow.parquet
+
+    try:
+        return getattr(pyarrow.parquet, action)(file, *arguments, **options)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(
+            f"{file} is not a valid parquet file (truncated?): {first_line(error)}"
+        ) from error
+
+
+def _columns(files: dict[str, list[Path]], label_column: str) -> Columns:
+    """Return the columns of the files.
+
+    Raises:
+      ConfigError: the column of the labels is unknown.
+      DataError: there is no column of images, or the files differ.
+    """
+    paths = [path for own in files.values() for path in own]
+    schemas = [_read(path, "read_schema") for path in paths]
+    schema, features = schemas[0], _features(schemas[0])
+    images = [field.name for field in schema if _is_image(field.type)]
+    labels = [label_column] if label_column else []
+    labels += [name for name in LABEL_COLUMNS if name in schema.names]
+    labels += [name for name, feature in features.items() if _names_of(feature)[0]]
+    if not images:
+        raise DataError(f"{paths[0]}: no column of images in {', '.join(schema.names)}")
+    if not labels or labels[0] not in schema.names:
+        raise ConfigError(
+            f"--label_column={label_column!r}: expected one of the columns of "
+            f"{paths[0]}: {', '.join(schema.names)}"
+        )
+    image, label = images[0], labels[0]
+    for path, other in zip(paths, schemas, strict=True):
+        for name in (image, label):
+            if (
+                name not in other.names
+                or other.field(name).type != schema.field(name).type
+            ):
+                raise DataError(f"{path}: expected column {name!r} as in {paths[0]}")
+    names, several = _names_of(features.get(label))
+    several = several or hasattr(schema.field(label).type, "value_field")
+    return Columns(image, label, names, several)
+
+
+def _features(schema: Any) -> dict[str, Any]:
+    """Return the features that Hugging Face's metadata describe; {} without them."""
+    text = (schema.metadata or {}).get(b"huggingface", b"{}")
+    return json.loads(text).get("info", {}).get("features", {})
+
+
+def _is_image(kind: Any) -> bool:
+    if hasattr(kind, "get_field_index"):  # of a struct
+        return kind.get_field_index("bytes") >= 0
+    return str(kind) in ("binary", "large_binary")
+
+
+def _names_of(feature: Any) -> tuple[list[str] | None, bool]:
+    """Return the class names of a feature, and True for a sequence of labels."""
+    if isinstance(feature, list) and feature:
+        return _names_of(feature[0])[0], True
+    if isinstance(feature, dict):
+        if isinstance(feature.get("feature"), dict):
+            return _names_of(feature["feature"])[0], True
+        return feature.get("names"), False
+    return None, False
+
+
+def _labels(file: Path, columns: Columns) -> list[list[int | str] | None]:
+    """Return the labels of each row of a file; None: unknown."""
+    table = _read(file, "read_table", columns=[columns.label])
+    return [*map(_as_list, table.column(0).to_pylist())]
+
+
+def _as_list(value: Any) -> list[int | str] | None:
+    return value if value is None or isinstance(value, list) else [value]
+
+
+def _class_names(files: dict[str, list[Path]], columns: Columns) -> list[str]:
+    """Return the names of the classes that occur in the files."""
+    paths = [path for own in files.values() for path in own]
+    labels = [label for path in paths for label in _labels(path, columns) if label]
+    found = {name for label in labels for name in label if name is not None}
+    if found and all(type(name) is int for name in found):
+        return [*map(str, range(max(found) + 1))]
+    if not found or not all(isinstance(name, str) for name in found):
+        raise DataError(
+            f"{paths[0]}: expected integers or texts in column {columns.label!r}, "
+            f"found {next(iter(found), 'nothing')!r}"
+        )
+    return sorted(found)
+
+
+def _numbers(label: list | None, label_of: dict[str, int]) -> list[int] | None:
+    """Return the numbers of an image's classes; None if a label is unknown."""
+    if label is None:
+        return None
+    numbers = [label_of.get(x, -1) if isinstance(x, str) else x for x in label]
+    valid = all(n is not None and 0 <= n < len(label_of) for n in numbers)
+    return [int(n) for n in numbers] if valid else None
+
+
+def _splits(
+    files: dict[str, list[Path]], columns: Columns, label_of: dict[str, int]
+) -> Splits:
+    """Return the examples of each split and the number of its rows.
+
+    Splits in which no image has a label are left out.
+    """
+    splits = {}
+    for split, paths in files.items():
+        labels = [label for path in paths for label in _labels(path, columns)]
+        if all(_numbers(label, label_of) is None for label in labels):
+            print(
+                f"split {split} is left out: none of {len(labels):,} rows has a label"
+            )
+            continue
+        splits[split] = _examples(paths, columns, label_of), len(labels)
+    if not splits:
+        raise DataError(f"no row of column {columns.label!r} has a valid label")
+    return splits
+
+
+def _examples(
+    files: Sequence[Path], columns: Columns, label_of: dict[str, int]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (key, example) of each row with image and label; report the others."""
+    skipped = 0
+    for file in files:
+        for number, (image, label) in enumerate(_rows(file, columns)):
+            content = image.get("bytes") if isinstance(image, dict) else image
+            path = image.get("path") if isinstance(image, dict) else None
+            label = _numbers(_as_list(label), label_of)
+            key = f"{file.name}[{number}]"
+            if not content or label is None:
+                reason = "no valid label" if content else "no image"
+                skipped += 1
+                if skipped <= MAX_LISTED:
+                    print(f"skipped {key}: {reason}")
+                continue
+            name = f"{key} {path}" if path else key
+            yield (
+                key,
+                {
+                    "image": io.BytesIO(content),
+                    "label": label if columns.several else label[0],
+                    "file_name": name,
+                },
+            )
+    if skipped > MAX_LISTED:
+        print(f"skipped {skipped:,} rows in total")
+
+
+def _rows(file: Path, columns: Columns) -> Iterator[tuple[Any, Any]]:
+    """Yield the image and the label of each row.
+
+    Raises:
+      DataError: the file is damaged.
+    """
+    import pyarrow
+
+    opened = _read(file, "ParquetFile")
+    names = [columns.image, columns.label]
+    try:
+        for batch in opened.iter_batches(ROWS_PER_READ, columns=names):
+            parts = [batch.column(name).to_pylist() for name in names]
+            yield from zip(*parts, strict=True)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{file} is damaged: {first_line(error)}") from error

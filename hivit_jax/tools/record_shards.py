@@ -1,0 +1,146 @@
+"""Write datasets of TFDS as array_record shards, and resume after an interruption."""
+
+import io
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from hivit_jax.errors import ConfigError, DataError
+
+# Uncompressed, because compressing JPEGs makes them slower to read but not smaller.
+OPTIONS = "group_size:1,uncompressed"
+# Split -> (key, example) of each image, and their number, if it is known.
+Splits = Mapping[str, tuple[Iterable[tuple[Any, Mapping[str, Any]]], int | None]]
+
+
+def is_complete(final: Path) -> bool:
+    """Return True if a dataset is completely written."""
+    return (final / "dataset_info.json").exists()
+
+
+def write_dataset(
+    info: Any,
+    final: Path,
+    short_side: int,
+    shard_size: int,
+    make_splits: Callable[[], Splits],
+) -> None:
+    """Write a dataset to the directory `final`, or resume writing it.
+
+    The directory has the suffix ``.incomplete`` until all splits are written.
+
+    Args:
+      info: DatasetInfo of TFDS; its splits are set.
+      short_side: short side that larger training images are shrunk to; 0: no shrinking.
+      shard_size: images per shard. An interruption loses at most one shard.
+      make_splits: called once, unless the dataset is already complete.
+
+    Raises:
+      ConfigError: the directory cannot be written, or was started with another option.
+      DataError: a split is empty, or was started with other images.
+    """
+    from tqdm import tqdm
+
+    if short_side < 0:
+        raise ConfigError(f"--short_side={short_side}: expected at least 0")
+    finished = is_complete(final)
+    directory = final if finished else final.with_name(f"{final.name}.incomplete")
+    # An empty file with this name records the option for later calls.
+    option = f"short_side={short_side}"
+    earlier = [path.name for path in directory.glob("short_side=*")]
+    if earlier and earlier != [option]:
+        raise ConfigError(
+            f"--{option}: {directory} was started with --{earlier[0]}; delete it or "
+            "choose another directory"
+        )
+    if not finished:
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            (directory / option).touch()
+        except OSError as error:
+            raise ConfigError(f"{directory} cannot be written: {error}") from error
+        splits = {}
+        for split, (examples, total) in make_splits().items():
+            side = short_side if split == "train" else 0
+            with tqdm(examples, split, total, unit=" images") as bar:
+                splits[split] = _write(info, split, bar, directory, side, shard_size)
+        info.set_splits(splits)
+        info.write_to_directory(directory)
+        directory.replace(final)
+    for split in info.splits.values():
+        print(f"{split.name}: {split.num_examples:,} images")
+    print(f"{final} is complete" + ("; nothing to do" if finished else ""))
+
+
+def _write(
+    info: Any,
+    split: str,
+    examples: Iterable,
+    directory: Path,
+    short_side: int,
+    shard_size: int,
+) -> Any:
+    """Write the missing shards of a split; return its TFDS SplitInfo."""
+    from array_record.python import array_record_module as array_record
+    from tensorflow_datasets.core import example_serializer, splits
+
+    features, image = info.features, info.supervised_keys[0]
+    serializer = example_serializer.ExampleSerializer(features.get_serialized_info())
+
+    def encode(item):
+        key, example = item
+        return key, features.encode_example(example)
+
+    def serialize(item):
+        key, example = item
+        if short_side:
+            try:
+                example = example | {image: shrink(example[image], short_side)}
+            except Exception as error:
+                raise DataError(f"image {key!r} cannot be read: {error}") from error
+        # Without this, the order of the features differs between processes.
+        return serializer.get_tf_example(example).SerializeToString(deterministic=True)
+
+    examples, stem = iter(examples), f"{info.name}-{split}.array_record"
+    shards = sorted(directory.glob(f"{stem}-*"))
+    readers = [array_record.ArrayRecordReader(str(shard)) for shard in shards]
+    lengths = [reader.num_records() for reader in readers]
+    last = deque(islice(examples, sum(lengths)), maxlen=1)
+    if last and serialize(encode(last[0])) != readers[-1].read([lengths[-1] - 1])[0]:
+        raise DataError(
+            f"{directory} was started with other images or another order; delete it to "
+            "start over"
+        )
+    with ThreadPoolExecutor() as pool:
+        while batch := list(map(encode, islice(examples, shard_size))):
+            temporary = directory / "shard.tmp"
+            writer = array_record.ArrayRecordWriter(str(temporary), OPTIONS)
+            for record in pool.map(serialize, batch):
+                writer.write(record)
+            writer.close()
+            shards.append(temporary.replace(directory / f"{stem}-{len(shards):05d}"))
+            lengths.append(len(batch))
+    if not shards:
+        raise DataError(f"{info.name} has no image in split {split}")
+    for i, shard in enumerate(shards):
+        shards[i] = shard.replace(directory / f"{stem}-{i:05d}-of-{len(shards):05d}")
+    size = sum(shard.stat().st_size for shard in shards)
+    return splits.SplitInfo(name=split, shard_lengths=lengths, num_bytes=size)
+
+
+def shrink(encoded: bytes, short_side: int) -> bytes:
+    """Shrink an encoded image to a JPEG with this short side; never enlarge it."""
+    from PIL import Image
+
+    image = Image.open(io.BytesIO(encoded))
+    scale = short_side / min(image.size)
+    if scale >= 1:
+        return encoded
+    image = image if image.mode in ("L", "RGB") else image.convert("RGB")
+    size = [round(side * scale) for side in image.size]
+    buffer = io.BytesIO()
+    image.resize(size, Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=95)
+    return buffer.getvalue()

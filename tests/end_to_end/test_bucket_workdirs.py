@@ -1,0 +1,72 @@
+"""A run whose workdir is in a bucket: killed, resumed, repaired and evaluated."""
+
+import pytest
+import recipes
+from buckets import serve
+
+pytestmark = [pytest.mark.extras, pytest.mark.processes]
+pytest.importorskip("gcsfs")
+
+WORKDIR = "--workdir=gs://bucket/run"
+COMMIT = "run/checkpoints/4/commit_success.txt"
+
+
+def test_workdir_in_a_bucket(tmp_path):
+    """The run is bit-identical to one in a local directory."""
+    options = dict(total_steps=4, checkpoint_every=2, eval_every=2)
+    flags = recipes.arguments(**options)
+    local, root = tmp_path / "local", tmp_path / "objects"
+    root.mkdir()
+    command = ["-m", "hivit_jax.main", *flags]
+    assert recipes.run_process(*command, f"--workdir={local}")[0] == 0
+    with serve(root) as bucket:
+
+        def kill(change):
+            """Kill the process before the second checkpoint is complete."""
+            if ("POST", COMMIT, "") in bucket.requests[-1:]:
+                process.kill()
+
+        bucket.answering = kill
+        process = recipes.start_process(*command, WORKDIR)
+        process.communicate()
+        bucket.answering = lambda change: None
+        (root / COMMIT).unlink(missing_ok=True)  # if the request was completed
+        code, out, err = recipes.run_process(*command, WORKDIR)
+        assert code == 0, err
+        assert "checkpoint 4 was not finished; removed" in out
+        assert "resuming at step 2 from gs://bucket/run/checkpoints/2" in out
+        assert "took over gs://bucket/run" in out
+        check_same(local, root / "run")
+
+        [*_, largest] = sorted(
+            (path.stat().st_size, path)
+            for path in root.glob("run/checkpoints/4/params/ocdbt.process_0/d/*")
+        )
+        data = bytearray(largest[1].read_bytes())
+        data[len(data) // 2] ^= 1
+        largest[1].write_bytes(data)
+        code, out, err = recipes.run_process(*command, WORKDIR)
+        assert code == 0, err
+        assert "checkpoint 4 was moved to gs://bucket/run/damaged/4" in out
+        assert (root / "run/damaged/4/params/_METADATA").is_file()
+        check_same(local, root / "run")
+
+        _, out, _ = recipes.run_process(*command[:2], WORKDIR, "--mode=eval")
+        expected = recipes.logged(local, "eval/loss")[4]
+        assert f"eval  loss {expected:.4f}  (64 images)" in out
+        assert not [*root.glob("run/*.lock"), *root.glob("run/.writable*")]
+        bucket.read_only = True
+        code, _, err = recipes.run_process(*command, "--workdir=gs://bucket/other")
+        assert code == 2
+        recipes.check_message(err, ["workdir gs://bucket/other cannot be written"])
+
+
+def check_same(local, remote):
+    """Check metrics and the last checkpoint of two runs; both files have all steps."""
+    assert recipes.logged(local) == recipes.logged(remote)
+    assert recipes.logged(local, "eval/loss") == recipes.logged(remote, "eval/loss")
+    recipes.assert_identical(
+        *(recipes.saved_arrays(workdir, 4) for workdir in (local, remote))
+    )
+    assert [*remote.glob("figures/curves.png")]
+    assert [*remote.glob("config*.json")]

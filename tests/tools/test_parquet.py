@@ -1,0 +1,166 @@
+"""Conversion of parquet files."""
+
+import json
+import os
+import signal
+import sys
+
+import numpy as np
+import pytest
+from recipes import check_message, sample
+
+from hivit_jax.data.sources import registry
+from hivit_jax.data.sources.tfds import Tfds
+from hivit_jax.errors import DataError
+from hivit_jax.tools import parquet
+from hivit_jax.tools.prepare_data import main
+
+pyarrow = pytest.importorskip("pyarrow")
+NAMES = ["cat", "dog", "emu"]
+CLASS_LABEL = {"names": NAMES, "_type": "ClassLabel"}
+
+
+def write(path, images, labels, feature=None, **columns):
+    """Write a file as Hugging Face's datasets do; `feature` describes the labels."""
+    import pyarrow.parquet
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = pyarrow.table({"image": images, "label": labels} | columns)
+    if feature:
+        features = {"image": {"_type": "Image"}, "label": feature}
+        text = json.dumps({"info": {"features": features}})
+        table = table.replace_schema_metadata({"huggingface": text})
+    pyarrow.parquet.write_table(table, path)
+
+
+def struct(*names):
+    return [{"bytes": name.encode(), "path": f"{name}.jpg"} for name in names]
+
+
+def read(out, split, **keys):
+    return Tfds(out.name, str(out.parent), split, **keys)
+
+
+def contents(source):
+    return [sample(source, index) for index in range(len(source))]
+
+
+def test_class_labels(tmp_path, capsys):
+    """Names, splits, several files; rows without image or label are reported."""
+    data, out = tmp_path / "hub" / "data", tmp_path / "birds"
+    first = [*struct("a", "b"), None, {"bytes": None, "path": "c.jpg"}, *struct("d")]
+    write(data / "train-00000-of-00002.parquet", first, [2, 0, 1, 1, None], CLASS_LABEL)
+    write(data / "train-00001-of-00002.parquet", struct("e"), [1], CLASS_LABEL)
+    write(data / "validation-00000-of-00001.parquet", struct("f"), [0], CLASS_LABEL)
+    write(data / "test-00000-of-00001.parquet", struct("g"), [-1], CLASS_LABEL)
+    assert main([f"--from={tmp_path / 'hub'}", f"--out={out}"]) == 0
+    train, validation = read(out, "train"), read(out, "validation")
+    assert train.classes == validation.classes == NAMES
+    assert contents(train) == [(b"a", 2), (b"b", 0), (b"e", 1)]
+    assert train.name(1) == "train[1] train-00000-of-00002.parquet[1] b.jpg"
+    assert contents(validation) == [(b"f", 0)]
+    lines = capsys.readouterr().out.splitlines()
+    start = "skipped train-00000-of-00002.parquet"
+    assert [f"{start}[{k}]: no image" for k in (2, 3)] == lines[1:3]
+    assert f"{start}[4]: no valid label" in lines
+    assert lines[0] == "split test is left out: none of 1 rows has a label"
+    assert lines[-1] == (
+        f"to train on it: --config.data.name=birds --config.data.dir={tmp_path}"
+    )
+    assert main([f"--from={tmp_path / 'hub'}", f"--out={out}"]) == 0
+    assert "is complete; nothing to do" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes", "numbers"),
+    [
+        (["fox", "ant", "fox"], ["ant", "fox"], [1, 0, 1]),
+        ([3, 1, 0], [*"0123"], [3, 1, 0]),
+    ],
+)
+def test_texts_and_numbers_without_metadata(labels, classes, numbers, tmp_path, capsys):
+    """Files in a column of bytes; the split goes by the directory."""
+    out = tmp_path / "converted"
+    write(tmp_path / "train" / "0000.parquet", [b"x", b"y", b"z"], labels)
+    assert main([f"--from={tmp_path}/*/0*.parquet", f"--out={out}"]) == 0
+    source = read(out, "train")
+    assert source.classes == classes
+    assert contents(source) == list(zip([b"x", b"y", b"z"], numbers, strict=True))
+    assert "--config.data.eval_split=none" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("sequence", [True, False])
+def test_several_labels(sequence, tmp_path, capsys):
+    """An empty list is an image of no class; null is unlabeled and left out."""
+    out, labels = tmp_path / "several", [[0, 2], [], None, [1], [7]]
+    feature = {"feature": CLASS_LABEL, "_type": "List"} if sequence else [CLASS_LABEL]
+    write(tmp_path / "train.parquet", struct(*"abcde"), labels, feature)
+    assert main([f"--from={tmp_path / 'train.parquet'}", f"--out={out}"]) == 0
+    text = capsys.readouterr().out
+    assert "--config.data.multi_label=True" in text
+    assert "train.parquet[2]: no valid label" in text
+    data = {"name": "several", "dir": str(tmp_path), "train_split": "", "subset": 0}
+    data |= {"eval_split": "none", "train_examples": 0}
+    registry._open.cache_clear()
+    source = registry.open_source(data | {"multi_label": True}, "train")
+    images, vectors = zip(*contents(source), strict=True)
+    assert images == (b"a", b"b", b"d")
+    np.testing.assert_array_equal(vectors, [[1, 0, 1], [0, 0, 0], [0, 1, 0]])
+    with pytest.raises(DataError, match=r"several labels; set data\.multi_label=True"):
+        registry.open_source(data, "train")
+
+
+def test_interrupted_conversion_resumes(tmp_path, monkeypatch, capsys):
+    """It is not mistaken for a complete dataset, and resumes to the same files."""
+    labels = [0, 1, 2] * 3
+    write(tmp_path / "train.parquet", struct(*"abcdefghi"), labels, CLASS_LABEL)
+    flags = [f"--from={tmp_path / 'train.parquet'}", "--shard_size=2"]
+    whole, out = tmp_path / "whole" / "d", tmp_path / "part" / "d"
+    assert main([*flags, f"--out={whole}"]) == 0
+    rows = parquet._rows
+
+    def deadly(*arguments):
+        for number, row in enumerate(rows(*arguments)):
+            if number == 7:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield row
+
+    monkeypatch.setattr(parquet, "_rows", deadly)
+    assert main([*flags, f"--out={out}"]) == 75
+    with pytest.raises(DataError, match="d is not prepared in"):
+        read(out, "train")
+    monkeypatch.setattr(parquet, "_rows", rows)
+    assert main([*flags, f"--out={out}"]) == 0
+    files = sorted(path.name for path in (whole / "1.0.0").iterdir())
+    assert files == sorted(path.name for path in (out / "1.0.0").iterdir())
+    for name in files:
+        one, other = (x / "1.0.0" / name for x in (whole, out))
+        assert one.read_bytes() == other.read_bytes()
+
+
+def test_damaged_file(tmp_path, capsys):
+    write(tmp_path / "train.parquet", struct(*"abc"), [0, 1, 2], CLASS_LABEL)
+    os.truncate(tmp_path / "train.parquet", 300)
+    assert main([f"--from={tmp_path}", f"--out={tmp_path / 'd'}"]) == 4
+    message = capsys.readouterr().err
+    check_message(message, ["train.parquet is not a valid parquet file (truncated?)"])
+    assert not (tmp_path / "d").exists()
+
+
+def test_bad_flags(tmp_path, capsys, monkeypatch):
+    file = tmp_path / "train.parquet"
+    write(file, struct("a"), [0], CLASS_LABEL, species=["x"])
+
+    def fails(fragment, *flags, code=2):
+        assert main([*flags]) == code
+        check_message(capsys.readouterr().err, [fragment])
+
+    good = f"--out={tmp_path / 'd'}"
+    fails("both --from=FILES and --out=DIR", f"--from={file}")
+    fails("neither --manual_dir", f"--from={file}", good, f"--data_dir={tmp_path}")
+    fails("expected parquet files, found none", f"--from={tmp_path}/*.x", good)
+    fails("becomes data.name", f"--from={file}", f"--out={tmp_path / '0-d'}")
+    fails("becomes data.name", f"--from={file}", f"--out={tmp_path / 'folder'}")
+    fails("image, label, species", f"--from={file}", good, "--label_column=kind")
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    fails("run pip install 'hivit-jax[parquet]'", f"--from={file}", good)
