@@ -2,15 +2,17 @@
 
     python -m benchmarks.accelerator [--platform cuda] [--only numbers fused ...]
 
-- numbers: compares the networks with the golden data, and kernels and bfloat16 with
-  float32: `TESTS`. Needs pytest.
-- one part for each of `STEPS`: benchmarks.train_step on configs/mae_base.py.
-- peers: benchmarks.peers, on a GPU. Needs torch.
+- numbers, official: compare kernels and bfloat16 with float32, and the networks with
+  the golden data: `TESTS`. Need pytest.
+- one part for each of `STEPS`: benchmarks.train_step, for pretraining, finetuning
+  ("classify ...") and inference.
+- "peers JOB", "peers JOB, others": benchmarks.peers for each job, on a GPU. The first
+  compares with the official network, the second with ViT-B and Swin-B. Need torch.
 
 Every part is a separate process. A part that fails, or takes longer than `--limit`
-seconds, is reported, and the next part starts. After each part the results are written
-to results/accelerator_PLATFORM.json. Results of parts that `--only` excludes are kept.
-The exit code is 1 if a part failed.
+seconds, is reported, and the next part starts. The most important parts are first.
+After each part the results are written to results/accelerator_PLATFORM.json. Results of
+parts that `--only` excludes are kept. The exit code is 1 if a part failed.
 """
 
 import argparse
@@ -25,24 +27,43 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-TESTS = "tests/parity/test_official.py", "tests/kernels/test_accelerator.py"
+TESTS = {
+    "numbers": "tests/kernels/test_accelerator.py",
+    "official": "tests/parity/test_official.py",
+}
 TAIL = 30  # lines of output that are kept of a failed part
 
 
 class Step(NamedTuple):
-    """Variant of the train step: config overrides, "KEY=VALUE", and XLA flags."""
+    """Variant of a step: overrides "KEY=VALUE", XLA flags, options of `train_step`."""
 
     overrides: tuple[str, ...] = ()
     xla_flags: str = ""
+    options: tuple[str, ...] = ()
 
 
+CLASSIFY = ("--config=finetune:base",)
+INFERENCE = (*CLASSIFY, "--forward")
+PLAIN, FUSED = ("model.kernels=plain",), ("model.kernels=fused",)
+RESIZED = ("data.canvas=0",)  # images arrive in the model's size
 STEPS = {
-    "plain": Step(("model.kernels=plain",)),
     "auto": Step(),
-    "fused": Step(("model.kernels=fused",)),
+    "classify auto": Step(RESIZED, options=CLASSIFY),
+    "classify fused": Step(RESIZED + FUSED, options=CLASSIFY),
+    "classify plain": Step(RESIZED + PLAIN, options=CLASSIFY),
+    "inference auto": Step(RESIZED, options=INFERENCE),
+    "inference fused": Step(RESIZED + FUSED, options=INFERENCE),
+    "inference plain": Step(RESIZED + PLAIN, options=INFERENCE),
+    "fused": Step(FUSED),
+    "plain": Step(PLAIN),
     "bfloat16 moments": Step(("optimizer.first_moment_dtype=bfloat16",)),
     "remat": Step(("model.remat=True",)),
     "scan": Step(("model.scan_blocks=True",)),
+}
+# Suffix of a part -> rows of `benchmarks.peers`. Fewer rows end before the limit.
+PEERS = {
+    "": ("hivit_jax", "torch", "torch, compiled"),
+    ", others": ("hivit_jax", "ViT-B, compiled", "Swin-B, compiled"),
 }
 # On GPUs only. Each flag is the opposite of XLA's default.
 FLAGS = {
@@ -60,23 +81,24 @@ def parts_for(platform: str, batch: int, rounds: int, steps: int) -> dict[str, A
         variants |= {name: Step(xla_flags=flags) for name, flags in FLAGS.items()}
     # The CPU backend stays enabled because tests compute references on it.
     base = {"JAX_PLATFORMS": "cpu" if platform == "cpu" else f"{platform},cpu"}
-    tests = (*python, "pytest", "-q", "-p", "no:xdist", *TESTS)
+    tests = (*python, "pytest", "-q", "-p", "no:xdist")
     sizes = f"--rounds={rounds}", f"--steps={steps}", f"--batch={batch}"
     # Tests compile many small programs. Without this flag, XLA:GPU times several
     # algorithms for every matrix product in them.
     quick = {"XLA_FLAGS": "--xla_gpu_autotune_level=0"} if platform == "cuda" else {}
-    parts = {"numbers": (tests, base | quick)}
+    parts = {name: ((*tests, path), base | quick) for name, path in TESTS.items()}
+    if platform != "tpu":
+        device = "gpu" if platform == "cuda" else "cpu"
+        for group, rows in PEERS.items():
+            for job in ("pretrain", "classify", "inference"):
+                options = (*sizes, "--task", job, "--device", device, "--rows", *rows)
+                command = (*python, "benchmarks.peers", *options)
+                parts[f"peers {job}{group}"] = command, {}
     for name, step in variants.items():
         overrides = ("--set", *step.overrides) if step.overrides else ()
         flags = f"{os.environ.get('XLA_FLAGS', '')} {step.xla_flags}".strip()
-        command = (*python, "benchmarks.train_step", *sizes, *overrides)
+        command = (*python, "benchmarks.train_step", *sizes, *step.options, *overrides)
         parts[name] = command, base | {"XLA_FLAGS": flags}
-    if platform != "tpu":
-        device = "gpu" if platform == "cuda" else "cpu"
-        rows = "hivit_jax", "torch", "torch, compiled"
-        rows += "ViT-B MAE, compiled", "Swin-B SimMIM, compiled"
-        options = (*sizes, "--device", device, "--rows", *rows)
-        parts["peers"] = (*python, "benchmarks.peers", *options), {}
     return parts
 
 
@@ -85,8 +107,8 @@ def run_part(
 ) -> dict[str, Any]:
     """Run a part and return its result as JSON values.
 
-    A benchmark writes its own result to the file of the flag ``--out``, which is added
-    here.
+    This function adds the flag ``--out`` to the command of a benchmark, and returns the
+    content of that file.
     """
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
@@ -110,7 +132,7 @@ def run_part(
     return {
         "exit_code": code,  # None: timeout
         "seconds": time.perf_counter() - began,
-        "said": lines[-TAIL:] if code != 0 else lines[-1:],
+        "output": lines[-TAIL:] if code != 0 else lines[-1:],
         "result": result,
     }
 
@@ -121,7 +143,7 @@ def row(name: str, part: dict[str, Any]) -> str:
     if part["exit_code"] != 0:
         return line + ("took too long" if part["exit_code"] is None else "failed")
     if "images_per_second" not in result:
-        return line + " ".join(part["said"])
+        return line + " ".join(part["output"])
     line += f"{result['images_per_second']:10,.1f} images/s"
     line += f"{1e3 * result['seconds_per_step']:9,.1f} ms"
     line += f"{result['peak_memory_bytes'] / 2**30:8.2f} GiB"
@@ -136,14 +158,18 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     add = parser.add_argument
     add("--platform", choices=("cuda", "tpu", "cpu"), default="cuda")
-    add("--only", nargs="+", metavar="PART", help="default: all parts")
+    add("--only", nargs="+", metavar="PART", help="default: all parts; see --list")
+    add("--list", action="store_true", help="print the names of all parts and exit")
     add("--batch", type=int, default=256, help="images per step")
     add("--rounds", type=int, default=5)
     add("--steps", type=int, default=20, help="steps per round")
-    add("--limit", type=float, default=600, help="time limit of a part in seconds")
+    add("--limit", type=float, default=420, help="time limit of a part in seconds")
     add("--out", type=Path, help="the JSON file to write")
     args = parser.parse_args(argv)
     parts = parts_for(args.platform, args.batch, args.rounds, args.steps)
+    if args.list:
+        print("\n".join(parts))
+        return 0
     if unknown := set(args.only or ()) - set(parts):
         parser.error(f"--only {' '.join(unknown)}; expected some of {', '.join(parts)}")
     out = args.out or RESULTS / f"accelerator_{args.platform}.json"
@@ -152,7 +178,7 @@ def main(argv: list[str] | None = None) -> int:
     for name in selected:
         results[name] = run_part(*parts[name], args.limit)
         if results[name]["exit_code"] != 0:
-            print("".join(f"{line}\n" for line in results[name]["said"]), end="")
+            print("".join(f"{line}\n" for line in results[name]["output"]), end="")
         print(row(name, results[name]), flush=True)
         out.write_text(json.dumps(results, indent=2) + "\n")
     return int(any(results[name]["exit_code"] != 0 for name in selected))

@@ -35,7 +35,7 @@ SHARDS, START = 8, 3  # batches at the start that do not count
 
 
 def write_tars(root: Path) -> None:
-    """Write the photographs of ROOT/train as tar files of WebDataset."""
+    """Write the photographs of ROOT/train as WebDataset tar files."""
     paths = sorted(root.glob("train/*/*"))
     for split in ("train", "val"):
         for shard in range(SHARDS):
@@ -94,8 +94,8 @@ def measure(
             rates[row].append((images / spent[0], images / spent[1]))
     return {
         row: {
-            "images_per_cpu_second": statistics.median(cpu for cpu, _ in values[1:]),
-            "images_per_second": statistics.median(wall for _, wall in values[1:]),
+            "images_per_cpu_second": statistics.median(x for x, _ in values[1:]),
+            "images_per_second": statistics.median(x for _, x in values[1:]),
         }
         for row, values in rates.items()
     }

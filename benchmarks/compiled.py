@@ -1,16 +1,18 @@
-"""Bytes and operations of a train step by region, read from compiled programs.
+"""Print bytes and FLOPs of a train step by region, read from compiled programs.
 
     python -m benchmarks.compiled [--config mae_base] [--workdir runs/compiled]
         [--chip v5e:2x4 ...] [--set KEY=VALUE ...]
         [--variant NAME:KEY=VALUE,KEY=VALUE ...]
 
-Compiles the train step of a recipe for TPU and GPU topologies, without the hardware.
-Images arrive as uint8 in the model's size. --set overrides config keys, and each
---variant compiles once more with further overrides. For every region of the program,
-forward and backward together, it prints the HBM bytes and their share, the operations
-of matrix products and the shortest time that the chip's peaks allow for either. Writes
+The benchmark compiles the train step of a recipe for TPU and GPU topologies, without
+the hardware. Images arrive as uint8 in the model's size. --set overrides config keys.
+Each --variant compiles the step once more with further overrides.
+
+The table contains one row per region of the program, forward and backward together: HBM
+bytes, their fraction of all bytes, FLOPs of matrix products, and the shortest time that
+the chip's peaks of bandwidth and FLOP/s allow. The results are written to
 results/compiled.json, or --out. An interrupted benchmark resumes; use another --workdir
-after changing the program. Chips whose compiler is not installed are skipped.
+after a change of the program. Chips whose compiler is not installed are skipped.
 
 There are two totals of bytes, both with the padding of tiles:
 
@@ -58,7 +60,7 @@ def report_for(recipe: str, chip: str, overrides: list[str], workdir: Path) -> d
 
 
 def table(report: dict) -> str:
-    """Format a table with a row per region and a total, and a line on the program."""
+    """Format a table with a row per region and a total, then a line on the program."""
     peaks, rows = report["roofline"]["peaks"], []
     for name in sorted(report["regions"], key=ORDER.index):
         hbm_bytes, flops = report["regions"][name].values()
@@ -88,7 +90,7 @@ def table(report: dict) -> str:
 
 
 def compare(arguments: argparse.Namespace) -> None:
-    """Compile everything. Print a table and write the results after each program."""
+    """Compile all programs; print a table and write the results after each program."""
     variants = {"": []}
     for variant in arguments.variant:
         name, _, overrides = variant.partition(":")

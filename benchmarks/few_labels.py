@@ -1,10 +1,11 @@
-"""Digits from few labels: finetuning, linear probe, and training from scratch.
+"""Train on few labeled digits: finetuning, linear probe, and from scratch.
 
     python -m benchmarks.few_labels [--workdir runs/few_labels]
 
-Measures held-out top-1 after training on 50, 100 and 500 labels, with five draws each.
-As a control, 100 shuffled labels must give chance accuracy. Writes
-results/few_labels.json. An interrupted benchmark resumes.
+The benchmark measures held-out top-1 after training on 50, 100 and 500 labels, with
+five random subsets per number of labels. As a control, training on 100 shuffled labels
+must give chance accuracy. The results are written to results/few_labels.json. An
+interrupted benchmark resumes.
 """
 
 import argparse
@@ -25,8 +26,8 @@ from hivit_jax.train import train
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "few_labels.json"
 LABELS, DRAWS = (50, 100, 500), range(5)
-# Method -> recipe, whether it starts from the pretrained encoder, warmup in images (40
-# steps, or 10 for the probe).
+# Method -> recipe, True for a pretrained encoder, warmup in images. The warmup takes 40
+# steps, or 10 steps for the probe.
 METHODS = {
     "finetuned": ("digits_finetune", True, 1000),
     "linear probe": ("digits_linear", True, 500),
@@ -42,7 +43,7 @@ def run(recipe: str, workdir: Path, stop: Callable, **overrides: object) -> dict
 
 
 def compare(workdir: Path, stop: Callable) -> None:
-    """Run everything, print the table and write the results."""
+    """Run all trainings, print the table and write the results."""
     pretrained = workdir / "pretrained"
     run("digits_mae", pretrained, stop)
     results: dict[str, dict[str, list[float]]] = {method: {} for method in METHODS}

@@ -2,12 +2,12 @@
 
     python -m benchmarks.input_pipeline [--rounds 5] [--only readers] [--memory 10000]
 
-Writes 420 photographs of 500x375 (benchmarks/photographs.py) into a temporary
-directory. Every pipeline in turn reads, decodes, crops and resizes them, `--rounds`
-times. A CPU-second is one second of one core, summed over all threads. The table
-contains the medians. The tf.data rows need tensorflow and are skipped without it.
-`--only readers` prints the ratio of the two values of `data.reader` and writes nothing.
-`--memory` prints the memory of the process over that many batches instead.
+The benchmark writes 420 photographs of 500x375 (benchmarks/photographs.py) into a
+temporary directory. In each of `--rounds` rounds, every pipeline reads, decodes, crops
+and resizes them once. A CPU-second is one second of one core, summed over all threads.
+The table contains the medians. Without tensorflow, the rows with tf.data are skipped.
+`--only readers` compares only the two values of `data.reader` and writes no results.
+`--memory N` only prints the memory of the process during N batches.
 """
 
 import argparse
@@ -58,7 +58,7 @@ def ours(directory: Path, **data) -> Callable[[], Iterator]:
 def per_image(directory: Path, process: Callable) -> Callable[[], Iterator]:
     """Return a function that calls process(encoded, index) for each image of a round.
 
-    The files are read in advance.
+    The files are read before the measurement.
     """
     source = registry.open_source(recipe(directory).data, "train")
     indices = [i % len(source) for i in range(BATCH * STEPS)]
@@ -83,7 +83,9 @@ def torchvision_like(encoded: bytes, index: int) -> None:
 
 
 def tf_data(directory: Path, method: str) -> Callable[[], Iterator]:
-    """Return a function that starts a tf.data pipeline, same crops, two threads.
+    """Return a function that starts a tf.data pipeline with two threads.
+
+    Its crops equal those of our pipeline.
 
     Args:
       method: "bicubic", "bilinear", "antialiased bicubic", or "canvas": the device
@@ -163,7 +165,7 @@ def write_reduced(root: Path, short_side: int) -> None:
 def seconds_to_jump() -> float:
     """Time the computation of the 4,096 crops of step 100,000 on ImageNet.
 
-    Nothing is read or decoded.
+    No image is read or decoded.
     """
     began = time.perf_counter()
     positions = 100_000 * 4096 + np.arange(4096)
@@ -175,7 +177,7 @@ def seconds_to_jump() -> float:
 
 
 def memory(root: Path, batches: int) -> None:
-    """Print the memory of this process ten times during that many batches."""
+    """Print the memory of this process about ten times during these batches."""
     config = recipe(root, workers=2)
     every = max(batches // 10, 1)
     for step, _ in enumerate(inputs.train_batches(config, 0, batches), 1):
@@ -186,31 +188,31 @@ def memory(root: Path, batches: int) -> None:
 
 
 def compare(starts: dict[str, Callable[[], Iterator]], rounds: int) -> dict[str, float]:
-    """Return images per CPU-second of variants, medians of interleaved rounds."""
-    rates: dict[str, list[float]] = {name: [] for name in starts}
+    """Return images per CPU-second of variants: medians of interleaved rounds."""
+    throughputs: dict[str, list[float]] = {name: [] for name in starts}
     for _ in range(rounds + 1):  # the first round is a warmup
         for name, start in starts.items():
             batches, began = start(), time.process_time()
             for _ in batches:
                 pass
-            rates[name].append(BATCH * STEPS / (time.process_time() - began))
-    return {name: statistics.median(values[1:]) for name, values in rates.items()}
+            throughputs[name].append(BATCH * STEPS / (time.process_time() - began))
+    return {name: statistics.median(values[1:]) for name, values in throughputs.items()}
 
 
 def report(root: Path, rounds: int) -> None:
     """Print the table and write it as JSON."""
     for short_side in (320, 256):
         write_reduced(root, short_side)
-    rates = compare(variants(root), rounds)
-    ceiling = rates["decode alone: simplejpeg"]
+    throughputs = compare(variants(root), rounds)
+    ceiling = throughputs["decode alone: simplejpeg"]
     print(f"{'':44}images per CPU-second   of the ceiling")
-    for name, rate in rates.items():
-        print(f"{name:44}{rate:21,.0f}{rate / ceiling:17.0%}")
+    for name, throughput in throughputs.items():
+        print(f"{name:44}{throughput:21,.0f}{throughput / ceiling:17.0%}")
     seconds = seconds_to_jump()
     print(f"jump to step 100,000 of 4,096 images: {seconds:.2f} s")
     packages = ("numpy", "pillow", "simplejpeg", "tensorflow-cpu")
     result = {
-        "images_per_cpu_second": rates,
+        "images_per_cpu_second": throughputs,
         "jump_seconds": seconds,
         "rounds": rounds,
         "cpu": processor(),
@@ -227,9 +229,10 @@ def report_readers(root: Path, rounds: int) -> None:
     """
     keep_freed_memory()
     starts = {OURS: ours(root), EXACT: ours(root, reader="tf.data")}
-    rates = compare(starts, rounds)
-    for name, rate in rates.items():
-        print(f"{name:44}{rate:9,.0f} images per CPU-second{rate / rates[OURS]:8.0%}")
+    throughputs = compare(starts, rounds)
+    for name, throughput in throughputs.items():
+        ratio = throughput / throughputs[OURS]
+        print(f"{name:44}{throughput:9,.0f} images per CPU-second{ratio:8.0%}")
 
 
 def main() -> None:

@@ -2,11 +2,11 @@
 
     python -m benchmarks.learning_curves [--steps 200]
 
-Both train the same small network with the same initial weights, batches, masks and
-schedule. There are four runs: pretraining and classification, on the digits and on JPEG
-photographs. Needs torch (`pip install torch`). Writes results/learning_curves.json and
-docs/learning_curves.png. The exit code is 1 if the losses of a step differ by 1 % or
-more.
+Both programs train the same small network with the same initial weights, batches, masks
+and schedule. There are four runs: pretraining and classification, on the digits and on
+JPEG photographs. The benchmark requires torch (`pip install torch`). It writes
+results/learning_curves.json and docs/learning_curves.png. The exit code is 1 if the
+losses of a step differ by 1 % or more.
 """
 
 import argparse
@@ -98,7 +98,7 @@ def twin(config: Any, model: Any, arrays: Any) -> HiViT:
 
 
 def curves(config: Any) -> tuple[list[float], list[float]]:
-    """Return the losses of every step, here and in PyTorch."""
+    """Return the losses of every step with hivit_jax and with PyTorch."""
     steps = config.total_steps
     task = inputs.make_task(config)
     per_epoch, _ = inputs.count_steps(config, inputs.images_per_epoch(config, task))

@@ -2,8 +2,9 @@
 
     python -m benchmarks.photographs DIR [--train 400] [--val 100]
 
-Each class is one photograph. Its images are random crops with changed colors and noise,
-saved as 500x375 JPEGs of 85 KB, a typical size in ImageNet.
+Each class is one photograph. The images of a class are random crops of the photograph
+with changed colors and noise. They are JPEGs of 500x375 pixels and 85 KB, which are
+typical sizes in ImageNet.
 """
 
 import argparse
@@ -65,9 +66,9 @@ def write(
     """
     seed = 0
     for split, count in counts.items():
-        for number in range(count):
-            name = sorted(photographs())[number % len(photographs())]
-            path = Path(directory) / split / name / f"{number:05}.JPEG"
+        for index in range(count):
+            name = sorted(photographs())[index % len(photographs())]
+            path = Path(directory) / split / name / f"{index:05}.JPEG"
             path.parent.mkdir(parents=True, exist_ok=True)
             image = variant(photographs()[name], seed, size)
             image.save(path, "JPEG", quality=quality)

@@ -1,4 +1,4 @@
-"""Replacement for ml_collections, with the features that recipes need.
+"""Replacement for ml_collections, with the features that recipes use.
 
 Import this module before hivit_jax. It has no effect if ml_collections is installed.
 """

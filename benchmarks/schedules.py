@@ -2,16 +2,18 @@
 
     python -m benchmarks.schedules [--config mae_base] [--images 64]
 
-Runs on a CPU and needs libtpu. A TPU core issues one bundle of instructions per cycle,
-in an order that the compiler fixes. Every kind of block of the recipe is compiled for a
-v5e, with its backward pass. The table contains for one block, in cycles:
+The benchmark runs on a CPU and requires libtpu. A TPU core issues one bundle of
+instructions per cycle, in an order that the compiler fixes. Every kind of block of the
+recipe is compiled for a v5e, with its backward pass. The table contains three counts of
+cycles for one block:
 
 - forward, backward: bundles that the fused kernels issue for all images of a chip. They
   are the run time if kernels wait neither for memory nor for unfinished products.
-- products alone: time in which the kernels' matrix products occupy all matrix units.
+- products alone: the kernels' matrix products if they occupy all matrix units.
 - plain: the compiler's own estimate for the same block without fused kernels.
 
-Writes results/schedules.json, or schedules_NAME.json for another recipe.
+The results are written to results/schedules.json, or schedules_NAME.json for another
+recipe.
 """
 
 import argparse
@@ -79,8 +81,8 @@ def blocks(config: Any, images: int) -> dict[str, tuple[int, nnx.Module, tuple]]
     units, cells = encoder.absolute_pos_embed.shape[0], model.config.inner_patches**2
     visible = count_visible_units(units, config.mask_ratio) if decoder else units
     stages = {}
-    for number, stage in enumerate(encoder.stages[:-1], 1):
-        stages[f"stem {number}"] = stage, (images * visible * cells,)
+    for stage_index, stage in enumerate(encoder.stages[:-1], 1):
+        stages[f"stem {stage_index}"] = stage, (images * visible * cells,)
         cells //= 4
     stages["main stage"] = encoder.stages[-1], (images, visible)
     if decoder:
@@ -117,8 +119,8 @@ def compile_block(
     )
     with jax.set_mesh(mesh):
         jaxpr = jax.make_jaxpr(forward_and_backward)(*inputs).jaxpr
-        compiled = jax.jit(forward_and_backward).lower(*inputs).compile()
-        return compiled.as_text(), matmul_flops(jaxpr, loops=True)
+        program = jax.jit(forward_and_backward).lower(*inputs).compile()
+        return program.as_text(), matmul_flops(jaxpr, loops=True)
 
 
 def measure(config: Any, images: int, dump: Path) -> dict[str, Any]:
@@ -131,14 +133,14 @@ def measure(config: Any, images: int, dump: Path) -> dict[str, Any]:
     device, peak = devices_of("v5e:2x4")[0], CHIPS["v5e"].flops
     results = {}
     for kind, (count, block, shape) in blocks(config, images).items():
-        plain, _ = compile_block(block, shape, "plain", device)
+        plain_program, _ = compile_block(block, shape, "plain", device)
         before = set(dump.iterdir())
         _, operations = compile_block(block, shape, "auto", device)
         counts = Counter()
         for path in set(dump.glob("*-01-final_bundles.txt")) - before:
             if name := re.search("(attention|mlp)_block(_gradient)?", path.name):
                 counts[name[0]] += bundles(path.read_text())
-        estimates = re.findall(r'"estimated_cycles":"(\d+)"', plain)
+        estimates = re.findall(r'"estimated_cycles":"(\d+)"', plain_program)
         results[kind] = {
             "blocks": count,
             "bundles": dict(counts),
@@ -149,7 +151,7 @@ def measure(config: Any, images: int, dump: Path) -> dict[str, Any]:
 
 
 def table(results: dict[str, Any], images: int) -> str:
-    """Format a row per kind of block, and a line on all blocks of the network."""
+    """Format a table with a row per kind of block, then a line on all blocks."""
     lines = [
         "| one block | forward | backward | products alone | plain |",
         "|" + 5 * "---|",

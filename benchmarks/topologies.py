@@ -2,15 +2,15 @@
 
     python -m benchmarks.topologies [--workdir runs/topologies]
 
-For every size and topology the table contains: memory, the largest batch that fits,
-operations, HBM traffic, collective bytes, and the bound on images per second. Rows for
-v5e:2x4 show the effect of remat and scan_blocks on memory and compile time. The
-v5e:2x4 row without remat and scan_blocks also shows that the collective bytes per step
-and device are the same on 8 chips as on 64 and 256.
+The table contains one row per model size and topology: memory, the largest batch that
+fits, FLOPs, HBM traffic, collective bytes, and the bound on images per second. Four
+rows for v5e:2x4 compare memory and compile time with and without remat and scan_blocks.
+The first of these rows also shows that the collective bytes per step and device are the
+same on 8 chips as on 64 and 256.
 
-Writes results/topologies.json and prints the table. Needs about a hundred compilations
-of one to four minutes each on two cores. An interrupted benchmark resumes. Chips whose
-compiler is not installed are skipped.
+The benchmark writes results/topologies.json and prints the table. It runs about a
+hundred compilations of one to four minutes each on two cores. An interrupted benchmark
+resumes. Chips whose compiler is not installed are skipped.
 """
 
 import argparse
@@ -27,7 +27,7 @@ RESULT = ROOT / "benchmarks" / "results" / "topologies.json"
 TOPOLOGIES = ("h100:8", "v5e:16x16", "v6e:16x16", "v5p:4x4x4")
 SIZES = ("base", "tiny", "small", "large")
 VARIANTS = {
-    "as it is": {},
+    "default": {},
     "remat": {"model.remat": True},
     "scan_blocks": {"model.scan_blocks": True},
     "both": {"model.remat": True, "model.scan_blocks": True},
@@ -70,8 +70,8 @@ def search_batch(size: str, topology: str, workdir: Path, **overrides: object) -
     return json.loads(path.read_text())
 
 
-def line(name: str, report: dict) -> str:
-    """Format a row of the table."""
+def table_row(name: str, report: dict) -> str:
+    """Format one result as a row of the table."""
     memory = report["hbm_bytes_per_device"]
     largest = report.get("largest_batch_per_device") or ""
     start = (
@@ -119,7 +119,7 @@ def compile_all(workdir: Path) -> None:
             results[name] = results.get(name, {}) | result
             RESULT.write_text(json.dumps(results, indent=1) + "\n")
     print(HEADER + "\n|" + 11 * "---|")
-    print("\n".join(line(name, report) for name, report in results.items()))
+    print("\n".join(table_row(name, report) for name, report in results.items()))
 
 
 def main() -> int:

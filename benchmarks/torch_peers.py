@@ -1,7 +1,8 @@
-"""Masked image modeling with ViT and Swin in PyTorch, for comparison of speed only.
+"""ViT and Swin in PyTorch, for comparison of speed only.
 
 Written from the papers, with the published sizes and the blocks of `torch_twin`. Each
-model has `masked_loss(images [B, 3, 224, 224], noise [B, units])`.
+model has `classify(images [B, 3, 224, 224])` if it has classes. Otherwise it has
+`masked_loss(images, noise [B, units])`.
 """
 
 import torch
@@ -10,22 +11,29 @@ from torch import nn
 from benchmarks.torch_twin import Block, PatchMerge, gather_tokens, targets
 
 
-class ViTMAE(nn.Module):
-    """Masked autoencoder on ViT-B/16 (He et al., 2022): 111.9 M parameters.
+class ViT(nn.Module):
+    """ViT-B/16, or its masked autoencoder (He et al., 2022).
 
-    The encoder processes a quarter of the units and a class token. The decoder has 8
-    blocks of width 512. The targets are pixels normalized per unit.
+    The masked autoencoder has 111.9 M parameters, the classifier 86.6 M. The masked
+    autoencoder's encoder processes a quarter of the units and a class token. The
+    decoder has 8 blocks of width 512. The targets are pixels normalized per unit.
+
+    Args:
+      num_classes: classes of the head; 0: a masked autoencoder.
     """
 
     units = 196
 
-    def __init__(self):
+    def __init__(self, num_classes: int = 0):
         super().__init__()
         self.proj = nn.Conv2d(3, 768, 16, 16)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, 768))
         self.pos_embed = fixed(torch.randn(1, self.units + 1, 768))
         self.blocks = nn.ModuleList(Block(768, 4.0, 12) for _ in range(12))
         self.norm = nn.LayerNorm(768, eps=1e-6)
+        if num_classes:
+            self.head = nn.Linear(768, num_classes)
+            return
         self.decoder_embed = nn.Linear(768, 512)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, 512))
         self.decoder_pos_embed = fixed(torch.randn(1, self.units + 1, 512))
@@ -33,19 +41,31 @@ class ViTMAE(nn.Module):
         self.decoder_norm = nn.LayerNorm(512, eps=1e-6)
         self.decoder_pred = nn.Linear(512, 16 * 16 * 3)
 
+    def encode(self, images, ids_keep=None):
+        """Encode a class token and the units of images: [B, 3, H, W] -> [B, 1+K, 768].
+
+        Args:
+          ids_keep: visible units, int [B, K]; None: all.
+        """
+        x = self.proj(images).flatten(2).transpose(1, 2) + self.pos_embed[:, 1:]
+        cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(images), -1, -1)
+        x = x if ids_keep is None else gather_tokens(x, ids_keep)
+        x = torch.cat([cls.to(x.dtype), x], 1)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+    def classify(self, images):
+        """Map images [B, 3, 224, 224] to logits."""
+        return self.head(self.encode(images)[:, 0])
+
     def masked_loss(self, images, noise):
-        """Mean squared error on the 147 masked units."""
+        """Return the mean squared error on the 147 masked units."""
         batch, units = noise.shape
         visible = units // 4
         ids_shuffle = noise.argsort(1)
         ids_restore = ids_shuffle.argsort(1)
-        x = self.proj(images).flatten(2).transpose(1, 2) + self.pos_embed[:, 1:]
-        cls = (self.cls_token + self.pos_embed[:, :1]).expand(batch, -1, -1)
-        x = gather_tokens(x, ids_shuffle[:, :visible])
-        x = torch.cat([cls.to(x.dtype), x], 1)
-        for block in self.blocks:
-            x = block(x)
-        x = self.decoder_embed(self.norm(x))
+        x = self.decoder_embed(self.encode(images, ids_shuffle[:, :visible]))
         mask_tokens = self.mask_token.expand(batch, units - visible, -1).to(x.dtype)
         tokens = gather_tokens(torch.cat([x[:, 1:], mask_tokens], 1), ids_restore)
         x = torch.cat([x[:, :1], tokens], 1) + self.decoder_pos_embed
@@ -58,7 +78,7 @@ class ViTMAE(nn.Module):
 
 
 def fixed(table):
-    """Return a table that is not trained."""
+    """Return a parameter that is not trained."""
     return nn.Parameter(table, requires_grad=False)
 
 
@@ -99,19 +119,22 @@ def shifted_mask(side: int, shift: int):
     return -100.0 * (regions[:, None, :, None] != regions[:, None, None]).float()
 
 
-class SwinSimMIM(nn.Module):
-    """SimMIM (Xie et al., 2022) on Swin-B at 224 with windows of 7: 89.9 M parameters.
+class Swin(nn.Module):
+    """Swin-B at 224 with windows of 7, or its SimMIM (Xie et al., 2022).
 
-    The encoder processes all tokens. 6 of 10 units of 32x32 pixels are replaced by a
-    mask token. A linear head predicts pixels.
+    SimMIM has 89.9 M parameters, the classifier 87.8 M. The encoder processes all
+    tokens. SimMIM replaces 6 of 10 units of 32x32 pixels by a mask token, and a linear
+    head predicts pixels.
+
+    Args:
+      num_classes: classes of the head; 0: SimMIM.
     """
 
     units = 49
 
-    def __init__(self):
+    def __init__(self, num_classes: int = 0):
         super().__init__()
         self.proj, self.norm0 = nn.Conv2d(3, 128, 4, 4), nn.LayerNorm(128)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, 1, 128))
         layers: list[nn.Module] = []
         for stage, depth in enumerate((2, 2, 18, 2)):
             side, dim = 56 >> stage, 128 << stage
@@ -121,17 +144,31 @@ class SwinSimMIM(nn.Module):
                 shift = 3 if block % 2 and side > 7 else 0
                 layers.append(SwinBlock(dim, 4 << stage, side, shift))
         self.blocks = nn.ModuleList(layers)
-        self.norm, self.head = nn.LayerNorm(1024), nn.Linear(1024, 32 * 32 * 3)
+        self.norm = nn.LayerNorm(1024)
+        self.head = nn.Linear(1024, num_classes or 32 * 32 * 3)
+        if not num_classes:
+            self.mask_token = nn.Parameter(torch.zeros(1, 1, 1, 128))
 
-    def masked_loss(self, images, noise):
-        """Mean absolute error on the 30 masked units."""
-        mask = noise.argsort(1).argsort(1) >= 19
-        x = self.norm0(self.proj(images).permute(0, 2, 3, 1))
-        cells = mask.reshape(-1, 7, 7, 1).float()
-        cells = cells.repeat_interleave(8, 1).repeat_interleave(8, 2)
-        x = x * (1 - cells) + self.mask_token * cells
+    def embed(self, images):
+        """Embed patches of 4x4 pixels: [B, 3, H, W] -> [B, H/4, W/4, 128]."""
+        return self.norm0(self.proj(images).permute(0, 2, 3, 1))
+
+    def encode(self, x):
+        """Encode embedded patches: [B, 56, 56, 128] -> [B, 7, 7, 1024]."""
         for block in self.blocks:
             x = block(x)
-        predicted = self.head(self.norm(x)).flatten(1, 2)
+        return self.norm(x)
+
+    def classify(self, images):
+        """Map images [B, 3, 224, 224] to logits."""
+        return self.head(self.encode(self.embed(images)).mean((1, 2)))
+
+    def masked_loss(self, images, noise):
+        """Return the mean absolute error on the 30 masked units."""
+        mask = noise.argsort(1).argsort(1) >= 19
+        cells = mask.reshape(-1, 7, 7, 1).float()
+        cells = cells.repeat_interleave(8, 1).repeat_interleave(8, 2)
+        x = self.embed(images) * (1 - cells) + self.mask_token * cells
+        predicted = self.head(self.encode(x)).flatten(1, 2)
         error = (predicted - targets(images, 32, normalize=False)).abs().mean(-1)
         return (error * mask).sum() / mask.sum()

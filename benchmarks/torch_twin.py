@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 
 class Mlp(nn.Module):
-    """Linear, GELU (erf), Linear."""
+    """MLP: linear layer, GELU with erf, linear layer."""
 
     def __init__(self, dim: int, ratio: float):
         super().__init__()
@@ -27,8 +27,8 @@ class Attention(nn.Module):
     """Self-attention, with a table of relative positions if `grid` is given.
 
     Attributes:
-      plain: of the class. True: compute scores and softmax explicitly, as the official
-        code does. False: use `scaled_dot_product_attention`.
+      plain: class attribute. True: compute scores and softmax explicitly, as the
+        official code does. False: use `scaled_dot_product_attention`.
     """
 
     plain = False
@@ -82,7 +82,7 @@ def gather_tokens(x, ids):
 
 
 class Block(nn.Module):
-    """Residual block of attention and MLP. Without heads, MLP only, as in the stem."""
+    """Residual block of attention and MLP; with heads=0 only MLP, as in the stem."""
 
     def __init__(self, dim: int, ratio: float, heads: int = 0, grid: int | None = None):
         super().__init__()
@@ -149,6 +149,7 @@ class HiViT(nn.Module):
     ):
         super().__init__()
         grid, self.patch_size = image_size // patch_size, patch_size
+        self.units = grid**2
         self.patch_embed = PatchEmbed(in_channels, embed_dim // 4, patch_size // 4)
         self.absolute_pos_embed = nn.Parameter(torch.zeros(1, grid**2, embed_dim))
         blocks: list[nn.Module] = []
@@ -198,14 +199,19 @@ class HiViT(nn.Module):
 
     def classify(self, images):
         """Map images [B, C, H, W] to logits."""
-        units = torch.arange(self.absolute_pos_embed.shape[1])
+        units = torch.arange(self.units, device=images.device)
         tokens = self.encode(images, units.expand(len(images), -1))[-1]
         return self.head(self.fc_norm(tokens.mean(1)))
 
     def masked_loss(
         self, images, noise, mask_ratio: float = 0.75, normalize: bool = True
     ):
-        """Mean squared error on the masked units: [B, C, H, W], noise [B, N]."""
+        """Return the mean squared error on the masked units.
+
+        Args:
+          images: [B, C, H, W].
+          noise: [B, N].
+        """
         batch, units = noise.shape
         ids_shuffle = noise.argsort(1)
         ids_restore = ids_shuffle.argsort(1)

@@ -1,15 +1,17 @@
 """Measure throughput, memory and compile time of the train step of a recipe.
 
-    python -m benchmarks.train_step [--config configs/mae_base.py] [--batch 256] \
+    python -m benchmarks.train_step [--config mae_base] [--batch 256] [--forward] \
         [--rounds 5] [--steps 20] [--set model.dtype=float32 data.canvas=0 ...]
 
 Runs the step of training on all devices, repeatedly on one batch of synthetic images
-that is already on the devices. Needs only jax, flax, optax and numpy. Times are medians
-of `--rounds` blocks of `--steps` steps. Writes results/train_step_RECIPE_PLATFORM.json,
-or the file of `--out`.
+that is already on the devices. --forward runs the step of evaluation instead, which has
+only a forward pass. Needs only jax, flax, optax and numpy. Times are medians of
+`--rounds` blocks of `--steps` steps. Writes results/train_step_RECIPE_PLATFORM.json
+(forward_RECIPE_PLATFORM.json), or the file of `--out`.
 """
 
 import json
+import re
 import resource
 import statistics
 import sys
@@ -19,20 +21,31 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding
 
-from benchmarks import plain_config  # noqa: F401  first, see there
+from benchmarks import plain_config  # noqa: F401  first, because it replaces ml_collections
 from benchmarks.machine import processor
 from hivit_jax import config as configs
-from hivit_jax import inputs, tasks
+from hivit_jax import inputs, rng, tasks
 from hivit_jax.config import step_options
+from hivit_jax.data.shapes import batch_shapes
 from hivit_jax.data.sources.base import DatasetInfo
-from hivit_jax.distributed.sharding import make_mesh, shardings_of
+from hivit_jax.distributed.sharding import (
+    BATCH,
+    make_mesh,
+    on_mesh,
+    shardings_of,
+    state_shardings,
+    with_shardings,
+)
 from hivit_jax.errors import HivitError, Parser, run_command
 from hivit_jax.training import step as steps
 from hivit_jax.training.schedule import make_schedule
-from hivit_jax.xla.chips import chip_of
+from hivit_jax.tree import split_state
+from hivit_jax.xla.chips import peak_flops
 from hivit_jax.xla.compile import compile_step, keep_freed_memory
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -71,8 +84,44 @@ class Training:
         return float(jax.block_until_ready((self.state, metrics))[1]["loss"])
 
 
+class Evaluation:
+    """Variables and batch on the devices, and the compiled evaluation of a batch."""
+
+    def __init__(self, config: Any):
+        mesh = make_mesh(config.mesh, config.batch_size)
+        self.task = task_of(config)
+        graphdef = split_state(nnx.eval_shape(self.task.build_model))[0]
+
+        def init():
+            _, params, model_state = split_state(self.task.build_model())
+            return {"params": params, "model_state": model_state}
+
+        def step(variables, batch):
+            model = nnx.merge(graphdef, *variables.values())
+            keys = rng.step_keys(config.seed, "eval", jnp.uint32(0), config.batch_size)
+            return self.task.eval_step(model, {}, batch, keys)[0]
+
+        shardings = state_shardings(mesh, jax.eval_shape(init))
+        self.state = jax.jit(init, out_shardings=shardings)()
+        shapes = batch_shapes(self.task.transform(train=False))[0]
+        batch_sharding = dict.fromkeys(shapes, NamedSharding(mesh, BATCH))
+        self.batch = synthetic_batch(with_shardings(shapes, batch_sharding), config)
+        jax.block_until_ready((self.state, self.batch))
+        self.step = on_mesh(mesh, jax.jit(step))
+        began, cpu_began = time.perf_counter(), time.process_time()
+        self.run(1)
+        self.compile_seconds = time.perf_counter() - began
+        self.compile_cpu_seconds = time.process_time() - cpu_began
+
+    def run(self, count: int) -> float:
+        """Evaluate the batch, wait until this has finished, and return the loss."""
+        for _ in range(count):
+            sums = self.step(self.state, self.batch)
+        return float(sums["loss"]) / len(self.batch["weight"])
+
+
 def task_of(config: Any) -> tasks.Task:
-    """Return the task of a recipe, for ImageNet (not opened) or synthetic images."""
+    """Return the task of a recipe for ImageNet or synthetic images, without files."""
     encoded = config.data.name != "synthetic"
     counts = {"train": 1_281_167, "test": 50_000}
     return tasks.create(config, DatasetInfo(counts, encoded=encoded))
@@ -104,43 +153,48 @@ def synthetic_batch(shapes: dict[str, jax.ShapeDtypeStruct], config: Any) -> dic
 
 
 def peak_memory() -> int:
-    """Return peak memory in bytes, of the first device, or of the process on a CPU."""
+    """Return the peak memory in bytes of the first device; on a CPU, of the process."""
     peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     # ru_maxrss is in kilobytes on Linux.
     return peak or 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def measure(config: Any, rounds: int, steps_per_round: int) -> dict[str, Any]:
-    """Measure the train step of a recipe. Return JSON values.
+def measure(
+    config: Any, rounds: int, steps_per_round: int, forward: bool = False
+) -> dict[str, Any]:
+    """Measure the train step of a recipe, or its evaluation step. Return JSON values.
 
     The model FLOP utilization counts three times the matrix products of a forward pass
-    (once for a linear probe), without recomputation and resizing, relative to the
-    bfloat16 peak. It is None if the peak is unknown. CPU-seconds are None unless the
-    devices are CPUs.
+    (once for a linear probe and for evaluation), without recomputation and resizing,
+    relative to the bfloat16 peak. It is None if the peak is unknown. CPU-seconds are
+    None unless the devices are CPUs.
 
     Raises:
       HivitError: a loss is not finite.
     """
     devices = jax.devices()
-    training = Training(config)
-    losses = [training.run(2)]  # a warmup
+    program = Evaluation(config) if forward else Training(config)
+    losses = [program.run(2)]  # a warmup
     seconds, cpu_seconds = [], []
     for _ in range(rounds):
         began, cpu_began = time.perf_counter(), time.process_time()
-        losses.append(training.run(steps_per_round))
+        losses.append(program.run(steps_per_round))
         seconds.append((time.perf_counter() - began) / steps_per_round)
         cpu_seconds.append((time.process_time() - cpu_began) / steps_per_round)
     if not np.isfinite(losses).all():
         raise HivitError(f"losses: expected finite numbers, found {losses}")
     median = statistics.median(seconds)
     throughput = config.batch_size / median
-    task = training.task
+    task = program.task
     model = nnx.eval_shape(task.build_model)
-    # A multiply-add is 2 operations. The backward pass costs twice the forward pass.
-    flops = (2 if config.task == "linear_probe" else 6) * task.macs(model)
-    chip = chip_of(devices[0].device_kind)
+    # The backward pass costs twice the forward pass.
+    flops = task.training_flops(model)
+    if forward and config.task != "linear_probe":
+        flops /= 3
+    peak = peak_flops(devices[0].device_kind)
     return {
         "model": config.model.name,
+        "forward_only": forward,
         "dtype": config.model.dtype or "float32",
         "image_size": config.model.image_size,
         "batch_size": config.batch_size,
@@ -154,12 +208,10 @@ def measure(config: Any, rounds: int, steps_per_round: int) -> dict[str, Any]:
             statistics.median(cpu_seconds) if devices[0].platform == "cpu" else None
         ),
         "model_flops_per_image": flops,
-        "model_flop_utilisation": (
-            chip and throughput * flops / (chip.flops * len(devices))
-        ),
+        "model_flop_utilisation": (peak and throughput * flops / (peak * len(devices))),
         "peak_memory_bytes": peak_memory(),
-        "compile_seconds": training.compile_seconds,
-        "compile_cpu_seconds": training.compile_cpu_seconds,
+        "compile_seconds": program.compile_seconds,
+        "compile_cpu_seconds": program.compile_cpu_seconds,
         "rounds": rounds,
         "steps_of_a_round": steps_per_round,
         "loss": losses[-1],
@@ -189,8 +241,9 @@ def run(argv: list[str] | None) -> None:
     """Parse flags, measure, print a summary and write the results."""
     parser = Parser(description=__doc__.split("\n", 1)[0])
     add = parser.add_argument
-    add("--config", default=str(ROOT / "configs" / "mae_base.py"))
+    add("--config", default="mae_base", help="name or file of a recipe")
     add("--batch", type=int, help="images per step; default: the recipe's")
+    add("--forward", action="store_true", help="only the forward pass, as evaluation")
     add("--rounds", type=int, default=5)
     add("--steps", type=int, default=20, help="steps per round")
     add("--set", nargs="+", default=[], action="extend", metavar="KEY=VALUE")
@@ -198,14 +251,15 @@ def run(argv: list[str] | None) -> None:
     args = parser.parse_args(argv)
     overrides = args.set + ([f"batch_size={args.batch}"] if args.batch else [])
     config = configs.load(args.config, [f"--config.{item}" for item in overrides])
-    # Without a cache, so that the compile time is measured.
+    # The cache is disabled so that the compile time is measured.
     jax.config.update("jax_enable_compilation_cache", False)
     if jax.default_backend() == "cpu":
         keep_freed_memory()  # as training does
-    result = measure(config, args.rounds, args.steps)
+    result = measure(config, args.rounds, args.steps, args.forward)
     print(summary(result))
-    name = f"train_step_{Path(args.config).stem}_{jax.default_backend()}.json"
-    out = args.out or RESULTS / name
+    recipe = re.sub(r"\W", "_", Path(args.config).stem)
+    name = f"{'forward' if args.forward else 'train_step'}_{recipe}"
+    out = args.out or RESULTS / f"{name}_{jax.default_backend()}.json"
     out.write_text(json.dumps(result | {"set": args.set}, indent=2) + "\n")
 
 

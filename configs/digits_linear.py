@@ -20,5 +20,5 @@ def get_config() -> dict:
     data = dict(name="digits", mean=(0.31,), std=(0.35,), canvas=0, flip=False)
     data |= dict(train_examples=100, crop_scale=(0.8, 1.0), crop_pct=1.0)
     optimizer = dict(base_learning_rate=80.0, betas=(0.9, 0.0), weight_decay=0.0)
-    run |= intervals | dict(init_from="runs/mae", keep_checkpoints=1, mesh=dict(data=1))
+    run |= intervals | dict(init_from="runs/mae", keep_checkpoints=1)
     return run | dict(model=model, data=data, optimizer=optimizer)

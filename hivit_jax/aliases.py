@@ -9,7 +9,9 @@ from hivit_jax.errors import ConfigError
 _ALIASES = {
     "batch_size": "bs batch batchsize train_batch_size global_batch_size",
     "checkpoint_every": "save_every save_freq save_interval ckpt_every save_steps",
+    "class_weights": "class_weight loss_weights weights_of_classes",
     "compilation_cache": "cache cache_dir",
+    "early_stopping": "patience early_stop early_stopping_patience",
     "eval_every": "eval_freq eval_interval eval_steps val_every val_interval",
     "init_from": "pretrained finetune checkpoint ckpt weights load_from resume_from",
     "keep_checkpoints": "max_to_keep save_total_limit",
@@ -19,6 +21,8 @@ _ALIASES = {
     "seed": "random_seed rng_seed",
     "total_epochs": "epochs num_epochs max_epochs n_epochs nb_epochs epoch",
     "total_steps": "steps num_steps max_steps iterations iters max_iters niter",
+    "data.balance": "sampler balanced class_balanced balanced_sampling oversample",
+    "wandb_project": "wandb wandb_name",
     "data.crop_pct": "crop_ratio",
     "data.crop_scale": "scale min_scale crop_min",
     "data.dir": "path root data_path data_dir data_root dataset_path dataset_dir",
@@ -33,6 +37,7 @@ _ALIASES = {
     "model.drop_path_rate": "drop_path stochastic_depth drop_path_prob",
     "model.dtype": "precision amp fp16 bf16 mixed_precision",
     "model.embed_dim": "dim width hidden_size hidden_dim",
+    "model.freeze": "frozen freeze_layers frozen_stages freeze_backbone",
     "model.image_size": "img_size input_size resolution size crop_size",
     "model.in_channels": "in_chans channels num_channels",
     "model.num_classes": "nb_classes n_classes classes num_labels",
@@ -91,7 +96,7 @@ def _probably_meant(name: str, known: Sequence[str]) -> list[str]:
     if same_leaf := [key for key in known if _split(key)[1] == leaf]:
         return same_leaf
     if target := _KEY_OF.get(leaf):
-        return [key for key in known if target in (key, f"model.{key}")]
+        return [key for key in known if key in (target, _split(target)[1])]
     same_section = [key for key in known if _split(key)[0] == section]
     for keys in (same_section, known):
         by_leaf = {_split(key)[1]: key for key in keys}

@@ -23,8 +23,17 @@ KEYS = {
     "eval_every": Key(1251, "steps between evaluations; 1251: an ImageNet epoch", 1),
     "checkpoint_every": Key(1251, "steps between checkpoints", 1),
     "keep_checkpoints": Key(3, "newest checkpoints to keep in addition to the best", 1),
+    "early_stopping": Key(
+        0,
+        "end the run after this many evaluations without a new best, and save each "
+        "new best; 0: never",
+        0,
+    ),
     "compilation_cache": Key(
         "", "directory for compiled programs; empty: `compiled` in the workdir"
+    ),
+    "wandb_project": Key(
+        "", "project of Weights & Biases that metrics also go to; empty: none"
     ),
     "stall_timeout": Key(
         1800.0,
@@ -46,6 +55,11 @@ KEYS = {
             comment="side or (height, width) in pixels, multiples of `patch_size`",
         ),
         "in_channels": replace(field_keys(HiViTConfig)["in_channels"], default=3),
+        "freeze": Key(
+            "",
+            "parameters that are not trained: prefixes of their names, separated by "
+            "commas, or `stages:N`, the encoder up to the Nth stage",
+        ),
     },
     "data": {
         "name": Key(
@@ -90,6 +104,13 @@ KEYS = {
             "directories of `folder` that are the classes: the topmost, all that "
             "contain images (`leaf`), or `none`",
             choices=("top", "leaf", "none"),
+        ),
+        "balance": Key(
+            0.0,
+            "1: training uses all classes equally often; 0: all images equally often; "
+            "between: a class of k images in proportion to `k ** (1 - balance)`",
+            0,
+            1,
         ),
         "train_examples": Key(
             0, "number of training images of digits or synthetic; 0: all", 0

@@ -3,6 +3,7 @@
 ``python -m hivit_jax.config`` prints ``docs/config.md``, the table of all keys.
 """
 
+import difflib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -27,6 +28,35 @@ FAMILIES = {"HiViT": "hivit_base", "ViT": "vit_base", "Swin": "swin_base"}
 _UNPARSABLE = (KeyError, TypeError, ValueError, SyntaxError, OverflowError)
 _UNPARSABLE += (MemoryError, RecursionError)  # raised for deeply nested text
 QUIRKS = "optimizer.official_quirks"  # of versions before 0.1; see `_expand_quirks`
+
+
+class UnknownKey(ConfigError, AttributeError):
+    """An attribute that a config does not have."""
+
+
+class Config(ConfigDict):
+    """ConfigDict whose errors for unknown attributes name the key that was meant."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            raise self._unknown(name) from None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        try:
+            super().__setattr__(name, value)
+        except AttributeError:
+            raise self._unknown(name) from None
+
+    def _unknown(self, name: str) -> AttributeError:
+        if name.startswith("_"):  # asked for by copy and pickle
+            return AttributeError(name)
+        known = [key for key, _ in _flatten(self.to_dict())]
+        sections = [key for key in self if isinstance(self[key], ConfigDict)]
+        if near := difflib.get_close_matches(name, sections, n=1, cutoff=0.7):
+            return UnknownKey(f"unknown config key {name!r}; did you mean {near[0]!r}?")
+        return UnknownKey(str(unknown_key("config key", name, known)))
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> ConfigDict:
@@ -206,12 +236,12 @@ def _check(values: Mapping[str, Any], task: type[tasks.Task]) -> None:
 
 
 def _locked_config(keys: Mapping[str, Key], values: Mapping[str, Any]) -> ConfigDict:
-    config = ConfigDict()
+    config = Config()
     for name, key in keys.items():
         section, (*parents, leaf) = config, name.split(".")
         for parent in parents:
             if parent not in section:
-                section[parent] = ConfigDict()
+                section[parent] = Config()
             section = section[parent]
         value = values[name]
         if type(value) is not key.value_type:

@@ -18,6 +18,7 @@ from hivit_jax.distributed.sharding import (
     BATCH,
     check_batch,
     make_mesh,
+    on_mesh,
     replicate,
     state_shardings,
 )
@@ -51,9 +52,8 @@ def make_eval_step(
         rows = rows and rows | {name: batch[name] for name in ("index", "weight")}
         return sums, batch["weight"].sum(), batch["unreadable"].sum(), rows
 
-    return jax.jit(
-        eval_step, out_shardings=(replicated, replicated, replicated, sharded)
-    )
+    shardings = replicated, replicated, replicated, sharded
+    return on_mesh(mesh, jax.jit(eval_step, out_shardings=shardings))
 
 
 def evaluate(

@@ -8,6 +8,7 @@ import numpy as np
 
 from hivit_jax import tasks
 from hivit_jax.data import order, tf_data
+from hivit_jax.data.balance import BalancedOrder, check_balance
 from hivit_jax.data.loader import (
     Batch,
     Loader,
@@ -61,7 +62,10 @@ def make_task(config: Any, *splits: str) -> tasks.Task:
     if not source.encoded:  # a synthetic dataset has as many classes as the model
         classes = map(str, range(config.model.get("num_classes") or 1))
     counts = {split: len(source) for split, source in sources.items()}
-    info = DatasetInfo(counts, tuple(classes), source.encoded)
+    class_counts = sources["train"].class_counts() if "train" in sources else ()
+    if config.data.balance and "train" in sources:
+        check_balance(class_counts, config.data)
+    info = DatasetInfo(counts, tuple(classes), source.encoded, class_counts)
     return tasks.create(config, info)
 
 
@@ -165,6 +169,11 @@ def _training(
     steps = config.seed, size, local_positions(size), first_step, last_step
     if len(transform.shapes) == 1:
         plan = partial(order.train_plan, len(source), *steps)
+        if config.data.balance:
+            balanced = BalancedOrder(source.labels, config.data.balance, config.seed)
+            plan = partial(plan, find=balanced.samples_at)
+    elif config.data.balance:
+        raise ConfigError("data.balance: expected 0 for images in several buckets")
     else:
         buckets = _buckets(config, transform, source)
         plan = partial(order.bucketed_plan, buckets, *steps)

@@ -14,7 +14,7 @@ from hivit_jax import platforms, recipes, record
 from hivit_jax.distributed import processes
 from hivit_jax.distributed.signals import catch_signals
 from hivit_jax.distributed.watchdog import Watchdog
-from hivit_jax.errors import ConfigError, Parser, run_command
+from hivit_jax.errors import ConfigError, Parser, require, run_command
 from hivit_jax.paths import expand
 from hivit_jax.reporting.console import log
 from hivit_jax.xla.compile import enable_compilation_cache, keep_freed_memory
@@ -36,7 +36,8 @@ modes: train (default)  train; resume the run in DIR if there is one
                         (v5e:16x16, h100:8, ...), without the hardware; write
                         DIR/compile.json; --search_batch: also search for the largest
                         batch that fits
-       describe         print config, parameters, cost, schedule and hours at peak
+       describe         print config, parameters, cost, schedule and hours at peak;
+                        and DIR/compile.json if there is one
 
 On TPU pods and under SLURM, processes connect automatically. Elsewhere, each process
 requires --coordinator_address=HOST:PORT --num_processes=N --process_id=I.
@@ -114,11 +115,14 @@ def run(argv: Sequence[str], setup_process: bool) -> None:
         platforms.use_cpu()
     config = configs.load(flags.config, overrides)
     if flags.mode == "describe":
+        from hivit_jax.tools.compile_ahead import earlier_summary
         from hivit_jax.tools.describe import describe, draw_figures, recipe_diff
 
         log(describe(config))
         log(f"\n{recipe_diff(config, flags.config)}")
         if flags.workdir:
+            if compiled := earlier_summary(config, flags.workdir):
+                log(f"\n{compiled}")
             log(f"\ndrawn: {draw_figures(config, flags.workdir)}")
         return
     if flags.mode == "compile":
@@ -151,6 +155,8 @@ def run(argv: Sequence[str], setup_process: bool) -> None:
         else:
             from hivit_jax.train import train
 
+            if config.wandb_project:  # on every process, although only one uses it
+                require("wandb", "hivit-jax[wandb]")
             train(config, flags.workdir, catch_signals(), heartbeat)
 
 

@@ -58,6 +58,6 @@ def is_bucket(path: str | os.PathLike) -> bool:
     return "://" in os.fspath(path)
 
 
-def user_cache() -> Path:
+def cache_directory() -> Path:
     """Return this package's directory in the user's cache directory."""
     return Path(expand(os.environ.get("XDG_CACHE_HOME") or "~/.cache")) / "hivit_jax"

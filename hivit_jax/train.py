@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import jax
@@ -31,6 +32,7 @@ from hivit_jax.paths import open_path
 from hivit_jax.reporting import console, figures, metrics
 from hivit_jax.reporting.console import log
 from hivit_jax.tasks import Task
+from hivit_jax.training.early_stopping import has_stalled
 from hivit_jax.training.schedule import make_schedule, skip_steps
 from hivit_jax.training.step import State, Training, prepare
 from hivit_jax.weights import adapt, load
@@ -74,9 +76,10 @@ def train(
     )
     training = prepare(task, mesh, schedule, **step_options(config))
     model = nnx.eval_shape(task.build_model)
+    devices, flops = [*mesh.devices.flat], task.training_flops(model)
     log(
         f"{config.model.name}: {model.parameter_count():,} parameters on {mesh.size} x "
-        f"{jax.devices()[0].device_kind}; {total_steps:,} steps of "
+        f"{devices[0].device_kind}; {total_steps:,} steps of "
         f"{config.batch_size:,} images"
     )
     for warning in [*notes, *task.warnings(steps_per_epoch, total_steps)]:
@@ -91,24 +94,22 @@ def train(
     check_same_on_all_processes(
         {"config": config, "dataset's size": images_per_epoch, "checkpoints": steps}
     )
-    step = 0
     if restored := checkpoints.restore_newest(training.state):
         step, state = restored
-        log(f"resuming at step {step:,} from {checkpoints.directory / str(step)}")
-        report_changes(config, dataset, checkpoints.directory / str(step))
+        report_resumption(config, dataset, checkpoints.directory / str(step))
         if config.optimizer.first_epoch:
             skipped = min(round(steps_per_epoch), total_steps - step)
             state, step = skip_steps(state, skipped), step + skipped
             log(f"first_epoch=1: skipped one epoch, to step {step:,}")
     else:
-        state = initial_state(config, task, training)
-    frozen = evaluate.put_frozen(task, mesh)
-    writer = None
-    if step < total_steps:
+        step, state = 0, initial_state(config, task, training)
+    frozen, writer = evaluate.put_frozen(task, mesh), None
+    stop_early = partial(has_stalled, workdir, config.early_stopping, task.best)
+    finished = step >= total_steps or stop_early(step)[0]
+    if not finished:
         resources.check_disk(workdir, training.state)
         if jax.process_index() == 0:
-            record.add_start(workdir, to_json(config))
-            writer = metrics.Writer(workdir, step)
+            writer = start_record(config, workdir, step)
 
     # --- Evaluation -----------------------------------------------------------------
     eval_step = evaluate.make_eval_step(config, task, training.graphdef, mesh)
@@ -130,22 +131,22 @@ def train(
         if writer:
             writer.scalars(step, values)
             images = task.figures(panels) if panels else {}
-            writer.images(step, figures.draw_run(workdir, step, images))
+            figures.draw_run(workdir, step, images)
+            writer.images(step, images)
         return values
 
     # --- Steps ------------------------------------------------------------------------
     throughput, results, pending = metrics.Throughput(), None, []
-    first_step = step
-    unreadable = UnreadableImages()
+    first_step, unreadable = step, UnreadableImages()
     try:
         stop = stop_requested(step)
-        if step < total_steps and not stop:
+        if not finished and not stop:
             batches = inputs.train_batches(config, step, total_steps)
             batches = prefetch_to_device(unreadable.watch(batches), mesh)
             batch = next(batches)
             train_step = compile_steps(training)
         throughput.read()  # starts the measurement
-        while step < total_steps and not stop:
+        while not finished and not stop:
             steps_done = replicate(mesh, np.int32(step))
             state, values = train_step(state, frozen, batch, steps_done)
             if pending:  # so that at most two steps and their batches are in flight
@@ -154,7 +155,7 @@ def train(
             throughput.add(config.batch_size, starved=values["loss"].is_ready())
             step += 1
             pending.append((step, values))
-            stop = stop_requested(step)
+            finished, stop = step == total_steps, stop_requested(step)
             heartbeat()
             due = {
                 name: step == total_steps or step % config[f"{name}_every"] == 0
@@ -163,7 +164,8 @@ def train(
             if any(due.values()) or stop:
                 scalars = fetch_metrics(pending, state)
                 speed, scalars["input_bound"] = throughput.read()
-                scalars["images_per_second"] = speed
+                scalars |= metrics.device_metrics(speed, devices, flops)
+                scalars["epoch"] = step / steps_per_epoch
                 images_left = (total_steps - step) * config.batch_size
                 scalars["seconds_left"] = images_left / speed
                 if writer:
@@ -176,15 +178,15 @@ def train(
                     # Before the checkpoint, so that a resumed run never skips it.
                     if due["eval"]:
                         results = run_evaluation()
+                        stalled, improved = stop_early(step)
+                        finished |= stalled
+                        due["checkpoint"] |= stalled or improved
                     if due["checkpoint"]:
                         evaluated = results or None if due["eval"] else None
                         checkpoints.save(state, to_json(config), evaluated)
-        if step < total_steps:
+        if not finished:
             checkpoints.save(state, to_json(config))
-            raise Interrupted(
-                f"{stop}: step {step} of {total_steps} is saved in "
-                f"{workdir}; run the same command to resume"
-            )
+            raise interrupted(stop, step, total_steps, workdir)
         results = run_evaluation() if results is None else results
         if results:
             log(console.best_line(workdir, checkpoints.steps(), task.best))
@@ -199,6 +201,21 @@ def train(
         checkpoints.close()
         if writer:
             writer.close()
+
+
+def interrupted(reason: str, step: int, total_steps: int, workdir: Path) -> Interrupted:
+    """Return the error of a run that was interrupted and saved."""
+    return Interrupted(
+        f"{reason}: step {step} of {total_steps} is saved in {workdir}; run the same "
+        "command to resume"
+    )
+
+
+def start_record(config: Any, workdir: Path, step: int) -> metrics.Writer:
+    """Record a start of the run, and return the writer of its metrics."""
+    record.add_start(workdir, to_json(config))
+    settings = record.flatten(config.to_dict())
+    return metrics.Writer(workdir, step, settings, config.wandb_project)
 
 
 def initial_state(config: Any, task: Task, training: Training) -> State:
@@ -218,8 +235,8 @@ def initial_state(config: Any, task: Task, training: Training) -> State:
     return state
 
 
-def report_changes(config: Any, dataset: dict[str, Any], checkpoint: Path) -> None:
-    """Log the changes since a checkpoint: one line per config key or dataset change.
+def report_resumption(config: Any, dataset: dict[str, Any], checkpoint: Path) -> None:
+    """Log the checkpoint of a resumed run, and each change of config or dataset.
 
     Args:
       dataset: fields of the `DatasetInfo`.
@@ -227,6 +244,7 @@ def report_changes(config: Any, dataset: dict[str, Any], checkpoint: Path) -> No
     Raises:
       ConfigError: the batch size changed.
     """
+    log(f"resuming at step {int(checkpoint.name):,} from {checkpoint}")
     try:
         saved = complete_saved(read.load_config(checkpoint), str(checkpoint))
         before = read.load_dataset_info(checkpoint)

@@ -39,7 +39,7 @@ def pytest_collection_modifyitems(items):
 
     These files take longest. If they run first, all workers end at the same time.
     """
-    items.sort(key=lambda item: not hasattr(item.module, "recipes"))
+    items.sort(key=lambda item: not hasattr(item.module, "mini_runs"))
 
 
 @pytest.fixture(autouse=True)
@@ -52,11 +52,11 @@ def _restored_signals():
 
 
 @pytest.fixture(scope="module")
-def quick():
+def minimal_output():
     """Draw no figures; write no TensorBoard events."""
-    import recipes
+    import mini_runs
 
-    with recipes.quick():
+    with mini_runs.minimal_output():
         yield
     jax.config.update("jax_enable_compilation_cache", True)
 
@@ -75,14 +75,14 @@ def workdir(tmp_path, monkeypatch):
 
     TensorBoard is off, because its import takes seconds.
     """
-    from hivit_jax.reporting import metrics
+    from hivit_jax.reporting import boards
 
-    monkeypatch.setattr(metrics, "_tensorboard", lambda workdir: None)
+    monkeypatch.setattr(boards, "tensorboards", lambda *_: [])
     return tmp_path
 
 
 @pytest.fixture
-def user_cache(tmp_path, monkeypatch):
+def cache_directory(tmp_path, monkeypatch):
     """Return the empty cache directory of the user."""
     from hivit_jax.data.sources import registry
 
@@ -107,10 +107,10 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
     """Return the environment variables of a process without TensorBoard."""
-    import recipes
+    import mini_runs
 
     directory = tmp_path_factory.mktemp("environment")
-    return {"PYTHONPATH": recipes.block_imports(directory, "tensorboardX")}
+    return {"PYTHONPATH": mini_runs.block_imports(directory, "tensorboardX")}
 
 
 @pytest.fixture
@@ -121,7 +121,7 @@ def run_main(monkeypatch, tmp_path):
     call fails with `problem`; default: JAX's message that there is no cluster.
     """
 
-    import recipes
+    import mini_runs
 
     from hivit_jax import main
 
@@ -135,7 +135,7 @@ def run_main(monkeypatch, tmp_path):
         # The settings of malloc would outlive the test.
         monkeypatch.setattr(main, "keep_freed_memory", lambda: None)
         monkeypatch.setattr(
-            sys, "argv", ["main", *recipes.arguments(peer_timeout=45), *flags]
+            sys, "argv", ["main", *mini_runs.arguments(peer_timeout=45), *flags]
         )
         return main.main(), calls
 

@@ -1,4 +1,4 @@
-"""Advice on unknown keys."""
+"""Tests of advice on unknown keys."""
 
 import pytest
 
@@ -8,6 +8,7 @@ from hivit_jax.errors import ConfigError
 
 
 def advice(key, recipe="digits_finetune"):
+    """Return the advice in the error about an unknown key."""
     with pytest.raises(ConfigError) as error:
         configs.load(recipe, [f"--config.{key}=1"])
     message = str(error.value)
@@ -31,13 +32,15 @@ def advice(key, recipe="digits_finetune"):
         ("wd", "optimizer.weight_decay"),
         ("img-size", "model.image_size"),
         ("momentum", "optimizer.betas"),
+        ("patience", "early_stopping"),
+        ("freeze", "model.freeze"),
         ("Model.Depths", "model.depths"),
         ("optimizer.warmup_epoch", "optimizer.warmup_epochs"),
         ("data.flp", "data.flip"),
     ],
 )
 def test_what_was_meant(key, meant):
-    """The same leaf elsewhere, a name of other programs, a typing error."""
+    """The advice covers misplaced keys, names of other programs and typing errors."""
     assert advice(key) == f"did you mean {meant!r}?"
 
 
@@ -45,14 +48,14 @@ def test_several_keys_of_the_same_leaf():
     assert advice("dataset.name") == "did you mean 'model.name' or 'data.name'?"
 
 
-@pytest.mark.parametrize("key", ["patience", "foo.bar", "crop", "xyz"])
+@pytest.mark.parametrize("key", ["tempo", "foo.bar", "crop", "xyz"])
 def test_no_far_guess(key):
-    """A key that resembles none: the keys at the top, and the parts."""
+    """Without a similar key, the advice lists the top-level keys and the groups."""
     text = advice(key)
     assert text.startswith("known: task, seed, batch_size, ")
     assert text.endswith(
         "model.*, data.*, optimizer.*, mesh.*, label_smoothing, mixup, "
-        "cutmix, random_erasing"
+        "cutmix, random_erasing, class_weights"
     )
 
 
@@ -65,7 +68,7 @@ def test_keys_of_the_part():
 
 
 def test_names_that_belong_to_another_task():
-    """An alias of a key that the task does not have is no advice."""
+    """Keys that the task does not have are not suggested."""
     assert advice("smoothing", "digits_mae").startswith("known: ")
 
 

@@ -1,4 +1,4 @@
-"""Architecture rules of the package, checked on its syntax trees."""
+"""Tests of the package's architecture rules, on its syntax trees."""
 
 import ast
 from pathlib import Path
@@ -20,17 +20,17 @@ def trees():
 
 
 def test_only_task_modules_name_tasks():
-    found = [
+    violations = [
         f"{name}:{node.lineno} {node.value!r}"
         for name, tree in trees()
         for node in ast.walk(tree)
         if isinstance(node, ast.Constant) and node.value in [*TASKS]
     ]
-    assert found == []
+    assert violations == []
 
 
 def test_only_task_modules_check_model_classes():
-    found = [
+    violations = [
         f"{name}:{node.lineno}"
         for name, tree in trees()
         for node in ast.walk(tree)
@@ -38,24 +38,24 @@ def test_only_task_modules_check_model_classes():
         and getattr(node.func, "id", "") == "isinstance"
         and MODELS & {n.id for n in ast.walk(node.args[1]) if isinstance(n, ast.Name)}
     ]
-    assert found == []
+    assert violations == []
 
 
 def test_no_private_interface_of_jax():
     private = {"_src", "_jax", "jaxlib"}
-    found = []
+    violations = []
     for path in sorted(PACKAGE.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             names = [getattr(node, "attr", ""), getattr(node, "module", None) or ""]
             if isinstance(node, (ast.Import, ast.ImportFrom)):
                 names += [alias.name for alias in node.names]
             if private & {part for name in names for part in name.split(".")}:
-                found.append(f"{path.relative_to(PACKAGE)}:{node.lineno}")
-    assert found == []
+                violations.append(f"{path.relative_to(PACKAGE)}:{node.lineno}")
+    assert violations == []
 
 
 def test_no_import_cycles():
-    """Only imports at the top of a module count."""
+    """Modules have no import cycles; imports inside functions are allowed."""
     bodies = {}
     for path in PACKAGE.rglob("*.py"):
         parts = path.relative_to(PACKAGE).with_suffix("").parts
@@ -68,9 +68,11 @@ def test_no_import_cycles():
                 for alias in node.names:
                     inner = f"{node.module}.{alias.name}"
                     needed[name].add(inner if inner in bodies else node.module)
-    needed = {name: found & bodies.keys() for name, found in needed.items()}
-    while free := [name for name, found in needed.items() if not found]:
-        needed = {n: found - {*free} for n, found in needed.items() if n not in free}
+    needed = {name: imports & bodies.keys() for name, imports in needed.items()}
+    while free := [name for name, imports in needed.items() if not imports]:
+        needed = {
+            n: imports - {*free} for n, imports in needed.items() if n not in free
+        }
     assert needed == {}
 
 
@@ -103,9 +105,9 @@ def test_imports_go_down():
         for node in ast.walk(tree):
             if isinstance(node, ast.ImportFrom) and node.module.startswith("hivit_jax"):
                 inner = node.module.removeprefix("hivit_jax").strip(".")
-                found = {inner.partition(".")[0]}
-                found = found if inner else {alias.name for alias in node.names}
-                assert not found & forbidden, f"{name}:{node.lineno}"
+                packages = {inner.partition(".")[0]}
+                packages = packages if inner else {alias.name for alias in node.names}
+                assert not packages & forbidden, f"{name}:{node.lineno}"
 
 
 # Modules whose functions may accept a whole config.
@@ -117,10 +119,12 @@ def test_only_top_level_modules_accept_a_whole_config():
     for name, _, tree in modules():
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef) and not name.startswith(TOP_LEVEL):
-                for each in (*node.args.args, *node.args.kwonlyargs):
-                    kind = each.annotation and ast.unparse(each.annotation)
-                    whole = each.arg == "config" and kind in (None, "Any", "ConfigDict")
-                    assert not whole, f"{name}:{node.lineno} {node.name}"
+                for argument in (*node.args.args, *node.args.kwonlyargs):
+                    kind = argument.annotation and ast.unparse(argument.annotation)
+                    is_config = kind in (None, "Any", "ConfigDict")
+                    assert argument.arg != "config" or not is_config, (
+                        f"{name}:{node.lineno} {node.name}"
+                    )
 
 
 def test_files_and_functions_are_short():

@@ -1,15 +1,18 @@
-"""Keys and values of recipes: defaults, overrides, checks, and docs/config.md."""
+"""Tests of keys and values of recipes: defaults, overrides, checks, docs/config.md."""
 
+import copy
+import pickle
+
+import mini_runs
 import pytest
-import recipes
-from recipes import check_message
+from mini_runs import check_message
 
 from hivit_jax import config as configs
 from hivit_jax import tasks
 from hivit_jax.errors import ConfigError
 from hivit_jax.main import main
 
-MINI = recipes.arguments()  # flags of a valid recipe
+MINI = mini_runs.arguments()  # flags of a valid recipe
 
 
 # Override -> fragments of the message: the key, and the expected value.
@@ -89,7 +92,7 @@ def test_bad_override(overrides, fragments, tmp_path, capsys):
     ],
 )
 def test_mixing_needs_even_microbatches(overrides, microbatch):
-    recipe = str(recipes.ROOT / "configs" / "digits_finetune.py")
+    recipe = str(mini_runs.ROOT / "configs" / "digits_finetune.py")
     flags = [f"--config.{override}" for override in overrides.split()]
     if microbatch is None:
         assert configs.load(recipe, flags).batch_size in (24, 25)
@@ -124,7 +127,7 @@ def test_bad_recipe(text, fragment, capsys, tmp_path):
 @pytest.mark.slow
 def test_variant_of_a_recipe(capsys):
     arguments = ["--mode=describe", "--config.data.randaugment=false"]
-    path = recipes.ROOT / "configs" / "finetune.py"
+    path = mini_runs.ROOT / "configs" / "finetune.py"
     for recipe in ("finetune:large", f"{path}:large"):
         assert main([f"--config={recipe}", *arguments]) == 0
         out = capsys.readouterr().out
@@ -138,7 +141,7 @@ def test_variant_of_a_recipe(capsys):
 
 
 def test_values_of_a_recipe_are_checked(tmp_path, capsys):
-    """Values of a recipe are checked as those of the command line are."""
+    """Values of a recipe are checked like values of the command line."""
     path = tmp_path / "own.py"
     for values, fragments in (
         ("model=dict(embed_dims=64)", ["'model.embed_dims'", "'model.embed_dim'?"]),
@@ -160,7 +163,7 @@ def test_values_of_a_recipe_are_checked(tmp_path, capsys):
 
 def test_page_of_all_keys():
     """docs/config.md is up to date and has every key of every task, with a comment."""
-    text = (recipes.ROOT / "docs" / "config.md").read_text()
+    text = (mini_runs.ROOT / "docs" / "config.md").read_text()
     assert text == configs.to_markdown()
     for task in tasks.TASKS.values():
         both = configs.task_keys(task) | configs.task_keys(task, "vit_base")
@@ -191,3 +194,32 @@ def test_family_of_an_override():
     config = configs.load("supervised", overrides)
     assert config.model.pooling == "token"
     assert "fc_norm" not in config.model
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "meant"),
+    [
+        ("", "optimiser", "'optimizer'"),
+        ("", "lr", "'optimizer.base_learning_rate'"),
+        ("", "epochs", "'total_epochs'"),
+        ("optimizer", "lr", "'base_learning_rate'"),
+        ("data", "path", "'dir'"),
+        ("model", "depth", "'depths'"),
+    ],
+)
+def test_unknown_attributes(section, name, meant):
+    """Reading and setting them raise an error that names the key that was meant."""
+    config = mini_runs.mae()
+    for part in (config, config.copy_and_resolve_references()):
+        part = part[section] if section else part
+        assert not hasattr(part, name)
+        for access in (getattr, lambda *args: setattr(*args, 1)):
+            with pytest.raises(ConfigError, match=f"{name}'; did you mean {meant}"):
+                access(part, name)
+
+
+def test_copies_of_configs():
+    config = mini_runs.mae()
+    for other in (copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
+        assert other == config
+        assert configs.to_json(other) == configs.to_json(config)

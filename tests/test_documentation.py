@@ -1,4 +1,4 @@
-"""Commands, programs and links of README and the pages of docs/."""
+"""Tests of commands, programs and links in README and docs/."""
 
 import ast
 import configparser
@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from recipes import ROOT
+from mini_runs import ROOT
 
 from hivit_jax import config as configs
 from hivit_jax import main
@@ -21,8 +21,8 @@ FOREIGN = {"pytest"}
 
 def blocks(path, *languages):
     """Return the code blocks of a page in one of the languages."""
-    found = re.findall(r"(?ms)^```(\w+)\n(.*?)^```", path.read_text())
-    return [text for language, text in found if language in languages]
+    code_blocks = re.findall(r"(?ms)^```(\w+)\n(.*?)^```", path.read_text())
+    return [text for language, text in code_blocks if language in languages]
 
 
 def commands(path):
@@ -55,6 +55,7 @@ def check_module(name, words):
 
 
 def check_flags(path, words):
+    """Check that the text of a program contains all flags."""
     text = path.read_text()
     flags = [word.partition("=")[0] for word in words if word.startswith("--")]
     # Flags after "--" belong to the command that a script starts.
@@ -72,6 +73,7 @@ def check_install(words):
 
 
 def check(words):
+    """Check one command."""
     program, *arguments = words
     if program == "hivit_jax":
         check_run(arguments)
@@ -131,7 +133,7 @@ def test_links(path):
 
 
 def test_every_page_is_linked_from_the_readme():
-    """`index.md` takes the README's place in the site; the site lists all pages too."""
+    """README, index.md (the site's front page) and the site link to all pages."""
     text, site = (ROOT / "README.md").read_text(), (ROOT / "mkdocs.yml").read_text()
     names = {path.name for path in PAGES[2:]}
     assert {name for name in names if f"(docs/{name})" not in text} == {"index.md"}
@@ -139,7 +141,7 @@ def test_every_page_is_linked_from_the_readme():
 
 
 def test_length_of_the_readme():
-    """It is read in one sitting."""
+    """The README is short enough to be read in one sitting."""
     text = (ROOT / "README.md").read_bytes()
     assert len(text) <= 12_000
     assert text.count(b"\n") <= 150

@@ -1,4 +1,4 @@
-"""Errors of missing packages."""
+"""Tests of errors about missing packages."""
 
 import sys
 
@@ -13,7 +13,7 @@ from hivit_jax.errors import ConfigError, MissingPackage, require
 
 
 def test_require(tmp_path, monkeypatch):
-    """A package that is missing, needs a missing one, or does not fit another."""
+    """Missing packages, missing dependencies and unsuitable versions are errors."""
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "needs_another.py").write_text("import missing_one_7")
     (tmp_path / "does_not_fit.py").write_text("raise TypeError('descriptors')")
@@ -39,7 +39,7 @@ def test_require(tmp_path, monkeypatch):
 def test_recipes_are_described_without_packages(
     recipe, package, images, requirement, monkeypatch
 ):
-    """Of known size; opening the dataset names what to install."""
+    """Recipes of known datasets are described; the dataset requires its package."""
     monkeypatch.setitem(sys.modules, package, None)
     inputs.open_source.__globals__["_open"].cache_clear()
     digits._digits.cache_clear()
@@ -58,7 +58,7 @@ def test_other_datasets_need_their_package(monkeypatch):
 
 
 def test_reader_needs_tensorflow(monkeypatch):
-    """The error comes before the first step, and from the public function."""
+    """A run without tensorflow fails before its first step; so does `tf_dataset`."""
     monkeypatch.setitem(sys.modules, "tensorflow", None)
     tf_data.tensorflow.cache_clear()
     config = configs.load("digits_mae", ["--config.data.reader=tf.data"])

@@ -1,4 +1,4 @@
-"""Input pipeline: from config keys to batches."""
+"""Tests of the input pipeline, from config keys to batches."""
 
 import io
 
@@ -80,13 +80,13 @@ def test_crops_differ_by_image_epoch_and_seed():
         data__crop_scale=(0.3, 1.0), data__train_examples=100, batch_size=100
     )
     first, second = inputs.train_batches(cfg, 0, 2)
-    plain = next(
+    other_seed = next(
         inputs.train_batches(
             digits_config(data__train_examples=100, batch_size=100), 0, 1
         )
     )
-    assert_array_equal(first["label"], plain["label"])
-    assert (first["image"] != plain["image"]).any((1, 2, 3)).mean() > 0.9
+    assert_array_equal(first["label"], other_seed["label"])
+    assert (first["image"] != other_seed["image"]).any((1, 2, 3)).mean() > 0.9
     order = [np.argsort(permutation(0, epoch, 100)) for epoch in (0, 1)]
     one, other = first["image"][order[0]], second["image"][order[1]]
     assert_array_equal(first["label"][order[0]], second["label"][order[1]])
@@ -121,10 +121,10 @@ def test_evaluation_uses_center_crops(folder):
     assert_array_equal(weights, np.arange(16) < 11)
     for image, index in zip(images, range(11), strict=False):
         encoded = source.sample(index)["image"]
-        whole = Image.open(io.BytesIO(encoded)).resize(
+        resized = Image.open(io.BytesIO(encoded)).resize(
             (42, 32), Image.Resampling.BICUBIC
         )
-        expected = np.asarray(whole)[4:28, 9:33]
+        expected = np.asarray(resized)[4:28, 9:33]
         assert np.abs(image - expected.astype(float)).mean() < 0.4
 
 
@@ -189,15 +189,17 @@ EFFECTS = [
 
 @pytest.fixture(scope="module")
 def unchanged_batches(folder):
-    """Four training batches resized on the host, and all evaluation batches."""
+    """Return four training batches, resized on the host, and all evaluation batches."""
     return batches_of(folder_config(folder, data__canvas=0, data__flip=True))
 
 
 def batches_of(cfg):
+    """Return four training batches and all evaluation batches."""
     return list(inputs.train_batches(cfg, 0, 4)), list(inputs.eval_batches(cfg))
 
 
 def identical(ones, others):
+    """Return True if two lists of batches are bit-identical."""
     return len(ones) == len(others) and all(
         np.array_equal(one.get(key), other.get(key))
         for one, other in zip(ones, others, strict=True)
@@ -211,8 +213,10 @@ def test_batches_change_with_a_key(
 ):
     overrides = dict(data__canvas=0, data__flip=True) | {f"data__{key}": value}
     batches = batches_of(folder_config(folder, **overrides))
-    same = [identical(*pair) for pair in zip(batches, unchanged_batches, strict=True)]
-    assert same == [not train, not evaluation]
+    unchanged = [
+        identical(*pair) for pair in zip(batches, unchanged_batches, strict=True)
+    ]
+    assert unchanged == [not train, not evaluation]
 
 
 def pixels_of(folder, split):
@@ -227,11 +231,11 @@ def test_splits_by_name(folder):
     cfg = folder_config(folder, data__canvas=0, data__crop_scale=(1.0, 1.0), **swapped)
     [batch] = inputs.train_batches(cfg, 0, 1)
     classes = sorted(path.name for path in (folder / "train").iterdir())
-    for split, found in (("val", [batch]), ("train", list(inputs.eval_batches(cfg)))):
+    for split, batches in (("val", [batch]), ("train", list(inputs.eval_batches(cfg)))):
         paths = sorted((folder / split).glob("*/*"))
         order = permutation(0, 0, 11)[:8] if split == "val" else range(40)
         labels = [classes.index(paths[index].parent.name) for index in order]
-        assert np.concatenate([each["label"] for each in found]).tolist() == labels
+        assert np.concatenate([b["label"] for b in batches]).tolist() == labels
 
 
 def test_center_crops_are_pixels_of_the_files(folder):
@@ -265,6 +269,7 @@ def halved(pixels, taps):
 
 
 def pil_halved(name):
+    """Return a function that halves the center of an image with PIL."""
     box = (8, 0, 56, 48)
     method = Image.Resampling[name.upper()]
     return lambda pixels: np.asarray(
@@ -312,7 +317,7 @@ def test_images_are_resized_as_told(folder, interpolation, antialias):
 
 
 class Listed(Source):
-    """Examples of a list: bytes, or an error."""
+    """Source of examples in a list: bytes, or an exception."""
 
     classes = ("a", "b")
 
@@ -323,13 +328,14 @@ class Listed(Source):
         return len(self.samples)
 
     def sample(self, index):
-        found = self.samples[index]
-        if isinstance(found, Exception):
-            raise found
-        return found if isinstance(found, dict) else {"image": found, "label": 0}
+        example = self.samples[index]
+        if isinstance(example, Exception):
+            raise example
+        return example if isinstance(example, dict) else {"image": example, "label": 0}
 
 
 def encode(values, kind="PNG"):
+    """Encode pixels as an image file."""
     buffer = io.BytesIO()
     Image.fromarray(values).save(buffer, kind)
     return buffer.getvalue()
@@ -341,7 +347,10 @@ FLOATS = encode(np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8), "TIFF")
 
 @pytest.fixture
 def opened(monkeypatch):
-    """Sets the sources of both splits; returns (config, task)."""
+    """Return a function that sets the sources of both splits.
+
+    The function returns (config, task).
+    """
 
     def make(train, test, **overrides):
         sources = {"train": train, "test": test}
@@ -353,7 +362,7 @@ def opened(monkeypatch):
 
 
 def test_an_empty_split_is_an_error(opened):
-    """Border of the kind: any source with a split of 0 examples, before a step."""
+    """A split of 0 examples, from any source, is an error before the first step."""
     for train, test, name in (
         (Listed(GOOD), Listed(), "test"),
         (Listed(), Listed(GOOD), "train"),
@@ -383,8 +392,9 @@ def test_splits_have_the_same_classes(opened):
     ],
 )
 def test_both_splits_are_read_before_the_first_step(opened, bad, message):
-    """Border of the kind: a few evenly spaced examples of each split; single damaged
-    images are no error here.
+    """A few evenly spaced examples of each split are read before the first step.
+
+    A single damaged image is no error there.
     """
     inputs.check_splits(*opened(Listed(GOOD, b"", GOOD), Listed(b"", GOOD)))
     cfg, task = opened(Listed(GOOD), Listed(*bad))
@@ -407,15 +417,13 @@ def test_a_range_of_values_reaches_the_batches(opened):
 
 
 def flags(*examples):
-    """Batches of (index, unreadable) pairs."""
+    """Return a batch of these (index, unreadable) pairs."""
     index, unreadable = zip(*examples, strict=True)
     return {"index": np.array(index), "unreadable": np.array(unreadable, np.float32)}
 
 
 def test_unreadable_images_are_counted_once(monkeypatch):
-    """Border of the kind: an image counts while its last reading failed, once in all
-    epochs and on all processes.
-    """
+    """An image whose last reading failed counts once over all epochs and processes."""
     unreadable = UnreadableImages()
     batches = [flags((0, 1), (1, 0)), flags((2, 1), (0, 1)), flags((0, 1), (-1, 0))]
     assert [*unreadable.watch(batches)] == batches
@@ -434,7 +442,7 @@ def test_unreadable_images_are_counted_once(monkeypatch):
 
 
 def test_share_of_unreadable_images():
-    """The limit is a share of the images of the split."""
+    """data.max_unreadable is a fraction of the images of the split."""
     data = digits_config(data__max_unreadable=0.001).data
     check_unreadable(1, data, "train")  # of 1,437
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""Ranges of config keys, of recipes, tasks and models alike."""
+"""Tests of ranges of config keys in recipes, tasks and models."""
 
 import math
 from pathlib import Path
@@ -15,12 +15,14 @@ CLASSIFY = "digits_finetune"
 
 
 def load(*overrides, recipe=CLASSIFY):
-    return configs.load(recipe, [f"--config.{each}" for each in overrides])
+    """Return the config of a recipe with overrides."""
+    return configs.load(recipe, [f"--config.{override}" for override in overrides])
 
 
 def test_every_number_has_a_range():
-    """Each number of each task is refused where it is NaN, infinite, too large, or
-    below the smallest value; only `data.mean` and `data.value_range` have no limits.
+    """Each number of each task must be finite, and inside its range.
+
+    Only `data.mean` and `data.value_range` have no limits.
     """
     unlimited = set()
     for task in tasks.TASKS.values():
@@ -78,7 +80,7 @@ def test_every_number_has_a_range():
     ],
 )
 def test_values_that_cannot_be_meant(override, expected):
-    """A message of one line names the key, with the range."""
+    """The error has one line, with key and range."""
     name = override.partition("=")[0].rpartition(".")[2]
     with pytest.raises(ConfigError, match=f"{name}.*{expected}") as error:
         load(override)
@@ -87,7 +89,7 @@ def test_values_that_cannot_be_meant(override, expected):
 
 
 def test_borders_are_accepted():
-    """The ends of closed ranges; equal numbers in order; 0 where it means "none"."""
+    """Ends of closed ranges, equal ordered numbers and 0 for "none" are accepted."""
     config = load(
         "data.crop_scale=(0.5,0.5)",
         "data.std=(1,)",
@@ -107,7 +109,7 @@ def test_borders_are_accepted():
 
 
 def test_peak_learning_rate_is_finite():
-    """The batch size scales the peak."""
+    """The peak learning rate, which the batch size scales, must be finite."""
     with pytest.raises(
         ConfigError, match=r"batch_size / optimizer.lr_batch\)=2.5.*; expected finite"
     ):
@@ -147,7 +149,7 @@ def test_models_in_python_have_the_same_ranges(bad):
 
 
 def test_conversions():
-    """NumPy's numbers and arrays, lists, paths as text; True is not 1."""
+    """NumPy numbers and arrays, lists and paths are converted; True is not 1."""
     assert Key(1, "").convert(np.int64(3)) == 3
     assert type(Key(1.0, "").convert(np.float32(0.5))) is float
     assert Key((), "").convert(np.array([1, 2])) == (1, 2)
@@ -158,7 +160,7 @@ def test_conversions():
 
 
 def test_keys_without_numbers_accept_anything():
-    """A user's tuple of names; a user's tuple of numbers is finite."""
+    """A user's key may be a tuple of names, or of finite numbers."""
     Key(("a",), "names").check("names", ("b", "c"))
     Key((), "anything").check("anything", ("b", 3))
     with pytest.raises(ConfigError, match="prior=.*finite"):

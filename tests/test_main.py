@@ -1,23 +1,23 @@
-"""The command line: modes, flags, messages and exit codes."""
+"""Tests of the command line: modes, flags, messages and exit codes."""
 
 import os
 import re
 
+import mini_runs
 import pytest
-import recipes
-from recipes import check_message
+from mini_runs import check_message
 
-from hivit_jax import recipes as recipes_by_name
+from hivit_jax import recipes
 from hivit_jax.checkpoints import lock, read
 from hivit_jax.errors import ConfigError
 from hivit_jax.main import MODES, main
-from hivit_jax.train import report_changes
+from hivit_jax.train import report_resumption
 
-MINI = recipes.arguments()  # flags of a valid recipe
+MINI = mini_runs.arguments()  # flags of a valid recipe
 
 
 def test_masked_autoencoder_does_not_classify(tmp_path, capsys):
-    config = f"--config={recipes.ROOT / 'configs' / 'digits_finetune.py'}"
+    config = f"--config={mini_runs.ROOT / 'configs' / 'digits_finetune.py'}"
     name = "--config.model.name=mae_hivit_tiny"
     assert main([config, name, f"--workdir={tmp_path}"]) == 2
     check_message(
@@ -66,14 +66,14 @@ def test_workdir_that_cannot_be_written(capsys, tmp_path):
 def finished(tmp_path_factory):
     """Workdir of a run of one step."""
     workdir = tmp_path_factory.mktemp("finished")
-    with recipes.quick():
+    with mini_runs.minimal_output():
         assert main([*MINI, f"--workdir={workdir}", "--config.total_steps=1"]) == 0
     return workdir
 
 
 @pytest.mark.slow
 def test_checkpoint_of_another_model(finished, tmp_path, capsys):
-    """Another model is refused in the workdir, as init_from and for evaluation."""
+    """Training, init_from and evaluation refuse a checkpoint of another model."""
     before = (finished / "config.json").read_text()
     for flags in (
         [f"--workdir={finished}"],
@@ -112,20 +112,21 @@ def test_eval_mode(finished, capsys):
     step = finished / "checkpoints" / "1"
     for flags in ([], [f"--checkpoint={step}"]):
         assert main([*MINI, f"--workdir={finished}", "--mode=eval", *flags]) == 0
-        loss = recipes.logged(finished, "eval/loss")[1]
-        count = recipes.logged(finished, "eval/count")[1]
+        loss = mini_runs.logged(finished, "eval/loss")[1]
+        count = mini_runs.logged(finished, "eval/count")[1]
         out = capsys.readouterr().out
         assert f"step 1  eval  loss {loss:.4f}  ({count} images)" in out
 
 
 @pytest.mark.slow
 def test_workdir_alone(finished, tmp_path, capsys):
-    """Its config is that of the newest start: evaluation, description, a finished run,
-    which writes nothing. Its config files are recipes. Other directories and files are
-    refused.
+    """Without --config, the config is the config of the workdir's newest start.
+
+    Evaluation and a finished run write nothing. config.json is a valid recipe. Other
+    directories and files are errors.
     """
     before = {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()}
-    loss = f"loss {recipes.logged(finished, 'eval/loss')[1]:.4f}"
+    loss = f"loss {mini_runs.logged(finished, 'eval/loss')[1]:.4f}"
     for flags in (
         [f"--workdir={finished}", "--mode=eval"],
         [f"--workdir={finished}"],
@@ -153,7 +154,7 @@ def test_workdir_alone(finished, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_second_run_in_a_workdir(finished, capsys):
-    """Refused at once, with the process of the first; other modes need no lock."""
+    """A second run stops with the number of the first process; eval needs no lock."""
     with lock.hold(finished):
         before = sorted(finished.rglob("*"))
         assert main([f"--workdir={finished}", "--config.total_steps=9"]) == 2
@@ -165,34 +166,34 @@ def test_second_run_in_a_workdir(finished, capsys):
 
 @pytest.mark.slow
 def test_changes_since_a_checkpoint(finished, capsys):
-    """One line for each key and for the dataset; another batch size is refused before
-    anything is written.
+    """A resumed run prints each changed key and each change of the dataset.
+
+    Another batch size is an error.
     """
     step = finished / "checkpoints" / "1"
-    dataset = {"counts": {"train": 64, "test": 64}, "classes": ["0"]}
     saved = read.load_dataset_info(step)
-    assert saved.keys() == {"counts", "classes", "encoded"}
+    assert saved.keys() == {"counts", "classes", "encoded", "class_counts"}
 
-    def changes(**overrides):
-        config = recipes.mae(**{"total_steps": 1} | overrides)
-        report_changes(config, saved | dataset, step)
-        return capsys.readouterr().out.splitlines()
+    def changes(dataset, **overrides):
+        config = mini_runs.mae(**{"total_steps": 1} | overrides)
+        report_resumption(config, saved | dataset, step)
+        return capsys.readouterr().out.splitlines()[1:]  # after the checkpoint
 
-    dataset = {}
-    assert changes() == []
-    assert changes(seed=3, optimizer__clip_norm=1, data__crop_scale="(0.5,1.0)") == [
+    assert changes(saved) == []
+    overrides = dict(seed=3, optimizer__clip_norm=1, data__crop_scale="(0.5,1.0)")
+    assert changes(saved, **overrides) == [
         "changed: data.crop_scale: (0.2, 1.0) -> (0.5, 1.0)",
         "changed: optimizer.clip_norm: 0.0 -> 1.0",
         "changed: seed: 0 -> 3",
     ]
-    dataset = {"classes": ["other"], "counts": saved["counts"] | {"train": 7}}
-    train = saved["counts"]["train"]
-    assert changes() == [
-        f"dataset changed: train: {train} -> 7 examples",
+    counts = saved["counts"]
+    changed = saved | {"classes": ["other"], "counts": counts | {"train": 7}}
+    assert changes(changed) == [
+        f"dataset changed: train: {counts['train']} -> 7 examples",
         f"dataset changed: label 0: {saved['classes'][0]} -> other",
     ]
     with pytest.raises(ConfigError, match="batch_size=8; .* with batch_size=16"):
-        changes(batch_size=8)
+        changes(changed, batch_size=8)
 
 
 @pytest.mark.processes
@@ -206,13 +207,13 @@ def test_changes_since_a_checkpoint(finished, capsys):
 )
 def test_errors_of_a_real_process(flags, exit_code, fragments, tmp_path):
     arguments = ["-m", "hivit_jax.main", *MINI, f"--workdir={tmp_path}", *flags]
-    code, _, err = recipes.run_process(*arguments, devices=8)
+    code, _, err = mini_runs.run_process(*arguments, devices=8)
     assert code == exit_code
     check_message(err, fragments)
 
 
 def test_help(capsys):
-    """The help lists modes, examples, exit codes, and each recipe."""
+    """--help lists modes, examples, exit codes and all recipes."""
     with pytest.raises(SystemExit):
         main(["--help"])
     out = capsys.readouterr().out
@@ -222,5 +223,5 @@ def test_help(capsys):
     assert "exit codes: 0 finished" in out
     line = "Masked autoencoder pretraining of HiViT-B on ImageNet-1k, 1600 epochs."
     assert re.search(rf"^  mae_base +{line}$", out, re.M)
-    for name, line in recipes_by_name.names().items():
+    for name, line in recipes.names().items():
         assert re.search(rf"^  {name} +{line}$", out, re.M)

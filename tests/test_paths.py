@@ -1,4 +1,4 @@
-"""Home directories in paths: wherever the command line or a config takes one."""
+"""Tests of `~` in paths on the command line and in a config."""
 
 import sys
 from types import ModuleType
@@ -16,16 +16,17 @@ from hivit_jax.xla.compile import enable_compilation_cache
 
 @pytest.fixture
 def home(monkeypatch, tmp_path):
+    """Return an empty home directory."""
     monkeypatch.setenv("HOME", str(tmp_path))
     return tmp_path
 
 
 def test_expand(home):
-    """A `~` at the start of a local path; never in an address."""
+    """`~` is expanded at the start of a local path, and never in an address."""
     assert expand("~/x") == f"{home}/x"
     assert expand(home / "~x") == f"{home}/~x"
-    for same in ("", "x/~/y", "gs://bucket/~/x", "hf://~/x", "~no-such-user-7/x"):
-        assert expand(same) == same
+    for path in ("", "x/~/y", "gs://bucket/~/x", "hf://~/x", "~no-such-user-7/x"):
+        assert expand(path) == path
 
 
 def test_flags_of_the_command(home):
@@ -57,20 +58,20 @@ def test_workdirs_in_buckets(monkeypatch):
 
 
 def test_data(home):
-    """An unknown user is a directory that does not exist, not a traceback."""
+    """`~` is expanded in data.dir; an unknown user is an error."""
     config = configs.load("mae_base", ["--config.data.name=folder"])
-    for directory, shown in (("~/d", f"{home}/d"), ("~no-such-user-7/d", "~no-such")):
+    for directory, path in (("~/d", f"{home}/d"), ("~no-such-user-7/d", "~no-such")):
         with config.unlocked():
             config.data.dir = directory
-        with pytest.raises(DataError, match=f"no directory {shown}"):
+        with pytest.raises(DataError, match=f"no directory {path}"):
             open_source(config.data, "train")
 
 
 def test_compilation_cache(home, monkeypatch):
-    seen = {}
-    monkeypatch.setattr(jax.config, "update", seen.__setitem__)
+    settings = {}
+    monkeypatch.setattr(jax.config, "update", settings.__setitem__)
     monkeypatch.setattr(
         type(jax.config), "jax_compilation_cache_dir", "", raising=False
     )
     enable_compilation_cache("~/programs")
-    assert seen == {"jax_compilation_cache_dir": f"{home}/programs"}
+    assert settings == {"jax_compilation_cache_dir": f"{home}/programs"}

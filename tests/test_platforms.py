@@ -1,4 +1,4 @@
-"""Accelerator runtimes on computers without the chip."""
+"""Tests of accelerator runtimes on computers without the chip."""
 
 import os
 import sys
@@ -12,15 +12,16 @@ from hivit_jax.tools import check_data, convert
 
 @pytest.fixture
 def updates(monkeypatch):
-    """Settings of JAX that the code changes."""
-    found = {}
-    monkeypatch.setattr(jax.config, "update", found.__setitem__)
-    return found
+    """Return a dict that records changed settings of JAX."""
+    settings = {}
+    monkeypatch.setattr(jax.config, "update", settings.__setitem__)
+    return settings
 
 
 def test_commands_that_compute_nothing(updates, monkeypatch, capsys):
-    """A command of its own process that describes, compiles ahead, inspects or checks
-    data uses the CPU, also if it ends with an error. A call in Python changes nothing.
+    """Commands that only describe, compile, inspect or check data run on the CPU.
+
+    A call of such a command from Python leaves the platform unchanged.
     """
     cpu = {"jax_platforms": "cpu"}
     recipe = ["--config=no_such_recipe", "--workdir=x"]
@@ -43,9 +44,15 @@ def test_commands_that_compute_nothing(updates, monkeypatch, capsys):
 
 @pytest.fixture
 def start(monkeypatch, capfd):
-    """Runs `platforms.start` where libtpu is installed: (stdout, stderr)."""
+    """Return a function that calls `platforms.start` as if libtpu were installed.
 
-    def run(platform="cpu", chip=False, choice="", error=None):
+    platform: the backend that JAX finds.
+    error: the exception that JAX raises.
+
+    The function returns (stdout, stderr).
+    """
+
+    def run(platform="cpu", has_chip=False, jax_platforms="", error=None):
         def default_backend():
             os.write(2, b"unexpected worker hostname\n")
             if error:
@@ -53,8 +60,10 @@ def start(monkeypatch, capfd):
             return platform
 
         monkeypatch.setattr(platforms, "installed_runtimes", lambda: ["libtpu"])
-        monkeypatch.setattr(platforms, "has_chip", lambda: chip)
-        monkeypatch.setattr(type(jax.config), "jax_platforms", choice, raising=False)
+        monkeypatch.setattr(platforms, "has_chip", lambda: has_chip)
+        monkeypatch.setattr(
+            type(jax.config), "jax_platforms", jax_platforms, raising=False
+        )
         monkeypatch.setattr(jax, "default_backend", default_backend)
         platforms.start()
         return capfd.readouterr()
@@ -71,19 +80,21 @@ def test_one_line_where_no_chip_is_there(start):
 
 
 def test_nothing_is_hidden_where_a_chip_is_there(start, capfd):
-    """Found in spite of the search, or an error; nothing starts early with a chip, or
-    with a choice of the user.
+    """stderr of libtpu is shown if it starts a chip, and if its start fails.
+
+    `platforms.start` starts no backend on a computer with a chip, or if JAX_PLATFORMS
+    is set.
     """
     assert start(platform="tpu") == ("", "unexpected worker hostname\n")
-    assert start(chip=True) == ("", "")
-    assert start(choice="tpu") == ("", "")
+    assert start(has_chip=True) == ("", "")
+    assert start(jax_platforms="tpu") == ("", "")
     with pytest.raises(RuntimeError, match="busy"):
         start(error=RuntimeError("busy"))
     assert capfd.readouterr().err == "unexpected worker hostname\n"
 
 
 def test_device_files_and_cards(tmp_path):
-    """Google's network card is not a TPU."""
+    """Device files and PCI cards show a chip; Google's network card is not a TPU."""
     card = tmp_path / "sys/bus/pci/devices/0000:00:04.0"
     card.mkdir(parents=True)
     (card / "vendor").write_text("0x1ae0\n")
@@ -95,7 +106,7 @@ def test_device_files_and_cards(tmp_path):
         root = tmp_path / name.replace("/", "_")
         (root / "dev" / name).parent.mkdir(parents=True)
         (root / "dev/vfio").mkdir(exist_ok=True)
-        (root / "dev/vfio/vfio").touch()  # there without any chip
+        (root / "dev/vfio/vfio").touch()  # exists without a chip
         assert not platforms.has_chip(root)
         (root / "dev" / name).touch()
         assert platforms.has_chip(root)

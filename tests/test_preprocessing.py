@@ -1,4 +1,4 @@
-"""`preprocess` repeats the evaluation transform of the training."""
+"""Tests that `preprocess` equals the evaluation transform of training."""
 
 from dataclasses import replace
 
@@ -18,18 +18,16 @@ from hivit_jax.weights.load import _info_arguments
 
 
 def evaluated(config):
-    """Return the evaluation images of a config's test split, as training computes
-    them.
-    """
-    task, found = inputs.make_task(config, "test"), []
+    """Return the images of a config's test split after the evaluation transform."""
+    task, images = inputs.make_task(config, "test"), []
     step = jax.jit(task.preprocess)
     for batch in inputs.eval_batches(config):
-        found.append(np.asarray(step(batch))[batch["weight"] > 0])
-    return np.concatenate(found)
+        images.append(np.asarray(step(batch))[batch["weight"] > 0])
+    return np.concatenate(images)
 
 
 def model_of(config, **overrides):
-    """Return a model with the image facts of a config."""
+    """Return a model with the image size, mean, std and so on of a config."""
     shape = dict(image_size=64, in_channels=config.model.in_channels)
     model = mini(depths=(1, 1, 1), **shape)
     info = make_info(model.config, **_info_arguments(config.to_dict()))
@@ -47,16 +45,16 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_equals_the_evaluation_of_training(options, folder, user_cache):
-    """Bit-identical for paths, bytes, PIL images and arrays."""
+def test_equals_the_evaluation_of_training(options, folder, cache_directory):
+    """Paths, bytes, PIL images and arrays give the same bits as the evaluation."""
     config = folder_config(folder, **options)
     source = inputs.open_source(config.data, "test")
     run = hivit_jax.preprocess(model_of(config))
     paths = [source.name(index) for index in range(len(source))]
     expected = evaluated(config)
-    found = run(paths)
-    assert found.dtype == np.float32
-    assert_array_equal(found, expected)
+    actual = run(paths)
+    assert actual.dtype == np.float32
+    assert_array_equal(actual, expected)
     samples = [source.sample(index)["image"] for index in range(len(source))]
     assert_array_equal(run(samples), expected)
     opened = [Image.open(path) for path in paths]
@@ -68,7 +66,7 @@ def test_equals_the_evaluation_of_training(options, folder, user_cache):
 
 
 @pytest.mark.parametrize("dtype", ["uint16", "float32"])
-def test_four_channels(dtype, tmp_path, user_cache):
+def test_four_channels(dtype, tmp_path, cache_directory):
     """Rasters of 16 bits or floats are not reduced to 8 bits."""
     high = {"uint16": 65535, "float32": 1000}[dtype]
     for split in ("train", "val"):
@@ -95,12 +93,12 @@ def test_four_channels(dtype, tmp_path, user_cache):
         run(np.zeros((40, 50, 3), dtype))
 
 
-def test_canvas_differs_by_one_level_at_most(folder, user_cache):
+def test_canvas_differs_by_one_level_at_most(folder, cache_directory):
     config = folder_config(folder, data__canvas=64)
     source = inputs.open_source(config.data, "test")
     run = hivit_jax.preprocess(model_of(config))
-    found = run([source.name(index) for index in range(len(source))])
-    levels = np.abs(found - evaluated(config)) * 255 * np.float32(config.data.std)
+    actual = run([source.name(index) for index in range(len(source))])
+    levels = np.abs(actual - evaluated(config)) * 255 * np.float32(config.data.std)
     assert levels.max() < 1.001
     assert (levels > 0.5).mean() < 2e-3
 

@@ -1,19 +1,18 @@
-"""Recipes: official values, old recipes, installation with the package."""
+"""Tests of recipes: official values, old recipes, installation with the package."""
 
 import configparser
 import json
 import shutil
 
+import mini_runs
 import numpy as np
 import pytest
-import recipes
 import reference
 from flax import nnx
 from numpy.testing import assert_allclose
 
 from hivit_jax import config as configs
-from hivit_jax import inputs
-from hivit_jax import recipes as recipes_by_name
+from hivit_jax import inputs, recipes
 from hivit_jax.training.schedule import peak_learning_rate
 from hivit_jax.tree import named_leaves
 
@@ -23,30 +22,31 @@ from hivit_jax.tree import named_leaves
 def test_recipes_of_an_installed_package(tmp_path):
     """Recipes are found by name from any directory, installed or in a clone."""
     site = tmp_path / "site" / "hivit_jax"
-    shutil.copytree(recipes.ROOT / "hivit_jax", site)
-    shutil.copytree(recipes.ROOT / "configs", site / "configs")
+    shutil.copytree(mini_runs.ROOT / "hivit_jax", site)
+    shutil.copytree(mini_runs.ROOT / "configs", site / "configs")
     program = "import sys; from hivit_jax.main import main; sys.exit(main())"
     flags = ["--config=mae_base", "--mode=describe"]
-    for path in (site.parent, recipes.ROOT):
+    for path in (site.parent, mini_runs.ROOT):
         command = ["-c", f"import os; os.chdir('/'); {program}", *flags]
-        code, out, err = recipes.run_process(*command, PYTHONPATH=path)
+        code, out, err = mini_runs.run_process(*command, PYTHONPATH=path)
         assert (code, err) == (0, "")
         assert "differences from mae_base: none" in out
 
 
 def test_packages_are_listed():
-    """setup.cfg lists every package, and the recipes as one."""
+    """setup.cfg lists every package, including the recipes."""
     setup = configparser.ConfigParser()
-    setup.read(recipes.ROOT / "setup.cfg")
-    root = recipes.ROOT / "hivit_jax"
-    found = {".".join(p.parent.parts) for p in relative(root.rglob("__init__.py"))}
+    setup.read(mini_runs.ROOT / "setup.cfg")
+    root = mini_runs.ROOT / "hivit_jax"
+    packages = {".".join(p.parent.parts) for p in relative(root.rglob("__init__.py"))}
     listed = {*setup["options"]["packages"].split()}
-    assert listed == found | {"hivit_jax.configs"}
+    assert listed == packages | {"hivit_jax.configs"}
     assert "hivit_jax.configs = configs" in setup["options"]["package_dir"]
 
 
 def relative(paths):
-    return [path.relative_to(recipes.ROOT) for path in paths]
+    """Return paths relative to the root of the repository."""
+    return [path.relative_to(mini_runs.ROOT) for path in paths]
 
 
 VARIANTS = {
@@ -57,23 +57,29 @@ VARIANTS = {
     "simmim_swin": ("", ":large", ":base_100"),
     "supervised_swin": ("", ":tiny"),
     "finetune": ("", ":tiny", ":small", ":base", ":large"),
+    "folder_finetune": ("", ":tiny", ":small", ":base"),
+    "folder_linear": ("", ":tiny", ":small", ":base"),
+    "folder_mae": ("", ":tiny", ":small", ":base"),
     "linear": ("", ":tiny", ":small", ":base", ":large"),
     "supervised": ("", ":tiny", ":small", ":base"),
 }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", recipes_by_name.names())
-def test_every_recipe(name):
+@pytest.mark.parametrize("name", recipes.names())
+@pytest.mark.usefixtures("cache_directory")
+def test_every_recipe(name, folder):
     """Each recipe builds its model and documents command, hardware, result and cost."""
-    text = (recipes.ROOT / "configs" / f"{name}.py").read_text()
+    text = (mini_runs.ROOT / "configs" / f"{name}.py").read_text()
     assert 10 <= len(text.splitlines()) <= 25
     assert f"\n    hivit_jax --config {name}" in text
     assert all(
         f"{word}: " in text for word in ("Values", "Expected", "Hardware", "Cost")
     )
+    own = [f"--config.data.dir={folder}", "--config.data.eval_fraction=0"]
     for variant in VARIANTS.get(name, ("",)):
-        config = configs.load(f"{name}{variant}")
+        flags = own if name.startswith("folder_") else []
+        config = configs.load(f"{name}{variant}", flags)
         model = nnx.eval_shape(inputs.task_of_recipe(config).build_model)
         assert model.parameter_count() > 10_000
 
@@ -85,6 +91,7 @@ IMAGES = {"imagenet2012": 1_281_167, "digits": 1437}
 
 
 def steps_of(config):
+    """Return (steps per epoch, total steps) of a recipe."""
     images = config.data.train_examples or IMAGES[config.data.name]
     return inputs.count_steps(config, images)
 
@@ -195,7 +202,7 @@ for NAME, DROP_PATH_RATE in (("tiny", 0.05), ("small", 0.3), ("base", 0.5)):
 
 @pytest.mark.parametrize("name", OFFICIAL)
 def test_recipes_are_the_official_ones(name):
-    config = recipes.recipe(name)
+    config = mini_runs.recipe(name)
     for key, value in OFFICIAL[name].items():
         if key == "peak":
             peak = peak_learning_rate(config.optimizer, config.batch_size)
@@ -238,11 +245,17 @@ def test_values_of_old_recipes(name, source):
     """Today's recipes and the old files have the recorded values."""
     found = named_leaves(json.loads(configs.to_json(configs.load(source))))
     expected = named_leaves(OLD_RECIPES[name]["config"])
+    if source == "digits_linear":  # mesh.data=1 failed on several devices
+        expected["mesh/data"] = -1
     assert {key: found.pop(key) for key in expected} == expected
     new = "schedule", "first_epoch", "lr_batch", "gamma", "power"
-    added = {f"optimizer/{key}" for key in new}
+    added = {"wandb_project"} | {f"optimizer/{key}" for key in new}
     new = "cache", "class_level", "dtype", "eval_fraction", "eval_group", "exclude"
-    added |= {f"data/{key}" for key in (*new, "multi_label", "reader", "scale")}
+    added |= {
+        f"data/{key}" for key in (*new, "multi_label", "reader", "scale", "balance")
+    }
+    added |= {"early_stopping", "model/freeze"}
+    added |= {"class_weights"} if "label_smoothing" in expected else set()
     assert {key for key, value in found.items() if value is not None} == added
 
 
@@ -250,8 +263,8 @@ def test_values_of_old_recipes(name, source):
 def test_schedules_of_old_recipes(name, source):
     """Learning rates equal the recorded rates, to the last bit of the peak."""
     old, config = OLD_RECIPES[name], configs.load(source)
-    rate = recipes.jit_schedule(config, *steps_of(config))
-    check_rates(rate, old["steps"], old["rates"])
+    schedule = mini_runs.jit_schedule(config, *steps_of(config))
+    check_rates(schedule, old["steps"], old["rates"])
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -266,17 +279,18 @@ def test_official_quirks_of_old_recipes(name, tmp_path):
     from_scratch = config.task == "classify" and not config.init_from
     assert config.optimizer.first_epoch == int(not from_scratch)
     assert (config.optimizer.schedule == "cosine_from_start") == from_scratch
-    rate = recipes.jit_schedule(config, *steps_of(config))
-    check_rates(rate, old["steps"], old["official_quirks"])
+    schedule = mini_runs.jit_schedule(config, *steps_of(config))
+    check_rates(schedule, old["steps"], old["official_quirks"])
     if config.task == "classify":
         other = "" if config.init_from else "somewhere"
         config = configs.load(path, [f"--config.init_from={other}"])
         assert config.optimizer.first_epoch == int(from_scratch)
 
 
-def check_rates(rate, steps, expected):
-    found = np.array([rate(np.int32(step)) for step in steps])
-    assert_allclose(found, np.float32(expected), rtol=0, atol=2e-7 * max(expected))
+def check_rates(schedule, steps, expected):
+    """Check the learning rates at some steps."""
+    actual = np.array([schedule(np.int32(step)) for step in steps])
+    assert_allclose(actual, np.float32(expected), rtol=0, atol=2e-7 * max(expected))
 
 
 def test_keys_that_became_flags_are_ignored_in_old_recipes(tmp_path):
@@ -284,4 +298,4 @@ def test_keys_that_became_flags_are_ignored_in_old_recipes(tmp_path):
     path = tmp_path / "old.py"
     path.write_text(text.replace('topology = ""', 'topology = "v5e:2x4"'))
     assert "v5e:2x4" in path.read_text()
-    assert configs.load(path).to_dict() == recipes.recipe("mae_base").to_dict()
+    assert configs.load(path).to_dict() == mini_runs.recipe("mae_base").to_dict()

@@ -1,4 +1,4 @@
-"""The record of a run's starts, and what changed at a resume."""
+"""Tests of the record of a run's starts, and of changes at a resume."""
 
 import json
 import time
@@ -10,20 +10,22 @@ from hivit_jax.errors import ConfigError
 
 
 def test_every_start_is_kept(tmp_path, monkeypatch):
-    """The first is config.json; later ones have their time, also with equal content,
-    within one second, and after the clock was set back. Other files are no starts.
+    """The first start writes config.json; each later start writes a file with its time.
+
+    This includes starts with equal content, two starts within one second, and starts
+    after the clock was set back. Other files are ignored.
     """
     for name in ("config-old.json", "config-2026.json", "my-config.json"):
         (tmp_path / name).write_text("{}")
     now = time.time()
-    for number, clock in enumerate([now, now, now, now - 3600]):
+    for start_index, clock in enumerate([now, now, now, now - 3600]):
         monkeypatch.setattr(record.time, "time", lambda clock=clock: clock)
-        record.add_start(tmp_path, str(number))
+        record.add_start(tmp_path, str(start_index))
         assert [p.read_text() for p in record.config_files(tmp_path)] == [
-            str(n) for n in range(number + 1)
+            str(n) for n in range(start_index + 1)
         ]
         newest = record.newest_config(tmp_path)
-        assert newest.endswith(".json") and open(newest).read() == str(number)  # noqa: PT018, SIM115
+        assert newest.endswith(".json") and open(newest).read() == str(start_index)  # noqa: PT018, SIM115
     first, *later = [path.name for path in record.config_files(tmp_path)]
     assert first == "config.json"
     stamp = time.strftime("config-%Y%m%dT%H%M%SZ.json", time.gmtime(now))
@@ -36,7 +38,7 @@ def test_no_start(tmp_path):
 
 
 def test_one_line_for_each_changed_key():
-    """Nested keys, tuples as one value, None, and keys that only one config has."""
+    """Nested keys, tuples, None, and keys of only one config are compared."""
     old = {"a": {"b": (1, 2), "c": None}, "d": 0.5, "only": 1, "same": {"x": ()}}
     new = {"a": {"b": (1, 3), "c": 4}, "d": 0.25, "new": "x", "same": {"x": ()}}
     assert record.differences(old, new) == [
@@ -52,7 +54,7 @@ def test_one_line_for_each_changed_key():
 
 
 def test_dataset_changes():
-    """Sizes, renamed, swapped, added and removed classes; an equal one is silent."""
+    """Changes of sizes and classes are listed; an equal dataset has no changes."""
 
     def facts(train, *classes):
         return {"counts": {"train": train, "test": 5}, "classes": classes}
@@ -84,7 +86,7 @@ def test_dataset_changes():
     ],
 )
 def test_batch_size_must_stay(old, new, accumulated, advice):
-    """Refused when smaller or larger; the advice keeps a whole number of images."""
+    """Another batch size is an error; the advice is accumulate_steps or a workdir."""
     with pytest.raises(ConfigError) as error:
         record.check_batch_size(old, new, accumulated, "DIR")
     text = str(error.value)

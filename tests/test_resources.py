@@ -1,4 +1,4 @@
-"""Full memory and disks."""
+"""Tests of errors about full memory and full disks."""
 
 import errno
 import shutil
@@ -28,7 +28,7 @@ MEMORY = [
 
 
 def code_and_message(error, capsys):
-    """Exit code and message of a command that fails with an error."""
+    """Return exit code and message of a command that fails with an error."""
 
     def fail():
         raise error
@@ -41,8 +41,9 @@ def code_and_message(error, capsys):
 
 @pytest.mark.parametrize(("text", "needed"), MEMORY)
 def test_out_of_memory(text, needed, capsys):
-    """Of a device, when compiling or running, in any command: needed bytes, available
-    bytes, keys that help.
+    """The error names needed bytes, available bytes, and keys that reduce memory.
+
+    It occurs when a program is compiled or run, in any command.
     """
     code, err = code_and_message(jax.errors.JaxRuntimeError(text), capsys)
     assert code == 2
@@ -93,7 +94,7 @@ def test_other_errors_stay(error):
 
 
 def test_memory_of_devices(monkeypatch):
-    """Refused above what the backend reports, accepted at it or without a report."""
+    """More memory than the backend reports is an error; no report, no error."""
     resources.check_memory(2**60)  # XLA:CPU reports nothing
     device = SimpleNamespace(
         device_kind="chip", memory_stats=lambda: {"bytes_limit": 2 * 2**30}
@@ -108,8 +109,9 @@ def test_memory_of_devices(monkeypatch):
 
 
 def test_room_for_a_checkpoint(tmp_path, monkeypatch):
-    """Bytes of all arrays by their dtypes; directories that do not exist yet; buckets
-    report nothing.
+    """A checkpoint must fit on the disk of its directory, which may not exist yet.
+
+    Its size is the bytes of all arrays. Buckets report no free space.
     """
     state = {
         "a": jax.ShapeDtypeStruct((1000, 3), np.float32),

@@ -1,4 +1,4 @@
-"""PRNG keys of a step."""
+"""Tests of the PRNG keys of a step."""
 
 import jax
 import jax.numpy as jnp
@@ -9,17 +9,18 @@ from hivit_jax import rng
 
 
 def key_data(*arguments):
+    """Return the samples' keys of a step as integers."""
     return np.asarray(jax.random.key_data(rng.step_keys(*arguments).samples))
 
 
 def test_sample_keys_go_by_position():
-    whole = key_data(0, "train", jnp.uint32(100), 8)
+    keys_of_batch = key_data(0, "train", jnp.uint32(100), 8)
     halves = [key_data(0, "train", jnp.uint32(first), 4) for first in (100, 104)]
-    assert_array_equal(whole, np.concatenate(halves))
-    assert len(np.unique(whole, axis=0)) == 8
+    assert_array_equal(keys_of_batch, np.concatenate(halves))
+    assert len(np.unique(keys_of_batch, axis=0)) == 8
     for other in ((1, "train", 100, 8), (0, "eval", 100, 8), (0, "train", 108, 8)):
         keys = key_data(other[0], other[1], jnp.uint32(other[2]), other[3])
-        assert not (keys[:, None] == whole[None]).all(-1).any()
+        assert not (keys[:, None] == keys_of_batch[None]).all(-1).any()
 
 
 def test_sample_keys_beyond_32_bits():

@@ -60,7 +60,8 @@ def rectangle_mask(low: Sequence, high: Sequence, size: Sequence[int]) -> jax.Ar
     """Return bool [H, W, 1], True for pixels inside a rectangle.
 
     Args:
-      low, high: (row, column) of the first pixel, and past the last pixel.
+      low: (row, column) of the first pixel.
+      high: (row, column) after the last pixel.
       size: (H, W).
     """
     rows, columns = jnp.arange(size[0])[:, None], jnp.arange(size[1])[None]

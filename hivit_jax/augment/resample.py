@@ -22,7 +22,7 @@ def resample(
 ) -> jax.Array:
     """Resize a box of every image as PIL does: columns, then rows.
 
-    Runs as two batched matrix products, about 0.5 GFLOP an image for 512x512 to
+    Runs as two batched matrix products, about 0.5 GFLOP per image for 512x512 to
     224x224. uint8 is rounded after each product. uint16 and float32 are not rounded;
     the error is below 1/65535 of their range.
 
@@ -36,7 +36,7 @@ def resample(
       antialias: widen the filter when downscaling, so that every pixel contributes.
 
     Returns:
-      float32 [B, H, W, C]; of uint8, integers from 0 to 255.
+      float32 [B, H, W, C]; for uint8 images, integers from 0 to 255.
     """
     is_8_bit, limit = images.dtype == jnp.uint8, MAXIMUM[images.dtype.name]
     for axis, subscripts in ((1, "bow,bhwc->bhoc"), (0, "boh,bhwc->bowc")):
@@ -80,15 +80,16 @@ def crop_resize_matrix(
       extent: pixels of the source, padding included.
     """
     xp = box.__array_namespace__()
-    pixels, steps = xp.arange(extent)[None], (xp.arange(size) + 0.5)[:, None]
+    source_index = xp.arange(extent)[None]
+    output_centers = (xp.arange(size) + 0.5)[:, None]
     if len(box) == 3:
         start, length, num_real = box
         scale = length / size
-        distances = pixels + 0.5 - (start + steps * scale)
+        distances = source_index + 0.5 - (start + output_centers * scale)
     else:
         start, scale, num_real, start_low, scale_low = box
-        distances = pixels + 0.5 - steps * scale - start
-        distances = distances - (steps * scale_low + start_low)
+        distances = source_index + 0.5 - output_centers * scale - start
+        distances = distances - (output_centers * scale_low + start_low)
         scale = scale + scale_low
     stretch = xp.maximum(scale, 1.0) if antialias else 1.0
     x = xp.abs(distances) / stretch
@@ -98,19 +99,20 @@ def crop_resize_matrix(
         near = (1.5 * x - 2.5) * x * x + 1
         far = ((2.5 - 0.5 * x) * x - 4) * x + 2
         weights = xp.where(x < 1, near, xp.where(x < 2, far, 0))
-    weights = xp.where(pixels < num_real, weights, 0)
+    weights = xp.where(source_index < num_real, weights, 0)
     total = weights.sum(-1, keepdims=True)
     # Without this, the empty box of an unreadable example would give NaN.
     return weights / xp.where(total == 0, 1, total)
 
 
 def precise_span(span: Sequence[float], size: int) -> tuple[float, ...]:
-    """Return (start, scale, number of real pixels, rest of start, rest of scale).
+    """Return (start, scale, number of real pixels, start_low, scale_low).
 
-    The first two have 12 significant bits, so that float32 computes the distances of
+    `start` and `scale` have 12 significant bits, so that float32 computes distances of
     pixels from `start + (i + 0.5) * scale` exactly, up to canvases of 4096 pixels. The
-    rests complete them to float64. With float32 alone, positions have errors of 3e-5
-    pixels, which is more than 1/65535 of the range at an edge.
+    exact values are `start + start_low` and `scale + scale_low`. With float32 alone,
+    positions would have errors of 3e-5 pixels, and pixels at a sharp edge would have
+    errors above 1/65535 of the range.
 
     Args:
       span: start and length of a box, and number of real pixels.
@@ -118,8 +120,8 @@ def precise_span(span: Sequence[float], size: int) -> tuple[float, ...]:
     """
     start, length, num_real = span
     scale = length / size
-    high = [_round_to_12_bits(x) for x in (start, scale)]
-    return (*high, num_real, start - high[0], scale - high[1])
+    start_high, scale_high = (_round_to_12_bits(x) for x in (start, scale))
+    return start_high, scale_high, num_real, start - start_high, scale - scale_high
 
 
 def _round_to_12_bits(x: float) -> float:

@@ -6,9 +6,9 @@ Its state needs to contain only the step.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -29,11 +29,16 @@ class PlannedBatch(NamedTuple):
 
 @lru_cache(maxsize=2)
 def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
-    """Return the order of the n examples in an epoch, int64 [n].
+    """Return the order of the n examples in an epoch, int64 [n]."""
+    return shuffled([seed, epoch], n)
+
+
+def shuffled(key: Sequence[int], n: int) -> np.ndarray:
+    """Return a permutation, int64 [n], that is a function of a list of integers.
 
     Uses RandomState, because its streams are the same in every version of NumPy.
     """
-    bits = np.random.MT19937(np.random.SeedSequence([seed, epoch]))
+    bits = np.random.MT19937(np.random.SeedSequence(key))
     return np.random.RandomState(bits).permutation(n)
 
 
@@ -57,7 +62,13 @@ def samples_at(
 
 
 def train_plan(
-    n: int, seed: int, batch_size: int, positions: np.ndarray, first: int, last: int
+    n: int,
+    seed: int,
+    batch_size: int,
+    positions: np.ndarray,
+    first: int,
+    last: int,
+    find: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]] | None = None,
 ) -> Iterator[PlannedBatch]:
     """Yield the batches of steps first .. last-1 of a dataset with one bucket.
 
@@ -68,9 +79,11 @@ def train_plan(
       n: number of training examples.
       batch_size: size of the global batch.
       positions: positions of the global batch that this process fills, int [b].
+      find: replaces `samples_at`; a function of positions.
     """
+    find = find or partial(samples_at, n=n, seed=seed)
     for step in range(first, last):
-        yield PlannedBatch(0, *samples_at(step * batch_size + positions, n, seed))
+        yield PlannedBatch(0, *find(step * batch_size + positions))
 
 
 def bucketed_plan(

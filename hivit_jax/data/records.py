@@ -11,7 +11,7 @@ import numpy as np
 
 from hivit_jax.data import storage
 from hivit_jax.data.shard_cache import ShardCache
-from hivit_jax.paths import user_cache
+from hivit_jax.paths import cache_directory
 
 Index = dict[str, np.ndarray]
 
@@ -89,7 +89,7 @@ def load_index(
     stamps = [file if storage.is_remote(file) else _stamp(file) for file in files]
     key = hashlib.sha256("\n".join(stamps).encode()).hexdigest()[:16]
     name = f"hivit_jax_index_{key}.npz"
-    cached = str(user_cache() / name)
+    cached = str(cache_directory() / name)
     paths = [f"{directory.rstrip('/')}/{name}"] * storage.is_remote(directory)
     for path in (*paths, cached):
         try:

@@ -1,7 +1,8 @@
 """Device mesh, and shardings of the train state and of batches."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
 from typing import Any
 
 import jax
@@ -82,6 +83,22 @@ def make_mesh(
             f"mesh={dict(sizes)} cannot be laid out on this slice; expected every size "
             "to be a product of side lengths of its torus"
         ) from error
+
+
+def on_mesh(mesh: Mesh, jitted: Callable) -> Callable:
+    """Return a jitted function that is traced with a mesh set.
+
+    Without this, a function on several devices runs no kernels, because their dispatch
+    reads the sharding of the batch from the mesh. Every batch must be divisible by the
+    devices of the mesh.
+    """
+
+    @wraps(jitted)
+    def call(*args):
+        with jax.set_mesh(mesh):
+            return jitted(*args)
+
+    return call
 
 
 def replicate(mesh: Mesh, value: np.ndarray) -> jax.Array:

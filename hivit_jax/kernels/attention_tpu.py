@@ -42,6 +42,7 @@ from hivit_jax.kernels.attention_groups import (
     merge_heads,
     stack_heads,
 )
+from hivit_jax.kernels.grid_tpu import over_rows
 from hivit_jax.kernels.numerics import (
     F32,
     Plan,
@@ -49,24 +50,29 @@ from hivit_jax.kernels.numerics import (
     dot,
     layer_norm,
     normalize_vjp,
-    over_rows,
 )
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
 def attention_block(
-    x: jax.Array, weights: Weights, bias: jax.Array | None, plan: Plan
+    x: jax.Array,
+    weights: Weights,
+    bias: jax.Array | None,
+    image_scale: jax.Array | None,
+    plan: Plan,
 ) -> jax.Array:
     """Run the attention branch, [B*N, C] -> [B*N, C].
 
     Args:
       bias: added to the scores of every image, [heads, N, N] float32; or None.
+      image_scale: [B] float32, factor of the branch of each image; None: 1. It has no
+        gradient.
       plan: `rows` must be a multiple of N, so that blocks hold whole images.
     """
-    return _run(x, weights, bias, replace(plan, keep=False))[0]
+    return _run(x, weights, bias, image_scale, replace(plan, keep=False))[0]
 
 
-def _run(x, weights, bias, plan):
+def _run(x, weights, bias, image_scale, plan):
     """Return the output and a tuple of the saved arrays.
 
     With `plan.keep` these are q, k and v, [B*N, 3C], and the heads' outputs, [B*N, C].
@@ -78,7 +84,7 @@ def _run(x, weights, bias, plan):
     groups = Groups(rows, tokens)
     biases = [] if bias is None else [groups.query_rows(bias)]
 
-    def kernel(row_refs, weights, out_refs, _, scratch):
+    def kernel(row_refs, weights, out_refs, _, scratch, scaled):
         qkv, heads_out = scratch
         weights, biases = weights[:6], weights[6:]
         x = row_refs[0][...]
@@ -108,7 +114,7 @@ def _run(x, weights, bias, plan):
 
         groups.for_each(attend)
         y = dot(heads_out[...].astype(dtype), weights[4][...]) + weights[5][...]
-        out_refs[0][...] = (x.astype(F32) + y if plan.add else y).astype(dtype)
+        out_refs[0][...] = (x.astype(F32) + scaled(y)).astype(dtype)
         for ref, kept in zip(out_refs[1:], scratch, strict=plan.keep):
             ref[...] = kept[...].astype(dtype)
 
@@ -120,19 +126,20 @@ def _run(x, weights, bias, plan):
         [*weights, *biases],
         scratch=scratch,
         extra_widths=[3 * width, width] if plan.keep else [],
+        image_scale=image_scale,
         flops=x.size * (8 * width + 4 * tokens),
         name="attention_block",
     )
     return out, tuple(kept)
 
 
-def _forward(x, weights, bias, plan):
-    out, kept = _run(x, weights, bias, plan)
-    return out, (x, weights, bias, kept)
+def _forward(x, weights, bias, image_scale, plan):
+    out, kept = _run(x, weights, bias, image_scale, plan)
+    return out, (x, weights, bias, image_scale, kept)
 
 
 def _backward(plan, saved, gradient):
-    x, weights, bias, kept = saved
+    x, weights, bias, image_scale, kept = saved
     tokens, rows, keep = plan.tokens, plan.rows, plan.keep
     width, dtype = x.shape[1], x.dtype
     head, groups = width // plan.heads, Groups(rows, tokens)
@@ -141,11 +148,12 @@ def _backward(plan, saved, gradient):
         copied, pull = jax.vjp(partial(groups.key_rows, heads=side_by_side), bias)
         biases = [copied]
 
-    def kernel(row_refs, weights, out_refs, sums, scratch):
+    def kernel(row_refs, weights, out_refs, sums, scratch, scaled):
         qkv, heads_out, dheads_out = scratch  # qkv is overwritten by its gradient
         weights, biases = weights[:6], weights[6:]
         scale, _, qkv_w, _, proj_w, _ = weights
-        x, dy = row_refs[0][...], row_refs[1][...]
+        x, dout = row_refs[0][...], row_refs[1][...]
+        dy = scaled(dout).astype(dtype)
         x_hat, inverse, n = _restore(x, row_refs[2:], weights, plan, scratch)
         dheads_out[...] = dot(dy, proj_w[...], (1, 1))
 
@@ -176,8 +184,7 @@ def _backward(plan, saved, gradient):
         dn = dot(qkv[...].astype(dtype), qkv_w[...], (1, 1))
         _add_weight_gradients(sums[:6], n, x_hat, dn, qkv[...], heads_out[...], dy)
         dx = normalize_vjp(dn * scale[...], x_hat, inverse)
-        dx = dx + dy.astype(F32) if plan.add else dx
-        out_refs[0][...] = dx.astype(dtype)
+        out_refs[0][...] = (dx + dout.astype(F32)).astype(dtype)
 
     (out,), sums = over_rows(
         kernel,
@@ -186,10 +193,11 @@ def _backward(plan, saved, gradient):
         [*weights, *biases],
         [*weights, *biases],
         [pltpu.VMEM((rows, n * width), F32) for n in (3, 1, 1)],
+        image_scale=image_scale,
         flops=x.size * ((16 if keep else 22) * width + (12 if keep else 14) * tokens),
         name="attention_block_gradient",
     )
-    return out, Weights(*sums[:6]), pull(sums[6])[0] if biases else None
+    return out, Weights(*sums[:6]), pull(sums[6])[0] if biases else None, None
 
 
 def _tile_gradients(q, k, v, do, mask, head):

@@ -7,6 +7,7 @@ supports it. The layers then run the branch as XLA compiles it.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -18,17 +19,18 @@ from hivit_jax.errors import ConfigError
 from hivit_jax.kernels import mlp_triton
 from hivit_jax.kernels.attention_groups import LANES, bias_bytes
 from hivit_jax.kernels.attention_tpu import attention_block
+from hivit_jax.kernels.grid_tpu import VMEM_SHARE
 from hivit_jax.kernels.mlp_tpu import mlp_block
-from hivit_jax.kernels.numerics import ROWS, VMEM_SHARE, Plan, Weights
+from hivit_jax.kernels.numerics import ROWS, Plan, Weights, scale_images
 
 CHOICES = ("auto", "fused", "plain")
 HBM_SHARE = 0.5  # fraction of the peak bandwidth that a kernel can rely on
-# Function of one argument: True adds x to the branch, False returns the branch alone.
-Branch = Callable[[bool], jax.Array]
+# Function from factors of the images, [B] float32 or None, to x + factor * branch.
+Branch = Callable[[jax.Array | None], jax.Array]
 
 
 def mlp(x: jax.Array, norm: Any, mlp: Any, choice: str) -> Branch | None:
-    """Return ``fc2(gelu(fc1(norm(x))))`` as one kernel, or None.
+    """Return ``x + fc2(gelu(fc1(norm(x))))`` as one kernel, or None.
 
     Args:
       x: [..., C].
@@ -47,9 +49,7 @@ def mlp(x: jax.Array, norm: Any, mlp: Any, choice: str) -> Branch | None:
     if target.platform == "gpu":
         if width not in mlp_triton.WIDTHS or total % mlp_triton.ROWS:
             return None
-        return lambda add: target.run(
-            mlp_triton.mlp_block, x, (weights,), replace(plan, add=add)
-        )
+        return partial(_run_on_gpu, target, x, weights, plan)
     # More rows make programs that take longer to compile. Fewer rows make more and
     # shorter steps.
     preferred = min(max(2**28 // (width * hidden), 128), 1024)
@@ -65,7 +65,9 @@ def mlp(x: jax.Array, norm: Any, mlp: Any, choice: str) -> Branch | None:
     product = 2 * width * hidden
     keep = target.should_keep(2 * product, 5 * product, product, width, 2 * hidden)
     plan = replace(plan, rows=rows, keep=keep)
-    return lambda add: target.run(mlp_block, x, (weights,), replace(plan, add=add))
+    return lambda image_scale: target.run(
+        mlp_block, x, (weights,), plan, (image_scale,)
+    )
 
 
 def attention(
@@ -76,7 +78,7 @@ def attention(
     key_mask: jax.Array | None,
     choice: str,
 ) -> Branch | None:
-    """Return ``attention(norm(x))`` as one kernel, or None.
+    """Return ``x + attention(norm(x))`` as one kernel, or None.
 
     Arguments are those of `mlp` and of `attention.Attention`. Also returns None on
     GPUs, where cuDNN computes attention, and with a key mask, windows that are padded
@@ -119,12 +121,20 @@ def attention(
         tokens=tokens,
     )
 
-    def run(add):
-        params = weights, bias
-        out = target.run(attention_block, x, params, replace(plan, add=add))
+    def run(image_scale):
+        if image_scale is not None and windows is not None:
+            image_scale = jnp.repeat(image_scale, len(x) // len(image_scale))
+        out = target.run(attention_block, x, (weights, bias), plan, (image_scale,))
         return out if windows is None else windows.merge(out)
 
     return run
+
+
+def _run_on_gpu(target, x, weights, plan, image_scale):
+    """Run the MLP as a GPU kernel, which has no factors of the images."""
+    plan = replace(plan, add=image_scale is None)
+    out = target.run(mlp_triton.mlp_block, x, (weights,), plan)
+    return out if plan.add else x + scale_images(out, image_scale.astype(x.dtype))
 
 
 def _weights(dtype, norm, *linear_layers):
@@ -179,29 +189,39 @@ class Target:
         return forward + time(backward - recompute, 6 * width + kept) < without
 
     def run(
-        self, kernel: Callable, x: jax.Array, params: tuple, plan: Plan
+        self,
+        kernel: Callable,
+        x: jax.Array,
+        params: tuple,
+        plan: Plan,
+        per_image: tuple = (),
     ) -> jax.Array:
-        """Run kernel([T, C], *params, plan) on each device's part of x [..., C].
+        """Run kernel([T, C], *params, *per_image, plan) on each device's images.
+
+        Args:
+          x: [..., C].
+          per_image: arrays [B], which are split over devices like x; or None.
 
         Raises:
           ConfigError: forward-mode differentiation outside `jax.jit`. Inside it, JAX
             raises a TypeError when it compiles.
         """
 
-        def local(x, params):
-            return kernel(x.reshape(-1, x.shape[-1]), *params, plan).reshape(x.shape)
+        def local(x, params, per_image):
+            rows = x.reshape(-1, x.shape[-1])
+            return kernel(rows, *params, *per_image, plan).reshape(x.shape)
 
         if self.axes:  # because compilers do not partition kernels
             split = PartitionSpec(self.axes)
             local = jax.shard_map(
                 local,
-                in_specs=(split, PartitionSpec()),
+                in_specs=(split, PartitionSpec(), split),
                 out_specs=split,
                 axis_names=set(self.axes),
                 check_vma=False,
             )
         try:
-            return local(x, params)
+            return local(x, params, per_image)
         except TypeError as error:
             if "custom_vjp" not in str(error):
                 raise

@@ -21,6 +21,7 @@ from functools import partial
 
 import jax
 
+from hivit_jax.kernels.grid_tpu import over_rows
 from hivit_jax.kernels.numerics import (
     F32,
     Plan,
@@ -30,27 +31,33 @@ from hivit_jax.kernels.numerics import (
     layer_norm,
     normal_cdf,
     normalize_vjp,
-    over_rows,
 )
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def mlp_block(x: jax.Array, weights: Weights, plan: Plan) -> jax.Array:
-    """Run the MLP branch, [T, C] -> [T, C]."""
-    return _run(x, weights, replace(plan, keep=False))[0]
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def mlp_block(
+    x: jax.Array, weights: Weights, image_scale: jax.Array | None, plan: Plan
+) -> jax.Array:
+    """Run the MLP branch, [T, C] -> [T, C].
+
+    Args:
+      image_scale: [B] float32, factor of the branch of each image, T / B rows; None: 1.
+        It has no gradient.
+    """
+    return _run(x, weights, image_scale, replace(plan, keep=False))[0]
 
 
-def _run(x, weights, plan):
+def _run(x, weights, image_scale, plan):
     """Return the output, and a tuple with the output of fc1 if `plan.keep`."""
     hidden_width = weights.w1.shape[1]
 
-    def kernel(row_refs, weights, out_refs, _, __):
+    def kernel(row_refs, weights, out_refs, _, __, scaled):
         x = row_refs[0][...]
         scale, bias, w1, b1, w2, b2 = (weight[...] for weight in weights)
         hidden = dot(layer_norm(x, scale, bias, plan.eps)[2], w1) + b1
         g = hidden * normal_cdf(hidden, x.dtype)
-        y = dot(g.astype(x.dtype), w2) + b2
-        out_refs[0][...] = (x.astype(F32) + y if plan.add else y).astype(x.dtype)
+        y = scaled(dot(g.astype(x.dtype), w2) + b2)
+        out_refs[0][...] = (x.astype(F32) + y).astype(x.dtype)
         if plan.keep:
             out_refs[1][...] = hidden.astype(x.dtype)
 
@@ -60,23 +67,26 @@ def _run(x, weights, plan):
         [x],
         weights,
         extra_widths=[hidden_width] if plan.keep else [],
+        image_scale=image_scale,
         flops=4 * x.size * hidden_width,
         name="mlp_block",
     )
     return out, tuple(kept)
 
 
-def _forward(x, weights, plan):
-    out, kept = _run(x, weights, plan)
-    return out, (x, weights, kept)
+def _forward(x, weights, image_scale, plan):
+    out, kept = _run(x, weights, image_scale, plan)
+    return out, (x, weights, image_scale, kept)
 
 
 def _backward(plan, saved, gradient):
-    x, weights, kept = saved
+    x, weights, image_scale, kept = saved
     dtype = x.dtype
 
-    def kernel(row_refs, weights, out_refs, sums, _):
-        x, dy = row_refs[0][...], row_refs[1][...]
+    def kernel(row_refs, weights, out_refs, sums, _, scaled):
+        x, dout = row_refs[0][...], row_refs[1][...]
+        dy32 = scaled(dout)
+        dy = dy32.astype(dtype)
         scale, bias, w1, b1, w2, _ = weights
         x_hat, inverse, n = layer_norm(x, scale[...], bias[...], plan.eps)
         if plan.keep:
@@ -95,10 +105,9 @@ def _backward(plan, saved, gradient):
         dw1[...] += dot(n, dh16, (0, 0))
         db1[...] += dh.sum(0, keepdims=True)
         dw2[...] += dot(g, dy, (0, 0))
-        db2[...] += dy.astype(F32).sum(0, keepdims=True)
+        db2[...] += dy32.sum(0, keepdims=True)
         dx = normalize_vjp(dn * scale[...], x_hat, inverse)
-        dx = dx + dy.astype(F32) if plan.add else dx
-        out_refs[0][...] = dx.astype(dtype)
+        out_refs[0][...] = (dx + dout.astype(F32)).astype(dtype)
 
     (out,), sums = over_rows(
         kernel,
@@ -106,10 +115,11 @@ def _backward(plan, saved, gradient):
         [x, gradient, *kept],
         weights,
         weights,
+        image_scale=image_scale,
         flops=(8 if plan.keep else 10) * x.size * weights.w1.shape[1],
         name="mlp_block_gradient",
     )
-    return out, Weights(*sums)
+    return out, Weights(*sums), None
 
 
 mlp_block.defvjp(_forward, _backward)

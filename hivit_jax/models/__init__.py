@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from hivit_jax.aliases import unknown_key
-from hivit_jax.errors import unknown
+from hivit_jax.errors import ConfigError, unknown
 from hivit_jax.models.base import Model
 from hivit_jax.models.classifier import Classifier
 from hivit_jax.models.config import (
@@ -130,6 +130,13 @@ def configure(
     model_class, config = variant(name)
     known = override_types(type(config))
     for key in overrides:
+        if key in ("pretrained", "checkpoint_path", "weights"):
+            raise ConfigError(
+                f"{key}={overrides[key]!r}: create_model initializes new parameters; "
+                "for saved ones use hivit_jax.load_pretrained(PATH).\nPATH: a .pth or "
+                ".safetensors file, a workdir, a saved directory or "
+                "hf://ORGANIZATION/NAME (docs/weights.md)"
+            )
         if key not in known:
             raise unknown_key(f"override of {name}", key, known)
     run_keys = {f.name for f in fields(RunOptions)} & overrides.keys()
@@ -156,6 +163,11 @@ def create_model(name: str, seed: int | jax.Array = 0, **overrides: Any) -> Mode
     model = model_class(config, run_options, rngs=ParameterKeys(seed))
     model.name = name
     return model
+
+
+def create_arguments(section: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of `create_model` in the section `model` of a config."""
+    return {k: v for k, v in section.items() if v is not None and k != "freeze"}
 
 
 def arguments_of(model: Model) -> dict[str, Any]:

@@ -124,11 +124,27 @@ class Model(nnx.Module):
         ids_keep: jax.Array | None = None,
         stride_32: bool = False,
     ) -> list[jax.Array]:
-        """Return the encoder's feature pyramid, see `Encoder.features`."""
+        """Return the outputs of all stages as feature maps in raster order.
+
+        Args:
+          images: [B, H, W, C], float32, normalized.
+          ids_keep: [B, K] int32, indices of the visible units; None: all units.
+          stride_32: add a map at stride 32, a 2x2 max pooling of the last map.
+
+        Returns:
+          [B, H/4, W/4, E/4], [B, H/8, W/8, E/2], [B, H/16, W/16, E] in compute dtype
+          and, with `stride_32`, [B, H/32, W/32, E]. `HiViT.features` describes those of
+          visible units.
+        """
         return self.encoder.features(images, ids_keep, stride_32)
 
     def layers(self, images: jax.Array, attention: bool = False) -> list[BlockOutput]:
-        """Return the output of each block with attention, see `Encoder.layers`."""
+        """Return tokens and attention of each main-stage block, see `BlockOutput`.
+
+        Args:
+          images: [B, H, W, C], float32, normalized.
+          attention: also return attention weights, [B, heads, N, N] without windows.
+        """
         return self.encoder.layers(images, attention)
 
     def parameter_count(self) -> int:

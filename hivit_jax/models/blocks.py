@@ -13,7 +13,7 @@ from jax.sharding import AxisType
 from hivit_jax.kernels import dispatch
 from hivit_jax.models.attention import Attention
 from hivit_jax.models.config import RunOptions
-from hivit_jax.models.layers import INIT, Mlp, drop_path
+from hivit_jax.models.layers import INIT, Mlp, drop_path, drop_path_scale
 from hivit_jax.models.norms import LayerNorm
 from hivit_jax.models.positions import Grid
 from hivit_jax.models.windows import Windows
@@ -126,22 +126,17 @@ class AttentionBlock(MlpBlock):
 
 
 def _add_branch(x, plain, fused, drop):
-    """Return ``x + drop_path(branch)``; without drop path, a fused kernel also adds x.
+    """Return ``x + drop_path(branch)``.
 
     Args:
       plain: function that computes the branch if `fused` is None.
       fused: fused kernel from `dispatch`, or None.
       drop: further arguments of `drop_path`.
     """
-    drop_path_rate, drop_path_keys, _ = drop
     if fused is None:
         return x + drop_path(plain(), *drop)
-    if drop_path_rate is None or drop_path_keys is None:
-        return fused(True)
-    # Adds matrices, for the reason given in `drop_path`.
-    rows = -1, x.shape[-1]
-    branch = drop_path(fused(False), *drop).reshape(rows)
-    return (x.reshape(rows) + branch).reshape(x.shape)
+    scale = drop_path_scale(*drop, x.dtype)
+    return fused(None if scale is None else scale.astype(jnp.float32))
 
 
 def run_blocks(

@@ -4,15 +4,15 @@ Parameters are float32. `dtype` is the dtype of matrix products and of block out
 LayerNorm statistics are always float32.
 """
 
-import math
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from hivit_jax.kernels.numerics import gelu_slope, normal_cdf
+from hivit_jax.kernels.numerics import gelu_slope, normal_cdf, scale_images
 from hivit_jax.models.arguments import make_key
 from hivit_jax.models.norms import LayerNorm
 
@@ -79,18 +79,25 @@ def drop_path(
       branch_index: index of the branch in the model, because each branch draws its own
         samples to drop.
     """
+    scale = drop_path_scale(drop_path_rate, drop_path_keys, branch_index, x.dtype)
+    return x if scale is None else scale_images(x, scale)
+
+
+def drop_path_scale(
+    drop_path_rate: float | jax.Array | None,
+    drop_path_keys: jax.Array | None,
+    branch_index: int | jax.Array,
+    dtype: Any,
+) -> jax.Array | None:
+    """Return the factors of `drop_path`, [B]: 0 or 1 / (1 - rate); or None for 1."""
     if drop_path_rate is None or drop_path_keys is None:
-        return x
+        return None
     keep_prob = 1 - jnp.float32(drop_path_rate)
 
     def keep(key):
         return jax.random.bernoulli(jax.random.fold_in(key, branch_index), keep_prob)
 
-    scale = jax.vmap(keep)(drop_path_keys).astype(x.dtype) / keep_prob.astype(x.dtype)
-    rows = math.prod(x.shape[:-1]) // max(len(scale), 1)
-    # As a matrix, because XLA:TPU pads the tokens of each image to whole tiles.
-    matrix = x.reshape(-1, x.shape[-1]) * jnp.repeat(scale, rows)[:, None]
-    return matrix.reshape(x.shape)
+    return jax.vmap(keep)(drop_path_keys).astype(dtype) / keep_prob.astype(dtype)
 
 
 @jax.custom_jvp

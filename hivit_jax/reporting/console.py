@@ -17,17 +17,29 @@ def log(text: str) -> None:
 def step_line(step: int, total: int, values: Scalars) -> str:
     """Return the log line of a training step.
 
-    For example ``step 120/1000  loss 0.5432  lr 1.20e-03  3,210 images/s  1:23 left``.
+    For example ``step 120/1000  epoch 1.2  loss 0.5432  grad 0.871  lr 1.20e-03  3,210
+    images/s  MFU 41%  12.3 GiB  1:23 left``, in one line. With several chips, the
+    throughput is per chip. MFU and device memory are omitted where they are unknown.
+
+    Args:
+      values: metrics of the step and of `metrics.device_metrics`.
     """
+    speed = f"{values['images_per_second_per_chip']:,.0f} images/s"
+    if values["images_per_second_per_chip"] != values["images_per_second"]:
+        speed += "/chip"
+    if "mfu" in values:
+        speed += f"  MFU {values['mfu']:.0%}"
+    if "device_memory" in values:
+        speed += f"  {values['device_memory'] / 2**30:.1f} GiB"
     notes = ""
     if values["input_bound"] > 0.1:
         notes += f"  (waiting for images in {values['input_bound']:.0%} of steps)"
     if values["unreadable"]:
         notes += f"  ({values['unreadable']:,} unreadable images)"
     return (
-        f"step {step}/{total}  loss {values['loss']:.4f}  "
-        f"lr {values['learning_rate']:.2e}  {values['images_per_second']:,.0f} images/s"
-        f"  {duration(values['seconds_left'])} left{notes}"
+        f"step {step}/{total}  epoch {values['epoch']:.1f}  loss {values['loss']:.4f}  "
+        f"grad {values['gradient_norm']:.3g}  lr {values['learning_rate']:.2e}  "
+        f"{speed}  {duration(values['seconds_left'])} left{notes}"
     )
 
 

@@ -149,20 +149,16 @@ def contact_sheet(rows: Mapping[str, np.ndarray], columns: int) -> np.ndarray:
     return _pixels(figure)
 
 
-def draw_run(
-    workdir: Path, step: int, task_figures: Mapping[str, np.ndarray]
-) -> dict[str, np.ndarray]:
+def draw_run(workdir: Path, step: int, task_figures: Mapping[str, np.ndarray]) -> None:
     """Write the curves of a run and a task's figures of this step as PNG files.
 
-    Returns:
-      All figures by name, uint8 [H, W, 3].
+    Args:
+      task_figures: uint8 [H, W, 3] by name.
     """
     directory = workdir / "figures"
-    curves_image = curves(workdir)
-    write_png(directory / "curves.png", curves_image)
+    write_png(directory / "curves.png", curves(workdir))
     for name, pixels in task_figures.items():
         write_png(directory / f"{name}_{step:07d}.png", pixels)
-    return {"curves": curves_image, **task_figures}
 
 
 def write_png(path: Path, pixels: np.ndarray) -> None:

@@ -1,17 +1,20 @@
-"""Metrics of a run: metrics.jsonl, TensorBoard, throughput, best evaluation."""
+"""Metrics of a run: metrics.jsonl, boards, throughput, best evaluation."""
 
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from hivit_jax.errors import ConfigError, first_line
 from hivit_jax.paths import is_bucket
+from hivit_jax.reporting import boards
+from hivit_jax.xla.chips import chip_of
 
 Scalars = Mapping[str, float | int]
 
@@ -20,14 +23,21 @@ class Writer:
     """Writer of the scalars and images of one run; only process 0 may create one.
 
     Args:
-      workdir: directory of ``metrics.jsonl``, one JSON object per line. TensorBoard
-        files are also written if tensorboardX is installed and `workdir` is not in a
-        bucket.
+      workdir: directory of ``metrics.jsonl``, one JSON object per line, and of
+        TensorBoard files; see `boards.open_boards`.
       first_step: step that the run starts or resumes at. Lines of later steps are
         deleted, because the resumed run writes them again.
+      settings: the run's config by dotted key, for TensorBoard and wandb.
+      project: project of Weights & Biases; "": none.
     """
 
-    def __init__(self, workdir: str | Path, first_step: int = 0):
+    def __init__(
+        self,
+        workdir: str | Path,
+        first_step: int = 0,
+        settings: Mapping[str, Any] | None = None,
+        project: str = "",
+    ):
         from etils import epath  # late, because compiling a step does not need it
 
         self._path = path = epath.Path(workdir) / "metrics.jsonl"
@@ -40,10 +50,10 @@ class Writer:
         # Objects in a bucket cannot be appended to, so `scalars` writes the whole text.
         remote = is_bucket(path)
         self._file = None if remote else open(path, "a", buffering=1)  # noqa: SIM115
-        self._board = None if remote else _tensorboard(workdir)
+        self._boards = boards.open_boards(path.parent, settings or {}, project)
 
     def scalars(self, step: int, values: Scalars) -> None:
-        """Append a line to metrics.jsonl and a point to every TensorBoard curve.
+        """Append a line to metrics.jsonl and a point to the curves of every board.
 
         Does nothing without values, or if metrics.jsonl already contained a line with
         this step and these names when the run resumed.
@@ -57,22 +67,20 @@ class Writer:
         else:
             self._text += text
             self._path.write_text(self._text)
-        if self._board:
-            for name, value in values.items():
-                self._board.add_scalar(name, value, step)
+        for board in self._boards:
+            board.scalars(step, values)
 
     def images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
-        """Write images by name, uint8 [H, W, 3], to TensorBoard."""
-        if self._board:
-            for name, pixels in images.items():
-                self._board.add_image(name, pixels, step, dataformats="HWC")
+        """Write images by name, uint8 [H, W, 3], to every board."""
+        for board in self._boards:
+            board.images(step, images)
 
     def close(self) -> None:
         """Flush and close all files."""
         if self._file:
             self._file.close()
-        if self._board:
-            self._board.close()
+        for board in self._boards:
+            board.close()
 
 
 def prepare_workdir(workdir: Path) -> None:
@@ -112,14 +120,6 @@ def read(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             continue
     return lines
-
-
-def _tensorboard(workdir: str | Path) -> Any:
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(str(workdir))
 
 
 class Throughput:
@@ -162,6 +162,37 @@ class Throughput:
         self._start += time.perf_counter() - start
 
 
+def device_metrics(
+    images_per_second: float, devices: Sequence[jax.Device], flops: float
+) -> dict[str, float]:
+    """Return the throughput and memory of the chips that a run uses.
+
+    Args:
+      images_per_second: throughput of all devices.
+      devices: the run's devices; at least one belongs to this process.
+      flops: operations per image.
+
+    Returns:
+      "images_per_second" and "images_per_second_per_chip"; "mfu" (model FLOP
+      utilization), the operations per second as a fraction of the chips' bfloat16 peak,
+      if the peak is known; "device_memory", the most bytes that a device of this
+      process has used, if the backend reports them.
+    """
+    chip = chip_of(devices[0].device_kind)
+    chips = len(devices) / (chip.devices if chip else 1)
+    per_chip = images_per_second / chips
+    found = {
+        "images_per_second": images_per_second,
+        "images_per_second_per_chip": per_chip,
+    }
+    if chip:
+        found["mfu"] = per_chip * flops / chip.flops
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "peak_bytes_in_use" in stats:
+        found["device_memory"] = stats["peak_bytes_in_use"]
+    return found
+
+
 def read_evaluation(workdir: Path, step: int) -> dict[str, float]:
     """Return the last evaluation of a step in metrics.jsonl, or {}."""
     for line in reversed(read(workdir / "metrics.jsonl")):
@@ -177,3 +208,13 @@ def score(results: Scalars, best: Best) -> float:
     """Return a number that is larger for a better evaluation."""
     name, direction = best
     return results[name] if direction == "max" else -results[name]
+
+
+def evaluations_since_best(workdir: Path, step: int, best: Best) -> int:
+    """Return the number of evaluations, up to a step, after the first best one.
+
+    Reads metrics.jsonl, so that the number survives an interruption.
+    """
+    lines = [line for line in read(workdir / "metrics.jsonl") if "eval/count" in line]
+    scores = [score(line, best) for line in lines if line["step"] <= step]
+    return len(scores) - 1 - scores.index(max(scores)) if scores else 0

@@ -13,13 +13,15 @@ import numpy as np
 import optax
 
 from hivit_jax.data.sources.base import DatasetInfo, Source
+from hivit_jax.data.sources.splits import NO_EVALUATION
 from hivit_jax.data.transforms import Transform
 from hivit_jax.errors import ConfigError
 from hivit_jax.models import Model, create_model
 from hivit_jax.rng import Keys
 from hivit_jax.tasks import defaults, warnings
+from hivit_jax.training.freezing import frozen_parameters
 from hivit_jax.training.optimizer import make_optimizer
-from hivit_jax.tree import split_state
+from hivit_jax.tree import named_leaves, split_state
 
 PerSample = dict[str, jax.Array]  # name -> float32 [B]
 Rows = dict[str, jax.Array]  # name -> [B, ...]
@@ -59,6 +61,11 @@ class Task:
     @classmethod
     def check(cls, config: Any) -> None:
         """Raise ConfigError for an invalid config. `config.load` calls this method."""
+        if config.early_stopping and config.data.eval_split == NO_EVALUATION:
+            raise ConfigError(
+                f"early_stopping={config.early_stopping} with data.eval_split="
+                f"{NO_EVALUATION!r}; expected 0, because the run has no evaluations"
+            )
         defaults.check_value_range(config.data.value_range)
         if cls.model_class is not None:
             defaults.check_model(config, cls.model_class)
@@ -133,9 +140,14 @@ class Task:
         self, model: Model, schedule: optax.Schedule
     ) -> optax.GradientTransformation:
         """Return the optimizer for a model's parameters. The model may be abstract."""
-        options, params = self.config.optimizer, split_state(model)[1]
+        options = self.config.optimizer
         layer_ids = model.layer_ids() if options.layer_decay != 1.0 else {}
-        return make_optimizer(options, schedule, params, self.is_decayed, layer_ids)
+        return make_optimizer(options, schedule, self.is_decayed, layer_ids)
+
+    def frozen_parameters(self, model: Model) -> frozenset[str]:
+        """Return the names of the parameters that `model.freeze` selects."""
+        names = named_leaves(split_state(model)[1])
+        return frozen_parameters(self.config.model.freeze, names)
 
     def frozen(self) -> Any:
         """Return a pytree of arrays that every step receives.
@@ -151,6 +163,13 @@ class Task:
           layer_norm_cost: multiply-adds per LayerNorm element; 5 in published tables.
         """
         return model.macs(layer_norm_cost=layer_norm_cost)
+
+    def training_flops(self, model: Model) -> int:
+        """Return the operations of one image in a training step.
+
+        A multiply-add is two operations. Without norms and recomputation.
+        """
+        return 2 * self.passes * self.macs(model)
 
     # --- On the host, in threads ------------------------------------------------------
 

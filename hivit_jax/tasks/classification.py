@@ -12,7 +12,7 @@ import optax
 from hivit_jax import rng
 from hivit_jax.augment import image as image_ops
 from hivit_jax.augment import mixing
-from hivit_jax.data.sources.base import Source
+from hivit_jax.data.sources.base import DatasetInfo, Source
 from hivit_jax.data.transforms import evaluation_image
 from hivit_jax.errors import ConfigError
 from hivit_jax.keys import Key
@@ -44,6 +44,12 @@ class Classification(Task):
         "cutmix": Key(0.0, "alpha of CutMix; 0: off", 0, 1000),
         "random_erasing": Key(
             0.0, "probability of erasing a rectangle of an image", 0, 1
+        ),
+        "class_weights": Key(
+            "",
+            "weights of the classes in the training loss: `balanced` (inversely "
+            "proportional to their training images), or one number per class, "
+            "separated by commas; empty: none",
         ),
     }
     best = ("eval/top1", "max")
@@ -90,6 +96,11 @@ class Classification(Task):
         """Return 2 for Mixup or CutMix, which mix pairs of images; else 1."""
         return 2 if config.get("mixup") or config.get("cutmix") else 1
 
+    def __init__(self, config: Any, data: DatasetInfo):
+        super().__init__(config, data)
+        text, num_classes = config.get("class_weights"), self.config.model.num_classes
+        self.class_weights = class_weights(text, data, num_classes) if text else None
+
     def loss(
         self, model: Classifier, frozen: Any, batch: dict, keys: Keys
     ) -> PerSample:
@@ -101,7 +112,9 @@ class Classification(Task):
         drop_path_keys = rng.split_keys(keys.samples, "drop_path")
         logits = model(images, drop_path_keys=drop_path_keys)
         if self.config.data.multi_label:
-            return multi_label_metrics(logits, targets)
+            return multi_label_metrics(logits, targets, self.class_weights)
+        if self.class_weights is not None:
+            targets = targets * self.class_weights
         loss = optax.softmax_cross_entropy(logits, targets)
         return {"loss": loss, **topk_correct(logits, batch["label"])}
 
@@ -209,14 +222,58 @@ class Classification(Task):
         predictions.write(batches, out, names, read)
 
 
-def multi_label_metrics(logits: jax.Array, targets: jax.Array) -> PerSample:
+def multi_label_metrics(
+    logits: jax.Array, targets: jax.Array, weights: np.ndarray | None = None
+) -> PerSample:
     """Return the binary cross entropy, the mean over all classes.
 
     Args:
       logits: [B, classes].
       targets: probabilities, [B, classes].
+      weights: factors of the classes, [classes]; None: 1.
     """
-    return {"loss": optax.sigmoid_binary_cross_entropy(logits, targets).mean(-1)}
+    loss = optax.sigmoid_binary_cross_entropy(logits, targets)
+    loss = loss if weights is None else loss * weights
+    return {"loss": loss.mean(-1)}
+
+
+def class_weights(text: str, data: DatasetInfo, num_classes: int) -> np.ndarray | None:
+    """Return the weights of `class_weights`, float32 [classes].
+
+    With "balanced", a class with k of n training images has the weight ``n / (k *
+    classes)``. The mean weight of the training images is 1. Classes without training
+    images do not count and have the weight 0.
+
+    Returns:
+      None for "balanced" if `data` has no training split.
+
+    Raises:
+      ConfigError: the text is neither "balanced" nor one number from 0 per class, or
+        the class of each training image is unknown.
+    """
+    if text == "balanced":
+        if "train" not in data.counts:
+            return None
+        if not data.class_counts:
+            raise ConfigError(
+                "class_weights='balanced' requires a dataset that lists one label per "
+                "image before the images are read; expected one number per class"
+            )
+        counts = np.zeros(num_classes)
+        counts[: len(data.class_counts)] = data.class_counts
+        present = counts > 0
+        weights = counts.sum() / present.sum() / np.where(present, counts, np.inf)
+        return weights.astype(np.float32)
+    try:
+        values = np.array([float(part) for part in text.split(",")])
+    except ValueError:
+        values = np.array(np.nan)
+    if values.shape != (num_classes,) or not (values >= 0).all() or not values.any():
+        raise ConfigError(
+            f"class_weights={text!r}; expected 'balanced', or {num_classes} numbers "
+            "from 0, separated by commas, one per class"
+        )
+    return values.astype(np.float32)
 
 
 def classification_metrics(logits: jax.Array, labels: jax.Array) -> PerSample:

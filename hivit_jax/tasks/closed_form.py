@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hivit_jax import inputs
-from hivit_jax.distributed.sharding import make_mesh
 from hivit_jax.reporting import console
 from hivit_jax.reporting.classes import MIN_TOP5
 from hivit_jax.tasks import probing
@@ -39,8 +38,8 @@ def closed_form_probe(
     Raises:
       DataError: more images are unreadable than `data.max_unreadable` allows.
     """
+    config, mesh = probing.fit_to_devices(config)
     task = inputs.make_task(config, "train", "test")
-    mesh = make_mesh(config.mesh, config.batch_size)
     encode = probing.make_encoder(config, task, mesh, unit_length=False)
     train, test = (
         probing.encode_split(config, encode, mesh, split, heartbeat)

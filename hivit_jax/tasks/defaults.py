@@ -13,13 +13,19 @@ from hivit_jax.augment.resample import MAXIMUM
 from hivit_jax.data.sources.base import DatasetInfo
 from hivit_jax.data.transforms import ImageTransform
 from hivit_jax.errors import ConfigError
-from hivit_jax.models import Model, configure, image_shape, variant
+from hivit_jax.models import (
+    Model,
+    configure,
+    create_arguments,
+    image_shape,
+    variant,
+)
 from hivit_jax.rng import Keys
 
 
 def model_arguments(config: Any) -> dict[str, Any]:
     """Return the arguments of `create_model` that a config contains."""
-    return {key: value for key, value in config.model.items() if value is not None}
+    return create_arguments(config.model)
 
 
 def check_model(config: Any, model_class: type[Model]) -> None:

@@ -1,5 +1,6 @@
 """k-nearest-neighbor classification with the features of a pretrained encoder."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -14,7 +15,7 @@ from hivit_jax import inputs
 from hivit_jax.data.prefetch import prefetch_to_device
 from hivit_jax.data.sources.registry import open_source
 from hivit_jax.data.unreadable import check_unreadable
-from hivit_jax.distributed.sharding import make_mesh, state_shardings
+from hivit_jax.distributed.sharding import BATCH, make_mesh, on_mesh, state_shardings
 from hivit_jax.errors import ConfigError
 from hivit_jax.reporting.console import log
 from hivit_jax.tasks.base import Task
@@ -45,8 +46,8 @@ def nearest_neighbors(
     Raises:
       DataError: more images are unreadable than `data.max_unreadable` allows.
     """
+    config, mesh = fit_to_devices(config)
     task = inputs.make_task(config, "train", "test")
-    mesh = make_mesh(config.mesh, config.batch_size)
     encode = make_encoder(config, task, mesh, unit_length=True)
     num_classes = max(len(task.data.classes), config.model.get("num_classes") or 0)
 
@@ -76,6 +77,18 @@ def nearest_neighbors(
     )
     log(f"nearest neighbors  top1 {top1:.2%}  top5 {top5:.2%}  ({count:,} images)")
     return {"knn/top1": top1, "knn/top5": top5, "knn/count": count}
+
+
+def fit_to_devices(config: Any) -> tuple[Any, Mesh]:
+    """Return the config with a batch size that its mesh can split, and the mesh.
+
+    The batch size of a probe has no effect on its result, so it is rounded up.
+    """
+    mesh = make_mesh(config.mesh, config.batch_size * jax.device_count())
+    shards = math.prod(mesh.shape[axis] for axis in BATCH[0])
+    config = config.copy_and_resolve_references()
+    config.batch_size = -(-config.batch_size // shards) * shards
+    return config, mesh
 
 
 def encode_split(
@@ -143,4 +156,4 @@ def make_encoder(config: Any, task: Task, mesh: Mesh, unit_length: bool) -> Call
             features /= jnp.linalg.norm(features, axis=-1, keepdims=True)
         return features, batch["label"], batch["weight"], batch["unreadable"]
 
-    return partial(encode, variables)
+    return partial(on_mesh(mesh, encode), variables)

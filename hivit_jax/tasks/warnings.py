@@ -90,6 +90,12 @@ def _class_warnings(config: Any, data: DatasetInfo) -> list[str]:
             f"model.num_classes={num_classes} exceeds the {dataset_classes:,} classes "
             f"of {config.data.name}: the additional outputs are never correct"
         )
+    weights, balance = config.get("class_weights"), config.data.balance
+    if weights and balance:
+        found.append(
+            f"class_weights={weights!r} with data.balance={balance:g}: both give rare "
+            "classes more weight"
+        )
     if num_classes == 1 and not config.data.multi_label:
         found.append("model.num_classes=1: with one class the loss is always 0")
     splits = config.data.train_split, config.data.eval_split

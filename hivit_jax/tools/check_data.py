@@ -38,11 +38,10 @@ from hivit_jax.tools.dataset_split import (
     Split,
 )
 from hivit_jax.tools.outputs import output_path
+from hivit_jax.xla.chips import CHIPS, UTILIZATION
 
 MAX_LISTED = 20  # lines per fault in the printed report
 TIMING_SECONDS = 3.0  # CPU time in which the loader's speed is measured
-UTILIZATION = 0.4  # assumed share of an accelerator's peak FLOP/s
-PEAK_FLOPS = {"H100": 989e12, "TPU v5e": 197e12, "TPU v5p": 459e12}  # bfloat16
 
 
 def split_report(split: Split, faults: dict[str, list[str]]) -> str:
@@ -94,15 +93,14 @@ def images_per_cpu_second(split: Split, transform: Transform) -> float:
 
 def speed_report(task: tasks.Task, model: Model, images_per_core_second: float) -> str:
     """Return a table: for each type of accelerator, the CPU cores that keep it busy."""
-    # 2 FLOPs per multiply-add; a forward pass plus a backward pass of twice its cost.
-    flops = 2 * 3 * task.macs(model)
+    flops = task.training_flops(model)
     title = f"estimate at {UTILIZATION:.0%} of peak"
     speed, cores = images_per_core_second, available_cores()
     lines = [f"speed: {speed:,.0f} training images/s per core, {cores} cores here"]
     lines += ["", _row(title, "images/s", "cores")]
-    for chip, peak in PEAK_FLOPS.items():
-        needed = UTILIZATION * peak / flops
-        lines.append(_row(f"one {chip}", f"{needed:,.0f}", f"{needed / speed:,.1f}"))
+    for name, chip in CHIPS.items():
+        needed = UTILIZATION * chip.flops / flops
+        lines.append(_row(f"one {name}", f"{needed:,.0f}", f"{needed / speed:,.1f}"))
     return "\n".join(lines)
 
 

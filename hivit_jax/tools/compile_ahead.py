@@ -24,7 +24,9 @@ from hivit_jax.reporting.metrics import prepare_workdir
 from hivit_jax.tools.describe import resolved_schedule
 from hivit_jax.training.step import Training, prepare
 from hivit_jax.xla.ahead import compile_report
-from hivit_jax.xla.chips import GIB, PLUGINS, devices_of
+from hivit_jax.xla.chips import CHIPS, GIB, PLUGINS, UTILIZATION, devices_of
+
+REPORT = "compile.json"  # in the workdir
 
 
 def compile_ahead(
@@ -37,8 +39,8 @@ def compile_ahead(
       search_batch: also search for the largest batch that fits.
 
     Returns:
-      The content of compile.json: the entries of `step_report` and, with
-      `search_batch`, of `largest_batch`.
+      The content of compile.json: the entries of `step_report`, `run_cost` and, with
+      `search_batch`, `largest_batch`.
 
     Raises:
       HivitError: an unknown topology, a compiler that is not installed, or a mesh or
@@ -48,9 +50,10 @@ def compile_ahead(
     workdir = open_path(workdir)
     prepare_workdir(workdir)
     report = step_report(config, devices, topology)
+    report |= run_cost(config, report)
     if search_batch:
         report |= largest_batch(config, devices, report)
-    path = workdir / "compile.json"
+    path = workdir / REPORT
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(report, indent=2) + "\n")
     temporary.replace(path)
@@ -73,12 +76,53 @@ def step_report(
         "devices": mesh.size,
         "mesh": dict(mesh.shape),
         "model": config.model.name,
-        "config_sha256": hashlib.sha256(to_json(config).encode()).hexdigest(),
+        "config_sha256": _digest(config),
         "batch_size": config.batch_size,
         "batch_per_device": config.batch_size // shards,
         "versions": {p: metadata.version(p) for p in ("jax", PLUGINS[chip])},
     }
     return setup | compile_report(prepare_training(config, mesh), chip)
+
+
+def run_cost(config: Any, report: dict[str, Any]) -> dict[str, Any]:
+    """Return {"run": images and hours of the whole run}, for JSON.
+
+    Hours are those of the roofline bound and of `UTILIZATION` of it, without evaluation
+    and reading of images. They are None if the step does not fit.
+    """
+    chips = report["devices"] // CHIPS[report["topology"].partition(":")[0]].devices
+    images = resolved_schedule(config)[1] * config.batch_size
+    hours, bound = None, report["roofline"]
+    if bound:
+        hours = images / (chips * bound["images_per_second_per_chip"]) / 3600
+    return {
+        "run": {
+            "images": images,
+            "chips": chips,
+            "hours_at_bound": hours,
+            "utilization": UTILIZATION,
+            "hours_at_utilization": hours and hours / UTILIZATION,
+        }
+    }
+
+
+def earlier_summary(config: Any, workdir: str | Path) -> str:
+    """Return the `summary` of WORKDIR/compile.json; "" if there is none.
+
+    A note follows if the file belongs to another config.
+    """
+    path = open_path(workdir) / REPORT
+    try:
+        report = json.loads(path.read_text())
+        text = f"{path}:\n{summary(report)}"
+    except (OSError, ValueError, LookupError, TypeError):
+        return ""
+    same = report.get("config_sha256") == _digest(config)
+    return text if same else f"{text}\nnote: compiled with another config"
+
+
+def _digest(config: Any) -> str:
+    return hashlib.sha256(to_json(config).encode()).hexdigest()
 
 
 def prepare_training(config: Any, mesh: Mesh) -> Training:
@@ -147,6 +191,17 @@ def summary(report: dict[str, Any]) -> str:
             f"at most {cost['images_per_second_per_chip']:,.0f} images/s per chip, "
             f"bound by {cost['bound']}"
         )
+    run = report.get("run", {})
+    if run.get("hours_at_bound"):
+        lines.append(f"the run's {run['images']:,} images take at least")
+        fractions = {
+            "at the bound": run["hours_at_bound"],
+            f"at {run['utilization']:.0%} of it": run["hours_at_utilization"],
+        }
+        lines += [
+            f"  {label:<14}{hours:12,.2f} hours{hours * run['chips']:14,.1f} chip-hours"
+            for label, hours in fractions.items()
+        ]
     if "largest_batch_per_device" in report:
         lines.append(
             f"largest batch per device: {report['largest_batch_per_device']} "

@@ -1,6 +1,7 @@
 """Describe a recipe: config, parameters, cost, schedule, hours. Runs no model."""
 
 from collections import defaultdict
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from hivit_jax.training.schedule import (
     warmup_steps,
 )
 from hivit_jax.tree import named_leaves, split, split_state
-from hivit_jax.xla.chips import CHIPS
+from hivit_jax.xla.chips import CHIPS, UTILIZATION
 
 
 def describe(config: Any) -> str:
@@ -32,8 +33,12 @@ def describe(config: Any) -> str:
     images_per_epoch = inputs.images_per_epoch(config, task)
     warnings = task.warnings(*inputs.count_steps(config, images_per_epoch))
     head = ["\n".join(f"warning: {line}" for line in warnings)] if warnings else []
-    tables = [parameter_table(model), cost_table(task, model), schedule_table(config)]
-    tables.append(hours_table(config, task, model))
+    tables = [
+        parameter_table(model, task.frozen_parameters(model)),
+        cost_table(task, model),
+        schedule_table(config),
+        hours_table(config, task, model),
+    ]
     return "\n\n".join([*head, configs.to_json(config).rstrip(), *tables])
 
 
@@ -76,8 +81,12 @@ def recipe_diff(config: Any, path: str) -> str:
     return f"differences from {path}: {text}"
 
 
-def parameter_table(model: Model) -> str:
-    """Return a table: the number of parameters of each part of the model."""
+def parameter_table(model: Model, frozen: Collection[str] = ()) -> str:
+    """Return a table: the number of parameters of each part of the model.
+
+    Args:
+      frozen: names of the parameters that `model.freeze` selects.
+    """
     sizes: dict[str, int] = defaultdict(int)
     for name, leaf in named_leaves(split(model)[1]).items():
         parts = name.split("/")
@@ -90,7 +99,8 @@ def parameter_table(model: Model) -> str:
     lines = [f"{part:<30} {size:>12,}" for part, size in sizes.items()]
     total = model.parameter_count()
     lines.append(f"{'parameters':<30} {total:>12,}  = {total / 1e6:.4f} M")
-    trained = sum(leaf.size for leaf in named_leaves(split_state(model)[1]).values())
+    named = named_leaves(split_state(model)[1])
+    trained = sum(leaf.size for name, leaf in named.items() if name not in frozen)
     if trained != total:
         lines[-1] += f" ({trained / 1e6:.4f} M trained)"
     return "\n".join(lines)
@@ -129,25 +139,36 @@ def schedule_table(config: Any) -> str:
 
 
 def hours_table(config: Any, task: tasks.Task, model: Model) -> str:
-    """Return the run's throughput and hours at the bfloat16 peaks of known chips.
+    """Return the run's throughput and hours at and below the peaks of known chips.
 
     Counts the multiply-adds of `Task.passes` forward passes, but not memory traffic,
     recomputation, evaluation and reading of images.
     """
     _, total_steps, _ = resolved_schedule(config)
     images = total_steps * config.batch_size
-    flops = 2 * task.passes * task.macs(model)
+    flops = task.training_flops(model)
     lines = [
-        f"about {flops / 1e9:,.1f} GFLOP per training image; at the bfloat16 peak of a "
-        "chip, which no run reaches:",
-        f"{'':8}{'images/s per chip':>18}{'hours, 1 chip':>15}{'hours, 8 chips':>16}",
+        f"about {flops / 1e9:,.1f} GFLOP per training image; {images:,} images take at "
+        "least",
+        _row("", "images/s per chip", "chip-hours", "hours, 8 chips", _AT_FRACTION),
     ]
     for name, chip in CHIPS.items():
         speed = chip.flops / flops
         hours = images / speed / 3600
-        lines.append(f"{name:8}{speed:18,.0f}{hours:15,.2f}{hours / 8:16,.2f}")
-    lines.append("--mode compile --topology=v5e:8 (or another) includes memory traffic")
+        row = hours, hours / 8, hours / 8 / UTILIZATION
+        lines.append(_row(name, f"{speed:,.0f}", *(f"{each:,.2f}" for each in row)))
+    lines += [
+        "at the bfloat16 peak of a chip, which no run reaches (docs/cost.md).",
+        "--mode compile --topology=v5e:2x4 (or another) includes memory traffic",
+    ]
     return "\n".join(lines)
+
+
+_AT_FRACTION = f"at {UTILIZATION:.0%} of peak"
+
+
+def _row(name: str, *cells: str) -> str:
+    return f"{name:8}" + "".join(f"{cell:>18}" for cell in cells)
 
 
 def resolved_schedule(config: Any) -> tuple[int, int, optax.Schedule]:

@@ -18,7 +18,7 @@ from hivit_jax.data.sources import registry
 from hivit_jax.data.sources.base import DatasetInfo, Source
 from hivit_jax.data.sources.paths import Paths
 from hivit_jax.data.transforms import Transform
-from hivit_jax.distributed.sharding import make_mesh
+from hivit_jax.distributed.sharding import make_mesh, on_mesh
 from hivit_jax.errors import ConfigError, DataError, HivitError, Parser, first_line
 from hivit_jax.models import configure
 from hivit_jax.models.base import make_info
@@ -156,8 +156,10 @@ def compute(
     """
     transform = _NoErrorEndsTheRun(task.transform(train=False))
     batches = inputs.source_batches(config, task, source, transform)
+    mesh = one_device()
+    step = on_mesh(mesh, step)
     with tqdm(total=len(source), desc=title, unit=" images", disable=None) as bar:
-        for batch in prefetch_to_device(batches, one_device()):
+        for batch in prefetch_to_device(batches, mesh):
             outputs = step(batch)
             names = ("index", "unreadable", *[k for k in ("label",) if k in batch])
             facts, rows = jax.device_get(({k: batch[k] for k in names}, outputs))

@@ -26,13 +26,16 @@ from hivit_jax.tools.run_facts import Lines, events, summary
 
 MAX_STEPS = 24  # images of a figure that a report contains for each run
 METRICS = "metrics.jsonl"
-NOT_DRAWN = {"step", "seconds_left", "eval/count"}
+NOT_DRAWN = {"step", "epoch", "seconds_left", "eval/count"}
 # Titles of charts in their order; other metrics follow the losses and evaluations.
 FIRST = {"loss": "training loss", "eval/loss": "evaluation loss"}
 LAST = {
     "learning_rate": "learning rate",
     "gradient_norm": "gradient norm",
     "images_per_second": "throughput, images/s",
+    "images_per_second_per_chip": "throughput per chip, images/s",
+    "mfu": "model FLOP utilization: fraction of the bfloat16 peak",
+    "device_memory": "peak memory of a device, bytes",
     "input_bound": "fraction of steps that waited for images",
     "unreadable": "unreadable training images",
 }

@@ -27,7 +27,6 @@ def learning_rate_scales(
 def make_optimizer(
     o: Any,
     schedule: optax.Schedule,
-    params: Any,
     is_decayed: Callable[[str], bool],
     layer_ids: Mapping[str, int],
 ) -> optax.GradientTransformation:
@@ -40,23 +39,26 @@ def make_optimizer(
     Args:
       o: ``config.optimizer``.
       schedule: function from step to learning rate.
-      params: concrete or abstract parameters; only their names are used.
       is_decayed: function that returns True if weight decay applies to the parameter
         with the given name.
       layer_ids: {parameter name: layer}; used only if `o.layer_decay` is not 1.
     """
-    mask = jax.tree_util.tree_map_with_path(
-        lambda path, _: is_decayed(leaf_name(path)), params
-    )
+
+    def mask(params):
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: is_decayed(leaf_name(path)), params
+        )
+
+    def scale_by_layer(updates, _):
+        scales = learning_rate_scales(updates, layer_ids, o.layer_decay)
+        return jax.tree.map(jnp.multiply, updates, scales)
+
     adam = optax.scale_by_adam(*o.betas, eps=1e-8, mu_dtype=o.first_moment_dtype)
     learning_rate = optax.scale_by_learning_rate(schedule)
     if o.clip_norm:
         adam = _preceded_by(optax.clip_by_global_norm(o.clip_norm), adam)
     if o.layer_decay != 1.0:
-        scales = learning_rate_scales(params, layer_ids, o.layer_decay)
-        layer_decay = optax.stateless(
-            lambda updates, _: jax.tree.map(jnp.multiply, updates, scales)
-        )
+        layer_decay = optax.stateless(scale_by_layer)
         learning_rate = _preceded_by(layer_decay, learning_rate)
     weight_decay = optax.add_decayed_weights(o.weight_decay, mask)
     return optax.chain(adam, weight_decay, learning_rate)

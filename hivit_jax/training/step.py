@@ -3,7 +3,7 @@
 This module reads no images and no checkpoints.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +23,7 @@ from hivit_jax.distributed.sharding import (
 )
 from hivit_jax.tasks.base import Task
 from hivit_jax.training.accumulation import accumulate_gradients
+from hivit_jax.training.freezing import freeze_updates, select_frozen, stop_gradients
 from hivit_jax.tree import split_state
 
 # "step" int32, "params", "model_state", "opt_state"; "ema" if parameters are averaged.
@@ -75,7 +76,8 @@ def prepare(
     """
     model = nnx.eval_shape(task.build_model)
     graphdef = split_state(model)[0]
-    optimizer = task.optimizer(model, schedule)
+    frozen = task.frozen_parameters(model)
+    optimizer = freeze_updates(task.optimizer(model, schedule), frozen)
     init = make_init(task, optimizer, ema_decay)
     step = make_train_step(
         task,
@@ -85,6 +87,7 @@ def prepare(
         seed=seed,
         accumulate_steps=accumulate_steps,
         ema_decay=ema_decay,
+        frozen_names=frozen,
     )
 
     def shard(abstract):
@@ -133,14 +136,16 @@ def make_train_step(
     seed: int,
     accumulate_steps: int = 1,
     ema_decay: float = 0.0,
+    frozen_names: Collection[str] = (),
 ) -> Callable:
     """Return a function (state, frozen, batch, steps_done) -> (state, metrics).
 
     All sums are over the global batch. If the loss, the gradient or any array of the
     new state is not finite, the step leaves the state unchanged. Later steps do the
     same, because the step number in the state is then smaller than `steps_done`.
+    `frozen_names` are the parameters that `optimizer` never changes.
     """
-    gradient = make_gradient(task, graphdef)
+    gradient = make_gradient(task, graphdef, frozen_names)
     if accumulate_steps > 1:
         gradient = accumulate_gradients(gradient, accumulate_steps)
 
@@ -163,8 +168,8 @@ def make_train_step(
                 "opt_state": opt_state,
             }
             if ema_decay:
-                new_state["ema"] = optax.incremental_update(
-                    new_state["params"], state["ema"], 1.0 - ema_decay
+                new_state["ema"] = update_average(
+                    state["ema"], new_state["params"], ema_decay, frozen_names
                 )
             finite = jnp.isfinite(values["loss"] + norm)
             for leaf in jax.tree.leaves(new_state):
@@ -184,7 +189,18 @@ def make_train_step(
     return train_step
 
 
-def make_gradient(task: Task, graphdef: nnx.GraphDef) -> Callable:
+def update_average(
+    average: Any, params: Any, decay: float, frozen_names: Collection[str]
+) -> Any:
+    """Return the new moving average of the parameters."""
+    updated = optax.incremental_update(params, average, 1.0 - decay)
+    # Without this, the average of equal arrays is rounded.
+    return select_frozen(frozen_names, params, updated)
+
+
+def make_gradient(
+    task: Task, graphdef: nnx.GraphDef, frozen_names: Collection[str] = ()
+) -> Callable:
     """Return the gradient function of a task.
 
     The function maps (params, model state, batch, keys, frozen, total weight) to
@@ -194,6 +210,7 @@ def make_gradient(task: Task, graphdef: nnx.GraphDef) -> Callable:
 
     def loss_fn(params, model_state, batch, keys, frozen, total_weight):
         params, model_state, frozen = map(unshard_fsdp, (params, model_state, frozen))
+        params = stop_gradients(params, frozen_names)
         model = nnx.merge(graphdef, params, model_state)
         values = task.loss(model, frozen, batch, keys)
         weight = batch["weight"] / total_weight

@@ -13,7 +13,14 @@ from flax import nnx
 from hivit_jax.augment.resample import MAXIMUM
 from hivit_jax.checkpoints import read as checkpoints
 from hivit_jax.errors import CheckpointError, ConfigError
-from hivit_jax.models import Model, configure, create_model, override_types, variant
+from hivit_jax.models import (
+    Model,
+    configure,
+    create_arguments,
+    create_model,
+    override_types,
+    variant,
+)
 from hivit_jax.models.base import make_info
 from hivit_jax.paths import absolute, expand
 from hivit_jax.reporting import metrics
@@ -169,7 +176,7 @@ def _infer_arguments(
 
 def _read_checkpoint(path: Path, averaged: bool) -> Pretrained:
     config = checkpoints.load_config(path)
-    arguments = {k: v for k, v in config["model"].items() if v is not None}
+    arguments = create_arguments(config["model"])
     params, item = checkpoints.load_arrays(path, averaged)
     dataset = checkpoints.load_dataset_info(path)
     class_names = {"class_names": dataset["classes"]} if dataset else {}

@@ -15,6 +15,7 @@ from hivit_jax.paths import expand
 from hivit_jax.reporting.console import log
 from hivit_jax.tree import split
 from hivit_jax.weights import files
+from hivit_jax.weights.card import model_card
 from hivit_jax.weights.files import CARD, CONFIG, WEIGHTS
 from hivit_jax.weights.load import abstract_model
 from hivit_jax.weights.names.official import from_official, to_state_dict
@@ -56,7 +57,7 @@ def save_pretrained(
         "hivit_jax": hivit_jax.__version__,
     }
     state = _checked_state(model, metadata["arguments"])
-    card = _card(model, metadata).encode()
+    card = model_card(model, metadata["recipe"], metadata["results"]).encode()
     metadata["card"] = _digest(card)
     text = json.dumps(metadata, indent=2, default=_json_value) + "\n"
     try:
@@ -150,74 +151,3 @@ def _digest(content: bytes) -> str:
 def _json_value(value: Any) -> Any:
     """Return a number or array of numpy or JAX as a JSON value."""
     return value.tolist() if hasattr(value, "tolist") else str(value)
-
-
-def _card(model: Model, metadata: dict[str, Any]) -> str:
-    """Return a model card in the Hugging Face hub's format."""
-    arguments, recipe = metadata["arguments"], metadata["recipe"]
-    size = "x".join(map(str, model.config.image_size))
-    family = model.encoder_class.__name__.lower()
-    lines = [
-        "---",
-        "library_name: hivit_jax",
-        f"tags: [{family}, jax, image-feature-extraction]",
-        "---",
-        f"# {model.name}",
-        "",
-        f"{model.architecture}, {model.description} for images of {size} pixels.",
-        "",
-        "| | |",
-        "|---|---|",
-        f"| parameters | {model.parameter_count() / 1e6:.2f} M |",
-        f"| multiply-adds per image | {model.macs(layer_norm_cost=0) / 1e9:.2f} G |",
-    ]
-    lines += [f"| {key} | {value} |" for key, value in arguments.items()]
-    lines += _usage(model)
-    lines += ["## Results", ""]
-    results = [f"- {key}: {value}" for key, value in metadata["results"].items()]
-    lines += results or ["Not available."]
-    lines += ["", "## Training", ""]
-    if recipe.get("task"):
-        text = json.dumps(recipe, indent=2, default=_json_value)
-        lines += ["```json", text, "```"]
-    else:
-        lines.append("The recipe is not available.")
-    return "\n".join(lines) + "\n"
-
-
-def _usage(model: Model) -> list[str]:
-    """Return the lines of a model card on images, Python and classes."""
-    info, shape = model.info, ", ".join(map(str, model.config.image_shape))
-    facts = {
-        "center crop": f"{info.crop:g} of the shorter side, {info.interpolation}",
-        "mean": ", ".join(f"{x:.6g}" for x in info.mean),
-        "standard deviation": ", ".join(f"{x:.6g}" for x in info.std),
-        "factor on pixels": f"{info.scale:.6g}",
-    }
-    lines = [f"| {key} | {value} |" for key, value in facts.items()]
-    lines += [
-        "",
-        "```python",
-        "import hivit_jax",
-        *["import jax"] * info.multi_label,
-        "",
-        "model = hivit_jax.load_pretrained(DIRECTORY)",
-        f'images = hivit_jax.preprocess(model)(["a.jpg", "b.jpg"])  # [2, {shape}]',
-    ]
-    if getattr(model, "head", None) is not None:
-        lines.append(f"logits = model(images)  # [2, {model.config.num_classes}]")
-    if info.class_names and info.multi_label:
-        lines.append("probabilities = jax.nn.sigmoid(logits)  # one per class name")
-    elif info.class_names:
-        lines.append("names = [model.info.class_names[k] for k in logits.argmax(-1)]")
-    lines += [
-        "maps = model.features(images)",
-        "```",
-        "",
-        f"`{WEIGHTS}` has the names and layout of the official PyTorch code.",
-        "",
-    ]
-    if names := info.class_names:
-        more = [f"and {len(names) - 100:,} more in `{CONFIG}`"] if names[100:] else []
-        lines += ["## Classes", "", ", ".join([*names[:100], *more]), ""]
-    return lines

@@ -77,7 +77,7 @@ def _compile(
 
     If the program does not fit, return (None, "", memory).
     """
-    chip = CHIPS[chip_name]
+    limit = CHIPS[chip_name].memory // CHIPS[chip_name].devices
     try:
         with tempfile.TemporaryDirectory() as dump:
             # Read the compiler's own dump, because JAX cannot parse all HLO of libtpu.
@@ -85,12 +85,12 @@ def _compile(
             options |= GPU_OPTIONS if PLUGINS[chip_name] != "libtpu" else {}
             compiled = compile_step(training, bucket, options)
             [text] = Path(dump).glob("*after_optimizations.txt")
-            memory = memory_of(compiled) | {"limit": chip.memory}
+            memory = memory_of(compiled) | {"limit": limit}
             return compiled, text.read_text(), memory
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        memory = {"total": None, "limit": chip.memory}
+        memory = {"total": None, "limit": limit}
         if needed := re.search(r"\(([\d.]+)([KMGT])\) exceeds", str(error)):
             unit = 2 ** (10 * " KMGT".index(needed[2]))
             memory["total"] = int(float(needed[1]) * unit)

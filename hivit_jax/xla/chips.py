@@ -17,10 +17,11 @@ class Chip(NamedTuple):
 
     Attributes:
       memory: bytes of HBM that a program may use.
-      flops: bfloat16 operations per second.
+      flops: bfloat16 operations per second, dense, with float32 accumulation.
       bandwidth: bytes per second between chip and HBM.
       network: bytes per second sent to chips of the same slice or node, on all links.
       source: publication of these numbers.
+      devices: number of JAX devices that the chip consists of.
     """
 
     memory: int
@@ -28,35 +29,57 @@ class Chip(NamedTuple):
     bandwidth: float
     network: float
     source: str
+    devices: int = 1
 
 
 GIB = 2**30
+# Fraction of a bound that estimates assume a run to reach; see docs/cost.md.
+UTILIZATION = 0.4
 TPU_DOCS = "cloud.google.com/tpu/docs/{}, half of the bidirectional interconnect"
+TPU7X = TPU_DOCS.format("tpu7x")
 NVIDIA = "NVIDIA {} SXM data sheet, dense, half of the bidirectional NVLink"
-# The memory of a TPU is the part that libtpu 0.0.52 leaves to programs. The chips have
-# 32 (v4), 16 (v5e), 95 (v5p) and 32 GiB (v6e).
+NVIDIA_PCIE = "NVIDIA {}, dense, half of the bidirectional PCIe 4.0 x16"
+A100 = NVIDIA.format("A100")
+L4 = NVIDIA_PCIE.format("L4 data sheet")
+RTX4090 = NVIDIA_PCIE.format("Ada GPU architecture white paper")
+B200 = "NVIDIA HGX B200 data sheet, per GPU, dense, half of the bidirectional NVLink"
+# The memory of a TPU is the part that libtpu 0.0.52 (tpu7x: 0.0.42) leaves to programs.
+# The chips have 32 (v4), 16 (v5e), 95 (v5p), 32 (v6e) and 192 GiB (tpu7x).
 CHIPS = {
     "v4": Chip(int(30.75 * GIB), 275e12, 1228e9, 300e9, TPU_DOCS.format("v4")),
     "v5e": Chip(int(15.75 * GIB), 197e12, 819e9, 200e9, TPU_DOCS.format("v5e")),
     "v5p": Chip(95 * GIB, 459e12, 2765e9, 600e9, TPU_DOCS.format("v5p")),
     "v6e": Chip(int(31.24 * GIB), 918e12, 1640e9, 400e9, TPU_DOCS.format("v6e")),
+    "tpu7x": Chip(int(189.5 * GIB), 2307e12, 7380e9, 600e9, TPU7X, devices=2),
+    "a100-40": Chip(40 * 10**9, 312e12, 1555e9, 300e9, A100),
+    "a100-80": Chip(80 * 10**9, 312e12, 2039e9, 300e9, A100),
+    "l4": Chip(24 * 10**9, 121e12, 300e9, 32e9, L4),
+    "rtx4090": Chip(24 * 10**9, 165.2e12, 1008e9, 32e9, RTX4090),
     "h100": Chip(80 * 10**9, 989e12, 3350e9, 450e9, NVIDIA.format("H100")),
     "h200": Chip(141 * 10**9, 989e12, 4800e9, 450e9, NVIDIA.format("H200")),
+    "b200": Chip(180 * 10**9, 2250e12, 8000e9, 900e9, B200),
 }
-# Patterns of the names in `jax.Device.device_kind` and in PyTorch.
+# Patterns of the names in `jax.Device.device_kind` and in PyTorch. The A100 with PCIe
+# has the peak rate of the A100 SXM.
 DEVICE_KINDS = {
     r"TPU v4": "v4",
     r"TPU v5( lite|e)": "v5e",
     r"TPU v5p?": "v5p",
     r"TPU v6( lite|e)": "v6e",
+    r"TPU7x": "tpu7x",
+    r"NVIDIA A100-(SXM4|PCIE)-40GB": "a100-40",
+    r"NVIDIA A100(-SXM4-80GB| 80GB PCIe)": "a100-80",
+    r"NVIDIA L4": "l4",
+    r"NVIDIA GeForce RTX 4090": "rtx4090",
     r"NVIDIA H100 80GB HBM3": "h100",
     r"NVIDIA H200": "h200",
+    r"NVIDIA B200": "b200",
 }
-# The package that contains the compiler for a chip.
-PLUGINS = {
-    name: "jax-cuda13-plugin" if name.startswith("h") else "libtpu" for name in CHIPS
-}
-EXAMPLES = "v5e:16x16, v5p:4x4x4, v6e:16x16, v4:4x4x4, h100:8, h200:8"
+# The package that contains the compiler for a chip. For the other chips, these
+# compilers have no description that needs no hardware, or it was not tested.
+PLUGINS = dict.fromkeys(("v4", "v5e", "v5p", "v6e", "tpu7x"), "libtpu")
+PLUGINS |= dict.fromkeys(("h100", "h200"), "jax-cuda13-plugin")
+EXAMPLES = "v5e:16x16, v5p:4x4x4, v6e:16x16, v4:4x4x4, tpu7x:4x4x4, h100:8, h200:8"
 # Without these values, the TPU compiler queries the machine that it runs on, which need
 # not be a TPU host.
 TPU_ENVIRONMENT = {
@@ -96,6 +119,12 @@ def chip_of(device_kind: str) -> Chip | None:
     return None
 
 
+def peak_flops(device_kind: str) -> float | None:
+    """Return the bfloat16 operations per second of a JAX device; None if unknown."""
+    chip = chip_of(device_kind)
+    return chip and chip.flops / chip.devices
+
+
 def devices_of(topology: str) -> Sequence[jax.Device]:
     """Return devices to compile for, of a topology such as "v5e:16x16" or "h100:8".
 
@@ -105,10 +134,12 @@ def devices_of(topology: str) -> Sequence[jax.Device]:
       ConfigError: the chip or shape is unknown, or the compiler is not installed.
     """
     name, _, shape = topology.partition(":")
-    if name not in CHIPS:
+    if name not in PLUGINS:
+        kind = "no compiler for" if name in CHIPS else "unknown"
         raise ConfigError(
-            f"unknown topology {topology!r}; expected CHIP:SHAPE with CHIP one of "
-            f"{', '.join(CHIPS)}; examples: {EXAMPLES}"
+            f"{kind} topology {topology!r}; expected CHIP:SHAPE with CHIP one of "
+            f"{', '.join(PLUGINS)}; examples: {EXAMPLES}\n"
+            f"--mode describe prints the hours at the peak of {', '.join(CHIPS)}"
         )
     gpu = PLUGINS[name] != "libtpu"
     if gpu and not re.fullmatch("[1-8]", shape):

@@ -19,15 +19,16 @@ def roofline(
     all-reduce sends its bytes twice: in a reduce-scatter and in an all-gather.
 
     Args:
-      images: images per step and chip.
+      images: images per step and device.
       flops: operations per image.
       hbm_bytes: bytes of HBM traffic per image.
-      collectives: as returned by `cost.collectives`.
+      collectives: of one device, as returned by `cost.collectives`.
     """
-    sent = sum(
+    sent = chip.devices * sum(
         entry["bytes_per_step"] * (2 if entry["kind"] == "all-reduce" else 1)
         for entry in collectives
     )
+    images *= chip.devices
     seconds = {
         "arithmetic": flops * images / chip.flops,
         "memory": hbm_bytes * images / chip.bandwidth,

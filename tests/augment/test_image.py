@@ -1,4 +1,4 @@
-"""Normalization, flips and random erasing on the device."""
+"""Tests of normalization, flips and random erasing on the device."""
 
 import jax
 import jax.numpy as jnp
@@ -21,13 +21,13 @@ def test_normalize():
 
 @pytest.mark.slow
 def test_random_flip():
-    """Half of the images are flipped, by each sample's own key."""
+    """About half of the images are flipped; a flip depends on the sample's key only."""
     keys = sample_keys(1000)
     images = np.random.RandomState(0).rand(1000, 2, 3, 1).astype(np.float32)
     out = np.asarray(image.random_flip(jnp.asarray(images), keys))
     flipped = (out == images[:, :, ::-1]).all((1, 2, 3))
-    same = (out == images).all((1, 2, 3))
-    assert (flipped ^ same).all()
+    unchanged = (out == images).all((1, 2, 3))
+    assert (flipped ^ unchanged).all()
     # The standard error of the mean is 0.016.
     assert flipped.mean() == pytest.approx(0.5, abs=0.06)
     order = np.random.RandomState(1).permutation(1000)[:64]
@@ -46,10 +46,10 @@ def test_random_erasing():
     out = np.asarray(erase(images, sample_keys(count), 0.25))
     erased = (out != 7).all(-1)
     assert_array_equal(erased, (out != 7).any(-1))
-    found = erased.any((1, 2))
-    assert found.mean() == pytest.approx(0.25, abs=0.045)  # four standard errors
+    is_erased = erased.any((1, 2))
+    assert is_erased.mean() == pytest.approx(0.25, abs=0.045)  # four standard errors
     areas, aspects, corners = [], [], []
-    for mask in erased[found]:
+    for mask in erased[is_erased]:
         rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
         height, width = rows[-1] - rows[0] + 1, columns[-1] - columns[0] + 1
         assert mask.sum() == height * width  # a filled rectangle

@@ -1,4 +1,4 @@
-"""Label smoothing, Mixup and CutMix."""
+"""Tests of label smoothing, Mixup and CutMix."""
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ def test_smooth_labels():
 
 
 def mixed(seed, mixup, cutmix, batch=6, size=(20, 30), weight=None):
-    """Mix images that hold their own index everywhere; return images and targets."""
+    """Mix images whose pixels are their own index; return images and targets."""
     numbers = jnp.arange(batch, dtype=jnp.float32)
     images = jnp.broadcast_to(numbers[:, None, None, None], (batch, *size, 1))
     weight = jnp.ones(batch) if weight is None else jnp.array(weight)
@@ -54,7 +54,7 @@ def test_mixup():
 @pytest.mark.slow
 def test_cutmix():
     """One rectangle is exchanged in all images; targets follow the remaining area."""
-    lefts = []
+    remaining_areas = []
     for seed in range(300):
         images, targets = mixed(seed, 0.0, 1.0)
         other = images[..., 0] != np.arange(6)[:, None, None]
@@ -67,14 +67,16 @@ def test_cutmix():
         )
         rows, columns = (np.flatnonzero(other[0].any(axis)) for axis in (1, 0))
         assert other[0].sum() == len(rows) * len(columns)
-        left = 1 - other[0].mean()
+        remaining = 1 - other[0].mean()
         assert_allclose(
-            targets, left * np.eye(6) + (1 - left) * np.eye(6)[PARTNER], atol=1e-6
+            targets,
+            remaining * np.eye(6) + (1 - remaining) * np.eye(6)[PARTNER],
+            atol=1e-6,
         )
-        lefts.append(left)
-    assert np.min(lefts) < 0.2
+        remaining_areas.append(remaining)
+    assert np.min(remaining_areas) < 0.2
     # The mean exceeds 1/2, because rectangles are clipped at the borders.
-    assert 0.5 < np.mean(lefts) < 0.75
+    assert 0.5 < np.mean(remaining_areas) < 0.75
 
 
 @pytest.mark.slow

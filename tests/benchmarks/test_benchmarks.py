@@ -1,25 +1,25 @@
-"""Benchmarks; some must run with few packages installed."""
+"""Tests of the benchmarks, some of which run with few installed packages."""
 
 import importlib
 import json
 import os
 import sys
 
+import mini_runs
 import pytest
-import recipes
 
 from benchmarks import accelerator, plain_config, schedules
 from hivit_jax import config as configs
-from hivit_jax import recipes as recipes_by_name
+from hivit_jax import recipes
 from hivit_jax.kernels import dispatch
 
-SMALL = {**recipes.SOURCES["synthetic"], "batch_size": 4}
+SMALL = {**mini_runs.SOURCES["synthetic"], "batch_size": 4}
 
 
 PROGRAMS = [
     path
     for folder in ("benchmarks", "examples", "launch")
-    for path in sorted(recipes.ROOT.glob(f"{folder}/*.py"))
+    for path in sorted(mini_runs.ROOT.glob(f"{folder}/*.py"))
 ]
 
 
@@ -27,37 +27,37 @@ PROGRAMS = [
 def test_programs_can_be_imported(path):
     if "\nimport torch" in path.read_text():
         pytest.skip("imports torch")
-    name = ".".join(path.relative_to(recipes.ROOT).with_suffix("").parts)
+    name = ".".join(path.relative_to(mini_runs.ROOT).with_suffix("").parts)
     assert importlib.import_module(name).__doc__
 
 
 @pytest.mark.processes
 @pytest.mark.slow
 def test_train_step_needs_only_jax_flax_optax_and_numpy(tmp_path):
-    missing = recipes.block_imports(
+    missing = mini_runs.block_imports(
         tmp_path / "missing",
         *("ml_collections", "orbax", "etils", "tensorflow", "tensorflow_datasets"),
         *("clu", "simplejpeg", "PIL", "matplotlib", "safetensors", "sklearn", "torch"),
     )
     out = tmp_path / "out.json"
-    code, text, error = recipes.run_process(
+    code, text, error = mini_runs.run_process(
         *("-m", "benchmarks.train_step", "--rounds", 2, "--steps", 1, "--out", out),
         *("--set", *(f"{key}={value}" for key, value in SMALL.items())),
-        PYTHONPATH=os.pathsep.join([str(missing), str(recipes.ROOT)]),
+        PYTHONPATH=os.pathsep.join([str(missing), str(mini_runs.ROOT)]),
     )
     assert code == 0, error
-    found = json.loads(out.read_text())
-    assert f"{found['images_per_second']:,.1f} images/s" in text
-    assert found["batch_size"] == 4
-    assert found["device"] == "cpu"
-    assert found["model_flop_utilisation"] is None
-    assert len(found["seconds_of_rounds"]) == 2
-    assert 0 < found["loss"] < 10
-    assert found["peak_memory_bytes"] > 2**25
+    result = json.loads(out.read_text())
+    assert f"{result['images_per_second']:,.1f} images/s" in text
+    assert result["batch_size"] == 4
+    assert result["device"] == "cpu"
+    assert result["model_flop_utilisation"] is None
+    assert len(result["seconds_of_rounds"]) == 2
+    assert 0 < result["loss"] < 10
+    assert result["peak_memory_bytes"] > 2**25
 
 
 def test_stand_in_reads_recipes_as_ml_collections_does(monkeypatch):
-    names = recipes_by_name.names()
+    names = recipes.names()
     assert names
 
     def read():
@@ -74,7 +74,7 @@ def test_stand_in_reads_recipes_as_ml_collections_does(monkeypatch):
 
 
 def test_all_parts_for_an_accelerator_are_tried(tmp_path, monkeypatch, capsys):
-    """A failing and a hanging part are reported; later runs keep earlier results."""
+    """Failing and hanging parts are reported; later runs keep earlier results."""
     part = "import json, sys; json.dump(dict(images_per_second=8, seconds_per_step=.5,"
     part += "peak_memory_bytes=2**30, compile_seconds=3, model_flop_utilisation=.25),"
     part += "open(sys.argv[-1], 'w'))"
@@ -96,41 +96,48 @@ def test_all_parts_for_an_accelerator_are_tried(tmp_path, monkeypatch, capsys):
         "auto failed",
         "fused took too long",
     ]
-    found = json.loads(out.read_text())
-    assert [found[name]["exit_code"] for name in parts] == [0, 3, None]
-    assert found["plain"]["result"]["images_per_second"] == 8
+    results = json.loads(out.read_text())
+    assert [results[name]["exit_code"] for name in parts] == [0, 3, None]
+    assert results["plain"]["result"]["images_per_second"] == 8
     with pytest.raises(SystemExit):
         accelerator.main(["--only", "quick"])
     assert "expected some of plain, auto, fused" in capsys.readouterr().err
 
 
 @pytest.mark.torch
-def test_pytorch_twin_has_our_first_loss(tmp_path):
+@pytest.mark.parametrize("task", ["pretrain", "classify", "inference"])
+def test_pytorch_twin_has_our_first_loss(task, tmp_path):
     """The twin receives all arrays of our model; the benchmark fails otherwise."""
     out = tmp_path / "out.json"
-    code, _, error = recipes.run_process(
-        *("-m", "benchmarks.peers", "--batch", 1, "--rounds", 1, "--steps", 1),
-        *("--threads", 1, "--rows", "hivit_jax", "torch", "--out", out),
-        PYTHONPATH=recipes.ROOT,
+    code, _, error = mini_runs.run_process(
+        *("-m", "benchmarks.peers", "--task", task, "--batch", 1, "--threads", 1),
+        *("--rounds", 1, "--steps", 1, "--rows", "hivit_jax", "torch", "--out", out),
+        PYTHONPATH=mini_runs.ROOT,
     )
     assert code == 0, error
     ours, twin = json.loads(out.read_text())["rows"].values()
     assert ours["loss"] == pytest.approx(twin["loss"], rel=1e-5)
 
 
-def test_parts_for_an_accelerator():
+def test_parts_for_an_accelerator(capsys):
     """The parts cover every choice of kernels, on the requested platform."""
     parts = accelerator.parts_for("cuda", 256, 5, 20)
-    assert {"numbers", *dispatch.CHOICES, "peers"} < set(parts)
+    jobs = "pretrain", "classify", "inference"
+    peers = {f"peers {job}{group}" for job in jobs for group in accelerator.PEERS}
+    assert {*accelerator.TESTS, *dispatch.CHOICES, *peers} < set(parts)
     assert {e.get("JAX_PLATFORMS", "cuda,cpu") for _, e in parts.values()} == {
         "cuda,cpu"
     }
     assert "model.kernels=fused" in parts["fused"][0]
-    assert all((accelerator.ROOT / path).exists() for path in accelerator.TESTS)
+    assert "--forward" in parts["inference auto"][0]
+    paths = accelerator.TESTS.values()
+    assert all((accelerator.ROOT / path).exists() for path in paths)
     assert set(parts) - set(accelerator.parts_for("tpu", 256, 5, 20)) == {
         *accelerator.FLAGS,
-        "peers",
+        *peers,
     }
+    assert accelerator.main(["--list"]) == 0
+    assert capsys.readouterr().out.splitlines() == list(parts)
 
 
 # Shortened listing of the TPU compiler: 4 blocks of rows, 3 images in each.
@@ -158,5 +165,5 @@ LH: loop header
 
 
 def test_bundles_of_a_schedule():
-    """3 bundles outside, 4 blocks of 7 with 3 images of 3 each, and a region once."""
+    """Bundles count once per iteration of the loops over blocks and images."""
     assert schedules.bundles(LISTING) == 3 + 4 * 7 + 4 * 3 * 3 + 2

@@ -4,9 +4,9 @@ import random
 
 import jax
 import jax.numpy as jnp
+import mini_runs
 import numpy as np
 import pytest
-import recipes
 from states import make_state, save_states, state_on_mesh, to_host
 
 from hivit_jax.checkpoints.manager import Checkpoints
@@ -41,7 +41,7 @@ def write_files(workdir, files):
 
 
 def damaged_contents(files, count):
-    """Yield `count` times a file of step 2 and its damaged content.
+    """Yield `count` pairs of a file of step 2 and its damaged content.
 
     The content has a flipped bit, is truncated, or is None for a deleted file.
     """
@@ -61,7 +61,7 @@ def damaged_contents(files, count):
 
 @pytest.mark.slow
 def test_damage_is_never_silent(two_steps, tmp_path, capsys):
-    """Restoring returns the exact arrays of the damaged step 2, or those of step 1.
+    """Restoring a damaged step 2 returns its exact arrays, or the arrays of step 1.
 
     A fallback to step 1 is logged.
     """
@@ -76,7 +76,7 @@ def test_damage_is_never_silent(two_steps, tmp_path, capsys):
             (workdir / path).write_bytes(content)
         capsys.readouterr()
         step, state = Checkpoints(workdir, 9).restore_newest(target)
-        recipes.assert_identical(to_host(state), expected[step])
+        mini_runs.assert_identical(to_host(state), expected[step])
         restored[step] += 1
         if step == 1:
             out = capsys.readouterr().out
@@ -102,9 +102,9 @@ def test_evaluation_reads_the_newest_intact_checkpoint(two_steps, tmp_path, caps
     workdir = write_files(tmp_path, two_steps)
     for path in workdir.rglob("checkpoints/2/ema/d/*"):
         path.unlink()
-    found = read(workdir)
-    assert found.path.endswith("checkpoints/1")
-    recipes.assert_identical(found.params, to_host(make_state(1)["ema"]))
+    checkpoint = read(workdir)
+    assert checkpoint.path.endswith("checkpoints/1")
+    mini_runs.assert_identical(checkpoint.params, to_host(make_state(1)["ema"]))
     assert "checkpoints/2 is damaged" in capsys.readouterr().out
 
 

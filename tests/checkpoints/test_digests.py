@@ -1,4 +1,4 @@
-"""Tests of digests: equal on every mesh, different after any change."""
+"""Tests that digests are equal on every mesh and differ after any change."""
 
 import itertools
 
@@ -20,9 +20,9 @@ pytestmark = [
 
 @pytest.mark.slow
 def test_digests_do_not_depend_on_the_mesh():
-    found = [digests({"state": state_on_mesh(name, seed=1)[0]}) for name in MESHES]
-    assert all(each == found[0] for each in found)
-    assert len(set(found[0]["state"].values())) > 10
+    results = [digests({"state": state_on_mesh(name, seed=1)[0]}) for name in MESHES]
+    assert all(result == results[0] for result in results)
+    assert len(set(results[0]["state"].values())) > 10
 
 
 DTYPES = ["float32", "bfloat16", "int32", "uint8", "bool"]
@@ -35,9 +35,9 @@ def test_digests_on_the_host_and_on_devices_agree(shape, dtype):
     x = np.arange(np.prod(shape)).reshape(shape) % 201
     x = np.asarray(jnp.asarray(x * (x % 3), dtype))
     sharding = jax.NamedSharding(jax.make_mesh((8,), ("rows",)), jax.P("rows"))
-    found = [digests({"": {"x": y}}) for y in (x, jax.device_put(x, sharding))]
-    found.append(digests({"": {"x": x[:0]}}))
-    assert found[0] == found[1] != found[2]
+    results = [digests({"": {"x": y}}) for y in (x, jax.device_put(x, sharding))]
+    results.append(digests({"": {"x": x[:0]}}))
+    assert results[0] == results[1] != results[2]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -45,17 +45,17 @@ def test_every_bit_counts(dtype):
     """Any flipped bit changes the digest, also the sign of 0.0."""
     x = np.asarray(jnp.asarray(random_array((5, 7), "bits") > 0, dtype))
     before = digests({"": {"x": x}})[""]["x"]
-    seen, raw = {before}, x.tobytes()
+    different, raw = {before}, x.tobytes()
     bits = range(8) if dtype != "bool" else [0]
     for byte, bit in itertools.product(range(0, len(raw), 3), bits):
         changed = bytearray(raw)
         changed[byte] ^= 1 << bit
         y = np.frombuffer(bytes(changed), x.dtype).reshape(x.shape)
-        seen.add(digests({"": {"x": y}})[""]["x"])
-    assert len(seen) == 1 + len(range(0, len(raw), 3)) * len(bits)
+        different.add(digests({"": {"x": y}})[""]["x"])
+    assert len(different) == 1 + len(range(0, len(raw), 3)) * len(bits)
     if dtype == "float32":
-        seen.add(digests({"": {"x": np.float32(0)}})[""]["x"])
-        assert digests({"": {"x": np.float32(-0.0)}})[""]["x"] not in seen
+        different.add(digests({"": {"x": np.float32(0)}})[""]["x"])
+        assert digests({"": {"x": np.float32(-0.0)}})[""]["x"] not in different
 
 
 def test_nonfinite_names():

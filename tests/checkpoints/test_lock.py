@@ -16,10 +16,12 @@ from hivit_jax.errors import ConfigError
 
 @pytest.fixture(autouse=True)
 def short_intervals(monkeypatch):
+    """Shorten the interval of heartbeats."""
     monkeypatch.setattr(lock, "INTERVAL", 0.1)
 
 
 def lock_files(workdir):
+    """Return the names of the lock files in a workdir."""
     return sorted(path.name for path in workdir.glob("*.lock"))
 
 
@@ -126,14 +128,14 @@ def test_owner_elsewhere(alive, tmp_path, capsys):
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", "null"])
 def test_damaged_lock(text, tmp_path):
-    """A damaged lock is watched, like that of an owner elsewhere, and taken over."""
+    """A damaged lock is watched like the lock of another machine, then taken over."""
     (tmp_path / "run-1.lock").write_text(text)
     with lock.hold(tmp_path):
         assert lock_files(tmp_path) == ["run-2.lock"]
 
 
 def test_only_one_takes_over(tmp_path):
-    """One of eight runs that find the same dead owner takes over."""
+    """Exactly one of eight runs takes over the lock of a dead owner."""
     for attempt in range(5):
         workdir = tmp_path / str(attempt)
         workdir.mkdir()
@@ -179,7 +181,7 @@ def test_heartbeat_and_loss(tmp_path, monkeypatch):
 
 
 def test_all_processes_of_a_run_refuse(tmp_path, monkeypatch):
-    """Process 0 holds the lock for all processes, which raise the same error."""
+    """Process 0 holds the lock for all processes; all of them raise the same error."""
     monkeypatch.setattr(lock, "jax", SimpleNamespace(process_index=lambda: 1))
     monkeypatch.setattr(lock, "gather_objects", lambda mine: [None, mine])
     with lock.hold(tmp_path):

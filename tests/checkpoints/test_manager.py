@@ -1,10 +1,10 @@
-"""Tests of checkpoints: other meshes, reading parameters, a full disk."""
+"""Tests of checkpoints on other meshes, without optimizer state, and on full disks."""
 
 import itertools
 import json
 
+import mini_runs
 import pytest
-import recipes
 from states import CONFIG, MESHES, make_state, save_states, state_on_mesh, to_host
 
 from hivit_jax.checkpoints.manager import Checkpoints
@@ -25,10 +25,10 @@ def saved(tmp_path_factory):
     """Return {mesh name: workdir with a checkpoint written on this mesh}."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sharding, "MIN_SHARDED_SIZE", 64)
-        found = {name: tmp_path_factory.mktemp(name) for name in MESHES}
-        for name, workdir in found.items():
+        workdirs = {name: tmp_path_factory.mktemp(name) for name in MESHES}
+        for name, workdir in workdirs.items():
             save_states(workdir, state_on_mesh(name, seed=3)[0])
-    return found
+    return workdirs
 
 
 @pytest.mark.slow
@@ -38,7 +38,7 @@ def test_restore_on_any_other_mesh(saved, old, new):
     expected, (_, target) = to_host(make_state(3)), state_on_mesh(new)
     step, state = Checkpoints(saved[old], 9).restore_newest(target)
     assert step == 3
-    recipes.assert_identical(to_host(state), expected)
+    mini_runs.assert_identical(to_host(state), expected)
     for name, leaf in named_leaves(state).items():
         assert leaf.sharding == named_leaves(target)[name].sharding, name
     kernel = state["params"]["mlp"]["fc1"]["kernel"]
@@ -47,11 +47,11 @@ def test_restore_on_any_other_mesh(saved, old, new):
 
 @pytest.mark.slow
 def test_read_parameters_on_one_device(saved):
-    """`read` returns averaged or plain parameters without the optimizer state."""
+    """`read` returns parameters or their averages without the optimizer state."""
     for averaged, name in ((True, "ema"), (False, "params")):
-        found = read(saved["every"], averaged=averaged)
+        checkpoint = read(saved["every"], averaged=averaged)
         expected = to_host(make_state(3)[name])
-        recipes.assert_identical(found.params, expected)
+        mini_runs.assert_identical(checkpoint.params, expected)
 
 
 def test_full_disk(tmp_path, monkeypatch):

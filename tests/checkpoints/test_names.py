@@ -1,4 +1,4 @@
-"""Tests of array names of optimizers with added or removed stateless parts."""
+"""Tests that array names of optimizers ignore stateless transformations."""
 
 import jax.numpy as jnp
 import optax
@@ -18,18 +18,18 @@ def array_names(*parts):
 
 
 clip, adam = optax.clip_by_global_norm(1.0), optax.scale_by_adam()
-scale, rate = optax.scale(0.5), optax.scale_by_schedule(lambda step: 0.1)
+scale, schedule = optax.scale(0.5), optax.scale_by_schedule(lambda step: 0.1)
 
 
 @pytest.mark.parametrize(
     ("saved", "expected"),
     [
-        ((clip, adam, scale, rate), (adam, scale, rate)),
-        ((adam, rate), (clip, scale, adam, scale, scale, rate)),
-        ((optax.trace(0.9), rate), (clip, optax.trace(0.9), rate)),
+        ((clip, adam, scale, schedule), (adam, scale, schedule)),
+        ((adam, schedule), (clip, scale, adam, scale, scale, schedule)),
+        ((optax.trace(0.9), schedule), (clip, optax.trace(0.9), schedule)),
         (
-            (optax.chain(clip, adam), rate),
-            (optax.chain(adam), scale, scale, rate),
+            (optax.chain(clip, adam), schedule),
+            (optax.chain(adam), scale, scale, schedule),
         ),
     ],
 )
@@ -50,17 +50,17 @@ def test_multi_transform_of_labels():
         state = optax.multi_transform(transforms, {"stages": "a"}).init(PARAMS)
         return [*named_leaves({"opt_state": state})]
 
-    saved, expected = labeled(clip, adam, rate), labeled(adam, rate)
+    saved, expected = labeled(clip, adam, schedule), labeled(adam, schedule)
     assert saved != expected
     assert [*match_names(saved, expected, VARIABLES).values()] == expected
 
 
-@pytest.mark.parametrize("other", [(optax.trace(0.9), rate), (adam,), (rate,)])
+@pytest.mark.parametrize("other", [(optax.trace(0.9), schedule), (adam,), (schedule,)])
 def test_other_optimizers_stay_different(other):
     """Optimizers with other stateful parts do not match."""
-    saved, expected = array_names(adam, rate), array_names(*other)
-    found = match_names(saved, expected, VARIABLES)
-    assert set(found.values()) != set(expected)
+    saved, expected = array_names(adam, schedule), array_names(*other)
+    matches = match_names(saved, expected, VARIABLES)
+    assert set(matches.values()) != set(expected)
 
 
 def test_parameters_keep_their_numbers():

@@ -1,4 +1,4 @@
-"""Batches of datasets in a bucket equal those of local files."""
+"""Tests that batches of datasets in a bucket equal those of local files."""
 
 import os
 import shutil
@@ -17,13 +17,13 @@ from hivit_jax.data.sources.tfds import OPENERS, Tfds
 from hivit_jax.data.storage import StorageError
 from hivit_jax.errors import ConfigError, LocalDataError
 
-pytestmark = [pytest.mark.usefixtures("user_cache"), pytest.mark.slow]
+pytestmark = [pytest.mark.usefixtures("cache_directory"), pytest.mark.slow]
 VERSION = "stripes/1.0.0"
 
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-    """Format -> data directory of a small dataset."""
+    """Return {format: data directory} of a small dataset."""
     root = tmp_path_factory.mktemp("prepared")
     for file_format in ("tfrecord", "array_record"):
         prepare(root / file_format, file_format)
@@ -32,7 +32,7 @@ def prepared(tmp_path_factory):
 
 @pytest.fixture
 def bucket(prepared, tmp_path):
-    """Server of a copy of the data; directories are those of `prepared`."""
+    """Return a server of a copy of the directory that contains `prepared`."""
     root = tmp_path / "objects"
     shutil.copytree(prepared, root)
     with serve(root) as server:
@@ -40,18 +40,19 @@ def bucket(prepared, tmp_path):
 
 
 def config(directory, **overrides):
+    """Return the config of the prepared dataset in a directory."""
     return folder_config(directory, data__name="stripes", **overrides)
 
 
 def batches(cfg):
-    """Return training batches over an epoch and the evaluation's."""
+    """Return the training batches of an epoch, and the evaluation batches."""
     registry._open.cache_clear()
     OPENERS["array_record"].cache_clear()
     return [*inputs.train_batches(cfg, 0, 4), *inputs.eval_batches(cfg)]
 
 
 def test_tfrecords(bucket, prepared):
-    """Each record is read once, the index is made once and saved beside the files."""
+    """Each record is read once; the index is made once and saved beside the files."""
     expected = batches(config(prepared / "tfrecord"))
     cfg = config("gs://bucket/tfrecord")
     assert_batches_equal(batches(cfg), expected)
@@ -78,21 +79,21 @@ def test_reads_start_when_a_batch_is_planned(bucket):
     assert max(counts) >= 3
 
 
-def test_index_without_permission_to_write(bucket, prepared, user_cache):
+def test_index_without_permission_to_write(bucket, prepared, cache_directory):
     bucket.read_only = True
     expected = batches(config(prepared / "tfrecord"))
     for _ in range(2):
         assert_batches_equal(batches(config("gs://bucket/tfrecord")), expected)
-        assert len(list(user_cache.glob("hivit_jax/hivit_jax_index_*.npz"))) == 2
+        assert len(list(cache_directory.glob("hivit_jax/hivit_jax_index_*.npz"))) == 2
         assert not list(bucket.root.glob(f"tfrecord/{VERSION}/*.npz"))
         (header_reads, bucket.requests[:]) = (len(bucket.requests), ())
     assert header_reads < 60
 
 
 def test_slice_of_a_split(bucket, prepared):
-    for part in ("train[5:-3]", "validation[:50%]"):
-        local = Tfds("stripes", str(prepared / "tfrecord"), part)
-        remote = Tfds("stripes", "gs://bucket/tfrecord", part)
+    for split in ("train[5:-3]", "validation[:50%]"):
+        local = Tfds("stripes", str(prepared / "tfrecord"), split)
+        remote = Tfds("stripes", "gs://bucket/tfrecord", split)
         assert len(local) == len(remote)
         for i in range(len(local)):
             assert local.sample(i) == remote.sample(i)
@@ -125,7 +126,7 @@ def test_class_folders(folder):
 
 
 def test_order_and_ignored_files_of_class_folders(tmp_path):
-    """As of local directories."""
+    """Order and ignored files equal those of local directories."""
     names = ("train/b/x.png", "train/b/a/z.jpg", "train/b-/y.JPG", "train/a/1.png")
     names += ("train/a/.hidden/2.png", "train/a/notes.txt", "train/README")
     for name in (*names, "val/a/ä.png"):
@@ -147,7 +148,7 @@ def test_order_and_ignored_files_of_class_folders(tmp_path):
 
 @pytest.mark.parametrize("level", ["top", "leaf", "none"])
 def test_numpy_arrays_in_class_folders(level, tmp_path):
-    """They are images if there are no others, as in local directories."""
+    """NumPy arrays are the images of a directory without other images."""
     for name in ("a/1.npy", "b/2.npy", "b/notes.txt"):
         for split in ("train", "val"):
             path = tmp_path / split / name
@@ -165,7 +166,7 @@ def test_numpy_arrays_in_class_folders(level, tmp_path):
 
 
 def test_errors_of_a_bucket_are_not_unreadable_images(bucket):
-    """They end the run although all images may be unreadable."""
+    """Errors of the bucket end the run even if all images may be unreadable."""
     cfg = config("gs://bucket/tfrecord", data__max_unreadable=1.0)
     batches(cfg)
     shard = f"{VERSION}/stripes-train.tfrecord-00001-of-00004"
@@ -183,20 +184,20 @@ def test_errors_of_a_bucket_are_not_unreadable_images(bucket):
 
 
 def test_damaged_record(bucket):
-    """A record that is there but damaged is an unreadable image."""
+    """A damaged record is an unreadable image."""
     cfg = config("gs://bucket/tfrecord")
     batches(cfg)
     [path] = bucket.root.glob("tfrecord/stripes/1.0.0/*train*00002-of*")
     data = bytearray(path.read_bytes())
     data[:8] = struct.pack("<Q", 7)
     path.write_bytes(data)
-    found = batches(cfg)[:3]
-    assert sum(batch["unreadable"].sum() for batch in found) == 1
+    training = batches(cfg)[:3]
+    assert sum(batch["unreadable"].sum() for batch in training) == 1
 
 
 @pytest.mark.parametrize("file_format", ["tfrecord", "array_record"])
 def test_copies_are_read(bucket, prepared, tmp_path, file_format, capfd):
-    """With data.cache, every shard is read once, and afterwards never again."""
+    """With data.cache, every shard is read exactly once over several runs."""
     expected = batches(config(prepared / file_format))
     cfg = config(f"gs://bucket/{file_format}", data__cache=tmp_path / "cache")
     assert_batches_equal(batches(cfg), expected)
@@ -224,9 +225,9 @@ def shard(bucket):
 def test_partial_copy_is_never_read(bucket, tmp_path):
     address, path = shard(bucket)
     cache = ShardCache(str(tmp_path / "cache"))
-    part = cache.target(address).with_name(f"{path.name}.part")
-    part.parent.mkdir(parents=True)
-    part.write_bytes(b"longer than the object" * 10_000)  # of a killed process
+    partial_copy = cache.target(address).with_name(f"{path.name}.part")
+    partial_copy.parent.mkdir(parents=True)
+    partial_copy.write_bytes(b"longer than the object" * 10_000)  # of a killed process
     bucket.statuses = {path.name: 503}
     assert cache.fetch(address) == address
     bucket.statuses = {}
@@ -234,7 +235,7 @@ def test_partial_copy_is_never_read(bucket, tmp_path):
     assert copy == str(cache.target(address))
     with open(copy, "rb") as file:
         assert file.read() == path.read_bytes()
-    assert [*part.parent.iterdir()] == [cache.target(address)]
+    assert [*partial_copy.parent.iterdir()] == [cache.target(address)]
 
 
 def test_processes_share_copies(bucket, tmp_path):
@@ -242,7 +243,9 @@ def test_processes_share_copies(bucket, tmp_path):
     address, path = shard(bucket)
     caches = [ShardCache(str(tmp_path / "cache")) for _ in range(4)]
     bucket.delay = 0.05
-    threads = [threading.Thread(target=each.fetch, args=(address,)) for each in caches]
+    threads = [
+        threading.Thread(target=cache.fetch, args=(address,)) for cache in caches
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -253,7 +256,7 @@ def test_processes_share_copies(bucket, tmp_path):
 
 
 def test_full_disk(bucket, prepared, tmp_path, monkeypatch, capfd):
-    """The remaining files are read in the bucket."""
+    """With a full disk, the remaining files are read from the bucket."""
     expected = batches(config(prepared / "tfrecord"))
 
     def fsync(_):

@@ -1,4 +1,4 @@
-"""CRC-32C and the checksums of tfrecord files."""
+"""Tests of CRC-32C and the checksums of TFRecord files."""
 
 import os
 
@@ -8,7 +8,7 @@ from hivit_jax.data import crc32c, tfrecord
 
 
 def test_published_values():
-    """Of RFC 3720, section B.4."""
+    """Checksums equal the values in RFC 3720, section B.4."""
     compute = crc32c.numpy_crc32c
     assert compute(bytes(32)) == 0x8A9136AA
     assert compute(b"\xff" * 32) == 0x62A8AB43
@@ -18,18 +18,23 @@ def test_published_values():
 
 @pytest.mark.parametrize("length", [0, 1, 3, 4, 63, 64, 65, 1023, 5000])
 def test_any_length(length):
-    """Equal to a computation byte by byte."""
+    """The checksum equals a computation byte by byte."""
     data = os.urandom(length)
     assert crc32c.numpy_crc32c(data) == crc32c._bytewise(data)
 
 
 def test_record_of_tensorflow():
-    """The checksums are those that TensorFlow wrote for this record."""
+    """The checksums equal those that TensorFlow wrote for this record."""
     record = bytes.fromhex("0300000000000000b099490e6162636e57f121")
     tfrecord.verify(record)
     assert tfrecord.unpack(record) == b"abc"
-    for position, part in ((0, "length"), (9, "length"), (13, "data"), (16, "data")):
+    for position, damaged_part in (
+        (0, "length"),
+        (9, "length"),
+        (13, "data"),
+        (16, "data"),
+    ):
         damaged = bytearray(record)
         damaged[position] ^= 1
-        with pytest.raises(tfrecord.DamagedRecord, match=part):
+        with pytest.raises(tfrecord.DamagedRecord, match=damaged_part):
             tfrecord.verify(bytes(damaged))

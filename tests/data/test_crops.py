@@ -1,4 +1,4 @@
-"""Random and center crops; resizing on the host and on the device."""
+"""Tests of random and center crops, and of resizing on the host and on the device."""
 
 import math
 
@@ -93,9 +93,9 @@ def test_random_crops(height, width):
     error = 4 / math.sqrt(12 * count)
     assert (h * w / area).mean() == pytest.approx(0.3, abs=error * 0.4)
     assert np.log(w / h).mean() == pytest.approx(0, abs=error * math.log(16 / 9))
-    for corner, side, whole in ((top, h, height), (left, w, width)):
-        free = side < whole
-        shares = corner[free] / (whole - side[free])
+    for corner, side, extent in ((top, h, height), (left, w, width)):
+        free = side < extent
+        shares = corner[free] / (extent - side[free])
         assert shares.mean() == pytest.approx(0.5, abs=error)
     # The first and the last possible corner occur.
     assert (top == 0).any()
@@ -108,11 +108,11 @@ def test_random_crops(height, width):
     [((1, 50), (1, 1)), ((50, 1), (1, 1)), ((6, 60), (6, 8)), ((60, 6), (8, 6))],
 )
 def test_image_that_no_crop_fits(shape, size):
-    """The crop is the largest centered one with an allowed aspect."""
+    """The crop is the largest centered crop with an allowed aspect."""
     for crop in crops(*shape, 20, (0.9, 1.0)):
         assert crop.box[2:] == size
-        for first, side, whole in zip(crop.box[:2], size, shape, strict=True):
-            assert abs(2 * first + side - whole) <= 1
+        for first, side, extent in zip(crop.box[:2], size, shape, strict=True):
+            assert abs(2 * first + side - extent) <= 1
 
 
 def test_crop_of_everything():
@@ -130,14 +130,14 @@ def test_random_crops_equal_pil():
     ]
     assert len(samples) > 15
     device = on_device(samples)[0]
-    for (pixels, crop), got in zip(samples, device, strict=True):
+    for (pixels, crop), actual in zip(samples, device, strict=True):
         top, left, height, width = crop.box
         part = Image.fromarray(pixels[top : top + height, left : left + width])
-        assert np.abs(got - pil_resize(part, SIZE)).mean() < 0.002
+        assert np.abs(actual - pil_resize(part, SIZE)).mean() < 0.002
         # PIL 13 resizes rows first where that is faster, and rounds
         # differently.
         newest = np.asarray(part.resize(SIZE, Image.Resampling.BICUBIC))
-        assert np.abs(got - newest).mean() < 0.35
+        assert np.abs(actual - newest).mean() < 0.35
         out = np.zeros((*SIZE, 3), np.uint8)
         box = data_crops.paste_crop(pixels, crop, out, SIZE)
         assert np.abs(out - newest.astype(float)).mean() < 0.002
@@ -147,7 +147,7 @@ def test_random_crops_equal_pil():
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [(224, 224), (168, 280), (280, 168)])
 def test_center_crops_equal_pil(size):
-    """Resize to cover size / 0.875, then cut out the center."""
+    """A center crop is PIL's resize to cover size / 0.875, and then a cut."""
     samples, expected = [], []
     for name in NAMES:
         pixels = photographs()[name]
@@ -159,13 +159,15 @@ def test_center_crops_equal_pil(size):
         top, left = (round((f - s) / 2) for f, s in zip(full, size, strict=True))
         expected.append(image[top : top + size[0], left : left + size[1]])
     device = on_device(samples, size, canvas=640)[0]
-    for (pixels, crop), got, want in zip(samples, device, expected, strict=True):
-        assert got.shape == want.shape == (*size, 3)
-        assert np.abs(got - want).mean() < 0.01
+    for (pixels, crop), actual, reference in zip(
+        samples, device, expected, strict=True
+    ):
+        assert actual.shape == reference.shape == (*size, 3)
+        assert np.abs(actual - reference).mean() < 0.01
         out = np.zeros((*size, 3), np.uint8)
         data_crops.paste_crop(pixels, crop, out, size)
         assert (
-            np.abs(out - want.astype(float)).mean() < 0.35
+            np.abs(out - reference.astype(float)).mean() < 0.35
         )  # PIL 13 resizes in another order
 
 
@@ -178,15 +180,15 @@ def test_center_crop_of_a_usual_image():
     assert crop.box.left == pytest.approx(58 * 500 / 341)
     assert crop.box.width == pytest.approx(224 * 500 / 341)
     assert crop.bounds == Box(0, 0, 375, 500)
-    whole = data_crops.center_crop(8, 8, (16, 16), 1.0)
-    assert whole.box == whole.bounds == Box(0, 0, 8, 8)
+    crop_of_everything = data_crops.center_crop(8, 8, (16, 16), 1.0)
+    assert crop_of_everything.box == crop_of_everything.bounds == Box(0, 0, 8, 8)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 @pytest.mark.parametrize("antialias", [True, False])
 def test_interpolation_and_antialias(interpolation, antialias):
-    """Host and device agree with PIL, or without antialias with a formula."""
+    """Host and device agree with PIL, or without antialiasing with a formula."""
     options = dict(interpolation=interpolation, antialias=antialias)
     pixels = photographs()["cat"]
     crop = Crop(*[Box(20, 30, 260, 330)] * 2)
@@ -207,7 +209,7 @@ def test_interpolation_and_antialias(interpolation, antialias):
 
 
 def resize_axis(pixels, axis, interpolation):
-    """Resize one axis to 224 from the nearest two or four pixels."""
+    """Resize one axis to 224 with the nearest two or four pixels."""
     n = pixels.shape[axis]
     position = (np.arange(224) + 0.5) * n / 224 - 0.5
     first, total, weights = np.floor(position).astype(int), 0, 0
@@ -223,8 +225,8 @@ def resize_axis(pixels, axis, interpolation):
             weight = np.where(x <= 1, near, far)
         weight = weight * ((first + tap >= 0) & (first + tap < n))
         shape = [-1 if k == axis else 1 for k in range(3)]
-        taken = np.take(pixels, np.clip(first + tap, 0, n - 1), axis)
-        total, weights = total + taken * weight.reshape(shape), weights + weight
+        neighbors = np.take(pixels, np.clip(first + tap, 0, n - 1), axis)
+        total, weights = total + neighbors * weight.reshape(shape), weights + weight
     return total / weights.reshape(shape)
 
 
@@ -244,10 +246,10 @@ def test_only_the_crop_is_shipped():
 def test_pixels_outside_the_crop_do_not_matter():
     pixels = noise_image(300, 400, 3)
     crop = Crop(*[Box(20, 30, 200, 250)] * 2)
-    other = np.full_like(pixels, 255)
-    other[20:220, 30:280] = pixels[20:220, 30:280]
-    one, two = on_device([(pixels, crop), (other, crop)])[0]
-    assert_array_equal(one, two)
+    changed = np.full_like(pixels, 255)
+    changed[20:220, 30:280] = pixels[20:220, 30:280]
+    resized, resized_changed = on_device([(pixels, crop), (changed, crop)])[0]
+    assert_array_equal(resized, resized_changed)
 
 
 @pytest.mark.slow
@@ -255,12 +257,12 @@ def test_center_crop_ships_the_pixels_of_its_filters():
     """The canvas holds the box and a margin; the result matches the whole image."""
     pixels = noise_image(375, 500, 3)
     crop = data_crops.center_crop(375, 500, SIZE, 0.875)
-    got, images, boxes = on_device([(pixels, crop)])
+    actual, images, boxes = on_device([(pixels, crop)])
     extents = boxes[0, :, 2].astype(int)
     assert (extents < 345).all()
     assert (images[0, extents[0] :] == 0).all()
-    whole = np.zeros((1, 512, 512, 3), np.uint8)
-    whole[0, :375, :500] = pixels
+    canvas = np.zeros((1, 512, 512, 3), np.uint8)
+    canvas[0, :375, :500] = pixels
     box = np.array(
         [
             [crop.box[axis], crop.box[2 + axis], side]
@@ -268,17 +270,17 @@ def test_center_crop_ships_the_pixels_of_its_filters():
         ],
         np.float32,
     )
-    assert np.abs(got - resample.resample(whole, box[None], SIZE)).mean() < 1e-3
+    assert np.abs(actual - resample.resample(canvas, box[None], SIZE)).mean() < 1e-3
 
 
 def test_crop_larger_than_the_canvas_is_resized_on_the_host():
     pixels = noise_image(700, 600, 3)
     crop = Crop(*[Box(0, 0, 700, 600)] * 2)
-    got, images, boxes = on_device([(pixels, crop)])
+    actual, images, boxes = on_device([(pixels, crop)])
     assert boxes[0].tolist() == [[0, 224, 224]] * 2
     expected = Image.fromarray(pixels).resize(SIZE, Image.Resampling.BICUBIC)
     assert_array_equal(images[0, :224, :224], expected)
-    assert_array_equal(got[0], expected)  # same size: unchanged
+    assert_array_equal(actual[0], expected)  # same size: unchanged
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Decoding: formats that Pillow reads, other depths than 8 bits, and damaged files."""
+"""Tests of decoding: Pillow's formats, depths other than 8 bits, damaged files."""
 
 import io
 import struct
@@ -72,7 +72,7 @@ def test_decode_equals_pil(kind, channels):
 
 
 def test_damaged_but_complete_file():
-    """400 wrong bytes in the middle decode as with PIL, without an error."""
+    """A file with 400 wrong bytes decodes as with PIL, without an error."""
     encoded = bytearray(READABLE["jpeg"])
     middle = len(encoded) // 2
     encoded[middle : middle + 400] = (noise_image(400) // 2).tobytes()  # no marker
@@ -110,7 +110,7 @@ FORMATS = {"u": 1, "i": 2, "f": 3}  # of TIFF samples
 
 
 def png(values):
-    """Encode uint16 [h, w, bands] as PNG of 16 bits, which Pillow cannot write."""
+    """Encode uint16 [h, w, bands] as a 16-bit PNG, which Pillow cannot write."""
 
     def chunk(name, content):
         checksum = struct.pack(">I", zlib.crc32(name + content))
@@ -178,7 +178,7 @@ def sgi(values):
 
 
 def bits12(values):
-    """Pack uint16 [h, w] below 4096, w even, as TIFF of 12 bits."""
+    """Pack uint16 [h, w] below 4096, w even, as the data of a 12-bit TIFF."""
     high, low = values.reshape(-1, 2).T.astype(int)
     triples = np.stack([high >> 4, (high & 15) << 4 | low >> 8, low & 255], 1)
     content = triples.astype(np.uint8).tobytes()
@@ -214,9 +214,10 @@ NEARLY = {
 
 @pytest.mark.parametrize("name", [*SIXTEEN_BIT, *NEARLY])
 def test_16_bits_are_divided_by_257(name):
-    """Border of the kind: unsigned integers of 9 to 16 bits, gray or color, in any
-    format that Pillow opens, become value / maximum * 255, rounded. Exact unless Pillow
-    has reduced the values itself.
+    """Unsigned integers of 9 to 16 bits become value / maximum * 255, rounded.
+
+    This holds for gray and color images in any format that Pillow opens. The result is
+    exact, except where Pillow itself has reduced the values.
     """
     encoded, values = (SIXTEEN_BIT | NEARLY)[name]
     if values is None:
@@ -259,8 +260,9 @@ UNDEFINED = {
 
 @pytest.mark.parametrize("name", UNDEFINED)
 def test_other_values_require_a_range(name):
-    """Border of the kind: floats, signed and 32-bit integers have no defined black and
-    white. Without `value_range` they end the run with an error that names the key.
+    """Floats, signed and 32-bit integers require `value_range`.
+
+    Their black and white are not defined. The error ends the run and names the key.
     """
     encoded, value_range = UNDEFINED[name]
     with pytest.raises(DataError, match=r"found .* from .* data\.value_range="):
@@ -273,7 +275,7 @@ def test_other_values_require_a_range(name):
 
 
 def test_range_of_more_than_8_bits_only():
-    """A 12-bit camera image in 16 bits has a range; 8-bit images stay as they are."""
+    """`value_range` scales 12-bit images in 16 bits; 8-bit images are unchanged."""
     dark = GRAY // 16
     expected = np.rint(dark / 4095 * 255)
     for encoded in (encode(dark, "PNG"), tiff(dark), png(np.dstack([dark] * 3))):
@@ -286,7 +288,7 @@ def test_range_of_more_than_8_bits_only():
 
 
 def test_values_that_are_not_finite():
-    """The example is unreadable; the run goes on."""
+    """An image with inf or NaN is unreadable; the run continues."""
     for value in (np.nan, np.inf):
         values = UNIT.copy()
         values[3, 3] = value
@@ -305,7 +307,7 @@ def test_tiff_that_pillow_cannot_read(values):
 
 
 def test_transform_has_a_range():
-    """The arguments of a task reach the pixels."""
+    """The transform applies `value_range`."""
     options = dict(batch_size=1, size=(16, 18), channels=1, value_range=(0, 1))
     transform = ImageTransform(**options)
     out = {"image": np.zeros((16, 18, 1), np.uint8), "label": np.zeros((), np.int32)}
@@ -318,12 +320,12 @@ def test_transform_has_a_range():
 
 
 def test_crops_of_ordinary_jpegs_may_be_decoded_alone():
-    """Only of baseline JPEGs with one scan, which nothing follows."""
-    plain = encode(IMAGE, "JPEG", quality=90)
+    """Crops are decoded alone only from baseline JPEGs with one scan at the end."""
+    jpeg = encode(IMAGE, "JPEG", quality=90)
     thumbnail = Image.Exif()
-    thumbnail[0x010E] = plain[:2000].decode("latin1")  # markers inside a segment
+    thumbnail[0x010E] = jpeg[:2000].decode("latin1")  # markers inside a segment
     for good in (
-        plain,
+        jpeg,
         encode(IMAGE.convert("L"), "JPEG"),
         encode(IMAGE, "JPEG", restart_marker_blocks=2),
         encode(IMAGE, "JPEG", exif=thumbnail),
@@ -332,12 +334,12 @@ def test_crops_of_ordinary_jpegs_may_be_decoded_alone():
     for bad in (
         encode(IMAGE, "JPEG", progressive=True),
         encode(IMAGE, "PNG"),
-        plain[:-2],
-        plain[: len(plain) // 2],
-        plain[:30],
-        plain[:2],
+        jpeg[:-2],
+        jpeg[: len(jpeg) // 2],
+        jpeg[:30],
+        jpeg[:2],
         b"",
-        plain + b"\0",
-        plain[:-500] + b"\xff\xc3" + plain[-498:],
+        jpeg + b"\0",
+        jpeg[:-500] + b"\xff\xc3" + jpeg[-498:],
     ):
         assert not may_decode_crops(bad)

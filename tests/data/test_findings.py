@@ -1,4 +1,4 @@
-"""Values that decoding loses: whether an image is worth training on."""
+"""Tests of warnings about values that decoding loses."""
 
 import io
 
@@ -16,6 +16,7 @@ PHOTO = photographs()["cat"][80:128, 150:214]
 
 
 def findings(values, value_range=(), channels=1, kind="TIFF"):
+    """Return the findings of an image file as {finding: detail}."""
     image = values if isinstance(values, Image.Image) else Image.fromarray(values)
     buffer = io.BytesIO()
     image.save(buffer, kind)
@@ -37,12 +38,14 @@ def findings(values, value_range=(), channels=1, kind="TIFF"):
     ],
 )
 def test_lost_values(values, value_range, detail):
-    """Border of the kind: an image loses values if less than a quarter of its levels,
-    of at most 256, or a single one of several remain after decoding.
+    """An image loses values if decoding leaves less than a quarter of its levels.
+
+    At most 256 levels count. An image with several levels also loses values if one
+    level remains.
     """
-    found = findings(values, value_range)
-    assert found[LOST].startswith(detail)
-    assert f"{values.dtype}, reduced to 8 bit" in found
+    reported = findings(values, value_range)
+    assert reported[LOST].startswith(detail)
+    assert f"{values.dtype}, reduced to 8 bit" in reported
 
 
 @pytest.mark.parametrize("mode", ["LA", "RGBA", "P"])
@@ -55,9 +58,9 @@ def test_image_in_the_alpha_channel(mode):
         image = Image.fromarray((RAMP % 2).astype(np.uint8))
         image.putpalette([0] * 6)
         image.info["transparency"] = 1
-    found = findings(image, channels=3, kind="PNG")
-    assert found["alpha channel, dropped"] == ""
-    assert "alpha" in found[LOST]
+    reported = findings(image, channels=3, kind="PNG")
+    assert reported["alpha channel, dropped"] == ""
+    assert "alpha" in reported[LOST]
     photo = Image.fromarray(PHOTO)
     photo.putalpha(Image.fromarray(PHOTO[..., 0]))
     assert LOST not in findings(photo, channels=3, kind="PNG")
@@ -75,13 +78,13 @@ def test_image_in_the_alpha_channel(mode):
     ],
 )
 def test_healthy_images(values, value_range):
-    found = findings(values, value_range, channels=3)
-    assert {LOST, CLIPPED}.isdisjoint(found)
+    reported = findings(values, value_range, channels=3)
+    assert {LOST, CLIPPED}.isdisjoint(reported)
 
 
 def test_clipped_values():
-    """A stated range may clip: the share is a finding, not a loss."""
-    found = findings(UNIT, (0.25, 1))
-    assert found[CLIPPED] == "25.00% of the values"
-    assert LOST not in found
+    """The fraction of values that `value_range` clips is reported, but is no loss."""
+    reported = findings(UNIT, (0.25, 1))
+    assert reported[CLIPPED] == "25.00% of the values"
+    assert LOST not in reported
     assert CLIPPED not in findings(UNIT, (0, 1))

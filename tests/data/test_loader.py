@@ -49,8 +49,8 @@ def test_training_batches():
 def test_run_can_start_at_any_step(crop_scale):
     """Batches 13 to 17, across an epoch boundary, equal those of a run from step 0."""
     cfg = digits_config(data__crop_scale=crop_scale)
-    whole = list(inputs.train_batches(cfg, 0, 18))
-    assert_batches_equal(whole[13:], inputs.train_batches(cfg, 13, 18))
+    from_step_0 = list(inputs.train_batches(cfg, 0, 18))
+    assert_batches_equal(from_step_0[13:], inputs.train_batches(cfg, 13, 18))
 
 
 @pytest.mark.parametrize("batch_size", [90, 96, 360, 512])
@@ -87,7 +87,7 @@ def test_shares_of_processes_make_the_batch(monkeypatch, processes, name):
     def batches():
         return [*inputs.train_batches(cfg, 14, 16), *inputs.eval_batches(cfg)]
 
-    whole, shares = batches(), []
+    expected, shares = batches(), []
     monkeypatch.setattr(jax, "process_count", lambda: processes)
     for index in range(processes):
         monkeypatch.setattr(jax, "process_index", lambda index=index: index)
@@ -97,7 +97,7 @@ def test_shares_of_processes_make_the_batch(monkeypatch, processes, name):
         {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
         for parts in zip(*shares, strict=True)
     ]
-    assert_batches_equal(joined, whole)
+    assert_batches_equal(joined, expected)
 
 
 @pytest.mark.parametrize("workers", [1, 5])
@@ -110,12 +110,14 @@ def test_batches_do_not_depend_on_threads(folder, workers):
 
 @pytest.mark.parametrize(("workers", "usable"), [(1, {0, 1, 2}), (0, {5})])
 def test_number_of_threads(folder, monkeypatch, workers, usable):
-    """data.workers threads, or one for each core."""
+    """Batches use data.workers threads, or one thread per core."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: usable, raising=False)
     cfg = folder_config(folder, data__workers=workers, batch_size=40)
     batches = inputs.train_batches(cfg, 0, 100)
     next(batches)
-    threads = [each for each in threading.enumerate() if each.name.startswith("read")]
+    threads = [
+        thread for thread in threading.enumerate() if thread.name.startswith("read")
+    ]
     assert len(threads) == 1
     batches.close()
 
@@ -130,8 +132,9 @@ def test_threads_end_with_the_batches(folder):
 
 @pytest.fixture
 def damaged(folder, tmp_path):
-    """Return a copy of the folder in which 3 training files and 1 validation file are
-    damaged, and the paths of these 4 files.
+    """Return a copy of the folder with damaged files, and the paths of these files.
+
+    3 training files and 1 validation file are damaged.
     """
     root = tmp_path / "damaged"
     shutil.copytree(folder, root)
@@ -147,10 +150,10 @@ def damaged(folder, tmp_path):
 
 def test_unreadable_images_keep_their_positions(folder, damaged, capfd):
     root, broken = damaged
-    whole = list(inputs.train_batches(folder_config(folder), 0, 10))
+    intact = list(inputs.train_batches(folder_config(folder), 0, 10))
     batches = list(inputs.train_batches(folder_config(root), 0, 10))
     bad = 0
-    for one, other in zip(batches, whole, strict=True):
+    for one, other in zip(batches, intact, strict=True):
         unreadable = one["unreadable"] == 1
         bad += unreadable.sum()
         assert_array_equal(one["weight"], 1 - one["unreadable"])

@@ -1,4 +1,4 @@
-"""Order of samples: permutations, epochs, subsets and positions."""
+"""Tests of the order of samples: permutations, epochs, subsets and positions."""
 
 import numpy as np
 import pytest
@@ -15,12 +15,12 @@ IMAGENET = 1_281_167
 def test_every_epoch_is_a_permutation_of_its_own():
     orders = [permutation(seed, epoch, 1437) for seed in (0, 1) for epoch in range(3)]
     orders.append(permutation(0, 1_000_000, 1437))
-    for each in orders:
-        assert each.dtype == np.int64
-        assert_array_equal(np.sort(each), np.arange(1437))
-    for i, each in enumerate(orders):
+    for order_of_epoch in orders:
+        assert order_of_epoch.dtype == np.int64
+        assert_array_equal(np.sort(order_of_epoch), np.arange(1437))
+    for i, order_of_epoch in enumerate(orders):
         for other in orders[:i]:
-            assert (each == other).mean() < 0.01  # 1 in 1437 by chance
+            assert (order_of_epoch == other).mean() < 0.01  # 1 in 1437 by chance
 
 
 def test_order_is_frozen():
@@ -73,18 +73,20 @@ def test_jump_to_a_late_step(monkeypatch):
 
 
 def test_few_training_examples():
-    whole = {image.tobytes() for image in data_sources_digits.Digits("train").pixels()}
-    found = []
+    all_images = {
+        image.tobytes() for image in data_sources_digits.Digits("train").pixels()
+    }
+    subsets = []
     for subset in (0, 1, 0):
         source = data_sources_digits.Digits(
             "train", train_examples=100, subset_seed=subset
         )
         assert np.bincount(source.labels).tolist() == [10] * 10
-        found.append([image.tobytes() for image in source.pixels()])
-        assert len(set(found[-1])) == 100
-        assert set(found[-1]) <= whole
-    assert found[0] == found[2]
-    assert set(found[0]) != set(found[1])
+        subsets.append([image.tobytes() for image in source.pixels()])
+        assert len(set(subsets[-1])) == 100
+        assert set(subsets[-1]) <= all_images
+    assert subsets[0] == subsets[2]
+    assert set(subsets[0]) != set(subsets[1])
     test = data_sources_digits.Digits("test", train_examples=100, subset_seed=1)
     assert_array_equal(test.pixels(), data_sources_digits.Digits("test").pixels())
 

@@ -1,4 +1,4 @@
-"""RandAugment: operations equal to timm's, and the distribution of the policy."""
+"""Tests of RandAugment: operations equal timm's; distribution of the policy."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -22,6 +22,7 @@ APPLIED, LEFT_OUT = 0.0, 0.5
 
 
 def draws(count, seed=0):
+    """Return lists of random numbers, one list per image."""
     return np.random.RandomState(seed).random_sample((count, DRAWS)).tolist()
 
 
@@ -41,11 +42,11 @@ def test_operations_equal_timm(name, crop):
     image = Image.fromarray(GOLDEN[crop])
     expected = GOLDEN[f"{crop}_results"][list(OPERATIONS).index(name)]
     for magnitude, pair in zip(GOLDEN["magnitudes"].tolist(), expected, strict=True):
-        for sign, want in zip(GOLDEN["signs"].tolist(), pair, strict=True):
-            got = np.asarray(randaugment.apply(name, image, magnitude, sign))
-            assert got.dtype == np.uint8
+        for sign, expected in zip(GOLDEN["signs"].tolist(), pair, strict=True):
+            actual = np.asarray(randaugment.apply(name, image, magnitude, sign))
+            assert actual.dtype == np.uint8
             # A later Pillow may round differently.
-            assert np.abs(got - want.astype(float)).mean() <= 1 / 255
+            assert np.abs(actual - expected.astype(float)).mean() <= 1 / 255
 
 
 def test_operations_without_a_sign():
@@ -119,7 +120,7 @@ def test_distribution_of_operations():
 
 
 def test_policy_parameters():
-    """Magnitude, its spread, number of operations and probability take effect."""
+    """Magnitude, its spread, number of operations and probability are applied."""
     many = draws(200)
     for sample in many:
         a, b = randaugment.choose(sample, mean_magnitude=5, std=0, probability=1)
@@ -132,14 +133,14 @@ def test_policy_parameters():
     pairs = [randaugment.choose(sample, probability=1) for sample in many[:2]]
     assert four == sum(pairs, [])
     for magnitude, std in ((0, 1), (10, 1), (5, 100)):
-        drawn = [
+        magnitudes = [
             operation[1]
             for sample in many
             for operation in randaugment.choose(sample, magnitude, std)
         ]
-        assert min(drawn) >= 0
-        assert max(drawn) <= 10
-        assert {0.0, 10.0} & set(drawn)
+        assert min(magnitudes) >= 0
+        assert max(magnitudes) <= 10
+        assert {0.0, 10.0} & set(magnitudes)
 
 
 def test_operations_are_chained():
@@ -149,9 +150,9 @@ def test_operations_are_chained():
     sample += [position("SolarizeAdd"), APPLIED, 0.5, 0.0]
     turned = randaugment.apply("Rotate", Image.fromarray(pixels), 9.0, -1)
     expected = randaugment.apply("SolarizeAdd", turned, 9.0, -1)
-    got = randaugment.randaugment(pixels, sample)
-    assert_array_equal(got, expected)
-    assert got.dtype == np.uint8
+    actual = randaugment.randaugment(pixels, sample)
+    assert_array_equal(actual, expected)
+    assert actual.dtype == np.uint8
     sample[5] = LEFT_OUT
     assert_array_equal(randaugment.randaugment(pixels, sample), turned)
     sample[1] = LEFT_OUT

@@ -1,4 +1,4 @@
-"""Decoding to 8 or 16 bits or floats with any number of channels, and resizing."""
+"""Tests of images of 8 bits, 16 bits or floats with any number of channels."""
 
 import io
 
@@ -22,18 +22,21 @@ NOISE = np.random.RandomState(0).randint(0, 65536, (18, 16, 5)).astype(np.uint16
 
 
 def npy(array):
+    """Encode an array as NPY."""
     buffer = io.BytesIO()
     np.save(buffer, array)
     return buffer.getvalue()
 
 
 def tiff(array, **options):
+    """Encode an array as TIFF."""
     buffer = io.BytesIO()
     tifffile.imwrite(buffer, array, **options)
     return buffer.getvalue()
 
 
 def color_tiff(**options):
+    """Encode noise as a TIFF of three channels."""
     return tiff(NOISE[..., :3], photometric="rgb", **options)
 
 
@@ -77,9 +80,9 @@ def test_16_bits(kind):
     encoded, values = KINDS[kind]
     channels = values.shape[-1]
     for dtype in ("uint16", "float32"):
-        found = decode(encoded, channels, dtype=dtype)
-        assert found.dtype == dtype
-        assert_array_equal(found, values)
+        decoded = decode(encoded, channels, dtype=dtype)
+        assert decoded.dtype == dtype
+        assert_array_equal(decoded, values)
     reduced = decode(encoded, channels)
     assert reduced.dtype == np.uint8
     assert_array_equal(reduced, np.rint(values / 257))
@@ -114,8 +117,8 @@ def test_gray_and_color():
     assert_array_equal(gray, np.repeat(NOISE[..., :1], 3, -1))
     color = KINDS["tiff, color"][0]
     expected = NOISE[..., :3] @ np.array([0.299, 0.587, 0.114])
-    found = decode(color, 1, dtype="uint16")[..., 0]
-    assert np.abs(found - expected).max() < 0.501
+    decoded = decode(color, 1, dtype="uint16")[..., 0]
+    assert np.abs(decoded - expected).max() < 0.501
     jpeg = encode(noise_image(18, 16, 3), "JPEG")
     expected = decoding.decode(jpeg, 3)
     assert_array_equal(decode(jpeg, 3), expected)
@@ -160,7 +163,7 @@ def test_unsuitable_files(encoded, error, message):
 
 
 def exact_axis(pixels, span, size, axis, radius, antialias=True):
-    """Resize one axis in float64, written anew from the definition of the filters."""
+    """Resize one axis in float64: a second implementation of the filters."""
     start, length, extent = span
     scale = length / size
     stretch = max(scale, 1.0) if antialias else 1.0
@@ -174,8 +177,8 @@ def exact_axis(pixels, span, size, axis, radius, antialias=True):
             near, far = 1.5 * x**3 - 2.5 * x**2 + 1, 4 - 8 * x + 5 * x**2 - x**3
             weights = np.where(x < 1, near, np.where(x < 2, far / 2, 0))
         rows.append(weights / weights.sum())
-    part = np.take(pixels, range(extent), axis).astype(np.float64)
-    return np.moveaxis(np.tensordot(np.array(rows), part, (1, axis)), 0, axis)
+    source = np.take(pixels, range(extent), axis).astype(np.float64)
+    return np.moveaxis(np.tensordot(np.array(rows), source, (1, axis)), 0, axis)
 
 
 CROPS = [
@@ -217,24 +220,24 @@ def test_resize_is_exact(dtype, interpolation, antialias):
 
 
 def test_channels_are_resized_alike():
-    """Four channels of 8 bits equal four grayscale images; alpha is not multiplied."""
+    """Four 8-bit channels equal four grayscale images; alpha is not multiplied."""
     pixels = noise_image(60, 50, 4)
     box = (2.5, 40, 60), (0, 50, 50)
     for antialias in (True, False):
         options = (24, 20), "bicubic", antialias
-        found = crops.resize(pixels, box, *options)
-        assert found.dtype == np.uint8
+        resized = crops.resize(pixels, box, *options)
+        assert resized.dtype == np.uint8
         for k in range(4):
-            one = crops.resize(pixels[..., k : k + 1], box, *options)
-            assert_array_equal(found[..., k : k + 1], one)
+            resized_channel = crops.resize(pixels[..., k : k + 1], box, *options)
+            assert_array_equal(resized[..., k : k + 1], resized_channel)
 
 
 # Configs
 
 
 @pytest.fixture
-def tiles(tmp_path, user_cache):
-    """Eight 4-band tiles of 16 bits in each split."""
+def tiles(tmp_path, cache_directory):
+    """Return a directory with eight 16-bit images of 4 bands in each split."""
     values = np.random.RandomState(0).randint(0, 10000, (16, 30, 26, 4))
     for k, tile in enumerate(values.astype(np.uint16)):
         path = tmp_path / ("train" if k < 8 else "val") / f"c{k % 2}" / f"{k}.tif"
@@ -254,7 +257,7 @@ FOUR = dict(
 
 @pytest.mark.slow
 def test_dtypes_reach_the_batches(tiles):
-    """Center crops of 16x16 without resizing, normalized by the scale."""
+    """Batches contain center crops of 16x16 without resizing, divided by data.scale."""
     root, values = tiles
     options = FOUR | dict(data__crop_pct=1.0, data__canvas=32)
     expected, means, on_host = {}, np.array(FOUR["data__mean"]), {"data__canvas": 0}
@@ -269,15 +272,15 @@ def test_dtypes_reach_the_batches(tiles):
         task = inputs.make_task(config)
         batch = next(inputs.eval_batches(config))
         assert batch["image"].dtype == dtype
-        found = np.asarray(task.preprocess(batch))
-        assert found.shape == (8, 16, 16, 4)
-        found = (found * 0.5 + means) * white
-        other = expected.setdefault(white, found)
+        images = np.asarray(task.preprocess(batch))
+        assert images.shape == (8, 16, 16, 4)
+        images = (images * 0.5 + means) * white
+        reference = expected.setdefault(white, images)
         reduced = dtype == "uint8"
-        assert np.abs(found - other).max() < (400 if white == 65535 else 0.1)
+        assert np.abs(images - reference).max() < (400 if white == 65535 else 0.1)
         host = next(inputs.eval_batches(folder_config(root, **keys | on_host)))
         pixels = (np.asarray(task.preprocess(host)) * 0.5 + means) * white
-        assert np.abs(pixels - found).max() < (400 if reduced else 0.75)
+        assert np.abs(pixels - images).max() < (400 if reduced else 0.75)
         notes = inputs.check_splits(config, task)
         assert len(notes) == (2 if dtype == "uint8" else 0)
     config = folder_config(root, **options)

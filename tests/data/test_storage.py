@@ -1,4 +1,4 @@
-"""Files in buckets: ranges, listing, copies, retries and errors."""
+"""Tests of files in buckets: ranges, listing, copies, retries and errors."""
 
 import re
 
@@ -14,6 +14,7 @@ KEY = "data/a b ä.bin"
 
 @pytest.fixture
 def bucket(tmp_path):
+    """Start a server of a bucket with one object."""
     path = tmp_path / "objects" / KEY
     path.parent.mkdir(parents=True)
     path.write_bytes(DATA)
@@ -23,7 +24,7 @@ def bucket(tmp_path):
 
 @pytest.fixture(params=["", "gs://bucket/", "s3://bucket/"])
 def root(request, bucket):
-    """A local directory and two buckets with the same files."""
+    """Return a local directory or a bucket; all contain the same files."""
     return request.param or f"{bucket.root}/"
 
 
@@ -54,7 +55,7 @@ def test_listing(root, bucket):
 
 @pytest.mark.parametrize("part", [len(DATA) // 4, 3000, 10**6])
 def test_copy(bucket, tmp_path, monkeypatch, part):
-    """Also of an object that ends with a part."""
+    """A copy is exact, also if the size is a multiple of the part size."""
     monkeypatch.setattr(storage, "PART_BYTES", part)
     with open(tmp_path / "copy", "wb") as file:
         assert storage.copy(f"gs://bucket/{KEY}", file) == len(DATA)

@@ -1,4 +1,4 @@
-"""Batches read with tf.data equal those of the threads, byte for byte."""
+"""Tests that tf.data and threads read bit-identical batches."""
 
 import io
 import os
@@ -7,9 +7,9 @@ import threading
 import time
 
 import jax
+import mini_runs
 import numpy as np
 import pytest
-import recipes
 import tensorflow_datasets as tfds
 import toy
 from datasets import assert_batches_equal, digits_config, encode, folder_config
@@ -49,26 +49,26 @@ def images(damaged=()):
     """Return (name, content) of 40 files of many kinds."""
     random, files = np.random.RandomState(0), []
     photos = [*photographs.photographs().values()]
-    for number in range(COUNT):
-        size, options = ORDINARY[number % len(ORDINARY)]
-        image = photographs.variant(photos[number % 7], number, size[::-1])
+    for index in range(COUNT):
+        size, options = ORDINARY[index % len(ORDINARY)]
+        image = photographs.variant(photos[index % 7], index, size[::-1])
         suffix, kind = "jpg", "JPEG"
-        if number == 5:
+        if index == 5:
             image = image.convert("L")
-        elif number == 11:
+        elif index == 11:
             image = image.convert("CMYK")
-        elif number == 17:
+        elif index == 17:
             options = options | dict(progressive=True)
-        elif number == 23:
+        elif index == 23:
             suffix, kind, options = "png", "PNG", {}
-        elif number == 29:
+        elif index == 29:
             exif = Image.Exif()
             exif[0x0112] = 6  # rotated
             options = options | dict(exif=exif)
         content = encode(image, kind, **options)
-        if number in damaged:
-            content = DAMAGES[damaged.index(number)](content, random)
-        files.append((f"{number % 3}/{number:02}.{suffix}", content))
+        if index in damaged:
+            content = DAMAGES[damaged.index(index)](content, random)
+        files.append((f"{index % 3}/{index:02}.{suffix}", content))
     return files
 
 
@@ -90,6 +90,7 @@ DAMAGED = (0, 9, 14, 18, 27, 36)
 
 
 def write_folder(root, damaged=()):
+    """Write the images as class folders."""
     for split, files in (("train", images(damaged)), ("val", images(damaged)[:11])):
         for name, content in files:
             path = root / split / name
@@ -98,7 +99,7 @@ def write_folder(root, damaged=()):
 
 
 class Kinds(tfds.core.GeneratorBasedBuilder):
-    """The images as a dataset of TFDS."""
+    """Dataset of TFDS with these images."""
 
     VERSION = tfds.core.Version("1.0.0")
     damaged = ()
@@ -133,7 +134,7 @@ def write_tfds(root, file_format, damaged=()):
 
 @pytest.fixture(scope="module", autouse=True)
 def cache(tmp_path_factory):
-    """An empty cache directory of the user."""
+    """Return an empty cache directory of the user."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         registry._open.cache_clear()
@@ -142,20 +143,22 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def roots(tmp_path_factory):
-    """Datasets by format; those of names that end in " damaged" have damaged files."""
-    found = {}
+    """Return {format: dataset}; names that end in " damaged" have damaged files."""
+    by_format = {}
     for suffix, damaged in (("", ()), (" damaged", DAMAGED)):
-        root = found[f"folder{suffix}"] = tmp_path_factory.mktemp("folder")
+        root = by_format[f"folder{suffix}"] = tmp_path_factory.mktemp("folder")
         write_folder(root, damaged)
         for file_format in ("tfrecord", "array_record"):
-            root = found[file_format + suffix] = tmp_path_factory.mktemp(file_format)
+            root = by_format[file_format + suffix] = tmp_path_factory.mktemp(
+                file_format
+            )
             write_tfds(root, file_format, damaged)
-    return found
+    return by_format
 
 
 @pytest.fixture
 def loaded(monkeypatch):
-    """Indices of the examples that TensorFlow does not decode."""
+    """Return a list that records the examples that TensorFlow does not decode."""
     indices, load = [], tf_data.TfReader._load_arrays
 
     def record(self, bucket, index, epoch):
@@ -181,17 +184,20 @@ def with_tf(config):
 
 def assert_readers_agree(config, *steps):
     """Check training batches of some steps and all evaluation batches."""
-    other = with_tf(config)
+    config_with_tf = with_tf(config)
     assert_batches_equal(
-        inputs.train_batches(other, *steps), inputs.train_batches(config, *steps)
+        inputs.train_batches(config_with_tf, *steps),
+        inputs.train_batches(config, *steps),
     )
-    assert_batches_equal(inputs.eval_batches(other), inputs.eval_batches(config))
+    assert_batches_equal(
+        inputs.eval_batches(config_with_tf), inputs.eval_batches(config)
+    )
 
 
 @pytest.mark.parametrize("name", ["folder", "tfrecord", "array_record"])
 @pytest.mark.parametrize("randaugment", [False, True])
 def test_batches_are_equal(roots, name, randaugment):
-    """Over an epoch boundary; from a step in the middle, far away too."""
+    """Batches agree across an epoch boundary, and from a late first step."""
     config = config_of(roots, name, data__randaugment=randaugment)
     assert_readers_agree(config, 0, 7)
     for steps in ((3, 6), (100_000, 100_002)):
@@ -218,7 +224,7 @@ def test_other_settings(roots, overrides):
 
 @pytest.mark.parametrize("name", ["folder", "tfrecord"])
 def test_ordinary_images_are_decoded_by_tensorflow(roots, name, loaded):
-    """All but CMYK, progressive JPEG, PNG and crops larger than the canvas."""
+    """TensorFlow decodes all except CMYK, progressive JPEG, PNG and large crops."""
     config = config_of(roots, name, data__canvas=160)
     assert_batches_equal(
         inputs.train_batches(with_tf(config), 0, 5), inputs.train_batches(config, 0, 5)
@@ -243,11 +249,11 @@ def test_damaged_files(roots, name, capfd, monkeypatch):
     monkeypatch.setattr(loader, "_logged", set())
     config = config_of(roots, f"{name} damaged")
     batches = list(inputs.train_batches(with_tf(config), 0, 10))
-    found = capfd.readouterr().err
+    errors = capfd.readouterr().err
     assert_batches_equal(batches, inputs.train_batches(config, 0, 10))
     unreadable = sum(batch["unreadable"].sum() for batch in batches)
     assert unreadable == 2 * 5
-    assert found.count("cannot read ") == 5
+    assert errors.count("cannot read ") == 5
     assert "cannot read " not in capfd.readouterr().err  # the same names
     assert_batches_equal(
         inputs.eval_batches(with_tf(config)), inputs.eval_batches(config)
@@ -255,7 +261,7 @@ def test_damaged_files(roots, name, capfd, monkeypatch):
 
 
 def test_missing_file_and_wrong_checksum(roots, tmp_path, loaded):
-    """TensorFlow cannot read them, so that their batches are loaded by our own code."""
+    """Batches with files that TensorFlow cannot read are loaded by threads."""
     root = tmp_path / "folder"
     shutil.copytree(roots["folder"], root)
     paths = sorted(root.glob("train/*/*"))
@@ -283,7 +289,7 @@ def test_missing_file_and_wrong_checksum(roots, tmp_path, loaded):
 
 def test_shares_of_processes(roots, monkeypatch):
     config = config_of(roots, "folder damaged")
-    whole, shares = list(inputs.train_batches(config, 3, 7)), []
+    expected, shares = list(inputs.train_batches(config, 3, 7)), []
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     for index in range(2):
         monkeypatch.setattr(jax, "process_index", lambda index=index: index)
@@ -293,11 +299,11 @@ def test_shares_of_processes(roots, monkeypatch):
         {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
         for parts in zip(*shares, strict=True)
     ]
-    assert_batches_equal(joined, whole)
+    assert_batches_equal(joined, expected)
 
 
 def test_public_dataset(roots):
-    """A `tf.data.Dataset` that starts again from its first step."""
+    """`tf_dataset` returns a `tf.data.Dataset`; each iteration starts at first_step."""
     config = config_of(roots, "folder damaged")
     dataset = hivit_jax.tf_dataset(config, 3, 7)
     assert isinstance(dataset, tf.data.Dataset)
@@ -333,13 +339,13 @@ def test_buckets(tmp_path):
     recipe.write_text(RECIPE.format(str(tmp_path)))
     config = configs.load(str(recipe))
     batches, expected = (
-        [*inputs.train_batches(each, 0, 9), *inputs.eval_batches(each)]
-        for each in (with_tf(config), config)
+        [*inputs.train_batches(cfg, 0, 9), *inputs.eval_batches(cfg)]
+        for cfg in (with_tf(config), config)
     )
     assert len({batch["image"].shape for batch in batches}) == 2
     assert min(batch["index"].min() for batch in batches) == -1
     assert sum(batch["unreadable"].sum() for batch in batches) > 0
-    recipes.assert_identical(batches, expected)
+    mini_runs.assert_identical(batches, expected)
 
 
 def test_wrong_label_ends_the_run(roots, monkeypatch):
@@ -390,12 +396,12 @@ def test_accelerators_are_left_to_jax():
     assert os.environ["TF_CPP_MIN_LOG_LEVEL"]
 
 
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("minimal_output")
 def test_training_is_bit_identical(roots, tmp_path, monkeypatch):
-    """Both readers lead to the same metrics and the same checkpoint."""
+    """Runs with the two readers have equal metrics and bit-identical checkpoints."""
     workdirs = {reader: tmp_path / reader for reader in ("threads", "tf.data")}
     for reader, workdir in workdirs.items():
-        flags = recipes.arguments(
+        flags = mini_runs.arguments(
             "photographs",
             data__name="folder",
             data__dir=roots["folder damaged"],
@@ -416,8 +422,14 @@ def test_training_is_bit_identical(roots, tmp_path, monkeypatch):
     ]
     assert lines[0] == lines[1]
     assert sum("eval/loss" in line for line in lines[0]) == 2
-    arrays = [recipes.saved_arrays(workdir, 4) for workdir in workdirs.values()]
-    recipes.assert_identical(*arrays)
+    arrays = [mini_runs.saved_arrays(workdir, 4) for workdir in workdirs.values()]
+    mini_runs.assert_identical(*arrays)
 
 
-MEASURED = ("images_per_second", "seconds_left", "input_bound", "time")
+MEASURED = (
+    "images_per_second",
+    "images_per_second_per_chip",
+    "seconds_left",
+    "input_bound",
+    "time",
+)

@@ -24,7 +24,7 @@ def test_no_cluster_is_one_process(monkeypatch):
         processes.start("", -1, -1, 60.0)
 
 
-pytestmark = pytest.mark.usefixtures("quick")
+pytestmark = pytest.mark.usefixtures("minimal_output")
 
 
 def test_flags_of_one_process_of_several(run_main, tmp_path, capsys):

@@ -8,7 +8,7 @@ import pytest
 from hivit_jax.distributed import sharding
 from hivit_jax.errors import ConfigError
 
-pytestmark = pytest.mark.usefixtures("quick")
+pytestmark = pytest.mark.usefixtures("minimal_output")
 
 
 def test_devices_of_several_slices():

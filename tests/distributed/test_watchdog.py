@@ -1,7 +1,7 @@
 """Tests of the watchdog, which ends a process that hangs."""
 
+import mini_runs
 import pytest
-import recipes
 
 from hivit_jax.distributed.watchdog import Watchdog
 from hivit_jax.errors import ConfigError
@@ -25,7 +25,7 @@ with Watchdog(stall_timeout=1.0) as watchdog:
 @pytest.mark.processes
 @pytest.mark.slow
 def test_hanging_process_exits():
-    code, out, error = recipes.run_process("-c", HANGING)
+    code, out, error = mini_runs.run_process("-c", HANGING)
     assert code == 75
     assert "still here" in out
     assert "in wait_for_the_end_of_time" in error

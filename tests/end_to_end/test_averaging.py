@@ -1,4 +1,4 @@
-"""Averaged weights (EMA) and bit flips, for every command that reads a checkpoint.
+"""Tests of averaged weights (EMA) and bit flips, with all commands that read them.
 
 All tests share one linear probe, whose train step compiles quickly. Its encoder is
 frozen, so that numpy can compute any evaluation from the features of the test split.
@@ -10,10 +10,10 @@ import shutil
 
 import jax
 import jax.numpy as jnp
+import mini_runs
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-import recipes
 from flax import nnx
 from networks import jit_model, mini
 from numpy.testing import assert_allclose, assert_array_equal
@@ -49,21 +49,22 @@ NETWORK = SIZES | dict(relative_position=False, running_norm=True)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick():
-    """Fast compilation for a single device, in a third of the time."""
+def minimal_output():
+    """Use a single device; draw no figures; write no TensorBoard events."""
     devices = jax.devices()[:1]
-    with pytest.MonkeyPatch.context() as patch, recipes.quick():
+    with pytest.MonkeyPatch.context() as patch, mini_runs.minimal_output():
         patch.setattr(jax, "devices", lambda *_: devices)
         yield
 
 
 def flags(**overrides):
-    """Return the command line of the probe; batches of 24 do not divide the 64 test
-    images.
+    """Return the command line of the probe.
+
+    24, the batch size, does not divide the 64 test images.
     """
     values = {
         k: v
-        for k, v in recipes.SOURCES["synthetic"].items()
+        for k, v in mini_runs.SOURCES["synthetic"].items()
         if not k.startswith(("model.decoder", "optimizer."))
     }
     values |= {f"model.{key}": value for key, value in SIZES.items()}
@@ -85,34 +86,36 @@ def flags(**overrides):
 
 
 def probe(**overrides):
+    """Return the config of the probe."""
     path, *rest = flags(**overrides)
     return configs.load(path.removeprefix("--config="), rest)
 
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
-    """A saved model with a head and running statistics."""
+    """Return the directory of a saved model with a head and running statistics."""
     directory = tmp_path_factory.mktemp("shared")
     hivit_jax.save_pretrained(mini("hivit_base", **NETWORK), directory)
     return directory
 
 
 @pytest.fixture(scope="module")
-def born(shared, tmp_path_factory):
-    """Workdir of a probe that was interrupted before its first step."""
-    workdir, config = tmp_path_factory.mktemp("born"), probe(init_from=shared)
+def interrupted(shared, tmp_path_factory):
+    """Return the workdir of a probe that was interrupted before its first step."""
+    workdir, config = tmp_path_factory.mktemp("interrupted"), probe(init_from=shared)
     with pytest.raises(Interrupted):
         train(config, workdir, lambda step: "stop")
     return workdir
 
 
 @pytest.fixture(scope="module")
-def run(born, tmp_path_factory):
-    """Workdir of the finished probe. Its first checkpoint has no averages, as if they
-    were enabled afterwards.
+def run(interrupted, tmp_path_factory):
+    """Return the workdir of the finished probe.
+
+    Its first checkpoint has no averages, as if they were enabled afterwards.
     """
     workdir = tmp_path_factory.mktemp("run")
-    shutil.copytree(born, workdir, dirs_exist_ok=True)
+    shutil.copytree(interrupted, workdir, dirs_exist_ok=True)
     shutil.rmtree(workdir / "checkpoints" / "0" / "ema")
     train(probe(), workdir)
     return workdir
@@ -120,8 +123,8 @@ def run(born, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def stored(run):
-    """Arrays of each checkpoint: step -> item -> name -> array."""
-    return {step: recipes.saved_arrays(run, step) for step in range(STEPS + 1)}
+    """Return {step: {item: {name: array}}} of all checkpoints."""
+    return {step: mini_runs.saved_arrays(run, step) for step in range(STEPS + 1)}
 
 
 def averaged_variables(items):
@@ -131,7 +134,10 @@ def averaged_variables(items):
 
 @pytest.fixture(scope="module")
 def evaluated(stored):
-    """Function from parameters to (loss, top-1, top-5) of the test split, in numpy."""
+    """Return a function from parameters to the test split's (loss, top-1, top-5).
+
+    The function is implemented in numpy.
+    """
     batches = list(inputs.eval_batches(probe()))
     pixels, labels, weight = (
         np.concatenate([batch[name] for batch in batches])
@@ -157,9 +163,9 @@ def evaluated(stored):
         normed = features - params["fc_norm/mean"]
         normed /= np.sqrt(params["fc_norm/var"] + 1e-6)
         logits = normed @ params["head/kernel"] + params["head/bias"]
-        true = logits[np.arange(64), labels]
-        loss = np.log(np.exp(logits - true[:, None]).sum(1)).mean()
-        rank = (logits > true[:, None]).sum(1)
+        true_logits = logits[np.arange(64), labels]
+        loss = np.log(np.exp(logits - true_logits[:, None]).sum(1)).mean()
+        rank = (logits > true_logits[:, None]).sum(1)
         return loss, (rank < 1).mean(), (rank < 5).mean()
 
     return evaluate
@@ -168,12 +174,13 @@ def evaluated(stored):
 # Checkpoints of a run
 
 
-def test_linear_probe_starts_with_a_new_head(shared, born):
-    """Only the encoder is loaded; head and statistics are new. MAE's probe has std
-    0.01.
+def test_linear_probe_starts_with_a_new_head(shared, interrupted):
+    """Only the encoder is loaded; the statistics are new, and so is the head.
+
+    The standard deviation of MAE's new head is 0.01.
     """
-    state = recipes.saved_arrays(born, 0)
-    recipes.assert_identical(state["ema"], state["params"])
+    state = mini_runs.saved_arrays(interrupted, 0)
+    mini_runs.assert_identical(state["ema"], state["params"])
     params = state["params"] | state["model_state"]
     saved = load_file(shared / "model.safetensors")
     assert_array_equal(
@@ -192,13 +199,13 @@ def test_linear_probe_starts_with_a_new_head(shared, born):
 
 
 def test_the_average_of_each_step(stored):
-    """Each step adds a tenth of its parameters, starting where averaging is enabled."""
+    """Each step after the start of averaging adds a tenth of its parameters."""
     assert "ema" not in stored[0]
     average = stored[0]["params"]
     for step in range(1, STEPS + 1):
-        plain = stored[step]["params"]
-        average = {k: DECAY * average[k] + (1 - DECAY) * plain[k] for k in plain}
-        assert stored[step]["ema"].keys() == plain.keys()
+        params = stored[step]["params"]
+        average = {k: DECAY * average[k] + (1 - DECAY) * params[k] for k in params}
+        assert stored[step]["ema"].keys() == params.keys()
         for name, array in stored[step]["ema"].items():
             assert_allclose(array, average[name], rtol=2e-6, atol=1e-7, err_msg=name)
     moved = np.abs(stored[STEPS]["params"]["head/kernel"] - average["head/kernel"])
@@ -213,28 +220,28 @@ def test_training_evaluates_the_average(run, stored, evaluated):
     for line in lines:
         items = stored[line["step"]]
         average = evaluated(averaged_variables(items))
-        plain = evaluated(items["params"] | items["model_state"])
-        found = [line[f"eval/{name}"] for name in ("loss", "top1", "top5")]
-        assert_allclose(found, average, rtol=1e-4)
-        assert abs(plain[0] - average[0]) > 0.02
+        of_params = evaluated(items["params"] | items["model_state"])
+        logged = [line[f"eval/{name}"] for name in ("loss", "top1", "top5")]
+        assert_allclose(logged, average, rtol=1e-4)
+        assert abs(of_params[0] - average[0]) > 0.02
 
 
-def test_best_evaluated_checkpoint_is_kept(born, stored, tmp_path, capsys):
+def test_best_evaluated_checkpoint_is_kept(interrupted, stored, tmp_path, capsys):
     """The best checkpoint is kept beside the newest; step 3 has no score.
 
     Step 3 was not evaluated and does not inherit the score of step 2. The last state
     does not depend on the step at which averaging starts.
     """
-    shutil.copytree(born, tmp_path, dirs_exist_ok=True)
+    shutil.copytree(interrupted, tmp_path, dirs_exist_ok=True)
     train(probe(keep_checkpoints=1), tmp_path)
-    top1 = recipes.logged(tmp_path, "eval/top1")
+    top1 = mini_runs.logged(tmp_path, "eval/top1")
     assert list(top1) == [2, 4]
     assert top1[2] > top1[4] + 1.5 / 64  # otherwise choose another seed
-    assert recipes.saved_steps(tmp_path) == [2, 4]
+    assert mini_runs.saved_steps(tmp_path) == [2, 4]
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith("best checkpoint  step 2 ")
     assert f"top1 {100 * top1[2]:.2f} %" in last
-    recipes.assert_identical(recipes.saved_arrays(tmp_path, 4), stored[4])
+    mini_runs.assert_identical(mini_runs.saved_arrays(tmp_path, 4), stored[4])
 
 
 # Commands that read a checkpoint
@@ -242,36 +249,36 @@ def test_best_evaluated_checkpoint_is_kept(born, stored, tmp_path, capsys):
 
 @pytest.mark.parametrize(("where", "step"), [("", 4), ("checkpoints/2", 2)])
 def test_mode_eval(where, step, run, stored, evaluated, tmp_path, capsys):
-    """Evaluate the newest checkpoint of a workdir, or a named one."""
-    asked = [*flags(), "--mode=eval", f"--workdir={run}"]
+    """``--mode eval`` reads the newest checkpoint of a workdir, or --checkpoint."""
+    arguments = [*flags(), "--mode=eval", f"--workdir={run}"]
     if where:
-        asked[-1] = f"--workdir={tmp_path}"
-        asked += [f"--checkpoint={run / where}"]
+        arguments[-1] = f"--workdir={tmp_path}"
+        arguments += [f"--checkpoint={run / where}"]
     capsys.readouterr()
-    assert main(asked) == 0
+    assert main(arguments) == 0
     out = capsys.readouterr().out
     loss, top1, top5 = evaluated(averaged_variables(stored[step]))
-    found = re.search(
+    match = re.search(
         rf"^step {step}  eval  loss (\S+)  top1 (\S+) %  top5 (\S+) %  \(64 im",
         out,
         re.M,
     )
-    assert float(found[1]) == pytest.approx(loss, abs=2e-4)
-    assert float(found[2]) == pytest.approx(100 * top1, abs=0.01)
-    assert float(found[3]) == pytest.approx(100 * top5, abs=0.01)
+    assert float(match[1]) == pytest.approx(loss, abs=2e-4)
+    assert float(match[2]) == pytest.approx(100 * top1, abs=0.01)
+    assert float(match[3]) == pytest.approx(100 * top5, abs=0.01)
 
 
 @pytest.fixture(scope="module")
 def damaged(run, tmp_path_factory):
-    """Item -> workdir with step 4, in which one bit of this item is flipped.
+    """Return {item: workdir in which one bit of this item of step 4 is flipped}.
 
-    Orbax saved the flipped bit, so that it detects nothing.
+    Orbax itself saved the flipped bit, so that only digests can detect it.
     """
-    found = {}
+    workdirs = {}
     for item in ("params", "model_state", "ema", "optimizer"):
-        found[item] = tmp_path_factory.mktemp(item)
-        shutil.copytree(run / "checkpoints" / "4", found[item] / "checkpoints" / "4")
-        path = read.absolute(found[item]) / "checkpoints" / "4" / item
+        workdirs[item] = tmp_path_factory.mktemp(item)
+        shutil.copytree(run / "checkpoints" / "4", workdirs[item] / "checkpoints" / "4")
+        path = read.absolute(workdirs[item]) / "checkpoints" / "4" / item
         tree = read.load_item(path)
         leaves, structure = jax.tree.flatten(tree)
         leaves = [np.array(leaf) for leaf in leaves]
@@ -279,11 +286,11 @@ def damaged(run, tmp_path_factory):
         largest.reshape(-1).view(np.uint32)[-1] ^= 1
         with ocp.StandardCheckpointer() as writer:
             writer.save(path, jax.tree.unflatten(structure, leaves), force=True)
-    return found
+    return workdirs
 
 
 def commands(workdir, tmp_path):
-    """Return name -> function that runs a command and returns its exit code."""
+    """Return {name: function that runs a command and returns its exit code}."""
     new = ["--workdir", str(tmp_path / "new")]
     step = workdir / "checkpoints" / "4"
     out = ["--out", str(tmp_path / "out")]
@@ -303,12 +310,12 @@ def commands(workdir, tmp_path):
     }
 
 
-COMMANDS = list(commands(recipes.ROOT, recipes.ROOT))
+COMMANDS = list(commands(mini_runs.ROOT, mini_runs.ROOT))
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_flipped_bit_of_the_average(command, damaged, tmp_path, capsys):
-    """All these commands read averaged weights and verify their digests."""
+    """All commands that read averaged weights verify their digests."""
     assert commands(damaged["ema"], tmp_path)[command]() == 5
     err = capsys.readouterr().err
     assert re.search(r"checkpoints/4 is damaged: 1 of \d+ arrays of ema do not", err)
@@ -320,7 +327,7 @@ def test_a_flipped_bit_when_resuming(item, damaged):
     """Resuming verifies every item of the state."""
     with pytest.raises(CheckpointError, match=f"1 of .* arrays of {item} do not"):
         train(probe(), damaged[item])
-    assert recipes.saved_steps(damaged[item]) == [4]
+    assert mini_runs.saved_steps(damaged[item]) == [4]
 
 
 @pytest.mark.parametrize(
@@ -337,7 +344,7 @@ def test_only_the_requested_weights_are_read(
     loaded = hivit_jax.load_pretrained(damaged[other], averaged=averaged)
     arrays = jax.device_get(named_leaves(split(loaded)[1]))
     expected = stored[4][item] | stored[4]["model_state"]
-    recipes.assert_identical(arrays, {name: expected[name] for name in arrays})
+    mini_runs.assert_identical(arrays, {name: expected[name] for name in arrays})
 
     target = tmp_path / "shared"
     assert convert.main([str(damaged[item]), str(target), *options]) == 5
@@ -347,7 +354,7 @@ def test_only_the_requested_weights_are_read(
     assert_array_equal(head, stored[step][item]["head/kernel"].T)
     about = json.loads((target / "config.json").read_text())
     assert about["recipe"]["optimizer"]["ema_decay"] == DECAY
-    assert about["results"].get("eval/loss") == recipes.logged(run, "eval/loss").get(
+    assert about["results"].get("eval/loss") == mini_runs.logged(run, "eval/loss").get(
         step
     )
     text = convert.inspect(source, averaged=averaged)

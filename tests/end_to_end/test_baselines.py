@@ -1,13 +1,13 @@
 """Pretraining and finetuning runs of Swin, from recipe to checkpoint."""
 
+import mini_runs
 import pytest
-import recipes
 
 from hivit_jax import config as configs
 from hivit_jax.train import train
 from hivit_jax.weights.load import read
 
-pytestmark = [pytest.mark.usefixtures("quick"), pytest.mark.slow]
+pytestmark = [pytest.mark.usefixtures("minimal_output"), pytest.mark.slow]
 SIZES = {
     "batch_size": 16,
     "total_epochs": 0.0,
@@ -36,7 +36,7 @@ def test_simmim_then_finetuning(tmp_path):
     small = dict(model__image_size=64, model__window_size=4)
     config = config_of("simmim_swin", **small, optimizer__milestones="(1.0,)")
     train(config, tmp_path / "simmim")
-    (loss,) = recipes.logged(tmp_path / "simmim", "eval/loss").values()
+    (loss,) = mini_runs.logged(tmp_path / "simmim", "eval/loss").values()
     # The mean absolute value of normalized pixels, because predictions start near 0.
     assert 0.3 < loss < 3
     large = dict(model__image_size=96, model__window_size=6, model__num_classes=10)

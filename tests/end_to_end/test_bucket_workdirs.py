@@ -1,7 +1,7 @@
 """A run whose workdir is in a bucket: killed, resumed, repaired and evaluated."""
 
+import mini_runs
 import pytest
-import recipes
 from buckets import serve
 
 pytestmark = [pytest.mark.extras, pytest.mark.processes]
@@ -14,11 +14,11 @@ COMMIT = "run/checkpoints/4/commit_success.txt"
 def test_workdir_in_a_bucket(tmp_path):
     """The run is bit-identical to one in a local directory."""
     options = dict(total_steps=4, checkpoint_every=2, eval_every=2)
-    flags = recipes.arguments(**options)
+    flags = mini_runs.arguments(**options)
     local, root = tmp_path / "local", tmp_path / "objects"
     root.mkdir()
     command = ["-m", "hivit_jax.main", *flags]
-    assert recipes.run_process(*command, f"--workdir={local}")[0] == 0
+    assert mini_runs.run_process(*command, f"--workdir={local}")[0] == 0
     with serve(root) as bucket:
 
         def kill(change):
@@ -27,11 +27,11 @@ def test_workdir_in_a_bucket(tmp_path):
                 process.kill()
 
         bucket.answering = kill
-        process = recipes.start_process(*command, WORKDIR)
+        process = mini_runs.start_process(*command, WORKDIR)
         process.communicate()
         bucket.answering = lambda change: None
         (root / COMMIT).unlink(missing_ok=True)  # if the request was completed
-        code, out, err = recipes.run_process(*command, WORKDIR)
+        code, out, err = mini_runs.run_process(*command, WORKDIR)
         assert code == 0, err
         assert "checkpoint 4 was not finished; removed" in out
         assert "resuming at step 2 from gs://bucket/run/checkpoints/2" in out
@@ -45,28 +45,28 @@ def test_workdir_in_a_bucket(tmp_path):
         data = bytearray(largest[1].read_bytes())
         data[len(data) // 2] ^= 1
         largest[1].write_bytes(data)
-        code, out, err = recipes.run_process(*command, WORKDIR)
+        code, out, err = mini_runs.run_process(*command, WORKDIR)
         assert code == 0, err
         assert "checkpoint 4 was moved to gs://bucket/run/damaged/4" in out
         assert (root / "run/damaged/4/params/_METADATA").is_file()
         check_same(local, root / "run")
 
-        _, out, _ = recipes.run_process(*command[:2], WORKDIR, "--mode=eval")
-        expected = recipes.logged(local, "eval/loss")[4]
+        _, out, _ = mini_runs.run_process(*command[:2], WORKDIR, "--mode=eval")
+        expected = mini_runs.logged(local, "eval/loss")[4]
         assert f"eval  loss {expected:.4f}  (64 images)" in out
         assert not [*root.glob("run/*.lock"), *root.glob("run/.writable*")]
         bucket.read_only = True
-        code, _, err = recipes.run_process(*command, "--workdir=gs://bucket/other")
+        code, _, err = mini_runs.run_process(*command, "--workdir=gs://bucket/other")
         assert code == 2
-        recipes.check_message(err, ["workdir gs://bucket/other cannot be written"])
+        mini_runs.check_message(err, ["workdir gs://bucket/other cannot be written"])
 
 
 def check_same(local, remote):
     """Check metrics and the last checkpoint of two runs; both files have all steps."""
-    assert recipes.logged(local) == recipes.logged(remote)
-    assert recipes.logged(local, "eval/loss") == recipes.logged(remote, "eval/loss")
-    recipes.assert_identical(
-        *(recipes.saved_arrays(workdir, 4) for workdir in (local, remote))
+    assert mini_runs.logged(local) == mini_runs.logged(remote)
+    assert mini_runs.logged(local, "eval/loss") == mini_runs.logged(remote, "eval/loss")
+    mini_runs.assert_identical(
+        *(mini_runs.saved_arrays(workdir, 4) for workdir in (local, remote))
     )
     assert [*remote.glob("figures/curves.png")]
     assert [*remote.glob("config*.json")]

@@ -1,7 +1,7 @@
-"""Training from a bucket that fails, resumed, equals training from local files."""
+"""Test that training from a failing bucket equals training from local files."""
 
+import mini_runs
 import pytest
-import recipes
 from buckets import serve
 from prepared import prepare
 
@@ -28,12 +28,12 @@ def run(tmp_path_factory):
         missing = ["gcsfs", "tensorboardX"] + ["tensorflow"] * (reader == "threads")
         environment = {
             "XDG_CACHE_HOME": root / f"cache {reader}",
-            "PYTHONPATH": recipes.block_imports(root / f"without {reader}", *missing),
+            "PYTHONPATH": mini_runs.block_imports(root / f"without {reader}", *missing),
         }
         options = OPTIONS | dict(data__dir=directory, data__reader=reader)
-        flags = recipes.arguments("photographs", **options)
+        flags = mini_runs.arguments("photographs", **options)
         command = ["-m", "hivit_jax.main", *flags, f"--workdir={workdir}"]
-        return recipes.run_process(*command, **environment)
+        return mini_runs.run_process(*command, **environment)
 
     return run
 
@@ -69,7 +69,7 @@ def test_refused_and_resumed_run(dataset, run, local, tmp_path, reader):
         assert lines[-2].startswith("error: cannot access gs://bucket/stripes/1.0.0/")
         assert "HTTP status 403" in lines[-2]
         assert "gcloud auth application-default login" in lines[-1]
-        resumed_at = recipes.saved_steps(workdir)[-1]
+        resumed_at = mini_runs.saved_steps(workdir)[-1]
         assert 6 <= resumed_at < 12
         bucket.answering, bucket.statuses = lambda change: None, {}
         bucket.failures, bucket.delay, bucket.truncated = [503, 429], 0.02, 3
@@ -79,10 +79,10 @@ def test_refused_and_resumed_run(dataset, run, local, tmp_path, reader):
         assert bucket.truncated == 0
         assert bucket.failures == []
     for name in ("loss", "eval/loss", "eval/count"):
-        assert recipes.logged(workdir, name) == recipes.logged(local, name)
-    assert set(recipes.logged(workdir, "eval/count").values()) == {6}
-    recipes.assert_identical(
-        recipes.saved_arrays(workdir, 12), recipes.saved_arrays(local, 12)
+        assert mini_runs.logged(workdir, name) == mini_runs.logged(local, name)
+    assert set(mini_runs.logged(workdir, "eval/count").values()) == {6}
+    mini_runs.assert_identical(
+        mini_runs.saved_arrays(workdir, 12), mini_runs.saved_arrays(local, 12)
     )
 
 

@@ -1,9 +1,9 @@
-"""Class names from the dataset to a saved and an exported model."""
+"""Tests that class names of a dataset reach saved and exported models."""
 
 import json
 
+import mini_runs
 import pytest
-import recipes
 from datasets import digits_config
 
 import hivit_jax
@@ -20,10 +20,10 @@ DIGITS = tuple("0123456789")
 
 @pytest.mark.extras
 @pytest.mark.slow
-def test_from_a_run_to_saved_models(tmp_path, quick, capsys):
-    """`num_classes=0` becomes 10 in the run's files, also for a run that resumes."""
+def test_from_a_run_to_saved_models(tmp_path, minimal_output, capsys):
+    """`num_classes=0` becomes 10 in the files of a new and of a resumed run."""
     run, shared = tmp_path / "run", tmp_path / "shared"
-    config = recipes.classifier("digits", model__num_classes=0, total_steps=1)
+    config = mini_runs.classifier("digits", model__num_classes=0, total_steps=1)
     train(config, run)
     train(config, run)
     assert "changed" not in capsys.readouterr().out
@@ -39,12 +39,12 @@ def test_from_a_run_to_saved_models(tmp_path, quick, capsys):
     card = (shared / "README.md").read_text()
     assert "## Classes\n\n0, 1, 2, 3, 4, 5, 6, 7, 8, 9\n" in card
     assert "hivit_jax.preprocess(model)" in card
-    other = hivit_jax.load_pretrained(run, num_classes=3)
-    assert other.info.class_names == ()
+    model_of_3_classes = hivit_jax.load_pretrained(run, num_classes=3)
+    assert model_of_3_classes.info.class_names == ()
 
 
 def test_0_is_the_number_of_the_dataset():
-    """The given config does not change. Without class names it is an error."""
+    """A copy of the config has the number; a dataset without classes is an error."""
     config = digits_config(model__num_classes=0)
     assert inputs.make_task(config).config.model.num_classes == 10
     assert config.model.num_classes == 0

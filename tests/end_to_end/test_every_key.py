@@ -1,124 +1,120 @@
-"""Every config key affects a run as documented.
+"""Tests that every config key affects a run as documented.
 
-Real runs are compared with the second implementation in `plain.py`.
+Recorded runs are compared with the second implementation in `oracle.py`.
 """
 
 import re
 from functools import cache
 
 import jax
+import mini_runs
 import numpy as np
-import plain
+import oracle
 import pytest
-import recipes
-import traces
+import recorded_runs
 from flax import nnx
-from traces import STEPS, mismatches, trace_config
+from recorded_runs import STEPS, mismatches, run_config
 
 import hivit_jax
 from hivit_jax.errors import ConfigError
 from hivit_jax.main import main
+from hivit_jax.models import create_arguments
 from hivit_jax.train import train
 from hivit_jax.tree import named_leaves, split
 
-pytestmark = [pytest.mark.usefixtures("quick"), pytest.mark.slow]
+pytestmark = [pytest.mark.usefixtures("minimal_output"), pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
-def trace_of(tmp_path_factory):
-    """Function from name to `Trace`."""
+def recorded_run(tmp_path_factory):
+    """Return a function from a name to its `RecordedRun`, which trains once."""
     folder = tmp_path_factory.mktemp("folder")
-    traces.write_folder(folder)
+    recorded_runs.write_folder(folder)
 
     @cache
-    def run(name):
+    def record(name):
         workdir = tmp_path_factory.mktemp(name.replace(", ", "_")) / "run"
-        start = {"init_from": run("mae").workdir} if name == "linear_probe" else {}
-        return traces.Trace(name, folder, workdir, **start)
+        start = {"init_from": record("mae").workdir} if name == "linear_probe" else {}
+        return recorded_runs.RecordedRun(name, folder, workdir, **start)
 
-    return run
+    return record
 
 
 # Every step, from files to parameters
 
 
-@pytest.mark.parametrize("name", traces.TRACES)
-def test_every_step(name, trace_of):
-    """Three training steps and the evaluation equal those of `plain.py`."""
-    trace = trace_of(name)
-    assert mismatches(trace, trace.config) == {}
-    line = trace.line(STEPS, "eval/loss")
+@pytest.mark.parametrize("name", recorded_runs.RECORDED_RUNS)
+def test_every_step(name, recorded_run):
+    """Three training steps and the evaluation equal the second implementation's."""
+    run = recorded_run(name)
+    assert mismatches(run, run.config) == {}
+    line = run.line(STEPS, "eval/loss")
     assert (line["eval/count"], line["eval/unreadable"]) == (10, 1)
-    assert {x: line[x] for x in trace.results} == trace.results
-    assert [x["step"] for x in trace.lines if "eval/loss" in x] == [2, 3]
+    assert {x: line[x] for x in run.results} == run.results
+    assert [x["step"] for x in run.lines if "eval/loss" in x] == [2, 3]
 
 
-def test_both_kinds_of_mixing(trace_of):
-    """The steps of the classifier's trace include Mixup and CutMix."""
-    kinds = set()
+def test_both_kinds_of_mixing():
+    """The steps of the recorded classifier include Mixup and CutMix."""
+    uses_cutmix = set()
     for step in range(STEPS):
-        key = plain.sample_keys(5, "train", step * traces.BATCH, 1)[0]
-        kind = jax.random.split(plain.fold(key, "step"), 4)[0]
-        kinds.add(bool(jax.random.bernoulli(kind)))
-    assert kinds == {True, False}
+        key = oracle.sample_keys(5, "train", step * recorded_runs.BATCH, 1)[0]
+        kind_key = jax.random.split(oracle.fold(key, "step"), 4)[0]
+        uses_cutmix.add(bool(jax.random.bernoulli(kind_key)))
+    assert uses_cutmix == {True, False}
 
 
-def test_seed_draws_the_first_parameters(trace_of):
-    trace = trace_of("classify, plain")
-    arguments = {k: v for k, v in trace.config.model.items() if v is not None}
+def test_seed_draws_the_first_parameters(recorded_run):
+    run = recorded_run("classify, plain")
+    arguments = create_arguments(run.config.model)
 
     @jax.jit
-    def draw():
+    def initialize():
         model = hivit_jax.create_model(seed=jax.random.key(5), **arguments)
         return split(model)[1]
 
-    drawn = named_leaves(draw())
-    first = trace.states[0]["params"]
-    assert drawn.keys() == first.keys()
-    for name, array in first.items():
-        np.testing.assert_allclose(array, drawn[name], rtol=1e-6, atol=1e-7)
+    expected = named_leaves(initialize())
+    initial = run.states[0]["params"]
+    assert expected.keys() == initial.keys()
+    for name, array in initial.items():
+        np.testing.assert_allclose(array, expected[name], rtol=1e-6, atol=1e-7)
 
 
-def test_frozen_parameters(trace_of):
+def test_frozen_parameters(recorded_run):
     """The decoder's position table and a probe's encoder stay fixed.
 
     The probe starts from the averaged encoder and a new head.
     """
-    mae, table = trace_of("mae"), "decoder_pos_embed"
-    np.testing.assert_array_equal(mae.params(0)[table], mae.params(STEPS)[table])
+    mae, name = recorded_run("mae"), "decoder_pos_embed"
+    np.testing.assert_array_equal(mae.params(0)[name], mae.params(STEPS)[name])
     pretrained = mae.params(STEPS, "ema")
     for step in range(STEPS + 1):
-        params = trace_of("linear_probe").params(step)
+        params = recorded_run("linear_probe").params(step)
         for name, array in params.items():
             if name.startswith("encoder/"):
                 np.testing.assert_array_equal(array, pretrained[name])
-    born = trace_of("linear_probe").params(0)["head/kernel"]
-    assert born.std() == pytest.approx(0.01, rel=0.15)
+    initial_head = recorded_run("linear_probe").params(0)["head/kernel"]
+    assert initial_head.std() == pytest.approx(0.01, rel=0.15)
 
 
 # Every key
 
+# Kinds of values that keys govern together
 TRAINED = {"loss", "mu", "nu"}
-
-
 PROBED = {"loss", "trace", "statistics"}
-
-
-RATE = {"learning_rate", "params"}
-
-
+LEARNING_RATE = {"learning_rate", "params"}
 EVALUATED = {"eval/loss"}
 
 
-# Trace -> key -> the kinds of values that the key governs. The trace overrides the
-# recipe's value; with the recipe's value exactly these kinds differ (~: the difference
-# may be within the tolerance).
+# Recorded run -> key -> the kinds of values that the key governs. The run overrides the
+# recipe's value. With the recipe's value, exactly these kinds differ. The difference of
+# a kind with ~ may be within the tolerance.
 OF_TRAINING = {
-    "total_steps": RATE,
-    "optimizer.base_learning_rate": RATE,
-    "optimizer.min_learning_rate": RATE,
-    "optimizer.warmup_epochs": RATE,
-    "optimizer.warmup_learning_rate": RATE,
+    "total_steps": LEARNING_RATE,
+    "optimizer.base_learning_rate": LEARNING_RATE,
+    "optimizer.min_learning_rate": LEARNING_RATE,
+    "optimizer.warmup_epochs": LEARNING_RATE,
+    "optimizer.warmup_learning_rate": LEARNING_RATE,
 }
 
 
@@ -186,18 +182,18 @@ GOVERNS = {
 }
 
 
-# These depend on the other kinds; counts of images may agree by chance.
-FOLLOWING = {"gradient_norm", "unreadable", "top1", "top5", "eval/top1", "eval/top5"}
+# These kinds depend on the other kinds. Counts of images may agree by chance.
+DEPENDENT = {"gradient_norm", "unreadable", "top1", "top5", "eval/top1", "eval/top5"}
 
 
 @pytest.mark.parametrize(
     ("name", "key"), [(name, key) for name, keys in GOVERNS.items() for key in keys]
 )
-def test_key_governs(name, key, trace_of):
+def test_key_governs(name, key, recorded_run):
     """With the recipe's value of a key, exactly the kinds that it governs differ."""
-    trace = trace_of(name)
-    recipe = recipes.recipe(traces.TRACES[name][0])
-    config = trace.config.copy_and_resolve_references()
+    run = recorded_run(name)
+    recipe = mini_runs.recipe(recorded_runs.RECORDED_RUNS[name][0])
+    config = run.config.copy_and_resolve_references()
     *parents, leaf = key.split(".")
     source, target = recipe, config
     for parent in parents:
@@ -206,11 +202,11 @@ def test_key_governs(name, key, trace_of):
     with config.unlocked():
         target[leaf] = source[leaf]
     expected = {kind for kind in GOVERNS[name][key] if kind[0] != "~"}
-    slight = {kind[1:] for kind in GOVERNS[name][key] - expected}
-    assert mismatches(trace, config).keys() - FOLLOWING - slight == expected
+    may_differ = {kind[1:] for kind in GOVERNS[name][key] - expected}
+    assert mismatches(run, config).keys() - DEPENDENT - may_differ == expected
 
 
-# Keys of a model's shape, with values other than the trace's.
+# Keys of a model's shape, with values that differ from those of the recorded runs
 SHAPES = {
     "depths": (2, 3),
     "embed_dim": 48,
@@ -240,14 +236,14 @@ SHAPES_OF = {
 
 @pytest.mark.parametrize("name", SHAPES_OF)
 def test_keys_of_the_models_shape(name, capsys):
-    """Parameters and multiply-adds are those of `hivit_jax.create_model`."""
+    """Counts of parameters and multiply-adds equal those of `create_model`."""
     synthetic = {
         "data__name": "synthetic",
         "data__mean": "(0.5,)",
         "data__std": "(0.5,)",
     }
     values = SHAPES_OF[name] | {"dtype": "float32"}
-    flags = traces.trace_flags(name, **synthetic)
+    flags = recorded_runs.run_flags(name, **synthetic)
     flags += [f"--config.model.{k}={v}".replace(" ", "") for k, v in values.items()]
     assert main([*flags, "--mode=describe"]) == 0
     text = capsys.readouterr().out
@@ -257,18 +253,18 @@ def test_keys_of_the_models_shape(name, capsys):
     model = nnx.eval_shape(lambda: hivit_jax.create_model(**arguments))
     options = {"mask_ratio": 0.6} if name == "mae" else {}
     macs = [model.macs(layer_norm_cost=cost, **options) / 1e9 for cost in (0, 5)]
-    for number in (f"{model.parameter_count():,}  = ", *(f"{m:.4f} G" for m in macs)):
-        assert f" {number}" in text
+    for count in (f"{model.parameter_count():,}  = ", *(f"{m:.4f} G" for m in macs)):
+        assert f" {count}" in text
 
 
-def test_num_heads(trace_of):
-    """Numbers of heads change neither parameter counts nor multiply-adds."""
-    params = trace_of("mae").states[0]["params"]
+def test_num_heads(recorded_run):
+    """The numbers of heads, which change no count, reach encoder and decoder."""
+    params = recorded_run("mae").states[0]["params"]
     assert params["encoder/stages/2/0/attn/qkv/kernel"].shape == (32, 3, 2, 16)
     assert params["decoder_blocks/1/attn/qkv/kernel"].shape == (16, 3, 2, 8)
 
 
-# Key -> (value, text that only the jaxpr with this value contains).
+# Key -> (value, text that only the jaxpr with this value contains)
 PROGRAMS = {
     "model.dtype": ("bfloat16", "bf16["),
     "model.kernels": ("fused", "pallas_call"),
@@ -298,13 +294,13 @@ def traced_step(key, value):
         "optimizer.accumulate_steps": 1,
     }
     changed = {key: value} if key else {}
-    return recipes.traced_step(trace_config("classify, plain", **fixed | changed))
+    return mini_runs.traced_step(run_config("classify, plain", **fixed | changed))
 
 
-def test_keys_that_change_no_bit(trace_of, tmp_path):
+def test_keys_that_change_no_bit(recorded_run, tmp_path):
     """Intervals, worker threads and timeouts change no result."""
-    trace = trace_of("classify, plain")
-    neutral = dict(
+    run = recorded_run("classify, plain")
+    other_values = dict(
         log_every=3,
         eval_every=3,
         checkpoint_every=3,
@@ -316,11 +312,11 @@ def test_keys_that_change_no_bit(trace_of, tmp_path):
         data__workers=3,
         data__max_unreadable=0.9,
     )
-    config = trace_config("classify, plain", data__dir=trace.root, **neutral)
+    config = run_config("classify, plain", data__dir=run.root, **other_values)
     results = train(config, tmp_path / "run")
-    assert results == trace.results
-    stored = recipes.saved_arrays(tmp_path / "run", STEPS)
-    recipes.assert_identical(stored, trace.states[STEPS])
+    assert results == run.results
+    saved = mini_runs.saved_arrays(tmp_path / "run", STEPS)
+    mini_runs.assert_identical(saved, run.states[STEPS])
 
 
 UNUSED = {
@@ -328,6 +324,7 @@ UNUSED = {
     "linear_probe": {
         "model.drop_path_rate": 0.1,
         "model.fc_norm": False,
+        "model.freeze": "encoder",
         "optimizer.clip_norm": 1.0,
         "optimizer.first_moment_dtype": "bfloat16",
         "optimizer.layer_decay": 0.9,
@@ -342,10 +339,10 @@ UNUSED = {
 def test_key_without_effect_is_refused(name, key, value):
     """A key without effect on a task is an error."""
     with pytest.raises(ConfigError, match=f"{key}={value} has no effect .*{name}"):
-        trace_config(name, **{key: value})
+        run_config(name, **{key: value})
 
 
-# Keys of the other kind of network.
+# Task -> keys of the other kind of network, with a value
 FOREIGN = {
     "mae": {"fc_norm": False, "num_classes": 3, "running_norm": True},
     "classify": {
@@ -365,19 +362,21 @@ FOREIGN["linear_probe"] = FOREIGN["classify"]
     ("name", "key"), [(name, key) for name, keys in FOREIGN.items() for key in keys]
 )
 def test_keys_of_another_network_are_refused(name, key, capsys):
-    flags = traces.trace_flags(name, **{f"model.{key}": FOREIGN[name][key]})
+    flags = recorded_runs.run_flags(name, **{f"model.{key}": FOREIGN[name][key]})
     assert main([*flags, "--mode=describe"]) == 2
     assert f"unknown override of {'mae_' * (name == 'mae')}hivit" in (
         capsys.readouterr().err
     )
 
 
-# Key -> test in another place that shows its effect.
+# Key -> test elsewhere that shows the key's effect
 ELSEWHERE = {
     "task": "test_every_step",
     "batch_size": "test_training_batches",
     "checkpoint_every": "test_rhythm",
+    "class_weights": "test_loss_with_class_weights",
     "compilation_cache": "test_directory_of_compiled_programs",
+    "early_stopping": "test_run_ends_at_the_same_step_after_interruptions",
     "eval_every": "test_rhythm",
     "init_from": "test_classifier_from_pretraining",
     "keep_checkpoints": "test_rhythm",
@@ -385,6 +384,8 @@ ELSEWHERE = {
     "peer_timeout": "test_a_lost_process_ends_the_others",
     "stall_timeout": "test_heartbeats",
     "total_epochs": "test_rhythm",
+    "data.balance": "test_batches",
+    "wandb_project": "test_offline_run",
     "data.cache": "test_copies_are_read",
     "data.canvas": "test_batches_change_with_a_key",
     "data.class_level": "test_leaf_classes",
@@ -413,6 +414,7 @@ ELSEWHERE = {
     "mesh.tensor": "test_tensor_axis_splits_heads_and_hidden_units",
     "mesh.zero": "test_zero_1_splits_the_moments_alone",
     "model.decoder_num_heads": "test_num_heads",
+    "model.freeze": "test_run_with_frozen_stages",
     "model.global_blocks": "test_windows_from_the_command_line",
     "model.running_norm": "test_needs_running_norm",
     "model.window_size": "test_windows_need_all_units",
@@ -434,14 +436,14 @@ def test_every_key_is_in_a_table(name):
     known |= set(GOVERNS["classify, plain"] if name == "classify" else ())
     known |= {f"model.{key}" for key in [*SHAPES_OF[name], *FOREIGN[name]]}
     known |= set(UNUSED.get(name, ()))
-    keys = {key.replace("/", ".") for key in named_leaves(trace_config(name).to_dict())}
-    keys |= {f"model.{key}" for key in trace_config(name).model}
+    keys = {key.replace("/", ".") for key in named_leaves(run_config(name).to_dict())}
+    keys |= {f"model.{key}" for key in run_config(name).model}
     keys = {key for key in keys if not re.search(r"\.\d+$", key)}  # of tuples
     assert keys - known == set()
 
 
 def test_named_tests_exist():
-    files = (recipes.ROOT / "tests").rglob("test_*.py")
+    files = (mini_runs.ROOT / "tests").rglob("test_*.py")
     tests = "\n".join(path.read_text() for path in files)
     for test in ELSEWHERE.values():
         assert f"def {test}(" in tests, test

@@ -1,12 +1,12 @@
-"""Data pipeline of several hosts, as real processes on loopback, and after a kill."""
+"""Tests of several hosts' batches, as real processes on loopback, with a kill."""
 
 import json
 from pathlib import Path
 
 import hosts
+import mini_runs
 import numpy as np
 import pytest
-import recipes
 from numpy.testing import assert_array_equal
 
 from benchmarks import photographs
@@ -21,8 +21,9 @@ VAL = 13  # held-out images, one of which cannot be read
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """Command line of a run over photographs, two of them damaged, and its root
-    directory.
+    """Return the command line of a run, and its root directory.
+
+    The run trains on photographs, two of which are damaged.
     """
     root = tmp_path_factory.mktemp("hosts")
     photographs.write(root / "data", {"train": 50, "val": VAL}, (80, 60))
@@ -37,19 +38,19 @@ def run(tmp_path_factory):
         "total_steps": 1,
     }
     overrides["model__image_size"] = 64
-    arguments = recipes.arguments("photographs", **overrides)
-    with recipes.quick():
-        train(recipes.mae("photographs", **overrides), root / "run")
+    arguments = mini_runs.arguments("photographs", **overrides)
+    with mini_runs.minimal_output():
+        train(mini_runs.mae("photographs", **overrides), root / "run")
     return arguments, root
 
 
 def on_hosts(run, count):
     """Run `hosts.py` as `count` processes; return their (arrays, results, stderr)."""
     arguments, root = run
-    address = recipes.free_address()
+    address = mini_runs.free_address()
     outs = [root / f"{index}of{count}" for index in range(count)]
     processes = [
-        recipes.start_process(
+        mini_runs.start_process(
             Path(hosts.__file__),
             *(address, count, index, out, root / "run", *arguments),
             XDG_CACHE_HOME=root / "cache",
@@ -70,7 +71,7 @@ def on_hosts(run, count):
 
 @pytest.fixture(scope="module")
 def alone(run):
-    """Results of a single host."""
+    """Return the results of a single host."""
     (result,) = on_hosts(run, 1)
     return result
 
@@ -86,12 +87,12 @@ def test_one_host_evaluates_every_image(alone):
 
 def test_hosts_share_batches_and_results(run, alone):
     """The hosts' shares concatenate to the batches of one host; results are equal."""
-    found = on_hosts(run, 4)
-    for key, whole in alone[0].items():
-        parts = [arrays[key] for arrays, _, _ in found]
-        assert {len(part) for part in parts} == {len(whole) // 4}
-        assert_array_equal(np.concatenate(parts), whole)
-    for _, values, _ in found:
+    results_of_hosts = on_hosts(run, 4)
+    for key, batches in alone[0].items():
+        shares = [arrays[key] for arrays, _, _ in results_of_hosts]
+        assert {len(share) for share in shares} == {len(batches) // 4}
+        assert_array_equal(np.concatenate(shares), batches)
+    for _, values, _ in results_of_hosts:
         assert values["eval/count"] == VAL - 1
         assert values["eval/unreadable"] == 1
         assert values == pytest.approx(alone[1], rel=1e-5)
@@ -111,8 +112,10 @@ def test_batches_after_a_kill(run, alone):
         f"    if step == {first}:\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    assert recipes.run_process("-c", code, *arguments)[0] == -9
-    config = recipes.configs.load(arguments[0].removeprefix("--config="), arguments[1:])
+    assert mini_runs.run_process("-c", code, *arguments)[0] == -9
+    config = mini_runs.configs.load(
+        arguments[0].removeprefix("--config="), arguments[1:]
+    )
     for step, batch in enumerate(inputs.train_batches(config, first, last)):
         for key, value in batch.items():
             assert_array_equal(value, alone[0][f"{step} {key}"])
@@ -120,15 +123,15 @@ def test_batches_after_a_kill(run, alone):
 
 def test_plan_of_an_imagenet_evaluation(monkeypatch):
     """Eight hosts evaluate each of 50,000 images exactly once."""
-    seen, buckets = [], np.zeros(50_000, np.int64)
+    steps_of_hosts, buckets = [], np.zeros(50_000, np.int64)
     monkeypatch.setattr(loader.jax, "process_count", lambda: 8)
     for host in range(8):
         monkeypatch.setattr(loader.jax, "process_index", lambda host=host: host)
         positions = loader.local_positions(1024)
         assert len(positions) == 128
-        seen.append(
+        steps_of_hosts.append(
             [share.indices for share in order.eval_plan(buckets, 1024, positions)]
         )
-    assert {len(steps) for steps in seen} == {49}
-    every = np.concatenate([indices for steps in seen for indices in steps])
+    assert {len(steps) for steps in steps_of_hosts} == {49}
+    every = np.concatenate([indices for steps in steps_of_hosts for indices in steps])
     assert_array_equal(np.sort(every), np.arange(50_000))

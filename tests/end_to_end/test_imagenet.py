@@ -1,11 +1,11 @@
-"""From ImageNet's tar files to an evaluated classifier, with a kill in between."""
+"""Test of all steps from ImageNet's tar files to a classifier, with a killed run."""
 
 import json
 import signal
 
+import mini_runs
 import numpy as np
 import pytest
-import recipes
 from imagenet_tars import write_tars
 
 from hivit_jax.reporting import console, metrics
@@ -33,7 +33,7 @@ main.main(sys.argv[1:])
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Overrides that name a prepared dataset."""
+    """Return overrides that name a prepared dataset."""
     tars = tmp_path_factory.mktemp("tars")
     write_tars(tars, size=(70, 90))
     out = tmp_path_factory.mktemp("imagenet2012")
@@ -43,9 +43,9 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
-    """Variables of a process without tensorflow and TensorBoard."""
+    """Return variables of a process without tensorflow and TensorBoard."""
     directory = tmp_path_factory.mktemp("environment")
-    missing = recipes.block_imports(directory, "tensorflow", "tensorboardX")
+    missing = mini_runs.block_imports(directory, "tensorflow", "tensorboardX")
     return {
         "XDG_CACHE_HOME": directory / "cache",
         "PYTHONPATH": missing,
@@ -57,28 +57,28 @@ def test_pretrain_kill_resume_finetune_evaluate(data, environment, tmp_path):
     """A killed run resumes bit-identically; its encoder initializes a classifier."""
     options = data | dict(batch_size=8, total_steps=4, checkpoint_every=2)
     options |= dict(model__image_size=64, data__canvas=96, eval_every=2)
-    pretraining = recipes.arguments("photographs", **options)
+    pretraining = mini_runs.arguments("photographs", **options)
 
     def run(workdir, *arguments):
         command = ["-m", "hivit_jax.main", *arguments, f"--workdir={workdir}"]
-        code, out, err = recipes.run_process(*command, **environment)
+        code, out, err = mini_runs.run_process(*command, **environment)
         assert (code, err) == (0, "")
         return out
 
     run(tmp_path / "whole", *pretraining)
     workdir = tmp_path / "killed"
-    killed = recipes.run_process(
+    killed = mini_runs.run_process(
         "-c", KILLED, *pretraining, f"--workdir={workdir}", **environment
     )
     assert killed[0] == -signal.SIGKILL
     assert "resuming at step 2 from" in run(workdir, *pretraining)
     for name in ("loss", "gradient_norm", "eval/loss"):
-        numbers = recipes.logged(workdir, name)
-        assert numbers == recipes.logged(tmp_path / "whole", name)
+        numbers = mini_runs.logged(workdir, name)
+        assert numbers == mini_runs.logged(tmp_path / "whole", name)
         assert np.isfinite(list(numbers.values())).all()
-    recipes.assert_identical(
-        recipes.saved_arrays(workdir, 4),
-        recipes.saved_arrays(tmp_path / "whole", 4),
+    mini_runs.assert_identical(
+        mini_runs.saved_arrays(workdir, 4),
+        mini_runs.saved_arrays(tmp_path / "whole", 4),
     )
     (line,) = [m for m in metrics.read(workdir / "metrics.jsonl") if m["step"] == 4][1:]
     assert (line["eval/count"], line["eval/unreadable"]) == (VAL, 0)
@@ -97,12 +97,12 @@ def test_pretrain_kill_resume_finetune_evaluate(data, environment, tmp_path):
         "init_from": workdir,
     }
     flags = [f"--config.{k.replace('__', '.')}={v}" for k, v in overrides.items()]
-    finetuning = [f"--config={recipes.ROOT / 'configs/digits_finetune.py'}", *flags]
+    finetuning = [f"--config={mini_runs.ROOT / 'configs/digits_finetune.py'}", *flags]
     run(tmp_path / "finetuned", *finetuning)
-    found = metrics.read(tmp_path / "finetuned/metrics.jsonl")[-1]
-    assert (found["step"], found["eval/count"], found["eval/unreadable"]) == (4, VAL, 0)
-    assert found["eval/top1"] * VAL == pytest.approx(round(found["eval/top1"] * VAL))
+    line = metrics.read(tmp_path / "finetuned/metrics.jsonl")[-1]
+    assert (line["step"], line["eval/count"], line["eval/unreadable"]) == (4, VAL, 0)
+    assert line["eval/top1"] * VAL == pytest.approx(round(line["eval/top1"] * VAL))
     out = run(tmp_path / "finetuned", *finetuning, "--mode=eval")
-    assert out.splitlines()[-1] == console.eval_line("step 4", found)
+    assert out.splitlines()[-1] == console.eval_line("step 4", line)
     config = json.loads((tmp_path / "finetuned/config.json").read_text())
     assert config["data"]["name"] == data["data__name"]

@@ -1,12 +1,12 @@
-"""One command in one process: intervals, heartbeats, signals and exit codes."""
+"""Tests of a run in one process: intervals, heartbeats, signals, exit codes."""
 
 import signal
 from contextlib import contextmanager
 from types import SimpleNamespace
 
+import mini_runs
 import numpy as np
 import pytest
-import recipes
 
 from hivit_jax import inputs, main, train
 from hivit_jax.errors import Interrupted
@@ -33,7 +33,7 @@ RUN = dict(
 )
 
 
-COMMAND = recipes.arguments(**RUN)
+COMMAND = mini_runs.arguments(**RUN)
 
 
 LOGGED = [4, 5, 7, 8, 10, 11]  # evaluated and saved steps are logged too
@@ -42,21 +42,24 @@ LOGGED = [4, 5, 7, 8, 10, 11]  # evaluated and saved steps are logged too
 EVALUATED = [5, 10, 11]
 
 
-pytestmark = [pytest.mark.usefixtures("quick"), pytest.mark.slow]
+pytestmark = [pytest.mark.usefixtures("minimal_output"), pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
 def watch():
     """Replace the watchdog, which would end the tests, by a counter of heartbeats.
 
-    limit: its argument. beats: since its start. signals: heartbeat -> signal to raise.
+    Attributes:
+      limit: argument of the watchdog.
+      beats: number of heartbeats since its start.
+      signals: {number of a heartbeat: signal to raise}.
     """
     watch = SimpleNamespace(limit=None, beats=0, signals={})
 
     def heartbeat():
         watch.beats += 1
-        if number := watch.signals.pop(watch.beats, None):
-            signal.raise_signal(number)
+        if signal_number := watch.signals.pop(watch.beats, None):
+            signal.raise_signal(signal_number)
 
     @contextmanager
     def watchdog(stall_timeout):
@@ -72,19 +75,22 @@ def watch():
 def restored_signals():
     """Make a signal that the command does not catch fail the test."""
 
-    def not_caught(number, frame):
-        raise AssertionError(f"{signal.Signals(number).name} was not caught")
+    def not_caught(signal_number, frame):
+        raise AssertionError(f"{signal.Signals(signal_number).name} was not caught")
 
-    numbers = signal.SIGTERM, signal.SIGINT
-    before = {number: signal.signal(number, not_caught) for number in numbers}
+    signal_numbers = signal.SIGTERM, signal.SIGINT
+    before = {
+        signal_number: signal.signal(signal_number, not_caught)
+        for signal_number in signal_numbers
+    }
     yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    for signal_number, handler in before.items():
+        signal.signal(signal_number, handler)
 
 
 @pytest.fixture(scope="module")
 def finished(watch, tmp_path_factory):
-    """(workdir of a finished run, its heartbeats)."""
+    """Return (workdir of a finished run, number of its heartbeats)."""
     workdir = tmp_path_factory.mktemp("finished")
     assert main.main([*COMMAND, f"--workdir={workdir}"]) == 0
     return workdir, watch.beats
@@ -93,9 +99,9 @@ def finished(watch, tmp_path_factory):
 def test_rhythm(finished):
     """Each interval has its own key; the last step is logged, evaluated and saved."""
     workdir, _ = finished
-    assert list(recipes.logged(workdir)) == LOGGED
-    assert list(recipes.logged(workdir, "eval/loss")) == EVALUATED
-    assert recipes.saved_steps(workdir) == [11]
+    assert list(mini_runs.logged(workdir)) == LOGGED
+    assert list(mini_runs.logged(workdir, "eval/loss")) == EVALUATED
+    assert mini_runs.saved_steps(workdir) == [11]
 
 
 def test_heartbeats(finished, watch, tmp_path, capsys):
@@ -107,7 +113,7 @@ def test_heartbeats(finished, watch, tmp_path, capsys):
     capsys.readouterr()
     assert main.main([*COMMAND, f"--workdir={workdir}", "--mode=eval"]) == 0
     assert watch.beats == EVAL_BATCHES
-    loss = recipes.logged(workdir, "eval/loss")[STEPS]
+    loss = mini_runs.logged(workdir, "eval/loss")[STEPS]
     assert f"step 11  eval  loss {loss:.4f}" in capsys.readouterr().out
 
     knn = ["--mode=knn", f"--config.init_from={workdir}"]
@@ -134,12 +140,12 @@ def poisoned(batches, first, bad):
 def test_interruptions_and_divergence(finished, watch, tmp_path, capsys, monkeypatch):
     """A run that is interrupted twice and diverges once ends bit-identical."""
     command = [*COMMAND, f"--workdir={tmp_path}"]
-    asked = []
+    steps = []
     with pytest.raises(Interrupted, match=f"^why: step 0 of {STEPS} is saved in "):
-        train.train(recipes.mae(**RUN), tmp_path, lambda s: asked.append(s) or "why")
-    assert asked == [0]
-    assert recipes.saved_steps(tmp_path) == [0]
-    assert recipes.logged(tmp_path) == {}
+        train.train(mini_runs.mae(**RUN), tmp_path, lambda s: steps.append(s) or "why")
+    assert steps == [0]
+    assert mini_runs.saved_steps(tmp_path) == [0]
+    assert mini_runs.logged(tmp_path) == {}
 
     watch.signals[5 + 2] = signal.SIGTERM  # second batch of step 5's evaluation
     assert main.main(command) == 75
@@ -148,10 +154,10 @@ def test_interruptions_and_divergence(finished, watch, tmp_path, capsys, monkeyp
     assert "SIGTERM: finishing the step and saving; a second signal kills" in out
     assert f"SIGTERM: step 6 of {STEPS} is saved in {tmp_path}; run" in err
     assert not watch.signals
-    for number in (signal.SIGTERM, signal.SIGINT):  # so that a second one kills
-        assert signal.getsignal(number) is signal.SIG_DFL
-    assert recipes.saved_steps(tmp_path) == [6]
-    assert list(recipes.logged(tmp_path)) == [4, 5, 6]
+    for signal_number in (signal.SIGTERM, signal.SIGINT):  # so that a second one kills
+        assert signal.getsignal(signal_number) is signal.SIG_DFL
+    assert mini_runs.saved_steps(tmp_path) == [6]
+    assert list(mini_runs.logged(tmp_path)) == [4, 5, 6]
     assert watch.beats == 6 + EVAL_BATCHES
 
     clean = inputs.train_batches
@@ -164,19 +170,19 @@ def test_interruptions_and_divergence(finished, watch, tmp_path, capsys, monkeyp
         assert main.main(command) == 3
     err = capsys.readouterr().err
     assert err.startswith("error: step 9: loss nan")
-    assert recipes.saved_steps(tmp_path) == [8]
-    assert list(recipes.logged(tmp_path)) == [4, 5, 6, 7, 8]
+    assert mini_runs.saved_steps(tmp_path) == [8]
+    assert list(mini_runs.logged(tmp_path)) == [4, 5, 6, 7, 8]
 
     assert main.main(command) == 0
     assert "resuming at step 8 from" in capsys.readouterr().out
     workdir, _ = finished
     for name in ("loss", "gradient_norm", "learning_rate", "eval/loss"):
-        found = recipes.logged(tmp_path, name)
-        found.pop(6, None)  # logged because the run stopped there
-        assert found == recipes.logged(workdir, name)
-    assert recipes.saved_steps(tmp_path) == [STEPS]
-    resumed, expected = (recipes.saved_arrays(w, STEPS) for w in (tmp_path, workdir))
-    recipes.assert_identical(resumed, expected)
+        values = mini_runs.logged(tmp_path, name)
+        values.pop(6, None)  # logged because the run stopped there
+        assert values == mini_runs.logged(workdir, name)
+    assert mini_runs.saved_steps(tmp_path) == [STEPS]
+    resumed, expected = (mini_runs.saved_arrays(w, STEPS) for w in (tmp_path, workdir))
+    mini_runs.assert_identical(resumed, expected)
 
 
 def test_missing_data(watch, tmp_path, capsys):

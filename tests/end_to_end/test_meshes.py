@@ -1,12 +1,12 @@
-"""Training on several meshes: losses, sharded state, accumulation, divergence."""
+"""Tests of training on several meshes: losses, shardings, accumulation, divergence."""
 
 import math
 from functools import cache
 
 import jax
+import mini_runs
 import numpy as np
 import pytest
-import recipes
 from jax.sharding import AxisType
 from numpy.testing import assert_allclose
 
@@ -37,25 +37,25 @@ AVERAGED = dict(
 )
 
 
-pytestmark = [pytest.mark.usefixtures("quick"), pytest.mark.slow]
+pytestmark = [pytest.mark.usefixtures("minimal_output"), pytest.mark.slow]
 
 
 class Run:
     """A run of `train`.
 
-    born: its first state, as host arrays, by name.
+    initial: its first state, as host arrays, by name.
     shards: shard shapes of the first and last state on device 0, by name.
     """
 
     def __init__(self, config, workdir):
-        self.workdir, self.born, self.shards = workdir, {}, []
+        self.workdir, self.initial, self.shards = workdir, {}, []
 
         def record(state):
             leaves = named_leaves(state)
             self.shards.append(
                 {k: v.addressable_shards[0].data.shape for k, v in leaves.items()}
             )
-            self.born = self.born or jax.device_get(leaves)
+            self.initial = self.initial or jax.device_get(leaves)
 
         def compile_steps(prepared):
             step = original_compile(prepared)
@@ -81,14 +81,14 @@ class Run:
         """Return the initial parameters by name."""
         return {
             name.removeprefix("params/"): array
-            for name, array in self.born.items()
+            for name, array in self.initial.items()
             if name.startswith("params/")
         }
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Function (recipe, overrides) -> `Run`, cached for all tests."""
+    """Return a cached function from (recipe, overrides) to a `Run`."""
 
     @cache
     def train(recipe, **overrides):
@@ -107,27 +107,31 @@ assert not loaded & {{*{OPTIONAL!r}, "orbax"}}, sorted(loaded)
 workdir, *flags = sys.argv[1:]
 from hivit_jax.main import main
 assert main([*flags, f"--workdir={{workdir}}/mae"]) == 0
-import recipes
+import mini_runs
 from hivit_jax.train import train
-train(recipes.classifier(), f"{{workdir}}/classifier")
+train(mini_runs.classifier(), f"{{workdir}}/classifier")
 """
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """Workdirs mae/ and classifier/ of runs on one device without optional packages."""
+    """Return a directory of two runs on one device without optional packages.
+
+    The workdirs are mae/ and classifier/.
+    """
     directory = tmp_path_factory.mktemp("alone")
-    missing = recipes.block_imports(directory / "missing", *OPTIONAL)
-    flags = recipes.arguments()
-    code, _, err = recipes.run_process(
+    missing = mini_runs.block_imports(directory / "missing", *OPTIONAL)
+    flags = mini_runs.arguments()
+    code, _, err = mini_runs.run_process(
         *("-c", ALONE, directory, *flags),
-        PYTHONPATH=f"{missing}:{recipes.ROOT / 'tests' / 'helpers'}",
+        PYTHONPATH=f"{missing}:{mini_runs.ROOT / 'tests' / 'helpers'}",
     )
     assert code == 0, err
     return directory
 
 
 def same_trajectory(actual, expected, steps=8):
+    """Check that two runs logged the same steps and close losses."""
     assert list(actual) == list(expected) == list(range(1, steps + 1))
     np.testing.assert_allclose([*actual.values()], [*expected.values()], rtol=1e-5)
 
@@ -136,8 +140,8 @@ def same_trajectory(actual, expected, steps=8):
 @pytest.mark.parametrize("name", ["mae", "classifier"])
 def test_trains_on_one_device_without_optional_packages(name, alone, trained):
     """A process that cannot import `OPTIONAL` has the same losses."""
-    run = trained(getattr(recipes, name), **EVERY_STEP if name == "mae" else {})
-    same_trajectory(recipes.logged(alone / name), recipes.logged(run.workdir))
+    run = trained(getattr(mini_runs, name), **EVERY_STEP if name == "mae" else {})
+    same_trajectory(mini_runs.logged(alone / name), mini_runs.logged(run.workdir))
     assert not list((alone / name).glob("events.*"))
 
 
@@ -152,59 +156,63 @@ def test_trains_on_one_device_without_optional_packages(name, alone, trained):
 )
 def test_losses_do_not_depend_on_the_mesh(name, mesh, trained):
     """Losses agree, also with drop path in the classifier."""
-    recipe = getattr(recipes, name)
+    recipe = getattr(mini_runs, name)
     reference_run = trained(recipe, **EVERY_STEP if name == "mae" else {})
     run = trained(recipe, **mesh)
-    same_trajectory(recipes.logged(run.workdir), recipes.logged(reference_run.workdir))
+    same_trajectory(
+        mini_runs.logged(run.workdir), mini_runs.logged(reference_run.workdir)
+    )
     assert run.results == pytest.approx(reference_run.results, rel=1e-5)
 
 
 def test_accumulation_changes_nothing(trained):
-    reference_run = trained(recipes.classifier)
-    run = trained(recipes.classifier, optimizer__accumulate_steps=4, **TENSOR)
-    same_trajectory(recipes.logged(run.workdir), recipes.logged(reference_run.workdir))
+    reference_run = trained(mini_runs.classifier)
+    run = trained(mini_runs.classifier, optimizer__accumulate_steps=4, **TENSOR)
+    same_trajectory(
+        mini_runs.logged(run.workdir), mini_runs.logged(reference_run.workdir)
+    )
 
 
 def test_accumulation_exchanges_gradients_once_a_step():
-    """In the compiled program no loop contains an all-reduce."""
-    config = recipes.classifier(optimizer__accumulate_steps=2, batch_size=32)
+    """No loop of the compiled program contains an all-reduce."""
+    config = mini_runs.classifier(optimizer__accumulate_steps=2, batch_size=32)
     mesh = sharding.make_mesh(config.mesh, 32, 2)
     schedule = make_schedule(config.optimizer, config.batch_size, 2, 8)
-    compiled = compile_step(recipes.make_training(config, mesh, schedule))
-    found, name = set(), ""
-    for line in compiled.as_text().splitlines():
+    program = compile_step(mini_runs.make_training(config, mesh, schedule))
+    computations, name = set(), ""
+    for line in program.as_text().splitlines():
         if line.endswith("{") and not line.startswith(" "):
             name = line.split()[0]
         if " all-reduce(" in line:
-            found.add(name)
-    assert found == {"ENTRY"}
+            computations.add(name)
+    assert computations == {"ENTRY"}
 
 
 def test_losses_move(trained):
     """The compared losses change from step to step."""
-    for recipe, options in ((recipes.mae, EVERY_STEP), (recipes.classifier, {})):
-        losses = list(recipes.logged(trained(recipe, **options).workdir).values())
+    for recipe, options in ((mini_runs.mae, EVERY_STEP), (mini_runs.classifier, {})):
+        losses = list(mini_runs.logged(trained(recipe, **options).workdir).values())
         assert len(set(losses)) == 8
         assert max(losses) - min(losses) > 1e-2
 
 
 def test_state_is_sharded_from_its_first_moment(trained):
-    run = trained(recipes.mae, **FSDP)
+    run = trained(mini_runs.mae, **FSDP)
     for shards in run.shards:
-        for name, leaf in run.born.items():
+        for name, leaf in run.initial.items():
             pieces = leaf.size // math.prod(shards[name])
             large = leaf.size >= 2**13 and any(side % 4 == 0 for side in leaf.shape)
             assert pieces == (4 if large else 1), name
     # The second dimension is sharded over the tensor axis, which has one device
     # here.
     kernel = "encoder/stages/2/0/mlp/fc1/kernel"  # [64, 256]
-    born, last = run.shards[0], run.shards[-1]
+    first, last = run.shards[0], run.shards[-1]
     for prefix in ("params", "opt_state/0/mu", "opt_state/0/nu"):
-        assert born[f"{prefix}/{kernel}"] == last[f"{prefix}/{kernel}"] == (16, 256)
+        assert first[f"{prefix}/{kernel}"] == last[f"{prefix}/{kernel}"] == (16, 256)
 
 
 def test_zero_1_splits_the_moments_alone(trained):
-    shards = trained(recipes.classifier, **FSDP, mesh__zero=1).shards[-1]
+    shards = trained(mini_runs.classifier, **FSDP, mesh__zero=1).shards[-1]
     kernel = "encoder/stages/2/0/mlp/fc1/kernel"  # [64, 256]
     assert shards[f"params/{kernel}"] == (64, 256)
     for moment in ("mu", "nu"):
@@ -212,7 +220,7 @@ def test_zero_1_splits_the_moments_alone(trained):
 
 
 def test_tensor_axis_splits_heads_and_hidden_units(trained):
-    shards = trained(recipes.mae, **TENSOR).shards[-1]
+    shards = trained(mini_runs.mae, **TENSOR).shards[-1]
     block = "params/encoder/stages/2/0"
     assert shards[f"{block}/attn/qkv/kernel"] == (16, 3, 1, 32)  # of [64, 3, 2, 32]
     assert shards[f"{block}/attn/qkv/bias"] == (3, 1, 32)
@@ -225,14 +233,14 @@ def test_tensor_axis_splits_heads_and_hidden_units(trained):
 
 
 def test_load_pretrained(trained):
-    workdir = trained(recipes.mae, **EVERY_STEP).workdir
+    workdir = trained(mini_runs.mae, **EVERY_STEP).workdir
     model = hivit_jax.load_pretrained(workdir)
     assert (model.config.embed_dim, model.config.norm_pix_loss) == (64, True)
     loaded = jax.device_get(named_leaves(split(model)[1]))
-    recipes.assert_identical(loaded, recipes.saved_variables(workdir, 8))
+    mini_runs.assert_identical(loaded, mini_runs.saved_variables(workdir, 8))
     step = hivit_jax.load_pretrained(workdir / "checkpoints" / "3")
     loaded = jax.device_get(named_leaves(split(step)[1]))
-    recipes.assert_identical(loaded, recipes.saved_variables(workdir, 3))
+    mini_runs.assert_identical(loaded, mini_runs.saved_variables(workdir, 3))
 
 
 def test_divergence_saves_the_state_before_it(trained, tmp_path, monkeypatch):
@@ -245,23 +253,24 @@ def test_divergence_saves_the_state_before_it(trained, tmp_path, monkeypatch):
 
     clean = inputs.train_batches
     monkeypatch.setattr(inputs, "train_batches", poisoned)
-    config = recipes.mae(log_every=6, checkpoint_every=3)
+    config = mini_runs.mae(log_every=6, checkpoint_every=3)
     with pytest.raises(DivergedError, match="^step 5: loss nan.*\n.*of step 4, is sav"):
         training.train(config, tmp_path)
     steps = {int(path.name) for path in (tmp_path / "checkpoints").iterdir()}
     assert steps == {3, 4}
-    reference_run = trained(recipes.mae, **EVERY_STEP)
+    reference_run = trained(mini_runs.mae, **EVERY_STEP)
     for step in steps:
-        items = recipes.saved_arrays(tmp_path, step)
-        recipes.assert_identical(
-            items, recipes.saved_arrays(reference_run.workdir, step)
+        items = mini_runs.saved_arrays(tmp_path, step)
+        mini_runs.assert_identical(
+            items, mini_runs.saved_arrays(reference_run.workdir, step)
         )
         assert all(np.isfinite(a).all() for a in jax.tree.leaves(items))
 
 
 def test_unreadable_images(tmp_path, monkeypatch):
-    """Unreadable images do not affect the loss, are counted, and stop the run at a
-    limit.
+    """Unreadable images are counted, and do not affect the loss.
+
+    Too many unreadable images stop the run.
     """
 
     def spoiled(config, first, last):
@@ -274,52 +283,52 @@ def test_unreadable_images(tmp_path, monkeypatch):
     clean = inputs.train_batches
     monkeypatch.setattr(inputs, "train_batches", spoiled)
     for fill in (0, 200):
-        config = recipes.mae(data__max_unreadable=0.1)
+        config = mini_runs.mae(data__max_unreadable=0.1)
         with pytest.raises(DataError, match="8 images .* 12.50%; .* allows 10.00%"):
             training.train(config, tmp_path / str(fill))
     one, other = tmp_path / "0", tmp_path / "200"
-    last = recipes.saved_steps(one)[-1]  # batches that are read ahead count too
+    last = mini_runs.saved_steps(one)[-1]  # batches that are read ahead count too
     assert 1 <= last <= 4
-    assert recipes.logged(one, "unreadable") == dict.fromkeys(range(1, last + 1), 2)
-    assert recipes.logged(one) == recipes.logged(other)
-    recipes.assert_identical(
-        recipes.saved_arrays(one, last), recipes.saved_arrays(other, last)
+    assert mini_runs.logged(one, "unreadable") == dict.fromkeys(range(1, last + 1), 2)
+    assert mini_runs.logged(one) == mini_runs.logged(other)
+    mini_runs.assert_identical(
+        mini_runs.saved_arrays(one, last), mini_runs.saved_arrays(other, last)
     )
 
 
 def test_classifier_from_pretraining(trained):
-    pretrained = trained(recipes.mae, **EVERY_STEP).workdir
-    run = trained(recipes.classifier, init_from=str(pretrained))
-    born, fresh = run.params(), trained(recipes.classifier).params()
-    expected = recipes.saved_arrays(pretrained, 8)["params"]
-    for name, array in born.items():
+    pretrained = trained(mini_runs.mae, **EVERY_STEP).workdir
+    run = trained(mini_runs.classifier, init_from=str(pretrained))
+    initial, fresh = run.params(), trained(mini_runs.classifier).params()
+    expected = mini_runs.saved_arrays(pretrained, 8)["params"]
+    for name, array in initial.items():
         if name.endswith("relative_position_bias_table"):
             assert not array.any()
         elif name.startswith("encoder/"):
             np.testing.assert_array_equal(array, expected[name])
             assert (array != fresh[name]).any(), name
-    assert {k for k in expected if k.startswith("encoder/")} <= born.keys()
-    assert born["head/kernel"].std() == pytest.approx(2e-5, rel=0.15)
+    assert {k for k in expected if k.startswith("encoder/")} <= initial.keys()
+    assert initial["head/kernel"].std() == pytest.approx(2e-5, rel=0.15)
     assert fresh["head/kernel"].std() == pytest.approx(0.02, rel=0.15)
-    assert not born["head/bias"].any()
-    assert (born["fc_norm/scale"] == 1).all()
+    assert not initial["head/bias"].any()
+    assert (initial["fc_norm/scale"] == 1).all()
 
 
 @pytest.mark.extras
 def test_pretraining_from_pretraining(trained):
-    """All parameters are loaded; averages start from them, the optimizer is new."""
-    pretrained = trained(recipes.mae, **EVERY_STEP).workdir
-    run = trained(recipes.mae, init_from=str(pretrained), **AVERAGED)
-    expected = recipes.saved_arrays(pretrained, 8)["params"]
-    recipes.assert_identical(run.params(), expected)
+    """All parameters are loaded; averages start from them; the optimizer is new."""
+    pretrained = trained(mini_runs.mae, **EVERY_STEP).workdir
+    run = trained(mini_runs.mae, init_from=str(pretrained), **AVERAGED)
+    expected = mini_runs.saved_arrays(pretrained, 8)["params"]
+    mini_runs.assert_identical(run.params(), expected)
     for name, array in expected.items():
-        np.testing.assert_array_equal(run.born[f"ema/{name}"], array)
-    assert run.born["step"] == 0
+        np.testing.assert_array_equal(run.initial[f"ema/{name}"], array)
+    assert run.initial["step"] == 0
 
 
-@pytest.mark.parametrize("recipe", [recipes.mae, recipes.classifier])
+@pytest.mark.parametrize("recipe", [mini_runs.mae, mini_runs.classifier])
 def test_pretrained_model_of_another_width(recipe, trained, tmp_path):
-    pretrained = trained(recipes.mae, **EVERY_STEP).workdir
+    pretrained = trained(mini_runs.mae, **EVERY_STEP).workdir
     config = recipe(init_from=str(pretrained), model__embed_dim=32)
     with pytest.raises(ConfigError, match=r"different model: .* shape .*; expected"):
         training.train(config, tmp_path)
@@ -329,12 +338,13 @@ def test_pretrained_model_of_another_width(recipe, trained, tmp_path):
 
 
 def mesh_of(devices):
+    """Return a mesh of these devices along the data axis."""
     shape = (1, len(devices), 1, 1)
     types = (AxisType.Auto,) * 4
     return jax.make_mesh(shape, sharding.AXES, axis_types=types, devices=devices)
 
 
-@pytest.mark.parametrize("recipe", [recipes.mae, recipes.classifier])
+@pytest.mark.parametrize("recipe", [mini_runs.mae, mini_runs.classifier])
 def test_every_image_counts_once_in_any_batch(recipe):
     """Results agree for batches of 128, which do not divide 360 images, and of 72."""
     config = recipe("digits")
@@ -357,15 +367,15 @@ def test_every_image_counts_once_in_any_batch(recipe):
 
 def test_first_epoch_1_leaves_out_an_epoch_when_resuming(tmp_path):
     """A run resumed after 2 steps skips an epoch of 4 steps."""
-    config = recipes.mae(optimizer__first_epoch=1)
-    asked = iter([None, None, "stop"])
+    config = mini_runs.mae(optimizer__first_epoch=1)
+    requests = iter([None, None, "stop"])
     with pytest.raises(Interrupted, match="step 2 of 8"):
-        training.train(config, tmp_path, lambda step: next(asked))
+        training.train(config, tmp_path, lambda step: next(requests))
     training.train(config, tmp_path)
-    rates = recipes.logged(tmp_path, "learning_rate")
-    assert list(rates) == [1, 2, 7, 8]
-    rate = make_schedule(config.optimizer, config.batch_size, 4.0, 8)
-    assert_allclose([rates[7], rates[8]], [rate(6), rate(7)], rtol=1e-6)
-    state = recipes.saved_arrays(tmp_path, 8)["optimizer"]
+    logged = mini_runs.logged(tmp_path, "learning_rate")
+    assert list(logged) == [1, 2, 7, 8]
+    schedule = make_schedule(config.optimizer, config.batch_size, 4.0, 8)
+    assert_allclose([logged[7], logged[8]], [schedule(6), schedule(7)], rtol=1e-6)
+    state = mini_runs.saved_arrays(tmp_path, 8)["optimizer"]
     counts = {int(v) for name, v in state.items() if name.endswith("count")}
     assert counts == {4, 8}  # steps for Adam's bias correction, and for the schedule

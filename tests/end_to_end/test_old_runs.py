@@ -1,4 +1,4 @@
-"""Runs and saved models of versions before 0.1 give the same results today.
+"""Tests that runs and saved models of versions before 0.1 give the same results.
 
 One CPU device wrote tests/parity/golden/old_runs::
 
@@ -37,12 +37,12 @@ TIMES = {"images_per_second", "seconds_left", "input_bound"}
 NOT_COMPARABLE = {"linear_probe": {"gradient_norm"}}
 
 
-pytestmark = [pytest.mark.usefixtures("quick"), pytest.mark.slow]
+pytestmark = [pytest.mark.usefixtures("minimal_output"), pytest.mark.slow]
 
 
 @pytest.fixture
 def unpacked(tmp_path, monkeypatch):
-    """Working directory with TASK/run and TASK/saved of every task."""
+    """Change to a directory with TASK/run and TASK/saved of every task."""
     for task in TASKS:
         with tarfile.open(OLD / f"{task}.tar.xz") as archive:
             archive.extractall(tmp_path / task, filter="data")
@@ -59,9 +59,9 @@ def check_lines(task, workdir):
     """Check that metrics.jsonl equals the old file, except for times."""
     expected = [json.loads(x) for x in (OLD / f"{task}.jsonl").read_text().splitlines()]
     path = Path(workdir, "metrics.jsonl")
-    found = [json.loads(x) for x in path.read_text().splitlines()]
-    assert [x["step"] for x in found] == [x["step"] for x in expected]
-    for line, old in zip(found, expected, strict=True):
+    lines = [json.loads(x) for x in path.read_text().splitlines()]
+    assert [x["step"] for x in lines] == [x["step"] for x in expected]
+    for line, old in zip(lines, expected, strict=True):
         for name in old.keys() - TIMES - NOT_COMPARABLE.get(task, set()):
             np.testing.assert_allclose(
                 line[name], old[name], RTOL, err_msg=f"step {old['step']} {name}"
@@ -78,7 +78,7 @@ def test_run_resumes(task, unpacked, capsys):
 
 @pytest.mark.parametrize("task", TASKS[1:])
 def test_run_starts_from_an_old_one(task, unpacked):
-    """Eight steps start from the old encoder as `init_from`."""
+    """Eight steps with the old encoder as `init_from` have the old losses."""
     run(task, "new", "--config.init_from=mae/run")
     check_lines(task, "new")
 
@@ -98,12 +98,12 @@ def test_evaluation(task, unpacked, capsys):
 @pytest.mark.parametrize("task", TASKS)
 def test_model_loads(task, directory, unpacked):
     """`load_pretrained` reads the workdir and the directory of `save_pretrained`."""
-    found = outputs(hivit_jax.load_pretrained(f"{task}/{directory}"))
+    values = outputs(hivit_jax.load_pretrained(f"{task}/{directory}"))
     if task == "linear_probe":  # running mean and variance of 16 features counted then
-        found["parameters"] += 32
+        values["parameters"] += 32
     with np.load(OLD / f"{task}.npz") as expected:
-        assert found.keys() == set(expected)
+        assert values.keys() == set(expected)
         for name, array in expected.items():
             np.testing.assert_allclose(
-                found[name], array, RTOL, 1e-5, err_msg=name, strict=True
+                values[name], array, RTOL, 1e-5, err_msg=name, strict=True
             )

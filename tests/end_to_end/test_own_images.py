@@ -1,13 +1,13 @@
-"""Users' own images, through the real command line."""
+"""Tests of the command line with users' own images."""
 
 import csv
 import io
 import json
 import tarfile
 
+import mini_runs
 import numpy as np
 import pytest
-import recipes
 import tifffile
 from datasets import encode, noise_image
 from PIL import Image
@@ -16,16 +16,17 @@ import hivit_jax
 from hivit_jax.main import main
 from hivit_jax.tools import convert, predict, prepare_data
 
-pytestmark = pytest.mark.usefixtures("user_cache")
+pytestmark = pytest.mark.usefixtures("cache_directory")
 
 
 def lines_of(workdir):
+    """Return the lines of metrics.jsonl."""
     return [json.loads(x) for x in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture
 def tiles(tmp_path):
-    """Twenty images without labels in nested directories, and a stray file."""
+    """Return a directory of twenty nested unlabeled images and a stray file."""
     root = tmp_path / "tiles"
     for k in range(20):
         path = root / f"scene{k % 3}" / "deeper" / f"{k}.png"
@@ -40,10 +41,10 @@ FLAGS = dict(data__name="folder", model__image_size=32, batch_size=8, total_step
 
 @pytest.mark.slow
 def test_pretraining_without_labels_and_evaluation(tiles, tmp_path, capsys):
-    """Figures show training images, because there are no others."""
+    """Without evaluation images, figures show training images."""
     flags = FLAGS | dict(data__dir=tiles, data__eval_split="none", eval_every=1)
     flags |= dict(data__class_level="none", checkpoint_every=1)
-    arguments = recipes.arguments("photographs", **flags)
+    arguments = mini_runs.arguments("photographs", **flags)
     workdir = tmp_path / "run"
     assert main([*arguments, f"--workdir={workdir}"]) == 0
     out = capsys.readouterr().out
@@ -60,7 +61,7 @@ def test_pretraining_without_labels_and_evaluation(tiles, tmp_path, capsys):
 
 
 def test_classification_needs_labels(tiles, tmp_path, capsys):
-    flags = recipes.arguments("photographs", **FLAGS, data__dir=tiles)
+    flags = mini_runs.arguments("photographs", **FLAGS, data__dir=tiles)
     flags = [f for f in flags if "decoder" not in f] + [
         "--config.task=classify",
         "--config.model.name=hivit_tiny",
@@ -154,7 +155,7 @@ def write_parquet(root):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("minimal_output")
 @pytest.mark.parametrize("write", [write_csv, write_tars, write_parquet])
 def test_from_files_to_predictions(write, tmp_path, capsys):
     """Damaged images have weight 0 and are named; the trained model is right."""
@@ -177,7 +178,7 @@ def test_from_files_to_predictions(write, tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("minimal_output")
 def test_several_labels(tmp_path, capsys):
     """The upper half is red or not, the lower half blue; some images have no label."""
     lines = ["file,label,split", "damaged.png,red;blue,train"]
@@ -231,7 +232,7 @@ def test_several_labels(tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("minimal_output")
 def test_tiles_of_16_bits_and_4_bands(tmp_path, capsys):
     """Held-out tiles, from files to predictions."""
     for k in range(24):
@@ -258,7 +259,7 @@ def test_tiles_of_16_bits_and_4_bands(tmp_path, capsys):
 
 def arguments(**overrides):
     """Return the command line of a small classifier."""
-    flags = recipes.arguments("photographs", **CLASSIFIER | overrides)
+    flags = mini_runs.arguments("photographs", **CLASSIFIER | overrides)
     return [flag for flag in flags if "decoder" not in flag]
 
 

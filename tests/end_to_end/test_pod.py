@@ -1,13 +1,13 @@
-"""Several processes as one run: equal results, coordinated exits, no hanging."""
+"""Tests of runs of several processes: equal results, coordinated exits, no hanging."""
 
 import os
 import re
 import signal
 import time
 
+import mini_runs
 import numpy as np
 import pytest
-import recipes
 from PIL import Image
 
 pytestmark = [pytest.mark.slow, pytest.mark.processes]
@@ -33,20 +33,20 @@ ALONE = RUN | dict(peer_timeout=10, stall_timeout=30)
 
 
 class Pod:
-    """A run as `count` processes on loopback.
+    """Run with `count` processes on loopback.
 
     Args:
       flags: one list for all processes, or one for each.
     """
 
     def __init__(self, workdir, count, environment, *flags):
-        address = recipes.free_address()
+        address = mini_runs.free_address()
         workdir.mkdir(exist_ok=True)
         self.logs = [workdir.parent / f"{workdir.name}.{i}.log" for i in range(count)]
         flags = flags * count if len(flags) == 1 else flags
         pod_flags = [f"--coordinator_address={address}", f"--num_processes={count}"]
         self.processes = [
-            recipes.start_process(
+            mini_runs.start_process(
                 *("-u", "-m", "hivit_jax.main", f"--workdir={workdir}", *flags[index]),
                 *([*pod_flags, f"--process_id={index}"] if count > 1 else []),
                 log=self.logs[index],
@@ -78,9 +78,9 @@ class Pod:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory, environment):
-    """Workdir of an uninterrupted run in one process."""
+    """Return the workdir of an uninterrupted run in one process."""
     workdir = tmp_path_factory.mktemp("alone") / "run"
-    pod = Pod(workdir, 1, environment, recipes.arguments(**RUN))
+    pod = Pod(workdir, 1, environment, mini_runs.arguments(**RUN))
     errors = pod.errors()
     assert pod.codes() == [0], errors
     return workdir
@@ -88,13 +88,13 @@ def alone(tmp_path_factory, environment):
 
 def test_a_signal_stops_all_processes_and_one_resumes(alone, environment, tmp_path):
     """SIGINT to one of two processes stops both; one process resumes."""
-    run, flags = tmp_path / "run", recipes.arguments(**RUN)
+    run, flags = tmp_path / "run", mini_runs.arguments(**RUN)
     pod = Pod(run, 2, environment, flags)
     pod.wait_for_step(2)
     pod.processes[1].send_signal(signal.SIGINT)
     errors = pod.errors()
     assert pod.codes() == [75] * 2, errors
-    (saved,) = recipes.saved_steps(run)
+    (saved,) = mini_runs.saved_steps(run)
     assert 2 <= saved < STEPS
     for error in errors:
         assert f"SIGTERM to one of the processes: step {saved} of {STEPS}" in error
@@ -103,12 +103,12 @@ def test_a_signal_stops_all_processes_and_one_resumes(alone, environment, tmp_pa
     errors = pod.errors()
     assert pod.codes() == [0], errors
     assert f"resuming at step {saved} from" in pod.output()
-    losses, found = recipes.logged(alone), recipes.logged(run)
+    losses, found = mini_runs.logged(alone), mini_runs.logged(run)
     assert list(found) == list(range(1, STEPS + 1))
     np.testing.assert_allclose(list(found.values()), list(losses.values()), rtol=1e-5)
     resumed, expected = (
-        recipes.saved_arrays(run, STEPS),
-        recipes.saved_arrays(alone, STEPS),
+        mini_runs.saved_arrays(run, STEPS),
+        mini_runs.saved_arrays(alone, STEPS),
     )
     for item in ("params", "ema"):
         for name, array in resumed[item].items():
@@ -121,10 +121,12 @@ def test_a_signal_stops_all_processes_and_one_resumes(alone, environment, tmp_pa
 @pytest.mark.parametrize(("lost", "signal_name"), [(1, "SIGSTOP"), (0, "SIGKILL")])
 def test_a_lost_process_ends_the_others(lost, signal_name, environment, tmp_path):
     """JAX aborts the other process; the last checkpoint is complete."""
-    flags = recipes.arguments(**RUN | dict(total_steps=100_000, checkpoint_every=5))
+    flags = mini_runs.arguments(**RUN | dict(total_steps=100_000, checkpoint_every=5))
     pod = Pod(tmp_path / "run", 2, environment, flags)
     pod.wait_for_step(8)
-    while not recipes.saved_steps(tmp_path / "run") and pod.processes[0].poll() is None:
+    while (
+        not mini_runs.saved_steps(tmp_path / "run") and pod.processes[0].poll() is None
+    ):
         time.sleep(0.1)
     os.kill(pod.processes[lost].pid, signal.Signals[signal_name])
     error = pod.processes[1 - lost].communicate(timeout=PATIENCE)[1]
@@ -132,20 +134,20 @@ def test_a_lost_process_ends_the_others(lost, signal_name, environment, tmp_path
     assert pod.processes[1 - lost].returncode == -signal.SIGABRT, error
     assert "another task died" in error
     assert "Traceback" not in error
-    steps = recipes.saved_steps(tmp_path / "run")
+    steps = mini_runs.saved_steps(tmp_path / "run")
     assert steps
     assert all(step % 5 == 0 for step in steps)
 
 
 @pytest.mark.extras
 def test_divergence_on_all_processes(environment, tmp_path):
-    """All processes return its exit code, although process 0 must end last."""
-    flags = recipes.arguments(**RUN, optimizer__base_learning_rate=1e30)
+    """All processes exit with the code of divergence, although process 0 ends last."""
+    flags = mini_runs.arguments(**RUN, optimizer__base_learning_rate=1e30)
     pod = Pod(tmp_path / "run", 2, environment, flags)
     errors = pod.errors()
     assert pod.codes() == [3] * 2, errors
     assert all("expected finite numbers" in error for error in errors)
-    assert recipes.saved_steps(tmp_path / "run")
+    assert mini_runs.saved_steps(tmp_path / "run")
 
 
 ENDING = """
@@ -194,13 +196,13 @@ sys.exit(main.main())
     ],
 )
 def test_exit_codes_of_two_processes(actions, codes, messages, environment, tmp_path):
-    """Exit codes: one error at different times, a stall, an error of one process."""
-    address = recipes.free_address()
+    """Errors, stalls and crashes give the documented exit codes on both processes."""
+    address = mini_runs.free_address()
     started = [
-        recipes.start_process(
+        mini_runs.start_process(
             "-c",
             ENDING.replace("INDEX", str(index)).replace("ACTION", action),
-            *recipes.arguments(**ALONE),
+            *mini_runs.arguments(**ALONE),
             *(f"--workdir={tmp_path}", f"--coordinator_address={address}"),
             *("--num_processes=2", f"--process_id={index}"),
             **environment,
@@ -231,11 +233,11 @@ sys.exit(main.main())
 
 def test_a_data_error_of_one_process(environment, tmp_path):
     """The error is printed at once and nothing is saved; the other process aborts."""
-    address = recipes.free_address()
-    flags = [*recipes.arguments(**ALONE), f"--workdir={tmp_path}/run"]
+    address = mini_runs.free_address()
+    flags = [*mini_runs.arguments(**ALONE), f"--workdir={tmp_path}/run"]
     pod_flags = [f"--coordinator_address={address}", "--num_processes=2"]
     started = [
-        recipes.start_process(
+        mini_runs.start_process(
             *script, *flags, *pod_flags, f"--process_id={i}", **environment
         )
         for i, script in enumerate([("-m", "hivit_jax.main"), ("-c", BAD_LABEL)])
@@ -244,11 +246,11 @@ def test_a_data_error_of_one_process(environment, tmp_path):
     codes = [process.returncode for process in started]
     assert codes == [-signal.SIGABRT, 4], errors
     assert "error: label 10" in errors[1]
-    assert recipes.saved_steps(tmp_path / "run") == []
+    assert mini_runs.saved_steps(tmp_path / "run") == []
 
 
 def test_processes_with_different_configs(environment, tmp_path):
-    flags = [recipes.arguments(**RUN, seed=seed) for seed in (0, 1)]
+    flags = [mini_runs.arguments(**RUN, seed=seed) for seed in (0, 1)]
     pod = Pod(tmp_path / "run", 2, environment, *flags)
     errors = pod.errors()
     assert pod.codes() == [2, 2], errors
@@ -277,8 +279,8 @@ sys.exit(main.main([path, *flags, "--config.data.dir=same", "--workdir=run"]))
 
 
 def test_processes_with_different_files(environment, tmp_path):
-    """Processes with different datasets, or with different checkpoints, are refused."""
-    address = recipes.free_address()
+    """Different datasets or checkpoints of the processes are an error."""
+    address = mini_runs.free_address()
     for index in range(2):
         for dataset, count in (("differing", 20 + index), ("same", 20)):
             for split in ("train", "val"):
@@ -289,9 +291,9 @@ def test_processes_with_different_files(environment, tmp_path):
         (tmp_path / str(index) / "run" / "checkpoints").mkdir(parents=True)
     (tmp_path / "1" / "run" / "checkpoints" / "7" / "params").mkdir(parents=True)
     processes = [
-        recipes.start_process(
+        mini_runs.start_process(
             *("-c", DIFFERING, address, index, tmp_path / str(index)),
-            *recipes.arguments(**RUN),
+            *mini_runs.arguments(**RUN),
             **environment,
             XDG_CACHE_HOME=tmp_path / "cache",
         )

@@ -1,11 +1,11 @@
-"""Killed and interrupted runs resume bit-identically, as real processes."""
+"""Tests that killed and interrupted processes resume bit-identically."""
 
 import re
 import signal
 import time
 
+import mini_runs
 import pytest
-import recipes
 
 pytestmark = [pytest.mark.slow, pytest.mark.processes]
 
@@ -14,13 +14,13 @@ STEPS, EVERY = 120, 50
 
 @pytest.fixture(scope="module")
 def environment(environment):
-    """Variables without a compilation cache other than that of the config."""
+    """Return variables of a process whose only compilation cache is the config's."""
     return environment | {"JAX_COMPILATION_CACHE_DIR": ""}
 
 
 @pytest.fixture(scope="module")
 def synthetic(tmp_path_factory):
-    """Overrides with a compilation cache that all tests share."""
+    """Return overrides with a compilation cache that all tests share."""
     return dict(
         total_steps=STEPS,
         checkpoint_every=EVERY,
@@ -31,29 +31,30 @@ def synthetic(tmp_path_factory):
 
 
 def command(workdir, source, **overrides):
-    flags = recipes.arguments(source, **overrides)
+    """Return the arguments of a run for `mini_runs.start_process`."""
+    flags = mini_runs.arguments(source, **overrides)
     return ["-m", "hivit_jax.main", *flags, f"--workdir={workdir}"]
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory, environment):
-    """Function from source to (workdir of an uninterrupted run, its stdout)."""
-    found = {}
+    """Return a function from a source to (workdir, stdout) of an uninterrupted run."""
+    finished = {}
 
     def run(source, **overrides):
-        if source not in found:
+        if source not in finished:
             workdir = tmp_path_factory.mktemp(source)
-            code, out, err = recipes.run_process(
+            code, out, err = mini_runs.run_process(
                 *command(workdir, source, **overrides), **environment
             )
             assert code == 0, err
-            found[source] = workdir, out
-        return found[source]
+            finished[source] = workdir, out
+        return finished[source]
 
     return run
 
 
-def interrupt(workdir, source, number, after, environment, **overrides):
+def interrupt(workdir, source, signal_number, after, environment, **overrides):
     """Start a run; send it a signal after `after` more steps.
 
     Waits for the checkpoints that are due before that step, too.
@@ -62,19 +63,19 @@ def interrupt(workdir, source, number, after, environment, **overrides):
       (exit code, stdout, stderr).
     """
     log = workdir.with_suffix(".log")
-    begun = max(recipes.logged(workdir), default=0) if workdir.exists() else 0
-    process = recipes.start_process(
+    begun = max(mini_runs.logged(workdir), default=0) if workdir.exists() else 0
+    process = mini_runs.start_process(
         *command(workdir, source, **overrides), log=log, **environment
     )
     due = [s for s in range(1, after) if s % overrides["checkpoint_every"] == 0]
     while not (
         workdir.exists()
-        and max(recipes.logged(workdir), default=0) >= begun + after
-        and set(due) <= set(recipes.saved_steps(workdir))
+        and max(mini_runs.logged(workdir), default=0) >= begun + after
+        and set(due) <= set(mini_runs.saved_steps(workdir))
     ):
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.005)
-    process.send_signal(number)
+    process.send_signal(signal_number)
     _, err = process.communicate()
     return process.returncode, log.read_text(), err
 
@@ -82,36 +83,38 @@ def interrupt(workdir, source, number, after, environment, **overrides):
 def check_same_run(workdir, expected):
     """Check that the last state and all losses are identical, each step logged once."""
     assert (
-        recipes.saved_steps(workdir)[-1] == recipes.saved_steps(expected)[-1] == STEPS
+        mini_runs.saved_steps(workdir)[-1]
+        == mini_runs.saved_steps(expected)[-1]
+        == STEPS
     )
-    state = recipes.saved_arrays(workdir, STEPS)
+    state = mini_runs.saved_arrays(workdir, STEPS)
     assert int(state["optimizer"]["step"]) == STEPS
-    recipes.assert_identical(state, recipes.saved_arrays(expected, STEPS))
-    losses = recipes.logged(workdir)
+    mini_runs.assert_identical(state, mini_runs.saved_arrays(expected, STEPS))
+    losses = mini_runs.logged(workdir)
     assert list(losses) == list(range(1, STEPS + 1))
-    assert losses == recipes.logged(expected)
+    assert losses == mini_runs.logged(expected)
     for name in ("gradient_norm", "eval/loss"):
-        assert recipes.logged(workdir, name) == recipes.logged(expected, name)
+        assert mini_runs.logged(workdir, name) == mini_runs.logged(expected, name)
 
 
 def test_killed_run(uninterrupted, synthetic, environment, tmp_path):
     """A killed run resumes; test_imagenet.py kills runs that read files."""
     source, overrides = "synthetic", synthetic
     expected, _ = uninterrupted(source, **overrides)
-    assert "ema" in recipes.saved_arrays(expected, STEPS)
+    assert "ema" in mini_runs.saved_arrays(expected, STEPS)
     workdir = tmp_path / "killed"
     code, *_ = interrupt(
         workdir, source, signal.SIGKILL, EVERY + 5, environment, **overrides
     )
     assert code == -signal.SIGKILL
     reached, saved = (
-        max(recipes.logged(workdir)),
-        recipes.saved_steps(workdir)[-1],
+        max(mini_runs.logged(workdir)),
+        mini_runs.saved_steps(workdir)[-1],
     )
     assert saved < STEPS
     assert saved <= reached < STEPS
 
-    code, out, err = recipes.run_process(
+    code, out, err = mini_runs.run_process(
         *command(workdir, source, **overrides), **environment
     )
     assert code == 0, err
@@ -125,29 +128,31 @@ def test_killed_run(uninterrupted, synthetic, environment, tmp_path):
 
 
 def test_interrupted_run(uninterrupted, synthetic, environment, tmp_path):
-    """SIGTERM, then Ctrl-C: each saves the only checkpoint of its step."""
+    """SIGTERM, and later Ctrl-C, each save one checkpoint and end the run."""
     expected, _ = uninterrupted("synthetic", **synthetic)
     workdir, options = tmp_path / "interrupted", synthetic | {"checkpoint_every": 1000}
     stopped = []
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for signal_number in (signal.SIGTERM, signal.SIGINT):
         code, _, err = interrupt(
-            workdir, "synthetic", number, 5, environment, **options
+            workdir, "synthetic", signal_number, 5, environment, **options
         )
         assert code == 75
-        message = f"{number.name}: step (\\d+) of {STEPS} is saved in {workdir}; run"
+        message = (
+            f"{signal_number.name}: step (\\d+) of {STEPS} is saved in {workdir}; run"
+        )
         step = int(re.search(message, err)[1])
         assert "Traceback" not in err
-        assert recipes.saved_steps(workdir) == [*stopped, step]
-        assert max(recipes.logged(workdir)) == step
+        assert mini_runs.saved_steps(workdir) == [*stopped, step]
+        assert max(mini_runs.logged(workdir)) == step
         assert (
-            int(recipes.saved_arrays(workdir, step)["optimizer"]["step"])
+            int(mini_runs.saved_arrays(workdir, step)["optimizer"]["step"])
             == step
             < STEPS
         )
         stopped.append(step)
 
     arguments = command(workdir, "synthetic", **options)
-    code, out, err = recipes.run_process(*arguments, **environment)
+    code, out, err = mini_runs.run_process(*arguments, **environment)
     assert code == 0, err
     assert f"resuming at step {stopped[-1]} from" in out
     check_same_run(workdir, expected)
@@ -156,14 +161,14 @@ def test_interrupted_run(uninterrupted, synthetic, environment, tmp_path):
 def test_finished_run_only_evaluates(uninterrupted, synthetic, environment):
     workdir, before = uninterrupted("synthetic", **synthetic)
     losses, state = (
-        recipes.logged(workdir),
-        recipes.saved_arrays(workdir, STEPS),
+        mini_runs.logged(workdir),
+        mini_runs.saved_arrays(workdir, STEPS),
     )
     arguments = command(workdir, "synthetic", **synthetic)
-    code, out, err = recipes.run_process(*arguments, **environment)
+    code, out, err = mini_runs.run_process(*arguments, **environment)
     assert code == 0, err
     assert not re.search(rf"^step \d+/{STEPS}|compil", out, re.M)
     evaluation = [line for line in before.splitlines() if "eval  loss" in line][-1]
     assert evaluation in out.splitlines()
-    assert recipes.logged(workdir) == losses
-    recipes.assert_identical(recipes.saved_arrays(workdir, STEPS), state)
+    assert mini_runs.logged(workdir) == losses
+    mini_runs.assert_identical(mini_runs.saved_arrays(workdir, STEPS), state)

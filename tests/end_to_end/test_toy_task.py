@@ -1,13 +1,13 @@
-"""A user's own task, `toy.Segmentation`, in every mode of the command line."""
+"""Tests of a user's own task, `toy.Segmentation`, in every mode."""
 
 import json
 import os
 import time
 from pathlib import Path
 
+import mini_runs
 import numpy as np
 import pytest
-import recipes
 import toy
 from numpy.testing import assert_allclose
 from PIL import Image
@@ -41,6 +41,7 @@ STEPS = 6  # an epoch has four steps, three of one bucket and one of the other
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory):
+    """Write the dataset and a recipe of the toy task; return the recipe."""
     root = tmp_path_factory.mktemp("toy")
     toy.write_dataset(root / "data")
     text = RECIPE.format(data=str(root / "data"), steps=STEPS)
@@ -50,7 +51,7 @@ def recipe(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(recipe, tmp_path_factory):
-    """Workdir of an uninterrupted run on eight devices."""
+    """Return the workdir of an uninterrupted run on eight devices."""
     workdir = tmp_path_factory.mktemp("whole")
     finish(start(recipe, workdir, devices=8))
     return workdir
@@ -59,7 +60,12 @@ def run(recipe, tmp_path_factory):
 def lines(workdir):
     """Return the lines of metrics.jsonl without times."""
     texts = (Path(workdir) / "metrics.jsonl").read_text().splitlines()
-    timed = ("images_per_second", "seconds_left", "input_bound")
+    timed = (
+        "images_per_second",
+        "images_per_second_per_chip",
+        "seconds_left",
+        "input_bound",
+    )
     return [
         {key: value for key, value in json.loads(text).items() if key not in timed}
         for text in texts
@@ -67,29 +73,32 @@ def lines(workdir):
 
 
 def start(recipe, workdir, *flags, **options):
-    path = os.pathsep.join([str(recipes.ROOT / "tests" / "helpers"), str(recipes.ROOT)])
+    """Start a process that can import the toy task."""
+    path = os.pathsep.join(
+        [str(mini_runs.ROOT / "tests" / "helpers"), str(mini_runs.ROOT)]
+    )
     command = ["-m", "hivit_jax.main", f"--config={recipe}", f"--workdir={workdir}"]
-    return recipes.start_process(*command, *flags, PYTHONPATH=path, **options)
+    return mini_runs.start_process(*command, *flags, PYTHONPATH=path, **options)
 
 
 def test_training_and_evaluation(run):
-    """The loss falls; each example counts once; the unreadable one is left out."""
-    found = lines(run)
-    losses = [line["eval/loss"] for line in found if "eval/loss" in line]
+    """The loss falls; each readable example counts once in the evaluation."""
+    logged = lines(run)
+    losses = [line["eval/loss"] for line in logged if "eval/loss" in line]
     assert len(losses) == STEPS
     assert losses[-1] < 0.8 * losses[0]
-    for line in found:
+    for line in logged:
         if "eval/count" in line:
             assert (line["eval/count"], line["eval/records"]) == (17, 17)
             assert line["eval/cells"] == 9 * 16 + 8 * 24
             assert line["eval/worst"] <= line["eval/accuracy"] <= 1
-    unreadable = [line["unreadable"] for line in found if "unreadable" in line]
+    unreadable = [line["unreadable"] for line in logged if "unreadable" in line]
     assert sum(unreadable[:4]) == 1
 
 
 def test_saved_items(run):
-    """Checkpoints contain statistics apart from parameters, and no frozen weights."""
-    items = recipes.saved_arrays(run, STEPS)
+    """Checkpoints separate statistics from parameters and have no frozen weights."""
+    items = mini_runs.saved_arrays(run, STEPS)
     assert items["model_state"].keys() == {"norm/mean", "norm/var"}
     assert np.abs(items["model_state"]["norm/mean"]).min() > 0
     names = [name for item in items.values() for name in item]
@@ -111,36 +120,36 @@ def finish(*processes):
 
 
 def test_killed_run_resumes(recipe, run, tmp_path):
-    """A killed run resumes bit-identical to an uninterrupted one."""
+    """A killed run resumes bit-identical to an uninterrupted run."""
     process = start(recipe, tmp_path, devices=8)
-    while 2 not in recipes.saved_steps(tmp_path) and process.poll() is None:
+    while 2 not in mini_runs.saved_steps(tmp_path) and process.poll() is None:
         time.sleep(0.02)
     process.kill()
     process.communicate()
-    assert STEPS not in recipes.saved_steps(tmp_path)
+    assert STEPS not in mini_runs.saved_steps(tmp_path)
     [out] = finish(start(recipe, tmp_path, devices=8))
     assert "resuming at step" in out
     assert lines(tmp_path) == lines(run)
-    recipes.assert_identical(
-        recipes.saved_arrays(tmp_path, STEPS),
-        recipes.saved_arrays(run, STEPS),
+    mini_runs.assert_identical(
+        mini_runs.saved_arrays(tmp_path, STEPS),
+        mini_runs.saved_arrays(run, STEPS),
     )
 
 
 def test_one_device_equals_eight(recipe, run, tmp_path):
-    """Results agree, statistics of microbatches included."""
+    """Results, including microbatch statistics, agree on one and eight devices."""
     finish(start(recipe, tmp_path))
     for one, other in zip(lines(tmp_path), lines(run), strict=True):
         assert one == pytest.approx(other, rel=2e-5)
-    alone, eight = (recipes.saved_arrays(w, STEPS) for w in (tmp_path, run))
+    alone, eight = (mini_runs.saved_arrays(w, STEPS) for w in (tmp_path, run))
     for item in ("params", "model_state"):
         for name, array in eight[item].items():
             assert_allclose(alone[item][name], array, rtol=2e-5, atol=1e-6)
 
 
 def test_two_processes(recipe, run, tmp_path):
-    """Records of both processes are gathered; both return 0."""
-    address = recipes.free_address()
+    """Two processes gather their records and both exit with 0."""
+    address = mini_runs.free_address()
     flags = [f"--coordinator_address={address}", "--num_processes=2"]
     pair = [
         start(recipe, tmp_path, *flags, f"--process_id={index}", devices=2)
@@ -175,23 +184,27 @@ def test_compiling_ahead(recipe, tmp_path, capsys):
 
 
 def test_predictions(recipe, run, tmp_path, capsys):
-    """Predict the test split and a directory of images without maps."""
+    """`predict` processes the test split, and a directory of images without maps."""
     flags = ["--checkpoint", str(run), "--out"]
     assert predict.main([*flags, str(tmp_path / "split")]) == 0
     assert "17 of 17 images predicted" in capsys.readouterr().out
-    found = json.loads((tmp_path / "split" / "maps.json").read_text())
+    predictions = json.loads((tmp_path / "split" / "maps.json").read_text())
     data = recipe.parent / "data" / "test"
     right = []
-    for each in found:
-        with Image.open(data / each["name"].replace(".png", ".map.png")) as image:
-            right.append((np.asarray(image) == each["map"]).mean())
+    for prediction in predictions:
+        with Image.open(data / prediction["name"].replace(".png", ".map.png")) as image:
+            right.append((np.asarray(image) == prediction["map"]).mean())
     assert len(right) == 17
     assert np.mean(right) > 0.6
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "a.png").write_bytes((data / "03.png").read_bytes())
     own = [*flags, str(tmp_path / "out"), "--images", str(tmp_path / "own")]
     assert predict.main(own) == 0
-    [one] = json.loads((tmp_path / "out" / "maps.json").read_text())
-    assert one == {"name": "a.png"} | {
-        "map": next(each["map"] for each in found if each["name"] == "03.png")
+    [record] = json.loads((tmp_path / "out" / "maps.json").read_text())
+    assert record == {"name": "a.png"} | {
+        "map": next(
+            prediction["map"]
+            for prediction in predictions
+            if prediction["name"] == "03.png"
+        )
     }

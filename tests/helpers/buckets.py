@@ -2,8 +2,8 @@
 
     python tests/helpers/buckets.py DIRECTORY DELAY
 
-serves a directory until it is terminated. It prints the environment variables of
-clients as JSON.
+This command serves a directory until it is terminated. It prints the environment
+variables of clients as JSON.
 """
 
 import json
@@ -23,7 +23,7 @@ UPLOADING = ".uploading"  # file with an object that is not yet complete
 
 
 class Bucket(ThreadingHTTPServer):
-    """Serves the files below a directory, as ``gs://bucket/...`` or ``s3://...``.
+    """Server of the files below a directory, as ``gs://bucket/...`` or ``s3://...``.
 
     Args:
       root: directory with the objects.
@@ -31,7 +31,7 @@ class Bucket(ThreadingHTTPServer):
     Attributes:
       delay: seconds before each answer.
       failures: statuses of the next answers; each is used once.
-      statuses: piece of a key -> status of every request for such a key.
+      statuses: {piece of a key: status of every request for such a key}.
       truncated: number of answers with data that end after half of their bytes.
       read_only: refuse uploads with 403.
       generation: added to the version number of each object.
@@ -74,7 +74,7 @@ class Bucket(ThreadingHTTPServer):
         }
 
     def answering(self, change: int) -> None:
-        """Is called with 1 before and with -1 after each answer."""
+        """Hook for tests, called with 1 before and with -1 after each answer."""
 
     def keys(self, prefix: str = "") -> list[str]:
         """Return the sorted keys of all objects that start with a prefix."""
@@ -110,7 +110,7 @@ class Bucket(ThreadingHTTPServer):
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers one connection."""
+    """Handler of one connection."""
 
     protocol_version = "HTTP/1.1"
     wbufsize = -1  # headers and body in one packet

@@ -2,14 +2,14 @@
 
 import io
 
+import mini_runs
 import numpy as np
-import recipes
 from numpy.testing import assert_array_equal
 from PIL import Image
 
 from hivit_jax import config
 
-RECIPE = recipes.ROOT / "configs" / "digits_finetune.py"
+RECIPE = mini_runs.ROOT / "configs" / "digits_finetune.py"
 
 
 def digits_config(**overrides):

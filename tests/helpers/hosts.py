@@ -2,8 +2,8 @@
 
     python tests/helpers/hosts.py ADDRESS COUNT INDEX OUT WORKDIR FLAG...
 
-Writes this host's share of some batches to OUT.npz. Evaluates the checkpoint in WORKDIR
-together with the other hosts, and writes the results to OUT.json.
+The program writes this host's share of some batches to OUT.npz. It evaluates the
+checkpoint in WORKDIR together with the other hosts, and writes the results to OUT.json.
 """
 
 import json
@@ -23,10 +23,10 @@ def main(address, count, index, out, workdir, path, *overrides):
 
     config = configs.load(path.removeprefix("--config="), overrides)
     arrays = {}
-    for number, batch in enumerate(
+    for batch_index, batch in enumerate(
         [*inputs.train_batches(config, *STEPS), *inputs.eval_batches(config)]
     ):
-        arrays |= {f"{number} {key}": value for key, value in batch.items()}
+        arrays |= {f"{batch_index} {key}": value for key, value in batch.items()}
     np.savez(f"{out}.npz", **arrays)
     with open(f"{out}.json", "w") as file:
         json.dump(evaluate_checkpoint(config, workdir), file)

@@ -1,4 +1,4 @@
-"""ImageNet's tar files, with a few small images."""
+"""Write ImageNet's tar files with a few small images."""
 
 import io
 import tarfile

@@ -21,13 +21,14 @@ library_attention = jax.nn.dot_product_attention  # the original; tests patch it
 
 
 class Case(NamedTuple):
-    """A residual branch of rows [T, C].
+    """Residual branch of rows [T, C].
 
     platform: backend of the kernel.
     shapes: of rows, LayerNorm's scale and bias, two linear layers and, for some, the
       bias of the attention scores.
-    plain: (*inputs, add) -> [T, C].
-    fused: (*inputs, add, keep, interpret) -> [T, C], one kernel.
+    plain: (*inputs, image_scale) -> [T, C]; image_scale is [images] or None.
+    fused: (*inputs, image_scale, keep, interpret) -> [T, C], one kernel.
+    images: number of images that the rows belong to.
     keeps: the kernel implements `keep`.
     """
 
@@ -35,6 +36,7 @@ class Case(NamedTuple):
     shapes: list[tuple[int, ...]]
     plain: Callable
     fused: Callable
+    images: int
     keeps: bool = True
 
 
@@ -60,24 +62,37 @@ def in_bfloat16(inputs):
 
 
 def layer_norm(x, scale, bias):
+    """Compute LayerNorm in float32."""
     x = x.astype(jnp.float32)
     x = x - x.mean(-1, keepdims=True)
     return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + EPS) * scale + bias
 
 
-def plain_mlp(x, scale, bias, w1, b1, w2, b2, add):
+def add_branch(x, branch, image_scale):
+    """Return x plus the branch, multiplied by the factor of each image if given."""
+    if image_scale is None:
+        return x + branch
+    return x + branch * jnp.repeat(image_scale, len(x) // len(image_scale))[:, None]
+
+
+def drop_some_images(images):
+    """Return factors of the images: every third one is dropped."""
+    return jnp.where(jnp.arange(images) % 3 == 1, 0, 1.25)
+
+
+def plain_mlp(x, scale, bias, w1, b1, w2, b2, image_scale=None):
     hidden = layer_norm(x, scale, bias).astype(w1.dtype) @ w1 + b1
-    return x * add + jax.nn.gelu(hidden, approximate=False) @ w2 + b2
+    branch = jax.nn.gelu(hidden, approximate=False) @ w2 + b2
+    return add_branch(x, branch, image_scale)
 
 
-def plain_attention(
-    x, scale, bias, qkv, qkv_bias, proj, proj_bias, *positions, add, heads, tokens
-):
+def plain_attention(x, *weights, heads, tokens, image_scale=None):
+    scale, bias, qkv, qkv_bias, proj, proj_bias, *positions = weights
     y = layer_norm(x, scale, bias).astype(qkv.dtype) @ qkv + qkv_bias
     q, k, v = jnp.moveaxis(y.reshape(-1, tokens, 3, heads, x.shape[1] // heads), 2, 0)
     positions = positions[0][None] if positions else None
     y = jax.nn.dot_product_attention(q, k, v, bias=positions).reshape(x.shape)
-    return x * add + y @ proj + proj_bias
+    return add_branch(x, y @ proj + proj_bias, image_scale)
 
 
 def shapes_of(rows, width, middle, end):
@@ -89,30 +104,35 @@ def shapes_of(rows, width, middle, end):
 def mlp(rows, width, hidden, block):
     """Return the case of an MLP whose TPU kernel processes `block` rows at a time."""
 
-    def fused(x, *weights, **options):
-        return mlp_block(x, Weights(*weights), Plan(EPS, rows=block, **options))
+    def fused(x, *weights, image_scale=None, **options):
+        plan = Plan(EPS, rows=block, **options)
+        return mlp_block(x, Weights(*weights), image_scale, plan)
 
-    return Case("tpu", shapes_of(rows, width, hidden, hidden), plain_mlp, fused)
+    # An image has 24 rows, and starts within a block.
+    shapes = shapes_of(rows, width, hidden, hidden)
+    return Case("tpu", shapes, plain_mlp, fused, rows // 24)
 
 
 def gpu_mlp(rows, width, hidden):
-    def fused(x, *weights, **options):
-        return gpu_mlp_block(x, Weights(*weights), Plan(EPS, **options))
+    def fused(x, *weights, image_scale=None, **options):
+        plan = Plan(EPS, add=image_scale is None, **options)
+        out = gpu_mlp_block(x, Weights(*weights), plan)
+        return out if plan.add else add_branch(x, out, image_scale)
 
     shapes = shapes_of(rows, width, hidden, hidden)
-    return Case("gpu", shapes, plain_mlp, fused, keeps=False)
+    return Case("gpu", shapes, plain_mlp, fused, rows // 64, keeps=False)
 
 
 def attention(images, tokens, width, heads, block, bias=False):
-    def fused(x, *weights, **options):
+    def fused(x, *weights, image_scale=None, **options):
         plan = Plan(EPS, rows=block, heads=heads, tokens=tokens, **options)
         positions = weights[6] if bias else None
-        return attention_block(x, Weights(*weights[:6]), positions, plan)
+        return attention_block(x, Weights(*weights[:6]), positions, image_scale, plan)
 
     shapes = shapes_of(images * tokens, width, 3 * width, width)
     shapes += [(heads, tokens, tokens)] * bias
     plain = partial(plain_attention, heads=heads, tokens=tokens)
-    return Case("tpu", shapes, plain, fused)
+    return Case("tpu", shapes, plain, fused, images)
 
 
 CASES = {
@@ -140,10 +160,10 @@ def output_and_gradients(function, inputs, direction):
 
 def relative_errors(function, inputs, direction, truth, jit):
     """Return the relative errors (by norm) of the output and of each gradient."""
-    found = jit(partial(output_and_gradients, function))(inputs, direction)
+    results = jit(partial(output_and_gradients, function))(inputs, direction)
     return [
         float(jnp.linalg.norm(a.astype(jnp.float32) - b) / jnp.linalg.norm(b))
-        for a, b in zip(found, truth, strict=True)
+        for a, b in zip(results, truth, strict=True)
     ]
 
 
@@ -156,11 +176,11 @@ def assert_bfloat16_errors(case, jit, keep, interpret):
     inputs, direction = random_inputs(case)
     inputs = in_bfloat16(inputs)
     wide = [x.astype(jnp.float32) for x in inputs]
-    truth = output_and_gradients(partial(case.plain, add=True), wide, direction)
-    fused = partial(case.fused, add=True, keep=keep, interpret=interpret)
+    truth = output_and_gradients(case.plain, wide, direction)
+    fused = partial(case.fused, keep=keep, interpret=interpret)
     ours, plain = (
         relative_errors(function, inputs, direction, truth, jit)
-        for function in (fused, partial(case.plain, add=True))
+        for function in (fused, case.plain)
     )
     assert max(ours) < 0.02
     assert all(a < 1.1 * b + 1e-4 for a, b in zip(ours, plain, strict=True))
@@ -229,7 +249,9 @@ def plain_block(special: str, params: dict, x: jax.Array) -> jax.Array:
     if special == "key mask":
         mask = jnp.asarray(hidden_keys(batch) > 0)[:, None, None, :]
     if special == "windows":
-        window = np.stack([each // WINDOW for each in unit_coordinates()], -1)
+        window = np.stack(
+            [coordinate // WINDOW for coordinate in unit_coordinates()], -1
+        )
         mask = jnp.asarray((window[:, None] == window).all(-1))[None, None]
     if special == "relative bias":
         table = params["attn/relative_position_bias_table"]
@@ -241,4 +263,4 @@ def plain_block(special: str, params: dict, x: jax.Array) -> jax.Array:
     x = x + y @ params["attn/proj/kernel"] + params["attn/proj/bias"]
     later = [params[f"norm2/{name}"] for name in ("scale", "bias")]
     later += [params[f"mlp/fc{i}/{k}"] for i in (1, 2) for k in ("kernel", "bias")]
-    return plain_mlp(x.reshape(-1, width), *later, add=True).reshape(x.shape)
+    return plain_mlp(x.reshape(-1, width), *later).reshape(x.shape)

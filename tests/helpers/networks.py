@@ -1,4 +1,4 @@
-"""Small networks that compile quickly and in which every parameter has an effect."""
+"""Small networks that compile quickly, and in which every parameter has an effect."""
 
 import math
 from functools import cache, partial
@@ -149,7 +149,7 @@ def training_macs(model, mask_ratio):
 
     The last MLP and the prediction of the decoder skip visible units.
     """
-    kept = count_visible_units(math.prod(model.encoder.grid), mask_ratio)
+    visible = count_visible_units(math.prod(model.encoder.grid), mask_ratio)
     last = model.decoder_blocks[-1].mlp, model.decoder_pred
-    spared = sum(row_cost(each, kept, 0) for each in last)
+    spared = sum(row_cost(layer, visible, 0) for layer in last)
     return model.macs(mask_ratio=mask_ratio, layer_norm_cost=0) - spared

@@ -9,7 +9,7 @@ from PIL import Image
 
 
 class Stripes(tfds.core.GeneratorBasedBuilder):
-    """JPEGs of noise in two classes: 24 for training and 6 for validation."""
+    """Dataset of noise JPEGs in two classes: 24 for training and 6 for validation."""
 
     VERSION = tfds.core.Version("1.0.0")
 

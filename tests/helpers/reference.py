@@ -1,4 +1,4 @@
-"""Inputs of the golden data, generated from names: weights, images, noise, labels.
+"""Inputs that the golden data were computed from: weights, images, noise, labels.
 
 Every array is a function of (name, shape, seed) through PCG64 seeded with ``crc32(name)
 + seed``. Names, shapes and layouts are PyTorch's; images are NCHW.

@@ -1,4 +1,4 @@
-"""Stand-in for any command: logs its call, then prints output and exits as scripted.
+"""Stand-in for any command, which logs its calls and replays scripted answers.
 
 Environment variables:
   CALLS: file that receives one JSON list per call, name and arguments.
@@ -23,7 +23,7 @@ def play(line: str, before: list[str]) -> int:
     """
     for piece, parts in json.loads(os.environ["PLAY"]).items():
         if piece in line:
-            turn = sum(piece in each for each in before)
+            turn = sum(piece in earlier for earlier in before)
             out, code = parts[min(turn, len(parts) - 1)]
             if code == "signal":
                 signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
@@ -35,6 +35,7 @@ def play(line: str, before: list[str]) -> int:
 
 
 def main(name: str, *arguments: str) -> int:
+    """Log the call, then run it as scripted; return its exit code."""
     with open(os.environ["CALLS"], "a+") as calls:
         calls.seek(0)
         before = [json.loads(line) for line in calls]

@@ -1,4 +1,4 @@
-"""Small state dicts of every supported format, and files of them.
+"""Small state dicts of every supported format, and files that contain them.
 
 ``python tests/helpers/state_files.py`` writes the files of tests/parity/golden with
 PyTorch.
@@ -30,7 +30,7 @@ def random_state_dict(name, **overrides):
 
 
 def zero_state_dict(model):
-    """Return an abstract model's state dict of zeros, which take no memory."""
+    """Return an abstract model's state dict of zeros that use no memory."""
     params = jax.tree.map(
         lambda x: np.broadcast_to(np.float32(0), x.shape), split(model)[1]
     )
@@ -42,12 +42,12 @@ def contents_by_format():
     model, state = random_state_dict("mae_hivit_base")
     args = argparse.Namespace(blr=1e-4, device="cuda", output_dir="somewhere")
     around = {"optimizer": {"state": {}}, "epoch": 1599, "scaler": {}, "args": args}
-    found = {"official_mae": (model, {"model": state, **around})}
+    contents = {"official_mae": (model, {"model": state, **around})}
 
     model, state = random_state_dict("hivit_base", num_classes=5)
     state["relative_position_index"] = np.zeros((4, 4), np.int64)
     ema = {name: array * 2 for name, array in state.items()}
-    found["official_finetuned"] = (
+    contents["official_finetuned"] = (
         model,
         {"model": state, "model_ema": ema, "args": args},
     )
@@ -64,8 +64,8 @@ def contents_by_format():
     named["backbone.relative_position_index"] = index
     named["backbone.blocks.6.attn.relative_position_index"] = index
     meta = {"epoch": 300, "experiment_name": "hivit"}
-    found["mmpretrain"] = (model, {"state_dict": named, "meta": meta})
-    return found
+    contents["mmpretrain"] = (model, {"state_dict": named, "meta": meta})
+    return contents
 
 
 def with_tensors(content):
@@ -78,7 +78,7 @@ def with_tensors(content):
 
 
 def save_safetensors(path, state, about=()):
-    """Write a state dict as other programs do; return the path."""
+    """Write a safetensors file as other programs do; return the path."""
     from safetensors.numpy import save_file
 
     state = {name: np.array(array, order="C") for name, array in state.items()}

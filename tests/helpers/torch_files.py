@@ -20,7 +20,7 @@ MAGIC, VERSION = 0x1950A86A20F9469CFC6C, 1001
 
 
 class Global:
-    """A class or function that a pickle names. A call returns a `Call`."""
+    """Name of a class or function in a pickle. A call returns a `Call`."""
 
     def __init__(self, module, name):
         self.module, self.name = module, name
@@ -30,7 +30,7 @@ class Global:
 
 
 class Call:
-    """An object that a pickle creates by a call and then fills with state and items."""
+    """Object that a pickle creates by a call and then fills with state and items."""
 
     def __init__(self, *parts):
         self.parts = parts
@@ -65,8 +65,8 @@ class Writer(pickle._Pickler):
             return None
         self.storages.append(obj)
         kind, key = Global("torch", f"{obj.kind}Storage"), str(len(self.storages) - 1)
-        rest = (None,) if self.legacy else ()
-        return ("storage", kind, key, "cpu", obj.array.size, *rest)
+        view = (None,) if self.legacy else ()
+        return ("storage", kind, key, "cpu", obj.array.size, *view)
 
 
 def tensor(array, offset=0, shape=None, strides=None):
@@ -78,12 +78,12 @@ def tensor(array, offset=0, shape=None, strides=None):
         shape, strides = array.shape, [s // array.itemsize for s in array.strides]
     base = array if array.base is None else array.base
     if name := STORAGES.get(array.dtype.name):
-        storage, function, rest = Storage(base, name), "_rebuild_tensor_v2", ()
+        storage, function, extra = Storage(base, name), "_rebuild_tensor_v2", ()
     else:  # newer dtypes
         storage = Storage(base.reshape(-1).view(np.uint8), "Untyped")
-        function, rest = "_rebuild_tensor_v3", (Global("torch", array.dtype.name),)
+        function, extra = "_rebuild_tensor_v3", (Global("torch", array.dtype.name),)
     return Global("torch._utils", function)(
-        storage, offset, tuple(shape), tuple(strides), False, OrderedDict(), *rest
+        storage, offset, tuple(shape), tuple(strides), False, OrderedDict(), *extra
     )
 
 
@@ -106,8 +106,8 @@ def save(content, path, legacy=False):
                 archive.writestr(f"x/data/{key}", storage.array.tobytes())
         return path
     with open(path, "wb") as file:
-        for each in (MAGIC, VERSION, {"little_endian": True}):
-            pickle.dump(each, file, 2)
+        for header in (MAGIC, VERSION, {"little_endian": True}):
+            pickle.dump(header, file, 2)
         writer = Writer(file, legacy)
         writer.dump(content)
         pickle.dump([str(key) for key in range(len(writer.storages))], file, 2)

@@ -1,4 +1,4 @@
-"""A user's own task and dataset: label maps of images of two sizes.
+"""Task and dataset as a user writes them: label maps of images of two sizes.
 
 The task uses every feature of the task interface. The package contains none of this
 code.
@@ -37,19 +37,19 @@ def write_dataset(root):
         directory = root / split
         directory.mkdir(parents=True)
         kinds = random.permutation([0] * counts[0] + [1] * counts[1])
-        for number, kind in enumerate(kinds):
+        for index, kind in enumerate(kinds):
             rows, columns = (side // CELL for side in SIZES[kind])
             labels = random.randint(0, CLASSES, (rows, columns)).astype(np.uint8)
             pixels = labels.repeat(CELL, 0).repeat(CELL, 1)[..., None] * 90
             pixels = pixels + random.randint(0, 60, (*pixels.shape[:2], 3))
-            path = directory / f"{number:02}"
+            path = directory / f"{index:02}"
             Image.fromarray(pixels.astype(np.uint8)).save(f"{path}.png")
             Image.fromarray(labels).save(f"{path}.map.png")
     (root / f"{BROKEN}.map.png").write_bytes(b"no image")
 
 
 class Maps(Source):
-    """Images, each with a label map in the same directory."""
+    """Source of images, each with a label map in the same directory."""
 
     classes = ("dark", "middle", "bright")
 
@@ -99,7 +99,7 @@ class MapTransform(Transform):
 
 
 class Network(nnx.Module):
-    """Cells [B, h, w, 8*8*3] -> logits [B, h, w, 3], with batch normalization."""
+    """Network from cells [B, h, w, 8*8*3] to logits [B, h, w, 3], with batch norm."""
 
     def __init__(self, rngs):
         self.embed = nnx.Linear(CELL * CELL * 3, 16, rngs=rngs)
@@ -119,7 +119,7 @@ class Network(nnx.Module):
 
 
 class Segmentation(Task):
-    """Per-cell classification."""
+    """Task that classifies every cell."""
 
     keys = {"prior": Key((0.0,) * CLASSES, "added to the logits", length=CLASSES)}
     best = ("eval/accuracy", "max")
@@ -153,12 +153,12 @@ class Segmentation(Task):
 
     def eval_step(self, model, frozen, batch, keys):
         logits = model(self.preprocess(batch)) + frozen["prior"]
-        found = logits.argmax(-1)
+        predicted = logits.argmax(-1)
         weight = batch["weight"].astype(jnp.int32)[:, None, None]
         confusion = jnp.zeros((CLASSES, CLASSES), jnp.int32)
-        confusion = confusion.at[batch["map"], found].add(weight)
+        confusion = confusion.at[batch["map"], predicted].add(weight)
         loss = cross_entropy(logits, batch["map"]) * batch["weight"]
-        right = (found == batch["map"]).mean((1, 2))
+        right = (predicted == batch["map"]).mean((1, 2))
         return {"confusion": confusion, "loss": loss.sum()}, {"right": right}
 
     def predict_step(self, model, batch):
@@ -171,8 +171,8 @@ class Segmentation(Task):
     def records(self, rows):
         if "map" in rows:
             return [
-                {"name": Path(str(name)).name, "map": found.tolist()}
-                for name, found in zip(rows["name"], rows["map"], strict=True)
+                {"name": Path(str(name)).name, "map": label_map.tolist()}
+                for name, label_map in zip(rows["name"], rows["map"], strict=True)
             ]
         pairs = zip(rows["index"].tolist(), rows["right"].tolist(), strict=True)
         return [{"index": index, "right": right} for index, right in pairs]
@@ -197,4 +197,5 @@ class Segmentation(Task):
 
 
 def cross_entropy(logits, labels):
+    """Return the mean cross-entropy of each image [B]."""
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean((1, 2))

@@ -1,4 +1,4 @@
-"""Plain ViTs of the golden data: their facts, state dicts and our models."""
+"""Plain ViTs of the golden data: arguments, state dicts and models."""
 
 import json
 from functools import partial

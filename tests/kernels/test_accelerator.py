@@ -1,4 +1,4 @@
-"""Tests that need a GPU or TPU: errors of kernels and of whole networks there.
+"""Tests on a GPU or TPU: errors of kernels and of complete networks.
 
 ``JAX_PLATFORMS=cuda python -m pytest tests/kernels/test_accelerator.py``
 """
@@ -32,7 +32,7 @@ pytestmark = [
 
 @pytest.fixture(autouse=True)
 def default_precision():
-    """Default matrix-product precision, as in training, and a single device."""
+    """Set JAX's default matrix-product precision, as in training, and one device."""
     before = jax.config.jax_default_matmul_precision
     jax.config.update("jax_default_matmul_precision", None)
     with jax.set_mesh(Mesh(np.array(jax.devices()[:1]), ("data",))):
@@ -54,7 +54,7 @@ def test_kernels_are_no_less_exact_than_plain(name, keep):
 
 @jax.custom_vjp
 def flash_attention(q, k, v, bias=None):
-    """Attention with the roundings of a fused kernel, in plain JAX.
+    """Compute attention with the roundings of a fused kernel, in plain JAX.
 
     Such kernels save only the output, in bfloat16, and the logarithm of each row's sum.
     The backward pass subtracts a product with the rounded output from each row. This

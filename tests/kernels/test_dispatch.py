@@ -1,13 +1,13 @@
-"""Kernel dispatch: the kernels of each backend, and equal results of every choice."""
+"""Tests of kernel dispatch: the kernels of each backend, and equal results."""
 
 from functools import partial
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import mini_runs
 import numpy as np
 import pytest
-import recipes
 from flax import nnx
 from jax.sharding import Mesh
 from kernel_cases import (
@@ -21,12 +21,14 @@ from kernel_cases import (
 from networks import fast_jit, random_array
 from numpy.testing import assert_allclose
 
+from hivit_jax import evaluate, inputs
+from hivit_jax.data.prefetch import prefetch_to_device
 from hivit_jax.distributed import sharding
 from hivit_jax.errors import ConfigError
 from hivit_jax.kernels import dispatch
 from hivit_jax.models import create_model
 from hivit_jax.training.schedule import make_schedule
-from hivit_jax.tree import named_leaves, split
+from hivit_jax.tree import named_leaves, split, split_state
 from hivit_jax.xla.compile import compile_step
 
 # Widths that kernels accept: stem 128 and 256, main stage 512, decoder 128.
@@ -44,23 +46,24 @@ WIDE = dict(
 
 def kernels_in(jaxpr):
     """Return the names of the kernels that a jaxpr calls."""
-    found = []
+    names = []
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "pallas_call":
-            found.append(eqn.params["name"])
+            names.append(eqn.params["name"])
             continue
         for inner in jax.tree.leaves(
             list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "jaxpr")
         ):
             inner = getattr(inner, "jaxpr", inner)
-            found += kernels_in(inner) if hasattr(inner, "eqns") else []
-    return found
+            names += kernels_in(inner) if hasattr(inner, "eqns") else []
+    return names
 
 
 @pytest.fixture
 def one_device():
-    """A mesh of one device; without any mesh, dispatch uses no kernels on several
-    devices.
+    """Set a mesh of one device.
+
+    Without a mesh, dispatch uses no kernels on several devices.
     """
     with jax.set_mesh(Mesh(np.array(jax.devices()[:1]), ("data",))):
         yield
@@ -87,11 +90,15 @@ def loss_of(choice, **overrides):
 def test_fused_network_equals_plain(one_device):
     """Loss and gradients agree with all branches fused: 6 MLPs and 2 attentions."""
     options = dict(drop_path_rate=0.5, remat=True)
-    (plain, params), (fused, _) = (loss_of(c, **options) for c in ("plain", "fused"))
+    (plain_loss, params), (fused, _) = (
+        loss_of(c, **options) for c in ("plain", "fused")
+    )
     names = kernels_in(jax.make_jaxpr(fused)(params).jaxpr)
     assert sorted(names) == 2 * ["attention_block"] + 6 * ["mlp_block"]
-    assert kernels_in(jax.make_jaxpr(plain)(params).jaxpr) == []
-    (a, da), (b, db) = (fast_jit(jax.value_and_grad(f))(params) for f in (fused, plain))
+    assert kernels_in(jax.make_jaxpr(plain_loss)(params).jaxpr) == []
+    (a, da), (b, db) = (
+        fast_jit(jax.value_and_grad(f))(params) for f in (fused, plain_loss)
+    )
     assert_allclose(a, b, rtol=1e-6)
     for (name, x), y in zip(
         named_leaves(da).items(), named_leaves(db).values(), strict=True
@@ -102,12 +109,12 @@ def test_fused_network_equals_plain(one_device):
 
 @pytest.mark.slow
 def test_kernels_on_a_mesh(monkeypatch):
-    """In a train step on 2 devices each runs kernels on its part of the batch."""
+    """In a train step on two devices, each device runs kernels on half of the batch."""
     two = jax.devices()[:2]
     monkeypatch.setattr(jax, "devices", lambda *_: two)
-    found, parts = {}, 2
+    results, parts = {}, 2
     for choice in ("plain", "fused"):
-        config = recipes.mae(batch_size=32 * parts, data__name="synthetic")
+        config = mini_runs.mae(batch_size=32 * parts, data__name="synthetic")
         config.optimizer.accumulate_steps = parts
         config.model.kernels = choice
         for name, value in WIDE.items():
@@ -115,9 +122,9 @@ def test_kernels_on_a_mesh(monkeypatch):
         config.mesh.data, config.mesh.fsdp = 1, 2
         mesh = sharding.make_mesh(config.mesh, config.batch_size, parts)
         schedule = make_schedule(config.optimizer, config.batch_size, 2, 8)
-        training = recipes.make_training(config, mesh, schedule)
+        training = mini_runs.make_training(config, mesh, schedule)
         options = {"xla_backend_optimization_level": 0}
-        compiled = compile_step(training, options=options)
+        step = compile_step(training, options=options)
         batch = {
             name: jax.device_put(
                 np.full(s.shape, name == "weight", s.dtype)
@@ -129,9 +136,45 @@ def test_kernels_on_a_mesh(monkeypatch):
         }
         shardings = sharding.shardings_of(training.state)
         state = jax.jit(training.init, out_shardings=shardings)()
-        state, values = compiled(state, {}, batch, np.int32(0))
-        found[choice] = values["loss"], values["gradient_norm"]
-    assert_allclose(found["fused"], found["plain"], rtol=1e-5)
+        state, values = step(state, {}, batch, np.int32(0))
+        results[choice] = values["loss"], values["gradient_norm"]
+    assert_allclose(results["fused"], results["plain"], rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_evaluation_runs_kernels_on_a_mesh(monkeypatch):
+    """On 2 devices each runs the kernels; the sums and rows are those of plain JAX.
+
+    The stem is too narrow for kernels. The main blocks are one function, traced once.
+    """
+    calls, target_run = [], dispatch.Target.run
+
+    def run(target, kernel, *arguments):
+        calls.append((kernel, target.shards))
+        return target_run(target, kernel, *arguments)
+
+    monkeypatch.setattr(dispatch.Target, "run", run)
+    found = {}
+    for choice in ("plain", "fused"):
+        config = mini_runs.classifier("digits", batch_size=16)
+        config.model.kernels, config.model.embed_dim = choice, 128
+        config.mesh.data, config.mesh.fsdp = 1, 2
+        mesh = sharding.make_mesh(config.mesh, 16, devices=jax.devices()[:2])
+        task = inputs.make_task(config)
+        graphdef, *state = split_state(task.build_model())
+        variables = dict(zip(("params", "model_state"), state, strict=True))
+        variables |= {"frozen": {}}
+        variables = jax.device_put(variables, sharding.state_shardings(mesh, variables))
+        eval_step = evaluate.make_eval_step(config, task, graphdef, mesh)
+        batch = next(prefetch_to_device(inputs.eval_batches(config), mesh))
+        first = sharding.replicate(mesh, np.uint32(0))
+        found[choice] = jax.device_get(eval_step(variables, batch, first))
+        assert bool(calls) == (choice == "fused")
+    kernels = dispatch.attention_block, dispatch.mlp_block
+    assert calls == [(kernel, 2) for kernel in kernels]
+    plain, fused = map(jax.tree.leaves, (found["plain"], found["fused"]))
+    for a, b in zip(fused, plain, strict=True):
+        assert_allclose(a, b, rtol=1e-5)
 
 
 @pytest.mark.slow
@@ -168,7 +211,10 @@ def test_gpus_fuse_narrow_mlps(one_device, monkeypatch):
 
 @pytest.fixture
 def on_platform(monkeypatch):
-    """Function from backend name to a list of later cuDNN calls: (name, tokens)."""
+    """Return a function that sets the backend.
+
+    It returns a list that records (name, tokens) of cuDNN calls.
+    """
 
     def patch(name):
         def attend(*qkv, implementation=None, **others):
@@ -192,6 +238,7 @@ def on_platform(monkeypatch):
 
 
 def mesh_of(**axes):
+    """Set a mesh with these axis sizes."""
     devices = np.array(jax.devices()[: np.prod([*axes.values()])])
     return jax.set_mesh(Mesh(devices.reshape(*axes.values()), tuple(axes)))
 
@@ -214,14 +261,14 @@ KERNELS = {
 @pytest.mark.parametrize("platform", ["cpu", "tpu", "gpu"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_kernels_of_each_backend(platform, dtype, on_platform):
-    """Masks and padded windows allow only MLP kernels, tensor parallelism none.
+    """Masks and padded windows allow only MLP kernels; tensor parallelism allows none.
 
-    15 and 16 tokens are treated alike.
+    15 and 16 tokens use the same kernels.
     """
     calls, batch = on_platform(platform), 64
 
-    def found(special, choice, tokens=15):
-        sizes = {"grid": (2, 8)} if tokens == 16 else {}  # of whole windows
+    def kernels_of_block(special, choice, tokens=15):
+        sizes = {"grid": (2, 8)} if tokens == 16 else {}  # of complete windows
         graphdef, params, inputs = main_stage_block(
             special, batch, dtype=dtype, **sizes
         )
@@ -236,20 +283,25 @@ def test_kernels_of_each_backend(platform, dtype, on_platform):
 
     for choice in ("auto", "fused", "plain"):
         expected = KERNELS.get((platform, choice, dtype), [])
-        mlps = [each for each in expected if each == MLP]
+        only_mlp = [kernel for kernel in expected if kernel == MLP]
         with mesh_of(data=1):
             for tokens in (15, 16):
-                assert found("nothing", choice, tokens) == expected, (choice, tokens)
-            assert found("relative bias", choice) == expected, choice
+                assert kernels_of_block("nothing", choice, tokens) == expected, (
+                    choice,
+                    tokens,
+                )
+            assert kernels_of_block("relative bias", choice) == expected, choice
             for special in ("key mask", "windows"):
-                assert found(special, choice) == mlps, (choice, special)
-            whole = [("cudnn", 4) if each == CUDNN else each for each in expected]
-            assert found("windows", choice, 16) == whole, choice
+                assert kernels_of_block(special, choice) == only_mlp, (choice, special)
+            four_windows = [
+                ("cudnn", 4) if kernel == CUDNN else kernel for kernel in expected
+            ]
+            assert kernels_of_block("windows", choice, 16) == four_windows, choice
         with mesh_of(data=1, tensor=2):
-            library = [each for each in expected if each == CUDNN]
-            assert found("nothing", choice) == library, choice
+            only_cudnn = [kernel for kernel in expected if kernel == CUDNN]
+            assert kernels_of_block("nothing", choice) == only_cudnn, choice
         # Without a mesh, shardings on these eight devices are unknown.
-        assert found("nothing", choice) == library, choice
+        assert kernels_of_block("nothing", choice) == only_cudnn, choice
 
 
 @pytest.mark.slow
@@ -282,11 +334,11 @@ def test_block_equals_plain_jax(
         return plain_block(special, dict(zip(names, params, strict=True)), x)
 
     leaves, tree = jax.tree.flatten(params)
-    found, expected = (
+    actual, expected = (
         fast_jit(partial(output_and_gradients, function))([3 * x, *leaves], direction)
         for function in (run, plain)
     )
-    for name, a, b in zip(("out", "x", *names), found, expected, strict=True):
+    for name, a, b in zip(("out", "x", *names), actual, expected, strict=True):
         a, b = np.float32(a), np.float32(b)
         assert_allclose(a, b, rtol=0, atol=tolerance * np.abs(b).max(), err_msg=name)
     assert bool(calls) == (platform == "gpu")
@@ -294,7 +346,10 @@ def test_block_equals_plain_jax(
 
 @pytest.mark.slow
 def test_windows_without_padding(one_device):
-    """Output and all gradients of kernels on windows with a bias equal plain JAX."""
+    """Output and all gradients of kernels on windows with a bias equal plain JAX.
+
+    Drop path drops all windows of an image.
+    """
     options = dict(grid=(4, 4), relative_position=True, mlp_ratio=0.5)
     graphdef, params, _ = main_stage_block("windows", 8, **options)
     x, direction = random_arrays((8, 16, 128), (8, 16, 128))
@@ -302,14 +357,17 @@ def test_windows_without_padding(one_device):
 
     def run(choice, x, *leaves):
         block = nnx.merge(graphdef, jax.tree.unflatten(tree, leaves))
-        return block(x, kernels=choice)
+        return block(x, kernels=choice, **drop)
 
+    drop = dict(
+        drop_path_rate=0.5, drop_path_keys=jax.random.split(jax.random.key(0), 8)
+    )
     inputs = [3 * x, *leaves]
     jaxpr = jax.make_jaxpr(partial(run, "fused"))(*inputs).jaxpr
     assert kernels_in(jaxpr) == [ATTENTION]
-    found, expected = (
+    actual, expected = (
         fast_jit(partial(output_and_gradients, partial(run, choice)))(inputs, direction)
         for choice in ("fused", "plain")
     )
-    for a, b in zip(found, expected, strict=True):
+    for a, b in zip(actual, expected, strict=True):
         assert_allclose(a, b, rtol=0, atol=1e-5 * float(jnp.abs(b).max()))

@@ -1,4 +1,4 @@
-"""Fused residual branches, interpreted on the CPU, equal plain JAX."""
+"""Tests that fused residual branches, interpreted on the CPU, equal plain JAX."""
 
 from functools import partial
 from importlib.util import find_spec
@@ -13,6 +13,7 @@ from kernel_cases import (
     EPS,
     assert_bfloat16_errors,
     attention,
+    drop_some_images,
     gpu_mlp,
     in_bfloat16,
     layer_norm,
@@ -48,14 +49,16 @@ LAYERS = {
 @pytest.mark.parametrize("name", LAYERS)
 def test_layers_equal_jax_and_save_less(name):
     """Values agree with JAX; fewer residuals are saved."""
-    ours, plain, shapes = LAYERS[name]
+    layer, jax_layer, shapes = LAYERS[name]
     *inputs, direction = (4 * x for x in random_arrays(*shapes, shapes[0]))
-    expected = jax.jit(partial(output_and_gradients, plain))(inputs, direction)
-    found = jax.jit(partial(output_and_gradients, ours))(inputs, direction)
-    for a, b in zip(found, expected, strict=True):
+    expected = jax.jit(partial(output_and_gradients, jax_layer))(inputs, direction)
+    actual = jax.jit(partial(output_and_gradients, layer))(inputs, direction)
+    for a, b in zip(actual, expected, strict=True):
         assert_allclose(a, b, rtol=0, atol=3e-6 * float(jnp.abs(b).max()))
     assert (
-        saved_size(ours, inputs) <= inputs[0].size * 1.1 < saved_size(plain, inputs) / 2
+        saved_size(layer, inputs)
+        <= inputs[0].size * 1.1
+        < saved_size(jax_layer, inputs) / 2
     )
 
 
@@ -77,10 +80,10 @@ def test_plain_attention_equals_jax(special):
         return jax.nn.dot_product_attention(q, k, v, bias=bias, mask=mask)
 
     inputs = 9 * q, k, v, bias
-    expected, found = (
-        output_and_gradients(each, inputs, direction) for each in (plain, ours)
+    expected, actual = (
+        output_and_gradients(function, inputs, direction) for function in (plain, ours)
     )
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         assert_allclose(a, b, rtol=0, atol=3e-6 * float(jnp.abs(b).max()))
 
 
@@ -106,37 +109,39 @@ def test_odd_numbers_of_tokens_are_padded_for_cudnn(tokens, with_bias, monkeypat
             q, k, v, bias=bias, mask=None, choice=choice
         )
 
-    found = output_and_gradients(partial(attend, choice="auto"), inputs, direction)
+    actual = output_and_gradients(partial(attend, choice="auto"), inputs, direction)
     assert calls == [("cudnn", 10)]
-    for a, b in zip(found, expected, strict=True):
+    for a, b in zip(actual, expected, strict=True):
         a, b = np.float32(a), np.float32(b)
         assert_allclose(a, b, rtol=0, atol=0.01 * np.abs(b).max())
     output_and_gradients(partial(attend, choice="plain"), inputs, direction)
     assert calls[1:] == [(None, tokens)]
 
 
-# (add x to the branch, save residuals)
-ADD_AND_KEEP = [(True, False), (True, True), (False, True)]
+# (drop some images, save residuals)
+DROP_AND_KEEP = [(False, False), (False, True), (True, True)]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "add", "keep"),
+    ("name", "drop", "keep"),
     [
-        (name, add, keep)
+        (name, drop, keep)
         for name, case in CASES.items()
-        for add, keep in ADD_AND_KEEP
-        if case.keeps or add != keep
+        for drop, keep in DROP_AND_KEEP
+        if case.keeps or drop == keep
     ],
 )
-def test_fused_equals_plain(name, add, keep):
+def test_fused_equals_plain(name, drop, keep):
     """Output and all gradients agree in float32, for several blocks of rows."""
-    inputs, direction = random_inputs(CASES[name])
-    plain = partial(CASES[name].plain, add=add)
-    fused = partial(CASES[name].fused, add=add, keep=keep, interpret=True)
+    case = CASES[name]
+    inputs, direction = random_inputs(case)
+    scale = drop_some_images(case.images) if drop else None
+    plain = partial(case.plain, image_scale=scale)
+    fused = partial(case.fused, image_scale=scale, keep=keep, interpret=True)
     expected = jax.jit(partial(output_and_gradients, plain))(inputs, direction)
-    found = fast_jit(partial(output_and_gradients, fused))(inputs, direction)
-    for a, b in zip(found, expected, strict=True):
+    actual = fast_jit(partial(output_and_gradients, fused))(inputs, direction)
+    for a, b in zip(actual, expected, strict=True):
         assert_allclose(a, b, rtol=0, atol=3e-6 * float(jnp.abs(b).max()))
 
 
@@ -159,7 +164,7 @@ def test_no_less_exact_in_bfloat16(name, keep):
 )
 @pytest.mark.parametrize("width", [128, 256])
 def test_compile_for_a_gpu(width):
-    """One kernel forward, one backward, and two products for weight gradients."""
+    """The program has two kernels, and two products for weight gradients."""
     case = gpu_mlp(1024, width, 3 * width)
     text = compiled_text(case, devices_of("h100:1")[0], False, GPU_OPTIONS)
     assert text.count('custom_call_target="__gpu$xla.gpu.triton"') == 2
@@ -173,7 +178,7 @@ def test_compile_for_a_gpu(width):
     "case", [mlp(1024, 128, 256, 512), attention(16, 49, 128, 2, 784)]
 )
 def test_compile_for_a_tpu(case, keep):
-    """One kernel forward, one backward."""
+    """The program has one kernel per pass."""
     text = compiled_text(case, devices_of("v5e:2x4")[0], keep)
     assert text.count('custom_call_target="tpu_custom_call"') == 2
 
@@ -187,7 +192,7 @@ def compiled_text(case, device, keep, options=None):
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated),
         (in_bfloat16(inputs), direction),
     )
-    fused = partial(case.fused, add=True, keep=keep, interpret=False)
+    fused = partial(case.fused, keep=keep, interpret=False)
     with jax.set_mesh(mesh):
         lowered = jax.jit(partial(output_and_gradients, fused)).lower(inputs, direction)
     return lowered.compile(options).as_text()
@@ -208,10 +213,10 @@ def test_rows_of_a_block():
 
 def test_saving_residuals():
     """Residuals are saved where arithmetic is the bottleneck by a margin."""
-    for balance, kept in ((166, [False, True, True]), (240, [False, False, True])):
+    for balance, saved in ((166, [False, True, True]), (240, [False, False, True])):
         target = dispatch.Target("cpu", balance=2 * balance)
         for (width, hidden), worth in zip(
-            ((128, 384), (256, 768), (512, 2048)), kept, strict=True
+            ((128, 384), (256, 768), (512, 2048)), saved, strict=True
         ):
             product = 2 * width * hidden
             sizes = 2 * product, 5 * product, product, width, 2 * hidden

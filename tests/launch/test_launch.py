@@ -1,4 +1,4 @@
-"""Launch scripts, with stand-ins for the commands of clouds and clusters."""
+"""Tests of launch scripts, with stand-ins for commands of clouds and clusters."""
 
 import json
 import os
@@ -46,7 +46,7 @@ ALONE = ["create", "setup", "status", "delete"]  # commands that run no training
 
 
 class Stage:
-    """A directory with stand-ins for commands, and the log of their calls."""
+    """Directory with stand-ins for commands, and the log of their calls."""
 
     def __init__(self, directory: Path):
         self.calls_file = directory / "calls"
@@ -109,10 +109,12 @@ class Stage:
 
 @pytest.fixture
 def stage(tmp_path):
+    """Return a directory with stand-ins for commands."""
     return Stage(tmp_path)
 
 
 def tpu_vm(command, *flags):
+    """Return a command line of tpu_vm.sh."""
     return LAUNCH / "tpu_vm.sh", command, *flags
 
 
@@ -128,6 +130,7 @@ def test_scripts_parse(script):
 
 
 def gcloud(*arguments):
+    """Return the arguments of a gcloud call, as logged."""
     return ["gcloud", "compute", "tpus", *arguments]
 
 
@@ -149,11 +152,11 @@ def test_calls_of_create(stage):
 def test_create_without_flags_and_from_the_environment(stage):
     play = {QUEUE: [["ACTIVE", 0]]}
     assert stage.run(*tpu_vm("create"), play=play)[0] == 0
-    plain = gcloud("queued-resources", "create", "hivit", "--node-id=hivit")
+    command = gcloud("queued-resources", "create", "hivit", "--node-id=hivit")
     kind = ["--accelerator-type=v5litepod-4", "--runtime-version=v2-alpha-tpuv5-lite"]
-    assert stage.calls()[0] == [*plain, *kind, "--quiet"]
+    assert stage.calls()[0] == [*command, *kind, "--quiet"]
     assert stage.run(*tpu_vm("create"), play=play, TPU_SPOT="1", TPU_ZONE="z")[0] == 0
-    assert stage.calls()[0] == [*plain, *kind, "--spot", "--zone=z", "--quiet"]
+    assert stage.calls()[0] == [*command, *kind, "--spot", "--zone=z", "--quiet"]
 
 
 @pytest.mark.parametrize("state", ["FAILED", "SUSPENDED"])
@@ -363,6 +366,7 @@ def test_options_of_a_job():
 
 
 def fake_pod(count, *arguments):
+    """Return a command line of fake_pod.sh."""
     return LAUNCH / "fake_pod.sh", "-n", count, "--", *arguments
 
 

@@ -24,7 +24,7 @@ def abstract(*sizes, dtype=F32):
 
 
 @pytest.mark.parametrize(
-    ("name", "given", "stored"),
+    ("name", "argument", "stored"),
     [
         ("image_size", np.int64(96), (96, 96)),
         ("image_size", np.array([64, 96]), (64, 96)),
@@ -38,18 +38,18 @@ def abstract(*sizes, dtype=F32):
         ("global_blocks", np.array([1]), (1,)),
     ],
 )
-def test_numbers_of_any_library(name, given, stored):
+def test_numbers_of_any_library(name, argument, stored):
     """Fields accept numbers and bools of Python, numpy and JAX, and integer sequences.
 
     Fields store Python numbers, so that saved models can contain the values.
     """
-    _, config, _ = configure("hivit_base", **MINI | {name: given})
-    found = getattr(config, name)
-    assert found == stored
-    assert json.loads(json.dumps(found)) == (
+    _, config, _ = configure("hivit_base", **MINI | {name: argument})
+    value = getattr(config, name)
+    assert value == stored
+    assert json.loads(json.dumps(value)) == (
         list(stored) if isinstance(stored, tuple) else stored
     )
-    assert {type(x) for x in np.ravel(np.array(found, object))} <= {int, float, bool}
+    assert {type(x) for x in np.ravel(np.array(value, object))} <= {int, float, bool}
 
 
 @pytest.mark.parametrize(
@@ -140,6 +140,7 @@ OLD_KEYS = abstract(4, 2, dtype=jnp.uint32)
 
 
 def abstract_logits(images=IMAGES, **arrays):
+    """Return the abstract logits of a small classifier."""
     model = abstract_model(
         "hivit_base", **MINI | dict(drop_path_rate=0.5, num_classes=5)
     )
@@ -159,12 +160,12 @@ def test_one_drop_path_key_an_image():
     assert abstract_logits(drop_path_keys=KEYS).shape == (4, 5)
     assert abstract_logits(drop_path_keys=OLD_KEYS).shape == (4, 5)
     for count in (1, 2, 3, 8):
-        few = jax.eval_shape(lambda n=count: jax.random.split(jax.random.key(0), n))
+        keys = jax.eval_shape(lambda n=count: jax.random.split(jax.random.key(0), n))
         with pytest.raises(ConfigError, match=rf"\[{count}\].*\[4\]"):
-            abstract_logits(drop_path_keys=few)
-    one = jax.eval_shape(lambda: jax.random.key(0))
+            abstract_logits(drop_path_keys=keys)
+    single_key = jax.eval_shape(lambda: jax.random.key(0))
     with pytest.raises(ConfigError, match="drop_path_keys"):
-        abstract_logits(drop_path_keys=one)
+        abstract_logits(drop_path_keys=single_key)
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,13 @@
-"""Tests of scan, remat and kernels, which change no value, and of compilation."""
+"""Tests that scan, remat and kernels change no value, and that compilation is short."""
 
 import re
 from functools import cache
 
 import jax
 import jax.numpy as jnp
+import mini_runs
 import numpy as np
 import pytest
-import recipes
 from flax import nnx
 from networks import MINI
 from numpy.testing import assert_allclose
@@ -17,7 +17,7 @@ from hivit_jax.errors import ConfigError
 from hivit_jax.kernels import dispatch
 from hivit_jax.tree import named_leaves, split
 
-pytestmark = pytest.mark.usefixtures("quick")
+pytestmark = pytest.mark.usefixtures("minimal_output")
 
 
 MODELS = {
@@ -60,35 +60,37 @@ def loss_and_gradients(name, **options):
     ],
 )
 def test_scan_and_remat_change_no_value(monkeypatch, name, options):
-    """Losses and gradients agree with those of plain blocks, including drop path.
+    """Losses and gradients with drop path equal those of a sequence of blocks.
 
-    XLA:CPU calls every block. Other backends have one program for all blocks, unless an
-    option changes the program.
+    XLA:CPU compiles one call per block. Other backends compile one program for all
+    blocks, unless an option changes the program.
     """
-    value, found, same = loss_and_gradients(name, **options)
+    loss, gradients, params = loss_and_gradients(name, **options)
     monkeypatch.setattr(dispatch, "platform", lambda: "tpu")
     # remat=False is the default. This argument gives the result its own cache entry.
-    loss, gradients, params = loss_and_gradients(name, remat=False)
-    recipes.assert_identical(same, params)  # names, shapes and numbers
-    assert_allclose(value, loss, rtol=1e-6)
-    assert found.keys() == gradients.keys()
-    for key, gradient in gradients.items():
+    expected_loss, expected, expected_params = loss_and_gradients(name, remat=False)
+    mini_runs.assert_identical(params, expected_params)
+    assert_allclose(loss, expected_loss, rtol=1e-6)
+    assert gradients.keys() == expected.keys()
+    for key, gradient in expected.items():
         scale = max(np.abs(gradient).max(), 1e-6)
-        assert_allclose(found[key] / scale, gradient / scale, atol=2e-6, err_msg=key)
+        assert_allclose(
+            gradients[key] / scale, gradient / scale, atol=2e-6, err_msg=key
+        )
 
 
-def gradient_program(**options):
-    """Return the lowered gradient of a small classifier."""
+def lower_gradient(**options):
+    """Return the lowered gradient function of a small classifier."""
     model = hivit_jax.create_model("hivit_base", **MINI | options)
     graphdef, params = split(model)
     images = jnp.zeros((2, 64, 64, 3))
-    loss = jax.grad(lambda p, x: nnx.merge(graphdef, p)(x).sum())
-    return jax.jit(loss).lower(params, images)
+    gradient = jax.grad(lambda p, x: nnx.merge(graphdef, p)(x).sum())
+    return jax.jit(gradient).lower(params, images)
 
 
 def count_lines(**options):
-    """Count the lines of the lowered gradient."""
-    return len(gradient_program(**options).as_text().splitlines())
+    """Count the lines of the lowered gradient function."""
+    return len(lower_gradient(**options).as_text().splitlines())
 
 
 @pytest.mark.slow
@@ -97,26 +99,26 @@ def count_lines(**options):
 )
 def test_blocks_are_compiled_once(monkeypatch, platform, options):
     monkeypatch.setattr(dispatch, "platform", lambda: "tpu")
-    one_by_one = count_lines(depths=(1, 1, 9)) - count_lines()
+    lines_of_blocks = count_lines(depths=(1, 1, 9)) - count_lines()
     monkeypatch.setattr(dispatch, "platform", lambda: platform)
-    more = count_lines(depths=(1, 1, 9), **options) - count_lines(**options)
-    assert more < one_by_one / 3  # except for stacking parameters
+    lines = count_lines(depths=(1, 1, 9), **options) - count_lines(**options)
+    assert lines < lines_of_blocks / 3  # not 0, because parameters are stacked
 
 
 @pytest.mark.slow
 def test_cpu_fusions_do_not_grow_with_depth():
-    """The number of operands of a fusion does not depend on the number of blocks."""
-    found = []
+    """The largest number of operands of a fusion is independent of the depth."""
+    most_operands = []
     for depth in (3, 9):
-        hlo = gradient_program(depths=(1, 1, depth)).compile().as_text()
-        operands = re.findall(r"^%fused_computation\S* \((.*)\) ->", hlo, re.M)
-        found.append(max(each.count(":") for each in operands))
-    assert found[0] == found[1]
+        hlo = lower_gradient(depths=(1, 1, depth)).compile().as_text()
+        operand_lists = re.findall(r"^%fused_computation\S* \((.*)\) ->", hlo, re.M)
+        most_operands.append(max(text.count(":") for text in operand_lists))
+    assert most_operands[0] == most_operands[1]
 
 
 @pytest.mark.slow
 def test_blocks_with_different_windows():
-    """Blocks with and without windows cannot be scanned, and keep their windows."""
+    """scan_blocks requires blocks of one kind; each block has its own windows."""
     windows = dict(window_size=2)
     images = np.random.default_rng(0).normal(size=(2, 64, 64, 3)).astype(np.float32)
     with pytest.raises(ConfigError, match="scan_blocks=True with global_blocks"):
@@ -124,8 +126,8 @@ def test_blocks_with_different_windows():
             "hivit_base", **MINI, **windows, global_blocks=(1,), scan_blocks=True
         )
     model = hivit_jax.create_model("hivit_base", **MINI, **windows, scan_blocks=True)
-    plain = hivit_jax.create_model("hivit_base", **MINI, **windows)
-    assert_allclose(model(images), plain(images), atol=1e-6)
+    unscanned = hivit_jax.create_model("hivit_base", **MINI, **windows)
+    assert_allclose(model(images), unscanned(images), atol=1e-6)
     mixed = hivit_jax.create_model("hivit_base", **MINI, **windows, global_blocks=(1,))
     layers = [x.tokens for x in mixed.layers(images)]
     assert_allclose(mixed.encoder(images)[-1], layers[-1], atol=1e-6)

@@ -1,4 +1,4 @@
-"""Tests of drop path: dropped samples and branches, and rates."""
+"""Tests of drop path: dropped samples, dropped branches and drop path rates."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -51,9 +51,11 @@ def test_drop_path_draws():
     order = np.random.RandomState(0).permutation(4000)
     assert_array_equal(draws(keys[order]), every[order])
     assert_array_equal(draws(keys[100:150]), every[100:150])
-    other = draws(keys, branch_index=1)
+    of_next_branch = draws(keys, branch_index=1)
     # Independent: both are dropped with probability 1/16.
-    assert ((every == 0) & (other == 0)).mean() == pytest.approx(1 / 16, abs=0.02)
+    assert ((every == 0) & (of_next_branch == 0)).mean() == pytest.approx(
+        1 / 16, abs=0.02
+    )
 
 
 @pytest.mark.slow
@@ -112,10 +114,10 @@ def test_drop_path_rates_rise_over_residual_blocks(monkeypatch):
 
 def test_decoder_has_no_drop_path(monkeypatch):
     model = abstract_model("mae_hivit_base", **MINI, **DECODER, drop_path_rate=0.5)
-    rates = []
+    calls = []
 
     def record(x, rate, keys, branch_index):
-        rates.append((rate, keys is None))
+        calls.append((rate, keys is None))
         return x
 
     monkeypatch.setattr(blocks, "drop_path", record)
@@ -127,6 +129,6 @@ def test_decoder_has_no_drop_path(monkeypatch):
         lambda m: m(images, noise=noise, drop_path_keys=sample_keys(2)), model
     )
     encoder = [0, 0.1, 0.2, 0.3, 0.4, 0.4, 0.5, 0.5]
-    assert [rate for rate, _ in rates[:-2]] == pytest.approx(encoder)
-    assert [none for _, none in rates[:-2]] == [False] * 8
-    assert rates[-2:] == [(None, True)] * 2
+    assert [rate for rate, _ in calls[:-2]] == pytest.approx(encoder)
+    assert [none for _, none in calls[:-2]] == [False] * 8
+    assert calls[-2:] == [(None, True)] * 2

@@ -93,8 +93,8 @@ def test_order_of_maps_and_of_kept_units(sizes):
     def run(model, images):
         return model.features(images), model.features(images, KEPT)
 
-    found = jit_model(model, run)(jnp.asarray(images))
-    maps, kept = jax.tree.map(np.asarray, found)
+    result = jit_model(model, run)(jnp.asarray(images))
+    maps, kept_units = jax.tree.map(np.asarray, result)
     for sample in range(2):
         expected = numpy_maps(model, images[sample])
         assert len(expected) == len(maps)
@@ -105,7 +105,7 @@ def test_order_of_maps_and_of_kept_units(sizes):
                 row, column = divmod(unit, width // 16)
                 rows = slice(row * inner, (row + 1) * inner)
                 columns = slice(column * inner, (column + 1) * inner)
-                cells = kept[level][sample, i]
+                cells = kept_units[level][sample, i]
                 assert cells.shape == (inner, inner, expected_map.shape[-1])
                 assert_allclose(cells, expected_map[rows, columns], atol=1e-5)
     # No two positions have the same features, so that another order fails.
@@ -172,9 +172,9 @@ def test_attention_gives_the_output_of_its_block():
     def run(model, images):
         encoder = model.encoder
         layers, outputs = encoder.layers(images, attention=True), []
-        for number in (1, 2):
-            before, layer = layers[number - 1 : number + 1]
-            block = encoder.stages[-1][number]
+        for block_index in (1, 2):
+            before, layer = layers[block_index - 1 : block_index + 1]
+            block = encoder.stages[-1][block_index]
             values = block.attn.qkv(block.norm1(before.tokens))[:, :, 2]
             weights, windows = layer.attention, block.attn.windows
             if windows is not None:
@@ -186,8 +186,8 @@ def test_attention_gives_the_output_of_its_block():
             outputs.append(x + block.mlp(block.norm2(x)))
         return layers, outputs, encoder(images)[-1]
 
-    found = jit_model(model, run)(random_array((2, 48, 80, 3)))
-    layers, outputs, last = jax.tree.map(np.asarray, found)
+    result = jit_model(model, run)(random_array((2, 48, 80, 3)))
+    layers, outputs, last = jax.tree.map(np.asarray, result)
     for layer, output in zip(layers[1:], outputs, strict=True):
         assert_allclose(output, layer.tokens, atol=1e-5)
     assert_array_equal(layers[-1].tokens, last)
@@ -202,7 +202,7 @@ def test_attention_gives_the_output_of_its_block():
 @pytest.mark.slow
 @pytest.mark.parametrize("windows", [{}, dict(window_size=3, global_blocks=(1,))])
 def test_features_on_a_mesh(windows):
-    """Features on eight devices equal those on one."""
+    """Features on eight devices equal the features on one device."""
     graphdef, params = split(mini(image_size=(48, 80), **windows))
     images = random_array((8, 48, 80, 3))
     ids_keep = jnp.stack([jnp.roll(jnp.arange(15), n)[:6] for n in range(8)])
@@ -224,6 +224,6 @@ def test_features_on_a_mesh(windows):
         jax.device_put(images, over_batch),
         jax.device_put(ids_keep, over_batch),
     )
-    for one, eight in zip(*map(jax.tree.leaves, (expected, out)), strict=True):
-        assert len(eight.sharding.device_set) == 8
-        assert_allclose(eight, one, atol=1e-5)
+    for on_one, on_eight in zip(*map(jax.tree.leaves, (expected, out)), strict=True):
+        assert len(on_eight.sharding.device_set) == 8
+        assert_allclose(on_eight, on_one, atol=1e-5)

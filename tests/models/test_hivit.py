@@ -144,7 +144,7 @@ INITIAL = [
 @pytest.mark.parametrize(("name", "overrides"), INITIAL)
 def test_initial_parameters(name, overrides):
     params = initial_params(name, 0, **overrides)
-    tables, seen = [], set()
+    tables, leaves = [], set()
     for path, value in params.items():
         parts = path.split("/")
         assert value.dtype == np.float32
@@ -169,8 +169,8 @@ def test_initial_parameters(name, overrides):
         else:
             tables.append((parts[-1], value))
             continue
-        seen.add(parts[-1])
-    assert seen == {"kernel", "bias", "scale"}
+        leaves.add(parts[-1])
+    assert leaves == {"kernel", "bias", "scale"}
 
     counts = {}
     for kind, value in tables:
@@ -228,7 +228,7 @@ def test_shapes_at_other_sizes(sizes):
             autoencoder.features(images),
         )
 
-    logits, features, out, same = abstract_outputs(run, classifier, autoencoder)
+    logits, features, out, stage_maps = abstract_outputs(run, classifier, autoencoder)
     assert logits.shape == (2, 10)
     inner, dim = sizes.get("inner_patches", 4), sizes.get("embed_dim", 64)
     expected, latent = [], 0
@@ -238,9 +238,9 @@ def test_shapes_at_other_sizes(sizes):
         latent += dim * inner
         inner //= 2
     assert [x.shape for x in features] == expected
-    assert [x.shape for x in same] == expected
-    kept = int(units * (1 - 0.4))
-    assert out.latent.shape == (2, kept, latent)
+    assert [x.shape for x in stage_maps] == expected
+    visible = int(units * (1 - 0.4))
+    assert out.latent.shape == (2, visible, latent)
     assert out.pred.shape == (2, units, patch * patch * channels)
     assert out.mask.shape == out.unit_loss.shape == (2, units)
     assert out.loss.shape == ()
@@ -262,9 +262,9 @@ def test_features_are_local(sizes):
         (shape[1] - 6, shape[2] - 5),
     ]
     batch = [images]
-    for number, (row, column) in enumerate(pixels):
+    for image_index, (row, column) in enumerate(pixels):
         batch.append(images.copy())
-        batch[-1][0, row, column, number % shape[3]] += 3
+        batch[-1][0, row, column, image_index % shape[3]] += 3
     batch = jnp.asarray(np.concatenate(batch))
     run = jit_model(model, lambda model, x: (model.encoder(x), model.features(x)))
     stages, features = run(batch)

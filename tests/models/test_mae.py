@@ -17,9 +17,9 @@ from numpy.testing import assert_allclose, assert_array_equal
 from hivit_jax.models import positions
 
 
-def kept_units(batch, units, kept):
-    """Return `kept` random units of each image, int [batch, kept]."""
-    rows = [np.random.RandomState(s).permutation(units)[:kept] for s in range(batch)]
+def kept_units(batch, units, count):
+    """Return `count` random units of each image, int [batch, count]."""
+    rows = [np.random.RandomState(s).permutation(units)[:count] for s in range(batch)]
     return jnp.asarray(np.stack(rows))
 
 
@@ -34,9 +34,9 @@ def test_stem_processes_units_independently():
     for stage in range(2):
         cells = (16, 4)[stage]
         every = np.asarray(full[stage]).reshape(3, 16, cells, -1)
-        some = np.asarray(kept[stage]).reshape(3, 5, cells, -1)
+        kept_cells = np.asarray(kept[stage]).reshape(3, 5, cells, -1)
         expected = np.take_along_axis(every, np.asarray(ids_keep)[:, :, None, None], 1)
-        assert_allclose(some, expected, atol=5e-6, rtol=0)
+        assert_allclose(kept_cells, expected, atol=5e-6, rtol=0)
     assert kept[2].shape == (3, 5, 64)
     # Units interact in the main stage.
     main = np.take_along_axis(np.asarray(full[2]), np.asarray(ids_keep)[..., None], 1)
@@ -71,8 +71,8 @@ def test_prediction_does_not_see_removed_units():
     changed = run(images + removed)
     assert_array_equal(out.pred, changed.pred)
     assert_array_equal(out.latent, changed.latent)
-    other = run(images + (1 - removed))
-    assert np.abs(out.pred - other.pred).max() > 0.01
+    changed_visible = run(images + (1 - removed))
+    assert np.abs(out.pred - changed_visible.pred).max() > 0.01
 
 
 @pytest.mark.slow
@@ -117,9 +117,9 @@ def masked_runs():
 def test_key_mask_hides_units():
     mask, out, changed = masked_runs()
     for sample in range(2):
-        seen = mask[sample] == 1
-        assert_array_equal(out[sample, seen], changed[sample, seen])
-        assert (out[sample, ~seen] != changed[sample, ~seen]).any(-1).all()
+        visible = mask[sample] == 1
+        assert_array_equal(out[sample, visible], changed[sample, visible])
+        assert (out[sample, ~visible] != changed[sample, ~visible]).any(-1).all()
 
 
 @pytest.mark.slow

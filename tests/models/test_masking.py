@@ -53,7 +53,7 @@ def test_equal_noise_goes_by_unit_number():
 
 
 def test_infinite_noise_masks_units():
-    """Infinite noise masks a unit; NaN sorts behind infinity."""
+    """Units with infinite noise are masked; NaN sorts after infinity."""
     noise = jnp.asarray([[np.inf, 0.5, -np.inf, np.nan, 0.1]])
     ids_shuffle, ids_restore, mask = random_masking(noise, 3)
     assert ids_shuffle.tolist() == [[2, 4, 1, 0, 3]]

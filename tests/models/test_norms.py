@@ -49,8 +49,8 @@ def test_against_pytorch():
     ours = BatchNorm(6, epsilon=1e-3, momentum=0.3, affine=False)
     for batch in (IMAGES[:8], IMAGES[8:]):
         expected = theirs(torch.tensor(batch.transpose(0, 3, 1, 2))).numpy()
-        found = ours(batch, jnp.ones(8))
-        assert_allclose(found, expected.transpose(0, 2, 3, 1), rtol=1e-5, atol=1e-5)
+        actual = ours(batch, jnp.ones(8))
+        assert_allclose(actual, expected.transpose(0, 2, 3, 1), rtol=1e-5, atol=1e-5)
     assert_allclose(ours.mean[...], theirs.running_mean.numpy(), rtol=1e-5)
     assert_allclose(ours.var[...], theirs.running_var.numpy(), rtol=1e-5)
 
@@ -64,16 +64,16 @@ def test_parameters_and_statistics():
 
 def test_an_example_of_weight_0_changes_nothing():
     """Examples of weight 0 are ignored; a batch of only these keeps the statistics."""
-    few, filled = BatchNorm(6), BatchNorm(6)
+    unpadded, padded = BatchNorm(6), BatchNorm(6)
     weight = np.float32([1] * 5 + [0] * 11)
-    expected = few(IMAGES[:5], jnp.ones(5))
-    assert_allclose(filled(IMAGES, weight)[:5], expected, rtol=1e-5, atol=1e-6)
-    for one, other in ((few.mean, filled.mean), (few.var, filled.var)):
+    expected = unpadded(IMAGES[:5], jnp.ones(5))
+    assert_allclose(padded(IMAGES, weight)[:5], expected, rtol=1e-5, atol=1e-6)
+    for one, other in ((unpadded.mean, padded.mean), (unpadded.var, padded.var)):
         assert_allclose(one[...], other[...], rtol=1e-6)
-    before = np.array(few.mean[...]), np.array(few.var[...])
-    assert np.isfinite(few(IMAGES, jnp.zeros(16))).all()
-    assert_array_equal(few.mean[...], before[0])
-    assert_array_equal(few.var[...], before[1])
+    before = np.array(unpadded.mean[...]), np.array(unpadded.var[...])
+    assert np.isfinite(unpadded(IMAGES, jnp.zeros(16))).all()
+    assert_array_equal(unpadded.mean[...], before[0])
+    assert_array_equal(unpadded.var[...], before[1])
 
 
 class Network(nnx.Module):

@@ -61,7 +61,7 @@ def test_cells_and_maps_hold_their_pixels(inner, patch_size, grid):
 
 @pytest.mark.parametrize("inner", [1, 2, 4, 8])
 def test_merge_order_is_repeated_merging(inner):
-    """The order is that of PatchMerge: (row, column) = (0,0), (1,0), (0,1), (1,1)."""
+    """The order equals PatchMerge's: (row, column) = (0,0), (1,0), (0,1), (1,1)."""
     cells = np.arange(inner**2).reshape(inner, inner, 1)
     while len(cells) > 1:
         corners = [

@@ -89,16 +89,16 @@ def test_float32_inside_bfloat16(name):
     else:
         norms += 1
     jaxpr = jax.make_jaxpr(lambda images: model(images, **arguments))(images)
-    found = {"exp": [], "rsqrt": []}
+    dtypes_of = {"exp": [], "rsqrt": []}
     for equation in equations(jaxpr.jaxpr):
         kind = equation.primitive.name
         dtypes = {v.aval.dtype for v in equation.invars}
-        if kind in found:
-            found[kind] += dtypes
+        if kind in dtypes_of:
+            dtypes_of[kind] += dtypes
         if kind == "dot_general":
             products.append(dtypes)
-    assert found["exp"] == [jnp.dtype("float32")] * attentions
-    assert found["rsqrt"] == [jnp.dtype("float32")] * norms
+    assert dtypes_of["exp"] == [jnp.dtype("float32")] * attentions
+    assert dtypes_of["rsqrt"] == [jnp.dtype("float32")] * norms
     low = [dtypes == {jnp.dtype("bfloat16")} for dtypes in products]
     # Patch embedding, stem MLPs, merges, and main blocks with six products each.
     encoder = 1 + 2 * 4 + 2 + 6 * 2

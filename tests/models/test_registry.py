@@ -1,4 +1,4 @@
-"""Tests of the names of models, arguments, and errors of create_model."""
+"""Tests of `create_model`: names, arguments, errors and seeds."""
 
 import copy
 import json
@@ -136,8 +136,8 @@ def test_info_of_a_new_model_and_its_copies(channels):
     assert info.mean == pytest.approx(mean if channels == 3 else [np.mean(mean)])
     model.info = replace(info, class_names=("cat", "dog"))
     copies = copy.deepcopy(model), nnx.merge(*nnx.split(model)), nnx.clone(model)
-    assert all(each.info == model.info for each in copies)
-    assert all(each.config == model.config for each in copies)
+    assert all(copied.info == model.info for copied in copies)
+    assert all(copied.config == model.config for copied in copies)
 
 
 INITIAL = [
@@ -149,19 +149,19 @@ INITIAL = [
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "overrides"), INITIAL)
 def test_seed_decides_parameters(name, overrides):
-    one, other = (
+    first, second = (
         initial_params(name, 0, **overrides),
         initial_params(name, 1, **overrides),
     )
     again = initial_params(name, 0, **overrides)
-    for path, value in one.items():
+    for path, value in first.items():
         assert_array_equal(value, again[path])
         fixed = ("norm" in path and "proj" not in path) or "decoder_pos_embed" in path
         fixed |= path.endswith("bias") and "patch_embed/proj" not in path
         fixed |= path.endswith("absolute_pos_embed") and name.startswith("mae_")
-        assert (value == other[path]).all() == fixed, path
+        assert (value == second[path]).all() == fixed, path
     # No two draws share a stream.
-    firsts = [v.flat[0] for v in one.values() if v.flat[0] not in (0, 1)]
+    firsts = [v.flat[0] for v in first.values() if v.flat[0] not in (0, 1)]
     assert len(set(firsts)) == len(firsts) - (1 if 0 in firsts else 0)
 
 
@@ -179,3 +179,9 @@ def test_keys_of_parameters_are_those_of_nnx():
         ours, theirs = ParameterKeys(seed), nnx.Rngs(seed)
         for _ in range(3):
             assert ours.params() == theirs.params()
+
+
+@pytest.mark.parametrize("name", ["pretrained", "weights", "checkpoint_path"])
+def test_create_model_refers_to_load_pretrained(name):
+    with pytest.raises(ConfigError, match=r"hivit_jax.load_pretrained\(PATH\)"):
+        configure("hivit_base", **{name: True})

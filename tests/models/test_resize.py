@@ -98,10 +98,10 @@ def test_patch_kernel_of_another_cell(new):
     kernel = number_map((4 * 4 * 3, 5))[..., 0]
     resized = resize.resize_patch_kernel(kernel, 4, new)
     assert resized.shape == (new * new * 3, 5)
-    pixels, found = kernel.reshape(4, 4, 3, 5), resized.reshape(new, new, 3, 5)
+    pixels, actual = kernel.reshape(4, 4, 3, 5), resized.reshape(new, new, 3, 5)
     for channel in range(3):
         expected = torch_bicubic(pixels[:, :, channel], (new, new))
-        assert_allclose(found[:, :, channel], expected, atol=1e-13)
+        assert_allclose(actual[:, :, channel], expected, atol=1e-13)
 
 
 def test_a_table_of_another_grid():

@@ -3,9 +3,9 @@
 import math
 
 import jax.numpy as jnp
+import mini_runs
 import numpy as np
 import pytest
-import recipes
 import swin
 from networks import abstract_model, abstract_outputs, sample_keys
 from vit import official_names
@@ -41,14 +41,14 @@ def test_layers_and_weight_decay_of_finetuning():
     model, facts = abstract_model(name, **config), swin.FACTS["layer_decay"]
     found = official_names(model, model.layer_ids())
     assert found == {name: layer for name, (layer, _) in facts.items()}
-    task = inputs.task_of_recipe(recipes.recipe("finetune_swin"))
+    task = inputs.task_of_recipe(mini_runs.recipe("finetune_swin"))
     found = official_names(model, {n: task.is_decayed(n) for n in model.layer_ids()})
     assert found == {name: decay > 0 for name, (_, decay) in facts.items()}
 
 
 def test_weight_decay_of_pretraining():
     """The mask token does not decay; the relative position tables do."""
-    task = inputs.task_of_recipe(recipes.recipe("simmim_swin"))
+    task = inputs.task_of_recipe(mini_runs.recipe("simmim_swin"))
     (facts,) = swin.FACTS["weight_decay"].values()
     model = abstract_model("simmim_swin_base")
     trained = named_leaves(split_state(model)[1])

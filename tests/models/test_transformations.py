@@ -31,12 +31,14 @@ def loss(graphdef, state, images, noise):
 
 
 def split_mini(name, **overrides):
+    """Return (graphdef, state) of a small model."""
     sizes = SMALL | (DECODER if name.startswith("mae") else {}) | overrides
     return nnx.split(mini(name, **sizes))
 
 
-def assert_close(found, expected):
-    for a, b in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+def assert_close(actual, expected):
+    """Check that two pytrees agree, relative to each array's largest value."""
+    for a, b in zip(*map(jax.tree.leaves, (actual, expected)), strict=True):
         assert_allclose(a, b, rtol=2e-4, atol=2e-4 * np.abs(b).max() + 1e-7)
 
 
@@ -96,12 +98,12 @@ def test_shardings_on_explicit_meshes(name, spec):
     model = nnx.merge(*split_mini(name))
     mesh = jax.make_mesh((2, 2), ("a", "b"))
     images = jax.device_put(IMAGES, NamedSharding(mesh, spec))
-    plain = jax.eval_shape(partial(all_outputs, model), IMAGES)
+    expected = jax.eval_shape(partial(all_outputs, model), IMAGES)
 
     def check(images):
-        found = all_outputs(model, images)
-        assert jax.tree.map(jnp.shape, found) == jax.tree.map(jnp.shape, plain)
-        for x in jax.tree.leaves(found):
+        outputs = all_outputs(model, images)
+        assert jax.tree.map(jnp.shape, outputs) == jax.tree.map(jnp.shape, expected)
+        for x in jax.tree.leaves(outputs):
             first = jax.typeof(x).sharding.spec[:1] if x.ndim else ()
             assert tuple(first) == ((*spec, None)[:1] if x.ndim else ())
         return ()
@@ -137,10 +139,10 @@ def test_forward_mode(overrides):
             sum((a * b).sum() for a, b in pairs),
         )
 
-    forward, linear, left, right = products(state, IMAGES[:1])
+    forward, linear, w_dot_jv, jtw_dot_v = products(state, IMAGES[:1])
     assert_close(linear, forward)
     assert np.abs(forward).max() > 0.1
-    assert_allclose(left, right, rtol=1e-3)
+    assert_allclose(w_dot_jv, jtw_dot_v, rtol=1e-3)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -172,11 +174,11 @@ def test_derivatives_of_layer_norm(dtype):
         jax.jacrev,
         lambda f, n: jax.jacfwd(jax.jacrev(f, n), n),
     ):
-        for found, expected in zip(
+        for actual, expected in zip(
             *(fast_jit(transform(f, (0, 1, 2)))(x, scale, bias) for f in (ours, plain)),
             strict=True,
         ):
-            for a, b in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+            for a, b in zip(*map(jax.tree.leaves, (actual, expected)), strict=True):
                 assert_allclose(np.float32(a), np.float32(b), **tolerance)
 
 
@@ -188,7 +190,7 @@ def test_backward_pass_saves_input_and_small_arrays():
 
 
 def test_forward_mode_of_fused_kernels():
-    """Where a fused kernel runs, the error names the option to change."""
+    """Fused kernels have no forward mode; the error names the option to change."""
     from hivit_jax.kernels.dispatch import Target
 
     @jax.custom_vjp
@@ -261,6 +263,6 @@ def test_gradient_of_all_variables(name, kind, overrides):
     gradient = fast_jit(jax.grad(lambda s: loss(graphdef, s, IMAGES, NOISE).sum()))(
         state
     )
-    found = jax.tree.leaves(nnx.split(nnx.merge(graphdef, gradient), kind, ...)[1])
-    assert found
-    assert not any(np.asarray(x).any() for x in found)
+    gradients = jax.tree.leaves(nnx.split(nnx.merge(graphdef, gradient), kind, ...)[1])
+    assert gradients
+    assert not any(np.asarray(x).any() for x in gradients)

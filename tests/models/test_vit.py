@@ -1,9 +1,9 @@
-"""Plain ViT: sizes, layers, initialization, and options shared with HiViT."""
+"""Tests of plain ViT: sizes, layers, initialization, options shared with HiViT."""
 
 import jax.numpy as jnp
+import mini_runs
 import numpy as np
 import pytest
-import recipes
 from networks import abstract_model, abstract_outputs, fast_jit
 from vit import FACTS, official_names
 
@@ -31,26 +31,26 @@ def test_published_parameters_and_multiply_adds(name):
 
 
 def test_layer_ids():
-    """The layers are those of MAE's ``lr_decay.py``."""
+    """The layers equal those of MAE's ``lr_decay.py``."""
     model = abstract_model("vit_base")
     facts = FACTS["layer_decay"]["base_0.65"]
-    found = official_names(model, model.layer_ids())
-    assert found == {name: layer for name, (layer, _) in facts.items()}
+    actual = official_names(model, model.layer_ids())
+    assert actual == {name: layer for name, (layer, _) in facts.items()}
 
 
 def test_weight_decay_in_pretraining():
     """Class token and mask token decay; fixed tables are not trained."""
-    task = inputs.task_of_recipe(recipes.recipe("mae_vit"))
+    task = inputs.task_of_recipe(mini_runs.recipe("mae_vit"))
     facts = FACTS["weight_decay"]["mae_vit_base pretraining (0.05)"]
     model = abstract_model("mae_vit_base")
     trained = named_leaves(split_state(model)[1])
-    found = official_names(model, {name: task.is_decayed(name) for name in trained})
+    actual = official_names(model, {name: task.is_decayed(name) for name in trained})
     for name, decay in facts.items():
-        assert found.get(name) == (None if decay is None else decay > 0), name
+        assert actual.get(name) == (None if decay is None else decay > 0), name
 
 
 def test_weight_decay_in_finetuning():
-    task = inputs.task_of_recipe(recipes.recipe("finetune_vit"))
+    task = inputs.task_of_recipe(mini_runs.recipe("finetune_vit"))
     assert not task.is_decayed("encoder/cls_token")
     assert not task.is_decayed("encoder/absolute_pos_embed")
     assert task.is_decayed("encoder/patch_embed/proj/kernel")

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from mini_runs import classifier
 from networks import (
     MINI,
     abstract_model,
@@ -14,7 +15,6 @@ from networks import (
     random_array,
 )
 from numpy.testing import assert_allclose, assert_array_equal
-from recipes import classifier
 
 from hivit_jax import inputs
 from hivit_jax.errors import ConfigError
@@ -41,15 +41,15 @@ def test_windows_hold_their_units_and_zeros(grid, size):
     units = jnp.arange(1, 1 + 2 * grid[0] * grid[1]).reshape(2, -1, 1)
     split = np.asarray(windows.partition(units))
     assert split.shape == (2 * np.prod(windows.counts), size[0] * size[1], 1)
-    number = 0
+    window_index = 0
     for sample in range(2):
         padded = np.zeros((grid[0] + size[0], grid[1] + size[1]), int)
         padded[: grid[0], : grid[1]] = np.asarray(units[sample, :, 0]).reshape(grid)
         for top in range(0, grid[0], size[0]):
             for left in range(0, grid[1], size[1]):
                 expected = padded[top : top + size[0], left : left + size[1]]
-                assert_array_equal(split[number, :, 0], expected.reshape(-1))
-                number += 1
+                assert_array_equal(split[window_index, :, 0], expected.reshape(-1))
+                window_index += 1
     assert_array_equal(windows.merge(split), units)
 
 
@@ -87,12 +87,12 @@ def test_attention_of_each_window(image_size, side, relative_position):
         return attention(x), attention(x, key_mask=mask)
 
     outputs = map(np.asarray, jit_model(attention, run)(x, mask))
-    for out, seen in zip(outputs, (np.ones_like(mask), mask), strict=True):
+    for out, visible in zip(outputs, (np.ones_like(mask), mask), strict=True):
         assert np.isfinite(out).all()
         for sample in range(2):
             for window in window_units(grid, side):
                 units = [row * grid[1] + column for row, column in window]
-                keys = [i for i, n in enumerate(units) if seen[sample, n]]
+                keys = [i for i, n in enumerate(units) if visible[sample, n]]
                 if not keys:
                     continue
                 bias = np.full((2, len(units), len(units)), -np.inf, np.float32)
@@ -102,8 +102,8 @@ def test_attention_of_each_window(image_size, side, relative_position):
                         for key in keys:
                             down = row - window[key][0] + height - 1
                             right = column - window[key][1] + width - 1
-                            number = down * (2 * width - 1) + right
-                            bias[:, query, key] = table[number]
+                            table_row = down * (2 * width - 1) + right
+                            bias[:, query, key] = table[table_row]
                 tokens = np.asarray(x)[sample, units]
                 expected = numpy_attention(attention, tokens, bias)
                 assert_allclose(out[sample, units], expected, atol=1e-5)
@@ -114,7 +114,9 @@ def test_attention_of_each_window(image_size, side, relative_position):
 def test_only_a_global_block_lets_windows_meet(global_blocks):
     model = mini(**UNEVEN, global_blocks=global_blocks)
     tables = [b.attn.relative_position_bias_table for b in model.encoder.stages[-1]]
-    spans = [(9 * 13 if number in global_blocks else 25, 2) for number in range(2)]
+    spans = [
+        (9 * 13 if block_index in global_blocks else 25, 2) for block_index in range(2)
+    ]
     assert [table.shape for table in tables] == spans
     image = np.asarray(random_array((1, 80, 112, 3)))
     changed = image.copy()
@@ -139,8 +141,8 @@ def test_gradients_are_finite_without_a_key():
             attention, x
         )
 
-    found = jit_model(attention, gradients)(random_array((2, 35, 64), "tokens"))
-    for name, gradient in named_leaves(found).items():
+    results = jit_model(attention, gradients)(random_array((2, 35, 64), "tokens"))
+    for name, gradient in named_leaves(results).items():
         assert np.isfinite(gradient).all(), name
         assert np.abs(gradient).max() > 0, name
 
@@ -155,14 +157,16 @@ def test_gradients_are_finite_without_a_key():
     ],
 )
 def test_cost_of_windows(image_size, side, pairs):
-    """One of two blocks has windows; its two products cover only pairs in windows."""
+    """The attention products of a block with windows cover only pairs in windows."""
     sizes = MINI | dict(image_size=image_size)
     every = abstract_model("hivit_base", **sizes)
     model = abstract_model("hivit_base", **sizes, window_size=side, global_blocks=(0,))
     units = every.encoder.grid[0] * every.encoder.grid[1]
     assert every.macs() - model.macs() == 2 * 64 * (units**2 - pairs)
-    other = abstract_model("hivit_base", **MINI, window_size=side, global_blocks=(0,))
-    assert other.macs(image_size) == model.macs()
+    model_with_global_block = abstract_model(
+        "hivit_base", **MINI, window_size=side, global_blocks=(0,)
+    )
+    assert model_with_global_block.macs(image_size) == model.macs()
 
 
 def test_windows_need_all_units():

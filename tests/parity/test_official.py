@@ -1,4 +1,4 @@
-"""The networks compared with the official code's outputs, in float32."""
+"""Tests of the networks against outputs of the official code, in float32."""
 
 from dataclasses import replace
 
@@ -34,7 +34,7 @@ def official_stages(model, images, ids_keep=None):
     """Return the stages that the golden data name, in their layout [B, K, h, w, C]."""
     encoder, stages = model.encoder, {}
     units, inner = images.shape[0], encoder.config.inner_patches
-    kept = (
+    num_kept = (
         encoder.absolute_pos_embed.shape[0] if ids_keep is None else ids_keep.shape[1]
     )
 
@@ -62,9 +62,9 @@ def official_stages(model, images, ids_keep=None):
         record(f"stage{number}", x, inner)
         x, inner = merge(x), inner // 2
         record(f"merge{number}", x, inner)
-    x = x.reshape(units, kept, -1) + position
+    x = x.reshape(units, num_kept, -1) + position
     stages["pos_added"] = x
-    ids = jnp.arange(kept) if ids_keep is None else ids_keep
+    ids = jnp.arange(num_kept) if ids_keep is None else ids_keep
     index = relative_position_index(ids, encoder.grid)
     depth = len(encoder.stages[-1])
     named = {0: "main_first", depth // 2 - 1: "main_mid", depth - 1: "main_last"}
@@ -79,15 +79,16 @@ def official_stages(model, images, ids_keep=None):
 
 
 def check_stages(stages, arrays):
+    """Check means, deviations and slices of all stages against golden values."""
     assert set(arrays["stage_names"]) == set(stages)
-    for number, name in enumerate(arrays["stage_names"]):
+    for stage_index, name in enumerate(arrays["stage_names"]):
         x = np.asarray(stages[name])
-        close(x.mean(), arrays["stage_mean"][number], 2e-5)
-        close(x.std(), arrays["stage_std"][number], 2e-5)
+        close(x.mean(), arrays["stage_mean"][stage_index], 2e-5)
+        close(x.std(), arrays["stage_std"][stage_index], 2e-5)
         close(x.mean(tuple(range(x.ndim - 1))), arrays[f"chanmean/{name}"], 2e-5)
-        part = x if x.ndim == 2 else x[:, [0, 1, 17, -1]]
-        part = part[..., : {2: None, 3: 16, 5: 8}[x.ndim]]
-        close(part, arrays[f"slice/{name}"], 2e-5)
+        selection = x if x.ndim == 2 else x[:, [0, 1, 17, -1]]
+        selection = selection[..., : {2: None, 3: 16, 5: 8}[x.ndim]]
+        close(selection, arrays[f"slice/{name}"], 2e-5)
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Plain ViT compared with the official MAE code's outputs, in float32."""
+"""Tests of plain ViT against outputs of the official MAE code, in float32."""
 
 import jax
 import jax.numpy as jnp
@@ -156,7 +156,7 @@ def test_layer_norm_eps_everywhere():
 
 @pytest.mark.parametrize(("old", "new"), [(4, 6), (4, 3), (14, 12), (14, 24)])
 def test_resized_position_tables(old, new):
-    """The row of the class token stays; the others are resized."""
+    """The row of the class token is unchanged; the other rows are resized."""
     source = vit.weight(f"resize{old}.pos_embed", (1, 1 + old * old, 6))[0]
     expected = golden("vit_pos_resize")[f"pos_{old}_to_{new}"][0]
     np.testing.assert_array_equal(source[0], expected[0])
@@ -206,7 +206,7 @@ def test_base_mae(monkeypatch):
 
 @pytest.mark.parametrize("fixture", ["mae_vit_mini", *CLASSIFIERS])
 def test_official_state_dict_and_back(fixture):
-    """Names, shapes and bytes survive."""
+    """Names, shapes and bytes are unchanged after a conversion and back."""
     state = vit.state_dict(fixture)
     name, config = vit.arguments(fixture)
     model = vit.abstract_model(name, **config)

@@ -1,4 +1,4 @@
-"""Lines of the terminal."""
+"""Tests of lines on the terminal."""
 
 import pytest
 
@@ -27,14 +27,17 @@ def test_step_line():
     values = dict(
         loss=0.54321,
         learning_rate=1.2e-3,
+        epoch=1.23,
         images_per_second=3210.4,
+        images_per_second_per_chip=3210.4,
         seconds_left=83,
-        grad_norm=7.0,
+        gradient_norm=0.8714,
         input_bound=0.1,
         unreadable=0,
     )
     line = console.step_line(120, 1000, values)
-    expected = "step 120/1000  loss 0.5432  lr 1.20e-03  3,210 images/s  1:23 left"
+    start = "step 120/1000  epoch 1.2  loss 0.5432  grad 0.871  lr 1.20e-03  "
+    expected = f"{start}3,210 images/s  1:23 left"
     assert line == expected
     line = console.step_line(
         120, 1000, values | {"input_bound": 0.5, "unreadable": 1234}
@@ -42,6 +45,10 @@ def test_step_line():
     assert line == (
         f"{expected}  (waiting for images in 50% of steps)  (1,234 unreadable images)"
     )
+    pod = dict(images_per_second_per_chip=802.6, mfu=0.412, device_memory=12.34 * 2**30)
+    line = console.step_line(120, 1000, values | pod)
+    assert line == f"{start}803 images/s/chip  MFU 41%  12.3 GiB  1:23 left"
+    assert len(line) <= 112
 
 
 def test_eval_line():

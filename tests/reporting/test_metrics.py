@@ -1,4 +1,4 @@
-"""Metrics: lines of metrics.jsonl, throughput, the best checkpoint, buckets."""
+"""Tests of metrics.jsonl, throughput, the best checkpoint, and buckets."""
 
 import json
 import sys
@@ -15,6 +15,7 @@ from hivit_jax.reporting import console, figures, metrics
 
 
 def write(workdir, steps, first_step=0):
+    """Write a line of metrics.jsonl for each step."""
     writer = metrics.Writer(workdir, first_step)
     for step in steps:
         writer.scalars(step, {"loss": step / 8, "count": step})
@@ -22,6 +23,7 @@ def write(workdir, steps, first_step=0):
 
 
 def steps(workdir):
+    """Return the steps in metrics.jsonl."""
     return [line["step"] for line in metrics.read(workdir / "metrics.jsonl")]
 
 
@@ -72,7 +74,7 @@ def test_read_without_a_file(tmp_path):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that only `clock[0]` advances."""
+    """Return a list whose first element is the time."""
     now = [100.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     return now
@@ -131,7 +133,7 @@ def test_best_of_the_checkpoints_that_are_kept(tmp_path):
 
 @pytest.fixture
 def bucket(tmp_path, monkeypatch):
-    """gs://bucket as a local directory whose files cannot be appended to."""
+    """Map gs://bucket to a local directory whose files cannot be appended to."""
 
     class StandIn:
         def __getattr__(self, name):

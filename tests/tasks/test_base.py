@@ -1,7 +1,7 @@
-"""Tasks by name, and a user's own task."""
+"""Tests of tasks by name, and of a user's own task."""
 
+import mini_runs
 import pytest
-import recipes
 
 from hivit_jax import evaluate, inputs, tasks
 from hivit_jax.errors import ConfigError
@@ -23,10 +23,10 @@ class Half(MaskedAutoencoding):
 
 
 def test_users_own_task(tmp_path, monkeypatch, capsys):
-    """``module:Class``: its keys can be set and its methods are called."""
+    """``module:Class`` selects a task; its keys can be set, its methods are called."""
     (tmp_path / "own_task.py").write_text(OWN)
     monkeypatch.syspath_prepend(tmp_path)
-    recipe = recipes.ROOT / "configs" / "digits_mae.py"
+    recipe = mini_runs.ROOT / "configs" / "digits_mae.py"
     text = recipe.read_text().replace('"mae"', '"own_task:Half"')
     (tmp_path / "own.py").write_text(text)
     flags = [f"--config={tmp_path / 'own.py'}", "--mode=describe"]
@@ -51,7 +51,7 @@ def test_unknown_task():
 
 @pytest.mark.slow
 def test_metric_of_the_best_checkpoint(tmp_path, monkeypatch, capsys):
-    """Top-1 selects the best checkpoint of a classifier, where the loss disagrees."""
+    """Top-1, and not the loss, selects the best checkpoint of a classifier."""
     best = {name: task.best for name, task in tasks.TASKS.items()}
     top1 = ("eval/top1", "max")
     assert best == dict(mae=("eval/loss", "min"), classify=top1, linear_probe=top1)
@@ -63,9 +63,9 @@ def test_metric_of_the_best_checkpoint(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(evaluate, "evaluate", evaluation)
     every = dict(eval_every=1, checkpoint_every=1, keep_checkpoints=1)
-    with recipes.quick():
-        train(recipes.classifier(total_steps=4, **every), tmp_path)
-    assert recipes.saved_steps(tmp_path) == [2, 4]
+    with mini_runs.minimal_output():
+        train(mini_runs.classifier(total_steps=4, **every), tmp_path)
+    assert mini_runs.saved_steps(tmp_path) == [2, 4]
     last = capsys.readouterr().out.splitlines()[-1]
     assert "best checkpoint  step 2 " in last
     assert last.endswith(f"{tmp_path}/checkpoints/2")
@@ -73,7 +73,7 @@ def test_metric_of_the_best_checkpoint(tmp_path, monkeypatch, capsys):
 
 def test_parameter_without_a_rule():
     """A parameter without a weight-decay rule is an error in every task with rules."""
-    for recipe in (recipes.mae, recipes.classifier):
+    for recipe in (mini_runs.mae, mini_runs.classifier):
         task = inputs.make_task(recipe())
         with pytest.raises(ValueError, match="weight decay .* 'encoder/gamma'"):
             task.is_decayed("encoder/gamma")

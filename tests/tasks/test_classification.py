@@ -1,15 +1,25 @@
-"""Metrics of classification."""
+"""Metrics and class weights of classification."""
 
 import jax.numpy as jnp
+import mini_runs
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
+from hivit_jax import rng
+from hivit_jax.data.sources.base import DatasetInfo
+from hivit_jax.errors import ConfigError
 from hivit_jax.reporting import multi_label
-from hivit_jax.tasks.classification import classification_metrics, multi_label_metrics
+from hivit_jax.tasks.classification import (
+    Classification,
+    class_weights,
+    classification_metrics,
+    multi_label_metrics,
+)
 
 
 def classify(logits, labels):
+    """Return the metrics of each example as numpy arrays."""
     values = classification_metrics(
         jnp.asarray(logits, jnp.float32), jnp.asarray(labels)
     )
@@ -75,3 +85,44 @@ def test_binary_cross_entropy():
     found = multi_label_metrics(jnp.float32(logits), jnp.float32(targets))["loss"]
     expected = np.logaddexp(0, logits) - targets * logits
     assert_allclose(found, expected.mean(1), rtol=1e-6)
+    weights = np.float32([0.5, 3])
+    found = multi_label_metrics(jnp.float32(logits), jnp.float32(targets), weights)
+    assert_allclose(found["loss"], (expected * weights).mean(1), rtol=1e-6)
+
+
+COUNTS = DatasetInfo({"train": 60}, tuple("abc"), class_counts=(40, 15, 5))
+
+
+def test_balanced_class_weights():
+    """n / (classes * images of the class); unused outputs do not count."""
+    expected = [60 / (3 * 40), 60 / (3 * 15), 60 / (3 * 5)]
+    found = class_weights("balanced", COUNTS, 4)
+    assert_allclose(found, [*expected, 0], rtol=1e-6)
+    assert_allclose(found[:3] @ COUNTS.class_counts, 60, rtol=1e-6)
+    assert class_weights("balanced", DatasetInfo({"test": 5}), 4) is None
+
+
+def test_class_weights_by_number():
+    assert class_weights("1, 0,2.5", COUNTS, 3).tolist() == [1, 0, 2.5]
+    for text in ("1,2", "1,2,x", "1,2,-1", "0,0,0", "1,2,nan", "equal"):
+        with pytest.raises(ConfigError, match="expected 'balanced', or 3 numbers"):
+            class_weights(text, COUNTS, 3)
+    with pytest.raises(ConfigError, match="one label per image before"):
+        class_weights("balanced", DatasetInfo({"train": 5}), 3)
+
+
+@pytest.mark.parametrize("text", ["", "1,0.5,3"])
+def test_loss_with_class_weights(text):
+    """As torch's cross_entropy with class probabilities, before its mean."""
+    config = mini_runs.classifier(model__num_classes=3, class_weights=text)
+    task = Classification(config, COUNTS)
+    logits = np.random.RandomState(0).randn(4, 3)
+    targets = np.array([[1, 0, 0], [0, 0.7, 0.3], [0.1, 0.1, 0.8], [0, 1, 0]])
+    task.augment_with_targets = lambda batch, keys: (None, jnp.asarray(targets))
+    keys = rng.step_keys(0, "train", 0, 4)
+    batch = {"label": jnp.array([0, 1, 2, 1])}
+    values = task.loss(lambda x, drop_path_keys: jnp.asarray(logits), None, batch, keys)
+    weights = np.array([1, 0.5, 3]) if text else np.ones(3)
+    log_probabilities = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    expected = -(targets * weights * log_probabilities).sum(1)
+    assert_allclose(values["loss"], expected, rtol=1e-5)

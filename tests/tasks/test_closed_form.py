@@ -1,8 +1,8 @@
-"""Closed-form probe: the solution, the choice of the penalty, and the command."""
+"""Tests of the closed-form probe: solution, choice of the penalty, command."""
 
+import mini_runs
 import numpy as np
 import pytest
-import recipes
 from networks import jit_model, mini
 from numpy.testing import assert_allclose
 
@@ -14,7 +14,7 @@ from hivit_jax.tasks.closed_form import fit, held_out_images, select_penalty
 
 
 def problem(count=60, classes=4, dim=7):
-    """Return features with other scales and offsets, a constant one, and labels."""
+    """Return features of different scales, one of them constant, and labels."""
     random = np.random.RandomState(3)
     labels = random.randint(0, classes, count)
     features = random.normal(size=(count, dim)) + 0.7 * np.eye(classes, dim)[labels]
@@ -42,7 +42,7 @@ def test_solution(penalty, monkeypatch):
 
 
 def test_held_out_images():
-    """Every fifth of each class; every second if all classes are smaller."""
+    """Every fifth image of a class is held out; every second if classes are small."""
     labels = np.array([1, 0, 1, 1, 0, 1, 1, 1, 2, 1, 1, 1])
     assert np.flatnonzero(held_out_images(labels)).tolist() == [6]
     assert held_out_images(np.zeros(11, int)).nonzero()[0].tolist() == [4, 9]
@@ -51,7 +51,7 @@ def test_held_out_images():
 
 
 def test_penalty():
-    """The largest of the best ones. Without held-out images, the default."""
+    """The largest best penalty is chosen; without held-out images, the default."""
     features, labels = problem()
     held = held_out_images(labels)
     ridge = fit(features[~held], labels[~held], 4)
@@ -69,12 +69,12 @@ def test_penalty():
 
 
 @pytest.mark.slow
-def test_command(tmp_path, quick, capsys):
-    """The printed accuracy is that of the features of all 360 test digits."""
+def test_command(tmp_path, minimal_output, capsys):
+    """The command prints the accuracy on all 360 test digits."""
     sizes = dict(image_size=16, in_channels=1, patch_size=4, depths=(1, 1, 1))
     model = mini(relative_position=False, **sizes)
     hivit_jax.save_pretrained(model, tmp_path)
-    config = recipes.without_decoder(
+    config = mini_runs.without_decoder(
         "digits",
         task="linear_probe",
         init_from=str(tmp_path),
@@ -83,7 +83,7 @@ def test_command(tmp_path, quick, capsys):
         batch_size=56,  # divides neither split
         mesh__data=-1,
     )
-    found = closed_form.closed_form_probe(config)
+    metrics = closed_form.closed_form_probe(config)
     encode = jit_model(model, lambda model, images: model.encoder(images)[-1])
     splits = []
     mean, std = config.data.mean, config.data.std
@@ -96,13 +96,13 @@ def test_command(tmp_path, quick, capsys):
             parts.append(tokens[batch["weight"] > 0])
         splits.append((np.float32(np.concatenate(parts)), source.labels))
     penalty = select_penalty(*splits[0], 10)[0]
-    assert found["probe/penalty"] == penalty
+    assert metrics["probe/penalty"] == penalty
     top1, top5 = fit(*splits[0], 10).accuracy(*splits[1], penalty)
-    assert (found["eval/count"], found["eval/unreadable"]) == (360, 0)
-    assert abs(found["eval/top1"] - top1) <= 1 / 360
-    assert abs(found["eval/top5"] - top5) <= 1 / 360
+    assert (metrics["eval/count"], metrics["eval/unreadable"]) == (360, 0)
+    assert abs(metrics["eval/top1"] - top1) <= 1 / 360
+    assert abs(metrics["eval/top5"] - top5) <= 1 / 360
     assert f"penalty {penalty:g}  eval  top1 " in capsys.readouterr().out
-    flags = recipes.ROOT / "configs" / "digits_linear.py"
+    flags = mini_runs.ROOT / "configs" / "digits_linear.py"
     absent = [f"--config={flags}", f"--config.init_from={tmp_path / 'absent'}"]
-    absent += ["--config.mesh.data=-1", "--config.batch_size=48"]
+    # Its batch size, 50, is not divisible by eight devices.
     assert main([*absent, "--mode=probe"]) == 5

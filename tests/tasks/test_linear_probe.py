@@ -1,10 +1,10 @@
-"""The linear probe: LARS, running statistics and frozen features as in MAE."""
+"""Tests of the linear probe: LARS, running statistics, frozen features, as in MAE."""
 
 import jax
 import jax.numpy as jnp
+import mini_runs
 import numpy as np
 import pytest
-import recipes
 from flax import nnx
 from numpy.testing import assert_allclose
 
@@ -17,7 +17,7 @@ from hivit_jax.tree import leaf_name, split_state
 MOMENTUM, TRUST = 0.9, 0.001
 
 
-pytestmark = pytest.mark.usefixtures("quick")
+pytestmark = pytest.mark.usefixtures("minimal_output")
 
 
 def probe(source="synthetic", **overrides):
@@ -32,11 +32,11 @@ def probe(source="synthetic", **overrides):
         "optimizer__weight_decay": 0.0,
         "data__flip": False,
     }
-    return recipes.without_decoder(source, **settings | overrides)
+    return mini_runs.without_decoder(source, **settings | overrides)
 
 
 class Parts(nnx.Module):
-    """An encoder, statistics and a head."""
+    """Model with an encoder, statistics and a head."""
 
     def __init__(self):
         self.encoder = nnx.Param(jnp.ones((3, 3)))
@@ -72,14 +72,15 @@ def test_lars():
 
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory):
+    """Return the workdir of a short pretraining."""
     workdir = tmp_path_factory.mktemp("pretrained")
-    train(recipes.mae(total_steps=2, log_every=2), workdir)
+    train(mini_runs.mae(total_steps=2, log_every=2), workdir)
     return workdir
 
 
 @pytest.mark.slow
 def test_probe_of_a_pretrained_encoder(pretrained, tmp_path, capsys):
-    """The encoder stays fixed; the statistics are BatchNorm's of its features."""
+    """The encoder stays fixed; the statistics are averages over its features."""
     config = probe(init_from=str(pretrained), total_steps=3, checkpoint_every=1)
     config.keep_checkpoints = 5
     values = train(config, tmp_path)
@@ -89,8 +90,8 @@ def test_probe_of_a_pretrained_encoder(pretrained, tmp_path, capsys):
     assert "matched" in out
     assert "encoder/stages" in out
 
-    stored = [recipes.saved_arrays(tmp_path, step) for step in (1, 2, 3)]
-    original = recipes.saved_arrays(pretrained, 2)["params"]
+    stored = [mini_runs.saved_arrays(tmp_path, step) for step in (1, 2, 3)]
+    original = mini_runs.saved_arrays(pretrained, 2)["params"]
     params = [items["params"] for items in stored]
     frozen = [name for name in params[0] if name.startswith("encoder/")]
     assert len(frozen) > 30

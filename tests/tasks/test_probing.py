@@ -1,8 +1,8 @@
-"""Nearest neighbors: numpy recounts the votes of every readable training image."""
+"""Tests of nearest neighbors; numpy recounts the votes of all readable images."""
 
+import mini_runs
 import numpy as np
 import pytest
-import recipes
 from networks import jit_model, mini
 from PIL import Image
 
@@ -24,7 +24,7 @@ MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """(root, split -> pixels and labels): noise on a pattern of each class.
+    """Return (root, {split: (pixels, labels)}): noise on a pattern of each class.
 
     The first pattern is nearly black, as are padding and unreadable images.
     """
@@ -32,7 +32,7 @@ def files(tmp_path_factory):
     patterns = random.uniform(0, 1, (CLASSES, 4, 6, 3))
     patterns[0] *= 0.03
     patterns[1] *= 0.1
-    found = {}
+    splits = {}
     for split, count in COUNTS.items():
         labels = np.sort(np.arange(count) % CLASSES)
         images = patterns[labels].repeat(8, 1).repeat(8, 2)
@@ -45,13 +45,13 @@ def files(tmp_path_factory):
             Image.fromarray(image).save(path)
             if number in DAMAGED[split]:
                 path.write_bytes(b"damaged")
-        found[split] = pixels, labels
-    return root, found
+        splits[split] = pixels, labels
+    return root, splits
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """(small network, directory that contains it)."""
+    """Return (small network, directory that contains it)."""
     directory = tmp_path_factory.mktemp("model")
     model = mini(image_size=SIZE, depths=(1, 1, 1), num_classes=CLASSES)
     hivit_jax.save_pretrained(model, directory)
@@ -66,9 +66,8 @@ def features_of(model, pixels):
     return features / np.linalg.norm(features, axis=1, keepdims=True)
 
 
-def knn_correct(queries, true, keys, labels, check=True):
-    """Count images whose class is first, and among the first five, by 20 neighbors'
-    votes.
+def knn_correct(queries, classes, keys, labels, check=True):
+    """Count correct top-1 and top-5 predictions by the votes of 20 neighbors.
 
     Args:
       check: check that no two compared values are close.
@@ -78,7 +77,7 @@ def knn_correct(queries, true, keys, labels, check=True):
     order = (-cosine).argsort(1)
     ranked = np.take_along_axis(cosine, order, 1)
     gaps, correct = [ranked[:, neighbors - 1] - ranked[:, neighbors]], [0, 0]
-    for row, near, label in zip(cosine, order[:, :neighbors], true, strict=True):
+    for row, near, label in zip(cosine, order[:, :neighbors], classes, strict=True):
         votes = np.zeros(CLASSES)
         np.add.at(votes, labels[near], np.exp((row[near] - 1) / temperature))
         others = np.delete(votes, label)
@@ -97,6 +96,7 @@ def readable(files, split):
 
 
 def flags_of(root, directory, **more):
+    """Return the command line of a nearest-neighbor evaluation."""
     values = dict(
         batch_size=BATCH,
         init_from=directory,
@@ -117,46 +117,46 @@ def flags_of(root, directory, **more):
         random_erasing=1.0,
         **more,
     )
-    recipe = recipes.ROOT / "configs" / "digits_finetune.py"
+    recipe = mini_runs.ROOT / "configs" / "digits_finetune.py"
     flags = [f"--config.{k.replace('__', '.')}={v}" for k, v in values.items()]
     return [f"--config={recipe}", *flags]
 
 
 @pytest.mark.slow
 def test_nearest_neighbors(model, files, monkeypatch, tmp_path, capsys):
-    """Results equal those in numpy; unreadable images and padding neither vote nor
-    count.
-    """
+    """Results equal numpy's; unreadable images and padding neither vote nor count."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    (images, labels), (tests, true) = (readable(files, split) for split in COUNTS)
+    (images, labels), (tests, classes) = (readable(files, split) for split in COUNTS)
     net, directory = model
     parts = features_of(net, np.concatenate([images, tests, [np.zeros((*SIZE, 3))]]))
     keys, queries, black = np.split(parts, [len(images), len(parts) - 1])
 
     beats = []
     monkeypatch.setattr(Watchdog, "heartbeat", lambda watchdog: beats.append(watchdog))
-    with recipes.quick():
+    with mini_runs.minimal_output():
         flags = flags_of(files[0], directory, data__max_unreadable=0.05)
         assert main([*flags, "--mode=knn"]) == 0
     assert len(beats) == 6 + 4  # batches of 8
-    top1, top5 = knn_correct(queries, true, keys, labels)
+    top1, top5 = knn_correct(queries, classes, keys, labels)
     assert capsys.readouterr().out.endswith(
         f"nearest neighbors  top1 {top1 / 28:.2%}  top5 {top5 / 28:.2%}  (28 images)\n"
     )
     # Votes of the two damaged images, of padding, or of both would change the
     # result.
     for count in (2, 5, 7):
-        more = np.concatenate([keys, *[black] * count])
+        keys_with_outsiders = np.concatenate([keys, *[black] * count])
         votes = np.concatenate([labels, [0] * count])
-        assert knn_correct(queries, true, more, votes, check=False) != [top1, top5]
+        assert knn_correct(
+            queries, classes, keys_with_outsiders, votes, check=False
+        ) != [top1, top5]
 
 
 @pytest.mark.slow
 def test_too_many_unreadable_images(model, files, monkeypatch, tmp_path, capsys):
-    """Two unreadable images of 43 exceed the limit."""
+    """The limit is exceeded by two unreadable images of 43."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     flags = flags_of(files[0], model[1], data__max_unreadable=0.04)
-    with recipes.quick():
+    with mini_runs.minimal_output():
         assert main([*flags, "--mode=knn"]) == 4
     error = capsys.readouterr().err
     assert "2 images of folder could not be read, 4.65%" in error

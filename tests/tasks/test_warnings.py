@@ -1,4 +1,4 @@
-"""Warnings about configs that train, but probably not as intended."""
+"""Tests of warnings about configs that probably do not train as intended."""
 
 import pytest
 from flax.nnx import Module
@@ -13,8 +13,10 @@ NAMES = tuple("abcdefghi")
 
 
 def warnings(recipe, *overrides, images=291, classes=NAMES, steps=1000):
-    """Warnings for a folder of images; a run of 1000 steps unless set."""
-    flags = [f"--config.{each}" for each in (f"total_steps={steps}", *overrides)]
+    """Return the warnings about a recipe on a folder; 1000 steps by default."""
+    flags = [
+        f"--config.{override}" for override in (f"total_steps={steps}", *overrides)
+    ]
     config = configs.load(recipe, flags)
     task = create(config, DatasetInfo({"train": images, "test": 9}, classes))
     return task.warnings(*inputs.count_steps(config, images))
@@ -25,7 +27,8 @@ def warnings(recipe, *overrides, images=291, classes=NAMES, steps=1000):
 )
 def test_installed_recipes_have_none(name):
     config = configs.load(name)
-    task = create(config, inputs.published_info(config.data))
+    own = DatasetInfo({"train": 400, "test": 40}, NAMES)  # of the folder recipes
+    task = create(config, inputs.published_info(config.data) or own)
     assert task.warnings(*inputs.count_steps(config, task.data.counts["train"])) == []
 
 
@@ -34,7 +37,7 @@ FINE = ["model.num_classes=9", "batch_size=50", "data.train_examples=0"]
 
 
 def test_sound_settings_have_none():
-    """Up to the border: all images in a batch, an interval as long as the run."""
+    """No warning: all images in one batch, or an interval as long as the run."""
     border = ["batch_size=291", "eval_every=1000", "checkpoint_every=1000"]
     assert warnings(FT, *FINE) == []
     assert warnings(FT, *FINE, *border) == []
@@ -63,6 +66,10 @@ def test_sound_settings_have_none():
             ["optimizer.schedule=multistep", "optimizer.milestones=(100,300,400)"],
             ["milestones", "before epoch 300, 400"],
         ),
+        (
+            ["data.balance=1", "class_weights=1,1,1,1,1,1,1,1,2"],
+            ["data.balance=1: both give rare classes more weight"],
+        ),
         (["data.train_split=x", "data.eval_split=x"], ["'x' is the training split"]),
     ],
 )
@@ -74,16 +81,30 @@ def test_one_line_each(overrides, fragments):
 
 
 def test_one_class():
-    found = warnings(FT, *FINE[1:], "model.num_classes=1", classes=("a",))
-    assert found == ["model.num_classes=1: with one class the loss is always 0"]
+    messages = warnings(FT, *FINE[1:], "model.num_classes=1", classes=("a",))
+    assert messages == ["model.num_classes=1: with one class the loss is always 0"]
 
 
 def test_linear_probe():
-    """LARS needs large learning rates; a probe of a random encoder is meaningless."""
+    """Small learning rates for LARS and probes of random encoders cause warnings."""
     fine = [*FINE, "batch_size=32"]
     lars = "optimizer.base_learning_rate=0.1"
     [line] = warnings("digits_linear", *fine, lars)
-    assert "0.1 x batch_size 32 / 256 = 0.0125, is small for LARS" in line
+    assert "0.1 x batch_size 32 / 256 = 0.0125, is small for LARS in 1,000" in line
+    assert "expected at least 1;" in line
+    # The shorter the run, the larger the learning rate must be.
+    lars = "optimizer.base_learning_rate=10"
+    assert warnings("digits_linear", *fine, lars) == []
+    [line] = warnings(
+        "digits_linear",
+        *fine,
+        lars,
+        "log_every=9",
+        "eval_every=9",
+        "checkpoint_every=9",
+        steps=100,
+    )
+    assert "= 1.25, is small for LARS in 100 steps; expected at least 10;" in line
     [line] = warnings("digits_linear", *fine, "init_from=")
     assert "random parameters" in line
     assert warnings("digits_linear", *fine) == []

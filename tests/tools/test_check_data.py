@@ -1,10 +1,10 @@
-"""check_data on a healthy dataset and on a damaged one."""
+"""Tests of check_data on healthy and damaged datasets."""
 
 import os
 
+import mini_runs
 import numpy as np
 import pytest
-import recipes
 from datasets import encode
 from PIL import Image
 from prepared import prepare
@@ -12,23 +12,26 @@ from prepared import prepare
 from benchmarks.photographs import photographs, write
 from hivit_jax.data.sources import folder
 from hivit_jax.tools import check_data
+from hivit_jax.xla import chips
 
 NAMES = sorted(photographs())
 
 
 @pytest.fixture(scope="module")
 def healthy(tmp_path_factory):
-    """35 training and 14 validation photographs of 64x48, in seven classes."""
+    """Return a directory of 35 training and 14 validation photographs, 64x48."""
     root = tmp_path_factory.mktemp("healthy")
     write(root, {"train": 35, "val": 14}, (64, 48))
     return root
 
 
-def photo(root, number, split="train"):
-    return root / split / NAMES[number % len(NAMES)] / f"{number:05}.JPEG"
+def photo(root, index, split="train"):
+    """Return the path of a photograph."""
+    return root / split / NAMES[index % len(NAMES)] / f"{index:05}.JPEG"
 
 
 def exif(orientation):
+    """Return EXIF data with an orientation."""
     tags = Image.Exif()
     tags[274] = orientation
     return tags
@@ -36,7 +39,7 @@ def exif(orientation):
 
 @pytest.fixture(scope="module")
 def damaged(tmp_path_factory):
-    """The same, with something wrong with 13 of the first 14 training images."""
+    """Return a copy of `healthy` with defects in 13 of the first 14 training images."""
     root = tmp_path_factory.mktemp("damaged")
     write(root, {"train": 35, "val": 14}, (64, 48))
     image = Image.open(photo(root, 20))
@@ -72,11 +75,14 @@ def short_timing(monkeypatch, tmp_path):
 
 @pytest.fixture
 def check(capsys):
-    """Function that runs check_data on class folders: (exit code, stdout, stderr)."""
+    """Return a function that runs check_data on class folders.
+
+    The function returns (exit code, stdout, stderr).
+    """
 
     def run(root, *flags, **overrides):
         values = {"data__name": "folder", "data__dir": root, "data__canvas": 64}
-        arguments = recipes.arguments("photographs", **values | overrides)
+        arguments = mini_runs.arguments("photographs", **values | overrides)
         code = check_data.main([*arguments, *flags])
         out, err = capsys.readouterr()
         return code, out, err
@@ -140,22 +146,22 @@ def test_several_labels(check, healthy, tmp_path):
 
 
 def test_speed(check, healthy):
-    """Image rates of chips at 40 % of their peak, and the cores that they need."""
+    """The report lists images/s of chips at 40 % of their peak, and needed cores."""
     _, out, _ = check(healthy, model__image_size=224, data__canvas=512)
     lines = [line.split() for line in out.splitlines()]
     row = next(i for i, line in enumerate(lines) if "estimate" in line)
-    rate = float(lines[row - 2][1].replace(",", ""))
-    config = recipes.mae("photographs", model__image_size=224)
+    images_per_second = float(lines[row - 2][1].replace(",", ""))
+    config = mini_runs.mae("photographs", model__image_size=224)
     model = check_data.nnx.eval_shape(
         check_data.inputs.task_of_recipe(config).build_model
     )
     flops = 6 * model.macs(mask_ratio=0.75, layer_norm_cost=0)
-    peaks = {"H100": 989, "TPU v5e": 197, "TPU v5p": 459}
-    for line, (name, peak) in zip(lines[row + 1 : row + 4], peaks.items(), strict=True):
-        needed, cores = (float(cell.replace(",", "")) for cell in line[-2:])
-        assert line[:-2] == ["one", *name.split()]
+    rows = {line[1]: line[2:] for line in lines[row + 1 :] if line[:1] == ["one"]}
+    assert rows.keys() == chips.CHIPS.keys()
+    for name, peak in {"h100": 989, "v5e": 197, "v5p": 459}.items():
+        needed, cores = (float(cell.replace(",", "")) for cell in rows[name])
         assert needed == pytest.approx(0.4 * peak * 1e12 / flops, abs=1)
-        assert cores == pytest.approx(needed / rate, rel=0.01)
+        assert cores == pytest.approx(needed / images_per_second, rel=0.01)
 
 
 def test_damaged(check, damaged):
@@ -212,10 +218,9 @@ def test_damage_within_the_limit(check, damaged):
 
 
 def test_list(check, damaged, tmp_path, monkeypatch):
-    """--list contains all unreadable files, although the report truncates them.
+    """--list writes all unreadable files, although the report truncates them.
 
-    It has one plain path per line, as other tools expect; --list_reasons adds the
-    reason.
+    Each line is a path, as other tools expect; --list_reasons adds the reason.
     """
     monkeypatch.setattr(check_data, "MAX_LISTED", 3)
     path, reasons = tmp_path / "broken.txt", tmp_path / "reasons.txt"
@@ -233,7 +238,7 @@ def test_list(check, damaged, tmp_path, monkeypatch):
 
 
 def depth(root, *contents):
-    """One training image of each class has one of the contents."""
+    """Write class folders whose first training images have these contents."""
     write(root, {"train": 14, "val": 14}, (64, 48))
     for number, content in enumerate(contents):
         photo(root, number).write_bytes(content)
@@ -244,7 +249,7 @@ UNIT = np.float32(RAMP / RAMP.max())
 
 
 def test_lost_values(check, tmp_path):
-    """12 bits in files of 16 bits are nearly black."""
+    """12-bit values in 16-bit files are nearly black, and lose values."""
     depth(tmp_path, encode(Image.fromarray(RAMP.astype(np.uint16)), "PNG"))
     code, out, err = check(tmp_path)
     assert code == 4
@@ -257,7 +262,7 @@ def test_lost_values(check, tmp_path):
 
 
 def test_values_outside_the_range(check, tmp_path):
-    """A range that clips may be meant, as a window of CT is: no error, not healthy."""
+    """Clipping, which may be intended as in CT windows, is reported, but no error."""
     contents = [encode(Image.fromarray(UNIT * k), "TIFF") for k in (1, 2)]
     depth(tmp_path, *contents)
     code, out, _ = check(tmp_path, data__value_range=(0, 1))
@@ -268,7 +273,7 @@ def test_values_outside_the_range(check, tmp_path):
 
 
 def test_values_without_a_range(check, tmp_path):
-    """One image that ends the run is one too many, however many may be damaged."""
+    """Images that require data.value_range are errors, whatever data.max_unreadable."""
     depth(tmp_path, encode(Image.fromarray(RAMP.astype(np.int32)), "TIFF"))
     code, out, err = check(tmp_path, data__max_unreadable=1.0)
     assert code == 4
@@ -297,7 +302,7 @@ def content(out):
 
 
 def test_classes_and_settings(check, healthy, tmp_path):
-    """Classes by name, kinds of files, and settings that can be pasted."""
+    """The report lists classes, kinds of files, and settings to copy."""
     sheet = tmp_path / "sheet.png"
     code, out, _ = check(healthy, f"--sheet={sheet}")
     assert code == 0
@@ -314,9 +319,9 @@ def test_classes_and_settings(check, healthy, tmp_path):
     for name, values in (("mean", pixels.mean(0)), ("std", pixels.std(0))):
         text = ",".join(f"{value / 255:.4f}" for value in values)
         assert f"--config.data.{name}=({text},)" in lines
-    drawn = np.asarray(Image.open(sheet))
-    assert drawn.shape[2] == 3
-    assert (drawn != 255).any()
+    sheet_pixels = np.asarray(Image.open(sheet))
+    assert sheet_pixels.shape[2] == 3
+    assert (sheet_pixels != 255).any()
 
 
 def test_images_in_both_splits(check, tmp_path):
@@ -387,7 +392,7 @@ def test_sample(check, damaged, healthy):
 
 
 def test_class_without_an_image(check, tmp_path):
-    """Test classes without a folder, and a class whose only image is unreadable."""
+    """Classes without a folder in test or without a readable image are reported."""
     write(tmp_path, {"train": 7, "val": 5}, (64, 48))
     photo(tmp_path, 0).write_bytes(b"")
     code, out, err = check(tmp_path, data__max_unreadable=1.0)
@@ -405,8 +410,8 @@ def test_invalid_labels(check, healthy, monkeypatch):
     wrong = {3: -1, 8: 7}
 
     def mislabeled(self, index):
-        found = sample(self, index)
-        return found | {"label": wrong.get(index, found["label"])}
+        example = sample(self, index)
+        return example | {"label": wrong.get(index, example["label"])}
 
     monkeypatch.setattr(folder.Folder, "sample", mislabeled)
     code, out, err = check(healthy)
@@ -454,7 +459,7 @@ def test_titles_of_splits(check, healthy):
 
 
 def test_digits(capsys):
-    assert check_data.main(recipes.arguments("digits", data__train_examples=100)) == 0
+    assert check_data.main(mini_runs.arguments("digits", data__train_examples=100)) == 0
     out = capsys.readouterr().out
     assert "\ntrain: 100 images, 10 classes\n" in out
     assert "\ntest: 360 images, 10 classes\n" in out
@@ -472,7 +477,7 @@ def test_digits(capsys):
     ],
 )
 def test_bad_flag(flags, fragment, capsys):
-    assert check_data.main([*recipes.arguments("digits"), *flags]) == 2
+    assert check_data.main([*mini_runs.arguments("digits"), *flags]) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("error: ")
@@ -491,9 +496,9 @@ def test_real_process_without_tensorflow(healthy, tmp_path):
         "assert not xla_bridge._backends  # no accelerator is taken\n"
         "sys.exit(code)"
     )
-    flags = recipes.arguments("photographs", data__name="folder", data__dir=healthy)
+    flags = mini_runs.arguments("photographs", data__name="folder", data__dir=healthy)
     flags.append("--sample=5")
-    code, out, _ = recipes.run_process("-c", program, *flags, XDG_CACHE_HOME=tmp_path)
+    code, out, _ = mini_runs.run_process("-c", program, *flags, XDG_CACHE_HOME=tmp_path)
     assert code == 0
     assert out.endswith("\nhealthy\n")
 

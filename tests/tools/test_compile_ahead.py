@@ -1,10 +1,11 @@
-"""`--mode compile`: reports and errors."""
+"""Tests of `--mode compile`: reports and errors."""
 
 import importlib.util
+import json
 
 import jax
+import mini_runs
 import pytest
-import recipes
 from flax import nnx
 from numpy.testing import assert_allclose
 
@@ -13,7 +14,7 @@ from hivit_jax.main import main
 from hivit_jax.tools import compile_ahead
 from hivit_jax.xla import ahead
 
-pytestmark = pytest.mark.usefixtures("quick")
+pytestmark = pytest.mark.usefixtures("minimal_output")
 
 
 def test_command_that_searches_the_largest_batch(monkeypatch, tmp_path, capsys):
@@ -32,16 +33,28 @@ def test_command_that_searches_the_largest_batch(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(compile_ahead, "devices_of", lambda topology: jax.devices())
     monkeypatch.setattr(compile_ahead, "step_report", step_report)
     for search in (False, True):
-        found = recipes.compile_report(tmp_path, *["--search_batch"] * search)
-        assert ("largest_batch_per_device" in found) == search
+        content = mini_runs.compile_report(tmp_path, *["--search_batch"] * search)
+        assert ("largest_batch_per_device" in content) == search
         out = capsys.readouterr().out
         assert "fits: 0.00 GiB of 0.00 GiB per device (arguments 0.00, " in out
         assert "all-reduce x 2: 3.0 MB per step and device\n" in out
         assert "at most 123 images/s per chip, bound by memory\n" in out
         assert "2.5 GFLOP and 7 MB of HBM traffic per image\n" in out
         assert (f"written: {tmp_path}/compile.json") in out
-    assert found["largest_batch_per_device"] <= 40 < found["smallest_that_does_not_fit"]
-    assert f"per device: {found['largest_batch_per_device']} (" in out
+        # 8 steps of 64 images on 8 chips at 123.4 images/s each.
+        hours = 8 * 64 / (8 * 123.4) / 3600
+        assert content["run"]["hours_at_bound"] == pytest.approx(hours)
+        assert content["run"]["hours_at_utilization"] == pytest.approx(hours / 0.4)
+        assert [line.split() for line in out.splitlines() if "chip-hours" in line] == [
+            ["at", "the", "bound", "0.00", "hours", "0.0", "chip-hours"],
+            ["at", "40%", "of", "it", "0.00", "hours", "0.0", "chip-hours"],
+        ]
+    assert (
+        content["largest_batch_per_device"]
+        <= 40
+        < content["smallest_that_does_not_fit"]
+    )
+    assert f"per device: {content['largest_batch_per_device']} (" in out
 
 
 REPORT = {
@@ -55,12 +68,32 @@ REPORT = {
 }
 
 
+def test_describe_prints_the_earlier_report(monkeypatch, tmp_path, capsys):
+    """It notes that compile.json belongs to another config."""
+    config = mini_runs.mae(batch_size=64)
+    report = REPORT | {
+        "batch_per_device": 8,
+        "fits": True,
+        "hbm_bytes_per_device": dict(total=1, limit=2, arguments=1, temporaries=1),
+        "config_sha256": compile_ahead._digest(config),
+    }
+    assert compile_ahead.earlier_summary(config, tmp_path) == ""
+    for text, other in (("{", ""), ("{}", ""), (json.dumps(report), "at most 123 ")):
+        (tmp_path / "compile.json").write_text(text)
+        found = compile_ahead.earlier_summary(config, tmp_path)
+        assert (other in found) if other else found == ""
+    assert "another config" not in found
+    other = mini_runs.mae(batch_size=32)
+    assert "another config" in compile_ahead.earlier_summary(other, tmp_path)
+
+
 # Errors
 
 
 def fails(capsys, topology, tmp_path, *more):
+    """Run ``--mode compile``, which must fail; return the error."""
     flags = [f"--topology={topology}", f"--workdir={tmp_path}", *more]
-    assert main([*recipes.arguments(), "--mode=compile", *flags]) == 2
+    assert main([*mini_runs.arguments(), "--mode=compile", *flags]) == 2
     message = capsys.readouterr().err
     assert 1 <= len(message.splitlines()) <= 3
     assert not (tmp_path / "compile.json").exists()
@@ -116,35 +149,36 @@ BRANCHES = ("attention", "mlp")
 @pytest.mark.extras
 @pytest.mark.slow
 def test_complete_report(tmp_path, monkeypatch):
-    """A report with CPU devices in place of the chips."""
+    """The report of a program for CPU devices, in place of chips, is complete."""
     monkeypatch.setattr(compile_ahead, "devices_of", lambda topology: jax.devices())
     monkeypatch.setitem(ahead.PLUGINS, "v5e", "jaxlib")
     options = dict(data__name="imagenet2012", data__canvas=96)
-    found = recipes.compile_report(tmp_path, **options)
-    assert found["fits"]
-    assert found["devices"] == found["batch_per_device"] == 8
-    memory = found["hbm_bytes_per_device"]
+    report = mini_runs.compile_report(tmp_path, **options)
+    assert report["fits"]
+    assert report["devices"] == report["batch_per_device"] == 8
+    memory = report["hbm_bytes_per_device"]
     assert memory["limit"] == 15.75 * 2**30
     assert 0 < memory["aliased"] <= memory["arguments"] < memory["total"]
-    model = nnx.eval_shape(inputs.task_of_recipe(recipes.mae()).build_model)
-    [reduced] = found["collectives"]
+    model = nnx.eval_shape(inputs.task_of_recipe(mini_runs.mae()).build_model)
+    [reduced] = report["collectives"]
     assert reduced["kind"] == "all-reduce"
     assert_allclose(reduced["bytes_per_step"], 4 * model.parameter_count(), rtol=0.02)
     blocks = {f"{part} {branch}" for part in ("main", "decoder") for branch in BRANCHES}
     parts = {"input", "embedding", "stem1", "stem2", "merge", "latent", "loss"}
-    regions = found["regions"]
+    regions = report["regions"]
     assert blocks | parts | {"optimizer", "exchange"} <= regions.keys()
     for name in blocks | parts:
         assert all(value > 0 for value in regions[name].values()), name
     assert regions["optimizer"]["flops_per_image"] == 0
-    parts = recipes.compile_report(
+    parts = mini_runs.compile_report(
         tmp_path, optimizer__accumulate_steps=4, batch_size=256, **options
     )
     assert_allclose(
         parts["collectives"][0]["bytes_per_step"], reduced["bytes_per_step"], rtol=0.02
     )
-    assert_allclose(parts["flops_per_image"], found["flops_per_image"], rtol=0.1)
+    assert_allclose(parts["flops_per_image"], report["flops_per_image"], rtol=0.1)
 
 
 def linear(size):
+    """Return the bytes of a program for a batch size."""
     return 1000 + 100 * size

@@ -1,12 +1,14 @@
-"""`--mode describe`: model, diff against the recipe, figures."""
+"""Tests of `--mode describe`: model, diff against the recipe, figures."""
 
+import re
+
+import mini_runs
 import numpy as np
 import pytest
-import recipes
 from flax import nnx
 from matplotlib.axes import Axes
+from mini_runs import check_message
 from PIL import Image
-from recipes import check_message
 
 from hivit_jax import inputs
 from hivit_jax.data.order import permutation
@@ -16,7 +18,8 @@ from hivit_jax.tools.describe import hours_table
 
 
 def describe(*overrides):
-    config = f"--config={recipes.ROOT / 'configs' / 'mae_base.py'}"
+    """Run ``--mode describe`` on mae_base; return the exit code."""
+    config = f"--config={mini_runs.ROOT / 'configs' / 'mae_base.py'}"
     return main([config, "--mode=describe", *overrides])
 
 
@@ -24,16 +27,26 @@ def describe(*overrides):
 def test_describe_and_overrides(capsys):
     assert describe("--config.model.decoder_depth=8") == 0
     assert "93.3459 M" in capsys.readouterr().out
+    trained = []
+    for prefix in ("", "decoder_embed"):
+        assert describe(f"--config.model.freeze={prefix}") == 0
+        number = re.search(r"\(([\d.]+) M trained\)", capsys.readouterr().out)[1]
+        trained.append(float(number))
+    assert trained[0] - trained[1] == pytest.approx((3584 * 512 + 512) / 1e6, abs=2e-4)
+    assert describe("--config.model.freeze=decode") == 2
+    check_message(
+        capsys.readouterr().err, ["'decode'", "decoder_blocks, decoder_embed"]
+    )
     assert describe("--config.model.depths=[2,2,24]", "--config.mask_ratio=1") == 2
     check_message(capsys.readouterr().err, ["mask_ratio=1.0"])
 
 
 @pytest.mark.slow
 def test_hours_at_peak():
-    """Three forward passes of all images; one for a linear probe, which is frozen."""
+    """Hours count three forward passes per image, and one for a frozen encoder."""
     for config, passes in (
-        (recipes.recipe("digits_mae"), 3),
-        (recipes.recipe("digits_linear"), 1),
+        (mini_runs.recipe("digits_mae"), 3),
+        (mini_runs.recipe("digits_linear"), 1),
     ):
         task = inputs.task_of_recipe(config)
         model = nnx.eval_shape(task.build_model)
@@ -42,9 +55,8 @@ def test_hours_at_peak():
         speed = 989e12 / (2 * passes * task.macs(model))
         images = config.total_steps * config.batch_size
         hours = images / speed / 3600
-        assert row.split() == [
-            "h100", f"{speed:,.0f}", f"{hours:,.2f}", f"{hours / 8:,.2f}"
-        ]  # fmt: skip
+        values = hours, hours / 8, hours / 8 / 0.4
+        assert row.split() == ["h100", f"{speed:,.0f}", *(f"{v:,.2f}" for v in values)]
 
 
 @pytest.mark.processes
@@ -57,8 +69,8 @@ def test_real_process_describes_without_tensorflow():
         "assert 'tensorflow' not in sys.modules\n"
         "sys.exit(code)"
     )
-    flags = [f"--config={recipes.ROOT}/configs/mae_base.py", "--mode=describe"]
-    code, out, err = recipes.run_process("-c", program, *flags)
+    flags = [f"--config={mini_runs.ROOT}/configs/mae_base.py", "--mode=describe"]
+    code, out, err = mini_runs.run_process("-c", program, *flags)
     assert (code, err) == (0, "")
     assert "= 87.04" in out
     assert " M" in out
@@ -67,7 +79,7 @@ def test_real_process_describes_without_tensorflow():
 
 @pytest.mark.slow
 def test_describe_draws_schedule_and_images(tmp_path, capsys, monkeypatch):
-    """It draws every learning rate and the first 16 training images.
+    """Figures show every learning rate and the first 16 training images.
 
     Here the recipe neither crops nor flips them.
     """
@@ -84,7 +96,7 @@ def test_describe_draws_schedule_and_images(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(Axes, "plot", plotted)
     monkeypatch.setattr(Axes, "imshow", shown)
-    recipe = recipes.ROOT / "configs" / "digits_finetune.py"
+    recipe = mini_runs.ROOT / "configs" / "digits_finetune.py"
     overrides = [
         "--config.batch_size=24",
         "--config.model.image_size=8",
@@ -97,12 +109,12 @@ def test_describe_draws_schedule_and_images(tmp_path, capsys, monkeypatch):
     assert f"drawn: {tmp_path}/figures/schedule.png, " in capsys.readouterr().out
     for name in ("schedule", "augmented"):
         Image.open(tmp_path / "figures" / f"{name}.png").verify()
-    [(steps, rates)] = lines
+    [(steps, learning_rates)] = lines
     np.testing.assert_array_equal(steps, np.arange(361))
     peak, warmup = 1e-2 * 24 / 256, 125  # steps: 30 of 100 images
     fall = 0.5 + 0.5 * np.cos(np.pi * (steps - warmup) / (360 - warmup))
     expected = peak * np.where(steps < warmup, steps / warmup, fall)
-    np.testing.assert_allclose(rates, expected, rtol=1e-4, atol=1e-8)
+    np.testing.assert_allclose(learning_rates, expected, rtol=1e-4, atol=1e-8)
     pixels = digits.Digits("train", 100).pixels()[permutation(0, 0, 100)[:16]]
     assert len(images) == 16
     for (image, options), scan in zip(images, pixels, strict=True):

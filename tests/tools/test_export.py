@@ -1,4 +1,4 @@
-"""Exported models reproduce the live model, with jax alone or onnxruntime."""
+"""Tests that exported models equal the original, with only jax or onnxruntime."""
 
 import json
 import os
@@ -7,9 +7,9 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import jax
+import mini_runs
 import numpy as np
 import pytest
-import recipes
 from networks import DEFAULTS, mini, random_array
 from numpy.testing import assert_allclose, assert_array_equal
 
@@ -21,14 +21,14 @@ from hivit_jax.tree import split
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _quick(tmp_path_factory):
-    with recipes.quick():
+def _minimal_output(tmp_path_factory):
+    with mini_runs.minimal_output():
         yield
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """(file of an exported classifier, its logits for two images)."""
+    """Return (file of an exported classifier, its logits for two images)."""
     path, model = tmp_path_factory.mktemp("exported") / "model", mini()
     path.write_bytes(export.export(model))
     return path, np.asarray(jax.jit(model)(random_array((2, 64, 64, 3))))
@@ -36,7 +36,7 @@ def exported(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def workdirs(tmp_path_factory):
-    """Directory of two workdirs in bfloat16, by model name."""
+    """Return a directory of two workdirs in bfloat16; their names are model names."""
     root = tmp_path_factory.mktemp("workdirs")
     for name, arguments in DEFAULTS.items():
         config = {"model": {"name": name, **arguments, "dtype": "bfloat16"}}
@@ -48,6 +48,7 @@ def workdirs(tmp_path_factory):
 
 
 def outputs(model, what, images):
+    """Return the outputs of a classifier, or the features of its encoder."""
     function = model if what == "classifier" else model.encoder.features
     return jax.tree.leaves(jax.jit(function)(images))
 
@@ -67,9 +68,9 @@ def test_export_equals_the_model_in_any_batch(what, dtype, size, tmp_path):
     run = export.load_exported(tmp_path / "model")
     for batch in (1, 3):
         images = random_array((batch, *model.config.image_size, 3))
-        found, expected = run(images), outputs(model, what, images)
-        assert isinstance(found, tuple) == (what == "features")
-        recipes.assert_identical(jax.tree.leaves(found), expected)
+        actual, expected = run(images), outputs(model, what, images)
+        assert isinstance(actual, tuple) == (what == "features")
+        mini_runs.assert_identical(jax.tree.leaves(actual), expected)
 
 
 @pytest.mark.slow
@@ -80,7 +81,7 @@ def test_parameters_are_stored_once(exported):
 
 @pytest.mark.slow
 def test_no_paths_of_the_machine(exported, monkeypatch):
-    """Names of source files only; `~` of a path is the home directory."""
+    """A file contains only names of source files; `~` is expanded in paths."""
     content = exported[0].read_bytes()
     assert b"classifier.py" in content
     for path in (export.__file__, __file__, np.__file__, jax.__file__):
@@ -103,7 +104,7 @@ def test_export_contains_no_kernels(monkeypatch):
 @pytest.mark.slow
 def test_runs_with_jax_alone(exported, tmp_path):
     absent = ("hivit_jax", "flax", "orbax", "optax", "ml_collections")
-    program = recipes.block_imports(tmp_path / "bare", *absent) / "serve.py"
+    program = mini_runs.block_imports(tmp_path / "bare", *absent) / "serve.py"
     program.write_text(
         "import sys, jax, numpy as np\n"
         "path, images, logits = sys.argv[1:]\n"
@@ -113,7 +114,7 @@ def test_runs_with_jax_alone(exported, tmp_path):
     )
     np.save(tmp_path / "images.npy", random_array((2, 64, 64, 3)))
     path, expected = exported
-    code, _, err = recipes.run_process(
+    code, _, err = mini_runs.run_process(
         program, path, tmp_path / "images.npy", tmp_path / "logits.npy"
     )
     assert code == 0, err
@@ -254,10 +255,10 @@ def test_onnx_contains_class_names_and_preprocessing(monkeypatch):
     monkeypatch.setitem(sys.modules, "jax2onnx", stub)
     model = mini(num_classes=2)
     model.info = replace(model.info, class_names=("cat", "dog"))
-    found = json.loads(export.export_onnx(model))
-    assert found["class_names"] == ["cat", "dog"]
-    assert found["image_size"] == [64, 64]
-    assert (found["mean"], found["crop"]) == ([0.485, 0.456, 0.406], 0.875)
+    metadata = json.loads(export.export_onnx(model))
+    assert metadata["class_names"] == ["cat", "dog"]
+    assert metadata["image_size"] == [64, 64]
+    assert (metadata["mean"], metadata["crop"]) == ([0.485, 0.456, 0.406], 0.875)
 
 
 def test_onnx_is_float32():
@@ -274,8 +275,8 @@ def test_onnx(what, tmp_path):
     run = export.load_exported(path)
     for batch in (1, 3):
         images = random_array((batch, 32, 64, 3))
-        found = jax.tree.leaves(run(images))
-        for x, y in zip(found, outputs(model, what, images), strict=True):
+        actual = jax.tree.leaves(run(images))
+        for x, y in zip(actual, outputs(model, what, images), strict=True):
             assert_allclose(x, y, rtol=0, atol=2e-5)
 
 

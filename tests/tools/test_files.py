@@ -1,4 +1,4 @@
-"""Configs for models that were saved without a training config."""
+"""Tests of configs for models that were saved without a training config."""
 
 from dataclasses import replace
 
@@ -23,7 +23,7 @@ from hivit_jax.weights import load
     ],
 )
 def test_config_without_recipe(model, task, classes, tmp_path):
-    """The config repeats arguments and image facts, also without facts in the file."""
+    """The config has the model's arguments, and its image facts or defaults."""
     model = mini(depths=(1, 1, 1), **model)
     channels = model.config.in_channels
     model.info = replace(model.info, crop=0.9, std=(0.1,) * channels)
@@ -53,7 +53,7 @@ def test_tasks_of_other_families(name, task):
 
 @pytest.mark.slow
 def test_model_without_recipe(tmp_path, capsys):
-    """Its predictions are those of the model; a model without head has features."""
+    """Predictions equal the model's; a model without a head has only features."""
     model = mini(depths=(1, 1, 1), num_classes=2)
     model.info = replace(model.info, class_names=("cat", "dog"))
     hivit_jax.save_pretrained(model, tmp_path / "model")
@@ -65,9 +65,9 @@ def test_model_without_recipe(tmp_path, capsys):
     logits = np.asarray(model(hivit_jax.preprocess(model)(image)))[0]
     expected = ("cat", "dog")[logits.argmax()]
     probability = 1 / np.exp(logits - logits.max()).sum()
-    _, name, found, *_ = out.read_text().splitlines()[1].split(",")
+    _, name, printed, *_ = out.read_text().splitlines()[1].split(",")
     assert name == expected
-    assert float(found) == pytest.approx(probability, abs=1e-5)
+    assert float(printed) == pytest.approx(probability, abs=1e-5)
     bare = f"--checkpoint={tmp_path / 'bare'}"
     assert predict.main([bare, *flags]) == 2
     assert "has no head" in capsys.readouterr().err

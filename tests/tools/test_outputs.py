@@ -1,8 +1,7 @@
-"""Paths that commands write to.
+"""Tests of paths that commands write to.
 
-Border: an existing file that the command reads is refused, by whatever name or link;
-so are the files of a model in a directory that it reads. Every other file may be
-replaced.
+An output must not be a file that the command reads, under any name or link, nor a file
+of a model in a directory that the command reads. Other files may be replaced.
 """
 
 import os

@@ -7,7 +7,7 @@ import sys
 
 import numpy as np
 import pytest
-from recipes import check_message, sample
+from mini_runs import check_message, sample
 
 from hivit_jax.data.sources import registry
 from hivit_jax.data.sources.tfds import Tfds

@@ -1,12 +1,12 @@
-"""Predictions and features of image files, with a run trained in seconds."""
+"""Tests of predictions and features of image files, with a very short run."""
 
 import csv
 import json
 from pathlib import Path
 
+import mini_runs
 import numpy as np
 import pytest
-import recipes
 from datasets import noise_image
 from PIL import Image
 
@@ -20,7 +20,7 @@ MEAN = (0.4, 0.4, 0.4)
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Class folders of noisy images of one color."""
+    """Write class folders; the images of a class are one color with noise."""
     root, random = tmp_path_factory.mktemp("data"), np.random.RandomState(0)
     for split, count in (("train", 8), ("val", 5)):
         for name, color in COLORS.items():
@@ -58,24 +58,25 @@ def train_classifier(data, workdir, **overrides):
             log_every=24,
             optimizer__base_learning_rate=0.05,
         )
-        train(recipes.classifier("digits", **options | overrides), workdir)
+        train(mini_runs.classifier("digits", **options | overrides), workdir)
     return workdir
 
 
 @pytest.fixture(scope="module")
-def run(data, tmp_path_factory, quick):
-    """Workdir of a classifier of these images."""
+def run(data, tmp_path_factory, minimal_output):
+    """Return the workdir of a classifier of these images."""
     return train_classifier(data, tmp_path_factory.mktemp("run"))
 
 
 @pytest.fixture(scope="module")
 def shared(run, tmp_path_factory):
-    """Directory of the saved model."""
+    """Return the directory of the saved model."""
     convert.convert(str(run), directory := tmp_path_factory.mktemp("shared"))
     return directory
 
 
 def rows(path):
+    """Return the rows of a CSV file as dicts."""
     with open(path, newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
@@ -86,21 +87,21 @@ def test_labeled_folder(run, data, tmp_path, capsys):
     out = tmp_path / "p" / "all.csv"
     flags = [f"--checkpoint={run}", f"--out={out}"]
     assert predict.main([*flags, str(data / "val")]) == 0
-    found = rows(out)
+    table = rows(out)
     paths = sorted(str(path) for path in (data / "val").rglob("*.png"))
-    assert [row["file"] for row in found] == paths
-    assert [row["label"] for row in found] == [path.split("/")[-2] for path in paths]
+    assert [row["file"] for row in table] == paths
+    assert [row["label"] for row in table] == [path.split("/")[-2] for path in paths]
     ranks = ["", "_2", "_3"]
-    assert [*found[0]] == [
+    assert [*table[0]] == [
         "file", *(f"{n}{r}" for r in ranks for n in ("predicted", "probability")),
         "label", "error",
     ]  # fmt: skip
-    for row in found:
+    for row in table:
         p = [float(row[f"probability{r}"]) for r in ranks]
         assert p == sorted(p, reverse=True)
         assert sum(p) == pytest.approx(1, abs=1e-5)
         assert {row[f"predicted{r}"] for r in ranks} == {*COLORS}
-    right = [row["predicted"] == row["label"] for row in found]
+    right = [row["predicted"] == row["label"] for row in table]
     accuracy = np.mean(right)
     assert accuracy > 0.9
     metrics = json.loads((tmp_path / "p" / "all_metrics.json").read_text())
@@ -120,8 +121,10 @@ def test_labeled_folder(run, data, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_any_files_by_run_or_saved_model(run, shared, data, tmp_path, monkeypatch):
-    """Unlabeled, mislabeled, 16-bit and damaged files; run and saved model agree,
-    although the dataset is not available.
+    """A run and its saved model give equal rows for files of any kind.
+
+    The files are unlabeled, mislabeled, 16-bit or damaged. The dataset of the run is
+    not available.
     """
     monkeypatch.chdir(tmp_path)
     images = tmp_path / "tiles"
@@ -136,18 +139,18 @@ def test_any_files_by_run_or_saved_model(run, shared, data, tmp_path, monkeypatc
         flags = ["--checkpoint", str(checkpoint), "--out", name, "--batch_size=2"]
         assert predict.main([*flags, "tiles", more]) == 0
     assert (tmp_path / "a.csv").read_bytes() == (tmp_path / "b.csv").read_bytes()
-    found = rows("a.csv")
+    table = rows("a.csv")
     names = ["tiles/a.png", "tiles/b.png", "tiles/deep/blue/c.png", "tiles/float.tiff"]
-    assert [row["file"] for row in found] == [*names, more]
-    assert [row["label"] for row in found] == ["", "", "blue", "", "green"]
-    assert [row["predicted"] for row in found] == ["", "red", "green", "", "green"]
-    assert "unknown image format" in found[0]["error"]
-    assert "data.value_range" in found[3]["error"]
-    assert not any(found[k]["error"] for k in (1, 2, 4))
+    assert [row["file"] for row in table] == [*names, more]
+    assert [row["label"] for row in table] == ["", "", "blue", "", "green"]
+    assert [row["predicted"] for row in table] == ["", "red", "green", "", "green"]
+    assert "unknown image format" in table[0]["error"]
+    assert "data.value_range" in table[3]["error"]
+    assert not any(table[k]["error"] for k in (1, 2, 4))
     lines = [json.loads(line) for line in Path("c.jsonl").read_text().splitlines()]
     assert lines[0].keys() == {"file", "error"}
     assert lines[1]["predicted"] == "red"
-    assert lines[1]["probability"] == float(found[1]["probability"])
+    assert lines[1]["probability"] == float(table[1]["probability"])
     assert json.loads((tmp_path / "a_metrics.json").read_text())["accuracy"] == 0.5
     with Image.open(tmp_path / "a_worst.png") as sheet:
         assert sheet.width > 500
@@ -155,16 +158,17 @@ def test_any_files_by_run_or_saved_model(run, shared, data, tmp_path, monkeypatc
 
 @pytest.mark.slow
 def test_dataset_split_and_preprocess(run, data, tmp_path):
-    """Without paths: the test split, with labels. Probabilities are those of the model
-    with `preprocess`.
+    """Without paths, the command predicts the labeled test split.
+
+    Probabilities equal those of the model after `preprocess`.
     """
     out = tmp_path / "split.csv"
     assert predict.main([f"--checkpoint={run}", f"--out={out}"]) == 0
-    found = rows(out)
-    assert {row["label"] for row in found} == {*COLORS}
+    table = rows(out)
+    assert {row["label"] for row in table} == {*COLORS}
     model = hivit_jax.load_pretrained(run)
-    images = hivit_jax.preprocess(model)([row["file"] for row in found])
-    for row, logits in zip(found, np.asarray(model(images)), strict=True):
+    images = hivit_jax.preprocess(model)([row["file"] for row in table])
+    for row, logits in zip(table, np.asarray(model(images)), strict=True):
         p = np.exp(logits - logits.max())
         best = p.argmax()
         assert model.info.class_names[best] == row["predicted"]
@@ -198,15 +202,15 @@ def test_features(run, shared, data, tmp_path):
     out = tmp_path / "f.npz"
     flags = [f"--checkpoint={shared}", "--batch_size=4"]
     assert features.main([*flags, f"--out={out}", *images]) == 0
-    found = np.load(out)
+    arrays = np.load(out)
     paths = sorted(str(path) for path in (data / "val").rglob("*.png"))
-    assert found["files"].tolist() == paths
-    assert found["labels"].tolist() == [0] * 5 + [1] * 5 + [2] * 5
-    assert found["class_names"].tolist() == [*COLORS]
-    assert found["features"].dtype == np.float32
+    assert arrays["files"].tolist() == paths
+    assert arrays["labels"].tolist() == [0] * 5 + [1] * 5 + [2] * 5
+    assert arrays["class_names"].tolist() == [*COLORS]
+    assert arrays["features"].dtype == np.float32
     model = hivit_jax.load_pretrained(shared)
     expected = model.pooled(hivit_jax.preprocess(model)(paths))
-    np.testing.assert_allclose(found["features"], expected, atol=0.02)
+    np.testing.assert_allclose(arrays["features"], expected, atol=0.02)
     assert features.main([*flags, f"--out={out}", "--pyramid", paths[0]]) == 0
     maps = np.load(out)
     shapes = {name: maps[name].shape for name in maps if name.startswith("stride")}
@@ -217,8 +221,8 @@ def test_features(run, shared, data, tmp_path):
 
 
 @pytest.mark.slow
-def test_arrays_of_16_bits_and_4_bands(tmp_path, quick):
-    """From a run or a saved model; the worst images are drawn from 16 bits too."""
+def test_arrays_of_16_bits_and_4_bands(tmp_path, minimal_output):
+    """A run and its saved model read 16-bit arrays, also in the figure of errors."""
     pixels = np.random.RandomState(0).randint(0, 10000, (8, 40, 48, 4), np.uint16)
     for k, array in enumerate(pixels):
         for split in ("train", "val"):
@@ -241,10 +245,10 @@ def test_arrays_of_16_bits_and_4_bands(tmp_path, quick):
         out = tmp_path / f"{name}.csv"
         flags = [f"--checkpoint={model}", f"--out={out}", str(tmp_path / "data/val")]
         assert predict.main(flags) == 0
-        found = rows(out)
-        assert [row["label"] for row in found] == 4 * ["field"] + 4 * ["water"]
-        assert not any(row["error"] for row in found)
-    wrong = sum(row["predicted"] != row["label"] for row in found)
+        table = rows(out)
+        assert [row["label"] for row in table] == 4 * ["field"] + 4 * ["water"]
+        assert not any(row["error"] for row in table)
+    wrong = sum(row["predicted"] != row["label"] for row in table)
     assert (tmp_path / "run_worst.png").exists() == (wrong > 0)
     assert wrong  # of random pixels after one step
     preprocess = hivit_jax.preprocess(hivit_jax.load_pretrained(shared))

@@ -1,4 +1,4 @@
-"""Preparation of datasets: files, resuming and errors."""
+"""Tests of dataset preparation: files, resuming and errors."""
 
 import io
 import os
@@ -7,13 +7,13 @@ import signal
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import mini_runs
 import numpy as np
 import pytest
-import recipes
 import tensorflow_datasets as tfds
 from imagenet_tars import LABELS, VALIDATION_LABELS, WNIDS, pack_tar, write_tars
+from mini_runs import check_message
 from PIL import Image
-from recipes import check_message
 
 from hivit_jax.data.sources.tfds import OPENERS, Tfds
 from hivit_jax.errors import DataError
@@ -31,32 +31,36 @@ def stored(directory: Path, split: str) -> list[dict]:
 
 
 def contents(directory: Path) -> dict[str, bytes]:
+    """Return {name: content} of the files in a directory."""
     return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
 def size_of(jpeg: bytes) -> tuple[int, int]:
+    """Return (width, height) of an image."""
     return Image.open(io.BytesIO(jpeg)).size
 
 
 @pytest.fixture(scope="module")
 def tars(tmp_path_factory):
+    """Return a directory for ImageNet's tar files."""
     return tmp_path_factory.mktemp("tars")
 
 
 @pytest.fixture(scope="module")
 def originals(tars):
+    """Write ImageNet's tar files; return their images."""
     return write_tars(tars)
 
 
 @pytest.fixture(scope="module")
 def flags(tars, originals):
-    """Command line of a preparation in shards of two, without --data_dir."""
+    """Return the flags of a preparation in shards of two images, without --data_dir."""
     return [f"--manual_dir={tars}", "--shard_size=2"]
 
 
 @pytest.fixture(scope="module")
-def whole(flags, tmp_path_factory):
-    """Data directory of an uninterrupted preparation."""
+def complete(flags, tmp_path_factory):
+    """Return the data directory of an uninterrupted preparation."""
     out = tmp_path_factory.mktemp("whole")
     assert main([*flags, f"--data_dir={out}"]) == 0
     return out
@@ -64,26 +68,26 @@ def whole(flags, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def small(flags, tmp_path_factory):
-    """The same with reduced training images."""
+    """Return the data directory of a preparation with reduced training images."""
     out = tmp_path_factory.mktemp("small")
     assert main([*flags, f"--data_dir={out}", "--short_side=32"]) == 0
     return out
 
 
 @pytest.mark.slow
-def test_records(whole, originals):
-    train = stored(whole / VERSION, "train")
+def test_records(complete, originals):
+    train = stored(complete / VERSION, "train")
     assert [e["file_name"].decode() for e in train] == list(originals["train"])
     assert [e["image"] for e in train] == list(originals["train"].values())
     assert [e["label"] for e in train] == [LABELS[w] for w in WNIDS for _ in range(5)]
-    validation = stored(whole / VERSION, "validation")
+    validation = stored(complete / VERSION, "validation")
     assert [e["image"] for e in validation] == list(originals["validation"].values())
     assert [e["label"] for e in validation] == VALIDATION_LABELS
 
 
 @pytest.mark.slow
-def test_files(whole):
-    files = set(contents(whole / VERSION))
+def test_files(complete):
+    files = set(contents(complete / VERSION))
     shards = {
         f"imagenet2012-{split}.array_record-{i:05d}-of-{n:05d}"
         for split, n in (("train", 8), ("validation", 3))
@@ -91,43 +95,43 @@ def test_files(whole):
     }
     described = {"dataset_info.json", "features.json", "label.labels.txt"}
     assert files == shards | described | {"short_side=0"}
-    assert os.listdir(whole / VERSION.parent) == [VERSION.name]
-    splits = tfds.builder("imagenet2012", data_dir=whole).info.splits
+    assert os.listdir(complete / VERSION.parent) == [VERSION.name]
+    splits = tfds.builder("imagenet2012", data_dir=complete).info.splits
     assert splits["train"].shard_lengths == [2] * 7 + [1]
     assert splits["validation"].num_examples == 6
 
 
 @pytest.mark.slow
-def test_reduced_images(whole, small):
-    """Only training images are reduced, and keep their aspect ratio."""
+def test_reduced_images(complete, small):
+    """Only training images are reduced; their aspect ratio is unchanged."""
     reduced = [e["image"] for e in stored(small / VERSION, "train")]
     assert {size_of(jpeg) for jpeg in reduced} == {(43, 32)}
     assert stored(small / VERSION, "validation") == stored(
-        whole / VERSION, "validation"
+        complete / VERSION, "validation"
     )
 
 
-def test_source(whole, originals):
+def test_source(complete, originals):
     """The source reads all examples from many threads, and slices of splits."""
-    source = Tfds("imagenet2012", str(whole), "train")
+    source = Tfds("imagenet2012", str(complete), "train")
     jpegs = list(originals["train"].values())
     expected = [(jpegs[i], LABELS[WNIDS[i // 5]]) for i in range(15)]
     assert len(source) == 15
-    assert [recipes.sample(source, i) for i in range(15)] == expected
+    assert [mini_runs.sample(source, i) for i in range(15)] == expected
     assert len(source.classes) == 1000
     assert source.name(7) == "train[7] n01440764_2.JPEG"
-    part = Tfds("imagenet2012", str(whole), "train[3:9]")
-    assert [recipes.sample(part, i) for i in range(6)] == expected[3:9]
-    validation = Tfds("imagenet2012", str(whole), "validation")
-    assert [recipes.sample(validation, i)[1] for i in range(6)] == VALIDATION_LABELS
+    part = Tfds("imagenet2012", str(complete), "train[3:9]")
+    assert [mini_runs.sample(part, i) for i in range(6)] == expected[3:9]
+    validation = Tfds("imagenet2012", str(complete), "validation")
+    assert [mini_runs.sample(validation, i)[1] for i in range(6)] == VALIDATION_LABELS
     with pytest.raises(
         DataError, match="no split 'test'; available: train, validation"
     ):
-        Tfds("imagenet2012", str(whole), "test")
+        Tfds("imagenet2012", str(complete), "test")
 
     def many(seed):
         order = np.random.RandomState(seed).randint(0, 15, 300)
-        return [recipes.sample(source, i) for i in order] == [
+        return [mini_runs.sample(source, i) for i in order] == [
             expected[i] for i in order
         ]
 
@@ -135,12 +139,12 @@ def test_source(whole, originals):
         assert all(pool.map(many, range(16)))
 
 
-def test_limit_of_open_files(whole):
+def test_limit_of_open_files(complete):
     """The limit of open files is raised for every shard."""
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (500, before[1]))
-        Tfds("imagenet2012", str(whole), "train")
+        Tfds("imagenet2012", str(complete), "train")
         assert resource.getrlimit(resource.RLIMIT_NOFILE) == (508, before[1])
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
@@ -148,16 +152,16 @@ def test_limit_of_open_files(whole):
 
 @pytest.mark.processes
 @pytest.mark.slow
-def test_reading_needs_no_tensorflow(whole, originals, tmp_path):
+def test_reading_needs_no_tensorflow(complete, originals, tmp_path):
     program = (
         "import sys, tensorflow_datasets as tfds\n"
         "source = tfds.builder_from_directory(sys.argv[1]).as_data_source(\n"
         "    'train', decoders={'image': tfds.decode.SkipDecoding()})\n"
         "print(len(source), source[7]['label'], source[7]['image'].hex())\n"
     )
-    missing = recipes.block_imports(tmp_path / "nothing", "tensorflow")
-    command = ["-c", program, whole / VERSION]
-    code, out, err = recipes.run_process(*command, PYTHONPATH=missing)
+    missing = mini_runs.block_imports(tmp_path / "nothing", "tensorflow")
+    command = ["-c", program, complete / VERSION]
+    code, out, err = mini_runs.run_process(*command, PYTHONPATH=missing)
     assert code == 0, err
     expected = list(originals["train"].values())[7]
     assert out.split() == ["15", "0", expected.hex()]
@@ -165,16 +169,16 @@ def test_reading_needs_no_tensorflow(whole, originals, tmp_path):
 
 @pytest.mark.processes
 @pytest.mark.slow
-def test_complete_dataset_is_kept(whole, flags):
+def test_complete_dataset_is_kept(complete, flags):
     """A process reports that the dataset is complete, and writes nothing."""
-    before = contents(whole / VERSION)
-    command = ["-m", "hivit_jax.tools.prepare_data", *flags, f"--data_dir={whole}"]
-    code, out, err = recipes.run_process(*command)
+    before = contents(complete / VERSION)
+    command = ["-m", "hivit_jax.tools.prepare_data", *flags, f"--data_dir={complete}"]
+    code, out, err = mini_runs.run_process(*command)
     assert (code, err) == (0, "")
     assert "train: 15 images\nvalidation: 6 images\n" in out
-    assert f"{whole / VERSION} is complete; nothing to do" in out
-    assert f"--config.data.dir={whole}" in out
-    assert contents(whole / VERSION) == before
+    assert f"{complete / VERSION} is complete; nothing to do" in out
+    assert f"--config.data.dir={complete}" in out
+    assert contents(complete / VERSION) == before
 
 
 @pytest.mark.processes
@@ -194,7 +198,7 @@ def test_killed_process_resumes(small, flags, tmp_path):
         "prepare_data.main(sys.argv[1:])\n"
     )
     command = [*flags, f"--data_dir={tmp_path}", "--short_side=32"]
-    code, _, _ = recipes.run_process("-c", program, *command)
+    code, _, _ = mini_runs.run_process("-c", program, *command)
     assert code == -signal.SIGKILL
     half = tmp_path / f"{VERSION}.incomplete"
     finished = sorted(half.glob("*.array_record-*"))
@@ -213,12 +217,12 @@ def test_killed_process_resumes(small, flags, tmp_path):
 def test_interrupted_anywhere(tars, tmp_path, monkeypatch, capsys):
     """SIGTERM before or after any rename: resuming gives identical files."""
     replace = Path.replace
-    moves, interrupted_move = [], None
+    renames, interrupted_rename = [], None
 
     def moved(path, target):
-        moves.append(target)
-        if len(moves) - 1 == interrupted_move:
-            if interrupted_move % 2:
+        renames.append(target)
+        if len(renames) - 1 == interrupted_rename:
+            if interrupted_rename % 2:
                 replace(path, target)
             os.kill(os.getpid(), signal.SIGTERM)
         return replace(path, target)
@@ -227,22 +231,22 @@ def test_interrupted_anywhere(tars, tmp_path, monkeypatch, capsys):
     command = [f"--manual_dir={tars}", "--shard_size=4"]
     assert main([*command, f"--data_dir={tmp_path / 'whole'}"]) == 0
     expected = contents(tmp_path / "whole" / VERSION)
-    assert len(moves) == 2 * (4 + 2) + 1
-    for interrupted_move in range(len(moves)):
-        moves.clear()
-        out = tmp_path / str(interrupted_move)
+    assert len(renames) == 2 * (4 + 2) + 1
+    for interrupted_rename in range(len(renames)):
+        renames.clear()
+        out = tmp_path / str(interrupted_rename)
         assert main([*command, f"--data_dir={out}"]) == 75
         assert "same command to resume" in capsys.readouterr().err.splitlines()[-1]
         assert main([*command, f"--data_dir={out}"]) == 0
         assert contents(out / VERSION) == expected
 
 
-def test_resume_with_another_option(whole, flags, tmp_path, capsys):
-    """Another --short_side is refused for finished and unfinished datasets."""
+def test_resume_with_another_option(complete, flags, tmp_path, capsys):
+    """Another --short_side is an error for finished and unfinished datasets."""
     half = tmp_path / f"{VERSION}.incomplete"
     half.mkdir(parents=True)
     (half / "short_side=320").touch()
-    for out, option, begun in ((whole, 320, 0), (tmp_path, 0, 320)):
+    for out, option, begun in ((complete, 320, 0), (tmp_path, 0, 320)):
         command = [*flags, f"--data_dir={out}", f"--short_side={option}"]
         assert main(command) == 2
         fragments = [f"--short_side={option}", f"started with --short_side={begun}"]
@@ -260,7 +264,7 @@ def test_resume_with_other_images(tmp_path, capsys):
 
 
 class Rings(tfds.core.GeneratorBasedBuilder):
-    """Grayscale images without files, with the newer form of splits."""
+    """Dataset of generated grayscale images, with the newer form of splits."""
 
     VERSION = tfds.core.Version("1.0.0")
 
@@ -293,17 +297,17 @@ def test_tfrecords_of_tfds(tmp_path):
     """TFRecords of TFDS, with its order and PNG images, are read without tensorflow."""
     Rings(data_dir=tmp_path, file_format="tfrecord").download_and_prepare()
     source = Tfds("rings", str(tmp_path), "train")
-    found = [recipes.sample(source, i) for i in range(3)]
-    widths = [(size_of(png)[0], label) for png, label in found]
+    examples = [mini_runs.sample(source, i) for i in range(3)]
+    widths = [(size_of(png)[0], label) for png, label in examples]
     assert sorted(widths) == [(8, 0), (9, 1), (10, 0)]
     part = Tfds("rings", str(tmp_path), "train[1:]")
-    assert [recipes.sample(part, 0), recipes.sample(part, 1)] == found[1:]
+    assert [mini_runs.sample(part, 0), mini_runs.sample(part, 1)] == examples[1:]
     (shard,) = tmp_path.glob("rings/1.0.0/*tfrecord*")
     assert source.name(1) == "train[1]"
     shard.write_bytes(shard.read_bytes()[:-3])
     OPENERS["tfrecord"].cache_clear()
     with pytest.raises(OSError, match="ends inside a record"):
-        recipes.sample(source, 0)
+        mini_runs.sample(source, 0)
     assert source.name(1) == f"train[1] in {shard}"
 
 
@@ -347,8 +351,8 @@ def test_missing_and_misnamed_tar(tmp_path, capsys):
     write_tars(tmp_path)
     (tmp_path / prepare_data.VALIDATION).rename(tmp_path / "ILSVRC2012_val.tar")
     missing = f"has no {prepare_data.VALIDATION}"
-    found = f"found: {prepare_data.TRAIN}, ILSVRC2012_val.tar"
-    check_refused(tmp_path, 2, [missing, found], capsys)
+    existing = f"found: {prepare_data.TRAIN}, ILSVRC2012_val.tar"
+    check_refused(tmp_path, 2, [missing, existing], capsys)
 
 
 def test_validation_images_with_a_gap(tmp_path, capsys):
@@ -380,10 +384,10 @@ def test_unreadable_image(tmp_path, capsys):
 
 
 def test_truncated_class_tar(tmp_path, capsys):
-    """TFDS's own reader detects it."""
+    """TFDS's own reader detects a truncated tar file inside the tar file."""
     write_tars(tmp_path)
-    whole = pack_tar({"n01440764_7.JPEG": b"nothing" * 1000})
-    classes = {"n01440764.tar": whole[:3000]}
+    class_tar = pack_tar({"n01440764_7.JPEG": b"nothing" * 1000})
+    classes = {"n01440764.tar": class_tar[:3000]}
     (tmp_path / prepare_data.TRAIN).write_bytes(pack_tar(classes))
     assert main([f"--manual_dir={tmp_path}", f"--data_dir={tmp_path}"]) == 4
     assert (

@@ -1,4 +1,4 @@
-"""Reconstructions of a user's images: the command, and the example of features."""
+"""Tests of reconstructions of a user's images, and of the example of features."""
 
 import io
 
@@ -15,12 +15,12 @@ from examples import features as example
 from hivit_jax.models.positions import patchify
 from hivit_jax.tools import reconstruct as command
 
-pytestmark = pytest.mark.usefixtures("quick")
+pytestmark = pytest.mark.usefixtures("minimal_output")
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """Directories of a small masked autoencoder and of a classifier."""
+    """Return the directory of a saved masked autoencoder and a saved classifier."""
     directory = tmp_path_factory.mktemp("saved")
     for name in ("mae_hivit_base", "hivit_base"):
         hivit_jax.save_pretrained(mini(name), directory / name)
@@ -45,8 +45,8 @@ def test_command(saved, tmp_path, capsys):
     assert "75.0% of each image masked" in out_text
     text = "brightness and contrast of each true unit, unknown to the model"
     assert text in out_text
-    with Image.open(out) as drawn:
-        assert drawn.width > drawn.height > 300  # two rows of four panels
+    with Image.open(out) as image:
+        assert image.width > image.height > 300  # two rows of four panels
     assert (
         command.main([str(x) for x in (*flags, *images, "--statistics=visible")]) == 0
     )
@@ -64,9 +64,9 @@ def panels(directory, *options):
     out = directory / "out.png"
     flags = ["--checkpoint", directory, "--out", out, directory / "image.png"]
     assert command.main([*map(str, flags), *options]) == 0
-    with Image.open(out) as drawn:
-        pixels = np.asarray(drawn.convert("RGB"))
-    found = []
+    with Image.open(out) as image:
+        pixels = np.asarray(image.convert("RGB"))
+    squares = []
     for quarter in np.split(pixels, range(176, 704, 176), axis=1):  # of 704 columns
         colored = (quarter != 255).any(-1)
         # Rows of text are shorter runs than the panel.
@@ -74,8 +74,8 @@ def panels(directory, *options):
         runs = np.split(rows, np.flatnonzero(np.diff(rows) > 1) + 1)
         rows = max(runs, key=len)[2:-2]
         columns = np.flatnonzero(colored[rows].all(0))[2:-2]
-        found.append(quarter[np.ix_(rows, columns)])
-    return found
+        squares.append(quarter[np.ix_(rows, columns)])
+    return squares
 
 
 def save_constant_model(directory, recipe, **overrides):
@@ -89,6 +89,7 @@ def save_constant_model(directory, recipe, **overrides):
 
 
 def close(panel, color):
+    """Return True for each pixel that differs from a color by at most one level."""
     return (np.abs(panel.astype(int) - color) <= 1).all(-1)
 
 
@@ -131,9 +132,9 @@ def test_statistics_flag(tmp_path):
     _, masked, predicted, _ = panels(tmp_path, "--statistics=visible")
     height, width = masked.shape[0] // 2, masked.shape[1] // 4
     middles = masked[height // 2 :: height, width // 2 :: width][:2, :4, 0]
-    seen = levels[np.abs(middles.astype(int) - levels) <= 1]
-    assert len(seen) == 5
-    assert close(predicted, (seen.mean(),) * 3).all()
+    visible = levels[np.abs(middles.astype(int) - levels) <= 1]
+    assert len(visible) == 5
+    assert close(predicted, (visible.mean(),) * 3).all()
 
 
 @pytest.mark.parametrize(
@@ -157,7 +158,7 @@ def test_bad_input(saved, tmp_path, capsys, model, name, code, message):
 
 @pytest.mark.parametrize("ratio", ["0", "0.0", "1", "-0.5", "nan"])
 def test_mask_ratios_out_of_range(ratio, saved, tmp_path, capsys):
-    """0 is a value, not an absent flag. Accepted: 0 < ratio < 1."""
+    """Mask ratios must be above 0 and below 1; 0 is not an absent flag."""
     image, out = write_noise(tmp_path / "a.png"), tmp_path / "out.png"
     flags = ["--checkpoint", saved / "mae_hivit_base", "--out", out, image]
     assert command.main([*map(str, flags), f"--mask_ratio={ratio}"]) == 2
@@ -180,18 +181,18 @@ def test_statistics():
     """Units have their own mean and deviation, or the average of the visible units."""
     model, images = mini("mae_hivit_base"), random_array((2, 64, 64, 3))
     own, removed = command.reconstruct(model, images)
-    other, same = command.reconstruct(model, images, statistics="visible")
-    assert (removed == same).all()
+    by_unit, by_visible_units = command.reconstruct(model, images, statistics="visible")
+    assert (removed == by_visible_units).all()
     assert removed.mean() == 0.75
-    units = [np.asarray(patchify(jnp.asarray(x), 16)) for x in (images, own, other)]
-    true, own, other = units
-    seen = np.asarray(patchify(jnp.asarray(removed), 16))[..., 0] == 0
-    mean, scale = true.mean(-1), true.std(-1, ddof=1)
+    units = [np.asarray(patchify(jnp.asarray(x), 16)) for x in (images, own, by_unit)]
+    originals, own, by_unit = units
+    is_visible = np.asarray(patchify(jnp.asarray(removed), 16))[..., 0] == 0
+    mean, scale = originals.mean(-1), originals.std(-1, ddof=1)
     normalized = (own - mean[..., None]) / scale[..., None]
     for image in range(2):
-        of_visible = [x[image][seen[image]].mean() for x in (mean, scale)]
+        of_visible = [x[image][is_visible[image]].mean() for x in (mean, scale)]
         expected = normalized[image] * of_visible[1] + of_visible[0]
-        assert_allclose(other[image], expected, atol=1e-4)
+        assert_allclose(by_unit[image], expected, atol=1e-4)
 
 
 def test_pixels_as_predicted():
@@ -205,8 +206,8 @@ def test_example(saved, tmp_path):
     path = write_noise(tmp_path / "a.jpg")
     flags = ["--checkpoint", saved / "mae_hivit_base", "--out", out, path]
     example.main([str(flag) for flag in flags])
-    with Image.open(out) as drawn:
-        assert drawn.width > 5 * drawn.height
+    with Image.open(out) as image:
+        assert image.width > 5 * image.height
 
 
 def test_principal_components():

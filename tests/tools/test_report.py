@@ -1,4 +1,4 @@
-"""The HTML report on runs: its data, its independence of other files, its errors."""
+"""Tests of the HTML report on runs: data, independence of other files, errors."""
 
 import base64
 import configparser
@@ -11,11 +11,11 @@ import shutil
 import subprocess
 from html.parser import HTMLParser
 
+import mini_runs
 import numpy as np
 import pytest
-import recipes
+from mini_runs import check_message
 from PIL import Image
-from recipes import check_message
 
 from hivit_jax import config as configs
 from hivit_jax.checkpoints.manager import Checkpoints
@@ -33,7 +33,7 @@ LINES = [
 
 
 class Elements(HTMLParser):
-    """Tags, attributes, text by tag, and the JSON text of a page."""
+    """Parser of a page: tags, attributes, text by tag, and the JSON text."""
 
     def __init__(self, page):
         super().__init__()
@@ -63,12 +63,13 @@ def write_run(workdir, lines=LINES, **overrides):
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (workdir / "metrics.jsonl").write_text(text)
     values = {"log_every": 10, "total_steps": 20} | overrides
-    config = configs.to_json(recipes.mae("digits", **values))
+    config = configs.to_json(mini_runs.mae("digits", **values))
     (workdir / "config.json").write_text(config)
     return workdir
 
 
 def page_data(*workdirs):
+    """Return the JSON data in the report on these runs."""
     return json.loads(Elements(report.make_report(map(str, workdirs))).json)
 
 
@@ -85,7 +86,7 @@ def test_metrics_are_embedded(tmp_path):
 
 
 def test_charts(tmp_path):
-    """Losses first, then evaluations; metrics that are always 0 have no chart."""
+    """Charts show losses, then evaluations; metrics that are always 0 have no chart."""
     lines = [{"step": 1, "learning_rate": 1e-3, "top1": 0.5, "eval/top1": 0.25}]
     write_run(tmp_path / "a")
     write_run(tmp_path / "b", lines)
@@ -112,9 +113,9 @@ def test_config_keys(tmp_path):
 
 
 def test_events(tmp_path):
-    """Starts, changed keys, an early end, a damaged and the kept checkpoints."""
+    """Events are starts, changed keys, an early end, damaged and kept checkpoints."""
     run = write_run(tmp_path / "a")
-    later = recipes.mae("digits", log_every=10, total_steps=20, seed=5)
+    later = mini_runs.mae("digits", log_every=10, total_steps=20, seed=5)
     (run / "config-20260102T030405Z.json").write_text(configs.to_json(later))
     for name in ("checkpoints/13", "checkpoints/20", "damaged/12"):
         (run / name).mkdir(parents=True)
@@ -158,7 +159,7 @@ def test_summary(tmp_path):
 
 
 def test_metrics_alone(tmp_path):
-    """An unfinished run; the same without its config."""
+    """An unfinished run is reported, also without its config."""
     run = write_run(tmp_path / "a", LINES[:3])
     facts = page_data(run)["runs"][0]["summary"]
     assert (facts["steps"], facts["state"]) == ("13 of 20", "not finished")
@@ -170,7 +171,7 @@ def test_metrics_alone(tmp_path):
 
 
 def test_figures(tmp_path, monkeypatch):
-    """First, last and evenly spaced steps; the curves are drawn by the page itself."""
+    """The page has figures of the first, last and evenly spaced steps."""
     monkeypatch.setattr(report, "MAX_STEPS", 3)
     run = write_run(tmp_path / "a")
     for step in range(10, 60, 10):
@@ -178,19 +179,25 @@ def test_figures(tmp_path, monkeypatch):
         figures.write_png(run / "figures" / f"some_cells_{step:07d}.png", pixels)
     for name in ("schedule", "curves"):
         figures.write_png(run / "figures" / f"{name}.png", pixels)
-    found = page_data(run)["runs"][0]["figures"]
-    assert {name: [image["step"] for image in found[name]] for name in found} == {
+    images_by_name = page_data(run)["runs"][0]["figures"]
+    assert {
+        name: [image["step"] for image in images_by_name[name]]
+        for name in images_by_name
+    } == {
         "schedule": [0],
         "some_cells": [10, 30, 50],
     }
-    for image in found["some_cells"]:
+    for image in images_by_name["some_cells"]:
         encoded = image["src"].removeprefix("data:image/png;base64,")
-        with Image.open(io.BytesIO(base64.b64decode(encoded))) as drawn:
-            assert (drawn.size, drawn.getpixel((0, 0))[0]) == ((2, 1), image["step"])
+        with Image.open(io.BytesIO(base64.b64decode(encoded))) as picture:
+            assert (picture.size, picture.getpixel((0, 0))[0]) == (
+                (2, 1),
+                image["step"],
+            )
 
 
 def test_page_is_self_contained(tmp_path):
-    """It refers to no file or address, and text of a run is never markup."""
+    """The page refers to no file or address; text of a run is never markup."""
     text = "</script><b>&amp;{{DATA}}"
     run = write_run(tmp_path / "a", [{"step": 1, text: 0.5}], init_from=text)
     page = Elements(report.make_report([str(run)]))
@@ -208,7 +215,7 @@ def test_page_is_self_contained(tmp_path):
 
 
 def test_names_of_runs(tmp_path):
-    """As many directories as make the names different; a run appears once."""
+    """Names have as many directories as make them different; a run appears once."""
     runs = [write_run(tmp_path / name) for name in ("x/a/run", "x/b/run", "y/a/run")]
     assert [run["name"] for run in page_data(*runs, runs[0])["runs"]] == [
         "x/a/run",
@@ -224,7 +231,7 @@ def test_command(tmp_path, capsys):
     assert out.read_text() == report.make_report([str(run)])
     assert f"written: {out} (0.0 MB)" in capsys.readouterr().out
     setup = configparser.ConfigParser()
-    setup.read(recipes.ROOT / "setup.cfg")
+    setup.read(mini_runs.ROOT / "setup.cfg")
     assert setup["options.package_data"]["hivit_jax.tools"] == "report.html"
 
 
@@ -282,7 +289,7 @@ setTimeout(() => {
 @pytest.mark.browser
 @pytest.mark.processes
 def test_interactions(tmp_path):
-    """Hover, logarithmic axis, hidden run, training time and slider, in Chromium."""
+    """The page's interactions work in Chromium: hover, axes, hidden runs, slider."""
     browser = os.environ.get("CHROMIUM") or shutil.which("chromium")
     if not browser:
         pytest.skip("no Chromium; set CHROMIUM to its path")

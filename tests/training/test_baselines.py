@@ -4,10 +4,10 @@ from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import mini_runs
 import numpy as np
 import optax
 import pytest
-import recipes
 import reference
 import swin
 import vit
@@ -89,7 +89,7 @@ def test_eight_steps(recipe):
     model, loss_fn, params, official = loss_and_params(facts["fixture"], helper)
     options, task = (
         options_of(facts, **keys),
-        inputs.task_of_recipe(recipes.recipe(recipe)),
+        inputs.task_of_recipe(mini_runs.recipe(recipe)),
     )
     schedule = make_schedule(options, 1, 2, 2 * facts["epochs"])
     layers = model.layer_ids() if options.layer_decay != 1 else {}
@@ -132,7 +132,7 @@ def test_eight_steps(recipe):
 )
 def test_schedules(recipe, title, late):
     """Rates at the first step of epochs; the official multistep is one step late."""
-    facts, config = swin.FACTS["lr_schedules"][title], recipes.recipe(recipe)
+    facts, config = swin.FACTS["lr_schedules"][title], mini_runs.recipe(recipe)
     steps = facts["iterations_per_epoch"]
     epochs = config.total_epochs
     assert epochs == facts["epochs"]

@@ -4,11 +4,11 @@ import json
 
 import jax
 import jax.numpy as jnp
+import mini_runs
 import networks
 import numpy as np
 import optax
 import pytest
-import recipes
 import reference
 from flax import nnx
 
@@ -17,7 +17,7 @@ from hivit_jax.training import optimizer
 from hivit_jax.tree import leaf_name, named_leaves, split, split_state
 from hivit_jax.weights.names.official import to_official
 
-pytestmark = pytest.mark.usefixtures("quick")
+pytestmark = pytest.mark.usefixtures("minimal_output")
 
 
 @pytest.mark.slow
@@ -42,7 +42,7 @@ def test_ten_steps_of_the_official_adamw(
     state = reference.state_dict("mae_mini")
     model, params = reference.build("mae_hivit_base", state, **overrides)
     images = jnp.asarray(reference.images("traj64", 4, 64))
-    config = recipes.mae(optimizer__first_moment_dtype=first_moment)
+    config = mini_runs.mae(optimizer__first_moment_dtype=first_moment)
     assert (config.optimizer.betas, config.optimizer.weight_decay) == (
         (0.9, 0.95),
         0.05,
@@ -61,7 +61,7 @@ def test_ten_steps_of_the_official_adamw(
 
     opt_state, losses = transform.init(params), []
     moments = optax.tree.get(opt_state, "mu"), optax.tree.get(opt_state, "nu")
-    dtypes = [{x.dtype.name for x in jax.tree.leaves(each)} for each in moments]
+    dtypes = [{x.dtype.name for x in jax.tree.leaves(tree)} for tree in moments]
     assert dtypes == [{first_moment}, {"float32"}]
     for number in range(11):
         noise = jnp.asarray(reference.noise(f"traj{number}", 4, 16))
@@ -110,7 +110,7 @@ def weight_decays(model, task):
 def test_weight_decay_groups_of_pretraining():
     expected = golden_facts("weight_decay_groups")["mae_pretrain_base"]
     actual = weight_decays(
-        networks.abstract_model("mae_hivit_base"), inputs.make_task(recipes.mae())
+        networks.abstract_model("mae_hivit_base"), inputs.make_task(mini_runs.mae())
     )
     assert not actual.keys() & set(expected["frozen"])
     assert actual == expected["wd"]
@@ -139,7 +139,7 @@ def test_layer_decay_and_weight_decay_of_finetuning(size):
     )
     scales, decays = (
         by_official_name(model, scales),
-        weight_decays(model, inputs.make_task(recipes.classifier())),
+        weight_decays(model, inputs.make_task(mini_runs.classifier())),
     )
     assert scales.keys() == expected["params"].keys()
     for name, fact in expected["params"].items():
@@ -148,7 +148,7 @@ def test_layer_decay_and_weight_decay_of_finetuning(size):
 
 
 @pytest.mark.parametrize(
-    ("fact", "name", "rate"),
+    ("fact", "name", "drop_path_rate"),
     [
         ("supervised_tiny", "hivit_tiny", 0.05),
         ("supervised_small", "hivit_small", 0.3),
@@ -156,8 +156,8 @@ def test_layer_decay_and_weight_decay_of_finetuning(size):
         ("finetune_base_0.2", "hivit_base", 0.2),
     ],
 )
-def test_drop_path_rates(fact, name, rate):
-    model = networks.abstract_model(name, drop_path_rate=rate)
+def test_drop_path_rates(fact, name, drop_path_rate):
+    model = networks.abstract_model(name, drop_path_rate=drop_path_rate)
     expected = [x for x in golden_facts("drop_path")[fact] if x is not None]
     np.testing.assert_allclose(model.config.drop_path_rates, expected, rtol=1e-6)
 
@@ -168,18 +168,18 @@ PARAMS = {"a": jnp.arange(3.0), "b": {"bias": jnp.ones(2)}}
 @pytest.mark.parametrize("clip_norm", [0.0, 0.5, 100.0])
 @pytest.mark.parametrize("layer_decay", [1.0, 0.5])
 def test_stateless_parts_change_no_tree(clip_norm, layer_decay):
-    """Updates equal those of a plain chain bit for bit; the state is AdamW's alone."""
-    options = recipes.mae().optimizer.copy_and_resolve_references()
+    """Updates are bit-identical to a chain without them; the state is AdamW's only."""
+    options = mini_runs.mae().optimizer.copy_and_resolve_references()
     options.unlock()
     options.clip_norm, options.layer_decay = clip_norm, layer_decay
     layers = {"a": 0, "b/bias": 2}
     made = optimizer.make_optimizer(
-        options, lambda step: 0.1, PARAMS, lambda name: name == "a", layers
+        options, lambda step: 0.1, lambda name: name == "a", layers
     )
     clip = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
     scales = {"a": layer_decay**2, "b": {"bias": 1.0}}
     decay = optax.stateless(lambda u, _: jax.tree.map(jnp.multiply, u, scales))
-    plain = optax.chain(
+    adamw = optax.chain(
         *clip,
         optax.scale_by_adam(*options.betas, eps=1e-8),
         optax.add_decayed_weights(options.weight_decay, {"a": True, "b": False}),
@@ -187,11 +187,11 @@ def test_stateless_parts_change_no_tree(clip_norm, layer_decay):
         optax.scale_by_learning_rate(lambda step: 0.1),
     )
     names = ["0/count", "0/mu/a", "0/mu/b/bias", "0/nu/a", "0/nu/b/bias", "2/count"]
-    states = made.init(PARAMS), plain.init(PARAMS)
+    states = made.init(PARAMS), adamw.init(PARAMS)
     assert [*named_leaves(states[0])] == names
     for number in range(3):
         gradient = jax.tree.map(lambda x, n=number: x * n - 1, PARAMS)
-        found, first = made.update(gradient, states[0], PARAMS)
-        expected, second = plain.update(gradient, states[1], PARAMS)
+        updates, first = made.update(gradient, states[0], PARAMS)
+        expected, second = adamw.update(gradient, states[1], PARAMS)
         states = first, second
-        jax.tree.map(np.testing.assert_array_equal, found, expected)
+        jax.tree.map(np.testing.assert_array_equal, updates, expected)

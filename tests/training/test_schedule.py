@@ -2,9 +2,9 @@
 
 import json
 
+import mini_runs
 import numpy as np
 import pytest
-import recipes
 import reference
 from numpy.testing import assert_allclose
 
@@ -19,9 +19,9 @@ PER_EPOCH = 1000
 
 def recipe_schedule(recipe, *overrides, per_epoch=PER_EPOCH):
     """Return the jitted schedule of an installed recipe."""
-    config = configs.load(recipe, [f"--config.{each}" for each in overrides])
+    config = configs.load(recipe, [f"--config.{override}" for override in overrides])
     steps = config.total_steps or round(config.total_epochs * per_epoch)
-    return recipes.jit_schedule(config, per_epoch, steps)
+    return mini_runs.jit_schedule(config, per_epoch, steps)
 
 
 @pytest.mark.parametrize(
@@ -57,8 +57,8 @@ def test_training_from_scratch(recipe):
     official = recipe_schedule(recipe, from_start, per_epoch=per_epoch)
     for update, _, expected in fact["points_[t,epoch,lr]"]:
         # A step uses the value of the previous update.
-        found = official(np.int32(update + 1))
-        assert found == pytest.approx(expected, rel=1e-4)
+        actual = official(np.int32(update + 1))
+        assert actual == pytest.approx(expected, rel=1e-4)
     assert official(0) == pytest.approx(fact["lr_before_first_update"])
     warmup = fact["warmup_epochs"] * per_epoch
     assert official(np.int32(warmup + 1)) < 0.99 * official(np.int32(warmup))
@@ -75,9 +75,9 @@ def test_training_from_scratch(recipe):
 
 
 def test_run_shorter_than_its_warmup():
-    rate = recipe_schedule("mae_base", "total_epochs=20")
-    assert rate(np.int32(10 * PER_EPOCH)) == pytest.approx(0.8e-3)
-    assert rate(np.int32(20 * PER_EPOCH - 1)) == pytest.approx(1.6e-3, rel=1e-3)
+    schedule = recipe_schedule("mae_base", "total_epochs=20")
+    assert schedule(np.int32(10 * PER_EPOCH)) == pytest.approx(0.8e-3)
+    assert schedule(np.int32(20 * PER_EPOCH - 1)) == pytest.approx(1.6e-3, rel=1e-3)
 
 
 # Other schedules
@@ -91,13 +91,15 @@ def mini_config(**values):
         "warmup_epochs": 0.4,
         "warmup_learning_rate": 0.05,
     } | values
-    return recipes.mae(**{f"optimizer__{key}": value for key, value in values.items()})
+    return mini_runs.mae(
+        **{f"optimizer__{key}": value for key, value in values.items()}
+    )
 
 
 def rates(**values):
     """Return the 41 learning rates of `mini_config`."""
-    rate = recipes.jit_schedule(mini_config(**values), 10, 40)
-    return np.array([rate(np.int32(step)) for step in range(41)])
+    learning_rate = mini_runs.jit_schedule(mini_config(**values), 10, 40)
+    return np.array([learning_rate(np.int32(step)) for step in range(41)])
 
 
 WARMUP = [0.05, 0.1625, 0.275, 0.3875]
@@ -108,19 +110,19 @@ def test_constant():
 
 
 def test_multistep():
-    """Equals torch's MultiStepLR(milestones=[1, 2], gamma=0.2) after warmup."""
-    found = rates(schedule="multistep", milestones=(1, 2), gamma=0.2)
+    """Rates equal torch's MultiStepLR(milestones=[1, 2], gamma=0.2) after warmup."""
+    actual = rates(schedule="multistep", milestones=(1, 2), gamma=0.2)
     expected = WARMUP + 6 * [0.5] + 10 * [0.1] + 21 * [0.02]
-    assert_allclose(found, expected, rtol=1e-6)
+    assert_allclose(actual, expected, rtol=1e-6)
 
 
 def test_polynomial():
-    """Equals mmcv's PolyLrUpdaterHook(power=2, min_lr=0.02) with a linear warmup.
+    """Rates equal mmcv's PolyLrUpdaterHook(power=2, min_lr=0.02) with linear warmup.
 
     The warmup has warmup_iters=4 and warmup_ratio=0.1.
     """
-    found = rates(schedule="polynomial", power=2, min_learning_rate=0.02)
-    for step, rate in enumerate(found):
+    actual = rates(schedule="polynomial", power=2, min_learning_rate=0.02)
+    for step, rate in enumerate(actual):
         regular = (0.5 - 0.02) * (1 - step / 40) ** 2 + 0.02
         k = (1 - step / 4) * (1 - 0.1) if step < 4 else 0
         assert rate == pytest.approx(regular * (1 - k), rel=1e-6)
@@ -135,10 +137,10 @@ def test_first_epoch_of_other_schedules():
         "cosine_from_start": {},
     }
     for schedule, more in kinds.items():
-        plain = rates(schedule=schedule, **more)
-        ahead = rates(schedule=schedule, first_epoch=1, **more)
+        unshifted = rates(schedule=schedule, **more)
+        shifted = rates(schedule=schedule, first_epoch=1, **more)
         late = schedule == "cosine_from_start"
-        assert_allclose(ahead[late:31], plain[10 + late :], rtol=1e-6)
+        assert_allclose(shifted[late:31], unshifted[10 + late :], rtol=1e-6)
 
 
 @pytest.mark.parametrize(("lr_batch", "peak"), [(256, 0.2), (512, 0.1), (0, 0.1)])

@@ -25,7 +25,7 @@ class SquareTask:
 
 
 def overflowing_state(start):
-    """Optimizer with zero updates.
+    """Return an optimizer with zero updates.
 
     Each step multiplies the optimizer state by 10, until the state overflows.
     """
@@ -37,6 +37,7 @@ def overflowing_state(start):
 
 
 def make_state_and_step(optimizer, schedule=lambda step: 0.1, ema_decay=0.5):
+    """Return the initial state and the jitted train step of a `SquareTask`."""
     task = SquareTask()
     graphdef = split_state(task.build_model())[0]
     step = make_train_step(
@@ -46,6 +47,7 @@ def make_state_and_step(optimizer, schedule=lambda step: 0.1, ema_decay=0.5):
 
 
 def make_batch(value=1.0):
+    """Return a batch of two examples, filled with a value."""
     ones = np.ones(2, np.float32)
     x = np.full((2, 3), value, np.float32)
     return {"x": x, "weight": ones, "unreadable": 0 * ones}
@@ -65,8 +67,10 @@ OPTIMIZERS = {
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_updated_state_is_not_finite(kind):
-    """Loss and gradient are finite, but the new parameters, EMA or optimizer state are
-    not finite. The state stays bit-identical in this step and the next.
+    """A step whose new state is not finite leaves the state bit-identical.
+
+    Loss and gradient are finite, but new parameters, EMA or optimizer state are not.
+    The next step changes nothing either.
     """
     state, step = make_state_and_step(OPTIMIZERS[kind])
     if kind == "parameters overflow":

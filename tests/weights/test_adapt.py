@@ -29,12 +29,12 @@ def test_another_image_size(size, tmp_path, capsys):
     loaded = hivit_jax.load_pretrained(tmp_path, image_size=size)
     old, new = params_by_name(model), params_by_name(loaded)
     grid = size[0] // 16, size[1] // 16
-    same = grid == (4, 6)
+    is_same_grid = grid == (4, 6)
     spans = (7, 11), (2 * grid[0] - 1, 2 * grid[1] - 1)
     for name, array in new.items():
-        if name.endswith("absolute_pos_embed") and not same:
+        if name.endswith("absolute_pos_embed") and not is_same_grid:
             expected = resize_table(old[name], (4, 6), grid)
-        elif name.endswith("bias_table") and not same:
+        elif name.endswith("bias_table") and not is_same_grid:
             expected = resize_table(old[name], *spans)
         else:
             assert_array_equal(array, old[name], name)
@@ -42,8 +42,8 @@ def test_another_image_size(size, tmp_path, capsys):
         assert array.dtype == np.float32
         assert_allclose(array, expected, atol=1e-6, err_msg=name)
     out = capsys.readouterr().out
-    assert ("resized" in out) == (not same)
-    if not same:
+    assert ("resized" in out) == (not is_same_grid)
+    if not is_same_grid:
         assert " 3  encoder/absolute_pos_embed 1, encoder/stages 2" in out
         logits = jit_model(loaded, lambda m, x: m(x))(random_array((2, *size, 3)))
         assert np.isfinite(logits).all()
@@ -86,8 +86,8 @@ def test_other_channels_of_a_gray_image(old, new, tmp_path):
     loaded = hivit_jax.load_pretrained(tmp_path, in_channels=new)
     gray = random_array((2, 64, 64, 1))
     logits = [
-        jit_model(each, lambda m, x: m(x))(jnp.repeat(gray, channels, -1))
-        for each, channels in ((model, old), (loaded, new))
+        jit_model(network, lambda m, x: m(x))(jnp.repeat(gray, channels, -1))
+        for network, channels in ((model, old), (loaded, new))
     ]
     assert_allclose(logits[0], logits[1], atol=1e-5)
 

@@ -46,20 +46,23 @@ def to_bytes(state, dtype="F32", about=None, shift=0):
 
 
 def with_array(name, array):
+    """Return the state dict with one more or another array."""
     return STATE | {name: array}
 
 
 def without(*prefixes):
+    """Return the state dict without names that start with a prefix."""
     return {n: a for n, a in STATE.items() if not n.startswith(prefixes)}
 
 
 def with_nan(name):
+    """Return the state dict with a NaN in one array."""
     array = STATE[name].copy()
     array.flat[3] = np.nan
     return with_array(name, array)
 
 
-WHOLE = to_bytes(STATE)
+VALID = to_bytes(STATE)
 
 
 DOUBLE = {name: array.astype(np.float64) for name, array in STATE.items()}
@@ -80,16 +83,16 @@ NOT_SQUARE = with_array("absolute_pos_embed", np.zeros((1, 3, 16), np.float32))
 SAFETENSORS = {
     "empty": (b"", "x.safetensors is empty"),
     "garbage": (b"\x81\x04garbage" * 99, "damaged or not a safetensors"),
-    "truncated": (WHOLE[:-100], "damaged or not a safetensors"),
-    "cut in its header": (WHOLE[:60], "damaged or not a safetensors"),
-    "longer than its header states": (WHOLE + b"x" * 9, "damaged or not a safetensors"),
-    "header beyond the file": (struct.pack("<Q", 2**60) + WHOLE[8:], "damaged"),
-    "header is not JSON": (struct.pack("<Q", 9) + b"[not json" + WHOLE, "damaged"),
+    "truncated": (VALID[:-100], "damaged or not a safetensors"),
+    "cut in its header": (VALID[:60], "damaged or not a safetensors"),
+    "longer than its header states": (VALID + b"x" * 9, "damaged or not a safetensors"),
+    "header beyond the file": (struct.pack("<Q", 2**60) + VALID[8:], "damaged"),
+    "header is not JSON": (struct.pack("<Q", 9) + b"[not json" + VALID, "damaged"),
     "overlapping arrays": (
         to_bytes(STATE, shift=4),
         "damaged or not a safetensors",
     ),
-    "shape larger than data": (WHOLE.replace(b"[1, 4, 16]", b"[9, 4, 16]"), "damaged"),
+    "shape larger than data": (VALID.replace(b"[1, 4, 16]", b"[9, 4, 16]"), "damaged"),
     "unknown dtype": (
         to_bytes(STATE, dtype="F99"),
         "damaged or not a safetensors",
@@ -183,6 +186,7 @@ def test_an_array_is_missing(tmp_path):
 
 
 def write_archive(path, members, compression=zipfile.ZIP_STORED):
+    """Write a zip archive of {name: content}."""
     with zipfile.ZipFile(path, "w", compression) as file:
         for name, content in members.items():
             file.writestr(name, content)
@@ -192,8 +196,8 @@ def test_foreign_archives(tmp_path, capsys):
     path = tmp_path / "x.pth"
     path.write_bytes(pickle.dumps({"model": {}}))
     check_refused(path, "contains no tensors by name, but {'model': dict}", capsys)
-    whole = (reference.GOLDEN / "official_mae.pth").read_bytes()
-    path.write_bytes(whole[: len(whole) // 2])
+    content = (reference.GOLDEN / "official_mae.pth").read_bytes()
+    path.write_bytes(content[: len(content) // 2])
     check_refused(path, "is damaged or truncated", capsys)
     zeros = {"x/data.pkl": b"\x80\x02}.", "x/data/0": bytes(10**7)}
     write_archive(path, zeros, zipfile.ZIP_DEFLATED)
@@ -227,7 +231,7 @@ OTHER_KINDS = {
 def test_files_of_another_kind(kind, suffix, tmp_path):
     """The error names the kind of file, for any suffix.
 
-    Border: the kind is named if the first bytes are known; else the error contains the
+    The kind is named if the first bytes are known. Otherwise the error contains the
     first bytes. A damaged pickle, zip archive or safetensors file is reported as
     damaged.
     """
@@ -248,12 +252,12 @@ def test_any_suffix(suffix, tmp_path):
         file = files.read(path)
         assert (file.key, file.other_keys) == ("state_dict", ["epoch"])
         np.testing.assert_array_equal(file.state["mask_token"], STATE["mask_token"])
-    path.write_bytes(WHOLE)
+    path.write_bytes(VALID)
     assert files.read(path).state.keys() == STATE.keys()
 
 
 def test_directories_of_other_programs(tmp_path):
-    """A directory is read if it contains one file of weights, not several."""
+    """A directory must contain exactly one file of weights."""
     torch_files.save(torch_files.with_tensors(STATE), tmp_path / "pytorch_model.bin")
     (tmp_path / "config.json").write_text("{}")
     loaded = read(tmp_path, **state_files.NOT_IN_STATE_DICT)
@@ -359,7 +363,7 @@ def test_malicious_and_foreign_pytorch_files(case, tmp_path, capsys):
 
 
 def test_the_planted_files_are_real(tmp_path):
-    """pickle.loads runs the code in the malicious files."""
+    """pickle.loads runs the code in the malicious files of these tests."""
     marker = tmp_path / "marker"
     for case in ("os.system", "eval", "exec"):
         pickle.loads(pickle.dumps(malicious_cases(marker)[case][0]))
@@ -414,7 +418,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
 
 
 def test_directory_with_an_invalid_config(tmp_path, capsys):
-    (tmp_path / "model.safetensors").write_bytes(WHOLE)
+    (tmp_path / "model.safetensors").write_bytes(VALID)
     for text in ("{", "[]", '{"arguments": 3}', '{"arguments": {}}'):
         (tmp_path / "config.json").write_text(text)
         check_refused(

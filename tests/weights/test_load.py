@@ -5,9 +5,9 @@ import sys
 from types import SimpleNamespace
 
 import jax.numpy as jnp
+import mini_runs
 import numpy as np
 import pytest
-import recipes
 import reference
 import state_files
 from networks import abstract_model, jit_model, mini, params_by_name
@@ -58,7 +58,7 @@ def convert_state(state, width=16):
             for start, cells, size in zip(starts, MERGED, (4, 8, 16), strict=True)
         ]
     )
-    found = {}
+    converted = {}
     for name, array in state.items():
         name = name.removeprefix("backbone.").replace("head.fc.", "head.")
         name = "absolute_pos_embed" if name == "pos_embed" else name
@@ -81,8 +81,8 @@ def convert_state(state, width=16):
         first = ".".join(name.split(".")[: 1 + name.startswith("blocks.")])
         path = BLOCKS.get(first, first) + name.removeprefix(first).replace(".", "/")
         ending = "kernel" if array.ndim > 1 else "scale"
-        found[re.sub("weight$", ending, path)] = array
-    return found
+        converted[re.sub("weight$", ending, path)] = array
+    return converted
 
 
 # Formats
@@ -95,7 +95,7 @@ def test_committed_pytorch_files(kind):
     hints = state_files.NOT_IN_STATE_DICT if kind == "official_mae" else {}
     loaded = hivit_jax.load_pretrained(reference.GOLDEN / f"{kind}.pth", **hints)
     state = content.get("model_ema") or content.get("model") or content["state_dict"]
-    recipes.assert_identical(params_by_name(loaded), convert_state(state))
+    mini_runs.assert_identical(params_by_name(loaded), convert_state(state))
     assert loaded.config.num_heads == 1
     norm = loaded.encoder.patch_embed.norm.epsilon
     assert norm == (1e-5 if kind == "mmpretrain" else 1e-6)
@@ -103,7 +103,9 @@ def test_committed_pytorch_files(kind):
         plain = hivit_jax.load_pretrained(
             reference.GOLDEN / f"{kind}.pth", averaged=False
         )
-        recipes.assert_identical(params_by_name(plain), convert_state(content["model"]))
+        mini_runs.assert_identical(
+            params_by_name(plain), convert_state(content["model"])
+        )
 
 
 @pytest.mark.slow
@@ -114,14 +116,14 @@ def test_state_dicts_as_safetensors(kind, tmp_path):
     path = state_files.save_safetensors(tmp_path / "x.safetensors", state)
     hints = state_files.NOT_IN_STATE_DICT if kind == "official_mae" else {}
     loaded = hivit_jax.load_pretrained(path, **hints)
-    recipes.assert_identical(params_by_name(loaded), convert_state(state))
+    mini_runs.assert_identical(params_by_name(loaded), convert_state(state))
     norm = loaded.encoder.patch_embed.norm.epsilon
     assert norm == (1e-5 if kind == "mmpretrain" else 1e-6)
 
 
 @pytest.mark.slow
 def test_pretraining_files_of_mmpretrain(tmp_path, capsys):
-    """A classifier loads the encoder; only the decoder is left out.
+    """A classifier loads the encoder; only the decoder is unused.
 
     MMPretrain's decoder uses the first visible unit as class token.
     """
@@ -214,11 +216,11 @@ def test_pretrain_finetune_share_evaluate(tmp_path, capsys):
     pretrained, run, shared = (
         tmp_path / name for name in ("pretrained", "run", "shared")
     )
-    with recipes.quick():
-        train(recipes.mae(total_steps=1, model__image_size="(64,32)"), pretrained)
+    with mini_runs.minimal_output():
+        train(mini_runs.mae(total_steps=1, model__image_size="(64,32)"), pretrained)
         wide = dict(total_steps=1, model__image_size="(32,96)")
         capsys.readouterr()
-        results = train(recipes.classifier(init_from=str(pretrained), **wide), run)
+        results = train(mini_runs.classifier(init_from=str(pretrained), **wide), run)
         assert "encoder/absolute_pos_embed 1" in capsys.readouterr().out
         convert.convert(run, shared)
         card = (shared / "README.md").read_text()
@@ -226,10 +228,10 @@ def test_pretrain_finetune_share_evaluate(tmp_path, capsys):
         assert '"label_smoothing": 0.1' in card
         for path in (run, shared):
             info = hivit_jax.load_pretrained(path).info
-            data = recipes.classifier().data
+            data = mini_runs.classifier().data
             assert (info.mean, info.std) == (data.mean, data.std)
             assert (info.crop, info.image_size) == (data.crop_pct, (32, 96))
-        config = recipes.classifier(**wide)
+        config = mini_runs.classifier(**wide)
         assert evaluate_checkpoint(config, "", str(shared)) == results
         config.model.num_classes = 12
         with pytest.raises(ConfigError, match="has no head/bias that fits"):
@@ -241,14 +243,14 @@ def test_continued_pretraining_of_an_official_file(tmp_path):
     """Encoder and decoder are loaded with their exact values."""
     state = reference.state_dict("mae_mini")
     path = state_files.save_safetensors(tmp_path / "x.safetensors", state)
-    config = recipes.mae(
+    config = mini_runs.mae(
         init_from=str(path), total_steps=1, optimizer__base_learning_rate=0.0
     )
-    with recipes.quick():
+    with mini_runs.minimal_output():
         train(config, tmp_path / "run")
     model, _ = reference.build_fixture("mae_mini")
-    stored = recipes.saved_variables(tmp_path / "run", 1)
-    recipes.assert_identical(stored, params_by_name(model))
+    stored = mini_runs.saved_variables(tmp_path / "run", 1)
+    mini_runs.assert_identical(stored, params_by_name(model))
 
 
 # Overrides
@@ -321,24 +323,24 @@ def test_inspect_files(tmp_path, capsys):
 @pytest.mark.slow
 def test_hub(tmp_path, monkeypatch):
     """Load a directory or a file of a repository, at a revision."""
-    model, asked = mini("hivit_base"), []
+    model, downloads = mini("hivit_base"), []
     hivit_jax.save_pretrained(model, tmp_path)
     state_files.save_safetensors(
         tmp_path / "other.safetensors", official_state("hivit_base")
     )
 
     def snapshot_download(name, revision, allow_patterns):
-        asked.append((name, revision, allow_patterns))
+        downloads.append((name, revision, allow_patterns))
         return str(tmp_path)
 
     fake = SimpleNamespace(snapshot_download=snapshot_download)
     monkeypatch.setitem(sys.modules, "huggingface_hub", fake)
     loaded = hivit_jax.load_pretrained("hf://group/hivit@v1")
-    recipes.assert_identical(params_by_name(loaded), params_by_name(model))
+    mini_runs.assert_identical(params_by_name(loaded), params_by_name(model))
     other = hivit_jax.load_pretrained("hf://group/hivit/other.safetensors")
     assert other.config.embed_dim == 16
     files = ["model.safetensors", "config.json", "preprocessor_config.json"]
-    assert asked == [
+    assert downloads == [
         ("group/hivit", "v1", files),
         ("group/hivit", None, ["other.safetensors"]),
     ]

@@ -1,8 +1,8 @@
-"""Tests of state dicts among the objects and prefixes of training programs.
+"""Tests that a model is found among the other contents of a training program's file.
 
-Border: one HiViT in a file is found, below at most three keys and after one prefix. A
-note lists the names outside the prefix. Two HiViTs are an error that names both, unless
-one of the two is averaged or has one of the usual keys.
+A file may contain one HiViT, below at most three keys and with one prefix in its names.
+A note lists the names without the prefix. A file with two HiViTs is an error that names
+both, unless one HiViT is an average or has one of the usual keys.
 """
 
 import numpy as np
@@ -28,18 +28,18 @@ def add_prefix(prefix, state=STATE):
 
 def pickled_module(state):
     """Return a pickled `torch.nn.Module` with the names of a state dict."""
-    entries, inner = {}, {}
+    parameters, submodules = {}, {}
     for name, array in state.items():
-        first, _, rest = name.partition(".")
-        if rest:
-            inner.setdefault(first, {})[rest] = array
+        first, _, suffix = name.partition(".")
+        if suffix:
+            submodules.setdefault(first, {})[suffix] = array
         else:
-            entries[first] = array
+            parameters[first] = array
     attributes = {
         "training": True,
-        "_parameters": torch_files.with_tensors(entries),
+        "_parameters": torch_files.with_tensors(parameters),
         "_buffers": {"unset": None},
-        "_modules": {name: pickled_module(each) for name, each in inner.items()},
+        "_modules": {name: pickled_module(sub) for name, sub in submodules.items()},
     }
     return Global("models.hivit", "HiViT")(state=attributes)
 
@@ -62,7 +62,7 @@ NESTINGS = {
 @pytest.mark.parametrize("key", NESTINGS)
 @pytest.mark.parametrize("legacy", [False, True])
 def test_nesting(key, legacy, tmp_path):
-    """The tensors of a HiViT are found among any other objects."""
+    """The state dict of a HiViT is found below keys and beside other objects."""
     content = torch_files.with_tensors(NESTINGS[key])
     file = files.read(torch_files.save(content, tmp_path / "x.pth", legacy))
     assert file.key == key
@@ -116,19 +116,19 @@ def test_averaged_weights(content, tmp_path):
     ],
 )
 def test_prefixes(state, removed, unused):
-    """Prefixes of the whole model and of wrapped blocks are removed."""
-    found = remove_prefixes(state)
-    assert found.removed == removed
-    assert found.unused == unused
-    assert found.state.keys() == STATE.keys()
+    """Prefixes of all names and of wrapped blocks are removed."""
+    result = remove_prefixes(state)
+    assert result.removed == removed
+    assert result.unused == unused
+    assert result.state.keys() == STATE.keys()
 
 
 def test_prefixes_of_two_models():
     state = add_prefix("model.") | add_prefix("ema.", AVERAGE)
     for averaged, expected in ((True, AVERAGE), (False, STATE)):
-        found = remove_prefixes(state, averaged)
-        assert found.state["head.bias"] is expected["head.bias"]
-        assert len(found.unused) == len(STATE)
+        result = remove_prefixes(state, averaged)
+        assert result.state["head.bias"] is expected["head.bias"]
+        assert len(result.unused) == len(STATE)
     message = "several models, 'student.', 'teacher.'; expected one"
     with pytest.raises(CheckpointError, match=message):
         remove_prefixes(add_prefix("student.") | add_prefix("teacher."))
@@ -148,23 +148,23 @@ def test_what_was_removed_is_reported(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "kept", [("norm.",), ("mask_token", "norm.bias"), ("decoder_pos",)]
+    "leftovers", [("norm.",), ("mask_token", "norm.bias"), ("decoder_pos",)]
 )
-def test_an_encoder_without_its_decoder(kept, tmp_path, capsys):
+def test_an_encoder_without_its_decoder(leftovers, tmp_path, capsys):
     """An encoder loads as a model without a head; a note lists the decoder's entries.
 
-    A norm of the encoder's width may belong to a classifier, and is refused.
+    A norm of the encoder's width is an error, because it may belong to a classifier.
     """
-    whole = state_files.random_state_dict("mae_hivit_base")[1]
-    encoder = ("absolute_pos_embed", "patch_embed.", "blocks.", *kept)
-    state = {n: a for n, a in whole.items() if n.startswith(encoder)}
+    autoencoder = state_files.random_state_dict("mae_hivit_base")[1]
+    prefixes = ("absolute_pos_embed", "patch_embed.", "blocks.", *leftovers)
+    state = {n: a for n, a in autoencoder.items() if n.startswith(prefixes)}
     path = torch_files.save(torch_files.with_tensors(state), tmp_path / "x.pth")
     pretrained = read(path, num_heads=1)
-    rest = [name for name in state if name.startswith(kept)]
-    assert pretrained.unused == rest
-    assert f"unused entries: {', '.join(rest)}\n" in capsys.readouterr().out
+    unused = [name for name in state if name.startswith(leftovers)]
+    assert pretrained.unused == unused
+    assert f"unused entries: {', '.join(unused)}\n" in capsys.readouterr().out
     assert {n.partition("/")[0] for n in pretrained.params} == {"encoder"}
-    state = {n: a for n, a in state.items() if not n.startswith(kept)}
+    state = {n: a for n, a in state.items() if not n.startswith(leftovers)}
     state["norm.weight"] = np.ones(16, np.float32)
     torch_files.save(torch_files.with_tensors(state), path)
     with pytest.raises(

@@ -3,17 +3,19 @@
 import copy
 import json
 import os
+import re
 from dataclasses import replace
 from functools import cache
 
 import jax.numpy as jnp
+import mini_runs
 import numpy as np
 import pytest
-import recipes
 import reference
 import state_files
 from flax import nnx
 from networks import mini, params_by_name
+from PIL import Image
 
 import hivit_jax
 from hivit_jax.errors import ConfigError
@@ -31,7 +33,7 @@ KINDS = state_files.contents_by_format()
     "suffix", ["safetensors", pytest.param("pth", marks=pytest.mark.torch)]
 )
 def test_round_trip(layout, suffix, tmp_path):
-    """A file, our directory and a file again are byte-identical."""
+    """Arrays are byte-identical after a conversion to a directory and back."""
     if suffix == "pth":
         pytest.importorskip("torch")
     kind = "mmpretrain" if layout == "mmpretrain" else "official_finetuned"
@@ -46,7 +48,7 @@ def test_round_trip(layout, suffix, tmp_path):
             assert back[name].tobytes() == array.tobytes(), name
     extra = {name.rsplit(".")[-1] for name in back.keys() - state.keys()}
     assert extra <= {"relative_position_index"}
-    recipes.assert_identical(
+    mini_runs.assert_identical(
         params_by_name(hivit_jax.load_pretrained(last)),
         params_by_name(hivit_jax.load_pretrained(first)),
     )
@@ -71,13 +73,35 @@ def test_save_pretrained(name, tmp_path):
     model = mini(name, dtype="bfloat16", image_size=(64, 32), **overrides)
     hivit_jax.save_pretrained(model, tmp_path, {"task": "x"}, {"eval/top1": 0.5})
     loaded = hivit_jax.load_pretrained(tmp_path)
-    recipes.assert_identical(params_by_name(loaded), params_by_name(model))
+    mini_runs.assert_identical(params_by_name(loaded), params_by_name(model))
     assert split(loaded)[0] == split(model)[0]  # structure: every setting
     card = (tmp_path / "README.md").read_text()
-    for text in (f"# {name}", "0.1", "eval/top1: 0.5", '"task": "x"', "64x32"):
+    for text in (f"# {name}", "eval/top1: 50.00 %", "training: x\n", "64x32"):
         assert text in card
+    assert len(card.splitlines()) < 60
     about = json.loads((tmp_path / "config.json").read_text())
     assert about["arguments"]["image_size"] == [64, 32]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["hivit_base", "mae_hivit_base"])
+def test_code_of_the_card_runs(name, tmp_path, monkeypatch, capsys):
+    """It runs in the saved directory, and prints a class name of a classifier."""
+    classifier = name == "hivit_base"
+    model = mini(name, **dict(num_classes=2) if classifier else {})
+    names = ("a cat", "a dog") * classifier
+    model.info = replace(model.info, class_names=names)
+    hivit_jax.save_pretrained(model, tmp_path)
+    Image.new("RGB", (80, 70)).save(tmp_path / "photo.jpg")
+    monkeypatch.chdir(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    [code] = re.findall(r"(?s)```python\n(.*?)```", card)
+    found = {}
+    exec(code, found)
+    assert found["images"].shape == (1, *model.config.image_shape)
+    if classifier:
+        assert "classes: 2: a cat, a dog\n" in card
+        assert capsys.readouterr().out.splitlines()[-1] in names
 
 
 @pytest.mark.slow
@@ -130,6 +154,7 @@ def integer_bias(model):
 
 @cache
 def small_model():
+    """Return a small classifier."""
     return mini("hivit_base", depths=(1, 1, 1), num_classes=2)
 
 
@@ -149,7 +174,7 @@ CHANGES = [
 def test_what_would_not_load_is_not_saved(change, tmp_path):
     """A model that would not load is refused, and older files stay unchanged.
 
-    Border: a model is saved if and only if its arrays have the names and shapes of
+    A model is saved if and only if its arrays have the names and shapes of
     `model.config`, a float dtype and finite values.
     """
     model = copy.deepcopy(small_model())
@@ -177,7 +202,7 @@ def test_an_edited_model_card_is_kept(tmp_path, capsys):
     card, model = tmp_path / "README.md", small_model()
     hivit_jax.save_pretrained(model, tmp_path)
     hivit_jax.save_pretrained(model, tmp_path, results={"eval/top1": 0.5})
-    assert "eval/top1: 0.5" in card.read_text()
+    assert "eval/top1: 50.00 %" in card.read_text()
     assert "kept" not in capsys.readouterr().out
     for text in ("my own words", "my own words", card.read_text() + "\n", ""):
         card.write_text(text)
@@ -246,8 +271,8 @@ def test_arrays_of_a_state_dict(form):
 def test_no_paths_of_the_machine_are_shared(tmp_path):
     """Card, config and weights contain no paths of this machine.
 
-    Border: values that begin like a path of any system, and keys of directories, are
-    shortened. Names with a slash, addresses on the hub and relative names stay.
+    Values that begin like a path of any system, and keys of directories, are shortened.
+    Names with a slash, addresses on the hub and relative names are unchanged.
     """
     secret = "/home/ann/secret"
     recipe = {
@@ -271,17 +296,17 @@ def test_no_paths_of_the_machine_are_shared(tmp_path):
         "teacher": {"paths": ["t1", "t2", "t3"]},
         "model": {"name": "hivit_base", "depths": [1, 2]},
     }
-    kept = {
+    unchanged = {
         "init_from": "hf://group/hivit",
         "augment": "rand-m9-mstd0.5-inc1",
         "a": 0.5,
     }
-    assert shareable(kept) == kept
+    assert shareable(unchanged) == unchanged
     assert shareable({"init_from": "runs/secret/last"}) == {"init_from": "last"}
 
 
 def test_a_conversion_does_not_overwrite_its_source(tmp_path, capsys):
-    """A file or directory is not overwritten, also under another name."""
+    """The source of a conversion is never overwritten, also under another name."""
     hivit_jax.save_pretrained(small_model(), tmp_path / "d")
     source = tmp_path / "d/model.safetensors"
     before = source.read_bytes()

@@ -1,7 +1,7 @@
 """Tests of reading files of ``torch.save`` without PyTorch and without running code.
 
-Border: every class and function that a file names is inert. Dense tensors and numpy
-arrays of numbers are read. Sparse, quantized, conjugated and big-endian tensors are
+Every class and function that a file names is inert. Dense tensors and numpy arrays of
+numbers are read. Sparse, quantized, conjugated and big-endian tensors are
 refused by name. Inconsistent files are refused.
 """
 
@@ -25,6 +25,7 @@ NUMBERS = np.arange(24.0, dtype=np.float32).reshape(2, 3, 4)
 
 
 def read(path, name="a"):
+    """Return an array of a PyTorch file."""
     file = TorchFile(path)
     return file.array(name, file.content[name])
 
@@ -47,9 +48,9 @@ def read(path, name="a"):
 )
 def test_tensors(array, legacy, tmp_path):
     """Tensors of every dtype and views of a storage are read."""
-    found = read(torch_files.save({"a": tensor(array)}, tmp_path / "x.pth", legacy))
-    assert found.dtype == array.dtype
-    np.testing.assert_array_equal(found, array)
+    loaded = read(torch_files.save({"a": tensor(array)}, tmp_path / "x.pth", legacy))
+    assert loaded.dtype == array.dtype
+    np.testing.assert_array_equal(loaded, array)
 
 
 @FORMATS
@@ -81,9 +82,9 @@ def test_arrays_of_numpy(protocol, dtype, tmp_path):
     (tmp_path / "x.pkl").write_bytes(pickle.dumps(content, protocol))
     file = TorchFile(tmp_path / "x.pkl")
     for name, record in file.content.items():
-        found = file.array(name, record)
-        np.testing.assert_array_equal(found, array)
-        assert found.dtype.isnative
+        loaded = file.array(name, record)
+        np.testing.assert_array_equal(loaded, array)
+        assert loaded.dtype.isnative
     (tmp_path / "x.pkl").write_bytes(pickle.dumps({"a": array.astype(object)}, 2))
     with pytest.raises(CheckpointError, match="'a' has dtype 'O8'; expected numbers"):
         read(tmp_path / "x.pkl")
@@ -221,10 +222,10 @@ def test_damage(legacy, tmp_path):
 def test_archives_without_checksums_and_of_other_programs(tmp_path):
     path = torch_files.save({"a": tensor(NUMBERS)}, tmp_path / "x.pth")
     content = bytearray(path.read_bytes())
-    for header, place in ((b"PK\3\4", 14), (b"PK\1\2", 16)):
+    for header, offset in ((b"PK\3\4", 14), (b"PK\1\2", 16)):
         start = -1
         while (start := content.find(header, start + 1)) >= 0:
-            content[start + place : start + place + 4] = bytes(4)
+            content[start + offset : start + offset + 4] = bytes(4)
     path.write_bytes(content)
     np.testing.assert_array_equal(read(path), NUMBERS)
     np.savez(tmp_path / "x.npz", a=NUMBERS)

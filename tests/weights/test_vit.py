@@ -1,4 +1,4 @@
-"""Files of the official MAE code: pretraining, encoder alone, finetuned."""
+"""Tests of files of the official MAE code: pretrained, finetuned, encoder alone."""
 
 import numpy as np
 import pytest
@@ -48,7 +48,7 @@ def test_golden_logits_from_a_file(fixture, tmp_path):
 
 @pytest.mark.parametrize("pooling", ["mean", "token"])
 def test_finetuning_from_a_pretraining_file(pooling, tmp_path):
-    """Everything but the head is used; with pooling, `norm` is not."""
+    """All entries except the head are used; mean pooling also ignores `norm`."""
     path = write(tmp_path / "full.pth", vit.state_dict("mae_vit_mini"))
     pretrained = read(path, **HEADS)
     sizes = dict(image_size=96, embed_dim=64, depth=2, num_heads=2)

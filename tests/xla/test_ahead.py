@@ -1,7 +1,7 @@
-"""The train step compiled for chips that are not attached."""
+"""Tests of train steps compiled for chips that are not attached."""
 
+import mini_runs
 import pytest
-import recipes
 from flax import nnx
 from networks import training_macs
 from numpy.testing import assert_allclose
@@ -13,7 +13,7 @@ from hivit_jax.tools import compile_ahead
 from hivit_jax.xla import cost
 from hivit_jax.xla.compile import compile_step
 
-pytestmark = pytest.mark.usefixtures("quick")
+pytestmark = pytest.mark.usefixtures("minimal_output")
 
 
 HALF = "(0.5,0.5,0.5)"
@@ -34,28 +34,30 @@ COLOR = dict(model__in_channels=3, data__mean=HALF, data__std=HALF)
 def test_batches_have_the_compiled_shapes(source, overrides):
     if source == "digits":
         pytest.importorskip("sklearn")
-    config = recipes.mae(source, **overrides)
+    config = mini_runs.mae(source, **overrides)
     batch = next(inputs.train_batches(config, 0, 1))
     [shapes] = batch_shapes(inputs.make_task(config).transform(train=True))
-    found = {name: (array.shape, array.dtype) for name, array in batch.items()}
-    assert found == {name: (each.shape, each.dtype) for name, each in shapes.items()}
+    actual = {name: (array.shape, array.dtype) for name, array in batch.items()}
+    assert actual == {
+        name: (shape.shape, shape.dtype) for name, shape in shapes.items()
+    }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("fsdp", "parts"), [(8, 1), (4, 2)])
 def test_fsdp_communicates_only_parameters_and_gradients(fsdp, parts):
-    """Communication does not depend on the batch size: no activations."""
-    found = []
+    """Communicated bytes do not depend on the batch size, as activations would."""
+    collectives = []
     for size in (64, 256):
-        config = recipes.mae(batch_size=size, model__depths="(1,1,1)")
+        config = mini_runs.mae(batch_size=size, model__depths="(1,1,1)")
         config.mesh.data, config.mesh.fsdp = 8 // fsdp, fsdp
         config.optimizer.accumulate_steps = parts
         devices = sharding.make_mesh(config.mesh, size, parts)
         training = compile_ahead.prepare_training(config, devices)
         hlo = compile_step(training).as_text()
-        found.append(cost.collectives(hlo))
-    assert found[0] == found[1]
-    kinds = [each["kind"] for each in found[0]]
+        collectives.append(cost.collectives(hlo))
+    assert collectives[0] == collectives[1]
+    kinds = [collective["kind"] for collective in collectives[0]]
     assert kinds == ["all-reduce", "all-gather"]  # the CPU has no reduce-scatter
 
 
@@ -63,31 +65,31 @@ def test_fsdp_communicates_only_parameters_and_gradients(fsdp, parts):
 def test_tpu_step(tmp_path):
     """FLOPs follow the mask ratio; gradients are reduced once per step."""
     pytest.importorskip("libtpu")
-    whole = recipes.compile_report(tmp_path)
-    assert whole["fits"]
-    assert whole["devices"] == whole["batch_per_device"] == 8
-    memory = whole["hbm_bytes_per_device"]
+    report = mini_runs.compile_report(tmp_path)
+    assert report["fits"]
+    assert report["devices"] == report["batch_per_device"] == 8
+    memory = report["hbm_bytes_per_device"]
     assert memory["limit"] == 15.75 * 2**30
     assert 0 < memory["aliased"] <= memory["arguments"] < memory["total"]
-    assert whole["roofline"]["bound"] == "memory"
+    assert report["roofline"]["bound"] == "memory"
 
-    config = recipes.mae()
+    config = mini_runs.mae()
     model = nnx.eval_shape(inputs.task_of_recipe(config).build_model)
-    [reduced] = whole["collectives"]
+    [reduced] = report["collectives"]
     assert reduced["kind"] == "all-reduce"
     fixed = 16 * 32  # the decoder's position table
     parameters = 4 * (model.parameter_count() - fixed)
     assert_allclose(reduced["bytes_per_step"], parameters, rtol=0.02)
 
-    parts = recipes.compile_report(
+    parts = mini_runs.compile_report(
         tmp_path, optimizer__accumulate_steps=4, batch_size=256
     )
     [again] = parts["collectives"]
     assert_allclose(again["bytes_per_step"], reduced["bytes_per_step"], rtol=0.02)
-    assert_allclose(parts["flops_per_image"], whole["flops_per_image"], rtol=0.1)
+    assert_allclose(parts["flops_per_image"], report["flops_per_image"], rtol=0.1)
 
-    denser = recipes.compile_report(tmp_path, mask_ratio=0.25)
+    denser = mini_runs.compile_report(tmp_path, mask_ratio=0.25)
     expected = 6 * (training_macs(model, 0.25) - training_macs(model, 0.75))
     # In a network this narrow other operations cost as much as matrix products.
-    added = denser["flops_per_image"] - whole["flops_per_image"]
+    added = denser["flops_per_image"] - report["flops_per_image"]
     assert expected < added < 1.7 * expected

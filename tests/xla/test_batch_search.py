@@ -1,17 +1,17 @@
-"""Search for the largest batch that fits."""
+"""Tests of the search for the largest batch that fits."""
 
+import mini_runs
 import pytest
-import recipes
 
 from hivit_jax.tools import compile_ahead
 
-pytestmark = pytest.mark.usefixtures("quick")
+pytestmark = pytest.mark.usefixtures("minimal_output")
 
 
 @pytest.mark.parametrize("start_size", [8, 39, 64])
 @pytest.mark.parametrize("limit", [40, 100])
 def test_search_for_the_largest_batch(monkeypatch, start_size, limit):
-    """Doubling and bisection find it to an eighth."""
+    """Doubling and bisection find the largest batch to within an eighth."""
     tried = []
 
     def report(config, devices, topology):
@@ -19,26 +19,27 @@ def test_search_for_the_largest_batch(monkeypatch, start_size, limit):
         return {"fits": tried[-1] <= limit}
 
     monkeypatch.setattr(compile_ahead, "step_report", report)
-    config = recipes.mae(batch_size=8 * start_size)
+    config = mini_runs.mae(batch_size=8 * start_size)
     start = {
         "batch_size": 8 * start_size,
         "batch_per_device": start_size,
         "fits": start_size <= limit,
     }
     start["topology"] = ""
-    found = compile_ahead.largest_batch(config, [], start)
+    result = compile_ahead.largest_batch(config, [], start)
     low, high = (
-        found[key] for key in ("largest_batch_per_device", "smallest_that_does_not_fit")
+        result[key]
+        for key in ("largest_batch_per_device", "smallest_that_does_not_fit")
     )
     assert low <= limit < high <= low + max(1, low // 8)
-    assert found["compiles_of_the_search"] == len(tried) <= 7
+    assert result["compiles_of_the_search"] == len(tried) <= 7
     assert len({*tried, start_size}) == len(tried) + 1  # none is tried twice
     assert config.batch_size == 8 * start_size
 
 
 def test_sizes_of_the_search_divide(monkeypatch):
     """Each microbatch has an even size, because Mixup pairs its images."""
-    config = recipes.classifier(batch_size=96, optimizer__accumulate_steps=3)
+    config = mini_runs.classifier(batch_size=96, optimizer__accumulate_steps=3)
     start = {"batch_size": 96, "batch_per_device": 12, "fits": False, "topology": ""}
     tried = []
 
@@ -56,5 +57,5 @@ def test_search_where_nothing_fits(monkeypatch):
     report = {"fits": False, "hbm_bytes_per_device": memory}
     monkeypatch.setattr(compile_ahead, "step_report", lambda *_: report)
     start = {"batch_size": 32, "batch_per_device": 4, "topology": ""} | report
-    found = compile_ahead.largest_batch(recipes.mae(batch_size=32), [], start)
-    assert found["largest_batch_per_device"] == 0
+    result = compile_ahead.largest_batch(mini_runs.mae(batch_size=32), [], start)
+    assert result["largest_batch_per_device"] == 0

@@ -1,9 +1,9 @@
-"""The cache of compiled programs."""
+"""Tests of the cache of compiled programs."""
 
 import jax
 import pytest
 
-pytestmark = pytest.mark.usefixtures("quick")
+pytestmark = pytest.mark.usefixtures("minimal_output")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Bytes, memory and FLOPs of compiled programs."""
+"""Tests of bytes, memory and FLOPs of compiled programs."""
 
 from types import SimpleNamespace
 
@@ -21,15 +21,21 @@ from hivit_jax.xla.compile import memory_of
 MIB = 2**20
 
 
-pytestmark = pytest.mark.usefixtures("quick")
+pytestmark = pytest.mark.usefixtures("minimal_output")
 
 
-def mesh(*sizes, names=("data",)):
-    return jax.make_mesh(sizes, names, axis_types=(AxisType.Auto,) * len(names))
+def data_mesh():
+    """Return a mesh of eight devices with one axis."""
+    return jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
 
 
-def compiled(function, mesh, *shapes, out=()):
-    """Compile a function of float32 arrays of (shape, spec); return the HLO text."""
+def compile_to_hlo(function, mesh, *shapes, out=()):
+    """Compile a function of float32 arrays; return the HLO text.
+
+    Args:
+      shapes: (shape, partition spec) of each argument.
+      out: partition spec of the result.
+    """
     arguments = [
         jax.ShapeDtypeStruct(
             shape, jnp.float32, sharding=NamedSharding(mesh, PartitionSpec(*spec))
@@ -40,28 +46,26 @@ def compiled(function, mesh, *shapes, out=()):
     return jitted.lower(*arguments).compile().as_text()
 
 
-ROWS = ((1024, 512), ("data",))  # 2 MiB, sharded over 8 devices
-
-
-WHOLE = ((512, 512), ())  # 1 MiB
+ROW_SHARDED = ((1024, 512), ("data",))  # 2 MiB on eight devices
+REPLICATED = ((512, 512), ())  # 1 MiB on each device
 
 
 def test_bytes_of_an_all_reduce():
-    hlo = compiled(lambda x, y: x.T @ y, mesh(8), ROWS, ROWS)
+    hlo = compile_to_hlo(lambda x, y: x.T @ y, data_mesh(), ROW_SHARDED, ROW_SHARDED)
     assert cost.collectives(hlo) == [
         {"kind": "all-reduce", "count": 1, "bytes_per_step": MIB}
     ]
 
 
 def test_bytes_of_an_all_gather():
-    hlo = compiled(lambda x: x + 1, mesh(8), ROWS)
+    hlo = compile_to_hlo(lambda x: x + 1, data_mesh(), ROW_SHARDED)
     assert cost.collectives(hlo) == [
         {"kind": "all-gather", "count": 1, "bytes_per_step": 2 * MIB}
     ]
 
 
 @pytest.mark.parametrize(
-    ("operation", "kind", "size"),
+    ("operation", "kind", "mebibytes"),
     [
         (lambda x: jax.lax.psum_scatter(x, "data", tiled=True), "reduce-scatter", 2),
         (lambda x: jax.lax.ppermute(x, "data", [(0, 1)]), "collective-permute", 2),
@@ -72,9 +76,9 @@ def test_bytes_of_an_all_gather():
         ),
     ],
 )
-def test_bytes_of_other_collectives(operation, kind, size):
-    """Each device holds all 2 MiB; `psum_scatter` leaves an eighth of them."""
-    devices = mesh(8)
+def test_bytes_of_other_collectives(operation, kind, mebibytes):
+    """The operand has 2 MiB on each device; a count of bytes uses the larger side."""
+    devices = data_mesh()
     function = jax.shard_map(
         operation,
         mesh=devices,
@@ -82,9 +86,9 @@ def test_bytes_of_other_collectives(operation, kind, size):
         out_specs=PartitionSpec("data"),
         check_vma=False,
     )
-    hlo = compiled(function, devices, ((1024, 512), ()), out=("data",))
-    [found] = cost.collectives(hlo)
-    assert found == {"kind": kind, "count": 1, "bytes_per_step": size * MIB}
+    hlo = compile_to_hlo(function, devices, ((1024, 512), ()), out=("data",))
+    expected = {"kind": kind, "count": 1, "bytes_per_step": mebibytes * MIB}
+    assert cost.collectives(hlo) == [expected]
 
 
 def test_collectives_in_loops_count_every_iteration():
@@ -93,23 +97,23 @@ def test_collectives_in_loops_count_every_iteration():
             0
         ]
 
-    hlo = compiled(loop, mesh(8), ROWS, WHOLE)
+    hlo = compile_to_hlo(loop, data_mesh(), ROW_SHARDED, REPLICATED)
     assert cost.collectives(hlo) == [
         {"kind": "all-reduce", "count": 5, "bytes_per_step": 5 * MIB}
     ]
 
 
 def test_flops_of_kernels_on_every_device():
-    """A kernel counts for each grid point and device, with its inner loops.
+    """FLOPs of a kernel are counted for each device, grid point and inner iteration.
 
-    loops=False affects only loops outside of kernels.
+    loops=False ignores the iterations of loops outside kernels only.
     """
-    devices = mesh(8)
+    devices = data_mesh()
 
     def kernel(x, y):
         y[...] = jax.lax.fori_loop(0, 3, lambda _, y: y @ x[...], x[...])
 
-    def each(x):
+    def call_kernel(x):
         block = pl.BlockSpec((16, 16), lambda i: (i, 0))
         call = pl.pallas_call(kernel, x, grid=4, in_specs=[block], out_specs=block)
         with jax.named_scope("stem1"):
@@ -117,11 +121,11 @@ def test_flops_of_kernels_on_every_device():
 
     spec = PartitionSpec("data")
     run = jax.shard_map(
-        each, mesh=devices, in_specs=spec, out_specs=spec, check_vma=False
+        call_kernel, mesh=devices, in_specs=spec, out_specs=spec, check_vma=False
     )
     jaxpr = jax.make_jaxpr(run)(jnp.ones((8 * 64, 16))).jaxpr
-    found = cost.matmul_flops_by_region(jaxpr, loops=False)
-    assert found == {"stem1": 8 * 4 * 3 * 2 * 16**3}
+    flops = cost.matmul_flops_by_region(jaxpr, loops=False)
+    assert flops == {"stem1": 8 * 4 * 3 * 2 * 16**3}
 
 
 def test_a_collective_in_several_kernels_counts_once():
@@ -153,13 +157,13 @@ def test_flops_of_matrix_products_in_loops():
         return jax.lax.scan(step, x, w)[0].sum()
 
     x, w = jnp.ones((8, 16)), jnp.ones((5, 16, 16))
-    one = 2 * 8 * 16 * 16
+    flops_of_product = 2 * 8 * 16 * 16
     forward = jax.make_jaxpr(program)(x, w).jaxpr
-    assert cost.matmul_flops(forward, loops=True) == 5 * one
-    assert cost.matmul_flops(forward, loops=False) == one
+    assert cost.matmul_flops(forward, loops=True) == 5 * flops_of_product
+    assert cost.matmul_flops(forward, loops=False) == flops_of_product
     # Forward, recomputation, and one product each for the gradients of x and w.
-    both = jax.make_jaxpr(jax.grad(program, (0, 1)))(x, w).jaxpr
-    assert cost.matmul_flops(both, loops=True) == 5 * 4 * one
+    gradient = jax.make_jaxpr(jax.grad(program, (0, 1)))(x, w).jaxpr
+    assert cost.matmul_flops(gradient, loops=True) == 5 * 4 * flops_of_product
 
 
 def test_memory_by_kind():
@@ -183,30 +187,30 @@ def test_memory_by_kind():
 
 
 def test_memory_of_an_in_place_update():
-    """4,096 bytes are updated in place; a new array replaces 2,048 bytes."""
+    """4,096 bytes are updated in place; a new array of 2,048 bytes is returned."""
     update = jax.jit(lambda x, y: (x + 1, 2 * y), donate_argnums=0)
     program = update.lower(jnp.zeros(1024), jnp.zeros(512)).compile()
-    found = memory_of(program)
-    assert found["arguments"] == 4096 + 2048
-    assert found["aliased"] == 4096
-    table = found["outputs"] - (4096 + 2048)  # XLA:CPU: addresses of the two
-    assert 0 <= table <= 16
-    rest = found["temporaries"] + found["program"]
-    assert found["total"] == 4096 + 2048 + 2048 + table + rest
+    memory = memory_of(program)
+    assert memory["arguments"] == 4096 + 2048
+    assert memory["aliased"] == 4096
+    addresses = memory["outputs"] - (4096 + 2048)  # XLA:CPU: a table of two pointers
+    assert 0 <= addresses <= 16
+    other = memory["temporaries"] + memory["program"]
+    assert memory["total"] == 4096 + 2048 + 2048 + addresses + other
 
 
 @pytest.mark.slow
 def test_flops_of_a_step_by_mask_ratio():
-    """FLOPs of mae_tiny's step are those of forward, and twice that backward."""
-    found, counted = [], []
+    """FLOPs of mae_tiny's step are three times those of the forward pass."""
+    flops, expected = [], []
     for mask_ratio in (0.5, 0.75):
         flags = [f"--config.mask_ratio={mask_ratio}", "--config.batch_size=8"]
         config = configs.load("mae_tiny", flags)
         mesh = sharding.make_mesh(config.mesh, 8)
         training = compile_ahead.prepare_training(config, mesh)
         jaxpr = jax.make_jaxpr(training.step)(*training.arguments()).jaxpr
-        found.append(cost.matmul_flops(jaxpr, loops=True) / 8)
+        flops.append(cost.matmul_flops(jaxpr, loops=True) / 8)
         model = nnx.eval_shape(inputs.task_of_recipe(config).build_model)
-        counted.append(6 * training_macs(model, mask_ratio))
-    assert_allclose(found, counted, rtol=0.04)  # resizing of images adds some
-    assert_allclose(found[0] - found[1], counted[0] - counted[1], rtol=0.01)
+        expected.append(6 * training_macs(model, mask_ratio))
+    assert_allclose(flops, expected, rtol=0.04)  # resizing of images adds FLOPs
+    assert_allclose(flops[0] - flops[1], expected[0] - expected[1], rtol=0.01)

@@ -1,4 +1,4 @@
-"""HLO text: collectives, regions, loops."""
+"""Tests of HLO text: collectives, regions, loops."""
 
 import re
 
@@ -8,7 +8,7 @@ import pytest
 
 from hivit_jax.xla import cost
 
-pytestmark = pytest.mark.usefixtures("quick")
+pytestmark = pytest.mark.usefixtures("minimal_output")
 
 
 # Text of the TPU compiler: tiles, memory spaces, loops without a trip count.
@@ -58,11 +58,11 @@ ENTRY %main (a: (s32[], f32[256]), b: bf16[64,128]) -> f32[] {
 
 
 def with_tuple_indices(hlo):
-    """Write elements of tuples as newer versions do: %name#2."""
-    taken = r"  (%\S+) = \S+ get-tuple-element\((%\S+)\), index=(\d+)\n"
-    for name, whole, index in re.findall(taken, hlo):
-        hlo = re.sub(rf"{name}\b(?! =)", f"{whole}#{index}", hlo)
-    return re.sub(taken, "", hlo)
+    """Write elements of tuples as newer versions of XLA do: %name#2."""
+    element = r"  (%\S+) = \S+ get-tuple-element\((%\S+)\), index=(\d+)\n"
+    for name, tuple_name, index in re.findall(element, hlo):
+        hlo = re.sub(rf"{name}\b(?! =)", f"{tuple_name}#{index}", hlo)
+    return re.sub(element, "", hlo)
 
 
 @pytest.mark.parametrize("newer", [False, True])
@@ -70,8 +70,8 @@ def test_asynchronous_collectives_count_once_and_loops_by_their_bound(newer):
     hlo = with_tuple_indices(ASYNCHRONOUS) if newer else ASYNCHRONOUS
     assert ("#" in hlo) == newer
     kinds = {
-        each["kind"]: (each["count"], each["bytes_per_step"])
-        for each in cost.collectives(hlo)
+        collective["kind"]: (collective["count"], collective["bytes_per_step"])
+        for collective in cost.collectives(hlo)
     }
     assert kinds == {
         "all-reduce": (1, 2 * 64 * 128 + 4),
@@ -138,7 +138,7 @@ def test_bytes_of_regions():
 
 
 def test_regions_of_a_compiled_program():
-    """Forward and backward passes; XLA:CPU pads nothing and reads nothing for free."""
+    """Bytes of forward and backward passes match; XLA:CPU pads no array."""
 
     @jax.jit
     @jax.grad
@@ -159,5 +159,5 @@ def test_regions_of_a_compiled_program():
 
     jaxpr = jax.make_jaxpr(program)(w, x).jaxpr
     one = 2 * 512 * 256 * 128
-    found = cost.matmul_flops_by_region(jaxpr, loops=True)
-    assert found == {"main attention": 2 * one, "loss": 3 * one}  # x has no gradient
+    flops = cost.matmul_flops_by_region(jaxpr, loops=True)
+    assert flops == {"main attention": 2 * one, "loss": 3 * one}  # x has no gradient

@@ -23,11 +23,13 @@ class DatasetInfo:
       counts: number of examples of each split, "train" and "test".
       classes: class names in the order of the labels.
       encoded: True if examples are read and decoded; False if batches are synthetic.
+      class_counts: number of training examples of each class; () if unknown.
     """
 
     counts: Mapping[str, int]
     classes: tuple[str, ...] = ()
     encoded: bool = True
+    class_counts: tuple[int, ...] = ()
 
 
 class Record(NamedTuple):
@@ -55,6 +57,7 @@ class Source:
       loose: names of the first ignored images outside of the class directories.
       labeled: False if all labels are 0, because the images have none. With several
         labels per image, an image of no class is labeled, by zeros.
+      labels: label of each example, int [n]; None: unknown until they are read.
       encoded: see `DatasetInfo`.
       example_keys: names of image and label in the `tf.train.Example` that a record is;
         (): records are image files.
@@ -64,6 +67,7 @@ class Source:
     ignored: Mapping[str, int] = {}
     loose: Sequence[str] = ()
     labeled: bool = True
+    labels: Any = None
     encoded: bool = True
     example_keys: tuple[str, ...] = ()
 
@@ -129,6 +133,13 @@ class Source:
     def name(self, index: int) -> str:
         """Return a name that identifies an example in messages, such as a path."""
         return f"example {index}"
+
+    def class_counts(self) -> tuple[int, ...]:
+        """Return the number of examples of each class; () if the labels are unknown."""
+        labels = np.asarray(self.labels)
+        if not self.labeled or labels.ndim != 1 or labels.dtype.kind not in "iu":
+            return ()
+        return tuple(np.bincount(labels, minlength=len(self.classes)).tolist())
 
     def ignored_text(self) -> str:
         """Return `ignored` as text, most frequent reason first; "" if it is empty."""

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from hivit_jax.data import storage
-from hivit_jax.paths import user_cache
+from hivit_jax.paths import cache_directory
 
 INDEX_KEYS = ("classes", "counts", "files", "reasons", "ignored", "loose")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
@@ -92,7 +92,7 @@ def index_of(root: str, class_level: str) -> dict[str, np.ndarray]:
     identity = os.fsencode(root.absolute())
     identity += b"" if class_level == "top" else b"\0" + class_level.encode()
     key = hashlib.sha256(identity).hexdigest()[:16]
-    path = user_cache() / f"{key}.npz"
+    path = cache_directory() / f"{key}.npz"
     try:
         with np.load(path) as cached:
             if (_mtimes(cached["directories"]) == cached["times"]).all():

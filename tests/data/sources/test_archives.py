@@ -1,4 +1,4 @@
-"""Sources of tar and zip files."""
+"""Tests of sources of tar and zip files."""
 
 import io
 import tarfile
@@ -14,17 +14,19 @@ from hivit_jax.data import tar
 from hivit_jax.data.sources import registry
 from hivit_jax.errors import DataError
 
-pytestmark = pytest.mark.usefixtures("user_cache")
+pytestmark = pytest.mark.usefixtures("cache_directory")
 LABELS = {"train": (3, 0, 2, 1, 3), "val": (1, 2)}
 
 
 def images(split):
+    """Return the encoded images of a split."""
     return [
         encode(noise_image(30, 40 + i, 3), "JPEG") for i in range(len(LABELS[split]))
     ]
 
 
 def write_tar(path, members, **options):
+    """Write a tar file of (name, content) members."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w", **options) as archive:
         for name, content in members:
@@ -35,7 +37,7 @@ def write_tar(path, members, **options):
 
 @pytest.fixture(params=["webdataset", "zip"])
 def dataset(request, tmp_path):
-    """(name, directory) of a dataset with two tar files or one zip file a split."""
+    """Return (name, directory) of a dataset: two tar files or a zip file per split."""
     root = tmp_path / request.param
     root.mkdir()
     for split, labels in LABELS.items():
@@ -58,6 +60,7 @@ def dataset(request, tmp_path):
 
 
 def data_config(dataset, directory=None, **overrides):
+    """Return the config of a dataset, in another directory if given."""
     name, root = dataset
     return folder_config(directory or root, data__name=name, **overrides)
 
@@ -69,7 +72,7 @@ def order(name, split):
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_samples(dataset, split, user_cache):
+def test_samples(dataset, split, cache_directory):
     source = registry.open_source(data_config(dataset).data, split)
     stored = "train" if split == "train" else "val"
     expected = images(stored)
@@ -79,7 +82,7 @@ def test_samples(dataset, split, user_cache):
         assert source.sample(i) == {"image": expected[k], "label": LABELS[stored][k]}
         assert source.name(i).endswith(f"{k}.jpg")
         assert source.size(i) == (30, 40 + k)
-    assert len(list(user_cache.glob("hivit_jax/hivit_jax_index_*"))) >= 1
+    assert len(list(cache_directory.glob("hivit_jax/hivit_jax_index_*"))) >= 1
 
 
 def test_index_of_a_changed_file(dataset):
@@ -96,7 +99,7 @@ def test_index_of_a_changed_file(dataset):
 
 
 def test_batches_from_a_bucket(dataset, tmp_path):
-    """They equal local ones; with copies, archives are read once."""
+    """Batches equal those of local files; with data.cache, archives are read once."""
 
     def batches(cfg):
         registry._open.cache_clear()
@@ -118,15 +121,15 @@ def test_batches_from_a_bucket(dataset, tmp_path):
 
 
 def test_long_names(tmp_path):
-    """Of the formats of pax, GNU and ustar; a label may precede its image."""
+    """Long names of pax, GNU and ustar tar files are read; a label may come first."""
     formats = (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT)
-    for number, tar_format in enumerate(formats):
+    for index, tar_format in enumerate(formats):
         name = "d" * 90 + "/" + "n" * 80
         members = [(f"{name}.cls", b"2\n"), (f"{name}.JPEG", b"image" * 300)]
-        path = tmp_path / f"train{number}.tar"
+        path = tmp_path / f"train{index}.tar"
         write_tar(path, members, format=tar_format)
-        found = [(member.name, read()) for member, read in tar.members(str(path))]
-        assert found == members
+        content = [(member.name, read()) for member, read in tar.members(str(path))]
+        assert content == members
     write_tar(tmp_path / "val.tar", members)
     data = folder_config(tmp_path, data__name="webdataset").data
     source = registry.open_source(data, "train")
@@ -139,7 +142,7 @@ def test_long_names(tmp_path):
 
 
 def test_images_without_labels(tmp_path):
-    """They are for pretraining. One without a label among others is an error."""
+    """Unlabeled images are accepted; a mixture with labeled images is an error."""
     write_tar(
         tmp_path / "train.tar", [("a.png", b"1"), ("b.png", b"2"), ("c.txt", b"")]
     )
@@ -248,7 +251,7 @@ def test_compressed_zip(tmp_path):
 
 
 def test_zip64(tmp_path):
-    """Offsets and sizes in zip64 fields, of which Swin's files need them."""
+    """Offsets and sizes in zip64 fields are read, because Swin's files contain them."""
     path = tmp_path / "train.zip"
     with zipfile.ZipFile(path, "w") as archive:
         for name in ("a.jpg", "b.jpg"):

@@ -1,4 +1,4 @@
-"""Source of scikit-learn's digits."""
+"""Tests of the source of scikit-learn's digits."""
 
 import io
 
@@ -14,9 +14,11 @@ from hivit_jax.data.sources import registry
 
 def scans(source):
     """Return the pixels and labels of all images of a source."""
-    found = [source.sample(i) for i in range(len(source))]
-    images = [np.asarray(Image.open(io.BytesIO(each["image"]))) for each in found]
-    return images, [each["label"] for each in found]
+    examples = [source.sample(i) for i in range(len(source))]
+    images = [
+        np.asarray(Image.open(io.BytesIO(example["image"]))) for example in examples
+    ]
+    return images, [example["label"] for example in examples]
 
 
 def test_train_and_test_scans_are_disjoint():
@@ -32,7 +34,7 @@ def test_train_and_test_scans_are_disjoint():
         data_sources_digits.Digits("test"),
     )
     assert (len(train), len(test)) == (1437, 360)
-    found = []
+    images_of_splits = []
     for source in (train, test):
         assert source.labels.dtype == np.int32
         assert source.labels.shape == (len(source),)
@@ -43,10 +45,10 @@ def test_train_and_test_scans_are_disjoint():
             assert image.shape == (8, 8)
             assert image.dtype == np.uint8
             assert known[image.tobytes()] == label
-        found.append({image.tobytes() for image in images})
+        images_of_splits.append({image.tobytes() for image in images})
     # All 1,797 scans differ, so no image is in both splits.
-    assert not found[0] & found[1]
-    assert len(found[0] | found[1]) == len(known) == 1797
+    assert not images_of_splits[0] & images_of_splits[1]
+    assert len(images_of_splits[0] | images_of_splits[1]) == len(known) == 1797
     # The split is fixed.
     assert test.labels[:12].tolist() == [2, 8, 2, 6, 6, 7, 1, 9, 8, 5, 2, 8]
     assert np.bincount(test.labels).tolist() == COUNTS
@@ -79,7 +81,7 @@ def test_digits_by_key():
         np.rint(image * 255 / 16).astype(np.uint8).tobytes(): label
         for image, label in zip(digits.images, digits.target, strict=True)
     }
-    found = {}
+    subsets = {}
     for examples, subset in ((0, 0), (50, 0), (50, 3), (70, 3)):
         choice = dict(data__train_examples=examples, data__subset=subset)
         cfg = digits_config(model__image_size=8, batch_size=80, **choice)
@@ -87,14 +89,14 @@ def test_digits_by_key():
         images = [image.tobytes() for image in batch["image"]]
         labels = batch["label"].tolist()
         assert labels == [known[image] for image in images]
-        found[examples, subset] = set(images)
+        subsets[examples, subset] = set(images)
         if examples:  # the batch of 80 repeats them
             counts = np.bincount(labels[:examples], minlength=10)
             assert counts.tolist() == [examples // 10] * 10
-            assert len(found[examples, subset]) == examples
+            assert len(subsets[examples, subset]) == examples
         [first, *_] = inputs.eval_batches(cfg)
         source = data_sources_digits.Digits("test")
         assert_array_equal(first["image"][..., 0], source.pixels()[:80])
-    assert len(found[0, 0]) == 80
-    assert found[50, 3] < found[70, 3]
-    assert len(found[50, 3] & found[50, 0]) < 25
+    assert len(subsets[0, 0]) == 80
+    assert subsets[50, 3] < subsets[70, 3]
+    assert len(subsets[50, 3] & subsets[50, 0]) < 25

@@ -1,19 +1,19 @@
-"""Source of class folders."""
+"""Tests of the source of class folders."""
 
 import os
 
+import mini_runs
 import numpy as np
 import pytest
-import recipes
 
 from hivit_jax.data.sources import folder, registry
 from hivit_jax.errors import ConfigError, DataError
 
-pytestmark = pytest.mark.usefixtures("user_cache")
+pytestmark = pytest.mark.usefixtures("cache_directory")
 
 
 def make(root, *files):
-    """Write files that contain their own name."""
+    """Write files; the content of a file is its name."""
     for name in files:
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -22,7 +22,7 @@ def make(root, *files):
 
 @pytest.fixture
 def root(tmp_path):
-    """Three classes; their sorted order differs from the order of creation."""
+    """Return a directory of three classes, which were not created in sorted order."""
     root = tmp_path / "data"
     make(
         root,
@@ -41,8 +41,8 @@ def root(tmp_path):
 
 def listed(source):
     """Return the content and label of every example."""
-    found = [recipes.sample(source, i) for i in range(len(source))]
-    return [(encoded.decode(), label) for encoded, label in found]
+    examples = [mini_runs.sample(source, i) for i in range(len(source))]
+    return [(encoded.decode(), label) for encoded, label in examples]
 
 
 def test_files_are_in_the_order_of_torchvision(root):
@@ -61,7 +61,7 @@ def test_files_are_in_the_order_of_torchvision(root):
 
 
 def test_validation_has_the_classes_of_training(root):
-    """Labels of val are those of train; torchvision would use 0 and 1."""
+    """Labels of val number the classes of train; torchvision would use 0 and 1."""
     source = folder.Folder(str(root), "val")
     assert source.classes == ["n02", "n1", "n10"]
     assert listed(source) == [("val/n02/ä.JPEG", 0), ("val/n10/v.JPEG", 2)]
@@ -83,9 +83,9 @@ def test_splits_have_configured_names(root):
         registry.open_source(data | {"train_examples": 10}, "train")
 
 
-def test_index_is_cached_until_a_directory_changes(root, user_cache, monkeypatch):
+def test_index_is_cached_until_a_directory_changes(root, cache_directory, monkeypatch):
     first = listed(folder.Folder(str(root), "train"))
-    (found,) = user_cache.glob("hivit_jax/*.npz")
+    (index_file,) = cache_directory.glob("hivit_jax/*.npz")
     walks, walk = [], os.walk
     monkeypatch.setattr(os, "walk", lambda *a, **k: walks.append(a) or walk(*a, **k))
     assert listed(folder.Folder(str(root), "train")) == first
@@ -97,15 +97,15 @@ def test_index_is_cached_until_a_directory_changes(root, user_cache, monkeypatch
     assert len(folder.Folder(str(root), "train").classes) == 4
     assert len(walks) == 3 + 4  # one per class
     # The index is rebuilt: other version, damaged cache, unwritable cache.
-    with np.load(found) as index:
-        other = {name: index[name] for name in index if name != "classes"}
-    np.savez(found, **other)
+    with np.load(index_file) as index:
+        other_version = {name: index[name] for name in index if name != "classes"}
+    np.savez(index_file, **other_version)
     assert len(folder.Folder(str(root), "train")) == 7
-    found.write_bytes(b"PK damaged")
+    index_file.write_bytes(b"PK damaged")
     assert len(folder.Folder(str(root), "train")) == 7
-    found.unlink()
-    (user_cache / "hivit_jax").rmdir()
-    (user_cache / "hivit_jax").write_text("a file")
+    index_file.unlink()
+    (cache_directory / "hivit_jax").rmdir()
+    (cache_directory / "hivit_jax").write_text("a file")
     assert len(folder.Folder(str(root), "train")) == 7
 
 
@@ -147,7 +147,7 @@ def test_unreadable_file_is_an_oserror(root):
     source = folder.Folder(str(root), "train")
     (root / "train/n10/a.JPEG").unlink()
     with pytest.raises(OSError, match="n10/a.JPEG"):
-        recipes.sample(source, 4)
+        mini_runs.sample(source, 4)
 
 
 # Names that are neither classes nor images
@@ -172,9 +172,10 @@ IGNORED = [
 
 
 def test_hidden_and_system_names_are_ignored(root):
-    """Border of the kind: names that begin with a dot and the names of
-    `folder.SYSTEM_NAMES`, in any case, are neither classes nor images at any level.
-    Other names are, such as __x, @x and cache.
+    """Names with a leading dot and system names are neither classes nor images.
+
+    This holds at any level, for `folder.SYSTEM_NAMES` in any case. Other names, such as
+    __x, @x and cache, are classes and images.
     """
     make(root, "val/n1/v.png")
     before = {s: listed(folder.Folder(str(root), s)) for s in ("train", "val")}
@@ -183,17 +184,22 @@ def test_hidden_and_system_names_are_ignored(root):
         source = folder.Folder(str(root), split)
         assert source.classes == ["n02", "n1", "n10"]
         assert listed(source) == examples
-    kept = ["train/@x/a.png", "train/__x/a.png", "train/cache/a.png", "train/n1/_.png"]
-    make(root, *kept)
+    ordinary = [
+        "train/@x/a.png",
+        "train/__x/a.png",
+        "train/cache/a.png",
+        "train/n1/_.png",
+    ]
+    make(root, *ordinary)
     source = folder.Folder(str(root), "train")
     assert source.classes == ["@x", "__x", "cache", "n02", "n1", "n10"]
     assert {name for name, _ in listed(source)} - {n for n, _ in before["train"]} == {
-        *kept
+        *ordinary
     }
 
 
 def test_parents_may_be_hidden(tmp_path):
-    """The user has named them."""
+    """Hidden parents of data.dir are accepted, because the user has named them."""
     root = tmp_path / ".cache" / "lost+found"
     make(root, "train/a/0.png", "val/a/0.png")
     assert len(folder.Folder(str(root), "train")) == 1
@@ -216,7 +222,7 @@ def test_images_without_labels_ignore_the_same(root):
 
 
 def test_ignored_files_are_counted_by_ending(root):
-    """Hidden directories count once. The counts are in the cache of the index."""
+    """A hidden directory counts as one file. The cached index contains the counts."""
     make(root, *(f"train/{name}" for name in IGNORED), "train/stray.png")
     make(root, *(f"train/n1/{k}.heic" for k in range(3)), "train/n02/x.HEIC")
     for _ in range(2):
@@ -234,15 +240,15 @@ def test_ignored_files_are_counted_by_ending(root):
     assert folder.Folder(str(root), "train").ignored_text().count(",") == 8
 
 
-def test_index_of_an_earlier_version_is_not_used(root, user_cache):
-    """Its classes may be hidden directories."""
+def test_index_of_an_earlier_version_is_not_used(root, cache_directory):
+    """An old index is not used, because its classes may be hidden directories."""
     make(root, "train/.ipynb_checkpoints/a.png")
     folder.Folder(str(root), "train")
-    found = max(user_cache.glob("hivit_jax/*.npz"), key=os.path.getmtime)
-    with np.load(found) as index:
+    index_file = max(cache_directory.glob("hivit_jax/*.npz"), key=os.path.getmtime)
+    with np.load(index_file) as index:
         old = {k: index[k] for k in ("directories", "times", "files")}
     old["classes"], old["counts"] = np.array([".ipynb_checkpoints"]), np.array([5])
-    np.savez(found, **old)
+    np.savez(index_file, **old)
     assert len(folder.Folder(str(root), "train")) == 5
     assert folder.Folder(str(root), "train").labels.tolist() == [0, 0, 0, 1, 2]
 

@@ -1,15 +1,15 @@
-"""Selection of a folder's images: fraction, groups, slices, exclusions, levels."""
+"""Tests of selected images of a folder: fractions, groups, slices, exclusions."""
 
 from collections import Counter
 
+import mini_runs
 import numpy as np
 import pytest
-import recipes
 
 from hivit_jax.data.sources import registry, splits
 from hivit_jax.errors import ConfigError, DataError
 
-pytestmark = pytest.mark.usefixtures("user_cache")
+pytestmark = pytest.mark.usefixtures("cache_directory")
 DATA = {
     "name": "folder",
     "train_split": "",
@@ -21,7 +21,7 @@ DATA = {
 
 @pytest.fixture
 def root(tmp_path):
-    """Three classes of 40, 2 and 1 images below the root itself."""
+    """Return a directory with classes of 40, 2 and 1 images and without splits."""
     root = tmp_path / "data"
     for name, count in (("brick", 40), ("cat", 2), ("lone", 1)):
         (root / name).mkdir(parents=True)
@@ -31,6 +31,7 @@ def root(tmp_path):
 
 
 def opened(root, split, **keys):
+    """Return a split, which is read again."""
     registry._open.cache_clear()
     return registry.open_source(DATA | {"dir": str(root)} | keys, split)
 
@@ -40,7 +41,7 @@ def paths(root, split, **keys):
     source = opened(root, split, **keys)
     names = [source.name(i) for i in range(len(source))]
     for i, name in enumerate(names):
-        encoded, label = recipes.sample(source, i)
+        encoded, label = mini_runs.sample(source, i)
         with open(name) as file:
             assert encoded.decode() == file.read()
         if source.labeled:
@@ -51,7 +52,7 @@ def paths(root, split, **keys):
 
 
 def test_fraction(root):
-    """Both sides together are all images; the choice depends on the path alone."""
+    """Both sides together are all images; the side of an image depends on its path."""
     train = paths(root, "train", eval_fraction=0.25)
     held_out = paths(root, "test", eval_fraction=0.25)
     assert sorted(train + held_out) == sorted(
@@ -90,10 +91,10 @@ def test_every_class_is_on_both_sides(root, fraction):
 
 @pytest.mark.parametrize("fraction", [1e-6, 0.3, 0.999])
 def test_groups_stay_together(root, fraction):
-    """Scenes s0, s1, ... are on one side, over all classes."""
+    """All images of a scene s0, s1, ... are on one side, over all classes."""
     options = dict(eval_fraction=fraction, eval_group=r"/(s\d+)_")
     train, held_out = (paths(root, split, **options) for split in ("train", "test"))
-    scenes = [{p.split("/")[1][:2] for p in part} for part in (train, held_out)]
+    scenes = [{p.split("/")[1][:2] for p in side} for side in (train, held_out)]
     assert not scenes[0] & scenes[1]
     assert len(train) + len(held_out) == 43
     assert {path.split("/")[0] for path in train} == {"brick", "cat", "lone"}
@@ -101,7 +102,7 @@ def test_groups_stay_together(root, fraction):
 
 
 def test_groups_of_several_classes():
-    """A group is held out only if each of its classes keeps another one."""
+    """A group is held out only if each of its classes has another group."""
     groups = [*"aabbcc"]
     for fraction in (1e-9, 1 - 1e-9):
         mask = splits.hold_out(groups, np.array([0, 1, 0, 1, 0, 1]), fraction)
@@ -113,15 +114,15 @@ def test_groups_of_several_classes():
 
 def test_slices(root):
     """Slices of each class are disjoint, and do not follow the order of the names."""
-    parts = [
+    pieces = [
         paths(root, "train", train_split=f"[{text}]", eval_split=".")
         for text in (":50%", "50%:75%", "-25%:")
     ]
-    assert [len(part) for part in parts] == [21, 12, 10]
-    assert len(set().union(*parts)) == 43
-    assert parts[0] != sorted(p for part in parts for p in part)[:21]
+    assert [len(piece) for piece in pieces] == [21, 12, 10]
+    assert len(set().union(*pieces)) == 43
+    assert pieces[0] != sorted(p for piece in pieces for p in piece)[:21]
     evaluated = paths(root, "test", train_split="[:50%]", eval_split=".[75%:]")
-    assert evaluated == parts[2]
+    assert evaluated == pieces[2]
 
 
 def test_slices_of_a_directory(root):
@@ -143,7 +144,7 @@ def test_bad_slices(root, text):
 
 
 def test_exclude(root, tmp_path_factory, monkeypatch):
-    """Paths as check_data writes them, and relative to the directory of images."""
+    """Excluded paths may be absolute, as check_data writes them, or relative."""
     file = tmp_path_factory.mktemp("lists") / "bad.txt"
     strange = root / "brick" / "a\nb.png"
     strange.write_text("brick")
@@ -161,7 +162,7 @@ def test_exclude(root, tmp_path_factory, monkeypatch):
 
 
 def test_leaf_classes(root):
-    """Each directory that contains images is a class; the topmost ones by default."""
+    """Classes are the topmost directories, or each directory that contains images."""
     nested = root / "nested"
     for name in ("train/animals/cat", "train/things/flower", "val/animals/cat"):
         (nested / name).mkdir(parents=True)
@@ -179,10 +180,10 @@ def test_leaf_classes(root):
 
 
 def test_images_without_labels(root):
-    """A directory that contains only images, or any directory on request."""
+    """Images without class folders have no labels, nor has any directory on request."""
     source = opened(root / "brick", "train", eval_split="none")
     assert (len(source), source.classes, source.labeled) == (40, (), False)
-    assert recipes.sample(source, 3) == (b"brick3", 0)
+    assert mini_runs.sample(source, 3) == (b"brick3", 0)
     assert source.name(0) == f"{root}/brick/s0_00.png"
     (root / "brick" / "below" / "deeper").mkdir(parents=True)
     (root / "brick" / "below" / "deeper" / "x.png").touch()

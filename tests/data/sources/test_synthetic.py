@@ -1,4 +1,4 @@
-"""Source of synthetic images."""
+"""Tests of the source of synthetic images."""
 
 import sys
 
@@ -10,7 +10,7 @@ from hivit_jax.data.sources import registry
 
 
 def test_synthetic_images_ignore_the_canvas():
-    """They may be larger than data.canvas."""
+    """Synthetic images may be larger than data.canvas."""
     cfg = digits_config(data__name="synthetic", model__image_size=64, data__canvas=32)
     assert next(inputs.train_batches(cfg, 0, 1))["image"].shape == (96, 64, 64, 1)
 

@@ -1,8 +1,8 @@
-"""Source of CSV files and lists of paths."""
+"""Tests of the source of CSV files and lists of paths."""
 
+import mini_runs
 import numpy as np
 import pytest
-import recipes
 
 from hivit_jax.data.notes import split_notes
 from hivit_jax.data.sources import registry
@@ -20,6 +20,7 @@ NAMES = ("a/0.png", "b/0.png", "b/1 2.png", "c/0.png")
 
 @pytest.fixture
 def root(tmp_path):
+    """Return a directory of files that contain their own name."""
     for name in NAMES:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name)
@@ -27,18 +28,21 @@ def root(tmp_path):
 
 
 def opened(file, split="train", **keys):
+    """Return a split of a table, which is read again."""
     registry._open.cache_clear()
     return registry.open_source(DATA | {"dir": str(file)} | keys, split)
 
 
 def listed(source):
+    """Return the content and label of every example."""
     return [
         (s[0].decode(), s[1])
-        for s in map(lambda i: recipes.sample(source, i), range(len(source)))
+        for s in map(lambda i: mini_runs.sample(source, i), range(len(source)))
     ]
 
 
 def write(root, *lines, name="list.csv"):
+    """Write a table; return its path."""
     (root / name).write_text("\n".join(lines) + "\n")
     return root / name
 
@@ -60,7 +64,7 @@ def test_names(root, separator):
 
 
 def test_numbers(root):
-    """Labels are used as they are; classes in between may be empty."""
+    """Numbers in the table are the labels; some labels may have no image."""
     file = write(root, "path,label", f"{root}/a/0.png,3", "b/0.png,1")
     source = opened(file, eval_split="none")
     assert source.classes == [*"0123"]
@@ -68,7 +72,7 @@ def test_numbers(root):
 
 
 def test_column_of_splits(root):
-    """It takes precedence over `eval_fraction`; splits may have other names."""
+    """The column precedes `eval_fraction`; splits may have other names."""
     rows = ["a/0.png,x,train", "b/0.png,y,val", "b/1 2.png,y,test", "c/0.png,z,train"]
     file = write(root, "path,label,split", *rows)
     for keys in ({}, {"eval_fraction": 0.999}):
@@ -92,7 +96,7 @@ def test_fraction_and_exclusion(root):
 
 
 def test_two_files(root):
-    """Labels of the evaluation follow the classes of training."""
+    """Labels of the evaluation are numbers of the classes of training."""
     write(root, "path,label", "a/0.png,x", "b/0.png,y", name="train.csv")
     write(root, "path,label", "c/0.png,y", name="val.csv")
     assert listed(opened(root, "test")) == [("c/0.png", 1)]
@@ -147,7 +151,7 @@ def test_several_labels(root):
     expected = [[1, 1, 0], [0, 0, 0], [1, 0, 0], [0, 0, 1]]
     np.testing.assert_array_equal(source.labels, expected)
     for index, vector in enumerate(expected):
-        label = recipes.sample(source, index)[1]
+        label = mini_runs.sample(source, index)[1]
         assert (label.dtype, label.tolist()) == (np.uint8, vector)
     (note,) = split_notes(source, np.arange(1), "train", "uint8")
     assert note.startswith("1 of 4 images of the train split have no label; they count")

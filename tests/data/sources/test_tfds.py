@@ -1,4 +1,4 @@
-"""Source of datasets that TFDS has prepared."""
+"""Tests of the source of datasets that TFDS has prepared."""
 
 import json
 import os
@@ -9,11 +9,11 @@ import pytest
 from hivit_jax.data.sources import tfds
 from hivit_jax.errors import ConfigError, DataError
 
-pytestmark = pytest.mark.usefixtures("user_cache")
+pytestmark = pytest.mark.usefixtures("cache_directory")
 
 
 def write_tfrecord(path, records):
-    """Write length, its CRC, data and their CRC; the reader ignores CRCs."""
+    """Write a TFRecord file: length, CRC of the length, data, CRC of the data."""
     path.write_bytes(
         b"".join(struct.pack("<Q", len(r)) + b"hcrc" + r + b"dcrc" for r in records)
     )
@@ -78,7 +78,7 @@ def test_misspelled_dataset_name(tmp_path, name, near):
 
 
 def test_dataset_of_an_incompatible_tfds(tmp_path):
-    """No features.json (before TFDS 4) or invalid JSON is an error."""
+    """A missing features.json (before TFDS 4) and invalid JSON are errors."""
     path = prepared(tmp_path)
     for _ in range(2):
         with pytest.raises(DataError) as error:
@@ -93,5 +93,5 @@ def test_newest_version_is_read(tmp_path):
     paths = {v: prepared(tmp_path, version=v) for v in ("5.1.0", "10.0.0", "5.0.0")}
     (tmp_path / "imagenet2012/11.0.0.incompleteXY").mkdir()
     for name, version in (("imagenet2012", "10.0.0"), ("imagenet2012:5.0.0", "5.0.0")):
-        found = tfds._prepared_path(name, str(tmp_path))
-        assert found == str(paths[version])
+        newest = tfds._prepared_path(name, str(tmp_path))
+        assert newest == str(paths[version])

@@ -1,4 +1,4 @@
-"""Tests of conversion from official state dicts to our parameters and back."""
+"""Tests of conversions between official state dicts and our parameters."""
 
 import json
 import re
@@ -73,6 +73,7 @@ def test_official_state_dict_and_back(fixture):
 
 @pytest.fixture
 def mae_state():
+    """Return the state dict of a fixture and its abstract model."""
     return reference.state_dict("mae_mini"), fixture_model("mae_mini")
 
 
@@ -139,8 +140,8 @@ def test_finetuning_from_pretraining():
     }
     assert by_outcome["matched"] == set(facts["loaded"])
     assert by_outcome["unused"] == set(facts["unexpected_dropped"])
-    kept = set(facts["missing_keep_own_init"]) - {"relative_position_index"}
-    assert by_outcome["zero_init"] | by_outcome["newly_initialized"] == kept
+    not_loaded = set(facts["missing_keep_own_init"]) - {"relative_position_index"}
+    assert by_outcome["zero_init"] | by_outcome["newly_initialized"] == not_loaded
     assert by_outcome["newly_initialized"] == {
         "fc_norm.weight",
         "fc_norm.bias",

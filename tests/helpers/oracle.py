@@ -1,10 +1,11 @@
-"""Second implementation of training and evaluation, from encoded files to parameters.
+"""Test oracle: a second implementation of training and evaluation, in float64.
 
-This implementation uses numpy and plain JAX in float64, and shares no wiring with the
-package. It follows the rules of the official code (raster maps; all units are embedded,
-then gathered). The order of samples and the PRNG keys, which the official code does not
-define, follow the rules of this library. `test_every_key.py` compares real runs with
-this implementation.
+It computes everything from encoded files to parameters with numpy and basic JAX, and
+calls no function of the package except the operations of RandAugment. It follows the
+official code: feature maps are raster maps, and all units are embedded before the
+visible ones are gathered. The official code defines neither the order of samples nor
+the PRNG keys; for these, the oracle follows the documentation of this library.
+`test_every_key.py` compares real runs with this implementation.
 """
 
 import io
@@ -18,7 +19,8 @@ from PIL import Image
 
 from hivit_jax.data import randaugment
 
-# Order and random numbers: functions of (seed, epoch, index) and of (seed, position)
+# The order of samples is a function of (seed, epoch). Random numbers are functions of
+# (seed, epoch, image index) or of (seed, position in the order).
 
 
 def permutation(seed, epoch, n):
@@ -40,10 +42,12 @@ def uniforms(seed, epoch, index, count):
 
 
 def fold(key, word):
+    """Return the key for a purpose that `word` names."""
     return jax.random.fold_in(key, zlib.crc32(word.encode()))
 
 
 def sample_keys(seed, purpose, first, count):
+    """Return the keys of `count` samples from position `first` on."""
     base = fold(jax.random.key(seed), purpose)
     return [jax.random.fold_in(base, first + i) for i in range(count)]
 
@@ -53,9 +57,9 @@ def sample_keys(seed, purpose, first, count):
 
 def random_box(height, width, draws, scale):
     """Return (top, left, height, width) of torchvision's RandomResizedCrop."""
-    for size, shape in zip(draws[:10], draws[10:20], strict=True):
-        area = height * width * (scale[0] + (scale[1] - scale[0]) * size)
-        aspect = math.exp(math.log(3 / 4) + math.log(16 / 9) * shape)
+    for area_draw, aspect_draw in zip(draws[:10], draws[10:20], strict=True):
+        area = height * width * (scale[0] + (scale[1] - scale[0]) * area_draw)
+        aspect = math.exp(math.log(3 / 4) + math.log(16 / 9) * aspect_draw)
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
             top = int(draws[20] * (height - h + 1))
@@ -68,17 +72,17 @@ def center_box(height, width, size, crop_pct):
     """Return (top, left, height, width), in pixels, of timm's center crop."""
     target = [math.floor(side / crop_pct) for side in size]
     ratio = max(target[0] / height, target[1] / width)
-    full = [int(height * ratio + 1e-9), int(width * ratio + 1e-9)]
-    corner = [round((f - s) / 2) for f, s in zip(full, size, strict=True)]
-    unit = height / full[0], width / full[1]
+    resized = [int(height * ratio + 1e-9), int(width * ratio + 1e-9)]
+    corner = [round((r - s) / 2) for r, s in zip(resized, size, strict=True)]
+    scale = height / resized[0], width / resized[1]
     return (
-        *(c * u for c, u in zip(corner, unit, strict=True)),
-        *(s * u for s, u in zip(size, unit, strict=True)),
+        *(c * x for c, x in zip(corner, scale, strict=True)),
+        *(s * x for s, x in zip(size, scale, strict=True)),
     )
 
 
 def resize_matrix(start, length, size, extent, interpolation, antialias):
-    """Return weights [size, extent]: PIL's, or without antialias those of tf.image."""
+    """Return weights [size, extent]: PIL's, or tf.image's if `antialias` is false."""
     scale = length / size
     stretch = max(scale, 1.0) if antialias else 1.0
     centers = start + (np.arange(size) + 0.5) * scale
@@ -90,13 +94,13 @@ def resize_matrix(start, length, size, extent, interpolation, antialias):
 
 
 def resize(pixels, box, size, data, on_device):
-    """Resize a box of [h, w, C] to [*size, C] integers: columns first, then rows."""
+    """Resize a box of pixels [h, w, C] to integers [*size, C]: columns, then rows."""
     top, left, height, width = box
     if data.antialias and not on_device:
         filters = Image.Resampling.BICUBIC, Image.Resampling.BILINEAR
-        chosen = filters[data.interpolation == "bilinear"]
+        pil_filter = filters[data.interpolation == "bilinear"]
         edges = left, top, left + width, top + height
-        return np.asarray(Image.fromarray(pixels).resize(size[::-1], chosen, edges))
+        return np.asarray(Image.fromarray(pixels).resize(size[::-1], pil_filter, edges))
     options = data.interpolation, data.antialias
     columns = resize_matrix(left, width, size[1], pixels.shape[1], *options)
     pixels = np.rint(np.einsum("ow,hwc->hoc", columns, pixels)).clip(0, 255)
@@ -109,16 +113,17 @@ def apply_randaugment(pixels, draws):
     from statistics import NormalDist
 
     image, names = Image.fromarray(np.uint8(pixels)), list(randaugment.OPERATIONS)
-    for choice, apply, normal, side in np.reshape(draws, (2, 4)):
-        if apply < 0.5:
-            magnitude = min(max(9 + 0.5 * NormalDist().inv_cdf(normal), 0), 10)
-            name, sign = names[int(choice * 15)], -1 if side < 0.5 else 1
+    for name_draw, apply_draw, magnitude_draw, sign_draw in np.reshape(draws, (2, 4)):
+        if apply_draw < 0.5:
+            normal = NormalDist().inv_cdf(magnitude_draw)
+            magnitude = min(max(9 + 0.5 * normal, 0), 10)
+            name, sign = names[int(name_draw * 15)], -1 if sign_draw < 0.5 else 1
             image = randaugment.apply(name, image, magnitude, sign)
     return np.asarray(image)
 
 
 def prepare_image(encoded, config, draws=None):
-    """Decode and crop a file to [H, W, C], 0 to 255; return None for other files.
+    """Decode and crop an image to [H, W, C], 0 to 255; None: unreadable.
 
     With draws, the crop is the random crop of training. Without draws, the crop is the
     center crop of evaluation.
@@ -145,7 +150,10 @@ def prepare_image(encoded, config, draws=None):
 
 
 def make_batch(images, config):
-    """Return normalized images [B, H, W, C] and weights [B]; None has weight 0."""
+    """Return normalized images [B, H, W, C] and weights [B].
+
+    images: list of [H, W, C], 0 to 255; None: unreadable, weight 0.
+    """
     blank = np.zeros((*config.model.image_size, 3))
     weight = np.array([image is not None for image in images], np.float64)
     pixels = np.stack([blank if image is None else image for image in images])
@@ -153,6 +161,7 @@ def make_batch(images, config):
 
 
 def flip(images, keys):
+    """Flip each image left to right with probability 1/2."""
     flips = [bool(jax.random.bernoulli(fold(key, "flip"))) for key in keys]
     return np.stack(
         [x[:, ::-1] if f else x for x, f in zip(images, flips, strict=True)]
@@ -162,64 +171,73 @@ def flip(images, keys):
 def erase(image, key, probability):
     """Apply timm's RandomErasing in pixel mode."""
     height, width, _ = image.shape
-    chosen, sizes, corner, values = jax.random.split(fold(key, "erase"), 4)
-    if not jax.random.bernoulli(chosen, probability):
+    erase_key, size_key, corner_key, noise_key = jax.random.split(fold(key, "erase"), 4)
+    if not jax.random.bernoulli(erase_key, probability):
         return image
-    draws = np.float64(jax.random.uniform(sizes, (2, 10)))
-    for size, shape in draws.T:
-        area = (0.02 + (1 / 3 - 0.02) * size) * height * width
-        aspect = math.exp((2 * shape - 1) * math.log(1 / 0.3))
+    draws = np.float64(jax.random.uniform(size_key, (2, 10)))
+    for area_draw, aspect_draw in draws.T:
+        area = (0.02 + (1 / 3 - 0.02) * area_draw) * height * width
+        aspect = math.exp((2 * aspect_draw - 1) * math.log(1 / 0.3))
         h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if h < height and w < width:
-            y, x = np.float64(jax.random.uniform(corner, (2,)))
+            y, x = np.float64(jax.random.uniform(corner_key, (2,)))
             top, left = int(y * (height - h + 1)), int(x * (width - w + 1))
-            noise = np.float64(jax.random.normal(values, image.shape))
-            part = slice(top, top + h), slice(left, left + w)
+            noise = np.float64(jax.random.normal(noise_key, image.shape))
+            rectangle = slice(top, top + h), slice(left, left + w)
             image = image.copy()
-            image[part] = noise[part]
+            image[rectangle] = noise[rectangle]
             return image
     return image
 
 
-def mix(images, targets, weight, key, mixup, cutmix):
-    """Apply Mixup or CutMix to neighbors, with one ratio for the batch."""
+def mix(images, targets, weight, key, mixup_alpha, cutmix_alpha):
+    """Apply Mixup or CutMix to pairs of neighbors, with one ratio for the batch.
+
+    mixup_alpha, cutmix_alpha: alphas of the beta distributions; 0: off.
+    """
     size = np.array(images.shape[1:3])
-    kind, ratio, area, position = jax.random.split(key, 4)
+    kind_key, ratio_key, area_key, center_key = jax.random.split(key, 4)
     own_weight = np.ones((*size, 1))
-    if mixup and (not cutmix or not jax.random.bernoulli(kind)):
-        fraction = float(jax.random.beta(ratio, mixup, mixup))
+    if mixup_alpha and (not cutmix_alpha or not jax.random.bernoulli(kind_key)):
+        fraction = float(jax.random.beta(ratio_key, mixup_alpha, mixup_alpha))
         own_weight *= fraction
     else:
-        side = np.sqrt(np.float32(1) - jax.random.beta(area, cutmix, cutmix))
+        side = np.sqrt(
+            np.float32(1) - jax.random.beta(area_key, cutmix_alpha, cutmix_alpha)
+        )
         half = np.floor(np.float32(size) * side) // 2
-        center = np.floor(np.asarray(jax.random.uniform(position, (2,))) * size)
+        center = np.floor(np.asarray(jax.random.uniform(center_key, (2,))) * size)
         low, high = np.maximum(center - half, 0), np.minimum(center + half, size)
         (top, left), (bottom, right) = low.astype(int), high.astype(int)
         own_weight[top:bottom, left:right] = 0
         fraction = own_weight.mean()
-    mixed = images.copy(), targets.copy()
+    mixed_images, mixed_targets = images.copy(), targets.copy()
     for i in range(len(images)):
         other = i + 1 - 2 * (i % 2)
         if weight[i] and weight[other]:
-            mixed[0][i] = own_weight * images[i] + (1 - own_weight) * images[other]
-            mixed[1][i] = fraction * targets[i] + (1 - fraction) * targets[other]
-    return mixed
+            other_image = (1 - own_weight) * images[other]
+            mixed_images[i] = own_weight * images[i] + other_image
+            mixed_targets[i] = fraction * targets[i] + (1 - fraction) * targets[other]
+    return mixed_images, mixed_targets
 
 
-# Networks. p contains the parameters by name, and "eps" of every LayerNorm.
+# Networks. `p` contains all parameters by name, and "eps" for every LayerNorm.
 
 
 def norm(p, name, x):
+    """Compute LayerNorm."""
     x = x - x.mean(-1, keepdims=True)
     x = x / jnp.sqrt((x**2).mean(-1, keepdims=True) + p["eps"])
     return x * p[f"{name}/scale"] + p[f"{name}/bias"]
 
 
 def linear(p, name, x):
+    """Compute a linear layer, with or without a bias."""
     return x @ p[f"{name}/kernel"] + p.get(f"{name}/bias", 0)
 
 
 def mlp_branch(p, name, x):
+    """Compute the MLP branch of a residual block."""
     x = linear(p, f"{name}/mlp/fc1", norm(p, f"{name}/norm2", x))
     x = x * (1 + jax.lax.erf(x / math.sqrt(2))) / 2
     return linear(p, f"{name}/mlp/fc2", x)
@@ -260,22 +278,22 @@ def count_blocks(p, stage):
     return sum(f"encoder/stages/{stage}/{i}/norm2/scale" in p for i in range(99))
 
 
-def encoder(p, images, keep_scale, ids=None):
+def encoder(p, images, drop_path_scale, ids=None):
     """Return the maps of the stem stages and the tokens [B, K, E] of the main stage.
 
-    keep_scale: [B, branches], scales of drop path; branch 2n is the MLP of residual
-    block n, branch 2n + 1 its attention.
-    ids: [B, K], units of the main stage; None: all units.
+    drop_path_scale: [B, branches], factors of the branches; branch 2n is the MLP of
+    residual block n, branch 2n + 1 its attention.
+    ids: [B, K], visible units in the main stage; None: all units.
     """
     b, h, w, c = images.shape
     cells = images.reshape(b, h // 4, 4, w // 4, 4, c).transpose(0, 1, 3, 2, 4, 5)
     x = linear(p, "encoder/patch_embed/proj", cells.reshape(b, h // 4, w // 4, -1))
-    x, maps, number = norm(p, "encoder/patch_embed/norm", x), [], 0
+    x, maps, block_index = norm(p, "encoder/patch_embed/norm", x), [], 0
     for stage in (0, 1):
         for i in range(count_blocks(p, stage)):
             branch = mlp_branch(p, f"encoder/stages/{stage}/{i}", x)
-            x = x + branch * keep_scale[:, 2 * number, None, None, None]
-            number += 1
+            x = x + branch * drop_path_scale[:, 2 * block_index, None, None, None]
+            block_index += 1
         maps.append(x)
         x = norm(p, f"encoder/merges/{stage}/norm", concatenate_neighbors(x))
         x = linear(p, f"encoder/merges/{stage}/reduction", x)
@@ -286,9 +304,9 @@ def encoder(p, images, keep_scale, ids=None):
     for i in range(count_blocks(p, 2)):
         name = f"encoder/stages/2/{i}"
         branch = attention_branch(p, name, x, relative_bias(p, name, grid))
-        x = x + branch * keep_scale[:, 2 * number + 1, None, None]
-        x = x + mlp_branch(p, name, x) * keep_scale[:, 2 * number, None, None]
-        number += 1
+        x = x + branch * drop_path_scale[:, 2 * block_index + 1, None, None]
+        x = x + mlp_branch(p, name, x) * drop_path_scale[:, 2 * block_index, None, None]
+        block_index += 1
     return [*maps, x]
 
 
@@ -299,28 +317,29 @@ def split_units(x, side):
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, -1, side, side, c)
 
 
-ORDER = [(0, 0), (1, 0), (0, 1), (1, 1)]  # (row, column) in `concatenate_neighbors`
+# (row, column) of the cells that `concatenate_neighbors` concatenates, in its order
+NEIGHBORS = [(0, 0), (1, 0), (0, 1), (1, 1)]
 
 
-def masked_loss(kept, p, images, keep_scale, ids, pixels):
+def masked_loss(num_visible, p, images, drop_path_scale, ids, use_raw_pixel_targets):
     """Return (mean squared error over the masked units of each image [B], prediction).
 
-    ids: [B, N], units in the order of their noise; the first `kept` stay visible.
-    pixels: 1: predict raw pixels; 0: predict pixels normalized by unit.
+    ids: [B, N], units in the order of their noise; the first `num_visible` are visible.
+    use_raw_pixel_targets: bool array; False: targets are normalized per unit.
     """
-    first, second, x = encoder(p, images, keep_scale, ids[:, :kept])
-    cells = [(2 * a + c, 2 * b + d) for a, b in ORDER for c, d in ORDER]
+    first, second, x = encoder(p, images, drop_path_scale, ids[:, :num_visible])
+    cells = [(2 * a + c, 2 * b + d) for a, b in NEIGHBORS for c, d in NEIGHBORS]
     first, second = split_units(first, 4), split_units(second, 2)
-    parts = [first[:, :, i, j] for i, j in cells]
-    parts += [second[:, :, i, j] for i, j in ORDER]
-    parts = jnp.concatenate(parts, -1)
-    seen = jnp.take_along_axis(parts, ids[:, :kept, None], 1)
-    latent = norm(p, "norm", jnp.concatenate([seen, x], -1))
+    stem = [first[:, :, i, j] for i, j in cells]
+    stem += [second[:, :, i, j] for i, j in NEIGHBORS]
+    stem = jnp.concatenate(stem, -1)  # [B, N, C], all units
+    visible = jnp.take_along_axis(stem, ids[:, :num_visible, None], 1)
+    latent = norm(p, "norm", jnp.concatenate([visible, x], -1))
     x = linear(p, "decoder_embed", latent)
     b, n = ids.shape
-    tokens = jnp.broadcast_to(p["mask_token"], (b, n - kept, x.shape[-1]))
-    back = jnp.argsort(ids, 1)[:, :, None]
-    x = jnp.take_along_axis(jnp.concatenate([x, tokens], 1), back, 1)
+    masked = jnp.broadcast_to(p["mask_token"], (b, n - num_visible, x.shape[-1]))
+    restore = jnp.argsort(ids, 1)[:, :, None]
+    x = jnp.take_along_axis(jnp.concatenate([x, masked], 1), restore, 1)
     x = x + jax.lax.stop_gradient(p["decoder_pos_embed"])
     for i in range(sum(f"decoder_blocks/{i}/norm1/scale" in p for i in range(99))):
         x = x + attention_branch(p, f"decoder_blocks/{i}", x)
@@ -329,17 +348,19 @@ def masked_loss(kept, p, images, keep_scale, ids, pixels):
     target = split_units(images, 16).reshape(b, n, -1)
     mean, variance = target.mean(-1, keepdims=True), target.var(-1, ddof=1)[..., None]
     normalized = (target - mean) / jnp.sqrt(variance + 1e-6)
-    target = jnp.where(pixels, target, normalized)
+    target = jnp.where(use_raw_pixel_targets, target, normalized)
     loss = ((predicted - target) ** 2).mean(-1)  # [B, N]
-    return jnp.take_along_axis(loss, ids[:, kept:], 1).mean(1), predicted
+    return jnp.take_along_axis(loss, ids[:, num_visible:], 1).mean(1), predicted
 
 
-def classifier_logits(p, images, keep_scale):
-    features = encoder(p, images, keep_scale)[-1].mean(1)
+def classifier_logits(p, images, drop_path_scale):
+    """Return logits [B, classes]."""
+    features = encoder(p, images, drop_path_scale)[-1].mean(1)
     return linear(p, "head", norm(p, "fc_norm", features))
 
 
 def cross_entropy(logits, targets):
+    """Return the cross-entropy of each example [B]."""
     return -(targets * jax.nn.log_softmax(logits)).sum(-1)
 
 
@@ -360,88 +381,98 @@ def in_float64(function):
     return call
 
 
-def weighted_value_and_grad(losses):
-    """Return a function that computes a weighted mean of losses and its gradient.
+def weighted_value_and_grad(losses_of):
+    """Return a function that computes a weighted mean of losses and its gradients.
 
-    The function returns ((weighted mean, (losses [B], outputs)), gradient).
+    losses_of: function of (parameters, *inputs) to (losses [B], outputs).
+
+    The returned function returns ((weighted mean, (losses [B], outputs)), gradients).
     """
 
     def mean(params, eps, weight, *inputs):
-        found, outputs = losses(params | {"eps": eps}, *inputs)
-        return (found * weight).sum() / weight.sum(), (found, outputs)
+        losses, outputs = losses_of(params | {"eps": eps}, *inputs)
+        return (losses * weight).sum() / weight.sum(), (losses, outputs)
 
     return in_float64(jax.value_and_grad(mean, has_aux=True))
 
 
 @jax.jit
-def kept_branches(keys, keep):
-    """Return [B, branches], True for each branch of a sample that is kept."""
+def kept_branches(keys, keep_prob):
+    """Return bool [B, branches]: True for the branches that drop path keeps.
+
+    keep_prob: [residual blocks], the probability to keep a branch of a block.
+    """
 
     def draw(key, branch):
-        return jax.random.bernoulli(jax.random.fold_in(key, branch), keep[branch // 2])
+        probability = keep_prob[branch // 2]
+        return jax.random.bernoulli(jax.random.fold_in(key, branch), probability)
 
     by_branch = jax.vmap(draw, (None, 0))
-    return jax.vmap(by_branch, (0, None))(keys, jnp.arange(2 * len(keep)))
+    return jax.vmap(by_branch, (0, None))(keys, jnp.arange(2 * len(keep_prob)))
 
 
-def keep_scales(keys, rates):
-    """Return scales of drop path [B, branches] from rates of residual blocks."""
-    keep = 1 - np.float32(rates)
-    drop_keys = jnp.stack([fold(key, "drop_path") for key in keys])
-    kept = np.asarray(kept_branches(drop_keys, keep))
-    return kept / np.repeat(np.float64(keep), 2)
+def drop_path_scales(keys, drop_path_rates):
+    """Return the factors [B, branches] of the branches, from one rate per block."""
+    keep_prob = 1 - np.float32(drop_path_rates)
+    drop_path_keys = jnp.stack([fold(key, "drop_path") for key in keys])
+    kept = np.asarray(kept_branches(drop_path_keys, keep_prob))
+    return kept / np.repeat(np.float64(keep_prob), 2)
 
 
 # The update
 
 
-def learning_rate(step, config, images):
+def learning_rate(step, config, num_images):
     """Return the learning rate: linear warmup, then half a cosine to the minimum.
 
     first_epoch=1 skips the first epoch, as the official ``lr_sched.py`` does.
     """
     o = config.optimizer
-    steps_per_epoch = images / config.batch_size
+    steps_per_epoch = num_images / config.batch_size
     total = config.total_steps or round(config.total_epochs * steps_per_epoch)
     peak = o.base_learning_rate * config.batch_size / 256
     warmup = o.warmup_epochs * steps_per_epoch
     step = step + o.first_epoch * steps_per_epoch
     if step < warmup:
-        low = o.warmup_learning_rate
-        return low + (peak - low) * step / warmup
-    done = (step - warmup) / (total - warmup)
-    low = o.min_learning_rate
-    return low + (peak - low) * (1 + math.cos(math.pi * done)) / 2
+        start = o.warmup_learning_rate
+        return start + (peak - start) * step / warmup
+    progress = (step - warmup) / (total - warmup)
+    minimum = o.min_learning_rate
+    return minimum + (peak - minimum) * (1 + math.cos(math.pi * progress)) / 2
 
 
 def clip_by_global_norm(gradients, limit):
-    """Return the gradients clipped by their global norm, and the norm."""
-    length = math.sqrt(sum((g**2).sum() for g in gradients.values()))
-    factor = min(1.0, limit / length) if limit else 1.0
-    return {name: g * factor for name, g in gradients.items()}, length
+    """Return the clipped gradients, and the global norm before clipping.
+
+    limit: the largest norm; 0: gradients are not clipped.
+    """
+    norm = math.sqrt(sum((g**2).sum() for g in gradients.values()))
+    factor = min(1.0, limit / norm) if limit else 1.0
+    return {name: g * factor for name, g in gradients.items()}, norm
 
 
 def is_decayed(name, task):
+    """Return True for parameters with weight decay."""
     leaf = name.rsplit("/", 1)[-1]
     if leaf in ("bias", "scale", "decoder_pos_embed"):
         return False
     return task == "mae" or leaf == "kernel"
 
 
-def layer_scale(name, decay, blocks):
-    """Return the factor of layer-wise decay; `blocks`: residual blocks per stage."""
-    parts, last = name.split("/"), sum(blocks) + 1
+def layer_scale(name, layer_decay, blocks_per_stage):
+    """Return the learning-rate factor of a parameter's layer."""
+    parts, last = name.split("/"), sum(blocks_per_stage) + 1
     layer = last
     if parts[:2] == ["encoder", "stages"]:
-        layer = sum(blocks[: int(parts[2])]) + int(parts[3]) + 1
+        layer = sum(blocks_per_stage[: int(parts[2])]) + int(parts[3]) + 1
     elif parts[:2] == ["encoder", "merges"]:
-        layer = sum(blocks[: int(parts[2]) + 1])
+        layer = sum(blocks_per_stage[: int(parts[2]) + 1])
     elif parts[0] == "encoder":
         layer = 0
-    return decay ** (last - layer)
+    return layer_decay ** (last - layer)
 
 
 def adam_direction(mu, nu, count, betas):
-    """Return Adam's direction after `count` gradients."""
-    scaled = nu / (1 - betas[1] ** count)
-    return mu / (1 - betas[0] ** count) / (np.sqrt(scaled) + 1e-8)
+    """Return Adam's direction from its moments after `count` gradients."""
+    mean_square = nu / (1 - betas[1] ** count)
+    return mu / (1 - betas[0] ** count) / (np.sqrt(mean_square) + 1e-8)

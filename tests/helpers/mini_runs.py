@@ -1,4 +1,4 @@
-"""Recipes of very small models that train in seconds, and functions to run them."""
+"""Mini runs: recipes of models that train in seconds, and functions to run them."""
 
 import json
 import os
@@ -100,10 +100,10 @@ def without_decoder(source: str, **overrides) -> ConfigDict:
     path = ROOT / "configs" / "mae_base.py"
     if source == "digits":
         path = ROOT / "configs" / "digits_finetune.py"
-        whole = {"data.train_examples": 0, "data.crop_scale": "(1.0,1.0)"}
+        digits_only = {"data.train_examples": 0, "data.crop_scale": "(1.0,1.0)"}
         if values["task"] == "linear_probe":
             path = ROOT / "configs" / "digits_linear.py"
-        values = whole | values
+        values = digits_only | values
     keys = [k for k in values if not k.startswith(PRETRAINING_ONLY)]
     return configs.load(str(path), [f"--config.{key}={values[key]}" for key in keys])
 
@@ -114,11 +114,11 @@ def classifier(source: str = "synthetic", **overrides) -> ConfigDict:
 
 
 @contextmanager
-def quick() -> Iterator[None]:
+def minimal_output() -> Iterator[None]:
     """Draw no figures; write no TensorBoard events."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "tensorboardX", None)
-        patch.setattr(figures, "draw_run", lambda *_: {})
+        patch.setattr(figures, "draw_run", lambda *_: None)
         patch.setattr(evaluate, "make_panels", lambda *_: lambda params: {})
         yield
 
@@ -199,10 +199,10 @@ def block_imports(directory: Path, *names: str) -> Path:
 
 def logged(workdir: Path, name: str = "loss") -> dict[int, float]:
     """Return {step: value} of metrics.jsonl, and check that no step occurs twice."""
-    found = [line for line in metrics.read(workdir / "metrics.jsonl") if name in line]
-    steps = [line["step"] for line in found]
+    lines = [line for line in metrics.read(workdir / "metrics.jsonl") if name in line]
+    steps = [line["step"] for line in lines]
     assert steps == sorted(set(steps))
-    return {line["step"]: line[name] for line in found}
+    return {line["step"]: line[name] for line in lines}
 
 
 def saved_steps(workdir: Path) -> list[int]:
@@ -213,8 +213,8 @@ def saved_steps(workdir: Path) -> list[int]:
 
 def sample(source, index: int) -> tuple[bytes, int]:
     """Return the encoded image and the label of an example."""
-    found = source.sample(index)
-    return found["image"], found["label"]
+    example = source.sample(index)
+    return example["image"], example["label"]
 
 
 def saved_arrays(workdir: Path, step: int) -> dict[str, dict[str, np.ndarray]]:

@@ -1,0 +1,169 @@
+"""Small datasets: the ImageNet recipes against the folder recipes.
+
+    python -m benchmarks.small_data [--workdir runs/small_data] [--only TEXT ...]
+
+Trains a very small HiViT on two datasets of ten classes with 32x32 grayscale pixels:
+handwritten digits (scikit-learn), and tiles of ten photographs (scikit-image and
+scikit-learn), where the class is the photograph. Each draw has 40 other training images
+per class and 20 other test images. All recipes see the same number of images. Adds each
+result to results/small_data.json; an interrupted benchmark resumes.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from PIL import Image
+
+from hivit_jax import config as configs
+from hivit_jax.data.sources.digits import Digits
+from hivit_jax.distributed.signals import catch_signals
+from hivit_jax.errors import run_command
+from hivit_jax.reporting.console import log
+from hivit_jax.train import train
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULT = ROOT / "benchmarks" / "results" / "small_data.json"
+SIDE, TRAIN, TEST, DRAWS = 32, 40, 20, 3  # pixels; images per class; draws
+PHOTOGRAPHS = ("astronaut", "brick", "camera", "chelsea", "coffee", "grass", "gravel")
+EPOCHS, PRETRAINING_EPOCHS = 60, 150
+NEVER = 10**6  # the last step is always evaluated and saved
+COMMON = {
+    "model.image_size": SIDE,
+    "model.patch_size": 8,
+    "model.embed_dim": 64,
+    "model.depths": (1, 1, 2),
+    "model.num_heads": 2,
+    "model.dtype": "float32",
+    "data.name": "folder",
+    "data.eval_fraction": 0,
+    "data.crop_pct": 1.0,
+    "data.canvas": 64,
+    "data.flip": False,
+    "log_every": 100,
+    "eval_every": NEVER,
+    "checkpoint_every": NEVER,
+}
+DECODER = {
+    "model.decoder_embed_dim": 64,
+    "model.decoder_depth": 1,
+    "model.decoder_num_heads": 2,
+}
+# Column -> recipe that trains, and recipe that pretrains ("": from scratch).
+CELLS = {
+    "scratch: finetune": ("finetune:tiny", ""),
+    "scratch: folder_finetune": ("folder_finetune", ""),
+    "folder_mae: finetune": ("finetune:tiny", "folder_mae"),
+    "folder_mae: folder_finetune": ("folder_finetune", "folder_mae"),
+    "mae_tiny: folder_finetune": ("folder_finetune", "mae_tiny"),
+    "folder_mae: linear": ("linear:tiny", "folder_mae"),
+    "folder_mae: folder_linear": ("folder_linear", "folder_mae"),
+}
+
+
+def tiles() -> dict[str, np.ndarray]:
+    """Return the disjoint tiles of each photograph, uint8 [n, 32, 32]."""
+    import skimage.data
+    from sklearn.datasets import load_sample_image
+
+    photographs = {name: getattr(skimage.data, name)() for name in PHOTOGRAPHS}
+    photographs["motorcycle"] = skimage.data.stereo_motorcycle()[0]
+    for name in ("china", "flower"):
+        photographs[name] = load_sample_image(f"{name}.jpg")
+    found = {}
+    for name, photo in photographs.items():
+        gray = np.asarray(Image.fromarray(photo).convert("L"))
+        rows, columns = (side // SIDE for side in gray.shape)
+        cut = gray[: rows * SIDE, : columns * SIDE].reshape(rows, SIDE, columns, SIDE)
+        found[name] = cut.swapaxes(1, 2).reshape(-1, SIDE, SIDE)
+    return found
+
+
+def digits() -> dict[str, np.ndarray]:
+    """Return scikit-learn's digits by class, uint8 [n, 8, 8]."""
+    source = Digits("train")
+    return {str(k): source.pixels()[source.labels == k] for k in range(10)}
+
+
+DATASETS = {"digits": digits, "tiles": tiles}
+
+
+def write(root: Path, images: Mapping[str, np.ndarray], draw: int) -> None:
+    """Write class folders ROOT/{train,val}/CLASS/NUMBER.png of a random draw."""
+    for name, pixels in images.items():
+        order = np.random.RandomState(draw).permutation(len(pixels))
+        for number, index in enumerate(order[: TRAIN + TEST]):
+            split = "train" if number < TRAIN else "val"
+            path = root / split / name / f"{number:03}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels[index]).save(path)
+
+
+def run(
+    recipe: str, workdir: Path, stop: Callable, values: Mapping[str, Any]
+) -> dict[str, float]:
+    """Run a recipe with other values and return its last evaluation."""
+    flags = [f"--config.{key}={value}" for key, value in (COMMON | values).items()]
+    return train(configs.load(recipe, flags), workdir, stop)
+
+
+def measure(workdir: Path, stop: Callable, only: Sequence[str]) -> None:
+    """Measure all missing cells and print the table."""
+    rows = json.loads(RESULT.read_text()) if RESULT.exists() else []
+    known = {(row["draw"], row["dataset"], row["cell"]) for row in rows}
+    cells = [(d, n, c) for d in range(DRAWS) for n in DATASETS for c in CELLS]
+    for draw, dataset, cell in cells:
+        if (draw, dataset, cell) in known or not all(text in cell for text in only):
+            continue
+        directory = workdir / f"{dataset}_{draw}"
+        images = directory / "images"
+        if not images.exists():
+            write(images, DATASETS[dataset](), draw)
+        recipe, pretraining = CELLS[cell]
+        values = {"data.dir": images, "init_from": ""}
+        if pretraining:
+            values["init_from"] = directory / pretraining
+            length = {"total_epochs": PRETRAINING_EPOCHS, "data.dir": images}
+            run(pretraining, directory / pretraining, stop, DECODER | length)
+        values |= {"total_epochs": EPOCHS, "model.num_classes": 10}
+        name = cell.replace(": ", "_").replace(":", "_")
+        top1 = run(recipe, directory / name, stop, values)["eval/top1"]
+        rows.append({"draw": draw, "dataset": dataset, "cell": cell, "top1": top1})
+        lines = ",\n".join(json.dumps(row) for row in rows)
+        RESULT.write_text(f"[\n{lines}\n]\n")
+    log(table(rows))
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the mean and standard deviation of each cell as text."""
+    lines = [f"{'top-1 in %':<30}" + "".join(f"{name:>16}" for name in DATASETS)]
+    for cell in CELLS:
+        line = f"{cell:<30}"
+        for name in DATASETS:
+            own = [r for r in rows if (r["dataset"], r["cell"]) == (name, cell)]
+            values = [100 * row["top1"] for row in own]
+            spread = f" +- {np.std(values, ddof=1):.1f}" if values[1:] else ""
+            line += f"{f'{np.mean(values):.1f}{spread}' if values else '':>16}"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Entry point. Return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--workdir", type=Path, default=Path("runs/small_data"))
+    parser.add_argument("--only", nargs="*", default=[], help="texts in a cell's name")
+    args = parser.parse_args()
+    workdir = args.workdir.absolute()
+    # The cache saves compilations, because draws and datasets share their programs.
+    jax.config.update("jax_compilation_cache_dir", str(workdir / "cache"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    return run_command(lambda: measure(workdir, catch_signals(), args.only))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

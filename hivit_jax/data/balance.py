@@ -1,0 +1,99 @@
+"""Balanced order: examples of rare classes occur more often."""
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from hivit_jax.data.order import permutation, shuffled
+from hivit_jax.errors import ConfigError
+
+
+class BalancedOrder:
+    """Order of the examples of a run; replaces `order.samples_at`.
+
+    An epoch has as many examples as the dataset. A class that fills m positions of an
+    epoch continues an endless sequence of permutations of its own examples by m.
+    Therefore the numbers of uses of two examples of a class differ by at most one, at
+    any epoch. Like `order.permutation`, the order is a function of seed and epoch.
+
+    Args:
+      labels: class of each example, int [n].
+      balance: 1: all classes occur equally often; between 0 and 1: a class of k
+        examples occurs in proportion to ``k ** (1 - balance)``.
+      seed: seed of the permutations.
+    """
+
+    def __init__(self, labels: np.ndarray, balance: float, seed: int):
+        labels = np.asarray(labels)
+        self._seed, self._n = seed, len(labels)
+        self._members = [np.flatnonzero(labels == k) for k in np.unique(labels)]
+        self.counts = balanced_counts([len(own) for own in self._members], balance)
+        self._epoch = lru_cache(maxsize=2)(self._compute_epoch)
+
+    def samples_at(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the examples at positions of the endless sequence of all epochs.
+
+        Returns (example indices [b], passes over the class of the example [b]). The
+        second replaces the epochs as key of the transform's random numbers, so that
+        they differ if an example occurs twice in an epoch.
+
+        Args:
+          positions: int [b]; position p is in epoch ``p // n``.
+        """
+        epochs, offsets = np.divmod(positions, self._n)
+        indices, passes = np.empty_like(offsets), np.empty_like(offsets)
+        for epoch in np.unique(epochs):
+            at = epochs == epoch
+            indices[at], passes[at] = self._epoch(int(epoch))[:, offsets[at]]
+        return indices, passes
+
+    def _compute_epoch(self, epoch: int) -> np.ndarray:
+        """Return the example indices and passes of an epoch, int64 [2, n]."""
+        parts = []
+        for number, own in enumerate(self._members):
+            count = self.counts[number]
+            places = np.arange(epoch * count, (epoch + 1) * count)
+            passes, offsets = np.divmod(places, len(own))
+            indices = np.empty_like(offsets)
+            for k in np.unique(passes):
+                at = passes == k
+                # From 1, because SeedSequence ignores a 0 at the end.
+                order = shuffled([self._seed, int(k), 1 + number], len(own))
+                indices[at] = own[order[offsets[at]]]
+            parts.append(np.stack([indices, passes]))
+        order = permutation(self._seed, epoch, self._n)
+        return np.concatenate(parts, axis=1)[:, order]
+
+
+def check_balance(class_counts: Sequence[int], data: Mapping[str, Any]) -> None:
+    """Raise ConfigError if the class of each training image is unknown.
+
+    Args:
+      class_counts: result of `Source.class_counts`.
+      data: the `data` section of a config.
+    """
+    if not class_counts:
+        raise ConfigError(
+            f"data.balance={data['balance']:g} with data.name={data['name']!r}; "
+            "expected one label per image, known before the images are read, as in "
+            "class folders, CSV files, tar and zip archives"
+        )
+
+
+def balanced_counts(sizes: list[int], balance: float) -> np.ndarray:
+    """Return the number of positions of each class in an epoch, int64 [classes].
+
+    They add up to the number of examples. Fractions are rounded by largest remainder.
+
+    Args:
+      sizes: number of examples of each class, at least 1.
+    """
+    total, weights = sum(sizes), np.array(sizes) ** (1.0 - balance)
+    # Rounded, so that no machine's rounding errors change the result.
+    exact = np.round(total * weights / weights.sum(), 6)
+    counts = np.floor(exact).astype(np.int64)
+    largest = np.argsort(counts - exact, kind="stable")
+    counts[largest[: total - counts.sum()]] += 1
+    return counts

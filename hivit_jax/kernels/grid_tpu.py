@@ -1,0 +1,190 @@
+"""Grid of a TPU kernel over blocks of rows.
+
+A core processes its blocks one after another. Meanwhile the weights stay in VMEM, and
+weight gradients accumulate there.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from hivit_jax.kernels.numerics import F32, Plan
+
+VMEM_SHARE = 0.9  # fraction of VMEM that a kernel may use
+
+
+def over_rows(
+    kernel: Callable,
+    plan: Plan,
+    rows: Sequence[jax.Array],
+    weights: Sequence[jax.Array],
+    sums_like: Sequence[jax.Array] = (),
+    scratch: Sequence[Any] = (),
+    extra_widths: Sequence[int] = (),
+    *,
+    image_scale: jax.Array | None,
+    flops: int,
+    name: str,
+) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
+    """Run a kernel over blocks of rows.
+
+    Args:
+      kernel: (row refs, weight refs, output refs, refs of the sums in float32, scratch
+        refs, scaled) -> None, for each block. scaled(y) is y times `image_scale`.
+      rows: arrays [T, C]; a block gets `plan.rows` rows of each.
+      weights: every block gets each array whole; vectors become [1, n].
+      sums_like: one array per sum over all rows, with the sum's shape and dtype; its
+        values are not used.
+      scratch: scratch buffers of the kernel.
+      extra_widths: widths of the outputs [T, width] after the first.
+      image_scale: [B] float32, a factor for the T / B rows of each image; None: 1.
+      flops: operations of all blocks, for the compiler's estimates.
+
+    Returns:
+      (outputs, sums). outputs: an array like rows[0], then one [T, width] per width in
+      `extra_widths`, in the dtype of rows[0]. sums: one array per entry of `sums_like`.
+    """
+    total, width, dtype = *rows[0].shape, rows[0].dtype
+    outputs = [jax.ShapeDtypeStruct((total, w), dtype) for w in (width, *extra_widths)]
+    cores = _cores(total // plan.rows)
+    steps = total // plan.rows // cores
+    weights = [jnp.atleast_2d(w) for w in weights]
+    shapes = [(1, s.size) if s.ndim == 1 else s.shape for s in sums_like]
+    pairs = zip(shapes, sums_like, strict=True)
+    core_sums = [jax.ShapeDtypeStruct((cores, *x), s.dtype) for x, s in pairs]
+    scalars = [] if image_scale is None else [image_scale]
+    groups = rows, weights, scalars, outputs, core_sums, core_sums, scratch
+    in_specs = [*_blocks(plan.rows, steps, rows), *map(_whole, weights)]
+    in_specs += [pl.BlockSpec(memory_space=pltpu.SMEM)] * len(scalars)
+    results = pl.pallas_call(
+        _body(kernel, groups, steps, total),
+        grid_spec=pl.GridSpec(
+            grid=(cores, steps),
+            in_specs=in_specs,
+            out_specs=[*_blocks(plan.rows, steps, outputs), *map(_of_core, core_sums)],
+            scratch_shapes=[*(pltpu.VMEM(s, F32) for s in shapes), *scratch],
+        ),
+        out_shape=[*outputs, *core_sums],
+        compiler_params=_compiler_params(plan.interpret),
+        cost_estimate=_cost(flops, (*rows, *outputs), (*weights, *sums_like), cores),
+        interpret=plan.interpret,
+        name=name,
+    )(*rows, *weights, *scalars)
+    pairs = zip(results[len(outputs) :], sums_like, strict=True)
+    sums = tuple(x.sum(0).reshape(like.shape) for x, like in pairs)
+    return tuple(results[: len(outputs)]), sums
+
+
+def _blocks(block_rows, steps, arrays):
+    """Specs of arrays [T, C] in blocks of rows; a core gets `steps` adjacent blocks."""
+
+    def index(core, step):
+        return core * steps + step, 0
+
+    return [pl.BlockSpec((block_rows, x.shape[1]), index) for x in arrays]
+
+
+def _whole(x):
+    """Spec of an array that every block reads whole."""
+    return pl.BlockSpec(x.shape, lambda core, step: (0,) * x.ndim)
+
+
+def _of_core(x):
+    """Spec of an array [cores, ...] of which each core writes its part."""
+    rest = (0,) * (x.ndim - 1)
+    return pl.BlockSpec((1, *x.shape[1:]), lambda core, step: (core, *rest))
+
+
+def _compiler_params(interpret: bool) -> pltpu.CompilerParams:
+    """Options of the TPU compiler: a VMEM limit and the order of the grid.
+
+    The first axis is split over cores, and the second axis runs in order.
+    """
+    capacity = 0 if interpret else pltpu.get_tpu_info().vmem_capacity_bytes
+    vmem = int(VMEM_SHARE * capacity) or None
+    return pltpu.CompilerParams(
+        dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=vmem
+    )
+
+
+def _cost(flops, rows, whole, cores):
+    """Estimate for the compiler, if each core moves the arrays `whole` once."""
+    bytes_moved = sum(x.size * x.dtype.itemsize for x in rows)
+    bytes_moved += cores * sum(x.size * x.dtype.itemsize for x in whole)
+    return pl.CostEstimate(flops, 0, bytes_moved)
+
+
+def _body(
+    kernel: Callable, groups: Sequence[Sequence], steps: int, total: int
+) -> Callable:
+    """Return the function that runs the kernel of `over_rows` on one block.
+
+    The function zeroes the sums at a core's first block and writes them at its last.
+
+    Args:
+      groups: one sequence per group of refs; only its length is used. The sums occur
+        twice, as outputs and as buffers in which a core adds them up.
+      steps: blocks of a core.
+      total: rows of all blocks.
+    """
+
+    def body(*refs):
+        refs = list(refs)
+        parts = [[refs.pop(0) for _ in group] for group in groups]
+        row_refs, weight_refs, scalars, out_refs, out_sums, sum_refs, scratch = parts
+        step = pl.program_id(1)
+        scaled = partial(_scaled, scalars, pl.program_id(0) * steps + step, total)
+
+        @pl.when(step == 0)
+        def _():
+            for ref in sum_refs:
+                ref[...] = jnp.zeros_like(ref)
+
+        kernel(row_refs, weight_refs, out_refs, sum_refs, scratch, scaled)
+
+        @pl.when(step == steps - 1)
+        def _():
+            for out, total in zip(out_sums, sum_refs, strict=True):
+                out[0] = total[...].astype(out.dtype)
+
+    return body
+
+
+def _scaled(
+    scalars: Sequence[Any], block: jax.Array, total: int, y: jax.Array
+) -> jax.Array:
+    """Multiply each row of a block y [rows, C] by the factor of its image, float32.
+
+    Args:
+      scalars: one ref of the factors [B] in SMEM, or none.
+      block: index of the block.
+      total: rows of all blocks.
+    """
+    y = y.astype(F32)
+    if not scalars:
+        return y
+    (ref,), rows = scalars, len(y)
+    images = ref.shape[0]
+    image_rows = total // images
+    first = jax.lax.div(block * rows, image_rows)  # image of the block's first row
+    row = jax.lax.broadcasted_iota(jnp.int32, (rows, 1), 0)
+    row += block * rows - first * image_rows
+    factors = jnp.full((rows, 1), ref[first])
+    for i in range(1, (rows - 1) // image_rows + 2):
+        factor = ref[jnp.minimum(first + i, images - 1)]
+        factors = jnp.where(row >= i * image_rows, factor, factors)
+    return y * factors
+
+
+def _cores(blocks: int) -> int:
+    """Return the number of cores of a device that share the blocks.
+
+    Two cores get half of the blocks each. An odd number of blocks runs on one core.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return (device is not None and blocks % 2 == 0 and device.num_cores) or 1

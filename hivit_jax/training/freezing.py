@@ -1,0 +1,120 @@
+"""Frozen parameters: no gradient, no update, no optimizer state."""
+
+from collections.abc import Collection, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from hivit_jax.errors import ConfigError
+from hivit_jax.tree import leaf_name
+
+STAGES = "stages:"  # followed by the number of stages to freeze
+# Parts of the encoder with a number per stage.
+_OF_STAGES = ("stages", "merges")
+
+
+def frozen_parameters(freeze: str, names: Iterable[str]) -> frozenset[str]:
+    """Return the names of the parameters that `model.freeze` selects.
+
+    Args:
+      freeze: prefixes of names, separated by commas. A prefix ends at a slash or at the
+        end of the name. ``stages:N`` stands for the encoder up to the Nth stage: patch
+        embedding, absolute positions, N stages and the merges after them.
+      names: names of all parameters.
+
+    Raises:
+      ConfigError: a prefix selects no parameter, or no parameter remains to be trained.
+    """
+    names, frozen = [*names], set()
+    for item in filter(None, map(str.strip, freeze.split(","))):
+        prefixes = _stage_prefixes(item, names) or (item.rstrip("/"),)
+        found = {n for n in names for p in prefixes if f"{n}/".startswith(f"{p}/")}
+        if not found:
+            raise ConfigError(
+                f"model.freeze: no parameter is selected by {item!r}; expected "
+                f"{_choices(names)}"
+            )
+        frozen |= found
+    if frozen and len(frozen) == len(names):
+        raise ConfigError(
+            f"model.freeze={freeze!r} selects all parameters; expected some to train"
+        )
+    return frozenset(frozen)
+
+
+def _stage_prefixes(item: str, names: Iterable[str]) -> tuple[str, ...]:
+    """Return the prefixes that ``stages:N`` stands for; () for any other item."""
+    count = item.removeprefix(STAGES)
+    if count == item or not (count.isascii() and count.isdigit()):
+        return ()
+    if not 1 <= int(count) <= _number_of_stages(names):
+        return ()
+    parts = [f"encoder/{kind}/{k}" for k in range(int(count)) for kind in _OF_STAGES]
+    return ("encoder/patch_embed", "encoder/absolute_pos_embed", *parts)
+
+
+def _number_of_stages(names: Iterable[str]) -> int:
+    return len({n.split("/")[2] for n in names if n.startswith("encoder/stages/")})
+
+
+def _choices(names: Iterable[str]) -> str:
+    """Return the first components of names, and those of the encoder, as text."""
+    names = [*names]
+    parts = [name.split("/") for name in names]
+    depth = {"encoder": 2}
+    choices = dict.fromkeys("/".join(p[: depth.get(p[0], 1)]) for p in parts)
+    if stages := _number_of_stages(names):
+        choices = [f"{STAGES}1 to {STAGES}{stages}", "encoder", *choices]
+    return f"{', '.join(choices)}, or a longer prefix of a parameter's name"
+
+
+def freeze_updates(
+    optimizer: optax.GradientTransformation, frozen: Collection[str]
+) -> optax.GradientTransformation:
+    """Return an optimizer that neither changes nor stores anything for frozen names.
+
+    The names of the other arrays in its state stay the same.
+    """
+
+    def without_frozen(tree):
+        return jax.tree_util.tree_map_with_path(
+            lambda path, x: optax.MaskedNode() if leaf_name(path) in frozen else x, tree
+        )
+
+    def update(updates, state, params=None):
+        trained, state = optimizer.update(
+            without_frozen(updates), state, params and without_frozen(params)
+        )
+        # x + -0.0 is x for every x; -0.0 + 0.0 would be 0.0.
+        updates = jax.tree.map(
+            lambda new, old: jnp.full_like(old, -0.0) if _is_masked(new) else new,
+            trained,
+            updates,
+            is_leaf=_is_masked,
+        )
+        return updates, state
+
+    if not frozen:
+        return optimizer
+    init = optimizer.init
+    return optax.GradientTransformation(lambda p: init(without_frozen(p)), update)
+
+
+def _is_masked(x: Any) -> bool:
+    return isinstance(x, optax.MaskedNode)
+
+
+def stop_gradients(params: Any, frozen: Collection[str]) -> Any:
+    """Return the parameters; a loss has no gradient with respect to frozen names."""
+    return select_frozen(frozen, jax.tree.map(jax.lax.stop_gradient, params), params)
+
+
+def select_frozen(frozen: Collection[str], ones: Any, others: Any) -> Any:
+    """Return a pytree with the leaves of `ones` at frozen names, else of `others`."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, one, other: one if leaf_name(path) in frozen else other,
+        ones,
+        others,
+    )

@@ -1,0 +1,117 @@
+"""Model card of a saved model, in the Hugging Face hub's format."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from hivit_jax.models import Model
+from hivit_jax.weights.files import CONFIG, WEIGHTS
+
+MAX_CLASSES = 20  # listed by name
+
+
+def model_card(
+    model: Model, recipe: Mapping[str, Any], results: Mapping[str, Any]
+) -> str:
+    """Return the text of a model card.
+
+    Args:
+      recipe: training config without paths of this machine; may be incomplete or {}.
+      results: evaluation results by name.
+    """
+    has_head = getattr(model, "head", None) is not None
+    purpose = "image-classification" if has_head else "image-feature-extraction"
+    height, width = model.config.image_size
+    info = model.info
+    lines = [
+        "---",
+        "library_name: hivit_jax",
+        "license: unknown",
+        f"pipeline_tag: {purpose}",
+        f"tags: [{model.encoder_class.__name__.lower()}, jax, vision]",
+        "---",
+        f"# {model.name}",
+        "",
+        f"{model.architecture}: {model.description} for images of {height}x{width} "
+        f"pixels with {info.channels} channels.",
+        "",
+        "The license of the weights is not stated. State it above before sharing them.",
+        "",
+        f"- citation: {model.architecture}",
+        f"- parameters: {model.parameter_count() / 1e6:.2f} M",
+        f"- multiply-adds per image: {model.macs(layer_norm_cost=0) / 1e9:.2f} G",
+        *_classes(model, has_head),
+        *_training(recipe),
+        *(f"- {name}: {_value(name, value)}" for name, value in results.items()),
+        "",
+        *_usage(model, has_head),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _usage(model: Model, has_head: bool) -> list[str]:
+    """Return the lines on code and preprocessing."""
+    info, (height, width) = model.info, model.config.image_size
+    lines = [
+        "## Use",
+        "",
+        "```python",
+        "import hivit_jax",
+        *["import jax"] * info.multi_label,
+        "",
+        'model = hivit_jax.load_pretrained(".")  # the directory of this file',
+        'images = hivit_jax.preprocess(model)(["photo.jpg"])',
+        f"# float32 [1, {height}, {width}, {info.channels}]",
+        "maps = model.features(images)",
+    ]
+    if has_head:
+        lines.append(f"logits = model(images)  # [1, {model.config.num_classes}]")
+    if has_head and info.class_names and info.multi_label:
+        lines.append("probabilities = jax.nn.sigmoid(logits)  # one per class name")
+    elif has_head and info.class_names:
+        lines.append("print(model.info.class_names[logits[0].argmax()])")
+    mean, std = (", ".join(f"{x:.6g}" for x in each) for each in (info.mean, info.std))
+    lines += [
+        "```",
+        "",
+        f"`preprocess` resizes with a {info.interpolation} filter, crops {info.crop:g} "
+        f"of the shorter side, divides by {255 * info.scale:g}, subtracts the mean "
+        f"({mean}) and divides by the standard deviation ({std}). `{WEIGHTS}` has the "
+        f"names and layout of the official PyTorch code. `{CONFIG}` contains all "
+        "settings of the model and of its training.",
+    ]
+    return lines
+
+
+def _classes(model: Model, has_head: bool) -> list[str]:
+    if not has_head:
+        return []
+    count, names = model.config.num_classes, model.info.class_names
+    if not names:
+        return [f"- classes: {count:,}; their names are unknown"]
+    more = f", and {count - MAX_CLASSES:,} more in `{CONFIG}`" * (count > MAX_CLASSES)
+    return [f"- classes: {count:,}: {', '.join(names[:MAX_CLASSES])}{more}"]
+
+
+def _training(recipe: Mapping[str, Any]) -> list[str]:
+    """Return one line on the training; [] without a recipe."""
+    if not recipe.get("task"):
+        return []
+    data = recipe.get("data", {}).get("name", "")
+    facts = {
+        "on": data,
+        "from": recipe.get("init_from"),
+        "epochs": recipe.get("total_epochs"),
+        "steps": recipe.get("total_steps"),
+        "batch size": recipe.get("batch_size"),
+    }
+    found = [f"{name} {value}" for name, value in facts.items() if value]
+    return [f"- training: {', '.join([recipe['task'], *found])}"]
+
+
+def _value(name: str, value: Any) -> str:
+    """Return a result as text; accuracies in percent."""
+    if not isinstance(value, (int, float)) and not hasattr(value, "__float__"):
+        return str(value)
+    if name.rpartition("/")[2].startswith("top"):
+        return f"{100 * float(value):.2f} %"
+    return f"{value:,}" if isinstance(value, int) else f"{float(value):.4f}"

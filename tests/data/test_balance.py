@@ -1,0 +1,110 @@
+"""Balanced order: counts, exactness, and batches of class folders."""
+
+import numpy as np
+import pytest
+from datasets import assert_batches_equal, folder_config, noise_image
+from numpy.testing import assert_array_equal
+from PIL import Image
+
+from hivit_jax import inputs
+from hivit_jax.data.balance import BalancedOrder, balanced_counts
+from hivit_jax.data.order import permutation
+from hivit_jax.data.sources.base import Source
+from hivit_jax.errors import ConfigError
+
+LABELS = np.array([0] * 50 + [2] * 10 + [5] * 3 + [7])  # in any order
+LABELS = LABELS[permutation(9, 9, 64)]
+
+
+@pytest.mark.parametrize(
+    ("balance", "counts"),
+    [(0.0, [50, 10, 3, 1]), (0.5, [35, 16, 8, 5]), (1.0, [16, 16, 16, 16])],
+)
+def test_counts(balance, counts):
+    assert balanced_counts([50, 10, 3, 1], balance).tolist() == counts
+    # sqrt(50, 10, 3, 1) = 7.07, 3.16, 1.73, 1: shares of 64 are 34.9, 15.6, 8.6, 4.9.
+
+
+@pytest.mark.parametrize("n", range(1, 30))
+def test_counts_add_up(n):
+    sizes = [n, 2 * n + 1, 7]
+    for balance in (0.3, 1.0):
+        counts = balanced_counts(sizes, balance)
+        assert counts.sum() == sum(sizes)
+        assert (counts > 0).all()
+
+
+def test_examples_of_a_class_are_used_equally_often():
+    """After every epoch, and never twice with the same random numbers."""
+    order = BalancedOrder(LABELS, 1.0, 0)
+    uses, pairs = np.zeros(64, int), set()
+    for epoch in range(5):
+        indices, passes = order.samples_at(np.arange(64 * epoch, 64 * epoch + 64))
+        assert np.bincount(LABELS[indices])[[0, 2, 5, 7]].tolist() == [16] * 4
+        np.add.at(uses, indices, 1)
+        for label in (0, 2, 5, 7):
+            assert np.ptp(uses[label == LABELS]) <= 1
+        pairs |= {*zip(indices.tolist(), passes.tolist(), strict=True)}
+    assert len(pairs) == 5 * 64
+
+
+def test_order_is_a_function_of_seed_and_position():
+    """Any part of the positions, in any order and from a new object."""
+    at = np.arange(300)
+    expected = np.stack(BalancedOrder(LABELS, 0.5, 3).samples_at(at))
+    part = at[permutation(0, 0, 300)[:70]]
+    for own in (part, part[::2], at[190:]):
+        found = np.stack(BalancedOrder(LABELS, 0.5, 3).samples_at(own))
+        assert_array_equal(found, expected[:, own])
+    other = BalancedOrder(LABELS, 0.5, 4).samples_at(at)[0]
+    assert (other != expected[0]).mean() > 0.5
+
+
+def test_order_is_frozen():
+    """The order never changes, so that saved runs resume exactly."""
+    found = BalancedOrder(LABELS, 1.0, 0).samples_at(np.arange(62, 70))
+    assert np.stack(found).tolist() == GOLDEN
+
+
+GOLDEN = [[52, 57, 16, 16, 36, 16, 0, 16], [0, 0, 21, 20, 2, 18, 5, 16]]
+
+
+@pytest.fixture
+def folder(tmp_path, cache_directory):
+    """Class folders with 12 and 2 training images."""
+    for split, counts in (("train", (12, 2)), ("val", (1, 1))):
+        for label, count in enumerate(counts):
+            for k in range(count):
+                path = tmp_path / "data" / split / f"c{label}" / f"{k}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(np.roll(noise_image(30, 30, 3), k, 0)).save(path)
+    return tmp_path / "data"
+
+
+def test_batches(folder):
+    """With 0, the order is that of earlier versions; with 1, classes alternate."""
+    plain = folder_config(folder, batch_size=7, data__balance=0)
+    indices = [batch["index"] for batch in inputs.train_batches(plain, 0, 2)]
+    assert_array_equal(np.concatenate(indices), permutation(0, 0, 14))
+
+    config = folder_config(folder, batch_size=7, data__balance=1)
+    batches = list(inputs.train_batches(config, 0, 4))
+    labels = np.concatenate([batch["label"] for batch in batches])
+    assert np.bincount(labels[:14]).tolist() == [7, 7]
+    assert np.bincount(labels[14:]).tolist() == [7, 7]
+    assert_batches_equal(inputs.train_batches(config, 2, 4), batches[2:])
+    # An image that occurs several times in an epoch is cropped differently.
+    rare = [b["image"][k] for b in batches for k in range(7) if b["index"][k] == 12]
+    assert len({image.tobytes() for image in rare}) == len(rare) == 7
+
+
+def test_labels_must_be_known():
+    config = folder_config("x", data__name="synthetic", data__balance=1)
+    with pytest.raises(ConfigError, match="data.balance=1 with .*'synthetic'; expect"):
+        inputs.make_task(config, "train")
+    source = Source()
+    assert source.class_counts() == ()
+    source.classes, source.labels = ("a", "b", "c"), np.array([1, 1, 0])
+    assert source.class_counts() == (1, 2, 0)
+    source.labeled = False
+    assert source.class_counts() == ()

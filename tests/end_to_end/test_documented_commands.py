@@ -1,0 +1,129 @@
+"""The shell commands of README and docs run, one after the other, with tiny models."""
+
+import re
+import shlex
+import shutil
+import sys
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+
+import mini_runs
+import numpy as np
+import pytest
+from PIL import Image
+
+from hivit_jax.main import main
+from tests.test_documentation import commands
+
+pytestmark = [pytest.mark.extras, pytest.mark.slow]
+
+# Pages in the order of their commands; a command on several pages runs once.
+PAGES = ["README.md", "docs/training.md", "docs/weights.md", "docs/predictions.md"]
+PAGES += ["docs/export.md", "docs/report.md", "docs/own_images.md"]
+# Pattern of commands that are not run -> reason.
+SKIPPED = {
+    r"^(pip|make|docker|kubectl|sbatch|export) ": "installs, or starts other machines",
+    r"^launch/": "starts processes or machines; see tests/launch",
+    r"^python -m benchmarks\.": "measures for minutes; see tests/benchmarks",
+    r"=DATA|DIR_OF_TARS|gs://|=ROOT": "needs ImageNet or a bucket",
+    r"--mode compile": "needs the compiler of a TPU; see tests/tools",
+    r"landcover": "needs the reader's own task; see test_toy_task.py",
+}
+NEEDED = {r"\.onnx$": "jax2onnx", r"\.pth --format": "torch"}  # pattern -> package
+SHORT = ["total_steps=4", "eval_every=4", "checkpoint_every=4", "log_every=2"]
+SMALL = ["model.embed_dim=64", "model.depths=(1,1,2)", "model.num_heads=2"]
+SMALL += ["model.image_size=32", "model.dtype=float32", "data.canvas=0", "batch_size=8"]
+SMALL += ["total_epochs=0", "optimizer.warmup_epochs=0.1"]
+
+
+def reason_to_skip(command):
+    """Return why a command is not run; "" if it is run."""
+    for pattern, package in NEEDED.items():
+        if re.search(pattern, command) and not find_spec(package):
+            return f"needs {package}"
+    return next((why for p, why in SKIPPED.items() if re.search(p, command)), "")
+
+
+def test_every_page_with_commands_is_run():
+    """The other pages have only commands that are not run, or that are on a page
+    above.
+    """
+    found = {
+        str(path.relative_to(mini_runs.ROOT))
+        for path in [mini_runs.ROOT / "README.md", *mini_runs.ROOT.glob("docs/*.md")]
+        if any(not reason_to_skip(shlex.join(words)) for words in commands(path))
+    }
+    assert found - {*PAGES} <= {"docs/index.md"}
+    known = [c for page in PAGES for c in commands(mini_runs.ROOT / page)]
+    index = commands(mini_runs.ROOT / "docs/index.md")
+    assert [c for c in index if c not in known] == []
+
+
+@pytest.fixture
+def directory(tmp_path, monkeypatch):
+    """Working directory and home with the files that the commands mention."""
+    random = np.random.RandomState(0)
+
+    def write(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(random.randint(0, 256, (40, 48, 3), np.uint8)).save(path)
+
+    for folder in ("PHOTOS", "photos"):
+        for k in range(40):
+            write(tmp_path / folder / ("cat", "dog")[k % 2] / f"{k}.jpg")
+    for name in ("NEW/a.jpg", "NEW/b.png", "one.jpg", "photograph.jpg"):
+        write(tmp_path / name)
+    for k in range(12):
+        write(tmp_path / "tiles" / f"{k}.png")
+    shutil.copy(mini_runs.ROOT / "tests/parity/golden/official_mae.pth", tmp_path)
+    (tmp_path / "official_mae.pth").rename(tmp_path / "FILE.pth")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(words):
+    """Run a command in this process; return its exit code."""
+    if words[0] == "hivit_jax" or words[1:3] == ["-m", "hivit_jax.main"]:
+        flags = words[1:] if words[0] == "hivit_jax" else words[3:]
+        if "--config" in flags and "--mode" not in flags:
+            digits = any(word.startswith("digits") for word in flags)
+            flags = [*flags, *(f"--config.{x}" for x in SHORT + SMALL * (not digits))]
+        return main(flags)
+    if words[1] == "-m":
+        return import_module(words[2]).main(words[3:])
+    name = Path(words[1]).with_suffix("").as_posix().replace("/", ".")
+    return import_module(name).main(words[2:])
+
+
+def test_commands(directory, monkeypatch, capfd, minimal_output):
+    for package in ("sklearn", "matplotlib"):
+        pytest.importorskip(package)
+    monkeypatch.setattr(sys, "path", [str(mini_runs.ROOT), *sys.path])
+    counts, failed, done = {"run": 0}, [], []
+    for page in PAGES:
+        for words in commands(mini_runs.ROOT / page):
+            command = shlex.join(words)
+            if command in done:
+                continue
+            done.append(command)
+            if why := reason_to_skip(command):
+                counts[why] = counts.get(why, 0) + 1
+                continue
+            for source, copy in (("own", "birds"), ("finetune", "scratch")):
+                path = directory / "runs"
+                if (path / source).exists() and not (path / copy).exists():
+                    shutil.copytree(path / source, path / copy)
+            # Shells expand "~" at the start of a word only; our commands, everywhere.
+            code = run(words)
+            counts["run"] += 1
+            if code:
+                failed.append((page, command, code, capfd.readouterr().err[-500:]))
+    with capfd.disabled():
+        print()
+        for why, count in counts.items():
+            print(f"{count:3} commands: {why if why == 'run' else f'not run: {why}'}")
+    assert failed == []
+    assert counts["run"] >= 15

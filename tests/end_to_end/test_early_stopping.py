@@ -1,0 +1,98 @@
+"""Early stopping: scripted evaluations, interruptions and a second start."""
+
+import shutil
+
+import mini_runs
+import pytest
+
+from hivit_jax import evaluate
+from hivit_jax.errors import ConfigError, Interrupted
+from hivit_jax.reporting import metrics
+from hivit_jax.train import train
+
+pytestmark = pytest.mark.usefixtures("minimal_output")
+
+# Step -> loss of its evaluation. With patience 2, the run ends at step 5.
+LOSSES = {1: 0.7, 2: 0.5, 3: 0.4, 4: 0.6, 5: 0.45, 6: 0.1}
+
+
+@pytest.fixture
+def evaluated(monkeypatch):
+    """Replace evaluations by `LOSSES`, in order; returns the list of their steps."""
+    steps = []
+
+    def scripted(*_):
+        steps.append(steps[-1] + 1 if steps else 1)
+        loss = LOSSES[steps[-1]]
+        return {"eval/loss": loss, "eval/count": 64, "eval/unreadable": 0}
+
+    monkeypatch.setattr(evaluate, "evaluate", scripted)
+    return steps
+
+
+def config(**overrides):
+    """Return a run of 6 steps with an evaluation after each one."""
+    mini = dict(total_steps=6, eval_every=1, keep_checkpoints=1, early_stopping=2)
+    size = dict(model__embed_dim=32, model__depths="(1,1,1)")
+    return mini_runs.mae(**mini | size | overrides)
+
+
+@pytest.mark.slow
+def test_run_ends_at_the_same_step_after_interruptions(evaluated, tmp_path, capsys):
+    """The best checkpoint is kept, and the last line names it."""
+    whole = tmp_path / "whole"
+    assert train(config(), whole)["eval/loss"] == 0.45
+    assert evaluated == [1, 2, 3, 4, 5]
+    assert mini_runs.saved_steps(whole) == [3, 5]
+    *_, early, last = capsys.readouterr().out.splitlines()
+    assert early == "early stopping: no better eval/loss in the last 2 evaluations"
+    assert last.startswith("best checkpoint  step 3  eval  loss 0.4000")
+
+    # The count survives an interruption after step 4, and a kill that loses step 4.
+    workdir = tmp_path / "interrupted"
+    evaluated.clear()
+    with pytest.raises(Interrupted):
+        train(config(), workdir, lambda step: "why" if step == 4 else None)
+    assert mini_runs.saved_steps(workdir) == [3, 4]
+    for kept in (4, 3):
+        again = tmp_path / f"again{kept}"
+        shutil.copytree(workdir, again)
+        if kept == 3:
+            shutil.rmtree(again / "checkpoints" / "4")
+        evaluated[:] = range(1, kept + 1)
+        train(config(), again)
+        assert evaluated == [1, 2, 3, 4, 5]
+        assert mini_runs.logged(again, "eval/loss") == mini_runs.logged(
+            whole, "eval/loss"
+        )
+        ends = (mini_runs.saved_arrays(each, 5) for each in (whole, again))
+        mini_runs.assert_identical(*ends)
+
+    # The same command only evaluates. Without early stopping, the run goes on.
+    capsys.readouterr()
+    files = sorted(whole.rglob("*"))
+    assert train(config(), whole)["eval/loss"] == 0.1
+    assert sorted(whole.rglob("*")) == files
+    assert "early stopping: no better" in capsys.readouterr().out
+    evaluated[:] = range(1, 6)
+    train(config(early_stopping=0), whole)
+    assert mini_runs.logged(whole, "eval/loss")[6] == 0.1
+
+
+def test_evaluations_since_best(tmp_path):
+    def count(step, best=("eval/loss", "min")):
+        return metrics.evaluations_since_best(tmp_path, step, best)
+
+    assert count(9) == 0
+    writer = metrics.Writer(tmp_path)
+    for step, loss in (LOSSES | {5: 0.4}).items():  # an equal loss is no improvement
+        writer.scalars(step, {"loss": 1.0})
+        writer.scalars(step, {"eval/loss": loss, "eval/count": 64})
+    writer.close()
+    assert [count(step) for step in LOSSES] == [0, 0, 0, 1, 2, 0]
+    assert [count(step, ("eval/loss", "max")) for step in LOSSES] == [0, 1, 2, 3, 4, 5]
+
+
+def test_needs_evaluations():
+    with pytest.raises(ConfigError, match="early_stopping=2 with data.eval_split"):
+        config(data__name="folder", data__eval_split="none")

@@ -1,0 +1,122 @@
+"""TensorBoard and Weights & Biases."""
+
+import struct
+import sys
+from types import SimpleNamespace
+
+import mini_runs
+import numpy as np
+import pytest
+from etils.epath import Path as EPath
+
+from hivit_jax.errors import ConfigError, MissingPackage
+from hivit_jax.main import main
+from hivit_jax.reporting import metrics
+
+SETTINGS = {"batch_size": 16, "data.flip": True, "model.depths": (1, 1, 2)}
+
+
+def tensorboard_values(workdir):
+    """Return the summary values of a workdir's one file of events."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    [path] = workdir.glob("events.*")
+    content, offset, values = path.read_bytes(), 0, []
+    while offset < len(content):  # length, CRC, event, CRC
+        size = struct.unpack_from("<Q", content, offset)[0]
+        event = Event.FromString(content[offset + 12 : offset + 12 + size])
+        offset += 16 + size
+        values += [(event.step, value) for value in event.summary.value]
+    return values
+
+
+def test_tensorboard(tmp_path):
+    """Tags have a group; the config is a text and hyperparameters."""
+    pytest.importorskip("tensorboardX")
+    writer = metrics.Writer(tmp_path, 0, SETTINGS)
+    writer.scalars(3, {"loss": 0.5})
+    writer.scalars(3, {"eval/loss": 0.25})
+    writer.images(3, {"reconstruction": np.zeros((2, 2, 3), np.uint8)})
+    writer.close()
+    values = tensorboard_values(tmp_path)
+    found = {
+        (step, value.tag): value.simple_value
+        for step, value in values
+        if value.HasField("simple_value")
+    }
+    assert found == {(3, "train/loss"): 0.5, (3, "eval/loss"): 0.25}
+    by_tag = {value.tag: value for _, value in values}
+    assert by_tag["train/reconstruction"].image.width == 2
+    [text] = by_tag["config/text_summary"].tensor.string_val
+    assert b'"batch_size": 16' in text
+    start = str(by_tag["_hparams_/session_start_info"].metadata)
+    assert all(name in start for name in SETTINGS)
+    assert "(1, 1, 2)" in start
+
+
+class StandIn:
+    """The part of wandb that is used, without network and files."""
+
+    Image = staticmethod(lambda pixels: ("image", pixels.shape))
+    Settings = staticmethod(dict)
+
+    class errors:
+        class Error(Exception):
+            pass
+
+    def __init__(self, problem=""):
+        self.logged, self.starts, self.problem = [], [], problem
+
+    def init(self, **options):
+        if self.problem:
+            raise self.errors.Error(self.problem)
+        self.starts.append(options)
+        log = lambda values, step: self.logged.append((step, values))  # noqa: E731
+        return SimpleNamespace(log=log, finish=lambda: self.logged.append("end"))
+
+
+def test_wandb_receives_the_metrics(workdir, monkeypatch):
+    """A later start goes on with the same run."""
+    wandb = StandIn()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    for step in (1, 2):
+        writer = metrics.Writer(EPath(workdir), step - 1, SETTINGS, "project")
+        writer.scalars(step, {"loss": 0.5, "eval/loss": 2})
+        writer.images(step, {"grid": np.zeros((2, 4, 3))})
+        writer.close()
+    values = {"train/loss": 0.5, "eval/loss": 2}
+    image = {"train/grid": ("image", (2, 4, 3))}
+    assert wandb.logged == [
+        (1, values),
+        (1, image),
+        "end",
+        (2, values),
+        (2, image),
+        "end",
+    ]
+    first, second = wandb.starts
+    assert first == second
+    assert (first["project"], first["name"]) == ("project", workdir.name)
+    assert first["config"] == SETTINGS
+
+
+def test_wandb_that_cannot_start(workdir, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", StandIn("api_key not configured\nmore"))
+    with pytest.raises(ConfigError, match="api_key not configured\nrun `wandb login`"):
+        metrics.Writer(workdir, project="project")
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(MissingPackage, match=r"hivit-jax\[wandb\]"):
+        metrics.Writer(workdir, project="project")
+
+
+@pytest.mark.extras
+@pytest.mark.slow
+def test_offline_run(workdir, monkeypatch, minimal_output):
+    """A real run in wandb's offline mode writes its files into the workdir."""
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    flags = mini_runs.arguments(wandb_project="hivit", total_steps=2)
+    assert main([*flags, f"--workdir={workdir}"]) == 0
+    [record] = workdir.glob("wandb/offline-run-*/run-*.wandb")
+    assert record.stem == f"run-{(workdir / 'wandb.id').read_text()}"
+    assert b"train/gradient_norm" in record.read_bytes()

@@ -1,0 +1,162 @@
+"""Frozen parameters: names, exact equality, optimizer state and averages."""
+
+import shutil
+
+import jax
+import jax.numpy as jnp
+import mini_runs
+import networks
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from numpy.testing import assert_allclose, assert_array_equal
+
+from hivit_jax.errors import ConfigError
+from hivit_jax.train import train
+from hivit_jax.training.freezing import freeze_updates, frozen_parameters
+from hivit_jax.training.optimizer import make_optimizer
+from hivit_jax.training.step import make_init, make_train_step
+from hivit_jax.tree import named_leaves, split_state
+
+
+@pytest.fixture(scope="module")
+def names():
+    """Names of the parameters of HiViT-T."""
+    return [*named_leaves(split_state(networks.abstract_model("hivit_tiny"))[1])]
+
+
+def parts(frozen):
+    """Return the first three components of names."""
+    return {"/".join(name.split("/")[:3]) for name in frozen}
+
+
+def test_prefixes_end_at_a_slash(names):
+    assert frozen_parameters("", names) == frozenset()
+    assert frozen_parameters("head", names) == {"head/kernel", "head/bias"}
+    one = frozen_parameters("encoder/stages/2/1", names)  # not 2/10
+    assert len(one) == 13
+    assert all(name.startswith("encoder/stages/2/1/") for name in one)
+    assert frozen_parameters(" encoder/stages/2/1/ , head/bias", names) == one | {
+        "head/bias"
+    }
+
+
+def test_stages(names):
+    stem = {"encoder/absolute_pos_embed"}
+    stem |= {f"encoder/patch_embed/{part}" for part in ("proj", "norm")}
+    stem |= {"encoder/stages/0", "encoder/merges/0"}
+    assert parts(frozen_parameters("stages:1", names)) == stem
+    stem |= {"encoder/stages/1", "encoder/merges/1"}
+    assert parts(frozen_parameters("stages:2", names)) == stem
+    everything = frozen_parameters("stages:3", names)
+    assert everything == {name for name in names if name.startswith("encoder/")}
+
+
+@pytest.mark.parametrize("item", ["stage", "stages:4", "stages:0", "encoder/stages/3"])
+def test_unknown_prefix(item, names):
+    with pytest.raises(ConfigError) as error:
+        frozen_parameters(f"head,{item}", names)
+    assert str(error.value) == (
+        f"model.freeze: no parameter is selected by {item!r}; expected stages:1 to "
+        "stages:3, encoder, encoder/absolute_pos_embed, encoder/merges, "
+        "encoder/patch_embed, encoder/stages, fc_norm, head, or a longer prefix of a "
+        "parameter's name"
+    )
+
+
+def test_something_must_be_trained(names):
+    with pytest.raises(ConfigError, match="selects all parameters"):
+        frozen_parameters("encoder,fc_norm,head", names)
+
+
+PARAMS = {"a": jnp.arange(3.0), "b": {"bias": jnp.ones(2), "kernel": jnp.ones(2)}}
+LAYERS = {"a": 0, "b/bias": 1, "b/kernel": 2}
+
+
+def test_other_parameters_are_trained_as_before():
+    """Moments, weight decay and layer decay of the others are bit-identical."""
+    options = mini_runs.mae().optimizer.copy_and_resolve_references()
+    options.unlock()
+    options.layer_decay = 0.5
+    whole = make_optimizer(
+        options, lambda step: 0.1, lambda name: name != "b/bias", LAYERS
+    )
+    partial = freeze_updates(whole, {"b/kernel"})
+    states = whole.init(PARAMS), partial.init(PARAMS)
+    stored = named_leaves(states[0]).keys() - named_leaves(states[1]).keys()
+    assert stored == {"0/mu/b/kernel", "0/nu/b/kernel"}
+    for number in range(3):
+        gradient = jax.tree.map(lambda x, n=number: x * n - 1, PARAMS)
+        expected, first = whole.update(gradient, states[0], PARAMS)
+        found, second = partial.update(gradient, states[1], PARAMS)
+        states = first, second
+        assert (expected["b"].pop("kernel") != 0).all()
+        assert not found["b"].pop("kernel").any()
+        mini_runs.assert_identical(found, expected)
+
+
+class SquareTask:
+    """Task whose loss is the squared output of a linear layer."""
+
+    def build_model(self):
+        return nnx.Linear(3, 1, rngs=nnx.Rngs(0))
+
+    def loss(self, model, frozen, batch, keys):
+        return {"loss": model(batch["x"])[:, 0] ** 2}
+
+
+def test_no_bit_changes_in_a_step():
+    """Not even the sign of a zero, nor the rounding of the average."""
+    task, frozen = SquareTask(), {"kernel"}
+    optimizer = freeze_updates(optax.adamw(0.1, weight_decay=0.5), frozen)
+    graphdef = split_state(task.build_model())[0]
+    options = dict(seed=0, ema_decay=0.9, frozen_names=frozen)
+    step = jax.jit(make_train_step(task, graphdef, optimizer, lambda _: 0.1, **options))
+    state = make_init(task, optimizer, 0.9)()
+    kernel = jnp.array([[-0.0], [0.1], [1e-40]])
+    state["params"]["kernel"] = state["ema"]["kernel"] = kernel
+    ones = np.ones(2, np.float32)
+    batch = {"x": np.ones((2, 3), np.float32), "weight": ones, "unreadable": 0 * ones}
+    norms = []
+    for number in range(3):
+        bias = float(state["params"]["bias"][0])
+        state, values = step(state, {}, batch, np.int32(number))
+        # The gradient's norm is that of the bias: 2 * output.
+        norms.append((values["gradient_norm"], 2 * abs(0.1 + bias)))
+    for item in ("params", "ema"):
+        found = np.asarray(state[item]["kernel"])
+        assert_array_equal(found.view(np.int32), np.asarray(kernel).view(np.int32))
+        assert state[item]["bias"] != 0
+    assert_allclose(*zip(*norms, strict=True), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("minimal_output")
+def test_run_with_frozen_stages(tmp_path, capsys):
+    """A real run with an average and layer decay, which resumes bit-identically."""
+    config = mini_runs.classifier(
+        total_steps=2,
+        checkpoint_every=1,
+        eval_every=2,
+        model__freeze="stages:2,head/bias",
+        optimizer__ema_decay=0.9,
+        optimizer__layer_decay=0.7,
+    )
+    train(config, tmp_path / "run")
+    before, after = (mini_runs.saved_arrays(tmp_path / "run", step) for step in (1, 2))
+    frozen = frozen_parameters(config.model.freeze, before["params"])
+    assert len(frozen) > 20
+    for item in ("params", "ema"):
+        for name, array in before[item].items():
+            same = np.array_equal(array, after[item][name])
+            assert same == (name in frozen), (item, name)
+    moments = {n.partition("/mu/")[2] for n in after["optimizer"] if "/mu/" in n}
+    assert moments == before["params"].keys() - frozen
+
+    shutil.copytree(tmp_path / "run", tmp_path / "resumed")
+    shutil.rmtree(tmp_path / "resumed" / "checkpoints" / "2")
+    capsys.readouterr()
+    train(config, tmp_path / "resumed")
+    assert "resuming at step 1" in capsys.readouterr().out
+    mini_runs.assert_identical(mini_runs.saved_arrays(tmp_path / "resumed", 2), after)

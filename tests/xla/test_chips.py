@@ -1,0 +1,81 @@
+"""Peaks of chips by the names of devices, and what a run logs with them."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import pytest
+
+from hivit_jax.reporting import metrics
+from hivit_jax.xla import chips
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("TPU v4", "v4"),
+        ("TPU v5 lite", "v5e"),
+        ("TPU v5e", "v5e"),
+        ("TPU v5", "v5p"),
+        ("TPU v5p", "v5p"),
+        ("TPU v6 lite", "v6e"),
+        ("TPU7x", "tpu7x"),
+        ("NVIDIA A100-SXM4-40GB", "a100-40"),
+        ("NVIDIA A100-PCIE-40GB", "a100-40"),
+        ("NVIDIA A100-SXM4-80GB", "a100-80"),
+        ("NVIDIA A100 80GB PCIe", "a100-80"),
+        ("NVIDIA L4", "l4"),
+        ("NVIDIA GeForce RTX 4090", "rtx4090"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA B200", "b200"),
+        # Other peaks than those of the names above.
+        ("NVIDIA H100 PCIe", None),
+        ("NVIDIA L40S", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("cpu", None),
+    ],
+)
+def test_chip_of_a_device(kind, name):
+    assert chips.chip_of(kind) == (name and chips.CHIPS[name])
+
+
+def test_peak_of_a_device():
+    """A TPU7x chip consists of two devices, a v5e of one."""
+    assert chips.peak_flops("TPU7x") == 2307e12 / 2
+    assert chips.peak_flops("TPU v5 lite") == 197e12
+    assert chips.peak_flops("cpu") is None
+
+
+@pytest.mark.parametrize(("kind", "count"), [("TPU v5 lite", 4), ("TPU7x", 8)])
+def test_metrics_of_four_chips(kind, count, monkeypatch):
+    """Half of the peak, and the peak memory of this process's device."""
+    devices = [SimpleNamespace(device_kind=kind)] * count
+    local = SimpleNamespace(memory_stats=lambda: {"peak_bytes_in_use": 7})
+    monkeypatch.setattr(jax, "local_devices", lambda: [local])
+    flops = chips.chip_of(kind).flops / 2 / 100  # so that 100 images/s are half a peak
+    assert metrics.device_metrics(400.0, devices, flops) == {
+        "images_per_second": 400,
+        "images_per_second_per_chip": 100,
+        "mfu": pytest.approx(0.5),
+        "device_memory": 7,
+    }
+
+
+def test_metrics_of_a_cpu():
+    found = metrics.device_metrics(400.0, jax.devices()[:4], 1e9)
+    assert found == {"images_per_second": 400, "images_per_second_per_chip": 100}
+
+
+def test_table_of_chips():
+    """docs/cost.md lists the peaks of all chips, and which of them have a compiler."""
+    text = (Path(__file__).parents[2] / "docs" / "cost.md").read_text()
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| `")]
+    rows = {row[0].strip("| `"): row[1:] for row in rows if len(row) == 6}
+    assert rows.keys() == chips.CHIPS.keys()
+    for name, (memory, flops, bandwidth, _, compiles) in rows.items():
+        chip = chips.CHIPS[name]
+        assert memory == f"{chip.memory / 1e9:,.1f}", name
+        assert float(flops.replace(",", "")) == chip.flops / 1e12, name
+        assert bandwidth == f"{chip.bandwidth / 1e9:,.0f}", name
+        assert compiles.startswith("yes") == (name in chips.PLUGINS), name
