@@ -72,7 +72,7 @@ def config_of(pretrained: Pretrained, batch_size: int = 0) -> Any:
         if model.get("num_classes") == 0:  # which means "of the dataset" in a config
             model["num_classes"] = 1
         kind, model_config, _ = configure(**pretrained.arguments)
-        names = [name for name, t in tasks.TASKS.items() if t.model_class is kind]
+        names = [n for n, t in tasks.TASKS.items() if issubclass(kind, t.model_class)]
         info = make_info(model_config, **pretrained.info)
         data = {key: getattr(info, name) for key, name in DATA_KEYS.items()}
         # With a canvas, images could not be larger than its default side.

@@ -45,6 +45,8 @@ def test_names():
     families = {f"hivit_{size}" for size in WIDTHS}
     families |= {f"vit_{size}" for size in ("tiny", "small", "base", "large", "huge")}
     names = {f"{prefix}{name}" for prefix in ("", "mae_") for name in families}
+    swins = {f"swin_{size}" for size in ("tiny", "small", "base", "large")}
+    names |= swins | {f"simmim_{name}" for name in swins}
     assert {*list_models()} == {*VARIANTS} == names
     assert list_models("mae_h*_base*") == ["mae_hivit_base", "mae_hivit_base_24"]
 

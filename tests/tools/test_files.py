@@ -5,10 +5,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from datasets import noise_image
-from networks import mini
+from networks import abstract_model, mini
 from PIL import Image
 
 import hivit_jax
+from hivit_jax import models
 from hivit_jax.tools import features, files, predict
 from hivit_jax.weights import load
 
@@ -36,6 +37,18 @@ def test_config_without_recipe(model, task, classes, tmp_path):
     unknown = files.config_of(pretrained._replace(info={}), batch_size=7)
     assert len(unknown.data.mean) == channels
     assert unknown.batch_size == 7
+
+
+@pytest.mark.parametrize(
+    ("name", "task"),
+    [("vit_tiny", "classify"), ("swin_tiny", "classify"), ("simmim_swin_tiny", "mae")],
+)
+def test_tasks_of_other_families(name, task):
+    """Models of every family have a task."""
+    arguments = models.arguments_of(abstract_model(name))
+    empty = dict(params={}, notes=[], unused=[], recipe={}, results={}, info={})
+    pretrained = load.Pretrained(path="x", label="x", arguments=arguments, **empty)
+    assert files.config_of(pretrained).task == task
 
 
 @pytest.mark.slow

@@ -99,7 +99,7 @@ def test_eight_steps(recipe):
     def step(params, opt_state):
         loss, gradient = jax.value_and_grad(loss_fn)(params)
         updates, opt_state = transform.update(gradient, opt_state, params)
-        norm = optax.global_norm(gradient)
+        norm = optax.tree.norm(gradient)
         return optax.apply_updates(params, updates), opt_state, loss, norm
 
     opt_state, losses, norms = transform.init(params), [], []
