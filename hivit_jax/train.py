@@ -15,7 +15,7 @@ from hivit_jax import evaluate, inputs, record, resources
 from hivit_jax.checkpoints import manager, read
 from hivit_jax.checkpoints.lock import exclusive
 from hivit_jax.config import complete_saved, step_options, to_json
-from hivit_jax.data.prefetch import prefetch_to_device
+from hivit_jax.data.prefetch import defer_error, prefetch_to_device, raise_error
 from hivit_jax.data.unreadable import UnreadableImages, check_unreadable
 from hivit_jax.distributed.processes import check_same_on_all_processes
 from hivit_jax.distributed.sharding import make_mesh, replicate, shardings_of
@@ -142,13 +142,13 @@ def train(
         stop = stop_requested(step)
         if not finished and not stop:
             batches = inputs.train_batches(config, step, total_steps)
-            batches = prefetch_to_device(unreadable.watch(batches), mesh)
-            batch = next(batches)
+            batches = defer_error(prefetch_to_device(unreadable.watch(batches), mesh))
+            batch = raise_error(next(batches))
             train_step = compile_steps(training)
         throughput.read()  # starts the measurement
         while not finished and not stop:
             steps_done = replicate(mesh, np.int32(step))
-            state, values = train_step(state, frozen, batch, steps_done)
+            state, values = train_step(state, frozen, raise_error(batch), steps_done)
             if pending:  # so that at most two steps and their batches are in flight
                 jax.block_until_ready(pending[-1])
             batch = next(batches, None)  # while the devices compute

@@ -2,12 +2,14 @@
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from hivit_jax.distributed.sharding import BATCH
+from hivit_jax.errors import DataError
 
 
 def prefetch_to_device(
@@ -29,3 +31,22 @@ def prefetch_to_device(
         if len(queue) > ahead:
             yield queue.popleft()
     yield from queue
+
+
+def defer_error(batches: Iterable[Any]) -> Iterator[Any]:
+    """Yield the batches; yield a DataError that ends them instead of raising it.
+
+    A step that has been computed can then be logged and evaluated before the error of
+    the next batch is raised by `raise_error`.
+    """
+    try:
+        yield from batches
+    except DataError as error:
+        yield error
+
+
+def raise_error(batch: Any) -> Any:
+    """Return a batch, or raise the error that `defer_error` yielded in its place."""
+    if isinstance(batch, DataError):
+        raise batch
+    return batch

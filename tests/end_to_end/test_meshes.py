@@ -267,6 +267,24 @@ def test_divergence_saves_the_state_before_it(trained, tmp_path, monkeypatch):
         assert all(np.isfinite(a).all() for a in jax.tree.leaves(items))
 
 
+def test_data_error_after_a_step(tmp_path, monkeypatch):
+    """Each computed step is logged, evaluated and saved before the error is raised."""
+
+    def failing(config, first, last):
+        for step, batch in enumerate(original(config, first, last)):
+            if step == 5:  # two batches are read ahead
+                raise DataError("no answer")
+            yield batch
+
+    original = inputs.train_batches
+    monkeypatch.setattr(inputs, "train_batches", failing)
+    with pytest.raises(DataError, match="no answer"):
+        training.train(mini_runs.mae(eval_every=3, checkpoint_every=3), tmp_path)
+    assert list(mini_runs.logged(tmp_path)) == [1, 2, 3]
+    assert list(mini_runs.logged(tmp_path, "eval/loss")) == [3]
+    assert mini_runs.saved_steps(tmp_path) == [3]
+
+
 def test_unreadable_images(tmp_path, monkeypatch):
     """Unreadable images are counted, and do not affect the loss.
 

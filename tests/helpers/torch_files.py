@@ -72,11 +72,13 @@ class Writer(pickle._Pickler):
 def tensor(array, offset=0, shape=None, strides=None):
     """Return a tensor on the memory of an array.
 
-    Shape and strides default to those of the array.
+    Offset, shape and strides default to those of the array in its memory.
     """
+    base = array if array.base is None else array.base
     if shape is None:
         shape, strides = array.shape, [s // array.itemsize for s in array.strides]
-    base = array if array.base is None else array.base
+        first, start = (x.__array_interface__["data"][0] for x in (array, base))
+        offset = (first - start) // array.itemsize
     if name := STORAGES.get(array.dtype.name):
         storage, function, extra = Storage(base, name), "_rebuild_tensor_v2", ()
     else:  # newer dtypes

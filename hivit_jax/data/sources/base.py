@@ -135,10 +135,14 @@ class Source:
         return f"example {index}"
 
     def class_counts(self) -> tuple[int, ...]:
-        """Return the number of examples of each class; () if the labels are unknown."""
+        """Return the number of examples of each class; () if the labels are unknown.
+
+        Labels below 0 are not counted; the loader refuses them.
+        """
         labels = np.asarray(self.labels)
         if not self.labeled or labels.ndim != 1 or labels.dtype.kind not in "iu":
             return ()
+        labels = labels[labels >= 0]
         return tuple(np.bincount(labels, minlength=len(self.classes)).tolist())
 
     def ignored_text(self) -> str:
