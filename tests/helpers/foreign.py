@@ -66,7 +66,9 @@ def _block(name, array, family):
         return {f"{start}.attention.{inner}.{leaf}": array}
     if stem == "attn.qkv":
         parts = zip(("query", "key", "value"), np.split(array, 3), strict=True)
-        return {f"{start}.attention.{inner}.{part}.{leaf}": x for part, x in parts}
+        return {
+            f"{start}.attention.{inner}.{part}.{leaf}": np.array(x) for part, x in parts
+        }
     return {f"{start}.{BLOCK[stem]}.{leaf}": array}
 
 

@@ -23,14 +23,15 @@ def close(actual, expected, atol, rtol=0.0):
     np.testing.assert_allclose(np.asarray(actual), expected, atol=atol, rtol=rtol)
 
 
-def check_gradients(fixture, official, atol, probe_atol):
+def check_gradients(fixture, official, atol, probe_atol, norm_rtol=1e-5):
     """Compare gradients by official name with the arrays, norms and probes."""
     facts, arrays = FIXTURES[fixture], golden(fixture)
     assert official.keys() == facts["grad_norm"].keys()
     for name, gradient in official.items():
         if f"grad/{name}" in arrays:
             close(gradient, arrays[f"grad/{name}"], atol)
-        close(np.linalg.norm(gradient), facts["grad_norm"][name], 1e-7, 1e-5)
+        norm = np.linalg.norm(np.float64(gradient))
+        close(norm, facts["grad_norm"][name], 1e-7, norm_rtol)
         close(swin.probe(name, gradient), facts["grad_probe"][name], probe_atol)
 
 
@@ -230,4 +231,5 @@ def test_base_simmim():
     pixels, mask = model.to_images(out, zeros, zeros + 1)
     close(pixels[:, ::8, ::8], arrays["rec_slice"], 2e-5)
     np.testing.assert_array_equal(mask[:, ::4, ::4, 0], arrays["mask"])
-    check_gradients("simmim_swin_base", gradients, 0, 2e-4)
+    # The gradient of an absolute error is its sign, which rounding changes near 0.
+    check_gradients("simmim_swin_base", gradients, 0, 2e-4, norm_rtol=5e-5)
