@@ -37,11 +37,14 @@ test: lint
 test-extras: .venv-extras/installed
 	.venv-extras/bin/python -m pytest -n auto --dist worksteal -m "torch or extras or browser"
 
-.venv-extras/installed: requirements-extras.lock requirements.lock setup.cfg
+# Contains the packages of .venv by reference, and installs only the extras.
+.venv-extras/installed: requirements-extras.lock .venv/installed
 	$(PYTHON) -m venv .venv-extras
-	.venv-extras/bin/pip install --quiet --disable-pip-version-check -r requirements.lock
 	.venv-extras/bin/pip install --quiet --disable-pip-version-check --no-deps \
-	  -r requirements-extras.lock --editable .
+	  -r requirements-extras.lock
+	for packages in .venv-extras/lib/python*/site-packages; do \
+	  echo "import site; site.addsitedir('$$(realpath .venv/lib/python*/site-packages)')" \
+	    > $$packages/venv.pth; done
 	touch $@
 
 demo: install
