@@ -396,6 +396,7 @@ def test_accelerators_are_left_to_jax():
     assert os.environ["TF_CPP_MIN_LOG_LEVEL"]
 
 
+@pytest.mark.extras
 @pytest.mark.usefixtures("minimal_output")
 def test_training_is_bit_identical(roots, tmp_path, monkeypatch):
     """Runs with the two readers have equal metrics and bit-identical checkpoints."""

@@ -31,6 +31,7 @@ def config_of(recipe, **overrides):
     return configs.load(recipe, [f"--config.{k}={v}" for k, v in values.items()])
 
 
+@pytest.mark.extras
 def test_simmim_then_finetuning(tmp_path):
     """Finetuning starts from the pretrained encoder, with larger windows."""
     small = dict(model__image_size=64, model__window_size=4)

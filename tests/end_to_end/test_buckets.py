@@ -47,7 +47,9 @@ def local(tmp_path_factory, dataset, run):
     return workdir
 
 
-@pytest.mark.parametrize("reader", ["threads", "tf.data"])
+@pytest.mark.parametrize(
+    "reader", ["threads", pytest.param("tf.data", marks=pytest.mark.extras)]
+)
 def test_refused_and_resumed_run(dataset, run, local, tmp_path, reader):
     """The command ends with code 4 and resumes bit-identically.
 

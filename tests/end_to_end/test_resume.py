@@ -97,65 +97,44 @@ def check_same_run(workdir, expected):
         assert mini_runs.logged(workdir, name) == mini_runs.logged(expected, name)
 
 
-def test_killed_run(uninterrupted, synthetic, environment, tmp_path):
-    """A killed run resumes; test_imagenet.py kills runs that read files."""
-    source, overrides = "synthetic", synthetic
-    expected, _ = uninterrupted(source, **overrides)
+def test_interrupted_and_killed_run(uninterrupted, synthetic, environment, tmp_path):
+    """SIGTERM saves one checkpoint; later SIGKILL; the third start finishes the run.
+
+    test_imagenet.py kills runs that read files.
+    """
+    expected, _ = uninterrupted("synthetic", **synthetic)
     assert "ema" in mini_runs.saved_arrays(expected, STEPS)
-    workdir = tmp_path / "killed"
-    code, *_ = interrupt(
-        workdir, source, signal.SIGKILL, EVERY + 5, environment, **overrides
+    workdir = tmp_path / "run"
+    arguments = workdir, "synthetic"
+    code, _, err = interrupt(*arguments, signal.SIGTERM, 5, environment, **synthetic)
+    assert code == 75
+    message = rf"SIGTERM: step (\d+) of {STEPS} is saved in {workdir}; run"
+    step = int(re.search(message, err)[1])
+    assert "Traceback" not in err
+    assert mini_runs.saved_steps(workdir) == [step]
+    assert max(mini_runs.logged(workdir)) == step
+    saved = mini_runs.saved_arrays(workdir, step)["optimizer"]["step"]
+    assert int(saved) == step < EVERY
+
+    code, out, _ = interrupt(
+        *arguments, signal.SIGKILL, EVERY + 5, environment, **synthetic
     )
     assert code == -signal.SIGKILL
-    reached, saved = (
-        max(mini_runs.logged(workdir)),
-        mini_runs.saved_steps(workdir)[-1],
-    )
-    assert saved < STEPS
-    assert saved <= reached < STEPS
+    assert f"resuming at step {step} from" in out
+    saved = mini_runs.saved_steps(workdir)[-1]
+    assert EVERY <= saved <= max(mini_runs.logged(workdir)) < STEPS
 
     code, out, err = mini_runs.run_process(
-        *command(workdir, source, **overrides), **environment
+        *command(*arguments, **synthetic), **environment
     )
     assert code == 0, err
     assert f"resuming at step {saved} from" in out
     assert re.findall(r"^step (\d+)/", out, re.M)[0] == str(saved + 1)
     assert "read from the cache in" in out
-    assert list(overrides["compilation_cache"].iterdir())
+    assert list(synthetic["compilation_cache"].iterdir())
     assert not (workdir / "compiled").exists()
     check_same_run(workdir, expected)
     assert (workdir / "figures" / f"reconstruction_{STEPS:07d}.png").is_file()
-
-
-def test_interrupted_run(uninterrupted, synthetic, environment, tmp_path):
-    """SIGTERM, and later Ctrl-C, each save one checkpoint and end the run."""
-    expected, _ = uninterrupted("synthetic", **synthetic)
-    workdir, options = tmp_path / "interrupted", synthetic | {"checkpoint_every": 1000}
-    stopped = []
-    for signal_number in (signal.SIGTERM, signal.SIGINT):
-        code, _, err = interrupt(
-            workdir, "synthetic", signal_number, 5, environment, **options
-        )
-        assert code == 75
-        message = (
-            f"{signal_number.name}: step (\\d+) of {STEPS} is saved in {workdir}; run"
-        )
-        step = int(re.search(message, err)[1])
-        assert "Traceback" not in err
-        assert mini_runs.saved_steps(workdir) == [*stopped, step]
-        assert max(mini_runs.logged(workdir)) == step
-        assert (
-            int(mini_runs.saved_arrays(workdir, step)["optimizer"]["step"])
-            == step
-            < STEPS
-        )
-        stopped.append(step)
-
-    arguments = command(workdir, "synthetic", **options)
-    code, out, err = mini_runs.run_process(*arguments, **environment)
-    assert code == 0, err
-    assert f"resuming at step {stopped[-1]} from" in out
-    check_same_run(workdir, expected)
 
 
 def test_finished_run_only_evaluates(uninterrupted, synthetic, environment):
