@@ -87,6 +87,7 @@ def test_damage_is_never_silent(two_steps, tmp_path, capsys):
     assert restored[1] > 10
 
 
+@pytest.mark.slow
 def test_all_checkpoints_are_damaged(two_steps, tmp_path):
     workdir = write_files(tmp_path, two_steps)
     for path in workdir.rglob("checkpoints/*/*/d/*"):

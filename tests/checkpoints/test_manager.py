@@ -54,6 +54,7 @@ def test_read_parameters_on_one_device(saved):
         mini_runs.assert_identical(checkpoint.params, expected)
 
 
+@pytest.mark.slow
 def test_full_disk(tmp_path, monkeypatch):
     """A full disk raises one clear error; the earlier checkpoint stays."""
     checkpoints = Checkpoints(tmp_path, 9)

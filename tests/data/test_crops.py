@@ -273,6 +273,7 @@ def test_center_crop_ships_the_pixels_of_its_filters():
     assert np.abs(actual - resample.resample(canvas, box[None], SIZE)).mean() < 1e-3
 
 
+@pytest.mark.slow
 def test_crop_larger_than_the_canvas_is_resized_on_the_host():
     pixels = noise_image(700, 600, 3)
     crop = Crop(*[Box(0, 0, 700, 600)] * 2)

@@ -76,6 +76,7 @@ def test_evaluation_batches_hold_every_image_once(batch_size):
     assert (label[360:] == 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 4])
 @pytest.mark.parametrize("name", ["digits", "synthetic"])
 def test_shares_of_processes_make_the_batch(monkeypatch, processes, name):

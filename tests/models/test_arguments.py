@@ -155,6 +155,7 @@ def call_autoencoder(method="image_loss", *arrays, **named):
     )
 
 
+@pytest.mark.slow
 def test_one_drop_path_key_an_image():
     """Keys are those of `jax.random.key`, [B], or of `jax.random.PRNGKey`, [B, 2]."""
     assert abstract_logits(drop_path_keys=KEYS).shape == (4, 5)
@@ -182,6 +183,7 @@ def test_images(images):
         abstract_logits(images)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "noise", [(4, 15), (4, 17), (2, 16), (1, 16), (16,), (4, 16, 1)]
 )

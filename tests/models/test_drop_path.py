@@ -87,6 +87,7 @@ def test_drop_path_of_a_model_depends_on_the_sample_alone():
     assert_allclose(run(keys[order]), out[order], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_drop_path_rates_rise_over_residual_blocks(monkeypatch):
     """Every branch has the rate of its block and its own draw."""
     calls = []

@@ -106,6 +106,7 @@ def test_cost_at_another_image_size():
         model.macs(100)
 
 
+@pytest.mark.slow
 def test_no_head():
     """Without a head, the output is the pooled features.
 

@@ -43,6 +43,7 @@ def test_stem_processes_units_independently():
     assert np.abs(main - kept[2]).max() > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("relative_position", [True, False])
 def test_units_kept_in_another_order(relative_position):
     """Keeping every unit in another order permutes the output."""
@@ -114,6 +115,7 @@ def masked_runs():
     return mask, np.asarray(run(images)), np.asarray(run(changed))
 
 
+@pytest.mark.slow
 def test_key_mask_hides_units():
     mask, out, changed = masked_runs()
     for sample in range(2):

@@ -20,6 +20,7 @@ RANDOM = np.random.RandomState(0)
 IMAGES = RANDOM.normal(2, 3, (16, 4, 5, 6)).astype(np.float32)
 
 
+@pytest.mark.slow
 def test_formulas_of_pytorch():
     """Two batches and an evaluation follow the formulas of ``nn.BatchNorm2d``.
 

@@ -94,6 +94,7 @@ def test_sincos_table(grid, dim):
     assert_allclose(table, expected, atol=6e-8, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grid", [(3, 3), (2, 4), (5, 1)])
 def test_relative_position_index(grid):
     units = grid[0] * grid[1]
@@ -113,6 +114,7 @@ def test_relative_position_index(grid):
         assert_array_equal(gathered[sample], kept)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grid", [(3, 3), (2, 4), (5, 1)])
 def test_relative_position_bias(grid):
     """Values and gradient equal those of a gather; the sums of integers are exact."""

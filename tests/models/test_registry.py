@@ -51,6 +51,7 @@ def test_names():
     assert list_models("mae_h*_base*") == ["mae_hivit_base", "mae_hivit_base_24"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list_models("*hivit_*"))
 def test_every_name_can_be_built(name):
     width, depths, heads = WIDTHS[name.split("hivit_")[1]]

@@ -18,6 +18,7 @@ from hivit_jax.tree import named_leaves, split_state
 MINI = dict(image_size=64, embed_dim=24, depths=(2, 2), num_heads=(2, 4), window_size=4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("title", swin.FACTS["params_macs"])
 def test_published_parameters_and_multiply_adds(title):
     name, size, _, window = title.removeprefix("simmim ").split()[:4]
@@ -46,6 +47,7 @@ def test_layers_and_weight_decay_of_finetuning():
     assert found == {name: decay > 0 for name, (_, decay) in facts.items()}
 
 
+@pytest.mark.slow
 def test_weight_decay_of_pretraining():
     """The mask token does not decay; the relative position tables do."""
     task = inputs.task_of_recipe(mini_runs.recipe("simmim_swin"))
@@ -56,6 +58,7 @@ def test_weight_decay_of_pretraining():
     assert found == {name: decay > 0 for name, decay in facts.items()}
 
 
+@pytest.mark.slow
 def test_shapes():
     """Maps have strides 4 and 8; blocks of all stages are layers."""
     model = abstract_model("swin_base", **MINI | dict(image_size=(56, 72)))

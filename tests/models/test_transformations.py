@@ -87,6 +87,7 @@ def all_outputs(model, images):
     return model(images), model.features(images), model.layers(images, attention=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("spec", [P(("a", "b")), P("b"), P("a", "b"), P()])
 def test_shardings_on_explicit_meshes(name, spec):
@@ -145,6 +146,7 @@ def test_forward_mode(overrides):
     assert_allclose(w_dot_jv, jtw_dot_v, rtol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_derivatives_of_layer_norm(dtype):
     """First and second derivatives agree with plain JAX in both modes."""

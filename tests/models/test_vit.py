@@ -22,6 +22,7 @@ PUBLISHED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_parameters_and_multiply_adds(name):
     model, facts = abstract_model(name), FACTS["params_macs"][PUBLISHED[name]]

@@ -131,6 +131,7 @@ def test_only_a_global_block_lets_windows_meet(global_blocks):
         assert np.argwhere(moved).tolist() == [[3, 6], [4, 6]]
 
 
+@pytest.mark.slow
 def test_gradients_are_finite_without_a_key():
     """Gradients are finite if a window has no visible key, or only padding."""
     attention = mini(**UNEVEN).encoder.stages[-1][0].attn

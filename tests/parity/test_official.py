@@ -235,6 +235,7 @@ def test_layer_norm_eps_everywhere():
     close(model(images), arrays["cls_logits"], 2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm_pix_loss", [True, False])
 def test_loss_of_a_given_prediction(norm_pix_loss):
     model, _ = reference.build_fixture("mae_mini")

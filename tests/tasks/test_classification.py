@@ -26,6 +26,7 @@ def classify(logits, labels):
     return {name: np.asarray(value) for name, value in values.items()}
 
 
+@pytest.mark.slow
 def test_top1_and_top5():
     logits = np.tile(np.arange(8.0), (8, 1))  # class 7 scores best
     values = classify(logits, np.arange(8))
@@ -39,6 +40,7 @@ def test_equal_scores_go_by_class_number():
     assert values["top5"].tolist() == [1, 1, 1, 1, 1, 0, 0, 0]
 
 
+@pytest.mark.slow
 def test_cross_entropy_is_not_smoothed_in_evaluation():
     logits = np.log([[0.5, 0.25, 0.25], [0.1, 0.2, 0.7]])
     values = classify(logits, [0, 1])
@@ -111,6 +113,7 @@ def test_class_weights_by_number():
         class_weights("balanced", DatasetInfo({"train": 5}), 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["", "1,0.5,3"])
 def test_loss_with_class_weights(text):
     """As torch's cross_entropy with class probabilities, before its mean."""

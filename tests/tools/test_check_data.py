@@ -127,6 +127,7 @@ def test_healthy(check, healthy):
     ]
 
 
+@pytest.mark.slow
 def test_several_labels(check, healthy, tmp_path):
     """Images count in each of their classes; those of no class have a row."""
     rows = [f"{photo(healthy, k)},{'a;b' if k % 3 else ''},train" for k in range(12)]
@@ -301,6 +302,7 @@ def content(out):
     return [" ".join(x.split()) for x in out.split("\nspeed")[1].splitlines()]
 
 
+@pytest.mark.slow
 def test_classes_and_settings(check, healthy, tmp_path):
     """The report lists classes, kinds of files, and settings to copy."""
     sheet = tmp_path / "sheet.png"
@@ -377,6 +379,7 @@ def test_list_that_cannot_be_written(check, healthy, tmp_path):
     assert f"error: --list={tmp_path}/none/x: No such file or directory\n" in err
 
 
+@pytest.mark.slow
 def test_sample(check, damaged, healthy):
     """--sample checks the same images every time and reports no empty classes."""
     code, out, err = check(healthy, "--sample=3")
@@ -458,6 +461,7 @@ def test_titles_of_splits(check, healthy):
     assert "\ntest (train): 35 images" in out
 
 
+@pytest.mark.slow
 def test_digits(capsys):
     assert check_data.main(mini_runs.arguments("digits", data__train_examples=100)) == 0
     out = capsys.readouterr().out

@@ -139,6 +139,7 @@ def test_images_of_another_shape_or_dtype(exported, shape, dtype, message):
         export.load_exported(exported[0])(np.zeros(shape, dtype))
 
 
+@pytest.mark.slow
 def test_model_of_another_platform(tmp_path):
     (tmp_path / "model").write_bytes(export.export(mini(), platforms=["tpu"]))
     with pytest.raises(

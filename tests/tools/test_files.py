@@ -14,6 +14,7 @@ from hivit_jax.tools import features, files, predict
 from hivit_jax.weights import load
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "task", "classes"),
     [

@@ -111,6 +111,7 @@ def test_reduced_images(complete, small):
     )
 
 
+@pytest.mark.slow
 def test_source(complete, originals):
     """The source reads all examples from many threads, and slices of splits."""
     source = Tfds("imagenet2012", str(complete), "train")

@@ -137,6 +137,7 @@ def test_statistics_flag(tmp_path):
     assert close(predicted, (visible.mean(),) * 3).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "name", "code", "message"),
     [
@@ -156,6 +157,7 @@ def test_bad_input(saved, tmp_path, capsys, model, name, code, message):
     assert 1 <= len(err.splitlines()) <= 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ratio", ["0", "0.0", "1", "-0.5", "nan"])
 def test_mask_ratios_out_of_range(ratio, saved, tmp_path, capsys):
     """Mask ratios must be above 0 and below 1; 0 is not an absent flag."""

@@ -74,6 +74,7 @@ PARAMS = {"a": jnp.arange(3.0), "b": {"bias": jnp.ones(2), "kernel": jnp.ones(2)
 LAYERS = {"a": 0, "b/bias": 1, "b/kernel": 2}
 
 
+@pytest.mark.slow
 def test_other_parameters_are_trained_as_before():
     """Moments, weight decay and layer decay of the others are bit-identical."""
     options = mini_runs.mae().optimizer.copy_and_resolve_references()
@@ -106,6 +107,7 @@ class SquareTask:
         return {"loss": model(batch["x"])[:, 0] ** 2}
 
 
+@pytest.mark.slow
 def test_no_bit_changes_in_a_step():
     """Not even the sign of a zero, nor the rounding of the average."""
     task, frozen = SquareTask(), {"kernel"}

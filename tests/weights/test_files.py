@@ -353,6 +353,7 @@ def malicious_cases(marker):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", malicious_cases(""))
 def test_malicious_and_foreign_pytorch_files(case, tmp_path, capsys):
     marker, path = tmp_path / "marker", tmp_path / "x.pth"
@@ -371,6 +372,7 @@ def test_the_planted_files_are_real(tmp_path):
         marker.unlink()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["pth", "safetensors"])
 @pytest.mark.parametrize(
     "name", ["float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"]

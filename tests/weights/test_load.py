@@ -88,6 +88,7 @@ def convert_state(state, width=16):
 # Formats
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_committed_pytorch_files(kind):
     """Files that PyTorch wrote load with their exact values."""

@@ -186,6 +186,7 @@ def test_what_would_not_load_is_not_saved(change, tmp_path):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+@pytest.mark.slow
 def test_changed_values_and_narrower_dtypes_are_saved(tmp_path):
     model = copy.deepcopy(small_model())
     model.head.kernel = nnx.Param(model.head.kernel[...].astype(jnp.bfloat16) + 1)
@@ -197,6 +198,7 @@ def test_changed_values_and_narrower_dtypes_are_saved(tmp_path):
     assert about["results"] == {"eval/top1": 0.5}
 
 
+@pytest.mark.slow
 def test_an_edited_model_card_is_kept(tmp_path, capsys):
     """A model card is replaced only if it has the bytes of the last save."""
     card, model = tmp_path / "README.md", small_model()
@@ -220,6 +222,7 @@ def test_an_edited_model_card_is_kept(tmp_path, capsys):
     assert "is kept" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "content"),
     [

@@ -156,6 +156,7 @@ def test_inspect_and_errors(tmp_path, capsys):
         read(path)
 
 
+@pytest.mark.slow
 def test_saved_model(tmp_path):
     """Saving and loading keep the config and every byte."""
     model, _ = swin.build("simmim_mini")

@@ -3,6 +3,7 @@
 import io
 
 import numpy as np
+import pytest
 from datasets import digits_config
 from numpy.testing import assert_array_equal
 from PIL import Image
@@ -71,6 +72,7 @@ def test_num_examples():
     assert registry.num_examples(data, "test") == 360
 
 
+@pytest.mark.slow
 def test_digits_by_key():
     """data.subset selects the first training images of each class."""
     # Here, because collecting the tests would otherwise take seconds longer.

@@ -120,6 +120,7 @@ def test_wrongly_shaped_entry(mae_state, name, shape, here):
         from_official(state, model)
 
 
+@pytest.mark.slow
 def test_finetuning_from_pretraining():
     """The same arrays are loaded as by the official loader."""
     facts = json.loads((reference.GOLDEN / "finetune_loading.json").read_text())
