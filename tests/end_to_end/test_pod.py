@@ -234,6 +234,7 @@ sys.exit(main.main())
 """
 
 
+@pytest.mark.extras
 def test_a_data_error_of_one_process(environment, tmp_path):
     """The error is printed at once and nothing is saved; the other process aborts."""
     address = mini_runs.free_address()

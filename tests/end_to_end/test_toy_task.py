@@ -119,6 +119,7 @@ def finish(*processes):
     return [out for out, _ in ends]
 
 
+@pytest.mark.extras
 def test_killed_run_resumes(recipe, run, tmp_path):
     """A killed run resumes bit-identical to an uninterrupted run."""
     process = start(recipe, tmp_path, devices=8)
