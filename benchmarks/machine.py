@@ -1,6 +1,7 @@
 """Description of the machine that runs a benchmark."""
 
 import platform
+import resource
 from pathlib import Path
 
 VECTORS = ("avx512f", "avx2", "avx")  # widest first
@@ -21,3 +22,9 @@ def processor() -> str:
     vectors = next((f", {name}" for name in VECTORS if name in flags), "")
     family, model = info.get("cpu family"), info.get("model")
     return f"{info['model name']}, family {family}, model {model}{vectors}"
+
+
+def process_memory() -> int:
+    """Return the peak memory of this process in bytes."""
+    # ru_maxrss is in kilobytes on Linux.
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

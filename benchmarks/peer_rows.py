@@ -1,7 +1,7 @@
 """Rows of `benchmarks.peers`: our program and PyTorch programs for the same job.
 
 A row is a function that runs a number of steps. jax and torch are imported late, so
-that each process loads only what it needs.
+that each process loads only what it needs. Also used by `benchmarks.paper`.
 """
 
 import argparse
@@ -11,18 +11,26 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from benchmarks.machine import process_memory
+
 OURS = "hivit_jax"
-# A function that runs a number of steps, and facts about the row.
-Started = tuple[Callable[[int], Any], dict[str, Any]]
+# Functions that run a number of steps and return the peak memory in bytes, and facts.
+Started = tuple[Callable[[int], Any], Callable[[], int], dict[str, Any]]
 # Row -> (network, compiled, explicit softmax attention).
 TORCH = {
-    "torch": ("hivit", False, False),
-    "torch, compiled": ("hivit", True, False),
-    "torch, plain attention": ("hivit", False, True),
-    "ViT-B": ("vit", False, False),
-    "ViT-B, compiled": ("vit", True, False),
-    "Swin-B": ("swin", False, False),
-    "Swin-B, compiled": ("swin", True, False),
+    "torch": ("HiViT-B", False, False),
+    "torch, compiled": ("HiViT-B", True, False),
+    "torch, plain attention": ("HiViT-B", False, True),
+    "ViT-B": ("ViT-B", False, False),
+    "ViT-B, compiled": ("ViT-B", True, False),
+    "Swin-B": ("Swin-B", False, False),
+    "Swin-B, compiled": ("Swin-B", True, False),
+}
+# Network -> width, depths and heads of the encoder.
+HIVIT = {
+    "HiViT-T": (384, (1, 1, 10), 6),
+    "HiViT-S": (384, (2, 2, 20), 6),
+    "HiViT-B": (512, (2, 2, 20), 8),
 }
 RECIPES = {"pretrain": "mae_base", "classify": "finetune:base"}
 RECIPES["inference"] = RECIPES["classify"]
@@ -38,6 +46,48 @@ UNRANDOM = {
 WEIGHT_DECAY, BETAS, LEARNING_RATE = 0.05, (0.9, 0.95), 1e-6
 
 
+def load_recipe(recipe: str, values: dict[str, Any], args: argparse.Namespace) -> Any:
+    """Return the config of a recipe with overrides, for the batch and the device."""
+    from benchmarks import plain_config  # noqa: F401  first
+    from hivit_jax import config as configs
+
+    dtype = "float32" if args.device == "cpu" else "bfloat16"
+    values = {"batch_size": args.batch, "model.dtype": dtype} | values
+    return configs.load(recipe, [f"--config.{key}={x}" for key, x in values.items()])
+
+
+def start_recipe(
+    recipe: str, values: dict[str, Any], args: argparse.Namespace
+) -> Started:
+    """Compile the step of a recipe with overrides, and run it once."""
+    return started(compile_program(load_recipe(recipe, values, args), args), args)
+
+
+def compile_program(config: Any, args: argparse.Namespace) -> Any:
+    """Return the compiled train step of a config, or its evaluation step."""
+    from benchmarks.train_step import Evaluation, Training
+
+    return (Evaluation if args.task == "inference" else Training)(config)
+
+
+def started(program: Any, args: argparse.Namespace) -> Started:
+    """Run the first step of our program."""
+    import jax
+
+    from benchmarks.train_step import peak_memory
+
+    return (
+        program.run,
+        peak_memory,
+        {
+            "loss": program.run(1),
+            "compile_seconds": program.compile_seconds,
+            "versions": {name: metadata.version(name) for name in ("jax", "jaxlib")},
+            "gpu": jax.devices()[0].device_kind if args.device == "gpu" else None,
+        },
+    )
+
+
 def start_ours(args: argparse.Namespace, first_step: Path) -> Started:
     """Compile our step and run it once.
 
@@ -49,19 +99,13 @@ def start_ours(args: argparse.Namespace, first_step: Path) -> Started:
     import numpy as np
     from flax import nnx
 
-    from benchmarks import plain_config  # noqa: F401  first
-    from benchmarks.train_step import Evaluation, Training
-    from hivit_jax import config as configs
     from hivit_jax import rng
     from hivit_jax.weights.names.official import to_official
 
-    dtype = "float32" if args.device == "cpu" else "bfloat16"
-    values = {"batch_size": args.batch, "data.name": "synthetic", "model.dtype": dtype}
+    values = {"data.name": "synthetic"}
     values |= {} if args.task == "pretrain" else UNRANDOM
-    flags = [f"--config.{key}={value}" for key, value in values.items()]
-    config = configs.load(RECIPES[args.task], flags)
-    forward = args.task == "inference"
-    program = Evaluation(config) if forward else Training(config)
+    config = load_recipe(RECIPES[args.task], values, args)
+    program, forward = compile_program(config, args), args.task == "inference"
     task, batch, state = program.task, program.batch, jax.device_get(program.state)
     keys = rng.step_keys(config.seed, "train", jnp.uint32(0), args.batch)
     images = task.preprocess(batch) if forward else task.training_images(batch, keys)
@@ -73,41 +117,53 @@ def start_ours(args: argparse.Namespace, first_step: Path) -> Started:
     model = nnx.eval_shape(task.build_model)
     weights = to_official(state["params"] | state["model_state"], model)
     np.savez(first_step, **weights, images=images, target=target)
-    return program.run, {
-        "loss": program.run(1),
-        "compile_seconds": program.compile_seconds,
-        "versions": {name: metadata.version(name) for name in ("jax", "jaxlib")},
-    }
+    return started(program, args)
 
 
 def build_network(name: str, task: str) -> Any:
-    """Return a PyTorch network, "hivit", "vit" or "swin", for a job."""
+    """Return a PyTorch network for a job: ViT-B, Swin-B, Swin-B 192, or of `HIVIT`."""
     from benchmarks import torch_peers
     from benchmarks.torch_twin import HiViT
 
     classes = 0 if task == "pretrain" else CLASSES
-    if name != "hivit":
-        return {"vit": torch_peers.ViT, "swin": torch_peers.Swin}[name](classes)
-    sizes, decoder = (224, 16, 3, 512, (2, 2, 20), 8), () if classes else (512, 6, 16)
+    if name == "ViT-B":
+        return torch_peers.ViT(classes)
+    if name not in HIVIT:
+        return torch_peers.Swin(classes, window=6 if name.endswith("192") else 7)
+    sizes, decoder = (224, 16, 3, *HIVIT[name]), () if classes else (512, 6, 16)
     return HiViT(*sizes, bool(classes), num_classes=classes, decoder=decoder)
 
 
-def start_torch(row: str, args: argparse.Namespace, first_step: Path) -> Started:
-    """Prepare a PyTorch step and run it once."""
+def start_torch(
+    name: str,
+    compiled: bool,
+    plain: bool,
+    args: argparse.Namespace,
+    first_step: Path | None = None,
+) -> Started:
+    """Prepare a PyTorch step and run it once.
+
+    Args:
+      name: network; see `build_network`.
+      compiled: use torch.compile.
+      plain: compute the softmax of attention explicitly.
+      first_step: weights, images and targets of the first step of HiViT-B.
+    """
     import numpy as np
     import torch
     from torch.nn import functional as F
 
     from benchmarks.torch_twin import Attention
 
-    name, compiled, Attention.plain = TORCH[row]
+    Attention.plain = plain
     torch.manual_seed(0)
     torch.set_num_threads(args.threads)
     torch.set_float32_matmul_precision("high")
     device = "cpu" if args.device == "cpu" else "cuda"
     network, pretrain = build_network(name, args.task), args.task == "pretrain"
-    images, target = torch.randn(args.batch, 3, 224, 224), None
-    if name == "hivit" and first_step.exists():
+    side = network.image_size
+    images, target = torch.randn(args.batch, 3, side, side), None
+    if name == "HiViT-B" and first_step and first_step.exists():
         saved = {key: torch.tensor(x) for key, x in np.load(first_step).items()}
         images = saved.pop("images").permute(0, 3, 1, 2).contiguous()
         target = saved.pop("target").to(device)
@@ -138,12 +194,14 @@ def start_torch(row: str, args: argparse.Namespace, first_step: Path) -> Started
 
     began = time.perf_counter()
     loss = step(images, random_target() if target is None else target).item()
-    return run, {
+    memory = torch.cuda.max_memory_allocated if device == "cuda" else process_memory
+    facts = {
         "loss": None if target is None else loss,
         "compile_seconds": time.perf_counter() - began if compiled else None,
         "versions": {"torch": torch.__version__},
         "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
     }
+    return run, memory, facts
 
 
 def training_step(network: Any, loss_of: Callable, device: str) -> Callable:

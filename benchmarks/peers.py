@@ -31,11 +31,20 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import processor
-from benchmarks.peer_rows import OURS, RECIPES, TORCH, start_ours, start_torch
+from benchmarks.peer_rows import (
+    OURS,
+    RECIPES,
+    TORCH,
+    Started,
+    start_ours,
+    start_torch,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -43,27 +52,48 @@ DEFAULT = (OURS, "torch", "torch, compiled", "ViT-B", "Swin-B")
 TOLERANCE = {"cpu": 1e-5, "gpu": 1e-2}  # relative, of the first loss
 
 
-def worker(row: str, args: argparse.Namespace, first_step: Path, pipe: Any) -> None:
+def start_row(
+    start: Callable[[], Started], keep_memory: bool, args: argparse.Namespace
+) -> Any:
+    """Start the process of a row and return the pipe to its `worker`.
+
+    Args:
+      start: a function of `benchmarks.peer_rows` with its arguments.
+      keep_memory: keep freed memory, on a CPU.
+    """
+    context = multiprocessing.get_context("spawn")
+    pipe, end = context.Pipe()
+    arguments = start, keep_memory, args, end
+    context.Process(target=worker, args=arguments, daemon=True).start()
+    end.close()  # so that recv fails if the process ends
+    return pipe
+
+
+def worker(
+    start: Callable[[], Started],
+    keep_memory: bool,
+    args: argparse.Namespace,
+    pipe: Any,
+) -> None:
     """Run the process of a row.
 
     The process sends the facts about the row. Until it receives 0, it receives a number
-    of steps, runs them, and sends the seconds and the CPU-seconds of all threads.
+    of steps, runs them, and sends the seconds and the CPU-seconds of all threads. At
+    the end it sends its peak memory in bytes.
     """
     if args.device == "cpu":
         from hivit_jax.xla.compile import keep_freed_memory
 
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
-        if row == OURS or args.keep_memory:
-            keep_freed_memory()  # as training does
-    if row == OURS:
-        run, facts = start_ours(args, first_step)
-    else:
-        run, facts = start_torch(row, args, first_step)
+        if keep_memory:
+            keep_freed_memory()
+    run, peak_memory, facts = start()
     pipe.send(facts)
     while count := pipe.recv():
         began, cpu_began = time.perf_counter(), time.process_time()
         run(count)
         pipe.send((time.perf_counter() - began, time.process_time() - cpu_began))
+    pipe.send(peak_memory())
 
 
 def compare(args: argparse.Namespace) -> dict[str, Any]:
@@ -72,36 +102,48 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
       HivitError: the process of a row ended, or the first loss of a twin differs.
     """
-    context = multiprocessing.get_context("spawn")
     pipes, results = {}, {}
     with tempfile.TemporaryDirectory() as folder:
         first_step = Path(folder) / "first_step.npz"
         for row in args.rows:  # hivit_jax is the first
-            pipes[row], end = context.Pipe()
-            arguments = row, args, first_step, end
-            context.Process(target=worker, args=arguments, daemon=True).start()
-            end.close()  # so that recv fails if the process ends
+            if row == OURS:  # keeps freed memory, as training does
+                start = partial(start_ours, args, first_step)
+            else:
+                start = partial(start_torch, *TORCH[row], args, first_step)
+            pipes[row] = start_row(start, row == OURS or args.keep_memory, args)
             results[row] = receive(pipes[row], row)
             print(f"{row}: ready; first loss {results[row]['loss']}", flush=True)
     check_first_losses(results, TOLERANCE[args.device])
-    blocks: dict[str, list[tuple[float, float]]] = {row: [] for row in args.rows}
+    return {row: results[row] | x for row, x in time_rows(pipes, args).items()}
+
+
+def time_rows(
+    pipes: dict[str, Any], args: argparse.Namespace
+) -> dict[str, dict[str, Any]]:
+    """Time interleaved blocks of steps, end the processes, and return the figures.
+
+    Args:
+      pipes: row -> the result of `start_row`, from which the facts are received.
+    """
+    blocks: dict[str, list[tuple[float, float]]] = {row: [] for row in pipes}
     for round_index in range(args.rounds + 1):  # the first round is a warmup
         for row, pipe in pipes.items():
             pipe.send(args.steps)
             blocks[row].append(receive(pipe, row))
             seconds, cpu = (total / args.steps for total in blocks[row][-1])
             text = f"{seconds:9.4f} s{cpu:9.4f} CPU-s per step"
-            print(f"round {round_index}  {row:26}{text}", flush=True)
-    for pipe in pipes.values():
-        pipe.send(0)
+            print(f"round {round_index}  {row:28}{text}", flush=True)
+    results = {}
     for row, timings in blocks.items():
+        pipes[row].send(0)
         seconds, cpu = zip(*timings[1:], strict=True)
         median = statistics.median(seconds) / args.steps
-        results[row] |= {
+        results[row] = {
             "images_per_second": args.batch / median,
             "seconds_per_step": median,
             "cpu_seconds_per_step": statistics.median(cpu) / args.steps,
             "seconds_of_rounds": [total / args.steps for total in seconds],
+            "peak_memory_bytes": receive(pipes[row], row),
         }
     return results
 

@@ -1,8 +1,8 @@
 """ViT and Swin in PyTorch, for comparison of speed only.
 
 Written from the papers, with the published sizes and the blocks of `torch_twin`. Each
-model has `classify(images [B, 3, 224, 224])` if it has classes. Otherwise it has
-`masked_loss(images, noise [B, units])`.
+model has `classify(images [B, 3, S, S])` if it has classes. Otherwise it has
+`masked_loss(images, noise [B, units])`. S is `image_size`.
 """
 
 import torch
@@ -22,7 +22,7 @@ class ViT(nn.Module):
       num_classes: classes of the head; 0: a masked autoencoder.
     """
 
-    units = 196
+    units, image_size = 196, 224
 
     def __init__(self, num_classes: int = 0):
         super().__init__()
@@ -83,22 +83,22 @@ def fixed(table):
 
 
 class SwinBlock(Block):
-    """Swin block with windows of 7x7, shifted or not: [B, H, W, C] -> [B, H, W, C]."""
+    """Swin block with square windows, shifted or not: [B, H, W, C] -> [B, H, W, C]."""
 
-    def __init__(self, dim: int, heads: int, side: int, shift: int):
-        super().__init__(dim, 4.0, heads, grid=7)
-        self.shift, self.windows = shift, (side // 7) ** 2
-        mask = shifted_mask(side, shift) if shift else None
+    def __init__(self, dim: int, heads: int, side: int, window: int, shift: int):
+        super().__init__(dim, 4.0, heads, grid=window)
+        self.window, self.shift, self.windows = window, shift, (side // window) ** 2
+        mask = shifted_mask(side, window, shift) if shift else None
         self.register_buffer("mask", mask, persistent=False)
 
     def forward(self, x):
         batch, side, _, dim = x.shape
-        y, count = self.norm1(x), side // 7
+        y, window, count = self.norm1(x), self.window, side // self.window
         if self.shift:
             y = y.roll((-self.shift, -self.shift), (1, 2))
-        y = y.reshape(batch, count, 7, count, 7, dim).transpose(2, 3)
-        y = self.attn(y.reshape(-1, 49, dim), self.windows, self.mask)
-        y = y.reshape(batch, count, count, 7, 7, dim).transpose(2, 3)
+        y = y.reshape(batch, count, window, count, window, dim).transpose(2, 3)
+        y = self.attn(y.reshape(-1, window**2, dim), self.windows, self.mask)
+        y = y.reshape(batch, count, count, window, window, dim).transpose(2, 3)
         y = y.reshape(x.shape)
         if self.shift:
             y = y.roll((self.shift, self.shift), (1, 2))
@@ -106,16 +106,17 @@ class SwinBlock(Block):
         return x + self.mlp(self.norm2(x))
 
 
-def shifted_mask(side: int, shift: int):
-    """Return the attention mask of shifted windows, [W, 1, 49, 49].
+def shifted_mask(side: int, window: int, shift: int):
+    """Return the attention mask of W shifted windows of T tokens, [W, 1, T, T].
 
     It is -100 between tokens of a window that are not neighbors in the image, else 0.
     """
     band = torch.zeros(side, dtype=torch.long)
-    band[-7:-shift], band[-shift:] = 1, 2
+    band[-window:-shift], band[-shift:] = 1, 2
     regions = 3 * band[:, None] + band
-    count = side // 7
-    regions = regions.reshape(count, 7, count, 7).transpose(1, 2).reshape(-1, 49)
+    count = side // window
+    regions = regions.reshape(count, window, count, window).transpose(1, 2)
+    regions = regions.reshape(-1, window**2)
     return -100.0 * (regions[:, None, :, None] != regions[:, None, None]).float()
 
 
@@ -128,21 +129,22 @@ class Swin(nn.Module):
 
     Args:
       num_classes: classes of the head; 0: SimMIM.
+      window: side of the windows. The images have 32 times this side. The official
+        pretraining has windows of 6.
     """
 
-    units = 49
-
-    def __init__(self, num_classes: int = 0):
+    def __init__(self, num_classes: int = 0, window: int = 7):
         super().__init__()
+        self.window, self.units, self.image_size = window, window**2, 32 * window
         self.proj, self.norm0 = nn.Conv2d(3, 128, 4, 4), nn.LayerNorm(128)
         layers: list[nn.Module] = []
         for stage, depth in enumerate((2, 2, 18, 2)):
-            side, dim = 56 >> stage, 128 << stage
+            side, dim = 8 * window >> stage, 128 << stage
             if stage:
                 layers.append(PatchMerge(dim // 2))
             for block in range(depth):
-                shift = 3 if block % 2 and side > 7 else 0
-                layers.append(SwinBlock(dim, 4 << stage, side, shift))
+                shift = window // 2 if block % 2 and side > window else 0
+                layers.append(SwinBlock(dim, 4 << stage, side, window, shift))
         self.blocks = nn.ModuleList(layers)
         self.norm = nn.LayerNorm(1024)
         self.head = nn.Linear(1024, num_classes or 32 * 32 * 3)
@@ -154,19 +156,19 @@ class Swin(nn.Module):
         return self.norm0(self.proj(images).permute(0, 2, 3, 1))
 
     def encode(self, x):
-        """Encode embedded patches: [B, 56, 56, 128] -> [B, 7, 7, 1024]."""
+        """Encode embedded patches: [B, 8W, 8W, 128] -> [B, W, W, 1024]."""
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
 
     def classify(self, images):
-        """Map images [B, 3, 224, 224] to logits."""
+        """Map images [B, 3, S, S] to logits."""
         return self.head(self.encode(self.embed(images)).mean((1, 2)))
 
     def masked_loss(self, images, noise):
-        """Return the mean absolute error on the 30 masked units."""
-        mask = noise.argsort(1).argsort(1) >= 19
-        cells = mask.reshape(-1, 7, 7, 1).float()
+        """Return the mean absolute error on the masked units, 30 of 49 or 22 of 36."""
+        mask = noise.argsort(1).argsort(1) >= int(0.4 * self.units)
+        cells = mask.reshape(-1, self.window, self.window, 1).float()
         cells = cells.repeat_interleave(8, 1).repeat_interleave(8, 2)
         x = self.embed(images) * (1 - cells) + self.mask_token * cells
         predicted = self.head(self.encode(x)).flatten(1, 2)

@@ -149,6 +149,7 @@ class HiViT(nn.Module):
     ):
         super().__init__()
         grid, self.patch_size = image_size // patch_size, patch_size
+        self.image_size = image_size
         self.units = grid**2
         self.patch_embed = PatchEmbed(in_channels, embed_dim // 4, patch_size // 4)
         self.absolute_pos_embed = nn.Parameter(torch.zeros(1, grid**2, embed_dim))

@@ -12,7 +12,6 @@ only a forward pass. Needs only jax, flax, optax and numpy. Times are medians of
 
 import json
 import re
-import resource
 import statistics
 import sys
 import time
@@ -27,7 +26,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from benchmarks import plain_config  # noqa: F401  first, because it replaces ml_collections
-from benchmarks.machine import processor
+from benchmarks.machine import process_memory, processor
 from hivit_jax import config as configs
 from hivit_jax import inputs, rng, tasks
 from hivit_jax.config import step_options
@@ -155,8 +154,17 @@ def synthetic_batch(shapes: dict[str, jax.ShapeDtypeStruct], config: Any) -> dic
 def peak_memory() -> int:
     """Return the peak memory in bytes of the first device; on a CPU, of the process."""
     peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
-    # ru_maxrss is in kilobytes on Linux.
-    return peak or 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak or process_memory()
+
+
+def flops_per_image(config: Any, task: tasks.Task, forward: bool) -> float:
+    """Return the FLOPs of a train step per image, or of the forward pass.
+
+    A train step counts three times the matrix products of a forward pass (once for a
+    linear probe), without recomputation and resizing.
+    """
+    flops = task.training_flops(nnx.eval_shape(task.build_model))
+    return flops / 3 if forward and config.task != "linear_probe" else flops
 
 
 def measure(
@@ -164,10 +172,9 @@ def measure(
 ) -> dict[str, Any]:
     """Measure the train step of a recipe, or its evaluation step. Return JSON values.
 
-    The model FLOP utilization counts three times the matrix products of a forward pass
-    (once for a linear probe and for evaluation), without recomputation and resizing,
-    relative to the bfloat16 peak. It is None if the peak is unknown. CPU-seconds are
-    None unless the devices are CPUs.
+    The model FLOP utilization is that of `flops_per_image`, relative to the bfloat16
+    peak. It is None if the peak is unknown. CPU-seconds are None unless the devices are
+    CPUs.
 
     Raises:
       HivitError: a loss is not finite.
@@ -185,12 +192,7 @@ def measure(
         raise HivitError(f"losses: expected finite numbers, found {losses}")
     median = statistics.median(seconds)
     throughput = config.batch_size / median
-    task = program.task
-    model = nnx.eval_shape(task.build_model)
-    # The backward pass costs twice the forward pass.
-    flops = task.training_flops(model)
-    if forward and config.task != "linear_probe":
-        flops /= 3
+    flops = flops_per_image(config, program.task, forward)
     peak = peak_flops(devices[0].device_kind)
     return {
         "model": config.model.name,

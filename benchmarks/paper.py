@@ -1,0 +1,320 @@
+"""Compare HiViT with ViT and Swin as its paper does: pretraining, finetuning, inference.
+
+    python -m benchmarks.paper [--device cpu|gpu] [--only "pretrain HiViT-B" ...] \
+        [--again] [--batch 8] [--rounds 5] [--steps 2] [--threads 2]
+    python -m benchmarks.paper --topologies [--only ...] [--workdir runs/compiled]
+
+A cell is a job, a model and a program, such as "pretrain HiViT-B torch". --only selects
+all cells whose names contain one of its texts. The jobs are:
+
+- pretrain: the train step of the model's own method at 224x224: masked autoencoding for
+  HiViT and ViT, SimMIM for Swin. "Swin-B 192" is the official size of SimMIM.
+- classify: the train step of finetuning at 224x224. Ours includes drop path, Mixup,
+  CutMix and random erasing; PyTorch's does not.
+- inference: the forward pass of the same classifier.
+
+The programs are hivit_jax and, where torch is installed, the networks of
+benchmarks/torch_twin.py and torch_peers.py with torch.compile and PyTorch's fused
+attention. In all of them the images are on the device. Ours are uint8, and every step
+flips and normalizes them; PyTorch's are already normalized. The dtype is float32 on a
+CPU and bfloat16 on a GPU. All processes keep freed memory on a CPU.
+
+The cells of a job run interleaved, as in benchmarks/peers.py. Every cell is a JSON file
+in results/paper/cpu or gpu. A rerun measures only the missing cells, or all with
+--again. Ratios and the figure, results/paper/DEVICE.png, compare only cells that were
+measured interleaved. A cell that does not start, for lack of memory, is reported and
+left out; fewer models or a smaller batch then fit.
+
+--topologies compiles the two train steps for `CHIPS` instead, without the hardware, as
+benchmarks/compiled.py does. Evaluation cannot be compiled ahead.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Callable
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from benchmarks.machine import processor
+from benchmarks.peer_rows import OURS, load_recipe, start_recipe, start_torch
+from benchmarks.peers import receive, start_row, time_rows
+
+RESULTS = Path(__file__).resolve().parent / "results" / "paper"
+TORCH = "torch"
+CLAIM = 1.9  # the paper's ratio of HiViT-B and Swin-B with SimMIM
+JOBS = ("pretrain", "classify", "inference")
+# Model -> recipes of pretraining and finetuning.
+RECIPES = {
+    "HiViT-T": ("mae_tiny", "finetune:tiny"),
+    "HiViT-S": ("mae_small", "finetune:small"),
+    "HiViT-B": ("mae_base", "finetune:base"),
+    "ViT-B": ("mae_vit:base", "finetune_vit:base"),
+    "Swin-B": ("simmim_swin:base", "finetune_swin:base"),
+    "Swin-B 192": ("simmim_swin:base", ""),
+}
+OVERRIDES: dict[str, dict[str, Any]] = {
+    "pretrain Swin-B": {"model.image_size": 224, "model.window_size": 7}
+}
+CELLS = {
+    f"{job} {model} {program}": (job, model, program)
+    for job in JOBS
+    for model in RECIPES
+    for program in (OURS, TORCH)
+    if job == "pretrain" or RECIPES[model][1]
+}
+Results = dict[str, dict[str, Any]]  # name of a cell -> content of its file
+
+
+def recipe_of(job: str, model: str) -> tuple[str, dict[str, Any]]:
+    """Return recipe and overrides of a model for a job."""
+    overrides = {"data.canvas": 0} | OVERRIDES.get(f"{job} {model}", {})
+    return RECIPES[model][job != "pretrain"], overrides
+
+
+def path_of(folder: Path, name: str) -> Path:
+    """Return the file of a cell."""
+    return folder / f"{name.replace(' ', '_')}.json"
+
+
+def read(folder: Path, names: Any) -> Results:
+    """Return the results of all cells that have a file."""
+    paths = {name: path_of(folder, name) for name in names}
+    return {
+        n: json.loads(path.read_text()) for n, path in paths.items() if path.exists()
+    }
+
+
+def write(folder: Path, results: Results) -> None:
+    """Write a file per cell."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, result in results.items():
+        path_of(folder, name).write_text(json.dumps(result, indent=1) + "\n")
+
+
+def starter(name: str, args: argparse.Namespace) -> Callable:
+    """Return the function that a cell's process calls to start."""
+    job, model, program = CELLS[name]
+    if program == OURS:
+        return partial(start_recipe, *recipe_of(job, model), args)
+    return partial(start_torch, model, True, False, args)
+
+
+def model_flops(job: str, model: str, args: argparse.Namespace) -> float:
+    """Return the FLOPs per image of a job, without recomputation."""
+    from benchmarks.train_step import flops_per_image, task_of
+
+    config = load_recipe(*recipe_of(job, model), args)
+    return flops_per_image(config, task_of(config), job == "inference")
+
+
+def measure(names: list[str], args: argparse.Namespace) -> Results:
+    """Measure cells of one job, interleaved. Cells that do not start are left out."""
+    from hivit_jax.errors import HivitError
+    from hivit_jax.xla.chips import peak_flops
+
+    pipes, facts = {}, {}
+    for name in names:
+        pipe = start_row(starter(name, args), True, args)
+        try:
+            facts[name] = receive(pipe, name)
+        except HivitError as error:
+            print(f"left out: {error}")
+            continue
+        pipes[name] = pipe
+        print(f"{name}: ready", flush=True)
+    results = {name: facts[name] | x for name, x in time_rows(pipes, args).items()}
+    run = datetime.now(UTC).isoformat()
+    for name, result in results.items():
+        flops = model_flops(*CELLS[name][:2], args)
+        peak = peak_flops(result["gpu"] or "cpu")
+        rate = result["images_per_second"] * flops
+        result |= {
+            "run": run,  # cells with the same value were measured interleaved
+            "model_flops_per_image": flops,
+            "model_flop_utilisation": rate / peak if peak else None,
+            "cpu": processor(),
+            "batch_size": args.batch,
+            "dtype": "float32" if args.device == "cpu" else "bfloat16",
+            "threads": args.threads if args.device == "cpu" else None,
+            "rounds": args.rounds,
+            "steps_of_a_round": args.steps,
+        }
+    return results
+
+
+def ratio(results: Results, first: str, second: str) -> float | None:
+    """Return the ratio of images per second; None if not measured interleaved."""
+    a, b = results.get(first), results.get(second)
+    if a is None or b is None or a["run"] != b["run"]:
+        return None
+    return a["images_per_second"] / b["images_per_second"]
+
+
+def table(results: Results) -> str:
+    """Format a row per model and job: throughput, ratios, memory and utilization."""
+
+    def text(value: Any, form: str, scale: float = 1.0) -> str:
+        return "" if value is None else f"{value * scale:{form}}"
+
+    lines = [
+        "| | images/s | PyTorch | ours / PyTorch | HiViT-B / this | in PyTorch "
+        "| GiB | PyTorch | of the peak | PyTorch |\n" + "|---" * 10 + "|"
+    ]
+    for row in dict.fromkeys(name.rpartition(" ")[0] for name in results):
+        job, base = row.split()[0], f"{row.split()[0]} HiViT-B"
+        pair = [results.get(f"{row} {program}", {}) for program in (OURS, TORCH)]
+        columns = [text(x.get("images_per_second"), ",.2f") for x in pair]
+        columns += [text(ratio(results, f"{row} {OURS}", f"{row} {TORCH}"), ".2f")]
+        columns += [
+            text(ratio(results, f"{base} {program}", f"{row} {program}"), ".2f")
+            for program in (OURS, TORCH)
+        ]
+        columns += [text(x.get("peak_memory_bytes"), ".2f", 2**-30) for x in pair]
+        columns += [text(x.get("model_flop_utilisation"), ".1%") for x in pair]
+        lines.append(
+            f"| {row.removeprefix(job + ' ')}, {job} | {' | '.join(columns)} |"
+        )
+    return "\n".join(lines)
+
+
+def claims(results: Results) -> list[str]:
+    """Return a line per measured ratio of HiViT-B and a baseline in pretraining."""
+    lines = []
+    for program in (OURS, TORCH):
+        for model in ("Swin-B", "Swin-B 192", "ViT-B"):
+            names = (f"pretrain {m} {program}" for m in ("HiViT-B", model))
+            found = ratio(results, *names)
+            if found is not None:
+                paper = f" (the paper: {CLAIM})" if model.startswith("Swin") else ""
+                line = f"{program}: HiViT-B / {model}, pretraining: {found:.2f}"
+                lines.append(line + paper)
+    return lines
+
+
+def draw(results: Results, path: Path) -> None:
+    """Draw throughput relative to that of HiViT-B in hivit_jax, one panel a job."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 3.5), layout="constrained")
+    for job, axes in zip(JOBS, figure.subplots(1, 3), strict=True):
+        models = [m for m in RECIPES if f"{job} {m} {OURS}" in CELLS]
+        for shift, program in ((-0.2, OURS), (0.2, TORCH)):
+            reference, cells = f"{job} HiViT-B {OURS}", [f"{job} {m} " for m in models]
+            heights = [ratio(results, cell + program, reference) for cell in cells]
+            places = [index + shift for index in range(len(models))]
+            axes.bar(places, [h or 0 for h in heights], 0.4, label=program)
+        axes.set_xticks(range(len(models)), models, rotation=30)
+        axes.set_title(job)
+    figure.axes[0].set_ylabel("images/s, HiViT-B = 1")
+    figure.axes[0].legend()
+    figure.savefig(path)
+
+
+def compile_all(cells: list[str], args: argparse.Namespace) -> None:
+    """Compile the train steps of our cells for all chips, and print a table."""
+    from benchmarks import compiled
+    from hivit_jax.errors import ConfigError
+    from hivit_jax.xla.chips import GIB
+
+    print(
+        "| | images per chip | fits | GiB | GFLOP per image | HBM MB per image "
+        "| bound: images/s per chip | HiViT-B / this |\n" + "|---" * 8 + "|"
+    )
+    cells = [name for name in cells if CELLS[name][0] != "inference"]
+    for chip in args.chip:
+        folder, bounds = args.out / chip.replace(":", "_"), {}
+        # HiViT-B is first because the others are compared with it.
+        for name in sorted(cells, key=lambda name: "HiViT-B" not in name):
+            job, model, program = CELLS[name]
+            if program != OURS:
+                continue
+            recipe, overrides = recipe_of(job, model)
+            flags = [f"{key}={value}" for key, value in overrides.items()]
+            results = read(folder, [name])
+            try:
+                report = results.get(name) or compiled.report_for(
+                    recipe, chip, flags, args.workdir
+                )
+            except ConfigError as error:
+                print(f"{chip} skipped: {error}")
+                break
+            write(folder, {name: report})
+            total = report["hbm_bytes_per_device"]["total"]
+            line = f"| {model}, {job}, {chip} | {report['batch_per_device']} "
+            line += f"| {'yes' if report['fits'] else 'no'} | {(total or 0) / GIB:.2f} "
+            if roofline := report["roofline"]:
+                bound = roofline["images_per_second_per_chip"]
+                bounds[job, model] = bound
+                base = bounds.get((job, "HiViT-B"))
+                line += f"| {report['flops_per_image'] / 1e9:.1f} "
+                line += f"| {report['hbm_bytes_per_image'] / 1e6:,.0f} "
+                line += f"| {bound:,.0f}, {roofline['bound']} "
+                line += f"| {base / bound:.2f} |" if base else "| |"
+            print(line, flush=True)
+
+
+def run(argv: list[str] | None) -> None:
+    """Parse flags and run the comparison."""
+    from benchmarks.compiled import CHIPS
+    from hivit_jax.errors import ConfigError
+
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    add = parser.add_argument
+    add("--device", choices=("cpu", "gpu"), default="cpu")
+    add("--only", nargs="+", default=[""], metavar="TEXT", help="texts in cells' names")
+    add("--again", action="store_true", help="also measure cells that have results")
+    add("--batch", type=int, help="images per step; 8 on a CPU, 64 on a GPU")
+    add("--rounds", type=int, default=5)
+    add("--steps", type=int, help="steps per round; 2 on a CPU, 20 on a GPU")
+    add("--threads", type=int, default=2, help="threads and cores, on a CPU")
+    add("--torch_mode", default="default", help="such as max-autotune")
+    add("--topologies", action="store_true", help="compile for other chips instead")
+    add("--chip", nargs="+", choices=CHIPS, default=list(CHIPS))
+    add("--workdir", type=Path, default=Path("runs/compiled"))
+    add("--out", type=Path, default=RESULTS, help="directory of the results")
+    args = parser.parse_args(argv)
+    cells = [name for name in CELLS if any(text in name for text in args.only)]
+    if not cells:
+        raise ConfigError(
+            f"--only {' '.join(args.only)}: expected texts in {list(CELLS)}"
+        )
+    if args.topologies:
+        return compile_all(cells, args)
+    cpu = args.device == "cpu"
+    args.batch = args.batch or (8 if cpu else 64)
+    args.steps = args.steps or (2 if cpu else 20)
+    if not cpu:  # because the processes share the GPU's memory
+        os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")  # here, not in the processes of cells
+    if cpu:
+        os.environ["JAX_PLATFORMS"] = "cpu"
+    if not importlib.util.find_spec("torch"):
+        print("torch is not installed; only the cells of hivit_jax are measured")
+        cells = [name for name in cells if CELLS[name][2] == OURS]
+    folder = args.out / args.device
+    for job in JOBS:
+        args.task = job
+        done = {} if args.again else read(folder, cells)
+        names = [n for n in cells if CELLS[n][0] == job and n not in done]
+        write(folder, measure(names, args) if names else {})
+    results = read(folder, CELLS)
+    print("\n".join([table(results), *claims(results)]))
+    draw(results, args.out / f"{args.device}.png")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point. Return the exit code."""
+    from hivit_jax.errors import run_command
+
+    return run_command(lambda: run(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
