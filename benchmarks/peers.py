@@ -1,11 +1,11 @@
-"""Time pretraining, finetuning or inference here and in PyTorch, interleaved.
+"""Compare the speed of hivit_jax and PyTorch in pretraining, finetuning or inference.
 
     python -m benchmarks.peers [--task pretrain|classify|inference] \
         [--device cpu|gpu] [--rows hivit_jax torch ...] \
         [--batch 8] [--rounds 5] [--steps 2] [--threads 2]
 
-Compares HiViT-B with a twin of the official PyTorch code, eager and compiled, and with
-ViT-B and Swin-B (benchmarks/torch_peers.py). The jobs are:
+Compares our HiViT-B with a PyTorch twin of the official code, eager and compiled, and
+with ViT-B and Swin-B in PyTorch (benchmarks/torch_peers.py). The tasks are:
 
 - pretrain: the train step of mae_base; in PyTorch also MAE on ViT-B, SimMIM on Swin-B.
 - classify: the train step of finetune:base, without the random draws of drop path,
@@ -13,9 +13,9 @@ ViT-B and Swin-B (benchmarks/torch_peers.py). The jobs are:
 - inference: the forward pass of the same classifier.
 
 The dtype is float32 on a CPU and bfloat16 (autocast) on a GPU. On a CPU our process
-keeps freed memory, as in training. PyTorch does not do so by default; --keep_memory
-makes it. Every row is a separate process. The rows run blocks of `--steps` steps in
-turn, `--rounds` times, on the same cores, while the others sleep. Needs torch in
+keeps freed memory, as in training. PyTorch needs `--keep_memory` for it. Every row of
+the table is a separate process. In each of `--rounds` rounds, the rows run `--steps`
+steps one after another on the same cores, while the other rows sleep. Needs torch in
 addition to the packages of benchmarks/train_step.py.
 
 The first loss of the twin must match ours for the same weights, images, and masks or
@@ -77,9 +77,9 @@ def worker(
 ) -> None:
     """Run the process of a row.
 
-    The process sends the facts about the row. Until it receives 0, it receives a number
-    of steps, runs them, and sends the seconds and the CPU-seconds of all threads. At
-    the end it sends its peak memory in bytes.
+    The process first sends the facts about the row. For each number of steps that it
+    receives, it runs the steps and sends the seconds that they took and the CPU-seconds
+    of all threads. The number 0 ends the process.
     """
     if args.device == "cpu":
         from hivit_jax.xla.compile import keep_freed_memory
@@ -97,7 +97,7 @@ def worker(
 
 
 def compare(args: argparse.Namespace) -> dict[str, Any]:
-    """Start all rows, check the first losses, and time interleaved blocks of steps.
+    """Start all rows, check the first losses, and time the steps in interleaved rounds.
 
     Raises:
       HivitError: the process of a row ended, or the first loss of a twin differs.
@@ -120,21 +120,21 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
 def time_rows(
     pipes: dict[str, Any], args: argparse.Namespace
 ) -> dict[str, dict[str, Any]]:
-    """Time interleaved blocks of steps, end the processes, and return the figures.
+    """Time interleaved rounds of steps, end the processes, and return the figures.
 
     Args:
       pipes: row -> the result of `start_row`, from which the facts are received.
     """
-    blocks: dict[str, list[tuple[float, float]]] = {row: [] for row in pipes}
+    rounds: dict[str, list[tuple[float, float]]] = {row: [] for row in pipes}
     for round_index in range(args.rounds + 1):  # the first round is a warmup
         for row, pipe in pipes.items():
             pipe.send(args.steps)
-            blocks[row].append(receive(pipe, row))
-            seconds, cpu = (total / args.steps for total in blocks[row][-1])
+            rounds[row].append(receive(pipe, row))
+            seconds, cpu = (total / args.steps for total in rounds[row][-1])
             text = f"{seconds:9.4f} s{cpu:9.4f} CPU-s per step"
             print(f"round {round_index}  {row:28}{text}", flush=True)
     results = {}
-    for row, timings in blocks.items():
+    for row, timings in rounds.items():
         pipes[row].send(0)
         seconds, cpu = zip(*timings[1:], strict=True)
         median = statistics.median(seconds) / args.steps
@@ -169,15 +169,16 @@ def check_first_losses(results: dict[str, dict[str, Any]], tolerance: float) -> 
         difference = abs(result["loss"] / expected - 1)
         if not difference <= tolerance:  # also if it is NaN
             raise HivitError(
-                f"first loss of {row}: expected {expected} as ours within "
-                f"{tolerance} (relative), found {result['loss']}"
+                f"first loss of {row}: expected {expected}, the loss of {OURS}, within "
+                f"a relative {tolerance}, found {result['loss']}.\n"
+                "Compare the weights and the network in benchmarks/torch_twin.py"
             )
 
 
 def table(results: dict[str, dict[str, Any]], cpu: bool) -> str:
     """Format a table: images per second, relative throughput, CPU-seconds per step."""
     ours = results.get(OURS, {}).get("images_per_second")
-    lines = [f"{'':26}{'images/s':>10}{'of ours':>10}{'CPU-s per step' * cpu:>16}"]
+    lines = [f"{'':26}{'images/s':>10}{'relative':>10}{'CPU-s per step' * cpu:>16}"]
     for row, result in results.items():
         line = f"{row:26}{result['images_per_second']:10,.2f}"
         line += f"{result['images_per_second'] / ours:10.2f}" if ours else f"{'':10}"

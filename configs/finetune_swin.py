@@ -2,8 +2,9 @@
 
     hivit_jax --config finetune_swin:base --workdir runs/ft_swin
 
-Variants: tiny, small, base (default), large. Values: official SimMIM code after 800
-epochs of pretraining; tiny and small have base's. `init_from` may be an official file.
+Variants: tiny, small, base (default), large. Values: the official SimMIM
+code for a model pretrained for 800 epochs; tiny and small use the values of base.
+`init_from` also accepts an official checkpoint file.
 Expected: top-1 base 84.0, large 85.4 % (published, not reproduced here).
 Hardware: any mesh. Cost: 128 M images.
 GFLOP per image: tiny 26.9, small 52.4, base 92.6, large 215.
@@ -12,11 +13,13 @@ GFLOP per image: tiny 26.9, small 52.4, base 92.6, large 215.
 
 def get_config(size: str = "base") -> dict:
     """Return the keys that differ from the defaults."""
-    layer_decay, rate, window = (0.7, 0.2, 14) if size == "large" else (0.8, 0.1, 7)
+    layer_decay, drop_path_rate, window = 0.8, 0.1, 7
+    if size == "large":
+        layer_decay, drop_path_rate, window = 0.7, 0.2, 14
     run = dict(task="classify", batch_size=2048, total_epochs=100.0)
     run |= dict(init_from=f"runs/simmim_swin_{size}")
     mixing = dict(label_smoothing=0.1, mixup=0.8, cutmix=1.0, random_erasing=0.25)
-    model = dict(name=f"swin_{size}", num_classes=1000, drop_path_rate=rate)
+    model = dict(name=f"swin_{size}", num_classes=1000, drop_path_rate=drop_path_rate)
     model |= dict(window_size=window, dtype="bfloat16")
     optimizer = dict(base_learning_rate=1.25e-3, lr_batch=512, warmup_epochs=20.0)
     optimizer |= dict(warmup_learning_rate=1e-6, min_learning_rate=1e-6, clip_norm=5.0)

@@ -16,7 +16,7 @@ def get_config(size: str = "base") -> dict:
     drop_path_rate = {"tiny": 0.2, "small": 0.3, "base": 0.5}[size]
     model = dict(name=f"swin_{size}", num_classes=1000, drop_path_rate=drop_path_rate)
     model |= dict(dtype="bfloat16")
-    # With batch 1024 the rate rises from 1e-6 to 1e-3, then falls to 1e-5.
+    # At batch size 1024, the learning rate rises from 1e-6 to 1e-3, then falls to 1e-5.
     optimizer = dict(base_learning_rate=5e-4, lr_batch=512, warmup_epochs=20.0)
     optimizer |= dict(warmup_learning_rate=1e-6, min_learning_rate=1e-5, clip_norm=5.0)
     optimizer |= dict(schedule="cosine_from_start")

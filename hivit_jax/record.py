@@ -22,7 +22,7 @@ MAX_LABELS_LISTED = 3
 
 
 def config_files(workdir: str | Path) -> list[Path]:
-    """Return the config files of all starts of a run, oldest first."""
+    """Return the config files of all launches of a run, oldest first."""
     found = [
         p for p in open_path(workdir).glob("config*.json") if _start_time(p) is not None
     ]

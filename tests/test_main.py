@@ -154,7 +154,7 @@ def test_workdir_alone(finished, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_second_run_in_a_workdir(finished, capsys):
-    """A second run stops with the number of the first process; eval needs no lock."""
+    """A second training run fails and names the first process; eval needs no lock."""
     with lock.hold(finished):
         before = sorted(finished.rglob("*"))
         assert main([f"--workdir={finished}", "--config.total_steps=9"]) == 2
@@ -177,7 +177,9 @@ def test_changes_since_a_checkpoint(finished, capsys):
     def changes(dataset, **overrides):
         config = mini_runs.mae(**{"total_steps": 1} | overrides)
         report_resumption(config, saved | dataset, step)
-        return capsys.readouterr().out.splitlines()[1:]  # after the checkpoint
+        return capsys.readouterr().out.splitlines()[
+            1:
+        ]  # without the line on the checkpoint
 
     assert changes(saved) == []
     overrides = dict(seed=3, optimizer__clip_norm=1, data__crop_scale="(0.5,1.0)")

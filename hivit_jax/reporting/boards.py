@@ -10,7 +10,9 @@ import numpy as np
 
 from hivit_jax.errors import ConfigError, first_line, require
 
-ID_FILE = "wandb.id"  # in the workdir: the run's id, with which later starts go on
+ID_FILE = (
+    "wandb.id"  # in the workdir: the run's id, with which later launches continue it
+)
 
 
 class Board(Protocol):

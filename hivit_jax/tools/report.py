@@ -74,16 +74,18 @@ def read_run(workdir: Path, name: str) -> dict[str, Any]:
       ConfigError: `workdir` contains no metrics, or a config file is damaged.
     """
     lines = read_metrics(workdir)
-    starts = [(path.name, _read_config(path)) for path in record.config_files(workdir)]
-    config = starts[-1][1] if starts else {}
+    launches = [
+        (path.name, _read_config(path)) for path in record.config_files(workdir)
+    ]
+    config = launches[-1][1] if launches else {}
     batch_size = config.get("batch_size")
     return {
         "name": name,
-        "summary": summary(workdir, lines, starts, config),
+        "summary": summary(workdir, lines, launches, config),
         "series": series(lines),
         "seconds": training_seconds(lines, batch_size) if batch_size else None,
         "batch_size": batch_size,
-        "events": events(workdir, lines, starts),
+        "events": events(workdir, lines, launches),
         "figures": figures(workdir),
         "config": record.flatten(config),
     }
@@ -119,7 +121,7 @@ def read_metrics(workdir: Path) -> Lines:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    """Return the config of a start, with the defaults of keys that it lacks."""
+    """Return the config of a launch, with the defaults of keys that it lacks."""
     try:
         saved = json.loads(path.read_text())
     except ValueError as error:

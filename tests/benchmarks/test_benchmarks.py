@@ -9,7 +9,7 @@ import sys
 import mini_runs
 import pytest
 
-from benchmarks import accelerator, plain_config, schedules
+from benchmarks import accelerator, plain_config, tpu_cycles
 from hivit_jax import config as configs
 from hivit_jax import recipes
 from hivit_jax.kernels import dispatch
@@ -142,7 +142,7 @@ def test_parts_for_an_accelerator(capsys):
     assert capsys.readouterr().out.splitlines() == list(parts)
 
 
-# Shortened listing of the TPU compiler: 4 blocks of rows, 3 images in each.
+# Shortened listing of the TPU compiler: 4 tiles of rows, 3 images in each.
 LISTING = """\
 = control target key start
 LH: loop header
@@ -167,5 +167,5 @@ LH: loop header
 
 
 def test_bundles_of_a_schedule():
-    """Bundles count once per iteration of the loops over blocks and images."""
-    assert schedules.bundles(LISTING) == 3 + 4 * 7 + 4 * 3 * 3 + 2
+    """Bundles count once per iteration of the loops over tiles and images."""
+    assert tpu_cycles.count_bundles(LISTING) == 3 + 4 * 7 + 4 * 3 * 3 + 2

@@ -18,7 +18,7 @@ from hivit_jax.data.storage import StorageError
 from hivit_jax.errors import ConfigError, LocalDataError
 
 pytestmark = [pytest.mark.usefixtures("cache_directory"), pytest.mark.slow]
-VERSION = "stripes/1.0.0"
+VERSION = "noise_images/1.0.0"
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def bucket(prepared, tmp_path):
 
 def config(directory, **overrides):
     """Return the config of the prepared dataset in a directory."""
-    return folder_config(directory, data__name="stripes", **overrides)
+    return folder_config(directory, data__name="noise_images", **overrides)
 
 
 def batches(cfg):
@@ -92,8 +92,8 @@ def test_index_without_permission_to_write(bucket, prepared, cache_directory):
 
 def test_slice_of_a_split(bucket, prepared):
     for split in ("train[5:-3]", "validation[:50%]"):
-        local = Tfds("stripes", str(prepared / "tfrecord"), split)
-        remote = Tfds("stripes", "gs://bucket/tfrecord", split)
+        local = Tfds("noise_images", str(prepared / "tfrecord"), split)
+        remote = Tfds("noise_images", "gs://bucket/tfrecord", split)
         assert len(local) == len(remote)
         for i in range(len(local)):
             assert local.sample(i) == remote.sample(i)
@@ -104,7 +104,7 @@ def test_array_records(bucket, prepared):
     expected = batches(config(prepared / "array_record"))
     cfg = config("gs://bucket/array_record")
     assert_batches_equal(batches(cfg), expected)
-    bucket.statuses = {"stripes-train": 403}
+    bucket.statuses = {"noise_images-train": 403}
     with pytest.raises(StorageError, match=r"cannot access gs://.*\n.*data\.cache=DIR"):
         batches(cfg)
 
@@ -169,7 +169,7 @@ def test_errors_of_a_bucket_are_not_unreadable_images(bucket):
     """Errors of the bucket end the run even if all images may be unreadable."""
     cfg = config("gs://bucket/tfrecord", data__max_unreadable=1.0)
     batches(cfg)
-    shard = f"{VERSION}/stripes-train.tfrecord-00001-of-00004"
+    shard = f"{VERSION}/noise_images-train.tfrecord-00001-of-00004"
     for status, text in ((403, "HTTP status 403"), (503, "HTTP status 503")):
         bucket.statuses = {shard: status}
         with pytest.raises(LocalDataError, match=f"gs://.*{shard}: {text}"):
@@ -187,7 +187,7 @@ def test_damaged_record(bucket):
     """A damaged record is an unreadable image."""
     cfg = config("gs://bucket/tfrecord")
     batches(cfg)
-    [path] = bucket.root.glob("tfrecord/stripes/1.0.0/*train*00002-of*")
+    [path] = bucket.root.glob("tfrecord/noise_images/1.0.0/*train*00002-of*")
     data = bytearray(path.read_bytes())
     data[:8] = struct.pack("<Q", 7)
     path.write_bytes(data)
@@ -218,7 +218,7 @@ def test_copies_are_read(bucket, prepared, tmp_path, file_format, capfd):
 
 def shard(bucket):
     """Return the address and the path of a shard."""
-    [path] = bucket.root.glob("tfrecord/stripes/1.0.0/*train*00002-of*")
+    [path] = bucket.root.glob("tfrecord/noise_images/1.0.0/*train*00002-of*")
     return f"gs://bucket/{path.relative_to(bucket.root)}", path
 
 

@@ -29,7 +29,7 @@ RUN = dict(
 
 
 # A process that fails alone waits for twice peer_timeout.
-ALONE = RUN | dict(peer_timeout=10, stall_timeout=30)
+ALONE = RUN | dict(peer_timeout=10, stall_timeout=60)
 
 
 class Pod:

@@ -2,7 +2,7 @@
 
 It computes everything from encoded files to parameters with numpy and basic JAX, and
 calls no function of the package except the operations of RandAugment. It follows the
-official code: feature maps are raster maps, and all units are embedded before the
+official code: feature maps are stored row by row, and all units are embedded before the
 visible ones are gathered. The official code defines neither the order of samples nor
 the PRNG keys; for these, the oracle follows the documentation of this library.
 `test_every_key.py` compares real runs with this implementation.
@@ -321,25 +321,29 @@ def split_units(x, side):
 NEIGHBORS = [(0, 0), (1, 0), (0, 1), (1, 1)]
 
 
-def masked_loss(num_visible, p, images, drop_path_scale, ids, use_raw_pixel_targets):
+def masked_loss(
+    num_visible, p, images, drop_path_scale, ids_shuffle, use_raw_pixel_targets
+):
     """Return (mean squared error over the masked units of each image [B], prediction).
 
-    ids: [B, N], units in the order of their noise; the first `num_visible` are visible.
+    ids_shuffle: [B, N], unit indices sorted by noise; the first `num_visible` units are
+      visible.
     use_raw_pixel_targets: bool array; False: targets are normalized per unit.
     """
-    first, second, x = encoder(p, images, drop_path_scale, ids[:, :num_visible])
+    ids_keep = ids_shuffle[:, :num_visible]
+    first, second, x = encoder(p, images, drop_path_scale, ids_keep)
     cells = [(2 * a + c, 2 * b + d) for a, b in NEIGHBORS for c, d in NEIGHBORS]
     first, second = split_units(first, 4), split_units(second, 2)
     stem = [first[:, :, i, j] for i, j in cells]
     stem += [second[:, :, i, j] for i, j in NEIGHBORS]
     stem = jnp.concatenate(stem, -1)  # [B, N, C], all units
-    visible = jnp.take_along_axis(stem, ids[:, :num_visible, None], 1)
+    visible = jnp.take_along_axis(stem, ids_keep[:, :, None], 1)
     latent = norm(p, "norm", jnp.concatenate([visible, x], -1))
     x = linear(p, "decoder_embed", latent)
-    b, n = ids.shape
-    masked = jnp.broadcast_to(p["mask_token"], (b, n - num_visible, x.shape[-1]))
-    restore = jnp.argsort(ids, 1)[:, :, None]
-    x = jnp.take_along_axis(jnp.concatenate([x, masked], 1), restore, 1)
+    b, n = ids_shuffle.shape
+    mask_tokens = jnp.broadcast_to(p["mask_token"], (b, n - num_visible, x.shape[-1]))
+    restore = jnp.argsort(ids_shuffle, 1)[:, :, None]
+    x = jnp.take_along_axis(jnp.concatenate([x, mask_tokens], 1), restore, 1)
     x = x + jax.lax.stop_gradient(p["decoder_pos_embed"])
     for i in range(sum(f"decoder_blocks/{i}/norm1/scale" in p for i in range(99))):
         x = x + attention_branch(p, f"decoder_blocks/{i}", x)
@@ -350,7 +354,7 @@ def masked_loss(num_visible, p, images, drop_path_scale, ids, use_raw_pixel_targ
     normalized = (target - mean) / jnp.sqrt(variance + 1e-6)
     target = jnp.where(use_raw_pixel_targets, target, normalized)
     loss = ((predicted - target) ** 2).mean(-1)  # [B, N]
-    return jnp.take_along_axis(loss, ids[:, num_visible:], 1).mean(1), predicted
+    return jnp.take_along_axis(loss, ids_shuffle[:, num_visible:], 1).mean(1), predicted
 
 
 def classifier_logits(p, images, drop_path_scale):
@@ -371,7 +375,7 @@ def to_float64(x):
 
 
 def in_float64(function):
-    """Jit `function` of pytrees of arrays to run in float64."""
+    """Return `function` of pytrees of arrays, jitted to compute in float64."""
     run = jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
 
     def call(*arguments):
@@ -390,6 +394,7 @@ def weighted_value_and_grad(losses_of):
     """
 
     def mean(params, eps, weight, *inputs):
+        # eps is an argument, so that one compiled function serves all values of it.
         losses, outputs = losses_of(params | {"eps": eps}, *inputs)
         return (losses * weight).sum() / weight.sum(), (losses, outputs)
 
@@ -459,7 +464,7 @@ def is_decayed(name, task):
     return task == "mae" or leaf == "kernel"
 
 
-def layer_scale(name, layer_decay, blocks_per_stage):
+def layer_decay_factor(name, layer_decay, blocks_per_stage):
     """Return the learning-rate factor of a parameter's layer."""
     parts, last = name.split("/"), sum(blocks_per_stage) + 1
     layer = last

@@ -8,14 +8,14 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 
-class Stripes(tfds.core.GeneratorBasedBuilder):
+class NoiseImages(tfds.core.GeneratorBasedBuilder):
     """Dataset of noise JPEGs in two classes: 24 for training and 6 for validation."""
 
     VERSION = tfds.core.Version("1.0.0")
 
     def _info(self):
         image = tfds.features.Image(shape=(None, None, 3), encoding_format="jpeg")
-        label = tfds.features.ClassLabel(names=["thin", "wide"])
+        label = tfds.features.ClassLabel(names=["even", "odd"])
         return tfds.core.DatasetInfo(
             builder=self,
             features=tfds.features.FeaturesDict({"image": image, "label": label}),
@@ -41,6 +41,6 @@ class Stripes(tfds.core.GeneratorBasedBuilder):
 def prepare(directory: Path, file_format: str) -> Path:
     """Prepare the dataset in shards of about six images; return its directory."""
     config = tfds.download.DownloadConfig(num_shards=4)
-    builder = Stripes(data_dir=directory, file_format=file_format)
+    builder = NoiseImages(data_dir=directory, file_format=file_format)
     builder.download_and_prepare(download_config=config)
-    return directory / "stripes" / "1.0.0"
+    return directory / "noise_images" / "1.0.0"

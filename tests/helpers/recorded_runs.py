@@ -347,7 +347,9 @@ def expected_with_adam(run, config, steps, evaluated=True):
             moments = saved["mu"][name], saved["nu"][name]
             update = oracle.adam_direction(*moments, step + 1, o.betas)
             update += o.weight_decay * oracle.is_decayed(name, config.task) * array
-            update *= oracle.layer_scale(name, o.layer_decay, run.blocks_per_stage)
+            update *= oracle.layer_decay_factor(
+                name, o.layer_decay, run.blocks_per_stage
+            )
             params[name] = array - learning_rate * update
         expect("params", params)
         if o.ema_decay and "ema" in run.states[0]:

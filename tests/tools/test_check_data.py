@@ -514,7 +514,7 @@ def test_wrong_checksum_of_a_tfrecord(check, tmp_path):
     data = bytearray(shard.read_bytes())
     data[-2] ^= 1  # of the last record's checksum
     shard.write_bytes(data)
-    code, out, err = check(tmp_path, data__name="stripes")
+    code, out, err = check(tmp_path, data__name="noise_images")
     assert code == 4
     assert "1 with a wrong checksum" in out
     assert "the checksum of the record's data is wrong" in out

@@ -72,8 +72,8 @@ def panels(directory, *options):
         # Rows of text are shorter runs than the panel.
         rows = np.flatnonzero(colored.mean(1) > 0.6)
         runs = np.split(rows, np.flatnonzero(np.diff(rows) > 1) + 1)
-        rows = max(runs, key=len)[2:-2]
-        columns = np.flatnonzero(colored[rows].all(0))[2:-2]
+        rows = max(runs, key=len)[4:-4]  # edges are blurred
+        columns = np.flatnonzero(colored[rows].all(0))[4:-4]
         squares.append(quarter[np.ix_(rows, columns)])
     return squares
 

@@ -93,7 +93,7 @@ def test_eight_steps(recipe):
     )
     schedule = make_schedule(options, 1, 2, 2 * facts["epochs"])
     layers = model.layer_ids() if options.layer_decay != 1 else {}
-    transform = make_optimizer(options, schedule, params, task.is_decayed, layers)
+    transform = make_optimizer(options, schedule, task.is_decayed, layers)
 
     @fast_jit
     def step(params, opt_state):

@@ -140,8 +140,8 @@ SAFETENSORS = {
         "metadata is not a JSON",
     ),
     "metadata has an unknown network": (
-        to_bytes(STATE, about='{"arguments": {"name": "vit_base"}}'),
-        "invalid model arguments: unknown model name 'vit_base'",
+        to_bytes(STATE, about='{"arguments": {"name": "resnet50"}}'),
+        "invalid model arguments: unknown model name 'resnet50'",
     ),
     "metadata has an unknown setting": (
         to_bytes(STATE, about='{"arguments": {"name": "hivit_base", "width": 3}}'),

@@ -1,18 +1,18 @@
-"""Count the cycles that the TPU compiler schedules for the blocks of a recipe.
+"""Count the cycles that the TPU compiler schedules for a recipe's residual blocks.
 
-    python -m benchmarks.schedules [--config mae_base] [--images 64]
+    python -m benchmarks.tpu_cycles [--config mae_base] [--images 64]
 
 The benchmark runs on a CPU and requires libtpu. A TPU core issues one bundle of
-instructions per cycle, in an order that the compiler fixes. Every kind of block of the
-recipe is compiled for a v5e, with its backward pass. The table contains three counts of
-cycles for one block:
+instructions per cycle, in an order that the compiler fixes. The benchmark
+compiles the forward and backward pass of each kind of block for a v5e. The table
+contains these numbers of cycles for one block and all images of a chip:
 
-- forward, backward: bundles that the fused kernels issue for all images of a chip. They
-  are the run time if kernels wait neither for memory nor for unfinished products.
-- products alone: the kernels' matrix products if they occupy all matrix units.
+- forward, backward: bundles that the fused kernels issue. Their number is the run time
+  if kernels wait neither for memory nor for the results of matrix products.
+- products alone: the kernels' matrix products, if they occupy all matrix units.
 - plain: the compiler's own estimate for the same block without fused kernels.
 
-The results are written to results/schedules.json, or schedules_NAME.json for another
+The results are written to results/tpu_cycles.json, or tpu_cycles_NAME.json for another
 recipe.
 """
 
@@ -43,19 +43,20 @@ RESULTS = ROOT / "benchmarks" / "results"
 CLOCK = 1.5e9  # Hz, v5e: 197 TFLOP/s with four matrix units of 128 x 128
 DUMP = "--xla_jf_dump_to={} --xla_jf_dump_llo_text=true"
 DUMP += " --xla_jf_dump_llo_pass_label_regex=final_bundles"
-# Lines of the compiler's listing. A bundle has one ">" for every enclosing loop. A
-# conditional forward branch skips a region, which ends at a bundle with the label PF.
-# The comparison at the end of a loop contains the number of iterations.
+# Patterns for lines of the compiler's listing:
+# - a bundle, with one ">" for each loop around it;
+# - a forward branch that can skip a region, which ends at a bundle with the label PF;
+# - the comparison at the end of a loop, which contains the number of iterations.
 BUNDLE = re.compile(r"\s*(?:0x[0-9a-f]+|0)\s+(\w\w)?\s*: *([> ]*)\{")
 SKIP = re.compile(r"sbr\.rel \(%\w+\) target")
 LOOP_END = re.compile(r"scmp\.ge\.s32\.totalorder %\w+, (\d+) /\* loop exit test")
 
 
-def bundles(listing: str) -> int:
+def count_bundles(listing: str) -> int:
     """Return the number of bundles that a kernel issues.
 
     A kernel has one loop over its grid, and may have an inner loop. The grid loop has
-    two more iterations than the grid, because blocks are fetched one iteration ahead
+    two more iterations than the grid, because tiles are fetched one iteration ahead
     and stored one iteration later. The extra iterations skip the region that computes.
     A region inside that region, such as the initialization of sums, runs only once.
     """
@@ -139,7 +140,7 @@ def measure(config: Any, images: int, dump: Path) -> dict[str, Any]:
         counts = Counter()
         for path in set(dump.glob("*-01-final_bundles.txt")) - before:
             if name := re.search("(attention|mlp)_block(_gradient)?", path.name):
-                counts[name[0]] += bundles(path.read_text())
+                counts[name[0]] += count_bundles(path.read_text())
         estimates = re.findall(r'"estimated_cycles":"(\d+)"', plain_program)
         results[kind] = {
             "blocks": count,
@@ -186,7 +187,7 @@ def run() -> None:
         results = measure(config, args.images, Path(dump))
     result = {"images": args.images, "cycles": results}
     suffix = "" if args.config == "mae_base" else "_" + re.sub(r"\W", "_", args.config)
-    out = args.out or RESULTS / f"schedules{suffix}.json"
+    out = args.out or RESULTS / f"tpu_cycles{suffix}.json"
     out.write_text(json.dumps(result, indent=2) + "\n")
     print(table(results, args.images))
 
