@@ -2,10 +2,10 @@
 
     hivit_jax --config simmim_swin:base --workdir runs/simmim_swin_base
 
-Variants: tiny, small, base (default), large; base_100: 100 epochs. Values: SimMIM code.
-Hardware: any mesh. Expected: top-1 after finetune_swin: base 84.0, large 85.4, base_100
-83.5 % (published, not reproduced here). Cost: 1.02 or 0.13 billion images.
-GFLOP per image in a train step: tiny 20.1, small 38.8, base 68.3, large 157.
+Variants: tiny, small, base (default), large; base_100: base for 100 epochs.
+Hardware: any mesh. Values: official SimMIM code. Cost: 1.02 or 0.13 billion images.
+Expected: top-1 after finetune_swin: base 84.0, large 85.4, base_100 83.5 % (published,
+not reproduced here). GFLOP per image: tiny 20.1, small 38.8, base 68.3, large 157.
 """
 
 
