@@ -4,7 +4,7 @@ import platform
 import resource
 from pathlib import Path
 
-VECTORS = ("avx512f", "avx2", "avx")  # widest first
+VECTOR_EXTENSIONS = ("avx512f", "avx2", "avx")  # widest first
 
 
 def processor() -> str:
@@ -19,7 +19,7 @@ def processor() -> str:
     if "model name" not in info:
         return platform.processor() or platform.machine()
     flags = info.get("flags", "").split()
-    vectors = next((f", {name}" for name in VECTORS if name in flags), "")
+    vectors = next((f", {name}" for name in VECTOR_EXTENSIONS if name in flags), "")
     family, model = info.get("cpu family"), info.get("model")
     return f"{info['model name']}, family {family}, model {model}{vectors}"
 

@@ -1,4 +1,4 @@
-"""Compare HiViT with ViT and Swin as its paper does: pretraining, finetuning, inference.
+"""Compare HiViT with ViT and Swin as its paper does, in three jobs.
 
     python -m benchmarks.paper [--device cpu|gpu] [--only "pretrain HiViT-B" ...] \
         [--again] [--batch 8] [--rounds 5] [--steps 2] [--threads 2]
@@ -284,7 +284,8 @@ def run(argv: list[str] | None) -> None:
             f"--only {' '.join(args.only)}: expected texts in {list(CELLS)}"
         )
     if args.topologies:
-        return compile_all(cells, args)
+        compile_all(cells, args)
+        return
     cpu = args.device == "cpu"
     args.batch = args.batch or (8 if cpu else 64)
     args.steps = args.steps or (2 if cpu else 20)

@@ -11,7 +11,7 @@ import signal
 import sys
 import tempfile
 
-from flags import quick_to_compile, virtual_devices
+from flags import fast_compile_flag, virtual_devices_flag
 
 if "PYTEST_XDIST_WORKER" not in os.environ:  # workers inherit the cache
     directory = tempfile.mkdtemp(prefix="hivit-programs-")
@@ -24,14 +24,14 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # warning.
 os.environ["PYTHONWARNINGS"] = "ignore:Error reading persistent compilation cache"
 if os.environ.setdefault("JAX_PLATFORMS", "cpu") == "cpu":
-    os.environ["XLA_FLAGS"] = f"{virtual_devices(8)} {quick_to_compile()}"
+    os.environ["XLA_FLAGS"] = f"{virtual_devices_flag(8)} {fast_compile_flag()}"
 
 import jax
 import pytest
 
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.devices()  # reads XLA_FLAGS
-os.environ["XLA_FLAGS"] = virtual_devices(8)  # read again by libtpu
+os.environ["XLA_FLAGS"] = virtual_devices_flag(8)  # read again by libtpu
 
 
 def pytest_collection_modifyitems(items):

@@ -70,14 +70,14 @@ def on_hosts(run, count):
 
 
 @pytest.fixture(scope="module")
-def alone(run):
+def one_host(run):
     """Return the results of a single host."""
     (result,) = on_hosts(run, 1)
     return result
 
 
-def test_one_host_evaluates_every_image(alone):
-    arrays, values, error = alone
+def test_one_host_evaluates_every_image(one_host):
+    arrays, values, error = one_host
     assert values["eval/count"] == VAL - 1
     assert values["eval/unreadable"] == 1
     assert error.count("cannot read") == 2
@@ -85,20 +85,20 @@ def test_one_host_evaluates_every_image(alone):
     assert len(weights) == hosts.STEPS[1] - hosts.STEPS[0] + 2
 
 
-def test_hosts_share_batches_and_results(run, alone):
+def test_hosts_share_batches_and_results(run, one_host):
     """The hosts' shares concatenate to the batches of one host; results are equal."""
     results_of_hosts = on_hosts(run, 4)
-    for key, batches in alone[0].items():
+    for key, batches in one_host[0].items():
         shares = [arrays[key] for arrays, _, _ in results_of_hosts]
         assert {len(share) for share in shares} == {len(batches) // 4}
         assert_array_equal(np.concatenate(shares), batches)
     for _, values, _ in results_of_hosts:
         assert values["eval/count"] == VAL - 1
         assert values["eval/unreadable"] == 1
-        assert values == pytest.approx(alone[1], rel=1e-5)
+        assert values == pytest.approx(one_host[1], rel=1e-5)
 
 
-def test_batches_after_a_kill(run, alone):
+def test_batches_after_a_kill(run, one_host):
     """Batches continue identically after the process is killed."""
     arguments, root = run
     first, last = hosts.STEPS
@@ -118,7 +118,7 @@ def test_batches_after_a_kill(run, alone):
     )
     for step, batch in enumerate(inputs.train_batches(config, first, last)):
         for key, value in batch.items():
-            assert_array_equal(value, alone[0][f"{step} {key}"])
+            assert_array_equal(value, one_host[0][f"{step} {key}"])
 
 
 def test_plan_of_an_imagenet_evaluation(monkeypatch):

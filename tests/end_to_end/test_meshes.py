@@ -98,7 +98,7 @@ def trained(tmp_path_factory):
     return train
 
 
-ALONE = f"""
+ONE_DEVICE_SCRIPT = f"""
 import sys
 from pathlib import Path
 import hivit_jax
@@ -114,16 +114,16 @@ train(mini_runs.classifier(), f"{{workdir}}/classifier")
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory):
+def one_device_runs(tmp_path_factory):
     """Return a directory of two runs on one device without optional packages.
 
     The workdirs are mae/ and classifier/.
     """
-    directory = tmp_path_factory.mktemp("alone")
+    directory = tmp_path_factory.mktemp("one_device")
     missing = mini_runs.block_imports(directory / "missing", *OPTIONAL)
     flags = mini_runs.arguments()
     code, _, err = mini_runs.run_process(
-        *("-c", ALONE, directory, *flags),
+        *("-c", ONE_DEVICE_SCRIPT, directory, *flags),
         PYTHONPATH=f"{missing}:{mini_runs.ROOT / 'tests' / 'helpers'}",
     )
     assert code == 0, err
@@ -138,11 +138,13 @@ def same_trajectory(actual, expected, steps=8):
 
 @pytest.mark.processes
 @pytest.mark.parametrize("name", ["mae", "classifier"])
-def test_trains_on_one_device_without_optional_packages(name, alone, trained):
+def test_trains_on_one_device_without_optional_packages(name, one_device_runs, trained):
     """A process that cannot import `OPTIONAL` has the same losses."""
     run = trained(getattr(mini_runs, name), **EVERY_STEP if name == "mae" else {})
-    same_trajectory(mini_runs.logged(alone / name), mini_runs.logged(run.workdir))
-    assert not list((alone / name).glob("events.*"))
+    same_trajectory(
+        mini_runs.logged(one_device_runs / name), mini_runs.logged(run.workdir)
+    )
+    assert not list((one_device_runs / name).glob("events.*"))
 
 
 @pytest.mark.parametrize(

@@ -28,8 +28,10 @@ RUN = dict(
 )
 
 
-# A process that fails alone waits for twice peer_timeout.
-ALONE = RUN | dict(peer_timeout=10, stall_timeout=60)
+# For runs in which one process fails. This process waits 2 x peer_timeout for the
+# others, see `exit_now`. stall_timeout is longer, so that the watchdog does not end the
+# other process first.
+ONE_FAILS = RUN | dict(peer_timeout=10, stall_timeout=60)
 
 
 class Pod:
@@ -61,12 +63,12 @@ class Pod:
             found = re.findall(r"step (\d+)/", self.logs[0].read_text())
             if found and int(found[-1]) >= step:
                 return
-            assert self.processes[0].poll() is None, self.errors()
+            assert self.processes[0].poll() is None, self.wait_for_stderr()
             time.sleep(0.05)
         raise AssertionError("no steps")
 
-    def errors(self):
-        """Wait for the end of all processes; return their stderr."""
+    def wait_for_stderr(self):
+        """Wait until all processes end; return the stderr of each."""
         return [process.communicate(timeout=PATIENCE)[1] for process in self.processes]
 
     def codes(self):
@@ -77,43 +79,49 @@ class Pod:
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory, environment):
+def single_process_run(tmp_path_factory, environment):
     """Return the workdir of an uninterrupted run in one process."""
-    workdir = tmp_path_factory.mktemp("alone") / "run"
+    workdir = tmp_path_factory.mktemp("single") / "run"
     pod = Pod(workdir, 1, environment, mini_runs.arguments(**RUN))
-    errors = pod.errors()
+    errors = pod.wait_for_stderr()
     assert pod.codes() == [0], errors
     return workdir
 
 
-def test_a_signal_stops_all_processes_and_one_resumes(alone, environment, tmp_path):
+def test_a_signal_stops_all_processes_and_one_resumes(
+    single_process_run, environment, tmp_path
+):
     """SIGINT to one of two processes stops both; one process resumes."""
     run, flags = tmp_path / "run", mini_runs.arguments(**RUN)
     pod = Pod(run, 2, environment, flags)
     pod.wait_for_step(2)
     pod.processes[1].send_signal(signal.SIGINT)
-    errors = pod.errors()
+    errors = pod.wait_for_stderr()
     assert pod.codes() == [75] * 2, errors
     (saved,) = mini_runs.saved_steps(run)
     assert 2 <= saved < STEPS
+    # Runs of several processes convert SIGINT to SIGTERM, see distributed/signals.py.
     for error in errors:
         assert f"SIGTERM to one of the processes: step {saved} of {STEPS}" in error
 
     pod = Pod(run, 1, environment, flags)
-    errors = pod.errors()
+    errors = pod.wait_for_stderr()
     assert pod.codes() == [0], errors
     assert f"resuming at step {saved} from" in pod.output()
-    losses, found = mini_runs.logged(alone), mini_runs.logged(run)
-    assert list(found) == list(range(1, STEPS + 1))
-    np.testing.assert_allclose(list(found.values()), list(losses.values()), rtol=1e-5)
-    resumed, expected = (
-        mini_runs.saved_arrays(run, STEPS),
-        mini_runs.saved_arrays(alone, STEPS),
+    losses = mini_runs.logged(run)
+    expected_losses = mini_runs.logged(single_process_run)
+    assert list(losses) == list(range(1, STEPS + 1))
+    np.testing.assert_allclose(
+        list(losses.values()), list(expected_losses.values()), rtol=1e-5
     )
+    arrays = mini_runs.saved_arrays(run, STEPS)
+    expected_arrays = mini_runs.saved_arrays(single_process_run, STEPS)
     for item in ("params", "ema"):
-        for name, array in resumed[item].items():
-            difference = np.abs(array - expected[item][name])
-            if name.endswith("qkv/bias"):  # Adam's steps of key biases are rounding
+        for name, array in arrays[item].items():
+            difference = np.abs(array - expected_arrays[item][name])
+            # Key biases are not compared. Their exact gradient is zero, and Adam scales
+            # up its rounding errors.
+            if name.endswith("qkv/bias"):
                 difference = difference[[0, 2]]
             assert difference.max() < 1e-4, name
 
@@ -144,23 +152,23 @@ def test_a_lost_process_ends_the_others(lost, signal_name, environment, tmp_path
 
 @pytest.mark.extras
 def test_divergence_on_all_processes(environment, tmp_path):
-    """All processes exit with the code of divergence, although process 0 ends last."""
+    """Both processes exit with code 3; neither aborts because the other ends first."""
     flags = mini_runs.arguments(**RUN, optimizer__base_learning_rate=1e30)
     pod = Pod(tmp_path / "run", 2, environment, flags)
-    errors = pod.errors()
+    errors = pod.wait_for_stderr()
     assert pod.codes() == [3] * 2, errors
     assert all("expected finite numbers" in error for error in errors)
     assert mini_runs.saved_steps(tmp_path / "run")
 
 
-ENDING = """
+EXIT_SCRIPT = """
 import sys, time
 from hivit_jax import main, train
 from hivit_jax.distributed.processes import all_processes
 from hivit_jax.errors import CheckpointError, DataError, DivergedError
 
-def skewed():
-    time.sleep(12 * INDEX)  # longer than peer_timeout
+def diverge_late():
+    time.sleep(12 * INDEX)  # process 1: longer than peer_timeout
     raise DivergedError("diverged")
 
 def unreadable():
@@ -179,7 +187,8 @@ def wait():
     all_processes(True)
 
 def train_together(*_):
-    all_processes(True)  # later collectives have no timeout
+    # Connects the processes; only this first collective has a timeout.
+    all_processes(True)
     ACTION()
 
 train.train = train_together
@@ -190,7 +199,11 @@ sys.exit(main.main())
 @pytest.mark.parametrize(
     ("actions", "codes", "messages"),
     [
-        (("skewed", "skewed"), (3, 3), ("error: diverged", "error: diverged")),
+        (
+            ("diverge_late", "diverge_late"),
+            (3, 3),
+            ("error: diverged", "error: diverged"),
+        ),
         (("unreadable", "unreadable"), (4, 4), ("error: no image",) * 2),
         (("damaged", "damaged"), (5, 5), ("error: no checkpoint",) * 2),
         (("wait", "hang"), (75, 75), ("in all_processes", "in hang")),
@@ -204,8 +217,8 @@ def test_exit_codes_of_two_processes(actions, codes, messages, environment, tmp_
     started = [
         mini_runs.start_process(
             "-c",
-            ENDING.replace("INDEX", str(index)).replace("ACTION", action),
-            *mini_runs.arguments(**ALONE),
+            EXIT_SCRIPT.replace("INDEX", str(index)).replace("ACTION", action),
+            *mini_runs.arguments(**ONE_FAILS),
             *(f"--workdir={tmp_path}", f"--coordinator_address={address}"),
             *("--num_processes=2", f"--process_id={index}"),
             **environment,
@@ -218,7 +231,7 @@ def test_exit_codes_of_two_processes(actions, codes, messages, environment, tmp_
         assert message in error
 
 
-BAD_LABEL = """
+BAD_LABEL_SCRIPT = """
 import sys
 from hivit_jax import main, train
 from hivit_jax.errors import LocalDataError
@@ -238,13 +251,13 @@ sys.exit(main.main())
 def test_a_data_error_of_one_process(environment, tmp_path):
     """The error is printed at once and nothing is saved; the other process aborts."""
     address = mini_runs.free_address()
-    flags = [*mini_runs.arguments(**ALONE), f"--workdir={tmp_path}/run"]
+    flags = [*mini_runs.arguments(**ONE_FAILS), f"--workdir={tmp_path}/run"]
     pod_flags = [f"--coordinator_address={address}", "--num_processes=2"]
     started = [
         mini_runs.start_process(
             *script, *flags, *pod_flags, f"--process_id={i}", **environment
         )
-        for i, script in enumerate([("-m", "hivit_jax.main"), ("-c", BAD_LABEL)])
+        for i, script in enumerate([("-m", "hivit_jax.main"), ("-c", BAD_LABEL_SCRIPT)])
     ]
     errors = [process.communicate(timeout=PATIENCE)[1] for process in started]
     codes = [process.returncode for process in started]
@@ -256,7 +269,7 @@ def test_a_data_error_of_one_process(environment, tmp_path):
 def test_processes_with_different_configs(environment, tmp_path):
     flags = [mini_runs.arguments(**RUN, seed=seed) for seed in (0, 1)]
     pod = Pod(tmp_path / "run", 2, environment, *flags)
-    errors = pod.errors()
+    errors = pod.wait_for_stderr()
     assert pod.codes() == [2, 2], errors
     for index, error in enumerate(errors):
         assert "processes differ in the config: expected the value of proc" in error
@@ -265,25 +278,26 @@ def test_processes_with_different_configs(environment, tmp_path):
     assert not list((tmp_path / "run" / "checkpoints").glob("*"))
 
 
-DIFFERING = """
+DIFFERING_SCRIPT = """
 import os, sys
 from hivit_jax import config, errors, main, train
 from hivit_jax.distributed import processes
 
-address, index, directory, path, *flags = sys.argv[1:]
+address, index, directory, config_flag, *flags = sys.argv[1:]
 processes.start(address, 2, int(index), 60.0)
 os.chdir(directory)
 flags = [*flags, "--config.data.name=folder", "--config.data.train_examples=0"]
 try:
-    train.train(config.load(path[9:], [*flags, "--config.data.dir=differing"]), "run")
+    path = config_flag.removeprefix("--config=")
+    train.train(config.load(path, [*flags, "--config.data.dir=differing"]), "run")
 except errors.ConfigError as error:
     print(error, file=sys.stderr)
-sys.exit(main.main([path, *flags, "--config.data.dir=same", "--workdir=run"]))
+sys.exit(main.main([config_flag, *flags, "--config.data.dir=same", "--workdir=run"]))
 """
 
 
 def test_processes_with_different_files(environment, tmp_path):
-    """Different datasets or checkpoints of the processes are an error."""
+    """Two runs fail: first because datasets differ, then because checkpoints differ."""
     address = mini_runs.free_address()
     for index in range(2):
         for dataset, count in (("differing", 20 + index), ("same", 20)):
@@ -296,7 +310,7 @@ def test_processes_with_different_files(environment, tmp_path):
     (tmp_path / "1" / "run" / "checkpoints" / "7" / "params").mkdir(parents=True)
     processes = [
         mini_runs.start_process(
-            *("-c", DIFFERING, address, index, tmp_path / str(index)),
+            *("-c", DIFFERING_SCRIPT, address, index, tmp_path / str(index)),
             *mini_runs.arguments(**RUN),
             **environment,
             XDG_CACHE_HOME=tmp_path / "cache",
@@ -309,11 +323,11 @@ def test_processes_with_different_files(environment, tmp_path):
         for process in processes:  # one may still wait
             process.kill()
     assert [process.returncode for process in processes] == [2, 2], errors
-    differ = "expected the value of process 0, found another on process 1 of 2."
+    difference = "expected the value of process 0, found another on process 1 of 2."
     for index, error in enumerate(errors):
-        of_dataset, of_checkpoints = error.split("error: ")
-        message = f"{differ}\nProcess {index} has {20 + index}"
-        assert f"the dataset's size: {message}" in of_dataset
+        dataset_error, checkpoint_error = error.split("error: ")
+        message = f"{difference}\nProcess {index} has {20 + index}"
+        assert f"the dataset's size: {message}" in dataset_error
         found = "[7]" if index else "[]"
-        message = f"{differ}\nProcess {index} has {found}"
-        assert f"the checkpoints: {message}" in of_checkpoints
+        message = f"{difference}\nProcess {index} has {found}"
+        assert f"the checkpoints: {message}" in checkpoint_error

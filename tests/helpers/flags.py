@@ -1,17 +1,18 @@
-"""XLA flags of the tests."""
+"""XLA flags that the tests set."""
 
 from importlib.metadata import version
 
 
-def virtual_devices(count: int) -> str:
-    """Return the flag for `count` virtual CPU devices."""
+def virtual_devices_flag(count: int) -> str:
+    """Return the XLA flag for `count` virtual CPU devices."""
     return f"--xla_force_host_platform_device_count={count}"
 
 
-def quick_to_compile() -> str:
-    """Return the flag for XLA:CPU's older code generator, which compiles twice as fast.
+def fast_compile_flag() -> str:
+    """Return the XLA flag for XLA:CPU's older code generator, or "".
 
-    JAX 0.11 and later no longer contain it.
+    The older generator compiles twice as fast. jaxlib 0.11 and later do not contain it;
+    the result is then "".
     """
     major, minor, *_ = map(int, version("jaxlib").split("."))
     return "--xla_cpu_use_fusion_emitters=false" if (major, minor) < (0, 11) else ""

@@ -2,8 +2,9 @@
 
     python tests/helpers/hosts.py ADDRESS COUNT INDEX OUT WORKDIR FLAG...
 
-The program writes this host's share of some batches to OUT.npz. It evaluates the
-checkpoint in WORKDIR together with the other hosts, and writes the results to OUT.json.
+The first FLAG is --config=RECIPE. The program writes this host's share of some batches
+to OUT.npz. It evaluates the checkpoint in WORKDIR together with the other hosts, and
+writes the results to OUT.json.
 """
 
 import json
@@ -12,16 +13,16 @@ import sys
 import jax
 import numpy as np
 
-STEPS = (3, 9)
+STEPS = (3, 9)  # first training step, step after the last
 
 
-def main(address, count, index, out, workdir, path, *overrides):
+def main(address, count, index, out, workdir, config_flag, *overrides):
     jax.distributed.initialize(address, int(count), int(index))
     from hivit_jax import config as configs
     from hivit_jax import inputs
     from hivit_jax.evaluate import evaluate_checkpoint
 
-    config = configs.load(path.removeprefix("--config="), overrides)
+    config = configs.load(config_flag.removeprefix("--config="), overrides)
     arrays = {}
     for batch_index, batch in enumerate(
         [*inputs.train_batches(config, *STEPS), *inputs.eval_batches(config)]

@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from flags import quick_to_compile, virtual_devices
+from flags import fast_compile_flag, virtual_devices_flag
 from ml_collections import ConfigDict
 
 from hivit_jax import config as configs
@@ -162,7 +162,7 @@ def start_process(
     """
     variables = dict(
         JAX_PLATFORMS="cpu",
-        XLA_FLAGS=f"{virtual_devices(devices)} {quick_to_compile()}",
+        XLA_FLAGS=f"{virtual_devices_flag(devices)} {fast_compile_flag()}",
         **environment,
     )
     return subprocess.Popen(

@@ -42,7 +42,7 @@ QUEUE = "queued-resources describe"
 TPU = "tpu-vm describe"
 
 
-ALONE = ["create", "setup", "status", "delete"]  # commands that run no training
+WITHOUT_TRAINING = ["create", "setup", "status", "delete"]
 
 
 class Stage:
@@ -283,10 +283,10 @@ def test_resume_recreates_a_lost_tpu(stage):
     assert stage.steps() == ["describe", *RECREATE, "ssh", "train"]
 
 
-@pytest.mark.parametrize("command", [*ALONE, "run", "resume", "keep"])
+@pytest.mark.parametrize("command", [*WITHOUT_TRAINING, "run", "resume", "keep"])
 def test_dry_run_prints_what_can_be_pasted(stage, command):
     play = {TPU: [["", 1]], QUEUE: [["ACTIVE", 0]]}
-    training = [] if command in ALONE else ["--", *TRAINING, *AWKWARD]
+    training = [] if command in WITHOUT_TRAINING else ["--", *TRAINING, *AWKWARD]
     flags = ["--name=n", "--spot", "--zone=a zone"]
     code, printed, _ = stage.run(*tpu_vm(command, *flags, "--dry_run", *training))
     assert code == 0

@@ -7,6 +7,7 @@ from networks import abstract_model
 from hivit_jax.models import configure
 from hivit_jax.weights.infer import infer
 
+# Arguments of MMPretrain's classifiers. Their weights also have other names, see below.
 MMPRETRAIN = dict(fc_norm=False, layer_norm_eps=1e-5)
 
 
@@ -43,5 +44,7 @@ def test_infer_from_names_and_shapes(name, overrides):
     arguments, guessed = infer(state)
     assert configure(**arguments)[:2] == (type(model), model.config)
     assert arguments["name"] == name
-    tables = model.encoder.stages[-1][0].attn.relative_position_bias_table is not None
-    assert ("num_heads" in guessed) == (not tables)
+    has_bias_table = (
+        model.encoder.stages[-1][0].attn.relative_position_bias_table is not None
+    )
+    assert ("num_heads" in guessed) == (not has_bias_table)
