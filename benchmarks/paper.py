@@ -1,4 +1,4 @@
-"""Compare HiViT with ViT and Swin as its paper does: pretraining, finetuning, inference.
+"""Compare HiViT with ViT and Swin as its paper does.
 
     python -m benchmarks.paper [--device cpu|gpu] [--only "pretrain HiViT-B" ...] \
         [--again] [--batch 8] [--rounds 5] [--steps 2] [--threads 2]
@@ -215,47 +215,80 @@ def draw(results: Results, path: Path) -> None:
     figure.savefig(path)
 
 
+def compile_row(name: str, report: dict[str, Any], bound: float | None) -> str:
+    """Format a row of the table of compiled cells.
+
+    Args:
+      bound: images per second of HiViT-B for the same job and chip; None: unknown.
+    """
+    total, roofline = report["hbm_bytes_per_device"]["total"], report["roofline"]
+    line = f"| {name} | {report['batch_per_device']} "
+    line += f"| {'yes' if report['fits'] else 'no'} | {(total or 0) / 2**30:.2f} "
+    if not roofline:
+        return line + 4 * "| " + "|"
+    rate = roofline["images_per_second_per_chip"]
+    line += f"| {report['flops_per_image'] / 1e9:.1f} "
+    line += f"| {report['hbm_bytes_per_image'] / 1e6:,.0f} "
+    line += f"| {rate:,.0f}, {roofline['bound']} "
+    return line + (f"| {bound / rate:.2f} |" if bound else "| |")
+
+
 def compile_all(cells: list[str], args: argparse.Namespace) -> None:
     """Compile the train steps of our cells for all chips, and print a table."""
     from benchmarks import compiled
     from hivit_jax.errors import ConfigError
-    from hivit_jax.xla.chips import GIB
 
     print(
         "| | images per chip | fits | GiB | GFLOP per image | HBM MB per image "
         "| bound: images/s per chip | HiViT-B / this |\n" + "|---" * 8 + "|"
     )
-    cells = [name for name in cells if CELLS[name][0] != "inference"]
+    cells = [c for c in cells if CELLS[c][0] != "inference" and CELLS[c][2] == OURS]
+    cells.sort(key=lambda name: "HiViT-B" not in name)  # others are compared with it
     for chip in args.chip:
         folder, bounds = args.out / chip.replace(":", "_"), {}
-        # HiViT-B is first because the others are compared with it.
-        for name in sorted(cells, key=lambda name: "HiViT-B" not in name):
-            job, model, program = CELLS[name]
-            if program != OURS:
-                continue
+        for name in cells:
+            job, model, _ = CELLS[name]
             recipe, overrides = recipe_of(job, model)
             flags = [f"{key}={value}" for key, value in overrides.items()]
-            results = read(folder, [name])
+            report = read(folder, [name]).get(name)
             try:
-                report = results.get(name) or compiled.report_for(
+                report = report or compiled.report_for(
                     recipe, chip, flags, args.workdir
                 )
             except ConfigError as error:
                 print(f"{chip} skipped: {error}")
                 break
             write(folder, {name: report})
-            total = report["hbm_bytes_per_device"]["total"]
-            line = f"| {model}, {job}, {chip} | {report['batch_per_device']} "
-            line += f"| {'yes' if report['fits'] else 'no'} | {(total or 0) / GIB:.2f} "
             if roofline := report["roofline"]:
-                bound = roofline["images_per_second_per_chip"]
-                bounds[job, model] = bound
-                base = bounds.get((job, "HiViT-B"))
-                line += f"| {report['flops_per_image'] / 1e9:.1f} "
-                line += f"| {report['hbm_bytes_per_image'] / 1e6:,.0f} "
-                line += f"| {bound:,.0f}, {roofline['bound']} "
-                line += f"| {base / bound:.2f} |" if base else "| |"
-            print(line, flush=True)
+                bounds[job, model] = roofline["images_per_second_per_chip"]
+            bound = bounds.get((job, "HiViT-B"))
+            print(compile_row(f"{model}, {job}, {chip}", report, bound), flush=True)
+
+
+def measure_all(cells: list[str], args: argparse.Namespace) -> None:
+    """Measure all missing cells, print the table and draw the figure."""
+    import jax
+
+    cpu = args.device == "cpu"
+    args.batch = args.batch or (8 if cpu else 64)
+    args.steps = args.steps or (2 if cpu else 20)
+    jax.config.update("jax_platforms", "cpu")  # here, not in the processes of cells
+    if cpu:
+        os.environ["JAX_PLATFORMS"] = "cpu"
+    else:  # because the processes share the GPU's memory
+        os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+    if not importlib.util.find_spec("torch"):
+        print("torch is not installed; only the cells of hivit_jax are measured")
+        cells = [name for name in cells if CELLS[name][2] == OURS]
+    folder = args.out / args.device
+    done = {} if args.again else read(folder, cells)
+    for job in JOBS:
+        args.task = job
+        names = [n for n in cells if CELLS[n][0] == job and n not in done]
+        write(folder, measure(names, args) if names else {})
+    results = read(folder, CELLS)
+    print("\n".join([table(results), *claims(results)]))
+    draw(results, args.out / f"{args.device}.png")
 
 
 def run(argv: list[str] | None) -> None:
@@ -280,33 +313,9 @@ def run(argv: list[str] | None) -> None:
     args = parser.parse_args(argv)
     cells = [name for name in CELLS if any(text in name for text in args.only)]
     if not cells:
-        raise ConfigError(
-            f"--only {' '.join(args.only)}: expected texts in {list(CELLS)}"
-        )
-    if args.topologies:
-        return compile_all(cells, args)
-    cpu = args.device == "cpu"
-    args.batch = args.batch or (8 if cpu else 64)
-    args.steps = args.steps or (2 if cpu else 20)
-    if not cpu:  # because the processes share the GPU's memory
-        os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
-    import jax
-
-    jax.config.update("jax_platforms", "cpu")  # here, not in the processes of cells
-    if cpu:
-        os.environ["JAX_PLATFORMS"] = "cpu"
-    if not importlib.util.find_spec("torch"):
-        print("torch is not installed; only the cells of hivit_jax are measured")
-        cells = [name for name in cells if CELLS[name][2] == OURS]
-    folder = args.out / args.device
-    for job in JOBS:
-        args.task = job
-        done = {} if args.again else read(folder, cells)
-        names = [n for n in cells if CELLS[n][0] == job and n not in done]
-        write(folder, measure(names, args) if names else {})
-    results = read(folder, CELLS)
-    print("\n".join([table(results), *claims(results)]))
-    draw(results, args.out / f"{args.device}.png")
+        known = ", ".join(CELLS)
+        raise ConfigError(f"--only {args.only}: expected parts of {known}")
+    (compile_all if args.topologies else measure_all)(cells, args)
 
 
 def main(argv: list[str] | None = None) -> int:
