@@ -166,7 +166,7 @@ def test_comparison_of_the_paper_resumes(tmp_path, monkeypatch, capsys):
     assert lines.count(claim) == 2  # not after Swin-B was measured again alone
     assert not any("HiViT-B / ViT-B" in line for line in lines)
     assert (tmp_path / "cpu.png").stat().st_size > 1000
-    assert paper.main([f"--out={tmp_path}", "--only", "train HiViT"]) == 2
+    assert paper.main([f"--out={tmp_path}", "--only", "HiViT-H"]) == 2
 
 
 @pytest.mark.torch
