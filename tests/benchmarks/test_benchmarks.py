@@ -173,7 +173,7 @@ def test_comparison_of_the_paper_resumes(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("job", ["pretrain", "classify"])
 def test_networks_of_the_paper_have_equal_parameters(job):
     """The PyTorch networks have as many parameters as our models."""
-    import torch
+    torch = pytest.importorskip("torch")
     from flax import nnx
 
     from benchmarks import peer_rows, train_step
