@@ -1,4 +1,8 @@
+<<<<<<< HEAD
 """Compare HiViT with ViT and Swin as its paper does, in three jobs.
+=======
+"""Compare HiViT with ViT and Swin as its paper does.
+>>>>>>> paper
 
     python -m benchmarks.paper [--device cpu|gpu] [--only "pretrain HiViT-B" ...] \
         [--again] [--batch 8] [--rounds 5] [--steps 2] [--threads 2]
@@ -41,33 +45,23 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import processor
+from benchmarks.paper_tables import (
+    CELLS,
+    JOBS,
+    RECIPES,
+    Results,
+    claims,
+    compile_row,
+    draw,
+    table,
+)
 from benchmarks.peer_rows import OURS, load_recipe, start_recipe, start_torch
 from benchmarks.peers import receive, start_row, time_rows
 
 RESULTS = Path(__file__).resolve().parent / "results" / "paper"
-TORCH = "torch"
-CLAIM = 1.9  # the paper's ratio of HiViT-B and Swin-B with SimMIM
-JOBS = ("pretrain", "classify", "inference")
-# Model -> recipes of pretraining and finetuning.
-RECIPES = {
-    "HiViT-T": ("mae_tiny", "finetune:tiny"),
-    "HiViT-S": ("mae_small", "finetune:small"),
-    "HiViT-B": ("mae_base", "finetune:base"),
-    "ViT-B": ("mae_vit:base", "finetune_vit:base"),
-    "Swin-B": ("simmim_swin:base", "finetune_swin:base"),
-    "Swin-B 192": ("simmim_swin:base", ""),
-}
 OVERRIDES: dict[str, dict[str, Any]] = {
     "pretrain Swin-B": {"model.image_size": 224, "model.window_size": 7}
 }
-CELLS = {
-    f"{job} {model} {program}": (job, model, program)
-    for job in JOBS
-    for model in RECIPES
-    for program in (OURS, TORCH)
-    if job == "pretrain" or RECIPES[model][1]
-}
-Results = dict[str, dict[str, Any]]  # name of a cell -> content of its file
 
 
 def recipe_of(job: str, model: str) -> tuple[str, dict[str, Any]]:
@@ -147,115 +141,62 @@ def measure(names: list[str], args: argparse.Namespace) -> Results:
     return results
 
 
-def ratio(results: Results, first: str, second: str) -> float | None:
-    """Return the ratio of images per second; None if not measured interleaved."""
-    a, b = results.get(first), results.get(second)
-    if a is None or b is None or a["run"] != b["run"]:
-        return None
-    return a["images_per_second"] / b["images_per_second"]
-
-
-def table(results: Results) -> str:
-    """Format a row per model and job: throughput, ratios, memory and utilization."""
-
-    def text(value: Any, form: str, scale: float = 1.0) -> str:
-        return "" if value is None else f"{value * scale:{form}}"
-
-    lines = [
-        "| | images/s | PyTorch | ours / PyTorch | HiViT-B / this | in PyTorch "
-        "| GiB | PyTorch | of the peak | PyTorch |\n" + "|---" * 10 + "|"
-    ]
-    for row in dict.fromkeys(name.rpartition(" ")[0] for name in results):
-        job, base = row.split()[0], f"{row.split()[0]} HiViT-B"
-        pair = [results.get(f"{row} {program}", {}) for program in (OURS, TORCH)]
-        columns = [text(x.get("images_per_second"), ",.2f") for x in pair]
-        columns += [text(ratio(results, f"{row} {OURS}", f"{row} {TORCH}"), ".2f")]
-        columns += [
-            text(ratio(results, f"{base} {program}", f"{row} {program}"), ".2f")
-            for program in (OURS, TORCH)
-        ]
-        columns += [text(x.get("peak_memory_bytes"), ".2f", 2**-30) for x in pair]
-        columns += [text(x.get("model_flop_utilisation"), ".1%") for x in pair]
-        lines.append(
-            f"| {row.removeprefix(job + ' ')}, {job} | {' | '.join(columns)} |"
-        )
-    return "\n".join(lines)
-
-
-def claims(results: Results) -> list[str]:
-    """Return a line per measured ratio of HiViT-B and a baseline in pretraining."""
-    lines = []
-    for program in (OURS, TORCH):
-        for model in ("Swin-B", "Swin-B 192", "ViT-B"):
-            names = (f"pretrain {m} {program}" for m in ("HiViT-B", model))
-            found = ratio(results, *names)
-            if found is not None:
-                paper = f" (the paper: {CLAIM})" if model.startswith("Swin") else ""
-                line = f"{program}: HiViT-B / {model}, pretraining: {found:.2f}"
-                lines.append(line + paper)
-    return lines
-
-
-def draw(results: Results, path: Path) -> None:
-    """Draw throughput relative to that of HiViT-B in hivit_jax, one panel a job."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 3.5), layout="constrained")
-    for job, axes in zip(JOBS, figure.subplots(1, 3), strict=True):
-        models = [m for m in RECIPES if f"{job} {m} {OURS}" in CELLS]
-        for shift, program in ((-0.2, OURS), (0.2, TORCH)):
-            reference, cells = f"{job} HiViT-B {OURS}", [f"{job} {m} " for m in models]
-            heights = [ratio(results, cell + program, reference) for cell in cells]
-            places = [index + shift for index in range(len(models))]
-            axes.bar(places, [h or 0 for h in heights], 0.4, label=program)
-        axes.set_xticks(range(len(models)), models, rotation=30)
-        axes.set_title(job)
-    figure.axes[0].set_ylabel("images/s, HiViT-B = 1")
-    figure.axes[0].legend()
-    figure.savefig(path)
-
-
 def compile_all(cells: list[str], args: argparse.Namespace) -> None:
     """Compile the train steps of our cells for all chips, and print a table."""
     from benchmarks import compiled
     from hivit_jax.errors import ConfigError
-    from hivit_jax.xla.chips import GIB
 
     print(
         "| | images per chip | fits | GiB | GFLOP per image | HBM MB per image "
         "| bound: images/s per chip | HiViT-B / this |\n" + "|---" * 8 + "|"
     )
-    cells = [name for name in cells if CELLS[name][0] != "inference"]
+    cells = [c for c in cells if CELLS[c][0] != "inference" and CELLS[c][2] == OURS]
+    cells.sort(key=lambda name: "HiViT-B" not in name)  # others are compared with it
     for chip in args.chip:
         folder, bounds = args.out / chip.replace(":", "_"), {}
-        # HiViT-B is first because the others are compared with it.
-        for name in sorted(cells, key=lambda name: "HiViT-B" not in name):
-            job, model, program = CELLS[name]
-            if program != OURS:
-                continue
+        for name in cells:
+            job, model, _ = CELLS[name]
             recipe, overrides = recipe_of(job, model)
             flags = [f"{key}={value}" for key, value in overrides.items()]
-            results = read(folder, [name])
+            report = read(folder, [name]).get(name)
             try:
-                report = results.get(name) or compiled.report_for(
+                report = report or compiled.report_for(
                     recipe, chip, flags, args.workdir
                 )
             except ConfigError as error:
                 print(f"{chip} skipped: {error}")
                 break
             write(folder, {name: report})
-            total = report["hbm_bytes_per_device"]["total"]
-            line = f"| {model}, {job}, {chip} | {report['batch_per_device']} "
-            line += f"| {'yes' if report['fits'] else 'no'} | {(total or 0) / GIB:.2f} "
             if roofline := report["roofline"]:
-                bound = roofline["images_per_second_per_chip"]
-                bounds[job, model] = bound
-                base = bounds.get((job, "HiViT-B"))
-                line += f"| {report['flops_per_image'] / 1e9:.1f} "
-                line += f"| {report['hbm_bytes_per_image'] / 1e6:,.0f} "
-                line += f"| {bound:,.0f}, {roofline['bound']} "
-                line += f"| {base / bound:.2f} |" if base else "| |"
-            print(line, flush=True)
+                bounds[job, model] = roofline["images_per_second_per_chip"]
+            bound = bounds.get((job, "HiViT-B"))
+            print(compile_row(f"{model}, {job}, {chip}", report, bound), flush=True)
+
+
+def measure_all(cells: list[str], args: argparse.Namespace) -> None:
+    """Measure all missing cells, print the table and draw the figure."""
+    import jax
+
+    cpu = args.device == "cpu"
+    args.batch = args.batch or (8 if cpu else 64)
+    args.steps = args.steps or (2 if cpu else 20)
+    jax.config.update("jax_platforms", "cpu")  # here, not in the processes of cells
+    if cpu:
+        os.environ["JAX_PLATFORMS"] = "cpu"
+    else:  # because the processes share the GPU's memory
+        os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+    if not importlib.util.find_spec("torch"):
+        print("torch is not installed; only the cells of hivit_jax are measured")
+        cells = [name for name in cells if CELLS[name][2] == OURS]
+    folder = args.out / args.device
+    done = {} if args.again else read(folder, cells)
+    for job in JOBS:
+        args.task = job
+        names = [n for n in cells if CELLS[n][0] == job and n not in done]
+        write(folder, measure(names, args) if names else {})
+    results = read(folder, CELLS)
+    print("\n".join([table(results), *claims(results)]))
+    draw(results, args.out / f"{args.device}.png")
 
 
 def run(argv: list[str] | None) -> None:
@@ -280,6 +221,7 @@ def run(argv: list[str] | None) -> None:
     args = parser.parse_args(argv)
     cells = [name for name in CELLS if any(text in name for text in args.only)]
     if not cells:
+<<<<<<< HEAD
         raise ConfigError(
             f"--only {' '.join(args.only)}: expected texts in {list(CELLS)}"
         )
@@ -308,6 +250,11 @@ def run(argv: list[str] | None) -> None:
     results = read(folder, CELLS)
     print("\n".join([table(results), *claims(results)]))
     draw(results, args.out / f"{args.device}.png")
+=======
+        known = ", ".join(CELLS)
+        raise ConfigError(f"--only {args.only}: expected parts of {known}")
+    (compile_all if args.topologies else measure_all)(cells, args)
+>>>>>>> paper
 
 
 def main(argv: list[str] | None = None) -> int:

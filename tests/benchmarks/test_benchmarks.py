@@ -1,5 +1,6 @@
 """Tests of the benchmarks, some of which run with few installed packages."""
 
+import argparse
 import importlib
 import importlib.util
 import json
@@ -9,7 +10,11 @@ import sys
 import mini_runs
 import pytest
 
+<<<<<<< HEAD
 from benchmarks import accelerator, plain_config, tpu_cycles
+=======
+from benchmarks import accelerator, paper, plain_config, schedules
+>>>>>>> paper
 from hivit_jax import config as configs
 from hivit_jax import recipes
 from hivit_jax.kernels import dispatch
@@ -142,7 +147,58 @@ def test_parts_for_an_accelerator(capsys):
     assert capsys.readouterr().out.splitlines() == list(parts)
 
 
+<<<<<<< HEAD
 # Shortened listing of the TPU compiler: 4 tiles of rows, 3 images in each.
+=======
+def test_comparison_of_the_paper_resumes(tmp_path, monkeypatch, capsys):
+    """Only missing cells are measured, and ratios need cells of one run."""
+    measured = []
+
+    def measure(names, args):
+        measured.append((args.task, names))
+        speed = {n: 4.0 if "HiViT" in n else 2.0 for n in names}
+        return {n: {"run": len(measured), "images_per_second": speed[n]} for n in names}
+
+    monkeypatch.setattr(paper, "measure", measure)
+    monkeypatch.setattr(paper.importlib.util, "find_spec", lambda name: None)
+    base, swin, vit = (
+        f"pretrain {m} hivit_jax" for m in ("HiViT-B", "Swin-B", "ViT-B")
+    )
+    for only in ([base, swin], [swin, vit], [swin, vit, "--again"]):
+        assert paper.main([f"--out={tmp_path}", "--only", *only]) == 0
+    groups = [base, swin], [vit], [vit, swin]
+    assert measured == [("pretrain", names) for names in groups]
+    lines = capsys.readouterr().out.splitlines()
+    claim = "hivit_jax: HiViT-B / Swin-B, pretraining: 2.00 (the paper: 1.9)"
+    assert lines.count(claim) == 2  # not after Swin-B was measured again alone
+    assert not any("HiViT-B / ViT-B" in line for line in lines)
+    assert (tmp_path / "cpu.png").stat().st_size > 1000
+    assert paper.main([f"--out={tmp_path}", "--only", "HiViT-H"]) == 2
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("job", ["pretrain", "classify"])
+def test_networks_of_the_paper_have_equal_parameters(job):
+    """The PyTorch networks have as many parameters as our models."""
+    torch = pytest.importorskip("torch")
+    from flax import nnx
+
+    from benchmarks import peer_rows, train_step
+
+    args = argparse.Namespace(batch=8, device="cpu", task=job)
+    for cell_job, model, program in paper.CELLS.values():
+        if (cell_job, program) != (job, "torch"):
+            continue
+        config = peer_rows.load_recipe(*paper.recipe_of(job, model), args)
+        ours = nnx.eval_shape(train_step.task_of(config).build_model)
+        with torch.device("meta"):
+            network = peer_rows.build_network(model, job)
+        found = sum(parameter.numel() for parameter in network.parameters())
+        assert found == ours.parameter_count(), model
+
+
+# Shortened listing of the TPU compiler: 4 blocks of rows, 3 images in each.
+>>>>>>> paper
 LISTING = """\
 = control target key start
 LH: loop header

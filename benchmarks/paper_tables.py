@@ -1,0 +1,113 @@
+"""Cells of `benchmarks.paper`, and the tables and the figure of their results."""
+
+from pathlib import Path
+from typing import Any
+
+from benchmarks.peer_rows import OURS
+
+TORCH = "torch"
+CLAIM = 1.9  # the paper's ratio of HiViT-B and Swin-B with SimMIM
+JOBS = ("pretrain", "classify", "inference")
+# Model -> recipes of pretraining and finetuning.
+RECIPES = {
+    "HiViT-T": ("mae_tiny", "finetune:tiny"),
+    "HiViT-S": ("mae_small", "finetune:small"),
+    "HiViT-B": ("mae_base", "finetune:base"),
+    "ViT-B": ("mae_vit:base", "finetune_vit:base"),
+    "Swin-B": ("simmim_swin:base", "finetune_swin:base"),
+    "Swin-B 192": ("simmim_swin:base", ""),
+}
+CELLS = {
+    f"{job} {model} {program}": (job, model, program)
+    for job in JOBS
+    for model in RECIPES
+    for program in (OURS, TORCH)
+    if job == "pretrain" or RECIPES[model][1]
+}
+Results = dict[str, dict[str, Any]]  # name of a cell -> content of its file
+
+
+def ratio(results: Results, first: str, second: str) -> float | None:
+    """Return the ratio of images per second; None if not measured interleaved."""
+    a, b = results.get(first), results.get(second)
+    if a is None or b is None or a["run"] != b["run"]:
+        return None
+    return a["images_per_second"] / b["images_per_second"]
+
+
+def table(results: Results) -> str:
+    """Format a row per model and job: throughput, ratios, memory and utilization."""
+
+    def text(value: Any, form: str, scale: float = 1.0) -> str:
+        return "" if value is None else f"{value * scale:{form}}"
+
+    lines = [
+        "| | images/s | PyTorch | ours / PyTorch | HiViT-B / this | in PyTorch "
+        "| GiB | PyTorch | of the peak | PyTorch |\n" + "|---" * 10 + "|"
+    ]
+    for row in dict.fromkeys(name.rpartition(" ")[0] for name in results):
+        job, base = row.split()[0], f"{row.split()[0]} HiViT-B"
+        pair = [results.get(f"{row} {program}", {}) for program in (OURS, TORCH)]
+        columns = [text(x.get("images_per_second"), ",.2f") for x in pair]
+        columns += [text(ratio(results, f"{row} {OURS}", f"{row} {TORCH}"), ".2f")]
+        columns += [
+            text(ratio(results, f"{base} {program}", f"{row} {program}"), ".2f")
+            for program in (OURS, TORCH)
+        ]
+        columns += [text(x.get("peak_memory_bytes"), ".2f", 2**-30) for x in pair]
+        columns += [text(x.get("model_flop_utilisation"), ".1%") for x in pair]
+        lines.append(
+            f"| {row.removeprefix(job + ' ')}, {job} | {' | '.join(columns)} |"
+        )
+    return "\n".join(lines)
+
+
+def claims(results: Results) -> list[str]:
+    """Return a line per measured ratio of HiViT-B and a baseline in pretraining."""
+    lines = []
+    for program in (OURS, TORCH):
+        for model in ("Swin-B", "Swin-B 192", "ViT-B"):
+            names = (f"pretrain {m} {program}" for m in ("HiViT-B", model))
+            found = ratio(results, *names)
+            if found is not None:
+                paper = f" (the paper: {CLAIM})" if model.startswith("Swin") else ""
+                line = f"{program}: HiViT-B / {model}, pretraining: {found:.2f}"
+                lines.append(line + paper)
+    return lines
+
+
+def draw(results: Results, path: Path) -> None:
+    """Draw throughput relative to that of HiViT-B in hivit_jax, one panel a job."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 3.5), layout="constrained")
+    for job, axes in zip(JOBS, figure.subplots(1, 3), strict=True):
+        models = [m for m in RECIPES if f"{job} {m} {OURS}" in CELLS]
+        for shift, program in ((-0.2, OURS), (0.2, TORCH)):
+            reference, cells = f"{job} HiViT-B {OURS}", [f"{job} {m} " for m in models]
+            heights = [ratio(results, cell + program, reference) for cell in cells]
+            places = [index + shift for index in range(len(models))]
+            axes.bar(places, [h or 0 for h in heights], 0.4, label=program)
+        axes.set_xticks(range(len(models)), models, rotation=30)
+        axes.set_title(job)
+    figure.axes[0].set_ylabel("images/s, HiViT-B = 1")
+    figure.axes[0].legend()
+    figure.savefig(path)
+
+
+def compile_row(name: str, report: dict[str, Any], bound: float | None) -> str:
+    """Format a row of the table of compiled cells.
+
+    Args:
+      bound: images per second of HiViT-B for the same job and chip; None: unknown.
+    """
+    total, roofline = report["hbm_bytes_per_device"]["total"], report["roofline"]
+    line = f"| {name} | {report['batch_per_device']} "
+    line += f"| {'yes' if report['fits'] else 'no'} | {(total or 0) / 2**30:.2f} "
+    if not roofline:
+        return line + 4 * "| " + "|"
+    rate = roofline["images_per_second_per_chip"]
+    line += f"| {report['flops_per_image'] / 1e9:.1f} "
+    line += f"| {report['hbm_bytes_per_image'] / 1e6:,.0f} "
+    line += f"| {rate:,.0f}, {roofline['bound']} "
+    return line + (f"| {bound / rate:.2f} |" if bound else "| |")
