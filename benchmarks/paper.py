@@ -1,8 +1,4 @@
-<<<<<<< HEAD
-"""Compare HiViT with ViT and Swin as its paper does, in three jobs.
-=======
 """Compare HiViT with ViT and Swin as its paper does.
->>>>>>> paper
 
     python -m benchmarks.paper [--device cpu|gpu] [--only "pretrain HiViT-B" ...] \
         [--again] [--batch 8] [--rounds 5] [--steps 2] [--threads 2]
@@ -221,40 +217,9 @@ def run(argv: list[str] | None) -> None:
     args = parser.parse_args(argv)
     cells = [name for name in CELLS if any(text in name for text in args.only)]
     if not cells:
-<<<<<<< HEAD
-        raise ConfigError(
-            f"--only {' '.join(args.only)}: expected texts in {list(CELLS)}"
-        )
-    if args.topologies:
-        compile_all(cells, args)
-        return
-    cpu = args.device == "cpu"
-    args.batch = args.batch or (8 if cpu else 64)
-    args.steps = args.steps or (2 if cpu else 20)
-    if not cpu:  # because the processes share the GPU's memory
-        os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
-    import jax
-
-    jax.config.update("jax_platforms", "cpu")  # here, not in the processes of cells
-    if cpu:
-        os.environ["JAX_PLATFORMS"] = "cpu"
-    if not importlib.util.find_spec("torch"):
-        print("torch is not installed; only the cells of hivit_jax are measured")
-        cells = [name for name in cells if CELLS[name][2] == OURS]
-    folder = args.out / args.device
-    for job in JOBS:
-        args.task = job
-        done = {} if args.again else read(folder, cells)
-        names = [n for n in cells if CELLS[n][0] == job and n not in done]
-        write(folder, measure(names, args) if names else {})
-    results = read(folder, CELLS)
-    print("\n".join([table(results), *claims(results)]))
-    draw(results, args.out / f"{args.device}.png")
-=======
         known = ", ".join(CELLS)
         raise ConfigError(f"--only {args.only}: expected parts of {known}")
     (compile_all if args.topologies else measure_all)(cells, args)
->>>>>>> paper
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -10,11 +10,7 @@ import sys
 import mini_runs
 import pytest
 
-<<<<<<< HEAD
-from benchmarks import accelerator, plain_config, tpu_cycles
-=======
-from benchmarks import accelerator, paper, plain_config, schedules
->>>>>>> paper
+from benchmarks import accelerator, paper, plain_config, tpu_cycles
 from hivit_jax import config as configs
 from hivit_jax import recipes
 from hivit_jax.kernels import dispatch
@@ -147,9 +143,6 @@ def test_parts_for_an_accelerator(capsys):
     assert capsys.readouterr().out.splitlines() == list(parts)
 
 
-<<<<<<< HEAD
-# Shortened listing of the TPU compiler: 4 tiles of rows, 3 images in each.
-=======
 def test_comparison_of_the_paper_resumes(tmp_path, monkeypatch, capsys):
     """Only missing cells are measured, and ratios need cells of one run."""
     measured = []
@@ -197,8 +190,7 @@ def test_networks_of_the_paper_have_equal_parameters(job):
         assert found == ours.parameter_count(), model
 
 
-# Shortened listing of the TPU compiler: 4 blocks of rows, 3 images in each.
->>>>>>> paper
+# Shortened listing of the TPU compiler: 4 tiles of rows, 3 images in each.
 LISTING = """\
 = control target key start
 LH: loop header
