@@ -31,7 +31,7 @@ quick: install
 test: lint
 	$(PYTEST) -m "$(PLAIN)"
 
-# Tests that need PyTorch, libtpu, ONNX or Chromium, and tests of more than a minute. They
+# Tests that need PyTorch, libtpu, ONNX or Chromium, and long tests. They
 # have an environment of their own, because other tests check that these packages are
 # optional.
 test-extras: .venv-extras/installed

@@ -71,6 +71,7 @@ def finished(tmp_path_factory):
     return workdir
 
 
+@pytest.mark.extras
 @pytest.mark.slow
 def test_checkpoint_of_another_model(finished, tmp_path, capsys):
     """Training, init_from and evaluation refuse a checkpoint of another model."""

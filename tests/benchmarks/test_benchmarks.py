@@ -33,6 +33,7 @@ def test_programs_can_be_imported(path):
     assert importlib.import_module(name).__doc__
 
 
+@pytest.mark.extras
 @pytest.mark.processes
 @pytest.mark.slow
 def test_train_step_needs_only_jax_flax_optax_and_numpy(tmp_path):

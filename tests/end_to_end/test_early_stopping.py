@@ -37,6 +37,7 @@ def config(**overrides):
     return mini_runs.mae(**mini | size | overrides)
 
 
+@pytest.mark.extras
 @pytest.mark.slow
 def test_run_ends_at_the_same_step_after_interruptions(evaluated, tmp_path, capsys):
     """The best checkpoint is kept, and the last line names it."""

@@ -76,6 +76,7 @@ def one_host(run):
     return result
 
 
+@pytest.mark.extras
 def test_one_host_evaluates_every_image(one_host):
     arrays, values, error = one_host
     assert values["eval/count"] == VAL - 1

@@ -137,7 +137,9 @@ def same_trajectory(actual, expected, steps=8):
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("name", ["mae", "classifier"])
+@pytest.mark.parametrize(
+    "name", ["mae", pytest.param("classifier", marks=pytest.mark.extras)]
+)
 def test_trains_on_one_device_without_optional_packages(name, one_device_runs, trained):
     """A process that cannot import `OPTIONAL` has the same losses."""
     run = trained(getattr(mini_runs, name), **EVERY_STEP if name == "mae" else {})
@@ -151,8 +153,8 @@ def test_trains_on_one_device_without_optional_packages(name, one_device_runs, t
     ("name", "mesh"),
     [
         ("mae", FSDP),
-        ("mae", TENSOR),
-        ("classifier", FSDP | dict(mesh__zero=1)),
+        pytest.param("mae", TENSOR, marks=pytest.mark.extras),
+        pytest.param("classifier", FSDP | dict(mesh__zero=1), marks=pytest.mark.extras),
     ],
     ids=["mae-fsdp", "mae-tensor", "classifier-zero1"],
 )
@@ -167,6 +169,7 @@ def test_losses_do_not_depend_on_the_mesh(name, mesh, trained):
     assert run.results == pytest.approx(reference_run.results, rel=1e-5)
 
 
+@pytest.mark.extras
 def test_accumulation_changes_nothing(trained):
     reference_run = trained(mini_runs.classifier)
     run = trained(mini_runs.classifier, optimizer__accumulate_steps=4, **TENSOR)
@@ -175,6 +178,7 @@ def test_accumulation_changes_nothing(trained):
     )
 
 
+@pytest.mark.extras
 def test_accumulation_exchanges_gradients_once_a_step():
     """No loop of the compiled program contains an all-reduce."""
     config = mini_runs.classifier(optimizer__accumulate_steps=2, batch_size=32)
@@ -190,6 +194,7 @@ def test_accumulation_exchanges_gradients_once_a_step():
     assert computations == {"ENTRY"}
 
 
+@pytest.mark.extras
 def test_losses_move(trained):
     """The compared losses change from step to step."""
     for recipe, options in ((mini_runs.mae, EVERY_STEP), (mini_runs.classifier, {})):
@@ -213,6 +218,7 @@ def test_state_is_sharded_from_its_first_moment(trained):
         assert first[f"{prefix}/{kernel}"] == last[f"{prefix}/{kernel}"] == (16, 256)
 
 
+@pytest.mark.extras
 def test_zero_1_splits_the_moments_alone(trained):
     shards = trained(mini_runs.classifier, **FSDP, mesh__zero=1).shards[-1]
     kernel = "encoder/stages/2/0/mlp/fc1/kernel"  # [64, 256]
@@ -221,6 +227,7 @@ def test_zero_1_splits_the_moments_alone(trained):
         assert shards[f"opt_state/0/{moment}/{kernel}"] == (16, 256)
 
 
+@pytest.mark.extras
 def test_tensor_axis_splits_heads_and_hidden_units(trained):
     shards = trained(mini_runs.mae, **TENSOR).shards[-1]
     block = "params/encoder/stages/2/0"
@@ -316,6 +323,7 @@ def test_unreadable_images(tmp_path, monkeypatch):
     )
 
 
+@pytest.mark.extras
 def test_classifier_from_pretraining(trained):
     pretrained = trained(mini_runs.mae, **EVERY_STEP).workdir
     run = trained(mini_runs.classifier, init_from=str(pretrained))
@@ -385,6 +393,7 @@ def test_every_image_counts_once_in_any_batch(recipe):
     assert results[1] == pytest.approx(results[0], rel=1e-6)
 
 
+@pytest.mark.extras
 def test_first_epoch_1_leaves_out_an_epoch_when_resuming(tmp_path):
     """A run resumed after 2 steps skips an epoch of 4 steps."""
     config = mini_runs.mae(optimizer__first_epoch=1)

@@ -177,6 +177,7 @@ def test_from_files_to_predictions(write, tmp_path, capsys):
     assert [bool(row["error"]) for row in found] == [False] * 6 + [True]
 
 
+@pytest.mark.extras
 @pytest.mark.slow
 @pytest.mark.usefixtures("minimal_output")
 def test_several_labels(tmp_path, capsys):
@@ -231,6 +232,7 @@ def test_several_labels(tmp_path, capsys):
     assert "expect one label per image" in capsys.readouterr().err
 
 
+@pytest.mark.extras
 @pytest.mark.slow
 @pytest.mark.usefixtures("minimal_output")
 def test_tiles_of_16_bits_and_4_bands(tmp_path, capsys):

@@ -137,6 +137,7 @@ def test_killed_run_resumes(recipe, run, tmp_path):
     )
 
 
+@pytest.mark.extras
 def test_one_device_equals_eight(recipe, run, tmp_path):
     """Results, including microbatch statistics, agree on one and eight devices."""
     finish(start(recipe, tmp_path))
@@ -148,6 +149,7 @@ def test_one_device_equals_eight(recipe, run, tmp_path):
             assert_allclose(alone[item][name], array, rtol=2e-5, atol=1e-6)
 
 
+@pytest.mark.extras
 def test_two_processes(recipe, run, tmp_path):
     """Two processes gather their records and both exit with 0."""
     address = mini_runs.free_address()

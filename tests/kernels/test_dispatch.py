@@ -86,6 +86,7 @@ def loss_of(choice, **overrides):
     return loss, params
 
 
+@pytest.mark.extras
 @pytest.mark.slow
 def test_fused_network_equals_plain(one_device):
     """Loss and gradients agree with all branches fused: 6 MLPs and 2 attentions."""

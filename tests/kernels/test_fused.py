@@ -145,6 +145,7 @@ def test_fused_equals_plain(name, drop, keep):
         assert_allclose(a, b, rtol=0, atol=3e-6 * float(jnp.abs(b).max()))
 
 
+@pytest.mark.extras
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "keep"),

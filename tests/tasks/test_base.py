@@ -49,6 +49,7 @@ def test_unknown_task():
         tasks.find("clasify")
 
 
+@pytest.mark.extras
 @pytest.mark.slow
 def test_metric_of_the_best_checkpoint(tmp_path, monkeypatch, capsys):
     """Top-1, and not the loss, selects the best checkpoint of a classifier."""

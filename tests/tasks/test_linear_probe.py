@@ -78,6 +78,7 @@ def pretrained(tmp_path_factory):
     return workdir
 
 
+@pytest.mark.extras
 @pytest.mark.slow
 def test_probe_of_a_pretrained_encoder(pretrained, tmp_path, capsys):
     """The encoder stays fixed; the statistics are averages over its features."""

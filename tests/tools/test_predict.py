@@ -220,6 +220,7 @@ def test_features(run, shared, data, tmp_path):
     assert features.main([*flags, f"--out={out}", images[0]]) == 4
 
 
+@pytest.mark.extras
 @pytest.mark.slow
 def test_arrays_of_16_bits_and_4_bands(tmp_path, minimal_output):
     """A run and its saved model read 16-bit arrays, also in the figure of errors."""

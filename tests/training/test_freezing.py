@@ -133,6 +133,7 @@ def test_no_bit_changes_in_a_step():
     assert_allclose(*zip(*norms, strict=True), rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.extras
 @pytest.mark.slow
 @pytest.mark.usefixtures("minimal_output")
 def test_run_with_frozen_stages(tmp_path, capsys):

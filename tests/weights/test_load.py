@@ -208,6 +208,7 @@ def test_another_name_keeps_custom_sizes():
     assert merged_config(name="hivit_small")[0].embed_dim == 384
 
 
+@pytest.mark.extras
 @pytest.mark.slow
 def test_pretrain_finetune_share_evaluate(tmp_path, capsys):
     """A shared model evaluates like the trained model.
@@ -239,6 +240,7 @@ def test_pretrain_finetune_share_evaluate(tmp_path, capsys):
             evaluate_checkpoint(config, "", str(shared))
 
 
+@pytest.mark.extras
 @pytest.mark.slow
 def test_continued_pretraining_of_an_official_file(tmp_path):
     """Encoder and decoder are loaded with their exact values."""

@@ -43,6 +43,7 @@ def test_batches_have_the_compiled_shapes(source, overrides):
     }
 
 
+@pytest.mark.extras
 @pytest.mark.slow
 @pytest.mark.parametrize(("fsdp", "parts"), [(8, 1), (4, 2)])
 def test_fsdp_communicates_only_parameters_and_gradients(fsdp, parts):
