@@ -8,12 +8,14 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
+import jax
 import mini_runs
 import numpy as np
 import pytest
 from PIL import Image
 
 from hivit_jax.main import main
+from hivit_jax.tools import check_data
 from tests.test_documentation import commands
 
 pytestmark = [pytest.mark.extras, pytest.mark.slow]
@@ -21,13 +23,15 @@ pytestmark = [pytest.mark.extras, pytest.mark.slow]
 # Pages in the order of their commands; a command on several pages runs once.
 PAGES = ["README.md", "docs/training.md", "docs/weights.md", "docs/predictions.md"]
 PAGES += ["docs/export.md", "docs/report.md", "docs/own_images.md"]
+PAGES += ["docs/small_data.md"]  # trains other models in the directories of the README
 # Pattern of commands that are not run -> reason.
 SKIPPED = {
     r"^(pip|make|docker|kubectl|sbatch|export) ": "installs, or starts other machines",
     r"^launch/": "starts processes or machines; see tests/launch",
     r"^python -m benchmarks\.": "measures for minutes; see tests/benchmarks",
-    r"=DATA|DIR_OF_TARS|gs://|=ROOT": "needs ImageNet or a bucket",
+    r"=DATA|DIR_OF_TARS|gs://|=ROOT|_(vit|swin):": "needs ImageNet or a bucket",
     r"--mode compile": "needs the compiler of a TPU; see tests/tools",
+    r"--from hub/": "needs a dataset of the Hugging Face hub; see test_prepare_data.py",
     r"landcover": "needs the reader's own task; see test_toy_task.py",
 }
 NEEDED = {r"\.onnx$": "jax2onnx", r"\.pth --format": "torch"}  # pattern -> package
@@ -35,6 +39,7 @@ SHORT = ["total_steps=4", "eval_every=4", "checkpoint_every=4", "log_every=2"]
 SMALL = ["model.embed_dim=64", "model.depths=(1,1,2)", "model.num_heads=2"]
 SMALL += ["model.image_size=32", "model.dtype=float32", "data.canvas=0", "batch_size=8"]
 SMALL += ["total_epochs=0", "optimizer.warmup_epochs=0.1"]
+DECODER = ["decoder_embed_dim=32", "decoder_depth=1", "decoder_num_heads=2"]
 
 
 def reason_to_skip(command):
@@ -88,9 +93,12 @@ def run(words):
     """Run a command in this process; return its exit code."""
     if words[0] == "hivit_jax" or words[1:3] == ["-m", "hivit_jax.main"]:
         flags = words[1:] if words[0] == "hivit_jax" else words[3:]
-        if "--config" in flags and "--mode" not in flags:
+        if "--config" in flags and "describe" not in flags:
             digits = any(word.startswith("digits") for word in flags)
-            flags = [*flags, *(f"--config.{x}" for x in SHORT + SMALL * (not digits))]
+            more = SHORT * ("--mode" not in flags) + SMALL * (not digits)
+            if {"mae_tiny", "folder_mae"} & {*flags}:
+                more = [*more, *(f"model.{size}" for size in DECODER)]
+            flags = [*flags, *(f"--config.{override}" for override in more)]
         return main(flags)
     if words[1] == "-m":
         return import_module(words[2]).main(words[3:])
@@ -102,8 +110,14 @@ def test_commands(directory, monkeypatch, capfd, minimal_output):
     for package in ("sklearn", "matplotlib"):
         pytest.importorskip(package)
     monkeypatch.setattr(sys, "path", [str(mini_runs.ROOT), *sys.path])
+    devices = jax.devices()[:1]  # batches of 25 cannot be divided by eight
+    monkeypatch.setattr(jax, "devices", lambda: devices)
+    # Otherwise 3 CPU-seconds, which last minutes on a busy machine.
+    monkeypatch.setattr(check_data, "TIMING_SECONDS", 0.1)
     counts, failed, done = {"run": 0}, [], []
     for page in PAGES:
+        if page == PAGES[-1]:
+            shutil.rmtree(directory / "runs")
         for words in commands(mini_runs.ROOT / page):
             command = shlex.join(words)
             if command in done:
@@ -116,7 +130,6 @@ def test_commands(directory, monkeypatch, capfd, minimal_output):
                 path = directory / "runs"
                 if (path / source).exists() and not (path / copy).exists():
                     shutil.copytree(path / source, path / copy)
-            # Shells expand "~" at the start of a word only; our commands, everywhere.
             code = run(words)
             counts["run"] += 1
             if code:
