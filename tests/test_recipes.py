@@ -176,28 +176,23 @@ for NAME, EPOCHS, PEAK, SCHEDULE in (
         data__crop_scale=(0.67, 1.0),
         data__interpolation="bilinear",
     )
+FROM_SCRATCH = OFFICIAL["finetune:base"] | dict(
+    total_epochs=300,
+    peak=1e-3,
+    optimizer__min_learning_rate=1e-5,
+    optimizer__warmup_learning_rate=1e-6,
+    optimizer__warmup_epochs=20,
+    optimizer__layer_decay=1.0,
+)
 for NAME, DROP_PATH_RATE in (("tiny", 0.2), ("small", 0.3), ("base", 0.5)):
-    OFFICIAL[f"supervised_swin:{NAME}"] = OFFICIAL["finetune:base"] | dict(
-        total_epochs=300,
-        peak=1e-3,
+    OFFICIAL[f"supervised_swin:{NAME}"] = FROM_SCRATCH | dict(
         model__drop_path_rate=DROP_PATH_RATE,
-        optimizer__min_learning_rate=1e-5,
-        optimizer__warmup_learning_rate=1e-6,
-        optimizer__warmup_epochs=20,
-        optimizer__layer_decay=1.0,
         optimizer__clip_norm=5.0,
         optimizer__schedule="cosine_from_start",
     )
 for NAME, DROP_PATH_RATE in (("tiny", 0.05), ("small", 0.3), ("base", 0.5)):
-    OFFICIAL[f"supervised:{NAME}"] = OFFICIAL["finetune:base"] | dict(
-        total_epochs=300,
-        peak=1e-3,
-        model__drop_path_rate=DROP_PATH_RATE,
-        optimizer__min_learning_rate=1e-5,
-        optimizer__warmup_learning_rate=1e-6,
-        optimizer__warmup_epochs=20,
-        optimizer__layer_decay=1.0,
-    )
+    rate = dict(model__drop_path_rate=DROP_PATH_RATE)
+    OFFICIAL[f"supervised:{NAME}"] = FROM_SCRATCH | rate
 
 
 @pytest.mark.parametrize("name", OFFICIAL)

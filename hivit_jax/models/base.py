@@ -132,14 +132,14 @@ class Model(nnx.Module):
           stride_32: add a map at stride 32, a 2x2 max pooling of the last map.
 
         Returns:
-          [B, H/4, W/4, E/4], [B, H/8, W/8, E/2], [B, H/16, W/16, E] in compute dtype
-          and, with `stride_32`, [B, H/32, W/32, E]. `HiViT.features` describes those of
-          visible units.
+          Maps in compute dtype. HiViT: [B, H/4, W/4, E/4], [B, H/8, W/8, E/2] and
+          [B, H/16, W/16, E]. `Encoder.features` and `Swin.features` describe the maps
+          of visible units, of stride 32 and of the other networks.
         """
         return self.encoder.features(images, ids_keep, stride_32)
 
     def layers(self, images: jax.Array, attention: bool = False) -> list[BlockOutput]:
-        """Return tokens and attention of each main-stage block, see `BlockOutput`.
+        """Return tokens and attention of each block with attention: `BlockOutput`.
 
         Args:
           images: [B, H, W, C], float32, normalized.

@@ -223,11 +223,15 @@ class Encoder(nnx.Module):
           attention: also return attention weights.
         """
         *_, x = self._stem(images)
-        layers = []
-        for block in self.stages[-1]:
+        return self._block_outputs(self.stages[-1], x, attention)
+
+    def _block_outputs(self, blocks, x, attention):
+        """Return the `BlockOutput` of each of several blocks with attention."""
+        outputs = []
+        for block in blocks:
             weights = None
             if attention:
                 weights = block.attn.probabilities(block.norm1(x))
             x = run_blocks([block], x, self.run_options)
-            layers.append(BlockOutput(x, weights))
-        return layers
+            outputs.append(BlockOutput(x, weights))
+        return outputs

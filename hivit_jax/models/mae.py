@@ -87,9 +87,7 @@ class MaskedAutoencoder(MaskedModel):
         ids_shuffle, ids_restore, mask = random_masking(noise, kept)
         latent = self.encode(images, ids_shuffle[:, :kept], drop_path_keys)
         pred = positions.gather_tokens(self.decode(latent, ids_shuffle), ids_restore)
-        unit_loss = self.unit_loss(images, pred)
-        loss = (unit_loss * mask).sum() / mask.sum()
-        return MAEOutput(loss, pred, mask, latent, unit_loss)
+        return self.output(images, pred, mask, latent)
 
     @accepts_explicit_axes
     def image_loss(

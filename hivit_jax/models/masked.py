@@ -104,6 +104,14 @@ class MaskedModel(Model):
         check_shape("pred", pred, "[B, N, P*P*C]", *targets.shape)
         return self.error(pred - targets).mean(-1)
 
+    def output(
+        self, images: jax.Array, pred: jax.Array, mask: jax.Array, latent: jax.Array
+    ) -> MAEOutput:
+        """Return the output with the loss; for the arguments see `MAEOutput`."""
+        unit_loss = self.unit_loss(images, pred)
+        loss = (unit_loss * mask).sum() / mask.sum()
+        return MAEOutput(loss, pred, mask, latent, unit_loss)
+
     @accepts_explicit_axes
     def to_images(
         self, out: MAEOutput, mean: jax.Array, scale: jax.Array

@@ -114,9 +114,7 @@ class SimMIM(MaskedModel):
         mask = self.mask(images, noise, mask_ratio)
         latent = self.encode(images, mask, drop_path_keys)
         pred = self.decode(latent)
-        unit_loss = self.unit_loss(images, pred)
-        loss = (unit_loss * mask).sum() / mask.sum()
-        return MAEOutput(loss, pred, mask, latent, unit_loss)
+        return self.output(images, pred, mask, latent)
 
     @accepts_explicit_axes
     def image_loss(

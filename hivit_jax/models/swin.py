@@ -15,7 +15,7 @@ from hivit_jax.errors import ConfigError
 from hivit_jax.keys import setting
 from hivit_jax.models import positions
 from hivit_jax.models.arguments import check_shape
-from hivit_jax.models.blocks import AttentionBlock, run_blocks
+from hivit_jax.models.blocks import AttentionBlock
 from hivit_jax.models.config import EncoderConfig, RunOptions, check_heads
 from hivit_jax.models.encoder import BlockOutput, Encoder
 from hivit_jax.models.explicit_axes import accepts_explicit_axes
@@ -260,10 +260,6 @@ class Swin(Encoder):
         x, layers = self._embed(images), []
         for stage, blocks in enumerate(self.stages):
             x = self._merge(stage, x) if stage else x
-            for block in blocks:
-                weights = None
-                if attention:
-                    weights = block.attn.probabilities(block.norm1(x))
-                x = run_blocks([block], x, self.run_options)
-                layers.append(BlockOutput(x, weights))
+            layers += self._block_outputs(blocks, x, attention)
+            x = layers[-1].tokens
         return layers

@@ -17,7 +17,7 @@ from flax import nnx
 from hivit_jax.models import create_model
 from hivit_jax.models.positions import sincos_table
 from hivit_jax.tree import split
-from hivit_jax.weights.names.official import from_official
+from hivit_jax.weights.names.official import from_official, to_official
 
 GOLDEN = Path(__file__).parents[1] / "parity" / "golden"
 MANIFEST = json.loads((GOLDEN / "manifest.json").read_text())
@@ -119,3 +119,14 @@ def build_fixture(fixture: str):
     if "num_classes" in config:
         name = "hivit_base"
     return build(name, state_dict(fixture), **overrides)
+
+
+def official_shapes(model, to_names=to_official):
+    """Return {official name: shape} of a model without arrays.
+
+    Args:
+      to_names: function (parameters, model) that returns arrays by official name.
+    """
+    abstract = split(model)[1]
+    zeros = jax.tree.map(lambda x: np.broadcast_to(np.float32(0), x.shape), abstract)
+    return {key: array.shape for key, array in to_names(zeros, model).items()}

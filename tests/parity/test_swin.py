@@ -8,7 +8,7 @@ import pytest
 import swin
 from flax import nnx
 from networks import fast_jit
-from reference import golden
+from reference import golden, official_shapes
 from swin import FIXTURES
 
 from hivit_jax.models import resize
@@ -195,11 +195,7 @@ def test_official_state_dict_and_back(fixture):
 def shapes_of(fixture):
     """Return {official name: shape} of a full-size model."""
     name, config = swin.arguments(fixture)
-    model = swin.abstract_model(name, **config)
-    zeros = jax.tree.map(
-        lambda x: np.broadcast_to(np.float32(0), x.shape), split(model)[1]
-    )
-    return {key: array.shape for key, array in to_official(zeros, model).items()}
+    return official_shapes(swin.abstract_model(name, **config))
 
 
 @pytest.mark.extras

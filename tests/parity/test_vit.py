@@ -7,7 +7,7 @@ import optax
 import pytest
 import vit
 from flax import nnx
-from reference import golden
+from reference import golden, official_shapes
 from vit import FIXTURES
 
 from hivit_jax.models.masking import random_masking
@@ -166,11 +166,7 @@ def test_resized_position_tables(old, new):
 
 def shapes_of(name, **overrides):
     """Return {official name: shape} of a full-size model."""
-    model = vit.abstract_model(name, **overrides)
-    zeros = jax.tree.map(
-        lambda x: np.broadcast_to(np.float32(0), x.shape), split(model)[1]
-    )
-    return {key: array.shape for key, array in to_state_dict(zeros, model).items()}
+    return official_shapes(vit.abstract_model(name, **overrides), to_state_dict)
 
 
 @pytest.mark.extras
