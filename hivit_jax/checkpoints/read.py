@@ -31,13 +31,19 @@ def find_checkpoints(path: str | Path) -> list[Path]:
       path: a workdir, its checkpoints directory, or the directory of one checkpoint.
 
     Raises:
-      CheckpointError: there is no checkpoint.
+      CheckpointError: there is no checkpoint, or it is incomplete.
     """
     path = absolute(path)
     if (path / "checkpoints").is_dir():
         path = path / "checkpoints"
-    if (path / "params").is_dir():
+    if is_complete(path):
         return [path]
+    if (path / "params").is_dir():
+        raise CheckpointError(
+            f"{path}: expected {COMMIT_FILE}, the last file of a checkpoint in a "
+            "bucket, found none\nIf this is a complete copy of a local checkpoint, add "
+            "an empty file of this name"
+        )
     found = [p for p in path.glob("*") if p.name.isdigit() and is_complete(p)]
     if not found:
         raise CheckpointError(

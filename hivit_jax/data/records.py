@@ -73,7 +73,7 @@ class Records:
 
 
 def load_index(
-    directory: str, files: Sequence[str], make: Callable[[], Index]
+    directory: str, files: Sequence[str], make: Callable[[], Index], version: str = ""
 ) -> Index:
     """Return the index of a dataset's files. It is made once and then saved.
 
@@ -85,8 +85,10 @@ def load_index(
       directory: directory of the files.
       files: paths or addresses of the files.
       make: returns the index.
+      version: version of `make`. An index of another version is not used.
     """
     stamps = [file if storage.is_remote(file) else _stamp(file) for file in files]
+    stamps += [version] * bool(version)
     key = hashlib.sha256("\n".join(stamps).encode()).hexdigest()[:16]
     name = f"hivit_jax_index_{key}.npz"
     cached = str(cache_directory() / name)

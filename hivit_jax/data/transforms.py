@@ -15,6 +15,7 @@ import numpy as np
 from hivit_jax.augment.resample import precise_span
 from hivit_jax.data.crops import Box, center_crop, paste_crop, random_resized_crop
 from hivit_jax.data.rasters import decode
+from hivit_jax.data.sources.base import label_vector
 from hivit_jax.errors import DataError
 
 DRAWS = 22  # random numbers of a random crop: ten areas, ten aspect ratios, top, left
@@ -192,20 +193,14 @@ class ImageTransform(Transform):
           DataError: the label is invalid.
         """
         label = sample.get("label", () if self._num_labels else 0)
-        if not self._num_labels:
-            if self._is_valid(label):
-                return label
-            raise DataError(
-                f"expected a label from 0 to {self._num_classes - 1}, found {label}; "
-                f"correct the label or model.num_classes={self._num_classes}"
-            )
-        given, count = np.array(label), self._num_labels
-        if given.ndim != 1 or len(given) > count or not np.isin(given, (0, 1)).all():
-            raise DataError(
-                f"data.multi_label=True: expected at most {count} values 0 or 1 as "
-                f"label, found {label}"
-            )
-        return np.pad(given.astype(np.uint8), (0, count - len(given)))
+        if self._num_labels:
+            return label_vector(label, self._num_labels)
+        if self._is_valid(label):
+            return label
+        raise DataError(
+            f"expected a label from 0 to {self._num_classes - 1}, found {label}; "
+            f"correct the label or model.num_classes={self._num_classes}"
+        )
 
     def _is_valid(self, label: int) -> bool:
         return not self._num_classes or 0 <= label < self._num_classes

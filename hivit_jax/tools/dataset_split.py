@@ -13,6 +13,7 @@ from hivit_jax.data.findings import CLIPPED, LOST, image_findings
 from hivit_jax.data.loader import available_cores
 from hivit_jax.data.order import permutation
 from hivit_jax.data.rasters import ChannelError, decode
+from hivit_jax.data.sources.base import LabelError, label_vector
 from hivit_jax.data.sources.registry import open_source
 from hivit_jax.data.summary import Summary
 from hivit_jax.errors import DataError, LocalDataError
@@ -37,7 +38,7 @@ class Split:
     Attributes:
       indices: indices in the dataset's split of the k images, int64 [k].
       labels: int64 [k], or [k, classes] of 0 and 1 with several labels per image; -1
-        for an unreadable image or an invalid label.
+        for an unreadable image or an invalid label; 0 for images without labels.
       sizes: height and width, int64 [k, 2]; 0 for an unreadable image.
       summary: facts about all readable images.
       findings: findings[finding][index] is the detail, text, about the image at an
@@ -52,8 +53,9 @@ class Split:
         self.source = open_source(data, split)
         n = len(self.source)
         self.indices = np.sort(permutation(0, 0, n)[: max_images or n])
-        several = (len(self.source.classes),) if data.multi_label else ()
-        self.labels = np.full((len(self.indices), *several), -1)
+        several = data.multi_label and self.source.labeled
+        shape = (len(self.source.classes),) if several else ()
+        self.labels = np.full((len(self.indices), *shape), -1)
         self.sizes = np.zeros((len(self.indices), 2), np.int64)
         empty = {UNREADABLE: {}, BAD_LABEL: {}}
         self.summary = Summary(self.channels)
@@ -88,6 +90,9 @@ class Split:
             except ChannelError as error:
                 self.findings[CHANNELS][index] = str(error)
                 continue
+            except LabelError as error:
+                self.findings[BAD_LABEL][index] = str(error)
+                continue
             except DataError as error:
                 self.findings[NEED_RANGE][index] = str(error)
                 continue
@@ -97,20 +102,31 @@ class Split:
                 continue
             self.sizes[position] = pixels.shape[:2]
             self.summary.add(index, encoded, pixels)
-            if not self.source.labeled or (
-                np.shape(label) == (len(self.source.classes),)
-                if data.multi_label
-                else 0 <= label < len(self.source.classes)
-            ):
-                self.labels[position] = label
-            else:
-                self.findings[BAD_LABEL][index] = str(label)
+            try:
+                self.labels[position] = self._valid_label(label)
+            except LabelError as error:
+                self.findings[BAD_LABEL][index] = str(error)
             get_name = partial(self.name, index)
             options = size, data.canvas, data.value_range
             found = image_findings(encoded, get_name, pixels, *options)
             for finding, detail in found.items():
                 self.findings[finding][index] = detail
         return len(indices)
+
+    def _valid_label(self, label: Any) -> int | np.ndarray:
+        """Return a label, or the vector of an image's labels; 0 for unlabeled images.
+
+        Raises:
+          LabelError: the label is invalid.
+        """
+        classes = len(self.source.classes)
+        if not self.source.labeled:
+            return 0
+        if self.labels.ndim == 2:
+            return label_vector(label, classes)
+        if not 0 <= label < classes:
+            raise LabelError(str(label))
+        return label
 
     def write_unreadable(self, listing: BinaryIO, reasons: BinaryIO) -> None:
         """Write a line per unreadable image to each of two files.

@@ -13,12 +13,11 @@ from hivit_jax.errors import ConfigError, DataError, first_line, require
 from hivit_jax.paths import expand
 from hivit_jax.tools.record_shards import Splits, is_complete, write_dataset
 
-# Start of a word in a file's name, or else in its directory's name, -> split.
+# Word in a file's name, or else in its directory's name, -> split.
 SPLIT_NAMES = {
-    "train": "train",
-    "val": "validation",
-    "dev": "validation",
-    "test": "test",
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing"), "test"),
 }
 LABEL_COLUMNS = ("label", "labels", "class", "class_name", "category")
 VERSION = "1.0.0"  # TFDS reads datasets from NAME/VERSION
@@ -123,7 +122,7 @@ def _find(pattern: str) -> dict[str, list[Path]]:
     for file in sorted(found):
         texts = file.stem.lower(), file.absolute().parent.name.lower()
         words = [word for text in texts for word in re.findall("[a-z]+", text)]
-        splits = (SPLIT_NAMES[n] for w in words for n in SPLIT_NAMES if w.startswith(n))
+        splits = (SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES)
         files.setdefault(next(splits, "train"), []).append(file)
     return dict(sorted(files.items()))
 

@@ -40,7 +40,7 @@ FLAGS = {
         "",
         "directory to write to; default: $TFDS_DATA_DIR or ~/tensorflow_datasets",
     ),
-    "name": ("imagenet2012", "classification dataset of TFDS to prepare"),
+    "name": ("", "classification dataset of TFDS to prepare; default: imagenet2012"),
     "from": (
         "",
         "convert parquet files instead: a file, a directory, or a pattern in quotes",
@@ -49,7 +49,8 @@ FLAGS = {
     "label_column": ("", "column of the labels in parquet files; default: by its name"),
     "short_side": (
         0,
-        "shrink training images with a larger short side to this many pixels; 0: never",
+        "shrink training images with a larger short side to this many pixels, except "
+        "images of more than 8 bits; 0: never",
     ),
     "shard_size": (1024, argparse.SUPPRESS),
 }
@@ -63,7 +64,8 @@ def prepare(
     Args:
       manual_dir: directory of files that TFDS cannot download.
       data_dir: "": the default directory of TFDS.
-      short_side: short side that larger training images are shrunk to; 0: no shrinking.
+      short_side: short side that larger training images of 8 bits are shrunk to; 0: no
+        shrinking.
       shard_size: images per shard. An interruption loses at most one shard.
     """
     manual_dir, data_dir = map(os.path.expanduser, (manual_dir, data_dir))
@@ -184,16 +186,21 @@ def run(argv: Sequence[str] | None) -> None:
     for name, (default, text) in FLAGS.items():
         parser.add_argument(f"--{name}", type=type(default), default=default, help=text)
     flags = vars(parser.parse_args(argv))
-    source, *options = (flags.pop(name) for name in ("from", "out", "label_column"))
-    if bool(source) != bool(options[0]):
+    source, out, column = (flags.pop(name) for name in ("from", "out", "label_column"))
+    if bool(source) != bool(out):
         raise ConfigError("expected both --from=FILES and --out=DIR, or neither")
-    if source and (flags["manual_dir"] or flags["data_dir"]):
-        raise ConfigError("--from: expected neither --manual_dir nor --data_dir")
+    if column and not source:
+        raise ConfigError(f"--label_column={column}: expected also --from and --out")
+    if source and (flags["manual_dir"] or flags["data_dir"] or flags["name"]):
+        raise ConfigError(
+            "--from: expected neither --manual_dir nor --data_dir nor --name"
+        )
+    flags["name"] = flags["name"] or "imagenet2012"
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         if source:
             sizes = flags["short_side"], flags["shard_size"]
-            parquet.convert(source, *options, *sizes)
+            parquet.convert(source, out, column, *sizes)
         else:
             prepare(**flags)
     except HivitError:

@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from hivit_jax.data.decoding import stored_values
 from hivit_jax.errors import ConfigError, DataError
 
 # Uncompressed, because compressing JPEGs makes them slower to read but not smaller.
@@ -34,7 +35,8 @@ def write_dataset(
 
     Args:
       info: DatasetInfo of TFDS; its splits are set.
-      short_side: short side that larger training images are shrunk to; 0: no shrinking.
+      short_side: short side that larger training images of 8 bits are shrunk to; 0: no
+        shrinking.
       shard_size: images per shard. An interruption loses at most one shard.
       make_splits: called once, unless the dataset is already complete.
 
@@ -132,12 +134,15 @@ def _write(
 
 
 def shrink(encoded: bytes, short_side: int) -> bytes:
-    """Shrink an encoded image to a JPEG with this short side; never enlarge it."""
+    """Shrink an encoded image of 8 bits to a JPEG with this short side.
+
+    Smaller images, and images of more bits, are returned unchanged.
+    """
     from PIL import Image
 
     image = Image.open(io.BytesIO(encoded))
     scale = short_side / min(image.size)
-    if scale >= 1:
+    if scale >= 1 or stored_values(image, encoded):
         return encoded
     image = image if image.mode in ("L", "RGB") else image.convert("RGB")
     size = [round(side * scale) for side in image.size]

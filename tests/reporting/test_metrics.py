@@ -11,6 +11,7 @@ from etils import epath
 from etils.epath import backend, gpath
 
 from hivit_jax.checkpoints import read
+from hivit_jax.errors import CheckpointError
 from hivit_jax.reporting import console, figures, metrics
 
 
@@ -181,3 +182,7 @@ def test_workdir_in_a_bucket(bucket):
             (bucket / f"run/checkpoints/{step}/commit_success.txt").touch()
     found = [path.name for path in read.find_checkpoints("gs://bucket/run")]
     assert found == ["12", "7"]
+    path = "gs://bucket/run/checkpoints"
+    assert [str(p) for p in read.find_checkpoints(f"{path}/7")] == [f"{path}/7"]
+    with pytest.raises(CheckpointError, match="15: expected commit_success.txt"):
+        read.find_checkpoints(f"{path}/15")

@@ -11,7 +11,8 @@ from prepared import prepare
 
 from benchmarks.photographs import photographs, write
 from hivit_jax.data.sources import folder
-from hivit_jax.tools import check_data
+from hivit_jax.data.sources.base import Source, multi_hot
+from hivit_jax.tools import check_data, dataset_split
 from hivit_jax.xla import chips
 
 NAMES = sorted(photographs())
@@ -373,6 +374,18 @@ def test_images_without_labels(check, healthy):
     assert out.endswith("\nhealthy\n")
 
 
+def test_images_without_labels_where_several_are_allowed(check, healthy, tmp_path):
+    """data.multi_label=True does not need labels."""
+    names = [str(photo(healthy, k)) for k in range(7)]
+    (tmp_path / "all.csv").write_text("\n".join(["path", *names]))
+    keys = dict(data__name="csv", data__multi_label=True, data__eval_split="none")
+    sheet = tmp_path / "sheet.png"
+    code, out, _ = check(tmp_path / "all.csv", f"--sheet={sheet}", **keys)
+    assert code == 0
+    assert "\ntrain: 7 images, no classes\n" in out
+    assert sheet.is_file()
+
+
 def test_list_that_cannot_be_written(check, healthy, tmp_path):
     code, _, err = check(healthy, f"--list={tmp_path / 'none' / 'x'}")
     assert code == 2
@@ -426,6 +439,33 @@ def test_invalid_labels(check, healthy, monkeypatch):
     assert train[-3:] == labels
     assert "images per class 4 5 5" in train
     assert err.endswith("\ntrain: 2 with an invalid label\n")
+
+
+def test_invalid_vectors_of_labels(healthy, monkeypatch):
+    """A vector is invalid if training refuses it; a short one is extended with 0."""
+
+    class Labeled(Source):
+        classes = ("a", "b", "c")
+        vectors = ([1, 0, 1], [1], [0, 2, 0], [0] * 4, 1, None)
+
+        def __len__(self):
+            return len(self.vectors)
+
+        def sample(self, index):
+            label = self.vectors[index]
+            label = multi_hot([0, -1], 3) if label is None else label
+            return {"image": photo(healthy, index).read_bytes(), "label": label}
+
+    monkeypatch.setattr(dataset_split, "open_source", lambda data, split: Labeled())
+    config = mini_runs.mae("photographs", data__multi_label=True)
+    split = dataset_split.Split(config, "train")
+    split.read()
+    assert split.labels.tolist() == [[1, 0, 1], [1, 0, 0], *[[-1] * 3] * 4]
+    found = split.findings[dataset_split.BAD_LABEL]
+    assert [*found] == [2, 3, 4, 5]
+    assert "at most 3 values 0 or 1 as label, found [0, 2, 0]" in found[2]
+    assert found[5] == "expected labels from 0 to 2, found [0, -1]"
+    assert dataset_split.NEED_RANGE not in split.findings
 
 
 def test_file_name_that_is_not_utf_8(check, tmp_path):

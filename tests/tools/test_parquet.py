@@ -89,6 +89,27 @@ def test_texts_and_numbers_without_metadata(labels, classes, numbers, tmp_path, 
     assert "--config.data.eval_split=none" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("path", "split"),
+    [
+        ("devices/0.parquet", "train"),
+        ("values/0.parquet", "train"),
+        ("valid_0/train.parquet", "train"),
+        ("validation/0.parquet", "validation"),
+        ("x/valid-0.parquet", "validation"),
+        ("x/birds_val2017.parquet", "validation"),
+        ("dev/0.parquet", "validation"),
+        ("x/0.testing.parquet", "test"),
+        ("test/training-0.parquet", "train"),
+    ],
+)
+def test_splits_are_whole_words(path, split, tmp_path):
+    file = tmp_path / path
+    file.parent.mkdir()
+    file.touch()
+    assert parquet._find(str(file)) == {split: [file]}
+
+
 @pytest.mark.parametrize("sequence", [True, False])
 def test_several_labels(sequence, tmp_path, capsys):
     """An empty list is an image of no class; null is unlabeled and left out."""
@@ -158,6 +179,7 @@ def test_bad_flags(tmp_path, capsys, monkeypatch):
     good = f"--out={tmp_path / 'd'}"
     fails("both --from=FILES and --out=DIR", f"--from={file}")
     fails("neither --manual_dir", f"--from={file}", good, f"--data_dir={tmp_path}")
+    fails("nor --name", f"--from={file}", good, "--name=mnist")
     fails("expected parquet files, found none", f"--from={tmp_path}/*.x", good)
     fails("becomes data.name", f"--from={file}", f"--out={tmp_path / '0-d'}")
     fails("becomes data.name", f"--from={file}", f"--out={tmp_path / 'folder'}")

@@ -11,13 +11,15 @@ import mini_runs
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+import tifffile
+from datasets import encode
 from imagenet_tars import LABELS, VALIDATION_LABELS, WNIDS, pack_tar, write_tars
 from mini_runs import check_message
 from PIL import Image
 
 from hivit_jax.data.sources.tfds import OPENERS, Tfds
 from hivit_jax.errors import DataError
-from hivit_jax.tools import prepare_data
+from hivit_jax.tools import prepare_data, record_shards
 from hivit_jax.tools.prepare_data import main
 
 VERSION = Path("imagenet2012") / "5.1.0"
@@ -109,6 +111,21 @@ def test_reduced_images(complete, small):
     assert stored(small / VERSION, "validation") == stored(
         complete / VERSION, "validation"
     )
+
+
+def test_images_of_more_bits_are_not_shrunk():
+    """A JPEG has 8 bits. Color of 16 bits has the same PIL mode as color of 8."""
+    gray = np.arange(40 * 30, dtype=np.uint16).reshape(40, 30) * 50
+    color = np.repeat(gray[..., None], 3, -1)
+    tiff = io.BytesIO()
+    tifffile.imwrite(tiff, color, photometric="rgb")
+    for values in (gray, gray.astype(np.int32), gray.astype(np.float32)):
+        encoded = encode(Image.fromarray(values), "TIFF")
+        assert record_shards.shrink(encoded, 15) == encoded
+    assert record_shards.shrink(tiff.getvalue(), 15) == tiff.getvalue()
+    encoded = encode(Image.fromarray((color // 256).astype(np.uint8)), "TIFF")
+    assert size_of(record_shards.shrink(encoded, 15)) == (15, 20)
+    assert record_shards.shrink(encoded, 30) == encoded
 
 
 @pytest.mark.slow
@@ -326,6 +343,7 @@ def test_tfrecords_of_tfds(tmp_path):
         (["--manual_dir="], ["--manual_dir=''", "not a directory", prepare_data.TRAIN]),
         (["--manual_dir=/x/y"], ["--manual_dir='/x/y'", "not a directory"]),
         (["--data_dir=/dev/null"], ["/dev/null", "cannot be written"]),
+        (["--label_column=x"], ["--label_column=x", "--from and --out"]),
         (["--short_side=-1"], ["short_side=-1", "at least 0"]),
         (["--short_side=abc"], ["--short_side", "'abc'"]),
         (["--short_sid=3"], ["--short_sid=3"]),

@@ -22,6 +22,7 @@ from hivit_jax.errors import DataError
 
 THREADS = 64  # tar files that are indexed concurrently
 UNLABELED = -1
+VERSION = "2"  # of saved indexes; the first one lacks the labels in KEY.json
 
 
 class Archives(FileSource):
@@ -106,7 +107,7 @@ class Archives(FileSource):
             log_indexing(directory, len(files))
             return self._make_index(files)
 
-        index = load_index(directory, files, make)
+        index = load_index(directory, files, make, VERSION)
         labels = index["labels"]
         if not len(labels):
             raise DataError(f"{files[0]} contains no images; expected {SUFFIXES[:3]}")
@@ -167,10 +168,6 @@ class Zip(Archives):
 
     def _files(self, directory: str, split: str) -> list[str]:
         return [f"{directory}/{split}.zip"]
-
-    def relative_paths(self) -> list[str]:
-        start = len(self.root) + 1
-        return [self.name(index)[start:] for index in range(len(self))]
 
     def _image(self, record: bytes) -> bytes:
         return zip.data_of(record)

@@ -7,12 +7,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from hivit_jax.errors import DataError
+
 # `data.name` may also be any other TFDS dataset, or ``module:Class`` for a user's
 # subclass of `Source`. It is constructed as Class(split, data.dir) with the split
 # "train" or "test".
 KNOWN_DATASETS = (
     "csv", "digits", "folder", "imagenet2012", "synthetic", "webdataset", "zip"
 )  # fmt: skip
+
+
+class LabelError(DataError):
+    """An example has invalid labels."""
 
 
 @dataclass(frozen=True)
@@ -154,8 +160,31 @@ class Source:
         return ", ".join(parts)
 
 
-def multi_hot(labels: Sequence[int], num_classes: int) -> np.ndarray:
-    """Return uint8 [num_classes], 1 for each of the labels of an image."""
-    found = np.zeros(num_classes, np.uint8)
-    found[np.asarray(labels, np.int64)] = 1
+def multi_hot(labels: Sequence[int] | int, num_classes: int) -> np.ndarray:
+    """Return uint8 [num_classes], 1 for each of the labels of an image.
+
+    Raises:
+      LabelError: a label is out of range.
+    """
+    given, found = np.asarray(labels, np.int64), np.zeros(num_classes, np.uint8)
+    if ((given < 0) | (given >= num_classes)).any():
+        raise LabelError(
+            f"expected labels from 0 to {num_classes - 1}, found {given.tolist()}"
+        )
+    found[given] = 1
     return found
+
+
+def label_vector(label: Any, num_labels: int) -> np.ndarray:
+    """Return the vector of an image's labels, extended with 0 to uint8 [num_labels].
+
+    Raises:
+      LabelError: it is not a vector of 0 and 1, or too long.
+    """
+    given = np.array(label)
+    if given.ndim != 1 or len(given) > num_labels or not np.isin(given, (0, 1)).all():
+        raise LabelError(
+            f"data.multi_label=True: expected at most {num_labels} values 0 or 1 as "
+            f"label, found {label}"
+        )
+    return np.pad(given.astype(np.uint8), (0, num_labels - len(given)))

@@ -10,8 +10,8 @@ from buckets import serve
 from datasets import assert_batches_equal, encode, folder_config, noise_image
 
 from hivit_jax import inputs
-from hivit_jax.data import tar
-from hivit_jax.data.sources import registry
+from hivit_jax.data import records, tar
+from hivit_jax.data.sources import archives, registry
 from hivit_jax.errors import DataError
 
 pytestmark = pytest.mark.usefixtures("cache_directory")
@@ -180,6 +180,22 @@ def test_labels_in_json(tmp_path):
     source = registry.open_source(data, "train")
     assert source.ignored == {"without an image": 5}
     assert not source.labeled
+
+
+def test_index_of_an_earlier_version_is_not_used(tmp_path):
+    """The earlier version did not read the labels in KEY.json."""
+    members = [("a.jpg", b"0"), ("a.json", b'{"label": 2}')]
+    write_tar(tmp_path / "train.tar", members)
+    data = folder_config(tmp_path, data__name="webdataset").data
+    file = str(tmp_path / "train.tar")
+
+    def earlier():
+        part = archives._tar_index(file)
+        arrays = {"labels": np.array([-1]), "files": np.array([0]), "ignored": [1]}
+        return part | arrays
+
+    records.load_index(str(tmp_path), [file], earlier)
+    assert registry.open_source(data, "train").labels.tolist() == [2]
 
 
 def test_held_out_images_and_slices(dataset):
