@@ -14,7 +14,7 @@ def expand(path: str) -> str:
     ``~user`` if there is no such user.
     """
     path = os.fspath(path)
-    return path if "://" in path else os.path.expanduser(path)
+    return path if is_bucket(path) else os.path.expanduser(path)
 
 
 def absolute(path: str | os.PathLike) -> Any:

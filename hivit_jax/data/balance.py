@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from hivit_jax.data.order import permutation, shuffled
+from hivit_jax.data.sources.splits import by_label
 from hivit_jax.errors import ConfigError
 
 
@@ -28,7 +29,7 @@ class BalancedOrder:
     def __init__(self, labels: np.ndarray, balance: float, seed: int):
         labels = np.asarray(labels)
         self._seed, self._n = seed, len(labels)
-        self._members = [np.flatnonzero(labels == k) for k in np.unique(labels)]
+        self._members = by_label(labels)
         self.counts = balanced_counts([len(own) for own in self._members], balance)
         self._epoch = lru_cache(maxsize=2)(self._compute_epoch)
 

@@ -26,7 +26,7 @@ def split_notes(
             f"outside of the class directories: {', '.join(source.loose)}"
             f"{', ...' if count > len(source.loose) else ''}"
         )
-    labels = np.asarray(getattr(source, "labels", 0))
+    labels = np.asarray(source.labels)
     if labels.ndim == 2 and (count := int((~labels.any(1)).sum())):
         notes.append(
             f"{count:,} of {len(labels):,} images of the {split} split have no label; "

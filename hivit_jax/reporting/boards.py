@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from hivit_jax.errors import ConfigError, first_line, require
+from hivit_jax.paths import is_bucket
 
 ID_FILE = (
     "wandb.id"  # in the workdir: the run's id, with which later launches continue it
@@ -36,8 +37,7 @@ def open_boards(workdir: Any, settings: Mapping[str, Any], project: str) -> list
     Raises:
       ConfigError: wandb is not installed, or cannot start.
     """
-    remote = "://" in str(workdir)
-    boards = [] if remote else tensorboards(workdir, settings)
+    boards = [] if is_bucket(workdir) else tensorboards(workdir, settings)
     if project:
         boards.append(Wandb(workdir, settings, project))
     return boards
@@ -108,7 +108,7 @@ class Wandb:
                 name=workdir.name,
                 id=id_file.read_text(),
                 resume="allow",
-                dir=None if "://" in str(workdir) else str(workdir),
+                dir=None if is_bucket(workdir) else str(workdir),
                 config=dict(settings),
                 settings=wandb.Settings(console="off", silent=True),
             )

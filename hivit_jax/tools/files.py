@@ -161,7 +161,7 @@ def compute(
     with tqdm(total=len(source), desc=title, unit=" images", disable=None) as bar:
         for batch in prefetch_to_device(batches, mesh):
             outputs = step(batch)
-            names = ("index", "unreadable", *[k for k in ("label",) if k in batch])
+            names = {"index", "unreadable", "label"} & {*batch}
             facts, rows = jax.device_get(({k: batch[k] for k in names}, outputs))
             real = facts["index"] >= 0
             facts, rows = ({k: v[real] for k, v in d.items()} for d in (facts, rows))

@@ -112,9 +112,6 @@ def _open(
     if re.fullmatch(r"[\w.]+:[A-Za-z_]\w*", name):
         return import_class("data.name", name)(split, directory)
     splits = train_split, eval_split
-    defaults = DEFAULT_SPLITS.get(name, DEFAULT_SPLITS[""])
-    train_split, eval_split = train_split or defaults[0], eval_split or defaults[1]
-    split_name = train_split if split == "train" else eval_split
     if name == "folder":
         if cache_dir and storage.is_remote(directory):
             raise ConfigError(
@@ -127,6 +124,12 @@ def _open(
     elif name == "csv":
         source = _open_table(directory, split, *splits, selection, multi_label)
     else:
+        train_default, eval_default = DEFAULT_SPLITS[""]
+        split_name = (
+            train_split or train_default
+            if split == "train"
+            else eval_split or eval_default
+        )
         source = Tfds(name, directory, split_name, cache_dir, multi_label)
     if train_examples:
         raise ConfigError(
@@ -166,17 +169,29 @@ def _open_folder(
     Without an evaluation split, `directory` itself is the default training split
     unless it contains the directory of the usual name.
     """
-    default = DEFAULT_SPLITS["folder"][0]
+    train_default, eval_default = DEFAULT_SPLITS["folder"]
     if selection.eval_fraction or eval_split == NO_EVALUATION:
         eval_split = ""
-        if not is_directory(f"{directory}/{default}"):
-            default = "."
-    train, percent = parse_slice(train_split or default)
-    chosen = train
-    if split == "test" and not selection.eval_fraction:
-        chosen, percent = parse_slice(eval_split or DEFAULT_SPLITS["folder"][1])
+        if not is_directory(f"{directory}/{train_default}"):
+            train_default = "."
+    splits = train_split or train_default, eval_split or eval_default
+    chosen, train, percent = _parse_splits(split, *splits, selection)
     source = Folder(directory, chosen, train, class_level)
     return select(source, selection, split == "test", percent)
+
+
+def _parse_splits(
+    split: str, train_split: str, eval_split: str, selection: Selection
+) -> tuple[str, str, tuple[int, int]]:
+    """Return the names of a split and of the training split, and the split's slice.
+
+    Held-out images are in the training split.
+    """
+    train, percent = parse_slice(train_split)
+    if split == "train" or selection.eval_fraction:
+        return train, train, percent
+    chosen, percent = parse_slice(eval_split)
+    return chosen, train, percent
 
 
 def _open_archives(
@@ -190,10 +205,8 @@ def _open_archives(
 ) -> Source:
     """Open a split of the images in tar or zip files."""
     defaults = DEFAULT_SPLITS[name]
-    train, percent = parse_slice(train_split or defaults[0])
-    chosen = train
-    if split == "test" and not selection.eval_fraction:
-        chosen, percent = parse_slice(eval_split or defaults[1])
+    splits = train_split or defaults[0], eval_split or defaults[1]
+    chosen, train, percent = _parse_splits(split, *splits, selection)
     source = ARCHIVES[name](directory, chosen, train, cache_dir)
     return select(source, selection, split == "test", percent)
 

@@ -225,7 +225,7 @@ def hold_out(groups: Sequence[str], labels: np.ndarray, fraction: float) -> np.n
     members = np.array([numbers.setdefault(g, len(numbers)) for g in groups], np.int64)
     hashes = np.array([_hash(name) for name in numbers])
     chosen = hashes < fraction
-    classes = [np.unique(members[indices]) for indices in _by_label(labels)]
+    classes = [np.unique(members[indices]) for indices in by_label(labels)]
     for own in classes:
         if chosen[own].all():
             chosen[own[hashes[own].argmax()]] = False
@@ -252,14 +252,14 @@ def _slice_mask(
     """Return True for the examples in a slice of each class, bool [n]."""
     hashes = np.array([_hash(path) for path in paths])
     mask = np.zeros(len(paths), bool)
-    for indices in _by_label(labels):
+    for indices in by_label(labels):
         order = indices[hashes[indices].argsort()]
         start, stop = (round(len(order) * bound / 100) for bound in percent)
         mask[order[start:stop]] = True
     return mask
 
 
-def _by_label(labels: np.ndarray) -> list[np.ndarray]:
+def by_label(labels: np.ndarray) -> list[np.ndarray]:
     """Return the indices of the examples of each label that occurs."""
     if not len(labels):
         return []

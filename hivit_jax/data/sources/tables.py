@@ -101,7 +101,10 @@ class Table(FileSource):
         known = _split_labels(train_file, reference.labels, multi_label)
         self.classes, label_of = _classes(train_file, known)
         texts = [rows.labels[i] for i in chosen]
-        names = _split_labels(file, texts, multi_label)
+        if rows is reference:
+            names = [known[i] for i in chosen]
+        else:
+            names = _split_labels(file, texts, multi_label)
         for path, text, own in zip(self._paths, texts, names, strict=True):
             if any(name not in label_of for name in own):
                 raise DataError(
