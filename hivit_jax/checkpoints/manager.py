@@ -178,7 +178,7 @@ class Checkpoints:
         if jax.process_index() == 0:
             target = self.directory.parent / "damaged" / str(step)
             target.parent.mkdir(exist_ok=True)
-            if is_bucket(target):  # which contains no empty directories
+            if is_bucket(target):  # because a bucket has no empty directories
                 (target.parent / "README").write_text("Damaged checkpoints.\n")
             if target.exists():
                 target.rmtree()

@@ -14,10 +14,11 @@ from hivit_jax.errors import ConfigError
 class BalancedOrder:
     """Order of the examples of a run; replaces `order.samples_at`.
 
-    An epoch has as many examples as the dataset. A class that fills m positions of an
-    epoch continues an endless sequence of permutations of its own examples by m.
-    Therefore the numbers of uses of two examples of a class differ by at most one, at
-    any epoch. Like `order.permutation`, the order is a function of seed and epoch.
+    An epoch has as many examples as the dataset. Each class has an endless sequence of
+    permutations of its examples. An epoch with m positions for the class uses the next
+    m examples of this sequence. Therefore the numbers of uses of two examples of a
+    class differ by at most one, at any epoch. Like `order.permutation`, the order is a
+    function of seed and epoch.
 
     Args:
       labels: class of each example, int [n].

@@ -1,4 +1,4 @@
-"""Notes at the start of a run about data that it does not use as they are."""
+"""Notes at the start of a run: ignored images, images of no class, reduced values."""
 
 from contextlib import suppress
 

@@ -34,10 +34,11 @@ def prefetch_to_device(
 
 
 def defer_error(batches: Iterable[Any]) -> Iterator[Any]:
-    """Yield the batches; yield a DataError that ends them instead of raising it.
+    """Yield the batches.
 
-    A step that has been computed can then be logged and evaluated before the error of
-    the next batch is raised by `raise_error`.
+    If a DataError ends them, yield the error instead of raising it. A step that has
+    been computed can then be logged and evaluated before the error of the next batch is
+    raised by `raise_error`.
     """
     try:
         yield from batches

@@ -99,7 +99,8 @@ def prepare_workdir(workdir: Path) -> None:
             raise ConfigError(
                 f"workdir {workdir} cannot be written to: {first_line(error)[:200]}\n"
                 "To log in, run gcloud auth application-default login, or grant the "
-                "VM's service account the role Storage Object User"
+                "VM's service account the roles Storage Object User and Storage Legacy "
+                "Bucket Reader"
             ) from error
         if not isinstance(error, OSError):
             raise

@@ -147,28 +147,26 @@ def hours_table(config: Any, task: tasks.Task, model: Model) -> str:
     _, total_steps, _ = resolved_schedule(config)
     images = total_steps * config.batch_size
     flops = task.training_flops(model)
+    titles = "images/s per chip", "chip-hours", "hours, 8 chips"
     lines = [
-        f"about {flops / 1e9:,.1f} GFLOP per training image; {images:,} images take at "
-        "least",
-        _row("", "images/s per chip", "chip-hours", "hours, 8 chips", _AT_FRACTION),
+        f"about {flops / 1e9:,.1f} GFLOP per training image; {images:,} images in all",
+        "at the bfloat16 peak of a chip, which no run reaches, or at "
+        f"{UTILIZATION:.0%} of it (docs/cost.md):",
+        _row("", *titles, f"{titles[-1]}, {UTILIZATION:.0%}"),
     ]
     for name, chip in CHIPS.items():
         speed = chip.flops / flops
         hours = images / speed / 3600
         row = hours, hours / 8, hours / 8 / UTILIZATION
         lines.append(_row(name, f"{speed:,.0f}", *(f"{each:,.2f}" for each in row)))
-    lines += [
-        "at the bfloat16 peak of a chip, which no run reaches (docs/cost.md).",
-        "--mode compile --topology=v5e:2x4 (or another) includes memory traffic",
-    ]
+    lines.append(
+        "--mode compile --topology=v5e:2x4 (or another) includes memory traffic"
+    )
     return "\n".join(lines)
 
 
-_AT_FRACTION = f"at {UTILIZATION:.0%} of peak"
-
-
 def _row(name: str, *cells: str) -> str:
-    return f"{name:8}" + "".join(f"{cell:>18}" for cell in cells)
+    return f"{name:8}" + "".join(f"{cell:>21}" for cell in cells)
 
 
 def resolved_schedule(config: Any) -> tuple[int, int, optax.Schedule]:

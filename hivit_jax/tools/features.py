@@ -38,7 +38,8 @@ arrays of FILE.npz:
               last tokens of a masked autoencoder; with --pyramid stride4, stride8 and
               stride16, float32 [N, h, w, C]
   files       [N] names of the images; images that cannot be read are left out
-  labels      int32 [N], -1 where unknown; absent if no label is known
+  labels      int32 [N], -1 where unknown, or with several labels per image
+              [N, classes] of 0 and 1; absent if no label is known
   class_names names of the classes; absent if unknown
 
 exit codes: 0 finished, 2 bad flag or path, 4 no image could be read,

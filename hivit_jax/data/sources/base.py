@@ -63,7 +63,8 @@ class Source:
       loose: names of the first ignored images outside of the class directories.
       labeled: False if all labels are 0, because the images have none. With several
         labels per image, an image of no class is labeled, by zeros.
-      labels: label of each example, int [n]; None: unknown until they are read.
+      labels: label of each example, int [n], or with several labels per image vectors
+        of 0 and 1, [n, classes]; None: unknown until they are read.
       encoded: see `DatasetInfo`.
       example_keys: names of image and label in the `tf.train.Example` that a record is;
         (): records are image files.

@@ -151,8 +151,8 @@ def _check_selection(
         supported = ("folder",) if key == "class_level" else SELECTABLE
         if name not in supported:
             raise ConfigError(
-                f"data.{key}={value!r} has no effect with data.name={name!r}; only "
-                f"{' and '.join(supported)} support it"
+                f"data.{key}={value!r} has no effect with data.name={name!r}; expected "
+                f"data.name to be one of: {', '.join(supported)}"
             )
 
 
@@ -164,7 +164,7 @@ def _open_folder(
     selection: Selection,
     class_level: str,
 ) -> Source:
-    """Open a split of class folders or unlabelled images.
+    """Open a split of class folders or unlabeled images.
 
     Without an evaluation split, `directory` itself is the default training split
     unless it contains the directory of the usual name.

@@ -66,7 +66,7 @@ class FileSource(Source):
 
     Attributes:
       root: directory that contains the files.
-      labels: int32 [n], or uint8 [n, classes] with several labels per image.
+      labels: int [n], or uint8 [n, classes] with several labels per image.
     """
 
     root: str
