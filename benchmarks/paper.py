@@ -26,7 +26,8 @@ measured interleaved. A cell that does not start, for lack of memory, is reporte
 left out; fewer models or a smaller batch then fit.
 
 --topologies compiles the two train steps for `CHIPS` instead, without the hardware, as
-benchmarks/compiled.py does. Evaluation cannot be compiled ahead.
+benchmarks/compiled.py does. A rerun compiles only the missing cells, or all with
+--again. Evaluation cannot be compiled ahead.
 """
 
 import argparse
@@ -138,7 +139,10 @@ def measure(names: list[str], args: argparse.Namespace) -> Results:
 
 
 def compile_all(cells: list[str], args: argparse.Namespace) -> None:
-    """Compile the train steps of our cells for all chips, and print a table."""
+    """Compile the train steps of our cells for all chips, and print a table.
+
+    Compiles only the cells without a file, or all with `args.again`.
+    """
     from benchmarks import compiled
     from hivit_jax.errors import ConfigError
 
@@ -154,7 +158,7 @@ def compile_all(cells: list[str], args: argparse.Namespace) -> None:
             job, model, _ = CELLS[name]
             recipe, overrides = recipe_of(job, model)
             flags = [f"{key}={value}" for key, value in overrides.items()]
-            report = read(folder, [name]).get(name)
+            report = None if args.again else read(folder, [name]).get(name)
             try:
                 report = report or compiled.report_for(
                     recipe, chip, flags, args.workdir
@@ -203,7 +207,8 @@ def run(argv: list[str] | None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     add = parser.add_argument
     add("--device", choices=("cpu", "gpu"), default="cpu")
-    add("--only", nargs="+", default=[""], metavar="TEXT", help="texts in cells' names")
+    text = "texts; a cell needs one of them in its name"
+    add("--only", nargs="+", default=[""], metavar="TEXT", help=text)
     add("--again", action="store_true", help="also measure cells that have results")
     add("--batch", type=int, help="images per step; 8 on a CPU, 64 on a GPU")
     add("--rounds", type=int, default=5)

@@ -73,7 +73,8 @@ class TensorBoard:
                 name: value if isinstance(value, plain) else str(value)
                 for name, value in settings.items()
             }
-            metrics = dict.fromkeys(("train/loss", "eval/loss", "eval/top1"), 0.0)
+            names = "train/loss", "eval/loss", "eval/top1", "eval/mAP"
+            metrics = dict.fromkeys(names, 0.0)
             # Not `add_hparams`, which writes a second file.
             for summary in hparams(values, metrics):
                 self._writer.file_writer.add_summary(summary)

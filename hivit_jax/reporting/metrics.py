@@ -170,13 +170,13 @@ def device_metrics(
     Args:
       images_per_second: throughput of all devices.
       devices: the run's devices; at least one belongs to this process.
-      flops: operations per image.
+      flops: operations per image; 0: unknown.
 
     Returns:
       "images_per_second" and "images_per_second_per_chip"; "mfu" (model FLOP
       utilization), the operations per second as a fraction of the chips' bfloat16 peak,
-      if the peak is known; "device_memory", the most bytes that a device of this
-      process has used, if the backend reports them.
+      if both are known; "device_memory", the most bytes that a device of this process
+      has used, if the backend reports them.
     """
     chip = chip_of(devices[0].device_kind)
     chips = len(devices) / (chip.devices if chip else 1)
@@ -185,7 +185,7 @@ def device_metrics(
         "images_per_second": images_per_second,
         "images_per_second_per_chip": per_chip,
     }
-    if chip:
+    if chip and flops:
         found["mfu"] = per_chip * flops / chip.flops
     stats = jax.local_devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in stats:

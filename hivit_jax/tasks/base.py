@@ -159,9 +159,13 @@ class Task:
     def macs(self, model: Model, layer_norm_cost: int = 0) -> int:
         """Return the multiply-adds of one image's forward pass.
 
+        Returns 0, which means unknown, if the model has no method `macs`.
+
         Args:
           layer_norm_cost: multiply-adds per LayerNorm element; 5 in published tables.
         """
+        if not hasattr(model, "macs"):
+            return 0
         return model.macs(layer_norm_cost=layer_norm_cost)
 
     def training_flops(self, model: Model) -> int:

@@ -52,6 +52,8 @@ def test_tensorboard(tmp_path):
     start = str(by_tag["_hparams_/session_start_info"].metadata)
     assert all(name in start for name in SETTINGS)
     assert "(1, 1, 2)" in start
+    metrics_of_table = str(by_tag["_hparams_/experiment"].metadata)
+    assert all(f"eval/{name}" in metrics_of_table for name in ("loss", "top1", "mAP"))
 
 
 class StandIn:
