@@ -193,12 +193,15 @@ def device_metrics(
     return found
 
 
+def evaluations(workdir: Path) -> list[dict[str, Any]]:
+    """Return the lines of metrics.jsonl that contain an evaluation."""
+    return [line for line in read(workdir / "metrics.jsonl") if "eval/count" in line]
+
+
 def read_evaluation(workdir: Path, step: int) -> dict[str, float]:
     """Return the last evaluation of a step in metrics.jsonl, or {}."""
-    for line in reversed(read(workdir / "metrics.jsonl")):
-        if line["step"] == step and "eval/count" in line:
-            return line
-    return {}
+    lines = [line for line in evaluations(workdir) if line["step"] == step]
+    return lines[-1] if lines else {}
 
 
 Best = tuple[str, str]  # name of a metric, and its direction: "max" or "min"
@@ -215,6 +218,6 @@ def evaluations_since_best(workdir: Path, step: int, best: Best) -> int:
 
     Reads metrics.jsonl, so that the number survives an interruption.
     """
-    lines = [line for line in read(workdir / "metrics.jsonl") if "eval/count" in line]
-    scores = [score(line, best) for line in lines if line["step"] <= step]
+    lines = [line for line in evaluations(workdir) if line["step"] <= step]
+    scores = [score(line, best) for line in lines]
     return len(scores) - 1 - scores.index(max(scores)) if scores else 0

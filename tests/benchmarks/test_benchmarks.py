@@ -60,7 +60,7 @@ def test_train_step_needs_only_jax_flax_optax_and_numpy(tmp_path):
     assert f"{result['images_per_second']:,.1f} images/s" in text
     assert result["batch_size"] == 4
     assert result["device"] == "cpu"
-    assert result["model_flop_utilisation"] is None
+    assert result["model_flop_utilization"] is None
     assert len(result["seconds_of_rounds"]) == 2
     assert 0 < result["loss"] < 10
     assert result["peak_memory_bytes"] > 2**25
@@ -87,7 +87,7 @@ def test_stand_in_reads_recipes_as_ml_collections_does(monkeypatch):
 def test_all_parts_for_an_accelerator_are_tried(tmp_path, monkeypatch, capsys):
     """Failing and hanging parts are reported; later runs keep earlier results."""
     part = "import json, sys; json.dump(dict(images_per_second=8, seconds_per_step=.5,"
-    part += "peak_memory_bytes=2**30, compile_seconds=3, model_flop_utilisation=.25),"
+    part += "peak_memory_bytes=2**30, compile_seconds=3, model_flop_utilization=.25),"
     part += "open(sys.argv[-1], 'w'))"
     programs = {
         "plain": part,
