@@ -10,9 +10,8 @@ import numpy as np
 
 from hivit_jax.errors import ConfigError, first_line, require
 
-ID_FILE = (
-    "wandb.id"  # in the workdir: the run's id, with which later launches continue it
-)
+# File in the workdir with the run's id, with which later launches continue the run.
+ID_FILE = "wandb.id"
 
 
 class Board(Protocol):
@@ -92,7 +91,7 @@ class TensorBoard:
 
 
 class Wandb:
-    """A run of Weights & Biases. A resumed run of ours goes on with the same one.
+    """A run of Weights & Biases. A resumed run continues the same run there.
 
     The environment variables of wandb apply, such as WANDB_MODE=offline.
     """

@@ -78,7 +78,7 @@ class StandIn:
 
 
 def test_wandb_receives_the_metrics(workdir, monkeypatch):
-    """A later start goes on with the same run."""
+    """A resumed run continues the same run there."""
     wandb = StandIn()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     for step in (1, 2):
