@@ -148,8 +148,8 @@ def row(name: str, part: dict[str, Any]) -> str:
     line += f"{1e3 * result['seconds_per_step']:9,.1f} ms"
     line += f"{result['peak_memory_bytes'] / 2**30:8.2f} GiB"
     line += f"{result['compile_seconds']:7.1f} s to compile"
-    if result["model_flop_utilisation"] is not None:
-        line += f"{result['model_flop_utilisation']:8.1%} of the peak"
+    if result["model_flop_utilization"] is not None:
+        line += f"{result['model_flop_utilization']:8.1%} of the peak"
     return line
 
 

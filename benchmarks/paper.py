@@ -22,17 +22,17 @@ CPU and bfloat16 on a GPU. All processes keep freed memory on a CPU.
 The cells of a job run interleaved, as in benchmarks/peers.py. Every cell is a JSON file
 in results/paper/cpu or gpu. A rerun measures only the missing cells, or all with
 --again. Ratios and the figure, results/paper/DEVICE.png, compare only cells that were
-measured interleaved. A cell that does not start, for lack of memory, is reported and
-left out; fewer models or a smaller batch then fit.
+measured interleaved. A cell that cannot start, for example for lack of memory, is
+reported and left out. Rerun it with fewer models or a smaller batch.
 
 --topologies compiles the two train steps for `CHIPS` instead, without the hardware, as
-benchmarks/compiled.py does. Evaluation cannot be compiled ahead.
+benchmarks/compiled.py does. A rerun compiles only the missing cells, or all with
+--again. Evaluation cannot be compiled ahead.
 """
 
 import argparse
 import importlib.util
 import json
-import os
 import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -40,11 +40,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import processor
 from benchmarks.paper_tables import (
     CELLS,
     JOBS,
-    RECIPES,
+    RECIPES_OF_MODELS,
     Results,
     claims,
     compile_row,
@@ -52,8 +51,16 @@ from benchmarks.paper_tables import (
     table,
 )
 from benchmarks.peer_rows import OURS, load_recipe, start_recipe, start_torch
-from benchmarks.peers import receive, start_row, time_rows
+from benchmarks.peers import (
+    add_flags,
+    prepare,
+    receive,
+    run_facts,
+    start_row,
+    time_rows,
+)
 
+GPU_BATCH = 64  # default number of images per step
 RESULTS = Path(__file__).resolve().parent / "results" / "paper"
 OVERRIDES: dict[str, dict[str, Any]] = {
     "pretrain Swin-B": {"model.image_size": 224, "model.window_size": 7}
@@ -63,7 +70,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 def recipe_of(job: str, model: str) -> tuple[str, dict[str, Any]]:
     """Return recipe and overrides of a model for a job."""
     overrides = {"data.canvas": 0} | OVERRIDES.get(f"{job} {model}", {})
-    return RECIPES[model][job != "pretrain"], overrides
+    return RECIPES_OF_MODELS[model][job != "pretrain"], overrides
 
 
 def path_of(folder: Path, name: str) -> Path:
@@ -94,16 +101,16 @@ def starter(name: str, args: argparse.Namespace) -> Callable:
     return partial(start_torch, model, True, False, args)
 
 
-def model_flops(job: str, model: str, args: argparse.Namespace) -> float:
+def model_flops(job: str, model: str, args: argparse.Namespace) -> int:
     """Return the FLOPs per image of a job, without recomputation."""
     from benchmarks.train_step import flops_per_image, task_of
 
     config = load_recipe(*recipe_of(job, model), args)
-    return flops_per_image(config, task_of(config), job == "inference")
+    return flops_per_image(task_of(config), job == "inference")
 
 
 def measure(names: list[str], args: argparse.Namespace) -> Results:
-    """Measure cells of one job, interleaved. Cells that do not start are left out."""
+    """Measure cells of one job, interleaved. Cells that cannot start are left out."""
     from hivit_jax.errors import HivitError
     from hivit_jax.xla.chips import peak_flops
 
@@ -126,19 +133,17 @@ def measure(names: list[str], args: argparse.Namespace) -> Results:
         result |= {
             "run": run,  # cells with the same value were measured interleaved
             "model_flops_per_image": flops,
-            "model_flop_utilisation": rate / peak if peak else None,
-            "cpu": processor(),
-            "batch_size": args.batch,
-            "dtype": "float32" if args.device == "cpu" else "bfloat16",
-            "threads": args.threads if args.device == "cpu" else None,
-            "rounds": args.rounds,
-            "steps_of_a_round": args.steps,
+            "model_flop_utilization": rate / peak if peak else None,
+            **run_facts(args),
         }
     return results
 
 
 def compile_all(cells: list[str], args: argparse.Namespace) -> None:
-    """Compile the train steps of our cells for all chips, and print a table."""
+    """Compile the train steps of our cells for all chips, and print a table.
+
+    Compiles only the cells without a file, or all with `args.again`.
+    """
     from benchmarks import compiled
     from hivit_jax.errors import ConfigError
 
@@ -154,7 +159,7 @@ def compile_all(cells: list[str], args: argparse.Namespace) -> None:
             job, model, _ = CELLS[name]
             recipe, overrides = recipe_of(job, model)
             flags = [f"{key}={value}" for key, value in overrides.items()]
-            report = read(folder, [name]).get(name)
+            report = None if args.again else read(folder, [name]).get(name)
             try:
                 report = report or compiled.report_for(
                     recipe, chip, flags, args.workdir
@@ -173,14 +178,8 @@ def measure_all(cells: list[str], args: argparse.Namespace) -> None:
     """Measure all missing cells, print the table and draw the figure."""
     import jax
 
-    cpu = args.device == "cpu"
-    args.batch = args.batch or (8 if cpu else 64)
-    args.steps = args.steps or (2 if cpu else 20)
+    prepare(args, GPU_BATCH)
     jax.config.update("jax_platforms", "cpu")  # here, not in the processes of cells
-    if cpu:
-        os.environ["JAX_PLATFORMS"] = "cpu"
-    else:  # because the processes share the GPU's memory
-        os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     if not importlib.util.find_spec("torch"):
         print("torch is not installed; only the cells of hivit_jax are measured")
         cells = [name for name in cells if CELLS[name][2] == OURS]
@@ -202,18 +201,14 @@ def run(argv: list[str] | None) -> None:
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     add = parser.add_argument
-    add("--device", choices=("cpu", "gpu"), default="cpu")
-    add("--only", nargs="+", default=[""], metavar="TEXT", help="texts in cells' names")
+    text = "texts; a cell needs one of them in its name"
+    add("--only", nargs="+", default=[""], metavar="TEXT", help=text)
     add("--again", action="store_true", help="also measure cells that have results")
-    add("--batch", type=int, help="images per step; 8 on a CPU, 64 on a GPU")
-    add("--rounds", type=int, default=5)
-    add("--steps", type=int, help="steps per round; 2 on a CPU, 20 on a GPU")
-    add("--threads", type=int, default=2, help="threads and cores, on a CPU")
-    add("--torch_mode", default="default", help="such as max-autotune")
     add("--topologies", action="store_true", help="compile for other chips instead")
     add("--chip", nargs="+", choices=CHIPS, default=list(CHIPS))
     add("--workdir", type=Path, default=Path("runs/compiled"))
     add("--out", type=Path, default=RESULTS, help="directory of the results")
+    add_flags(add, GPU_BATCH)
     args = parser.parse_args(argv)
     cells = [name for name in CELLS if any(text in name for text in args.only)]
     if not cells:

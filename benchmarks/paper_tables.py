@@ -5,11 +5,11 @@ from typing import Any
 
 from benchmarks.peer_rows import OURS
 
-TORCH = "torch"
+PYTORCH = "torch"
 CLAIM = 1.9  # the paper's ratio of HiViT-B and Swin-B with SimMIM
 JOBS = ("pretrain", "classify", "inference")
 # Model -> recipes of pretraining and finetuning.
-RECIPES = {
+RECIPES_OF_MODELS = {
     "HiViT-T": ("mae_tiny", "finetune:tiny"),
     "HiViT-S": ("mae_small", "finetune:small"),
     "HiViT-B": ("mae_base", "finetune:base"),
@@ -20,9 +20,9 @@ RECIPES = {
 CELLS = {
     f"{job} {model} {program}": (job, model, program)
     for job in JOBS
-    for model in RECIPES
-    for program in (OURS, TORCH)
-    if job == "pretrain" or RECIPES[model][1]
+    for model in RECIPES_OF_MODELS
+    for program in (OURS, PYTORCH)
+    if job == "pretrain" or RECIPES_OF_MODELS[model][1]
 }
 Results = dict[str, dict[str, Any]]  # name of a cell -> content of its file
 
@@ -47,15 +47,15 @@ def table(results: Results) -> str:
     ]
     for row in dict.fromkeys(name.rpartition(" ")[0] for name in results):
         job, base = row.split()[0], f"{row.split()[0]} HiViT-B"
-        pair = [results.get(f"{row} {program}", {}) for program in (OURS, TORCH)]
+        pair = [results.get(f"{row} {program}", {}) for program in (OURS, PYTORCH)]
         columns = [text(x.get("images_per_second"), ",.2f") for x in pair]
-        columns += [text(ratio(results, f"{row} {OURS}", f"{row} {TORCH}"), ".2f")]
+        columns += [text(ratio(results, f"{row} {OURS}", f"{row} {PYTORCH}"), ".2f")]
         columns += [
             text(ratio(results, f"{base} {program}", f"{row} {program}"), ".2f")
-            for program in (OURS, TORCH)
+            for program in (OURS, PYTORCH)
         ]
         columns += [text(x.get("peak_memory_bytes"), ".2f", 2**-30) for x in pair]
-        columns += [text(x.get("model_flop_utilisation"), ".1%") for x in pair]
+        columns += [text(x.get("model_flop_utilization"), ".1%") for x in pair]
         lines.append(
             f"| {row.removeprefix(job + ' ')}, {job} | {' | '.join(columns)} |"
         )
@@ -65,7 +65,7 @@ def table(results: Results) -> str:
 def claims(results: Results) -> list[str]:
     """Return a line per measured ratio of HiViT-B and a baseline in pretraining."""
     lines = []
-    for program in (OURS, TORCH):
+    for program in (OURS, PYTORCH):
         for model in ("Swin-B", "Swin-B 192", "ViT-B"):
             names = (f"pretrain {m} {program}" for m in ("HiViT-B", model))
             found = ratio(results, *names)
@@ -82,8 +82,8 @@ def draw(results: Results, path: Path) -> None:
 
     figure = Figure(figsize=(11, 3.5), layout="constrained")
     for job, axes in zip(JOBS, figure.subplots(1, 3), strict=True):
-        models = [m for m in RECIPES if f"{job} {m} {OURS}" in CELLS]
-        for shift, program in ((-0.2, OURS), (0.2, TORCH)):
+        models = [m for m in RECIPES_OF_MODELS if f"{job} {m} {OURS}" in CELLS]
+        for shift, program in ((-0.2, OURS), (0.2, PYTORCH)):
             reference, cells = f"{job} HiViT-B {OURS}", [f"{job} {m} " for m in models]
             heights = [ratio(results, cell + program, reference) for cell in cells]
             places = [index + shift for index in range(len(models))]

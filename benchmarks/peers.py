@@ -49,6 +49,7 @@ from benchmarks.peer_rows import (
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 DEFAULT = (OURS, "torch", "torch, compiled", "ViT-B", "Swin-B")
+GPU_BATCH = 256  # default number of images per step
 TOLERANCE = {"cpu": 1e-5, "gpu": 1e-2}  # relative, of the first loss
 
 
@@ -123,7 +124,7 @@ def time_rows(
     """Time interleaved rounds of steps, end the processes, and return the figures.
 
     Args:
-      pipes: row -> the result of `start_row`, from which the facts are received.
+      pipes: row -> pipe of `start_row`, after its facts were received.
     """
     rounds: dict[str, list[tuple[float, float]]] = {row: [] for row in pipes}
     for round_index in range(args.rounds + 1):  # the first round is a warmup
@@ -186,40 +187,63 @@ def table(results: dict[str, dict[str, Any]], cpu: bool) -> str:
     return "\n".join(lines)
 
 
-def run(argv: list[str] | None) -> None:
-    """Parse flags, run the benchmark, print the table and write the results."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    add = parser.add_argument
-    add("--task", choices=RECIPES, default="pretrain")
+def add_flags(add: Callable, gpu_batch: int) -> None:
+    """Add the flags that `benchmarks.paper` has too.
+
+    Args:
+      add: the parser's `add_argument`.
+      gpu_batch: default number of images per step on a GPU.
+    """
     add("--device", choices=("cpu", "gpu"), default="cpu")
-    add("--rows", nargs="+", choices=(OURS, *TORCH), default=DEFAULT)
-    add("--batch", type=int, help="images per step; 8 on a CPU, 256 on a GPU")
+    add("--batch", type=int, help=f"images per step; 8 on a CPU, {gpu_batch} on a GPU")
     add("--rounds", type=int, default=5)
     add("--steps", type=int, help="steps per round; 2 on a CPU, 20 on a GPU")
     add("--threads", type=int, default=2, help="threads and cores, on a CPU")
-    add("--keep_memory", action="store_true", help="keep freed memory in PyTorch too")
     add("--torch_mode", default="default", help="such as max-autotune")
-    add("--out", type=Path, help="the JSON file to write")
-    args = parser.parse_args(argv)
+
+
+def prepare(args: argparse.Namespace, gpu_batch: int) -> None:
+    """Set the defaults of the device, and the environment of the rows' processes."""
     cpu = args.device == "cpu"
-    args.rows = sorted(args.rows, key=(OURS, *TORCH).index)
-    args.batch = args.batch or (8 if cpu else 256)
+    args.batch = args.batch or (8 if cpu else gpu_batch)
     args.steps = args.steps or (2 if cpu else 20)
     if cpu:
         os.environ["JAX_PLATFORMS"] = "cpu"
     else:  # because the rows share the GPU's memory
         os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
-    results = compare(args)
-    print(table(results, cpu))
-    result = {
-        "task": args.task,
-        "device": args.device,
+
+
+def run_facts(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the facts that all rows of a run share."""
+    cpu = args.device == "cpu"
+    return {
         "cpu": processor(),
         "batch_size": args.batch,
         "dtype": "float32" if cpu else "bfloat16",
         "threads": args.threads if cpu else None,
         "rounds": args.rounds,
         "steps_of_a_round": args.steps,
+    }
+
+
+def run(argv: list[str] | None) -> None:
+    """Parse flags, run the benchmark, print the table and write the results."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    add = parser.add_argument
+    add("--task", choices=RECIPES, default="pretrain")
+    add("--rows", nargs="+", choices=(OURS, *TORCH), default=DEFAULT)
+    add("--keep_memory", action="store_true", help="keep freed memory in PyTorch too")
+    add("--out", type=Path, help="the JSON file to write")
+    add_flags(add, GPU_BATCH)
+    args = parser.parse_args(argv)
+    args.rows = sorted(args.rows, key=(OURS, *TORCH).index)
+    prepare(args, GPU_BATCH)
+    results = compare(args)
+    print(table(results, args.device == "cpu"))
+    result = {
+        "task": args.task,
+        "device": args.device,
+        **run_facts(args),
         "torch_mode": args.torch_mode,
         "torch_keeps_memory": args.keep_memory,
         "rows": results,

@@ -112,12 +112,16 @@ def run(
 
 
 def measure(workdir: Path, stop: Callable, only: Sequence[str]) -> None:
-    """Measure all missing cells and print the table."""
+    """Measure the missing cells and print the table.
+
+    Args:
+      only: texts; a cell needs one of them in its name.
+    """
     rows = json.loads(RESULT.read_text()) if RESULT.exists() else []
     known = {(row["draw"], row["dataset"], row["cell"]) for row in rows}
     cells = [(d, n, c) for d in range(DRAWS) for n in DATASETS for c in CELLS]
     for draw, dataset, cell in cells:
-        if (draw, dataset, cell) in known or not all(text in cell for text in only):
+        if (draw, dataset, cell) in known or not any(text in cell for text in only):
             continue
         directory = workdir / f"{dataset}_{draw}"
         images = directory / "images"
@@ -156,7 +160,8 @@ def main() -> int:
     """Entry point. Return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--workdir", type=Path, default=Path("runs/small_data"))
-    parser.add_argument("--only", nargs="*", default=[], help="texts in a cell's name")
+    text = "texts; a cell needs one of them in its name"
+    parser.add_argument("--only", nargs="+", default=[""], metavar="TEXT", help=text)
     args = parser.parse_args()
     workdir = args.workdir.absolute()
     # The cache saves compilations, because draws and datasets share their programs.

@@ -157,14 +157,14 @@ def peak_memory() -> int:
     return peak or process_memory()
 
 
-def flops_per_image(config: Any, task: tasks.Task, forward: bool) -> float:
+def flops_per_image(task: tasks.Task, forward: bool) -> int:
     """Return the FLOPs of a train step per image, or of the forward pass.
 
-    A train step counts three times the matrix products of a forward pass (once for a
-    linear probe), without recomputation and resizing.
+    Counts the matrix products, without recomputation and resizing; see
+    `Task.training_flops`.
     """
-    flops = task.training_flops(nnx.eval_shape(task.build_model))
-    return flops / 3 if forward and config.task != "linear_probe" else flops
+    model = nnx.eval_shape(task.build_model)
+    return 2 * task.macs(model) if forward else task.training_flops(model)
 
 
 def measure(
@@ -192,7 +192,7 @@ def measure(
         raise HivitError(f"losses: expected finite numbers, found {losses}")
     median = statistics.median(seconds)
     throughput = config.batch_size / median
-    flops = flops_per_image(config, program.task, forward)
+    flops = flops_per_image(program.task, forward)
     peak = peak_flops(devices[0].device_kind)
     return {
         "model": config.model.name,
@@ -210,7 +210,7 @@ def measure(
             statistics.median(cpu_seconds) if devices[0].platform == "cpu" else None
         ),
         "model_flops_per_image": flops,
-        "model_flop_utilisation": (peak and throughput * flops / (peak * len(devices))),
+        "model_flop_utilization": (peak and throughput * flops / (peak * len(devices))),
         "peak_memory_bytes": peak_memory(),
         "compile_seconds": program.compile_seconds,
         "compile_cpu_seconds": program.compile_cpu_seconds,
@@ -234,8 +234,8 @@ def summary(result: dict[str, Any]) -> str:
     ]
     if result["cpu_seconds_per_step"] is not None:
         lines[0] += f", {result['cpu_seconds_per_step']:.3f} CPU-seconds"
-    if result["model_flop_utilisation"] is not None:
-        lines[0] += f", {result['model_flop_utilisation']:.1%} of the peak"
+    if result["model_flop_utilization"] is not None:
+        lines[0] += f", {result['model_flop_utilization']:.1%} of the peak"
     return "\n".join(lines)
 
 

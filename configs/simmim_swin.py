@@ -1,11 +1,12 @@
-"""SimMIM pretraining of Swin on ImageNet-1k at 192x192, 800 or 100 epochs.
+"""SimMIM pretraining of Swin (task mae), ImageNet-1k, 192x192, 800 or 100 epochs.
 
     hivit_jax --config simmim_swin:base --workdir runs/simmim_swin_base
 
 Variants: tiny, small, base (default), large; base_100: base for 100 epochs.
-Hardware: any mesh. Values: official SimMIM code. Cost: 1.02 or 0.13 billion images.
-Expected: top-1 after finetune_swin: base 84.0, large 85.4, base_100 83.5 % (published,
-not reproduced here). GFLOP per image: tiny 20.1, small 38.8, base 68.3, large 157.
+Values: official SimMIM code. Hardware: any mesh. Expected: top-1 after finetune_swin:
+base 84.0, large 85.4, base_100 83.5 % (published, not reproduced here). Cost: the run
+trains on 1.02 billion images, base_100 on 0.13 billion. A train step, which costs three
+forward passes, takes per image: tiny 20.1, small 38.8, base 68.3, large 157 GFLOP.
 """
 
 
@@ -13,7 +14,6 @@ def get_config(variant: str = "base") -> dict:
     """Return the keys that differ from the defaults."""
     size, _, short = variant.partition("_")
     run = dict(total_epochs=100.0 if short else 800.0, eval_every=12500)  # 20 epochs
-    # The task mae covers SimMIM; model.name selects the network.
     run |= dict(task="mae", batch_size=2048, mask_ratio=0.6)
     model = dict(name=f"simmim_swin_{size}", image_size=192, dtype="bfloat16")
     data = dict(crop_scale=(0.67, 1.0), interpolation="bilinear")

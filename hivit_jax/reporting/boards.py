@@ -11,9 +11,8 @@ import numpy as np
 from hivit_jax.errors import ConfigError, first_line, require
 from hivit_jax.paths import is_bucket
 
-ID_FILE = (
-    "wandb.id"  # in the workdir: the run's id, with which later launches continue it
-)
+# File in the workdir with the run's id, with which later launches continue the run.
+ID_FILE = "wandb.id"
 
 
 class Board(Protocol):
@@ -73,7 +72,8 @@ class TensorBoard:
                 name: value if isinstance(value, plain) else str(value)
                 for name, value in settings.items()
             }
-            metrics = dict.fromkeys(("train/loss", "eval/loss", "eval/top1"), 0.0)
+            names = "train/loss", "eval/loss", "eval/top1", "eval/mAP"
+            metrics = dict.fromkeys(names, 0.0)
             # Not `add_hparams`, which writes a second file.
             for summary in hparams(values, metrics):
                 self._writer.file_writer.add_summary(summary)
@@ -91,7 +91,7 @@ class TensorBoard:
 
 
 class Wandb:
-    """A run of Weights & Biases. A resumed run of ours goes on with the same one.
+    """A run of Weights & Biases. A resumed run continues the same run there.
 
     The environment variables of wandb apply, such as WANDB_MODE=offline.
     """

@@ -63,7 +63,7 @@ class ClassCounts:
         return found
 
     def table(self) -> Iterator[dict[str, str | int]]:
-        """Yield one row per class: counts, recall and precision; "" without images."""
+        """Yield the `class_row` of each class."""
         columns = zip(
             self.names,
             self.images.tolist(),
@@ -71,15 +71,7 @@ class ClassCounts:
             self.correct.tolist(),
             strict=True,
         )
-        for name, images, predicted, correct in columns:
-            yield {
-                "class": name,
-                "images": images,
-                "predicted": predicted,
-                "correct": correct,
-                "recall": f"{correct / images:.6f}" if images else "",
-                "precision": f"{correct / predicted:.6f}" if predicted else "",
-            }
+        yield from (class_row(*values) for values in columns)
 
     def write_table(self, path: Path) -> None:
         """Write `table` as CSV."""
@@ -92,6 +84,20 @@ class ClassCounts:
             writer.writerow(["true class", *self.names])
             for name, row in zip(self.names, self.matrix.tolist(), strict=True):
                 writer.writerow([name, *row])
+
+
+def class_row(
+    name: str, images: int, predicted: int, correct: int
+) -> dict[str, str | int]:
+    """Return the row of a class: counts, recall and precision; "" if undefined."""
+    return {
+        "class": name,
+        "images": images,
+        "predicted": predicted,
+        "correct": correct,
+        "recall": f"{correct / images:.6f}" if images else "",
+        "precision": f"{correct / predicted:.6f}" if predicted else "",
+    }
 
 
 def write_rows(path: Path, rows: Sequence[dict[str, str | int]]) -> None:

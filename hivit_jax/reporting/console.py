@@ -5,7 +5,7 @@ from pathlib import Path
 
 import jax
 
-from hivit_jax.reporting.metrics import Best, Scalars, read, score
+from hivit_jax.reporting.metrics import Best, Scalars, evaluations, score
 
 
 def log(text: str) -> None:
@@ -71,11 +71,7 @@ def best_line(workdir: Path, steps: Collection[int], best: Best) -> str:
       steps: steps of the existing checkpoints. Other steps are ignored.
       best: metric and direction that select the best checkpoint.
     """
-    lines = [
-        line
-        for line in read(workdir / "metrics.jsonl")
-        if "eval/count" in line and line["step"] in steps
-    ]
+    lines = [line for line in evaluations(workdir) if line["step"] in steps]
     if not lines:
         return "no checkpoint of an evaluated step is kept"
     values = max(lines, key=lambda line: (score(line, best), line["step"]))

@@ -171,13 +171,13 @@ def device_metrics(
     Args:
       images_per_second: throughput of all devices.
       devices: the run's devices; at least one belongs to this process.
-      flops: operations per image.
+      flops: operations per image; 0: unknown.
 
     Returns:
       "images_per_second" and "images_per_second_per_chip"; "mfu" (model FLOP
       utilization), the operations per second as a fraction of the chips' bfloat16 peak,
-      if the peak is known; "device_memory", the most bytes that a device of this
-      process has used, if the backend reports them.
+      if both are known; "device_memory", the most bytes that a device of this process
+      has used, if the backend reports them.
     """
     chip = chip_of(devices[0].device_kind)
     chips = len(devices) / (chip.devices if chip else 1)
@@ -186,7 +186,7 @@ def device_metrics(
         "images_per_second": images_per_second,
         "images_per_second_per_chip": per_chip,
     }
-    if chip:
+    if chip and flops:
         found["mfu"] = per_chip * flops / chip.flops
     stats = jax.local_devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in stats:
@@ -194,12 +194,15 @@ def device_metrics(
     return found
 
 
+def evaluations(workdir: Path) -> list[dict[str, Any]]:
+    """Return the lines of metrics.jsonl that contain an evaluation."""
+    return [line for line in read(workdir / "metrics.jsonl") if "eval/count" in line]
+
+
 def read_evaluation(workdir: Path, step: int) -> dict[str, float]:
     """Return the last evaluation of a step in metrics.jsonl, or {}."""
-    for line in reversed(read(workdir / "metrics.jsonl")):
-        if line["step"] == step and "eval/count" in line:
-            return line
-    return {}
+    lines = [line for line in evaluations(workdir) if line["step"] == step]
+    return lines[-1] if lines else {}
 
 
 Best = tuple[str, str]  # name of a metric, and its direction: "max" or "min"
@@ -216,6 +219,6 @@ def evaluations_since_best(workdir: Path, step: int, best: Best) -> int:
 
     Reads metrics.jsonl, so that the number survives an interruption.
     """
-    lines = [line for line in read(workdir / "metrics.jsonl") if "eval/count" in line]
-    scores = [score(line, best) for line in lines if line["step"] <= step]
+    lines = [line for line in evaluations(workdir) if line["step"] <= step]
+    scores = [score(line, best) for line in lines]
     return len(scores) - 1 - scores.index(max(scores)) if scores else 0

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from hivit_jax.reporting.classes import class_row
+
 
 def average_precision(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Return the average precision of each class, float64 [classes].
@@ -43,24 +45,12 @@ def class_table(
     Args:
       logits, labels: [n, classes].
     """
-
-    def ratio(count: float, total: float) -> str:
-        return f"{count / total:.6f}" if total else ""
-
     precisions, rows = average_precision(logits, labels), []
     for k, name in enumerate(names):
         true, predicted = labels[:, k] > 0, logits[:, k] >= 0
         images, positive = int(true.sum()), int(predicted.sum())
         correct = int((true & predicted).sum())
-        rows.append(
-            {
-                "class": name,
-                "images": images,
-                "predicted": positive,
-                "correct": correct,
-                "recall": ratio(correct, images),
-                "precision": ratio(correct, positive),
-                "average_precision": ratio(precisions[k], images > 0),
-            }
-        )
+        row = class_row(name, images, positive, correct)
+        row["average_precision"] = f"{precisions[k]:.6f}" if images else ""
+        rows.append(row)
     return rows

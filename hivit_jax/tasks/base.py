@@ -34,8 +34,8 @@ class Task:
     Attributes:
       keys: config keys of this task, nested as in a recipe.
       unused: config key without effect on this task -> its only accepted value.
-      best: metric that selects the best checkpoint, and "max" or "min". In an instance,
-        that of its config (`best_metric`).
+      best: metric that selects the best checkpoint, and "max" or "min". An instance has
+        the result of `best_metric` for its config.
       fresh: name prefixes of parameters that are always newly initialized, even if the
         pretrained model contains them.
       head_scale: factor on the standard deviation, 0.02, of a newly initialized head.
@@ -159,15 +159,19 @@ class Task:
     def macs(self, model: Model, layer_norm_cost: int = 0) -> int:
         """Return the multiply-adds of one image's forward pass.
 
+        Returns 0, which means unknown, if the model has no method `macs`.
+
         Args:
           layer_norm_cost: multiply-adds per LayerNorm element; 5 in published tables.
         """
+        if not hasattr(model, "macs"):
+            return 0
         return model.macs(layer_norm_cost=layer_norm_cost)
 
     def training_flops(self, model: Model) -> int:
         """Return the operations of one image in a training step.
 
-        A multiply-add is two operations. Without norms and recomputation.
+        Counts a multiply-add as two operations. Excludes norms and recomputation.
         """
         return 2 * self.passes * self.macs(model)
 

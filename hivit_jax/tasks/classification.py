@@ -268,10 +268,11 @@ def class_weights(text: str, data: DatasetInfo, num_classes: int) -> np.ndarray 
         values = np.array([float(part) for part in text.split(",")])
     except ValueError:
         values = np.array(np.nan)
-    if values.shape != (num_classes,) or not (values >= 0).all() or not values.any():
+    valid = (values >= 0) & (values <= np.finfo(np.float32).max)
+    if values.shape != (num_classes,) or not valid.all() or not values.any():
         raise ConfigError(
             f"class_weights={text!r}; expected 'balanced', or {num_classes} numbers "
-            "from 0, separated by commas, one per class"
+            "from 0, finite and separated by commas, one per class"
         )
     return values.astype(np.float32)
 

@@ -32,9 +32,9 @@ def nearest_neighbors(
 ) -> dict[str, float | int]:
     """Classify each test image by its nearest training images, and log the accuracy.
 
-    The feature of an image is the mean of the units' last tokens, normalized to length
-    1. The encoder is read from `config.init_from`. A neighbor votes for its
-    class with weight ``exp(cosine / temperature)``, as in DINO's ``eval_knn.py``.
+    The feature of an image is the mean of the units' last tokens, divided by its
+    length. The encoder is read from `config.init_from`. A neighbor votes for its class
+    with weight ``exp(cosine / temperature)``, as in DINO's ``eval_knn.py``.
 
     Args:
       neighbors: number of neighbors that vote.

@@ -12,13 +12,18 @@ from hivit_jax.reporting.metrics import Best, evaluations_since_best
 def has_stalled(
     workdir: Path, patience: int, best: Best, step: int
 ) -> tuple[bool, bool]:
-    """Return (a run ends early at a step, the step's evaluation is the first best one).
+    """Return two flags of a step, (stalled, improved).
 
     Both are False without `patience`. Process 0 decides for all processes.
 
     Args:
-      patience: number of evaluations without a new best that end the run; 0: any.
+      patience: number of evaluations without a new best that end the run; 0: never end
+        early.
       best: metric and direction.
+
+    Returns:
+      stalled: the run ends early at this step.
+      improved: the evaluation of this step is a new best.
     """
     if not patience:
         return False, False

@@ -10,7 +10,14 @@ import sys
 import mini_runs
 import pytest
 
-from benchmarks import accelerator, paper, plain_config, tpu_cycles
+from benchmarks import (
+    accelerator,
+    compiled,
+    paper,
+    plain_config,
+    small_data,
+    tpu_cycles,
+)
 from hivit_jax import config as configs
 from hivit_jax import recipes
 from hivit_jax.kernels import dispatch
@@ -53,7 +60,7 @@ def test_train_step_needs_only_jax_flax_optax_and_numpy(tmp_path):
     assert f"{result['images_per_second']:,.1f} images/s" in text
     assert result["batch_size"] == 4
     assert result["device"] == "cpu"
-    assert result["model_flop_utilisation"] is None
+    assert result["model_flop_utilization"] is None
     assert len(result["seconds_of_rounds"]) == 2
     assert 0 < result["loss"] < 10
     assert result["peak_memory_bytes"] > 2**25
@@ -80,7 +87,7 @@ def test_stand_in_reads_recipes_as_ml_collections_does(monkeypatch):
 def test_all_parts_for_an_accelerator_are_tried(tmp_path, monkeypatch, capsys):
     """Failing and hanging parts are reported; later runs keep earlier results."""
     part = "import json, sys; json.dump(dict(images_per_second=8, seconds_per_step=.5,"
-    part += "peak_memory_bytes=2**30, compile_seconds=3, model_flop_utilisation=.25),"
+    part += "peak_memory_bytes=2**30, compile_seconds=3, model_flop_utilization=.25),"
     part += "open(sys.argv[-1], 'w'))"
     programs = {
         "plain": part,
@@ -168,6 +175,48 @@ def test_comparison_of_the_paper_resumes(tmp_path, monkeypatch, capsys):
     assert not any("HiViT-B / ViT-B" in line for line in lines)
     assert (tmp_path / "cpu.png").stat().st_size > 1000
     assert paper.main([f"--out={tmp_path}", "--only", "HiViT-H"]) == 2
+
+
+def test_compilation_for_the_paper_resumes(tmp_path, monkeypatch, capsys):
+    """Only missing cells are compiled, or all with --again."""
+    compilations = []
+
+    def report_for(recipe, chip, flags, workdir):
+        compilations.append((recipe, chip))
+        memory = {"total": 2**30}
+        facts = dict(batch_per_device=64, fits=True, roofline=None)
+        return facts | {"hbm_bytes_per_device": memory}
+
+    monkeypatch.setattr(compiled, "report_for", report_for)
+    flags = ["--topologies", "--chip", "h100:8", f"--out={tmp_path}"]
+    flags += ["--only", "pretrain HiViT-B", "classify Swin-B"]
+    expected = [("mae_base", "h100:8"), ("finetune_swin:base", "h100:8")]
+    for more, count in (([], 1), ([], 1), (["--again"], 2)):
+        assert paper.main([*flags, *more]) == 0
+        assert compilations == expected * count
+    assert "| HiViT-B, pretrain, h100:8 | 64 | yes | 1.00 |" in capsys.readouterr().out
+
+
+def test_selected_cells_of_small_datasets(tmp_path, monkeypatch, capsys):
+    """A cell runs if its name contains one of the texts."""
+    recipes_run = []
+
+    def run(recipe, *_):
+        recipes_run.append(recipe)
+        return {"eval/top1": 0.5}
+
+    for name, value in {
+        "RESULT": tmp_path / "small_data.json",
+        "DRAWS": 1,
+        "DATASETS": {"digits": dict},
+        "write": lambda *_: None,
+        "run": run,
+    }.items():
+        monkeypatch.setattr(small_data, name, value)
+    small_data.measure(tmp_path, None, ["scratch: finetune", "linear"])
+    pretrained = ["folder_mae", "linear:tiny", "folder_mae", "folder_linear"]
+    assert recipes_run == ["finetune:tiny", *pretrained]
+    assert capsys.readouterr().out.count("50.0") == 3
 
 
 @pytest.mark.torch

@@ -153,3 +153,13 @@ def training_macs(model, mask_ratio):
     last = model.decoder_blocks[-1].mlp, model.decoder_pred
     spared = sum(row_cost(layer, visible, 0) for layer in last)
     return model.macs(mask_ratio=mask_ratio, layer_norm_cost=0) - spared
+
+
+class SquareTask:
+    """Task whose loss is the squared output of a linear layer."""
+
+    def build_model(self):
+        return nnx.Linear(3, 1, rngs=nnx.Rngs(0))
+
+    def loss(self, model, frozen, batch, keys):
+        return {"loss": model(batch["x"])[:, 0] ** 2}

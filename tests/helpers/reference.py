@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
 
 from hivit_jax.models import create_model
@@ -130,3 +131,73 @@ def official_shapes(model, to_names=to_official):
     abstract = split(model)[1]
     zeros = jax.tree.map(lambda x: np.broadcast_to(np.float32(0), x.shape), abstract)
     return {key: array.shape for key, array in to_names(zeros, model).items()}
+
+
+def close(actual, expected, atol: float, rtol: float = 0.0) -> None:
+    """Assert that arrays are close, by default without a relative tolerance."""
+    np.testing.assert_allclose(np.asarray(actual), expected, atol=atol, rtol=rtol)
+
+
+def check_gradients(
+    fixtures, fixture, gradients, atol, probe_atol, norm_rtol=1e-5, seed=SEED
+) -> None:
+    """Compare gradients with the golden arrays, norms and probes of a fixture.
+
+    Args:
+      fixtures: facts about all fixtures.
+      gradients: {official name: array}, of all parameters.
+      atol, probe_atol: absolute tolerances of arrays and probes.
+      norm_rtol: relative tolerance of norms.
+      seed: seed of the probes.
+    """
+    facts, arrays = fixtures[fixture], golden(fixture)
+    assert gradients.keys() == facts["grad_norm"].keys()
+    for name, gradient in gradients.items():
+        if f"grad/{name}" in arrays:
+            close(gradient, arrays[f"grad/{name}"], atol)
+        norm = np.linalg.norm(np.float64(gradient))
+        close(norm, facts["grad_norm"][name], 1e-7, norm_rtol)
+        close(probe(name, gradient, seed), facts["grad_probe"][name], probe_atol)
+
+
+def masked_gradients(model, params, images, noise, jit=jax.jit):
+    """Run the forward and backward pass of a masked model.
+
+    Returns:
+      Losses (the mean of `image_loss`, and the loss of the output), output, and
+      gradients by official name.
+    """
+    graphdef = split(model)[0]
+
+    def loss(params):
+        model = nnx.merge(graphdef, params)
+        out = model(images, noise=noise)
+        return model.image_loss(images, noise=noise).mean(), out
+
+    (value, out), gradients = jit(jax.value_and_grad(loss, has_aux=True))(params)
+    return (value, out.loss), out, to_official(gradients, model)
+
+
+def classifier_gradients(model, params, images, labels, jit=jax.jit):
+    """Run the forward and backward pass of a classifier.
+
+    Returns:
+      Mean cross entropy, logits, and gradients by official name.
+    """
+    graphdef = split(model)[0]
+
+    def loss(params):
+        logits = nnx.merge(graphdef, params)(images)
+        each = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        return each.mean(), logits
+
+    (value, logits), gradients = jit(jax.value_and_grad(loss, has_aux=True))(params)
+    return value, logits, to_official(gradients, model)
+
+
+def shrink(state, parts):
+    """Multiply the arrays whose names contain one of the parts by 0.003."""
+    return {
+        name: array * np.float32(0.003) if any(p in name for p in parts) else array
+        for name, array in state.items()
+    }

@@ -1,20 +1,17 @@
 """Swin and SimMIM of the golden data: their facts, state dicts and our models."""
 
 import json
+from functools import partial
 
-import jax
 import jax.numpy as jnp
 import reference
-from flax import nnx
 from networks import abstract_model
 from vit import images, labels, noise, probe, weight
 
-from hivit_jax.tree import split
-from hivit_jax.weights.names.official import from_official
-
-__all__ = ["images", "labels", "noise", "probe", "weight"]
+__all__ = ["abstract_model", "images", "labels", "noise", "probe", "weight"]
 FACTS = json.loads((reference.GOLDEN / "swin.json").read_text())
 FIXTURES = FACTS["fixtures"]
+check_gradients = partial(reference.check_gradients, FIXTURES, seed=0)
 OUR_NAMES = {"img_size": "image_size", "img": "image_size"}
 NOT_OURS = ("qkv_bias", "encoder_stride", "mask_ratio", "mask_count", "patch_norm")
 
@@ -42,13 +39,11 @@ def state_dict(fixture, shapes=None):
     }
 
 
-def build(fixture, state=None, **overrides):
+def build(fixture, state=None):
     """Return the model of a fixture, and its parameters."""
     name, config = arguments(fixture)
-    model = abstract_model(name, **config | overrides)
     state = state_dict(fixture) if state is None else state
-    params = jax.tree.map(jnp.asarray, from_official(state, model))
-    return nnx.merge(split(model)[0], params), params
+    return reference.build(name, state, **config)
 
 
 def fixture_images(fixture):

@@ -3,17 +3,15 @@
 import json
 from functools import partial
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import reference
-from flax import nnx
 from networks import abstract_model
 
 from hivit_jax.models.positions import sincos_table
 from hivit_jax.tree import named_leaves, split
-from hivit_jax.weights.names.official import from_official, to_official
+from hivit_jax.weights.names.official import to_official
 
+__all__ = ["abstract_model"]
 FACTS = json.loads((reference.GOLDEN / "vit.json").read_text())
 FIXTURES = FACTS["fixtures"]
 # These fixtures have another seed.
@@ -27,6 +25,7 @@ weight, images, noise, labels, probe = (
         reference.probe,
     )
 )
+check_gradients = partial(reference.check_gradients, FIXTURES, seed=0)
 OUR_NAMES = {"img_size": "image_size"}
 
 
@@ -60,13 +59,11 @@ def state_dict(fixture, shapes=None):
     }
 
 
-def build(fixture, state=None, **overrides):
+def build(fixture, state=None):
     """Return the model of a fixture, and its parameters."""
     name, config = arguments(fixture)
-    model = abstract_model(name, **config | overrides)
     state = state_dict(fixture) if state is None else state
-    params = jax.tree.map(jnp.asarray, from_official(state, model))
-    return nnx.merge(split(model)[0], params), params
+    return reference.build(name, state, **config)
 
 
 def official_names(model, values):

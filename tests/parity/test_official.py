@@ -5,11 +5,18 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 import reference
 from flax import nnx
-from reference import FIXTURES, golden, probe
+from reference import (
+    FIXTURES,
+    check_gradients,
+    classifier_gradients,
+    close,
+    golden,
+    masked_gradients,
+    shrink,
+)
 
 from hivit_jax.models.masking import random_masking
 from hivit_jax.models.positions import (
@@ -21,13 +28,9 @@ from hivit_jax.models.positions import (
     unpatchify,
 )
 from hivit_jax.tree import split
-from hivit_jax.weights.names.official import latent_order, to_official
+from hivit_jax.weights.names.official import latent_order
 
 MINI_MAES = ["mae_mini", "mae_mini_rpe", "mae_mini_nohifeat", "mae_mini_nohifeat_rpe"]
-
-
-def close(actual, expected, atol, rtol=0.0):
-    np.testing.assert_allclose(np.asarray(actual), expected, atol=atol, rtol=rtol)
 
 
 def official_stages(model, images, ids_keep=None):
@@ -120,22 +123,6 @@ def test_mmpretrain_classifier():
     close(logits, golden("mmpretrain_tiny")["logits"], 2e-5)
 
 
-def mae_loss(graphdef, images, noise):
-    """Return a function from params to (training loss, outputs), gradients."""
-
-    def loss(params):
-        model = nnx.merge(graphdef, params)
-        out = model(images, noise=noise)
-        return model.image_loss(images, noise=noise).mean(), out
-
-    return jax.jit(jax.value_and_grad(loss, has_aux=True))
-
-
-def official_gradients(model, gradients):
-    """Return gradients by official name; they permute as parameters do."""
-    return to_official(gradients, model)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("fixture", MINI_MAES)
 def test_mini_mae_outputs_and_all_gradients(fixture):
@@ -143,10 +130,9 @@ def test_mini_mae_outputs_and_all_gradients(fixture):
     arrays, facts = golden(fixture), FIXTURES[fixture]
     images = jnp.asarray(reference.images("mini64", 3, 64))
     noise = jnp.asarray(reference.noise("mini64", 3, 16))
-    run = mae_loss(split(model)[0], images, noise)
-    (loss, out), gradients = run(params)
+    losses, out, gradients = masked_gradients(model, params, images, noise)
 
-    close([loss, out.loss], [facts["loss_f64"]] * 2, 2e-6)
+    close(losses, [facts["loss_f64"]] * 2, 2e-6)
     close(out.pred, arrays["pred"], 2e-5)
     np.testing.assert_array_equal(out.mask, arrays["mask"])
     latent = np.asarray(out.latent)
@@ -158,14 +144,8 @@ def test_mini_mae_outputs_and_all_gradients(fixture):
     np.testing.assert_array_equal(ids_shuffle[:, :4], arrays["ids_keep"])
     np.testing.assert_array_equal(ids_restore, arrays["ids_restore"])
 
-    official = official_gradients(model, gradients)
-    assert not official.pop("decoder_pos_embed").any()
-    assert official.keys() == facts["grad_norm"].keys()
-    for name, gradient in official.items():
-        if f"grad/{name}" in arrays:
-            close(gradient, arrays[f"grad/{name}"], 2e-6)
-        close(np.linalg.norm(gradient), facts["grad_norm"][name], 1e-7, 1e-4)
-        close(probe(name, gradient), facts["grad_probe"][name], 1e-5)
+    assert not gradients.pop("decoder_pos_embed").any()
+    check_gradients(FIXTURES, fixture, gradients, 2e-6, 1e-5, norm_rtol=1e-4)
 
 
 @pytest.mark.extras
@@ -175,9 +155,9 @@ def test_base_mae():
     arrays, facts = golden("mae_base"), FIXTURES["mae_base"]
     images = jnp.asarray(reference.images("mae224", 2, 224))
     noise = jnp.asarray(reference.noise("mae224", 2, 196))
-    (loss, out), gradients = mae_loss(split(model)[0], images, noise)(params)
+    losses, out, gradients = masked_gradients(model, params, images, noise)
 
-    close([loss, out.loss], [facts["loss_f64"]] * 2, 2e-6)
+    close(losses, [facts["loss_f64"]] * 2, 2e-6)
     np.testing.assert_array_equal(out.mask, arrays["mask"])
     pred, latent = np.asarray(out.pred), np.asarray(out.latent)
     latent = latent[..., np.argsort(latent_order(model.config))]
@@ -193,32 +173,20 @@ def test_base_mae():
     np.testing.assert_array_equal(ids_keep, arrays["ids_keep"])
     check_stages(jax.jit(lambda i: official_stages(model, i, ids_keep))(images), arrays)
 
-    official = official_gradients(model, gradients)
-    assert not official.pop("decoder_pos_embed").any()
-    assert official.keys() == facts["grad_norm"].keys()
-    for name, gradient in official.items():
-        close(np.linalg.norm(gradient), facts["grad_norm"][name], 1e-7, 1e-4)
-        close(probe(name, gradient), facts["grad_probe"][name], 1e-4)
-
-
-def shrunk(state):
-    """Scale down the weights of the low-variance fixture."""
-    facts = FIXTURES["lowvar_eps"]
-    factor = np.float32(facts["factor"])
-    ends = tuple(facts["shrunk_suffixes"])
-    return {k: v * factor if k.endswith(ends) else v for k, v in state.items()}
+    assert not gradients.pop("decoder_pos_embed").any()
+    check_gradients(FIXTURES, "mae_base", gradients, 0, 1e-4, norm_rtol=1e-4)
 
 
 @pytest.mark.slow
 def test_layer_norm_eps_everywhere():
     """With low-variance weights, eps=1e-5 in any one norm changes outputs by 1e-3."""
-    arrays = golden("lowvar_eps")
+    arrays, parts = golden("lowvar_eps"), FIXTURES["lowvar_eps"]["shrunk_suffixes"]
     images = jnp.asarray(reference.images("mini64", 3, 64))
     config = {
         reference.OUR_NAMES.get(k, k): v
         for k, v in FIXTURES["mae_mini"]["config"].items()
     }
-    state = shrunk(reference.state_dict("mae_mini"))
+    state = shrink(reference.state_dict("mae_mini"), parts)
     model, _ = reference.build("mae_hivit_base", state, **config)
     noise = jnp.asarray(reference.noise("mini64", 3, 16))
     out = model(images, noise=noise)
@@ -230,7 +198,7 @@ def test_layer_norm_eps_everywhere():
     config = {
         reference.OUR_NAMES.get(k, k): v for k, v in reference.MINI_CLASSIFIER.items()
     }
-    state = shrunk(reference.state_dict("features_mini_rpe"))
+    state = shrink(reference.state_dict("features_mini_rpe"), parts)
     model, _ = reference.build("hivit_base", state, **config)
     close(model(images), arrays["cls_logits"], 2e-5)
 
@@ -282,18 +250,12 @@ def test_features_with_relative_positions():
 @pytest.mark.slow
 def test_mini_classifier_gradients():
     model, params = reference.build_fixture("features_mini_rpe")
-    graphdef, arrays = split(model)[0], golden("cls_mini_grad")
+    arrays = golden("cls_mini_grad")
     images = jnp.asarray(reference.images("mini64", 3, 64))
     labels = jnp.asarray(reference.labels("mini64", 3, 10))
     np.testing.assert_array_equal(labels, arrays["labels"])
-
-    def loss(params):
-        logits = nnx.merge(graphdef, params)(images)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-
-    value, gradients = jax.jit(jax.value_and_grad(loss))(params)
-    close(value, FIXTURES["cls_mini_grad"]["loss_f64"], 2e-6)
-    official = official_gradients(model, gradients)
-    assert {f"grad/{name}" for name in official} == {k for k in arrays if "grad/" in k}
-    for name, gradient in official.items():
+    loss, _, gradients = classifier_gradients(model, params, images, labels)
+    close(loss, FIXTURES["cls_mini_grad"]["loss_f64"], 2e-6)
+    assert {f"grad/{name}" for name in gradients} == {k for k in arrays if "grad/" in k}
+    for name, gradient in gradients.items():
         close(gradient, arrays[f"grad/{name}"], 2e-6)

@@ -1,38 +1,26 @@
 """Swin and SimMIM compared with outputs of the official code, in float32."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 import swin
 from flax import nnx
-from networks import fast_jit
-from reference import golden, official_shapes
+from networks import abstract_model, fast_jit
+from reference import (
+    classifier_gradients,
+    close,
+    golden,
+    masked_gradients,
+    official_shapes,
+    shrink,
+)
 from swin import FIXTURES
 
 from hivit_jax.models import resize
 from hivit_jax.models.masking import count_visible_cells, random_masking
-from hivit_jax.tree import split
-from hivit_jax.weights.names.official import from_official, to_official, to_state_dict
+from hivit_jax.weights.names.official import from_official, to_state_dict
 
 MINIS = ["swin_mini", "swin_mini_rect", "swin_mini_rect_clamp", "swin_mini_clamp"]
-
-
-def close(actual, expected, atol, rtol=0.0):
-    np.testing.assert_allclose(np.asarray(actual), expected, atol=atol, rtol=rtol)
-
-
-def check_gradients(fixture, official, atol, probe_atol, norm_rtol=1e-5):
-    """Compare gradients by official name with the arrays, norms and probes."""
-    facts, arrays = FIXTURES[fixture], golden(fixture)
-    assert official.keys() == facts["grad_norm"].keys()
-    for name, gradient in official.items():
-        if f"grad/{name}" in arrays:
-            close(gradient, arrays[f"grad/{name}"], atol)
-        norm = np.linalg.norm(np.float64(gradient))
-        close(norm, facts["grad_norm"][name], 1e-7, norm_rtol)
-        close(swin.probe(name, gradient), facts["grad_probe"][name], probe_atol)
 
 
 def run_classifier(fixture, state=None):
@@ -40,16 +28,7 @@ def run_classifier(fixture, state=None):
     model, params = swin.build(fixture, state)
     images = swin.fixture_images(fixture)
     labels = jnp.asarray(swin.labels(*FIXTURES[fixture]["input"]["labels"]))
-    graphdef = split(model)[0]
-
-    def loss(params):
-        logits = nnx.merge(graphdef, params)(images)
-        each = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        return each.mean(), logits
-
-    run = fast_jit(jax.value_and_grad(loss, has_aux=True))
-    (value, logits), gradients = run(params)
-    return model, value, logits, to_official(gradients, model)
+    return model, *classifier_gradients(model, params, images, labels, fast_jit)
 
 
 def check_tokens(model, images, arrays, atol):
@@ -75,7 +54,7 @@ def test_mini_classifier_outputs_and_all_gradients(fixture):
     arrays = golden(fixture)
     close(loss, FIXTURES[fixture]["loss_f64"], 1e-6)
     close(logits, arrays["logits"], 2e-5)
-    check_gradients(fixture, gradients, 3e-6, 2e-4)
+    swin.check_gradients(fixture, gradients, 3e-6, 2e-4)
     check_tokens(model, swin.fixture_images(fixture), arrays, 2e-5)
 
 
@@ -98,13 +77,8 @@ def test_padded_windows_and_odd_grids():
 @pytest.mark.slow
 def test_layer_norm_eps():
     """With these weights, eps=1e-6 in any one norm changes logits by 0.3."""
-    shrunk = FIXTURES["swin_lowvar_eps"]["shrunk"]
-    state = {
-        name: array * np.float32(0.003)
-        if any(part in name for part in shrunk)
-        else array
-        for name, array in swin.state_dict("swin_mini").items()
-    }
+    parts = FIXTURES["swin_lowvar_eps"]["shrunk"]
+    state = shrink(swin.state_dict("swin_mini"), parts)
     model, _ = swin.build("swin_mini", state)
     logits = model(swin.fixture_images("swin_mini"))
     close(logits, golden("swin_lowvar_eps")["logits"], 2e-5)
@@ -119,17 +93,8 @@ def simmim_inputs(fixture):
 def run_simmim(fixture, state=None):
     """Return model, losses, outputs and gradients by official name."""
     model, params = swin.build(fixture, state)
-    images, noise = simmim_inputs(fixture)
-    graphdef = split(model)[0]
-
-    def loss(params):
-        model = nnx.merge(graphdef, params)
-        out = model(images, noise=noise)
-        return model.image_loss(images, noise=noise).mean(), out
-
-    run = fast_jit(jax.value_and_grad(loss, has_aux=True))
-    (value, out), gradients = run(params)
-    return model, (value, out.loss), out, to_official(gradients, model)
+    inputs = simmim_inputs(fixture)
+    return model, *masked_gradients(model, params, *inputs, fast_jit)
 
 
 @pytest.mark.slow
@@ -146,7 +111,7 @@ def test_mini_simmim_outputs_and_all_gradients():
     images, _ = simmim_inputs("simmim_mini")
     tokens = model.encoder._embed(images, cells.reshape(2, -1))
     close(tokens, arrays["tokens_in"], 2e-5)
-    check_gradients("simmim_mini", gradients, 3e-6, 2e-4)
+    swin.check_gradients("simmim_mini", gradients, 3e-6, 2e-4)
 
 
 @pytest.mark.parametrize("case", FIXTURES["simmim_masks"]["cases"])
@@ -181,7 +146,7 @@ def test_official_state_dict_and_back(fixture):
     """Names, shapes and bytes survive; indices and masks are computed."""
     state = swin.state_dict(fixture)
     name, config = swin.arguments(fixture)
-    model = swin.abstract_model(name, **config)
+    model = abstract_model(name, **config)
     back = to_state_dict(from_official(state, model), model)
     shapes = FIXTURES[fixture]["state_dict"]
     assert {name: list(array.shape) for name, array in back.items()} == shapes
@@ -195,7 +160,7 @@ def test_official_state_dict_and_back(fixture):
 def shapes_of(fixture):
     """Return {official name: shape} of a full-size model."""
     name, config = swin.arguments(fixture)
-    return official_shapes(swin.abstract_model(name, **config))
+    return official_shapes(abstract_model(name, **config))
 
 
 @pytest.mark.extras
@@ -214,7 +179,7 @@ def test_base_classifier():
     _, loss, logits, gradients = run_classifier("swin_base_cls", state)
     close(loss, FIXTURES["swin_base_cls"]["loss_f64"], 1e-6)
     close(logits, golden("swin_base_cls")["logits"], 2e-5)
-    check_gradients("swin_base_cls", gradients, 0, 2e-4)
+    swin.check_gradients("swin_base_cls", gradients, 0, 2e-4)
 
 
 @pytest.mark.extras
@@ -228,4 +193,4 @@ def test_base_simmim():
     close(pixels[:, ::8, ::8], arrays["rec_slice"], 2e-5)
     np.testing.assert_array_equal(mask[:, ::4, ::4, 0], arrays["mask"])
     # The gradient of an absolute error is its sign, which rounding changes near 0.
-    check_gradients("simmim_swin_base", gradients, 0, 2e-4, norm_rtol=5e-5)
+    swin.check_gradients("simmim_swin_base", gradients, 0, 2e-4, norm_rtol=5e-5)

@@ -1,36 +1,26 @@
 """Tests of plain ViT against outputs of the official MAE code, in float32."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 import vit
 from flax import nnx
-from reference import golden, official_shapes
+from networks import abstract_model
+from reference import (
+    classifier_gradients,
+    close,
+    golden,
+    masked_gradients,
+    official_shapes,
+    shrink,
+)
 from vit import FIXTURES
 
 from hivit_jax.models.masking import random_masking
 from hivit_jax.models.resize import resize_grid_table
-from hivit_jax.tree import split
-from hivit_jax.weights.names.official import from_official, to_official, to_state_dict
+from hivit_jax.weights.names.official import from_official, to_state_dict
 
 CLASSIFIERS = ["vit_cls_mini", "vit_cls_mini_token"]
-
-
-def close(actual, expected, atol, rtol=0.0):
-    np.testing.assert_allclose(np.asarray(actual), expected, atol=atol, rtol=rtol)
-
-
-def check_gradients(fixture, official, atol, probe_atol):
-    """Compare gradients by official name with the arrays, norms and probes."""
-    facts, arrays = FIXTURES[fixture], golden(fixture)
-    assert official.keys() == facts["grad_norm"].keys()
-    for name, gradient in official.items():
-        if f"grad/{name}" in arrays:
-            close(gradient, arrays[f"grad/{name}"], atol)
-        close(np.linalg.norm(gradient), facts["grad_norm"][name], 1e-7, 1e-5)
-        close(vit.probe(name, gradient), facts["grad_probe"][name], probe_atol)
 
 
 def mae_inputs(fixture):
@@ -43,20 +33,11 @@ def mae_inputs(fixture):
 def run_mae(fixture):
     """Return model, losses, outputs and gradients by official name."""
     model, params = vit.build(fixture)
-    images, noise = mae_inputs(fixture)
-    graphdef = split(model)[0]
-
-    def loss(params):
-        model = nnx.merge(graphdef, params)
-        out = model(images, noise=noise)
-        return model.image_loss(images, noise=noise).mean(), out
-
-    run = jax.jit(jax.value_and_grad(loss, has_aux=True))
-    (value, out), gradients = run(params)
-    official = to_official(gradients, model)
-    assert not official.pop("pos_embed").any()
-    assert not official.pop("decoder_pos_embed").any()
-    return model, (value, out.loss), out, official
+    inputs = mae_inputs(fixture)
+    losses, out, gradients = masked_gradients(model, params, *inputs)
+    assert not gradients.pop("pos_embed").any()
+    assert not gradients.pop("decoder_pos_embed").any()
+    return model, losses, out, gradients
 
 
 @pytest.mark.slow
@@ -77,7 +58,7 @@ def test_mini_mae_outputs_and_all_gradients():
     for number, block in enumerate(model.encoder.stages[-1]):
         x = block(x)
         close(x, arrays[f"block{number}"], 2e-5)
-    check_gradients("mae_vit_mini", gradients, 3e-6, 2e-4)
+    vit.check_gradients("mae_vit_mini", gradients, 3e-6, 2e-4)
 
 
 @pytest.mark.slow
@@ -88,7 +69,7 @@ def test_mini_mae_of_raw_pixels():
     images, _ = mae_inputs("mae_vit_mini")
     raw = golden("mae_vit_mini")["target0_raw"]
     close(model.targets(images)[0][0], raw, 0)
-    check_gradients("mae_vit_mini_pix", gradients, 3e-6, 2e-4)
+    vit.check_gradients("mae_vit_mini_pix", gradients, 3e-6, 2e-4)
 
 
 def classifier_inputs(fixture):
@@ -101,17 +82,8 @@ def classifier_inputs(fixture):
 def run_classifier(fixture, state=None):
     """Return model, loss, logits and gradients by official name."""
     model, params = vit.build(fixture, state)
-    images, labels = classifier_inputs(fixture)
-    graphdef = split(model)[0]
-
-    def loss(params):
-        logits = nnx.merge(graphdef, params)(images)
-        each = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        return each.mean(), logits
-
-    run = jax.jit(jax.value_and_grad(loss, has_aux=True))
-    (value, logits), gradients = run(params)
-    return model, value, logits, to_official(gradients, model)
+    inputs = classifier_inputs(fixture)
+    return model, *classifier_gradients(model, params, *inputs)
 
 
 @pytest.mark.slow
@@ -121,7 +93,7 @@ def test_mini_classifier_outputs_and_all_gradients(fixture):
     arrays = golden(fixture)
     close(loss, FIXTURES[fixture]["loss_f64"], 1e-6)
     close(logits, arrays["logits"], 2e-5)
-    check_gradients(fixture, gradients, 3e-6, 2e-4)
+    vit.check_gradients(fixture, gradients, 3e-6, 2e-4)
     if "pooled" in arrays:
         images, _ = classifier_inputs(fixture)
         close(model.mean_token(images), arrays["pooled"], 2e-5)
@@ -134,19 +106,12 @@ def test_mini_classifier_outputs_and_all_gradients(fixture):
 @pytest.mark.slow
 def test_layer_norm_eps_everywhere():
     """With these weights, eps=1e-5 in any one norm changes outputs by more than 1."""
-    arrays, shrunk = golden("vit_lowvar_eps"), FIXTURES["vit_lowvar_eps"]["shrunk"]
-
-    def shrink(fixture):
-        return {
-            name: array * np.float32(0.003)
-            if any(part in name for part in shrunk)
-            else array
-            for name, array in vit.state_dict(fixture).items()
-        }
-
-    model, _ = vit.build("vit_cls_mini", shrink("vit_cls_mini"))
+    arrays, parts = golden("vit_lowvar_eps"), FIXTURES["vit_lowvar_eps"]["shrunk"]
+    state = shrink(vit.state_dict("vit_cls_mini"), parts)
+    model, _ = vit.build("vit_cls_mini", state)
     close(model(classifier_inputs("vit_cls_mini")[0]), arrays["cls_logits"], 2e-5)
-    model, _ = vit.build("mae_vit_mini", shrink("mae_vit_mini"))
+    state = shrink(vit.state_dict("mae_vit_mini"), parts)
+    model, _ = vit.build("mae_vit_mini", state)
     images, noise = mae_inputs("mae_vit_mini")
     out = model(images, noise=noise)
     close(out.loss, arrays["mae_loss"], 1e-6)
@@ -166,7 +131,7 @@ def test_resized_position_tables(old, new):
 
 def shapes_of(name, **overrides):
     """Return {official name: shape} of a full-size model."""
-    return official_shapes(vit.abstract_model(name, **overrides), to_state_dict)
+    return official_shapes(abstract_model(name, **overrides), to_state_dict)
 
 
 @pytest.mark.extras
@@ -182,7 +147,7 @@ def test_base_classifier(fixture):
     else:
         _, loss, logits, gradients = run_classifier(fixture, state)
         close(loss, FIXTURES[fixture]["loss_f64"], 1e-6)
-        check_gradients(fixture, gradients, 0, 2e-4)
+        vit.check_gradients(fixture, gradients, 0, 2e-4)
     close(logits, golden(fixture)["logits"], 2e-5)
 
 
@@ -197,7 +162,7 @@ def test_base_mae(monkeypatch):
     np.testing.assert_array_equal(out.mask, arrays["mask"])
     close(out.pred[:, [0, 1, 97, 195], ::16], arrays["pred_slice"], 2e-5)
     close(out.pred.mean(-1), arrays["pred_mean_per_token"], 2e-5)
-    check_gradients("mae_vit_base", gradients, 0, 2e-4)
+    vit.check_gradients("mae_vit_base", gradients, 0, 2e-4)
 
 
 @pytest.mark.parametrize("fixture", ["mae_vit_mini", *CLASSIFIERS])
@@ -205,7 +170,7 @@ def test_official_state_dict_and_back(fixture):
     """Names, shapes and bytes are unchanged after a conversion and back."""
     state = vit.state_dict(fixture)
     name, config = vit.arguments(fixture)
-    model = vit.abstract_model(name, **config)
+    model = abstract_model(name, **config)
     back = to_state_dict(from_official(state, model), model)
     assert back.keys() == state.keys()
     for name, array in state.items():

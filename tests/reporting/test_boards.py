@@ -52,6 +52,8 @@ def test_tensorboard(tmp_path):
     start = str(by_tag["_hparams_/session_start_info"].metadata)
     assert all(name in start for name in SETTINGS)
     assert "(1, 1, 2)" in start
+    metrics_of_table = str(by_tag["_hparams_/experiment"].metadata)
+    assert all(f"eval/{name}" in metrics_of_table for name in ("loss", "top1", "mAP"))
 
 
 class StandIn:
@@ -76,7 +78,7 @@ class StandIn:
 
 
 def test_wandb_receives_the_metrics(workdir, monkeypatch):
-    """A later start goes on with the same run."""
+    """A resumed run continues the same run there."""
     wandb = StandIn()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     for step in (1, 2):

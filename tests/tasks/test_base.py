@@ -1,6 +1,9 @@
 """Tests of tasks by name, and of a user's own task."""
 
+from types import SimpleNamespace
+
 import mini_runs
+import networks
 import pytest
 
 from hivit_jax import evaluate, inputs, tasks
@@ -36,6 +39,14 @@ def test_users_own_task(tmp_path, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "multiply-adds per image              0.0770 G" in out
     assert "share: 1 -> 2\n" in out
+
+
+def test_model_without_macs():
+    """The cost of a user's own model is unknown if it has no method `macs`."""
+    task = inputs.make_task(mini_runs.classifier())
+    assert task.macs(networks.abstract_model("hivit_base", **networks.MINI)) > 0
+    assert task.macs(SimpleNamespace(parameter_count=int)) == 0
+    assert task.training_flops(SimpleNamespace(parameter_count=int)) == 0
 
 
 @pytest.mark.parametrize("name", ["nowhere:Half", "json:Half"])

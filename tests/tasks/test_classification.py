@@ -106,7 +106,8 @@ def test_balanced_class_weights():
 
 def test_class_weights_by_number():
     assert class_weights("1, 0,2.5", COUNTS, 3).tolist() == [1, 0, 2.5]
-    for text in ("1,2", "1,2,x", "1,2,-1", "0,0,0", "1,2,nan", "equal"):
+    bad = "1,2", "1,2,x", "1,2,-1", "0,0,0", "1,2,nan", "1,2,inf", "1,2,1e39", "equal"
+    for text in bad:
         with pytest.raises(ConfigError, match="expected 'balanced', or 3 numbers"):
             class_weights(text, COUNTS, 3)
     with pytest.raises(ConfigError, match="one label per image before"):

@@ -9,7 +9,6 @@ import networks
 import numpy as np
 import optax
 import pytest
-from flax import nnx
 from numpy.testing import assert_allclose, assert_array_equal
 
 from hivit_jax.errors import ConfigError
@@ -97,20 +96,10 @@ def test_other_parameters_are_trained_as_before():
         mini_runs.assert_identical(found, expected)
 
 
-class SquareTask:
-    """Task whose loss is the squared output of a linear layer."""
-
-    def build_model(self):
-        return nnx.Linear(3, 1, rngs=nnx.Rngs(0))
-
-    def loss(self, model, frozen, batch, keys):
-        return {"loss": model(batch["x"])[:, 0] ** 2}
-
-
 @pytest.mark.slow
 def test_no_bit_changes_in_a_step():
     """Not even the sign of a zero, nor the rounding of the average."""
-    task, frozen = SquareTask(), {"kernel"}
+    task, frozen = networks.SquareTask(), {"kernel"}
     optimizer = freeze_updates(optax.adamw(0.1, weight_decay=0.5), frozen)
     graphdef = split_state(task.build_model())[0]
     options = dict(seed=0, ema_decay=0.9, frozen_names=frozen)

@@ -8,20 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
+from networks import SquareTask
 
 from hivit_jax.training.step import make_init, make_train_step
 from hivit_jax.tree import split_state
-
-
-class SquareTask:
-    """Task whose loss is the squared output of a linear layer."""
-
-    def build_model(self):
-        return nnx.Linear(3, 1, rngs=nnx.Rngs(0))
-
-    def loss(self, model, frozen, batch, keys):
-        return {"loss": model(batch["x"])[:, 0] ** 2}
 
 
 def overflowing_state(start):

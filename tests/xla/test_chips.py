@@ -62,6 +62,11 @@ def test_metrics_of_four_chips(kind, count, monkeypatch):
     }
 
 
+def test_unknown_cost_has_no_utilization():
+    devices = [SimpleNamespace(device_kind="TPU v5 lite")]
+    assert "mfu" not in metrics.device_metrics(400.0, devices, 0)
+
+
 def test_metrics_of_a_cpu():
     found = metrics.device_metrics(400.0, jax.devices()[:4], 1e9)
     assert found == {"images_per_second": 400, "images_per_second_per_chip": 100}
