@@ -92,11 +92,16 @@ def images_per_cpu_second(split: Split, transform: Transform) -> float:
 
 
 def speed_report(task: tasks.Task, model: Model, images_per_core_second: float) -> str:
-    """Return a table: for each type of accelerator, the CPU cores that keep it busy."""
+    """Return a table: for each type of accelerator, the CPU cores that keep it busy.
+
+    The table is left out if the cost of the model is unknown.
+    """
     flops = task.training_flops(model)
     title = f"estimate at {UTILIZATION:.0%} of peak"
     speed, cores = images_per_core_second, available_cores()
     lines = [f"speed: {speed:,.0f} training images/s per core, {cores} cores here"]
+    if not flops:
+        return lines[0]
     lines += ["", _row(title, "images/s", "cores")]
     for name, chip in CHIPS.items():
         needed = UTILIZATION * chip.flops / flops

@@ -147,6 +147,8 @@ def hours_table(config: Any, task: tasks.Task, model: Model) -> str:
     _, total_steps, _ = resolved_schedule(config)
     images = total_steps * config.batch_size
     flops = task.training_flops(model)
+    if not flops:
+        return "operations per training image: unknown, because the model has no `macs`"
     titles = "images/s per chip", "chip-hours", "hours, 8 chips"
     lines = [
         f"about {flops / 1e9:,.1f} GFLOP per training image; {images:,} images in all",

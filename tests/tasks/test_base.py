@@ -9,6 +9,7 @@ import pytest
 from hivit_jax import evaluate, inputs, tasks
 from hivit_jax.errors import ConfigError
 from hivit_jax.main import main
+from hivit_jax.tools import check_data, describe
 from hivit_jax.train import train
 
 OWN = """
@@ -45,7 +46,10 @@ def test_model_without_macs():
     """The cost of a user's own model is unknown if it has no method `macs`."""
     task = inputs.make_task(mini_runs.classifier())
     assert task.macs(networks.abstract_model("hivit_base", **networks.MINI)) > 0
-    assert task.macs(SimpleNamespace(parameter_count=int)) == 0
+    unknown = SimpleNamespace(parameter_count=int)
+    assert task.macs(unknown) == 0
+    assert "unknown" in describe.hours_table(task.config, task, unknown)
+    assert len(check_data.speed_report(task, unknown, 9.0).splitlines()) == 1
     assert task.training_flops(SimpleNamespace(parameter_count=int)) == 0
 
 
