@@ -52,6 +52,8 @@ def resize_table_geometrically(table: np.ndarray, side: int, new: int) -> np.nda
 
 def geometric_matrix(side: int, new: int) -> np.ndarray:
     """Return the matrix of `resize_table_geometrically`, [2*new-1, 2*side-1]."""
+    if side == 1:
+        return np.ones((2 * new - 1, 1))
     low, high = 1.01, 1.5
     while high - low > 1e-6:
         ratio = (low + high) / 2

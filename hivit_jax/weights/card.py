@@ -74,7 +74,7 @@ def _usage(model: Model, has_head: bool) -> list[str]:
         "```",
         "",
         f"`preprocess` resizes with a {info.interpolation} filter, crops {info.crop:g} "
-        f"of the shorter side, divides by {255 * info.scale:g}, subtracts the mean "
+        f"of the shorter side, divides by {1 / info.scale:g}, subtracts the mean "
         f"({mean}) and divides by the standard deviation ({std}). `{WEIGHTS}` has the "
         f"names and layout of the official PyTorch code. `{CONFIG}` contains all "
         "settings of the model and of its training.",

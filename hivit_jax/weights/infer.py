@@ -29,6 +29,7 @@ def infer(
     Args:
       state: as in `from_official`.
       image_size: the model's image size; required if its grid of units is not square.
+        For Swin, see `swin_arguments`.
 
     Returns:
       The arguments, and {argument: reason} of the guessed ones.

@@ -42,7 +42,9 @@ from hivit_jax.weights.names.transformers import from_transformers, is_transform
 # Weights of a directory or repository, whose config.json describes them.
 DIRECTORY_WEIGHTS = (WEIGHTS, TORCH_WEIGHTS)
 # Arguments that the names and shapes of a state dict do not determine.
-NOT_IN_STATE_DICT = ("num_heads", "decoder_num_heads", "layer_norm_eps")
+NOT_IN_STATE_DICT = (
+    "num_heads", "decoder_num_heads", "layer_norm_eps", "mask_patch_size"
+)  # fmt: skip
 # Key of a recipe's data -> argument of `make_info`.
 SAME_NAMES = (
     "mean", "std", "interpolation", "antialias", "value_range", "dtype", "multi_label"
@@ -69,7 +71,8 @@ def read(path: str | Path, *, averaged: bool = True, **overrides: Any) -> Pretra
         be those of timm and transformers, with their config.json.
       averaged: prefer averaged weights (EMA) if they were saved.
       overrides: as in `create_model`. Only arguments that a file may lack have an
-        effect: `NOT_IN_STATE_DICT`, and image_size if the grid of units is not square.
+        effect: `NOT_IN_STATE_DICT`, and image_size if the grid of units is not square
+        or if it fits the tables of a Swin.
 
     Raises:
       CheckpointError: there is no model at the path, the file is damaged or unsafe, or

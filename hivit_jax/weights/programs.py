@@ -1,6 +1,7 @@
 """Configs that timm and transformers store beside the weights of a model."""
 
 import json
+import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ def read_config(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     that a file does not contain are left out.
 
     Raises:
-      CheckpointError: a file is damaged.
+      CheckpointError: a file is damaged, or a key of id2label is not an integer.
     """
     config = read_json(directory / CONFIG) if (directory / CONFIG).is_file() else {}
     if "architecture" in config:
@@ -47,7 +48,13 @@ def read_config(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         # These processors resize the whole image and do not crop it.
         info.setdefault("crop", 1.0)
     labels = config.get("id2label") or {}
-    names = [str(labels[key]) for key in sorted(labels, key=int)]
+    try:
+        names = [str(labels[key]) for key in sorted(labels, key=int)]
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{directory / CONFIG}: expected integers as keys of id2label, found "
+            f"{reprlib.repr(labels)}; correct it or remove it"
+        ) from error
     if names and not names[0].startswith("LABEL_"):
         info["class_names"] = names
     return _plain(arguments), info
