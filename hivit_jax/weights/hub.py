@@ -4,10 +4,8 @@ from functools import partial
 from pathlib import Path
 
 from hivit_jax.errors import CheckpointError, first_line
-from hivit_jax.weights.files import CONFIG, WEIGHTS
+from hivit_jax.weights.files import CONFIG, DIRECTORY_WEIGHTS, TORCH_WEIGHTS, WEIGHTS
 from hivit_jax.weights.programs import PREPROCESSOR
-
-TORCH_WEIGHTS = "pytorch_model.bin"  # in older repositories
 
 
 def download(address: str) -> Path:
@@ -47,7 +45,7 @@ def download(address: str) -> Path:
             f"{type(error).__name__}: {first_line(error)}"
         ) from error
     path = directory / file
-    candidates = [path] if file else [path / WEIGHTS, path / TORCH_WEIGHTS]
+    candidates = [path] if file else [path / name for name in DIRECTORY_WEIGHTS]
     if not any(each.is_file() for each in candidates):
         hint = "" if file else f"; for another file, use {address}/FILE"
         raise CheckpointError(f"{address} has no {file or WEIGHTS}{hint}")
