@@ -1,4 +1,4 @@
-"""Classifier on HiViT's encoder: finetuning, supervised training, linear probe."""
+"""Classifier on an encoder: finetuning, supervised training, linear probe."""
 
 from collections.abc import Sequence
 

@@ -21,9 +21,9 @@ def count_visible_units(units: int, mask_ratio: float) -> int:
 
 
 def count_visible_cells(cells: int, mask_ratio: float) -> int:
-    """Return the number of visible cells as SimMIM: ``cells - ceil(cells * ratio)``.
+    """Return SimMIM's number of visible cells, ``cells - ceil(cells * mask_ratio)``.
 
-    It differs from `count_visible_units` by the rounding of floating-point numbers.
+    `count_visible_units` may return another number, because it rounds differently.
 
     Raises:
       ConfigError: the mask ratio is outside (0, 1) or leaves no visible cell.

@@ -39,8 +39,8 @@ def resize_relative_table(table: np.ndarray, grid: Grid, new_grid: Grid) -> np.n
 def resize_table_geometrically(table: np.ndarray, side: int, new: int) -> np.ndarray:
     """Resize a relative position table of square windows, as SimMIM's finetuning.
 
-    A cubic spline through the entries, whose distances grow geometrically with the
-    distance of two units: [(2*side-1)**2, heads] -> [(2*new-1)**2, heads].
+    [(2*side-1)**2, heads] -> [(2*new-1)**2, heads]. Interpolates with a cubic spline.
+    The gaps between its knots grow geometrically with the distance of two units.
     """
     if side == new:
         return table

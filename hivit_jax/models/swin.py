@@ -39,8 +39,9 @@ class SwinConfig(EncoderConfig):
       False: pad these stages to whole windows, as in official detection.
 
     Class attributes:
-      geometric_tables: resize relative position tables as SimMIM's finetuning, see
-        `resize.resize_table_geometrically`. False: bicubically, as official Swin.
+      geometric_tables: resize relative position tables with geometric distances, as in
+        SimMIM's finetuning, see `resize.resize_table_geometrically`. False: resize them
+        bicubically, as in official Swin.
 
     Raises:
       ConfigError: inconsistent sizes.

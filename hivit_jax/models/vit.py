@@ -55,7 +55,7 @@ class ViTConfig(EncoderConfig):
 class ViTClassifierConfig(ViTConfig):
     """Sizes of encoder and head.
 
-    num_classes: classes of the head, or 0 for no head.
+    num_classes: classes of the head; 0: no head, or in a recipe, those of the dataset.
     pooling: input of the head. "mean": mean of the units' tokens, then `fc_norm`, as in
       MAE's finetuning (official ``global_pool``). "token": the class token after
       `norm`, as in MAE's linear probe.

@@ -9,11 +9,11 @@ from hivit_jax.weights.programs import PREPROCESSOR
 
 
 def download(address: str) -> Path:
-    """Download ``hf://ORGANISATION/NAME[@REVISION][/FILE]`` and return the local path.
+    """Download ``hf://ORGANIZATION/NAME[@REVISION][/FILE]`` and return the local path.
 
     Without FILE, returns a directory with the files of `save_pretrained`, timm or
-    transformers. Offline
-    (``HF_HUB_OFFLINE=1`` or no network), returns an earlier download.
+    transformers. Offline (``HF_HUB_OFFLINE=1`` or no network), returns an earlier
+    download.
 
     Raises:
       CheckpointError: the address is malformed, the file does not exist, there is
@@ -28,7 +28,7 @@ def download(address: str) -> Path:
         ) from error
     parts = address.removeprefix("hf://").split("/", 2)
     if len(parts) < 2 or not all(parts):
-        raise CheckpointError(f"{address}: expected hf://ORGANISATION/NAME")
+        raise CheckpointError(f"{address}: expected hf://ORGANIZATION/NAME")
     name, _, revision = parts[1].partition("@")
     file = parts[2] if len(parts) > 2 else ""
     wanted = [file] if file else [WEIGHTS, CONFIG, PREPROCESSOR]

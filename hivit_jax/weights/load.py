@@ -65,7 +65,7 @@ def read(path: str | Path, *, averaged: bool = True, **overrides: Any) -> Pretra
       path: a run's workdir or one of its checkpoints; a directory written by
         `save_pretrained`, or with one file of weights; a ``.safetensors`` or PyTorch
         file written by this package, the official code, MMPretrain or timm; or
-        ``hf://ORGANISATION/NAME[@REVISION][/FILE]``. Directories and repositories may
+        ``hf://ORGANIZATION/NAME[@REVISION][/FILE]``. Directories and repositories may
         be those of timm and transformers, with their config.json.
       averaged: prefer averaged weights (EMA) if they were saved.
       overrides: as in `create_model`. Only arguments that a file may lack have an
@@ -104,7 +104,8 @@ def _read_file(path: Path, averaged: bool, overrides: Mapping[str, Any]) -> Pret
     metadata, config = file.metadata, {}
     if path.name in DIRECTORY_WEIGHTS and (path.parent / CONFIG).is_file():
         config = programs.read_json(path.parent / CONFIG)
-        metadata = config if path.name == WEIGHTS else metadata
+        if path.name == WEIGHTS:
+            metadata = config
     known, info = programs.read_config(config, path.parent)
     notes = [f"{path.suffix} file" + (f", entry {file.key!r}" if file.key else "")]
     if file.other_keys:
@@ -232,7 +233,7 @@ def load_pretrained(
 
     Args:
       path: a workdir, a directory written by `save_pretrained`, a ``.pth`` or
-        ``.safetensors`` file, or ``hf://ORGANISATION/NAME``; see `read`.
+        ``.safetensors`` file, or ``hf://ORGANIZATION/NAME``; see `read`.
       averaged: prefer averaged weights (EMA) if they were saved.
       overrides: arguments of `create_model` that differ from the saved model's. The
         parameters are adapted to another name, image_size, in_channels or num_classes,
