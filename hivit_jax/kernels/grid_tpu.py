@@ -149,8 +149,8 @@ def _body(
 
         @pl.when(step == steps - 1)
         def _():
-            for out, total in zip(out_sums, sum_refs, strict=True):
-                out[0] = total[...].astype(out.dtype)
+            for out, ref in zip(out_sums, sum_refs, strict=True):
+                out[0] = ref[...].astype(out.dtype)
 
     return body
 

@@ -1,4 +1,4 @@
-"""Checks of the arguments of models: seeds, and shapes of arrays."""
+"""Checks of the arguments of models: seeds, shapes of arrays, numbers of heads."""
 
 import operator
 from typing import Any
@@ -84,3 +84,12 @@ def check_drop_path_keys(keys: jax.Array | None, batch: int) -> None:
         check_shape("drop_path_keys", keys, "[B]", batch)
     else:  # keys of `jax.random.PRNGKey`
         check_shape("drop_path_keys", keys, "[B, 2]", batch, None)
+
+
+def check_heads(dim_name: str, dim: int, heads_name: str, heads: int) -> None:
+    """Raise ConfigError unless `dim` is a multiple of `heads`."""
+    if heads < 1 or dim % heads:
+        raise ConfigError(
+            f"{heads_name}={heads} does not divide {dim_name}={dim}; "
+            f"expected {dim_name} to be a multiple of {heads_name}"
+        )

@@ -1,4 +1,4 @@
-"""Residual blocks of HiViT, and functions that apply a sequence of them."""
+"""Residual blocks, and functions that apply a sequence of them."""
 
 from collections.abc import Callable, Sequence
 from functools import partial

@@ -1,4 +1,4 @@
-"""Classifier on HiViT's encoder: finetuning, supervised training, linear probe."""
+"""Classifier on an encoder: finetuning, supervised training, linear probe."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hivit_jax.models.base import Model, make_info
-from hivit_jax.models.config import ClassifierConfig, RunOptions
+from hivit_jax.models.config import ClassifierConfig, EncoderConfig, RunOptions
 from hivit_jax.models.encoder import Encoder
 from hivit_jax.models.explicit_axes import accepts_explicit_axes
 from hivit_jax.models.flops import encoder_cost, row_cost
@@ -33,15 +33,28 @@ class Classifier(Model):
         rngs: nnx.Rngs,
     ):
         self.encoder = self.encoder_class(config, run_options, rngs=rngs)
+        self._add_head(config, config.embed_dim, config.fc_norm, rngs)
+
+    def _add_head(
+        self, config: EncoderConfig, dim: int, fc_norm: bool, rngs: nnx.Rngs
+    ) -> None:
+        """Set `info`, `fc_norm` and `head`.
+
+        Args:
+          config: a config with `num_classes` and `running_norm`.
+          dim: width of the pooled features.
+          fc_norm: normalize the pooled features by a LayerNorm, unless the config has a
+            running norm.
+        """
         self.info = make_info(config)
-        dim, classes = config.embed_dim, config.num_classes
         # Pooled features, their norm and the logits are float32 for any compute dtype.
         if config.running_norm:
             self.fc_norm = BatchNorm(dim, epsilon=1e-6, affine=False)
-        elif config.fc_norm:
+        elif fc_norm:
             self.fc_norm = LayerNorm(dim, epsilon=config.layer_norm_eps, rngs=rngs)
         else:
             self.fc_norm = None
+        classes = config.num_classes
         self.head = Linear(dim, classes, rngs=rngs) if classes else None
 
     @accepts_explicit_axes

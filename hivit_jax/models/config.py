@@ -8,6 +8,7 @@ import numpy as np
 from hivit_jax.errors import ConfigError
 from hivit_jax.kernels import dispatch
 from hivit_jax.keys import check_fields, setting
+from hivit_jax.models.arguments import check_heads
 from hivit_jax.models.positions import Grid, check_grid
 from hivit_jax.models.windows import Windows, make_windows
 
@@ -40,7 +41,7 @@ class RunOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderConfig:
-    """Sizes that every encoder has.
+    """Sizes that every encoder has. Subclasses add `depths`, blocks per stage.
 
     image_size: side or (height, width) in pixels, multiples of `patch_size`; stored as
       a pair.
@@ -73,9 +74,7 @@ class EncoderConfig:
 
     def __post_init__(self):
         check_fields(self)
-        patch_size = self.patch_size
-        rows, columns = check_grid(self.image_size, patch_size)
-        size = rows * patch_size, columns * patch_size
+        size = tuple(count * self.patch_size for count in self.grid)
         object.__setattr__(self, "image_size", size)
 
     def check_widths(self, **widths: int) -> None:
@@ -84,12 +83,14 @@ class EncoderConfig:
         Args:
           widths: {field of an MLP ratio: width of the MLP}.
         """
-        check_heads("embed_dim", self.embed_dim, "num_heads", self.num_heads)
-        multiple = max(4, 2 ** (len(self.block_counts) - 1))
-        if self.embed_dim % multiple:
-            raise ConfigError(
-                f"embed_dim={self.embed_dim}: expected a multiple of {multiple}"
-            )
+        dim, multiple = self.embed_dim, max(4, 2 ** (len(self.block_counts) - 1))
+        check_heads("embed_dim", dim, "num_heads", self.num_heads)
+        if dim % multiple:
+            raise ConfigError(f"embed_dim={dim}: expected a multiple of {multiple}")
+        self.check_mlps(**widths)
+
+    def check_mlps(self, **widths: int) -> None:
+        """Raise ConfigError for an MLP without hidden unit; see `check_widths`."""
         for name, width in widths.items():
             if width * getattr(self, name) < 1:
                 raise ConfigError(
@@ -108,9 +109,14 @@ class EncoderConfig:
         return (*self.image_size, self.in_channels)
 
     @property
+    def cell_size(self) -> int:
+        """Side in pixels of the cells of the patch embedding."""
+        return self.patch_size
+
+    @property
     def block_counts(self) -> tuple[int, ...]:
         """Numbers of residual blocks per stage."""
-        raise NotImplementedError
+        return self.depths
 
     @property
     def drop_path_rates(self) -> tuple[float, ...]:
@@ -173,10 +179,8 @@ class HiViTConfig(EncoderConfig):
                 f"patch_size={self.patch_size} is not a multiple of "
                 f"inner_patches={inner}"
             )
-        self.check_widths(
-            mlp_ratio=self.embed_dim, stem_mlp_ratio=self.embed_dim >> stems
-        )
-        depth = self.depths[-1]
+        dim, depth = self.embed_dim, self.depths[-1]
+        self.check_widths(mlp_ratio=dim, stem_mlp_ratio=dim >> stems)
         if any(index >= depth for index in self.global_blocks):
             raise ConfigError(
                 f"global_blocks={self.global_blocks}; expected indices from 0 to "
@@ -244,6 +248,11 @@ class DecoderConfig(EncoderConfig):
             raise ConfigError(f"decoder_embed_dim={dim}: expected a multiple of 4")
 
     @property
+    def unit_size(self) -> int:
+        """Side in pixels of the units that are masked."""
+        return self.patch_size
+
+    @property
     def latent_dim(self) -> int:
         """Width of the latent of a token."""
         return self.embed_dim
@@ -288,12 +297,3 @@ class MAEConfig(DecoderConfig, HiViTConfig):
     def latent_norm(self) -> bool:
         """True if a LayerNorm precedes the embedding of the decoder."""
         return self.multi_scale
-
-
-def check_heads(dim_name: str, dim: int, heads_name: str, heads: int) -> None:
-    """Raise ConfigError unless `dim` is a multiple of `heads`."""
-    if heads < 1 or dim % heads:
-        raise ConfigError(
-            f"{heads_name}={heads} does not divide {dim_name}={dim}; "
-            f"expected {dim_name} to be a multiple of {heads_name}"
-        )

@@ -30,14 +30,19 @@ class BlockOutput(NamedTuple):
 
 
 class Encoder(nnx.Module):
-    """Encoder without a head. A subclass builds the parts and defines `_stem`.
+    """Encoder without a head.
+
+    A subclass builds the parts and defines `_stem`. Swin overrides `__call__`,
+    `features` and `layers` instead.
 
     Attributes:
       config, run_options: architecture, and options that change how it runs.
       patch_embed: embedding of the pixels.
-      stages: residual blocks per stage. Only blocks of the last stage have attention.
+      stages: residual blocks per stage. Only blocks of the last stage have attention;
+        in Swin, all blocks have.
       merges: merges after all stages but the last.
-      absolute_pos_embed: position table with one row per class token and unit.
+      absolute_pos_embed: position table with one row per class token and unit. Swin
+        has none.
     """
 
     config: EncoderConfig

@@ -125,10 +125,10 @@ class MaskedAutoencoder(MaskedModel):
           merge order.
         """
         stages = self.encoder(images, ids_keep=ids_keep, drop_path_keys=drop_path_keys)
+        latent = stages[-1]
         if self.norm is None:
-            return stages[-1]
+            return latent
         with jax.named_scope("latent"):
-            latent = stages[-1]
             if self.config.multi_scale:
                 width, inner = self.config.embed_dim, self.config.inner_patches
                 # 4E, 2E, E

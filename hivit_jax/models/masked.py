@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from hivit_jax.models import positions
 from hivit_jax.models.arguments import check_ids, check_shape
 from hivit_jax.models.base import Model
-from hivit_jax.models.config import EncoderConfig
 from hivit_jax.models.explicit_axes import accepts_explicit_axes
 from hivit_jax.models.masking import count_visible_units
 
@@ -45,15 +44,10 @@ class MaskedModel(Model):
     error: Callable[[jax.Array], jax.Array] = staticmethod(jnp.square)
     count_visible: Callable[[int, float], int] = staticmethod(count_visible_units)
 
-    @staticmethod
-    def unit_size_of(config: EncoderConfig) -> int:
-        """Return the side in pixels of the units that are masked."""
-        return config.patch_size
-
     @property
     def unit_size(self) -> int:
         """Side in pixels of the units that are masked."""
-        return self.unit_size_of(self.config)
+        return self.config.unit_size
 
     @property
     def unit_grid(self) -> positions.Grid:

@@ -1,6 +1,7 @@
 """Random masking of units."""
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -16,36 +17,46 @@ def count_visible_units(units: int, mask_ratio: float) -> int:
     Raises:
       ConfigError: the mask ratio is outside (0, 1) or leaves no visible unit.
     """
-    if np.ndim(mask_ratio) or not 0 < mask_ratio < 1:
-        raise ConfigError(f"mask_ratio={mask_ratio}; expected 0 < mask_ratio < 1")
-    kept = int(units * (1 - mask_ratio))
-    if kept == 0:
-        most = _largest_mask_ratio(units)
-        raise ConfigError(
-            f"mask_ratio={mask_ratio} keeps none of {units} units; expected to keep at "
-            + (f"least 1, a mask_ratio of at most {most}" if most else "least 1 of 2")
-        )
-    return kept
+    return _check_visible(units, mask_ratio, lambda ratio: int(units * (1 - ratio)))
 
 
 def count_visible_cells(cells: int, mask_ratio: float) -> int:
-    """Return the number of visible cells as SimMIM: ``cells - ceil(cells * ratio)``.
+    """Return SimMIM's number of visible cells, ``cells - ceil(cells * mask_ratio)``.
 
-    It differs from `count_visible_units` by the rounding of floating-point numbers.
+    `count_visible_units` may return another number, because it rounds differently.
 
     Raises:
       ConfigError: the mask ratio is outside (0, 1) or leaves no visible cell.
     """
-    count_visible_units(cells, mask_ratio)  # raises ConfigError
-    return cells - math.ceil(cells * mask_ratio)
+    return _check_visible(
+        cells, mask_ratio, lambda ratio: cells - math.ceil(cells * ratio)
+    )
 
 
-def _largest_mask_ratio(units: int) -> float:
+def _check_visible(units: int, mask_ratio: float, count: Callable[[float], int]) -> int:
+    """Return ``count(mask_ratio)``, the number of visible units, if the ratio is valid.
+
+    Raises:
+      ConfigError: the mask ratio is outside (0, 1) or leaves no visible unit.
+    """
+    if np.ndim(mask_ratio) or not 0 < mask_ratio < 1:
+        raise ConfigError(f"mask_ratio={mask_ratio}; expected 0 < mask_ratio < 1")
+    visible = count(mask_ratio)
+    if visible < 1:
+        most = _largest_mask_ratio(units, count)
+        raise ConfigError(
+            f"mask_ratio={mask_ratio} keeps none of {units} units; expected to keep at "
+            + (f"least 1, a mask_ratio of at most {most}" if most else "least 1 of 2")
+        )
+    return visible
+
+
+def _largest_mask_ratio(units: int, count: Callable[[float], int]) -> float:
     """Return the largest ratio that keeps a unit, rounded to few decimals; else 0."""
     digits = max(2, len(str(units)))
     step = 10**-digits
     ratio = round(1 - 1 / units, digits)
-    while ratio > 0 and int(units * (1 - ratio)) < 1:
+    while ratio > 0 and count(ratio) < 1:
         ratio = round(ratio - step, digits)
     return ratio
 

@@ -117,7 +117,8 @@ def merge_neighbors(x: jax.Array, grid: Grid) -> jax.Array:
       grid: (H, W). A row and a column of zeros are added to odd sides.
 
     Returns:
-      [B*H'*W', C]; each four rows are neighbors, in the order of `PatchMerge`.
+      [B*H'*W', C], where H' and W' are the padded sides. Every four consecutive rows
+      are a square of 2x2 tokens, in the order of `PatchMerge`.
     """
     rows, columns = (-(-side // 2) for side in grid)
     x = x.reshape(len(x), *grid, x.shape[-1])

@@ -39,8 +39,8 @@ def resize_relative_table(table: np.ndarray, grid: Grid, new_grid: Grid) -> np.n
 def resize_table_geometrically(table: np.ndarray, side: int, new: int) -> np.ndarray:
     """Resize a relative position table of square windows, as SimMIM's finetuning.
 
-    A cubic spline through the entries, whose distances grow geometrically with the
-    distance of two units: [(2*side-1)**2, heads] -> [(2*new-1)**2, heads].
+    [(2*side-1)**2, heads] -> [(2*new-1)**2, heads]. Interpolates with a cubic spline.
+    The gaps between its knots grow geometrically with the distance of two units.
     """
     if side == new:
         return table
@@ -52,6 +52,8 @@ def resize_table_geometrically(table: np.ndarray, side: int, new: int) -> np.nda
 
 def geometric_matrix(side: int, new: int) -> np.ndarray:
     """Return the matrix of `resize_table_geometrically`, [2*new-1, 2*side-1]."""
+    if side == 1:
+        return np.ones((2 * new - 1, 1))
     low, high = 1.01, 1.5
     while high - low > 1e-6:
         ratio = (low + high) / 2

@@ -56,6 +56,11 @@ class SimMIMConfig(SwinConfig):
             positions.check_grid(self.image_size, side)
 
     @property
+    def unit_size(self) -> int:
+        """Side in pixels of the units that are masked."""
+        return self.mask_patch_size
+
+    @property
     def stride(self) -> int:
         """Side in pixels of a token of the last stage."""
         return self.patch_size << (len(self.depths) - 1)
@@ -84,11 +89,6 @@ class SimMIM(MaskedModel):
         self.norm = LayerNorm(width, epsilon=config.layer_norm_eps, **common)
         # The official 1x1 convolution has the same initialization.
         self.decoder = PatchEmbed(width, pixels, eps=None, **common)
-
-    @staticmethod
-    def unit_size_of(config: SimMIMConfig) -> int:
-        """Return the side in pixels of the units that are masked."""
-        return config.mask_patch_size
 
     @accepts_explicit_axes
     def __call__(
@@ -154,8 +154,8 @@ class SimMIM(MaskedModel):
         rows, columns = self.unit_grid
         check_shape("mask", mask, "[B, N]", images.shape[0], rows * columns)
         tokens = mask.reshape(len(mask), rows, columns)
+        repeats = self.unit_size // self.config.patch_size
         for axis in (1, 2):
-            repeats = self.unit_size // self.config.patch_size
             tokens = jnp.repeat(tokens, repeats, axis)
         tokens = tokens.reshape(len(mask), -1)
         stages = self.encoder(images, mask=tokens, drop_path_keys=drop_path_keys)

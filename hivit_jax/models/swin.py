@@ -14,9 +14,9 @@ from flax import nnx
 from hivit_jax.errors import ConfigError
 from hivit_jax.keys import setting
 from hivit_jax.models import positions
-from hivit_jax.models.arguments import check_shape
+from hivit_jax.models.arguments import check_heads, check_shape
 from hivit_jax.models.blocks import AttentionBlock
-from hivit_jax.models.config import EncoderConfig, RunOptions, check_heads
+from hivit_jax.models.config import EncoderConfig, RunOptions
 from hivit_jax.models.encoder import BlockOutput, Encoder
 from hivit_jax.models.explicit_axes import accepts_explicit_axes
 from hivit_jax.models.layers import INIT, PatchEmbed, PatchMerge
@@ -39,8 +39,9 @@ class SwinConfig(EncoderConfig):
       False: pad these stages to whole windows, as in official detection.
 
     Class attributes:
-      geometric_tables: resize relative position tables as SimMIM's finetuning, see
-        `resize.resize_table_geometrically`. False: bicubically, as official Swin.
+      geometric_tables: resize relative position tables with geometric distances, as in
+        SimMIM's finetuning, see `resize.resize_table_geometrically`. False: resize them
+        bicubically, as in official Swin.
 
     Raises:
       ConfigError: inconsistent sizes.
@@ -64,26 +65,12 @@ class SwinConfig(EncoderConfig):
             )
         for width, heads in zip(self.widths, self.num_heads, strict=True):
             check_heads("the width of a stage", width, "num_heads", heads)
-        if self.embed_dim * self.mlp_ratio < 1:
-            raise ConfigError(
-                f"mlp_ratio={self.mlp_ratio} leaves an MLP of width {self.embed_dim} "
-                f"no hidden unit; expected at least {1 / self.embed_dim:g}"
-            )
-
-    @property
-    def cell_size(self) -> int:
-        """Side of a token of the first stage in pixels."""
-        return self.patch_size
+        self.check_mlps(mlp_ratio=self.embed_dim)
 
     @property
     def widths(self) -> tuple[int, ...]:
         """Width of each stage."""
         return tuple(self.embed_dim << stage for stage in range(len(self.depths)))
-
-    @property
-    def block_counts(self) -> tuple[int, ...]:
-        """Numbers of residual blocks per stage."""
-        return self.depths
 
     def stage_grids(self, grid: Grid) -> list[Grid]:
         """Return the grid of tokens of each stage; `grid` is that of the first."""

@@ -8,13 +8,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hivit_jax.keys import setting
-from hivit_jax.models.base import make_info
 from hivit_jax.models.classifier import Classifier
 from hivit_jax.models.config import RunOptions
 from hivit_jax.models.explicit_axes import accepts_explicit_axes
 from hivit_jax.models.flops import attention_cost, row_cost
-from hivit_jax.models.layers import Linear
-from hivit_jax.models.norms import BatchNorm, LayerNorm
+from hivit_jax.models.norms import LayerNorm
 from hivit_jax.models.positions import Grid
 from hivit_jax.models.swin import Swin, SwinConfig
 
@@ -47,15 +45,10 @@ class SwinClassifier(Classifier):
         rngs: nnx.Rngs,
     ):
         self.encoder = Swin(config, run_options, rngs=rngs)
-        self.info = make_info(config)
-        dim, classes = config.widths[-1], config.num_classes
-        # Norm, pooled features and logits are float32 for any compute dtype.
-        self.norm = LayerNorm(dim, epsilon=config.layer_norm_eps, rngs=rngs)
-        if config.running_norm:
-            self.fc_norm = BatchNorm(dim, epsilon=1e-6, affine=False)
-        else:
-            self.fc_norm = None
-        self.head = Linear(dim, classes, rngs=rngs) if classes else None
+        dim, eps = config.widths[-1], config.layer_norm_eps
+        # `norm` is float32 for any compute dtype.
+        self.norm = LayerNorm(dim, epsilon=eps, rngs=rngs)
+        self._add_head(config, dim, False, rngs)
 
     @accepts_explicit_axes
     def mean_token(

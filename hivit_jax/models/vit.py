@@ -14,16 +14,15 @@ from flax import nnx
 
 from hivit_jax.keys import setting
 from hivit_jax.models import positions
-from hivit_jax.models.base import make_info
 from hivit_jax.models.blocks import AttentionBlock
 from hivit_jax.models.classifier import Classifier
 from hivit_jax.models.config import DecoderConfig, EncoderConfig, RunOptions
 from hivit_jax.models.encoder import Encoder
 from hivit_jax.models.explicit_axes import accepts_explicit_axes
 from hivit_jax.models.flops import row_cost
-from hivit_jax.models.layers import INIT, XAVIER, FixedTable, Linear, PatchEmbed
+from hivit_jax.models.layers import INIT, XAVIER, FixedTable, PatchEmbed
 from hivit_jax.models.mae import MaskedAutoencoder
-from hivit_jax.models.norms import BatchNorm, LayerNorm
+from hivit_jax.models.norms import LayerNorm
 
 POOLINGS = ("mean", "token")
 
@@ -51,22 +50,12 @@ class ViTConfig(EncoderConfig):
         """Blocks per stage."""
         return (self.depth,)
 
-    @property
-    def block_counts(self) -> tuple[int]:
-        """Numbers of residual blocks per stage."""
-        return self.depths
-
-    @property
-    def cell_size(self) -> int:
-        """Side of a cell in pixels."""
-        return self.patch_size
-
 
 @dataclass(frozen=True, kw_only=True)
 class ViTClassifierConfig(ViTConfig):
     """Sizes of encoder and head.
 
-    num_classes: classes of the head, or 0 for no head.
+    num_classes: classes of the head; 0: no head, or in a recipe, those of the dataset.
     pooling: input of the head. "mean": mean of the units' tokens, then `fc_norm`, as in
       MAE's finetuning (official ``global_pool``). "token": the class token after
       `norm`, as in MAE's linear probe.
@@ -170,16 +159,11 @@ class ViTClassifier(Classifier):
         rngs: nnx.Rngs,
     ):
         self.encoder = ViT(config, run_options, rngs=rngs)
-        self.info = make_info(config)
-        dim, classes = config.embed_dim, config.num_classes
-        eps, has_mean = config.layer_norm_eps, config.pooling == "mean"
-        # Norms and logits are float32 for any compute dtype.
+        dim, eps = config.embed_dim, config.layer_norm_eps
+        has_mean = config.pooling == "mean"
+        # `norm` is float32 for any compute dtype.
         self.norm = None if has_mean else LayerNorm(dim, epsilon=eps, rngs=rngs)
-        if config.running_norm:
-            self.fc_norm = BatchNorm(dim, epsilon=1e-6, affine=False)
-        else:
-            self.fc_norm = LayerNorm(dim, epsilon=eps, rngs=rngs) if has_mean else None
-        self.head = Linear(dim, classes, rngs=rngs) if classes else None
+        self._add_head(config, dim, has_mean, rngs)
 
     @accepts_explicit_axes
     def head_token(

@@ -42,8 +42,7 @@ class MaskedAutoencoding(Task):
         """Raise ConfigError for an invalid config, such as an invalid `mask_ratio`."""
         super().check(config)
         model_class, sizes, _ = configure(**model_arguments(config))
-        side = model_class.unit_size_of(sizes)
-        units = math.prod(check_grid(sizes.image_size, side))
+        units = math.prod(check_grid(sizes.image_size, sizes.unit_size))
         # Raises ConfigError for a ratio that masks all units.
         if model_class.count_visible(units, config.mask_ratio) == units:
             raise ConfigError(

@@ -39,7 +39,7 @@ def export(
 
     Args:
       what: "classifier", images -> logits [b, num_classes] float32; or "features",
-        images -> tuple of the maps of `HiViT.features`, in compute dtype. Images are
+        images -> tuple of the maps of `Model.features`, in compute dtype. Images are
         [b, H, W, C] float32, normalized, with any b >= 1.
       platforms: platforms that the program is lowered for, from `PLATFORMS`.
 

@@ -17,7 +17,8 @@ from hivit_jax.tree import leaf_name, named_leaves, split
 
 # Prefixes of arrays that may be newly initialized.
 HEAD = ("fc_norm/", "head/")
-PREDICTION = "decoder_pred/"  # only if its shape differs
+# Of MAE and of SimMIM; only if the shape differs.
+PREDICTION = ("decoder_pred/", "decoder/")
 
 
 class Pretrained(NamedTuple):

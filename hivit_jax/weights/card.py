@@ -51,12 +51,14 @@ def model_card(
 def _usage(model: Model, has_head: bool) -> list[str]:
     """Return the lines on code and preprocessing."""
     info, (height, width) = model.info, model.config.image_size
+    prints_classes = has_head and bool(info.class_names)
+    prints_sigmoid = prints_classes and info.multi_label
     lines = [
         "## Use",
         "",
         "```python",
         "import hivit_jax",
-        *["import jax"] * info.multi_label,
+        *["import jax"] * prints_sigmoid,
         "",
         'model = hivit_jax.load_pretrained(".")  # the directory of this file',
         'images = hivit_jax.preprocess(model)(["photo.jpg"])',
@@ -65,16 +67,16 @@ def _usage(model: Model, has_head: bool) -> list[str]:
     ]
     if has_head:
         lines.append(f"logits = model(images)  # [1, {model.config.num_classes}]")
-    if has_head and info.class_names and info.multi_label:
+    if prints_sigmoid:
         lines.append("probabilities = jax.nn.sigmoid(logits)  # one per class name")
-    elif has_head and info.class_names:
+    elif prints_classes:
         lines.append("print(model.info.class_names[logits[0].argmax()])")
     mean, std = (", ".join(f"{x:.6g}" for x in each) for each in (info.mean, info.std))
     lines += [
         "```",
         "",
         f"`preprocess` resizes with a {info.interpolation} filter, crops {info.crop:g} "
-        f"of the shorter side, divides by {255 * info.scale:g}, subtracts the mean "
+        f"of the shorter side, divides by {1 / info.scale:g}, subtracts the mean "
         f"({mean}) and divides by the standard deviation ({std}). `{WEIGHTS}` has the "
         f"names and layout of the official PyTorch code. `{CONFIG}` contains all "
         "settings of the model and of its training.",

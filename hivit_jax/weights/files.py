@@ -25,6 +25,9 @@ from hivit_jax.weights.torch_format import TorchFile
 
 # Files of a directory of `save_pretrained`.
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
+TORCH_WEIGHTS = "pytorch_model.bin"  # in older repositories of transformers
+# Weights of a directory or repository, whose config.json describes them.
+DIRECTORY_WEIGHTS = (WEIGHTS, TORCH_WEIGHTS)
 TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar")  # .pth.tar
 SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
 # Key of our JSON description of the model, which other programs ignore.

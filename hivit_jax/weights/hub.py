@@ -4,18 +4,16 @@ from functools import partial
 from pathlib import Path
 
 from hivit_jax.errors import CheckpointError, first_line
-from hivit_jax.weights.files import CONFIG, WEIGHTS
+from hivit_jax.weights.files import CONFIG, DIRECTORY_WEIGHTS, TORCH_WEIGHTS, WEIGHTS
 from hivit_jax.weights.programs import PREPROCESSOR
-
-TORCH_WEIGHTS = "pytorch_model.bin"  # in older repositories
 
 
 def download(address: str) -> Path:
-    """Download ``hf://ORGANISATION/NAME[@REVISION][/FILE]`` and return the local path.
+    """Download ``hf://ORGANIZATION/NAME[@REVISION][/FILE]`` and return the local path.
 
     Without FILE, returns a directory with the files of `save_pretrained`, timm or
-    transformers. Offline
-    (``HF_HUB_OFFLINE=1`` or no network), returns an earlier download.
+    transformers. Offline (``HF_HUB_OFFLINE=1`` or no network), returns an earlier
+    download.
 
     Raises:
       CheckpointError: the address is malformed, the file does not exist, there is
@@ -30,7 +28,7 @@ def download(address: str) -> Path:
         ) from error
     parts = address.removeprefix("hf://").split("/", 2)
     if len(parts) < 2 or not all(parts):
-        raise CheckpointError(f"{address}: expected hf://ORGANISATION/NAME")
+        raise CheckpointError(f"{address}: expected hf://ORGANIZATION/NAME")
     name, _, revision = parts[1].partition("@")
     file = parts[2] if len(parts) > 2 else ""
     wanted = [file] if file else [WEIGHTS, CONFIG, PREPROCESSOR]
@@ -47,7 +45,7 @@ def download(address: str) -> Path:
             f"{type(error).__name__}: {first_line(error)}"
         ) from error
     path = directory / file
-    candidates = [path] if file else [path / WEIGHTS, path / TORCH_WEIGHTS]
+    candidates = [path] if file else [path / name for name in DIRECTORY_WEIGHTS]
     if not any(each.is_file() for each in candidates):
         hint = "" if file else f"; for another file, use {address}/FILE"
         raise CheckpointError(f"{address} has no {file or WEIGHTS}{hint}")

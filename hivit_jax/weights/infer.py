@@ -13,7 +13,7 @@ from hivit_jax.models.vit import ViTClassifier, ViTMaskedAutoencoder
 from hivit_jax.weights.infer_swin import swin_arguments
 from hivit_jax.weights.names.official import official_names
 from hivit_jax.weights.names.swin import is_swin
-from hivit_jax.weights.shapes import Shapes, registered
+from hivit_jax.weights.shapes import Shapes, registered, with_name
 
 
 def infer(
@@ -29,6 +29,7 @@ def infer(
     Args:
       state: as in `from_official`.
       image_size: the model's image size; required if its grid of units is not square.
+        For Swin, see `swin_arguments`.
 
     Returns:
       The arguments, and {argument: reason} of the guessed ones.
@@ -64,20 +65,16 @@ def infer(
         (False, True): MaskedAutoencoder,
         (False, False): Classifier,
     }
-    model_class = classes[is_vit, is_autoencoder]
-    names = registered(model_class, arguments)
-    return dict(name=names[0] if names else model_class.name) | arguments, guessed
+    return with_name(classes[is_vit, is_autoencoder], arguments), guessed
 
 
 def _head_arguments(shapes: Shapes, is_vit: bool) -> dict[str, Any]:
     """Return the arguments of a classifier that its encoder does not determine."""
-    head, arguments = shapes.get("head.weight"), {}
     if is_vit:
-        arguments["pooling"] = "token" if "norm.weight" in shapes else "mean"
-    else:
-        arguments["fc_norm"] = "fc_norm.weight" in shapes or head is None
-    arguments["running_norm"] = "fc_norm.mean" in shapes
-    return arguments | (dict(num_classes=head[0]) if head else {})
+        pooling = "token" if "norm.weight" in shapes else "mean"
+        return dict(pooling=pooling) | shapes.head()
+    fc_norm = "fc_norm.weight" in shapes or "head.weight" not in shapes
+    return dict(fc_norm=fc_norm) | shapes.head()
 
 
 def _vit_arguments(
@@ -87,12 +84,11 @@ def _vit_arguments(
     _, tokens, dim = shapes.require("pos_embed", 3)
     _, channels, patch_size, _ = shapes.require("patch_embed.proj.weight", 4)
     hidden, _ = shapes.require("blocks.0.mlp.fc1.weight", 2)
-    blocks = {name.split(".")[1] for name in shapes if name.startswith("blocks.")}
     arguments = dict(
         image_size=_image_size(tokens - 1, patch_size, image_size),
         in_channels=channels,
         embed_dim=dim,
-        depth=len(blocks),
+        depth=shapes.count("blocks."),
         mlp_ratio=hidden / dim,
         patch_size=patch_size,
     )
@@ -144,9 +140,8 @@ def _encoder_arguments(
 
 def _decoder_arguments(shapes: Shapes) -> dict[str, Any]:
     decoder_dim, _ = shapes.require("decoder_embed.weight", 2)
-    blocks = {n.split(".")[1] for n in shapes if n.startswith("decoder_blocks.")}
     return dict(
         decoder_embed_dim=decoder_dim,
-        decoder_depth=len(blocks),
+        decoder_depth=shapes.count("decoder_blocks."),
         decoder_num_heads=max(decoder_dim // 32, 1),
     )

@@ -2,10 +2,12 @@
 
 from typing import Any
 
+from hivit_jax.errors import ConfigError
+from hivit_jax.models.positions import check_grid
 from hivit_jax.models.simmim import SimMIM, SimMIMConfig
 from hivit_jax.models.swin_classifier import SwinClassifier
 from hivit_jax.weights.names.swin import MASK_TOKEN
-from hivit_jax.weights.shapes import Shapes, registered
+from hivit_jax.weights.shapes import Shapes, with_name
 
 
 def swin_arguments(
@@ -13,11 +15,14 @@ def swin_arguments(
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Return the arguments of a Swin or SimMIM, and reasons of the guessed ones.
 
-    No parameter has the size of the image. Without `image_size`, it is that of official
-    shift masks, or one window in the last stage.
+    No parameter has the size of the image. The guess is the size of the official shift
+    masks or, without masks, the size whose last stage is one window.
 
     Args:
-      image_size: the model's image size; None: guess it.
+      image_size: image size that replaces the guess if it fits the tables; or None.
+
+    Raises:
+      CheckpointError: the state dict is not that of a Swin.
     """
     shapes.kind = "Swin"
     is_simmim = MASK_TOKEN in shapes
@@ -25,17 +30,16 @@ def swin_arguments(
     embed = f"{prefix}patch_embed.proj.weight"
     dim, channels, patch_size, _ = shapes.require(embed, 4)
     depths, heads, sides = [], [], []
-    names = [name.removeprefix(prefix).split(".") for name in shapes]
-    blocks = [name[1:4:2] for name in names if name[:3:2] == ["layers", "blocks"]]
-    for stage in sorted({int(stage) for stage, _ in blocks}):
-        depths.append(len({block for each, block in blocks if int(each) == stage}))
-        table = f"{prefix}layers.{stage}.blocks.0.attn.relative_position_bias_table"
+    for stage in range(shapes.count(f"{prefix}layers.")):
+        blocks = f"{prefix}layers.{stage}.blocks."
+        depths.append(shapes.count(blocks))
+        table = f"{blocks}0.attn.relative_position_bias_table"
         rows, count = shapes.require(table, 2)
         heads.append(count)
         sides.append(round((rows**0.5 + 1) / 2))
     hidden, _ = shapes.require(f"{prefix}layers.0.blocks.0.mlp.fc1.weight", 2)
     guessed = {"layer_norm_eps": "as in the official code"}
-    if image_size is None:
+    if image_size is None or not _has_windows(image_size, patch_size, sides):
         stride = patch_size << (len(depths) - 1)
         image_size, guessed["image_size"] = sides[-1] * stride, "one window at the end"
         windows, side, _ = shapes.get(f"{prefix}layers.0.blocks.1.attn_mask", (0, 0, 0))
@@ -56,13 +60,22 @@ def swin_arguments(
     )
     if is_simmim:
         model_class = SimMIM
-        default = SimMIMConfig.__dataclass_fields__["mask_patch_size"].default
-        arguments["mask_patch_size"] = default
+        arguments["mask_patch_size"] = SimMIMConfig.mask_patch_size
         guessed["mask_patch_size"] = "as in the official code"
     else:
         model_class = SwinClassifier
-        arguments["running_norm"] = "fc_norm.mean" in shapes
-        if head := shapes.get("head.weight"):
-            arguments["num_classes"] = head[0]
-    names = registered(model_class, arguments)
-    return dict(name=names[0] if names else model_class.name) | arguments, guessed
+        arguments |= shapes.head()
+    return with_name(model_class, arguments), guessed
+
+
+def _has_windows(image_size: Any, patch_size: int, sides: list[int]) -> bool:
+    """Return True if the stages of images of this size have windows of `sides`."""
+    try:
+        grid = check_grid(image_size, patch_size)
+    except (TypeError, ConfigError):
+        return True  # because `create_model` explains what is wrong with the size
+    for side in sides:
+        if side != min(max(sides), *grid):
+            return False
+        grid = -(-grid[0] // 2), -(-grid[1] // 2)
+    return True

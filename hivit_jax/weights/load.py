@@ -28,8 +28,8 @@ from hivit_jax.reporting.console import log
 from hivit_jax.tree import leaf_name, named_leaves, split
 from hivit_jax.weights import files, nesting, programs
 from hivit_jax.weights.adapt import Pretrained, adapt
-from hivit_jax.weights.files import CONFIG, WEIGHTS
-from hivit_jax.weights.hub import TORCH_WEIGHTS, download
+from hivit_jax.weights.files import CONFIG, DIRECTORY_WEIGHTS, WEIGHTS
+from hivit_jax.weights.hub import download
 from hivit_jax.weights.infer import infer
 from hivit_jax.weights.names.official import (
     from_official,
@@ -39,10 +39,10 @@ from hivit_jax.weights.names.official import (
 from hivit_jax.weights.names.swin import BUFFERS, is_swin
 from hivit_jax.weights.names.transformers import from_transformers, is_transformers
 
-# Weights of a directory or repository, whose config.json describes them.
-DIRECTORY_WEIGHTS = (WEIGHTS, TORCH_WEIGHTS)
 # Arguments that the names and shapes of a state dict do not determine.
-NOT_IN_STATE_DICT = ("num_heads", "decoder_num_heads", "layer_norm_eps")
+NOT_IN_STATE_DICT = (
+    "num_heads", "decoder_num_heads", "layer_norm_eps", "mask_patch_size"
+)  # fmt: skip
 # Key of a recipe's data -> argument of `make_info`.
 SAME_NAMES = (
     "mean", "std", "interpolation", "antialias", "value_range", "dtype", "multi_label"
@@ -65,11 +65,12 @@ def read(path: str | Path, *, averaged: bool = True, **overrides: Any) -> Pretra
       path: a run's workdir or one of its checkpoints; a directory written by
         `save_pretrained`, or with one file of weights; a ``.safetensors`` or PyTorch
         file written by this package, the official code, MMPretrain or timm; or
-        ``hf://ORGANISATION/NAME[@REVISION][/FILE]``. Directories and repositories may
+        ``hf://ORGANIZATION/NAME[@REVISION][/FILE]``. Directories and repositories may
         be those of timm and transformers, with their config.json.
       averaged: prefer averaged weights (EMA) if they were saved.
       overrides: as in `create_model`. Only arguments that a file may lack have an
-        effect: `NOT_IN_STATE_DICT`, and image_size if the grid of units is not square.
+        effect: `NOT_IN_STATE_DICT`, and image_size if the grid of units is not square
+        or if it fits the tables of a Swin.
 
     Raises:
       CheckpointError: there is no model at the path, the file is damaged or unsafe, or
@@ -100,10 +101,12 @@ def read(path: str | Path, *, averaged: bool = True, **overrides: Any) -> Pretra
 
 def _read_file(path: Path, averaged: bool, overrides: Mapping[str, Any]) -> Pretrained:
     file = files.read(path, averaged)
-    metadata, is_directory = file.metadata, path.name in DIRECTORY_WEIGHTS
-    if (path.parent / CONFIG).is_file() and path.name == WEIGHTS:
-        metadata = programs.read_json(path.parent / CONFIG)
-    known, info = programs.read_config(path.parent) if is_directory else ({}, {})
+    metadata, config = file.metadata, {}
+    if path.name in DIRECTORY_WEIGHTS and (path.parent / CONFIG).is_file():
+        config = programs.read_json(path.parent / CONFIG)
+        if path.name == WEIGHTS:
+            metadata = config
+    known, info = programs.read_config(config, path.parent)
     notes = [f"{path.suffix} file" + (f", entry {file.key!r}" if file.key else "")]
     if file.other_keys:
         notes.append(f"other entries: {', '.join(file.other_keys)}")
@@ -111,14 +114,16 @@ def _read_file(path: Path, averaged: bool, overrides: Mapping[str, Any]) -> Pret
     notes.append(f"averaged weights (EMA): {', '.join(averages) or 'none'}")
     try:
         state, removed, unused = nesting.remove_prefixes(file.state, averaged)
-        if translated := is_transformers(state):
+        if is_transformers(state):
             state = from_transformers(state)
             notes.append("parameter names: transformers")
+        elif "arguments" not in metadata:
+            notes.append(f"parameter names: {_program(state)}")
         if "arguments" in metadata:
             arguments = metadata["arguments"]
         else:
-            arguments, remarks = _infer_arguments(state, overrides, known)
-            notes += remarks[translated:]
+            arguments, guesses = _infer_arguments(state, overrides, known)
+            notes += guesses
         model = abstract_model(arguments)
         params = named_leaves(from_official(state, model, allow_missing=True))
     except CheckpointError as error:
@@ -159,19 +164,21 @@ def _infer_arguments(
     accepted = override_types(type(variant(arguments["name"])[1]))
     known = {key: value for key, value in known.items() if key in accepted}
     arguments |= known | {"image_size": arguments["image_size"]}
-    program = "MAE and timm" if "cls_token" in state else "official code"
-    if is_swin(state):
-        program = "official code or timm"
-    elif any(name.startswith("backbone.") for name in state):
-        program = "MMPretrain"
-    notes = [f"parameter names: {program}"]
     arguments |= {key: overrides[key] for key in NOT_IN_STATE_DICT if key in overrides}
-    notes += [
+    return arguments, [
         f"guessed: {key} {arguments[key]}, {reason}"
         for key, reason in guessed.items()
         if key not in overrides and key not in known
     ]
-    return arguments, notes
+
+
+def _program(state: Mapping[str, Any]) -> str:
+    """Return the programs that use the names of a state dict, except transformers."""
+    if is_swin(state):
+        return "official code or timm"
+    if any(name.startswith("backbone.") for name in state):
+        return "MMPretrain"
+    return "MAE and timm" if "cls_token" in state else "official code"
 
 
 def _read_checkpoint(path: Path, averaged: bool) -> Pretrained:
@@ -226,7 +233,7 @@ def load_pretrained(
 
     Args:
       path: a workdir, a directory written by `save_pretrained`, a ``.pth`` or
-        ``.safetensors`` file, or ``hf://ORGANISATION/NAME``; see `read`.
+        ``.safetensors`` file, or ``hf://ORGANIZATION/NAME``; see `read`.
       averaged: prefer averaged weights (EMA) if they were saved.
       overrides: arguments of `create_model` that differ from the saved model's. The
         parameters are adapted to another name, image_size, in_channels or num_classes,

@@ -1,4 +1,4 @@
-"""Find the state dict of a HiViT in the nested objects that training programs save."""
+"""Find the state dict of a model in the nested objects that training programs save."""
 
 import re
 from collections import deque
@@ -10,7 +10,7 @@ from hivit_jax.weights.torch_format import StandIn, is_array
 
 # Keys under which programs save the state dict, the preferred first; "" is the file.
 STATE_DICT_KEYS = ("", "model", "state_dict", "module", "model_state_dict")
-# Every HiViT has an entry with this name, after the prefix of a wrapper.
+# Every model has an entry with this name, after the prefix of a wrapper.
 ANCHOR = "patch_embed.proj.weight"
 # Names that PyTorch inserts for DistributedDataParallel, torch.compile,
 # FullyShardedDataParallel and activation checkpoints. At the start of a name, such a
@@ -59,7 +59,7 @@ def find_state_dict(
             f"contains no tensors by name, but {{{kinds}}}; expected a state dict"
         )
     keys = [key for key, names in found.items() if any(map(_is_anchor, names))]
-    if not keys:  # not a HiViT; `infer` raises the error
+    if not keys:  # none of our models; `infer` raises the error
         keys = [max(found, key=lambda key: len(found[key]))]
     keys = [key for key in keys if is_averaged(key) == averaged] or keys
     for known in STATE_DICT_KEYS:
@@ -73,7 +73,7 @@ def find_state_dict(
 
 
 def remove_prefixes(state: Mapping[str, Any], averaged: bool = True) -> Unwrapped:
-    """Remove `WRAPPERS` and the prefix in front of a HiViT's names.
+    """Remove `WRAPPERS` and the prefix in front of a model's names.
 
     Args:
       averaged: prefer averaged weights (EMA) if there are two models.

@@ -1,6 +1,7 @@
 """Configs that timm and transformers store beside the weights of a model."""
 
 import json
+import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,16 +23,20 @@ ARGUMENTS = {
 RESAMPLE = {2: "bilinear", 3: "bicubic"}  # numbers of Pillow
 
 
-def read_config(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def read_config(
+    config: Mapping[str, Any], directory: Path
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the arguments of `create_model` and of `make_info` of a directory.
 
     Both are {} if its config.json is neither timm's nor that of transformers. Arguments
     that a file does not contain are left out.
 
+    Args:
+      config: contents of config.json, {} without this file.
+
     Raises:
-      CheckpointError: a file is damaged.
+      CheckpointError: a file is damaged, or a key of id2label is not an integer.
     """
-    config = read_json(directory / CONFIG) if (directory / CONFIG).is_file() else {}
     if "architecture" in config:
         return _timm(config)
     if "model_type" not in config:
@@ -40,14 +45,19 @@ def read_config(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     info: dict[str, Any] = {}
     if (directory / PREPROCESSOR).is_file():
         images = read_json(directory / PREPROCESSOR)
-        keys = {"image_mean": "mean", "image_std": "std", "crop_pct": "crop"}
-        info = {ours: images[key] for key, ours in keys.items() if images.get(key)}
+        info = _image_facts(images, "image_mean", "image_std")
         if images.get("resample") in RESAMPLE:
             info["interpolation"] = RESAMPLE[images["resample"]]
         # These processors resize the whole image and do not crop it.
         info.setdefault("crop", 1.0)
     labels = config.get("id2label") or {}
-    names = [str(labels[key]) for key in sorted(labels, key=int)]
+    try:
+        names = [str(labels[key]) for key in sorted(labels, key=int)]
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{directory / CONFIG}: expected integers as keys of id2label, found "
+            f"{reprlib.repr(labels)}; correct it or remove it"
+        ) from error
     if names and not names[0].startswith("LABEL_"):
         info["class_names"] = names
     return _plain(arguments), info
@@ -56,16 +66,25 @@ def read_config(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 def _timm(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the arguments of `create_model` and `make_info` of timm's config."""
     images = config.get("pretrained_cfg") or {}
-    arguments, info = {}, {}
+    arguments = {}
     if size := images.get("input_size"):
         arguments["image_size"] = tuple(size[1:])
-    keys = {"mean": "mean", "std": "std", "crop_pct": "crop"}
-    info = {ours: images[key] for key, ours in keys.items() if images.get(key)}
+    info = _image_facts(images, "mean", "std")
     if images.get("interpolation") in RESAMPLE.values():
         info["interpolation"] = images["interpolation"]
     if names := config.get("label_names"):
         info["class_names"] = names
     return _plain(arguments), info
+
+
+def _image_facts(images: Mapping[str, Any], mean: str, std: str) -> dict[str, Any]:
+    """Return the arguments of `make_info` that a config of images contains.
+
+    Args:
+      mean, std: keys of the config.
+    """
+    keys = {mean: "mean", std: "std", "crop_pct": "crop"}
+    return {ours: images[key] for key, ours in keys.items() if images.get(key)}
 
 
 def _plain(arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -28,6 +28,18 @@ class Shapes(dict[str, tuple[int, ...]]):
             )
         return self[name]
 
+    def count(self, prefix: str) -> int:
+        """Return the number of different components after a prefix of names."""
+        rests = [name.removeprefix(prefix) for name in self if name.startswith(prefix)]
+        return len({rest.split(".")[0] for rest in rests})
+
+    def head(self) -> dict[str, Any]:
+        """Return the arguments of a classifier's head and of a running norm."""
+        arguments: dict[str, Any] = dict(running_norm="fc_norm.mean" in self)
+        if head := self.get("head.weight"):
+            arguments["num_classes"] = head[0]
+        return arguments
+
     def blocks(self) -> list[int]:
         """Return the number of residual blocks of every stage.
 
@@ -61,3 +73,9 @@ def registered(model_class: type[Model], arguments: Mapping[str, Any]) -> list[s
         for name, (variant_class, config) in VARIANTS.items()
         if variant_class is model_class and (config.embed_dim, config.depths) == sizes
     ]
+
+
+def with_name(model_class: type[Model], arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments and the first registered name; else the class's name."""
+    name = next(iter(registered(model_class, arguments)), model_class.name)
+    return dict(name=name) | arguments

@@ -75,8 +75,8 @@ DEVICE_KINDS = {
     r"NVIDIA H200": "h200",
     r"NVIDIA B200": "b200",
 }
-# The package that contains the compiler for a chip. For the other chips, these
-# compilers have no description that needs no hardware, or it was not tested.
+# The package that contains the compiler for a chip. The compilers for the other chips
+# need the hardware, or compiling without it was not tested.
 PLUGINS = dict.fromkeys(("v4", "v5e", "v5p", "v6e", "tpu7x"), "libtpu")
 PLUGINS |= dict.fromkeys(("h100", "h200"), "jax-cuda13-plugin")
 EXAMPLES = "v5e:16x16, v5p:4x4x4, v6e:16x16, v4:4x4x4, tpu7x:4x4x4, h100:8, h200:8"

@@ -7,7 +7,11 @@ import numpy as np
 import pytest
 
 from hivit_jax.errors import ConfigError
-from hivit_jax.models.masking import count_visible_units, random_masking
+from hivit_jax.models.masking import (
+    count_visible_cells,
+    count_visible_units,
+    random_masking,
+)
 
 
 @pytest.mark.parametrize(
@@ -28,6 +32,16 @@ def test_mask_ratio_out_of_range(ratio):
 def test_mask_ratio_that_keeps_nothing():
     with pytest.raises(ConfigError, match="keeps none of 16 .* at most 0.93$"):
         count_visible_units(16, 0.95)
+
+
+def test_visible_cells():
+    """The masked cells are rounded up; 0.9 of 10 cells leaves one."""
+    assert count_visible_cells(36, 0.6) == 14
+    assert count_visible_cells(10, 0.9) == 1
+    with pytest.raises(ConfigError, match="keeps none of 10 .* at most 0.9$"):
+        count_visible_cells(10, 0.91)
+    with pytest.raises(ConfigError, match="mask_ratio=0; expected"):
+        count_visible_cells(10, 0)
 
 
 def test_random_masking():

@@ -104,6 +104,13 @@ def test_patch_kernel_of_another_cell(new):
         assert_allclose(actual[:, :, channel], expected, atol=1e-13)
 
 
+def test_geometric_table_of_one_unit():
+    """The bias of a unit with itself is the bias at every distance."""
+    table = np.array([[0.5, -2]], np.float32)
+    resized = resize.resize_table_geometrically(table, 1, 3)
+    assert_array_equal(resized, np.tile(table, (25, 1)))
+
+
 def test_a_table_of_another_grid():
     with pytest.raises(ValueError, match="reshape"):
         resize.resize_grid_table(np.zeros((12, 4)), (2, 3), (4, 4))

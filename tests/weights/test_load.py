@@ -349,7 +349,7 @@ def test_hub(tmp_path, monkeypatch):
     ]
     with pytest.raises(CheckpointError, match=r"hf://group/hivit/x.pth has no x.pth"):
         read("hf://group/hivit/x.pth")
-    with pytest.raises(CheckpointError, match="expected hf://ORGANISATION/NAME"):
+    with pytest.raises(CheckpointError, match="expected hf://ORGANIZATION/NAME"):
         read("hf://hivit")
 
     def offline(*_, **__):

@@ -14,7 +14,7 @@ import pytest
 import reference
 import state_files
 from flax import nnx
-from networks import mini, params_by_name
+from networks import abstract_model, mini, params_by_name
 from PIL import Image
 
 import hivit_jax
@@ -22,6 +22,7 @@ from hivit_jax.errors import ConfigError
 from hivit_jax.tools import convert
 from hivit_jax.tree import split
 from hivit_jax.weights import files, to_state_dict
+from hivit_jax.weights.card import model_card
 from hivit_jax.weights.save import shareable
 
 KINDS = state_files.contents_by_format()
@@ -81,6 +82,16 @@ def test_save_pretrained(name, tmp_path):
     assert len(card.splitlines()) < 60
     about = json.loads((tmp_path / "config.json").read_text())
     assert about["arguments"]["image_size"] == [64, 32]
+
+
+@pytest.mark.parametrize(("scale", "divisor"), [(1 / 255, "255"), (1 / 65535, "65535")])
+def test_card_states_the_divisor_of_pixels(scale, divisor):
+    """The reciprocal of the scale: white of 8 or of 16 bits."""
+    model = abstract_model("hivit_base", num_classes=2)
+    model.info = replace(model.info, scale=scale, multi_label=True)
+    card = model_card(model, {}, {})
+    assert f"divides by {divisor}, subtracts the mean" in card
+    assert "import jax\n" not in card  # only for the probabilities of named classes
 
 
 @pytest.mark.slow

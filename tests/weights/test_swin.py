@@ -14,7 +14,8 @@ from networks import params_by_name
 from reference import golden
 
 import hivit_jax
-from hivit_jax.errors import ConfigError
+from hivit_jax.errors import CheckpointError, ConfigError
+from hivit_jax.models.resize import resize_relative_table
 from hivit_jax.models.simmim import SimMIM
 from hivit_jax.models.swin_classifier import SwinClassifier
 from hivit_jax.tools import convert
@@ -25,6 +26,7 @@ from hivit_jax.weights.names.official import from_official, to_state_dict
 from hivit_jax.weights.names.transformers import from_transformers
 
 MEAN = [0.5, 0.5, 0.5]
+TABLE = "relative_position_bias_table"
 
 
 def with_buffers(fixture):
@@ -85,6 +87,50 @@ def test_transformers_classifier(tmp_path):
     assert pretrained.info["class_names"][9] == "c9"
     assert pretrained.info["mean"] == MEAN
     assert "parameter names: transformers" in pretrained.notes
+
+
+def test_smaller_image_than_the_saved_one(tmp_path):
+    """Tables of a size that does not fit are resized; others are used as they are."""
+    state, params = with_buffers("swin_mini")
+    path = write(tmp_path / "swin.pth", state)
+    assert read(path, image_size=(64, 48)).arguments["image_size"] == (64, 48)
+    assert read(path, image_size=24).arguments["image_size"] == 64
+    loaded = params_by_name(hivit_jax.load_pretrained(path, image_size=24))
+    tables = [f"encoder/stages/{stage}/0/attn/{TABLE}" for stage in (0, 1)]
+    np.testing.assert_array_equal(loaded[tables[0]], params[tables[0]])
+    expected = resize_relative_table(params[tables[1]], (4, 4), (3, 3))
+    np.testing.assert_array_equal(loaded[tables[1]], expected)
+    for size in (50, "large"):
+        with pytest.raises(CheckpointError, match="invalid model arguments: .*image_s"):
+            read(path, image_size=size)
+
+
+def test_other_masks_of_simmim(tmp_path):
+    """An image of 48 pixels is not a multiple of the default mask size."""
+    path = write(tmp_path / "simmim.pth", with_buffers("simmim_mini")[0])
+    sizes = dict(image_size=48, mask_patch_size=16)
+    assert read(path, **sizes).arguments.items() >= sizes.items()
+
+
+def test_other_channels_of_simmim(tmp_path):
+    """Channels of another number need a new decoder."""
+    pretrained = read(write(tmp_path / "x.pth", with_buffers("simmim_mini")[0]))
+    name, config = swin.arguments("simmim_mini")
+    model = swin.abstract_model(name, **config | dict(in_channels=4))
+    _, report = match_arrays(pretrained, model)
+    assert report.newly_initialized == ["decoder/proj/bias", "decoder/proj/kernel"]
+    assert not report.shape_mismatch
+
+
+@pytest.mark.parametrize("labels", [{"cat": 0, "dog": 1}, ["cat", "dog"], 2])
+def test_class_names_without_numbers(labels, tmp_path):
+    config = dict(model_type="swin", id2label=labels)
+    path = foreign.write_directory(
+        tmp_path / "hf", swin.state_dict("swin_mini"), config
+    )
+    message = r"config\.json: expected integers as keys of id2label, found .*(cat|2)"
+    with pytest.raises(CheckpointError, match=message):
+        read(path)
 
 
 @pytest.mark.parametrize("program", ["official", "transformers"])
@@ -152,7 +198,7 @@ def test_inspect_and_errors(tmp_path, capsys):
     named = foreign.transformers_state(swin.state_dict("swin_mini"), "swin")
     del named["swin.encoder.layers.0.blocks.0.attention.self.key.weight"]
     path = foreign.write_directory(tmp_path / "hf", named, {"model_type": "swin"})
-    with pytest.raises(hivit_jax.errors.CheckpointError, match="has no key"):
+    with pytest.raises(CheckpointError, match="has no key"):
         read(path)
 
 

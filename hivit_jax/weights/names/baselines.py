@@ -29,10 +29,8 @@ def to_layout(
     Raises:
       ConfigError: the program does not have this model.
     """
-    is_swin, is_simmim = (
-        isinstance(model.config, SwinConfig),
-        isinstance(model, SimMIM),
-    )
+    is_swin = isinstance(model.config, SwinConfig)
+    is_simmim = isinstance(model, SimMIM)
     if layout not in LAYOUTS:
         raise ConfigError(
             f"layout={layout!r} with {model.name}, which is not a HiViT; expected one "

@@ -24,13 +24,13 @@ from hivit_jax.models.swin import SwinConfig
 from hivit_jax.tree import leaf_name, split
 from hivit_jax.weights.names import baselines, swin
 from hivit_jax.weights.names.baselines import to_layout
+from hivit_jax.weights.names.swin import INDEX
 
 # Programs that the state dict of a HiViT can be written for: official self_supervised,
 # official supervised, MMPretrain. The two official programs differ in the names of the
 # relative position index.
 HIVIT_LAYOUTS = ("official", "supervised", "mmpretrain")
 LAYOUTS = tuple(dict.fromkeys((*HIVIT_LAYOUTS, *baselines.LAYOUTS)))
-INDEX = "relative_position_index"
 # Dtypes of state dicts that are accepted, because float32 represents them exactly.
 FLOATS = (
     np.float32,
@@ -90,8 +90,8 @@ def _entry(path: str, shape: tuple[int, ...], model: Model) -> Entry:
         channels = config.in_channels
         return Entry(
             name,
-            lambda a: swin.to_ours(a, shape, channels),
-            lambda a: swin.to_official(a, channels),
+            lambda a: swin.decoder_to_ours(a, shape, channels),
+            lambda a: swin.decoder_to_official(a, channels),
         )
     if name.endswith("patch_embed.proj.weight"):  # conv [out, in, kh, kw]
         cell = config.cell_size
@@ -137,18 +137,17 @@ def official_names(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 def unneeded_entries(state: Mapping[str, np.ndarray], model: Model) -> list[str]:
     """Return the names of official state dict entries that the model ignores.
 
-    The model computes the relative position index. Official masked autoencoders without
-    multi-scale features store a norm that is not applied. MMPretrain's decoder is not
-    supported, because the decoder treats HiViT's first visible unit as a class token.
-    The pooler of transformers' encoders is not part of a classifier.
-    Swin computes its masks, too.
-    The state dict of an encoder may contain parts of the decoder, and the norm of the
-    decoder's input.
+    The model computes the relative position index and the shift masks of Swin. Official
+    masked autoencoders without multi-scale features store a norm that is not applied.
+    MMPretrain's decoder is not supported, because the decoder treats HiViT's first
+    visible unit as a class token. The pooler of transformers' encoders is not part of a
+    classifier. The state dict of an encoder may contain parts of the decoder, and the
+    norm of the decoder's input.
     """
-    unused: tuple[str, ...] = ("neck.", "pooler.")
-    norm = state.get("norm.weight", np.empty(0))
     if isinstance(model.config, SwinConfig):
         return [name for name in state if name.endswith(swin.BUFFERS)]
+    unused: tuple[str, ...] = ("neck.", "pooler.")
+    norm = state.get("norm.weight", np.empty(0))
     if isinstance(model, MaskedAutoencoder):
         ignores_norm = model.norm is None
     else:

@@ -9,7 +9,7 @@ from hivit_jax.models.swin import SwinConfig
 
 MASK_TOKEN = "encoder.mask_token"  # only in SimMIM's files
 PREFIXES = ("", "encoder.")
-BUFFERS = ("relative_position_index", "attn_mask")
+INDEX, MASK = BUFFERS = ("relative_position_index", "attn_mask")
 
 
 def is_swin(state: Mapping[str, np.ndarray]) -> bool:
@@ -63,14 +63,16 @@ def to_timm(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return named
 
 
-def to_ours(array: np.ndarray, shape: tuple[int, ...], channels: int) -> np.ndarray:
+def decoder_to_ours(
+    array: np.ndarray, shape: tuple[int, ...], channels: int
+) -> np.ndarray:
     """Convert an array of SimMIM's decoder, whose channels vary slowest."""
     side = round((array.shape[0] // channels) ** 0.5)
     array = array.reshape(channels, side, side, -1)
     return array.transpose(3, 1, 2, 0).reshape(shape)
 
 
-def to_official(array: np.ndarray, channels: int) -> np.ndarray:
+def decoder_to_official(array: np.ndarray, channels: int) -> np.ndarray:
     """Convert an array of our decoder, [8E, P*P*C] or [P*P*C], to SimMIM's."""
     side = round((array.shape[-1] // channels) ** 0.5)
     moved = array.reshape(-1, side, side, channels).transpose(3, 1, 2, 0)
@@ -92,7 +94,7 @@ def buffers(config: SwinConfig, prefix: str) -> dict[str, np.ndarray]:
         windows = config.stage_windows(stage, grid)
         for block, each in enumerate(windows):
             name = f"{prefix}layers.{stage}.blocks.{block}"
-            found[f"{name}.attn.{BUFFERS[0]}"] = np.array(index, np.int64)
+            found[f"{name}.attn.{INDEX}"] = np.array(index, np.int64)
             if each is not None and each.shift:
-                found[f"{name}.{BUFFERS[1]}"] = each.shift_mask()
+                found[f"{name}.{MASK}"] = each.shift_mask()
     return found
