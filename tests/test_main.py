@@ -227,4 +227,4 @@ def test_help(capsys):
     line = "Masked autoencoder pretraining of HiViT-B on ImageNet-1k, 1600 epochs."
     assert re.search(rf"^  mae_base +{line}$", out, re.M)
     for name, line in recipes.names().items():
-        assert re.search(rf"^  {name} +{line}$", out, re.M)
+        assert re.search(rf"^  {name} +{re.escape(line)}$", out, re.M)
