@@ -1,4 +1,4 @@
-"""``python -m hivit_jax`` is the command line of `hivit_jax.main`."""
+"""Run the command line of `hivit_jax.main` as ``python -m hivit_jax``."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Errors for unknown keys of a config or model, with the key that was meant."""
+"""Errors for unknown keys of a config or model, with a suggestion."""
 
 import difflib
 from collections.abc import Iterable, Sequence
@@ -65,9 +65,9 @@ _WORKDIR = ["workdir", "output", "output_dir", "out_dir", "log_dir", "save_dir"]
 def unknown_key(kind: str, name: str, known: Iterable[str]) -> ConfigError:
     """Return the error for an unknown key.
 
-    The error suggests the key that was probably meant: a key with the same last
-    component in another section, else a key that other programs call by this name, else
-    a similarly spelled key. If there is none, the error lists the section's keys.
+    The error suggests the first of these that exists: a key with the same last
+    component in another section, a key that other programs call by this name, or a
+    similarly spelled key. If none exists, the error lists the section's keys.
 
     Args:
       kind: description of the key, such as "config key".
@@ -108,8 +108,8 @@ def _probably_meant(name: str, known: Sequence[str]) -> list[str]:
 def _list_keys(name: str, known: Sequence[str]) -> str:
     """Return text that lists valid keys.
 
-    If the unknown key is a section, these are its keys; else the keys of the unknown
-    key's section; else all top-level keys and sections.
+    These are the keys of the section `name` if there is one, else the keys of the
+    unknown key's section if there is one, else all top-level keys and sections.
     """
     if section_keys := [_split(key)[1] for key in known if _split(key)[0] == name]:
         return f"it is a section of the config with the keys {', '.join(section_keys)}"

@@ -1,4 +1,4 @@
-"""Config keys of every recipe, with default, comment and range."""
+"""Config keys that every recipe has, with default, comment and range."""
 
 from dataclasses import replace
 
@@ -33,7 +33,7 @@ KEYS = {
         "", "directory for compiled programs; empty: `compiled` in the workdir"
     ),
     "wandb_project": Key(
-        "", "project of Weights & Biases that metrics also go to; empty: none"
+        "", "Weights & Biases project that also receives the metrics; empty: none"
     ),
     "stall_timeout": Key(
         1800.0,
@@ -84,38 +84,44 @@ KEYS = {
         ),
         "eval_fraction": Key(
             0.0,
-            "fraction of the training images to hold out (files and archives)",
+            "fraction of the training images to hold out for evaluation; only for "
+            "datasets of files or archives",
             0,
             below=1,
         ),
         "eval_group": Key(
             "",
-            "pattern; `eval_fraction` keeps images together whose paths have the same "
-            "first group",
+            "regular expression; images whose paths have the same text in its first "
+            "group are held out together or not at all",
         ),
-        "exclude": Key("", "file with one path per line of the images to leave out"),
+        "exclude": Key(
+            "", "text file that lists the images to leave out, one path per line"
+        ),
         "multi_label": Key(
             False,
-            "an image has any number of labels: separated by `;` in the files of `csv`,"
-            " or a sequence of labels of TFDS",
+            "an image has any number of labels: separated by `;` in a CSV file, or a "
+            "sequence of labels in TFDS",
         ),
         "class_level": Key(
             "top",
-            "directories of `folder` that are the classes: the topmost, all that "
-            "contain images (`leaf`), or `none`",
+            "classes of `folder`; `top`: the topmost directories; `leaf`: all "
+            "directories that contain images; `none`: no classes and no labels",
             choices=("top", "leaf", "none"),
         ),
         "balance": Key(
             0.0,
             "1: training uses all classes equally often; 0: all images equally often; "
-            "between: a class of k images in proportion to `k ** (1 - balance)`",
+            "between 0 and 1: a class of k images in proportion to "
+            "`k ** (1 - balance)`",
             0,
             1,
         ),
         "train_examples": Key(
-            0, "number of training images of digits or synthetic; 0: all", 0
+            0, "number of training images of `digits` or `synthetic`; 0: all", 0
         ),
-        "subset": Key(0, "seed for selecting `train_examples` images of the digits", 0),
+        "subset": Key(
+            0, "seed for selecting the `train_examples` images of `digits`", 0
+        ),
         "crop_scale": Key(
             (0.08, 1.0),
             "smallest and largest area of training crops, as fractions of the image",
@@ -137,19 +143,22 @@ KEYS = {
         "randaugment": Key(False, "RandAugment in training, rand-m9-mstd0.5-inc1"),
         "dtype": Key(
             "uint8",
-            "dtype of pixels; `uint8` reduces more bits to 8, the others keep them",
+            "dtype of pixels; `uint8`: images with more bits are reduced to 8; the "
+            "others keep all bits",
             choices=("uint8", "uint16", "float32"),
         ),
         "scale": Key(
             0.0,
-            "pixel value that becomes 1; 0: 255 or 65535 by `dtype`; required by "
-            "float32",
+            "pixels are divided by this value; 0: by 255 for `uint8` and 65535 for "
+            "`uint16`; must be set for `float32`",
             0,
         ),
-        "mean": Key((0.485, 0.456, 0.406), "mean per channel, 0 to 1 for 8-bit images"),
+        "mean": Key(
+            (0.485, 0.456, 0.406), "mean per channel of the pixels divided by `scale`"
+        ),
         "std": Key(
             (0.229, 0.224, 0.225),
-            "standard deviation per channel, at most 1 for 8-bit images",
+            "standard deviation per channel of the pixels divided by `scale`",
             above=0,
         ),
         "value_range": Key(
@@ -158,7 +167,7 @@ KEYS = {
             item=float,
         ),
         "interpolation": Key("bicubic", "resize filter", choices=tuple(FILTER_RADIUS)),
-        "antialias": Key(True, "true: resize as PIL; false: as `tf.image.resize`"),
+        "antialias": Key(True, "true: resize like PIL; false: like `tf.image.resize`"),
         "canvas": Key(
             512,
             "largest crop side that the device resizes; 0: the host resizes all crops",
@@ -174,21 +183,26 @@ KEYS = {
         "max_unreadable": Key(0.001, "tolerated fraction of unreadable images", 0, 1),
     },
     "optimizer": {
-        "base_learning_rate": Key(5e-4, "peak learning rate for `lr_batch` images", 0),
+        "base_learning_rate": Key(
+            5e-4, "peak learning rate at a batch size of `lr_batch`", 0
+        ),
         "lr_batch": Key(
             256,
-            "the peak learning rate is multiplied by `batch_size / lr_batch`; "
+            "`base_learning_rate` is multiplied by `batch_size / lr_batch`; "
             "0: not scaled",
             choices=(256, 512, 0),
         ),
         "schedule": Key(
             "cosine",
-            "learning rate curve; `cosine_from_start`: the cosine starts at step 0 "
-            "and is one step late",
+            "learning rate curve after the warmup; `cosine_from_start`: the cosine "
+            "starts at step 0 instead of the end of the warmup, and is one step late",
             choices=SCHEDULES,
         ),
         "first_epoch": Key(
-            0, "1: skip one epoch at the start and at every resume", choices=(0, 1)
+            0,
+            "1: skip one epoch at the start and at every resume, as the official "
+            "self-supervised code does",
+            choices=(0, 1),
         ),
         "warmup_epochs": Key(
             5.0, "epochs from `warmup_learning_rate` to the peak", 0, 10**6
@@ -242,24 +256,27 @@ KEYS = {
     },
     "mesh": {
         "replica": Key(
-            1, "axis size; shards the batch across slices or nodes", 1, also=(-1,)
+            1,
+            "size of the axis that shards the batch across slices or nodes",
+            1,
+            also=(-1,),
         ),
         "data": Key(
             -1,
-            "axis size; shards the batch; one axis may be -1, for all remaining "
-            "devices",
+            "size of the axis that shards the batch; one axis may be -1, for all "
+            "remaining devices",
             1,
             also=(-1,),
         ),
         "fsdp": Key(
             1,
-            "axis size; shards the batch, parameters and optimizer state",
+            "size of the axis that shards the batch, parameters and optimizer state",
             1,
             also=(-1,),
         ),
         "tensor": Key(
             1,
-            "axis size; shards attention heads and MLP hidden units",
+            "size of the axis that shards attention heads and MLP hidden units",
             1,
             also=(-1,),
         ),

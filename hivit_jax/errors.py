@@ -61,7 +61,7 @@ class Interrupted(HivitError):
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> ConfigError:
-    """Return the error for an unknown name, with the closest known name."""
+    """Return the error for an unknown name; it suggests a known name or lists all."""
     known = list(known)
     close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.6)
     hint = f"did you mean {close[0]!r}?" if close else "known: " + ", ".join(known)

@@ -39,8 +39,8 @@ def make_eval_step(
     """Return the jitted evaluation of one batch.
 
     Its arguments are the variables, the batch, and the position of the batch's first
-    example in the split. It returns (sums, count, unreadable, rows): the result of
-    `Task.eval_step`, and the numbers of readable and unreadable examples.
+    example in the split. It returns (sums, count, unreadable, rows). Sums and rows are
+    the result of `Task.eval_step`; count and unreadable are numbers of examples.
     """
     check_batch(mesh, task.transform(train=False).batch_size)
     replicated, sharded = (NamedSharding(mesh, s) for s in (PartitionSpec(), BATCH))
@@ -188,10 +188,10 @@ def put_frozen(task: tasks.Task, mesh: Mesh) -> Any:
 def make_panels(
     config: Any, task: tasks.Task, graphdef: nnx.GraphDef, mesh: Mesh
 ) -> Callable:
-    """Return a function from variables to `Task.panels` of the first test images.
+    """Return a function from variables to the `Task.panels` of the first test images.
 
-    The panels are on the host. The PRNG keys are the same in every call. Images are
-    read only if the task has panels.
+    It returns the panels as NumPy arrays and uses the same PRNG keys in every call.
+    Images are read only if the task has panels.
     """
     if type(task).panels is tasks.Task.panels:
         return lambda variables: {}

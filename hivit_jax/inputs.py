@@ -70,7 +70,7 @@ def make_task(config: Any, *splits: str) -> tasks.Task:
 
 
 def used_splits(config: Any) -> tuple[str, ...]:
-    """Return the splits of a config, "train" and, unless it is "none", "test"."""
+    """Return ("train", "test"), or ("train",) if `data.eval_split` is "none"."""
     has_evaluation = config.data.eval_split != NO_EVALUATION
     return ("train", "test") if has_evaluation else ("train",)
 
@@ -81,15 +81,17 @@ def check_labels(config: Any, source: Source) -> None:
         data = config.data
         raise ConfigError(
             f"data.name={data.name!r}, data.dir={data.dir!r}: the images have no "
-            "labels; expected a directory or a label per class for classification\n"
+            "labels; expected a directory per class, or one label per image, for "
+            "classification\n"
             "Pretraining uses images without labels; see docs/own_images.md"
         )
 
 
 def task_of_recipe(config: Any) -> tasks.Task:
-    """As `make_task`, for the training split.
+    """Create the task of a config from the training split only; see `make_task`.
 
-    Works without the files of ImageNet and without the packages that read datasets.
+    If the dataset cannot be read, uses the published facts about it. A recipe for
+    ImageNet therefore works without the files of ImageNet.
     """
     try:
         return make_task(config, "train")
@@ -144,11 +146,12 @@ def train_batches(config: Any, first_step: int, last_step: int) -> Iterator[Batc
 def tf_dataset(config: Any, first_step: int, last_step: int) -> Any:
     """Return a `tf.data.Dataset` of the same batches as `train_batches`.
 
-    It reads in the same way with every `data.reader`. If an error ends the iteration,
-    tensorflow raises a `tf.errors.OpError` that contains its message.
+    `data.reader` has no effect on it. If an error ends the iteration, tensorflow raises
+    a `tf.errors.OpError` that contains the message of the error.
 
     Raises:
-      HivitError: as in `make_task`; no tensorflow; or the dataset is synthetic.
+      HivitError: as in `make_task`; or tensorflow is not installed, or the dataset is
+        synthetic.
     """
     task, transform, source, plan = _training(config, first_step, last_step)
     if not source.encoded:
@@ -162,7 +165,7 @@ def tf_dataset(config: Any, first_step: int, last_step: int) -> Any:
 def _training(
     config: Any, first_step: int, last_step: int
 ) -> tuple[tasks.Task, Transform, Source, Plan]:
-    """Return task, transform, source and plan of some steps of training."""
+    """Return task, transform, source and plan of a range of training steps."""
     task, source = make_task(config, "train"), open_source(config.data, "train")
     transform = task.transform(train=True)
     size = transform.batch_size
@@ -208,10 +211,10 @@ def source_batches(
 
 
 def first_test_batch(config: Any, count: int) -> Batch:
-    """Return the first `count` test examples from the bucket of the first one.
+    """Return the first test examples, at most `count`, from the first one's bucket.
 
-    Every process returns the same batch. Without evaluation, its examples are those of
-    the training split, transformed for evaluation.
+    Every process returns the same batch. If the config has no evaluation, returns
+    training examples, transformed for evaluation.
     """
     split = used_splits(config)[-1]
     task, source = make_task(config, split), open_source(config.data, split)
@@ -233,7 +236,7 @@ def check_splits(config: Any, task: tasks.Task) -> list[str]:
         config.
     """
     if config.data.reader == tf_data.READER:
-        tf_data.tensorflow()  # here, because it may be missing
+        tf_data.tensorflow()  # raises MissingPackage before the run starts
     notes = []
     for split in used_splits(config):
         source = open_source(config.data, split)
@@ -251,8 +254,8 @@ def check_splits(config: Any, task: tasks.Task) -> list[str]:
         notes += split_notes(source, indices, split, config.data.dtype)
         if not readable:
             raise DataError(
-                f"none of {NUM_CHECKED} images tried of the {split} split of "
-                f"{config.data.name} could be read\n{CHECK_HINT}"
+                f"all {NUM_CHECKED} images tried from the {split} split of "
+                f"{config.data.name} are unreadable\n{CHECK_HINT}"
             )
     return notes
 
@@ -276,7 +279,8 @@ def _load(
     """Load the batches of a plan with the reader that the config selects.
 
     Args:
-      local_size: examples per batch on this process; 0: its part of the batch size.
+      local_size: examples per batch on this process; 0: this process's share of the
+        batch size.
     """
     local_size = local_size or len(local_positions(transform.batch_size))
     if not source.encoded:

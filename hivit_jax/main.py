@@ -31,13 +31,13 @@ modes: train (default)  train; resume the run in DIR if there is one
        eval             evaluate DIR's newest checkpoint, or --checkpoint=PATH
        knn              evaluate the features of --config.init_from by k-nearest
                         neighbors; without --config, the features of the run in DIR
-        probe            evaluate these features by a linear classifier in closed form
+       probe            as knn, but by a linear classifier fitted in closed form
        compile          compile the train step ahead of time for --topology
                         (v5e:16x16, h100:8, ...), without the hardware; write
                         DIR/compile.json; --search_batch: also search for the largest
                         batch that fits
-       describe         print config, parameters, cost, schedule and hours at peak;
-                        and DIR/compile.json if there is one
+       describe         print config, parameters, cost, schedule, estimated hours on
+                        known chips, and DIR/compile.json if there is one
 
 On TPU pods and under SLURM, processes connect automatically. Elsewhere, each process
 requires --coordinator_address=HOST:PORT --num_processes=N --process_id=I.
@@ -155,7 +155,8 @@ def run(argv: Sequence[str], setup_process: bool) -> None:
         else:
             from hivit_jax.train import train
 
-            if config.wandb_project:  # on every process, although only one uses it
+            # Only process 0 uses wandb, but every process checks it, so that all fail.
+            if config.wandb_project:
                 require("wandb", "hivit-jax[wandb]")
             train(config, flags.workdir, catch_signals(), heartbeat)
 

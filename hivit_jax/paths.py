@@ -18,7 +18,7 @@ def expand(path: str) -> str:
 
 
 def absolute(path: str | os.PathLike) -> Any:
-    """Return `open_path` of a path, absolute. Addresses of buckets stay unchanged."""
+    """Return a path as by `open_path`, made absolute unless it is in a bucket."""
     path = open_path(path)
     return path if is_bucket(path) else path.absolute()
 
@@ -47,7 +47,7 @@ def open_path(path: str | os.PathLike) -> Any:
     import fsspec
 
     # Without the first line, etils uses tensorflow if it is installed. Without the
-    # second one, files that other processes write later are not seen.
+    # second line, this process does not see files that others write later.
     os.environ["EPATH_USE_TF"] = "false"
     fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
     return Path(path)

@@ -13,8 +13,8 @@ import jax
 
 from hivit_jax.reporting.console import log
 
-# Device files in /dev of TPUs (accel, vfio), NVIDIA GPUs (dxg: under Windows) and AMD
-# GPUs (kfd).
+# Device files in /dev: accel and vfio for TPUs, nvidia for NVIDIA GPUs, dxg for NVIDIA
+# GPUs under Windows (WSL), kfd for AMD GPUs.
 DEVICE_FILES = ("accel*", "vfio/[0-9]*", "nvidia[0-9]*", "dxg", "kfd")
 # PCI vendor of TPUs, and the PCI device of Google's network card, which is not a TPU.
 GOOGLE, NETWORK_CARD = "0x1ae0", "0x0042"
@@ -28,9 +28,9 @@ def use_cpu() -> None:
 def start() -> None:
     """Start JAX's runtimes. If they find no chip, log one line.
 
-    Without this, a runtime that is installed on a computer without its chip prints
-    pages of errors. This function prints them only if JAX fails, or finds a chip that
-    `has_chip` does not.
+    On a computer without the chip of an installed runtime, that runtime prints pages of
+    errors. This function hides them unless JAX fails or finds a chip that `has_chip`
+    missed.
     """
     runtimes = installed_runtimes()
     if jax.config.jax_platforms or not runtimes or has_chip():

@@ -23,22 +23,22 @@ DTYPES = ("uint8", "uint16", "uint32", "int8", "int16", "int32", "float32", "flo
 
 
 def preprocess(model: Model) -> Callable[[Any], np.ndarray]:
-    """Return a function that converts images as in the evaluation of the training.
+    """Return a function that converts images as the evaluation of a run does.
 
     The function accepts one image or a list of images: a path, the bytes of an image
     file, a PIL image, or an array [h, w], [h, w, C] or, for a batch, [B, h, w, C]. It
     decodes, crops, resizes and normalizes them by `model.info`, and returns float32
-    [B, H, W, C]. With `model.info.dtype` "uint8", values of 16 bits are divided by 257,
-    as in training.
+    [B, H, W, C]. With `model.info.dtype` "uint8", 16-bit values are divided by 257, as
+    in training.
 
-    The result is bit-identical to the evaluation with `data.canvas=0`. With a canvas,
-    training resizes on the device, and the result may differ by one of 255 levels where
-    a value lies halfway between two of them.
+    With `data.canvas=0`, the result is bit-identical to the input of the model in an
+    evaluation. With a canvas, the evaluation resizes on the device. Its pixels may then
+    differ by one of 255 levels where a value lies halfway between two levels.
 
-    Raises:
-      ConfigError: (by the function) the shape or dtype of an array is not supported.
-      DataError: (by the function) a file cannot be read, or an image has another number
-        of channels than the model.
+    The returned function raises:
+      ConfigError: the shape or dtype of an array is not supported.
+      DataError: a file cannot be read, or the number of channels of an image differs
+        from the model's.
     """
     info = model.info
 

@@ -22,7 +22,7 @@ MAX_LABELS_LISTED = 3
 
 
 def config_files(workdir: str | Path) -> list[Path]:
-    """Return the config files of all launches of a run, oldest first."""
+    """Return the config files of all starts of a run, oldest first."""
     found = [
         p for p in open_path(workdir).glob("config*.json") if _start_time(p) is not None
     ]
@@ -57,7 +57,7 @@ def _start_time(path: Path) -> int | None:
     """Return the time in a config file's name, in seconds.
 
     Returns:
-      0 for the first start; None if the name is not that of a start's config.
+      0 for the first start; None if the file is not a config of a start.
     """
     if path.name == FIRST_NAME:
         return 0
@@ -114,9 +114,11 @@ def check_batch_size(old: int, new: int, accumulate_steps: int, workdir: Any) ->
     fewest = -(-old * accumulate_steps // new)
     steps = next((k for k in range(fewest, old + 1) if old % k == 0), old)
     advice = (
-        f"optimizer.accumulate_steps={steps} computes it in parts of {old // steps}"
+        f"optimizer.accumulate_steps={steps} splits it into microbatches of "
+        f"{old // steps}"
         if new < old
-        else "a larger batch size requires another --workdir, with init_from"
+        else "a larger batch size requires a new run: set init_from and another "
+        "--workdir"
     )
     raise ConfigError(
         f"batch_size={new}; the run in {workdir} was trained with batch_size={old}, "

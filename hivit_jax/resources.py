@@ -29,7 +29,8 @@ def raise_resource_errors() -> Iterator[None]:
     """Context manager and decorator that reports exhausted memory and full disks.
 
     Raises:
-      ResourceError: in place of an exception that one of them caused.
+      ResourceError: replaces an exception that was caused by exhausted memory or a full
+        disk.
     """
     try:
         yield
@@ -40,7 +41,7 @@ def raise_resource_errors() -> Iterator[None]:
 
 
 def as_resource_error(error: BaseException) -> ResourceError | None:
-    """Return the ResourceError for an exception; None if it has another cause."""
+    """Return the ResourceError that replaces an exception; None for other causes."""
     text = first_line(error)
     disk_full = isinstance(error, OSError) and error.errno in DISK_FULL
     if disk_full or "No space left on device" in text or "Disk quota exceeded" in text:
@@ -84,7 +85,7 @@ def check_disk(directory: str | Path, state: Any) -> None:
       state: pytree of arrays or of their shapes and dtypes.
 
     Raises:
-      ResourceError: a process finds less free space. Raised on every process.
+      ResourceError: some process finds too little free space. All processes raise it.
     """
     needed = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
     free = _free_disk(directory)
@@ -96,7 +97,7 @@ def check_disk(directory: str | Path, state: Any) -> None:
 
 
 def device_memory_text() -> str:
-    """Return the memory of each device as text; on a CPU, of the machine."""
+    """Return the memory of each device, or of the machine for a CPU, as text."""
     kind = jax.local_devices()[0].device_kind
     if limit := _device_limit():
         return f"each device ({kind}) has {limit / GIB:,.1f} GiB"
@@ -132,7 +133,7 @@ def _free_disk(path: str | Path) -> int | None:
 
 
 def _requested_bytes(text: str) -> int | None:
-    """Return the requested bytes that an error of XLA or NumPy states, as in 1.5GiB."""
+    """Return the bytes that an XLA or NumPy error reports as requested, or None."""
     verb = r"(?:[Aa]llocat\w*|[Rr]eserve|Used)"
     if found := re.search(verb + r" (\d+(?:\.\d+)?) ?([KMGTPE]?)", text):
         return int(float(found[1]) * 2 ** (10 * " KMGTPE".index(found[2] or " ")))

@@ -170,7 +170,7 @@ def train(
                 scalars["seconds_left"] = images_left / speed
                 if writer:
                     writer.scalars(step, scalars)
-                if scalars["unreadable"]:  # log different images, not attempts
+                if scalars["unreadable"]:  # count images, not attempts to read them
                     scalars["unreadable"] = unreadable.gather()
                 log(console.step_line(step, total_steps, scalars))
                 check_unreadable(scalars["unreadable"], config.data, "train")
@@ -236,7 +236,7 @@ def initial_state(config: Any, task: Task, training: Training) -> State:
 
 
 def report_resumption(config: Any, dataset: dict[str, Any], checkpoint: Path) -> None:
-    """Log the checkpoint of a resumed run, and each change of config or dataset.
+    """Log the checkpoint that a run resumes from, and changes of config and dataset.
 
     Args:
       dataset: fields of the `DatasetInfo`.

@@ -79,9 +79,9 @@ def test_dataset_changes():
 @pytest.mark.parametrize(
     ("old", "new", "accumulated", "advice"),
     [
-        (8, 4, 1, "accumulate_steps=2 computes it in parts of 4"),
-        (1024, 256, 2, "accumulate_steps=8 computes it in parts of 128"),
-        (24, 10, 1, "accumulate_steps=3 computes it in parts of 8"),
+        (8, 4, 1, "accumulate_steps=2 splits it into microbatches of 4"),
+        (1024, 256, 2, "accumulate_steps=8 splits it into microbatches of 128"),
+        (24, 10, 1, "accumulate_steps=3 splits it into microbatches of 8"),
         (8, 16, 1, "another --workdir"),
     ],
 )

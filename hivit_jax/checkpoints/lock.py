@@ -2,8 +2,8 @@
 
 The lock is a file ``run-N.lock``. The file contains the host, process and start time of
 the owner, and a heartbeat count that the owner increases every `INTERVAL` seconds. If
-the owner is dead, another run takes over the workdir: the other run creates
-``run-M.lock`` with M = N + 1. Only one of several runs can create this file.
+the owner is dead, the next run takes over the workdir by creating ``run-M.lock`` with
+M = N + 1. If several runs try this, only one can create the file.
 """
 
 import json
@@ -94,10 +94,11 @@ def this_process() -> Owner:
 def is_dead(owner: Owner, path: Path) -> bool:
     """Return True if the owner of a lock no longer runs.
 
-    An owner on this machine is alive if a process has the owner's number and start
-    time. The number alone may belong to another process. An owner on another machine is
-    watched for `WATCHED_INTERVALS` intervals and is alive if the content of the lock
-    changes. Times are not compared, because the clocks of the machines may differ.
+    An owner on this machine is alive if a process has the owner's process ID and start
+    time. The ID alone is not enough, because another process may have it now. An
+    owner on another machine is alive if the content of the lock changes within
+    `WATCHED_INTERVALS` intervals. Times are not compared, because the clocks of the
+    machines may differ.
     """
     if owner.get("machine") == _machine():
         return owner.get("started") != _start_time(owner.get("pid", 0))
@@ -124,7 +125,7 @@ def _acquire(workdir: Path, owner: Owner) -> Path:
         for path in _lock_files(workdir):
             other = _read(path)
             alive = other is not None and not is_dead(other, path)
-            if alive and path.exists():  # the other run may have ended meanwhile
+            if alive and path.exists():  # otherwise the other run has just ended
                 raise ConfigError(
                     f"{workdir} is in use by {_describe(other)}.\n"
                     "Wait for that run, or choose another --workdir"
@@ -137,7 +138,7 @@ def _acquire(workdir: Path, owner: Owner) -> Path:
             continue  # another run was faster
         if {*_lock_files(workdir)} - {*dead} == {path}:
             break
-        # Another run created a file since the files were listed. Both runs delete
+        # Another run created a file after the files were listed. Both runs delete
         # their own file and try again after different delays.
         path.unlink()
         time.sleep(int(owner["token"], 16) % 100 / 100)
@@ -179,13 +180,13 @@ def _send_heartbeats(path: Path, owner: Owner, released: threading.Event) -> Non
     """Increase the heartbeat count of a lock until the lock is released.
 
     Ends this process without saving if another run has taken over the workdir, which
-    happens if this process was suspended.
+    can happen while this process is suspended.
     """
     beats, others_before = 0, set()
     while not released.wait(INTERVAL):
         beats += 1
         text = json.dumps(owner | {"beats": f"{beats:010d}"})
-        with suppress(Exception):  # because errors of buckets have many types
+        with suppress(Exception):  # because buckets cause exceptions of many types
             others = {*_lock_files(path.parent)} - {path}
             # A file counts if two heartbeats in a row see the file, because `_acquire`
             # may create a file and delete it at once.

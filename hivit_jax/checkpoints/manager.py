@@ -44,9 +44,9 @@ from hivit_jax.reporting.metrics import Best, Scalars, score
 from hivit_jax.resources import free_disk_text
 from hivit_jax.tree import leaf_name, named_leaves
 
-# Replicas of an array write slices of the array in parallel. Arrays are not cut into
-# slices of less than 1 MiB, because each slice needs its own program. Small arrays are
-# written faster whole.
+# Replicas of an array write slices of it in parallel. Slices have at least 1 MiB,
+# because cutting a slice requires a compiled program, so smaller arrays are written
+# faster as a whole.
 ocp.type_handlers.register_type_handler(
     jax.Array,
     ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**20),
@@ -140,7 +140,7 @@ class Checkpoints:
     def restore_newest(
         self, abstract_state: Mapping[str, Any]
     ) -> tuple[int, dict[str, Any]] | None:
-        """Return step and state of the newest intact checkpoint; None without any.
+        """Return step and state of the newest intact checkpoint; None if there is none.
 
         Damaged newer checkpoints are logged and moved to ``WORKDIR/damaged``.
 
@@ -244,8 +244,8 @@ def _restore(
     Args:
       expected: shapes, dtypes and shardings by name.
       variables: names of the model's parameters and model state.
-      ignored: names of arrays that the item may contain, under any prefix, although
-        they are not expected.
+      ignored: names of arrays that the item may contain, under any prefix, without
+        being expected. They are dropped.
     """
     with errors_as_damage(step_path):
         metadata = item_metadata(step_path, item)

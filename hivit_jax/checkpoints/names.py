@@ -1,4 +1,4 @@
-"""Match names of optimizer arrays in checkpoints of other versions."""
+"""Match optimizer arrays of this version with those in older checkpoints by name."""
 
 from collections import defaultdict
 from collections.abc import Container, Iterable
@@ -7,7 +7,7 @@ from collections.abc import Container, Iterable
 def match_names(
     saved: Iterable[str], expected: Iterable[str], variables: Container[str]
 ) -> dict[str, str]:
-    """Return {saved name: expected name} of the arrays of an item.
+    """Return {saved name: expected name} for the arrays of a checkpoint's item.
 
     An optimizer is a chain of transformations, and the name of an array contains the
     position of its transformation. A version that adds or removes a stateless

@@ -56,8 +56,8 @@ def find_checkpoints(path: str | Path) -> list[Path]:
 def is_complete(step_path: Path) -> bool:
     """Return True for a checkpoint that has been written completely.
 
-    In buckets, where directories cannot be renamed atomically, Orbax writes a file
-    after all others.
+    In a bucket, where directories cannot be renamed atomically, Orbax writes
+    `COMMIT_FILE` after all other files.
     """
     if is_bucket(step_path):
         return (step_path / COMMIT_FILE).exists()

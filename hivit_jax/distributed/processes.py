@@ -64,9 +64,9 @@ def start(address: str, count: int, index: int, peer_timeout: float) -> None:
 
 
 def joined() -> bool:
-    """Return True if this process is connected to others, or `exit_now` has begun.
+    """Return True if this process is connected to others, or is inside `exit_now`.
 
-    `exit_now` ends the connection.
+    The second condition is needed because `exit_now` closes the connection.
     """
     return jax.distributed.is_initialized() or _exiting.locked()
 
@@ -84,17 +84,16 @@ def exit_now(code: int, message: str = "", peer_lost: bool = False) -> NoReturn:
       message: printed to stderr after the wait; not printed if JAX aborts this process
         first.
       peer_lost: a lost process may have caused the error. This process then skips the
-        barrier and waits for JAX to abort it. A lost process that had already reached
-        the barrier could otherwise complete it, and this process would exit with
-        `code`.
+        barrier and waits for JAX to abort it. Otherwise, if the lost process had
+        already reached the barrier, this process could complete the barrier and exit
+        with `code`.
     """
     _exiting.acquire()  # never released: the first of two threads sets the exit code
     sys.stdout.flush()
     if peer_lost:
         time.sleep(2 * _exit_timeout)
     elif jax.distributed.is_initialized():
-        # The barrier is in a thread, because another process may hang and never reach
-        # the barrier.
+        # In a thread, because another process may hang and never reach the barrier.
         barrier = threading.Thread(target=_shutdown, daemon=True)
         barrier.start()
         barrier.join(_exit_timeout)

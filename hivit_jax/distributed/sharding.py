@@ -88,9 +88,9 @@ def make_mesh(
 def on_mesh(mesh: Mesh, jitted: Callable) -> Callable:
     """Return a jitted function that is traced with a mesh set.
 
-    Without this, a function on several devices runs no kernels, because their dispatch
-    reads the sharding of the batch from the mesh. Every batch must be divisible by the
-    devices of the mesh.
+    Without this, a function on several devices never uses fused kernels, because their
+    dispatch reads the sharding of the batch from the mesh. The size of every batch must
+    be divisible by replica x data x fsdp.
     """
 
     @wraps(jitted)

@@ -24,7 +24,7 @@ def catch_signals() -> Callable[[int], str | None]:
       kills the process.
     """
     if jax.process_count() > 1:
-        # JAX handles SIGTERM since `processes.start` and notifies the other processes.
+        # `processes.start` made JAX handle SIGTERM and notify the other processes.
         signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
 
         def stop_reason(step: int) -> str | None:
@@ -37,7 +37,9 @@ def catch_signals() -> Callable[[int], str | None]:
 
     def remember(signum: int, frame: FrameType | None) -> None:
         caught.append(signal.Signals(signum).name)
-        log(f"{caught[0]}: finishing the step and saving; a second signal kills")
+        log(
+            f"{caught[0]}: finishing the step and saving; a second signal kills the run"
+        )
         for each in (signal.SIGTERM, signal.SIGINT):
             signal.signal(each, signal.SIG_DFL)
 

@@ -1,4 +1,4 @@
-"""TensorBoard and Weights & Biases: metrics and figures of a run outside its files."""
+"""Send the metrics and figures of a run to TensorBoard and Weights & Biases."""
 
 import json
 import uuid
@@ -11,7 +11,7 @@ import numpy as np
 from hivit_jax.errors import ConfigError, first_line, require
 from hivit_jax.paths import is_bucket
 
-# File in the workdir with the run's id, with which later launches continue the run.
+# File in the workdir with the run's id at Weights & Biases, for resuming the run there.
 ID_FILE = "wandb.id"
 
 
@@ -52,7 +52,7 @@ def tensorboards(workdir: Any, settings: Mapping[str, Any]) -> list[Board]:
 
 
 def tag(name: str) -> str:
-    """Return the name of a metric with its group: ``loss`` -> ``train/loss``."""
+    """Add the group "train" to a name without a group: ``loss`` -> ``train/loss``."""
     return name if "/" in name else f"train/{name}"
 
 

@@ -20,7 +20,7 @@ class ClassCounts:
       images, predicted, correct: int64 [classes].
       matrix: int64 [classes, classes], true x predicted; None for more than
         `MAX_MATRIX` classes.
-      in_top5: number of images whose true class is among the first five.
+      in_top5: number of images whose true class is among the five most probable.
     """
 
     def __init__(self, names: Sequence[str]):
@@ -48,8 +48,7 @@ class ClassCounts:
     def metrics(self) -> dict[str, float | int]:
         """Return images, accuracy, balanced_accuracy and, from six classes, top5.
 
-        The balanced accuracy is the mean over the classes that have images of the
-        fraction of correct ones.
+        The balanced accuracy is the mean recall of the classes that have images.
         """
         total, present = int(self.images.sum()), self.images > 0
         recalls = self.correct[present] / self.images[present]

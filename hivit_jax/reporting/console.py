@@ -63,7 +63,7 @@ def eval_line(label: str, values: Scalars) -> str:
 
 
 def best_line(workdir: Path, steps: Collection[int], best: Best) -> str:
-    """Return the log line of the best checkpoint; of equal results, the newest.
+    """Return the log line of the best checkpoint, the newest of equally good ones.
 
     For example ``best checkpoint  step 360  eval  loss ...  DIR/checkpoints/360``.
 

@@ -105,7 +105,7 @@ def confusion_matrix(matrix: np.ndarray, names: Sequence[str]) -> np.ndarray:
     axis.set_xlabel("predicted class")
     axis.set_ylabel("true class")
     if count <= 40:
-        names = [name.replace("$", r"\$") for name in names]  # no formulas
+        names = [name.replace("$", r"\$") for name in names]  # "$" starts a formula
         axis.set_xticks(range(count), names, rotation=90)
         axis.set_yticks(range(count), names)
     if count <= 15:

@@ -95,7 +95,7 @@ def prepare_workdir(workdir: Path) -> None:
         probe.write_text("")
         probe.unlink()
     except Exception as error:
-        if is_bucket(workdir):  # where errors have many types
+        if is_bucket(workdir):  # buckets cause exceptions of many types
             raise ConfigError(
                 f"workdir {workdir} cannot be written to: {first_line(error)[:200]}\n"
                 "To log in, run gcloud auth application-default login, or grant the "
@@ -215,9 +215,9 @@ def score(results: Scalars, best: Best) -> float:
 
 
 def evaluations_since_best(workdir: Path, step: int, best: Best) -> int:
-    """Return the number of evaluations, up to a step, after the first best one.
+    """Return how many evaluations up to a step follow the first of the best ones.
 
-    Reads metrics.jsonl, so that the number survives an interruption.
+    The number is read from metrics.jsonl, so that it survives an interruption.
     """
     lines = [line for line in evaluations(workdir) if line["step"] <= step]
     scores = [score(line, best) for line in lines]

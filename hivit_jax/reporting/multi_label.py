@@ -10,9 +10,10 @@ from hivit_jax.reporting.classes import class_row
 def average_precision(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Return the average precision of each class, float64 [classes].
 
-    It is the sum over the distinct scores of the precision at this threshold times the
-    increase in recall, without interpolation, as in scikit-learn. It does not depend on
-    the order of the images, also with equal scores. NaN for a class without images.
+    Every distinct score is a threshold. The average precision is the sum over the
+    thresholds of precision times increase in recall, without interpolation, as in
+    scikit-learn. Equal scores share a threshold, so the order of the images has no
+    effect. A class without images has NaN.
 
     Args:
       scores: larger for a more probable class, [n, classes].

@@ -34,16 +34,18 @@ class Task:
     Attributes:
       keys: config keys of this task, nested as in a recipe.
       unused: config key without effect on this task -> its only accepted value.
-      best: metric that selects the best checkpoint, and "max" or "min". An instance has
-        the result of `best_metric` for its config.
+      best: metric that selects the best checkpoint, and "max" or "min". In an instance,
+        it is the result of `best_metric` for the config.
       fresh: name prefixes of parameters that are always newly initialized, even if the
         pretrained model contains them.
       head_scale: factor on the standard deviation, 0.02, of a newly initialized head.
-      passes: cost of a training step in forward passes; 3: the backward pass costs two.
+      passes: cost of a training step in forward passes; 3, because the backward pass
+        costs two.
       decayed, undecayed: last components of the names of the parameters with and
         without weight decay.
       model_class: required class of the registered model; None: any model.
-      config: the config; `model.num_classes=0` is replaced by the dataset's number.
+      config: the config, in which the dataset's number of classes replaces
+        `model.num_classes=0`.
       needs_labels: True if the images must have labels.
     """
 
@@ -84,14 +86,14 @@ class Task:
 
     def __init__(self, config: Any, data: DatasetInfo):
         num_classes = config.model.get("num_classes")
-        if num_classes == 0:  # of the dataset
+        if num_classes == 0:  # use the dataset's number
             num_classes = len(data.classes)
             config = config.copy_and_resolve_references()
             config.model.num_classes = num_classes
             if not num_classes:
                 raise ConfigError(
-                    f"model.num_classes=0, the number of classes of {config.data.name}"
-                    ", which is unknown; set model.num_classes"
+                    f"model.num_classes=0: the number of classes of "
+                    f"{config.data.name} is unknown; set model.num_classes"
                 )
         self.config, self.data = config, data
         self.best = self.best_metric(config)
@@ -169,7 +171,7 @@ class Task:
         return model.macs(layer_norm_cost=layer_norm_cost)
 
     def training_flops(self, model: Model) -> int:
-        """Return the operations of one image in a training step.
+        """Return the floating-point operations of one image in a training step.
 
         Counts a multiply-add as two operations. Excludes norms and recomputation.
         """
@@ -225,7 +227,7 @@ class Task:
 
         Args:
           rows: rows of `eval_step` or `predict_step` for this process's examples of
-            weight 1, and "index", their indices in the split. With `predict_step` also
+            weight 1; "index", their indices in the split; and, with `predict_step`,
             "name".
         """
         return []
@@ -253,14 +255,15 @@ class Task:
     def stream_predictions(
         self, batches: Iterator[Mapping[str, np.ndarray]], out: Path, source: Source
     ) -> None:
-        """Write predictions to `out` while they are computed.
+        """Write predictions to `out`.
 
-        By default, `write_predictions` writes the records of all readable images.
+        By default, collects the records of all readable images and passes them to
+        `write_predictions`. A subclass may instead write each batch at once.
 
         Args:
-          batches: rows of `predict_step` and of "index", "name", "label" (-1: unknown)
-            and "error" ("": the image is readable; otherwise its other rows have no
-            meaning).
+          batches: rows of `predict_step`, and "index", "name", "label" (-1: unknown)
+            and "error" ("": the image is readable; otherwise the rows of
+            `predict_step` have no meaning).
           out: path that the user gave.
           source: the images.
 

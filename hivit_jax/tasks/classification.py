@@ -28,14 +28,14 @@ from hivit_jax.tasks.defaults import model_arguments, pixel_scale
 class Classification(Task):
     """Cross entropy with label smoothing, random erasing, Mixup and CutMix.
 
-    With `data.multi_label`, the loss is the binary cross entropy, the mean over all
-    classes. The best checkpoint has the largest mean average precision.
+    With `data.multi_label`, the loss is the binary cross entropy, averaged over all
+    classes, and the best checkpoint has the largest mean average precision.
     """
 
     keys = {
         "label_smoothing": Key(
             0.0,
-            "target probability that is spread over all classes; with "
+            "target probability that is spread over all classes, or with "
             "`data.multi_label` over both outcomes of each class",
             0,
             below=1,
@@ -48,8 +48,8 @@ class Classification(Task):
         "class_weights": Key(
             "",
             "weights of the classes in the training loss: `balanced` (inversely "
-            "proportional to their training images), or one number per class, "
-            "separated by commas; empty: none",
+            "proportional to their numbers of training images), or one number per "
+            "class, separated by commas; empty: none",
         ),
     }
     best = ("eval/top1", "max")
@@ -88,7 +88,7 @@ class Classification(Task):
 
     @classmethod
     def best_metric(cls, config: Mapping[str, Any]) -> tuple[str, str]:
-        """Return the mean average precision for several labels, else the accuracy."""
+        """Return mAP if images have several labels, else the top-1 accuracy."""
         return ("eval/mAP", "max") if config["data"].get("multi_label") else cls.best
 
     @classmethod
@@ -106,7 +106,7 @@ class Classification(Task):
     ) -> PerSample:
         """Return the cross entropy with mixed targets, and top-1 and top-5 accuracy.
 
-        With several labels per image, only the binary cross entropy.
+        With several labels per image, returns only the binary cross entropy.
         """
         images, targets = self.augment_with_targets(batch, keys)
         drop_path_keys = rng.split_keys(keys.samples, "drop_path")
@@ -161,8 +161,8 @@ class Classification(Task):
     ) -> tuple[Sums, Rows]:
         """Return the sums of `classification_metrics` and no rows.
 
-        With several labels per image, the sums of `multi_label_metrics`, and the rows
-        "logits" and "label", [B, classes].
+        With several labels per image, returns the sums of `multi_label_metrics` and the
+        rows "logits" and "label", [B, classes].
         """
         logits, label = model(self.preprocess(batch)), batch["label"]
         if self.config.data.multi_label:
@@ -192,7 +192,7 @@ class Classification(Task):
     def predict_step(self, model: Classifier, batch: dict) -> Rows:
         """Return {"probabilities": float32 [B, classes]}.
 
-        With several labels per image, also the "logits" of these probabilities.
+        With several labels per image, also returns the "logits".
         """
         logits = model(self.preprocess(batch))
         if self.config.data.multi_label:
@@ -225,7 +225,7 @@ class Classification(Task):
 def multi_label_metrics(
     logits: jax.Array, targets: jax.Array, weights: np.ndarray | None = None
 ) -> PerSample:
-    """Return the binary cross entropy, the mean over all classes.
+    """Return {"loss": [B]}, the binary cross entropy averaged over all classes.
 
     Args:
       logits: [B, classes].
@@ -241,15 +241,15 @@ def class_weights(text: str, data: DatasetInfo, num_classes: int) -> np.ndarray 
     """Return the weights of `class_weights`, float32 [classes].
 
     With "balanced", a class with k of n training images has the weight ``n / (k *
-    classes)``. The mean weight of the training images is 1. Classes without training
-    images do not count and have the weight 0.
+    classes)``, so the mean weight of the training images is 1. Classes without training
+    images are not counted in this formula and have the weight 0.
 
     Returns:
       None for "balanced" if `data` has no training split.
 
     Raises:
-      ConfigError: the text is neither "balanced" nor one number from 0 per class, or
-        the class of each training image is unknown.
+      ConfigError: the text is neither "balanced" nor one number of at least 0 per
+        class, or the number of training images in each class is unknown.
     """
     if text == "balanced":
         if "train" not in data.counts:
@@ -257,7 +257,7 @@ def class_weights(text: str, data: DatasetInfo, num_classes: int) -> np.ndarray 
         if not data.class_counts:
             raise ConfigError(
                 "class_weights='balanced' requires a dataset that lists one label per "
-                "image before the images are read; expected one number per class"
+                "image before the images are read; set one number per class instead"
             )
         counts = np.zeros(num_classes)
         counts[: len(data.class_counts)] = data.class_counts
@@ -271,8 +271,8 @@ def class_weights(text: str, data: DatasetInfo, num_classes: int) -> np.ndarray 
     valid = (values >= 0) & (values <= np.finfo(np.float32).max)
     if values.shape != (num_classes,) or not valid.all() or not values.any():
         raise ConfigError(
-            f"class_weights={text!r}; expected 'balanced', or {num_classes} numbers "
-            "from 0, finite and separated by commas, one per class"
+            f"class_weights={text!r}; expected 'balanced', or {num_classes} numbers, "
+            "one per class, finite, at least 0, not all 0 and separated by commas"
         )
     return values.astype(np.float32)
 
@@ -286,7 +286,7 @@ def classification_metrics(logits: jax.Array, labels: jax.Array) -> PerSample:
 def topk_correct(logits: jax.Array, labels: jax.Array) -> PerSample:
     """Return {"top1", "top5": [B]}: 1.0 if the true class has one of the top k logits.
 
-    Of classes with equal logits, those with lower indices rank higher.
+    Among classes with equal logits, the one with the lowest index ranks first.
 
     Args:
       logits: [B, classes].

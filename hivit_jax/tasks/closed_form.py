@@ -10,7 +10,7 @@ from hivit_jax.reporting import console
 from hivit_jax.reporting.classes import MIN_TOP5
 from hivit_jax.tasks import probing
 
-# Penalties per training image. Features have variance 1.
+# Candidate penalties, for the mean error over the images and features of variance 1.
 PENALTIES = tuple(10.0 ** (k / 2) for k in range(-16, 7))
 DEFAULT_PENALTY = 0.1  # if no image can be held out
 CHUNK = 4096  # images that are converted to float64 at a time
@@ -21,11 +21,11 @@ def closed_form_probe(
 ) -> dict[str, float | int]:
     """Fit a linear classifier in closed form, evaluate it and log the accuracy.
 
-    The features of an image are the mean of the last tokens of the encoder in
-    `config.init_from`. Every image of both splits is encoded once, as in evaluation.
-    The penalty is the one of `PENALTIES` with the best accuracy on held-out training
-    images; the final classifier uses all training images. The computation is in float64
-    on the host and has no random numbers.
+    The features of an image are the last tokens of the encoder in `config.init_from`,
+    averaged over the units. Every image of both splits is encoded once, transformed as
+    in evaluation. The penalty is the one of `PENALTIES` with the best accuracy on
+    held-out training images; the final classifier uses all training images. The host
+    computes it in float64, without random numbers.
 
     Args:
       heartbeat: called after every batch.
@@ -60,8 +60,8 @@ def closed_form_probe(
 class Ridge(NamedTuple):
     """Ridge regression to one-hot targets, for every penalty at once.
 
-    With the eigenvectors of the correlation matrix of the features, the weights for a
-    penalty need one matrix product.
+    The eigenvectors of the features' correlation matrix are computed once. The weights
+    for any penalty then need only one matrix product.
 
     Attributes:
       mean, scale: mean and standard deviation of each feature, float64 [D].
@@ -87,7 +87,10 @@ class Ridge(NamedTuple):
     def accuracy(
         self, features: np.ndarray, labels: np.ndarray, penalty: float
     ) -> tuple[float, float]:
-        """Return the top-1 and top-5 accuracy. Equal scores go by class number."""
+        """Return the top-1 and top-5 accuracy.
+
+        Among classes with equal scores, the one with the lowest index ranks first.
+        """
         weights, correct = self.weights(penalty), np.zeros(2, np.int64)
         for part in _chunks(len(labels)):
             x, true = (features[part] - self.mean) / self.scale, labels[part, None]
@@ -101,7 +104,7 @@ class Ridge(NamedTuple):
 
 
 def fit(features: np.ndarray, labels: np.ndarray, classes: int) -> Ridge:
-    """Fit features, float32 [n, D], with labels, int [n]."""
+    """Fit the regression to features, float32 [n, D], and labels, int [n]."""
     count, dim = features.shape
     mean = features.mean(0, dtype=np.float64)
     covariance, sums = np.zeros((dim, dim)), np.zeros((dim, classes))
@@ -110,7 +113,7 @@ def fit(features: np.ndarray, labels: np.ndarray, classes: int) -> Ridge:
         covariance += x.T @ x / count
         sums += x.T @ np.eye(classes)[labels[part]] / count
     scale = np.sqrt(np.diag(covariance))
-    scale[scale <= 1e-9 * np.abs(mean)] = 1.0  # of constant features
+    scale[scale <= 1e-9 * np.abs(mean)] = 1.0  # constant features
     values, vectors = np.linalg.eigh(covariance / np.outer(scale, scale))
     return Ridge(
         mean,
@@ -141,9 +144,9 @@ def select_penalty(
 
 
 def held_out_images(labels: np.ndarray) -> np.ndarray:
-    """Return bool [n]: every fifth image of each class.
+    """Return bool [n], True for every fifth image of each class.
 
-    If no class has five images, every second image of each class.
+    If no class has five images, holds out every second image of each class instead.
     """
     order = np.argsort(labels, kind="stable")
     first = np.searchsorted(labels[order], labels[order])

@@ -18,14 +18,15 @@ from hivit_jax.tasks.warnings import peak_text
 from hivit_jax.training.schedule import peak_learning_rate
 from hivit_jax.tree import leaf_name, split_state
 
-TRUST = 0.001  # an update's norm is this times the weights' norm, at learning rate 1
-# Smallest usual sum of all updates, relative to the weights. In MAE's probe of ImageNet
-# the sum is about 200. With 1.5, the digits recipe loses 21 points of accuracy.
+TRUST = 0.001  # ratio of an update's norm to the weights' norm, at learning rate 1
+# A run is warned about if the summed norms of all its updates, relative to the weights'
+# norm, are smaller. In MAE's probe of ImageNet the sum is about 200. With a sum of 1.5,
+# the digits recipe loses 21 points of accuracy.
 MIN_SUM = 5.0
 
 
 class LinearProbe(Classification):
-    """Trains a head on batch-normalized features of a frozen encoder."""
+    """Train a head on batch-normalized features of a frozen encoder."""
 
     keys = {}
     unused = {
@@ -56,7 +57,8 @@ class LinearProbe(Classification):
         if not config.init_from:
             found.append("init_from='': the frozen encoder has random parameters")
         peak = peak_learning_rate(config.optimizer, config.batch_size)
-        # Half, because the learning rate falls to 0. Momentum sums up past updates.
+        # Sum of all updates for a peak of 1. Halved, because the learning rate falls to
+        # 0; divided by 1 - momentum, because momentum adds up past updates.
         per_peak = TRUST * total_steps / 2 / (1 - config.optimizer.betas[0])
         if 0 < peak < MIN_SUM / per_peak:
             text = peak_text(config.optimizer, config.batch_size)
@@ -96,7 +98,7 @@ class LinearProbe(Classification):
     ) -> PerSample:
         """Return the cross entropy, and top-1 and top-5 accuracy.
 
-        With several labels per image, only the binary cross entropy.
+        With several labels per image, returns only the binary cross entropy.
         """
         features = jax.lax.stop_gradient(
             model.head_token(self.augment_batch(batch, keys))

@@ -20,7 +20,7 @@ from hivit_jax.tasks.defaults import model_arguments
 
 
 class MaskedAutoencoding(Task):
-    """Pretraining. The loss of an image is the mean over its masked units."""
+    """Pretraining task. An image's loss is the mean over its masked units."""
 
     keys = {"mask_ratio": Key(0.75, "fraction of units to mask", above=0, below=1)}
     unused = {"optimizer.layer_decay": 1.0}
@@ -43,7 +43,7 @@ class MaskedAutoencoding(Task):
         super().check(config)
         model_class, sizes, _ = configure(**model_arguments(config))
         units = math.prod(check_grid(sizes.image_size, sizes.unit_size))
-        # Raises ConfigError for a ratio that masks all units.
+        # `count_visible` raises ConfigError for a ratio that masks all units.
         if model_class.count_visible(units, config.mask_ratio) == units:
             raise ConfigError(
                 f"mask_ratio={config.mask_ratio} masks none of {units} units; "
@@ -53,7 +53,8 @@ class MaskedAutoencoding(Task):
     def is_decayed(self, name: str) -> bool:
         """Return True if weight decay applies to a parameter.
 
-        As in the official SimMIM code, its mask token, in the encoder, does not decay.
+        SimMIM's mask token, which is in the encoder, does not decay, as in its official
+        code.
         """
         return name != "encoder/mask_token" and super().is_decayed(name)
 
@@ -78,7 +79,7 @@ class MaskedAutoencoding(Task):
     ) -> tuple[Sums, Rows]:
         """Return {"loss": sum} and no rows.
 
-        The masks are a function of the PRNG keys alone.
+        The masks depend only on the PRNG keys.
         """
         images = self.preprocess(batch)
         loss = model.image_loss(images, **self._masking(model, keys))

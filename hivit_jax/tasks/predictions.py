@@ -17,7 +17,7 @@ from hivit_jax.reporting.console import log
 
 SUFFIXES = (".csv", ".jsonl")
 MAX_RANK = 5  # classes per image
-NUM_WORST = 24  # images on the sheet of the worst ones
+NUM_WORST = 24  # images in worst.png, the mistakes with the least probable true class
 Rows = Mapping[str, np.ndarray]
 
 
@@ -29,7 +29,7 @@ def write(
 ) -> None:
     """Write the table of predictions and, if labels are known, an evaluation.
 
-    The memory does not depend on the number of images.
+    Memory use does not depend on the number of images.
 
     Args:
       batches: rows as in `Task.stream_predictions`, with "probabilities" float32
@@ -63,8 +63,8 @@ def write_multi_label(
 ) -> None:
     """Write the probability of each class and, if labels are known, an evaluation.
 
-    The table has a column "label" only if labels are known. There, "" is an image of no
-    class. The memory contains the logits and labels of all images with known labels.
+    The table has a column "label" only if labels are known. In this column, "" marks an
+    image of no class. Logits and labels of all labeled images are kept in memory.
 
     Args:
       batches: rows as in `Task.stream_predictions`, with "probabilities" and "logits"
@@ -115,7 +115,7 @@ def write_multi_label(
 
 
 def _file(out: Path) -> Path:
-    """Return the file of the table; ConfigError if it has another ending."""
+    """Return the file of the table, or raise ConfigError if it has another ending."""
     if out.suffix in SUFFIXES:
         return out
     if out.suffix and not out.is_dir():
@@ -129,7 +129,7 @@ def _file(out: Path) -> Path:
 def _table_writer(
     out: Path, columns: Sequence[str]
 ) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Provide a function that writes a row; the file appears when all are written."""
+    """Provide a function that writes a row; the file appears after the last row."""
     out.parent.mkdir(parents=True, exist_ok=True)
     part = out.with_name(f"{out.stem}.incomplete{out.suffix}")
     with open(
@@ -155,7 +155,7 @@ def _key(name: str, rank: int) -> str:
 def _table(
     rows: Rows, ranked: np.ndarray, names: Sequence[str]
 ) -> Iterator[dict[str, Any]]:
-    """Yield the columns of each image; without label or error if there is none."""
+    """Yield the columns of each image, omitting "label" or "error" if it has none."""
     probabilities = np.take_along_axis(rows["probabilities"], ranked, 1).tolist()
     columns = [rows[key].tolist() for key in ("name", "label", "error")]
     for name, label, error, classes, values in zip(
@@ -172,9 +172,10 @@ def _table(
 
 
 def _mistakes(rows: Rows, ranked: np.ndarray, known: np.ndarray) -> Iterator[tuple]:
-    """Yield (probability of the true class, index, true, predicted, its probability).
+    """Yield a tuple for each misclassified image.
 
-    Only images that are predicted wrong.
+    The tuple is (probability of the true class, index of the image, true class,
+    predicted class, probability of the predicted class).
     """
     for i in np.flatnonzero(known & (ranked[:, 0] != rows["label"])).tolist():
         p, true, found = rows["probabilities"][i], rows["label"][i], ranked[i, 0]
@@ -189,7 +190,7 @@ def _write_evaluation(
     read: Callable[[int], np.ndarray],
 ) -> None:
     """Write metrics, class table, confusion matrix and worst images beside `out`."""
-    # Here, because benchmarks import the tasks without Pillow and etils.
+    # Imported here, because benchmarks import the tasks without Pillow and etils.
     from hivit_jax.reporting import figures
 
     def beside(name):

@@ -32,8 +32,8 @@ def nearest_neighbors(
 ) -> dict[str, float | int]:
     """Classify each test image by its nearest training images, and log the accuracy.
 
-    The feature of an image is the mean of the units' last tokens, divided by its
-    length. The encoder is read from `config.init_from`. A neighbor votes for its class
+    The features of an image are the last tokens of the encoder in `config.init_from`,
+    averaged over the units and scaled to unit length. A neighbor votes for its class
     with weight ``exp(cosine / temperature)``, as in DINO's ``eval_knn.py``.
 
     Args:
@@ -82,7 +82,7 @@ def nearest_neighbors(
 def fit_to_devices(config: Any) -> tuple[Any, Mesh]:
     """Return the config with a batch size that its mesh can split, and the mesh.
 
-    The batch size of a probe has no effect on its result, so it is rounded up.
+    The batch size is rounded up, because it has no effect on the result of a probe.
     """
     mesh = make_mesh(config.mesh, config.batch_size * jax.device_count())
     shards = math.prod(mesh.shape[axis] for axis in BATCH[0])
@@ -126,7 +126,7 @@ def make_encoder(config: Any, task: Task, mesh: Mesh, unit_length: bool) -> Call
       unit_length: divide the features of each image by their length.
 
     Raises:
-      ConfigError: the images have no labels, or several.
+      ConfigError: the images have no labels, or several per image.
     """
     if config.data.multi_label:
         raise ConfigError(

@@ -61,14 +61,14 @@ def _length_warnings(
     if decay and initial_weight > 0.5:
         found.append(
             f"optimizer.ema_decay={decay:g}: after {total_steps:,} steps, the initial "
-            f"parameters have a weight of {initial_weight:.0%} in the average, which "
-            "evaluation uses"
+            f"parameters still have a weight of {initial_weight:.0%} in the averaged "
+            "parameters, which evaluation uses"
         )
     return found
 
 
 def _learning_rate_warnings(optimizer: Any, batch_size: int) -> list[str]:
-    """Return warnings about a peak of 0, and learning rates above the peak."""
+    """Return warnings about a peak of 0, or other learning rates above the peak."""
     peak, found = peak_learning_rate(optimizer, batch_size), []
     if peak == 0:
         return ["optimizer.base_learning_rate=0: the run changes no parameter"]
@@ -82,7 +82,7 @@ def _learning_rate_warnings(optimizer: Any, batch_size: int) -> list[str]:
 
 
 def _class_warnings(config: Any, data: DatasetInfo) -> list[str]:
-    """Return warnings about the number of classes, and about equal splits."""
+    """Return warnings about classes, and about evaluation on training images."""
     found, dataset_classes = [], len(data.classes)
     num_classes = config.model.get("num_classes") or 0
     if data.encoded and 0 < dataset_classes < num_classes:
@@ -118,7 +118,7 @@ def adam_warnings(optimizer: Any, batch_size: int) -> list[str]:
     if optimizer.betas[0] > optimizer.betas[1]:
         found.append(
             f"optimizer.betas={tuple(optimizer.betas)}: the first is usually smaller "
-            "than the second, such as (0.9, 0.999)"
+            "than the second, as in (0.9, 0.999)"
         )
     return found
 

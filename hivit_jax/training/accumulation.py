@@ -46,8 +46,8 @@ def accumulate_gradients(gradient: Callable, num_microbatches: int) -> Callable:
             """Split [B, ...] into [num_microbatches, B / num_microbatches, ...].
 
             Microbatches are interleaved, so that every example stays on its device,
-            also along the fsdp axis. Pairs of neighbors stay together, because Mixup
-            and CutMix blend neighbors.
+            even along the fsdp axis. Neighbors stay together in pairs, because Mixup
+            and CutMix mix them.
             """
             pair = 2 if len(x) // num_microbatches % 2 == 0 else 1
             parts = x.reshape(-1, num_microbatches, pair, *x.shape[1:])

@@ -12,9 +12,9 @@ from hivit_jax.reporting.metrics import Best, evaluations_since_best
 def has_stalled(
     workdir: Path, patience: int, best: Best, step: int
 ) -> tuple[bool, bool]:
-    """Return two flags of a step, (stalled, improved).
+    """Return two flags, (stalled, improved), for a step.
 
-    Both are False without `patience`. Process 0 decides for all processes.
+    Both are False if `patience` is 0. Process 0 decides for all processes.
 
     Args:
       patience: number of evaluations without a new best that end the run; 0: never end

@@ -11,7 +11,7 @@ from hivit_jax.errors import ConfigError
 from hivit_jax.tree import leaf_name
 
 STAGES = "stages:"  # followed by the number of stages to freeze
-# Parts of the encoder with a number per stage.
+# Parts of the encoder that are numbered by stage.
 _OF_STAGES = ("stages", "merges")
 
 
@@ -60,7 +60,10 @@ def _number_of_stages(names: Iterable[str]) -> int:
 
 
 def _choices(names: Iterable[str]) -> str:
-    """Return the first components of names, and those of the encoder, as text."""
+    """Return the prefixes that `model.freeze` may contain, as text.
+
+    These are the first component of each name, or the first two in the encoder.
+    """
     names = [*names]
     parts = [name.split("/") for name in names]
     depth = {"encoder": 2}
@@ -75,7 +78,7 @@ def freeze_updates(
 ) -> optax.GradientTransformation:
     """Return an optimizer that neither changes nor stores anything for frozen names.
 
-    The names of the other arrays in its state stay the same.
+    Its state contains the other arrays under their usual names.
     """
 
     def without_frozen(tree):
@@ -107,14 +110,17 @@ def _is_masked(x: Any) -> bool:
 
 
 def stop_gradients(params: Any, frozen: Collection[str]) -> Any:
-    """Return the parameters; a loss has no gradient with respect to frozen names."""
+    """Return the parameters, with `stop_gradient` applied to the frozen ones."""
     return select_frozen(frozen, jax.tree.map(jax.lax.stop_gradient, params), params)
 
 
-def select_frozen(frozen: Collection[str], ones: Any, others: Any) -> Any:
-    """Return a pytree with the leaves of `ones` at frozen names, else of `others`."""
+def select_frozen(frozen: Collection[str], if_frozen: Any, if_trained: Any) -> Any:
+    """Return a pytree with the leaves of `if_frozen` at frozen names.
+
+    All other leaves come from `if_trained`.
+    """
     return jax.tree_util.tree_map_with_path(
-        lambda path, one, other: one if leaf_name(path) in frozen else other,
-        ones,
-        others,
+        lambda path, x, y: x if leaf_name(path) in frozen else y,
+        if_frozen,
+        if_trained,
     )

@@ -13,7 +13,9 @@ from hivit_jax.tree import leaf_name
 def learning_rate_scales(
     params: Any, layer_ids: Mapping[str, int], layer_decay: float
 ) -> Any:
-    """Return a learning rate factor per parameter, ``layer_decay ** (last - layer)``.
+    """Return the learning rate factor of each parameter.
+
+    The factor is ``layer_decay ** (last - layer)``.
 
     Args:
       layer_ids: {parameter name: layer}, from 0 to the last layer.
@@ -67,7 +69,7 @@ def make_optimizer(
 def _preceded_by(
     stateless: optax.GradientTransformation, transform: optax.GradientTransformation
 ) -> optax.GradientTransformation:
-    """Chain two transformations; the state is that of `transform` alone."""
+    """Chain two transformations; only `transform` has a state."""
 
     def update(updates, state, params=None):
         updates, _ = stateless.update(updates, optax.EmptyState(), params)

@@ -68,7 +68,7 @@ def prepare(
 
     Args:
       schedule: function from step to learning rate.
-      seed: seed of the random draws in a step.
+      seed: seed of the PRNG keys of each step.
       accumulate_steps: microbatches of a batch.
       ema_decay: decay of the moving average of the parameters; 0: no average.
       zero: ZeRO stage, which selects the arrays that the fsdp axis shards; see
@@ -141,8 +141,8 @@ def make_train_step(
     """Return a function (state, frozen, batch, steps_done) -> (state, metrics).
 
     All sums are over the global batch. If the loss, the gradient or any array of the
-    new state is not finite, the step leaves the state unchanged. Later steps do the
-    same, because the step number in the state is then smaller than `steps_done`.
+    new state is not finite, the step leaves the state unchanged. All later steps leave
+    it unchanged too, because the step number in it is then smaller than `steps_done`.
     `frozen_names` are the parameters that `optimizer` never changes.
     """
     gradient = make_gradient(task, graphdef, frozen_names)
@@ -194,7 +194,7 @@ def update_average(
 ) -> Any:
     """Return the new moving average of the parameters."""
     updated = optax.incremental_update(params, average, 1.0 - decay)
-    # Without this, the average of equal arrays is rounded.
+    # Without this, rounding would change the averages of frozen parameters.
     return select_frozen(frozen_names, params, updated)
 
 

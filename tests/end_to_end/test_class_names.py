@@ -48,5 +48,5 @@ def test_0_is_the_number_of_the_dataset():
     config = digits_config(model__num_classes=0)
     assert inputs.make_task(config).config.model.num_classes == 10
     assert config.model.num_classes == 0
-    with pytest.raises(ConfigError, match=r"num_classes=0, .* of digits, .* unknown"):
+    with pytest.raises(ConfigError, match=r"num_classes=0: .* of digits is unknown"):
         create(config, DatasetInfo({"train": 5}))
