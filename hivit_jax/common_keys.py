@@ -9,7 +9,7 @@ from hivit_jax.models.config import HiViTConfig
 SCHEDULES = ("cosine", "cosine_from_start", "multistep", "polynomial", "constant")
 # Tasks (`Task.keys`) and models (`config.model_keys`) add their own keys.
 KEYS = {
-    "task": Key("", "a name below, or `module:Class` for your own task"),
+    "task": Key("", "a task named below, or `module:Class` for your own task"),
     "seed": Key(
         0, "seed of parameters, image order, augmentation and masks", 0, 2**63 - 1
     ),

@@ -190,8 +190,8 @@ def make_panels(
 ) -> Callable:
     """Return a function from variables to the `Task.panels` of the first test images.
 
-    It returns the panels as NumPy arrays and uses the same PRNG keys in every call.
-    Images are read only if the task has panels.
+    The function returns the panels as NumPy arrays and uses the same PRNG keys in every
+    call. Images are read only if the task has panels.
     """
     if type(task).panels is tasks.Task.panels:
         return lambda variables: {}

@@ -44,9 +44,9 @@ from hivit_jax.reporting.metrics import Best, Scalars, score
 from hivit_jax.resources import free_disk_text
 from hivit_jax.tree import leaf_name, named_leaves
 
-# Replicas of an array write slices of it in parallel. Slices have at least 1 MiB,
-# because cutting a slice requires a compiled program, so smaller arrays are written
-# faster as a whole.
+# Replicas of an array write slices of it in parallel. No slice is smaller than 1 MiB,
+# because each slice needs its own compiled program. Small arrays are written faster as
+# a whole.
 ocp.type_handlers.register_type_handler(
     jax.Array,
     ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**20),

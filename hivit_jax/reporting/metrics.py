@@ -215,9 +215,10 @@ def score(results: Scalars, best: Best) -> float:
 
 
 def evaluations_since_best(workdir: Path, step: int, best: Best) -> int:
-    """Return how many evaluations up to a step follow the first of the best ones.
+    """Return the number of evaluations after the best one, up to a step.
 
-    The number is read from metrics.jsonl, so that it survives an interruption.
+    Of equally good evaluations, the first is the best. The number is read from
+    metrics.jsonl, so that it survives an interruption.
     """
     lines = [line for line in evaluations(workdir) if line["step"] <= step]
     scores = [score(line, best) for line in lines]

@@ -92,7 +92,7 @@ class Task:
             config.model.num_classes = num_classes
             if not num_classes:
                 raise ConfigError(
-                    f"model.num_classes=0: the number of classes of "
+                    "model.num_classes=0: the number of classes of "
                     f"{config.data.name} is unknown; set model.num_classes"
                 )
         self.config, self.data = config, data

@@ -19,14 +19,14 @@ from hivit_jax.training.schedule import peak_learning_rate
 from hivit_jax.tree import leaf_name, split_state
 
 TRUST = 0.001  # ratio of an update's norm to the weights' norm, at learning rate 1
-# A run is warned about if the summed norms of all its updates, relative to the weights'
-# norm, are smaller. In MAE's probe of ImageNet the sum is about 200. With a sum of 1.5,
-# the digits recipe loses 21 points of accuracy.
+# A warning is logged if the norms of all updates of a run, relative to the weights'
+# norm, add up to less. In MAE's probe of ImageNet the sum is about 200. With a sum of
+# 1.5, the digits recipe loses 21 points of accuracy.
 MIN_SUM = 5.0
 
 
 class LinearProbe(Classification):
-    """Train a head on batch-normalized features of a frozen encoder."""
+    """Trains a head on batch-normalized features of a frozen encoder."""
 
     keys = {}
     unused = {
