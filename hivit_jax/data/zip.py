@@ -60,7 +60,7 @@ def data_of(encoded: bytes) -> bytes:
     """Return the data of a member from its byte range.
 
     Raises:
-      ValueError: the range does not begin with a local header.
+      ValueError: the range does not begin with a local header, or is too short.
     """
     if encoded[:4] != b"PK\3\4":
         raise ValueError("expected a local header of a zip file")
