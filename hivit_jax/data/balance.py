@@ -71,7 +71,7 @@ class BalancedOrder:
 
 
 def check_balance(class_counts: Sequence[int], data: Mapping[str, Any]) -> None:
-    """Raise ConfigError if the class of each training image is unknown.
+    """Raise ConfigError unless the class of every training image is known.
 
     Args:
       class_counts: result of `Source.class_counts`.

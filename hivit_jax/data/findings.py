@@ -39,7 +39,7 @@ def image_findings(
     """
     shape = pixels.shape
     checks = {
-        # The host may have to resize an image with such a side.
+        # The host may have to resize crops of an image with so long a side.
         f"over {canvas}, may be slower": 0 < canvas < max(shape),
         f"under {size[0]} x {size[1]}": shape[0] < size[0] or shape[1] < size[1],
     }

@@ -88,7 +88,7 @@ TPU_ENVIRONMENT = {
     "TPU_WORKER_HOSTNAMES": "localhost",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # so that several processes can compile at once
 }
-# Autotuning and Triton matrix products are off, because autotuning needs a GPU.
+# Autotuning needs a GPU. It is off, and so are the Triton matrix products it tunes.
 GPU_OPTIONS = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
 # XLA's description of a Hopper SXM GPU. The numbers are from NVIDIA's Hopper tuning
 # guide and from device queries.

@@ -58,7 +58,11 @@ def region_of(name: str) -> str:
 
 
 def matmul_flops(jaxpr: Any, loops: bool) -> int:
-    """Return the operations of all matrix products of a traced program."""
+    """Return the operations of all matrix products of a traced program.
+
+    Args:
+      loops: see `matmul_flops_by_region`.
+    """
     return matmul_flops_by_region(jaxpr, loops).total()
 
 

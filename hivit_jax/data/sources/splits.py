@@ -37,7 +37,7 @@ class Selection:
     exclude: str = ""
 
     def check(self, eval_split: str) -> None:
-        """Raise ConfigError for values that contradict each other."""
+        """Raise ConfigError for contradictory values or an invalid pattern."""
         if self.eval_fraction and eval_split:
             raise ConfigError(
                 f"data.eval_fraction={self.eval_fraction} with data.eval_split="

@@ -42,10 +42,11 @@ class Rows(NamedTuple):
 class Table(FileSource):
     """Images listed in a file, with or without labels.
 
-    A file that ends in .csv or .tsv has a header with a column `path`, `file_name`,
-    `filename`, `file` or `image`; it may have the columns `label`, `class`,
-    `class_name` or `category`, and `split`. Any other file is a list with a line ``PATH
-    LABEL`` or ``PATH`` per image. Relative paths refer to the directory of the file.
+    A file that ends in .csv or .tsv has a header. Paths are in a column `path`,
+    `file_name`, `filename`, `file` or `image`. Labels may be in a column `label`,
+    `class`, `class_name` or `category`, and splits in a column `split`. Any other file
+    is a list with a line ``PATH LABEL`` or ``PATH`` per image. Relative paths refer to
+    the directory of the file.
 
     If all labels are non-negative integers, they are class indices, and these numbers
     are also the class names. Otherwise, the classes are the sorted names. All rows of
