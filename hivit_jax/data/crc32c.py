@@ -37,7 +37,7 @@ def numpy_crc32c(data: bytes) -> int:
     length = -(-len(data) // (lanes * 8)) * 8
     padded = np.zeros(lanes * length, np.uint8)
     # Leading zeros do not change a CRC whose register starts at 0. The register of
-    # CRC-32C starts at all ones, which is equal to inverting the first four bytes.
+    # CRC-32C starts at all ones; inverting the first four bytes has the same effect.
     start = len(padded) - len(data)
     padded[start:] = np.frombuffer(data, np.uint8)
     if len(data) < 4:

@@ -171,8 +171,8 @@ def resize(
     if antialias:
         (top, height, _), (left, width, _) = box
         edges = (left, top, left + width, top + height)
-        # PIL resizes three bands at once if they are uint8. Other bands are resized one
-        # by one, because PIL would treat the last of two or four as alpha.
+        # PIL resizes RGB images as a whole. Others are resized band by band, because
+        # PIL does not support them or would treat their last band as alpha.
         whole = dtype == np.uint8 and pixels.shape[-1] == 3
         bands = [pixels] if whole else np.moveaxis(pixels, -1, 0)
         bands = [band if dtype == np.uint8 else band.astype("f4") for band in bands]

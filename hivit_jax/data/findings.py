@@ -31,8 +31,8 @@ def image_findings(
     Args:
       encoded: content of the file.
       get_name: returns the name of the file.
-      pixels: the decoded image, [h, w, C]. Only if it is uint8, the image is checked
-        for values that decoding loses.
+      pixels: the decoded image, [h, w, C]. Values that decoding loses are reported
+        only if it is uint8.
       size: (height, width) of the model's image.
       canvas: side of the array that the device resizes from; 0: none.
       value_range: see `decode`.

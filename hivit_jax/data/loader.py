@@ -76,8 +76,8 @@ class Loader:
     def batches(self, plan: Iterable[PlannedBatch]) -> Iterator[Batch]:
         """Yield the batches of a plan. Threads fill them before they are needed.
 
-        Worker processes would not be faster, because decoding and copying release
-        Python's global interpreter lock.
+        Threads suffice, because decoding and copying release Python's global
+        interpreter lock.
         """
         pool = ThreadPoolExecutor(self.threads, "read")
         queue: deque[tuple[Batch, list[Future]]] = deque()

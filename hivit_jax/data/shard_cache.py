@@ -60,7 +60,7 @@ class ShardCache:
         return address
 
     def fetch(self, address: str) -> str:
-        """Copy a file unless it is copied; return the copy's path as `locate` does."""
+        """Wait until a file is copied; return its path, or its address on failure."""
         if self.locate(address) == address and not self._stopped.is_set():
             self._copy(address, wait=True)
         return self.locate(address)

@@ -53,7 +53,7 @@ def is_remote(path: str | os.PathLike) -> bool:
 def read(path: str, start: int = 0, stop: int | None = None) -> Waiter:
     """Start reading bytes `start` to `stop` and return a function that returns them.
 
-    Of a local file, nothing is read before the returned function is called.
+    A local file is not read until the returned function is called.
 
     Args:
       start: first byte; a negative one counts from the end and needs ``stop=None``.
@@ -216,7 +216,8 @@ def _result(path: str, future: Any) -> Any:
     if getattr(result, "state", "value") == "missing":
         raise MissingObject(
             f"{path} does not exist (HTTP status 404)\n"
-            "If it was deleted, restore it or delete the dataset's index for a new one."
+            "If it was deleted, restore it, or delete the dataset's index so that it "
+            "is rebuilt."
         )
     return result
 
@@ -227,7 +228,7 @@ def _fail(path: str, error: Exception) -> NoReturn:
     if text.startswith("OUT_OF_RANGE"):
         raise _RangeError(
             f"{path} is shorter than expected: {text}\n"
-            "Restore the object or delete the dataset's index for a new one."
+            "Restore the object, or delete the dataset's index so that it is rebuilt."
         ) from error
     status = re.search(r"\[http_response_code='(\d+)'\]", text)
     reason = re.sub(r"\s*\[[^]]*\]", "", text)

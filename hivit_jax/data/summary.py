@@ -1,4 +1,4 @@
-"""Facts about the images of a split: pixel statistics, file kinds, images in both."""
+"""Facts about images of splits: pixel statistics, file kinds, shared images."""
 
 import re
 from collections import Counter
@@ -95,7 +95,7 @@ def _stored_kind(encoded: bytes, channels: int) -> tuple[int, str, bool]:
     except Exception:  # formats that only PIL supports fully
         return channels, "unknown", False
     bands = stored.array.shape[-1]
-    is_raster = not stored.mode  # TIFF or NumPy array, of bands without a meaning
+    is_raster = not stored.mode  # TIFF or NumPy array: the bands have no names
     return bands, stored.array.dtype.name, is_raster and bands > channels > 1
 
 

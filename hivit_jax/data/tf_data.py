@@ -1,8 +1,8 @@
 """Reader that loads batches with tf.data, byte-identical to `loader.Loader`.
 
 TensorFlow reads local image files and tfrecords, and decodes and crops ordinary JPEGs.
-The `Loader` reads all other examples, called by `tf.numpy_function`: other sources and
-formats, damaged files, evaluation, and transforms that resize on the host.
+The `Loader`, called through `tf.numpy_function`, reads all other examples: other
+sources and formats, damaged files, evaluation, and transforms that resize on the host.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ Plan = Callable[[], Iterable[PlannedBatch]]  # returns a new iterator at every c
 
 @cache
 def tensorflow() -> ModuleType:
-    """Return the module tensorflow, with all accelerators hidden from it.
+    """Import and return tensorflow, which then leaves all accelerators to JAX.
 
     Raises:
       MissingPackage: tensorflow is not installed.

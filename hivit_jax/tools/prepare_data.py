@@ -48,7 +48,7 @@ FLAGS = {
     "out": ("", "directory for the converted files; its name becomes data.name"),
     "label_column": (
         "",
-        "column of the labels in parquet files; default: one named like label or class",
+        "column of the labels in parquet files; default: found by its name or metadata",
     ),
     "short_side": (
         0,

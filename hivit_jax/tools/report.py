@@ -167,7 +167,7 @@ def training_seconds(lines: Lines, batch_size: int) -> dict[str, list]:
 
 
 def charts(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """Return the name and title of a chart per metric that is not always 0."""
+    """Return the name and title of each chart: one per metric that is not always 0."""
     names = {
         name
         for run in runs

@@ -16,9 +16,9 @@ from hivit_jax.paths import expand
 class Paths(Source):
     """Image files, and the images below directories (`folder.Images`).
 
-    Images are in the order of the paths, and sorted within a directory. The label of an
-    image is the class after which one of its directories is named. These directories
-    are the given one and those below it; for a given file, only its own directory.
+    Images are in the order of the paths, and sorted within a directory. An image is
+    labeled if one of its directories has the name of a class. Only the given directory
+    and those below it count; for a given file, only its own directory.
 
     Args:
       paths: files and directories.
