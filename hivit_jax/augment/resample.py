@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 # Radius in source pixels. Downscaling with antialiasing widens the filters.
 FILTER_RADIUS = {"bicubic": 2, "bilinear": 1}
-# Largest value by dtype. The filters may overshoot.
+# Largest value by dtype. Results are clipped to it, because the filters may overshoot.
 MAXIMUM = {"uint8": 255, "uint16": 65535, "float32": math.inf}
 
 

@@ -16,9 +16,9 @@ class BalancedOrder:
 
     An epoch has as many examples as the dataset. Each class has an endless sequence of
     permutations of its examples. An epoch with m positions for the class uses the next
-    m examples of this sequence. Therefore the numbers of uses of two examples of a
-    class differ by at most one, at any epoch. Like `order.permutation`, the order is a
-    function of seed and epoch.
+    m examples of this sequence. After any number of epochs, two examples of a class
+    have therefore been used equally often, or one of them once more. Like
+    `order.permutation`, the order is a function of seed and epoch.
 
     Args:
       labels: class of each example, int [n].
@@ -37,9 +37,10 @@ class BalancedOrder:
     def samples_at(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the examples at positions of the endless sequence of all epochs.
 
-        Returns (example indices [b], passes over the class of the example [b]). The
-        second replaces the epochs as key of the transform's random numbers, so that
-        they differ if an example occurs twice in an epoch.
+        Returns (example indices [b], passes [b]). The pass of an example is the number
+        of earlier passes over its class. It replaces the epoch as key of the
+        transform's random numbers, so that an example that occurs twice in an epoch
+        is augmented differently.
 
         Args:
           positions: int [b]; position p is in epoch ``p // n``.
@@ -61,7 +62,7 @@ class BalancedOrder:
             indices = np.empty_like(offsets)
             for k in np.unique(passes):
                 at = passes == k
-                # From 1, because SeedSequence ignores a 0 at the end.
+                # Counted from 1, because SeedSequence ignores a trailing 0.
                 order = shuffled([self._seed, int(k), 1 + number], len(own))
                 indices[at] = own[order[offsets[at]]]
             parts.append(np.stack([indices, passes]))
@@ -70,7 +71,7 @@ class BalancedOrder:
 
 
 def check_balance(class_counts: Sequence[int], data: Mapping[str, Any]) -> None:
-    """Raise ConfigError if the class of each training image is unknown.
+    """Raise ConfigError unless the class of every training image is known.
 
     Args:
       class_counts: result of `Source.class_counts`.
@@ -87,13 +88,14 @@ def check_balance(class_counts: Sequence[int], data: Mapping[str, Any]) -> None:
 def balanced_counts(sizes: list[int], balance: float) -> np.ndarray:
     """Return the number of positions of each class in an epoch, int64 [classes].
 
-    They add up to the number of examples. Fractions are rounded by largest remainder.
+    They add up to the number of examples. Fractions are rounded by the largest
+    remainder method.
 
     Args:
       sizes: number of examples of each class, at least 1.
     """
     total, weights = sum(sizes), np.array(sizes) ** (1.0 - balance)
-    # Rounded, so that no machine's rounding errors change the result.
+    # Rounded, so that the result does not depend on a machine's rounding errors.
     exact = np.round(total * weights / weights.sum(), 6)
     counts = np.floor(exact).astype(np.int64)
     largest = np.argsort(counts - exact, kind="stable")

@@ -6,7 +6,8 @@ from importlib.util import find_spec
 import numpy as np
 
 POLYNOMIAL = 0x82F63B78  # bits reversed
-FAST = find_spec("google_crc32c") is not None  # gigabytes a second, not 50 megabytes
+# google_crc32c processes gigabytes per second, NumPy only 50 megabytes.
+FAST = find_spec("google_crc32c") is not None
 
 
 def crc32c(data: bytes) -> int:
@@ -19,7 +20,7 @@ def crc32c(data: bytes) -> int:
 
 
 def masked_crc32c(data: bytes) -> int:
-    """Return the checksum that tfrecord files store, a rotated and shifted CRC-32C."""
+    """Return the checksum of tfrecord files: a rotated CRC-32C plus a constant."""
     value = crc32c(data)
     return ((value >> 15 | value << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
@@ -28,14 +29,15 @@ def numpy_crc32c(data: bytes) -> int:
     """Compute a CRC-32C with numpy.
 
     The bytes are split into lanes of equal length that are processed in parallel.
-    Pairs of neighbors are then merged until one value is left: appending n zero bytes
-    is a linear function of a CRC.
+    Pairs of neighbors are then merged until one value is left. Merging is cheap,
+    because appending n zero bytes is a linear function of a CRC.
     """
     lanes = 1 << max(len(data) // 64, 1).bit_length() - 1
-    length = -(-len(data) // (lanes * 8)) * 8  # few different lengths, see the cache
+    # A multiple of 8, so that the cache of `_zeros_matrix` has few entries.
+    length = -(-len(data) // (lanes * 8)) * 8
     padded = np.zeros(lanes * length, np.uint8)
-    # Leading zeros do not change a CRC whose register starts at 0. The usual start of
-    # all ones is equal to inverting the first four bytes.
+    # Leading zeros do not change a CRC whose register starts at 0. The register of
+    # CRC-32C starts at all ones; inverting the first four bytes has the same effect.
     start = len(padded) - len(data)
     padded[start:] = np.frombuffer(data, np.uint8)
     if len(data) < 4:
@@ -59,7 +61,7 @@ def _bytewise(data: bytes) -> int:
 
 @cache
 def _table() -> np.ndarray:
-    """Return the change of the register for each of its lowest bytes, uint32 [256]."""
+    """Return the register's change for each value of its lowest byte, uint32 [256]."""
     table = np.arange(256, dtype=np.uint32)
     for _ in range(8):
         table = np.where(table & 1, table >> 1 ^ np.uint32(POLYNOMIAL), table >> 1)
@@ -76,7 +78,7 @@ def _append_zeros(values: np.ndarray, count: int) -> np.ndarray:
 
 @cache
 def _zeros_matrix(count: int) -> np.ndarray:
-    """Return the CRCs of the 32 bits after `count` more zero bytes, uint32 [32]."""
+    """Return the CRC of each single bit after `count` more zero bytes, uint32 [32]."""
     columns = np.uint32(1) << np.arange(32, dtype=np.uint32)
     if count % 2 == 0:
         return _append_zeros(_append_zeros(columns, count // 2), count // 2)

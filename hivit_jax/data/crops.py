@@ -8,12 +8,12 @@ import numpy as np
 
 from hivit_jax.augment.resample import FILTER_RADIUS, MAXIMUM, crop_resize_matrix
 
-# Along one axis: start and length of a box, and the array's number of real pixels.
+# Along one axis: start and length of a box, and number of pixels before the padding.
 Span = tuple[float, float, int]
 
 
 class Box(NamedTuple):
-    """A rectangle of an image in pixels. Edges may lie at fractions of a pixel."""
+    """A rectangle of an image, in pixels. Its coordinates may be fractions."""
 
     top: float
     left: float
@@ -40,16 +40,15 @@ def random_resized_crop(
     scale: Sequence[float],
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> Crop:
-    """Return a random crop by the rule of torchvision's RandomResizedCrop.
-
-    The size of the image is (height, width).
+    """Return a random crop as torchvision's RandomResizedCrop does.
 
     Each of ten tries draws an area from `scale` and a log-uniform aspect ratio from
-    `ratio`. The first crop that fits inside the image is used, with a corner that is
-    uniform over whole pixels. If none fits, the crop is the largest central one with an
+    `ratio`. The first crop that fits inside the image is used, at a uniformly random
+    position in whole pixels. If none fits, the crop is the largest central one with an
     allowed aspect ratio. The resize filter does not read pixels outside the crop.
 
     Args:
+      height, width: size of the image.
       draws: `transforms.DRAWS` numbers in [0, 1).
       scale: lowest and highest area, relative to the image.
       ratio: lowest and highest width / height.
@@ -72,7 +71,7 @@ def random_resized_crop(
 
 
 def center_crop(height: int, width: int, size: Sequence[int], crop_pct: float) -> Crop:
-    """Return the central crop for evaluation by the rule of timm and torchvision.
+    """Return the central crop that timm and torchvision use for evaluation.
 
     It corresponds to two steps: resize the image so that it just covers
     ``size / crop_pct``, then crop `size` at the center. For a square `size`, the first
@@ -162,8 +161,8 @@ def resize(
 ) -> np.ndarray:
     """Resize a box of an image [h, w, C] to [*size, C] on the host.
 
-    This is the counterpart of `augment.resample`. PIL does the antialiased resize.
-    NumPy does the resize without antialiasing, because PIL does not support it. uint8
+    This is the counterpart of `augment.resample`. PIL resizes with antialiasing. NumPy
+    resizes without antialiasing, because PIL does not support that. uint8
     is rounded after each axis, uint16 only at the end, and float32 never.
     """
     from PIL import Image
@@ -172,7 +171,8 @@ def resize(
     if antialias:
         (top, height, _), (left, width, _) = box
         edges = (left, top, left + width, top + height)
-        # PIL resizes one and three channels of 8 bits; it would multiply a fourth one.
+        # PIL resizes RGB images as a whole. Others are resized band by band, because
+        # PIL does not support them or would treat their last band as alpha.
         whole = dtype == np.uint8 and pixels.shape[-1] == 3
         bands = [pixels] if whole else np.moveaxis(pixels, -1, 0)
         bands = [band if dtype == np.uint8 else band.astype("f4") for band in bands]

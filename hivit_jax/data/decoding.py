@@ -1,8 +1,9 @@
 """Decode image files to 8 bits per channel.
 
-Pillow converts images with more bits by clipping or truncation. This module maps the
-values of black and white linearly to 0 and 255. They are the ends of the whole range of
-16-bit unsigned integers. For other types, the user sets them (`data.value_range`).
+Pillow converts images with more bits by clipping or truncation. This module maps values
+linearly instead, so that black becomes 0 and white becomes 255. In images of 16-bit
+unsigned integers, black and white are the ends of the type's range. For other types,
+the user sets their values (`data.value_range`).
 """
 
 import io
@@ -21,7 +22,7 @@ from hivit_jax.errors import DataError
 # without them.
 
 PIL_MODES = {1: "L", 3: "RGB"}  # by number of channels
-# Second bytes of JPEG markers; FRAMES start a frame and contain its coding process.
+# Second bytes of JPEG markers; those in FRAMES start a frame and identify its coding.
 START_OF_SCAN, BASELINE, FRAMES = 0xDA, 0xC0, {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 END_OF_IMAGE = b"\xff\xd9"
 # A JPEG marker after the start of a scan, except restart markers.
@@ -38,11 +39,11 @@ NATIVE = {"F;32BF": "F;32NF", "I;32BS": "I;32NS", "I;16BS": "I;16NS"}
 
 @dataclass(frozen=True)
 class StoredValues:
-    """Values of an image, as stored in its file, that are not 8-bit unsigned integers.
+    """Values of an image as stored in its file, before conversion to 8 bits.
 
     Attributes:
-      array: uint16, uint32, int8, int32 or float32, [h, w] or [h, w, bands].
-      mode: PIL mode of the image after conversion to 8 bits.
+      array: integers or floats, [h, w] or [h, w, bands].
+      mode: PIL mode of the image after conversion to 8 bits; "" if PIL is not used.
       limits: (black, white), the values that become 0 and 255; (): the file format does
         not define them.
     """
@@ -58,7 +59,7 @@ class StoredValues:
           value_range: (low, high), which replaces `limits`; (): use `limits`.
 
         Raises:
-          DataError: both are ().
+          DataError: both `value_range` and `limits` are ().
         """
         if value_range:
             is_inverted = self.limits and self.limits[0] > self.limits[1]
@@ -99,9 +100,10 @@ def decode(
 ) -> np.ndarray:
     """Decode an image of any format to uint8 [h, w, channels].
 
-    Images of up to 8 bits are decoded identically to PIL. 16-bit values are divided by
-    257. Pillow itself reduces some of them to 8 bits: JPEG 2000, SGI and PPM in color,
-    and images with premultiplied alpha. There the result differs by at most one level.
+    For images of up to 8 bits, the result is identical to PIL's. 16-bit values are
+    divided by 257. Pillow itself reduces some 16-bit images to 8 bits: JPEG 2000, SGI
+    and PPM in color, and images with premultiplied alpha. For these, the result differs
+    from a division by 257 by at most one level.
 
     Args:
       value_range: values of black and white in images with more than 8 bits; (): the
@@ -137,7 +139,7 @@ def ordinary_jpeg_size(encoded: bytes) -> tuple[int, int] | None:
 
     Returns:
       None for another format, for other color spaces such as CMYK, and for images with
-      too many pixels, which PIL reports.
+      more pixels than PIL accepts, so that PIL raises its error.
     """
     import simplejpeg
     from PIL import Image
@@ -153,8 +155,8 @@ def ordinary_jpeg_size(encoded: bytes) -> tuple[int, int] | None:
 def may_decode_crops(encoded: bytes) -> bool:
     """Return True if a crop of a JPEG can be decoded alone, without the rows below it.
 
-    This is a baseline JPEG with one scan that ends with the file. Other JPEGs may turn
-    out to be unreadable, or decode to other pixels, because of data further below.
+    This holds for a baseline JPEG whose only scan ends with the file. In other JPEGs,
+    later data may change the pixels of the crop or make the image unreadable.
     """
     position, frame = 2, None
     try:
@@ -198,7 +200,7 @@ def stored_values(image: Any, encoded: bytes) -> StoredValues | None:
     else:
         return _color_values(image, encoded, bits[0])
     if image.format == "FITS":  # PIL ignores the offset and scale in FITS files
-        raise OSError("expected FITS of 8 bits; values of more bits are not supported")
+        raise OSError("expected FITS with 8-bit values; more bits are not supported")
     if tags.get(PHOTOMETRIC) == 0:  # 0 is white
         limits = limits[::-1]
     return StoredValues(array, "L", limits)
@@ -207,8 +209,8 @@ def stored_values(image: Any, encoded: bytes) -> StoredValues | None:
 def _color_values(image: Any, encoded: bytes, bits: int) -> StoredValues | None:
     """Return the values of a 16-bit image with several bands; None for other images.
 
-    Of each value, PIL decodes only the high byte. Decoded again in the opposite byte
-    order, it yields the low byte.
+    PIL decodes only the high byte of each value. Decoding the file again in the
+    opposite byte order yields the low byte.
     """
     from PIL import Image
 
@@ -234,7 +236,7 @@ def _color_values(image: Any, encoded: bytes, bits: int) -> StoredValues | None:
 
 
 def _raw_modes(image: Any) -> list[str]:
-    """Return the raw mode of each tile of an image: PIL's name of its stored format."""
+    """Return each tile's raw mode, which is PIL's name of the tile's stored format."""
     arguments = [tile.args for tile in image.tile]
     return [str(a[0] if isinstance(a, tuple) and a else a) for a in arguments]
 

@@ -25,13 +25,13 @@ def image_findings(
 ) -> dict[str, str]:
     """Return {finding: detail} of an image; details may be "".
 
-    A YCbCr JPEG without EXIF needs only its header. Any other image is also opened with
-    PIL and compared with the suffix of its name.
+    For a YCbCr JPEG without EXIF, reading the header is enough. Any other image is also
+    opened with PIL, and its format is compared with the suffix of its name.
 
     Args:
       encoded: content of the file.
       get_name: returns the name of the file.
-      pixels: the decoded image, [h, w, C]. Values that decoding loses are searched
+      pixels: the decoded image, [h, w, C]. Values that decoding loses are reported
         only if it is uint8.
       size: (height, width) of the model's image.
       canvas: side of the array that the device resizes from; 0: none.
@@ -39,7 +39,7 @@ def image_findings(
     """
     shape = pixels.shape
     checks = {
-        # The host may have to resize an image with such a side.
+        # The host may have to resize crops of an image with so long a side.
         f"over {canvas}, may be slower": 0 < canvas < max(shape),
         f"under {size[0]} x {size[1]}": shape[0] < size[0] or shape[1] < size[1],
     }
@@ -71,9 +71,10 @@ def _value_findings(
 ) -> dict[str, str]:
     """Return the findings about more than 8 bits, lost values and clipped values.
 
-    Values count as lost if fewer than a quarter of the levels remain, or only one of
-    several. At most 256 levels can remain. They also count as lost if only the alpha
-    channel, which is dropped, varies. Values outside of the range count as clipped.
+    Values count as lost in three cases: fewer than a quarter of the levels remain (of
+    256 levels, if there are more); only one of several levels remains; or only the
+    alpha channel varies, which is dropped. Values outside of the range count as
+    clipped.
     """
     try:
         with Image.open(io.BytesIO(encoded)) as image:
@@ -90,7 +91,7 @@ def _value_findings(
         return {}
     values = stored.array[..., :3] if stored.mode == "RGBA" else stored.array
     low, high = sorted(stored.black_and_white(value_range))
-    found = {f"{values.dtype}, reduced to 8 bit": ""}
+    found = {f"{values.dtype}, reduced to 8 bits": ""}
     levels, remaining = len(np.unique(values)), len(np.unique(pixels))
     outside = np.mean((values < low) | (values > high))
     if remaining < min(levels, 256) / 4 or remaining == 1 < levels:

@@ -76,8 +76,8 @@ class Loader:
     def batches(self, plan: Iterable[PlannedBatch]) -> Iterator[Batch]:
         """Yield the batches of a plan. Threads fill them before they are needed.
 
-        Threads suffice and worker processes are not needed, because decoding and
-        copying release Python's global interpreter lock.
+        Threads suffice, because decoding and copying release Python's global
+        interpreter lock.
         """
         pool = ThreadPoolExecutor(self.threads, "read")
         queue: deque[tuple[Batch, list[Future]]] = deque()

@@ -15,7 +15,7 @@ def split_notes(
     """Return lines about ignored images, images of no class, and reduced values.
 
     Args:
-      indices: indices of the examples to read for the last kind.
+      indices: indices of the examples that are read to find reduced values.
       dtype: `data.dtype`.
     """
     notes = []
@@ -40,6 +40,6 @@ def split_notes(
     if count:
         notes.append(
             f"{count} of {len(tried)} images tried of the {split} split have 16 bits, "
-            "which are divided by 257 to get 8; data.dtype=uint16 keeps them"
+            "which are reduced to 8 bits; data.dtype=uint16 keeps all 16"
         )
     return notes

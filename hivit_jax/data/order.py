@@ -1,8 +1,8 @@
 """Plans: the examples of every batch of a run.
 
 A plan depends only on the seed, the epoch and, with several buckets, the image sizes. A
-run can therefore resume at any step and on any number of hosts with the same examples.
-Its state needs to contain only the step.
+run can therefore resume at any step and on any number of hosts with the same examples,
+and its checkpoints need to contain only the step.
 """
 
 import math
@@ -72,14 +72,14 @@ def train_plan(
 ) -> Iterator[PlannedBatch]:
     """Yield the batches of steps first .. last-1 of a dataset with one bucket.
 
-    Position ``p = step * batch_size + position_in_batch`` of the run has example
+    Position ``p = step * batch_size + position_in_batch`` of the run is example
     ``permutation(seed, epoch)[p % n]`` with ``epoch = p // n``.
 
     Args:
       n: number of training examples.
       batch_size: size of the global batch.
       positions: positions of the global batch that this process fills, int [b].
-      find: replaces `samples_at`; a function of positions.
+      find: function of positions that replaces `samples_at`.
     """
     find = find or partial(samples_at, n=n, seed=seed)
     for step in range(first, last):
@@ -149,14 +149,14 @@ def eval_plan(
 def assign_buckets(
     n: int, size: Callable[[int], tuple[int, int]], bucket: Callable, threads: int
 ) -> np.ndarray:
-    """Return the bucket of each example, int64 [n]; 0 if its size cannot be read.
+    """Return the bucket of each example, int64 [n]; 0 if the size cannot be read.
 
     Args:
       size: function from example index to (height, width).
       bucket: function from (height, width) to bucket.
 
     Raises:
-      LocalDataError: from `size`, such as a bucket that cannot be reached.
+      LocalDataError: from `size`, for example because the storage is unreachable.
     """
 
     def bucket_of(index):

@@ -1,8 +1,8 @@
 """RandAugment with timm's policy `rand-m9-mstd0.5-inc1`.
 
 Draws two of fifteen operations for each image. Each is applied with probability 0.5, at
-a magnitude around 9 of at most 10. The result depends only on the image and the given
-random numbers. All functions are thread-safe.
+a magnitude around 9 on a scale of 0 to 10. The result depends only on the image and the
+given random numbers. All functions are thread-safe.
 """
 
 from collections.abc import Callable, Sequence

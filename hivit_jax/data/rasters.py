@@ -18,7 +18,7 @@ LIMITS = {"uint8": (0, 255), "uint16": (0, 65535)}
 
 
 class ChannelError(DataError):
-    """A file has another number of channels than the model."""
+    """The number of channels in a file differs from the model's."""
 
 
 def decode(
@@ -29,20 +29,22 @@ def decode(
 ) -> np.ndarray:
     """Decode an image file or NumPy array to [h, w, channels].
 
-    uint8: values of more than 8 bits are reduced. Values of 16 bits are divided by 257
-    and rounded to the nearest integer, so that black and white stay black and white
-    and the error is at most half a level. uint16: 16-bit values as stored, and 8-bit
-    values times 257. float32: values as stored, integers included.
+    The result depends on `dtype`:
 
-    Grayscale is repeated to three channels, and color is converted to luminance for
-    one channel. An alpha channel of a file other than TIFF is dropped for one or three
-    channels.
+    - uint8: values of more than 8 bits are reduced. 16-bit values are divided by 257
+      and rounded to the nearest integer, so that black and white stay black and white
+      and the error is at most half a level.
+    - uint16: 16-bit values as stored, and 8-bit values times 257.
+    - float32: values as stored, even if they are integers.
+
+    For three channels, grayscale is repeated. For one channel, color is converted to
+    luminance. For both, an alpha channel is dropped unless the file is a TIFF.
 
     Args:
-      value_range: see `decoding.decode`; only for uint8.
+      value_range: used only for uint8; see `decoding.decode`.
 
     Raises:
-      ChannelError: the file has another number of channels.
+      ChannelError: the number of channels in the file is wrong.
       DataError: `dtype` cannot represent its values.
       Exception: an error of any type if the image cannot be read.
     """
@@ -79,7 +81,8 @@ def read_values(encoded: bytes, channels: int = 0) -> StoredValues:
     """Return the values of an image as stored, [h, w, bands].
 
     Args:
-      channels: channels of the model; an alpha channel that it lacks is dropped.
+      channels: number of channels of the model. If it is 1 or 3, PIL's alpha channel
+        is dropped.
 
     Raises:
       Exception: an error of any type if the image cannot be read.
@@ -117,7 +120,8 @@ def _read_tiff(encoded: bytes) -> StoredValues | None:
     """Read the first series of a TIFF file.
 
     Returns:
-      None for palettes, and for compressions that only PIL supports here.
+      None for palettes and YCbCr, and for compressions that tifffile does not support
+      without imagecodecs. PIL reads these files.
     """
     import tifffile
 

@@ -21,7 +21,8 @@ class Records:
 
     Args:
       files: paths or addresses of the files.
-      file_indices: file of each record, int [n]; None: one record per file.
+      file_indices: index in `files` for each record, int [n]; None: one record per
+        file.
       starts, stops: byte range of each record, int64 [n]; None: whole files.
       cache: local copies of files in a bucket; None: no copies.
     """
@@ -59,7 +60,7 @@ class Records:
         return wait()
 
     def forget(self) -> None:
-        """Drop the records that were asked for and not read."""
+        """Drop the records that were asked for but not read."""
         self._asked.clear()
 
     def _locate(self, i: int) -> str:
@@ -75,16 +76,16 @@ class Records:
 def load_index(
     directory: str, files: Sequence[str], make: Callable[[], Index], version: str = ""
 ) -> Index:
-    """Return the index of a dataset's files. It is made once and then saved.
+    """Return the index of a dataset's files, and save it at the first call.
 
-    The index of a bucket is saved beside the files if they can be written. Otherwise,
-    and for local files, it is saved in the user's cache directory. An index of local
-    files is made again after a file has changed.
+    For files in a bucket, the index is saved beside them if the bucket is writable.
+    Otherwise, and for local files, it is saved in the user's cache directory. An index
+    of local files is rebuilt after a file has changed.
 
     Args:
       directory: directory of the files.
       files: paths or addresses of the files.
-      make: returns the index.
+      make: function that builds the index.
       version: version of `make`. An index of another version is not used.
     """
     stamps = [file if storage.is_remote(file) else _stamp(file) for file in files]
@@ -106,7 +107,7 @@ def load_index(
             storage.write(path, buffer.getvalue())
             break
         except (storage.StorageError, OSError):
-            pass  # no permission; the next place, or none, because it is optional
+            pass  # no permission; try the next path, because saving is optional
     return index
 
 
@@ -116,6 +117,6 @@ def _stamp(path: str) -> str:
 
 
 def log_indexing(directory: str, count: int) -> None:
-    """Log to stderr that files are indexed, which can take minutes in a bucket."""
+    """Log to stderr that indexing starts, which can take minutes for a bucket."""
     text = f"indexing {count:,} files of {directory}; the index is saved for later runs"
     print(text, file=sys.stderr, flush=True)

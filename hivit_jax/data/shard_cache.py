@@ -20,13 +20,15 @@ EXIT_SECONDS = 10.0  # time that copies in progress have to stop at exit
 class ShardCache:
     """Directory with whole copies of files in buckets. Thread-safe.
 
-    Files are copied in the order in which they are needed first. Processes of one host
+    Files are copied in the order in which they are first needed. Processes of one host
     may share the directory: a copy in progress has another name and a lock, so that
-    one process makes it and none reads it. Nothing is ever deleted.
+    only one process writes it and no process reads it. Complete copies are never
+    deleted.
 
     Args:
       directory: the cache directory.
-      check: raises an error if a complete copy at a path is damaged.
+      check: function of the path of a complete copy; it raises an error if the copy is
+        damaged.
     """
 
     def __init__(self, directory: str, check: Callable[[str], None] | None = None):
@@ -58,7 +60,7 @@ class ShardCache:
         return address
 
     def fetch(self, address: str) -> str:
-        """As `locate`, but wait for the copy. Returns the address if it failed."""
+        """Wait until a file is copied; return its path, or its address on failure."""
         if self.locate(address) == address and not self._stopped.is_set():
             self._copy(address, wait=True)
         return self.locate(address)
@@ -74,7 +76,7 @@ class ShardCache:
         self._root.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(self._root).free
         self._log(
-            f"{len(files):,} files of {total_bytes / 1e9:,.1f} GB are needed, "
+            f"{len(files):,} files are needed, {total_bytes / 1e9:,.1f} GB in total; "
             f"{present:,} are present; {free / 1e9:,.1f} GB are free"
         )
 
@@ -106,7 +108,8 @@ class ShardCache:
         """Copy a file, and log an error.
 
         Args:
-          wait: wait for a copy that another process or thread makes; otherwise skip it.
+          wait: True: wait if another process or thread is copying the file; False: skip
+        it.
         """
         try:
             target = self.target(address)
@@ -124,7 +127,9 @@ class ShardCache:
             self._log(f"not copied: {error}")
         except OSError as error:  # such as a full disk
             self._stopped.set()
-            self._log(f"{error.strerror or error}; other files are read in the bucket")
+            self._log(
+                f"{error.strerror or error}; other files are read from the bucket"
+            )
 
     def _copy_locked(self, address: str, target: Path, file) -> None:
         """Copy a file into its locked, partial copy, and rename it."""

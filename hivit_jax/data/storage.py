@@ -1,7 +1,7 @@
 """Files on disk and in buckets (``gs://BUCKET/KEY``, ``s3://BUCKET/KEY``).
 
 Objects in buckets are accessed by tensorstore, which retries requests that fail for a
-while. Login is that of Google's or Amazon's tools; public buckets need none.
+while. Credentials are those of Google's or Amazon's tools; public buckets need none.
 """
 
 import os
@@ -30,7 +30,7 @@ Waiter = Callable[[], bytes]
 class StorageError(LocalDataError):
     """An object cannot be accessed, after all retries.
 
-    It ends the run, because the data are out of reach and not damaged.
+    This error ends the run, because the data are unreachable rather than damaged.
     """
 
 
@@ -53,7 +53,7 @@ def is_remote(path: str | os.PathLike) -> bool:
 def read(path: str, start: int = 0, stop: int | None = None) -> Waiter:
     """Start reading bytes `start` to `stop` and return a function that returns them.
 
-    A local file is only read by the returned function.
+    A local file is not read until the returned function is called.
 
     Args:
       start: first byte; a negative one counts from the end and needs ``stop=None``.
@@ -98,12 +98,12 @@ def list_files(directory: str) -> list[str]:
 def copy(path: str, file: BinaryIO, stopped: Callable[[], bool] = lambda: False) -> int:
     """Copy an object of a bucket into a local file and return its size.
 
-    The bytes are on the disk when the function returns. Parts are read until the end
-    cuts one off, because the size of an object is unknown.
+    The size of an object is unknown, so parts are read until one is shorter than
+    requested. The bytes are flushed to the disk before the function returns.
 
     Args:
       file: empty file, open for writing.
-      stopped: asked before each part; True ends the copy.
+      stopped: called before each part; True ends the copy.
 
     Raises:
       StorageError: the object cannot be read, or was replaced during the copy.
@@ -142,7 +142,7 @@ def read_up_to(path: str, start: int, size: int) -> bytes:
 
 
 def write(path: str, data: bytes) -> None:
-    """Write a whole file, local or in a bucket, that other processes may read.
+    """Write a file, local or in a bucket, so that readers never see a part of it.
 
     Raises:
       StorageError: the object cannot be written.
@@ -159,7 +159,7 @@ def write(path: str, data: bytes) -> None:
 
 
 class _RangeError(StorageError):
-    """An object ends before a range that was to be read."""
+    """An object ends before the requested range."""
 
 
 def _locate(path: str) -> tuple[Any, str]:
@@ -186,11 +186,11 @@ def _open_store(scheme: str, bucket: str) -> Any:
 
 
 def _read_part(path: str, start: int, size: int) -> Any:
-    """Return tensorstore's answer with up to `size` bytes; None behind the end."""
+    """Return tensorstore's answer with up to `size` bytes; None: no bytes are left."""
     try:
         return _result(path, _start(path, start, start + size))
     except _RangeError:
-        pass  # the part is cut off by the end
+        pass  # fewer than `size` bytes are left
     try:
         return _result(path, _start(path, start, None))
     except _RangeError:
@@ -216,7 +216,8 @@ def _result(path: str, future: Any) -> Any:
     if getattr(result, "state", "value") == "missing":
         raise MissingObject(
             f"{path} does not exist (HTTP status 404)\n"
-            "If it was deleted, restore it, or delete the dataset's index."
+            "If it was deleted, restore it, or delete the dataset's index so that it "
+            "is rebuilt."
         )
     return result
 
@@ -227,7 +228,7 @@ def _fail(path: str, error: Exception) -> NoReturn:
     if text.startswith("OUT_OF_RANGE"):
         raise _RangeError(
             f"{path} is shorter than expected: {text}\n"
-            "Restore the object, or delete the dataset's index."
+            "Restore the object, or delete the dataset's index so that it is rebuilt."
         ) from error
     status = re.search(r"\[http_response_code='(\d+)'\]", text)
     reason = re.sub(r"\s*\[[^]]*\]", "", text)

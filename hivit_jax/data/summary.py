@@ -1,4 +1,4 @@
-"""Facts about the images of a split: pixel statistics, kinds of files, leaks."""
+"""Facts about images of splits: pixel statistics, file kinds, shared images."""
 
 import re
 from collections import Counter
@@ -22,7 +22,7 @@ class Summary:
     Attributes:
       digests: index of an example -> digest of its file.
       kinds: "CHANNELS x DTYPE" of the files -> number of files.
-      dropped: indices of the files of which channels are dropped.
+      dropped: index of an example whose channels are partly dropped -> detail as text.
       reduced: number of 16-bit files that are reduced to 8 bits.
     """
 
@@ -64,7 +64,7 @@ class Summary:
         return mean / scale, np.sqrt(np.maximum(variance, 0)) / scale
 
     def clipped(self) -> tuple[float, float]:
-        """Return the fractions of values at the ends of the dtype's range."""
+        """Return the fractions of values at both ends of the dtype's range."""
         values = max(self._count * self._channels, 1)
         return self._black / values, self._white / values
 
@@ -95,12 +95,12 @@ def _stored_kind(encoded: bytes, channels: int) -> tuple[int, str, bool]:
     except Exception:  # formats that only PIL supports fully
         return channels, "unknown", False
     bands = stored.array.shape[-1]
-    is_raster = not stored.mode  # TIFF or NumPy array, whose bands have no meaning
+    is_raster = not stored.mode  # TIFF or NumPy array: the bands have no names
     return bands, stored.array.dtype.name, is_raster and bands > channels > 1
 
 
 def equal_files(splits: Sequence[Mapping[int, bytes]]) -> list[tuple[int, int]]:
-    """Return the examples with the same content in both splits, as pairs of indices.
+    """Return a pair of indices (train, test) for each file that is in both splits.
 
     Args:
       splits: digests of the training and evaluation split.
@@ -111,7 +111,7 @@ def equal_files(splits: Sequence[Mapping[int, bytes]]) -> list[tuple[int, int]]:
 
 
 def shared_groups(pattern: str, splits: Sequence[Iterable[str]]) -> list[str]:
-    """Return the first groups of a pattern that match names of both splits, sorted."""
+    """Return the values of a pattern's first group in names of both splits, sorted."""
     found = []
     for names in splits:
         matches = (re.search(pattern, name) for name in names)

@@ -7,7 +7,7 @@ from hivit_jax.data import storage
 from hivit_jax.errors import DataError
 
 BLOCK = 512
-READ_AHEAD = 4096  # covers the small members that follow an image
+READ_AHEAD = 4096  # bytes; covers the small members that follow an image
 REGULAR = b"0\0"  # types of regular files
 
 

@@ -1,8 +1,8 @@
 """Reader that loads batches with tf.data, byte-identical to `loader.Loader`.
 
 TensorFlow reads local image files and tfrecords, and decodes and crops ordinary JPEGs.
-All other examples pass through `tf.numpy_function` to the `Loader`: other sources and
-formats, damaged files, evaluation, and transforms that resize on the host.
+The `Loader`, called through `tf.numpy_function`, reads all other examples: other
+sources and formats, damaged files, evaluation, and transforms that resize on the host.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from hivit_jax.data.sources.base import Record, Source
 from hivit_jax.errors import ConfigError, DataError, require
 
 READER = "tf.data"  # value of `data.reader`
-BATCHES_IN_PARALLEL = 2  # the copies of one batch overlap with decoding of the next
+BATCHES_IN_PARALLEL = 2  # one batch is assembled while the next is decoded
 NO_RECORD = Record("", 0, 0)
 
 Plan = Callable[[], Iterable[PlannedBatch]]  # returns a new iterator at every call
@@ -31,7 +31,7 @@ Plan = Callable[[], Iterable[PlannedBatch]]  # returns a new iterator at every c
 
 @cache
 def tensorflow() -> ModuleType:
-    """Import and return tensorflow. It leaves all accelerators to JAX.
+    """Import and return tensorflow, which then leaves all accelerators to JAX.
 
     Raises:
       MissingPackage: tensorflow is not installed.
@@ -41,7 +41,7 @@ def tensorflow() -> ModuleType:
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     tf = require("tensorflow", "hivit-jax[tf]")
     for kind in ("GPU", "TPU"):
-        # RuntimeError: the program has already used tensorflow with its own devices.
+        # RuntimeError: the program has already initialized tensorflow's devices.
         with contextlib.suppress(RuntimeError):
             tf.config.set_visible_devices([], kind)
     return tf
@@ -78,7 +78,7 @@ class TfReader:
         self._threads = threads or available_cores()
         self._loader = Loader(source, transform, seed, 1)
         self._spec = self._element_spec()
-        # Subclasses may change `__call__`.
+        # `type` instead of isinstance, because subclasses may override `__call__`.
         is_image = type(transform) is transforms.ImageTransform
         self._decodes = is_image and transform.copies_crops
         self._unreadable: set[int] = set()  # indices of examples
@@ -155,7 +155,7 @@ class TfReader:
             }
 
     def _record(self, index: int) -> Record:
-        """Return the record that TensorFlow reads; NO_RECORD: `_load` reads it."""
+        """Return the record for TensorFlow; NO_RECORD: `_load` reads the example."""
         if index < 0:
             return NO_RECORD
         if self._decodes and index not in self._unreadable:
@@ -166,7 +166,7 @@ class TfReader:
         return NO_RECORD
 
     def _load_batch(self, rows: dict[str, Any]) -> dict[str, Any]:
-        """Return the arrays of a batch. `_load` reads all of it if TensorFlow fails."""
+        """Return the arrays of a batch; `_load` reads all of it if TensorFlow fails."""
         batches = self._elements(rows, self._load)
         if self._decodes:
             fast = self._elements(rows, self._decode).ignore_errors()
@@ -210,7 +210,7 @@ class TfReader:
         return [batch[name][0] for name in self._spec]
 
     def _decode(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Load an example with TensorFlow where it can."""
+        """Load an example with TensorFlow if possible, otherwise with the `Loader`."""
         return self._tf.cond(
             self._tf.equal(row["file"], ""),
             lambda: self._load(row),
@@ -252,12 +252,13 @@ class TfReader:
     def _window(
         self, encoded: bytes, label: np.int64, index: np.int64, epoch: np.int64
     ) -> np.ndarray:
-        """Return what TensorFlow decodes of an image, int32 [6]; zeros: `_load` it.
+        """Return the window of an image that TensorFlow decodes, int32 [6].
 
         Returns:
           Top, left, height and width of the decoded window; left and width of the crop
           inside the window. The window contains one more column on each side of the
-          crop, because the decoder interpolates the color of neighboring columns.
+          crop, because the decoder interpolates color between neighboring columns. All
+          zeros if the example is left to `_load`.
         """
         nothing = np.zeros(6, np.int32)
         size = ordinary_jpeg_size(encoded)

@@ -24,9 +24,9 @@ class DamagedRecord(ValueError):
 
 
 class LocalFile:
-    """Local tfrecord file. It is opened once, and the header of every record read once.
+    """Local tfrecord file, which stays open. The headers of its records are read once.
 
-    Calling it with the index of a record returns the record's data.
+    Calling the object with the index of a record returns the record's data.
     """
 
     def __init__(self, path: str):
@@ -55,7 +55,7 @@ class LocalFile:
 
 
 def index(counts: Mapping[str, int], cache: ShardCache | None) -> dict[str, np.ndarray]:
-    """Return where the records of files begin and end, including headers.
+    """Return the byte offsets of all records of files, headers included.
 
     The headers of a file are read one after the other. If there is a cache, the files
     are copied into it first, because that takes fewer requests.
@@ -64,24 +64,24 @@ def index(counts: Mapping[str, int], cache: ShardCache | None) -> dict[str, np.n
       counts: path or address of each file -> number of its records.
 
     Returns:
-      offsets: int64 [sum of (count + 1)]; file by file, the start of each record and
-        the end of the last one.
+      offsets: int64 [sum of (count + 1)]; for each file, the start of each record and
+        the end of the last record.
     """
 
-    def hop(file: str) -> np.ndarray:
+    def file_offsets(file: str) -> np.ndarray:
         path = cache.fetch(file) if cache else file
         return offsets(path, counts[file])
 
     with ThreadPoolExecutor(THREADS) as pool:
-        found = [*pool.map(hop, counts)]
+        found = [*pool.map(file_offsets, counts)]
     return {"offsets": np.concatenate(found)}
 
 
 def offsets(path: str, count: int) -> np.ndarray:
-    """Return the start of each of a file's records and the end, int64 [count + 1].
+    """Return the start of each record and the end of the last one, int64 [count + 1].
 
     Raises:
-      StorageError, OSError: the file cannot be read, or has fewer records.
+      StorageError, OSError: the file cannot be read, or has fewer records than `count`.
     """
     found = [0]
     for _ in range(count):
@@ -127,7 +127,7 @@ def verify(record: bytes, crc32c: Callable[[bytes], int] = masked_crc32c) -> Non
     """Check a record's length and both checksums.
 
     Raises:
-      DamagedRecord: one of them is wrong.
+      DamagedRecord: the length or a checksum is wrong.
     """
     for name, data, checksum in (
         ("length", record[:8], record[8:HEADER]),

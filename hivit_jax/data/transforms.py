@@ -69,8 +69,8 @@ class ImageTransform(Transform):
     """Converts an image and its label to arrays.
 
     The arrays are "image" [H, W, C], "label" int32 or uint8 [num_labels] and, with a
-    canvas, "box" float32 [2, 3], or [2, 5] unless the image is uint8 (see
-    `augment.resample`).
+    canvas, "box" float32 (see `augment.resample`). The box is [2, 3] if the image is
+    uint8, and [2, 5] otherwise.
 
     Args:
       size: (height, width) of the model's image.
@@ -80,8 +80,8 @@ class ImageTransform(Transform):
       crop_scale: relative area of random crops; None: `center_crop` with `crop_pct`.
       randaugment: apply RandAugment to the resized image; requires canvas=0.
       num_classes: labels must be smaller than this number; 0: no check.
-      num_labels: length of the vector of an image's labels, 0 and 1. Shorter vectors of
-        the source are extended with 0. 0: the label is a number.
+      num_labels: length of an image's label vector of zeros and ones. Shorter vectors
+        from the source are extended with zeros. 0: the label is a number.
       value_range: see `decode`.
       dtype: dtype of the image, one of `rasters.DTYPES`.
     """
@@ -187,7 +187,7 @@ class ImageTransform(Transform):
     def _label(self, sample: Mapping[str, Any]) -> int | np.ndarray:
         """Return the label of an example, or the vector of its labels.
 
-        An example without label has the label 0, or no labels.
+        An example without a label gets the label 0, or a vector of zeros.
 
         Raises:
           DataError: the label is invalid.
@@ -223,7 +223,7 @@ def evaluation_image(
     value_range: Sequence[float] = (),
     dtype: str = "uint8",
 ) -> np.ndarray:
-    """Decode an image, and resize its `center_crop` on the host, bicubic.
+    """Decode an image and resize its `center_crop` bicubically on the host.
 
     Args:
       shape: (height, width, channels) of the model's image.

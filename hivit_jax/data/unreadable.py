@@ -53,7 +53,7 @@ def check_unreadable(count: int, data: Any, split: str) -> None:
     total = num_examples(data, split)
     if count / total > data.max_unreadable:
         raise DataError(
-            f"{count:,} images of {data.name} could not be read, {count / total:.2%}; "
-            f"data.max_unreadable allows {data.max_unreadable:.2%} of {total:,} in the "
-            f"{split} split.\n{CHECK_HINT}"
+            f"{count:,} images of {data.name} could not be read, {count / total:.2%} "
+            f"of the {total:,} in the {split} split; data.max_unreadable allows "
+            f"{data.max_unreadable:.2%}.\n{CHECK_HINT}"
         )

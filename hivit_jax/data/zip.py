@@ -8,7 +8,7 @@ from hivit_jax.errors import DataError
 
 END, END_64, LOCATOR_64 = b"PK\5\6", b"PK\6\6", b"PK\6\7"
 MAX_END = 22 + 2**16 + 20 + 56  # bytes of the records after the directory
-NONE_32 = 2**32 - 1  # marks a number that is in the zip64 field
+NONE_32 = 2**32 - 1  # means that the number is in the zip64 field
 
 
 class Member(NamedTuple):
@@ -60,7 +60,7 @@ def data_of(encoded: bytes) -> bytes:
     """Return the data of a member from its byte range.
 
     Raises:
-      ValueError: the range does not begin with a local header.
+      ValueError: the range does not begin with a local header, or is too short.
     """
     if encoded[:4] != b"PK\3\4":
         raise ValueError("expected a local header of a zip file")

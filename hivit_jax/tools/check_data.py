@@ -78,7 +78,7 @@ def _row(label: str, *cells: str) -> str:
 
 
 def images_per_cpu_second(split: Split, transform: Transform) -> float:
-    """Return how many usable images the training loader reads per CPU-second."""
+    """Return the number of usable images that training loads per CPU-second."""
     indices = split.indices[split.usable()]
     loader = Loader(split.source, transform, split.config.seed, IMAGES_PER_JOB)
     done, start = 0, time.process_time()
@@ -122,15 +122,16 @@ def check_dataset(
     Args:
       max_images: number of random images to check per split; 0: all.
       listing, reasons: files for unreadable images, see `Split.write_unreadable`.
-      group: pattern; its first group must not match names in both splits.
+      group: regular expression; values of its first group that occur in names of both
+        splits are reported.
       sheet: PNG file for some images of each class.
 
     Raises:
       ConfigError: the dataset is synthetic.
-      DataError: the dataset cannot be opened. Or an image has an invalid label or
-        another number of channels, or requires `data.value_range`. Or a class is empty.
-        Or the fraction of images that are unreadable, or that lose values, exceeds
-        `data.max_unreadable`.
+      DataError: the dataset cannot be opened; a class is empty; an image has an invalid
+        label or the wrong number of channels, or requires `data.value_range`; or the
+        fraction of images that are unreadable, have a wrong checksum or lose values
+        exceeds `data.max_unreadable`.
     """
     data, failures, notes = config.data, [], []
     if data.name == "synthetic":
@@ -183,7 +184,7 @@ def run(argv: Sequence[str] | None) -> None:
     parser.add_argument("--list", help="file to write names of unreadable images to")
     parser.add_argument(
         "--list_reasons",
-        help="file to write each unreadable image's name, a tab and the reason to",
+        help="file to write a line per unreadable image to: name, tab, reason",
     )
     parser.add_argument("--sheet", help="PNG file to draw images of each class to")
     parser.add_argument(

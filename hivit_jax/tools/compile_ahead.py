@@ -1,6 +1,6 @@
 """Ahead-of-time compilation of the train step for TPUs or GPUs that are not attached.
 
-Implements ``--mode compile``: memory, FLOPs, HBM and network traffic, roofline.
+``--mode compile`` reports memory, FLOPs, HBM and network traffic, and the roofline.
 """
 
 import hashlib
@@ -43,8 +43,8 @@ def compile_ahead(
       `search_batch`, `largest_batch`.
 
     Raises:
-      HivitError: an unknown topology, a compiler that is not installed, or a mesh or
-        batch that does not fit the topology.
+      HivitError: the topology is unknown, its compiler is not installed, or the mesh
+        or batch does not fit it.
     """
     devices = devices_of(topology)
     workdir = open_path(workdir)
@@ -65,7 +65,7 @@ def compile_ahead(
 def step_report(
     config: Any, devices: Sequence[jax.Device], topology: str
 ) -> dict[str, Any]:
-    """Return the setup of a config's train step and its `compile_report`, for JSON."""
+    """Return the setup of a config's train step and its `compile_report`, as JSON."""
     mesh = make_mesh(
         config.mesh, config.batch_size, config.optimizer.accumulate_steps, devices
     )
@@ -85,7 +85,7 @@ def step_report(
 
 
 def run_cost(config: Any, report: dict[str, Any]) -> dict[str, Any]:
-    """Return {"run": images and hours of the whole run}, for JSON.
+    """Return {"run": images and hours of the whole run}, as JSON values.
 
     Hours are those of the roofline bound and of `UTILIZATION` of it, without evaluation
     and reading of images. They are None if the step does not fit.
@@ -136,8 +136,8 @@ def largest_batch(
 ) -> dict[str, Any]:
     """Search for the largest batch that fits, by doubling and bisection.
 
-    Stops when the largest batch that fits and the smallest one that does not differ by
-    at most an eighth, or when no valid batch size lies between them.
+    Stops when the largest batch that fits and the smallest batch that does not fit are
+    at most an eighth apart, or when no valid batch size lies between them.
 
     Args:
       report: `step_report` of the config's own batch size.
@@ -193,7 +193,7 @@ def summary(report: dict[str, Any]) -> str:
         )
     run = report.get("run", {})
     if run.get("hours_at_bound"):
-        lines.append(f"the run's {run['images']:,} images take at least")
+        lines.append(f"time to train on all {run['images']:,} images of the run:")
         fractions = {
             "at the bound": run["hours_at_bound"],
             f"at {run['utilization']:.0%} of it": run["hours_at_utilization"],

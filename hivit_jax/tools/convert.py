@@ -33,10 +33,11 @@ SRC        workdir of a run, checkpoint, directory written by save_pretrained, o
            package, the official code, MMPretrain, timm or transformers
 DST        a .safetensors or PyTorch file (.pth, .pt, .bin, .ckpt, .pth.tar); any other
            name is a directory for model.safetensors, config.json and a model card
---format   parameter names in the file: official (self_supervised, default), supervised
-           or mmpretrain; of ViT and Swin: official, timm or transformers
---set      override a model argument: name=hivit_base, num_classes=10, image_size=384;
-           num_heads, decoder_num_heads and layer_norm_eps if SRC does not contain them
+--format   parameter names in the file. HiViT: official (self_supervised, default),
+           supervised or mmpretrain; ViT and Swin: official, timm or transformers
+--set      override a model argument, such as name=hivit_base, num_classes=10 or
+           image_size=384. Set num_heads, decoder_num_heads and layer_norm_eps this way
+           if SRC does not contain them
 --inspect  describe SRC and how its arrays fit the model; write nothing
 --names    with --inspect: list every array by name
 --plain    read the plain weights even if averaged weights (EMA) were saved

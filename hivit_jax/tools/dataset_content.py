@@ -17,7 +17,7 @@ SHEET_CLASSES, SHEET_IMAGES, SHEET_SIDE = 20, 6, 96
 
 
 def content_report(splits: Sequence[Split], group: str) -> tuple[str, list[str]]:
-    """Return the report on classes, pixels, leaks and settings, and its problems.
+    """Return a report on classes, pixels, leaks and settings, and a list of problems.
 
     Args:
       splits: the training split and, if there is one, the evaluation split.

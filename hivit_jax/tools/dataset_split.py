@@ -23,7 +23,7 @@ IMAGES_PER_JOB = 32
 UNREADABLE, BAD_LABEL = "unreadable", "with an invalid label"
 BAD_CHECKSUM = "with a wrong checksum"
 NEED_RANGE = "that require data.value_range"
-CHANNELS, DROPPED = "with another number of channels", "with dropped channels"
+CHANNELS, DROPPED = "with the wrong number of channels", "with dropped channels"
 FAULTS = (
     UNREADABLE, BAD_CHECKSUM, BAD_LABEL, NEED_RANGE, CHANNELS, LOST, CLIPPED, DROPPED
 )  # fmt: skip
@@ -36,13 +36,13 @@ class Split:
       max_images: number of images to select; 0: all.
 
     Attributes:
-      indices: indices in the dataset's split of the k images, int64 [k].
+      indices: indices of the k images in the dataset's split, int64 [k].
       labels: int64 [k], or [k, classes] of 0 and 1 with several labels per image; -1
         for an unreadable image or an invalid label; 0 for images without labels.
       sizes: height and width, int64 [k, 2]; 0 for an unreadable image.
       summary: facts about all readable images.
-      findings: findings[finding][index] is the detail, text, about the image at an
-        index of the split. An example of a finding is "unreadable".
+      findings: finding, such as "unreadable" -> index of an image in the dataset's
+        split -> detail as text.
     """
 
     def __init__(self, config: Any, split: str, max_images: int = 0):
@@ -164,8 +164,7 @@ class Split:
     def faults(self) -> dict[str, list[str]]:
         """Return {fault: lines}: one line per affected image or per empty class.
 
-        Clipped values are included. Empty classes are reported only if the whole split
-        was read.
+        Empty classes are reported only if the whole split was read.
         """
         faults = {}
         self.findings |= {DROPPED: self.summary.dropped} if self.summary.dropped else {}

@@ -139,10 +139,11 @@ def schedule_table(config: Any) -> str:
 
 
 def hours_table(config: Any, task: tasks.Task, model: Model) -> str:
-    """Return the run's throughput and hours at and below the peaks of known chips.
+    """Return a table of a run's throughput and hours at the peak of each chip.
 
-    Counts the multiply-adds of `Task.passes` forward passes, but not memory traffic,
-    recomputation, evaluation and reading of images.
+    Also contains the hours at `UTILIZATION` of the peak. Counts the multiply-adds of
+    `Task.passes` forward passes, but not memory traffic, recomputation, evaluation or
+    reading of images.
     """
     _, total_steps, _ = resolved_schedule(config)
     images = total_steps * config.batch_size

@@ -2,8 +2,8 @@
 
 The file contains the program and the parameters, for any batch size. It is serialized
 StableHLO, which `jax.export` runs without this package, or ONNX if B ends in ``.onnx``.
-Class names and preprocessing (`describe_images`) are the metadata of the ONNX file.
-StableHLO files have no metadata, so they are written to B.json.
+An ONNX file contains class names and preprocessing (`describe_images`) as metadata.
+StableHLO files have no metadata, so these facts are written to B.json.
 """
 
 import json
@@ -44,8 +44,8 @@ def export(
       platforms: platforms that the program is lowered for, from `PLATFORMS`.
 
     Raises:
-      ConfigError: an unknown output or platform, the classifier of a masked
-        autoencoder, or flatbuffers is not installed.
+      ConfigError: the output or a platform is unknown, a masked autoencoder is to be
+        exported as a classifier, or flatbuffers is not installed.
     """
     for platform in platforms:
         if platform not in PLATFORMS:
@@ -70,8 +70,8 @@ def export_onnx(model: Model, what: str = "classifier") -> bytes:
 
     Raises:
       ConfigError: the compute dtype is not float32, because onnxruntime does not load
-        Gemm nodes that mix bfloat16 and float32; an unknown output; the classifier of a
-        masked autoencoder; or jax2onnx is not installed.
+        Gemm nodes that mix bfloat16 and float32. Or the output is unknown, a masked
+        autoencoder is to be exported as a classifier, or jax2onnx is not installed.
     """
     function, dtype = _inference(model, what), model.run_options.dtype
     if dtype != "float32":
@@ -93,7 +93,7 @@ def export_onnx(model: Model, what: str = "classifier") -> bytes:
 
 
 def describe_images(model: Model) -> dict[str, Any]:
-    """Return `model.info` as JSON values: class names, size, crop, mean, std, ...."""
+    """Return `model.info` as JSON values: class names, size, crop, mean, std."""
     return json.loads(json.dumps(asdict(model.info)))
 
 
@@ -101,8 +101,9 @@ def load_exported(path: str | Path) -> Callable[[Any], Any]:
     """Load a file written by `export`, or by `export_onnx` if its suffix is ``.onnx``.
 
     Returns:
-      A function of images. For images of another shape or dtype it raises JAX's
-      ValueError or onnxruntime's error. On another platform it raises JAX's ValueError.
+      A function of images. For images of the wrong shape or dtype, it raises JAX's
+      ValueError or onnxruntime's error. It raises JAX's ValueError on a platform that
+      the model was not exported for.
 
     Raises:
       CheckpointError: the file does not exist or is not a valid exported model.
@@ -182,7 +183,7 @@ def _input_spec(model: Model) -> jax.ShapeDtypeStruct:
 
 @contextmanager
 def _names_of_files_only() -> Iterator[None]:
-    """Context in which lowered programs contain source files without directories."""
+    """Context in which lowered programs name source files without their directories."""
     key = "jax_hlo_source_file_canonicalization_regex"
     previous = getattr(jax.config, key)
     jax.config.update(key, r".*[/\\]")
@@ -246,7 +247,7 @@ def run(argv: Sequence[str] | None) -> None:
     part = out.parent / f"{out.stem}.incomplete{out.suffix}"
     try:
         part.write_bytes(content)
-        comparison = "not compared because it cannot run here"
+        comparison = "not compared with the model, because it cannot run here"
         if onnx or stablehlo.default_export_platform() in targets:
             difference = compare(model, flags.what, part)
             comparison = f"largest difference from the model {difference:.1e}"

@@ -35,10 +35,11 @@ IMAGE|DIRECTORY
 
 arrays of FILE.npz:
   features    float32 [N, D], the input of the classifier's head, or the mean of the
-              last tokens of a masked autoencoder; with --pyramid stride4, stride8 and
-              stride16, float32 [N, h, w, C]
+              last tokens of a masked autoencoder
+  stride4, stride8, stride16
+              float32 [N, h, w, C], instead of features, with --pyramid
   files       [N] names of the images; images that cannot be read are left out
-  labels      int32 [N], -1 where unknown, or with several labels per image
+  labels      int32 [N], -1 where unknown; with several labels per image,
               [N, classes] of 0 and 1; absent if no label is known
   class_names names of the classes; absent if unknown
 

@@ -1,4 +1,4 @@
-"""Compute outputs of a trained model for image files, in flat memory."""
+"""Compute outputs of a trained model for image files, batch by batch."""
 
 import argparse
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -61,7 +61,8 @@ def check_readable(count: int, paths: Sequence[str]) -> None:
 def config_of(pretrained: Pretrained, batch_size: int = 0) -> Any:
     """Return the training config of a model, with a batch size for predictions.
 
-    A model without training config gets one from its arguments and `info`.
+    If the training config is unknown, one is built from the model's arguments and
+    `info`.
 
     Args:
       batch_size: 0: that of the training, at most `MAX_BATCH`.
@@ -69,13 +70,13 @@ def config_of(pretrained: Pretrained, batch_size: int = 0) -> Any:
     recipe = pretrained.recipe
     if not recipe:
         model = {k: v for k, v in pretrained.arguments.items() if v is not None}
-        if model.get("num_classes") == 0:  # which means "of the dataset" in a config
+        if model.get("num_classes") == 0:  # in a config, 0: as many as the dataset has
             model["num_classes"] = 1
         kind, model_config, _ = configure(**pretrained.arguments)
         names = [n for n, t in tasks.TASKS.items() if issubclass(kind, t.model_class)]
         info = make_info(model_config, **pretrained.info)
         data = {key: getattr(info, name) for key, name in DATA_KEYS.items()}
-        # With a canvas, images could not be larger than its default side.
+        # With a canvas, `model.image_size` could not exceed the default canvas.
         data |= {"canvas": 0, "scale": 1 / info.scale}
         recipe = {"task": names[0], "model": model, "data": data}
     config = configs.complete_saved(recipe, pretrained.path)
@@ -87,8 +88,10 @@ def config_of(pretrained: Pretrained, batch_size: int = 0) -> Any:
 def open_images(
     pretrained: Pretrained, config: Any, paths: Sequence[str | Path]
 ) -> tuple[tasks.Task, Source]:
-    """Return the model's task, and the images of paths or, without paths, the test
-    split of the config's dataset.
+    """Return the model's task and the source of the images.
+
+    Args:
+      paths: image files and directories; none: the test split of the config's dataset.
 
     Raises:
       HivitError: a path does not exist, a directory contains no image, or the dataset
@@ -99,7 +102,7 @@ def open_images(
         classes = source.classes
     else:
         classes = pretrained.info.get("class_names") or _classes_of_dataset(config)
-        # One directory contains an image, but not all of its labels.
+        # A directory cannot name all labels of an image, so they are unknown.
         source = Paths(paths, () if config.data.multi_label else classes)
     info = DatasetInfo({"test": len(source)}, tuple(classes), source.encoded)
     return tasks.create(config, info), source
@@ -119,7 +122,7 @@ def one_device() -> Mesh:
     return make_mesh(axes, 1, devices=jax.devices()[:1])
 
 
-class _NoErrorEndsTheRun(Transform):
+class _TolerantTransform(Transform):
     """A task's transform that turns a `DataError` into an unreadable image."""
 
     def __init__(self, transform: Transform):
@@ -154,7 +157,7 @@ def compute(
       (-1: unknown) and "error" str ("": readable; otherwise the rows of `step` have no
       meaning), each [n]. With several labels per image, known labels are [n, classes].
     """
-    transform = _NoErrorEndsTheRun(task.transform(train=False))
+    transform = _TolerantTransform(task.transform(train=False))
     batches = inputs.source_batches(config, task, source, transform)
     mesh = one_device()
     step = on_mesh(mesh, step)
@@ -180,7 +183,7 @@ def compute(
 
 
 def _labels(source: Source, facts: Mapping[str, np.ndarray], ndim: int) -> np.ndarray:
-    """Return the labels of a batch, int32 with `ndim` axes, or [n]; -1: unknown."""
+    """Return the labels of a batch, int32 with `ndim` axes; -1 [n] if unknown."""
     if isinstance(source, Paths):
         return source.labels[facts["index"]]
     known = len(source.classes) > 0 and np.ndim(facts.get("label")) == ndim

@@ -29,8 +29,8 @@ class Columns(NamedTuple):
     """Columns of images and labels.
 
     Attributes:
-      image: name of the column: files, or structs with their "bytes".
-      label: name of the column: numbers, texts, or lists of them.
+      image: name of the image column, of files or of structs with their "bytes".
+      label: name of the label column, of numbers, of texts, or of lists of them.
       names: class names; None: not in the metadata.
       several: True if the labels are lists.
     """
@@ -47,13 +47,13 @@ def convert(
     """Write the rows of parquet files to OUT/1.0.0, or resume writing them.
 
     The names of the files and directories determine the splits. Class names come from
-    the Hugging Face metadata; otherwise they are the numbers, or the sorted texts. Rows
-    without image or label are reported and left out.
+    the Hugging Face metadata; otherwise they are the numbers, or the sorted texts, in
+    the label column. Rows without image or label are reported and left out.
 
     Args:
-      pattern: a file, a directory that is searched recursively, or a pattern.
+      pattern: a file, a directory that is searched recursively, or a glob pattern.
       out: directory; its name becomes `data.name`.
-      label_column: "": a column of class labels, or one of `LABEL_COLUMNS`.
+      label_column: "": one of `LABEL_COLUMNS`, or else a column of class labels.
       short_side, shard_size: see `record_shards.write_dataset`.
 
     Raises:
@@ -67,8 +67,9 @@ def convert(
     name = directory.name
     if not re.fullmatch(r"[A-Za-z]\w*", name) or name in KNOWN_DATASETS:
         raise ConfigError(
-            f"--out={out}: expected a directory named by a letter and further letters, "
-            "digits or _, such as data/birds; the name becomes data.name"
+            f"--out={out}: expected a directory such as data/birds, whose name becomes "
+            "data.name; it must begin with a letter, contain only letters, digits and "
+            f"_, and not be one of {', '.join(KNOWN_DATASETS)}"
         )
     files = _find(pattern)
     columns = _columns(files, label_column)
@@ -180,7 +181,7 @@ def _features(schema: Any) -> dict[str, Any]:
 
 
 def _is_image(kind: Any) -> bool:
-    if hasattr(kind, "get_field_index"):  # of a struct
+    if hasattr(kind, "get_field_index"):  # a struct
         return kind.get_field_index("bytes") >= 0
     return str(kind) in ("binary", "large_binary")
 

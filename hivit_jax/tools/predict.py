@@ -25,10 +25,10 @@ python -m hivit_jax.tools.predict --checkpoint PATH --out OUT [IMAGE|DIRECTORY .
 IMAGE|DIRECTORY
               images; directories are searched recursively. Default: the test split of
               the training's dataset
---out         of a classifier: a file that ends in .csv or .jsonl. Images below a
-              directory with the name of a class are labeled. With labels, accuracy,
-              class table, confusion matrix and worst images are written beside it.
-              Of your own task: a directory
+--out         for a classifier, a file that ends in .csv or .jsonl; for your own task, a
+              directory. Images below a directory with the name of a class are labeled.
+              With labels, accuracy, class table, confusion matrix and worst images are
+              written beside the file
 --batch_size  default: that of the training, at most 64
 
 exit codes: 0 finished, 2 bad flag or path, 4 no image could be read,

@@ -46,11 +46,14 @@ FLAGS = {
         "convert parquet files instead: a file, a directory, or a pattern in quotes",
     ),
     "out": ("", "directory for the converted files; its name becomes data.name"),
-    "label_column": ("", "column of the labels in parquet files; default: by its name"),
+    "label_column": (
+        "",
+        "column of the labels in parquet files; default: found by its name or metadata",
+    ),
     "short_side": (
         0,
-        "shrink training images with a larger short side to this many pixels, except "
-        "images of more than 8 bits; 0: never",
+        "shrink larger training images so that their short side has this many pixels, "
+        "except images of more than 8 bits; 0: never",
     ),
     "shard_size": (1024, argparse.SUPPRESS),
 }
@@ -111,7 +114,7 @@ def _one_line(error: Exception) -> str:
 
 
 def _check_tars(builder: Any, manual_dir: str) -> dict[str, int]:
-    """Check for faults with which TFDS would omit or mislabel images of ImageNet.
+    """Check ImageNet's tar files for faults that make TFDS omit or mislabel images.
 
     Returns:
       The number of images per split, where the tar files reveal it.
@@ -190,7 +193,7 @@ def run(argv: Sequence[str] | None) -> None:
     if bool(source) != bool(out):
         raise ConfigError("expected both --from=FILES and --out=DIR, or neither")
     if column and not source:
-        raise ConfigError(f"--label_column={column}: expected also --from and --out")
+        raise ConfigError(f"--label_column={column} requires --from and --out")
     if source and (flags["manual_dir"] or flags["data_dir"] or flags["name"]):
         raise ConfigError(
             "--from: expected neither --manual_dir nor --data_dir nor --name"

@@ -34,8 +34,8 @@ python -m hivit_jax.tools.reconstruct --checkpoint PATH IMAGE [IMAGE ...]
 --mask_ratio  fraction of units to mask; default: the training config's, or 0.75 if
               there is no training config
 --statistics  source of the mean and standard deviation that convert predictions of
-              normalized pixels back to pixels. unit: each true unit, unknown to the
-              model; visible: the average over the visible units
+              normalized pixels back to pixels. unit: each true unit, which the model
+              does not know; visible: the average over the visible units
 """
 
 

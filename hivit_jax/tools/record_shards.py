@@ -13,7 +13,7 @@ from hivit_jax.errors import ConfigError, DataError
 
 # Uncompressed, because compressing JPEGs makes them slower to read but not smaller.
 OPTIONS = "group_size:1,uncompressed"
-# Split -> (key, example) of each image, and their number, if it is known.
+# Split -> (key, example) of each image, and the number of images; None: unknown.
 Splits = Mapping[str, tuple[Iterable[tuple[Any, Mapping[str, Any]]], int | None]]
 
 
@@ -34,14 +34,15 @@ def write_dataset(
     The directory has the suffix ``.incomplete`` until all splits are written.
 
     Args:
-      info: DatasetInfo of TFDS; its splits are set.
+      info: DatasetInfo of TFDS. This function sets its splits.
       short_side: short side that larger training images of 8 bits are shrunk to; 0: no
         shrinking.
       shard_size: images per shard. An interruption loses at most one shard.
-      make_splits: called once, unless the dataset is already complete.
+      make_splits: returns the splits; not called if the dataset is already complete.
 
     Raises:
-      ConfigError: the directory cannot be written, or was started with another option.
+      ConfigError: the directory cannot be written, or was started with another
+        `short_side`.
       DataError: a split is empty, or was started with other images.
     """
     from tqdm import tqdm

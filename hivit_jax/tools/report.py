@@ -1,7 +1,7 @@
 """Write a report on runs: `python -m hivit_jax.tools.report RUN [RUN ...] --out FILE`.
 
-The report is one HTML file that refers to no other file. It contains the curves of all
-runs, a summary, figures over the steps, the config keys that differ, and events.
+The report is one HTML file that refers to no other file. It contains a summary and the
+curves of all runs, their figures step by step, the config keys that differ, and events.
 """
 
 import base64
@@ -24,10 +24,10 @@ from hivit_jax.reporting.console import log
 from hivit_jax.tools.outputs import output_path
 from hivit_jax.tools.run_facts import Lines, events, summary
 
-MAX_STEPS = 24  # images of a figure that a report contains for each run
+MAX_STEPS = 24  # images per figure and run in a report
 METRICS = "metrics.jsonl"
 NOT_DRAWN = {"step", "epoch", "seconds_left", "eval/count"}
-# Titles of charts in their order; other metrics follow the losses and evaluations.
+# Titles of the first and last charts, in order. Other metrics are between them.
 FIRST = {"loss": "training loss", "eval/loss": "evaluation loss"}
 LAST = {
     "learning_rate": "learning rate",
@@ -51,7 +51,8 @@ def make_report(workdirs: Iterable[str]) -> str:
       ConfigError: a directory is not the workdir of a run with metrics.
     """
     paths = list(dict.fromkeys(absolute(workdir) for workdir in workdirs))
-    names, parts = [], 1  # the last parts of each path that make all names different
+    # A name consists of the last parts of a path, as many as make all names different.
+    names, parts = [], 1
     while len(set(names)) < len(paths):
         names, parts = ["/".join(path.parts[-parts:]) for path in paths], parts + 1
     runs = [read_run(path, name) for path, name in zip(paths, names, strict=True)]
@@ -104,7 +105,7 @@ def read_metrics(workdir: Path) -> Lines:
             inside = sorted(p.parent.name for p in workdir.glob(f"*/{METRICS}"))
             found = "no file"
             if inside:
-                found += f"; directories with metrics in it: {', '.join(inside[:5])}"
+                found += f"; subdirectories with metrics: {', '.join(inside[:5])}"
         raise ConfigError(
             f"{path}: expected the metrics of a run, found {found}.\n"
             "Give the --workdir of a run that has logged at least one step"
@@ -166,7 +167,7 @@ def training_seconds(lines: Lines, batch_size: int) -> dict[str, list]:
 
 
 def charts(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """Return name and title of the charts of all metrics that are not always 0."""
+    """Return the name and title of each chart: one per metric that is not always 0."""
     names = {
         name
         for run in runs
@@ -197,8 +198,8 @@ def compare(run_configs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def figures(workdir: Path) -> dict[str, list[dict[str, Any]]]:
     """Return the images of each figure in the order of their steps, as data URIs.
 
-    Of more than `MAX_STEPS` steps, returns a selection with equal distances that
-    includes the first and the last. The curves are left out.
+    If a figure has more than `MAX_STEPS` steps, returns evenly spaced ones that include
+    the first and the last. The figure of the curves is left out.
     """
     paths: dict[str, list[tuple[int, Path]]] = {}
     for path in (workdir / "figures").glob("*.png"):

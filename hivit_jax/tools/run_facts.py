@@ -1,4 +1,4 @@
-"""Facts about a run that the files of its workdir record: summary and events."""
+"""Facts about a run, read from the files of its workdir: summary and events."""
 
 import math
 import statistics
@@ -57,7 +57,7 @@ def summary(
 def _task(workdir: Path, config: Mapping[str, Any]) -> tuple[Task | None, str]:
     """Return the task of a run, or None, and a description of its dataset.
 
-    Reads the newest checkpoint's description of the dataset instead of the dataset.
+    The description is from the newest checkpoint, so the dataset is not opened.
     """
     name = config["data"]["name"] if config else UNKNOWN
     try:
@@ -66,7 +66,7 @@ def _task(workdir: Path, config: Mapping[str, Any]) -> tuple[Task | None, str]:
             return None, name
         complete = configs.complete_saved(config, str(workdir))
         task = tasks.create(complete, DatasetInfo(**info))
-    except (HivitError, KeyError):  # no checkpoint, or not of this version
+    except (HivitError, KeyError):  # no checkpoint, or one of another version
         return None, name
     counts = ", ".join(f"{n:,} {split}" for split, n in info["counts"].items())
     return task, f"{name}: {counts}, {len(info['classes']):,} classes"
@@ -95,7 +95,7 @@ def _best(lines: Lines, best: metrics.Best) -> str:
 
 
 def events(workdir: Path, lines: Lines, starts: Starts) -> list[dict[str, Any]]:
-    """Return what a run's files record about its course.
+    """Return the starts, interruptions and problems that a run's files record.
 
     Returns:
       Dicts of "text", "details" (lines) and, where recorded, "step" and "time".
@@ -116,7 +116,7 @@ def events(workdir: Path, lines: Lines, starts: Starts) -> list[dict[str, Any]]:
         found.append({"step": step, "text": "damaged checkpoint, moved to damaged/"})
     unreadable = sum(line.get("unreadable", 0) for line in lines)
     if unreadable:
-        found.append({"text": f"{unreadable:,} times an image was unreadable"})
+        found.append({"text": f"images were unreadable {unreadable:,} times"})
     if kept:
         text = "checkpoints of steps " + ", ".join(f"{step:,}" for step in kept)
         found.append({"text": text})
@@ -132,7 +132,11 @@ def _checkpoint_steps(directory: Path) -> list[int]:
 def _early_ends(
     lines: Lines, start_configs: Sequence[Mapping[str, Any]], kept: Iterable[int]
 ) -> list[int]:
-    """Return the steps before the last that a run logged or saved off its intervals."""
+    """Return the steps that a run logged or saved because it ended early.
+
+    These steps are not multiples of the intervals of logging, evaluation and
+    checkpoints.
+    """
     names = ("log_every", "eval_every", "checkpoint_every")
     every = {config.get(name) for config in start_configs for name in names} - {None, 0}
     steps = {line["step"] for line in lines if "seconds_left" in line} | {*kept}

@@ -32,9 +32,10 @@ def compile_report(training: Training, chip_name: str) -> dict[str, Any]:
       None.
     - ``flops_per_image`` and ``bytes_accessed_per_image`` are the counts of the TPU
       compiler, which counts the body of a loop once. Both counts are therefore
-      multiplied by the ratio of matrix product operations with and without repetition
-      of loops. The GPU compiler does not count. For GPUs the two values are the
-      operations of the matrix products and the total of `bytes_by_region`.
+      multiplied by a ratio: the operations of matrix products with loops repeated,
+      divided by those with loops counted once. The GPU compiler provides no counts. For
+      GPUs the two values are the operations of the matrix products and the total of
+      `bytes_by_region`.
     - ``regions`` contains the bytes of `bytes_by_region` and the operations of matrix
       products for each region of the step. ``hbm_bytes_per_image`` is the sum of the
       bytes. The sums differ from the TPU compiler's counts, because the compiler also

@@ -1,4 +1,4 @@
-"""Published peaks of chips, and devices to compile for without the hardware."""
+"""Peak rates of chips, and devices to compile for without the hardware."""
 
 import importlib.util
 import os
@@ -33,7 +33,7 @@ class Chip(NamedTuple):
 
 
 GIB = 2**30
-# Fraction of a bound that estimates assume a run to reach; see docs/cost.md.
+# Fraction of a peak or bound that estimates assume runs reach; see docs/cost.md.
 UTILIZATION = 0.4
 TPU_DOCS = "cloud.google.com/tpu/docs/{}, half of the bidirectional interconnect"
 TPU7X = TPU_DOCS.format("tpu7x")
@@ -59,8 +59,8 @@ CHIPS = {
     "h200": Chip(141 * 10**9, 989e12, 4800e9, 450e9, NVIDIA.format("H200")),
     "b200": Chip(180 * 10**9, 2250e12, 8000e9, 900e9, B200),
 }
-# Patterns of the names in `jax.Device.device_kind` and in PyTorch. The A100 with PCIe
-# has the peak rate of the A100 SXM.
+# Pattern of a device's name in JAX (`device_kind`) and PyTorch -> key of `CHIPS`. The
+# A100 with PCIe has the peak rate of the A100 SXM.
 DEVICE_KINDS = {
     r"TPU v4": "v4",
     r"TPU v5( lite|e)": "v5e",
@@ -75,8 +75,8 @@ DEVICE_KINDS = {
     r"NVIDIA H200": "h200",
     r"NVIDIA B200": "b200",
 }
-# The package that contains the compiler for a chip. The compilers for the other chips
-# need the hardware, or compiling without it was not tested.
+# Chip -> package that contains its compiler. Other chips are missing because their
+# compilers need the hardware or were not tested without it.
 PLUGINS = dict.fromkeys(("v4", "v5e", "v5p", "v6e", "tpu7x"), "libtpu")
 PLUGINS |= dict.fromkeys(("h100", "h200"), "jax-cuda13-plugin")
 EXAMPLES = "v5e:16x16, v5p:4x4x4, v6e:16x16, v4:4x4x4, tpu7x:4x4x4, h100:8, h200:8"
@@ -88,7 +88,7 @@ TPU_ENVIRONMENT = {
     "TPU_WORKER_HOSTNAMES": "localhost",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # so that several processes can compile at once
 }
-# Autotuning and Triton matrix products are off, because autotuning needs a GPU.
+# Autotuning needs a GPU. It is off, and so are the Triton matrix products it tunes.
 GPU_OPTIONS = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
 # XLA's description of a Hopper SXM GPU. The numbers are from NVIDIA's Hopper tuning
 # guide and from device queries.
@@ -126,7 +126,7 @@ def peak_flops(device_kind: str) -> float | None:
 
 
 def devices_of(topology: str) -> Sequence[jax.Device]:
-    """Return devices to compile for, of a topology such as "v5e:16x16" or "h100:8".
+    """Return the devices of a topology such as "v5e:16x16" or "h100:8" to compile for.
 
     After this call the process computes on the CPU only.
 

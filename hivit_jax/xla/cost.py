@@ -1,4 +1,4 @@
-"""Operations, bytes of HBM and collectives of programs, by region of the train step.
+"""Count operations, HBM bytes and collectives of programs, by region of the step.
 
 Operations are counted in traced programs (jaxprs), bytes and collectives in the text of
 compiled programs (HLO).
@@ -40,7 +40,7 @@ def region_of(name: str) -> str:
     """Return the region of the train step that an operation belongs to.
 
     The region is the innermost of `SCOPES` in the name. In the main stage and the
-    decoder the branch of the block (attention or mlp) follows.
+    decoder, the branch of the block (attention or mlp) is appended.
 
     Args:
       name: such as "jit(train_step)/transpose(jvp(main))/mlp/dot_general".
@@ -58,7 +58,11 @@ def region_of(name: str) -> str:
 
 
 def matmul_flops(jaxpr: Any, loops: bool) -> int:
-    """Return the operations of all matrix products of a traced program."""
+    """Return the operations of all matrix products of a traced program.
+
+    Args:
+      loops: see `matmul_flops_by_region`.
+    """
     return matmul_flops_by_region(jaxpr, loops).total()
 
 
@@ -159,7 +163,7 @@ def bytes_by_region(text: str) -> Counter:
       an operand in place writes only the update.
     - Kernels in a loop count once per iteration, if the text contains the trip count.
     - Arrays in another memory (VMEM of TPUs) are free, but copies from and to HBM
-      count. A copy belongs to the region that uses or made the array.
+      count. A copy belongs to the region that uses or produced the array.
     - On GPUs no array is assumed to stay in a cache.
 
     Args:
@@ -260,7 +264,7 @@ def _hbm_bytes(
 ) -> int:
     """Return the bytes of HBM that a kernel reads and writes."""
     operands = hlo.read_operands(instruction, computation)
-    # Instructions inside the kernel, and the kernel's names of its operands.
+    # Instructions inside the kernel, and names of the operands inside the kernel.
     inner, inner_names = {"": instruction}, dict(enumerate(operands))
     if instruction.opcode == "fusion":
         inner = computations[instruction.called[0]]
@@ -279,7 +283,8 @@ def _hbm_bytes(
         elif size and [x.opcode for x in users] == ["dynamic-update-slice"]:
             target, update, *_ = users[0].operand_names
             if target == inner_names[index]:
-                # The result is updated in place. Its whole size is in the total.
+                # The result is updated in place. Its whole size is already in the
+                # total, so subtract it and add only the update.
                 update = (inner | computation)[update]
                 size = hlo.tiled_bytes(update.shapes, excluded="") - size
         total += size

@@ -140,8 +140,8 @@ def tiled_bytes(shapes: str, excluded: str = "S(") -> int:
 
     By default only arrays in HBM count. A layout such as
     ``{1,0:T(8,128)(2,1)S(1)}`` lists the dimensions from minor to major. The first
-    tile, written from major to minor, pads the minor dimensions. ``S`` is the memory
-    of an array outside HBM.
+    tile, written from major to minor, pads the minor dimensions. ``S(1)`` marks an
+    array in memory 1, which is not HBM.
 
     Args:
       excluded: arrays whose layout contains this text do not count; "": all count.

@@ -202,7 +202,7 @@ def test_copies_are_read(bucket, prepared, tmp_path, file_format, capfd):
     cfg = config(f"gs://bucket/{file_format}", data__cache=tmp_path / "cache")
     assert_batches_equal(batches(cfg), expected)
     err = capfd.readouterr().err
-    assert f"data.cache={tmp_path}/cache: 4 files of 0.0 GB are needed, 0 are" in err
+    assert f"data.cache={tmp_path}/cache: 4 files are needed, 0.0 GB in total; 0" in err
     source = registry.open_source(cfg.data, "train")
     for i in range(len(source)):
         source._cache.fetch(source._paths[source._file_indices[i]])

@@ -45,7 +45,7 @@ def test_lost_values(values, value_range, detail):
     """
     reported = findings(values, value_range)
     assert reported[LOST].startswith(detail)
-    assert f"{values.dtype}, reduced to 8 bit" in reported
+    assert f"{values.dtype}, reduced to 8 bits" in reported
 
 
 @pytest.mark.parametrize("mode", ["LA", "RGBA", "P"])

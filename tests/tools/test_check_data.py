@@ -185,7 +185,7 @@ def test_damaged(check, damaged):
             f"GIF named .jpeg 1 2.857% e.g. {names[11]}",
             f"CMYK 2 5.714% e.g. {names[4]}",
             f"grayscale 1 2.857% e.g. {names[6]}",
-            f"uint16, reduced to 8 bit 1 2.857% e.g. {names[7]}",
+            f"uint16, reduced to 8 bits 1 2.857% e.g. {names[7]}",
             f"palette 2 5.714% e.g. {names[8]}",
             f"EXIF rotation, not applied 1 2.857% e.g. {names[9]}",
             f"several frames, one is read 1 2.857% e.g. {names[11]}",
@@ -271,7 +271,7 @@ def test_values_outside_the_range(check, tmp_path):
     assert code == 0
     assert f"    {photo(tmp_path, 1)}: 50.00% of the values\n" in out
     assert out.endswith("\ntrain: 1 clipped to data.value_range\n")
-    assert " float32, reduced to 8 bit              2" in out
+    assert " float32, reduced to 8 bits             2" in out
 
 
 def test_values_without_a_range(check, tmp_path):

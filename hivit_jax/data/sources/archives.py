@@ -22,7 +22,7 @@ from hivit_jax.errors import DataError
 
 THREADS = 64  # tar files that are indexed concurrently
 UNLABELED = -1
-VERSION = "2"  # of saved indexes; the first one lacks the labels in KEY.json
+VERSION = "2"  # of saved indexes; version 1 lacks the labels in KEY.json
 
 
 class Archives(FileSource):
@@ -125,9 +125,10 @@ class Archives(FileSource):
 
 
 class WebDataset(Archives):
-    """Tar files in the format of WebDataset: members KEY.jpg and KEY.cls (digits).
+    """Tar files in the format of WebDataset, with members KEY.jpg and KEY.cls.
 
-    Without KEY.cls, the label is the integer "label" of KEY.json.
+    KEY.cls contains the label in digits. Without it, the label is the integer "label"
+    of KEY.json.
 
     A split is a pattern of file names relative to the directory, such as
     ``imagenet1k-train-{0000..1023}.tar``. A split without ``*`` and ``{`` stands for
@@ -161,7 +162,7 @@ class WebDataset(Archives):
 
 
 class Zip(Archives):
-    """Stored zip files SPLIT.zip with SPLIT_map.txt, as Swin Transformer reads them.
+    """Uncompressed zip files SPLIT.zip with SPLIT_map.txt, as in Swin Transformer.
 
     The lines of SPLIT_map.txt are "name<tab>label".
     """
@@ -234,7 +235,7 @@ def _label(path: str, name: str, read: Callable[[], bytes]) -> int:
 
 
 def _json_label(data: bytes) -> int:
-    """Return the class index "label" of a JSON object, or `UNLABELED` without any."""
+    """Return the class index "label" of a JSON object; `UNLABELED` if there is none."""
     try:
         label = json.loads(data)["label"]
     except (ValueError, TypeError, LookupError):

@@ -39,7 +39,7 @@ class DatasetInfo:
 
 
 class Record(NamedTuple):
-    """Bytes of a local file that contain one example and nothing else.
+    """Position of an example in a local file: a byte range that contains only it.
 
     Attributes:
       file: path.
@@ -61,13 +61,13 @@ class Source:
       ignored: reason, such as a file name's ending, -> number of files in the split's
         directories that are ignored for this reason.
       loose: names of the first ignored images outside of the class directories.
-      labeled: False if all labels are 0, because the images have none. With several
-        labels per image, an image of no class is labeled, by zeros.
-      labels: label of each example, int [n], or with several labels per image vectors
-        of 0 and 1, [n, classes]; None: unknown until they are read.
+      labeled: False if the images have no labels; all labels are then 0. With several
+        labels per image, an image of no class counts as labeled, with a vector of 0.
+      labels: label of each example, int [n], or, with several labels per image, vectors
+        of 0 and 1, [n, classes]; None: unknown until the examples are read.
       encoded: see `DatasetInfo`.
-      example_keys: names of image and label in the `tf.train.Example` that a record is;
-        (): records are image files.
+      example_keys: keys of the image and the label, if records are messages of type
+        `tf.train.Example`; (): records are image files.
     """
 
     classes: Sequence[str] = ()
@@ -86,7 +86,7 @@ class Source:
         """Return an example before decoding.
 
         For images it is {"image": bytes of the file, "label": int}. With
-        `data.multi_label`, the label is `multi_hot`.
+        `data.multi_label`, the label is a vector as returned by `multi_hot`.
 
         Raises:
           Exception: an error of any type if the example cannot be read.
@@ -100,10 +100,10 @@ class Source:
         """
 
     def forget(self) -> None:
-        """Drop what `ask` started and `sample` did not return."""
+        """Drop the reads that `ask` started and that `sample` has not returned."""
 
     def checksum_error(self, index: int) -> str:
-        """Return how an example differs from its stored checksum; "": it does not.
+        """Return the error if an example does not match its stored checksum, else "".
 
         Sources without checksums return "".
 
@@ -113,7 +113,7 @@ class Source:
         return ""
 
     def record(self, index: int) -> Record | None:
-        """Return the bytes of an example that tensorflow may read itself.
+        """Return the position of an example, so that TensorFlow can read it directly.
 
         Returns:
           A whole image file, or a record of a tfrecord file; None: only `sample` can

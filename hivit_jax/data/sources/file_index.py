@@ -24,11 +24,11 @@ SYSTEM_NAMES = {
 }  # fmt: skip
 ARRAYS = ".npy"
 HIDDEN, OUTSIDE = "hidden or system", "outside the class directories"
-MAX_LOOSE = 8  # names of images outside of the class directories that are kept
+MAX_LOOSE = 8  # recorded names of images outside of the class directories
 
 
 def is_hidden(name: str) -> bool:
-    """Return True for a file or directory that is neither an image nor a class."""
+    """Return True for the name of a hidden or system file or directory."""
     return name.startswith(".") or name.lower() in SYSTEM_NAMES
 
 
@@ -71,8 +71,8 @@ def index_of(root: str, class_level: str) -> dict[str, np.ndarray]:
     """Return the index of a split's directory, cached on disk per user.
 
     The cached index is used unless the modification time of a directory has changed.
-    A bucket is listed instead. NumPy arrays are images only if there are no other
-    images.
+    The index of a bucket is not cached. NumPy files count as images only if there are
+    no other images.
 
     Args:
       root: directory, or its address in a bucket.
@@ -131,7 +131,7 @@ def _list_bucket(root: str) -> list[str]:
 
 
 def forget_listings() -> None:
-    """List buckets again that were already listed."""
+    """Forget the listings of buckets, so that the buckets are listed again."""
     _list_bucket.cache_clear()
 
 
@@ -161,7 +161,7 @@ def _bucket_index(
         elif reason:
             ignored[reason] += 1
             if class_level == "top":
-                found.setdefault(label, [])  # a class without images is an error
+                found.setdefault(label, [])  # recorded; an empty class is an error
         else:
             found.setdefault(label, []).append((directory, name))
     classes = sorted(found)
@@ -185,7 +185,7 @@ def _scan(
       suffixes: endings of images, in lower case.
 
     Returns:
-      Keys as in `index_of`, and directories: bytes, those that contain the files.
+      Keys as in `index_of`, and directories: paths of all directories read, bytes.
     """
     classes, counts, files, directories, loose = [], [], [], [root], []
     ignored: Counter[str] = Counter()
@@ -230,7 +230,7 @@ def _image_files(
     ignored: Counter[str],
     suffixes: Sequence[str],
 ) -> list[bytes]:
-    """Return the images of a directory relative to `root`; count the other files."""
+    """Return paths of a directory's images relative to `root`; count other files."""
     relative, files = os.path.relpath(directory, root), []
     for name in names:
         if reason := ignored_reason(name, suffixes):

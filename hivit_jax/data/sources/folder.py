@@ -34,8 +34,8 @@ __all__ = ["HIDDEN", "OUTSIDE", "SYSTEM_NAMES", "Folder", "Images", "is_hidden"]
 class Images(Source):
     """Images without labels: one file, or all files below a directory, sorted.
 
-    Hidden and system names (`is_hidden`) below the directory are ignored. NumPy arrays
-    are images only if there are no other images.
+    Hidden and system names (`is_hidden`) below the directory are ignored. NumPy files
+    count as images only if there are no other images.
 
     Args:
       path: image file or directory.
@@ -97,8 +97,8 @@ class Folder(FileSource):
       directory: ROOT, a directory or its address in a bucket.
       split, train_split: names of directories in ROOT, or "." for ROOT itself.
       class_level: "top": the directories of a split are the classes; "leaf": every
-        directory below it that contains images is a class, named by its path; "none":
-        there are no classes.
+        directory below a split that contains images is a class, named by its path;
+        "none": there are no classes.
 
     Raises:
       DataError: the split does not exist, a class has no images, or a class is not in

@@ -16,10 +16,9 @@ from hivit_jax.paths import expand
 class Paths(Source):
     """Image files, and the images below directories (`folder.Images`).
 
-    The order is that of the paths; the images of a directory are sorted. An image below
-    a directory with the name of a class has this label. Only the names of the given
-    directory and of the directories below it count. For a given file, the name of its
-    directory counts.
+    Images are in the order of the paths, and sorted within a directory. An image is
+    labeled if one of its directories has the name of a class. Only the given directory
+    and those below it count; for a given file, only its own directory.
 
     Args:
       paths: files and directories.

@@ -25,7 +25,7 @@ from hivit_jax.data.sources.tfds import Tfds
 from hivit_jax.errors import ConfigError, DataError, import_class
 from hivit_jax.paths import expand
 
-# Datasets whose images `Selection` selects by path.
+# Datasets whose images `Selection` can select by path.
 SELECTABLE = ("folder", "csv", "webdataset", "zip")
 # data.name -> default names of the training and evaluation split; "": any other name.
 DEFAULT_SPLITS = {"": ("train", "validation")} | dict.fromkeys(
@@ -58,7 +58,7 @@ def num_examples(data: Mapping[str, Any], split: str) -> int:
 
 
 def open_source(data: Mapping[str, Any], split: str) -> Source:
-    """Open a split ("train" or "test") of the dataset that the config names.
+    """Open a split ("train" or "test") of the dataset that the config selects.
 
     Args:
       data: the `data` section of a config.
@@ -70,7 +70,7 @@ def open_source(data: Mapping[str, Any], split: str) -> Source:
     """
     keys = ("train_split", "eval_split", "train_examples", "subset")
     values = [data[key] for key in keys]
-    # Configs of earlier versions and other programs lack the following keys.
+    # Configs of earlier versions and of other programs may lack the following keys.
     names = ("eval_fraction", "eval_group", "exclude")
     selection = Selection(**{key: data[key] for key in names if key in data})
     level = data.get("class_level", "top"), data.get("multi_label", False)
@@ -166,8 +166,8 @@ def _open_folder(
 ) -> Source:
     """Open a split of class folders or unlabeled images.
 
-    Without an evaluation split, `directory` itself is the default training split
-    unless it contains the directory of the usual name.
+    If evaluation images are held out or there is no evaluation, the default training
+    split is `directory` itself, unless it contains a directory "train".
     """
     train_default, eval_default = DEFAULT_SPLITS["folder"]
     if selection.eval_fraction or eval_split == NO_EVALUATION:
@@ -185,7 +185,7 @@ def _parse_splits(
 ) -> tuple[str, str, tuple[int, int]]:
     """Return the names of a split and of the training split, and the split's slice.
 
-    Held-out images are in the training split.
+    With `eval_fraction`, the evaluation images are held out of the training split.
     """
     train, percent = parse_slice(train_split)
     if split == "train" or selection.eval_fraction:
@@ -219,11 +219,11 @@ def _open_table(
     selection: Selection,
     multi_label: bool,
 ) -> Source:
-    """Open a split of the images that a CSV file or a list of paths names.
+    """Open a split of the images that are listed in a CSV file or a list of paths.
 
-    `directory` is a file, or contains the files `train_split` and `eval_split`. In a
-    file, the splits are values of the column "split". This column takes precedence
-    over `eval_fraction`.
+    If `directory` is a directory, it contains the files `train_split` and `eval_split`.
+    If it is a file, the two names are values of the file's column "split". This column
+    takes precedence over `eval_fraction`.
     """
     if Path(directory).is_file():
         train_file = file = table_path(directory, "")

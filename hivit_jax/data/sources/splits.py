@@ -22,12 +22,14 @@ _SLICE = re.compile(r"(.*)\[(?:(-?\d+)%)?:(?:(-?\d+)%)?\]")
 
 @dataclass(frozen=True)
 class Selection:
-    """Rules that select examples; the config keys of the same names.
+    """Rules that select examples, from the config keys of the same names.
 
     Attributes:
       eval_fraction: fraction of the examples to hold out; 0: none.
-      eval_group: pattern; files whose paths have the same first group stay together.
-      exclude: file with one path per line of the files to leave out; "": none.
+      eval_group: regular expression; files whose paths have the same first group stay
+        in the same split.
+      exclude: file that lists the paths of the files to leave out, one per line; "": no
+        such file.
     """
 
     eval_fraction: float = 0.0
@@ -35,7 +37,7 @@ class Selection:
     exclude: str = ""
 
     def check(self, eval_split: str) -> None:
-        """Raise ConfigError for values that contradict each other."""
+        """Raise ConfigError for contradictory values or an invalid pattern."""
         if self.eval_fraction and eval_split:
             raise ConfigError(
                 f"data.eval_fraction={self.eval_fraction} with data.eval_split="
@@ -151,13 +153,13 @@ def select(
     held_out: bool,
     percent: tuple[int, int] = (0, 100),
 ) -> Source:
-    """Return the selected examples of a source; `source` itself if these are all.
+    """Return the selected examples of a source; `source` itself if all are selected.
 
     Args:
       held_out: with `eval_fraction`, return the held-out examples instead of the
         others.
-      percent: slice of each class to return. Its images are ordered by a hash of their
-        paths, so that adjacent slices are random, disjoint parts.
+      percent: slice of each class to return. The images of a class are ordered by a
+        hash of their paths, so that adjacent slices are random, disjoint parts.
 
     Raises:
       ConfigError: `selection.exclude` cannot be read.
@@ -184,7 +186,7 @@ def select(
 def _listed_paths(file: str, root: str) -> set[str]:
     """Return the paths in a file, as written and relative to `root`.
 
-    check_data escapes line feeds in names.
+    Line feeds in names are escaped, as check_data writes them.
     """
     try:
         lines = os.fsdecode(Path(expand(file)).read_bytes()).splitlines()
@@ -213,9 +215,9 @@ def hold_out(groups: Sequence[str], labels: np.ndarray, fraction: float) -> np.n
     """Return True for each held-out example, bool [n].
 
     A group is held out if the hash of its name, in [0, 1), is below `fraction`. This
-    does not depend on the other groups, with one exception: of a class that would be
-    completely on one side, the group with the nearest hash changes the side. A class
-    with a single group is never held out.
+    does not depend on the other groups, with one exception: if all groups of a class
+    are on one side of `fraction`, the group whose hash is nearest changes sides. A
+    class with a single group is never held out.
 
     Args:
       groups: name of each example's group.

@@ -1,4 +1,4 @@
-"""Source of images that a CSV file or a list of paths names."""
+"""Source of images that are listed in a CSV file or in a list of paths."""
 
 import csv
 import os
@@ -18,7 +18,7 @@ from hivit_jax.paths import expand
 PATH_COLUMNS = ("path", "file_name", "filename", "file", "image")
 SEPARATOR = ";"  # of the labels of an image
 LABEL_COLUMNS = ("label", "class", "class_name", "category")
-# Value of the column "split" that is used if the config names none, by split.
+# Split -> values of the column "split" that are tried if the config specifies none.
 SPLIT_NAMES = {
     "train": ("train", "training"),
     "test": ("val", "valid", "validation", "dev", "eval", "test"),
@@ -40,19 +40,20 @@ class Rows(NamedTuple):
 
 
 class Table(FileSource):
-    """Images named by a file, with a label per image or without labels.
+    """Images listed in a file, with or without labels.
 
-    A file that ends in .csv or .tsv has a header with a column `path`, `file_name`,
-    `filename`, `file` or `image`; it may have the columns `label`, `class`,
-    `class_name` or `category`, and `split`. Any other file is a list with a line ``PATH
-    LABEL`` or ``PATH`` per image. Relative paths refer to the directory of the file.
+    A file that ends in .csv or .tsv has a header. Paths are in a column `path`,
+    `file_name`, `filename`, `file` or `image`. Labels may be in a column `label`,
+    `class`, `class_name` or `category`, and splits in a column `split`. Any other file
+    is a list with a line ``PATH LABEL`` or ``PATH`` per image. Relative paths refer to
+    the directory of the file.
 
-    If all labels are integers from 0, they are the labels, and the classes are named by
-    them. Otherwise, the classes are the sorted names. Classes are those of `train_file`
-    without regard to the column `split`.
+    If all labels are non-negative integers, they are class indices, and these numbers
+    are also the class names. Otherwise, the classes are the sorted names. All rows of
+    `train_file` determine the classes, whatever their value in the column `split`.
 
     With `multi_label`, a label consists of any number of names or numbers, separated by
-    ``;``. An empty one means that the image belongs to no class.
+    ``;``. An empty label means that the image belongs to no class.
 
     Args:
       file: the file that contains the split.
@@ -188,7 +189,7 @@ def _read(file: Path) -> Rows:
 
 
 def _parse_list(lines: Sequence[str]) -> Rows:
-    """Parse lines ``PATH LABEL``, or ``PATH`` if every line ends like an image."""
+    """Parse lines ``PATH LABEL``, or ``PATH`` if every line ends in an image suffix."""
     lines = [line.strip() for line in lines]
     if all(line.lower().endswith((*SUFFIXES, ".npy")) for line in lines):
         return Rows(lines, None, None)
@@ -199,7 +200,7 @@ def _parse_list(lines: Sequence[str]) -> Rows:
 def _split_labels(
     file: Path, texts: Sequence[str], multi_label: bool
 ) -> list[list[str]]:
-    """Return the labels of each text in a column of labels.
+    """Split each text in a column of labels into the labels of one image.
 
     Raises:
       DataError: without `multi_label`, a label is empty or contains `SEPARATOR`.
@@ -224,7 +225,7 @@ def _split_labels(
 def _classes(
     file: Path, labels: Sequence[Sequence[str]]
 ) -> tuple[list[str], dict[str, int]]:
-    """Return the class names, and the label of each name in a column of labels.
+    """Return the class names, and a dict from a label as written to its class index.
 
     Raises:
       DataError: no row has a label.

@@ -37,8 +37,8 @@ class Tfds(Source):
       multi_label: an image has any number of labels.
 
     Raises:
-      DataError: the dataset is not prepared, is not an image classification dataset,
-        has an unsupported file format or several labels per image, or no such split.
+      DataError: the dataset is not prepared, is not for image classification, has no
+        such split or an unsupported file format, or needs `multi_label`.
       MissingPackage: tensorflow-datasets or array_record is not installed.
     """
 
@@ -99,7 +99,7 @@ class Tfds(Source):
             self._records = self._index_records(path, counts)
             return
         _increase_open_file_limit(len(files))
-        if file_format == "array_record":  # here, because threads open the files later
+        if file_format == "array_record":  # fail now; threads open the files later
             require("array_record.python.array_record_module", "array_record")
         self._open_file = OPENERS[file_format]
 
@@ -221,7 +221,7 @@ def _array_record(path: str) -> Callable[[int], bytes]:
     """Return a function that reads the record at an index of a file.
 
     Each file is opened once. Records are read one by one, because that is four times as
-    fast as in batches.
+    fast as reading batches.
     """
     from array_record.python.array_record_module import ArrayRecordReader
 
