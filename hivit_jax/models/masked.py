@@ -33,10 +33,10 @@ class MAEOutput(NamedTuple):
 
 
 class MaskedModel(Model):
-    """Model with targets of pixels; a subclass masks units and predicts them.
+    """Model that predicts the pixels of masked units. Subclasses mask and predict.
 
     Attributes:
-      error: function of the difference of prediction and target.
+      error: elementwise function of prediction minus target.
       count_visible: function (units, mask_ratio) that returns the number of visible
         units, or raises ConfigError for an invalid ratio.
     """

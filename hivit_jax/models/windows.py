@@ -20,8 +20,8 @@ class Windows:
     size: (Sh, Sw), units of a window along height and width.
     shift: units by which the windows are shifted to the bottom right. The windows at
       the border continue at the opposite side, see `shift_mask`.
-    attend_padding: padding is zeros before the projections of attention, and keys of
-      padding are attended to, as in Swin. False: they are not attended to.
+    attend_padding: pad with zeros before the projections of attention, and attend to
+      the padding, as in Swin. False: mask the padding.
     """
 
     grid: Grid
@@ -70,8 +70,8 @@ class Windows:
     def shift_mask(self) -> np.ndarray:
         """Return the addend to the scores of shifted windows, float32 [W, S, S].
 
-        It is 0 for pairs of units that are neighbors in the padded image, and -100 for
-        pairs from opposite sides, as in the official code.
+        As in the official code, it is -100 for pairs of units that share a window only
+        because the windows continue at the opposite side, and 0 for all other pairs.
         """
         sides = []
         for count, side in zip(self.counts, self.size, strict=True):

@@ -259,5 +259,5 @@ def test_stated_mask_ratio_works(units):
 def test_ten_units():
     with pytest.raises(ConfigError, match="a mask_ratio of at most 0.89"):
         count_visible_units(10, 0.9)
-    with pytest.raises(ConfigError, match="at least 1 of 2"):
+    with pytest.raises(ConfigError, match="at least 2 units"):
         count_visible_units(1, 0.5)
