@@ -58,8 +58,8 @@ def mlp(x: jax.Array, norm: Any, mlp: Any, choice: str) -> Branch | None:
     fixed, per_row = 24 * width * hidden, 24 * hidden + 40 * width
     most = (target.vmem - fixed) // per_row
     rows = block_rows(total, ROWS, preferred, most)
-    # A block smaller than a tile of the matrix unit adds too little to the weight
-    # gradients at a time, so the kernel would be slower than plain operations.
+    # A block with fewer rows than a tile of the matrix unit adds too little to the
+    # weight gradients at a time, so the kernel would be slower than plain operations.
     if rows is None or most < LANES:
         return None
     product = 2 * width * hidden

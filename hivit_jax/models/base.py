@@ -162,7 +162,7 @@ class Model(nnx.Module):
         block. All parameters outside the encoder have the layer after the last block.
 
         Raises:
-          ValueError: an encoder parameter belongs to none of these.
+          ValueError: an encoder parameter belongs to none of these parts.
         """
         layer_of = dict.fromkeys(LAYER_ZERO, 0)
         last = 0

@@ -1,4 +1,4 @@
-"""Base class of models that predict masked units of an image."""
+"""Base class of masked models, and their output."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -33,7 +33,7 @@ class MAEOutput(NamedTuple):
 
 
 class MaskedModel(Model):
-    """Model that predicts the pixels of masked units. Subclasses mask and predict.
+    """Base class of models that predict the pixels of masked units.
 
     Attributes:
       error: elementwise function of prediction minus target.

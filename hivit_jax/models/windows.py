@@ -73,12 +73,12 @@ class Windows:
         As in the official code, it is -100 for pairs of units that share a window only
         because the windows continue at the opposite side, and 0 for all other pairs.
         """
-        sides = []
+        axes = []  # regions 0 to 2 along the height and along the width
         for count, side in zip(self.counts, self.size, strict=True):
             position = np.arange(count * side)
-            first = position >= (count - 1) * side
-            sides.append(first.astype(int) + (position >= count * side - self.shift))
-        regions = 3 * sides[0][:, None] + sides[1]
+            in_last = position >= (count - 1) * side
+            axes.append(in_last.astype(int) + (position >= count * side - self.shift))
+        regions = 3 * axes[0][:, None] + axes[1]
         (rows, columns), (height, width) = self.counts, self.size
         regions = regions.reshape(rows, height, columns, width).swapaxes(1, 2)
         regions = regions.reshape(rows * columns, height * width)

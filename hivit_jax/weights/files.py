@@ -121,7 +121,7 @@ def write(path: Path, state: Mapping[str, np.ndarray], metadata: str) -> None:
     """Write a state dict to a safetensors file or a PyTorch file ({"model": state}).
 
     Args:
-      metadata: JSON object that describes the model; `read` returns it.
+      metadata: JSON description of the model, which `read` returns as a dict.
 
     Raises:
       CheckpointError: PyTorch is required but not installed.

@@ -21,11 +21,11 @@ def infer(
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Infer arguments of `create_model` from the names and shapes of a state dict.
 
-    Some arguments are guessed, because names and shapes do not determine them. A ViT is
-    assumed to have the attention heads of the registered ViT of its size. Other heads
-    are assumed to have 64 channels unless relative position tables determine their
-    number, and decoder heads 32 channels. The LayerNorm eps is assumed to be 1e-5 in
-    MMPretrain's classifier and 1e-6 otherwise.
+    Some arguments are guessed, because names and shapes do not determine them. A ViT of
+    a registered size gets that model's number of heads. Otherwise, attention heads are
+    assumed to have 64 channels, unless relative position tables determine their number.
+    Decoder heads are assumed to have 32 channels. The LayerNorm eps is assumed to be
+    1e-5 in MMPretrain's classifier and 1e-6 otherwise.
 
     Args:
       state: as in `from_official`.
