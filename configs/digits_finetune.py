@@ -2,9 +2,9 @@
 
     hivit_jax --config digits_finetune --workdir runs/ft --config.init_from=runs/mae
 
-Values: tuned here for training from scratch, which means without init_from. Mean top-1
-of subsets 0 and 1 was 58 % with base_learning_rate=5e-3, 68 % with 1e-2, 68 % with 2e-2
-and 57 % with crop_scale=(0.6, 1.0).
+Values: tuned here for training from scratch (without `init_from`). The average top-1 on
+data.subset=0 and 1 is 68 % with these values, 58 % with base_learning_rate=5e-3, 68 %
+with 2e-2, and 57 % with crop_scale=(0.6, 1.0).
 Expected: 94 % top-1 after digits_mae, 66 % from scratch.
 Hardware: a CPU. Cost: 1 to 2 minutes on 2 cores.
 """
@@ -14,7 +14,7 @@ def get_config() -> dict:
     """Return the keys that differ from the defaults."""
     run = dict(task="classify", label_smoothing=0.1, batch_size=25, total_steps=360)
     intervals = dict(log_every=120, eval_every=180, checkpoint_every=360)
-    # A unit has 4x4 pixels, which cover 2x2 pixels of the scanned digit.
+    # The 8x8 digits are resized to 16x16, so a 4x4 unit covers 2x2 of their pixels.
     model = dict(name="hivit_tiny", image_size=16, in_channels=1, patch_size=4)
     model |= dict(embed_dim=64, depths=(1, 1, 4), num_heads=2, dtype="float32")
     model |= dict(num_classes=10, drop_path_rate=0.0)

@@ -2,8 +2,9 @@
 
     hivit_jax --config digits_linear --workdir runs/linear --config.init_from=runs/mae
 
-`--config.data.train_examples=500` uses 500 labels, `--config.data.subset=1` 100 others.
-Values: tuned here. Top-1 was 61, 72 and 82 % with base_learning_rate=5, 20 and 300.
+`--config.data.train_examples=500` uses 500 labels, and `--config.data.subset=1` uses
+another 100. Values: tuned here. A base_learning_rate of 5 or 20 is worse (61 and 72 %
+top-1), and 300 is as good.
 Expected: 82 % top-1. Hardware: a CPU. Cost: 1 to 2 minutes on 2 cores.
 """
 
@@ -12,7 +13,7 @@ def get_config() -> dict:
     """Return the keys that differ from the defaults."""
     run = dict(task="linear_probe", batch_size=50, total_steps=300)
     intervals = dict(log_every=100, eval_every=300, checkpoint_every=300)
-    # A unit has 4x4 pixels, which cover 2x2 pixels of the scanned digit.
+    # The 8x8 digits are resized to 16x16, so a 4x4 unit covers 2x2 of their pixels.
     # Pretraining uses no relative positions, so the probe uses none.
     model = dict(name="hivit_tiny", image_size=16, in_channels=1, patch_size=4)
     model |= dict(embed_dim=64, depths=(1, 1, 4), num_heads=2, dtype="float32")

@@ -6,10 +6,10 @@ Variants: tiny, small, base (default), large. `init_from` may be the official fi
 Values: those of the official self_supervised code for base; no values are published for
 other sizes.
 Expected: base reaches 84.6 % top-1 after mae_base (published, not reproduced here).
-Hardware: any mesh. The official run used 8 GPUs with 64 images each, and 2 microbatches
+Hardware: any mesh. The official run used 8 GPUs, each with 2 microbatches of 64 images
 per step.
-Cost: the run trains on 128 million images. A train step, which costs three forward
-passes, takes per image: tiny 27.5, small 54.3, base 94.9, large 383.4 GFLOP.
+Cost: the run trains on 128 million images. A train step (three forward
+passes) takes, in GFLOP per image: tiny 27.5, small 54.3, base 94.9, large 383.4.
 """
 
 

@@ -2,12 +2,12 @@
 
     hivit_jax --config finetune_vit:base --workdir runs/ft_vit
 
-Variants: tiny, small, base (default), large, huge; tiny and small have base's values.
-Values: official MAE guide. Hardware: any mesh.
+Variants: tiny, small, base (default), large, huge; tiny and small use base's values.
+Values: those of the official MAE guide. Hardware: any mesh.
 Expected: top-1 base 83.6, large 85.9, huge 86.9 % (published, not reproduced here).
-Cost: the run trains on 128 million images, large and huge on 64 million. A train step,
-which costs three forward passes, takes per image: tiny 7.5, small 27.6, base 105, large
-369, huge 1004 GFLOP.
+Cost: the run trains on 128 million images, large and huge on 64 million. A train step
+(three forward passes) takes, in GFLOP per image: tiny 7.5, small 27.6, base 105, large
+369, huge 1004.
 """
 
 

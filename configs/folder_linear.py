@@ -4,7 +4,8 @@
 
 Variants: tiny (default), small, base. For hundreds to tens of thousands of images in
 DIR/CLASS; a tenth is held out. `--mode probe` has the same purpose and is faster.
-Values: MAE's linear probe with small batches and a learning rate for few steps.
+Values: MAE's linear probe, but with small batches and a high learning rate, because
+there are few steps.
 Expected: docs/small_data.md. Hardware: any mesh.
 Cost: 9.2 GFLOP per image for tiny; 100 epochs.
 """

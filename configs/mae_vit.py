@@ -2,13 +2,13 @@
 
     hivit_jax --config mae_vit:base --workdir runs/mae_vit_base
 
-Variants: tiny, small, base (default), large, huge. Values: official MAE code for base,
-large and huge; none are published for tiny and small.
-Expected: top-1 after finetune_vit base 83.6, large 85.9, huge 86.9 % (published, not
-reproduced here). Reports of others for base: 83.4 to 83.6 %.
+Variants: tiny, small, base (default), large, huge. Values: those of the official MAE
+code for base, large and huge; none are published for tiny and small.
+Expected: top-1 after finetune_vit: base 83.6, large 85.9, huge 86.9 % (published, not
+reproduced here). Others report 83.4 to 83.6 % for base.
 Hardware: any mesh; huge needs mesh.fsdp > 1.
-Cost: the run trains on 2.05 billion images. A train step, which costs three forward
-passes, takes per image: tiny 34, small 39, base 59, large 125, huge 291 GFLOP.
+Cost: the run trains on 2.05 billion images. A train step (three forward passes)
+takes, in GFLOP per image: tiny 34, small 39, base 59, large 125, huge 291.
 """
 
 

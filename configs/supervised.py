@@ -2,12 +2,12 @@
 
     hivit_jax --config supervised:tiny --workdir runs/tiny
 
-Variants: tiny, small, base (default). Values: those of the official supervised code;
-for its learning rates, add `--config.optimizer.schedule=cosine_from_start`.
+Variants: tiny, small, base (default). Values: those of the official supervised code,
+whose exact schedule needs `--config.optimizer.schedule=cosine_from_start`.
 Expected: top-1 of tiny 82.1, small 83.5, base 83.8 % (published, not reproduced here).
 Hardware: any mesh. The official runs used 8 GPUs with 128 images each.
-Cost: the run trains on 384 million images. A train step, which costs three forward
-passes, takes per image: tiny 27.5, small 54.3, base 94.9 GFLOP.
+Cost: the run trains on 384 million images. A train step (three forward passes)
+takes, in GFLOP per image: tiny 27.5, small 54.3, base 94.9.
 """
 
 
@@ -19,7 +19,7 @@ def get_config(size: str = "base") -> dict:
     model = dict(name=f"hivit_{size}", num_classes=1000, drop_path_rate=drop_path_rate)
     model |= dict(dtype="bfloat16")
     data = dict(randaugment=True)
-    # With batch 1024 the rate rises from 1e-6 to 1e-3, then falls to 1e-5.
+    # At batch size 1024, the learning rate rises from 1e-6 to 1e-3, then falls to 1e-5.
     optimizer = dict(base_learning_rate=2.5e-4, warmup_epochs=20.0)
     optimizer |= dict(warmup_learning_rate=1e-6, min_learning_rate=1e-5)
     return run | mixing | dict(model=model, data=data, optimizer=optimizer)

@@ -6,7 +6,7 @@ Draws the first three principal components of each feature map as red, green and
 If PATH contains a masked autoencoder, also draws its reconstruction from 25 % of the
 image. PATH is any path that `load_pretrained` accepts, such as the official .pth files.
 Without PATH the weights are random, and the components show little more than edges.
-Without IMAGE, a photograph from scikit-image is drawn.
+Without IMAGE, uses a photograph from scikit-image.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def principal_components(features: np.ndarray) -> np.ndarray:
 
 
 def panels(model, pixels: np.ndarray) -> dict[str, np.ndarray]:
-    """Return pictures by title for an image, uint8 [H, W, 3]."""
+    """Return {title: picture} of an image, uint8 [H, W, 3]."""
     mean, std = np.float32(model.info.mean), np.float32(model.info.std)
     images = (np.float32(pixels[None]) / 255 - mean) / std
     pictures = {"image": pixels}

@@ -41,8 +41,8 @@ def baselines(config) -> tuple[float, float]:
     """Return the errors of two constant predictions for the held-out images.
 
     Returns:
-      Mean squared errors, in normalized pixels as in the loss, of predicting the mean
-      training image and of predicting the mean training pixel.
+      Mean squared errors of predicting the mean training image, and of predicting the
+      mean training pixel everywhere. Pixels are normalized, as in the loss.
     """
     train_images, test_images = (load_split(config, s) for s in ("train", "test"))
     return tuple(
@@ -80,8 +80,9 @@ def demo(workdir: Path, stop: Callable) -> None:
     cells = [f"{column.mean():.1f} +- {column.std(ddof=1):.1f}" for column in top1.T]
     log(f"{'mean +- std':<12}" + "".join(f"{cell:>12}" for cell in cells))
     log(
-        f"\nreconstruction loss relative to predicting the mean training image: "
-        f"{loss / mean_image:.2f}, the mean training pixel: {loss / mean_pixel:.2f}"
+        "\nreconstruction loss, divided by the loss of predicting the mean training "
+        f"image: {loss / mean_image:.2f}; the mean training pixel: "
+        f"{loss / mean_pixel:.2f}"
     )
     newest = max((pretrain / "figures").glob("reconstruction_*.png"))
     log(f"figures: {newest}\n         {pretrain / 'figures' / 'curves.png'}")
@@ -93,7 +94,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workdir", type=Path, default=Path("runs/demo"))
     workdir = parser.parse_args().workdir
-    # The cache saves compilations, because the classifiers differ only in their data.
+    # The classifiers differ only in their data, so the cache saves compilations.
     jax.config.update("jax_compilation_cache_dir", str(workdir.absolute() / "cache"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     return run_command(lambda: demo(workdir, catch_signals()))

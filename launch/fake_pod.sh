@@ -7,8 +7,10 @@
 # Ctrl-C are forwarded to all processes. The exit code is the code of the first process
 # that fails. Codes 75 (interrupted, saved) and 134 (another process was lost) are returned
 # only if no process fails with another code. After a failure, the script waits GRACE
-# seconds (150, more than 2 x peer_timeout) and then kills the remaining processes.
-# PYTHON: the interpreter (python).
+# seconds and then kills the remaining processes.
+#
+# GRACE: 150 by default, which is more than 2 x peer_timeout.
+# PYTHON: the interpreter; python by default.
 
 if [[ $1 != -n || ! $2 =~ ^[1-9][0-9]*$ || $3 != -- ]]; then
   echo "usage: $0 -n COUNT -- FLAG of hivit_jax.main..." >&2
@@ -27,7 +29,7 @@ prefix() { # Prints "[$1] " before every line.
   while IFS= read -r line || [[ $line ]]; do printf '[%s] %s\n' "$1" "$line"; done
 }
 
-stop() { # Signals all processes; processes that start later get the signal then.
+stop() { # Signals all processes; those not started yet are signaled after the start.
   signal=$1
   ((${#pids[@]} == 0)) || kill "-$1" "${pids[@]}"
 }

@@ -9,7 +9,7 @@
 # DIR must be visible from every node. Shortly before the time limit, or when the job is
 # preempted, training saves and exits with 75. The job is then requeued and resumes. It is
 # also requeued after exit code 134 (processes aborted because another one was lost).
-# PYTHON: the interpreter (python).
+# PYTHON: the interpreter; python by default.
 #
 #SBATCH --job-name=hivit
 #SBATCH --nodes=1
@@ -20,9 +20,10 @@
 #SBATCH --output=%x-%j.log
 #SBATCH --open-mode=append
 #SBATCH --requeue
-# Without "B:", SLURM sends SIGTERM to the training processes. This script could not
-# forward it, because srun turns it into SIGKILL. It also could not distinguish it from
-# scancel, after which the job must not be requeued.
+# Without "B:", SLURM sends SIGTERM to the training processes. With "B:", SLURM would send
+# it to this script, which could not forward it, because srun turns SIGTERM into SIGKILL.
+# The script also could not tell the time limit from scancel, after which the job must not
+# be requeued.
 #SBATCH --signal=TERM@120
 
 dry_run=

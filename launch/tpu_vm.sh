@@ -21,7 +21,7 @@
 # --spot        TPU_SPOT=1     cheaper, but Google may preempt it at any time
 # --dry_run                    print every command instead of running it
 #
-# TPU_PAUSE: seconds (30) between two queries of the queue, and before a retry.
+# TPU_PAUSE: seconds between two queries of the queue, and before a retry; 30 by default.
 
 name=${TPU_NAME:-hivit}
 type=${TPU_TYPE:-v5litepod-4}
@@ -42,8 +42,9 @@ python3 -m uv venv --quiet --allow-existing --python 3.11 .venv && \
 python3 -m uv pip install --quiet --python .venv --constraint requirements.lock \
 --editable '.[data,tpu]'"
 
-# gcloud reconnects when a connection breaks. The earlier training process may then still
-# hold the TPU. The first SIGTERM makes it save, a second one after a minute kills it.
+# gcloud reconnects when a connection breaks, and the earlier training process may then
+# still hold the TPU. A first SIGTERM makes it save, and a second one, a minute later,
+# kills it.
 STOP_OLD_RUN="cd hivit_jax && \
 while pkill -f '^[^ ]*python -m hivit_jax'; do sleep 60; done;"
 
@@ -107,8 +108,9 @@ setup() {
 }
 
 run() {
-  # "exit" keeps the shell alive. Without it, ssh returns 255 for a command that a signal
-  # ends. The shell returns 134 for an abort.
+  # "exit" keeps the shell running until training ends, so that ssh returns the shell's
+  # code, which is 134 for an abort. Without "exit", training replaces the shell, and ssh
+  # returns 255 if a signal ends training.
   everywhere "$STOP_OLD_RUN .venv/bin/python -m hivit_jax.main$(printf ' %q' "$@"); exit \$?"
 }
 
@@ -170,15 +172,15 @@ while (($#)); do
       declare "${1#--}=$2"
       shift
       ;;
-    *) fail "unknown flag $1; flags of training follow after --" ;;
+    *) fail "unknown flag $1; training flags go after --" ;;
   esac
   shift
 done
 
 case $command in
-  create | setup | status | delete) (($# == 0)) || fail "$command accepts no flags of training" ;;
+  create | setup | status | delete) (($# == 0)) || fail "$command accepts no training flags" ;;
   run | resume | keep)
-    (($# > 1)) || fail "$command needs flags of training: -- --config=NAME --workdir=gs://..."
+    (($# > 1)) || fail "$command needs training flags: -- --config=NAME --workdir=gs://..."
     shift
     [[ $command == run || " $*" == *" --workdir"[\ =]gs://* ]] ||
       fail "expected --workdir=gs://BUCKET/DIRECTORY, because a TPU's disk is lost with it"

@@ -1,5 +1,5 @@
-"""Groups of images that share a softmax in the TPU attention kernel, and the scores'
-masks and biases of a group.
+"""Groups of images that share a softmax in the TPU attention kernel, and the masks and
+biases of their scores.
 
 A group's rows start anywhere in a tile, but a kernel loads whole tiles. The *window* of
 a group is the smallest range of whole tiles that can hold it, W rows. The *offset* of a
@@ -48,9 +48,9 @@ class Groups:
         - inside: bool [W, 1], True for rows of the group.
         - score_mask(axis, heads=1): returns the float32 mask to add to scores [W, W]
           with keys along `axis`: 0 if key and query are of the same image, else MASKED.
-          With `heads` > 1 the scores of so many heads lie side by side. For a group of
-          one image the mask is the same for all queries and has length 1 along their
-          axis.
+          With `heads` > 1 the scores of that many heads lie side by side. For a group
+          of one image the mask is the same for all queries and has length 1 along the
+          query axis.
         - slot(): returns the index of the group's offset.
         """
         tokens, window, size, count = self.tokens, self.window, self.size, self.count
@@ -97,14 +97,14 @@ class Groups:
     def key_rows(self, bias: jax.Array, heads: int) -> jax.Array:
         """Copy a bias to windows, [H, N, N] -> [offsets * H/heads, W, heads * W].
 
-        Like `query_rows`, but keys are rows, and so many heads lie side by side.
+        Like `query_rows`, but keys are rows, and `heads` heads lie side by side.
         """
         bias = self.query_rows(bias).swapaxes(1, 2)
         bias = bias.reshape(-1, heads, self.window, self.window).swapaxes(1, 2)
         return bias.reshape(-1, self.window, heads * self.window)
 
     def _at_offset(self, bias, offset):
-        """Return the windows of all heads, [heads, N, N] -> [heads, W, W]."""
+        """Copy a bias to windows of one offset, [heads, N, N] -> [heads, W, W]."""
         image = (np.arange(self.window) - offset) // self.tokens
         image = np.where((image >= 0) & (image < self.count), image, -1)
         same = (image == image[:, None]) & (image >= 0)
@@ -123,8 +123,9 @@ def _window(size):
 def bias_bytes(tokens: int, heads: int, head: int) -> int:
     """Return the bytes of VMEM for a bias and its gradient in the backward pass.
 
-    Input and output are in two buffers each, and the gradient is summed in a third
-    array. The block is assumed to hold many images, of which some share a softmax.
+    These are five float32 arrays: two buffers for the bias, two for its gradient, and
+    the array in which the gradient is summed. The block is assumed to hold many images,
+    some of which share a softmax.
     """
     size = max(1, LANES // tokens) * tokens
     window, offsets = _window(size), TILE // math.gcd(size, TILE)

@@ -9,21 +9,22 @@ otherwise recomputed.
 An optional bias [heads, N, N] is added to the scores of every image. The bias and the
 sum of its gradient stay in VMEM while a core processes its images.
 
-A tile has 128 lanes. A narrower head is cut out of its tile by zeros in the lanes of
-the other heads, which costs the matrix unit no more than padding would. Images of few
-tokens share a softmax, in which they are masked from each other. Two images of 49
-tokens fill 98 of 128 lanes; one would fill 49.
+A tile has 128 lanes. To select one of several narrower heads in a tile, the lanes of
+the other heads are set to 0, which costs the matrix unit no more than padding would.
+Images of few tokens share a softmax, in which they are masked from each other: two
+images of 49 tokens fill 98 of 128 lanes, whereas one would fill 49.
 
-In the forward pass queries are rows. In the backward pass keys are rows and the heads
-of a tile lie side by side. The products are then fewer and larger and keep four matrix
-units busy while the vector units compute the softmax. Only one of the three products
-after the softmax needs a transposed operand.
+The rows of the scores are queries in the forward pass. In the backward pass they are
+keys, and the scores of a tile's heads lie side by side. This makes the products fewer
+and larger, so that they keep four matrix units busy while the vector units compute the
+softmax. Also, only one of the three products after the softmax needs a transposed
+operand.
 
-Roofline for each row in bfloat16: 4 C bytes forward and 6 C backward, and 8 C more in
-each pass with `Plan.keep`. Weights are read once. A decoder block of hivit_base moves 1
-MB an image, or 2.9 MB with `Plan.keep`. The scores of its 16 heads would move 55 MB.
-The kernel is compute-bound either way. `Plan.keep` saves 6 C C of 30 C C operations,
-and one product of scores and v.
+Roofline for each row in bfloat16: the forward pass moves 4 C bytes and the backward
+pass 6 C, and each moves 8 C more with `Plan.keep`. Weights are read once. A decoder
+block of hivit_base moves 1 MB an image, or 2.6 MB with `Plan.keep`. Without the kernel,
+the scores of its 16 heads would move 55 MB. The kernel is compute-bound either way.
+`Plan.keep` avoids 6 C C of 30 C C operations, and one product of scores and v.
 """
 
 from dataclasses import replace
@@ -207,7 +208,7 @@ def _tile_gradients(q, k, v, do, mask, head):
     add whole tiles and stay within lanes.
 
     Args:
-      q, do: queries and gradients of the outputs, from `_stack_heads`.
+      q, do: queries and gradients of the outputs, from `stack_heads`.
       k, v: keys and values of the tile, [W, 128].
       mask: added to the scores.
 

@@ -17,7 +17,7 @@ def dot_product_attention(
     mask: jax.Array | None,
     choice: str,
 ) -> jax.Array:
-    """Attention of q, k, v, each [B, N, heads, head], like the result.
+    """Return the attention output, [B, N, heads, head]; q, k and v have this shape too.
 
     CPUs use `unnormalized_softmax`. GPUs use `cudnn_attention`, which saves no scores
     for the backward pass, if q is bfloat16, the head width is a multiple of 8 up to
@@ -51,14 +51,14 @@ def dot_product_attention(
 def cudnn_attention(
     q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None
 ) -> jax.Array:
-    """Compute `dot_product_attention` of bfloat16 q, k and v by cuDNN, without a mask.
+    """Compute `dot_product_attention` with cuDNN, for bfloat16 and without a mask.
 
     Odd numbers of tokens are padded, because JAX supports the backward pass of cuDNN
     only for even numbers.
 
     The bias, [1, heads, N, N], is rounded to bfloat16, like the scores' operands. cuDNN
     sums its gradient over the images of a GPU and returns it in bfloat16, and GPUs
-    exchange it in bfloat16. The gradients of weights have the same precision.
+    exchange it in bfloat16. Weight gradients have the same precision.
     """
     batch, tokens = q.shape[:2]
     options = {} if bias is None else {"bias": bias.astype(q.dtype)}

@@ -1,7 +1,7 @@
 """Selection of the fused kernels that run residual branches.
 
-`mlp` and `attention` return a residual branch as one kernel, or None if no kernel
-supports it. The layers then run the branch as XLA compiles it.
+`mlp` and `attention` return a residual branch as one kernel. They return None if no
+kernel supports the branch, and the layers then leave it to XLA.
 """
 
 import math
@@ -58,8 +58,8 @@ def mlp(x: jax.Array, norm: Any, mlp: Any, choice: str) -> Branch | None:
     fixed, per_row = 24 * width * hidden, 24 * hidden + 40 * width
     most = (target.vmem - fixed) // per_row
     rows = block_rows(total, ROWS, preferred, most)
-    # If fewer rows fit than a tile of the matrix unit has, a block adds too little to
-    # the weight gradients at a time, and the kernel is slower than plain operations.
+    # A block with fewer rows than a tile of the matrix unit adds too little to the
+    # weight gradients at a time, so the kernel would be slower than plain operations.
     if rows is None or most < LANES:
         return None
     product = 2 * width * hidden
@@ -80,9 +80,9 @@ def attention(
 ) -> Branch | None:
     """Return ``x + attention(norm(x))`` as one kernel, or None.
 
-    Arguments are those of `mlp` and of `attention.Attention`. Also returns None on
-    GPUs, where cuDNN computes attention, and with a key mask, windows that are padded
-    or shifted, or a bias that differs between images.
+    Arguments are those of `mlp` and of `Attention.__call__`. Also returns None on GPUs,
+    where cuDNN computes attention, and with a key mask, windows that are padded or
+    shifted, or a bias that differs between images.
     """
     target = _target(choice, x)
     qkv, proj, windows = attention.qkv, attention.proj, attention.windows
@@ -131,14 +131,14 @@ def attention(
 
 
 def _run_on_gpu(target, x, weights, plan, image_scale):
-    """Run the MLP as a GPU kernel, which has no factors of the images."""
+    """Run the MLP as a GPU kernel. XLA multiplies by `image_scale`, if given."""
     plan = replace(plan, add=image_scale is None)
     out = target.run(mlp_triton.mlp_block, x, (weights,), plan)
     return out if plan.add else x + scale_images(out, image_scale.astype(x.dtype))
 
 
 def _weights(dtype, norm, *linear_layers):
-    """Collect the parameters of a branch; flattens the head axes of qkv."""
+    """Collect the parameters of a branch, with the head axes of qkv flattened."""
     params = []
     for layer in linear_layers:
         kernel, bias = layer.kernel[...].astype(dtype), layer.bias[...].astype(dtype)
@@ -171,14 +171,14 @@ class Target:
     def should_keep(
         self, forward: int, backward: int, recompute: int, width: int, kept: int
     ) -> bool:
-        """Return True if saving arrays for the backward pass is faster.
+        """Return True if saving arrays for the backward pass beats recomputing them.
 
         Args:
           forward, backward: operations of a row, without saving.
           recompute: operations of the backward pass that saving avoids.
           width: elements of a row. The forward pass moves two rows, the backward pass
             three.
-          kept: bytes of a row that are saved.
+          kept: bytes that are saved for a row.
         """
 
         def time(operations, moved):
@@ -245,7 +245,8 @@ def _target(choice: str, x: jax.Array) -> Target | None:
     # Without a mesh the sharding is known only if there is a single device.
     if heads_are_sharded() or (mesh.empty and jax.device_count() > 1):
         return None
-    # A kernel's results have no types that `shard_map` with check_vma could check.
+    # The results of kernels lack the type information that Explicit axes and check_vma
+    # require.
     if AxisType.Explicit in mesh.axis_types or varying_axes(x):
         return None
     types = zip(mesh.axis_names, mesh.axis_types, strict=True)

@@ -35,7 +35,8 @@ def over_rows(
 
     Args:
       kernel: (row refs, weight refs, output refs, refs of the sums in float32, scratch
-        refs, scaled) -> None, for each block. scaled(y) is y times `image_scale`.
+        refs, scaled) -> None; called for each block. scaled(y) returns y times
+        `image_scale`.
       rows: arrays [T, C]; a block gets `plan.rows` rows of each.
       weights: every block gets each array whole; vectors become [1, n].
       sums_like: one array per sum over all rows, with the sum's shape and dtype; its
@@ -113,7 +114,7 @@ def _compiler_params(interpret: bool) -> pltpu.CompilerParams:
 
 
 def _cost(flops, rows, whole, cores):
-    """Estimate for the compiler, if each core moves the arrays `whole` once."""
+    """Cost estimate for the compiler. Each core moves the arrays `whole` once."""
     bytes_moved = sum(x.size * x.dtype.itemsize for x in rows)
     bytes_moved += cores * sum(x.size * x.dtype.itemsize for x in whole)
     return pl.CostEstimate(flops, 0, bytes_moved)

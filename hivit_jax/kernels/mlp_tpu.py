@@ -10,10 +10,10 @@ operations, the backward pass 6 C bytes for 10 C H operations. Weights are read 
 Saving fc1's output moves 2 H more bytes in each pass and reduces the backward pass to
 8 C H operations.
 
-A v5e does 240 operations in the time of moving a byte. There, recomputing is faster in
-the first stage of hivit_base (C=128, H=384) and saving is faster elsewhere. With C=512
-and H=2048 the kernel is compute-bound even when it saves: the forward pass does 683
-operations a byte.
+A v5e does 240 operations in the time it takes to move a byte. On it, recomputing is
+faster in the first stage of hivit_base (C=128, H=384), and saving is faster in the
+other stages. In the main stage (C=512, H=2048) the kernel is compute-bound even when it
+saves: the forward pass does 683 operations a byte.
 """
 
 from dataclasses import replace
@@ -41,8 +41,8 @@ def mlp_block(
     """Run the MLP branch, [T, C] -> [T, C].
 
     Args:
-      image_scale: [B] float32, factor of the branch of each image, T / B rows; None: 1.
-        It has no gradient.
+      image_scale: [B] float32, factor of the branch of each image, which is T / B rows;
+        None: 1. It has no gradient.
     """
     return _run(x, weights, image_scale, replace(plan, keep=False))[0]
 

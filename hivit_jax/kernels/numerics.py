@@ -70,7 +70,7 @@ def scale_images(x: jax.Array, scale: jax.Array) -> jax.Array:
       scale: [B].
     """
     rows = math.prod(x.shape[:-1]) // max(len(scale), 1)
-    # As a matrix, because XLA:TPU pads the tokens of each image to whole tiles.
+    # Multiplies a matrix, because XLA:TPU pads the tokens of [B, T, C] to whole tiles.
     matrix = x.reshape(-1, x.shape[-1]) * jnp.repeat(scale, rows)[:, None]
     return matrix.reshape(x.shape)
 
@@ -133,10 +133,10 @@ def normal_cdf(x: jax.Array, dtype: Any = F32) -> jax.Array:
     GELU(x) is x times this, as in PyTorch.
 
     Args:
-      dtype: dtype that GELU is rounded to. With float32 the function is exact (erf).
-        With bfloat16 GELU is off by 3e-6 at most, because the function is a fitted
-        tanh. TPUs have a unit for tanh. The many operations of an erf would take
-        longer than the matrix products of a narrow block.
+      dtype: dtype that GELU is rounded to. float32 uses erf, which is exact. bfloat16
+        uses a fitted tanh, with which GELU is off by at most 3e-6. TPUs have a unit for
+        tanh, whereas the many operations of erf would take longer than the matrix
+        products of a narrow block.
     """
     if dtype == F32:
         return 0.5 * (1.0 + jax.lax.erf(x * math.sqrt(0.5)))

@@ -148,12 +148,12 @@ def create_model(name: str, seed: int | jax.Array = 0, **overrides: Any) -> Mode
     """Build a model with newly initialized float32 parameters.
 
     Args:
-      name: one of `list_models()`: hivit_{tiny,small,base,large,base_24},
-        vit_{tiny,small,base,large,huge}, one of these with the prefix ``mae_``, or
-        swin_{tiny,small,base,large}, or one of these with the prefix ``simmim_``.
+      name: one of `list_models()`: hivit_{tiny,small,base,large,base_24} and
+        vit_{tiny,small,base,large,huge}, also with the prefix ``mae_``;
+        swin_{tiny,small,base,large}, also with the prefix ``simmim_``.
       seed: integer or PRNG key for the initialization.
-      overrides: fields of the model's config, such as `ClassifierConfig`, and of
-        `RunOptions`, such as image_size, num_classes (0: no head), embed_dim,
+      overrides: fields of the model's config (such as `ClassifierConfig`) and of
+        `RunOptions`, for example image_size, num_classes (0: no head), embed_dim,
         drop_path_rate and dtype.
 
     Raises:
@@ -166,7 +166,7 @@ def create_model(name: str, seed: int | jax.Array = 0, **overrides: Any) -> Mode
 
 
 def create_arguments(section: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of `create_model` in the section `model` of a config."""
+    """Return the arguments of `create_model` from the section `model` of a config."""
     return {k: v for k, v in section.items() if v is not None and k != "freeze"}
 
 

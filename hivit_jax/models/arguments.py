@@ -37,7 +37,7 @@ def _to_int(seed: Any) -> int:
     """Convert an integer of any type to int.
 
     Raises:
-      TypeError: the seed is not an integer. A bool is not an integer.
+      TypeError: the seed is not an integer; a bool does not count as one.
     """
     if isinstance(seed, bool | np.bool_):
         raise TypeError

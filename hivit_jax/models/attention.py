@@ -60,7 +60,7 @@ class Attention(nnx.Module):
 
         Args:
           relative_index: int [K, K] or [B, K, K], rows of the relative position table;
-            None: x are all units in row-major order. Ignored with windows.
+            None: x holds all units in row-major order. Ignored with windows.
           key_mask: [B, K], nonzero for keys that may be attended to. If a sample or a
             window has no such key, its softmax is uniform and not NaN.
           kernels: see `RunOptions`.

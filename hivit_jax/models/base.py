@@ -133,13 +133,13 @@ class Model(nnx.Module):
 
         Returns:
           Maps in compute dtype. HiViT: [B, H/4, W/4, E/4], [B, H/8, W/8, E/2] and
-          [B, H/16, W/16, E]. `Encoder.features` and `Swin.features` describe the maps
-          of visible units, of stride 32 and of the other networks.
+          [B, H/16, W/16, E]. For the maps of visible units, of stride 32 and of other
+          models, see `Encoder.features` and `Swin.features`.
         """
         return self.encoder.features(images, ids_keep, stride_32)
 
     def layers(self, images: jax.Array, attention: bool = False) -> list[BlockOutput]:
-        """Return tokens and attention of each block with attention: `BlockOutput`.
+        """Return the `BlockOutput` of each block that has attention.
 
         Args:
           images: [B, H, W, C], float32, normalized.
@@ -157,13 +157,12 @@ class Model(nnx.Module):
     def layer_ids(self) -> dict[str, int]:
         """Return {parameter name: layer}, as in the official ``lr_decay.py``.
 
-        The patch embedding, tokens and absolute positions have layer 0.
-        Residual blocks count from 1. A merge has the layer of the preceding block. All
-        parameters outside the encoder have the layer after the last block.
+        The patch embedding, the class and mask tokens and the absolute positions have
+        layer 0. Residual blocks count from 1. A merge has the layer of the preceding
+        block. All parameters outside the encoder have the layer after the last block.
 
         Raises:
-          ValueError: an encoder parameter belongs to no patch embedding, absolute
-            positions, block or merge.
+          ValueError: an encoder parameter belongs to none of these parts.
         """
         layer_of = dict.fromkeys(LAYER_ZERO, 0)
         last = 0

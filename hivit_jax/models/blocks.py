@@ -55,8 +55,8 @@ class MlpBlock(nnx.Module):
 
         Args:
           drop_path_keys, drop_path_rate: see `drop_path`.
-          block_index: index of the block in the model, because each block draws its own
-            samples to drop.
+          block_index: index of the block in the model. It is folded into the keys, so
+            that each block drops other samples.
           kernels: see `RunOptions`.
         """
         with jax.named_scope("mlp"):
@@ -209,10 +209,10 @@ def _call_block(*arguments):
 def _compile_separately(x: jax.Array) -> bool:
     """Return True if blocks run as calls of one function that is compiled once.
 
-    Without this, XLA:CPU recomputes the sum of the residual branches before a block in
-    every kernel that reads it, at a cost that grows with depth. bfloat16 is excluded
-    because a call rounds more often than a single program does. Meshes with manual axes
-    are excluded because XLA cannot partition a call over the remaining axes.
+    Without this, every kernel of XLA:CPU that reads a block's input recomputes the sum
+    of all earlier residual branches, at a cost that grows with depth. bfloat16 is
+    excluded because a call rounds more often than a single program does. Meshes with
+    manual axes are excluded because XLA cannot partition a call over the other axes.
     """
     manual = AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types
     return dispatch.platform() == "cpu" and x.dtype == jnp.float32 and not manual

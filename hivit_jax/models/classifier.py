@@ -20,8 +20,8 @@ class Classifier(Model):
     """HiViT with mean pooling, LayerNorm and a linear head (official ``HiViT``)."""
 
     name, description = "hivit_base", "a classifier"
-    # Factor on the standard deviation, 0.02, of a new head on a pretrained encoder, as
-    # in the official ``main_finetune.py``.
+    # Factor on the weights of a new head on a pretrained encoder. As in the official
+    # ``main_finetune.py``, it reduces their standard deviation from 0.02 to 2e-5.
     new_head_scale: float = 2e-5 / 0.02
     encoder_class: type[Encoder] = HiViT
 
@@ -63,7 +63,7 @@ class Classifier(Model):
     ) -> jax.Array:
         """Return logits, [B, H, W, C] -> [B, num_classes] float32.
 
-        A model without head returns the pooled features, [B, E] float32.
+        A model without a head returns the pooled features, [B, E] float32.
 
         Args:
           drop_path_keys: [B] PRNG keys for drop path; None (evaluation): no drop path.
@@ -90,7 +90,7 @@ class Classifier(Model):
     def mean_token(
         self, images: jax.Array, *, drop_path_keys: jax.Array | None = None
     ) -> jax.Array:
-        """Return the mean of the units' last tokens, [B, H, W, C] -> [B, E] float32."""
+        """Return the mean of the encoder's output, [B, H, W, C] -> [B, E] float32."""
         tokens = self.encoder(images, drop_path_keys=drop_path_keys)[-1]  # [B, N, E]
         return tokens.astype(jnp.float32).mean(1)
 

@@ -78,7 +78,7 @@ class EncoderConfig:
         object.__setattr__(self, "image_size", size)
 
     def check_widths(self, **widths: int) -> None:
-        """Raise ConfigError for invalid heads, widths, or MLPs without hidden unit.
+        """Raise ConfigError for invalid heads, widths, or MLPs without hidden units.
 
         Args:
           widths: {field of an MLP ratio: width of the MLP}.
@@ -90,12 +90,12 @@ class EncoderConfig:
         self.check_mlps(**widths)
 
     def check_mlps(self, **widths: int) -> None:
-        """Raise ConfigError for an MLP without hidden unit; see `check_widths`."""
+        """Raise ConfigError for an MLP without hidden units; see `check_widths`."""
         for name, width in widths.items():
             if width * getattr(self, name) < 1:
                 raise ConfigError(
-                    f"{name}={getattr(self, name)} leaves an MLP of width {width} no "
-                    f"hidden unit; expected at least {1 / width:g}"
+                    f"{name}={getattr(self, name)} leaves no hidden unit in an MLP of "
+                    f"width {width}; expected at least {1 / width:g}"
                 )
 
     @property
@@ -147,12 +147,12 @@ class HiViTConfig(EncoderConfig):
     inner_patches: cells per unit side, ``2 ** (len(depths) - 1)``.
     relative_position: relative position bias in the main stage.
     window_size: side of the attention windows of the main stage in units, or 0 for
-      global attention. A smaller image is one window. The bias table of a windowed
-      block spans the window, so a table of a 14x14 grid fits windows of 14 in any
+      global attention. An image smaller than this is one window. A windowed block's
+      bias table spans the window, so a table of a 14x14 grid fits windows of 14 in any
       larger image.
     global_blocks: main-stage blocks, counted from 0, that use global attention despite
-      `window_size`. Official detection uses windows of 14 and blocks 4, 9, 14, 19. With
-      these, the forward pass of hivit_base on one 1024x1024 image needs 3.1 GiB of
+      `window_size`. Official detection uses windows of 14 and global blocks 4, 9, 14,
+      19. The forward pass of hivit_base on one 1024x1024 image then needs 3.1 GiB of
       temporary memory instead of 11.1 GiB (XLA:CPU, float32).
 
     Raises:
@@ -210,7 +210,7 @@ class HiViTConfig(EncoderConfig):
 class ClassifierConfig(HiViTConfig):
     """Sizes of encoder and head.
 
-    num_classes: classes of the head; 0: no head, or in a recipe, those of the dataset.
+    num_classes: classes of the head; 0: no head (in a recipe: the dataset's classes).
     fc_norm: LayerNorm between pooling and head. MMPretrain's HiViT has none.
     running_norm: replace `fc_norm` by a `BatchNorm` without scale and bias, for a
       linear probe. This follows MAE's ``main_linprobe.py``, with eps 1e-6.
@@ -267,9 +267,9 @@ class DecoderConfig(EncoderConfig):
 class MAEConfig(DecoderConfig, HiViTConfig):
     """Sizes of HiViT's encoder and decoder; `window_size` must be 0.
 
-    multi_scale: decode the outputs of all three stages, 7E wide after a LayerNorm
-      (official ``hifeat``). False: decode the main stage's output, without a norm. The
-      official module has an unused norm in this case.
+    multi_scale: decode the outputs of all three stages, concatenated to width 7E and
+      normalized (official ``hifeat``). False: decode the main stage's output, without
+      a norm. The official module has an unused norm in this case.
     """
 
     decoder_depth: int = setting(6, low=1, high=1000)

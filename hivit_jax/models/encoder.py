@@ -38,8 +38,8 @@ class Encoder(nnx.Module):
     Attributes:
       config, run_options: architecture, and options that change how it runs.
       patch_embed: embedding of the pixels.
-      stages: residual blocks per stage. Only blocks of the last stage have attention;
-        in Swin, all blocks have.
+      stages: residual blocks per stage. Only the blocks of the last stage have
+        attention; in Swin, all blocks do.
       merges: merges after all stages but the last.
       absolute_pos_embed: position table with one row per class token and unit. Swin
         has none.
@@ -147,8 +147,8 @@ class Encoder(nnx.Module):
 
         Returns:
           units: [B, K, P*P*C], pixels.
-          position: [K, E] or [B, K, E], position of each unit; the second in compute
-            dtype.
+          position: position of each unit, [K, E] float32 without `ids_keep`, else
+            [B, K, E] in compute dtype.
         """
         dtype = jnp.dtype(self.run_options.dtype)
         units = positions.patchify(images, self.config.patch_size)  # [B, N, P*P*C]

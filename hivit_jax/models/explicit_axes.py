@@ -31,7 +31,7 @@ def accepts_explicit_axes(method: Callable) -> Callable:
         if mesh is None:
             return method(self, *args, **kwargs)
         graphdef, state = nnx.split(self)
-        output_trees = []  # appended while `with_auto_axes` is traced
+        output_trees = []  # filled while `with_auto_axes` is traced
 
         def with_auto_axes(state, arrays):
             arrays = iter(arrays)

@@ -10,7 +10,7 @@ from hivit_jax.models.positions import Grid
 
 
 def parameter_count(module: nnx.Module) -> int:
-    """Return the number of parameters and fixed table entries, as published."""
+    """Return the number of parameters; fixed tables count, as in published numbers."""
     counted = nnx.state(module, nnx.Any(nnx.Param, FixedTable))
     return sum(leaf.size for leaf in jax.tree.leaves(counted))
 
@@ -19,7 +19,7 @@ def row_cost(module: nnx.Module | None, rows: int, layer_norm_cost: int) -> int:
     """Return the cost of a module's Linears and LayerNorms, each on `rows` rows.
 
     A Linear costs its multiply-adds. A LayerNorm costs `layer_norm_cost` per output
-    element. A module of None costs 0.
+    element. None costs 0.
     """
     if module is None:
         return 0
@@ -45,9 +45,9 @@ def encoder_cost(
 ) -> int:
     """Return the cost of encoding `kept` units of one image; None: all units.
 
-    The patch convolution counts for all units, as in the published tables, although the
-    convolution runs on the kept units only. Attention products with the padding of
-    windows count, because these products are computed.
+    The patch convolution counts for all units, as in the published tables, although it
+    runs on the kept units only. Attention products with the padding of windows count,
+    because they are computed.
     """
     config, units = encoder.config, grid[0] * grid[1]
     kept = units if kept is None else kept

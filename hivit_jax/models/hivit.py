@@ -84,7 +84,7 @@ class HiViT(Encoder):
 
     @jax.named_scope("embedding")
     def _stem(self, images, ids_keep=None, drop_path_keys=None):
-        """Return the outputs of the stem stages, and main stage input [B, K, E]."""
+        """Return the stem stages' outputs and the main stage's input [B, K, E]."""
         self._check_images(images, ids_keep, drop_path_keys)
         config, dtype = self.config, jnp.dtype(self.run_options.dtype)
         units, position = self._select_units(images, ids_keep)

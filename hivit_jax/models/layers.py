@@ -19,16 +19,16 @@ from hivit_jax.models.norms import LayerNorm
 # Not truncated, because the official trunc_normal_(std=.02) truncates at an absolute
 # value of 2, which is 100 standard deviations.
 INIT = nnx.initializers.normal(0.02)
-# Initializers receive the matrix of a kernel, so q, k and v count as one matrix.
+# `nnx.LinearGeneral` initializes qkv as one matrix, whose fan-out counts q, k and v.
 XAVIER = nnx.initializers.xavier_uniform()
 
 
 class ParameterKeys:
     """PRNG keys for initialization, equal to those of ``nnx.Rngs(seed)``.
 
-    The counter is a Python integer. The counter of `nnx.Rngs` is an array. Inside
-    `jax.eval_shape` and `jax.jit`, each increment of the array makes JAX search the
-    program traced so far, which takes 5 s for HiViT-B.
+    The counter is a Python integer, whereas the counter of `nnx.Rngs` is an array.
+    Inside `jax.eval_shape` and `jax.jit`, each increment of that array makes JAX search
+    the program traced so far, which takes 5 s for HiViT-B.
 
     Args:
       seed: integer or PRNG key.
@@ -76,8 +76,8 @@ def drop_path(
       drop_path_rate: probability of dropping; kept samples are divided by ``1 - rate``.
         None: return x.
       drop_path_keys: [B] PRNG keys, one per sample. None: return x.
-      branch_index: index of the branch in the model, because each branch draws its own
-        samples to drop.
+      branch_index: index of the branch in the model. It is folded into the keys, so
+        that each branch drops other samples.
     """
     scale = drop_path_scale(drop_path_rate, drop_path_keys, branch_index, x.dtype)
     return x if scale is None else scale_images(x, scale)
@@ -136,7 +136,7 @@ class PatchEmbed(nnx.Module):
 
     Args:
       eps: epsilon of the LayerNorm; None: no LayerNorm.
-      kernel_init: another initializer of the weight.
+      kernel_init: initializer of the weight; None: PyTorch's default.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """Masked autoencoder (He et al., CVPR 2022), by default with HiViT as encoder.
 
-With HiViT, it follows the official ``models_mae_hivit.py``: no class token, a latent
-from all stages. Only the visible units are embedded and encoded.
+With HiViT, it follows the official ``models_mae_hivit.py``: there is no class token,
+and the latent comes from all stages. Only the visible units are embedded and encoded.
 """
 
 from collections.abc import Sequence
@@ -120,9 +120,9 @@ class MaskedAutoencoder(MaskedModel):
         """Encode the units `ids_keep`, int [B, K], of images [B, H, W, C].
 
         Returns:
-          Latent in compute dtype: [B, K, 7E], [B, K, E] or, with a class token,
-          [B, 1+K, E]. The multi-scale latent concatenates the stages, with cells in
-          merge order.
+          Latent in compute dtype: [B, K, 7E] (multi-scale), [B, K, E] or, with a class
+          token, [B, 1+K, E]. The multi-scale latent concatenates the stages, with cells
+          in merge order.
         """
         stages = self.encoder(images, ids_keep=ids_keep, drop_path_keys=drop_path_keys)
         latent = stages[-1]
@@ -193,8 +193,8 @@ class MaskedAutoencoder(MaskedModel):
     ) -> int:
         """Return the multiply-adds of one image's forward pass.
 
-        As in the published tables, all units are predicted. `image_loss` costs about
-        1.5 % less.
+        As in the published tables, all units are predicted. `image_loss` predicts only
+        the masked units, which costs about 1.5 % less.
 
         Args:
           image_size: side or (height, width) in pixels; None: the model's.

@@ -1,4 +1,4 @@
-"""Base class of models that predict masked units of an image."""
+"""Base class of masked models, and their output."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -33,10 +33,10 @@ class MAEOutput(NamedTuple):
 
 
 class MaskedModel(Model):
-    """Model with targets of pixels; a subclass masks units and predicts them.
+    """Base class of models that predict the pixels of masked units.
 
     Attributes:
-      error: function of the difference of prediction and target.
+      error: elementwise function of prediction minus target.
       count_visible: function (units, mask_ratio) that returns the number of visible
         units, or raises ConfigError for an invalid ratio.
     """

@@ -45,14 +45,14 @@ def _check_visible(units: int, mask_ratio: float, count: Callable[[float], int])
     if visible < 1:
         most = _largest_mask_ratio(units, count)
         raise ConfigError(
-            f"mask_ratio={mask_ratio} keeps none of {units} units; expected to keep at "
-            + (f"least 1, a mask_ratio of at most {most}" if most else "least 1 of 2")
+            f"mask_ratio={mask_ratio} keeps none of {units} units; expected "
+            + (f"a mask_ratio of at most {most}" if most else "at least 2 units")
         )
     return visible
 
 
 def _largest_mask_ratio(units: int, count: Callable[[float], int]) -> float:
-    """Return the largest ratio that keeps a unit, rounded to few decimals; else 0."""
+    """Return the largest ratio that keeps a unit, to few decimals; 0 if none does."""
     digits = max(2, len(str(units)))
     step = 10**-digits
     ratio = round(1 - 1 / units, digits)

@@ -48,8 +48,8 @@ def _layer_norm(x, scale, bias, eps, dtype):
 def _layer_norm_jvp(eps, dtype, primals, tangents):
     y, mean, inverse = _layer_norm(*primals, eps, dtype)
 
-    # The backward pass transposes this function. Because of `jax.checkpoint`, the
-    # backward pass recomputes the normalized rows from the arguments.
+    # The backward pass transposes this function. Because of `jax.checkpoint`, it
+    # recomputes the normalized rows from the arguments instead of saving them.
     @partial(jax.checkpoint, prevent_cse=False)
     def tangent(saved, dx, dscale, dbias):
         # Without this, XLA:GPU recomputes mean and deviation at every use, and writes

@@ -163,14 +163,15 @@ def relative_position_index(ids: jax.Array, grid: Grid) -> jax.Array:
 def relative_position_bias(table: jax.Array, grid: Grid) -> jax.Array:
     """Return the relative position bias of all units, row-major: [heads, N, N].
 
-    It equals the rows `relative_position_index` of the table. Only slices are copied,
-    because the gradient of a gather is a scatter-add, which TPUs execute serially.
+    The bias consists of the table's rows `relative_position_index`. It is built from
+    slices, because the gradient of a gather is a scatter-add, which TPUs execute
+    serially.
 
     Args:
       table: [(2*Gh-1)*(2*Gw-1), heads].
     """
     (height, width), heads = grid, table.shape[1]
-    # In a reversed table, the entries of a query are in the order of its keys.
+    # Reversed, so that the entries of each query are in the order of the keys.
     x = table.T.reshape(heads, 2 * height - 1, 2 * width - 1)[:, ::-1, ::-1]
     starts = range(width - 1, -1, -1)
     x = jnp.stack([x[:, :, i : i + width] for i in starts], 1)

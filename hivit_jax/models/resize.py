@@ -11,8 +11,8 @@ def resize_grid_table(table: np.ndarray, grid: Grid, new_grid: Grid) -> np.ndarr
 
     The interpolation is bicubic, as in the official supervised loader: torch's
     ``interpolate(mode="bicubic", align_corners=False)`` without antialiasing. The table
-    is resized in float64 and returned in its own dtype. If the grids are equal,
-    the table is returned unchanged.
+    is resized in float64 and returned in its own dtype. If the grids are equal, it is
+    returned unchanged.
 
     Raises:
       ValueError: the table does not have the shape of `grid`.
@@ -37,10 +37,10 @@ def resize_relative_table(table: np.ndarray, grid: Grid, new_grid: Grid) -> np.n
 
 
 def resize_table_geometrically(table: np.ndarray, side: int, new: int) -> np.ndarray:
-    """Resize a relative position table of square windows, as SimMIM's finetuning.
+    """Resize a relative position table of square windows, as in SimMIM's finetuning.
 
-    [(2*side-1)**2, heads] -> [(2*new-1)**2, heads]. Interpolates with a cubic spline.
-    The gaps between its knots grow geometrically with the distance of two units.
+    [(2*side-1)**2, heads] -> [(2*new-1)**2, heads]. Interpolates with a cubic spline
+    whose knots are at geometrically growing distances.
     """
     if side == new:
         return table

@@ -1,7 +1,7 @@
 """Swin: encoder with attention in shifted windows (Liu et al., ICCV 2021).
 
 As in the official code, tokens are in row-major order and every stage has attention.
-The differences between the official programs are fields of `SwinConfig`.
+Where the official programs differ, a field of `SwinConfig` selects the behavior.
 """
 
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ class SwinConfig(EncoderConfig):
     num_heads: attention heads per stage.
     patch_size: side of a token of the first stage in pixels.
     window_size: side of the attention windows in tokens. Every second block shifts its
-      windows by half of it.
+      windows by half a side.
     shrink_windows: use a smaller window, without shift, in stages whose shorter side is
       at most `window_size`. This is the rule of the official classification code.
       False: pad these stages to whole windows, as in official detection.
@@ -73,7 +73,7 @@ class SwinConfig(EncoderConfig):
         return tuple(self.embed_dim << stage for stage in range(len(self.depths)))
 
     def stage_grids(self, grid: Grid) -> list[Grid]:
-        """Return the grid of tokens of each stage; `grid` is that of the first."""
+        """Return the grid of tokens of each stage; `grid` is the first stage's."""
         grids = [grid]
         for _ in self.depths[1:]:
             rows, columns = grids[-1]
@@ -202,7 +202,7 @@ class Swin(Encoder):
         return jnp.where(mask[..., None] != 0, self.mask_token[...].astype(dtype), x)
 
     def _merge(self, stage, x):
-        """Return the input of `stage`, [B, N, C], from the output of the last one."""
+        """Return the input of `stage`, [B, N, C], from the previous stage's output."""
         grid = self.config.stage_grids(self.grid)[stage - 1]
         merged = self.merges[stage - 1](positions.merge_neighbors(x, grid))
         return merged.reshape(len(x), -1, merged.shape[-1])

@@ -21,7 +21,7 @@ from hivit_jax.models.swin import Swin, SwinConfig
 class SwinClassifierConfig(SwinConfig):
     """Sizes of encoder and head.
 
-    num_classes: classes of the head; 0: no head, or in a recipe, those of the dataset.
+    num_classes: classes of the head; 0: no head (in a recipe: the dataset's classes).
     running_norm: a `BatchNorm` without scale and bias before the head, for a linear
       probe.
     """
@@ -35,7 +35,7 @@ class SwinClassifier(Classifier):
 
     name, architecture = "swin_base", "Swin (Liu et al., ICCV 2021)"
     encoder_class = Swin
-    new_head_scale = 1.0  # SimMIM's finetuning
+    new_head_scale = 1.0  # as in SimMIM's finetuning
 
     def __init__(
         self,

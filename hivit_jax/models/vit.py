@@ -1,6 +1,6 @@
 """Plain ViT: encoder, classifier and masked autoencoder as in the official MAE code.
 
-A class token precedes the tokens of the units. It is never masked. Names: Dosovitskiy
+A class token precedes the tokens of the units and is never masked. Papers: Dosovitskiy
 et al. (ICLR 2021) for ViT, He et al. (CVPR 2022) for its masked autoencoder.
 """
 
@@ -55,7 +55,7 @@ class ViTConfig(EncoderConfig):
 class ViTClassifierConfig(ViTConfig):
     """Sizes of encoder and head.
 
-    num_classes: classes of the head; 0: no head, or in a recipe, those of the dataset.
+    num_classes: classes of the head; 0: no head (in a recipe: the dataset's classes).
     pooling: input of the head. "mean": mean of the units' tokens, then `fc_norm`, as in
       MAE's finetuning (official ``global_pool``). "token": the class token after
       `norm`, as in MAE's linear probe.
@@ -74,7 +74,7 @@ class ViTMAEConfig(DecoderConfig, ViTConfig):
     """Sizes of encoder and decoder.
 
     norm_pix_loss: normalize the targets of each unit. The official default is False,
-      but every published accuracy is with True.
+      but all published accuracies use True.
     """
 
     decoder_depth: int = setting(8, low=1, high=1000)
@@ -85,8 +85,9 @@ class ViT(Encoder):
 
     Args:
       sincos_position: `absolute_pos_embed` is the sine-cosine table, which is not
-        trained, and kernels start as Xavier's uniform, as in a masked autoencoder.
-        False: the table is trained; table and kernels start as normal(0.02).
+        trained, and kernels are initialized by `XAVIER`, as in a masked autoencoder.
+        False: the table is trained, and table and kernels are initialized by
+        normal(0.02).
     """
 
     def __init__(
@@ -179,7 +180,7 @@ class ViTClassifier(Classifier):
     def mean_token(
         self, images: jax.Array, *, drop_path_keys: jax.Array | None = None
     ) -> jax.Array:
-        """Return the mean of the units' last tokens, [B, H, W, C] -> [B, E] float32."""
+        """Return the mean of the units after the last block, [B, E] float32."""
         tokens = self.encoder(images, drop_path_keys=drop_path_keys)[-1]
         return tokens[:, self.config.class_tokens :].astype(jnp.float32).mean(1)
 
@@ -191,8 +192,8 @@ class ViTClassifier(Classifier):
     ) -> int:
         """Return the multiply-adds of one image's forward pass.
 
-        The official code normalizes all tokens before it selects the class token, and
-        this cost counts.
+        The official code normalizes all tokens before it selects the class token, so
+        `norm` counts for all tokens.
 
         Args:
           image_size, layer_norm_cost: as in `Classifier.macs`.

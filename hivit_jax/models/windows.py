@@ -20,8 +20,8 @@ class Windows:
     size: (Sh, Sw), units of a window along height and width.
     shift: units by which the windows are shifted to the bottom right. The windows at
       the border continue at the opposite side, see `shift_mask`.
-    attend_padding: padding is zeros before the projections of attention, and keys of
-      padding are attended to, as in Swin. False: they are not attended to.
+    attend_padding: pad with zeros before the projections of attention, and attend to
+      the padding, as in Swin. False: mask the padding.
     """
 
     grid: Grid
@@ -70,15 +70,15 @@ class Windows:
     def shift_mask(self) -> np.ndarray:
         """Return the addend to the scores of shifted windows, float32 [W, S, S].
 
-        It is 0 for pairs of units that are neighbors in the padded image, and -100 for
-        pairs from opposite sides, as in the official code.
+        As in the official code, it is -100 for pairs of units that share a window only
+        because the windows continue at the opposite side, and 0 for all other pairs.
         """
-        sides = []
+        axes = []  # regions 0 to 2 along the height and along the width
         for count, side in zip(self.counts, self.size, strict=True):
             position = np.arange(count * side)
-            first = position >= (count - 1) * side
-            sides.append(first.astype(int) + (position >= count * side - self.shift))
-        regions = 3 * sides[0][:, None] + sides[1]
+            in_last = position >= (count - 1) * side
+            axes.append(in_last.astype(int) + (position >= count * side - self.shift))
+        regions = 3 * axes[0][:, None] + axes[1]
         (rows, columns), (height, width) = self.counts, self.size
         regions = regions.reshape(rows, height, columns, width).swapaxes(1, 2)
         regions = regions.reshape(rows * columns, height * width)

@@ -17,7 +17,8 @@ from hivit_jax.tree import leaf_name, named_leaves, split
 
 # Prefixes of arrays that may be newly initialized.
 HEAD = ("fc_norm/", "head/")
-# Of MAE and of SimMIM; only if the shape differs.
+# Prefixes of the predictions of MAE and SimMIM, which may be newly initialized only if
+# their shape differs.
 PREDICTION = ("decoder_pred/", "decoder/")
 
 
@@ -48,7 +49,7 @@ class Pretrained(NamedTuple):
 
 @dataclass
 class LoadReport:
-    """Names of all arrays by outcome, for a model initialized from a pretrained one.
+    """Names of all arrays by outcome, for a model initialized from pretrained arrays.
 
     Attributes:
       matched: arrays that are copied unchanged.
@@ -56,8 +57,8 @@ class LoadReport:
       unused: arrays of the pretrained model that are not copied.
       zero_init: relative position tables that the pretrained model does not have; they
         are initialized to 0.
-      newly_initialized: arrays of the head, the norm before it, or the decoder's
-        prediction that have to be initialized.
+      newly_initialized: arrays of the head, of the norm before the head, or of the
+        decoder's prediction that are not copied.
       missing: other arrays that the pretrained model does not have.
       shape_mismatch: arrays whose shape differs and that cannot be resized.
     """
@@ -85,9 +86,10 @@ class LoadReport:
 def adapt(
     pretrained: Pretrained, model: nnx.Module, fresh: tuple[str, ...] = ()
 ) -> dict[str, np.ndarray]:
-    """Return a model's initial arrays from a pretrained one.
+    """Return a model's initial arrays from a pretrained model.
 
-    Log the report unless all arrays match. Arguments and arrays as in `match_arrays`.
+    Log the report unless all arrays match. Arguments and returned arrays are those of
+    `match_arrays`.
 
     Raises:
       ConfigError: an array is missing, or its shape differs and it cannot be resized.
@@ -120,7 +122,7 @@ def adapt(
 def match_arrays(
     pretrained: Pretrained, model: nnx.Module, fresh: tuple[str, ...] = ()
 ) -> tuple[dict[str, np.ndarray], LoadReport]:
-    """Return the initial arrays for a model from a pretrained one, and a report.
+    """Return a model's initial arrays from a pretrained model, and a report.
 
     Position tables are resized to the model's grid or windows, and the patch embedding
     to its channels and cell size (official: ``supervised/utils.py``). Only arrays of a

@@ -1,8 +1,8 @@
 """Read and write state dicts as PyTorch (``.pth``) or safetensors files.
 
 Reading never runs code from a file, see `torch_format`. A safetensors file contains
-only numbers and a JSON header. The contents of a file determine its format, not its
-suffix.
+only numbers and a JSON header. The contents of a file, not its suffix, determine its
+format.
 """
 
 import io
@@ -23,10 +23,10 @@ from hivit_jax.errors import CheckpointError, ConfigError, first_line
 from hivit_jax.weights import nesting
 from hivit_jax.weights.torch_format import TorchFile
 
-# Files of a directory of `save_pretrained`.
+# Files that `save_pretrained` writes.
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 TORCH_WEIGHTS = "pytorch_model.bin"  # in older repositories of transformers
-# Weights of a directory or repository, whose config.json describes them.
+# Weight files that a config.json in the same directory or repository describes.
 DIRECTORY_WEIGHTS = (WEIGHTS, TORCH_WEIGHTS)
 TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar")  # .pth.tar
 SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
@@ -46,7 +46,7 @@ SAFETENSORS_DTYPES = {
     "U8": np.uint8,
     "BOOL": np.bool_,
 }
-# First bytes of files of other kinds, which downloads and mistakes leave behind.
+# First bytes of files that are not weights, such as those of failed downloads.
 OTHER_KINDS = {
     rb"\s*(<!doctype html|<html|<head)": "an HTML page, not the file that it links to",
     rb"\s*<\?xml": "an XML document",
@@ -62,9 +62,9 @@ OTHER_KINDS = {
     rb"GGUF": "a GGUF file",
     rb"%PDF": "a PDF document",
     rb"\x89PNG|\xff\xd8\xff|GIF8": "an image",
-    rb"\s*[{\[]": "a JSON text",
+    rb"\s*[{\[]": "a JSON file",
     rb"\x00+\Z": "a file of zeros (incomplete download?)",
-    rb"[\t\n\r -~]+\Z": "a text",
+    rb"[\t\n\r -~]+\Z": "a text file",
 }
 
 
@@ -99,7 +99,7 @@ def read(path: Path, averaged: bool = True) -> WeightFile:
         with path.open("rb") as file:
             start = file.read(1024)
     except OSError as error:
-        raise CheckpointError(f"no file {path}: {error.strerror}") from error
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     if not start:
         raise CheckpointError(f"{path} is empty; copy or download it again")
     length = int.from_bytes(start[:8], "little")
@@ -113,7 +113,7 @@ def read(path: Path, averaged: bool = True) -> WeightFile:
         return _read_safetensors(path)  # raises an error about the damage
     kind = kind or f"of an unknown kind, its first bytes are {start[:8]!r}"
     raise CheckpointError(
-        f"{path} is {kind}; expected a file of torch.save or safetensors"
+        f"{path} is {kind}; expected a file written by torch.save or safetensors"
     )
 
 
@@ -121,11 +121,11 @@ def write(path: Path, state: Mapping[str, np.ndarray], metadata: str) -> None:
     """Write a state dict to a safetensors file or a PyTorch file ({"model": state}).
 
     Args:
-      metadata: description of the model for `read`, JSON.
+      metadata: JSON description of the model, which `read` returns as a dict.
 
     Raises:
       CheckpointError: PyTorch is required but not installed.
-      ConfigError: the file cannot be written. An older file is then unchanged.
+      ConfigError: the file cannot be written. An existing file is then unchanged.
     """
     if path.suffix == ".safetensors":
         content = save(dict(state), {"format": "pt", METADATA_KEY: metadata})
@@ -138,7 +138,7 @@ def write(path: Path, state: Mapping[str, np.ndarray], metadata: str) -> None:
 
 
 def write_bytes(path: Path, content: bytes | memoryview) -> None:
-    """Write a file that is either complete or, after an error, unchanged.
+    """Write a file completely or, after an error, not at all.
 
     The umask determines the file's mode.
 
@@ -197,7 +197,7 @@ def _read_torch(path: Path, averaged: bool) -> WeightFile:
     content = file.content
     if not isinstance(content, dict):
         raise CheckpointError(
-            f"{path} contains a {type(content).__name__}; expected dict"
+            f"{path} contains a {type(content).__name__}; expected a dict"
         )
     try:
         key, records = nesting.find_state_dict(content, averaged)

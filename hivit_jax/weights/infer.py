@@ -21,10 +21,11 @@ def infer(
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Infer arguments of `create_model` from the names and shapes of a state dict.
 
-    Some arguments are guessed, because names and shapes do not determine them. Without
-    relative position tables, attention heads are assumed to have 64 channels, or to be
-    those of the registered ViT of this size. Decoder heads are assumed to have 32. The
-    LayerNorm eps is assumed to be 1e-5 in MMPretrain's classifier and 1e-6 otherwise.
+    Some arguments are guessed, because names and shapes do not determine them. A ViT of
+    a registered size gets that model's number of heads. Otherwise, attention heads are
+    assumed to have 64 channels, unless relative position tables determine their number.
+    Decoder heads are assumed to have 32 channels. The LayerNorm eps is assumed to be
+    1e-5 in MMPretrain's classifier and 1e-6 otherwise.
 
     Args:
       state: as in `from_official`.
@@ -32,7 +33,7 @@ def infer(
         For Swin, see `swin_arguments`.
 
     Returns:
-      The arguments, and {argument: reason} of the guessed ones.
+      The arguments, and {argument: reason} for the guessed arguments.
 
     Raises:
       CheckpointError: the state dict is not that of a HiViT, ViT or Swin.
@@ -106,8 +107,8 @@ def _image_size(units: int, patch_size: int, image_size: Any) -> Any:
         return side * patch_size
     if image_size is None:
         raise CheckpointError(
-            f"the grid of {units} units is not square; expected the argument "
-            "image_size=(height, width) of the saved model"
+            f"the grid of {units} units is not square; pass image_size=(height, width) "
+            "of the saved model"
         )
     return image_size
 

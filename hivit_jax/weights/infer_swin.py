@@ -15,8 +15,9 @@ def swin_arguments(
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Return the arguments of a Swin or SimMIM, and reasons of the guessed ones.
 
-    No parameter has the size of the image. The guess is the size of the official shift
-    masks or, without masks, the size whose last stage is one window.
+    The image size is guessed, because no parameter depends on it. The official shift
+    masks determine it. Without masks, it is guessed such that the last stage is one
+    window.
 
     Args:
       image_size: image size that replaces the guess if it fits the tables; or None.
@@ -41,7 +42,8 @@ def swin_arguments(
     guessed = {"layer_norm_eps": "as in the official code"}
     if image_size is None or not _has_windows(image_size, patch_size, sides):
         stride = patch_size << (len(depths) - 1)
-        image_size, guessed["image_size"] = sides[-1] * stride, "one window at the end"
+        image_size = sides[-1] * stride
+        guessed["image_size"] = "so that the last stage is one window"
         windows, side, _ = shapes.get(f"{prefix}layers.0.blocks.1.attn_mask", (0, 0, 0))
         tokens = round((windows * side) ** 0.5)
         if tokens and tokens**2 == windows * side:

@@ -173,7 +173,7 @@ def _infer_arguments(
 
 
 def _program(state: Mapping[str, Any]) -> str:
-    """Return the programs that use the names of a state dict, except transformers."""
+    """Return the programs, except transformers, that use the names of a state dict."""
     if is_swin(state):
         return "official code or timm"
     if any(name.startswith("backbone.") for name in state):
@@ -209,7 +209,7 @@ def _info_arguments(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_for(model: Mapping[str, Any], path: str | Path) -> Pretrained:
-    """Return `read(path)` with the numbers of heads that `config.model` contains."""
+    """Return `read(path)` with the numbers of heads in `model`, a recipe's section."""
     heads = {key: model.get(key) for key in ("num_heads", "decoder_num_heads")}
     return read(path, **{key: value for key, value in heads.items() if value})
 
@@ -275,10 +275,10 @@ def merge_arguments(
 ) -> dict[str, Any]:
     """Merge the arguments of a saved model with overrides.
 
-    A model of another name inherits only arguments that the model accepts: the run
-    options, and the sizes that are not defaults of the saved model's config class. The
-    model inherits embed_dim, depths and num_heads only if both variants agree in all
-    three. The depth of a ViT belongs to its depths.
+    A model of another name inherits only arguments that it accepts: the run options,
+    and the sizes that differ from the defaults of the saved model's config class. It
+    inherits embed_dim, depths (for a ViT, depth) and num_heads only if both variants
+    agree in all three.
     """
     if overrides.get("name", arguments["name"]) == arguments["name"]:
         return arguments | overrides

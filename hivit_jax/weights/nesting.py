@@ -8,13 +8,14 @@ from typing import Any, NamedTuple
 from hivit_jax.errors import CheckpointError
 from hivit_jax.weights.torch_format import StandIn, is_array
 
-# Keys under which programs save the state dict, the preferred first; "" is the file.
+# Keys under which programs save the state dict, in order of preference. "": the file
+# itself is the state dict.
 STATE_DICT_KEYS = ("", "model", "state_dict", "module", "model_state_dict")
-# Every model has an entry with this name, after the prefix of a wrapper.
+# Every model has an entry with this name, possibly after the prefix of a wrapper.
 ANCHOR = "patch_embed.proj.weight"
 # Names that PyTorch inserts for DistributedDataParallel, torch.compile,
 # FullyShardedDataParallel and activation checkpoints. At the start of a name, such a
-# component counts as prefix.
+# component counts as a prefix instead.
 WRAPPERS = re.compile(
     r"(?<=\.)(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
 )
@@ -56,10 +57,10 @@ def find_state_dict(
     if not found:
         kinds = ", ".join(f"{key!r}: {_kind(content[key])}" for key in [*content][:4])
         raise CheckpointError(
-            f"contains no tensors by name, but {{{kinds}}}; expected a state dict"
+            f"contains no named tensors, only {{{kinds}}}; expected a state dict"
         )
     keys = [key for key, names in found.items() if any(map(_is_anchor, names))]
-    if not keys:  # none of our models; `infer` raises the error
+    if not keys:  # not one of our models; `infer` raises the error
         keys = [max(found, key=lambda key: len(found[key]))]
     keys = [key for key in keys if is_averaged(key) == averaged] or keys
     for known in STATE_DICT_KEYS:
@@ -81,15 +82,15 @@ def remove_prefixes(state: Mapping[str, Any], averaged: bool = True) -> Unwrappe
     Raises:
       CheckpointError: the state dict contains several models.
     """
-    # Wrappers inside of names are removed first, so that all names have one prefix.
+    # Wrappers inside names are removed first, so that all names have the same prefix.
     removed = sorted({f"{part}." for n in state for part in WRAPPERS.findall(n)})
     named = {WRAPPERS.sub("", name): array for name, array in state.items()}
-    # "backbone." is no prefix, because `official_names` translates MMPretrain's names.
+    # "backbone." stays, because `official_names` translates MMPretrain's names.
     prefixes = {
         name.removesuffix(ANCHOR).removesuffix("backbone.")
         for name in filter(_is_anchor, named)
     }
-    # Nor is "encoder." of SimMIM, whose mask token is inside of the encoder.
+    # SimMIM's "encoder." also stays. It is recognized by the mask token in the encoder.
     prefixes = {
         p.removesuffix("encoder.") if f"{p}mask_token" in named else p for p in prefixes
     }
@@ -139,7 +140,7 @@ def _state_dicts(content: Mapping[Any, Any]) -> dict[str, dict[str, StandIn]]:
 
 
 def _items(entry: Mapping[Any, Any]) -> dict[Any, Any]:
-    """Return items and attributes of an object; of a module, the state dict."""
+    """Return an object's items and attributes, or a module's state dict."""
     attributes = _dict(getattr(entry, "state", None))
     if "_parameters" not in attributes:
         return {**attributes, **entry}

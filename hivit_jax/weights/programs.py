@@ -20,15 +20,15 @@ ARGUMENTS = {
     "window_size": "window_size",
     "norm_pix_loss": "norm_pix_loss",
 }
-RESAMPLE = {2: "bilinear", 3: "bicubic"}  # numbers of Pillow
+RESAMPLE = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers of filters
 
 
 def read_config(
     config: Mapping[str, Any], directory: Path
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the arguments of `create_model` and of `make_info` of a directory.
+    """Return a directory's arguments for `create_model` and for `make_info`.
 
-    Both are {} if its config.json is neither timm's nor that of transformers. Arguments
+    Both are {} if its config.json is neither from timm nor from transformers. Arguments
     that a file does not contain are left out.
 
     Args:
@@ -56,7 +56,7 @@ def read_config(
     except (TypeError, ValueError) as error:
         raise CheckpointError(
             f"{directory / CONFIG}: expected integers as keys of id2label, found "
-            f"{reprlib.repr(labels)}; correct it or remove it"
+            f"{reprlib.repr(labels)}; correct or remove id2label"
         ) from error
     if names and not names[0].startswith("LABEL_"):
         info["class_names"] = names
@@ -64,7 +64,7 @@ def read_config(
 
 
 def _timm(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the arguments of `create_model` and `make_info` of timm's config."""
+    """Return the arguments for `create_model` and `make_info` from timm's config."""
     images = config.get("pretrained_cfg") or {}
     arguments = {}
     if size := images.get("input_size"):
@@ -104,7 +104,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text())
         if not isinstance(content, dict):
-            raise ValueError("expected an object")
+            raise ValueError("expected a JSON object")
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     return content

@@ -34,8 +34,8 @@ def save_pretrained(
     """Write `WEIGHTS`, `CONFIG` and a model card to a directory.
 
     The weights have their official PyTorch names and layout, so that other programs can
-    read them. `load_pretrained(directory)` returns a bit-identical model. A model that
-    the directory already contains is replaced. An edited model card is kept.
+    read them. `load_pretrained(directory)` returns a bit-identical model. A model in
+    the directory is replaced, but an edited model card is kept.
 
     Args:
       recipe: the training config of the model, for the card; saved without paths of
@@ -75,8 +75,8 @@ def save_pretrained(
 def shareable(value: Any, key: str = "") -> Any:
     """Return a recipe without paths of this machine.
 
-    Directories become "", and of other paths the last part remains. Addresses on the
-    Hugging Face hub are public and remain.
+    Directories become "", and other paths are cut to their last part. Addresses on the
+    Hugging Face hub are public and stay.
     """
     if hasattr(value, "items"):  # a Mapping or a ConfigDict
         return {name: shareable(each, name) for name, each in value.items()}
@@ -92,7 +92,7 @@ def shareable(value: Any, key: str = "") -> Any:
 
 
 def _checked_state(model: Model, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Return the model's state dict, and check that the state dict can be loaded.
+    """Return the model's state dict after checking that it can be loaded.
 
     Raises:
       ConfigError: `from_official` would refuse the state dict.
@@ -109,8 +109,8 @@ def _checked_state(model: Model, arguments: dict[str, Any]) -> dict[str, Any]:
     ) as error:
         raise ConfigError(
             f"{model.name} cannot be saved, because it would not load: "
-            f"{first_line(error)}.\nExpected the arrays of model.config and finite "
-            "values. For another head, use load_pretrained(..., num_classes=N)"
+            f"{first_line(error)}.\nExpected finite values and the shapes of "
+            "model.config. For another head, use load_pretrained(..., num_classes=N)"
         ) from error
     return state
 
@@ -149,5 +149,5 @@ def _digest(content: bytes) -> str:
 
 
 def _json_value(value: Any) -> Any:
-    """Return a number or array of numpy or JAX as a JSON value."""
+    """Convert a number or array of numpy or JAX to a JSON value."""
     return value.tolist() if hasattr(value, "tolist") else str(value)

@@ -29,12 +29,12 @@ class Shapes(dict[str, tuple[int, ...]]):
         return self[name]
 
     def count(self, prefix: str) -> int:
-        """Return the number of different components after a prefix of names."""
+        """Return the number of different components that follow a prefix in names."""
         rests = [name.removeprefix(prefix) for name in self if name.startswith(prefix)]
         return len({rest.split(".")[0] for rest in rests})
 
     def head(self) -> dict[str, Any]:
-        """Return the arguments of a classifier's head and of a running norm."""
+        """Return a classifier's arguments for the head and for a running norm."""
         arguments: dict[str, Any] = dict(running_norm="fc_norm.mean" in self)
         if head := self.get("head.weight"):
             arguments["num_classes"] = head[0]
@@ -76,6 +76,6 @@ def registered(model_class: type[Model], arguments: Mapping[str, Any]) -> list[s
 
 
 def with_name(model_class: type[Model], arguments: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments and the first registered name; else the class's name."""
+    """Return the arguments with the first `registered` name, or else the class's."""
     name = next(iter(registered(model_class, arguments)), model_class.name)
     return dict(name=name) | arguments

@@ -19,7 +19,7 @@ import numpy as np
 
 from hivit_jax.errors import CheckpointError, first_line
 
-# First object of files in the format before PyTorch 1.6.
+# First object in files of the format before PyTorch 1.6.
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 # Functions of PyTorch and numpy whose records describe an array.
 ARRAY_SOURCES = re.compile(
@@ -49,8 +49,8 @@ STORAGE_DTYPES = {
 class StandIn(dict):
     """Inert substitute for a class or function that a pickle names, or for its result.
 
-    A stand-in calls nothing. A stand-in keeps the items that the file sets, so that
-    objects of subclasses of dict can be read.
+    It calls nothing, but keeps the items that the file sets, so that objects of
+    subclasses of dict can be read.
 
     source: ``module.name`` in the file.
     args: arguments of the recorded call.
@@ -106,11 +106,11 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _unpickle(file: BinaryIO, storages: dict[str, tuple]) -> Any:
-    """Return the next object of a file; move the file's position behind the object."""
+    """Return the next object of a file, and move the position behind the object."""
     start = file.tell()
     for opcode, arg, position in pickletools.genops(file):
-        # Registered extensions do not call `find_class`. PUT with a large index would
-        # allocate a memo of that size.
+        # Refused, because registered extensions bypass `find_class`, and PUT with a
+        # large index would allocate a memo of that size.
         extension = opcode.name.startswith("EXT")
         if extension or (opcode.name.endswith("PUT") and arg > position):
             raise ValueError(f"unexpected opcode {opcode.name}")
@@ -259,7 +259,7 @@ class TorchFile:
         if min((offset, *shape, *strides)) < 0:
             raise ValueError("has a negative size or stride")
         if math.prod(shape) * dtype.itemsize > self._size:
-            raise ValueError(f"{list(shape)}, is larger than the file")
+            raise ValueError(f"has shape {list(shape)} and is larger than the file")
         strides = [stride * dtype.itemsize for stride in strides]
         # numpy raises an error if the array would reach beyond the storage.
         return np.ndarray(shape, dtype, self._storage(pid), offset, strides)

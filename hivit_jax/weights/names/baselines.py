@@ -18,9 +18,9 @@ LAYOUTS = ("official", "timm", "transformers")
 def to_layout(
     state: Mapping[str, np.ndarray], model: Model, layout: str
 ) -> dict[str, np.ndarray]:
-    """Return the state dict of another program from official names.
+    """Convert a state dict with official names to the layout of another program.
 
-    timm has no decoders: a masked autoencoder of ViT is reduced to its encoder.
+    timm has no decoders, so a masked autoencoder of ViT is reduced to its encoder.
 
     Args:
       state: official parameters of a ViT or Swin, without buffers.
@@ -43,8 +43,8 @@ def to_layout(
         )
     if layout == "transformers" and getattr(model, "fc_norm", None) is not None:
         raise ConfigError(
-            f"layout='transformers' with {model.name}: its classifier has no fc_norm; "
-            "expected pooling='token' and running_norm=False"
+            f"layout='transformers' with {model.name}: transformers' classifiers have "
+            "no fc_norm; expected pooling='token' and running_norm=False"
         )
     if is_swin and layout != "timm":
         state = state | swin.buffers(model.config, "encoder." if is_simmim else "")

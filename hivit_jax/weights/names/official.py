@@ -31,7 +31,7 @@ from hivit_jax.weights.names.swin import INDEX
 # relative position index.
 HIVIT_LAYOUTS = ("official", "supervised", "mmpretrain")
 LAYOUTS = tuple(dict.fromkeys((*HIVIT_LAYOUTS, *baselines.LAYOUTS)))
-# Dtypes of state dicts that are accepted, because float32 represents them exactly.
+# Accepted dtypes of state dicts; float32 represents all their values exactly.
 FLOATS = (
     np.float32,
     np.float16,
@@ -137,12 +137,13 @@ def official_names(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 def unneeded_entries(state: Mapping[str, np.ndarray], model: Model) -> list[str]:
     """Return the names of official state dict entries that the model ignores.
 
-    The model computes the relative position index and the shift masks of Swin. Official
-    masked autoencoders without multi-scale features store a norm that is not applied.
-    MMPretrain's decoder is not supported, because the decoder treats HiViT's first
-    visible unit as a class token. The pooler of transformers' encoders is not part of a
-    classifier. The state dict of an encoder may contain parts of the decoder, and the
-    norm of the decoder's input.
+    - The relative position index, and the shift masks of Swin: the model computes them.
+    - The norm of official masked autoencoders without multi-scale features, which they
+      store but do not apply.
+    - MMPretrain's decoder, which is not supported, because it treats HiViT's first
+      visible unit as a class token.
+    - The pooler of transformers' encoders, which is not part of a classifier.
+    - For a model without a decoder, the decoder and the norm of its input.
     """
     if isinstance(model.config, SwinConfig):
         return [name for name in state if name.endswith(swin.BUFFERS)]
@@ -232,9 +233,10 @@ def to_state_dict(
 ) -> dict[str, np.ndarray]:
     """Convert nested parameters of `model` to the full state dict of another program.
 
-    The state dict contains the relative position index, except for models with windows,
-    which the other programs do not have, or Swin's indices and masks. MMPretrain's and
-    timm's masked autoencoders are reduced to the encoder.
+    HiViT's state dict contains the relative position index, unless the model has
+    windows, which the other programs do not support. Swin's contains the indices and
+    shift masks that the other program stores. For MMPretrain and timm, masked
+    autoencoders are reduced to the encoder.
 
     Args:
       layout: one of `LAYOUTS`.

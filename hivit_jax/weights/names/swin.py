@@ -1,4 +1,4 @@
-"""Names of Swin and SimMIM: official, timm's, and the buffers of the official code."""
+"""Official and timm's names of Swin and SimMIM, and buffers of the official code."""
 
 from collections.abc import Mapping
 
@@ -66,7 +66,7 @@ def to_timm(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 def decoder_to_ours(
     array: np.ndarray, shape: tuple[int, ...], channels: int
 ) -> np.ndarray:
-    """Convert an array of SimMIM's decoder, whose channels vary slowest."""
+    """Convert an array of SimMIM's decoder, whose channels vary slowest, to ours."""
     side = round((array.shape[0] // channels) ** 0.5)
     array = array.reshape(channels, side, side, -1)
     return array.transpose(3, 1, 2, 0).reshape(shape)
@@ -82,7 +82,7 @@ def decoder_to_official(array: np.ndarray, channels: int) -> np.ndarray:
 
 
 def buffers(config: SwinConfig, prefix: str) -> dict[str, np.ndarray]:
-    """Return the arrays that the official code stores and that depend on sizes only.
+    """Return the position indices and shift masks that the official code stores.
 
     Args:
       prefix: start of the names, such as ``encoder.``.

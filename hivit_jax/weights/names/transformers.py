@@ -43,7 +43,7 @@ def from_transformers(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Return a state dict with official names; query, key and value are joined.
 
     Raises:
-      CheckpointError: a query has no key or no value.
+      CheckpointError: a query, key or value is missing.
     """
     named, thirds = {}, {}
     for name, array in state.items():
