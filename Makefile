@@ -1,4 +1,6 @@
-# `make demo` runs the example of the README, `make test` runs lint and the tests.
+# `make install` creates .venv with locked versions; all other targets run it first, except
+# `docs` and `clean`. `make demo` runs the example of the README. `make test` runs lint and
+# the tests.
 PYTHON ?= python3
 
 .PHONY: install lint quick test test-extras demo docs clean
@@ -24,20 +26,19 @@ lint: install
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 
-# Seconds, for use between two edits; `make test` takes minutes.
+# One to two minutes, for use between two edits; `make test` takes about 20 minutes.
 quick: install
 	$(PYTEST) -m "not slow and not processes and $(PLAIN)"
 
 test: lint
 	$(PYTEST) -m "$(PLAIN)"
 
-# Tests that need PyTorch, libtpu, ONNX or Chromium, and long tests. They
-# have an environment of their own, because other tests check that these packages are
-# optional.
+# Tests that need PyTorch, libtpu, ONNX or Chromium, and long tests. They run in a separate
+# environment, because other tests check that these packages are optional.
 test-extras: .venv-extras/installed
 	.venv-extras/bin/python -m pytest -n auto --dist worksteal -m "torch or extras or browser"
 
-# Contains the packages of .venv by reference, and installs only the extras.
+# Installs only the extras. A .pth file makes the packages of .venv available too.
 .venv-extras/installed: requirements-extras.lock .venv/installed
 	$(PYTHON) -m venv .venv-extras
 	.venv-extras/bin/pip install --quiet --disable-pip-version-check --no-deps \
@@ -50,7 +51,7 @@ test-extras: .venv-extras/installed
 demo: install
 	.venv/bin/python launch/demo.py
 
-# The site is written to build/docs.
+# Build the site in build/docs.
 docs: .venv-docs/installed
 	.venv-docs/bin/mkdocs build --quiet --strict
 

@@ -2,17 +2,20 @@
 
     python -m benchmarks.accelerator [--platform cuda] [--only numbers fused ...]
 
-- numbers, official: compare kernels and bfloat16 with float32, and the networks with
-  the golden data: `TESTS`. Need pytest.
-- one part for each of `STEPS`: benchmarks.train_step, for pretraining, finetuning
-  ("classify ...") and inference.
-- "peers JOB", "peers JOB, others": benchmarks.peers for each job, on a GPU. The first
-  compares with the official network, the second with ViT-B and Swin-B. Need torch.
+The command runs these parts, most important first:
 
-Every part is a separate process. A part that fails, or takes longer than `--limit`
-seconds, is reported, and the next part starts. The most important parts are first.
-After each part the results are written to results/accelerator_PLATFORM.json. Results of
-parts that `--only` excludes are kept. The exit code is 1 if a part failed.
+- numbers, official: the tests in `TESTS`. They compare kernels and bfloat16 with
+  float32, and the networks with the golden data of the official code. They need pytest.
+- "peers JOB" and "peers JOB, others", not on a TPU: benchmarks.peers for each job. The
+  first compares with the official network, the second with ViT-B and Swin-B. They need
+  torch.
+- one part for each entry of `STEPS` and, on a GPU, of `FLAGS`: benchmarks.train_step
+  for pretraining, finetuning ("classify ...") or inference.
+
+Every part is a separate process. If a part fails, or takes longer than `--limit`
+seconds, this is reported, and the next part starts. After each part the results are
+written to results/accelerator_PLATFORM.json. Results of parts that `--only` excludes
+are kept. The exit code is 1 if a part failed.
 """
 
 import argparse
@@ -31,7 +34,7 @@ TESTS = {
     "numbers": "tests/kernels/test_accelerator.py",
     "official": "tests/parity/test_official.py",
 }
-TAIL = 30  # lines of output that are kept of a failed part
+TAIL = 30  # number of last lines of a failed part's output that are kept
 
 
 class Step(NamedTuple):
@@ -60,7 +63,8 @@ STEPS = {
     "remat": Step(("model.remat=True",)),
     "scan": Step(("model.scan_blocks=True",)),
 }
-# Suffix of a part -> rows of `benchmarks.peers`. Fewer rows end before the limit.
+# Suffix of a part -> rows of `benchmarks.peers`. All rows in one part would exceed the
+# time limit.
 PEERS = {
     "": ("hivit_jax", "torch", "torch, compiled"),
     ", others": ("hivit_jax", "ViT-B, compiled", "Swin-B, compiled"),
@@ -107,8 +111,8 @@ def run_part(
 ) -> dict[str, Any]:
     """Run a part and return its result as JSON values.
 
-    This function adds the flag ``--out`` to the command of a benchmark, and returns the
-    content of that file.
+    For a benchmark, the function adds the flag ``--out`` to the command. "result" is
+    the content of this file, or None if there is no file.
     """
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
@@ -171,7 +175,9 @@ def main(argv: list[str] | None = None) -> int:
         print("\n".join(parts))
         return 0
     if unknown := set(args.only or ()) - set(parts):
-        parser.error(f"--only {' '.join(unknown)}; expected some of {', '.join(parts)}")
+        parser.error(
+            f"--only: unknown {', '.join(unknown)}; expected some of {', '.join(parts)}"
+        )
     out = args.out or RESULTS / f"accelerator_{args.platform}.json"
     results = json.loads(out.read_text()) if out.exists() else {}
     selected = args.only or parts

@@ -54,7 +54,8 @@ def outcome(workdir: Path, expected: dict[int, dict], abstract: dict) -> str:
 def main() -> None:
     """Run the benchmark and write results/bit_flips.json."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--flips", type=int, default=150)
+    text = "number of loads, each with one flipped bit"
+    parser.add_argument("--flips", type=int, default=150, help=text)
     flips = parser.parse_args().flips
     logging.disable(logging.CRITICAL)
     states = {step: jax.tree.map(jax.numpy.asarray, state(step)) for step in (1, 2)}

@@ -2,12 +2,12 @@
 
     python -m benchmarks.buckets [--rounds 4] [--batches 30] [--delay 0.03]
 
-Writes 420 photographs of 500x375 as class folders and as tar files. A server on this
-machine stands in for the bucket and delays each answer. Its CPU time does not count.
-Batches are read with two threads. The first batches of each round do not count, because
-tf.data is traced then. The table contains medians of interleaved rounds, and the
-components that read and decode. The tf.data rows need tensorflow and are skipped
-without it.
+The benchmark writes 420 photographs of 500x375 as class folders and as tar files. A
+server on this machine stands in for the bucket and delays each answer. Its CPU time is
+not counted. Batches are read with two threads. The first batches of each round are not
+counted, because tf.data traces its functions then. The table contains medians of
+interleaved rounds, and the components that read and decode. The tf.data rows need
+tensorflow and are skipped without it.
 """
 
 import argparse
@@ -31,7 +31,8 @@ from hivit_jax.data.sources import registry
 from hivit_jax.xla.compile import keep_freed_memory
 
 RESULTS = ROOT / "benchmarks" / "results" / "buckets.json"
-SHARDS, START = 8, 3  # batches at the start that do not count
+SHARDS = 8  # tar files per split
+WARMUP = 3  # batches at the start of a round that are not counted
 
 
 def write_tars(root: Path) -> None:
@@ -47,10 +48,10 @@ def write_tars(root: Path) -> None:
                     archive.addfile(label, io.BytesIO(b"0"))
 
 
-def sources(root: Path) -> dict[tuple[str, str, str], object]:
-    """Return {(files, reader, who reads and decodes): config}."""
+def row_configs(root: Path) -> dict[tuple[str, str, str], object]:
+    """Return {(files, reader, components that read and decode): config}."""
     tars = {"name": "webdataset"}
-    places = {
+    data_keys = {
         "class folders, local": ("file", {"dir": root}),
         "class folders, bucket": ("tensorstore", {"dir": "gs://bucket"}),
         "tar files, local": ("file", {"dir": root} | tars),
@@ -62,31 +63,31 @@ def sources(root: Path) -> dict[tuple[str, str, str], object]:
     }
     readers = ["threads"] + ["tf.data"] * (find_spec("tensorflow") is not None)
     configs = {}
-    for place, (origin, data) in places.items():
+    for files, (origin, data) in data_keys.items():
         for reader in readers:
-            road = f"{origin} -> simplejpeg"
+            read_by = f"{origin} -> simplejpeg"
             if reader == "tf.data":
-                road += " in tf.numpy_function"
-                if place == "class folders, local":
-                    road = "tensorflow reads and decodes"
+                read_by += " in tf.numpy_function"
+                if files == "class folders, local":
+                    read_by = "tensorflow reads and decodes"
             options = {k: v for k, v in data.items() if k != "dir"}
             options |= {"workers": 2, "reader": reader}
-            configs[place, reader, road] = recipe(data["dir"], **options)
+            configs[files, reader, read_by] = recipe(data["dir"], **options)
     return configs
 
 
 def measure(
     root: Path, rounds: int, batches: int
 ) -> dict[tuple[str, str, str], dict[str, float]]:
-    """Return images per CPU-second and per second of each row."""
+    """Return images per CPU-second and images per second of each row."""
     keep_freed_memory()  # as in training
-    configs = sources(root)
+    configs = row_configs(root)
     rates: dict[tuple, list[tuple[float, float]]] = {row: [] for row in configs}
     for _ in range(rounds + 1):  # the first round is a warmup, and makes the copies
         for row, config in configs.items():
             registry.open_source(config.data, "train")
-            read = inputs.train_batches(config, 0, START + batches)
-            for _ in range(START):
+            read = inputs.train_batches(config, 0, WARMUP + batches)
+            for _ in range(WARMUP):
                 next(read)
             cpu, wall = time.process_time(), time.perf_counter()
             images = BATCH * sum(1 for _ in read)
@@ -106,7 +107,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--batches", type=int, default=30, help="per round")
-    parser.add_argument("--delay", type=float, default=0.03, help="seconds")
+    parser.add_argument("--delay", type=float, default=0.03, help="seconds per answer")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)
@@ -121,9 +122,9 @@ def main() -> None:
         finally:
             process.terminate()
     print(f"{'files':27}{'reader':9}images per CPU-second  per second  read by")
-    for (place, reader, road), rate in rates.items():
-        print(f"{place:27}{reader:9}{rate['images_per_cpu_second']:21,.0f}", end="")
-        print(f"{rate['images_per_second']:12,.0f}  {road}")
+    for (files, reader, read_by), rate in rates.items():
+        print(f"{files:27}{reader:9}{rate['images_per_cpu_second']:21,.0f}", end="")
+        print(f"{rate['images_per_second']:12,.0f}  {read_by}")
     result = {
         "rows": [
             dict(zip(("files", "reader", "read_by"), row, strict=True)) | rate

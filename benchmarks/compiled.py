@@ -5,22 +5,23 @@
         [--variant NAME:KEY=VALUE,KEY=VALUE ...]
 
 The benchmark compiles the train step of a recipe for TPU and GPU topologies, without
-the hardware. Images arrive as uint8 in the model's size. --set overrides config keys.
-Each --variant compiles the step once more with further overrides.
+the hardware. The input images are uint8 and have the model's size. --set overrides
+config keys. Each --variant compiles the step once more with further overrides.
 
 The table contains one row per region of the program, forward and backward together: HBM
 bytes, their fraction of all bytes, FLOPs of matrix products, and the shortest time that
 the chip's peaks of bandwidth and FLOP/s allow. The results are written to
-results/compiled.json, or --out. An interrupted benchmark resumes; use another --workdir
-after a change of the program. Chips whose compiler is not installed are skipped.
+results/compiled.json, or --out. An interrupted benchmark resumes. After a change of the
+program, use another --workdir, because existing reports are not compiled again. Chips
+whose compiler is not installed are skipped.
 
 There are two totals of bytes, both with the padding of tiles:
 
 - `bytes_by_region` sums over the regions. It counts HBM only, and all operands and
   results of custom calls.
 - The TPU compiler's own total is larger. It also counts arrays in VMEM, and counts
-  custom calls by their `cost_estimate`. XLA:GPU reports no total of its own, so the
-  first total is used twice.
+  custom calls by their `cost_estimate`. XLA:GPU reports no total, so on GPUs both
+  totals are that of `bytes_by_region`.
 """
 
 import argparse
@@ -35,7 +36,7 @@ from hivit_jax.xla.chips import GIB
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "compiled.json"
-# Images per step: 64 per chip of v5e, else 256.
+# Topology -> images per step: 64 per chip on v5e, 256 on all others.
 CHIPS = {"v5e:2x4": 512, "h100:8": 2048, "v5p:2x2x2": 2048, "v6e:2x4": 2048}
 ORDER = (
     *("input", "embedding", "stem1", "stem2", "merge", "main attention", "main mlp"),
@@ -118,8 +119,13 @@ def main() -> int:
     """Entry point. Return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--config", default="mae_base", help="name of a recipe")
-    parser.add_argument("--workdir", type=Path, default=Path("runs/compiled"))
-    parser.add_argument("--out", type=Path, default=RESULT)
+    text = "directory of the reports; existing reports are not compiled again"
+    parser.add_argument(
+        "--workdir", type=Path, default=Path("runs/compiled"), help=text
+    )
+    parser.add_argument(
+        "--out", type=Path, default=RESULT, help="the JSON file to write"
+    )
     parser.add_argument("--chip", nargs="+", choices=CHIPS, default=list(CHIPS)[:2])
     parser.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE"

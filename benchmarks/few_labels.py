@@ -26,8 +26,8 @@ from hivit_jax.train import train
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "few_labels.json"
 LABELS, DRAWS = (50, 100, 500), range(5)
-# Method -> recipe, True for a pretrained encoder, warmup in images. The warmup takes 40
-# steps, or 10 steps for the probe.
+# Method -> (recipe, True to start from the pretrained encoder, warmup in images). The
+# warmup takes 40 steps, or 10 steps for the probe.
 METHODS = {
     "finetuned": ("digits_finetune", True, 1000),
     "linear probe": ("digits_linear", True, 500),
@@ -69,7 +69,7 @@ def compare(workdir: Path, stop: Callable) -> None:
     for draw in DRAWS:
         source = digits.Digits("train", 100, draw)
         data = configs.load(str(ROOT / "configs" / "digits_finetune.py")).data
-        # open_source caches sources, so that training reads the shuffled labels.
+        # open_source caches sources, so training reads the labels shuffled here.
         cached = registry.open_source({**data, "subset": draw}, "train")
         cached.labels = np.random.RandomState(draw).permutation(source.labels)
         measure("finetuned", 100, draw, "100 shuffled")

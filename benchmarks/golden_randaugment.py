@@ -3,9 +3,9 @@
     pip install --no-deps timm==1.0.31 pillow==12.3.0
     python -m benchmarks.golden_randaugment
 
-The command writes tests/parity/golden/randaugment.npz. The file was created with these
-versions. With Pillow 13, timm's PosterizeIncreasing fails at magnitude 10, where 0 bits
-remain. All other results are the same.
+The command writes tests/parity/golden/randaugment.npz, and was last run with these
+versions. With Pillow 13, timm's PosterizeIncreasing fails at magnitude 10, which leaves
+0 bits. All other results are the same.
 """
 
 import importlib.util

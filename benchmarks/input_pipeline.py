@@ -89,7 +89,7 @@ def tf_data(directory: Path, method: str) -> Callable[[], Iterator]:
 
     Args:
       method: "bicubic", "bilinear", "antialiased bicubic", or "canvas": the device
-        resizes, as in our pipeline.
+        resizes the crops later, as in our pipeline.
     """
     import tensorflow as tf
 
@@ -177,7 +177,7 @@ def seconds_to_jump() -> float:
 
 
 def memory(root: Path, batches: int) -> None:
-    """Print the memory of this process about ten times during these batches."""
+    """Print the memory of this process about ten times while it reads the batches."""
     config = recipe(root, workers=2)
     every = max(batches // 10, 1)
     for step, _ in enumerate(inputs.train_batches(config, 0, batches), 1):
@@ -238,9 +238,11 @@ def report_readers(root: Path, rounds: int) -> None:
 def main() -> None:
     """Write the photographs and run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", choices=("readers",))
-    parser.add_argument("--memory", type=int, default=0, metavar="BATCHES")
+    add = parser.add_argument
+    add("--rounds", type=int, default=5)
+    add("--only", choices=("readers",), help="compare only the values of data.reader")
+    text = "only print the memory of the process during this number of batches"
+    add("--memory", type=int, default=0, metavar="BATCHES", help=text)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)

@@ -46,7 +46,7 @@ SMALL = {
     "optimizer.warmup_epochs": 1.0,
 }
 MAE = {"decoder_embed_dim": 64, "decoder_depth": 2, "decoder_num_heads": 2}
-LEARNING_RATE = {"mae": 4e-3, "classify": 2e-3}  # for 256 images
+LEARNING_RATE = {"mae": 4e-3, "classify": 2e-3}  # for a batch of 256 images
 
 
 def recipe(task: str, data: str, folder: str, steps: int) -> Any:
@@ -61,7 +61,7 @@ def recipe(task: str, data: str, folder: str, steps: int) -> Any:
     values["optimizer.base_learning_rate"] = LEARNING_RATE[task]
     if task == "mae":
         values |= {f"model.{key}": value for key, value in MAE.items()}
-    else:  # no random augmentation on the device, because the twin cannot repeat it
+    else:  # no random numbers on the device, because the twin cannot repeat them
         values |= {"model.drop_path_rate": 0.0, "mixup": 0.0, "cutmix": 0.0}
         values |= {"random_erasing": 0.0, "init_from": "", "data.flip": False}
         values["optimizer.layer_decay"] = 1.0
@@ -165,7 +165,7 @@ def curves(config: Any) -> tuple[list[float], list[float]]:
 def main() -> int:
     """Run all four comparisons and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=200, help="steps per run")
     steps = parser.parse_args().steps
     results, figure = {}, plt.figure(figsize=(10, 6), layout="constrained")
     with tempfile.TemporaryDirectory() as folder:

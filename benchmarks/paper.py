@@ -7,27 +7,29 @@
 A cell is a job, a model and a program, such as "pretrain HiViT-B torch". --only selects
 all cells whose names contain one of its texts. The jobs are:
 
-- pretrain: the train step of the model's own method at 224x224: masked autoencoding for
-  HiViT and ViT, SimMIM for Swin. "Swin-B 192" is the official size of SimMIM.
-- classify: the train step of finetuning at 224x224. Ours includes drop path, Mixup,
-  CutMix and random erasing; PyTorch's does not.
+- pretrain: the train step of pretraining at 224x224, which is masked autoencoding for
+  HiViT and ViT, and SimMIM for Swin. "Swin-B 192" has the size of SimMIM's official
+  recipe, 192x192.
+- classify: the train step of finetuning at 224x224. In hivit_jax it includes drop path,
+  Mixup, CutMix and random erasing; in PyTorch it does not.
 - inference: the forward pass of the same classifier.
 
-The programs are hivit_jax and, where torch is installed, the networks of
+The programs are hivit_jax and, if torch is installed, the networks of
 benchmarks/torch_twin.py and torch_peers.py with torch.compile and PyTorch's fused
-attention. In all of them the images are on the device. Ours are uint8, and every step
-flips and normalizes them; PyTorch's are already normalized. The dtype is float32 on a
-CPU and bfloat16 on a GPU. All processes keep freed memory on a CPU.
+attention. For both, the images are already on the device. hivit_jax receives uint8
+images, and flips and normalizes them in every step. PyTorch receives normalized images.
+The dtype is float32 on a CPU and bfloat16 on a GPU. On a CPU, all processes keep freed
+memory.
 
 The cells of a job run interleaved, as in benchmarks/peers.py. Every cell is a JSON file
-in results/paper/cpu or gpu. A rerun measures only the missing cells, or all with
---again. Ratios and the figure, results/paper/DEVICE.png, compare only cells that were
-measured interleaved. A cell that cannot start, for example for lack of memory, is
-reported and left out. Rerun it with fewer models or a smaller batch.
+in results/paper/cpu or results/paper/gpu. A rerun measures only the missing cells; with
+--again it measures all. Ratios and the figure, results/paper/DEVICE.png, compare only
+cells that were measured interleaved. A cell that cannot start, for example for lack of
+memory, is reported and left out. Rerun it with fewer cells or a smaller batch.
 
 --topologies compiles the two train steps for `CHIPS` instead, without the hardware, as
-benchmarks/compiled.py does. A rerun compiles only the missing cells, or all with
---again. Evaluation cannot be compiled ahead.
+benchmarks/compiled.py does. A rerun compiles only the missing cells; with --again it
+compiles all. The inference job cannot be compiled without the hardware.
 """
 
 import argparse
@@ -74,7 +76,7 @@ def recipe_of(job: str, model: str) -> tuple[str, dict[str, Any]]:
 
 
 def path_of(folder: Path, name: str) -> Path:
-    """Return the file of a cell."""
+    """Return the path of a cell's JSON file."""
     return folder / f"{name.replace(' ', '_')}.json"
 
 
@@ -110,7 +112,7 @@ def model_flops(job: str, model: str, args: argparse.Namespace) -> int:
 
 
 def measure(names: list[str], args: argparse.Namespace) -> Results:
-    """Measure cells of one job, interleaved. Cells that cannot start are left out."""
+    """Measure cells of one job, interleaved; leave out cells that cannot start."""
     from hivit_jax.errors import HivitError
     from hivit_jax.xla.chips import peak_flops
 
@@ -179,7 +181,9 @@ def measure_all(cells: list[str], args: argparse.Namespace) -> None:
     import jax
 
     prepare(args, GPU_BATCH)
-    jax.config.update("jax_platforms", "cpu")  # here, not in the processes of cells
+    jax.config.update(
+        "jax_platforms", "cpu"
+    )  # only this process; the cells use the device
     if not importlib.util.find_spec("torch"):
         print("torch is not installed; only the cells of hivit_jax are measured")
         cells = [name for name in cells if CELLS[name][2] == OURS]
@@ -201,19 +205,23 @@ def run(argv: list[str] | None) -> None:
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     add = parser.add_argument
-    text = "texts; a cell needs one of them in its name"
+    text = "only cells whose names contain one of these texts"
     add("--only", nargs="+", default=[""], metavar="TEXT", help=text)
     add("--again", action="store_true", help="also measure cells that have results")
     add("--topologies", action="store_true", help="compile for other chips instead")
-    add("--chip", nargs="+", choices=CHIPS, default=list(CHIPS))
-    add("--workdir", type=Path, default=Path("runs/compiled"))
+    text = "chips of --topologies"
+    add("--chip", nargs="+", choices=CHIPS, default=list(CHIPS), help=text)
+    text = "directory of the reports of --topologies"
+    add("--workdir", type=Path, default=Path("runs/compiled"), help=text)
     add("--out", type=Path, default=RESULTS, help="directory of the results")
     add_flags(add, GPU_BATCH)
     args = parser.parse_args(argv)
     cells = [name for name in CELLS if any(text in name for text in args.only)]
     if not cells:
         known = ", ".join(CELLS)
-        raise ConfigError(f"--only {args.only}: expected parts of {known}")
+        raise ConfigError(
+            f"--only {args.only}: expected parts of the names of cells: {known}"
+        )
     (compile_all if args.topologies else measure_all)(cells, args)
 
 

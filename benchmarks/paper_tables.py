@@ -6,7 +6,7 @@ from typing import Any
 from benchmarks.peer_rows import OURS
 
 PYTORCH = "torch"
-CLAIM = 1.9  # the paper's ratio of HiViT-B and Swin-B with SimMIM
+CLAIM = 1.9  # pretraining speed of HiViT-B / Swin-B with SimMIM, as in the paper
 JOBS = ("pretrain", "classify", "inference")
 # Model -> recipes of pretraining and finetuning.
 RECIPES_OF_MODELS = {
@@ -28,7 +28,10 @@ Results = dict[str, dict[str, Any]]  # name of a cell -> content of its file
 
 
 def ratio(results: Results, first: str, second: str) -> float | None:
-    """Return the ratio of images per second; None if not measured interleaved."""
+    """Return the ratio of images per second of two cells.
+
+    It is None unless both were measured in the same run, interleaved.
+    """
     a, b = results.get(first), results.get(second)
     if a is None or b is None or a["run"] != b["run"]:
         return None
@@ -42,8 +45,9 @@ def table(results: Results) -> str:
         return "" if value is None else f"{value * scale:{form}}"
 
     lines = [
-        "| | images/s | PyTorch | ours / PyTorch | HiViT-B / this | in PyTorch "
-        "| GiB | PyTorch | of the peak | PyTorch |\n" + "|---" * 10 + "|"
+        "| | images/s | images/s, PyTorch | ours / PyTorch | HiViT-B / this "
+        "| HiViT-B / this, PyTorch | GiB | GiB, PyTorch | of the peak "
+        "| of the peak, PyTorch |\n" + "|---" * 10 + "|"
     ]
     for row in dict.fromkeys(name.rpartition(" ")[0] for name in results):
         job, base = row.split()[0], f"{row.split()[0]} HiViT-B"
@@ -63,7 +67,7 @@ def table(results: Results) -> str:
 
 
 def claims(results: Results) -> list[str]:
-    """Return a line per measured ratio of HiViT-B and a baseline in pretraining."""
+    """Return a line per measured ratio of HiViT-B to a baseline in pretraining."""
     lines = []
     for program in (OURS, PYTORCH):
         for model in ("Swin-B", "Swin-B 192", "ViT-B"):
@@ -77,7 +81,7 @@ def claims(results: Results) -> list[str]:
 
 
 def draw(results: Results, path: Path) -> None:
-    """Draw throughput relative to that of HiViT-B in hivit_jax, one panel a job."""
+    """Draw throughput relative to HiViT-B in hivit_jax, one panel per job."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 3.5), layout="constrained")
@@ -86,8 +90,8 @@ def draw(results: Results, path: Path) -> None:
         for shift, program in ((-0.2, OURS), (0.2, PYTORCH)):
             reference, cells = f"{job} HiViT-B {OURS}", [f"{job} {m} " for m in models]
             heights = [ratio(results, cell + program, reference) for cell in cells]
-            places = [index + shift for index in range(len(models))]
-            axes.bar(places, [h or 0 for h in heights], 0.4, label=program)
+            positions = [index + shift for index in range(len(models))]
+            axes.bar(positions, [h or 0 for h in heights], 0.4, label=program)
         axes.set_xticks(range(len(models)), models, rotation=30)
         axes.set_title(job)
     figure.axes[0].set_ylabel("images/s, HiViT-B = 1")

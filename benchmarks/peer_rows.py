@@ -1,7 +1,8 @@
-"""Rows of `benchmarks.peers`: our program and PyTorch programs for the same job.
+"""Rows of `benchmarks.peers`: hivit_jax and PyTorch programs for the same job.
 
-A row is a function that runs a number of steps. jax and torch are imported late, so
-that each process loads only what it needs. Also used by `benchmarks.paper`.
+A row is a function that runs a number of steps. jax and torch are imported inside
+functions, so that the process of a row loads only what it needs. `benchmarks.paper`
+uses this module too.
 """
 
 import argparse
@@ -14,9 +15,10 @@ from typing import Any
 from benchmarks.machine import process_memory
 
 OURS = "hivit_jax"
-# Functions that run a number of steps and return the peak memory in bytes, and facts.
+# A function that runs a number of steps, a function that returns the peak memory in
+# bytes, and facts about the program.
 Started = tuple[Callable[[int], Any], Callable[[], int], dict[str, Any]]
-# Row -> (network, compiled, explicit softmax attention).
+# Row -> (network, with torch.compile, with explicit softmax attention).
 TORCH = {
     "torch": ("HiViT-B", False, False),
     "torch, compiled": ("HiViT-B", True, False),
@@ -48,7 +50,7 @@ WEIGHT_DECAY, BETAS, LEARNING_RATE = 0.05, (0.9, 0.95), 1e-6
 
 def load_recipe(recipe: str, values: dict[str, Any], args: argparse.Namespace) -> Any:
     """Return the config of a recipe with overrides, for the batch and the device."""
-    from benchmarks import plain_config  # noqa: F401  first
+    from benchmarks import plain_config  # noqa: F401  before hivit_jax
     from hivit_jax import config as configs
 
     dtype = "float32" if args.device == "cpu" else "bfloat16"
@@ -71,7 +73,7 @@ def compile_program(config: Any, args: argparse.Namespace) -> Any:
 
 
 def started(program: Any, args: argparse.Namespace) -> Started:
-    """Run the first step of our program."""
+    """Run the first step of a compiled program of hivit_jax."""
     import jax
 
     from benchmarks.train_step import peak_memory
@@ -89,10 +91,10 @@ def started(program: Any, args: argparse.Namespace) -> Started:
 
 
 def start_ours(args: argparse.Namespace, first_step: Path) -> Started:
-    """Compile our step and run it once.
+    """Compile the step of hivit_jax and run it once.
 
-    Writes the model, images and noise or labels of the first step to a file for the
-    twin.
+    Writes the weights, images, and noise or labels of the first step to a file, from
+    which the PyTorch twin starts.
     """
     import jax
     import jax.numpy as jnp
@@ -121,7 +123,11 @@ def start_ours(args: argparse.Namespace, first_step: Path) -> Started:
 
 
 def build_network(name: str, task: str) -> Any:
-    """Return a PyTorch network for a job: ViT-B, Swin-B, Swin-B 192, or of `HIVIT`."""
+    """Return a PyTorch network: ViT-B, Swin-B, Swin-B 192, or a key of `HIVIT`.
+
+    Args:
+      task: "pretrain": a network for pretraining; otherwise a classifier.
+    """
     from benchmarks import torch_peers
     from benchmarks.torch_twin import HiViT
 
@@ -147,7 +153,7 @@ def start_torch(
       name: network; see `build_network`.
       compiled: use torch.compile.
       plain: compute the softmax of attention explicitly.
-      first_step: weights, images and targets of the first step of HiViT-B.
+      first_step: file with the weights, images and targets of HiViT-B's first step.
     """
     import numpy as np
     import torch

@@ -4,23 +4,25 @@
         [--device cpu|gpu] [--rows hivit_jax torch ...] \
         [--batch 8] [--rounds 5] [--steps 2] [--threads 2]
 
-Compares our HiViT-B with a PyTorch twin of the official code, eager and compiled, and
-with ViT-B and Swin-B in PyTorch (benchmarks/torch_peers.py). The tasks are:
+Compares HiViT-B in hivit_jax with a PyTorch twin of the official code, eager and
+compiled, and with ViT-B and Swin-B in PyTorch (benchmarks/torch_peers.py). The tasks
+are:
 
-- pretrain: the train step of mae_base; in PyTorch also MAE on ViT-B, SimMIM on Swin-B.
+- pretrain: the train step of mae_base; for ViT-B, that of MAE; for Swin-B, of SimMIM.
 - classify: the train step of finetune:base, without the random draws of drop path,
   Mixup, CutMix and random erasing.
 - inference: the forward pass of the same classifier.
 
-The dtype is float32 on a CPU and bfloat16 (autocast) on a GPU. On a CPU our process
-keeps freed memory, as in training. PyTorch needs `--keep_memory` for it. Every row of
-the table is a separate process. In each of `--rounds` rounds, the rows run `--steps`
-steps one after another on the same cores, while the other rows sleep. Needs torch in
-addition to the packages of benchmarks/train_step.py.
+The dtype is float32 on a CPU and bfloat16 (autocast) on a GPU. On a CPU, the process of
+hivit_jax keeps freed memory, as in training. With `--keep_memory`, PyTorch's processes
+do the same. Every row of the table is a separate process. In each of `--rounds` rounds,
+the processes take turns on the same cores: each runs `--steps` steps while the others
+sleep. Needs torch in addition to the packages of benchmarks/train_step.py.
 
-The first loss of the twin must match ours for the same weights, images, and masks or
-labels. In PyTorch the images are on the device and already normalized. Ours are uint8,
-and every step flips and normalizes them. Writes results/peers_{task}_{cpu,gpu}.json.
+For the same weights, images, and masks or labels, the twin's first loss must match that
+of hivit_jax. The images are already on the device. PyTorch receives normalized images;
+hivit_jax receives uint8 images, and flips and normalizes them in every step. The
+results are written to results/peers_{task}_{cpu,gpu}.json.
 """
 
 import argparse
@@ -60,7 +62,7 @@ def start_row(
 
     Args:
       start: a function of `benchmarks.peer_rows` with its arguments.
-      keep_memory: keep freed memory, on a CPU.
+      keep_memory: keep freed memory in the process, if it runs on a CPU.
     """
     context = multiprocessing.get_context("spawn")
     pipe, end = context.Pipe()
@@ -79,8 +81,8 @@ def worker(
     """Run the process of a row.
 
     The process first sends the facts about the row. For each number of steps that it
-    receives, it runs the steps and sends the seconds that they took and the CPU-seconds
-    of all threads. The number 0 ends the process.
+    receives, it runs the steps and sends their seconds, and the CPU-seconds of all
+    threads. After the number 0, it sends the peak memory in bytes and ends.
     """
     if args.device == "cpu":
         from hivit_jax.xla.compile import keep_freed_memory
@@ -107,11 +109,12 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         first_step = Path(folder) / "first_step.npz"
         for row in args.rows:  # hivit_jax is the first
-            if row == OURS:  # keeps freed memory, as training does
+            if row == OURS:
                 start = partial(start_ours, args, first_step)
             else:
                 start = partial(start_torch, *TORCH[row], args, first_step)
-            pipes[row] = start_row(start, row == OURS or args.keep_memory, args)
+            keep_memory = row == OURS or args.keep_memory  # training keeps it too
+            pipes[row] = start_row(start, keep_memory, args)
             results[row] = receive(pipes[row], row)
             print(f"{row}: ready; first loss {results[row]['loss']}", flush=True)
     check_first_losses(results, TOLERANCE[args.device])
@@ -121,7 +124,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
 def time_rows(
     pipes: dict[str, Any], args: argparse.Namespace
 ) -> dict[str, dict[str, Any]]:
-    """Time interleaved rounds of steps, end the processes, and return the figures.
+    """Time interleaved rounds of steps, end the processes, and return the results.
 
     Args:
       pipes: row -> pipe of `start_row`, after its facts were received.
@@ -188,7 +191,7 @@ def table(results: dict[str, dict[str, Any]], cpu: bool) -> str:
 
 
 def add_flags(add: Callable, gpu_batch: int) -> None:
-    """Add the flags that `benchmarks.paper` has too.
+    """Add the flags that `benchmarks.peers` and `benchmarks.paper` share.
 
     Args:
       add: the parser's `add_argument`.
@@ -199,7 +202,7 @@ def add_flags(add: Callable, gpu_batch: int) -> None:
     add("--rounds", type=int, default=5)
     add("--steps", type=int, help="steps per round; 2 on a CPU, 20 on a GPU")
     add("--threads", type=int, default=2, help="threads and cores, on a CPU")
-    add("--torch_mode", default="default", help="such as max-autotune")
+    add("--torch_mode", default="default", help="mode of torch.compile")
 
 
 def prepare(args: argparse.Namespace, gpu_batch: int) -> None:
@@ -209,7 +212,7 @@ def prepare(args: argparse.Namespace, gpu_batch: int) -> None:
     args.steps = args.steps or (2 if cpu else 20)
     if cpu:
         os.environ["JAX_PLATFORMS"] = "cpu"
-    else:  # because the rows share the GPU's memory
+    else:  # the rows share the GPU's memory
         os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
 
 
@@ -231,7 +234,8 @@ def run(argv: list[str] | None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     add = parser.add_argument
     add("--task", choices=RECIPES, default="pretrain")
-    add("--rows", nargs="+", choices=(OURS, *TORCH), default=DEFAULT)
+    text = "programs to compare"
+    add("--rows", nargs="+", choices=(OURS, *TORCH), default=DEFAULT, help=text)
     add("--keep_memory", action="store_true", help="keep freed memory in PyTorch too")
     add("--out", type=Path, help="the JSON file to write")
     add_flags(add, GPU_BATCH)

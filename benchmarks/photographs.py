@@ -2,9 +2,9 @@
 
     python -m benchmarks.photographs DIR [--train 400] [--val 100]
 
-Each class is one photograph. The images of a class are random crops of the photograph
-with changed colors and noise. They are JPEGs of 500x375 pixels and 85 KB, which are
-typical sizes in ImageNet.
+There is one class per photograph. Its images are random crops of the photograph with
+changed colors and noise. They are JPEGs of 500x375 pixels and about 85 KB, sizes
+that are typical of ImageNet.
 """
 
 import argparse
@@ -77,8 +77,8 @@ def write(
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("directory")
-    parser.add_argument("--train", type=int, default=400)
-    parser.add_argument("--val", type=int, default=100)
+    parser.add_argument("directory", metavar="DIR")
+    parser.add_argument("--train", type=int, default=400, help="number of images")
+    parser.add_argument("--val", type=int, default=100, help="number of images")
     args = parser.parse_args()
     write(args.directory, {"train": args.train, "val": args.val})

@@ -1,12 +1,13 @@
-"""Small datasets: the ImageNet recipes against the folder recipes.
+"""Compare the ImageNet recipes with the folder recipes on small datasets.
 
     python -m benchmarks.small_data [--workdir runs/small_data] [--only TEXT ...]
 
-Trains a very small HiViT on two datasets of ten classes with 32x32 grayscale pixels:
-handwritten digits (scikit-learn), and tiles of ten photographs (scikit-image and
-scikit-learn), where the class is the photograph. Each draw has 40 other training images
-per class and 20 other test images. All recipes see the same number of images. Adds each
-result to results/small_data.json; an interrupted benchmark resumes.
+The benchmark trains a very small HiViT on grayscale images of 32x32 pixels. There are
+two datasets of ten classes: handwritten digits (scikit-learn), and tiles of ten
+photographs (scikit-image and scikit-learn), where the class is the photograph. Each
+random draw selects 40 training images and 20 test images per class. All recipes train
+on the same number of images. Each result is added to results/small_data.json. An
+interrupted benchmark resumes.
 """
 
 import argparse
@@ -28,7 +29,9 @@ from hivit_jax.train import train
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "small_data.json"
-SIDE, TRAIN, TEST, DRAWS = 32, 40, 20, 3  # pixels; images per class; draws
+SIDE = 32  # pixels
+TRAIN, TEST = 40, 20  # images per class
+DRAWS = 3
 PHOTOGRAPHS = ("astronaut", "brick", "camera", "chelsea", "coffee", "grass", "gravel")
 EPOCHS, PRETRAINING_EPOCHS = 60, 150
 NEVER = 10**6  # the last step is always evaluated and saved
@@ -53,7 +56,7 @@ DECODER = {
     "model.decoder_depth": 1,
     "model.decoder_num_heads": 2,
 }
-# Column -> recipe that trains, and recipe that pretrains ("": from scratch).
+# Cell -> (recipe that trains, recipe that pretrains; "": from scratch).
 CELLS = {
     "scratch: finetune": ("finetune:tiny", ""),
     "scratch: folder_finetune": ("folder_finetune", ""),
@@ -115,7 +118,7 @@ def measure(workdir: Path, stop: Callable, only: Sequence[str]) -> None:
     """Measure the missing cells and print the table.
 
     Args:
-      only: texts; a cell needs one of them in its name.
+      only: texts; cells whose names contain none of them are skipped.
     """
     rows = json.loads(RESULT.read_text()) if RESULT.exists() else []
     known = {(row["draw"], row["dataset"], row["cell"]) for row in rows}
@@ -143,7 +146,7 @@ def measure(workdir: Path, stop: Callable, only: Sequence[str]) -> None:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return the mean and standard deviation of each cell as text."""
+    """Format a table with the mean and standard deviation of each cell."""
     lines = [f"{'top-1 in %':<30}" + "".join(f"{name:>16}" for name in DATASETS)]
     for cell in CELLS:
         line = f"{cell:<30}"
@@ -160,7 +163,7 @@ def main() -> int:
     """Entry point. Return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--workdir", type=Path, default=Path("runs/small_data"))
-    text = "texts; a cell needs one of them in its name"
+    text = "only cells whose names contain one of these texts"
     parser.add_argument("--only", nargs="+", default=[""], metavar="TEXT", help=text)
     args = parser.parse_args()
     workdir = args.workdir.absolute()

@@ -5,8 +5,8 @@
 The table contains one row per model size and topology: memory, the largest batch that
 fits, FLOPs, HBM traffic, collective bytes, and the bound on images per second. Four
 rows for v5e:2x4 compare memory and compile time with and without remat and scan_blocks.
-The first of these rows also shows that the collective bytes per step and device are the
-same on 8 chips as on 64 and 256.
+The first of these rows also shows that a step has the same collective bytes per device
+on 8 chips as on 64 and 256 chips.
 
 The benchmark writes results/topologies.json and prints the table. It runs about a
 hundred compilations of one to four minutes each on two cores. An interrupted benchmark
@@ -60,7 +60,7 @@ def report_for(size: str, topology: str, workdir: Path, **overrides: object) -> 
 
 
 def search_batch(size: str, topology: str, workdir: Path, **overrides: object) -> dict:
-    """Return the largest batch of a recipe; search if the workdir has no result."""
+    """Return the largest batch of a recipe; search it if the workdir has no result."""
     config, directory = prepare(size, topology, overrides, workdir)
     path = directory / "largest_batch.json"
     if not path.exists():

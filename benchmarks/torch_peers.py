@@ -1,8 +1,8 @@
-"""ViT and Swin in PyTorch, for comparison of speed only.
+"""ViT and Swin in PyTorch, only for comparisons of speed.
 
-Written from the papers, with the published sizes and the blocks of `torch_twin`. Each
-model has `classify(images [B, 3, S, S])` if it has classes. Otherwise it has
-`masked_loss(images, noise [B, units])`. S is `image_size`.
+The models follow the papers, with the published sizes and the blocks of `torch_twin`. A
+model with classes supports `classify(images [B, 3, S, S])`, where S is `image_size`. A
+model without classes supports `masked_loss(images, noise [B, units])`.
 """
 
 import torch
@@ -121,7 +121,7 @@ def shifted_mask(side: int, window: int, shift: int):
 
 
 class Swin(nn.Module):
-    """Swin-B at 224 with windows of 7, or its SimMIM (Xie et al., 2022).
+    """Swin-B for 224x224 pixels with windows of 7, or SimMIM on it (Xie et al., 2022).
 
     SimMIM has 89.9 M parameters, the classifier 87.8 M. The encoder processes all
     tokens. SimMIM replaces 6 of 10 units of 32x32 pixels by a mask token, and a linear
@@ -129,8 +129,8 @@ class Swin(nn.Module):
 
     Args:
       num_classes: classes of the head; 0: SimMIM.
-      window: side of the windows. The images have 32 times this side. The official
-        pretraining has windows of 6.
+      window: side of the windows. The side of the images is 32 times as large. The
+        official pretraining has windows of 6.
     """
 
     def __init__(self, num_classes: int = 0, window: int = 7):

@@ -1,7 +1,7 @@
-"""HiViT and its masked autoencoder in PyTorch, for comparison only.
+"""HiViT and its masked autoencoder in PyTorch, only for comparisons.
 
 Parameter names and the order of operations follow the official code, so that the model
-loads the state dict from `hivit_jax.weights.to_official`.
+loads the state dict of `hivit_jax.weights.names.official.to_official`.
 """
 
 from collections.abc import Sequence

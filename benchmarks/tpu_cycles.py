@@ -3,14 +3,16 @@
     python -m benchmarks.tpu_cycles [--config mae_base] [--images 64]
 
 The benchmark runs on a CPU and requires libtpu. A TPU core issues one bundle of
-instructions per cycle, in an order that the compiler fixes. The benchmark
-compiles the forward and backward pass of each kind of block for a v5e. The table
-contains these numbers of cycles for one block and all images of a chip:
+instructions per cycle, in an order that the compiler fixes. The benchmark compiles the
+forward and backward pass of each kind of block for a v5e. The table contains these
+numbers of cycles for one block and all images of a chip:
 
 - forward, backward: bundles that the fused kernels issue. Their number is the run time
   if kernels wait neither for memory nor for the results of matrix products.
-- products alone: the kernels' matrix products, if they occupy all matrix units.
-- plain: the compiler's own estimate for the same block without fused kernels.
+- products alone: the time of the kernels' matrix products, if they keep all matrix
+  units busy.
+- plain: the compiler's own estimate for the same block without fused kernels, including
+  waiting.
 
 The results are written to results/tpu_cycles.json, or tpu_cycles_NAME.json for another
 recipe.

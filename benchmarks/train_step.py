@@ -3,11 +3,12 @@
     python -m benchmarks.train_step [--config mae_base] [--batch 256] [--forward] \
         [--rounds 5] [--steps 20] [--set model.dtype=float32 data.canvas=0 ...]
 
-Runs the step of training on all devices, repeatedly on one batch of synthetic images
-that is already on the devices. --forward runs the step of evaluation instead, which has
-only a forward pass. Needs only jax, flax, optax and numpy. Times are medians of
-`--rounds` blocks of `--steps` steps. Writes results/train_step_RECIPE_PLATFORM.json
-(forward_RECIPE_PLATFORM.json), or the file of `--out`.
+The benchmark runs the train step on all devices, repeatedly on the same batch of
+synthetic images, which is already on the devices. --forward runs the evaluation step
+instead, which has only a forward pass. Times are medians of `--rounds` rounds of
+`--steps` steps. The results are written to results/train_step_RECIPE_PLATFORM.json
+(with --forward, results/forward_RECIPE_PLATFORM.json) or to the file of `--out`. The
+benchmark needs only jax, flax, optax and numpy.
 """
 
 import json
@@ -84,7 +85,7 @@ class Training:
 
 
 class Evaluation:
-    """Variables and batch on the devices, and the compiled evaluation of a batch."""
+    """Variables and batch on the devices, and the compiled evaluation step."""
 
     def __init__(self, config: Any):
         mesh = make_mesh(config.mesh, config.batch_size)
@@ -113,7 +114,7 @@ class Evaluation:
         self.compile_cpu_seconds = time.process_time() - cpu_began
 
     def run(self, count: int) -> float:
-        """Evaluate the batch, wait until this has finished, and return the loss."""
+        """Evaluate the batch `count` times, wait for the results, return the loss."""
         for _ in range(count):
             sums = self.step(self.state, self.batch)
         return float(sums["loss"]) / len(self.batch["weight"])
@@ -172,9 +173,9 @@ def measure(
 ) -> dict[str, Any]:
     """Measure the train step of a recipe, or its evaluation step. Return JSON values.
 
-    The model FLOP utilization is that of `flops_per_image`, relative to the bfloat16
-    peak. It is None if the peak is unknown. CPU-seconds are None unless the devices are
-    CPUs.
+    The model FLOP utilization counts the operations of `flops_per_image`, relative to
+    the bfloat16 peak. It is None if the peak is unknown. CPU-seconds are None unless
+    the devices are CPUs.
 
     Raises:
       HivitError: a loss is not finite.
@@ -248,7 +249,8 @@ def run(argv: list[str] | None) -> None:
     add("--forward", action="store_true", help="only the forward pass, as evaluation")
     add("--rounds", type=int, default=5)
     add("--steps", type=int, default=20, help="steps per round")
-    add("--set", nargs="+", default=[], action="extend", metavar="KEY=VALUE")
+    text = "config keys to override"
+    add("--set", nargs="+", default=[], action="extend", metavar="KEY=VALUE", help=text)
     add("--out", type=Path, help="the JSON file to write")
     args = parser.parse_args(argv)
     overrides = args.set + ([f"batch_size={args.batch}"] if args.batch else [])
