@@ -35,7 +35,7 @@ def test_counts_add_up(n):
 
 
 def test_examples_of_a_class_are_used_equally_often():
-    """This holds after every epoch, and no use repeats another's random numbers."""
+    """Uses differ by at most one after every epoch; none repeats random numbers."""
     order = BalancedOrder(LABELS, 1.0, 0)
     uses, pairs = np.zeros(64, int), set()
     for epoch in range(5):

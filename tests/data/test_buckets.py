@@ -227,7 +227,7 @@ def test_partial_copy_is_never_read(bucket, tmp_path):
     cache = ShardCache(str(tmp_path / "cache"))
     partial_copy = cache.target(address).with_name(f"{path.name}.part")
     partial_copy.parent.mkdir(parents=True)
-    partial_copy.write_bytes(b"longer than the object" * 10_000)  # of a killed run
+    partial_copy.write_bytes(b"longer than the object" * 10_000)  # from a killed run
     bucket.statuses = {path.name: 503}
     assert cache.fetch(address) == address
     bucket.statuses = {}

@@ -187,7 +187,7 @@ def test_center_crop_of_a_usual_image():
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 @pytest.mark.parametrize("antialias", [True, False])
 def test_interpolation_and_antialias(interpolation, antialias):
-    """Host and device agree with PIL, or with `resize_axis` without antialiasing."""
+    """Host and device agree with PIL; without antialiasing, with `resize_axis`."""
     options = dict(interpolation=interpolation, antialias=antialias)
     pixels = photographs()["cat"]
     crop = Crop(*[Box(20, 30, 260, 330)] * 2)
@@ -253,7 +253,7 @@ def test_pixels_outside_the_crop_do_not_matter():
 
 @pytest.mark.slow
 def test_center_crop_ships_the_pixels_of_its_filters():
-    """The canvas contains the box and a margin; resizing it equals using all pixels."""
+    """The canvas contains the box and a margin, which suffice for an exact resize."""
     pixels = noise_image(375, 500, 3)
     crop = data_crops.center_crop(375, 500, SIZE, 0.875)
     actual, images, boxes = on_device([(pixels, crop)])

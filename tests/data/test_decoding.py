@@ -263,8 +263,8 @@ UNDEFINED = {
 def test_other_values_require_a_range(name):
     """Floats and signed or 32-bit integers require `value_range`.
 
-    The reason is that their black and white are not defined. The error ends the run and
-    names the config key.
+    Nothing else defines their black and white. The error ends the run and names the
+    config key.
     """
     encoded, value_range = UNDEFINED[name]
     with pytest.raises(DataError, match=r"found .* from .* data\.value_range="):
@@ -322,7 +322,7 @@ def test_transform_has_a_range():
 
 
 def test_crops_of_ordinary_jpegs_may_be_decoded_alone():
-    """A crop is decoded alone only if a baseline JPEG ends with its only scan."""
+    """Crops are decoded alone only from baseline JPEGs that end with one scan."""
     jpeg = encode(IMAGE, "JPEG", quality=90)
     thumbnail = Image.Exif()
     thumbnail[0x010E] = jpeg[:2000].decode("latin1")  # markers inside a segment

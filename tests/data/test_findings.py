@@ -50,7 +50,7 @@ def test_lost_values(values, value_range, detail):
 
 @pytest.mark.parametrize("mode", ["LA", "RGBA", "P"])
 def test_image_in_the_alpha_channel(mode):
-    """A black image with a drawing in its alpha channel loses it with that channel."""
+    """A drawing that only the alpha channel contains is lost with that channel."""
     image = Image.new("RGBA", (64, 48))
     image.putalpha(Image.fromarray(PHOTO[..., 0]))
     image = image.convert("LA") if mode == "LA" else image

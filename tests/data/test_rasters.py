@@ -221,7 +221,7 @@ def test_resize_is_exact(dtype, interpolation, antialias):
 
 
 def test_channels_are_resized_alike():
-    """Four 8-bit channels are resized as four gray images; the fourth is not alpha."""
+    """Each of four 8-bit channels is resized alone; the fourth is not used as alpha."""
     pixels = noise_image(60, 50, 4)
     box = (2.5, 40, 60), (0, 50, 50)
     for antialias in (True, False):

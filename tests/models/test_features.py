@@ -1,4 +1,4 @@
-"""Tests of feature maps, of all units or the kept ones, and of outputs of blocks."""
+"""Tests of feature maps of all or only kept units, and of the outputs of blocks."""
 
 import jax
 import jax.numpy as jnp

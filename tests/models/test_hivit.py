@@ -122,7 +122,7 @@ def test_no_head():
 
 
 def test_layers_of_a_masked_autoencoder():
-    """The encoder has the layer ids of a classifier; all else has the next id."""
+    """Encoder parameters have a classifier's layer ids; all others have the next id."""
     ids = abstract_model("mae_hivit_base", **MINI, **DECODER).layer_ids()
     classifier = abstract_model("hivit_base", **MINI).layer_ids()
     assert ids["encoder/merges/0/norm/scale"] == 2

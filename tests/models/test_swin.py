@@ -78,7 +78,7 @@ def test_shapes():
 
 
 def test_shrunk_windows():
-    """Windows are at most as large as the grid's shorter side, and then not shifted."""
+    """Windows shrink to the grid's shorter side; those that span it never shift."""
     config = abstract_model("swin_base", **MINI).config
     whole = Windows((4, 8), (4, 4), 0, attend_padding=True)
     assert config.stage_windows(0, (4, 8)) == [whole] * 2

@@ -341,7 +341,7 @@ def test_images_in_both_splits(check, tmp_path):
 
 
 def test_tiles_of_many_bands(check, tmp_path):
-    """A wrong number of bands is an error; 12 bits of 16 lose values as uint8."""
+    """A wrong number of bands is an error; 12-bit values lose levels in uint8."""
     root = tmp_path / "tiles"
     values = np.random.RandomState(0).randint(0, 4096, (6, 64, 64, 4)).astype(np.uint16)
     for k, tile in enumerate(values):

@@ -69,7 +69,7 @@ REPORT = {
 
 
 def test_describe_prints_the_earlier_report(monkeypatch, tmp_path, capsys):
-    """The report in compile.json is printed, with a note if it is of another config."""
+    """The report in compile.json is printed, with a note if the config differs."""
     config = mini_runs.mae(batch_size=64)
     report = REPORT | {
         "batch_per_device": 8,

@@ -30,7 +30,7 @@ TABLE = "relative_position_bias_table"
 
 
 def with_buffers(fixture):
-    """Return the official state dict with its buffers, and our named parameters."""
+    """Return the complete official state dict, and the parameters by our names."""
     name, config = swin.arguments(fixture)
     model = swin.abstract_model(name, **config)
     params = from_official(swin.state_dict(fixture), model)

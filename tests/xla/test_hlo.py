@@ -79,7 +79,7 @@ def test_asynchronous_collectives_count_once_and_loops_by_their_bound(newer):
         "reduce-scatter": (3, 3 * 4 * 2048),
         "collective-permute": (1, 4 * 256),
     }
-    # A fusion is one kernel. Reads from VMEM are free, and %cut reads only from it. A
+    # A fusion is one kernel. Reads from VMEM are free, and %cut reads only VMEM. A
     # scalar occupies a tile of 512 bytes: %c is read, and %d returns one.
     reduced = 2 * (2 * 64 * 128 + 512)
     moved = cost.bytes_by_region(hlo).total()

@@ -161,7 +161,7 @@ def test_images_without_labels(tmp_path):
 
 
 def test_labels_in_json(tmp_path):
-    """A .cls member precedes .json; JSON without an integer label is not a label."""
+    """A .cls member takes precedence; JSON without an integer label is ignored."""
     members = [
         *[("a.jpg", b"0"), ("a.json", b'{"label": 2}')],
         *[("b.json", b'{"label": 1}'), ("b.jpg", b"1")],

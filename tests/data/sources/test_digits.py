@@ -23,7 +23,7 @@ def scans(source):
 
 
 def test_train_and_test_scans_are_disjoint():
-    # Imported here, because importing it takes seconds while tests are collected.
+    # Imported here, because a global import would slow the collection of tests.
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -75,7 +75,7 @@ def test_num_examples():
 @pytest.mark.slow
 def test_class_balanced_subsets():
     """data.subset selects which images are used; every class has the same number."""
-    # Imported here, because importing it takes seconds while tests are collected.
+    # Imported here, because a global import would slow the collection of tests.
     from sklearn.datasets import load_digits
 
     digits = load_digits()

@@ -31,7 +31,7 @@ def root(tmp_path):
 
 
 def opened(root, split, **keys):
-    """Open a split without the cache of opened sources."""
+    """Open a split, bypassing the cache of open sources."""
     registry._open.cache_clear()
     return registry.open_source(DATA | {"dir": str(root)} | keys, split)
 

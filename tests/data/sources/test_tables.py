@@ -28,7 +28,7 @@ def root(tmp_path):
 
 
 def opened(file, split="train", **keys):
-    """Open a split of a table without the cache of opened sources."""
+    """Open a split of a table, bypassing the cache of open sources."""
     registry._open.cache_clear()
     return registry.open_source(DATA | {"dir": str(file)} | keys, split)
 
@@ -143,7 +143,7 @@ def test_no_evaluation_images(root):
 
 
 def test_several_labels(root):
-    """ ";" separates several labels; an image with an empty label has no class."""
+    """Several labels are separated by ";"; an empty label stands for no class."""
     rows = ["a/0.png,dog;cat", "b/0.png,", "b/1 2.png, cat ;;cat", "c/0.png,emu"]
     file = write(root, "path,label", *rows)
     source = opened(file, eval_split="none", multi_label=True)
