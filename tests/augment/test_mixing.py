@@ -19,7 +19,7 @@ def test_smooth_labels():
 
 
 def mixed(seed, mixup, cutmix, batch=6, size=(20, 30), weight=None):
-    """Mix images whose pixels are their own index; return images and targets."""
+    """Mix images filled with their own index; return images and targets."""
     numbers = jnp.arange(batch, dtype=jnp.float32)
     images = jnp.broadcast_to(numbers[:, None, None, None], (batch, *size, 1))
     weight = jnp.ones(batch) if weight is None else jnp.array(weight)
@@ -35,7 +35,7 @@ PARTNER = [1, 0, 3, 2, 5, 4]
 
 @pytest.mark.slow
 def test_mixup():
-    """All images and targets are mixed with their neighbors by one ratio."""
+    """All images and targets are mixed with their neighbors in the same ratio."""
     ratios = []
     for seed in range(300):
         images, targets = mixed(seed, 0.8, 0.0)
@@ -53,7 +53,7 @@ def test_mixup():
 
 @pytest.mark.slow
 def test_cutmix():
-    """One rectangle is exchanged in all images; targets follow the remaining area."""
+    """All images exchange the same rectangle; targets follow the remaining area."""
     remaining_areas = []
     for seed in range(300):
         images, targets = mixed(seed, 0.0, 1.0)

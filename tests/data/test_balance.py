@@ -1,4 +1,4 @@
-"""Balanced order: counts, exactness, and batches of class folders."""
+"""Tests of the class-balanced order of training examples."""
 
 import numpy as np
 import pytest
@@ -12,8 +12,8 @@ from hivit_jax.data.order import permutation
 from hivit_jax.data.sources.base import Source
 from hivit_jax.errors import ConfigError
 
-LABELS = np.array([0] * 50 + [2] * 10 + [5] * 3 + [7])  # in any order
-LABELS = LABELS[permutation(9, 9, 64)]
+LABELS = np.array([0] * 50 + [2] * 10 + [5] * 3 + [7])
+LABELS = LABELS[permutation(9, 9, 64)]  # the order of examples is arbitrary
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,7 @@ def test_counts_add_up(n):
 
 
 def test_examples_of_a_class_are_used_equally_often():
-    """After every epoch, and never twice with the same random numbers."""
+    """Uses differ by at most one after every epoch; none repeats random numbers."""
     order = BalancedOrder(LABELS, 1.0, 0)
     uses, pairs = np.zeros(64, int), set()
     for epoch in range(5):
@@ -49,7 +49,7 @@ def test_examples_of_a_class_are_used_equally_often():
 
 
 def test_order_is_a_function_of_seed_and_position():
-    """Any part of the positions, in any order and from a new object."""
+    """A new object gives the same examples for any positions, in any order."""
     at = np.arange(300)
     expected = np.stack(BalancedOrder(LABELS, 0.5, 3).samples_at(at))
     part = at[permutation(0, 0, 300)[:70]]
@@ -82,7 +82,7 @@ def folder(tmp_path, cache_directory):
 
 
 def test_batches(folder):
-    """With 0, the order is that of earlier versions; with 1, classes alternate."""
+    """With data.balance=1, each class occurs equally often; 0 keeps the plain order."""
     plain = folder_config(folder, batch_size=7, data__balance=0)
     indices = [batch["index"] for batch in inputs.train_batches(plain, 0, 2)]
     assert_array_equal(np.concatenate(indices), permutation(0, 0, 14))

@@ -23,7 +23,7 @@ VERSION = "noise_images/1.0.0"
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-    """Return {format: data directory} of a small dataset."""
+    """Return a directory with a small dataset in a subdirectory per file format."""
     root = tmp_path_factory.mktemp("prepared")
     for file_format in ("tfrecord", "array_record"):
         prepare(root / file_format, file_format)
@@ -32,7 +32,7 @@ def prepared(tmp_path_factory):
 
 @pytest.fixture
 def bucket(prepared, tmp_path):
-    """Return a server of a copy of the directory that contains `prepared`."""
+    """Serve a copy of the datasets in `prepared` as a bucket."""
     root = tmp_path / "objects"
     shutil.copytree(prepared, root)
     with serve(root) as server:
@@ -148,7 +148,7 @@ def test_order_and_ignored_files_of_class_folders(tmp_path):
 
 @pytest.mark.parametrize("level", ["top", "leaf", "none"])
 def test_numpy_arrays_in_class_folders(level, tmp_path):
-    """NumPy arrays are the images of a directory without other images."""
+    """NumPy arrays count as images in a directory without other images."""
     for name in ("a/1.npy", "b/2.npy", "b/notes.txt"):
         for split in ("train", "val"):
             path = tmp_path / split / name
@@ -166,7 +166,7 @@ def test_numpy_arrays_in_class_folders(level, tmp_path):
 
 
 def test_errors_of_a_bucket_are_not_unreadable_images(bucket):
-    """Errors of the bucket end the run even if all images may be unreadable."""
+    """Errors of the bucket end the run, even with data.max_unreadable=1."""
     cfg = config("gs://bucket/tfrecord", data__max_unreadable=1.0)
     batches(cfg)
     shard = f"{VERSION}/noise_images-train.tfrecord-00001-of-00004"
@@ -227,7 +227,7 @@ def test_partial_copy_is_never_read(bucket, tmp_path):
     cache = ShardCache(str(tmp_path / "cache"))
     partial_copy = cache.target(address).with_name(f"{path.name}.part")
     partial_copy.parent.mkdir(parents=True)
-    partial_copy.write_bytes(b"longer than the object" * 10_000)  # of a killed process
+    partial_copy.write_bytes(b"longer than the object" * 10_000)  # from a killed run
     bucket.statuses = {path.name: 503}
     assert cache.fetch(address) == address
     bucket.statuses = {}
@@ -250,7 +250,8 @@ def test_processes_share_copies(bucket, tmp_path):
         thread.start()
     for thread in threads:
         thread.join()
-    assert bucket.reads(path.name) == 2  # a part, and the rest without its end
+    # The first read is too long for the file, the second has no end.
+    assert bucket.reads(path.name) == 2
     assert os.listdir(tmp_path / "cache/gs/bucket/tfrecord" / VERSION) == [path.name]
     assert len({cache.locate(address) for cache in caches}) == 1
 

@@ -32,7 +32,7 @@ def crops(height, width, count, scale=(0.2, 1.0), seed=0):
 
 
 def on_device(samples, size=SIZE, canvas=512, **options):
-    """Resize crops on the device: (float [n, *size, C], canvases, boxes)."""
+    """Resize crops on the device; return float [n, *size, C], canvases and boxes."""
     images = np.zeros((len(samples), canvas, canvas, 3), np.uint8)
     boxes = [
         data_crops.paste_crop(pixels, crop, out, size, **options)
@@ -43,7 +43,7 @@ def on_device(samples, size=SIZE, canvas=512, **options):
 
 
 def pil_resize(image, size, box=None, filter=Image.Resampling.BICUBIC):
-    """Resize with PIL, columns first; PIL 13 may resize rows first."""
+    """Resize with PIL, first along the width; PIL 13 may start with the height."""
     left, top, right, bottom = box or (0, 0, image.width, image.height)
     height = image.height
     image = image.resize((size[1], height), filter, (left, 0, right, height))
@@ -134,8 +134,7 @@ def test_random_crops_equal_pil():
         top, left, height, width = crop.box
         part = Image.fromarray(pixels[top : top + height, left : left + width])
         assert np.abs(actual - pil_resize(part, SIZE)).mean() < 0.002
-        # PIL 13 resizes rows first where that is faster, and rounds
-        # differently.
+        # PIL 13 starts with the height where that is faster, and rounds differently.
         newest = np.asarray(part.resize(SIZE, Image.Resampling.BICUBIC))
         assert np.abs(actual - newest).mean() < 0.35
         out = np.zeros((*SIZE, 3), np.uint8)
@@ -147,7 +146,7 @@ def test_random_crops_equal_pil():
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [(224, 224), (168, 280), (280, 168)])
 def test_center_crops_equal_pil(size):
-    """A center crop is PIL's resize to cover size / 0.875, and then a cut."""
+    """A center crop equals PIL's resize to cover size / 0.875, followed by a crop."""
     samples, expected = [], []
     for name in NAMES:
         pixels = photographs()[name]
@@ -188,7 +187,7 @@ def test_center_crop_of_a_usual_image():
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 @pytest.mark.parametrize("antialias", [True, False])
 def test_interpolation_and_antialias(interpolation, antialias):
-    """Host and device agree with PIL, or without antialiasing with a formula."""
+    """Host and device agree with PIL; without antialiasing, with `resize_axis`."""
     options = dict(interpolation=interpolation, antialias=antialias)
     pixels = photographs()["cat"]
     crop = Crop(*[Box(20, 30, 260, 330)] * 2)
@@ -232,7 +231,7 @@ def resize_axis(pixels, axis, interpolation):
 
 @pytest.mark.slow
 def test_only_the_crop_is_shipped():
-    """The canvas holds only the unresized crop, at the top left, and zeros."""
+    """The canvas contains the unresized crop at the top left, and zeros elsewhere."""
     pixels = noise_image(300, 400, 3)
     crop = Crop(*[Box(20, 30, 200, 250)] * 2)
     _, images, boxes = on_device([(pixels, crop)])
@@ -254,7 +253,7 @@ def test_pixels_outside_the_crop_do_not_matter():
 
 @pytest.mark.slow
 def test_center_crop_ships_the_pixels_of_its_filters():
-    """The canvas holds the box and a margin; the result matches the whole image."""
+    """The canvas contains the box and a margin, which suffice for an exact resize."""
     pixels = noise_image(375, 500, 3)
     crop = data_crops.center_crop(375, 500, SIZE, 0.875)
     actual, images, boxes = on_device([(pixels, crop)])
@@ -290,7 +289,7 @@ def test_flat_colors_and_edges():
         image = np.full((9, 7, 3), level, np.uint8)
         crop = Crop(*[Box(0, 0, 9, 7)] * 2)
         assert (on_device([(image, crop)], (16, 5), canvas=32)[0] == level).all()
-    # Bicubic overshoots at an edge; it must not wrap around.
+    # A bicubic filter overshoots at an edge; the pixels must not wrap around.
     edge = np.zeros((8, 8, 3), np.uint8)
     edge[:, 4:] = 255
     crop = Crop(*[Box(0, 0, 8, 8)] * 2)

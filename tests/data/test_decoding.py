@@ -37,7 +37,7 @@ READABLE = {
     "jpeg": encode(IMAGE, "JPEG", quality=90),
     "jpeg, progressive": encode(IMAGE, "JPEG", progressive=True),
     "jpeg, 4:4:4": encode(IMAGE, "JPEG", subsampling=0),
-    "jpeg, grey": encode(IMAGE.convert("L"), "JPEG"),
+    "jpeg, gray": encode(IMAGE.convert("L"), "JPEG"),
     "jpeg, CMYK": encode(IMAGE.convert("CMYK"), "JPEG"),
     "jpeg, RGB": encode(IMAGE, "JPEG", keep_rgb=True),
     "jpeg, EXIF rotation": encode(IMAGE, "JPEG", exif=EXIF),
@@ -75,7 +75,8 @@ def test_damaged_but_complete_file():
     """A file with 400 wrong bytes decodes as with PIL, without an error."""
     encoded = bytearray(READABLE["jpeg"])
     middle = len(encoded) // 2
-    encoded[middle : middle + 400] = (noise_image(400) // 2).tobytes()  # no marker
+    # Bytes below 128 contain no marker.
+    encoded[middle : middle + 400] = (noise_image(400) // 2).tobytes()
     expected = Image.open(io.BytesIO(bytes(encoded))).convert("RGB")
     assert_array_equal(decode(bytes(encoded), 3), expected)
 
@@ -106,7 +107,7 @@ def test_undecodable_files_are_errors(encoded, channels):
 
 RAMP = np.linspace(0, 65535, 16 * 18 * 3).astype(np.uint16).reshape(16, 18, 3)
 GRAY = RAMP[..., 1].copy()
-FORMATS = {"u": 1, "i": 2, "f": 3}  # of TIFF samples
+FORMATS = {"u": 1, "i": 2, "f": 3}  # values of TIFF's SampleFormat
 
 
 def png(values):
@@ -129,8 +130,8 @@ def tiff(values, order="<", photometric=None, planar=1, deflate=False, packed=No
 
     Args:
       order: "<" little-endian or ">" big-endian.
-      planar: 2: a plane per band.
-      packed: bits per sample and content of an image that NumPy cannot represent.
+      planar: 1: interleaved bands; 2: one plane per band.
+      packed: (bits per sample, content) of an image that NumPy cannot represent.
     """
     h, w, bands = (*values.shape, 1)[:3]
     planes = np.moveaxis(values, -1, 0) if planar == 2 else values[None]
@@ -171,14 +172,14 @@ def tiff(values, order="<", photometric=None, planar=1, deflate=False, packed=No
 
 
 def sgi(values):
-    """Encode uint16 [h, w] as SGI; rows are stored from the bottom."""
+    """Encode uint16 [h, w] as SGI, which stores rows from bottom to top."""
     h, w = values.shape
     header = struct.pack(">HBBHHHH", 474, 0, 2, 2, w, h, 1)
     return header.ljust(512, b"\0") + values[::-1].astype(">u2").tobytes()
 
 
 def bits12(values):
-    """Pack uint16 [h, w] below 4096, w even, as the data of a 12-bit TIFF."""
+    """Encode uint16 [h, w] as a 12-bit TIFF; values are below 4096 and w is even."""
     high, low = values.reshape(-1, 2).T.astype(int)
     triples = np.stack([high >> 4, (high & 15) << 4 | low >> 8, low & 255], 1)
     content = triples.astype(np.uint8).tobytes()
@@ -205,7 +206,7 @@ SIXTEEN_BIT = {
     "jpeg 2000": (encode(GRAY, "JPEG2000", irreversible=False), GRAY),
     "tiff, 12 bit": (bits12(GRAY // 16), None),
 }
-# Within one level, because Pillow has removed the low bytes.
+# Exact only to one level, because Pillow drops the low bytes.
 NEARLY = {
     "tiff, planes, deflate": (tiff(RAMP, planar=2, deflate=True), RAMP),
     "sgi": (sgi(GRAY), GRAY),
@@ -242,7 +243,7 @@ def test_16_bit_cmyk():
 
 UNIT = (GRAY / 65535).astype(np.float32)
 SIGNED = GRAY.astype(np.int32) - 32768
-# Encoded image, its values, and the range of its values.
+# Kind of image -> (encoded image, range of its values).
 UNDEFINED = {
     "tiff, float": (encode(UNIT, "TIFF"), (0, 1)),
     "tiff, float, big-endian, deflate": (tiff(UNIT, ">", deflate=True), (0.0, 1.0)),
@@ -260,9 +261,10 @@ UNDEFINED = {
 
 @pytest.mark.parametrize("name", UNDEFINED)
 def test_other_values_require_a_range(name):
-    """Floats, signed and 32-bit integers require `value_range`.
+    """Floats and signed or 32-bit integers require `value_range`.
 
-    Their black and white are not defined. The error ends the run and names the key.
+    Nothing else defines their black and white. The error ends the run and names the
+    config key.
     """
     encoded, value_range = UNDEFINED[name]
     with pytest.raises(DataError, match=r"found .* from .* data\.value_range="):
@@ -274,8 +276,8 @@ def test_other_values_require_a_range(name):
     np.testing.assert_allclose(clipped, np.minimum(GRAY / 257 * 2, 255), atol=1.1)
 
 
-def test_range_of_more_than_8_bits_only():
-    """`value_range` scales 12-bit images in 16 bits; 8-bit images are unchanged."""
+def test_range_applies_only_to_more_than_8_bits():
+    """`value_range` rescales 12-bit values in 16 bits; 8-bit images are unchanged."""
     dark = GRAY // 16
     expected = np.rint(dark / 4095 * 255)
     for encoded in (encode(dark, "PNG"), tiff(dark), png(np.dstack([dark] * 3))):
@@ -320,7 +322,7 @@ def test_transform_has_a_range():
 
 
 def test_crops_of_ordinary_jpegs_may_be_decoded_alone():
-    """Crops are decoded alone only from baseline JPEGs with one scan at the end."""
+    """Crops are decoded alone only from baseline JPEGs that end with one scan."""
     jpeg = encode(IMAGE, "JPEG", quality=90)
     thumbnail = Image.Exif()
     thumbnail[0x010E] = jpeg[:2000].decode("latin1")  # markers inside a segment

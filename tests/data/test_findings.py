@@ -40,8 +40,8 @@ def findings(values, value_range=(), channels=1, kind="TIFF"):
 def test_lost_values(values, value_range, detail):
     """An image loses values if decoding leaves less than a quarter of its levels.
 
-    At most 256 levels count. An image with several levels also loses values if one
-    level remains.
+    Only 256 levels can remain, so an image with more of them counts as having 256. If
+    only one of several levels remains, the image also loses values.
     """
     reported = findings(values, value_range)
     assert reported[LOST].startswith(detail)
@@ -50,7 +50,7 @@ def test_lost_values(values, value_range, detail):
 
 @pytest.mark.parametrize("mode", ["LA", "RGBA", "P"])
 def test_image_in_the_alpha_channel(mode):
-    """A drawing whose colors are all black is black without its alpha channel."""
+    """A drawing that only the alpha channel contains is lost with that channel."""
     image = Image.new("RGBA", (64, 48))
     image.putalpha(Image.fromarray(PHOTO[..., 0]))
     image = image.convert("LA") if mode == "LA" else image
@@ -72,7 +72,7 @@ def test_image_in_the_alpha_channel(mode):
         (PHOTO[..., 0].astype(np.uint16) * 257, ()),
         (PHOTO[..., 0].astype(np.uint16) * 16, (0, 4095)),
         (PHOTO[..., 1].astype(np.float32) / 255, (0, 1)),
-        (np.zeros((48, 64), np.uint16), ()),  # nothing in it that could be lost
+        (np.zeros((48, 64), np.uint16), ()),  # one level, so nothing can be lost
         (PHOTO, ()),
         (PHOTO[..., 0] // 86 * 86, ()),
     ],
@@ -83,7 +83,7 @@ def test_healthy_images(values, value_range):
 
 
 def test_clipped_values():
-    """The fraction of values that `value_range` clips is reported, but is no loss."""
+    """The fraction of clipped values is reported, but not as a loss."""
     reported = findings(UNIT, (0.25, 1))
     assert reported[CLIPPED] == "25.00% of the values"
     assert LOST not in reported

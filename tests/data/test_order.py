@@ -40,7 +40,7 @@ def test_positions_across_an_epoch_boundary():
     indices, epochs = samples_at(np.arange(7, 24), n, 3)
     assert_array_equal(indices, stream[7:24])
     assert epochs.tolist() == [0] * 3 + [1] * 10 + [2] * 4
-    # Any positions in any order, such as the share of a process.
+    # Positions may be any subset in any order, such as the share of a process.
     at = np.array([29, 3, 10, 9, 30])
     assert_array_equal(samples_at(at, n, 3)[0], stream[at])
 
@@ -104,6 +104,6 @@ def test_larger_subset_holds_the_smaller():
 
 
 @pytest.mark.parametrize("examples", [5, 101, 1010, 1437])
-def test_training_examples_that_cannot_be_shared(examples):
+def test_training_examples_that_cannot_be_balanced(examples):
     with pytest.raises(ConfigError, match=f"train_examples={examples}: .* 10 classes"):
         data_sources_digits.Digits("train", train_examples=examples)

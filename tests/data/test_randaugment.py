@@ -1,4 +1,4 @@
-"""Tests of RandAugment: operations equal timm's; distribution of the policy."""
+"""Tests of RandAugment: equality with timm, and distribution of the policy."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -18,7 +18,7 @@ GOLDEN = golden("randaugment")
 ALMOST_ONE = 1 - 2.0**-53  # the largest random number
 
 
-APPLIED, LEFT_OUT = 0.0, 0.5
+APPLIED, LEFT_OUT = 0.0, 0.5  # random numbers that apply or omit an operation
 
 
 def draws(count, seed=0):
@@ -26,7 +26,7 @@ def draws(count, seed=0):
     return np.random.RandomState(seed).random_sample((count, DRAWS)).tolist()
 
 
-def position(name):
+def number_for(name):
     """Return a random number that chooses this operation."""
     return (list(OPERATIONS).index(name) + 0.5) / len(OPERATIONS)
 
@@ -120,7 +120,7 @@ def test_distribution_of_operations():
 
 
 def test_policy_parameters():
-    """Magnitude, its spread, number of operations and probability are applied."""
+    """The parameters set magnitudes, number and probability of the operations."""
     many = draws(200)
     for sample in many:
         a, b = randaugment.choose(sample, mean_magnitude=5, std=0, probability=1)
@@ -146,8 +146,8 @@ def test_policy_parameters():
 def test_operations_are_chained():
     """Operations are applied one after another, as the random numbers select."""
     pixels = photographs()["coffee"][:100, :120]
-    sample = [position("Rotate"), APPLIED, 0.5, 0.0]
-    sample += [position("SolarizeAdd"), APPLIED, 0.5, 0.0]
+    sample = [number_for("Rotate"), APPLIED, 0.5, 0.0]
+    sample += [number_for("SolarizeAdd"), APPLIED, 0.5, 0.0]
     turned = randaugment.apply("Rotate", Image.fromarray(pixels), 9.0, -1)
     expected = randaugment.apply("SolarizeAdd", turned, 9.0, -1)
     actual = randaugment.randaugment(pixels, sample)
@@ -178,7 +178,7 @@ def test_same_draws_same_bytes_in_threads():
 def test_image_sizes(shape):
     pixels = np.random.RandomState(0).randint(0, 256, (*shape, 3)).astype(np.uint8)
     for name in OPERATIONS:
-        sample = [position(name), APPLIED, 0.9, 0.9] * 2
+        sample = [number_for(name), APPLIED, 0.9, 0.9] * 2
         result = randaugment.randaugment(pixels, sample)
         assert result.shape == pixels.shape
         assert result.dtype == np.uint8

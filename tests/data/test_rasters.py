@@ -1,4 +1,4 @@
-"""Tests of images of 8 bits, 16 bits or floats with any number of channels."""
+"""Tests of 8-bit, 16-bit and float images with any number of channels."""
 
 import io
 
@@ -163,7 +163,7 @@ def test_unsuitable_files(encoded, error, message):
 
 
 def exact_axis(pixels, span, size, axis, radius, antialias=True):
-    """Resize one axis in float64: a second implementation of the filters."""
+    """Resize one axis in float64 with an independent implementation of the filters."""
     start, length, extent = span
     scale = length / size
     stretch = max(scale, 1.0) if antialias else 1.0
@@ -194,9 +194,10 @@ CROPS = [
 @pytest.mark.parametrize("antialias", [True, False])
 @pytest.mark.parametrize("dtype", ["uint16", "float32"])
 def test_resize_is_exact(dtype, interpolation, antialias):
-    """Device and host are within 1/65535 of the range of a float64 reference.
+    """Device and host differ from float64 by less than 1/65535 of the value range.
 
-    The image has edges of the whole range, where errors of positions matter most.
+    Edges in the image span the whole range, because there an error in the position
+    changes values most.
     """
     rows = np.random.RandomState(1).randint(0, 2, (503, 503, 2)) * 65535
     pixels, options = rows[:470].astype(dtype), (interpolation, antialias)
@@ -220,7 +221,7 @@ def test_resize_is_exact(dtype, interpolation, antialias):
 
 
 def test_channels_are_resized_alike():
-    """Four 8-bit channels equal four grayscale images; alpha is not multiplied."""
+    """Each of four 8-bit channels is resized alone; the fourth is not used as alpha."""
     pixels = noise_image(60, 50, 4)
     box = (2.5, 40, 60), (0, 50, 50)
     for antialias in (True, False):
@@ -237,7 +238,7 @@ def test_channels_are_resized_alike():
 
 @pytest.fixture
 def tiles(tmp_path, cache_directory):
-    """Return a directory with eight 16-bit images of 4 bands in each split."""
+    """Return (directory, values) of eight 16-bit images of 4 bands per split."""
     values = np.random.RandomState(0).randint(0, 10000, (16, 30, 26, 4))
     for k, tile in enumerate(values.astype(np.uint16)):
         path = tmp_path / ("train" if k < 8 else "val") / f"c{k % 2}" / f"{k}.tif"
@@ -257,7 +258,7 @@ FOUR = dict(
 
 @pytest.mark.slow
 def test_dtypes_reach_the_batches(tiles):
-    """Batches contain center crops of 16x16 without resizing, divided by data.scale."""
+    """Batches contain 16x16 center crops; the device divides them by data.scale."""
     root, values = tiles
     options = FOUR | dict(data__crop_pct=1.0, data__canvas=32)
     expected, means, on_host = {}, np.array(FOUR["data__mean"]), {"data__canvas": 0}
@@ -314,7 +315,7 @@ def test_scale_of_saved_models():
 
 
 def test_random_crops_of_16_bits():
-    """A training transform fills a canvas of 16 bits."""
+    """A training transform fills a 16-bit canvas."""
     transform = ImageTransform(
         batch_size=1,
         size=(8, 8),

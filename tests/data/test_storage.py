@@ -55,7 +55,7 @@ def test_listing(root, bucket):
 
 @pytest.mark.parametrize("part", [len(DATA) // 4, 3000, 10**6])
 def test_copy(bucket, tmp_path, monkeypatch, part):
-    """A copy is exact, also if the size is a multiple of the part size."""
+    """A copy is exact, even if the size is a multiple of the part size."""
     monkeypatch.setattr(storage, "PART_BYTES", part)
     with open(tmp_path / "copy", "wb") as file:
         assert storage.copy(f"gs://bucket/{KEY}", file) == len(DATA)

@@ -42,7 +42,7 @@ ORDINARY = [
     ((80, 140), {}),
     ((120, 75), {}),
 ]
-COUNT = 40  # training images: five steps of an epoch
+COUNT = 40  # training images; an epoch has five steps
 
 
 def images(damaged=()):
@@ -99,7 +99,7 @@ def write_folder(root, damaged=()):
 
 
 class Kinds(tfds.core.GeneratorBasedBuilder):
-    """Dataset of TFDS with these images."""
+    """TFDS dataset of the files that `images` returns."""
 
     VERSION = tfds.core.Version("1.0.0")
     damaged = ()
@@ -134,7 +134,7 @@ def write_tfds(root, file_format, damaged=()):
 
 @pytest.fixture(scope="module", autouse=True)
 def cache(tmp_path_factory):
-    """Return an empty cache directory of the user."""
+    """Replace the user's cache directory with an empty one."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         registry._open.cache_clear()
@@ -254,7 +254,7 @@ def test_damaged_files(roots, name, capfd, monkeypatch):
     unreadable = sum(batch["unreadable"].sum() for batch in batches)
     assert unreadable == 2 * 5
     assert errors.count("cannot read ") == 5
-    assert "cannot read " not in capfd.readouterr().err  # the same names
+    assert "cannot read " not in capfd.readouterr().err  # logged before
     assert_batches_equal(
         inputs.eval_batches(with_tf(config)), inputs.eval_batches(config)
     )
@@ -273,7 +273,7 @@ def test_missing_file_and_wrong_checksum(roots, tmp_path, loaded):
         inputs.train_batches(with_tf(config), 0, 15),
         inputs.train_batches(config, 0, 15),
     )
-    # Once for the batch in the first epoch, then once per epoch.
+    # Once per epoch: in the first with the rest of the batch, later alone.
     assert loaded.count(4) == loaded.count(20) == 3
     shutil.copytree(roots["tfrecord"], tmp_path / "records")
     shard = sorted((tmp_path / "records").glob("kinds/*/*train*00000*"))[0]
@@ -333,7 +333,7 @@ def get_config():
 
 
 def test_buckets(tmp_path):
-    """Batches of two sizes; the last batch of each bucket is padded."""
+    """Images have two sizes; the last batch of each bucket is padded."""
     toy.write_dataset(tmp_path)
     recipe = tmp_path / "recipe.py"
     recipe.write_text(RECIPE.format(str(tmp_path)))

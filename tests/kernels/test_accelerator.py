@@ -1,4 +1,4 @@
-"""Tests on a GPU or TPU: errors of kernels and of complete networks.
+"""Tests on a GPU or TPU: rounding errors of kernels and of complete networks.
 
 ``JAX_PLATFORMS=cuda python -m pytest tests/kernels/test_accelerator.py``
 """
@@ -32,7 +32,7 @@ pytestmark = [
 
 @pytest.fixture(autouse=True)
 def default_precision():
-    """Set JAX's default matrix-product precision, as in training, and one device."""
+    """Use JAX's default precision of matrix products, as in training, on one device."""
     before = jax.config.jax_default_matmul_precision
     jax.config.update("jax_default_matmul_precision", None)
     with jax.set_mesh(Mesh(np.array(jax.devices()[:1]), ("data",))):
@@ -48,17 +48,17 @@ STEM = {"stem 1": gpu_mlp(25088, 128, 384), "stem 2": gpu_mlp(6272, 256, 768)}
 def test_kernels_are_no_less_exact_than_plain(name, keep):
     case = (CASES | STEM)[name]
     if case.platform != jax.default_backend() or keep and not case.keeps:
-        pytest.skip("not for this")
+        pytest.skip("no such kernel on this backend")
     assert_bfloat16_errors(case, jax.jit, keep, interpret=False)
 
 
 @jax.custom_vjp
 def flash_attention(q, k, v, bias=None):
-    """Compute attention with the roundings of a fused kernel, in plain JAX.
+    """Compute attention in plain JAX, rounded as in a fused kernel.
 
-    Such kernels save only the output, in bfloat16, and the logarithm of each row's sum.
-    The backward pass subtracts a product with the rounded output from each row. This
-    makes the gradients of q and k less exact than those of a saved softmax.
+    Such kernels save only the bfloat16 output and the log-sum-exp of each row. Their
+    backward pass uses the rounded output, which makes the gradients of q and k less
+    exact than with a saved softmax.
     """
     return _flash_forward(q, k, v, bias)[0]
 
@@ -129,7 +129,7 @@ def test_attention_in_bfloat16(tokens, with_bias):
 def test_base_mae_in_bfloat16(choice):
     """Loss and gradient norms match the official code's; a second run is bit-identical.
 
-    The two golden images are repeated, so that they fill the rows of a kernel.
+    The two golden images are repeated, because a kernel processes many rows.
     """
     facts = reference.FIXTURES["mae_base"]
     state = reference.state_dict("mae_base")

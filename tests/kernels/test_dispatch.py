@@ -1,4 +1,4 @@
-"""Tests of kernel dispatch: the kernels of each backend, and equal results."""
+"""Tests of kernel dispatch: kernels that each backend runs, and their results."""
 
 from functools import partial
 from types import SimpleNamespace
@@ -63,7 +63,7 @@ def kernels_in(jaxpr):
 def one_device():
     """Set a mesh of one device.
 
-    Without a mesh, dispatch uses no kernels on several devices.
+    Without it, dispatch would use no kernels, because the tests run on eight devices.
     """
     with jax.set_mesh(Mesh(np.array(jax.devices()[:1]), ("data",))):
         yield
@@ -144,9 +144,10 @@ def test_kernels_on_a_mesh(monkeypatch):
 
 @pytest.mark.slow
 def test_evaluation_runs_kernels_on_a_mesh(monkeypatch):
-    """On 2 devices each runs the kernels; the sums and rows are those of plain JAX.
+    """Each of two devices runs the kernels; sums and rows equal those of plain JAX.
 
-    The stem is too narrow for kernels. The main blocks are one function, traced once.
+    Each kernel is traced once, because the stem is too narrow for kernels and all main
+    blocks call one function.
     """
     calls, target_run = [], dispatch.Target.run
 
@@ -186,7 +187,8 @@ def test_unsupported_shapes_and_backends(one_device):
     )
     narrow = dict(embed_dim=256, decoder_embed_dim=64, decoder_num_heads=2)
     loss, params = loss_of("fused", **narrow)
-    # Widths are 64, 128, 256 and 64: MLPs of 128 and 256, and the attention of 256.
+    # Widths are 64, 128, 256 and 64. Kernels run the two MLPs of width 128, and both
+    # the MLP and the attention of width 256.
     names = kernels_in(jax.make_jaxpr(loss)(params).jaxpr)
     assert sorted(names) == ["attention_block"] + 3 * ["mlp_block"]
     with pytest.raises(ConfigError, match="'auto' or 'fused' or 'plain'"):
@@ -195,7 +197,7 @@ def test_unsupported_shapes_and_backends(one_device):
 
 @pytest.mark.slow
 def test_gpus_fuse_narrow_mlps(one_device, monkeypatch):
-    """GPUs fuse MLPs 128 and 256 wide in bfloat16, only with choice "fused"."""
+    """GPUs fuse MLPs of widths 128 and 256, only in bfloat16 with kernels="fused"."""
     monkeypatch.setattr(dispatch, "platform", lambda: "gpu")
     monkeypatch.setattr(jax.nn, "dot_product_attention", lambda q, k, v, **_: v)
     for choice, dtype, count in (
@@ -214,7 +216,7 @@ def test_gpus_fuse_narrow_mlps(one_device, monkeypatch):
 def on_platform(monkeypatch):
     """Return a function that sets the backend.
 
-    It returns a list that records (name, tokens) of cuDNN calls.
+    The function returns a list that records (implementation, tokens) of cuDNN calls.
     """
 
     def patch(name):
@@ -262,9 +264,9 @@ KERNELS = {
 @pytest.mark.parametrize("platform", ["cpu", "tpu", "gpu"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_kernels_of_each_backend(platform, dtype, on_platform):
-    """Masks and padded windows allow only MLP kernels; tensor parallelism allows none.
+    """Masks and padded windows allow only MLP kernels.
 
-    15 and 16 tokens use the same kernels.
+    Tensor parallelism allows only cuDNN. 15 and 16 tokens use the same kernels.
     """
     calls, batch = on_platform(platform), 64
 
@@ -319,7 +321,7 @@ def test_block_equals_plain_jax(
 ):
     """Output and gradients of a block agree, relative to the largest value.
 
-    The MLP is too narrow for a kernel.
+    The MLP is too narrow for a kernel, so only attention is fused.
     """
     calls = on_platform(platform)
     sizes = {"mlp_ratio": 0.5, "dtype": dtype}

@@ -213,7 +213,7 @@ def test_rows_of_a_block():
 
 
 def test_saving_residuals():
-    """Residuals are saved where arithmetic is the bottleneck by a margin."""
+    """Residuals are saved if recomputing them takes longer than moving them."""
     for balance, saved in ((166, [False, True, True]), (240, [False, False, True])):
         target = dispatch.Target("cpu", balance=2 * balance)
         for (width, hidden), worth in zip(

@@ -1,4 +1,4 @@
-"""Tests of arguments of models: numbers of any library, ranges, shapes."""
+"""Tests of model arguments: numbers of Python, NumPy and JAX, ranges, shapes."""
 
 import json
 
@@ -41,7 +41,7 @@ def abstract(*sizes, dtype=F32):
 def test_numbers_of_any_library(name, argument, stored):
     """Fields accept numbers and bools of Python, numpy and JAX, and integer sequences.
 
-    Fields store Python numbers, so that saved models can contain the values.
+    Fields store Python numbers, so that they can be saved as JSON.
     """
     _, config, _ = configure("hivit_base", **MINI | {name: argument})
     value = getattr(config, name)
@@ -83,9 +83,9 @@ def test_numbers_of_any_library(name, argument, stored):
     ids=str,
 )
 def test_other_values_are_refused(overrides):
-    """Other types, bools as numbers, and numbers out of range or not finite fail.
+    """Wrong types, bools as numbers, and numbers out of range or not finite are errors.
 
-    The message begins with the field.
+    The message names the field.
     """
     with pytest.raises(ConfigError, match=next(iter(overrides))):
         create_model("hivit_base", **MINI | overrides)
@@ -110,7 +110,7 @@ def test_numpy_arguments_can_be_saved():
     "seed", [3, np.int64(3), np.uint8(3), jnp.int32(3), jax.random.key(3)]
 )
 def test_seeds(seed):
-    """A seed is an integer of any library, or one PRNG key."""
+    """A seed is an integer of Python, NumPy or JAX, or one PRNG key."""
     assert jax.random.key_data(make_key(seed)).tolist() == [0, 3]
 
 
@@ -129,7 +129,7 @@ def test_refused_seeds(seed):
         make_key(seed)
 
 
-def test_several_keys_are_no_seed():
+def test_several_keys_are_not_a_seed():
     with pytest.raises(ConfigError, match="seed="):
         make_key(jax.random.split(jax.random.key(0), 2))
 
@@ -156,7 +156,7 @@ def call_autoencoder(method="image_loss", *arrays, **named):
 
 
 @pytest.mark.slow
-def test_one_drop_path_key_an_image():
+def test_one_drop_path_key_per_image():
     """Keys are those of `jax.random.key`, [B], or of `jax.random.PRNGKey`, [B, 2]."""
     assert abstract_logits(drop_path_keys=KEYS).shape == (4, 5)
     assert abstract_logits(drop_path_keys=OLD_KEYS).shape == (4, 5)
@@ -221,7 +221,7 @@ def test_weight_of_batch_norm():
 
 @pytest.mark.slow
 def test_empty_batch():
-    """Every method accepts no images, with and without windows and keys."""
+    """Every method accepts a batch of 0 images, with and without windows and keys."""
     none, keys = (
         abstract(0, 64, 64, 3),
         jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 0)),
@@ -247,8 +247,8 @@ def test_empty_batch():
 
 
 @pytest.mark.parametrize("units", [2, 3, 10, 49, 196, 1234])
-def test_stated_mask_ratio_works(units):
-    """The message states a ratio that keeps a unit."""
+def test_suggested_mask_ratio_works(units):
+    """The mask ratio that the error message suggests keeps at least one unit."""
     with pytest.raises(ConfigError, match="at most ") as error:
         count_visible_units(units, 0.99999)
     most = float(str(error.value).rsplit(" ", 1)[1])

@@ -1,4 +1,4 @@
-"""Tests of feature maps of all and of kept units, and of the blocks' outputs."""
+"""Tests of feature maps of all or only kept units, and of the outputs of blocks."""
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ KEPT = jnp.asarray([[5, 0, 3], [1, 4, 2]])
 
 
 def without_branches(**overrides):
-    """Return a model without residual branches: patch embedding, merges, positions."""
+    """Return a model whose residual branches add 0."""
     graphdef, params = split(mini(**overrides))
 
     def cut(path, leaf):
@@ -83,7 +83,7 @@ def numpy_maps(model, image):
 def test_order_of_maps_and_of_kept_units(sizes):
     """Maps and kept units equal maps computed cell by cell in numpy.
 
-    The channels of a pixel are its coordinates.
+    The channels of a pixel are its image and its coordinates, so that all cells differ.
     """
     model = without_branches(**sizes)
     height, width = model.config.image_size
@@ -164,7 +164,7 @@ def test_every_model_has_features_and_layers(name):
 
 @pytest.mark.slow
 def test_attention_gives_the_output_of_its_block():
-    """The returned attention reproduces the output of a block, also with windows."""
+    """The returned attention reproduces a block's output, with and without windows."""
     model = mini(
         image_size=(48, 80), depths=(1, 1, 3), window_size=2, global_blocks=(0, 2)
     )

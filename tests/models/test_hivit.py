@@ -30,7 +30,7 @@ from hivit_jax.models.flops import encoder_cost, parameter_count
 # Parameters and cost
 
 
-# (parameters, multiply-adds, multiply-adds plus 5 per LayerNorm output)
+# (name, overrides, parameters, multiply-adds, multiply-adds + 5 per LayerNorm output)
 COUNTS = [
     ("hivit_tiny", {}, 19_181_668, 4_587_273_216, 4_603_080_576),
     ("hivit_small", {}, 37_526_464, 9_044_106_240, 9_071_955_840),
@@ -51,7 +51,7 @@ def test_parameters_and_multiply_adds(name, overrides, parameters, macs, cost):
     assert model.macs() == cost
 
 
-# Figures published by the papers and MMPretrain: M parameters, G multiply-adds.
+# Published by the papers and MMPretrain: millions of parameters, 1e9 multiply-adds.
 @pytest.mark.parametrize(
     ("name", "overrides", "parameters", "cost"),
     [
@@ -78,9 +78,9 @@ def test_parts_of_the_masked_autoencoder():
     model = abstract_model("mae_hivit_base")
     trained = nnx.state(model, nnx.Param)
     assert sum(leaf.size for leaf in jax.tree.leaves(trained)) == 86_940_800
-    # The official encoder holds the norm of the latent.
+    # The official encoder includes the norm of the latent.
     assert parameter_count(model.encoder) + parameter_count(model.norm) == 65_795_456
-    # The patch convolution runs on all 196 units, the rest on 49; the decoder on 196.
+    # The patch embedding and the decoder process all 196 units, the rest only 49.
     encoder = encoder_cost(model.encoder, (14, 14), 49, layer_norm_cost=0)
     block = 196 * 12 * 512**2 + 2 * 196**2 * 512
     decoder = 49 * 3584 * 512 + 6 * block + 196 * 512 * 768
@@ -122,7 +122,7 @@ def test_no_head():
 
 
 def test_layers_of_a_masked_autoencoder():
-    """The encoder has the layers of a classifier; the decoder has the next layer."""
+    """Encoder parameters have a classifier's layer ids; all others have the next id."""
     ids = abstract_model("mae_hivit_base", **MINI, **DECODER).layer_ids()
     classifier = abstract_model("hivit_base", **MINI).layer_ids()
     assert ids["encoder/merges/0/norm/scale"] == 2

@@ -125,8 +125,8 @@ def test_key_mask_hides_units():
 
 
 @pytest.mark.slow
-def test_wholly_masked_sample():
-    """Without any key the softmax is uniform, not NaN."""
+def test_sample_without_visible_units():
+    """If all keys are masked, the softmax is uniform, not NaN."""
     assert np.isfinite(masked_runs()[1]).all()
     attention = mini().encoder.stages[-1][0].attn
     x = random_array((2, 16, 64), "tokens")

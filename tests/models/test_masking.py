@@ -35,7 +35,7 @@ def test_mask_ratio_that_keeps_nothing():
 
 
 def test_visible_cells():
-    """The masked cells are rounded up; 0.9 of 10 cells leaves one."""
+    """The number of masked cells is rounded up; a ratio of 0.9 keeps 1 of 10 cells."""
     assert count_visible_cells(36, 0.6) == 14
     assert count_visible_cells(10, 0.9) == 1
     with pytest.raises(ConfigError, match="keeps none of 10 .* at most 0.9$"):
@@ -59,7 +59,7 @@ def test_random_masking():
     assert mask.sum() == 5 * 10
 
 
-def test_equal_noise_goes_by_unit_number():
+def test_units_with_equal_noise_keep_their_order():
     noise = jnp.asarray([[0.5] * 6, [0.5, 0.1, 0.5, 0.1, 0.5, 0.1]])
     ids_shuffle, ids_restore, _ = random_masking(noise, 4)
     assert ids_shuffle.tolist() == [[0, 1, 2, 3, 4, 5], [1, 3, 5, 0, 2, 4]]

@@ -1,4 +1,4 @@
-"""Tests of batch normalization: PyTorch's values, global batch, weights of 0."""
+"""Tests of batch normalization: PyTorch's formulas, meshes, examples of weight 0."""
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ IMAGES = RANDOM.normal(2, 3, (16, 4, 5, 6)).astype(np.float32)
 
 @pytest.mark.slow
 def test_formulas_of_pytorch():
-    """Two batches and an evaluation follow the formulas of ``nn.BatchNorm2d``.
+    """Two training steps and an evaluation follow ``nn.BatchNorm2d``.
 
     The biased variance normalizes; the unbiased variance updates the running variance.
     """
@@ -64,7 +64,7 @@ def test_parameters_and_statistics():
 
 
 def test_an_example_of_weight_0_changes_nothing():
-    """Examples of weight 0 are ignored; a batch of only these keeps the statistics."""
+    """Examples of weight 0 are ignored; a batch of only these changes no statistics."""
     unpadded, padded = BatchNorm(6), BatchNorm(6)
     weight = np.float32([1] * 5 + [0] * 11)
     expected = unpadded(IMAGES[:5], jnp.ones(5))
@@ -78,9 +78,9 @@ def test_an_example_of_weight_0_changes_nothing():
 
 
 class Network(nnx.Module):
-    """Network with weights before its normalization.
+    """Network with a layer before its normalization.
 
-    Gradients of these weights pass through the statistics.
+    The gradients of this layer pass through the batch statistics.
     """
 
     def __init__(self):
@@ -97,9 +97,9 @@ class Network(nnx.Module):
 @pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("sizes", [(1, 8, 1, 1), (2, 2, 2, 1), (1, 2, 4, 1)])
 def test_eight_devices_equal_one(sizes, parts):
-    """Loss, gradients and statistics agree, also with microbatches and weights of 0.
+    """Loss, gradients and statistics agree, with microbatches and weights of 0.
 
-    If each device has pairs of examples, each device sums over its own examples.
+    Each device has four examples; with two parts, each microbatch contains two of them.
     """
     batch = {
         "image": np.concatenate([IMAGES, 2 - IMAGES]),
@@ -128,7 +128,7 @@ def test_eight_devices_equal_one(sizes, parts):
         together = jax.jit(gradient)(params, model_state, *arguments)
     (total, grads), state = jax.device_get(together)
 
-    # Expected: one device; each part is a slice of the examples of every device.
+    # Expected values are computed on one device, from the same microbatches.
     groups = sizes[0] * sizes[1] * sizes[2]
     order = np.arange(32).reshape(-1, parts, 2).swapaxes(0, 1).reshape(parts, -1)
     assert 32 // groups % parts == 0

@@ -117,7 +117,7 @@ def test_relative_position_index(grid):
 @pytest.mark.slow
 @pytest.mark.parametrize("grid", [(3, 3), (2, 4), (5, 1)])
 def test_relative_position_bias(grid):
-    """Values and gradient equal those of a gather; the sums of integers are exact."""
+    """Values and gradient equal those of a gather; integers make its sums exact."""
     units, rows = grid[0] * grid[1], (2 * grid[0] - 1) * (2 * grid[1] - 1)
     index = positions.relative_position_index(jnp.arange(units), grid)
     table = random_array((rows, 2), "table")

@@ -56,7 +56,7 @@ def test_names():
 def test_every_name_can_be_built(name):
     width, depths, heads = WIDTHS[name.split("hivit_")[1]]
     if name.startswith("mae_"):
-        # A shallow encoder suffices, because the classifier tests the depth.
+        # A shallow encoder suffices; the depth is tested with the classifier.
         model = abstract_model(name, depths=(1, 1, 1), decoder_depth=1)
         depths = (1, 1, 1)
         assert isinstance(model, MaskedAutoencoder)
@@ -149,7 +149,7 @@ INITIAL = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "overrides"), INITIAL)
-def test_seed_decides_parameters(name, overrides):
+def test_seed_determines_parameters(name, overrides):
     first, second = (
         initial_params(name, 0, **overrides),
         initial_params(name, 1, **overrides),
@@ -161,13 +161,13 @@ def test_seed_decides_parameters(name, overrides):
         fixed |= path.endswith("bias") and "patch_embed/proj" not in path
         fixed |= path.endswith("absolute_pos_embed") and name.startswith("mae_")
         assert (value == second[path]).all() == fixed, path
-    # No two draws share a stream.
+    # No two parameters are drawn with the same key.
     firsts = [v.flat[0] for v in first.values() if v.flat[0] not in (0, 1)]
     assert len(set(firsts)) == len(firsts) - (1 if 0 in firsts else 0)
 
 
 @pytest.mark.slow
-def test_integer_seed_is_its_key():
+def test_integer_seed_equals_its_key():
     def kernel(seed):
         return create_model("hivit_base", seed=seed, **MINI, num_classes=10).head.kernel
 

@@ -13,7 +13,7 @@ from hivit_jax.tree import split
 
 
 def number_map(grid, channels=1):
-    """Return numbers in [-0.5, 0.5), [rows, columns, channels].
+    """Return irregular numbers in [-0.5, 0.5), [rows, columns, channels].
 
     The sequence of numbers repeats after 1,009.
     """
@@ -61,9 +61,9 @@ def test_resized_constants_stay_constant():
     assert_allclose(resized, 0.7, rtol=1e-14)
 
 
-# With a = -0.75, the cubic reproduces a ramp at samples and halfway between samples.
-# Elsewhere the cubic deviates by up to 4.9 % of a step on each axis. With a = -0.5, it
-# would not deviate.
+# PyTorch's cubic filter (a = -0.75) reproduces a ramp at samples and halfway between
+# them. Elsewhere it deviates by up to 4.9 % of a step on each axis; a filter with
+# a = -0.5 would not deviate.
 @pytest.mark.parametrize(("new", "bend"), [((4, 6), 0), ((16, 18), 0.049)])
 def test_resized_ramps_stay_ramps_inside(new, bend):
     def ramp(grid):
@@ -93,8 +93,8 @@ def test_the_same_size_keeps_every_byte(dtype):
 
 
 @pytest.mark.parametrize("new", [2, 5, 8])
-def test_patch_kernel_of_another_cell(new):
-    """Each channel and output is resized alone, over the rows and columns of pixels."""
+def test_patch_kernel_of_another_cell_size(new):
+    """The weights of each channel and output are resized as an image of their own."""
     kernel = number_map((4 * 4 * 3, 5))[..., 0]
     resized = resize.resize_patch_kernel(kernel, 4, new)
     assert resized.shape == (new * new * 3, 5)
@@ -105,7 +105,7 @@ def test_patch_kernel_of_another_cell(new):
 
 
 def test_geometric_table_of_one_unit():
-    """The bias of a unit with itself is the bias at every distance."""
+    """A table of one unit has one bias, which is used at every distance."""
     table = np.array([[0.5, -2]], np.float32)
     resized = resize.resize_table_geometrically(table, 1, 3)
     assert_array_equal(resized, np.tile(table, (25, 1)))
@@ -128,7 +128,7 @@ def test_channel_matrix():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("old", [1, 3])
-def test_gray_images_of_any_number_of_channels(old):
+def test_gray_images_give_equal_logits_with_any_channels(old):
     model, gray = mini(in_channels=old, image_size=32), random_array((2, 32, 32, 1))
     _, params = split(model)
     kernel = params["encoder"]["patch_embed"]["proj"]["kernel"]

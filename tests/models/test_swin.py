@@ -1,4 +1,4 @@
-"""Swin and SimMIM: sizes, layers, weight decay, errors, and features."""
+"""Tests of Swin and SimMIM: sizes, layers, weight decay, errors and features."""
 
 import math
 
@@ -37,7 +37,7 @@ def test_published_parameters_and_multiply_adds(title):
 
 
 def test_layers_and_weight_decay_of_finetuning():
-    """Layers and decayed parameters are those of the official optimizer."""
+    """Layers and decayed parameters equal those of the official optimizer."""
     name, config = swin.arguments("swin_mini")
     model, facts = abstract_model(name, **config), swin.FACTS["layer_decay"]
     found = official_names(model, model.layer_ids())
@@ -60,7 +60,7 @@ def test_weight_decay_of_pretraining():
 
 @pytest.mark.slow
 def test_shapes():
-    """Maps have strides 4 and 8; blocks of all stages are layers."""
+    """Maps have strides 4 and 8; `layers` returns the blocks of all stages."""
     model = abstract_model("swin_base", **MINI | dict(image_size=(56, 72)))
     images = jnp.zeros((2, 56, 72, 3))
     maps, layers, logits = abstract_outputs(
@@ -78,7 +78,7 @@ def test_shapes():
 
 
 def test_shrunk_windows():
-    """Windows shrink to the shorter side of the grid, and are not shifted there."""
+    """Windows shrink to the grid's shorter side; those that span it never shift."""
     config = abstract_model("swin_base", **MINI).config
     whole = Windows((4, 8), (4, 4), 0, attend_padding=True)
     assert config.stage_windows(0, (4, 8)) == [whole] * 2
@@ -109,7 +109,7 @@ def test_features_need_all_tokens():
 
 
 def test_fused_kernels_leave_shifted_windows_to_xla():
-    """A model with kernels='fused' computes the same shapes."""
+    """A model with kernels='fused' returns logits of the usual shape."""
     model = abstract_model("swin_base", **MINI, kernels="fused", dtype="bfloat16")
     logits = abstract_outputs(lambda m: m(jnp.zeros((2, 64, 64, 3))), model)
     assert logits.shape == (2, 1000)

@@ -93,8 +93,8 @@ def all_outputs(model, images):
 def test_shardings_on_explicit_meshes(name, spec):
     """Results keep the sharding of the images along the batch axis.
 
-    The batch is sharded over several mesh axes or not at all, or the height is sharded.
-    The mesh is either set, or only the images contain it.
+    The batch is sharded over two, one or no mesh axes; in one case the height is
+    sharded, too. The mesh is either set or known only from the images.
     """
     model = nnx.merge(*split_mini(name))
     mesh = jax.make_mesh((2, 2), ("a", "b"))
@@ -117,7 +117,7 @@ def test_shardings_on_explicit_meshes(name, spec):
 @pytest.mark.slow
 @pytest.mark.parametrize("overrides", [{}, dict(scan_blocks=True, remat=True)])
 def test_forward_mode(overrides):
-    """`jvp`, `linearize` and `jacfwd` agree with reverse mode: <w, Jv> = <J'w, v>."""
+    """`jvp` and `linearize` agree with reverse mode: <w, Jv> = <J'w, v>."""
     graphdef, state = split_mini("hivit_base", **overrides, num_classes=3)
 
     def model(state, images):
@@ -212,7 +212,7 @@ def test_forward_mode_of_fused_kernels():
     "overrides", [{}, dict(scan_blocks=True), dict(dtype="bfloat16")]
 )
 def test_no_implicit_rank_promotion(name, overrides):
-    """`jax_numpy_rank_promotion="raise"`, a debug setting, forward and backward."""
+    """Forward and backward pass work with `jax_numpy_rank_promotion="raise"`."""
     graphdef, state = split_mini(name, **overrides)
     with jax.numpy_rank_promotion("raise"):
         jax.eval_shape(
@@ -229,11 +229,11 @@ def test_no_implicit_rank_promotion(name, overrides):
         ("hivit_base", dict(running_norm=True, window_size=1), optax.sgd(9.0)),
     ],
 )
-def test_own_loop_trains_parameters_alone(name, overrides, optimizer):
-    """An `nnx.Optimizer` of all `nnx.Param` changes no table and no statistics.
+def test_nnx_optimizer_trains_only_parameters(name, overrides, optimizer):
+    """An `nnx.Optimizer` of `nnx.Param` changes no fixed tables or running statistics.
 
-    Fixed tables and running statistics stay bit-identical with any weight decay. With
-    an optimizer of every `nnx.Variable`, their gradients are 0, but they decay.
+    These stay bit-identical with any weight decay. An optimizer of every `nnx.Variable`
+    would decay them, although their gradients are 0.
     """
     graphdef, state = split_mini(name, **overrides)
 

@@ -93,7 +93,10 @@ def test_errors(overrides, message):
 
 @pytest.mark.slow
 def test_initialization():
-    """Xavier's bounds, with q, k and v as one matrix; the table's first row is 0."""
+    """Weights fill Xavier's bounds; q, k and v count as one matrix.
+
+    The position table's first row, which is added to the class token, is 0.
+    """
     decoder = dict(decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2)
     sizes = MINI | decoder
     build = fast_jit(lambda: split(create_model("mae_vit_base", **sizes))[1])

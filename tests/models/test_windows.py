@@ -111,7 +111,7 @@ def test_attention_of_each_window(image_size, side, relative_position):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("global_blocks", [(), (1,)])
-def test_only_a_global_block_lets_windows_meet(global_blocks):
+def test_only_a_global_block_connects_windows(global_blocks):
     model = mini(**UNEVEN, global_blocks=global_blocks)
     tables = [b.attn.relative_position_bias_table for b in model.encoder.stages[-1]]
     spans = [
@@ -120,7 +120,7 @@ def test_only_a_global_block_lets_windows_meet(global_blocks):
     assert [table.shape for table in tables] == spans
     image = np.asarray(random_array((1, 80, 112, 3)))
     changed = image.copy()
-    changed[:, 48:64, 96:112] += 3  # unit (3, 6), in the corner window of padding
+    changed[:, 48:64, 96:112] += 3  # unit (3, 6), in the corner window
     images = jnp.asarray(np.concatenate([image, changed]))
     run = jit_model(model, lambda model, images: model.features(images)[-1])
     out = np.asarray(run(images))
@@ -158,16 +158,16 @@ def test_gradients_are_finite_without_a_key():
     ],
 )
 def test_cost_of_windows(image_size, side, pairs):
-    """The attention products of a block with windows cover only pairs in windows."""
+    """A block with windows computes attention only for pairs in the same window."""
     sizes = MINI | dict(image_size=image_size)
     every = abstract_model("hivit_base", **sizes)
     model = abstract_model("hivit_base", **sizes, window_size=side, global_blocks=(0,))
     units = every.encoder.grid[0] * every.encoder.grid[1]
     assert every.macs() - model.macs() == 2 * 64 * (units**2 - pairs)
-    model_with_global_block = abstract_model(
+    model_of_default_size = abstract_model(
         "hivit_base", **MINI, window_size=side, global_blocks=(0,)
     )
-    assert model_with_global_block.macs(image_size) == model.macs()
+    assert model_of_default_size.macs(image_size) == model.macs()
 
 
 def test_windows_need_all_units():

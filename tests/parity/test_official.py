@@ -34,7 +34,7 @@ MINI_MAES = ["mae_mini", "mae_mini_rpe", "mae_mini_nohifeat", "mae_mini_nohifeat
 
 
 def official_stages(model, images, ids_keep=None):
-    """Return the stages that the golden data name, in their layout [B, K, h, w, C]."""
+    """Return the intermediate arrays that the golden data contain, in their layout."""
     encoder, stages = model.encoder, {}
     units, inner = images.shape[0], encoder.config.inner_patches
     num_kept = (
@@ -179,7 +179,7 @@ def test_base_mae():
 
 @pytest.mark.slow
 def test_layer_norm_eps_everywhere():
-    """With low-variance weights, eps=1e-5 in any one norm changes outputs by 1e-3."""
+    """With low-variance weights, eps=1e-5 in a single norm changes outputs by 1e-3."""
     arrays, parts = golden("lowvar_eps"), FIXTURES["lowvar_eps"]["shrunk_suffixes"]
     images = jnp.asarray(reference.images("mini64", 3, 64))
     config = {

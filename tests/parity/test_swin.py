@@ -1,4 +1,4 @@
-"""Swin and SimMIM compared with outputs of the official code, in float32."""
+"""Tests of Swin and SimMIM against outputs of the official code, in float32."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -32,7 +32,7 @@ def run_classifier(fixture, state=None):
 
 
 def check_tokens(model, images, arrays, atol):
-    """Compare the tokens after each block and merge, where the golden data has them."""
+    """Compare the tokens after each block and merge that the golden data contains."""
     layers, number = iter(model.layers(images)), 0
     for stage, blocks in enumerate(model.encoder.stages):
         for block in range(len(blocks)):
@@ -76,7 +76,7 @@ def test_padded_windows_and_odd_grids():
 
 @pytest.mark.slow
 def test_layer_norm_eps():
-    """With these weights, eps=1e-6 in any one norm changes logits by 0.3."""
+    """With these weights, eps=1e-6 in a single norm changes logits by 0.3."""
     parts = FIXTURES["swin_lowvar_eps"]["shrunk"]
     state = shrink(swin.state_dict("swin_mini"), parts)
     model, _ = swin.build("swin_mini", state)
@@ -143,7 +143,7 @@ def test_resized_relative_tables(case):
 
 @pytest.mark.parametrize("fixture", ["swin_mini", "swin_mini_clamp", "simmim_mini"])
 def test_official_state_dict_and_back(fixture):
-    """Names, shapes and bytes survive; indices and masks are computed."""
+    """Names, shapes and bytes are unchanged; index and mask buffers are recomputed."""
     state = swin.state_dict(fixture)
     name, config = swin.arguments(fixture)
     model = abstract_model(name, **config)

@@ -105,7 +105,7 @@ def test_mini_classifier_outputs_and_all_gradients(fixture):
 
 @pytest.mark.slow
 def test_layer_norm_eps_everywhere():
-    """With these weights, eps=1e-5 in any one norm changes outputs by more than 1."""
+    """With these weights, eps=1e-5 in a single norm changes outputs by more than 1."""
     arrays, parts = golden("vit_lowvar_eps"), FIXTURES["vit_lowvar_eps"]["shrunk"]
     state = shrink(vit.state_dict("vit_cls_mini"), parts)
     model, _ = vit.build("vit_cls_mini", state)

@@ -69,7 +69,7 @@ def damaged(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def short_timing(monkeypatch, tmp_path):
-    """Measure the speed briefly; keep the cached index apart."""
+    """Shorten the measurement of speed, and use an empty cache directory."""
     monkeypatch.setattr(check_data, "TIMING_SECONDS", 0.05)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
@@ -130,7 +130,7 @@ def test_healthy(check, healthy):
 
 @pytest.mark.slow
 def test_several_labels(check, healthy, tmp_path):
-    """Images count in each of their classes; those of no class have a row."""
+    """An image counts in each of its classes; images of no class have their own row."""
     rows = [f"{photo(healthy, k)},{'a;b' if k % 3 else ''},train" for k in range(12)]
     rows += [f"{photo(healthy, k, 'val')},a;c,val" for k in range(3)]
     (tmp_path / "all.csv").write_text("\n".join(["path,label,split", *rows]))
@@ -148,7 +148,7 @@ def test_several_labels(check, healthy, tmp_path):
 
 
 def test_speed(check, healthy):
-    """The report lists images/s of chips at 40 % of their peak, and needed cores."""
+    """The report lists images/s of a chip at 40 % of its peak, and cores to feed it."""
     _, out, _ = check(healthy, model__image_size=224, data__canvas=512)
     lines = [line.split() for line in out.splitlines()]
     row = next(i for i, line in enumerate(lines) if "estimate" in line)
@@ -220,7 +220,7 @@ def test_damage_within_the_limit(check, damaged):
 
 
 def test_list(check, damaged, tmp_path, monkeypatch):
-    """--list writes all unreadable files, although the report truncates them.
+    """--list writes all unreadable files, although the report truncates its list.
 
     Each line is a path, as other tools expect; --list_reasons adds the reason.
     """
@@ -239,7 +239,7 @@ def test_list(check, damaged, tmp_path, monkeypatch):
     ]
 
 
-def depth(root, *contents):
+def write_folder(root, *contents):
     """Write class folders whose first training images have these contents."""
     write(root, {"train": 14, "val": 14}, (64, 48))
     for number, content in enumerate(contents):
@@ -251,8 +251,8 @@ UNIT = np.float32(RAMP / RAMP.max())
 
 
 def test_lost_values(check, tmp_path):
-    """12-bit values in 16-bit files are nearly black, and lose values."""
-    depth(tmp_path, encode(Image.fromarray(RAMP.astype(np.uint16)), "PNG"))
+    """12-bit values in 16-bit files decode to nearly black, which loses values."""
+    write_folder(tmp_path, encode(Image.fromarray(RAMP.astype(np.uint16)), "PNG"))
     code, out, err = check(tmp_path)
     assert code == 4
     assert f"{photo(tmp_path, 0)}: 13 of 3072 levels remain; values are 0 to" in out
@@ -264,9 +264,9 @@ def test_lost_values(check, tmp_path):
 
 
 def test_values_outside_the_range(check, tmp_path):
-    """Clipping, which may be intended as in CT windows, is reported, but no error."""
+    """Clipping is reported but is not an error, because CT windows clip on purpose."""
     contents = [encode(Image.fromarray(UNIT * k), "TIFF") for k in (1, 2)]
-    depth(tmp_path, *contents)
+    write_folder(tmp_path, *contents)
     code, out, _ = check(tmp_path, data__value_range=(0, 1))
     assert code == 0
     assert f"    {photo(tmp_path, 1)}: 50.00% of the values\n" in out
@@ -275,8 +275,8 @@ def test_values_outside_the_range(check, tmp_path):
 
 
 def test_values_without_a_range(check, tmp_path):
-    """Images that require data.value_range are errors, whatever data.max_unreadable."""
-    depth(tmp_path, encode(Image.fromarray(RAMP.astype(np.int32)), "TIFF"))
+    """Images that require data.value_range are errors, even with max_unreadable=1."""
+    write_folder(tmp_path, encode(Image.fromarray(RAMP.astype(np.int32)), "TIFF"))
     code, out, err = check(tmp_path, data__max_unreadable=1.0)
     assert code == 4
     assert "healthy" not in out
@@ -287,7 +287,7 @@ def test_values_without_a_range(check, tmp_path):
 
 def test_ignored_files(check, tmp_path):
     """Files that are not examples are counted by ending."""
-    depth(tmp_path)
+    write_folder(tmp_path)
     for name in ("x.heic", "y.HEIC", ".DS_Store", "Thumbs.db", "notes.txt"):
         (photo(tmp_path, 0).parent / name).touch()
     (tmp_path / "train" / "stray.png").touch()
@@ -298,7 +298,7 @@ def test_ignored_files(check, tmp_path):
     assert out.count("ignored files") == 1
 
 
-def content(out):
+def lines_after_speed(out):
     """Return the lines after the speed estimate, with single spaces."""
     return [" ".join(x.split()) for x in out.split("\nspeed")[1].splitlines()]
 
@@ -309,7 +309,7 @@ def test_classes_and_settings(check, healthy, tmp_path):
     sheet = tmp_path / "sheet.png"
     code, out, _ = check(healthy, f"--sheet={sheet}")
     assert code == 0
-    lines = content(out)
+    lines = lines_after_speed(out)
     assert lines[lines.index("class train test") + 1] == f"{NAMES[0]} 5 2"
     assert "imbalance, largest class / smallest class: 1.0" in lines
     assert any(
@@ -328,8 +328,8 @@ def test_classes_and_settings(check, healthy, tmp_path):
 
 
 def test_images_in_both_splits(check, tmp_path):
-    """Equal content and equal groups are named; the dataset is not healthy."""
-    depth(tmp_path)
+    """Images in both splits with equal content or of the same group are reported."""
+    write_folder(tmp_path)
     content = photo(tmp_path, 0).read_bytes()
     photo(tmp_path, 14, "val").write_bytes(content)
     code, out, _ = check(tmp_path, r"--group=/0+(1\d)\.")
@@ -341,7 +341,7 @@ def test_images_in_both_splits(check, tmp_path):
 
 
 def test_tiles_of_many_bands(check, tmp_path):
-    """Bands that differ from the model's end a run; 12 bits of 16 lose values."""
+    """A wrong number of bands is an error; 12-bit values lose levels in uint8."""
     root = tmp_path / "tiles"
     values = np.random.RandomState(0).randint(0, 4096, (6, 64, 64, 4)).astype(np.uint16)
     for k, tile in enumerate(values):
@@ -374,8 +374,8 @@ def test_images_without_labels(check, healthy):
     assert out.endswith("\nhealthy\n")
 
 
-def test_images_without_labels_where_several_are_allowed(check, healthy, tmp_path):
-    """data.multi_label=True does not need labels."""
+def test_multi_label_table_without_labels(check, healthy, tmp_path):
+    """data.multi_label=True does not require labels."""
     names = [str(photo(healthy, k)) for k in range(7)]
     (tmp_path / "all.csv").write_text("\n".join(["path", *names]))
     keys = dict(data__name="csv", data__multi_label=True, data__eval_split="none")
@@ -442,7 +442,7 @@ def test_invalid_labels(check, healthy, monkeypatch):
 
 
 def test_invalid_vectors_of_labels(healthy, monkeypatch):
-    """A vector is invalid if training refuses it; a short one is extended with 0."""
+    """A vector is invalid if training rejects it; a short one is padded with 0."""
 
     class Labeled(Source):
         classes = ("a", "b", "c")
@@ -537,7 +537,7 @@ def test_real_process_without_tensorflow(healthy, tmp_path):
         "code = main(sys.argv[1:])\n"
         "from jax._src import xla_bridge\n"
         "assert 'tensorflow' not in sys.modules\n"
-        "assert not xla_bridge._backends  # no accelerator is taken\n"
+        "assert not xla_bridge._backends  # no backend is initialized\n"
         "sys.exit(code)"
     )
     flags = mini_runs.arguments("photographs", data__name="folder", data__dir=healthy)

@@ -17,8 +17,8 @@ from hivit_jax.xla import ahead
 pytestmark = pytest.mark.usefixtures("minimal_output")
 
 
-def test_command_that_searches_the_largest_batch(monkeypatch, tmp_path, capsys):
-    """--search_batch adds the largest batch to the file and the text."""
+def test_command_that_searches_for_the_largest_batch(monkeypatch, tmp_path, capsys):
+    """--search_batch adds the largest batch to compile.json and to the printed text."""
 
     def step_report(config, devices, topology):
         size = config.batch_size // 8
@@ -69,7 +69,7 @@ REPORT = {
 
 
 def test_describe_prints_the_earlier_report(monkeypatch, tmp_path, capsys):
-    """It notes that compile.json belongs to another config."""
+    """The report in compile.json is printed, with a note if the config differs."""
     config = mini_runs.mae(batch_size=64)
     report = REPORT | {
         "batch_per_device": 8,
@@ -149,7 +149,7 @@ BRANCHES = ("attention", "mlp")
 @pytest.mark.extras
 @pytest.mark.slow
 def test_complete_report(tmp_path, monkeypatch):
-    """The report of a program for CPU devices, in place of chips, is complete."""
+    """The report is complete; here the program is compiled for CPU devices."""
     monkeypatch.setattr(compile_ahead, "devices_of", lambda topology: jax.devices())
     monkeypatch.setitem(ahead.PLUGINS, "v5e", "jaxlib")
     options = dict(data__name="imagenet2012", data__canvas=96)

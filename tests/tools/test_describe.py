@@ -43,7 +43,7 @@ def test_describe_and_overrides(capsys):
 
 @pytest.mark.slow
 def test_hours_at_peak():
-    """Hours count three forward passes per image, and one for a frozen encoder."""
+    """Hours count three forward passes per image, or one with a frozen encoder."""
     for config, passes in (
         (mini_runs.recipe("digits_mae"), 3),
         (mini_runs.recipe("digits_linear"), 1),
@@ -81,7 +81,7 @@ def test_real_process_describes_without_tensorflow():
 def test_describe_draws_schedule_and_images(tmp_path, capsys, monkeypatch):
     """Figures show every learning rate and the first 16 training images.
 
-    Here the recipe neither crops nor flips them.
+    The recipe of this test neither crops nor flips them.
     """
     lines, images = [], []
     plot, imshow = Axes.plot, Axes.imshow
@@ -111,7 +111,7 @@ def test_describe_draws_schedule_and_images(tmp_path, capsys, monkeypatch):
         Image.open(tmp_path / "figures" / f"{name}.png").verify()
     [(steps, learning_rates)] = lines
     np.testing.assert_array_equal(steps, np.arange(361))
-    peak, warmup = 1e-2 * 24 / 256, 125  # steps: 30 of 100 images
+    peak, warmup = 1e-2 * 24 / 256, 125  # 30 epochs of 100 images
     fall = 0.5 + 0.5 * np.cos(np.pi * (steps - warmup) / (360 - warmup))
     expected = peak * np.where(steps < warmup, steps / warmup, fall)
     np.testing.assert_allclose(learning_rates, expected, rtol=1e-4, atol=1e-8)

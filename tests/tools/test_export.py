@@ -1,4 +1,4 @@
-"""Tests that exported models equal the original, with only jax or onnxruntime."""
+"""Tests that exported models equal the original and need only jax or onnxruntime."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def exported(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def workdirs(tmp_path_factory):
-    """Return a directory of two workdirs in bfloat16; their names are model names."""
+    """Return a directory of two workdirs, named after their bfloat16 models."""
     root = tmp_path_factory.mktemp("workdirs")
     for name, arguments in DEFAULTS.items():
         config = {"model": {"name": name, **arguments, "dtype": "bfloat16"}}
@@ -81,7 +81,7 @@ def test_parameters_are_stored_once(exported):
 
 @pytest.mark.slow
 def test_no_paths_of_the_machine(exported, monkeypatch):
-    """A file contains only names of source files; `~` is expanded in paths."""
+    """A file names source files without their directories; paths may begin with ~."""
     content = exported[0].read_bytes()
     assert b"classifier.py" in content
     for path in (export.__file__, __file__, np.__file__, jax.__file__):

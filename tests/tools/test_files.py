@@ -24,7 +24,7 @@ from hivit_jax.weights import load
     ],
 )
 def test_config_without_recipe(model, task, classes, tmp_path):
-    """The config has the model's arguments, and its image facts or defaults."""
+    """The config has the model's arguments and `info`; missing info has defaults."""
     model = mini(depths=(1, 1, 1), **model)
     channels = model.config.in_channels
     model.info = replace(model.info, crop=0.9, std=(0.1,) * channels)

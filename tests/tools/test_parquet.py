@@ -1,4 +1,4 @@
-"""Conversion of parquet files."""
+"""Tests of the conversion of parquet files."""
 
 import json
 import os
@@ -46,7 +46,7 @@ def contents(source):
 
 
 def test_class_labels(tmp_path, capsys):
-    """Names, splits, several files; rows without image or label are reported."""
+    """Class names and splits are kept; rows without image or label are reported."""
     data, out = tmp_path / "hub" / "data", tmp_path / "birds"
     first = [*struct("a", "b"), None, {"bytes": None, "path": "c.jpg"}, *struct("d")]
     write(data / "train-00000-of-00002.parquet", first, [2, 0, 1, 1, None], CLASS_LABEL)
@@ -79,7 +79,7 @@ def test_class_labels(tmp_path, capsys):
     ],
 )
 def test_texts_and_numbers_without_metadata(labels, classes, numbers, tmp_path, capsys):
-    """Files in a column of bytes; the split goes by the directory."""
+    """The image column contains plain bytes; the directory's name is the split."""
     out = tmp_path / "converted"
     write(tmp_path / "train" / "0000.parquet", [b"x", b"y", b"z"], labels)
     assert main([f"--from={tmp_path}/*/0*.parquet", f"--out={out}"]) == 0
@@ -112,7 +112,7 @@ def test_splits_are_whole_words(path, split, tmp_path):
 
 @pytest.mark.parametrize("sequence", [True, False])
 def test_several_labels(sequence, tmp_path, capsys):
-    """An empty list is an image of no class; null is unlabeled and left out."""
+    """An image with an empty list has no class; an image with null is left out."""
     out, labels = tmp_path / "several", [[0, 2], [], None, [1], [7]]
     feature = {"feature": CLASS_LABEL, "_type": "List"} if sequence else [CLASS_LABEL]
     write(tmp_path / "train.parquet", struct(*"abcde"), labels, feature)
@@ -132,7 +132,7 @@ def test_several_labels(sequence, tmp_path, capsys):
 
 
 def test_interrupted_conversion_resumes(tmp_path, monkeypatch, capsys):
-    """It is not mistaken for a complete dataset, and resumes to the same files."""
+    """An interrupted dataset cannot be read; resuming gives the same files."""
     labels = [0, 1, 2] * 3
     write(tmp_path / "train.parquet", struct(*"abcdefghi"), labels, CLASS_LABEL)
     flags = [f"--from={tmp_path / 'train.parquet'}", "--shard_size=2"]

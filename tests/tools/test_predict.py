@@ -1,4 +1,4 @@
-"""Tests of predictions and features of image files, with a very short run."""
+"""Tests of predictions and features of image files, by a briefly trained model."""
 
 import csv
 import json
@@ -70,7 +70,7 @@ def run(data, tmp_path_factory, minimal_output):
 
 @pytest.fixture(scope="module")
 def shared(run, tmp_path_factory):
-    """Return the directory of the saved model."""
+    """Convert the run to a saved model; return its directory."""
     convert.convert(str(run), directory := tmp_path_factory.mktemp("shared"))
     return directory
 
@@ -123,8 +123,7 @@ def test_labeled_folder(run, data, tmp_path, capsys):
 def test_any_files_by_run_or_saved_model(run, shared, data, tmp_path, monkeypatch):
     """A run and its saved model give equal rows for files of any kind.
 
-    The files are unlabeled, mislabeled, 16-bit or damaged. The dataset of the run is
-    not available.
+    Some files are unlabeled, mislabeled, damaged, or contain floats.
     """
     monkeypatch.chdir(tmp_path)
     images = tmp_path / "tiles"
@@ -223,7 +222,7 @@ def test_features(run, shared, data, tmp_path):
 @pytest.mark.extras
 @pytest.mark.slow
 def test_arrays_of_16_bits_and_4_bands(tmp_path, minimal_output):
-    """A run and its saved model read 16-bit arrays, also in the figure of errors."""
+    """A run and its saved model predict 16-bit arrays, and a figure shows errors."""
     pixels = np.random.RandomState(0).randint(0, 10000, (8, 40, 48, 4), np.uint16)
     for k, array in enumerate(pixels):
         for split in ("train", "val"):
@@ -251,7 +250,7 @@ def test_arrays_of_16_bits_and_4_bands(tmp_path, minimal_output):
         assert not any(row["error"] for row in table)
     wrong = sum(row["predicted"] != row["label"] for row in table)
     assert (tmp_path / "run_worst.png").exists() == (wrong > 0)
-    assert wrong  # of random pixels after one step
+    assert wrong  # as expected of random pixels after one step
     preprocess = hivit_jax.preprocess(hivit_jax.load_pretrained(shared))
     images = preprocess(np.full((40, 48, 4), 7500, np.uint16))
     assert images.shape == (1, 32, 32, 4)

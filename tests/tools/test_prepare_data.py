@@ -26,7 +26,7 @@ VERSION = Path("imagenet2012") / "5.1.0"
 
 
 def stored(directory: Path, split: str) -> list[dict]:
-    """Return the examples of a split as TFDS reads them, images encoded."""
+    """Return the examples of a split as TFDS reads them, with encoded images."""
     builder = tfds.builder_from_directory(directory)
     decoders = {"image": tfds.decode.SkipDecoding()}
     return list(builder.as_data_source(split, decoders=decoders))
@@ -70,7 +70,7 @@ def complete(flags, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def small(flags, tmp_path_factory):
-    """Return the data directory of a preparation with reduced training images."""
+    """Return the data directory of a preparation that shrinks the training images."""
     out = tmp_path_factory.mktemp("small")
     assert main([*flags, f"--data_dir={out}", "--short_side=32"]) == 0
     return out
@@ -104,8 +104,8 @@ def test_files(complete):
 
 
 @pytest.mark.slow
-def test_reduced_images(complete, small):
-    """Only training images are reduced; their aspect ratio is unchanged."""
+def test_shrunk_images(complete, small):
+    """Only training images are shrunk; their aspect ratio is unchanged."""
     reduced = [e["image"] for e in stored(small / VERSION, "train")]
     assert {size_of(jpeg) for jpeg in reduced} == {(43, 32)}
     assert stored(small / VERSION, "validation") == stored(
@@ -114,7 +114,7 @@ def test_reduced_images(complete, small):
 
 
 def test_images_of_more_bits_are_not_shrunk():
-    """A JPEG has 8 bits. Color of 16 bits has the same PIL mode as color of 8."""
+    """More than 8 bits do not fit a JPEG. PIL's mode hides the bits of color images."""
     gray = np.arange(40 * 30, dtype=np.uint16).reshape(40, 30) * 50
     color = np.repeat(gray[..., None], 3, -1)
     tiff = io.BytesIO()
@@ -130,7 +130,7 @@ def test_images_of_more_bits_are_not_shrunk():
 
 @pytest.mark.slow
 def test_source(complete, originals):
-    """The source reads all examples from many threads, and slices of splits."""
+    """The source reads every example, also from many threads, and slices of splits."""
     source = Tfds("imagenet2012", str(complete), "train")
     jpegs = list(originals["train"].values())
     expected = [(jpegs[i], LABELS[WNIDS[i // 5]]) for i in range(15)]
@@ -158,7 +158,7 @@ def test_source(complete, originals):
 
 
 def test_limit_of_open_files(complete):
-    """The limit of open files is raised for every shard."""
+    """Opening a dataset raises the limit of open files by one per shard."""
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (500, before[1]))
@@ -202,7 +202,7 @@ def test_complete_dataset_is_kept(complete, flags):
 @pytest.mark.processes
 @pytest.mark.slow
 def test_killed_process_resumes(small, flags, tmp_path):
-    """After SIGKILL in the fourth shard the first three are kept."""
+    """After SIGKILL in the fourth shard, the first three are kept."""
     program = (
         "import os, signal, sys\n"
         "from hivit_jax.tools import prepare_data, record_shards\n"
@@ -233,7 +233,7 @@ def test_killed_process_resumes(small, flags, tmp_path):
 
 @pytest.mark.slow
 def test_interrupted_anywhere(tars, tmp_path, monkeypatch, capsys):
-    """SIGTERM before or after any rename: resuming gives identical files."""
+    """After SIGTERM before or after any rename, resuming gives identical files."""
     replace = Path.replace
     renames, interrupted_rename = [], None
 
@@ -282,7 +282,7 @@ def test_resume_with_other_images(tmp_path, capsys):
 
 
 class Rings(tfds.core.GeneratorBasedBuilder):
-    """Dataset of generated grayscale images, with the newer form of splits."""
+    """TFDS dataset of generated grayscale images, whose splits are a dict."""
 
     VERSION = tfds.core.Version("1.0.0")
 
@@ -312,7 +312,7 @@ def test_dataset_without_manual_files(tmp_path):
 
 
 def test_tfrecords_of_tfds(tmp_path):
-    """TFRecords of TFDS, with its order and PNG images, are read without tensorflow."""
+    """TFRecords that TFDS wrote, with PNG images, are read without tensorflow."""
     Rings(data_dir=tmp_path, file_format="tfrecord").download_and_prepare()
     source = Tfds("rings", str(tmp_path), "train")
     examples = [mini_runs.sample(source, i) for i in range(3)]

@@ -1,4 +1,4 @@
-"""Tests of reconstructions of a user's images, and of the example of features."""
+"""Tests of the command `reconstruct`, and of examples/features.py."""
 
 import io
 
@@ -69,7 +69,7 @@ def panels(directory, *options):
     squares = []
     for quarter in np.split(pixels, range(176, 704, 176), axis=1):  # of 704 columns
         colored = (quarter != 255).any(-1)
-        # Rows of text are shorter runs than the panel.
+        # A line of text has fewer rows than the panel.
         rows = np.flatnonzero(colored.mean(1) > 0.6)
         runs = np.split(rows, np.flatnonzero(np.diff(rows) > 1) + 1)
         rows = max(runs, key=len)[4:-4]  # edges are blurred
@@ -122,7 +122,7 @@ def test_mean_std_and_mask_ratio_of_the_recipe(tmp_path):
 
 @pytest.mark.slow
 def test_statistics_flag(tmp_path):
-    """--statistics=visible draws flat units as the mean of the visible units."""
+    """--statistics=visible predicts flat units as the mean of the visible units."""
     save_constant_model(
         tmp_path, RECIPE | {"data": {"mean": (0.0,) * 3, "std": (1.0,) * 3}}
     )
@@ -160,7 +160,7 @@ def test_bad_input(saved, tmp_path, capsys, model, name, code, message):
 @pytest.mark.slow
 @pytest.mark.parametrize("ratio", ["0", "0.0", "1", "-0.5", "nan"])
 def test_mask_ratios_out_of_range(ratio, saved, tmp_path, capsys):
-    """Mask ratios must be above 0 and below 1; 0 is not an absent flag."""
+    """Mask ratios must be above 0 and below 1; 0 does not mean the default."""
     image, out = write_noise(tmp_path / "a.png"), tmp_path / "out.png"
     flags = ["--checkpoint", saved / "mae_hivit_base", "--out", out, image]
     assert command.main([*map(str, flags), f"--mask_ratio={ratio}"]) == 2
@@ -180,7 +180,7 @@ def test_inputs_are_not_overwritten(saved, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_statistics():
-    """Units have their own mean and deviation, or the average of the visible units."""
+    """Predictions use each unit's mean and deviation, or the visible units' average."""
     model, images = mini("mae_hivit_base"), random_array((2, 64, 64, 3))
     own, removed = command.reconstruct(model, images)
     by_unit, by_visible_units = command.reconstruct(model, images, statistics="visible")
@@ -213,7 +213,7 @@ def test_example(saved, tmp_path):
 
 
 def test_principal_components():
-    """A map along one direction in feature space is its first component."""
+    """If features vary along one direction, the first component is their variation."""
     plane = np.linspace(0, 1, 48).reshape(6, 8)
     direction = reference.normal("direction", (5,))
     noise = 1e-3 * reference.normal("noise", (6, 8, 5))

@@ -1,4 +1,4 @@
-"""Tests of the HTML report on runs: data, independence of other files, errors."""
+"""Tests of the HTML report on runs: its data, self-contained page and errors."""
 
 import base64
 import configparser
@@ -22,7 +22,8 @@ from hivit_jax.checkpoints.manager import Checkpoints
 from hivit_jax.reporting import figures
 from hivit_jax.tools import report
 
-# Batches of 16: 10 steps take 2 s, the next 5 take 1 s. Step 13 is between intervals.
+# Batches of 16: 10 steps take 2 s, the next 3 take 0.5 s, the last 7 take 2 s. Step 13
+# is not a multiple of log_every.
 LINES = [
     {"step": 10, "loss": 0.5, "images_per_second": 80.0, "seconds_left": 2.0},
     {"step": 10, "eval/loss": 0.75, "eval/count": 360, "eval/unreadable": 0},
@@ -33,7 +34,7 @@ LINES = [
 
 
 class Elements(HTMLParser):
-    """Parser of a page: tags, attributes, text by tag, and the JSON text."""
+    """Parser of a page that collects tags, attributes, open elements and JSON data."""
 
     def __init__(self, page):
         super().__init__()
@@ -86,7 +87,7 @@ def test_metrics_are_embedded(tmp_path):
 
 
 def test_charts(tmp_path):
-    """Charts show losses, then evaluations; metrics that are always 0 have no chart."""
+    """Losses come first, then evaluations; metrics that are always 0 have no chart."""
     lines = [{"step": 1, "learning_rate": 1e-3, "top1": 0.5, "eval/top1": 0.25}]
     write_run(tmp_path / "a")
     write_run(tmp_path / "b", lines)
@@ -159,7 +160,7 @@ def test_summary(tmp_path):
 
 
 def test_metrics_alone(tmp_path):
-    """An unfinished run is reported, also without its config."""
+    """An unfinished run is reported, even without its config."""
     run = write_run(tmp_path / "a", LINES[:3])
     facts = page_data(run)["runs"][0]["summary"]
     assert (facts["steps"], facts["state"]) == ("13 of 20", "not finished")
@@ -171,7 +172,7 @@ def test_metrics_alone(tmp_path):
 
 
 def test_figures(tmp_path, monkeypatch):
-    """The page has figures of the first, last and evenly spaced steps."""
+    """The page has figures of the first, the last and evenly spaced steps between."""
     monkeypatch.setattr(report, "MAX_STEPS", 3)
     run = write_run(tmp_path / "a")
     for step in range(10, 60, 10):
@@ -215,7 +216,7 @@ def test_page_is_self_contained(tmp_path):
 
 
 def test_names_of_runs(tmp_path):
-    """Names have as many directories as make them different; a run appears once."""
+    """Names include as many directories as make them unique; a run appears once."""
     runs = [write_run(tmp_path / name) for name in ("x/a/run", "x/b/run", "y/a/run")]
     assert [run["name"] for run in page_data(*runs, runs[0])["runs"]] == [
         "x/a/run",

@@ -21,7 +21,7 @@ def resize_table(table, old, new):
 def test_another_image_size(size, tmp_path, capsys):
     """Tables of 4 x 6 units are resized to the new grid; nothing else changes.
 
-    A grid of 6 x 4 units is resized, too.
+    A grid of 6 x 4 units is resized, too, although the number of units is equal.
     """
     model = mini("hivit_base", image_size=(64, 96))
     hivit_jax.save_pretrained(model, tmp_path)
@@ -93,7 +93,7 @@ def test_other_channels_of_a_gray_image(old, new, tmp_path):
 
 
 @pytest.mark.slow
-def test_other_channels_of_pretraining_need_a_new_prediction(tmp_path):
+def test_other_channels_of_pretraining_need_a_new_prediction_layer(tmp_path):
     hivit_jax.save_pretrained(mini("mae_hivit_base"), tmp_path)
     loaded = hivit_jax.load_pretrained(tmp_path, in_channels=4)
     kernel = params_by_name(loaded)["decoder_pred/kernel"]

@@ -46,7 +46,7 @@ def to_bytes(state, dtype="F32", about=None, shift=0):
 
 
 def with_array(name, array):
-    """Return the state dict with one more or another array."""
+    """Return the state dict with one array added or replaced."""
     return STATE | {name: array}
 
 
@@ -127,11 +127,11 @@ SAFETENSORS = {
         to_bytes(ODD_STAGE),
         "not a HiViT: .* expected an even number",
     ),
-    "units that are no square": (
+    "units that are not square": (
         to_bytes(NOT_SQUARE),
         "grid of 3 units is not square",
     ),
-    "metadata is no JSON": (
+    "metadata is not JSON": (
         to_bytes(STATE, about="{"),
         "metadata is not a JSON",
     ),
@@ -231,9 +231,8 @@ OTHER_KINDS = {
 def test_files_of_another_kind(kind, suffix, tmp_path):
     """The error names the kind of file, for any suffix.
 
-    The kind is named if the first bytes are known. Otherwise the error contains the
-    first bytes. A damaged pickle, zip archive or safetensors file is reported as
-    damaged.
+    If the kind is unknown, the error contains the first bytes. A damaged pickle, zip
+    archive or safetensors file is reported as damaged.
     """
     path = tmp_path / f"x.{suffix}"
     path.write_bytes(OTHER_KINDS[kind])
@@ -378,9 +377,9 @@ def test_the_planted_files_are_real(tmp_path):
     "name", ["float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"]
 )
 def test_narrower_numbers_are_widened(name, kind, tmp_path):
-    """Narrower floats are widened to float32 without a change of any number.
+    """Narrower floats are widened to float32 and keep their values.
 
-    Other dtypes are refused, see "integers".
+    Other dtypes are refused; see the case "integers" above.
     """
     narrow = {n: a.astype(name) for n, a in STATE.items()}
     path = tmp_path / f"x.{kind}"
@@ -411,7 +410,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     path = tmp_path / "x.safetensors"
     files.write(path, STATE, "{}")
     before = path.read_bytes()
-    (tmp_path / "x.safetensors.incomplete").mkdir()  # as a full disk would, an OSError
+    (tmp_path / "x.safetensors.incomplete").mkdir()  # an OSError, as from a full disk
     with pytest.raises(ConfigError, match="x.safetensors cannot be written: "):
         files.write(path, {"a": STATE["mask_token"]}, "{}")
     assert path.read_bytes() == before

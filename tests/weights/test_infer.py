@@ -7,7 +7,7 @@ from networks import abstract_model
 from hivit_jax.models import configure
 from hivit_jax.weights.infer import infer
 
-# Arguments of MMPretrain's classifiers. Their weights also have other names, see below.
+# Arguments of MMPretrain's classifiers. The test also renames their weights.
 MMPRETRAIN = dict(fc_norm=False, layer_norm_eps=1e-5)
 
 

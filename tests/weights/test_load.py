@@ -50,7 +50,7 @@ MERGED = [0, 4, 1, 5, 8, 12, 9, 13, 2, 6, 3, 7, 10, 14, 11, 15], [0, 2, 1, 3], [
 
 
 def convert_state(state, width=16):
-    """Convert a state dict with one head to our names and layout, entry by entry."""
+    """Convert a state dict with one attention head to our names and layout."""
     starts = np.cumsum([0, 4 * width, 2 * width])
     latent = np.concatenate(
         [
@@ -126,7 +126,8 @@ def test_state_dicts_as_safetensors(kind, tmp_path):
 def test_pretraining_files_of_mmpretrain(tmp_path, capsys):
     """A classifier loads the encoder; only the decoder is unused.
 
-    MMPretrain's decoder uses the first visible unit as class token.
+    MMPretrain's decoder is not supported, because it treats the first visible unit as a
+    class token.
     """
     state = KINDS["official_mae"][1]["model"]
     named = {}
@@ -158,7 +159,7 @@ def test_pretraining_files_of_mmpretrain(tmp_path, capsys):
     "fixture", ["mae_mini", "mae_mini_nohifeat_rpe", "features_mini_rpe"]
 )
 def test_golden_outputs_from_a_file(fixture, tmp_path):
-    """Inferred arguments of an official file give the official outputs."""
+    """With the inferred arguments, an official file gives the official outputs."""
     path = state_files.save_safetensors(
         tmp_path / "x.safetensors", reference.state_dict(fixture)
     )
@@ -325,7 +326,7 @@ def test_inspect_files(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_hub(tmp_path, monkeypatch):
-    """Load a directory or a file of a repository, at a revision."""
+    """A directory or a file of a repository is loaded, at a revision if given."""
     model, downloads = mini("hivit_base"), []
     hivit_jax.save_pretrained(model, tmp_path)
     state_files.save_safetensors(

@@ -1,7 +1,7 @@
 """Tests that a model is found among the other contents of a training program's file.
 
 A file may contain one HiViT, below at most three keys and with one prefix in its names.
-A note lists the names without the prefix. A file with two HiViTs is an error that names
+A note names the prefix that was removed. A file with two HiViTs is an error that names
 both, unless one HiViT is an average or has one of the usual keys.
 """
 

@@ -75,7 +75,7 @@ def test_save_pretrained(name, tmp_path):
     hivit_jax.save_pretrained(model, tmp_path, {"task": "x"}, {"eval/top1": 0.5})
     loaded = hivit_jax.load_pretrained(tmp_path)
     mini_runs.assert_identical(params_by_name(loaded), params_by_name(model))
-    assert split(loaded)[0] == split(model)[0]  # structure: every setting
+    assert split(loaded)[0] == split(model)[0]  # all settings are equal
     card = (tmp_path / "README.md").read_text()
     for text in (f"# {name}", "eval/top1: 50.00 %", "training: x\n", "64x32"):
         assert text in card
@@ -86,7 +86,7 @@ def test_save_pretrained(name, tmp_path):
 
 @pytest.mark.parametrize(("scale", "divisor"), [(1 / 255, "255"), (1 / 65535, "65535")])
 def test_card_states_the_divisor_of_pixels(scale, divisor):
-    """The reciprocal of the scale: white of 8 or of 16 bits."""
+    """The divisor is the reciprocal of `info.scale`: the white of 8 or 16 bits."""
     model = abstract_model("hivit_base", num_classes=2)
     model.info = replace(model.info, scale=scale, multi_label=True)
     card = model_card(model, {}, {})
@@ -97,7 +97,7 @@ def test_card_states_the_divisor_of_pixels(scale, divisor):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["hivit_base", "mae_hivit_base"])
 def test_code_of_the_card_runs(name, tmp_path, monkeypatch, capsys):
-    """It runs in the saved directory, and prints a class name of a classifier."""
+    """The code runs in the saved directory; a classifier's prints a class name."""
     classifier = name == "hivit_base"
     model = mini(name, **dict(num_classes=2) if classifier else {})
     names = ("a cat", "a dog") * classifier
@@ -268,12 +268,12 @@ def test_home_directory(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["home"]
 
 
-@pytest.mark.parametrize("form", ["official", "supervised", "mmpretrain"])
-def test_arrays_of_a_state_dict(form):
-    """Arrays are C-contiguous, writable copies, because programs write their memory."""
-    fc_norm = form != "mmpretrain"
+@pytest.mark.parametrize("layout", ["official", "supervised", "mmpretrain"])
+def test_arrays_of_a_state_dict(layout):
+    """Arrays are C-contiguous and writable copies, because programs may modify them."""
+    fc_norm = layout != "mmpretrain"
     model = mini("hivit_base", num_classes=2, fc_norm=fc_norm, relative_position=True)
-    state = to_state_dict(split(model)[1], model, form)
+    state = to_state_dict(split(model)[1], model, layout)
     arrays = [*state.values()]
     for array in arrays:
         assert array.flags.c_contiguous
@@ -285,8 +285,8 @@ def test_arrays_of_a_state_dict(form):
 def test_no_paths_of_the_machine_are_shared(tmp_path):
     """Card, config and weights contain no paths of this machine.
 
-    Values that begin like a path of any system, and keys of directories, are shortened.
-    Names with a slash, addresses on the hub and relative names are unchanged.
+    Values that look like a path are shortened, and values of keys for directories are
+    removed. Names with a slash and addresses on the hub are unchanged.
     """
     secret = "/home/ann/secret"
     recipe = {
@@ -320,7 +320,7 @@ def test_no_paths_of_the_machine_are_shared(tmp_path):
 
 
 def test_a_conversion_does_not_overwrite_its_source(tmp_path, capsys):
-    """The source of a conversion is never overwritten, also under another name."""
+    """The source of a conversion is never overwritten, even under another name."""
     hivit_jax.save_pretrained(small_model(), tmp_path / "d")
     source = tmp_path / "d/model.safetensors"
     before = source.read_bytes()

@@ -1,4 +1,4 @@
-"""Files of Swin and SimMIM: official, of timm, and of transformers."""
+"""Tests of Swin and SimMIM files of the official code, timm and transformers."""
 
 import sys
 from types import SimpleNamespace
@@ -30,7 +30,7 @@ TABLE = "relative_position_bias_table"
 
 
 def with_buffers(fixture):
-    """Return the whole official state dict, and the parameters in our names."""
+    """Return the complete official state dict, and the parameters by our names."""
     name, config = swin.arguments(fixture)
     model = swin.abstract_model(name, **config)
     params = from_official(swin.state_dict(fixture), model)
@@ -44,7 +44,7 @@ def check_params(pretrained, expected):
 
 
 def test_official_classifier(tmp_path):
-    """The shift masks contain the size of the image."""
+    """The size of the image is inferred from the shift masks."""
     state, params = with_buffers("swin_mini")
     pretrained = read(write(tmp_path / "swin.pth", state))
     check_params(pretrained, params)
@@ -90,7 +90,7 @@ def test_transformers_classifier(tmp_path):
 
 
 def test_smaller_image_than_the_saved_one(tmp_path):
-    """Tables of a size that does not fit are resized; others are used as they are."""
+    """Only tables whose size does not fit are resized."""
     state, params = with_buffers("swin_mini")
     path = write(tmp_path / "swin.pth", state)
     assert read(path, image_size=(64, 48)).arguments["image_size"] == (64, 48)
@@ -106,14 +106,14 @@ def test_smaller_image_than_the_saved_one(tmp_path):
 
 
 def test_other_masks_of_simmim(tmp_path):
-    """An image of 48 pixels is not a multiple of the default mask size."""
+    """The two sizes must change together: the default mask size does not divide 48."""
     path = write(tmp_path / "simmim.pth", with_buffers("simmim_mini")[0])
     sizes = dict(image_size=48, mask_patch_size=16)
     assert read(path, **sizes).arguments.items() >= sizes.items()
 
 
 def test_other_channels_of_simmim(tmp_path):
-    """Channels of another number need a new decoder."""
+    """Another number of channels requires a new decoder."""
     pretrained = read(write(tmp_path / "x.pth", with_buffers("simmim_mini")[0]))
     name, config = swin.arguments("simmim_mini")
     model = swin.abstract_model(name, **config | dict(in_channels=4))
@@ -168,12 +168,12 @@ def test_finetuning_from_a_simmim_file(tmp_path):
     assert "norm/scale" in arrays
     table = arrays[tables[0]]
     assert table.shape == (121, 2)
-    # The center is the bias of a token with itself, which no resizing moves.
+    # The center is the bias of a token with itself, which resizing keeps.
     np.testing.assert_allclose(table[60], params[tables[0]][24], atol=1e-6)
 
 
 def test_transformers_vit_mae(tmp_path):
-    """Heads, eps and norm_pix_loss are those of config.json."""
+    """Heads, eps and norm_pix_loss are read from config.json."""
     state = vit.state_dict("mae_vit_mini")
     config = dict(model_type="vit_mae", num_attention_heads=2, layer_norm_eps=1e-12)
     config |= dict(decoder_num_attention_heads=2, norm_pix_loss=False)
@@ -216,7 +216,7 @@ def test_saved_model(tmp_path):
 @pytest.mark.parametrize("layout", ["official", "timm", "transformers"])
 @pytest.mark.parametrize("fixture", ["swin_mini", "simmim_mini"])
 def test_layouts(fixture, layout):
-    """Names of each program, and the same bytes after reading them."""
+    """A layout has its program's names; reading them back gives the same bytes."""
     name, config = swin.arguments(fixture)
     model = swin.abstract_model(name, **config)
     state = swin.state_dict(fixture)
@@ -257,7 +257,7 @@ def test_layouts_of_vit():
 
 
 def test_repository_of_transformers(tmp_path, monkeypatch):
-    """An older repository has a PyTorch file, downloaded if there is no other."""
+    """If a repository has no safetensors file, its PyTorch file is downloaded."""
     state, asked = vit.state_dict("mae_vit_mini"), []
     named = foreign.transformers_state(state, "vit")
     config = dict(model_type="vit_mae", num_attention_heads=2)

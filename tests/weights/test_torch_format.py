@@ -1,8 +1,8 @@
 """Tests of reading files of ``torch.save`` without PyTorch and without running code.
 
 Every class and function that a file names is inert. Dense tensors and numpy arrays of
-numbers are read. Sparse, quantized, conjugated and big-endian tensors are
-refused by name. Inconsistent files are refused.
+numbers are read. Sparse, quantized, conjugated and big-endian tensors are refused, and
+so are inconsistent files.
 """
 
 import copyreg
@@ -54,8 +54,8 @@ def test_tensors(array, legacy, tmp_path):
 
 
 @FORMATS
-def test_what_programs_save_beside_the_weights(legacy, tmp_path):
-    """Objects of classes that are not installed are read, such as configs."""
+def test_objects_beside_the_weights(legacy, tmp_path):
+    """Objects such as configs are read, although their classes are not installed."""
     history = Global("mmengine.logging.history_buffer", "HistoryBuffer")
     dtype = Global("numpy", "dtype")("f8", False, True, state=(3, "<", None))
     content = {
@@ -107,7 +107,7 @@ def test_parameters_and_subclasses(tmp_path):
 
 
 def planted_programs(marker):
-    """Return {case: pickle}; pickle.loads of the pickle runs a command."""
+    """Return {case: pickle}; `pickle.loads` of each would run a command."""
     command = f"touch {marker}".encode()
     text = b"X" + struct.pack("<I", len(command)) + command  # BINUNICODE
     system = b"cos\nsystem\n"
@@ -140,7 +140,7 @@ def planted_programs(marker):
 @FORMATS
 @pytest.mark.parametrize("case", planted_programs(""))
 def test_nothing_in_a_file_is_run(case, legacy, tmp_path):
-    """No opcode runs a command, in any pickle of a file."""
+    """No opcode runs a command, in either format."""
     path, marker = tmp_path / "x.pth", tmp_path / "marker"
     program = planted_programs(marker)[case]
     before = dict(vars(StandIn))
@@ -163,7 +163,7 @@ def test_classes_cannot_be_changed(tmp_path):
             b"\x80\x02cmy\nClass\n}X\4\0\0\0argsK\1sb.",  # BUILD on a class
             b"\x80\x02ccollections\nOrderedDict\nN}X\5\0\0\0itemsNs\x86b.",
             b"\x80\x02\x82\x7e)R.",  # EXT1
-            b"\x80\x02X\2\0\0\0osr\xff\xff\xff\x7f.",  # a memo of 2**31 places
+            b"\x80\x02X\2\0\0\0osr\xff\xff\xff\x7f.",  # a memo of 2**31 entries
         ):
             path.write_bytes(program)
             with pytest.raises(CheckpointError, match="is damaged or truncated"):
@@ -205,7 +205,7 @@ def test_tensors_that_are_not_dense(name, tmp_path):
 
 @FORMATS
 def test_damage(legacy, tmp_path):
-    """A truncated file is an error, and with checksums also a changed number."""
+    """A truncated file is an error; so is a changed number if there are checksums."""
     path = torch_files.save({"a": tensor(NUMBERS)}, tmp_path / "x.pth", legacy)
     content = path.read_bytes()
     for length in (*range(0, len(content) - 1, 97), len(content) - 1):

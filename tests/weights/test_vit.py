@@ -48,7 +48,7 @@ def test_golden_logits_from_a_file(fixture, tmp_path):
 
 @pytest.mark.parametrize("pooling", ["mean", "token"])
 def test_finetuning_from_a_pretraining_file(pooling, tmp_path):
-    """All entries except the head are used; mean pooling also ignores `norm`."""
+    """The encoder is loaded and its table resized; mean pooling does not use `norm`."""
     path = write(tmp_path / "full.pth", vit.state_dict("mae_vit_mini"))
     pretrained = read(path, **HEADS)
     sizes = dict(image_size=96, embed_dim=64, depth=2, num_heads=2)
@@ -66,7 +66,7 @@ def test_finetuning_from_a_pretraining_file(pooling, tmp_path):
 
 
 def test_encoder_alone(tmp_path):
-    """Files of the encoder contain its norm and no head."""
+    """A file of the encoder, with its norm and without a head, is used completely."""
     state = vit.state_dict("mae_vit_mini")
     encoder = {k: v for k, v in state.items() if "decoder" not in k}
     del encoder["mask_token"]

@@ -47,7 +47,7 @@ def test_batches_have_the_compiled_shapes(source, overrides):
 @pytest.mark.slow
 @pytest.mark.parametrize(("fsdp", "parts"), [(8, 1), (4, 2)])
 def test_fsdp_communicates_only_parameters_and_gradients(fsdp, parts):
-    """Communicated bytes do not depend on the batch size, as activations would."""
+    """Communicated bytes do not grow with the batch; those of activations would."""
     collectives = []
     for size in (64, 256):
         config = mini_runs.mae(batch_size=size, model__depths="(1,1,1)")
@@ -91,6 +91,6 @@ def test_tpu_step(tmp_path):
 
     denser = mini_runs.compile_report(tmp_path, mask_ratio=0.25)
     expected = 6 * (training_macs(model, 0.25) - training_macs(model, 0.75))
-    # In a network this narrow other operations cost as much as matrix products.
+    # In a network this narrow, other operations cost as much as matrix products.
     added = denser["flops_per_image"] - report["flops_per_image"]
     assert expected < added < 1.7 * expected

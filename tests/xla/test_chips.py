@@ -1,4 +1,4 @@
-"""Peaks of chips by the names of devices, and what a run logs with them."""
+"""Tests of finding chips by device name, and of metrics that use their peaks."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,7 +29,7 @@ from hivit_jax.xla import chips
         ("NVIDIA H100 80GB HBM3", "h100"),
         ("NVIDIA H200", "h200"),
         ("NVIDIA B200", "b200"),
-        # Other peaks than those of the names above.
+        # These have other peaks than the chips with similar names above.
         ("NVIDIA H100 PCIe", None),
         ("NVIDIA L40S", None),
         ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
@@ -49,7 +49,7 @@ def test_peak_of_a_device():
 
 @pytest.mark.parametrize(("kind", "count"), [("TPU v5 lite", 4), ("TPU7x", 8)])
 def test_metrics_of_four_chips(kind, count, monkeypatch):
-    """Half of the peak, and the peak memory of this process's device."""
+    """The metrics include half of the peak FLOP/s, and a local device's peak memory."""
     devices = [SimpleNamespace(device_kind=kind)] * count
     local = SimpleNamespace(memory_stats=lambda: {"peak_bytes_in_use": 7})
     monkeypatch.setattr(jax, "local_devices", lambda: [local])

@@ -77,7 +77,7 @@ def test_bytes_of_an_all_gather():
     ],
 )
 def test_bytes_of_other_collectives(operation, kind, mebibytes):
-    """The operand has 2 MiB on each device; a count of bytes uses the larger side."""
+    """Bytes are those of the larger of operand and result; the operand has 2 MiB."""
     devices = data_mesh()
     function = jax.shard_map(
         operation,
@@ -106,7 +106,7 @@ def test_collectives_in_loops_count_every_iteration():
 def test_flops_of_kernels_on_every_device():
     """FLOPs of a kernel are counted for each device, grid point and inner iteration.
 
-    loops=False ignores the iterations of loops outside kernels only.
+    loops=False ignores the iterations of loops, but not of loops inside kernels.
     """
     devices = data_mesh()
 
@@ -187,7 +187,7 @@ def test_memory_by_kind():
 
 
 def test_memory_of_an_in_place_update():
-    """4,096 bytes are updated in place; a new array of 2,048 bytes is returned."""
+    """4,096 bytes are updated in place, and a new array of 2,048 bytes is returned."""
     update = jax.jit(lambda x, y: (x + 1, 2 * y), donate_argnums=0)
     program = update.lower(jnp.zeros(1024), jnp.zeros(512)).compile()
     memory = memory_of(program)

@@ -1,4 +1,4 @@
-"""Tests of HLO text: collectives, regions, loops."""
+"""Tests of the analysis of HLO text: collectives, regions, loops."""
 
 import re
 
@@ -79,7 +79,7 @@ def test_asynchronous_collectives_count_once_and_loops_by_their_bound(newer):
         "reduce-scatter": (3, 3 * 4 * 2048),
         "collective-permute": (1, 4 * 256),
     }
-    # A fusion is one kernel. Reads from VMEM, and so all reads of %cut, are free. A
+    # A fusion is one kernel. Reads from VMEM are free, and %cut reads only VMEM. A
     # scalar occupies a tile of 512 bytes: %c is read, and %d returns one.
     reduced = 2 * (2 * 64 * 128 + 512)
     moved = cost.bytes_by_region(hlo).total()
@@ -138,7 +138,7 @@ def test_bytes_of_regions():
 
 
 def test_regions_of_a_compiled_program():
-    """Bytes of forward and backward passes match; XLA:CPU pads no array."""
+    """A region counts its forward and backward pass; XLA:CPU pads no array."""
 
     @jax.jit
     @jax.grad

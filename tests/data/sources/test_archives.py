@@ -1,4 +1,4 @@
-"""Tests of sources of tar and zip files."""
+"""Tests of the sources that read tar and zip files."""
 
 import io
 import tarfile
@@ -60,13 +60,13 @@ def dataset(request, tmp_path):
 
 
 def data_config(dataset, directory=None, **overrides):
-    """Return the config of a dataset, in another directory if given."""
+    """Return the config of a dataset; `directory` replaces its own."""
     name, root = dataset
     return folder_config(directory or root, data__name=name, **overrides)
 
 
 def order(name, split):
-    """Return the indices of the images in the order of the source."""
+    """Return the indices of the images in the order in which the source lists them."""
     n = len(LABELS[split])
     return [*range(0, n, 2), *range(1, n, 2)] if name == "webdataset" else [*range(n)]
 
@@ -99,7 +99,7 @@ def test_index_of_a_changed_file(dataset):
 
 
 def test_batches_from_a_bucket(dataset, tmp_path):
-    """Batches equal those of local files; with data.cache, archives are read once."""
+    """Batches equal those of local files, with and without data.cache."""
 
     def batches(cfg):
         registry._open.cache_clear()
@@ -121,7 +121,7 @@ def test_batches_from_a_bucket(dataset, tmp_path):
 
 
 def test_long_names(tmp_path):
-    """Long names of pax, GNU and ustar tar files are read; a label may come first."""
+    """Long names in pax, GNU and ustar files are read; labels may precede images."""
     formats = (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT)
     for index, tar_format in enumerate(formats):
         name = "d" * 90 + "/" + "n" * 80
@@ -161,7 +161,7 @@ def test_images_without_labels(tmp_path):
 
 
 def test_labels_in_json(tmp_path):
-    """A .cls member takes precedence; other contents are not labels."""
+    """A .cls member takes precedence; JSON without an integer label is ignored."""
     members = [
         *[("a.jpg", b"0"), ("a.json", b'{"label": 2}')],
         *[("b.json", b'{"label": 1}'), ("b.jpg", b"1")],
@@ -199,7 +199,7 @@ def test_index_of_an_earlier_version_is_not_used(tmp_path):
 
 
 def test_held_out_images_and_slices(dataset):
-    """One set of archives serves for training and evaluation."""
+    """One set of archives can be split into training and evaluation images."""
     name, root = dataset
     split = "*train*.tar[{}:{}]" if name == "webdataset" else "train[{}:{}]"
     held_out = dict(data__train_split=split[: -len("[{}:{}]")], data__eval_fraction=0.4)
@@ -267,7 +267,7 @@ def test_compressed_zip(tmp_path):
 
 
 def test_zip64(tmp_path):
-    """Offsets and sizes in zip64 fields are read, because Swin's files contain them."""
+    """Offsets and sizes in zip64 fields are read, because large zip files need them."""
     path = tmp_path / "train.zip"
     with zipfile.ZipFile(path, "w") as archive:
         for name in ("a.jpg", "b.jpg"):

@@ -23,7 +23,7 @@ def scans(source):
 
 
 def test_train_and_test_scans_are_disjoint():
-    # Here, because collecting the tests would otherwise take seconds longer.
+    # Imported here, because a global import would slow the collection of tests.
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -73,9 +73,9 @@ def test_num_examples():
 
 
 @pytest.mark.slow
-def test_digits_by_key():
-    """data.subset selects the first training images of each class."""
-    # Here, because collecting the tests would otherwise take seconds longer.
+def test_class_balanced_subsets():
+    """data.subset selects which images are used; every class has the same number."""
+    # Imported here, because a global import would slow the collection of tests.
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -92,7 +92,7 @@ def test_digits_by_key():
         labels = batch["label"].tolist()
         assert labels == [known[image] for image in images]
         subsets[examples, subset] = set(images)
-        if examples:  # the batch of 80 repeats them
+        if examples:  # the batch of 80 repeats some of them
             counts = np.bincount(labels[:examples], minlength=10)
             assert counts.tolist() == [examples // 10] * 10
             assert len(subsets[examples, subset]) == examples

@@ -1,4 +1,4 @@
-"""Tests of the source of class folders."""
+"""Tests of the source that reads class folders."""
 
 import os
 
@@ -61,7 +61,7 @@ def test_files_are_in_the_order_of_torchvision(root):
 
 
 def test_validation_has_the_classes_of_training(root):
-    """Labels of val number the classes of train; torchvision would use 0 and 1."""
+    """Labels of val are indices of train's classes; torchvision would use 0 and 1."""
     source = folder.Folder(str(root), "val")
     assert source.classes == ["n02", "n1", "n10"]
     assert listed(source) == [("val/n02/ä.JPEG", 0), ("val/n10/v.JPEG", 2)]
@@ -96,7 +96,7 @@ def test_index_is_cached_until_a_directory_changes(root, cache_directory, monkey
     make(root, "train/n05/e.png")
     assert len(folder.Folder(str(root), "train").classes) == 4
     assert len(walks) == 3 + 4  # one per class
-    # The index is rebuilt: other version, damaged cache, unwritable cache.
+    # The index is rebuilt if it has another version, is damaged or cannot be saved.
     with np.load(index_file) as index:
         other_version = {name: index[name] for name in index if name != "classes"}
     np.savez(index_file, **other_version)
@@ -172,10 +172,10 @@ IGNORED = [
 
 
 def test_hidden_and_system_names_are_ignored(root):
-    """Names with a leading dot and system names are neither classes nor images.
+    """Names with a leading dot and system names are ignored at any level.
 
-    This holds at any level, for `folder.SYSTEM_NAMES` in any case. Other names, such as
-    __x, @x and cache, are classes and images.
+    System names are ignored in upper and lower case. Similar names, such as __x, @x and
+    cache, are classes and images.
     """
     make(root, "val/n1/v.png")
     before = {s: listed(folder.Folder(str(root), s)) for s in ("train", "val")}
@@ -209,7 +209,7 @@ def test_parents_may_be_hidden(tmp_path):
     assert folder.Images(root / ".shown.png").name(0) == f"{root}/.shown.png"
 
 
-def test_images_without_labels_ignore_the_same(root):
+def test_images_without_labels_ignore_the_same_names(root):
     names = [folder.Images(root).name(i) for i in range(7)]
     make(root, *(f"train/{name}" for name in IGNORED))
     source = folder.Images(root)

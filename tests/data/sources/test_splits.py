@@ -1,4 +1,4 @@
-"""Tests of selected images of a folder: fractions, groups, slices, exclusions."""
+"""Tests of selecting images of a folder by fraction, group, slice or exclusion."""
 
 from collections import Counter
 
@@ -31,13 +31,13 @@ def root(tmp_path):
 
 
 def opened(root, split, **keys):
-    """Return a split, which is read again."""
+    """Open a split, bypassing the cache of open sources."""
     registry._open.cache_clear()
     return registry.open_source(DATA | {"dir": str(root)} | keys, split)
 
 
 def paths(root, split, **keys):
-    """Return the relative paths of a split, and check content, label and length."""
+    """Return the relative paths of a split, and check contents and labels."""
     source = opened(root, split, **keys)
     names = [source.name(i) for i in range(len(source))]
     for i, name in enumerate(names):
@@ -52,7 +52,7 @@ def paths(root, split, **keys):
 
 
 def test_fraction(root):
-    """Both sides together are all images; the side of an image depends on its path."""
+    """Every image is on one of the two sides; its path decides which."""
     train = paths(root, "train", eval_fraction=0.25)
     held_out = paths(root, "test", eval_fraction=0.25)
     assert sorted(train + held_out) == sorted(
@@ -65,12 +65,12 @@ def test_fraction(root):
     assert held_out[:3] == FROZEN
 
 
-# Saved runs depend on it.
+# Must not change, because saved runs depend on it.
 FROZEN = [f"brick/{name}.png" for name in ("s0_00", "s0_03", "s1_04")]
 
 
 def test_fraction_is_stable(root):
-    """New and removed files change the side of no other file of their class."""
+    """Adding or removing a file moves no other file of its class to the other side."""
     before = set(paths(root, "test", eval_fraction=0.25))
     (root / "brick" / "zz.png").write_text("new")
     (root / "brick" / "s0_00.png").unlink()
@@ -91,7 +91,7 @@ def test_every_class_is_on_both_sides(root, fraction):
 
 @pytest.mark.parametrize("fraction", [1e-6, 0.3, 0.999])
 def test_groups_stay_together(root, fraction):
-    """All images of a scene s0, s1, ... are on one side, over all classes."""
+    """All images of a scene (s0, s1, ...) are on one side, whatever their class."""
     options = dict(eval_fraction=fraction, eval_group=r"/(s\d+)_")
     train, held_out = (paths(root, split, **options) for split in ("train", "test"))
     scenes = [{p.split("/")[1][:2] for p in side} for side in (train, held_out)]
@@ -113,7 +113,7 @@ def test_groups_of_several_classes():
 
 
 def test_slices(root):
-    """Slices of each class are disjoint, and do not follow the order of the names."""
+    """Slices of each class are disjoint and do not follow the order of the names."""
     pieces = [
         paths(root, "train", train_split=f"[{text}]", eval_split=".")
         for text in (":50%", "50%:75%", "-25%:")
@@ -162,7 +162,7 @@ def test_exclude(root, tmp_path_factory, monkeypatch):
 
 
 def test_leaf_classes(root):
-    """Classes are the topmost directories, or each directory that contains images."""
+    """class_level="leaf" makes a class of each directory that contains images."""
     nested = root / "nested"
     for name in ("train/animals/cat", "train/things/flower", "val/animals/cat"):
         (nested / name).mkdir(parents=True)
@@ -180,7 +180,7 @@ def test_leaf_classes(root):
 
 
 def test_images_without_labels(root):
-    """Images without class folders have no labels, nor has any directory on request."""
+    """Images have no labels outside class folders or with class_level="none"."""
     source = opened(root / "brick", "train", eval_split="none")
     assert (len(source), source.classes, source.labeled) == (40, (), False)
     assert mini_runs.sample(source, 3) == (b"brick3", 0)

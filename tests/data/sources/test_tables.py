@@ -1,4 +1,4 @@
-"""Tests of the source of CSV files and lists of paths."""
+"""Tests of the source that reads CSV files and lists of paths."""
 
 import mini_runs
 import numpy as np
@@ -28,7 +28,7 @@ def root(tmp_path):
 
 
 def opened(file, split="train", **keys):
-    """Return a split of a table, which is read again."""
+    """Open a split of a table, bypassing the cache of open sources."""
     registry._open.cache_clear()
     return registry.open_source(DATA | {"dir": str(file)} | keys, split)
 
@@ -72,7 +72,7 @@ def test_numbers(root):
 
 
 def test_column_of_splits(root):
-    """The column precedes `eval_fraction`; splits may have other names."""
+    """A split column takes precedence over eval_fraction; any split can be selected."""
     rows = ["a/0.png,x,train", "b/0.png,y,val", "b/1 2.png,y,test", "c/0.png,z,train"]
     file = write(root, "path,label,split", *rows)
     for keys in ({}, {"eval_fraction": 0.999}):
@@ -96,7 +96,7 @@ def test_fraction_and_exclusion(root):
 
 
 def test_two_files(root):
-    """Labels of the evaluation are numbers of the classes of training."""
+    """Labels of the evaluation table are indices of the training table's classes."""
     write(root, "path,label", "a/0.png,x", "b/0.png,y", name="train.csv")
     write(root, "path,label", "c/0.png,y", name="val.csv")
     assert listed(opened(root, "test")) == [("c/0.png", 1)]
@@ -110,7 +110,7 @@ def test_two_files(root):
 def test_lists(root):
     file = write(root, "a/0.png 1", "b/1 2.png   0", name="train.txt")
     assert listed(opened(file, eval_split="none")) == [("a/0.png", 1), ("b/1 2.png", 0)]
-    file = write(root, *NAMES, name="unlabelled.txt")
+    file = write(root, *NAMES, name="unlabeled.txt")
     source = opened(file, eval_split="none")
     assert (source.labeled, source.classes, len(source)) == (False, (), 4)
     file = write(root, "path", *NAMES)
@@ -143,7 +143,7 @@ def test_no_evaluation_images(root):
 
 
 def test_several_labels(root):
-    """Names or numbers separated by ";"; an empty label is an image of no class."""
+    """Several labels are separated by ";"; an empty label stands for no class."""
     rows = ["a/0.png,dog;cat", "b/0.png,", "b/1 2.png, cat ;;cat", "c/0.png,emu"]
     file = write(root, "path,label", *rows)
     source = opened(file, eval_split="none", multi_label=True)
@@ -192,7 +192,7 @@ def test_bad_labels(root, lines, keys, message):
 
 
 def test_unknown_and_missing_labels(root):
-    """The evaluation has no other classes, and does not lack the labels."""
+    """An evaluation table must have labels, and only classes of the training table."""
     write(root, "path,label", "a/0.png,x;y", name="train.csv")
     write(root, "path,label", "b/0.png,x;z", name="val.csv")
     with pytest.raises(DataError, match="b/0.png has the label 'x;z'; expected one of"):

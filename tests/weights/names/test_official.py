@@ -44,7 +44,7 @@ def fixture_layout(fixture):
 def test_official_state_dict_and_back(fixture):
     """Names and bytes are unchanged after a conversion to our parameters and back.
 
-    Every value of the state dict is unique.
+    All values of the state dict differ, so that a transposed array is noticed.
     """
     shapes = reference.FIXTURES[fixture]["state_dict"]
     state, start = {}, 0
@@ -59,7 +59,7 @@ def test_official_state_dict_and_back(fixture):
         assert named_leaves(ours)[leaf_name(path)].shape == leaf.shape
     back = to_state_dict(ours, model, fixture_layout(fixture))
     assert {name: list(array.shape) for name, array in back.items()} == shapes
-    if "nohifeat" in fixture:  # stored, but never applied
+    if "nohifeat" in fixture:  # the official file contains a norm that it never applies
         del state["norm.weight"], state["norm.bias"]
     for name, array in state.items():
         assert back[name].dtype == np.float32
@@ -93,7 +93,7 @@ def test_unexpected_entry(mae_state, name):
         from_official(state, model)
 
 
-def test_relative_position_index_is_not_an_entry(mae_state):
+def test_relative_position_index_is_ignored(mae_state):
     state, model = mae_state
     expected = named_leaves(from_official(state, model))
     for name in ("relative_position_index", "blocks.6.attn.relative_position_index"):
@@ -122,7 +122,7 @@ def test_wrongly_shaped_entry(mae_state, name, shape, here):
 
 @pytest.mark.slow
 def test_finetuning_from_pretraining():
-    """The same arrays are loaded as by the official loader."""
+    """The loaded arrays are those that the official loader loads."""
     facts = json.loads((reference.GOLDEN / "finetune_loading.json").read_text())
     official, params = {}, {}
     for name in ("hivit_base", "mae_hivit_base"):

@@ -5,12 +5,12 @@ import numpy as np
 
 
 def waves(count: int) -> np.ndarray:
-    """Numbers in [-1, 1] without order, [count] float32."""
+    """Return irregular numbers in [-1, 1], float32 [count]."""
     return np.sin(np.arange(count, dtype=np.float64) ** 1.5).astype(np.float32)
 
 
 def outputs(model) -> dict[str, np.ndarray]:
-    """Outputs of a model for images of 16 x 16 pixels and 16 units, by name."""
+    """Return {name: output} of a model for images of 16 x 16 pixels and 16 units."""
     found = jax.device_get(jax.jit(lambda: _outputs(model))())
     return found | {"parameters": np.asarray(model.parameter_count())}
 

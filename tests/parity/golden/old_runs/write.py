@@ -6,8 +6,8 @@ linear_probe:
 TASK.tar.xz   ``run``: workdir of a run that was interrupted at step 4 of 8;
               ``saved``: that model, written by `save_pretrained`.
 TASK.jsonl    metrics.jsonl of the run after it was resumed and finished.
-TASK.txt      what ``--mode eval`` prints of step 4.
-TASK.npz      `outputs` of the model of step 4.
+TASK.txt      output of ``--mode eval`` for step 4.
+TASK.npz      `outputs` of the model at step 4.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from hivit_jax.errors import Interrupted
 from hivit_jax.main import main
 
 HERE = Path(__file__).resolve().parent
-TASKS = ("mae", "classify", "linear_probe")  # the others start from the first
+TASKS = ("mae", "classify", "linear_probe")  # the others are initialized from the first
 STEP = 4
 
 
