@@ -22,10 +22,10 @@ from hivit_jax.models import image_shape
 IMAGES_PER_JOB = 32
 UNREADABLE, BAD_LABEL = "unreadable", "with an invalid label"
 BAD_CHECKSUM = "with a wrong checksum"
-NEED_RANGE = "that require data.value_range"
+OTHER_VALUES = "with values that data.dtype and data.value_range do not cover"
 CHANNELS, DROPPED = "with the wrong number of channels", "with dropped channels"
 FAULTS = (
-    UNREADABLE, BAD_CHECKSUM, BAD_LABEL, NEED_RANGE, CHANNELS, LOST, CLIPPED, DROPPED
+    UNREADABLE, BAD_CHECKSUM, BAD_LABEL, OTHER_VALUES, CHANNELS, LOST, CLIPPED, DROPPED
 )  # fmt: skip
 
 
@@ -94,7 +94,7 @@ class Split:
                 self.findings[BAD_LABEL][index] = str(error)
                 continue
             except DataError as error:
-                self.findings[NEED_RANGE][index] = str(error)
+                self.findings[OTHER_VALUES][index] = str(error)
                 continue
             except Exception as error:  # damaged files cause exceptions of many types
                 words = f"{type(error).__name__}: {error}".split()

@@ -47,7 +47,7 @@ def parse(parser: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the arguments; ConfigError if the batch size is negative."""
     flags = parser.parse_args(argv)
     if flags.batch_size < 0:
-        raise ConfigError(f"--batch_size={flags.batch_size}; expected at least 1")
+        raise ConfigError(f"--batch_size={flags.batch_size}; expected at least 0")
     return flags
 
 

@@ -275,14 +275,16 @@ def test_values_outside_the_range(check, tmp_path):
 
 
 def test_values_without_a_range(check, tmp_path):
-    """Images that require data.value_range are errors, even with max_unreadable=1."""
+    """Values without a known range are errors, even with max_unreadable=1."""
     write_folder(tmp_path, encode(Image.fromarray(RAMP.astype(np.int32)), "TIFF"))
     code, out, err = check(tmp_path, data__max_unreadable=1.0)
     assert code == 4
     assert "healthy" not in out
     detail = "expected 8 or 16 bits, found int32 values from 0 to 3071; set "
     assert f"{photo(tmp_path, 0)}: {detail}data.value_range=" in out
-    assert err.endswith("\ntrain: 1 that require data.value_range\n")
+    assert err.endswith(
+        "\ntrain: 1 with values that data.dtype and data.value_range do not cover\n"
+    )
 
 
 def test_ignored_files(check, tmp_path):
@@ -465,7 +467,7 @@ def test_invalid_vectors_of_labels(healthy, monkeypatch):
     assert [*found] == [2, 3, 4, 5]
     assert "at most 3 values 0 or 1 as label, found [0, 2, 0]" in found[2]
     assert found[5] == "expected labels from 0 to 2, found [0, -1]"
-    assert dataset_split.NEED_RANGE not in split.findings
+    assert dataset_split.OTHER_VALUES not in split.findings
 
 
 def test_file_name_that_is_not_utf_8(check, tmp_path):
