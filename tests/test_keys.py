@@ -88,8 +88,8 @@ def test_values_that_cannot_be_meant(override, expected):
     assert "\n" not in str(error.value)
 
 
-def test_borders_are_accepted():
-    """Ends of closed ranges, equal ordered numbers and 0 for "none" are accepted."""
+def test_limits_are_accepted():
+    """Limits of closed ranges and equal numbers in ordered tuples are accepted."""
     config = load(
         "data.crop_scale=(0.5,0.5)",
         "data.std=(1,)",

@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.processes]
 VAL = 6
 
 
-# Sends itself SIGKILL after the first checkpoint.
+# This program sends itself SIGKILL after the first checkpoint.
 KILLED = """
 import os, signal, sys
 from hivit_jax import main

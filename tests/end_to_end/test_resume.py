@@ -98,7 +98,7 @@ def check_same_run(workdir, expected):
 
 
 def test_interrupted_and_killed_run(uninterrupted, synthetic, environment, tmp_path):
-    """SIGTERM saves one checkpoint; later SIGKILL; the third start finishes the run.
+    """SIGTERM saves one checkpoint, SIGKILL follows, and the third start finishes.
 
     test_imagenet.py kills runs that read files.
     """
