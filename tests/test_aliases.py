@@ -40,7 +40,7 @@ def advice(key, recipe="digits_finetune"):
     ],
 )
 def test_what_was_meant(key, meant):
-    """The advice covers misplaced keys, names of other programs and typing errors."""
+    """The advice covers misplaced keys, keys of other programs and typing errors."""
     assert advice(key) == f"did you mean {meant!r}?"
 
 

@@ -20,7 +20,7 @@ def load(*overrides, recipe=CLASSIFY):
 
 
 def test_every_number_has_a_range():
-    """Each number of each task must be finite, and inside its range.
+    """Each numeric key of each task must be finite, and inside its range.
 
     Only `data.mean` and `data.value_range` have no limits.
     """

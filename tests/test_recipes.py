@@ -96,8 +96,8 @@ def steps_of(config):
     return inputs.count_steps(config, images)
 
 
-# Values of the official commands and defaults. `peak` is the learning rate after the
-# scaling by the batch size.
+# Values of the official commands and defaults. The learning rate `peak` is already
+# scaled by the batch size.
 OFFICIAL = {
     "mae_base": dict(
         batch_size=4096,

@@ -1,4 +1,4 @@
-"""A run whose workdir is in a bucket: killed, resumed, repaired and evaluated."""
+"""Test of a workdir in a bucket: the run is killed, resumed, repaired, evaluated."""
 
 import mini_runs
 import pytest

@@ -239,7 +239,7 @@ def test_evaluation_means_exclude_unreadable_images(run, folder):
 
 
 def test_tensorboard(run):
-    """TensorBoard files contain the content of metrics.jsonl, and the figures."""
+    """TensorBoard files contain the content of metrics.jsonl, and no images."""
     pytest.importorskip("tensorboardX")
     from tensorboardX.proto.event_pb2 import Event
 
@@ -270,7 +270,7 @@ def test_tensorboard(run):
 def test_mode_eval_of_damaged_files(run, folder, monkeypatch, tmp_path, capsys):
     """``--mode eval`` ignores Mixup, erasing and smoothing and prints the same values.
 
-    Exit code 4: too many images are damaged, or the pipeline skips images.
+    The exit code is 4 if too many images are damaged or the pipeline skips images.
     """
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     values = overrides_of(folder[0]) | {

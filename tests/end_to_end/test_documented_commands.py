@@ -52,7 +52,7 @@ def reason_to_skip(command):
 
 
 def test_every_page_with_commands_is_run():
-    """The other pages have only skipped commands, or commands of these pages."""
+    """Pages outside `PAGES` have only skipped commands and commands of `PAGES`."""
     found = {
         str(path.relative_to(mini_runs.ROOT))
         for path in [mini_runs.ROOT / "README.md", *mini_runs.ROOT.glob("docs/*.md")]

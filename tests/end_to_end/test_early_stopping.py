@@ -1,4 +1,4 @@
-"""Early stopping: scripted evaluations, interruptions and a second start."""
+"""Tests of early stopping: scripted evaluations, interruptions and a second start."""
 
 import shutil
 

@@ -25,7 +25,7 @@ OLD = reference.GOLDEN / "old_runs"
 TASKS = ("mae", "classify", "linear_probe")
 
 
-# Eight devices sum in another order than one.
+# Eight devices sum in a different order than one device.
 RTOL = 1e-5
 
 

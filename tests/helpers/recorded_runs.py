@@ -131,7 +131,7 @@ def write_folder(root):
 
 
 def list_files(root, split):
-    """Return [(path, label)] by sorted class and sorted file."""
+    """Return [(path, label)], sorted by class and file."""
     return [
         (path, label)
         for label, name in enumerate(CLASSES)

@@ -1,4 +1,4 @@
-"""Metrics and class weights of classification."""
+"""Tests of the metrics and class weights of classification."""
 
 import jax.numpy as jnp
 import mini_runs

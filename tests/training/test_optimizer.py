@@ -169,7 +169,7 @@ PARAMS = {"a": jnp.arange(3.0), "b": {"bias": jnp.ones(2)}}
 @pytest.mark.parametrize("clip_norm", [0.0, 0.5, 100.0])
 @pytest.mark.parametrize("layer_decay", [1.0, 0.5])
 def test_optional_parts_add_no_state(clip_norm, layer_decay):
-    """Updates equal those of an optax chain bit for bit; the state is AdamW's alone."""
+    """Updates equal an optax chain's bit for bit; the state has only AdamW's arrays."""
     options = mini_runs.mae().optimizer.copy_and_resolve_references()
     options.unlock()
     options.clip_norm, options.layer_decay = clip_norm, layer_decay
