@@ -18,10 +18,10 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # workers inherit the cache
     os.environ["JAX_COMPILATION_CACHE_DIR"] = directory
     atexit.register(shutil.rmtree, directory, True)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-# Programs of the tests compile two to four times as fast.
+# Without most optimizations, the tests' programs compile two to four times as fast.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-# JAX writes the cache in place. A half-written entry is compiled again, with this
-# warning.
+# JAX writes cache entries in place. A process that finds a half-written entry compiles
+# the program again and warns.
 os.environ["PYTHONWARNINGS"] = "ignore:Error reading persistent compilation cache"
 if os.environ.setdefault("JAX_PLATFORMS", "cpu") == "cpu":
     os.environ["XLA_FLAGS"] = f"{virtual_devices_flag(8)} {fast_compile_flag()}"
@@ -31,13 +31,14 @@ import pytest
 
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.devices()  # reads XLA_FLAGS
-os.environ["XLA_FLAGS"] = virtual_devices_flag(8)  # read again by libtpu
+# Without the compiler flag of XLA:CPU, because libtpu reads XLA_FLAGS again.
+os.environ["XLA_FLAGS"] = virtual_devices_flag(8)
 
 
 def pytest_collection_modifyitems(items):
-    """Run the files that train first.
+    """Move the test files that train to the front.
 
-    These files take longest. If they run first, all workers end at the same time.
+    These files take longest. If they start first, all workers end at the same time.
     """
     items.sort(key=lambda item: not hasattr(item.module, "mini_runs"))
 
@@ -83,7 +84,7 @@ def workdir(tmp_path, monkeypatch):
 
 @pytest.fixture
 def cache_directory(tmp_path, monkeypatch):
-    """Return the empty cache directory of the user."""
+    """Return an empty directory that replaces the user's cache."""
     from hivit_jax.data.sources import registry
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -117,8 +118,9 @@ def environment(tmp_path_factory):
 def run_main(monkeypatch, tmp_path):
     """Return a function that runs `main` and records `jax.distributed.initialize`.
 
-    The function returns the exit code and the (arguments, limits) of each call. Each
-    call fails with `problem`; default: JAX's message that there is no cluster.
+    The function returns the exit code of `main` and the (arguments, keyword arguments)
+    of each recorded call. Each recorded call fails with the message `problem`; default:
+    JAX's message that there is no cluster.
     """
 
     import mini_runs
@@ -126,13 +128,13 @@ def run_main(monkeypatch, tmp_path):
     from hivit_jax import main
 
     def run(*flags, problem=""):
-        def initialize(*arguments, **limits):
-            calls.append((arguments, limits))
+        def initialize(*arguments, **options):
+            calls.append((arguments, options))
             raise ValueError(problem or "coordinator_address should be defined.")
 
         calls = []
         monkeypatch.setattr(jax.distributed, "initialize", initialize)
-        # The settings of malloc would outlive the test.
+        # Without this, main's settings of malloc would outlive the test.
         monkeypatch.setattr(main, "keep_freed_memory", lambda: None)
         monkeypatch.setattr(
             sys, "argv", ["main", *mini_runs.arguments(peer_timeout=45), *flags]

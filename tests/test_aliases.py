@@ -40,11 +40,11 @@ def advice(key, recipe="digits_finetune"):
     ],
 )
 def test_what_was_meant(key, meant):
-    """The advice covers misplaced keys, names of other programs and typing errors."""
+    """The advice covers misplaced keys, keys of other programs and typing errors."""
     assert advice(key) == f"did you mean {meant!r}?"
 
 
-def test_several_keys_of_the_same_leaf():
+def test_several_keys_with_the_same_last_name():
     assert advice("dataset.name") == "did you mean 'model.name' or 'data.name'?"
 
 
@@ -59,7 +59,7 @@ def test_no_far_guess(key):
     )
 
 
-def test_keys_of_the_part():
+def test_advice_lists_the_keys_of_a_section():
     assert advice("data.foo").startswith("keys of data: name, dir, cache, ")
     assert advice("mesh.pipeline") == "keys of mesh: replica, data, fsdp, tensor, zero"
     expected = "it is a section of the config with the keys replica, data, "

@@ -189,7 +189,7 @@ def test_keys_of_another_family(recipe, key):
 
 
 def test_family_of_an_override():
-    """`model.name` on the command line selects the keys too."""
+    """`model.name` on the command line also selects the valid model keys."""
     overrides = ["--config.model.name=vit_tiny", "--config.model.pooling=token"]
     config = configs.load("supervised", overrides)
     assert config.model.pooling == "token"
@@ -208,7 +208,7 @@ def test_family_of_an_override():
     ],
 )
 def test_unknown_attributes(section, name, meant):
-    """Reading and setting them raise an error that names the key that was meant."""
+    """Reading or setting an unknown attribute is an error that suggests a key."""
     config = mini_runs.mae()
     for part in (config, config.copy_and_resolve_references()):
         part = part[section] if section else part

@@ -15,7 +15,7 @@ from hivit_jax import main
 from hivit_jax.errors import HivitError
 
 PAGES = [ROOT / "README.md", ROOT / "benchmarks/README.md", *ROOT.glob("docs/*.md")]
-# Options of Python's and other programs, whose flags are not checked.
+# Modules of other packages, whose flags are not checked.
 FOREIGN = {"pytest"}
 
 
@@ -65,7 +65,7 @@ def check_flags(path, words):
 
 
 def check_install(words):
-    """Raise an error if pip is to install an extra that does not exist."""
+    """Raise an error if a pip command names an extra that does not exist."""
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
     for extra in re.findall(r"\[([\w,]+)\]", " ".join(words)):
@@ -100,7 +100,7 @@ def test_commands(path, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     for words in commands(path):
         if "--workdir" in words and "--config" not in words:
-            continue  # the config of a run that does not exist here
+            continue  # the config comes from a run that does not exist here
         try:
             check(words)
         except (AssertionError, HivitError, SystemExit) as error:

@@ -39,7 +39,7 @@ def test_require(tmp_path, monkeypatch):
 def test_recipes_are_described_without_packages(
     recipe, package, images, requirement, monkeypatch
 ):
-    """Recipes of known datasets are described; the dataset requires its package."""
+    """A known dataset's recipe is described without the package that reads the data."""
     monkeypatch.setitem(sys.modules, package, None)
     inputs.open_source.__globals__["_open"].cache_clear()
     digits._digits.cache_clear()
@@ -58,7 +58,7 @@ def test_other_datasets_need_their_package(monkeypatch):
 
 
 def test_reader_needs_tensorflow(monkeypatch):
-    """A run without tensorflow fails before its first step; so does `tf_dataset`."""
+    """Without tensorflow, a run fails before its first step; `tf_dataset` fails too."""
     monkeypatch.setitem(sys.modules, "tensorflow", None)
     tf_data.tensorflow.cache_clear()
     config = configs.load("digits_mae", ["--config.data.reader=tf.data"])

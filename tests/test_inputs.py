@@ -12,8 +12,7 @@ from hivit_jax import inputs, models
 from hivit_jax.augment import resample
 from hivit_jax.data import randaugment, transforms
 from hivit_jax.data.order import permutation, samples_at
-from hivit_jax.data.sources import digits as data_sources_digits
-from hivit_jax.data.sources import registry
+from hivit_jax.data.sources import digits, registry
 from hivit_jax.data.sources.base import Source
 from hivit_jax.data.unreadable import UnreadableImages, check_unreadable
 from hivit_jax.errors import ConfigError, DataError
@@ -55,12 +54,10 @@ def test_invalid_settings(overrides, message):
         next(inputs.train_batches(digits_config(**overrides), 0, 1))
 
 
-def test_images_of_their_own_size_are_unchanged():
+def test_images_of_the_models_size_are_unchanged():
     cfg = digits_config(model__image_size=8)
     batch = next(inputs.train_batches(cfg, 0, 1))
-    expected = data_sources_digits.Digits("train").pixels()[
-        permutation(0, 0, 1437)[:96]
-    ]
+    expected = digits.Digits("train").pixels()[permutation(0, 0, 1437)[:96]]
     assert_array_equal(batch["image"][..., 0], expected)
 
 
@@ -155,7 +152,7 @@ def test_randaugment(folder):
         next(inputs.train_batches(digits_config(data__randaugment=True), 0, 1))
 
 
-def test_channels_no_file_has(folder):
+def test_files_with_too_few_channels(folder):
     """The error names the file and the key."""
     cfg = folder_config(
         folder, model__in_channels=4, data__mean=(0.5,) * 4, data__std=(1.0,) * 4
@@ -239,9 +236,9 @@ def test_splits_by_name(folder):
 
 
 def test_center_crops_are_pixels_of_the_files(folder):
-    """Center crops of 24x32 from 48x64 are unresized pixels of the files.
+    """Center crops of 24x24 from 48x64 are unresized pixels of the files.
 
-    Without random crops training uses the same pixels, each image once per epoch.
+    Without random crops, training uses the same center crops, each once per epoch.
     """
     options = dict(data__crop_pct=0.5, data__crop_scale=(1.0, 1.0), data__canvas=0)
     train, evaluation = batches_of(folder_config(folder, **options))
@@ -254,7 +251,7 @@ def test_center_crops_are_pixels_of_the_files(folder):
 
 
 def halved(pixels, taps):
-    """Downsample two-fold between pixels: columns first, each axis rounded."""
+    """Halve an image with filter `taps`: columns first, rounding after each axis."""
     for axis in (1, 0):
         pixels, total = np.moveaxis(np.float64(pixels), axis, 0), 0
         middle, weights = np.arange(24) * 2 + (4 if axis else 0) * 2, 0
@@ -290,7 +287,7 @@ RESIZED = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("interpolation", "antialias"), RESIZED)
-def test_images_are_resized_as_told(folder, interpolation, antialias):
+def test_images_are_resized_as_configured(folder, interpolation, antialias):
     """Images are halved as data.interpolation and data.antialias specify.
 
     The host is bit-exact. The device, which also normalizes, may round ties
@@ -394,7 +391,7 @@ def test_splits_have_the_same_classes(opened):
 def test_both_splits_are_read_before_the_first_step(opened, bad, message):
     """A few evenly spaced examples of each split are read before the first step.
 
-    A single damaged image is no error there.
+    A single damaged image is not an error.
     """
     inputs.check_splits(*opened(Listed(GOOD, b"", GOOD), Listed(b"", GOOD)))
     cfg, task = opened(Listed(GOOD), Listed(*bad))
@@ -416,7 +413,7 @@ def test_a_range_of_values_reaches_the_batches(opened):
 # Unreadable images
 
 
-def flags(*examples):
+def batch_of(*examples):
     """Return a batch of these (index, unreadable) pairs."""
     index, unreadable = zip(*examples, strict=True)
     return {"index": np.array(index), "unreadable": np.array(unreadable, np.float32)}
@@ -425,14 +422,19 @@ def flags(*examples):
 def test_unreadable_images_are_counted_once(monkeypatch):
     """An image whose last reading failed counts once over all epochs and processes."""
     unreadable = UnreadableImages()
-    batches = [flags((0, 1), (1, 0)), flags((2, 1), (0, 1)), flags((0, 1), (-1, 0))]
+    batches = [
+        batch_of((0, 1), (1, 0)),
+        batch_of((2, 1), (0, 1)),
+        batch_of((0, 1), (-1, 0)),
+    ]
     assert [*unreadable.watch(batches)] == batches
     assert unreadable.gather() == 2
     assert [*unreadable.watch(batches)] == batches
     assert unreadable.gather() == 2
     assert unreadable.indices == {0, 2}
-    # Another process found 2 and 7; this one could read 0, on storage that recovers.
-    list(unreadable.watch([flags((0, 0), (5, 1))]))
+    # Another process fails to read images 2 and 7. This process fails to read image 5,
+    # and reads image 0 after its storage recovered.
+    list(unreadable.watch([batch_of((0, 0), (5, 1))]))
     monkeypatch.setattr(
         "hivit_jax.data.unreadable.gather_objects",
         lambda mine: [mine, ({2, 7}, set())],

@@ -20,7 +20,7 @@ def load(*overrides, recipe=CLASSIFY):
 
 
 def test_every_number_has_a_range():
-    """Each number of each task must be finite, and inside its range.
+    """Each numeric key of each task must be finite, and inside its range.
 
     Only `data.mean` and `data.value_range` have no limits.
     """
@@ -88,8 +88,8 @@ def test_values_that_cannot_be_meant(override, expected):
     assert "\n" not in str(error.value)
 
 
-def test_borders_are_accepted():
-    """Ends of closed ranges, equal ordered numbers and 0 for "none" are accepted."""
+def test_limits_are_accepted():
+    """Limits of closed ranges and equal numbers in ordered tuples are accepted."""
     config = load(
         "data.crop_scale=(0.5,0.5)",
         "data.std=(1,)",

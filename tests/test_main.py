@@ -121,10 +121,10 @@ def test_eval_mode(finished, capsys):
 
 @pytest.mark.slow
 def test_workdir_alone(finished, tmp_path, capsys):
-    """Without --config, the config is the config of the workdir's newest start.
+    """Without --config, a command uses the config of the workdir's newest start.
 
-    Evaluation and a finished run write nothing. config.json is a valid recipe. Other
-    directories and files are errors.
+    Evaluating or restarting a finished run writes nothing. config.json is a valid
+    recipe. Directories without config.json and invalid files are errors.
     """
     before = {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()}
     loss = f"loss {mini_runs.logged(finished, 'eval/loss')[1]:.4f}"
@@ -178,9 +178,8 @@ def test_changes_since_a_checkpoint(finished, capsys):
     def changes(dataset, **overrides):
         config = mini_runs.mae(**{"total_steps": 1} | overrides)
         report_resumption(config, saved | dataset, step)
-        return capsys.readouterr().out.splitlines()[
-            1:
-        ]  # without the line on the checkpoint
+        lines = capsys.readouterr().out.splitlines()
+        return lines[1:]  # the first line names the checkpoint
 
     assert changes(saved) == []
     overrides = dict(seed=3, optimizer__clip_norm=1, data__crop_scale="(0.5,1.0)")

@@ -1,4 +1,4 @@
-"""The code of all notebooks runs, with very small models."""
+"""Tests that the code of all notebooks runs, with very small models."""
 
 import importlib.util
 import json

@@ -1,4 +1,4 @@
-"""Tests of accelerator runtimes on computers without the chip."""
+"""Tests of accelerator runtimes on computers without a chip."""
 
 import os
 import sys
@@ -71,7 +71,7 @@ def start(monkeypatch, capfd):
     return run
 
 
-def test_one_line_where_no_chip_is_there(start):
+def test_one_line_without_a_chip(start):
     out, err = start()
     assert out.splitlines() == [
         "libtpu found no chip; computing on the CPU. JAX_PLATFORMS=cpu skips the search"
@@ -79,8 +79,8 @@ def test_one_line_where_no_chip_is_there(start):
     assert err == ""
 
 
-def test_nothing_is_hidden_where_a_chip_is_there(start, capfd):
-    """stderr of libtpu is shown if it starts a chip, and if its start fails.
+def test_nothing_is_hidden_with_a_chip(start, capfd):
+    """The stderr of libtpu is shown if libtpu starts a chip or fails to start.
 
     `platforms.start` starts no backend on a computer with a chip, or if JAX_PLATFORMS
     is set.
@@ -94,7 +94,7 @@ def test_nothing_is_hidden_where_a_chip_is_there(start, capfd):
 
 
 def test_device_files_and_cards(tmp_path):
-    """Device files and PCI cards show a chip; Google's network card is not a TPU."""
+    """A device file or PCI card reveals a chip; Google's network card is not a TPU."""
     card = tmp_path / "sys/bus/pci/devices/0000:00:04.0"
     card.mkdir(parents=True)
     (card / "vendor").write_text("0x1ae0\n")

@@ -96,7 +96,8 @@ def steps_of(config):
     return inputs.count_steps(config, images)
 
 
-# Values of the official commands and defaults, as totals for the batch size.
+# Values of the official commands and defaults. The learning rate `peak` is already
+# scaled by the batch size.
 OFFICIAL = {
     "mae_base": dict(
         batch_size=4096,
@@ -196,7 +197,7 @@ for NAME, DROP_PATH_RATE in (("tiny", 0.05), ("small", 0.3), ("base", 0.5)):
 
 
 @pytest.mark.parametrize("name", OFFICIAL)
-def test_recipes_are_the_official_ones(name):
+def test_recipes_have_the_official_values(name):
     config = mini_runs.recipe(name)
     for key, value in OFFICIAL[name].items():
         if key == "peak":

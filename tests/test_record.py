@@ -86,7 +86,7 @@ def test_dataset_changes():
     ],
 )
 def test_batch_size_must_stay(old, new, accumulated, advice):
-    """Another batch size is an error; the advice is accumulate_steps or a workdir."""
+    """The error about another batch size suggests accumulate_steps or a new workdir."""
     with pytest.raises(ConfigError) as error:
         record.check_batch_size(old, new, accumulated, "DIR")
     text = str(error.value)

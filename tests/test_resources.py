@@ -43,7 +43,7 @@ def code_and_message(error, capsys):
 def test_out_of_memory(text, needed, capsys):
     """The error names needed bytes, available bytes, and keys that reduce memory.
 
-    It occurs when a program is compiled or run, in any command.
+    The messages of JAX come from compiling programs and from running them.
     """
     code, err = code_and_message(jax.errors.JaxRuntimeError(text), capsys)
     assert code == 2
@@ -87,14 +87,17 @@ def test_disk_full(error, capsys):
         jax.errors.JaxRuntimeError("INVALID_ARGUMENT: x"),
     ],
 )
-def test_other_errors_stay(error):
+def test_other_errors_are_unchanged(error):
     with pytest.raises(type(error)) as raised, resources.raise_resource_errors():
         raise error
     assert raised.value is error
 
 
 def test_memory_of_devices(monkeypatch):
-    """More memory than the backend reports is an error; no report, no error."""
+    """A program that needs more memory than a device has is an error.
+
+    Without a report from the backend, nothing is checked.
+    """
     resources.check_memory(2**60)  # XLA:CPU reports nothing
     device = SimpleNamespace(
         device_kind="chip", memory_stats=lambda: {"bytes_limit": 2 * 2**30}
@@ -109,9 +112,9 @@ def test_memory_of_devices(monkeypatch):
 
 
 def test_room_for_a_checkpoint(tmp_path, monkeypatch):
-    """A checkpoint must fit on the disk of its directory, which may not exist yet.
+    """A checkpoint must fit on the disk of its workdir, even before the workdir exists.
 
-    Its size is the bytes of all arrays. Buckets report no free space.
+    The size of a checkpoint is the bytes of all arrays. Buckets report no free space.
     """
     state = {
         "a": jax.ShapeDtypeStruct((1000, 3), np.float32),

@@ -13,7 +13,7 @@ def key_data(*arguments):
     return np.asarray(jax.random.key_data(rng.step_keys(*arguments).samples))
 
 
-def test_sample_keys_go_by_position():
+def test_sample_keys_depend_on_the_position():
     keys_of_batch = key_data(0, "train", jnp.uint32(100), 8)
     halves = [key_data(0, "train", jnp.uint32(first), 4) for first in (100, 104)]
     assert_array_equal(keys_of_batch, np.concatenate(halves))

@@ -66,8 +66,8 @@ def test_train_step_needs_only_jax_flax_optax_and_numpy(tmp_path):
     assert result["peak_memory_bytes"] > 2**25
 
 
-def test_stand_in_reads_recipes_as_ml_collections_does(monkeypatch):
-    """A copy of `hivit_jax.config` on the stand-in loads equal configs."""
+def test_plain_config_reads_recipes_as_ml_collections_does(monkeypatch):
+    """A copy of `hivit_jax.config` that imports `plain_config` loads equal configs."""
 
     def read(module):
         flags = ["--config.optimizer.betas=(0.9,0.99)", "--config.data.flip=false"]
@@ -77,11 +77,11 @@ def test_stand_in_reads_recipes_as_ml_collections_does(monkeypatch):
     for name in ("ml_collections", "ml_collections.config_dict"):
         monkeypatch.setitem(sys.modules, name, plain_config)
     spec = importlib.util.find_spec("hivit_jax.config")
-    on_stand_in = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(on_stand_in)
+    on_plain_config = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(on_plain_config)
     expected = read(configs)
     assert expected
-    assert read(on_stand_in) == expected
+    assert read(on_plain_config) == expected
 
 
 def test_all_parts_for_an_accelerator_are_tried(tmp_path, monkeypatch, capsys):

@@ -112,7 +112,7 @@ def test_living_owner_of_this_machine(tmp_path):
 def test_owner_elsewhere(alive, tmp_path, capsys):
     """An owner on another machine is alive only if its heartbeat changes.
 
-    The test waits two intervals for a heartbeat and ignores the owner's clock.
+    The new run waits two intervals for a heartbeat and ignores the owner's clock.
     """
     owner = write_lock(tmp_path, machine="other", host="far", since="2099-01-01")
     if alive:
@@ -161,7 +161,7 @@ def test_only_one_takes_over(tmp_path):
 
 
 def test_heartbeat_and_loss(tmp_path, monkeypatch):
-    """The owner's count increases; a run whose lock was taken over ends itself."""
+    """The heartbeat count increases; a run whose lock was taken over ends itself."""
     ended = threading.Event()
 
     def exit_now(code, message):

@@ -1,4 +1,4 @@
-"""Tests that array names of optimizers ignore stateless transformations."""
+"""Tests that stateless transformations do not matter for names in checkpoints."""
 
 import jax.numpy as jnp
 import optax

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.usefixtures("minimal_output")
 
 
 def test_devices_of_several_slices():
-    """Slices lie along the first axis whose size the number of slices divides."""
+    """Slices lie along the first axis whose size is divisible by their number."""
     devices = [
         SimpleNamespace(
             id=8 * s + i, slice_index=s, process_index=s, device_kind="x", platform="x"

@@ -60,7 +60,7 @@ def minimal_output():
 def flags(**overrides):
     """Return the command line of the probe.
 
-    24, the batch size, does not divide the 64 test images.
+    The batch size, 24, does not divide the 64 test images.
     """
     values = {
         k: v
@@ -112,7 +112,7 @@ def interrupted(shared, tmp_path_factory):
 def run(interrupted, tmp_path_factory):
     """Return the workdir of the finished probe.
 
-    Its first checkpoint has no averages, as if they were enabled afterwards.
+    Its first checkpoint has no averages, as if averaging was enabled later.
     """
     workdir = tmp_path_factory.mktemp("run")
     shutil.copytree(interrupted, workdir, dirs_exist_ok=True)

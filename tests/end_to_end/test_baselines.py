@@ -1,4 +1,4 @@
-"""Pretraining and finetuning runs of Swin, from recipe to checkpoint."""
+"""Test of pretraining and finetuning Swin, from recipe to checkpoint."""
 
 import mini_runs
 import pytest

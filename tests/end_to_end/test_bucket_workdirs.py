@@ -1,4 +1,4 @@
-"""A run whose workdir is in a bucket: killed, resumed, repaired and evaluated."""
+"""Test of a workdir in a bucket: the run is killed, resumed, repaired, evaluated."""
 
 import mini_runs
 import pytest
@@ -30,7 +30,7 @@ def test_workdir_in_a_bucket(tmp_path):
         process = mini_runs.start_process(*command, WORKDIR)
         process.communicate()
         bucket.answering = lambda change: None
-        (root / COMMIT).unlink(missing_ok=True)  # if the request was completed
+        (root / COMMIT).unlink(missing_ok=True)  # if the server wrote it anyway
         code, out, err = mini_runs.run_process(*command, WORKDIR)
         assert code == 0, err
         assert "checkpoint 4 was not finished; removed" in out
@@ -62,7 +62,7 @@ def test_workdir_in_a_bucket(tmp_path):
 
 
 def check_same(local, remote):
-    """Check metrics and the last checkpoint of two runs; both files have all steps."""
+    """Check that the metrics and the last checkpoints of two runs are identical."""
     assert mini_runs.logged(local) == mini_runs.logged(remote)
     assert mini_runs.logged(local, "eval/loss") == mini_runs.logged(remote, "eval/loss")
     mini_runs.assert_identical(

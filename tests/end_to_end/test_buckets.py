@@ -51,7 +51,7 @@ def local(tmp_path_factory, dataset, run):
     "reader", ["threads", pytest.param("tf.data", marks=pytest.mark.extras)]
 )
 def test_refused_and_resumed_run(dataset, run, local, tmp_path, reader):
-    """The command ends with code 4 and resumes bit-identically.
+    """A run that loses access to its bucket exits with 4 and resumes bit-identically.
 
     Neither reader needs gcsfs, and the threads do not need tensorflow.
     """
@@ -85,7 +85,7 @@ def test_refused_and_resumed_run(dataset, run, local, tmp_path, reader):
     assert mini_runs.logged(workdir) == mini_runs.logged(local)
     for name in ("eval/loss", "eval/count"):
         logged, expected = (mini_runs.logged(run, name) for run in (workdir, local))
-        # An evaluation that ends the run is not repeated when the run resumes.
+        # If the run fails in an evaluation, the resumed run does not repeat it.
         assert logged | expected == expected
         assert expected.keys() - logged.keys() <= {resumed_at}
     assert set(mini_runs.logged(workdir, "eval/count").values()) == {6}

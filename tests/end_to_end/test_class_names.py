@@ -44,7 +44,10 @@ def test_from_a_run_to_saved_models(tmp_path, minimal_output, capsys):
 
 
 def test_0_is_the_number_of_the_dataset():
-    """A copy of the config has the number; a dataset without classes is an error."""
+    """num_classes=0 becomes the dataset's number in the task's copy of the config.
+
+    A dataset without classes is an error.
+    """
     config = digits_config(model__num_classes=0)
     assert inputs.make_task(config).config.model.num_classes == 10
     assert config.model.num_classes == 0

@@ -37,7 +37,7 @@ LINES = {3: 1, 4: 4, 5: 5, 6: 6, 8: 7}
 
 
 def overrides_of(root):
-    """Return overrides: a canvas to resize from, and sizes that 8 does not divide."""
+    """Return the overrides of the run, in which the device resizes a canvas."""
     flags = dict(data__dir=root, data__canvas=64, data__crop_scale=(1.0, 1.0))
     flags |= dict(data__mean=MEAN, data__std=STD, data__flip=True, data__crop_pct=1.0)
     flags |= dict(log_every=3, eval_every=4, checkpoint_every=5, total_steps=STEPS)
@@ -170,7 +170,7 @@ def same(images, others):
     return (np.abs(images - others) < 1e-4).all(-1).mean((1, 2))
 
 
-def test_training_flips_and_erases_what_the_device_resizes(run, folder):
+def test_training_flips_and_erases_resized_images(run, folder):
     """Half of the images are flipped, and one rectangle of each is erased."""
     pixels, order = normalized(folder[1]["train"][0]), order_of(0, 4, TRAIN)
     mirrored = []
@@ -239,7 +239,7 @@ def test_evaluation_means_exclude_unreadable_images(run, folder):
 
 
 def test_tensorboard(run):
-    """TensorBoard files contain the content of metrics.jsonl, and the figures."""
+    """TensorBoard files contain the content of metrics.jsonl, and no images."""
     pytest.importorskip("tensorboardX")
     from tensorboardX.proto.event_pb2 import Event
 
@@ -270,7 +270,7 @@ def test_tensorboard(run):
 def test_mode_eval_of_damaged_files(run, folder, monkeypatch, tmp_path, capsys):
     """``--mode eval`` ignores Mixup, erasing and smoothing and prints the same values.
 
-    Exit code 4: too many images are damaged, or the pipeline skips images.
+    The exit code is 4 if too many images are damaged or the pipeline skips images.
     """
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     values = overrides_of(folder[0]) | {

@@ -1,4 +1,4 @@
-"""The shell commands of README and docs run, one after the other, with tiny models."""
+"""Tests that the shell commands of README and docs run in sequence, on tiny models."""
 
 import re
 import shlex
@@ -20,10 +20,11 @@ from tests.test_documentation import commands
 
 pytestmark = [pytest.mark.extras, pytest.mark.slow]
 
-# Pages in the order of their commands; a command on several pages runs once.
+# Pages in the order in which they run. A command on several pages runs once.
 PAGES = ["README.md", "docs/training.md", "docs/weights.md", "docs/predictions.md"]
 PAGES += ["docs/export.md", "docs/report.md", "docs/own_images.md"]
-PAGES += ["docs/small_data.md"]  # trains other models in the directories of the README
+# Last, because this page trains other models in the directories of the README.
+PAGES += ["docs/small_data.md"]
 # Pattern of commands that are not run -> reason.
 SKIPPED = {
     r"^(pip|make|docker|kubectl|sbatch|export) ": "installs, or starts other machines",
@@ -51,9 +52,7 @@ def reason_to_skip(command):
 
 
 def test_every_page_with_commands_is_run():
-    """The other pages have only commands that are not run, or that are on a page
-    above.
-    """
+    """Pages outside `PAGES` have only skipped commands and commands of `PAGES`."""
     found = {
         str(path.relative_to(mini_runs.ROOT))
         for path in [mini_runs.ROOT / "README.md", *mini_runs.ROOT.glob("docs/*.md")]
@@ -112,7 +111,7 @@ def test_commands(directory, monkeypatch, capfd, minimal_output):
     monkeypatch.setattr(sys, "path", [str(mini_runs.ROOT), *sys.path])
     devices = jax.devices()[:1]  # batches of 25 cannot be divided by eight
     monkeypatch.setattr(jax, "devices", lambda: devices)
-    # Otherwise 3 CPU-seconds, which last minutes on a busy machine.
+    # Without this, the timing takes 3 CPU seconds, or minutes on a busy machine.
     monkeypatch.setattr(check_data, "TIMING_SECONDS", 0.1)
     counts, failed, done = {"run": 0}, [], []
     for page in PAGES:

@@ -1,4 +1,4 @@
-"""Early stopping: scripted evaluations, interruptions and a second start."""
+"""Tests of early stopping: scripted evaluations, interruptions and a second start."""
 
 import shutil
 
@@ -18,7 +18,7 @@ LOSSES = {1: 0.7, 2: 0.5, 3: 0.4, 4: 0.6, 5: 0.45, 6: 0.1}
 
 @pytest.fixture
 def evaluated(monkeypatch):
-    """Replace evaluations by `LOSSES`, in order; returns the list of their steps."""
+    """Replace evaluations with `LOSSES`, in order; return the list of their steps."""
     steps = []
 
     def scripted(*_):
@@ -31,7 +31,7 @@ def evaluated(monkeypatch):
 
 
 def config(**overrides):
-    """Return a run of 6 steps with an evaluation after each one."""
+    """Return the config of a run of 6 steps that evaluates after each step."""
     mini = dict(total_steps=6, eval_every=1, keep_checkpoints=1, early_stopping=2)
     size = dict(model__embed_dim=32, model__depths="(1,1,1)")
     return mini_runs.mae(**mini | size | overrides)
@@ -49,7 +49,8 @@ def test_run_ends_at_the_same_step_after_interruptions(evaluated, tmp_path, caps
     assert early == "early stopping: no better eval/loss in the last 2 evaluations"
     assert last.startswith("best checkpoint  step 3  eval  loss 0.4000")
 
-    # The count survives an interruption after step 4, and a kill that loses step 4.
+    # The count of evaluations without improvement survives an interruption after step
+    # 4, and a kill that loses step 4.
     workdir = tmp_path / "interrupted"
     evaluated.clear()
     with pytest.raises(Interrupted):
@@ -69,7 +70,7 @@ def test_run_ends_at_the_same_step_after_interruptions(evaluated, tmp_path, caps
         ends = (mini_runs.saved_arrays(each, 5) for each in (whole, again))
         mini_runs.assert_identical(*ends)
 
-    # The same command only evaluates. Without early stopping, the run goes on.
+    # The same command only evaluates. Without early stopping, the run continues.
     capsys.readouterr()
     files = sorted(whole.rglob("*"))
     assert train(config(), whole)["eval/loss"] == 0.1
@@ -86,7 +87,7 @@ def test_evaluations_since_best(tmp_path):
 
     assert count(9) == 0
     writer = metrics.Writer(tmp_path)
-    for step, loss in (LOSSES | {5: 0.4}).items():  # an equal loss is no improvement
+    for step, loss in (LOSSES | {5: 0.4}).items():  # an equal loss is not better
         writer.scalars(step, {"loss": 1.0})
         writer.scalars(step, {"eval/loss": loss, "eval/count": 64})
     writer.close()

@@ -182,7 +182,8 @@ GOVERNS = {
 }
 
 
-# These kinds depend on the other kinds. Counts of images may agree by chance.
+# Kinds that follow from other kinds. They are ignored, because counts of images may
+# agree by chance.
 DEPENDENT = {"gradient_norm", "unreadable", "top1", "top5", "eval/top1", "eval/top5"}
 
 
@@ -258,7 +259,7 @@ def test_keys_of_the_models_shape(name, capsys):
 
 
 def test_num_heads(recorded_run):
-    """The numbers of heads, which change no count, reach encoder and decoder."""
+    """The numbers of heads, which change no parameter count, reach the model."""
     params = recorded_run("mae").states[0]["params"]
     assert params["encoder/stages/2/0/attn/qkv/kernel"].shape == (32, 3, 2, 16)
     assert params["decoder_blocks/1/attn/qkv/kernel"].shape == (16, 3, 2, 8)
@@ -373,17 +374,17 @@ def test_keys_of_another_network_are_refused(name, key, capsys):
 ELSEWHERE = {
     "task": "test_every_step",
     "batch_size": "test_training_batches",
-    "checkpoint_every": "test_rhythm",
+    "checkpoint_every": "test_intervals",
     "class_weights": "test_loss_with_class_weights",
     "compilation_cache": "test_directory_of_compiled_programs",
     "early_stopping": "test_run_ends_at_the_same_step_after_interruptions",
-    "eval_every": "test_rhythm",
+    "eval_every": "test_intervals",
     "init_from": "test_classifier_from_pretraining",
-    "keep_checkpoints": "test_rhythm",
-    "log_every": "test_rhythm",
+    "keep_checkpoints": "test_intervals",
+    "log_every": "test_intervals",
     "peer_timeout": "test_a_lost_process_ends_the_others",
     "stall_timeout": "test_heartbeats",
-    "total_epochs": "test_rhythm",
+    "total_epochs": "test_intervals",
     "data.balance": "test_batches",
     "wandb_project": "test_offline_run",
     "data.cache": "test_copies_are_read",
@@ -395,24 +396,24 @@ ELSEWHERE = {
     "data.eval_group": "test_groups_stay_together",
     "data.eval_split": "test_splits_by_name",
     "data.exclude": "test_exclude",
-    "data.flip": "test_training_flips_and_erases_what_the_device_resizes",
+    "data.flip": "test_training_flips_and_erases_resized_images",
     "data.max_unreadable": "test_unreadable_images",
     "data.multi_label": "test_several_labels",
     "data.name": "test_every_step",
     "data.randaugment": "test_randaugment",
     "data.reader": "test_training_is_bit_identical",
-    "data.interpolation": "test_images_are_resized_as_told",
+    "data.interpolation": "test_images_are_resized_as_configured",
     "data.scale": "test_dtypes_reach_the_batches",
     "data.subset": "test_class_balanced_subsets",
     "data.train_examples": "test_class_balanced_subsets",
     "data.train_split": "test_splits_by_name",
     "data.value_range": "test_a_range_of_values_reaches_the_batches",
     "data.workers": "test_number_of_threads",
-    "mesh.data": "test_state_is_sharded_from_its_first_moment",
-    "mesh.fsdp": "test_state_is_sharded_from_its_first_moment",
+    "mesh.data": "test_state_is_sharded_from_the_first_step",
+    "mesh.fsdp": "test_state_is_sharded_from_the_first_step",
     "mesh.replica": "test_losses_do_not_depend_on_the_mesh",
     "mesh.tensor": "test_tensor_axis_splits_heads_and_hidden_units",
-    "mesh.zero": "test_zero_1_splits_the_moments_alone",
+    "mesh.zero": "test_zero_1_shards_only_the_moments",
     "model.decoder_num_heads": "test_num_heads",
     "model.freeze": "test_run_with_frozen_stages",
     "model.global_blocks": "test_windows_from_the_command_line",

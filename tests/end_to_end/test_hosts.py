@@ -1,4 +1,4 @@
-"""Tests of several hosts' batches, as real processes on loopback, with a kill."""
+"""Tests of batches on several hosts, which are real processes; one is killed."""
 
 import json
 from pathlib import Path

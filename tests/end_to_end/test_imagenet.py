@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.processes]
 VAL = 6
 
 
-# Sends itself SIGKILL after the first checkpoint.
+# This program sends itself SIGKILL after the first checkpoint.
 KILLED = """
 import os, signal, sys
 from hivit_jax import main
@@ -43,7 +43,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
-    """Return variables of a process without tensorflow and TensorBoard."""
+    """Return environment variables of a process without tensorflow and TensorBoard."""
     directory = tmp_path_factory.mktemp("environment")
     missing = mini_runs.block_imports(directory, "tensorflow", "tensorboardX")
     return {

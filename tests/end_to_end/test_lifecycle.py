@@ -47,7 +47,7 @@ pytestmark = [pytest.mark.usefixtures("minimal_output"), pytest.mark.slow]
 
 @pytest.fixture(scope="module")
 def watch():
-    """Replace the watchdog, which would end the tests, by a counter of heartbeats.
+    """Replace the watchdog, which would end the tests, with a heartbeat counter.
 
     Attributes:
       limit: argument of the watchdog.
@@ -72,8 +72,8 @@ def watch():
 
 
 @pytest.fixture(autouse=True)
-def restored_signals():
-    """Make a signal that the command does not catch fail the test."""
+def signals_must_be_caught():
+    """Fail the test if the command does not catch a signal."""
 
     def not_caught(signal_number, frame):
         raise AssertionError(f"{signal.Signals(signal_number).name} was not caught")
@@ -96,7 +96,7 @@ def finished(watch, tmp_path_factory):
     return workdir, watch.beats
 
 
-def test_rhythm(finished):
+def test_intervals(finished):
     """Each interval has its own key; the last step is logged, evaluated and saved."""
     workdir, _ = finished
     assert list(mini_runs.logged(workdir)) == LOGGED

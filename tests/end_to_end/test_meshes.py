@@ -141,7 +141,7 @@ def same_trajectory(actual, expected, steps=8):
     "name", ["mae", pytest.param("classifier", marks=pytest.mark.extras)]
 )
 def test_trains_on_one_device_without_optional_packages(name, one_device_runs, trained):
-    """A process that cannot import `OPTIONAL` has the same losses."""
+    """A process that cannot import the packages in `OPTIONAL` has the same losses."""
     run = trained(getattr(mini_runs, name), **EVERY_STEP if name == "mae" else {})
     same_trajectory(
         mini_runs.logged(one_device_runs / name), mini_runs.logged(run.workdir)
@@ -196,14 +196,14 @@ def test_accumulation_exchanges_gradients_once_a_step():
 
 @pytest.mark.extras
 def test_losses_move(trained):
-    """The compared losses change from step to step."""
+    """The losses that the tests above compare change from step to step."""
     for recipe, options in ((mini_runs.mae, EVERY_STEP), (mini_runs.classifier, {})):
         losses = list(mini_runs.logged(trained(recipe, **options).workdir).values())
         assert len(set(losses)) == 8
         assert max(losses) - min(losses) > 1e-2
 
 
-def test_state_is_sharded_from_its_first_moment(trained):
+def test_state_is_sharded_from_the_first_step(trained):
     run = trained(mini_runs.mae, **FSDP)
     for shards in run.shards:
         for name, leaf in run.initial.items():
@@ -219,7 +219,7 @@ def test_state_is_sharded_from_its_first_moment(trained):
 
 
 @pytest.mark.extras
-def test_zero_1_splits_the_moments_alone(trained):
+def test_zero_1_shards_only_the_moments(trained):
     shards = trained(mini_runs.classifier, **FSDP, mesh__zero=1).shards[-1]
     kernel = "encoder/stages/2/0/mlp/fc1/kernel"  # [64, 256]
     assert shards[f"params/{kernel}"] == (64, 256)

@@ -1,6 +1,6 @@
 """Tests that runs and saved models of versions before 0.1 give the same results.
 
-One CPU device wrote tests/parity/golden/old_runs::
+These commands wrote tests/parity/golden/old_runs, on one CPU device::
 
     git worktree add --detach ../first 167c532
     PYTHONPATH=../first .venv/bin/python tests/parity/golden/old_runs/write.py
@@ -25,15 +25,15 @@ OLD = reference.GOLDEN / "old_runs"
 TASKS = ("mae", "classify", "linear_probe")
 
 
-# Eight devices sum in another order than one.
+# Eight devices sum in a different order than one device.
 RTOL = 1e-5
 
 
 TIMES = {"images_per_second", "seconds_left", "input_bound"}
 
 
-# Versions before 0.1 updated the statistics of a probe by gradients. The gradient norm
-# included these gradients.
+# In versions before 0.1, the statistics of a probe had gradients, which the gradient
+# norm included.
 NOT_COMPARABLE = {"linear_probe": {"gradient_norm"}}
 
 
@@ -85,7 +85,7 @@ def test_run_starts_from_an_old_one(task, unpacked):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_evaluation(task, unpacked, capsys):
-    """``--mode eval`` prints the old values, to the printed digits."""
+    """``--mode eval`` prints the old values, up to the last printed digit."""
     run(task, f"{task}/run", "--mode=eval")
     numbers = [
         [float(x) for x in re.findall(r"\d+\.?\d*", text.splitlines()[-1])]
@@ -99,7 +99,8 @@ def test_evaluation(task, unpacked, capsys):
 def test_model_loads(task, directory, unpacked):
     """`load_pretrained` reads the workdir and the directory of `save_pretrained`."""
     values = outputs(hivit_jax.load_pretrained(f"{task}/{directory}"))
-    if task == "linear_probe":  # running mean and variance of 16 features counted then
+    if task == "linear_probe":
+        # Old versions also counted the running mean and variance of 16 features.
         values["parameters"] += 32
     with np.load(OLD / f"{task}.npz") as expected:
         assert values.keys() == set(expected)

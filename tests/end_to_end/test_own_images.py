@@ -111,7 +111,7 @@ SPLITS = {"train": examples(NUM_TRAIN), "val": examples(NUM_TEST, NUM_TRAIN)}
 
 
 def write_csv(root):
-    """A column of splits, a damaged, a missing, and a stray file."""
+    """Write a CSV file and images: one is damaged, one missing, one not listed."""
     lines = ["file,label,split", "damaged.png,red,train", "missing.png,red,train"]
     (root / "damaged.png").write_bytes(DAMAGED)
     (root / "stray.png").write_bytes(DAMAGED)
@@ -124,7 +124,7 @@ def write_csv(root):
 
 
 def write_tars(root):
-    """One tar file per split, with a damaged image and a stray file."""
+    """Write one tar file per split, with a damaged image and a stray file."""
     for split, found in SPLITS.items():
         with tarfile.open(root / f"own-{split}.tar", "w") as archive:
             pairs = [*found, (DAMAGED, "red")] if split == "train" else found
@@ -140,7 +140,7 @@ def write_tars(root):
 
 
 def write_parquet(root):
-    """Files of the Hugging Face hub, converted; a damaged image, and one is missing."""
+    """Write and convert Parquet files; one image is damaged, one is missing."""
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
     for split, found in SPLITS.items():
@@ -158,7 +158,7 @@ def write_parquet(root):
 @pytest.mark.usefixtures("minimal_output")
 @pytest.mark.parametrize("write", [write_csv, write_tars, write_parquet])
 def test_from_files_to_predictions(write, tmp_path, capsys):
-    """Damaged images have weight 0 and are named; the trained model is right."""
+    """Damaged images have weight 0 and are reported; all predictions are correct."""
     (tmp_path / "data").mkdir()
     workdir, new, out = (tmp_path / name for name in ("run", "new", "new.csv"))
     train(workdir, **write(tmp_path / "data"))
@@ -181,7 +181,7 @@ def test_from_files_to_predictions(write, tmp_path, capsys):
 @pytest.mark.slow
 @pytest.mark.usefixtures("minimal_output")
 def test_several_labels(tmp_path, capsys):
-    """The upper half is red or not, the lower half blue; some images have no label."""
+    """The upper half may be red, the lower half blue; some images have no label."""
     lines = ["file,label,split", "damaged.png,red;blue,train"]
     (tmp_path / "damaged.png").write_bytes(DAMAGED)
     for k in range(NUM_TRAIN + 8):
@@ -202,7 +202,7 @@ def test_several_labels(tmp_path, capsys):
     assert line["eval/mAP"] > 0.9
     assert "eval/top1" not in line
 
-    # The test split, whose labels are known.
+    # Predict the test split, whose labels are known.
     found = predicted(workdir, tmp_path / "test.csv")
     columns = ["predicted", "probability_blue", "probability_red"]
     assert [*found[0]] == ["file", *columns, "label", "error"]
@@ -220,7 +220,7 @@ def test_several_labels(tmp_path, capsys):
     mean = np.mean([float(row["average_precision"]) for row in table])
     assert mean == pytest.approx(line["eval/mAP"], abs=1e-5)
 
-    # A file, whose labels are unknown, with the saved model.
+    # Predict a file without labels, with the saved model.
     convert.convert(str(workdir), tmp_path / "saved")
     info = hivit_jax.load_pretrained(tmp_path / "saved").info
     assert (info.multi_label, info.class_names) == (True, ("blue", "red"))
@@ -236,7 +236,7 @@ def test_several_labels(tmp_path, capsys):
 @pytest.mark.slow
 @pytest.mark.usefixtures("minimal_output")
 def test_tiles_of_16_bits_and_4_bands(tmp_path, capsys):
-    """Held-out tiles, from files to predictions."""
+    """A trained model classifies held-out tiles, and reports a damaged tile."""
     for k in range(24):
         bands = np.random.RandomState(k).randint(0, 3000, (34, 36, 4))
         bands[..., k % 2] += 6000

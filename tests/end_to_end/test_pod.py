@@ -28,9 +28,9 @@ RUN = dict(
 )
 
 
-# For runs in which one process fails. This process waits 2 x peer_timeout for the
-# others, see `exit_now`. stall_timeout is longer, so that the watchdog does not end the
-# other process first.
+# For runs in which one process fails. The failing process waits 2 x peer_timeout for
+# the other process, see `exit_now`. stall_timeout is longer, so that the watchdog does
+# not end the other process first.
 ONE_FAILS = RUN | dict(peer_timeout=10, stall_timeout=60)
 
 
@@ -152,7 +152,7 @@ def test_a_lost_process_ends_the_others(lost, signal_name, environment, tmp_path
 
 @pytest.mark.extras
 def test_divergence_on_all_processes(environment, tmp_path):
-    """Both processes exit with code 3; neither aborts because the other ends first."""
+    """Both processes exit with 3; JAX does not abort the process that exits last."""
     flags = mini_runs.arguments(**RUN, optimizer__base_learning_rate=1e30)
     pod = Pod(tmp_path / "run", 2, environment, flags)
     errors = pod.wait_for_stderr()
@@ -320,7 +320,7 @@ def test_processes_with_different_files(environment, tmp_path):
     try:
         errors = [process.communicate(timeout=PATIENCE)[1] for process in processes]
     finally:
-        for process in processes:  # one may still wait
+        for process in processes:  # one process may still wait for the other
             process.kill()
     assert [process.returncode for process in processes] == [2, 2], errors
     difference = "expected the value of process 0, found another on process 1 of 2."

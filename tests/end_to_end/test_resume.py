@@ -14,7 +14,7 @@ STEPS, EVERY = 120, 50
 
 @pytest.fixture(scope="module")
 def environment(environment):
-    """Return variables of a process whose only compilation cache is the config's."""
+    """Return environment variables that leave only the config's compilation cache."""
     return environment | {"JAX_COMPILATION_CACHE_DIR": ""}
 
 
@@ -57,7 +57,7 @@ def uninterrupted(tmp_path_factory, environment):
 def interrupt(workdir, source, signal_number, after, environment, **overrides):
     """Start a run; send it a signal after `after` more steps.
 
-    Waits for the checkpoints that are due before that step, too.
+    Also waits for the checkpoints that are due before that step.
 
     Returns:
       (exit code, stdout, stderr).
@@ -98,7 +98,7 @@ def check_same_run(workdir, expected):
 
 
 def test_interrupted_and_killed_run(uninterrupted, synthetic, environment, tmp_path):
-    """SIGTERM saves one checkpoint; later SIGKILL; the third start finishes the run.
+    """SIGTERM saves one checkpoint, SIGKILL follows, and the third start finishes.
 
     test_imagenet.py kills runs that read files.
     """

@@ -19,7 +19,7 @@ from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlencode, urlsplit
 from xml.sax.saxutils import escape
 
-UPLOADING = ".uploading"  # file with an object that is not yet complete
+UPLOADING = ".uploading"  # file that holds an object until its upload is complete
 
 
 class Bucket(ThreadingHTTPServer):
@@ -30,9 +30,9 @@ class Bucket(ThreadingHTTPServer):
 
     Attributes:
       delay: seconds before each answer.
-      failures: statuses of the next answers; each is used once.
+      failures: HTTP statuses of the next answers; each is used once.
       statuses: {piece of a key: status of every request for such a key}.
-      truncated: number of answers with data that end after half of their bytes.
+      truncated: number of next answers with data that are cut off in the middle.
       read_only: refuse uploads with 403.
       generation: added to the version number of each object.
       writes: key -> number of uploads of this object.
@@ -65,7 +65,7 @@ class Bucket(ThreadingHTTPServer):
             "CLOUD_STORAGE_EMULATOR_ENDPOINT": self.url,
             "GOOGLE_AUTH_TOKEN_FOR_TESTING": "none",
             "STORAGE_EMULATOR_HOST": self.url,
-            # gcsfs would ask another service for the type of the bucket.
+            # Without this, gcsfs asks another service for the type of the bucket.
             "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
             "FSSPEC_GCS_TOKEN": "anon",
             "AWS_ENDPOINT_URL": self.url,
@@ -97,7 +97,7 @@ class Bucket(ThreadingHTTPServer):
         self.writes[key] += 1
 
     def delete(self, key: str) -> None:
-        """Delete an object, and directories that are empty thereafter."""
+        """Delete an object, and the directories that are then empty."""
         path = self.root / key
         path.unlink(missing_ok=True)
         while path.parent != self.root and not any(path.parent.iterdir()):
@@ -263,7 +263,10 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def _uploaded(query: dict[str, str], body: bytes) -> tuple[str, bytes]:
-    """Return key and data of an upload: the whole body, or two parts of it."""
+    """Return (key, data) of an upload.
+
+    The key is in the query, or in the first of two parts of the body.
+    """
     if "name" in query:
         return query["name"], body
     boundary, _, rest = body.partition(b"\n")
@@ -276,7 +279,7 @@ def _uploaded(query: dict[str, str], body: bytes) -> tuple[str, bytes]:
 @contextmanager
 def serve(root: Path) -> Iterator[Bucket]:
     """Serve a directory. Clients in this process use the server and retry quickly."""
-    import pytest  # here, because benchmarks run this file without it
+    import pytest  # here, because benchmarks run this file without pytest
 
     from hivit_jax.data import storage
 

@@ -86,7 +86,7 @@ def timm_swin_state(state):
 
 
 def write_directory(path, state, config, processor=None):
-    """Write a directory as these programs publish it; return the path."""
+    """Write a directory as timm and transformers publish it; return the path."""
     path.mkdir(parents=True)
     state_files.save_safetensors(path / "model.safetensors", state)
     (path / "config.json").write_text(json.dumps(config))

@@ -17,7 +17,7 @@ from hivit_jax.kernels.numerics import Plan, Weights
 from hivit_jax.tree import split
 
 EPS = 1e-6
-library_attention = jax.nn.dot_product_attention  # the original; tests patch it
+library_attention = jax.nn.dot_product_attention  # before tests patch it
 
 
 class Case(NamedTuple):
@@ -69,14 +69,14 @@ def layer_norm(x, scale, bias):
 
 
 def add_branch(x, branch, image_scale):
-    """Return x plus the branch, multiplied by the factor of each image if given."""
+    """Add a branch to x, scaled by a factor per image unless `image_scale` is None."""
     if image_scale is None:
         return x + branch
     return x + branch * jnp.repeat(image_scale, len(x) // len(image_scale))[:, None]
 
 
 def drop_some_images(images):
-    """Return factors of the images: every third one is dropped."""
+    """Return a factor for each image: 0 for every third image, else 1.25."""
     return jnp.where(jnp.arange(images) % 3 == 1, 0, 1.25)
 
 
@@ -108,7 +108,7 @@ def mlp(rows, width, hidden, block):
         plan = Plan(EPS, rows=block, **options)
         return mlp_block(x, Weights(*weights), image_scale, plan)
 
-    # An image has 24 rows, and starts within a block.
+    # Images of 24 rows, so that images start inside of blocks.
     shapes = shapes_of(rows, width, hidden, hidden)
     return Case("tpu", shapes, plain_mlp, fused, rows // 24)
 
@@ -139,12 +139,12 @@ CASES = {
     "mlp": mlp(96, 128, 256, 32),
     "mlp on GPUs": gpu_mlp(128, 128, 384),
     "wide mlp on GPUs": gpu_mlp(192, 256, 256),
-    # Blocks of several images, so that each block begins at a tile.
+    # Blocks contain several images, so that each block begins at a tile boundary.
     "attention of 49": attention(16, 49, 128, 4, 784),
     "attention of 196": attention(8, 196, 128, 2, 784),
     "attention of 144": attention(2, 144, 256, 8, 144),
     "attention of 9": attention(32, 9, 128, 1, 144),
-    # Windows of the scores have one, one, three and four offsets.
+    # The `offsets` of these cases' `Groups` have lengths 1, 1, 3 and 4.
     "bias of 144": attention(2, 144, 256, 8, 144, bias=True),
     "bias of 9": attention(32, 9, 128, 1, 144, bias=True),
     "bias of 196": attention(8, 196, 128, 2, 784, bias=True),
@@ -198,7 +198,7 @@ SPECIAL = {
 
 
 def main_stage_block(special: str, batch: int, mlp_ratio: float = 4.0, **options):
-    """Return a main-stage block of width 128: graphdef, parameters, inputs beside x."""
+    """Return (graphdef, parameters, inputs besides x) of a main-stage block."""
     options = {"relative_position": False} | SPECIAL[special] | options
     sizes = {"embed_dim": 128, "depths": (1, 1, 1), "num_heads": 2}
     grid = options.pop("grid", BLOCK_GRID)
@@ -225,7 +225,7 @@ def unit_coordinates():
 
 
 def hidden_keys(batch: int) -> np.ndarray:
-    """Return a key mask [B, N] that hides every third unit, others in every image."""
+    """Return a key mask [B, N] that hides every third unit, shifted for each image."""
     units = np.arange(math.prod(BLOCK_GRID))
     return ((units + np.arange(batch)[:, None]) % 3 > 0).astype(np.int32)
 
@@ -241,8 +241,7 @@ def relative_index() -> np.ndarray:
 def plain_block(special: str, params: dict, x: jax.Array) -> jax.Array:
     """Compute the block of `main_stage_block` in plain JAX.
 
-    It masks units of different windows from each other instead of splitting into
-    windows.
+    Windows are a mask here: the units are not split into windows.
     """
     batch, tokens, width = x.shape
     bias, mask = None, None

@@ -27,7 +27,7 @@ from hivit_jax.tree import named_leaves
 
 ROOT = Path(__file__).parents[2]
 
-# Each source: 16 units per image, 16 images per step, two steps of warmup.
+# Every source has 16 units per image, 16 images per step and two steps of warmup.
 MINI = {
     "batch_size": 16,
     "total_steps": 8,

@@ -131,7 +131,7 @@ def write_folder(root):
 
 
 def list_files(root, split):
-    """Return [(path, label)] by sorted class and sorted file."""
+    """Return [(path, label)], sorted by class and file."""
     return [
         (path, label)
         for label, name in enumerate(CLASSES)
@@ -180,7 +180,7 @@ class RecordedRun:
         ]
 
     def params(self, step, item="params"):
-        """Return parameters and model state by name; item="ema": their averages."""
+        """Return parameters (item="ema": averaged) and model state, by name."""
         state = self.states[step]
         arrays = state[item] | state.get("model_state", {})
         return {k: v.astype(np.float64) for k, v in arrays.items()}
@@ -479,7 +479,7 @@ def recorded_value(run, kind, step):
 
 
 def mismatches(run, config, steps=range(STEPS), evaluated=True):
-    """Return {kind: first difference} of the recorded values that are not as expected.
+    """Return {kind: difference} for recorded values that differ from the expected ones.
 
     config: config of the second implementation; it may differ from the run's config.
     """

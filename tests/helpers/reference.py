@@ -46,7 +46,7 @@ def normal(name: str, shape, seed: int = SEED) -> np.ndarray:
 
 
 def weight(name: str, shape, seed: int = SEED) -> np.ndarray:
-    """Return a state dict entry whose scale keeps the variance of stages at about 1."""
+    """Return a state dict entry that keeps the variance of activations at about 1."""
     draw, leaf = normal(name, shape, seed), name.rsplit(".", 1)[-1]
     if "pos_embed" in leaf or leaf in ("mask_token", "relative_position_bias_table"):
         return np.float32(0.5) * draw

@@ -1,4 +1,4 @@
-"""Stand-in for any command, which logs its calls and replays scripted answers.
+"""Stand-in for any command: logs its calls and replays scripted answers.
 
 Environment variables:
   CALLS: file that receives one JSON list per call, name and arguments.
@@ -52,7 +52,7 @@ def main(name: str, *arguments: str) -> int:
         os.chdir(os.environ["VM"])
         line = command.removeprefix("--command=")
         code = subprocess.run(["bash", "-c", line], check=False).returncode
-        return code if code >= 0 else 255  # as ssh after a signal
+        return code if code >= 0 else 255  # ssh's code if a signal ended the command
     lines = [" ".join(call) for call in before if "ssh" not in call]
     return play(" ".join([name, *arguments]), lines)
 

@@ -47,7 +47,7 @@ def build(fixture, state=None):
 
 
 def fixture_images(fixture):
-    """Return the images of a fixture; they may be the corner of a square."""
+    """Return the images of a fixture, cropped from square images if not square."""
     tag, batch, size = FIXTURES[fixture]["input"]["images"]
     height, width = size if isinstance(size, list) else (size, size)
     square = images(tag, batch, max(height, width))

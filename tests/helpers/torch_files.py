@@ -72,7 +72,7 @@ class Writer(pickle._Pickler):
 def tensor(array, offset=0, shape=None, strides=None):
     """Return a tensor on the memory of an array.
 
-    Offset, shape and strides default to those of the array in its memory.
+    Offset, shape and strides default to the array's own.
     """
     base = array if array.base is None else array.base
     if shape is None:

@@ -1,4 +1,4 @@
-"""Task and dataset as a user writes them: label maps of images of two sizes.
+"""A user's own task and dataset: label maps of images of two sizes.
 
 The task uses every feature of the task interface. The package contains none of this
 code.
@@ -28,9 +28,10 @@ BROKEN = "train/07"
 
 
 def write_dataset(root):
-    """Write 40 + 11 training and 9 + 8 test images with a label for each cell.
+    """Write images of the two `SIZES`, with a label for each cell.
 
-    Labels: 0 dark, 1 middle, 2 bright. One image cannot be read.
+    There are 40 and 11 training images, 9 and 8 test images. The labels are 0 (dark),
+    1 (middle) and 2 (bright). One label map cannot be read.
     """
     random = np.random.RandomState(0)
     for split, counts in (("train", (40, 11)), ("test", (9, 8))):
@@ -129,7 +130,7 @@ class Segmentation(Task):
         return Network(nnx.Rngs(key))
 
     def optimizer(self, model, schedule):
-        return optax.sgd(schedule, 0.9)  # Adam's steps would depend on rounding
+        return optax.sgd(schedule, 0.9)  # Adam would amplify rounding errors
 
     def macs(self, model, layer_norm_cost=0):
         return (SIZES[0][0] // CELL) ** 2 * model.parameter_count()

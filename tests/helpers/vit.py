@@ -67,7 +67,7 @@ def build(fixture, state=None):
 
 
 def official_names(model, values):
-    """Return {official name: value} of {our name: number}."""
+    """Return {official name: value} for {our name: value}."""
     shapes = named_leaves(split(model)[1])
     return {
         official: values[name]

@@ -71,7 +71,7 @@ class Stage:
         }
 
     def start(self, *command: str | Path, play=None, **environment) -> subprocess.Popen:
-        """Start a command; `play` scripts the stand-ins."""
+        """Start a command; `play` contains the stand-ins' answers."""
         parts = {"pkill": [["", 1]], TPU: [["READY", 0]]} | (play or {})
         variables = {"PLAY": json.dumps(parts), **self.environment, **environment}
         return subprocess.Popen(
@@ -103,7 +103,7 @@ class Stage:
         return [words[c[0]](c) for c in self.calls() if c[0] in words]
 
     def trained(self) -> list[list[str]]:
-        """Return the arguments of each training."""
+        """Return the arguments of each training command."""
         return [c[3:] for c in self.calls() if c[0] == "python"]
 
 
@@ -189,7 +189,7 @@ def test_setup_installs_this_checkout(stage):
 
 
 def test_arguments_arrive_intact(stage):
-    """Arguments pass the local shell, gcloud and the remote shell unchanged."""
+    """Arguments pass through the local shell, gcloud and the remote shell unchanged."""
     assert stage.run(*tpu_vm("run", "--", *TRAINING, *AWKWARD))[0] == 0
     assert stage.steps() == ["ssh", "train"]
     assert stage.trained() == [TRAINING + AWKWARD]
@@ -206,7 +206,7 @@ def test_status_and_delete(stage):
 
 
 @pytest.mark.parametrize("code", [0, 1, 75])
-def test_run_ends_as_training_does(stage, code):
+def test_run_exits_with_the_code_of_training(stage, code):
     play = {TRAIN: [["", code]]}
     assert stage.run(*tpu_vm("run", "--", *TRAINING), play=play)[0] == code
 
@@ -221,7 +221,7 @@ AGAIN = ["describe", *INSTALL, "ssh", "train"]
 
 
 def run_keep(stage, trainings, tpu=("READY",)):
-    """Run `keep` with these TPU states and training exit codes: (steps, exit code)."""
+    """Run `keep` with scripted exit codes and TPU states; return (steps, exit code)."""
     play = {
         TRAIN: [["", code] for code in trainings],
         TPU: [[state, 0 if state else 1] for state in tpu],
@@ -259,7 +259,7 @@ def test_unreachable_tpu_is_recreated(stage):
 @pytest.mark.slow
 @pytest.mark.parametrize("code", [75, 134, "abort"])
 def test_interrupted_run_resumes_on_the_same_tpu(stage, code):
-    """The run saved its state, or aborted because another process died."""
+    """The TPU is kept if the run saved its state or lost one of its processes."""
     steps, code = run_keep(stage, [code] * 6 + [0])
     assert steps == [*AGAIN, "describe"] * 6 + AGAIN
     assert code == 0
@@ -284,7 +284,7 @@ def test_resume_recreates_a_lost_tpu(stage):
 
 
 @pytest.mark.parametrize("command", [*WITHOUT_TRAINING, "run", "resume", "keep"])
-def test_dry_run_prints_what_can_be_pasted(stage, command):
+def test_dry_run_prints_commands_to_paste(stage, command):
     play = {TPU: [["", 1]], QUEUE: [["ACTIVE", 0]]}
     training = [] if command in WITHOUT_TRAINING else ["--", *TRAINING, *AWKWARD]
     flags = ["--name=n", "--spot", "--zone=a zone"]
@@ -352,7 +352,7 @@ def test_slurm_script_outside_of_a_job(stage):
 
 
 def test_options_of_a_job():
-    """SLURM reads the options before the first command; each GPU has a process."""
+    """SLURM reads only options above the first command; each GPU has one process."""
     text = (LAUNCH / "slurm.sh").read_text()
     comments = re.match(r"(#.*\n)*", text)[0]
     assert comments.count("\n#SBATCH ") == text.count("#SBATCH ")
@@ -388,9 +388,8 @@ def test_processes_of_a_fake_pod(stage):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_fake_pod_passes_signals_on(stage, number):
     play = {TRAIN: [["waiting", "signal"]]}
-    before = signal.signal(
-        number, signal.SIG_DFL
-    )  # nohup ignores SIGHUP, and children inherit that
+    # Without this, the pod would ignore SIGHUP if the tests run under nohup.
+    before = signal.signal(number, signal.SIG_DFL)
     process = stage.start(*fake_pod(4, *TRAINING), play=play)
     signal.signal(number, before)
     waiting = {process.stdout.readline() for _ in range(4)}
@@ -470,13 +469,13 @@ def after_exit(jobset, code):
     + [(code, "again") for code in (1, 75, 134, 137, 143)],
 )
 def test_exit_codes_of_a_jobset(code, expected):
-    """Preempted and crashed pods restart; errors of the user end the job."""
+    """Preempted and crashed pods restart; user errors end the job."""
     (jobset,) = yaml.safe_load_all((LAUNCH / "jobset.yaml").read_text())
     assert after_exit(jobset, code) == expected
 
 
 def test_jobset():
-    """Each host has four chips; pods end with training."""
+    """The pods use all chips of the slice, and end when training ends."""
     (jobset,) = yaml.safe_load_all((LAUNCH / "jobset.yaml").read_text())
     assert jobset["kind"] == "JobSet"
     assert jobset["spec"]["failurePolicy"]["maxRestarts"] >= 100

@@ -1,4 +1,4 @@
-"""TensorBoard and Weights & Biases."""
+"""Tests of the output to TensorBoard and Weights & Biases."""
 
 import struct
 import sys
@@ -17,7 +17,7 @@ SETTINGS = {"batch_size": 16, "data.flip": True, "model.depths": (1, 1, 2)}
 
 
 def tensorboard_values(workdir):
-    """Return the summary values of a workdir's one file of events."""
+    """Return the summary values of the only event file in a workdir."""
     from tensorboardX.proto.event_pb2 import Event
 
     [path] = workdir.glob("events.*")
@@ -31,7 +31,7 @@ def tensorboard_values(workdir):
 
 
 def test_tensorboard(tmp_path):
-    """Tags have a group; the config is a text and hyperparameters."""
+    """Tags have a group; the config is written as text and as hyperparameters."""
     pytest.importorskip("tensorboardX")
     writer = metrics.Writer(tmp_path, 0, SETTINGS)
     writer.scalars(3, {"loss": 0.5})
@@ -57,7 +57,7 @@ def test_tensorboard(tmp_path):
 
 
 class StandIn:
-    """The part of wandb that is used, without network and files."""
+    """Stand-in for the used parts of wandb, without network and files."""
 
     Image = staticmethod(lambda pixels: ("image", pixels.shape))
     Settings = staticmethod(dict)
@@ -78,7 +78,7 @@ class StandIn:
 
 
 def test_wandb_receives_the_metrics(workdir, monkeypatch):
-    """A resumed run continues the same run there."""
+    """A resumed run continues the same run of wandb."""
     wandb = StandIn()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     for step in (1, 2):

@@ -9,7 +9,7 @@ from hivit_jax.reporting import figures, metrics
 
 
 def test_reconstruction_panels():
-    """Panels undo the mean and std of two channels; half of an image is masked."""
+    """Panels undo the normalization of two channels; half of the image is masked."""
     mean, std = (0.5, 0.25), (0.5, 0.25)
     original = np.array([0.0, 0.25, 0.75, 1.0])[None, None, :, None] * [1, 0.5]
     predicted = np.array([0.25, 0.5, 1.5, -1.0])[None, None, :, None] * [1, 0.5]
@@ -53,8 +53,8 @@ def test_draw_run(workdir, channels):
         writer.scalars(step, {"eval/loss": 2 / step, "eval/top1": step / 40})
     writer.close()
     panels = np.random.RandomState(0).rand(2, 4, 16, 16, channels)
-    pictures = {"reconstruction": figures.reconstructions(panels, "title")}
-    figures.draw_run(workdir, 20, pictures)
+    images = {"reconstruction": figures.reconstructions(panels, "title")}
+    figures.draw_run(workdir, 20, images)
     paths = {
         "curves": workdir / "figures" / "curves.png",
         "reconstruction": workdir / "figures" / "reconstruction_0000020.png",

@@ -1,4 +1,4 @@
-"""Metrics and class weights of classification."""
+"""Tests of the metrics and class weights of classification."""
 
 import jax.numpy as jnp
 import mini_runs
@@ -48,7 +48,10 @@ def test_cross_entropy_is_not_smoothed_in_evaluation():
 
 
 def test_average_precision_of_scikit_learn():
-    """Also with equal scores, in any order of the images, and of a class of all."""
+    """The precision equals scikit-learn's, also for equal scores.
+
+    It does not depend on the order of the images. A class may contain all images.
+    """
     sklearn_metrics = pytest.importorskip("sklearn.metrics")
     random = np.random.RandomState(0)
     scores = random.randint(-4, 5, (300, 6)).astype(np.float32)
@@ -81,7 +84,7 @@ def test_class_table_of_several_labels():
 
 
 def test_binary_cross_entropy():
-    """The mean over all classes, also for soft targets and large logits."""
+    """The loss is a mean over all classes, also for soft targets and large logits."""
     logits = np.array([[0.0, 2.0], [-1.0, 200.0]])
     targets = np.array([[1.0, 0.0], [0.25, 1.0]])
     found = multi_label_metrics(jnp.float32(logits), jnp.float32(targets))["loss"]
@@ -96,7 +99,7 @@ COUNTS = DatasetInfo({"train": 60}, tuple("abc"), class_counts=(40, 15, 5))
 
 
 def test_balanced_class_weights():
-    """n / (classes * images of the class); unused outputs do not count."""
+    """Weights are n / (classes * images of the class); unused outputs have weight 0."""
     expected = [60 / (3 * 40), 60 / (3 * 15), 60 / (3 * 5)]
     found = class_weights("balanced", COUNTS, 4)
     assert_allclose(found, [*expected, 0], rtol=1e-6)
@@ -117,7 +120,7 @@ def test_class_weights_by_number():
 @pytest.mark.slow
 @pytest.mark.parametrize("text", ["", "1,0.5,3"])
 def test_loss_with_class_weights(text):
-    """As torch's cross_entropy with class probabilities, before its mean."""
+    """Losses equal torch's cross_entropy with class probabilities, before the mean."""
     config = mini_runs.classifier(model__num_classes=3, class_weights=text)
     task = Classification(config, COUNTS)
     logits = np.random.RandomState(0).randn(4, 3)

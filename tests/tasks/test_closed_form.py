@@ -25,7 +25,7 @@ def problem(count=60, classes=4, dim=7):
 
 @pytest.mark.parametrize("penalty", [1e-6, 0.1, 100.0])
 def test_solution(penalty, monkeypatch):
-    """The scores equal those of the normal equations, for any size of the chunks."""
+    """The weights solve the normal equations, for any chunk size."""
     monkeypatch.setattr(closed_form, "CHUNK", 13)
     features, labels = problem()
     x = np.float64(features)
@@ -51,7 +51,10 @@ def test_held_out_images():
 
 
 def test_penalty():
-    """The largest best penalty is chosen; without held-out images, the default."""
+    """The largest of the best penalties is chosen.
+
+    Without held-out images, the default is chosen.
+    """
     features, labels = problem()
     held = held_out_images(labels)
     ridge = fit(features[~held], labels[~held], 4)
@@ -104,5 +107,5 @@ def test_command(tmp_path, minimal_output, capsys):
     assert f"penalty {penalty:g}  eval  top1 " in capsys.readouterr().out
     flags = mini_runs.ROOT / "configs" / "digits_linear.py"
     absent = [f"--config={flags}", f"--config.init_from={tmp_path / 'absent'}"]
-    # Its batch size, 50, is not divisible by eight devices.
+    # Not 2, although the recipe's batch size of 50 is not divisible by eight devices.
     assert main([*absent, "--mode=probe"]) == 5

@@ -153,7 +153,7 @@ def test_nearest_neighbors(model, files, monkeypatch, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_too_many_unreadable_images(model, files, monkeypatch, tmp_path, capsys):
-    """The limit is exceeded by two unreadable images of 43."""
+    """Two unreadable images of 43 exceed the limit."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     flags = flags_of(files[0], model[1], data__max_unreadable=0.04)
     with mini_runs.minimal_output():

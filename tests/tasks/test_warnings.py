@@ -37,7 +37,7 @@ FINE = ["model.num_classes=9", "batch_size=50", "data.train_examples=0"]
 
 
 def test_sound_settings_have_none():
-    """No warning: all images in one batch, or an interval as long as the run."""
+    """One batch of all images and intervals as long as the run cause no warning."""
     border = ["batch_size=291", "eval_every=1000", "checkpoint_every=1000"]
     assert warnings(FT, *FINE) == []
     assert warnings(FT, *FINE, *border) == []

@@ -1,4 +1,4 @@
-"""Optimizer and schedule of ViT and Swin with values of the official code."""
+"""Tests that ViT and Swin train like the official code: optimizers and schedules."""
 
 from types import SimpleNamespace
 
@@ -53,7 +53,7 @@ def options_of(facts, **keys):
 
 
 def loss_and_params(fixture, helper):
-    """Return loss function, parameters, and function to official names."""
+    """Return model, loss function, parameters, and converter to official names."""
     model, _ = helper.build(fixture)
     graphdef, params, tables = split_state(model)
     facts = helper.FIXTURES[fixture]["input"]
@@ -131,7 +131,10 @@ def test_eight_steps(recipe):
     ],
 )
 def test_schedules(recipe, title, late):
-    """Rates at the first step of epochs; the official multistep is one step late."""
+    """Learning rates at the first step of an epoch equal the official ones.
+
+    The official multistep schedule is one step late.
+    """
     facts, config = swin.FACTS["lr_schedules"][title], mini_runs.recipe(recipe)
     steps = facts["iterations_per_epoch"]
     epochs = config.total_epochs

@@ -1,4 +1,4 @@
-"""Frozen parameters: names, exact equality, optimizer state and averages."""
+"""Tests of frozen parameters: names, exact equality, optimizer state, averages."""
 
 import shutil
 
@@ -75,7 +75,7 @@ LAYERS = {"a": 0, "b/bias": 1, "b/kernel": 2}
 
 @pytest.mark.slow
 def test_other_parameters_are_trained_as_before():
-    """Moments, weight decay and layer decay of the others are bit-identical."""
+    """Moments, weight decay and layer decay of other parameters stay bit-identical."""
     options = mini_runs.mae().optimizer.copy_and_resolve_references()
     options.unlock()
     options.layer_decay = 0.5
@@ -98,7 +98,7 @@ def test_other_parameters_are_trained_as_before():
 
 @pytest.mark.slow
 def test_no_bit_changes_in_a_step():
-    """Not even the sign of a zero, nor the rounding of the average."""
+    """A frozen parameter and its average keep every bit, even the sign of a zero."""
     task, frozen = networks.SquareTask(), {"kernel"}
     optimizer = freeze_updates(optax.adamw(0.1, weight_decay=0.5), frozen)
     graphdef = split_state(task.build_model())[0]
@@ -113,7 +113,7 @@ def test_no_bit_changes_in_a_step():
     for number in range(3):
         bias = float(state["params"]["bias"][0])
         state, values = step(state, {}, batch, np.int32(number))
-        # The gradient's norm is that of the bias: 2 * output.
+        # Only the bias has a gradient: 2 * output.
         norms.append((values["gradient_norm"], 2 * abs(0.1 + bias)))
     for item in ("params", "ema"):
         found = np.asarray(state[item]["kernel"])
@@ -126,7 +126,7 @@ def test_no_bit_changes_in_a_step():
 @pytest.mark.slow
 @pytest.mark.usefixtures("minimal_output")
 def test_run_with_frozen_stages(tmp_path, capsys):
-    """A real run with an average and layer decay, which resumes bit-identically."""
+    """Only the other parameters change, and the run resumes bit-identically."""
     config = mini_runs.classifier(
         total_steps=2,
         checkpoint_every=1,

@@ -1,4 +1,4 @@
-"""Tests of AdamW, weight decay and layer decay with values of the official code."""
+"""Tests of AdamW, weight decay and layer decay against the official code."""
 
 import json
 
@@ -74,7 +74,8 @@ def test_ten_steps_of_the_official_adamw(
     assert {f"final/{name}" for name in final} == {k for k in arrays if "final/" in k}
     for name, array in final.items():
         difference = np.abs(array - arrays[f"final/{name}"])
-        # The bias of the keys has no effect. Adam's steps of this third are rounding.
+        # The bias of the keys has no effect, so Adam's steps of this third are rounding
+        # errors.
         if name.endswith("qkv.bias"):
             difference = difference.reshape(3, -1)[[0, 2]]
         assert difference.max() < parameter_tolerance, name
@@ -167,8 +168,8 @@ PARAMS = {"a": jnp.arange(3.0), "b": {"bias": jnp.ones(2)}}
 
 @pytest.mark.parametrize("clip_norm", [0.0, 0.5, 100.0])
 @pytest.mark.parametrize("layer_decay", [1.0, 0.5])
-def test_stateless_parts_change_no_tree(clip_norm, layer_decay):
-    """Updates are bit-identical to a chain without them; the state is AdamW's only."""
+def test_optional_parts_add_no_state(clip_norm, layer_decay):
+    """Updates equal an optax chain's bit for bit; the state has only AdamW's arrays."""
     options = mini_runs.mae().optimizer.copy_and_resolve_references()
     options.unlock()
     options.clip_norm, options.layer_decay = clip_norm, layer_decay

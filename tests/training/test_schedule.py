@@ -32,7 +32,7 @@ def recipe_schedule(recipe, *overrides, per_epoch=PER_EPOCH):
     ],
 )
 def test_pretraining_and_finetuning(recipe, fact):
-    """Learning rates at every epoch are official; first_epoch=1 starts at epoch 1."""
+    """Learning rates equal the official ones; first_epoch=1 starts at epoch 1."""
     epochs = FACTS[fact]["epochs"]
     default = recipe_schedule(recipe)
     official = recipe_schedule(recipe, "optimizer.first_epoch=1")
