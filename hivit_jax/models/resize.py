@@ -1,7 +1,6 @@
 """Resizing of parameters to another image size or number of channels, in numpy."""
 
 import numpy as np
-from scipy.interpolate import CubicSpline
 
 from hivit_jax.models.positions import Grid
 
@@ -52,6 +51,9 @@ def resize_table_geometrically(table: np.ndarray, side: int, new: int) -> np.nda
 
 def geometric_matrix(side: int, new: int) -> np.ndarray:
     """Return the matrix of `resize_table_geometrically`, [2*new-1, 2*side-1]."""
+    # This import takes half a second, and only SimMIM needs it.
+    from scipy.interpolate import CubicSpline
+
     if side == 1:
         return np.ones((2 * new - 1, 1))
     low, high = 1.01, 1.5
