@@ -86,7 +86,7 @@ def draw(results: Results, path: Path) -> None:
 
     figure = Figure(figsize=(11, 3.5), layout="constrained")
     for job, axes in zip(JOBS, figure.subplots(1, 3), strict=True):
-        models = [m for m in RECIPES_OF_MODELS if f"{job} {m} {OURS}" in CELLS]
+        models = [m for m in RECIPES_OF_MODELS if f"{job} {m} {OURS}" in results]
         for shift, program in ((-0.2, OURS), (0.2, PYTORCH)):
             reference, cells = f"{job} HiViT-B {OURS}", [f"{job} {m} " for m in models]
             heights = [ratio(results, cell + program, reference) for cell in cells]

@@ -39,8 +39,7 @@ def over_rows(
         `image_scale`.
       rows: arrays [T, C]; a block gets `plan.rows` rows of each.
       weights: every block gets each array whole; vectors become [1, n].
-      sums_like: one array per sum over all rows, with the sum's shape and dtype; its
-        values are not used.
+      sums_like: one array per sum over all rows; only shape and dtype are used.
       scratch: scratch buffers of the kernel.
       extra_widths: widths of the outputs [T, width] after the first.
       image_scale: [B] float32, a factor for the T / B rows of each image; None: 1.
