@@ -173,7 +173,7 @@ class Swin(Encoder):
 
         Args:
           images: [B, H, W, C] float, normalized.
-          mask: [B, N], 1 for tokens of the first stage to replace by `mask_token`.
+          mask: [B, N], 1 for first-stage tokens that `mask_token` replaces.
           drop_path_keys: [B] PRNG keys for drop path; None (evaluation): no drop path.
 
         Raises:

@@ -91,7 +91,7 @@ class TensorBoard:
 
 
 class Wandb:
-    """A run of Weights & Biases. A resumed run continues the same run there.
+    """Run at Weights & Biases, which a resumed run of this package continues.
 
     The environment variables of wandb apply, such as WANDB_MODE=offline.
     """

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-MAX_MATRIX = 1000  # classes up to which a confusion matrix is counted and drawn
-MIN_TOP5 = 6  # classes from which the top-5 accuracy is computed
+MAX_MATRIX = 1000  # largest number of classes with a confusion matrix
+MIN_TOP5 = 6  # smallest number of classes with a top-5 accuracy
 
 
 class ClassCounts:

@@ -53,7 +53,7 @@ def convert(
     Args:
       pattern: a file, a directory that is searched recursively, or a glob pattern.
       out: directory; its name becomes `data.name`.
-      label_column: "": one of `LABEL_COLUMNS`, or else a column of class labels.
+      label_column: "" for one of `LABEL_COLUMNS`, or else a column of class labels.
       short_side, shard_size: see `record_shards.write_dataset`.
 
     Raises:
@@ -129,7 +129,7 @@ def _find(pattern: str) -> dict[str, list[Path]]:
 
 
 def _read(file: Path, action: str, *arguments: Any, **options: Any) -> Any:
-    """Call a function of pyarrow.parquet; DataError if the file is damaged."""
+    """Call a function of pyarrow.parquet; raise DataError for a damaged file."""
     import pyarrow.parquet
 
     try:
