@@ -86,7 +86,7 @@ class SwinConfig(EncoderConfig):
         return min(side, *grid) if self.shrink_windows else side
 
     def stage_windows(self, stage: int, grid: Grid) -> list[Windows | None]:
-        """Return the windows of the blocks of a stage; None: one window, not padded.
+        """Return each block's windows in a stage; None if one window covers the grid.
 
         Args:
           grid: tokens along height and width of this stage.

@@ -52,14 +52,14 @@ class ClassCounts:
         """
         total, present = int(self.images.sum()), self.images > 0
         recalls = self.correct[present] / self.images[present]
-        found = {
+        metrics = {
             "images": total,
             "accuracy": float(self.correct.sum()) / total,
             "balanced_accuracy": float(recalls.mean()),
         }
         if len(self.names) >= MIN_TOP5:
-            found["top5"] = self.in_top5 / total
-        return found
+            metrics["top5"] = self.in_top5 / total
+        return metrics
 
     def table(self) -> Iterator[dict[str, str | int]]:
         """Yield the `class_row` of each class."""

@@ -96,9 +96,9 @@ class Ridge(NamedTuple):
         for part in _chunks(len(labels)):
             x, true = (features[part] - self.mean) / self.scale, labels[part, None]
             scores = x @ weights + self.frequencies
-            own = np.take_along_axis(scores, true, 1)
+            true_scores = np.take_along_axis(scores, true, 1)
             earlier = np.arange(scores.shape[1]) < true
-            rank = ((scores > own) | ((scores == own) & earlier)).sum(1)
+            rank = ((scores > true_scores) | ((scores == true_scores) & earlier)).sum(1)
             correct += [(rank < 1).sum(), (rank < 5).sum()]
         top1, top5 = (correct / max(len(labels), 1)).tolist()
         return top1, top5

@@ -20,8 +20,8 @@ from hivit_jax.tree import leaf_name, split_state
 
 TRUST = 0.001  # ratio of an update's norm to the weights' norm, at learning rate 1
 # A warning is logged if the norms of all updates of a run, relative to the weights'
-# norm, add up to less than this. In MAE's probe of ImageNet the sum is about 200. With a
-# sum of 1.5, the digits recipe loses 21 points of accuracy.
+# norm, add up to less than this. In MAE's probe of ImageNet the sum is about 200. With
+# a sum of 1.5, the digits recipe loses 21 points of accuracy.
 MIN_SUM = 5.0
 
 

@@ -198,7 +198,7 @@ def _names_of(feature: Any) -> tuple[list[str] | None, bool]:
 
 
 def _labels(file: Path, columns: Columns) -> list[list[int | str] | None]:
-    """Return the labels of each row of a file; None: unknown."""
+    """Return the labels of each row of a file, or None where they are unknown."""
     table = _read(file, "read_table", columns=[columns.label])
     return [*map(_as_list, table.column(0).to_pylist())]
 
