@@ -86,7 +86,9 @@ class SwinConfig(EncoderConfig):
         return min(side, *grid) if self.shrink_windows else side
 
     def stage_windows(self, stage: int, grid: Grid) -> list[Windows | None]:
-        """Return each block's windows in a stage; None if one window covers the grid.
+        """Return the windows of each block of a stage.
+
+        None stands for a single window that is neither padded nor shifted.
 
         Args:
           grid: tokens along height and width of this stage.
