@@ -8,7 +8,7 @@ Compares HiViT-B in hivit_jax with a PyTorch twin of the official code, eager an
 compiled, and with ViT-B and Swin-B in PyTorch (benchmarks/torch_peers.py). The tasks
 are:
 
-- pretrain: the train step of mae_base; for ViT-B, that of MAE; for Swin-B, of SimMIM.
+- pretrain: the train step of mae_base. ViT-B is trained by MAE, Swin-B by SimMIM.
 - classify: the train step of finetune:base, without the random draws of drop path,
   Mixup, CutMix and random erasing.
 - inference: the forward pass of the same classifier.

@@ -55,7 +55,7 @@ class EncoderConfig:
     layer_norm_eps: epsilon of every LayerNorm.
 
     Class attributes:
-      class_tokens: tokens before those of the units, 0 or 1.
+      class_tokens: number of tokens before the units' tokens, 0 or 1.
 
     Raises:
       ConfigError: inconsistent sizes.
