@@ -154,9 +154,8 @@ def compile_all(cells: list[str], args: argparse.Namespace) -> None:
         "| bound: images/s per chip | HiViT-B / this |\n" + "|---" * 8 + "|"
     )
     cells = [c for c in cells if CELLS[c][0] != "inference" and CELLS[c][2] == OURS]
-    cells.sort(
-        key=lambda name: "HiViT-B" not in name
-    )  # first, because the others are compared with it
+    # HiViT-B comes first, because the other models are compared with it.
+    cells.sort(key=lambda name: "HiViT-B" not in name)
     for chip in args.chip:
         folder, bounds = args.out / chip.replace(":", "_"), {}
         for name in cells:
