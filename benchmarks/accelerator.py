@@ -34,7 +34,7 @@ TESTS = {
     "numbers": "tests/kernels/test_accelerator.py",
     "official": "tests/parity/test_official.py",
 }
-TAIL = 30  # number of last lines of a failed part's output that are kept
+TAIL = 30  # lines that are kept from the end of a failed part's output
 
 
 class Step(NamedTuple):

@@ -40,7 +40,7 @@ def outcome(workdir: Path, expected: dict[int, dict], abstract: dict) -> str:
     """Restore the newest checkpoint of a workdir and classify the result.
 
     Args:
-      expected: saved arrays by name, by step.
+      expected: step -> saved arrays by name.
       abstract: shapes, dtypes and shardings of the state.
     """
     with contextlib.redirect_stdout(io.StringIO()):

@@ -20,8 +20,8 @@ There are two totals of bytes, both with the padding of tiles:
 - `bytes_by_region` sums over the regions. It counts HBM only, and all operands and
   results of custom calls.
 - The TPU compiler's own total is larger. It also counts arrays in VMEM, and counts
-  custom calls by their `cost_estimate`. XLA:GPU reports no total, so on GPUs both
-  totals are that of `bytes_by_region`.
+  custom calls by their `cost_estimate`. XLA:GPU reports no total, so on GPUs
+  `bytes_by_region` provides both totals.
 """
 
 import argparse

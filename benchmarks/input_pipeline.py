@@ -179,9 +179,9 @@ def seconds_to_jump() -> float:
 def memory(root: Path, batches: int) -> None:
     """Print the memory of this process about ten times while it reads the batches."""
     config = recipe(root, workers=2)
-    every = max(batches // 10, 1)
+    interval = max(batches // 10, 1)
     for step, _ in enumerate(inputs.train_batches(config, 0, batches), 1):
-        if step == min(100, every) or step % every == 0:
+        if step == min(100, interval) or step % interval == 0:
             pages = int(Path("/proc/self/statm").read_text().split()[1])
             resident = pages * os.sysconf("SC_PAGE_SIZE") / 2**20
             print(f"batch {step:>7,}  {resident:7,.0f} MiB", flush=True)

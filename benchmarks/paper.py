@@ -8,8 +8,8 @@ A cell is a job, a model and a program, such as "pretrain HiViT-B torch". --only
 all cells whose names contain one of its texts. The jobs are:
 
 - pretrain: the train step of pretraining at 224x224, which is masked autoencoding for
-  HiViT and ViT, and SimMIM for Swin. "Swin-B 192" has the size of SimMIM's official
-  recipe, 192x192.
+  HiViT and ViT, and SimMIM for Swin. "Swin-B 192" is Swin-B at 192x192, the size in
+  SimMIM's official recipe.
 - classify: the train step of finetuning at 224x224. In hivit_jax it includes drop path,
   Mixup, CutMix and random erasing; in PyTorch it does not.
 - inference: the forward pass of the same classifier.
@@ -18,8 +18,8 @@ The programs are hivit_jax and, if torch is installed, the networks of
 benchmarks/torch_twin.py and torch_peers.py with torch.compile and PyTorch's fused
 attention. For both, the images are already on the device. hivit_jax receives uint8
 images, and flips and normalizes them in every step. PyTorch receives normalized images.
-The dtype is float32 on a CPU and bfloat16 on a GPU. On a CPU, all processes keep freed
-memory.
+The dtype is float32 on a CPU and bfloat16 on a GPU. On a CPU, malloc keeps freed memory
+in the processes of both programs, as in training with hivit_jax.
 
 The cells of a job run interleaved, as in benchmarks/peers.py. Every cell is a JSON file
 in results/paper/cpu or results/paper/gpu. A rerun measures only the missing cells; with
@@ -48,8 +48,8 @@ from benchmarks.paper_tables import (
     RECIPES_OF_MODELS,
     Results,
     claims,
-    compile_row,
     draw,
+    format_compiled,
     table,
 )
 from benchmarks.peer_rows import OURS, load_recipe, start_recipe, start_torch
@@ -154,7 +154,8 @@ def compile_all(cells: list[str], args: argparse.Namespace) -> None:
         "| bound: images/s per chip | HiViT-B / this |\n" + "|---" * 8 + "|"
     )
     cells = [c for c in cells if CELLS[c][0] != "inference" and CELLS[c][2] == OURS]
-    cells.sort(key=lambda name: "HiViT-B" not in name)  # others are compared with it
+    # HiViT-B comes first, because the other models are compared with it.
+    cells.sort(key=lambda name: "HiViT-B" not in name)
     for chip in args.chip:
         folder, bounds = args.out / chip.replace(":", "_"), {}
         for name in cells:
@@ -173,7 +174,7 @@ def compile_all(cells: list[str], args: argparse.Namespace) -> None:
             if roofline := report["roofline"]:
                 bounds[job, model] = roofline["images_per_second_per_chip"]
             bound = bounds.get((job, "HiViT-B"))
-            print(compile_row(f"{model}, {job}, {chip}", report, bound), flush=True)
+            print(format_compiled(f"{model}, {job}, {chip}", report, bound), flush=True)
 
 
 def measure_all(cells: list[str], args: argparse.Namespace) -> None:

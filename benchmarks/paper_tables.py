@@ -6,7 +6,7 @@ from typing import Any
 from benchmarks.peer_rows import OURS
 
 PYTORCH = "torch"
-CLAIM = 1.9  # pretraining speed of HiViT-B / Swin-B with SimMIM, as in the paper
+CLAIM = 1.9  # pretraining speed of HiViT-B / Swin-B (SimMIM), in the paper
 JOBS = ("pretrain", "classify", "inference")
 # Model -> recipes of pretraining and finetuning.
 RECIPES_OF_MODELS = {
@@ -99,7 +99,7 @@ def draw(results: Results, path: Path) -> None:
     figure.savefig(path)
 
 
-def compile_row(name: str, report: dict[str, Any], bound: float | None) -> str:
+def format_compiled(name: str, report: dict[str, Any], bound: float | None) -> str:
     """Format a row of the table of compiled cells.
 
     Args:

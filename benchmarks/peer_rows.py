@@ -126,7 +126,7 @@ def build_network(name: str, task: str) -> Any:
     """Return a PyTorch network: ViT-B, Swin-B, Swin-B 192, or a key of `HIVIT`.
 
     Args:
-      task: "pretrain": a network for pretraining; otherwise a classifier.
+      task: "pretrain" for a masked autoencoder or SimMIM; otherwise a classifier.
     """
     from benchmarks import torch_peers
     from benchmarks.torch_twin import HiViT

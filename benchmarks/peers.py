@@ -8,16 +8,17 @@ Compares HiViT-B in hivit_jax with a PyTorch twin of the official code, eager an
 compiled, and with ViT-B and Swin-B in PyTorch (benchmarks/torch_peers.py). The tasks
 are:
 
-- pretrain: the train step of mae_base; for ViT-B, that of MAE; for Swin-B, of SimMIM.
+- pretrain: the train step of mae_base. ViT-B is trained by MAE, Swin-B by SimMIM.
 - classify: the train step of finetune:base, without the random draws of drop path,
   Mixup, CutMix and random erasing.
 - inference: the forward pass of the same classifier.
 
-The dtype is float32 on a CPU and bfloat16 (autocast) on a GPU. On a CPU, the process of
-hivit_jax keeps freed memory, as in training. With `--keep_memory`, PyTorch's processes
-do the same. Every row of the table is a separate process. In each of `--rounds` rounds,
-the processes take turns on the same cores: each runs `--steps` steps while the others
-sleep. Needs torch in addition to the packages of benchmarks/train_step.py.
+The dtype is float32 on a CPU and bfloat16 (autocast) on a GPU. On a CPU, malloc keeps
+freed memory in the process of hivit_jax, as in training. With `--keep_memory`, it does
+so in PyTorch's processes too. Every row of the table is a separate process. In each of
+`--rounds` rounds, the processes take turns on the same cores: each runs `--steps` steps
+while the others sleep. Needs torch in addition to the packages of
+benchmarks/train_step.py.
 
 For the same weights, images, and masks or labels, the twin's first loss must match that
 of hivit_jax. The images are already on the device. PyTorch receives normalized images;
@@ -52,7 +53,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 DEFAULT = (OURS, "torch", "torch, compiled", "ViT-B", "Swin-B")
 GPU_BATCH = 256  # default number of images per step
-TOLERANCE = {"cpu": 1e-5, "gpu": 1e-2}  # relative, of the first loss
+TOLERANCE = {"cpu": 1e-5, "gpu": 1e-2}  # relative difference of the first losses
 
 
 def start_row(
@@ -62,7 +63,7 @@ def start_row(
 
     Args:
       start: a function of `benchmarks.peer_rows` with its arguments.
-      keep_memory: keep freed memory in the process, if it runs on a CPU.
+      keep_memory: make malloc keep freed memory, if the process runs on a CPU.
     """
     context = multiprocessing.get_context("spawn")
     pipe, end = context.Pipe()
@@ -113,7 +114,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
                 start = partial(start_ours, args, first_step)
             else:
                 start = partial(start_torch, *TORCH[row], args, first_step)
-            keep_memory = row == OURS or args.keep_memory  # training keeps it too
+            keep_memory = row == OURS or args.keep_memory  # as in training
             pipes[row] = start_row(start, keep_memory, args)
             results[row] = receive(pipes[row], row)
             print(f"{row}: ready; first loss {results[row]['loss']}", flush=True)

@@ -5,8 +5,8 @@
 The benchmark trains a very small HiViT on grayscale images of 32x32 pixels. There are
 two datasets of ten classes: handwritten digits (scikit-learn), and tiles of ten
 photographs (scikit-image and scikit-learn), where the class is the photograph. Each
-random draw selects 40 training images and 20 test images per class. All recipes train
-on the same number of images. Each result is added to results/small_data.json. An
+random draw selects 40 training images and 20 test images per class. All recipes process
+the same total number of images. Each result is added to results/small_data.json. An
 interrupted benchmark resumes.
 """
 
@@ -34,7 +34,7 @@ TRAIN, TEST = 40, 20  # images per class
 DRAWS = 3
 PHOTOGRAPHS = ("astronaut", "brick", "camera", "chelsea", "coffee", "grass", "gravel")
 EPOCHS, PRETRAINING_EPOCHS = 60, 150
-NEVER = 10**6  # the last step is always evaluated and saved
+NEVER = 10**6  # interval; the last step is always evaluated and saved
 COMMON = {
     "model.image_size": SIDE,
     "model.patch_size": 8,

@@ -60,7 +60,7 @@ def report_for(size: str, topology: str, workdir: Path, **overrides: object) -> 
 
 
 def search_batch(size: str, topology: str, workdir: Path, **overrides: object) -> dict:
-    """Return the largest batch of a recipe; search it if the workdir has no result."""
+    """Return the largest batch of a recipe; search for it if the workdir has none."""
     config, directory = prepare(size, topology, overrides, workdir)
     path = directory / "largest_batch.json"
     if not path.exists():

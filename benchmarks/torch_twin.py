@@ -27,8 +27,8 @@ class Attention(nn.Module):
     """Self-attention, with a table of relative positions if `grid` is given.
 
     Attributes:
-      plain: class attribute. True: compute scores and softmax explicitly, as the
-        official code does. False: use `scaled_dot_product_attention`.
+      plain: class attribute; compute scores and softmax explicitly, as the official
+        code does. False: use `scaled_dot_product_attention`.
     """
 
     plain = False

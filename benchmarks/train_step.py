@@ -121,7 +121,7 @@ class Evaluation:
 
 
 def task_of(config: Any) -> tasks.Task:
-    """Return the task of a recipe for ImageNet or synthetic images, without files."""
+    """Return the task of a recipe for ImageNet or synthetic images; read no files."""
     encoded = config.data.name != "synthetic"
     counts = {"train": 1_281_167, "test": 50_000}
     return tasks.create(config, DatasetInfo(counts, encoded=encoded))

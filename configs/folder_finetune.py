@@ -6,7 +6,7 @@ Variants: tiny (default), small, base. For hundreds to tens of thousands of imag
 DIR/CLASS; a tenth is held out. `--config.init_from=runs/mae` starts from a pretrained
 model. For tens of thousands: `--config.total_epochs=30 --config.eval_every=1000`.
 Values: those of finetune without mixing and label smoothing. The learning rate is
-finetune's, scaled by about the square root of the batch size.
+lower than finetune's, roughly in proportion to the square root of the batch size.
 Expected: docs/small_data.md. Hardware: any mesh.
 Cost: 27.5 GFLOP per image for tiny; 100 epochs.
 """

@@ -6,8 +6,8 @@ Variants: tiny, small, base (default), large.
 Values: those of MAE's linear probe. LARS without weight decay trains a linear layer on
 the mean-pooled, frozen features, after BatchNorm without scale and bias.
 Expected: unknown, because the HiViT paper reports no linear probe. Hardware: any mesh.
-Cost: the run trains on 115 million images. A train step (one forward pass) takes, in
-GFLOP per image: tiny 9.2, small 18.1, base 31.6, large 127.8.
+Cost: the run trains on 115 million images. A train step (counted as one forward pass)
+takes, in GFLOP per image: tiny 9.2, small 18.1, base 31.6, large 127.8.
 """
 
 

@@ -7,8 +7,8 @@ code for base, large and huge; none are published for tiny and small.
 Expected: top-1 after finetune_vit: base 83.6, large 85.9, huge 86.9 % (published, not
 reproduced here). Others report 83.4 to 83.6 % for base.
 Hardware: any mesh; huge needs mesh.fsdp > 1.
-Cost: the run trains on 2.05 billion images. A train step (three forward passes)
-takes, in GFLOP per image: tiny 34, small 39, base 59, large 125, huge 291.
+Cost: the run trains on 2.05 billion images. A train step (counted as three forward
+passes) takes, in GFLOP per image: tiny 34, small 39, base 59, large 125, huge 291.
 """
 
 

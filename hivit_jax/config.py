@@ -183,7 +183,7 @@ def _parse_override(override: str) -> tuple[str, str]:
 def _convert(
     keys: Mapping[str, Key], name: str, value: Any, method: Callable[[Key, Any], Any]
 ) -> Any:
-    """Convert a value to the type of its key. `method`: Key.convert or Key.parse."""
+    """Convert a value with `method`, which is `Key.convert` or `Key.parse`."""
     if name not in keys:
         raise unknown_key("config key", name, keys)
     try:

@@ -211,7 +211,7 @@ def source_batches(
 
 
 def first_test_batch(config: Any, count: int) -> Batch:
-    """Return the first test examples, at most `count`, from the first one's bucket.
+    """Return up to `count` test examples, the first of the first example's bucket.
 
     Every process returns the same batch. If the config has no evaluation, returns
     training examples, transformed for evaluation.

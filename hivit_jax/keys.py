@@ -164,7 +164,7 @@ class Key:
 
     @property
     def _element_type(self) -> Any:
-        """Type of a tuple's elements, or of the value; None: anything is allowed."""
+        """Type of a tuple's elements, or of the value; None if anything is allowed."""
         if self.value_type not in (tuple, object):
             return self.value_type
         limits = self.low, self.high, self.above, self.below
@@ -281,7 +281,7 @@ def show(value: Any) -> str:
 
 
 def _limit_text(limit: float | None) -> str:
-    """Return a limit as text; None: ""."""
+    """Return a limit as text, or "" without a limit."""
     if limit is None:
         return ""
     if isinstance(limit, int) and limit > 10**6 and (limit + 1) & limit == 0:

@@ -18,7 +18,7 @@ def expand(path: str) -> str:
 
 
 def absolute(path: str | os.PathLike) -> Any:
-    """Return a path as by `open_path`, made absolute unless it is in a bucket."""
+    """Return `open_path(path)`, made absolute unless it is in a bucket."""
     path = open_path(path)
     return path if is_bucket(path) else path.absolute()
 

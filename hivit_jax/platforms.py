@@ -1,4 +1,4 @@
-"""Start JAX's accelerator runtimes, or keep them from starting."""
+"""Use only the CPU, or hide the errors of accelerator runtimes that find no chip."""
 
 import importlib.util
 import os
@@ -26,11 +26,12 @@ def use_cpu() -> None:
 
 
 def start() -> None:
-    """Start JAX's runtimes. If they find no chip, log one line.
+    """Log one line if accelerator runtimes are installed but find no chip.
 
-    On a computer without the chip of an installed runtime, that runtime prints pages of
-    errors. This function hides them unless JAX fails or finds a chip that `has_chip`
-    missed.
+    Such a runtime prints pages of errors when JAX starts it. This function starts JAX
+    and hides the errors, unless JAX fails or finds a chip that `has_chip` missed. It
+    does nothing if `jax_platforms` is set, no runtime is installed, or `has_chip` finds
+    a chip.
     """
     runtimes = installed_runtimes()
     if jax.config.jax_platforms or not runtimes or has_chip():

@@ -32,7 +32,7 @@ def preprocess(model: Model) -> Callable[[Any], np.ndarray]:
     in training.
 
     With `data.canvas=0`, the result is bit-identical to the input of the model in an
-    evaluation. With a canvas, the evaluation resizes on the device. Its pixels may then
+    evaluation. With a canvas, the evaluation resizes on the device. A pixel may then
     differ by one of 255 levels where a value lies halfway between two levels.
 
     The returned function raises:

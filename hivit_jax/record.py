@@ -110,7 +110,7 @@ def check_batch_size(old: int, new: int, accumulate_steps: int, workdir: Any) ->
     """
     if old == new:
         return
-    # The fewest steps whose microbatches are not larger than the new config's.
+    # The smallest accumulate_steps with microbatches no larger than the new config's.
     fewest = -(-old * accumulate_steps // new)
     steps = next((k for k in range(fewest, old + 1) if old % k == 0), old)
     advice = (

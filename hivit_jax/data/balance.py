@@ -22,7 +22,7 @@ class BalancedOrder:
 
     Args:
       labels: class of each example, int [n].
-      balance: 1: all classes occur equally often; between 0 and 1: a class of k
+      balance: with 1, all classes occur equally often; between 0 and 1, a class of k
         examples occurs in proportion to ``k ** (1 - balance)``.
       seed: seed of the permutations.
     """
@@ -55,16 +55,16 @@ class BalancedOrder:
     def _compute_epoch(self, epoch: int) -> np.ndarray:
         """Return the example indices and passes of an epoch, int64 [2, n]."""
         parts = []
-        for number, own in enumerate(self._members):
+        for number, members in enumerate(self._members):
             count = self.counts[number]
             places = np.arange(epoch * count, (epoch + 1) * count)
-            passes, offsets = np.divmod(places, len(own))
+            passes, offsets = np.divmod(places, len(members))
             indices = np.empty_like(offsets)
             for k in np.unique(passes):
                 at = passes == k
                 # Counted from 1, because SeedSequence ignores a trailing 0.
-                order = shuffled([self._seed, int(k), 1 + number], len(own))
-                indices[at] = own[order[offsets[at]]]
+                order = shuffled([self._seed, int(k), 1 + number], len(members))
+                indices[at] = members[order[offsets[at]]]
             parts.append(np.stack([indices, passes]))
         order = permutation(self._seed, epoch, self._n)
         return np.concatenate(parts, axis=1)[:, order]
@@ -88,7 +88,7 @@ def check_balance(class_counts: Sequence[int], data: Mapping[str, Any]) -> None:
 def balanced_counts(sizes: list[int], balance: float) -> np.ndarray:
     """Return the number of positions of each class in an epoch, int64 [classes].
 
-    They add up to the number of examples. Fractions are rounded by the largest
+    The numbers add up to the number of examples. Fractions are rounded by the largest
     remainder method.
 
     Args:

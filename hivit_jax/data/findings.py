@@ -71,10 +71,14 @@ def _value_findings(
 ) -> dict[str, str]:
     """Return the findings about more than 8 bits, lost values and clipped values.
 
-    Values count as lost in three cases: fewer than a quarter of the levels remain (of
-    256 levels, if there are more); only one of several levels remains; or only the
-    alpha channel varies, which is dropped. Values outside of the range count as
-    clipped.
+    Values count as lost in three cases:
+
+    - fewer than a quarter of the levels remain, where an image with more than 256
+      levels counts as one with 256;
+    - only one of several levels remains;
+    - only the alpha channel varies, which is dropped.
+
+    Values outside of the range count as clipped.
     """
     try:
         with Image.open(io.BytesIO(encoded)) as image:

@@ -21,7 +21,7 @@ from hivit_jax.errors import DataError, LocalDataError
 
 Batch = dict[str, np.ndarray]
 IMAGES_PER_JOB = 8  # examples that a thread reads in one job
-PREFETCH_BATCHES = 2  # batches that threads fill while the caller uses another
+PREFETCH_BATCHES = 2  # batches that threads fill ahead of the batch in use
 MIN_POOLED_BYTES = 2**20  # the memory of arrays of at least this size is reused
 
 
@@ -55,7 +55,7 @@ class Loader:
       source: one split of a dataset.
       transform: transform of its examples.
       seed: seed of the transform's random numbers.
-      local_batch_size: examples of a batch that this process reads.
+      local_batch_size: examples that this process reads per batch.
       threads: number of reading threads; 0: one per core.
     """
 

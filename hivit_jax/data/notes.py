@@ -1,4 +1,4 @@
-"""Notes at the start of a run: ignored images, images of no class, reduced values."""
+"""Notes at the start of a run: ignored images, images of no class, 16-bit values."""
 
 from contextlib import suppress
 
@@ -12,10 +12,10 @@ from hivit_jax.data.sources.file_index import OUTSIDE
 def split_notes(
     source: Source, indices: np.ndarray, split: str, dtype: str
 ) -> list[str]:
-    """Return lines about ignored images, images of no class, and reduced values.
+    """Return lines about ignored images, images of no class, and reduced 16 bits.
 
     Args:
-      indices: indices of the examples that are read to find reduced values.
+      indices: indices of the examples that are read to find 16-bit values.
       dtype: `data.dtype`.
     """
     notes = []

@@ -13,17 +13,17 @@ from pathlib import Path
 from hivit_jax.data import storage
 from hivit_jax.errors import HivitError
 
-THREADS = 4  # copies in progress
-EXIT_SECONDS = 10.0  # time that copies in progress have to stop at exit
+THREADS = 4  # number of concurrent copies
+EXIT_SECONDS = 10.0  # longest wait at exit for unfinished copies
 
 
 class ShardCache:
     """Directory with whole copies of files in buckets. Thread-safe.
 
     Files are copied in the order in which they are first needed. Processes of one host
-    may share the directory: a copy in progress has another name and a lock, so that
-    only one process writes it and no process reads it. Complete copies are never
-    deleted.
+    may share the directory: an unfinished copy has the suffix ``.part`` and is locked,
+    so that only one process writes it and no process reads it. Complete copies are
+    never deleted.
 
     Args:
       directory: the cache directory.
@@ -46,7 +46,7 @@ class ShardCache:
         return self._root / scheme / rest
 
     def locate(self, address: str) -> str:
-        """Return the path of a file's copy if there is one, otherwise its address.
+        """Return the path of a file's copy if it exists, otherwise the file's address.
 
         A file without a copy is queued for copying.
         """
@@ -93,7 +93,7 @@ class ShardCache:
                 self._queue.put(address)
 
     def stop(self) -> None:
-        """Stop copying and wait a while for the copies in progress to end."""
+        """Stop copying, and wait up to `EXIT_SECONDS` for unfinished copies."""
         self._stopped.set()
         for _ in self._threads:
             self._queue.put("")
@@ -105,11 +105,11 @@ class ShardCache:
             self._copy(address, wait=False)
 
     def _copy(self, address: str, wait: bool) -> None:
-        """Copy a file, and log an error.
+        """Copy a file. Errors are logged, not raised.
 
         Args:
-          wait: True: wait if another process or thread is copying the file; False: skip
-        it.
+          wait: if another process or thread is copying the file, wait for it; False:
+            return at once.
         """
         try:
             target = self.target(address)
@@ -132,7 +132,7 @@ class ShardCache:
             )
 
     def _copy_locked(self, address: str, target: Path, file) -> None:
-        """Copy a file into its locked, partial copy, and rename it."""
+        """Copy a file into the locked ``.part`` file, check and rename the copy."""
         if target.exists():
             # Another process renamed the partial copy while this one waited.
             _remove_if_empty(f"{target}.part")

@@ -186,7 +186,7 @@ def _open_store(scheme: str, bucket: str) -> Any:
 
 
 def _read_part(path: str, start: int, size: int) -> Any:
-    """Return tensorstore's answer with up to `size` bytes; None: no bytes are left."""
+    """Return tensorstore's answer with up to `size` bytes, or None if none are left."""
     try:
         return _result(path, _start(path, start, start + size))
     except _RangeError:

@@ -24,7 +24,7 @@ def members(path: str) -> Iterator[tuple[Member, Callable[[], bytes]]]:
 
     Raises:
       DataError: the file is not a tar file, or is truncated.
-      StorageError, OSError: it cannot be read.
+      StorageError, OSError: the file cannot be read.
     """
     read, position, name, size, stop = _reader(path), 0, "", -1, 0
     while True:

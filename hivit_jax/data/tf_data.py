@@ -54,7 +54,7 @@ class TfReader:
       source: one split of a dataset.
       transform: transform of its examples.
       seed: seed of the transform's random numbers.
-      local_batch_size: examples of a batch that this process reads.
+      local_batch_size: examples that this process reads per batch.
       threads: number of threads; 0: one per core.
       plan: function that returns the planned batches.
 
@@ -155,18 +155,21 @@ class TfReader:
             }
 
     def _record(self, index: int) -> Record:
-        """Return the record for TensorFlow; NO_RECORD: `_load` reads the example."""
+        """Return the record that TensorFlow reads; NO_RECORD if `_load` must do it."""
         if index < 0:
             return NO_RECORD
         if self._decodes and index not in self._unreadable:
-            with contextlib.suppress(Exception):  # from a damaged file; see `_load`
+            with contextlib.suppress(Exception):  # a damaged file, left to `_load`
                 if record := self._source.record(index):
                     return record
         self._source.ask(index)
         return NO_RECORD
 
     def _load_batch(self, rows: dict[str, Any]) -> dict[str, Any]:
-        """Return the arrays of a batch; `_load` reads all of it if TensorFlow fails."""
+        """Return the arrays of a batch.
+
+        If TensorFlow fails to read an example, `_load` reads the whole batch again.
+        """
         batches = self._elements(rows, self._load)
         if self._decodes:
             fast = self._elements(rows, self._decode).ignore_errors()
@@ -183,7 +186,7 @@ class TfReader:
         )
 
     def _load(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Load an example with the `Loader`."""
+        """Load an example with the `Loader`, which marks damaged ones as unreadable."""
         tf, spec = self._tf, self._spec
         arrays = tf.numpy_function(
             self._load_arrays,

@@ -27,7 +27,7 @@ def members(path: str) -> list[Member]:
 
     Raises:
       DataError: the file is not a zip file, or a member is compressed.
-      StorageError, OSError: it cannot be read.
+      StorageError, OSError: the file cannot be read.
     """
     first, size = _directory(path)
     data, position, found = storage.read(path, first, first + size)(), 0, []

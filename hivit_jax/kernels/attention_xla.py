@@ -26,7 +26,7 @@ def dot_product_attention(
 
     Args:
       bias, mask: see `unnormalized_softmax`.
-      choice: "plain": never use cuDNN; see `dispatch.mlp`.
+      choice: see `dispatch.mlp`; "plain" also excludes cuDNN.
     """
     if dispatch.platform() == "cpu":
         weights, sums = unnormalized_softmax(q, k, bias, mask)

@@ -66,7 +66,7 @@ def over_rows(
         grid_spec=pl.GridSpec(
             grid=(cores, steps),
             in_specs=in_specs,
-            out_specs=[*_blocks(plan.rows, steps, outputs), *map(_of_core, core_sums)],
+            out_specs=[*_blocks(plan.rows, steps, outputs), *map(_per_core, core_sums)],
             scratch_shapes=[*(pltpu.VMEM(s, F32) for s in shapes), *scratch],
         ),
         out_shape=[*outputs, *core_sums],
@@ -94,7 +94,7 @@ def _whole(x):
     return pl.BlockSpec(x.shape, lambda core, step: (0,) * x.ndim)
 
 
-def _of_core(x):
+def _per_core(x):
     """Spec of an array [cores, ...] of which each core writes its part."""
     rest = (0,) * (x.ndim - 1)
     return pl.BlockSpec((1, *x.shape[1:]), lambda core, step: (core, *rest))

@@ -120,7 +120,7 @@ class Attention(nnx.Module):
         """Return q, k, v, [B, K, heads, C/heads] each, and bias and mask.
 
         Bias and mask broadcast over [B, heads, K, K], or are None. With windows, B*W
-        takes the place of B, and S that of K (see `Windows`).
+        takes the place of B, and S takes the place of K (see `Windows`).
         """
         windows = self.windows
         if windows is not None and windows.attend_padding:

@@ -83,7 +83,7 @@ class Classifier(Model):
     def head_token(
         self, images: jax.Array, *, drop_path_keys: jax.Array | None = None
     ) -> jax.Array:
-        """Return the input of `fc_norm`, [B, H, W, C] -> [B, E] float32."""
+        """Return pooled features before `fc_norm`, [B, H, W, C] -> [B, E] float32."""
         return self.mean_token(images, drop_path_keys=drop_path_keys)
 
     @accepts_explicit_axes

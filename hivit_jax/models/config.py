@@ -55,7 +55,7 @@ class EncoderConfig:
     layer_norm_eps: epsilon of every LayerNorm.
 
     Class attributes:
-      class_tokens: tokens before those of the units, 0 or 1.
+      class_tokens: number of tokens before the units' tokens, 0 or 1.
 
     Raises:
       ConfigError: inconsistent sizes.
@@ -126,7 +126,7 @@ class EncoderConfig:
         return tuple(map(float, rates))
 
     def windows(self, grid: Grid) -> list[Windows | None]:
-        """Return the windows of each block with attention; None: global attention."""
+        """Return each attention block's windows, or None for global attention."""
         return [None] * self.block_counts[-1]
 
     def table_grid(self, stage: int, block: int) -> Grid:
@@ -198,7 +198,7 @@ class HiViTConfig(EncoderConfig):
         return (*(2 * depth for depth in self.depths[:-1]), self.depths[-1])
 
     def windows(self, grid: Grid) -> list[Windows | None]:
-        """Return the windows of each main-stage block; None: global attention."""
+        """Return each main-stage block's windows, or None for global attention."""
         windows = make_windows(grid, self.window_size)
         return [
             None if index in self.global_blocks else windows

@@ -43,7 +43,7 @@ def attention_cost(
 def encoder_cost(
     encoder: Encoder, grid: Grid, kept: int | None = None, *, layer_norm_cost: int = 5
 ) -> int:
-    """Return the cost of encoding `kept` units of one image; None: all units.
+    """Return the cost of encoding `kept` units of one image, or all units if None.
 
     The patch convolution counts for all units, as in the published tables, although it
     runs on the kept units only. Attention products with the padding of windows count,

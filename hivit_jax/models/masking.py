@@ -52,7 +52,7 @@ def _check_visible(units: int, mask_ratio: float, count: Callable[[float], int])
 
 
 def _largest_mask_ratio(units: int, count: Callable[[float], int]) -> float:
-    """Return the largest ratio that keeps a unit, to few decimals; 0 if none does."""
+    """Return the largest valid ratio, with few decimals; 0 if none is valid."""
     digits = max(2, len(str(units)))
     step = 10**-digits
     ratio = round(1 - 1 / units, digits)

@@ -1,6 +1,6 @@
 """SimMIM on Swin (Xie et al., CVPR 2022).
 
-All tokens are encoded. A learned token replaces those of masked units after the patch
+All tokens are encoded. A learned token replaces each masked token after the patch
 embedding. A linear layer on the tokens of the last stage predicts the pixels.
 """
 

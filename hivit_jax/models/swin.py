@@ -86,7 +86,9 @@ class SwinConfig(EncoderConfig):
         return min(side, *grid) if self.shrink_windows else side
 
     def stage_windows(self, stage: int, grid: Grid) -> list[Windows | None]:
-        """Return the windows of the blocks of a stage; None: one window, not padded.
+        """Return the windows of each block of a stage.
+
+        None stands for a single window that is neither padded nor shifted.
 
         Args:
           grid: tokens along height and width of this stage.
@@ -173,7 +175,7 @@ class Swin(Encoder):
 
         Args:
           images: [B, H, W, C] float, normalized.
-          mask: [B, N], 1 for tokens of the first stage to replace by `mask_token`.
+          mask: [B, N], 1 for first-stage tokens that `mask_token` replaces.
           drop_path_keys: [B] PRNG keys for drop path; None (evaluation): no drop path.
 
         Raises:

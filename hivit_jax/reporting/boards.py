@@ -91,7 +91,7 @@ class TensorBoard:
 
 
 class Wandb:
-    """A run of Weights & Biases. A resumed run continues the same run there.
+    """Run at Weights & Biases, which a resumed run of this package continues.
 
     The environment variables of wandb apply, such as WANDB_MODE=offline.
     """
@@ -122,8 +122,8 @@ class Wandb:
         self._run.log({tag(name): value for name, value in values.items()}, step=step)
 
     def images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
-        found = {tag(name): self._image(pixels) for name, pixels in images.items()}
-        self._run.log(found, step=step)
+        tagged = {tag(name): self._image(pixels) for name, pixels in images.items()}
+        self._run.log(tagged, step=step)
 
     def close(self) -> None:
         self._run.finish()

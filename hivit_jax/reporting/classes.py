@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-MAX_MATRIX = 1000  # classes up to which a confusion matrix is counted and drawn
-MIN_TOP5 = 6  # classes from which the top-5 accuracy is computed
+MAX_MATRIX = 1000  # largest number of classes with a confusion matrix
+MIN_TOP5 = 6  # smallest number of classes with a top-5 accuracy
 
 
 class ClassCounts:
@@ -52,14 +52,14 @@ class ClassCounts:
         """
         total, present = int(self.images.sum()), self.images > 0
         recalls = self.correct[present] / self.images[present]
-        found = {
+        metrics = {
             "images": total,
             "accuracy": float(self.correct.sum()) / total,
             "balanced_accuracy": float(recalls.mean()),
         }
         if len(self.names) >= MIN_TOP5:
-            found["top5"] = self.in_top5 / total
-        return found
+            metrics["top5"] = self.in_top5 / total
+        return metrics
 
     def table(self) -> Iterator[dict[str, str | int]]:
         """Yield the `class_row` of each class."""

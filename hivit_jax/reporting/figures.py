@@ -179,7 +179,8 @@ def _figure(width: float, height: float) -> Any:
 def _show(axis: Any, pixels: np.ndarray) -> None:
     """Draw an image [H, W, C] without axes.
 
-    One or two channels are drawn in gray; of more than three, the first three.
+    With one or two channels, the first is drawn in gray. With more than three, the
+    first three are drawn in color.
     """
     pixels = pixels[..., 0] if pixels.shape[-1] < 3 else pixels[..., :3]
     axis.imshow(pixels, cmap="gray", vmin=0, vmax=1)

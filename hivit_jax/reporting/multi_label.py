@@ -19,21 +19,21 @@ def average_precision(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
       scores: larger for a more probable class, [n, classes].
       labels: 0 and 1, [n, classes].
     """
-    found = np.full(labels.shape[1], np.nan)
+    precisions = np.full(labels.shape[1], np.nan)
     for k in np.flatnonzero(labels.any(0)):
         order = np.argsort(-scores[:, k], kind="stable")
         score, label = scores[order, k], labels[order, k]
         last = np.flatnonzero(np.append(score[1:] != score[:-1], True))
         correct = np.cumsum(label, dtype=np.int64)[last]
         precision = correct / (last + 1)
-        found[k] = (np.diff(correct, prepend=0) * precision).sum() / correct[-1]
-    return found
+        precisions[k] = (np.diff(correct, prepend=0) * precision).sum() / correct[-1]
+    return precisions
 
 
 def mean_average_precision(scores: np.ndarray, labels: np.ndarray) -> float:
     """Return the mean average precision of the classes that occur; 0 if none does."""
-    found = average_precision(scores, labels)
-    return float(np.nanmean(found)) if labels.any() else 0.0
+    precisions = average_precision(scores, labels)
+    return float(np.nanmean(precisions)) if labels.any() else 0.0
 
 
 def class_table(

@@ -24,9 +24,9 @@ def closed_form_probe(
 
     The features of an image are the last tokens of the encoder in `config.init_from`,
     averaged over the units. Every image of both splits is encoded once, transformed as
-    in evaluation. The penalty is the one of `PENALTIES` with the best accuracy on
-    held-out training images; the final classifier uses all training images. The host
-    computes it in float64, without random numbers.
+    in evaluation. The penalty is the value in `PENALTIES` with the best accuracy on
+    held-out training images. The host computes the classifier from all training images
+    in float64, without random numbers.
 
     Args:
       heartbeat: called after every batch.
@@ -96,9 +96,9 @@ class Ridge(NamedTuple):
         for part in _chunks(len(labels)):
             x, true = (features[part] - self.mean) / self.scale, labels[part, None]
             scores = x @ weights + self.frequencies
-            own = np.take_along_axis(scores, true, 1)
+            true_scores = np.take_along_axis(scores, true, 1)
             earlier = np.arange(scores.shape[1]) < true
-            rank = ((scores > own) | ((scores == own) & earlier)).sum(1)
+            rank = ((scores > true_scores) | ((scores == true_scores) & earlier)).sum(1)
             correct += [(rank < 1).sum(), (rank < 5).sum()]
         top1, top5 = (correct / max(len(labels), 1)).tolist()
         return top1, top5
@@ -153,8 +153,8 @@ def held_out_images(labels: np.ndarray) -> np.ndarray:
     first = np.searchsorted(labels[order], labels[order])
     position = np.empty(len(labels), np.int64)  # among the images of the same class
     position[order] = np.arange(len(labels)) - first
-    every = 5 if (position >= 4).any() else 2
-    return position % every == every - 1
+    period = 5 if (position >= 4).any() else 2
+    return position % period == period - 1
 
 
 def _chunks(count: int) -> Iterator[slice]:

@@ -41,7 +41,7 @@ def check_model(config: Any, model_class: type[Model]) -> None:
 
 
 def pixel_scale(data: Any) -> float:
-    """Return the pixel value that becomes 1: `data.scale`, or white by `data.dtype`."""
+    """Return the pixel value that becomes 1: `data.scale`, or `data.dtype`'s white."""
     return data.scale or float(MAXIMUM[data.dtype])
 
 

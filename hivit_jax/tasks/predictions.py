@@ -155,7 +155,7 @@ def _key(name: str, rank: int) -> str:
 def _table(
     rows: Rows, ranked: np.ndarray, names: Sequence[str]
 ) -> Iterator[dict[str, Any]]:
-    """Yield the columns of each image, omitting "label" or "error" if it has none."""
+    """Yield the columns of each image, without a "label" or "error" that is empty."""
     probabilities = np.take_along_axis(rows["probabilities"], ranked, 1).tolist()
     columns = [rows[key].tolist() for key in ("name", "label", "error")]
     for name, label, error, classes, values in zip(

@@ -87,8 +87,8 @@ def step_report(
 def run_cost(config: Any, report: dict[str, Any]) -> dict[str, Any]:
     """Return {"run": images and hours of the whole run}, as JSON values.
 
-    Hours are those of the roofline bound and of `UTILIZATION` of it, without evaluation
-    and reading of images. They are None if the step does not fit.
+    Hours are given at the roofline bound and at `UTILIZATION` of this bound, without
+    evaluation and reading of images. They are None if the step does not fit.
     """
     chips = report["devices"] // CHIPS[report["topology"].partition(":")[0]].devices
     images = resolved_schedule(config)[1] * config.batch_size

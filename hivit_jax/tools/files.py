@@ -44,7 +44,7 @@ def make_parser(usage: str) -> Parser:
 
 
 def parse(parser: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse the arguments; ConfigError if the batch size is negative."""
+    """Parse the arguments; raise ConfigError if the batch size is negative."""
     flags = parser.parse_args(argv)
     if flags.batch_size < 0:
         raise ConfigError(f"--batch_size={flags.batch_size}; expected at least 0")
@@ -65,7 +65,7 @@ def config_of(pretrained: Pretrained, batch_size: int = 0) -> Any:
     `info`.
 
     Args:
-      batch_size: 0: that of the training, at most `MAX_BATCH`.
+      batch_size: 0 for the training's batch size, at most `MAX_BATCH`.
     """
     recipe = pretrained.recipe
     if not recipe:

@@ -53,7 +53,7 @@ def convert(
     Args:
       pattern: a file, a directory that is searched recursively, or a glob pattern.
       out: directory; its name becomes `data.name`.
-      label_column: "": one of `LABEL_COLUMNS`, or else a column of class labels.
+      label_column: "" for one of `LABEL_COLUMNS`, or else a column of class labels.
       short_side, shard_size: see `record_shards.write_dataset`.
 
     Raises:
@@ -129,7 +129,7 @@ def _find(pattern: str) -> dict[str, list[Path]]:
 
 
 def _read(file: Path, action: str, *arguments: Any, **options: Any) -> Any:
-    """Call a function of pyarrow.parquet; DataError if the file is damaged."""
+    """Call a function of pyarrow.parquet; raise DataError for a damaged file."""
     import pyarrow.parquet
 
     try:
@@ -198,7 +198,7 @@ def _names_of(feature: Any) -> tuple[list[str] | None, bool]:
 
 
 def _labels(file: Path, columns: Columns) -> list[list[int | str] | None]:
-    """Return the labels of each row of a file; None: unknown."""
+    """Return the labels of each row of a file, or None where they are unknown."""
     table = _read(file, "read_table", columns=[columns.label])
     return [*map(_as_list, table.column(0).to_pylist())]
 

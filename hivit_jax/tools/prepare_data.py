@@ -66,7 +66,7 @@ def prepare(
 
     Args:
       manual_dir: directory of files that TFDS cannot download.
-      data_dir: "": the default directory of TFDS.
+      data_dir: TFDS's data directory; "": TFDS's default.
       short_side: short side that larger training images of 8 bits are shrunk to; 0: no
         shrinking.
       shard_size: images per shard. An interruption loses at most one shard.

@@ -51,7 +51,7 @@ def make_report(workdirs: Iterable[str]) -> str:
       ConfigError: a directory is not the workdir of a run with metrics.
     """
     paths = list(dict.fromkeys(absolute(workdir) for workdir in workdirs))
-    # A name consists of the last parts of a path, as many as make all names different.
+    # Names are the last parts of the paths, as few as make all names different.
     names, parts = [], 1
     while len(set(names)) < len(paths):
         names, parts = ["/".join(path.parts[-parts:]) for path in paths], parts + 1
@@ -122,7 +122,7 @@ def read_metrics(workdir: Path) -> Lines:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    """Return the config of a launch, with the defaults of keys that it lacks."""
+    """Return the config of a start, with the defaults of keys that it lacks."""
     try:
         saved = json.loads(path.read_text())
     except ValueError as error:

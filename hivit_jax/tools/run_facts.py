@@ -138,8 +138,8 @@ def _early_ends(
     checkpoints.
     """
     names = ("log_every", "eval_every", "checkpoint_every")
-    every = {config.get(name) for config in start_configs for name in names} - {None, 0}
+    intervals = {c.get(name) for c in start_configs for name in names} - {None, 0}
     steps = {line["step"] for line in lines if "seconds_left" in line} | {*kept}
     last = {line["step"] for line in lines if line.get("seconds_left") == 0}
-    steps = steps - last - {0} if every else ()
-    return sorted(step for step in steps if all(step % n for n in every))
+    steps = steps - last - {0} if intervals else ()
+    return sorted(step for step in steps if all(step % n for n in intervals))

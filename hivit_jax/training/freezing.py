@@ -12,7 +12,7 @@ from hivit_jax.tree import leaf_name
 
 STAGES = "stages:"  # followed by the number of stages to freeze
 # Parts of the encoder that are numbered by stage.
-_OF_STAGES = ("stages", "merges")
+_STAGE_PARTS = ("stages", "merges")
 
 
 def frozen_parameters(freeze: str, names: Iterable[str]) -> frozenset[str]:
@@ -51,7 +51,7 @@ def _stage_prefixes(item: str, names: Iterable[str]) -> tuple[str, ...]:
         return ()
     if not 1 <= int(count) <= _number_of_stages(names):
         return ()
-    parts = [f"encoder/{kind}/{k}" for k in range(int(count)) for kind in _OF_STAGES]
+    parts = [f"encoder/{kind}/{k}" for k in range(int(count)) for kind in _STAGE_PARTS]
     return ("encoder/patch_embed", "encoder/absolute_pos_embed", *parts)
 
 

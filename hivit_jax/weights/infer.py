@@ -36,7 +36,7 @@ def infer(
       The arguments, and {argument: reason} for the guessed arguments.
 
     Raises:
-      CheckpointError: the state dict is not that of a HiViT, ViT or Swin.
+      CheckpointError: the state dict is not from a HiViT, ViT or Swin.
     """
     named = official_names(state).items()
     shapes = Shapes({name: array.shape for name, array in named})

@@ -23,7 +23,7 @@ def swin_arguments(
       image_size: image size that replaces the guess if it fits the tables; or None.
 
     Raises:
-      CheckpointError: the state dict is not that of a Swin.
+      CheckpointError: the state dict is not from a Swin.
     """
     shapes.kind = "Swin"
     is_simmim = MASK_TOKEN in shapes

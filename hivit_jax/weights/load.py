@@ -65,8 +65,8 @@ def read(path: str | Path, *, averaged: bool = True, **overrides: Any) -> Pretra
       path: a run's workdir or one of its checkpoints; a directory written by
         `save_pretrained`, or with one file of weights; a ``.safetensors`` or PyTorch
         file written by this package, the official code, MMPretrain or timm; or
-        ``hf://ORGANIZATION/NAME[@REVISION][/FILE]``. Directories and repositories may
-        be those of timm and transformers, with their config.json.
+        ``hf://ORGANIZATION/NAME[@REVISION][/FILE]``. Directories and repositories of
+        timm and transformers, with a config.json, are accepted too.
       averaged: prefer averaged weights (EMA) if they were saved.
       overrides: as in `create_model`. Only arguments that a file may lack have an
         effect: `NOT_IN_STATE_DICT`, and image_size if the grid of units is not square

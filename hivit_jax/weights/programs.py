@@ -20,7 +20,7 @@ ARGUMENTS = {
     "window_size": "window_size",
     "norm_pix_loss": "norm_pix_loss",
 }
-RESAMPLE = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers of filters
+RESAMPLE = {2: "bilinear", 3: "bicubic"}  # Pillow's number of a filter -> name
 
 
 def read_config(
@@ -28,11 +28,11 @@ def read_config(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return a directory's arguments for `create_model` and for `make_info`.
 
-    Both are {} if its config.json is neither from timm nor from transformers. Arguments
+    Both are {} if the config.json is neither from timm nor from transformers. Arguments
     that a file does not contain are left out.
 
     Args:
-      config: contents of config.json, {} without this file.
+      config: contents of config.json, {} if there is no such file.
 
     Raises:
       CheckpointError: a file is damaged, or a key of id2label is not an integer.
@@ -44,10 +44,10 @@ def read_config(
     arguments = {ours: config[key] for key, ours in ARGUMENTS.items() if key in config}
     info: dict[str, Any] = {}
     if (directory / PREPROCESSOR).is_file():
-        images = read_json(directory / PREPROCESSOR)
-        info = _image_facts(images, "image_mean", "image_std")
-        if images.get("resample") in RESAMPLE:
-            info["interpolation"] = RESAMPLE[images["resample"]]
+        preprocessing = read_json(directory / PREPROCESSOR)
+        info = _preprocessing_info(preprocessing, "image_mean", "image_std")
+        if preprocessing.get("resample") in RESAMPLE:
+            info["interpolation"] = RESAMPLE[preprocessing["resample"]]
         # These processors resize the whole image and do not crop it.
         info.setdefault("crop", 1.0)
     labels = config.get("id2label") or {}
@@ -65,26 +65,30 @@ def read_config(
 
 def _timm(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the arguments for `create_model` and `make_info` from timm's config."""
-    images = config.get("pretrained_cfg") or {}
+    preprocessing = config.get("pretrained_cfg") or {}
     arguments = {}
-    if size := images.get("input_size"):
+    if size := preprocessing.get("input_size"):
         arguments["image_size"] = tuple(size[1:])
-    info = _image_facts(images, "mean", "std")
-    if images.get("interpolation") in RESAMPLE.values():
-        info["interpolation"] = images["interpolation"]
+    info = _preprocessing_info(preprocessing, "mean", "std")
+    if preprocessing.get("interpolation") in RESAMPLE.values():
+        info["interpolation"] = preprocessing["interpolation"]
     if names := config.get("label_names"):
         info["class_names"] = names
     return _plain(arguments), info
 
 
-def _image_facts(images: Mapping[str, Any], mean: str, std: str) -> dict[str, Any]:
-    """Return the arguments of `make_info` that a config of images contains.
+def _preprocessing_info(
+    preprocessing: Mapping[str, Any], mean: str, std: str
+) -> dict[str, Any]:
+    """Return the arguments of `make_info` that a preprocessing config contains.
 
     Args:
-      mean, std: keys of the config.
+      mean, std: keys of mean and standard deviation in the config.
     """
     keys = {mean: "mean", std: "std", "crop_pct": "crop"}
-    return {ours: images[key] for key, ours in keys.items() if images.get(key)}
+    return {
+        ours: preprocessing[key] for key, ours in keys.items() if preprocessing.get(key)
+    }
 
 
 def _plain(arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -44,7 +44,7 @@ class Shapes(dict[str, tuple[int, ...]]):
         """Return the number of residual blocks of every stage.
 
         Raises:
-          CheckpointError: blocks and widths are not those of a HiViT.
+          CheckpointError: blocks and widths do not fit a HiViT.
         """
         counts, index = [0], 0
         while any(name.startswith(f"blocks.{index}.") for name in self):

@@ -29,7 +29,7 @@ FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast"}
 FREE |= {"partition-id", "after-all"}
 # Instructions that call computations with kernels of their own.
 CALLS = {"call", "while", "conditional", "async-start"}
-# Parts of asynchronous instructions whose bytes are counted at another part.
+# Parts of an asynchronous instruction whose bytes count at its other part.
 NO_KERNEL = ("-start", "-update", "async-done")
 SLICES = {"slice", "dynamic-slice", "gather"}
 VMEM = "S(1)"
@@ -72,7 +72,7 @@ def matmul_flops_by_region(jaxpr: Any, loops: bool, outer: str = "") -> Counter:
     The counts are totals over all devices.
 
     Args:
-      loops: True: count the body of a loop once per iteration; False: count it once.
+      loops: count the body of a loop once per iteration; False: count it once.
         Loops inside Pallas kernels always count once per iteration.
       outer: name stack of the equation that calls the program.
     """

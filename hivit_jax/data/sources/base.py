@@ -39,7 +39,7 @@ class DatasetInfo:
 
 
 class Record(NamedTuple):
-    """Position of an example in a local file: a byte range that contains only it.
+    """Position of an example in a local file: a byte range.
 
     Attributes:
       file: path.
@@ -180,7 +180,7 @@ def label_vector(label: Any, num_labels: int) -> np.ndarray:
     """Return the vector of an image's labels, extended with 0 to uint8 [num_labels].
 
     Raises:
-      LabelError: it is not a vector of 0 and 1, or too long.
+      LabelError: the vector is too long, or contains other values than 0 and 1.
     """
     given = np.array(label)
     if given.ndim != 1 or len(given) > num_labels or not np.isin(given, (0, 1)).all():

@@ -96,9 +96,9 @@ class Folder(FileSource):
     Args:
       directory: ROOT, a directory or its address in a bucket.
       split, train_split: names of directories in ROOT, or "." for ROOT itself.
-      class_level: "top": the directories of a split are the classes; "leaf": every
-        directory below a split that contains images is a class, named by its path;
-        "none": there are no classes.
+      class_level: the classes. "top": the directories of a split; "leaf": every
+        directory below a split that contains images, named by its path; "none": there
+        are no classes.
 
     Raises:
       DataError: the split does not exist, a class has no images, or a class is not in

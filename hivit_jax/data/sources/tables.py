@@ -16,7 +16,7 @@ from hivit_jax.errors import DataError
 from hivit_jax.paths import expand
 
 PATH_COLUMNS = ("path", "file_name", "filename", "file", "image")
-SEPARATOR = ";"  # of the labels of an image
+SEPARATOR = ";"  # between the labels of an image
 LABEL_COLUMNS = ("label", "class", "class_name", "category")
 # Split -> values of the column "split" that are tried if the config specifies none.
 SPLIT_NAMES = {

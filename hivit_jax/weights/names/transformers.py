@@ -9,7 +9,7 @@ from hivit_jax.errors import CheckpointError
 
 PATCHES = "embeddings.patch_embeddings.projection.weight"
 PARTS = ("query", "key", "value")  # row thirds of the official qkv
-# Patterns in names of transformers and their official replacements, in this order.
+# Patterns in names of transformers, and their official replacements, applied in order.
 RULES = [
     (re.compile(pattern), replacement)
     for pattern, replacement in (
