@@ -105,9 +105,9 @@ def test_attention_of_each_window(image_size, side, relative_position):
                 if relative_position:
                     for query, (row, column) in enumerate(window):
                         for key in keys:
-                            down = row - window[key][0] + height - 1
-                            right = column - window[key][1] + width - 1
-                            table_row = down * (2 * width - 1) + right
+                            row_distance = row - window[key][0] + height - 1
+                            column_distance = column - window[key][1] + width - 1
+                            table_row = row_distance * (2 * width - 1) + column_distance
                             bias[:, query, key] = table[table_row]
                 tokens = np.asarray(x)[sample, units]
                 expected = numpy_attention(attention, tokens, bias)

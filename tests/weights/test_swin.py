@@ -265,7 +265,7 @@ def test_layouts_of_vit():
 
 def test_repository_of_transformers(tmp_path, monkeypatch):
     """If a repository has no safetensors file, its PyTorch file is downloaded."""
-    state, asked = vit.state_dict("mae_vit_mini"), []
+    state, requested = vit.state_dict("mae_vit_mini"), []
     named = foreign.transformers_state(state, "vit")
     config = dict(model_type="vit_mae", num_attention_heads=2)
     config |= dict(decoder_num_attention_heads=2, norm_pix_loss=True)
@@ -273,7 +273,7 @@ def test_repository_of_transformers(tmp_path, monkeypatch):
     (tmp_path / "hf" / "model.safetensors").unlink()
 
     def snapshot_download(name, revision, allow_patterns):
-        asked.append(allow_patterns)
+        requested.append(allow_patterns)
         if allow_patterns == ["pytorch_model.bin"]:
             content = torch_files.with_tensors(named)
             torch_files.save(content, tmp_path / "hf" / "pytorch_model.bin")
@@ -282,7 +282,7 @@ def test_repository_of_transformers(tmp_path, monkeypatch):
     fake = SimpleNamespace(snapshot_download=snapshot_download)
     monkeypatch.setitem(sys.modules, "huggingface_hub", fake)
     pretrained = read("hf://facebook/vit-mae-mini")
-    assert len(asked) == 2
+    assert len(requested) == 2
     assert pretrained.arguments["num_heads"] == 2
     name, config = vit.arguments("mae_vit_mini")
     model = vit.abstract_model(name, **config)
