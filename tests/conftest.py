@@ -31,7 +31,7 @@ import pytest
 
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.devices()  # reads XLA_FLAGS
-# Without the compiler flag of XLA:CPU, because libtpu reads XLA_FLAGS again.
+# Only this flag remains for libtpu, which reads XLA_FLAGS later.
 os.environ["XLA_FLAGS"] = virtual_devices_flag(8)
 
 

@@ -68,7 +68,7 @@ def test_advice_lists_the_keys_of_a_section():
 
 
 def test_names_that_belong_to_another_task():
-    """Keys that the task does not have are not suggested."""
+    """The advice does not suggest a key that the config's task does not have."""
     assert advice("smoothing", "digits_mae").startswith("known: ")
 
 

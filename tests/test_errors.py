@@ -13,7 +13,7 @@ from hivit_jax.errors import ConfigError, MissingPackage, require
 
 
 def test_require(tmp_path, monkeypatch):
-    """Missing packages, missing dependencies and unsuitable versions are errors."""
+    """`require` names the package to install if an import fails for any reason."""
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "needs_another.py").write_text("import missing_one_7")
     (tmp_path / "does_not_fit.py").write_text("raise TypeError('descriptors')")
@@ -39,7 +39,7 @@ def test_require(tmp_path, monkeypatch):
 def test_recipes_are_described_without_packages(
     recipe, package, images, requirement, monkeypatch
 ):
-    """A known dataset's recipe is described without the package that reads the data."""
+    """The size of a known dataset needs no package; opening the dataset does."""
     monkeypatch.setitem(sys.modules, package, None)
     inputs.open_source.__globals__["_open"].cache_clear()
     digits._digits.cache_clear()

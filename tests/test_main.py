@@ -109,7 +109,7 @@ def test_no_checkpoint(finished, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_eval_mode(finished, capsys):
-    """``--mode eval`` prints the results of the run, from a workdir or a path."""
+    """``--mode eval`` prints a run's results, from its workdir or a checkpoint path."""
     step = finished / "checkpoints" / "1"
     for flags in ([], [f"--checkpoint={step}"]):
         assert main([*MINI, f"--workdir={finished}", "--mode=eval", *flags]) == 0

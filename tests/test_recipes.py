@@ -76,9 +76,9 @@ def test_every_recipe(name, folder):
     assert all(
         f"{word}: " in text for word in ("Values", "Expected", "Hardware", "Cost")
     )
-    own = [f"--config.data.dir={folder}", "--config.data.eval_fraction=0"]
+    folder_flags = [f"--config.data.dir={folder}", "--config.data.eval_fraction=0"]
     for variant in VARIANTS.get(name, ("",)):
-        flags = own if name.startswith("folder_") else []
+        flags = folder_flags if name.startswith("folder_") else []
         config = configs.load(f"{name}{variant}", flags)
         model = nnx.eval_shape(inputs.task_of_recipe(config).build_model)
         assert model.parameter_count() > 10_000

@@ -38,7 +38,7 @@ def test_no_start(tmp_path):
 
 
 def test_one_line_for_each_changed_key():
-    """Nested keys, tuples, None, and keys of only one config are compared."""
+    """`differences` lists changed keys: nested, tuples, None, or in only one config."""
     old = {"a": {"b": (1, 2), "c": None}, "d": 0.5, "only": 1, "same": {"x": ()}}
     new = {"a": {"b": (1, 3), "c": 4}, "d": 0.25, "new": "x", "same": {"x": ()}}
     assert record.differences(old, new) == [
@@ -54,7 +54,7 @@ def test_one_line_for_each_changed_key():
 
 
 def test_dataset_changes():
-    """Changes of sizes and classes are listed; an equal dataset has no changes."""
+    """`dataset_changes` lists changed sizes and classes; nothing if all are equal."""
 
     def facts(train, *classes):
         return {"counts": {"train": train, "test": 5}, "classes": classes}

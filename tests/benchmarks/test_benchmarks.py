@@ -85,7 +85,10 @@ def test_plain_config_reads_recipes_as_ml_collections_does(monkeypatch):
 
 
 def test_all_parts_for_an_accelerator_are_tried(tmp_path, monkeypatch, capsys):
-    """Failing and hanging parts are reported; later runs keep earlier results."""
+    """benchmarks.accelerator runs its parts as processes and reports any that fail.
+
+    A part that hangs is ended. Later runs keep the results of earlier runs.
+    """
     part = "import json, sys; json.dump(dict(images_per_second=8, seconds_per_step=.5,"
     part += "peak_memory_bytes=2**30, compile_seconds=3, model_flop_utilization=.25),"
     part += "open(sys.argv[-1], 'w'))"
@@ -118,7 +121,10 @@ def test_all_parts_for_an_accelerator_are_tried(tmp_path, monkeypatch, capsys):
 @pytest.mark.torch
 @pytest.mark.parametrize("task", ["pretrain", "classify", "inference"])
 def test_pytorch_twin_has_our_first_loss(task, tmp_path):
-    """The twin receives all arrays of our model; the benchmark fails otherwise."""
+    """The PyTorch copy of our model has the same loss before training.
+
+    The benchmark fails unless the copy receives all arrays of our model.
+    """
     out = tmp_path / "out.json"
     code, _, error = mini_runs.run_process(
         *("-m", "benchmarks.peers", "--task", task, "--batch", 1, "--threads", 1),
@@ -152,7 +158,10 @@ def test_parts_for_an_accelerator(capsys):
 
 
 def test_comparison_of_the_paper_resumes(tmp_path, monkeypatch, capsys):
-    """Only missing cells are measured, and ratios need cells of one run."""
+    """A repeated command measures only missing cells of its table, or --again all.
+
+    It prints a ratio only if both cells were measured in the same run.
+    """
     measured = []
 
     def measure(names, args):
@@ -178,7 +187,7 @@ def test_comparison_of_the_paper_resumes(tmp_path, monkeypatch, capsys):
 
 
 def test_compilation_for_the_paper_resumes(tmp_path, monkeypatch, capsys):
-    """Only missing cells are compiled, or all with --again."""
+    """A repeated command compiles only missing cells of its table, or --again all."""
     compilations = []
 
     def report_for(recipe, chip, flags, workdir):
@@ -198,7 +207,7 @@ def test_compilation_for_the_paper_resumes(tmp_path, monkeypatch, capsys):
 
 
 def test_selected_cells_of_small_datasets(tmp_path, monkeypatch, capsys):
-    """A cell runs if its name contains one of the texts."""
+    """A cell of the table runs if its name contains one of the selected texts."""
     recipes_run = []
 
     def run(recipe, *_):
@@ -265,5 +274,8 @@ LH: loop header
 
 
 def test_bundles_of_a_schedule():
-    """Bundles count once per iteration of the loops over tiles and images."""
+    """`count_bundles` multiplies a loop's bundles by its number of iterations.
+
+    The outer loop is over tiles, the inner loop over the images of a tile.
+    """
     assert tpu_cycles.count_bundles(LISTING) == 3 + 4 * 7 + 4 * 3 * 3 + 2

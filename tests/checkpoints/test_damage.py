@@ -110,7 +110,7 @@ def test_evaluation_reads_the_newest_intact_checkpoint(two_steps, tmp_path, caps
 
 
 def test_checkpoint_of_another_model_is_not_damage(two_steps, tmp_path):
-    """Checkpoints of another model raise ConfigError and are not moved."""
+    """Restoring another model's checkpoint raises ConfigError and moves no files."""
     workdir = write_files(tmp_path, two_steps)
     _, target = state_on_mesh("data")
     wide = jax.ShapeDtypeStruct((65,), np.float32)

@@ -56,7 +56,7 @@ def test_read_parameters_on_one_device(saved):
 
 @pytest.mark.slow
 def test_full_disk(tmp_path, monkeypatch):
-    """A full disk raises one clear error; the earlier checkpoint stays."""
+    """Saving to a full disk raises a ConfigError, and the earlier checkpoint stays."""
     checkpoints = Checkpoints(tmp_path, 9)
     checkpoints.save(state_on_mesh("data", 1)[0], json.dumps(CONFIG))
     checkpoints._manager.wait_until_finished()

@@ -1,4 +1,8 @@
-"""Tests that stateless transformations do not matter for names in checkpoints."""
+"""Tests of matching the array names of checkpoints from differing optax chains.
+
+A transformation without state, such as clipping, shifts the position of the following
+transformations in a chain. Positions are part of the saved names.
+"""
 
 import jax.numpy as jnp
 import optax
@@ -12,7 +16,7 @@ VARIABLES = named_leaves(PARAMS)
 
 
 def array_names(*parts):
-    """Return the array names of the optimizer item of a chain."""
+    """Return the array names that a checkpoint of a chain of transformations has."""
     state = optax.chain(*parts).init(PARAMS)
     return [*named_leaves({"opt_state": state, "step": 0})]
 
@@ -34,9 +38,9 @@ scale, schedule = optax.scale(0.5), optax.scale_by_schedule(lambda step: 0.1)
     ],
 )
 def test_stateless_parts_do_not_count(saved, expected):
-    """Every saved name is matched with its expected name, also in nested chains.
+    """Names match in chains that differ only in stateless parts, also nested chains.
 
-    Numbers in the names of parameters are not positions.
+    Numbers in the names of parameters are not changed.
     """
     saved, expected = array_names(*saved), array_names(*expected)
     assert match_names(saved, expected, VARIABLES) == dict(
@@ -64,7 +68,7 @@ def test_other_optimizers_stay_different(other):
 
 
 def test_parameters_keep_their_numbers():
-    """Names outside a chain are not renamed, even if the model has other blocks."""
+    """Names of parameters are never matched with other numbers, as positions are."""
     saved = ["stages/3/kernel", "stages/7/kernel", "step"]
     expected = ["stages/0/kernel", "stages/1/kernel", "step"]
     assert match_names(saved, expected, expected) == {name: name for name in saved}

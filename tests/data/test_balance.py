@@ -50,13 +50,13 @@ def test_examples_of_a_class_are_used_equally_often():
 
 def test_order_is_a_function_of_seed_and_position():
     """A new object gives the same examples for any positions, in any order."""
-    at = np.arange(300)
-    expected = np.stack(BalancedOrder(LABELS, 0.5, 3).samples_at(at))
-    part = at[permutation(0, 0, 300)[:70]]
-    for own in (part, part[::2], at[190:]):
-        found = np.stack(BalancedOrder(LABELS, 0.5, 3).samples_at(own))
-        assert_array_equal(found, expected[:, own])
-    other = BalancedOrder(LABELS, 0.5, 4).samples_at(at)[0]
+    all_positions = np.arange(300)
+    expected = np.stack(BalancedOrder(LABELS, 0.5, 3).samples_at(all_positions))
+    part = all_positions[permutation(0, 0, 300)[:70]]
+    for positions in (part, part[::2], all_positions[190:]):
+        found = np.stack(BalancedOrder(LABELS, 0.5, 3).samples_at(positions))
+        assert_array_equal(found, expected[:, positions])
+    other = BalancedOrder(LABELS, 0.5, 4).samples_at(all_positions)[0]
     assert (other != expected[0]).mean() > 0.5
 
 

@@ -197,7 +197,7 @@ def test_damaged_record(bucket):
 
 @pytest.mark.parametrize("file_format", ["tfrecord", "array_record"])
 def test_copies_are_read(bucket, prepared, tmp_path, file_format, capfd):
-    """With data.cache, every shard is read exactly once over several runs."""
+    """With data.cache, shards are copied; later runs read only the copies."""
     expected = batches(config(prepared / file_format))
     cfg = config(f"gs://bucket/{file_format}", data__cache=tmp_path / "cache")
     assert_batches_equal(batches(cfg), expected)
@@ -239,7 +239,7 @@ def test_partial_copy_is_never_read(bucket, tmp_path):
 
 
 def test_processes_share_copies(bucket, tmp_path):
-    """Four caches in one directory copy a file once."""
+    """Four caches that share a directory download a file only once."""
     address, path = shard(bucket)
     caches = [ShardCache(str(tmp_path / "cache")) for _ in range(4)]
     bucket.delay = 0.05
@@ -250,14 +250,15 @@ def test_processes_share_copies(bucket, tmp_path):
         thread.start()
     for thread in threads:
         thread.join()
-    # The first read is too long for the file, the second has no end.
+    # One download makes two requests: a range that is longer than the file, and the
+    # whole file.
     assert bucket.reads(path.name) == 2
     assert os.listdir(tmp_path / "cache/gs/bucket/tfrecord" / VERSION) == [path.name]
     assert len({cache.locate(address) for cache in caches}) == 1
 
 
 def test_full_disk(bucket, prepared, tmp_path, monkeypatch, capfd):
-    """With a full disk, the remaining files are read from the bucket."""
+    """If the disk is full, files that cannot be copied are read from the bucket."""
     expected = batches(config(prepared / "tfrecord"))
 
     def fsync(_):

@@ -171,7 +171,7 @@ def test_center_crops_equal_pil(size):
 
 
 def test_center_crop_of_a_usual_image():
-    """500x375 is resized to 341x256 and cropped to 224x224 at (16, 58)."""
+    """500x375 is resized to 341x256 and cropped to 224x224 at row 16, column 58."""
     crop = data_crops.center_crop(375, 500, SIZE, 224 / 256)
     scale = 375 / 256
     assert crop.box.top == 16 * scale
@@ -187,14 +187,18 @@ def test_center_crop_of_a_usual_image():
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 @pytest.mark.parametrize("antialias", [True, False])
 def test_interpolation_and_antialias(interpolation, antialias):
-    """Host and device agree with PIL; without antialiasing, with `resize_axis`."""
+    """Resizing on host and device equals PIL's up to rounding.
+
+    PIL always antialiases. Without antialiasing, the reference is `resize_axis`.
+    """
     options = dict(interpolation=interpolation, antialias=antialias)
     pixels = photographs()["cat"]
     crop = Crop(*[Box(20, 30, 260, 330)] * 2)
     device = on_device([(pixels, crop)], **options)[0][0]
     out = np.zeros((*SIZE, 3), np.uint8)
     data_crops.paste_crop(pixels, crop, out, SIZE, **options)
-    close = 0.002 if interpolation == "bicubic" else 0.02  # bilinear has many ties
+    # Bilinear interpolation has many ties, which are rounded either way.
+    close = 0.002 if interpolation == "bicubic" else 0.02
     assert np.abs(out - device).mean() < close
     part = pixels[20:280, 30:360]
     if antialias:
@@ -231,7 +235,7 @@ def resize_axis(pixels, axis, interpolation):
 
 @pytest.mark.slow
 def test_only_the_crop_is_shipped():
-    """The canvas contains the unresized crop at the top left, and zeros elsewhere."""
+    """The host copies the unresized crop to the top left of a canvas of zeros."""
     pixels = noise_image(300, 400, 3)
     crop = Crop(*[Box(20, 30, 200, 250)] * 2)
     _, images, boxes = on_device([(pixels, crop)])
@@ -253,7 +257,7 @@ def test_pixels_outside_the_crop_do_not_matter():
 
 @pytest.mark.slow
 def test_center_crop_ships_the_pixels_of_its_filters():
-    """The canvas contains the box and a margin, which suffice for an exact resize."""
+    """The canvas of a center crop includes the margin that the resize filter reads."""
     pixels = noise_image(375, 500, 3)
     crop = data_crops.center_crop(375, 500, SIZE, 0.875)
     actual, images, boxes = on_device([(pixels, crop)])

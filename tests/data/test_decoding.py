@@ -1,4 +1,7 @@
-"""Tests of decoding: Pillow's formats, depths other than 8 bits, damaged files."""
+"""Tests of decoding to 8 bits through Pillow: formats, other depths, damaged files.
+
+test_rasters.py tests other dtypes of the result and other numbers of channels.
+"""
 
 import io
 import struct
@@ -103,7 +106,7 @@ def test_undecodable_files_are_errors(encoded, channels):
         decode(encoded, channels)
 
 
-# Other depths
+# Images whose values have more than 8 bits
 
 RAMP = np.linspace(0, 65535, 16 * 18 * 3).astype(np.uint16).reshape(16, 18, 3)
 GRAY = RAMP[..., 1].copy()
@@ -277,7 +280,7 @@ def test_other_values_require_a_range(name):
 
 
 def test_range_applies_only_to_more_than_8_bits():
-    """`value_range` rescales 12-bit values in 16 bits; 8-bit images are unchanged."""
+    """`value_range` rescales 12-bit values in 16-bit files, and no 8-bit image."""
     dark = GRAY // 16
     expected = np.rint(dark / 4095 * 255)
     for encoded in (encode(dark, "PNG"), tiff(dark), png(np.dstack([dark] * 3))):
@@ -290,7 +293,10 @@ def test_range_applies_only_to_more_than_8_bits():
 
 
 def test_values_that_are_not_finite():
-    """An image with inf or NaN is unreadable; the run continues."""
+    """Decoding inf or NaN raises ValueError, which marks the image as unreadable.
+
+    A missing `value_range` raises DataError, which ends the run.
+    """
     for value in (np.nan, np.inf):
         values = UNIT.copy()
         values[3, 3] = value
@@ -309,7 +315,7 @@ def test_tiff_that_pillow_cannot_read(values):
 
 
 def test_transform_has_a_range():
-    """The transform applies `value_range`."""
+    """`ImageTransform` passes `value_range` on to the decoder."""
     options = dict(batch_size=1, size=(16, 18), channels=1, value_range=(0, 1))
     transform = ImageTransform(**options)
     out = {"image": np.zeros((16, 18, 1), np.uint8), "label": np.zeros((), np.int32)}

@@ -1,4 +1,4 @@
-"""Tests of warnings about values that decoding loses."""
+"""Tests of warnings about pixel values that decoding to 8 bits loses."""
 
 import io
 
@@ -31,7 +31,7 @@ def findings(values, value_range=(), channels=1, kind="TIFF"):
     [
         (RAMP.astype(np.uint16), (), "13 of 3072 levels remain; values are 0 to 3071"),
         (RAMP.astype(np.uint16) % 2, (), "1 of 2 levels remain; values are 0 to 1"),
-        (PHOTO[..., 0].astype(np.uint16), (), "2 of "),  # 8 bits in 16
+        (PHOTO[..., 0].astype(np.uint16), (), "2 of "),  # 8-bit values in 16 bits
         (UNIT, (0, 100), "4 of 3072 levels remain"),
         (UNIT + 2, (0, 1), "1 of 3072 levels remain; values are 2 to 3, data.value_ra"),
         (PHOTO[..., 0].astype(np.int32), (-(2**31), 2**31), "1 of "),
@@ -50,7 +50,7 @@ def test_lost_values(values, value_range, detail):
 
 @pytest.mark.parametrize("mode", ["LA", "RGBA", "P"])
 def test_image_in_the_alpha_channel(mode):
-    """A drawing that only the alpha channel contains is lost with that channel."""
+    """An image only in the alpha channel, which decoding drops, is reported as lost."""
     image = Image.new("RGBA", (64, 48))
     image.putalpha(Image.fromarray(PHOTO[..., 0]))
     image = image.convert("LA") if mode == "LA" else image
@@ -83,7 +83,7 @@ def test_healthy_images(values, value_range):
 
 
 def test_clipped_values():
-    """The fraction of clipped values is reported, but not as a loss."""
+    """Values outside `value_range` are reported as clipped, but not as lost."""
     reported = findings(UNIT, (0.25, 1))
     assert reported[CLIPPED] == "25.00% of the values"
     assert LOST not in reported

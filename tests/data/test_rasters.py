@@ -1,4 +1,7 @@
-"""Tests of 8-bit, 16-bit and float images with any number of channels."""
+"""Tests of decoding and resizing rasters: any dtype, any number of channels.
+
+test_decoding.py tests images of 1 or 3 channels that Pillow decodes to 8 bits.
+"""
 
 import io
 
@@ -40,7 +43,7 @@ def color_tiff(**options):
     return tiff(NOISE[..., :3], photometric="rgb", **options)
 
 
-# Kind of file -> (content, its values).
+# Kind of file -> (encoded file, pixel values).
 KINDS = {
     "npy": (npy(NOISE), NOISE),
     "npy, big-endian": (npy(NOISE.astype(">u2")), NOISE),
@@ -76,7 +79,7 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_16_bits(kind):
-    """uint16 and float32 keep all bits; uint8 divides by 257 and rounds."""
+    """16-bit files keep all bits as uint16 and float32; uint8 divides by 257."""
     encoded, values = KINDS[kind]
     channels = values.shape[-1]
     for dtype in ("uint16", "float32"):
@@ -194,7 +197,7 @@ CROPS = [
 @pytest.mark.parametrize("antialias", [True, False])
 @pytest.mark.parametrize("dtype", ["uint16", "float32"])
 def test_resize_is_exact(dtype, interpolation, antialias):
-    """Device and host differ from float64 by less than 1/65535 of the value range.
+    """Resizing on device and host is within 1/65535 of the value range of float64.
 
     Edges in the image span the whole range, because there an error in the position
     changes values most.
@@ -315,7 +318,7 @@ def test_scale_of_saved_models():
 
 
 def test_random_crops_of_16_bits():
-    """A training transform fills a 16-bit canvas."""
+    """A training transform writes a random crop of 16-bit values into its canvas."""
     transform = ImageTransform(
         batch_size=1,
         size=(8, 8),

@@ -83,7 +83,8 @@ DAMAGES = [
     lambda content, random: b"",
     lambda content, random: b"no image",
     with_marker,
-    lambda content, random: content[:-60] + random.bytes(58) + content[-2:],  # readable
+    # This file has wrong pixels but is readable.
+    lambda content, random: content[:-60] + random.bytes(58) + content[-2:],
     lambda content, random: content[:300],
 ]
 DAMAGED = (0, 9, 14, 18, 27, 36)
@@ -224,16 +225,18 @@ def test_other_settings(roots, overrides):
 
 @pytest.mark.parametrize("name", ["folder", "tfrecord"])
 def test_ordinary_images_are_decoded_by_tensorflow(roots, name, loaded):
-    """TensorFlow decodes all except CMYK, progressive JPEG, PNG and large crops."""
+    """Threads load only the CMYK and progressive JPEGs and the PNG."""
     config = config_of(roots, name, data__canvas=160)
     assert_batches_equal(
         inputs.train_batches(with_tf(config), 0, 5), inputs.train_batches(config, 0, 5)
     )
     source = registry.open_source(config.data, "train")
     contents = dict(images())
-    odd = [contents[f"{k % 3}/{k}.{end}"] for k, end in ((11, "jpg"), (17, "jpg"))]
-    odd.append(contents["2/23.png"])
-    assert sorted(source.sample(i)["image"] for i in loaded) == sorted(odd)
+    left_to_threads = [
+        contents[f"{k % 3}/{k}.{end}"] for k, end in ((11, "jpg"), (17, "jpg"))
+    ]
+    left_to_threads.append(contents["2/23.png"])
+    assert sorted(source.sample(i)["image"] for i in loaded) == sorted(left_to_threads)
 
 
 def test_large_crops_are_resized_by_the_host(roots, loaded):
@@ -245,7 +248,7 @@ def test_large_crops_are_resized_by_the_host(roots, loaded):
 
 @pytest.mark.parametrize("name", ["folder", "tfrecord", "array_record"])
 def test_damaged_files(roots, name, capfd, monkeypatch):
-    """Unreadable images keep their positions; each is logged once."""
+    """Both readers mark the same unreadable images; each is logged once per process."""
     monkeypatch.setattr(loader, "_logged", set())
     config = config_of(roots, f"{name} damaged")
     batches = list(inputs.train_batches(with_tf(config), 0, 10))
@@ -254,7 +257,8 @@ def test_damaged_files(roots, name, capfd, monkeypatch):
     unreadable = sum(batch["unreadable"].sum() for batch in batches)
     assert unreadable == 2 * 5
     assert errors.count("cannot read ") == 5
-    assert "cannot read " not in capfd.readouterr().err  # logged before
+    # Each was logged by the first reader.
+    assert "cannot read " not in capfd.readouterr().err
     assert_batches_equal(
         inputs.eval_batches(with_tf(config)), inputs.eval_batches(config)
     )
@@ -273,7 +277,8 @@ def test_missing_file_and_wrong_checksum(roots, tmp_path, loaded):
         inputs.train_batches(with_tf(config), 0, 15),
         inputs.train_batches(config, 0, 15),
     )
-    # Once per epoch: in the first with the rest of the batch, later alone.
+    # Threads load the file once in each of three epochs. In the first epoch they load
+    # the whole batch, later only this file.
     assert loaded.count(4) == loaded.count(20) == 3
     shutil.copytree(roots["tfrecord"], tmp_path / "records")
     shard = sorted((tmp_path / "records").glob("kinds/*/*train*00000*"))[0]

@@ -199,7 +199,7 @@ def test_linear_probe_starts_with_a_new_head(shared, interrupted):
 
 
 def test_the_average_of_each_step(stored):
-    """Each step after the start of averaging adds a tenth of its parameters."""
+    """From step 1 on, the average is updated with a tenth of each step's parameters."""
     assert "ema" not in stored[0]
     average = stored[0]["params"]
     for step in range(1, STEPS + 1):
@@ -208,8 +208,8 @@ def test_the_average_of_each_step(stored):
         assert stored[step]["ema"].keys() == params.keys()
         for name, array in stored[step]["ema"].items():
             assert_allclose(array, average[name], rtol=2e-6, atol=1e-7, err_msg=name)
-    moved = np.abs(stored[STEPS]["params"]["head/kernel"] - average["head/kernel"])
-    assert moved.max() > 0.005  # half the initial std
+    distance = np.abs(stored[STEPS]["params"]["head/kernel"] - average["head/kernel"])
+    assert distance.max() > 0.005  # half the initial std
 
 
 def test_training_evaluates_the_average(run, stored, evaluated):
@@ -227,7 +227,7 @@ def test_training_evaluates_the_average(run, stored, evaluated):
 
 
 def test_best_evaluated_checkpoint_is_kept(interrupted, stored, tmp_path, capsys):
-    """The best checkpoint is kept beside the newest; step 3 has no score.
+    """With keep_checkpoints=1, a run keeps its newest and its best checkpoint.
 
     Step 3 was not evaluated and does not inherit the score of step 2. The last state
     does not depend on the step at which averaging starts.
@@ -291,16 +291,16 @@ def damaged(run, tmp_path_factory):
 
 def commands(workdir, tmp_path):
     """Return {name: function that runs a command and returns its exit code}."""
-    new = ["--workdir", str(tmp_path / "new")]
+    new_workdir = ["--workdir", str(tmp_path / "new")]
     step = workdir / "checkpoints" / "4"
     out = ["--out", str(tmp_path / "out")]
     return {
         "eval": lambda: main([*flags(), "--mode=eval", f"--workdir={workdir}"]),
         "eval of a checkpoint": lambda: main(
-            [*flags(), f"--checkpoint={step}", "--mode=eval", *new]
+            [*flags(), f"--checkpoint={step}", "--mode=eval", *new_workdir]
         ),
         "knn": lambda: main([*flags(init_from=workdir), "--mode=knn"]),
-        "init_from": lambda: main([*flags(init_from=step), *new]),
+        "init_from": lambda: main([*flags(init_from=step), *new_workdir]),
         "convert": lambda: convert.main([str(step), str(tmp_path / "x.safetensors")]),
         "inspect": lambda: convert.main(["--inspect", str(workdir)]),
         "export": lambda: export.main(["--checkpoint", str(workdir), *out]),
@@ -337,7 +337,7 @@ def test_a_flipped_bit_when_resuming(item, damaged):
 def test_only_the_requested_weights_are_read(
     item, other, step, options, run, damaged, stored, tmp_path
 ):
-    """Only the requested item is read and verified."""
+    """Loading and converting read and verify only the parameters or the averages."""
     averaged = item == "ema"
     with pytest.raises(CheckpointError, match=f"1 of .* arrays of {item} do not"):
         hivit_jax.load_pretrained(damaged[item], averaged=averaged)
@@ -352,10 +352,10 @@ def test_only_the_requested_weights_are_read(
     assert convert.main([str(source), str(target), *options]) == 0
     head = load_file(target / "model.safetensors")["head.weight"]
     assert_array_equal(head, stored[step][item]["head/kernel"].T)
-    about = json.loads((target / "config.json").read_text())
-    assert about["recipe"]["optimizer"]["ema_decay"] == DECAY
-    assert about["results"].get("eval/loss") == mini_runs.logged(run, "eval/loss").get(
-        step
-    )
+    saved_config = json.loads((target / "config.json").read_text())
+    assert saved_config["recipe"]["optimizer"]["ema_decay"] == DECAY
+    assert saved_config["results"].get("eval/loss") == mini_runs.logged(
+        run, "eval/loss"
+    ).get(step)
     text = convert.inspect(source, averaged=averaged)
     assert f"checkpoint of hivit_jax, {item}\n" in text

@@ -21,7 +21,10 @@ DIGITS = tuple("0123456789")
 @pytest.mark.extras
 @pytest.mark.slow
 def test_from_a_run_to_saved_models(tmp_path, minimal_output, capsys):
-    """`num_classes=0` becomes 10 in the files of a new and of a resumed run."""
+    """A classifier of digits with num_classes=0 has 10 classes in all its files.
+
+    This holds for a new and a resumed run. Saved models also contain the names.
+    """
     run, shared = tmp_path / "run", tmp_path / "shared"
     config = mini_runs.classifier("digits", model__num_classes=0, total_steps=1)
     train(config, run)
@@ -34,8 +37,8 @@ def test_from_a_run_to_saved_models(tmp_path, minimal_output, capsys):
     assert model.head.bias.shape == (10,)
     convert.convert(str(run), shared)
     assert hivit_jax.load_pretrained(shared).info == model.info
-    about = json.loads((shared / "config.json").read_text())
-    assert about["info"]["class_names"] == [*DIGITS]
+    saved_config = json.loads((shared / "config.json").read_text())
+    assert saved_config["info"]["class_names"] == [*DIGITS]
     card = (shared / "README.md").read_text()
     assert "## Classes\n\n0, 1, 2, 3, 4, 5, 6, 7, 8, 9\n" in card
     assert "hivit_jax.preprocess(model)" in card
@@ -44,7 +47,7 @@ def test_from_a_run_to_saved_models(tmp_path, minimal_output, capsys):
 
 
 def test_0_is_the_number_of_the_dataset():
-    """num_classes=0 becomes the dataset's number in the task's copy of the config.
+    """A task replaces num_classes=0 by the dataset's number in its copy of the config.
 
     A dataset without classes is an error.
     """

@@ -93,20 +93,20 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def run(folder, tmp_path_factory):
     """Return the `Recorder` of a finished run."""
-    seen, devices = Recorder(tmp_path_factory.mktemp("run")), jax.devices()
+    recorder, devices = Recorder(tmp_path_factory.mktemp("run")), jax.devices()
     overrides = overrides_of(folder[0])
     config = mini_runs.classifier("photographs", **overrides)
     config.mixup = config.cutmix = 0.0
     config.random_erasing = 1.0
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(seen.workdir / "cache"))
+        patch.setenv("XDG_CACHE_HOME", str(recorder.workdir / "cache"))
         patch.setattr(figures, "draw_run", lambda *_: None)
-        patch.setattr(Classifier, "__call__", seen.record(Classifier.__call__))
+        patch.setattr(Classifier, "__call__", recorder.record(Classifier.__call__))
         # Without this the callbacks of eight devices wait for each other.
         patch.setattr(jax, "devices", lambda: devices[:1])
-        seen.results = train(config, seen.workdir)
+        recorder.results = train(config, recorder.workdir)
         jax.effects_barrier()
-    return seen
+    return recorder
 
 
 def order_of(seed, epochs, count):
@@ -141,18 +141,18 @@ def test_training_lines(run, folder):
     assert len(run.train) == STEPS
     for step, first in LINES.items():
         line = line_of(run, step, "loss")
-        here = slice((step - 1) * BATCH, step * BATCH)
-        logits, true_labels, good = (
+        in_step = slice((step - 1) * BATCH, step * BATCH)
+        logits, true_labels, valid = (
             run.train[step - 1][1],
-            labels[order[here]],
-            ~bad[here],
+            labels[order[in_step]],
+            ~bad[in_step],
         )
         losses = cross_entropy(logits, true_labels, 0.1)
-        assert line["loss"] == pytest.approx(losses[good].mean(), rel=1e-5)
+        assert line["loss"] == pytest.approx(losses[valid].mean(), rel=1e-5)
         rank = (-logits).argsort(-1)
         for k in (1, 5):
             hit = (rank[:, :k] == true_labels[:, None]).any(-1)
-            assert line[f"top{k}"] == pytest.approx(hit[good].mean(), rel=1e-6)
+            assert line[f"top{k}"] == pytest.approx(hit[valid].mean(), rel=1e-6)
         assert line["unreadable"] == bad[(first - 1) * BATCH : step * BATCH].sum()
         # The three epochs of warmup are 7.875 steps.
         rate = peak * (step - 1) / (3 * TRAIN / BATCH)
@@ -178,11 +178,11 @@ def test_training_flips_and_erases_resized_images(run, folder):
         for image, index in zip(images, order[step * BATCH :], strict=False):
             if index in DAMAGED["train"]:
                 continue
-            either = np.stack([pixels[index], pixels[index, :, ::-1]])
-            shares = same(image, either)
+            both_flips = np.stack([pixels[index], pixels[index, :, ::-1]])
+            shares = same(image, both_flips)
             assert shares.min() < 0.01
             assert 0.6 < shares.max() < 1 - 0.015
-            changed = (np.abs(image - either[shares.argmax()]) > 1e-4).any(-1)
+            changed = (np.abs(image - both_flips[shares.argmax()]) > 1e-4).any(-1)
             rows, columns = np.where(changed.any(1))[0], np.where(changed.any(0))[0]
             box = np.ix_(*(np.arange(x[0], x[-1] + 1) for x in (rows, columns)))
             assert changed[box].all()

@@ -40,11 +40,14 @@ def config(**overrides):
 @pytest.mark.extras
 @pytest.mark.slow
 def test_run_ends_at_the_same_step_after_interruptions(evaluated, tmp_path, capsys):
-    """The best checkpoint is kept, and the last line names it."""
-    whole = tmp_path / "whole"
-    assert train(config(), whole)["eval/loss"] == 0.45
+    """Early stopping ends a run at step 5, also if it was interrupted or killed.
+
+    The best checkpoint is kept, and the last line names it.
+    """
+    uninterrupted = tmp_path / "whole"
+    assert train(config(), uninterrupted)["eval/loss"] == 0.45
     assert evaluated == [1, 2, 3, 4, 5]
-    assert mini_runs.saved_steps(whole) == [3, 5]
+    assert mini_runs.saved_steps(uninterrupted) == [3, 5]
     *_, early, last = capsys.readouterr().out.splitlines()
     assert early == "early stopping: no better eval/loss in the last 2 evaluations"
     assert last.startswith("best checkpoint  step 3  eval  loss 0.4000")
@@ -56,29 +59,29 @@ def test_run_ends_at_the_same_step_after_interruptions(evaluated, tmp_path, caps
     with pytest.raises(Interrupted):
         train(config(), workdir, lambda step: "why" if step == 4 else None)
     assert mini_runs.saved_steps(workdir) == [3, 4]
-    for kept in (4, 3):
-        again = tmp_path / f"again{kept}"
-        shutil.copytree(workdir, again)
-        if kept == 3:
-            shutil.rmtree(again / "checkpoints" / "4")
-        evaluated[:] = range(1, kept + 1)
-        train(config(), again)
+    for newest_step in (4, 3):
+        resumed = tmp_path / f"again{newest_step}"
+        shutil.copytree(workdir, resumed)
+        if newest_step == 3:
+            shutil.rmtree(resumed / "checkpoints" / "4")
+        evaluated[:] = range(1, newest_step + 1)
+        train(config(), resumed)
         assert evaluated == [1, 2, 3, 4, 5]
-        assert mini_runs.logged(again, "eval/loss") == mini_runs.logged(
-            whole, "eval/loss"
+        assert mini_runs.logged(resumed, "eval/loss") == mini_runs.logged(
+            uninterrupted, "eval/loss"
         )
-        ends = (mini_runs.saved_arrays(each, 5) for each in (whole, again))
+        ends = (mini_runs.saved_arrays(each, 5) for each in (uninterrupted, resumed))
         mini_runs.assert_identical(*ends)
 
     # The same command only evaluates. Without early stopping, the run continues.
     capsys.readouterr()
-    files = sorted(whole.rglob("*"))
-    assert train(config(), whole)["eval/loss"] == 0.1
-    assert sorted(whole.rglob("*")) == files
+    files = sorted(uninterrupted.rglob("*"))
+    assert train(config(), uninterrupted)["eval/loss"] == 0.1
+    assert sorted(uninterrupted.rglob("*")) == files
     assert "early stopping: no better" in capsys.readouterr().out
     evaluated[:] = range(1, 6)
-    train(config(early_stopping=0), whole)
-    assert mini_runs.logged(whole, "eval/loss")[6] == 0.1
+    train(config(early_stopping=0), uninterrupted)
+    assert mini_runs.logged(uninterrupted, "eval/loss")[6] == 0.1
 
 
 def test_evaluations_since_best(tmp_path):

@@ -134,5 +134,7 @@ def test_plan_of_an_imagenet_evaluation(monkeypatch):
             [share.indices for share in order.eval_plan(buckets, 1024, positions)]
         )
     assert {len(steps) for steps in steps_of_hosts} == {49}
-    every = np.concatenate([indices for steps in steps_of_hosts for indices in steps])
-    assert_array_equal(np.sort(every), np.arange(50_000))
+    all_indices = np.concatenate(
+        [indices for steps in steps_of_hosts for indices in steps]
+    )
+    assert_array_equal(np.sort(all_indices), np.arange(50_000))

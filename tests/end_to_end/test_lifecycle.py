@@ -160,12 +160,14 @@ def test_interruptions_and_divergence(finished, watch, tmp_path, capsys, monkeyp
     assert list(mini_runs.logged(tmp_path)) == [4, 5, 6]
     assert watch.beats == 6 + EVAL_BATCHES
 
-    clean = inputs.train_batches
+    train_batches = inputs.train_batches
     with monkeypatch.context() as patch:
         patch.setattr(
             inputs,
             "train_batches",
-            lambda config, first, last: poisoned(clean(config, first, last), first, 9),
+            lambda config, first, last: poisoned(
+                train_batches(config, first, last), first, 9
+            ),
         )
         assert main.main(command) == 3
     err = capsys.readouterr().err
@@ -187,6 +189,6 @@ def test_interruptions_and_divergence(finished, watch, tmp_path, capsys, monkeyp
 
 def test_missing_data(watch, tmp_path, capsys):
     flags = ["--config.data.name=folder", "--config.data.train_examples=0"]
-    where = [f"--config.data.dir={tmp_path}/none", f"--workdir={tmp_path}/run"]
-    assert main.main([*COMMAND, *flags, *where]) == 4
+    paths = [f"--config.data.dir={tmp_path}/none", f"--workdir={tmp_path}/run"]
+    assert main.main([*COMMAND, *flags, *paths]) == 4
     assert "no directory" in capsys.readouterr().err

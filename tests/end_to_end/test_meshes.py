@@ -141,7 +141,7 @@ def same_trajectory(actual, expected, steps=8):
     "name", ["mae", pytest.param("classifier", marks=pytest.mark.extras)]
 )
 def test_trains_on_one_device_without_optional_packages(name, one_device_runs, trained):
-    """A process that cannot import the packages in `OPTIONAL` has the same losses."""
+    """Losses on one device, without the packages in `OPTIONAL`, are the same."""
     run = trained(getattr(mini_runs, name), **EVERY_STEP if name == "mae" else {})
     same_trajectory(
         mini_runs.logged(one_device_runs / name), mini_runs.logged(run.workdir)
@@ -159,7 +159,7 @@ def test_trains_on_one_device_without_optional_packages(name, one_device_runs, t
     ids=["mae-fsdp", "mae-tensor", "classifier-zero1"],
 )
 def test_losses_do_not_depend_on_the_mesh(name, mesh, trained):
-    """Losses agree, also with drop path in the classifier."""
+    """FSDP, ZeRO-1 and tensor parallelism have the losses of data parallelism."""
     recipe = getattr(mini_runs, name)
     reference_run = trained(recipe, **EVERY_STEP if name == "mae" else {})
     run = trained(recipe, **mesh)
@@ -180,7 +180,7 @@ def test_accumulation_changes_nothing(trained):
 
 @pytest.mark.extras
 def test_accumulation_exchanges_gradients_once_a_step():
-    """No loop of the compiled program contains an all-reduce."""
+    """With accumulation, no loop of the compiled step contains an all-reduce."""
     config = mini_runs.classifier(optimizer__accumulate_steps=2, batch_size=32)
     mesh = sharding.make_mesh(config.mesh, 32, 2)
     schedule = make_schedule(config.optimizer, config.batch_size, 2, 8)
@@ -256,11 +256,11 @@ def test_divergence_saves_the_state_before_it(trained, tmp_path, monkeypatch):
     """Step 5 of 8 is NaN, step 6 reports it, and the state of step 4 is saved."""
 
     def poisoned(config, first, last):
-        for step, batch in enumerate(clean(config, first, last), first):
+        for step, batch in enumerate(train_batches(config, first, last), first):
             weight = batch["weight"] * (np.nan if step == 4 else 1)
             yield batch | {"weight": weight.astype(np.float32)}
 
-    clean = inputs.train_batches
+    train_batches = inputs.train_batches
     monkeypatch.setattr(inputs, "train_batches", poisoned)
     config = mini_runs.mae(log_every=6, checkpoint_every=3)
     with pytest.raises(DivergedError, match="^step 5: loss nan.*\n.*of step 4, is sav"):
@@ -295,19 +295,22 @@ def test_data_error_after_a_step(tmp_path, monkeypatch):
 
 
 def test_unreadable_images(tmp_path, monkeypatch):
-    """Unreadable images are counted, and do not affect the loss.
+    """The pixels of unreadable images do not affect training; the images are counted.
 
     Too many unreadable images stop the run.
     """
 
     def spoiled(config, first, last):
-        for batch in clean(config, first, last):
-            bad = np.isin(np.arange(16), (3, 12))
-            batch["image"][bad] = fill
-            weight = batch["weight"] * ~bad
-            yield batch | {"weight": weight, "unreadable": bad.astype(np.float32)}
+        for batch in train_batches(config, first, last):
+            is_unreadable = np.isin(np.arange(16), (3, 12))
+            batch["image"][is_unreadable] = fill
+            weight = batch["weight"] * ~is_unreadable
+            yield batch | {
+                "weight": weight,
+                "unreadable": is_unreadable.astype(np.float32),
+            }
 
-    clean = inputs.train_batches
+    train_batches = inputs.train_batches
     monkeypatch.setattr(inputs, "train_batches", spoiled)
     for fill in (0, 200):
         config = mini_runs.mae(data__max_unreadable=0.1)
@@ -344,7 +347,10 @@ def test_classifier_from_pretraining(trained):
 
 @pytest.mark.extras
 def test_pretraining_from_pretraining(trained):
-    """All parameters are loaded; averages start from them; the optimizer is new."""
+    """Pretraining with init_from loads all parameters, also as initial averages.
+
+    The step count starts at 0.
+    """
     pretrained = trained(mini_runs.mae, **EVERY_STEP).workdir
     run = trained(mini_runs.mae, init_from=str(pretrained), **AVERAGED)
     expected = mini_runs.saved_arrays(pretrained, 8)["params"]
@@ -374,7 +380,10 @@ def mesh_of(devices):
 
 @pytest.mark.parametrize("recipe", [mini_runs.mae, mini_runs.classifier])
 def test_every_image_counts_once_in_any_batch(recipe):
-    """Results agree for batches of 128, which do not divide 360 images, and of 72."""
+    """Evaluating 360 images in batches of 128 gives the results of batches of 72.
+
+    The last batch of 128 is padded.
+    """
     config = recipe("digits")
     graphdef, params, model_state = split_state(
         inputs.task_of_recipe(config).build_model()

@@ -193,16 +193,16 @@ def test_predictions(recipe, run, tmp_path, capsys):
     assert "17 of 17 images predicted" in capsys.readouterr().out
     predictions = json.loads((tmp_path / "split" / "maps.json").read_text())
     data = recipe.parent / "data" / "test"
-    right = []
+    accuracies = []
     for prediction in predictions:
         with Image.open(data / prediction["name"].replace(".png", ".map.png")) as image:
-            right.append((np.asarray(image) == prediction["map"]).mean())
-    assert len(right) == 17
-    assert np.mean(right) > 0.6
+            accuracies.append((np.asarray(image) == prediction["map"]).mean())
+    assert len(accuracies) == 17
+    assert np.mean(accuracies) > 0.6
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "a.png").write_bytes((data / "03.png").read_bytes())
-    own = [*flags, str(tmp_path / "out"), "--images", str(tmp_path / "own")]
-    assert predict.main(own) == 0
+    own_image_flags = [*flags, str(tmp_path / "out"), "--images", str(tmp_path / "own")]
+    assert predict.main(own_image_flags) == 0
     [record] = json.loads((tmp_path / "out" / "maps.json").read_text())
     assert record == {"name": "a.png"} | {
         "map": next(

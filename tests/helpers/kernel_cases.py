@@ -233,9 +233,9 @@ def hidden_keys(batch: int) -> np.ndarray:
 def relative_index() -> np.ndarray:
     """Return the row of the bias table for each query and key, [N, N]."""
     (rows, columns), (height, width) = unit_coordinates(), BLOCK_GRID
-    down = rows[:, None] - rows + height - 1
-    right = columns[:, None] - columns + width - 1
-    return down * (2 * width - 1) + right
+    row_distance = rows[:, None] - rows + height - 1
+    column_distance = columns[:, None] - columns + width - 1
+    return row_distance * (2 * width - 1) + column_distance
 
 
 def plain_block(special: str, params: dict, x: jax.Array) -> jax.Array:

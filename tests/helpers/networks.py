@@ -147,12 +147,12 @@ def torch_bicubic(maps, grid):
 def training_macs(model, mask_ratio):
     """Return the multiply-adds of a training forward pass in matrix products.
 
-    The last MLP and the prediction of the decoder skip visible units.
+    In training, the decoder's last MLP and its prediction layer skip visible units.
     """
     visible = count_visible_units(math.prod(model.encoder.grid), mask_ratio)
-    last = model.decoder_blocks[-1].mlp, model.decoder_pred
-    spared = sum(row_cost(layer, visible, 0) for layer in last)
-    return model.macs(mask_ratio=mask_ratio, layer_norm_cost=0) - spared
+    shortened = model.decoder_blocks[-1].mlp, model.decoder_pred
+    saved_macs = sum(row_cost(layer, visible, 0) for layer in shortened)
+    return model.macs(mask_ratio=mask_ratio, layer_norm_cost=0) - saved_macs
 
 
 class SquareTask:

@@ -188,8 +188,8 @@ def classifier_gradients(model, params, images, labels, jit=jax.jit):
 
     def loss(params):
         logits = nnx.merge(graphdef, params)(images)
-        each = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        return each.mean(), logits
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        return losses.mean(), logits
 
     (value, logits), gradients = jit(jax.value_and_grad(loss, has_aux=True))(params)
     return value, logits, to_official(gradients, model)

@@ -41,8 +41,13 @@ def contents_by_format():
     """Return {format: (model, content of a file)}."""
     model, state = random_state_dict("mae_hivit_base")
     args = argparse.Namespace(blr=1e-4, device="cuda", output_dir="somewhere")
-    around = {"optimizer": {"state": {}}, "epoch": 1599, "scaler": {}, "args": args}
-    contents = {"official_mae": (model, {"model": state, **around})}
+    other_entries = {
+        "optimizer": {"state": {}},
+        "epoch": 1599,
+        "scaler": {},
+        "args": args,
+    }
+    contents = {"official_mae": (model, {"model": state, **other_entries})}
 
     model, state = random_state_dict("hivit_base", num_classes=5)
     state["relative_position_index"] = np.zeros((4, 4), np.int64)

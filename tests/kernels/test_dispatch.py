@@ -264,9 +264,10 @@ KERNELS = {
 @pytest.mark.parametrize("platform", ["cpu", "tpu", "gpu"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_kernels_of_each_backend(platform, dtype, on_platform):
-    """Masks and padded windows allow only MLP kernels.
+    """A block runs the kernels in `KERNELS`, for even and odd numbers of tokens.
 
-    Tensor parallelism allows only cuDNN. 15 and 16 tokens use the same kernels.
+    With a key mask or padded windows it runs only MLP kernels; with tensor parallelism,
+    only cuDNN.
     """
     calls, batch = on_platform(platform), 64
 
@@ -319,7 +320,7 @@ def test_kernels_of_each_backend(platform, dtype, on_platform):
 def test_block_equals_plain_jax(
     special, platform, dtype, tolerance, on_platform, one_device
 ):
-    """Output and gradients of a block agree, relative to the largest value.
+    """Output and gradients of a block with fused attention equal plain JAX.
 
     The MLP is too narrow for a kernel, so only attention is fused.
     """

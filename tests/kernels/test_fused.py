@@ -1,4 +1,9 @@
-"""Tests that fused residual branches, interpreted on the CPU, equal plain JAX."""
+"""Tests that fused kernels equal plain JAX.
+
+The kernels are the MLP branch on TPUs and GPUs and the attention branch on TPUs, both
+interpreted on the CPU. Attention through cuDNN, GELU, LayerNorm, and the choice of
+block sizes and saved residuals are tested too.
+"""
 
 from functools import partial
 from importlib.util import find_spec
@@ -48,7 +53,7 @@ LAYERS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LAYERS)
 def test_layers_equal_jax_and_save_less(name):
-    """Values agree with JAX; fewer residuals are saved."""
+    """Our GELU and LayerNorm give JAX's values and gradients, but save less."""
     layer, jax_layer, shapes = LAYERS[name]
     *inputs, direction = (4 * x for x in random_arrays(*shapes, shapes[0]))
     expected = jax.jit(partial(output_and_gradients, jax_layer))(inputs, direction)
@@ -65,7 +70,10 @@ def test_layers_equal_jax_and_save_less(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("special", ["", "bias", "mask", "bias, mask"])
 def test_plain_attention_equals_jax(special):
-    """Output and gradients agree in float32; the mask leaves one image without keys."""
+    """Output and gradients of attention agree with JAX in float32.
+
+    The mask leaves one image without keys.
+    """
     q, k, v, direction = random_arrays(*[(2, 9, 4, 32)] * 4)
     bias = random_arrays((1, 4, 9, 9))[0] if "bias" in special else None
     mask = jnp.arange(9) % 3 * jnp.array([[1], [0]]) > 0
@@ -91,7 +99,7 @@ def test_plain_attention_equals_jax(special):
 @pytest.mark.parametrize("tokens", [9, 10])
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_odd_numbers_of_tokens_are_padded_for_cudnn(tokens, with_bias, monkeypatch):
-    """The padding is not attended to and has no gradient."""
+    """9 tokens are padded to 10; output and gradients equal unpadded attention."""
     library, calls = jax.nn.dot_product_attention, []
 
     def record(*qkv, implementation=None, **others):
@@ -133,7 +141,7 @@ DROP_AND_KEEP = [(False, False), (False, True), (True, True)]
     ],
 )
 def test_fused_equals_plain(name, drop, keep):
-    """Output and all gradients agree in float32, for several blocks of rows."""
+    """Output and all gradients of each kernel agree in float32 over several blocks."""
     case = CASES[name]
     inputs, direction = random_inputs(case)
     scale = drop_some_images(case.images) if drop else None
@@ -165,7 +173,7 @@ def test_no_less_exact_in_bfloat16(name, keep):
 )
 @pytest.mark.parametrize("width", [128, 256])
 def test_compile_for_a_gpu(width):
-    """The program has two kernels, and two products for weight gradients."""
+    """The GPU compiler accepts the MLP: two kernels, two weight-gradient products."""
     case = gpu_mlp(1024, width, 3 * width)
     text = compiled_text(case, devices_of("h100:1")[0], False, GPU_OPTIONS)
     assert text.count('custom_call_target="__gpu$xla.gpu.triton"') == 2
@@ -179,7 +187,7 @@ def test_compile_for_a_gpu(width):
     "case", [mlp(1024, 128, 256, 512), attention(16, 49, 128, 2, 784)]
 )
 def test_compile_for_a_tpu(case, keep):
-    """The program has one kernel per pass."""
+    """The TPU compiler accepts MLP and attention, with one kernel per pass."""
     text = compiled_text(case, devices_of("v5e:2x4")[0], keep)
     assert text.count('custom_call_target="tpu_custom_call"') == 2
 
@@ -200,7 +208,10 @@ def compiled_text(case, device, keep, options=None):
 
 
 def test_rows_of_a_block():
-    """Blocks divide the rows into whole tiles, and for attention into whole images."""
+    """`block_rows` returns whole tiles of rows; for attention, whole images.
+
+    It returns None if no such block fits.
+    """
     assert dispatch.block_rows(64 * 784, 8, 1024, 2000) == 1024
     assert dispatch.block_rows(64 * 784, 8, 1024, 1000) == 896
     assert dispatch.block_rows(64 * 49, 8, 256, 2000) == 224
@@ -213,7 +224,7 @@ def test_rows_of_a_block():
 
 
 def test_saving_residuals():
-    """Residuals are saved if recomputing them takes longer than moving them."""
+    """`should_keep` is true if recomputing residuals takes longer than moving them."""
     for balance, saved in ((166, [False, True, True]), (240, [False, False, True])):
         target = dispatch.Target("cpu", balance=2 * balance)
         for (width, hidden), worth in zip(

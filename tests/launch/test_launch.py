@@ -138,14 +138,14 @@ def test_calls_of_create(stage):
     waiting = {QUEUE: [["WAITING_FOR_RESOURCES", 0], ["", 1], ["ACTIVE", 0]]}
     flags = ("--name=n", "--zone", "z", "--project=p", "--type=v4-32", "--version=v")
     assert stage.run(*tpu_vm("create", *flags, "--spot"), play=waiting)[0] == 0
-    where = ["--zone=z", "--project=p", "--quiet"]
+    location = ["--zone=z", "--project=p", "--quiet"]
     state = "--format=value(state.state)"
     assert stage.calls() == [
         gcloud(
             *("queued-resources", "create", "n", "--node-id=n"),
-            *("--accelerator-type=v4-32", "--runtime-version=v", "--spot", *where),
+            *("--accelerator-type=v4-32", "--runtime-version=v", "--spot", *location),
         ),
-        *[gcloud("queued-resources", "describe", "n", state, *where)] * 3,
+        *[gcloud("queued-resources", "describe", "n", state, *location)] * 3,
     ]
 
 
@@ -169,10 +169,10 @@ def test_setup_installs_this_checkout(stage):
     assert stage.run(*tpu_vm("setup", "--name=n"))[0] == 0
     archive = stage.vm.parent / "n.tgz"
     copy, ssh, *remote = stage.calls()
-    where = ["--worker=all", "--quiet"]
-    assert copy == gcloud("tpu-vm", "scp", str(archive), "n:hivit_jax.tgz", *where)
+    options = ["--worker=all", "--quiet"]
+    assert copy == gcloud("tpu-vm", "scp", str(archive), "n:hivit_jax.tgz", *options)
     assert ssh[:6] == gcloud("tpu-vm", "ssh", "n")
-    assert [ssh[6], ssh[8]] == where
+    assert [ssh[6], ssh[8]] == options
     assert remote == [
         ["python3", "-m", "pip", "install", "--quiet", "--user", "uv"],
         [
@@ -189,7 +189,7 @@ def test_setup_installs_this_checkout(stage):
 
 
 def test_arguments_arrive_intact(stage):
-    """Arguments pass through the local shell, gcloud and the remote shell unchanged."""
+    """Training receives its arguments unchanged through both shells and gcloud."""
     assert stage.run(*tpu_vm("run", "--", *TRAINING, *AWKWARD))[0] == 0
     assert stage.steps() == ["ssh", "train"]
     assert stage.trained() == [TRAINING + AWKWARD]
@@ -443,11 +443,11 @@ def after_exit(jobset, code):
     (container,) = job["template"]["spec"]["containers"]
     reason = "BackoffLimitExceeded"  # because backoffLimit is 0
     for rule in job.get("podFailurePolicy", {}).get("rules", []):
-        asked = rule["onExitCodes"]
-        inside = code in asked["values"]
-        if asked.get("containerName", container["name"]) != container["name"]:
+        condition = rule["onExitCodes"]
+        inside = code in condition["values"]
+        if condition.get("containerName", container["name"]) != container["name"]:
             continue
-        if code and inside == {"In": True, "NotIn": False}[asked["operator"]]:
+        if code and inside == {"In": True, "NotIn": False}[condition["operator"]]:
             assert rule["action"] == "FailJob"
             reason = "PodFailurePolicy"
             break
@@ -469,13 +469,13 @@ def after_exit(jobset, code):
     + [(code, "again") for code in (1, 75, 134, 137, 143)],
 )
 def test_exit_codes_of_a_jobset(code, expected):
-    """Preempted and crashed pods restart; user errors end the job."""
+    """With jobset.yaml, preempted and crashed pods restart; user errors end the job."""
     (jobset,) = yaml.safe_load_all((LAUNCH / "jobset.yaml").read_text())
     assert after_exit(jobset, code) == expected
 
 
 def test_jobset():
-    """The pods use all chips of the slice, and end when training ends."""
+    """The pods of jobset.yaml use all chips of the slice and end with training."""
     (jobset,) = yaml.safe_load_all((LAUNCH / "jobset.yaml").read_text())
     assert jobset["kind"] == "JobSet"
     assert jobset["spec"]["failurePolicy"]["maxRestarts"] >= 100
@@ -483,9 +483,9 @@ def test_jobset():
     job = replicated["template"]["spec"]
     pod = job["template"]["spec"]
     (container,) = pod["containers"]
-    across, down = pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x")
+    rows, columns = pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x")
     chips = container["resources"]["limits"]["google.com/tpu"]
-    assert job["parallelism"] == job["completions"] == int(across) * int(down) // chips
+    assert job["parallelism"] == job["completions"] == int(rows) * int(columns) // chips
     assert (job["backoffLimit"], pod["restartPolicy"]) == (0, "Never")
     assert pod["terminationGracePeriodSeconds"] == 120
     flags, overrides = main.parse(container["args"])
@@ -494,7 +494,10 @@ def test_jobset():
 
 
 def test_dockerfile():
-    """Copied files exist and are not ignored; the extras exist in the package."""
+    """The Dockerfile copies files that exist and are not ignored.
+
+    The extras that it installs exist in the package.
+    """
     text = (LAUNCH / "Dockerfile").read_text()
     copied = " ".join(re.findall(r"^COPY (.*) \S+$", text, re.MULTILINE)).split()
     allowed = (ROOT / ".dockerignore").read_text().split()

@@ -39,9 +39,9 @@ def abstract(*sizes, dtype=F32):
     ],
 )
 def test_numbers_of_any_library(name, argument, stored):
-    """Fields accept numbers and bools of Python, numpy and JAX, and integer sequences.
+    """Model arguments may be numbers, bools or sequences of Python, NumPy or JAX.
 
-    Fields store Python numbers, so that they can be saved as JSON.
+    The config stores them as Python numbers, so that it can be saved as JSON.
     """
     _, config, _ = configure("hivit_base", **MINI | {name: argument})
     value = getattr(config, name)
@@ -83,9 +83,9 @@ def test_numbers_of_any_library(name, argument, stored):
     ids=str,
 )
 def test_other_values_are_refused(overrides):
-    """Wrong types, bools as numbers, and numbers out of range or not finite are errors.
+    """Arguments of a wrong type, out of range or not finite raise an error.
 
-    The message names the field.
+    A bool is not a number. The message names the argument.
     """
     with pytest.raises(ConfigError, match=next(iter(overrides))):
         create_model("hivit_base", **MINI | overrides)
@@ -102,8 +102,8 @@ def test_decoder_sizes(overrides):
 def test_numpy_arguments_can_be_saved():
     sizes = MINI | dict(embed_dim=np.int64(64), depths=np.array(MINI["depths"]))
     model = abstract_model("hivit_base", **MINI)
-    made = configure("hivit_base", **sizes)[1]
-    assert json.dumps(arguments_of(model)["depths"]) == json.dumps(made.depths)
+    config = configure("hivit_base", **sizes)[1]
+    assert json.dumps(arguments_of(model)["depths"]) == json.dumps(config.depths)
 
 
 @pytest.mark.parametrize(

@@ -39,21 +39,21 @@ def test_drop_path_drops_or_scales_whole_samples(shape):
 
 @pytest.mark.slow
 def test_drop_path_draws():
-    """A draw depends only on the key of the sample and on the branch index."""
+    """Dropping a sample depends only on its key and on the branch index."""
     keys, ones = sample_keys(4000), jnp.ones((4000, 1))
 
     def draws(keys, branch_index=0):
         return np.asarray(layers.drop_path(ones[: len(keys)], 0.25, keys, branch_index))
 
-    every = draws(keys)
+    all_draws = draws(keys)
     # Standard error of the mean: sqrt(0.25 / 0.75 / 4000) = 0.009.
-    assert every.mean() == pytest.approx(1, abs=0.045)
+    assert all_draws.mean() == pytest.approx(1, abs=0.045)
     order = np.random.RandomState(0).permutation(4000)
-    assert_array_equal(draws(keys[order]), every[order])
-    assert_array_equal(draws(keys[100:150]), every[100:150])
+    assert_array_equal(draws(keys[order]), all_draws[order])
+    assert_array_equal(draws(keys[100:150]), all_draws[100:150])
     of_next_branch = draws(keys, branch_index=1)
     # Independent: both are dropped with probability 1/16.
-    assert ((every == 0) & (of_next_branch == 0)).mean() == pytest.approx(
+    assert ((all_draws == 0) & (of_next_branch == 0)).mean() == pytest.approx(
         1 / 16, abs=0.02
     )
 
@@ -89,7 +89,7 @@ def test_drop_path_of_a_model_depends_on_the_sample_alone():
 
 @pytest.mark.slow
 def test_drop_path_rates_rise_over_residual_blocks(monkeypatch):
-    """Every branch has the rate of its block and its own draw."""
+    """The rates of the blocks rise linearly; no two branches share a branch index."""
     calls = []
 
     def record(x, rate, keys, branch_index):
@@ -131,5 +131,5 @@ def test_decoder_has_no_drop_path(monkeypatch):
     )
     encoder = [0, 0.1, 0.2, 0.3, 0.4, 0.4, 0.5, 0.5]
     assert [rate for rate, _ in calls[:-2]] == pytest.approx(encoder)
-    assert [none for _, none in calls[:-2]] == [False] * 8
+    assert [without_keys for _, without_keys in calls[:-2]] == [False] * 8
     assert calls[-2:] == [(None, True)] * 2

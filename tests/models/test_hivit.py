@@ -252,7 +252,7 @@ def test_shapes_at_other_sizes(sizes):
 @pytest.mark.slow
 @pytest.mark.parametrize("sizes", [SIZES[0] | SIZES[3], SIZES[6], SIZES[8]], ids=str)
 def test_features_are_local(sizes):
-    """A changed pixel changes only the stem cell that contains it."""
+    """A changed pixel changes only one cell of each stem map: the one around it."""
     model = mini(**sizes)
     shape = (1, *model.config.image_shape)
     images = np.asarray(random_array(shape))
@@ -273,8 +273,10 @@ def test_features_are_local(sizes):
         x = np.asarray(x)
         cell = shape[1] // x.shape[1]
         for (row, column), changed in zip(pixels, x[1:], strict=True):
-            moved = (np.abs(changed - x[0]) > 1e-6).any(-1)
-            assert np.argwhere(moved).tolist() == [[row // cell, column // cell]], level
+            differs = (np.abs(changed - x[0]) > 1e-6).any(-1)
+            assert np.argwhere(differs).tolist() == [[row // cell, column // cell]], (
+                level
+            )
     main = np.asarray(stages[-1]).reshape(features[-1].shape)
     assert_array_equal(features[-1], main)
 
@@ -285,8 +287,8 @@ def test_shifted_image_shifts_stem_features():
     images = random_array((2, 64, 96, 3))
     run = jit_model(model, lambda model, images: model.features(images))
     features, shifted = run(images), run(jnp.roll(images, (16, 32), (1, 2)))
-    for cells, x, moved in zip((4, 2), features, shifted, strict=False):
-        assert_array_equal(moved, jnp.roll(x, (cells, 2 * cells), (1, 2)))
+    for cells, x, shifted_x in zip((4, 2), features, shifted, strict=False):
+        assert_array_equal(shifted_x, jnp.roll(x, (cells, 2 * cells), (1, 2)))
     # The position table does not shift.
     assert np.abs(shifted[2] - jnp.roll(features[2], (1, 2), (1, 2))).max() > 0.1
 

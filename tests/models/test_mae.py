@@ -33,9 +33,11 @@ def test_stem_processes_units_independently():
     full, kept = jit_model(model, run)(images)
     for stage in range(2):
         cells = (16, 4)[stage]
-        every = np.asarray(full[stage]).reshape(3, 16, cells, -1)
+        all_cells = np.asarray(full[stage]).reshape(3, 16, cells, -1)
         kept_cells = np.asarray(kept[stage]).reshape(3, 5, cells, -1)
-        expected = np.take_along_axis(every, np.asarray(ids_keep)[:, :, None, None], 1)
+        expected = np.take_along_axis(
+            all_cells, np.asarray(ids_keep)[:, :, None, None], 1
+        )
         assert_allclose(kept_cells, expected, atol=5e-6, rtol=0)
     assert kept[2].shape == (3, 5, 64)
     # Units interact in the main stage.
@@ -46,14 +48,14 @@ def test_stem_processes_units_independently():
 @pytest.mark.slow
 @pytest.mark.parametrize("relative_position", [True, False])
 def test_units_kept_in_another_order(relative_position):
-    """Keeping every unit in another order permutes the output."""
+    """If `ids_keep` lists all units in another order, the output has this order."""
     model = mini(relative_position=relative_position)
     images, order = random_array((2, 64, 64, 3)), kept_units(2, 16, 16)
 
     def run(model, images):
         full = model.encoder(images)[-1]
-        every = model.encoder(images, ids_keep=order)[-1]
-        return every, jnp.take_along_axis(full, order[..., None], 1)
+        reordered = model.encoder(images, ids_keep=order)[-1]
+        return reordered, jnp.take_along_axis(full, order[..., None], 1)
 
     assert_allclose(*jit_model(model, run)(images), atol=2e-5)
 
@@ -126,7 +128,7 @@ def test_key_mask_hides_units():
 
 @pytest.mark.slow
 def test_sample_without_visible_units():
-    """If all keys are masked, the softmax is uniform, not NaN."""
+    """If `key_mask` hides all units of a sample, its attention is uniform, not NaN."""
     assert np.isfinite(masked_runs()[1]).all()
     attention = mini().encoder.stages[-1][0].attn
     x = random_array((2, 16, 64), "tokens")

@@ -97,7 +97,9 @@ class Network(nnx.Module):
 @pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("sizes", [(1, 8, 1, 1), (2, 2, 2, 1), (1, 2, 4, 1)])
 def test_eight_devices_equal_one(sizes, parts):
-    """Loss, gradients and statistics agree, with microbatches and weights of 0.
+    """Loss, gradients and statistics of eight devices equal those of one device.
+
+    Some examples have weight 0, and some runs accumulate gradients over microbatches.
 
     Each device has four examples; with two parts, each microbatch contains two of them.
     """
@@ -125,8 +127,8 @@ def test_eight_devices_equal_one(sizes, parts):
     sharded = jax.device_put((batch, keys.samples), over_batch)
     with jax.set_mesh(mesh):
         arguments = sharded[0], Keys(sharded[1], keys.step)
-        together = jax.jit(gradient)(params, model_state, *arguments)
-    (total, grads), state = jax.device_get(together)
+        on_eight = jax.jit(gradient)(params, model_state, *arguments)
+    (total, grads), state = jax.device_get(on_eight)
 
     # Expected values are computed on one device, from the same microbatches.
     groups = sizes[0] * sizes[1] * sizes[2]

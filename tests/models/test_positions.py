@@ -61,7 +61,7 @@ def test_cells_and_maps_hold_their_pixels(inner, patch_size, grid):
 
 @pytest.mark.parametrize("inner", [1, 2, 4, 8])
 def test_merge_order_is_repeated_merging(inner):
-    """The order equals PatchMerge's: (row, column) = (0,0), (1,0), (0,1), (1,1)."""
+    """`merge_order` equals PatchMerge's order, (0,0), (1,0), (0,1), (1,1), repeated."""
     cells = np.arange(inner**2).reshape(inner, inner, 1)
     while len(cells) > 1:
         corners = [
@@ -117,7 +117,10 @@ def test_relative_position_index(grid):
 @pytest.mark.slow
 @pytest.mark.parametrize("grid", [(3, 3), (2, 4), (5, 1)])
 def test_relative_position_bias(grid):
-    """Values and gradient equal those of a gather; integers make its sums exact."""
+    """Values and gradient equal those of indexing the table.
+
+    The cotangent has integers, so that sums are exact in any order.
+    """
     units, rows = grid[0] * grid[1], (2 * grid[0] - 1) * (2 * grid[1] - 1)
     index = positions.relative_position_index(jnp.arange(units), grid)
     table = random_array((rows, 2), "table")
@@ -131,7 +134,10 @@ def test_relative_position_bias(grid):
 
 @pytest.mark.slow
 def test_relative_bias_is_added_query_first():
-    """With zero queries the softmax depends only on the table."""
+    """Attention adds the bias as [query, key], not as [key, query].
+
+    Queries are 0, so that the softmax depends only on the table.
+    """
     attention = mini().encoder.stages[-1][0].attn
     kernel = attention.qkv.kernel[...].at[:, 0].set(0)
     attention.qkv.kernel[...] = kernel

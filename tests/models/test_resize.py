@@ -48,10 +48,10 @@ def test_tables_resized_as_torch_does(grid, new):
 
 @pytest.mark.parametrize(("grid", "new"), [((4, 4), (6, 6)), ((2, 5), (3, 2))])
 def test_relative_table_is_a_map_of_differences(grid, new):
-    spans = [(2 * rows - 1, 2 * columns - 1) for rows, columns in (grid, new)]
-    table = number_map(spans[0], 2).reshape(-1, 2)
+    table_sizes = [(2 * rows - 1, 2 * columns - 1) for rows, columns in (grid, new)]
+    table = number_map(table_sizes[0], 2).reshape(-1, 2)
     resized = resize.resize_relative_table(table, grid, new)
-    assert_array_equal(resized, resize.resize_grid_table(table, *spans))
+    assert_array_equal(resized, resize.resize_grid_table(table, *table_sizes))
     assert len(resized) == (2 * new[0] - 1) * (2 * new[1] - 1)
 
 

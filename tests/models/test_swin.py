@@ -78,10 +78,10 @@ def test_shapes():
 
 
 def test_shrunk_windows():
-    """Windows shrink to the grid's shorter side; those that span it never shift."""
+    """Windows shrink to the grid's shorter side; windows of that size never shift."""
     config = abstract_model("swin_base", **MINI).config
-    whole = Windows((4, 8), (4, 4), 0, attend_padding=True)
-    assert config.stage_windows(0, (4, 8)) == [whole] * 2
+    unshifted = Windows((4, 8), (4, 4), 0, attend_padding=True)
+    assert config.stage_windows(0, (4, 8)) == [unshifted] * 2
     assert config.stage_windows(0, (3, 3)) == [None] * 2
     assert config.stage_windows(0, (8, 8))[1].shift == 2
 
@@ -109,7 +109,7 @@ def test_features_need_all_tokens():
 
 
 def test_fused_kernels_leave_shifted_windows_to_xla():
-    """A model with kernels='fused' returns logits of the usual shape."""
+    """With kernels="fused", a model with shifted windows can be traced."""
     model = abstract_model("swin_base", **MINI, kernels="fused", dtype="bfloat16")
     logits = abstract_outputs(lambda m: m(jnp.zeros((2, 64, 64, 3))), model)
     assert logits.shape == (2, 1000)

@@ -55,11 +55,16 @@ def test_windows_hold_their_units_and_zeros(grid, size):
 
 @pytest.mark.slow
 def test_a_window_over_the_image_is_global_attention():
-    every, model = (mini(depths=(1, 1, 1), window_size=side) for side in (0, 14))
+    global_model, windowed_model = (
+        mini(depths=(1, 1, 1), window_size=side) for side in (0, 14)
+    )
     images = random_array((2, 64, 64, 3))
-    outputs = [jit_model(m, lambda m, x: m(x))(images) for m in (every, model)]
+    outputs = [
+        jit_model(model, lambda m, x: m(x))(images)
+        for model in (global_model, windowed_model)
+    ]
     assert_array_equal(*outputs)
-    assert model.macs() == every.macs()
+    assert windowed_model.macs() == global_model.macs()
     for side in (4, 14):
         encoder = abstract_model("hivit_base", **MINI, window_size=side).encoder
         assert [block.attn.windows for block in encoder.stages[-1]] == [None, None]
@@ -100,9 +105,9 @@ def test_attention_of_each_window(image_size, side, relative_position):
                 if relative_position:
                     for query, (row, column) in enumerate(window):
                         for key in keys:
-                            down = row - window[key][0] + height - 1
-                            right = column - window[key][1] + width - 1
-                            table_row = down * (2 * width - 1) + right
+                            row_distance = row - window[key][0] + height - 1
+                            column_distance = column - window[key][1] + width - 1
+                            table_row = row_distance * (2 * width - 1) + column_distance
                             bias[:, query, key] = table[table_row]
                 tokens = np.asarray(x)[sample, units]
                 expected = numpy_attention(attention, tokens, bias)
@@ -114,26 +119,26 @@ def test_attention_of_each_window(image_size, side, relative_position):
 def test_only_a_global_block_connects_windows(global_blocks):
     model = mini(**UNEVEN, global_blocks=global_blocks)
     tables = [b.attn.relative_position_bias_table for b in model.encoder.stages[-1]]
-    spans = [
+    expected_shapes = [
         (9 * 13 if block_index in global_blocks else 25, 2) for block_index in range(2)
     ]
-    assert [table.shape for table in tables] == spans
+    assert [table.shape for table in tables] == expected_shapes
     image = np.asarray(random_array((1, 80, 112, 3)))
     changed = image.copy()
     changed[:, 48:64, 96:112] += 3  # unit (3, 6), in the corner window
     images = jnp.asarray(np.concatenate([image, changed]))
     run = jit_model(model, lambda model, images: model.features(images)[-1])
     out = np.asarray(run(images))
-    moved = (np.abs(out[0] - out[1]) > 1e-6).any(-1)
+    differs = (np.abs(out[0] - out[1]) > 1e-6).any(-1)
     if global_blocks:
-        assert moved.all()
+        assert differs.all()
     else:
-        assert np.argwhere(moved).tolist() == [[3, 6], [4, 6]]
+        assert np.argwhere(differs).tolist() == [[3, 6], [4, 6]]
 
 
 @pytest.mark.slow
 def test_gradients_are_finite_without_a_key():
-    """Gradients are finite if a window has no visible key, or only padding."""
+    """Gradients are finite if all keys of a window are masked or padding."""
     attention = mini(**UNEVEN).encoder.stages[-1][0].attn
     mask = jnp.ones((2, 5, 7)).at[0, 3:, 6:].set(0).at[1, :3, :3].set(0).reshape(2, 35)
 
@@ -158,12 +163,12 @@ def test_gradients_are_finite_without_a_key():
     ],
 )
 def test_cost_of_windows(image_size, side, pairs):
-    """A block with windows computes attention only for pairs in the same window."""
+    """Multiply-adds of a block with windows count only pairs in the same window."""
     sizes = MINI | dict(image_size=image_size)
-    every = abstract_model("hivit_base", **sizes)
+    global_model = abstract_model("hivit_base", **sizes)
     model = abstract_model("hivit_base", **sizes, window_size=side, global_blocks=(0,))
-    units = every.encoder.grid[0] * every.encoder.grid[1]
-    assert every.macs() - model.macs() == 2 * 64 * (units**2 - pairs)
+    units = global_model.encoder.grid[0] * global_model.encoder.grid[1]
+    assert global_model.macs() - model.macs() == 2 * 64 * (units**2 - pairs)
     model_of_default_size = abstract_model(
         "hivit_base", **MINI, window_size=side, global_blocks=(0,)
     )

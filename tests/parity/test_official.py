@@ -48,10 +48,10 @@ def official_stages(model, images, ids_keep=None):
 
     patches = patchify(images, encoder.config.patch_size)
     # The official code embeds all units and drops the masked ones after that.
-    every = encoder.patch_embed(
+    all_units = encoder.patch_embed(
         units_to_cells(patches, encoder.config.patch_size, inner)
     )
-    record("patch_embed", every, inner)
+    record("patch_embed", all_units, inner)
     position = encoder.absolute_pos_embed[...]
     if ids_keep is not None:
         patches = jnp.take_along_axis(patches, ids_keep[:, :, None], 1)

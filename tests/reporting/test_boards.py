@@ -31,7 +31,10 @@ def tensorboard_values(workdir):
 
 
 def test_tensorboard(tmp_path):
-    """Tags have a group; the config is written as text and as hyperparameters."""
+    """TensorBoard files contain metrics and images, with train/ or eval/ in the tags.
+
+    They also contain the config as text and as hyperparameters.
+    """
     pytest.importorskip("tensorboardX")
     writer = metrics.Writer(tmp_path, 0, SETTINGS)
     writer.scalars(3, {"loss": 0.5})
@@ -78,7 +81,7 @@ class StandIn:
 
 
 def test_wandb_receives_the_metrics(workdir, monkeypatch):
-    """A resumed run continues the same run of wandb."""
+    """wandb receives all metrics; a resumed run continues the same wandb run."""
     wandb = StandIn()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     for step in (1, 2):

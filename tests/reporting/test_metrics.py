@@ -128,8 +128,8 @@ def test_best_of_the_checkpoints_that_are_kept(tmp_path):
     assert "step 20 " in of_all(("eval/top1", "min"))
     assert "step 20 " in of_all(("eval/loss", "min"))
     assert "step 30 " in of_all(("eval/loss", "max"))
-    none = console.best_line(tmp_path, [], ("eval/loss", "min"))
-    assert none.startswith("no checkpoint of an evaluated")
+    no_best_line = console.best_line(tmp_path, [], ("eval/loss", "min"))
+    assert no_best_line.startswith("no checkpoint of an evaluated")
 
 
 @pytest.fixture
@@ -162,7 +162,10 @@ def bucket(tmp_path, monkeypatch):
 
 
 def test_workdir_in_a_bucket(bucket):
-    """Lines, figures and the config are written, from the start and after resuming."""
+    """A bucket receives metrics and figures, from the start and after resuming.
+
+    Only complete checkpoints in the bucket are found.
+    """
     workdir = epath.Path("gs://bucket/run")
     metrics.prepare_workdir(workdir)
     for first, steps_done in ((0, [1, 2, 3]), (2, [3, 4])):

@@ -78,9 +78,9 @@ def test_metric_of_the_best_checkpoint(tmp_path, monkeypatch, capsys):
         return dict(zip(("eval/loss", "eval/top1"), next(values), strict=True)) | counts
 
     monkeypatch.setattr(evaluate, "evaluate", evaluation)
-    every = dict(eval_every=1, checkpoint_every=1, keep_checkpoints=1)
+    intervals = dict(eval_every=1, checkpoint_every=1, keep_checkpoints=1)
     with mini_runs.minimal_output():
-        train(mini_runs.classifier(total_steps=4, **every), tmp_path)
+        train(mini_runs.classifier(total_steps=4, **intervals), tmp_path)
     assert mini_runs.saved_steps(tmp_path) == [2, 4]
     last = capsys.readouterr().out.splitlines()[-1]
     assert "best checkpoint  step 2 " in last

@@ -25,7 +25,7 @@ def problem(count=60, classes=4, dim=7):
 
 @pytest.mark.parametrize("penalty", [1e-6, 0.1, 100.0])
 def test_solution(penalty, monkeypatch):
-    """The weights solve the normal equations, for any chunk size."""
+    """The probe's weights solve the normal equations, also if images come in chunks."""
     monkeypatch.setattr(closed_form, "CHUNK", 13)
     features, labels = problem()
     x = np.float64(features)
@@ -37,8 +37,8 @@ def test_solution(penalty, monkeypatch):
     expected = np.linalg.solve(matrix, x.T @ (y - y.mean(0)) / 60)
     ridge = fit(features, labels, 4)
     assert_allclose(ridge.weights(penalty), expected, rtol=1e-6, atol=1e-9)
-    right = (x @ expected + y.mean(0)).argmax(1) == labels
-    assert ridge.accuracy(features, labels, penalty) == (right.mean(), 1.0)
+    is_correct = (x @ expected + y.mean(0)).argmax(1) == labels
+    assert ridge.accuracy(features, labels, penalty) == (is_correct.mean(), 1.0)
 
 
 def test_held_out_images():
@@ -51,15 +51,16 @@ def test_held_out_images():
 
 
 def test_penalty():
-    """The largest of the best penalties is chosen.
+    """`select_penalty` returns the penalty with the best accuracy on held-out images.
 
-    Without held-out images, the default is chosen.
+    Of several best penalties it returns the largest; without held-out images, the
+    default.
     """
     features, labels = problem()
-    held = held_out_images(labels)
-    ridge = fit(features[~held], labels[~held], 4)
+    is_held_out = held_out_images(labels)
+    ridge = fit(features[~is_held_out], labels[~is_held_out], 4)
     scores = [
-        ridge.accuracy(features[held], labels[held], penalty)[0]
+        ridge.accuracy(features[is_held_out], labels[is_held_out], penalty)[0]
         for penalty in closed_form.PENALTIES
     ]
     penalty, top1 = select_penalty(features, labels, 4)
@@ -73,7 +74,7 @@ def test_penalty():
 
 @pytest.mark.slow
 def test_command(tmp_path, minimal_output, capsys):
-    """The command prints the accuracy on all 360 test digits."""
+    """``--mode probe`` evaluates all 360 test digits and prints the accuracy."""
     sizes = dict(image_size=16, in_channels=1, patch_size=4, depths=(1, 1, 1))
     model = mini(relative_position=False, **sizes)
     hivit_jax.save_pretrained(model, tmp_path)
@@ -106,6 +107,9 @@ def test_command(tmp_path, minimal_output, capsys):
     assert abs(metrics["eval/top5"] - top5) <= 1 / 360
     assert f"penalty {penalty:g}  eval  top1 " in capsys.readouterr().out
     flags = mini_runs.ROOT / "configs" / "digits_linear.py"
-    absent = [f"--config={flags}", f"--config.init_from={tmp_path / 'absent'}"]
+    flags_of_absent_model = [
+        f"--config={flags}",
+        f"--config.init_from={tmp_path / 'absent'}",
+    ]
     # Not 2, although the recipe's batch size of 50 is not divisible by eight devices.
-    assert main([*absent, "--mode=probe"]) == 5
+    assert main([*flags_of_absent_model, "--mode=probe"]) == 5

@@ -13,7 +13,7 @@ NAMES = tuple("abcdefghi")
 
 
 def warnings(recipe, *overrides, images=291, classes=NAMES, steps=1000):
-    """Return the warnings about a recipe on a folder; 1000 steps by default."""
+    """Return the task's warnings about a recipe on a dataset of `images` images."""
     flags = [
         f"--config.{override}" for override in (f"total_steps={steps}", *overrides)
     ]
@@ -27,21 +27,22 @@ def warnings(recipe, *overrides, images=291, classes=NAMES, steps=1000):
 )
 def test_installed_recipes_have_none(name):
     config = configs.load(name)
-    own = DatasetInfo({"train": 400, "test": 40}, NAMES)  # of the folder recipes
-    task = create(config, inputs.published_info(config.data) or own)
+    # Recipes for a user's folder have no published dataset.
+    user_data = DatasetInfo({"train": 400, "test": 40}, NAMES)
+    task = create(config, inputs.published_info(config.data) or user_data)
     assert task.warnings(*inputs.count_steps(config, task.data.counts["train"])) == []
 
 
-FT = "digits_finetune"
-FINE = ["model.num_classes=9", "batch_size=50", "data.train_examples=0"]
+RECIPE = "digits_finetune"
+SOUND = ["model.num_classes=9", "batch_size=50", "data.train_examples=0"]
 
 
 def test_sound_settings_have_none():
-    """One batch of all images and intervals as long as the run cause no warning."""
-    border = ["batch_size=291", "eval_every=1000", "checkpoint_every=1000"]
-    assert warnings(FT, *FINE) == []
-    assert warnings(FT, *FINE, *border) == []
-    assert warnings(FT, *FINE, "optimizer.ema_decay=0.99") == []
+    """Batches may contain all images, and intervals may be as long as the run."""
+    limits = ["batch_size=291", "eval_every=1000", "checkpoint_every=1000"]
+    assert warnings(RECIPE, *SOUND) == []
+    assert warnings(RECIPE, *SOUND, *limits) == []
+    assert warnings(RECIPE, *SOUND, "optimizer.ema_decay=0.99") == []
 
 
 @pytest.mark.parametrize(
@@ -74,40 +75,43 @@ def test_sound_settings_have_none():
     ],
 )
 def test_one_line_each(overrides, fragments):
-    [line] = warnings(FT, *FINE, *overrides)
+    [line] = warnings(RECIPE, *SOUND, *overrides)
     assert "\n" not in line
     for fragment in fragments:
         assert fragment in line
 
 
 def test_one_class():
-    messages = warnings(FT, *FINE[1:], "model.num_classes=1", classes=("a",))
+    messages = warnings(RECIPE, *SOUND[1:], "model.num_classes=1", classes=("a",))
     assert messages == ["model.num_classes=1: with one class the loss is always 0"]
 
 
 def test_linear_probe():
-    """Small learning rates for LARS and probes of random encoders cause warnings."""
-    fine = [*FINE, "batch_size=32"]
-    lars = "optimizer.base_learning_rate=0.1"
-    [line] = warnings("digits_linear", *fine, lars)
+    """A linear probe warns of a learning rate too small for LARS.
+
+    It also warns if its encoder has random parameters, because init_from is empty.
+    """
+    sound = [*SOUND, "batch_size=32"]
+    learning_rate = "optimizer.base_learning_rate=0.1"
+    [line] = warnings("digits_linear", *sound, learning_rate)
     assert "0.1 x batch_size 32 / 256 = 0.0125, is small for LARS in 1,000" in line
     assert "expected at least 1;" in line
     # The shorter the run, the larger the learning rate must be.
-    lars = "optimizer.base_learning_rate=10"
-    assert warnings("digits_linear", *fine, lars) == []
+    learning_rate = "optimizer.base_learning_rate=10"
+    assert warnings("digits_linear", *sound, learning_rate) == []
     [line] = warnings(
         "digits_linear",
-        *fine,
-        lars,
+        *sound,
+        learning_rate,
         "log_every=9",
         "eval_every=9",
         "checkpoint_every=9",
         steps=100,
     )
     assert "= 1.25, is small for LARS in 100 steps; expected at least 10;" in line
-    [line] = warnings("digits_linear", *fine, "init_from=")
+    [line] = warnings("digits_linear", *sound, "init_from=")
     assert "random parameters" in line
-    assert warnings("digits_linear", *fine) == []
+    assert warnings("digits_linear", *sound) == []
 
 
 def test_describe_prints_them_first(monkeypatch):

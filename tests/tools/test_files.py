@@ -24,7 +24,10 @@ from hivit_jax.weights import load
     ],
 )
 def test_config_without_recipe(model, task, classes, tmp_path):
-    """The config has the model's arguments and `info`; missing info has defaults."""
+    """`config_of` makes a config from a model's arguments and its `info`.
+
+    Values that `info` lacks have defaults.
+    """
     model = mini(depths=(1, 1, 1), **model)
     channels = model.config.in_channels
     model.info = replace(model.info, crop=0.9, std=(0.1,) * channels)
@@ -45,7 +48,7 @@ def test_config_without_recipe(model, task, classes, tmp_path):
     [("vit_tiny", "classify"), ("swin_tiny", "classify"), ("simmim_swin_tiny", "mae")],
 )
 def test_tasks_of_other_families(name, task):
-    """Models of every family have a task."""
+    """`config_of` finds the task of ViT, Swin and SimMIM models."""
     arguments = models.arguments_of(abstract_model(name))
     empty = dict(params={}, notes=[], unused=[], recipe={}, results={}, info={})
     pretrained = load.Pretrained(path="x", label="x", arguments=arguments, **empty)
@@ -54,7 +57,10 @@ def test_tasks_of_other_families(name, task):
 
 @pytest.mark.slow
 def test_model_without_recipe(tmp_path, capsys):
-    """Predictions equal the model's; a model without a head has only features."""
+    """`predict` reads a saved model without a recipe; its result equals the model's.
+
+    A model without a head is an error for `predict`, but not for `features`.
+    """
     model = mini(depths=(1, 1, 1), num_classes=2)
     model.info = replace(model.info, class_names=("cat", "dog"))
     hivit_jax.save_pretrained(model, tmp_path / "model")

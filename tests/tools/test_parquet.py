@@ -46,7 +46,7 @@ def contents(source):
 
 
 def test_class_labels(tmp_path, capsys):
-    """Class names and splits are kept; rows without image or label are reported."""
+    """Class names and splits are kept. Rows without image or label are reported."""
     data, out = tmp_path / "hub" / "data", tmp_path / "birds"
     first = [*struct("a", "b"), None, {"bytes": None, "path": "c.jpg"}, *struct("d")]
     write(data / "train-00000-of-00002.parquet", first, [2, 0, 1, 1, None], CLASS_LABEL)
@@ -79,7 +79,10 @@ def test_class_labels(tmp_path, capsys):
     ],
 )
 def test_texts_and_numbers_without_metadata(labels, classes, numbers, tmp_path, capsys):
-    """The image column contains plain bytes; the directory's name is the split."""
+    """Files without metadata are converted; the directory's name is the split.
+
+    Labels are texts or numbers, and images are plain bytes.
+    """
     out = tmp_path / "converted"
     write(tmp_path / "train" / "0000.parquet", [b"x", b"y", b"z"], labels)
     assert main([f"--from={tmp_path}/*/0*.parquet", f"--out={out}"]) == 0
@@ -112,7 +115,10 @@ def test_splits_are_whole_words(path, split, tmp_path):
 
 @pytest.mark.parametrize("sequence", [True, False])
 def test_several_labels(sequence, tmp_path, capsys):
-    """An image with an empty list has no class; an image with null is left out."""
+    """Lists of labels are converted. An image without a list is left out.
+
+    An image with an empty list has no class.
+    """
     out, labels = tmp_path / "several", [[0, 2], [], None, [1], [7]]
     feature = {"feature": CLASS_LABEL, "_type": "List"} if sequence else [CLASS_LABEL]
     write(tmp_path / "train.parquet", struct(*"abcde"), labels, feature)
@@ -136,8 +142,8 @@ def test_interrupted_conversion_resumes(tmp_path, monkeypatch, capsys):
     labels = [0, 1, 2] * 3
     write(tmp_path / "train.parquet", struct(*"abcdefghi"), labels, CLASS_LABEL)
     flags = [f"--from={tmp_path / 'train.parquet'}", "--shard_size=2"]
-    whole, out = tmp_path / "whole" / "d", tmp_path / "part" / "d"
-    assert main([*flags, f"--out={whole}"]) == 0
+    uninterrupted, out = tmp_path / "whole" / "d", tmp_path / "part" / "d"
+    assert main([*flags, f"--out={uninterrupted}"]) == 0
     rows = parquet._rows
 
     def deadly(*arguments):
@@ -152,10 +158,10 @@ def test_interrupted_conversion_resumes(tmp_path, monkeypatch, capsys):
         read(out, "train")
     monkeypatch.setattr(parquet, "_rows", rows)
     assert main([*flags, f"--out={out}"]) == 0
-    files = sorted(path.name for path in (whole / "1.0.0").iterdir())
+    files = sorted(path.name for path in (uninterrupted / "1.0.0").iterdir())
     assert files == sorted(path.name for path in (out / "1.0.0").iterdir())
     for name in files:
-        one, other = (x / "1.0.0" / name for x in (whole, out))
+        one, other = (x / "1.0.0" / name for x in (uninterrupted, out))
         assert one.read_bytes() == other.read_bytes()
 
 

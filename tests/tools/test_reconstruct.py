@@ -182,15 +182,18 @@ def test_inputs_are_not_overwritten(saved, tmp_path, capsys):
 def test_statistics():
     """Predictions use each unit's mean and deviation, or the visible units' average."""
     model, images = mini("mae_hivit_base"), random_array((2, 64, 64, 3))
-    own, removed = command.reconstruct(model, images)
+    by_own_statistics, removed = command.reconstruct(model, images)
     by_unit, by_visible_units = command.reconstruct(model, images, statistics="visible")
     assert (removed == by_visible_units).all()
     assert removed.mean() == 0.75
-    units = [np.asarray(patchify(jnp.asarray(x), 16)) for x in (images, own, by_unit)]
-    originals, own, by_unit = units
+    units = [
+        np.asarray(patchify(jnp.asarray(x), 16))
+        for x in (images, by_own_statistics, by_unit)
+    ]
+    originals, by_own_statistics, by_unit = units
     is_visible = np.asarray(patchify(jnp.asarray(removed), 16))[..., 0] == 0
     mean, scale = originals.mean(-1), originals.std(-1, ddof=1)
-    normalized = (own - mean[..., None]) / scale[..., None]
+    normalized = (by_own_statistics - mean[..., None]) / scale[..., None]
     for image in range(2):
         of_visible = [x[image][is_visible[image]].mean() for x in (mean, scale)]
         expected = normalized[image] * of_visible[1] + of_visible[0]

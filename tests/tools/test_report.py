@@ -87,7 +87,7 @@ def test_metrics_are_embedded(tmp_path):
 
 
 def test_charts(tmp_path):
-    """Losses come first, then evaluations; metrics that are always 0 have no chart."""
+    """Charts of losses come first, then evaluations. A metric of zeros has no chart."""
     lines = [{"step": 1, "learning_rate": 1e-3, "top1": 0.5, "eval/top1": 0.25}]
     write_run(tmp_path / "a")
     write_run(tmp_path / "b", lines)
@@ -114,7 +114,7 @@ def test_config_keys(tmp_path):
 
 
 def test_events(tmp_path):
-    """Events are starts, changed keys, an early end, damaged and kept checkpoints."""
+    """Events of a run are starts with changed keys, an early end, and checkpoints."""
     run = write_run(tmp_path / "a")
     later = mini_runs.mae("digits", log_every=10, total_steps=20, seed=5)
     (run / "config-20260102T030405Z.json").write_text(configs.to_json(later))
@@ -166,13 +166,19 @@ def test_metrics_alone(tmp_path):
     assert (facts["steps"], facts["state"]) == ("13 of 20", "not finished")
     assert facts["parameters"] == "unknown"
     (run / "config.json").unlink()
-    [alone] = page_data(run)["runs"]
-    assert (alone["seconds"], alone["events"]) == (None, [])
-    assert (alone["summary"]["steps"], alone["summary"]["model"]) == ("13", "unknown")
+    [run_data] = page_data(run)["runs"]
+    assert (run_data["seconds"], run_data["events"]) == (None, [])
+    assert (run_data["summary"]["steps"], run_data["summary"]["model"]) == (
+        "13",
+        "unknown",
+    )
 
 
 def test_figures(tmp_path, monkeypatch):
-    """The page has figures of the first, the last and evenly spaced steps between."""
+    """If a figure exists for many steps, the page shows an evenly spaced selection.
+
+    The selection includes the first and the last step.
+    """
     monkeypatch.setattr(report, "MAX_STEPS", 3)
     run = write_run(tmp_path / "a")
     for step in range(10, 60, 10):
@@ -198,7 +204,7 @@ def test_figures(tmp_path, monkeypatch):
 
 
 def test_page_is_self_contained(tmp_path):
-    """The page refers to no file or address; text of a run is never markup."""
+    """The page refers to no file or address, and escapes the text of a run."""
     text = "</script><b>&amp;{{DATA}}"
     run = write_run(tmp_path / "a", [{"step": 1, text: 0.5}], init_from=text)
     page = Elements(report.make_report([str(run)]))
@@ -242,7 +248,7 @@ def test_errors(tmp_path, capsys):
     damaged = write_run(tmp_path / "damaged") / "config.json"
     damaged.write_text("{")
     out = tmp_path / "report.html"
-    for path, where, words in (
+    for path, out_path, words in (
         (tmp_path / "none", out, ["none/metrics.jsonl", "no directory"]),
         (run.parent, out, ["runs/metrics.jsonl", "no file", "in it: a"]),
         (tmp_path / "empty", out, ["empty/metrics.jsonl", "none", "log_every"]),
@@ -250,7 +256,7 @@ def test_errors(tmp_path, capsys):
         (run, tmp_path / "none" / "x.html", ["--out", "No such file or directory"]),
         (run, run / "metrics.jsonl", ["--out", "would be overwritten"]),
     ):
-        assert report.main([str(path), "--out", str(where)]) == 2
+        assert report.main([str(path), "--out", str(out_path)]) == 2
         check_message(capsys.readouterr().err, words)
     assert not out.exists()
 

@@ -69,12 +69,12 @@ def loss_and_params(fixture, helper):
         if noise is not None:
             return model.image_loss(images, noise=noise).mean()
         logits = model(images)
-        each = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        return each.mean()
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        return losses.mean()
 
     def official(params):
-        whole = nnx.merge(graphdef, params, tables)
-        return to_official(split(whole)[1], model)
+        merged = nnx.merge(graphdef, params, tables)
+        return to_official(split(merged)[1], model)
 
     return model, loss, params, official
 

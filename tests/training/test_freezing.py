@@ -79,17 +79,17 @@ def test_other_parameters_are_trained_as_before():
     options = mini_runs.mae().optimizer.copy_and_resolve_references()
     options.unlock()
     options.layer_decay = 0.5
-    whole = make_optimizer(
+    full_optimizer = make_optimizer(
         options, lambda step: 0.1, lambda name: name != "b/bias", LAYERS
     )
-    partial = freeze_updates(whole, {"b/kernel"})
-    states = whole.init(PARAMS), partial.init(PARAMS)
+    freezing_optimizer = freeze_updates(full_optimizer, {"b/kernel"})
+    states = full_optimizer.init(PARAMS), freezing_optimizer.init(PARAMS)
     stored = named_leaves(states[0]).keys() - named_leaves(states[1]).keys()
     assert stored == {"0/mu/b/kernel", "0/nu/b/kernel"}
     for number in range(3):
         gradient = jax.tree.map(lambda x, n=number: x * n - 1, PARAMS)
-        expected, first = whole.update(gradient, states[0], PARAMS)
-        found, second = partial.update(gradient, states[1], PARAMS)
+        expected, first = full_optimizer.update(gradient, states[0], PARAMS)
+        found, second = freezing_optimizer.update(gradient, states[1], PARAMS)
         states = first, second
         assert (expected["b"].pop("kernel") != 0).all()
         assert not found["b"].pop("kernel").any()

@@ -30,12 +30,12 @@ def test_another_image_size(size, tmp_path, capsys):
     old, new = params_by_name(model), params_by_name(loaded)
     grid = size[0] // 16, size[1] // 16
     is_same_grid = grid == (4, 6)
-    spans = (7, 11), (2 * grid[0] - 1, 2 * grid[1] - 1)
+    table_sizes = (7, 11), (2 * grid[0] - 1, 2 * grid[1] - 1)
     for name, array in new.items():
         if name.endswith("absolute_pos_embed") and not is_same_grid:
             expected = resize_table(old[name], (4, 6), grid)
         elif name.endswith("bias_table") and not is_same_grid:
-            expected = resize_table(old[name], *spans)
+            expected = resize_table(old[name], *table_sizes)
         else:
             assert_array_equal(array, old[name], name)
             continue

@@ -30,7 +30,8 @@ def official_state(name="mae_hivit_base", **overrides):
     return state_files.random_state_dict(name, **overrides)[1]
 
 
-# Official names of blocks at depths (1, 1, 2) -> our names.
+# Official name -> our name, for depths (1, 1, 2). The official code numbers blocks and
+# merges consecutively. A stem stage of depth 1 has two residual blocks, both MLPs.
 BLOCKS = {
     "blocks.0": "encoder/stages/0/0",
     "blocks.1": "encoder/stages/0/1",
@@ -45,7 +46,8 @@ BLOCKS = {
 }
 
 
-# Raster indices of 4x4, 2x2 and 1 cells, in merge order.
+# For the 4x4, 2x2 and 1 cells of a unit in the three stages: row-major index of each
+# cell, in the order in which our merges concatenate cells.
 MERGED = [0, 4, 1, 5, 8, 12, 9, 13, 2, 6, 3, 7, 10, 14, 11, 15], [0, 2, 1, 3], [0]
 
 
@@ -91,7 +93,7 @@ def convert_state(state, width=16):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_committed_pytorch_files(kind):
-    """Files that PyTorch wrote load with their exact values."""
+    """`load_pretrained` reads files that PyTorch wrote, with their exact values."""
     _, content = KINDS[kind]
     hints = state_files.NOT_IN_STATE_DICT if kind == "official_mae" else {}
     loaded = hivit_jax.load_pretrained(reference.GOLDEN / f"{kind}.pth", **hints)
@@ -124,7 +126,7 @@ def test_state_dicts_as_safetensors(kind, tmp_path):
 
 @pytest.mark.slow
 def test_pretraining_files_of_mmpretrain(tmp_path, capsys):
-    """A classifier loads the encoder; only the decoder is unused.
+    """A classifier loads the encoder of an MMPretrain file and ignores its decoder.
 
     MMPretrain's decoder is not supported, because it treats the first visible unit as a
     class token.
@@ -159,7 +161,10 @@ def test_pretraining_files_of_mmpretrain(tmp_path, capsys):
     "fixture", ["mae_mini", "mae_mini_nohifeat_rpe", "features_mini_rpe"]
 )
 def test_golden_outputs_from_a_file(fixture, tmp_path):
-    """With the inferred arguments, an official file gives the official outputs."""
+    """A model loaded from an official file computes the official outputs.
+
+    All arguments but the numbers of heads are inferred from the file.
+    """
     path = state_files.save_safetensors(
         tmp_path / "x.safetensors", reference.state_dict(fixture)
     )
@@ -185,7 +190,10 @@ def test_golden_outputs_from_a_file(fixture, tmp_path):
 
 @pytest.mark.slow
 def test_another_name_keeps_custom_sizes():
-    """A model of another name inherits run options and non-default sizes."""
+    """Loading a model under another name keeps its run options and custom sizes.
+
+    Sizes that are the defaults of the saved name become those of the new name.
+    """
     saved = arguments_of(
         abstract_model("hivit_base_24", image_size=64, dtype="bfloat16")
     )
@@ -212,9 +220,10 @@ def test_another_name_keeps_custom_sizes():
 @pytest.mark.extras
 @pytest.mark.slow
 def test_pretrain_finetune_share_evaluate(tmp_path, capsys):
-    """A shared model evaluates like the trained model.
+    """A finetuned model, converted to a directory, evaluates as at the end of the run.
 
-    Finetuning resizes the pretrained tables. The model card lists results and recipe.
+    Finetuning with another image size resizes the pretrained tables. The model card
+    lists results and recipe.
     """
     pretrained, run, shared = (
         tmp_path / name for name in ("pretrained", "run", "shared")
@@ -244,7 +253,7 @@ def test_pretrain_finetune_share_evaluate(tmp_path, capsys):
 @pytest.mark.extras
 @pytest.mark.slow
 def test_continued_pretraining_of_an_official_file(tmp_path):
-    """Encoder and decoder are loaded with their exact values."""
+    """`init_from` with an official file loads encoder and decoder exactly."""
     state = reference.state_dict("mae_mini")
     path = state_files.save_safetensors(tmp_path / "x.safetensors", state)
     config = mini_runs.mae(
@@ -294,7 +303,10 @@ def test_inspect_a_model_of_custom_size(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_inspect_files(tmp_path, capsys):
-    """--inspect prints entries, the loading report of a classifier, and all names."""
+    """--inspect prints a file's entries, all names, and the loading report.
+
+    A pretraining file is also inspected as a classifier of larger images.
+    """
     for kind, words in {
         "official_mae": ["mae_hivit_base", "entries: optimizer, epoch, scaler, args"],
         "official_finetuned": [
@@ -326,7 +338,10 @@ def test_inspect_files(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_hub(tmp_path, monkeypatch):
-    """A directory or a file of a repository is loaded, at a revision if given."""
+    """hf:// addresses load a repository's directory or one of its files.
+
+    The address may contain a revision.
+    """
     model, downloads = mini("hivit_base"), []
     hivit_jax.save_pretrained(model, tmp_path)
     state_files.save_safetensors(

@@ -62,7 +62,10 @@ NESTINGS = {
 @pytest.mark.parametrize("key", NESTINGS)
 @pytest.mark.parametrize("legacy", [False, True])
 def test_nesting(key, legacy, tmp_path):
-    """The state dict of a HiViT is found below keys and beside other objects."""
+    """Reading a file finds the state dict of a HiViT below any keys.
+
+    The file may contain other objects.
+    """
     content = torch_files.with_tensors(NESTINGS[key])
     file = files.read(torch_files.save(content, tmp_path / "x.pth", legacy))
     assert file.key == key
@@ -80,7 +83,7 @@ def test_nesting(key, legacy, tmp_path):
     ],
 )
 def test_averaged_weights(content, tmp_path):
-    """Averaged weights are preferred, unless averaged=False."""
+    """If a file has averaged weights, they are read, unless averaged=False."""
     path = torch_files.save(torch_files.with_tensors(content), tmp_path / "x.pth")
     for averaged, expected in ((True, AVERAGE), (False, STATE)):
         state = files.read(path, averaged).state
@@ -116,7 +119,7 @@ def test_averaged_weights(content, tmp_path):
     ],
 )
 def test_prefixes(state, removed, unused):
-    """Prefixes of all names and of wrapped blocks are removed."""
+    """`remove_prefixes` removes the prefix of a model's names, and any wrappers."""
     result = remove_prefixes(state)
     assert result.removed == removed
     assert result.unused == unused

@@ -57,7 +57,10 @@ def test_round_trip(layout, suffix, tmp_path):
 
 @pytest.mark.slow
 def test_official_program_can_load_every_entry(tmp_path):
-    """A strict load_state_dict of the official mini classifier would succeed."""
+    """A converted file has exactly the official names and shapes.
+
+    Therefore the official classifier can load it with strict=True.
+    """
     model, _ = reference.build_fixture("features_mini_rpe")
     hivit_jax.save_pretrained(model, tmp_path / "d")
     convert.convert(tmp_path / "d", tmp_path / "x.safetensors")
@@ -69,7 +72,10 @@ def test_official_program_can_load_every_entry(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["hivit_base", "mae_hivit_base"])
 def test_save_pretrained(name, tmp_path):
-    """The loaded model has the same arguments and values."""
+    """A model that is saved and loaded has the same arguments and values.
+
+    The model card contains the results.
+    """
     overrides = dict(drop_path_rate=0.1) if name == "hivit_base" else {}
     model = mini(name, dtype="bfloat16", image_size=(64, 32), **overrides)
     hivit_jax.save_pretrained(model, tmp_path, {"task": "x"}, {"eval/top1": 0.5})
@@ -80,13 +86,13 @@ def test_save_pretrained(name, tmp_path):
     for text in (f"# {name}", "eval/top1: 50.00 %", "training: x\n", "64x32"):
         assert text in card
     assert len(card.splitlines()) < 60
-    about = json.loads((tmp_path / "config.json").read_text())
-    assert about["arguments"]["image_size"] == [64, 32]
+    saved_config = json.loads((tmp_path / "config.json").read_text())
+    assert saved_config["arguments"]["image_size"] == [64, 32]
 
 
 @pytest.mark.parametrize(("scale", "divisor"), [(1 / 255, "255"), (1 / 65535, "65535")])
 def test_card_states_the_divisor_of_pixels(scale, divisor):
-    """The divisor is the reciprocal of `info.scale`: the white of 8 or 16 bits."""
+    """The model card states the divisor of pixels: 255 for 8 bits, 65535 for 16."""
     model = abstract_model("hivit_base", num_classes=2)
     model.info = replace(model.info, scale=scale, multi_label=True)
     card = model_card(model, {}, {})
@@ -97,7 +103,10 @@ def test_card_states_the_divisor_of_pixels(scale, divisor):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["hivit_base", "mae_hivit_base"])
 def test_code_of_the_card_runs(name, tmp_path, monkeypatch, capsys):
-    """The code runs in the saved directory; a classifier's prints a class name."""
+    """The model card's code runs in the saved directory.
+
+    A classifier's code prints the name of the predicted class.
+    """
     classifier = name == "hivit_base"
     model = mini(name, **dict(num_classes=2) if classifier else {})
     names = ("a cat", "a dog") * classifier
@@ -118,7 +127,10 @@ def test_code_of_the_card_runs(name, tmp_path, monkeypatch, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("file", ["", "model.safetensors", "other.safetensors"])
 def test_facts_about_images_are_saved(file, tmp_path):
-    """`model.info` is saved in every file; another head has no class names."""
+    """Every saved file contains `model.info`.
+
+    A model that is loaded with another number of classes has no class names.
+    """
     model = mini("hivit_base", num_classes=2)
     facts = dict(class_names=("cat", "dog"), crop=0.9, mean=(0.1, 0.2, 0.3))
     model.info = replace(model.info, std=(0.2,) * 3, scale=0.5, **facts)
@@ -183,7 +195,7 @@ CHANGES = [
 @pytest.mark.slow
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_what_would_not_load_is_not_saved(change, tmp_path):
-    """A model that would not load is refused, and older files stay unchanged.
+    """`save_pretrained` refuses a model that would not load, and changes no file.
 
     A model is saved if and only if its arrays have the names and shapes of
     `model.config`, a float dtype and finite values.
@@ -205,13 +217,13 @@ def test_changed_values_and_narrower_dtypes_are_saved(tmp_path):
     loaded = hivit_jax.load_pretrained(tmp_path)
     expected = np.float32(model.head.kernel[...])
     np.testing.assert_array_equal(loaded.head.kernel[...], expected)
-    about = json.loads((tmp_path / "config.json").read_text())
-    assert about["results"] == {"eval/top1": 0.5}
+    saved_config = json.loads((tmp_path / "config.json").read_text())
+    assert saved_config["results"] == {"eval/top1": 0.5}
 
 
 @pytest.mark.slow
 def test_an_edited_model_card_is_kept(tmp_path, capsys):
-    """A model card is replaced only if it has the bytes of the last save."""
+    """Saving again replaces the model card only if nobody has edited it."""
     card, model = tmp_path / "README.md", small_model()
     hivit_jax.save_pretrained(model, tmp_path)
     hivit_jax.save_pretrained(model, tmp_path, results={"eval/top1": 0.5})
@@ -226,9 +238,9 @@ def test_an_edited_model_card_is_kept(tmp_path, capsys):
     hivit_jax.save_pretrained(model, tmp_path)
     assert card.read_text().startswith("---")
     # A directory saved by a version without card digests keeps its card.
-    about = json.loads((tmp_path / "config.json").read_text())
-    del about["card"]
-    (tmp_path / "config.json").write_text(json.dumps(about))
+    saved_config = json.loads((tmp_path / "config.json").read_text())
+    del saved_config["card"]
+    (tmp_path / "config.json").write_text(json.dumps(saved_config))
     hivit_jax.save_pretrained(model, tmp_path)
     assert "is kept" in capsys.readouterr().out
 
@@ -270,7 +282,7 @@ def test_home_directory(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("layout", ["official", "supervised", "mmpretrain"])
 def test_arrays_of_a_state_dict(layout):
-    """Arrays are C-contiguous and writable copies, because programs may modify them."""
+    """`to_state_dict` returns writable copies, because programs may modify them."""
     fc_norm = layout != "mmpretrain"
     model = mini("hivit_base", num_classes=2, fc_norm=fc_norm, relative_position=True)
     state = to_state_dict(split(model)[1], model, layout)
@@ -283,7 +295,7 @@ def test_arrays_of_a_state_dict(layout):
 
 
 def test_no_paths_of_the_machine_are_shared(tmp_path):
-    """Card, config and weights contain no paths of this machine.
+    """Saved cards, configs and weights contain no paths of this machine.
 
     Values that look like a path are shortened, and values of keys for directories are
     removed. Names with a slash and addresses on the hub are unchanged.

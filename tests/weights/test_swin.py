@@ -1,4 +1,8 @@
-"""Tests of Swin and SimMIM files of the official code, timm and transformers."""
+"""Tests of Swin and SimMIM files of the official code, timm and transformers.
+
+ViT files of transformers, and conversions to the layouts of timm and transformers, are
+tested here too. test_vit.py tests the other ViT files.
+"""
 
 import sys
 from types import SimpleNamespace
@@ -44,7 +48,7 @@ def check_params(pretrained, expected):
 
 
 def test_official_classifier(tmp_path):
-    """The size of the image is inferred from the shift masks."""
+    """An official file loads bit-identically; shift masks determine the image size."""
     state, params = with_buffers("swin_mini")
     pretrained = read(write(tmp_path / "swin.pth", state))
     check_params(pretrained, params)
@@ -152,7 +156,10 @@ def test_simmim(program, tmp_path):
 
 
 def test_finetuning_from_a_simmim_file(tmp_path):
-    """Tables are resized geometrically; mask token and decoder are not used."""
+    """A Swin with larger windows loads the encoder of a SimMIM file.
+
+    The tables are resized geometrically. Mask token and decoder are not used.
+    """
     state, params = with_buffers("simmim_mini")
     pretrained = read(write(tmp_path / "ckpt_epoch_99.pth", state))
     sizes = dict(image_size=96, embed_dim=24, depths=(2, 2), num_heads=(2, 4))
@@ -173,7 +180,7 @@ def test_finetuning_from_a_simmim_file(tmp_path):
 
 
 def test_transformers_vit_mae(tmp_path):
-    """Heads, eps and norm_pix_loss are read from config.json."""
+    """A ViT-MAE directory loads; config.json sets heads, eps and norm_pix_loss."""
     state = vit.state_dict("mae_vit_mini")
     config = dict(model_type="vit_mae", num_attention_heads=2, layer_norm_eps=1e-12)
     config |= dict(decoder_num_attention_heads=2, norm_pix_loss=False)
@@ -216,7 +223,7 @@ def test_saved_model(tmp_path):
 @pytest.mark.parametrize("layout", ["official", "timm", "transformers"])
 @pytest.mark.parametrize("fixture", ["swin_mini", "simmim_mini"])
 def test_layouts(fixture, layout):
-    """A layout has its program's names; reading them back gives the same bytes."""
+    """Parameters written in a layout have its names, and read back bit-identically."""
     name, config = swin.arguments(fixture)
     model = swin.abstract_model(name, **config)
     state = swin.state_dict(fixture)
@@ -258,7 +265,7 @@ def test_layouts_of_vit():
 
 def test_repository_of_transformers(tmp_path, monkeypatch):
     """If a repository has no safetensors file, its PyTorch file is downloaded."""
-    state, asked = vit.state_dict("mae_vit_mini"), []
+    state, requested = vit.state_dict("mae_vit_mini"), []
     named = foreign.transformers_state(state, "vit")
     config = dict(model_type="vit_mae", num_attention_heads=2)
     config |= dict(decoder_num_attention_heads=2, norm_pix_loss=True)
@@ -266,7 +273,7 @@ def test_repository_of_transformers(tmp_path, monkeypatch):
     (tmp_path / "hf" / "model.safetensors").unlink()
 
     def snapshot_download(name, revision, allow_patterns):
-        asked.append(allow_patterns)
+        requested.append(allow_patterns)
         if allow_patterns == ["pytorch_model.bin"]:
             content = torch_files.with_tensors(named)
             torch_files.save(content, tmp_path / "hf" / "pytorch_model.bin")
@@ -275,7 +282,7 @@ def test_repository_of_transformers(tmp_path, monkeypatch):
     fake = SimpleNamespace(snapshot_download=snapshot_download)
     monkeypatch.setitem(sys.modules, "huggingface_hub", fake)
     pretrained = read("hf://facebook/vit-mae-mini")
-    assert len(asked) == 2
+    assert len(requested) == 2
     assert pretrained.arguments["num_heads"] == 2
     name, config = vit.arguments("mae_vit_mini")
     model = vit.abstract_model(name, **config)

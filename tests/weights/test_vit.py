@@ -1,4 +1,9 @@
-"""Tests of files of the official MAE code: pretrained, finetuned, encoder alone."""
+"""Tests of ViT files with the names of the official MAE code.
+
+The files are pretrained, finetuned, or contain only the encoder. timm uses the same
+names for the encoder. test_swin.py tests conversions to the layouts of timm and
+transformers, also for ViT.
+"""
 
 import numpy as np
 import pytest
@@ -48,7 +53,10 @@ def test_golden_logits_from_a_file(fixture, tmp_path):
 
 @pytest.mark.parametrize("pooling", ["mean", "token"])
 def test_finetuning_from_a_pretraining_file(pooling, tmp_path):
-    """The encoder is loaded and its table resized; mean pooling does not use `norm`."""
+    """A classifier of larger images loads a pretraining file's encoder.
+
+    The position table is resized. Mean pooling does not use the file's `norm`.
+    """
     path = write(tmp_path / "full.pth", vit.state_dict("mae_vit_mini"))
     pretrained = read(path, **HEADS)
     sizes = dict(image_size=96, embed_dim=64, depth=2, num_heads=2)
@@ -66,7 +74,7 @@ def test_finetuning_from_a_pretraining_file(pooling, tmp_path):
 
 
 def test_encoder_alone(tmp_path):
-    """A file of the encoder, with its norm and without a head, is used completely."""
+    """Every array is used of a file like timm's: encoder and norm, but no head."""
     state = vit.state_dict("mae_vit_mini")
     encoder = {k: v for k, v in state.items() if "decoder" not in k}
     del encoder["mask_token"]

@@ -150,14 +150,17 @@ def test_regions_of_a_compiled_program():
 
     w, x = jnp.ones((256, 128)), jnp.ones((512, 256))
     hlo = program.lower(w, x).compile().as_text()
-    moved = cost.bytes_by_region(hlo)
-    assert moved.keys() - {"other"} == {"main attention", "loss"}
+    bytes_by_region = cost.bytes_by_region(hlo)
+    assert bytes_by_region.keys() - {"other"} == {"main attention", "loss"}
     product = 4 * (256 * 128 + 512 * 256 + 512 * 128)
-    assert moved["main attention"] >= 2 * product
-    assert moved["loss"] >= 3 * product
-    assert moved.total() < 10 * product
+    assert bytes_by_region["main attention"] >= 2 * product
+    assert bytes_by_region["loss"] >= 3 * product
+    assert bytes_by_region.total() < 10 * product
 
     jaxpr = jax.make_jaxpr(program)(w, x).jaxpr
-    one = 2 * 512 * 256 * 128
+    product_flops = 2 * 512 * 256 * 128
     flops = cost.matmul_flops_by_region(jaxpr, loops=True)
-    assert flops == {"main attention": 2 * one, "loss": 3 * one}  # x has no gradient
+    assert flops == {
+        "main attention": 2 * product_flops,
+        "loss": 3 * product_flops,
+    }  # x has no gradient

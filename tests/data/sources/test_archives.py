@@ -60,7 +60,7 @@ def dataset(request, tmp_path):
 
 
 def data_config(dataset, directory=None, **overrides):
-    """Return the config of a dataset; `directory` replaces its own."""
+    """Return the config of a dataset; `directory` replaces the dataset's directory."""
     name, root = dataset
     return folder_config(directory or root, data__name=name, **overrides)
 
@@ -184,7 +184,7 @@ def test_labels_in_json(tmp_path):
 
 
 def test_index_of_an_earlier_version_is_not_used(tmp_path):
-    """The earlier version did not read the labels in KEY.json."""
+    """An index without labels, saved before labels were read from JSON, is rebuilt."""
     members = [("a.jpg", b"0"), ("a.json", b'{"label": 2}')]
     write_tar(tmp_path / "train.tar", members)
     data = folder_config(tmp_path, data__name="webdataset").data

@@ -172,10 +172,9 @@ IGNORED = [
 
 
 def test_hidden_and_system_names_are_ignored(root):
-    """Names with a leading dot and system names are ignored at any level.
+    """Hidden names and names of system files (`IGNORED`) are ignored at any level.
 
-    System names are ignored in upper and lower case. Similar names, such as __x, @x and
-    cache, are classes and images.
+    Similar names, such as __x, @x and cache, are classes and images.
     """
     make(root, "val/n1/v.png")
     before = {s: listed(folder.Folder(str(root), s)) for s in ("train", "val")}
@@ -199,7 +198,7 @@ def test_hidden_and_system_names_are_ignored(root):
 
 
 def test_parents_may_be_hidden(tmp_path):
-    """Hidden parents of data.dir are accepted, because the user has named them."""
+    """data.dir may be inside a hidden directory, because the user has named it."""
     root = tmp_path / ".cache" / "lost+found"
     make(root, "train/a/0.png", "val/a/0.png")
     assert len(folder.Folder(str(root), "train")) == 1
