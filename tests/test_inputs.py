@@ -448,7 +448,7 @@ def test_share_of_unreadable_images():
     data = digits_config(data__max_unreadable=0.001).data
     check_unreadable(1, data, "train")  # of 1,437
     with pytest.raises(
-        DataError, match=r"2 images of digits .* 0.14%; .* 0.10% of 1,43"
+        DataError, match=r"2 images of digits .* 0.14% of the 1,437 .* 0.10%"
     ):
         check_unreadable(2, data, "train")
     with pytest.raises(DataError, match="check_data"):

@@ -314,7 +314,7 @@ def test_unreadable_images(tmp_path, monkeypatch):
     monkeypatch.setattr(inputs, "train_batches", spoiled)
     for fill in (0, 200):
         config = mini_runs.mae(data__max_unreadable=0.1)
-        with pytest.raises(DataError, match="8 images .* 12.50%; .* allows 10.00%"):
+        with pytest.raises(DataError, match="8 images .* 12.50% of .* allows 10.00%"):
             training.train(config, tmp_path / str(fill))
     one, other = tmp_path / "0", tmp_path / "200"
     last = mini_runs.saved_steps(one)[-1]  # batches that are read ahead count too

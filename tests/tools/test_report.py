@@ -250,7 +250,7 @@ def test_errors(tmp_path, capsys):
     out = tmp_path / "report.html"
     for path, out_path, words in (
         (tmp_path / "none", out, ["none/metrics.jsonl", "no directory"]),
-        (run.parent, out, ["runs/metrics.jsonl", "no file", "in it: a"]),
+        (run.parent, out, ["runs/metrics.jsonl", "no file", "with metrics: a"]),
         (tmp_path / "empty", out, ["empty/metrics.jsonl", "none", "log_every"]),
         (damaged.parent, out, [str(damaged), "expected JSON", "move the file"]),
         (run, tmp_path / "none" / "x.html", ["--out", "No such file or directory"]),
