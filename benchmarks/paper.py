@@ -179,12 +179,10 @@ def compile_all(cells: list[str], args: argparse.Namespace) -> None:
 
 def measure_all(cells: list[str], args: argparse.Namespace) -> None:
     """Measure all missing cells, print the table and draw the figure."""
-    import jax
+    from hivit_jax.platforms import use_cpu
 
     prepare(args, GPU_BATCH)
-    jax.config.update(
-        "jax_platforms", "cpu"
-    )  # only this process; the cells use the device
+    use_cpu()  # only this process; the processes of cells use the device
     if not importlib.util.find_spec("torch"):
         print("torch is not installed; only the cells of hivit_jax are measured")
         cells = [name for name in cells if CELLS[name][2] == OURS]

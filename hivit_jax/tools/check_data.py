@@ -129,9 +129,9 @@ def check_dataset(
     Raises:
       ConfigError: the dataset is synthetic.
       DataError: the dataset cannot be opened; a class is empty; an image has an invalid
-        label or the wrong number of channels, or requires `data.value_range`; or the
-        fraction of images that are unreadable, have a wrong checksum or lose values
-        exceeds `data.max_unreadable`.
+        label, the wrong number of channels, or values that `data.dtype` and
+        `data.value_range` do not cover; or the fraction of images that are unreadable,
+        have a wrong checksum or lose values exceeds `data.max_unreadable`.
     """
     data, failures, notes = config.data, [], []
     if data.name == "synthetic":

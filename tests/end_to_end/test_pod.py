@@ -31,7 +31,7 @@ RUN = dict(
 # For runs in which one process fails. The failing process waits 2 x peer_timeout for
 # the other process, see `exit_now`. stall_timeout is longer, so that the watchdog does
 # not end the other process first.
-ONE_FAILS = RUN | dict(peer_timeout=10, stall_timeout=60)
+ONE_FAILS = RUN | dict(stall_timeout=60)
 
 
 class Pod:
