@@ -66,7 +66,7 @@ STEPS = {
 # Suffix of a part -> rows of `benchmarks.peers`. All rows in one part would exceed the
 # time limit.
 PEERS = {
-    "": ("hivit_jax", "torch", "torch, compiled"),
+    "": ("hivit_jax", "hivit_jax, fused", "torch, compiled"),
     ", others": ("hivit_jax", "ViT-B, compiled", "Swin-B, compiled"),
 }
 # On GPUs only. Each flag is the opposite of XLA's default.

@@ -5,8 +5,8 @@
         [--batch 8] [--rounds 5] [--steps 2] [--threads 2]
 
 Compares HiViT-B in hivit_jax with a PyTorch twin of the official code, eager and
-compiled, and with ViT-B and Swin-B in PyTorch (benchmarks/torch_peers.py). The tasks
-are:
+compiled, and with ViT-B and Swin-B in PyTorch (benchmarks/torch_peers.py). The row
+"hivit_jax, fused" uses `model.kernels=fused`, for GPUs. The tasks are:
 
 - pretrain: the train step of mae_base. ViT-B is trained by MAE, Swin-B by SimMIM.
 - classify: the train step of finetune:base, without the random draws of drop path,
@@ -41,10 +41,12 @@ from typing import Any
 
 from benchmarks.machine import processor
 from benchmarks.peer_rows import (
+    FUSED,
     OURS,
     RECIPES,
     TORCH,
     Started,
+    start_fused,
     start_ours,
     start_torch,
 )
@@ -112,14 +114,28 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
         for row in args.rows:  # hivit_jax is the first
             if row == OURS:
                 start = partial(start_ours, args, first_step)
+            elif row == FUSED:
+                start = partial(start_fused, args)
             else:
                 start = partial(start_torch, *TORCH[row], args, first_step)
-            keep_memory = row == OURS or args.keep_memory  # as in training
+            keep_memory = row not in TORCH or args.keep_memory  # as in training
             pipes[row] = start_row(start, keep_memory, args)
-            results[row] = receive(pipes[row], row)
-            print(f"{row}: ready; first loss {results[row]['loss']}", flush=True)
+            # Rows on a GPU prepare themselves at the same time, except the first one,
+            # which writes the first step.
+            if args.device == "cpu" or row == args.rows[0]:
+                results[row] = ready(pipes[row], row)
+        results |= {
+            row: ready(pipes[row], row) for row in args.rows if row not in results
+        }
     check_first_losses(results, TOLERANCE[args.device])
     return {row: results[row] | x for row, x in time_rows(pipes, args).items()}
+
+
+def ready(pipe: Any, row: str) -> dict[str, Any]:
+    """Wait until a row is ready, print its first loss, and return its facts."""
+    facts = receive(pipe, row)
+    print(f"{row}: ready; first loss {facts['loss']}", flush=True)
+    return facts
 
 
 def time_rows(
@@ -236,12 +252,12 @@ def run(argv: list[str] | None) -> None:
     add = parser.add_argument
     add("--task", choices=RECIPES, default="pretrain")
     text = "programs to compare"
-    add("--rows", nargs="+", choices=(OURS, *TORCH), default=DEFAULT, help=text)
+    add("--rows", nargs="+", choices=(OURS, FUSED, *TORCH), default=DEFAULT, help=text)
     add("--keep_memory", action="store_true", help="keep freed memory in PyTorch too")
     add("--out", type=Path, help="the JSON file to write")
     add_flags(add, GPU_BATCH)
     args = parser.parse_args(argv)
-    args.rows = sorted(args.rows, key=(OURS, *TORCH).index)
+    args.rows = sorted(args.rows, key=(OURS, FUSED, *TORCH).index)
     prepare(args, GPU_BATCH)
     results = compare(args)
     print(table(results, args.device == "cpu"))
