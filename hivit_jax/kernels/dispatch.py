@@ -1,13 +1,13 @@
 """Selection of the fused kernels that run residual branches.
 
-`mlp` and `attention` return a residual branch as one kernel. They return None if no
-kernel supports the branch, and the layers then leave it to XLA.
+On TPUs, `mlp` and `attention` return a residual branch as one kernel. On GPUs,
+`layer_norm` runs only the LayerNorm of a branch as a kernel. All three return None if
+no kernel supports the arguments, and the layers then leave the work to XLA.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import jax
@@ -16,12 +16,12 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, PartitionSpec
 
 from hivit_jax.errors import ConfigError
-from hivit_jax.kernels import mlp_triton
+from hivit_jax.kernels import norm_triton
 from hivit_jax.kernels.attention_groups import LANES, bias_bytes
 from hivit_jax.kernels.attention_tpu import attention_block
 from hivit_jax.kernels.grid_tpu import VMEM_SHARE
 from hivit_jax.kernels.mlp_tpu import mlp_block
-from hivit_jax.kernels.numerics import ROWS, Plan, Weights, scale_images
+from hivit_jax.kernels.numerics import ROWS, Plan, Weights
 
 CHOICES = ("auto", "fused", "plain")
 HBM_SHARE = 0.5  # fraction of the peak bandwidth that a kernel can rely on
@@ -36,20 +36,18 @@ def mlp(x: jax.Array, norm: Any, mlp: Any, choice: str) -> Branch | None:
       x: [..., C].
       norm, mlp: modules with the parameters.
       choice: where to use kernels, if shapes allow. "auto": on TPUs, in bfloat16.
-        "fused": also on GPUs, for narrow MLPs (the stem's) in bfloat16, and on CPUs,
-        where they run as plain operations, slowly. "plain": nowhere.
+        "fused": also on CPUs, where they run as plain operations, slowly. "plain":
+        nowhere.
     """
     target = _target(choice, x)
     width, hidden = mlp.fc1.kernel.shape
     if target is None or x.size == 0 or width % LANES or hidden % LANES:
         return None
+    if target.platform == "gpu":
+        return None
     total = x.size // width // target.shards
     plan = Plan(norm.epsilon, interpret=target.interpret)
     weights = _weights(x.dtype, norm, mlp.fc1, mlp.fc2)
-    if target.platform == "gpu":
-        if width not in mlp_triton.WIDTHS or total % mlp_triton.ROWS:
-            return None
-        return partial(_run_on_gpu, target, x, weights, plan)
     # More rows make programs that take longer to compile. Fewer rows make more and
     # shorter steps.
     preferred = min(max(2**28 // (width * hidden), 128), 1024)
@@ -130,11 +128,27 @@ def attention(
     return run
 
 
-def _run_on_gpu(target, x, weights, plan, image_scale):
-    """Run the MLP as a GPU kernel. XLA multiplies by `image_scale`, if given."""
-    plan = replace(plan, add=image_scale is None)
-    out = target.run(mlp_triton.mlp_block, x, (weights,), plan)
-    return out if plan.add else x + scale_images(out, image_scale.astype(x.dtype))
+def layer_norm(
+    x: jax.Array, norm: Any, choice: str
+) -> tuple[jax.Array, jax.Array] | None:
+    """Return x and ``norm(x)``, the latter by a GPU kernel, or None.
+
+    The kernel of the backward pass adds both gradients of x. Therefore the skip
+    connection must use the returned x.
+
+    Args:
+      x: [..., C] bfloat16.
+      norm: module with the parameters.
+      choice: "auto" and "fused" use the kernel on GPUs, "plain" does not.
+    """
+    target = _target(choice, x)
+    if target is None or target.platform != "gpu" or x.size == 0:
+        return None
+    total = x.size // x.shape[-1] // target.shards
+    if not norm_triton.supports(total, x.shape[-1]):
+        return None
+    weights, plan = (norm.scale[...], norm.bias[...]), Plan(norm.epsilon)
+    return target.run(norm_triton.skip_and_norm, x, weights, plan)
 
 
 def _weights(dtype, norm, *linear_layers):
@@ -195,8 +209,10 @@ class Target:
         params: tuple,
         plan: Plan,
         per_image: tuple = (),
-    ) -> jax.Array:
+    ) -> Any:
         """Run kernel([T, C], *params, *per_image, plan) on each device's images.
+
+        Returns the kernel's arrays [T, C], in the shape of x.
 
         Args:
           x: [..., C].
@@ -209,7 +225,8 @@ class Target:
 
         def local(x, params, per_image):
             rows = x.reshape(-1, x.shape[-1])
-            return kernel(rows, *params, *per_image, plan).reshape(x.shape)
+            results = kernel(rows, *params, *per_image, plan)
+            return jax.tree.map(lambda result: result.reshape(x.shape), results)
 
         if self.axes:  # because compilers do not partition kernels
             split = PartitionSpec(self.axes)
@@ -238,7 +255,7 @@ def _target(choice: str, x: jax.Array) -> Target | None:
     of heads, or if the sharding of arrays is unknown.
     """
     device, bfloat16 = platform(), x.dtype == jnp.bfloat16
-    supported = {"tpu": bfloat16, "gpu": bfloat16 and choice == "fused"}
+    supported = {"tpu": bfloat16, "gpu": bfloat16}
     if choice == "plain" or not supported.get(device, choice == "fused"):
         return None
     mesh = jax.sharding.get_abstract_mesh()

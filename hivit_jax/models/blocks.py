@@ -62,7 +62,7 @@ class MlpBlock(nnx.Module):
         with jax.named_scope("mlp"):
             drop = drop_path_rate, drop_path_keys, 2 * block_index
             fused = dispatch.mlp(x, self.norm2, self.mlp, kernels)
-            return _add_branch(x, lambda: self.mlp(self.norm2(x)), fused, drop)
+            return _add_branch(x, self.norm2, self.mlp, kernels, fused, drop)
 
 
 class AttentionBlock(MlpBlock):
@@ -120,21 +120,23 @@ class AttentionBlock(MlpBlock):
             drop = drop_path_rate, drop_path_keys, 2 * block_index + 1
             options = relative_index, key_mask, kernels
             fused = dispatch.attention(x, self.norm1, self.attn, *options)
-            return _add_branch(
-                x, lambda: self.attn(self.norm1(x), *options), fused, drop
-            )
+
+            def attend(normalized):
+                return self.attn(normalized, *options)
+
+            return _add_branch(x, self.norm1, attend, kernels, fused, drop)
 
 
-def _add_branch(x, plain, fused, drop):
-    """Return ``x + drop_path(branch)``.
+def _add_branch(x, norm, branch, kernels, fused, drop):
+    """Return ``x + drop_path(branch(norm(x)))``.
 
     Args:
-      plain: function that computes the branch if `fused` is None.
-      fused: fused kernel from `dispatch`, or None.
+      fused: fused kernel of norm and branch from `dispatch`, or None.
       drop: further arguments of `drop_path`.
     """
     if fused is None:
-        return x + drop_path(plain(), *drop)
+        x, normalized = dispatch.layer_norm(x, norm, kernels) or (x, norm(x))
+        return x + drop_path(branch(normalized), *drop)
     scale = drop_path_scale(*drop, x.dtype)
     return fused(None if scale is None else scale.astype(jnp.float32))
 

@@ -12,7 +12,7 @@ from networks import abstract_model, random_array, random_weight
 
 from hivit_jax.kernels.attention_tpu import attention_block
 from hivit_jax.kernels.mlp_tpu import mlp_block
-from hivit_jax.kernels.mlp_triton import mlp_block as gpu_mlp_block
+from hivit_jax.kernels.norm_triton import skip_and_norm
 from hivit_jax.kernels.numerics import Plan, Weights
 from hivit_jax.tree import split
 
@@ -21,11 +21,11 @@ library_attention = jax.nn.dot_product_attention  # before tests patch it
 
 
 class Case(NamedTuple):
-    """Residual branch of rows [T, C].
+    """Residual branch of rows [T, C]; on GPUs, only its LayerNorm.
 
     platform: backend of the kernel.
-    shapes: of rows, LayerNorm's scale and bias, two linear layers and, for some, the
-      bias of the attention scores.
+    shapes: of rows, LayerNorm's scale and bias, for some two linear layers and the bias
+      of the attention scores.
     plain: (*inputs, image_scale) -> [T, C]; image_scale is [images] or None.
     fused: (*inputs, image_scale, keep, interpret) -> [T, C], one kernel.
     images: number of images that the rows belong to.
@@ -113,14 +113,17 @@ def mlp(rows, width, hidden, block):
     return Case("tpu", shapes, plain_mlp, fused, rows // 24)
 
 
-def gpu_mlp(rows, width, hidden):
-    def fused(x, *weights, image_scale=None, **options):
-        plan = Plan(EPS, add=image_scale is None, **options)
-        out = gpu_mlp_block(x, Weights(*weights), plan)
-        return out if plan.add else add_branch(x, out, image_scale)
+def plain_norm(x, scale, bias, image_scale=None):
+    return add_branch(x, layer_norm(x, scale, bias).astype(x.dtype), image_scale)
 
-    shapes = shapes_of(rows, width, hidden, hidden)
-    return Case("gpu", shapes, plain_mlp, fused, rows // 64, keeps=False)
+
+def norm(rows, width):
+    def fused(x, scale, bias, image_scale=None, keep=False, **options):
+        x, normalized = skip_and_norm(x, scale, bias, Plan(EPS, **options))
+        return add_branch(x, normalized, image_scale)
+
+    shapes = [(rows, width), (width,), (width,)]
+    return Case("gpu", shapes, plain_norm, fused, rows // 8, keeps=False)
 
 
 def attention(images, tokens, width, heads, block, bias=False):
@@ -137,8 +140,9 @@ def attention(images, tokens, width, heads, block, bias=False):
 
 CASES = {
     "mlp": mlp(96, 128, 256, 32),
-    "mlp on GPUs": gpu_mlp(128, 128, 384),
-    "wide mlp on GPUs": gpu_mlp(192, 256, 256),
+    # Rows of one part, and of three; tiles of 32 and 8 rows in blocks of 128 and 32.
+    "norm on GPUs": norm(256, 128),
+    "norm of 3 parts on GPUs": norm(96, 384),
     # Blocks contain several images, so that each block begins at a tile boundary.
     "attention of 49": attention(16, 49, 128, 4, 784),
     "attention of 196": attention(8, 196, 128, 2, 784),

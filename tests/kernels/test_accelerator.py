@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from kernel_cases import (
     CASES,
     assert_bfloat16_errors,
-    gpu_mlp,
+    norm,
     output_and_gradients,
     relative_errors,
 )
@@ -40,13 +40,13 @@ def default_precision():
     jax.config.update("jax_default_matmul_precision", before)
 
 
-STEM = {"stem 1": gpu_mlp(25088, 128, 384), "stem 2": gpu_mlp(6272, 256, 768)}
+STAGES = {"stem": norm(25088, 128), "main stage": norm(1568, 512)}
 
 
 @pytest.mark.parametrize("keep", [False, True])
-@pytest.mark.parametrize("name", [*CASES, *STEM])
+@pytest.mark.parametrize("name", [*CASES, *STAGES])
 def test_kernels_are_no_less_exact_than_plain(name, keep):
-    case = (CASES | STEM)[name]
+    case = (CASES | STAGES)[name]
     if case.platform != jax.default_backend() or keep and not case.keeps:
         pytest.skip("no such kernel on this backend")
     assert_bfloat16_errors(case, jax.jit, keep, interpret=False)

@@ -196,17 +196,17 @@ def test_unsupported_shapes_and_backends(one_device):
 
 
 @pytest.mark.slow
-def test_gpus_fuse_narrow_mlps(one_device, monkeypatch):
-    """GPUs fuse MLPs of widths 128 and 256, only in bfloat16 with kernels="fused"."""
+def test_gpus_run_layer_norms_as_kernels(one_device, monkeypatch):
+    """The LayerNorms of all 8 branches are kernels in bfloat16, except with "plain"."""
     monkeypatch.setattr(dispatch, "platform", lambda: "gpu")
     monkeypatch.setattr(jax.nn, "dot_product_attention", lambda q, k, v, **_: v)
     for choice, dtype, count in (
-        *(("fused", "bfloat16", 5), ("auto", "bfloat16", 0)),
+        *(("fused", "bfloat16", 8), ("auto", "bfloat16", 8)),
         *(("plain", "bfloat16", 0), ("fused", "float32", 0)),
     ):
         loss, params = loss_of(choice, dtype=dtype)
         names = kernels_in(jax.make_jaxpr(loss)(params).jaxpr)
-        assert names == count * ["mlp_block"], (choice, dtype)
+        assert names == count * [NORM], (choice, dtype)
 
 
 # Dispatch by backend
@@ -246,7 +246,8 @@ def mesh_of(**axes):
     return jax.set_mesh(Mesh(devices.reshape(*axes.values()), tuple(axes)))
 
 
-ATTENTION, MLP, CUDNN = "attention_block", "mlp_block", ("cudnn", 16)
+ATTENTION, MLP = "attention_block", "mlp_block"
+NORM, CUDNN = "layer_norm", ("cudnn", 16)
 
 
 # Expected kernels: (platform, choice, dtype) -> attention, MLP.
@@ -255,8 +256,8 @@ KERNELS = {
     ("cpu", "fused", "bfloat16"): [ATTENTION, MLP],
     ("tpu", "auto", "bfloat16"): [ATTENTION, MLP],
     ("tpu", "fused", "bfloat16"): [ATTENTION, MLP],
-    ("gpu", "auto", "bfloat16"): [CUDNN],
-    ("gpu", "fused", "bfloat16"): [CUDNN, MLP],
+    ("gpu", "auto", "bfloat16"): [CUDNN, NORM, NORM],
+    ("gpu", "fused", "bfloat16"): [CUDNN, NORM, NORM],
 }
 
 

@@ -1,0 +1,160 @@
+"""LayerNorm at the start of a residual branch as one GPU kernel (Triton), forward and
+backward.
+
+Without the kernel, XLA reads x three times in the forward pass (mean, variance, result)
+and four times in the backward pass. The kernels read every array once: the forward pass
+moves 4 C bytes for each row of C bfloat16 elements, the backward pass 8 C bytes. For
+this, the backward kernel also adds the gradient that reaches x past the branch.
+
+Blocks of rows run concurrently and cannot share sums. Therefore each writes its
+summands of the gradients of scale and bias, and XLA adds them up.
+"""
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from hivit_jax.kernels.numerics import F32, Plan
+
+# Elements that a thread block processes at a time, and in total in the backward pass.
+TILE, BLOCK = 4096, 16384
+MAX_PARTS = 4  # parts of a row; see `row_parts`
+
+
+def row_parts(width: int) -> list:
+    """Return slices that divide a row into parts.
+
+    The parts are equally long, because Triton's arrays have powers of two as sizes.
+    """
+    size = math.gcd(width, TILE)
+    return [pl.ds(start, size) for start in range(0, width, size)]
+
+
+def supports(total: int, width: int) -> bool:
+    """Return True if the kernels support arrays [total, width]."""
+    return total % 8 == 0 and width % 32 == 0 and len(row_parts(width)) <= MAX_PARTS
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def skip_and_norm(
+    x: jax.Array, scale: jax.Array, bias: jax.Array, plan: Plan
+) -> tuple[jax.Array, jax.Array]:
+    """Return x and its LayerNorm.
+
+    Args:
+      x: [T, C]; `supports` must be True.
+      scale, bias: [C] float32.
+    """
+    return _forward(x, scale, bias, plan)[0]
+
+
+def _forward(x, scale, bias, plan):
+    total, width = x.shape
+    parts = row_parts(width)
+
+    def kernel(x, scale, bias, y, mean, inverse):
+        rows = [x[:, part].astype(F32) for part in parts]
+        average = _mean(rows, width)
+        centered = [row - average for row in rows]
+        deviation = jax.lax.rsqrt(_mean(map(jnp.square, centered), width) + plan.eps)
+        for part, row in zip(parts, centered, strict=True):
+            normalized = row * deviation * _row(scale, part) + _row(bias, part)
+            y[:, part] = normalized.astype(y.dtype)
+        mean[...], inverse[...] = average, deviation
+
+    block = _rows_of_block(total, width, TILE)
+    statistics = jax.ShapeDtypeStruct((total, 1), F32)
+    y, mean, inverse = pl.pallas_call(
+        kernel,
+        grid=(total // block,),
+        in_specs=[_rows(block, width), _whole(scale), _whole(bias)],
+        out_specs=[_rows(block, width), _rows(block, 1), _rows(block, 1)],
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype), statistics, statistics],
+        compiler_params=_compiler_params(),
+        interpret=plan.interpret,
+        name="layer_norm",
+    )(x, scale, bias)
+    return (x, y), (x, scale, mean, inverse)
+
+
+def _backward(plan, saved, gradients):
+    x, scale, mean, inverse = saved
+    total, width = x.shape
+    parts, block = row_parts(width), _rows_of_block(total, width, BLOCK)
+    tile = _rows_of_block(block, width, TILE)
+
+    def kernel(x, skip, dy, scale, mean, inverse, dx, dscale, dbias):
+        def add_tile(i, sums):
+            rows = pl.ds(i * tile, tile)
+            average, deviation = mean[rows, :], inverse[rows, :]
+            x_hat = [
+                (x[rows, part].astype(F32) - average) * deviation for part in parts
+            ]
+            dys = [dy[rows, part].astype(F32) for part in parts]
+            dx_hat = [d * _row(scale, part) for d, part in zip(dys, parts, strict=True)]
+            products = [a * b for a, b in zip(dx_hat, x_hat, strict=True)]
+            shift, slope = _mean(dx_hat, width), _mean(products, width)
+            for part, d, normalized in zip(parts, dx_hat, x_hat, strict=True):
+                branch = deviation * (d - shift - normalized * slope)
+                dx[rows, part] = (skip[rows, part].astype(F32) + branch).astype(
+                    dx.dtype
+                )
+            return [
+                (dscale + d * normalized, dbias + d)
+                for (dscale, dbias), d, normalized in zip(sums, dys, x_hat, strict=True)
+            ]
+
+        zeros = [(jnp.zeros((tile, part.size), F32),) * 2 for part in parts]
+        sums = jax.lax.fori_loop(0, block // tile, add_tile, zeros)
+        for part, (scale_sum, bias_sum) in zip(parts, sums, strict=True):
+            dscale[0, part], dbias[0, part] = scale_sum.sum(0), bias_sum.sum(0)
+
+    rows, column, sums = _rows(block, width), _rows(block, 1), _rows(1, width)
+    block_sums = jax.ShapeDtypeStruct((total // block, width), F32)
+    dx, dscale, dbias = pl.pallas_call(
+        kernel,
+        grid=(total // block,),
+        in_specs=[rows, rows, rows, _whole(scale), column, column],
+        out_specs=[rows, sums, sums],
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype), block_sums, block_sums],
+        compiler_params=_compiler_params(),
+        interpret=plan.interpret,
+        name="layer_norm_gradient",
+    )(x, *gradients, scale, mean, inverse)
+    return dx, dscale.sum(0), dbias.sum(0)
+
+
+skip_and_norm.defvjp(_forward, _backward)
+
+
+def _mean(parts, width):
+    """Return the mean of each row, [R, 1], given its parts."""
+    return sum(part.sum(1, keepdims=True) for part in parts) / width
+
+
+def _row(ref, columns):
+    """Return some columns of a vector as one row of a matrix."""
+    return jnp.expand_dims(ref[columns], 0)
+
+
+def _rows_of_block(total, width, elements):
+    """Return a number of rows that divides `total`, with about `elements` elements."""
+    return math.gcd(total, 2 ** int(math.log2(max(elements // width, 1))))
+
+
+def _rows(count, width):
+    return pl.BlockSpec((count, width), lambda i: (i, 0))
+
+
+def _whole(x):
+    return pl.BlockSpec(x.shape, lambda i: (0,) * x.ndim)
+
+
+def _compiler_params():
+    # Imported here, because later versions of JAX may not have this module.
+    from jax.experimental.pallas.triton import CompilerParams
+
+    return CompilerParams(num_warps=8, num_stages=2)
