@@ -99,8 +99,8 @@ KEYS = {
         ),
         "multi_label": Key(
             False,
-            "an image has any number of labels: separated by `;` in a CSV file, or a "
-            "sequence of labels in TFDS",
+            "an image has any number of labels: separated by `;` in a CSV file, a tar "
+            "or a zip archive, or a sequence of labels in TFDS",
         ),
         "class_level": Key(
             "top",

@@ -11,6 +11,7 @@ import numpy as np
 
 from hivit_jax.data import storage
 from hivit_jax.data.shard_cache import ShardCache
+from hivit_jax.errors import DataError
 from hivit_jax.paths import cache_directory
 
 Index = dict[str, np.ndarray]
@@ -112,7 +113,10 @@ def load_index(
 
 
 def _stamp(path: str) -> str:
-    status = os.stat(path)
+    try:
+        status = os.stat(path)
+    except FileNotFoundError as error:
+        raise DataError(f"{path} does not exist") from error
     return f"{Path(path).absolute()} {status.st_size} {status.st_mtime_ns}"
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from hivit_jax.augment.resample import precise_span
 from hivit_jax.data.crops import Box, center_crop, paste_crop, random_resized_crop
 from hivit_jax.data.rasters import decode
-from hivit_jax.data.sources.base import label_vector
+from hivit_jax.data.sources.base import label_vector, single_label
 from hivit_jax.errors import DataError
 
 DRAWS = 22  # random numbers of a random crop: ten areas, ten aspect ratios, top, left
@@ -195,7 +195,7 @@ class ImageTransform(Transform):
         label = sample.get("label", () if self._num_labels else 0)
         if self._num_labels:
             return label_vector(label, self._num_labels)
-        if self._is_valid(label):
+        if self._is_valid(single_label(label)):
             return label
         raise DataError(
             f"expected a label from 0 to {self._num_classes - 1}, found {label}; "

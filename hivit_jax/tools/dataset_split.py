@@ -13,7 +13,7 @@ from hivit_jax.data.findings import CLIPPED, LOST, image_findings
 from hivit_jax.data.loader import available_cores
 from hivit_jax.data.order import permutation
 from hivit_jax.data.rasters import ChannelError, decode
-from hivit_jax.data.sources.base import LabelError, label_vector
+from hivit_jax.data.sources.base import LabelError, label_vector, single_label
 from hivit_jax.data.sources.registry import open_source
 from hivit_jax.data.summary import Summary
 from hivit_jax.errors import DataError, LocalDataError
@@ -124,7 +124,7 @@ class Split:
             return 0
         if self.labels.ndim == 2:
             return label_vector(label, classes)
-        if not 0 <= label < classes:
+        if not 0 <= single_label(label) < classes:
             raise LabelError(str(label))
         return label
 

@@ -17,7 +17,11 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from hivit_jax.data.sources.tfds import supervised_feature_types
+from hivit_jax.data.sources.tfds import (
+    FEATURES,
+    SEVERAL_LABELS,
+    supervised_feature_types,
+)
 from hivit_jax.errors import (
     ConfigError,
     DataError,
@@ -82,7 +86,9 @@ def prepare(
 
     write_dataset(builder.info, final, short_side, shard_size, splits)
     root = builder.data_dir_root
-    print(f"to train on it: --config.data.name={name} --config.data.dir={root}")
+    several = supervised_feature_types(builder.info)[1] == SEVERAL_LABELS
+    flag = " --config.data.multi_label=True" * several
+    print(f"to train on it: --config.data.name={name} --config.data.dir={root}{flag}")
 
 
 def _open_builder(name: str, data_dir: str) -> Any:
@@ -99,7 +105,7 @@ def _open_builder(name: str, data_dir: str) -> Any:
         raise ConfigError(f"--name={name}: {_one_line(error)}") from error
     info = builder.info
     types = supervised_feature_types(info)
-    if types != ["Image", "ClassLabel"]:
+    if types not in FEATURES:
         raise ConfigError(
             f"--name={name} is not a classification dataset: expected supervised "
             f"features (Image, ClassLabel), found ({', '.join(types)})"

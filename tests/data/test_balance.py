@@ -1,5 +1,6 @@
 """Tests of the class-balanced order of training examples."""
 
+import jax
 import numpy as np
 import pytest
 from datasets import assert_batches_equal, folder_config, noise_image
@@ -96,6 +97,32 @@ def test_batches(folder):
     # An image that occurs several times in an epoch is cropped differently.
     rare = [b["image"][k] for b in batches for k in range(7) if b["index"][k] == 12]
     assert len({image.tobytes() for image in rare}) == len(rare) == 7
+
+
+@pytest.mark.parametrize("balance", [0.5, 1])
+def test_shares_of_processes_make_the_batch(folder, monkeypatch, balance):
+    """The batches of two processes concatenate to the bytes of one process's batches.
+
+    Steps 1 to 3 include the end of an epoch.
+    """
+    config = folder_config(folder, batch_size=8, data__balance=balance)
+    expected, shares = list(inputs.train_batches(config, 1, 4)), []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    for process in range(2):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        shares.append(list(inputs.train_batches(config, 1, 4)))
+    assert {len(batch["index"]) for share in shares for batch in share} == {4}
+    joined = [
+        {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+        for parts in zip(*shares, strict=True)
+    ]
+    assert_batches_equal(joined, expected)
+    plain = folder_config(folder, batch_size=8, data__balance=0)
+    plain_order = [batch["index"] for batch in inputs.train_batches(plain, 1, 4)]
+    balanced = [batch["index"] for batch in joined]
+    assert not np.array_equal(
+        np.concatenate(balanced)[:12], np.concatenate(plain_order)
+    )
 
 
 def test_labels_must_be_known():

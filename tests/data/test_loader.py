@@ -16,6 +16,7 @@ from datasets import assert_batches_equal, digits_config, folder_config
 from numpy.testing import assert_array_equal
 
 from hivit_jax import inputs
+from hivit_jax.data.loader import Loader
 from hivit_jax.data.order import permutation
 from hivit_jax.data.sources import digits as data_sources_digits
 from hivit_jax.data.sources import registry
@@ -172,6 +173,28 @@ def test_unreadable_images_keep_their_positions(folder, damaged, capfd):
     assert sum(batch["weight"].sum() for batch in evaluation) == 10
     assert sum(batch["unreadable"].sum() for batch in evaluation) == 1
     assert capfd.readouterr().err.count(str(broken[3])) == 1
+
+
+@pytest.mark.parametrize(
+    ("multi_label", "label", "message"),
+    [
+        (False, [1, 0], r"one label per image, found \[1, 0\]; set data.multi_label"),
+        (True, [0, 2], r"values 0 or 1 as label, found \[0, 2\]; multi_hot in"),
+        (True, 2, r"values 0 or 1 as label, found 2; multi_hot in"),
+    ],
+)
+def test_label_of_another_form(folder, monkeypatch, multi_label, label, message):
+    """A source's labels must be numbers, or with several labels vectors of 0 and 1."""
+    config = folder_config(folder)
+    source = registry.open_source(config.data, "train")
+    example = source.sample(0) | {"label": label}
+    monkeypatch.setattr(source, "sample", lambda index: example)
+    transform = inputs.make_task(config, "train").transform(train=True)
+    transform._num_labels = 10 * multi_label
+    reader = Loader(source, transform, 0, 1)
+    batch = reader.empty_batch(0, 1)
+    with pytest.raises(DataError, match=message):
+        reader.fill(batch, 0, 0, np.zeros(1, int), np.zeros(1, int))
 
 
 @pytest.mark.parametrize("wrong", [10, -1])

@@ -1,5 +1,6 @@
 """Tests of early stopping: scripted evaluations, interruptions and a second start."""
 
+import json
 import shutil
 
 import mini_runs
@@ -9,6 +10,7 @@ from hivit_jax import evaluate
 from hivit_jax.errors import ConfigError, Interrupted
 from hivit_jax.reporting import metrics
 from hivit_jax.train import train
+from hivit_jax.training.early_stopping import has_stalled
 
 pytestmark = pytest.mark.usefixtures("minimal_output")
 
@@ -96,6 +98,55 @@ def test_evaluations_since_best(tmp_path):
     writer.close()
     assert [count(step) for step in LOSSES] == [0, 0, 0, 1, 2, 0]
     assert [count(step, ("eval/loss", "max")) for step in LOSSES] == [0, 1, 2, 3, 4, 5]
+
+
+DECISIONS = """
+import json, sys
+from pathlib import Path
+from hivit_jax.distributed import processes
+from hivit_jax.training.early_stopping import has_stalled
+
+address, index, workdir, best, *steps = sys.argv[1:]
+processes.start(address, 2, int(index), 60.0)
+found = [has_stalled(Path(workdir), 2, (best, "min"), int(step)) for step in steps]
+print(json.dumps(found))
+processes.exit_now(0)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.processes
+def test_processes_decide_alike(tmp_path):
+    """Both processes stop at the step at which one process stops.
+
+    The file of metrics of process 1 is ignored; its losses would never end the run.
+    """
+    for index in range(2):
+        (tmp_path / f"{index}").mkdir()
+        writer = metrics.Writer(tmp_path / f"{index}")
+        for step, loss in LOSSES.items():
+            falling = {"eval/loss": -step if index else loss, "eval/count": 64}
+            writer.scalars(step, falling)
+        writer.close()
+    of_one, of_other = (
+        [has_stalled(tmp_path / name, 2, ("eval/loss", "min"), step) for step in LOSSES]
+        for name in "01"
+    )
+    assert [stalled for stalled, _ in of_one] == [False] * 4 + [True, False]
+    assert not any(stalled for stalled, _ in of_other)
+
+    address = mini_runs.free_address()
+    started = [
+        mini_runs.start_process(
+            *("-c", DECISIONS, address, index, tmp_path / f"{index}", "eval/loss"),
+            *LOSSES,
+        )
+        for index in range(2)
+    ]
+    outputs = [process.communicate() for process in started]
+    assert [process.returncode for process in started] == [0, 0], outputs
+    for out, _ in outputs:
+        assert json.loads(out.splitlines()[-1]) == [[*pair] for pair in of_one]
 
 
 def test_needs_evaluations():

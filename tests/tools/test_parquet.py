@@ -137,6 +137,18 @@ def test_several_labels(sequence, tmp_path, capsys):
         registry.open_source(data, "train")
 
 
+def test_several_names(tmp_path):
+    """Lists of names without metadata are converted, with all their labels."""
+    write(tmp_path / "train.parquet", struct(*"abc"), [["fox", "ant"], [], ["elk"]])
+    assert (
+        main([f"--from={tmp_path / 'train.parquet'}", f"--out={tmp_path / 'd'}"]) == 0
+    )
+    source = read(tmp_path / "d", "train", multi_label=True)
+    assert source.classes == ["ant", "elk", "fox"]
+    vectors = [label.tolist() for _, label in contents(source)]
+    assert vectors == [[1, 0, 1], [0, 0, 0], [0, 1, 0]]
+
+
 def test_interrupted_conversion_resumes(tmp_path, monkeypatch, capsys):
     """An interrupted dataset cannot be read; resuming gives the same files."""
     labels = [0, 1, 2] * 3

@@ -4,7 +4,6 @@ Archives are not unpacked. An index of their members is made once.
 """
 
 import fnmatch
-import json
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -16,34 +15,52 @@ import numpy as np
 from hivit_jax.data import storage, tar, zip
 from hivit_jax.data.records import Index, Records, load_index, log_indexing
 from hivit_jax.data.shard_cache import ShardCache
+from hivit_jax.data.sources.archive_labels import (
+    UNLABELED,
+    check_labels,
+    json_label,
+    text_label,
+    to_numbers,
+    to_vectors,
+)
 from hivit_jax.data.sources.folder import SUFFIXES
 from hivit_jax.data.sources.splits import FileSource
 from hivit_jax.errors import DataError
 
 THREADS = 64  # tar files that are indexed concurrently
-UNLABELED = -1
-VERSION = "2"  # of saved indexes; version 1 lacks the labels in KEY.json
+VERSION = "3"  # of saved indexes; earlier versions lack several labels per image
 
 
 class Archives(FileSource):
     """Images in archives, with integer labels or without labels.
 
     Subclasses implement `_files` and `_make_index`. The classes are "0", "1", ... up to
-    the largest label of the training split.
+    the largest label of the training split. Several labels of an image are separated by
+    ``;``. An image with the label ``;`` belongs to no class.
 
     Args:
       directory: directory of the archives, or its address in a bucket.
       split, train_split: see the subclasses.
       cache_dir: directory for local copies of archives in a bucket; "": no copies.
+      multi_label: an image has any number of labels.
+
+    Attributes:
+      labels: int64 [n]; with `multi_label`, uint8 [n, classes] of 0 and 1.
 
     Raises:
       DataError: an archive is missing or damaged, or an image has no label although
-        others have one.
+        others have one, or the labels contradict `multi_label`.
     """
 
     def __init__(
-        self, directory: str, split: str, train_split: str, cache_dir: str = ""
+        self,
+        directory: str,
+        split: str,
+        train_split: str,
+        cache_dir: str = "",
+        multi_label: bool = False,
     ):
+        self._multi_label = multi_label
         self.root = directory = directory.rstrip("/")
         files = self._files(directory, split)
         is_cached = cache_dir and storage.is_remote(directory)
@@ -52,7 +69,13 @@ class Archives(FileSource):
         train = index
         if split != train_split:
             train = self._index(directory, self._files(directory, train_split))
-        self.classes = [*map(str, range(train["labels"].max() + 1))]
+        if multi_label:
+            self.labels = to_vectors(index["labels"], train["labels"])
+            num_classes = self.labels.shape[1]
+        else:
+            self.labels = np.maximum(to_numbers(index["labels"]), 0)
+            num_classes = to_numbers(train["labels"]).max() + 1
+        self.classes = [*map(str, range(num_classes))]
         self.ignored = (
             {"without an image": n} if (n := int(index["ignored"][0])) else {}
         )
@@ -60,7 +83,7 @@ class Archives(FileSource):
             size = int((index["stops"] - index["starts"]).sum())
             cache.log_size(files, size)
         self.labeled = bool((index["labels"] != UNLABELED).all())
-        self.labels, self._names = np.maximum(index["labels"], 0), index["names"]
+        self._names = index["names"]
         ranges = index["starts"], index["stops"]
         self._records = Records(files, index["files"], *ranges, cache)
 
@@ -75,7 +98,8 @@ class Archives(FileSource):
 
     def sample(self, index: int) -> dict[str, Any]:
         image = self._image(self._records.read(index))
-        return {"image": image, "label": int(self.labels[index])}
+        label = self.labels[index]
+        return {"image": image, "label": label if label.ndim else int(label)}
 
     def name(self, index: int) -> str:
         return f"{self._records.file(index)}/{os.fsdecode(self._names[index])}"
@@ -98,7 +122,8 @@ class Archives(FileSource):
         Returns:
           files: archive of each image, int [n].
           starts, stops: byte range of each image, int64 [n].
-          labels: int64 [n]; `UNLABELED` if no image has a label.
+          labels: numbers separated by ``;``, bytes [n]; `UNLABELED` if no image has a
+            label.
           names: names in the archives, bytes [n].
           ignored: number of ignored files, int64 [1].
         """
@@ -108,16 +133,9 @@ class Archives(FileSource):
             return self._make_index(files)
 
         index = load_index(directory, files, make, VERSION)
-        labels = index["labels"]
-        if not len(labels):
+        if not len(index["labels"]):
             raise DataError(f"{files[0]} contains no images; expected {SUFFIXES[:3]}")
-        if (labels == UNLABELED).any() and (labels != UNLABELED).any():
-            first = int(np.flatnonzero(labels == UNLABELED)[0])
-            name = os.fsdecode(index["names"][first])
-            raise DataError(
-                f"{files[index['files'][first]]}: {name} has no label, but other "
-                "images have one"
-            )
+        check_labels(index, files, self._multi_label)
         return index
 
     def _make_index(self, files: Sequence[str]) -> Index:
@@ -128,7 +146,7 @@ class WebDataset(Archives):
     """Tar files in the format of WebDataset, with members KEY.jpg and KEY.cls.
 
     KEY.cls contains the label in digits. Without it, the label is the integer "label"
-    of KEY.json.
+    of KEY.json, or a list of integers.
 
     A split is a pattern of file names relative to the directory, such as
     ``imagenet1k-train-{0000..1023}.tar``. A split without ``*`` and ``{`` stands for
@@ -185,13 +203,14 @@ class Zip(Archives):
         for number, line in enumerate(lines, 1):
             name, _, label = line.rstrip().rpartition("\t")
             name = name.rpartition("zip@/")[2].lstrip("/")
-            if name not in found or not label.isdecimal():
+            text = text_label(label)
+            if name not in found or text is None:
                 raise DataError(
                     f"{map_path}, line {number}: expected the name of a member of "
-                    f"{path}, a tab and a label; found {line!r}"
+                    f"{path}, a tab and a label in digits; found {line!r}"
                 )
             chosen.append(found[name])
-            labels.append(int(label))
+            labels.append(text)
         arrays = _arrays(chosen, labels)
         ignored = np.array([len(found) - len(chosen)])
         return arrays | {"files": np.zeros(len(chosen), np.int32), "ignored": ignored}
@@ -203,7 +222,7 @@ INDEX = ("starts", "stops", "labels", "names")
 def _tar_index(path: str) -> dict[str, Any]:
     """Return the arrays of `INDEX` and "ignored", the number of other members."""
     images: list[tar.Member] = []
-    labels: list[int] = []
+    labels: list[bytes] = []
     image_key, current, label, has_cls, ignored = "", "", UNLABELED, False, 0
     for member, read in tar.members(path):
         directory, _, name = member.name.rpartition("/")
@@ -218,7 +237,7 @@ def _tar_index(path: str) -> dict[str, Any]:
         elif extension == ".cls":
             label, has_cls = _label(path, member.name, read), True
         elif extension == ".json" and not has_cls:
-            label = _json_label(read())
+            label = json_label(read()) or UNLABELED
             ignored += label == UNLABELED
         else:
             ignored += 1
@@ -227,28 +246,23 @@ def _tar_index(path: str) -> dict[str, Any]:
     return _arrays(images, labels) | {"ignored": ignored}
 
 
-def _label(path: str, name: str, read: Callable[[], bytes]) -> int:
+def _label(path: str, name: str, read: Callable[[], bytes]) -> bytes:
     text = read().decode(errors="replace").strip()
-    if not text.isdecimal():
-        raise DataError(f"{path}: {name}: expected a class index, found {text[:40]!r}")
-    return int(text)
+    label = text_label(text)
+    if label is None:
+        raise DataError(
+            f"{path}: {name}: expected a class index, or several separated by ';', "
+            f"found {text[:40]!r}"
+        )
+    return label
 
 
-def _json_label(data: bytes) -> int:
-    """Return the class index "label" of a JSON object; `UNLABELED` if there is none."""
-    try:
-        label = json.loads(data)["label"]
-    except (ValueError, TypeError, LookupError):
-        return UNLABELED
-    return label if type(label) is int and label >= 0 else UNLABELED
-
-
-def _arrays(found: Sequence[Any], labels: Sequence[int]) -> Index:
+def _arrays(found: Sequence[Any], labels: Sequence[bytes]) -> Index:
     """Return the arrays of `INDEX` for members of an archive."""
     return {
         "starts": np.array([member.start for member in found], np.int64),
         "stops": np.array([member.stop for member in found], np.int64),
-        "labels": np.array(labels, np.int64),
+        "labels": np.array(labels, "S"),
         "names": np.array([os.fsencode(member.name) for member in found], "S"),
     }
 

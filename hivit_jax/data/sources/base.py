@@ -15,6 +15,7 @@ from hivit_jax.errors import DataError
 KNOWN_DATASETS = (
     "csv", "digits", "folder", "imagenet2012", "synthetic", "webdataset", "zip"
 )  # fmt: skip
+SEPARATOR = ";"  # between the labels of an image in a text
 
 
 class LabelError(DataError):
@@ -161,6 +162,25 @@ class Source:
         return ", ".join(parts)
 
 
+def split_labels(text: str) -> list[str]:
+    """Return the labels in a text such as ``dog;cat``; [] if the text has none."""
+    return [name for part in text.split(SEPARATOR) if (name := part.strip())]
+
+
+def single_label(label: Any) -> int:
+    """Return the label of an image unchanged.
+
+    Raises:
+      LabelError: it is a sequence of labels.
+    """
+    if np.ndim(label):
+        raise LabelError(
+            f"expected one label per image, found {np.array(label).tolist()}; set "
+            "data.multi_label=True for several labels"
+        )
+    return label
+
+
 def multi_hot(labels: Sequence[int] | int, num_classes: int) -> np.ndarray:
     """Return uint8 [num_classes], 1 for each of the labels of an image.
 
@@ -186,6 +206,7 @@ def label_vector(label: Any, num_labels: int) -> np.ndarray:
     if given.ndim != 1 or len(given) > num_labels or not np.isin(given, (0, 1)).all():
         raise LabelError(
             f"data.multi_label=True: expected at most {num_labels} values 0 or 1 as "
-            f"label, found {label}"
+            f"label, found {given.tolist()}; multi_hot in hivit_jax.data.sources.base "
+            "converts class indices"
         )
     return np.pad(given.astype(np.uint8), (0, num_labels - len(given)))

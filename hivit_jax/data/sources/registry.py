@@ -32,7 +32,7 @@ DEFAULT_SPLITS = {"": ("train", "validation")} | dict.fromkeys(
     ("folder", "webdataset", "zip"), ("train", "val")
 )
 ARCHIVES = {"webdataset": WebDataset, "zip": Zip}
-SINGLE_LABEL = ("folder", "digits", "synthetic", *ARCHIVES)
+SINGLE_LABEL = ("folder", "digits", "synthetic")
 
 
 def published_info(data: Mapping[str, Any]) -> DatasetInfo | None:
@@ -100,8 +100,8 @@ def _open(
     _check_selection(name, selection, class_level, eval_split)
     if multi_label and name in SINGLE_LABEL:
         raise ConfigError(
-            f"data.multi_label=True with data.name={name!r}; expected 'csv', a TFDS "
-            "name or your own module:Class"
+            f"data.multi_label=True with data.name={name!r}; expected 'csv', "
+            "'webdataset', 'zip', a TFDS name or your own module:Class"
         )
     if name == "synthetic":
         return Synthetic(split, train_examples)
@@ -120,7 +120,8 @@ def _open(
             )
         source = _open_folder(directory, split, *splits, selection, class_level)
     elif name in ARCHIVES:
-        source = _open_archives(name, directory, cache_dir, split, *splits, selection)
+        options = *splits, selection, multi_label
+        source = _open_archives(name, directory, cache_dir, split, *options)
     elif name == "csv":
         source = _open_table(directory, split, *splits, selection, multi_label)
     else:
@@ -202,12 +203,13 @@ def _open_archives(
     train_split: str,
     eval_split: str,
     selection: Selection,
+    multi_label: bool,
 ) -> Source:
     """Open a split of the images in tar or zip files."""
     defaults = DEFAULT_SPLITS[name]
     splits = train_split or defaults[0], eval_split or defaults[1]
     chosen, train, percent = _parse_splits(split, *splits, selection)
-    source = ARCHIVES[name](directory, chosen, train, cache_dir)
+    source = ARCHIVES[name](directory, chosen, train, cache_dir, multi_label)
     return select(source, selection, split == "test", percent)
 
 

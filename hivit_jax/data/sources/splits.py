@@ -251,10 +251,15 @@ def hold_out(groups: Sequence[str], labels: np.ndarray, fraction: float) -> np.n
 def _slice_mask(
     paths: Sequence[str], labels: np.ndarray, percent: tuple[int, int]
 ) -> np.ndarray:
-    """Return True for the examples in a slice of each class, bool [n]."""
+    """Return True for the examples in a slice of each class, bool [n].
+
+    With several labels per image, the slice is of all examples.
+    """
     hashes = np.array([_hash(path) for path in paths])
     mask = np.zeros(len(paths), bool)
-    for indices in by_label(labels):
+    # An image with several labels must not be in the slices of two classes.
+    several = labels.ndim == 2
+    for indices in [np.arange(len(paths))] if several else by_label(labels):
         order = indices[hashes[indices].argsort()]
         start, stop = (round(len(order) * bound / 100) for bound in percent)
         mask[order[start:stop]] = True

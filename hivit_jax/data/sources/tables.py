@@ -9,14 +9,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hivit_jax.data.sources.base import multi_hot
+from hivit_jax.data.sources.base import SEPARATOR, multi_hot, split_labels
 from hivit_jax.data.sources.file_index import SUFFIXES
 from hivit_jax.data.sources.splits import FileSource
 from hivit_jax.errors import DataError
 from hivit_jax.paths import expand
 
 PATH_COLUMNS = ("path", "file_name", "filename", "file", "image")
-SEPARATOR = ";"  # between the labels of an image
 LABEL_COLUMNS = ("label", "class", "class_name", "category")
 # Split -> values of the column "split" that are tried if the config specifies none.
 SPLIT_NAMES = {
@@ -206,8 +205,7 @@ def _split_labels(
       DataError: without `multi_label`, a label is empty or contains `SEPARATOR`.
     """
     if multi_label:
-        parts = [map(str.strip, text.split(SEPARATOR)) for text in texts]
-        return [[name for name in own if name] for own in parts]
+        return [split_labels(text) for text in texts]
     for row, text in enumerate(texts, 1):
         if not text:
             raise DataError(

@@ -24,6 +24,7 @@ from hivit_jax.errors import DataError, first_line, require, unknown
 from hivit_jax.paths import expand
 
 SEVERAL_LABELS = "Sequence of ClassLabel"
+FEATURES = (["Image", "ClassLabel"], ["Image", SEVERAL_LABELS])
 
 
 class Tfds(Source):
@@ -246,7 +247,7 @@ OPENERS = {"array_record": _array_record, "tfrecord": cache(tfrecord.LocalFile)}
 
 def _check_features(name: str, types: list[str], multi_label: bool) -> None:
     """Raise DataError unless a dataset is for image classification."""
-    if types not in (["Image", "ClassLabel"], ["Image", SEVERAL_LABELS]):
+    if types not in FEATURES:
         found = f"({', '.join(types)})"
         raise DataError(
             f"{name}: expected supervised features (Image, ClassLabel), found {found}"

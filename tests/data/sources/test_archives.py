@@ -1,6 +1,7 @@
 """Tests of the sources that read tar and zip files."""
 
 import io
+import json
 import tarfile
 import zipfile
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from buckets import serve
 from datasets import assert_batches_equal, encode, folder_config, noise_image
+from numpy.testing import assert_array_equal
 
 from hivit_jax import inputs
 from hivit_jax.data import records, tar
@@ -183,6 +185,87 @@ def test_labels_in_json(tmp_path):
     assert not source.labeled
 
 
+def write_labels(root, name, split, labels):
+    """Write an archive whose images have these labels, as texts, in digits."""
+    if name == "zip":
+        with zipfile.ZipFile(root / f"{split}.zip", "w") as archive:
+            for i in range(len(labels)):
+                archive.writestr(f"{i}.jpg", b"image")
+        lines = [f"{i}.jpg\t{label}" for i, label in enumerate(labels)]
+        (root / f"{split}_map.txt").write_text("\n".join(lines))
+        return
+    members = []
+    for i, label in enumerate(labels):
+        members.append((f"{i}.jpg", b"image"))
+        if name == "cls":
+            members.append((f"{i}.cls", label.encode()))
+        else:
+            numbers = [int(number) for number in label.split(";") if number]
+            text = json.dumps({"label": numbers})
+            members.append((f"{i}.json", text.encode()))
+    write_tar(root / f"{split}.tar", members)
+
+
+def open_labels(root, name, split="train", **keys):
+    """Open a split that `write_labels` wrote, bypassing the cache of open sources."""
+    registry._open.cache_clear()
+    name = name if name == "zip" else "webdataset"
+    return registry.open_source(
+        folder_config(root, data__name=name, **keys).data, split
+    )
+
+
+@pytest.mark.parametrize("name", ["cls", "json", "zip"])
+def test_several_labels(tmp_path, name):
+    """Several labels are separated by ";", or a list in JSON; ";" stands for none."""
+    write_labels(tmp_path, name, "train", ["0;3", ";", "2"])
+    write_labels(tmp_path, name, "val", ["1;0"])
+    train = open_labels(tmp_path, name, data__multi_label=True)
+    assert (train.classes, train.labeled) == ([*"0123"], True)
+    expected = [[1, 0, 0, 1], [0, 0, 0, 0], [0, 0, 1, 0]]
+    assert_array_equal(train.labels, expected)
+    for index, vector in enumerate(expected):
+        label = train.sample(index)["label"]
+        assert (label.dtype, label.tolist()) == (np.uint8, vector)
+    val = open_labels(tmp_path, name, "test", data__multi_label=True)
+    assert val.labels.tolist() == [[1, 1, 0, 0]]
+    # Without the key, several labels are never reduced to one.
+    message = r"0\.jpg has the label '0;3'; set data\.multi_label=True"
+    with pytest.raises(DataError, match=message):
+        open_labels(tmp_path, name)
+    write_labels(tmp_path, name, "val", ["4"])
+    with pytest.raises(DataError, match=r"expected labels from 0 to 3, found \[4\]"):
+        open_labels(tmp_path, name, "test", data__multi_label=True)
+
+
+@pytest.mark.parametrize("label", [b'{"label": ["cat", "dog"]}', b"{}"])
+def test_names_instead_of_several_labels(tmp_path, label):
+    """Names in JSON are not class indices; the error leads to a CSV file."""
+    write_tar(tmp_path / "train.tar", [("a.jpg", b"image"), ("a.json", label)])
+    with pytest.raises(DataError, match=r"train\.tar, found none\n.*data\.name=csv"):
+        open_labels(tmp_path, "json", data__multi_label=True)
+    assert not open_labels(tmp_path, "json").labeled
+
+
+def test_slices_of_images_with_several_labels(tmp_path):
+    """No image is in two slices, and images of no class are in one."""
+    labels = [("0;1", "1;2", "0", ";")[i % 4] for i in range(40)]
+    write_labels(tmp_path, "zip", "train", labels)
+    slices = dict(data__train_split="train[:75%]", data__eval_split="train[75%:]")
+    parts = [
+        open_labels(tmp_path, "zip", split, data__multi_label=True, **slices)
+        for split in ("train", "test")
+    ]
+    names = [{part.name(i) for i in range(len(part))} for part in parts]
+    assert [*map(len, names)] == [30, 10]
+    assert len(names[0] | names[1]) == 40
+
+
+def test_missing_zip(tmp_path):
+    with pytest.raises(DataError, match=r"train\.zip does not exist"):
+        open_labels(tmp_path, "zip")
+
+
 def test_index_of_an_earlier_version_is_not_used(tmp_path):
     """An index without labels, saved before labels were read from JSON, is rebuilt."""
     members = [("a.jpg", b"0"), ("a.json", b'{"label": 2}')]
@@ -227,6 +310,10 @@ def test_held_out_images_and_slices(dataset):
         (
             [("a.png", b"1"), ("a.cls", b"cat")],
             "a.cls: expected a class index, .*'cat'",
+        ),
+        (
+            [("a.png", b"1"), ("a.cls", b"0 2")],
+            "a.cls: .* several separated by ';', found '0 2'",
         ),
         ([("a.txt", b"1")], "contains no images"),
     ],

@@ -202,5 +202,5 @@ def test_unknown_and_missing_labels(root):
         DataError, match="expected labels as in .*train.csv, found none"
     ):
         opened(root, "test", multi_label=True)
-    with pytest.raises(ConfigError, match="data.multi_label=True with data.name='zip'"):
-        opened(root, name="zip", multi_label=True)
+    with pytest.raises(ConfigError, match="with data.name='folder'; expected 'csv'"):
+        opened(root, name="folder", multi_label=True)
