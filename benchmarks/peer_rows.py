@@ -15,7 +15,6 @@ from typing import Any
 from benchmarks.machine import process_memory
 
 OURS = "hivit_jax"
-FUSED = "hivit_jax, fused"  # with `model.kernels=fused`
 # A function that runs a number of steps, a function that returns the peak memory in
 # bytes, and facts about the program.
 Started = tuple[Callable[[int], Any], Callable[[], int], dict[str, Any]]
@@ -91,17 +90,6 @@ def started(program: Any, args: argparse.Namespace) -> Started:
     )
 
 
-def start_fused(args: argparse.Namespace) -> Started:
-    """Compile the step of hivit_jax with fused kernels and run it once."""
-    values = our_values(args.task) | {"model.kernels": "fused"}
-    return start_recipe(RECIPES[args.task], values, args)
-
-
-def our_values(task: str) -> dict[str, Any]:
-    """Return the overrides of a recipe for the rows of hivit_jax."""
-    return {"data.name": "synthetic"} | ({} if task == "pretrain" else UNRANDOM)
-
-
 def start_ours(args: argparse.Namespace, first_step: Path) -> Started:
     """Compile the step of hivit_jax and run it once.
 
@@ -116,7 +104,9 @@ def start_ours(args: argparse.Namespace, first_step: Path) -> Started:
     from hivit_jax import rng
     from hivit_jax.weights.names.official import to_official
 
-    config = load_recipe(RECIPES[args.task], our_values(args.task), args)
+    values = {"data.name": "synthetic"}
+    values |= {} if args.task == "pretrain" else UNRANDOM
+    config = load_recipe(RECIPES[args.task], values, args)
     program, forward = compile_program(config, args), args.task == "inference"
     task, batch, state = program.task, program.batch, jax.device_get(program.state)
     keys = rng.step_keys(config.seed, "train", jnp.uint32(0), args.batch)

@@ -5,8 +5,8 @@
         [--batch 8] [--rounds 5] [--steps 2] [--threads 2]
 
 Compares HiViT-B in hivit_jax with a PyTorch twin of the official code, eager and
-compiled, and with ViT-B and Swin-B in PyTorch (benchmarks/torch_peers.py). The row
-"hivit_jax, fused" uses `model.kernels=fused`, for GPUs. The tasks are:
+compiled, and with ViT-B and Swin-B in PyTorch (benchmarks/torch_peers.py). The tasks
+are:
 
 - pretrain: the train step of mae_base. ViT-B is trained by MAE, Swin-B by SimMIM.
 - classify: the train step of finetune:base, without the random draws of drop path,
@@ -41,12 +41,10 @@ from typing import Any
 
 from benchmarks.machine import processor
 from benchmarks.peer_rows import (
-    FUSED,
     OURS,
     RECIPES,
     TORCH,
     Started,
-    start_fused,
     start_ours,
     start_torch,
 )
@@ -114,11 +112,9 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
         for row in args.rows:  # hivit_jax is the first
             if row == OURS:
                 start = partial(start_ours, args, first_step)
-            elif row == FUSED:
-                start = partial(start_fused, args)
             else:
                 start = partial(start_torch, *TORCH[row], args, first_step)
-            keep_memory = row not in TORCH or args.keep_memory  # as in training
+            keep_memory = row == OURS or args.keep_memory  # as in training
             pipes[row] = start_row(start, keep_memory, args)
             # Rows on a GPU prepare themselves at the same time, except the first one,
             # which writes the first step.
@@ -252,12 +248,12 @@ def run(argv: list[str] | None) -> None:
     add = parser.add_argument
     add("--task", choices=RECIPES, default="pretrain")
     text = "programs to compare"
-    add("--rows", nargs="+", choices=(OURS, FUSED, *TORCH), default=DEFAULT, help=text)
+    add("--rows", nargs="+", choices=(OURS, *TORCH), default=DEFAULT, help=text)
     add("--keep_memory", action="store_true", help="keep freed memory in PyTorch too")
     add("--out", type=Path, help="the JSON file to write")
     add_flags(add, GPU_BATCH)
     args = parser.parse_args(argv)
-    args.rows = sorted(args.rows, key=(OURS, FUSED, *TORCH).index)
+    args.rows = sorted(args.rows, key=(OURS, *TORCH).index)
     prepare(args, GPU_BATCH)
     results = compare(args)
     print(table(results, args.device == "cpu"))

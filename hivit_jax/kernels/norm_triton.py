@@ -12,6 +12,7 @@ summands of the gradients of scale and bias, and XLA adds them up.
 
 import math
 from functools import partial
+from importlib.util import find_spec
 
 import jax
 import jax.numpy as jnp
@@ -34,8 +35,12 @@ def row_parts(width: int) -> list:
 
 
 def supports(total: int, width: int) -> bool:
-    """Return True if the kernels support arrays [total, width]."""
-    return total % 8 == 0 and width % 32 == 0 and len(row_parts(width)) <= MAX_PARTS
+    """Return True if the kernels support arrays [total, width].
+
+    Also returns False if JAX has no Triton, which newer versions deprecate.
+    """
+    shape = total % 8 == 0 and width % 32 == 0 and len(row_parts(width)) <= MAX_PARTS
+    return shape and find_spec("jax.experimental.pallas.triton") is not None
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
