@@ -146,7 +146,8 @@ def to_markdown() -> str:
     for family, name in FAMILIES.items():
         sections[f"`model` of {family}"] = model_keys(name)
     sections |= {f"Task `{n}`": t.keys for n, t in tasks.TASKS.items() if t.keys}
-    lines = ["# Config keys", "", "All config keys, printed by `python -m hivit_jax.config`."]
+    lines = ["# Config keys", "", "Printed by `python -m hivit_jax.config`."]
+    lines += ["This page lists every key that a recipe or a flag can set."]
     lines += ["A recipe sets the keys that differ from these defaults."]
     lines += ["`--config.KEY=VALUE` overrides any key."]
     lines += ["Numbers must be finite."]

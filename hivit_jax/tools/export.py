@@ -9,6 +9,7 @@ StableHLO files have no metadata, so these facts are written to B.json.
 import json
 import logging
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, replace
@@ -239,6 +240,8 @@ def run(argv: Sequence[str] | None) -> None:
     from hivit_jax.weights.load import load_pretrained
 
     model = load_pretrained(flags.checkpoint, **{"dtype": "float32"} if onnx else {})
+    start = time.perf_counter()
+    log(f"exporting {flags.what} of {model.name}, which may take a minute ...")
     if onnx:
         content, targets = export_onnx(model, flags.what), ["ONNX"]
     else:
@@ -262,6 +265,7 @@ def run(argv: Sequence[str] | None) -> None:
             part.unlink()
     log(f"{flags.what}: {_signature(model, flags.what)}")
     log(f"{out}: {len(content) / 1e6:.1f} MB, {', '.join(targets)}; {comparison}")
+    log(f"exported in {time.perf_counter() - start:.1f} s")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
