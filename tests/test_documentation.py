@@ -146,7 +146,7 @@ def test_first_sentence(path):
     title, blank, first = path.read_text().splitlines()[:3]
     assert title.startswith("# ")
     assert not blank
-    assert re.match(r"[A-Z]|`[^`]", first)
+    assert re.match(r"[A-Za-z]|`[^`]", first)
 
 
 def test_length_of_the_readme():
