@@ -206,13 +206,14 @@ def _signature(model: Model, what: str) -> str:
     return f"{first} -> {', '.join(rest)}"
 
 
-def run(argv: Sequence[str] | None) -> None:
-    """Parse the arguments and export the model.
-
-    If the exported program can run here, its outputs are first compared with the
-    model's.
-    """
-    parser = errors.Parser("python -m hivit_jax.tools.export", allow_abbrev=False)
+def make_parser() -> errors.Parser:
+    """Return the parser of the command line."""
+    parser = errors.Parser(
+        "python -m hivit_jax.tools.export",
+        description="Export a model as one StableHLO or ONNX file with program "
+        "and parameters.",
+        allow_abbrev=False,
+    )
     parser.add_argument(
         "--checkpoint",
         required=True,
@@ -229,7 +230,16 @@ def run(argv: Sequence[str] | None) -> None:
         help="comma-separated platforms to compile for, except with ONNX; default: "
         f"{','.join(PLATFORMS)}",
     )
-    flags = parser.parse_args(argv)
+    return parser
+
+
+def run(argv: Sequence[str] | None) -> None:
+    """Parse the arguments and export the model.
+
+    If the exported program can run here, its outputs are first compared with the
+    model's.
+    """
+    flags = make_parser().parse_args(argv)
     out = output_path("--out", flags.out, [flags.checkpoint])
     onnx = out.suffix == ".onnx"
     if onnx and flags.platforms:
