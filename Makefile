@@ -58,7 +58,7 @@ docs: .venv-docs/installed
 .venv-docs/installed:
 	$(PYTHON) -m venv .venv-docs
 	.venv-docs/bin/pip install --quiet --disable-pip-version-check mkdocs-material \
-	  'mkdocstrings[python]'
+	  'mkdocstrings[python]' ruff
 	touch $@
 
 clean:

@@ -59,7 +59,12 @@ _ALIASES = {
     "optimizer.weight_decay": "wd decay l2",
 }
 _KEY_OF = {alias: key for key, text in _ALIASES.items() for alias in text.split()}
-_WORKDIR = ["workdir", "output", "output_dir", "out_dir", "log_dir", "save_dir"]
+# Flag -> names that are no keys, because the flag sets the value.
+_FLAGS = {
+    "--workdir=DIR": "workdir output output_dir out_dir log_dir save_dir",
+    "--topology=CHIP:SHAPE of --mode compile": "topology",
+}
+_FLAG_OF = {name: flag for flag, text in _FLAGS.items() for name in text.split()}
 
 
 def unknown_key(kind: str, name: str, known: Iterable[str]) -> ConfigError:
@@ -77,8 +82,8 @@ def unknown_key(kind: str, name: str, known: Iterable[str]) -> ConfigError:
     known, normalized = list(known), name.lower().replace("-", "_")
     if candidates := _probably_meant(normalized, known):
         hint = f"did you mean {' or '.join(map(repr, candidates))}?"
-    elif normalized in _WORKDIR:
-        hint = "did you mean the flag --workdir=DIR?"
+    elif flag := _FLAG_OF.get(normalized):
+        hint = f"did you mean the flag {flag}?"
     else:
         hint = _list_keys(name, known)
     return ConfigError(f"unknown {kind} {name!r}; {hint}")

@@ -23,6 +23,7 @@ from hivit_jax.distributed.sharding import (
     state_shardings,
 )
 from hivit_jax.errors import ConfigError, DataError
+from hivit_jax.progress import Progress
 from hivit_jax.reporting import console
 from hivit_jax.tree import leaf_name, split_state
 from hivit_jax.weights import adapt, load
@@ -83,6 +84,7 @@ def evaluate(
     if "test" not in task.data.counts:
         return {}
     totals, counts, records, first = None, np.zeros(2), [], 0
+    progress = Progress("eval", task.data.counts["test"], write=console.log)
     for batch in prefetch_to_device(inputs.eval_batches(config), mesh):
         *device_sums, rows = eval_step(
             variables, batch, replicate(mesh, np.uint32(first))
@@ -93,6 +95,7 @@ def evaluate(
         counts += batch_counts
         records.append(task.records(local_rows(rows)) if rows else [])
         first += len(batch["weight"])
+        progress.update(len(batch["weight"]))
         heartbeat()
     count, unreadable = map(int, counts)
     expected = task.data.counts["test"]

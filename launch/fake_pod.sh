@@ -12,6 +12,11 @@
 # GRACE: 150 by default, which is more than 2 x peer_timeout.
 # PYTHON: the interpreter; python by default.
 
+if [[ $1 == --help || $1 == -h ]]; then
+  awk 'NR > 1 && !/^#( |$)/ { exit } NR > 1 { sub(/^# ?/, ""); print }' "$0"
+  exit
+fi
+
 if [[ $1 != -n || ! $2 =~ ^[1-9][0-9]*$ || $3 != -- ]]; then
   echo "usage: $0 -n COUNT -- FLAG of hivit_jax.main..." >&2
   exit 2

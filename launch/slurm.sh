@@ -26,6 +26,11 @@
 # be requeued.
 #SBATCH --signal=TERM@120
 
+if [[ $1 == --help || $1 == -h ]]; then
+  awk 'NR > 1 && !/^#( |$)/ { exit } NR > 1 { sub(/^# ?/, ""); print }' "$0"
+  exit
+fi
+
 dry_run=
 if [[ $1 == --dry_run ]]; then
   dry_run=1

@@ -137,7 +137,16 @@ def test_every_page_is_linked_from_the_readme():
     text, site = (ROOT / "README.md").read_text(), (ROOT / "mkdocs.yml").read_text()
     names = {path.name for path in PAGES[2:]}
     assert {name for name in names if f"(docs/{name})" not in text} == {"index.md"}
-    assert {name for name in names if f"- {name}\n" not in site} == set()
+    assert {name for name in names if f" {name}\n" not in site} == set()
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+def test_first_sentence(path):
+    """A page begins with a title and a sentence, not with code, a table or an image."""
+    title, blank, first = path.read_text().splitlines()[:3]
+    assert title.startswith("# ")
+    assert not blank
+    assert re.match(r"[A-Za-z]|`[^`]", first)
 
 
 def test_length_of_the_readme():

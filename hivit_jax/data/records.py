@@ -3,7 +3,7 @@
 import hashlib
 import io
 import os
-import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from hivit_jax.data import storage
 from hivit_jax.data.shard_cache import ShardCache
 from hivit_jax.errors import DataError
 from hivit_jax.paths import cache_directory
+from hivit_jax.progress import to_stderr
 
 Index = dict[str, np.ndarray]
 
@@ -101,7 +102,9 @@ def load_index(
                 return dict(saved)
         except (storage.MissingObject, OSError, ValueError, KeyError):
             pass  # missing or damaged
+    start = time.perf_counter()
     index, buffer = make(), io.BytesIO()
+    to_stderr(f"indexed {directory} in {time.perf_counter() - start:.1f} s")
     np.savez(buffer, **index)
     for path in (*paths, cached):
         try:
@@ -123,4 +126,4 @@ def _stamp(path: str) -> str:
 def log_indexing(directory: str, count: int) -> None:
     """Log to stderr that indexing starts, which can take minutes for a bucket."""
     text = f"indexing {count:,} files of {directory}; the index is saved for later runs"
-    print(text, file=sys.stderr, flush=True)
+    to_stderr(text)

@@ -5,13 +5,13 @@ import fcntl
 import os
 import queue
 import shutil
-import sys
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from hivit_jax.data import storage
 from hivit_jax.errors import HivitError
+from hivit_jax.progress import Progress, to_stderr
 
 THREADS = 4  # number of concurrent copies
 EXIT_SECONDS = 10.0  # longest wait at exit for unfinished copies
@@ -39,6 +39,7 @@ class ShardCache:
         self._stopped = threading.Event()
         self._threads: list[threading.Thread] = []
         self._lock = threading.Lock()
+        self._progress: Progress | None = None
 
     def target(self, address: str) -> Path:
         """Return the path of a file's copy, whether it exists or not."""
@@ -75,6 +76,8 @@ class ShardCache:
         present = sum(self.target(file).exists() for file in files)
         self._root.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(self._root).free
+        title, missing = f"data.cache={self._root}: copied", len(files) - present
+        self._progress = Progress(title, missing, "files", every=60.0)
         self._log(
             f"{len(files):,} files are needed, {total_bytes / 1e9:,.1f} GB in total; "
             f"{present:,} are present; {free / 1e9:,.1f} GB are free"
@@ -147,9 +150,12 @@ class ShardCache:
         if self._check:
             self._check(file.name)
         os.rename(file.name, target)
+        with self._lock:
+            if self._progress:
+                self._progress.update(1)
 
     def _log(self, text: str) -> None:
-        print(f"data.cache={self._root}: {text}", file=sys.stderr, flush=True)
+        to_stderr(f"data.cache={self._root}: {text}")
 
 
 def _remove_if_empty(path: str) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 from hivit_jax.data import storage
 from hivit_jax.data.crc32c import masked_crc32c
 from hivit_jax.data.shard_cache import ShardCache
+from hivit_jax.progress import Progress
 
 HEADER, FOOTER = 12, 4  # bytes before and after the data
 THREADS = 64  # files of a bucket that are indexed concurrently
@@ -73,7 +74,8 @@ def index(counts: Mapping[str, int], cache: ShardCache | None) -> dict[str, np.n
         return offsets(path, counts[file])
 
     with ThreadPoolExecutor(THREADS) as pool:
-        found = [*pool.map(file_offsets, counts)]
+        results = pool.map(file_offsets, counts)
+        found = [*Progress("indexing", len(counts), "files").track(results)]
     return {"offsets": np.concatenate(found)}
 
 

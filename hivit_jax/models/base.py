@@ -132,7 +132,7 @@ class Model(nnx.Module):
           stride_32: add a map at stride 32, a 2x2 max pooling of the last map.
 
         Returns:
-          Maps in compute dtype. HiViT: [B, H/4, W/4, E/4], [B, H/8, W/8, E/2] and
+          Maps in compute dtype. For HiViT [B, H/4, W/4, E/4], [B, H/8, W/8, E/2] and
           [B, H/16, W/16, E]. For the maps of visible units, of stride 32 and of other
           models, see `Encoder.features` and `Swin.features`.
         """

@@ -120,7 +120,7 @@ class MaskedAutoencoder(MaskedModel):
         """Encode the units `ids_keep`, int [B, K], of images [B, H, W, C].
 
         Returns:
-          Latent in compute dtype: [B, K, 7E] (multi-scale), [B, K, E] or, with a class
+          Latent in compute dtype, [B, K, 7E] (multi-scale), [B, K, E] or, with a class
           token, [B, 1+K, E]. The multi-scale latent concatenates the stages, with cells
           in merge order.
         """
@@ -145,13 +145,13 @@ class MaskedAutoencoder(MaskedModel):
     def decode(
         self, latent: jax.Array, ids: jax.Array, *, masked_only: bool = False
     ) -> jax.Array:
-        """Return the prediction of all units, [B, N, P*P*C] float32, in order of `ids`.
+        """Return the prediction of all units, in order of `ids`: `[B, N, P*P*C]`.
 
         Args:
           latent: output of `encode` for the K visible units.
           ids: int [B, N], indices of all units. The visible units come first, in the
             order of `latent`.
-          masked_only: predict only the masked units, [B, N - K, P*P*C].
+          masked_only: predict only the masked units, `[B, N - K, P*P*C]`.
         """
         first = self.config.class_tokens
         units = self.decoder_pos_embed[...].shape[0] - first

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import jax
 
+from hivit_jax.progress import duration
 from hivit_jax.reporting.metrics import Best, Scalars, evaluations, score
 
 
@@ -77,10 +78,3 @@ def best_line(workdir: Path, steps: Collection[int], best: Best) -> str:
     values = max(lines, key=lambda line: (score(line, best), line["step"]))
     line = eval_line(f"step {values['step']}", values)
     return f"best checkpoint  {line}  {workdir / 'checkpoints' / str(values['step'])}"
-
-
-def duration(seconds: float) -> str:
-    """Format seconds as hours, minutes and seconds: 3725 -> ``1:02:05``."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

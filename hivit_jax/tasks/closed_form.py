@@ -47,6 +47,7 @@ def closed_form_probe(
         for split in ("train", "test")
     )
     classes = max(len(task.data.classes), int(train[1].max()) + 1)
+    console.log(f"fitting a linear classifier to {len(train[1]):,} images ...")
     penalty, held_out_top1 = select_penalty(*train, classes)
     top1, top5 = fit(*train, classes).accuracy(*test, penalty)
     count = len(test[1])

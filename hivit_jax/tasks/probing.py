@@ -17,6 +17,7 @@ from hivit_jax.data.sources.registry import open_source
 from hivit_jax.data.unreadable import check_unreadable
 from hivit_jax.distributed.sharding import BATCH, make_mesh, on_mesh, state_shardings
 from hivit_jax.errors import ConfigError
+from hivit_jax.progress import Progress
 from hivit_jax.reporting.console import log
 from hivit_jax.tasks.base import Task
 from hivit_jax.tasks.classification import topk_correct
@@ -66,11 +67,11 @@ def nearest_neighbors(
     )
     train_set = jax.device_put(train)
     count = len(features)
-    parts = (slice(i, i + 256) for i in range(0, count, 256))
-    chunks = [
-        jax.device_get(classify(*jax.device_put((features[p], labels[p])), *train_set))
-        for p in parts
-    ]
+    chunks, progress = [], Progress("nearest neighbors", count, write=log)
+    for i in range(0, count, 256):
+        part = jax.device_put((features[i : i + 256], labels[i : i + 256]))
+        chunks.append(jax.device_get(classify(*part, *train_set)))
+        progress.update(len(part[1]))
     top1, top5 = (
         float(np.concatenate([chunk[name] for chunk in chunks]).mean())
         for name in ("top1", "top5")
@@ -108,8 +109,11 @@ def encode_split(
       DataError: more images are unreadable than `data.max_unreadable` allows.
     """
     parts = []
+    size = len(open_source(config.data, split))
+    progress = Progress(f"features of the {split} split", size, write=log)
     for batch in prefetch_to_device(inputs.eval_batches(config, split), mesh):
         parts.append(jax.device_get(encode(batch)))
+        progress.update(len(batch["weight"]))
         heartbeat()
     columns = map(np.concatenate, zip(*parts, strict=True))
     features, labels, weight, unreadable = columns

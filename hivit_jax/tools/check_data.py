@@ -169,7 +169,12 @@ def check_dataset(
 
 def run(argv: Sequence[str] | None) -> None:
     """Check the dataset of the recipe on the command line."""
-    parser = Parser("python -m hivit_jax.tools.check_data", allow_abbrev=False)
+    parser = Parser(
+        "python -m hivit_jax.tools.check_data",
+        description="Read all images of a dataset as training does, and report "
+        "problems.",
+        allow_abbrev=False,
+    )
     parser.add_argument(
         "--config",
         required=True,

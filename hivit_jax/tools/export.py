@@ -9,6 +9,7 @@ StableHLO files have no metadata, so these facts are written to B.json.
 import json
 import logging
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, replace
@@ -205,13 +206,14 @@ def _signature(model: Model, what: str) -> str:
     return f"{first} -> {', '.join(rest)}"
 
 
-def run(argv: Sequence[str] | None) -> None:
-    """Parse the arguments and export the model.
-
-    If the exported program can run here, its outputs are first compared with the
-    model's.
-    """
-    parser = errors.Parser("python -m hivit_jax.tools.export", allow_abbrev=False)
+def make_parser() -> errors.Parser:
+    """Return the parser of the command line."""
+    parser = errors.Parser(
+        "python -m hivit_jax.tools.export",
+        description="Export a model as one StableHLO or ONNX file with program "
+        "and parameters.",
+        allow_abbrev=False,
+    )
     parser.add_argument(
         "--checkpoint",
         required=True,
@@ -228,7 +230,16 @@ def run(argv: Sequence[str] | None) -> None:
         help="comma-separated platforms to compile for, except with ONNX; default: "
         f"{','.join(PLATFORMS)}",
     )
-    flags = parser.parse_args(argv)
+    return parser
+
+
+def run(argv: Sequence[str] | None) -> None:
+    """Parse the arguments and export the model.
+
+    If the exported program can run here, its outputs are first compared with the
+    model's.
+    """
+    flags = make_parser().parse_args(argv)
     out = output_path("--out", flags.out, [flags.checkpoint])
     onnx = out.suffix == ".onnx"
     if onnx and flags.platforms:
@@ -239,6 +250,8 @@ def run(argv: Sequence[str] | None) -> None:
     from hivit_jax.weights.load import load_pretrained
 
     model = load_pretrained(flags.checkpoint, **{"dtype": "float32"} if onnx else {})
+    start = time.perf_counter()
+    log(f"exporting {flags.what} of {model.name}, which may take a minute ...")
     if onnx:
         content, targets = export_onnx(model, flags.what), ["ONNX"]
     else:
@@ -262,6 +275,7 @@ def run(argv: Sequence[str] | None) -> None:
             part.unlink()
     log(f"{flags.what}: {_signature(model, flags.what)}")
     log(f"{out}: {len(content) / 1e6:.1f} MB, {', '.join(targets)}; {comparison}")
+    log(f"exported in {time.perf_counter() - start:.1f} s")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,6 +1,7 @@
 """Compute outputs of a trained model for image files, batch by batch."""
 
 import argparse
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,8 @@ from hivit_jax.distributed.sharding import make_mesh, on_mesh
 from hivit_jax.errors import ConfigError, DataError, HivitError, Parser, first_line
 from hivit_jax.models import configure
 from hivit_jax.models.base import make_info
+from hivit_jax.progress import Progress
+from hivit_jax.reporting.console import log
 from hivit_jax.weights.adapt import Pretrained
 from hivit_jax.weights.load import DATA_KEYS
 
@@ -146,7 +149,7 @@ def compute(
     """Yield the outputs of a model for all images of a source, batch by batch.
 
     The last batch is padded, so that one program is compiled per bucket. Shows a
-    progress bar.
+    progress bar on a terminal, and progress lines otherwise.
 
     Args:
       step: jitted function from a batch to rows {name: [B, ...]}.
@@ -161,6 +164,7 @@ def compute(
     batches = inputs.source_batches(config, task, source, transform)
     mesh = one_device()
     step = on_mesh(mesh, step)
+    progress = Progress(title, len(source), write=_log_without_terminal)
     with tqdm(total=len(source), desc=title, unit=" images", disable=None) as bar:
         for batch in prefetch_to_device(batches, mesh):
             outputs = step(batch)
@@ -180,6 +184,12 @@ def compute(
             facts["name"] = np.array([source.name(i) for i in facts["index"]], object)
             yield rows | facts
             bar.update(len(unreadable))
+            progress.update(len(unreadable))
+
+
+def _log_without_terminal(line: str) -> None:
+    if not sys.stderr.isatty():
+        log(line)
 
 
 def _labels(source: Source, facts: Mapping[str, np.ndarray], ndim: int) -> np.ndarray:

@@ -191,7 +191,12 @@ def _generators(builder: Any, manual_dir: str) -> dict[str, Iterable]:
 
 def run(argv: Sequence[str] | None) -> None:
     """Parse the arguments and prepare the dataset. SIGTERM interrupts like Ctrl-C."""
-    parser = Parser("python -m hivit_jax.tools.prepare_data", allow_abbrev=False)
+    parser = Parser(
+        "python -m hivit_jax.tools.prepare_data",
+        description="Write a dataset of TFDS, or parquet files, as array_record "
+        "shards that training reads. The same command resumes.",
+        allow_abbrev=False,
+    )
     for name, (default, text) in FLAGS.items():
         parser.add_argument(f"--{name}", type=type(default), default=default, help=text)
     flags = vars(parser.parse_args(argv))

@@ -1,8 +1,10 @@
 """Model card of a saved model, in the Hugging Face hub's format."""
 
 from collections.abc import Mapping
+from importlib import metadata
 from typing import Any
 
+import hivit_jax
 from hivit_jax.models import Model
 from hivit_jax.weights.files import CONFIG, WEIGHTS
 
@@ -36,6 +38,7 @@ def model_card(
         "",
         "The license of the weights is not stated. State it above before sharing them.",
         "",
+        f"- code: {_project()}",
         f"- citation: {model.architecture}",
         f"- parameters: {model.parameter_count() / 1e6:.2f} M",
         f"- multiply-adds per image: {model.macs(layer_norm_cost=0) / 1e9:.2f} G",
@@ -46,6 +49,19 @@ def model_card(
         *_usage(model, has_head),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _project() -> str:
+    """Return name, version and address of the package.
+
+    The address is the first of the `project_urls` in setup.cfg, if there is one.
+    """
+    name = f"hivit_jax {hivit_jax.__version__}"
+    try:
+        urls = metadata.metadata("hivit-jax").get_all("Project-URL")
+    except metadata.PackageNotFoundError:  # a clone on PYTHONPATH
+        urls = []
+    return f"{name}, {urls[0].rpartition(', ')[2]}" if urls else name
 
 
 def _usage(model: Model, has_head: bool) -> list[str]:

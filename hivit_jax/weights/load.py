@@ -18,6 +18,7 @@ from hivit_jax.models import (
     configure,
     create_arguments,
     create_model,
+    list_models,
     override_types,
     variant,
 )
@@ -90,6 +91,11 @@ def read(path: str | Path, *, averaged: bool = True, **overrides: Any) -> Pretra
         names = ", ".join(each.name for each in found[:4])
         if found:
             raise CheckpointError(f"{error}, or one file of: {names}") from error
+        if path.name in list_models() and not path.exists():
+            raise CheckpointError(
+                f"{error}.\n{path.name} is a model name, and the package contains no "
+                f"weights; create_model({path.name!r}) initializes it"
+            ) from error
         raise
     for checkpoint in newer:
         try:

@@ -98,7 +98,7 @@ def compile_step(
     """
     count = len(training.batches)
     suffix = f" for bucket {bucket + 1} of {count}" if count > 1 else ""
-    log(f"compiling the train step{suffix} ...")
+    log(f"compiling the train step{suffix}, which may take minutes ...")
     start, hits = time.perf_counter(), len(_hits)
     shardings = shardings_of(training.state)
     jitted = jax.jit(training.step, donate_argnums=0, out_shardings=(shardings, None))

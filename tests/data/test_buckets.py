@@ -203,6 +203,8 @@ def test_copies_are_read(bucket, prepared, tmp_path, file_format, capfd):
     assert_batches_equal(batches(cfg), expected)
     err = capfd.readouterr().err
     assert f"data.cache={tmp_path}/cache: 4 files are needed, 0.0 GB in total; 0" in err
+    indexed = f"indexed gs://bucket/{file_format}/{VERSION} in"
+    assert (indexed in err) == (file_format == "tfrecord")
     source = registry.open_source(cfg.data, "train")
     for i in range(len(source)):
         source._cache.fetch(source._paths[source._file_indices[i]])

@@ -126,6 +126,15 @@ def test_scripts_parse(script):
         subprocess.run(["shellcheck", script], check=True)
 
 
+@pytest.mark.parametrize("name", ["slurm.sh", "fake_pod.sh"])
+def test_help(name):
+    """--help prints the comment at the top, without the options for sbatch."""
+    command = [LAUNCH / name, "--help"]
+    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert f"  launch/{name} " in text
+    assert text.rstrip().endswith("PYTHON: the interpreter; python by default.")
+
+
 # TPU VMs
 
 

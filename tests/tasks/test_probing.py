@@ -1,5 +1,7 @@
 """Tests of nearest neighbors; numpy recounts the votes of all readable images."""
 
+import itertools
+
 import mini_runs
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ from networks import jit_model, mini
 from PIL import Image
 
 import hivit_jax
+from hivit_jax import progress
 from hivit_jax.distributed.watchdog import Watchdog
 from hivit_jax.main import main
 
@@ -133,12 +136,17 @@ def test_nearest_neighbors(model, files, monkeypatch, tmp_path, capsys):
 
     beats = []
     monkeypatch.setattr(Watchdog, "heartbeat", lambda watchdog: beats.append(watchdog))
+    monkeypatch.setattr(progress, "monotonic", itertools.count(0, 10).__next__)
     with mini_runs.minimal_output():
         flags = flags_of(files[0], directory, data__max_unreadable=0.05)
         assert main([*flags, "--mode=knn"]) == 0
     assert len(beats) == 6 + 4  # batches of 8
     top1, top5 = knn_correct(queries, classes, keys, labels)
-    assert capsys.readouterr().out.endswith(
+    out = capsys.readouterr().out
+    for split, count in zip(("train", "test"), COUNTS.values(), strict=True):
+        line = f"features of the {split} split  {count}/{count} images  0:00 left\n"
+        assert line in out
+    assert out.endswith(
         f"nearest neighbors  top1 {top1 / 28:.2%}  top5 {top5 / 28:.2%}  (28 images)\n"
     )
     # Votes of the two damaged images, of padding, or of both would change the

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
@@ -179,7 +180,9 @@ def test_command(workdirs, tmp_path, capsys):
     checkpoint, out = workdirs / "mae_hivit_base", tmp_path / "model"
     flags = [f"--checkpoint={checkpoint}", f"--out={out}", "--what=features"]
     assert export.main(flags) == 0
-    types, written = capsys.readouterr().out.splitlines()
+    start, types, written, end = capsys.readouterr().out.splitlines()
+    assert start.startswith("exporting features of mae_hivit_base, which may take")
+    assert re.fullmatch(r"exported in \d+\.\d s", end)
     assert types == (
         "features: float32[b, 64, 64, 3] -> bfloat16[b, 16, 16, 16], "
         "bfloat16[b, 8, 8, 32], bfloat16[b, 4, 4, 64]"
@@ -196,7 +199,7 @@ def test_command(workdirs, tmp_path, capsys):
 def test_command_for_another_platform(workdirs, tmp_path, capsys):
     flags = [f"--checkpoint={workdirs / 'hivit_base'}", f"--out={tmp_path / 'model'}"]
     assert export.main([*flags, "--platforms=cuda,tpu"]) == 0
-    types, written = capsys.readouterr().out.splitlines()
+    _, types, written, _ = capsys.readouterr().out.splitlines()
     assert types == "classifier: float32[b, 64, 64, 3] -> float32[b, 10]"
     assert "MB, cuda, tpu; not compared with the model" in written
     assert written.endswith("because it cannot run here")

@@ -1,6 +1,7 @@
 """Tests of predictions and features of image files, by a briefly trained model."""
 
 import csv
+import itertools
 import json
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from datasets import noise_image
 from PIL import Image
 
 import hivit_jax
+from hivit_jax import progress
 from hivit_jax.tools import convert, features, predict
 from hivit_jax.train import train
 
@@ -82,10 +84,11 @@ def rows(path):
 
 
 @pytest.mark.slow
-def test_labeled_folder(run, data, tmp_path, capsys):
+def test_labeled_folder(run, data, tmp_path, monkeypatch, capsys):
     """Every image has a row, in sorted order; the table agrees with the metrics."""
     out = tmp_path / "p" / "all.csv"
     flags = [f"--checkpoint={run}", f"--out={out}"]
+    monkeypatch.setattr(progress, "monotonic", itertools.count(0, 10).__next__)
     assert predict.main([*flags, str(data / "val")]) == 0
     table = rows(out)
     paths = sorted(str(path) for path in (data / "val").rglob("*.png"))
@@ -116,7 +119,9 @@ def test_labeled_folder(run, data, tmp_path, capsys):
         int(row["correct"]) for row in table
     ]
     assert (tmp_path / "p" / "all_confusion.png").is_file()
-    assert "15 of 15 images predicted" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "predict  15/15 images  0:00 left" in out
+    assert "15 of 15 images predicted" in out
 
 
 @pytest.mark.slow

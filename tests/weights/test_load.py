@@ -378,3 +378,14 @@ def test_hub(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(CheckpointError, match="huggingface_hub is not installed"):
         read("hf://a/b")
+
+
+def test_name_of_a_model_is_no_path(tmp_path, monkeypatch):
+    """A model name instead of a path is explained; a directory of this name is not."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match=r"create_model\('vit_base'\) init"):
+        hivit_jax.load_pretrained("vit_base")
+    (tmp_path / "vit_base").mkdir()
+    with pytest.raises(CheckpointError) as error:
+        hivit_jax.load_pretrained("vit_base")
+    assert "create_model" not in str(error.value)

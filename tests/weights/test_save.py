@@ -5,7 +5,9 @@ import json
 import os
 import re
 from dataclasses import replace
+from email.message import Message
 from functools import cache
+from importlib import metadata
 
 import jax.numpy as jnp
 import mini_runs
@@ -98,6 +100,32 @@ def test_card_states_the_divisor_of_pixels(scale, divisor):
     card = model_card(model, {}, {})
     assert f"divides by {divisor}, subtracts the mean" in card
     assert "import jax\n" not in card  # only for the probabilities of named classes
+
+
+@pytest.mark.parametrize(
+    ("urls", "line"),
+    [
+        ([], "- code: hivit_jax {}\n"),
+        (["Source, https://x.org/a", "Docs, https://x.org/b"],
+         "- code: hivit_jax {}, https://x.org/a\n"),
+        (None, "- code: hivit_jax {}\n"),
+    ],
+)  # fmt: skip
+def test_card_names_the_project(urls, line, monkeypatch):
+    """The model card contains version and address of the package's metadata, if any."""
+
+    def read(name):
+        if urls is None:
+            raise metadata.PackageNotFoundError(name)
+        message = Message()
+        for url in urls:
+            message["Project-URL"] = url
+        return message
+
+    monkeypatch.setattr(metadata, "metadata", read)
+    model = abstract_model("hivit_base", num_classes=2)
+    expected = line.format(hivit_jax.__version__)
+    assert expected in model_card(model, {}, {})
 
 
 @pytest.mark.slow

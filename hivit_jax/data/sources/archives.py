@@ -26,6 +26,7 @@ from hivit_jax.data.sources.archive_labels import (
 from hivit_jax.data.sources.folder import SUFFIXES
 from hivit_jax.data.sources.splits import FileSource
 from hivit_jax.errors import DataError
+from hivit_jax.progress import Progress
 
 THREADS = 64  # tar files that are indexed concurrently
 VERSION = "3"  # of saved indexes; earlier versions lack several labels per image
@@ -170,7 +171,8 @@ class WebDataset(Archives):
 
     def _make_index(self, files: Sequence[str]) -> Index:
         with ThreadPoolExecutor(THREADS) as pool:
-            found = [*pool.map(_tar_index, files)]
+            results = pool.map(_tar_index, files)
+            found = [*Progress("indexing", len(files), "files").track(results)]
         index = {name: np.concatenate([part[name] for part in found]) for name in INDEX}
         index["files"] = np.repeat(
             np.arange(len(files)), [len(p["names"]) for p in found]

@@ -117,8 +117,8 @@ class Source:
         """Return the position of an example, so that TensorFlow can read it directly.
 
         Returns:
-          A whole image file, or a record of a tfrecord file; None: only `sample` can
-          read the example.
+          A whole image file, or a record of a tfrecord file; None if only `sample`
+          can read the example.
         """
         return None
 

@@ -242,7 +242,8 @@ def to_state_dict(
       layout: one of `LAYOUTS`.
 
     Returns:
-      {name in the other program: C-contiguous numpy array}; no two arrays share memory.
+      A dict from the name in the other program to a C-contiguous numpy array. No two
+      arrays share memory.
 
     Raises:
       ConfigError: the other program does not have this model.

@@ -1,0 +1,48 @@
+"""Tests of progress lines."""
+
+import itertools
+
+import pytest
+
+from hivit_jax import progress
+from hivit_jax.progress import Progress
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that advances by 4 seconds at every call."""
+    seconds = itertools.count(100, 4)
+    monkeypatch.setattr(progress, "monotonic", lambda: next(seconds))
+
+
+def test_lines(clock):
+    lines = []
+    counter = Progress("eval", 20_000, write=lines.append)
+    for _ in range(6):
+        counter.update(1500)
+    # Updates at 4, 8, 12, ... seconds; lines are at least 10 seconds apart.
+    assert lines == [
+        "eval  4,500/20,000 images  0:41 left",
+        "eval  9,000/20,000 images  0:29 left",
+    ]
+
+
+def test_padding_is_not_counted(clock):
+    lines = []
+    counter = Progress("eval", 100, write=lines.append, every=0)
+    counter.update(64)
+    counter.update(64)
+    assert lines[-1] == "eval  100/100 images  0:00 left"
+
+
+def test_track(clock, capsys):
+    items = list(Progress("indexing", 4, "files").track("abcd"))
+    assert items == ["a", "b", "c", "d"]
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err == "indexing  3/4 files  0:04 left\n"
+
+
+def test_short_operations_are_silent(capsys):
+    list(Progress("indexing", 3).track("abc"))
+    assert capsys.readouterr() == ("", "")
