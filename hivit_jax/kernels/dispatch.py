@@ -1,8 +1,8 @@
 """Selection of the fused kernels that run residual branches.
 
-On TPUs, `mlp` and `attention` return a residual branch as one kernel. On GPUs,
-`layer_norm` runs only the LayerNorm of a branch as a kernel. All three return None if
-no kernel supports the arguments, and the layers then leave the work to XLA.
+`mlp` and `attention` return a residual branch as one kernel, on TPUs. `layer_norm` runs
+only the LayerNorm of a branch as a kernel, on GPUs. They return None if no kernel
+supports the arguments, and the layers then leave the work to XLA.
 """
 
 import math
@@ -35,15 +35,14 @@ def mlp(x: jax.Array, norm: Any, mlp: Any, choice: str) -> Branch | None:
     Args:
       x: [..., C].
       norm, mlp: modules with the parameters.
-      choice: where to use kernels, if shapes allow. "auto": on TPUs, in bfloat16.
-        "fused": also on CPUs, where they run as plain operations, slowly. "plain":
-        nowhere.
+      choice: where to use kernels, if shapes allow. "auto": on TPUs and GPUs, in
+        bfloat16. "fused": also on CPUs, as plain operations, slowly. "plain": nowhere.
     """
     target = _target(choice, x)
     width, hidden = mlp.fc1.kernel.shape
-    if target is None or x.size == 0 or width % LANES or hidden % LANES:
+    if target is None or target.platform == "gpu" or x.size == 0:
         return None
-    if target.platform == "gpu":
+    if width % LANES or hidden % LANES:
         return None
     total = x.size // width // target.shards
     plan = Plan(norm.epsilon, interpret=target.interpret)
@@ -85,7 +84,7 @@ def attention(
     target = _target(choice, x)
     qkv, proj, windows = attention.qkv, attention.proj, attention.windows
     width, _, heads, head = qkv.kernel.shape
-    if target is None or x.size == 0 or target.platform == "gpu":
+    if target is None or target.platform == "gpu" or x.size == 0:
         return None
     if key_mask is not None:
         return None
@@ -128,24 +127,16 @@ def attention(
     return run
 
 
-def layer_norm(
-    x: jax.Array, norm: Any, choice: str
-) -> tuple[jax.Array, jax.Array] | None:
-    """Return x and ``norm(x)``, the latter by a GPU kernel, or None.
+def layer_norm(x: jax.Array, norm: Any, choice: str) -> tuple | None:
+    """Return x and ``norm(x)``, computed by a GPU kernel, or None.
 
-    The kernel of the backward pass adds both gradients of x. Therefore the skip
-    connection must use the returned x.
-
-    Args:
-      x: [..., C] bfloat16.
-      norm: module with the parameters.
-      choice: "auto" and "fused" use the kernel on GPUs, "plain" does not.
+    The skip connection must use the returned x, because the kernel of the backward pass
+    adds both gradients of x. Arguments are those of `mlp`.
     """
-    target = _target(choice, x)
+    target, width = _target(choice, x), x.shape[-1]
     if target is None or target.platform != "gpu" or x.size == 0:
         return None
-    total = x.size // x.shape[-1] // target.shards
-    if not norm_triton.supports(total, x.shape[-1]):
+    if not norm_triton.supports(x.size // width // target.shards, width):
         return None
     weights, plan = (norm.scale[...], norm.bias[...]), Plan(norm.epsilon)
     return target.run(norm_triton.skip_and_norm, x, weights, plan)
@@ -224,8 +215,7 @@ class Target:
         """
 
         def local(x, params, per_image):
-            rows = x.reshape(-1, x.shape[-1])
-            results = kernel(rows, *params, *per_image, plan)
+            results = kernel(x.reshape(-1, x.shape[-1]), *params, *per_image, plan)
             return jax.tree.map(lambda result: result.reshape(x.shape), results)
 
         if self.axes:  # because compilers do not partition kernels
@@ -255,8 +245,8 @@ def _target(choice: str, x: jax.Array) -> Target | None:
     of heads, or if the sharding of arrays is unknown.
     """
     device, bfloat16 = platform(), x.dtype == jnp.bfloat16
-    supported = {"tpu": bfloat16, "gpu": bfloat16}
-    if choice == "plain" or not supported.get(device, choice == "fused"):
+    supported = choice == "fused" if device == "cpu" else bfloat16
+    if choice == "plain" or not supported:
         return None
     mesh = jax.sharding.get_abstract_mesh()
     # Without a mesh the sharding is known only if there is a single device.

@@ -22,10 +22,10 @@ class RunOptions:
       backward pass. This needs less memory and more time.
     scan_blocks: compile one block per stage and run it in a loop. This shortens
       compilation. All blocks of a stage must be alike, so `global_blocks` must be ().
-    kernels: fused kernels for residual branches, "auto" (on TPUs in bfloat16), "fused"
-      (wherever shapes allow) or "plain" (none). See `kernels.dispatch`. Forward-mode
-      derivatives (`jax.jvp`, `jax.jacfwd`, `jax.linearize`) require "plain" where a
-      fused kernel would run.
+    kernels: fused kernels, "auto" (on TPUs and GPUs in bfloat16), "fused" (also on
+      CPUs, slowly) or "plain" (none). See `kernels.dispatch`. Forward-mode derivatives
+      (`jax.jvp`, `jax.jacfwd`, `jax.linearize`) require "plain" where a fused kernel
+      would run.
     """
 
     dtype: str = setting("float32", choices=("float32", "bfloat16"))
