@@ -109,7 +109,8 @@ class SwinBlock(Block):
 def shifted_mask(side: int, window: int, shift: int):
     """Return the attention mask of W shifted windows of T tokens, [W, 1, T, T].
 
-    It is -100 between tokens of a window that are not neighbors in the image, else 0.
+    It is -100 between tokens from different regions of the image, which the cyclic
+    shift brought into the same window, and 0 otherwise.
     """
     band = torch.zeros(side, dtype=torch.long)
     band[-window:-shift], band[-shift:] = 1, 2
@@ -124,8 +125,8 @@ class Swin(nn.Module):
     """Swin-B for 224x224 pixels with windows of 7, or SimMIM on it (Xie et al., 2022).
 
     SimMIM has 89.9 M parameters, the classifier 87.8 M. The encoder processes all
-    tokens. SimMIM replaces 6 of 10 units of 32x32 pixels by a mask token, and a linear
-    head predicts pixels.
+    tokens. A unit has 32x32 pixels. SimMIM replaces about 60 % of the units by a mask
+    token, and a linear head predicts pixels.
 
     Args:
       num_classes: classes of the head; 0: SimMIM.
@@ -156,7 +157,7 @@ class Swin(nn.Module):
         return self.norm0(self.proj(images).permute(0, 2, 3, 1))
 
     def encode(self, x):
-        """Encode embedded patches: [B, 8W, 8W, 128] -> [B, W, W, 1024]."""
+        """Encode patches: [B, 8W, 8W, 128] -> [B, W, W, 1024], where W is `window`."""
         for block in self.blocks:
             x = block(x)
         return self.norm(x)

@@ -2,7 +2,8 @@
 
     hivit_jax --config mae_large --workdir runs/mae_large
 
-Values: those of mae_base; only the encoder differs. None are published for HiViT-L.
+Values: those of mae_base, because no values are published for HiViT-L. Only the encoder
+differs.
 Expected: unknown, because no result is published.
 Hardware: a mesh with mesh.fsdp > 1. A device needs 5.4 GiB on v5e:16x16 and 51.1 GiB on
 h100:8.

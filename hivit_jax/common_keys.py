@@ -195,13 +195,14 @@ KEYS = {
         "schedule": Key(
             "cosine",
             "learning rate curve after the warmup; `cosine_from_start`: the cosine "
-            "starts at step 0 instead of the end of the warmup, and is one step late",
+            "starts at step 0 instead of the end of the warmup, and each step uses the "
+            "learning rate of the previous step",
             choices=SCHEDULES,
         ),
         "first_epoch": Key(
             0,
-            "1: skip one epoch at the start and at every resume, as the official "
-            "self-supervised code does",
+            "1: skip the first epoch of the schedule, and one epoch of training at "
+            "every resume, as the official self-supervised code does",
             choices=(0, 1),
         ),
         "warmup_epochs": Key(

@@ -39,7 +39,7 @@ class DivergedError(HivitError):
 
 
 class DataError(HivitError):
-    """The dataset cannot be read or contradicts its description."""
+    """The dataset is unreadable or inconsistent, or contradicts the config."""
 
     exit_code = 4
 
@@ -119,7 +119,7 @@ def first_line(error: Exception) -> str:
 
 def run_command(action: Callable[[], object]) -> int:
     """Run a command, print a HivitError to stderr, and return the exit code."""
-    from hivit_jax.resources import raise_resource_errors  # late, because it needs JAX
+    from hivit_jax.resources import raise_resource_errors  # late: it imports JAX
 
     try:
         with raise_resource_errors():

@@ -254,7 +254,7 @@ def check_splits(config: Any, task: tasks.Task) -> list[str]:
         notes += split_notes(source, indices, split, config.data.dtype)
         if not readable:
             raise DataError(
-                f"all {NUM_CHECKED} images tried from the {split} split of "
+                f"all {NUM_CHECKED} checked images of the {split} split of "
                 f"{config.data.name} are unreadable\n{CHECK_HINT}"
             )
     return notes

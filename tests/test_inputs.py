@@ -378,11 +378,11 @@ def test_splits_have_the_same_classes(opened):
     [
         (
             [b""] * 20,
-            "all 8 images tried from the test split .*\n.*check_data",
+            "all 8 checked images of the test split .*\n.*check_data",
         ),
         (
             [OSError("gone")],
-            "all 8 images tried from the test split of digits are unreadable",
+            "all 8 checked images of the test split of digits are unreadable",
         ),
         ([FLOATS], r"example 0: expected 8 or 16 bits, .*value_range="),
         ([{"image": GOOD, "label": 10}], "example 0: expected a label from 0 to 9"),

@@ -32,14 +32,14 @@ def split_notes(
             f"{count:,} of {len(labels):,} images of the {split} split have no label; "
             "they count as images of no class"
         )
-    tried, count = set(indices.tolist()), 0
-    for index in tried if dtype == "uint8" else ():
+    checked, count = set(indices.tolist()), 0
+    for index in checked if dtype == "uint8" else ():
         with suppress(Exception):  # damaged files cause exceptions of many types
             values = read_values(source.sample(index)["image"]).array
             count += values.dtype == np.uint16
     if count:
         notes.append(
-            f"{count} of {len(tried)} images tried of the {split} split have 16 bits, "
-            "which are reduced to 8 bits; data.dtype=uint16 keeps all 16"
+            f"{count} of {len(checked)} checked images of the {split} split have 16 "
+            "bits, which are reduced to 8 bits; data.dtype=uint16 keeps all 16"
         )
     return notes

@@ -27,7 +27,7 @@ class ShardCache:
 
     Args:
       directory: the cache directory.
-      check: function of the path of a complete copy; it raises an error if the copy is
+      check: called with the path of each complete copy; raises an error if the copy is
         damaged.
     """
 
@@ -61,7 +61,11 @@ class ShardCache:
         return address
 
     def fetch(self, address: str) -> str:
-        """Wait until a file is copied; return its path, or its address on failure."""
+        """Return the path of a file's copy, or the file's address on failure.
+
+        If there is no copy, this method makes it, or waits for a thread or process that
+        is making it. After `stop`, nothing is copied.
+        """
         if self.locate(address) == address and not self._stopped.is_set():
             self._copy(address, wait=True)
         return self.locate(address)
@@ -121,11 +125,11 @@ class ShardCache:
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
                 except BlockingIOError:
-                    self._wanted.discard(address)  # look for the copy again later
+                    self._wanted.discard(address)  # so that `locate` may queue it again
                     return
                 self._copy_locked(address, target, file)
         except InterruptedError:
-            pass
+            pass  # `stop` was called
         except HivitError as error:
             self._log(f"not copied: {error}")
         except OSError as error:  # such as a full disk
@@ -137,7 +141,8 @@ class ShardCache:
     def _copy_locked(self, address: str, target: Path, file) -> None:
         """Copy a file into the locked ``.part`` file, check and rename the copy."""
         if target.exists():
-            # Another process renamed the partial copy while this one waited.
+            # Another process has finished the copy. If it did so before this process
+            # opened the ``.part`` file, opening created a new, empty file.
             _remove_if_empty(f"{target}.part")
             return
         file.truncate(0)

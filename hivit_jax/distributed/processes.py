@@ -126,7 +126,8 @@ def check_same_on_all_processes(values: Mapping[str, Any]) -> None:
         if others:
             raise ConfigError(
                 f"processes differ in the {name}: expected the value of process 0, "
-                f"found another on process {', '.join(others)} of {len(column)}.\n"
+                f"found another value on process {', '.join(others)} of "
+                f"{len(column)}.\n"
                 f"Process {jax.process_index()} has {str(values[name])[:200]}"
             )
 

@@ -20,8 +20,9 @@ class Classifier(Model):
     """HiViT with mean pooling, LayerNorm and a linear head (official ``HiViT``)."""
 
     name, description = "hivit_base", "a classifier"
-    # Factor on the weights of a new head on a pretrained encoder. As in the official
-    # ``main_finetune.py``, it reduces their standard deviation from 0.02 to 2e-5.
+    # Scale of the initial weights of a new head on a pretrained encoder. As in the
+    # official ``main_finetune.py``, it reduces their standard deviation from 0.02 to
+    # 2e-5.
     new_head_scale: float = 2e-5 / 0.02
     encoder_class: type[Encoder] = HiViT
 
@@ -43,8 +44,8 @@ class Classifier(Model):
         Args:
           config: a config with `num_classes` and `running_norm`.
           dim: width of the pooled features.
-          fc_norm: normalize the pooled features by a LayerNorm, unless the config has a
-            running norm.
+          fc_norm: normalize the pooled features with a LayerNorm; ignored if the config
+            has `running_norm=True`.
         """
         self.info = make_info(config)
         # Pooled features, their norm and the logits are float32 for any compute dtype.

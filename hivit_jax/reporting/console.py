@@ -23,7 +23,8 @@ def step_line(step: int, total: int, values: Scalars) -> str:
     throughput is per chip. MFU and device memory are omitted where they are unknown.
 
     Args:
-      values: metrics of the step and of `metrics.device_metrics`.
+      values: metrics of the step, including those that `metrics.device_metrics`
+        returns.
     """
     speed = f"{values['images_per_second_per_chip']:,.0f} images/s"
     if values["images_per_second_per_chip"] != values["images_per_second"]:
@@ -64,8 +65,9 @@ def eval_line(label: str, values: Scalars) -> str:
 
 
 def best_line(workdir: Path, steps: Collection[int], best: Best) -> str:
-    """Return the log line of the best checkpoint, the newest of equally good ones.
+    """Return the log line of the best checkpoint.
 
+    If several checkpoints are equally good, the newest of them is the best.
     For example ``best checkpoint  step 360  eval  loss ...  DIR/checkpoints/360``.
 
     Args:
@@ -74,7 +76,7 @@ def best_line(workdir: Path, steps: Collection[int], best: Best) -> str:
     """
     lines = [line for line in evaluations(workdir) if line["step"] in steps]
     if not lines:
-        return "no checkpoint of an evaluated step is kept"
+        return "best checkpoint  none: no saved checkpoint belongs to an evaluated step"
     values = max(lines, key=lambda line: (score(line, best), line["step"]))
     line = eval_line(f"step {values['step']}", values)
     return f"best checkpoint  {line}  {workdir / 'checkpoints' / str(values['step'])}"

@@ -93,9 +93,10 @@ def schedule(steps: np.ndarray, learning_rates: np.ndarray) -> np.ndarray:
 
 
 def confusion_matrix(matrix: np.ndarray, names: Sequence[str]) -> np.ndarray:
-    """Plot a confusion matrix [classes, classes], true x predicted, as fractions.
+    """Plot a confusion matrix of counts, [classes, classes], true x predicted.
 
-    Up to 40 classes are named, and up to 15 have numbers in their cells.
+    Colors show the fractions of each true class. The axes show names if there are at
+    most 40 classes, and the cells show counts if there are at most 15.
     """
     count = len(names)
     side = min(max(4.0, 1.5 + 0.4 * count), 14.0)
@@ -162,7 +163,7 @@ def draw_run(workdir: Path, step: int, task_figures: Mapping[str, np.ndarray]) -
 
 
 def write_png(path: Path, pixels: np.ndarray) -> None:
-    """Write an image, uint8 [H, W, 3], and create its directory."""
+    """Write an image, uint8 [H, W, 3], as PNG; create its directory if needed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")

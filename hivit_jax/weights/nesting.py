@@ -11,7 +11,8 @@ from hivit_jax.weights.torch_format import StandIn, is_array
 # Keys under which programs save the state dict, in order of preference. "": the file
 # itself is the state dict.
 STATE_DICT_KEYS = ("", "model", "state_dict", "module", "model_state_dict")
-# Every model has an entry with this name, possibly after the prefix of a wrapper.
+# The state dict of every supported model has an entry with this name, possibly after
+# the prefix of a wrapper.
 ANCHOR = "patch_embed.proj.weight"
 # Names that PyTorch inserts for DistributedDataParallel, torch.compile,
 # FullyShardedDataParallel and activation checkpoints. At the start of a name, such a
@@ -27,7 +28,7 @@ class Unwrapped(NamedTuple):
 
     state: {official or MMPretrain's name: array}.
     removed: the removed wrappers and prefixes.
-    unused: names outside the prefix, which belong to other models or losses.
+    unused: names without the prefix, which belong to other models or losses.
     """
 
     state: dict[str, Any]
@@ -36,15 +37,16 @@ class Unwrapped(NamedTuple):
 
 
 def is_averaged(name: str) -> bool:
-    """Return True if a key or prefix is a name of averaged weights (EMA)."""
+    """Return True if a key or prefix contains the word "ema" (averaged weights)."""
     return "ema" in re.split(r"[^a-z]", name.lower())
 
 
 def find_state_dict(
     content: Mapping[Any, Any], averaged: bool = True
 ) -> tuple[str, dict[str, StandIn]]:
-    """Return key and records of the state dict in the contents of a `TorchFile`.
+    """Return the key and the entries of the state dict in a `TorchFile`'s content.
 
+    The entries are {name: stand-in}; `TorchFile.array` reads the array of a stand-in.
     Keys of nested dicts are joined by "/". A pickled module counts as a state dict.
 
     Args:
@@ -60,7 +62,7 @@ def find_state_dict(
             f"contains no named tensors, only {{{kinds}}}; expected a state dict"
         )
     keys = [key for key, names in found.items() if any(map(_is_anchor, names))]
-    if not keys:  # not one of our models; `infer` raises the error
+    if not keys:  # no supported model; `infer.infer` raises an error
         keys = [max(found, key=lambda key: len(found[key]))]
     keys = [key for key in keys if is_averaged(key) == averaged] or keys
     for known in STATE_DICT_KEYS:
@@ -90,11 +92,12 @@ def remove_prefixes(state: Mapping[str, Any], averaged: bool = True) -> Unwrappe
         name.removesuffix(ANCHOR).removesuffix("backbone.")
         for name in filter(_is_anchor, named)
     }
-    # SimMIM's "encoder." also stays. It is recognized by the mask token in the encoder.
+    # The "encoder." of SimMIM also stays. Only SimMIM has a mask token in the encoder.
     prefixes = {
         p.removesuffix("encoder.") if f"{p}mask_token" in named else p for p in prefixes
     }
     prefixes = {p for p in prefixes if is_averaged(p) == averaged} or prefixes
+    # Two names become equal if a model is contained both with and without wrappers.
     if len(prefixes) > 1 or len(named) < len(state):
         found = ", ".join(map(repr, sorted(prefixes)))
         raise CheckpointError(

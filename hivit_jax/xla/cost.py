@@ -29,7 +29,7 @@ FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast"}
 FREE |= {"partition-id", "after-all"}
 # Instructions that call computations with kernels of their own.
 CALLS = {"call", "while", "conditional", "async-start"}
-# Parts of an asynchronous instruction whose bytes count at its other part.
+# Parts of asynchronous instructions that count no bytes, because another part does.
 NO_KERNEL = ("-start", "-update", "async-done")
 SLICES = {"slice", "dynamic-slice", "gather"}
 VMEM = "S(1)"

@@ -93,6 +93,7 @@ def executed(
     """
     for instruction in computations[name].values():
         yield instruction, computations[name], times
+        # The "-start" of an asynchronous operation already counts its computation.
         if instruction.opcode.endswith(("-done", "-update")):
             continue
         for called in instruction.called:
@@ -101,7 +102,7 @@ def executed(
 
 
 def trip_count(instruction: Instruction, computations: dict[str, Computation]) -> int:
-    """Return the number of runs of the computations that an instruction calls.
+    """Return the number of runs of the called computations per run of an instruction.
 
     For a loop, this is the known trip count, or else the largest integer constant in
     the loop's condition. For other instructions, this is 1.
@@ -139,12 +140,13 @@ def tiled_bytes(shapes: str, excluded: str = "S(") -> int:
     """Return the bytes of arrays including the padding of their tiles.
 
     By default only arrays in HBM count. A layout such as
-    ``{1,0:T(8,128)(2,1)S(1)}`` lists the dimensions from minor to major. The first
-    tile, written from major to minor, pads the minor dimensions. ``S(1)`` marks an
-    array in memory 1, which is not HBM.
+    ``{1,0:T(8,128)(2,1)S(1)}`` lists the dimensions from minor to major, and the sizes
+    of each tile from major to minor. A minor dimension is padded to a multiple of its
+    size in the first tile. ``S(1)`` marks an array in memory 1, which is not HBM.
 
     Args:
-      excluded: arrays whose layout contains this text do not count; "": all count.
+      excluded: arrays whose layout contains this text do not count; "": all arrays
+        count.
     """
     total = 0
     for bits, dims, order, tiles in _arrays(shapes):

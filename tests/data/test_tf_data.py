@@ -73,7 +73,7 @@ def images(damaged=()):
 
 
 def with_marker(content, random):
-    """Insert a marker of an undefined frame into the compressed data."""
+    """Overwrite two bytes of the compressed data with a start-of-frame marker."""
     return content[:-200] + b"\xff\xc3" + content[-198:]
 
 
@@ -198,7 +198,7 @@ def assert_readers_agree(config, *steps):
 @pytest.mark.parametrize("name", ["folder", "tfrecord", "array_record"])
 @pytest.mark.parametrize("randaugment", [False, True])
 def test_batches_are_equal(roots, name, randaugment):
-    """Batches agree across an epoch boundary, and from a late first step."""
+    """Batches agree across an epoch boundary, and with a late first step."""
     config = config_of(roots, name, data__randaugment=randaugment)
     assert_readers_agree(config, 0, 7)
     for steps in ((3, 6), (100_000, 100_002)):
@@ -225,7 +225,7 @@ def test_other_settings(roots, overrides):
 
 @pytest.mark.parametrize("name", ["folder", "tfrecord"])
 def test_ordinary_images_are_decoded_by_tensorflow(roots, name, loaded):
-    """Threads load only the CMYK and progressive JPEGs and the PNG."""
+    """Threads load only the CMYK JPEG, the progressive JPEG and the PNG."""
     config = config_of(roots, name, data__canvas=160)
     assert_batches_equal(
         inputs.train_batches(with_tf(config), 0, 5), inputs.train_batches(config, 0, 5)
@@ -257,7 +257,7 @@ def test_damaged_files(roots, name, capfd, monkeypatch):
     unreadable = sum(batch["unreadable"].sum() for batch in batches)
     assert unreadable == 2 * 5
     assert errors.count("cannot read ") == 5
-    # Each was logged by the first reader.
+    # The first reader has already logged these images.
     assert "cannot read " not in capfd.readouterr().err
     assert_batches_equal(
         inputs.eval_batches(with_tf(config)), inputs.eval_batches(config)
@@ -277,8 +277,8 @@ def test_missing_file_and_wrong_checksum(roots, tmp_path, loaded):
         inputs.train_batches(with_tf(config), 0, 15),
         inputs.train_batches(config, 0, 15),
     )
-    # Threads load the file once in each of three epochs. In the first epoch they load
-    # the whole batch, later only this file.
+    # Threads load each damaged file once per epoch. In the first epoch they load its
+    # whole batch, because TensorFlow failed. Later they load only the damaged file.
     assert loaded.count(4) == loaded.count(20) == 3
     shutil.copytree(roots["tfrecord"], tmp_path / "records")
     shard = sorted((tmp_path / "records").glob("kinds/*/*train*00000*"))[0]
@@ -292,17 +292,17 @@ def test_missing_file_and_wrong_checksum(roots, tmp_path, loaded):
     assert sum(batch["weight"].sum() for batch in batches) == 40
 
 
-def test_shares_of_processes(roots, monkeypatch):
+def test_each_process_reads_its_part(roots, monkeypatch):
     config = config_of(roots, "folder damaged")
-    expected, shares = list(inputs.train_batches(config, 3, 7)), []
+    expected, per_process = list(inputs.train_batches(config, 3, 7)), []
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     for index in range(2):
         monkeypatch.setattr(jax, "process_index", lambda index=index: index)
-        shares.append(list(inputs.train_batches(with_tf(config), 3, 7)))
+        per_process.append(list(inputs.train_batches(with_tf(config), 3, 7)))
         assert_readers_agree(config, 3, 7)
     joined = [
         {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
-        for parts in zip(*shares, strict=True)
+        for parts in zip(*per_process, strict=True)
     ]
     assert_batches_equal(joined, expected)
 

@@ -22,9 +22,7 @@ pytestmark = pytest.mark.slow
 
 SIZE, CLASSES, BATCH, STEPS = (32, 48), 7, 8, 8
 
-
 TRAIN, VAL = 3 * CLASSES, 11  # 8 divides neither
-
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 
@@ -37,7 +35,7 @@ LINES = {3: 1, 4: 4, 5: 5, 6: 6, 8: 7}
 
 
 def overrides_of(root):
-    """Return the overrides of the run, in which the device resizes a canvas."""
+    """Return the overrides of the run; the device resizes images on a canvas."""
     flags = dict(data__dir=root, data__canvas=64, data__crop_scale=(1.0, 1.0))
     flags |= dict(data__mean=MEAN, data__std=STD, data__flip=True, data__crop_pct=1.0)
     flags |= dict(log_every=3, eval_every=4, checkpoint_every=5, total_steps=STEPS)
@@ -73,7 +71,7 @@ class Recorder:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Return (root, {split: (pixels, labels) of the files in order})."""
+    """Return (root, {split: (pixels, labels), ordered by file name})."""
     root, random = tmp_path_factory.mktemp("folder"), np.random.RandomState(0)
     files = {"train": ([], []), "val": ([], [])}
     for split, count in (("train", TRAIN), ("val", VAL)):
@@ -102,7 +100,7 @@ def run(folder, tmp_path_factory):
         patch.setenv("XDG_CACHE_HOME", str(recorder.workdir / "cache"))
         patch.setattr(figures, "draw_run", lambda *_: None)
         patch.setattr(Classifier, "__call__", recorder.record(Classifier.__call__))
-        # Without this the callbacks of eight devices wait for each other.
+        # Without this, the callbacks of eight devices wait for each other.
         patch.setattr(jax, "devices", lambda: devices[:1])
         recorder.results = train(config, recorder.workdir)
         jax.effects_barrier()
@@ -110,7 +108,7 @@ def run(folder, tmp_path_factory):
 
 
 def order_of(seed, epochs, count):
-    """Return the indices of the training images, position by position."""
+    """Return the indices of the training images in the order of training."""
     return np.concatenate([permutation(seed, e, count) for e in range(epochs)])
 
 
@@ -130,7 +128,7 @@ def cross_entropy(logits, labels, smoothing):
 
 
 def test_training_lines(run, folder):
-    """Loss, top-1, top-5 and learning rate of a line belong to the newest step.
+    """Loss, top-1, top-5 and learning rate of a line are those of its own step.
 
     Unreadable images are counted since the previous line and excluded from the means.
     """
@@ -165,8 +163,8 @@ def normalized(pixels):
     return (pixels / 255 - MEAN) / STD
 
 
-def same(images, others):
-    """Return the fraction of pixels of each image that are equal up to rounding."""
+def fraction_equal(images, others):
+    """Return the fraction of equal pixels, up to rounding, for each image."""
     return (np.abs(images - others) < 1e-4).all(-1).mean((1, 2))
 
 
@@ -179,14 +177,14 @@ def test_training_flips_and_erases_resized_images(run, folder):
             if index in DAMAGED["train"]:
                 continue
             both_flips = np.stack([pixels[index], pixels[index, :, ::-1]])
-            shares = same(image, both_flips)
-            assert shares.min() < 0.01
-            assert 0.6 < shares.max() < 1 - 0.015
-            changed = (np.abs(image - both_flips[shares.argmax()]) > 1e-4).any(-1)
+            fractions = fraction_equal(image, both_flips)
+            assert fractions.min() < 0.01
+            assert 0.6 < fractions.max() < 1 - 0.015
+            changed = (np.abs(image - both_flips[fractions.argmax()]) > 1e-4).any(-1)
             rows, columns = np.where(changed.any(1))[0], np.where(changed.any(0))[0]
             box = np.ix_(*(np.arange(x[0], x[-1] + 1) for x in (rows, columns)))
             assert changed[box].all()
-            mirrored.append(shares.argmax())
+            mirrored.append(fractions.argmax())
     assert len(mirrored) > 50
     assert 0.3 < np.mean(mirrored) < 0.7
 
@@ -226,7 +224,7 @@ def eval_results(evaluation, folder):
 
 
 def test_evaluation_means_exclude_unreadable_images(run, folder):
-    """Evaluations, after every fourth step and the last, ignore unreadable images."""
+    """The run is evaluated at steps 4 and 8. Its means ignore unreadable images."""
     assert len(run.eval) == 2 * 2
     assert list(mini_runs.logged(run.workdir, "eval/count")) == [4, 8]
     for step, evaluation in ((4, run.eval[:2]), (8, run.eval[2:])):
@@ -268,8 +266,9 @@ def test_tensorboard(run):
 
 
 def test_mode_eval_of_damaged_files(run, folder, monkeypatch, tmp_path, capsys):
-    """``--mode eval`` ignores Mixup, erasing and smoothing and prints the same values.
+    """``--mode eval`` prints the results of the run's last evaluation.
 
+    It ignores Mixup, CutMix, random erasing and label smoothing.
     The exit code is 4 if too many images are damaged or the pipeline skips images.
     """
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

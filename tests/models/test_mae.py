@@ -61,7 +61,7 @@ def test_units_kept_in_another_order(relative_position):
 
 
 @pytest.mark.slow
-def test_prediction_does_not_see_removed_units():
+def test_prediction_does_not_see_masked_units():
     images, noise = (
         random_array((2, 64, 64, 3)),
         jnp.asarray(reference.noise("x", 2, 16)),
@@ -70,16 +70,16 @@ def test_prediction_does_not_see_removed_units():
         mini("mae_hivit_base"), lambda model, images: model(images, noise=noise)
     )
     out = run(images)
-    removed = positions.unpatchify(jnp.repeat(out.mask[..., None], 768, -1), (4, 4), 16)
-    changed = run(images + removed)
+    masked = positions.unpatchify(jnp.repeat(out.mask[..., None], 768, -1), (4, 4), 16)
+    changed = run(images + masked)
     assert_array_equal(out.pred, changed.pred)
     assert_array_equal(out.latent, changed.latent)
-    changed_visible = run(images + (1 - removed))
+    changed_visible = run(images + (1 - masked))
     assert np.abs(out.pred - changed_visible.pred).max() > 0.01
 
 
 @pytest.mark.slow
-def test_loss_is_the_mean_over_removed_units():
+def test_loss_is_the_mean_over_masked_units():
     images, noise = (
         random_array((3, 64, 64, 3)),
         jnp.asarray(reference.noise("x", 3, 16)),
@@ -94,16 +94,16 @@ def test_loss_is_the_mean_over_removed_units():
     )(images)
     errors = np.square(np.asarray(out.pred) - positions.patchify(images, 16)).mean(-1)
     assert_allclose(out.unit_loss, errors, rtol=1e-5)
-    removed = np.asarray(out.mask) == 1
-    assert removed.sum() == 3 * 10
-    assert_allclose(out.loss, errors[removed].mean(), rtol=1e-5)
-    expected = errors[removed].reshape(3, 10).mean(1)  # 10 masked units per image
+    masked = np.asarray(out.mask) == 1
+    assert masked.sum() == 3 * 10
+    assert_allclose(out.loss, errors[masked].mean(), rtol=1e-5)
+    expected = errors[masked].reshape(3, 10).mean(1)  # 10 masked units per image
     assert_allclose(image_loss, expected, rtol=1e-5)
 
 
 @cache
 def masked_runs():
-    """Return a key mask, and outputs before and after a change of masked pixels."""
+    """Return a key mask, and outputs before and after a change of hidden pixels."""
     images = random_array((3, 64, 64, 3))
     mask = np.ones((3, 16), np.int32)
     mask[0, [2, 7, 15]] = 0
@@ -158,7 +158,7 @@ def test_targets_restore_the_pixels():
 
 
 @pytest.mark.slow
-def test_only_the_decoder_table_is_fixed():
+def test_only_the_decoder_positions_are_fixed():
     gradients = run_small_mae("float32")[2]
     assert not gradients.pop("decoder_pos_embed").any()
     for name, gradient in gradients.items():

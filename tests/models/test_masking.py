@@ -53,8 +53,8 @@ def test_random_masking():
         order = sorted(range(16), key=lambda unit: noise[sample, unit])
         assert ids_shuffle[sample].tolist() == order
         assert ids_restore[sample].tolist() == [order.index(unit) for unit in range(16)]
-        removed = [float(unit in order[6:]) for unit in range(16)]
-        assert mask[sample].tolist() == removed
+        is_masked = [float(unit in order[6:]) for unit in range(16)]
+        assert mask[sample].tolist() == is_masked
     assert mask.dtype == np.float32
     assert mask.sum() == 5 * 10
 

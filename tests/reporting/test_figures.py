@@ -13,9 +13,9 @@ def test_reconstruction_panels():
     mean, std = (0.5, 0.25), (0.5, 0.25)
     original = np.array([0.0, 0.25, 0.75, 1.0])[None, None, :, None] * [1, 0.5]
     predicted = np.array([0.25, 0.5, 1.5, -1.0])[None, None, :, None] * [1, 0.5]
-    removed = np.array([0, 1, 1, 0])[None, None, :, None]
+    is_masked = np.array([0, 1, 1, 0])[None, None, :, None]
     panels = figures.reconstruction_panels(
-        (original - mean) / std, (predicted - mean) / std, removed, mean, std
+        (original - mean) / std, (predicted - mean) / std, is_masked, mean, std
     )
     assert panels.shape == (1, 4, 1, 4, 2)
     clipped = np.clip(predicted, 0, 1)
@@ -34,8 +34,8 @@ def test_reconstruction_panels():
 
 def test_panels_of_values_out_of_range():
     images = np.full((1, 2, 2, 1), 3.0)
-    removed = np.ones((1, 2, 2, 1))
-    panels = figures.reconstruction_panels(images, -images, removed, (0.5,), (0.5,))
+    is_masked = np.ones((1, 2, 2, 1))
+    panels = figures.reconstruction_panels(images, -images, is_masked, (0.5,), (0.5,))
     assert panels[0, :, 0, 0, 0].tolist() == [1, 0.5, 0, 0]
 
 

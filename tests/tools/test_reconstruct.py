@@ -104,7 +104,7 @@ def test_mean_std_and_mask_ratio_of_the_recipe(tmp_path):
     Image.new("RGB", (64, 32), color).save(tmp_path / "image.png")
     expected = 255 * (np.array(MEAN) + np.array([0.5, 1, -1]) * STD)
     masks = []
-    for options, removed in (
+    for options, ratio in (
         ((), 3 / 8),
         (("--seed=1", "--mask_ratio=0.75"), 6 / 8),
     ):
@@ -114,8 +114,8 @@ def test_mean_std_and_mask_ratio_of_the_recipe(tmp_path):
         assert 1.8 < original.shape[1] / original.shape[0] < 2.2
         for panel, hidden in ((masked, (gray,) * 3), (pasted, expected)):
             # Edges of units are blurred.
-            assert close(panel, hidden).mean() == pytest.approx(removed, abs=0.05)
-            assert close(panel, color).mean() == pytest.approx(1 - removed, abs=0.05)
+            assert close(panel, hidden).mean() == pytest.approx(ratio, abs=0.05)
+            assert close(panel, color).mean() == pytest.approx(1 - ratio, abs=0.05)
         masks.append(close(masked, gray))
     assert not masks[1][masks[0]].all()  # another seed masks other units
 
@@ -182,16 +182,16 @@ def test_inputs_are_not_overwritten(saved, tmp_path, capsys):
 def test_statistics():
     """Predictions use each unit's mean and deviation, or the visible units' average."""
     model, images = mini("mae_hivit_base"), random_array((2, 64, 64, 3))
-    by_own_statistics, removed = command.reconstruct(model, images)
+    by_own_statistics, is_masked = command.reconstruct(model, images)
     by_unit, by_visible_units = command.reconstruct(model, images, statistics="visible")
-    assert (removed == by_visible_units).all()
-    assert removed.mean() == 0.75
+    assert (is_masked == by_visible_units).all()
+    assert is_masked.mean() == 0.75
     units = [
         np.asarray(patchify(jnp.asarray(x), 16))
         for x in (images, by_own_statistics, by_unit)
     ]
     originals, by_own_statistics, by_unit = units
-    is_visible = np.asarray(patchify(jnp.asarray(removed), 16))[..., 0] == 0
+    is_visible = np.asarray(patchify(jnp.asarray(is_masked), 16))[..., 0] == 0
     mean, scale = originals.mean(-1), originals.std(-1, ddof=1)
     normalized = (by_own_statistics - mean[..., None]) / scale[..., None]
     for image in range(2):

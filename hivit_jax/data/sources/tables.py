@@ -56,7 +56,7 @@ class Table(FileSource):
 
     Args:
       file: the file that contains the split.
-      train_file: the file of the training split; may be the same.
+      train_file: the file of the training split; may be `file`.
       split: "train" or "test"; selects rows if there is a column `split`.
       split_name: value of the column `split` to select; "": one of `SPLIT_NAMES`.
       multi_label: an image has any number of labels.

@@ -20,7 +20,7 @@ def is_swin(state: Mapping[str, np.ndarray]) -> bool:
 def official_parts(path: str, is_simmim: bool) -> list[str]:
     """Return the components of the official name of our parameter `path`.
 
-    The last component is ours, such as "kernel".
+    The last component is not translated, for example "kernel".
     """
     in_encoder = path.startswith(("encoder/", "norm/"))
     parts = path.removeprefix("encoder/").split("/")
@@ -36,8 +36,8 @@ def official_parts(path: str, is_simmim: bool) -> list[str]:
 def from_timm(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Return a state dict with official names; timm's names are translated.
 
-    timm stores the merge after a stage with the next stage, and the classifier as
-    ``head.fc``.
+    In timm's names, the patch merge after a stage belongs to the next stage, and the
+    classifier is ``head.fc``.
     """
     is_timm = not any(f"{p}layers.0.downsample.norm.weight" in state for p in PREFIXES)
     named = {}
@@ -66,14 +66,17 @@ def to_timm(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 def decoder_to_ours(
     array: np.ndarray, shape: tuple[int, ...], channels: int
 ) -> np.ndarray:
-    """Convert an array of SimMIM's decoder, whose channels vary slowest, to ours."""
+    """Convert a weight or bias of SimMIM's decoder to ours.
+
+    The outputs of a unit are in the order [C, P, P] in SimMIM and [P, P, C] in ours.
+    """
     side = round((array.shape[0] // channels) ** 0.5)
     array = array.reshape(channels, side, side, -1)
     return array.transpose(3, 1, 2, 0).reshape(shape)
 
 
 def decoder_to_official(array: np.ndarray, channels: int) -> np.ndarray:
-    """Convert an array of our decoder, [8E, P*P*C] or [P*P*C], to SimMIM's."""
+    """Convert a kernel [8E, P*P*C] or bias [P*P*C] of our decoder to SimMIM's."""
     side = round((array.shape[-1] // channels) ** 0.5)
     moved = array.reshape(-1, side, side, channels).transpose(3, 1, 2, 0)
     if array.ndim == 1:
@@ -87,14 +90,14 @@ def buffers(config: SwinConfig, prefix: str) -> dict[str, np.ndarray]:
     Args:
       prefix: start of the names, such as ``encoder.``.
     """
-    found = {}
+    arrays = {}
     for stage, grid in enumerate(config.stage_grids(config.grid)):
         side = config.window_side(grid)
         index = relative_position_index(np.arange(side * side), (side, side))
         windows = config.stage_windows(stage, grid)
-        for block, each in enumerate(windows):
+        for block, window in enumerate(windows):
             name = f"{prefix}layers.{stage}.blocks.{block}"
-            found[f"{name}.attn.{INDEX}"] = np.array(index, np.int64)
-            if each is not None and each.shift:
-                found[f"{name}.{MASK}"] = each.shift_mask()
-    return found
+            arrays[f"{name}.attn.{INDEX}"] = np.array(index, np.int64)
+            if window is not None and window.shift:
+                arrays[f"{name}.{MASK}"] = window.shift_mask()
+    return arrays
