@@ -45,7 +45,7 @@ def image_findings(
     }
     lost: dict[str, str] = {}
     exif, color_space = encoded.find(b"Exif", 0, 65536) >= 0, ""
-    with suppress(ValueError):
+    with suppress(ValueError):  # from a file that is not a JPEG
         color_space = simplejpeg.decode_jpeg_header(encoded)[2]
     if exif or color_space != "YCbCr":
         with suppress(Exception), Image.open(io.BytesIO(encoded)) as image:

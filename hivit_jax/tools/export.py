@@ -271,7 +271,7 @@ def run(argv: Sequence[str] | None) -> None:
     except OSError as error:
         raise ConfigError(f"--out={out}: {error.strerror}") from error
     finally:
-        with suppress(OSError):
+        with suppress(OSError):  # the file was renamed, or never written
             part.unlink()
     log(f"{flags.what}: {_signature(model, flags.what)}")
     log(f"{out}: {len(content) / 1e6:.1f} MB, {', '.join(targets)}; {comparison}")

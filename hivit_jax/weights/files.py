@@ -152,7 +152,7 @@ def write_bytes(path: Path, content: bytes | memoryview) -> None:
     except OSError as error:
         raise ConfigError(f"{path} cannot be written: {error.strerror}") from error
     finally:
-        with suppress(OSError):
+        with suppress(OSError):  # the file was renamed, or never written
             part.unlink()
 
 
