@@ -3,8 +3,7 @@
     hivit_jax --config mae_vit:base --workdir runs/mae_vit_base
 
 Variants: tiny, small, base (default), large, huge. Values: those of the official MAE
-code for base, large and huge; no values are published for tiny and
-small.
+code for base, large and huge. No values are published for tiny and small.
 Expected: top-1 after finetune_vit: base 83.6, large 85.9, huge 86.9 % (published, not
 reproduced here). Others report 83.4 to 83.6 % for base.
 Hardware: any mesh; huge needs mesh.fsdp > 1.
