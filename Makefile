@@ -62,4 +62,4 @@ docs: .venv-docs/installed
 	touch $@
 
 clean:
-	rm -rf .venv .venv-docs .venv-extras build runs
+	rm -rf .venv .venv-docs .venv-extras .pytest_cache build runs

@@ -1,22 +1,23 @@
 """Test set-up: eight virtual CPU devices, float32 matrix products, one program cache.
 
-JAX_PLATFORMS selects another backend. All workers and subprocesses share the cache, so
-that each program is compiled once.
+JAX_PLATFORMS selects another backend. All workers, subprocesses and later test runs
+share the cache, so that each program is compiled once.
 """
 
-import atexit
 import os
 import shutil
 import signal
 import sys
-import tempfile
+from pathlib import Path
 
-from flags import fast_compile_flag, virtual_devices_flag
+from flags import fast_compile_flag, processor_digest, virtual_devices_flag
 
 if "PYTEST_XDIST_WORKER" not in os.environ:  # workers inherit the cache
-    directory = tempfile.mkdtemp(prefix="hivit-programs-")
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = directory
-    atexit.register(shutil.rmtree, directory, True)
+    cache = Path(__file__).parents[1] / ".pytest_cache" / "programs"
+    if sum(path.stat().st_size for path in cache.rglob("*")) > 2**31:
+        shutil.rmtree(cache)
+    # Programs may use instructions that other processors do not have.
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(cache / processor_digest())
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 # Without most optimizations, the tests' programs compile two to four times as fast.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")

@@ -1,6 +1,17 @@
-"""XLA flags that the tests set."""
+"""XLA flags that the tests set, and facts that compiled programs depend on."""
 
+import hashlib
+import platform
 from importlib.metadata import version
+from pathlib import Path
+
+
+def processor_digest() -> str:
+    """Return a digest of the CPU's instruction set."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else [platform.processor()]
+    flags = [line for line in lines if line.startswith(("flags", "Features"))] or lines
+    return hashlib.sha256(flags[0].encode()).hexdigest()[:12]
 
 
 def virtual_devices_flag(count: int) -> str:
