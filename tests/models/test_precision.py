@@ -79,13 +79,13 @@ def equations(jaxpr):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["hivit_base", "mae_hivit_base"])
 def test_float32_inside_bfloat16(name):
-    """Softmax and LayerNorm statistics are float32, matrix products bfloat16."""
+    """Softmax, LayerNorm statistics and GELU are float32, matrix products bfloat16."""
     model = mini(name, dtype="bfloat16")
     images, arguments = random_array((2, 64, 64, 3)), {}
-    attentions, norms, products = 2, 1 + 2 + 2 + 2 + 4, []
+    attentions, norms, gelus, products = 2, 1 + 2 + 2 + 2 + 4, 2 + 2 + 2, []
     if name.startswith("mae_"):
         arguments = dict(noise=jnp.asarray(reference.noise("x", 2, 16)))
-        attentions, norms = attentions + 1, norms + 1 + 2 + 1
+        attentions, norms, gelus = attentions + 1, norms + 1 + 2 + 1, gelus + 1
     else:
         norms += 1
     jaxpr = jax.make_jaxpr(lambda images: model(images, **arguments))(images)
@@ -97,8 +97,8 @@ def test_float32_inside_bfloat16(name):
             dtypes_of[kind] += dtypes
         if kind == "dot_general":
             products.append(dtypes)
-    assert dtypes_of["exp"] == [jnp.dtype("float32")] * attentions
-    assert dtypes_of["rsqrt"] == [jnp.dtype("float32")] * norms
+    assert dtypes_of["exp"] == [jnp.dtype("float32")] * (attentions + gelus)
+    assert dtypes_of["rsqrt"] == [jnp.dtype("float32")] * (norms + gelus)
     low = [dtypes == {jnp.dtype("bfloat16")} for dtypes in products]
     # Patch embedding, stem MLPs, merges, and main blocks with six products each.
     encoder = 1 + 2 * 4 + 2 + 6 * 2

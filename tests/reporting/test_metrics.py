@@ -129,7 +129,7 @@ def test_best_of_the_checkpoints_that_are_kept(tmp_path):
     assert "step 20 " in of_all(("eval/loss", "min"))
     assert "step 30 " in of_all(("eval/loss", "max"))
     no_best_line = console.best_line(tmp_path, [], ("eval/loss", "min"))
-    assert no_best_line.startswith("no checkpoint of an evaluated")
+    assert no_best_line.startswith("best checkpoint  none: no saved")
 
 
 @pytest.fixture

@@ -188,7 +188,7 @@ def test_command(workdirs, tmp_path, capsys):
         "bfloat16[b, 8, 8, 32], bfloat16[b, 4, 4, 64]"
     )
     assert written == (
-        f"{out}: 0.6 MB, cpu, cuda, tpu; largest difference from the model 0.0e+00"
+        f"{out}: 0.5 MB, cpu, cuda, tpu; largest difference from the model 0.0e+00"
     )
     assert {file.name for file in tmp_path.iterdir()} == {"model", "model.json"}
     facts = json.loads((tmp_path / "model.json").read_text())
