@@ -1,6 +1,7 @@
 """Tests of the package's architecture rules, on its syntax trees."""
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import hivit_jax
@@ -10,6 +11,16 @@ PACKAGE = Path(hivit_jax.__file__).parent
 MODELS = {"Classifier", "MaskedAutoencoder", "HiViT"}
 # Modules that may name tasks or model classes: tasks, models, weights and commands.
 EXEMPT = ("tasks/", "models/", "weights/names/", "tools/")
+
+
+@cache
+def modules():
+    """Return [(file, lines, syntax tree)] of the modules of the package."""
+    files = {path: path.read_text() for path in sorted(PACKAGE.rglob("*.py"))}
+    return [
+        (path.relative_to(PACKAGE).as_posix(), text.splitlines(), ast.parse(text))
+        for path, text in files.items()
+    ]
 
 
 def trees():
@@ -44,23 +55,22 @@ def test_only_task_modules_check_model_classes():
 def test_no_private_interface_of_jax():
     private = {"_src", "_jax", "jaxlib"}
     violations = []
-    for path in sorted(PACKAGE.rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text())):
+    for name, _, tree in modules():
+        for node in ast.walk(tree):
             names = [getattr(node, "attr", ""), getattr(node, "module", None) or ""]
             if isinstance(node, (ast.Import, ast.ImportFrom)):
                 names += [alias.name for alias in node.names]
             if private & {part for name in names for part in name.split(".")}:
-                violations.append(f"{path.relative_to(PACKAGE)}:{node.lineno}")
+                violations.append(f"{name}:{node.lineno}")
     assert violations == []
 
 
 def test_no_import_cycles():
     """Modules have no import cycles; imports inside functions are allowed."""
     bodies = {}
-    for path in PACKAGE.rglob("*.py"):
-        parts = path.relative_to(PACKAGE).with_suffix("").parts
-        name = ".".join(("hivit_jax", *parts)).removesuffix(".__init__")
-        bodies[name] = ast.parse(path.read_text()).body
+    for file, _, tree in modules():
+        name = f"hivit_jax/{file}".removesuffix(".py").replace("/", ".")
+        bodies[name.removesuffix(".__init__")] = tree.body
     needed = {name: set() for name in bodies}
     for name, body in bodies.items():
         for node in body:
@@ -88,14 +98,6 @@ ABOVE = {
     "weights": {"config", "inputs", "tasks", "training"},
     "xla": {"config", "inputs", "tools", "train"},
 }
-
-
-def modules():
-    """Yield (file, lines, syntax tree) of the modules of the package."""
-    for path in sorted(PACKAGE.rglob("*.py")):
-        text = path.read_text()
-        name = path.relative_to(PACKAGE).as_posix()
-        yield name, text.splitlines(), ast.parse(text)
 
 
 def test_imports_go_down():

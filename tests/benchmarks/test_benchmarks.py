@@ -157,6 +157,7 @@ def test_parts_for_an_accelerator(capsys):
     assert capsys.readouterr().out.splitlines() == list(parts)
 
 
+@pytest.mark.slow
 def test_comparison_of_the_paper_resumes(tmp_path, monkeypatch, capsys):
     """A repeated command measures only missing cells of its table, or --again all.
 

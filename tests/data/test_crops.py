@@ -18,9 +18,6 @@ from hivit_jax.data.crops import Box, Crop
 SIZE = (224, 224)
 
 
-NAMES = sorted(photographs())
-
-
 def crops(height, width, count, scale=(0.2, 1.0), seed=0):
     """Draw random crops of the first images of epoch 0."""
     return [
@@ -124,7 +121,7 @@ def test_crop_of_everything():
 def test_random_crops_equal_pil():
     samples = [
         (photographs()[name], crop)
-        for name in NAMES
+        for name in sorted(photographs())
         for crop in crops(*photographs()[name].shape[:2], 3, seed=len(name))
         if max(crop.box[2:]) <= 512
     ]
@@ -148,7 +145,7 @@ def test_random_crops_equal_pil():
 def test_center_crops_equal_pil(size):
     """A center crop equals PIL's resize to cover size / 0.875, followed by a crop."""
     samples, expected = [], []
-    for name in NAMES:
+    for name in sorted(photographs()):
         pixels = photographs()[name]
         height, width = pixels.shape[:2]
         samples.append((pixels, data_crops.center_crop(height, width, size, 0.875)))
@@ -309,7 +306,7 @@ def test_samples_are_resampled_independently():
     """The pixels of an image do not depend on the rest of the batch."""
     samples = [
         (photographs()[name], crops(*photographs()[name].shape[:2], 1, (0.2, 0.3))[0])
-        for name in NAMES
+        for name in sorted(photographs())
     ]
     _, images, boxes = on_device(samples)
     run = jax.jit(resample.resample, static_argnums=2)

@@ -13,28 +13,16 @@ from datasets import encode, noise_image
 from numpy.testing import assert_array_equal
 from PIL import Image
 
-from benchmarks.photographs import photographs
 from hivit_jax.data.decoding import decode, may_decode_crops
 from hivit_jax.data.transforms import ImageTransform
 from hivit_jax.errors import DataError
 
-PHOTO = photographs()["coffee"][:90, :120]
-
-
-IMAGE = Image.fromarray(PHOTO)
-
-
+PIXELS = noise_image(90, 120, 3)
+IMAGE = Image.fromarray(PIXELS)
 ALPHA = IMAGE.convert("RGBA")
-
-
-ALPHA.putalpha(Image.fromarray(PHOTO[..., 0]))
-
-
+ALPHA.putalpha(Image.fromarray(PIXELS[..., 0]))
 EXIF = Image.Exif()
-
-
 EXIF[0x0112] = 6  # rotated by 90 degrees
-
 
 READABLE = {
     "jpeg": encode(IMAGE, "JPEG", quality=90),

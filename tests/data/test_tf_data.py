@@ -28,7 +28,12 @@ from hivit_jax.reporting import metrics
 
 pytestmark = pytest.mark.slow  # importing tensorflow takes over 10 s
 
-tf = tf_data.tensorflow()
+
+@pytest.fixture(scope="module")
+def tf():
+    """Return tensorflow, which is not imported while tests are collected."""
+    return tf_data.tensorflow()
+
 
 # (height, width), options of the JPEG. Crops of the last two may exceed the canvas.
 ORDINARY = [
@@ -307,7 +312,7 @@ def test_each_process_reads_its_part(roots, monkeypatch):
     assert_batches_equal(joined, expected)
 
 
-def test_public_dataset(roots):
+def test_public_dataset(roots, tf):
     """`tf_dataset` returns a `tf.data.Dataset`; each iteration starts at first_step."""
     config = config_of(roots, "folder damaged")
     dataset = hivit_jax.tf_dataset(config, 3, 7)
@@ -353,7 +358,7 @@ def test_buckets(tmp_path):
     mini_runs.assert_identical(batches, expected)
 
 
-def test_wrong_label_ends_the_run(roots, monkeypatch):
+def test_wrong_label_ends_the_run(roots, monkeypatch, tf):
     config = config_of(roots, "folder")
     source = registry.open_source(config.data, "train")
     monkeypatch.setattr(source, "labels", np.where(source.labels == 2, 10, 0))
@@ -396,7 +401,7 @@ def test_threads_and_batches_in_memory_are_bounded(roots, monkeypatch):
     assert time.monotonic() - began < 10
 
 
-def test_accelerators_are_left_to_jax():
+def test_accelerators_are_left_to_jax(tf):
     assert tf.config.get_visible_devices("GPU") == []
     assert os.environ["TF_CPP_MIN_LOG_LEVEL"]
 

@@ -140,6 +140,7 @@ def test_stride_32_is_refused():
         row.features(images[:, :16], stride_32=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DEFAULTS)
 def test_every_model_has_features_and_layers(name):
     def run(model):

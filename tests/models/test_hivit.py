@@ -51,6 +51,7 @@ def test_parameters_and_multiply_adds(name, overrides, parameters, macs, cost):
     assert model.macs() == cost
 
 
+@pytest.mark.slow
 # Published by the papers and MMPretrain: millions of parameters, 1e9 multiply-adds.
 @pytest.mark.parametrize(
     ("name", "overrides", "parameters", "cost"),

@@ -39,6 +39,7 @@ def test_layer_ids():
     assert actual == {name: layer for name, (layer, _) in facts.items()}
 
 
+@pytest.mark.slow
 def test_weight_decay_in_pretraining():
     """Class token and mask token decay; fixed tables are not trained."""
     task = inputs.task_of_recipe(mini_runs.recipe("mae_vit"))

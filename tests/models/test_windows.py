@@ -70,6 +70,7 @@ def test_a_window_over_the_image_is_global_attention():
         assert [block.attn.windows for block in encoder.stages[-1]] == [None, None]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("relative_position", [True, False])
 @pytest.mark.parametrize(
     ("image_size", "side"), [((80, 112), 3), ((64, 96), 2), ((32, 112), 4)]

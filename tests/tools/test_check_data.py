@@ -549,6 +549,7 @@ def test_real_process_without_tensorflow(healthy, tmp_path):
     assert out.endswith("\nhealthy\n")
 
 
+@pytest.mark.slow
 def test_wrong_checksum_of_a_tfrecord(check, tmp_path):
     """An image whose bytes changed is reported even if it can be decoded."""
     path = prepare(tmp_path, "tfrecord")

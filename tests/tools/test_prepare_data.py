@@ -22,6 +22,8 @@ from hivit_jax.errors import DataError
 from hivit_jax.tools import prepare_data, record_shards
 from hivit_jax.tools.prepare_data import main
 
+pytestmark = pytest.mark.slow  # importing tensorflow takes seconds
+
 VERSION = Path("imagenet2012") / "5.1.0"
 
 
@@ -76,7 +78,6 @@ def small(flags, tmp_path_factory):
     return out
 
 
-@pytest.mark.slow
 def test_records(complete, originals):
     train = stored(complete / VERSION, "train")
     assert [e["file_name"].decode() for e in train] == list(originals["train"])
@@ -87,7 +88,6 @@ def test_records(complete, originals):
     assert [e["label"] for e in validation] == VALIDATION_LABELS
 
 
-@pytest.mark.slow
 def test_files(complete):
     files = set(contents(complete / VERSION))
     shards = {
@@ -103,7 +103,6 @@ def test_files(complete):
     assert splits["validation"].num_examples == 6
 
 
-@pytest.mark.slow
 def test_shrunk_images(complete, small):
     """Only training images are shrunk; their aspect ratio is unchanged."""
     reduced = [e["image"] for e in stored(small / VERSION, "train")]
@@ -128,7 +127,6 @@ def test_images_of_more_bits_are_not_shrunk():
     assert record_shards.shrink(encoded, 30) == encoded
 
 
-@pytest.mark.slow
 def test_source(complete, originals):
     """The source reads every example, also from many threads, and slices of splits."""
     source = Tfds("imagenet2012", str(complete), "train")
@@ -169,7 +167,6 @@ def test_limit_of_open_files(complete):
 
 
 @pytest.mark.processes
-@pytest.mark.slow
 def test_reading_needs_no_tensorflow(complete, originals, tmp_path):
     program = (
         "import sys, tensorflow_datasets as tfds\n"
@@ -186,7 +183,6 @@ def test_reading_needs_no_tensorflow(complete, originals, tmp_path):
 
 
 @pytest.mark.processes
-@pytest.mark.slow
 def test_complete_dataset_is_kept(complete, flags):
     """A process reports that the dataset is complete, and writes nothing."""
     before = contents(complete / VERSION)
@@ -200,7 +196,6 @@ def test_complete_dataset_is_kept(complete, flags):
 
 
 @pytest.mark.processes
-@pytest.mark.slow
 def test_killed_process_resumes(small, flags, tmp_path):
     """After SIGKILL in the fourth shard, the first three are kept."""
     program = (
@@ -231,7 +226,6 @@ def test_killed_process_resumes(small, flags, tmp_path):
     assert after == before
 
 
-@pytest.mark.slow
 def test_interrupted_anywhere(tars, tmp_path, monkeypatch, capsys):
     """After SIGTERM before or after any rename, resuming gives identical files."""
     replace = Path.replace

@@ -148,6 +148,7 @@ def test_layer_decay_and_weight_decay_of_finetuning(size):
         assert decays[name] == fact["weight_decay"], name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fact", "name", "drop_path_rate"),
     [

@@ -308,6 +308,7 @@ def test_home_directory(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["home"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["official", "supervised", "mmpretrain"])
 def test_arrays_of_a_state_dict(layout):
     """`to_state_dict` returns writable copies, because programs may modify them."""

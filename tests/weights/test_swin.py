@@ -75,6 +75,7 @@ def test_golden_logits_of_timm(tmp_path):
     assert (model.info.crop, model.info.interpolation) == (0.9, "bilinear")
 
 
+@pytest.mark.slow
 def test_transformers_classifier(tmp_path):
     state, params = with_buffers("swin_mini_clamp")
     for name in [name for name in state if name.endswith("attn_mask")]:
@@ -93,6 +94,7 @@ def test_transformers_classifier(tmp_path):
     assert "parameter names: transformers" in pretrained.notes
 
 
+@pytest.mark.slow
 def test_smaller_image_than_the_saved_one(tmp_path):
     """Only tables whose size does not fit are resized."""
     state, params = with_buffers("swin_mini")
