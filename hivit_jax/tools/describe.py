@@ -39,7 +39,13 @@ def describe(config: Any) -> str:
         schedule_table(config),
         hours_table(config, task, model),
     ]
-    return "\n\n".join([*head, configs.to_json(config).rstrip(), *tables])
+    return "\n\n".join([*head, key_table(config), *tables])
+
+
+def key_table(config: Any) -> str:
+    """Return a table of the config keys that differ from their defaults."""
+    lines = [f"  {name:32} {v!r}" for name, v in configs.changed_keys(config).items()]
+    return "\n".join(["keys that differ from the defaults in docs/config.md:", *lines])
 
 
 def draw_figures(config: Any, workdir: str | Path) -> str:

@@ -74,7 +74,8 @@ def test_real_process_describes_without_tensorflow():
     assert (code, err) == (0, "")
     assert "= 87.04" in out
     assert " M" in out
-    assert '"base_learning_rate": 0.0001' in out
+    assert re.search("  optimizer.base_learning_rate +0.0001\n", out)
+    assert "mask_ratio" not in out  # has its default
 
 
 @pytest.mark.slow
