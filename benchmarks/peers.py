@@ -128,9 +128,10 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def ready(pipe: Any, row: str) -> dict[str, Any]:
-    """Wait until a row is ready, print its first loss, and return its facts."""
+    """Wait until a row is ready, print its first loss if known, return its facts."""
     facts = receive(pipe, row)
-    print(f"{row}: ready; first loss {facts['loss']}", flush=True)
+    loss = "" if facts["loss"] is None else f"; first loss {facts['loss']}"
+    print(f"{row}: ready{loss}", flush=True)
     return facts
 
 
