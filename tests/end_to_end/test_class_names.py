@@ -40,7 +40,7 @@ def test_from_a_run_to_saved_models(tmp_path, minimal_output, capsys):
     saved_config = json.loads((shared / "config.json").read_text())
     assert saved_config["info"]["class_names"] == [*DIGITS]
     card = (shared / "README.md").read_text()
-    assert "## Classes\n\n0, 1, 2, 3, 4, 5, 6, 7, 8, 9\n" in card
+    assert "- classes: 10: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9\n" in card
     assert "hivit_jax.preprocess(model)" in card
     model_of_3_classes = hivit_jax.load_pretrained(run, num_classes=3)
     assert model_of_3_classes.info.class_names == ()
