@@ -175,8 +175,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     selected = list(parts) if args.only is None else []
     for wanted in args.only or ():
-        names = [name for name in parts if name == wanted]
-        names = names or [name for name in parts if name.startswith(f"{wanted} ")]
+        longer = [name for name in parts if name.startswith(f"{wanted} ")]
+        names = [wanted] if wanted in parts else longer
         if not names:
             expected = ", ".join(parts)
             parser.error(f"--only: unknown {wanted}; expected some of {expected}")

@@ -137,10 +137,8 @@ def step_options(config: ConfigDict) -> dict[str, Any]:
 def changed_keys(config: ConfigDict) -> dict[str, Any]:
     """Return {dotted name: value} of the keys that differ from their defaults."""
     keys = task_keys(tasks.find(config.task), config.model.name)
-    values = dict(_flatten(config.to_dict()))
-    return {
-        name: value for name, value in values.items() if value != keys[name].default
-    }
+    items = _flatten(config.to_dict())
+    return {name: value for name, value in items if value != keys[name].default}
 
 
 def to_json(config: ConfigDict) -> str:

@@ -37,7 +37,7 @@ def row_parts(width: int) -> list:
 def supports(total: int, width: int) -> bool:
     """Return True if the kernels support arrays [total, width].
 
-    Also returns False if JAX has no Triton, which newer versions deprecate.
+    Also returns False if JAX lacks the Triton backend of Pallas, which is deprecated.
     """
     shape = total % 8 == 0 and width % 32 == 0 and len(row_parts(width)) <= MAX_PARTS
     return shape and find_spec("jax.experimental.pallas.triton") is not None

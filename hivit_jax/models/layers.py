@@ -15,7 +15,7 @@ from flax import nnx
 from hivit_jax.kernels.numerics import (
     gelu_slope,
     normal_cdf,
-    normal_cdf_gpu,
+    normal_cdf_by_exp,
     scale_images,
 )
 from hivit_jax.models.arguments import make_key
@@ -125,7 +125,7 @@ def _gelu_jvp(primals, tangents):
 
 def _normal_cdf(x):
     wide = x.astype(jnp.float32)
-    return normal_cdf_gpu(wide) if x.dtype == jnp.bfloat16 else normal_cdf(wide)
+    return normal_cdf_by_exp(wide) if x.dtype == jnp.bfloat16 else normal_cdf(wide)
 
 
 class Mlp(nnx.Module):
