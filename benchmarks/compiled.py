@@ -1,24 +1,25 @@
-"""Print bytes and FLOPs of a train step by region, read from compiled programs.
+"""Print HBM bytes and FLOPs of a train step by region, without the hardware.
 
     python -m benchmarks.compiled [--config mae_base] [--workdir runs/compiled]
         [--chip v5e:2x4 ...] [--set KEY=VALUE ...]
         [--variant NAME:KEY=VALUE,KEY=VALUE ...]
 
-The benchmark compiles the train step of a recipe for TPU and GPU topologies, without
-the hardware. The input images are uint8 and have the model's size. --set overrides
-config keys. Each --variant compiles the step once more with further overrides.
+The benchmark compiles the train step of a recipe for TPU and GPU topologies. Bytes are
+counted in the compiled program, FLOPs in the jaxpr. The input images are uint8 and have
+the model's size. --set overrides config keys. Each --variant compiles the step once
+more with further overrides.
 
 The table contains one row per region of the program, forward and backward together: HBM
 bytes, their fraction of all bytes, FLOPs of matrix products, and the shortest time that
-the chip's peaks of bandwidth and FLOP/s allow. The results are written to
-results/compiled.json, or --out. An interrupted benchmark resumes. After a change of the
-program, use another --workdir, because existing reports are not compiled again. Chips
-whose compiler is not installed are skipped.
+the chip's peaks of bandwidth and FLOP/s allow. All values are per image. Regions are
+the named scopes of the step; `exchange` is the collectives. The results are written to
+results/compiled.json, or --out. A rerun reuses existing reports; after a change of the
+code, use another --workdir. Chips whose compiler is not installed are skipped.
 
-There are two totals of bytes, both with the padding of tiles:
+There are two totals of bytes, both including the padding of tiles:
 
-- `bytes_by_region` sums over the regions. It counts HBM only, and all operands and
-  results of custom calls.
+- `bytes_by_region` sums over the regions. Only arrays in HBM count. Every HBM operand
+  and result of a custom call counts in full.
 - The TPU compiler's own total is larger. It also counts arrays in VMEM, and counts
   custom calls by their `cost_estimate`. XLA:GPU reports no total, so on GPUs
   `bytes_by_region` provides both totals.
@@ -37,8 +38,8 @@ from hivit_jax.xla.chips import GIB
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "compiled.json"
 # Topology -> images per step: 64 per chip on v5e, 256 on all others.
-CHIPS = {"v5e:2x4": 512, "h100:8": 2048, "v5p:2x2x2": 2048, "v6e:2x4": 2048}
-ORDER = (
+BATCH_OF_TOPOLOGY = {"v5e:2x4": 512, "h100:8": 2048, "v5p:2x2x2": 2048, "v6e:2x4": 2048}
+REGIONS = (
     *("input", "embedding", "stem1", "stem2", "merge", "main attention", "main mlp"),
     *("main", "latent", "decoder attention", "decoder mlp", "decoder", "loss"),
     *("optimizer", "exchange", "other"),
@@ -50,7 +51,7 @@ def report_for(recipe: str, chip: str, overrides: list[str], workdir: Path) -> d
 
     Compiles only if the workdir has no report yet.
     """
-    overrides = [f"batch_size={CHIPS[chip]}", "data.canvas=0", *overrides]
+    overrides = [f"batch_size={BATCH_OF_TOPOLOGY[chip]}", "data.canvas=0", *overrides]
     name = "_".join([*[recipe] * (recipe != "mae_base"), chip, *overrides])
     directory = workdir / re.sub("[^A-Za-z0-9.=()-]+", "_", name)
     if not (directory / "compile.json").exists():
@@ -64,7 +65,7 @@ def report_for(recipe: str, chip: str, overrides: list[str], workdir: Path) -> d
 def table(report: dict) -> str:
     """Format a table with a row per region and a total, then a line on the program."""
     peaks, rows = report["roofline"]["peaks"], []
-    for name in sorted(report["regions"], key=ORDER.index):
+    for name in sorted(report["regions"], key=REGIONS.index):
         hbm_bytes, flops = report["regions"][name].values()
         bound = max(hbm_bytes / peaks["bandwidth"], flops / peaks["flops"])
         rows.append((name, hbm_bytes, flops, bound))
@@ -85,13 +86,13 @@ def table(report: dict) -> str:
     )
     if accessed := report["bytes_accessed_per_image"]:
         lines[-1] += (
-            f"; `compile.json` contains {accessed / 1e6:,.1f} MB and "
+            f"; totals by the compiler: {accessed / 1e6:,.1f} MB and "
             f"{report['flops_per_image'] / 1e9:.1f} GFLOP per image"
         )
     return "\n".join(lines)
 
 
-def compare(arguments: argparse.Namespace) -> None:
+def compile_all(arguments: argparse.Namespace) -> None:
     """Compile all programs; print a table and write the results after each program."""
     variants = {"": []}
     for variant in arguments.variant:
@@ -126,7 +127,12 @@ def main() -> int:
     parser.add_argument(
         "--out", type=Path, default=RESULT, help="the JSON file to write"
     )
-    parser.add_argument("--chip", nargs="+", choices=CHIPS, default=list(CHIPS)[:2])
+    parser.add_argument(
+        "--chip",
+        nargs="+",
+        choices=BATCH_OF_TOPOLOGY,
+        default=list(BATCH_OF_TOPOLOGY)[:2],
+    )
     parser.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE"
     )
@@ -134,7 +140,7 @@ def main() -> int:
         "--variant", nargs="+", action="extend", default=[], metavar="NAME:KEY=VALUE"
     )
     arguments = parser.parse_args()
-    return run_command(lambda: compare(arguments))
+    return run_command(lambda: compile_all(arguments))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Description of the machine that runs a benchmark."""
+"""CPU of the machine and peak memory of the process that run a benchmark."""
 
 import platform
 import resource
@@ -10,8 +10,9 @@ VECTOR_EXTENSIONS = ("avx512f", "avx2", "avx")  # widest first
 def processor() -> str:
     """Return name, family, model and widest vector extension of the CPU.
 
-    Family and model are included because virtual machines often hide the name. Without
-    /proc/cpuinfo the result is Python's `platform.processor`.
+    Family and model are included because virtual machines often hide the name. If
+    /proc/cpuinfo contains no model name, the result is `platform.processor()` or, if
+    that is empty, `platform.machine()`.
     """
     path = Path("/proc/cpuinfo")
     lines = path.read_text().partition("\n\n")[0].splitlines() if path.exists() else ()
@@ -24,7 +25,7 @@ def processor() -> str:
     return f"{info['model name']}, family {family}, model {model}{vectors}"
 
 
-def process_memory() -> int:
+def peak_process_memory() -> int:
     """Return the peak memory of this process in bytes."""
-    # ru_maxrss is in kilobytes on Linux.
+    # Times 1024, because ru_maxrss is in KiB on Linux.
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,14 +1,14 @@
-"""Compare HiViT with ViT and Swin as its paper does.
+"""Compare HiViT with ViT and Swin, as the HiViT paper does.
 
     python -m benchmarks.paper [--device cpu|gpu] [--only "pretrain HiViT-B" ...] \
         [--again] [--batch 8] [--rounds 5] [--steps 2] [--threads 2]
-    python -m benchmarks.paper --topologies [--only ...] [--workdir runs/compiled]
+    python -m benchmarks.paper --topologies [--chip v5e:2x4 ...] [--only ...]
 
-A cell is a job, a model and a program, such as "pretrain HiViT-B torch". --only selects
-all cells whose names contain one of its texts. The jobs are:
+A cell is a job, a model and a program, such as "pretrain HiViT-B torch". `--only
+TEXT ...` selects the cells whose names contain any TEXT. The jobs are:
 
-- pretrain: the train step of pretraining at 224x224, which is masked autoencoding for
-  HiViT and ViT, and SimMIM for Swin. "Swin-B 192" is Swin-B at 192x192, the size in
+- pretrain: the train step of pretraining at 224x224: masked autoencoding for HiViT and
+  ViT, SimMIM for Swin. "Swin-B 192" is Swin-B at 192x192, the size in
   SimMIM's official recipe.
 - classify: the train step of finetuning at 224x224. In hivit_jax it includes drop path,
   Mixup, CutMix and random erasing; in PyTorch it does not.
@@ -17,19 +17,23 @@ all cells whose names contain one of its texts. The jobs are:
 The programs are hivit_jax and, if torch is installed, the networks of
 benchmarks/torch_twin.py and torch_peers.py with torch.compile and PyTorch's fused
 attention. For both, the images are already on the device. hivit_jax receives uint8
-images, and flips and normalizes them in every step. PyTorch receives normalized images.
+images, normalizes them in every step and, in training, flips them. PyTorch receives
+normalized images.
 The dtype is float32 on a CPU and bfloat16 on a GPU. On a CPU, malloc keeps freed memory
 in the processes of both programs, as in training with hivit_jax.
 
-The cells of a job run interleaved, as in benchmarks/peers.py. Every cell is a JSON file
-in results/paper/cpu or results/paper/gpu. A rerun measures only the missing cells; with
---again it measures all. Ratios and the figure, results/paper/DEVICE.png, compare only
-cells that were measured interleaved. A cell that cannot start, for example for lack of
-memory, is reported and left out. Rerun it with fewer cells or a smaller batch.
+The processes of a job take turns, as in benchmarks/peers.py. The result of each cell is
+a JSON file in results/paper/cpu or results/paper/gpu. A rerun measures only the missing
+cells; with --again it measures all. Ratios and the figure, results/paper/DEVICE.png,
+compare only cells of the same run. A cell that cannot start, for example for lack of
+memory, is reported and left out. Rerun the benchmark with fewer cells (`--only`) or a
+smaller `--batch`.
 
---topologies compiles the two train steps for `CHIPS` instead, without the hardware, as
-benchmarks/compiled.py does. A rerun compiles only the missing cells; with --again it
-compiles all. The inference job cannot be compiled without the hardware.
+--topologies compiles the train steps of hivit_jax for the topologies in --chip instead
+(default: all in benchmarks/compiled.py). No accelerator is needed. The results are in
+results/paper/TOPOLOGY. A rerun compiles only the missing cells. Reports in --workdir
+are reused, also with --again. The inference job is left out, because only train steps
+can be compiled ahead.
 """
 
 import argparse
@@ -62,7 +66,7 @@ from benchmarks.peers import (
     time_rows,
 )
 
-GPU_BATCH = 64  # default number of images per step
+GPU_BATCH = 64  # default number of images per step on a GPU
 RESULTS = Path(__file__).resolve().parent / "results" / "paper"
 OVERRIDES: dict[str, dict[str, Any]] = {
     "pretrain Swin-B": {"model.image_size": 224, "model.window_size": 7}
@@ -104,7 +108,7 @@ def starter(name: str, args: argparse.Namespace) -> Callable:
 
 
 def model_flops(job: str, model: str, args: argparse.Namespace) -> int:
-    """Return the FLOPs per image of a job, without recomputation."""
+    """Return the FLOPs per image of a model in a job, without recomputation."""
     from benchmarks.train_step import flops_per_image, task_of
 
     config = load_recipe(*recipe_of(job, model), args)
@@ -131,18 +135,18 @@ def measure(names: list[str], args: argparse.Namespace) -> Results:
     for name, result in results.items():
         flops = model_flops(*CELLS[name][:2], args)
         peak = peak_flops(result["gpu"] or "cpu")
-        rate = result["images_per_second"] * flops
+        flops_per_second = result["images_per_second"] * flops
         result |= {
-            "run": run,  # cells with the same value were measured interleaved
+            "run": run,  # the processes of cells with the same value took turns
             "model_flops_per_image": flops,
-            "model_flop_utilization": rate / peak if peak else None,
+            "model_flop_utilization": flops_per_second / peak if peak else None,
             **run_facts(args),
         }
     return results
 
 
 def compile_all(cells: list[str], args: argparse.Namespace) -> None:
-    """Compile the train steps of our cells for all chips, and print a table.
+    """Compile the train steps of our cells for each topology, and print a table.
 
     Compiles only the cells without a file, or all with `args.again`.
     """
@@ -151,7 +155,7 @@ def compile_all(cells: list[str], args: argparse.Namespace) -> None:
 
     print(
         "| | images per chip | fits | GiB | GFLOP per image | HBM MB per image "
-        "| bound: images/s per chip | HiViT-B / this |\n" + "|---" * 8 + "|"
+        "| roofline: images/s per chip | HiViT-B / this |\n" + "|---" * 8 + "|"
     )
     cells = [c for c in cells if CELLS[c][0] != "inference" and CELLS[c][2] == OURS]
     # HiViT-B comes first, because the other models are compared with it.
@@ -199,7 +203,7 @@ def measure_all(cells: list[str], args: argparse.Namespace) -> None:
 
 def run(argv: list[str] | None) -> None:
     """Parse flags and run the comparison."""
-    from benchmarks.compiled import CHIPS
+    from benchmarks.compiled import BATCH_OF_TOPOLOGY
     from hivit_jax.errors import ConfigError
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
@@ -208,9 +212,15 @@ def run(argv: list[str] | None) -> None:
     add("--only", nargs="+", default=[""], metavar="TEXT", help=text)
     add("--again", action="store_true", help="also measure cells that have results")
     add("--topologies", action="store_true", help="compile for other chips instead")
-    text = "chips of --topologies"
-    add("--chip", nargs="+", choices=CHIPS, default=list(CHIPS), help=text)
-    text = "directory of the reports of --topologies"
+    text = "topologies to compile for; default: all"
+    add(
+        "--chip",
+        nargs="+",
+        choices=BATCH_OF_TOPOLOGY,
+        default=list(BATCH_OF_TOPOLOGY),
+        help=text,
+    )
+    text = "directory of compile reports, which are reused"
     add("--workdir", type=Path, default=Path("runs/compiled"), help=text)
     add("--out", type=Path, default=RESULTS, help="directory of the results")
     add_flags(add, GPU_BATCH)

@@ -12,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import process_memory
+from benchmarks.machine import peak_process_memory
 
 OURS = "hivit_jax"
 # A function that runs a number of steps, a function that returns the peak memory in
@@ -200,7 +200,9 @@ def start_torch(
 
     began = time.perf_counter()
     loss = step(images, random_target() if target is None else target).item()
-    memory = torch.cuda.max_memory_allocated if device == "cuda" else process_memory
+    memory = (
+        torch.cuda.max_memory_allocated if device == "cuda" else peak_process_memory
+    )
     facts = {
         "loss": None if target is None else loss,
         "compile_seconds": time.perf_counter() - began if compiled else None,

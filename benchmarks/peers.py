@@ -9,21 +9,22 @@ compiled, and with ViT-B and Swin-B in PyTorch (benchmarks/torch_peers.py). The 
 are:
 
 - pretrain: the train step of mae_base. ViT-B is trained by MAE, Swin-B by SimMIM.
-- classify: the train step of finetune:base, without the random draws of drop path,
-  Mixup, CutMix and random erasing.
+- classify: the train step of finetune:base with drop path, Mixup, CutMix and random
+  erasing disabled.
 - inference: the forward pass of the same classifier.
 
-The dtype is float32 on a CPU and bfloat16 (autocast) on a GPU. On a CPU, malloc keeps
-freed memory in the process of hivit_jax, as in training. With `--keep_memory`, it does
-so in PyTorch's processes too. Every row of the table is a separate process. In each of
-`--rounds` rounds, the processes take turns on the same cores: each runs `--steps` steps
-while the others sleep. Needs torch in addition to the packages of
-benchmarks/train_step.py.
+The dtype is float32 on a CPU and bfloat16 (autocast) on a GPU. On a CPU, the
+hivit_jax process does not return freed memory to the operating system, as in training.
+`--keep_memory` sets this for the PyTorch processes too. Every row of the table is a
+separate process. In each of `--rounds` rounds, the processes take turns on the same
+cores: each runs `--steps` steps while the others sleep. Needs torch in addition to the
+packages of benchmarks/train_step.py.
 
-For the same weights, images, and masks or labels, the twin's first loss must match that
-of hivit_jax. The images are already on the device. PyTorch receives normalized images;
-hivit_jax receives uint8 images, and flips and normalizes them in every step. The
-results are written to results/peers_{task}_{cpu,gpu}.json.
+The first step of the PyTorch HiViT-B uses the weights, images, and masks or labels of
+hivit_jax's first step. Both losses must match. The images are already on the device.
+PyTorch receives normalized images. hivit_jax receives uint8 images, normalizes them in
+every step and, in training, flips them. The results are written to
+results/peers_{task}_{cpu,gpu}.json.
 """
 
 import argparse
@@ -51,8 +52,8 @@ from benchmarks.peer_rows import (
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-DEFAULT = (OURS, "torch", "torch, compiled", "ViT-B", "Swin-B")
-GPU_BATCH = 256  # default number of images per step
+DEFAULT_ROWS = (OURS, "torch", "torch, compiled", "ViT-B", "Swin-B")
+GPU_BATCH = 256  # default number of images per step on a GPU
 TOLERANCE = {"cpu": 1e-5, "gpu": 1e-2}  # relative difference of the first losses
 
 
@@ -62,7 +63,7 @@ def start_row(
     """Start the process of a row and return the pipe to its `worker`.
 
     Args:
-      start: a function of `benchmarks.peer_rows` with its arguments.
+      start: `start_ours` or `start_torch` of `benchmarks.peer_rows` with its arguments.
       keep_memory: make malloc keep freed memory, if the process runs on a CPU.
     """
     context = multiprocessing.get_context("spawn")
@@ -82,8 +83,8 @@ def worker(
     """Run the process of a row.
 
     The process first sends the facts about the row. For each number of steps that it
-    receives, it runs the steps and sends their seconds, and the CPU-seconds of all
-    threads. After the number 0, it sends the peak memory in bytes and ends.
+    receives, it runs the steps and sends the wall-clock seconds and the CPU-seconds of
+    all threads. After the number 0, it sends the peak memory in bytes and ends.
     """
     if args.device == "cpu":
         from hivit_jax.xla.compile import keep_freed_memory
@@ -109,26 +110,28 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     pipes, results = {}, {}
     with tempfile.TemporaryDirectory() as folder:
         first_step = Path(folder) / "first_step.npz"
-        for row in args.rows:  # hivit_jax is the first
+        for row in args.rows:  # sorted, so hivit_jax is the first if it is selected
             if row == OURS:
                 start = partial(start_ours, args, first_step)
             else:
                 start = partial(start_torch, *TORCH[row], args, first_step)
-            keep_memory = row == OURS or args.keep_memory  # as in training
+            keep_memory = row == OURS or args.keep_memory  # hivit_jax: as in training
             pipes[row] = start_row(start, keep_memory, args)
-            # Rows on a GPU prepare themselves at the same time, except the first one,
-            # which writes the first step.
+            # On a CPU, the rows start one after another. On a GPU, the benchmark waits
+            # only for the first row, which writes the file that the others read.
             if args.device == "cpu" or row == args.rows[0]:
-                results[row] = ready(pipes[row], row)
+                results[row] = wait_until_ready(pipes[row], row)
         results |= {
-            row: ready(pipes[row], row) for row in args.rows if row not in results
+            row: wait_until_ready(pipes[row], row)
+            for row in args.rows
+            if row not in results
         }
     check_first_losses(results, TOLERANCE[args.device])
     return {row: results[row] | x for row, x in time_rows(pipes, args).items()}
 
 
-def ready(pipe: Any, row: str) -> dict[str, Any]:
-    """Wait until a row is ready, print its first loss if known, return its facts."""
+def wait_until_ready(pipe: Any, row: str) -> dict[str, Any]:
+    """Receive a row's facts, print its first loss if it has one, return the facts."""
     facts = receive(pipe, row)
     loss = "" if facts["loss"] is None else f"; first loss {facts['loss']}"
     print(f"{row}: ready{loss}", flush=True)
@@ -177,7 +180,7 @@ def receive(pipe: Any, row: str) -> Any:
 
 
 def check_first_losses(results: dict[str, dict[str, Any]], tolerance: float) -> None:
-    """Raise HivitError if the first loss of a twin differs from that of hivit_jax."""
+    """Raise HivitError if a twin's first loss differs from hivit_jax's."""
     from hivit_jax.errors import HivitError
 
     expected = results.get(OURS, {}).get("loss")
@@ -187,19 +190,23 @@ def check_first_losses(results: dict[str, dict[str, Any]], tolerance: float) -> 
         difference = abs(result["loss"] / expected - 1)
         if not difference <= tolerance:  # also if it is NaN
             raise HivitError(
-                f"first loss of {row}: expected {expected}, the loss of {OURS}, within "
-                f"a relative {tolerance}, found {result['loss']}.\n"
-                "Compare the weights and the network in benchmarks/torch_twin.py"
+                f"first loss of {row}: expected {expected} (the loss of {OURS}) up to "
+                f"a relative difference of {tolerance}, found {result['loss']}.\n"
+                "Compare the network in benchmarks/torch_twin.py with hivit_jax's"
             )
 
 
 def table(results: dict[str, dict[str, Any]], cpu: bool) -> str:
     """Format a table: images per second, relative throughput, CPU-seconds per step."""
-    ours = results.get(OURS, {}).get("images_per_second")
+    our_throughput = results.get(OURS, {}).get("images_per_second")
     lines = [f"{'':26}{'images/s':>10}{'relative':>10}{'CPU-s per step' * cpu:>16}"]
     for row, result in results.items():
         line = f"{row:26}{result['images_per_second']:10,.2f}"
-        line += f"{result['images_per_second'] / ours:10.2f}" if ours else f"{'':10}"
+        line += (
+            f"{result['images_per_second'] / our_throughput:10.2f}"
+            if our_throughput
+            else f"{'':10}"
+        )
         lines.append(line + (f"{result['cpu_seconds_per_step']:16.2f}" if cpu else ""))
     return "\n".join(lines)
 
@@ -215,12 +222,12 @@ def add_flags(add: Callable, gpu_batch: int) -> None:
     add("--batch", type=int, help=f"images per step; 8 on a CPU, {gpu_batch} on a GPU")
     add("--rounds", type=int, default=5)
     add("--steps", type=int, help="steps per round; 2 on a CPU, 20 on a GPU")
-    add("--threads", type=int, default=2, help="threads and cores, on a CPU")
+    add("--threads", type=int, default=2, help="CPU threads and cores per process")
     add("--torch_mode", default="default", help="mode of torch.compile")
 
 
 def prepare(args: argparse.Namespace, gpu_batch: int) -> None:
-    """Set the defaults of the device, and the environment of the rows' processes."""
+    """Fill in batch and steps for the device; set variables of the rows' processes."""
     cpu = args.device == "cpu"
     args.batch = args.batch or (8 if cpu else gpu_batch)
     args.steps = args.steps or (2 if cpu else 20)
@@ -249,7 +256,7 @@ def run(argv: list[str] | None) -> None:
     add = parser.add_argument
     add("--task", choices=RECIPES, default="pretrain")
     text = "programs to compare"
-    add("--rows", nargs="+", choices=(OURS, *TORCH), default=DEFAULT, help=text)
+    add("--rows", nargs="+", choices=(OURS, *TORCH), default=DEFAULT_ROWS, help=text)
     add("--keep_memory", action="store_true", help="keep freed memory in PyTorch too")
     add("--out", type=Path, help="the JSON file to write")
     add_flags(add, GPU_BATCH)

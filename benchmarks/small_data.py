@@ -2,17 +2,18 @@
 
     python -m benchmarks.small_data [--workdir runs/small_data] [--only TEXT ...]
 
-The benchmark trains a very small HiViT on grayscale images of 32x32 pixels. There are
-two datasets of ten classes: handwritten digits (scikit-learn), and tiles of ten
-photographs (scikit-image and scikit-learn), where the class is the photograph. Each
-random draw selects 40 training images and 20 test images per class. All recipes process
-the same total number of images. Each result is added to results/small_data.json. An
-interrupted benchmark resumes.
+The benchmark trains a very small HiViT on grayscale images, resized to 32x32 pixels.
+There are two datasets of ten classes: handwritten digits (scikit-learn), and tiles of
+ten photographs (scikit-image and scikit-learn), where the class is the photograph. Each
+random draw selects 40 training images and 20 test images per class. Finetuning and
+linear recipes run 60 epochs, pretraining recipes 150. Each result is added to
+results/small_data.json. An interrupted benchmark resumes.
 """
 
 import argparse
 import json
 from collections.abc import Callable, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,10 @@ RESULT = ROOT / "benchmarks" / "results" / "small_data.json"
 SIDE = 32  # pixels
 TRAIN, TEST = 40, 20  # images per class
 DRAWS = 3
+# Photographs in skimage.data; `tiles` adds three more.
 PHOTOGRAPHS = ("astronaut", "brick", "camera", "chelsea", "coffee", "grass", "gravel")
 EPOCHS, PRETRAINING_EPOCHS = 60, 150
-NEVER = 10**6  # interval; the last step is always evaluated and saved
+NEVER = 10**6  # steps, more than any run has; the last step is always evaluated
 COMMON = {
     "model.image_size": SIDE,
     "model.patch_size": 8,
@@ -56,8 +58,8 @@ DECODER = {
     "model.decoder_depth": 1,
     "model.decoder_num_heads": 2,
 }
-# Cell -> (recipe that trains, recipe that pretrains; "": from scratch).
-CELLS = {
+# Experiment -> (measured recipe, recipe of its pretraining; "": from scratch).
+EXPERIMENTS = {
     "scratch: finetune": ("finetune:tiny", ""),
     "scratch: folder_finetune": ("folder_finetune", ""),
     "folder_mae: finetune": ("finetune:tiny", "folder_mae"),
@@ -77,13 +79,13 @@ def tiles() -> dict[str, np.ndarray]:
     photographs["motorcycle"] = skimage.data.stereo_motorcycle()[0]
     for name in ("china", "flower"):
         photographs[name] = load_sample_image(f"{name}.jpg")
-    found = {}
+    tiles_of = {}
     for name, photo in photographs.items():
         gray = np.asarray(Image.fromarray(photo).convert("L"))
         rows, columns = (side // SIDE for side in gray.shape)
         cut = gray[: rows * SIDE, : columns * SIDE].reshape(rows, SIDE, columns, SIDE)
-        found[name] = cut.swapaxes(1, 2).reshape(-1, SIDE, SIDE)
-    return found
+        tiles_of[name] = cut.swapaxes(1, 2).reshape(-1, SIDE, SIDE)
+    return tiles_of
 
 
 def digits() -> dict[str, np.ndarray]:
@@ -96,7 +98,7 @@ DATASETS = {"digits": digits, "tiles": tiles}
 
 
 def write(root: Path, images: Mapping[str, np.ndarray], draw: int) -> None:
-    """Write class folders ROOT/{train,val}/CLASS/NUMBER.png of a random draw."""
+    """Write the images of a random draw to ROOT/{train,val}/CLASS/NUMBER.png."""
     for name, pixels in images.items():
         order = np.random.RandomState(draw).permutation(len(pixels))
         for number, index in enumerate(order[: TRAIN + TEST]):
@@ -109,49 +111,52 @@ def write(root: Path, images: Mapping[str, np.ndarray], draw: int) -> None:
 def run(
     recipe: str, workdir: Path, stop: Callable, values: Mapping[str, Any]
 ) -> dict[str, float]:
-    """Run a recipe with other values and return its last evaluation."""
+    """Train a recipe with the overrides COMMON and `values`; return its metrics."""
     flags = [f"--config.{key}={value}" for key, value in (COMMON | values).items()]
     return train(configs.load(recipe, flags), workdir, stop)
 
 
 def measure(workdir: Path, stop: Callable, only: Sequence[str]) -> None:
-    """Measure the missing cells and print the table.
+    """Measure the experiments that are not in the result file and print the table.
 
     Args:
-      only: texts; cells whose names contain none of them are skipped.
+      only: measure only experiments whose names contain one of these texts.
     """
     rows = json.loads(RESULT.read_text()) if RESULT.exists() else []
     known = {(row["draw"], row["dataset"], row["cell"]) for row in rows}
-    cells = [(d, n, c) for d in range(DRAWS) for n in DATASETS for c in CELLS]
-    for draw, dataset, cell in cells:
-        if (draw, dataset, cell) in known or not any(text in cell for text in only):
+    planned = product(range(DRAWS), DATASETS, EXPERIMENTS)
+    for draw, dataset, experiment in planned:
+        selected = any(text in experiment for text in only)
+        if (draw, dataset, experiment) in known or not selected:
             continue
         directory = workdir / f"{dataset}_{draw}"
         images = directory / "images"
         if not images.exists():
             write(images, DATASETS[dataset](), draw)
-        recipe, pretraining = CELLS[cell]
+        recipe, pretraining = EXPERIMENTS[experiment]
         values = {"data.dir": images, "init_from": ""}
         if pretraining:
             values["init_from"] = directory / pretraining
-            length = {"total_epochs": PRETRAINING_EPOCHS, "data.dir": images}
-            run(pretraining, directory / pretraining, stop, DECODER | length)
+            # Experiments share the pretraining run; a finished run only evaluates.
+            options = {"total_epochs": PRETRAINING_EPOCHS, "data.dir": images}
+            run(pretraining, directory / pretraining, stop, DECODER | options)
         values |= {"total_epochs": EPOCHS, "model.num_classes": 10}
-        name = cell.replace(": ", "_").replace(":", "_")
+        name = experiment.replace(": ", "_").replace(":", "_")
         top1 = run(recipe, directory / name, stop, values)["eval/top1"]
-        rows.append({"draw": draw, "dataset": dataset, "cell": cell, "top1": top1})
+        key = {"draw": draw, "dataset": dataset, "cell": experiment}
+        rows.append(key | {"top1": top1})
         lines = ",\n".join(json.dumps(row) for row in rows)
         RESULT.write_text(f"[\n{lines}\n]\n")
     log(table(rows))
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Format a table with the mean and standard deviation of each cell."""
+    """Format a table of mean and standard deviation over the draws."""
     lines = [f"{'top-1 in %':<30}" + "".join(f"{name:>16}" for name in DATASETS)]
-    for cell in CELLS:
-        line = f"{cell:<30}"
+    for experiment in EXPERIMENTS:
+        line = f"{experiment:<30}"
         for name in DATASETS:
-            own = [r for r in rows if (r["dataset"], r["cell"]) == (name, cell)]
+            own = [r for r in rows if (r["dataset"], r["cell"]) == (name, experiment)]
             values = [100 * row["top1"] for row in own]
             spread = f" +- {np.std(values, ddof=1):.1f}" if values[1:] else ""
             line += f"{f'{np.mean(values):.1f}{spread}' if values else '':>16}"
@@ -163,11 +168,11 @@ def main() -> int:
     """Entry point. Return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--workdir", type=Path, default=Path("runs/small_data"))
-    text = "only cells whose names contain one of these texts"
+    text = "only experiments whose names contain one of these texts"
     parser.add_argument("--only", nargs="+", default=[""], metavar="TEXT", help=text)
     args = parser.parse_args()
     workdir = args.workdir.absolute()
-    # The cache saves compilations, because draws and datasets share their programs.
+    # Cache compiled programs, because all draws and datasets use the same ones.
     jax.config.update("jax_compilation_cache_dir", str(workdir / "cache"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     return run_command(lambda: measure(workdir, catch_signals(), args.only))

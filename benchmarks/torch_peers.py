@@ -28,7 +28,7 @@ class ViT(nn.Module):
         super().__init__()
         self.proj = nn.Conv2d(3, 768, 16, 16)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, 768))
-        self.pos_embed = fixed(torch.randn(1, self.units + 1, 768))
+        self.pos_embed = frozen_parameter(torch.randn(1, self.units + 1, 768))
         self.blocks = nn.ModuleList(Block(768, 4.0, 12) for _ in range(12))
         self.norm = nn.LayerNorm(768, eps=1e-6)
         if num_classes:
@@ -36,7 +36,7 @@ class ViT(nn.Module):
             return
         self.decoder_embed = nn.Linear(768, 512)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, 512))
-        self.decoder_pos_embed = fixed(torch.randn(1, self.units + 1, 512))
+        self.decoder_pos_embed = frozen_parameter(torch.randn(1, self.units + 1, 512))
         self.decoder_blocks = nn.ModuleList(Block(512, 4.0, 16) for _ in range(8))
         self.decoder_norm = nn.LayerNorm(512, eps=1e-6)
         self.decoder_pred = nn.Linear(512, 16 * 16 * 3)
@@ -60,7 +60,7 @@ class ViT(nn.Module):
         return self.head(self.encode(images)[:, 0])
 
     def masked_loss(self, images, noise):
-        """Return the mean squared error on the 147 masked units."""
+        """Return the mean squared error on the 147 masked, normalized units."""
         batch, units = noise.shape
         visible = units // 4
         ids_shuffle = noise.argsort(1)
@@ -77,28 +77,36 @@ class ViT(nn.Module):
         return (error.mean(-1) * mask).sum() / mask.sum()
 
 
-def fixed(table):
+def frozen_parameter(table):
     """Return a parameter that is not trained."""
     return nn.Parameter(table, requires_grad=False)
 
 
 class SwinBlock(Block):
-    """Swin block with square windows, shifted or not: [B, H, W, C] -> [B, H, W, C]."""
+    """Swin block: [B, H, W, C] -> [B, H, W, C].
+
+    Args:
+      side: H = W, in tokens.
+      window: side of a window in tokens.
+      shift: cyclic shift in tokens; 0: none.
+    """
 
     def __init__(self, dim: int, heads: int, side: int, window: int, shift: int):
         super().__init__(dim, 4.0, heads, grid=window)
-        self.window, self.shift, self.windows = window, shift, (side // window) ** 2
-        mask = shifted_mask(side, window, shift) if shift else None
+        self.window_size, self.shift = window, shift
+        self.num_windows = (side // window) ** 2
+        mask = shifted_window_mask(side, window, shift) if shift else None
         self.register_buffer("mask", mask, persistent=False)
 
     def forward(self, x):
         batch, side, _, dim = x.shape
-        y, window, count = self.norm1(x), self.window, side // self.window
+        y, window = self.norm1(x), self.window_size
+        per_side = side // window
         if self.shift:
             y = y.roll((-self.shift, -self.shift), (1, 2))
-        y = y.reshape(batch, count, window, count, window, dim).transpose(2, 3)
-        y = self.attn(y.reshape(-1, window**2, dim), self.windows, self.mask)
-        y = y.reshape(batch, count, count, window, window, dim).transpose(2, 3)
+        y = y.reshape(batch, per_side, window, per_side, window, dim).transpose(2, 3)
+        y = self.attn(y.reshape(-1, window**2, dim), self.num_windows, self.mask)
+        y = y.reshape(batch, per_side, per_side, window, window, dim).transpose(2, 3)
         y = y.reshape(x.shape)
         if self.shift:
             y = y.roll((self.shift, self.shift), (1, 2))
@@ -106,23 +114,24 @@ class SwinBlock(Block):
         return x + self.mlp(self.norm2(x))
 
 
-def shifted_mask(side: int, window: int, shift: int):
+def shifted_window_mask(side: int, window: int, shift: int):
     """Return the attention mask of W shifted windows of T tokens, [W, 1, T, T].
 
-    It is -100 between tokens from different regions of the image, which the cyclic
-    shift brought into the same window, and 0 otherwise.
+    The cyclic shift brings tokens from different regions of the image into one window.
+    The mask is -100 between tokens of different regions and 0 between tokens of the
+    same region.
     """
     band = torch.zeros(side, dtype=torch.long)
     band[-window:-shift], band[-shift:] = 1, 2
     regions = 3 * band[:, None] + band
-    count = side // window
-    regions = regions.reshape(count, window, count, window).transpose(1, 2)
+    per_side = side // window
+    regions = regions.reshape(per_side, window, per_side, window).transpose(1, 2)
     regions = regions.reshape(-1, window**2)
     return -100.0 * (regions[:, None, :, None] != regions[:, None, None]).float()
 
 
 class Swin(nn.Module):
-    """Swin-B for 224x224 pixels with windows of 7, or SimMIM on it (Xie et al., 2022).
+    """Swin-B classifier, or SimMIM with a Swin-B encoder (Xie et al., 2022).
 
     SimMIM has 89.9 M parameters, the classifier 87.8 M. The encoder processes all
     tokens. A unit has 32x32 pixels. SimMIM replaces about 60 % of the units by a mask
@@ -130,8 +139,8 @@ class Swin(nn.Module):
 
     Args:
       num_classes: classes of the head; 0: SimMIM.
-      window: side of the windows. The side of the images is 32 times as large. The
-        official pretraining has windows of 6.
+      window: side of a window in tokens. Images have 32 * window pixels per side. The
+        official classifier uses 7, the official pretraining with SimMIM uses 6.
     """
 
     def __init__(self, num_classes: int = 0, window: int = 7):
@@ -157,7 +166,7 @@ class Swin(nn.Module):
         return self.norm0(self.proj(images).permute(0, 2, 3, 1))
 
     def encode(self, x):
-        """Encode patches: [B, 8W, 8W, 128] -> [B, W, W, 1024], where W is `window`."""
+        """Encode patches: [B, 8*window, 8*window, 128] -> [B, window, window, 1024]."""
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
@@ -167,11 +176,14 @@ class Swin(nn.Module):
         return self.head(self.encode(self.embed(images)).mean((1, 2)))
 
     def masked_loss(self, images, noise):
-        """Return the mean absolute error on the masked units, 30 of 49 or 22 of 36."""
+        """Return the mean absolute error on the masked units.
+
+        These are 30 of 49 units with window=7, 22 of 36 with window=6.
+        """
         mask = noise.argsort(1).argsort(1) >= int(0.4 * self.units)
-        cells = mask.reshape(-1, self.window, self.window, 1).float()
-        cells = cells.repeat_interleave(8, 1).repeat_interleave(8, 2)
-        x = self.embed(images) * (1 - cells) + self.mask_token * cells
+        token_mask = mask.reshape(-1, self.window, self.window, 1).float()
+        token_mask = token_mask.repeat_interleave(8, 1).repeat_interleave(8, 2)
+        x = self.embed(images) * (1 - token_mask) + self.mask_token * token_mask
         predicted = self.head(self.encode(x)).flatten(1, 2)
         error = (predicted - targets(images, 32, normalize=False)).abs().mean(-1)
         return (error * mask).sum() / mask.sum()

@@ -27,7 +27,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from benchmarks import plain_config  # noqa: F401  first, because it replaces ml_collections
-from benchmarks.machine import process_memory, processor
+from benchmarks.machine import peak_process_memory, processor
 from hivit_jax import config as configs
 from hivit_jax import inputs, rng, tasks
 from hivit_jax.config import step_options
@@ -155,7 +155,7 @@ def synthetic_batch(shapes: dict[str, jax.ShapeDtypeStruct], config: Any) -> dic
 def peak_memory() -> int:
     """Return the peak memory in bytes of the first device; on a CPU, of the process."""
     peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
-    return peak or process_memory()
+    return peak or peak_process_memory()
 
 
 def flops_per_image(task: tasks.Task, forward: bool) -> int:

@@ -32,7 +32,7 @@ from hivit_jax.paths import open_path
 from hivit_jax.reporting import console, figures, metrics
 from hivit_jax.reporting.console import log
 from hivit_jax.tasks import Task
-from hivit_jax.training.early_stopping import has_stalled
+from hivit_jax.training.early_stopping import check_progress
 from hivit_jax.training.schedule import make_schedule, skip_steps
 from hivit_jax.training.step import State, Training, prepare
 from hivit_jax.weights import adapt, load
@@ -104,7 +104,7 @@ def train(
     else:
         step, state = 0, initial_state(config, task, training)
     frozen, writer = evaluate.put_frozen(task, mesh), None
-    stop_early = partial(has_stalled, workdir, config.early_stopping, task.best)
+    stop_early = partial(check_progress, workdir, config.early_stopping, task.best)
     finished = step >= total_steps or stop_early(step)[0]
     if not finished:
         resources.check_disk(workdir, training.state)

@@ -1,19 +1,24 @@
-"""MLP branch ``x + fc2(gelu(fc1(LayerNorm(x))))`` as one TPU kernel, forward and
-backward.
+"""MLP branch ``x + fc2(gelu(fc1(LayerNorm(x))))`` as fused TPU kernels.
+
+The forward and the backward pass are one kernel each.
 
 Shapes: x [T, C]. C and the hidden width H are multiples of 128, and T is a multiple of
-the rows of a block. The forward pass saves x, and with `Plan.keep` the output of fc1,
-which is otherwise recomputed.
+`Plan.rows`. The forward pass saves x. With `Plan.keep` it also saves the output of fc1;
+otherwise the backward pass recomputes this output.
 
-Roofline for each row in bfloat16: the forward pass moves 4 C bytes for 4 C H
-operations, the backward pass 6 C bytes for 10 C H operations. Weights are read once.
-Saving fc1's output moves 2 H more bytes in each pass and reduces the backward pass to
-8 C H operations.
+Roofline per row in bfloat16; the weights are read once:
 
-A v5e does 240 operations in the time it takes to move a byte. On it, recomputing is
-faster in the first stage of hivit_base (C=128, H=384), and saving is faster in the
-other stages. In the main stage (C=512, H=2048) the kernel is compute-bound even when it
-saves: the forward pass does 683 operations a byte.
+| pass               | bytes     | operations |
+|--------------------|-----------|------------|
+| forward            | 4 C       | 4 C H      |
+| forward with keep  | 4 C + 2 H | 4 C H      |
+| backward           | 6 C       | 10 C H     |
+| backward with keep | 6 C + 2 H | 8 C H      |
+
+By this model, a v5e (240 operations per byte) recomputes faster in the first stage of
+hivit_base (C=128, H=384) and saves faster in the other stages. In the main stage
+(C=512, H=2048) the kernel is compute-bound even with `keep`: its forward pass does 683
+operations per byte.
 """
 
 from dataclasses import replace
@@ -41,27 +46,30 @@ def mlp_block(
     """Run the MLP branch, [T, C] -> [T, C].
 
     Args:
-      image_scale: [B] float32, factor of the branch of each image, which is T / B rows;
-        None: 1. It has no gradient.
+      image_scale: [B] float32, factor of each image's branch; None: 1. An image is
+        T / B consecutive rows. The gradient with respect to the factors is None.
     """
     return _run(x, weights, image_scale, replace(plan, keep=False))[0]
 
 
 def _run(x, weights, image_scale, plan):
-    """Return the output, and a tuple with the output of fc1 if `plan.keep`."""
+    """Return (output [T, C], saved).
+
+    `saved` is (output of fc1 [T, H],) with `plan.keep`, otherwise ().
+    """
     hidden_width = weights.w1.shape[1]
 
-    def kernel(row_refs, weights, out_refs, _, __, scaled):
+    def kernel(row_refs, weights, out_refs, _sums, _scratch, scale_branch):
         x = row_refs[0][...]
         scale, bias, w1, b1, w2, b2 = (weight[...] for weight in weights)
         hidden = dot(layer_norm(x, scale, bias, plan.eps)[2], w1) + b1
         g = hidden * normal_cdf(hidden, x.dtype)
-        y = scaled(dot(g.astype(x.dtype), w2) + b2)
+        y = scale_branch(dot(g.astype(x.dtype), w2) + b2)
         out_refs[0][...] = (x.astype(F32) + y).astype(x.dtype)
         if plan.keep:
             out_refs[1][...] = hidden.astype(x.dtype)
 
-    (out, *kept), _ = over_rows(
+    (out, *saved), _ = over_rows(
         kernel,
         plan,
         [x],
@@ -71,48 +79,48 @@ def _run(x, weights, image_scale, plan):
         flops=4 * x.size * hidden_width,
         name="mlp_block",
     )
-    return out, tuple(kept)
+    return out, tuple(saved)
 
 
 def _forward(x, weights, image_scale, plan):
-    out, kept = _run(x, weights, image_scale, plan)
-    return out, (x, weights, image_scale, kept)
+    out, saved = _run(x, weights, image_scale, plan)
+    return out, (x, weights, image_scale, saved)
 
 
-def _backward(plan, saved, gradient):
-    x, weights, image_scale, kept = saved
+def _backward(plan, residuals, gradient):
+    x, weights, image_scale, saved = residuals
     dtype = x.dtype
 
-    def kernel(row_refs, weights, out_refs, sums, _, scaled):
+    def kernel(row_refs, weights, out_refs, sums, _scratch, scale_branch):
         x, dout = row_refs[0][...], row_refs[1][...]
-        dy32 = scaled(dout)
+        dy32 = scale_branch(dout)
         dy = dy32.astype(dtype)
         scale, bias, w1, b1, w2, _ = weights
-        x_hat, inverse, n = layer_norm(x, scale[...], bias[...], plan.eps)
+        x_hat, inverse_std, normed = layer_norm(x, scale[...], bias[...], plan.eps)
         if plan.keep:
             hidden = row_refs[2][...].astype(F32)
         else:
-            hidden = dot(n, w1[...]) + b1[...]
+            hidden = dot(normed, w1[...]) + b1[...]
         dg = dot(dy, w2[...], (1, 1))
         cdf = normal_cdf(hidden, dtype)
         g = (hidden * cdf).astype(dtype)
         dh = dg * gelu_slope(hidden, cdf)
-        dh16 = dh.astype(dtype)
-        dn = dot(dh16, w1[...], (1, 1))
+        dh_cast = dh.astype(dtype)
+        dn = dot(dh_cast, w1[...], (1, 1))
         dscale, dbias, dw1, db1, dw2, db2 = sums
         dscale[...] += (dn * x_hat).sum(0, keepdims=True)
         dbias[...] += dn.sum(0, keepdims=True)
-        dw1[...] += dot(n, dh16, (0, 0))
+        dw1[...] += dot(normed, dh_cast, (0, 0))
         db1[...] += dh.sum(0, keepdims=True)
         dw2[...] += dot(g, dy, (0, 0))
         db2[...] += dy32.sum(0, keepdims=True)
-        dx = normalize_vjp(dn * scale[...], x_hat, inverse)
+        dx = normalize_vjp(dn * scale[...], x_hat, inverse_std)
         out_refs[0][...] = (dx + dout.astype(F32)).astype(dtype)
 
     (out,), sums = over_rows(
         kernel,
         plan,
-        [x, gradient, *kept],
+        [x, gradient, *saved],
         weights,
         weights,
         image_scale=image_scale,

@@ -70,7 +70,7 @@ def test_evaluation_batches_hold_every_image_once(batch_size):
         for key in ("image", "label", "weight")
     )
     assert_array_equal(weight, np.arange(len(weight)) < 360)
-    # In order, and never cropped.
+    # Evaluation images are in order and are not cropped.
     assert_array_equal(image[:360, ..., 0], source.pixels())
     assert_array_equal(label[:360], source.labels)
     assert (image[360:] == 0).all()
@@ -80,7 +80,7 @@ def test_evaluation_batches_hold_every_image_once(batch_size):
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 4])
 @pytest.mark.parametrize("name", ["digits", "synthetic"])
-def test_shares_of_processes_make_the_batch(monkeypatch, processes, name):
+def test_process_batches_concatenate_to_the_global_batch(monkeypatch, processes, name):
     examples = 1000 if name == "synthetic" else 0
     cfg = digits_config(
         data__name=name, data__crop_scale=(0.3, 1.0), data__train_examples=examples
@@ -104,16 +104,17 @@ def test_shares_of_processes_make_the_batch(monkeypatch, processes, name):
 
 @pytest.mark.parametrize("workers", [1, 5])
 def test_batches_do_not_depend_on_threads(folder, workers):
+    """Batches are equal for any number of threads and any first step."""
     batches = list(inputs.train_batches(folder_config(folder), 0, 12))
     cfg = folder_config(folder, data__workers=workers)
     assert_batches_equal(batches, inputs.train_batches(cfg, 0, 12))
     assert_batches_equal(batches[7:], inputs.train_batches(cfg, 7, 12))
 
 
-@pytest.mark.parametrize(("workers", "usable"), [(1, {0, 1, 2}), (0, {5})])
-def test_number_of_threads(folder, monkeypatch, workers, usable):
+@pytest.mark.parametrize(("workers", "cores"), [(1, {0, 1, 2}), (0, {5})])
+def test_number_of_threads(folder, monkeypatch, workers, cores):
     """Batches use data.workers threads, or one thread per core."""
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: usable, raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: cores, raising=False)
     cfg = folder_config(folder, data__workers=workers, batch_size=40)
     batches = inputs.train_batches(cfg, 0, 100)
     next(batches)
@@ -124,7 +125,7 @@ def test_number_of_threads(folder, monkeypatch, workers, usable):
     batches.close()
 
 
-def test_threads_end_with_the_batches(folder):
+def test_closing_the_iterator_ends_the_threads(folder):
     batches = inputs.train_batches(folder_config(folder, data__workers=3), 0, 1000)
     next(batches)
     assert any(thread.name.startswith("read") for thread in threading.enumerate())
@@ -136,7 +137,8 @@ def test_threads_end_with_the_batches(folder):
 def damaged(folder, tmp_path):
     """Return a copy of the folder with damaged files, and the paths of these files.
 
-    3 training files and 1 validation file are damaged.
+    Three training files and one validation file are damaged; one of them is a dangling
+    link.
     """
     root = tmp_path / "damaged"
     shutil.copytree(folder, root)
@@ -154,16 +156,17 @@ def test_unreadable_images_keep_their_positions(folder, damaged, capfd):
     root, broken = damaged
     intact = list(inputs.train_batches(folder_config(folder), 0, 10))
     batches = list(inputs.train_batches(folder_config(root), 0, 10))
-    bad = 0
-    for one, other in zip(batches, intact, strict=True):
-        unreadable = one["unreadable"] == 1
-        bad += unreadable.sum()
-        assert_array_equal(one["weight"], 1 - one["unreadable"])
-        assert (one["image"][unreadable] == 0).all()
-        assert (one["label"][unreadable] == 0).all()
+    num_unreadable = 0
+    for batch, intact_batch in zip(batches, intact, strict=True):
+        unreadable = batch["unreadable"] == 1
+        num_unreadable += unreadable.sum()
+        assert_array_equal(batch["weight"], 1 - batch["unreadable"])
+        assert (batch["image"][unreadable] == 0).all()
+        assert (batch["label"][unreadable] == 0).all()
         for key in ("image", "label", "box"):
-            assert_array_equal(one[key][~unreadable], other[key][~unreadable])
-    assert bad == 2 * 3  # 80 samples: every file twice
+            assert_array_equal(batch[key][~unreadable], intact_batch[key][~unreadable])
+    # 10 batches of 8 read each of the 40 training files twice.
+    assert num_unreadable == 2 * 3
     err = capfd.readouterr().err
     for path in broken[:3]:
         assert err.count(f"cannot read {path}: ") == 1
@@ -183,18 +186,18 @@ def test_unreadable_images_keep_their_positions(folder, damaged, capfd):
         (True, 2, r"values 0 or 1 as label, found 2; multi_hot in"),
     ],
 )
-def test_label_of_another_form(folder, monkeypatch, multi_label, label, message):
-    """A source's labels must be numbers, or with several labels vectors of 0 and 1."""
+def test_label_of_wrong_type(folder, monkeypatch, multi_label, label, message):
+    """A label must be one number or, with data.multi_label, a vector of 0 and 1."""
     config = folder_config(folder)
     source = registry.open_source(config.data, "train")
     example = source.sample(0) | {"label": label}
     monkeypatch.setattr(source, "sample", lambda index: example)
     transform = inputs.make_task(config, "train").transform(train=True)
     transform._num_labels = 10 * multi_label
-    reader = Loader(source, transform, 0, 1)
-    batch = reader.empty_batch(0, 1)
+    loader = Loader(source, transform, 0, 1)
+    batch = loader.empty_batch(0, 1)
     with pytest.raises(DataError, match=message):
-        reader.fill(batch, 0, 0, np.zeros(1, int), np.zeros(1, int))
+        loader.fill(batch, 0, 0, np.zeros(1, int), np.zeros(1, int))
 
 
 @pytest.mark.parametrize("wrong", [10, -1])
@@ -206,6 +209,7 @@ def test_label_outside_the_classes(folder, monkeypatch, wrong):
     with pytest.raises(DataError, match=message):
         list(inputs.train_batches(cfg, 0, 5))
     with cfg.unlocked():
-        cfg.model.num_classes = None  # a masked autoencoder ignores labels
+        # Without num_classes, as in a masked autoencoder, labels are not checked.
+        cfg.model.num_classes = None
     labels = [batch["label"] for batch in inputs.train_batches(cfg, 0, 5)]
     assert set(np.concatenate(labels)) == {0, wrong}

@@ -15,23 +15,28 @@ from hivit_jax.data.randaugment import DRAWS, FILL, OPERATIONS
 GOLDEN = golden("randaugment")
 
 
-ALMOST_ONE = 1 - 2.0**-53  # the largest random number
+ALMOST_ONE = 1 - 2.0**-53  # the largest draw below 1
 
 
-APPLIED, LEFT_OUT = 0.0, 0.5  # random numbers that apply or omit an operation
+# The second draw of an operation. At probability 0.5, the first of these draws applies
+# the operation, the second omits it.
+APPLIED, OMITTED = 0.0, 0.5
 
 
 def draws(count, seed=0):
-    """Return lists of random numbers, one list per image."""
+    """Return lists of uniform draws, one list per image.
+
+    An operation uses four draws: choice, application, magnitude, sign.
+    """
     return np.random.RandomState(seed).random_sample((count, DRAWS)).tolist()
 
 
-def number_for(name):
-    """Return a random number that chooses this operation."""
+def draw_for(name):
+    """Return a draw that selects this operation."""
     return (list(OPERATIONS).index(name) + 0.5) / len(OPERATIONS)
 
 
-def test_golden_data_name_our_operations():
+def test_golden_operation_names_equal_ours():
     assert GOLDEN["names"].tolist() == list(OPERATIONS)
     assert len(OPERATIONS) == 15
 
@@ -40,17 +45,17 @@ def test_golden_data_name_our_operations():
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_operations_equal_timm(name, crop):
     image = Image.fromarray(GOLDEN[crop])
-    expected = GOLDEN[f"{crop}_results"][list(OPERATIONS).index(name)]
-    for magnitude, pair in zip(GOLDEN["magnitudes"].tolist(), expected, strict=True):
-        for sign, expected in zip(GOLDEN["signs"].tolist(), pair, strict=True):
+    results = GOLDEN[f"{crop}_results"][list(OPERATIONS).index(name)]
+    for magnitude, both in zip(GOLDEN["magnitudes"].tolist(), results, strict=True):
+        for sign, expected in zip(GOLDEN["signs"].tolist(), both, strict=True):
             actual = np.asarray(randaugment.apply(name, image, magnitude, sign))
             assert actual.dtype == np.uint8
-            # A later Pillow may round differently.
+            # Pillow releases may round differently.
             assert np.abs(actual - expected.astype(float)).mean() <= 1 / 255
 
 
-def test_operations_without_a_sign():
-    """Six operations ignore the sign."""
+def test_golden_operations_that_ignore_the_sign():
+    """In timm's results, six operations ignore the sign."""
     results = GOLDEN["wide_results"]
     unsigned = [
         name
@@ -71,19 +76,19 @@ def test_operations_without_a_sign():
     "name", ["Rotate", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel"]
 )
 @pytest.mark.parametrize("sign", [1, -1])
-def test_geometric_operations_fill_with_gray(name, sign):
+def test_geometric_operations_fill_with_the_mean_color(name, sign):
     white = Image.new("RGB", (40, 30), (255, 255, 255))
     result = np.asarray(randaugment.apply(name, white, 10, sign))
     colors = {tuple(color) for color in result.reshape(-1, 3).tolist()}
     assert FILL in colors
     assert (255, 255, 255) in colors
-    share = (result == FILL).all(-1).mean()
+    filled_fraction = (result == FILL).all(-1).mean()
     if name.startswith("Translate"):
-        assert share == pytest.approx(0.45, abs=0.03)
+        assert filled_fraction == pytest.approx(0.45, abs=0.03)
 
 
 def test_largest_magnitude():
-    """Magnitude 10 posterizes to black and inverts every value."""
+    """At magnitude 10, posterizing returns black and solarizing inverts every value."""
     image = Image.fromarray(GOLDEN["wide"])
     black = randaugment.apply("PosterizeIncreasing", image, 10, 1)
     assert not np.asarray(black).any()
@@ -97,13 +102,14 @@ def test_distribution_of_operations():
     count = 20_000
     chosen = [randaugment.choose(sample) for sample in draws(count)]
     lengths = np.array([len(operations) for operations in chosen])
-    for length, share in enumerate((0.25, 0.5, 0.25)):
-        assert (lengths == length).mean() == pytest.approx(share, abs=0.015)
+    for length, expected in enumerate((0.25, 0.5, 0.25)):
+        assert (lengths == length).mean() == pytest.approx(expected, abs=0.015)
     names, magnitudes, signs = zip(*sum(chosen, []), strict=True)
     for name in OPERATIONS:
         assert names.count(name) / len(names) == pytest.approx(1 / 15, abs=0.008)
     twice = [a[0] == b[0] for a, b in (pair for pair in chosen if len(pair) == 2)]
-    assert np.mean(twice) == pytest.approx(1 / 15, abs=0.015)  # with replacement
+    # Operations are drawn with replacement.
+    assert np.mean(twice) == pytest.approx(1 / 15, abs=0.015)
     assert set(signs) == {1, -1}
     assert np.mean(signs) == pytest.approx(0, abs=0.03)
     # Magnitudes are clipped at 10, two standard deviations above 9.
@@ -127,7 +133,7 @@ def test_policy_parameters():
         assert a[1] == b[1] == 5
         assert randaugment.choose(sample, probability=0) == []
         assert randaugment.choose(sample, num_ops=1) == (
-            randaugment.choose([*sample[:4], *[LEFT_OUT] * 4])
+            randaugment.choose([*sample[:4], *[OMITTED] * 4])
         )
     four = randaugment.choose(sum(many[:2], []), num_ops=4, probability=1)
     pairs = [randaugment.choose(sample, probability=1) for sample in many[:2]]
@@ -144,22 +150,23 @@ def test_policy_parameters():
 
 
 def test_operations_are_chained():
-    """Operations are applied one after another, as the random numbers select."""
+    """Operations are applied one after another; draws can omit each of them."""
     pixels = photographs()["coffee"][:100, :120]
-    sample = [number_for("Rotate"), APPLIED, 0.5, 0.0]
-    sample += [number_for("SolarizeAdd"), APPLIED, 0.5, 0.0]
+    sample = [draw_for("Rotate"), APPLIED, 0.5, 0.0]
+    sample += [draw_for("SolarizeAdd"), APPLIED, 0.5, 0.0]
     turned = randaugment.apply("Rotate", Image.fromarray(pixels), 9.0, -1)
     expected = randaugment.apply("SolarizeAdd", turned, 9.0, -1)
     actual = randaugment.randaugment(pixels, sample)
     assert_array_equal(actual, expected)
     assert actual.dtype == np.uint8
-    sample[5] = LEFT_OUT
+    sample[5] = OMITTED
     assert_array_equal(randaugment.randaugment(pixels, sample), turned)
-    sample[1] = LEFT_OUT
+    sample[1] = OMITTED
     assert_array_equal(randaugment.randaugment(pixels, sample), pixels)
 
 
-def test_same_draws_same_bytes_in_threads():
+def test_threads_do_not_change_results():
+    """Results are equal in any thread, and the input images stay unchanged."""
     many = draws(80)
     images = [photo[:112, :112] for photo in photographs().values()]
     before = [image.copy() for image in images]
@@ -167,9 +174,9 @@ def test_same_draws_same_bytes_in_threads():
     def run(i):
         return randaugment.randaugment(images[i % len(images)], many[i]).tobytes()
 
-    alone = [run(i) for i in range(len(many))]
+    sequential = [run(i) for i in range(len(many))]
     with ThreadPoolExecutor(8) as pool:
-        assert list(pool.map(run, range(len(many)))) == alone
+        assert list(pool.map(run, range(len(many)))) == sequential
     for image, copy in zip(images, before, strict=True):
         assert_array_equal(image, copy)
 
@@ -178,7 +185,7 @@ def test_same_draws_same_bytes_in_threads():
 def test_image_sizes(shape):
     pixels = np.random.RandomState(0).randint(0, 256, (*shape, 3)).astype(np.uint8)
     for name in OPERATIONS:
-        sample = [number_for(name), APPLIED, 0.9, 0.9] * 2
+        sample = [draw_for(name), APPLIED, 0.9, 0.9] * 2
         result = randaugment.randaugment(pixels, sample)
         assert result.shape == pixels.shape
         assert result.dtype == np.uint8

@@ -24,7 +24,7 @@ def bucket(tmp_path):
 
 @pytest.fixture(params=["", "gs://bucket/", "s3://bucket/"])
 def root(request, bucket):
-    """Return a local directory or a bucket; all contain the same files."""
+    """Return the address of the same files: a local directory, gs:// or s3://."""
     return request.param or f"{bucket.root}/"
 
 
@@ -53,40 +53,41 @@ def test_listing(root, bucket):
     assert storage.list_files(f"{root}nowhere") == []
 
 
-@pytest.mark.parametrize("part", [len(DATA) // 4, 3000, 10**6])
-def test_copy(bucket, tmp_path, monkeypatch, part):
+@pytest.mark.parametrize("part_bytes", [len(DATA) // 4, 3000, 10**6])
+def test_copy(bucket, tmp_path, monkeypatch, part_bytes):
     """A copy is exact, even if the size is a multiple of the part size."""
-    monkeypatch.setattr(storage, "PART_BYTES", part)
+    monkeypatch.setattr(storage, "PART_BYTES", part_bytes)
     with open(tmp_path / "copy", "wb") as file:
         assert storage.copy(f"gs://bucket/{KEY}", file) == len(DATA)
     assert (tmp_path / "copy").read_bytes() == DATA
 
 
-def test_object_is_replaced_during_a_copy(bucket, tmp_path, monkeypatch):
+def test_copy_fails_if_the_object_is_replaced(bucket, tmp_path, monkeypatch):
     monkeypatch.setattr(storage, "PART_BYTES", 3000)
 
-    def replace():
+    def replace_object():
         bucket.generation += 1
         return False
 
+    # `copy` calls `stopped` before each part.
     expected = "was replaced while it was copied"
     with (
         open(tmp_path / "copy", "wb") as file,
         pytest.raises(storage.StorageError, match=expected),
     ):
-        storage.copy(f"gs://bucket/{KEY}", file, replace)
+        storage.copy(f"gs://bucket/{KEY}", file, stopped=replace_object)
 
 
 @pytest.mark.parametrize("scheme", ["gs", "s3"])
 @pytest.mark.parametrize("status", [429, 500, 503])
-def test_busy_server_is_asked_again(bucket, scheme, status):
+def test_busy_server_is_retried(bucket, scheme, status):
     bucket.failures = [status] * 2
     assert storage.read(f"{scheme}://bucket/{KEY}", 5, 15)() == DATA[5:15]
     assert bucket.reads(KEY) == 3
 
 
 @pytest.mark.parametrize("scheme", ["gs", "s3"])
-def test_truncated_answer_is_asked_again(bucket, scheme):
+def test_truncated_answers_are_retried_then_fail(bucket, scheme):
     bucket.truncated = 2
     assert storage.read(f"{scheme}://bucket/{KEY}", 5, 1500)() == DATA[5:1500]
     assert bucket.reads(KEY) == 3
@@ -104,17 +105,17 @@ def test_truncated_answer_is_asked_again(bucket, scheme):
         ("gs", 503, "Check the network"),
     ],
 )
-def test_errors_name_address_and_status(bucket, scheme, status, hint):
+def test_errors_contain_address_status_and_hint(bucket, scheme, status, hint):
     bucket.statuses = {KEY: status}
     with pytest.raises(storage.StorageError) as error:
         storage.read(f"{scheme}://bucket/{KEY}", 5, 15)()
     assert error.value.exit_code == 4
-    access = rf"cannot access {scheme}://bucket/{KEY}: HTTP status {status} \("
-    assert re.match(rf"{access}.*\)\n.*{hint}", str(error.value))
+    first_line = rf"cannot first_line {scheme}://bucket/{KEY}: HTTP status {status} \("
+    assert re.match(rf"{first_line}.*\)\n.*{hint}", str(error.value))
     assert str(error.value).count("\n") == 1
 
 
-def test_silent_server(bucket, monkeypatch):
+def test_read_from_a_silent_server_times_out(bucket, monkeypatch):
     bucket.delay = 1.0
     monkeypatch.setattr(storage, "TIMEOUT", 0.01)
     with pytest.raises(storage.StorageError, match="no answer within"):

@@ -5,37 +5,41 @@ import pytest
 from hivit_jax.distributed import processes
 from hivit_jax.errors import ConfigError
 
+pytestmark = pytest.mark.usefixtures("minimal_output")
 
-def test_no_cluster_is_one_process(monkeypatch):
-    """Without a cluster, a process runs alone; an incomplete cluster is an error."""
-    calls = []
+
+def test_process_without_a_cluster_runs_alone(monkeypatch):
+    """Without cluster variables a process runs alone; incomplete ones are an error."""
+    calls, message = [], "coordinator_address should be defined."
 
     def initialize(*args, **options):
         calls.append((args, options))
-        raise ValueError(problem)
+        raise ValueError(message)
 
     monkeypatch.setattr(processes.jax.distributed, "initialize", initialize)
-    problem = "coordinator_address should be defined."
     processes.start("", -1, -1, 60.0)
-    limits = dict(heartbeat_timeout_seconds=60, shutdown_timeout_seconds=150)
+    limits = dict(heartbeat_timeout_seconds=60, shutdown_timeout_seconds=2 * 60 + 30)
     assert calls == [((), limits)]
-    problem = "Number of processes must be defined."
+    message = "Number of processes must be defined."
     with pytest.raises(ConfigError, match="cannot start together: Number of processes"):
         processes.start("", -1, -1, 60.0)
-
-
-pytestmark = pytest.mark.usefixtures("minimal_output")
 
 
 def test_flags_of_one_process_of_several(run_main, tmp_path, capsys):
     """Flags and timeouts reach JAX; JAX's shutdown waits longer than `exit_now`."""
     address = "--coordinator_address=host:1234"
     flags = [address, "--num_processes=4", "--process_id=3", f"--workdir={tmp_path}"]
-    code, calls = run_main(*flags, problem="no")
+    code, calls = run_main(*flags, problem="refused")
     limits = dict(heartbeat_timeout_seconds=45, shutdown_timeout_seconds=2 * 45 + 30)
     assert (code, calls) == (2, [(("host:1234", 4, 3), limits)])
-    assert "the processes cannot start together: no" in capsys.readouterr().err
+    assert "the processes cannot start together: refused" in capsys.readouterr().err
 
-    for wrong in (flags[:2], flags[1:], [*flags, "--process_id=4"], flags[::2]):
+    wrong_flags = {
+        "no process_id": flags[:2],
+        "no address": flags[1:],
+        "process_id out of range": [*flags, "--process_id=4"],
+        "no number of processes": flags[::2],
+    }
+    for wrong in wrong_flags.values():
         assert run_main(*wrong, f"--workdir={tmp_path}") == (2, [])
         assert "expected all or none of" in capsys.readouterr().err

@@ -8,7 +8,7 @@ from hivit_jax.train import train
 from hivit_jax.weights.load import read
 
 pytestmark = [pytest.mark.usefixtures("minimal_output"), pytest.mark.slow]
-SIZES = {
+SMALL_RUN = {
     "batch_size": 16,
     "total_epochs": 0.0,
     "total_steps": 2,
@@ -26,19 +26,23 @@ SIZES = {
 
 
 def config_of(recipe, **overrides):
-    """Return a recipe with small sizes; two underscores stand for a dot."""
-    values = SIZES | {k.replace("__", "."): v for k, v in overrides.items()}
+    """Return a recipe's config with SMALL_RUN and `overrides`.
+
+    In the names of `overrides`, two underscores stand for a dot.
+    """
+    values = SMALL_RUN | {k.replace("__", "."): v for k, v in overrides.items()}
     return configs.load(recipe, [f"--config.{k}={v}" for k, v in values.items()])
 
 
 @pytest.mark.extras
 def test_simmim_then_finetuning(tmp_path):
-    """Finetuning starts from the pretrained encoder, with larger windows."""
+    """Finetuning accepts a pretrained encoder with smaller windows."""
     small = dict(model__image_size=64, model__window_size=4)
     config = config_of("simmim_swin", **small, optimizer__milestones="(1.0,)")
     train(config, tmp_path / "simmim")
     (loss,) = mini_runs.logged(tmp_path / "simmim", "eval/loss").values()
-    # The mean absolute value of normalized pixels, because predictions start near 0.
+    # Predictions start near 0, so the loss is close to the mean absolute value of the
+    # normalized pixels.
     assert 0.3 < loss < 3
     large = dict(model__image_size=96, model__window_size=6, model__num_classes=10)
     config = config_of("finetune_swin", **large, init_from=tmp_path / "simmim")

@@ -13,15 +13,18 @@ OPTIONS |= dict(model__image_size=64, data__canvas=96, data__name="noise_images"
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
-    """Directory of a dataset of TFDS."""
+    """Directory of a small tfrecord dataset, prepared by TFDS."""
     root = tmp_path_factory.mktemp("bucket") / "objects"
     prepare(root, "tfrecord")
     return root
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """Function that runs the command without packages that are optional for it."""
+def run_training(tmp_path_factory):
+    """Function (workdir, directory, reader) that trains in a subprocess.
+
+    The subprocess cannot import gcsfs, tensorboardX and, with threads, tensorflow.
+    """
     root = tmp_path_factory.mktemp("runs")
 
     def run(workdir, directory, reader="threads"):
@@ -39,10 +42,10 @@ def run(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def local(tmp_path_factory, dataset, run):
+def local(tmp_path_factory, dataset, run_training):
     """Workdir of an uninterrupted run that reads local files with threads."""
     workdir = tmp_path_factory.mktemp("local")
-    code, _, err = run(workdir, dataset)
+    code, _, err = run_training(workdir, dataset)
     assert code == 0, err
     return workdir
 
@@ -50,22 +53,26 @@ def local(tmp_path_factory, dataset, run):
 @pytest.mark.parametrize(
     "reader", ["threads", pytest.param("tf.data", marks=pytest.mark.extras)]
 )
-def test_refused_and_resumed_run(dataset, run, local, tmp_path, reader):
+def test_lost_access_and_resume(dataset, run_training, local, tmp_path, reader):
     """A run that loses access to its bucket exits with 4 and resumes bit-identically.
 
-    Neither reader needs gcsfs, and the threads do not need tensorflow.
+    Neither reader needs gcsfs; the reader "threads" also needs no tensorflow.
     """
     workdir = tmp_path / "remote"
     with serve(dataset) as bucket:
 
-        def refuse(change):
-            """Refuse all requests after nine of twelve batches were read."""
-            ranges = (wanted for _, key, wanted in bucket.requests if "-train." in key)
-            if sum(length(wanted) > 500 for wanted in ranges) > 9 * 8 + 8:
+        def refuse(_):
+            """Refuse all requests after the images of nine of twelve batches.
+
+            Ranges over 500 bytes are images; shorter ones are record headers. Eight
+            images are also read before the first step, see `inputs.check_splits`.
+            """
+            ranges = (header for _, key, header in bucket.requests if "-train." in key)
+            if sum(length(header) > 500 for header in ranges) > 9 * 8 + 8:
                 bucket.statuses = {"noise_images": 403}
 
         bucket.answering = refuse
-        code, _, err = run(workdir, "gs://bucket", reader)
+        code, _, err = run_training(workdir, "gs://bucket", reader)
         assert code == 4, err
         lines = err.splitlines()
         assert lines[-2].startswith(
@@ -75,18 +82,19 @@ def test_refused_and_resumed_run(dataset, run, local, tmp_path, reader):
         assert "gcloud auth application-default login" in lines[-1]
         resumed_at = mini_runs.saved_steps(workdir)[-1]
         assert 6 <= resumed_at < 12
-        bucket.answering, bucket.statuses = lambda change: None, {}
+        bucket.answering, bucket.statuses = lambda _: None, {}
         bucket.failures, bucket.delay, bucket.truncated = [503, 429], 0.02, 3
-        code, out, err = run(workdir, "gs://bucket", reader)
+        code, out, err = run_training(workdir, "gs://bucket", reader)
         assert code == 0, err
         assert f"resuming at step {resumed_at} " in out
         assert bucket.truncated == 0
         assert bucket.failures == []
     assert mini_runs.logged(workdir) == mini_runs.logged(local)
     for name in ("eval/loss", "eval/count"):
-        logged, expected = (mini_runs.logged(run, name) for run in (workdir, local))
-        # If the run fails in an evaluation, the resumed run does not repeat it.
-        assert logged | expected == expected
+        logged, expected = (mini_runs.logged(w, name) for w in (workdir, local))
+        # If access is lost during an evaluation, the state is saved without its
+        # metrics, and the resumed run does not evaluate this step again.
+        assert expected | logged == expected
         assert expected.keys() - logged.keys() <= {resumed_at}
     assert set(mini_runs.logged(workdir, "eval/count").values()) == {6}
     mini_runs.assert_identical(
@@ -94,7 +102,7 @@ def test_refused_and_resumed_run(dataset, run, local, tmp_path, reader):
     )
 
 
-def length(wanted):
-    """Return the length of a range of bytes; 0 if it has no end."""
-    first, _, last = wanted.removeprefix("bytes=").partition("-")
+def length(header):
+    """Return the length of a Range header; 0 if it has no start or no end."""
+    first, _, last = header.removeprefix("bytes=").partition("-")
     return int(last) + 1 - int(first) if first and last else 0

@@ -10,11 +10,12 @@ from hivit_jax import evaluate
 from hivit_jax.errors import ConfigError, Interrupted
 from hivit_jax.reporting import metrics
 from hivit_jax.train import train
-from hivit_jax.training.early_stopping import has_stalled
+from hivit_jax.training.early_stopping import check_progress
 
 pytestmark = pytest.mark.usefixtures("minimal_output")
 
 # Step -> loss of its evaluation. With patience 2, the run ends at step 5.
+CRITERION = ("eval/loss", "min")
 LOSSES = {1: 0.7, 2: 0.5, 3: 0.4, 4: 0.6, 5: 0.45, 6: 0.1}
 
 
@@ -104,11 +105,11 @@ DECISIONS = """
 import json, sys
 from pathlib import Path
 from hivit_jax.distributed import processes
-from hivit_jax.training.early_stopping import has_stalled
+from hivit_jax.training.early_stopping import check_progress
 
 address, index, workdir, best, *steps = sys.argv[1:]
 processes.start(address, 2, int(index), 60.0)
-found = [has_stalled(Path(workdir), 2, (best, "min"), int(step)) for step in steps]
+found = [check_progress(Path(workdir), 2, (best, "min"), int(step)) for step in steps]
 print(json.dumps(found))
 processes.exit_now(0)
 """
@@ -129,7 +130,7 @@ def test_processes_decide_alike(tmp_path):
             writer.scalars(step, falling)
         writer.close()
     of_one, of_other = (
-        [has_stalled(tmp_path / name, 2, ("eval/loss", "min"), step) for step in LOSSES]
+        [check_progress(tmp_path / name, 2, CRITERION, step) for step in LOSSES]
         for name in "01"
     )
     assert [stalled for stalled, _ in of_one] == [False] * 4 + [True, False]

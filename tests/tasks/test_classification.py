@@ -1,4 +1,4 @@
-"""Tests of the metrics and class weights of classification."""
+"""Tests of the losses, metrics and class weights of classification."""
 
 import jax.numpy as jnp
 import mini_runs
@@ -18,7 +18,7 @@ from hivit_jax.tasks.classification import (
 )
 
 
-def classify(logits, labels):
+def metrics_of(logits, labels):
     """Return the metrics of each example as numpy arrays."""
     values = classification_metrics(
         jnp.asarray(logits, jnp.float32), jnp.asarray(labels)
@@ -28,14 +28,14 @@ def classify(logits, labels):
 
 @pytest.mark.slow
 def test_top1_and_top5():
-    logits = np.tile(np.arange(8.0), (8, 1))  # class 7 scores best
-    values = classify(logits, np.arange(8))
+    logits = np.tile(np.arange(8.0), (8, 1))  # class 7 has the largest logit
+    values = metrics_of(logits, np.arange(8))
     assert values["top1"].tolist() == [0, 0, 0, 0, 0, 0, 0, 1]
     assert values["top5"].tolist() == [0, 0, 0, 1, 1, 1, 1, 1]
 
 
-def test_equal_scores_go_by_class_number():
-    values = classify(np.zeros((8, 8)), np.arange(8))
+def test_equal_logits_rank_by_class_index():
+    values = metrics_of(np.zeros((8, 8)), np.arange(8))
     assert values["top1"].tolist() == [1, 0, 0, 0, 0, 0, 0, 0]
     assert values["top5"].tolist() == [1, 1, 1, 1, 1, 0, 0, 0]
 
@@ -43,14 +43,15 @@ def test_equal_scores_go_by_class_number():
 @pytest.mark.slow
 def test_cross_entropy_is_not_smoothed_in_evaluation():
     logits = np.log([[0.5, 0.25, 0.25], [0.1, 0.2, 0.7]])
-    values = classify(logits, [0, 1])
+    values = metrics_of(logits, [0, 1])
     assert_allclose(values["loss"], [-np.log(0.5), -np.log(0.2)], rtol=1e-6)
 
 
-def test_average_precision_of_scikit_learn():
-    """The precision equals scikit-learn's, also for equal scores.
+def test_average_precision_equals_scikit_learn():
+    """Average precision equals scikit-learn's, also with tied scores.
 
-    It does not depend on the order of the images. A class may contain all images.
+    A class that all images have has a precision of 1, a class without images NaN. The
+    order of the images has no effect.
     """
     sklearn_metrics = pytest.importorskip("sklearn.metrics")
     random = np.random.RandomState(0)
@@ -72,7 +73,7 @@ def test_average_precision_of_scikit_learn():
     assert multi_label.mean_average_precision(scores, np.zeros((300, 6))) == 0
 
 
-def test_class_table_of_several_labels():
+def test_class_table_with_several_labels_per_image():
     logits = np.array([[2.0, -1.0, 3.0], [0.0, 1.0, -3.0], [-1.0, -2.0, -2.0]])
     labels = np.array([[1, 1, 0], [0, 1, 0], [1, 0, 0]])
     rows = multi_label.class_table("abc", logits, labels)
@@ -84,7 +85,10 @@ def test_class_table_of_several_labels():
 
 
 def test_binary_cross_entropy():
-    """The loss is a mean over all classes, also for soft targets and large logits."""
+    """The loss is averaged over classes.
+
+    The test includes soft targets, a logit of 200 and class weights.
+    """
     logits = np.array([[0.0, 2.0], [-1.0, 200.0]])
     targets = np.array([[1.0, 0.0], [0.25, 1.0]])
     found = multi_label_metrics(jnp.float32(logits), jnp.float32(targets))["loss"]
@@ -95,24 +99,27 @@ def test_binary_cross_entropy():
     assert_allclose(found["loss"], (expected * weights).mean(1), rtol=1e-6)
 
 
-COUNTS = DatasetInfo({"train": 60}, tuple("abc"), class_counts=(40, 15, 5))
+DATASET = DatasetInfo({"train": 60}, tuple("abc"), class_counts=(40, 15, 5))
 
 
 def test_balanced_class_weights():
-    """Weights are n / (classes * images of the class); unused outputs have weight 0."""
+    """A class with k of n training images has weight n / (k * classes).
+
+    An output without training images has weight 0 and does not count as a class.
+    """
     expected = [60 / (3 * 40), 60 / (3 * 15), 60 / (3 * 5)]
-    found = class_weights("balanced", COUNTS, 4)
+    found = class_weights("balanced", DATASET, 4)
     assert_allclose(found, [*expected, 0], rtol=1e-6)
-    assert_allclose(found[:3] @ COUNTS.class_counts, 60, rtol=1e-6)
+    assert_allclose(found[:3] @ DATASET.class_counts, 60, rtol=1e-6)
     assert class_weights("balanced", DatasetInfo({"test": 5}), 4) is None
 
 
-def test_class_weights_by_number():
-    assert class_weights("1, 0,2.5", COUNTS, 3).tolist() == [1, 0, 2.5]
+def test_class_weights_given_as_numbers():
+    assert class_weights("1, 0,2.5", DATASET, 3).tolist() == [1, 0, 2.5]
     bad = "1,2", "1,2,x", "1,2,-1", "0,0,0", "1,2,nan", "1,2,inf", "1,2,1e39", "equal"
     for text in bad:
         with pytest.raises(ConfigError, match="expected 'balanced', or 3 numbers"):
-            class_weights(text, COUNTS, 3)
+            class_weights(text, DATASET, 3)
     with pytest.raises(ConfigError, match="one label per image before"):
         class_weights("balanced", DatasetInfo({"train": 5}), 3)
 
@@ -120,9 +127,9 @@ def test_class_weights_by_number():
 @pytest.mark.slow
 @pytest.mark.parametrize("text", ["", "1,0.5,3"])
 def test_loss_with_class_weights(text):
-    """Losses equal torch's cross_entropy with class probabilities, before the mean."""
+    """The loss of an example is -sum(weight * target * log probability)."""
     config = mini_runs.classifier(model__num_classes=3, class_weights=text)
-    task = Classification(config, COUNTS)
+    task = Classification(config, DATASET)
     logits = np.random.RandomState(0).randn(4, 3)
     targets = np.array([[1, 0, 0], [0, 0.7, 0.3], [0.1, 0.1, 0.8], [0, 1, 0]])
     task.augment_with_targets = lambda batch, keys: (None, jnp.asarray(targets))

@@ -11,13 +11,13 @@ from numpy.testing import assert_allclose
 from hivit_jax import config as configs
 from hivit_jax.training.schedule import peak_learning_rate
 
-FACTS = json.loads((reference.GOLDEN / "lr_schedules.json").read_text())
+OFFICIAL = json.loads((reference.GOLDEN / "lr_schedules.json").read_text())
 
 
-PER_EPOCH = 1000
+STEPS_PER_EPOCH = 1000
 
 
-def recipe_schedule(recipe, *overrides, per_epoch=PER_EPOCH):
+def recipe_schedule(recipe, *overrides, per_epoch=STEPS_PER_EPOCH):
     """Return the jitted schedule of an installed recipe."""
     config = configs.load(recipe, [f"--config.{override}" for override in overrides])
     steps = config.total_steps or round(config.total_epochs * per_epoch)
@@ -25,66 +25,75 @@ def recipe_schedule(recipe, *overrides, per_epoch=PER_EPOCH):
 
 
 @pytest.mark.parametrize(
-    ("recipe", "fact"),
+    ("recipe", "official_run"),
     [
         ("mae_base", "pretrain_blr1e-4_bs4096"),
         ("finetune", "finetune_blr5e-4_bs1024"),
     ],
 )
-def test_pretraining_and_finetuning(recipe, fact):
-    """Learning rates equal the official ones; first_epoch=1 starts at epoch 1."""
-    epochs = FACTS[fact]["epochs"]
+def test_pretraining_and_finetuning(recipe, official_run):
+    """The default schedule equals the official formula at each epoch.
+
+    With first_epoch=1, step 0 is at epoch 1, as in the official training loop.
+    """
+    epochs = OFFICIAL[official_run]["epochs"]
     default = recipe_schedule(recipe)
     official = recipe_schedule(recipe, "optimizer.first_epoch=1")
-    for epoch, expected in FACTS[fact]["points"]:
+    for epoch, expected in OFFICIAL[official_run]["points"]:
         close = pytest.approx(expected, rel=1e-4, abs=1e-9)
         if epoch <= epochs:
-            assert default(np.int32(round(epoch * PER_EPOCH))) == close
+            assert default(np.int32(round(epoch * STEPS_PER_EPOCH))) == close
         if epoch >= 1:
-            assert official(np.int32(round((epoch - 1) * PER_EPOCH))) == close
+            assert official(np.int32(round((epoch - 1) * STEPS_PER_EPOCH))) == close
     assert official(0) > 0
     assert default(0) == 0
-    last = np.int32(epochs * PER_EPOCH)
-    assert official(last) > official(last - PER_EPOCH)  # past the minimum
-    assert default(last) <= default(last - PER_EPOCH)
+    last = np.int32(epochs * STEPS_PER_EPOCH)
+    # With first_epoch=1, the cosine passes its minimum one epoch before the end.
+    assert official(last) > official(last - STEPS_PER_EPOCH)
+    assert default(last) <= default(last - STEPS_PER_EPOCH)
 
 
 @pytest.mark.parametrize("recipe", ["supervised:tiny", "supervised"])
 def test_training_from_scratch(recipe):
-    fact = FACTS["supervised_bs1024"]
+    fact = OFFICIAL["supervised_bs1024"]
     per_epoch = fact["n_iter_per_epoch"]
     from_start = "optimizer.schedule=cosine_from_start"
     official = recipe_schedule(recipe, from_start, per_epoch=per_epoch)
-    for update, _, expected in fact["points_[t,epoch,lr]"]:
-        # A step uses the value of the previous update.
-        actual = official(np.int32(update + 1))
+    for t, _, expected in fact["points_[t,epoch,lr]"]:
+        # The official loop computes this learning rate after step t, so step t + 1
+        # uses it.
+        actual = official(np.int32(t + 1))
         assert actual == pytest.approx(expected, rel=1e-4)
     assert official(0) == pytest.approx(fact["lr_before_first_update"])
+    # The official learning rate jumps down at the end of the warmup.
     warmup = fact["warmup_epochs"] * per_epoch
     assert official(np.int32(warmup + 1)) < 0.99 * official(np.int32(warmup))
 
     default = recipe_schedule(recipe, per_epoch=per_epoch)
-    rates = [float(default(np.int32(step))) for step in range(0, 300 * per_epoch, 500)]
-    assert max(rates) == pytest.approx(1e-3, rel=1e-3)
-    top = int(np.argmax(rates))
+    steps = range(0, 300 * per_epoch, 500)
+    learning_rates = [float(default(np.int32(step))) for step in steps]
+    assert max(learning_rates) == pytest.approx(1e-3, rel=1e-3)
+    top = int(np.argmax(learning_rates))
     assert top * 500 == pytest.approx(warmup, abs=500)
-    assert (np.diff(rates[: top + 1]) > 0).all()
-    assert (np.diff(rates[top:]) < 0).all()
+    assert (np.diff(learning_rates[: top + 1]) > 0).all()
+    assert (np.diff(learning_rates[top:]) < 0).all()
     assert default(0) == pytest.approx(1e-6)
     assert default(np.int32(300 * per_epoch)) == pytest.approx(1e-5)
 
 
 def test_run_shorter_than_its_warmup():
     schedule = recipe_schedule("mae_base", "total_epochs=20")
-    assert schedule(np.int32(10 * PER_EPOCH)) == pytest.approx(0.8e-3)
-    assert schedule(np.int32(20 * PER_EPOCH - 1)) == pytest.approx(1.6e-3, rel=1e-3)
+    assert schedule(np.int32(10 * STEPS_PER_EPOCH)) == pytest.approx(0.8e-3)
+    assert schedule(np.int32(20 * STEPS_PER_EPOCH - 1)) == pytest.approx(
+        1.6e-3, rel=1e-3
+    )
 
 
 # Other schedules
 
 
 def mini_config(**values):
-    """Return a config of 40 steps with peak 0.5; an epoch is 10 steps, the warmup 4."""
+    """Return a config with peak 0.5 and a warmup of 0.4 epochs from 0.05."""
     values = {
         "base_learning_rate": 0.5,
         "lr_batch": 0,
@@ -97,7 +106,10 @@ def mini_config(**values):
 
 
 def rates(**values):
-    """Return the 41 learning rates of `mini_config`."""
+    """Return the learning rates at steps 0 to 40 of a 40-step run with `mini_config`.
+
+    An epoch has 10 steps, so the warmup has 4.
+    """
     learning_rate = mini_runs.jit_schedule(mini_config(**values), 10, 40)
     return np.array([learning_rate(np.int32(step)) for step in range(41)])
 
@@ -130,17 +142,18 @@ def test_polynomial():
 
 def test_first_epoch_of_other_schedules():
     """first_epoch=1 shifts each schedule by one epoch."""
-    kinds = {
+    schedules = {
         "multistep": dict(milestones=(1, 2.5)),
         "polynomial": dict(power=1),
         "constant": {},
         "cosine_from_start": {},
     }
-    for schedule, more in kinds.items():
-        unshifted = rates(schedule=schedule, **more)
-        shifted = rates(schedule=schedule, first_epoch=1, **more)
-        late = schedule == "cosine_from_start"
-        assert_allclose(shifted[late:31], unshifted[10 + late :], rtol=1e-6)
+    for schedule, options in schedules.items():
+        unshifted = rates(schedule=schedule, **options)
+        shifted = rates(schedule=schedule, first_epoch=1, **options)
+        # cosine_from_start lags by a step, so its step 0 has no counterpart.
+        start = int(schedule == "cosine_from_start")
+        assert_allclose(shifted[start:31], unshifted[10 + start :], rtol=1e-6)
 
 
 @pytest.mark.parametrize(("lr_batch", "peak"), [(256, 0.2), (512, 0.1), (0, 0.1)])

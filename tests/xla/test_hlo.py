@@ -1,4 +1,4 @@
-"""Tests of the analysis of HLO text: collectives, regions, loops."""
+"""Tests of the analysis of HLO text and of jaxprs: collectives, regions, loops."""
 
 import re
 
@@ -11,7 +11,8 @@ from hivit_jax.xla import cost
 pytestmark = pytest.mark.usefixtures("minimal_output")
 
 
-# Text of the TPU compiler: tiles, memory spaces, loops without a trip count.
+# HLO text in the form of the TPU compiler. It contains tiles, memory spaces and a loop
+# without a trip count.
 ASYNCHRONOUS = """\
 HloModule step, entry_computation_layout={(f32[8]{0})->f32[8]{0}}
 
@@ -58,7 +59,7 @@ ENTRY %main (a: (s32[], f32[256]), b: bf16[64,128]) -> f32[] {
 
 
 def with_tuple_indices(hlo):
-    """Write elements of tuples as newer versions of XLA do: %name#2."""
+    """Replace get-tuple-element by %name#index, as newer versions of XLA print it."""
     element = r"  (%\S+) = \S+ get-tuple-element\((%\S+)\), index=(\d+)\n"
     for name, tuple_name, index in re.findall(element, hlo):
         hlo = re.sub(rf"{name}\b(?! =)", f"{tuple_name}#{index}", hlo)
@@ -66,27 +67,29 @@ def with_tuple_indices(hlo):
 
 
 @pytest.mark.parametrize("newer", [False, True])
-def test_asynchronous_collectives_count_once_and_loops_by_their_bound(newer):
+def test_start_and_done_count_once_per_loop_iteration(newer):
     hlo = with_tuple_indices(ASYNCHRONOUS) if newer else ASYNCHRONOUS
     assert ("#" in hlo) == newer
-    kinds = {
+    count_and_bytes = {
         collective["kind"]: (collective["count"], collective["bytes_per_step"])
         for collective in cost.collectives(hlo)
     }
-    assert kinds == {
+    assert count_and_bytes == {
         "all-reduce": (1, 2 * 64 * 128 + 4),
         "all-gather": (3, 3 * 4 * 2048),
         "reduce-scatter": (3, 3 * 4 * 2048),
         "collective-permute": (1, 4 * 256),
     }
-    # A fusion is one kernel. Reads from VMEM are free, and %cut reads only VMEM. A
-    # scalar occupies a tile of 512 bytes: %c is read, and %d returns one.
-    reduced = 2 * (2 * 64 * 128 + 512)
-    moved = cost.bytes_by_region(hlo).total()
-    assert moved == reduced + (3 + 1) * 2 * 4 * 256
+    # The all-reduce reads and writes an array and a scalar, which is padded to a tile
+    # of 512 bytes. In each of three iterations, the all-gather reads %x and the fusion
+    # %cut writes its result. The gathered array is in VMEM, so it is free. The
+    # collective-permute reads and writes one array.
+    all_reduce_bytes = 2 * (2 * 64 * 128 + 512)
+    total_bytes = cost.bytes_by_region(hlo).total()
+    assert total_bytes == all_reduce_bytes + (3 + 1) * 2 * 4 * 256
 
 
-# Text of the TPU compiler, with shortened names.
+# HLO text of the TPU compiler with shortened names.
 REGIONS = """\
 HloModule step
 
@@ -126,19 +129,29 @@ ENTRY %main (a: bf16[64,49,512], b: f32[8,1024], c: f32[512,256]) -> f32[] {
 
 
 def test_bytes_of_regions():
-    """Tiles pad 49 rows to 56. Operations without a region belong to their consumer."""
-    row = 2 * 64 * 512
+    """Tiles pad 49 rows to 56.
+
+    An operation without a region belongs to its consumer, a copy out of VMEM to its
+    producer.
+    """
+    row = 2 * 64 * 512  # bytes of one row of all 64 images
     assert cost.bytes_by_region(REGIONS) == {
-        "main mlp": 56 * row + 4 * 8 * 128 + 56 * row,  # %in, a slice of %b, %out
+        # %in and %out are copies of 56 rows; %made reads a slice of %b.
+        "main mlp": 56 * row + 4 * 8 * 128 + 56 * row,
+        # %mosaic reads %saved, %b and a slice of %c, and writes 50 padded rows.
         "decoder attention": 56 * row + 56 * row + 4 * (8 * 1024 + 128 * 256),
+        # %sum reads and writes [8, 1024].
         "exchange": 2 * 4 * 8 * 1024,
-        "input": 4 + 3 * 4,  # in place: one scalar written, it and two indices read
-        "stem2": 56 * row + 50 * row + 50 * row,  # %flat without padding, and %end
+        # %put works in place: it reads the update and two indices, and writes the
+        # update. All are scalars of 4 bytes.
+        "input": 4 + 3 * 4,
+        # %flat reads 56 rows and writes 50 rows without padding; %end reads these.
+        "stem2": 56 * row + 50 * row + 50 * row,
     }
 
 
 def test_regions_of_a_compiled_program():
-    """A region counts its forward and backward pass; XLA:CPU pads no array."""
+    """The counts of a region include both passes. XLA:CPU does not pad arrays."""
 
     @jax.jit
     @jax.grad
@@ -152,15 +165,16 @@ def test_regions_of_a_compiled_program():
     hlo = program.lower(w, x).compile().as_text()
     bytes_by_region = cost.bytes_by_region(hlo)
     assert bytes_by_region.keys() - {"other"} == {"main attention", "loss"}
-    product = 4 * (256 * 128 + 512 * 256 + 512 * 128)
-    assert bytes_by_region["main attention"] >= 2 * product
-    assert bytes_by_region["loss"] >= 3 * product
-    assert bytes_by_region.total() < 10 * product
+    product_bytes = 4 * (256 * 128 + 512 * 256 + 512 * 128)
+    assert bytes_by_region["main attention"] >= 2 * product_bytes
+    assert bytes_by_region["loss"] >= 3 * product_bytes
+    assert bytes_by_region.total() < 10 * product_bytes
 
     jaxpr = jax.make_jaxpr(program)(w, x).jaxpr
     product_flops = 2 * 512 * 256 * 128
     flops = cost.matmul_flops_by_region(jaxpr, loops=True)
+    # Without a gradient for the argument x, main attention has two products.
     assert flops == {
         "main attention": 2 * product_flops,
         "loss": 3 * product_flops,
-    }  # x has no gradient
+    }
