@@ -88,13 +88,13 @@ def run_cost(config: Any, report: dict[str, Any]) -> dict[str, Any]:
     """Return {"run": images and hours of the whole run}, as JSON values.
 
     Hours are given at the roofline bound and at `UTILIZATION` of this bound, without
-    evaluation and reading of images. They are None if the step does not fit.
+    evaluation and reading of images. Both are None if the step does not fit.
     """
     chips = report["devices"] // CHIPS[report["topology"].partition(":")[0]].devices
     images = resolved_schedule(config)[1] * config.batch_size
-    hours, bound = None, report["roofline"]
-    if bound:
-        hours = images / (chips * bound["images_per_second_per_chip"]) / 3600
+    hours, roofline = None, report["roofline"]
+    if roofline:
+        hours = images / (chips * roofline["images_per_second_per_chip"]) / 3600
     return {
         "run": {
             "images": images,
@@ -107,9 +107,9 @@ def run_cost(config: Any, report: dict[str, Any]) -> dict[str, Any]:
 
 
 def earlier_summary(config: Any, workdir: str | Path) -> str:
-    """Return the `summary` of WORKDIR/compile.json; "" if there is none.
+    """Return the `summary` of WORKDIR/compile.json; "" without a readable file.
 
-    A note follows if the file belongs to another config.
+    The text ends with a note if the file belongs to another config.
     """
     path = open_path(workdir) / REPORT
     try:
