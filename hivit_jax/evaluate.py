@@ -123,6 +123,7 @@ def local_rows(rows: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
     """Fetch the rows [B, ...] of this process's examples of weight 1."""
     local = {}
     for name, array in rows.items():
+        # First row -> shard; replicas of a shard have the same first row.
         shards = {s.index[0].start or 0: s.data for s in array.addressable_shards}
         ordered = [shards[k] for k in sorted(shards)]
         local[name] = np.concatenate(jax.device_get(ordered))

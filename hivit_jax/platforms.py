@@ -16,7 +16,7 @@ from hivit_jax.reporting.console import log
 # Device files in /dev: accel and vfio for TPUs, nvidia for NVIDIA GPUs, dxg for NVIDIA
 # GPUs under Windows (WSL), kfd for AMD GPUs.
 DEVICE_FILES = ("accel*", "vfio/[0-9]*", "nvidia[0-9]*", "dxg", "kfd")
-# PCI vendor id of Google's TPUs, and PCI device id of its network card.
+# PCI vendor id of Google, and PCI device id of its network card, which is not a TPU.
 GOOGLE, NETWORK_CARD = "0x1ae0", "0x0042"
 
 

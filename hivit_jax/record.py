@@ -110,7 +110,8 @@ def check_batch_size(old: int, new: int, accumulate_steps: int, workdir: Any) ->
     """
     if old == new:
         return
-    # Smallest accumulate_steps for `old` with microbatches no larger than `new` has.
+    # The smallest divisor of `old` whose microbatches are no larger than those of the
+    # new config.
     fewest = -(-old * accumulate_steps // new)
     steps = next((k for k in range(fewest, old + 1) if old % k == 0), old)
     advice = (

@@ -39,13 +39,13 @@ class ClassCounts:
           ranked: the k most probable classes in order, int [n, k]; k is at least 5, or
             the number of classes if there are fewer.
         """
-        first = ranked[:, 0]
+        predicted = ranked[:, 0]
         np.add.at(self.images, labels, 1)
-        np.add.at(self.predicted, first, 1)
-        np.add.at(self.correct, labels[labels == first], 1)
+        np.add.at(self.predicted, predicted, 1)
+        np.add.at(self.correct, labels[labels == predicted], 1)
         self.in_top5 += int((ranked[:, :5] == labels[:, None]).any(1).sum())
         if self.matrix is not None:
-            np.add.at(self.matrix, (labels, first), 1)
+            np.add.at(self.matrix, (labels, predicted), 1)
 
     def metrics(self) -> dict[str, float | int]:
         """Return images, accuracy, balanced_accuracy and, if available, top5.

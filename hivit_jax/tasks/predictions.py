@@ -181,9 +181,9 @@ def _mistakes(rows: Rows, ranked: np.ndarray, known: np.ndarray) -> Iterator[tup
     predicted class, probability of the predicted class).
     """
     for i in np.flatnonzero(known & (ranked[:, 0] != rows["label"])).tolist():
-        p, true, found = rows["probabilities"][i], rows["label"][i], ranked[i, 0]
+        p, true, predicted = rows["probabilities"][i], rows["label"][i], ranked[i, 0]
         index = int(rows["index"][i])
-        yield float(p[true]), index, int(true), int(found), float(p[found])
+        yield float(p[true]), index, int(true), int(predicted), float(p[predicted])
 
 
 def _write_evaluation(
@@ -209,11 +209,11 @@ def _write_evaluation(
         figures.write_png(beside("confusion.png"), pixels)
         written += [beside("confusion.csv"), beside("confusion.png")]
     images, titles = [], []
-    for p_true, index, true, found, p_found in worst:
+    for p_true, index, true, predicted, p_predicted in worst:
         images.append(read(index))
         titles.append(
             f"true: {names[true]}, {p_true:.0%}\n"
-            f"predicted: {names[found]}, {p_found:.0%}"
+            f"predicted: {names[predicted]}, {p_predicted:.0%}"
         )
     if images:
         pixels = figures.titled_images(np.stack(images), titles)

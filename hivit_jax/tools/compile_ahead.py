@@ -146,10 +146,10 @@ def largest_batch(
     size, fits = report["batch_per_device"], report["fits"]
     shards, tried = report["batch_size"] // size, 0
     multiple = tasks.find(config.task).batch_multiple(config)
-    unit = config.optimizer.accumulate_steps * multiple
+    divisor = config.optimizer.accumulate_steps * multiple
     low, high = (size, None) if fits else (0, size)
-    while high is None or high - low > max(unit, low // 8):
-        size = 2 * low if high is None else (low + high) // (2 * unit) * unit
+    while high is None or high - low > max(divisor, low // 8):
+        size = 2 * low if high is None else (low + high) // (2 * divisor) * divisor
         config.batch_size = shards * size
         log(f"trying {size} images per device ...")
         fits = step_report(config, devices, report["topology"])["fits"]

@@ -136,9 +136,9 @@ def devices_of(topology: str) -> Sequence[jax.Device]:
     """
     name, _, shape = topology.partition(":")
     if name not in PLUGINS:
-        kind = "no compiler for" if name in CHIPS else "unknown"
+        problem = "no compiler for" if name in CHIPS else "unknown"
         raise ConfigError(
-            f"{kind} topology {topology!r}; expected CHIP:SHAPE with CHIP one of "
+            f"{problem} topology {topology!r}; expected CHIP:SHAPE with CHIP one of "
             f"{', '.join(PLUGINS)}; examples: {EXAMPLES}\n"
             f"--mode describe prints the hours at the peak of {', '.join(CHIPS)}"
         )

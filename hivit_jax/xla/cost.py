@@ -284,11 +284,11 @@ def _hbm_bytes(
             slices = sum(hlo.tiled_bytes(x.shapes, excluded="") for x in users)
             size = min(size, slices)
         elif size and [x.opcode for x in users] == ["dynamic-update-slice"]:
-            target, update, *_ = users[0].operand_names
+            target, update_name, *_ = users[0].operand_names
             if target == inner_names[index]:
                 # The result is updated in place. Its whole size is already in the
                 # total, so subtract it and add only the update.
-                update = (inner | computation)[update]
+                update = (inner | computation)[update_name]
                 size = hlo.tiled_bytes(update.shapes, excluded="") - size
         total += size
     return total
