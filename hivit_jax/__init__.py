@@ -16,7 +16,8 @@ __all__ = [
 ]
 __version__ = "0.1.0"
 
-# Imported on first use, because these modules import orbax and safetensors.
+# Name -> its module, imported on first use, because `weights.load` imports orbax and
+# safetensors.
 _MODULES = {
     "load_pretrained": "weights.load",
     "preprocess": "preprocessing",

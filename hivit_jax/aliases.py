@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 
 from hivit_jax.errors import ConfigError
 
-# Key -> names that other programs use for it.
+# Key -> names of the same setting in other programs.
 _ALIASES = {
     "batch_size": "bs batch batchsize train_batch_size global_batch_size",
     "checkpoint_every": "save_every save_freq save_interval ckpt_every save_steps",
@@ -59,7 +59,7 @@ _ALIASES = {
     "optimizer.weight_decay": "wd decay l2",
 }
 _KEY_OF = {alias: key for key, text in _ALIASES.items() for alias in text.split()}
-# Flag -> names that are no keys, because the flag sets the value.
+# Flag -> names that users may try as config keys for the flag's value.
 _FLAGS = {
     "--workdir=DIR": "workdir output output_dir out_dir log_dir save_dir",
     "--topology=CHIP:SHAPE of --mode compile": "topology",
@@ -70,9 +70,10 @@ _FLAG_OF = {name: flag for flag, text in _FLAGS.items() for name in text.split()
 def unknown_key(kind: str, name: str, known: Iterable[str]) -> ConfigError:
     """Return the error for an unknown key.
 
-    The error suggests the first of these that exists: a key with the same last
-    component in another section, a key that other programs call by this name, or a
-    similarly spelled key. If none exists, the error lists the section's keys.
+    The error suggests the first of these that exists: the keys with the same last
+    component in other sections, a key that other programs call by this name, a
+    similarly spelled key, or a command line flag. If none exists, the error lists valid
+    keys.
 
     Args:
       kind: description of the key, such as "config key".
@@ -80,7 +81,7 @@ def unknown_key(kind: str, name: str, known: Iterable[str]) -> ConfigError:
       known: all valid keys.
     """
     known, normalized = list(known), name.lower().replace("-", "_")
-    if candidates := _probably_meant(normalized, known):
+    if candidates := _probable_keys(normalized, known):
         hint = f"did you mean {' or '.join(map(repr, candidates))}?"
     elif flag := _FLAG_OF.get(normalized):
         hint = f"did you mean the flag {flag}?"
@@ -95,8 +96,8 @@ def _split(key: str) -> tuple[str, str]:
     return section, leaf
 
 
-def _probably_meant(name: str, known: Sequence[str]) -> list[str]:
-    """Return the valid keys that an unknown key probably means; may be []."""
+def _probable_keys(name: str, known: Sequence[str]) -> list[str]:
+    """Return the valid keys that the user probably meant; may be []."""
     section, leaf = _split(name)
     if same_leaf := [key for key in known if _split(key)[1] == leaf]:
         return same_leaf

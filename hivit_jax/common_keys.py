@@ -117,7 +117,7 @@ KEYS = {
             1,
         ),
         "train_examples": Key(
-            0, "number of training images of `digits` or `synthetic`; 0: all", 0
+            0, "training images of `digits` (0: all) or `synthetic` (0: 1,024)", 0
         ),
         "subset": Key(
             0, "seed for selecting the `train_examples` images of `digits`", 0
@@ -143,8 +143,8 @@ KEYS = {
         "randaugment": Key(False, "RandAugment in training, rand-m9-mstd0.5-inc1"),
         "dtype": Key(
             "uint8",
-            "dtype of pixels; `uint8`: images with more bits are reduced to 8; the "
-            "others keep all bits",
+            "dtype of pixels; `uint8`: images with more bits are reduced to 8; "
+            "`uint16`, `float32`: images keep all bits",
             choices=("uint8", "uint16", "float32"),
         ),
         "scale": Key(
@@ -176,7 +176,7 @@ KEYS = {
         ),
         "reader": Key(
             "threads",
-            "`tf.data`: load batches with tensorflow; the batches are the same",
+            "`tf.data`: load the same batches with tensorflow",
             choices=("threads", "tf.data"),
         ),
         "workers": Key(0, "reader threads per process; 0: one per core", 0, 1024),
@@ -189,7 +189,7 @@ KEYS = {
         "lr_batch": Key(
             256,
             "`base_learning_rate` is multiplied by `batch_size / lr_batch`; "
-            "0: not scaled",
+            "0: no factor is applied",
             choices=(256, 512, 0),
         ),
         "schedule": Key(

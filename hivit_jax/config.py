@@ -19,8 +19,8 @@ from hivit_jax.errors import ConfigError
 from hivit_jax.keys import TYPE_NAMES, Key, field_keys, show
 from hivit_jax.models.config import RunOptions
 
-# Config keys of versions before 0.1 that are command line flags now; ignored in
-# recipes.
+# Config keys of versions before 0.1 that are command line flags now. Recipes may still
+# contain them without effect.
 IGNORED = ("checkpoint", "topology", "search_batch")
 # A model of each family, for the table of keys.
 FAMILIES = {"HiViT": "hivit_base", "ViT": "vit_base", "Swin": "swin_base"}
@@ -31,11 +31,11 @@ QUIRKS = "optimizer.official_quirks"  # of versions before 0.1; see `_expand_qui
 
 
 class UnknownKey(ConfigError, AttributeError):
-    """An attribute that a config does not have."""
+    """Error for reading or setting a config attribute that does not exist."""
 
 
 class Config(ConfigDict):
-    """ConfigDict whose errors for unknown attributes name the key that was meant."""
+    """ConfigDict whose errors for unknown attributes suggest an existing key."""
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -118,14 +118,14 @@ def task_keys(task: type[tasks.Task], model_name: str = "hivit_base") -> dict[st
 def model_keys(name: str) -> dict[str, Key]:
     """Return the keys of `config.model` that depend on the model's family.
 
-    Their comments come from docstrings; see `field_keys`.
+    The comments of these keys come from docstrings; see `field_keys`.
     """
     keys = [field_keys(each) for each in (*models.family(name), RunOptions)]
     return {n: k for part in keys for n, k in part.items() if n not in KEYS["model"]}
 
 
 def step_options(config: ConfigDict) -> dict[str, Any]:
-    """Return the keyword arguments of `step.prepare`."""
+    """Return the keyword arguments of `step.prepare` that a config contains."""
     return dict(
         seed=config.seed,
         accumulate_steps=config.optimizer.accumulate_steps,

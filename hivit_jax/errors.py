@@ -45,7 +45,7 @@ class DataError(HivitError):
 
 
 class LocalDataError(DataError):
-    """A data error that occurs on only one process of a run."""
+    """A data error that may occur on only some of a run's processes."""
 
 
 class CheckpointError(HivitError):
@@ -61,7 +61,7 @@ class Interrupted(HivitError):
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> ConfigError:
-    """Return the error for an unknown name; it suggests a known name or lists all."""
+    """Return an error that suggests a name similar to an unknown one, or lists all."""
     known = list(known)
     close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.6)
     hint = f"did you mean {close[0]!r}?" if close else "known: " + ", ".join(known)
@@ -91,7 +91,7 @@ def import_class(key: str, name: str) -> type:
 
 
 def require(module: str, requirement: str) -> ModuleType:
-    """Import and return a module of a package that may not be installed.
+    """Import and return a module of an optional package.
 
     Args:
       requirement: argument of ``pip install`` that installs the module: an extra such
@@ -113,13 +113,14 @@ def require(module: str, requirement: str) -> ModuleType:
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of an error's message, or its type if it has none."""
+    """Return the first line of an error's message; if it is empty, the error's type."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def run_command(action: Callable[[], object]) -> int:
     """Run a command, print a HivitError to stderr, and return the exit code."""
-    from hivit_jax.resources import raise_resource_errors  # late: it imports JAX
+    # Imported here, because `resources` imports JAX.
+    from hivit_jax.resources import raise_resource_errors
 
     try:
         with raise_resource_errors():

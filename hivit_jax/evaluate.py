@@ -30,18 +30,20 @@ from hivit_jax.weights import adapt, load
 
 FIGURE_IMAGES = 6
 
-# "params", "model_state" and "frozen" (`Task.frozen`).
+# Has the keys "params", "model_state" and "frozen" (the result of `Task.frozen`).
 Variables = Mapping[str, Any]
 
 
 def make_eval_step(
     config: Any, task: tasks.Task, graphdef: nnx.GraphDef, mesh: Mesh
 ) -> Callable:
-    """Return the jitted evaluation of one batch.
+    """Return a jitted function that evaluates one batch.
 
-    Its arguments are the variables, the batch, and the position of the batch's first
-    example in the split. It returns (sums, count, unreadable, rows). Sums and rows are
-    the result of `Task.eval_step`; count and unreadable are numbers of examples.
+    The function's arguments are the variables, the batch, and the size of all earlier
+    batches in total, from which the PRNG keys are derived. The function returns (sums,
+    count, unreadable, rows). Sums and rows are the result of `Task.eval_step`, with the
+    batch's "index" and "weight" added to the rows. The count of examples of weight 1
+    and the number of unreadable examples are scalars.
     """
     check_batch(mesh, task.transform(train=False).batch_size)
     replicated, sharded = (NamedSharding(mesh, s) for s in (PartitionSpec(), BATCH))
@@ -121,6 +123,7 @@ def local_rows(rows: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
     """Fetch the rows [B, ...] of this process's examples of weight 1."""
     local = {}
     for name, array in rows.items():
+        # First row -> shard; replicas of a shard have the same first row.
         shards = {s.index[0].start or 0: s.data for s in array.addressable_shards}
         ordered = [shards[k] for k in sorted(shards)]
         local[name] = np.concatenate(jax.device_get(ordered))
@@ -129,7 +132,7 @@ def local_rows(rows: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
 
 
 def _merge_records(records: list[list[list]]) -> list:
-    """Flatten records[process][batch][i] in the order of the split."""
+    """Flatten records[process][batch][i] in the order of the global batches."""
     return [r for batch in zip(*records, strict=True) for part in batch for r in part]
 
 
@@ -191,10 +194,10 @@ def put_frozen(task: tasks.Task, mesh: Mesh) -> Any:
 def make_panels(
     config: Any, task: tasks.Task, graphdef: nnx.GraphDef, mesh: Mesh
 ) -> Callable:
-    """Return a function from variables to the `Task.panels` of the first test images.
+    """Return a function from variables to `Task.panels`, as NumPy arrays.
 
-    The function returns the panels as NumPy arrays and uses the same PRNG keys in every
-    call. Images are read only if the task has panels.
+    The panels show the images of `inputs.first_test_batch`. Every call uses the same
+    PRNG keys. Images are read only if the task has panels.
     """
     if type(task).panels is tasks.Task.panels:
         return lambda variables: {}

@@ -18,10 +18,7 @@ from hivit_jax.data.loader import (
 )
 from hivit_jax.data.notes import split_notes
 from hivit_jax.data.sources.base import DatasetInfo, Source
-from hivit_jax.data.sources.registry import (
-    open_source,
-    published_info,
-)
+from hivit_jax.data.sources.registry import open_source, published_info
 from hivit_jax.data.sources.splits import NO_EVALUATION
 from hivit_jax.data.tf_data import Plan
 from hivit_jax.data.transforms import Transform
@@ -90,7 +87,7 @@ def check_labels(config: Any, source: Source) -> None:
 def task_of_recipe(config: Any) -> tasks.Task:
     """Create the task of a config from the training split only; see `make_task`.
 
-    If the dataset cannot be read, uses the published facts about it. A recipe for
+    If the dataset cannot be read, uses its published sizes and classes. A recipe for
     ImageNet therefore works without the files of ImageNet.
     """
     try:
@@ -140,20 +137,20 @@ def train_batches(config: Any, first_step: int, last_step: int) -> Iterator[Batc
     Raises:
       HivitError: as in `make_task`.
     """
-    return _load(config, *_training(config, first_step, last_step))
+    return _load(config, *_plan_training(config, first_step, last_step))
 
 
 def tf_dataset(config: Any, first_step: int, last_step: int) -> Any:
     """Return a `tf.data.Dataset` of the same batches as `train_batches`.
 
-    `data.reader` has no effect on it. If an error ends the iteration, tensorflow raises
-    a `tf.errors.OpError` that contains the message of the error.
+    Ignores `data.reader`. If an error ends the iteration, tensorflow raises a
+    `tf.errors.OpError` that contains the message of the error.
 
     Raises:
       HivitError: as in `make_task`; or tensorflow is not installed, or the dataset is
         synthetic.
     """
-    task, transform, source, plan = _training(config, first_step, last_step)
+    task, transform, source, plan = _plan_training(config, first_step, last_step)
     if not source.encoded:
         raise ConfigError(
             f"data.name={config.data.name!r}: expected a dataset of files; use "
@@ -162,16 +159,16 @@ def tf_dataset(config: Any, first_step: int, last_step: int) -> Any:
     return _tf_reader(config, transform, source, plan).dataset()
 
 
-def _training(
+def _plan_training(
     config: Any, first_step: int, last_step: int
 ) -> tuple[tasks.Task, Transform, Source, Plan]:
     """Return task, transform, source and plan of a range of training steps."""
     task, source = make_task(config, "train"), open_source(config.data, "train")
     transform = task.transform(train=True)
     size = transform.batch_size
-    steps = config.seed, size, local_positions(size), first_step, last_step
+    arguments = config.seed, size, local_positions(size), first_step, last_step
     if len(transform.shapes) == 1:
-        plan = partial(order.train_plan, len(source), *steps)
+        plan = partial(order.train_plan, len(source), *arguments)
         if config.data.balance:
             balanced = BalancedOrder(source.labels, config.data.balance, config.seed)
             plan = partial(plan, find=balanced.samples_at)
@@ -179,12 +176,12 @@ def _training(
         raise ConfigError("data.balance: expected 0 for images in several buckets")
     else:
         buckets = _buckets(config, transform, source)
-        plan = partial(order.bucketed_plan, buckets, *steps)
+        plan = partial(order.bucketed_plan, buckets, *arguments)
     return task, transform, source, plan
 
 
 def eval_batches(config: Any, split: str = "test") -> Iterator[Batch]:
-    """Iterate once over the examples of a split, in order; see `source_batches`."""
+    """Iterate once over the examples of a split; see `source_batches`."""
     task, source = make_task(config, split), open_source(config.data, split)
     return source_batches(config, task, source)
 
@@ -195,7 +192,9 @@ def source_batches(
     source: Source,
     transform: Transform | None = None,
 ) -> Iterator[Batch]:
-    """Iterate once over the examples of a source, in order, transformed for evaluation.
+    """Iterate once over the examples of a source, transformed for evaluation.
+
+    The examples of each bucket are in the order of the source.
 
     Args:
       transform: replaces the task's transform for evaluation.
@@ -211,7 +210,7 @@ def source_batches(
 
 
 def first_test_batch(config: Any, count: int) -> Batch:
-    """Return up to `count` test examples, the first of the first example's bucket.
+    """Return the first test examples in the bucket of the first one, at most `count`.
 
     Every process returns the same batch. If the config has no evaluation, returns
     training examples, transformed for evaluation.
@@ -232,8 +231,8 @@ def check_splits(config: Any, task: tasks.Task) -> list[str]:
       Lines about data that the run does not use.
 
     Raises:
-      DataError: no example of a split can be read, or an example contradicts the
-        config.
+      DataError: none of a split's checked examples can be read, or one of them
+        contradicts the config.
     """
     if config.data.reader == tf_data.READER:
         tf_data.tensorflow()  # raises MissingPackage before the run starts

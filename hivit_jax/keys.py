@@ -18,7 +18,7 @@ TYPE_NAMES = {
     tuple: "a tuple such as (1,2)",
     object: "an integer, or a tuple such as (224,192)",
 }
-# Limits of numbers, because programs compute with int32 and normal float32.
+# Limits of numbers, because jitted functions compute with int32 and normal float32.
 INT_MAX = 2**31 - 1
 FLOAT_MIN, FLOAT_MAX = 1.1754944e-38, 3.4028234e38
 
@@ -176,24 +176,28 @@ class Key:
         return self.item
 
     def _range_text(self, name: str) -> str:
-        """Return the range and shape of the value as text, such as "at least 0"."""
-        many = self.value_type in (tuple, object)
+        """Return the range and shape of the value as text, such as "at least 0".
+
+        Args:
+          name: name of the value in an inequality, such as "0 < name <= 1".
+        """
+        may_be_tuple = self.value_type in (tuple, object)
         low, high = (_limit_text(x) for x in (self.low, self.high))
         if self.above is not None or self.below is not None:
             left = f"{low} <= " if low else f"{_limit_text(self.above)} < "
             right = f" <= {high}" if high else f" < {_limit_text(self.below)}"
             left = left if low or self.above is not None else ""
             right = right if high or self.below is not None else ""
-            text = f"{left}{'number' if many else name}{right}"
+            text = f"{left}{'number' if may_be_tuple else name}{right}"
         elif low and high:
             huge = self.high > 1000
             text = f"at least {low}, at most {high}" if huge else f"{low} to {high}"
         elif low or high:
             text = f"at least {low}" if low else f"at most {high}"
         else:
-            text = "" if many else "finite"
+            text = "" if may_be_tuple else "finite"
         text += "".join(f", or {x}" for x in self.also)
-        if not many:
+        if not may_be_tuple:
             return text
         kind = "integers" if self.item is int else "numbers"
         noun = f"{self.length or ''} {kind}".strip()

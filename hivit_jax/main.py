@@ -23,7 +23,7 @@ USAGE = """\
 hivit_jax --config RECIPE --workdir DIR [--mode MODE] [--config.KEY=VALUE ...]
 
 RECIPE is a name from the list below or FILE.py; NAME:VARIANT selects a variant.
-Without --config, the config of the latest run started in DIR is used.
+Without --config, the config of the latest start of the run in DIR is used.
 python -m hivit_jax.config prints all config keys. python -m hivit_jax.main is the same
 command as hivit_jax.
 
@@ -106,9 +106,9 @@ def run(argv: Sequence[str], setup_process: bool) -> None:
     """Run one mode.
 
     Args:
-      setup_process: set up this process: select the backend, connect to the other
-        processes of the run, enable the compilation cache. False if `main` was called
-        from Python with argv.
+      setup_process: True: select the backend, connect to the other processes of the
+        run, and enable the compilation cache. False: the Python program that called
+        `main` has set up this process.
     """
     flags, overrides = parse(argv)
     if setup_process and flags.mode in ("describe", "compile"):
@@ -180,7 +180,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not processes.joined():
             raise
         code, message = 1, traceback.format_exc()
-        # On CPUs, JAX raises some errors of collectives as ValueError.
+        # On CPUs, JAX raises some errors of collectives as ValueError. Their text names
+        # Gloo, the library of these collectives.
         peer_lost = isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in message
     if processes.joined():
         processes.exit_now(code, message, peer_lost)

@@ -32,7 +32,7 @@ def open_path(path: str | os.PathLike) -> Any:
       ConfigError: the address has another scheme.
       MissingPackage: gcsfs is not installed.
     """
-    from etils.epath import Path  # late, because compiling a step does not need it
+    from etils.epath import Path  # late, because compiling a step needs no files
 
     path = expand(path)
     scheme, separator, _ = path.partition("://")
@@ -46,8 +46,8 @@ def open_path(path: str | os.PathLike) -> Any:
     require("gcsfs", "hivit-jax[gcs]")
     import fsspec
 
-    # Without the first line, etils uses tensorflow if it is installed. Without the
-    # second line, this process does not see files that others write later.
+    # Without the first line, etils uses tensorflow if tensorflow is installed. Without
+    # the second line, this process does not see files that other processes write later.
     os.environ["EPATH_USE_TF"] = "false"
     fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
     return Path(path)

@@ -16,7 +16,7 @@ from hivit_jax.reporting.console import log
 # Device files in /dev: accel and vfio for TPUs, nvidia for NVIDIA GPUs, dxg for NVIDIA
 # GPUs under Windows (WSL), kfd for AMD GPUs.
 DEVICE_FILES = ("accel*", "vfio/[0-9]*", "nvidia[0-9]*", "dxg", "kfd")
-# PCI vendor of TPUs, and the PCI device of Google's network card, which is not a TPU.
+# PCI vendor id of Google, and PCI device id of its network card, which is not a TPU.
 GOOGLE, NETWORK_CARD = "0x1ae0", "0x0042"
 
 
@@ -39,7 +39,7 @@ def start() -> None:
     with _captured_stderr() as captured:
         platform = jax.default_backend()
         if platform == "cpu":
-            captured.truncate(0)
+            captured.truncate(0)  # drop the errors of the runtimes
     if platform == "cpu":
         log(
             f"{' and '.join(runtimes)} found no chip; computing on the CPU. "

@@ -18,7 +18,8 @@ from hivit_jax.models import Model
 from hivit_jax.models.base import ModelInfo
 from hivit_jax.paths import expand
 
-LIMITS = {"uint16": (0, 65535)}  # dtype -> black and white; see `StoredValues`
+# dtype of an array -> values of black and white; see `StoredValues.limits`.
+LIMITS = {"uint16": (0, 65535)}
 DTYPES = ("uint8", "uint16", "uint32", "int8", "int16", "int32", "float32", "float64")
 
 
@@ -28,8 +29,8 @@ def preprocess(model: Model) -> Callable[[Any], np.ndarray]:
     The function accepts one image or a list of images: a path, the bytes of an image
     file, a PIL image, or an array [h, w], [h, w, C] or, for a batch, [B, h, w, C]. It
     decodes, crops, resizes and normalizes them by `model.info`, and returns float32
-    [B, H, W, C]. With `model.info.dtype` "uint8", 16-bit values are divided by 257, as
-    in training.
+    [B, H, W, C]. With `model.info.dtype` "uint8", 16-bit values are divided by 257 or
+    mapped by `model.info.value_range`, as in training.
 
     With `data.canvas=0`, the result is bit-identical to the input of the model in an
     evaluation. With a canvas, the evaluation resizes on the device. A pixel may then
@@ -98,8 +99,8 @@ def _from_array(array: np.ndarray, info: ModelInfo) -> Any:
     modes = {1: "L", 3: "RGB", 4: "RGBA"}
     if array.ndim not in (2, 3) or bands not in modes or str(array.dtype) not in DTYPES:
         raise ConfigError(
-            f"expected an image file, a PIL image or an array [h, w, 1 or 3] of uint8, "
-            f"found {array.dtype} {list(array.shape)}"
+            "expected an image file, a PIL image or an array [h, w] or [h, w, 1, 3 or "
+            f"4] of {', '.join(DTYPES)}; found {array.dtype} {list(array.shape)}"
         )
     array = array.reshape(*array.shape[:2], bands)
     if array.dtype != np.uint8:

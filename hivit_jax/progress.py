@@ -16,10 +16,11 @@ def to_stderr(line: str) -> None:
 
 
 class Progress:
-    """Counter of items that writes a line every `every` seconds at most.
+    """Counter of items that writes at most one line in `every` seconds.
 
-    For example ``eval  12,800/50,000 images  1:02 left``. An operation that is shorter
-    writes no line. The time left assumes that all items take equally long.
+    A line is, for example, ``eval  12,800/50,000 images  1:02 left``. An operation
+    shorter than `every` seconds writes no line. The time left assumes that all items
+    take equally long.
 
     Args:
       title: name of the operation.

@@ -1,4 +1,4 @@
-"""Read recipes: those installed with the package, and Python files of the user."""
+"""Read recipes: installed ones, the user's Python files, and a run's config.json."""
 
 import ast
 import importlib.util
@@ -24,7 +24,7 @@ def names() -> dict[str, str]:
 
 
 def read(path: str) -> Mapping[str, Any]:
-    """Read the values of a recipe as nested dicts. They include "task".
+    """Read the values of a recipe as nested dicts, which include "task".
 
     Args:
       path: NAME of an installed recipe or a Python file, either of which may end with
@@ -49,7 +49,7 @@ def read(path: str) -> Mapping[str, Any]:
 
 
 def _read_json(path: str) -> Any:
-    from etils import epath  # late, because recipes do not need it
+    from etils import epath  # late, because Python recipes do not need etils
 
     return json.loads(epath.Path(path).expanduser().read_text())
 

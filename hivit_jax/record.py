@@ -1,7 +1,7 @@
 """Record the config of every start of a run, and report what changes at a resume.
 
-``config.json`` contains the config of the first start. Each later start that trains at
-least one step adds a file such as ``config-20260101T120000Z.json``.
+``config.json`` contains the config of the first start. Each later start, unless the run
+is finished, adds a file such as ``config-20260101T120000Z.json``.
 """
 
 import calendar
@@ -44,7 +44,7 @@ def newest_config(workdir: str | Path) -> str:
 
 
 def add_start(workdir: Path, config: str) -> None:
-    """Write the config (JSON text) of a new start. Never overwrites an earlier one."""
+    """Write the config (JSON text) of a new start to a new file."""
     name = FIRST_NAME
     if earlier := config_files(workdir):
         # Later than all earlier files, even if the clock was set back.
@@ -110,7 +110,8 @@ def check_batch_size(old: int, new: int, accumulate_steps: int, workdir: Any) ->
     """
     if old == new:
         return
-    # The smallest accumulate_steps with microbatches no larger than the new config's.
+    # The smallest divisor of `old` whose microbatches are no larger than those of the
+    # new config.
     fewest = -(-old * accumulate_steps // new)
     steps = next((k for k in range(fewest, old + 1) if old % k == 0), old)
     advice = (

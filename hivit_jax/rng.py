@@ -32,5 +32,5 @@ def step_keys(seed: int, purpose: str, first: jax.Array, count: int) -> Keys:
 
 def split_keys(keys: jax.Array, purpose: str) -> jax.Array:
     """Derive independent sample keys [B] for one purpose, such as "mask" or "flip"."""
-    word = zlib.crc32(purpose.encode())
-    return jax.vmap(lambda key: jax.random.fold_in(key, word))(keys)
+    purpose_id = zlib.crc32(purpose.encode())
+    return jax.vmap(lambda key: jax.random.fold_in(key, purpose_id))(keys)

@@ -16,8 +16,8 @@ from hivit_jax.tree import named_leaves
 def digests(trees: Mapping[str, Any]) -> dict[str, dict[str, str]]:
     """Return {item: {array name: digest}}; a digest has 64 bits, as hex text.
 
-    A digest does not depend on the array's sharding. A change of a single number always
-    changes it.
+    The digest does not depend on the array's sharding. A change of a single number, of
+    at most 32 bits, always changes the digest.
     """
     result: dict[str, dict[str, str]] = {}
     for item, tree in trees.items():
@@ -32,7 +32,7 @@ def nonfinite_names(tree: Any) -> list[str]:
     """Return the names of the arrays of a pytree that contain inf or NaN."""
 
     def is_finite(x):
-        if _on_host(x):
+        if _is_small_and_local(x):
             return np.isfinite(jax.device_get(x)).all()
         return _finite_on_device(x)
 
@@ -44,7 +44,7 @@ def _finite_on_device(x: jax.Array) -> jax.Array:
     return jnp.isfinite(x).all()
 
 
-def _on_host(x: jax.Array | np.ndarray) -> bool:
+def _is_small_and_local(x: jax.Array | np.ndarray) -> bool:
     """Return True for small arrays whose whole value is on this host.
 
     These arrays are processed on the host. On the devices, XLA would compile a program
@@ -55,7 +55,7 @@ def _on_host(x: jax.Array | np.ndarray) -> bool:
 
 def _digest(x: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
     """Return the digest of an array as two numbers, uint32 [2]."""
-    if not _on_host(x):
+    if not _is_small_and_local(x):
         return _digest_on_device(x if isinstance(x, jax.Array) else jax.device_put(x))
     x = np.ascontiguousarray(jax.device_get(x)).reshape(-1)
     bits = x.view(f"u{x.itemsize}").astype(np.uint32)

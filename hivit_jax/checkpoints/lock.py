@@ -3,7 +3,8 @@
 The lock is a file ``run-N.lock``. The file contains the host, process and start time of
 the owner, and a heartbeat count that the owner increases every `INTERVAL` seconds. If
 the owner is dead, the next run takes over the workdir by creating ``run-M.lock`` with
-M = N + 1. If several runs try this, only one can create the file.
+M = N + 1. If several runs try this, only one can create the file, unless the storage
+cannot create files exclusively.
 """
 
 import json
@@ -95,7 +96,7 @@ def is_dead(owner: Owner, path: Path) -> bool:
     """Return True if the owner of a lock no longer runs.
 
     An owner on this machine is alive if a process has the owner's process ID and start
-    time. The ID alone is not enough, because another process may have it now. An
+    time. The ID alone is not enough, because a later process may have the same ID. An
     owner on another machine is alive if the content of the lock changes within
     `WATCHED_INTERVALS` intervals. Times are not compared, because the clocks of the
     machines may differ.
@@ -182,22 +183,22 @@ def _send_heartbeats(path: Path, owner: Owner, released: threading.Event) -> Non
     Ends this process without saving if another run has taken over the workdir, which
     can happen while this process is suspended.
     """
-    beats, others_before = 0, set()
+    beats, previous_others = 0, set()
     while not released.wait(INTERVAL):
         beats += 1
         text = json.dumps(owner | {"beats": f"{beats:010d}"})
         with suppress(Exception):  # because buckets cause exceptions of many types
             others = {*_lock_files(path.parent)} - {path}
-            # A file counts if two heartbeats in a row see the file, because `_acquire`
-            # may create a file and delete it at once.
-            if others & others_before:
+            # Another run has taken over only if two heartbeats in a row find its file,
+            # because `_acquire` may create a file and delete it at once.
+            if others & previous_others:
                 exit_now(
                     ConfigError.exit_code,
                     f"error: {path.parent} was taken over by "
                     f"{_describe(_read(max(others, key=_number)) or {})} while this "
                     "process was suspended; ending without saving\n",
                 )
-            others_before = others
+            previous_others = others
             if is_bucket(path):
                 path.write_text(text)
             else:  # in place, so that readers never see an incomplete file

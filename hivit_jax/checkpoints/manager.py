@@ -9,8 +9,8 @@ that incomplete checkpoints are never restored. In buckets, complete checkpoints
 `read.COMMIT_FILE` instead.
 
 Versions before 0.1 saved the model state inside *params*, and optimizer moments of the
-model state inside *optimizer*. `restore` finds that model state by array name and drops
-its moments. Names of optimizer arrays may also differ between versions; see
+model state inside *optimizer*. `restore` finds this model state by array name and drops
+the moments. Names of optimizer arrays may also differ between versions; see
 `checkpoints.names`.
 """
 
@@ -106,7 +106,7 @@ class Checkpoints:
         Does nothing if a checkpoint of this step already exists.
 
         Raises:
-          ConfigError: this checkpoint or the previous one cannot be written.
+          ConfigError: this checkpoint or an earlier one cannot be written.
         """
         step = int(jax.device_get(state["step"]))
         if step in self.steps():
@@ -166,8 +166,8 @@ class Checkpoints:
                 return step, state
             path = self.directory / str(step)
             peer_error = CheckpointError(
-                f"{path}: another process could not restore it; its log contains the "
-                "error"
+                f"{path}: another process could not restore this checkpoint; the log "
+                "of that process contains the error"
             )
             errors.setdefault(step, peer_error)
         if errors:  # no checkpoint is intact; raise the error of the newest
@@ -283,7 +283,7 @@ def _rebuild(tree: Any, arrays: Mapping[str, jax.Array]) -> Any:
 def _check_same(
     path: Path, saved: Mapping[str, Any], expected: Mapping[str, Any]
 ) -> None:
-    """Raise ConfigError if names, shapes or dtypes differ, for the first difference."""
+    """Raise ConfigError for the first array whose name, shape or dtype differs."""
     for name in [*expected, *saved]:
         found, needed = (
             f"{leaves[name].dtype}{list(leaves[name].shape)}"

@@ -14,6 +14,9 @@ def match_names(
     transformation shifts the positions. Two names therefore denote the same array if
     they are equal after the positions are renumbered without gaps.
 
+    A saved name without an expected name is returned unchanged. If two saved names
+    would get the same expected name, all saved names are returned unchanged.
+
     Args:
       variables: names of the model's variables.
     """

@@ -31,7 +31,7 @@ def find_checkpoints(path: str | Path) -> list[Path]:
       path: a workdir, its checkpoints directory, or the directory of one checkpoint.
 
     Raises:
-      CheckpointError: there is no checkpoint, or it is incomplete.
+      CheckpointError: there is no complete checkpoint.
     """
     path = absolute(path)
     if (path / "checkpoints").is_dir():

@@ -83,10 +83,10 @@ def exit_now(code: int, message: str = "", peer_lost: bool = False) -> NoReturn:
       code: exit code.
       message: printed to stderr after the wait; not printed if JAX aborts this process
         first.
-      peer_lost: a lost process may have caused the error. This process then skips the
-        barrier and waits for JAX to abort it. Otherwise, if the lost process had
-        already reached the barrier, this process could complete the barrier and exit
-        with `code`.
+      peer_lost: True if a lost process may have caused the error. This process then
+        skips the barrier and waits for JAX to abort it. Without this, if the lost
+        process had already reached the barrier, this process could complete the
+        barrier and exit with `code`.
     """
     _exiting.acquire()  # never released: the first of two threads sets the exit code
     sys.stdout.flush()

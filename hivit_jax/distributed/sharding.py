@@ -13,13 +13,15 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from hivit_jax.errors import ConfigError
 from hivit_jax.tree import leaf_name
 
-# Mesh axes, from slowest to fastest links. The replica axis connects slices or nodes.
+# Mesh axes. Their links are ordered from slowest to fastest. The replica axis connects
+# slices or nodes.
 AXES = ("replica", "data", "fsdp", "tensor")
 BATCH = PartitionSpec(("replica", "data", "fsdp"))
 # Smaller arrays are not sharded over fsdp, because gathering them costs more than
 # sharding saves.
 MIN_SHARDED_SIZE = 2**13
-# Dimension that is sharded over the tensor axis: attention heads and MLP hidden units.
+# End of a parameter's name -> dimension that is sharded over the tensor axis: attention
+# heads or MLP hidden units.
 TENSOR_DIMS = {
     "qkv/kernel": 2,
     "qkv/bias": 1,
@@ -38,9 +40,9 @@ def make_mesh(
 ) -> Mesh:
     """Return a mesh with the axes `AXES`.
 
-    If the devices belong to several TPU slices or nodes, the first axis whose size is
-    divisible by the number of slices connects the slices. The other axes stay on the
-    fast links inside a slice.
+    If the devices belong to several TPU slices or nodes, the first of replica, data and
+    fsdp whose size is divisible by the number of slices connects the slices. The other
+    axes stay on the fast links inside a slice.
 
     Args:
       sizes: size of each axis; one may be -1, for the remaining devices.
@@ -145,21 +147,22 @@ def param_spec(
 ) -> PartitionSpec:
     """Return the PartitionSpec of one array of the train state.
 
-    The dimension in `TENSOR_DIMS` is sharded over the tensor axis, and the largest
-    other divisible dimension over the fsdp axis. The same rules apply to optimizer
-    moments and averaged parameters, because the names of these arrays end with the name
-    of the parameter.
+    If the size of the axis divides it, the dimension in `TENSOR_DIMS` is sharded over
+    the tensor axis. The largest other divisible dimension is sharded over the fsdp
+    axis, except in arrays smaller than `MIN_SHARDED_SIZE`. The same rules apply to
+    optimizer moments and averaged parameters, because the names of these arrays end
+    with the name of the parameter.
 
     Args:
       name: path of the array, as in `tree.named_leaves`.
-      zero: ZeRO stage. 3: fsdp shards everything; 1: only the optimizer state.
+      zero: ZeRO stage. 3: fsdp shards the whole state; 1: only the optimizer state.
     """
     spec: list[str | None] = [None] * len(shape)
-    dim = None
+    tensor_dim = None
     if "attn" in name or "mlp" in name:
-        dim = TENSOR_DIMS.get("/".join(name.rsplit("/", 2)[-2:]))
-    if dim is not None and shape[dim] % mesh.shape["tensor"] == 0:
-        spec[dim] = "tensor"
+        tensor_dim = TENSOR_DIMS.get("/".join(name.rsplit("/", 2)[-2:]))
+    if tensor_dim is not None and shape[tensor_dim] % mesh.shape["tensor"] == 0:
+        spec[tensor_dim] = "tensor"
     shard = zero == 3 or name.startswith("opt_state/")
     if shard and math.prod(shape) >= MIN_SHARDED_SIZE:
         for dim in sorted(range(len(shape)), key=lambda d: -shape[d]):

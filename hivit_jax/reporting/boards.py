@@ -73,8 +73,8 @@ class TensorBoard:
                 for name, value in settings.items()
             }
             names = "train/loss", "eval/loss", "eval/top1", "eval/mAP"
-            metrics = dict.fromkeys(names, 0.0)
-            # Not `add_hparams`, which writes a second file.
+            metrics = dict.fromkeys(names, 0.0)  # `hparams` uses only the names
+            # `add_hparams` would write a second file.
             for summary in hparams(values, metrics):
                 self._writer.file_writer.add_summary(summary)
 

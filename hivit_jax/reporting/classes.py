@@ -17,7 +17,8 @@ class ClassCounts:
       names: names of all classes.
 
     Attributes:
-      images, predicted, correct: int64 [classes].
+      images, predicted, correct: numbers of images that belong to a class, that are
+        predicted to belong to the class, and of which both is true; int64 [classes].
       matrix: int64 [classes, classes], true x predicted; None for more than
         `MAX_MATRIX` classes.
       in_top5: number of images whose true class is among the five most probable.
@@ -35,20 +36,22 @@ class ClassCounts:
 
         Args:
           labels: true classes, int [n].
-          ranked: at least the five most probable classes in order, int [n, k].
+          ranked: the k most probable classes in order, int [n, k]; k is at least 5, or
+            the number of classes if there are fewer.
         """
-        first = ranked[:, 0]
+        predicted = ranked[:, 0]
         np.add.at(self.images, labels, 1)
-        np.add.at(self.predicted, first, 1)
-        np.add.at(self.correct, labels[labels == first], 1)
+        np.add.at(self.predicted, predicted, 1)
+        np.add.at(self.correct, labels[labels == predicted], 1)
         self.in_top5 += int((ranked[:, :5] == labels[:, None]).any(1).sum())
         if self.matrix is not None:
-            np.add.at(self.matrix, (labels, first), 1)
+            np.add.at(self.matrix, (labels, predicted), 1)
 
     def metrics(self) -> dict[str, float | int]:
-        """Return images, accuracy, balanced_accuracy and, from six classes, top5.
+        """Return images, accuracy, balanced_accuracy and, if available, top5.
 
-        The balanced accuracy is the mean recall of the classes that have images.
+        The balanced accuracy is the mean recall of the classes that have images. The
+        top-5 accuracy requires at least `MIN_TOP5` classes.
         """
         total, present = int(self.images.sum()), self.images > 0
         recalls = self.correct[present] / self.images[present]

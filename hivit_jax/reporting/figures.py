@@ -1,4 +1,4 @@
-"""Draw the figures of a run: reconstructions, curves, schedule, training images.
+"""Draw figures, such as reconstructions, curves and confusion matrices.
 
 Figures are RGB images, uint8 [H, W, 3].
 """
@@ -56,7 +56,7 @@ def reconstructions(panels: np.ndarray, title: str) -> np.ndarray:
 
 
 def curves(workdir: Path) -> np.ndarray:
-    """Plot the losses of a run, and its accuracy or mAP if it is evaluated."""
+    """Plot the losses, top-1 accuracy and mAP that a run's metrics.jsonl contains."""
     lines = metrics.read(workdir / "metrics.jsonl")
     figure = _figure(6.4, 4)
     axis = figure.subplots()
@@ -95,8 +95,8 @@ def schedule(steps: np.ndarray, learning_rates: np.ndarray) -> np.ndarray:
 def confusion_matrix(matrix: np.ndarray, names: Sequence[str]) -> np.ndarray:
     """Plot a confusion matrix of counts, [classes, classes], true x predicted.
 
-    Colors show the fractions of each true class. The axes show names if there are at
-    most 40 classes, and the cells show counts if there are at most 15.
+    The color of a cell is the fraction of its true class. The axes show names if there
+    are at most 40 classes, and the cells show counts if there are at most 15 classes.
     """
     count = len(names)
     side = min(max(4.0, 1.5 + 0.4 * count), 14.0)
@@ -171,8 +171,8 @@ def write_png(path: Path, pixels: np.ndarray) -> None:
 
 
 def _figure(width: float, height: float) -> Any:
-    """Return an empty figure of a size in inches."""
-    from matplotlib.figure import Figure  # late, because its import takes long
+    """Return an empty figure; width and height are in inches."""
+    from matplotlib.figure import Figure  # late, because this import takes long
 
     return Figure(figsize=(width, height), dpi=110, layout="constrained")
 

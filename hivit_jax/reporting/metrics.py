@@ -38,7 +38,7 @@ class Writer:
         settings: Mapping[str, Any] | None = None,
         project: str = "",
     ):
-        from etils import epath  # late, because compiling a step does not need it
+        from etils import epath  # late, because compiling a step needs no files
 
         self._path = path = epath.Path(workdir) / "metrics.jsonl"
         kept = [line for line in read(path) if line["step"] <= first_step]
@@ -46,6 +46,7 @@ class Writer:
         temporary = path.with_suffix(".tmp")
         temporary.write_text(self._text)
         temporary.replace(path)
+        # (step, sorted names) of each line.
         self._written = {(line["step"], *sorted(line)) for line in kept}
         # Objects in a bucket cannot be appended to, so `scalars` writes the whole text.
         remote = is_bucket(path)
@@ -124,7 +125,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 class Throughput:
-    """Measures images per second between two calls of `read`.
+    """Meter of the images per second between two calls of `read`.
 
     The time inside `pause` does not count.
     """
@@ -176,8 +177,8 @@ def device_metrics(
     Returns:
       "images_per_second" and "images_per_second_per_chip"; "mfu" (model FLOP
       utilization), the operations per second as a fraction of the chips' bfloat16 peak,
-      if both are known; "device_memory", the most bytes that a device of this process
-      has used, if the backend reports them.
+      if both are known; "device_memory", the most bytes that the first device of this
+      process has used, if the backend reports them.
     """
     chip = chip_of(devices[0].device_kind)
     chips = len(devices) / (chip.devices if chip else 1)

@@ -86,7 +86,7 @@ class Task:
 
     def __init__(self, config: Any, data: DatasetInfo):
         num_classes = config.model.get("num_classes")
-        if num_classes == 0:  # use the dataset's number
+        if num_classes == 0:  # use the dataset's number of classes
             num_classes = len(data.classes)
             config = config.copy_and_resolve_references()
             config.model.num_classes = num_classes
@@ -217,7 +217,7 @@ class Task:
         raise ConfigError(f"task={self.config.task!r} has no predictions")
 
     def panels(self, model: Model, frozen: Any, batch: dict, keys: Keys) -> Rows:
-        """Return the arrays for `figures`, computed from the first held-out images."""
+        """Return the arrays for `figures`, computed from one small fixed batch."""
         return {}
 
     # --- On the host, after a batch or an evaluation ----------------------------------
@@ -240,7 +240,7 @@ class Task:
         Args:
           sums: totals over all batches, float64 or int64.
           count: number of examples of weight 1.
-          records: records of all processes, in the order of the split.
+          records: records of all processes, in the order of the evaluated batches.
         """
         return {f"eval/{name}": float(total) / count for name, total in sums.items()}
 

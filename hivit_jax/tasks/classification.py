@@ -26,7 +26,7 @@ from hivit_jax.tasks.defaults import model_arguments, pixel_scale
 
 
 class Classification(Task):
-    """Cross entropy with label smoothing, random erasing, Mixup and CutMix.
+    """Task with cross entropy, label smoothing, random erasing, Mixup and CutMix.
 
     With `data.multi_label`, the loss is the binary cross entropy, averaged over all
     classes, and the best checkpoint has the largest mean average precision.
@@ -88,7 +88,7 @@ class Classification(Task):
 
     @classmethod
     def best_metric(cls, config: Mapping[str, Any]) -> tuple[str, str]:
-        """Return mAP if images have several labels, else the top-1 accuracy."""
+        """Return mAP with `data.multi_label`, else the top-1 accuracy."""
         return ("eval/mAP", "max") if config["data"].get("multi_label") else cls.best
 
     @classmethod
@@ -238,14 +238,14 @@ def multi_label_metrics(
 
 
 def class_weights(text: str, data: DatasetInfo, num_classes: int) -> np.ndarray | None:
-    """Return the weights of `class_weights`, float32 [classes].
+    """Return the loss weights that the key `class_weights` sets, float32 [classes].
 
     With "balanced", a class with k of n training images has the weight ``n / (k *
     classes)``, so the mean weight of the training images is 1. Classes without training
     images are not counted in this formula and have the weight 0.
 
     Returns:
-      None for "balanced" if `data` has no training split.
+      The weights; None for "balanced" if `data` has no training split.
 
     Raises:
       ConfigError: the text is neither "balanced" nor one number of at least 0 per

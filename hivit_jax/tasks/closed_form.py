@@ -13,7 +13,7 @@ from hivit_jax.tasks import probing
 # Candidate penalties. The same values suit all datasets, because the error is a mean
 # over the images and features have variance 1.
 PENALTIES = tuple(10.0 ** (k / 2) for k in range(-16, 7))
-DEFAULT_PENALTY = 0.1  # if no image can be held out
+DEFAULT_PENALTY = 0.1  # used if no image can be held out
 CHUNK = 4096  # images that are converted to float64 at a time
 
 
@@ -32,9 +32,9 @@ def closed_form_probe(
       heartbeat: called after every batch.
 
     Returns:
-      eval/top1 and, from `MIN_TOP5` classes, eval/top5 as fractions; eval/count and
-      eval/unreadable, numbers of test images; probe/penalty; probe/held_out_top1, NaN
-      if no image could be held out.
+      Fractions eval/top1 and, with at least `MIN_TOP5` classes, eval/top5; numbers of
+      test images eval/count and eval/unreadable; probe/penalty; probe/held_out_top1,
+      NaN if no image could be held out.
 
     Raises:
       DataError: more images are unreadable than `data.max_unreadable` allows.
@@ -60,23 +60,25 @@ def closed_form_probe(
 
 
 class Ridge(NamedTuple):
-    """Ridge regression to one-hot targets, for every penalty at once.
+    """Ridge regression from features to one-hot targets, fitted for any penalty.
 
     The eigenvectors of the features' correlation matrix are computed once. The weights
-    for any penalty then need only one matrix product.
+    for each penalty then need only one matrix product.
 
     Attributes:
       mean, scale: mean and standard deviation of each feature, float64 [D].
-      values, vectors: eigenvalues [D] and eigenvectors [D, D] of the correlations.
-      targets: vectors.T @ (standardized features.T @ targets / images), [D, classes].
-      frequencies: fraction of the images in each class, [classes].
+      eigenvalues, eigenvectors: of the correlation matrix, [D] and [D, D].
+      projections: eigenvectors.T @ (standardized features.T @ one-hot targets / number
+        of images), [D, classes].
+      frequencies: fraction of the images in each class, [classes]. It is the intercept
+        of the regression.
     """
 
     mean: np.ndarray
     scale: np.ndarray
-    values: np.ndarray
-    vectors: np.ndarray
-    targets: np.ndarray
+    eigenvalues: np.ndarray
+    eigenvectors: np.ndarray
+    projections: np.ndarray
     frequencies: np.ndarray
 
     def weights(self, penalty: float) -> np.ndarray:
@@ -84,7 +86,8 @@ class Ridge(NamedTuple):
 
         They minimize the mean squared error plus `penalty` times their squared norm.
         """
-        return self.vectors @ (self.targets / (self.values + penalty)[:, None])
+        shrunk = self.projections / (self.eigenvalues + penalty)[:, None]
+        return self.eigenvectors @ shrunk
 
     def accuracy(
         self, features: np.ndarray, labels: np.ndarray, penalty: float
@@ -98,8 +101,8 @@ class Ridge(NamedTuple):
             x, true = (features[part] - self.mean) / self.scale, labels[part, None]
             scores = x @ weights + self.frequencies
             true_scores = np.take_along_axis(scores, true, 1)
-            earlier = np.arange(scores.shape[1]) < true
-            rank = ((scores > true_scores) | ((scores == true_scores) & earlier)).sum(1)
+            ties = (scores == true_scores) & (np.arange(scores.shape[1]) < true)
+            rank = ((scores > true_scores) | ties).sum(1)
             correct += [(rank < 1).sum(), (rank < 5).sum()]
         top1, top5 = (correct / max(len(labels), 1)).tolist()
         return top1, top5
@@ -116,11 +119,11 @@ def fit(features: np.ndarray, labels: np.ndarray, classes: int) -> Ridge:
         sums += x.T @ np.eye(classes)[labels[part]] / count
     scale = np.sqrt(np.diag(covariance))
     scale[scale <= 1e-9 * np.abs(mean)] = 1.0  # constant features
-    values, vectors = np.linalg.eigh(covariance / np.outer(scale, scale))
+    eigenvalues, vectors = np.linalg.eigh(covariance / np.outer(scale, scale))
     return Ridge(
         mean,
         scale,
-        np.maximum(values, 0),
+        np.maximum(eigenvalues, 0),
         vectors,
         vectors.T @ (sums / scale[:, None]),
         np.bincount(labels, minlength=classes) / count,
@@ -132,7 +135,8 @@ def select_penalty(
 ) -> tuple[float, float]:
     """Return the best penalty, and its accuracy on the held-out images.
 
-    Of equally good penalties, returns the largest.
+    Of equally good penalties, returns the largest. If no image can be held out, returns
+    `DEFAULT_PENALTY` and NaN.
     """
     held_out = held_out_images(labels)
     if not held_out.any():

@@ -41,7 +41,7 @@ def check_model(config: Any, model_class: type[Model]) -> None:
 
 
 def pixel_scale(data: Any) -> float:
-    """Return the pixel value that becomes 1: `data.scale`, or `data.dtype`'s white."""
+    """Return the pixel value that becomes 1: `data.scale`, or the dtype's maximum."""
     return data.scale or float(MAXIMUM[data.dtype])
 
 
@@ -62,13 +62,14 @@ def check_pixels(data: Any) -> None:
                 f"data.{name}={data[name]} with data.dtype={data.dtype!r}; expected "
                 "data.dtype='uint8'"
             )
-    limit, scale = MAXIMUM[data.dtype] / pixel_scale(data), f"{pixel_scale(data):g}"
+    limit, divisor = MAXIMUM[data.dtype] / pixel_scale(data), f"{pixel_scale(data):g}"
     pixels = "8-bit pixels" if data.dtype == "uint8" else "pixels"
     for name in ("mean", "std"):
         if data.dtype != "float32" and not all(0 <= x <= limit for x in data[name]):
             raise ConfigError(
                 f"data.{name}={tuple(data[name])}; expected 0 to {limit:g}, because "
-                f"{pixels} are divided by {scale}; divide these values by {scale} too"
+                f"{pixels} are divided by {divisor}; divide these values by {divisor} "
+                "too"
             )
 
 
@@ -102,8 +103,8 @@ def image_transform(config: Any, dataset: DatasetInfo, train: bool) -> ImageTran
             f"data.canvas={data.canvas} with model.image_size={model.image_size}; "
             f"expected data.canvas=0 or at least {max(size)}"
         )
-    # No canvas: RandAugment needs images that the host has already resized, and
-    # synthetic images are generated at their final size.
+    # Without a canvas, the device does not resize: RandAugment needs images that the
+    # host has already resized, and synthetic images are generated at their final size.
     final_size_on_host = randaugment or not dataset.encoded
     num_classes = model.get("num_classes") or 0
     random_crop = train and tuple(data.crop_scale) != (1.0, 1.0)

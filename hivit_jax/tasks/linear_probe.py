@@ -20,13 +20,13 @@ from hivit_jax.tree import leaf_name, split_state
 
 TRUST = 0.001  # ratio of an update's norm to the weights' norm, at learning rate 1
 # A warning is logged if the norms of all updates of a run, relative to the weights'
-# norm, add up to less than this. In MAE's probe of ImageNet the sum is about 200. With
-# a sum of 1.5, the digits recipe loses 21 points of accuracy.
-MIN_SUM = 5.0
+# norm, add up to less than this value. In MAE's probe of ImageNet the sum is about 200.
+# With a sum of 1.5, the digits recipe loses 21 points of accuracy.
+MIN_UPDATE_SUM = 5.0
 
 
 class LinearProbe(Classification):
-    """Trains a head on batch-normalized features of a frozen encoder."""
+    """Task that trains a head on batch-normalized features of a frozen encoder."""
 
     keys = {}
     unused = {
@@ -57,16 +57,16 @@ class LinearProbe(Classification):
         if not config.init_from:
             found.append("init_from='': the frozen encoder has random parameters")
         peak = peak_learning_rate(config.optimizer, config.batch_size)
-        # Sum of the updates' relative norms for a peak of 1. It is halved, because the
-        # learning rate falls to 0, and divided by 1 - momentum, because momentum sums
-        # past updates.
+        # Sum of the updates' relative norms for a peak of 1. The sum is halved, because
+        # the learning rate falls to 0, and divided by 1 - momentum, because momentum
+        # adds past updates.
         per_peak = TRUST * total_steps / 2 / (1 - config.optimizer.betas[0])
-        if 0 < peak < MIN_SUM / per_peak:
+        if 0 < peak < (smallest := MIN_UPDATE_SUM / per_peak):
             text = peak_text(config.optimizer, config.batch_size)
             found.append(
                 f"the peak learning rate, {text}, is small for LARS in {total_steps:,} "
-                f"steps; expected at least {MIN_SUM / per_peak:.2g}; otherwise the "
-                "accuracy may stay at chance level"
+                f"steps; expected at least {smallest:.2g}; otherwise the accuracy may "
+                "stay at chance level"
             )
         return found
 

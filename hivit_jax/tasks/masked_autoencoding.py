@@ -59,7 +59,7 @@ class MaskedAutoencoding(Task):
         return name != "encoder/mask_token" and super().is_decayed(name)
 
     def macs(self, model: MaskedModel, layer_norm_cost: int = 0) -> int:
-        """Return the multiply-adds of one image at the config's mask ratio."""
+        """Return the multiply-adds of one image's forward pass at the mask ratio."""
         return model.macs(
             mask_ratio=self.config.mask_ratio, layer_norm_cost=layer_norm_cost
         )

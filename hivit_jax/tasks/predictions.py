@@ -1,4 +1,4 @@
-"""Write a classifier's predictions; with known labels also its accuracy and errors."""
+"""Write a classifier's predictions and, with known labels, its accuracy and errors."""
 
 import csv
 import json
@@ -16,7 +16,7 @@ from hivit_jax.reporting.classes import ClassCounts, write_rows
 from hivit_jax.reporting.console import log
 
 SUFFIXES = (".csv", ".jsonl")
-MAX_RANK = 5  # classes per image
+MAX_RANK = 5  # listed classes per image
 NUM_WORST = 24  # images in worst.png, the mistakes with the least probable true class
 Rows = Mapping[str, np.ndarray]
 
@@ -39,7 +39,7 @@ def write(
       read: function from an index to the image, float [H, W, C] in 0..1.
 
     Raises:
-      ConfigError: `out` has another ending.
+      ConfigError: `out` is a file with another ending.
       OSError: a file cannot be written.
     """
     counts, worst, out = ClassCounts(names), [], _file(out)
@@ -64,7 +64,7 @@ def write_multi_label(
     """Write the probability of each class and, if labels are known, an evaluation.
 
     The table has a column "label" only if labels are known. In this column, "" marks an
-    image of no class. Logits and labels of all labeled images are kept in memory.
+    image of no class. Memory must hold the logits and labels of all labeled images.
 
     Args:
       batches: rows as in `Task.stream_predictions`, with "probabilities" and "logits"
@@ -97,8 +97,8 @@ def write_multi_label(
                 row |= {column: round(value, 6) for column, value in pairs}
                 add(row | ({"label": join(rows["label"][k])} if labeled else {}))
             if labeled:
-                good = rows["error"] == ""
-                known.append((rows["logits"][good], rows["label"][good]))
+                readable = rows["error"] == ""
+                known.append((rows["logits"][readable], rows["label"][readable]))
     if not sum(len(labels) for _, labels in known):
         return
     logits, labels = map(np.concatenate, zip(*known, strict=True))
@@ -129,7 +129,10 @@ def _file(out: Path) -> Path:
 def _table_writer(
     out: Path, columns: Sequence[str]
 ) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Provide a function that writes a row; the file appears after the last row."""
+    """Context manager that returns a function that writes a row of the table.
+
+    The file gets its final name when the context ends.
+    """
     out.parent.mkdir(parents=True, exist_ok=True)
     part = out.with_name(f"{out.stem}.incomplete{out.suffix}")
     with open(
@@ -155,7 +158,7 @@ def _key(name: str, rank: int) -> str:
 def _table(
     rows: Rows, ranked: np.ndarray, names: Sequence[str]
 ) -> Iterator[dict[str, Any]]:
-    """Yield the columns of each image, without a "label" or "error" that is empty."""
+    """Yield a row {column: value} for each image; empty columns are left out."""
     probabilities = np.take_along_axis(rows["probabilities"], ranked, 1).tolist()
     columns = [rows[key].tolist() for key in ("name", "label", "error")]
     for name, label, error, classes, values in zip(
@@ -178,9 +181,9 @@ def _mistakes(rows: Rows, ranked: np.ndarray, known: np.ndarray) -> Iterator[tup
     predicted class, probability of the predicted class).
     """
     for i in np.flatnonzero(known & (ranked[:, 0] != rows["label"])).tolist():
-        p, true, found = rows["probabilities"][i], rows["label"][i], ranked[i, 0]
+        p, true, predicted = rows["probabilities"][i], rows["label"][i], ranked[i, 0]
         index = int(rows["index"][i])
-        yield float(p[true]), index, int(true), int(found), float(p[found])
+        yield float(p[true]), index, int(true), int(predicted), float(p[predicted])
 
 
 def _write_evaluation(
@@ -202,19 +205,19 @@ def _write_evaluation(
     written = [beside("metrics.json"), beside("classes.csv")]
     if counts.matrix is not None:
         counts.write_matrix(beside("confusion.csv"))
-        picture = figures.confusion_matrix(counts.matrix, names)
-        figures.write_png(beside("confusion.png"), picture)
+        pixels = figures.confusion_matrix(counts.matrix, names)
+        figures.write_png(beside("confusion.png"), pixels)
         written += [beside("confusion.csv"), beside("confusion.png")]
     images, titles = [], []
-    for p_true, index, true, found, p_found in worst:
+    for p_true, index, true, predicted, p_predicted in worst:
         images.append(read(index))
         titles.append(
             f"true: {names[true]}, {p_true:.0%}\n"
-            f"predicted: {names[found]}, {p_found:.0%}"
+            f"predicted: {names[predicted]}, {p_predicted:.0%}"
         )
     if images:
-        picture = figures.titled_images(np.stack(images), titles)
-        figures.write_png(beside("worst.png"), picture)
+        pixels = figures.titled_images(np.stack(images), titles)
+        figures.write_png(beside("worst.png"), pixels)
         written.append(beside("worst.png"))
     parts = [f"{key.replace('_', ' ')} {value:.2%}" for key, value in metrics.items()
              if key != "images"]  # fmt: skip

@@ -1,4 +1,4 @@
-"""k-nearest-neighbor classification with the features of a pretrained encoder."""
+"""Features of a pretrained encoder, and their k-nearest-neighbor classification."""
 
 import math
 from collections.abc import Callable
@@ -23,6 +23,8 @@ from hivit_jax.tasks.base import Task
 from hivit_jax.tasks.classification import topk_correct
 from hivit_jax.tree import split_state
 from hivit_jax.weights import adapt, load
+
+CHUNK = 256  # test images that are classified at a time
 
 
 def nearest_neighbors(
@@ -68,8 +70,8 @@ def nearest_neighbors(
     train_set = jax.device_put(train)
     count = len(features)
     chunks, progress = [], Progress("nearest neighbors", count, write=log)
-    for i in range(0, count, 256):
-        part = jax.device_put((features[i : i + 256], labels[i : i + 256]))
+    for i in range(0, count, CHUNK):
+        part = jax.device_put((features[i : i + CHUNK], labels[i : i + CHUNK]))
         chunks.append(jax.device_get(classify(*part, *train_set)))
         progress.update(len(part[1]))
     top1, top5 = (
@@ -85,6 +87,7 @@ def fit_to_devices(config: Any) -> tuple[Any, Mesh]:
 
     The batch size is rounded up, because it has no effect on the result of a probe.
     """
+    # A multiple of the number of devices, which every valid mesh can split.
     mesh = make_mesh(config.mesh, config.batch_size * jax.device_count())
     shards = math.prod(mesh.shape[axis] for axis in BATCH[0])
     config = config.copy_and_resolve_references()
@@ -124,13 +127,13 @@ def encode_split(
 def make_encoder(config: Any, task: Task, mesh: Mesh, unit_length: bool) -> Callable:
     """Return a function from a batch to (features, labels, weights, unreadable).
 
-    Features are float32 [B, E]; the others are [B]. All are replicated on all devices.
+    Features are float32 [B, E], the other arrays [B]. Every device has all four arrays.
 
     Args:
       unit_length: divide the features of each image by their length.
 
     Raises:
-      ConfigError: the images have no labels, or several per image.
+      ConfigError: the images have no labels, or `data.multi_label` is set.
     """
     if config.data.multi_label:
         raise ConfigError(
@@ -153,8 +156,8 @@ def make_encoder(config: Any, task: Task, mesh: Mesh, unit_length: bool) -> Call
     def encode(variables, batch):
         model = nnx.merge(graphdef, *variables.values())
         tokens = model.encoder(task.preprocess(batch))[-1]
-        if first := model.config.class_tokens:
-            tokens = tokens[:, first:]  # [B, N, E]
+        if num_class_tokens := model.config.class_tokens:
+            tokens = tokens[:, num_class_tokens:]  # [B, N, E]
         features = tokens.astype(jnp.float32).mean(1)
         if unit_length:
             features /= jnp.linalg.norm(features, axis=-1, keepdims=True)

@@ -6,7 +6,7 @@ from hivit_jax.data.sources.base import DatasetInfo
 from hivit_jax.training.schedule import peak_learning_rate
 
 # Usual range of AdamW's peak learning rate. With a smaller peak the weights hardly
-# change; with a larger peak the loss diverges.
+# change; with a larger peak the loss usually diverges.
 ADAM_PEAKS = (1e-6, 0.05)
 
 
@@ -68,7 +68,7 @@ def _length_warnings(
 
 
 def _learning_rate_warnings(optimizer: Any, batch_size: int) -> list[str]:
-    """Return warnings about a peak of 0, or other learning rates above the peak."""
+    """Return warnings about a peak of 0, and about other rates that exceed the peak."""
     peak, found = peak_learning_rate(optimizer, batch_size), []
     if peak == 0:
         return ["optimizer.base_learning_rate=0: the run changes no parameter"]

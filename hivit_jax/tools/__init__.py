@@ -1,1 +1,1 @@
-"""Commands, run as ``python -m hivit_jax.tools.NAME``; ``--help`` shows the usage."""
+"""Commands such as ``python -m hivit_jax.tools.predict --help``, and their helpers."""

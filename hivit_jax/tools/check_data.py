@@ -4,8 +4,9 @@ Reads the images of all splits as training does. Prints image sizes, unusual for
 unreadable files, classes, images in both splits and settings to paste, and estimates
 how many CPU cores keep one accelerator busy.
 
-A *finding* is an unusual property of an image. A *fault* is a finding, or a class
-without images, that `check_dataset` judges: it either fails the check or is only noted.
+A *finding* is an unusual property of an image. A *fault* is one of the findings in
+`dataset_split.FAULTS`, or a class without images. Depending on its kind and number, a
+fault fails the check, is noted, or is tolerated; see `check_dataset`.
 """
 
 import os
@@ -159,8 +160,8 @@ def check_dataset(
     if splits[0].usable().any():
         speed = images_per_cpu_second(splits[0], task.transform(train=True))
         print(f"\n{speed_report(task, model, speed)}")
-    text, found = content_report(splits, group)
-    print(f"\n{text}\n\n{'; '.join(failures + notes + found) or 'healthy'}")
+    text, problems = content_report(splits, group)
+    print(f"\n{text}\n\n{'; '.join(failures + notes + problems) or 'healthy'}")
     if sheet:
         figures.write_png(sheet, contact_sheet(splits[0]))
     if failures:
@@ -195,7 +196,8 @@ def run(argv: Sequence[str] | None) -> None:
     parser.add_argument(
         "--group",
         default="",
-        help="pattern; reports values of its first group that are in both splits",
+        help="regular expression for names of images; reports values of its first "
+        "group that are in both splits",
     )
     flags, overrides = parser.parse_known_args(argv)
     config = configs.load(flags.config, overrides)

@@ -88,13 +88,13 @@ def run_cost(config: Any, report: dict[str, Any]) -> dict[str, Any]:
     """Return {"run": images and hours of the whole run}, as JSON values.
 
     Hours are given at the roofline bound and at `UTILIZATION` of this bound, without
-    evaluation and reading of images. They are None if the step does not fit.
+    evaluation and reading of images. Both are None if the step does not fit.
     """
     chips = report["devices"] // CHIPS[report["topology"].partition(":")[0]].devices
     images = resolved_schedule(config)[1] * config.batch_size
-    hours, bound = None, report["roofline"]
-    if bound:
-        hours = images / (chips * bound["images_per_second_per_chip"]) / 3600
+    hours, roofline = None, report["roofline"]
+    if roofline:
+        hours = images / (chips * roofline["images_per_second_per_chip"]) / 3600
     return {
         "run": {
             "images": images,
@@ -107,9 +107,9 @@ def run_cost(config: Any, report: dict[str, Any]) -> dict[str, Any]:
 
 
 def earlier_summary(config: Any, workdir: str | Path) -> str:
-    """Return the `summary` of WORKDIR/compile.json; "" if there is none.
+    """Return the `summary` of WORKDIR/compile.json; "" without a readable file.
 
-    A note follows if the file belongs to another config.
+    The text ends with a note if the file belongs to another config.
     """
     path = open_path(workdir) / REPORT
     try:
@@ -146,10 +146,10 @@ def largest_batch(
     size, fits = report["batch_per_device"], report["fits"]
     shards, tried = report["batch_size"] // size, 0
     multiple = tasks.find(config.task).batch_multiple(config)
-    unit = config.optimizer.accumulate_steps * multiple
+    divisor = config.optimizer.accumulate_steps * multiple
     low, high = (size, None) if fits else (0, size)
-    while high is None or high - low > max(unit, low // 8):
-        size = 2 * low if high is None else (low + high) // (2 * unit) * unit
+    while high is None or high - low > max(divisor, low // 8):
+        size = 2 * low if high is None else (low + high) // (2 * divisor) * divisor
         config.batch_size = shards * size
         log(f"trying {size} images per device ...")
         fits = step_report(config, devices, report["topology"])["fits"]

@@ -40,7 +40,7 @@ DST        a .safetensors or PyTorch file (.pth, .pt, .bin, .ckpt, .pth.tar); an
            if SRC does not contain them
 --inspect  describe SRC and how its arrays fit the model; write nothing
 --names    with --inspect: list every array by name
---plain    read the plain weights even if averaged weights (EMA) were saved
+--plain    read the unaveraged weights even if averaged weights (EMA) were saved
 """
 
 
@@ -133,8 +133,8 @@ def convert(
     model = build(pretrained, **overrides)
     if target.suffix in files.SUFFIXES:
         state = to_state_dict(split(model)[1], model, layout)
-        about = {"arguments": arguments_of(model), "info": asdict(model.info)}
-        files.write(target, state, json.dumps(about))
+        metadata = {"arguments": arguments_of(model), "info": asdict(model.info)}
+        files.write(target, state, json.dumps(metadata))
     else:
         save_pretrained(model, target, pretrained.recipe, pretrained.results)
     log(f"written: {target}")

@@ -11,8 +11,9 @@ from hivit_jax.reporting import figures
 from hivit_jax.tasks.defaults import pixel_scale
 from hivit_jax.tools.dataset_split import Split
 
-MAX_CLASSES = 100  # classes in the printed table: the largest and the smallest
-MAX_PAIRS = 5  # listed pairs of equal files, and groups
+MAX_CLASSES = 100  # classes in the printed table: half the largest, half the smallest
+MAX_PAIRS = 5  # listed pairs of equal files, and listed groups
+# Contact sheet: classes, images per class, and side of an image in pixels.
 SHEET_CLASSES, SHEET_IMAGES, SHEET_SIDE = 20, 6, 96
 
 
@@ -52,8 +53,8 @@ def class_lines(splits: Sequence[Split]) -> list[str]:
     if len(order) < len(names):
         lines.append(f"  ... and {len(names) - len(order):,} classes in between")
     if splits[0].labels.ndim == 2:
-        none = [int((s.labels.max(1, initial=-1) == 0).sum()) for s in splits]
-        numbers = "".join(f"{count:>12,}" for count in none)
+        no_class = [int((s.labels.max(1, initial=-1) == 0).sum()) for s in splits]
+        numbers = "".join(f"{count:>12,}" for count in no_class)
         lines.append(f"  {'(images of no class)':<28}{numbers}")
     smallest, largest = counts[0].min(), counts[0].max()
     ratio = f"{largest / smallest:.1f}" if smallest else "unlimited"
@@ -62,15 +63,16 @@ def class_lines(splits: Sequence[Split]) -> list[str]:
 
 
 def leak_lines(splits: Sequence[Split], group: str) -> tuple[list[str], list[str]]:
-    """Return lines about images that are in both splits, and the problems."""
+    """Return (lines about equal files and groups in both splits, list of problems)."""
     train, test = splits
     pairs = equal_files([split.summary.digests for split in splits])
     lines, problems = [], []
     if pairs:
         problems.append(f"{len(pairs):,} files with equal content in both splits")
         lines.append(problems[-1])
-        for one, other in pairs[:MAX_PAIRS]:
-            lines.append(f"    {train.name(one)} = {test.name(other)}")
+        for train_index, test_index in pairs[:MAX_PAIRS]:
+            line = f"    {train.name(train_index)} = {test.name(test_index)}"
+            lines.append(line)
     if group:
         names = [[split.name(i) for i in split.indices.tolist()] for split in splits]
         if shared := shared_groups(group, names):
@@ -102,7 +104,7 @@ def setting_lines(split: Split) -> list[str]:
 
 
 def contact_sheet(split: Split) -> np.ndarray:
-    """Draw the first images of each class, uint8 [H, W, 3]."""
+    """Draw the first images of the first `SHEET_CLASSES` classes, uint8 [H, W, 3]."""
     source, data = split.source, split.config.data
     channels = image_shape(split.config.model)[2]
     shape = SHEET_SIDE, SHEET_SIDE, channels

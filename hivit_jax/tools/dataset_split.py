@@ -37,9 +37,10 @@ class Split:
 
     Attributes:
       indices: indices of the k images in the dataset's split, int64 [k].
-      labels: int64 [k], or [k, classes] of 0 and 1 with several labels per image; -1
-        for an unreadable image or an invalid label; 0 for images without labels.
-      sizes: height and width, int64 [k, 2]; 0 for an unreadable image.
+      labels: int64 [k], or [k, classes] of 0 and 1 with several labels per image. -1
+        marks an image that cannot be decoded, or an invalid label. Without labels, all
+        decoded images have 0.
+      sizes: height and width, int64 [k, 2]; 0 for an image that cannot be decoded.
       summary: facts about all readable images.
       findings: finding, such as "unreadable" -> index of an image in the dataset's
         split -> detail as text.
@@ -53,8 +54,8 @@ class Split:
         self.source = open_source(data, split)
         n = len(self.source)
         self.indices = np.sort(permutation(0, 0, n)[: max_images or n])
-        several = data.multi_label and self.source.labeled
-        shape = (len(self.source.classes),) if several else ()
+        has_vectors = data.multi_label and self.source.labeled
+        shape = (len(self.source.classes),) if has_vectors else ()
         self.labels = np.full((len(self.indices), *shape), -1)
         self.sizes = np.zeros((len(self.indices), 2), np.int64)
         empty = {UNREADABLE: {}, BAD_LABEL: {}}
@@ -114,7 +115,7 @@ class Split:
         return len(indices)
 
     def _valid_label(self, label: Any) -> int | np.ndarray:
-        """Return a label, or the vector of an image's labels; 0 for unlabeled images.
+        """Return a label, or the vector of an image's labels; 0 without labels.
 
         Raises:
           LabelError: the label is invalid.
@@ -150,8 +151,8 @@ class Split:
 
     def of_class(self, label: int) -> np.ndarray:
         """Return the indices of the usable images of a class, int64."""
-        several = self.labels.ndim == 2
-        mask = self.labels[:, label] > 0 if several else self.labels == label
+        has_vectors = self.labels.ndim == 2
+        mask = self.labels[:, label] > 0 if has_vectors else self.labels == label
         return self.indices[mask]
 
     def per_class(self) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Describe a recipe: config, parameters, cost, schedule, hours. Runs no model."""
+"""Describe a recipe without running it: config, parameters, cost, schedule, hours."""
 
 from collections import defaultdict
 from collections.abc import Collection
@@ -147,9 +147,9 @@ def schedule_table(config: Any) -> str:
 def hours_table(config: Any, task: tasks.Task, model: Model) -> str:
     """Return a table of a run's throughput and hours at the peak of each chip.
 
-    Also contains the hours at `UTILIZATION` of the peak. Counts the multiply-adds of
-    `Task.passes` forward passes, but not memory traffic, recomputation, evaluation or
-    reading of images.
+    The table also contains the hours at `UTILIZATION` of the peak. It is computed from
+    the multiply-adds of `Task.passes` forward passes, without memory traffic,
+    recomputation, evaluation and reading of images.
     """
     _, total_steps, _ = resolved_schedule(config)
     images = total_steps * config.batch_size

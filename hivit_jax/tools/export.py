@@ -78,7 +78,8 @@ def export_onnx(model: Model, what: str = "classifier") -> bytes:
     if dtype != "float32":
         raise ConfigError(f"ONNX export: dtype={dtype}; expected float32")
     jax2onnx = errors.require("jax2onnx", "hivit-jax[onnx]")
-    logging.getLogger("onnx_ir").setLevel(logging.ERROR)  # it logs every shape
+    # Without this, onnx_ir logs every shape.
+    logging.getLogger("onnx_ir").setLevel(logging.ERROR)
     cell, stages = model.config.cell_size, len(model.config.depths)
     strides = [f"stride{cell << level}" for level in range(stages)]
     onnx = jax2onnx.to_onnx(
@@ -142,14 +143,14 @@ def compare(model: Model, what: str, path: Path) -> float:
     """Run the model and the file on two random images.
 
     Returns:
-      The largest absolute difference of their outputs.
+      The largest absolute difference of the outputs.
 
     Raises:
       HivitError: the difference is larger than rounding errors explain.
     """
     images = jax.random.normal(jax.random.key(0), (2, *_input_spec(model).shape[1:]))
     exported = _flat(load_exported(path)(images))
-    # onnxruntime multiplies in float32. GPUs and TPUs do not by default.
+    # onnxruntime multiplies in float32. JAX on GPUs and TPUs by default does not.
     onnx = path.suffix == ".onnx"
     with jax.default_matmul_precision("highest") if onnx else nullcontext():
         expected = _flat(jax.jit(_inference(model, what))(images))
@@ -260,7 +261,7 @@ def run(argv: Sequence[str] | None) -> None:
     part = out.parent / f"{out.stem}.incomplete{out.suffix}"
     try:
         part.write_bytes(content)
-        comparison = "not compared with the model, because it cannot run here"
+        comparison = "not compared with the model, because the file cannot run here"
         if onnx or stablehlo.default_export_platform() in targets:
             difference = compare(model, flags.what, part)
             comparison = f"largest difference from the model {difference:.1e}"

@@ -31,13 +31,13 @@ IMAGE|DIRECTORY
               images; directories are searched recursively. Default: the test split of
               the training's dataset
 --pyramid     write the feature maps of all stages instead of pooled features
---batch_size  default: that of the training, at most 64
+--batch_size  default: the training's batch size, at most 64
 
 arrays of FILE.npz:
   features    float32 [N, D], the input of the classifier's head, or the mean of the
               last tokens of a masked autoencoder
   stride4, stride8, stride16
-              float32 [N, h, w, C], instead of features, with --pyramid
+              float32 [N, h, w, C]; with --pyramid, they replace features
   files       [N] names of the images; images that cannot be read are left out
   labels      int32 [N], -1 where unknown; with several labels per image,
               [N, classes] of 0 and 1; absent if no label is known
@@ -93,11 +93,11 @@ def write_features(
     graphdef, params = split(load.build(pretrained))
     config = files.config_of(pretrained, batch_size)
     task, source = files.open_images(pretrained, config, images)
-    function = pyramid if with_pyramid else pooled
+    features = pyramid if with_pyramid else pooled
 
     @jax.jit
     def step(params, batch):
-        return function(nnx.merge(graphdef, params), task.preprocess(batch))
+        return features(nnx.merge(graphdef, params), task.preprocess(batch))
 
     parts = []
     for rows in files.compute(config, task, source, partial(step, params), "features"):

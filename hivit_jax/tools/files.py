@@ -28,7 +28,7 @@ from hivit_jax.reporting.console import log
 from hivit_jax.weights.adapt import Pretrained
 from hivit_jax.weights.load import DATA_KEYS
 
-MAX_BATCH = 64  # images per batch, unless the training used fewer
+MAX_BATCH = 64  # largest default batch size
 
 
 def make_parser(usage: str) -> Parser:
@@ -73,10 +73,15 @@ def config_of(pretrained: Pretrained, batch_size: int = 0) -> Any:
     recipe = pretrained.recipe
     if not recipe:
         model = {k: v for k, v in pretrained.arguments.items() if v is not None}
-        if model.get("num_classes") == 0:  # in a config, 0: as many as the dataset has
+        # In a config, 0 would stand for the dataset's number of classes.
+        if model.get("num_classes") == 0:
             model["num_classes"] = 1
-        kind, model_config, _ = configure(**pretrained.arguments)
-        names = [n for n, t in tasks.TASKS.items() if issubclass(kind, t.model_class)]
+        model_class, model_config, _ = configure(**pretrained.arguments)
+        names = [
+            name
+            for name, task in tasks.TASKS.items()
+            if issubclass(model_class, task.model_class)
+        ]
         info = make_info(model_config, **pretrained.info)
         data = {key: getattr(info, name) for key, name in DATA_KEYS.items()}
         # With a canvas, `model.image_size` could not exceed the default canvas.
@@ -105,7 +110,8 @@ def open_images(
         classes = source.classes
     else:
         classes = pretrained.info.get("class_names") or _classes_of_dataset(config)
-        # A directory cannot name all labels of an image, so they are unknown.
+        # With several labels per image, all labels are unknown, because a directory
+        # names only one.
         source = Paths(paths, () if config.data.multi_label else classes)
     info = DatasetInfo({"test": len(source)}, tuple(classes), source.encoded)
     return tasks.create(config, info), source
@@ -126,7 +132,7 @@ def one_device() -> Mesh:
 
 
 class _TolerantTransform(Transform):
-    """A task's transform that turns a `DataError` into an unreadable image."""
+    """A task's transform whose DataErrors mark an image as unreadable."""
 
     def __init__(self, transform: Transform):
         self.batch_size, self.draws = transform.batch_size, transform.draws
@@ -170,8 +176,8 @@ def compute(
             outputs = step(batch)
             names = {"index", "unreadable", "label"} & {*batch}
             facts, rows = jax.device_get(({k: batch[k] for k in names}, outputs))
-            real = facts["index"] >= 0
-            facts, rows = ({k: v[real] for k, v in d.items()} for d in (facts, rows))
+            valid = facts["index"] >= 0  # padding has the index -1
+            facts, rows = ({k: v[valid] for k, v in d.items()} for d in (facts, rows))
             unreadable = facts.pop("unreadable") > 0
             facts["error"] = np.array(
                 [

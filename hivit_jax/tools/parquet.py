@@ -21,7 +21,7 @@ SPLIT_NAMES = {
 }
 LABEL_COLUMNS = ("label", "labels", "class", "class_name", "category")
 VERSION = "1.0.0"  # TFDS reads datasets from NAME/VERSION
-MAX_LISTED = 20  # reported rows
+MAX_LISTED = 20  # skipped rows that are printed
 ROWS_PER_READ = 64
 
 
@@ -29,9 +29,9 @@ class Columns(NamedTuple):
     """Columns of images and labels.
 
     Attributes:
-      image: name of the image column, of files or of structs with their "bytes".
-      label: name of the label column, of numbers, of texts, or of lists of them.
-      names: class names; None: not in the metadata.
+      image: name of the column of image files, or of structs with a field "bytes".
+      label: name of the column of labels: numbers, texts, or lists of either.
+      names: class names; None: the metadata contain none.
       several: True if the labels are lists.
     """
 
@@ -47,13 +47,13 @@ def convert(
     """Write the rows of parquet files to OUT/1.0.0, or resume writing them.
 
     The names of the files and directories determine the splits. Class names come from
-    the Hugging Face metadata; otherwise they are the numbers, or the sorted texts, in
-    the label column. Rows without image or label are reported and left out.
+    the Hugging Face metadata; otherwise they are the numbers from 0 to the largest, or
+    the sorted texts, in the label column. Rows without image or label are left out.
 
     Args:
       pattern: a file, a directory that is searched recursively, or a glob pattern.
       out: directory; its name becomes `data.name`.
-      label_column: "" for one of `LABEL_COLUMNS`, or else a column of class labels.
+      label_column: name; "": one of `LABEL_COLUMNS`, or a column with class names.
       short_side, shard_size: see `record_shards.write_dataset`.
 
     Raises:
@@ -128,12 +128,12 @@ def _find(pattern: str) -> dict[str, list[Path]]:
     return dict(sorted(files.items()))
 
 
-def _read(file: Path, action: str, *arguments: Any, **options: Any) -> Any:
+def _read(file: Path, function: str, *arguments: Any, **options: Any) -> Any:
     """Call a function of pyarrow.parquet; raise DataError for a damaged file."""
     import pyarrow.parquet
 
     try:
-        return getattr(pyarrow.parquet, action)(file, *arguments, **options)
+        return getattr(pyarrow.parquet, function)(file, *arguments, **options)
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(
             f"{file} is not a valid parquet file (truncated?): {first_line(error)}"
@@ -255,7 +255,7 @@ def _splits(
 def _examples(
     files: Sequence[Path], columns: Columns, label_of: dict[str, int]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (key, example) of each row with image and label; report the others."""
+    """Yield (key, example) of each row with image and label; print skipped rows."""
     skipped = 0
     for file in files:
         for number, (image, label) in enumerate(_rows(file, columns)):

@@ -25,11 +25,11 @@ python -m hivit_jax.tools.predict --checkpoint PATH --out OUT [IMAGE|DIRECTORY .
 IMAGE|DIRECTORY
               images; directories are searched recursively. Default: the test split of
               the training's dataset
---out         for a classifier, a file that ends in .csv or .jsonl; for your own task, a
-              directory. Images below a directory with the name of a class are labeled.
-              With labels, accuracy, class table, confusion matrix and worst images are
-              written beside the file
---batch_size  default: that of the training, at most 64
+--out         for a classifier, a file that ends in .csv or .jsonl, or a directory for
+              predictions.csv; for your own task, a directory. Images below a directory
+              with the name of a class are labeled. With labels, accuracy, class table,
+              confusion matrix and worst images are written beside the file
+--batch_size  default: the training's batch size, at most 64
 
 exit codes: 0 finished, 2 bad flag or path, 4 no image could be read,
             5 no usable checkpoint
@@ -100,9 +100,8 @@ def run(argv: Sequence[str] | None) -> None:
       DataError: no image can be read.
     """
     parser = files.make_parser(USAGE)
-    parser.add_argument(
-        "--images", action="append", default=[], help=argparse.SUPPRESS
-    )  # of earlier versions
+    # Earlier versions had this flag instead of positional arguments.
+    parser.add_argument("--images", action="append", default=[], help=argparse.SUPPRESS)
     flags = files.parse(parser, argv)
     images = [*flags.paths, *flags.images]
     platforms.start()

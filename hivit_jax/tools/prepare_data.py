@@ -1,7 +1,8 @@
 """Prepare a dataset: ``python -m hivit_jax.tools.prepare_data --manual_dir DIR``.
 
 Writes the examples of a TFDS dataset, in TFDS's order, or the rows of parquet files
-(``--from FILES --out DIR``) as array_record shards. TFDS reads them without tensorflow.
+(``--from FILES --out DIR``) as array_record shards. TFDS reads the shards without
+tensorflow.
 After an interruption, this command resumes after the last complete shard, whereas
 TFDS's own preparation starts over.
 """
@@ -38,6 +39,7 @@ from hivit_jax.tools.record_shards import Splits, is_complete, write_dataset
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 TRAIN, VALIDATION = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
+# Flag -> (default, help).
 FLAGS = {
     "manual_dir": ("", f"directory of manual downloads: {TRAIN}, {VALIDATION}"),
     "data_dir": (
@@ -108,7 +110,8 @@ def _open_builder(name: str, data_dir: str) -> Any:
     if types not in FEATURES:
         raise ConfigError(
             f"--name={name} is not a classification dataset: expected supervised "
-            f"features (Image, ClassLabel), found ({', '.join(types)})"
+            "features (Image, ClassLabel) or (Image, Sequence of ClassLabel), found "
+            f"({', '.join(types)})"
         )
     if not info.initialized:
         info.set_file_format("array_record", override=True)
@@ -123,7 +126,7 @@ def _check_tars(builder: Any, manual_dir: str) -> dict[str, int]:
     """Check ImageNet's tar files for faults that make TFDS omit or mislabel images.
 
     Returns:
-      The number of images per split, where the tar files reveal it.
+      The number of images of each split whose tar file determines it.
 
     Raises:
       ConfigError: a tar file is missing.

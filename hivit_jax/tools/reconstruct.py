@@ -74,7 +74,7 @@ def reconstruct(
         out = model(images, noise=noise, mask_ratio=mask_ratio)
         _, mean, scale = model.targets(images)
         if statistics == "visible":
-            visible = (1 - out.mask)[..., None]
+            visible = (1 - out.mask)[..., None]  # equally many units in each image
             mean, scale = (
                 jnp.broadcast_to(
                     (x * visible).sum(1, keepdims=True) / visible.sum(1)[:1], x.shape

@@ -1,4 +1,4 @@
-"""Write datasets of TFDS as array_record shards, and resume after an interruption."""
+"""Write datasets in TFDS's format as array_record shards, or resume writing them."""
 
 import io
 from collections import deque
@@ -135,9 +135,10 @@ def _write(
 
 
 def shrink(encoded: bytes, short_side: int) -> bytes:
-    """Shrink an encoded image of 8 bits to a JPEG with this short side.
+    """Shrink an encoded image of 8 bits to a JPEG with the given short side.
 
-    Smaller images, and images of more bits, are returned unchanged.
+    An image whose short side is not longer, or that has more bits, is returned
+    unchanged.
     """
     from PIL import Image
 

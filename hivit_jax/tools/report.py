@@ -27,7 +27,7 @@ from hivit_jax.tools.run_facts import Lines, events, summary
 MAX_STEPS = 24  # images per figure and run in a report
 METRICS = "metrics.jsonl"
 NOT_DRAWN = {"step", "epoch", "seconds_left", "eval/count"}
-# Titles of the first and last charts, in order. Other metrics are between them.
+# Titles of the first and last charts, in order. Charts of other metrics are in between.
 FIRST = {"loss": "training loss", "eval/loss": "evaluation loss"}
 LAST = {
     "learning_rate": "learning rate",
@@ -51,7 +51,7 @@ def make_report(workdirs: Iterable[str]) -> str:
       ConfigError: a directory is not the workdir of a run with metrics.
     """
     paths = list(dict.fromkeys(absolute(workdir) for workdir in workdirs))
-    # Names are the last parts of the paths, as few as make all names different.
+    # A name is the end of a path, with as few parts as make all names different.
     names, parts = [], 1
     while len(set(names)) < len(paths):
         names, parts = ["/".join(path.parts[-parts:]) for path in paths], parts + 1
@@ -75,18 +75,16 @@ def read_run(workdir: Path, name: str) -> dict[str, Any]:
       ConfigError: `workdir` contains no metrics, or a config file is damaged.
     """
     lines = read_metrics(workdir)
-    launches = [
-        (path.name, _read_config(path)) for path in record.config_files(workdir)
-    ]
-    config = launches[-1][1] if launches else {}
+    starts = [(path.name, _read_config(path)) for path in record.config_files(workdir)]
+    config = starts[-1][1] if starts else {}
     batch_size = config.get("batch_size")
     return {
         "name": name,
-        "summary": summary(workdir, lines, launches, config),
+        "summary": summary(workdir, lines, starts, config),
         "series": series(lines),
         "seconds": training_seconds(lines, batch_size) if batch_size else None,
         "batch_size": batch_size,
-        "events": events(workdir, lines, launches),
+        "events": events(workdir, lines, starts),
         "figures": figures(workdir),
         "config": record.flatten(config),
     }
@@ -155,7 +153,7 @@ def series(lines: Lines) -> dict[str, dict[str, list]]:
 def training_seconds(lines: Lines, batch_size: int) -> dict[str, list]:
     """Return the seconds of training until each step, from the logged throughput.
 
-    Evaluations, checkpoints and repeated steps are not included.
+    The time of evaluations, checkpoints and repeated steps is not included.
     """
     steps, seconds = [0], [0.0]
     for line in lines:

@@ -18,7 +18,7 @@ from hivit_jax.reporting import metrics
 from hivit_jax.tasks import Task
 
 UNKNOWN = "unknown"
-Lines = Sequence[Mapping[str, Any]]  # of metrics.jsonl
+Lines = Sequence[Mapping[str, Any]]  # lines of metrics.jsonl
 Starts = Sequence[tuple[str, Mapping[str, Any]]]  # (name of the config file, config)
 
 
@@ -86,7 +86,7 @@ def _best_metric(config: Mapping[str, Any]) -> metrics.Best:
 
 
 def _best(lines: Lines, best: metrics.Best) -> str:
-    """Return the best evaluation as text; of equal ones, the newest."""
+    """Return the best evaluation as text; of equally good ones, the newest."""
     found = [line for line in lines if math.isfinite(line.get(best[0], math.nan))]
     if not found:
         return "none"
@@ -98,7 +98,7 @@ def events(workdir: Path, lines: Lines, starts: Starts) -> list[dict[str, Any]]:
     """Return the starts, interruptions and problems that a run's files record.
 
     Returns:
-      Dicts of "text", "details" (lines) and, where recorded, "step" and "time".
+      Dicts of "text" and, where they are known, "step", "time" and "details" (lines).
     """
     found, previous = [], None
     for name, config in starts:
@@ -134,8 +134,8 @@ def _early_ends(
 ) -> list[int]:
     """Return the steps that a run logged or saved because it ended early.
 
-    These steps are not multiples of the intervals of logging, evaluation and
-    checkpoints.
+    These steps are neither the last step of the run nor multiples of any interval of
+    logging, evaluation or checkpoints in the configs.
     """
     names = ("log_every", "eval_every", "checkpoint_every")
     intervals = {c.get(name) for c in start_configs for name in names} - {None, 0}

@@ -13,14 +13,14 @@ from hivit_jax.rng import Keys
 def accumulate_gradients(gradient: Callable, num_microbatches: int) -> Callable:
     """Return a function like `gradient` that computes one microbatch at a time.
 
-    Each device along the mesh axes replica and data sums over its own examples. The
-    sums are all-reduced once per step, not once per microbatch.
+    Each device along the mesh axes of `_summed_axes` sums over its own examples. The
+    sums are all-reduced over these axes once per step, not once per microbatch.
 
     Args:
       gradient: function of (params, model state, batch, keys, *rest). It returns a
         pytree of sums over the examples of the batch, and the new model state.
-      num_microbatches: microbatches of a batch. Each microbatch starts from the state
-        that the previous microbatch returned.
+      num_microbatches: number of microbatches in a batch. Each microbatch starts from
+        the model state that the previous microbatch returned.
     """
 
     def accumulated(params, model_state, batch, keys, *rest):
@@ -46,8 +46,8 @@ def accumulate_gradients(gradient: Callable, num_microbatches: int) -> Callable:
             """Split [B, ...] into [num_microbatches, B / num_microbatches, ...].
 
             Microbatches are interleaved, so that every example stays on its device,
-            even along the fsdp axis. Neighbors stay together in pairs, because Mixup
-            and CutMix mix them.
+            even along the fsdp axis. In microbatches of even size, neighbors stay
+            together in pairs, because Mixup and CutMix mix neighbors.
             """
             pair = 2 if len(x) // num_microbatches % 2 == 0 else 1
             parts = x.reshape(-1, num_microbatches, pair, *x.shape[1:])
@@ -57,11 +57,11 @@ def accumulate_gradients(gradient: Callable, num_microbatches: int) -> Callable:
         arguments = batch, keys.samples, params, model_state, keys.step, *rest
         if not axes:
             return sum_microbatches(*arguments)
-        split, whole = PartitionSpec(axes), PartitionSpec()
+        split, replicated = PartitionSpec(axes), PartitionSpec()
         return jax.shard_map(
             sum_microbatches,
-            in_specs=(split, split) + (whole,) * (len(arguments) - 2),
-            out_specs=whole,
+            in_specs=(split, split) + (replicated,) * (len(arguments) - 2),
+            out_specs=replicated,
             axis_names=set(axes),
             check_vma=False,
         )(*arguments)
@@ -72,8 +72,8 @@ def accumulate_gradients(gradient: Callable, num_microbatches: int) -> Callable:
 def _summed_axes(microbatch_size: int) -> tuple[str, ...]:
     """Return the mesh axes along which each device sums over its own examples.
 
-    Returns () if splitting a microbatch over these axes would separate pairs of
-    neighbors.
+    These axes are replica and data, without axes of size 1. Returns () if splitting a
+    microbatch over the axes would separate pairs of neighbors.
     """
     mesh = jax.sharding.get_abstract_mesh()
     # Axes of size 1 are left out, because XLA:CPU refuses to sum over such an axis.

@@ -45,7 +45,7 @@ def frozen_parameters(freeze: str, names: Iterable[str]) -> frozenset[str]:
 
 
 def _stage_prefixes(item: str, names: Iterable[str]) -> tuple[str, ...]:
-    """Return the prefixes that ``stages:N`` stands for; () for any other item."""
+    """Return the prefixes that ``stages:N`` stands for; () for any other text or N."""
     count = item.removeprefix(STAGES)
     if count == item or not (count.isascii() and count.isdigit()):
         return ()
@@ -76,9 +76,10 @@ def _choices(names: Iterable[str]) -> str:
 def freeze_updates(
     optimizer: optax.GradientTransformation, frozen: Collection[str]
 ) -> optax.GradientTransformation:
-    """Return an optimizer that neither changes nor stores anything for frozen names.
+    """Return an optimizer without updates and state for frozen parameters.
 
-    Its state contains the other arrays under their usual names.
+    The optimizer state contains the arrays of trained parameters under their usual
+    names.
     """
 
     def without_frozen(tree):
@@ -90,7 +91,7 @@ def freeze_updates(
         trained, state = optimizer.update(
             without_frozen(updates), state, params and without_frozen(params)
         )
-        # x + -0.0 is x for every x; -0.0 + 0.0 would be 0.0.
+        # Adding -0.0 leaves every x unchanged. Adding 0.0 would change -0.0 to 0.0.
         updates = jax.tree.map(
             lambda new, old: jnp.full_like(old, -0.0) if _is_masked(new) else new,
             trained,

@@ -1,4 +1,4 @@
-"""Learning rate schedules. `o` is ``config.optimizer`` in every function."""
+"""Learning rate schedules. The argument `o` is ``config.optimizer``."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ def peak_learning_rate(o: Any, batch_size: int) -> float:
 
 
 def warmup_steps(o: Any, steps_per_epoch: float, total_steps: int) -> int:
-    """Return the number of steps until the learning rate reaches its peak."""
+    """Return the number of steps in `o.warmup_epochs`, at most `total_steps`."""
     return min(round(o.warmup_epochs * steps_per_epoch), total_steps)
 
 
@@ -43,19 +43,19 @@ def make_schedule(
     cosine ends past its lowest point.
     """
     peak, minimum = peak_learning_rate(o, batch_size), o.min_learning_rate
-    epochs, first = total_steps / steps_per_epoch, o.first_epoch
-    warmup, start = min(o.warmup_epochs, epochs), o.warmup_learning_rate
+    epochs, first_epoch = total_steps / steps_per_epoch, o.first_epoch
+    warmup, initial = min(o.warmup_epochs, epochs), o.warmup_learning_rate
     from_start = o.schedule == "cosine_from_start"
 
     def cosine(step, epoch):
         begin = 0.0 if from_start else warmup
         progress = (epoch - begin) / max(epochs - begin, 1e-9)
-        progress = progress if first else jnp.clip(progress, 0.0, 1.0)
+        progress = progress if first_epoch else jnp.clip(progress, 0.0, 1.0)
         return minimum + (peak - minimum) * (0.5 * (1.0 + jnp.cos(jnp.pi * progress)))
 
     def multistep(step, epoch):
         passed = sum(
-            step >= round((milestone - first) * steps_per_epoch)
+            step >= round((milestone - first_epoch) * steps_per_epoch)
             for milestone in o.milestones
         )
         return peak * jnp.float32(o.gamma) ** passed
@@ -74,9 +74,9 @@ def make_schedule(
 
     def schedule(step):
         step = jnp.maximum(step - int(from_start), 0)
-        epoch = step / steps_per_epoch + first
+        epoch = step / steps_per_epoch + first_epoch
         rate = after_warmup(step, epoch)
-        warmup_rate = start + (peak - start) * epoch / max(warmup, 1e-9)
+        warmup_rate = initial + (peak - initial) * epoch / max(warmup, 1e-9)
         if o.schedule == "polynomial" and peak:
             warmup_rate *= rate / peak
         return jnp.where(epoch < warmup, warmup_rate, rate)

@@ -27,7 +27,8 @@ from hivit_jax.training.accumulation import accumulate_gradients
 from hivit_jax.training.freezing import freeze_updates, select_frozen, stop_gradients
 from hivit_jax.tree import split_state
 
-# "step" int32, "params", "model_state", "opt_state"; "ema" if parameters are averaged.
+# Has the keys "step" (int32), "params", "model_state" and "opt_state", and "ema" if
+# parameters are averaged.
 State = dict[str, Any]
 
 
@@ -70,7 +71,7 @@ def prepare(
     Args:
       schedule: function from step to learning rate.
       seed: seed of the PRNG keys of each step.
-      accumulate_steps: microbatches of a batch.
+      accumulate_steps: number of microbatches in a batch.
       ema_decay: decay of the moving average of the parameters; 0: no average.
       zero: ZeRO stage, which selects the arrays that the fsdp axis shards; see
         `sharding.param_spec`.
@@ -143,7 +144,7 @@ def make_train_step(
 
     All sums are over the global batch. If the loss, the gradient or any array of the
     new state is not finite, the step leaves the state unchanged. All later steps leave
-    it unchanged too, because the step number in it is then smaller than `steps_done`.
+    the state unchanged too, because its step number is then smaller than `steps_done`.
     `frozen_names` are the parameters that `optimizer` never changes.
     """
     gradient = make_gradient(task, graphdef, frozen_names)
@@ -175,7 +176,7 @@ def make_train_step(
             finite = jnp.isfinite(values["loss"] + norm) & all_finite(new_state)
             accepted = finite & (state["step"] == steps_done)
             state = jax.tree.map(
-                lambda a, b: jnp.where(accepted, a, b), new_state, state
+                lambda new, old: jnp.where(accepted, new, old), new_state, state
             )
         values |= {
             "gradient_norm": norm,

@@ -24,22 +24,22 @@ from hivit_jax.xla.roofline import roofline
 def compile_report(training: Training, chip_name: str) -> dict[str, Any]:
     """Compile a train step and return a report on its costs, as JSON values.
 
-    With several buckets the report is on the bucket with the most bytes, because this
-    bucket determines whether training fits.
+    With several buckets, the report is on the bucket whose batches have the most bytes,
+    because this bucket determines whether training fits.
 
     - ``hbm_bytes_per_device`` is the compiler's memory analysis. If the program does
       not fit, the analysis contains only ``total`` and ``limit``, and all costs are
       None.
     - ``flops_per_image`` and ``bytes_accessed_per_image`` are the counts of the TPU
       compiler, which counts the body of a loop once. Both counts are therefore
-      multiplied by a ratio: the operations of matrix products with loops repeated,
-      divided by those with loops counted once. The GPU compiler provides no counts. For
-      GPUs the two values are the operations of the matrix products and the total of
-      `bytes_by_region`.
+      multiplied by a ratio. The ratio is the number of operations of all matrix
+      products, divided by their number if the body of a loop is counted once. The GPU
+      compiler provides no counts. For GPUs the two values are the operations of the
+      matrix products and the total of `bytes_by_region`.
     - ``regions`` contains the bytes of `bytes_by_region` and the operations of matrix
-      products for each region of the step. ``hbm_bytes_per_image`` is the sum of the
-      bytes. The sums differ from the TPU compiler's counts, because the compiler also
-      counts bytes in VMEM and operations other than matrix products.
+      products, per image, for each region of the step. ``hbm_bytes_per_image`` is the
+      sum of these bytes. The sums differ from the TPU compiler's counts, because the
+      compiler also counts bytes in VMEM and operations other than matrix products.
     - ``roofline`` uses ``hbm_bytes_per_image``.
 
     Args:

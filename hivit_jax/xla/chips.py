@@ -33,7 +33,7 @@ class Chip(NamedTuple):
 
 
 GIB = 2**30
-# Fraction of a peak or bound that estimates assume runs reach; see docs/cost.md.
+# Fraction of a peak or bound that a run is assumed to reach; see docs/cost.md.
 UTILIZATION = 0.4
 TPU_DOCS = "cloud.google.com/tpu/docs/{}, half of the bidirectional interconnect"
 TPU7X = TPU_DOCS.format("tpu7x")
@@ -88,7 +88,8 @@ TPU_ENVIRONMENT = {
     "TPU_WORKER_HOSTNAMES": "localhost",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # so that several processes can compile at once
 }
-# Autotuning needs a GPU. It is off, and so are the Triton matrix products it tunes.
+# Autotuning is off, because it needs a GPU. The Triton matrix products that autotuning
+# would tune are off too.
 GPU_OPTIONS = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
 # XLA's description of a Hopper SXM GPU. The numbers are from NVIDIA's Hopper tuning
 # guide and from device queries.
@@ -112,7 +113,7 @@ runtime_version {{ major: 13 }}
 
 
 def chip_of(device_kind: str) -> Chip | None:
-    """Return the chip with a device name such as "TPU v5 lite", or None if unknown."""
+    """Return the chip of a device name such as "TPU v5 lite"; None if it is unknown."""
     for pattern, name in DEVICE_KINDS.items():
         if re.fullmatch(pattern, device_kind):
             return CHIPS[name]
@@ -135,14 +136,14 @@ def devices_of(topology: str) -> Sequence[jax.Device]:
     """
     name, _, shape = topology.partition(":")
     if name not in PLUGINS:
-        kind = "no compiler for" if name in CHIPS else "unknown"
+        problem = "no compiler for" if name in CHIPS else "unknown"
         raise ConfigError(
-            f"{kind} topology {topology!r}; expected CHIP:SHAPE with CHIP one of "
+            f"{problem} topology {topology!r}; expected CHIP:SHAPE with CHIP one of "
             f"{', '.join(PLUGINS)}; examples: {EXAMPLES}\n"
             f"--mode describe prints the hours at the peak of {', '.join(CHIPS)}"
         )
-    gpu = PLUGINS[name] != "libtpu"
-    if gpu and not re.fullmatch("[1-8]", shape):
+    is_gpu = PLUGINS[name] != "libtpu"
+    if is_gpu and not re.fullmatch("[1-8]", shape):
         raise ConfigError(
             f"topology={topology!r} is not one node of GPUs; expected {name}:1 to "
             f"{name}:8"
@@ -150,12 +151,12 @@ def devices_of(topology: str) -> Sequence[jax.Device]:
     if importlib.util.find_spec(PLUGINS[name].replace("-", "_")) is None:
         raise ConfigError(
             f"topology={topology!r} needs the compiler in {PLUGINS[name]}, which is "
-            f"not installed; run pip install 'hivit-jax[{'cuda' if gpu else 'tpu'}]'"
+            f"not installed; run pip install 'hivit-jax[{'cuda' if is_gpu else 'tpu'}]'"
         )
     # Without this, JAX would initialize the accelerators of this machine.
     jax.config.update("jax_platforms", "cpu")
-    options: dict[str, Any] = {"platform": "cuda" if gpu else "tpu"}
-    if gpu:
+    options: dict[str, Any] = {"platform": "cuda" if is_gpu else "tpu"}
+    if is_gpu:
         target = HOPPER.format(name=name.upper(), **CHIPS[name]._asdict())
         options |= {"topology": f"1x1x{shape}", "target_config": target}
     else:

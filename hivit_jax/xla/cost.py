@@ -32,7 +32,7 @@ CALLS = {"call", "while", "conditional", "async-start"}
 # Parts of asynchronous instructions that count no bytes, because another part does.
 NO_KERNEL = ("-start", "-update", "async-done")
 SLICES = {"slice", "dynamic-slice", "gather"}
-VMEM = "S(1)"
+VMEM = "S(1)"  # marks the layout of an array in the VMEM of a TPU
 OP_NAME = re.compile(r'op_name="([^"]*)"')
 
 
@@ -72,8 +72,9 @@ def matmul_flops_by_region(jaxpr: Any, loops: bool, outer: str = "") -> Counter:
     The counts are totals over all devices.
 
     Args:
-      loops: count the body of a loop once per iteration; False: count it once.
-        Loops inside Pallas kernels always count once per iteration.
+      loops: True: count the body of a `scan` once per iteration; False: count it once.
+        Pallas kernels always count once per grid point, and scans inside them once per
+        iteration.
       outer: name stack of the equation that calls the program.
     """
     total = Counter()
@@ -99,7 +100,7 @@ def matmul_flops_by_region(jaxpr: Any, loops: bool, outer: str = "") -> Counter:
 
 
 def _run_count(eqn: Any, loops: bool) -> int:
-    """Return the number of runs of the program in an equation, on all devices."""
+    """Return how often an equation runs its program, summed over all devices."""
     match eqn.primitive.name:
         case "scan":
             return eqn.params["length"] if loops else 1
@@ -123,8 +124,8 @@ def collectives(text: str) -> list[dict[str, Any]]:
       text: the program, as returned by ``Compiled.as_text``.
 
     Returns:
-      One ``{"kind", "count", "bytes_per_step"}`` per kind: the number of runs, and the
-      larger of input and output bytes on one device.
+      One ``{"kind", "count", "bytes_per_step"}`` per kind: the number of runs per step,
+      and the sum over these runs of the larger of input and output bytes on one device.
     """
     runs, sizes = defaultdict(Counter), {}
     for instruction, computation, times in hlo.executed(*hlo.parse(text)):
@@ -156,6 +157,8 @@ def collectives(text: str) -> list[dict[str, Any]]:
 def bytes_by_region(text: str) -> Counter:
     """Count the bytes of HBM that each region reads and writes on one device.
 
+    The counts follow these rules:
+
     - Every kernel reads its operands once and writes its results once, including the
       padding of their tiles. Kernels are fusions, matrix products, and custom calls
       (Pallas, cuDNN).
@@ -170,8 +173,8 @@ def bytes_by_region(text: str) -> Counter:
       text: the program after all optimizations.
 
     Returns:
-      {region: bytes}. Collectives have the region "exchange", the remaining kernels
-      "other".
+      {region: bytes}. Collectives have the region "exchange". Other kernels without a
+      known region have the region "other".
     """
     # Without this, the workspaces of cuBLAS would count as outputs.
     text = re.sub(r"s8\[\d+\]", "s8[0]", text)
@@ -281,11 +284,11 @@ def _hbm_bytes(
             slices = sum(hlo.tiled_bytes(x.shapes, excluded="") for x in users)
             size = min(size, slices)
         elif size and [x.opcode for x in users] == ["dynamic-update-slice"]:
-            target, update, *_ = users[0].operand_names
+            target, update_name, *_ = users[0].operand_names
             if target == inner_names[index]:
                 # The result is updated in place. Its whole size is already in the
                 # total, so subtract it and add only the update.
-                update = (inner | computation)[update]
+                update = (inner | computation)[update_name]
                 size = hlo.tiled_bytes(update.shapes, excluded="") - size
         total += size
     return total

@@ -93,7 +93,7 @@ def executed(
     """
     for instruction in computations[name].values():
         yield instruction, computations[name], times
-        # The "-start" of an asynchronous operation already counts its computation.
+        # The computation of an asynchronous operation counts at its "-start".
         if instruction.opcode.endswith(("-done", "-update")):
             continue
         for called in instruction.called:
@@ -141,8 +141,8 @@ def tiled_bytes(shapes: str, excluded: str = "S(") -> int:
 
     By default only arrays in HBM count. A layout such as
     ``{1,0:T(8,128)(2,1)S(1)}`` lists the dimensions from minor to major, and the sizes
-    of each tile from major to minor. A minor dimension is padded to a multiple of its
-    size in the first tile. ``S(1)`` marks an array in memory 1, which is not HBM.
+    of each tile from major to minor. The minor dimensions are padded to multiples of
+    the first tile's sizes. ``S(1)`` marks an array in memory 1, which is not HBM.
 
     Args:
       excluded: arrays whose layout contains this text do not count; "": all arrays

@@ -22,7 +22,7 @@ def roofline(
       images: images per step and device.
       flops: operations per image.
       hbm_bytes: bytes of HBM traffic per image.
-      collectives: of one device, as returned by `cost.collectives`.
+      collectives: result of `cost.collectives`, for one device.
     """
     sent = chip.devices * sum(
         entry["bytes_per_step"] * (2 if entry["kind"] == "all-reduce" else 1)

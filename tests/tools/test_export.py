@@ -202,7 +202,7 @@ def test_command_for_another_platform(workdirs, tmp_path, capsys):
     _, types, written, _ = capsys.readouterr().out.splitlines()
     assert types == "classifier: float32[b, 64, 64, 3] -> float32[b, 10]"
     assert "MB, cuda, tpu; not compared with the model" in written
-    assert written.endswith("because it cannot run here")
+    assert written.endswith("because the file cannot run here")
 
 
 @pytest.mark.slow
