@@ -20,9 +20,9 @@ class Classifier(Model):
     """HiViT with mean pooling, LayerNorm and a linear head (official ``HiViT``)."""
 
     name, description = "hivit_base", "a classifier"
-    # Scale of the initial weights of a new head on a pretrained encoder. As in the
-    # official ``main_finetune.py``, it reduces their standard deviation from 0.02 to
-    # 2e-5.
+    # Factor of the initial weights of a new head on a pretrained encoder. The standard
+    # deviation is 0.02 without and 2e-5 with this factor, as in the official
+    # ``main_finetune.py``.
     new_head_scale: float = 2e-5 / 0.02
     encoder_class: type[Encoder] = HiViT
 

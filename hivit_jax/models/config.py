@@ -81,7 +81,7 @@ class EncoderConfig:
         """Raise ConfigError for invalid heads, widths, or MLPs without hidden units.
 
         Args:
-          widths: {field of an MLP ratio: width of the MLP}.
+          widths: {field of an MLP ratio: input width of the MLPs with this ratio}.
         """
         dim, multiple = self.embed_dim, max(4, 2 ** (len(self.block_counts) - 1))
         check_heads("embed_dim", dim, "num_heads", self.num_heads)
@@ -147,9 +147,9 @@ class HiViTConfig(EncoderConfig):
     inner_patches: cells per unit side, ``2 ** (len(depths) - 1)``.
     relative_position: relative position bias in the main stage.
     window_size: side of the attention windows of the main stage in units, or 0 for
-      global attention. An image smaller than this is one window. A windowed block's
-      bias table spans the window, so a table of a 14x14 grid fits windows of 14 in any
-      larger image.
+      global attention. An image with at most this many units per side is one window. A
+      windowed block's bias table spans the window, so a table of a 14x14 grid fits
+      windows of 14 in any larger image.
     global_blocks: main-stage blocks, counted from 0, that use global attention despite
       `window_size`. Official detection uses windows of 14 and global blocks 4, 9, 14,
       19. The forward pass of hivit_base on one 1024x1024 image then needs 3.1 GiB of
@@ -231,8 +231,8 @@ class DecoderConfig(EncoderConfig):
     decoder_embed_dim: width of the decoder.
     decoder_depth: blocks of the decoder.
     decoder_num_heads: attention heads of the decoder.
-    norm_pix_loss: normalize the targets of each unit. The official constructor ignores
-      the value False; this one does not.
+    norm_pix_loss: normalize the targets of each unit. The official HiViT constructor
+      ignores the value False; `MaskedAutoencoder` does not.
     """
 
     decoder_embed_dim: int = setting(512, low=4, high=2**16)
@@ -254,12 +254,12 @@ class DecoderConfig(EncoderConfig):
 
     @property
     def latent_dim(self) -> int:
-        """Width of the latent of a token."""
+        """Width of each token of the latent."""
         return self.embed_dim
 
     @property
     def latent_norm(self) -> bool:
-        """True if a LayerNorm precedes the embedding of the decoder."""
+        """True if a LayerNorm precedes the decoder's embedding of the latent."""
         return True
 
 
@@ -295,5 +295,5 @@ class MAEConfig(DecoderConfig, HiViTConfig):
 
     @property
     def latent_norm(self) -> bool:
-        """True if a LayerNorm precedes the embedding of the decoder."""
+        """True if a LayerNorm precedes the decoder's embedding of the latent."""
         return self.multi_scale
