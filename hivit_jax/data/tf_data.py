@@ -155,7 +155,7 @@ class TfReader:
             }
 
     def _record(self, index: int) -> Record:
-        """Return the record that TensorFlow reads; NO_RECORD if `_load` must do it."""
+        """Return the record for TensorFlow; NO_RECORD if `_load` must read it."""
         if index < 0:
             return NO_RECORD
         if self._decodes and index not in self._unreadable:
@@ -260,8 +260,8 @@ class TfReader:
         Returns:
           Top, left, height and width of the decoded window; left and width of the crop
           inside the window. The window contains one more column on each side of the
-          crop, because the decoder interpolates color between neighboring columns. All
-          zeros if the example is left to `_load`.
+          crop, because the decoder interpolates color between neighboring columns. If
+          `_load` must read the example, all numbers are 0.
         """
         nothing = np.zeros(6, np.int32)
         size = ordinary_jpeg_size(encoded)
