@@ -22,7 +22,7 @@ from hivit_jax.errors import DataError
 # without them.
 
 PIL_MODES = {1: "L", 3: "RGB"}  # by number of channels
-# Second bytes of JPEG markers; those in FRAMES start a frame and identify its coding.
+# Second bytes of JPEG markers. A byte in FRAMES starts a frame and names its coding.
 START_OF_SCAN, BASELINE, FRAMES = 0xDA, 0xC0, {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 END_OF_IMAGE = b"\xff\xd9"
 # A JPEG marker after the start of a scan, except restart markers.

@@ -115,7 +115,7 @@ def choose(
     """Return (name, magnitude, sign) of each operation to apply to an image.
 
     Operations are drawn with replacement and applied independently of each other, as in
-    timm's auto_augment.py. The arguments are those of `randaugment`.
+    timm's auto_augment.py. For the arguments see `randaugment`.
     """
     names, chosen = list(OPERATIONS), []
     for k in range(0, 4 * num_ops, 4):

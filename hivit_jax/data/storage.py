@@ -1,7 +1,7 @@
 """Files on disk and in buckets (``gs://BUCKET/KEY``, ``s3://BUCKET/KEY``).
 
 Objects in buckets are accessed by tensorstore, which retries requests that fail for a
-while. Credentials are those of Google's or Amazon's tools; public buckets need none.
+while. The credentials of Google's or Amazon's tools are used. Public buckets need none.
 """
 
 import os

@@ -237,7 +237,7 @@ class TfReader:
         tf, keys = self._tf, self._source.example_keys
         if not keys:
             return tf.io.read_file(row["file"]), row["label"]
-        # A tfrecord contains 12 bytes before the data and 4 after it.
+        # A tfrecord contains 12 bytes before the data and 4 bytes after the data.
         records = tf.raw_ops.TFRecordDatasetV2(
             filenames=[row["file"]],
             compression_type="",

@@ -67,8 +67,8 @@ def attention_block(
 
     Args:
       bias: added to the scores of every image, [heads, N, N] float32; or None.
-      image_scale: [B] float32, factor of the branch of each image; None: 1. It has no
-        gradient.
+      image_scale: [B] float32, factor of the branch of each image; None: 1. These
+        factors have no gradient.
       plan: `rows` must be a multiple of N, so that blocks hold whole images.
     """
     return _run(x, weights, bias, image_scale, replace(plan, keep=False))[0]

@@ -77,7 +77,7 @@ def attention(
 ) -> Branch | None:
     """Return ``x + attention(norm(x))`` as one kernel, or None.
 
-    Arguments are those of `mlp` and of `Attention.__call__`. Also returns None on GPUs,
+    For the arguments see `mlp` and `Attention.__call__`. Also returns None on GPUs,
     where cuDNN computes attention; with a key mask; with padded or shifted windows; and
     with a bias that differs between images.
     """
@@ -131,7 +131,7 @@ def layer_norm(x: jax.Array, norm: Any, choice: str) -> tuple | None:
     """Return x and ``norm(x)``, computed by a GPU kernel, or None.
 
     The skip connection must use the returned x, because the kernel of the backward pass
-    adds both gradients of x. Arguments are those of `mlp`.
+    adds both gradients of x. For the arguments see `mlp`.
     """
     target, width = _target(choice, x), x.shape[-1]
     if target is None or target.platform != "gpu" or x.size == 0:
@@ -290,9 +290,9 @@ def block_rows(total: int, unit: int, preferred: int, most: int) -> int | None:
     """Return the number of rows of a block, or None if no block fits.
 
     The number is the largest multiple of `unit` that divides `total` and is at most
-    `most` (the rows that fit into VMEM) and `preferred`. It is also at most half of the
-    total, so that one block can be fetched while another is computed. A block of one
-    unit may exceed `preferred` and half of the total.
+    `most` (the rows that fit into VMEM) and `preferred`. The number is also at most
+    half of the total, so that one block can be fetched while another is computed. A
+    block of one unit may exceed `preferred` and half of the total.
     """
     limit = min(max(min(preferred, total // 2), unit), most)
     return max(

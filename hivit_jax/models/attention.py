@@ -33,7 +33,7 @@ class Attention(nnx.Module):
     ):
         self.grid, self.windows = grid, windows
         # The kernel has a head axis, [C, 3, heads, C/heads], so that heads can be
-        # sharded. Flattened, it is the official [q | k | v] matrix.
+        # sharded. Flattened, the kernel is the official [q | k | v] matrix.
         self.qkv = nnx.LinearGeneral(
             dim,
             (3, num_heads, dim // num_heads),
@@ -83,7 +83,7 @@ class Attention(nnx.Module):
 
         The query axis is before the key axis, and each row sums to 1. With W windows of
         S units, the shape is [B, W, heads, S, S]; queries of padding have no meaning.
-        Arguments are those of `__call__`.
+        For the arguments see `__call__`.
         """
         q, k, _, bias, mask = self._softmax_inputs(x, relative_index, key_mask)
         weights, sums = attention_xla.unnormalized_softmax(q, k, bias, mask)

@@ -55,8 +55,8 @@ class MlpBlock(nnx.Module):
 
         Args:
           drop_path_keys, drop_path_rate: see `drop_path`.
-          block_index: index of the block in the model. It is folded into the keys, so
-            that blocks drop samples independently of each other.
+          block_index: index of the block in the model, which is folded into the keys,
+            so that blocks drop samples independently of each other.
           kernels: see `RunOptions`.
         """
         with jax.named_scope("mlp"):

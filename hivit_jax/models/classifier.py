@@ -103,9 +103,9 @@ class Classifier(Model):
     ) -> int:
         """Return the multiply-adds of one image's forward pass.
 
-        The count follows the published tables (15.85 G for hivit_base). It includes
-        convolution, Linears, both attention products and LayerNorms. Activations,
-        biases and softmax count 0.
+        The count follows the published tables (15.85 G for hivit_base): convolution,
+        Linears, both attention products and LayerNorms count. Activations, biases and
+        softmax count 0.
 
         Args:
           image_size: side or (height, width) in pixels; None: the model's.

@@ -21,7 +21,8 @@ class RunOptions:
     remat: in training, save only each block's input and recompute the rest in the
       backward pass. This needs less memory and more time.
     scan_blocks: compile one block per stage and run it in a loop. This shortens
-      compilation. All blocks of a stage must be alike, so `global_blocks` must be ().
+      compilation. The blocks of a stage must be alike: `global_blocks` must be (), and
+      Swin does not support this option.
     kernels: fused kernels, "auto" (on TPUs and GPUs in bfloat16), "fused" (also on
       CPUs, slowly) or "plain" (none). See `kernels.dispatch`. Forward-mode derivatives
       (`jax.jvp`, `jax.jacfwd`, `jax.linearize`) require "plain" where a fused kernel
@@ -213,7 +214,7 @@ class ClassifierConfig(HiViTConfig):
     num_classes: classes of the head; 0: no head (in a recipe: the dataset's classes).
     fc_norm: LayerNorm between pooling and head. MMPretrain's HiViT has none.
     running_norm: replace `fc_norm` by a `BatchNorm` without scale and bias, for a
-      linear probe. This follows MAE's ``main_linprobe.py``, with eps 1e-6.
+      linear probe, as in MAE's ``main_linprobe.py``. Its eps is 1e-6.
     """
 
     num_classes: int = setting(1000, low=0, high=10**7)

@@ -30,7 +30,7 @@ XAVIER = nnx.initializers.xavier_uniform()
 
 
 class ParameterKeys:
-    """PRNG keys for initialization, equal to those of ``nnx.Rngs(seed)``.
+    """PRNG keys for initialization, equal to the keys of ``nnx.Rngs(seed)``.
 
     The counter is a Python integer, whereas the counter of `nnx.Rngs` is an array.
     Inside `jax.eval_shape` and `jax.jit`, each increment of that array makes JAX search
@@ -82,8 +82,8 @@ def drop_path(
       drop_path_rate: probability of dropping a sample; kept samples are divided by
         ``1 - rate``. None: return x.
       drop_path_keys: [B] PRNG keys, one per sample. None: return x.
-      branch_index: index of the branch in the model. It is folded into the keys, so
-        that branches drop samples independently of each other.
+      branch_index: index of the branch in the model, which is folded into the keys,
+        so that branches drop samples independently of each other.
     """
     scale = drop_path_scale(drop_path_rate, drop_path_keys, branch_index, x.dtype)
     return x if scale is None else scale_images(x, scale)

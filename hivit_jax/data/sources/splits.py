@@ -41,7 +41,7 @@ class Selection:
         if self.eval_fraction and eval_split:
             raise ConfigError(
                 f"data.eval_fraction={self.eval_fraction} with data.eval_split="
-                f"{eval_split!r}; expected only one of them"
+                f"{eval_split!r}; expected only one of the two"
             )
         if self.eval_group and not self.eval_fraction:
             raise ConfigError(
@@ -229,18 +229,18 @@ def hold_out(groups: Sequence[str], labels: np.ndarray, fraction: float) -> np.n
     hashes = np.array([_hash(name) for name in indices])
     chosen = hashes < fraction
     class_groups = [np.unique(group_of[examples]) for examples in by_label(labels)]
-    for own in class_groups:
-        if chosen[own].all():
-            chosen[own[hashes[own].argmax()]] = False
-    training = [int((~chosen[own]).sum()) for own in class_groups]
+    for members in class_groups:
+        if chosen[members].all():
+            chosen[members[hashes[members].argmax()]] = False
+    training = [int((~chosen[members]).sum()) for members in class_groups]
     classes_of = defaultdict(list)
-    for k, own in enumerate(class_groups):
-        for group in own.tolist():
+    for k, members in enumerate(class_groups):
+        for group in members.tolist():
             classes_of[group].append(k)
-    for own in class_groups:
-        if chosen[own].any():
+    for members in class_groups:
+        if chosen[members].any():
             continue
-        for group in own[hashes[own].argsort()].tolist():
+        for group in members[hashes[members].argsort()].tolist():
             if all(training[k] > 1 for k in classes_of[group]):
                 chosen[group] = True
                 for k in classes_of[group]:

@@ -103,13 +103,13 @@ class Table(FileSource):
             names = [known[i] for i in chosen]
         else:
             names = _split_labels(file, chosen_rows, multi_label)
-        for path, text, own in zip(*chosen_rows[:2], names, strict=True):
-            if any(name not in label_of for name in own):
+        for path, text, image_labels in zip(*chosen_rows[:2], names, strict=True):
+            if any(name not in label_of for name in image_labels):
                 raise DataError(
                     f"{file}: {path} has the label {text!r}; expected one of the "
                     f"{len(self.classes)} classes of {train_file}"
                 )
-        found = [[label_of[name] for name in own] for own in names]
+        found = [[label_of[name] for name in image_labels] for image_labels in names]
         if multi_label:
             self.labels = np.stack([multi_hot(k, len(self.classes)) for k in found])
         else:
@@ -224,13 +224,13 @@ def _classes(
     Raises:
       DataError: no row has a label.
     """
-    different = {name for own in labels for name in own}
-    if not different:
+    distinct = {name for image_labels in labels for name in image_labels}
+    if not distinct:
         raise DataError(f"{file}: expected a label in at least one row, found none")
-    if all(name.isascii() and name.isdigit() for name in different):
-        numbers = {name: int(name) for name in different}
+    if all(name.isascii() and name.isdigit() for name in distinct):
+        numbers = {name: int(name) for name in distinct}
         return [*map(str, range(1 + max(numbers.values())))], numbers
-    classes = sorted(different)
+    classes = sorted(distinct)
     return classes, {name: k for k, name in enumerate(classes)}
 
 
