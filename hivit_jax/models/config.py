@@ -214,7 +214,7 @@ class ClassifierConfig(HiViTConfig):
     num_classes: classes of the head; 0: no head (in a recipe: the dataset's classes).
     fc_norm: LayerNorm between pooling and head. MMPretrain's HiViT has none.
     running_norm: replace `fc_norm` by a `BatchNorm` without scale and bias, for a
-      linear probe, as in MAE's ``main_linprobe.py``. Its eps is 1e-6.
+      linear probe. The norm and its eps of 1e-6 follow MAE's ``main_linprobe.py``.
     """
 
     num_classes: int = setting(1000, low=0, high=10**7)

@@ -60,7 +60,8 @@ class ViTClassifierConfig(ViTConfig):
       MAE's finetuning (official ``global_pool``). "token": the class token after
       `norm`, as in MAE's linear probe.
     running_norm: a `BatchNorm` without scale and bias before the head, for a linear
-      probe. It replaces `fc_norm`, as in MAE's ``main_linprobe.py``. Its eps is 1e-6.
+      probe. It replaces `fc_norm`. This norm and its eps of 1e-6 follow MAE's
+      ``main_linprobe.py``.
     """
 
     num_classes: int = setting(1000, low=0, high=10**7)
