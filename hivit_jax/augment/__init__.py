@@ -1,5 +1,5 @@
 """Data augmentation on the device, inside the train step.
 
-Each sample has its own PRNG key, so that neither the number of devices nor gradient
-accumulation changes the draws.
+Flips and random erasing use one PRNG key per sample, Mixup and CutMix one per batch.
+Neither the number of devices nor gradient accumulation changes the draws.
 """

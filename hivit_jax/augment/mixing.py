@@ -26,11 +26,12 @@ def mix(
 ) -> tuple[jax.Array, jax.Array]:
     """Apply Mixup or CutMix to a batch, with one ratio for all images.
 
-    The ratio is an image's own weight in its mixture. Follows timm's Mixup in batch
-    mode with prob=1 and switch_prob=0.5. For CutMix, the targets' ratio is the area
-    that is actually kept, because the border may clip the rectangle. timm mixes image i
-    with image B-1-i of the same device. This function mixes neighbors (0 with 1, 2 with
-    3, ...) instead, because they are on the same device for any number of devices.
+    The ratio is the factor of an image's own pixels in its mixture. Follows timm's
+    Mixup in batch mode with prob=1 and switch_prob=0.5. For CutMix, the targets' ratio
+    is the area that is actually kept, because the border may clip the rectangle. timm
+    mixes image i with image B-1-i of the same device. This function mixes neighbors (0
+    with 1, 2 with 3, ...) instead, because they are on the same device for any number
+    of devices.
 
     Args:
       images: float32 [B, H, W, C], B even.

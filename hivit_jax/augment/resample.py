@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 # Radius in source pixels. Downscaling with antialiasing widens the filters.
 FILTER_RADIUS = {"bicubic": 2, "bilinear": 1}
-# Largest value by dtype. Results are clipped to it, because the filters may overshoot.
+# Largest value of each dtype. Results are clipped, because the filters may overshoot.
 MAXIMUM = {"uint8": 255, "uint16": 65535, "float32": math.inf}
 
 
@@ -30,7 +30,7 @@ def resample(
     Args:
       images: uint8, uint16 or float32 [B, S, S', C].
       boxes: float32 [B, 2, 3]; for rows and for columns the start and length of the
-        box, and the number of real pixels. Pixels beyond that number are padding and
+        box, and the number of real pixels. Pixels after the real pixels are padding and
         are ignored. For uint16 and float32: [B, 2, 5], see `precise_span`.
       size: (H, W) of the result.
       interpolation: "bicubic" or "bilinear".

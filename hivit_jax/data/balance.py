@@ -31,16 +31,16 @@ class BalancedOrder:
         labels = np.asarray(labels)
         self._seed, self._n = seed, len(labels)
         self._members = by_label(labels)
-        self.counts = balanced_counts([len(own) for own in self._members], balance)
+        self.counts = balanced_counts([*map(len, self._members)], balance)
         self._epoch = lru_cache(maxsize=2)(self._compute_epoch)
 
     def samples_at(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the examples at positions of the endless sequence of all epochs.
 
         Returns (example indices [b], passes [b]). The pass of an example is the number
-        of earlier passes over its class. It replaces the epoch as key of the
-        transform's random numbers, so that an example that occurs twice in an epoch
-        is augmented differently.
+        of earlier passes over its class. The pass replaces the epoch as key of the
+        transform's random numbers, so that an example that occurs twice in an epoch is
+        augmented differently.
 
         Args:
           positions: int [b]; position p is in epoch ``p // n``.
@@ -48,23 +48,24 @@ class BalancedOrder:
         epochs, offsets = np.divmod(positions, self._n)
         indices, passes = np.empty_like(offsets), np.empty_like(offsets)
         for epoch in np.unique(epochs):
-            at = epochs == epoch
-            indices[at], passes[at] = self._epoch(int(epoch))[:, offsets[at]]
+            selected = epochs == epoch
+            found = self._epoch(int(epoch))[:, offsets[selected]]
+            indices[selected], passes[selected] = found
         return indices, passes
 
     def _compute_epoch(self, epoch: int) -> np.ndarray:
         """Return the example indices and passes of an epoch, int64 [2, n]."""
         parts = []
-        for number, members in enumerate(self._members):
-            count = self.counts[number]
-            places = np.arange(epoch * count, (epoch + 1) * count)
-            passes, offsets = np.divmod(places, len(members))
+        for label, members in enumerate(self._members):
+            count = self.counts[label]
+            positions = np.arange(epoch * count, (epoch + 1) * count)
+            passes, offsets = np.divmod(positions, len(members))
             indices = np.empty_like(offsets)
             for k in np.unique(passes):
-                at = passes == k
-                # Counted from 1, because SeedSequence ignores a trailing 0.
-                order = shuffled([self._seed, int(k), 1 + number], len(members))
-                indices[at] = members[order[offsets[at]]]
+                selected = passes == k
+                # Labels count from 1 here, because SeedSequence ignores a trailing 0.
+                order = shuffled([self._seed, int(k), 1 + label], len(members))
+                indices[selected] = members[order[offsets[selected]]]
             parts.append(np.stack([indices, passes]))
         order = permutation(self._seed, epoch, self._n)
         return np.concatenate(parts, axis=1)[:, order]

@@ -8,7 +8,7 @@ import numpy as np
 
 from hivit_jax.augment.resample import FILTER_RADIUS, MAXIMUM, crop_resize_matrix
 
-# Along one axis: start and length of a box, and number of pixels before the padding.
+# Along one axis: start and length of a box, and number of pixels without the padding.
 Span = tuple[float, float, int]
 
 
@@ -44,8 +44,8 @@ def random_resized_crop(
 
     Each of ten tries draws an area from `scale` and a log-uniform aspect ratio from
     `ratio`. The first crop that fits inside the image is used, at a uniformly random
-    position in whole pixels. If none fits, the crop is the largest central one with an
-    allowed aspect ratio. The resize filter does not read pixels outside the crop.
+    position in whole pixels. If no crop fits, the largest central crop with an allowed
+    aspect ratio is used. The resize filter does not read pixels outside the crop.
 
     Args:
       height, width: size of the image.
@@ -73,7 +73,7 @@ def random_resized_crop(
 def center_crop(height: int, width: int, size: Sequence[int], crop_pct: float) -> Crop:
     """Return the central crop that timm and torchvision use for evaluation.
 
-    It corresponds to two steps: resize the image so that it just covers
+    The crop corresponds to two steps: resize the image so that it just covers
     ``size / crop_pct``, then crop `size` at the center. For a square `size`, the first
     step resizes the image's shorter side to ``size / crop_pct``.
 
@@ -162,8 +162,8 @@ def resize(
     """Resize a box of an image [h, w, C] to [*size, C] on the host.
 
     This is the counterpart of `augment.resample`. PIL resizes with antialiasing. NumPy
-    resizes without antialiasing, because PIL does not support that. uint8
-    is rounded after each axis, uint16 only at the end, and float32 never.
+    resizes without antialiasing, which PIL does not support. uint8 is rounded after
+    each axis, uint16 only at the end, and float32 never.
     """
     from PIL import Image
 
@@ -171,8 +171,8 @@ def resize(
     if antialias:
         (top, height, _), (left, width, _) = box
         edges = (left, top, left + width, top + height)
-        # PIL resizes RGB images as a whole. Others are resized band by band, because
-        # PIL does not support them or would treat their last band as alpha.
+        # PIL resizes RGB images as a whole. Other images are resized band by band,
+        # because PIL does not support them or would treat their last band as alpha.
         whole = dtype == np.uint8 and pixels.shape[-1] == 3
         bands = [pixels] if whole else np.moveaxis(pixels, -1, 0)
         bands = [band if dtype == np.uint8 else band.astype("f4") for band in bands]

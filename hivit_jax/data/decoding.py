@@ -1,9 +1,9 @@
 """Decode image files to 8 bits per channel.
 
 Pillow converts images with more bits by clipping or truncation. This module maps values
-linearly instead, so that black becomes 0 and white becomes 255. In images of 16-bit
-unsigned integers, black and white are the ends of the type's range. For other types,
-the user sets their values (`data.value_range`).
+linearly instead, so that black becomes 0 and white becomes 255. In images of unsigned
+integers with up to 16 bits, black and white are the ends of the range of these bits.
+For other types, the user sets their values (`data.value_range`).
 """
 
 import io
@@ -22,7 +22,7 @@ from hivit_jax.errors import DataError
 # without them.
 
 PIL_MODES = {1: "L", 3: "RGB"}  # by number of channels
-# Second bytes of JPEG markers; those in FRAMES start a frame and identify its coding.
+# Second bytes of JPEG markers. A byte in FRAMES starts a frame and names its coding.
 START_OF_SCAN, BASELINE, FRAMES = 0xDA, 0xC0, {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 END_OF_IMAGE = b"\xff\xd9"
 # A JPEG marker after the start of a scan, except restart markers.
@@ -30,7 +30,7 @@ MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
 # TIFF tags.
 BITS_PER_SAMPLE, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339
 SIGNED = (2,)  # value of SAMPLE_FORMAT
-# Byte order in a raw mode -> the opposite one. B: big-endian, L: little, N: native.
+# Byte order in a raw mode -> opposite byte order. B: big-endian, L: little, N: native.
 OPPOSITE = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}
 # Big-endian raw mode -> native raw mode. libtiff returns values in native byte order,
 # but Pillow decodes them with these big-endian raw modes.
@@ -102,8 +102,8 @@ def decode(
 
     For images of up to 8 bits, the result is identical to PIL's. 16-bit values are
     divided by 257. Pillow itself reduces some 16-bit images to 8 bits: JPEG 2000, SGI
-    and PPM in color, and images with premultiplied alpha. For these, the result differs
-    from a division by 257 by at most one level.
+    and PPM in color, and images with premultiplied alpha. For these images, the result
+    differs from a division by 257 by at most one level.
 
     Args:
       value_range: values of black and white in images with more than 8 bits; (): the
@@ -139,7 +139,7 @@ def ordinary_jpeg_size(encoded: bytes) -> tuple[int, int] | None:
 
     Returns:
       None for another format, for other color spaces such as CMYK, and for images with
-      more pixels than PIL accepts, so that PIL raises its error.
+      more pixels than PIL accepts; PIL then raises an error.
     """
     import simplejpeg
     from PIL import Image

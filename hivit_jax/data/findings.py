@@ -39,11 +39,11 @@ def image_findings(
     """
     shape = pixels.shape
     checks = {
-        # The host may have to resize crops of an image with so long a side.
+        # The host may have to resize crops of an image with a side longer than canvas.
         f"over {canvas}, may be slower": 0 < canvas < max(shape),
         f"under {size[0]} x {size[1]}": shape[0] < size[0] or shape[1] < size[1],
     }
-    lost: dict[str, str] = {}
+    value_findings: dict[str, str] = {}
     exif, color_space = encoded.find(b"Exif", 0, 65536) >= 0, ""
     with suppress(ValueError):  # from a file that is not a JPEG
         color_space = simplejpeg.decode_jpeg_header(encoded)[2]
@@ -62,8 +62,8 @@ def image_findings(
             rotated = exif and image.getexif().get(ExifTags.Base.Orientation, 1) > 1
             checks["EXIF rotation, not applied"] = rotated
         if pixels.dtype == np.uint8:
-            lost = _value_findings(encoded, pixels, value_range)
-    return {finding: "" for finding, found in checks.items() if found} | lost
+            value_findings = _value_findings(encoded, pixels, value_range)
+    return {finding: "" for finding, found in checks.items() if found} | value_findings
 
 
 def _value_findings(
@@ -74,9 +74,9 @@ def _value_findings(
     Values count as lost in three cases:
 
     - fewer than a quarter of the levels remain, where an image with more than 256
-      levels counts as one with 256;
+      levels counts as an image with 256 levels;
     - only one of several levels remains;
-    - only the alpha channel varies, which is dropped.
+    - only the dropped alpha channel varies.
 
     Values outside of the range count as clipped.
     """
@@ -97,12 +97,12 @@ def _value_findings(
     low, high = sorted(stored.black_and_white(value_range))
     found = {f"{values.dtype}, reduced to 8 bits": ""}
     levels, remaining = len(np.unique(values)), len(np.unique(pixels))
-    outside = np.mean((values < low) | (values > high))
+    outside_fraction = np.mean((values < low) | (values > high))
     if remaining < min(levels, 256) / 4 or remaining == 1 < levels:
         found[LOST] = (
             f"{remaining} of {levels} levels remain; values are {values.min():g} to "
             f"{values.max():g}, data.value_range is ({low:g}, {high:g})"
         )
-    elif outside:
-        found[CLIPPED] = f"{outside:.2%} of the values"
+    elif outside_fraction:
+        found[CLIPPED] = f"{outside_fraction:.2%} of the values"
     return found

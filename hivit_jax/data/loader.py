@@ -42,7 +42,7 @@ class BufferPool:
             return np.empty(shape, dtype)
         free = self._free[size]
         memory = free.pop() if free else mmap.mmap(-1, size)
-        # The finalizer is on this array, because all views of it keep it alive.
+        # The finalizer is on this array, because every view of it keeps it alive.
         array = np.frombuffer(memory, np.uint8)
         weakref.finalize(array, free.append, memory)
         return array.view(dtype).reshape(shape)
@@ -112,9 +112,9 @@ class Loader:
         The arrays of the first `count` examples are undefined until `fill` writes them.
         """
         batch = {}
-        for name, batched in self._shapes[bucket].items():
-            local_shape = self._local_batch_size, *batched.shape[1:]
-            batch[name] = self._buffers.array(local_shape, batched.dtype)
+        for name, struct in self._shapes[bucket].items():
+            local_shape = self._local_batch_size, *struct.shape[1:]
+            batch[name] = self._buffers.array(local_shape, struct.dtype)
             batch[name][count:] = 0
         batch["index"][count:] = -1
         return batch
@@ -127,7 +127,7 @@ class Loader:
         indices: np.ndarray,
         epochs: np.ndarray,
     ) -> None:
-        """Read k examples into positions first .. first+k-1 of a batch.
+        """Read k examples into positions first .. first+k-1 of this process's batch.
 
         Args:
           indices: example indices, int64 [k].
@@ -176,11 +176,12 @@ def synthetic_batches(
       local_batch_size: examples of a batch on this process.
     """
     rng = np.random.default_rng(seed)
+    count = 64  # different examples of noise per bucket
     noise = [
         {
-            name: rng.integers(0, 256, (64, *batched.shape[1:]), np.uint8)
-            for name, batched in shapes.items()
-            if batched.dtype == np.uint8
+            name: rng.integers(0, 256, (count, *struct.shape[1:]), np.uint8)
+            for name, struct in shapes.items()
+            if struct.dtype == np.uint8
         }
         for shapes in batch_shapes(transform)
     ]
@@ -190,7 +191,7 @@ def synthetic_batches(
         batch = {}
         for name, array in transform.shapes[bucket].items():
             if name in noise[bucket]:
-                batch[name] = noise[bucket][name][indices % 64]
+                batch[name] = noise[bucket][name][indices % count]
             else:
                 values = (indices % num_classes).reshape(-1, *[1] * len(array.shape))
                 values = np.broadcast_to(values, (local_batch_size, *array.shape))

@@ -12,11 +12,11 @@ from hivit_jax.data.sources.file_index import OUTSIDE
 def split_notes(
     source: Source, indices: np.ndarray, split: str, dtype: str
 ) -> list[str]:
-    """Return lines about ignored images, images of no class, and reduced 16 bits.
+    """Return lines about ignored images, images of no class, and 16-bit images.
 
     Args:
       indices: indices of the examples that are read to find 16-bit values.
-      dtype: `data.dtype`.
+      dtype: `data.dtype`; 16-bit images are reported only for uint8.
     """
     notes = []
     if source.loose:
@@ -32,14 +32,14 @@ def split_notes(
             f"{count:,} of {len(labels):,} images of the {split} split have no label; "
             "they count as images of no class"
         )
-    checked, count = set(indices.tolist()), 0
+    checked, num_16_bit = set(indices.tolist()), 0
     for index in checked if dtype == "uint8" else ():
         with suppress(Exception):  # damaged files cause exceptions of many types
             values = read_values(source.sample(index)["image"]).array
-            count += values.dtype == np.uint16
-    if count:
+            num_16_bit += values.dtype == np.uint16
+    if num_16_bit:
         notes.append(
-            f"{count} of {len(checked)} checked images of the {split} split have 16 "
-            "bits, which are reduced to 8 bits; data.dtype=uint16 keeps all 16"
+            f"{num_16_bit} of {len(checked)} checked images of the {split} split have "
+            "16 bits, which are reduced to 8 bits; data.dtype=uint16 keeps all 16"
         )
     return notes

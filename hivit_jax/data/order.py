@@ -1,8 +1,8 @@
 """Plans: the examples of every batch of a run.
 
-A plan depends only on the seed, the epoch and, with several buckets, the image sizes. A
-run can therefore resume at any step and on any number of hosts with the same examples,
-and its checkpoints need to contain only the step.
+The examples of a step are a function of the config, the dataset and the step. A run can
+therefore resume at any step and on any number of hosts with the same examples. For
+this, its checkpoints need to contain only the step.
 """
 
 import math
@@ -19,7 +19,8 @@ from hivit_jax.errors import LocalDataError
 class PlannedBatch(NamedTuple):
     """Examples that one process reads for a batch; indices and epochs are int64 [k].
 
-    The loader pads the process's part of the batch with examples of weight 0.
+    With `data.balance`, the epochs are the passes of `BalancedOrder.samples_at`. The
+    loader pads the process's part of the batch with examples of weight 0.
     """
 
     bucket: int

@@ -34,9 +34,9 @@ def prefetch_to_device(
 
 
 def defer_error(batches: Iterable[Any]) -> Iterator[Any]:
-    """Yield the batches.
+    """Yield the batches, and a DataError that ends them.
 
-    If a DataError ends them, yield the error instead of raising it. A step that has
+    The error is yielded as the last element instead of being raised. A step that has
     been computed can then be logged and evaluated before the error of the next batch is
     raised by `raise_error`.
     """

@@ -1,8 +1,8 @@
 """RandAugment with timm's policy `rand-m9-mstd0.5-inc1`.
 
-Draws two of fifteen operations for each image. Each is applied with probability 0.5, at
-a magnitude around 9 on a scale of 0 to 10. The result depends only on the image and the
-given random numbers. All functions are thread-safe.
+Draws two of fifteen operations for each image. Each drawn operation is applied with
+probability 0.5, at a magnitude around 9 on a scale of 0 to 10. The result depends only
+on the image and the given random numbers. All functions are thread-safe.
 """
 
 from collections.abc import Callable, Sequence
@@ -59,8 +59,8 @@ def _affine(
     """Apply an affine map from output to input coordinates.
 
     Args:
-      x, y: coefficients (a, b, c). An output pixel (u, v) takes its x (or y) input
-        coordinate from a * u + b * v + c.
+      x, y: coefficients (a, b, c) of the x (or y) input coordinate, which is
+        a * u + b * v + c for an output pixel (u, v).
     """
     return image.transform(
         image.size,
@@ -115,7 +115,7 @@ def choose(
     """Return (name, magnitude, sign) of each operation to apply to an image.
 
     Operations are drawn with replacement and applied independently of each other, as in
-    timm's auto_augment.py. The arguments are those of `randaugment`.
+    timm's auto_augment.py. For the arguments see `randaugment`.
     """
     names, chosen = list(OPERATIONS), []
     for k in range(0, 4 * num_ops, 4):

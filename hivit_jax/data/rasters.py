@@ -38,14 +38,15 @@ def decode(
     - float32: values as stored, even if they are integers.
 
     For three channels, grayscale is repeated. For one channel, color is converted to
-    luminance. For both, an alpha channel is dropped unless the file is a TIFF.
+    luminance. For one or three channels, an alpha channel is dropped unless the file is
+    a TIFF.
 
     Args:
       value_range: used only for uint8; see `decoding.decode`.
 
     Raises:
       ChannelError: the number of channels in the file is wrong.
-      DataError: `dtype` cannot represent its values.
+      DataError: `dtype` cannot represent the values in the file.
       Exception: an error of any type if the image cannot be read.
     """
     if dtype == "uint8" and channels in PIL_MODES and not encoded.startswith(NPY):
@@ -58,8 +59,8 @@ def decode(
     values = _match_channels(stored.array, channels)
     stored = StoredValues(values, "", stored.limits)
     if dtype == "uint8":
-        is_final = values.dtype == np.uint8 and stored.limits == LIMITS["uint8"]
-        return values if is_final else stored.levels(value_range)
+        is_uint8 = values.dtype == np.uint8 and stored.limits == LIMITS["uint8"]
+        return values if is_uint8 else stored.levels(value_range)
     if np.issubdtype(values.dtype, np.floating) and not np.isfinite(values).all():
         raise ValueError("the image contains values that are not finite")
     if stored.limits and stored.limits[0]:  # 0 is white

@@ -78,7 +78,7 @@ class Records:
 def load_index(
     directory: str, files: Sequence[str], make: Callable[[], Index], version: str = ""
 ) -> Index:
-    """Return the index of a dataset's files, and save it at the first call.
+    """Return the saved index of a dataset's files; make and save it if there is none.
 
     For files in a bucket, the index is saved beside them if the bucket is writable.
     Otherwise, and for local files, it is saved in the user's cache directory. An index

@@ -7,7 +7,7 @@ from hivit_jax.data.transforms import Transform
 
 Shapes = dict[str, jax.ShapeDtypeStruct]
 
-# index: of the example in its split, -1 for padding.
+# index: index of the example in its split, -1 for padding.
 # weight: 1 for a readable example, 0 for an unreadable one and for padding.
 # unreadable: 1 for an unreadable example, else 0.
 LOADER_ARRAYS = {"index": np.int32, "weight": np.float32, "unreadable": np.float32}

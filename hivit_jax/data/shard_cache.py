@@ -33,7 +33,7 @@ class ShardCache:
 
     def __init__(self, directory: str, check: Callable[[str], None] | None = None):
         self._root, self._check = Path(directory), check
-        self._copies: dict[str, str] = {}  # address -> path of its copy
+        self._copies: dict[str, str] = {}  # address of a file -> path of its copy
         self._wanted: set[str] = set()  # queued, in progress or failed
         self._queue: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._stopped = threading.Event()
@@ -75,7 +75,7 @@ class ShardCache:
 
         Args:
           files: addresses of the split's files.
-          total_bytes: their approximate size.
+          total_bytes: approximate size of these files.
         """
         present = sum(self.target(file).exists() for file in files)
         self._root.mkdir(parents=True, exist_ok=True)
@@ -141,8 +141,8 @@ class ShardCache:
     def _copy_locked(self, address: str, target: Path, file) -> None:
         """Copy a file into the locked ``.part`` file, check and rename the copy."""
         if target.exists():
-            # Another process has finished the copy. If it did so before this process
-            # opened the ``.part`` file, opening created a new, empty file.
+            # Another process has finished the copy. If the copy was renamed before this
+            # process opened the ``.part`` file, opening created a new, empty file.
             _remove_if_empty(f"{target}.part")
             return
         file.truncate(0)

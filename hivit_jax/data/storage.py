@@ -1,7 +1,7 @@
 """Files on disk and in buckets (``gs://BUCKET/KEY``, ``s3://BUCKET/KEY``).
 
 Objects in buckets are accessed by tensorstore, which retries requests that fail for a
-while. Credentials are those of Google's or Amazon's tools; public buckets need none.
+while. The credentials of Google's or Amazon's tools are used. Public buckets need none.
 """
 
 import os
@@ -56,7 +56,7 @@ def read(path: str, start: int = 0, stop: int | None = None) -> Waiter:
     A local file is not read until the returned function is called.
 
     Args:
-      start: first byte; a negative one counts from the end and needs ``stop=None``.
+      start: first byte; a negative number counts from the end and needs ``stop=None``.
         A file that is shorter than ``-start`` is returned whole.
       stop: byte after the last; None: the end.
 
@@ -75,7 +75,8 @@ def read(path: str, start: int = 0, stop: int | None = None) -> Waiter:
         except _RangeError:
             if start >= 0:
                 raise
-            return _result(path, _start(path, 0, None)).value  # shorter than `-start`
+            # The object is shorter than `-start`.
+            return _result(path, _start(path, 0, None)).value
 
     return wait
 

@@ -45,7 +45,7 @@ class Summary:
         digest = blake2b(encoded, digest_size=16).digest()
         bands, dtype, drops = _stored_kind(encoded, self._channels)
         flat = pixels.reshape(-1, self._channels)
-        sums, squares, ends = _moments(flat)
+        sums, squares, (black, white) = _moments(flat)
         with self._lock:
             self.digests[index] = digest
             self.kinds[f"{bands} x {dtype}"] += 1
@@ -55,7 +55,8 @@ class Summary:
             self._count += len(flat)
             self._sums += sums
             self._squares += squares
-            self._black, self._white = self._black + ends[0], self._white + ends[1]
+            self._black += black
+            self._white += white
 
     def mean_and_std(self, scale: float) -> tuple[np.ndarray, np.ndarray]:
         """Return mean and standard deviation per channel, of pixels / `scale`."""
@@ -64,23 +65,26 @@ class Summary:
         return mean / scale, np.sqrt(np.maximum(variance, 0)) / scale
 
     def clipped(self) -> tuple[float, float]:
-        """Return the fractions of values at both ends of the dtype's range."""
+        """Return the fractions of values at both ends of the dtype's range.
+
+        They are 0 for float32, which has no such range.
+        """
         values = max(self._count * self._channels, 1)
         return self._black / values, self._white / values
 
 
 def _moments(flat: np.ndarray) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
-    """Return sums, sums of squares, and numbers of black and white values."""
+    """Return sums and sums of squares [C], and numbers of black and white values."""
     white = MAXIMUM[flat.dtype.name]
     if flat.dtype == np.uint8:
         counts = np.array([np.bincount(column, minlength=256) for column in flat.T])
         levels = np.arange(256.0)
-        ends = int(counts[:, 0].sum()), int(counts[:, 255].sum())
-        return counts @ levels, counts @ levels**2, ends
+        extremes = int(counts[:, 0].sum()), int(counts[:, 255].sum())
+        return counts @ levels, counts @ levels**2, extremes
     values = flat.astype(np.float64)
-    ends = int((flat == 0).sum()), int((flat == white).sum())
-    ends = (0, 0) if flat.dtype == np.float32 else ends
-    return values.sum(0), (values**2).sum(0), ends
+    extremes = int((flat == 0).sum()), int((flat == white).sum())
+    extremes = (0, 0) if flat.dtype == np.float32 else extremes
+    return values.sum(0), (values**2).sum(0), extremes
 
 
 def _stored_kind(encoded: bytes, channels: int) -> tuple[int, str, bool]:
@@ -105,8 +109,9 @@ def equal_files(splits: Sequence[Mapping[int, bytes]]) -> list[tuple[int, int]]:
     Args:
       splits: digests of the training and evaluation split.
     """
-    first = {digest: index for index, digest in reversed([*splits[0].items()])}
-    pairs = ((first.get(digest), index) for index, digest in sorted(splits[1].items()))
+    train_index = {digest: index for index, digest in reversed([*splits[0].items()])}
+    test = sorted(splits[1].items())
+    pairs = ((train_index.get(digest), index) for index, digest in test)
     return [(train, index) for train, index in pairs if train is not None]
 
 

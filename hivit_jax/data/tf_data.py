@@ -155,7 +155,7 @@ class TfReader:
             }
 
     def _record(self, index: int) -> Record:
-        """Return the record that TensorFlow reads; NO_RECORD if `_load` must do it."""
+        """Return the record for TensorFlow; NO_RECORD if `_load` must read it."""
         if index < 0:
             return NO_RECORD
         if self._decodes and index not in self._unreadable:
@@ -237,7 +237,7 @@ class TfReader:
         tf, keys = self._tf, self._source.example_keys
         if not keys:
             return tf.io.read_file(row["file"]), row["label"]
-        # A tfrecord contains 12 bytes before the data and 4 after it.
+        # A tfrecord contains 12 bytes before the data and 4 bytes after the data.
         records = tf.raw_ops.TFRecordDatasetV2(
             filenames=[row["file"]],
             compression_type="",
@@ -260,8 +260,8 @@ class TfReader:
         Returns:
           Top, left, height and width of the decoded window; left and width of the crop
           inside the window. The window contains one more column on each side of the
-          crop, because the decoder interpolates color between neighboring columns. All
-          zeros if the example is left to `_load`.
+          crop, because the decoder interpolates color between neighboring columns. If
+          `_load` must read the example, all numbers are 0.
         """
         nothing = np.zeros(6, np.int32)
         size = ordinary_jpeg_size(encoded)

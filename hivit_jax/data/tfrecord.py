@@ -32,11 +32,11 @@ class LocalFile:
 
     def __init__(self, path: str):
         self._file, size = os.open(path, os.O_RDONLY), os.path.getsize(path)
-        starts, offset, around = [], 0, HEADER + FOOTER
+        starts, offset = [], 0
         while offset < size:
             starts.append(offset)
             header = os.pread(self._file, 8, offset)
-            offset += struct.unpack("<Q", header)[0] + around
+            offset += struct.unpack("<Q", header)[0] + HEADER + FOOTER
         if offset != size:
             raise OSError(f"{path} ends inside a record, at byte {size:,}")
         self._offsets = np.array([*starts, size])
@@ -97,7 +97,7 @@ def unpack(record: bytes) -> bytes:
     """Return the data of a record.
 
     Raises:
-      DamagedRecord: its length is wrong.
+      DamagedRecord: the stored length is wrong.
     """
     length = int.from_bytes(record[:8], "little")
     if length != len(record) - HEADER - FOOTER:

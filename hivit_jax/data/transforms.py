@@ -159,7 +159,7 @@ class ImageTransform(Transform):
 
     @property
     def copies_crops(self) -> bool:
-        """True if `__call__` copies most random crops into the canvas unchanged."""
+        """True if `__call__` copies every random crop that fits into the canvas."""
         room = self.shapes[0]["image"].shape
         is_resized = self._randaugment or room[:2] == self._size
         is_color = self._channels == 3 and self._dtype == "uint8"

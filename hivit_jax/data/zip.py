@@ -46,10 +46,10 @@ def members(path: str) -> list[Member]:
                 f"{path}: {name} is compressed or was streamed; expected members that "
                 "are stored, as zip -0 writes them"
             )
-        missing = [value for value in (fields[9], compressed) if value == NONE_32]
         offset = fields[16]
         if offset == NONE_32:
-            offset = _extra_64(extra)[len(missing)]
+            # In the zip64 field, the offset follows the sizes that are NONE_32.
+            offset = _extra_64(extra)[[fields[9], compressed].count(NONE_32)]
         found.append((offset, name))
     offsets = sorted(offset for offset, _ in found)
     ends = dict(zip(offsets, [*offsets[1:], first], strict=True))

@@ -1,1 +1,1 @@
-"""Fused kernels of the residual branches: attention and MLP."""
+"""Fused kernels of residual branches: attention and MLP on TPUs, LayerNorm on GPUs."""

@@ -2,11 +2,14 @@
 biases of their scores.
 
 A group's rows start anywhere in a tile, but a kernel loads whole tiles. The *window* of
-a group is the smallest range of whole tiles that can hold it, W rows. The *offset* of a
-group is the number of rows of its window before its first row.
+a group is a range of whole tiles that contains the group. All windows have W rows,
+enough for a group at any offset. The *offset* of a group is the number of rows of its
+window before the group's first row.
 
 A bias [heads, N, N] is copied to windows before the kernel runs, once for each offset.
-Inside the kernel it would have to be shifted for each image.
+Otherwise the kernel would have to shift the bias for each image.
+
+In this module, `heads` is a number of heads and `head` is the width of a head.
 """
 
 import math
@@ -25,7 +28,7 @@ class Groups:
 
     count: images of a group.
     size: rows of a group.
-    window: rows of its window, W.
+    window: rows of a window, W.
     offsets: all offsets, ascending.
     """
 
@@ -35,7 +38,7 @@ class Groups:
         while rows // tokens % self.count:
             self.count -= 1
         self.size = self.count * tokens
-        self.window = min(rows, _window(self.size))
+        self.window = min(rows, _window_rows(self.size))
         starts = range(0, rows, self.size)
         last = rows - self.window
         offsets = {start - min(start // TILE * TILE, last) for start in starts}
@@ -51,7 +54,7 @@ class Groups:
           With `heads` > 1 the scores of that many heads lie side by side. For a group
           of one image the mask is the same for all queries and has length 1 along the
           query axis.
-        - slot(): returns the index of the group's offset.
+        - slot(): returns the index of the group's offset in `offsets`.
         """
         tokens, window, size, count = self.tokens, self.window, self.size, self.count
 
@@ -115,8 +118,8 @@ class Groups:
         return out
 
 
-def _window(size):
-    """Return the rows of the window of a group with `size` rows."""
+def _window_rows(size):
+    """Return the rows of a window for a group of `size` rows at any offset."""
     return size if size % TILE == 0 else -(-(size + TILE - 1) // TILE) * TILE
 
 
@@ -124,15 +127,16 @@ def bias_bytes(tokens: int, heads: int, head: int) -> int:
     """Return the bytes of VMEM for a bias and its gradient in the backward pass.
 
     These are five float32 arrays: two buffers for the bias, two for its gradient, and
-    the array in which the gradient is summed. The block is assumed to hold many images,
-    some of which share a softmax.
+    the array in which the gradient is summed. The block is assumed to hold so many
+    images that its groups have the largest size.
     """
     size = max(1, LANES // tokens) * tokens
-    window, offsets = _window(size), TILE // math.gcd(size, TILE)
+    window, offsets = _window_rows(size), TILE // math.gcd(size, TILE)
     offsets += offsets > 1  # the last window of a block may start earlier
     side_by_side = LANES // head
     columns = -(-side_by_side * window // LANES) * LANES
-    return 20 * offsets * heads // side_by_side * window * columns
+    arrays, itemsize = 5, 4
+    return arrays * itemsize * offsets * heads // side_by_side * window * columns
 
 
 def head_lanes(head: int) -> list[jax.Array]:
@@ -151,7 +155,10 @@ def stack_heads(x: jax.Array, head: int, inside: jax.Array, dtype) -> jax.Array:
 
 
 def merge_heads(x: jax.Array, head: int) -> jax.Array:
-    """Undo `stack_heads`, [heads * W, 128] -> [W, 128], with each head's own lanes."""
+    """Undo `stack_heads`, [heads * W, 128] -> [W, 128].
+
+    From the rows of each head, only the lanes of this head are used.
+    """
     window = len(x) * head // LANES
     merged = x[:window]
     for i, lanes in enumerate(head_lanes(head)):

@@ -22,9 +22,10 @@ operand.
 
 Roofline for each row in bfloat16: the forward pass moves 4 C bytes and the backward
 pass 6 C, and each moves 8 C more with `Plan.keep`. Weights are read once. A decoder
-block of hivit_base moves 1 MB an image, or 2.6 MB with `Plan.keep`. Without the kernel,
-the scores of its 16 heads would move 55 MB. The kernel is compute-bound either way.
-`Plan.keep` avoids 6 C C of 30 C C operations, and one product of scores and v.
+block of mae_hivit_base moves 1 MB an image, or 2.6 MB with `Plan.keep`. Without the
+kernel, the scores of its 16 heads would move 55 MB. The kernel is compute-bound either
+way. For each row, `Plan.keep` avoids 6 C C of 30 C C operations, and one product of
+scores and v.
 """
 
 from dataclasses import replace
@@ -66,8 +67,8 @@ def attention_block(
 
     Args:
       bias: added to the scores of every image, [heads, N, N] float32; or None.
-      image_scale: [B] float32, factor of the branch of each image; None: 1. It has no
-        gradient.
+      image_scale: [B] float32, factor of the branch of each image; None: 1. These
+        factors have no gradient.
       plan: `rows` must be a multiple of N, so that blocks hold whole images.
     """
     return _run(x, weights, bias, image_scale, replace(plan, keep=False))[0]
@@ -92,7 +93,7 @@ def _run(x, weights, bias, image_scale, plan):
         _project(x, weights, plan.eps, qkv)
 
         def attend(window, inside, score_mask, slot):
-            # [W or 1, W]: queries are rows, keys columns
+            # The mask is [W or 1, W]: queries are rows, keys are columns.
             mask = None if biases else score_mask(1)
             first = slot() * plan.heads if biases else 0
             for tile in range(width // LANES):
@@ -159,7 +160,7 @@ def _backward(plan, saved, gradient):
         dheads_out[...] = dot(dy, proj_w[...], (1, 1))
 
         def attend(window, inside, score_mask, slot):
-            # [W, heads * W or 1]: keys are rows
+            # The mask is [W, heads * W or 1]: keys are rows.
             mask = None if biases else score_mask(0, side_by_side)
             first = slot() * (width // LANES) if biases else 0
             for tile in range(width // LANES):

@@ -56,8 +56,8 @@ def cudnn_attention(
     Odd numbers of tokens are padded, because JAX supports the backward pass of cuDNN
     only for even numbers.
 
-    The bias, [1, heads, N, N], is rounded to bfloat16, like the scores' operands. cuDNN
-    sums its gradient over the images of a GPU and returns it in bfloat16, and GPUs
+    The bias, [1, heads, N, N], is rounded to bfloat16, like q and k. cuDNN sums the
+    gradient of the bias over the images of a GPU and returns it in bfloat16, and GPUs
     exchange it in bfloat16. Weight gradients have the same precision.
     """
     batch, tokens = q.shape[:2]
@@ -76,7 +76,7 @@ def cudnn_attention(
 def unnormalized_softmax(
     q: jax.Array, k: jax.Array, bias: jax.Array | None, mask: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
-    """Attention weights before normalization, and the sums to divide them by.
+    """Return attention weights before normalization, and the sums to divide them by.
 
     Args:
       q, k: [B, N, heads, head].

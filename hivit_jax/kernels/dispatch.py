@@ -1,8 +1,8 @@
 """Selection of the fused kernels that run residual branches.
 
-`mlp` and `attention` return a residual branch as one kernel, on TPUs. `layer_norm` runs
-only the LayerNorm of a branch as a kernel, on GPUs. They return None if no kernel
-supports the arguments, and the layers then leave the work to XLA.
+`mlp` and `attention` return a residual branch as one kernel, mainly on TPUs.
+`layer_norm` runs only the LayerNorm of a branch as a kernel, on GPUs. All three return
+None if no kernel supports the arguments. The layers then leave the work to XLA.
 """
 
 import math
@@ -36,7 +36,7 @@ def mlp(x: jax.Array, norm: Any, mlp: Any, choice: str) -> Branch | None:
       x: [..., C].
       norm, mlp: modules with the parameters.
       choice: where to use kernels, if shapes allow. "auto": on TPUs and GPUs, in
-        bfloat16. "fused": also on CPUs, as plain operations, slowly. "plain": nowhere.
+        bfloat16. "fused": also on CPUs, in any dtype, but slowly. "plain": nowhere.
     """
     target = _target(choice, x)
     width, hidden = mlp.fc1.kernel.shape
@@ -53,11 +53,11 @@ def mlp(x: jax.Array, norm: Any, mlp: Any, choice: str) -> Branch | None:
     # Bytes of VMEM in the backward pass: weights and their gradients, in float32 and in
     # x's dtype; and for each row x and hidden activations.
     fixed, per_row = 24 * width * hidden, 24 * hidden + 40 * width
-    most = (target.vmem - fixed) // per_row
-    rows = block_rows(total, ROWS, preferred, most)
+    max_rows = (target.vmem - fixed) // per_row
+    rows = block_rows(total, ROWS, preferred, max_rows)
     # A block with fewer rows than a tile of the matrix unit adds too little to the
     # weight gradients at a time, so the kernel would be slower than plain operations.
-    if rows is None or most < LANES:
+    if rows is None or max_rows < LANES:
         return None
     product = 2 * width * hidden
     keep = target.should_keep(2 * product, 5 * product, product, width, 2 * hidden)
@@ -77,9 +77,9 @@ def attention(
 ) -> Branch | None:
     """Return ``x + attention(norm(x))`` as one kernel, or None.
 
-    Arguments are those of `mlp` and of `Attention.__call__`. Also returns None on GPUs,
-    where cuDNN computes attention, and with a key mask, windows that are padded or
-    shifted, or a bias that differs between images.
+    For the arguments see `mlp` and `Attention.__call__`. Also returns None on GPUs,
+    where cuDNN computes attention; with a key mask; with padded or shifted windows; and
+    with a bias that differs between images.
     """
     target = _target(choice, x)
     qkv, proj, windows = attention.qkv, attention.proj, attention.windows
@@ -131,7 +131,7 @@ def layer_norm(x: jax.Array, norm: Any, choice: str) -> tuple | None:
     """Return x and ``norm(x)``, computed by a GPU kernel, or None.
 
     The skip connection must use the returned x, because the kernel of the backward pass
-    adds both gradients of x. Arguments are those of `mlp`.
+    adds both gradients of x. For the arguments see `mlp`.
     """
     target, width = _target(choice, x), x.shape[-1]
     if target is None or target.platform != "gpu" or x.size == 0:
@@ -157,7 +157,7 @@ class Target:
 
     platform: "tpu", "gpu" or "cpu".
     axes: mesh axes that split the batch.
-    shards: number of parts that they split it into.
+    shards: number of parts that these axes split the batch into.
     vmem: bytes of VMEM that a kernel may use.
     balance: number of operations that take as long as moving one byte of HBM.
     """
@@ -176,10 +176,10 @@ class Target:
     def should_keep(
         self, forward: int, backward: int, recompute: int, width: int, kept: int
     ) -> bool:
-        """Return True if saving arrays for the backward pass beats recomputing them.
+        """Return True if saving arrays is faster than recomputing them.
 
         Args:
-          forward, backward: operations of a row, without saving.
+          forward, backward: operations of a row in both passes, without saving.
           recompute: operations of the backward pass that saving avoids.
           width: elements of a row. The forward pass moves two rows, the backward pass
             three.
@@ -290,9 +290,9 @@ def block_rows(total: int, unit: int, preferred: int, most: int) -> int | None:
     """Return the number of rows of a block, or None if no block fits.
 
     The number is the largest multiple of `unit` that divides `total` and is at most
-    `most` (the rows that fit into VMEM) and `preferred`. It is also at most half of the
-    total, so that one block can be fetched while another is computed. A block of one
-    unit may exceed `preferred` and half of the total.
+    `most` (the rows that fit into VMEM) and `preferred`. The number is also at most
+    half of the total, so that one block can be fetched while another is computed. A
+    block of one unit may exceed `preferred` and half of the total.
     """
     limit = min(max(min(preferred, total // 2), unit), most)
     return max(

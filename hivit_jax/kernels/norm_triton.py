@@ -4,10 +4,10 @@ backward.
 Without the kernel, XLA reads x three times in the forward pass (mean, variance, result)
 and four times in the backward pass. The kernels read every array once: the forward pass
 moves 4 C bytes for each row of C bfloat16 elements, the backward pass 8 C bytes. For
-this, the backward kernel also adds the gradient that reaches x past the branch.
+this, the backward kernel also adds the gradient that reaches x by the skip connection.
 
-Blocks of rows run concurrently and cannot share sums. Therefore each writes its
-summands of the gradients of scale and bias, and XLA adds them up.
+Blocks of rows run concurrently and cannot share sums. Therefore each block writes its
+part of the gradients of scale and bias, and XLA adds the parts up.
 """
 
 import math
@@ -20,15 +20,16 @@ from jax.experimental import pallas as pl
 
 from hivit_jax.kernels.numerics import F32, Plan
 
-# Elements that a thread block processes at a time, and in total in the backward pass.
-TILE, BLOCK = 4096, 16384
-MAX_PARTS = 4  # parts of a row; see `row_parts`
+TILE = 4096  # elements that a thread block processes at a time
+BLOCK = 16384  # elements that a thread block processes in the backward pass
+MAX_PARTS = 4  # largest number of parts of a row; see `row_parts`
 
 
 def row_parts(width: int) -> list:
     """Return slices that divide a row into parts.
 
-    The parts are equally long, because Triton's arrays have powers of two as sizes.
+    The length of all parts is the same power of two, because Triton supports only
+    arrays whose sides are powers of two.
     """
     size = math.gcd(width, TILE)
     return [pl.ds(start, size) for start in range(0, width, size)]
@@ -39,8 +40,8 @@ def supports(total: int, width: int) -> bool:
 
     Also returns False if JAX lacks the Triton backend of Pallas, which is deprecated.
     """
-    shape = total % 8 == 0 and width % 32 == 0 and len(row_parts(width)) <= MAX_PARTS
-    return shape and find_spec("jax.experimental.pallas.triton") is not None
+    fits = total % 8 == 0 and width % 32 == 0 and len(row_parts(width)) <= MAX_PARTS
+    return fits and find_spec("jax.experimental.pallas.triton") is not None
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -62,13 +63,13 @@ def _forward(x, scale, bias, plan):
 
     def kernel(x, scale, bias, y, mean, inverse):
         rows = [x[:, part].astype(F32) for part in parts]
-        average = _mean(rows, width)
-        centered = [row - average for row in rows]
-        deviation = jax.lax.rsqrt(_mean(map(jnp.square, centered), width) + plan.eps)
+        row_mean = _mean(rows, width)
+        centered = [row - row_mean for row in rows]
+        inverse_std = jax.lax.rsqrt(_mean(map(jnp.square, centered), width) + plan.eps)
         for part, row in zip(parts, centered, strict=True):
-            normalized = row * deviation * _row(scale, part) + _row(bias, part)
+            normalized = row * inverse_std * _row(scale, part) + _row(bias, part)
             y[:, part] = normalized.astype(y.dtype)
-        mean[...], inverse[...] = average, deviation
+        mean[...], inverse[...] = row_mean, inverse_std
 
     block = _rows_of_block(total, width, TILE)
     statistics = jax.ShapeDtypeStruct((total, 1), F32)
@@ -91,20 +92,20 @@ def _backward(plan, saved, gradients):
     parts, block = row_parts(width), _rows_of_block(total, width, BLOCK)
     tile = _rows_of_block(block, width, TILE)
 
-    def kernel(x, skip, dy, scale, mean, inverse, dx, dscale, dbias):
+    def kernel(x, dskip, dy, scale, mean, inverse, dx, dscale, dbias):
         def add_tile(i, sums):
             rows = pl.ds(i * tile, tile)
-            average, deviation = mean[rows, :], inverse[rows, :]
+            row_mean, inverse_std = mean[rows, :], inverse[rows, :]
             x_hat = [
-                (x[rows, part].astype(F32) - average) * deviation for part in parts
+                (x[rows, part].astype(F32) - row_mean) * inverse_std for part in parts
             ]
             dys = [dy[rows, part].astype(F32) for part in parts]
             dx_hat = [d * _row(scale, part) for d, part in zip(dys, parts, strict=True)]
             products = [a * b for a, b in zip(dx_hat, x_hat, strict=True)]
             shift, slope = _mean(dx_hat, width), _mean(products, width)
             for part, d, normalized in zip(parts, dx_hat, x_hat, strict=True):
-                branch = deviation * (d - shift - normalized * slope)
-                dx[rows, part] = (skip[rows, part].astype(F32) + branch).astype(
+                branch = inverse_std * (d - shift - normalized * slope)
+                dx[rows, part] = (dskip[rows, part].astype(F32) + branch).astype(
                     dx.dtype
                 )
             return [
@@ -146,7 +147,10 @@ def _row(ref, columns):
 
 
 def _rows_of_block(total, width, elements):
-    """Return a number of rows that divides `total`, with about `elements` elements."""
+    """Return the rows of a block: a power of two that divides `total`.
+
+    The block has at most `elements` elements, or one row.
+    """
     return math.gcd(total, 2 ** int(math.log2(max(elements // width, 1))))
 
 

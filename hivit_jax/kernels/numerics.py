@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 F32 = jnp.float32
-ROWS = 8  # rows of a float32 tile; the rows of a block are a multiple of it
+ROWS = 8  # rows of a float32 tile; blocks of TPU kernels have a multiple of this
 # x times this polynomial in x^2 approximates artanh(2 cdf(x) - 1). The fit minimizes
 # the largest error of x cdf(x).
 TANH_FIT = (
@@ -76,7 +76,7 @@ def dot(a: jax.Array, b: jax.Array, contract: tuple[int, int] = (1, 0)) -> jax.A
     """Matrix product over axis contract[0] of a and axis contract[1] of b, float32.
 
     Float32 inputs use the highest precision, whatever JAX's default precision is.
-    Products of bfloat16 have only one precision.
+    For bfloat16 inputs there is only one precision.
     """
     dims = (((contract[0],), (contract[1],)), ((), ()))
     precision = "highest" if a.dtype == F32 else "default"
@@ -115,9 +115,9 @@ def normalize_jvp(
 ) -> jax.Array:
     """Return the tangent of x_hat, given the tangent of x; see `layer_norm`.
 
-    Its transpose is `normalize_vjp`. Adds negated row averages instead of subtracting
-    the averages, because the transpose of a subtraction negates a [T, C] array. The
-    transpose of this form negates only [T, 1].
+    The transpose of this function is `normalize_vjp`. Adds negated row averages instead
+    of subtracting the averages, because the transpose of a subtraction negates a [T, C]
+    array. The transpose of this form negates only [T, 1].
     """
     tangent = inverse * tangent
     projection = -(tangent * x_hat).mean(-1, keepdims=True)
@@ -127,7 +127,7 @@ def normalize_jvp(
 def normal_cdf(x: jax.Array, dtype: Any = F32) -> jax.Array:
     """Cumulative distribution function of the standard normal distribution, float32.
 
-    GELU(x) is x times this, as in PyTorch.
+    GELU(x) is x times this function, as in PyTorch.
 
     Args:
       dtype: dtype that GELU is rounded to. float32 uses erf, which is exact. bfloat16

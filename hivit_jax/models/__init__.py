@@ -28,8 +28,9 @@ from hivit_jax.models.vit import (
     ViTMaskedAutoencoder,
 )
 
-# Tiny, Small and Base are official; Large and the 24-block Base are MMPretrain's.
-SIZES: dict[str, dict[str, Any]] = {
+# Tiny, Small and Base have the official sizes; Large and the 24-block Base have
+# MMPretrain's.
+HIVIT_SIZES: dict[str, dict[str, Any]] = {
     "hivit_tiny": dict(embed_dim=384, depths=(1, 1, 10), num_heads=6),
     "hivit_small": dict(embed_dim=384, depths=(2, 2, 20), num_heads=6),
     "hivit_base": dict(embed_dim=512, depths=(2, 2, 20), num_heads=8),
@@ -38,18 +39,20 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 Variant = tuple[type[Model], EncoderConfig]
 VARIANTS: dict[str, Variant] = {
-    name: (Classifier, ClassifierConfig(**size)) for name, size in SIZES.items()
+    name: (Classifier, ClassifierConfig(**size)) for name, size in HIVIT_SIZES.items()
 }
 # MMPretrain's classifier, published with 79.05 M parameters.
 VARIANTS["hivit_base_24"] = (
     Classifier,
-    ClassifierConfig(**SIZES["hivit_base_24"], fc_norm=False, layer_norm_eps=1e-5),
+    ClassifierConfig(
+        **HIVIT_SIZES["hivit_base_24"], fc_norm=False, layer_norm_eps=1e-5
+    ),
 )
 VARIANTS |= {
     f"mae_{name}": (MaskedAutoencoder, MAEConfig(**size))
-    for name, size in SIZES.items()
+    for name, size in HIVIT_SIZES.items()
 }
-# Base, Large and Huge are MAE's; Tiny and Small have the widths of DeiT.
+# Base, Large and Huge have the sizes of MAE's code; Tiny and Small have DeiT's.
 VIT_SIZES: dict[str, dict[str, Any]] = {
     "vit_tiny": dict(embed_dim=192, depth=12, num_heads=3),
     "vit_small": dict(embed_dim=384, depth=12, num_heads=6),
@@ -79,7 +82,7 @@ VARIANTS |= {
     f"simmim_{name}": (SimMIM, SimMIMConfig(**size))
     for name, size in SWIN_SIZES.items()
 }
-# SimMIM pretrains Swin-L with windows of 12.
+# SimMIM pretrains Swin-L with windows of 12x12 tokens.
 VARIANTS["simmim_swin_large"] = (
     SimMIM,
     SimMIMConfig(**SWIN_SIZES["swin_large"], window_size=12),
@@ -105,7 +108,7 @@ def variant(name: str) -> Variant:
 def family(name: str) -> list[type[EncoderConfig]]:
     """Return the config classes of all models with the encoder of `name`.
 
-    The family of an unknown name is HiViT.
+    For an unknown name, these are the classes of the HiViT models.
     """
     encoder_class = VARIANTS.get(name, VARIANTS["hivit_base"])[0].encoder_class
     variants = VARIANTS.values()
@@ -133,8 +136,8 @@ def configure(
         if key in ("pretrained", "checkpoint_path", "weights"):
             raise ConfigError(
                 f"{key}={overrides[key]!r}: create_model initializes new parameters; "
-                "for saved ones use hivit_jax.load_pretrained(PATH).\nPATH: a .pth or "
-                ".safetensors file, a workdir, a saved directory or "
+                "to load saved ones, use hivit_jax.load_pretrained(PATH).\n"
+                "PATH: a .pth or .safetensors file, a workdir, a saved directory or "
                 "hf://ORGANIZATION/NAME (docs/weights.md)"
             )
         if key not in known:
@@ -166,7 +169,10 @@ def create_model(name: str, seed: int | jax.Array = 0, **overrides: Any) -> Mode
 
 
 def create_arguments(section: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of `create_model` from the section `model` of a config."""
+    """Return the keys that are set in a config's section `model`, except `freeze`.
+
+    They are the arguments of `create_model`.
+    """
     return {k: v for k, v in section.items() if v is not None and k != "freeze"}
 
 

@@ -14,7 +14,8 @@ def make_key(seed: Any) -> jax.Array:
     """Return the PRNG key of a seed.
 
     Args:
-      seed: integer of any type, or a PRNG key, which is returned unchanged.
+      seed: integer of any type, or a typed or raw PRNG key, which is returned
+        unchanged.
 
     Raises:
       ConfigError: the seed is neither an integer nor a key, or exceeds 64 bits.
@@ -37,7 +38,7 @@ def _to_int(seed: Any) -> int:
     """Convert an integer of any type to int.
 
     Raises:
-      TypeError: the seed is not an integer; a bool does not count as one.
+      TypeError: the seed is not an integer, or is a bool.
     """
     if isinstance(seed, bool | np.bool_):
         raise TypeError
@@ -82,7 +83,7 @@ def check_drop_path_keys(keys: jax.Array | None, batch: int) -> None:
         return
     if jnp.issubdtype(keys.dtype, jax.dtypes.prng_key):
         check_shape("drop_path_keys", keys, "[B]", batch)
-    else:  # keys of `jax.random.PRNGKey`
+    else:  # raw keys, from `jax.random.PRNGKey`
         check_shape("drop_path_keys", keys, "[B, 2]", batch, None)
 
 

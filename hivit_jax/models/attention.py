@@ -33,7 +33,7 @@ class Attention(nnx.Module):
     ):
         self.grid, self.windows = grid, windows
         # The kernel has a head axis, [C, 3, heads, C/heads], so that heads can be
-        # sharded. Flattened, it is the official [q | k | v] matrix.
+        # sharded. Flattened, the kernel is the official [q | k | v] matrix.
         self.qkv = nnx.LinearGeneral(
             dim,
             (3, num_heads, dim // num_heads),
@@ -82,8 +82,8 @@ class Attention(nnx.Module):
         """Return the attention weights, float32 [B, heads, K, K].
 
         The query axis is before the key axis, and each row sums to 1. With W windows of
-        S units, the shape is [B, W, heads, S, S]; rows of padding have no meaning.
-        Arguments are those of `__call__`.
+        S units, the shape is [B, W, heads, S, S]; queries of padding have no meaning.
+        For the arguments see `__call__`.
         """
         q, k, _, bias, mask = self._softmax_inputs(x, relative_index, key_mask)
         weights, sums = attention_xla.unnormalized_softmax(q, k, bias, mask)
@@ -111,7 +111,7 @@ class Attention(nnx.Module):
         rows = x.reshape(-1, x.shape[-1])
         if dispatch.heads_are_sharded():
             rows = self.qkv(rows)
-        else:  # one product of matrices, for the reasons given in `RowLinear`
+        else:  # as one matrix product, for the reasons given in `RowLinear`
             kernel = self.qkv.kernel[...].reshape(x.shape[-1], -1).astype(x.dtype)
             rows = rows @ kernel + self.qkv.bias[...].reshape(1, -1).astype(x.dtype)
         return rows.reshape(*x.shape[:2], *self.qkv.bias.shape)

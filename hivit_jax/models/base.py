@@ -24,7 +24,7 @@ class ModelInfo:
     class_names: names in the order of the logits; () if unknown.
     image_size: (height, width) in pixels.
     crop: side of the center crop in evaluation, divided by the image's shorter side.
-    mean, std: one number per channel, for pixel values multiplied by `scale`.
+    mean, std: one number per channel, for pixel values after multiplication by `scale`.
     scale: factor from stored pixel values to the range of mean and std.
     channels: number of image channels.
     interpolation, antialias: resize filter, and whether it is widened for downscaling.
@@ -132,9 +132,9 @@ class Model(nnx.Module):
           stride_32: add a map at stride 32, a 2x2 max pooling of the last map.
 
         Returns:
-          Maps in compute dtype. For HiViT [B, H/4, W/4, E/4], [B, H/8, W/8, E/2] and
-          [B, H/16, W/16, E]. For the maps of visible units, of stride 32 and of other
-          models, see `Encoder.features` and `Swin.features`.
+          Maps in compute dtype. HiViT with patch_size=16: [B, H/4, W/4, E/4],
+          [B, H/8, W/8, E/2] and [B, H/16, W/16, E]. For the maps of visible units, of
+          stride 32 and of other models, see `Encoder.features` and `Swin.features`.
         """
         return self.encoder.features(images, ids_keep, stride_32)
 
@@ -162,7 +162,7 @@ class Model(nnx.Module):
         block. All parameters outside the encoder have the layer after the last block.
 
         Raises:
-          ValueError: an encoder parameter belongs to none of these parts.
+          ValueError: an encoder parameter belongs to none of the parts above.
         """
         layer_of = dict.fromkeys(LAYER_ZERO, 0)
         last = 0

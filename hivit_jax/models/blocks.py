@@ -55,8 +55,8 @@ class MlpBlock(nnx.Module):
 
         Args:
           drop_path_keys, drop_path_rate: see `drop_path`.
-          block_index: index of the block in the model. It is folded into the keys, so
-            that each block drops other samples.
+          block_index: index of the block in the model, which is folded into the keys,
+            so that blocks drop samples independently of each other.
           kernels: see `RunOptions`.
         """
         with jax.named_scope("mlp"):
@@ -66,7 +66,11 @@ class MlpBlock(nnx.Module):
 
 
 class AttentionBlock(MlpBlock):
-    """Main-stage block: attention, then MLP, each after a LayerNorm."""
+    """Transformer block: attention, then MLP, each after a LayerNorm.
+
+    HiViT's main stage, ViT, Swin and the decoder of a masked autoencoder consist of
+    these blocks.
+    """
 
     def __init__(
         self,
@@ -113,7 +117,7 @@ class AttentionBlock(MlpBlock):
     ) -> jax.Array:
         """Return ``x + drop_path(attn(norm1(x)))``, [B, K, C] -> [B, K, C].
 
-        `relative_index` and `key_mask` are as in `Attention`, the others as in
+        `relative_index` and `key_mask` are as in `Attention`, the other arguments as in
         `add_mlp`.
         """
         with jax.named_scope("attention"):
@@ -132,7 +136,7 @@ def _add_branch(x, norm, branch, kernels, fused, drop):
 
     Args:
       fused: fused kernel of norm and branch from `dispatch`, or None.
-      drop: further arguments of `drop_path`.
+      drop: arguments of `drop_path` after the first.
     """
     if fused is None:
         x, normalized = dispatch.layer_norm(x, norm, kernels) or (x, norm(x))
@@ -180,7 +184,8 @@ def _scan_blocks(blocks, x, run_options, apply, indices, drop_path_rates, inputs
     """Apply blocks as one compiled block in a loop over stacked parameters."""
     run_one = partial(_run_block, nnx.graphdef(blocks[0]), apply, run_options.kernels)
     if run_options.remat:
-        # False, because XLA does not merge values across the boundary of a loop anyway.
+        # prevent_cse=False, because XLA does not merge common subexpressions across the
+        # boundary of a loop anyway.
         run_one = jax.checkpoint(run_one, prevent_cse=False)
 
     def step(x, scanned):
@@ -209,11 +214,11 @@ def _call_block(*arguments):
 
 
 def _compile_separately(x: jax.Array) -> bool:
-    """Return True if blocks run as calls of one function that is compiled once.
+    """Return True if blocks should run as calls of one function, compiled once.
 
-    Without this, every kernel of XLA:CPU that reads a block's input recomputes the sum
-    of all earlier residual branches, at a cost that grows with depth. bfloat16 is
-    excluded because a call rounds more often than a single program does. Meshes with
+    Without these calls, every kernel of XLA:CPU that reads a block's input recomputes
+    the sum of all earlier residual branches, at a cost that grows with depth. bfloat16
+    is excluded because a call rounds more often than a single program does. Meshes with
     manual axes are excluded because XLA cannot partition a call over the other axes.
     """
     manual = AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types

@@ -20,9 +20,9 @@ class Classifier(Model):
     """HiViT with mean pooling, LayerNorm and a linear head (official ``HiViT``)."""
 
     name, description = "hivit_base", "a classifier"
-    # Scale of the initial weights of a new head on a pretrained encoder. As in the
-    # official ``main_finetune.py``, it reduces their standard deviation from 0.02 to
-    # 2e-5.
+    # Factor of the initial weights of a new head on a pretrained encoder. The standard
+    # deviation is 0.02 without and 2e-5 with this factor, as in the official
+    # ``main_finetune.py``.
     new_head_scale: float = 2e-5 / 0.02
     encoder_class: type[Encoder] = HiViT
 
@@ -103,9 +103,9 @@ class Classifier(Model):
     ) -> int:
         """Return the multiply-adds of one image's forward pass.
 
-        The count follows the published tables (15.85 G for hivit_base). It includes
-        convolution, Linears, both attention products and LayerNorms. Activations,
-        biases and softmax count 0.
+        The count follows the published tables (15.85 G for hivit_base): convolution,
+        Linears, both attention products and LayerNorms count. Activations, biases and
+        softmax count 0.
 
         Args:
           image_size: side or (height, width) in pixels; None: the model's.

@@ -21,7 +21,8 @@ class RunOptions:
     remat: in training, save only each block's input and recompute the rest in the
       backward pass. This needs less memory and more time.
     scan_blocks: compile one block per stage and run it in a loop. This shortens
-      compilation. All blocks of a stage must be alike, so `global_blocks` must be ().
+      compilation. The blocks of a stage must be alike: `global_blocks` must be (), and
+      Swin does not support this option.
     kernels: fused kernels, "auto" (on TPUs and GPUs in bfloat16), "fused" (also on
       CPUs, slowly) or "plain" (none). See `kernels.dispatch`. Forward-mode derivatives
       (`jax.jvp`, `jax.jacfwd`, `jax.linearize`) require "plain" where a fused kernel
@@ -81,7 +82,7 @@ class EncoderConfig:
         """Raise ConfigError for invalid heads, widths, or MLPs without hidden units.
 
         Args:
-          widths: {field of an MLP ratio: width of the MLP}.
+          widths: {field of an MLP ratio: input width of the MLPs with this ratio}.
         """
         dim, multiple = self.embed_dim, max(4, 2 ** (len(self.block_counts) - 1))
         check_heads("embed_dim", dim, "num_heads", self.num_heads)
@@ -147,9 +148,9 @@ class HiViTConfig(EncoderConfig):
     inner_patches: cells per unit side, ``2 ** (len(depths) - 1)``.
     relative_position: relative position bias in the main stage.
     window_size: side of the attention windows of the main stage in units, or 0 for
-      global attention. An image smaller than this is one window. A windowed block's
-      bias table spans the window, so a table of a 14x14 grid fits windows of 14 in any
-      larger image.
+      global attention. An image with at most this many units per side is one window. A
+      windowed block's bias table spans the window, so a table of a 14x14 grid fits
+      windows of 14 in any larger image.
     global_blocks: main-stage blocks, counted from 0, that use global attention despite
       `window_size`. Official detection uses windows of 14 and global blocks 4, 9, 14,
       19. The forward pass of hivit_base on one 1024x1024 image then needs 3.1 GiB of
@@ -213,7 +214,7 @@ class ClassifierConfig(HiViTConfig):
     num_classes: classes of the head; 0: no head (in a recipe: the dataset's classes).
     fc_norm: LayerNorm between pooling and head. MMPretrain's HiViT has none.
     running_norm: replace `fc_norm` by a `BatchNorm` without scale and bias, for a
-      linear probe. This follows MAE's ``main_linprobe.py``, with eps 1e-6.
+      linear probe. The norm and its eps of 1e-6 follow MAE's ``main_linprobe.py``.
     """
 
     num_classes: int = setting(1000, low=0, high=10**7)
@@ -231,8 +232,8 @@ class DecoderConfig(EncoderConfig):
     decoder_embed_dim: width of the decoder.
     decoder_depth: blocks of the decoder.
     decoder_num_heads: attention heads of the decoder.
-    norm_pix_loss: normalize the targets of each unit. The official constructor ignores
-      the value False; this one does not.
+    norm_pix_loss: normalize the targets of each unit. The official HiViT constructor
+      ignores the value False; `MaskedAutoencoder` does not.
     """
 
     decoder_embed_dim: int = setting(512, low=4, high=2**16)
@@ -254,12 +255,12 @@ class DecoderConfig(EncoderConfig):
 
     @property
     def latent_dim(self) -> int:
-        """Width of the latent of a token."""
+        """Width of each token of the latent."""
         return self.embed_dim
 
     @property
     def latent_norm(self) -> bool:
-        """True if a LayerNorm precedes the embedding of the decoder."""
+        """True if a LayerNorm precedes the decoder's embedding of the latent."""
         return True
 
 
@@ -295,5 +296,5 @@ class MAEConfig(DecoderConfig, HiViTConfig):
 
     @property
     def latent_norm(self) -> bool:
-        """True if a LayerNorm precedes the embedding of the decoder."""
+        """True if a LayerNorm precedes the decoder's embedding of the latent."""
         return self.multi_scale

@@ -94,7 +94,7 @@ class Encoder(nnx.Module):
           [B, 1+K, E], the class token first.
 
         Raises:
-          ConfigError: image size or channels differ from the config's; another
+          ConfigError: image size, channels or dtype do not fit the model; another
             argument does not have the shape above; `ids_keep` with attention windows.
         """
         *outputs, x = self._stem(images, ids_keep, drop_path_keys)
@@ -188,10 +188,10 @@ class Encoder(nnx.Module):
             the official detection code, an odd last row or column is dropped.
 
         Returns:
-          Maps in compute dtype. HiViT: [B, H/4, W/4, E/4], [B, H/8, W/8, E/2] and
-          [B, H/16, W/16, E]; ViT: the last of them. With `stride_32`, also
-          [B, H/32, W/32, E]. With `ids_keep`, the cells of each unit:
-          [B, K, 4, 4, E/4], [B, K, 2, 2, E/2], [B, K, 1, 1, E].
+          Maps in compute dtype, for patch_size=16. HiViT: [B, H/4, W/4, E/4],
+          [B, H/8, W/8, E/2] and [B, H/16, W/16, E]; ViT: only the last of these maps.
+          With `stride_32`, also [B, H/32, W/32, E]. With `ids_keep`, one map per unit:
+          [B, K, 4, 4, E/4], [B, K, 2, 2, E/2] and [B, K, 1, 1, E].
 
         Raises:
           ConfigError: as `__call__`; `stride_32` with `ids_keep` or with fewer than 2x2
@@ -231,7 +231,7 @@ class Encoder(nnx.Module):
         return self._block_outputs(self.stages[-1], x, attention)
 
     def _block_outputs(self, blocks, x, attention):
-        """Return the `BlockOutput` of each of several blocks with attention."""
+        """Apply blocks with attention, and return the `BlockOutput` of each block."""
         outputs = []
         for block in blocks:
             weights = None

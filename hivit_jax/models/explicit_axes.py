@@ -31,7 +31,7 @@ def accepts_explicit_axes(method: Callable) -> Callable:
         if mesh is None:
             return method(self, *args, **kwargs)
         graphdef, state = nnx.split(self)
-        output_trees = []  # filled while `with_auto_axes` is traced
+        out_structures = []  # filled while `with_auto_axes` is traced
 
         def with_auto_axes(state, arrays):
             arrays = iter(arrays)
@@ -39,7 +39,7 @@ def accepts_explicit_axes(method: Callable) -> Callable:
             args, kwargs = jax.tree.unflatten(tree, inputs)
             out = method(nnx.merge(graphdef, state), *args, **kwargs)
             out_leaves, treedef = jax.tree.flatten(out)
-            output_trees.append((treedef, [x.ndim == 0 for x in out_leaves]))
+            out_structures.append((treedef, [x.ndim == 0 for x in out_leaves]))
             scalars = [x for x in out_leaves if x.ndim == 0]
             return scalars, [x for x in out_leaves if x.ndim]
 
@@ -56,7 +56,7 @@ def accepts_explicit_axes(method: Callable) -> Callable:
                 ),
             )(state, [x for x in leaves if _is_array(x)]),
         )
-        treedef, are_scalars = output_trees[-1]
+        treedef, are_scalars = out_structures[-1]
         return jax.tree.unflatten(
             treedef, [next(scalars if scalar else arrays) for scalar in are_scalars]
         )

@@ -24,16 +24,17 @@ from hivit_jax.models.norms import LayerNorm
 # Not truncated, because the official trunc_normal_(std=.02) truncates at an absolute
 # value of 2, which is 100 standard deviations.
 INIT = nnx.initializers.normal(0.02)
-# `nnx.LinearGeneral` initializes qkv as one matrix, whose fan-out counts q, k and v.
+# The fan-out of qkv counts q, k and v, as in the official MAE code, because
+# `nnx.LinearGeneral` initializes the kernel as one matrix.
 XAVIER = nnx.initializers.xavier_uniform()
 
 
 class ParameterKeys:
-    """PRNG keys for initialization, equal to those of ``nnx.Rngs(seed)``.
+    """PRNG keys for initialization, equal to the keys of ``nnx.Rngs(seed)``.
 
     The counter is a Python integer, whereas the counter of `nnx.Rngs` is an array.
     Inside `jax.eval_shape` and `jax.jit`, each increment of that array makes JAX search
-    the program traced so far, which takes 5 s for HiViT-B.
+    the program traced so far. All searches together take 5 s for HiViT-B.
 
     Args:
       seed: integer or PRNG key.
@@ -78,11 +79,11 @@ def drop_path(
 
     Args:
       x: [B*T, C] or [B, T, C], output of the branch.
-      drop_path_rate: probability of dropping; kept samples are divided by ``1 - rate``.
-        None: return x.
+      drop_path_rate: probability of dropping a sample; kept samples are divided by
+        ``1 - rate``. None: return x.
       drop_path_keys: [B] PRNG keys, one per sample. None: return x.
-      branch_index: index of the branch in the model. It is folded into the keys, so
-        that each branch drops other samples.
+      branch_index: index of the branch in the model, which is folded into the keys,
+        so that branches drop samples independently of each other.
     """
     scale = drop_path_scale(drop_path_rate, drop_path_keys, branch_index, x.dtype)
     return x if scale is None else scale_images(x, scale)
@@ -99,17 +100,18 @@ def drop_path_scale(
         return None
     keep_prob = 1 - jnp.float32(drop_path_rate)
 
-    def keep(key):
+    def is_kept(key):
         return jax.random.bernoulli(jax.random.fold_in(key, branch_index), keep_prob)
 
-    return jax.vmap(keep)(drop_path_keys).astype(dtype) / keep_prob.astype(dtype)
+    return jax.vmap(is_kept)(drop_path_keys).astype(dtype) / keep_prob.astype(dtype)
 
 
 @jax.custom_jvp
 def gelu(x: jax.Array) -> jax.Array:
-    """Exact GELU. Saves one array for the backward pass; `jax.nn.gelu` saves three.
+    """GELU, exact for float32.
 
-    For bfloat16, the error before rounding is at most 3e-6.
+    Saves one array for the backward pass; `jax.nn.gelu` saves three. For bfloat16, the
+    error before rounding is at most 3e-6.
     """
     wide = x.astype(jnp.float32)
     return (wide * _normal_cdf(x)).astype(x.dtype)
@@ -129,7 +131,7 @@ def _normal_cdf(x):
 
 
 class Mlp(nnx.Module):
-    """MLP with exact (erf) GELU, [..., C] -> [..., C]."""
+    """Two linear layers with `gelu` between them, [..., C] -> [..., C]."""
 
     def __init__(
         self, dim: int, ratio: float, *, dtype, rngs: nnx.Rngs, kernel_init=INIT
@@ -146,12 +148,12 @@ class Mlp(nnx.Module):
 class PatchEmbed(nnx.Module):
     """Linear and optional LayerNorm on cells, [T, cell*cell*in_channels] -> [T, dim].
 
-    The Linear is equivalent to the official strided convolution. Weight and bias have
-    PyTorch's default initialization, uniform in +-1/sqrt(fan_in).
+    The Linear is equivalent to the official strided convolution. The bias has PyTorch's
+    default initialization, uniform in +-1/sqrt(fan_in).
 
     Args:
       eps: epsilon of the LayerNorm; None: no LayerNorm.
-      kernel_init: initializer of the weight; None: PyTorch's default.
+      kernel_init: initializer of the weight; None: as for the bias.
     """
 
     def __init__(
@@ -186,7 +188,10 @@ class PatchEmbed(nnx.Module):
 
 
 class PatchMerge(nnx.Module):
-    """Merge of four neighboring cells, [T, C] -> [T/4, 2C] in merge order."""
+    """Merge of every four consecutive rows, [T, C] -> [T/4, 2C].
+
+    In merge order, these rows are four neighboring cells; see `positions`.
+    """
 
     def __init__(self, dim: int, *, eps: float, dtype, rngs: nnx.Rngs):
         self.norm = LayerNorm(4 * dim, epsilon=eps, dtype=dtype, rngs=rngs)

@@ -68,8 +68,9 @@ class MaskedModel(Model):
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Return targets [B, N, P*P*C], and mean and scale of each unit [B, N, 1].
 
-        The pixels of the units are ``targets * scale + mean``. Without pixel
-        normalization, mean is 0 and scale 1. The variance is unbiased.
+        The pixels of the units are ``targets * scale + mean``. With `norm_pix_loss`,
+        scale is the square root of the unbiased variance + 1e-6; without it, mean is 0
+        and scale is 1.
 
         Args:
           ids: int [B, M], indices of the units to return; None: all, in image order.
@@ -116,9 +117,8 @@ class MaskedModel(Model):
         pixels and 0 for visible pixels.
 
         Args:
-          mean: [B, N, 1], mean of each unit, from `targets` or estimated without the
-            masked pixels.
-          scale: [B, N, 1], scale of each unit, likewise.
+          mean, scale: [B, N, 1], statistics of each unit, from `targets` or estimated
+            without the masked pixels.
         """
         grid, patch_size = self.unit_grid, self.unit_size
         mask = jnp.repeat(out.mask[..., None], patch_size**2, -1)

@@ -43,16 +43,16 @@ def _check_visible(units: int, mask_ratio: float, count: Callable[[float], int])
         raise ConfigError(f"mask_ratio={mask_ratio}; expected 0 < mask_ratio < 1")
     visible = count(mask_ratio)
     if visible < 1:
-        most = _largest_mask_ratio(units, count)
+        largest = _largest_mask_ratio(units, count)
         raise ConfigError(
             f"mask_ratio={mask_ratio} keeps none of {units} units; expected "
-            + (f"a mask_ratio of at most {most}" if most else "at least 2 units")
+            + (f"a mask_ratio of at most {largest}" if largest else "at least 2 units")
         )
     return visible
 
 
 def _largest_mask_ratio(units: int, count: Callable[[float], int]) -> float:
-    """Return the largest valid ratio, with few decimals; 0 if none is valid."""
+    """Return the largest valid ratio with few decimals; 0 if no ratio is valid."""
     digits = max(2, len(str(units)))
     step = 10**-digits
     ratio = round(1 - 1 / units, digits)

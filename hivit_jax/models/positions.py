@@ -114,7 +114,7 @@ def merge_neighbors(x: jax.Array, grid: Grid) -> jax.Array:
     """Return row-major tokens [B, H*W, C] in merge order, padded to even sides.
 
     Args:
-      grid: (H, W). A row and a column of zeros are added to odd sides.
+      grid: (H, W). An odd H gets a row of zeros, an odd W a column of zeros.
 
     Returns:
       [B*H'*W', C], where H' and W' are the padded sides. Every four consecutive rows
@@ -163,15 +163,14 @@ def relative_position_index(ids: jax.Array, grid: Grid) -> jax.Array:
 def relative_position_bias(table: jax.Array, grid: Grid) -> jax.Array:
     """Return the relative position bias of all units, row-major: [heads, N, N].
 
-    The bias consists of the table's rows `relative_position_index`. It is built from
-    slices, because the gradient of a gather is a scatter-add, which TPUs execute
-    serially.
+    Equals the table's rows at `relative_position_index`. The bias is built from slices,
+    because the gradient of a gather is a scatter-add, which TPUs execute serially.
 
     Args:
       table: [(2*Gh-1)*(2*Gw-1), heads].
     """
     (height, width), heads = grid, table.shape[1]
-    # Reversed, so that the entries of each query are in the order of the keys.
+    # The table is reversed, so that the entries of each query are in the order of keys.
     x = table.T.reshape(heads, 2 * height - 1, 2 * width - 1)[:, ::-1, ::-1]
     starts = range(width - 1, -1, -1)
     x = jnp.stack([x[:, :, i : i + width] for i in starts], 1)

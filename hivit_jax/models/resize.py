@@ -56,6 +56,7 @@ def geometric_matrix(side: int, new: int) -> np.ndarray:
 
     if side == 1:
         return np.ones((2 * new - 1, 1))
+    # Finds the ratio for which the outermost knot lies at the distance new - 1.
     low, high = 1.01, 1.5
     while high - low > 1e-6:
         ratio = (low + high) / 2
@@ -100,11 +101,10 @@ def resize_matrix(old: int, new: int) -> np.ndarray:
 def channel_matrix(old: int, new: int) -> np.ndarray:
     """Return the matrix that maps `old` input channels to `new`, float64 [new, old].
 
-    With more channels, new channel i gets the weights of old channel ``i % old``,
-    divided by the number of new channels that share it. With fewer channels, new
-    channel i gets the sum of the old channels j with ``j % new == i``. Every column
-    sums to 1, so images whose channels are equal give the same embedding for any number
-    of channels.
+    For new > old, new channel i gets the weights of old channel ``i % old``, divided by
+    the number of new channels that share this old channel. For new < old, new channel i
+    gets the sum of the old channels j with ``j % new == i``. Every column sums to 1, so
+    images whose channels are equal give the same embedding for any number of channels.
     """
     few, many = min(old, new), max(old, new)
     cycle = np.equal.outer(np.arange(many) % few, np.arange(few)).astype(np.float64)

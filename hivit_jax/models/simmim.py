@@ -146,24 +146,28 @@ class SimMIM(MaskedModel):
         mask: jax.Array,
         drop_path_keys: jax.Array | None = None,
     ) -> jax.Array:
-        """Return the tokens of the last stage after `norm`, [B, N', 8E].
+        """Return the N' tokens of the last stage after `norm`, [B, N', width].
 
         Args:
           mask: [B, N], as returned by `mask`.
         """
         rows, columns = self.unit_grid
         check_shape("mask", mask, "[B, N]", images.shape[0], rows * columns)
-        tokens = mask.reshape(len(mask), rows, columns)
+        token_mask = mask.reshape(len(mask), rows, columns)
         repeats = self.unit_size // self.config.patch_size
         for axis in (1, 2):
-            tokens = jnp.repeat(tokens, repeats, axis)
-        tokens = tokens.reshape(len(mask), -1)
-        stages = self.encoder(images, mask=tokens, drop_path_keys=drop_path_keys)
+            token_mask = jnp.repeat(token_mask, repeats, axis)
+        token_mask = token_mask.reshape(len(mask), -1)
+        stages = self.encoder(images, mask=token_mask, drop_path_keys=drop_path_keys)
         return self.norm(stages[-1])
 
     @accepts_explicit_axes
     def decode(self, latent: jax.Array) -> jax.Array:
-        """Return the prediction of all units, [B, N', 8E] -> [B, N, P*P*C] float32."""
+        """Return the prediction of all units, float32 [B, N, P*P*C].
+
+        Args:
+          latent: output of `encode`.
+        """
         with jax.named_scope("decoder"):
             pred = self.decoder(latent).astype(jnp.float32)
         stride = self.config.stride

@@ -1,7 +1,8 @@
 """Swin: encoder with attention in shifted windows (Liu et al., ICCV 2021).
 
 As in the official code, tokens are in row-major order and every stage has attention.
-Where the official programs differ, a field of `SwinConfig` selects the behavior.
+Where the official programs differ, a field or class attribute of `SwinConfig` selects
+the behavior.
 """
 
 from dataclasses import dataclass
@@ -34,9 +35,10 @@ class SwinConfig(EncoderConfig):
     patch_size: side of a token of the first stage in pixels.
     window_size: side of the attention windows in tokens. Every second block shifts its
       windows by half a side.
-    shrink_windows: use a smaller window, without shift, in stages whose shorter side is
-      at most `window_size`. This is the rule of the official classification code.
-      False: pad these stages to whole windows, as in official detection.
+    shrink_windows: in stages whose shorter side is at most `window_size`, use windows
+      of this shorter side, without shift. This is the rule of the official
+      classification code. False: pad these stages to whole windows, as in official
+      detection.
 
     Class attributes:
       geometric_tables: resize relative position tables with geometric distances, as in
@@ -179,7 +181,7 @@ class Swin(Encoder):
           drop_path_keys: [B] PRNG keys for drop path; None (evaluation): no drop path.
 
         Raises:
-          ConfigError: image size or channels differ from the config's; another
+          ConfigError: image size, channels or dtype do not fit the model; another
             argument does not have the shape above.
         """
         self._check_images(images, None, drop_path_keys)
@@ -219,7 +221,8 @@ class Swin(Encoder):
         """Return the outputs of all stages as feature maps, in compute dtype.
 
         Returns:
-          [B, H/4, W/4, E], [B, H/8, W/8, 2E] and so on; odd sides are rounded up.
+          For patch_size=4: [B, H/4, W/4, E], [B, H/8, W/8, 2E] and so on. A merge
+          rounds half of an odd side up.
 
         Raises:
           ConfigError: as `__call__`; `ids_keep`, because windows need all tokens; or

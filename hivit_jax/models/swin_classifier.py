@@ -54,7 +54,7 @@ class SwinClassifier(Classifier):
     def mean_token(
         self, images: jax.Array, *, drop_path_keys: jax.Array | None = None
     ) -> jax.Array:
-        """Return the mean of the tokens after `norm`: [B, 8E] float32."""
+        """Return the mean of the tokens after `norm`, [B, width] float32."""
         tokens = self.encoder(images, drop_path_keys=drop_path_keys)[-1]
         return self.norm(tokens.astype(jnp.float32)).mean(1)
 
@@ -85,8 +85,8 @@ def swin_cost(model: nnx.Module, grid: Grid, layer_norm_cost: int) -> int:
         tokens = rows * columns
         if stage:
             cost += row_cost(encoder.merges[stage - 1], tokens, layer_norm_cost)
-        windows = config.stage_windows(stage, (rows, columns))
-        for block, each in zip(encoder.stages[stage], windows, strict=True):
-            pairs = tokens**2 if each is None else each.pairs
+        stage_windows = config.stage_windows(stage, (rows, columns))
+        for block, windows in zip(encoder.stages[stage], stage_windows, strict=True):
+            pairs = tokens**2 if windows is None else windows.pairs
             cost += attention_cost(block, tokens, pairs, layer_norm_cost)
     return cost + row_cost(model.norm, tokens, layer_norm_cost)

@@ -60,8 +60,8 @@ class ViTClassifierConfig(ViTConfig):
       MAE's finetuning (official ``global_pool``). "token": the class token after
       `norm`, as in MAE's linear probe.
     running_norm: a `BatchNorm` without scale and bias before the head, for a linear
-      probe. It replaces `fc_norm`. This follows MAE's ``main_linprobe.py``, with eps
-      1e-6.
+      probe. It replaces `fc_norm`. This norm and its eps of 1e-6 follow MAE's
+      ``main_linprobe.py``.
     """
 
     num_classes: int = setting(1000, low=0, high=10**7)
@@ -86,8 +86,8 @@ class ViT(Encoder):
     Args:
       sincos_position: `absolute_pos_embed` is the sine-cosine table, which is not
         trained, and kernels are initialized by `XAVIER`, as in a masked autoencoder.
-        False: the table is trained, and table and kernels are initialized by
-        normal(0.02).
+        False: the table is trained. Table and kernels are initialized by normal(0.02),
+        and `patch_embed` as in PyTorch.
     """
 
     def __init__(
@@ -125,12 +125,13 @@ class ViT(Encoder):
             ]
         )
         self.merges = nnx.List([])
-        first, (rows, columns) = config.class_tokens, config.grid
+        class_tokens, (rows, columns) = config.class_tokens, config.grid
         if sincos_position:
-            table = positions.sincos_table(config.grid, dim, first)
+            table = positions.sincos_table(config.grid, dim, class_tokens)
             self.absolute_pos_embed = FixedTable(jnp.asarray(table))
         else:
-            table = INIT(rngs.params(), (first + rows * columns, dim), jnp.float32)
+            tokens = class_tokens + rows * columns
+            table = INIT(rngs.params(), (tokens, dim), jnp.float32)
             self.absolute_pos_embed = nnx.Param(table)
 
     @jax.named_scope("embedding")
@@ -161,10 +162,10 @@ class ViTClassifier(Classifier):
     ):
         self.encoder = ViT(config, run_options, rngs=rngs)
         dim, eps = config.embed_dim, config.layer_norm_eps
-        has_mean = config.pooling == "mean"
+        pools_mean = config.pooling == "mean"
         # `norm` is float32 for any compute dtype.
-        self.norm = None if has_mean else LayerNorm(dim, epsilon=eps, rngs=rngs)
-        self._add_head(config, dim, has_mean, rngs)
+        self.norm = None if pools_mean else LayerNorm(dim, epsilon=eps, rngs=rngs)
+        self._add_head(config, dim, pools_mean, rngs)
 
     @accepts_explicit_axes
     def head_token(
@@ -180,7 +181,7 @@ class ViTClassifier(Classifier):
     def mean_token(
         self, images: jax.Array, *, drop_path_keys: jax.Array | None = None
     ) -> jax.Array:
-        """Return the mean of the units after the last block, [B, E] float32."""
+        """Return the mean of the units' tokens after the last block, [B, E] float32."""
         tokens = self.encoder(images, drop_path_keys=drop_path_keys)[-1]
         return tokens[:, self.config.class_tokens :].astype(jnp.float32).mean(1)
 

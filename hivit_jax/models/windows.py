@@ -68,10 +68,10 @@ class Windows:
         return x.reshape(len(x), self.grid[0] * self.grid[1], *rest)
 
     def shift_mask(self) -> np.ndarray:
-        """Return the addend to the scores of shifted windows, float32 [W, S, S].
+        """Return the mask to add to the scores of shifted windows, float32 [W, S, S].
 
-        As in the official code, it is -100 for pairs of units that share a window only
-        because the windows continue at the opposite side, and 0 for all other pairs.
+        As in the official code, pairs of units that share a window only because the
+        windows continue at the opposite side get -100. All other pairs get 0.
         """
         axes = []  # regions 0 to 2 along the height and along the width
         for count, side in zip(self.counts, self.size, strict=True):

@@ -17,8 +17,8 @@ from hivit_jax.tree import leaf_name, named_leaves, split
 
 # Prefixes of arrays that may be newly initialized.
 HEAD = ("fc_norm/", "head/")
-# Prefixes of the predictions of MAE and SimMIM, which may be newly initialized only if
-# their shape differs.
+# Prefixes of the prediction layers of MAE and SimMIM, which may be newly initialized
+# only if the shapes differ.
 PREDICTION = ("decoder_pred/", "decoder/")
 
 
@@ -88,8 +88,8 @@ def adapt(
 ) -> dict[str, np.ndarray]:
     """Return a model's initial arrays from a pretrained model.
 
-    Log the report unless all arrays match. Arguments and returned arrays are those of
-    `match_arrays`.
+    Log the report unless all arrays match. For the arguments and the returned arrays
+    see `match_arrays`.
 
     Raises:
       ConfigError: an array is missing, or its shape differs and it cannot be resized.
@@ -171,12 +171,12 @@ def _resized(
 ) -> np.ndarray:
     """Return an array resized from the old to the new config.
 
-    If both configs agree, return the array itself.
+    If the array needs no change, return the array itself.
     """
     if name.endswith("_pos_embed") and old.grid != new.grid:
-        first, rows = np.split(array, [old.class_tokens])
+        class_rows, rows = np.split(array, [old.class_tokens])
         rows = resize.resize_grid_table(rows, old.grid, new.grid)
-        return np.concatenate([first, rows]) if len(first) else rows
+        return np.concatenate([class_rows, rows]) if len(class_rows) else rows
     if name.endswith("relative_position_bias_table"):
         stage, block = map(int, name.split("/")[2:4])
         spans = [config.table_grid(stage, block) for config in (old, new)]
@@ -205,7 +205,7 @@ def initialize_from(
     Args:
       variables: newly initialized "params" and "model_state".
       fresh: prefixes of arrays that are not copied from the pretrained model.
-      head_scale: factor on the weights of a newly initialized head.
+      head_scale: factor of the weights of a newly initialized head.
 
     Raises:
       ConfigError: an array is missing, or its shape differs and it cannot be resized.

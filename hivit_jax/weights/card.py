@@ -8,7 +8,7 @@ import hivit_jax
 from hivit_jax.models import Model
 from hivit_jax.weights.files import CONFIG, WEIGHTS
 
-MAX_CLASSES = 20  # listed by name
+MAX_CLASSES = 20  # largest number of classes that the card lists by name
 
 
 def model_card(
@@ -87,7 +87,7 @@ def _usage(model: Model, has_head: bool) -> list[str]:
         lines.append("probabilities = jax.nn.sigmoid(logits)  # one per class name")
     elif prints_classes:
         lines.append("print(model.info.class_names[logits[0].argmax()])")
-    mean, std = (", ".join(f"{x:.6g}" for x in each) for each in (info.mean, info.std))
+    mean, std = (", ".join(f"{x:.6g}" for x in xs) for xs in (info.mean, info.std))
     lines += [
         "```",
         "",

@@ -28,7 +28,7 @@ WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 TORCH_WEIGHTS = "pytorch_model.bin"  # in older repositories of transformers
 # Weight files that a config.json in the same directory or repository describes.
 DIRECTORY_WEIGHTS = (WEIGHTS, TORCH_WEIGHTS)
-TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar")  # .pth.tar
+TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar")  # .tar: for .pth.tar
 SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
 # Key of our JSON description of the model, which other programs ignore.
 METADATA_KEY = "hivit_jax"
@@ -46,7 +46,7 @@ SAFETENSORS_DTYPES = {
     "U8": np.uint8,
     "BOOL": np.bool_,
 }
-# First bytes of files that are not weights, such as those of failed downloads.
+# First bytes of files that are not weights, such as failed downloads -> description.
 OTHER_KINDS = {
     rb"\s*(<!doctype html|<html|<head)": "an HTML page, not the file that it links to",
     rb"\s*<\?xml": "an XML document",
@@ -181,9 +181,9 @@ def _read_safetensors(path: Path) -> WeightFile:
         text = header.get("__metadata__", {}).get(METADATA_KEY, "{}")
         state = {
             name: np.frombuffer(
-                each["data"], SAFETENSORS_DTYPES[each["dtype"]]
-            ).reshape(each["shape"])
-            for name, each in arrays
+                array["data"], SAFETENSORS_DTYPES[array["dtype"]]
+            ).reshape(array["shape"])
+            for name, array in arrays
         }
     except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(
@@ -217,6 +217,7 @@ def _parse_metadata(path: Path, text: Any) -> dict[str, Any]:
             raise ValueError
     except (ValueError, TypeError) as error:
         raise CheckpointError(
-            f"{path}: its {METADATA_KEY!r} metadata is not a JSON object"
+            f"{path}: expected a JSON object as metadata {METADATA_KEY!r}, found "
+            f"{text!r:.60}"
         ) from error
     return metadata

@@ -31,12 +31,12 @@ def download(address: str) -> Path:
         raise CheckpointError(f"{address}: expected hf://ORGANIZATION/NAME")
     name, _, revision = parts[1].partition("@")
     file = parts[2] if len(parts) > 2 else ""
-    wanted = [file] if file else [WEIGHTS, CONFIG, PREPROCESSOR]
+    patterns = [file] if file else [WEIGHTS, CONFIG, PREPROCESSOR]
     download_files = partial(
         snapshot_download, f"{parts[0]}/{name}", revision=revision or None
     )
     try:
-        directory = Path(download_files(allow_patterns=wanted))
+        directory = Path(download_files(allow_patterns=patterns))
         if not file and not (directory / WEIGHTS).is_file():
             download_files(allow_patterns=[TORCH_WEIGHTS])
     except Exception as error:  # because network and hub cause many exception types
@@ -46,7 +46,7 @@ def download(address: str) -> Path:
         ) from error
     path = directory / file
     candidates = [path] if file else [path / name for name in DIRECTORY_WEIGHTS]
-    if not any(each.is_file() for each in candidates):
+    if not any(candidate.is_file() for candidate in candidates):
         hint = "" if file else f"; for another file, use {address}/FILE"
         raise CheckpointError(f"{address} has no {file or WEIGHTS}{hint}")
     return path

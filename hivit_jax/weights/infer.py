@@ -22,14 +22,15 @@ def infer(
     """Infer arguments of `create_model` from the names and shapes of a state dict.
 
     Some arguments are guessed, because names and shapes do not determine them. A ViT of
-    a registered size gets that model's number of heads. Otherwise, attention heads are
-    assumed to have 64 channels, unless relative position tables determine their number.
-    Decoder heads are assumed to have 32 channels. The LayerNorm eps is assumed to be
-    1e-5 in MMPretrain's classifier and 1e-6 otherwise.
+    a registered size gets the number of heads of the registered model. Otherwise,
+    attention heads are assumed to have 64 channels, unless relative position tables
+    determine their number. Decoder heads are assumed to have 32 channels. The LayerNorm
+    eps is assumed to be 1e-5 in MMPretrain's classifier and 1e-6 otherwise.
 
     Args:
       state: as in `from_official`.
-      image_size: the model's image size; required if its grid of units is not square.
+      image_size: the model's image size; required, and only used, if the grid of units
+        is not square.
         For Swin, see `swin_arguments`.
 
     Returns:
@@ -46,8 +47,8 @@ def infer(
     is_mmpretrain = any("head.fc." in name for name in state)
     is_vit = {"cls_token", "pos_embed"} <= shapes.keys()
     shapes.kind = "ViT" if is_vit else "HiViT"
-    find_encoder = _vit_arguments if is_vit else _encoder_arguments
-    arguments, guessed = find_encoder(shapes, image_size)
+    encoder_arguments = _vit_arguments if is_vit else _hivit_arguments
+    arguments, guessed = encoder_arguments(shapes, image_size)
     arguments["layer_norm_eps"] = 1e-5 if is_mmpretrain else 1e-6
     guessed["layer_norm_eps"] = (
         "as in MMPretrain's classifier" if is_mmpretrain else "as in the official code"
@@ -81,7 +82,7 @@ def _head_arguments(shapes: Shapes, is_vit: bool) -> dict[str, Any]:
 def _vit_arguments(
     shapes: Shapes, image_size: Any
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the inferred arguments of a ViT's encoder, and reasons of the guesses."""
+    """Return the arguments of a ViT's encoder, and reasons of the guesses."""
     _, tokens, dim = shapes.require("pos_embed", 3)
     _, channels, patch_size, _ = shapes.require("patch_embed.proj.weight", 4)
     hidden, _ = shapes.require("blocks.0.mlp.fc1.weight", 2)
@@ -113,9 +114,10 @@ def _image_size(units: int, patch_size: int, image_size: Any) -> Any:
     return image_size
 
 
-def _encoder_arguments(
+def _hivit_arguments(
     shapes: Shapes, image_size: Any
 ) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the arguments of a HiViT's encoder, and reasons of the guesses."""
     _, units, dim = shapes.require("absolute_pos_embed", 3)
     width, channels, cell, _ = shapes.require("patch_embed.proj.weight", 4)
     counts = shapes.blocks()

@@ -13,11 +13,11 @@ from hivit_jax.weights.shapes import Shapes, with_name
 def swin_arguments(
     shapes: Shapes, image_size: Any = None
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the arguments of a Swin or SimMIM, and reasons of the guessed ones.
+    """Return the arguments of a Swin or SimMIM, and reasons of the guessed arguments.
 
-    The image size is guessed, because no parameter depends on it. The official shift
-    masks determine it. Without masks, it is guessed such that the last stage is one
-    window.
+    No parameter depends on the image size. Official files contain shift masks, which
+    determine the size of square images. Otherwise, the image size is guessed such that
+    the last stage is one window.
 
     Args:
       image_size: image size that replaces the guess if it fits the tables; or None.
@@ -44,10 +44,12 @@ def swin_arguments(
         stride = patch_size << (len(depths) - 1)
         image_size = sides[-1] * stride
         guessed["image_size"] = "so that the last stage is one window"
-        windows, side, _ = shapes.get(f"{prefix}layers.0.blocks.1.attn_mask", (0, 0, 0))
-        tokens = round((windows * side) ** 0.5)
-        if tokens and tokens**2 == windows * side:
-            image_size = tokens * patch_size
+        mask = f"{prefix}layers.0.blocks.1.attn_mask"
+        windows, window_tokens, _ = shapes.get(mask, (0, 0, 0))
+        tokens = windows * window_tokens
+        side = round(tokens**0.5)
+        if tokens and side**2 == tokens:
+            image_size = side * patch_size
             guessed["image_size"] = "the size of the shift masks"
     arguments = dict(
         image_size=image_size,

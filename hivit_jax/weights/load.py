@@ -44,10 +44,11 @@ from hivit_jax.weights.names.transformers import from_transformers, is_transform
 NOT_IN_STATE_DICT = (
     "num_heads", "decoder_num_heads", "layer_norm_eps", "mask_patch_size"
 )  # fmt: skip
-# Key of a recipe's data -> argument of `make_info`.
+# Keys of a recipe's data that are also the names of arguments of `make_info`.
 SAME_NAMES = (
     "mean", "std", "interpolation", "antialias", "value_range", "dtype", "multi_label"
 )  # fmt: skip
+# Key of a recipe's data -> argument of `make_info`.
 DATA_KEYS = {key: key for key in SAME_NAMES} | {"crop_pct": "crop"}
 
 
@@ -60,7 +61,7 @@ def locate(path: str | Path) -> Path:
 def read(path: str | Path, *, averaged: bool = True, **overrides: Any) -> Pretrained:
     """Read a pretrained model.
 
-    In a workdir, damaged checkpoints are logged and the newest intact one is read.
+    In a workdir, reads the newest intact checkpoint. Newer, damaged ones are logged.
 
     Args:
       path: a run's workdir or one of its checkpoints; a directory written by
@@ -88,7 +89,7 @@ def read(path: str | Path, *, averaged: bool = True, **overrides: Any) -> Pretra
         found = [f for f in sorted(path.glob("*")) if f.name.endswith(files.SUFFIXES)]
         if len(found) == 1 and found[0].is_file():
             return _read_file(found[0], averaged, overrides)
-        names = ", ".join(each.name for each in found[:4])
+        names = ", ".join(file.name for file in found[:4])
         if found:
             raise CheckpointError(f"{error}, or one file of: {names}") from error
         if path.name in list_models() and not path.exists():
@@ -215,7 +216,7 @@ def _info_arguments(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_for(model: Mapping[str, Any], path: str | Path) -> Pretrained:
-    """Return `read(path)` with the numbers of heads in `model`, a recipe's section."""
+    """Return `read(path)`, with the numbers of heads in a recipe's section `model`."""
     heads = {key: model.get(key) for key in ("num_heads", "decoder_num_heads")}
     return read(path, **{key: value for key, value in heads.items() if value})
 
@@ -282,9 +283,9 @@ def merge_arguments(
     """Merge the arguments of a saved model with overrides.
 
     A model of another name inherits only arguments that it accepts: the run options,
-    and the sizes that differ from the defaults of the saved model's config class. It
-    inherits embed_dim, depths (for a ViT, depth) and num_heads only if both variants
-    agree in all three.
+    and the sizes that differ from the defaults of the saved model's config class. The
+    model inherits embed_dim, depths (for a ViT, depth) and num_heads only if both
+    variants agree in all three.
     """
     if overrides.get("name", arguments["name"]) == arguments["name"]:
         return arguments | overrides

@@ -16,11 +16,12 @@ STATE_DICT_KEYS = ("", "model", "state_dict", "module", "model_state_dict")
 ANCHOR = "patch_embed.proj.weight"
 # Names that PyTorch inserts for DistributedDataParallel, torch.compile,
 # FullyShardedDataParallel and activation checkpoints. At the start of a name, such a
-# component counts as a prefix instead.
+# component counts as part of the prefix instead.
 WRAPPERS = re.compile(
     r"(?<=\.)(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
 )
-MAX_MODULES = 100_000
+MAX_DEPTH = 3  # levels of nested dicts in which state dicts are found
+MAX_MODULES = 100_000  # visited modules; a damaged file may nest them in a cycle
 
 
 class Unwrapped(NamedTuple):
@@ -70,7 +71,7 @@ def find_state_dict(
     if len(keys) > 1:
         raise CheckpointError(
             f"contains several state dicts, {', '.join(keys)}; expected one. "
-            "Save one of them in a file of its own"
+            "Save one state dict in a separate file"
         )
     return keys[0], found[keys[0]]
 
@@ -102,7 +103,7 @@ def remove_prefixes(state: Mapping[str, Any], averaged: bool = True) -> Unwrappe
         found = ", ".join(map(repr, sorted(prefixes)))
         raise CheckpointError(
             f"the state dict contains several models, {found}; expected one. Save one "
-            "of them in a file of its own"
+            "model in a separate file"
         )
     prefix = "".join(prefixes)
     if not prefix:
@@ -133,7 +134,7 @@ def _state_dicts(content: Mapping[Any, Any]) -> dict[str, dict[str, StandIn]]:
         items = {n: v for n, v in _items(entry).items() if isinstance(n, str)}
         if arrays := {name: value for name, value in items.items() if is_array(value)}:
             found[key] = arrays
-        if depth < 3:
+        if depth < MAX_DEPTH:
             queue.extend(
                 (f"{key}/{name}".lstrip("/"), depth + 1, value)
                 for name, value in items.items()
@@ -148,7 +149,7 @@ def _items(entry: Mapping[Any, Any]) -> dict[Any, Any]:
     if "_parameters" not in attributes:
         return {**attributes, **entry}
     arrays, queue = {}, deque([("", attributes)])
-    for _ in range(MAX_MODULES):  # modules may contain each other
+    for _ in range(MAX_MODULES):
         if not queue:
             break
         prefix, attributes = queue.popleft()

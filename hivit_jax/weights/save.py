@@ -39,8 +39,8 @@ def save_pretrained(
 
     Args:
       recipe: the training config of the model, for the card; saved without paths of
-        this machine. When the directory is loaded, mean, std and crop of the recipe's
-        data replace those of `model.info`.
+        this machine. When the directory is loaded, the preprocessing in the recipe's
+        data, such as mean, std and crop, replaces the preprocessing in `model.info`.
       results: the evaluation results of the model, for the card.
 
     Raises:

@@ -30,8 +30,8 @@ class Shapes(dict[str, tuple[int, ...]]):
 
     def count(self, prefix: str) -> int:
         """Return the number of different components that follow a prefix in names."""
-        rests = [name.removeprefix(prefix) for name in self if name.startswith(prefix)]
-        return len({rest.split(".")[0] for rest in rests})
+        suffixes = [n.removeprefix(prefix) for n in self if n.startswith(prefix)]
+        return len({suffix.split(".")[0] for suffix in suffixes})
 
     def head(self) -> dict[str, Any]:
         """Return a classifier's arguments for the head and for a running norm."""
@@ -76,6 +76,6 @@ def registered(model_class: type[Model], arguments: Mapping[str, Any]) -> list[s
 
 
 def with_name(model_class: type[Model], arguments: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments with the first `registered` name, or else the class's."""
+    """Return the arguments with the first `registered` name or the class's name."""
     name = next(iter(registered(model_class, arguments)), model_class.name)
     return dict(name=name) | arguments

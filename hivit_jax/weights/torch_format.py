@@ -40,7 +40,7 @@ STORAGE_DTYPES = {
     "Byte": "uint8",
     "Untyped": "uint8",
     "Bool": "bool",
-    "QInt8": "int8",  # quantized; only their size is needed
+    "QInt8": "int8",  # quantized dtypes, of which only the size is needed
     "QUInt8": "uint8",
     "QInt32": "int32",
 }
@@ -49,7 +49,7 @@ STORAGE_DTYPES = {
 class StandIn(dict):
     """Inert substitute for a class or function that a pickle names, or for its result.
 
-    It calls nothing, but keeps the items that the file sets, so that objects of
+    A stand-in calls nothing, but keeps the items that the file sets, so that objects of
     subclasses of dict can be read.
 
     source: ``module.name`` in the file.
@@ -67,7 +67,7 @@ class StandIn(dict):
         return self
 
     def __init__(self, *args: Any, **kwargs: Any):
-        if self.source == "collections.OrderedDict":  # of Python 2
+        if self.source == "collections.OrderedDict":  # pickled by Python 2
             self.update(*args)
 
     def __call__(self, *args: Any, **kwargs: Any) -> "StandIn":
@@ -85,7 +85,7 @@ class StandIn(dict):
 class _Unpickler(pickle.Unpickler):
     """Unpickler that finds only stand-ins.
 
-    storages: persistent ids of the file's storages by key.
+    storages: {key of a storage: its persistent id}, filled while the file is read.
     """
 
     def __init__(self, file: BinaryIO, storages: dict[str, tuple]):
@@ -186,9 +186,10 @@ class TorchFile:
                         "PyTorch never does"
                     )
             if sum(member.file_size for member in members) > self._size:
-                raise CheckpointError(f"{self._path}: its members overlap")
+                raise CheckpointError(f"{self._path}: members of the archive overlap")
             if not any(member.CRC for member in members):
-                for member in members:  # torch.serialization.set_crc32_options(False)
+                # torch.serialization.set_crc32_options(False) leaves all checksums 0.
+                for member in members:
                     member.CRC = None
             root = found[0].removesuffix("data.pkl")
             self._members = {m.filename.removeprefix(root): m for m in members}
@@ -249,7 +250,7 @@ class TorchFile:
         ):
             raise ValueError("is not a dense tensor")
         pid, offset, shape, strides = args[:4]
-        metadata = 7 if function.endswith("v3") else 6  # its index in args
+        metadata = 7 if function.endswith("v3") else 6  # index of the metadata in args
         if any(args[metadata : metadata + 1]) and any(args[metadata].values()):
             raise ValueError("is not a dense tensor")  # conjugated or negated
         dtype = _dtype(args[6].source) if metadata == 7 else _storage_dtype(pid)

@@ -133,11 +133,11 @@ SAFETENSORS = {
     ),
     "metadata is not JSON": (
         to_bytes(STATE, about="{"),
-        "metadata is not a JSON",
+        "expected a JSON object as metadata",
     ),
     "metadata is a list": (
         to_bytes(STATE, about="[1]"),
-        "metadata is not a JSON",
+        "expected a JSON object as metadata",
     ),
     "metadata has an unknown network": (
         to_bytes(STATE, about='{"arguments": {"name": "resnet50"}}'),
@@ -281,7 +281,7 @@ def test_archives_with_overlapping_members(tmp_path, capsys):
         file.filelist.append(double)
     with zipfile.ZipFile(path) as file:
         assert len(file.infolist()) == 3
-    check_refused(path, "its members overlap", capsys)
+    check_refused(path, "members of the archive overlap", capsys)
 
 
 def test_pytorch_is_missing(tmp_path, monkeypatch):

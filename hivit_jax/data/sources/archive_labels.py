@@ -26,7 +26,7 @@ def text_label(text: str) -> bytes | None:
 def json_label(data: bytes) -> bytes | None:
     """Return the label of a JSON object; None if there is none.
 
-    It is the value of "label", a class index or a list of them.
+    The label is the value of the key "label", a class index or a list of class indices.
     """
     try:
         label = json.loads(data)["label"]
@@ -89,7 +89,7 @@ def to_vectors(labels: np.ndarray, train: np.ndarray) -> np.ndarray:
       train: labels of the training split, whose largest label is the last class.
 
     Raises:
-      LabelError: a label is larger than those of the training split.
+      LabelError: a label is larger than all labels of the training split.
     """
     known, found = (
         [[*map(int, split_labels(text.decode()))] for text in part]

@@ -29,7 +29,7 @@ from hivit_jax.errors import DataError
 from hivit_jax.progress import Progress
 
 THREADS = 64  # tar files that are indexed concurrently
-VERSION = "3"  # of saved indexes; earlier versions lack several labels per image
+VERSION = "3"  # of saved indexes; earlier versions have one label per image
 
 
 class Archives(FileSource):
@@ -135,7 +135,8 @@ class Archives(FileSource):
 
         index = load_index(directory, files, make, VERSION)
         if not len(index["labels"]):
-            raise DataError(f"{files[0]} contains no images; expected {SUFFIXES[:3]}")
+            expected = f"files that end in {', '.join(SUFFIXES)}"
+            raise DataError(f"{files[0]} contains no images; expected {expected}")
         check_labels(index, files, self._multi_label)
         return index
 
@@ -146,8 +147,8 @@ class Archives(FileSource):
 class WebDataset(Archives):
     """Tar files in the format of WebDataset, with members KEY.jpg and KEY.cls.
 
-    KEY.cls contains the label in digits. Without it, the label is the integer "label"
-    of KEY.json, or a list of integers.
+    KEY.cls contains the label in digits. Without KEY.cls, the label is the value of
+    "label" in KEY.json, an integer or a list of integers.
 
     A split is a pattern of file names relative to the directory, such as
     ``imagenet1k-train-{0000..1023}.tar``. A split without ``*`` and ``{`` stands for
@@ -222,7 +223,7 @@ INDEX = ("starts", "stops", "labels", "names")
 
 
 def _tar_index(path: str) -> dict[str, Any]:
-    """Return the arrays of `INDEX` and "ignored", the number of other members."""
+    """Return the arrays of `INDEX`, and "ignored", the number of ignored members."""
     images: list[tar.Member] = []
     labels: list[bytes] = []
     image_key, current, label, has_cls, ignored = "", "", UNLABELED, False, 0

@@ -10,7 +10,7 @@ import numpy as np
 from hivit_jax.errors import DataError
 
 # `data.name` may also be any other TFDS dataset, or ``module:Class`` for a user's
-# subclass of `Source`. It is constructed as Class(split, data.dir) with the split
+# subclass of `Source`. The class is called as Class(split, data.dir) with the split
 # "train" or "test".
 KNOWN_DATASETS = (
     "csv", "digits", "folder", "imagenet2012", "synthetic", "webdataset", "zip"
@@ -63,7 +63,7 @@ class Source:
         directories that are ignored for this reason.
       loose: names of the first ignored images outside of the class directories.
       labeled: False if the images have no labels; all labels are then 0. With several
-        labels per image, an image of no class counts as labeled, with a vector of 0.
+        labels per image, an image of no class counts as labeled; its vector is 0.
       labels: label of each example, int [n], or, with several labels per image, vectors
         of 0 and 1, [n, classes]; None: unknown until the examples are read.
       encoded: see `DatasetInfo`.
@@ -145,7 +145,7 @@ class Source:
     def class_counts(self) -> tuple[int, ...]:
         """Return the number of examples of each class; () if the labels are unknown.
 
-        Labels below 0 are not counted; the loader refuses them.
+        Labels below 0 are not counted. They are an error when the loader reads them.
         """
         labels = np.asarray(self.labels)
         if not self.labeled or labels.ndim != 1 or labels.dtype.kind not in "iu":
@@ -168,10 +168,10 @@ def split_labels(text: str) -> list[str]:
 
 
 def single_label(label: Any) -> int:
-    """Return the label of an image unchanged.
+    """Return the label of an image unchanged if it is a single number.
 
     Raises:
-      LabelError: it is a sequence of labels.
+      LabelError: the label is a sequence of labels.
     """
     if np.ndim(label):
         raise LabelError(
@@ -187,20 +187,20 @@ def multi_hot(labels: Sequence[int] | int, num_classes: int) -> np.ndarray:
     Raises:
       LabelError: a label is out of range.
     """
-    given, found = np.asarray(labels, np.int64), np.zeros(num_classes, np.uint8)
+    given, vector = np.asarray(labels, np.int64), np.zeros(num_classes, np.uint8)
     if ((given < 0) | (given >= num_classes)).any():
         raise LabelError(
             f"expected labels from 0 to {num_classes - 1}, found {given.tolist()}"
         )
-    found[given] = 1
-    return found
+    vector[given] = 1
+    return vector
 
 
 def label_vector(label: Any, num_labels: int) -> np.ndarray:
     """Return the vector of an image's labels, extended with 0 to uint8 [num_labels].
 
     Raises:
-      LabelError: the vector is too long, or contains other values than 0 and 1.
+      LabelError: the vector is too long, or contains a value other than 0 and 1.
     """
     given = np.array(label)
     if given.ndim != 1 or len(given) > num_labels or not np.isin(given, (0, 1)).all():

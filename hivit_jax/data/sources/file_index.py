@@ -33,7 +33,7 @@ def is_hidden(name: str) -> bool:
 
 
 def ignored_reason(name: str, suffixes: Sequence[str] = SUFFIXES) -> str:
-    """Return why a file is ignored: its ending, or `HIDDEN`; "" for an image."""
+    """Return the reason for ignoring a file, such as its ending; "" for an image."""
     ending = os.path.splitext(name)[1].lower()
     if is_hidden(name):
         return HIDDEN
@@ -57,7 +57,7 @@ def subdirectories(root: str | Path) -> list[str]:
 def _walk(root: Path) -> list[tuple[str, list[str]]]:
     """Return (directory, sorted names of its files) for `root` and below, sorted.
 
-    Hidden directories are not entered but returned as files.
+    Hidden directories are not entered. Their names are listed with the files.
     """
     found = []
     for directory, subdirectories, names in os.walk(root, followlinks=True):
@@ -117,7 +117,7 @@ def _scan_images(
     """Return the index of images or, if there are none, of NumPy arrays.
 
     Args:
-      scan: function from the endings of the files to the index.
+      scan: function from the endings of images to the index.
     """
     index = scan(SUFFIXES)
     if not len(index["files"]) and ARRAYS in index["reasons"]:
@@ -136,7 +136,7 @@ def forget_listings() -> None:
 
 
 def is_directory(path: str) -> bool:
-    """Return True for a directory, or for the address of one that contains files."""
+    """Return True for a directory, or for an address below which there are files."""
     return bool(_list_bucket(path)) if storage.is_remote(path) else Path(path).is_dir()
 
 
@@ -230,7 +230,7 @@ def _image_files(
     ignored: Counter[str],
     suffixes: Sequence[str],
 ) -> list[bytes]:
-    """Return paths of a directory's images relative to `root`; count other files."""
+    """Return a directory's images relative to `root`; add other files to `ignored`."""
     relative, files = os.path.relpath(directory, root), []
     for name in names:
         if reason := ignored_reason(name, suffixes):

@@ -69,7 +69,7 @@ class Images(Source):
 def _select(
     root: Path, files: Sequence[Path], suffixes: Sequence[str]
 ) -> tuple[list[Path], Counter[str]]:
-    """Return the images among the files below `root`, and counts of the others."""
+    """Return the images among the files below `root`, and counts of the other files."""
     images, ignored = [], Counter()
     for file in files:
         hidden = any(map(is_hidden, file.relative_to(root).parts))

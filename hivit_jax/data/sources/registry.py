@@ -73,9 +73,9 @@ def open_source(data: Mapping[str, Any], split: str) -> Source:
     # Configs of earlier versions and of other programs may lack the following keys.
     names = ("eval_fraction", "eval_group", "exclude")
     selection = Selection(**{key: data[key] for key in names if key in data})
-    level = data.get("class_level", "top"), data.get("multi_label", False)
+    labels = data.get("class_level", "top"), data.get("multi_label", False)
     directories = expand(data["dir"]), expand(data.get("cache", ""))
-    return _open(split, data["name"], *directories, *values, selection, *level)
+    return _open(split, data["name"], *directories, *values, selection, *labels)
 
 
 @lru_cache(maxsize=8)
@@ -143,7 +143,7 @@ def _open(
 def _check_selection(
     name: str, selection: Selection, class_level: str, eval_split: str
 ) -> None:
-    """Raise ConfigError for rules that contradict each other or have no effect."""
+    """Raise ConfigError for keys that contradict each other or have no effect."""
     selection.check(eval_split)
     changed = {key: value for key, value in asdict(selection).items() if value}
     if class_level != "top":

@@ -41,7 +41,7 @@ class Selection:
         if self.eval_fraction and eval_split:
             raise ConfigError(
                 f"data.eval_fraction={self.eval_fraction} with data.eval_split="
-                f"{eval_split!r}; expected only one of them"
+                f"{eval_split!r}; expected only one of the two"
             )
         if self.eval_group and not self.eval_fraction:
             raise ConfigError(
@@ -156,8 +156,8 @@ def select(
     """Return the selected examples of a source; `source` itself if all are selected.
 
     Args:
-      held_out: with `eval_fraction`, return the held-out examples instead of the
-        others.
+      held_out: with `eval_fraction`, return the held-out examples; False: return the
+        training examples.
       percent: slice of each class to return. The images of a class are ordered by a
         hash of their paths, so that adjacent slices are random, disjoint parts.
 
@@ -217,35 +217,36 @@ def hold_out(groups: Sequence[str], labels: np.ndarray, fraction: float) -> np.n
     A group is held out if the hash of its name, in [0, 1), is below `fraction`. This
     does not depend on the other groups, with one exception: if all groups of a class
     are on one side of `fraction`, the group whose hash is nearest changes sides. A
-    class with a single group is never held out.
+    group that is the last training group of a class is skipped. A class with a single
+    group is therefore never held out.
 
     Args:
       groups: name of each example's group.
       labels: int [n], or [n, classes] with several labels per image.
     """
-    numbers: dict[str, int] = {}
-    members = np.array([numbers.setdefault(g, len(numbers)) for g in groups], np.int64)
-    hashes = np.array([_hash(name) for name in numbers])
+    indices: dict[str, int] = {}  # name of a group -> its index
+    group_of = np.array([indices.setdefault(g, len(indices)) for g in groups], np.int64)
+    hashes = np.array([_hash(name) for name in indices])
     chosen = hashes < fraction
-    classes = [np.unique(members[indices]) for indices in by_label(labels)]
-    for own in classes:
-        if chosen[own].all():
-            chosen[own[hashes[own].argmax()]] = False
-    training = [int((~chosen[own]).sum()) for own in classes]
+    class_groups = [np.unique(group_of[examples]) for examples in by_label(labels)]
+    for members in class_groups:
+        if chosen[members].all():
+            chosen[members[hashes[members].argmax()]] = False
+    training = [int((~chosen[members]).sum()) for members in class_groups]
     classes_of = defaultdict(list)
-    for k, own in enumerate(classes):
-        for group in own.tolist():
+    for k, members in enumerate(class_groups):
+        for group in members.tolist():
             classes_of[group].append(k)
-    for own in classes:
-        if chosen[own].any():
+    for members in class_groups:
+        if chosen[members].any():
             continue
-        for group in own[hashes[own].argsort()].tolist():
+        for group in members[hashes[members].argsort()].tolist():
             if all(training[k] > 1 for k in classes_of[group]):
                 chosen[group] = True
                 for k in classes_of[group]:
                     training[k] -= 1
                 break
-    return chosen[members]
+    return chosen[group_of]
 
 
 def _slice_mask(
@@ -253,7 +254,7 @@ def _slice_mask(
 ) -> np.ndarray:
     """Return True for the examples in a slice of each class, bool [n].
 
-    With several labels per image, the slice is of all examples.
+    With several labels per image, returns a slice of all examples.
     """
     hashes = np.array([_hash(path) for path in paths])
     mask = np.zeros(len(paths), bool)

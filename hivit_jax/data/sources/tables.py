@@ -79,17 +79,15 @@ class Table(FileSource):
         multi_label: bool = False,
     ):
         rows = _read(file)
-        reference = rows if file == train_file else _read(train_file)
+        train_rows = rows if file == train_file else _read(train_file)
         self.root, self.has_splits = str(file.parent), rows.splits is not None
-        self.labeled = reference.labels is not None
+        self.labeled = train_rows.labels is not None
         chosen = np.arange(len(rows.paths))
         if self.has_splits:
             chosen = _rows_of_split(file, rows.splits, split, split_name)
             others = Counter(rows.splits)
-            name = rows.splits[chosen[0]]
-            self.ignored = {
-                f"of split {other!r}": n for other, n in others.items() if other != name
-            }
+            del others[rows.splits[chosen[0]]]
+            self.ignored = {f"of split {name!r}": n for name, n in others.items()}
         if not len(chosen):
             raise DataError(f"{file}: expected at least one image, found none")
         self._paths = [rows.paths[i] for i in chosen]
@@ -98,20 +96,20 @@ class Table(FileSource):
             return
         if rows.labels is None:
             raise DataError(f"{file}: expected labels as in {train_file}, found none")
-        known = _split_labels(train_file, reference.labels, multi_label)
+        known = _split_labels(train_file, train_rows, multi_label)
         self.classes, label_of = _classes(train_file, known)
-        texts = [rows.labels[i] for i in chosen]
-        if rows is reference:
+        chosen_rows = Rows(self._paths, [rows.labels[i] for i in chosen], None)
+        if rows is train_rows:
             names = [known[i] for i in chosen]
         else:
-            names = _split_labels(file, texts, multi_label)
-        for path, text, own in zip(self._paths, texts, names, strict=True):
-            if any(name not in label_of for name in own):
+            names = _split_labels(file, chosen_rows, multi_label)
+        for path, text, image_labels in zip(*chosen_rows[:2], names, strict=True):
+            if any(name not in label_of for name in image_labels):
                 raise DataError(
                     f"{file}: {path} has the label {text!r}; expected one of the "
                     f"{len(self.classes)} classes of {train_file}"
                 )
-        found = [[label_of[name] for name in own] for own in names]
+        found = [[label_of[name] for name in image_labels] for image_labels in names]
         if multi_label:
             self.labels = np.stack([multi_hot(k, len(self.classes)) for k in found])
         else:
@@ -196,28 +194,26 @@ def _parse_list(lines: Sequence[str]) -> Rows:
     return Rows([p[0] for p in parts], [p[1] if p[1:] else "" for p in parts], None)
 
 
-def _split_labels(
-    file: Path, texts: Sequence[str], multi_label: bool
-) -> list[list[str]]:
-    """Split each text in a column of labels into the labels of one image.
+def _split_labels(file: Path, rows: Rows, multi_label: bool) -> list[list[str]]:
+    """Split each text in the column of labels into the labels of one image.
 
     Raises:
       DataError: without `multi_label`, a label is empty or contains `SEPARATOR`.
     """
     if multi_label:
-        return [split_labels(text) for text in texts]
-    for row, text in enumerate(texts, 1):
+        return [split_labels(text) for text in rows.labels]
+    for path, text in zip(rows.paths, rows.labels, strict=True):
         if not text:
             raise DataError(
-                f"{file}: row {row} has no label; expected a label in every row, or no "
+                f"{file}: {path} has no label; expected a label in every row, or no "
                 "column of labels; data.multi_label=True allows images of no class"
             )
         if SEPARATOR in text:
             raise DataError(
-                f"{file}: row {row} has the label {text!r}; set data.multi_label=True "
+                f"{file}: {path} has the label {text!r}; set data.multi_label=True "
                 f"for several labels, separated by {SEPARATOR!r}"
             )
-    return [[text] for text in texts]
+    return [[text] for text in rows.labels]
 
 
 def _classes(
@@ -228,13 +224,13 @@ def _classes(
     Raises:
       DataError: no row has a label.
     """
-    different = {name for own in labels for name in own}
-    if not different:
+    distinct = {name for image_labels in labels for name in image_labels}
+    if not distinct:
         raise DataError(f"{file}: expected a label in at least one row, found none")
-    if all(name.isascii() and name.isdigit() for name in different):
-        numbers = {name: int(name) for name in different}
+    if all(name.isascii() and name.isdigit() for name in distinct):
+        numbers = {name: int(name) for name in distinct}
         return [*map(str, range(1 + max(numbers.values())))], numbers
-    classes = sorted(different)
+    classes = sorted(distinct)
     return classes, {name: k for k, name in enumerate(classes)}
 
 

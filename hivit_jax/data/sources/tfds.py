@@ -1,6 +1,6 @@
 """Datasets of TensorFlow Datasets (TFDS), on disk or in a bucket.
 
-They are read with tensorflow_datasets but without tensorflow.
+The datasets are read with tensorflow_datasets but without tensorflow.
 """
 
 import os
@@ -246,7 +246,7 @@ OPENERS = {"array_record": _array_record, "tfrecord": cache(tfrecord.LocalFile)}
 
 
 def _check_features(name: str, types: list[str], multi_label: bool) -> None:
-    """Raise DataError unless a dataset is for image classification."""
+    """Raise DataError unless a dataset has supported images and labels."""
     if types not in FEATURES:
         found = f"({', '.join(types)})"
         raise DataError(
@@ -270,7 +270,7 @@ def supervised_feature_types(info: Any) -> list[str]:
 def _prepared_path(name: str, directory: str) -> str:
     """Return the path NAME/[CONFIG/]VERSION of the prepared dataset.
 
-    It is the newest version unless `name` gives one.
+    VERSION is the newest version unless `name` specifies a version.
     """
     tfds = require("tensorflow_datasets", "tensorflow-datasets")
     base, _, version = name.partition(":")

@@ -1,10 +1,10 @@
 """Conversion between PyTorch state dicts and our parameters, in both directions.
 
-Our parameters differ from the official ones only in layout. Linear kernels are
-``[in, out]``. The patch convolution is a Linear on the pixels of a cell. Attention
-heads have an axis of their own. The multi-scale latent has its cells in merge order.
-The conversion permutes the latent's LayerNorm and the decoder embedding accordingly, so
-that the model does not have to permute activations.
+Our parameters differ from the official parameters only in name and layout. Linear
+kernels are ``[in, out]``. The patch convolution is a Linear on the pixels of a cell.
+Attention heads have an axis of their own. The multi-scale latent has its cells in merge
+order. The conversion permutes the latent's LayerNorm and the decoder embedding
+accordingly, so that the model does not have to permute activations.
 """
 
 from collections.abc import Callable, Mapping
@@ -74,7 +74,7 @@ def _entry(path: str, shape: tuple[int, ...], model: Model) -> Entry:
         parts = swin.official_parts(path, is_simmim)
     else:
         parts = path.removeprefix("encoder/").split("/")
-        # The official encoder is one flat list: each stage's blocks, then its merge.
+        # The official encoder is one flat list: the blocks and the merge of each stage.
         lengths = [count + 1 for count in config.block_counts]
         if parts[0] == "stages":
             parts[:3] = ["blocks", str(sum(lengths[: int(parts[1])]) + int(parts[2]))]
@@ -120,8 +120,8 @@ def _entry(path: str, shape: tuple[int, ...], model: Model) -> Entry:
 def official_names(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Return a state dict with official names.
 
-    Names of MMPretrain's HiViT and of timm's Swin are translated. The names of ViT,
-    which has a class token, are those of MAE and timm.
+    Names of MMPretrain's HiViT and of timm's Swin are translated. The names of ViT are
+    the same in MAE and timm. A state dict with a class token is a ViT's.
     """
     if swin.is_swin(state):
         return swin.from_timm(state)
@@ -152,11 +152,11 @@ def unneeded_entries(state: Mapping[str, np.ndarray], model: Model) -> list[str]
     if isinstance(model, MaskedAutoencoder):
         ignores_norm = model.norm is None
     else:
-        rest = ("decoder_", "mask_token")
-        unused += rest
+        decoder = ("decoder_", "mask_token")
+        unused += decoder
         # A norm of the encoder's width could be applied before the head.
         ignores_norm = norm.size > model.config.embed_dim
-        ignores_norm |= any(name.startswith(rest) for name in state)
+        ignores_norm |= any(name.startswith(decoder) for name in state)
         ignores_norm &= getattr(model, "norm", None) is None
     unused += ("norm.weight", "norm.bias") if ignores_norm else ()
     return [n for n in state if n.endswith(INDEX) or n.startswith(unused)]
@@ -234,9 +234,9 @@ def to_state_dict(
     """Convert nested parameters of `model` to the full state dict of another program.
 
     HiViT's state dict contains the relative position index, unless the model has
-    windows, which the other programs do not support. Swin's contains the indices and
-    shift masks that the other program stores. For MMPretrain and timm, masked
-    autoencoders are reduced to the encoder.
+    windows, which the other programs do not support. The state dict of Swin contains
+    the indices and shift masks that the other program stores. For MMPretrain and timm,
+    masked autoencoders are reduced to the encoder.
 
     Args:
       layout: one of `LAYOUTS`.
@@ -253,7 +253,7 @@ def to_state_dict(
         return to_layout(state, model, layout)
     if layout not in HIVIT_LAYOUTS:
         raise ConfigError(
-            f"layout={layout!r} with {model.name}, which other programs do not have; "
+            f"layout={layout!r} with {model.name}, which is a HiViT; "
             f"expected one of {', '.join(HIVIT_LAYOUTS)}"
         )
     if layout == "mmpretrain" and getattr(model, "fc_norm", None) is not None:

@@ -76,7 +76,7 @@ def decoder_to_ours(
 
 
 def decoder_to_official(array: np.ndarray, channels: int) -> np.ndarray:
-    """Convert a kernel [8E, P*P*C] or bias [P*P*C] of our decoder to SimMIM's."""
+    """Convert a kernel [width, P*P*C] or bias [P*P*C] of our decoder to SimMIM's."""
     side = round((array.shape[-1] // channels) ** 0.5)
     moved = array.reshape(-1, side, side, channels).transpose(3, 1, 2, 0)
     if array.ndim == 1:
@@ -94,10 +94,9 @@ def buffers(config: SwinConfig, prefix: str) -> dict[str, np.ndarray]:
     for stage, grid in enumerate(config.stage_grids(config.grid)):
         side = config.window_side(grid)
         index = relative_position_index(np.arange(side * side), (side, side))
-        windows = config.stage_windows(stage, grid)
-        for block, window in enumerate(windows):
+        for block, windows in enumerate(config.stage_windows(stage, grid)):
             name = f"{prefix}layers.{stage}.blocks.{block}"
             arrays[f"{name}.attn.{INDEX}"] = np.array(index, np.int64)
-            if window is not None and window.shift:
-                arrays[f"{name}.{MASK}"] = window.shift_mask()
+            if windows is not None and windows.shift:
+                arrays[f"{name}.{MASK}"] = windows.shift_mask()
     return arrays

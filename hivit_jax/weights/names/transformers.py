@@ -8,7 +8,7 @@ import numpy as np
 from hivit_jax.errors import CheckpointError
 
 PATCHES = "embeddings.patch_embeddings.projection.weight"
-PARTS = ("query", "key", "value")  # row thirds of the official qkv
+PARTS = ("query", "key", "value")  # in the order of the rows of the official qkv
 # Patterns in names of transformers, and their official replacements, applied in order.
 RULES = [
     (re.compile(pattern), replacement)
@@ -60,7 +60,7 @@ def from_transformers(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
             raise CheckpointError(f"{name!r}: the state dict has no {missing[0]}")
         named[name] = np.concatenate([parts[part] for part in PARTS])
     if "mask_token" in named and any(name.startswith("layers.") for name in named):
-        # SimMIM: its official names have the encoder's prefix.
+        # In SimMIM's official names, the encoder has a prefix.
         named = {
             name if name.startswith("decoder.") else f"encoder.{name}": array
             for name, array in named.items()

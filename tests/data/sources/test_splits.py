@@ -209,7 +209,7 @@ def test_arrays_are_images_where_there_are_no_others(root):
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"eval_fraction": 0.1, "eval_split": "val"}, "expected only one of them"),
+        ({"eval_fraction": 0.1, "eval_split": "val"}, "expected only one of the two"),
         ({"eval_group": "(a)"}, "no effect with data.eval_fraction=0"),
         ({"eval_group": "a", "eval_fraction": 0.1}, "expected a group in parentheses"),
         ({"eval_group": "(", "eval_fraction": 0.1}, "expected a regular expression"),

@@ -122,7 +122,7 @@ def test_lists(root):
     [
         (["name,label", "a/0.png,1"], "one of the columns path, .* found name, label"),
         (["path,label", "a/0.png"], "expected 2 columns, found 1 in row 2"),
-        (["path,label", "a/0.png,"], "row 1 has no label"),
+        (["path,label", "a/0.png,"], "a/0.png has no label"),
         (["path,label"], "expected at least one image, found none"),
         ([], "expected a header .* found nothing"),
     ],
@@ -182,7 +182,11 @@ def test_held_out_images_of_several_labels(root):
 @pytest.mark.parametrize(
     ("lines", "keys", "message"),
     [
-        (["a/0.png,x;y"], {}, r"row 1 has the label 'x;y'; set data.multi_label=True"),
+        (
+            ["a/0.png,x;y"],
+            {},
+            r"a/0.png has the label 'x;y'; set data.multi_label=True",
+        ),
         (["a/0.png,;"], {"multi_label": True}, "in at least one row, found none"),
     ],
 )
