@@ -86,7 +86,7 @@ def blocks(config: Any, images: int) -> dict[str, tuple[int, nnx.Module, tuple]]
     stages = {}
     for stage_index, stage in enumerate(encoder.stages[:-1], 1):
         stages[f"stem {stage_index}"] = stage, (images * visible * cells,)
-        cells //= 4
+        cells //= 4  # the merge after the stage joins 2x2 cells
     stages["main stage"] = encoder.stages[-1], (images, visible)
     if decoder:
         stages["decoder"] = decoder, (images, units)
@@ -167,10 +167,11 @@ def table(results: dict[str, Any], images: int) -> str:
         total += result["blocks"] * np.array(cycles)
         row = (cycles[0] - backward, backward, *cycles[1:])
         lines.append(f"| {kind} | " + " | ".join(f"{n:,.0f}" for n in row) + " |")
-    ms, products, plain = 1e3 * total / CLOCK
+    fused, products, plain = 1e3 * total / CLOCK  # milliseconds
     lines.append(
-        f"\nAll blocks, {images} images: {ms:.1f} ms, products alone {products:.1f}, "
-        f"plain {plain:.1f}; at most {1e3 * images / ms:,.0f} images/s"
+        f"\nAll blocks, {images} images: {fused:.1f} ms, products alone "
+        f"{products:.1f}, plain {plain:.1f}; at most {1e3 * images / fused:,.0f} "
+        "images/s"
     )
     return "\n".join(lines)
 
