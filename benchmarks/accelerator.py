@@ -4,11 +4,11 @@
 
 The command runs these parts, most important first:
 
-- numbers, official: the tests in `TESTS`. They compare kernels and bfloat16 with
-  float32, and the networks with the golden data of the official code. They need pytest.
-- "peers JOB" and "peers JOB, others", not on a TPU: benchmarks.peers for each job. The
-  first compares with the official network, the second with ViT-B and Swin-B. They need
-  torch.
+- numbers, official: the tests in `TESTS`, which need pytest. They compare kernels and
+  bfloat16 with float32, and the networks with the golden data of the official code.
+- "peers JOB" and "peers JOB, others", not on a TPU: benchmarks.peers for each job.
+  "peers JOB" compares with the official network, "peers JOB, others" with ViT-B and
+  Swin-B. These parts need torch.
 - one part for each entry of `STEPS` and, on a GPU, of `FLAGS`: benchmarks.train_step
   for pretraining, finetuning ("classify ...") or inference.
 

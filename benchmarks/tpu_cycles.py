@@ -7,8 +7,8 @@ instructions per cycle, in an order that the compiler fixes. The benchmark compi
 forward and backward pass of each kind of block for a v5e. The table contains these
 numbers of cycles for one block and all images of a chip:
 
-- forward, backward: bundles that the fused kernels issue. Their number is the run time
-  if kernels wait neither for memory nor for the results of matrix products.
+- forward, backward: bundles that the fused kernels issue. The kernels take this number
+  of cycles if they wait neither for memory nor for the results of matrix products.
 - products alone: the time of the kernels' matrix products, if they keep all matrix
   units busy.
 - plain: the compiler's own estimate for the same block without fused kernels, including
@@ -60,7 +60,7 @@ def count_bundles(listing: str) -> int:
     A kernel has one loop over its grid, and may have an inner loop. The grid loop has
     two more iterations than the grid, because tiles are fetched one iteration ahead
     and stored one iteration later. The extra iterations skip the region that computes.
-    A region inside that region, such as the initialization of sums, runs only once.
+    Regions nested in this region, such as the initialization of sums, run only once.
     """
     iterations, nesting, counts = {}, 0, Counter()
     for line in listing.splitlines():

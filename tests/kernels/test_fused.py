@@ -225,9 +225,10 @@ def compiled_text(case, device, keep, options=None):
 
 
 def test_blocks_contain_whole_tiles_or_whole_images():
-    """`block_rows` returns a multiple of its second argument, the rows of a unit.
+    """`block_rows` returns a multiple of a unit of rows, or None if no block fits.
 
-    A unit is a tile of 8 rows, or one or two images. None: no block fits.
+    A unit is a tile of 8 rows, or the fewest images that fill whole tiles: eight images
+    of 49 rows, or one image of 576 rows.
     """
     assert dispatch.block_rows(64 * 784, 8, 1024, 2000) == 1024
     assert dispatch.block_rows(64 * 784, 8, 1024, 1000) == 896
@@ -243,8 +244,9 @@ def test_blocks_contain_whole_tiles_or_whole_images():
 def test_residuals_are_saved_if_that_is_faster():
     """The hidden layer of an MLP is saved if moving it is faster than recomputing it.
 
-    The cases are the peak operations per byte of a v5p and a v5e, of which half of the
-    bandwidth counts, and the MLPs of the two stem stages and the main stage of HiViT-B.
+    `balance` is the ratio of peak FLOP/s and peak HBM bandwidth: 166 for a v5p, 240 for
+    a v5e. Kernels assume half of the bandwidth. The MLPs are those of the two stages of
+    the stem and of the main stage of HiViT-B.
     """
     for balance, saved in ((166, [False, True, True]), (240, [False, False, True])):
         target = dispatch.Target("cpu", balance=2 * balance)

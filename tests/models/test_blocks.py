@@ -119,7 +119,7 @@ def test_cpu_fusions_do_not_grow_with_depth():
 
 @pytest.mark.slow
 def test_scan_blocks_requires_equal_windows():
-    """scan_blocks refuses global blocks, and changes no output of equal windows."""
+    """Global blocks are refused. With equal windows, scan_blocks changes no output."""
     windows = dict(window_size=2)
     images = np.random.default_rng(0).normal(size=(2, 64, 64, 3)).astype(np.float32)
     with pytest.raises(ConfigError, match="scan_blocks=True with global_blocks"):

@@ -166,7 +166,7 @@ def test_every_model_has_features_and_layers(name):
 
 @pytest.mark.slow
 def test_returned_attention_reproduces_the_block_output():
-    """The weights, applied to the values, give the tokens after the block.
+    """The attention weights, applied to the values, give the tokens after the block.
 
     The blocks have global attention or attention in windows.
     """

@@ -64,7 +64,7 @@ def test_statistics_are_model_state_and_not_parameters():
 
 
 def test_examples_of_weight_0_are_ignored():
-    """A batch that contains only such examples changes no statistics."""
+    """A batch in which all examples have weight 0 changes no statistics."""
     unpadded, padded = BatchNorm(6), BatchNorm(6)
     weight = np.float32([1] * 5 + [0] * 11)
     expected = unpadded(IMAGES[:5], jnp.ones(5))

@@ -118,7 +118,7 @@ def test_relative_position_index_follows_the_formula(grid):
 @pytest.mark.slow
 @pytest.mark.parametrize("grid", [(3, 3), (2, 4), (5, 1)])
 def test_relative_position_bias_equals_indexing_of_the_table(grid):
-    """The gradients are equal too.
+    """Gradients of the table are compared too.
 
     The cotangent consists of integers, so that sums are exact in any order.
     """

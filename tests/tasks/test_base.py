@@ -43,7 +43,7 @@ def test_own_task_is_selected_by_module_and_class(tmp_path, monkeypatch, capsys)
 
 
 def test_cost_of_a_model_without_macs_is_unknown():
-    """`describe` and `check_data` then print no estimates of hours and cores."""
+    """Without costs, `describe` and `check_data` estimate neither hours nor cores."""
     task = inputs.make_task(mini_runs.classifier())
     assert task.macs(networks.abstract_model("hivit_base", **networks.MINI)) > 0
     without_macs = SimpleNamespace(parameter_count=int)

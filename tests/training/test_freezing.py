@@ -97,7 +97,7 @@ def test_other_parameters_are_trained_as_before():
 
 @pytest.mark.slow
 def test_frozen_parameters_keep_every_bit():
-    """Their averages do too. One value is -0.0, another is denormal."""
+    """The averages keep every bit too. One value is -0.0, another is denormal."""
     task, frozen = networks.SquareTask(), {"kernel"}
     optimizer = freeze_updates(optax.adamw(0.1, weight_decay=0.5), frozen)
     graphdef = split_state(task.build_model())[0]

@@ -57,7 +57,7 @@ OPTIMIZERS = {
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_step_with_a_non_finite_new_state_changes_nothing(kind):
-    """Loss and gradient are finite, but parameters, EMA or optimizer state are not.
+    """Loss and gradient are finite; new parameters, EMA or optimizer state are not.
 
     The next step changes nothing either.
     """

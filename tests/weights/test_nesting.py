@@ -116,7 +116,7 @@ def test_averaged_weights_are_preferred(content, tmp_path):
     ],
 )
 def test_prefixes_of_names_are_removed(state, removed, unused):
-    """These are the prefixes of a model and of wrappers such as torch.compile."""
+    """The prefixes come from a model's attribute or wrappers such as torch.compile."""
     result = remove_prefixes(state)
     assert result.removed == removed
     assert result.unused == unused

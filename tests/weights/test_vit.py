@@ -53,7 +53,7 @@ def test_finetuned_file_gives_the_official_logits(fixture, tmp_path):
 
 @pytest.mark.parametrize("pooling", ["mean", "token"])
 def test_classifier_loads_a_pretraining_file(pooling, tmp_path):
-    """The position table is resized to larger images.
+    """The position table is resized to the grid of larger images.
 
     Mean pooling does not use the file's `norm`.
     """

@@ -49,7 +49,7 @@ def test_peak_of_a_device_is_its_part_of_a_chip():
 
 @pytest.mark.parametrize(("kind", "count"), [("TPU v5 lite", 4), ("TPU7x", 8)])
 def test_metrics_of_four_chips_include_utilization_and_memory(kind, count, monkeypatch):
-    """The utilization is half of the peak FLOP/s, the memory that of a local device."""
+    """Each chip of one or two devices reaches half of its peak FLOP/s."""
     devices = [SimpleNamespace(device_kind=kind)] * count
     local = SimpleNamespace(memory_stats=lambda: {"peak_bytes_in_use": 7})
     monkeypatch.setattr(jax, "local_devices", lambda: [local])

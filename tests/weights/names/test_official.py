@@ -122,7 +122,7 @@ def test_entry_of_a_wrong_shape_is_refused(mae_state, name, shape, expected_shap
 
 @pytest.mark.slow
 def test_finetuning_loads_the_official_arrays():
-    """The ignored and the missing arrays equal those of the official loader too."""
+    """Loaded, unused and missing arrays equal those of the official loader."""
     facts = json.loads((reference.GOLDEN / "finetune_loading.json").read_text())
     official, params = {}, {}
     for name in ("hivit_base", "mae_hivit_base"):
