@@ -4,11 +4,11 @@
 
 The command runs these parts, most important first:
 
-- numbers, official: the tests in `TESTS`. They compare kernels and bfloat16 with
-  float32, and the networks with the golden data of the official code. They need pytest.
-- "peers JOB" and "peers JOB, others", not on a TPU: benchmarks.peers for each job. The
-  first compares with the official network, the second with ViT-B and Swin-B. They need
-  torch.
+- numbers, official: the tests in `TESTS`, which need pytest. They compare kernels and
+  bfloat16 with float32, and the networks with the golden data of the official code.
+- "peers JOB" and "peers JOB, others", not on a TPU: benchmarks.peers for each job.
+  "peers JOB" compares with the official network, "peers JOB, others" with ViT-B and
+  Swin-B. These parts need torch.
 - one part for each entry of `STEPS` and, on a GPU, of `FLAGS`: benchmarks.train_step
   for pretraining, finetuning ("classify ...") or inference.
 
@@ -34,7 +34,7 @@ TESTS = {
     "numbers": "tests/kernels/test_accelerator.py",
     "official": "tests/parity/test_official.py",
 }
-TAIL = 30  # lines that are kept from the end of a failed part's output
+TAIL = 30  # number of last lines of a failed part's output in the results
 
 
 class Step(NamedTuple):
@@ -84,22 +84,23 @@ def parts_for(platform: str, batch: int, rounds: int, steps: int) -> dict[str, A
     # The CPU backend stays enabled because tests compute references on it.
     base = {"JAX_PLATFORMS": "cpu" if platform == "cpu" else f"{platform},cpu"}
     tests = (*python, "pytest", "-q", "-p", "no:xdist")
-    sizes = f"--rounds={rounds}", f"--steps={steps}", f"--batch={batch}"
+    counts = f"--rounds={rounds}", f"--steps={steps}", f"--batch={batch}"
     # Tests compile many small programs. Without this flag, XLA:GPU times several
     # algorithms for every matrix product in them.
-    quick = {"XLA_FLAGS": "--xla_gpu_autotune_level=0"} if platform == "cuda" else {}
-    parts = {name: ((*tests, path), base | quick) for name, path in TESTS.items()}
+    cuda_only = {"XLA_FLAGS": "--xla_gpu_autotune_level=0"}
+    in_tests = base | (cuda_only if platform == "cuda" else {})
+    parts = {name: ((*tests, path), in_tests) for name, path in TESTS.items()}
     if platform != "tpu":
         device = "gpu" if platform == "cuda" else "cpu"
         for group, rows in PEERS.items():
             for job in ("pretrain", "classify", "inference"):
-                options = (*sizes, "--task", job, "--device", device, "--rows", *rows)
+                options = (*counts, "--task", job, "--device", device, "--rows", *rows)
                 command = (*python, "benchmarks.peers", *options)
                 parts[f"peers {job}{group}"] = command, {}
     for name, step in variants.items():
         overrides = ("--set", *step.overrides) if step.overrides else ()
         flags = f"{os.environ.get('XLA_FLAGS', '')} {step.xla_flags}".strip()
-        command = (*python, "benchmarks.train_step", *sizes, *step.options, *overrides)
+        command = (*python, "benchmarks.train_step", *counts, *step.options, *overrides)
         parts[name] = command, base | {"XLA_FLAGS": flags}
     return parts
 
@@ -160,7 +161,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     add = parser.add_argument
     add("--platform", choices=("cuda", "tpu", "cpu"), default="cuda")
-    text = "default: all parts; see --list. A name also selects longer names: peers"
+    text = "default: all parts; see --list. The first word of several names, such as "
+    text += "peers, selects all of them"
     add("--only", nargs="+", metavar="PART", help=text)
     add("--list", action="store_true", help="print the names of all parts and exit")
     add("--batch", type=int, default=256, help="images per step")
@@ -174,12 +176,12 @@ def main(argv: list[str] | None = None) -> int:
         print("\n".join(parts))
         return 0
     selected = list(parts) if args.only is None else []
-    for wanted in args.only or ():
-        longer = [name for name in parts if name.startswith(f"{wanted} ")]
-        names = [wanted] if wanted in parts else longer
+    for text in args.only or ():
+        longer = [name for name in parts if name.startswith(f"{text} ")]
+        names = [text] if text in parts else longer
         if not names:
             expected = ", ".join(parts)
-            parser.error(f"--only: unknown {wanted}; expected some of {expected}")
+            parser.error(f"--only: unknown {text}; expected some of {expected}")
         selected += names
     out = args.out or RESULTS / f"accelerator_{args.platform}.json"
     results = json.loads(out.read_text()) if out.exists() else {}

@@ -2,12 +2,12 @@
 
     python -m benchmarks.buckets [--rounds 4] [--batches 30] [--delay 0.03]
 
-The benchmark writes 420 photographs of 500x375 as class folders and as tar files. A
-server on this machine stands in for the bucket and delays each answer. Its CPU time is
-not counted. Batches are read with two threads. The first batches of each round are not
-counted, because tf.data traces its functions then. The table contains medians of
-interleaved rounds, and the components that read and decode. The tf.data rows need
-tensorflow and are skipped without it.
+The benchmark writes 420 photographs of 500x375 pixels as class folders and as tar
+files. A server on this machine stands in for the bucket and delays each answer. The
+server's CPU time is not counted. Batches are read with two threads. The first batches
+of each round are not counted, because tf.data traces its functions then. The table
+contains medians of interleaved rounds, and the components that read and decode. Without
+tensorflow, the tf.data rows are skipped.
 """
 
 import argparse
@@ -36,7 +36,7 @@ WARMUP = 3  # batches at the start of a round that are not counted
 
 
 def write_tars(root: Path) -> None:
-    """Write the photographs of ROOT/train as WebDataset tar files."""
+    """Write the photographs of ROOT/train as WebDataset tar files of both splits."""
     paths = sorted(root.glob("train/*/*"))
     for split in ("train", "val"):
         for shard in range(SHARDS):

@@ -25,9 +25,9 @@ from hivit_jax.train import train
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "few_labels.json"
-LABELS, DRAWS = (50, 100, 500), range(5)
+LABELS, SUBSETS = (50, 100, 500), range(5)
 # Method -> (recipe, True to start from the pretrained encoder, warmup in images). The
-# warmup takes 40 steps, or 10 steps for the probe.
+# warmup takes 40 steps, or 10 steps for the linear probe.
 METHODS = {
     "finetuned": ("digits_finetune", True, 1000),
     "linear probe": ("digits_linear", True, 500),
@@ -48,15 +48,15 @@ def compare(workdir: Path, stop: Callable) -> None:
     run("digits_mae", pretrained, stop)
     results: dict[str, dict[str, list[float]]] = {method: {} for method in METHODS}
 
-    def measure(method, labels, draw, title):
+    def measure(method, labels, subset, title):
         recipe, from_pretrained, warmup = METHODS[method]
-        name = f"{method}_{title}_{draw}".replace(" ", "_")
+        name = f"{method}_{title}_{subset}".replace(" ", "_")
         metrics = run(
             *(recipe, workdir / name, stop),
             **{
                 "init_from": pretrained if from_pretrained else "",
                 "data.train_examples": labels,
-                "data.subset": draw,
+                "data.subset": subset,
                 "optimizer.warmup_epochs": warmup / labels,
             },
         )
@@ -64,15 +64,15 @@ def compare(workdir: Path, stop: Callable) -> None:
 
     for method in METHODS:
         for labels in LABELS:
-            for draw in DRAWS:
-                measure(method, labels, draw, str(labels))
-    for draw in DRAWS:
-        source = digits.Digits("train", 100, draw)
+            for subset in SUBSETS:
+                measure(method, labels, subset, str(labels))
+    for subset in SUBSETS:
+        source = digits.Digits("train", 100, subset)
         data = configs.load(str(ROOT / "configs" / "digits_finetune.py")).data
         # open_source caches sources, so training reads the labels shuffled here.
-        cached = registry.open_source({**data, "subset": draw}, "train")
-        cached.labels = np.random.RandomState(draw).permutation(source.labels)
-        measure("finetuned", 100, draw, "100 shuffled")
+        cached = registry.open_source({**data, "subset": subset}, "train")
+        cached.labels = np.random.RandomState(subset).permutation(source.labels)
+        measure("finetuned", 100, subset, "100 shuffled")
 
     log(f"\n{'top-1 in %':<16}" + "".join(f"{method:>18}" for method in METHODS))
     for title in (*map(str, LABELS), "100 shuffled"):
@@ -93,7 +93,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--workdir", type=Path, default=Path("runs/few_labels"))
     workdir = parser.parse_args().workdir
-    # The cache saves compilations, because runs of a method differ only in their data.
+    # The cache saves compilations, because many runs compile the same program.
     jax.config.update("jax_compilation_cache_dir", str(workdir.absolute() / "cache"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     return run_command(lambda: compare(workdir, catch_signals()))

@@ -36,7 +36,7 @@ from hivit_jax.tree import named_leaves, split
 from hivit_jax.weights.names.official import to_official
 
 ROOT = Path(__file__).resolve().parent.parent
-OUT = ROOT / "benchmarks" / "results" / "learning_curves"
+RESULT = ROOT / "benchmarks" / "results" / "learning_curves.json"
 FIGURE = ROOT / "docs" / "learning_curves.png"
 SMALL = {
     "model.embed_dim": 64,
@@ -98,7 +98,7 @@ def twin(config: Any, model: Any, arrays: Any) -> HiViT:
 
 
 def curves(config: Any) -> tuple[list[float], list[float]]:
-    """Return the losses of every step with hivit_jax and with PyTorch."""
+    """Return two lists of losses, of every step with hivit_jax and with PyTorch."""
     steps = config.total_steps
     task = inputs.make_task(config)
     per_epoch, _ = inputs.count_steps(config, inputs.images_per_epoch(config, task))
@@ -136,8 +136,8 @@ def curves(config: Any) -> tuple[list[float], list[float]]:
                 torch.tensor(batch["label"]).long(),
                 label_smoothing=config.label_smoothing,
             )
-        first = jnp.uint32(step * config.batch_size)
-        keys = rng.step_keys(config.seed, "train", first, config.batch_size)
+        position = jnp.uint32(step * config.batch_size)  # of the batch's first example
+        keys = rng.step_keys(config.seed, "train", position, config.batch_size)
         keys = rng.split_keys(keys.samples, "mask")
         units = network.absolute_pos_embed.shape[1]
         noise = jax.vmap(lambda key: jax.random.uniform(key, (units,)))(keys)
@@ -192,7 +192,7 @@ def main() -> int:
                 axes.legend()
     figure.savefig(FIGURE, dpi=90)
     result = {"torch": torch.__version__, "jax": jax.__version__, "curves": results}
-    OUT.with_suffix(".json").write_text(json.dumps(result) + "\n")
+    RESULT.write_text(json.dumps(result) + "\n")
     worst = max(run["largest_relative_difference"] for run in results.values())
     return 0 if worst < 0.01 else 1
 

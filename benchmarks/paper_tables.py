@@ -30,7 +30,7 @@ Results = dict[str, dict[str, Any]]  # name of a cell -> content of its file
 def ratio(results: Results, first: str, second: str) -> float | None:
     """Return the ratio of images per second of two cells.
 
-    It is None unless both were measured in the same run, interleaved.
+    Returns None unless both cells were measured in the same run, interleaved.
     """
     a, b = results.get(first), results.get(second)
     if a is None or b is None or a["run"] != b["run"]:
@@ -67,7 +67,7 @@ def table(results: Results) -> str:
 
 
 def claims(results: Results) -> list[str]:
-    """Return a line per measured ratio of HiViT-B to a baseline in pretraining."""
+    """Return a line per ratio of speeds, HiViT-B to a baseline, in pretraining."""
     lines = []
     for program in (OURS, PYTORCH):
         for model in ("Swin-B", "Swin-B 192", "ViT-B"):
@@ -88,8 +88,9 @@ def draw(results: Results, path: Path) -> None:
     for job, axes in zip(JOBS, figure.subplots(1, 3), strict=True):
         models = [m for m in RECIPES_OF_MODELS if f"{job} {m} {OURS}" in results]
         for shift, program in ((-0.2, OURS), (0.2, PYTORCH)):
-            reference, cells = f"{job} HiViT-B {OURS}", [f"{job} {m} " for m in models]
-            heights = [ratio(results, cell + program, reference) for cell in cells]
+            reference = f"{job} HiViT-B {OURS}"
+            cells = [f"{job} {model} {program}" for model in models]
+            heights = [ratio(results, cell, reference) for cell in cells]
             positions = [index + shift for index in range(len(models))]
             axes.bar(positions, [h or 0 for h in heights], 0.4, label=program)
         axes.set_xticks(range(len(models)), models, rotation=30)
@@ -103,7 +104,8 @@ def format_compiled(name: str, report: dict[str, Any], bound: float | None) -> s
     """Format a row of the table of compiled cells.
 
     Args:
-      bound: images per second of HiViT-B for the same job and chip; None: unknown.
+      bound: bound on HiViT-B's images per second for the same job and chip; None:
+        unknown.
     """
     total, roofline = report["hbm_bytes_per_device"]["total"], report["roofline"]
     line = f"| {name} | {report['batch_per_device']} "

@@ -93,8 +93,8 @@ def started(program: Any, args: argparse.Namespace) -> Started:
 def start_ours(args: argparse.Namespace, first_step: Path) -> Started:
     """Compile the step of hivit_jax and run it once.
 
-    Writes the weights, images, and noise or labels of the first step to a file, from
-    which the PyTorch twin starts.
+    Writes the inputs of the first step to a file, from which the PyTorch twin starts:
+    the weights, images, and noise (pretraining) or labels.
     """
     import jax
     import jax.numpy as jnp
@@ -112,8 +112,8 @@ def start_ours(args: argparse.Namespace, first_step: Path) -> Started:
     keys = rng.step_keys(config.seed, "train", jnp.uint32(0), args.batch)
     images = task.preprocess(batch) if forward else task.training_images(batch, keys)
     if args.task == "pretrain":
-        mask_keys = rng.split_keys(keys.samples, "mask")
-        target = jax.vmap(lambda key: jax.random.uniform(key, (196,)))(mask_keys)
+        mask_keys, units = rng.split_keys(keys.samples, "mask"), (224 // 16) ** 2
+        target = jax.vmap(lambda key: jax.random.uniform(key, (units,)))(mask_keys)
     else:
         target = np.asarray(batch["label"], np.int64)
     model = nnx.eval_shape(task.build_model)

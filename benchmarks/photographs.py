@@ -2,9 +2,9 @@
 
     python -m benchmarks.photographs DIR [--train 400] [--val 100]
 
-There is one class per photograph. Its images are random crops of the photograph with
-changed colors and noise. They are JPEGs of 500x375 pixels and about 85 KB, sizes
-that are typical of ImageNet.
+There is one class per photograph. The images of a class are random crops of the
+photograph with changed colors and noise. The images are JPEGs of 500x375 pixels and
+about 85 KB, sizes that are typical of ImageNet.
 """
 
 import argparse

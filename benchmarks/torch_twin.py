@@ -67,7 +67,7 @@ class Attention(nn.Module):
 
 
 def relative_index(grid: int):
-    """Return the table row of every query and key, int [T, T] with T = grid * grid."""
+    """Return the table row of each pair of tokens, int [T, T] with T = grid * grid."""
     token = torch.arange(grid**2)
     rows, columns = token // grid, token % grid
     row_offset = rows[:, None] - rows[None] + grid - 1
@@ -157,8 +157,10 @@ class HiViT(nn.Module):
         for width, depth in ((embed_dim // 4, depths[0]), (embed_dim // 2, depths[1])):
             blocks += [Block(width, 3.0) for _ in range(2 * depth)]
             blocks.append(PatchMerge(width))
-        tables = grid if relative_position else None
-        blocks += [Block(embed_dim, 4.0, num_heads, tables) for _ in range(depths[2])]
+        table_grid = grid if relative_position else None
+        blocks += [
+            Block(embed_dim, 4.0, num_heads, table_grid) for _ in range(depths[2])
+        ]
         self.blocks = nn.ModuleList(blocks)
         if num_classes:
             self.fc_norm = nn.LayerNorm(embed_dim, eps=1e-6)

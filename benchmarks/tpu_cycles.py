@@ -7,8 +7,8 @@ instructions per cycle, in an order that the compiler fixes. The benchmark compi
 forward and backward pass of each kind of block for a v5e. The table contains these
 numbers of cycles for one block and all images of a chip:
 
-- forward, backward: bundles that the fused kernels issue. Their number is the run time
-  if kernels wait neither for memory nor for the results of matrix products.
+- forward, backward: bundles that the fused kernels issue. The kernels take this number
+  of cycles if they wait neither for memory nor for the results of matrix products.
 - products alone: the time of the kernels' matrix products, if they keep all matrix
   units busy.
 - plain: the compiler's own estimate for the same block without fused kernels, including
@@ -60,7 +60,7 @@ def count_bundles(listing: str) -> int:
     A kernel has one loop over its grid, and may have an inner loop. The grid loop has
     two more iterations than the grid, because tiles are fetched one iteration ahead
     and stored one iteration later. The extra iterations skip the region that computes.
-    A region inside that region, such as the initialization of sums, runs only once.
+    Regions nested in this region, such as the initialization of sums, run only once.
     """
     iterations, nesting, counts = {}, 0, Counter()
     for line in listing.splitlines():
@@ -86,7 +86,7 @@ def blocks(config: Any, images: int) -> dict[str, tuple[int, nnx.Module, tuple]]
     stages = {}
     for stage_index, stage in enumerate(encoder.stages[:-1], 1):
         stages[f"stem {stage_index}"] = stage, (images * visible * cells,)
-        cells //= 4
+        cells //= 4  # the merge after the stage joins 2x2 cells
     stages["main stage"] = encoder.stages[-1], (images, visible)
     if decoder:
         stages["decoder"] = decoder, (images, units)
@@ -167,10 +167,11 @@ def table(results: dict[str, Any], images: int) -> str:
         total += result["blocks"] * np.array(cycles)
         row = (cycles[0] - backward, backward, *cycles[1:])
         lines.append(f"| {kind} | " + " | ".join(f"{n:,.0f}" for n in row) + " |")
-    ms, products, plain = 1e3 * total / CLOCK
+    fused, products, plain = 1e3 * total / CLOCK  # milliseconds
     lines.append(
-        f"\nAll blocks, {images} images: {ms:.1f} ms, products alone {products:.1f}, "
-        f"plain {plain:.1f}; at most {1e3 * images / ms:,.0f} images/s"
+        f"\nAll blocks, {images} images: {fused:.1f} ms, products alone "
+        f"{products:.1f}, plain {plain:.1f}; at most {1e3 * images / fused:,.0f} "
+        "images/s"
     )
     return "\n".join(lines)
 

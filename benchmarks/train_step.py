@@ -61,8 +61,8 @@ class Training:
             config.mesh, config.batch_size, config.optimizer.accumulate_steps
         )
         self.task = task_of(config)
-        counts = inputs.count_steps(config, self.task.data.counts["train"])
-        schedule = make_schedule(config.optimizer, config.batch_size, *counts)
+        step_counts = inputs.count_steps(config, self.task.data.counts["train"])
+        schedule = make_schedule(config.optimizer, config.batch_size, *step_counts)
         training = steps.prepare(self.task, mesh, schedule, **step_options(config))
         shardings = shardings_of(training.state)
         self.state = jax.jit(training.init, out_shardings=shardings)()
@@ -109,7 +109,7 @@ class Evaluation:
         jax.block_until_ready((self.state, self.batch))
         self.step = on_mesh(mesh, jax.jit(step))
         began, cpu_began = time.perf_counter(), time.process_time()
-        self.run(1)
+        self.run(1)  # compiles; the seconds include this run
         self.compile_seconds = time.perf_counter() - began
         self.compile_cpu_seconds = time.process_time() - cpu_began
 
@@ -225,7 +225,7 @@ def measure(
 
 
 def summary(result: dict[str, Any]) -> str:
-    """Format the measurements as two lines of text."""
+    """Format speed, memory and compile time as two lines of text."""
     lines = [
         f"{result['model']}, {result['dtype']}, batch {result['batch_size']} on "
         f"{result['devices']} x {result['device']}: {result['images_per_second']:,.1f} "

@@ -3,8 +3,8 @@
     hivit_jax --config digits_linear --workdir runs/linear --config.init_from=runs/mae
 
 `--config.data.train_examples=500` uses 500 labels, and `--config.data.subset=1` uses
-100 others. Values: tuned here. A base_learning_rate of 5 or 20 is worse (61 and 72 %
-top-1), and 300 is as good.
+another random subset of 100 labels. Values: tuned here. A base_learning_rate of 5 gives
+61 % top-1, 20 gives 72 %, and 300 is as good as 80.
 Expected: 82 % top-1. Hardware: a CPU. Cost: 1 to 2 minutes on 2 cores.
 """
 

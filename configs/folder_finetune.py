@@ -2,13 +2,13 @@
 
     hivit_jax --config folder_finetune --workdir runs/own --config.data.dir=DIR
 
-Variants: tiny (default), small, base. For hundreds to tens of thousands of images in
+Variants: tiny (default), small, base. Suits hundreds to tens of thousands of images in
 DIR/CLASS; a tenth is held out. `--config.init_from=runs/mae` starts from a pretrained
-model. For tens of thousands: `--config.total_epochs=30 --config.eval_every=1000`.
-Values: those of finetune without mixing and label smoothing. The learning rate is
-lower than finetune's, roughly in proportion to the square root of the batch size.
+model. For tens of thousands, add `--config.total_epochs=30 --config.eval_every=1000`.
+Values: those of finetune with weaker augmentation and regularization. The peak learning
+rate is lower, roughly in proportion to the square root of the batch size.
 Expected: docs/small_data.md. Hardware: any mesh.
-Cost: 27.5 GFLOP per image for tiny; 100 epochs.
+Cost: 100 epochs. A train step takes 27.5 GFLOP per image for tiny.
 """
 
 

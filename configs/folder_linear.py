@@ -2,12 +2,12 @@
 
     hivit_jax --config folder_linear --workdir runs/lp --config.data.dir=DIR
 
-Variants: tiny (default), small, base. For hundreds to tens of thousands of images in
+Variants: tiny (default), small, base. Suits hundreds to tens of thousands of images in
 DIR/CLASS; a tenth is held out. `--mode probe` has the same purpose and is faster.
-Values: MAE's linear probe, but with small batches and a high learning rate, because
-there are few steps.
+Values: MAE's linear probe, but with small batches, larger crops and a high learning
+rate, because there are few steps.
 Expected: docs/small_data.md. Hardware: any mesh.
-Cost: 9.2 GFLOP per image for tiny; 100 epochs.
+Cost: 100 epochs. A train step takes 9.2 GFLOP per image for tiny.
 """
 
 

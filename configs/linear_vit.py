@@ -3,7 +3,7 @@
     hivit_jax --config linear_vit:base --workdir runs/lp_vit
 
 Variants: tiny, small, base (default), large, huge. Values: official MAE guide. LARS
-trains the head on the frozen, batch-normalized class token (no scale and bias).
+trains the head on the frozen class token, after BatchNorm without scale and bias.
 Expected: top-1 base 67.8, large 76.0, huge 77.2 % (published, not reproduced here).
 Hardware: any mesh. Cost: 115 million images; large, huge: 64 million. A train step
 (counted as one forward pass) takes, in GFLOP per image: tiny 2.5, small 9.2, base 35,

@@ -5,8 +5,8 @@
 Values: those of mae_base, because no values are published for HiViT-L. Only the encoder
 differs.
 Expected: unknown, because no result is published.
-Hardware: a mesh with mesh.fsdp > 1. A device needs 5.4 GiB on v5e:16x16 and 51.1 GiB on
-h100:8.
+Hardware: any mesh. With the default mesh (no fsdp), a device needs 5.4 GiB on v5e:16x16
+and 51.1 GiB on h100:8.
 Cost: the run trains on 2.05 billion images. A train step (counted as three forward
 passes) takes 118 GFLOP per image.
 """

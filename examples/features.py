@@ -3,10 +3,10 @@
     python examples/features.py [IMAGE] [--checkpoint PATH] [--out features.png]
 
 Draws the first three principal components of each feature map as red, green and blue.
-If PATH contains a masked autoencoder, also draws its reconstruction from 25 % of the
+If the model is a masked autoencoder, also draws its reconstruction from 25 % of the
 image. PATH is any path that `load_pretrained` accepts, such as the official .pth files.
-Without PATH the weights are random, and the components show little more than edges.
-Without IMAGE, uses a photograph from scikit-image.
+Without PATH, the model is a masked autoencoder with random weights, and the components
+show little more than edges. Without IMAGE, uses a photograph from scikit-image.
 """
 
 import argparse

@@ -2,7 +2,7 @@
 
     python launch/demo.py [--workdir runs/demo]
 
-Pretrains a very small masked autoencoder. Then trains classifiers on several subsets of
+Pretrains a very small masked autoencoder. Then trains classifiers on four subsets of
 100 labeled digits, from the pretrained encoder and from scratch. Prints the equivalent
 command before each run. An interrupted demo resumes.
 """
@@ -38,7 +38,7 @@ def run(recipe: str, workdir: Path, stop: Callable, **overrides: object) -> dict
 
 
 def baselines(config) -> tuple[float, float]:
-    """Return the errors of two constant predictions for the held-out images.
+    """Return the errors of two predictions that are the same for all held-out images.
 
     Returns:
       Mean squared errors of predicting the mean training image, and of predicting the
@@ -58,7 +58,7 @@ def load_split(config, split: str) -> np.ndarray:
 
 
 def demo(workdir: Path, stop: Callable) -> None:
-    """Run everything and print the summary."""
+    """Pretrain, train the classifiers, and print accuracies and reconstruction loss."""
     began = time.perf_counter()
     pretrain = workdir / "pretrain"
     loss = run("digits_mae.py", pretrain, stop)["eval/loss"]

@@ -10,8 +10,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from hivit_jax.augment import image
 
 
-def test_normalize():
-    """Pixels are scaled to [0, 1], then normalized."""
+def test_pixels_are_scaled_to_1_and_normalized():
     images = np.random.RandomState(0).randint(0, 256, (2, 5, 6, 3), np.uint8)
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     out = image.normalize(jnp.asarray(images), mean, std)
@@ -20,8 +19,8 @@ def test_normalize():
 
 
 @pytest.mark.slow
-def test_random_flip():
-    """About half of the images are flipped; a flip depends on the sample's key only."""
+def test_half_of_the_images_are_flipped():
+    """The flip of an image depends only on the key of the sample."""
     keys = sample_keys(1000)
     images = np.random.RandomState(0).rand(1000, 2, 3, 1).astype(np.float32)
     out = np.asarray(image.random_flip(jnp.asarray(images), keys))
@@ -36,10 +35,8 @@ def test_random_flip():
 
 
 @pytest.mark.slow
-def test_random_erasing():
-    """Frequency, area, aspect and position of erased rectangles follow their
-    distributions.
-    """
+def test_erased_rectangles_follow_their_distributions():
+    """The test checks frequency, area, aspect and position of the rectangles."""
     count, side = 1500, 40
     images = jnp.full((count, side, side, 3), 7.0)
     erase = jax.jit(image.random_erasing, static_argnums=2)

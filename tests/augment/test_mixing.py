@@ -9,7 +9,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from hivit_jax.augment import mixing
 
 
-def test_smooth_labels():
+def test_smoothed_labels_sum_to_1():
     out = np.asarray(mixing.smooth_labels(jnp.asarray([2, 0]), 4, 0.1))
     expected = [[0.025, 0.025, 0.925, 0.025], [0.925, 0.025, 0.025, 0.025]]
     assert_allclose(out, expected, atol=1e-7)
@@ -28,23 +28,20 @@ def mixed(seed, mixup, cutmix, batch=6, size=(20, 30), weight=None):
 
 
 MIX = jax.jit(mixing.mix, static_argnums=(4, 5))
-
-
-PARTNER = [1, 0, 3, 2, 5, 4]
+PARTNERS = [1, 0, 3, 2, 5, 4]  # index of the image that each image is mixed with
 
 
 @pytest.mark.slow
-def test_mixup():
-    """All images and targets are mixed with their neighbors in the same ratio."""
+def test_mixup_mixes_neighbors_in_one_ratio():
     ratios = []
     for seed in range(300):
         images, targets = mixed(seed, 0.8, 0.0)
         ratio = targets[0, 0]
         ratios.append(ratio)
-        expected = ratio * np.eye(6) + (1 - ratio) * np.eye(6)[PARTNER]
+        expected = ratio * np.eye(6) + (1 - ratio) * np.eye(6)[PARTNERS]
         assert_allclose(targets, expected, atol=1e-6)
         assert (images == images[:, :1, :1]).all()
-        pixels = ratio * np.arange(6) + (1 - ratio) * np.array(PARTNER)
+        pixels = ratio * np.arange(6) + (1 - ratio) * np.array(PARTNERS)
         assert_allclose(images[:, 0, 0, 0], pixels, atol=1e-5)
     # Beta(0.8, 0.8): mean 1/2, variance 1 / (4 * 2.6).
     assert np.mean(ratios) == pytest.approx(0.5, abs=0.07)
@@ -52,25 +49,21 @@ def test_mixup():
 
 
 @pytest.mark.slow
-def test_cutmix():
-    """All images exchange the same rectangle; targets follow the remaining area."""
+def test_cutmix_exchanges_one_rectangle_between_neighbors():
+    """The weights of the targets are the remaining and the exchanged area."""
     remaining_areas = []
     for seed in range(300):
         images, targets = mixed(seed, 0.0, 1.0)
-        other = images[..., 0] != np.arange(6)[:, None, None]
-        assert (other == other[0]).all()
-        assert_array_equal(
-            images[..., 0],
-            np.where(
-                other, np.array(PARTNER)[:, None, None], np.arange(6)[:, None, None]
-            ),
-        )
-        rows, columns = (np.flatnonzero(other[0].any(axis)) for axis in (1, 0))
-        assert other[0].sum() == len(rows) * len(columns)
-        remaining = 1 - other[0].mean()
+        own, partner = (np.array(x)[:, None, None] for x in (range(6), PARTNERS))
+        exchanged = images[..., 0] != own
+        assert (exchanged == exchanged[0]).all()
+        assert_array_equal(images[..., 0], np.where(exchanged, partner, own))
+        rows, columns = (np.flatnonzero(exchanged[0].any(axis)) for axis in (1, 0))
+        assert exchanged[0].sum() == len(rows) * len(columns)
+        remaining = 1 - exchanged[0].mean()
         assert_allclose(
             targets,
-            remaining * np.eye(6) + (1 - remaining) * np.eye(6)[PARTNER],
+            remaining * np.eye(6) + (1 - remaining) * np.eye(6)[PARTNERS],
             atol=1e-6,
         )
         remaining_areas.append(remaining)
@@ -80,15 +73,16 @@ def test_cutmix():
 
 
 @pytest.mark.slow
-def test_half_of_the_batches_get_mixup():
-    kinds = [(mixed(seed, 0.8, 1.0)[0] % 1 == 0).all() for seed in range(300)]
-    assert np.mean(kinds) == pytest.approx(0.5, abs=0.12)  # four standard errors
+def test_half_of_the_batches_get_mixup_and_half_cutmix():
+    # CutMix keeps pixels of single images, which are integers; Mixup averages them.
+    is_cutmix = [(mixed(seed, 0.8, 1.0)[0] % 1 == 0).all() for seed in range(300)]
+    assert np.mean(is_cutmix) == pytest.approx(0.5, abs=0.12)  # four standard errors
 
 
 @pytest.mark.slow
 def test_unreadable_images_are_not_mixed():
     images, targets = mixed(3, 0.8, 0.0, weight=[1, 0, 1, 1, 0, 1])
-    for i in (0, 1, 4, 5):
+    for i in (0, 1, 4, 5):  # images 1 and 4 are unreadable, 0 and 5 their partners
         assert (images[i] == i).all()
         assert targets[i, i] == 1
     assert (images[2] != 2).all()

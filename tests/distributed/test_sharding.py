@@ -11,8 +11,11 @@ from hivit_jax.errors import ConfigError
 pytestmark = pytest.mark.usefixtures("minimal_output")
 
 
-def test_devices_of_several_slices():
-    """Slices lie along the first axis whose size is divisible by their number."""
+def test_slices_lie_along_the_first_divisible_axis():
+    """The axis must be divisible by the number of slices.
+
+    Each case is the shape of a mesh and the axis along which its two slices lie.
+    """
     devices = [
         SimpleNamespace(
             id=8 * s + i, slice_index=s, process_index=s, device_kind="x", platform="x"

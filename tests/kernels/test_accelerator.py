@@ -103,7 +103,7 @@ flash_attention.defvjp(_flash_forward, _flash_backward)
 
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("tokens", [49, 196])
-def test_attention_in_bfloat16(tokens, with_bias):
+def test_attention_is_as_exact_as_flash_attention(tokens, with_bias):
     """Errors relative to float32 are at most 1.1 times those of `flash_attention`."""
     *inputs, direction = 4 * random_array((4, 8, tokens, 16, 32))
     inputs = [x.astype(jnp.bfloat16) for x in inputs]
@@ -126,7 +126,7 @@ def test_attention_in_bfloat16(tokens, with_bias):
 
 
 @pytest.mark.parametrize("choice", dispatch.CHOICES)
-def test_base_mae_in_bfloat16(choice):
+def test_base_mae_in_bfloat16_equals_the_official_code(choice):
     """Loss and gradient norms match the official code's; a second run is bit-identical.
 
     The two golden images are repeated, because a kernel processes many rows.
@@ -144,14 +144,14 @@ def test_base_mae_in_bfloat16(choice):
     def run(params):
         return nnx.merge(graphdef, params).image_loss(images, noise=noise).mean()
 
-    (loss, gradients), again = (jax.device_get(run(params)) for _ in range(2))
+    (loss, gradients), repeated = (jax.device_get(run(params)) for _ in range(2))
     assert_allclose(loss, facts["loss_f64"], rtol=1e-3)
     for name, gradient in to_official(gradients, model).items():
         if name != "decoder_pos_embed":
             norm = np.linalg.norm(np.float64(gradient))
             expected = facts["grad_norm"][name]
             assert_allclose(norm, expected, rtol=0.01, atol=1e-6, err_msg=name)
-    np.testing.assert_array_equal(loss, again[0])
-    repeated = named_leaves(again[1])
+    np.testing.assert_array_equal(loss, repeated[0])
+    repeated_gradients = named_leaves(repeated[1])
     for name, gradient in named_leaves(gradients).items():
-        np.testing.assert_array_equal(gradient, repeated[name], err_msg=name)
+        np.testing.assert_array_equal(gradient, repeated_gradients[name], err_msg=name)

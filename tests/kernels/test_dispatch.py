@@ -91,28 +91,25 @@ def loss_of(choice, **overrides):
 def test_fused_network_equals_plain(one_device):
     """Loss and gradients agree with all branches fused: 6 MLPs and 2 attentions."""
     options = dict(drop_path_rate=0.5, remat=True)
-    (plain_loss, params), (fused, _) = (
-        loss_of(c, **options) for c in ("plain", "fused")
-    )
+    (plain, params), (fused, _) = (loss_of(c, **options) for c in ("plain", "fused"))
     names = kernels_in(jax.make_jaxpr(fused)(params).jaxpr)
     assert sorted(names) == 2 * ["attention_block"] + 6 * ["mlp_block"]
-    assert kernels_in(jax.make_jaxpr(plain_loss)(params).jaxpr) == []
-    (a, da), (b, db) = (
-        fast_jit(jax.value_and_grad(f))(params) for f in (fused, plain_loss)
+    assert kernels_in(jax.make_jaxpr(plain)(params).jaxpr) == []
+    (loss, gradients), (expected_loss, expected_gradients) = (
+        fast_jit(jax.value_and_grad(f))(params) for f in (fused, plain)
     )
-    assert_allclose(a, b, rtol=1e-6)
-    for (name, x), y in zip(
-        named_leaves(da).items(), named_leaves(db).values(), strict=True
-    ):
-        scale = float(jnp.abs(y).max())
-        assert_allclose(x, y, rtol=0, atol=1e-5 * scale + 1e-9, err_msg=name)
+    assert_allclose(loss, expected_loss, rtol=1e-6)
+    expected = named_leaves(expected_gradients)
+    for name, gradient in named_leaves(gradients).items():
+        atol = 1e-5 * float(jnp.abs(expected[name]).max()) + 1e-9
+        assert_allclose(gradient, expected[name], rtol=0, atol=atol, err_msg=name)
 
 
 @pytest.mark.slow
-def test_kernels_on_a_mesh(monkeypatch):
-    """In a train step on two devices, each device runs kernels on half of the batch."""
-    two = jax.devices()[:2]
-    monkeypatch.setattr(jax, "devices", lambda *_: two)
+def test_train_step_with_kernels_on_a_mesh_equals_plain(monkeypatch):
+    """Each of two devices has half of the batch; gradients are accumulated."""
+    two_devices = jax.devices()[:2]
+    monkeypatch.setattr(jax, "devices", lambda *_: two_devices)
     results, parts = {}, 2
     for choice in ("plain", "fused"):
         config = mini_runs.mae(batch_size=32 * parts, data__name="synthetic")
@@ -156,7 +153,7 @@ def test_evaluation_runs_kernels_on_a_mesh(monkeypatch):
         return target_run(target, kernel, *arguments)
 
     monkeypatch.setattr(dispatch.Target, "run", run)
-    found = {}
+    results = {}
     for choice in ("plain", "fused"):
         config = mini_runs.classifier("digits", batch_size=16)
         config.model.kernels, config.model.embed_dim = choice, 128
@@ -170,17 +167,17 @@ def test_evaluation_runs_kernels_on_a_mesh(monkeypatch):
         eval_step = evaluate.make_eval_step(config, task, graphdef, mesh)
         batch = next(prefetch_to_device(inputs.eval_batches(config), mesh))
         first = sharding.replicate(mesh, np.uint32(0))
-        found[choice] = jax.device_get(eval_step(variables, batch, first))
+        results[choice] = jax.device_get(eval_step(variables, batch, first))
         assert bool(calls) == (choice == "fused")
     kernels = dispatch.attention_block, dispatch.mlp_block
     assert calls == [(kernel, 2) for kernel in kernels]
-    plain, fused = map(jax.tree.leaves, (found["plain"], found["fused"]))
+    plain, fused = map(jax.tree.leaves, (results["plain"], results["fused"]))
     for a, b in zip(fused, plain, strict=True):
         assert_allclose(a, b, rtol=1e-5)
 
 
 @pytest.mark.slow
-def test_unsupported_shapes_and_backends(one_device):
+def test_unsupported_shapes_and_backends_use_no_kernels(one_device):
     """Shapes that do not fit tiles and backends without kernels run plain XLA."""
     assert (
         kernels_in(jax.make_jaxpr(loss_of("auto")[0])(loss_of("auto")[1]).jaxpr) == []
@@ -253,7 +250,6 @@ def mesh_of(**axes):
 ATTENTION, MLP = "attention_block", "mlp_block"
 NORM, CUDNN = "layer_norm", ("cudnn", 16)
 
-
 # Expected kernels: (platform, choice, dtype) -> attention, MLP.
 KERNELS = {
     ("cpu", "fused", "float32"): [ATTENTION, MLP],
@@ -268,11 +264,11 @@ KERNELS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("platform", ["cpu", "tpu", "gpu"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_kernels_of_each_backend(platform, dtype, on_platform):
+def test_each_backend_runs_its_kernels(platform, dtype, on_platform):
     """A block runs the kernels in `KERNELS`, for even and odd numbers of tokens.
 
-    With a key mask or padded windows it runs no attention kernel and no cuDNN; with
-    tensor parallelism, only cuDNN.
+    With a key mask or padded windows, the block runs neither an attention kernel nor
+    cuDNN. With tensor parallelism, the block runs only cuDNN.
     """
     calls, batch = on_platform(platform), 64
 
@@ -292,7 +288,7 @@ def test_kernels_of_each_backend(platform, dtype, on_platform):
 
     for choice in ("auto", "fused", "plain"):
         expected = KERNELS.get((platform, choice, dtype), [])
-        others = [kernel for kernel in expected if kernel in (MLP, NORM)]
+        without_attention = [x for x in expected if x in (MLP, NORM)]
         with mesh_of(data=1):
             for tokens in (15, 16):
                 assert kernels_of_block("nothing", choice, tokens) == expected, (
@@ -301,7 +297,8 @@ def test_kernels_of_each_backend(platform, dtype, on_platform):
                 )
             assert kernels_of_block("relative bias", choice) == expected, choice
             for special in ("key mask", "windows"):
-                assert kernels_of_block(special, choice) == others, (choice, special)
+                names = kernels_of_block(special, choice)
+                assert names == without_attention, (choice, special)
             four_windows = [
                 ("cudnn", 4) if kernel == CUDNN else kernel for kernel in expected
             ]
@@ -327,8 +324,8 @@ def test_block_equals_plain_jax(
 ):
     """Output and gradients of a block with kernels equal plain JAX.
 
-    The MLP is too narrow for a kernel. On CPUs, attention is one; on GPUs, both
-    LayerNorms are.
+    The MLP is too narrow for a kernel. On CPUs, attention runs as a kernel; on GPUs,
+    both LayerNorms do.
     """
     calls = on_platform(platform)
     sizes = {"mlp_ratio": 0.5, "dtype": dtype}
@@ -355,10 +352,10 @@ def test_block_equals_plain_jax(
 
 
 @pytest.mark.slow
-def test_windows_without_padding(one_device):
-    """Output and all gradients of kernels on windows with a bias equal plain JAX.
+def test_kernels_on_full_windows_equal_plain_jax(one_device):
+    """Output and gradients are compared, with relative positions and drop path.
 
-    Drop path drops all windows of an image.
+    Drop path drops all windows of an image together.
     """
     options = dict(grid=(4, 4), relative_position=True, mlp_ratio=0.5)
     graphdef, params, _ = main_stage_block("windows", 8, **options)

@@ -67,11 +67,10 @@ def test_layers_equal_jax_and_save_less(name):
     )
 
 
-def test_gelu_of_bfloat16():
-    """GELU and its slope differ from exact ones only by rounding to bfloat16.
+def test_gelu_in_bfloat16_is_exact_up_to_rounding():
+    """GELU and its derivative differ from the exact values only by rounding.
 
-    This includes the tail of negative inputs, where 1 + erf(x) loses all digits in
-    bfloat16.
+    This includes large negative inputs, where 1 + erf(x) loses all digits in bfloat16.
     """
     x = jnp.linspace(-8, 8, 4001).astype(jnp.bfloat16)
     wide = x.astype(jnp.float32)
@@ -144,7 +143,8 @@ def test_odd_numbers_of_tokens_are_padded_for_cudnn(tokens, with_bias, monkeypat
     assert calls[1:] == [(None, tokens)]
 
 
-# (drop some images, save residuals)
+# (drop some images, save residuals). Kernels that cannot save residuals ignore the
+# second value and skip the second case.
 DROP_AND_KEEP = [(False, False), (False, True), (True, True)]
 
 
@@ -181,7 +181,7 @@ def test_fused_equals_plain(name, drop, keep):
         *(("bias of 49", True), ("bias of 49", False)),
     ],
 )
-def test_no_less_exact_in_bfloat16(name, keep):
+def test_kernels_in_bfloat16_are_no_less_exact_than_plain(name, keep):
     assert_bfloat16_errors(CASES[name], fast_jit, keep, interpret=True)
 
 
@@ -190,8 +190,8 @@ def test_no_less_exact_in_bfloat16(name, keep):
     not find_spec("jax_cuda13_plugin"), reason="needs the CUDA compiler"
 )
 @pytest.mark.parametrize("width", [128, 384, 512])
-def test_compile_for_a_gpu(width):
-    """The GPU compiler accepts LayerNorm, with one kernel per pass."""
+def test_gpu_compiler_accepts_layer_norm(width):
+    """Forward and backward pass are one kernel each."""
     case = norm(1024, width)
     text = compiled_text(case, devices_of("h100:1")[0], False, GPU_OPTIONS)
     assert text.count('custom_call_target="__gpu$xla.gpu.triton"') == 2
@@ -203,8 +203,8 @@ def test_compile_for_a_gpu(width):
 @pytest.mark.parametrize(
     "case", [mlp(1024, 128, 256, 512), attention(16, 49, 128, 2, 784)]
 )
-def test_compile_for_a_tpu(case, keep):
-    """The TPU compiler accepts MLP and attention, with one kernel per pass."""
+def test_tpu_compiler_accepts_mlp_and_attention(case, keep):
+    """Forward and backward pass are one kernel each."""
     text = compiled_text(case, devices_of("v5e:2x4")[0], keep)
     assert text.count('custom_call_target="tpu_custom_call"') == 2
 
@@ -224,10 +224,11 @@ def compiled_text(case, device, keep, options=None):
     return lowered.compile(options).as_text()
 
 
-def test_rows_of_a_block():
-    """`block_rows` returns whole tiles of rows; for attention, whole images.
+def test_blocks_contain_whole_tiles_or_whole_images():
+    """`block_rows` returns a multiple of a unit of rows, or None if no block fits.
 
-    It returns None if no such block fits.
+    A unit is a tile of 8 rows, or the fewest images that fill whole tiles: eight images
+    of 49 rows, or one image of 576 rows.
     """
     assert dispatch.block_rows(64 * 784, 8, 1024, 2000) == 1024
     assert dispatch.block_rows(64 * 784, 8, 1024, 1000) == 896
@@ -240,13 +241,18 @@ def test_rows_of_a_block():
     assert dispatch.block_rows(4 * 49, 392, 512, 2000) is None
 
 
-def test_saving_residuals():
-    """`should_keep` is true if recomputing residuals takes longer than moving them."""
+def test_residuals_are_saved_if_that_is_faster():
+    """The hidden layer of an MLP is saved if moving it is faster than recomputing it.
+
+    `balance` is the ratio of peak FLOP/s and peak HBM bandwidth: 166 for a v5p, 240 for
+    a v5e. Kernels assume half of the bandwidth. The MLPs are those of the two stages of
+    the stem and of the main stage of HiViT-B.
+    """
     for balance, saved in ((166, [False, True, True]), (240, [False, False, True])):
         target = dispatch.Target("cpu", balance=2 * balance)
-        for (width, hidden), worth in zip(
+        for (width, hidden), is_saved in zip(
             ((128, 384), (256, 768), (512, 2048)), saved, strict=True
         ):
             product = 2 * width * hidden
             sizes = 2 * product, 5 * product, product, width, 2 * hidden
-            assert target.should_keep(*sizes) == worth, (balance, width)
+            assert target.should_keep(*sizes) == is_saved, (balance, width)

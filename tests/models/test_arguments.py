@@ -19,7 +19,7 @@ F32 = jnp.float32
 
 
 def abstract(*sizes, dtype=F32):
-    """Return a ShapeDtypeStruct."""
+    """Return the shape and dtype of an array, without values."""
     return jax.ShapeDtypeStruct(sizes, dtype)
 
 
@@ -38,7 +38,7 @@ def abstract(*sizes, dtype=F32):
         ("global_blocks", np.array([1]), (1,)),
     ],
 )
-def test_numbers_of_any_library(name, argument, stored):
+def test_arguments_may_be_numbers_of_any_library(name, argument, stored):
     """Model arguments may be numbers, bools or sequences of Python, NumPy or JAX.
 
     The config stores them as Python numbers, so that it can be saved as JSON.
@@ -82,7 +82,7 @@ def test_numbers_of_any_library(name, argument, stored):
     ],
     ids=str,
 )
-def test_other_values_are_refused(overrides):
+def test_invalid_arguments_are_refused(overrides):
     """Arguments of a wrong type, out of range or not finite raise an error.
 
     A bool is not a number. The message names the argument.
@@ -94,7 +94,7 @@ def test_other_values_are_refused(overrides):
 @pytest.mark.parametrize(
     "overrides", [dict(decoder_depth=0), dict(decoder_num_heads=0)]
 )
-def test_decoder_sizes(overrides):
+def test_decoder_sizes_of_zero_are_refused(overrides):
     with pytest.raises(ConfigError, match=next(iter(overrides))):
         create_model("mae_hivit_base", **MAE | overrides)
 
@@ -109,14 +109,14 @@ def test_numpy_arguments_can_be_saved():
 @pytest.mark.parametrize(
     "seed", [3, np.int64(3), np.uint8(3), jnp.int32(3), jax.random.key(3)]
 )
-def test_seeds(seed):
-    """A seed is an integer of Python, NumPy or JAX, or one PRNG key."""
+def test_seed_is_an_integer_or_a_key(seed):
+    """An integer of Python, NumPy or JAX gives the same key as `jax.random.key`."""
     assert jax.random.key_data(make_key(seed)).tolist() == [0, 3]
 
 
-def test_old_keys_and_traced_seeds():
-    old = jax.random.PRNGKey(3)
-    assert make_key(old) is old
+def test_seed_is_a_raw_key_or_a_traced_integer():
+    raw_key = jax.random.PRNGKey(3)
+    assert make_key(raw_key) is raw_key
     assert jax.jit(lambda seed: jax.random.key_data(make_key(seed)))(3).tolist() == [
         0,
         3,
@@ -124,19 +124,19 @@ def test_old_keys_and_traced_seeds():
 
 
 @pytest.mark.parametrize("seed", [0.5, "3", None, True, 2**70, np.arange(2)])
-def test_refused_seeds(seed):
+def test_invalid_seeds_are_refused(seed):
     with pytest.raises(ConfigError, match="seed="):
         make_key(seed)
 
 
-def test_several_keys_are_not_a_seed():
+def test_several_keys_are_refused_as_a_seed():
     with pytest.raises(ConfigError, match="seed="):
         make_key(jax.random.split(jax.random.key(0), 2))
 
 
 IMAGES = abstract(4, 64, 64, 3)
 KEYS = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 4))
-OLD_KEYS = abstract(4, 2, dtype=jnp.uint32)
+RAW_KEYS = abstract(4, 2, dtype=jnp.uint32)
 
 
 def abstract_logits(images=IMAGES, **arrays):
@@ -156,10 +156,10 @@ def call_autoencoder(method="image_loss", *arrays, **named):
 
 
 @pytest.mark.slow
-def test_one_drop_path_key_per_image():
+def test_drop_path_requires_one_key_per_image():
     """Keys are those of `jax.random.key`, [B], or of `jax.random.PRNGKey`, [B, 2]."""
     assert abstract_logits(drop_path_keys=KEYS).shape == (4, 5)
-    assert abstract_logits(drop_path_keys=OLD_KEYS).shape == (4, 5)
+    assert abstract_logits(drop_path_keys=RAW_KEYS).shape == (4, 5)
     for count in (1, 2, 3, 8):
         keys = jax.eval_shape(lambda n=count: jax.random.split(jax.random.key(0), n))
         with pytest.raises(ConfigError, match=rf"\[{count}\].*\[4\]"):
@@ -177,7 +177,7 @@ def test_one_drop_path_key_per_image():
         abstract(4, 64, 64, 3, dtype=jnp.uint8),
     ],
 )
-def test_images(images):
+def test_images_of_wrong_shape_or_dtype_are_refused(images):
     """Images must be [B, H, W, C] of the model's size, in floating point."""
     with pytest.raises(ConfigError, match="images are"):
         abstract_logits(images)
@@ -188,7 +188,7 @@ def test_images(images):
     "noise", [(4, 15), (4, 17), (2, 16), (1, 16), (16,), (4, 16, 1)]
 )
 @pytest.mark.parametrize("method", ["image_loss", "__call__"])
-def test_noise(method, noise):
+def test_noise_of_wrong_shape_is_refused(method, noise):
     """Noise must have one number for each unit of each image."""
     with pytest.raises(ConfigError, match=r"noise has shape .* = \[4, 16\]"):
         call_autoencoder(method, IMAGES, noise=abstract(*noise))
@@ -207,12 +207,12 @@ def test_noise(method, noise):
         ("features", (IMAGES, abstract(4, dtype=jnp.int32)), "ids_keep"),
     ],
 )
-def test_arrays_of_parts(method, arrays, name):
+def test_methods_refuse_arrays_of_wrong_shape_or_dtype(method, arrays, name):
     with pytest.raises(ConfigError, match=name):
         call_autoencoder(method, *arrays)
 
 
-def test_weight_of_batch_norm():
+def test_batch_norm_refuses_weights_of_wrong_shape():
     norm, x = BatchNorm(3), jnp.ones((4, 3))
     for weight in (jnp.ones(1), jnp.ones(2), jnp.ones((4, 1))):
         with pytest.raises(ConfigError, match="weight"):
@@ -220,14 +220,14 @@ def test_weight_of_batch_norm():
 
 
 @pytest.mark.slow
-def test_empty_batch():
-    """Every method accepts a batch of 0 images, with and without windows and keys."""
-    none, keys = (
+def test_models_accept_an_empty_batch():
+    """Models and BatchNorm accept 0 images, with and without windows and keys."""
+    no_images, keys = (
         abstract(0, 64, 64, 3),
         jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 0)),
     )
-    assert abstract_logits(none).shape == (0, 5)
-    assert abstract_logits(none, drop_path_keys=keys).shape == (0, 5)
+    assert abstract_logits(no_images).shape == (0, 5)
+    assert abstract_logits(no_images, drop_path_keys=keys).shape == (0, 5)
     windows = abstract_model("hivit_base", **MINI | dict(window_size=3))
     maps = abstract_outputs(
         lambda m: m.features(jnp.zeros((0, 64, 64, 3)), stride_32=True), windows
@@ -238,8 +238,9 @@ def test_empty_batch():
     )
     assert layers[0].attention.shape == (0, 4, 2, 9, 9)
     noise = abstract(0, 16)
-    assert call_autoencoder("image_loss", none, noise=noise).shape == (0,)
-    assert call_autoencoder("__call__", none, noise=noise).pred.shape == (0, 16, 768)
+    assert call_autoencoder("image_loss", no_images, noise=noise).shape == (0,)
+    out = call_autoencoder("__call__", no_images, noise=noise)
+    assert out.pred.shape == (0, 16, 768)
     assert BatchNorm(3)(jnp.zeros((0, 3))).shape == (0, 3)
     norm = BatchNorm(3)
     assert norm(jnp.zeros((0, 3)), jnp.zeros(0)).shape == (0, 3)
@@ -251,12 +252,12 @@ def test_suggested_mask_ratio_works(units):
     """The mask ratio that the error message suggests keeps at least one unit."""
     with pytest.raises(ConfigError, match="at most ") as error:
         count_visible_units(units, 0.99999)
-    most = float(str(error.value).rsplit(" ", 1)[1])
-    assert count_visible_units(units, most) >= 1
-    assert count_visible_units(units, np.float64(most)) >= 1
+    suggested = float(str(error.value).rsplit(" ", 1)[1])
+    assert count_visible_units(units, suggested) >= 1
+    assert count_visible_units(units, np.float64(suggested)) >= 1
 
 
-def test_ten_units():
+def test_mask_ratio_without_visible_units_is_refused():
     with pytest.raises(ConfigError, match="a mask_ratio of at most 0.89"):
         count_visible_units(10, 0.9)
     with pytest.raises(ConfigError, match="at least 2 units"):

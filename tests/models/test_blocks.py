@@ -60,7 +60,7 @@ def loss_and_gradients(name, **options):
     ],
 )
 def test_scan_and_remat_change_no_value(monkeypatch, name, options):
-    """Losses and gradients with drop path equal those of a sequence of blocks.
+    """Losses and gradients with drop path equal those of blocks that run one by one.
 
     On XLA:CPU, all blocks call one function that is compiled once. The expected values
     are computed as on a TPU, where the blocks are part of one program.
@@ -97,12 +97,13 @@ def count_lines(**options):
 @pytest.mark.parametrize(
     ("platform", "options"), [("tpu", dict(scan_blocks=True)), ("cpu", {})]
 )
-def test_blocks_are_compiled_once(monkeypatch, platform, options):
+def test_equal_blocks_are_compiled_once(monkeypatch, platform, options):
+    # Lines of the program that seven more blocks of the main stage add.
     monkeypatch.setattr(dispatch, "platform", lambda: "tpu")
-    lines_of_blocks = count_lines(depths=(1, 1, 9)) - count_lines()
+    lines_without_sharing = count_lines(depths=(1, 1, 9)) - count_lines()
     monkeypatch.setattr(dispatch, "platform", lambda: platform)
     lines = count_lines(depths=(1, 1, 9), **options) - count_lines(**options)
-    assert lines < lines_of_blocks / 3  # not 0, because parameters are stacked
+    assert lines < lines_without_sharing / 3  # not 0, because parameters are stacked
 
 
 @pytest.mark.slow
@@ -117,8 +118,8 @@ def test_cpu_fusions_do_not_grow_with_depth():
 
 
 @pytest.mark.slow
-def test_blocks_with_different_windows():
-    """scan_blocks requires equal windows in all blocks, and changes no output."""
+def test_scan_blocks_requires_equal_windows():
+    """Global blocks are refused. With equal windows, scan_blocks changes no output."""
     windows = dict(window_size=2)
     images = np.random.default_rng(0).normal(size=(2, 64, 64, 3)).astype(np.float32)
     with pytest.raises(ConfigError, match="scan_blocks=True with global_blocks"):

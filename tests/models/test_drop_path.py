@@ -18,7 +18,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from hivit_jax.models import blocks, layers
 
 
-def test_drop_path_of_rate_zero_or_without_keys():
+def test_drop_path_without_rate_or_keys_changes_nothing():
     x = random_array((6, 4), "rows")
     assert_array_equal(layers.drop_path(x, 0.0, sample_keys(3), 0), x)
     assert layers.drop_path(x, None, sample_keys(3), 0) is x
@@ -32,13 +32,13 @@ def test_drop_path_drops_or_scales_whole_samples(shape):
     assert out.shape == x.shape
     before, after = (np.asarray(a).reshape(64, 3, 5) for a in (x, out))
     kept = after.any((1, 2))
-    assert 4 < kept.sum() < 32
-    assert_array_equal(after[kept], before[kept] * 4)
+    assert 4 < kept.sum() < 32  # 16 are expected, with a standard deviation of 3.5
+    assert_array_equal(after[kept], before[kept] / (1 - 0.75))
     assert not after[~kept].any()
 
 
 @pytest.mark.slow
-def test_drop_path_draws():
+def test_dropping_depends_on_key_and_branch_index_alone():
     """Dropping a sample depends only on its key and on the branch index."""
     keys, ones = sample_keys(4000), jnp.ones((4000, 1))
 
@@ -52,32 +52,32 @@ def test_drop_path_draws():
     assert_array_equal(draws(keys[order]), all_draws[order])
     assert_array_equal(draws(keys[100:150]), all_draws[100:150])
     of_next_branch = draws(keys, branch_index=1)
-    # Independent: both are dropped with probability 1/16.
+    # Two independent branches are both dropped with probability 1/16.
     assert ((all_draws == 0) & (of_next_branch == 0)).mean() == pytest.approx(
         1 / 16, abs=0.02
     )
 
 
 @pytest.mark.slow
-def test_models_without_drop_path_ignore_keys():
+def test_models_drop_branches_with_a_rate_and_keys_only():
     images, keys = random_array((2, 64, 64, 3)), sample_keys(2)
 
     def run(model, images):
         return model(images), model(images, drop_path_keys=keys)
 
-    without, ignored = jit_model(mini(), run)(images)
-    assert_array_equal(ignored, without)
+    without_keys, with_keys = jit_model(mini(), run)(images)
+    assert_array_equal(with_keys, without_keys)
     evaluated, trained = (
         jit_model(mini(drop_path_rate=0.5), lambda m, x, k=k: m(x, drop_path_keys=k))
         for k in (None, keys)
     )
-    alone = jit_model(mini(), lambda m, x: m(x))(images)
-    assert_array_equal(evaluated(images), alone)
-    assert (trained(images) != alone).any()
+    without_rate = jit_model(mini(), lambda m, x: m(x))(images)
+    assert_array_equal(evaluated(images), without_rate)
+    assert (trained(images) != without_rate).any()
 
 
 @pytest.mark.slow
-def test_drop_path_of_a_model_depends_on_the_sample_alone():
+def test_drop_path_of_a_sample_depends_on_its_key_alone():
     model = mini(drop_path_rate=0.9)
     image = jnp.tile(random_array((1, 64, 64, 3)), (8, 1, 1, 1))
     keys, order = sample_keys(8), np.array([3, 1, 4, 0, 5, 2, 6, 7])
@@ -107,6 +107,7 @@ def test_drop_path_rates_rise_over_residual_blocks(monkeypatch):
         abstract_model("hivit_tiny", drop_path_rate=0.05),
     )
     linear = [0.05 * block / 13 for block in range(14)]  # 2 + 2 + 10 residual blocks
+    # The four blocks of the stem have one branch, the blocks of the main stage two.
     expected = linear[:4] + [rate for rate in linear[4:] for _ in range(2)]
     assert [rate for rate, _ in calls] == pytest.approx(expected, abs=1e-8)
     indices = [index for _, index in calls]
@@ -129,7 +130,9 @@ def test_decoder_has_no_drop_path(monkeypatch):
     abstract_outputs(
         lambda m: m(images, noise=noise, drop_path_keys=sample_keys(2)), model
     )
-    encoder = [0, 0.1, 0.2, 0.3, 0.4, 0.4, 0.5, 0.5]
-    assert [rate for rate, _ in calls[:-2]] == pytest.approx(encoder)
-    assert [without_keys for _, without_keys in calls[:-2]] == [False] * 8
-    assert calls[-2:] == [(None, True)] * 2
+    # Each of the stem's four blocks has one branch, each of the other blocks two.
+    encoder, decoder = calls[:-2], calls[-2:]
+    rates = [0, 0.1, 0.2, 0.3, 0.4, 0.4, 0.5, 0.5]
+    assert [rate for rate, _ in encoder] == pytest.approx(rates)
+    assert not any(without_keys for _, without_keys in encoder)
+    assert decoder == [(None, True)] * 2

@@ -80,10 +80,11 @@ def numpy_maps(model, image):
     ],
     ids=str,
 )
-def test_order_of_maps_and_of_kept_units(sizes):
-    """Maps and kept units equal maps computed cell by cell in numpy.
+def test_maps_and_kept_units_equal_those_computed_in_numpy(sizes):
+    """The numpy version computes every cell by itself.
 
-    The channels of a pixel are its image and its coordinates, so that all cells differ.
+    The channels of a pixel are the image, the row and the column of the pixel, so that
+    all cells differ.
     """
     model = without_branches(**sizes)
     height, width = model.config.image_size
@@ -117,7 +118,7 @@ def test_order_of_maps_and_of_kept_units(sizes):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("image_size", [64, (80, 112)])
-def test_stride_32(image_size):
+def test_stride_32_is_a_maximum_of_2x2_values(image_size):
     """Each value is the maximum of 2x2 values; an odd last row or column is dropped."""
     model = mini(image_size=image_size)
     height, width = model.config.image_size
@@ -130,7 +131,7 @@ def test_stride_32(image_size):
         assert_array_equal(pooled[:, row, column], four.max((1, 2)))
 
 
-def test_stride_32_is_refused():
+def test_stride_32_refuses_kept_units_and_narrow_maps():
     images = jnp.zeros((2, 64, 64, 3))
     model = abstract_model("hivit_base", **MINI)
     with pytest.raises(ConfigError, match="stride_32=True with ids_keep; expected"):
@@ -164,8 +165,11 @@ def test_every_model_has_features_and_layers(name):
 
 
 @pytest.mark.slow
-def test_attention_gives_the_output_of_its_block():
-    """The returned attention reproduces a block's output, with and without windows."""
+def test_returned_attention_reproduces_the_block_output():
+    """The attention weights, applied to the values, give the tokens after the block.
+
+    The blocks have global attention or attention in windows.
+    """
     model = mini(
         image_size=(48, 80), depths=(1, 1, 3), window_size=2, global_blocks=(0, 2)
     )
@@ -202,8 +206,7 @@ def test_attention_gives_the_output_of_its_block():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("windows", [{}, dict(window_size=3, global_blocks=(1,))])
-def test_features_on_a_mesh(windows):
-    """Features on eight devices equal the features on one device."""
+def test_features_on_eight_devices_equal_one_device(windows):
     graphdef, params = split(mini(image_size=(48, 80), **windows))
     images = random_array((8, 48, 80, 3))
     ids_keep = jnp.stack([jnp.roll(jnp.arange(15), n)[:6] for n in range(8)])

@@ -21,17 +21,13 @@ from networks import (
 from numpy.testing import assert_array_equal
 
 from hivit_jax.errors import ConfigError
-from hivit_jax.models import (
-    create_model,
-    positions,
-)
+from hivit_jax.models import create_model, positions
 from hivit_jax.models.flops import encoder_cost, parameter_count
 
 # Parameters and cost
 
-
 # (name, overrides, parameters, multiply-adds, multiply-adds + 5 per LayerNorm output)
-COUNTS = [
+COSTS = [
     ("hivit_tiny", {}, 19_181_668, 4_587_273_216, 4_603_080_576),
     ("hivit_small", {}, 37_526_464, 9_044_106_240, 9_071_955_840),
     ("hivit_base", {}, 66_418_952, 15_809_564_672, 15_846_697_472),
@@ -43,7 +39,7 @@ COUNTS = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "overrides", "parameters", "macs", "cost"), COUNTS)
+@pytest.mark.parametrize(("name", "overrides", "parameters", "macs", "cost"), COSTS)
 def test_parameters_and_multiply_adds(name, overrides, parameters, macs, cost):
     model = abstract_model(name, **overrides)
     assert model.parameter_count() == parameters
@@ -65,23 +61,24 @@ def test_parameters_and_multiply_adds(name, overrides, parameters, macs, cost):
         ("mae_hivit_base", {}, "87.0412", "7.9398"),
     ],
 )
-def test_published_figures(name, overrides, parameters, cost):
+def test_published_numbers_are_reproduced(name, overrides, parameters, cost):
     model = abstract_model(name, **overrides)
 
-    def printed(value, like):
+    def rounded(value, like):
         return f"{value:.{len(like.split('.')[1])}f}"
 
-    assert printed(model.parameter_count() / 1e6, parameters) == parameters
-    assert printed(model.macs() / 1e9, cost) == cost
+    assert rounded(model.parameter_count() / 1e6, parameters) == parameters
+    assert rounded(model.macs() / 1e9, cost) == cost
 
 
-def test_parts_of_the_masked_autoencoder():
+def test_autoencoder_cost_is_the_sum_of_its_parts():
     model = abstract_model("mae_hivit_base")
     trained = nnx.state(model, nnx.Param)
     assert sum(leaf.size for leaf in jax.tree.leaves(trained)) == 86_940_800
     # The official encoder includes the norm of the latent.
     assert parameter_count(model.encoder) + parameter_count(model.norm) == 65_795_456
-    # The patch embedding and the decoder process all 196 units, the rest only 49.
+    # The patch embedding and the decoder's blocks and prediction count all 196 units,
+    # the other parts count 49.
     encoder = encoder_cost(model.encoder, (14, 14), 49, layer_norm_cost=0)
     block = 196 * 12 * 512**2 + 2 * 196**2 * 512
     decoder = 49 * 3584 * 512 + 6 * block + 196 * 512 * 768
@@ -96,11 +93,10 @@ def test_parameters_of_larger_models():
     assert f"{abstract_model('hivit_large').parameter_count() / 1e6:.1f}" == "290.7"
 
 
-def test_cost_at_another_image_size():
-    model, larger = (
-        mini(),
-        abstract_model("hivit_base", **MINI | dict(image_size=(96, 128))),
-    )
+def test_cost_at_another_image_size_equals_a_larger_model():
+    model = mini()
+    larger = abstract_model("hivit_base", **MINI | dict(image_size=(96, 128)))
+    # The larger model has a head for 1000 classes instead of 10.
     assert model.macs((96, 128)) == larger.macs() - 64 * (1000 - 10)
     assert model.macs(64) == model.macs()
     with pytest.raises(ConfigError, match="image_size=100.*multiples of patch_size=16"):
@@ -108,11 +104,8 @@ def test_cost_at_another_image_size():
 
 
 @pytest.mark.slow
-def test_no_head():
-    """Without a head, the output is the pooled features.
-
-    Counts of parameters and multiply-adds exclude the head.
-    """
+def test_model_without_a_head_returns_pooled_features():
+    """Numbers of parameters and multiply-adds exclude the head."""
     model, headless = mini(), mini(num_classes=0)
     images = random_array((2, 64, 64, 3))
     pooled = jit_model(model, lambda model, images: model.pooled(images))(images)
@@ -122,7 +115,7 @@ def test_no_head():
     assert model.macs() - headless.macs() == 64 * 10
 
 
-def test_layers_of_a_masked_autoencoder():
+def test_layer_ids_of_a_masked_autoencoder():
     """Encoder parameters have a classifier's layer ids; all others have the next id."""
     ids = abstract_model("mae_hivit_base", **MINI, **DECODER).layer_ids()
     classifier = abstract_model("hivit_base", **MINI).layer_ids()
@@ -135,16 +128,15 @@ def test_layers_of_a_masked_autoencoder():
 
 # Initialization
 
-
-INITIAL = [
+MODELS = [
     ("hivit_base", {}),
     ("mae_hivit_base", {"relative_position": True}),
 ]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "overrides"), INITIAL)
-def test_initial_parameters(name, overrides):
+@pytest.mark.parametrize(("name", "overrides"), MODELS)
+def test_initial_parameters_follow_their_distributions(name, overrides):
     params = initial_params(name, 0, **overrides)
     tables, leaves = [], set()
     for path, value in params.items():
@@ -158,8 +150,8 @@ def test_initial_parameters(name, overrides):
                 assert value.shape == (48, 16)
                 assert value.std() == pytest.approx(bound / np.sqrt(3), rel=0.05)
         elif parts[-1] == "kernel":
-            # Mean and deviation are within five standard errors, and the tails are
-            # those of a normal distribution.
+            # Mean and deviation are within five standard errors. Some values exceed two
+            # standard deviations, so the normal distribution is not truncated there.
             error = 5 / np.sqrt(value.size)
             assert value.std() == pytest.approx(0.02, rel=error), path
             assert abs(value.mean()) < 0.02 * error, path
@@ -192,7 +184,6 @@ def test_initial_parameters(name, overrides):
 
 
 # Other sizes
-
 
 SIZES = [
     {"image_size": (64, 96)},
@@ -251,8 +242,16 @@ def test_shapes_at_other_sizes(sizes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sizes", [SIZES[0] | SIZES[3], SIZES[6], SIZES[8]], ids=str)
-def test_features_are_local(sizes):
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"image_size": (64, 96), "in_channels": 5},
+        {"depths": (1, 2), "inner_patches": 2, "patch_size": 8, "image_size": (16, 24)},
+        {"depths": (1, 1, 1, 1), "inner_patches": 8, "image_size": (32, 48)},
+    ],
+    ids=str,
+)
+def test_stem_features_are_local(sizes):
     """A changed pixel changes only one cell of each stem map: the one around it."""
     model = mini(**sizes)
     shape = (1, *model.config.image_shape)
@@ -287,6 +286,7 @@ def test_shifted_image_shifts_stem_features():
     model = mini(image_size=(64, 96))
     images = random_array((2, 64, 96, 3))
     run = jit_model(model, lambda model, images: model.features(images))
+    # The images are shifted by one row and two columns of units.
     features, shifted = run(images), run(jnp.roll(images, (16, 32), (1, 2)))
     for cells, x, shifted_x in zip((4, 2), features, shifted, strict=False):
         assert_array_equal(shifted_x, jnp.roll(x, (cells, 2 * cells), (1, 2)))
@@ -296,7 +296,7 @@ def test_shifted_image_shifts_stem_features():
 
 @pytest.mark.parametrize("shape", [(64, 64, 1), (64, 96, 3), (32, 64, 3)])
 @pytest.mark.parametrize("name", ["hivit_base", "mae_hivit_base"])
-def test_images_of_another_size(name, shape):
+def test_images_of_another_size_are_refused(name, shape):
     model, images = abstract_model(name, **DEFAULTS[name]), jnp.zeros((2, *shape))
     arguments = dict(noise=jnp.zeros((2, 16))) if name.startswith("mae_") else {}
     message = re.escape(f"images are {shape} (height, width, channels)")
@@ -332,7 +332,7 @@ def test_images_of_another_size(name, shape):
     ],
     ids=str,
 )
-def test_sizes_that_do_not_fit(overrides, message):
+def test_sizes_that_do_not_fit_are_refused(overrides, message):
     with pytest.raises(ConfigError, match=message):
         create_model("mae_hivit_base", **MINI | DECODER | overrides)
     if "decoder" not in message:

@@ -17,7 +17,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from hivit_jax.models import positions
 
 
-def kept_units(batch, units, count):
+def random_units(batch, units, count):
     """Return `count` random units of each image, int [batch, count]."""
     rows = [np.random.RandomState(s).permutation(units)[:count] for s in range(batch)]
     return jnp.asarray(np.stack(rows))
@@ -25,7 +25,8 @@ def kept_units(batch, units, count):
 
 @pytest.mark.slow
 def test_stem_processes_units_independently():
-    model, images, ids_keep = mini(), random_array((3, 64, 64, 3)), kept_units(3, 16, 5)
+    model, images = mini(), random_array((3, 64, 64, 3))
+    ids_keep = random_units(3, 16, 5)
 
     def run(model, images):
         return model.encoder(images), model.encoder(images, ids_keep=ids_keep)
@@ -47,10 +48,10 @@ def test_stem_processes_units_independently():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("relative_position", [True, False])
-def test_units_kept_in_another_order(relative_position):
+def test_tokens_have_the_order_of_ids_keep(relative_position):
     """If `ids_keep` lists all units in another order, the output has this order."""
     model = mini(relative_position=relative_position)
-    images, order = random_array((2, 64, 64, 3)), kept_units(2, 16, 16)
+    images, order = random_array((2, 64, 64, 3)), random_units(2, 16, 16)
 
     def run(model, images):
         full = model.encoder(images)[-1]
@@ -61,7 +62,7 @@ def test_units_kept_in_another_order(relative_position):
 
 
 @pytest.mark.slow
-def test_prediction_does_not_see_masked_units():
+def test_prediction_ignores_masked_pixels():
     images, noise = (
         random_array((2, 64, 64, 3)),
         jnp.asarray(reference.noise("x", 2, 16)),
@@ -102,8 +103,8 @@ def test_loss_is_the_mean_over_masked_units():
 
 
 @cache
-def masked_runs():
-    """Return a key mask, and outputs before and after a change of hidden pixels."""
+def runs_with_key_mask():
+    """Return a key mask [3, 16], and outputs before and after hidden pixels change."""
     images = random_array((3, 64, 64, 3))
     mask = np.ones((3, 16), np.int32)
     mask[0, [2, 7, 15]] = 0
@@ -119,7 +120,7 @@ def masked_runs():
 
 @pytest.mark.slow
 def test_key_mask_hides_units():
-    mask, out, changed = masked_runs()
+    mask, out, changed = runs_with_key_mask()
     for sample in range(2):
         visible = mask[sample] == 1
         assert_array_equal(out[sample, visible], changed[sample, visible])
@@ -127,9 +128,9 @@ def test_key_mask_hides_units():
 
 
 @pytest.mark.slow
-def test_sample_without_visible_units():
+def test_sample_without_visible_units_has_uniform_attention():
     """If `key_mask` hides all units of a sample, its attention is uniform, not NaN."""
-    assert np.isfinite(masked_runs()[1]).all()
+    assert np.isfinite(runs_with_key_mask()[1]).all()
     attention = mini().encoder.stages[-1][0].attn
     x = random_array((2, 16, 64), "tokens")
     index = positions.relative_position_index(jnp.arange(16), (4, 4))
@@ -141,7 +142,7 @@ def test_sample_without_visible_units():
 
 
 @pytest.mark.slow
-def test_targets_restore_the_pixels():
+def test_targets_mean_and_scale_restore_the_pixels():
     images = random_array((2, 64, 64, 3)) * 0.3 + 0.5
     units = np.asarray(positions.patchify(images, 16), np.float64)
     model = mini("mae_hivit_base")
@@ -158,7 +159,7 @@ def test_targets_restore_the_pixels():
 
 
 @pytest.mark.slow
-def test_only_the_decoder_positions_are_fixed():
+def test_all_parameters_except_decoder_positions_have_gradients():
     gradients = run_small_mae("float32")[2]
     assert not gradients.pop("decoder_pos_embed").any()
     for name, gradient in gradients.items():

@@ -18,24 +18,24 @@ from hivit_jax.models.masking import (
     ("units", "ratio", "kept"),
     [(196, 0.75, 49), (196, 0.6, 78), (16, 0.6, 6), (16, 0.9375, 1), (4, 0.5, 2)],
 )
-def test_visible_units(units, ratio, kept):
+def test_number_of_visible_units_is_rounded_down(units, ratio, kept):
     assert count_visible_units(units, ratio) == kept
 
 
 @pytest.mark.parametrize("ratio", [0, 1, 1.5, -0.1, 0.0, 1.0])
-def test_mask_ratio_out_of_range(ratio):
+def test_mask_ratio_out_of_range_is_refused(ratio):
     message = re.escape(f"mask_ratio={ratio}; expected 0 < mask_ratio < 1")
     with pytest.raises(ConfigError, match=message):
         count_visible_units(196, ratio)
 
 
-def test_mask_ratio_that_keeps_nothing():
+def test_mask_ratio_that_keeps_no_unit_is_refused():
     with pytest.raises(ConfigError, match="keeps none of 16 .* at most 0.93$"):
         count_visible_units(16, 0.95)
 
 
-def test_visible_cells():
-    """The number of masked cells is rounded up; a ratio of 0.9 keeps 1 of 10 cells."""
+def test_number_of_masked_cells_is_rounded_up():
+    """A ratio of 0.6 masks 22 of 36 cells, and a ratio of 0.9 masks 9 of 10."""
     assert count_visible_cells(36, 0.6) == 14
     assert count_visible_cells(10, 0.9) == 1
     with pytest.raises(ConfigError, match="keeps none of 10 .* at most 0.9$"):
@@ -44,7 +44,7 @@ def test_visible_cells():
         count_visible_cells(10, 0)
 
 
-def test_random_masking():
+def test_random_masking_keeps_the_units_with_the_lowest_noise():
     noise = np.random.RandomState(0).rand(5, 16)
     ids_shuffle, ids_restore, mask = map(
         np.asarray, random_masking(jnp.asarray(noise), 6)

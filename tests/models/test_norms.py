@@ -21,7 +21,7 @@ IMAGES = RANDOM.normal(2, 3, (16, 4, 5, 6)).astype(np.float32)
 
 
 @pytest.mark.slow
-def test_formulas_of_pytorch():
+def test_batch_norm_follows_the_formulas_of_pytorch():
     """Two training steps and an evaluation follow ``nn.BatchNorm2d``.
 
     The biased variance normalizes; the unbiased variance updates the running variance.
@@ -44,7 +44,7 @@ def test_formulas_of_pytorch():
 
 
 @pytest.mark.torch
-def test_against_pytorch():
+def test_batch_norm_equals_pytorch():
     torch = pytest.importorskip("torch")
     theirs = torch.nn.BatchNorm2d(6, eps=1e-3, momentum=0.3, affine=False)
     ours = BatchNorm(6, epsilon=1e-3, momentum=0.3, affine=False)
@@ -56,15 +56,15 @@ def test_against_pytorch():
     assert_allclose(ours.var[...], theirs.running_var.numpy(), rtol=1e-5)
 
 
-def test_parameters_and_statistics():
+def test_statistics_are_model_state_and_not_parameters():
     """Scale and bias are parameters; statistics are model state."""
     _, params, model_state = split_state(BatchNorm(6))
     assert (params.keys(), model_state.keys()) == ({"scale", "bias"}, {"mean", "var"})
     assert split_state(BatchNorm(6, affine=False))[1] == {}
 
 
-def test_an_example_of_weight_0_changes_nothing():
-    """Examples of weight 0 are ignored; a batch of only these changes no statistics."""
+def test_examples_of_weight_0_are_ignored():
+    """A batch in which all examples have weight 0 changes no statistics."""
     unpadded, padded = BatchNorm(6), BatchNorm(6)
     weight = np.float32([1] * 5 + [0] * 11)
     expected = unpadded(IMAGES[:5], jnp.ones(5))
@@ -99,9 +99,8 @@ class Network(nnx.Module):
 def test_eight_devices_equal_one(sizes, parts):
     """Loss, gradients and statistics of eight devices equal those of one device.
 
-    Some examples have weight 0, and some runs accumulate gradients over microbatches.
-
-    Each device has four examples; with two parts, each microbatch contains two of them.
+    Some examples have weight 0. Each device has four examples. With `parts=2`,
+    gradients are accumulated over two microbatches, each with two examples per device.
     """
     batch = {
         "image": np.concatenate([IMAGES, 2 - IMAGES]),
@@ -127,24 +126,24 @@ def test_eight_devices_equal_one(sizes, parts):
     sharded = jax.device_put((batch, keys.samples), over_batch)
     with jax.set_mesh(mesh):
         arguments = sharded[0], Keys(sharded[1], keys.step)
-        on_eight = jax.jit(gradient)(params, model_state, *arguments)
-    (total, grads), state = jax.device_get(on_eight)
+        results = jax.jit(gradient)(params, model_state, *arguments)
+    (total, grads), state = jax.device_get(results)
 
-    # Expected values are computed on one device, from the same microbatches.
-    groups = sizes[0] * sizes[1] * sizes[2]
+    # Expected values are computed on one device, from the same microbatches: with two
+    # parts, the first contains the first two of each device's four examples.
     order = np.arange(32).reshape(-1, parts, 2).swapaxes(0, 1).reshape(parts, -1)
-    assert 32 // groups % parts == 0
-    expected, alone = jax.tree.map(np.zeros_like, params), model_state
-    sums = 0.0
+    expected, expected_state = jax.tree.map(np.zeros_like, params), model_state
+    expected_total = 0.0
     for part in order:
-        (value, alone), slope = jax.value_and_grad(loss, has_aux=True)(
-            params, alone, {name: array[part] for name, array in batch.items()}, None
+        (value, expected_state), slope = jax.value_and_grad(loss, has_aux=True)(
+            *(params, expected_state),
+            *({name: array[part] for name, array in batch.items()}, None),
         )
-        sums += value
+        expected_total += value
         expected = jax.tree.map(np.add, expected, slope)
-    assert_allclose(total, sums, rtol=1e-5)
-    for one, other in ((grads, expected), (state, alone)):
+    assert_allclose(total, expected_total, rtol=1e-5)
+    for on_eight, on_one in ((grads, expected), (state, expected_state)):
         jax.tree.map(
-            lambda a, b: assert_allclose(a, b, rtol=2e-4, atol=2e-5), one, other
+            lambda a, b: assert_allclose(a, b, rtol=2e-4, atol=2e-5), on_eight, on_one
         )
     assert (np.abs(state["norm"]["mean"]) > 0).all()

@@ -18,15 +18,15 @@ def coordinate_images(batch, height, width):
     return np.stack(grid, -1).astype(np.int32)
 
 
-def test_patchify_order_and_inverse():
+def test_patchify_is_row_major_and_unpatchify_inverts_it():
     images = coordinate_images(2, 12, 20)
     units = np.asarray(positions.patchify(jnp.asarray(images), 4))
     assert units.shape == (2, 15, 48)
     for unit in range(15):
         for row in range(4):
             for column in range(4):
-                first = (row * 4 + column) * 3
-                pixel = units[1, unit, first : first + 3]
+                start = (row * 4 + column) * 3
+                pixel = units[1, unit, start : start + 3]
                 expected = [1, unit // 5 * 4 + row, unit % 5 * 4 + column]
                 assert pixel.tolist() == expected
     back = positions.unpatchify(jnp.asarray(units), (3, 5), 4)
@@ -44,7 +44,7 @@ def test_patchify_order_and_inverse():
         (1, 2, (2, 3)),
     ],
 )
-def test_cells_and_maps_hold_their_pixels(inner, patch_size, grid):
+def test_cells_and_maps_contain_their_pixels(inner, patch_size, grid):
     cell = patch_size // inner
     images = coordinate_images(2, grid[0] * patch_size, grid[1] * patch_size)
     units = positions.patchify(jnp.asarray(images), patch_size)
@@ -60,7 +60,7 @@ def test_cells_and_maps_hold_their_pixels(inner, patch_size, grid):
 
 
 @pytest.mark.parametrize("inner", [1, 2, 4, 8])
-def test_merge_order_is_repeated_merging(inner):
+def test_merge_order_equals_repeated_merging(inner):
     """`merge_order` equals PatchMerge's order, (0,0), (1,0), (0,1), (1,1), repeated."""
     cells = np.arange(inner**2).reshape(inner, inner, 1)
     while len(cells) > 1:
@@ -76,7 +76,7 @@ def test_merge_order_of_four_cells():
 
 
 @pytest.mark.parametrize(("grid", "dim"), [((14, 14), 512), ((2, 5), 12), ((3, 1), 4)])
-def test_sincos_table(grid, dim):
+def test_sincos_table_follows_the_formula(grid, dim):
     table = positions.sincos_table(grid, dim)
     assert table.shape == (grid[0] * grid[1], dim)
     assert table.dtype == np.float32
@@ -85,18 +85,19 @@ def test_sincos_table(grid, dim):
     for unit in range(len(table)):
         row, column = unit // grid[1], unit % grid[1]
         for k in range(quarter):
-            w = 10000 ** (-k / quarter)
+            frequency = 10000 ** (-k / quarter)
             coordinates = (column, column, row, row)
-            for part, (f, t) in enumerate(
+            for part, (wave, coordinate) in enumerate(
                 zip((np.sin, np.cos) * 2, coordinates, strict=True)
             ):
-                expected[unit, part * quarter + k] = f(t * w)
+                value = wave(coordinate * frequency)
+                expected[unit, part * quarter + k] = value
     assert_allclose(table, expected, atol=6e-8, rtol=0)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("grid", [(3, 3), (2, 4), (5, 1)])
-def test_relative_position_index(grid):
+def test_relative_position_index_follows_the_formula(grid):
     units = grid[0] * grid[1]
     expected = np.zeros((units, units), int)
     for query in range(units):
@@ -116,10 +117,10 @@ def test_relative_position_index(grid):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("grid", [(3, 3), (2, 4), (5, 1)])
-def test_relative_position_bias(grid):
-    """Values and gradient equal those of indexing the table.
+def test_relative_position_bias_equals_indexing_of_the_table(grid):
+    """Gradients of the table are compared too.
 
-    The cotangent has integers, so that sums are exact in any order.
+    The cotangent consists of integers, so that sums are exact in any order.
     """
     units, rows = grid[0] * grid[1], (2 * grid[0] - 1) * (2 * grid[1] - 1)
     index = positions.relative_position_index(jnp.arange(units), grid)
@@ -133,11 +134,8 @@ def test_relative_position_bias(grid):
 
 
 @pytest.mark.slow
-def test_relative_bias_is_added_query_first():
-    """Attention adds the bias as [query, key], not as [key, query].
-
-    Queries are 0, so that the softmax depends only on the table.
-    """
+def test_attention_adds_the_bias_as_query_by_key():
+    """All queries are 0, so that the softmax depends only on the table."""
     attention = mini().encoder.stages[-1][0].attn
     kernel = attention.qkv.kernel[...].at[:, 0].set(0)
     attention.qkv.kernel[...] = kernel

@@ -15,7 +15,7 @@ from hivit_jax.tree import split
 
 
 @pytest.mark.slow
-def test_bfloat16_masked_autoencoder():
+def test_masked_autoencoder_in_bfloat16_is_close_to_float32():
     """Activations are bfloat16; losses, parameters and gradients are float32.
 
     Outputs are of order 1. Measured errors: loss 1e-4; prediction at most 0.054, 0.005
@@ -30,7 +30,7 @@ def test_bfloat16_masked_autoencoder():
     assert loss == pytest.approx(float(loss32), rel=3e-4)
     assert out32.pred.std() > 0.5
     assert_allclose(out.pred, out32.pred, atol=0.1)
-    assert np.abs(out.pred - out32.pred).std() < 0.01
+    assert np.abs(out.pred - out32.pred).mean() < 0.01
     assert not np.array_equal(out.pred, out32.pred)
     for name, gradient in gradients32.items():
         error = np.linalg.norm(gradients[name] - gradient)
@@ -38,7 +38,7 @@ def test_bfloat16_masked_autoencoder():
 
 
 @pytest.mark.slow
-def test_bfloat16_classifier():
+def test_classifier_in_bfloat16_is_close_to_float32():
     images = random_array((2, 64, 64, 3))
 
     def run(model, images):
@@ -78,16 +78,22 @@ def equations(jaxpr):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["hivit_base", "mae_hivit_base"])
-def test_float32_inside_bfloat16(name):
-    """Softmax, LayerNorm statistics and GELU are float32, matrix products bfloat16."""
+def test_softmax_norms_and_gelu_are_computed_in_float32(name):
+    """Matrix products have bfloat16 operands, except in the head.
+
+    A softmax computes one exp, a LayerNorm one rsqrt, and a GELU one of each.
+    """
     model = mini(name, dtype="bfloat16")
     images, arguments = random_array((2, 64, 64, 3)), {}
-    attentions, norms, gelus, products = 2, 1 + 2 + 2 + 2 + 4, 2 + 2 + 2, []
+    attentions, gelus, products = 2, 2 + 2 + 2, []
+    # Patch embedding, two stages of the stem, two merges, two main blocks.
+    norms = 1 + 2 + 2 + 2 + 2 * 2
     if name.startswith("mae_"):
         arguments = dict(noise=jnp.asarray(reference.noise("x", 2, 16)))
+        # One decoder block; norms of the latent, the decoder block and its output.
         attentions, norms, gelus = attentions + 1, norms + 1 + 2 + 1, gelus + 1
     else:
-        norms += 1
+        norms += 1  # fc_norm
     jaxpr = jax.make_jaxpr(lambda images: model(images, **arguments))(images)
     dtypes_of = {"exp": [], "rsqrt": []}
     for equation in equations(jaxpr.jaxpr):
@@ -103,7 +109,7 @@ def test_float32_inside_bfloat16(name):
     # Patch embedding, stem MLPs, merges, and main blocks with six products each.
     encoder = 1 + 2 * 4 + 2 + 6 * 2
     if name.startswith("mae_"):
-        # positions, decoder embedding, decoder block, prediction
+        # Positions, decoder embedding, six products of a decoder block, prediction.
         assert low == [True] * (encoder + 1 + 1 + 6 + 1)
     else:
         assert low == [True] * encoder + [False]  # the head

@@ -32,7 +32,8 @@ from hivit_jax.models.layers import ParameterKeys
 from hivit_jax.models.mae import MaskedAutoencoder
 from hivit_jax.tree import split
 
-WIDTHS = {
+# Size -> width, depths and heads of the encoder.
+ENCODERS = {
     "tiny": (384, (1, 1, 10), 6),
     "small": (384, (2, 2, 20), 6),
     "base": (512, (2, 2, 20), 8),
@@ -41,8 +42,8 @@ WIDTHS = {
 }
 
 
-def test_names():
-    families = {f"hivit_{size}" for size in WIDTHS}
+def test_list_models_returns_all_names():
+    families = {f"hivit_{size}" for size in ENCODERS}
     families |= {f"vit_{size}" for size in ("tiny", "small", "base", "large", "huge")}
     names = {f"{prefix}{name}" for prefix in ("", "mae_") for name in families}
     swins = {f"swin_{size}" for size in ("tiny", "small", "base", "large")}
@@ -54,7 +55,7 @@ def test_names():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list_models("*hivit_*"))
 def test_every_name_can_be_built(name):
-    width, depths, heads = WIDTHS[name.split("hivit_")[1]]
+    width, depths, heads = ENCODERS[name.split("hivit_")[1]]
     if name.startswith("mae_"):
         # A shallow encoder suffices; the depth is tested with the classifier.
         model = abstract_model(name, depths=(1, 1, 1), decoder_depth=1)
@@ -99,12 +100,12 @@ def test_every_name_can_be_built(name):
         ("hivit_base", {"sincos_position": True}, "override of hivit_base 'sincos_"),
     ],
 )
-def test_unknown_names(name, overrides, message):
+def test_unknown_models_and_arguments_are_refused(name, overrides, message):
     with pytest.raises(ConfigError, match=message):
         create_model(name, **overrides)
 
 
-def test_config_and_run_options():
+def test_model_separates_config_and_run_options():
     model = abstract_model("hivit_base", **MINI, dtype="bfloat16", remat=True)
     assert model.config == replace(VARIANTS["hivit_base"][1], **MINI)
     assert model.config.image_shape == (64, 64, 3)
@@ -119,7 +120,7 @@ def test_config_and_run_options():
         model.config.embed_dim = 32
 
 
-def test_arguments_build_the_model_again():
+def test_arguments_of_a_model_rebuild_it():
     model = abstract_model("mae_hivit_base", **MINI, **DECODER, scan_blocks=True)
     arguments = json.loads(json.dumps(arguments_of(model)))
     again = nnx.eval_shape(lambda: create_model(**arguments))
@@ -128,7 +129,7 @@ def test_arguments_build_the_model_again():
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_info_of_a_new_model_and_its_copies(channels):
+def test_copies_of_a_model_keep_its_info(channels):
     model = abstract_model("hivit_base", **MINI, in_channels=channels, num_classes=2)
     info = model.info
     assert (info.image_size, info.channels) == ((64, 64), channels)
@@ -141,14 +142,14 @@ def test_info_of_a_new_model_and_its_copies(channels):
     assert all(copied.config == model.config for copied in copies)
 
 
-INITIAL = [
+MODELS = [
     ("hivit_base", {}),
     ("mae_hivit_base", {"relative_position": True}),
 ]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "overrides"), INITIAL)
+@pytest.mark.parametrize(("name", "overrides"), MODELS)
 def test_seed_determines_parameters(name, overrides):
     first, second = (
         initial_params(name, 0, **overrides),
@@ -161,9 +162,9 @@ def test_seed_determines_parameters(name, overrides):
         fixed |= path.endswith("bias") and "patch_embed/proj" not in path
         fixed |= path.endswith("absolute_pos_embed") and name.startswith("mae_")
         assert (value == second[path]).all() == fixed, path
-    # No two parameters are drawn with the same key.
-    firsts = [v.flat[0] for v in first.values() if v.flat[0] not in (0, 1)]
-    assert len(set(firsts)) == len(firsts) - (1 if 0 in firsts else 0)
+    # No two parameters are drawn with the same key: their first values differ.
+    random_values = [v.flat[0] for v in first.values() if v.flat[0] not in (0, 1)]
+    assert len(set(random_values)) == len(random_values)
 
 
 @pytest.mark.slow
@@ -175,7 +176,7 @@ def test_integer_seed_equals_its_key():
     assert_array_equal(fast_jit(lambda: kernel(3)[...])(), keyed)
 
 
-def test_keys_of_parameters_are_those_of_nnx():
+def test_parameter_keys_equal_those_of_nnx():
     for seed in (3, jax.random.key(4)):
         ours, theirs = ParameterKeys(seed), nnx.Rngs(seed)
         for _ in range(3):

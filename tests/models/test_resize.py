@@ -25,29 +25,29 @@ GRIDS = [((14, 14), (24, 24)), ((14, 14), (7, 7)), ((3, 5), (4, 7)), ((4, 3), (9
 
 
 @pytest.mark.parametrize(("grid", "new"), [*GRIDS, ((5, 2), (1, 1)), ((1, 2), (3, 2))])
-def test_grid_table_of_another_size(grid, new):
+def test_grid_table_is_resized_bicubically(grid, new):
     maps = number_map(grid, 3)
     table = resize.resize_grid_table(maps.reshape(-1, 3), grid, new)
     assert table.shape == (new[0] * new[1], 3)
     assert_allclose(table.reshape(*new, 3), torch_bicubic(maps, new), atol=1e-13)
-    small = resize.resize_grid_table(np.float32(maps).reshape(-1, 3), grid, new)
-    assert small.dtype == np.float32
-    assert_allclose(small, table, atol=2e-7)
+    table32 = resize.resize_grid_table(np.float32(maps).reshape(-1, 3), grid, new)
+    assert table32.dtype == np.float32
+    assert_allclose(table32, table, atol=2e-7)
 
 
 @pytest.mark.parametrize(("grid", "new"), [*GRIDS, ((27, 27), (47, 47))])
-def test_tables_resized_as_torch_does(grid, new):
+def test_tables_equal_those_resized_by_torch(grid, new):
     with np.load(reference.GOLDEN / "bicubic.npz") as arrays:
         expected = arrays["{}x{}_{}x{}".format(*grid, *new)].reshape(-1, 1)
     table = number_map(grid).reshape(-1, 1)
     assert_allclose(resize.resize_grid_table(table, grid, new), expected, atol=5e-8)
-    if grid == (27, 27):  # the relative tables of 14x14 and 24x24 units
+    if grid == (27, 27):  # relative tables of 14x14 units have 27x27 rows
         table = resize.resize_relative_table(table, (14, 14), (24, 24))
         assert_allclose(table, expected, atol=5e-8)
 
 
 @pytest.mark.parametrize(("grid", "new"), [((4, 4), (6, 6)), ((2, 5), (3, 2))])
-def test_relative_table_is_a_map_of_differences(grid, new):
+def test_relative_table_is_resized_as_a_map_of_differences(grid, new):
     table_sizes = [(2 * rows - 1, 2 * columns - 1) for rows, columns in (grid, new)]
     table = number_map(table_sizes[0], 2).reshape(-1, 2)
     resized = resize.resize_relative_table(table, grid, new)
@@ -64,8 +64,8 @@ def test_resized_constants_stay_constant():
 # PyTorch's cubic filter (a = -0.75) reproduces a ramp at samples and halfway between
 # them. Elsewhere it deviates by up to 4.9 % of a step on each axis; a filter with
 # a = -0.5 would not deviate.
-@pytest.mark.parametrize(("new", "bend"), [((4, 6), 0), ((16, 18), 0.049)])
-def test_resized_ramps_stay_ramps_inside(new, bend):
+@pytest.mark.parametrize(("new", "deviation"), [((4, 6), 0), ((16, 18), 0.049)])
+def test_resized_ramps_stay_ramps_inside(new, deviation):
     def ramp(grid):
         axes = [(np.arange(n) + 0.5) / n for n in grid]
         return 24 * axes[0][:, None] - 24 * axes[1] + 1  # steps of 3 and 2 in 8x12
@@ -73,7 +73,7 @@ def test_resized_ramps_stay_ramps_inside(new, bend):
     table = ramp((8, 12)).reshape(-1, 1)
     resized = resize.resize_grid_table(table, (8, 12), new).reshape(new)
     inner = tuple(slice(n // 4, n - n // 4) for n in new)
-    assert_allclose(resized[inner], ramp(new)[inner], atol=bend * (3 + 2) + 1e-13)
+    assert_allclose(resized[inner], ramp(new)[inner], atol=deviation * (3 + 2) + 1e-13)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
@@ -93,7 +93,7 @@ def test_the_same_size_keeps_every_byte(dtype):
 
 
 @pytest.mark.parametrize("new", [2, 5, 8])
-def test_patch_kernel_of_another_cell_size(new):
+def test_patch_kernel_is_resized_per_channel_and_output(new):
     """The weights of each channel and output are resized as an image of their own."""
     kernel = number_map((4 * 4 * 3, 5))[..., 0]
     resized = resize.resize_patch_kernel(kernel, 4, new)
@@ -104,19 +104,19 @@ def test_patch_kernel_of_another_cell_size(new):
         assert_allclose(actual[:, :, channel], expected, atol=1e-13)
 
 
-def test_geometric_table_of_one_unit():
-    """A table of one unit has one bias, which is used at every distance."""
+def test_table_of_one_unit_repeats_its_bias():
+    """The only bias of the table is used at every distance."""
     table = np.array([[0.5, -2]], np.float32)
     resized = resize.resize_table_geometrically(table, 1, 3)
     assert_array_equal(resized, np.tile(table, (25, 1)))
 
 
-def test_a_table_of_another_grid():
+def test_table_that_does_not_fit_its_grid_is_refused():
     with pytest.raises(ValueError, match="reshape"):
         resize.resize_grid_table(np.zeros((12, 4)), (2, 3), (4, 4))
 
 
-def test_channel_matrix():
+def test_columns_of_the_channel_matrix_sum_to_1():
     matrix = resize.channel_matrix
     assert matrix(1, 3).tolist() == [[1 / 3]] * 3
     assert matrix(3, 1).tolist() == [[1, 1, 1]]

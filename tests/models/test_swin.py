@@ -20,7 +20,7 @@ MINI = dict(image_size=64, embed_dim=24, depths=(2, 2), num_heads=(2, 4), window
 
 @pytest.mark.slow
 @pytest.mark.parametrize("title", swin.FACTS["params_macs"])
-def test_published_parameters_and_multiply_adds(title):
+def test_parameters_and_multiply_adds_equal_the_official_ones(title):
     name, size, _, window = title.removeprefix("simmim ").split()[:4]
     if title.startswith("simmim"):
         model = abstract_model(
@@ -36,8 +36,7 @@ def test_published_parameters_and_multiply_adds(title):
     assert model.macs() == facts["macs_plus_5_per_layernorm_element"]
 
 
-def test_layers_and_weight_decay_of_finetuning():
-    """Layers and decayed parameters equal those of the official optimizer."""
+def test_finetuning_has_the_official_layers_and_weight_decay():
     name, config = swin.arguments("swin_mini")
     model, facts = abstract_model(name, **config), swin.FACTS["layer_decay"]
     found = official_names(model, model.layer_ids())
@@ -48,7 +47,7 @@ def test_layers_and_weight_decay_of_finetuning():
 
 
 @pytest.mark.slow
-def test_weight_decay_of_pretraining():
+def test_pretraining_has_the_official_weight_decay():
     """The mask token does not decay; the relative position tables do."""
     task = inputs.task_of_recipe(mini_runs.recipe("simmim_swin"))
     (facts,) = swin.FACTS["weight_decay"].values()
@@ -59,7 +58,7 @@ def test_weight_decay_of_pretraining():
 
 
 @pytest.mark.slow
-def test_shapes():
+def test_maps_and_layers_have_the_shapes_of_their_stages():
     """Maps have strides 4 and 8; `layers` returns the blocks of all stages."""
     model = abstract_model("swin_base", **MINI | dict(image_size=(56, 72)))
     images = jnp.zeros((2, 56, 72, 3))
@@ -72,12 +71,14 @@ def test_shapes():
         model,
     )
     assert [x.shape for x in maps] == [(2, 14, 18, 24), (2, 7, 9, 48)]
+    # Each of the two stages has two blocks; this is the first block of each.
     assert [x.tokens.shape for x in layers[::2]] == [(2, 252, 24), (2, 63, 48)]
+    # 4x5 windows of 4x4 tokens cover the padded grid of 14x18 tokens.
     assert layers[1].attention.shape == (2, 4 * 5, 2, 16, 16)
     assert logits.shape == (2, 1000)
 
 
-def test_shrunk_windows():
+def test_windows_shrink_to_small_grids():
     """Windows shrink to the grid's shorter side; windows of that size never shift."""
     config = abstract_model("swin_base", **MINI).config
     unshifted = Windows((4, 8), (4, 4), 0, attend_padding=True)
@@ -97,12 +98,12 @@ def test_shrunk_windows():
         ("simmim_swin_base", {"mask_patch_size": 24}, "image_size"),
     ],
 )
-def test_errors(name, overrides, message):
+def test_invalid_sizes_are_refused(name, overrides, message):
     with pytest.raises(ConfigError, match=message):
         abstract_model(name, **MINI | overrides)
 
 
-def test_features_need_all_tokens():
+def test_features_of_some_tokens_are_refused():
     model = abstract_model("swin_base", **MINI)
     with pytest.raises(ConfigError, match="ids_keep with Swin"):
         model.features(jnp.zeros((1, 64, 64, 3)), np.zeros((1, 2), int))
@@ -113,4 +114,4 @@ def test_fused_kernels_leave_shifted_windows_to_xla():
     model = abstract_model("swin_base", **MINI, kernels="fused", dtype="bfloat16")
     logits = abstract_outputs(lambda m: m(jnp.zeros((2, 64, 64, 3))), model)
     assert logits.shape == (2, 1000)
-    assert math.prod(model.encoder.grid) == 256
+    assert math.prod(model.encoder.grid) == 256  # 16 windows of 4x4 tokens

@@ -47,7 +47,7 @@ MODELS = "hivit_base", "mae_hivit_base"
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
-def test_manual_and_explicit_meshes(name):
+def test_manual_and_explicit_meshes_change_no_value(name):
     """Loss and gradient equal those without a mesh.
 
     The first mesh is manual, inside a `shard_map` that checks varying types. The second
@@ -79,7 +79,7 @@ def test_manual_and_explicit_meshes(name):
 
 
 def all_outputs(model, images):
-    """Return the results of every public method of a model."""
+    """Return the outputs of a model and of its most important methods."""
     if hasattr(model, "decode"):
         out = model(images, noise=jnp.arange(4.0)[None].repeat(len(images), 0))
         _, mean, scale = model.targets(images)
@@ -90,11 +90,11 @@ def all_outputs(model, images):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("spec", [P(("a", "b")), P("b"), P("a", "b"), P()])
-def test_shardings_on_explicit_meshes(name, spec):
-    """Results keep the sharding of the images along the batch axis.
+def test_results_keep_the_batch_sharding_of_the_images(name, spec):
+    """The batch is sharded over two, one or no mesh axes.
 
-    The batch is sharded over two, one or no mesh axes; in one case the height is
-    sharded, too. The mesh is either set or known only from the images.
+    In one case the height is sharded, too. The mesh is either set or known only from
+    the images.
     """
     model = nnx.merge(*split_mini(name))
     mesh = jax.make_mesh((2, 2), ("a", "b"))
@@ -116,7 +116,7 @@ def test_shardings_on_explicit_meshes(name, spec):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("overrides", [{}, dict(scan_blocks=True, remat=True)])
-def test_forward_mode(overrides):
+def test_forward_mode_agrees_with_reverse_mode(overrides):
     """`jvp` and `linearize` agree with reverse mode: <w, Jv> = <J'w, v>."""
     graphdef, state = split_mini("hivit_base", **overrides, num_classes=3)
 
@@ -148,7 +148,7 @@ def test_forward_mode(overrides):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_derivatives_of_layer_norm(dtype):
+def test_derivatives_of_layer_norm_equal_plain_jax(dtype):
     """First and second derivatives agree with plain JAX in both modes."""
     x, scale, bias = (
         random_array((3, 8)).astype(dtype),
@@ -184,14 +184,15 @@ def test_derivatives_of_layer_norm(dtype):
                 assert_allclose(np.float32(a), np.float32(b), **tolerance)
 
 
-def test_backward_pass_saves_input_and_small_arrays():
+def test_layer_norm_saves_its_input_and_vectors():
     x, scale = jnp.ones((64, 32)), jnp.ones(32)
     _, backward = jax.vjp(lambda *a: layer_norm(*a, 1e-6, x.dtype), x, scale, scale)
     sizes = sorted(leaf.size for leaf in jax.tree.leaves(backward))
+    # Two vectors of channels, mean and inverse deviation of each row, and the input.
     assert sizes == [32, 32, 64, 64, 64 * 32]
 
 
-def test_forward_mode_of_fused_kernels():
+def test_forward_mode_of_fused_kernels_is_refused():
     """Fused kernels have no forward mode; the error names the option to change."""
     from hivit_jax.kernels.dispatch import Target
 
@@ -211,7 +212,7 @@ def test_forward_mode_of_fused_kernels():
 @pytest.mark.parametrize(
     "overrides", [{}, dict(scan_blocks=True), dict(dtype="bfloat16")]
 )
-def test_no_implicit_rank_promotion(name, overrides):
+def test_models_need_no_implicit_rank_promotion(name, overrides):
     """Forward and backward pass work with `jax_numpy_rank_promotion="raise"`."""
     graphdef, state = split_mini(name, **overrides)
     with jax.numpy_rank_promotion("raise"):
@@ -260,7 +261,7 @@ def test_nnx_optimizer_trains_only_parameters(name, overrides, optimizer):
         ("hivit_base", nnx.BatchStat, dict(running_norm=True)),
     ],
 )
-def test_gradient_of_all_variables(name, kind, overrides):
+def test_gradients_of_fixed_variables_are_0(name, kind, overrides):
     graphdef, state = split_mini(name, **overrides)
     gradient = fast_jit(jax.grad(lambda s: loss(graphdef, s, IMAGES, NOISE).sum()))(
         state

@@ -24,15 +24,15 @@ PUBLISHED = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_published_parameters_and_multiply_adds(name):
+def test_parameters_and_multiply_adds_equal_the_official_ones(name):
     model, facts = abstract_model(name), FACTS["params_macs"][PUBLISHED[name]]
     assert model.parameter_count() == facts["params"]
     assert model.macs(layer_norm_cost=0) == facts["macs"]
     assert model.macs() == facts["macs_plus_5_per_layernorm_element"]
 
 
-def test_layer_ids():
-    """The layers equal those of MAE's ``lr_decay.py``."""
+def test_layer_ids_equal_the_official_ones():
+    """The official layers are those of MAE's ``lr_decay.py``."""
     model = abstract_model("vit_base")
     facts = FACTS["layer_decay"]["base_0.65"]
     actual = official_names(model, model.layer_ids())
@@ -40,7 +40,7 @@ def test_layer_ids():
 
 
 @pytest.mark.slow
-def test_weight_decay_in_pretraining():
+def test_pretraining_has_the_official_weight_decay():
     """Class token and mask token decay; fixed tables are not trained."""
     task = inputs.task_of_recipe(mini_runs.recipe("mae_vit"))
     facts = FACTS["weight_decay"]["mae_vit_base pretraining (0.05)"]
@@ -51,15 +51,14 @@ def test_weight_decay_in_pretraining():
         assert actual.get(name) == (None if decay is None else decay > 0), name
 
 
-def test_weight_decay_in_finetuning():
+def test_finetuning_decays_neither_class_token_nor_positions():
     task = inputs.task_of_recipe(mini_runs.recipe("finetune_vit"))
     assert not task.is_decayed("encoder/cls_token")
     assert not task.is_decayed("encoder/absolute_pos_embed")
     assert task.is_decayed("encoder/patch_embed/proj/kernel")
 
 
-def test_shapes():
-    """Maps contain units only; tokens contain the class token."""
+def test_maps_exclude_the_class_token_and_tokens_include_it():
     model = abstract_model("vit_base", **MINI, num_classes=7)
     images = jnp.zeros((2, 64, 64, 3))
     maps, layers, logits, kept = abstract_outputs(
@@ -87,16 +86,17 @@ def test_shapes():
         ({"image_size": 60}, "image_size=60"),
     ],
 )
-def test_errors(overrides, message):
+def test_invalid_arguments_are_refused(overrides, message):
     with pytest.raises(ConfigError, match=message):
         abstract_model("vit_base", **MINI | overrides)
 
 
 @pytest.mark.slow
-def test_initialization():
-    """Weights fill Xavier's bounds; q, k and v count as one matrix.
+def test_initial_weights_have_the_official_bounds():
+    """The largest weight of a matrix is close to Xavier's bound.
 
-    The position table's first row, which is added to the class token, is 0.
+    For the bound, q, k and v are one matrix. The first row of the position table, which
+    is added to the class token, is 0.
     """
     decoder = dict(decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2)
     sizes = MINI | decoder

@@ -36,11 +36,11 @@ def window_units(grid, side):
 
 
 @pytest.mark.parametrize(("grid", "size"), [((5, 7), (3, 3)), ((4, 6), (4, 2))])
-def test_windows_hold_their_units_and_zeros(grid, size):
+def test_windows_contain_their_units_and_zero_padding(grid, size):
     windows = Windows(grid, size)
     units = jnp.arange(1, 1 + 2 * grid[0] * grid[1]).reshape(2, -1, 1)
-    split = np.asarray(windows.partition(units))
-    assert split.shape == (2 * np.prod(windows.counts), size[0] * size[1], 1)
+    partitioned = np.asarray(windows.partition(units))
+    assert partitioned.shape == (2 * np.prod(windows.counts), size[0] * size[1], 1)
     window_index = 0
     for sample in range(2):
         padded = np.zeros((grid[0] + size[0], grid[1] + size[1]), int)
@@ -48,13 +48,14 @@ def test_windows_hold_their_units_and_zeros(grid, size):
         for top in range(0, grid[0], size[0]):
             for left in range(0, grid[1], size[1]):
                 expected = padded[top : top + size[0], left : left + size[1]]
-                assert_array_equal(split[window_index, :, 0], expected.reshape(-1))
+                actual = partitioned[window_index, :, 0]
+                assert_array_equal(actual, expected.reshape(-1))
                 window_index += 1
-    assert_array_equal(windows.merge(split), units)
+    assert_array_equal(windows.merge(partitioned), units)
 
 
 @pytest.mark.slow
-def test_a_window_over_the_image_is_global_attention():
+def test_attention_in_one_window_is_global():
     global_model, windowed_model = (
         mini(depths=(1, 1, 1), window_size=side) for side in (0, 14)
     )
@@ -75,8 +76,8 @@ def test_a_window_over_the_image_is_global_attention():
 @pytest.mark.parametrize(
     ("image_size", "side"), [((80, 112), 3), ((64, 96), 2), ((32, 112), 4)]
 )
-def test_attention_of_each_window(image_size, side, relative_position):
-    """Attention equals numpy's in each window, with and without a key mask."""
+def test_attention_in_windows_equals_numpy(image_size, side, relative_position):
+    """The attention has a key mask or none."""
     sizes = dict(image_size=image_size, window_size=side)
     model = mini(**sizes, relative_position=relative_position)
     attention, grid = model.encoder.stages[-1][0].attn, model.encoder.grid
@@ -120,8 +121,10 @@ def test_attention_of_each_window(image_size, side, relative_position):
 def test_only_a_global_block_connects_windows(global_blocks):
     model = mini(**UNEVEN, global_blocks=global_blocks)
     tables = [b.attn.relative_position_bias_table for b in model.encoder.stages[-1]]
+    # Tables of 5x7 units, or of windows of 3x3 units.
     expected_shapes = [
-        (9 * 13 if block_index in global_blocks else 25, 2) for block_index in range(2)
+        (9 * 13 if block_index in global_blocks else 5 * 5, 2)
+        for block_index in range(2)
     ]
     assert [table.shape for table in tables] == expected_shapes
     image = np.asarray(random_array((1, 80, 112, 3)))
@@ -138,8 +141,8 @@ def test_only_a_global_block_connects_windows(global_blocks):
 
 
 @pytest.mark.slow
-def test_gradients_are_finite_without_a_key():
-    """Gradients are finite if all keys of a window are masked or padding."""
+def test_gradients_of_windows_without_keys_are_finite():
+    """All keys of one window of each image are masked or padding."""
     attention = mini(**UNEVEN).encoder.stages[-1][0].attn
     mask = jnp.ones((2, 5, 7)).at[0, 3:, 6:].set(0).at[1, :3, :3].set(0).reshape(2, 35)
 
@@ -163,8 +166,11 @@ def test_gradients_are_finite_without_a_key():
         ((32, 96), 5, 2 * 10**2),
     ],
 )
-def test_cost_of_windows(image_size, side, pairs):
-    """Multiply-adds of a block with windows count only pairs in the same window."""
+def test_cost_counts_pairs_in_the_same_window(image_size, side, pairs):
+    """`pairs` is the number of query-key pairs in all windows, including padding.
+
+    Two products of width 64 process each pair: the scores and the weighted values.
+    """
     sizes = MINI | dict(image_size=image_size)
     global_model = abstract_model("hivit_base", **sizes)
     model = abstract_model("hivit_base", **sizes, window_size=side, global_blocks=(0,))
@@ -176,7 +182,7 @@ def test_cost_of_windows(image_size, side, pairs):
     assert model_of_default_size.macs(image_size) == model.macs()
 
 
-def test_windows_need_all_units():
+def test_windows_with_dropped_units_are_refused():
     with pytest.raises(ConfigError, match="window_size=2: masked pretraining drops"):
         create_model("mae_hivit_base", **MINI, window_size=2)
     model = abstract_model("hivit_base", **MINI, window_size=2)
@@ -185,7 +191,7 @@ def test_windows_need_all_units():
         model.encoder(images, ids_keep=ids_keep)
 
 
-def test_windows_from_the_command_line():
+def test_config_keys_set_windows():
     keys = dict(model__window_size=3, model__global_blocks="(1,)")
     config = classifier(**keys, model__image_size=80)
     encoder = nnx.eval_shape(inputs.task_of_recipe(config).build_model).encoder

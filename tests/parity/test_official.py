@@ -70,11 +70,15 @@ def official_stages(model, images, ids_keep=None):
     ids = jnp.arange(num_kept) if ids_keep is None else ids_keep
     index = relative_position_index(ids, encoder.grid)
     depth = len(encoder.stages[-1])
-    named = {0: "main_first", depth // 2 - 1: "main_mid", depth - 1: "main_last"}
+    names = {
+        0: "main_first",
+        depth // 2 - 1: "main_mid",
+        depth - 1: "main_last",
+    }
     for number, block in enumerate(encoder.stages[-1]):
         x = block(x, relative_index=index)
-        if number in named:
-            stages[named[number]] = x
+        if number in names:
+            stages[names[number]] = x
     if hasattr(model, "fc_norm"):
         stages["pooled"] = x.mean(1)
         stages["fc_norm"] = model.fc_norm(stages["pooled"])

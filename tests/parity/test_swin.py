@@ -32,19 +32,19 @@ def run_classifier(fixture, state=None):
 
 
 def check_tokens(model, images, arrays, atol):
-    """Compare the tokens after each block and merge that the golden data contains."""
-    layers, number = iter(model.layers(images)), 0
+    """Compare the tokens after all merges and after the blocks of the golden data."""
+    layers, compared_blocks = iter(model.layers(images)), 0
     for stage, blocks in enumerate(model.encoder.stages):
         for block in range(len(blocks)):
             x, name = next(layers).tokens, f"stage{stage}_block{block}"
             if name in arrays:
                 close(x, arrays[name], atol)
-                number += 1
+                compared_blocks += 1
         if stage < len(model.encoder.merges):
             x = model.encoder._merge(stage + 1, x)
             close(x, arrays[f"merge{stage}"], atol)
     close(model.norm(x), arrays["norm"], atol)
-    assert number >= len(model.encoder.stages)
+    assert compared_blocks >= len(model.encoder.stages)
 
 
 @pytest.mark.slow
@@ -115,7 +115,7 @@ def test_mini_simmim_outputs_and_all_gradients():
 
 
 @pytest.mark.parametrize("case", FIXTURES["simmim_masks"]["cases"])
-def test_masks(case):
+def test_masks_equal_the_official_ones(case):
     """The cells with the lowest noise are masked; their number is rounded up."""
     facts = FIXTURES["simmim_masks"]["cases"][case]
     size, cell, patch, ratio = map(float, case.split("_"))
@@ -129,7 +129,7 @@ def test_masks(case):
 
 
 @pytest.mark.parametrize("case", ["6_to_7", "7_to_12", "12_to_14", "6_to_12", "7_to_6"])
-def test_resized_relative_tables(case):
+def test_resized_relative_tables_equal_the_official_ones(case):
     old, new = map(int, case.split("_to_"))
     arrays = golden("swin_table_resize")
     heads = arrays[f"geometric_{case}"].shape[1]
@@ -142,7 +142,7 @@ def test_resized_relative_tables(case):
 
 
 @pytest.mark.parametrize("fixture", ["swin_mini", "swin_mini_clamp", "simmim_mini"])
-def test_official_state_dict_and_back(fixture):
+def test_official_state_dict_survives_a_round_trip(fixture):
     """Names, shapes and bytes are unchanged; index and mask buffers are recomputed."""
     state = swin.state_dict(fixture)
     name, config = swin.arguments(fixture)

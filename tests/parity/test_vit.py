@@ -120,7 +120,7 @@ def test_layer_norm_eps_everywhere():
 
 
 @pytest.mark.parametrize(("old", "new"), [(4, 6), (4, 3), (14, 12), (14, 24)])
-def test_resized_position_tables(old, new):
+def test_resized_position_tables_equal_the_official_ones(old, new):
     """The row of the class token is unchanged; the other rows are resized."""
     source = vit.weight(f"resize{old}.pos_embed", (1, 1 + old * old, 6))[0]
     expected = golden("vit_pos_resize")[f"pos_{old}_to_{new}"][0]
@@ -166,8 +166,8 @@ def test_base_mae(monkeypatch):
 
 
 @pytest.mark.parametrize("fixture", ["mae_vit_mini", *CLASSIFIERS])
-def test_official_state_dict_and_back(fixture):
-    """Names, shapes and bytes are unchanged after a conversion and back."""
+def test_official_state_dict_survives_a_round_trip(fixture):
+    """Names, shapes and bytes are unchanged."""
     state = vit.state_dict(fixture)
     name, config = vit.arguments(fixture)
     model = abstract_model(name, **config)

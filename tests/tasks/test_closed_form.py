@@ -13,7 +13,7 @@ from hivit_jax.tasks import closed_form
 from hivit_jax.tasks.closed_form import fit, held_out_images, select_penalty
 
 
-def problem(count=60, classes=4, dim=7):
+def random_features(count=60, classes=4, dim=7):
     """Return features of different scales, one of them constant, and labels."""
     random = np.random.RandomState(3)
     labels = random.randint(0, classes, count)
@@ -24,10 +24,10 @@ def problem(count=60, classes=4, dim=7):
 
 
 @pytest.mark.parametrize("penalty", [1e-6, 0.1, 100.0])
-def test_solution(penalty, monkeypatch):
-    """The probe's weights solve the normal equations, also if images come in chunks."""
+def test_weights_solve_the_normal_equations(penalty, monkeypatch):
+    """The images are processed in chunks of 13."""
     monkeypatch.setattr(closed_form, "CHUNK", 13)
-    features, labels = problem()
+    features, labels = random_features()
     x = np.float64(features)
     scale = x.std(0)
     scale[2] = 1
@@ -41,8 +41,8 @@ def test_solution(penalty, monkeypatch):
     assert ridge.accuracy(features, labels, penalty) == (is_correct.mean(), 1.0)
 
 
-def test_held_out_images():
-    """Every fifth image of a class is held out; every second if classes are small."""
+def test_every_fifth_image_of_a_class_is_held_out():
+    """If no class has five images, every second image of a class is held out."""
     labels = np.array([1, 0, 1, 1, 0, 1, 1, 1, 2, 1, 1, 1])
     assert np.flatnonzero(held_out_images(labels)).tolist() == [6]
     assert held_out_images(np.zeros(11, int)).nonzero()[0].tolist() == [4, 9]
@@ -50,13 +50,12 @@ def test_held_out_images():
     assert not held_out_images(np.arange(3)).any()
 
 
-def test_penalty():
-    """`select_penalty` returns the penalty with the best accuracy on held-out images.
+def test_selected_penalty_has_the_best_held_out_accuracy():
+    """Of several best penalties, `select_penalty` returns the largest.
 
-    Of several best penalties it returns the largest; without held-out images, the
-    default.
+    Without held-out images, `select_penalty` returns the default.
     """
-    features, labels = problem()
+    features, labels = random_features()
     is_held_out = held_out_images(labels)
     ridge = fit(features[~is_held_out], labels[~is_held_out], 4)
     scores = [
@@ -73,8 +72,8 @@ def test_penalty():
 
 
 @pytest.mark.slow
-def test_command(tmp_path, minimal_output, capsys):
-    """``--mode probe`` evaluates all 360 test digits and prints the accuracy."""
+def test_probe_command_evaluates_all_test_digits(tmp_path, minimal_output, capsys):
+    """The results equal those of `fit` on features that the test computes."""
     sizes = dict(image_size=16, in_channels=1, patch_size=4, depths=(1, 1, 1))
     model = mini(relative_position=False, **sizes)
     hivit_jax.save_pretrained(model, tmp_path)
@@ -84,7 +83,7 @@ def test_command(tmp_path, minimal_output, capsys):
         init_from=str(tmp_path),
         model__depths="(1,1,1)",
         data__train_examples=100,
-        batch_size=56,  # divides neither split
+        batch_size=56,  # divides neither 100 training nor 360 test images
         mesh__data=-1,
     )
     metrics = closed_form.closed_form_probe(config)
@@ -106,10 +105,8 @@ def test_command(tmp_path, minimal_output, capsys):
     assert abs(metrics["eval/top1"] - top1) <= 1 / 360
     assert abs(metrics["eval/top5"] - top5) <= 1 / 360
     assert f"penalty {penalty:g}  eval  top1 " in capsys.readouterr().out
-    flags = mini_runs.ROOT / "configs" / "digits_linear.py"
-    flags_of_absent_model = [
-        f"--config={flags}",
-        f"--config.init_from={tmp_path / 'absent'}",
-    ]
-    # Not 2, although the recipe's batch size of 50 is not divisible by eight devices.
-    assert main([*flags_of_absent_model, "--mode=probe"]) == 5
+    recipe = mini_runs.ROOT / "configs" / "digits_linear.py"
+    flags = [f"--config={recipe}", f"--config.init_from={tmp_path / 'absent'}"]
+    # The absent model gives exit code 5. The recipe's batch size of 50 gives no error,
+    # although eight devices do not divide it.
+    assert main([*flags, "--mode=probe"]) == 5

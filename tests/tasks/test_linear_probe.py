@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("minimal_output")
 
 
 def probe(source="synthetic", **overrides):
-    """Return the mini linear probe's config."""
+    """Return the config of a small linear probe."""
     settings = {
         "task": "linear_probe",
         "model__name": "hivit_base",
@@ -35,7 +35,7 @@ def probe(source="synthetic", **overrides):
     return mini_runs.without_decoder(source, **settings | overrides)
 
 
-class Parts(nnx.Module):
+class ProbeModel(nnx.Module):
     """Model with an encoder, statistics and a head."""
 
     def __init__(self):
@@ -45,9 +45,9 @@ class Parts(nnx.Module):
 
 
 @pytest.mark.slow
-def test_lars():
-    """Ten steps follow MAE's LARS: momentum of scaled gradients."""
-    model = Parts()
+def test_ten_steps_equal_the_official_lars():
+    """MAE's LARS scales the gradient of a kernel, and then applies momentum."""
+    model = ProbeModel()
     params = split_state(model)[1]
     task = inputs.make_task(probe())
     optimizer = task.optimizer(model, lambda step: 0.1 * (step + 1))
@@ -80,8 +80,8 @@ def pretrained(tmp_path_factory):
 
 @pytest.mark.extras
 @pytest.mark.slow
-def test_probe_of_a_pretrained_encoder(pretrained, tmp_path, capsys):
-    """The encoder stays fixed; the statistics are averages over its features."""
+def test_probe_trains_only_statistics_and_head(pretrained, tmp_path, capsys):
+    """The encoder keeps its values; the statistics are averages of its features."""
     config = probe(init_from=str(pretrained), total_steps=3, checkpoint_every=1)
     config.keep_checkpoints = 5
     values = train(config, tmp_path)
@@ -96,9 +96,9 @@ def test_probe_of_a_pretrained_encoder(pretrained, tmp_path, capsys):
     params = [items["params"] for items in stored]
     frozen = [name for name in params[0] if name.startswith("encoder/")]
     assert len(frozen) > 30
-    for step in params:
+    for params_of_step in params:
         for name in frozen:
-            np.testing.assert_array_equal(step[name], original[name])
+            np.testing.assert_array_equal(params_of_step[name], original[name])
     assert (params[0]["head/kernel"] != params[2]["head/kernel"]).any()
 
     task = inputs.make_task(config)
@@ -123,6 +123,6 @@ def test_probe_of_a_pretrained_encoder(pretrained, tmp_path, capsys):
         assert_allclose(statistics["fc_norm/var"], var, rtol=1e-4, atol=1e-5)
 
 
-def test_needs_running_norm():
+def test_probe_without_running_norm_is_refused():
     with pytest.raises(ConfigError, match="requires model.running_norm=True"):
         probe(model__running_norm=False)

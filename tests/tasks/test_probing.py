@@ -14,14 +14,8 @@ from hivit_jax.distributed.watchdog import Watchdog
 from hivit_jax.main import main
 
 SIZE, CLASSES, BATCH = (32, 48), 9, 8
-
-
-COUNTS = {"train": 43, "val": 29}  # 8 divides neither
-
-
-DAMAGED = {"train": (1, 20), "val": (7,)}
-
-
+SPLIT_SIZES = {"train": 43, "val": 29}  # not multiples of the batch size
+DAMAGED = {"train": (1, 20), "val": (7,)}  # numbers of the unreadable images
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 
 
@@ -36,7 +30,7 @@ def files(tmp_path_factory):
     patterns[0] *= 0.03
     patterns[1] *= 0.1
     splits = {}
-    for split, count in COUNTS.items():
+    for split, count in SPLIT_SIZES.items():
         labels = np.sort(np.arange(count) % CLASSES)
         images = patterns[labels].repeat(8, 1).repeat(8, 2)
         images = images * random.uniform(0.3, 1.7, (count, 1, 1, 1))
@@ -85,7 +79,7 @@ def knn_correct(queries, classes, keys, labels, check=True):
         np.add.at(votes, labels[near], np.exp((row[near] - 1) / temperature))
         others = np.delete(votes, label)
         gaps.append(np.abs(others - votes[label])[others + votes[label] > 0])
-        # Ties go to the lower class number.
+        # Of classes with equal votes, the class with the lower index ranks first.
         rank = (others > votes[label]).sum() + (votes[:label] == votes[label]).sum()
         correct = [correct[0] + (rank < 1), correct[1] + (rank < 5)]
     assert not check or min(each.min(initial=1) for each in gaps) > 1e-4
@@ -94,7 +88,7 @@ def knn_correct(queries, classes, keys, labels, check=True):
 
 def readable(files, split):
     """Return pixels and labels of the readable images of a split."""
-    good = ~np.isin(np.arange(COUNTS[split]), DAMAGED[split])
+    good = ~np.isin(np.arange(SPLIT_SIZES[split]), DAMAGED[split])
     return [array[good] for array in files[1][split]]
 
 
@@ -126,13 +120,15 @@ def flags_of(root, directory, **more):
 
 
 @pytest.mark.slow
-def test_nearest_neighbors(model, files, monkeypatch, tmp_path, capsys):
-    """Results equal numpy's; unreadable images and padding neither vote nor count."""
+def test_nearest_neighbors_equal_numpy(model, files, monkeypatch, tmp_path, capsys):
+    """Unreadable images and padding neither vote nor count."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    (images, labels), (tests, classes) = (readable(files, split) for split in COUNTS)
+    images, labels = readable(files, "train")
+    tests, classes = readable(files, "val")
     net, directory = model
-    parts = features_of(net, np.concatenate([images, tests, [np.zeros((*SIZE, 3))]]))
-    keys, queries, black = np.split(parts, [len(images), len(parts) - 1])
+    padding = [np.zeros((*SIZE, 3))]
+    features = features_of(net, np.concatenate([images, tests, padding]))
+    keys, queries, black = np.split(features, [len(images), len(features) - 1])
 
     beats = []
     monkeypatch.setattr(Watchdog, "heartbeat", lambda watchdog: beats.append(watchdog))
@@ -140,27 +136,28 @@ def test_nearest_neighbors(model, files, monkeypatch, tmp_path, capsys):
     with mini_runs.minimal_output():
         flags = flags_of(files[0], directory, data__max_unreadable=0.05)
         assert main([*flags, "--mode=knn"]) == 0
-    assert len(beats) == 6 + 4  # batches of 8
+    assert len(beats) == 6 + 4  # batches of 8 images of the two splits
     top1, top5 = knn_correct(queries, classes, keys, labels)
     out = capsys.readouterr().out
-    for split, count in zip(("train", "test"), COUNTS.values(), strict=True):
+    for split, count in zip(("train", "test"), SPLIT_SIZES.values(), strict=True):
         line = f"features of the {split} split  {count}/{count} images  0:00 left\n"
         assert line in out
     assert out.endswith(
         f"nearest neighbors  top1 {top1 / 28:.2%}  top5 {top5 / 28:.2%}  (28 images)\n"
     )
-    # Votes of the two damaged images, of padding, or of both would change the
-    # result.
+    # Votes of the two damaged images, of the five padding images, or of both would
+    # change the result.
     for count in (2, 5, 7):
-        keys_with_outsiders = np.concatenate([keys, *[black] * count])
+        more_keys = np.concatenate([keys, *[black] * count])
         votes = np.concatenate([labels, [0] * count])
-        assert knn_correct(
-            queries, classes, keys_with_outsiders, votes, check=False
-        ) != [top1, top5]
+        changed = knn_correct(queries, classes, more_keys, votes, check=False)
+        assert changed != [top1, top5]
 
 
 @pytest.mark.slow
-def test_too_many_unreadable_images(model, files, monkeypatch, tmp_path, capsys):
+def test_too_many_unreadable_images_give_exit_code_4(
+    model, files, monkeypatch, tmp_path, capsys
+):
     """Two unreadable images of 43 exceed the limit."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     flags = flags_of(files[0], model[1], data__max_unreadable=0.04)

@@ -22,10 +22,8 @@ def warnings(recipe, *overrides, images=291, classes=NAMES, steps=1000):
     return task.warnings(*inputs.count_steps(config, images))
 
 
-@pytest.mark.parametrize(
-    "name", [n for n in recipes.names() if n not in ("finetune", "linear")]
-)
-def test_installed_recipes_have_none(name):
+@pytest.mark.parametrize("name", recipes.names())
+def test_recipes_give_no_warnings(name):
     config = configs.load(name)
     # Recipes for a user's folder have no published dataset.
     user_data = DatasetInfo({"train": 400, "test": 40}, NAMES)
@@ -34,15 +32,15 @@ def test_installed_recipes_have_none(name):
 
 
 RECIPE = "digits_finetune"
-SOUND = ["model.num_classes=9", "batch_size=50", "data.train_examples=0"]
+USUAL = ["model.num_classes=9", "batch_size=50", "data.train_examples=0"]
 
 
-def test_sound_settings_have_none():
+def test_usual_settings_give_no_warnings():
     """Batches may contain all images, and intervals may be as long as the run."""
     limits = ["batch_size=291", "eval_every=1000", "checkpoint_every=1000"]
-    assert warnings(RECIPE, *SOUND) == []
-    assert warnings(RECIPE, *SOUND, *limits) == []
-    assert warnings(RECIPE, *SOUND, "optimizer.ema_decay=0.99") == []
+    assert warnings(RECIPE, *USUAL) == []
+    assert warnings(RECIPE, *USUAL, *limits) == []
+    assert warnings(RECIPE, *USUAL, "optimizer.ema_decay=0.99") == []
 
 
 @pytest.mark.parametrize(
@@ -74,24 +72,24 @@ def test_sound_settings_have_none():
         (["data.train_split=x", "data.eval_split=x"], ["'x' is the training split"]),
     ],
 )
-def test_one_line_each(overrides, fragments):
-    [line] = warnings(RECIPE, *SOUND, *overrides)
+def test_unusual_setting_gives_one_line(overrides, fragments):
+    [line] = warnings(RECIPE, *USUAL, *overrides)
     assert "\n" not in line
     for fragment in fragments:
         assert fragment in line
 
 
-def test_one_class():
-    messages = warnings(RECIPE, *SOUND[1:], "model.num_classes=1", classes=("a",))
+def test_single_class_gives_a_warning():
+    messages = warnings(RECIPE, *USUAL[1:], "model.num_classes=1", classes=("a",))
     assert messages == ["model.num_classes=1: with one class the loss is always 0"]
 
 
-def test_linear_probe():
-    """A linear probe warns of a learning rate too small for LARS.
+def test_linear_probe_warns_of_small_rates_and_random_encoders():
+    """The smallest usual learning rate depends on the number of steps.
 
-    It also warns if its encoder has random parameters, because init_from is empty.
+    An encoder has random parameters if init_from is empty.
     """
-    sound = [*SOUND, "batch_size=32"]
+    sound = [*USUAL, "batch_size=32"]
     learning_rate = "optimizer.base_learning_rate=0.1"
     [line] = warnings("digits_linear", *sound, learning_rate)
     assert "0.1 x batch_size 32 / 256 = 0.0125, is small for LARS in 1,000" in line
@@ -114,7 +112,7 @@ def test_linear_probe():
     assert warnings("digits_linear", *sound) == []
 
 
-def test_describe_prints_them_first(monkeypatch):
+def test_describe_prints_warnings_first(monkeypatch):
     for name in ("parameter_table", "cost_table", "schedule_table", "hours_table"):
         monkeypatch.setattr(f"hivit_jax.tools.describe.{name}", lambda *_: "")
     monkeypatch.setattr(Task, "build_model", lambda self: Module())

@@ -35,7 +35,7 @@ SECTIONS = {"ft": "finetune"}
 
 
 def options_of(facts, **keys):
-    """Return `config.optimizer` of a trajectory; its rates are not scaled."""
+    """Return `config.optimizer` of a trajectory, with unscaled learning rates."""
     return SimpleNamespace(
         base_learning_rate=facts["lr"],
         lr_batch=0,
@@ -81,8 +81,8 @@ def loss_and_params(fixture, helper):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", TRAJECTORIES)
-def test_eight_steps(recipe):
-    """Losses, gradient norms, rates and final parameters equal the official values."""
+def test_eight_steps_equal_the_official_ones(recipe):
+    """The test compares losses, gradient norms, learning rates and final parameters."""
     name, prefix, helper, keys = TRAJECTORIES[recipe]
     arrays = reference.golden(name)
     facts = helper.FIXTURES[name][SECTIONS.get(prefix, prefix)]
@@ -103,7 +103,7 @@ def test_eight_steps(recipe):
         return optax.apply_updates(params, updates), opt_state, loss, norm
 
     opt_state, losses, norms = transform.init(params), [], []
-    for _ in range(9):
+    for _ in range(9):  # the ninth step only computes its loss
         before = params
         params, opt_state, loss, norm = step(params, opt_state)
         losses.append(loss)
@@ -123,17 +123,17 @@ def test_eight_steps(recipe):
 
 
 @pytest.mark.parametrize(
-    ("recipe", "title", "late"),
+    ("recipe", "title", "steps_late"),
     [
         ("simmim_swin:base_100", "simmim pretrain swin_base 100 (cosine)", 0),
         ("simmim_swin", "simmim pretrain swin_base 800 (multistep)", 1),
         ("finetune_swin", "simmim finetune swin_base 224 100", 0),
     ],
 )
-def test_schedules(recipe, title, late):
-    """Learning rates at the first step of an epoch equal the official ones.
+def test_schedules_equal_the_official_ones(recipe, title, steps_late):
+    """The test compares the learning rate at the first step of each epoch.
 
-    The official multistep schedule is one step late.
+    The official multistep schedule changes one step after its milestones.
     """
     facts, config = swin.FACTS["lr_schedules"][title], mini_runs.recipe(recipe)
     steps = facts["iterations_per_epoch"]
@@ -142,5 +142,5 @@ def test_schedules(recipe, title, late):
     total = int(epochs) * steps
     schedule = make_schedule(config.optimizer, config.batch_size, steps, total)
     for epoch, rate in facts["lr_first_iteration_of_epoch"].items():
-        step = max(int(epoch) * steps - late, 0)
+        step = max(int(epoch) * steps - steps_late, 0)
         assert float(schedule(step)) == pytest.approx(rate, rel=1e-5), epoch

@@ -25,35 +25,34 @@ def names():
     return [*named_leaves(split_state(networks.abstract_model("hivit_tiny"))[1])]
 
 
-def parts(frozen):
-    """Return the first three components of names."""
+def first_three_components(frozen):
+    """Return the first three components of each name, without duplicates."""
     return {"/".join(name.split("/")[:3]) for name in frozen}
 
 
 def test_prefixes_end_at_a_slash(names):
     assert frozen_parameters("", names) == frozenset()
     assert frozen_parameters("head", names) == {"head/kernel", "head/bias"}
-    one = frozen_parameters("encoder/stages/2/1", names)  # not 2/10
-    assert len(one) == 13
-    assert all(name.startswith("encoder/stages/2/1/") for name in one)
-    assert frozen_parameters(" encoder/stages/2/1/ , head/bias", names) == one | {
-        "head/bias"
-    }
+    block = frozen_parameters("encoder/stages/2/1", names)  # not encoder/stages/2/10
+    assert len(block) == 13
+    assert all(name.startswith("encoder/stages/2/1/") for name in block)
+    selected = frozen_parameters(" encoder/stages/2/1/ , head/bias", names)
+    assert selected == block | {"head/bias"}
 
 
-def test_stages(names):
+def test_stages_selects_the_encoder_up_to_a_stage(names):
     stem = {"encoder/absolute_pos_embed"}
     stem |= {f"encoder/patch_embed/{part}" for part in ("proj", "norm")}
     stem |= {"encoder/stages/0", "encoder/merges/0"}
-    assert parts(frozen_parameters("stages:1", names)) == stem
+    assert first_three_components(frozen_parameters("stages:1", names)) == stem
     stem |= {"encoder/stages/1", "encoder/merges/1"}
-    assert parts(frozen_parameters("stages:2", names)) == stem
+    assert first_three_components(frozen_parameters("stages:2", names)) == stem
     everything = frozen_parameters("stages:3", names)
     assert everything == {name for name in names if name.startswith("encoder/")}
 
 
 @pytest.mark.parametrize("item", ["stage", "stages:4", "stages:0", "encoder/stages/3"])
-def test_unknown_prefix(item, names):
+def test_prefix_that_selects_nothing_is_refused(item, names):
     with pytest.raises(ConfigError) as error:
         frozen_parameters(f"head,{item}", names)
     assert str(error.value) == (
@@ -64,7 +63,7 @@ def test_unknown_prefix(item, names):
     )
 
 
-def test_something_must_be_trained(names):
+def test_freezing_all_parameters_is_refused(names):
     with pytest.raises(ConfigError, match="selects all parameters"):
         frozen_parameters("encoder,fc_norm,head", names)
 
@@ -97,8 +96,8 @@ def test_other_parameters_are_trained_as_before():
 
 
 @pytest.mark.slow
-def test_no_bit_changes_in_a_step():
-    """A frozen parameter and its average keep every bit, even the sign of a zero."""
+def test_frozen_parameters_keep_every_bit():
+    """The averages keep every bit too. One value is -0.0, another is denormal."""
     task, frozen = networks.SquareTask(), {"kernel"}
     optimizer = freeze_updates(optax.adamw(0.1, weight_decay=0.5), frozen)
     graphdef = split_state(task.build_model())[0]
@@ -125,8 +124,8 @@ def test_no_bit_changes_in_a_step():
 @pytest.mark.extras
 @pytest.mark.slow
 @pytest.mark.usefixtures("minimal_output")
-def test_run_with_frozen_stages(tmp_path, capsys):
-    """Only the other parameters change, and the run resumes bit-identically."""
+def test_run_with_frozen_stages_resumes_bit_identically(tmp_path, capsys):
+    """In the run, all parameters change except the frozen ones."""
     config = mini_runs.classifier(
         total_steps=2,
         checkpoint_every=1,

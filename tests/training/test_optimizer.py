@@ -25,10 +25,10 @@ pytestmark = pytest.mark.usefixtures("minimal_output")
     ("first_moment", "loss_tolerance", "parameter_tolerance"),
     [("float32", 5e-6, 3e-4), ("bfloat16", 1e-3, 5e-3)],
 )
-def test_ten_steps_of_the_official_adamw(
+def test_ten_steps_equal_the_official_adamw(
     first_moment, loss_tolerance, parameter_tolerance
 ):
-    """Losses and final parameters equal the official values."""
+    """The test compares losses and final parameters."""
     arrays, facts = (
         reference.golden("adamw_traj"),
         reference.FIXTURES["adamw_traj"],
@@ -108,7 +108,7 @@ def weight_decays(model, task):
 
 
 @pytest.mark.slow
-def test_weight_decay_groups_of_pretraining():
+def test_pretraining_has_the_official_weight_decay():
     expected = golden_facts("weight_decay_groups")["mae_pretrain_base"]
     actual = weight_decays(
         networks.abstract_model("mae_hivit_base"), inputs.make_task(mini_runs.mae())
@@ -117,7 +117,7 @@ def test_weight_decay_groups_of_pretraining():
     assert actual == expected["wd"]
 
 
-def test_parameter_without_a_layer():
+def test_parameter_without_a_layer_is_refused():
     model = networks.mini()
     model.encoder.gamma = nnx.Param(jnp.ones(1))
     with pytest.raises(ValueError, match="parameter 'encoder/gamma' has no layer"):
@@ -126,7 +126,7 @@ def test_parameter_without_a_layer():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", ["mini", "hivit_base"])
-def test_layer_decay_and_weight_decay_of_finetuning(size):
+def test_finetuning_has_the_official_layer_and_weight_decay(size):
     expected = golden_facts(f"layer_decay_{size}")
     mini = {
         reference.OUR_NAMES.get(key, key): (
@@ -158,7 +158,7 @@ def test_layer_decay_and_weight_decay_of_finetuning(size):
         ("finetune_base_0.2", "hivit_base", 0.2),
     ],
 )
-def test_drop_path_rates(fact, name, drop_path_rate):
+def test_drop_path_rates_equal_the_official_ones(fact, name, drop_path_rate):
     model = networks.abstract_model(name, drop_path_rate=drop_path_rate)
     expected = [x for x in golden_facts("drop_path")[fact] if x is not None]
     np.testing.assert_allclose(model.config.drop_path_rates, expected, rtol=1e-6)
@@ -175,7 +175,7 @@ def test_optional_parts_add_no_state(clip_norm, layer_decay):
     options.unlock()
     options.clip_norm, options.layer_decay = clip_norm, layer_decay
     layers = {"a": 0, "b/bias": 2}
-    made = optimizer.make_optimizer(
+    ours = optimizer.make_optimizer(
         options, lambda step: 0.1, lambda name: name == "a", layers
     )
     clip = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
@@ -189,11 +189,11 @@ def test_optional_parts_add_no_state(clip_norm, layer_decay):
         optax.scale_by_learning_rate(lambda step: 0.1),
     )
     names = ["0/count", "0/mu/a", "0/mu/b/bias", "0/nu/a", "0/nu/b/bias", "2/count"]
-    states = made.init(PARAMS), adamw.init(PARAMS)
+    states = ours.init(PARAMS), adamw.init(PARAMS)
     assert [*named_leaves(states[0])] == names
     for number in range(3):
         gradient = jax.tree.map(lambda x, n=number: x * n - 1, PARAMS)
-        updates, first = made.update(gradient, states[0], PARAMS)
+        updates, first = ours.update(gradient, states[0], PARAMS)
         expected, second = adamw.update(gradient, states[1], PARAMS)
         states = first, second
         jax.tree.map(np.testing.assert_array_equal, updates, expected)

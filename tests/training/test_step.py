@@ -56,16 +56,15 @@ OPTIMIZERS = {
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_updated_state_is_not_finite(kind):
-    """A step whose new state is not finite leaves the state bit-identical.
+def test_step_with_a_non_finite_new_state_changes_nothing(kind):
+    """Loss and gradient are finite; new parameters, EMA or optimizer state are not.
 
-    Loss and gradient are finite, but new parameters, EMA or optimizer state are not.
     The next step changes nothing either.
     """
     state, step = make_state_and_step(OPTIMIZERS[kind])
     if kind == "parameters overflow":
-        # The update (-3e38) is finite. Only its sum with the parameters (-2e38)
-        # overflows.
+        # The update (-3e38) is finite. Only the sum of the update and the parameters
+        # (-2e38) overflows.
         kernel = jnp.full_like(state["params"]["kernel"], -2e38)
         state["params"] = state["params"] | {"kernel": kernel}
     before = jax.device_get(state)
@@ -77,7 +76,7 @@ def test_updated_state_is_not_finite(kind):
     assert not values["finite"]
 
 
-def test_good_steps_are_taken():
+def test_finite_steps_change_the_state():
     state, step = make_state_and_step(optax.adam(0.1))
     before = jax.device_get(state)
     for steps_done in range(2):
@@ -88,7 +87,7 @@ def test_good_steps_are_taken():
     assert not np.array_equal(state["ema"]["kernel"], before["params"]["kernel"])
 
 
-def test_loss_and_gradient_are_not_finite():
+def test_step_with_a_non_finite_loss_is_skipped():
     state, step = make_state_and_step(optax.adam(0.1))
     state, values = step(state, {}, make_batch(1e30), np.int32(0))
     assert not values["finite"]

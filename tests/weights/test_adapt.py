@@ -18,7 +18,7 @@ def resize_table(table, old, new):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [(64, 96), (32, 160), (96, 64)])
-def test_another_image_size(size, tmp_path, capsys):
+def test_tables_are_resized_to_another_image_size(size, tmp_path, capsys):
     """Tables of 4 x 6 units are resized to the new grid; nothing else changes.
 
     A grid of 6 x 4 units is resized, too, although the number of units is equal.
@@ -50,7 +50,7 @@ def test_another_image_size(size, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_continued_pretraining_at_another_size(tmp_path):
+def test_pretraining_continues_at_another_image_size(tmp_path):
     hivit_jax.save_pretrained(mini("mae_hivit_base"), tmp_path)
     loaded = hivit_jax.load_pretrained(tmp_path, image_size=(64, 128))
     run = jit_model(loaded, lambda m, images, noise: m(images, noise=noise))
@@ -79,8 +79,7 @@ def test_tables_of_windows_fit_any_larger_image(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("old", "new"), [(3, 1), (3, 4), (1, 3), (2, 5)])
-def test_other_channels_of_a_gray_image(old, new, tmp_path):
-    """The same gray in every channel gives the same logits."""
+def test_gray_images_give_equal_logits_with_other_channels(old, new, tmp_path):
     model = mini("hivit_base", in_channels=old)
     hivit_jax.save_pretrained(model, tmp_path)
     loaded = hivit_jax.load_pretrained(tmp_path, in_channels=new)
@@ -102,7 +101,7 @@ def test_other_channels_of_pretraining_need_a_new_prediction_layer(tmp_path):
 
 
 @pytest.mark.slow
-def test_classifier_of_a_pretrained_encoder(tmp_path, capsys):
+def test_classifier_loads_a_pretrained_encoder(tmp_path, capsys):
     model = mini("mae_hivit_base")
     hivit_jax.save_pretrained(model, tmp_path)
     loaded = hivit_jax.load_pretrained(tmp_path, name="hivit_base", num_classes=7)

@@ -31,7 +31,12 @@ _, STATE = state_files.random_state_dict("mae_hivit_base")
 
 
 def to_bytes(state, dtype="F32", about=None, shift=0):
-    """Return the bytes of a safetensors file, with errors as requested."""
+    """Return the bytes of a safetensors file.
+
+    Args:
+      about: content of the metadata "hivit_jax"; None: no metadata.
+      shift: number of bytes by which each array but the first starts too early.
+    """
     header, start = {}, 0
     if about is not None:
         header["__metadata__"] = {"hivit_jax": about}
@@ -51,7 +56,7 @@ def with_array(name, array):
 
 
 def without(*prefixes):
-    """Return the state dict without names that start with a prefix."""
+    """Return the state dict without the names that start with one of the prefixes."""
     return {n: a for n, a in STATE.items() if not n.startswith(prefixes)}
 
 
@@ -63,20 +68,12 @@ def with_nan(name):
 
 
 VALID = to_bytes(STATE)
-
-
 DOUBLE = {name: array.astype(np.float64) for name, array in STATE.items()}
-
-
 VIT = {"cls_token": np.zeros((1, 1, 16), np.float32)} | without("blocks.")
-
-
-ODD_STAGE = {n: a for n, a in STATE.items() if not n.startswith("blocks.0.")}
-
-
-ODD_STAGE = {n.replace("blocks.1.", "blocks.0."): a for n, a in ODD_STAGE.items()}
-
-
+# The first stage has one residual block instead of two.
+ODD_STAGE = {
+    n.replace("blocks.1.", "blocks.0."): a for n, a in without("blocks.0.").items()
+}
 NOT_SQUARE = with_array("absolute_pos_embed", np.zeros((1, 3, 16), np.float32))
 
 
@@ -169,15 +166,15 @@ def check_refused(path, message, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", SAFETENSORS)
-def test_malformed_safetensors(case, tmp_path, capsys):
+def test_malformed_safetensors_are_refused(case, tmp_path, capsys):
     content, message = SAFETENSORS[case]
     path = tmp_path / "x.safetensors"
     path.write_bytes(content)
     check_refused(path, message, capsys)
 
 
-def test_an_array_is_missing(tmp_path):
-    """A single missing array is an error; it is not initialized randomly."""
+def test_file_without_one_array_is_refused(tmp_path):
+    """The missing array is not initialized randomly."""
     path = tmp_path / "x.safetensors"
     path.write_bytes(to_bytes(without("blocks.6.mlp.fc1.bias")))
     message = "1 array is missing, .* is encoder/stages/2/0/mlp/fc1/bias. Refusing"
@@ -192,7 +189,7 @@ def write_archive(path, members, compression=zipfile.ZIP_STORED):
             file.writestr(name, content)
 
 
-def test_foreign_archives(tmp_path, capsys):
+def test_archives_of_other_programs_are_refused(tmp_path, capsys):
     path = tmp_path / "x.pth"
     path.write_bytes(pickle.dumps({"model": {}}))
     check_refused(path, "contains no named tensors, only {'model': dict}", capsys)
@@ -228,11 +225,11 @@ OTHER_KINDS = {
 
 @pytest.mark.parametrize("suffix", ["pth", "safetensors", "pth.tar"])
 @pytest.mark.parametrize("kind", OTHER_KINDS)
-def test_files_of_another_kind(kind, suffix, tmp_path):
-    """The error names the kind of file, for any suffix.
+def test_error_names_the_kind_of_another_file(kind, suffix, tmp_path):
+    """The suffix has no effect, with one exception.
 
-    If the kind is unknown, the error contains the first bytes. A damaged pickle, zip
-    archive or safetensors file is reported as damaged.
+    If the kind is unknown, the error contains the first bytes; with the suffix
+    safetensors, the error states that the file is damaged.
     """
     path = tmp_path / f"x.{suffix}"
     path.write_bytes(OTHER_KINDS[kind])
@@ -243,8 +240,8 @@ def test_files_of_another_kind(kind, suffix, tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["pth", "pth.tar", "pyth", "pkl", "bin", "weights"])
-def test_any_suffix(suffix, tmp_path):
-    """The contents of a file determine its format."""
+def test_format_does_not_depend_on_the_suffix(suffix, tmp_path):
+    """Both formats of PyTorch and safetensors are recognized by their content."""
     content = {"state_dict": torch_files.with_tensors(STATE), "epoch": 3}
     for number, legacy in enumerate((False, True)):
         path = torch_files.save(content, tmp_path / f"{number}.{suffix}", legacy)
@@ -255,8 +252,8 @@ def test_any_suffix(suffix, tmp_path):
     assert files.read(path).state.keys() == STATE.keys()
 
 
-def test_directories_of_other_programs(tmp_path):
-    """A directory must contain exactly one file of weights."""
+def test_directory_must_contain_one_file_of_weights(tmp_path):
+    """Without config.json of hivit_jax, two files of weights are an error."""
     torch_files.save(torch_files.with_tensors(STATE), tmp_path / "pytorch_model.bin")
     (tmp_path / "config.json").write_text("{}")
     loaded = read(tmp_path, **state_files.NOT_IN_STATE_DICT)
@@ -266,7 +263,7 @@ def test_directories_of_other_programs(tmp_path):
         read(tmp_path)
 
 
-def test_archives_with_overlapping_members(tmp_path, capsys):
+def test_archives_with_overlapping_members_are_refused(tmp_path, capsys):
     """Archives whose entries share bytes are refused.
 
     Otherwise a small archive could unpack into a large file.
@@ -284,8 +281,8 @@ def test_archives_with_overlapping_members(tmp_path, capsys):
     check_refused(path, "members of the archive overlap", capsys)
 
 
-def test_pytorch_is_missing(tmp_path, monkeypatch):
-    """Without PyTorch, its files are read, but not written."""
+def test_files_are_read_but_not_written_without_pytorch(tmp_path, monkeypatch):
+    """Writing a .pth file requires PyTorch."""
     monkeypatch.setitem(sys.modules, "torch", None)
     assert read(
         reference.GOLDEN / "official_mae.pth", **state_files.NOT_IN_STATE_DICT
@@ -311,12 +308,12 @@ def malicious_cases(marker):
     write = f"open({str(marker)!r}, 'w').write('x')"
     sparse = torch_files.Global("torch._utils", "_rebuild_sparse_tensor")("coo", ())
     repeated = torch_files.tensor(np.zeros(1, np.float32), 0, (10**6, 10**6), (0, 0))
-    none = "contains no named tensors"
+    no_tensors = "contains no named tensors"
     return {
-        "os.system": (Planted(os.system, f"touch {marker}"), none),
+        "os.system": (Planted(os.system, f"touch {marker}"), no_tensors),
         "eval": ({"model": Planted(eval, write)}, r"'model': __builtin__\.eval"),
-        "exec": ({"model": {"a": Planted(exec, write)}}, none),
-        "a function": ({"model": {"a": os.listdir}}, none),
+        "exec": ({"model": {"a": Planted(exec, write)}}, no_tensors),
+        "a function": ({"model": {"a": os.listdir}}, no_tensors),
         "a namespace with a class": (
             {
                 "model": {"a": tensor},
@@ -325,15 +322,15 @@ def malicious_cases(marker):
             "not a HiViT: .*\n.*1 entries: a",
         ),
         "a list": ([tensor], "contains a list; expected a dict"),
-        "a number for a tensor": ({"model": {"a": 3}}, none),
-        "a number for a name": ({"model": {3: tensor}}, none),
+        "a number for a tensor": ({"model": {"a": 3}}, no_tensors),
+        "a number for a name": ({"model": {3: tensor}}, no_tensors),
         "sparse": ({"model": {"a": sparse}}, "'a' is not a dense tensor"),
         "one number, repeated": (
             {"model": {"a": repeated}},
             r"'a' has shape \[1000000, 1000000\] and is larger than the file",
         ),
-        "nothing": ({}, none),
-        "an empty state dict": ({"model": {}}, none),
+        "nothing": ({}, no_tensors),
+        "an empty state dict": ({"model": {}}, no_tensors),
         "another network": ({"state_dict": {"conv1.weight": tensor}}, "not a HiViT"),
         "two networks": (
             {name: torch_files.with_tensors(STATE) for name in ("student", "teacher")},
@@ -354,7 +351,7 @@ def malicious_cases(marker):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", malicious_cases(""))
-def test_malicious_and_foreign_pytorch_files(case, tmp_path, capsys):
+def test_malicious_and_foreign_pytorch_files_are_refused(case, tmp_path, capsys):
     marker, path = tmp_path / "marker", tmp_path / "x.pth"
     content, message = malicious_cases(marker)[case]
     for legacy in (False, True):
@@ -362,8 +359,8 @@ def test_malicious_and_foreign_pytorch_files(case, tmp_path, capsys):
     assert not marker.exists()
 
 
-def test_the_planted_files_are_real(tmp_path):
-    """pickle.loads runs the code in the malicious files of these tests."""
+def test_planted_code_runs_in_pickle(tmp_path):
+    """The malicious files of these tests are effective: `pickle.loads` runs them."""
     marker = tmp_path / "marker"
     for case in ("os.system", "eval", "exec"):
         pickle.loads(pickle.dumps(malicious_cases(marker)[case][0]))
@@ -394,8 +391,8 @@ def test_narrower_numbers_are_widened(name, kind, tmp_path):
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
-def test_modes_of_files(mask, tmp_path):
-    """The umask determines the modes of written files."""
+def test_umask_determines_the_modes_of_files(mask, tmp_path):
+    """A file of weights gets the same mode as any other file."""
     old = os.umask(mask)
     try:
         files.write(tmp_path / "x.safetensors", STATE, "{}")
@@ -406,7 +403,7 @@ def test_modes_of_files(mask, tmp_path):
     assert modes == [0o666 & ~mask] * 2
 
 
-def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+def test_failed_write_keeps_the_old_file(tmp_path):
     path = tmp_path / "x.safetensors"
     files.write(path, STATE, "{}")
     before = path.read_bytes()
@@ -418,7 +415,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
         files.write(tmp_path / "nowhere/x.safetensors", STATE, "{}")
 
 
-def test_directory_with_an_invalid_config(tmp_path, capsys):
+def test_directory_with_an_invalid_config_is_refused(tmp_path, capsys):
     (tmp_path / "model.safetensors").write_bytes(VALID)
     for text in ("{", "[]", '{"arguments": 3}', '{"arguments": {}}'):
         (tmp_path / "config.json").write_text(text)

@@ -31,7 +31,7 @@ NETWORKS = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "overrides"), NETWORKS)
-def test_infer_from_names_and_shapes(name, overrides):
+def test_arguments_are_inferred_from_names_and_shapes(name, overrides):
     model = abstract_model(name, **overrides)
     state = state_files.zero_state_dict(model)
     if overrides is MMPRETRAIN:

@@ -92,8 +92,8 @@ def convert_state(state, width=16):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_committed_pytorch_files(kind):
-    """`load_pretrained` reads files that PyTorch wrote, with their exact values."""
+def test_files_written_by_pytorch_load_exactly(kind):
+    """The files are part of the golden data; PyTorch wrote them."""
     _, content = KINDS[kind]
     hints = state_files.NOT_IN_STATE_DICT if kind == "official_mae" else {}
     loaded = hivit_jax.load_pretrained(reference.GOLDEN / f"{kind}.pth", **hints)
@@ -113,7 +113,7 @@ def test_committed_pytorch_files(kind):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_state_dicts_as_safetensors(kind, tmp_path):
+def test_state_dicts_in_safetensors_load_exactly(kind, tmp_path):
     _, content = KINDS[kind]
     state = content.get("model") or content["state_dict"]
     path = state_files.save_safetensors(tmp_path / "x.safetensors", state)
@@ -125,8 +125,8 @@ def test_state_dicts_as_safetensors(kind, tmp_path):
 
 
 @pytest.mark.slow
-def test_pretraining_files_of_mmpretrain(tmp_path, capsys):
-    """A classifier loads the encoder of an MMPretrain file and ignores its decoder.
+def test_classifier_loads_the_encoder_of_an_mmpretrain_file(tmp_path, capsys):
+    """The decoder of the file is ignored.
 
     MMPretrain's decoder is not supported, because it treats the first visible unit as a
     class token.
@@ -160,11 +160,8 @@ def test_pretraining_files_of_mmpretrain(tmp_path, capsys):
 @pytest.mark.parametrize(
     "fixture", ["mae_mini", "mae_mini_nohifeat_rpe", "features_mini_rpe"]
 )
-def test_golden_outputs_from_a_file(fixture, tmp_path):
-    """A model loaded from an official file computes the official outputs.
-
-    All arguments but the numbers of heads are inferred from the file.
-    """
+def test_official_file_gives_the_official_outputs(fixture, tmp_path):
+    """All arguments except the numbers of heads are inferred from the file."""
     path = state_files.save_safetensors(
         tmp_path / "x.safetensors", reference.state_dict(fixture)
     )
@@ -219,7 +216,7 @@ def test_another_name_keeps_custom_sizes():
 
 @pytest.mark.extras
 @pytest.mark.slow
-def test_pretrain_finetune_share_evaluate(tmp_path, capsys):
+def test_shared_model_evaluates_like_its_run(tmp_path, capsys):
     """A finetuned model, converted to a directory, evaluates as at the end of the run.
 
     Finetuning with another image size resizes the pretrained tables. The model card
@@ -252,7 +249,7 @@ def test_pretrain_finetune_share_evaluate(tmp_path, capsys):
 
 @pytest.mark.extras
 @pytest.mark.slow
-def test_continued_pretraining_of_an_official_file(tmp_path):
+def test_pretraining_continues_from_an_official_file(tmp_path):
     """`init_from` with an official file loads encoder and decoder exactly."""
     state = reference.state_dict("mae_mini")
     path = state_files.save_safetensors(tmp_path / "x.safetensors", state)
@@ -280,14 +277,14 @@ def test_continued_pretraining_of_an_official_file(tmp_path):
         (dict(nmu_heads=2), "unknown override .*did you mean 'num_heads'"),
     ],
 )
-def test_overrides_that_do_not_fit(overrides, message, tmp_path):
+def test_overrides_that_do_not_fit_are_refused(overrides, message, tmp_path):
     hivit_jax.save_pretrained(mini("hivit_base"), tmp_path)
     with pytest.raises(ConfigError, match=message):
         hivit_jax.load_pretrained(tmp_path, **overrides)
 
 
-def test_inspect_a_model_of_custom_size(tmp_path, capsys):
-    """--inspect marks guessed arguments; arguments of --set are not guessed."""
+def test_inspect_marks_guessed_arguments(tmp_path, capsys):
+    """An argument of --set is not marked as guessed."""
     path = state_files.save_safetensors(tmp_path / "x.safetensors", official_state())
     assert convert.main(["--inspect", str(path), "--set", "num_heads=2"]) == 0
     text = capsys.readouterr().out
@@ -302,11 +299,8 @@ def test_inspect_a_model_of_custom_size(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_inspect_files(tmp_path, capsys):
-    """--inspect prints a file's entries, all names, and the loading report.
-
-    A pretraining file is also inspected as a classifier of larger images.
-    """
+def test_inspect_prints_entries_names_and_report(tmp_path, capsys):
+    """A pretraining file is also inspected as a classifier of larger images."""
     for kind, words in {
         "official_mae": ["mae_hivit_base", "entries: optimizer, epoch, scaler, args"],
         "official_finetuned": [
@@ -337,11 +331,8 @@ def test_inspect_files(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_hub(tmp_path, monkeypatch):
-    """hf:// addresses load a repository's directory or one of its files.
-
-    The address may contain a revision.
-    """
+def test_hub_addresses_load_a_repository_or_a_file(tmp_path, monkeypatch):
+    """The address may contain a revision."""
     model, downloads = mini("hivit_base"), []
     hivit_jax.save_pretrained(model, tmp_path)
     state_files.save_safetensors(
@@ -380,8 +371,8 @@ def test_hub(tmp_path, monkeypatch):
         read("hf://a/b")
 
 
-def test_name_of_a_model_is_no_path(tmp_path, monkeypatch):
-    """A model name instead of a path is explained; a directory of this name is not."""
+def test_model_name_instead_of_a_path_is_explained(tmp_path, monkeypatch):
+    """If a directory has the name, the error does not mention `create_model`."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CheckpointError, match=r"create_model\('vit_base'\) init"):
         hivit_jax.load_pretrained("vit_base")

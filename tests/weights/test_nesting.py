@@ -61,11 +61,8 @@ NESTINGS = {
 
 @pytest.mark.parametrize("key", NESTINGS)
 @pytest.mark.parametrize("legacy", [False, True])
-def test_nesting(key, legacy, tmp_path):
-    """Reading a file finds the state dict of a HiViT below any keys.
-
-    The file may contain other objects.
-    """
+def test_state_dict_is_found_below_any_keys(key, legacy, tmp_path):
+    """The file may contain other objects."""
     content = torch_files.with_tensors(NESTINGS[key])
     file = files.read(torch_files.save(content, tmp_path / "x.pth", legacy))
     assert file.key == key
@@ -82,8 +79,8 @@ def test_nesting(key, legacy, tmp_path):
         {"module": STATE, "ema": {"module": AVERAGE}},
     ],
 )
-def test_averaged_weights(content, tmp_path):
-    """If a file has averaged weights, they are read, unless averaged=False."""
+def test_averaged_weights_are_preferred(content, tmp_path):
+    """With averaged=False, the plain weights are read."""
     path = torch_files.save(torch_files.with_tensors(content), tmp_path / "x.pth")
     for averaged, expected in ((True, AVERAGE), (False, STATE)):
         state = files.read(path, averaged).state
@@ -118,15 +115,16 @@ def test_averaged_weights(content, tmp_path):
         (STATE, [], []),
     ],
 )
-def test_prefixes(state, removed, unused):
-    """`remove_prefixes` removes the prefix of a model's names, and any wrappers."""
+def test_prefixes_of_names_are_removed(state, removed, unused):
+    """The prefixes come from a model's attribute or wrappers such as torch.compile."""
     result = remove_prefixes(state)
     assert result.removed == removed
     assert result.unused == unused
     assert result.state.keys() == STATE.keys()
 
 
-def test_prefixes_of_two_models():
+def test_prefixes_of_several_models_are_refused():
+    # A model and its average are not ambiguous.
     state = add_prefix("model.") | add_prefix("ema.", AVERAGE)
     for averaged, expected in ((True, AVERAGE), (False, STATE)):
         result = remove_prefixes(state, averaged)
@@ -139,7 +137,7 @@ def test_prefixes_of_two_models():
         remove_prefixes(STATE | add_prefix("module."))
 
 
-def test_what_was_removed_is_reported(tmp_path, capsys):
+def test_removed_keys_and_prefixes_are_reported(tmp_path, capsys):
     content = {"net": add_prefix("model.") | OTHER}
     path = torch_files.save(torch_files.with_tensors(content), tmp_path / "x.pth")
     pretrained = read(path, num_heads=1)
@@ -153,7 +151,7 @@ def test_what_was_removed_is_reported(tmp_path, capsys):
 @pytest.mark.parametrize(
     "leftovers", [("norm.",), ("mask_token", "norm.bias"), ("decoder_pos",)]
 )
-def test_an_encoder_without_its_decoder(leftovers, tmp_path, capsys):
+def test_encoder_loads_without_its_decoder(leftovers, tmp_path, capsys):
     """An encoder loads as a model without a head; a note lists the decoder's entries.
 
     A norm of the encoder's width is an error, because it may belong to a classifier.

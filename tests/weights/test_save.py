@@ -35,8 +35,8 @@ KINDS = state_files.contents_by_format()
 @pytest.mark.parametrize(
     "suffix", ["safetensors", pytest.param("pth", marks=pytest.mark.torch)]
 )
-def test_round_trip(layout, suffix, tmp_path):
-    """Arrays are byte-identical after a conversion to a directory and back."""
+def test_arrays_survive_a_round_trip(layout, suffix, tmp_path):
+    """A file is converted to a directory and back to a file in `layout`."""
     if suffix == "pth":
         pytest.importorskip("torch")
     kind = "mmpretrain" if layout == "mmpretrain" else "official_finetuned"
@@ -73,11 +73,8 @@ def test_official_program_can_load_every_entry(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["hivit_base", "mae_hivit_base"])
-def test_save_pretrained(name, tmp_path):
-    """A model that is saved and loaded has the same arguments and values.
-
-    The model card contains the results.
-    """
+def test_saved_model_loads_with_equal_arguments_and_values(name, tmp_path):
+    """The model card contains the results."""
     overrides = dict(drop_path_rate=0.1) if name == "hivit_base" else {}
     model = mini(name, dtype="bfloat16", image_size=(64, 32), **overrides)
     hivit_jax.save_pretrained(model, tmp_path, {"task": "x"}, {"eval/top1": 0.5})
@@ -94,7 +91,7 @@ def test_save_pretrained(name, tmp_path):
 
 @pytest.mark.parametrize(("scale", "divisor"), [(1 / 255, "255"), (1 / 65535, "65535")])
 def test_card_states_the_divisor_of_pixels(scale, divisor):
-    """The model card states the divisor of pixels: 255 for 8 bits, 65535 for 16."""
+    """The divisor is 255 for 8 bits and 65535 for 16 bits."""
     model = abstract_model("hivit_base", num_classes=2)
     model.info = replace(model.info, scale=scale, multi_label=True)
     card = model_card(model, {}, {})
@@ -154,10 +151,11 @@ def test_code_of_the_card_runs(name, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("file", ["", "model.safetensors", "other.safetensors"])
-def test_facts_about_images_are_saved(file, tmp_path):
-    """Every saved file contains `model.info`.
+def test_info_is_saved_in_every_file(file, tmp_path):
+    """A model that is loaded with another number of classes has no class names.
 
-    A model that is loaded with another number of classes has no class names.
+    Only the file config.json of a directory can be missing, because the weight files
+    contain the same info.
     """
     model = mini("hivit_base", num_classes=2)
     facts = dict(class_names=("cat", "dog"), crop=0.9, mean=(0.1, 0.2, 0.3))
@@ -222,8 +220,8 @@ CHANGES = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-def test_what_would_not_load_is_not_saved(change, tmp_path):
-    """`save_pretrained` refuses a model that would not load, and changes no file.
+def test_model_that_would_not_load_is_not_saved(change, tmp_path):
+    """A refused model changes no file.
 
     A model is saved if and only if its arrays have the names and shapes of
     `model.config`, a float dtype and finite values.
@@ -250,7 +248,7 @@ def test_changed_values_and_narrower_dtypes_are_saved(tmp_path):
 
 
 @pytest.mark.slow
-def test_an_edited_model_card_is_kept(tmp_path, capsys):
+def test_edited_model_card_is_kept(tmp_path, capsys):
     """Saving again replaces the model card only if nobody has edited it."""
     card, model = tmp_path / "README.md", small_model()
     hivit_jax.save_pretrained(model, tmp_path)
@@ -296,8 +294,7 @@ def test_files_of_other_programs_are_not_overwritten(name, content, tmp_path):
 
 
 @pytest.mark.slow
-def test_home_directory(tmp_path, monkeypatch):
-    """`~` is expanded in every path for saving or loading."""
+def test_tilde_is_expanded_in_paths(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
     hivit_jax.save_pretrained(small_model(), "~/shared")
@@ -310,8 +307,8 @@ def test_home_directory(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["official", "supervised", "mmpretrain"])
-def test_arrays_of_a_state_dict(layout):
-    """`to_state_dict` returns writable copies, because programs may modify them."""
+def test_arrays_of_a_state_dict_are_writable_copies(layout):
+    """Programs may modify the arrays of `to_state_dict`."""
     fc_norm = layout != "mmpretrain"
     model = mini("hivit_base", num_classes=2, fc_norm=fc_norm, relative_position=True)
     state = to_state_dict(split(model)[1], model, layout)
@@ -323,7 +320,7 @@ def test_arrays_of_a_state_dict(layout):
     assert len(memory) == len(arrays)
 
 
-def test_no_paths_of_the_machine_are_shared(tmp_path):
+def test_saved_files_contain_no_paths_of_the_machine(tmp_path):
     """Saved cards, configs and weights contain no paths of this machine.
 
     Values that look like a path are shortened, and values of keys for directories are
@@ -360,8 +357,8 @@ def test_no_paths_of_the_machine_are_shared(tmp_path):
     assert shareable({"init_from": "runs/secret/last"}) == {"init_from": "last"}
 
 
-def test_a_conversion_does_not_overwrite_its_source(tmp_path, capsys):
-    """The source of a conversion is never overwritten, even under another name."""
+def test_conversion_does_not_overwrite_its_source(tmp_path, capsys):
+    """The directory and its weight file are two names of the same source."""
     hivit_jax.save_pretrained(small_model(), tmp_path / "d")
     source = tmp_path / "d/model.safetensors"
     before = source.read_bytes()

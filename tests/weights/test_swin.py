@@ -47,8 +47,8 @@ def check_params(pretrained, expected):
         assert array.tobytes() == expected[name].tobytes(), name
 
 
-def test_official_classifier(tmp_path):
-    """An official file loads bit-identically; shift masks determine the image size."""
+def test_official_classifier_loads_bit_identically(tmp_path):
+    """The shift masks of the file determine the image size."""
     state, params = with_buffers("swin_mini")
     pretrained = read(write(tmp_path / "swin.pth", state))
     check_params(pretrained, params)
@@ -58,7 +58,7 @@ def test_official_classifier(tmp_path):
 
 
 @pytest.mark.slow
-def test_golden_logits_of_timm(tmp_path):
+def test_timm_directory_gives_the_official_logits(tmp_path):
     state = foreign.timm_swin_state(swin.state_dict("swin_mini"))
     assert "layers.1.downsample.norm.weight" in state
     info = dict(input_size=[3, 64, 64], mean=MEAN, crop_pct=0.9)
@@ -76,7 +76,7 @@ def test_golden_logits_of_timm(tmp_path):
 
 
 @pytest.mark.slow
-def test_transformers_classifier(tmp_path):
+def test_transformers_classifier_loads_bit_identically(tmp_path):
     state, params = with_buffers("swin_mini_clamp")
     for name in [name for name in state if name.endswith("attn_mask")]:
         del state[name]
@@ -95,8 +95,7 @@ def test_transformers_classifier(tmp_path):
 
 
 @pytest.mark.slow
-def test_smaller_image_than_the_saved_one(tmp_path):
-    """Only tables whose size does not fit are resized."""
+def test_smaller_images_resize_only_tables_that_do_not_fit(tmp_path):
     state, params = with_buffers("swin_mini")
     path = write(tmp_path / "swin.pth", state)
     assert read(path, image_size=(64, 48)).arguments["image_size"] == (64, 48)
@@ -111,15 +110,14 @@ def test_smaller_image_than_the_saved_one(tmp_path):
             read(path, image_size=size)
 
 
-def test_other_masks_of_simmim(tmp_path):
-    """The two sizes must change together: the default mask size does not divide 48."""
+def test_simmim_loads_with_another_image_and_mask_size(tmp_path):
+    """The default mask size does not divide 48, so both sizes are passed."""
     path = write(tmp_path / "simmim.pth", with_buffers("simmim_mini")[0])
     sizes = dict(image_size=48, mask_patch_size=16)
     assert read(path, **sizes).arguments.items() >= sizes.items()
 
 
-def test_other_channels_of_simmim(tmp_path):
-    """Another number of channels requires a new decoder."""
+def test_other_channels_of_simmim_need_a_new_decoder(tmp_path):
     pretrained = read(write(tmp_path / "x.pth", with_buffers("simmim_mini")[0]))
     name, config = swin.arguments("simmim_mini")
     model = swin.abstract_model(name, **config | dict(in_channels=4))
@@ -129,7 +127,7 @@ def test_other_channels_of_simmim(tmp_path):
 
 
 @pytest.mark.parametrize("labels", [{"cat": 0, "dog": 1}, ["cat", "dog"], 2])
-def test_class_names_without_numbers(labels, tmp_path):
+def test_class_names_without_numbers_are_refused(labels, tmp_path):
     config = dict(model_type="swin", id2label=labels)
     path = foreign.write_directory(
         tmp_path / "hf", swin.state_dict("swin_mini"), config
@@ -140,7 +138,7 @@ def test_class_names_without_numbers(labels, tmp_path):
 
 
 @pytest.mark.parametrize("program", ["official", "transformers"])
-def test_simmim(program, tmp_path):
+def test_simmim_loads_bit_identically(program, tmp_path):
     state, params = with_buffers("simmim_mini")
     if program == "official":
         path = write(tmp_path / "ckpt_epoch_99.pth", state)
@@ -157,10 +155,10 @@ def test_simmim(program, tmp_path):
     assert isinstance(model, SimMIM)
 
 
-def test_finetuning_from_a_simmim_file(tmp_path):
-    """A Swin with larger windows loads the encoder of a SimMIM file.
+def test_classifier_loads_a_simmim_file(tmp_path):
+    """The tables are resized geometrically to larger windows.
 
-    The tables are resized geometrically. Mask token and decoder are not used.
+    Mask token and decoder are not used.
     """
     state, params = with_buffers("simmim_mini")
     pretrained = read(write(tmp_path / "ckpt_epoch_99.pth", state))
@@ -181,8 +179,8 @@ def test_finetuning_from_a_simmim_file(tmp_path):
     np.testing.assert_allclose(table[60], params[tables[0]][24], atol=1e-6)
 
 
-def test_transformers_vit_mae(tmp_path):
-    """A ViT-MAE directory loads; config.json sets heads, eps and norm_pix_loss."""
+def test_transformers_vit_mae_loads_bit_identically(tmp_path):
+    """config.json determines heads, LayerNorm eps and norm_pix_loss."""
     state = vit.state_dict("mae_vit_mini")
     config = dict(model_type="vit_mae", num_attention_heads=2, layer_norm_eps=1e-12)
     config |= dict(decoder_num_attention_heads=2, norm_pix_loss=False)
@@ -212,8 +210,7 @@ def test_inspect_and_errors(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_saved_model(tmp_path):
-    """Saving and loading keep the config and every byte."""
+def test_saved_model_loads_bit_identically(tmp_path):
     model, _ = swin.build("simmim_mini")
     hivit_jax.save_pretrained(model, tmp_path / "saved")
     again = hivit_jax.load_pretrained(tmp_path / "saved")
@@ -224,8 +221,8 @@ def test_saved_model(tmp_path):
 
 @pytest.mark.parametrize("layout", ["official", "timm", "transformers"])
 @pytest.mark.parametrize("fixture", ["swin_mini", "simmim_mini"])
-def test_layouts(fixture, layout):
-    """Parameters written in a layout have its names, and read back bit-identically."""
+def test_parameters_in_each_layout_read_back_bit_identically(fixture, layout):
+    """The written parameters have the names of the layout."""
     name, config = swin.arguments(fixture)
     model = swin.abstract_model(name, **config)
     state = swin.state_dict(fixture)
@@ -248,7 +245,7 @@ def test_layouts(fixture, layout):
         assert array.tobytes() == back[name].tobytes(), name
 
 
-def test_layouts_of_vit():
+def test_layouts_of_vit_read_back_bit_identically():
     state = vit.state_dict("mae_vit_mini")
     name, config = vit.arguments("mae_vit_mini")
     model = vit.abstract_model(name, **config)
@@ -265,8 +262,7 @@ def test_layouts_of_vit():
         to_state_dict(params, model, "mmpretrain")
 
 
-def test_repository_of_transformers(tmp_path, monkeypatch):
-    """If a repository has no safetensors file, its PyTorch file is downloaded."""
+def test_hub_repository_without_safetensors_loads_pytorch_file(tmp_path, monkeypatch):
     state, requested = vit.state_dict("mae_vit_mini"), []
     named = foreign.transformers_state(state, "vit")
     config = dict(model_type="vit_mae", num_attention_heads=2)

@@ -46,16 +46,15 @@ def read(path, name="a"):
     ],
     ids=lambda array: f"{array.dtype}{array.strides}",
 )
-def test_tensors(array, legacy, tmp_path):
-    """Tensors of every dtype and views of a storage are read."""
+def test_tensors_of_every_dtype_and_view_are_read(array, legacy, tmp_path):
     loaded = read(torch_files.save({"a": tensor(array)}, tmp_path / "x.pth", legacy))
     assert loaded.dtype == array.dtype
     np.testing.assert_array_equal(loaded, array)
 
 
 @FORMATS
-def test_objects_beside_the_weights(legacy, tmp_path):
-    """Objects such as configs are read, although their classes are not installed."""
+def test_objects_of_unknown_classes_are_read(legacy, tmp_path):
+    """Configs and other objects are read, although their classes are not installed."""
     history = Global("mmengine.logging.history_buffer", "HistoryBuffer")
     dtype = Global("numpy", "dtype")("f8", False, True, state=(3, "<", None))
     content = {
@@ -75,8 +74,8 @@ def test_objects_beside_the_weights(legacy, tmp_path):
 
 @pytest.mark.parametrize("protocol", [2, 4, 5])
 @pytest.mark.parametrize("dtype", [">f4", "<i8", "float16", "bool"])
-def test_arrays_of_numpy(protocol, dtype, tmp_path):
-    """Arrays in a plain pickle are read, for any byte order and axis order."""
+def test_numpy_arrays_in_a_plain_pickle_are_read(protocol, dtype, tmp_path):
+    """The arrays have any byte order and axis order."""
     array = (np.arange(6).reshape(2, 3) % 2).astype(dtype)
     content = {"a": array, "f": np.asfortranarray(array)}
     (tmp_path / "x.pkl").write_bytes(pickle.dumps(content, protocol))
@@ -90,8 +89,7 @@ def test_arrays_of_numpy(protocol, dtype, tmp_path):
         read(tmp_path / "x.pkl")
 
 
-def test_parameters_and_subclasses(tmp_path):
-    """Parameters and tensor subclasses are read as plain arrays."""
+def test_parameters_and_subclasses_are_read_as_arrays(tmp_path):
     utils = [Global("torch._utils", f"_rebuild_{n}") for n in ("parameter", "tensor")]
     inner = tensor(NUMBERS)
     function, args, *_ = inner.parts
@@ -139,8 +137,7 @@ def planted_programs(marker):
 
 @FORMATS
 @pytest.mark.parametrize("case", planted_programs(""))
-def test_nothing_in_a_file_is_run(case, legacy, tmp_path):
-    """No opcode runs a command, in either format."""
+def test_no_opcode_runs_a_command(case, legacy, tmp_path):
     path, marker = tmp_path / "x.pth", tmp_path / "marker"
     program = planted_programs(marker)[case]
     before = dict(vars(StandIn))
@@ -155,7 +152,7 @@ def test_nothing_in_a_file_is_run(case, legacy, tmp_path):
 
 
 def test_classes_cannot_be_changed(tmp_path):
-    """A file that sets the state of a class or uses extension codes is an error."""
+    """Files that set the state of a class or use extension codes are refused."""
     path = tmp_path / "x.pth"
     copyreg.add_extension("os", "system", 0x7E)
     try:
@@ -185,7 +182,7 @@ def test_classes_cannot_be_changed(tmp_path):
     ],
 )
 @FORMATS
-def test_tensors_that_are_not_in_their_storage(change, message, legacy, tmp_path):
+def test_tensors_outside_their_storage_are_refused(change, message, legacy, tmp_path):
     change = dict(shape=(2, 12), strides=(12, 1)) | change
     path = torch_files.save(
         {"a": tensor(NUMBERS, **change)}, tmp_path / "x.pth", legacy
@@ -195,7 +192,7 @@ def test_tensors_that_are_not_in_their_storage(change, message, legacy, tmp_path
 
 
 @pytest.mark.parametrize("name", ["sparse_tensor", "qtensor", "meta_tensor_no_storage"])
-def test_tensors_that_are_not_dense(name, tmp_path):
+def test_tensors_that_are_not_dense_are_refused(name, tmp_path):
     other = Global("torch._utils", f"_rebuild_{name}")("cpu", (3,))
     path = torch_files.save({"a": other, "b": tensor(NUMBERS)}, tmp_path / "x.pth")
     with pytest.raises(CheckpointError, match="'a' is not a dense tensor"):
@@ -204,8 +201,8 @@ def test_tensors_that_are_not_dense(name, tmp_path):
 
 
 @FORMATS
-def test_damage(legacy, tmp_path):
-    """A truncated file is an error; so is a changed number if there are checksums."""
+def test_damaged_files_are_refused(legacy, tmp_path):
+    """All truncated files are refused, and changed numbers if there are checksums."""
     path = torch_files.save({"a": tensor(NUMBERS)}, tmp_path / "x.pth", legacy)
     content = path.read_bytes()
     for length in (*range(0, len(content) - 1, 97), len(content) - 1):
@@ -219,7 +216,7 @@ def test_damage(legacy, tmp_path):
             read(path)
 
 
-def test_archives_without_checksums_and_of_other_programs(tmp_path):
+def test_archives_of_other_programs_are_refused(tmp_path):
     path = torch_files.save({"a": tensor(NUMBERS)}, tmp_path / "x.pth")
     content = bytearray(path.read_bytes())
     for header, offset in ((b"PK\3\4", 14), (b"PK\1\2", 16)):

@@ -23,7 +23,7 @@ from hivit_jax.weights.names.official import from_official
 HEADS = dict(num_heads=2)
 
 
-def test_pretraining_file(tmp_path):
+def test_pretraining_file_loads_bit_identically(tmp_path):
     state = vit.state_dict("mae_vit_mini")
     path = write(tmp_path / "checkpoint-3.pth", state)
     model = hivit_jax.load_pretrained(path, **HEADS, decoder_num_heads=2)
@@ -37,7 +37,7 @@ def test_pretraining_file(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fixture", ["vit_cls_mini", "vit_cls_mini_token"])
-def test_golden_logits_from_a_file(fixture, tmp_path):
+def test_finetuned_file_gives_the_official_logits(fixture, tmp_path):
     path = write(tmp_path / "finetuned.pth", vit.state_dict(fixture))
     model = hivit_jax.load_pretrained(path, **HEADS)
     assert isinstance(model, ViTClassifier)
@@ -52,10 +52,10 @@ def test_golden_logits_from_a_file(fixture, tmp_path):
 
 
 @pytest.mark.parametrize("pooling", ["mean", "token"])
-def test_finetuning_from_a_pretraining_file(pooling, tmp_path):
-    """A classifier of larger images loads a pretraining file's encoder.
+def test_classifier_loads_a_pretraining_file(pooling, tmp_path):
+    """The position table is resized to the grid of larger images.
 
-    The position table is resized. Mean pooling does not use the file's `norm`.
+    Mean pooling does not use the file's `norm`.
     """
     path = write(tmp_path / "full.pth", vit.state_dict("mae_vit_mini"))
     pretrained = read(path, **HEADS)
@@ -73,8 +73,8 @@ def test_finetuning_from_a_pretraining_file(pooling, tmp_path):
     assert norm & {*report.unused} == (norm if pooling == "mean" else set())
 
 
-def test_encoder_alone(tmp_path):
-    """Every array is used of a file like timm's: encoder and norm, but no head."""
+def test_all_arrays_of_an_encoder_file_are_used(tmp_path):
+    """The file is like timm's: it contains encoder and norm, but no head."""
     state = vit.state_dict("mae_vit_mini")
     encoder = {k: v for k, v in state.items() if "decoder" not in k}
     del encoder["mask_token"]

@@ -47,7 +47,7 @@ def test_batches_have_the_compiled_shapes(source, overrides):
 @pytest.mark.slow
 @pytest.mark.parametrize(("fsdp", "parts"), [(8, 1), (4, 2)])
 def test_fsdp_communicates_only_parameters_and_gradients(fsdp, parts):
-    """Communicated bytes do not grow with the batch; those of activations would."""
+    """The bytes are equal for two batch sizes; bytes of activations would grow."""
     collectives = []
     for size in (64, 256):
         config = mini_runs.mae(batch_size=size, model__depths="(1,1,1)")
@@ -63,8 +63,8 @@ def test_fsdp_communicates_only_parameters_and_gradients(fsdp, parts):
 
 
 @pytest.mark.extras
-def test_tpu_step(tmp_path):
-    """FLOPs follow the mask ratio; gradients are reduced once per step."""
+def test_report_of_a_tpu_step_follows_the_config(tmp_path):
+    """FLOPs depend on the mask ratio; gradients are reduced once per step."""
     pytest.importorskip("libtpu")
     report = mini_runs.compile_report(tmp_path)
     assert report["fits"]
@@ -82,12 +82,12 @@ def test_tpu_step(tmp_path):
     parameters = 4 * (model.parameter_count() - fixed)
     assert_allclose(reduced["bytes_per_step"], parameters, rtol=0.02)
 
-    parts = mini_runs.compile_report(
+    accumulated = mini_runs.compile_report(
         tmp_path, optimizer__accumulate_steps=4, batch_size=256
     )
-    [again] = parts["collectives"]
+    [again] = accumulated["collectives"]
     assert_allclose(again["bytes_per_step"], reduced["bytes_per_step"], rtol=0.02)
-    assert_allclose(parts["flops_per_image"], report["flops_per_image"], rtol=0.1)
+    assert_allclose(accumulated["flops_per_image"], report["flops_per_image"], rtol=0.1)
 
     denser = mini_runs.compile_report(tmp_path, mask_ratio=0.25)
     expected = 6 * (training_macs(model, 0.25) - training_macs(model, 0.75))

@@ -10,8 +10,8 @@ pytestmark = pytest.mark.usefixtures("minimal_output")
 
 @pytest.mark.parametrize("start_size", [8, 39, 64])
 @pytest.mark.parametrize("limit", [40, 100])
-def test_search_for_the_largest_batch(monkeypatch, start_size, limit):
-    """Doubling and bisection find the largest batch to within an eighth."""
+def test_search_finds_almost_the_largest_batch(monkeypatch, start_size, limit):
+    """The result is exact to an eighth, and no size is tried twice."""
     tried = []
 
     def report(config, devices, topology):
@@ -33,11 +33,11 @@ def test_search_for_the_largest_batch(monkeypatch, start_size, limit):
     )
     assert low <= limit < high <= low + max(1, low // 8)
     assert result["compiles_of_the_search"] == len(tried) <= 7
-    assert len({*tried, start_size}) == len(tried) + 1  # none is tried twice
+    assert len({*tried, start_size}) == len(tried) + 1
     assert config.batch_size == 8 * start_size
 
 
-def test_sizes_of_the_search_divide(monkeypatch):
+def test_search_tries_only_even_microbatches(monkeypatch):
     """Each microbatch has an even size, because Mixup pairs its images."""
     config = mini_runs.classifier(batch_size=96, optimizer__accumulate_steps=3)
     start = {"batch_size": 96, "batch_per_device": 12, "fits": False, "topology": ""}
@@ -52,7 +52,7 @@ def test_sizes_of_the_search_divide(monkeypatch):
     assert tried == [6]
 
 
-def test_search_where_nothing_fits(monkeypatch):
+def test_search_returns_0_if_no_batch_fits(monkeypatch):
     memory = {"total": None, "limit": 5000}
     report = {"fits": False, "hbm_bytes_per_device": memory}
     monkeypatch.setattr(compile_ahead, "step_report", lambda *_: report)

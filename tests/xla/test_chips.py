@@ -29,18 +29,18 @@ from hivit_jax.xla import chips
         ("NVIDIA H100 80GB HBM3", "h100"),
         ("NVIDIA H200", "h200"),
         ("NVIDIA B200", "b200"),
-        # These have other peaks than the chips with similar names above.
+        # The peaks of these devices differ from those of chips with similar names.
         ("NVIDIA H100 PCIe", None),
         ("NVIDIA L40S", None),
         ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
         ("cpu", None),
     ],
 )
-def test_chip_of_a_device(kind, name):
+def test_device_name_determines_the_chip(kind, name):
     assert chips.chip_of(kind) == (name and chips.CHIPS[name])
 
 
-def test_peak_of_a_device():
+def test_peak_of_a_device_is_its_part_of_a_chip():
     """A TPU7x chip consists of two devices, a v5e of one."""
     assert chips.peak_flops("TPU7x") == 2307e12 / 2
     assert chips.peak_flops("TPU v5 lite") == 197e12
@@ -48,8 +48,8 @@ def test_peak_of_a_device():
 
 
 @pytest.mark.parametrize(("kind", "count"), [("TPU v5 lite", 4), ("TPU7x", 8)])
-def test_metrics_of_four_chips(kind, count, monkeypatch):
-    """The metrics include half of the peak FLOP/s, and a local device's peak memory."""
+def test_metrics_of_four_chips_include_utilization_and_memory(kind, count, monkeypatch):
+    """Each chip of one or two devices reaches half of its peak FLOP/s."""
     devices = [SimpleNamespace(device_kind=kind)] * count
     local = SimpleNamespace(memory_stats=lambda: {"peak_bytes_in_use": 7})
     monkeypatch.setattr(jax, "local_devices", lambda: [local])
@@ -62,17 +62,17 @@ def test_metrics_of_four_chips(kind, count, monkeypatch):
     }
 
 
-def test_unknown_cost_has_no_utilization():
+def test_metrics_of_unknown_cost_have_no_utilization():
     devices = [SimpleNamespace(device_kind="TPU v5 lite")]
     assert "mfu" not in metrics.device_metrics(400.0, devices, 0)
 
 
-def test_metrics_of_a_cpu():
+def test_metrics_of_a_cpu_contain_only_throughput():
     found = metrics.device_metrics(400.0, jax.devices()[:4], 1e9)
     assert found == {"images_per_second": 400, "images_per_second_per_chip": 100}
 
 
-def test_table_of_chips():
+def test_table_of_chips_in_the_docs_is_complete():
     """docs/cost.md lists the peaks of all chips, and which of them have a compiler."""
     text = (Path(__file__).parents[2] / "docs" / "cost.md").read_text()
     rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| `")]

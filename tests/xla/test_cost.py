@@ -50,14 +50,14 @@ ROW_SHARDED = ((1024, 512), ("data",))  # 2 MiB on eight devices
 REPLICATED = ((512, 512), ())  # 1 MiB on each device
 
 
-def test_bytes_of_an_all_reduce():
+def test_all_reduce_counts_the_bytes_of_its_result():
     hlo = compile_to_hlo(lambda x, y: x.T @ y, data_mesh(), ROW_SHARDED, ROW_SHARDED)
     assert cost.collectives(hlo) == [
         {"kind": "all-reduce", "count": 1, "bytes_per_step": MIB}
     ]
 
 
-def test_bytes_of_an_all_gather():
+def test_all_gather_counts_the_bytes_of_its_result():
     hlo = compile_to_hlo(lambda x: x + 1, data_mesh(), ROW_SHARDED)
     assert cost.collectives(hlo) == [
         {"kind": "all-gather", "count": 1, "bytes_per_step": 2 * MIB}
@@ -76,8 +76,8 @@ def test_bytes_of_an_all_gather():
         ),
     ],
 )
-def test_bytes_of_other_collectives(operation, kind, mebibytes):
-    """Bytes are those of the larger of operand and result; the operand has 2 MiB."""
+def test_collective_counts_the_larger_of_operand_and_result(operation, kind, mebibytes):
+    """The operand is the larger array and has 2 MiB."""
     devices = data_mesh()
     function = jax.shard_map(
         operation,
@@ -103,11 +103,8 @@ def test_collectives_in_loops_count_every_iteration():
     ]
 
 
-def test_flops_of_kernels_on_every_device():
-    """FLOPs of a kernel are counted for each device, grid point and inner iteration.
-
-    loops=False ignores the iterations of loops, but not of loops inside kernels.
-    """
+def test_flops_of_a_kernel_count_devices_grid_and_inner_loops():
+    """loops=False ignores the iterations of loops, except of loops inside kernels."""
     devices = data_mesh()
 
     def kernel(x, y):
@@ -151,7 +148,7 @@ ENTRY %main (x: f32[32]) -> f32[256] {
     ]
 
 
-def test_flops_of_matrix_products_in_loops():
+def test_flops_in_loops_count_every_iteration():
     def program(x, w):
         step = jax.checkpoint(lambda x, w: (jnp.tanh(x @ w), None))
         return jax.lax.scan(step, x, w)[0].sum()
@@ -166,8 +163,7 @@ def test_flops_of_matrix_products_in_loops():
     assert cost.matmul_flops(gradient, loops=True) == 5 * 4 * flops_of_product
 
 
-def test_memory_by_kind():
-    """Outputs that alias arguments count once."""
+def test_memory_counts_aliased_outputs_once():
     sizes = SimpleNamespace(
         argument_size_in_bytes=1000,
         output_size_in_bytes=700,
@@ -186,7 +182,7 @@ def test_memory_by_kind():
     }
 
 
-def test_memory_of_an_in_place_update():
+def test_updated_arrays_need_no_new_memory():
     """4,096 bytes are updated in place, and a new array of 2,048 bytes is returned."""
     update = jax.jit(lambda x, y: (x + 1, 2 * y), donate_argnums=0)
     program = update.lower(jnp.zeros(1024), jnp.zeros(512)).compile()
@@ -200,8 +196,8 @@ def test_memory_of_an_in_place_update():
 
 
 @pytest.mark.slow
-def test_flops_of_a_step_by_mask_ratio():
-    """FLOPs of mae_tiny's step are three times those of the forward pass."""
+def test_flops_of_a_step_are_three_times_the_forward_pass():
+    """The test compares mae_tiny with two mask ratios."""
     flops, expected = [], []
     for mask_ratio in (0.5, 0.75):
         flags = [f"--config.mask_ratio={mask_ratio}", "--config.batch_size=8"]

@@ -7,7 +7,7 @@ from hivit_jax.xla import ahead, roofline
 pytestmark = pytest.mark.usefixtures("minimal_output")
 
 
-def test_roofline_is_the_slowest_resource():
+def test_slowest_resource_bounds_the_throughput():
     chip = ahead.CHIPS["v5e"]
     exchanged = [{"kind": "all-reduce", "count": 1, "bytes_per_step": 100e9}]
 
@@ -17,6 +17,8 @@ def test_roofline_is_the_slowest_resource():
 
     assert bound(197e12, 0) == ("arithmetic", 1)
     assert bound(1, 819e9 / 2) == ("memory", 2)
-    per_device = roofline.roofline(chip._replace(devices=2), 5, 1, 1, exchanged)
-    assert per_device["images_per_second_per_chip"] == 10 / 2  # two all-reduces a chip
-    assert bound(1, 1, exchanged) == ("network", 10)  # 2 x 100 GB at 200 GB/s
+    # An all-reduce of 100 GB sends 200 GB, which takes 1 s at 200 GB/s.
+    assert bound(1, 1, exchanged) == ("network", 10)
+    # Both devices of such a chip send 200 GB, for five images each.
+    two_devices = roofline.roofline(chip._replace(devices=2), 5, 1, 1, exchanged)
+    assert two_devices["images_per_second_per_chip"] == 10 / 2

@@ -41,10 +41,10 @@ def fixture_layout(fixture):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fixture", FIXTURES)
-def test_official_state_dict_and_back(fixture):
+def test_official_state_dict_survives_a_round_trip(fixture):
     """Names and bytes are unchanged after a conversion to our parameters and back.
 
-    All values of the state dict differ, so that a transposed array is noticed.
+    All values of the state dict differ, so that the test detects a transposed array.
     """
     shapes = reference.FIXTURES[fixture]["state_dict"]
     state, start = {}, 0
@@ -78,7 +78,7 @@ def mae_state():
 
 
 @pytest.mark.parametrize("name", ["blocks.0.mlp.fc1.weight", "mask_token", "norm.bias"])
-def test_missing_entry(mae_state, name):
+def test_missing_entry_is_refused(mae_state, name):
     state, model = mae_state
     del state[name]
     with pytest.raises(CheckpointError, match=f"has no '{re.escape(name)}'"):
@@ -86,7 +86,7 @@ def test_missing_entry(mae_state, name):
 
 
 @pytest.mark.parametrize("name", ["cls_token", "blocks.99.norm1.weight"])
-def test_unexpected_entry(mae_state, name):
+def test_unexpected_entry_is_refused(mae_state, name):
     state, model = mae_state
     state[name] = np.zeros(3, np.float32)
     with pytest.raises(CheckpointError, match=f"unexpected .*'{re.escape(name)}'"):
@@ -103,7 +103,7 @@ def test_relative_position_index_is_ignored(mae_state):
 
 
 @pytest.mark.parametrize(
-    ("name", "shape", "here"),
+    ("name", "shape", "expected_shape"),
     [
         ("absolute_pos_embed", (1, 196, 64), [1, 16, 64]),
         ("patch_embed.proj.weight", (16, 1, 4, 4), [16, 3, 4, 4]),
@@ -112,17 +112,17 @@ def test_relative_position_index_is_ignored(mae_state):
         ("norm.weight", (64,), [448]),
     ],
 )
-def test_wrongly_shaped_entry(mae_state, name, shape, here):
+def test_entry_of_a_wrong_shape_is_refused(mae_state, name, shape, expected_shape):
     state, model = mae_state
     state[name] = np.zeros(shape, np.float32)
-    message = re.escape(f"'{name}' has shape {list(shape)}; expected {here}")
+    message = re.escape(f"'{name}' has shape {list(shape)}; expected {expected_shape}")
     with pytest.raises(CheckpointError, match=message):
         from_official(state, model)
 
 
 @pytest.mark.slow
-def test_finetuning_from_pretraining():
-    """The loaded arrays are those that the official loader loads."""
+def test_finetuning_loads_the_official_arrays():
+    """Loaded, unused and missing arrays equal those of the official loader."""
     facts = json.loads((reference.GOLDEN / "finetune_loading.json").read_text())
     official, params = {}, {}
     for name in ("hivit_base", "mae_hivit_base"):
