@@ -84,10 +84,7 @@ def test_refused_and_resumed_run(dataset, run, local, tmp_path, reader):
         assert bucket.failures == []
     assert mini_runs.logged(workdir) == mini_runs.logged(local)
     for name in ("eval/loss", "eval/count"):
-        logged, expected = (mini_runs.logged(run, name) for run in (workdir, local))
-        # If the run fails in an evaluation, the resumed run does not repeat it.
-        assert logged | expected == expected
-        assert expected.keys() - logged.keys() <= {resumed_at}
+        assert mini_runs.logged(workdir, name) == mini_runs.logged(local, name)
     assert set(mini_runs.logged(workdir, "eval/count").values()) == {6}
     mini_runs.assert_identical(
         mini_runs.saved_arrays(workdir, 12), mini_runs.saved_arrays(local, 12)
