@@ -134,6 +134,14 @@ def step_options(config: ConfigDict) -> dict[str, Any]:
     )
 
 
+def due_after(config: ConfigDict, step: int, total_steps: int) -> dict[str, bool]:
+    """Return True for each of "log", "eval" and "checkpoint" that follows a step."""
+    return {
+        name: step == total_steps or step % config[f"{name}_every"] == 0
+        for name in ("log", "eval", "checkpoint")
+    }
+
+
 def changed_keys(config: ConfigDict) -> dict[str, Any]:
     """Return {dotted name: value} of the keys that differ from their defaults."""
     keys = task_keys(tasks.find(config.task), config.model.name)

@@ -11,6 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from hivit_jax import inputs, rng, tasks
+from hivit_jax.config import due_after
 from hivit_jax.data.prefetch import prefetch_to_device
 from hivit_jax.data.unreadable import check_unreadable
 from hivit_jax.distributed.processes import gather_objects
@@ -24,7 +25,7 @@ from hivit_jax.distributed.sharding import (
 )
 from hivit_jax.errors import ConfigError, DataError
 from hivit_jax.progress import Progress
-from hivit_jax.reporting import console
+from hivit_jax.reporting import console, metrics
 from hivit_jax.tree import leaf_name, split_state
 from hivit_jax.weights import adapt, load
 
@@ -134,6 +135,21 @@ def local_rows(rows: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
 def _merge_records(records: list[list[list]]) -> list:
     """Flatten records[process][batch][i] in the order of the global batches."""
     return [r for batch in zip(*records, strict=True) for part in batch for r in part]
+
+
+def is_missing(
+    config: Any, task: tasks.Task, workdir: Path, step: int, total_steps: int
+) -> bool:
+    """Return True if the evaluation after a step was due but is not recorded.
+
+    An error in an evaluation ends the run with a checkpoint but without a result.
+    Process 0 reads metrics.jsonl for all processes.
+    """
+    due = step > 0 and due_after(config, step, total_steps)["eval"]
+    if not due or "test" not in task.data.counts:
+        return False
+    recorded = jax.process_index() == 0 and metrics.read_evaluation(workdir, step)
+    return not gather_objects(bool(recorded))[0]
 
 
 def evaluate_checkpoint(

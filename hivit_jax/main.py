@@ -139,6 +139,7 @@ def run(argv: Sequence[str], setup_process: bool) -> None:
         if jax.default_backend() == "cpu" or config.data.reader == "tf.data":
             keep_freed_memory()
     with Watchdog(config.stall_timeout) as watchdog:
+        processes.check_same_on_all_processes({"config": config})
         heartbeat = watchdog.heartbeat
         if flags.mode == "eval":
             from hivit_jax.evaluate import evaluate_checkpoint

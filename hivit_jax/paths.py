@@ -41,7 +41,8 @@ def open_path(path: str | os.PathLike) -> Any:
     if scheme != "gs":
         raise ConfigError(
             f"{path}: expected a local path or gs://BUCKET/DIRECTORY, because Orbax "
-            "writes checkpoints to no other kind of bucket"
+            "stores checkpoints in no other kind of bucket\n"
+            "Use a directory that all hosts share. Only data.dir may be in s3://"
         )
     require("gcsfs", "hivit-jax[gcs]")
     import fsspec

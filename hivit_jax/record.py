@@ -1,7 +1,7 @@
 """Record the config of every start of a run, and report what changes at a resume.
 
-``config.json`` contains the config of the first start. Each later start, unless the run
-is finished, adds a file such as ``config-20260101T120000Z.json``.
+``config.json`` contains the config of the first start. Each later start that writes
+metrics adds a file such as ``config-20260101T120000Z.json``.
 """
 
 import calendar

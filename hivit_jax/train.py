@@ -14,7 +14,7 @@ from flax import nnx
 from hivit_jax import evaluate, inputs, record, resources
 from hivit_jax.checkpoints import manager, read
 from hivit_jax.checkpoints.lock import exclusive
-from hivit_jax.config import complete_saved, step_options, to_json
+from hivit_jax.config import complete_saved, due_after, step_options, to_json
 from hivit_jax.data.prefetch import defer_error, prefetch_to_device, raise_error
 from hivit_jax.data.unreadable import UnreadableImages, check_unreadable
 from hivit_jax.distributed.processes import check_same_on_all_processes
@@ -52,7 +52,7 @@ def train(
     Args:
       config: result of `hivit_jax.config.load`.
       workdir: directory for config.json, metrics.jsonl, checkpoints/ and figures/.
-        A finished run is only evaluated; nothing is written.
+        A finished run is only evaluated; nothing but a missing result is written.
       stop_requested: called with the number of completed steps, after every step.
         Returns None or the reason to save and exit, the same on all processes.
       heartbeat: called after every step and every batch of an evaluation.
@@ -86,10 +86,8 @@ def train(
         log(f"warning: {warning}")
 
     # --- State: restored, initialized from a pretrained model, or new ---------------
-    dataset = asdict(task.data)
-    checkpoints = manager.Checkpoints(
-        workdir, config.keep_checkpoints, task.best, dataset
-    )
+    dataset, keep = asdict(task.data), config.keep_checkpoints
+    checkpoints = manager.Checkpoints(workdir, keep, task.best, dataset)
     steps = checkpoints.steps()
     check_same_on_all_processes(
         {"config": config, "dataset's size": images_per_epoch, "checkpoints": steps}
@@ -106,7 +104,8 @@ def train(
     frozen, writer = evaluate.put_frozen(task, mesh), None
     stop_early = partial(check_progress, workdir, config.early_stopping, task.best)
     finished = step >= total_steps or stop_early(step)[0]
-    if not finished:
+    missing = evaluate.is_missing(config, task, workdir, step, total_steps)
+    if not finished or missing:
         resources.check_disk(workdir, training.state)
         if jax.process_index() == 0:
             writer = start_record(config, workdir, step)
@@ -140,6 +139,9 @@ def train(
     first_step, unreadable = step, UnreadableImages()
     try:
         stop = stop_requested(step)
+        if missing and not stop:
+            results = run_evaluation()
+            finished |= stop_early(step)[0]
         if not finished and not stop:
             batches = inputs.train_batches(config, step, total_steps)
             batches = defer_error(prefetch_to_device(unreadable.watch(batches), mesh))
@@ -157,10 +159,7 @@ def train(
             pending.append((step, values))
             finished, stop = step == total_steps, stop_requested(step)
             heartbeat()
-            due = {
-                name: step == total_steps or step % config[f"{name}_every"] == 0
-                for name in ("log", "eval", "checkpoint")
-            }
+            due = due_after(config, step, total_steps)
             if any(due.values()) or stop:
                 scalars = fetch_metrics(pending, state)
                 speed, scalars["input_bound"] = throughput.read()

@@ -53,7 +53,8 @@ def test_workdirs_in_buckets(monkeypatch):
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     with pytest.raises(MissingPackage, match=r"run pip install 'hivit-jax\[gcs\]'"):
         absolute("gs://bucket/run")
-    with pytest.raises(ConfigError, match="s3://bucket/run: expected .* gs://BUCKET"):
+    message = "s3://bucket/run: expected .* gs://BUCKET.*\nUse a directory that all"
+    with pytest.raises(ConfigError, match=message):
         absolute("s3://bucket/run")
 
 

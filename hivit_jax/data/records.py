@@ -5,17 +5,23 @@ import io
 import os
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import jax
 import numpy as np
 
 from hivit_jax.data import storage
 from hivit_jax.data.shard_cache import ShardCache
-from hivit_jax.errors import DataError
+from hivit_jax.distributed import processes
+from hivit_jax.errors import DataError, HivitError
 from hivit_jax.paths import cache_directory
-from hivit_jax.progress import to_stderr
+from hivit_jax.progress import Progress, to_stderr
 
 Index = dict[str, np.ndarray]
+
+THREADS = 64  # files that a process indexes concurrently
 
 
 class Records:
@@ -76,7 +82,11 @@ class Records:
 
 
 def load_index(
-    directory: str, files: Sequence[str], make: Callable[[], Index], version: str = ""
+    directory: str,
+    files: Sequence[str],
+    index_file: Callable[[str], Any],
+    merge: Callable[[list[Any]], Index],
+    version: str = "",
 ) -> Index:
     """Return the saved index of a dataset's files; make and save it if there is none.
 
@@ -84,35 +94,104 @@ def load_index(
     Otherwise, and for local files, it is saved in the user's cache directory. An index
     of local files is rebuilt after a file has changed.
 
+    The processes of a run share the indexing of a bucket, so all of them must call this
+    function together.
+
     Args:
       directory: directory of the files.
       files: paths or addresses of the files.
-      make: function that builds the index.
-      version: version of `make`. An index of another version is not used.
+      index_file: function that indexes a file. Threads call it concurrently.
+      merge: function that builds the index from the results of `index_file`, which are
+        in the order of the files.
+      version: version of the index. An index of another version is not used.
     """
+    remote = storage.is_remote(directory)
     stamps = [file if storage.is_remote(file) else _stamp(file) for file in files]
     stamps += [version] * bool(version)
     key = hashlib.sha256("\n".join(stamps).encode()).hexdigest()[:16]
     name = f"hivit_jax_index_{key}.npz"
-    cached = str(cache_directory() / name)
-    paths = [f"{directory.rstrip('/')}/{name}"] * storage.is_remote(directory)
-    for path in (*paths, cached):
+    paths = [f"{directory.rstrip('/')}/{name}"] * remote
+    paths.append(str(cache_directory() / name))
+    # `joined` first, because a process that runs alone may use no accelerator.
+    shared = remote and processes.joined()
+    index = _read_index(paths)
+    if shared and not processes.all_processes(index is not None):
+        index = None  # because all processes or none must build it
+    if index is None:
+        start = time.perf_counter()
+        index = merge(_index_files(directory, files, index_file, shared))
+        to_stderr(f"indexed {directory} in {time.perf_counter() - start:.1f} s")
+        _save_index(paths, index, shared)
+    return index
+
+
+def _read_index(paths: Sequence[str]) -> Index | None:
+    """Return the first index that can be read, or None."""
+    for path in paths:
         try:
             with np.load(io.BytesIO(storage.read(path)())) as saved:
                 return dict(saved)
         except (storage.MissingObject, OSError, ValueError, KeyError):
             pass  # missing or damaged
-    start = time.perf_counter()
-    index, buffer = make(), io.BytesIO()
-    to_stderr(f"indexed {directory} in {time.perf_counter() - start:.1f} s")
+    return None
+
+
+def _index_files(
+    directory: str,
+    files: Sequence[str],
+    index_file: Callable[[str], Any],
+    shared: bool,
+) -> list[Any]:
+    """Return the result of `index_file` for each file.
+
+    Args:
+      shared: each process indexes an equal share of the files, and the results and
+        errors are exchanged.
+    """
+    own, found, error = files, {}, None
+    if shared:
+        own = files[jax.process_index() :: jax.process_count()]
+    to_stderr(
+        f"indexing {len(own):,} of {len(files):,} files of {directory}; the index is "
+        "saved for later runs"
+    )
+    try:
+        with ThreadPoolExecutor(THREADS) as pool:
+            results = pool.map(index_file, own)
+            results = Progress("indexing", len(own), "files").track(results)
+            found = dict(zip(own, results, strict=True))
+    except HivitError as caught:
+        error = caught  # all processes raise it
+    parts = processes.gather_objects((found, error)) if shared else [(found, error)]
+    for part, error in parts:
+        if error:
+            raise error
+        found |= part
+    return [found[file] for file in files]
+
+
+def _save_index(paths: Sequence[str], index: Index, shared: bool) -> None:
+    """Write an index to the first path that is writable; saving is optional.
+
+    Args:
+      shared: only process 0 writes to the bucket, the first path.
+    """
+    buffer = io.BytesIO()
     np.savez(buffer, **index)
-    for path in (*paths, cached):
+
+    def write(path):
         try:
             storage.write(path, buffer.getvalue())
-            break
         except (storage.StorageError, OSError):
-            pass  # no permission; try the next path, because saving is optional
-    return index
+            return False  # no permission
+        return True
+
+    if shared:
+        first, *paths = paths
+        written = jax.process_index() == 0 and write(first)
+        if processes.gather_objects(written)[0]:
+            return
+    any(map(write, paths))
 
 
 def _stamp(path: str) -> str:
@@ -121,9 +200,3 @@ def _stamp(path: str) -> str:
     except FileNotFoundError as error:
         raise DataError(f"{path} does not exist") from error
     return f"{Path(path).absolute()} {status.st_size} {status.st_mtime_ns}"
-
-
-def log_indexing(directory: str, count: int) -> None:
-    """Log to stderr that indexing starts, which can take minutes for a bucket."""
-    text = f"indexing {count:,} files of {directory}; the index is saved for later runs"
-    to_stderr(text)

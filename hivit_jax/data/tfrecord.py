@@ -6,18 +6,15 @@ bytes), the data, and a checksum of the data (4 bytes).
 
 import os
 import struct
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from hivit_jax.data import storage
 from hivit_jax.data.crc32c import masked_crc32c
 from hivit_jax.data.shard_cache import ShardCache
-from hivit_jax.progress import Progress
 
 HEADER, FOOTER = 12, 4  # bytes before and after the data
-THREADS = 64  # files of a bucket that are indexed concurrently
 
 
 class DamagedRecord(ValueError):
@@ -55,42 +52,26 @@ class LocalFile:
         return os.pread(self._file, stop - start, start)
 
 
-def index(counts: Mapping[str, int], cache: ShardCache | None) -> dict[str, np.ndarray]:
-    """Return the byte offsets of all records of files, headers included.
-
-    The headers of a file are read one after the other. If there is a cache, the files
-    are copied into it first, because that takes fewer requests.
-
-    Args:
-      counts: path or address of each file -> number of its records.
-
-    Returns:
-      offsets: int64 [sum of (count + 1)]; for each file, the start of each record and
-        the end of the last record.
-    """
-
-    def file_offsets(file: str) -> np.ndarray:
-        path = cache.fetch(file) if cache else file
-        return offsets(path, counts[file])
-
-    with ThreadPoolExecutor(THREADS) as pool:
-        results = pool.map(file_offsets, counts)
-        found = [*Progress("indexing", len(counts), "files").track(results)]
-    return {"offsets": np.concatenate(found)}
-
-
-def offsets(path: str, count: int) -> np.ndarray:
+def offsets(path: str, count: int, cache: ShardCache | None) -> np.ndarray:
     """Return the start of each record and the end of the last one, int64 [count + 1].
+
+    The headers of the records are read one after the other. If there is a cache, the
+    file is copied into it first, because that takes fewer requests.
 
     Raises:
       StorageError, OSError: the file cannot be read, or has fewer records than `count`.
     """
-    found = [0]
+    path, found = cache.fetch(path) if cache else path, [0]
     for _ in range(count):
         header = storage.read(path, found[-1], found[-1] + HEADER)()
         found.append(found[-1] + HEADER + FOOTER + struct.unpack("<Q", header[:8])[0])
     storage.read(path, found[-1] - FOOTER, found[-1])()
     return np.array(found)
+
+
+def merge(parts: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+    """Return the index of several files: the concatenated results of `offsets`."""
+    return {"offsets": np.concatenate(parts)}
 
 
 def unpack(record: bytes) -> bytes:

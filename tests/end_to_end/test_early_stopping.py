@@ -7,7 +7,7 @@ import mini_runs
 import pytest
 
 from hivit_jax import evaluate
-from hivit_jax.errors import ConfigError, Interrupted
+from hivit_jax.errors import ConfigError, DataError, Interrupted
 from hivit_jax.reporting import metrics
 from hivit_jax.train import train
 from hivit_jax.training.early_stopping import check_progress
@@ -85,6 +85,28 @@ def test_run_ends_at_the_same_step_after_interruptions(evaluated, tmp_path, caps
     evaluated[:] = range(1, 6)
     train(config(early_stopping=0), uninterrupted)
     assert mini_runs.logged(uninterrupted, "eval/loss")[6] == 0.1
+
+
+@pytest.mark.slow
+def test_failed_evaluation_ends_the_run(evaluated, tmp_path, monkeypatch):
+    """If the last evaluation fails, the resumed run repeats it and trains no step."""
+
+    def failing(*arguments):
+        if len(evaluated) == 4:
+            raise DataError("cannot access the images")
+        return scripted(*arguments)
+
+    scripted = evaluate.evaluate
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "evaluate", failing)
+        with pytest.raises(DataError, match="cannot access the images"):
+            train(config(), tmp_path)
+    assert mini_runs.saved_steps(tmp_path) == [3, 5]
+    assert evaluated == [1, 2, 3, 4]
+    assert train(config(), tmp_path)["eval/loss"] == LOSSES[5]
+    assert evaluated == [1, 2, 3, 4, 5]
+    assert mini_runs.saved_steps(tmp_path) == [3, 5]
+    assert mini_runs.logged(tmp_path, "eval/loss")[5] == LOSSES[5]
 
 
 def test_evaluations_since_best(tmp_path):

@@ -8,8 +8,8 @@ import mini_runs
 import numpy as np
 import pytest
 
-from hivit_jax import inputs, main, train
-from hivit_jax.errors import Interrupted
+from hivit_jax import evaluate, inputs, main, train
+from hivit_jax.errors import DataError, Interrupted
 
 STEPS = 11  # four epochs of 65 images, 24 per step, are 10.8 steps
 
@@ -185,6 +185,35 @@ def test_interruptions_and_divergence(finished, watch, tmp_path, capsys, monkeyp
     assert mini_runs.saved_steps(tmp_path) == [STEPS]
     resumed, expected = (mini_runs.saved_arrays(w, STEPS) for w in (tmp_path, workdir))
     mini_runs.assert_identical(resumed, expected)
+
+
+def test_failed_evaluations(finished, watch, tmp_path, monkeypatch):
+    """A resumed run repeats an evaluation that has no result, and records it once."""
+    command, metrics = [*COMMAND, f"--workdir={tmp_path}"], tmp_path / "metrics.jsonl"
+    evaluations, outcomes = evaluate.evaluate, [True, False, True, False]
+
+    def failing(*arguments):
+        if outcomes and not outcomes.pop(0):
+            raise DataError("cannot access the images")
+        return evaluations(*arguments)
+
+    monkeypatch.setattr(evaluate, "evaluate", failing)
+    for step, recorded in ((10, [5]), (STEPS, [5, 10])):
+        assert main.main(command) == 4
+        assert mini_runs.saved_steps(tmp_path) == [step]
+        assert list(mini_runs.logged(tmp_path, "eval/loss")) == recorded
+    assert not outcomes
+    expected = mini_runs.logged(finished[0], "eval/loss")
+    for lost in (0, 40):  # a kill may also truncate the last line
+        metrics.write_bytes(metrics.read_bytes()[: -lost or None])
+        for _ in range(2):
+            assert main.main(command) == 0
+            assert mini_runs.logged(tmp_path, "eval/loss") == expected
+    files = {path: path.read_bytes() for path in tmp_path.glob("*.json*")}
+    assert main.main(command) == 0
+    assert {path: path.read_bytes() for path in tmp_path.glob("*.json*")} == files
+    resumed, whole = (mini_runs.saved_arrays(w, STEPS) for w in (tmp_path, finished[0]))
+    mini_runs.assert_identical(resumed, whole)
 
 
 def test_missing_data(watch, tmp_path, capsys):

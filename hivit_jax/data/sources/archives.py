@@ -7,13 +7,12 @@ import fnmatch
 import os
 import re
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
 from hivit_jax.data import storage, tar, zip
-from hivit_jax.data.records import Index, Records, load_index, log_indexing
+from hivit_jax.data.records import Index, Records, load_index
 from hivit_jax.data.shard_cache import ShardCache
 from hivit_jax.data.sources.archive_labels import (
     UNLABELED,
@@ -26,16 +25,14 @@ from hivit_jax.data.sources.archive_labels import (
 from hivit_jax.data.sources.folder import SUFFIXES
 from hivit_jax.data.sources.splits import FileSource
 from hivit_jax.errors import DataError
-from hivit_jax.progress import Progress
 
-THREADS = 64  # tar files that are indexed concurrently
 VERSION = "3"  # of saved indexes; earlier versions have one label per image
 
 
 class Archives(FileSource):
     """Images in archives, with integer labels or without labels.
 
-    Subclasses implement `_files` and `_make_index`. The classes are "0", "1", ... up to
+    Subclasses implement `_files` and `_index_file`. The classes are "0", "1", ... up to
     the largest label of the training split. Several labels of an image are separated by
     ``;``. An image with the label ``;`` belongs to no class.
 
@@ -128,19 +125,15 @@ class Archives(FileSource):
           names: names in the archives, bytes [n].
           ignored: number of ignored files, int64 [1].
         """
-
-        def make():
-            log_indexing(directory, len(files))
-            return self._make_index(files)
-
-        index = load_index(directory, files, make, VERSION)
+        index = load_index(directory, files, self._index_file, _merge, VERSION)
         if not len(index["labels"]):
             expected = f"files that end in {', '.join(SUFFIXES)}"
             raise DataError(f"{files[0]} contains no images; expected {expected}")
         check_labels(index, files, self._multi_label)
         return index
 
-    def _make_index(self, files: Sequence[str]) -> Index:
+    def _index_file(self, path: str) -> dict[str, Any]:
+        """Return the arrays of `INDEX` and "ignored", the number of other members."""
         raise NotImplementedError
 
 
@@ -170,16 +163,8 @@ class WebDataset(Archives):
             )
         return [f"{directory}/{name}" for name in found]
 
-    def _make_index(self, files: Sequence[str]) -> Index:
-        with ThreadPoolExecutor(THREADS) as pool:
-            results = pool.map(_tar_index, files)
-            found = [*Progress("indexing", len(files), "files").track(results)]
-        index = {name: np.concatenate([part[name] for part in found]) for name in INDEX}
-        index["files"] = np.repeat(
-            np.arange(len(files)), [len(p["names"]) for p in found]
-        )
-        index["ignored"] = np.array([sum(part["ignored"] for part in found)])
-        return index
+    def _index_file(self, path: str) -> dict[str, Any]:
+        return _tar_index(path)
 
 
 class Zip(Archives):
@@ -194,8 +179,7 @@ class Zip(Archives):
     def _image(self, record: bytes) -> bytes:
         return zip.data_of(record)
 
-    def _make_index(self, files: Sequence[str]) -> Index:
-        [path] = files
+    def _index_file(self, path: str) -> dict[str, Any]:
         map_path = f"{path.removesuffix('.zip')}_map.txt"
         try:
             found = {member.name: member for member in zip.members(path)}
@@ -214,16 +198,23 @@ class Zip(Archives):
                 )
             chosen.append(found[name])
             labels.append(text)
-        arrays = _arrays(chosen, labels)
-        ignored = np.array([len(found) - len(chosen)])
-        return arrays | {"files": np.zeros(len(chosen), np.int32), "ignored": ignored}
+        return _arrays(chosen, labels) | {"ignored": len(found) - len(chosen)}
 
 
 INDEX = ("starts", "stops", "labels", "names")
 
 
+def _merge(parts: Sequence[dict[str, Any]]) -> Index:
+    """Return the index of several archives from the results of `_index_file`."""
+    index = {name: np.concatenate([part[name] for part in parts]) for name in INDEX}
+    counts = [len(part["names"]) for part in parts]
+    index["files"] = np.repeat(np.arange(len(parts)), counts)
+    index["ignored"] = np.array([sum(part["ignored"] for part in parts)])
+    return index
+
+
 def _tar_index(path: str) -> dict[str, Any]:
-    """Return the arrays of `INDEX`, and "ignored", the number of ignored members."""
+    """Return the index of a tar file; see `Archives._index_file`."""
     images: list[tar.Member] = []
     labels: list[bytes] = []
     image_key, current, label, has_cls, ignored = "", "", UNLABELED, False, 0

@@ -17,7 +17,7 @@ import numpy as np
 
 from hivit_jax.data import storage, tfrecord
 from hivit_jax.data.crc32c import FAST
-from hivit_jax.data.records import Records, load_index, log_indexing
+from hivit_jax.data.records import Records, load_index
 from hivit_jax.data.shard_cache import ShardCache
 from hivit_jax.data.sources.base import KNOWN_DATASETS, Record, Source, multi_hot
 from hivit_jax.errors import DataError, first_line, require, unknown
@@ -111,13 +111,12 @@ class Tfds(Source):
           path: address of the directory.
           counts: number of records of each file.
         """
+        cache, counts_by_path = self._cache, dict(zip(self._paths, counts, strict=True))
 
-        def make():
-            log_indexing(path, len(counts))
-            return tfrecord.index(dict(zip(self._paths, counts, strict=True)), cache)
+        def index_file(path):
+            return tfrecord.offsets(path, counts_by_path[path], cache)
 
-        cache = self._cache
-        offsets = load_index(path, self._paths, make)["offsets"]
+        offsets = load_index(path, self._paths, index_file, tfrecord.merge)["offsets"]
         first = np.cumsum([0, *counts])[:-1] + np.arange(len(counts))
         positions = first[self._file_indices] + self._record_indices
         ranges = offsets[positions], offsets[positions + 1]
