@@ -180,7 +180,7 @@ def train(
                         results = run_evaluation()
                         stalled, improved = stop_early(step)
                         finished |= stalled
-                        due["checkpoint"] |= stalled or improved
+                        due["checkpoint"] |= stalled or improved or bool(stop)
                     if due["checkpoint"]:
                         evaluated = results or None if due["eval"] else None
                         checkpoints.save(state, to_json(config), evaluated)
