@@ -27,6 +27,7 @@ from hivit_jax.progress import Progress
 from hivit_jax.reporting import console
 from hivit_jax.tree import leaf_name, split_state
 from hivit_jax.weights import adapt, load
+from hivit_jax.xla.compile import announce
 
 FIGURE_IMAGES = 6
 
@@ -54,7 +55,8 @@ def make_eval_step(
         return sums, batch["weight"].sum(), batch["unreadable"].sum(), rows
 
     shardings = replicated, replicated, replicated, sharded
-    return on_mesh(mesh, jax.jit(eval_step, out_shardings=shardings))
+    jitted = on_mesh(mesh, jax.jit(eval_step, out_shardings=shardings))
+    return announce(jitted, "the evaluation step")
 
 
 def evaluate(
@@ -208,4 +210,5 @@ def make_panels(
         keys = rng.step_keys(config.seed, "eval", jnp.uint32(0), count)
         return task.panels(model, variables["frozen"], batch, keys)
 
+    panels = announce(panels, "the figures")
     return lambda variables: jax.device_get(panels(variables, batch))

@@ -79,7 +79,9 @@ def test_advice_lists_the_keys_of_a_section():
     expected = "it is a section of the config with the keys replica, data, "
     assert advice("mesh").startswith(expected)
     assert advice("workdir") == "did you mean the flag --workdir=DIR?"
-    assert advice("resume").startswith("did you mean the flag --workdir=DIR, which resu")
+    assert advice("resume").startswith(
+        "did you mean the flag --workdir=DIR, which resu"
+    )
     assert advice("topology").startswith("did you mean the flag --topology=CHIP:SHAPE")
 
 
