@@ -57,7 +57,7 @@ def test_no_choice_of_optimizer(key):
 
 
 def test_a_name_that_other_sections_have():
-    """The advice lists the keys of the given section instead of other sections' keys."""
+    """The advice lists the keys of the given section, not those of other sections."""
     assert advice("mesh.name").startswith("keys of mesh: replica, data, ")
     assert advice("optimizer.dtype").startswith("keys of optimizer: ")
 
