@@ -45,14 +45,28 @@ def reconstruction_panels(
 
 def reconstructions(panels: np.ndarray, title: str) -> np.ndarray:
     """Plot panels [B, 4, H, W, C] in 0..1, one image per row."""
-    figure = _figure(6.4, 0.6 + 1.55 * len(panels))
+    return rows_of_panels(dict(zip(PANELS, panels.swapaxes(0, 1), strict=True)), title)
+
+
+def rows_of_panels(panels: Mapping[str, np.ndarray], title: str = "") -> np.ndarray:
+    """Plot images [B, H, W, C] in 0..1 by name, one row for each of the B images."""
+    grid = np.stack([*panels.values()], axis=1)
+    figure = _figure(1.6 * len(panels), 0.6 + 1.55 * len(grid))
     axis = figure.subplots()
-    _show_grid(axis, panels)
-    for column, name in enumerate(PANELS):
+    _show_grid(axis, grid)
+    for column, name in enumerate(panels):
         style = dict(xycoords="axes fraction", ha="center", fontsize=9)
-        axis.annotate(name, ((column + 0.5) / len(PANELS), 1), **style)
-    figure.suptitle(title, fontsize=10)
+        axis.annotate(name, ((column + 0.5) / len(panels), 1), **style)
+    if title:
+        figure.suptitle(title, fontsize=10)
     return _pixels(figure)
+
+
+def heat(values: np.ndarray) -> np.ndarray:
+    """Return the colors of values in 0..1, [...] -> [..., 3]; larger is brighter."""
+    import matplotlib as mpl  # late, because its import takes long
+
+    return mpl.colormaps["inferno"](values)[..., :3]
 
 
 def curves(workdir: Path) -> np.ndarray:

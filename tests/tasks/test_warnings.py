@@ -87,7 +87,7 @@ def test_one_class():
 
 
 def test_size_of_the_synthetic_dataset():
-    """Epochs of generated images are those of its default size, unless a key sets it."""
+    """An epoch has 1,024 generated images unless a key sets another number."""
 
     def lines(*overrides):
         flags = [f"--config.{each}" for each in ("data.name=synthetic", *overrides)]
