@@ -193,14 +193,14 @@ def put_frozen(task: tasks.Task, mesh: Mesh) -> Any:
 def make_panels(
     config: Any, task: tasks.Task, graphdef: nnx.GraphDef, mesh: Mesh
 ) -> Callable:
-    """Return a function from variables to the `Task.panels` of the first test images.
+    """Return a function from variables to the `Task.panels` of some test images.
 
     The function returns the panels as NumPy arrays and uses the same PRNG keys in every
     call. Images are read only if the task has panels.
     """
     if type(task).panels is tasks.Task.panels:
         return lambda variables: {}
-    batch = inputs.first_test_batch(config, FIGURE_IMAGES)
+    batch = inputs.some_test_examples(config, FIGURE_IMAGES)
     count = len(batch["weight"])
     batch = {name: replicate(mesh, array) for name, array in batch.items()}
 

@@ -103,7 +103,11 @@ def test_no_checkpoint(finished, tmp_path, capsys):
         ([f"--workdir={tmp_path / 'x'}", f"--config.init_from={empty}"], empty),
     ):
         assert main([*MINI, *flags]) == 5
-        check_message(capsys.readouterr().err, ["no checkpoint", str(path)])
+        error = capsys.readouterr().err
+        check_message(error, ["no checkpoint", str(path)])
+        hint = "--config.init_from= to start from random parameters"
+        is_wrong_key = flags[-1] == f"--config.init_from={nowhere}"
+        assert (hint in error) == is_wrong_key
     assert not nowhere.exists()
 
 

@@ -81,16 +81,15 @@ def curves(workdir: Path) -> np.ndarray:
     axis.set_xlabel("step")
     axis.set_ylabel("loss")
     for name, label in (("eval/top1", "top-1"), ("eval/mAP", "mAP")):
-        points = [(line["step"], line[name]) for line in lines if name in line]
+        points = [(line["step"], 100 * line[name]) for line in lines if name in line]
         if not points:
             continue
         right = axis.twinx()
         right.plot(*zip(*points, strict=True), "C2.-", label=f"evaluation {label}")
-        right.set_ylabel(label)
-        right.set_ylim(0, 1)
-        right.legend(loc="center right")
-    if axis.lines:
-        axis.legend(loc="upper right")
+        right.set_ylabel(f"{label} (%)")
+        right.set_ylim(0, 100)
+    if axis.lines:  # above the axes, so that no curve is hidden
+        figure.legend(loc="outside upper center", ncols=3)
     axis.grid(alpha=0.3)
     return _pixels(figure)
 
