@@ -41,6 +41,7 @@ def test_masked_autoencoder_does_not_classify(tmp_path, capsys):
         (MINI, ["--workdir"]),
         ([*MINI, "--mode=eval"], ["--mode=eval", "--workdir"]),
         ([*MINI, "--workdir=x", "--mode=tain"], ["--mode", "'tain'", "describe"]),
+        ([*MINI, "--mode=predict", "a.jpg"], ["python -m hivit_jax.tools.predict?"]),
         ([*MINI, "--workdri=x"], ["--workdir"]),
         ([*MINI, "--workdir=x", "--modee=eval"], ["'--modee=eval'", "--config.KEY"]),
         ([*MINI, "--workdir=x", "batch_size=16"], ["'batch_size=16'", "--config.KEY"]),
