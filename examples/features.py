@@ -58,7 +58,9 @@ def panels(model, pixels: np.ndarray) -> dict[str, np.ndarray]:
     if isinstance(model, MaskedAutoencoder):
         predicted, removed = reconstruct(model, images)
         pictures["masked"] = np.where(removed[0], 0.5, pixels / 255)
-        pictures["reconstruction"] = (predicted[0] * std + mean).clip(0, 1)
+        restored = (predicted[0] * std + mean).clip(0, 1)
+        # A masked autoencoder does not learn to predict visible units.
+        pictures["reconstruction"] = np.where(removed[0], restored, pixels / 255)
     return pictures
 
 

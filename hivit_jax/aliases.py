@@ -40,6 +40,7 @@ _ALIASES = {
     "model.freeze": "frozen freeze_layers frozen_stages freeze_backbone",
     "model.image_size": "img_size input_size resolution size crop_size",
     "model.in_channels": "in_chans channels num_channels",
+    "model.name": "arch architecture model_name model_type model.type backbone",
     "model.num_classes": "nb_classes n_classes classes num_labels",
     "model.num_heads": "heads n_heads num_attention_heads",
     "model.remat": "checkpointing gradient_checkpointing use_checkpoint",
@@ -62,18 +63,25 @@ _KEY_OF = {alias: key for key, text in _ALIASES.items() for alias in text.split(
 # Flag -> names that users may try as config keys for the flag's value.
 _FLAGS = {
     "--workdir=DIR": "workdir output output_dir out_dir log_dir save_dir",
+    "--workdir=DIR, which resumes the run in DIR": "resume auto_resume",
     "--topology=CHIP:SHAPE of --mode compile": "topology",
 }
 _FLAG_OF = {name: flag for flag, text in _FLAGS.items() for name in text.split()}
+# Names of a setting that does not exist, and the reason.
+_OPTIMIZER = "optim opt optimizer.name optimizer.type optimizer.opt optimizer.optimizer"
+_NO_CHOICE = (
+    "the task determines the optimizer: LARS for a linear probe, AdamW otherwise"
+)
 
 
 def unknown_key(kind: str, name: str, known: Iterable[str]) -> ConfigError:
     """Return the error for an unknown key.
 
-    The error suggests the first of these that exists: the keys with the same last
-    component in other sections, a key that other programs call by this name, a
+    The error suggests the first of these that exists: a key with the same last
+    component in another section, a key that other programs call by this name, a
     similarly spelled key, or a command line flag. If none exists, the error lists valid
-    keys.
+    keys. A key such as ``name``, which several sections have, is not suggested for a
+    section without it.
 
     Args:
       kind: description of the key, such as "config key".
@@ -81,7 +89,9 @@ def unknown_key(kind: str, name: str, known: Iterable[str]) -> ConfigError:
       known: all valid keys.
     """
     known, normalized = list(known), name.lower().replace("-", "_")
-    if candidates := _probable_keys(normalized, known):
+    if normalized in _OPTIMIZER.split() and any("optimizer." in k for k in known):
+        hint = _NO_CHOICE
+    elif candidates := _probable_keys(normalized, known):
         hint = f"did you mean {' or '.join(map(repr, candidates))}?"
     elif flag := _FLAG_OF.get(normalized):
         hint = f"did you mean the flag {flag}?"
@@ -99,14 +109,16 @@ def _split(key: str) -> tuple[str, str]:
 def _probable_keys(name: str, known: Sequence[str]) -> list[str]:
     """Return the valid keys that the user probably meant; may be []."""
     section, leaf = _split(name)
-    if same_leaf := [key for key in known if _split(key)[1] == leaf]:
-        return same_leaf
-    if target := _KEY_OF.get(leaf):
-        return [key for key in known if key in (target, _split(target)[1])]
     same_section = [key for key in known if _split(key)[0] == section]
-    for keys in (same_section, known):
+    same_leaf = [key for key in known if _split(key)[1] == leaf]
+    if len(same_leaf) == 1 or (same_leaf and not (section and same_section)):
+        return same_leaf
+    if target := _KEY_OF.get(name) or _KEY_OF.get(leaf):
+        return [key for key in known if key in (target, _split(target)[1])]
+    elsewhere = [] if same_leaf else known
+    for keys, cutoff in ((same_section, 0.8), (elsewhere, 0.9 if section else 0.8)):
         by_leaf = {_split(key)[1]: key for key in keys}
-        if near := difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=0.8):
+        if near := difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=cutoff):
             return [by_leaf[near[0]]]
     return []
 

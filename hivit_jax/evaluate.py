@@ -28,6 +28,7 @@ from hivit_jax.progress import Progress
 from hivit_jax.reporting import console, metrics
 from hivit_jax.tree import leaf_name, split_state
 from hivit_jax.weights import adapt, load
+from hivit_jax.xla.compile import announce
 
 FIGURE_IMAGES = 6
 
@@ -57,7 +58,8 @@ def make_eval_step(
         return sums, batch["weight"].sum(), batch["unreadable"].sum(), rows
 
     shardings = replicated, replicated, replicated, sharded
-    return on_mesh(mesh, jax.jit(eval_step, out_shardings=shardings))
+    jitted = on_mesh(mesh, jax.jit(eval_step, out_shardings=shardings))
+    return announce(jitted, "the evaluation step")
 
 
 def evaluate(
@@ -210,14 +212,14 @@ def put_frozen(task: tasks.Task, mesh: Mesh) -> Any:
 def make_panels(
     config: Any, task: tasks.Task, graphdef: nnx.GraphDef, mesh: Mesh
 ) -> Callable:
-    """Return a function from variables to `Task.panels`, as NumPy arrays.
+    """Return a function from variables to the panels of some test images, as NumPy arrays.
 
-    The panels show the images of `inputs.first_test_batch`. Every call uses the same
+    The panels show the images of `inputs.some_test_examples`. Every call uses the same
     PRNG keys. Images are read only if the task has panels.
     """
     if type(task).panels is tasks.Task.panels:
         return lambda variables: {}
-    batch = inputs.first_test_batch(config, FIGURE_IMAGES)
+    batch = inputs.some_test_examples(config, FIGURE_IMAGES)
     count = len(batch["weight"])
     batch = {name: replicate(mesh, array) for name, array in batch.items()}
 
@@ -227,4 +229,5 @@ def make_panels(
         keys = rng.step_keys(config.seed, "eval", jnp.uint32(0), count)
         return task.panels(model, variables["frozen"], batch, keys)
 
+    panels = announce(panels, "the figures")
     return lambda variables: jax.device_get(panels(variables, batch))

@@ -209,17 +209,19 @@ def source_batches(
     return _load(config, task, transform, source, plan)
 
 
-def first_test_batch(config: Any, count: int) -> Batch:
-    """Return the first test examples in the bucket of the first one, at most `count`.
+def some_test_examples(config: Any, count: int) -> Batch:
+    """Return up to `count` evenly spaced test examples of the first example's bucket.
 
-    Every process returns the same batch. If the config has no evaluation, returns
+    Every process returns the same batch. Without evaluation in the config, these are
     training examples, transformed for evaluation.
     """
     split = used_splits(config)[-1]
     task, source = make_task(config, split), open_source(config.data, split)
     transform = task.transform(train=False)
     buckets = _buckets(config, transform, source)
-    indices = np.flatnonzero(buckets == buckets[0])[:count]
+    indices = np.flatnonzero(buckets == buckets[0])
+    spaced = np.linspace(0, len(indices) - 1, min(count, len(indices)), dtype=np.int64)
+    indices = indices[spaced]
     plan = [order.PlannedBatch(int(buckets[0]), indices, np.zeros_like(indices))]
     return next(_load(config, task, transform, source, lambda: plan, len(indices)))
 

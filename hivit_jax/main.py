@@ -39,6 +39,10 @@ modes: train (default)  train; resume the run in DIR if there is one
        describe         print config, parameters, cost, schedule, estimated hours on
                         known chips, and DIR/compile.json if there is one
 
+Commands of their own, python -m hivit_jax.tools.NAME: check_data and prepare_data;
+predict, features, attention and reconstruct for image files; convert and export for
+weights; report on runs.
+
 On TPU pods and under SLURM, processes connect automatically. Elsewhere, each process
 requires --coordinator_address=HOST:PORT --num_processes=N --process_id=I.
 
@@ -54,6 +58,8 @@ exit codes: 0 finished, 2 bad config, flag or path, 3 diverged, 4 bad data,
             134 aborted because another process was lost: run again to resume
 """
 MODES = ("train", "eval", "knn", "probe", "compile", "describe")
+# Modes of other programs, which are commands here.
+COMMANDS = ("predict", "features", "attention", "reconstruct", "convert", "export")
 MODE_OF_FLAG = {"checkpoint": "eval", "topology": "compile", "search_batch": "compile"}
 
 
@@ -70,13 +76,19 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     add = partial(parser.add_argument, help=argparse.SUPPRESS)
     add("-h", "--help", action="help")
     add("--config", default="")
-    add("--mode", default="train", choices=MODES)
+    add("--mode", default="train")
     for name in ("workdir", "checkpoint", "topology", "coordinator_address"):
         add(f"--{name}", default="")
     add("--search_batch", action="store_true", default=False)
     for name in ("num_processes", "process_id"):
         add(f"--{name}", type=int, default=-1)
     flags, overrides = parser.parse_known_args(argv)
+    if flags.mode not in MODES:
+        hint = f"\nDid you mean python -m hivit_jax.tools.{flags.mode}?"
+        raise ConfigError(
+            f"--mode={flags.mode!r}; expected one of {', '.join(MODES)}"
+            f"{hint if flags.mode in COMMANDS else ''}"
+        )
     if flags.mode in ("train", "eval", "compile") and not flags.workdir:
         raise ConfigError(f"--mode={flags.mode} requires --workdir=DIR")
     for name, mode in MODE_OF_FLAG.items():

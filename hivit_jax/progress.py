@@ -18,13 +18,13 @@ def to_stderr(line: str) -> None:
 class Progress:
     """Counter of items that writes at most one line in `every` seconds.
 
-    A line is, for example, ``eval  12,800/50,000 images  1:02 left``. An operation
-    shorter than `every` seconds writes no line. The time left assumes that all items
-    take equally long.
+    A line is, for example, ``eval  12,800/50,000 images  1:02 left``, or ``listing
+    photos  120,000 files`` if the total is unknown. An operation shorter than `every`
+    seconds writes no line. The time left assumes that all items take equally long.
 
     Args:
       title: name of the operation.
-      total: number of items.
+      total: number of items; 0: unknown.
       unit: name of the items, in the plural.
       write: function that writes a line, such as `console.log`.
       every: seconds between two lines.
@@ -44,11 +44,14 @@ class Progress:
 
     def update(self, count: int) -> None:
         """Add completed items; padding beyond the total is not counted."""
-        self._done = min(self._done + count, self._total)
+        self._done = min(self._done + count, self._total or sys.maxsize)
         now = monotonic()
         if now - self._last < self._every or not self._done:
             return
         self._last = now
+        if not self._total:
+            self._write(f"{self._title}  {self._done:,} {self._unit}")
+            return
         left = (now - self._start) / self._done * (self._total - self._done)
         self._write(
             f"{self._title}  {self._done:,}/{self._total:,} {self._unit}  "

@@ -35,7 +35,8 @@ from hivit_jax.tasks import Task
 from hivit_jax.training.early_stopping import check_progress
 from hivit_jax.training.schedule import make_schedule, skip_steps
 from hivit_jax.training.step import State, Training, prepare
-from hivit_jax.weights import adapt, load
+from hivit_jax.weights import adapt
+from hivit_jax.weights.initial import read_initial
 from hivit_jax.xla.compile import compile_steps
 
 
@@ -179,7 +180,7 @@ def train(
                         results = run_evaluation()
                         stalled, improved = stop_early(step)
                         finished |= stalled
-                        due["checkpoint"] |= stalled or improved
+                        due["checkpoint"] |= stalled or improved or bool(stop)
                     if due["checkpoint"]:
                         evaluated = results or None if due["eval"] else None
                         checkpoints.save(state, to_json(config), evaluated)
@@ -219,7 +220,7 @@ def start_record(config: Any, workdir: Path, step: int) -> metrics.Writer:
 
 def initial_state(config: Any, task: Task, training: Training) -> State:
     """Return the state of a new run, initialized from `init_from` if it is set."""
-    pretrained = config.init_from and load.read_for(config.model, config.init_from)
+    pretrained = config.init_from and read_initial(config.model, config.init_from)
     state = jax.jit(training.init, out_shardings=shardings_of(training.state))()
     if pretrained:
         state |= adapt.initialize_from(

@@ -37,6 +37,8 @@ def advice(key, recipe="digits_finetune"):
         ("Model.Depths", "model.depths"),
         ("optimizer.warmup_epoch", "optimizer.warmup_epochs"),
         ("data.flp", "data.flip"),
+        ("arch", "model.name"),
+        ("model.type", "model.name"),
     ],
 )
 def test_what_was_meant(key, meant):
@@ -46,6 +48,18 @@ def test_what_was_meant(key, meant):
 
 def test_several_keys_with_the_same_last_name():
     assert advice("dataset.name") == "did you mean 'model.name' or 'data.name'?"
+
+
+@pytest.mark.parametrize("key", ["optimizer.name", "optimizer.type", "optim", "opt"])
+def test_no_choice_of_optimizer(key):
+    """The advice does not suggest `model.name`."""
+    assert advice(key).startswith("the task determines the optimizer: LARS for ")
+
+
+def test_a_name_that_other_sections_have():
+    """The advice lists the keys of the given section, not those of other sections."""
+    assert advice("mesh.name").startswith("keys of mesh: replica, data, ")
+    assert advice("optimizer.dtype").startswith("keys of optimizer: ")
 
 
 @pytest.mark.parametrize("key", ["tempo", "foo.bar", "crop", "xyz"])
@@ -65,6 +79,9 @@ def test_advice_lists_the_keys_of_a_section():
     expected = "it is a section of the config with the keys replica, data, "
     assert advice("mesh").startswith(expected)
     assert advice("workdir") == "did you mean the flag --workdir=DIR?"
+    assert advice("resume").startswith(
+        "did you mean the flag --workdir=DIR, which resu"
+    )
     assert advice("topology").startswith("did you mean the flag --topology=CHIP:SHAPE")
 
 

@@ -402,6 +402,16 @@ def test_both_splits_are_read_before_the_first_step(opened, bad, message):
         inputs.check_splits(cfg, task)
 
 
+@pytest.mark.parametrize(
+    ("total", "expected"), [(2, [0, 1]), (6, [*range(6)]), (21, [0, 4, 8, 12, 16, 20])]
+)
+def test_figures_show_evenly_spaced_examples(opened, total, expected):
+    """With class folders, the first examples would all be of the same class."""
+    images = Listed(*[encode(np.full((8, 8), i, np.uint8)) for i in range(total)])
+    cfg, _ = opened(Listed(GOOD), images)
+    assert inputs.some_test_examples(cfg, 6)["index"].tolist() == expected
+
+
 def test_a_range_of_values_reaches_the_batches(opened):
     cfg, task = opened(Listed(FLOATS), Listed(FLOATS), data__value_range=(0, 1))
     inputs.check_splits(cfg, task)

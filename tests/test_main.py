@@ -41,6 +41,7 @@ def test_masked_autoencoder_does_not_classify(tmp_path, capsys):
         (MINI, ["--workdir"]),
         ([*MINI, "--mode=eval"], ["--mode=eval", "--workdir"]),
         ([*MINI, "--workdir=x", "--mode=tain"], ["--mode", "'tain'", "describe"]),
+        ([*MINI, "--mode=predict", "a.jpg"], ["python -m hivit_jax.tools.predict?"]),
         ([*MINI, "--workdri=x"], ["--workdir"]),
         ([*MINI, "--workdir=x", "--modee=eval"], ["'--modee=eval'", "--config.KEY"]),
         ([*MINI, "--workdir=x", "batch_size=16"], ["'batch_size=16'", "--config.KEY"]),
@@ -103,7 +104,11 @@ def test_no_checkpoint(finished, tmp_path, capsys):
         ([f"--workdir={tmp_path / 'x'}", f"--config.init_from={empty}"], empty),
     ):
         assert main([*MINI, *flags]) == 5
-        check_message(capsys.readouterr().err, ["no checkpoint", str(path)])
+        error = capsys.readouterr().err
+        check_message(error, ["no checkpoint", str(path)])
+        hint = "--config.init_from= to start from random parameters"
+        is_wrong_key = flags[-1] == f"--config.init_from={nowhere}"
+        assert (hint in error) == is_wrong_key
     assert not nowhere.exists()
 
 

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import subprocess
 
 import matplotlib
 import mini_runs
@@ -20,10 +21,24 @@ def code_cells(path):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_first_cell_installs(path):
-    first = code_cells(path)[0]
-    assert '"pip", "install"' in first
-    assert 'find_spec("hivit_jax")' in first
+def test_first_cell_installs(path, tmp_path, monkeypatch):
+    """Without the package, the first cell installs a clone or an uploaded archive."""
+    cell, installed = code_cells(path)[0], []
+    monkeypatch.chdir(path.parent)
+    exec(cell, {})  # the package is installed here
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(
+        subprocess, "run", lambda command, check: installed.append(command[1:])
+    )
+    exec(cell, {})
+    monkeypatch.chdir(tmp_path)
+    archive = cell.replace('PROJECT = ".."', 'PROJECT = "hivit_jax.zip"')
+    with pytest.raises(FileNotFoundError, match="PROJECT='hivit_jax.zip' is neither"):
+        exec(archive, {})
+    (tmp_path / "hivit_jax.zip").touch()
+    exec(archive, {})
+    pip = ["-m", "pip", "install"]
+    assert installed == [[*pip, "..[data]"], [*pip, "hivit_jax.zip[data]"]]
 
 
 # Notebook -> text in its output.

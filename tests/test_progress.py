@@ -35,6 +35,12 @@ def test_padding_is_not_counted(clock):
     assert lines[-1] == "eval  100/100 images  0:00 left"
 
 
+def test_unknown_total(clock):
+    lines = []
+    list(Progress("listing photos", 0, "files", lines.append).track(range(6)))
+    assert lines == ["listing photos  3 files", "listing photos  6 files"]
+
+
 def test_track(clock, capsys):
     items = list(Progress("indexing", 4, "files").track("abcd"))
     assert items == ["a", "b", "c", "d"]

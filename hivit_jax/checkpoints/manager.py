@@ -26,6 +26,7 @@ from etils.epath import Path
 from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint import checkpoint_managers
 
+from hivit_jax.checkpoints.best import keep_best
 from hivit_jax.checkpoints.digests import digests
 from hivit_jax.checkpoints.names import match_names
 from hivit_jax.checkpoints.read import (
@@ -40,7 +41,7 @@ from hivit_jax.distributed.processes import all_processes
 from hivit_jax.errors import CheckpointError, ConfigError, first_line
 from hivit_jax.paths import absolute, is_bucket
 from hivit_jax.reporting.console import log
-from hivit_jax.reporting.metrics import Best, Scalars, score
+from hivit_jax.reporting.metrics import Best, Scalars
 from hivit_jax.resources import free_disk_text
 from hivit_jax.tree import leaf_name, named_leaves
 
@@ -59,7 +60,7 @@ class Checkpoints:
 
     Args:
       workdir: the run's directory.
-      keep: number of newest checkpoints to keep. The checkpoint with the best
+      keep: number of newest checkpoints to keep. The first checkpoint with the best
         evaluation is kept as well.
       best: evaluation metric that selects the best checkpoint, and "min" or "max".
       dataset: JSON-serializable facts about the dataset, saved with every checkpoint.
@@ -73,15 +74,10 @@ class Checkpoints:
         dataset: Mapping[str, Any] | None = None,
     ):
         self._dataset = dataset
-        best_evaluated = checkpoint_managers.BestN(
-            get_metric_fn=partial(score, best=best),
-            n=1,
-            keep_checkpoints_without_metrics=False,
-        )
         newest = checkpoint_managers.LatestN(keep)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(
-                [newest, best_evaluated]
+                [newest, keep_best(best)]
             ),
             cleanup_tmp_directories=True,
         )

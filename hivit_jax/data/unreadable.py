@@ -8,7 +8,10 @@ from hivit_jax.data.sources.registry import num_examples
 from hivit_jax.distributed.processes import gather_objects
 from hivit_jax.errors import DataError
 
-CHECK_HINT = "python -m hivit_jax.tools.check_data lists all unreadable images"
+CHECK_HINT = (
+    "python -m hivit_jax.tools.check_data, with the same --config flags, lists all "
+    "unreadable images"
+)
 
 
 class UnreadableImages:

@@ -124,6 +124,11 @@ class Encoder(nnx.Module):
         """Raise ConfigError unless the arguments of `__call__` fit the model."""
         config = self.config
         expected = config.image_shape
+        if images.ndim != 4:
+            raise ConfigError(
+                f"images are {images.shape}; expected a batch, (B, "
+                f"{', '.join(map(str, expected))})"
+            )
         if images.shape[1:] != expected:
             raise ConfigError(
                 f"images are {images.shape[1:]} (height, width, channels); "

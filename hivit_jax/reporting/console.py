@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 
 from hivit_jax.progress import duration
-from hivit_jax.reporting.metrics import Best, Scalars, evaluations, score
+from hivit_jax.reporting.metrics import Best, Scalars, best_evaluation, evaluations
 
 
 def log(text: str) -> None:
@@ -67,7 +67,7 @@ def eval_line(label: str, values: Scalars) -> str:
 def best_line(workdir: Path, steps: Collection[int], best: Best) -> str:
     """Return the log line of the best checkpoint.
 
-    If several checkpoints are equally good, the newest of them is the best.
+    If several checkpoints are equally good, the first of them is the best.
     For example ``best checkpoint  step 360  eval  loss ...  DIR/checkpoints/360``.
 
     Args:
@@ -77,6 +77,6 @@ def best_line(workdir: Path, steps: Collection[int], best: Best) -> str:
     lines = [line for line in evaluations(workdir) if line["step"] in steps]
     if not lines:
         return "best checkpoint  none: no saved checkpoint belongs to an evaluated step"
-    values = max(lines, key=lambda line: (score(line, best), line["step"]))
+    values = best_evaluation(lines, best)
     line = eval_line(f"step {values['step']}", values)
     return f"best checkpoint  {line}  {workdir / 'checkpoints' / str(values['step'])}"

@@ -45,14 +45,28 @@ def reconstruction_panels(
 
 def reconstructions(panels: np.ndarray, title: str) -> np.ndarray:
     """Plot panels [B, 4, H, W, C] in 0..1, one image per row."""
-    figure = _figure(6.4, 0.6 + 1.55 * len(panels))
+    return rows_of_panels(dict(zip(PANELS, panels.swapaxes(0, 1), strict=True)), title)
+
+
+def rows_of_panels(panels: Mapping[str, np.ndarray], title: str = "") -> np.ndarray:
+    """Plot images [B, H, W, C] in 0..1 by name, one row for each of the B images."""
+    grid = np.stack([*panels.values()], axis=1)
+    figure = _figure(1.6 * len(panels), 0.6 + 1.55 * len(grid))
     axis = figure.subplots()
-    _show_grid(axis, panels)
-    for column, name in enumerate(PANELS):
+    _show_grid(axis, grid)
+    for column, name in enumerate(panels):
         style = dict(xycoords="axes fraction", ha="center", fontsize=9)
-        axis.annotate(name, ((column + 0.5) / len(PANELS), 1), **style)
-    figure.suptitle(title, fontsize=10)
+        axis.annotate(name, ((column + 0.5) / len(panels), 1), **style)
+    if title:
+        figure.suptitle(title, fontsize=10)
     return _pixels(figure)
+
+
+def heat(values: np.ndarray) -> np.ndarray:
+    """Return the colors of values in 0..1, [...] -> [..., 3]; larger is brighter."""
+    import matplotlib as mpl  # late, because its import takes long
+
+    return mpl.colormaps["inferno"](values)[..., :3]
 
 
 def curves(workdir: Path) -> np.ndarray:
@@ -67,16 +81,15 @@ def curves(workdir: Path) -> np.ndarray:
     axis.set_xlabel("step")
     axis.set_ylabel("loss")
     for name, label in (("eval/top1", "top-1"), ("eval/mAP", "mAP")):
-        points = [(line["step"], line[name]) for line in lines if name in line]
+        points = [(line["step"], 100 * line[name]) for line in lines if name in line]
         if not points:
             continue
         right = axis.twinx()
         right.plot(*zip(*points, strict=True), "C2.-", label=f"evaluation {label}")
-        right.set_ylabel(label)
-        right.set_ylim(0, 1)
-        right.legend(loc="center right")
-    if axis.lines:
-        axis.legend(loc="upper right")
+        right.set_ylabel(f"{label} (%)")
+        right.set_ylim(0, 100)
+    if axis.lines:  # above the axes, so that no curve is hidden
+        figure.legend(loc="outside upper center", ncols=3)
     axis.grid(alpha=0.3)
     return _pixels(figure)
 

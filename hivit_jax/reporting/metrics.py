@@ -215,12 +215,20 @@ def score(results: Scalars, best: Best) -> float:
     return results[name] if direction == "max" else -results[name]
 
 
+def best_evaluation(lines: Sequence[Scalars], best: Best) -> Scalars:
+    """Return the best of the evaluations in `lines`; of equally good ones, the first.
+
+    Early stopping, the kept checkpoint and every report use the same rule.
+    """
+    return max(lines, key=lambda line: score(line, best))
+
+
 def evaluations_since_best(workdir: Path, step: int, best: Best) -> int:
     """Return the number of evaluations after the best one, up to a step.
 
-    Of equally good evaluations, the first is the best. The number is read from
-    metrics.jsonl, so that it survives an interruption.
+    The number is read from metrics.jsonl, so that it survives an interruption.
     """
     lines = [line for line in evaluations(workdir) if line["step"] <= step]
-    scores = [score(line, best) for line in lines]
-    return len(scores) - 1 - scores.index(max(scores)) if scores else 0
+    if not lines:
+        return 0
+    return len(lines) - 1 - lines.index(best_evaluation(lines, best))

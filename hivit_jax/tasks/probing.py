@@ -23,6 +23,7 @@ from hivit_jax.tasks.base import Task
 from hivit_jax.tasks.classification import topk_correct
 from hivit_jax.tree import split_state
 from hivit_jax.weights import adapt, load
+from hivit_jax.xla.compile import announce
 
 CHUNK = 256  # test images that are classified at a time
 
@@ -163,4 +164,4 @@ def make_encoder(config: Any, task: Task, mesh: Mesh, unit_length: bool) -> Call
             features /= jnp.linalg.norm(features, axis=-1, keepdims=True)
         return features, batch["label"], batch["weight"], batch["unreadable"]
 
-    return partial(on_mesh(mesh, encode), variables)
+    return partial(announce(on_mesh(mesh, encode), "the encoder"), variables)

@@ -32,6 +32,12 @@ def _length_warnings(
     optimizer, epochs = config.optimizer, total_steps / steps_per_epoch
     end = f"the run ends after {total_steps:,} steps, {epochs:,.3g} epochs"
     found, num_images = [], data.counts.get("train", config.batch_size)
+    in_epochs = not config.total_steps or optimizer.warmup_epochs > 0
+    if in_epochs and not data.encoded and not config.data.train_examples:
+        found.append(
+            f"data.name={config.data.name} has {num_images:,} images, which determine "
+            "the steps of an epoch; data.train_examples=N sets another number"
+        )
     if optimizer.warmup_epochs >= epochs:
         found.append(
             f"optimizer.warmup_epochs={optimizer.warmup_epochs:g}: {end}, before the "

@@ -157,6 +157,7 @@ def check_dataset(
                 notes.append(text)
         if split.source.loose:
             notes.append(f"{split.title}: images outside the class directories")
+    notes += nested_classes(splits[0], data)
     if splits[0].usable().any():
         speed = images_per_cpu_second(splits[0], task.transform(train=True))
         print(f"\n{speed_report(task, model, speed)}")
@@ -166,6 +167,24 @@ def check_dataset(
         figures.write_png(sheet, contact_sheet(splits[0]))
     if failures:
         raise DataError(f"{data.name} failed the dataset check\n{failures[0]}")
+
+
+def nested_classes(split: Split, data: Any) -> list[str]:
+    """Return a line if checked images are not directly in their class directory."""
+    source = split.source
+    if data.name != "folder" or data.class_level != "top" or not source.labeled:
+        return []
+    nested = []
+    for index in split.indices:
+        name, label = source.name(index), source.labels[index]
+        if os.path.basename(os.path.dirname(name)) != source.classes[label]:
+            nested.append(name)
+    if not nested:
+        return []
+    return [
+        f"{split.title}: {len(nested):,} images in subdirectories of the classes, e.g. "
+        f"{nested[0]}; data.class_level=leaf makes each subdirectory a class"
+    ]
 
 
 def run(argv: Sequence[str] | None) -> None:

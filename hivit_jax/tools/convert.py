@@ -4,6 +4,7 @@ import argparse
 import ast
 import json
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
@@ -129,6 +130,8 @@ def convert(
     target = output_path("DST", target, [source])
     if target.suffix not in files.SUFFIXES:
         output_path("DST", target / files.WEIGHTS, [source])
+    log(f"converting {source}, which may take a minute ...")
+    start = time.perf_counter()
     pretrained = load.read(source, averaged=averaged, **overrides)
     model = build(pretrained, **overrides)
     if target.suffix in files.SUFFIXES:
@@ -137,7 +140,7 @@ def convert(
         files.write(target, state, json.dumps(metadata))
     else:
         save_pretrained(model, target, pretrained.recipe, pretrained.results)
-    log(f"written: {target}")
+    log(f"written: {target} ({time.perf_counter() - start:.1f} s)")
 
 
 def run(argv: Sequence[str] | None) -> None:

@@ -27,6 +27,7 @@ from hivit_jax.progress import Progress
 from hivit_jax.reporting.console import log
 from hivit_jax.weights.adapt import Pretrained
 from hivit_jax.weights.load import DATA_KEYS
+from hivit_jax.xla.compile import announce
 
 MAX_BATCH = 64  # largest default batch size
 
@@ -169,7 +170,7 @@ def compute(
     transform = _TolerantTransform(task.transform(train=False))
     batches = inputs.source_batches(config, task, source, transform)
     mesh = one_device()
-    step = on_mesh(mesh, step)
+    step = announce(on_mesh(mesh, step), "the model")
     progress = Progress(title, len(source), write=_log_without_terminal)
     with tqdm(total=len(source), desc=title, unit=" images", disable=None) as bar:
         for batch in prefetch_to_device(batches, mesh):

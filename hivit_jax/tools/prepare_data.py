@@ -15,8 +15,13 @@ import sys
 import tarfile
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
+from http.client import HTTPException
 from pathlib import Path
+from ssl import SSLError
 from typing import Any
+from urllib.error import HTTPError, URLError
+from urllib.parse import urlsplit
+from urllib.request import Request, urlopen
 
 from hivit_jax.data.sources.tfds import (
     FEATURES,
@@ -39,6 +44,7 @@ from hivit_jax.tools.record_shards import Splits, is_complete, write_dataset
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 TRAIN, VALIDATION = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
+CONNECT_SECONDS = 20.0  # until a server without an answer counts as unreachable
 # Flag -> (default, help).
 FLAGS = {
     "manual_dir": ("", f"directory of manual downloads: {TRAIN}, {VALIDATION}"),
@@ -181,6 +187,9 @@ def _generators(builder: Any, manual_dir: str) -> dict[str, Iterable]:
     tf.config.set_visible_devices([], "GPU")
     config = tfds.download.DownloadConfig(manual_dir=manual_dir or None)
     manager = builder._make_download_manager(download_dir=None, download_config=config)
+    # Without this, TFDS retries for minutes if a server cannot be reached.
+    download = manager._download
+    manager._download = lambda resource: download(_check_reachable(resource))
     generators = builder._split_generators(manager)
     if isinstance(generators, list):  # older datasets return SplitGenerators
         generators = {
@@ -190,6 +199,33 @@ def _generators(builder: Any, manual_dir: str) -> dict[str, Iterable]:
     if builder.name == "imagenet2012":
         generators.pop("test", None)  # this split has no labels
     return generators
+
+
+def _check_reachable(resource: Any) -> Any:
+    """Return a resource of TFDS that is about to be downloaded.
+
+    Any answer of the server is accepted, also an HTTP error, because TFDS handles it.
+
+    Raises:
+      DataError: no connection to the server.
+    """
+    url = resource.url
+    if not url.startswith("http"):
+        return resource
+    try:
+        urlopen(Request(url, method="HEAD"), timeout=CONNECT_SECONDS).close()
+    except HTTPError:
+        pass
+    except URLError as error:
+        if not isinstance(error.reason, SSLError):  # TFDS has other certificates
+            raise DataError(
+                f"{urlsplit(url).netloc} cannot be reached: {error.reason}\n"
+                f"Check the network or the proxy settings, or download {url} elsewhere "
+                "into --manual_dir=DIR; then run the same command again"
+            ) from error
+    except (OSError, HTTPException):
+        pass  # the server was reached, but did not answer this request
+    return resource
 
 
 def run(argv: Sequence[str] | None) -> None:

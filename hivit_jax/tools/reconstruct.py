@@ -24,6 +24,7 @@ from hivit_jax.tools.outputs import output_path
 from hivit_jax.tree import split
 from hivit_jax.weights import load
 from hivit_jax.weights.load import build
+from hivit_jax.xla.compile import announce
 
 USAGE = """\
 python -m hivit_jax.tools.reconstruct --checkpoint PATH IMAGE [IMAGE ...]
@@ -85,7 +86,7 @@ def reconstruct(
 
     units = math.prod(model.unit_grid)
     noise = jax.random.uniform(jax.random.key(seed), (len(images), units))
-    return jax.device_get(run(params, images, noise))
+    return jax.device_get(announce(run, "the model")(params, images, noise))
 
 
 def run(argv: Sequence[str] | None) -> None:

@@ -218,7 +218,12 @@ def _data_uri(path: Path) -> str:
 
 def run(argv: Sequence[str] | None) -> None:
     """Parse the arguments and write the report."""
-    parser = Parser("python -m hivit_jax.tools.report", allow_abbrev=False)
+    parser = Parser(
+        "python -m hivit_jax.tools.report",
+        description="Write one HTML page on runs: curves, figures, config keys that "
+        "differ, events.",
+        allow_abbrev=False,
+    )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="workdir of a run")
     parser.add_argument("--out", required=True, help="HTML file to write")
     flags = parser.parse_args(argv)

@@ -86,11 +86,11 @@ def _best_metric(config: Mapping[str, Any]) -> metrics.Best:
 
 
 def _best(lines: Lines, best: metrics.Best) -> str:
-    """Return the best evaluation as text; of equally good ones, the newest."""
+    """Return the best evaluation as text; of equally good ones, the first."""
     found = [line for line in lines if math.isfinite(line.get(best[0], math.nan))]
     if not found:
         return "none"
-    line = max(found, key=lambda line: (metrics.score(line, best), line["step"]))
+    line = metrics.best_evaluation(found, best)
     return f"{best[0]} {line[best[0]]:.4g} at step {line['step']:,}"
 
 

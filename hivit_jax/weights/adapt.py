@@ -78,6 +78,8 @@ class LoadReport:
             parts = [name.split("/") for name in names]
             groups = Counter("/".join(p[: 1 + (p[0] == "encoder")]) for p in parts)
             listed = ", ".join(f"{group} {count}" for group, count in groups.items())
+            if outcome == "zero_init":
+                listed += " (relative position tables)"
             if names:
                 lines.append(f"  {outcome:<17} {len(names):>4}  {listed}")
         return "\n".join(lines)

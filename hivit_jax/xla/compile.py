@@ -1,12 +1,14 @@
-"""Compile train steps; compilation cache; memory allocation on CPUs."""
+"""Compile train steps, log compilations; cache; memory allocation on CPUs."""
 
 import ctypes
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import wraps
 from typing import Any
 
 import jax
+import numpy as np
 
 from hivit_jax.distributed.sharding import shardings_of
 from hivit_jax.paths import expand
@@ -99,14 +101,40 @@ def compile_step(
     """
     count = len(training.batches)
     suffix = f" for bucket {bucket + 1} of {count}" if count > 1 else ""
-    log(f"compiling the train step{suffix}, which may take minutes ...")
-    start, hits = time.perf_counter(), len(_hits)
     shardings = shardings_of(training.state)
     jitted = jax.jit(training.step, donate_argnums=0, out_shardings=(shardings, None))
-    # Kernels and sharding constraints read the mesh while the step is traced.
-    with jax.set_mesh(jax.tree.leaves(shardings)[0].mesh):
-        lowered = jitted.lower(*training.arguments(bucket))
-    compiled = lowered.compile(options)
+    with log_compilation(f"the train step{suffix}"):
+        # Kernels and sharding constraints read the mesh while the step is traced.
+        with jax.set_mesh(jax.tree.leaves(shardings)[0].mesh):
+            lowered = jitted.lower(*training.arguments(bucket))
+        return lowered.compile(options)
+
+
+@contextmanager
+def log_compilation(program: str) -> Iterator[None]:
+    """Context manager that logs that a program is compiled, and then the time."""
+    log(f"compiling {program}, which may take minutes ...")
+    start, hits = time.perf_counter(), len(_hits)
+    yield
     action = "read from the cache" if len(_hits) > hits else "compiled"
     log(f"{action} in {time.perf_counter() - start:.1f} s")
-    return compiled
+
+
+def announce(jitted: Callable, program: str) -> Callable:
+    """Return a jitted function that logs its compilation.
+
+    The lines are logged in the first call with each combination of shapes, because JAX
+    compiles the function in this call.
+    """
+    seen = set()
+
+    @wraps(jitted)
+    def call(*args):
+        shapes = tuple(map(np.shape, jax.tree.leaves(args)))
+        if shapes in seen:
+            return jitted(*args)
+        seen.add(shapes)
+        with log_compilation(program):
+            return jitted(*args)
+
+    return call

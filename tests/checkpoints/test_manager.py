@@ -1,15 +1,18 @@
-"""Tests of checkpoints on other meshes, without optimizer state, and on full disks."""
+"""Tests of checkpoints: other meshes, no optimizer state, full disks, the best one."""
 
 import itertools
 import json
 
 import mini_runs
+import numpy as np
 import pytest
 from states import CONFIG, MESHES, make_state, save_states, state_on_mesh, to_host
 
 from hivit_jax.checkpoints.manager import Checkpoints
 from hivit_jax.distributed import sharding
 from hivit_jax.errors import ConfigError
+from hivit_jax.reporting import console, metrics
+from hivit_jax.tools import run_facts
 from hivit_jax.tree import named_leaves
 from hivit_jax.weights.load import read
 
@@ -70,3 +73,30 @@ def test_full_disk(tmp_path, monkeypatch):
         checkpoints.save(state_on_mesh("data", 2)[0], json.dumps(CONFIG))
     step, _ = Checkpoints(tmp_path, 9).restore_newest(state_on_mesh("data")[1])
     assert step == 1
+
+
+LOSSES = (0.7, 0.5, 0.6, 0.5, 0.5, 0.9)  # of steps 1 to 6; the best is evaluated thrice
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("direction", ["min", "max"])
+def test_first_of_equally_good_checkpoints(tmp_path, direction):
+    """The kept checkpoint, early stopping, the last line and the report agree."""
+    best, sign = ("eval/loss", direction), 1 if direction == "min" else -1
+    writer = metrics.Writer(tmp_path)
+    checkpoints = Checkpoints(tmp_path, keep=1, best=best)
+    since_best = []
+    for step, loss in enumerate(LOSSES, 1):
+        values = {"eval/loss": sign * loss, "eval/count": 8, "eval/unreadable": 0}
+        writer.scalars(step, values)
+        state = {"params": {"x": np.zeros(1)}, "opt_state": {}, "step": np.int32(step)}
+        checkpoints.save(state, "{}", values)
+        since_best.append(metrics.evaluations_since_best(tmp_path, step, best))
+    writer.close()
+    checkpoints.close()
+    assert mini_runs.saved_steps(tmp_path) == [2, 6]
+    assert since_best == [0, 0, 1, 2, 3, 4]
+    line = console.best_line(tmp_path, [2, 6], best)
+    assert line.startswith("best checkpoint  step 2 ")
+    lines = metrics.evaluations(tmp_path)
+    assert run_facts._best(lines, best).endswith(" at step 2")

@@ -304,6 +304,13 @@ def test_images_of_another_size_are_refused(name, shape):
         model(images, **arguments)
 
 
+def test_an_image_without_a_batch_axis():
+    model = abstract_model("hivit_base", **DEFAULTS["hivit_base"])
+    message = r"images are \(64, 64, 3\); expected a batch, \(B, 64, 64, 3\)"
+    with pytest.raises(ConfigError, match=message):
+        model(jnp.zeros((64, 64, 3)))
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

@@ -84,6 +84,25 @@ def test_single_class_gives_a_warning():
     assert messages == ["model.num_classes=1: with one class the loss is always 0"]
 
 
+def test_size_of_the_synthetic_dataset():
+    """An epoch has 1,024 generated images unless a key sets another number."""
+
+    def lines(*overrides):
+        flags = [f"--config.{each}" for each in ("data.name=synthetic", *overrides)]
+        config = configs.load("mae_base", flags)
+        task = inputs.task_of_recipe(config)
+        images = task.data.counts["train"]
+        return task.warnings(*inputs.count_steps(config, images))
+
+    expected = "data.name=synthetic has 1,024 images"
+    assert lines("total_epochs=100")[0].startswith(expected)
+    # The warmup is in epochs.
+    assert lines("total_steps=10000", "total_epochs=0")[0].startswith(expected)
+    assert lines("data.train_examples=1281167") == []
+    steps = ["total_steps=10000", "total_epochs=0", "optimizer.warmup_epochs=0"]
+    assert not any(expected in line for line in lines(*steps))
+
+
 def test_linear_probe_warns_of_small_rates_and_random_encoders():
     """The smallest usual learning rate depends on the number of steps.
 

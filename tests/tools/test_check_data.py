@@ -129,6 +129,23 @@ def test_healthy(check, healthy):
 
 
 @pytest.mark.slow
+def test_subdirectories_of_classes(check, tmp_path):
+    """Images deeper than in a class directory are reported, but are no failure."""
+    write(tmp_path, {"train": 14, "val": 7}, (64, 48))
+    for split in ("train", "val"):
+        inner = tmp_path / split / NAMES[0]
+        inner.rename(tmp_path / "moved")
+        inner.mkdir()
+        (tmp_path / "moved").rename(inner / "deeper")
+    code, out, _ = check(tmp_path)
+    assert code == 0
+    last = out.splitlines()[-1]
+    path = photo(tmp_path, 0).parent / "deeper" / "00000.JPEG"
+    expected = f"train: 2 images in subdirectories of the classes, e.g. {path}; "
+    assert last.startswith(expected + "data.class_level=leaf ")
+
+
+@pytest.mark.slow
 def test_several_labels(check, healthy, tmp_path):
     """An image counts in each of its classes; images of no class have their own row."""
     rows = [f"{photo(healthy, k)},{'a;b' if k % 3 else ''},train" for k in range(12)]

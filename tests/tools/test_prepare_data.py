@@ -1,9 +1,11 @@
 """Tests of dataset preparation: files, resuming and errors."""
 
+import http.server
 import io
 import os
 import resource
 import signal
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -328,6 +330,54 @@ def test_dataset_with_several_labels(tmp_path, capsys):
     source = Tfds("knots", str(tmp_path), "train", multi_label=True)
     labels = [source.sample(i)["label"].tolist() for i in range(3)]
     assert labels == [[0, 0], [1, 0], [1, 1]]
+
+
+class Ropes(Rings):
+    """TFDS dataset like `Rings` that downloads a file first."""
+
+    url = ""
+
+    def _split_generators(self, manager):
+        manager.download_and_extract({"file": self.url})
+        return super()._split_generators(manager)
+
+
+def test_server_that_cannot_be_reached(tmp_path, monkeypatch, capsys):
+    """The error is immediate and names the server; TFDS alone retries for minutes."""
+    address = mini_runs.free_address()
+    monkeypatch.setattr(Ropes, "url", f"http://{address}/ropes.tar")
+    monkeypatch.setenv("no_proxy", "*")
+    assert main(["--name=ropes", f"--data_dir={tmp_path}"]) == 4
+    error = capsys.readouterr().err.partition("error: ")[2]
+    check_message(f"error: {error}", [f"{address} cannot be reached", "--manual_dir"])
+
+
+@pytest.mark.parametrize("status", [404, 200])
+def test_server_that_can_be_reached(status, tmp_path, monkeypatch, capsys):
+    """An answer to the first request is left to TFDS, which then downloads the file."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(b"ropes" * (self.command == "GET"))
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_):
+            pass
+
+    monkeypatch.setenv("no_proxy", "*")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}/ropes.txt"
+        monkeypatch.setattr(Ropes, "url", address)
+        code = main(["--name=ropes", f"--data_dir={tmp_path}"])
+        server.shutdown()
+    assert code == (0 if status == 200 else 4)
+    expected = "to train on it: " if status == 200 else "HTTP code: 404"
+    captured = capsys.readouterr()
+    assert expected in captured.out + captured.err
 
 
 def test_tfrecords_of_tfds(tmp_path):

@@ -115,5 +115,6 @@ def test_classifier_loads_a_pretrained_encoder(tmp_path, capsys):
     assert new["head/kernel"].std() == pytest.approx(2e-5, rel=0.15)
     assert (new["fc_norm/scale"] == 1).all()
     out = capsys.readouterr().out
+    assert "encoder/stages 2 (relative position tables)\n" in out
     for outcome in ("matched", "unused", "zero_init", "newly_initialized"):
         assert f"  {outcome} " in out

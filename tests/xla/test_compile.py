@@ -1,7 +1,12 @@
-"""Tests of the cache of compiled programs."""
+"""Tests of the cache of compiled programs, and of the lines about compilations."""
+
+import re
 
 import jax
+import numpy as np
 import pytest
+
+from hivit_jax.xla.compile import announce
 
 pytestmark = pytest.mark.usefixtures("minimal_output")
 
@@ -30,3 +35,16 @@ def test_programs_are_cached_in_the_workdir(
         assert jax.config.values[name] == expected.format(tmp_path)
     finally:
         jax.config.update(name, before)
+
+
+def test_announce(capsys):
+    """The first call with each combination of shapes logs two lines."""
+    double = announce(jax.jit(lambda values: 2 * values["x"]), "the doubling")
+    lines = []
+    for size in (3, 3, 4, 3):
+        assert double({"x": np.ones(size)}).tolist() == [2.0] * size
+        lines.append(capsys.readouterr().out.splitlines())
+    assert [len(each) for each in lines] == [2, 0, 2, 0]
+    start, end = lines[0]
+    assert start == "compiling the doubling, which may take minutes ..."
+    assert re.fullmatch(r"compiled in \d+\.\d s", end)

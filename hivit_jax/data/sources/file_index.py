@@ -11,6 +11,7 @@ import numpy as np
 
 from hivit_jax.data import storage
 from hivit_jax.paths import cache_directory
+from hivit_jax.progress import Progress
 
 INDEX_KEYS = ("classes", "counts", "files", "reasons", "ignored", "loose")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
@@ -54,13 +55,17 @@ def subdirectories(root: str | Path) -> list[str]:
     return sorted(name for name in names if not is_hidden(name))
 
 
-def _walk(root: Path) -> list[tuple[str, list[str]]]:
+def _walk(root: Path, progress: Progress) -> list[tuple[str, list[str]]]:
     """Return (directory, sorted names of its files) for `root` and below, sorted.
 
     Hidden directories are not entered. Their names are listed with the files.
+
+    Args:
+      progress: counter of files.
     """
     found = []
     for directory, subdirectories, names in os.walk(root, followlinks=True):
+        progress.update(len(names))
         names += filter(is_hidden, subdirectories)
         subdirectories[:] = [name for name in subdirectories if not is_hidden(name)]
         found.append((directory, sorted(names)))
@@ -195,9 +200,10 @@ def _scan(
         loose = [name for name in outside if not ignored_reason(name, suffixes)]
         ignored.update(ignored_reason(name, suffixes) or OUTSIDE for name in outside)
     tops = [root / name for name in classes] if class_level == "top" else [root]
+    progress = Progress(f"listing {root}", 0, "files")
     for top in tops:
         before = len(files)
-        for directory, names in _walk(top):
+        for directory, names in _walk(top, progress):
             directories.append(directory)
             found = _image_files(root, directory, names, ignored, suffixes)
             if class_level == "leaf" and directory == str(root):

@@ -27,6 +27,7 @@ from hivit_jax.data.sources.file_index import (
 from hivit_jax.data.sources.splits import FileSource
 from hivit_jax.errors import DataError
 from hivit_jax.paths import expand
+from hivit_jax.progress import Progress
 
 __all__ = ["HIDDEN", "OUTSIDE", "SYSTEM_NAMES", "Folder", "Images", "is_hidden"]
 
@@ -49,7 +50,8 @@ class Images(Source):
         path, self.classes = Path(expand(path)), classes
         files = [path]
         if not path.is_file():
-            files = sorted(f for f in path.rglob("*") if f.is_file())
+            entries = Progress(f"listing {path}", 0, "files").track(path.rglob("*"))
+            files = sorted(entry for entry in entries if entry.is_file())
         self._files, self.ignored = _select(path, files, SUFFIXES)
         if not self._files and ARRAYS in self.ignored:
             self._files, self.ignored = _select(path, files, (ARRAYS,))

@@ -1,11 +1,13 @@
 """Tests of the source that reads class folders."""
 
+import itertools
 import os
 
 import mini_runs
 import numpy as np
 import pytest
 
+from hivit_jax import progress
 from hivit_jax.data.sources import folder, registry
 from hivit_jax.errors import ConfigError, DataError
 
@@ -258,3 +260,15 @@ def test_only_hidden_images(root):
         folder.Folder(str(root), "train")
     assert "train/n05: expected " in str(error.value)
     assert "Ignored files: 1 .heic, 1 .txt, 1 hidden or system" in str(error.value)
+
+
+@pytest.mark.parametrize("source", [folder.Folder, folder.Images])
+def test_long_listings_show_their_progress(source, root, monkeypatch, capsys):
+    """A line is printed every 10 s; the clock of this test advances by 10 s a call."""
+    monkeypatch.setattr(progress, "monotonic", itertools.count(0, 10).__next__)
+    arguments = (root, "train") if source is folder.Folder else (root / "train",)
+    source(*arguments)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines
+    assert lines[-1].startswith(f"listing {root / 'train'}  ")
+    assert lines[-1].endswith(" files")

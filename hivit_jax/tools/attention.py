@@ -1,0 +1,169 @@
+"""Draw the attention of a model for images; see `USAGE`."""
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import numpy as np
+from flax import nnx
+
+from hivit_jax import platforms
+from hivit_jax.errors import ConfigError, Parser, run_command
+from hivit_jax.models import Model
+from hivit_jax.paths import expand
+from hivit_jax.preprocessing import preprocess
+from hivit_jax.reporting import figures
+from hivit_jax.reporting.console import log
+from hivit_jax.tools.outputs import output_path
+from hivit_jax.tree import split
+from hivit_jax.weights.load import load_pretrained
+from hivit_jax.xla.compile import announce
+
+USAGE = """\
+python -m hivit_jax.tools.attention --checkpoint PATH IMAGE [IMAGE ...]
+              [--out FILE.png] [--block INDEX] [--unit ROW,COLUMN]
+
+Draws, for each image, the attention weights of one unit to all units: the mean over
+the heads, and each head. Bright units have a large weight. A red frame marks the unit.
+
+--checkpoint  workdir of a run, checkpoint, directory written by save_pretrained, .pth
+              or .safetensors file, or hf://ORGANIZATION/NAME
+--out         default: attention.png
+--block       index of a block among the blocks with attention; default: -1, the last
+--unit        row and column of the unit, which has 16x16 pixels in most models;
+              default: the class token if the model has one, else the unit in the center
+"""
+
+
+def attention_maps(
+    model: Model,
+    images: np.ndarray,
+    *,
+    block: int = -1,
+    unit: tuple[int, int] | None = None,
+) -> np.ndarray:
+    """Return attention weights of one unit to all units, float32 [B, heads, h, w].
+
+    The weights of a map add up to 1, or to less if the model has a class token.
+
+    Args:
+      images: float32 [B, H, W, C], normalized, such as those of `preprocess`.
+      block: index of a block among the blocks with attention.
+      unit: row and column of the unit; None: the class token, or, without one, the
+        result of `center`.
+
+    Raises:
+      ConfigError: the block or unit does not exist, or the block has windows.
+    """
+    graphdef, params = split(model)
+    (rows, columns), first = model.config.grid, model.config.class_tokens
+    row, column = unit or center(model)
+    if not (0 <= row < rows and 0 <= column < columns):
+        raise ConfigError(
+            f"unit {row},{column} of {model.name}: expected 0,0 to "
+            f"{rows - 1},{columns - 1}"
+        )
+    query = 0 if first and unit is None else first + row * columns + column
+
+    @jax.jit
+    def run(params, images):
+        layers = nnx.merge(graphdef, params).layers(images, attention=True)
+        if not -len(layers) <= block < len(layers):
+            raise ConfigError(
+                f"block {block}: {model.name} has {len(layers)} blocks with attention"
+            )
+        weights = layers[block].attention
+        if weights.ndim != 4:
+            raise ConfigError(
+                f"block {block} of {model.name} computes attention in windows; "
+                "expected a block with attention between all units"
+            )
+        return weights[:, :, query, first:].reshape(*weights.shape[:2], rows, columns)
+
+    return np.asarray(announce(run, "the model")(params, images))
+
+
+def center(model: Model) -> tuple[int, int]:
+    """Return row and column of the unit in the center of a model's images."""
+    rows, columns = model.config.grid
+    return rows // 2, columns // 2
+
+
+def panels(
+    images: np.ndarray, maps: np.ndarray, unit: tuple[int, int] | None
+) -> dict[str, np.ndarray]:
+    """Return {title: RGB pictures [B, H, W, 3] in 0..1}.
+
+    Args:
+      images: [B, H, W, C] in 0..1; without three channels, the first is drawn in gray.
+      maps: result of `attention_maps`.
+      unit: row and column of the marked unit; None: no unit is marked.
+    """
+    if images.shape[-1] != 3:
+        images = images[..., :1]
+    pictures = {"image": np.repeat(images, 3 // images.shape[-1], axis=-1)}
+    side = images.shape[1] // maps.shape[2]
+    if unit:
+        (top, left), width = (side * index for index in unit), max(1, side // 8)
+        square = np.s_[:, top : top + side, left : left + side]
+        rows, columns = (
+            slice(top + width, top + side - width),
+            slice(left + width, left + side - width),
+        )
+        inside = np.s_[:, rows, columns]
+        marked = pictures["image"].copy()
+        marked[square] = (1, 0, 0)
+        marked[inside] = pictures["image"][inside]
+        pictures["image"] = marked
+    heads = {f"head {index}": maps[:, index] for index in range(maps.shape[1])}
+    for title, weights in {"mean": maps.mean(1), **heads}.items():
+        weights = weights / weights.max((1, 2), keepdims=True)
+        weights = weights.repeat(side, axis=1).repeat(side, axis=2)
+        pictures[title] = figures.heat(weights)
+    return pictures
+
+
+def run(argv: Sequence[str] | None) -> None:
+    """Parse the arguments, compute the attention and write the figure."""
+    parser = Parser(usage=USAGE, allow_abbrev=False)
+    add = partial(parser.add_argument, help=argparse.SUPPRESS)  # USAGE explains them
+    add("--checkpoint", required=True)
+    add("images", nargs="+", type=expand)
+    add("--out", default="attention.png")
+    add("--block", type=int, default=-1)
+    add("--unit", default="")
+    args = parser.parse_args(argv)
+    unit = None
+    if args.unit:
+        if not re.fullmatch(r"\d+,\d+", args.unit):
+            raise ConfigError(f"--unit={args.unit}; expected ROW,COLUMN")
+        unit = tuple(map(int, args.unit.split(",")))
+    platforms.start()
+    out = output_path("--out", args.out, [args.checkpoint, *args.images])
+    if out.is_dir():
+        raise ConfigError(f"--out={args.out} is a directory; expected a .png file")
+    model = load_pretrained(args.checkpoint)
+    images = preprocess(model)(args.images)
+    maps = attention_maps(model, images, block=args.block, unit=unit)
+    if not model.config.class_tokens:
+        unit = unit or center(model)
+    mean, std = np.float32(model.info.mean), np.float32(model.info.std)
+    pictures = panels((images * std + mean).clip(0, 1), maps, unit)
+    try:
+        figures.write_png(out, figures.rows_of_panels(pictures))
+    except OSError as error:
+        raise ConfigError(f"--out={out}: {error.strerror}") from error
+    query = f"unit {unit[0]},{unit[1]}" if unit else "the class token"
+    log(f"written: {out} (attention of {query}, {maps.shape[1]} heads)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    return run_command(lambda: run(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
