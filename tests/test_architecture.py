@@ -121,8 +121,9 @@ def test_only_top_level_modules_accept_a_whole_config():
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef) and not name.startswith(TOP_LEVEL):
                 for argument in (*node.args.args, *node.args.kwonlyargs):
-                    kind = argument.annotation and ast.unparse(argument.annotation)
-                    is_config = kind in (None, "Any", "ConfigDict")
+                    annotation = argument.annotation
+                    annotation = annotation and ast.unparse(annotation)
+                    is_config = annotation in (None, "Any", "ConfigDict")
                     assert argument.arg != "config" or not is_config, (
                         f"{name}:{node.lineno} {node.name}"
                     )

@@ -210,8 +210,8 @@ def test_model_name_override_selects_the_model_keys():
 def test_unknown_attribute_suggests_a_key(section, name, suggestion):
     """Reading or setting an unknown attribute is an error that suggests a key."""
     config = mini_runs.mae()
-    for part in (config, config.copy_and_resolve_references()):
-        part = part[section] if section else part
+    for any_config in (config, config.copy_and_resolve_references()):
+        part = any_config[section] if section else any_config
         assert not hasattr(part, name)
         for access in (getattr, lambda *args: setattr(*args, 1)):
             match = f"{name}'; did you mean {suggestion}"

@@ -126,9 +126,9 @@ def test_linked_files_and_headings_exist(path):
     for target in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):
         if not target.startswith("http"):
             file, _, anchor = target.partition("#")
-            other = path.parent / file if file else path
-            assert other.exists(), target
-            assert not anchor or anchor in anchors(other), target
+            linked = path.parent / file if file else path
+            assert linked.exists(), target
+            assert not anchor or anchor in anchors(linked), target
 
 
 def test_every_page_is_linked_from_the_readme():

@@ -208,11 +208,11 @@ def batches_of(cfg):
     return list(inputs.train_batches(cfg, 0, 4)), list(inputs.eval_batches(cfg))
 
 
-def identical(ones, others):
+def identical(actual, expected):
     """Return True if two lists of batches are bit-identical."""
-    return len(ones) == len(others) and all(
-        np.array_equal(one.get(key), other.get(key))
-        for one, other in zip(ones, others, strict=True)
+    return len(actual) == len(expected) and all(
+        np.array_equal(batch.get(key), expected_batch.get(key))
+        for batch, expected_batch in zip(actual, expected, strict=True)
         for key in ARRAYS
     )
 

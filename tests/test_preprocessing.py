@@ -59,7 +59,7 @@ def test_preprocess_equals_the_evaluation_transform(options, folder, cache_direc
     assert_array_equal(run(samples), expected)
     opened = [Image.open(path) for path in paths]
     assert_array_equal(run(opened), expected)
-    arrays = [np.asarray(each.convert("RGB")) for each in opened]
+    arrays = [np.asarray(image.convert("RGB")) for image in opened]
     if config.model.in_channels == 3:
         assert_array_equal(run(arrays), expected)
     assert_array_equal(run(opened[0]), expected[:1])

@@ -207,8 +207,8 @@ def test_recipes_have_the_official_values(name):
             peak = peak_learning_rate(config.optimizer, config.batch_size)
             assert peak == pytest.approx(value)
         else:
-            part, _, leaf = key.rpartition("__")
-            assert (config[part] if part else config)[leaf] == value, key
+            section, _, leaf = key.rpartition("__")
+            assert (config[section] if section else config)[leaf] == value, key
     for key, value in (("mean", (0.485, 0.456, 0.406)), ("std", (0.229, 0.224, 0.225))):
         assert config.data[key] == value
     assert config.data.flip

@@ -37,5 +37,5 @@ def test_split_keys_are_independent_for_each_purpose():
     mask, flip = (rng.split_keys(keys, purpose) for purpose in ("mask", "flip"))
     data = [np.asarray(jax.random.key_data(k)) for k in (keys, mask, flip)]
     assert len(np.unique(np.concatenate(data), axis=0)) == 18
-    part = jax.random.key_data(rng.split_keys(keys[2:4], "mask"))
-    assert_array_equal(part, data[1][2:4])
+    mask_keys_of_two = jax.random.key_data(rng.split_keys(keys[2:4], "mask"))
+    assert_array_equal(mask_keys_of_two, data[1][2:4])

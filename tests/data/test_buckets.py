@@ -64,7 +64,8 @@ def test_tfrecords_of_a_bucket_equal_local_files(bucket, prepared):
     bucket.requests.clear()
     bucket.failures, bucket.truncated = [503, 429, 500], 2
     assert_batches_equal(batches(cfg), expected)
-    # 4 batches of 8 training images, 6 evaluation images, 5 repeated reads
+    # Four batches of 8 training images and 6 evaluation images are read, and 5 reads
+    # are repeated.
     assert bucket.reads("-of-") <= 4 * 8 + 6 + 5
     assert_batches_equal(batches(config("s3://bucket/tfrecord")), expected)
 

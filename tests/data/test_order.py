@@ -19,9 +19,9 @@ def test_every_epoch_is_another_permutation():
         assert order_of_epoch.dtype == np.int64
         assert_array_equal(np.sort(order_of_epoch), np.arange(1437))
     for i, order_of_epoch in enumerate(orders):
-        for other in orders[:i]:
+        for earlier in orders[:i]:
             # Two random permutations agree in 1 of 1437 positions on average.
-            assert (order_of_epoch == other).mean() < 0.01
+            assert (order_of_epoch == earlier).mean() < 0.01
 
 
 def test_order_is_frozen():

@@ -92,7 +92,7 @@ def folder(tmp_path_factory):
                 path.write_bytes(b"damaged")
             files[split][0].append(pixels)
             files[split][1].append(label)
-    return root, {split: [*map(np.array, each)] for split, each in files.items()}
+    return root, {split: [*map(np.array, pair)] for split, pair in files.items()}
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,8 @@ from hivit_jax.kernels.numerics import Plan, Weights
 from hivit_jax.tree import split
 
 EPS = 1e-6
-library_attention = jax.nn.dot_product_attention  # before tests patch it
+# Bound here, because tests replace the attribute of jax.nn.
+library_attention = jax.nn.dot_product_attention
 
 
 class Case(NamedTuple):

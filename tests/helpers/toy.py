@@ -94,7 +94,7 @@ class MapTransform(Transform):
     def __call__(self, sample, draws, out):
         step = -1 if self._train and draws[0] < 0.5 else 1
         for name in ("image", "map"):
-            if name in sample:  # absent in predictions
+            if name in sample:  # because images to predict have no map
                 pixels = np.asarray(Image.open(io.BytesIO(sample[name])))
                 out[name][:] = pixels[:, ::step]
 

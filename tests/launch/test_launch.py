@@ -172,10 +172,11 @@ def test_create_uses_defaults_or_environment_variables(stage):
     play = {QUEUE: [["ACTIVE", 0]]}
     assert stage.run(*tpu_vm("create"), play=play)[0] == 0
     command = gcloud("queued-resources", "create", "hivit", "--node-id=hivit")
-    kind = ["--accelerator-type=v5litepod-4", "--runtime-version=v2-alpha-tpuv5-lite"]
-    assert stage.calls()[0] == [*command, *kind, "--quiet"]
+    command += ["--accelerator-type=v5litepod-4"]
+    command += ["--runtime-version=v2-alpha-tpuv5-lite"]
+    assert stage.calls()[0] == [*command, "--quiet"]
     assert stage.run(*tpu_vm("create"), play=play, TPU_SPOT="1", TPU_ZONE="z")[0] == 0
-    assert stage.calls()[0] == [*command, *kind, "--spot", "--zone=z", "--quiet"]
+    assert stage.calls()[0] == [*command, "--spot", "--zone=z", "--quiet"]
 
 
 @pytest.mark.parametrize("state", ["FAILED", "SUSPENDED"])

@@ -64,7 +64,7 @@ def test_draw_run_writes_curves_and_images(workdir, channels):
     for name, path in paths.items():
         pixels = pixels_of(path)
         assert pixels.shape == (*sizes[name], 3)
-        assert pixels.std() > 10  # not blank
+        assert pixels.std() > 10  # The figure is not blank.
 
 
 def test_draw_run_without_images_writes_only_curves(tmp_path):

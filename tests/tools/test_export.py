@@ -232,8 +232,8 @@ def test_invalid_command_writes_nothing(
 def test_differing_export_is_not_written(
     workdirs, exported, tmp_path, monkeypatch, capsys
 ):
-    other = export.export(mini(dtype="bfloat16", layer_norm_eps=1.0))
-    monkeypatch.setattr(export, "export", lambda *_: other)
+    differing = export.export(mini(dtype="bfloat16", layer_norm_eps=1.0))
+    monkeypatch.setattr(export, "export", lambda *_: differing)
     (tmp_path / "model").write_text("before")
     flags = [f"--checkpoint={workdirs / 'hivit_base'}", f"--out={tmp_path / 'model'}"]
     assert export.main(flags) == 1

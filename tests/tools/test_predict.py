@@ -106,8 +106,8 @@ def test_labeled_folder_is_predicted_and_scored(
         assert p == sorted(p, reverse=True)
         assert sum(p) == pytest.approx(1, abs=1e-5)
         assert {row[f"predicted{r}"] for r in ranks} == {*COLORS}
-    right = [row["predicted"] == row["label"] for row in table]
-    accuracy = np.mean(right)
+    is_correct = [row["predicted"] == row["label"] for row in table]
+    accuracy = np.mean(is_correct)
     assert accuracy > 0.9
     metrics = json.loads((tmp_path / "p" / "all_metrics.json").read_text())
     assert metrics == {
@@ -115,7 +115,7 @@ def test_labeled_folder_is_predicted_and_scored(
     }  # fmt: skip
     table = rows(tmp_path / "p" / "all_classes.csv")
     assert [row["class"] for row in table] == [*COLORS]
-    assert sum(int(row["correct"]) for row in table) == sum(right)
+    assert sum(int(row["correct"]) for row in table) == sum(is_correct)
     matrix = rows(tmp_path / "p" / "all_confusion.csv")
     assert [int(matrix[k][name]) for k, name in enumerate(COLORS)] == [
         int(row["correct"]) for row in table
@@ -187,7 +187,7 @@ def test_command_without_paths_predicts_the_test_split(run, data, tmp_path):
         (["damaged"], "a.xlsx", 2, "ends in .csv or .jsonl"),
     ],
 )
-def test_unreadable_and_missing_files_are_errors(
+def test_unusable_paths_and_outputs_are_errors(
     run, paths, out, code, message, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)

@@ -50,7 +50,8 @@ def test_command_draws_a_row_of_panels_per_image(saved, tmp_path, capsys):
     text = "brightness and contrast of each true unit, unknown to the model"
     assert text in printed
     with Image.open(out) as image:
-        assert image.width > image.height > 300  # two rows of four panels
+        # Two rows of four panels are wider than high, and higher than one row.
+        assert image.width > image.height > 300
     assert (
         command.main([str(x) for x in (*flags, *images, "--statistics=visible")]) == 0
     )
