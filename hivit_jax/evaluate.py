@@ -212,7 +212,7 @@ def put_frozen(task: tasks.Task, mesh: Mesh) -> Any:
 def make_panels(
     config: Any, task: tasks.Task, graphdef: nnx.GraphDef, mesh: Mesh
 ) -> Callable:
-    """Return a function from variables to the panels of some test images, as NumPy arrays.
+    """Return a function from variables to panels of test images, as NumPy arrays.
 
     The panels show the images of `inputs.some_test_examples`. Every call uses the same
     PRNG keys. Images are read only if the task has panels.

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from flags import fast_compile_flag, processor_digest, virtual_devices_flag
 
-if "PYTEST_XDIST_WORKER" not in os.environ:  # workers inherit the cache
+if "PYTEST_XDIST_WORKER" not in os.environ:  # workers inherit the variable set here
     cache = Path(__file__).parents[1] / ".pytest_cache" / "programs"
-    if sum(path.stat().st_size for path in cache.rglob("*")) > 2**31:
+    if sum(path.stat().st_size for path in cache.rglob("*")) > 2**31:  # bytes
         shutil.rmtree(cache)
     # Programs may use instructions that other processors do not have.
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(cache / processor_digest())
@@ -37,9 +37,10 @@ os.environ["XLA_FLAGS"] = virtual_devices_flag(8)
 
 
 def pytest_collection_modifyitems(items):
-    """Move the test files that train to the front.
+    """Move the tests of files that ``import mini_runs`` to the front.
 
-    These files take longest. If they start first, all workers end at the same time.
+    Most of these files train and take longest. If they start first, all workers end at
+    about the same time.
     """
     items.sort(key=lambda item: not hasattr(item.module, "mini_runs"))
 
@@ -47,7 +48,8 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def _restored_signals():
     """Restore the signal handlers that commands install in this process."""
-    handlers = {number: signal.getsignal(number) for number in (2, 15)}
+    numbers = signal.SIGINT, signal.SIGTERM
+    handlers = {number: signal.getsignal(number) for number in numbers}
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -55,7 +57,10 @@ def _restored_signals():
 
 @pytest.fixture(scope="module")
 def minimal_output():
-    """Draw no figures; write no TensorBoard events."""
+    """Draw no figures; write no TensorBoard events.
+
+    Afterwards, the compilation cache is on again, even if a run turned it off.
+    """
     import mini_runs
 
     with mini_runs.minimal_output():
@@ -75,7 +80,7 @@ def shard_small_arrays(monkeypatch):
 def workdir(tmp_path, monkeypatch):
     """Return an empty directory.
 
-    TensorBoard is off, because its import takes seconds.
+    Runs write no TensorBoard events, because the import of TensorBoard takes seconds.
     """
     from hivit_jax.reporting import boards
 
@@ -85,7 +90,7 @@ def workdir(tmp_path, monkeypatch):
 
 @pytest.fixture
 def cache_directory(tmp_path, monkeypatch):
-    """Return an empty directory that replaces the user's cache."""
+    """Return the path of a directory that replaces the user's cache directory."""
     from hivit_jax.data.sources import registry
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -108,7 +113,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
-    """Return the environment variables of a process without TensorBoard."""
+    """Return environment variables that make imports of tensorboardX fail."""
     import mini_runs
 
     directory = tmp_path_factory.mktemp("environment")
@@ -120,8 +125,8 @@ def run_main(monkeypatch, tmp_path):
     """Return a function that runs `main` and records `jax.distributed.initialize`.
 
     The function returns the exit code of `main` and the (arguments, keyword arguments)
-    of each recorded call. Each recorded call fails with the message `problem`; default:
-    JAX's message that there is no cluster.
+    of each recorded call. Each call raises ValueError with the message `problem`;
+    default: JAX's message on a machine outside of any cluster.
     """
 
     import mini_runs

@@ -1,4 +1,4 @@
-"""Tests of advice on unknown keys."""
+"""Tests of the suggestions in errors about unknown keys."""
 
 import pytest
 
@@ -17,7 +17,7 @@ def advice(key, recipe="digits_finetune"):
 
 
 @pytest.mark.parametrize(
-    ("key", "meant"),
+    ("key", "suggestion"),
     [
         ("model.batch_size", "batch_size"),
         ("optimizer.label_smoothing", "label_smoothing"),
@@ -41,12 +41,12 @@ def advice(key, recipe="digits_finetune"):
         ("model.type", "model.name"),
     ],
 )
-def test_what_was_meant(key, meant):
+def test_unknown_key_suggests_a_valid_key(key, suggestion):
     """The advice covers misplaced keys, keys of other programs and typing errors."""
-    assert advice(key) == f"did you mean {meant!r}?"
+    assert advice(key) == f"did you mean {suggestion!r}?"
 
 
-def test_several_keys_with_the_same_last_name():
+def test_advice_names_all_keys_with_the_same_last_component():
     assert advice("dataset.name") == "did you mean 'model.name' or 'data.name'?"
 
 
@@ -63,8 +63,7 @@ def test_a_name_that_other_sections_have():
 
 
 @pytest.mark.parametrize("key", ["tempo", "foo.bar", "crop", "xyz"])
-def test_no_far_guess(key):
-    """Without a similar key, the advice lists the top-level keys and the groups."""
+def test_dissimilar_key_lists_top_level_keys_and_sections(key):
     text = advice(key)
     assert text.startswith("known: task, seed, batch_size, ")
     assert text.endswith(
@@ -73,7 +72,7 @@ def test_no_far_guess(key):
     )
 
 
-def test_advice_lists_the_keys_of_a_section():
+def test_advice_lists_the_keys_of_a_section_or_names_a_flag():
     assert advice("data.foo").startswith("keys of data: name, dir, cache, ")
     assert advice("mesh.pipeline") == "keys of mesh: replica, data, fsdp, tensor, zero"
     expected = "it is a section of the config with the keys replica, data, "
@@ -85,12 +84,12 @@ def test_advice_lists_the_keys_of_a_section():
     assert advice("topology").startswith("did you mean the flag --topology=CHIP:SHAPE")
 
 
-def test_names_that_belong_to_another_task():
-    """The advice does not suggest a key that the config's task does not have."""
+def test_keys_of_another_task_are_not_suggested():
+    """A masked autoencoder has no `label_smoothing`."""
     assert advice("smoothing", "digits_mae").startswith("known: ")
 
 
-def test_arguments_of_models():
+def test_unknown_model_argument_is_an_error():
     with pytest.raises(ConfigError, match="hivit_tiny 'img_size'; .* 'image_size'"):
         create_model("hivit_tiny", img_size=32)
     with pytest.raises(ConfigError, match="'patience'; known: image_size, "):

@@ -1,4 +1,4 @@
-"""Tests of the package's architecture rules, on its syntax trees."""
+"""Tests of the package's architecture rules, on syntax trees of its modules."""
 
 import ast
 from functools import cache
@@ -52,7 +52,7 @@ def test_only_task_modules_check_model_classes():
     assert violations == []
 
 
-def test_no_private_interface_of_jax():
+def test_modules_use_no_private_interface_of_jax():
     private = {"_src", "_jax", "jaxlib"}
     violations = []
     for name, _, tree in modules():
@@ -65,8 +65,8 @@ def test_no_private_interface_of_jax():
     assert violations == []
 
 
-def test_no_import_cycles():
-    """Modules have no import cycles; imports inside functions are allowed."""
+def test_modules_have_no_import_cycles():
+    """Imports inside functions are ignored."""
     bodies = {}
     for file, _, tree in modules():
         name = f"hivit_jax/{file}".removesuffix(".py").replace("/", ".")
@@ -79,14 +79,13 @@ def test_no_import_cycles():
                     inner = f"{node.module}.{alias.name}"
                     needed[name].add(inner if inner in bodies else node.module)
     needed = {name: imports & bodies.keys() for name, imports in needed.items()}
-    while free := [name for name, imports in needed.items() if not imports]:
-        needed = {
-            n: imports - {*free} for n, imports in needed.items() if n not in free
-        }
+    # Remove modules without remaining imports, until only cycles are left.
+    while done := {name for name, imports in needed.items() if not imports}:
+        needed = {n: imports - done for n, imports in needed.items() if n not in done}
     assert needed == {}
 
 
-# Package -> packages that it must not import.
+# Package -> packages and modules that it must not import.
 ABOVE = {
     "augment": {"config", "data", "inputs", "models", "tasks", "training"},
     "checkpoints": {"config", "inputs", "models", "tasks", "training"},
@@ -122,8 +121,9 @@ def test_only_top_level_modules_accept_a_whole_config():
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef) and not name.startswith(TOP_LEVEL):
                 for argument in (*node.args.args, *node.args.kwonlyargs):
-                    kind = argument.annotation and ast.unparse(argument.annotation)
-                    is_config = kind in (None, "Any", "ConfigDict")
+                    annotation = argument.annotation
+                    annotation = annotation and ast.unparse(annotation)
+                    is_config = annotation in (None, "Any", "ConfigDict")
                     assert argument.arg != "config" or not is_config, (
                         f"{name}:{node.lineno} {node.name}"
                     )

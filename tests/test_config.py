@@ -16,7 +16,7 @@ from hivit_jax.main import main
 MINI = mini_runs.arguments()  # flags of a valid recipe
 
 
-# Override -> fragments of the message: the key, and the expected value.
+# (overrides, fragments of the error message: the key, and values that are expected)
 BAD_OVERRIDES = [
     (["optimizer.warmup_epoch=3"], ["'optimizer.warmup_epoch'", "warmup_epochs'?"]),
     (["model.embed_dims=64"], ["'model.embed_dims'", "'model.embed_dim'?"]),
@@ -75,7 +75,7 @@ BAD_OVERRIDES = [
 
 
 @pytest.mark.parametrize(("overrides", "fragments"), BAD_OVERRIDES)
-def test_bad_override(overrides, fragments, tmp_path, capsys):
+def test_bad_override_exits_with_code_2(overrides, fragments, tmp_path, capsys):
     flags = [f"--config.{override}" for override in overrides]
     assert main([*MINI, *flags, f"--workdir={tmp_path / 'run'}"]) == 2
     check_message(capsys.readouterr().err, fragments)
@@ -92,7 +92,8 @@ def test_bad_override(overrides, fragments, tmp_path, capsys):
         ("batch_size=25", None),
     ],
 )
-def test_mixing_needs_even_microbatches(overrides, microbatch):
+def test_mixing_requires_even_microbatches(overrides, microbatch):
+    """`microbatch` is the odd size in the error; None: the overrides are valid."""
     recipe = str(mini_runs.ROOT / "configs" / "digits_finetune.py")
     flags = [f"--config.{override}" for override in overrides.split()]
     if microbatch is None:
@@ -118,7 +119,7 @@ def test_mixing_needs_even_microbatches(overrides, microbatch):
         ),
     ],
 )
-def test_bad_recipe(text, fragment, capsys, tmp_path):
+def test_bad_recipe_exits_with_code_2(text, fragment, capsys, tmp_path):
     path = tmp_path / "recipe.py"
     path.write_text(text)
     assert main([f"--config={path}", f"--workdir={tmp_path}"]) == 2
@@ -126,7 +127,7 @@ def test_bad_recipe(text, fragment, capsys, tmp_path):
 
 
 @pytest.mark.slow
-def test_variant_of_a_recipe(capsys):
+def test_recipe_argument_selects_a_variant(capsys):
     arguments = ["--mode=describe", "--config.data.randaugment=false"]
     path = mini_runs.ROOT / "configs" / "finetune.py"
     for recipe in ("finetune:large", f"{path}:large"):
@@ -142,7 +143,7 @@ def test_variant_of_a_recipe(capsys):
 
 
 def test_values_of_a_recipe_are_checked(tmp_path, capsys):
-    """Values of a recipe are checked like values of the command line."""
+    """Values of a recipe are checked and converted like overrides."""
     path = tmp_path / "own.py"
     for values, fragments in (
         ("model=dict(embed_dims=64)", ["'model.embed_dims'", "'model.embed_dim'?"]),
@@ -162,13 +163,13 @@ def test_values_of_a_recipe_are_checked(tmp_path, capsys):
     assert (config.total_epochs, config.model.depths) == (3.0, (1, 1, 2))
 
 
-def test_page_of_all_keys():
+def test_config_page_lists_all_keys():
     """docs/config.md is up to date and has every key of every task, with a comment."""
     text = (mini_runs.ROOT / "docs" / "config.md").read_text()
     assert text == configs.to_markdown()
     for task in tasks.TASKS.values():
-        both = configs.task_keys(task) | configs.task_keys(task, "vit_base")
-        for name, key in both.items():
+        keys = configs.task_keys(task) | configs.task_keys(task, "vit_base")
+        for name, key in keys.items():
             leaf = name.rpartition(".")[2]
             assert key.comment
             assert f"| {key.comment} |\n" in text
@@ -183,14 +184,12 @@ def test_page_of_all_keys():
         ("mae_base", "model.pooling"),
     ],
 )
-def test_keys_of_another_family(recipe, key):
-    """A key of another family of models is an unknown key."""
+def test_key_of_another_model_family_is_unknown(recipe, key):
     with pytest.raises(ConfigError, match=f"unknown config key '{key}'"):
         configs.load(recipe, [f"--config.{key}=1"])
 
 
-def test_family_of_an_override():
-    """`model.name` on the command line also selects the valid model keys."""
+def test_model_name_override_selects_the_model_keys():
     overrides = ["--config.model.name=vit_tiny", "--config.model.pooling=token"]
     config = configs.load("supervised", overrides)
     assert config.model.pooling == "token"
@@ -198,7 +197,7 @@ def test_family_of_an_override():
 
 
 @pytest.mark.parametrize(
-    ("section", "name", "meant"),
+    ("section", "name", "suggestion"),
     [
         ("", "optimiser", "'optimizer'"),
         ("", "lr", "'optimizer.base_learning_rate'"),
@@ -208,19 +207,20 @@ def test_family_of_an_override():
         ("model", "depth", "'depths'"),
     ],
 )
-def test_unknown_attributes(section, name, meant):
+def test_unknown_attribute_suggests_a_key(section, name, suggestion):
     """Reading or setting an unknown attribute is an error that suggests a key."""
     config = mini_runs.mae()
-    for part in (config, config.copy_and_resolve_references()):
-        part = part[section] if section else part
+    for any_config in (config, config.copy_and_resolve_references()):
+        part = any_config[section] if section else any_config
         assert not hasattr(part, name)
         for access in (getattr, lambda *args: setattr(*args, 1)):
-            with pytest.raises(ConfigError, match=f"{name}'; did you mean {meant}"):
+            match = f"{name}'; did you mean {suggestion}"
+            with pytest.raises(ConfigError, match=match):
                 access(part, name)
 
 
-def test_copies_of_configs():
+def test_copied_configs_equal_the_original():
     config = mini_runs.mae()
-    for other in (copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
-        assert other == config
-        assert configs.to_json(other) == configs.to_json(config)
+    for copied in (copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
+        assert copied == config
+        assert configs.to_json(copied) == configs.to_json(config)

@@ -1,4 +1,4 @@
-"""Tests of commands, programs and links in README and docs/."""
+"""Tests of commands, programs and links in the READMEs and docs/."""
 
 import ast
 import configparser
@@ -37,7 +37,7 @@ def commands(path):
 
 
 def check_run(words):
-    """Raise an error if the flags of a run are wrong or its recipe cannot be loaded."""
+    """Raise an error if flags are wrong, or a recipe of configs/ cannot be loaded."""
     if "--help" in words:
         return
     flags, overrides = main.parse(words)
@@ -55,7 +55,7 @@ def check_module(name, words):
 
 
 def check_flags(path, words):
-    """Check that the text of a program contains all flags."""
+    """Check that the text of a program contains the names of all flags."""
     text = path.read_text()
     flags = [word.partition("=")[0] for word in words if word.startswith("--")]
     # Flags after "--" belong to the command that a script starts.
@@ -95,12 +95,12 @@ def check(words):
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
-def test_commands(path, tmp_path, monkeypatch):
+def test_commands_are_valid(path, tmp_path, monkeypatch):
     """Programs, recipes and flags exist, and the recipes accept the overrides."""
     monkeypatch.chdir(ROOT)
     for words in commands(path):
         if "--workdir" in words and "--config" not in words:
-            continue  # the config comes from a run that does not exist here
+            continue  # because the config is that of a run that does not exist here
         try:
             check(words)
         except (AssertionError, HivitError, SystemExit) as error:
@@ -108,7 +108,7 @@ def test_commands(path, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
-def test_programs_parse(path):
+def test_python_code_parses(path):
     for text in blocks(path, "python"):
         ast.parse(text)
 
@@ -122,18 +122,17 @@ def anchors(path):
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
-def test_links(path):
-    """Files and headings that a page links to exist."""
+def test_linked_files_and_headings_exist(path):
     for target in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):
         if not target.startswith("http"):
             file, _, anchor = target.partition("#")
-            other = path.parent / file if file else path
-            assert other.exists(), target
-            assert not anchor or anchor in anchors(other), target
+            linked = path.parent / file if file else path
+            assert linked.exists(), target
+            assert not anchor or anchor in anchors(linked), target
 
 
 def test_every_page_is_linked_from_the_readme():
-    """README, index.md (the site's front page) and the site link to all pages."""
+    """index.md is the front page of the site, whose menu lists all pages."""
     text, site = (ROOT / "README.md").read_text(), (ROOT / "mkdocs.yml").read_text()
     names = {path.name for path in PAGES[2:]}
     assert {name for name in names if f"(docs/{name})" not in text} == {"index.md"}
@@ -141,16 +140,15 @@ def test_every_page_is_linked_from_the_readme():
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
-def test_first_sentence(path):
-    """A page begins with a title and a sentence, not with code, a table or an image."""
+def test_page_begins_with_a_title_and_a_sentence(path):
+    """The first paragraph is not code, a table or an image."""
     title, blank, first = path.read_text().splitlines()[:3]
     assert title.startswith("# ")
     assert not blank
     assert re.match(r"[A-Za-z]|`[^`]", first)
 
 
-def test_length_of_the_readme():
-    """The README is short enough to be read in one sitting."""
+def test_readme_is_short_enough_for_one_sitting():
     text = (ROOT / "README.md").read_bytes()
     assert len(text) <= 12_000
     assert text.count(b"\n") <= 150

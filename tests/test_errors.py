@@ -12,8 +12,8 @@ from hivit_jax.data.sources import digits
 from hivit_jax.errors import ConfigError, MissingPackage, require
 
 
-def test_require(tmp_path, monkeypatch):
-    """`require` names the package to install if an import fails for any reason."""
+def test_require_names_the_package_to_install(tmp_path, monkeypatch):
+    """A missing package, a missing dependency and a failing import are errors."""
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "needs_another.py").write_text("import missing_one_7")
     (tmp_path / "does_not_fit.py").write_text("raise TypeError('descriptors')")
@@ -36,10 +36,10 @@ def test_require(tmp_path, monkeypatch):
         ("digits_finetune", "sklearn.datasets", 100, r"hivit-jax\[data\]"),
     ],
 )
-def test_recipes_are_described_without_packages(
+def test_size_of_a_known_dataset_requires_no_package(
     recipe, package, images, requirement, monkeypatch
 ):
-    """The size of a known dataset needs no package; opening the dataset does."""
+    """Opening the dataset requires the package."""
     monkeypatch.setitem(sys.modules, package, None)
     inputs.open_source.__globals__["_open"].cache_clear()
     digits._digits.cache_clear()
@@ -50,15 +50,18 @@ def test_recipes_are_described_without_packages(
         inputs.make_task(config)
 
 
-def test_other_datasets_need_their_package(monkeypatch):
+def test_size_of_another_dataset_requires_its_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
     flags = ["--config.data.name=cifar10"]
     with pytest.raises(MissingPackage, match="tensorflow_datasets is not installed"):
         inputs.task_of_recipe(configs.load("mae_base", flags))
 
 
-def test_reader_needs_tensorflow(monkeypatch):
-    """Without tensorflow, a run fails before its first step; `tf_dataset` fails too."""
+def test_tf_data_requires_tensorflow(monkeypatch):
+    """Without tensorflow, `check_splits`, which precedes a run, and `tf_dataset` fail.
+
+    A misspelled reader is an error when the config is loaded.
+    """
     monkeypatch.setitem(sys.modules, "tensorflow", None)
     tf_data.tensorflow.cache_clear()
     config = configs.load("digits_mae", ["--config.data.reader=tf.data"])

@@ -18,12 +18,12 @@ from hivit_jax.data.unreadable import UnreadableImages, check_unreadable
 from hivit_jax.errors import ConfigError, DataError
 
 
-def test_more_classes_than_the_model_has():
-    for split in (lambda c: inputs.train_batches(c, 0, 1), inputs.eval_batches):
+def test_model_with_fewer_classes_than_the_dataset_is_an_error():
+    for make_batches in (lambda c: inputs.train_batches(c, 0, 1), inputs.eval_batches):
         with pytest.raises(
             ConfigError, match="num_classes=9; expected at least 10, .*digits"
         ):
-            next(split(digits_config(model__num_classes=9)))
+            next(make_batches(digits_config(model__num_classes=9)))
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_more_classes_than_the_model_has():
         ({"data__value_range": (3, 3)}, r"value_range=\(3, 3\); expected"),
     ],
 )
-def test_invalid_settings(overrides, message):
+def test_invalid_values_of_data_keys_are_errors(overrides, message):
     with pytest.raises(ConfigError, match=message):
         next(inputs.train_batches(digits_config(**overrides), 0, 1))
 
@@ -61,7 +61,7 @@ def test_images_of_the_models_size_are_unchanged():
     assert_array_equal(batch["image"][..., 0], expected)
 
 
-def test_other_image_shapes():
+def test_batches_have_the_channels_and_shape_of_the_model():
     color = dict(model__in_channels=3, data__mean=(0.5,) * 3, data__std=(0.5,) * 3)
     cfg = digits_config(model__image_size=8, **color)
     batch = next(inputs.train_batches(cfg, 0, 1))
@@ -76,38 +76,48 @@ def test_crops_differ_by_image_epoch_and_seed():
     cfg = digits_config(
         data__crop_scale=(0.3, 1.0), data__train_examples=100, batch_size=100
     )
-    first, second = inputs.train_batches(cfg, 0, 2)
-    other_seed = next(
+    first_epoch, second_epoch = inputs.train_batches(cfg, 0, 2)
+    uncropped = next(
         inputs.train_batches(
             digits_config(data__train_examples=100, batch_size=100), 0, 1
         )
     )
-    assert_array_equal(first["label"], other_seed["label"])
-    assert (first["image"] != other_seed["image"]).any((1, 2, 3)).mean() > 0.9
-    order = [np.argsort(permutation(0, epoch, 100)) for epoch in (0, 1)]
-    one, other = first["image"][order[0]], second["image"][order[1]]
-    assert_array_equal(first["label"][order[0]], second["label"][order[1]])
-    assert (one != other).any((1, 2, 3)).mean() > 0.9
+    assert_array_equal(first_epoch["label"], uncropped["label"])
+    assert (first_epoch["image"] != uncropped["image"]).any((1, 2, 3)).mean() > 0.9
     cfg.seed = 1
-    seeded = next(inputs.train_batches(cfg, 0, 1))
-    third = seeded["image"][np.argsort(permutation(1, 0, 100))]
-    assert (one != third).any((1, 2, 3)).mean() > 0.9
+    other_seed = next(inputs.train_batches(cfg, 0, 1))
+    # Sorted by image index, so that each image is compared with itself.
+    images, labels = [], []
+    for batch, seed, epoch in (
+        (first_epoch, 0, 0),
+        (second_epoch, 0, 1),
+        (other_seed, 1, 0),
+    ):
+        by_index = np.argsort(permutation(seed, epoch, 100))
+        images.append(batch["image"][by_index])
+        labels.append(batch["label"][by_index])
+    for other_images, other_labels in zip(images[1:], labels[1:], strict=True):
+        assert_array_equal(other_labels, labels[0])
+        assert (other_images != images[0]).any((1, 2, 3)).mean() > 0.9
 
 
 @pytest.mark.slow
 def test_device_and_host_resizing_agree(folder):
     """Canvases that the device resizes match the images that the host resizes."""
-    shipped, resized = folder_config(folder), folder_config(folder, data__canvas=0)
-    for batches in (lambda c: inputs.train_batches(c, 3, 7), inputs.eval_batches):
-        for one, other in zip(batches(shipped), batches(resized), strict=True):
-            assert one["image"].shape == (8, 64, 64, 3)
-            assert one["box"].shape == (8, 2, 3)
-            assert other["image"].shape == (8, 24, 24, 3)
-            assert "box" not in other
-            pixels = resample.resample(one["image"], one["box"], (24, 24))
-            assert np.abs(pixels - other["image"].astype(float)).mean() < 0.4
+    canvas_config = folder_config(folder)
+    host_config = folder_config(folder, data__canvas=0)
+    for make_batches in (lambda c: inputs.train_batches(c, 3, 7), inputs.eval_batches):
+        for canvas, host in zip(
+            make_batches(canvas_config), make_batches(host_config), strict=True
+        ):
+            assert canvas["image"].shape == (8, 64, 64, 3)
+            assert canvas["box"].shape == (8, 2, 3)
+            assert host["image"].shape == (8, 24, 24, 3)
+            assert "box" not in host
+            pixels = resample.resample(canvas["image"], canvas["box"], (24, 24))
+            assert np.abs(pixels - host["image"].astype(float)).mean() < 0.4
             for key in ("label", "weight", "unreadable"):
-                assert_array_equal(one[key], other[key])
+                assert_array_equal(canvas[key], host[key])
 
 
 def test_evaluation_uses_center_crops(folder):
@@ -115,9 +125,11 @@ def test_evaluation_uses_center_crops(folder):
     batches = list(inputs.eval_batches(folder_config(folder, data__canvas=0)))
     images = np.concatenate([b["image"] for b in batches])
     weights = np.concatenate([b["weight"] for b in batches])
+    # Two batches of 8 contain the 11 images; the other examples are padding.
     assert_array_equal(weights, np.arange(16) < 11)
     for image, index in zip(images, range(11), strict=False):
         encoded = source.sample(index)["image"]
+        # With crop_pct=0.75, the shorter side becomes 24 / 0.75 = 32 pixels.
         resized = Image.open(io.BytesIO(encoded)).resize(
             (42, 32), Image.Resampling.BICUBIC
         )
@@ -127,24 +139,26 @@ def test_evaluation_uses_center_crops(folder):
 
 def test_randaugment(folder):
     """RandAugment is applied to the resized crop, in training only."""
-    plain = folder_config(folder, data__canvas=0)
+    plain_config = folder_config(folder, data__canvas=0)
     cfg = folder_config(folder, data__randaugment=True)
-    count = transforms.DRAWS + randaugment.DRAWS
-    changed = 0
-    for step, (one, other) in enumerate(
+    num_draws = transforms.DRAWS + randaugment.DRAWS
+    num_changed = 0
+    for step, (augmented, plain) in enumerate(
         zip(
             inputs.train_batches(cfg, 0, 6),
-            inputs.train_batches(plain, 0, 6),
+            inputs.train_batches(plain_config, 0, 6),
             strict=True,
         )
     ):
         indices, epochs = samples_at(step * 8 + np.arange(8), 40, 0)
         for k, (index, epoch) in enumerate(zip(indices, epochs, strict=True)):
-            draws = transforms.uniforms(0, epoch, index, count)[-randaugment.DRAWS :]
-            expected = randaugment.randaugment(other["image"][k], draws)
-            assert_array_equal(one["image"][k], expected)
-            changed += (one["image"][k] != other["image"][k]).any()
-    assert 24 < changed < 46  # of 48; a quarter of them get no operation
+            draws = transforms.uniforms(0, epoch, index, num_draws)
+            draws = draws[-randaugment.DRAWS :]
+            expected = randaugment.randaugment(plain["image"][k], draws)
+            assert_array_equal(augmented["image"][k], expected)
+            num_changed += (augmented["image"][k] != plain["image"][k]).any()
+    # On average, a quarter of the 48 images get no operation.
+    assert 24 < num_changed < 46
     assert_batches_equal(
         inputs.eval_batches(cfg), inputs.eval_batches(folder_config(folder))
     )
@@ -152,8 +166,7 @@ def test_randaugment(folder):
         next(inputs.train_batches(digits_config(data__randaugment=True), 0, 1))
 
 
-def test_files_with_too_few_channels(folder):
-    """The error names the file and the key."""
+def test_files_with_too_few_channels_are_an_error(folder):
     cfg = folder_config(
         folder, model__in_channels=4, data__mean=(0.5,) * 4, data__std=(1.0,) * 4
     )
@@ -161,9 +174,9 @@ def test_files_with_too_few_channels(folder):
         next(inputs.train_batches(cfg, 0, 1))
 
 
-# Every key of config.data
+# Keys of config.data
 
-KEYS = ("image", "label", "weight", "unreadable", "box")
+ARRAYS = ("image", "label", "weight", "unreadable", "box")
 
 
 # (key, value, training batches change, evaluation batches change)
@@ -185,8 +198,8 @@ EFFECTS = [
 
 
 @pytest.fixture(scope="module")
-def unchanged_batches(folder):
-    """Return four training batches, resized on the host, and all evaluation batches."""
+def default_batches(folder):
+    """Return the `batches_of` a config that resizes images on the host."""
     return batches_of(folder_config(folder, data__canvas=0, data__flip=True))
 
 
@@ -195,41 +208,42 @@ def batches_of(cfg):
     return list(inputs.train_batches(cfg, 0, 4)), list(inputs.eval_batches(cfg))
 
 
-def identical(ones, others):
+def identical(actual, expected):
     """Return True if two lists of batches are bit-identical."""
-    return len(ones) == len(others) and all(
-        np.array_equal(one.get(key), other.get(key))
-        for one, other in zip(ones, others, strict=True)
-        for key in KEYS
+    return len(actual) == len(expected) and all(
+        np.array_equal(batch.get(key), expected_batch.get(key))
+        for batch, expected_batch in zip(actual, expected, strict=True)
+        for key in ARRAYS
     )
 
 
-@pytest.mark.parametrize(("key", "value", "train", "evaluation"), EFFECTS)
+@pytest.mark.parametrize(("key", "value", "train_changes", "eval_changes"), EFFECTS)
 def test_batches_change_with_a_key(
-    folder, unchanged_batches, key, value, train, evaluation
+    folder, default_batches, key, value, train_changes, eval_changes
 ):
     overrides = dict(data__canvas=0, data__flip=True) | {f"data__{key}": value}
     batches = batches_of(folder_config(folder, **overrides))
     unchanged = [
-        identical(*pair) for pair in zip(batches, unchanged_batches, strict=True)
+        identical(*pair) for pair in zip(batches, default_batches, strict=True)
     ]
-    assert unchanged == [not train, not evaluation]
+    assert unchanged == [not train_changes, not eval_changes]
 
 
 def pixels_of(folder, split):
-    """Return the pixels of the files, in the order of their names."""
+    """Return the pixels of a split's files, sorted by class and name."""
     paths = sorted((folder / split).glob("*/*"))
     return [np.asarray(Image.open(path)) for path in paths]
 
 
 def test_splits_by_name(folder):
-    """Training and evaluation swap splits, labels included."""
+    """Training on "val" and evaluation on "train" yield the labels of these splits."""
     swapped = dict(data__train_split="val", data__eval_split="train")
     cfg = folder_config(folder, data__canvas=0, data__crop_scale=(1.0, 1.0), **swapped)
     [batch] = inputs.train_batches(cfg, 0, 1)
     classes = sorted(path.name for path in (folder / "train").iterdir())
     for split, batches in (("val", [batch]), ("train", list(inputs.eval_batches(cfg)))):
         paths = sorted((folder / split).glob("*/*"))
+        # One training batch of 8 images in random order; all images in evaluation.
         order = permutation(0, 0, 11)[:8] if split == "val" else range(40)
         labels = [classes.index(paths[index].parent.name) for index in order]
         assert np.concatenate([b["label"] for b in batches]).tolist() == labels
@@ -238,10 +252,11 @@ def test_splits_by_name(folder):
 def test_center_crops_are_pixels_of_the_files(folder):
     """Center crops of 24x24 from 48x64 are unresized pixels of the files.
 
-    Without random crops, training uses the same center crops, each once per epoch.
+    Without random crops, training uses the same center crops, in random order.
     """
     options = dict(data__crop_pct=0.5, data__crop_scale=(1.0, 1.0), data__canvas=0)
     train, evaluation = batches_of(folder_config(folder, **options))
+    # `batches_of` yields 4 x 8 of the 40 training images, and all 11 others.
     for split, batches, count in (("train", train, 32), ("val", evaluation, 11)):
         expected = [pixels[12:36, 20:44] for pixels in pixels_of(folder, split)]
         if split == "train":
@@ -251,12 +266,18 @@ def test_center_crops_are_pixels_of_the_files(folder):
 
 
 def halved(pixels, taps):
-    """Halve an image with filter `taps`: columns first, rounding after each axis."""
-    for axis in (1, 0):
+    """Halve the center 48x48 pixels of an image [48, 64, 3].
+
+    Filters columns, then rows; rounds after each.
+
+    Args:
+      taps: {offset from an even position: weight}.
+    """
+    for axis, start in ((1, 8), (0, 0)):
         pixels, total = np.moveaxis(np.float64(pixels), axis, 0), 0
-        middle, weights = np.arange(24) * 2 + (4 if axis else 0) * 2, 0
+        even, weights = start + np.arange(24) * 2, 0
         for offset, weight in taps.items():
-            position = middle + offset
+            position = even + offset
             inside = (position >= 0) & (position < len(pixels))
             weight = (weight * inside)[:, None, None]
             total = total + weight * pixels[position.clip(0, len(pixels) - 1)]
@@ -266,7 +287,11 @@ def halved(pixels, taps):
 
 
 def pil_halved(name):
-    """Return a function that halves the center of an image with PIL."""
+    """Return a function that halves the center of an image with PIL.
+
+    Args:
+      name: name of PIL's filter, in lower case.
+    """
     box = (8, 0, 56, 48)
     method = Image.Resampling[name.upper()]
     return lambda pixels: np.asarray(
@@ -277,6 +302,7 @@ def pil_halved(name):
 CUBIC = {-1: -0.0625, 0: 0.5625, 1: 0.5625, 2: -0.0625}
 
 
+# (interpolation, antialias) -> function that halves the center of an image
 RESIZED = {
     ("bicubic", True): pil_halved("bicubic"),
     ("bilinear", True): pil_halved("bilinear"),
@@ -314,7 +340,10 @@ def test_images_are_resized_as_configured(folder, interpolation, antialias):
 
 
 class Listed(Source):
-    """Source of examples in a list: bytes, or an exception."""
+    """Source of examples in a list.
+
+    An example is an encoded image with label 0, a dict, or an exception to raise.
+    """
 
     classes = ("a", "b")
 
@@ -344,9 +373,9 @@ FLOATS = encode(np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8), "TIFF")
 
 @pytest.fixture
 def opened(monkeypatch):
-    """Return a function that sets the sources of both splits.
+    """Return a function that replaces the sources of both splits.
 
-    The function returns (config, task).
+    The function returns the (config, task) of images with 8x8 pixels.
     """
 
     def make(train, test, **overrides):
@@ -358,8 +387,8 @@ def opened(monkeypatch):
     return make
 
 
-def test_an_empty_split_is_an_error(opened):
-    """A split of 0 examples, from any source, is an error before the first step."""
+def test_empty_split_is_an_error(opened):
+    """`make_task` raises the error, before the first step."""
     for train, test, name in (
         (Listed(GOOD), Listed(), "test"),
         (Listed(), Listed(GOOD), "train"),
@@ -368,7 +397,7 @@ def test_an_empty_split_is_an_error(opened):
             opened(train, test)
 
 
-def test_splits_have_the_same_classes(opened):
+def test_splits_with_different_classes_are_an_error(opened):
     with pytest.raises(DataError, match="the same classes in both splits, found 2"):
         opened(Listed(GOOD), Listed(GOOD, classes=("a", "c")))
 
@@ -389,7 +418,7 @@ def test_splits_have_the_same_classes(opened):
     ],
 )
 def test_both_splits_are_read_before_the_first_step(opened, bad, message):
-    """A few evenly spaced examples of each split are read before the first step.
+    """`check_splits` reads a few evenly spaced examples of each split.
 
     A single damaged image is not an error.
     """
@@ -430,7 +459,7 @@ def batch_of(*examples):
 
 
 def test_unreadable_images_are_counted_once(monkeypatch):
-    """An image whose last reading failed counts once over all epochs and processes."""
+    """Each image whose last read failed counts once, over all epochs and processes."""
     unreadable = UnreadableImages()
     batches = [
         batch_of((0, 1), (1, 0)),
@@ -453,10 +482,10 @@ def test_unreadable_images_are_counted_once(monkeypatch):
     assert unreadable.indices == {2, 5, 7}
 
 
-def test_share_of_unreadable_images():
+def test_too_large_fraction_of_unreadable_images_is_an_error():
     """data.max_unreadable is a fraction of the images of the split."""
     data = digits_config(data__max_unreadable=0.001).data
-    check_unreadable(1, data, "train")  # of 1,437
+    check_unreadable(1, data, "train")  # 0.07% of 1,437 images
     with pytest.raises(
         DataError, match=r"2 images of digits .* 0.14% of the 1,437 .* 0.10%"
     ):

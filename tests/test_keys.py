@@ -20,20 +20,20 @@ def load(*overrides, recipe=CLASSIFY):
 
 
 def test_every_number_has_a_range():
-    """Each numeric key of each task must be finite, and inside its range.
+    """Each numeric key of each task rejects NaN, infinity and +-1e40.
 
-    Only `data.mean` and `data.value_range` have no limits.
+    Only `data.mean` and `data.value_range` have no limits besides those of float32.
     """
     unlimited = set()
     for task in tasks.TASKS.values():
         for name, key in configs.task_keys(task).items():
             if key.value_type in (bool, str) or key.choices:
                 continue
-            shape = {float: lambda x: x, int: lambda x: x, object: lambda x: x}
-            wrap = shape.get(key.value_type, lambda x, n=key.length or 1: (x,) * n)
-            for value in (math.nan, math.inf, -math.inf, 10**40, -(10**40)):
+            for number in (math.nan, math.inf, -math.inf, 10**40, -(10**40)):
+                is_tuple = key.value_type is tuple
+                value = (number,) * (key.length or 1) if is_tuple else number
                 with pytest.raises(ConfigError, match=name):
-                    key.check(name, wrap(value))
+                    key.check(name, value)
             limits = key.low, key.high, key.above, key.below
             if all(limit is None for limit in limits):
                 unlimited.add(name)
@@ -79,8 +79,8 @@ def test_every_number_has_a_range():
         ("model.stem_mlp_ratio=0.05", "no hidden unit"),
     ],
 )
-def test_values_that_cannot_be_meant(override, expected):
-    """The error has one line, with key and range."""
+def test_invalid_value_is_an_error(override, expected):
+    """The message is one short line with the key and its range."""
     name = override.partition("=")[0].rpartition(".")[2]
     with pytest.raises(ConfigError, match=f"{name}.*{expected}") as error:
         load(override)
@@ -88,7 +88,7 @@ def test_values_that_cannot_be_meant(override, expected):
     assert "\n" not in str(error.value)
 
 
-def test_limits_are_accepted():
+def test_range_limits_are_accepted():
     """Limits of closed ranges and equal numbers in ordered tuples are accepted."""
     config = load(
         "data.crop_scale=(0.5,0.5)",
@@ -108,8 +108,8 @@ def test_limits_are_accepted():
     assert load(f"total_steps={INT_MAX}").total_steps == INT_MAX
 
 
-def test_peak_learning_rate_is_finite():
-    """The peak learning rate, which the batch size scales, must be finite."""
+def test_infinite_peak_learning_rate_is_an_error():
+    """The batch size scales the base learning rate to the peak."""
     with pytest.raises(
         ConfigError, match=r"batch_size / optimizer.lr_batch\)=2.5.*; expected finite"
     ):
@@ -117,7 +117,7 @@ def test_peak_learning_rate_is_finite():
     assert load("optimizer.base_learning_rate=1e37").optimizer.lr_batch == 256
 
 
-def test_a_mask_ratio_masks_a_unit_and_keeps_one():
+def test_mask_ratio_must_mask_and_keep_at_least_one_unit():
     for ratio in (1e-17, 0.0, 1.0, 0.99):
         with pytest.raises(ConfigError, match=f"mask_ratio={ratio}"):
             load(f"mask_ratio={ratio}", recipe="digits_mae")
@@ -142,14 +142,17 @@ SMALL = dict(image_size=32, embed_dim=16, depths=(1, 1, 1), num_heads=1)
         {"fc_norm": 3},
     ],
 )
-def test_models_in_python_have_the_same_ranges(bad):
+def test_create_model_checks_the_ranges_of_the_keys(bad):
     [(name, _)] = bad.items()
     with pytest.raises(ConfigError, match=f"^{name}=.*expected"):
         create_model("hivit_tiny", **SMALL | bad)
 
 
-def test_conversions():
-    """NumPy numbers and arrays, lists and paths are converted; True is not 1."""
+def test_values_are_converted_to_the_type_of_the_key():
+    """NumPy numbers, arrays and paths are converted.
+
+    A bool or float for an integer, and a number for text, are errors.
+    """
     assert Key(1, "").convert(np.int64(3)) == 3
     assert type(Key(1.0, "").convert(np.float32(0.5))) is float
     assert Key((), "").convert(np.array([1, 2])) == (1, 2)
@@ -159,8 +162,8 @@ def test_conversions():
             key.convert(value)
 
 
-def test_keys_without_numbers_accept_anything():
-    """A user's key may be a tuple of names, or of finite numbers."""
+def test_keys_without_limits_accept_text():
+    """If the default of a tuple consists of numbers, its values must be finite."""
     Key(("a",), "names").check("names", ("b", "c"))
     Key((), "anything").check("anything", ("b", 3))
     with pytest.raises(ConfigError, match="prior=.*finite"):

@@ -16,7 +16,7 @@ from hivit_jax.train import report_resumption
 MINI = mini_runs.arguments()  # flags of a valid recipe
 
 
-def test_masked_autoencoder_does_not_classify(tmp_path, capsys):
+def test_masked_autoencoder_is_not_a_classifier(tmp_path, capsys):
     config = f"--config={mini_runs.ROOT / 'configs' / 'digits_finetune.py'}"
     name = "--config.model.name=mae_hivit_tiny"
     assert main([config, name, f"--workdir={tmp_path}"]) == 2
@@ -48,7 +48,7 @@ def test_masked_autoencoder_does_not_classify(tmp_path, capsys):
         ([*MINI, "--workdir=x", "--config.batch_size"], ["--config.KEY=VALUE"]),
     ],
 )
-def test_bad_flag(argv, fragments, capsys, monkeypatch, tmp_path):
+def test_bad_flag_exits_with_code_2(argv, fragments, capsys, monkeypatch, tmp_path):
     (tmp_path / "README.md").write_text("# not a recipe\n")
     monkeypatch.chdir(tmp_path)
     assert main(argv) == 2
@@ -56,7 +56,7 @@ def test_bad_flag(argv, fragments, capsys, monkeypatch, tmp_path):
     assert os.listdir(tmp_path) == ["README.md"]
 
 
-def test_workdir_that_cannot_be_written(capsys, tmp_path):
+def test_unwritable_workdir_is_an_error(capsys, tmp_path):
     (tmp_path / "file").touch()
     for workdir in (tmp_path / "file" / "sub", tmp_path / "file"):
         assert main([*MINI, f"--workdir={workdir}"]) == 2
@@ -65,7 +65,7 @@ def test_workdir_that_cannot_be_written(capsys, tmp_path):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """Workdir of a run of one step."""
+    """Return the workdir of a finished run of one step."""
     workdir = tmp_path_factory.mktemp("finished")
     with mini_runs.minimal_output():
         assert main([*MINI, f"--workdir={workdir}", "--config.total_steps=1"]) == 0
@@ -74,7 +74,7 @@ def finished(tmp_path_factory):
 
 @pytest.mark.extras
 @pytest.mark.slow
-def test_checkpoint_of_another_model(finished, tmp_path, capsys):
+def test_checkpoint_of_another_model_is_refused(finished, tmp_path, capsys):
     """Training, init_from and evaluation refuse a checkpoint of another model."""
     before = (finished / "config.json").read_text()
     for flags in (
@@ -90,7 +90,7 @@ def test_checkpoint_of_another_model(finished, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_no_checkpoint(finished, tmp_path, capsys):
+def test_missing_checkpoint_exits_with_code_5(finished, tmp_path, capsys):
     empty, nowhere = tmp_path / "empty", tmp_path / "nowhere"
     empty.mkdir()
     for flags, path in (
@@ -113,8 +113,8 @@ def test_no_checkpoint(finished, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_eval_mode(finished, capsys):
-    """``--mode eval`` prints a run's results, from its workdir or a checkpoint path."""
+def test_eval_mode_prints_the_results_of_the_run(finished, capsys):
+    """``--mode eval`` evaluates the run's newest checkpoint, or ``--checkpoint``."""
     step = finished / "checkpoints" / "1"
     for flags in ([], [f"--checkpoint={step}"]):
         assert main([*MINI, f"--workdir={finished}", "--mode=eval", *flags]) == 0
@@ -125,11 +125,11 @@ def test_eval_mode(finished, capsys):
 
 
 @pytest.mark.slow
-def test_workdir_alone(finished, tmp_path, capsys):
-    """Without --config, a command uses the config of the workdir's newest start.
+def test_config_defaults_to_the_newest_start_of_the_workdir(finished, tmp_path, capsys):
+    """Evaluating or restarting a finished run writes nothing.
 
-    Evaluating or restarting a finished run writes nothing. config.json is a valid
-    recipe. Directories without config.json and invalid files are errors.
+    config.json is a valid recipe. Directories without config.json and invalid files
+    are errors.
     """
     before = {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()}
     loss = f"loss {mini_runs.logged(finished, 'eval/loss')[1]:.4f}"
@@ -159,8 +159,8 @@ def test_workdir_alone(finished, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_second_run_in_a_workdir(finished, capsys):
-    """A second training run fails and names the first process; eval needs no lock."""
+def test_locked_workdir_refuses_a_second_training_run(finished, capsys):
+    """The error names the process that holds the lock. Evaluation needs no lock."""
     with lock.hold(finished):
         before = sorted(finished.rglob("*"))
         assert main([f"--workdir={finished}", "--config.total_steps=9"]) == 2
@@ -171,18 +171,15 @@ def test_second_run_in_a_workdir(finished, capsys):
 
 
 @pytest.mark.slow
-def test_changes_since_a_checkpoint(finished, capsys):
-    """A resumed run prints each changed key and each change of the dataset.
-
-    Another batch size is an error.
-    """
+def test_resumed_run_prints_changes_of_config_and_dataset(finished, capsys):
+    """A changed batch size is an error."""
     step = finished / "checkpoints" / "1"
     saved = read.load_dataset_info(step)
     assert saved.keys() == {"counts", "classes", "encoded", "class_counts"}
 
-    def changes(dataset, **overrides):
+    def changes(dataset_info, **overrides):
         config = mini_runs.mae(**{"total_steps": 1} | overrides)
-        report_resumption(config, saved | dataset, step)
+        report_resumption(config, dataset_info, step)
         lines = capsys.readouterr().out.splitlines()
         return lines[1:]  # the first line names the checkpoint
 
@@ -212,15 +209,14 @@ def test_changes_since_a_checkpoint(finished, capsys):
         (["--mode=eval"], 5, ["no checkpoint"]),
     ],
 )
-def test_errors_of_a_real_process(flags, exit_code, fragments, tmp_path):
+def test_errors_set_the_exit_code_of_the_process(flags, exit_code, fragments, tmp_path):
     arguments = ["-m", "hivit_jax.main", *MINI, f"--workdir={tmp_path}", *flags]
     code, _, err = mini_runs.run_process(*arguments, devices=8)
     assert code == exit_code
     check_message(err, fragments)
 
 
-def test_help(capsys):
-    """--help lists modes, examples, exit codes and all recipes."""
+def test_help_lists_modes_examples_exit_codes_and_recipes(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     out = capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Tests that the code of all notebooks runs, with very small models."""
+"""Tests that the code of all notebooks runs, with four training steps at most."""
 
 import importlib.util
 import json
@@ -13,15 +13,16 @@ NOTEBOOKS = sorted((mini_runs.ROOT / "notebooks").glob("*.ipynb"))
 
 
 def code_cells(path):
+    """Return the code of a notebook's cells, and check that outputs are cleared."""
     notebook = json.loads(path.read_text())
     assert notebook["nbformat"] == 4
-    code = [each for each in notebook["cells"] if each["cell_type"] == "code"]
-    assert not any(each["outputs"] for each in code), "clear the outputs"
-    return ["".join(each["source"]) for each in code]
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert not any(cell["outputs"] for cell in cells), "clear the outputs"
+    return ["".join(cell["source"]) for cell in cells]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_first_cell_installs(path, tmp_path, monkeypatch):
+def test_first_cell_installs_the_package(path, tmp_path, monkeypatch):
     """Without the package, the first cell installs a clone or an uploaded archive."""
     cell, installed = code_cells(path)[0], []
     monkeypatch.chdir(path.parent)
@@ -53,8 +54,8 @@ PRINTED = {
 @pytest.mark.extras
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook(path, tmp_path, monkeypatch, capsys, minimal_output):
-    """All cells run in order, without libtpu."""
+def test_notebook_runs(path, tmp_path, monkeypatch, capsys, minimal_output):
+    """All cells run in order, as on a machine without libtpu."""
     pytest.importorskip("sklearn")
     matplotlib.use("Agg")
     find = importlib.util.find_spec
@@ -63,7 +64,7 @@ def test_notebook(path, tmp_path, monkeypatch, capsys, minimal_output):
     )
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "__main__"}
-    for number, code in enumerate(code_cells(path)):
+    for cell_index, code in enumerate(code_cells(path)):
         code = re.sub(r"(?m)^STEPS = \d+", "STEPS = 4", code)
-        exec(compile(code, f"{path.name}[{number}]", "exec"), namespace)
+        exec(compile(code, f"{path.name}[{cell_index}]", "exec"), namespace)
     assert PRINTED[path.stem] in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Tests of `~` in paths on the command line and in a config."""
+"""Tests of `~` in paths on the command line and in a config, and of bucket paths."""
 
 import sys
 from types import ModuleType
@@ -16,27 +16,27 @@ from hivit_jax.xla.compile import enable_compilation_cache
 
 @pytest.fixture
 def home(monkeypatch, tmp_path):
-    """Return an empty home directory."""
+    """Return an empty directory, the home directory during the test."""
     monkeypatch.setenv("HOME", str(tmp_path))
     return tmp_path
 
 
-def test_expand(home):
-    """`~` is expanded at the start of a local path, and never in an address."""
+def test_expand_replaces_a_leading_tilde(home):
+    """Other positions of `~`, addresses and `~` of an unknown user stay unchanged."""
     assert expand("~/x") == f"{home}/x"
     assert expand(home / "~x") == f"{home}/~x"
     for path in ("", "x/~/y", "gs://bucket/~/x", "hf://~/x", "~no-such-user-7/x"):
         assert expand(path) == path
 
 
-def test_flags_of_the_command(home):
+def test_tilde_is_expanded_in_flags(home):
     argv = ["--config=x", "--workdir=~/x"]
     assert main.parse(argv)[0].workdir == f"{home}/x"
     flags = main.parse([*argv, "--mode=eval", "--checkpoint=~/y"])[0]
     assert flags.checkpoint == f"{home}/y"
 
 
-def test_recipe_and_checkpoint(home, monkeypatch):
+def test_tilde_is_expanded_in_recipes_but_not_in_buckets(home, monkeypatch):
     (home / "own.py").write_text(
         "def get_config(size='16'):\n"
         "  return dict(task='mae', model=dict(name='mae_hivit_tiny', image_size=16 *"
@@ -49,7 +49,7 @@ def test_recipe_and_checkpoint(home, monkeypatch):
     assert str(absolute("gs://b/~")) == "gs://b/~"
 
 
-def test_workdirs_in_buckets(monkeypatch):
+def test_bucket_workdir_requires_gcsfs_and_gs(monkeypatch):
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     with pytest.raises(MissingPackage, match=r"run pip install 'hivit-jax\[gcs\]'"):
         absolute("gs://bucket/run")
@@ -58,8 +58,8 @@ def test_workdirs_in_buckets(monkeypatch):
         absolute("s3://bucket/run")
 
 
-def test_data(home):
-    """`~` is expanded in data.dir; an unknown user is an error."""
+def test_tilde_is_expanded_in_data_dir(home):
+    """The `~` of an unknown user stays in the path, which does not exist."""
     config = configs.load("mae_base", ["--config.data.name=folder"])
     for directory, path in (("~/d", f"{home}/d"), ("~no-such-user-7/d", "~no-such")):
         with config.unlocked():
@@ -68,7 +68,7 @@ def test_data(home):
             open_source(config.data, "train")
 
 
-def test_compilation_cache(home, monkeypatch):
+def test_tilde_is_expanded_in_the_compilation_cache(home, monkeypatch):
     settings = {}
     monkeypatch.setattr(jax.config, "update", settings.__setitem__)
     monkeypatch.setattr(

@@ -18,10 +18,10 @@ def updates(monkeypatch):
     return settings
 
 
-def test_commands_that_compute_nothing(updates, monkeypatch, capsys):
-    """Commands that only describe, compile, inspect or check data run on the CPU.
+def test_commands_without_device_work_use_the_cpu(updates, monkeypatch, capsys):
+    """Commands that only describe, compile, inspect or check data use the CPU.
 
-    A call of such a command from Python leaves the platform unchanged.
+    `main(argv)`, a call from Python, leaves the platform unchanged.
     """
     cpu = {"jax_platforms": "cpu"}
     recipe = ["--config=no_such_recipe", "--workdir=x"]
@@ -47,6 +47,8 @@ def start(monkeypatch, capfd):
     """Return a function that calls `platforms.start` as if libtpu were installed.
 
     platform: the backend that JAX finds.
+    has_chip: the result of `platforms.has_chip`.
+    jax_platforms: the value of JAX_PLATFORMS.
     error: the exception that JAX raises.
 
     The function returns (stdout, stderr).
@@ -71,7 +73,7 @@ def start(monkeypatch, capfd):
     return run
 
 
-def test_one_line_without_a_chip(start):
+def test_start_without_a_chip_logs_one_line(start):
     out, err = start()
     assert out.splitlines() == [
         "libtpu found no chip; computing on the CPU. JAX_PLATFORMS=cpu skips the search"
@@ -79,11 +81,11 @@ def test_one_line_without_a_chip(start):
     assert err == ""
 
 
-def test_nothing_is_hidden_with_a_chip(start, capfd):
-    """The stderr of libtpu is shown if libtpu starts a chip or fails to start.
+def test_start_shows_stderr_of_a_chip_or_an_error(start, capfd):
+    """The stderr of libtpu is shown if libtpu finds a chip or fails to start.
 
-    `platforms.start` starts no backend on a computer with a chip, or if JAX_PLATFORMS
-    is set.
+    `platforms.start` starts no backend if `has_chip` finds a chip or JAX_PLATFORMS is
+    set.
     """
     assert start(platform="tpu") == ("", "unexpected worker hostname\n")
     assert start(has_chip=True) == ("", "")
@@ -93,7 +95,7 @@ def test_nothing_is_hidden_with_a_chip(start, capfd):
     assert capfd.readouterr().err == "unexpected worker hostname\n"
 
 
-def test_device_files_and_cards(tmp_path):
+def test_has_chip_finds_device_files_and_cards(tmp_path):
     """A device file or PCI card reveals a chip; Google's network card is not a TPU."""
     card = tmp_path / "sys/bus/pci/devices/0000:00:04.0"
     card.mkdir(parents=True)

@@ -17,7 +17,7 @@ from hivit_jax.models.base import make_info
 from hivit_jax.weights.load import _info_arguments
 
 
-def evaluated(config):
+def evaluation_images(config):
     """Return the images of a config's test split after the evaluation transform."""
     task, images = inputs.make_task(config, "test"), []
     step = jax.jit(task.preprocess)
@@ -27,7 +27,7 @@ def evaluated(config):
 
 
 def model_of(config, **overrides):
-    """Return a model with the image size, mean, std and so on of a config."""
+    """Return a small model whose `info` describes the preprocessing of a config."""
     shape = dict(image_size=64, in_channels=config.model.in_channels)
     model = mini(depths=(1, 1, 1), **shape)
     info = make_info(model.config, **_info_arguments(config.to_dict()))
@@ -45,13 +45,13 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_equals_the_evaluation_of_training(options, folder, cache_directory):
+def test_preprocess_equals_the_evaluation_transform(options, folder, cache_directory):
     """Paths, bytes, PIL images and arrays give the same bits as the evaluation."""
     config = folder_config(folder, **options)
     source = inputs.open_source(config.data, "test")
     run = hivit_jax.preprocess(model_of(config))
     paths = [source.name(index) for index in range(len(source))]
-    expected = evaluated(config)
+    expected = evaluation_images(config)
     actual = run(paths)
     assert actual.dtype == np.float32
     assert_array_equal(actual, expected)
@@ -59,19 +59,21 @@ def test_equals_the_evaluation_of_training(options, folder, cache_directory):
     assert_array_equal(run(samples), expected)
     opened = [Image.open(path) for path in paths]
     assert_array_equal(run(opened), expected)
-    arrays = [np.asarray(each.convert("RGB")) for each in opened]
+    arrays = [np.asarray(image.convert("RGB")) for image in opened]
     if config.model.in_channels == 3:
         assert_array_equal(run(arrays), expected)
     assert_array_equal(run(opened[0]), expected[:1])
 
 
 @pytest.mark.parametrize("dtype", ["uint16", "float32"])
-def test_four_channels(dtype, tmp_path, cache_directory):
-    """Rasters of 16 bits or floats are not reduced to 8 bits."""
-    high = {"uint16": 65535, "float32": 1000}[dtype]
+def test_four_channel_rasters_equal_the_evaluation_transform(
+    dtype, tmp_path, cache_directory
+):
+    """Rasters of 16 bits or floats equal the evaluation, without 8-bit rounding."""
+    largest = {"uint16": 65535, "float32": 1000}[dtype]
     for split in ("train", "val"):
         for k in range(3):
-            pixels = np.random.default_rng(k).uniform(0, high, (40, 50, 4))
+            pixels = np.random.default_rng(k).uniform(0, largest, (40, 50, 4))
             path = tmp_path / split / "field" / f"{k}.npy"
             path.parent.mkdir(parents=True, exist_ok=True)
             np.save(path, pixels.astype(dtype))
@@ -86,35 +88,38 @@ def test_four_channels(dtype, tmp_path, cache_directory):
     )
     run = hivit_jax.preprocess(model_of(config))
     paths = sorted(tmp_path.glob("val/field/*.npy"))
-    expected = evaluated(config)
+    expected = evaluation_images(config)
     assert_array_equal(run(paths), expected)
     assert_array_equal(run([np.load(path) for path in paths]), expected)
     with pytest.raises(DataError, match="4 channels"):
         run(np.zeros((40, 50, 3), dtype))
 
 
-def test_canvas_differs_by_one_level_at_most(folder, cache_directory):
+def test_canvas_changes_pixels_by_one_level_at_most(folder, cache_directory):
     config = folder_config(folder, data__canvas=64)
     source = inputs.open_source(config.data, "test")
     run = hivit_jax.preprocess(model_of(config))
     actual = run([source.name(index) for index in range(len(source))])
-    levels = np.abs(actual - evaluated(config)) * 255 * np.float32(config.data.std)
+    levels = (
+        np.abs(actual - evaluation_images(config)) * 255 * np.float32(config.data.std)
+    )
     assert levels.max() < 1.001
     assert (levels > 0.5).mean() < 2e-3
 
 
-def test_16_bits_and_gray_arrays():
+def test_16_bit_and_gray_rgb_images_equal_8_bit_images():
+    """16-bit values are divided by 257. An RGB image with equal channels is gray."""
     config = digits_config()
     run = hivit_jax.preprocess(model_of(config))
     pixels = noise_image(16, 16)
     expected = run(pixels)
     assert expected.shape == (1, 16, 16, 1)
-    deep = pixels.astype(np.uint16) * 257
+    pixels_16_bit = pixels.astype(np.uint16) * 257
     for image in (
-        deep,
-        Image.fromarray(deep),
-        encode(deep, "PNG"),
-        deep[None, ..., None],
+        pixels_16_bit,
+        Image.fromarray(pixels_16_bit),
+        encode(pixels_16_bit, "PNG"),
+        pixels_16_bit[None, ..., None],
     ):
         assert_array_equal(run(image), expected)
     assert_array_equal(run(pixels.repeat(3).reshape(16, 16, 3)), expected)
@@ -128,7 +133,7 @@ def test_floats_require_a_value_range():
     assert_array_equal(run(pixels), run(noise_image(16, 16)))
 
 
-def test_refused_images(tmp_path):
+def test_unreadable_and_unsupported_images_are_errors(tmp_path):
     run = hivit_jax.preprocess(model_of(digits_config()))
     (tmp_path / "a.png").write_bytes(b"no image")
     with pytest.raises(DataError, match=r"a\.png: unknown image format"):

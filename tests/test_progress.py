@@ -10,17 +10,17 @@ from hivit_jax.progress import Progress
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that advances by 4 seconds at every call."""
+    """Replace the clock by one that advances by 4 seconds at every call."""
     seconds = itertools.count(100, 4)
     monkeypatch.setattr(progress, "monotonic", lambda: next(seconds))
 
 
-def test_lines(clock):
+def test_lines_are_at_least_ten_seconds_apart(clock):
     lines = []
     counter = Progress("eval", 20_000, write=lines.append)
     for _ in range(6):
         counter.update(1500)
-    # Updates at 4, 8, 12, ... seconds; lines are at least 10 seconds apart.
+    # The updates come after 4, 8, ... 24 seconds; those after 12 and 24 print a line.
     assert lines == [
         "eval  4,500/20,000 images  0:41 left",
         "eval  9,000/20,000 images  0:29 left",
@@ -41,7 +41,7 @@ def test_unknown_total(clock):
     assert lines == ["listing photos  3 files", "listing photos  6 files"]
 
 
-def test_track(clock, capsys):
+def test_track_yields_items_and_prints_to_stderr(clock, capsys):
     items = list(Progress("indexing", 4, "files").track("abcd"))
     assert items == ["a", "b", "c", "d"]
     captured = capsys.readouterr()

@@ -19,8 +19,8 @@ from hivit_jax.tree import named_leaves
 
 @pytest.mark.processes
 @pytest.mark.slow
-def test_recipes_of_an_installed_package(tmp_path):
-    """Recipes are found by name from any directory, installed or in a clone."""
+def test_recipes_are_found_by_name_in_an_installed_package(tmp_path):
+    """The current directory is neither the site directory nor the clone."""
     site = tmp_path / "site" / "hivit_jax"
     shutil.copytree(mini_runs.ROOT / "hivit_jax", site)
     shutil.copytree(mini_runs.ROOT / "configs", site / "configs")
@@ -33,7 +33,7 @@ def test_recipes_of_an_installed_package(tmp_path):
         assert "differences from mae_base: none" in out
 
 
-def test_packages_are_listed():
+def test_setup_lists_all_packages():
     """setup.cfg lists every package, including the recipes."""
     setup = configparser.ConfigParser()
     setup.read(mini_runs.ROOT / "setup.cfg")
@@ -49,6 +49,7 @@ def relative(paths):
     return [path.relative_to(mini_runs.ROOT) for path in paths]
 
 
+# Recipe -> variants that are built
 VARIANTS = {
     "finetune_vit": ("", ":tiny", ":large", ":huge"),
     "linear_vit": ("", ":tiny", ":large"),
@@ -68,8 +69,8 @@ VARIANTS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", recipes.names())
 @pytest.mark.usefixtures("cache_directory")
-def test_every_recipe(name, folder):
-    """Each recipe builds its model and documents command, hardware, result and cost."""
+def test_every_recipe_builds_its_model(name, folder):
+    """Its file documents command, values, expected result, hardware and cost."""
     text = (mini_runs.ROOT / "configs" / f"{name}.py").read_text()
     assert 10 <= len(text.splitlines()) <= 25
     assert f"\n    hivit_jax --config {name}" in text
@@ -84,16 +85,17 @@ def test_every_recipe(name, folder):
         assert model.parameter_count() > 10_000
 
 
+# Old recipe -> recorded config, steps and learning rates at these steps
 OLD_RECIPES = json.loads((reference.GOLDEN / "old_recipes.json").read_text())
 
 
-IMAGES = {"imagenet2012": 1_281_167, "digits": 1437}
+NUM_IMAGES = {"imagenet2012": 1_281_167, "digits": 1437}
 
 
 def steps_of(config):
     """Return (steps per epoch, total steps) of a recipe."""
-    images = config.data.train_examples or IMAGES[config.data.name]
-    return inputs.count_steps(config, images)
+    num_images = config.data.train_examples or NUM_IMAGES[config.data.name]
+    return inputs.count_steps(config, num_images)
 
 
 # Values of the official commands and defaults. The learning rate `peak` is already
@@ -133,7 +135,7 @@ OFFICIAL = {
 
 
 OFFICIAL["mae_vit:base"] = OFFICIAL["mae_base"] | dict(peak=2.4e-3)
-for NAME, PEAK, EPOCHS, LAYER_DECAY, RATE in (
+for NAME, PEAK, EPOCHS, LAYER_DECAY, DROP_PATH_RATE in (
     ("base", 2e-3, 100, 0.65, 0.1),
     ("large", 4e-3, 50, 0.75, 0.2),
     ("huge", 4e-3, 50, 0.75, 0.3),
@@ -141,17 +143,17 @@ for NAME, PEAK, EPOCHS, LAYER_DECAY, RATE in (
     OFFICIAL[f"finetune_vit:{NAME}"] = OFFICIAL["finetune:base"] | dict(
         total_epochs=EPOCHS,
         peak=PEAK,
-        model__drop_path_rate=RATE,
+        model__drop_path_rate=DROP_PATH_RATE,
         optimizer__layer_decay=LAYER_DECAY,
     )
-for NAME, LAYER_DECAY, RATE, WINDOW in (
+for NAME, LAYER_DECAY, DROP_PATH_RATE, WINDOW in (
     ("base", 0.8, 0.1, 7),
     ("large", 0.7, 0.2, 14),
 ):
     OFFICIAL[f"finetune_swin:{NAME}"] = OFFICIAL["finetune:base"] | dict(
         batch_size=2048,
         peak=5e-3,
-        model__drop_path_rate=RATE,
+        model__drop_path_rate=DROP_PATH_RATE,
         model__window_size=WINDOW,
         optimizer__layer_decay=LAYER_DECAY,
         optimizer__warmup_epochs=20,
@@ -192,8 +194,9 @@ for NAME, DROP_PATH_RATE in (("tiny", 0.2), ("small", 0.3), ("base", 0.5)):
         optimizer__schedule="cosine_from_start",
     )
 for NAME, DROP_PATH_RATE in (("tiny", 0.05), ("small", 0.3), ("base", 0.5)):
-    rate = dict(model__drop_path_rate=DROP_PATH_RATE)
-    OFFICIAL[f"supervised:{NAME}"] = FROM_SCRATCH | rate
+    OFFICIAL[f"supervised:{NAME}"] = FROM_SCRATCH | dict(
+        model__drop_path_rate=DROP_PATH_RATE
+    )
 
 
 @pytest.mark.parametrize("name", OFFICIAL)
@@ -204,8 +207,8 @@ def test_recipes_have_the_official_values(name):
             peak = peak_learning_rate(config.optimizer, config.batch_size)
             assert peak == pytest.approx(value)
         else:
-            part, _, leaf = key.rpartition("__")
-            assert (config[part] if part else config)[leaf] == value, key
+            section, _, leaf = key.rpartition("__")
+            assert (config[section] if section else config)[leaf] == value, key
     for key, value in (("mean", (0.485, 0.456, 0.406)), ("std", (0.229, 0.224, 0.225))):
         assert config.data[key] == value
     assert config.data.flip
@@ -223,47 +226,50 @@ def current_name(name):
 
 
 def old_file(name):
-    """Return the file of an old recipe, which contains all keys."""
+    """Return the path of an old recipe's file, which contains all keys if it exists."""
     return reference.GOLDEN / "old_recipes" / f"{name}.py"
 
 
-FILES = [name for name in OLD_RECIPES if old_file(name).is_file()]
+NAMES_WITH_FILE = [name for name in OLD_RECIPES if old_file(name).is_file()]
 
 
+# (old recipe, recipe to load: today's name or the old file)
 SOURCES = [(name, current_name(name)) for name in OLD_RECIPES]
 
 
-SOURCES += [(name, old_file(name)) for name in FILES]
+SOURCES += [(name, old_file(name)) for name in NAMES_WITH_FILE]
 
 
 @pytest.mark.parametrize(("name", "source"), SOURCES)
-def test_values_of_old_recipes(name, source):
-    """Today's recipes and the old files have the recorded values."""
+def test_old_recipes_have_the_recorded_values(name, source):
+    """Keys that are newer than the recorded values are at their defaults."""
     found = named_leaves(json.loads(configs.to_json(configs.load(source))))
     expected = named_leaves(OLD_RECIPES[name]["config"])
-    if source == "digits_linear":  # mesh.data=1 failed on several devices
+    if source == "digits_linear":
+        # Today's recipe differs, because mesh.data=1 failed on several devices.
         expected["mesh/data"] = -1
     assert {key: found.pop(key) for key in expected} == expected
-    new = "schedule", "first_epoch", "lr_batch", "gamma", "power"
-    added = {"wandb_project"} | {f"optimizer/{key}" for key in new}
-    new = "cache", "class_level", "dtype", "eval_fraction", "eval_group", "exclude"
-    added |= {
-        f"data/{key}" for key in (*new, "multi_label", "reader", "scale", "balance")
-    }
-    added |= {"early_stopping", "model/freeze"}
+    optimizer_keys = "schedule first_epoch lr_batch gamma power"
+    data_keys = (
+        "cache class_level dtype eval_fraction eval_group exclude "
+        "multi_label reader scale balance"
+    )
+    added = {"wandb_project", "early_stopping", "model/freeze"}
+    added |= {f"optimizer/{key}" for key in optimizer_keys.split()}
+    added |= {f"data/{key}" for key in data_keys.split()}
     added |= {"class_weights"} if "label_smoothing" in expected else set()
     assert {key for key, value in found.items() if value is not None} == added
 
 
 @pytest.mark.parametrize(("name", "source"), SOURCES)
 def test_schedules_of_old_recipes(name, source):
-    """Learning rates equal the recorded rates, to the last bit of the peak."""
+    """Learning rates equal the recorded rates, up to the float32 error of the peak."""
     old, config = OLD_RECIPES[name], configs.load(source)
     schedule = mini_runs.jit_schedule(config, *steps_of(config))
     check_rates(schedule, old["steps"], old["rates"])
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", NAMES_WITH_FILE)
 def test_official_quirks_of_old_recipes(name, tmp_path):
     """official_quirks is translated to keys that give the recorded learning rates."""
     old = OLD_RECIPES[name]
@@ -278,13 +284,14 @@ def test_official_quirks_of_old_recipes(name, tmp_path):
     schedule = mini_runs.jit_schedule(config, *steps_of(config))
     check_rates(schedule, old["steps"], old["official_quirks"])
     if config.task == "classify":
-        other = "" if config.init_from else "somewhere"
-        config = configs.load(path, [f"--config.init_from={other}"])
+        # Without init_from, the quirk has another meaning.
+        other_init_from = "" if config.init_from else "somewhere"
+        config = configs.load(path, [f"--config.init_from={other_init_from}"])
         assert config.optimizer.first_epoch == int(from_scratch)
 
 
 def check_rates(schedule, steps, expected):
-    """Check the learning rates at some steps."""
+    """Check that a schedule has the expected learning rates at some steps."""
     actual = np.array([schedule(np.int32(step)) for step in steps])
     assert_allclose(actual, np.float32(expected), rtol=0, atol=2e-7 * max(expected))
 

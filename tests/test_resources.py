@@ -11,7 +11,8 @@ import pytest
 from hivit_jax import errors, resources
 from hivit_jax.errors import ResourceError
 
-MEMORY = [
+# (error message of JAX or XLA, text in ours: the needed bytes, if they are known)
+OUT_OF_MEMORY = [
     ("RESOURCE_EXHAUSTED: Out of memory allocating 549755813888 bytes.", "512.0 GiB"),
     (
         "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 25.50GiB.\n[x]",
@@ -39,11 +40,12 @@ def code_and_message(error, capsys):
     return code, err
 
 
-@pytest.mark.parametrize(("text", "needed"), MEMORY)
-def test_out_of_memory(text, needed, capsys):
-    """The error names needed bytes, available bytes, and keys that reduce memory.
+@pytest.mark.parametrize(("text", "needed"), OUT_OF_MEMORY)
+def test_out_of_memory_error_suggests_keys(text, needed, capsys):
+    """The error contains needed and available bytes, and keys that reduce memory.
 
-    The messages of JAX come from compiling programs and from running them.
+    JAX raises some of its messages while it compiles a program, others while the
+    program runs.
     """
     code, err = code_and_message(jax.errors.JaxRuntimeError(text), capsys)
     assert code == 2
@@ -54,7 +56,7 @@ def test_out_of_memory(text, needed, capsys):
         assert key in err
 
 
-def test_out_of_memory_on_the_host(capsys):
+def test_host_out_of_memory_error_contains_the_requested_bytes(capsys):
     try:
         np.empty(2**50)
     except MemoryError as error:
@@ -71,7 +73,7 @@ def test_out_of_memory_on_the_host(capsys):
         ValueError("RESOURCE_EXHAUSTED: write: No space left on device\nmore"),
     ],
 )
-def test_disk_full(error, capsys):
+def test_full_disk_error_contains_the_free_space(error, capsys):
     code, err = code_and_message(error, capsys)
     assert code == 2
     assert "the disk is full (" in err
@@ -93,12 +95,9 @@ def test_other_errors_are_unchanged(error):
     assert raised.value is error
 
 
-def test_memory_of_devices(monkeypatch):
-    """A program that needs more memory than a device has is an error.
-
-    Without a report from the backend, nothing is checked.
-    """
-    resources.check_memory(2**60)  # XLA:CPU reports nothing
+def test_program_larger_than_a_device_is_an_error(monkeypatch):
+    """If the backend does not report its memory, `check_memory` accepts any program."""
+    resources.check_memory(2**60)  # XLA:CPU reports no memory
     device = SimpleNamespace(
         device_kind="chip", memory_stats=lambda: {"bytes_limit": 2 * 2**30}
     )
@@ -111,17 +110,17 @@ def test_memory_of_devices(monkeypatch):
     assert "optimizer.accumulate_steps" in text
 
 
-def test_room_for_a_checkpoint(tmp_path, monkeypatch):
-    """A checkpoint must fit on the disk of its workdir, even before the workdir exists.
+def test_checkpoint_must_fit_on_the_disk(tmp_path, monkeypatch):
+    """`check_disk` compares the bytes of all arrays with the disk of the workdir.
 
-    The size of a checkpoint is the bytes of all arrays. Buckets report no free space.
+    The workdir need not exist. Buckets report no free space.
     """
     state = {
         "a": jax.ShapeDtypeStruct((1000, 3), np.float32),
         "b": np.zeros(500, np.float16),
     }
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
-    free = 13_000
+    free = 13_000  # 3000 float32 and 500 float16 numbers
     resources.check_disk(tmp_path / "new" / "run", state)
     free = 12_999
     with pytest.raises(ResourceError, match="a checkpoint needs .* are free"):

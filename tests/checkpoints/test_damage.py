@@ -43,15 +43,17 @@ def write_files(workdir, files):
 def damaged_contents(files, count):
     """Yield `count` pairs of a file of step 2 and its damaged content.
 
-    The content has a flipped bit, is truncated, or is None for a deleted file.
+    The content has a flipped bit (an empty file has none), is truncated, or is None for
+    a deleted file.
     """
     rng = random.Random(0)
     paths = [path for path in files if path.parts[:2] == ("checkpoints", "2")]
     weights = [len(files[path]) for path in paths]
-    for number in range(count):
-        path = rng.choices(paths, weights if number % 2 else None)[0]
+    for index in range(count):
+        # Every second file is drawn in proportion to its size.
+        path = rng.choices(paths, weights if index % 2 else None)[0]
         content = bytearray(files[path])
-        kind = number % 5
+        kind = index % 5
         if kind < 3 and content:
             content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
         elif kind == 3:
@@ -63,13 +65,14 @@ def damaged_contents(files, count):
 def test_damage_is_never_silent(two_steps, tmp_path, capsys):
     """Restoring a damaged step 2 returns its exact arrays, or the arrays of step 1.
 
-    A fallback to step 1 is logged.
+    If step 2 is moved to damaged/, the log contains its path. A step 2 that looks
+    unfinished is removed.
     """
     _, target = state_on_mesh("data")
     expected = {seed: to_host(make_state(seed)) for seed in (1, 2)}
-    restored = {1: 0, 2: 0}
-    for number, (path, content) in enumerate(damaged_contents(two_steps, 30)):
-        workdir = write_files(tmp_path / str(number), two_steps)
+    times_restored = {1: 0, 2: 0}
+    for index, (path, content) in enumerate(damaged_contents(two_steps, 30)):
+        workdir = write_files(tmp_path / str(index), two_steps)
         if content is None:
             (workdir / path).unlink()
         else:
@@ -77,18 +80,18 @@ def test_damage_is_never_silent(two_steps, tmp_path, capsys):
         capsys.readouterr()
         step, state = Checkpoints(workdir, 9).restore_newest(target)
         mini_runs.assert_identical(to_host(state), expected[step])
-        restored[step] += 1
+        times_restored[step] += 1
         if step == 1:
             out = capsys.readouterr().out
             if (workdir / "damaged").exists():
                 assert "checkpoint 2 was moved to" in out
                 assert "checkpoints/2" in out
             assert {p.name for p in (workdir / "checkpoints").iterdir()} == {"1"}
-    assert restored[1] > 10
+    assert times_restored[1] > 10
 
 
 @pytest.mark.slow
-def test_all_checkpoints_are_damaged(two_steps, tmp_path):
+def test_damage_of_all_checkpoints_is_an_error(two_steps, tmp_path):
     workdir = write_files(tmp_path, two_steps)
     for path in workdir.rglob("checkpoints/*/*/d/*"):
         path.write_bytes(path.read_bytes()[:-9])

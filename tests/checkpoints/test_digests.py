@@ -41,28 +41,24 @@ def test_digests_on_the_host_and_on_devices_agree(shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_bit_counts(dtype):
-    """Any flipped bit changes the digest, also the sign of 0.0."""
+def test_flipped_bit_changes_the_digest(dtype):
+    """This includes the sign of 0.0."""
     x = np.asarray(jnp.asarray(random_array((5, 7), "bits") > 0, dtype))
-    before = digests({"": {"x": x}})[""]["x"]
-    different, raw = {before}, x.tobytes()
+    distinct, raw = {digests({"": {"x": x}})[""]["x"]}, x.tobytes()
     bits = range(8) if dtype != "bool" else [0]
     for byte, bit in itertools.product(range(0, len(raw), 3), bits):
         changed = bytearray(raw)
         changed[byte] ^= 1 << bit
         y = np.frombuffer(bytes(changed), x.dtype).reshape(x.shape)
-        different.add(digests({"": {"x": y}})[""]["x"])
-    assert len(different) == 1 + len(range(0, len(raw), 3)) * len(bits)
+        distinct.add(digests({"": {"x": y}})[""]["x"])
+    assert len(distinct) == 1 + len(range(0, len(raw), 3)) * len(bits)
     if dtype == "float32":
-        different.add(digests({"": {"x": np.float32(0)}})[""]["x"])
-        assert digests({"": {"x": np.float32(-0.0)}})[""]["x"] not in different
+        distinct.add(digests({"": {"x": np.float32(0)}})[""]["x"])
+        assert digests({"": {"x": np.float32(-0.0)}})[""]["x"] not in distinct
 
 
-def test_nonfinite_names():
-    """inf and NaN are found in any float dtype, in small and in large arrays.
-
-    Integers are finite.
-    """
+def test_nonfinite_names_lists_arrays_with_inf_or_nan():
+    """The arrays may have any float dtype, and be small or large."""
     large = np.ones((300, 300), np.float32)
     tree = {
         "good": {"x": np.ones(3), "n": np.int32(7), "b": jnp.ones(4, jnp.bfloat16)},

@@ -26,7 +26,11 @@ def lock_files(workdir):
 
 
 def write_lock(workdir, number=1, **changes):
-    """Write the lock of another run; return its owner."""
+    """Write the lock of another run; return its owner.
+
+    Args:
+      changes: facts in which the owner differs from this process.
+    """
     owner = lock.this_process() | changes
     (workdir / f"run-{number}.lock").write_text(json.dumps(owner))
     return owner
@@ -43,8 +47,8 @@ def check_refused(workdir, *fragments):
     assert lock_files(workdir) == before
 
 
-def test_one_run_at_a_time(tmp_path):
-    """While a run holds the lock, other runs fail and name its process and host.
+def test_lock_admits_one_run_at_a_time(tmp_path):
+    """While a run holds the lock, other runs fail, and name its process and host.
 
     The lock is free after the run's end, also after an error. Other workdirs are free.
     """
@@ -61,7 +65,7 @@ def test_one_run_at_a_time(tmp_path):
     assert lock_files(tmp_path / "new") == []
 
 
-def test_decorated_function_has_its_arguments(tmp_path):
+def test_exclusive_function_receives_its_arguments(tmp_path):
     @lock.exclusive
     def run(config, workdir, heartbeat=None):
         return config, lock_files(workdir), heartbeat
@@ -78,10 +82,10 @@ def ended_pid():
 
 
 @pytest.mark.parametrize("kind", ["ended", "not reaped", "number reused"])
-def test_dead_owner_of_this_machine(kind, tmp_path, capsys):
-    """The lock of a dead owner is taken over at once.
+def test_lock_of_a_dead_process_is_taken_over(kind, tmp_path, capsys):
+    """The lock of a dead process of this machine is taken over at once.
 
-    The owner has ended, is a zombie, or its number belongs to a process with another
+    The process has ended, is a zombie, or its number belongs to a process with another
     start time.
     """
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
@@ -102,17 +106,17 @@ def test_dead_owner_of_this_machine(kind, tmp_path, capsys):
     process.wait()
 
 
-def test_living_owner_of_this_machine(tmp_path):
+def test_lock_of_a_living_process_is_refused(tmp_path):
     pid = os.getppid()
     write_lock(tmp_path, pid=pid, started=lock._start_time(pid), host="here")
     check_refused(tmp_path, f"process {pid} on here")
 
 
 @pytest.mark.parametrize("alive", [True, False])
-def test_owner_elsewhere(alive, tmp_path, capsys):
+def test_lock_of_another_machine_is_refused_while_it_changes(alive, tmp_path, capsys):
     """An owner on another machine is alive only if its heartbeat changes.
 
-    The new run waits two intervals for a heartbeat and ignores the owner's clock.
+    The new run waits for a heartbeat and ignores the owner's clock.
     """
     owner = write_lock(tmp_path, machine="other", host="far", since="2099-01-01")
     if alive:
@@ -127,18 +131,18 @@ def test_owner_elsewhere(alive, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", "null"])
-def test_damaged_lock(text, tmp_path):
-    """A damaged lock is watched like the lock of another machine, then taken over."""
+def test_damaged_lock_is_taken_over(text, tmp_path):
+    """Before, it is watched like the lock of another machine."""
     (tmp_path / "run-1.lock").write_text(text)
     with lock.hold(tmp_path):
         assert lock_files(tmp_path) == ["run-2.lock"]
 
 
-def test_only_one_takes_over(tmp_path):
-    """Exactly one of eight runs takes over the lock of a dead owner."""
+def test_one_of_eight_runs_takes_over_the_lock_of_a_dead_process(tmp_path):
     for attempt in range(5):
         workdir = tmp_path / str(attempt)
         workdir.mkdir()
+        # Linux has no process numbers above 2**22.
         write_lock(workdir, pid=ended_pid() if attempt == 0 else 2**22 + 1)
         start, outcomes = threading.Barrier(8), []
 
@@ -160,8 +164,8 @@ def test_only_one_takes_over(tmp_path):
         assert sorted(outcomes) == ["holds"] + ["refused"] * 7
 
 
-def test_heartbeat_and_loss(tmp_path, monkeypatch):
-    """The heartbeat count increases; a run whose lock was taken over ends itself."""
+def test_run_whose_lock_was_taken_over_ends_itself(tmp_path, monkeypatch):
+    """Until then, its heartbeats change the lock."""
     ended = threading.Event()
 
     def exit_now(code, message):
@@ -180,8 +184,8 @@ def test_heartbeat_and_loss(tmp_path, monkeypatch):
     assert lock_files(tmp_path) == ["run-2.lock"]
 
 
-def test_all_processes_of_a_run_refuse(tmp_path, monkeypatch):
-    """Process 0 holds the lock for all processes; all of them raise the same error."""
+def test_other_processes_raise_the_error_of_process_0(tmp_path, monkeypatch):
+    """Process 0 holds the lock for all processes of a run."""
     monkeypatch.setattr(lock, "jax", SimpleNamespace(process_index=lambda: 1))
     monkeypatch.setattr(lock, "gather_objects", lambda mine: [None, mine])
     with lock.hold(tmp_path):

@@ -36,7 +36,7 @@ def saved(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("old", "new"), list(itertools.permutations(MESHES, 2)))
-def test_restore_on_any_other_mesh(saved, old, new):
+def test_checkpoint_is_restored_on_any_other_mesh(saved, old, new):
     """Restored arrays are bit-identical and have the shardings of the new mesh."""
     expected, (_, target) = to_host(make_state(3)), state_on_mesh(new)
     step, state = Checkpoints(saved[old], 9).restore_newest(target)
@@ -49,8 +49,8 @@ def test_restore_on_any_other_mesh(saved, old, new):
 
 
 @pytest.mark.slow
-def test_read_parameters_on_one_device(saved):
-    """`read` returns parameters or their averages without the optimizer state."""
+def test_read_returns_parameters_or_averages(saved):
+    """`read` needs neither the mesh nor the optimizer state of the checkpoint."""
     for averaged, name in ((True, "ema"), (False, "params")):
         checkpoint = read(saved["every"], averaged=averaged)
         expected = to_host(make_state(3)[name])
@@ -58,8 +58,7 @@ def test_read_parameters_on_one_device(saved):
 
 
 @pytest.mark.slow
-def test_full_disk(tmp_path, monkeypatch):
-    """Saving to a full disk raises a ConfigError, and the earlier checkpoint stays."""
+def test_full_disk_is_an_error_and_earlier_checkpoints_stay(tmp_path, monkeypatch):
     checkpoints = Checkpoints(tmp_path, 9)
     checkpoints.save(state_on_mesh("data", 1)[0], json.dumps(CONFIG))
     checkpoints._manager.wait_until_finished()

@@ -1,4 +1,4 @@
-"""Tests of matching the array names of checkpoints from differing optax chains.
+"""Tests of matching the array names of checkpoints of different optax chains.
 
 A transformation without state, such as clipping, shifts the position of the following
 transformations in a chain. Positions are part of the saved names.
@@ -16,7 +16,7 @@ VARIABLES = named_leaves(PARAMS)
 
 
 def array_names(*parts):
-    """Return the array names that a checkpoint of a chain of transformations has."""
+    """Return the array names in a checkpoint of a chain of transformations."""
     state = optax.chain(*parts).init(PARAMS)
     return [*named_leaves({"opt_state": state, "step": 0})]
 
@@ -37,18 +37,15 @@ scale, schedule = optax.scale(0.5), optax.scale_by_schedule(lambda step: 0.1)
         ),
     ],
 )
-def test_stateless_parts_do_not_count(saved, expected):
-    """Names match in chains that differ only in stateless parts, also nested chains.
-
-    Numbers in the names of parameters are not changed.
-    """
+def test_names_match_if_only_stateless_transformations_differ(saved, expected):
+    """Chains may be nested. Numbers in the names of parameters are not changed."""
     saved, expected = array_names(*saved), array_names(*expected)
     assert match_names(saved, expected, VARIABLES) == dict(
         zip(saved, expected, strict=True)
     )
 
 
-def test_multi_transform_of_labels():
+def test_names_match_inside_multi_transform():
     def labeled(*parts):
         transforms = {"a": optax.chain(*parts), "b": optax.set_to_zero()}
         state = optax.multi_transform(transforms, {"stages": "a"}).init(PARAMS)
@@ -60,15 +57,14 @@ def test_multi_transform_of_labels():
 
 
 @pytest.mark.parametrize("other", [(optax.trace(0.9), schedule), (adam,), (schedule,)])
-def test_other_optimizers_stay_different(other):
-    """Optimizers with other stateful parts do not match."""
+def test_names_of_other_stateful_transformations_do_not_match(other):
     saved, expected = array_names(adam, schedule), array_names(*other)
     matches = match_names(saved, expected, VARIABLES)
     assert set(matches.values()) != set(expected)
 
 
 def test_parameters_keep_their_numbers():
-    """Names of parameters are never matched with other numbers, as positions are."""
+    """Numbers in names of parameters are not positions, and are not renumbered."""
     saved = ["stages/3/kernel", "stages/7/kernel", "step"]
     expected = ["stages/0/kernel", "stages/1/kernel", "step"]
     assert match_names(saved, expected, expected) == {name: name for name in saved}

@@ -14,20 +14,21 @@ from hivit_jax.data.sources.base import Source
 from hivit_jax.errors import ConfigError
 
 LABELS = np.array([0] * 50 + [2] * 10 + [5] * 3 + [7])
-LABELS = LABELS[permutation(9, 9, 64)]  # the order of examples is arbitrary
+LABELS = LABELS[permutation(9, 9, 64)]  # because datasets need not be sorted by class
 
 
 @pytest.mark.parametrize(
     ("balance", "counts"),
     [(0.0, [50, 10, 3, 1]), (0.5, [35, 16, 8, 5]), (1.0, [16, 16, 16, 16])],
 )
-def test_counts(balance, counts):
+def test_balanced_counts_are_rounded_by_the_largest_remainder(balance, counts):
+    # With balance=0.5, the square roots 7.07, 3.16, 1.73 and 1 divide the 64 positions
+    # into 34.9, 15.6, 8.6 and 4.9.
     assert balanced_counts([50, 10, 3, 1], balance).tolist() == counts
-    # sqrt(50, 10, 3, 1) = 7.07, 3.16, 1.73, 1: shares of 64 are 34.9, 15.6, 8.6, 4.9.
 
 
 @pytest.mark.parametrize("n", range(1, 30))
-def test_counts_add_up(n):
+def test_balanced_counts_add_up_to_the_dataset(n):
     sizes = [n, 2 * n + 1, 7]
     for balance in (0.3, 1.0):
         counts = balanced_counts(sizes, balance)
@@ -36,7 +37,10 @@ def test_counts_add_up(n):
 
 
 def test_examples_of_a_class_are_used_equally_often():
-    """Uses differ by at most one after every epoch; none repeats random numbers."""
+    """The uses of two examples of a class differ by at most one after every epoch.
+
+    No (example, pass), the key of the random numbers, occurs twice.
+    """
     order = BalancedOrder(LABELS, 1.0, 0)
     uses, pairs = np.zeros(64, int), set()
     for epoch in range(5):
@@ -50,29 +54,30 @@ def test_examples_of_a_class_are_used_equally_often():
 
 
 def test_order_is_a_function_of_seed_and_position():
-    """A new object gives the same examples for any positions, in any order."""
+    """A new `BalancedOrder` returns the same examples for any positions."""
     all_positions = np.arange(300)
     expected = np.stack(BalancedOrder(LABELS, 0.5, 3).samples_at(all_positions))
-    part = all_positions[permutation(0, 0, 300)[:70]]
-    for positions in (part, part[::2], all_positions[190:]):
+    unordered = all_positions[permutation(0, 0, 300)[:70]]
+    for positions in (unordered, unordered[::2], all_positions[190:]):
         found = np.stack(BalancedOrder(LABELS, 0.5, 3).samples_at(positions))
         assert_array_equal(found, expected[:, positions])
-    other = BalancedOrder(LABELS, 0.5, 4).samples_at(all_positions)[0]
-    assert (other != expected[0]).mean() > 0.5
+    other_seed = BalancedOrder(LABELS, 0.5, 4).samples_at(all_positions)[0]
+    assert (other_seed != expected[0]).mean() > 0.5
 
 
 def test_order_is_frozen():
     """The order never changes, so that saved runs resume exactly."""
     found = BalancedOrder(LABELS, 1.0, 0).samples_at(np.arange(62, 70))
-    assert np.stack(found).tolist() == GOLDEN
+    assert np.stack(found).tolist() == FROZEN
 
 
-GOLDEN = [[52, 57, 16, 16, 36, 16, 0, 16], [0, 0, 21, 20, 2, 18, 5, 16]]
+# Example indices and passes at positions 62 to 69
+FROZEN = [[52, 57, 16, 16, 36, 16, 0, 16], [0, 0, 21, 20, 2, 18, 5, 16]]
 
 
 @pytest.fixture
 def folder(tmp_path, cache_directory):
-    """Class folders with 12 and 2 training images."""
+    """Return class folders with 12 and 2 training images, and one val image each."""
     for split, counts in (("train", (12, 2)), ("val", (1, 1))):
         for label, count in enumerate(counts):
             for k in range(count):
@@ -83,7 +88,10 @@ def folder(tmp_path, cache_directory):
 
 
 def test_batches(folder):
-    """With data.balance=1, each class occurs equally often; 0 keeps the plain order."""
+    """With data.balance=1, each class occurs equally often in an epoch of two steps.
+
+    With 0, the order is `permutation`.
+    """
     plain = folder_config(folder, batch_size=7, data__balance=0)
     indices = [batch["index"] for batch in inputs.train_batches(plain, 0, 2)]
     assert_array_equal(np.concatenate(indices), permutation(0, 0, 14))
@@ -94,38 +102,36 @@ def test_batches(folder):
     assert np.bincount(labels[:14]).tolist() == [7, 7]
     assert np.bincount(labels[14:]).tolist() == [7, 7]
     assert_batches_equal(inputs.train_batches(config, 2, 4), batches[2:])
-    # An image that occurs several times in an epoch is cropped differently.
+    # Image 12, one of two in its class, occurs 7 times in two epochs, always with
+    # another crop.
     rare = [b["image"][k] for b in batches for k in range(7) if b["index"][k] == 12]
     assert len({image.tobytes() for image in rare}) == len(rare) == 7
 
 
 @pytest.mark.parametrize("balance", [0.5, 1])
-def test_shares_of_processes_make_the_batch(folder, monkeypatch, balance):
-    """The batches of two processes concatenate to the bytes of one process's batches.
-
-    Steps 1 to 3 include the end of an epoch.
-    """
+def test_batches_of_two_processes_concatenate_to_the_batch(
+    folder, monkeypatch, balance
+):
+    """Steps 1 to 3 include the end of an epoch, 14 images in batches of 8."""
     config = folder_config(folder, batch_size=8, data__balance=balance)
-    expected, shares = list(inputs.train_batches(config, 1, 4)), []
+    expected, per_process = list(inputs.train_batches(config, 1, 4)), []
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     for process in range(2):
         monkeypatch.setattr(jax, "process_index", lambda process=process: process)
-        shares.append(list(inputs.train_batches(config, 1, 4)))
-    assert {len(batch["index"]) for share in shares for batch in share} == {4}
+        per_process.append(list(inputs.train_batches(config, 1, 4)))
+    assert {len(batch["index"]) for batches in per_process for batch in batches} == {4}
     joined = [
         {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
-        for parts in zip(*shares, strict=True)
+        for parts in zip(*per_process, strict=True)
     ]
     assert_batches_equal(joined, expected)
     plain = folder_config(folder, batch_size=8, data__balance=0)
     plain_order = [batch["index"] for batch in inputs.train_batches(plain, 1, 4)]
     balanced = [batch["index"] for batch in joined]
-    assert not np.array_equal(
-        np.concatenate(balanced)[:12], np.concatenate(plain_order)
-    )
+    assert not np.array_equal(np.concatenate(balanced), np.concatenate(plain_order))
 
 
-def test_labels_must_be_known():
+def test_balance_requires_labels():
     config = folder_config("x", data__name="synthetic", data__balance=1)
     with pytest.raises(ConfigError, match="data.balance=1 with .*'synthetic'; expect"):
         inputs.make_task(config, "train")

@@ -1,5 +1,6 @@
 """Tests that batches of datasets in a bucket equal those of local files."""
 
+import errno
 import os
 import shutil
 import struct
@@ -23,7 +24,7 @@ VERSION = "noise_images/1.0.0"
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-    """Return a directory with a small dataset in a subdirectory per file format."""
+    """Return a directory with two subdirectories: the dataset in each file format."""
     root = tmp_path_factory.mktemp("prepared")
     for file_format in ("tfrecord", "array_record"):
         prepare(root / file_format, file_format)
@@ -40,19 +41,22 @@ def bucket(prepared, tmp_path):
 
 
 def config(directory, **overrides):
-    """Return the config of the prepared dataset in a directory."""
+    """Return the config of the prepared dataset in a local or bucket directory."""
     return folder_config(directory, data__name="noise_images", **overrides)
 
 
 def batches(cfg):
-    """Return the training batches of an epoch, and the evaluation batches."""
+    """Return four training batches, more than an epoch, and the evaluation batches."""
     registry._open.cache_clear()
     OPENERS["array_record"].cache_clear()
     return [*inputs.train_batches(cfg, 0, 4), *inputs.eval_batches(cfg)]
 
 
-def test_tfrecords(bucket, prepared):
-    """Each record is read once; the index is made once and saved beside the files."""
+def test_tfrecords_of_a_bucket_equal_local_files(bucket, prepared):
+    """The index is made once per split and saved beside the files.
+
+    Later runs read each record once per use, and repeat refused and truncated reads.
+    """
     expected = batches(config(prepared / "tfrecord"))
     cfg = config("gs://bucket/tfrecord")
     assert_batches_equal(batches(cfg), expected)
@@ -60,37 +64,43 @@ def test_tfrecords(bucket, prepared):
     bucket.requests.clear()
     bucket.failures, bucket.truncated = [503, 429, 500], 2
     assert_batches_equal(batches(cfg), expected)
+    # Four batches of 8 training images and 6 evaluation images are read, and 5 reads
+    # are repeated.
     assert bucket.reads("-of-") <= 4 * 8 + 6 + 5
     assert_batches_equal(batches(config("s3://bucket/tfrecord")), expected)
 
 
-def test_reads_start_when_a_batch_is_planned(bucket):
-    """One thread has several reads in flight."""
+def test_one_thread_has_several_reads_in_flight(bucket):
+    """Reads start when a batch is planned, not when its examples are decoded."""
     cfg = config("gs://bucket/tfrecord", batch_size=24, data__workers=1)
     registry.open_source(cfg.data, "train")
-    counts, lock = [0], threading.Lock()
+    in_flight, lock = [0], threading.Lock()
 
     def answering(change):
         with lock:
-            counts.append(counts[-1] + change)
+            in_flight.append(in_flight[-1] + change)
 
     bucket.answering, bucket.delay = answering, 0.05
     list(inputs.train_batches(cfg, 0, 1))
-    assert max(counts) >= 3
+    assert max(in_flight) >= 3
 
 
-def test_index_without_permission_to_write(bucket, prepared, cache_directory):
+def test_index_of_a_read_only_bucket_is_cached_locally(
+    bucket, prepared, cache_directory
+):
     bucket.read_only = True
     expected = batches(config(prepared / "tfrecord"))
     for _ in range(2):
         assert_batches_equal(batches(config("gs://bucket/tfrecord")), expected)
         assert len(list(cache_directory.glob("hivit_jax/hivit_jax_index_*.npz"))) == 2
         assert not list(bucket.root.glob(f"tfrecord/{VERSION}/*.npz"))
-        (header_reads, bucket.requests[:]) = (len(bucket.requests), ())
-    assert header_reads < 60
+        num_requests = len(bucket.requests)
+        bucket.requests.clear()
+    # The second run reads records and small files, but makes no index.
+    assert num_requests < 60
 
 
-def test_slice_of_a_split(bucket, prepared):
+def test_slices_of_splits_equal_local_slices(bucket, prepared):
     for split in ("train[5:-3]", "validation[:50%]"):
         local = Tfds("noise_images", str(prepared / "tfrecord"), split)
         remote = Tfds("noise_images", "gs://bucket/tfrecord", split)
@@ -100,7 +110,8 @@ def test_slice_of_a_split(bucket, prepared):
             assert local.name(i) == remote.name(i)
 
 
-def test_array_records(bucket, prepared):
+def test_array_records_of_a_bucket_equal_local_files(bucket, prepared):
+    """The error of a refused shard suggests data.cache."""
     expected = batches(config(prepared / "array_record"))
     cfg = config("gs://bucket/array_record")
     assert_batches_equal(batches(cfg), expected)
@@ -109,7 +120,8 @@ def test_array_records(bucket, prepared):
         batches(cfg)
 
 
-def test_class_folders(folder):
+def test_class_folders_in_a_bucket_equal_local_folders(folder):
+    """Refused files end the run. data.cache is an error for class folders."""
     expected = batches(folder_config(folder))
     with serve(folder) as server:
         cfg = folder_config("gs://bucket")
@@ -125,8 +137,8 @@ def test_class_folders(folder):
         registry.open_source({**cfg.data, "cache": "copies"}, "train")
 
 
-def test_order_and_ignored_files_of_class_folders(tmp_path):
-    """Order and ignored files equal those of local directories."""
+def test_files_in_a_bucket_are_sorted_and_ignored_as_locally(tmp_path):
+    """Classes, order of images and ignored files equal those of local directories."""
     names = ("train/b/x.png", "train/b/a/z.jpg", "train/b-/y.JPG", "train/a/1.png")
     names += ("train/a/.hidden/2.png", "train/a/notes.txt", "train/README")
     for name in (*names, "val/a/ä.png"):
@@ -147,8 +159,8 @@ def test_order_and_ignored_files_of_class_folders(tmp_path):
 
 
 @pytest.mark.parametrize("level", ["top", "leaf", "none"])
-def test_numpy_arrays_in_class_folders(level, tmp_path):
-    """NumPy arrays count as images in a directory without other images."""
+def test_numpy_arrays_in_class_folders_are_images(level, tmp_path):
+    """NumPy arrays are images if the directory contains no other images."""
     for name in ("a/1.npy", "b/2.npy", "b/notes.txt"):
         for split in ("train", "val"):
             path = tmp_path / split / name
@@ -170,9 +182,11 @@ def test_errors_of_a_bucket_are_not_unreadable_images(bucket):
     cfg = config("gs://bucket/tfrecord", data__max_unreadable=1.0)
     batches(cfg)
     shard = f"{VERSION}/noise_images-train.tfrecord-00001-of-00004"
-    for status, text in ((403, "HTTP status 403"), (503, "HTTP status 503")):
+    for status in (403, 503):
         bucket.statuses = {shard: status}
-        with pytest.raises(LocalDataError, match=f"gs://.*{shard}: {text}"):
+        with pytest.raises(
+            LocalDataError, match=f"gs://.*{shard}: HTTP status {status}"
+        ):
             batches(cfg)
     bucket.statuses, bucket.truncated = {}, 10**6
     with pytest.raises(LocalDataError, match="cannot access"):
@@ -183,13 +197,12 @@ def test_errors_of_a_bucket_are_not_unreadable_images(bucket):
         batches(cfg)
 
 
-def test_damaged_record(bucket):
-    """A damaged record is an unreadable image."""
+def test_damaged_record_is_an_unreadable_image(bucket):
     cfg = config("gs://bucket/tfrecord")
     batches(cfg)
     [path] = bucket.root.glob("tfrecord/noise_images/1.0.0/*train*00002-of*")
     data = bytearray(path.read_bytes())
-    data[:8] = struct.pack("<Q", 7)
+    data[:8] = struct.pack("<Q", 7)  # the length of the first record
     path.write_bytes(data)
     training = batches(cfg)[:3]
     assert sum(batch["unreadable"].sum() for batch in training) == 1
@@ -225,11 +238,13 @@ def shard(bucket):
 
 
 def test_partial_copy_is_never_read(bucket, tmp_path):
+    """`fetch` returns the address after an error, else the path of a complete copy."""
     address, path = shard(bucket)
     cache = ShardCache(str(tmp_path / "cache"))
     partial_copy = cache.target(address).with_name(f"{path.name}.part")
     partial_copy.parent.mkdir(parents=True)
-    partial_copy.write_bytes(b"longer than the object" * 10_000)  # from a killed run
+    # As from a killed run, but longer than the object.
+    partial_copy.write_bytes(b"x" * 200_000)
     bucket.statuses = {path.name: 503}
     assert cache.fetch(address) == address
     bucket.statuses = {}
@@ -256,15 +271,17 @@ def test_processes_share_copies(bucket, tmp_path):
     # whole file.
     assert bucket.reads(path.name) == 2
     assert os.listdir(tmp_path / "cache/gs/bucket/tfrecord" / VERSION) == [path.name]
-    assert len({cache.locate(address) for cache in caches}) == 1
+    [copy] = {cache.locate(address) for cache in caches}
+    assert copy == str(caches[0].target(address))
 
 
-def test_full_disk(bucket, prepared, tmp_path, monkeypatch, capfd):
-    """If the disk is full, files that cannot be copied are read from the bucket."""
+def test_files_are_read_from_the_bucket_if_the_disk_is_full(
+    bucket, prepared, tmp_path, monkeypatch, capfd
+):
     expected = batches(config(prepared / "tfrecord"))
 
     def fsync(_):
-        raise OSError(28, os.strerror(28))
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", fsync)
     cfg = config("gs://bucket/tfrecord", data__cache=tmp_path / "cache")

@@ -19,7 +19,7 @@ SIZE = (224, 224)
 
 
 def crops(height, width, count, scale=(0.2, 1.0), seed=0):
-    """Draw random crops of the first images of epoch 0."""
+    """Return random crops of the first `count` images, all of one size, in epoch 0."""
     return [
         data_crops.random_resized_crop(
             height, width, transforms.uniforms(seed, 0, index), scale
@@ -29,7 +29,11 @@ def crops(height, width, count, scale=(0.2, 1.0), seed=0):
 
 
 def on_device(samples, size=SIZE, canvas=512, **options):
-    """Resize crops on the device; return float [n, *size, C], canvases and boxes."""
+    """Resize crops on the device; return float [n, *size, C], canvases and boxes.
+
+    Args:
+      samples: [(pixels, crop)].
+    """
     images = np.zeros((len(samples), canvas, canvas, 3), np.uint8)
     boxes = [
         data_crops.paste_crop(pixels, crop, out, size, **options)
@@ -52,22 +56,23 @@ def test_uniforms_are_frozen():
     draws = transforms.uniforms(7, 3, 1_281_166)
     assert draws[:3] == FROZEN
     assert len(draws) == transforms.DRAWS
-    others = [transforms.uniforms(*key) for key in ((8, 3, 5), (7, 4, 5), (7, 3, 6))]
-    for other in others:
-        assert not set(other) & set(transforms.uniforms(7, 3, 5))
-    many = np.array([transforms.uniforms(0, 0, i) for i in range(2000)])
-    assert (many >= 0).all()
-    assert (many < 1).all()
-    error = 5 / math.sqrt(12 * len(many))
-    assert np.abs(many.mean(0) - 0.5).max() < error
-    assert np.abs(np.corrcoef(many.T) - np.eye(many.shape[1])).max() < 0.15
+    # Seed, epoch and image index each change all numbers.
+    for other in ((8, 3, 5), (7, 4, 5), (7, 3, 6)):
+        other_draws = transforms.uniforms(*other)
+        assert not set(other_draws) & set(transforms.uniforms(7, 3, 5))
+    draws = np.array([transforms.uniforms(0, 0, i) for i in range(2000)])
+    assert (draws >= 0).all()
+    assert (draws < 1).all()
+    five_standard_errors = 5 / math.sqrt(12 * len(draws))
+    assert np.abs(draws.mean(0) - 0.5).max() < five_standard_errors
+    assert np.abs(np.corrcoef(draws.T) - np.eye(draws.shape[1])).max() < 0.15
 
 
 FROZEN = [0.2921524578225323, 0.3256742663793454, 0.9849989507135709]
 
 
 @pytest.mark.parametrize(("height", "width"), [(120, 120), (100, 160)])
-def test_random_crops(height, width):
+def test_random_crops_have_the_documented_distribution(height, width):
     """Random crops are uniform in area and position and log-uniform in aspect."""
     low, high, count = 0.1, 0.5, 600
     boxes = [crop.box for crop in crops(height, width, count, (low, high))]
@@ -92,9 +97,9 @@ def test_random_crops(height, width):
     assert np.log(w / h).mean() == pytest.approx(0, abs=error * math.log(16 / 9))
     for corner, side, extent in ((top, h, height), (left, w, width)):
         free = side < extent
-        shares = corner[free] / (extent - side[free])
-        assert shares.mean() == pytest.approx(0.5, abs=error)
-    # The first and the last possible corner occur.
+        relative = corner[free] / (extent - side[free])
+        assert relative.mean() == pytest.approx(0.5, abs=error)
+    # The first and the last possible row occur.
     assert (top == 0).any()
     assert (top + h == height).any()
     assert len(set(boxes)) > 0.9 * count
@@ -104,21 +109,22 @@ def test_random_crops(height, width):
     ("shape", "size"),
     [((1, 50), (1, 1)), ((50, 1), (1, 1)), ((6, 60), (6, 8)), ((60, 6), (8, 6))],
 )
-def test_image_that_no_crop_fits(shape, size):
-    """The crop is the largest centered crop with an allowed aspect."""
+def test_largest_central_crop_replaces_crops_that_do_not_fit(shape, size):
+    """The crop is the largest central one with an aspect from 3/4 to 4/3."""
     for crop in crops(*shape, 20, (0.9, 1.0)):
         assert crop.box[2:] == size
         for first, side, extent in zip(crop.box[:2], size, shape, strict=True):
             assert abs(2 * first + side - extent) <= 1
 
 
-def test_crop_of_everything():
+def test_crop_of_the_full_area_is_the_whole_image():
     for crop in crops(30, 30, 10, (1.0, 1.0)):
         assert crop == Crop(Box(0, 0, 30, 30), Box(0, 0, 30, 30))
 
 
 @pytest.mark.slow
 def test_random_crops_equal_pil():
+    """Crops that the device or the host resizes equal PIL's up to rounding."""
     samples = [
         (photographs()[name], crop)
         for name in sorted(photographs())
@@ -132,11 +138,11 @@ def test_random_crops_equal_pil():
         part = Image.fromarray(pixels[top : top + height, left : left + width])
         assert np.abs(actual - pil_resize(part, SIZE)).mean() < 0.002
         # PIL 13 starts with the height where that is faster, and rounds differently.
-        newest = np.asarray(part.resize(SIZE, Image.Resampling.BICUBIC))
-        assert np.abs(actual - newest).mean() < 0.35
+        installed_pil = np.asarray(part.resize(SIZE, Image.Resampling.BICUBIC))
+        assert np.abs(actual - installed_pil).mean() < 0.35
         out = np.zeros((*SIZE, 3), np.uint8)
         box = data_crops.paste_crop(pixels, crop, out, SIZE)
-        assert np.abs(out - newest.astype(float)).mean() < 0.002
+        assert np.abs(out - installed_pil.astype(float)).mean() < 0.002
         assert box == ((0, 224, 224), (0, 224, 224))
 
 
@@ -162,12 +168,11 @@ def test_center_crops_equal_pil(size):
         assert np.abs(actual - reference).mean() < 0.01
         out = np.zeros((*size, 3), np.uint8)
         data_crops.paste_crop(pixels, crop, out, size)
-        assert (
-            np.abs(out - reference.astype(float)).mean() < 0.35
-        )  # PIL 13 resizes in another order
+        # The host calls PIL, and PIL 13 may start with the height.
+        assert np.abs(out - reference.astype(float)).mean() < 0.35
 
 
-def test_center_crop_of_a_usual_image():
+def test_center_crop_of_a_500x375_image():
     """500x375 is resized to 341x256 and cropped to 224x224 at row 16, column 58."""
     crop = data_crops.center_crop(375, 500, SIZE, 224 / 256)
     scale = 375 / 256
@@ -176,18 +181,15 @@ def test_center_crop_of_a_usual_image():
     assert crop.box.left == pytest.approx(58 * 500 / 341)
     assert crop.box.width == pytest.approx(224 * 500 / 341)
     assert crop.bounds == Box(0, 0, 375, 500)
-    crop_of_everything = data_crops.center_crop(8, 8, (16, 16), 1.0)
-    assert crop_of_everything.box == crop_of_everything.bounds == Box(0, 0, 8, 8)
+    whole_image = data_crops.center_crop(8, 8, (16, 16), 1.0)
+    assert whole_image.box == whole_image.bounds == Box(0, 0, 8, 8)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 @pytest.mark.parametrize("antialias", [True, False])
-def test_interpolation_and_antialias(interpolation, antialias):
-    """Resizing on host and device equals PIL's up to rounding.
-
-    PIL always antialiases. Without antialiasing, the reference is `resize_axis`.
-    """
+def test_resizing_equals_a_reference_up_to_rounding(interpolation, antialias):
+    """The reference is PIL, or `resize_axis`, because PIL always antialiases."""
     options = dict(interpolation=interpolation, antialias=antialias)
     pixels = photographs()["cat"]
     crop = Crop(*[Box(20, 30, 260, 330)] * 2)
@@ -195,8 +197,8 @@ def test_interpolation_and_antialias(interpolation, antialias):
     out = np.zeros((*SIZE, 3), np.uint8)
     data_crops.paste_crop(pixels, crop, out, SIZE, **options)
     # Bilinear interpolation has many ties, which are rounded either way.
-    close = 0.002 if interpolation == "bicubic" else 0.02
-    assert np.abs(out - device).mean() < close
+    tolerance = 0.002 if interpolation == "bicubic" else 0.02
+    assert np.abs(out - device).mean() < tolerance
     part = pixels[20:280, 30:360]
     if antialias:
         filter = Image.Resampling[interpolation.upper()]
@@ -205,11 +207,11 @@ def test_interpolation_and_antialias(interpolation, antialias):
         expected = part.astype(float)
         for axis in (1, 0):
             expected = np.rint(resize_axis(expected, axis, interpolation)).clip(0, 255)
-    assert np.abs(device - expected).mean() < close
+    assert np.abs(device - expected).mean() < tolerance
 
 
 def resize_axis(pixels, axis, interpolation):
-    """Resize one axis to 224 with the nearest two or four pixels."""
+    """Resize one axis to 224 from the nearest pixels: two (bilinear) or four."""
     n = pixels.shape[axis]
     position = (np.arange(224) + 0.5) * n / 224 - 0.5
     first, total, weights = np.floor(position).astype(int), 0, 0
@@ -231,8 +233,8 @@ def resize_axis(pixels, axis, interpolation):
 
 
 @pytest.mark.slow
-def test_only_the_crop_is_shipped():
-    """The host copies the unresized crop to the top left of a canvas of zeros."""
+def test_host_copies_only_the_crop_to_the_canvas():
+    """The unresized crop is at the top left of a canvas of zeros."""
     pixels = noise_image(300, 400, 3)
     crop = Crop(*[Box(20, 30, 200, 250)] * 2)
     _, images, boxes = on_device([(pixels, crop)])
@@ -243,7 +245,7 @@ def test_only_the_crop_is_shipped():
 
 
 @pytest.mark.slow
-def test_pixels_outside_the_crop_do_not_matter():
+def test_pixels_outside_a_random_crop_have_no_effect():
     pixels = noise_image(300, 400, 3)
     crop = Crop(*[Box(20, 30, 200, 250)] * 2)
     changed = np.full_like(pixels, 255)
@@ -253,12 +255,13 @@ def test_pixels_outside_the_crop_do_not_matter():
 
 
 @pytest.mark.slow
-def test_center_crop_ships_the_pixels_of_its_filters():
-    """The canvas of a center crop includes the margin that the resize filter reads."""
+def test_canvas_of_a_center_crop_includes_the_margin_of_the_filter():
+    """The result equals the resampling of the whole image."""
     pixels = noise_image(375, 500, 3)
     crop = data_crops.center_crop(375, 500, SIZE, 0.875)
     actual, images, boxes = on_device([(pixels, crop)])
     extents = boxes[0, :, 2].astype(int)
+    # The box has 328 rows and columns, and the filter reads a few pixels around it.
     assert (extents < 345).all()
     assert (images[0, extents[0] :] == 0).all()
     canvas = np.zeros((1, 512, 512, 3), np.uint8)
@@ -281,11 +284,12 @@ def test_crop_larger_than_the_canvas_is_resized_on_the_host():
     assert boxes[0].tolist() == [[0, 224, 224]] * 2
     expected = Image.fromarray(pixels).resize(SIZE, Image.Resampling.BICUBIC)
     assert_array_equal(images[0, :224, :224], expected)
-    assert_array_equal(actual[0], expected)  # same size: unchanged
+    # The device does not change images that have the final size.
+    assert_array_equal(actual[0], expected)
 
 
 @pytest.mark.slow
-def test_flat_colors_and_edges():
+def test_resizing_keeps_flat_colors_and_clips_overshoots():
     for level in (0, 1, 127, 255):
         image = np.full((9, 7, 3), level, np.uint8)
         crop = Crop(*[Box(0, 0, 9, 7)] * 2)

@@ -1,4 +1,4 @@
-"""Tests of decoding to 8 bits through Pillow: formats, other depths, damaged files.
+"""Tests of decoding to 8 bits through Pillow: formats, bit depths, damaged files.
 
 test_rasters.py tests other dtypes of the result and other numbers of channels.
 """
@@ -24,6 +24,7 @@ ALPHA.putalpha(Image.fromarray(PIXELS[..., 0]))
 EXIF = Image.Exif()
 EXIF[0x0112] = 6  # rotated by 90 degrees
 
+# Kind of file -> encoded image
 READABLE = {
     "jpeg": encode(IMAGE, "JPEG", quality=90),
     "jpeg, progressive": encode(IMAGE, "JPEG", progressive=True),
@@ -62,11 +63,11 @@ def test_decode_equals_pil(kind, channels):
     assert_array_equal(decoded.squeeze(), expected)
 
 
-def test_damaged_but_complete_file():
-    """A file with 400 wrong bytes decodes as with PIL, without an error."""
+def test_complete_jpeg_with_wrong_bytes_decodes_as_with_pil():
+    """400 wrong bytes in the compressed data are not an error."""
     encoded = bytearray(READABLE["jpeg"])
     middle = len(encoded) // 2
-    # Bytes below 128 contain no marker.
+    # Below 128, because a byte of 255 might start a marker.
     encoded[middle : middle + 400] = (noise_image(400) // 2).tobytes()
     expected = Image.open(io.BytesIO(bytes(encoded))).convert("RGB")
     assert_array_equal(decode(bytes(encoded), 3), expected)
@@ -98,7 +99,8 @@ def test_undecodable_files_are_errors(encoded, channels):
 
 RAMP = np.linspace(0, 65535, 16 * 18 * 3).astype(np.uint16).reshape(16, 18, 3)
 GRAY = RAMP[..., 1].copy()
-FORMATS = {"u": 1, "i": 2, "f": 3}  # values of TIFF's SampleFormat
+# Kind of a NumPy dtype -> value of TIFF's SampleFormat
+SAMPLE_FORMATS = {"u": 1, "i": 2, "f": 3}
 
 
 def png(values):
@@ -121,6 +123,7 @@ def tiff(values, order="<", photometric=None, planar=1, deflate=False, packed=No
 
     Args:
       order: "<" little-endian or ">" big-endian.
+      photometric: TIFF's PhotometricInterpretation; default: by number of bands.
       planar: 1: interleaved bands; 2: one plane per band.
       packed: (bits per sample, content) of an image that NumPy cannot represent.
     """
@@ -145,7 +148,7 @@ def tiff(values, order="<", photometric=None, planar=1, deflate=False, packed=No
         278: [h],
         279: [*map(len, strips)],
         284: [planar],
-        339: [FORMATS[values.dtype.kind]] * bands,
+        339: [SAMPLE_FORMATS[values.dtype.kind]] * bands,
     }
     entries, extra = b"", b""
     first_extra = int(starts[-1]) + 2 + 12 * len(tags) + 4
@@ -177,6 +180,8 @@ def bits12(values):
     return tiff(values, packed=(12, content))
 
 
+# Kind of file -> (encoded image, uint16 values). None: the values are those of `GRAY`
+# with 10 or 12 bits.
 SIXTEEN_BIT = {
     "png": (encode(GRAY, "PNG"), GRAY),
     "png, color": (png(RAMP), RAMP),
@@ -197,21 +202,21 @@ SIXTEEN_BIT = {
     "jpeg 2000": (encode(GRAY, "JPEG2000", irreversible=False), GRAY),
     "tiff, 12 bit": (bits12(GRAY // 16), None),
 }
-# Exact only to one level, because Pillow drops the low bytes.
-NEARLY = {
+# Decoded with an error of one level at most, because Pillow drops the low bytes.
+WITHOUT_LOW_BYTES = {
     "tiff, planes, deflate": (tiff(RAMP, planar=2, deflate=True), RAMP),
     "sgi": (sgi(GRAY), GRAY),
 }
 
 
-@pytest.mark.parametrize("name", [*SIXTEEN_BIT, *NEARLY])
+@pytest.mark.parametrize("name", [*SIXTEEN_BIT, *WITHOUT_LOW_BYTES])
 def test_16_bits_are_divided_by_257(name):
     """Unsigned integers of 9 to 16 bits become value / maximum * 255, rounded.
 
-    This holds for gray and color images in any format that Pillow opens. The result is
-    exact, except where Pillow itself has reduced the values.
+    The maximum of 16 bits is 65535 = 255 * 257. The result is exact, except where
+    Pillow itself has reduced the values.
     """
-    encoded, values = (SIXTEEN_BIT | NEARLY)[name]
+    encoded, values = (SIXTEEN_BIT | WITHOUT_LOW_BYTES)[name]
     if values is None:
         maximum = 1023 if "10 bit" in name else 4095
         values = (GRAY // (65536 // (maximum + 1))) * (65535 / maximum)
@@ -219,23 +224,23 @@ def test_16_bits_are_divided_by_257(name):
     color = decode(encoded, 3)
     assert color.dtype == np.uint8
     expected_color = np.broadcast_to(expected.reshape(16, 18, -1), (16, 18, 3))
-    np.testing.assert_allclose(color, expected_color, atol=name in NEARLY)
+    np.testing.assert_allclose(color, expected_color, atol=name in WITHOUT_LOW_BYTES)
     gray = np.asarray(Image.fromarray(color).convert("L"))
     assert_array_equal(decode(encoded, 1)[..., 0], gray)
     assert len(np.unique(color)) > 200
 
 
-def test_16_bit_cmyk():
+def test_16_bit_cmyk_equals_8_bit_cmyk():
     values = np.dstack([RAMP, GRAY])
-    eight = np.rint(values / 257).astype(np.uint8)
-    expected = Image.frombytes("CMYK", (18, 16), eight.tobytes()).convert("RGB")
+    values_8_bit = np.rint(values / 257).astype(np.uint8)
+    expected = Image.frombytes("CMYK", (18, 16), values_8_bit.tobytes()).convert("RGB")
     assert_array_equal(decode(tiff(values, ">"), 3), expected)
 
 
 UNIT = (GRAY / 65535).astype(np.float32)
 SIGNED = GRAY.astype(np.int32) - 32768
-# Kind of image -> (encoded image, range of its values).
-UNDEFINED = {
+# Kind of image whose black and white no format defines -> (encoded image, both values)
+NEEDS_RANGE = {
     "tiff, float": (encode(UNIT, "TIFF"), (0, 1)),
     "tiff, float, big-endian, deflate": (tiff(UNIT, ">", deflate=True), (0.0, 1.0)),
     "tiff, int32": (tiff(SIGNED * 65537), (-(2**31), 2**31)),
@@ -250,20 +255,16 @@ UNDEFINED = {
 }
 
 
-@pytest.mark.parametrize("name", UNDEFINED)
-def test_other_values_require_a_range(name):
-    """Floats and signed or 32-bit integers require `value_range`.
-
-    Nothing else defines their black and white. The error ends the run and names the
-    config key.
-    """
-    encoded, value_range = UNDEFINED[name]
+@pytest.mark.parametrize("name", NEEDS_RANGE)
+def test_floats_and_signed_or_32_bit_integers_require_a_range(name):
+    """Without `value_range`, DataError, which ends the run, names the config key."""
+    encoded, value_range = NEEDS_RANGE[name]
     with pytest.raises(DataError, match=r"found .* from .* data\.value_range="):
         decode(encoded, 3)
     expected = np.rint(GRAY / 257)
     assert_array_equal(decode(encoded, 1, value_range)[..., 0], expected)
-    half = value_range[0], value_range[0] + (value_range[1] - value_range[0]) / 2
-    clipped = decode(encoded, 1, half)[..., 0]
+    lower_half = value_range[0], value_range[0] + (value_range[1] - value_range[0]) / 2
+    clipped = decode(encoded, 1, lower_half)[..., 0]
     np.testing.assert_allclose(clipped, np.minimum(GRAY / 257 * 2, 255), atol=1.1)
 
 
@@ -280,7 +281,7 @@ def test_range_applies_only_to_more_than_8_bits():
         assert_array_equal(decode(encoded, 3, (0, 4095)), decode(encoded, 3))
 
 
-def test_values_that_are_not_finite():
+def test_values_that_are_not_finite_are_errors():
     """Decoding inf or NaN raises ValueError, which marks the image as unreadable.
 
     A missing `value_range` raises DataError, which ends the run.
@@ -297,13 +298,12 @@ def test_values_that_are_not_finite():
 @pytest.mark.parametrize(
     "values", [UNIT.astype(np.float64), UNIT.astype(np.float16), np.dstack([UNIT] * 3)]
 )
-def test_tiff_that_pillow_cannot_read(values):
+def test_tiff_that_pillow_cannot_read_is_an_error(values):
     with pytest.raises(OSError, match="TIFF that PIL cannot read"):
         decode(tiff(values), 3)
 
 
-def test_transform_has_a_range():
-    """`ImageTransform` passes `value_range` on to the decoder."""
+def test_transform_passes_value_range_to_the_decoder():
     options = dict(batch_size=1, size=(16, 18), channels=1, value_range=(0, 1))
     transform = ImageTransform(**options)
     out = {"image": np.zeros((16, 18, 1), np.uint8), "label": np.zeros((), np.int32)}
@@ -315,8 +315,8 @@ def test_transform_has_a_range():
 # Crops
 
 
-def test_crops_of_ordinary_jpegs_may_be_decoded_alone():
-    """Crops are decoded alone only from baseline JPEGs that end with one scan."""
+def test_crops_may_be_decoded_from_complete_baseline_jpegs_only():
+    """A crop of any other file requires decoding the whole image."""
     jpeg = encode(IMAGE, "JPEG", quality=90)
     thumbnail = Image.Exif()
     thumbnail[0x010E] = jpeg[:2000].decode("latin1")  # markers inside a segment
@@ -336,6 +336,6 @@ def test_crops_of_ordinary_jpegs_may_be_decoded_alone():
         jpeg[:2],
         b"",
         jpeg + b"\0",
-        jpeg[:-500] + b"\xff\xc3" + jpeg[-498:],
+        jpeg[:-500] + b"\xff\xc3" + jpeg[-498:],  # with a start-of-frame marker
     ):
         assert not may_decode_crops(bad)

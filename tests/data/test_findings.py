@@ -1,4 +1,4 @@
-"""Tests of warnings about pixel values that decoding to 8 bits loses."""
+"""Tests of findings about pixel values that decoding to 8 bits loses or clips."""
 
 import io
 
@@ -31,17 +31,18 @@ def findings(values, value_range=(), channels=1, kind="TIFF"):
     [
         (RAMP.astype(np.uint16), (), "13 of 3072 levels remain; values are 0 to 3071"),
         (RAMP.astype(np.uint16) % 2, (), "1 of 2 levels remain; values are 0 to 1"),
-        (PHOTO[..., 0].astype(np.uint16), (), "2 of "),  # 8-bit values in 16 bits
+        # 8-bit values in a 16-bit file are divided by 257, and all become 0 or 1.
+        (PHOTO[..., 0].astype(np.uint16), (), "2 of "),
         (UNIT, (0, 100), "4 of 3072 levels remain"),
         (UNIT + 2, (0, 1), "1 of 3072 levels remain; values are 2 to 3, data.value_ra"),
         (PHOTO[..., 0].astype(np.int32), (-(2**31), 2**31), "1 of "),
     ],
 )
-def test_lost_values(values, value_range, detail):
+def test_images_that_lose_levels_are_reported(values, value_range, detail):
     """An image loses values if decoding leaves less than a quarter of its levels.
 
-    Only 256 levels can remain, so an image with more of them counts as having 256. If
-    only one of several levels remains, the image also loses values.
+    An image with more than 256 levels counts as one with 256. An image also loses
+    values if only one of several levels remains.
     """
     reported = findings(values, value_range)
     assert reported[LOST].startswith(detail)
@@ -49,8 +50,8 @@ def test_lost_values(values, value_range, detail):
 
 
 @pytest.mark.parametrize("mode", ["LA", "RGBA", "P"])
-def test_image_in_the_alpha_channel(mode):
-    """An image only in the alpha channel, which decoding drops, is reported as lost."""
+def test_image_in_the_alpha_channel_only_is_reported(mode):
+    """Decoding drops the alpha channel, so that one level remains."""
     image = Image.new("RGBA", (64, 48))
     image.putalpha(Image.fromarray(PHOTO[..., 0]))
     image = image.convert("LA") if mode == "LA" else image
@@ -72,18 +73,17 @@ def test_image_in_the_alpha_channel(mode):
         (PHOTO[..., 0].astype(np.uint16) * 257, ()),
         (PHOTO[..., 0].astype(np.uint16) * 16, (0, 4095)),
         (PHOTO[..., 1].astype(np.float32) / 255, (0, 1)),
-        (np.zeros((48, 64), np.uint16), ()),  # one level, so nothing can be lost
+        (np.zeros((48, 64), np.uint16), ()),  # has one level already
         (PHOTO, ()),
         (PHOTO[..., 0] // 86 * 86, ()),
     ],
 )
-def test_healthy_images(values, value_range):
+def test_images_without_lost_or_clipped_values_have_no_finding(values, value_range):
     reported = findings(values, value_range, channels=3)
     assert {LOST, CLIPPED}.isdisjoint(reported)
 
 
-def test_clipped_values():
-    """Values outside `value_range` are reported as clipped, but not as lost."""
+def test_values_outside_value_range_are_clipped_but_not_lost():
     reported = findings(UNIT, (0.25, 1))
     assert reported[CLIPPED] == "25.00% of the values"
     assert LOST not in reported

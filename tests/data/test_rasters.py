@@ -39,7 +39,7 @@ def tiff(array, **options):
 
 
 def color_tiff(**options):
-    """Encode noise as a TIFF of three channels."""
+    """Encode three channels of `NOISE` as TIFF."""
     return tiff(NOISE[..., :3], photometric="rgb", **options)
 
 
@@ -78,8 +78,8 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_16_bits(kind):
-    """uint16 and float32 keep all bits of 16-bit files; for uint8, values are / 257."""
+def test_16_bit_files_keep_all_bits_unless_decoded_to_uint8(kind):
+    """uint8 values are the stored values divided by 257, rounded."""
     encoded, values = KINDS[kind]
     channels = values.shape[-1]
     for dtype in ("uint16", "float32"):
@@ -92,7 +92,8 @@ def test_16_bits(kind):
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4, 7])
-def test_8_bits(channels):
+def test_8_bit_files_are_multiplied_by_257_for_uint16(channels):
+    """Decoding to uint8 or float32 keeps their values."""
     values = noise_image(18, 16, channels)
     kind = dict(photometric="minisblack", planarconfig="contig")
     stored = tiff(values, **kind) if channels > 1 else tiff(values[..., 0])
@@ -104,7 +105,7 @@ def test_8_bits(channels):
         assert_array_equal(wide, values * np.uint16(257))
 
 
-def test_alpha_is_a_channel_on_request():
+def test_alpha_is_decoded_if_the_model_has_a_channel_for_it():
     values = noise_image(18, 16, 4)
     encoded = encode(values, "PNG")
     assert_array_equal(decode(encoded, 4), values)
@@ -115,7 +116,8 @@ def test_alpha_is_a_channel_on_request():
     assert_array_equal(decode(gray, 1, dtype="uint16") // 257, values[..., :1])
 
 
-def test_gray_and_color():
+def test_gray_and_color_are_converted_to_each_other():
+    """Gray is repeated for 3 channels. For 1 channel, colors get PIL's gray weights."""
     gray = decode(KINDS["png, gray"][0], 3, dtype="uint16")
     assert_array_equal(gray, np.repeat(NOISE[..., :1], 3, -1))
     color = KINDS["tiff, color"][0]
@@ -128,7 +130,8 @@ def test_gray_and_color():
     assert_array_equal(decode(jpeg, 3, dtype="float32"), expected)
 
 
-def test_floats():
+def test_floats_require_float32_or_a_range():
+    """Values of other types become float32. NaN is an error."""
     values = (NOISE / 100 - 300).astype(np.float32)
     encoded = npy(values)
     assert_array_equal(decode(encoded, 5, dtype="float32"), values)
@@ -157,7 +160,7 @@ def test_floats():
         (KINDS["tiff"][0][:100], Exception, None),
     ],
 )
-def test_unsuitable_files(encoded, error, message):
+def test_unsuitable_and_damaged_files_are_errors(encoded, error, message):
     with pytest.raises(error, match=message):
         decode(encoded, 4, dtype="uint16")
 
@@ -166,7 +169,12 @@ def test_unsuitable_files(encoded, error, message):
 
 
 def exact_axis(pixels, span, size, axis, radius, antialias=True):
-    """Resize one axis in float64 with an independent implementation of the filters."""
+    """Resize one axis in float64 with an independent implementation of the filters.
+
+    Args:
+      span: (start, length, number of pixels that the filter may read).
+      radius: 1 for the bilinear filter, 2 for the bicubic one.
+    """
     start, length, extent = span
     scale = length / size
     stretch = max(scale, 1.0) if antialias else 1.0
@@ -184,6 +192,7 @@ def exact_axis(pixels, span, size, axis, radius, antialias=True):
     return np.moveaxis(np.tensordot(np.array(rows), source, (1, axis)), 0, axis)
 
 
+# (crop, size of the result)
 CROPS = [
     (Crop(Box(5, 3, 401, 307), Box(5, 3, 401, 307)), (64, 96)),
     (crops.center_crop(470, 503, (448, 416), 0.875), (448, 416)),
@@ -196,11 +205,13 @@ CROPS = [
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 @pytest.mark.parametrize("antialias", [True, False])
 @pytest.mark.parametrize("dtype", ["uint16", "float32"])
-def test_resize_is_exact(dtype, interpolation, antialias):
-    """Resizing on device and host is compared with a float64 implementation.
+def test_resizing_differs_from_float64_by_less_than_one_level(
+    dtype, interpolation, antialias
+):
+    """Device and host differ from `exact_axis` by less than 1/65535 of the range.
 
-    The difference is at most 1/65535 of the value range. Edges in the image span the
-    whole range, because there an error in the position changes values most.
+    Edges in the image span the whole range, because there an error in the position
+    changes values most.
     """
     edges = np.random.RandomState(1).randint(0, 2, (470, 503, 2)) * 65535
     pixels, options = edges.astype(dtype), (interpolation, antialias)
@@ -217,15 +228,15 @@ def test_resize_is_exact(dtype, interpolation, antialias):
         spans = np.float32([[*map(resample.precise_span, box, size)]])
         device = np.asarray(resample.resample(canvas[None], spans, size, *options))[0]
         assert device.dtype == np.float32
-        # float32 rounds this much. The documented limit is 1, 1/65535 of the range.
+        # Rounding errors of float32 stay below 0.25. The documented limit is 1.
         assert np.abs(device - expected).max() < 0.25
         host = np.zeros((*size, 2), dtype)
         crops.paste_crop(pixels, crop, host, size, *options)
         assert np.abs(host - expected).max() < (0.75 if dtype == "uint16" else 0.25)
 
 
-def test_channels_are_resized_alike():
-    """Four 8-bit channels are resized independently; the fourth is not an alpha."""
+def test_channels_are_resized_independently():
+    """Of four 8-bit channels, the fourth is not used as an alpha channel."""
     pixels = noise_image(60, 50, 4)
     box = (2.5, 40, 60), (0, 50, 50)
     for antialias in (True, False):
@@ -242,7 +253,7 @@ def test_channels_are_resized_alike():
 
 @pytest.fixture
 def tiles(tmp_path, cache_directory):
-    """Return (directory, values) of eight 16-bit images of 4 bands per split."""
+    """Return (directory, values [16, 30, 26, 4]): eight 16-bit images per split."""
     values = np.random.RandomState(0).randint(0, 10000, (16, 30, 26, 4))
     for k, tile in enumerate(values.astype(np.uint16)):
         path = tmp_path / ("train" if k < 8 else "val") / f"c{k % 2}" / f"{k}.tif"
@@ -252,7 +263,7 @@ def tiles(tmp_path, cache_directory):
     return tmp_path, values
 
 
-FOUR = dict(
+FOUR_CHANNELS = dict(
     model__in_channels=4,
     model__image_size=16,
     data__mean=(0.1, 0.2, 0.3, 0.4),
@@ -262,10 +273,14 @@ FOUR = dict(
 
 @pytest.mark.slow
 def test_dtypes_reach_the_batches(tiles):
-    """Batches contain 16x16 center crops; the device divides them by data.scale."""
-    root, values = tiles
-    options = FOUR | dict(data__crop_pct=1.0, data__canvas=32)
-    expected, means, on_host = {}, np.array(FOUR["data__mean"]), {"data__canvas": 0}
+    """Batches have data.dtype; `preprocess` divides them by data.scale.
+
+    All dtypes, and resizing on device and host, give similar pixels.
+    """
+    root, _ = tiles
+    options = FOUR_CHANNELS | dict(data__crop_pct=1.0, data__canvas=32)
+    first_images, means = {}, np.array(FOUR_CHANNELS["data__mean"])
+    # scale 0 is the default: the largest integer. white: the value that becomes 1.
     for dtype, scale, white in (
         ("uint8", 0, 65535),
         ("uint16", 0, 65535),
@@ -280,14 +295,16 @@ def test_dtypes_reach_the_batches(tiles):
         images = np.asarray(task.preprocess(batch))
         assert images.shape == (8, 16, 16, 4)
         images = (images * 0.5 + means) * white
-        reference = expected.setdefault(white, images)
-        reduced = dtype == "uint8"
+        reference = first_images.setdefault(white, images)
+        # uint8 has steps of 257.
         assert np.abs(images - reference).max() < (400 if white == 65535 else 0.1)
-        host = next(inputs.eval_batches(folder_config(root, **keys | on_host)))
-        pixels = (np.asarray(task.preprocess(host)) * 0.5 + means) * white
-        assert np.abs(pixels - images).max() < (400 if reduced else 0.75)
+        host_config = folder_config(root, **keys | dict(data__canvas=0))
+        host_batch = next(inputs.eval_batches(host_config))
+        host_images = (np.asarray(task.preprocess(host_batch)) * 0.5 + means) * white
+        limit = 400 if dtype == "uint8" else 0.75
+        assert np.abs(host_images - images).max() < limit
         notes = inputs.check_splits(config, task)
-        assert len(notes) == (2 if dtype == "uint8" else 0)
+        assert len(notes) == (2 if dtype == "uint8" else 0)  # one per split
     config = folder_config(root, **options)
     assert (
         "8 of 8 checked images of the train split have 16 bits"
@@ -308,18 +325,17 @@ def test_dtypes_reach_the_batches(tiles):
         (dict(dtype="int8"), "expected 'uint8' or 'uint16' or 'float32'"),
     ],
 )
-def test_contradictory_configs(keys, message):
+def test_contradictory_keys_are_an_error(keys, message):
     with pytest.raises(ConfigError, match=message):
         folder_config("x", **{f"data__{key}": value for key, value in keys.items()})
 
 
-def test_scale_of_saved_models():
+def test_pixel_scale_of_floats_is_data_scale():
     data = folder_config("x", data__dtype="float32", data__scale=8.0).data
     assert defaults.pixel_scale(data) == 8
 
 
-def test_random_crops_of_16_bits():
-    """A training transform writes a random crop of 16-bit values into its canvas."""
+def test_training_transform_writes_16_bit_crops_into_the_canvas():
     transform = ImageTransform(
         batch_size=1,
         size=(8, 8),

@@ -39,10 +39,10 @@ pytestmark = [
 STEPS, DECAY = 4, 0.9
 
 
-SIZES = dict(embed_dim=32, depths=(1, 1), inner_patches=2, num_heads=2)
-
-
-SIZES |= dict(image_size=(32, 64))
+# Arguments of the network that the recipe overrides
+SIZES = dict(
+    image_size=(32, 64), embed_dim=32, depths=(1, 1), inner_patches=2, num_heads=2
+)
 
 
 NETWORK = SIZES | dict(relative_position=False, running_norm=True)
@@ -136,7 +136,7 @@ def averaged_variables(items):
 def evaluated(stored):
     """Return a function from parameters to the test split's (loss, top-1, top-5).
 
-    The function is implemented in numpy.
+    The function computes the head in numpy, from the features of the frozen encoder.
     """
     batches = list(inputs.eval_batches(probe()))
     pixels, labels, weight = (
@@ -175,9 +175,9 @@ def evaluated(stored):
 
 
 def test_linear_probe_starts_with_a_new_head(shared, interrupted):
-    """Only the encoder is loaded; the statistics are new, and so is the head.
+    """Only the encoder is loaded. Head and statistics are newly initialized.
 
-    The standard deviation of MAE's new head is 0.01.
+    The standard deviation of the new kernel is 0.01, as in MAE.
     """
     state = mini_runs.saved_arrays(interrupted, 0)
     mini_runs.assert_identical(state["ema"], state["params"])
@@ -209,7 +209,8 @@ def test_the_average_of_each_step(stored):
         for name, array in stored[step]["ema"].items():
             assert_allclose(array, average[name], rtol=2e-6, atol=1e-7, err_msg=name)
     distance = np.abs(stored[STEPS]["params"]["head/kernel"] - average["head/kernel"])
-    assert distance.max() > 0.005  # half the initial std
+    # The average differs from the parameters by half the initial standard deviation.
+    assert distance.max() > 0.005
 
 
 def test_training_evaluates_the_average(run, stored, evaluated):
@@ -219,24 +220,25 @@ def test_training_evaluates_the_average(run, stored, evaluated):
     assert [line["step"] for line in lines] == [2, 4]
     for line in lines:
         items = stored[line["step"]]
-        average = evaluated(averaged_variables(items))
-        of_params = evaluated(items["params"] | items["model_state"])
+        with_average = evaluated(averaged_variables(items))
+        with_params = evaluated(items["params"] | items["model_state"])
         logged = [line[f"eval/{name}"] for name in ("loss", "top1", "top5")]
-        assert_allclose(logged, average, rtol=1e-4)
-        assert abs(of_params[0] - average[0]) > 0.02
+        assert_allclose(logged, with_average, rtol=1e-4)
+        assert abs(with_params[0] - with_average[0]) > 0.02
 
 
 def test_best_evaluated_checkpoint_is_kept(interrupted, stored, tmp_path, capsys):
     """With keep_checkpoints=1, a run keeps its newest and its best checkpoint.
 
     Step 3 was not evaluated and does not inherit the score of step 2. The last state
-    does not depend on the step at which averaging starts.
+    equals that of `run`, although `run` restored step 0 without averages.
     """
     shutil.copytree(interrupted, tmp_path, dirs_exist_ok=True)
     train(probe(keep_checkpoints=1), tmp_path)
     top1 = mini_runs.logged(tmp_path, "eval/top1")
     assert list(top1) == [2, 4]
-    assert top1[2] > top1[4] + 1.5 / 64  # otherwise choose another seed
+    # At least two of 64 images; if not, choose another seed.
+    assert top1[2] > top1[4] + 1.5 / 64
     assert mini_runs.saved_steps(tmp_path) == [2, 4]
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith("best checkpoint  step 2 ")
@@ -248,7 +250,9 @@ def test_best_evaluated_checkpoint_is_kept(interrupted, stored, tmp_path, capsys
 
 
 @pytest.mark.parametrize(("where", "step"), [("", 4), ("checkpoints/2", 2)])
-def test_mode_eval(where, step, run, stored, evaluated, tmp_path, capsys):
+def test_eval_mode_evaluates_the_average(
+    where, step, run, stored, evaluated, tmp_path, capsys
+):
     """``--mode eval`` reads the newest checkpoint of a workdir, or --checkpoint."""
     arguments = [*flags(), "--mode=eval", f"--workdir={run}"]
     if where:
@@ -270,7 +274,7 @@ def test_mode_eval(where, step, run, stored, evaluated, tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def damaged(run, tmp_path_factory):
-    """Return {item: workdir in which one bit of this item of step 4 is flipped}.
+    """Return {item: workdir with only step 4, in which one bit of the item is flipped}.
 
     Orbax itself saved the flipped bit, so that only digests can detect it.
     """
@@ -314,8 +318,9 @@ COMMANDS = list(commands(mini_runs.ROOT, mini_runs.ROOT))
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_flipped_bit_of_the_average(command, damaged, tmp_path, capsys):
-    """All commands that read averaged weights verify their digests."""
+def test_command_detects_a_flipped_bit_of_the_average(
+    command, damaged, tmp_path, capsys
+):
     assert commands(damaged["ema"], tmp_path)[command]() == 5
     err = capsys.readouterr().err
     assert re.search(r"checkpoints/4 is damaged: 1 of \d+ arrays of ema do not", err)
@@ -323,8 +328,7 @@ def test_a_flipped_bit_of_the_average(command, damaged, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("item", ["params", "model_state", "ema", "optimizer"])
-def test_a_flipped_bit_when_resuming(item, damaged):
-    """Resuming verifies every item of the state."""
+def test_resuming_detects_a_flipped_bit_of_any_item(item, damaged):
     with pytest.raises(CheckpointError, match=f"1 of .* arrays of {item} do not"):
         train(probe(), damaged[item])
     assert mini_runs.saved_steps(damaged[item]) == [4]

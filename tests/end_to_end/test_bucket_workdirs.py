@@ -1,4 +1,4 @@
-"""Test of a workdir in a bucket: the run is killed, resumed, repaired, evaluated."""
+"""Test of a run in a bucket that is killed, resumed, damaged and evaluated."""
 
 import mini_runs
 import pytest
@@ -11,8 +11,11 @@ WORKDIR = "--workdir=gs://bucket/run"
 COMMIT = "run/checkpoints/4/commit_success.txt"
 
 
-def test_workdir_in_a_bucket(tmp_path):
-    """The run is bit-identical to one in a local directory."""
+def test_run_in_a_bucket_equals_a_local_run(tmp_path):
+    """After a kill and after damage, the run resumes and ends bit-identical.
+
+    Evaluation works, and a bucket without permission to write is an error.
+    """
     options = dict(total_steps=4, checkpoint_every=2, eval_every=2)
     flags = mini_runs.arguments(**options)
     local, root = tmp_path / "local", tmp_path / "objects"
@@ -22,7 +25,7 @@ def test_workdir_in_a_bucket(tmp_path):
     with serve(root) as bucket:
 
         def kill(change):
-            """Kill the process before the second checkpoint is complete."""
+            """Kill the process while it completes its second checkpoint."""
             if ("POST", COMMIT, "") in bucket.requests[-1:]:
                 process.kill()
 
@@ -38,13 +41,13 @@ def test_workdir_in_a_bucket(tmp_path):
         assert "took over gs://bucket/run" in out
         check_same(local, root / "run")
 
-        [*_, largest] = sorted(
-            (path.stat().st_size, path)
-            for path in root.glob("run/checkpoints/4/params/ocdbt.process_0/d/*")
+        largest = max(
+            root.glob("run/checkpoints/4/params/ocdbt.process_0/d/*"),
+            key=lambda path: path.stat().st_size,
         )
-        data = bytearray(largest[1].read_bytes())
+        data = bytearray(largest.read_bytes())
         data[len(data) // 2] ^= 1
-        largest[1].write_bytes(data)
+        largest.write_bytes(data)
         code, out, err = mini_runs.run_process(*command, WORKDIR)
         assert code == 0, err
         assert "checkpoint 4 was moved to gs://bucket/run/damaged/4" in out

@@ -20,10 +20,10 @@ DIGITS = tuple("0123456789")
 
 @pytest.mark.extras
 @pytest.mark.slow
-def test_from_a_run_to_saved_models(tmp_path, minimal_output, capsys):
+def test_class_names_reach_the_run_and_saved_models(tmp_path, minimal_output, capsys):
     """A classifier of digits with num_classes=0 has 10 classes in all its files.
 
-    This holds for a new and a resumed run. Saved models also contain the names.
+    A second start changes nothing. A model with another head has no class names.
     """
     run, shared = tmp_path / "run", tmp_path / "shared"
     config = mini_runs.classifier("digits", model__num_classes=0, total_steps=1)
@@ -46,7 +46,7 @@ def test_from_a_run_to_saved_models(tmp_path, minimal_output, capsys):
     assert model_of_3_classes.info.class_names == ()
 
 
-def test_0_is_the_number_of_the_dataset():
+def test_num_classes_0_is_replaced_by_the_number_of_the_dataset():
     """A task replaces num_classes=0 by the dataset's number in its copy of the config.
 
     A dataset without classes is an error.

@@ -22,15 +22,16 @@ pytestmark = pytest.mark.slow
 
 SIZE, CLASSES, BATCH, STEPS = (32, 48), 7, 8, 8
 
-TRAIN, VAL = 3 * CLASSES, 11  # 8 divides neither
+TRAIN, VAL = 3 * CLASSES, 11  # numbers of images, not divisible by the batch size
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 
 
+# Split -> indices of damaged files
 DAMAGED = {"train": (2, 9, 17), "val": (4,)}
 
 
-# Logged step -> first step since the previous line.
+# Step of a line -> first step after the previous line
 LINES = {3: 1, 4: 4, 5: 5, 6: 6, 8: 7}
 
 
@@ -51,13 +52,19 @@ def overrides_of(root):
 
 
 class Recorder:
-    """Inputs and logits of the network in training and in evaluation."""
+    """Recorder of the network's inputs and outputs.
+
+    Attributes:
+      train, eval: [images, logits] of each batch.
+    """
 
     def __init__(self, workdir):
         self.workdir = workdir
         self.train, self.eval = [], []
 
     def record(self, call):
+        """Return the method `call` of a classifier, which then also records."""
+
         def run(model, images, *, drop_path_keys=None):
             logits = call(model, images, drop_path_keys=drop_path_keys)
             batches = self.eval if drop_path_keys is None else self.train
@@ -85,7 +92,7 @@ def folder(tmp_path_factory):
                 path.write_bytes(b"damaged")
             files[split][0].append(pixels)
             files[split][1].append(label)
-    return root, {split: [*map(np.array, each)] for split, each in files.items()}
+    return root, {split: [*map(np.array, pair)] for split, pair in files.items()}
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +115,7 @@ def run(folder, tmp_path_factory):
 
 
 def order_of(seed, epochs, count):
-    """Return the indices of the training images in the order of training."""
+    """Return the indices of `count` training images in the order of some epochs."""
     return np.concatenate([permutation(seed, e, count) for e in range(epochs)])
 
 
@@ -127,15 +134,15 @@ def cross_entropy(logits, labels, smoothing):
     return -(targets * log).sum(-1)
 
 
-def test_training_lines(run, folder):
+def test_training_lines_exclude_unreadable_images_from_means(run, folder):
     """Loss, top-1, top-5 and learning rate of a line are those of its own step.
 
-    Unreadable images are counted since the previous line and excluded from the means.
+    The unreadable images are counted since the previous line.
     """
     labels, order = folder[1]["train"][1], order_of(0, 4, TRAIN)
     assert list(mini_runs.logged(run.workdir)) == list(LINES)
     peak = 0.016 * BATCH / 256
-    bad = np.isin(order, DAMAGED["train"])
+    is_damaged = np.isin(order, DAMAGED["train"])
     assert len(run.train) == STEPS
     for step, first in LINES.items():
         line = line_of(run, step, "loss")
@@ -143,19 +150,21 @@ def test_training_lines(run, folder):
         logits, true_labels, valid = (
             run.train[step - 1][1],
             labels[order[in_step]],
-            ~bad[in_step],
+            ~is_damaged[in_step],
         )
         losses = cross_entropy(logits, true_labels, 0.1)
         assert line["loss"] == pytest.approx(losses[valid].mean(), rel=1e-5)
         rank = (-logits).argsort(-1)
         for k in (1, 5):
-            hit = (rank[:, :k] == true_labels[:, None]).any(-1)
-            assert line[f"top{k}"] == pytest.approx(hit[valid].mean(), rel=1e-6)
-        assert line["unreadable"] == bad[(first - 1) * BATCH : step * BATCH].sum()
+            is_correct = (rank[:, :k] == true_labels[:, None]).any(-1)
+            assert line[f"top{k}"] == pytest.approx(is_correct[valid].mean(), rel=1e-6)
+        since_line = slice((first - 1) * BATCH, step * BATCH)
+        assert line["unreadable"] == is_damaged[since_line].sum()
         # The three epochs of warmup are 7.875 steps.
-        rate = peak * (step - 1) / (3 * TRAIN / BATCH)
-        assert line["learning_rate"] == pytest.approx(rate, rel=1e-5)
-    assert sum(mini_runs.logged(run.workdir, "unreadable").values()) == bad[:64].sum()
+        learning_rate = peak * (step - 1) / (3 * TRAIN / BATCH)
+        assert line["learning_rate"] == pytest.approx(learning_rate, rel=1e-5)
+    num_unreadable = sum(mini_runs.logged(run.workdir, "unreadable").values())
+    assert num_unreadable == is_damaged[: STEPS * BATCH].sum()
 
 
 def normalized(pixels):
@@ -164,14 +173,14 @@ def normalized(pixels):
 
 
 def fraction_equal(images, others):
-    """Return the fraction of equal pixels, up to rounding, for each image."""
+    """Return each image's fraction of pixels that are equal up to rounding."""
     return (np.abs(images - others) < 1e-4).all(-1).mean((1, 2))
 
 
 def test_training_flips_and_erases_resized_images(run, folder):
     """Half of the images are flipped, and one rectangle of each is erased."""
     pixels, order = normalized(folder[1]["train"][0]), order_of(0, 4, TRAIN)
-    mirrored = []
+    mirrored = []  # 1 for each flipped image, else 0
     for step, (images, _) in enumerate(run.train):
         for image, index in zip(images, order[step * BATCH :], strict=False):
             if index in DAMAGED["train"]:
@@ -179,6 +188,7 @@ def test_training_flips_and_erases_resized_images(run, folder):
             both_flips = np.stack([pixels[index], pixels[index, :, ::-1]])
             fractions = fraction_equal(image, both_flips)
             assert fractions.min() < 0.01
+            # The rectangle covers 2 to 33 % of the image, before rounding.
             assert 0.6 < fractions.max() < 1 - 0.015
             changed = (np.abs(image - both_flips[fractions.argmax()]) > 1e-4).any(-1)
             rows, columns = np.where(changed.any(1))[0], np.where(changed.any(0))[0]
@@ -197,7 +207,10 @@ def readable(folder):
 
 
 def test_evaluation_images_are_not_augmented(run, folder):
-    """Images are in order, not flipped and not erased; the last batch is padded."""
+    """Images are in order, not flipped and not erased. Unreadable ones are black.
+
+    The last batch is padded with black images.
+    """
     black = normalized(np.zeros((*SIZE, 3)))
     for evaluation in (run.eval[:2], run.eval[2:]):
         images = np.concatenate([images for images, _ in evaluation])
@@ -224,7 +237,7 @@ def eval_results(evaluation, folder):
 
 
 def test_evaluation_means_exclude_unreadable_images(run, folder):
-    """The run is evaluated at steps 4 and 8. Its means ignore unreadable images."""
+    """The run is evaluated at steps 4 and 8, each time in two batches."""
     assert len(run.eval) == 2 * 2
     assert list(mini_runs.logged(run.workdir, "eval/count")) == [4, 8]
     for step, evaluation in ((4, run.eval[:2]), (8, run.eval[2:])):
@@ -236,14 +249,15 @@ def test_evaluation_means_exclude_unreadable_images(run, folder):
     assert run.results == {k: v for k, v in line.items() if k != "step"}
 
 
-def test_tensorboard(run):
-    """TensorBoard files contain the content of metrics.jsonl, and no images."""
+def test_tensorboard_file_equals_metrics_jsonl(run):
+    """The TensorBoard file of a classifier contains no images."""
     pytest.importorskip("tensorboardX")
     from tensorboardX.proto.event_pb2 import Event
 
     [path] = run.workdir.glob("events.*")
     content, offset, scalars, images = path.read_bytes(), 0, [], {}
-    while offset < len(content):  # length, CRC, event, CRC
+    # An event has 8 bytes of length, 4 of checksum, its content, and 4 of checksum.
+    while offset < len(content):
         size = struct.unpack_from("<Q", content, offset)[0]
         event = Event.FromString(content[offset + 12 : offset + 12 + size])
         offset += 16 + size
@@ -253,8 +267,8 @@ def test_tensorboard(run):
                 images[value.tag, event.step] = np.asarray(image)
             else:
                 scalars.append((value.tag, event.step, value.simple_value))
-    # Texts and hyperparameters have no step.
-    scalars = [each for each in scalars if each[1]]
+    # Texts and hyperparameters have step 0.
+    scalars = [(tag, step, value) for tag, step, value in scalars if step]
     expected = [
         (name if "/" in name else f"train/{name}", line["step"], np.float32(value))
         for line in metrics.read(run.workdir / "metrics.jsonl")
@@ -262,13 +276,14 @@ def test_tensorboard(run):
         if name != "step"
     ]
     assert sorted(scalars) == sorted(expected)
-    assert images == {}  # TensorBoard draws the curves itself
+    assert images == {}  # not even curves, because TensorBoard draws them itself
 
 
-def test_mode_eval_of_damaged_files(run, folder, monkeypatch, tmp_path, capsys):
-    """``--mode eval`` prints the results of the run's last evaluation.
+def test_eval_mode_prints_the_last_evaluation(
+    run, folder, monkeypatch, tmp_path, capsys
+):
+    """``--mode eval`` ignores Mixup, CutMix, random erasing and label smoothing.
 
-    It ignores Mixup, CutMix, random erasing and label smoothing.
     The exit code is 4 if too many images are damaged or the pipeline skips images.
     """
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -293,7 +308,8 @@ def test_mode_eval_of_damaged_files(run, folder, monkeypatch, tmp_path, capsys):
             f"top1 {results['eval/top1']:.2%}  top5 {results['eval/top5']:.2%}  "
             "(10 images, 1 unreadable)"
         ).replace("%", " %")
-        assert main([*command, "--config.data.max_unreadable=0.09"]) == 4  # 1 of 11
+        # One of 11 images is unreadable.
+        assert main([*command, "--config.data.max_unreadable=0.09"]) == 4
         assert "1 images of folder could not be read, 9.09%" in capsys.readouterr().err
         all_batches = inputs.eval_batches
         monkeypatch.setattr(inputs, "eval_batches", lambda c: [next(all_batches(c))])

@@ -1,4 +1,4 @@
-"""Tests that the shell commands of README and docs run in sequence, on tiny models."""
+"""Tests that shell commands of README and docs run in sequence, on tiny models."""
 
 import re
 import shlex
@@ -35,7 +35,9 @@ SKIPPED = {
     r"--from hub/": "needs a dataset of the Hugging Face hub; see test_prepare_data.py",
     r"landcover": "needs the reader's own task; see test_toy_task.py",
 }
-NEEDED = {r"\.onnx$": "jax2onnx", r"\.pth --format": "torch"}  # pattern -> package
+# Pattern of commands -> package that they need
+NEEDED = {r"\.onnx$": "jax2onnx", r"\.pth --format": "torch"}
+# Overrides: of the length of a run, of its model, and of a decoder
 SHORT = ["total_steps=4", "eval_every=4", "checkpoint_every=4", "log_every=2"]
 SMALL = ["model.embed_dim=64", "model.depths=(1,1,2)", "model.num_heads=2"]
 SMALL += ["model.image_size=32", "model.dtype=float32", "data.canvas=0", "batch_size=8"]
@@ -44,29 +46,33 @@ DECODER = ["decoder_embed_dim=32", "decoder_depth=1", "decoder_num_heads=2"]
 
 
 def reason_to_skip(command):
-    """Return why a command is not run; "" if it is run."""
+    """Return the reason to skip a command; "" if the command is run."""
     for pattern, package in NEEDED.items():
         if re.search(pattern, command) and not find_spec(package):
             return f"needs {package}"
-    return next((why for p, why in SKIPPED.items() if re.search(p, command)), "")
+    reasons = (r for pattern, r in SKIPPED.items() if re.search(pattern, command))
+    return next(reasons, "")
 
 
 def test_every_page_with_commands_is_run():
-    """Pages outside `PAGES` have only skipped commands and commands of `PAGES`."""
-    found = {
+    """Pages outside `PAGES` have only skipped commands.
+
+    The commands of docs/index.md are also on other pages.
+    """
+    pages = {
         str(path.relative_to(mini_runs.ROOT))
         for path in [mini_runs.ROOT / "README.md", *mini_runs.ROOT.glob("docs/*.md")]
         if any(not reason_to_skip(shlex.join(words)) for words in commands(path))
     }
-    assert found - {*PAGES} <= {"docs/index.md"}
-    known = [c for page in PAGES for c in commands(mini_runs.ROOT / page)]
+    assert pages - {*PAGES} <= {"docs/index.md"}
+    known = [words for page in PAGES for words in commands(mini_runs.ROOT / page)]
     index = commands(mini_runs.ROOT / "docs/index.md")
-    assert [c for c in index if c not in known] == []
+    assert [words for words in index if words not in known] == []
 
 
 @pytest.fixture
 def directory(tmp_path, monkeypatch):
-    """Working directory and home with the files that the commands mention."""
+    """Return the working and home directory, with the files that commands read."""
     random = np.random.RandomState(0)
 
     def write(path):
@@ -89,7 +95,7 @@ def directory(tmp_path, monkeypatch):
 
 
 def run(words):
-    """Run a command in this process; return its exit code."""
+    """Run a command in this process, on a tiny model; return its exit code."""
     if words[0] == "hivit_jax" or words[1:3] == ["-m", "hivit_jax.main"]:
         flags = words[1:] if words[0] == "hivit_jax" else words[3:]
         if "--config" in flags and "describe" not in flags:
@@ -105,7 +111,7 @@ def run(words):
     return import_module(name).main(words[2:])
 
 
-def test_commands(directory, monkeypatch, capfd, minimal_output):
+def test_documented_commands_succeed(directory, monkeypatch, capfd, minimal_output):
     for package in ("sklearn", "matplotlib"):
         pytest.importorskip(package)
     monkeypatch.setattr(sys, "path", [str(mini_runs.ROOT), *sys.path])
@@ -122,9 +128,10 @@ def test_commands(directory, monkeypatch, capfd, minimal_output):
             if command in done:
                 continue
             done.append(command)
-            if why := reason_to_skip(command):
-                counts[why] = counts.get(why, 0) + 1
+            if reason := reason_to_skip(command):
+                counts[reason] = counts.get(reason, 0) + 1
                 continue
+            # Some commands read runs of the reader. Copies of other runs replace them.
             for source, copy in (("own", "birds"), ("finetune", "scratch")):
                 path = directory / "runs"
                 if (path / source).exists() and not (path / copy).exists():
@@ -135,7 +142,8 @@ def test_commands(directory, monkeypatch, capfd, minimal_output):
                 failed.append((page, command, code, capfd.readouterr().err[-500:]))
     with capfd.disabled():
         print()
-        for why, count in counts.items():
-            print(f"{count:3} commands: {why if why == 'run' else f'not run: {why}'}")
+        for outcome, count in counts.items():
+            text = outcome if outcome == "run" else f"not run: {outcome}"
+            print(f"{count:3} commands: {text}")
     assert failed == []
     assert counts["run"] >= 15

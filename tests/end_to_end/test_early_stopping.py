@@ -43,9 +43,9 @@ def config(**overrides):
 @pytest.mark.extras
 @pytest.mark.slow
 def test_run_ends_at_the_same_step_after_interruptions(evaluated, tmp_path, capsys):
-    """Early stopping ends a run at step 5, also if it was interrupted or killed.
+    """Early stopping ends a run at step 5, even if the run was interrupted or killed.
 
-    The best checkpoint is kept, and the last line names it.
+    The best checkpoint is kept, and the last printed line names it.
     """
     uninterrupted = tmp_path / "whole"
     assert train(config(), uninterrupted)["eval/loss"] == 0.45
@@ -73,8 +73,10 @@ def test_run_ends_at_the_same_step_after_interruptions(evaluated, tmp_path, caps
         assert mini_runs.logged(resumed, "eval/loss") == mini_runs.logged(
             uninterrupted, "eval/loss"
         )
-        ends = (mini_runs.saved_arrays(each, 5) for each in (uninterrupted, resumed))
-        mini_runs.assert_identical(*ends)
+        last_states = (
+            mini_runs.saved_arrays(path, 5) for path in (uninterrupted, resumed)
+        )
+        mini_runs.assert_identical(*last_states)
 
     # The same command only evaluates. Without early stopping, the run continues.
     capsys.readouterr()
@@ -109,13 +111,14 @@ def test_failed_evaluation_ends_the_run(evaluated, tmp_path, monkeypatch):
     assert mini_runs.logged(tmp_path, "eval/loss")[5] == LOSSES[5]
 
 
-def test_evaluations_since_best(tmp_path):
-    def count(step, best=("eval/loss", "min")):
-        return metrics.evaluations_since_best(tmp_path, step, best)
+def test_evaluations_since_best_are_counted_up_to_a_step(tmp_path):
+    def count(step, criterion=("eval/loss", "min")):
+        return metrics.evaluations_since_best(tmp_path, step, criterion)
 
     assert count(9) == 0
     writer = metrics.Writer(tmp_path)
-    for step, loss in (LOSSES | {5: 0.4}).items():  # an equal loss is not better
+    # Step 5 has the loss of step 3, which is not an improvement.
+    for step, loss in (LOSSES | {5: 0.4}).items():
         writer.scalars(step, {"loss": 1.0})
         writer.scalars(step, {"eval/loss": loss, "eval/count": 64})
     writer.close()
@@ -139,10 +142,10 @@ processes.exit_now(0)
 
 @pytest.mark.slow
 @pytest.mark.processes
-def test_processes_decide_alike(tmp_path):
-    """Both processes stop at the step at which one process stops.
+def test_processes_stop_at_the_same_step(tmp_path):
+    """Both processes follow the metrics of process 0.
 
-    The file of metrics of process 1 is ignored; its losses would never end the run.
+    The metrics file of process 1 is ignored. Its losses would never end the run.
     """
     for index in range(2):
         (tmp_path / f"{index}").mkdir()
@@ -172,6 +175,6 @@ def test_processes_decide_alike(tmp_path):
         assert json.loads(out.splitlines()[-1]) == [[*pair] for pair in of_one]
 
 
-def test_needs_evaluations():
+def test_early_stopping_requires_evaluations():
     with pytest.raises(ConfigError, match="early_stopping=2 with data.eval_split"):
         config(data__name="folder", data__eval_split="none")

@@ -13,7 +13,7 @@ from hivit_jax.tools import prepare_data
 
 pytestmark = [pytest.mark.slow, pytest.mark.processes]
 
-VAL = 6
+VAL = 6  # number of validation images
 
 
 # This program sends itself SIGKILL after the first checkpoint.
@@ -54,7 +54,10 @@ def environment(tmp_path_factory):
 
 @pytest.mark.extras
 def test_pretrain_kill_resume_finetune_evaluate(data, environment, tmp_path):
-    """A killed run resumes bit-identically; its encoder initializes a classifier."""
+    """A killed pretraining run resumes and ends bit-identical.
+
+    Its encoder initializes a classifier, which is trained and evaluated.
+    """
     options = data | dict(batch_size=8, total_steps=4, checkpoint_every=2)
     options |= dict(model__image_size=64, data__canvas=96, eval_every=2)
     pretraining = mini_runs.arguments("photographs", **options)
@@ -67,10 +70,10 @@ def test_pretrain_kill_resume_finetune_evaluate(data, environment, tmp_path):
 
     run(tmp_path / "whole", *pretraining)
     workdir = tmp_path / "killed"
-    killed = mini_runs.run_process(
+    code, _, _ = mini_runs.run_process(
         "-c", KILLED, *pretraining, f"--workdir={workdir}", **environment
     )
-    assert killed[0] == -signal.SIGKILL
+    assert code == -signal.SIGKILL
     assert "resuming at step 2 from" in run(workdir, *pretraining)
     for name in ("loss", "gradient_norm", "eval/loss"):
         numbers = mini_runs.logged(workdir, name)

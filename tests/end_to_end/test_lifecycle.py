@@ -11,10 +11,10 @@ import pytest
 from hivit_jax import evaluate, inputs, main, train
 from hivit_jax.errors import DataError, Interrupted
 
-STEPS = 11  # four epochs of 65 images, 24 per step, are 10.8 steps
+STEPS = 11  # four epochs of 65 images, 24 per step, are 10.8 steps, rounded
 
 
-EVAL_BATCHES = 3  # of the 64 held-out images
+EVAL_BATCHES = 3  # The 64 held-out images are three batches of 24.
 
 
 RUN = dict(
@@ -36,7 +36,8 @@ RUN = dict(
 COMMAND = mini_runs.arguments(**RUN)
 
 
-LOGGED = [4, 5, 7, 8, 10, 11]  # evaluated and saved steps are logged too
+# Every fourth step is logged, and every evaluated or saved step.
+LOGGED = [4, 5, 7, 8, 10, 11]
 
 
 EVALUATED = [5, 10, 11]
@@ -105,7 +106,7 @@ def test_intervals(finished):
 
 
 def test_heartbeats(finished, watch, tmp_path, capsys):
-    """Every mode sends a heartbeat after each step and each evaluated batch."""
+    """Training, eval and knn send a heartbeat after each step and each batch."""
     workdir, beats = finished
     assert beats == STEPS + len(EVALUATED) * EVAL_BATCHES
     assert watch.limit == 123
@@ -118,7 +119,8 @@ def test_heartbeats(finished, watch, tmp_path, capsys):
 
     knn = ["--mode=knn", f"--config.init_from={workdir}"]
     assert main.main([*classifier(), *knn]) == 0
-    assert watch.beats == 3 + EVAL_BATCHES  # 65 training images in batches of 24
+    # 65 training images are three batches of 24.
+    assert watch.beats == 3 + EVAL_BATCHES
     assert "(64 images)" in capsys.readouterr().out
 
 
@@ -130,14 +132,16 @@ def classifier():
     return ["--config=finetune", *flags, "--config.model.num_classes=10"]
 
 
-def poisoned(batches, first, bad):
-    """Yield the batches; the weights of step `bad` are NaN."""
-    for step, batch in enumerate(batches, first + 1):
-        weight = batch["weight"] * np.float32(np.nan if step == bad else 1)
+def poisoned(batches, first_step, nan_step):
+    """Yield the batches after `first_step` steps; the weights of `nan_step` are NaN."""
+    for step, batch in enumerate(batches, first_step + 1):
+        weight = batch["weight"] * np.float32(np.nan if step == nan_step else 1)
         yield batch | {"weight": weight}
 
 
-def test_interruptions_and_divergence(finished, watch, tmp_path, capsys, monkeypatch):
+def test_interrupted_and_diverging_run_resumes(
+    finished, watch, tmp_path, capsys, monkeypatch
+):
     """A run that is interrupted twice and diverges once ends bit-identical."""
     command = [*COMMAND, f"--workdir={tmp_path}"]
     steps = []
@@ -147,14 +151,16 @@ def test_interruptions_and_divergence(finished, watch, tmp_path, capsys, monkeyp
     assert mini_runs.saved_steps(tmp_path) == [0]
     assert mini_runs.logged(tmp_path) == {}
 
-    watch.signals[5 + 2] = signal.SIGTERM  # second batch of step 5's evaluation
+    # The heartbeat after the second of the batches that are evaluated at step 5
+    watch.signals[5 + 2] = signal.SIGTERM
     assert main.main(command) == 75
     out, err = capsys.readouterr()
     assert "resuming at step 0 from" in out
     assert "SIGTERM: finishing the step and saving; a second signal kills" in out
     assert f"SIGTERM: step 6 of {STEPS} is saved in {tmp_path}; run" in err
     assert not watch.signals
-    for signal_number in (signal.SIGTERM, signal.SIGINT):  # so that a second one kills
+    # The default handlers are restored, so that a second signal kills the process.
+    for signal_number in (signal.SIGTERM, signal.SIGINT):
         assert signal.getsignal(signal_number) is signal.SIG_DFL
     assert mini_runs.saved_steps(tmp_path) == [6]
     assert list(mini_runs.logged(tmp_path)) == [4, 5, 6]
@@ -180,7 +186,7 @@ def test_interruptions_and_divergence(finished, watch, tmp_path, capsys, monkeyp
     workdir, _ = finished
     for name in ("loss", "gradient_norm", "learning_rate", "eval/loss"):
         values = mini_runs.logged(tmp_path, name)
-        values.pop(6, None)  # logged because the run stopped there
+        values.pop(6, None)  # logged only here, because this run stopped there
         assert values == mini_runs.logged(workdir, name)
     assert mini_runs.saved_steps(tmp_path) == [STEPS]
     resumed, expected = (mini_runs.saved_arrays(w, STEPS) for w in (tmp_path, workdir))
@@ -216,7 +222,7 @@ def test_failed_evaluations(finished, watch, tmp_path, monkeypatch):
     mini_runs.assert_identical(resumed, whole)
 
 
-def test_missing_data(watch, tmp_path, capsys):
+def test_missing_data_exits_with_code_4(watch, tmp_path, capsys):
     flags = ["--config.data.name=folder", "--config.data.train_examples=0"]
     paths = [f"--config.data.dir={tmp_path}/none", f"--workdir={tmp_path}/run"]
     assert main.main([*COMMAND, *flags, *paths]) == 4

@@ -29,11 +29,12 @@ TASKS = ("mae", "classify", "linear_probe")
 RTOL = 1e-5
 
 
+# Metrics that depend on measured time
 TIMES = {"images_per_second", "seconds_left", "input_bound"}
 
 
-# In versions before 0.1, the statistics of a probe had gradients, which the gradient
-# norm included.
+# Task -> metrics that differ. In versions before 0.1, the statistics of a probe had
+# gradients, which the gradient norm included.
 NOT_COMPARABLE = {"linear_probe": {"gradient_norm"}}
 
 
@@ -56,7 +57,7 @@ def run(task, workdir, *flags):
 
 
 def check_lines(task, workdir):
-    """Check that metrics.jsonl equals the old file, except for times."""
+    """Check that metrics.jsonl has the old values, except for `TIMES`."""
     expected = [json.loads(x) for x in (OLD / f"{task}.jsonl").read_text().splitlines()]
     path = Path(workdir, "metrics.jsonl")
     lines = [json.loads(x) for x in path.read_text().splitlines()]
@@ -69,23 +70,23 @@ def check_lines(task, workdir):
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_run_resumes(task, unpacked, capsys):
-    """A run resumes from step 4; evaluations follow steps 4 and 8."""
+def test_old_run_resumes(task, unpacked, capsys):
+    """The run resumes from step 4 of 8, and has the old metrics."""
     run(task, f"{task}/run")
     assert "resuming at step 4" in capsys.readouterr().out
     check_lines(task, f"{task}/run")
 
 
 @pytest.mark.parametrize("task", TASKS[1:])
-def test_run_starts_from_an_old_one(task, unpacked):
-    """Eight steps with the old encoder as `init_from` have the old losses."""
+def test_old_run_initializes_a_new_run(task, unpacked):
+    """With the old encoder as `init_from`, eight steps have the old metrics."""
     run(task, "new", "--config.init_from=mae/run")
     check_lines(task, "new")
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_evaluation(task, unpacked, capsys):
-    """``--mode eval`` prints the old values, up to the last printed digit."""
+def test_old_run_is_evaluated(task, unpacked, capsys):
+    """``--mode eval`` prints the old values, up to one unit of the fourth decimal."""
     run(task, f"{task}/run", "--mode=eval")
     numbers = [
         [float(x) for x in re.findall(r"\d+\.?\d*", text.splitlines()[-1])]
@@ -96,7 +97,7 @@ def test_evaluation(task, unpacked, capsys):
 
 @pytest.mark.parametrize("directory", ["run", "saved"])
 @pytest.mark.parametrize("task", TASKS)
-def test_model_loads(task, directory, unpacked):
+def test_old_model_is_loaded(task, directory, unpacked):
     """`load_pretrained` reads the workdir and the directory of `save_pretrained`."""
     values = outputs(hivit_jax.load_pretrained(f"{task}/{directory}"))
     if task == "linear_probe":

@@ -36,17 +36,17 @@ def tiles(tmp_path):
     return root
 
 
-FLAGS = dict(data__name="folder", model__image_size=32, batch_size=8, total_steps=2)
+OVERRIDES = dict(data__name="folder", model__image_size=32, batch_size=8, total_steps=2)
 
 
 @pytest.mark.slow
-def test_pretraining_without_labels_and_evaluation(tiles, tmp_path, capsys):
+def test_pretraining_needs_no_labels_and_no_evaluation(tiles, tmp_path, capsys):
     """Without evaluation images, figures show training images."""
-    flags = FLAGS | dict(data__dir=tiles, data__eval_split="none", eval_every=1)
-    flags |= dict(data__class_level="none", checkpoint_every=1)
-    arguments = mini_runs.arguments("photographs", **flags)
+    overrides = OVERRIDES | dict(data__dir=tiles, data__eval_split="none")
+    overrides |= dict(data__class_level="none", eval_every=1, checkpoint_every=1)
+    flags = mini_runs.arguments("photographs", **overrides)
     workdir = tmp_path / "run"
-    assert main([*arguments, f"--workdir={workdir}"]) == 0
+    assert main([*flags, f"--workdir={workdir}"]) == 0
     out = capsys.readouterr().out
     assert "eval" not in out
     assert not [key for line in lines_of(workdir) for key in line if "eval" in key]
@@ -56,12 +56,12 @@ def test_pretraining_without_labels_and_evaluation(tiles, tmp_path, capsys):
         "reconstruction_0000001.png",
         "reconstruction_0000002.png",
     }
-    assert main([*arguments, f"--workdir={workdir}", "--mode=eval"]) == 2
+    assert main([*flags, f"--workdir={workdir}", "--mode=eval"]) == 2
     assert "the config has no evaluation images" in capsys.readouterr().err
 
 
-def test_classification_needs_labels(tiles, tmp_path, capsys):
-    flags = mini_runs.arguments("photographs", **FLAGS, data__dir=tiles)
+def test_classification_requires_labels(tiles, tmp_path, capsys):
+    flags = mini_runs.arguments("photographs", **OVERRIDES, data__dir=tiles)
     flags = [f for f in flags if "decoder" not in f] + [
         "--config.task=classify",
         "--config.model.name=hivit_tiny",
@@ -76,7 +76,7 @@ def test_classification_needs_labels(tiles, tmp_path, capsys):
 
 COLORS = {"blue": (30, 40, 200), "green": (40, 190, 50), "red": (210, 40, 30)}
 NUM_TRAIN, NUM_TEST = 24, 9
-CLASSIFIER = FLAGS | dict(
+CLASSIFIER = OVERRIDES | dict(
     task="classify",
     total_steps=16,
     eval_every=16,
@@ -94,16 +94,16 @@ CLASSIFIER = FLAGS | dict(
 DAMAGED = b"no image"
 
 
-def colored(number, color):
+def colored(seed, color):
     """Return an image of noise around a color, uint8 [40, 48, 3]."""
-    noise = np.random.RandomState(number).randint(-25, 26, (40, 48, 3))
+    noise = np.random.RandomState(seed).randint(-25, 26, (40, 48, 3))
     return (np.array(color) + noise).clip(0, 255).astype(np.uint8)
 
 
-def examples(count, first=0):
-    """Return (encoded image, class name) of examples of the three colors in turn."""
+def examples(count, first_seed=0):
+    """Return [(encoded image, class name)] of the three colors in turn."""
     names = [[*COLORS][k % 3] for k in range(count)]
-    images = [colored(first + k, COLORS[name]) for k, name in enumerate(names)]
+    images = [colored(first_seed + k, COLORS[name]) for k, name in enumerate(names)]
     return [(encode(x, "PNG"), n) for x, n in zip(images, names, strict=True)]
 
 
@@ -111,12 +111,15 @@ SPLITS = {"train": examples(NUM_TRAIN), "val": examples(NUM_TEST, NUM_TRAIN)}
 
 
 def write_csv(root):
-    """Write a CSV file and images: one is damaged, one missing, one not listed."""
+    """Write a CSV file and images: one is damaged, one missing, one not listed.
+
+    This and the two following functions return overrides that name the dataset.
+    """
     lines = ["file,label,split", "damaged.png,red,train", "missing.png,red,train"]
     (root / "damaged.png").write_bytes(DAMAGED)
     (root / "stray.png").write_bytes(DAMAGED)
-    for split, found in SPLITS.items():
-        for k, (image, name) in enumerate(found):
+    for split, pairs in SPLITS.items():
+        for k, (image, name) in enumerate(pairs):
             (root / f"{split}{k}.png").write_bytes(image)
             lines.append(f"{split}{k}.png,{name},{split}")
     (root / "all.csv").write_text("\n".join(lines))
@@ -125,9 +128,9 @@ def write_csv(root):
 
 def write_tars(root):
     """Write one tar file per split, with a damaged image and a stray file."""
-    for split, found in SPLITS.items():
+    for split, pairs in SPLITS.items():
         with tarfile.open(root / f"own-{split}.tar", "w") as archive:
-            pairs = [*found, (DAMAGED, "red")] if split == "train" else found
+            pairs = [*pairs, (DAMAGED, "red")] if split == "train" else pairs
             members = {"notes.md": b"stray"}
             for k, (image, name) in enumerate(pairs):
                 members[f"{k}.png"] = image
@@ -143,8 +146,8 @@ def write_parquet(root):
     """Write and convert Parquet files; one image is damaged, one is missing."""
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
-    for split, found in SPLITS.items():
-        images, names = map(list, zip(*found, strict=True))
+    for split, pairs in SPLITS.items():
+        images, names = map(list, zip(*pairs, strict=True))
         if split == "train":
             images, names = [*images, DAMAGED, None], [*names, "red", "red"]
         structs = [{"bytes": image, "path": None} for image in images]
@@ -157,8 +160,8 @@ def write_parquet(root):
 @pytest.mark.slow
 @pytest.mark.usefixtures("minimal_output")
 @pytest.mark.parametrize("write", [write_csv, write_tars, write_parquet])
-def test_from_files_to_predictions(write, tmp_path, capsys):
-    """Damaged images have weight 0 and are reported; all predictions are correct."""
+def test_classifier_of_own_files_predicts_new_images(write, tmp_path, capsys):
+    """Damaged images are reported. All predictions are correct."""
     (tmp_path / "data").mkdir()
     workdir, new, out = (tmp_path / name for name in ("run", "new", "new.csv"))
     train(workdir, **write(tmp_path / "data"))
@@ -171,21 +174,25 @@ def test_from_files_to_predictions(write, tmp_path, capsys):
         (new / f"{k}.png").write_bytes(image)
     (new / "a.png").write_bytes(DAMAGED)
     (new / "b.txt").write_text("stray")
-    found = predicted(workdir, out, new)
+    rows = predicted(workdir, out, new)
+    # Tar files contain the numbers of classes, not their names.
     names = [*COLORS] if write is not write_tars else [*"012"]
-    assert [row["predicted"] for row in found] == [*names * 2, ""]
-    assert [bool(row["error"]) for row in found] == [False] * 6 + [True]
+    assert [row["predicted"] for row in rows] == [*names * 2, ""]
+    assert [bool(row["error"]) for row in rows] == [False] * 6 + [True]
 
 
 @pytest.mark.extras
 @pytest.mark.slow
 @pytest.mark.usefixtures("minimal_output")
 def test_several_labels(tmp_path, capsys):
-    """The upper half may be red, the lower half blue; some images have no label."""
+    """The upper half of an image may be red, the lower half blue.
+
+    Images with neither have no label.
+    """
     lines = ["file,label,split", "damaged.png,red;blue,train"]
     (tmp_path / "damaged.png").write_bytes(DAMAGED)
     for k in range(NUM_TRAIN + 8):
-        labels = [n for n, has in (("red", k % 2), ("blue", k // 2 % 2)) if has]
+        labels = ["red"] * (k % 2) + ["blue"] * (k // 2 % 2)
         image = colored(k, (90, 90, 90))
         image[:20] = colored(k, COLORS["red"])[:20] if "red" in labels else image[:20]
         image[20:] = colored(k, COLORS["blue"])[20:] if "blue" in labels else image[20:]
@@ -194,20 +201,23 @@ def test_several_labels(tmp_path, capsys):
         lines.append(f"{k}.png,{';'.join(labels)},{split}")
     (tmp_path / "all.csv").write_text("\n".join(lines))
     workdir = tmp_path / "run"
-    flags = dict(data__name="csv", data__dir=tmp_path / "all.csv", total_steps=32)
-    flags |= dict(eval_every=32, checkpoint_every=32, log_every=32)
-    train(workdir, **flags, data__multi_label=True, label_smoothing=0.1, mixup=0.2)
+    overrides = dict(data__name="csv", data__dir=tmp_path / "all.csv", total_steps=32)
+    overrides |= dict(eval_every=32, checkpoint_every=32, log_every=32)
+    overrides |= dict(data__multi_label=True)
+    train(workdir, **overrides, label_smoothing=0.1, mixup=0.2)
     assert "6 of 25 images of the train split have no label" in capsys.readouterr().out
     (line,) = (x for x in lines_of(workdir) if "eval/loss" in x)
     assert line["eval/mAP"] > 0.9
     assert "eval/top1" not in line
 
     # Predict the test split, whose labels are known.
-    found = predicted(workdir, tmp_path / "test.csv")
+    rows = predicted(workdir, tmp_path / "test.csv")
     columns = ["predicted", "probability_blue", "probability_red"]
-    assert [*found[0]] == ["file", *columns, "label", "error"]
-    truth = [row.split(",")[1].split(";") for row in lines[NUM_TRAIN + 2 :]]
-    assert [row["label"].split(";") for row in found] == [x[::-1] for x in truth]
+    assert [*rows[0]] == ["file", *columns, "label", "error"]
+    # The test split begins after the header, the damaged image and the training images.
+    true_labels = [line.split(",")[1].split(";") for line in lines[NUM_TRAIN + 2 :]]
+    # Predictions list the classes in alphabetical order.
+    assert [row["label"].split(";") for row in rows] == [*map(sorted, true_labels)]
     metrics = json.loads((tmp_path / "test_metrics.json").read_text())
     assert metrics["mAP"] == pytest.approx(line["eval/mAP"], abs=1e-6)
     assert (metrics["images"], metrics["images_of_no_class"]) == (8, 2)
@@ -226,8 +236,8 @@ def test_several_labels(tmp_path, capsys):
     assert (info.multi_label, info.class_names) == (True, ("blue", "red"))
     (row,) = predicted(tmp_path / "saved", tmp_path / "one.csv", tmp_path / "31.png")
     assert [*row] == ["file", *columns, "error"]
-    assert [row[name] for name in columns] == [found[-1][name] for name in columns]
-    flags = arguments(**flags, data__multi_label=True, init_from=workdir)
+    assert [row[name] for name in columns] == [rows[-1][name] for name in columns]
+    flags = arguments(**overrides, init_from=workdir)
     assert main([*flags, "--mode=knn", f"--workdir={tmp_path / 'knn'}"]) == 2
     assert "expect one label per image" in capsys.readouterr().err
 
@@ -235,7 +245,7 @@ def test_several_labels(tmp_path, capsys):
 @pytest.mark.extras
 @pytest.mark.slow
 @pytest.mark.usefixtures("minimal_output")
-def test_tiles_of_16_bits_and_4_bands(tmp_path, capsys):
+def test_tiles_of_16_bits_and_4_bands_are_classified(tmp_path, capsys):
     """A trained model classifies held-out tiles, and reports a damaged tile."""
     for k in range(24):
         bands = np.random.RandomState(k).randint(0, 3000, (34, 36, 4))
@@ -246,17 +256,17 @@ def test_tiles_of_16_bits_and_4_bands(tmp_path, capsys):
         tifffile.imwrite(path, bands.astype(np.uint16), **options)
     (tmp_path / "tiles" / "c0" / "damaged.tif").write_bytes(DAMAGED)
     (tmp_path / "tiles" / "c0" / "stray.txt").touch()
-    flags = dict(data__dir=tmp_path / "tiles", data__eval_fraction=0.3)
-    flags |= dict(data__dtype="uint16", data__scale=10000, model__in_channels=4)
-    flags |= dict(data__mean=(0.3,) * 4, data__std=(0.3,) * 4)
-    train(tmp_path / "run", **flags)
+    overrides = dict(data__dir=tmp_path / "tiles", data__eval_fraction=0.3)
+    overrides |= dict(data__dtype="uint16", data__scale=10000, model__in_channels=4)
+    overrides |= dict(data__mean=(0.3,) * 4, data__std=(0.3,) * 4)
+    train(tmp_path / "run", **overrides)
     (line,) = (x for x in lines_of(tmp_path / "run") if "eval/loss" in x)
     assert 0 < line["eval/count"] < 12
     assert line["eval/top1"] == 1
     assert "16 bits" not in capsys.readouterr().out
-    found = predicted(tmp_path / "run", tmp_path / "all.csv", tmp_path / "tiles")
-    assert [bool(row["error"]) for row in found].count(True) == 1
-    assert all(row["predicted"] == row["label"] for row in found if not row["error"])
+    rows = predicted(tmp_path / "run", tmp_path / "all.csv", tmp_path / "tiles")
+    assert [bool(row["error"]) for row in rows].count(True) == 1
+    assert all(row["predicted"] == row["label"] for row in rows if not row["error"])
 
 
 def arguments(**overrides):
@@ -266,11 +276,16 @@ def arguments(**overrides):
 
 
 def train(workdir, **overrides):
+    """Train the small classifier."""
     assert main([*arguments(**overrides), f"--workdir={workdir}"]) == 0
 
 
 def predicted(checkpoint, out, *paths):
-    """Return the rows of the predictions."""
+    """Run `predict`; return the rows of its CSV file.
+
+    Args:
+      paths: image files and directories; none: the test split.
+    """
     flags = [f"--checkpoint={checkpoint}", f"--out={out}", *map(str, paths)]
     assert predict.main(flags) == 0
     with open(out, newline="") as file:

@@ -1,4 +1,4 @@
-"""Tests of a user's own task, `toy.Segmentation`, in every mode."""
+"""Tests of a user's own task, `toy.Segmentation`, in all modes but knn."""
 
 import json
 import os
@@ -36,7 +36,8 @@ def get_config():
 """
 
 
-STEPS = 6  # an epoch has four steps, three of one bucket and one of the other
+# An epoch has four steps: three with batches of one bucket, one of the other.
+STEPS = 6
 
 
 @pytest.fixture(scope="module")
@@ -81,8 +82,8 @@ def start(recipe, workdir, *flags, **options):
     return mini_runs.start_process(*command, *flags, PYTHONPATH=path, **options)
 
 
-def test_training_and_evaluation(run):
-    """The loss falls; each readable example counts once in the evaluation."""
+def test_loss_falls_and_each_example_is_evaluated_once(run):
+    """The unreadable training example is counted once in an epoch."""
     logged = lines(run)
     losses = [line["eval/loss"] for line in logged if "eval/loss" in line]
     assert len(losses) == STEPS
@@ -90,14 +91,15 @@ def test_training_and_evaluation(run):
     for line in logged:
         if "eval/count" in line:
             assert (line["eval/count"], line["eval/records"]) == (17, 17)
+            # 9 test images have 4x4 cells, 8 have 4x6.
             assert line["eval/cells"] == 9 * 16 + 8 * 24
             assert line["eval/worst"] <= line["eval/accuracy"] <= 1
     unreadable = [line["unreadable"] for line in logged if "unreadable" in line]
     assert sum(unreadable[:4]) == 1
 
 
-def test_saved_items(run):
-    """Checkpoints separate statistics from parameters and have no frozen weights."""
+def test_checkpoint_contains_statistics_but_no_frozen_weights(run):
+    """Statistics are a separate item of a checkpoint."""
     items = mini_runs.saved_arrays(run, STEPS)
     assert items["model_state"].keys() == {"norm/mean", "norm/var"}
     assert np.abs(items["model_state"]["norm/mean"]).min() > 0
@@ -106,7 +108,7 @@ def test_saved_items(run):
     assert not [name for name in names if "prior" in name]
 
 
-def test_figure(run):
+def test_figure_shows_six_images_of_one_bucket(run):
     with Image.open(run / "figures" / f"maps_{STEPS:07}.png") as image:
         assert image.width in (64, 96)
         assert image.height == 6 * 32
@@ -141,17 +143,17 @@ def test_killed_run_resumes(recipe, run, tmp_path):
 def test_one_device_equals_eight(recipe, run, tmp_path):
     """Results, including microbatch statistics, agree on one and eight devices."""
     finish(start(recipe, tmp_path))
-    for one, other in zip(lines(tmp_path), lines(run), strict=True):
-        assert one == pytest.approx(other, rel=2e-5)
-    alone, eight = (mini_runs.saved_arrays(w, STEPS) for w in (tmp_path, run))
+    for line, expected_line in zip(lines(tmp_path), lines(run), strict=True):
+        assert line == pytest.approx(expected_line, rel=2e-5)
+    items, expected = (mini_runs.saved_arrays(w, STEPS) for w in (tmp_path, run))
     for item in ("params", "model_state"):
-        for name, array in eight[item].items():
-            assert_allclose(alone[item][name], array, rtol=2e-5, atol=1e-6)
+        for name, array in expected[item].items():
+            assert_allclose(items[item][name], array, rtol=2e-5, atol=1e-6)
 
 
 @pytest.mark.extras
-def test_two_processes(recipe, run, tmp_path):
-    """Two processes gather their records and both exit with 0."""
+def test_two_processes_equal_one(recipe, run, tmp_path):
+    """Two processes gather their records, and both exit with 0."""
     address = mini_runs.free_address()
     flags = [f"--coordinator_address={address}", "--num_processes=2"]
     pair = [
@@ -159,11 +161,11 @@ def test_two_processes(recipe, run, tmp_path):
         for index in range(2)
     ]
     finish(*pair)
-    for one, other in zip(lines(tmp_path), lines(run), strict=True):
-        assert one == pytest.approx(other, rel=2e-5)
+    for line, expected_line in zip(lines(tmp_path), lines(run), strict=True):
+        assert line == pytest.approx(expected_line, rel=2e-5)
 
 
-def test_mode_eval(recipe, run, capsys):
+def test_eval_mode_prints_the_results(recipe, run, capsys):
     assert main([f"--config={recipe}", f"--workdir={run}", "--mode=eval"]) == 0
     out = capsys.readouterr().out
     last = lines(run)[-1]
@@ -171,14 +173,14 @@ def test_mode_eval(recipe, run, capsys):
     assert "(17 images)" in out
 
 
-def test_mode_describe(recipe, capsys):
+def test_describe_mode_counts_images_and_steps(recipe, capsys):
     assert main([f"--config={recipe}", "--mode=describe"]) == 0
     out = capsys.readouterr().out
     assert "64 images, 4.0 steps" in out
 
 
 @pytest.mark.extras
-def test_compiling_ahead(recipe, tmp_path, capsys):
+def test_compile_mode_compiles_both_buckets(recipe, tmp_path, capsys):
     pytest.importorskip("libtpu")
     flags = ["--topology=v5e:2x4", "--mode=compile"]
     assert main([f"--config={recipe}", f"--workdir={tmp_path}", *flags]) == 0
@@ -186,7 +188,7 @@ def test_compiling_ahead(recipe, tmp_path, capsys):
     assert json.loads((tmp_path / "compile.json").read_text())["fits"]
 
 
-def test_predictions(recipe, run, tmp_path, capsys):
+def test_predict_writes_label_maps(recipe, run, tmp_path, capsys):
     """`predict` processes the test split, and a directory of images without maps."""
     flags = ["--checkpoint", str(run), "--out"]
     assert predict.main([*flags, str(tmp_path / "split")]) == 0

@@ -31,9 +31,9 @@ class Bucket(ThreadingHTTPServer):
     Attributes:
       delay: seconds before each answer.
       failures: HTTP statuses of the next answers; each is used once.
-      statuses: {piece of a key: status of every request for such a key}.
-      truncated: number of next answers with data that are cut off in the middle.
-      read_only: refuse uploads with 403.
+      statuses: {piece of a key: status of every request for such a key or prefix}.
+      truncated: number of next answers with an object whose body is cut in half.
+      read_only: refuse uploads, copies and deletions with 403.
       generation: added to the version number of each object.
       writes: key -> number of uploads of this object.
       requests: (method, key, range header) of all requests.
@@ -74,7 +74,7 @@ class Bucket(ThreadingHTTPServer):
         }
 
     def answering(self, change: int) -> None:
-        """Hook for tests, called with 1 before and with -1 after each answer."""
+        """Hook for tests: called with 1 before and with -1 after each delay."""
 
     def keys(self, prefix: str = "") -> list[str]:
         """Return the sorted keys of all objects that start with a prefix."""
@@ -234,11 +234,11 @@ class Handler(BaseHTTPRequestHandler):
         path = self.server.root / key
         size, version = path.stat().st_size, str(self.server.version(key))
         headers = {"x-goog-generation": version, "ETag": f'"{version}"'}
-        wanted = self.headers.get("Range", "")
-        if not wanted:
+        byte_range = self.headers.get("Range", "")
+        if not byte_range:
             self._send(200, path.read_bytes(), headers)
             return
-        first, _, last = wanted.removeprefix("bytes=").partition("-")
+        first, _, last = byte_range.removeprefix("bytes=").partition("-")
         start = int(first) if first else max(size - int(last), 0)
         stop = min(int(last) + 1, size) if first and last else size
         if start >= size:

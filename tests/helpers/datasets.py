@@ -13,7 +13,10 @@ RECIPE = mini_runs.ROOT / "configs" / "digits_finetune.py"
 
 
 def digits_config(**overrides):
-    """Load a digits config in which all keys that these tests depend on are set."""
+    """Return a config of digits, 16x16 pixels without crops, with overrides.
+
+    Two underscores in the name of an override stand for a dot.
+    """
     values = {
         "seed": 0,
         "batch_size": 96,
@@ -30,7 +33,7 @@ def digits_config(**overrides):
 
 
 def folder_config(root, **overrides):
-    """Load a config of class folders."""
+    """Return a config of class folders, 24x24 pixels with random crops."""
     return digits_config(
         **{
             "data__name": "folder",
@@ -49,7 +52,7 @@ def folder_config(root, **overrides):
 
 
 def noise_image(*shape):
-    """Return uint8 noise."""
+    """Return uint8 noise, always the same for a shape."""
     return np.random.RandomState(0).randint(0, 256, shape).astype(np.uint8)
 
 
@@ -62,12 +65,13 @@ def encode(image, kind, **options):
     return buffer.getvalue()
 
 
-def assert_batches_equal(ones, others):
+def assert_batches_equal(actual, expected):
     """Check that two sequences of batches are equal, dtypes included."""
-    ones, others = list(ones), list(others)
-    assert len(ones) == len(others) > 0
-    for one, other in zip(ones, others, strict=True):
-        assert one.keys() == other.keys() >= {"image", "label", "weight", "unreadable"}
-        for key, value in one.items():
-            assert value.dtype == other[key].dtype
-            assert_array_equal(value, other[key])
+    actual, expected = list(actual), list(expected)
+    assert len(actual) == len(expected) > 0
+    for batch, expected_batch in zip(actual, expected, strict=True):
+        assert batch.keys() == expected_batch.keys()
+        assert batch.keys() >= {"image", "label", "weight", "unreadable"}
+        for key, array in batch.items():
+            assert array.dtype == expected_batch[key].dtype
+            assert_array_equal(array, expected_batch[key])

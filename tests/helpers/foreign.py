@@ -6,6 +6,7 @@ import numpy as np
 import state_files
 import torch_files
 
+# Official names -> names of transformers: inside of a block, and outside of blocks
 BLOCK = {
     "norm1": "layernorm_before",
     "norm2": "layernorm_after",
@@ -26,19 +27,20 @@ def transformers_state(state, family):
     """Return an official state dict with the names of transformers.
 
     Args:
-      family: "vit" or "swin", prefix of the encoder's names.
+      family: "vit" or "swin", the prefix of the encoder's names.
     """
     named = {}
     for name, array in state.items():
         name = name.removeprefix("encoder.")
-        stem, _, leaf = name.rpartition(".")
+        module, _, leaf = name.rpartition(".")
         if name == "mask_token":
-            new = "embeddings.mask_token" if family == "swin" else "decoder.mask_token"
-            named[f"swin.{new}" if family == "swin" else new] = array
-        elif name in ROOTS or stem in ROOTS:
-            new = ROOTS[name] if name in ROOTS else f"{ROOTS[stem]}.{leaf}"
-            named[f"{family}.{new}"] = array
-        elif stem == "head":
+            is_swin = family == "swin"
+            new_name = "swin.embeddings.mask_token" if is_swin else "decoder.mask_token"
+            named[new_name] = array
+        elif name in ROOTS or module in ROOTS:
+            new_name = ROOTS[name] if name in ROOTS else f"{ROOTS[module]}.{leaf}"
+            named[f"{family}.{new_name}"] = array
+        elif module == "head":
             named[f"classifier.{leaf}"] = array
         elif name.startswith("decoder."):
             named[name] = array
@@ -52,24 +54,25 @@ def transformers_state(state, family):
 
 
 def _block(name, array, family):
-    """Return the entries of one array of a block."""
-    head, _, rest = name.partition("blocks.")
-    number, stem, leaf = rest.partition(".")[0], *rest.partition(".")[2].rsplit(".", 1)
-    if head == "decoder_":
-        start = f"decoder.decoder_layers.{number}"
+    """Return {name of transformers: array} for an array of a block; qkv is split."""
+    prefix, _, rest = name.partition("blocks.")
+    block_index, _, rest = rest.partition(".")
+    module, leaf = rest.rsplit(".", 1)
+    if prefix == "decoder_":
+        start = f"decoder.decoder_layers.{block_index}"
     elif family == "swin":
-        start = f"swin.encoder.{head}blocks.{number}"
+        start = f"swin.encoder.{prefix}blocks.{block_index}"
     else:
-        start = f"vit.encoder.layer.{number}"
+        start = f"vit.encoder.layer.{block_index}"
     inner = "self" if family == "swin" else "attention"
-    if stem == "attn":
+    if module == "attn":
         return {f"{start}.attention.{inner}.{leaf}": array}
-    if stem == "attn.qkv":
+    if module == "attn.qkv":
         parts = zip(("query", "key", "value"), np.split(array, 3), strict=True)
         return {
             f"{start}.attention.{inner}.{part}.{leaf}": np.array(x) for part, x in parts
         }
-    return {f"{start}.{BLOCK[stem]}.{leaf}": array}
+    return {f"{start}.{BLOCK[module]}.{leaf}": array}
 
 
 def timm_swin_state(state):
@@ -86,7 +89,11 @@ def timm_swin_state(state):
 
 
 def write_directory(path, state, config, processor=None):
-    """Write a directory as timm and transformers publish it; return the path."""
+    """Write a directory as timm and transformers publish it; return the path.
+
+    Args:
+      config, processor: contents of config.json and preprocessor_config.json.
+    """
     path.mkdir(parents=True)
     state_files.save_safetensors(path / "model.safetensors", state)
     (path / "config.json").write_text(json.dumps(config))

@@ -10,13 +10,15 @@ from PIL import Image
 
 from hivit_jax.tools import prepare_data
 
+# WordNet IDs of the classes, in the order of the tar file
 WNIDS = ("n15075141", "n01440764", "n01443537")
 
 
 LABELS = {"n15075141": 999, "n01440764": 0, "n01443537": 1}
 
 
-VALIDATION_LABELS = [65, 970, 230, 809, 516, 57]  # of ILSVRC2012's images 1 to 6
+# Labels of ILSVRC2012's validation images 1 to 6
+VALIDATION_LABELS = [65, 970, 230, 809, 516, 57]
 
 
 def write_tars(
@@ -29,7 +31,8 @@ def write_tars(
     """Write ImageNet's two tar files with images of noise.
 
     Args:
-      validation: numbers of the validation images.
+      per_class: number of training images of each class.
+      validation: numbers of the validation images, as in their file names.
       size: (height, width) of the images.
 
     Returns:

@@ -17,15 +17,16 @@ from hivit_jax.kernels.numerics import Plan, Weights
 from hivit_jax.tree import split
 
 EPS = 1e-6
-library_attention = jax.nn.dot_product_attention  # before tests patch it
+# Bound here, because tests replace the attribute of jax.nn.
+library_attention = jax.nn.dot_product_attention
 
 
 class Case(NamedTuple):
     """Residual branch of rows [T, C]; on GPUs, only its LayerNorm.
 
     platform: backend of the kernel.
-    shapes: of rows, LayerNorm's scale and bias, for some two linear layers and the bias
-      of the attention scores.
+    shapes: shapes of the inputs: rows, LayerNorm's scale and bias, on TPUs also kernels
+      and biases of two linear layers, and in some cases the bias of attention scores.
     plain: (*inputs, image_scale) -> [T, C]; image_scale is [images] or None.
     fused: (*inputs, image_scale, keep, interpret) -> [T, C], one kernel.
     images: number of images that the rows belong to.
@@ -51,14 +52,17 @@ def random_arrays(*shapes, dtype=jnp.float32):
 def random_inputs(case: Case):
     """Return (inputs, cotangent of the output), float32."""
     *inputs, direction = random_arrays(*case.shapes, case.shapes[0])
-    inputs[1] = 1 + inputs[1]
+    inputs[1] = 1 + inputs[1]  # LayerNorm's scale
     return inputs, direction
 
 
 def in_bfloat16(inputs):
-    """Cast all inputs to bfloat16, except LayerNorm's and the bias of the scores."""
-    wide = 1, 2, 7
-    return [x if i in wide else x.astype(jnp.bfloat16) for i, x in enumerate(inputs)]
+    """Cast inputs to bfloat16, except LayerNorm's scale and bias and the score bias."""
+    float32_indices = 1, 2, 7
+    return [
+        x if i in float32_indices else x.astype(jnp.bfloat16)
+        for i, x in enumerate(inputs)
+    ]
 
 
 def layer_norm(x, scale, bias):
@@ -76,7 +80,7 @@ def add_branch(x, branch, image_scale):
 
 
 def drop_some_images(images):
-    """Return a factor for each image: 0 for every third image, else 1.25."""
+    """Return drop-path factors [images]: 0 for every third image, else 1.25."""
     return jnp.where(jnp.arange(images) % 3 == 1, 0, 1.25)
 
 
@@ -96,7 +100,10 @@ def plain_attention(x, *weights, heads, tokens, image_scale=None):
 
 
 def shapes_of(rows, width, middle, end):
-    """Return the shapes of rows, LayerNorm and two linear layers."""
+    """Return the shapes of rows, LayerNorm and two linear layers.
+
+    middle: outputs of the first layer. end: inputs of the second layer.
+    """
     shapes = [(rows, width), (width,), (width,), (width, middle), (middle,)]
     return [*shapes, (end, width), (width,)]
 
@@ -172,28 +179,33 @@ def relative_errors(function, inputs, direction, truth, jit):
 
 
 def assert_bfloat16_errors(case, jit, keep, interpret):
-    """Check bfloat16 errors of a kernel against those of plain JAX.
+    """Check that a kernel in bfloat16 is about as exact as plain JAX in bfloat16.
 
-    The errors of the output and of all gradients are relative to float32. Each
-    may exceed the error of plain JAX by a tenth.
+    The errors of the output and of all gradients are relative to float32. Each may
+    exceed the error of plain JAX by a tenth plus 1e-4.
     """
     inputs, direction = random_inputs(case)
     # Rounded here, because XLA may leave out the rounding in the plain version only.
     inputs, direction = in_bfloat16(inputs), direction.astype(jnp.bfloat16)
-    wide = [x.astype(jnp.float32) for x in inputs]
-    truth = output_and_gradients(case.plain, wide, direction)
+    float32_inputs = [x.astype(jnp.float32) for x in inputs]
+    truth = output_and_gradients(case.plain, float32_inputs, direction)
     fused = partial(case.fused, keep=keep, interpret=interpret)
-    ours, plain = (
+    fused_errors, plain_errors = (
         relative_errors(function, inputs, direction, truth, jit)
         for function in (fused, case.plain)
     )
-    assert max(ours) < 0.02
-    assert all(a < 1.1 * b + 1e-4 for a, b in zip(ours, plain, strict=True))
+    assert max(fused_errors) < 0.02
+    assert all(
+        fused_error < 1.1 * plain_error + 1e-4
+        for fused_error, plain_error in zip(fused_errors, plain_errors, strict=True)
+    )
 
 
 # Blocks whose attention must not run as a kernel
 
-BLOCK_GRID, WINDOW = (3, 5), 2  # an odd number of tokens; partly filled windows
+# The grid has an odd number of tokens, and 2x2 windows do not fill it.
+BLOCK_GRID, WINDOW = (3, 5), 2
+# Property that excludes a kernel -> arguments of the model
 SPECIAL = {
     "nothing": {},
     "key mask": {},
@@ -246,7 +258,7 @@ def relative_index() -> np.ndarray:
 def plain_block(special: str, params: dict, x: jax.Array) -> jax.Array:
     """Compute the block of `main_stage_block` in plain JAX.
 
-    Windows are a mask here: the units are not split into windows.
+    Units are not split into windows. A mask restricts attention to each window.
     """
     batch, tokens, width = x.shape
     bias, mask = None, None

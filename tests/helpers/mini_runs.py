@@ -41,7 +41,7 @@ MINI = {
     "model.decoder_depth": 1,
     "model.decoder_num_heads": 2,
     "model.dtype": "float32",
-    "optimizer.base_learning_rate": 0.016,  # 1e-3 for 16 images
+    "optimizer.base_learning_rate": 0.016,  # a peak of 1e-3 with 16 images
 }
 SOURCES = {
     "synthetic": MINI
@@ -115,7 +115,7 @@ def classifier(source: str = "synthetic", **overrides) -> ConfigDict:
 
 @contextmanager
 def minimal_output() -> Iterator[None]:
-    """Draw no figures; write no TensorBoard events."""
+    """Context manager in which runs draw no figures and write no TensorBoard events."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "tensorboardX", None)
         patch.setattr(figures, "draw_run", lambda *_: None)
@@ -198,7 +198,7 @@ def block_imports(directory: Path, *names: str) -> Path:
 
 
 def logged(workdir: Path, name: str = "loss") -> dict[int, float]:
-    """Return {step: value} of metrics.jsonl, and check that no step occurs twice."""
+    """Return {step: value} of a metric, and check that steps increase."""
     lines = [line for line in metrics.read(workdir / "metrics.jsonl") if name in line]
     steps = [line["step"] for line in lines]
     assert steps == sorted(set(steps))
@@ -206,7 +206,7 @@ def logged(workdir: Path, name: str = "loss") -> dict[int, float]:
 
 
 def saved_steps(workdir: Path) -> list[int]:
-    """Return the steps with a complete checkpoint."""
+    """Return the steps with a complete checkpoint, in a local workdir."""
     paths = (workdir / "checkpoints").glob("*")
     return sorted(int(path.name) for path in paths if path.name.isdigit())
 

@@ -31,12 +31,12 @@ def abstract_model(name, **overrides):
 def random_weight(path, leaf):
     """Return a parameter that keeps the variance of activations at about 1."""
     name = leaf_name(path)
-    draw, kind = random_array(leaf.shape, name), name.rsplit("/", 1)[-1]
+    values, kind = random_array(leaf.shape, name), name.rsplit("/", 1)[-1]
     if kind == "kernel":
-        return draw / np.float32(np.sqrt(leaf.shape[0]))
+        return values / np.float32(np.sqrt(leaf.shape[0]))
     if kind in ("scale", "bias"):
-        return np.float32(kind == "scale") + np.float32(0.1) * draw
-    return np.float32(0.5) * draw
+        return np.float32(kind == "scale") + np.float32(0.1) * values
+    return np.float32(0.5) * values
 
 
 def mini(name="hivit_base", **overrides):
@@ -72,8 +72,8 @@ def numpy_attention(attention, x, bias):
     params = {k: np.asarray(v) for k, v in named_leaves(split(attention)[1]).items()}
     kernel, bias_in = params["qkv/kernel"], params["qkv/bias"]
     q, k, v = np.einsum("kc,cthd->thkd", x, kernel) + bias_in[:, :, None]
-    raised = np.exp(q @ k.transpose(0, 2, 1) / np.sqrt(q.shape[-1]) + bias)
-    probabilities = raised / raised.sum(-1, keepdims=True)
+    exponentials = np.exp(q @ k.transpose(0, 2, 1) / np.sqrt(q.shape[-1]) + bias)
+    probabilities = exponentials / exponentials.sum(-1, keepdims=True)
     heads = (probabilities @ v).transpose(1, 0, 2).reshape(x.shape)
     return heads @ params["proj/kernel"] + params["proj/bias"]
 
@@ -125,7 +125,7 @@ def params_by_name(model):
 
 
 def torch_bicubic(maps, grid):
-    """Resize maps [h, w, D] to [*grid, D] as torch's bicubic: kernel with a = -0.75."""
+    """Resize maps [h, w, D] to [*grid, D] like torch's bicubic, whose a is -0.75."""
 
     def cubic(x, a=-0.75):
         x = abs(x)
@@ -151,8 +151,8 @@ def training_macs(model, mask_ratio):
     """
     visible = count_visible_units(math.prod(model.encoder.grid), mask_ratio)
     shortened = model.decoder_blocks[-1].mlp, model.decoder_pred
-    saved_macs = sum(row_cost(layer, visible, 0) for layer in shortened)
-    return model.macs(mask_ratio=mask_ratio, layer_norm_cost=0) - saved_macs
+    skipped_macs = sum(row_cost(layer, visible, 0) for layer in shortened)
+    return model.macs(mask_ratio=mask_ratio, layer_norm_cost=0) - skipped_macs
 
 
 class SquareTask:

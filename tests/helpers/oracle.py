@@ -42,7 +42,7 @@ def uniforms(seed, epoch, index, count):
 
 
 def fold(key, word):
-    """Return the key for a purpose that `word` names."""
+    """Return the key for the purpose `word`, such as "mask"."""
     return jax.random.fold_in(key, zlib.crc32(word.encode()))
 
 
@@ -109,7 +109,10 @@ def resize(pixels, box, size, data, on_device):
 
 
 def apply_randaugment(pixels, draws):
-    """Apply rand-m9-mstd0.5-inc1; another test compares the operations with timm's."""
+    """Apply rand-m9-mstd0.5-inc1, with the package's implementation of operations.
+
+    test_randaugment.py compares these operations with timm's.
+    """
     from statistics import NormalDist
 
     image, names = Image.fromarray(np.uint8(pixels)), list(randaugment.OPERATIONS)
@@ -193,6 +196,8 @@ def erase(image, key, probability):
 def mix(images, targets, weight, key, mixup_alpha, cutmix_alpha):
     """Apply Mixup or CutMix to pairs of neighbors, with one ratio for the batch.
 
+    A pair with an unreadable image is not mixed.
+
     mixup_alpha, cutmix_alpha: alphas of the beta distributions; 0: off.
     """
     size = np.array(images.shape[1:3])
@@ -274,7 +279,7 @@ def concatenate_neighbors(x):
 
 
 def count_blocks(p, stage):
-    """Count the residual blocks of a stage."""
+    """Return the number of residual blocks of a stage."""
     return sum(f"encoder/stages/{stage}/{i}/norm2/scale" in p for i in range(99))
 
 

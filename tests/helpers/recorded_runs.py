@@ -15,8 +15,8 @@ from hivit_jax.errors import Interrupted
 from hivit_jax.train import train
 
 CLASSES = ("ape", "bee", "cat", "dog", "eel", "fly", "gnu")
-BROKEN = {"train": 9, "val": 4}  # index of an image that cannot be read
-IMAGES, BATCH, STEPS = 22, 16, 3
+BROKEN = {"train": 9, "val": 4}  # split -> index of an image that cannot be read
+IMAGES, BATCH, STEPS = 22, 16, 3  # training images, batch size, steps of a run
 COMMON = {
     "seed": 5,
     "batch_size": BATCH,
@@ -63,6 +63,7 @@ AUTOENCODER = {
     "data.std": "(0.3,0.2,0.4)",
 }
 CLASSIFIER = {"init_from": "", "model.num_classes": 8}
+# Overrides of classifiers with and without augmentation, and of a linear probe
 AUGMENTED = {
     "cutmix": 0.6,
     "label_smoothing": 0.2,
@@ -353,10 +354,12 @@ def expected_with_adam(run, config, steps, evaluated=True):
             params[name] = array - learning_rate * update
         expect("params", params)
         if o.ema_decay and "ema" in run.states[0]:
-            average, new = run.params(step, "ema"), run.params(step + 1)
+            average, params = run.params(step, "ema"), run.params(step + 1)
             decay = o.ema_decay
-            average = {k: decay * a + (1 - decay) * new[k] for k, a in average.items()}
-            expect("ema", average)
+            expect(
+                "ema",
+                {k: decay * a + (1 - decay) * params[k] for k, a in average.items()},
+            )
     expected["learning_rate"] = [
         oracle.learning_rate(step, config, IMAGES) for step in range(STEPS)
     ]
@@ -399,7 +402,7 @@ def probe_functions():
 
 
 def expected_with_lars(run, config, steps, evaluated=True):
-    """Return {kind: values over the steps} of everything that a linear probe saves.
+    """Return {kind: values over the steps} of all that a linear probe saves and logs.
 
     Follows MAE's ``main_linprobe.py`` and ``util/lars.py``.
     """
@@ -439,8 +442,12 @@ def expected_with_lars(run, config, steps, evaluated=True):
         }
         frozen = {k: v for k, v in before.items() if k.startswith("encoder/")}
         expect("params", trained | frozen)
-        new = {"fc_norm/mean": readable.mean(0), "fc_norm/var": readable.var(0, ddof=1)}
-        expect("statistics", {k: 0.9 * before[k] + 0.1 * v for k, v in new.items()})
+        mean, variance = readable.mean(0), readable.var(0, ddof=1)
+        batch_statistics = {"fc_norm/mean": mean, "fc_norm/var": variance}
+        expect(
+            "statistics",
+            {k: 0.9 * before[k] + 0.1 * v for k, v in batch_statistics.items()},
+        )
     expected["learning_rate"] = [
         oracle.learning_rate(step, config, IMAGES) for step in range(STEPS)
     ]

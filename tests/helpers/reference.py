@@ -31,7 +31,7 @@ OUR_NAMES = {
     "hifeat": "multi_scale",
     "rpe": "relative_position",
 }
-SUPERVISED = {"cls_tiny", "cls_small", "cls_base"}
+SUPERVISED = {"cls_tiny", "cls_small", "cls_base"}  # fixtures of HiViT-T, -S and -B
 MINI_CLASSIFIER = FIXTURES["features_mini_rpe"]["config"]
 
 
@@ -47,13 +47,13 @@ def normal(name: str, shape, seed: int = SEED) -> np.ndarray:
 
 def weight(name: str, shape, seed: int = SEED) -> np.ndarray:
     """Return a state dict entry that keeps the variance of activations at about 1."""
-    draw, leaf = normal(name, shape, seed), name.rsplit(".", 1)[-1]
+    values, leaf = normal(name, shape, seed), name.rsplit(".", 1)[-1]
     if "pos_embed" in leaf or leaf in ("mask_token", "relative_position_bias_table"):
-        return np.float32(0.5) * draw
+        return np.float32(0.5) * values
     if len(shape) == 1:
-        gain = np.float32(0.1) * draw
-        return np.float32(1) + gain if leaf == "weight" else gain
-    return np.float32(1 / np.sqrt(np.prod(shape[1:]))) * draw
+        values = np.float32(0.1) * values
+        return np.float32(1) + values if leaf == "weight" else values
+    return np.float32(1 / np.sqrt(np.prod(shape[1:]))) * values
 
 
 def state_dict(fixture: str, shapes=None) -> dict[str, np.ndarray]:
@@ -94,8 +94,8 @@ def probe(name: str, gradient: np.ndarray, seed: int = SEED) -> float:
 
     The gradient has PyTorch's layout.
     """
-    draw = normal(f"{name}/probe", gradient.shape, seed).astype(np.float64)
-    return float((gradient.astype(np.float64) * draw).sum())
+    direction = normal(f"{name}/probe", gradient.shape, seed).astype(np.float64)
+    return float((gradient.astype(np.float64) * direction).sum())
 
 
 @cache

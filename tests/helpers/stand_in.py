@@ -3,8 +3,9 @@
 Environment variables:
   CALLS: file that receives one JSON list per call, name and arguments.
   PLAY: JSON, piece of a command line -> [[stdout, exit code], ...]. The first call that
-    contains the piece uses the first entry, and so on; the last entry repeats. The exit
-    code "signal" waits for SIGTERM and exits with 75; "abort" aborts.
+    contains the piece uses the first entry, and so on; the last entry repeats. With the
+    exit code "signal", the call waits for SIGTERM and exits with 75; with "abort", it
+    ends with SIGABRT.
   VM: home directory of every virtual machine. ssh runs commands there; scp copies
     there.
 """
@@ -16,15 +17,12 @@ import subprocess
 import sys
 
 
-def play(line: str, before: list[str]) -> int:
-    """Print the scripted output of a command line; return its exit code.
-
-    before: earlier command lines.
-    """
-    for piece, parts in json.loads(os.environ["PLAY"]).items():
+def play(line: str, earlier_lines: list[str]) -> int:
+    """Print the scripted output of a command line; return its exit code."""
+    for piece, answers in json.loads(os.environ["PLAY"]).items():
         if piece in line:
-            turn = sum(piece in earlier for earlier in before)
-            out, code = parts[min(turn, len(parts) - 1)]
+            turn = sum(piece in earlier for earlier in earlier_lines)
+            out, code = answers[min(turn, len(answers) - 1)]
             if code == "signal":
                 signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
             print(out, flush=True)
@@ -38,22 +36,22 @@ def main(name: str, *arguments: str) -> int:
     """Log the call, then run it as scripted; return its exit code."""
     with open(os.environ["CALLS"], "a+") as calls:
         calls.seek(0)
-        before = [json.loads(line) for line in calls]
+        earlier_calls = [json.loads(line) for line in calls]
         calls.write(json.dumps([name, *arguments]) + "\n")
     if "scp" in arguments:
         source, target = arguments[4], arguments[5].partition(":")[2]
         with (
-            open(source, "rb") as here,
-            open(f"{os.environ['VM']}/{target}", "wb") as vm,
+            open(source, "rb") as source_file,
+            open(f"{os.environ['VM']}/{target}", "wb") as target_file,
         ):
-            vm.write(here.read())
+            target_file.write(source_file.read())
     if "ssh" in arguments:
         (command,) = (a for a in arguments if a.startswith("--command="))
         os.chdir(os.environ["VM"])
         line = command.removeprefix("--command=")
         code = subprocess.run(["bash", "-c", line], check=False).returncode
         return code if code >= 0 else 255  # ssh's code if a signal ended the command
-    lines = [" ".join(call) for call in before if "ssh" not in call]
+    lines = [" ".join(call) for call in earlier_calls if "ssh" not in call]
     return play(" ".join([name, *arguments]), lines)
 
 

@@ -1,7 +1,7 @@
-"""Small state dicts of every supported format, and files that contain them.
+"""Small state dicts in three formats of PyTorch files, and functions that write files.
 
-``python tests/helpers/state_files.py`` writes the files of tests/parity/golden with
-PyTorch.
+``python tests/helpers/state_files.py`` writes the .pth files of tests/parity/golden
+with PyTorch.
 """
 
 import argparse
@@ -62,9 +62,11 @@ def contents_by_format():
     )
     named = {}
     for name, array in state.items():
-        new = {"absolute_pos_embed": "pos_embed"}.get(name, name)
-        head = name.startswith("head.")
-        named[name.replace("head.", "head.fc.") if head else f"backbone.{new}"] = array
+        if name.startswith("head."):
+            named[name.replace("head.", "head.fc.")] = array
+        else:
+            new_name = {"absolute_pos_embed": "pos_embed"}.get(name, name)
+            named[f"backbone.{new_name}"] = array
     index = np.zeros((4, 4), np.int64)
     named["backbone.relative_position_index"] = index
     named["backbone.blocks.6.attn.relative_position_index"] = index
@@ -83,7 +85,11 @@ def with_tensors(content):
 
 
 def save_safetensors(path, state, about=()):
-    """Write a safetensors file as other programs do; return the path."""
+    """Write a safetensors file as other programs do; return the path.
+
+    Args:
+      about: metadata, {text: text}.
+    """
     from safetensors.numpy import save_file
 
     state = {name: np.array(array, order="C") for name, array in state.items()}

@@ -22,7 +22,7 @@ MESHES = {
 
 
 def make_state(seed=0):
-    """Return a small train state whose values are all different."""
+    """Return a small train state of random arrays; `seed` is also its step."""
     params = {
         "attn": {
             "qkv": {
@@ -47,7 +47,7 @@ def make_state(seed=0):
 
 
 def state_on_mesh(name, seed=0):
-    """Return a state on a mesh, and the abstract state for `restore_newest`."""
+    """Return (state on a mesh of `MESHES`, abstract state for `restore_newest`)."""
     shardings = state_shardings(make_mesh(MESHES[name], 8), jax.eval_shape(make_state))
     state = fast_jit(lambda: make_state(seed), out_shardings=shardings)()
     return state, with_shardings(jax.eval_shape(make_state), shardings)

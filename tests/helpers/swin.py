@@ -12,6 +12,7 @@ __all__ = ["abstract_model", "images", "labels", "noise", "probe", "weight"]
 FACTS = json.loads((reference.GOLDEN / "swin.json").read_text())
 FIXTURES = FACTS["fixtures"]
 check_gradients = partial(reference.check_gradients, FIXTURES, seed=0)
+# The golden data's names of model arguments -> ours, and names without one of ours
 OUR_NAMES = {"img_size": "image_size", "img": "image_size"}
 NOT_OURS = ("qkv_bias", "encoder_stride", "mask_ratio", "mask_count", "patch_norm")
 

@@ -22,24 +22,24 @@ from hivit_jax.keys import Key
 from hivit_jax.models.norms import BatchNorm
 from hivit_jax.tasks.base import Task
 
-CELL, CLASSES = 8, 3
-SIZES = ((32, 32), (32, 48))  # one bucket each
-BROKEN = "train/07"
+CELL, CLASSES = 8, 3  # side of a cell in pixels, number of classes
+SIZES = ((32, 32), (32, 48))  # (height, width) of images; one bucket each
+BROKEN = "train/07"  # image whose label map cannot be read
 
 
 def write_dataset(root):
     """Write images of the two `SIZES`, with a label for each cell.
 
-    There are 40 and 11 training images, 9 and 8 test images. The labels are 0 (dark),
-    1 (middle) and 2 (bright). One label map cannot be read.
+    There are 40 and 11 training images, 9 and 8 test images of the two sizes. The
+    labels are 0 (dark), 1 (middle) and 2 (bright). One label map cannot be read.
     """
     random = np.random.RandomState(0)
     for split, counts in (("train", (40, 11)), ("test", (9, 8))):
         directory = root / split
         directory.mkdir(parents=True)
-        kinds = random.permutation([0] * counts[0] + [1] * counts[1])
-        for index, kind in enumerate(kinds):
-            rows, columns = (side // CELL for side in SIZES[kind])
+        buckets = random.permutation([0] * counts[0] + [1] * counts[1])
+        for index, bucket in enumerate(buckets):
+            rows, columns = (side // CELL for side in SIZES[bucket])
             labels = random.randint(0, CLASSES, (rows, columns)).astype(np.uint8)
             pixels = labels.repeat(CELL, 0).repeat(CELL, 1)[..., None] * 90
             pixels = pixels + random.randint(0, 60, (*pixels.shape[:2], 3))
@@ -94,7 +94,7 @@ class MapTransform(Transform):
     def __call__(self, sample, draws, out):
         step = -1 if self._train and draws[0] < 0.5 else 1
         for name in ("image", "map"):
-            if name in sample:  # absent in predictions
+            if name in sample:  # because images to predict have no map
                 pixels = np.asarray(Image.open(io.BytesIO(sample[name])))
                 out[name][:] = pixels[:, ::step]
 
@@ -166,8 +166,8 @@ class Segmentation(Task):
         return {"map": model(self.preprocess(batch)).argmax(-1)}
 
     def panels(self, model, frozen, batch, keys):
-        found = model(self.preprocess(batch)).argmax(-1)
-        return {"images": batch["image"], "maps": found}
+        predicted = model(self.preprocess(batch)).argmax(-1)
+        return {"images": batch["image"], "maps": predicted}
 
     def records(self, rows):
         if "map" in rows:

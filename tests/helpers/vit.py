@@ -14,7 +14,7 @@ from hivit_jax.weights.names.official import to_official
 __all__ = ["abstract_model"]
 FACTS = json.loads((reference.GOLDEN / "vit.json").read_text())
 FIXTURES = FACTS["fixtures"]
-# These fixtures have another seed.
+# The seed of these fixtures is 0 instead of `reference.SEED`.
 weight, images, noise, labels, probe = (
     partial(make, seed=0)
     for make in (

@@ -30,9 +30,11 @@ SCRIPTS = sorted(LAUNCH.glob("*.sh"))
 TRAINING = ["--config", "configs/mae_base.py", "--workdir=gs://bucket/a run"]
 
 
+# Arguments that a shell would change if they were not quoted
 AWKWARD = ["--config.data.dir=it's $HOME", 'a "b" \\', "*", "$(false)", "\ttab", "é;&|"]
 
 
+# Pieces of command lines, for the scripted answers of tests/helpers/stand_in.py
 TRAIN = "-m hivit_jax.main"
 
 
@@ -57,8 +59,8 @@ class Stage:
         stand_in.chmod(0o755)
         commands = directory / "bin"
         installed = self.vm / "hivit_jax" / ".venv" / "bin"
-        for each in (commands, installed):
-            each.mkdir(parents=True)
+        for path in (commands, installed):
+            path.mkdir(parents=True)
         for name in ("gcloud", "srun", "scontrol", "python", "python3", "pkill"):
             (commands / name).symlink_to(stand_in)
         (installed / "python").symlink_to(stand_in)
@@ -71,9 +73,14 @@ class Stage:
         }
 
     def start(self, *command: str | Path, play=None, **environment) -> subprocess.Popen:
-        """Start a command; `play` contains the stand-ins' answers."""
-        parts = {"pkill": [["", 1]], TPU: [["READY", 0]]} | (play or {})
-        variables = {"PLAY": json.dumps(parts), **self.environment, **environment}
+        """Start a command.
+
+        Args:
+          play: answers of the stand-ins. By default, pkill finds no process, and the
+            TPU is ready.
+        """
+        answers = {"pkill": [["", 1]], TPU: [["READY", 0]]} | (play or {})
+        variables = {"PLAY": json.dumps(answers), **self.environment, **environment}
         return subprocess.Popen(
             list(map(str, command)),
             stdin=subprocess.DEVNULL,
@@ -99,12 +106,15 @@ class Stage:
 
     def steps(self) -> list[str]:
         """Return the verbs of gcloud calls, and "train" for training."""
-        words = {"gcloud": lambda c: c[4], "python": lambda c: "train"}
-        return [words[c[0]](c) for c in self.calls() if c[0] in words]
+        return [
+            "train" if call[0] == "python" else call[4]
+            for call in self.calls()
+            if call[0] in ("gcloud", "python")
+        ]
 
-    def trained(self) -> list[list[str]]:
+    def training_arguments(self) -> list[list[str]]:
         """Return the arguments of each training command."""
-        return [c[3:] for c in self.calls() if c[0] == "python"]
+        return [call[3:] for call in self.calls() if call[0] == "python"]
 
 
 @pytest.fixture
@@ -127,8 +137,8 @@ def test_scripts_parse(script):
 
 
 @pytest.mark.parametrize("name", ["slurm.sh", "fake_pod.sh"])
-def test_help(name):
-    """--help prints the comment at the top, without the options for sbatch."""
+def test_help_prints_the_comment_at_the_top(name):
+    """The options for sbatch are not printed."""
     command = [LAUNCH / name, "--help"]
     text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     assert f"  launch/{name} " in text
@@ -143,7 +153,7 @@ def gcloud(*arguments):
     return ["gcloud", "compute", "tpus", *arguments]
 
 
-def test_calls_of_create(stage):
+def test_create_waits_until_the_request_is_active(stage):
     waiting = {QUEUE: [["WAITING_FOR_RESOURCES", 0], ["", 1], ["ACTIVE", 0]]}
     flags = ("--name=n", "--zone", "z", "--project=p", "--type=v4-32", "--version=v")
     assert stage.run(*tpu_vm("create", *flags, "--spot"), play=waiting)[0] == 0
@@ -158,18 +168,19 @@ def test_calls_of_create(stage):
     ]
 
 
-def test_create_without_flags_and_from_the_environment(stage):
+def test_create_uses_defaults_or_environment_variables(stage):
     play = {QUEUE: [["ACTIVE", 0]]}
     assert stage.run(*tpu_vm("create"), play=play)[0] == 0
     command = gcloud("queued-resources", "create", "hivit", "--node-id=hivit")
-    kind = ["--accelerator-type=v5litepod-4", "--runtime-version=v2-alpha-tpuv5-lite"]
-    assert stage.calls()[0] == [*command, *kind, "--quiet"]
+    command += ["--accelerator-type=v5litepod-4"]
+    command += ["--runtime-version=v2-alpha-tpuv5-lite"]
+    assert stage.calls()[0] == [*command, "--quiet"]
     assert stage.run(*tpu_vm("create"), play=play, TPU_SPOT="1", TPU_ZONE="z")[0] == 0
-    assert stage.calls()[0] == [*command, *kind, "--spot", "--zone=z", "--quiet"]
+    assert stage.calls()[0] == [*command, "--spot", "--zone=z", "--quiet"]
 
 
 @pytest.mark.parametrize("state", ["FAILED", "SUSPENDED"])
-def test_create_that_fails(stage, state):
+def test_failed_create_exits_with_1(stage, state):
     assert stage.run(*tpu_vm("create"), play={QUEUE: [[state, 0]]})[0] == 1
     assert stage.run(*tpu_vm("create"), play={"create": [["", 1]]})[0] == 1
 
@@ -201,10 +212,10 @@ def test_arguments_arrive_intact(stage):
     """Training receives its arguments unchanged through both shells and gcloud."""
     assert stage.run(*tpu_vm("run", "--", *TRAINING, *AWKWARD))[0] == 0
     assert stage.steps() == ["ssh", "train"]
-    assert stage.trained() == [TRAINING + AWKWARD]
+    assert stage.training_arguments() == [TRAINING + AWKWARD]
 
 
-def test_status_and_delete(stage):
+def test_status_prints_two_states_and_delete_is_forced(stage):
     play = {QUEUE: [["ACTIVE", 0]]}
     code, out, _ = stage.run(*tpu_vm("status"), play=play)
     assert (code, out) == (0, "ACTIVE\nREADY\n")
@@ -220,30 +231,35 @@ def test_run_exits_with_the_code_of_training(stage, code):
     assert stage.run(*tpu_vm("run", "--", *TRAINING), play=play)[0] == code
 
 
+# Steps of `Stage.steps`: `setup`; a TPU is recreated; `resume` with a TPU that is ready
 INSTALL = ["scp", "ssh"]
 
 
 RECREATE = ["delete", "create", "describe", *INSTALL]
 
 
-AGAIN = ["describe", *INSTALL, "ssh", "train"]
+RESUME = ["describe", *INSTALL, "ssh", "train"]
 
 
-def run_keep(stage, trainings, tpu=("READY",)):
-    """Run `keep` with scripted exit codes and TPU states; return (steps, exit code)."""
+def run_keep(stage, exit_codes, tpu_states=("READY",)):
+    """Run `keep`; return (steps, exit code).
+
+    Args:
+      exit_codes: one for each training command; the last one repeats.
+      tpu_states: one for each query, "" for a missing TPU; the last one repeats.
+    """
     play = {
-        TRAIN: [["", code] for code in trainings],
-        TPU: [[state, 0 if state else 1] for state in tpu],
+        TRAIN: [["", code] for code in exit_codes],
+        TPU: [[state, 0 if state else 1] for state in tpu_states],
         QUEUE: [["ACTIVE", 0]],
     }
     code, _, error = stage.run(*tpu_vm("keep", "--spot", "--", *TRAINING), play=play)
     assert "still there" in error
-    assert all(each == TRAINING for each in stage.trained())
+    assert all(arguments == TRAINING for arguments in stage.training_arguments())
     return stage.steps(), code
 
 
-def test_preempted_tpu_is_recreated_and_training_resumes(stage):
-    """A missing TPU is created; a preempted one is recreated and training resumes."""
+def test_missing_or_preempted_tpu_is_recreated_and_training_resumes(stage):
     states = ["", "PREEMPTED", "PREEMPTED", "READY"]
     steps, code = run_keep(stage, [1, 0], states)
     train = ["ssh", "train"]
@@ -260,27 +276,28 @@ def test_preempted_tpu_is_recreated_and_training_resumes(stage):
 
 
 def test_unreachable_tpu_is_recreated(stage):
+    """Exit code 255 of ssh means that the TPU cannot be reached."""
     steps, code = run_keep(stage, [255, 0])
-    assert steps == [*AGAIN, "describe", *RECREATE, "ssh", "train"]
+    assert steps == [*RESUME, "describe", *RECREATE, "ssh", "train"]
     assert code == 0
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("code", [75, 134, "abort"])
 def test_interrupted_run_resumes_on_the_same_tpu(stage, code):
-    """The TPU is kept if the run saved its state or lost one of its processes."""
+    """The run saved its state (75) or lost one of its processes (134, or an abort)."""
     steps, code = run_keep(stage, [code] * 6 + [0])
-    assert steps == [*AGAIN, "describe"] * 6 + AGAIN
+    assert steps == [*RESUME, "describe"] * 6 + RESUME
     assert code == 0
 
 
 @pytest.mark.parametrize("code", [2, 3, 4, 5])
 def test_user_errors_are_not_retried(stage, code):
-    assert run_keep(stage, [code]) == (AGAIN, code)
+    assert run_keep(stage, [code]) == (RESUME, code)
 
 
 @pytest.mark.slow
-def test_crash_is_retried_five_times(stage):
+def test_crashing_run_is_started_five_times(stage):
     steps, code = run_keep(stage, [139])
     assert steps.count("train") == 5
     assert code == 139
@@ -320,7 +337,7 @@ def test_dry_run_prints_commands_to_paste(stage, command):
         (["setup", "--source=/nowhere"], "--source=/nowhere"),
     ],
 )
-def test_invalid_arguments(stage, arguments, named):
+def test_invalid_arguments_exit_with_code_2(stage, arguments, named):
     code, _, error = stage.run(LAUNCH / "tpu_vm.sh", *arguments)
     assert code == 2
     assert named in error
@@ -336,7 +353,7 @@ JOB = {"SLURM_JOB_ID": "7", "SLURM_CPUS_PER_TASK": "4"}
 
 
 @pytest.mark.parametrize("code", [0, 2, 75, 134, 137])
-def test_a_job_is_requeued_when_it_was_interrupted(stage, code):
+def test_interrupted_job_is_requeued(stage, code):
     script = [LAUNCH / "slurm.sh", *TRAINING, *AWKWARD]
     assert stage.run(*script, play={"srun": [["", code]]}, **JOB)[0] == code
     step = [*SRUN, "--cpus-per-task=4", "python", "-m", "hivit_jax.main"]
@@ -344,7 +361,7 @@ def test_a_job_is_requeued_when_it_was_interrupted(stage, code):
     assert stage.calls() == [[*step, *TRAINING, *AWKWARD], *requeue]
 
 
-def test_dry_run_of_a_job(stage):
+def test_dry_run_of_a_job_prints_commands_to_paste(stage):
     script = [LAUNCH / "slurm.sh", "--dry_run", *TRAINING, *AWKWARD]
     code, printed, _ = stage.run(*script, PYTHON="my python")
     assert code == 0
@@ -354,14 +371,14 @@ def test_dry_run_of_a_job(stage):
     assert stage.calls() == [step, ["scontrol", "requeue", "JOB"]]
 
 
-def test_slurm_script_outside_of_a_job(stage):
+def test_slurm_script_outside_of_a_job_is_an_error(stage):
     code, _, error = stage.run(LAUNCH / "slurm.sh", *TRAINING)
     assert (code, stage.calls()) == (2, [])
     assert "sbatch" in error
 
 
-def test_options_of_a_job():
-    """SLURM reads only options above the first command; each GPU has one process."""
+def test_job_options_precede_the_first_command():
+    """SLURM ignores later options. Each GPU has one process."""
     text = (LAUNCH / "slurm.sh").read_text()
     comments = re.match(r"(#.*\n)*", text)[0]
     assert comments.count("\n#SBATCH ") == text.count("#SBATCH ")
@@ -379,7 +396,7 @@ def fake_pod(count, *arguments):
     return LAUNCH / "fake_pod.sh", "-n", count, "--", *arguments
 
 
-def test_processes_of_a_fake_pod(stage):
+def test_fake_pod_starts_processes_and_prefixes_their_lines(stage):
     code, out, _ = stage.run(
         *fake_pod(3, *TRAINING, *AWKWARD), play={TRAIN: [["one\ntwo", 0]]}
     )
@@ -394,16 +411,17 @@ def test_processes_of_a_fake_pod(stage):
     ]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_fake_pod_passes_signals_on(stage, number):
+@pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGHUP])
+def test_fake_pod_forwards_sigterm(stage, signal_number):
+    """The pod sends SIGTERM to its processes after SIGTERM and after SIGHUP."""
     play = {TRAIN: [["waiting", "signal"]]}
     # Without this, the pod would ignore SIGHUP if the tests run under nohup.
-    before = signal.signal(number, signal.SIG_DFL)
+    before = signal.signal(signal_number, signal.SIG_DFL)
     process = stage.start(*fake_pod(4, *TRAINING), play=play)
-    signal.signal(number, before)
+    signal.signal(signal_number, before)
     waiting = {process.stdout.readline() for _ in range(4)}
     assert waiting == {f"[{i}] waiting\n" for i in range(4)}
-    process.send_signal(number)
+    process.send_signal(signal_number)
     process.communicate(timeout=30)
     assert process.returncode == 75
 
@@ -415,12 +433,13 @@ def test_a_fake_pod_passes_signals_on(stage, number):
         *[((0, 134), 134), ((134, 4), 4), ((4, 134), 4)],
     ],
 )
-def test_exit_code_of_a_fake_pod(stage, codes, expected):
+def test_fake_pod_exits_with_the_code_of_a_failed_process(stage, codes, expected):
+    """Codes 75 and 134 are returned only if no process fails with another code."""
     play = {f"--process_id={i}": [["", code]] for i, code in enumerate(codes)}
     assert stage.run(*fake_pod(len(codes), *TRAINING), play=play)[0] == expected
 
 
-def test_a_fake_pod_ends_when_one_process_dies(stage):
+def test_fake_pod_ends_when_one_process_dies(stage):
     play = {"--process_id=1": [["", 4]], TRAIN: [["", "signal"]]}
     code, _, error = stage.run(*fake_pod(3, *TRAINING), play=play, GRACE="0")
     assert code == 4
@@ -432,7 +451,7 @@ def test_a_fake_pod_ends_when_one_process_dies(stage):
 
 
 @pytest.mark.parametrize("arguments", [[], ["-n", "0", "--"], ["-n", "2", "--config"]])
-def test_usage_of_a_fake_pod(stage, arguments):
+def test_fake_pod_prints_its_usage_for_invalid_arguments(stage, arguments):
     code, _, error = stage.run(LAUNCH / "fake_pod.sh", *arguments)
     assert (code, stage.calls()) == (2, [])
     assert error.startswith("usage: ")
@@ -441,11 +460,11 @@ def test_usage_of_a_fake_pod(stage, arguments):
 # Containers
 
 
-def after_exit(jobset, code):
-    """Return "end" or "again", the reaction to a container's exit code.
+def reaction_to(jobset, code):
+    """Return "end" or "restart", the reaction of a jobset to a container's exit code.
 
-    Follows Kubernetes' podFailurePolicy and JobSet's failurePolicy; the first match
-    wins.
+    Follows Kubernetes' podFailurePolicy and JobSet's failurePolicy. The first matching
+    rule of each applies.
     """
     (replicated,) = jobset["spec"]["replicatedJobs"]
     job = replicated["template"]["spec"]
@@ -453,10 +472,10 @@ def after_exit(jobset, code):
     reason = "BackoffLimitExceeded"  # because backoffLimit is 0
     for rule in job.get("podFailurePolicy", {}).get("rules", []):
         condition = rule["onExitCodes"]
-        inside = code in condition["values"]
+        is_listed = code in condition["values"]
         if condition.get("containerName", container["name"]) != container["name"]:
             continue
-        if code and inside == {"In": True, "NotIn": False}[condition["operator"]]:
+        if code and is_listed == {"In": True, "NotIn": False}[condition["operator"]]:
             assert rule["action"] == "FailJob"
             reason = "PodFailurePolicy"
             break
@@ -469,22 +488,22 @@ def after_exit(jobset, code):
             if rule["action"] == "FailJobSet":
                 return "end"
             break
-    return "again" if policy["maxRestarts"] else "end"
+    return "restart" if policy["maxRestarts"] else "end"
 
 
 @pytest.mark.parametrize(
     ("code", "expected"),
     [(code, "end") for code in (2, 3, 4, 5)]
-    + [(code, "again") for code in (1, 75, 134, 137, 143)],
+    + [(code, "restart") for code in (1, 75, 134, 137, 143)],
 )
-def test_exit_codes_of_a_jobset(code, expected):
-    """With jobset.yaml, preempted and crashed pods restart; user errors end the job."""
+def test_jobset_restarts_unless_the_user_made_an_error(code, expected):
+    """Codes 2 to 5 end the job. Preempted and crashed pods restart."""
     (jobset,) = yaml.safe_load_all((LAUNCH / "jobset.yaml").read_text())
-    assert after_exit(jobset, code) == expected
+    assert reaction_to(jobset, code) == expected
 
 
-def test_jobset():
-    """The pods of jobset.yaml use all chips of the slice and end with training."""
+def test_jobset_uses_all_chips_of_the_slice():
+    """Its pods end with training and have time to save. Its arguments are valid."""
     (jobset,) = yaml.safe_load_all((LAUNCH / "jobset.yaml").read_text())
     assert jobset["kind"] == "JobSet"
     assert jobset["spec"]["failurePolicy"]["maxRestarts"] >= 100
@@ -502,11 +521,8 @@ def test_jobset():
     assert flags.workdir.startswith("gs://")
 
 
-def test_dockerfile():
-    """The Dockerfile copies files that exist and are not ignored.
-
-    The extras that it installs exist in the package.
-    """
+def test_dockerfile_names_existing_files_and_extras():
+    """.dockerignore does not exclude the files that the Dockerfile copies."""
     text = (LAUNCH / "Dockerfile").read_text()
     copied = " ".join(re.findall(r"^COPY (.*) \S+$", text, re.MULTILINE)).split()
     allowed = (ROOT / ".dockerignore").read_text().split()

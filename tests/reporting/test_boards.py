@@ -22,7 +22,8 @@ def tensorboard_values(workdir):
 
     [path] = workdir.glob("events.*")
     content, offset, values = path.read_bytes(), 0, []
-    while offset < len(content):  # length, CRC, event, CRC
+    # An event has 8 bytes of length, 4 of checksum, its content, and 4 of checksum.
+    while offset < len(content):
         size = struct.unpack_from("<Q", content, offset)[0]
         event = Event.FromString(content[offset + 12 : offset + 12 + size])
         offset += 16 + size
@@ -30,11 +31,8 @@ def tensorboard_values(workdir):
     return values
 
 
-def test_tensorboard(tmp_path):
-    """TensorBoard files contain metrics and images, with train/ or eval/ in the tags.
-
-    They also contain the config as text and as hyperparameters.
-    """
+def test_tensorboard_file_contains_metrics_images_and_config(tmp_path):
+    """Tags begin with train/ or eval/. The config is text, and hyperparameters."""
     pytest.importorskip("tensorboardX")
     writer = metrics.Writer(tmp_path, 0, SETTINGS)
     writer.scalars(3, {"loss": 0.5})
@@ -52,15 +50,19 @@ def test_tensorboard(tmp_path):
     assert by_tag["train/reconstruction"].image.width == 2
     [text] = by_tag["config/text_summary"].tensor.string_val
     assert b'"batch_size": 16' in text
-    start = str(by_tag["_hparams_/session_start_info"].metadata)
-    assert all(name in start for name in SETTINGS)
-    assert "(1, 1, 2)" in start
-    metrics_of_table = str(by_tag["_hparams_/experiment"].metadata)
-    assert all(f"eval/{name}" in metrics_of_table for name in ("loss", "top1", "mAP"))
+    hyperparameters = str(by_tag["_hparams_/session_start_info"].metadata)
+    assert all(name in hyperparameters for name in SETTINGS)
+    assert "(1, 1, 2)" in hyperparameters
+    table_metrics = str(by_tag["_hparams_/experiment"].metadata)
+    assert all(f"eval/{name}" in table_metrics for name in ("loss", "top1", "mAP"))
 
 
 class StandIn:
-    """Stand-in for the used parts of wandb, without network and files."""
+    """Stand-in for wandb with the parts that `Writer` uses. Writes nothing.
+
+    Args:
+      problem: message of the error that `init` raises; "": no error.
+    """
 
     Image = staticmethod(lambda pixels: ("image", pixels.shape))
     Settings = staticmethod(dict)
@@ -105,7 +107,7 @@ def test_wandb_receives_the_metrics(workdir, monkeypatch):
     assert first["config"] == SETTINGS
 
 
-def test_wandb_that_cannot_start(workdir, monkeypatch):
+def test_wandb_that_cannot_start_is_an_error(workdir, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", StandIn("api_key not configured\nmore"))
     with pytest.raises(ConfigError, match="api_key not configured\nrun `wandb login`"):
         metrics.Writer(workdir, project="project")

@@ -19,11 +19,15 @@ from hivit_jax.reporting import console
         (360_000, "100:00:00"),
     ],
 )
-def test_duration(seconds, text):
+def test_duration_is_rounded_to_seconds(seconds, text):
     assert console.duration(seconds) == text
 
 
-def test_step_line():
+def test_step_line_shows_progress_speed_and_warnings():
+    """Waiting and unreadable images are shown if there are enough of them.
+
+    With several chips, the line shows the throughput per chip.
+    """
     values = dict(
         loss=0.54321,
         learning_rate=1.2e-3,
@@ -51,7 +55,7 @@ def test_step_line():
     assert len(line) <= 112
 
 
-def test_eval_line():
+def test_eval_line_shows_all_metrics_and_counts():
     values = {"eval/loss": 0.54, "eval/count": 50_000, "eval/unreadable": 0}
     assert console.eval_line("step 120", values) == (
         "step 120  eval  loss 0.5400  (50,000 images)"
@@ -64,7 +68,7 @@ def test_eval_line():
     assert console.eval_line("step 120", values).endswith("(360 images, 2 unreadable)")
 
 
-def test_only_one_process_logs(monkeypatch, capsys):
+def test_only_process_0_logs(monkeypatch, capsys):
     for index in range(2):
         monkeypatch.setattr(console.jax, "process_index", lambda index=index: index)
         console.log(f"process {index}")

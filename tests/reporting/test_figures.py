@@ -8,8 +8,8 @@ from PIL import Image
 from hivit_jax.reporting import figures, metrics
 
 
-def test_reconstruction_panels():
-    """Panels undo the normalization of two channels; half of the image is masked."""
+def test_reconstruction_panels_undo_the_normalization():
+    """The image has 1x4 pixels and two channels. Its two middle pixels are masked."""
     mean, std = (0.5, 0.25), (0.5, 0.25)
     original = np.array([0.0, 0.25, 0.75, 1.0])[None, None, :, None] * [1, 0.5]
     predicted = np.array([0.25, 0.5, 1.5, -1.0])[None, None, :, None] * [1, 0.5]
@@ -32,7 +32,7 @@ def test_reconstruction_panels():
     assert panels.max() == 1
 
 
-def test_panels_of_values_out_of_range():
+def test_reconstruction_panels_clip_values():
     images = np.full((1, 2, 2, 1), 3.0)
     is_masked = np.ones((1, 2, 2, 1))
     panels = figures.reconstruction_panels(images, -images, is_masked, (0.5,), (0.5,))
@@ -46,7 +46,7 @@ def pixels_of(path):
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_draw_run(workdir, channels):
+def test_draw_run_writes_curves_and_images(workdir, channels):
     writer = metrics.Writer(workdir)
     for step in (10, 20):
         writer.scalars(step, {"loss": 1 / step})
@@ -59,14 +59,15 @@ def test_draw_run(workdir, channels):
         "curves": workdir / "figures" / "curves.png",
         "reconstruction": workdir / "figures" / "reconstruction_0000020.png",
     }
-    sizes = {"curves": (440, 704), "reconstruction": (407, 704)}  # 110 dots per inch
+    # (height, width) at 110 dots per inch
+    sizes = {"curves": (440, 704), "reconstruction": (407, 704)}
     for name, path in paths.items():
         pixels = pixels_of(path)
         assert pixels.shape == (*sizes[name], 3)
-        assert pixels.std() > 10  # not blank
+        assert pixels.std() > 10  # The figure is not blank.
 
 
-def test_draw_run_without_panels_or_lines(tmp_path):
+def test_draw_run_without_images_writes_only_curves(tmp_path):
     figures.draw_run(tmp_path, 0, {})
     assert [p.name for p in (tmp_path / "figures").iterdir()] == ["curves.png"]
 

@@ -1,4 +1,4 @@
-"""Tests of metrics.jsonl, throughput, the best checkpoint, and buckets."""
+"""Tests of metrics.jsonl, throughput, the best checkpoint, and bucket workdirs."""
 
 import json
 import sys
@@ -28,7 +28,7 @@ def steps(workdir):
     return [line["step"] for line in metrics.read(workdir / "metrics.jsonl")]
 
 
-def test_one_line_per_call(workdir):
+def test_each_call_writes_one_line(workdir):
     write(workdir, [10, 20])
     text = (workdir / "metrics.jsonl").read_text()
     assert text == (
@@ -40,7 +40,7 @@ def test_one_line_per_call(workdir):
     assert steps(workdir) == [10, 20, 30]
 
 
-def test_lines_are_flushed(workdir):
+def test_lines_are_written_at_once(workdir):
     writer = metrics.Writer(workdir)
     writer.scalars(10, {"loss": 0.5})
     assert steps(workdir) == [10]
@@ -51,7 +51,7 @@ def test_lines_after_the_checkpoint_are_dropped(workdir):
     write(workdir, [10, 20, 30, 40])
     write(workdir, [30, 40, 50], first_step=20)
     assert steps(workdir) == [10, 20, 30, 40, 50]
-    write(workdir, [10])  # a new run
+    write(workdir, [10])  # first_step=0: a new run
     assert steps(workdir) == [10]
     assert [path.name for path in workdir.iterdir()] == ["metrics.jsonl"]
 
@@ -61,15 +61,15 @@ def test_half_written_line_is_dropped(workdir, cut):
     write(workdir, [10, 20, 30])
     path = workdir / "metrics.jsonl"
     path.write_text(path.read_text()[:-cut])
-    complete = [10, 20, 30] if cut == 1 else [10, 20]  # cut=1 removes only the newline
-    assert steps(workdir) == complete
+    # cut=1 removes only the newline.
+    assert steps(workdir) == ([10, 20, 30] if cut == 1 else [10, 20])
     write(workdir, [30, 40], first_step=20)
     assert steps(workdir) == [10, 20, 30, 40]
     for line in path.read_text().splitlines():
         json.loads(line)
 
 
-def test_read_without_a_file(tmp_path):
+def test_missing_file_has_no_lines(tmp_path):
     assert metrics.read(tmp_path / "metrics.jsonl") == []
 
 
@@ -81,7 +81,8 @@ def clock(monkeypatch):
     return now
 
 
-def test_throughput(clock):
+def test_throughput_is_measured_since_the_last_read(clock):
+    """`read` returns (images per second, fraction of steps that waited for images)."""
     throughput = metrics.Throughput()
     for starved in (True, False, False, False):
         throughput.add(96, starved)
@@ -94,7 +95,7 @@ def test_throughput(clock):
     assert throughput.read() == (0, 0)
 
 
-def test_pause_does_not_count(clock):
+def test_throughput_ignores_pauses(clock):
     throughput = metrics.Throughput()
     throughput.add(100)
     clock[0] += 1
@@ -109,7 +110,7 @@ def test_pause_does_not_count(clock):
     assert throughput.read() == (10, 0)
 
 
-def test_best_of_the_checkpoints_that_are_kept(tmp_path):
+def test_best_line_names_the_best_saved_checkpoint(tmp_path):
     lines = [
         {"step": 10, "loss": 0.1},
         {"step": 10, "eval/loss": 0.5, "eval/top1": 0.9, "eval/count": 8},
@@ -123,35 +124,38 @@ def test_best_of_the_checkpoints_that_are_kept(tmp_path):
         "best checkpoint  step 30  eval  loss 0.9000  top1 80.00 %  (8 images)  "
         f"{tmp_path}/checkpoints/30"
     )
-    of_all = partial(console.best_line, tmp_path, [10, 20, 30])
-    assert "step 10 " in of_all(("eval/top1", "max"))
-    assert "step 20 " in of_all(("eval/top1", "min"))
-    assert "step 20 " in of_all(("eval/loss", "min"))
-    assert "step 30 " in of_all(("eval/loss", "max"))
+    best_line = partial(console.best_line, tmp_path, [10, 20, 30])
+    assert "step 10 " in best_line(("eval/top1", "max"))
+    assert "step 20 " in best_line(("eval/top1", "min"))
+    assert "step 20 " in best_line(("eval/loss", "min"))
+    assert "step 30 " in best_line(("eval/loss", "max"))
     no_best_line = console.best_line(tmp_path, [], ("eval/loss", "min"))
     assert no_best_line.startswith("best checkpoint  none: no saved")
 
 
 @pytest.fixture
 def bucket(tmp_path, monkeypatch):
-    """Map gs://bucket to a local directory whose files cannot be appended to."""
+    """Map gs://bucket to a local directory; return the directory.
+
+    As in Cloud Storage, files cannot be appended to.
+    """
 
     class StandIn:
         def __getattr__(self, name):
             def call(path, *args, **kwargs):
                 assert str(path).startswith("gs://")
                 assert "a" not in args[:1]
-                args = [here(x) if str(x).startswith("gs://") else x for x in args]
-                found = getattr(backend.os_backend, name)(here(path), *args, **kwargs)
+                args = [local(x) if str(x).startswith("gs://") else x for x in args]
+                result = getattr(backend.os_backend, name)(local(path), *args, **kwargs)
                 if name == "glob":
                     return [
-                        each.replace(str(tmp_path), "gs://bucket") for each in found
+                        match.replace(str(tmp_path), "gs://bucket") for match in result
                     ]
-                return found
+                return result
 
             return call
 
-    def here(path):
+    def local(path):
         return str(path).replace("gs://bucket", str(tmp_path))
 
     monkeypatch.setitem(gpath._PREFIX_TO_BACKEND, "gs", StandIn())
@@ -161,11 +165,8 @@ def bucket(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_workdir_in_a_bucket(bucket):
-    """A bucket receives metrics and figures, from the start and after resuming.
-
-    Only complete checkpoints in the bucket are found.
-    """
+def test_bucket_workdir_receives_metrics_and_figures(bucket):
+    """A resumed run adds its lines. Only complete checkpoints are found."""
     workdir = epath.Path("gs://bucket/run")
     metrics.prepare_workdir(workdir)
     for first, steps_done in ((0, [1, 2, 3]), (2, [3, 4])):
@@ -179,7 +180,7 @@ def test_workdir_in_a_bucket(bucket):
     assert (bucket / "run" / "figures" / "curves.png").stat().st_size > 1000
     assert not list(bucket.rglob(".writable*"))
     assert str(read.absolute("gs://bucket/run")) == "gs://bucket/run"
-    for step in (7, 12, 15):  # the last one is incomplete
+    for step in (7, 12, 15):  # step 15 is incomplete
         (bucket / f"run/checkpoints/{step}/params").mkdir(parents=True)
         if step < 15:
             (bucket / f"run/checkpoints/{step}/commit_success.txt").touch()

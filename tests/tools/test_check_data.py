@@ -56,12 +56,12 @@ def damaged(tmp_path_factory):
         encode(Image.fromarray(levels), "PNG"),
         encode(image.quantize(16), "PNG"),
         encode(image, "JPEG", exif=exif(6)),
-        encode(image, "JPEG", exif=exif(1)),  # nothing wrong with it
+        encode(image, "JPEG", exif=exif(1)),  # has no defect: not rotated
         encode(image, "GIF", save_all=True, append_images=[image.rotate(90)]),
         encode(image.resize((80, 60)), "JPEG"),
     ]
-    for number, content in enumerate(contents):
-        photo(root, number).write_bytes(content)
+    for index, content in enumerate(contents):
+        photo(root, index).write_bytes(content)
     photo(root, 13).unlink()
     photo(root, 13).symlink_to("nowhere")
     return root
@@ -100,7 +100,7 @@ def sections(out):
     ]
 
 
-def test_healthy(check, healthy):
+def test_healthy_dataset_passes_the_check(check, healthy):
     code, out, err = check(healthy)
     assert code == 0
     assert out.startswith(f"folder {healthy}\n")
@@ -146,8 +146,8 @@ def test_subdirectories_of_classes(check, tmp_path):
 
 
 @pytest.mark.slow
-def test_several_labels(check, healthy, tmp_path):
-    """An image counts in each of its classes; images of no class have their own row."""
+def test_image_with_several_labels_counts_in_each_class(check, healthy, tmp_path):
+    """Images of no class have a row of their own. A class without an image fails."""
     rows = [f"{photo(healthy, k)},{'a;b' if k % 3 else ''},train" for k in range(12)]
     rows += [f"{photo(healthy, k, 'val')},a;c,val" for k in range(3)]
     (tmp_path / "all.csv").write_text("\n".join(["path,label,split", *rows]))
@@ -164,30 +164,31 @@ def test_several_labels(check, healthy, tmp_path):
     assert "1 classes without an image" in err
 
 
-def test_speed(check, healthy):
-    """The report lists images/s of a chip at 40 % of its peak, and cores to feed it."""
+def test_speed_estimate_lists_images_per_second_and_cores(check, healthy):
+    """The images/s are those of a chip at 40 % of its peak; the cores can feed it."""
     _, out, _ = check(healthy, model__image_size=224, data__canvas=512)
     lines = [line.split() for line in out.splitlines()]
     row = next(i for i, line in enumerate(lines) if "estimate" in line)
-    images_per_second = float(lines[row - 2][1].replace(",", ""))
+    images_per_core = float(lines[row - 2][1].replace(",", ""))
     config = mini_runs.mae("photographs", model__image_size=224)
     model = check_data.nnx.eval_shape(
         check_data.inputs.task_of_recipe(config).build_model
     )
+    # Two FLOP per multiply-add; the backward pass costs two forward passes.
     flops = 6 * model.macs(mask_ratio=0.75, layer_norm_cost=0)
     rows = {line[1]: line[2:] for line in lines[row + 1 :] if line[:1] == ["one"]}
     assert rows.keys() == chips.CHIPS.keys()
     for name, peak in {"h100": 989, "v5e": 197, "v5p": 459}.items():
-        needed, cores = (float(cell.replace(",", "")) for cell in rows[name])
-        assert needed == pytest.approx(0.4 * peak * 1e12 / flops, abs=1)
-        assert cores == pytest.approx(needed / images_per_second, rel=0.01)
+        per_chip, cores = (float(cell.replace(",", "")) for cell in rows[name])
+        assert per_chip == pytest.approx(0.4 * peak * 1e12 / flops, abs=1)
+        assert cores == pytest.approx(per_chip / images_per_core, rel=0.01)
 
 
-def test_damaged(check, damaged):
+def test_damaged_dataset_lists_its_findings_and_fails(check, damaged):
     code, out, err = check(damaged)
     assert code == 4
     train, test = sections(out)
-    names = [photo(damaged, number) for number in range(14)]
+    names = [photo(damaged, index) for index in range(14)]
     assert train[:6] == [
         "train: 35 images, 7 classes",
         "min median max",
@@ -229,17 +230,17 @@ def test_damaged(check, damaged):
     assert err.endswith(error)
 
 
-def test_damage_within_the_limit(check, damaged):
+def test_damage_within_max_unreadable_passes_the_check(check, damaged):
     code, out, _ = check(damaged, data__max_unreadable=4 / 35)
     assert code == 0
     assert "\n  4 unreadable\n" in out
     assert out.endswith("\nhealthy\n")
 
 
-def test_list(check, damaged, tmp_path, monkeypatch):
-    """--list writes all unreadable files, although the report truncates its list.
+def test_list_flags_write_all_unreadable_files(check, damaged, tmp_path, monkeypatch):
+    """The lists are complete, although the report truncates its own list.
 
-    Each line is a path, as other tools expect; --list_reasons adds the reason.
+    Each line of --list is a path. --list_reasons adds a tab and the reason.
     """
     monkeypatch.setattr(check_data, "MAX_LISTED", 3)
     path, reasons = tmp_path / "broken.txt", tmp_path / "reasons.txt"
@@ -259,15 +260,15 @@ def test_list(check, damaged, tmp_path, monkeypatch):
 def write_folder(root, *contents):
     """Write class folders whose first training images have these contents."""
     write(root, {"train": 14, "val": 14}, (64, 48))
-    for number, content in enumerate(contents):
-        photo(root, number).write_bytes(content)
+    for index, content in enumerate(contents):
+        photo(root, index).write_bytes(content)
 
 
 RAMP = np.arange(48 * 64).reshape(48, 64)
 UNIT = np.float32(RAMP / RAMP.max())
 
 
-def test_lost_values(check, tmp_path):
+def test_lost_values_count_as_unreadable(check, tmp_path):
     """12-bit values in 16-bit files decode to nearly black, which loses values."""
     write_folder(tmp_path, encode(Image.fromarray(RAMP.astype(np.uint16)), "PNG"))
     code, out, err = check(tmp_path)
@@ -280,9 +281,9 @@ def test_lost_values(check, tmp_path):
     assert out.endswith("\ntrain: 1 with lost values\n")
 
 
-def test_values_outside_the_range(check, tmp_path):
-    """Clipping is reported but is not an error, because CT windows clip on purpose."""
-    contents = [encode(Image.fromarray(UNIT * k), "TIFF") for k in (1, 2)]
+def test_clipped_values_are_reported_but_pass_the_check(check, tmp_path):
+    """CT windows clip on purpose."""
+    contents = [encode(Image.fromarray(UNIT * scale), "TIFF") for scale in (1, 2)]
     write_folder(tmp_path, *contents)
     code, out, _ = check(tmp_path, data__value_range=(0, 1))
     assert code == 0
@@ -291,8 +292,8 @@ def test_values_outside_the_range(check, tmp_path):
     assert " float32, reduced to 8 bits             2" in out
 
 
-def test_values_without_a_range(check, tmp_path):
-    """Values without a known range are errors, even with max_unreadable=1."""
+def test_values_without_a_range_fail_the_check(check, tmp_path):
+    """The check fails even with max_unreadable=1, because training fails too."""
     write_folder(tmp_path, encode(Image.fromarray(RAMP.astype(np.int32)), "TIFF"))
     code, out, err = check(tmp_path, data__max_unreadable=1.0)
     assert code == 4
@@ -304,8 +305,7 @@ def test_values_without_a_range(check, tmp_path):
     )
 
 
-def test_ignored_files(check, tmp_path):
-    """Files that are not examples are counted by ending."""
+def test_ignored_files_are_counted_by_ending(check, tmp_path):
     write_folder(tmp_path)
     for name in ("x.heic", "y.HEIC", ".DS_Store", "Thumbs.db", "notes.txt"):
         (photo(tmp_path, 0).parent / name).touch()
@@ -323,8 +323,8 @@ def lines_after_speed(out):
 
 
 @pytest.mark.slow
-def test_classes_and_settings(check, healthy, tmp_path):
-    """The report lists classes, kinds of files, and settings to copy."""
+def test_report_lists_classes_kinds_of_files_and_settings(check, healthy, tmp_path):
+    """The settings are overrides to copy. --sheet draws example images."""
     sheet = tmp_path / "sheet.png"
     code, out, _ = check(healthy, f"--sheet={sheet}")
     assert code == 0
@@ -332,7 +332,8 @@ def test_classes_and_settings(check, healthy, tmp_path):
     assert lines[lines.index("class train test") + 1] == f"{NAMES[0]} 5 2"
     assert "imbalance, largest class / smallest class: 1.0" in lines
     assert any(
-        x.startswith("train: channels x dtype of files: 3 x uint8: 35; ") for x in lines
+        line.startswith("train: channels x dtype of files: 3 x uint8: 35; ")
+        for line in lines
     )
     assert "--config.model.num_classes=7" in lines
     pixels = np.concatenate(
@@ -346,20 +347,23 @@ def test_classes_and_settings(check, healthy, tmp_path):
     assert (sheet_pixels != 255).any()
 
 
-def test_images_in_both_splits(check, tmp_path):
-    """Images in both splits with equal content or of the same group are reported."""
+def test_images_in_both_splits_are_reported(check, tmp_path):
+    """Images in both splits have equal content, or belong to the same group.
+
+    The groups of the pattern are the file numbers 10 to 13.
+    """
     write_folder(tmp_path)
     content = photo(tmp_path, 0).read_bytes()
     photo(tmp_path, 14, "val").write_bytes(content)
     code, out, _ = check(tmp_path, r"--group=/0+(1\d)\.")
     assert code == 0
-    one, other = photo(tmp_path, 0), photo(tmp_path, 14, "val")
-    assert f"    {one} = {other}\n" in out
+    assert f"    {photo(tmp_path, 0)} = {photo(tmp_path, 14, 'val')}\n" in out
     assert "1 files with equal content in both splits" in out.splitlines()[-1]
+    assert "4 groups in both splits" in out.splitlines()[-1]
     assert check(tmp_path, "--group=(")[0] == 2
 
 
-def test_tiles_of_many_bands(check, tmp_path):
+def test_tiles_of_four_bands_require_channels_and_dtype(check, tmp_path):
     """A wrong number of bands is an error; 12-bit values lose levels in uint8."""
     root = tmp_path / "tiles"
     values = np.random.RandomState(0).randint(0, 4096, (6, 64, 64, 4)).astype(np.uint16)
@@ -383,7 +387,7 @@ def test_tiles_of_many_bands(check, tmp_path):
     assert f"--config.data.mean=({mean},)" in out
 
 
-def test_images_without_labels(check, healthy):
+def test_images_without_labels_pass_the_check(check, healthy):
     keys = dict(data__eval_split="none", data__class_level="none")
     code, out, _ = check(healthy, **keys)
     assert code == 0
@@ -393,8 +397,7 @@ def test_images_without_labels(check, healthy):
     assert out.endswith("\nhealthy\n")
 
 
-def test_multi_label_table_without_labels(check, healthy, tmp_path):
-    """data.multi_label=True does not require labels."""
+def test_multi_label_table_without_labels_passes_the_check(check, healthy, tmp_path):
     names = [str(photo(healthy, k)) for k in range(7)]
     (tmp_path / "all.csv").write_text("\n".join(["path", *names]))
     keys = dict(data__name="csv", data__multi_label=True, data__eval_split="none")
@@ -405,29 +408,31 @@ def test_multi_label_table_without_labels(check, healthy, tmp_path):
     assert sheet.is_file()
 
 
-def test_list_that_cannot_be_written(check, healthy, tmp_path):
+def test_unwritable_list_is_an_error(check, healthy, tmp_path):
     code, _, err = check(healthy, f"--list={tmp_path / 'none' / 'x'}")
     assert code == 2
     assert f"error: --list={tmp_path}/none/x: No such file or directory\n" in err
 
 
 @pytest.mark.slow
-def test_sample(check, damaged, healthy):
-    """--sample checks the same images every time and reports no empty classes."""
+def test_sample_checks_the_same_images_every_time(check, damaged, healthy):
+    """With --sample, classes without a checked image are not reported."""
     code, out, err = check(healthy, "--sample=3")
     assert code == 0
     assert "train: 35 images, 7 classes; 3 images checked\n" in out
     assert "test: 14 images, 7 classes; 3 images checked\n" in out
     assert "3/3" in err
     assert "without an image" not in out
-    outs = [check(damaged, "--sample=12")[1].split("speed")[0] for _ in range(2)]
-    assert outs[0] == outs[1]
+    first, second = (
+        check(damaged, "--sample=12")[1].split("speed")[0] for _ in range(2)
+    )
+    assert first == second
     assert check(healthy, "--sample=1000")[1].count("images checked") == 0
     assert check(healthy, "--sample=-1")[0] == 2
 
 
-def test_class_without_an_image(check, tmp_path):
-    """Classes without a folder in test or without a readable image are reported."""
+def test_class_without_an_image_is_reported(check, tmp_path):
+    """A class has no folder in one split, or no readable image."""
     write(tmp_path, {"train": 7, "val": 5}, (64, 48))
     photo(tmp_path, 0).write_bytes(b"")
     code, out, err = check(tmp_path, data__max_unreadable=1.0)
@@ -440,9 +445,9 @@ def test_class_without_an_image(check, tmp_path):
     assert err.endswith("\ntrain: 1 classes without an image\n")
 
 
-def test_invalid_labels(check, healthy, monkeypatch):
+def test_invalid_labels_fail_the_check(check, healthy, monkeypatch):
     sample = folder.Folder.sample
-    wrong = {3: -1, 8: 7}
+    wrong = {3: -1, 8: 7}  # index of an example -> invalid label
 
     def mislabeled(self, index):
         example = sample(self, index)
@@ -460,8 +465,8 @@ def test_invalid_labels(check, healthy, monkeypatch):
     assert err.endswith("\ntrain: 2 with an invalid label\n")
 
 
-def test_invalid_vectors_of_labels(healthy, monkeypatch):
-    """A vector is invalid if training rejects it; a short one is padded with 0."""
+def test_invalid_label_vectors_are_findings(healthy, monkeypatch):
+    """A vector is invalid if training rejects it. Short vectors are padded with 0."""
 
     class Labeled(Source):
         classes = ("a", "b", "c")
@@ -487,10 +492,11 @@ def test_invalid_vectors_of_labels(healthy, monkeypatch):
     assert dataset_split.OTHER_VALUES not in split.findings
 
 
-def test_file_name_that_is_not_utf_8(check, tmp_path):
+def test_unusual_file_names_are_escaped(check, tmp_path):
+    """One name is not valid UTF-8, another contains a newline."""
     write(tmp_path, {"train": 7, "val": 7}, (64, 48))
-    strange = os.fsencode(photo(tmp_path, 0).parent) + b"/\xff.JPEG"
-    with open(strange, "wb"):
+    not_utf_8 = os.fsencode(photo(tmp_path, 0).parent) + b"/\xff.JPEG"
+    with open(not_utf_8, "wb"):
         pass
     two_lines = photo(tmp_path, 1).with_name("a\nb.png")
     two_lines.touch()
@@ -501,19 +507,19 @@ def test_file_name_that_is_not_utf_8(check, tmp_path):
     assert "/astronaut/\\udcff.JPEG: OSError: unknown image format (0 bytes)" in out
     listed = files[0].read_bytes().splitlines()
     assert sorted(listed) == sorted(
-        [strange, os.fsencode(two_lines).replace(b"\n", b"\\n")]
+        [not_utf_8, os.fsencode(two_lines).replace(b"\n", b"\\n")]
     )
     assert "/astronaut/\\udcff.JPEG\tOSError: unknown" in files[1].read_text()
 
 
-def test_missing_split(check, healthy):
+def test_missing_split_is_an_error(check, healthy):
     code, out, err = check(healthy, data__eval_split="validation")
     assert code == 4
     assert out == ""
     assert f"no directory {healthy}/validation" in err
 
 
-def test_titles_of_splits(check, healthy):
+def test_titles_contain_the_names_of_configured_splits(check, healthy):
     code, out, _ = check(healthy, data__train_split="train", data__eval_split="train")
     assert code == 0
     assert "\ntrain (train): 35 images" in out
@@ -521,7 +527,7 @@ def test_titles_of_splits(check, healthy):
 
 
 @pytest.mark.slow
-def test_digits(capsys):
+def test_digits_pass_the_check(capsys):
     assert check_data.main(mini_runs.arguments("digits", data__train_examples=100)) == 0
     out = capsys.readouterr().out
     assert "\ntrain: 100 images, 10 classes\n" in out
@@ -539,7 +545,7 @@ def test_digits(capsys):
         (["--sample=many"], "--sample"),
     ],
 )
-def test_bad_flag(flags, fragment, capsys):
+def test_bad_flag_exits_with_code_2(flags, fragment, capsys):
     assert check_data.main([*mini_runs.arguments("digits"), *flags]) == 2
     out, err = capsys.readouterr()
     assert out == ""
@@ -549,14 +555,14 @@ def test_bad_flag(flags, fragment, capsys):
 
 @pytest.mark.processes
 @pytest.mark.slow
-def test_real_process_without_tensorflow(healthy, tmp_path):
+def test_process_imports_no_tensorflow_and_starts_no_backend(healthy, tmp_path):
     program = (
         "import sys\n"
         "from hivit_jax.tools.check_data import main\n"
         "code = main(sys.argv[1:])\n"
         "from jax._src import xla_bridge\n"
         "assert 'tensorflow' not in sys.modules\n"
-        "assert not xla_bridge._backends  # no backend is initialized\n"
+        "assert not xla_bridge._backends  # the initialized backends\n"
         "sys.exit(code)"
     )
     flags = mini_runs.arguments("photographs", data__name="folder", data__dir=healthy)
@@ -567,12 +573,12 @@ def test_real_process_without_tensorflow(healthy, tmp_path):
 
 
 @pytest.mark.slow
-def test_wrong_checksum_of_a_tfrecord(check, tmp_path):
-    """An image whose bytes changed is reported even if it can be decoded."""
+def test_wrong_checksum_of_a_tfrecord_is_reported(check, tmp_path):
+    """A record with a wrong checksum is reported even if its image can be decoded."""
     path = prepare(tmp_path, "tfrecord")
     [shard] = path.glob("*validation*00001-of*")
     data = bytearray(shard.read_bytes())
-    data[-2] ^= 1  # of the last record's checksum
+    data[-2] ^= 1  # in the last record's checksum
     shard.write_bytes(data)
     code, out, err = check(tmp_path, data__name="noise_images")
     assert code == 4

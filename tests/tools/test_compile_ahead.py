@@ -17,8 +17,10 @@ from hivit_jax.xla import ahead
 pytestmark = pytest.mark.usefixtures("minimal_output")
 
 
-def test_command_that_searches_for_the_largest_batch(monkeypatch, tmp_path, capsys):
-    """--search_batch adds the largest batch to compile.json and to the printed text."""
+def test_search_batch_adds_the_largest_batch_to_the_report(
+    monkeypatch, tmp_path, capsys
+):
+    """compile.json and the printed text contain the report."""
 
     def step_report(config, devices, topology):
         size = config.batch_size // 8
@@ -68,8 +70,8 @@ REPORT = {
 }
 
 
-def test_describe_prints_the_earlier_report(monkeypatch, tmp_path, capsys):
-    """The report in compile.json is printed, with a note if the config differs."""
+def test_earlier_summary_describes_the_report_in_compile_json(tmp_path):
+    """The summary notes a differing config, and is "" for an unusable file."""
     config = mini_runs.mae(batch_size=64)
     report = REPORT | {
         "batch_per_device": 8,
@@ -78,19 +80,21 @@ def test_describe_prints_the_earlier_report(monkeypatch, tmp_path, capsys):
         "config_sha256": compile_ahead._digest(config),
     }
     assert compile_ahead.earlier_summary(config, tmp_path) == ""
-    for text, other in (("{", ""), ("{}", ""), (json.dumps(report), "at most 123 ")):
+    for text in ("{", "{}"):
         (tmp_path / "compile.json").write_text(text)
-        found = compile_ahead.earlier_summary(config, tmp_path)
-        assert (other in found) if other else found == ""
-    assert "another config" not in found
-    other = mini_runs.mae(batch_size=32)
-    assert "another config" in compile_ahead.earlier_summary(other, tmp_path)
+        assert compile_ahead.earlier_summary(config, tmp_path) == ""
+    (tmp_path / "compile.json").write_text(json.dumps(report))
+    summary = compile_ahead.earlier_summary(config, tmp_path)
+    assert "at most 123 " in summary
+    assert "another config" not in summary
+    other_config = mini_runs.mae(batch_size=32)
+    assert "another config" in compile_ahead.earlier_summary(other_config, tmp_path)
 
 
 # Errors
 
 
-def fails(capsys, topology, tmp_path, *more):
+def error_of(capsys, topology, tmp_path, *more):
     """Run ``--mode compile``, which must fail; return the error."""
     flags = [f"--topology={topology}", f"--workdir={tmp_path}", *more]
     assert main([*mini_runs.arguments(), "--mode=compile", *flags]) == 2
@@ -101,8 +105,8 @@ def fails(capsys, topology, tmp_path, *more):
 
 
 @pytest.mark.parametrize("topology", ["", "v9:2x2", "tpu", "h100x8"])
-def test_unknown_topology(capsys, tmp_path, topology):
-    message = fails(capsys, topology, tmp_path)
+def test_unknown_topology_is_an_error(capsys, tmp_path, topology):
+    message = error_of(capsys, topology, tmp_path)
     assert f"unknown topology {topology!r}" in message
     assert "v5e:16x16" in message
 
@@ -111,7 +115,7 @@ def test_unknown_topology(capsys, tmp_path, topology):
     ("topology", "plugin", "extra"),
     [("v5e:2x4", "libtpu", "tpu"), ("h100:8", "jax-cuda13-plugin", "cuda")],
 )
-def test_compiler_that_is_not_installed(
+def test_missing_compiler_error_names_the_extra(
     capsys, monkeypatch, tmp_path, topology, plugin, extra
 ):
     find = importlib.util.find_spec
@@ -122,24 +126,24 @@ def test_compiler_that_is_not_installed(
             None if name == plugin.replace("-", "_") else find(name, *rest)
         ),
     )
-    message = fails(capsys, topology, tmp_path)
+    message = error_of(capsys, topology, tmp_path)
     assert plugin in message
     assert f"hivit-jax[{extra}]" in message
 
 
-def test_gpus_of_several_nodes(capsys, tmp_path):
-    assert "expected h100:1 to h100:8" in fails(capsys, "h100:16", tmp_path)
+def test_more_gpus_than_one_node_has_are_an_error(capsys, tmp_path):
+    assert "expected h100:1 to h100:8" in error_of(capsys, "h100:16", tmp_path)
 
 
 @pytest.mark.extras
-def test_invalid_slices_and_meshes(capsys, tmp_path):
+def test_invalid_slices_and_meshes_are_errors(capsys, tmp_path):
     pytest.importorskip("libtpu")
-    assert "topology='v5e:3x5'" in fails(capsys, "v5e:3x5", tmp_path)
+    assert "topology='v5e:3x5'" in error_of(capsys, "v5e:3x5", tmp_path)
     mesh = "--config.mesh.data=3"
-    assert "does not fit 8 devices" in fails(capsys, "v5e:2x4", tmp_path, mesh)
+    assert "does not fit 8 devices" in error_of(capsys, "v5e:2x4", tmp_path, mesh)
     mesh, batch = "--config.mesh.fsdp=2", "--config.batch_size=64"
-    assert "cannot be laid out" in fails(capsys, "v4:4x4x4", tmp_path, mesh, batch)
-    message = fails(capsys, "v5e:4x8", tmp_path)
+    assert "cannot be laid out" in error_of(capsys, "v4:4x4x4", tmp_path, mesh, batch)
+    message = error_of(capsys, "v5e:4x8", tmp_path)
     assert "batch_size=16 is not divisible by 32 devices" in message
 
 
@@ -148,8 +152,8 @@ BRANCHES = ("attention", "mlp")
 
 @pytest.mark.extras
 @pytest.mark.slow
-def test_complete_report(tmp_path, monkeypatch):
-    """The report is complete; here the program is compiled for CPU devices."""
+def test_report_lists_memory_collectives_and_regions(tmp_path, monkeypatch):
+    """The test compiles for eight CPU devices instead of a TPU v5e slice."""
     monkeypatch.setattr(compile_ahead, "devices_of", lambda topology: jax.devices())
     monkeypatch.setitem(ahead.PLUGINS, "v5e", "jaxlib")
     options = dict(data__name="imagenet2012", data__canvas=96)
@@ -163,20 +167,25 @@ def test_complete_report(tmp_path, monkeypatch):
     [reduced] = report["collectives"]
     assert reduced["kind"] == "all-reduce"
     assert_allclose(reduced["bytes_per_step"], 4 * model.parameter_count(), rtol=0.02)
-    blocks = {f"{part} {branch}" for part in ("main", "decoder") for branch in BRANCHES}
-    parts = {"input", "embedding", "stem1", "stem2", "merge", "latent", "loss"}
+    network = {
+        f"{part} {branch}" for part in ("main", "decoder") for branch in BRANCHES
+    }
+    network |= {"input", "embedding", "stem1", "stem2", "merge", "latent", "loss"}
     regions = report["regions"]
-    assert blocks | parts | {"optimizer", "exchange"} <= regions.keys()
-    for name in blocks | parts:
+    assert network | {"optimizer", "exchange"} <= regions.keys()
+    for name in network:
         assert all(value > 0 for value in regions[name].values()), name
     assert regions["optimizer"]["flops_per_image"] == 0
-    parts = mini_runs.compile_report(
+    # Four microbatches of the same size exchange gradients only once.
+    accumulated = mini_runs.compile_report(
         tmp_path, optimizer__accumulate_steps=4, batch_size=256, **options
     )
     assert_allclose(
-        parts["collectives"][0]["bytes_per_step"], reduced["bytes_per_step"], rtol=0.02
+        accumulated["collectives"][0]["bytes_per_step"],
+        reduced["bytes_per_step"],
+        rtol=0.02,
     )
-    assert_allclose(parts["flops_per_image"], report["flops_per_image"], rtol=0.1)
+    assert_allclose(accumulated["flops_per_image"], report["flops_per_image"], rtol=0.1)
 
 
 def linear(size):

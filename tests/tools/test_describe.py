@@ -24,14 +24,15 @@ def describe(*overrides):
 
 
 @pytest.mark.slow
-def test_describe_and_overrides(capsys):
+def test_describe_counts_the_parameters_of_overrides(capsys):
     assert describe("--config.model.decoder_depth=8") == 0
     assert "93.3459 M" in capsys.readouterr().out
-    trained = []
+    trained = []  # millions of parameters
     for prefix in ("", "decoder_embed"):
         assert describe(f"--config.model.freeze={prefix}") == 0
         number = re.search(r"\(([\d.]+) M trained\)", capsys.readouterr().out)[1]
         trained.append(float(number))
+    # Kernel and bias of `decoder_embed`
     assert trained[0] - trained[1] == pytest.approx((3584 * 512 + 512) / 1e6, abs=2e-4)
     assert describe("--config.model.freeze=decode") == 2
     check_message(
@@ -42,8 +43,8 @@ def test_describe_and_overrides(capsys):
 
 
 @pytest.mark.slow
-def test_hours_at_peak():
-    """Hours count three forward passes per image, or one with a frozen encoder."""
+def test_hours_count_forward_and_backward_passes():
+    """An image costs three forward passes, or one if the encoder is frozen."""
     for config, passes in (
         (mini_runs.recipe("digits_mae"), 3),
         (mini_runs.recipe("digits_linear"), 1),
@@ -52,7 +53,7 @@ def test_hours_at_peak():
         model = nnx.eval_shape(task.build_model)
         lines = hours_table(config, task, model).splitlines()
         row = next(line for line in lines if line.startswith("h100"))
-        speed = 989e12 / (2 * passes * task.macs(model))
+        speed = 989e12 / (2 * passes * task.macs(model))  # two FLOP per multiply-add
         images = config.total_steps * config.batch_size
         hours = images / speed / 3600
         values = hours, hours / 8, hours / 8 / 0.4
@@ -61,7 +62,7 @@ def test_hours_at_peak():
 
 @pytest.mark.processes
 @pytest.mark.slow
-def test_real_process_describes_without_tensorflow():
+def test_describe_process_imports_no_tensorflow():
     program = (
         "import sys\n"
         "from hivit_jax.main import main\n"
@@ -73,16 +74,15 @@ def test_real_process_describes_without_tensorflow():
     code, out, err = mini_runs.run_process("-c", program, *flags)
     assert (code, err) == (0, "")
     assert "= 87.04" in out
-    assert " M" in out
     assert re.search("  optimizer.base_learning_rate +0.0001\n", out)
-    assert "mask_ratio" not in out  # has its default
+    assert "mask_ratio" not in out  # because its value is the default
 
 
 @pytest.mark.slow
 def test_describe_draws_schedule_and_images(tmp_path, capsys, monkeypatch):
     """Figures show every learning rate and the first 16 training images.
 
-    The recipe of this test neither crops nor flips them.
+    The config of this test neither crops nor flips images.
     """
     lines, images = [], []
     plot, imshow = Axes.plot, Axes.imshow
@@ -112,14 +112,15 @@ def test_describe_draws_schedule_and_images(tmp_path, capsys, monkeypatch):
         Image.open(tmp_path / "figures" / f"{name}.png").verify()
     [(steps, learning_rates)] = lines
     np.testing.assert_array_equal(steps, np.arange(361))
-    peak, warmup = 1e-2 * 24 / 256, 125  # 30 epochs of 100 images
+    peak = 1e-2 * 24 / 256
+    warmup = 30 * 100 / 24  # steps: 30 epochs of 100 images
     fall = 0.5 + 0.5 * np.cos(np.pi * (steps - warmup) / (360 - warmup))
     expected = peak * np.where(steps < warmup, steps / warmup, fall)
     np.testing.assert_allclose(learning_rates, expected, rtol=1e-4, atol=1e-8)
     pixels = digits.Digits("train", 100).pixels()[permutation(0, 0, 100)[:16]]
     [(grid, options)] = images
     tiles = grid.reshape(4, 10, 4, 10).swapaxes(1, 2).reshape(16, 10, 10)
-    inner = tiles[:, 1:-1, 1:-1]  # the rest are white gaps
+    inner = tiles[:, 1:-1, 1:-1]  # without the white gaps
     np.testing.assert_allclose(inner, pixels / 255, rtol=0, atol=1e-5)
     assert (options["vmin"], options["vmax"]) == (0, 1)
 

@@ -37,7 +37,7 @@ def exported(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def workdirs(tmp_path_factory):
-    """Return a directory of two workdirs, named after their bfloat16 models."""
+    """Return a directory of two workdirs, each named after its bfloat16 model."""
     root = tmp_path_factory.mktemp("workdirs")
     for name, arguments in DEFAULTS.items():
         config = {"model": {"name": name, **arguments, "dtype": "bfloat16"}}
@@ -81,8 +81,8 @@ def test_parameters_are_stored_once(exported):
 
 
 @pytest.mark.slow
-def test_no_paths_of_the_machine(exported, monkeypatch):
-    """A file names source files without their directories; paths may begin with ~."""
+def test_exported_file_contains_no_directories(exported, monkeypatch):
+    """The file contains names of source files. `load_exported` expands a leading ~."""
     content = exported[0].read_bytes()
     assert b"classifier.py" in content
     for path in (export.__file__, __file__, np.__file__, jax.__file__):
@@ -103,7 +103,7 @@ def test_export_contains_no_kernels(monkeypatch):
 
 @pytest.mark.processes
 @pytest.mark.slow
-def test_runs_with_jax_alone(exported, tmp_path):
+def test_exported_model_runs_with_jax_alone(exported, tmp_path):
     absent = ("hivit_jax", "flax", "orbax", "optax", "ml_collections")
     program = mini_runs.block_imports(tmp_path / "bare", *absent) / "serve.py"
     program.write_text(
@@ -135,13 +135,13 @@ def test_runs_with_jax_alone(exported, tmp_path):
         ((2, 64, 64, 3), "uint8", "expected float32 and called with uint8"),
     ],
 )
-def test_images_of_another_shape_or_dtype(exported, shape, dtype, message):
+def test_images_of_another_shape_or_dtype_are_an_error(exported, shape, dtype, message):
     with pytest.raises(ValueError, match=message):
         export.load_exported(exported[0])(np.zeros(shape, dtype))
 
 
 @pytest.mark.slow
-def test_model_of_another_platform(tmp_path):
+def test_model_of_another_platform_is_an_error(tmp_path):
     (tmp_path / "model").write_bytes(export.export(mini(), platforms=["tpu"]))
     with pytest.raises(
         ValueError, match="exported for platforms .*tpu.* used on .*cpu"
@@ -151,7 +151,7 @@ def test_model_of_another_platform(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("content", ["half", b"", b"PK\3\4 and so on", bytes(1000)])
-def test_damaged_or_foreign_file(exported, content, tmp_path):
+def test_damaged_or_foreign_file_is_an_error(exported, content, tmp_path):
     if content == "half":
         content = exported[0].read_bytes()[: exported[0].stat().st_size // 2]
     (tmp_path / "model").write_bytes(content)
@@ -159,13 +159,13 @@ def test_damaged_or_foreign_file(exported, content, tmp_path):
         export.load_exported(tmp_path / "model")
 
 
-def test_missing_file(tmp_path):
+def test_missing_file_is_an_error(tmp_path):
     with pytest.raises(CheckpointError, match="model: No such file"):
         export.load_exported(tmp_path / "model")
 
 
 @pytest.mark.parametrize("package", ["flatbuffers", "jax2onnx"])
-def test_missing_package(package, monkeypatch):
+def test_missing_package_is_an_error(package, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
     function = export.export if package == "flatbuffers" else export.export_onnx
     with pytest.raises(ConfigError, match=rf"{package} is not .* 'hivit-jax\["):
@@ -176,7 +176,7 @@ def test_missing_package(package, monkeypatch):
 
 
 @pytest.mark.slow
-def test_command(workdirs, tmp_path, capsys):
+def test_command_writes_the_model_and_its_info(workdirs, tmp_path, capsys):
     checkpoint, out = workdirs / "mae_hivit_base", tmp_path / "model"
     flags = [f"--checkpoint={checkpoint}", f"--out={out}", "--what=features"]
     assert export.main(flags) == 0
@@ -196,7 +196,7 @@ def test_command(workdirs, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_command_for_another_platform(workdirs, tmp_path, capsys):
+def test_command_does_not_compare_on_another_platform(workdirs, tmp_path, capsys):
     flags = [f"--checkpoint={workdirs / 'hivit_base'}", f"--out={tmp_path / 'model'}"]
     assert export.main([*flags, "--platforms=cuda,tpu"]) == 0
     _, types, written, _ = capsys.readouterr().out.splitlines()
@@ -217,7 +217,7 @@ def test_command_for_another_platform(workdirs, tmp_path, capsys):
         ("absent", "m", [], 5, "no checkpoint in"),
     ],
 )
-def test_command_that_cannot_work(
+def test_invalid_command_writes_nothing(
     name, out, flags, code, message, workdirs, tmp_path, capsys
 ):
     paths = [f"--checkpoint={workdirs / name}", f"--out={tmp_path / out}"]
@@ -232,8 +232,8 @@ def test_command_that_cannot_work(
 def test_differing_export_is_not_written(
     workdirs, exported, tmp_path, monkeypatch, capsys
 ):
-    other = export.export(mini(dtype="bfloat16", layer_norm_eps=1.0))
-    monkeypatch.setattr(export, "export", lambda *_: other)
+    differing = export.export(mini(dtype="bfloat16", layer_norm_eps=1.0))
+    monkeypatch.setattr(export, "export", lambda *_: differing)
     (tmp_path / "model").write_text("before")
     flags = [f"--checkpoint={workdirs / 'hivit_base'}", f"--out={tmp_path / 'model'}"]
     assert export.main(flags) == 1
@@ -273,7 +273,7 @@ def test_onnx_is_float32():
 
 @pytest.mark.extras
 @pytest.mark.parametrize("what", export.OUTPUTS)
-def test_onnx(what, tmp_path):
+def test_onnx_equals_the_model(what, tmp_path):
     pytest.importorskip("jax2onnx")
     model, path = mini(image_size=(32, 64)), tmp_path / "model.onnx"
     path.write_bytes(export.export_onnx(model, what))
@@ -281,12 +281,13 @@ def test_onnx(what, tmp_path):
     for batch in (1, 3):
         images = random_array((batch, 32, 64, 3))
         actual = jax.tree.leaves(run(images))
-        for x, y in zip(actual, outputs(model, what, images), strict=True):
-            assert_allclose(x, y, rtol=0, atol=2e-5)
+        expected = outputs(model, what, images)
+        for array, expected_array in zip(actual, expected, strict=True):
+            assert_allclose(array, expected_array, rtol=0, atol=2e-5)
 
 
 @pytest.mark.extras
-def test_onnx_command(workdirs, tmp_path, capsys):
+def test_onnx_command_compares_with_the_model(workdirs, tmp_path, capsys):
     pytest.importorskip("jax2onnx")
     path = tmp_path / "model.onnx"
     assert (

@@ -23,7 +23,7 @@ from hivit_jax.weights import load
         (dict(name="mae_hivit_base", in_channels=1, image_size=(32, 64)), "mae", None),
     ],
 )
-def test_config_without_recipe(model, task, classes, tmp_path):
+def test_config_of_a_model_without_a_recipe(model, task, classes, tmp_path):
     """`config_of` makes a config from a model's arguments and its `info`.
 
     Values that `info` lacks have defaults.
@@ -38,17 +38,16 @@ def test_config_without_recipe(model, task, classes, tmp_path):
     assert config.model.image_size == model.config.image_size
     assert (config.data.crop_pct, config.data.std) == (0.9, (0.1,) * channels)
     assert config.batch_size == files.MAX_BATCH
-    unknown = files.config_of(pretrained._replace(info={}), batch_size=7)
-    assert len(unknown.data.mean) == channels
-    assert unknown.batch_size == 7
+    without_info = files.config_of(pretrained._replace(info={}), batch_size=7)
+    assert len(without_info.data.mean) == channels
+    assert without_info.batch_size == 7
 
 
 @pytest.mark.parametrize(
     ("name", "task"),
     [("vit_tiny", "classify"), ("swin_tiny", "classify"), ("simmim_swin_tiny", "mae")],
 )
-def test_tasks_of_other_families(name, task):
-    """`config_of` finds the task of ViT, Swin and SimMIM models."""
+def test_config_of_finds_the_task_of_other_families(name, task):
     arguments = models.arguments_of(abstract_model(name))
     empty = dict(params={}, notes=[], unused=[], recipe={}, results={}, info={})
     pretrained = load.Pretrained(path="x", label="x", arguments=arguments, **empty)
@@ -56,11 +55,8 @@ def test_tasks_of_other_families(name, task):
 
 
 @pytest.mark.slow
-def test_model_without_recipe(tmp_path, capsys):
-    """`predict` reads a saved model without a recipe; its result equals the model's.
-
-    A model without a head is an error for `predict`, but not for `features`.
-    """
+def test_predictions_of_a_model_without_a_recipe_equal_its_logits(tmp_path, capsys):
+    """A model without a head is an error for `predict`, but not for `features`."""
     model = mini(depths=(1, 1, 1), num_classes=2)
     model.info = replace(model.info, class_names=("cat", "dog"))
     hivit_jax.save_pretrained(model, tmp_path / "model")

@@ -13,7 +13,7 @@ from hivit_jax.errors import ConfigError
 from hivit_jax.tools.outputs import output_path
 
 
-def test_outputs(tmp_path, monkeypatch):
+def test_output_must_not_be_an_input(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     saved = tmp_path / "saved"
@@ -24,6 +24,7 @@ def test_outputs(tmp_path, monkeypatch):
     os.symlink("a.png", "link.png")
     os.link("a.png", "hard.png")
     inputs = ["a.png", "~/saved", "hf://group/hivit", "nowhere.pth"]
+    # Names of an input file, and files of the model in an input directory.
     for name in (
         "a.png",
         "./saved/../a.png",

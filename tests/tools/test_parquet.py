@@ -33,28 +33,36 @@ def write(path, images, labels, feature=None, **columns):
     pyarrow.parquet.write_table(table, path)
 
 
-def struct(*names):
+def structs(*names):
+    """Return images as datasets stores them; the bytes of an image are its name."""
     return [{"bytes": name.encode(), "path": f"{name}.jpg"} for name in names]
 
 
-def read(out, split, **keys):
+def open_split(out, split, **keys):
+    """Return a split of a converted dataset."""
     return Tfds(out.name, str(out.parent), split, **keys)
 
 
 def contents(source):
+    """Return [(encoded image, label)] of all examples."""
     return [sample(source, index) for index in range(len(source))]
 
 
-def test_class_labels(tmp_path, capsys):
-    """Class names and splits are kept. Rows without image or label are reported."""
+def test_class_names_and_splits_are_converted(tmp_path, capsys):
+    """Rows without an image or a label are skipped and reported."""
     data, out = tmp_path / "hub" / "data", tmp_path / "birds"
-    first = [*struct("a", "b"), None, {"bytes": None, "path": "c.jpg"}, *struct("d")]
+    first = [
+        *structs("a", "b"),
+        None,
+        {"bytes": None, "path": "c.jpg"},
+        *structs("d"),
+    ]
     write(data / "train-00000-of-00002.parquet", first, [2, 0, 1, 1, None], CLASS_LABEL)
-    write(data / "train-00001-of-00002.parquet", struct("e"), [1], CLASS_LABEL)
-    write(data / "validation-00000-of-00001.parquet", struct("f"), [0], CLASS_LABEL)
-    write(data / "test-00000-of-00001.parquet", struct("g"), [-1], CLASS_LABEL)
+    write(data / "train-00001-of-00002.parquet", structs("e"), [1], CLASS_LABEL)
+    write(data / "validation-00000-of-00001.parquet", structs("f"), [0], CLASS_LABEL)
+    write(data / "test-00000-of-00001.parquet", structs("g"), [-1], CLASS_LABEL)
     assert main([f"--from={tmp_path / 'hub'}", f"--out={out}"]) == 0
-    train, validation = read(out, "train"), read(out, "validation")
+    train, validation = open_split(out, "train"), open_split(out, "validation")
     assert train.classes == validation.classes == NAMES
     assert contents(train) == [(b"a", 2), (b"b", 0), (b"e", 1)]
     assert train.name(1) == "train[1] train-00000-of-00002.parquet[1] b.jpg"
@@ -72,23 +80,25 @@ def test_class_labels(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("labels", "classes", "numbers"),
+    ("labels", "classes", "indices"),
     [
         (["fox", "ant", "fox"], ["ant", "fox"], [1, 0, 1]),
         ([3, 1, 0], [*"0123"], [3, 1, 0]),
     ],
 )
-def test_texts_and_numbers_without_metadata(labels, classes, numbers, tmp_path, capsys):
-    """Files without metadata are converted; the directory's name is the split.
+def test_files_without_metadata_are_converted(
+    labels, classes, indices, tmp_path, capsys
+):
+    """Labels are texts or numbers, and images are plain bytes.
 
-    Labels are texts or numbers, and images are plain bytes.
+    The directory's name is the split.
     """
     out = tmp_path / "converted"
     write(tmp_path / "train" / "0000.parquet", [b"x", b"y", b"z"], labels)
     assert main([f"--from={tmp_path}/*/0*.parquet", f"--out={out}"]) == 0
-    source = read(out, "train")
+    source = open_split(out, "train")
     assert source.classes == classes
-    assert contents(source) == list(zip([b"x", b"y", b"z"], numbers, strict=True))
+    assert contents(source) == list(zip([b"x", b"y", b"z"], indices, strict=True))
     assert "--config.data.eval_split=none" in capsys.readouterr().out
 
 
@@ -106,7 +116,7 @@ def test_texts_and_numbers_without_metadata(labels, classes, numbers, tmp_path, 
         ("test/training-0.parquet", "train"),
     ],
 )
-def test_splits_are_whole_words(path, split, tmp_path):
+def test_split_is_a_whole_word_of_the_path(path, split, tmp_path):
     file = tmp_path / path
     file.parent.mkdir()
     file.touch()
@@ -114,14 +124,14 @@ def test_splits_are_whole_words(path, split, tmp_path):
 
 
 @pytest.mark.parametrize("sequence", [True, False])
-def test_several_labels(sequence, tmp_path, capsys):
-    """Lists of labels are converted. An image without a list is left out.
+def test_lists_of_labels_are_converted(sequence, tmp_path, capsys):
+    """An image with an empty list has no class.
 
-    An image with an empty list has no class.
+    Images without a list, or with a label that is not a class, are skipped.
     """
     out, labels = tmp_path / "several", [[0, 2], [], None, [1], [7]]
     feature = {"feature": CLASS_LABEL, "_type": "List"} if sequence else [CLASS_LABEL]
-    write(tmp_path / "train.parquet", struct(*"abcde"), labels, feature)
+    write(tmp_path / "train.parquet", structs(*"abcde"), labels, feature)
     assert main([f"--from={tmp_path / 'train.parquet'}", f"--out={out}"]) == 0
     text = capsys.readouterr().out
     assert "--config.data.multi_label=True" in text
@@ -137,48 +147,47 @@ def test_several_labels(sequence, tmp_path, capsys):
         registry.open_source(data, "train")
 
 
-def test_several_names(tmp_path):
-    """Lists of names without metadata are converted, with all their labels."""
-    write(tmp_path / "train.parquet", struct(*"abc"), [["fox", "ant"], [], ["elk"]])
+def test_lists_of_names_without_metadata_are_converted(tmp_path):
+    write(tmp_path / "train.parquet", structs(*"abc"), [["fox", "ant"], [], ["elk"]])
     assert (
         main([f"--from={tmp_path / 'train.parquet'}", f"--out={tmp_path / 'd'}"]) == 0
     )
-    source = read(tmp_path / "d", "train", multi_label=True)
+    source = open_split(tmp_path / "d", "train", multi_label=True)
     assert source.classes == ["ant", "elk", "fox"]
     vectors = [label.tolist() for _, label in contents(source)]
     assert vectors == [[1, 0, 1], [0, 0, 0], [0, 1, 0]]
 
 
 def test_interrupted_conversion_resumes(tmp_path, monkeypatch, capsys):
-    """An interrupted dataset cannot be read; resuming gives the same files."""
+    """An interrupted dataset cannot be opened; resuming gives identical files."""
     labels = [0, 1, 2] * 3
-    write(tmp_path / "train.parquet", struct(*"abcdefghi"), labels, CLASS_LABEL)
+    write(tmp_path / "train.parquet", structs(*"abcdefghi"), labels, CLASS_LABEL)
     flags = [f"--from={tmp_path / 'train.parquet'}", "--shard_size=2"]
     uninterrupted, out = tmp_path / "whole" / "d", tmp_path / "part" / "d"
     assert main([*flags, f"--out={uninterrupted}"]) == 0
     rows = parquet._rows
 
     def deadly(*arguments):
-        for number, row in enumerate(rows(*arguments)):
-            if number == 7:
+        for row_index, row in enumerate(rows(*arguments)):
+            if row_index == 7:
                 os.kill(os.getpid(), signal.SIGTERM)
             yield row
 
     monkeypatch.setattr(parquet, "_rows", deadly)
     assert main([*flags, f"--out={out}"]) == 75
     with pytest.raises(DataError, match="d is not prepared in"):
-        read(out, "train")
+        open_split(out, "train")
     monkeypatch.setattr(parquet, "_rows", rows)
     assert main([*flags, f"--out={out}"]) == 0
     files = sorted(path.name for path in (uninterrupted / "1.0.0").iterdir())
     assert files == sorted(path.name for path in (out / "1.0.0").iterdir())
     for name in files:
-        one, other = (x / "1.0.0" / name for x in (uninterrupted, out))
-        assert one.read_bytes() == other.read_bytes()
+        expected = (uninterrupted / "1.0.0" / name).read_bytes()
+        assert (out / "1.0.0" / name).read_bytes() == expected
 
 
-def test_damaged_file(tmp_path, capsys):
-    write(tmp_path / "train.parquet", struct(*"abc"), [0, 1, 2], CLASS_LABEL)
+def test_truncated_file_is_an_error(tmp_path, capsys):
+    write(tmp_path / "train.parquet", structs(*"abc"), [0, 1, 2], CLASS_LABEL)
     os.truncate(tmp_path / "train.parquet", 300)
     assert main([f"--from={tmp_path}", f"--out={tmp_path / 'd'}"]) == 4
     message = capsys.readouterr().err
@@ -186,21 +195,21 @@ def test_damaged_file(tmp_path, capsys):
     assert not (tmp_path / "d").exists()
 
 
-def test_bad_flags(tmp_path, capsys, monkeypatch):
+def test_bad_flags_are_errors(tmp_path, capsys, monkeypatch):
     file = tmp_path / "train.parquet"
-    write(file, struct("a"), [0], CLASS_LABEL, species=["x"])
+    write(file, structs("a"), [0], CLASS_LABEL, species=["x"])
 
-    def fails(fragment, *flags, code=2):
-        assert main([*flags]) == code
+    def fails(fragment, *flags):
+        assert main([*flags]) == 2
         check_message(capsys.readouterr().err, [fragment])
 
-    good = f"--out={tmp_path / 'd'}"
+    out = f"--out={tmp_path / 'd'}"
     fails("both --from=FILES and --out=DIR", f"--from={file}")
-    fails("neither --manual_dir", f"--from={file}", good, f"--data_dir={tmp_path}")
-    fails("nor --name", f"--from={file}", good, "--name=mnist")
-    fails("expected parquet files, found none", f"--from={tmp_path}/*.x", good)
+    fails("neither --manual_dir", f"--from={file}", out, f"--data_dir={tmp_path}")
+    fails("nor --name", f"--from={file}", out, "--name=mnist")
+    fails("expected parquet files, found none", f"--from={tmp_path}/*.x", out)
     fails("becomes data.name", f"--from={file}", f"--out={tmp_path / '0-d'}")
     fails("becomes data.name", f"--from={file}", f"--out={tmp_path / 'folder'}")
-    fails("image, label, species", f"--from={file}", good, "--label_column=kind")
+    fails("image, label, species", f"--from={file}", out, "--label_column=kind")
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    fails("run pip install 'hivit-jax[parquet]'", f"--from={file}", good)
+    fails("run pip install 'hivit-jax[parquet]'", f"--from={file}", out)

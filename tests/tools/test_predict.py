@@ -22,21 +22,21 @@ MEAN = (0.4, 0.4, 0.4)
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Write class folders; the images of a class are one color with noise."""
+    """Return class folders. The images of a class have one color, with noise."""
     root, random = tmp_path_factory.mktemp("data"), np.random.RandomState(0)
     for split, count in (("train", 8), ("val", 5)):
         for name, color in COLORS.items():
             directory = root / split / name
             directory.mkdir(parents=True)
-            for number in range(count):
+            for index in range(count):
                 pixels = color + random.randint(-25, 26, (40, 48, 3))
                 image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-                image.save(directory / f"{number}.png")
+                image.save(directory / f"{index}.png")
     return root
 
 
 def train_classifier(data, workdir, **overrides):
-    """Train on the images of a directory, and keep its index in `workdir`."""
+    """Train on class folders; return the workdir, which also contains the cache."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(workdir))
         options = dict(
@@ -66,7 +66,7 @@ def train_classifier(data, workdir, **overrides):
 
 @pytest.fixture(scope="module")
 def run(data, tmp_path_factory, minimal_output):
-    """Return the workdir of a classifier of these images."""
+    """Return the workdir of a classifier that is trained on `data`."""
     return train_classifier(data, tmp_path_factory.mktemp("run"))
 
 
@@ -84,7 +84,9 @@ def rows(path):
 
 
 @pytest.mark.slow
-def test_labeled_folder(run, data, tmp_path, monkeypatch, capsys):
+def test_labeled_folder_is_predicted_and_scored(
+    run, data, tmp_path, monkeypatch, capsys
+):
     """Every image has a row, in sorted order; the table agrees with the metrics."""
     out = tmp_path / "p" / "all.csv"
     flags = [f"--checkpoint={run}", f"--out={out}"]
@@ -104,8 +106,8 @@ def test_labeled_folder(run, data, tmp_path, monkeypatch, capsys):
         assert p == sorted(p, reverse=True)
         assert sum(p) == pytest.approx(1, abs=1e-5)
         assert {row[f"predicted{r}"] for r in ranks} == {*COLORS}
-    right = [row["predicted"] == row["label"] for row in table]
-    accuracy = np.mean(right)
+    is_correct = [row["predicted"] == row["label"] for row in table]
+    accuracy = np.mean(is_correct)
     assert accuracy > 0.9
     metrics = json.loads((tmp_path / "p" / "all_metrics.json").read_text())
     assert metrics == {
@@ -113,7 +115,7 @@ def test_labeled_folder(run, data, tmp_path, monkeypatch, capsys):
     }  # fmt: skip
     table = rows(tmp_path / "p" / "all_classes.csv")
     assert [row["class"] for row in table] == [*COLORS]
-    assert sum(int(row["correct"]) for row in table) == sum(right)
+    assert sum(int(row["correct"]) for row in table) == sum(is_correct)
     matrix = rows(tmp_path / "p" / "all_confusion.csv")
     assert [int(matrix[k][name]) for k, name in enumerate(COLORS)] == [
         int(row["correct"]) for row in table
@@ -125,11 +127,10 @@ def test_labeled_folder(run, data, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_any_files_by_run_or_saved_model(run, shared, data, tmp_path, monkeypatch):
-    """A run and its saved model give equal rows for files of any kind.
-
-    Some files are unlabeled, mislabeled, damaged, or contain floats.
-    """
+def test_run_and_saved_model_predict_equal_rows(
+    run, shared, data, tmp_path, monkeypatch
+):
+    """Some files are unlabeled, mislabeled, damaged, or contain floats."""
     monkeypatch.chdir(tmp_path)
     images = tmp_path / "tiles"
     (images / "deep" / "blue").mkdir(parents=True)
@@ -138,14 +139,14 @@ def test_any_files_by_run_or_saved_model(run, shared, data, tmp_path, monkeypatc
     (images / "a.png").write_bytes(b"no image")
     (images / "notes.txt").write_text("")
     Image.fromarray(np.float32(noise_image(8, 8))).save(images / "float.tiff")
-    more = str(data / "val" / "green" / "1.png")
+    file_path = str(data / "val" / "green" / "1.png")
     for checkpoint, name in ((run, "a.csv"), (shared, "b.csv"), (shared, "c.jsonl")):
         flags = ["--checkpoint", str(checkpoint), "--out", name, "--batch_size=2"]
-        assert predict.main([*flags, "tiles", more]) == 0
+        assert predict.main([*flags, "tiles", file_path]) == 0
     assert (tmp_path / "a.csv").read_bytes() == (tmp_path / "b.csv").read_bytes()
     table = rows("a.csv")
     names = ["tiles/a.png", "tiles/b.png", "tiles/deep/blue/c.png", "tiles/float.tiff"]
-    assert [row["file"] for row in table] == [*names, more]
+    assert [row["file"] for row in table] == [*names, file_path]
     assert [row["label"] for row in table] == ["", "", "blue", "", "green"]
     assert [row["predicted"] for row in table] == ["", "red", "green", "", "green"]
     assert "unknown image format" in table[0]["error"]
@@ -161,11 +162,8 @@ def test_any_files_by_run_or_saved_model(run, shared, data, tmp_path, monkeypatc
 
 
 @pytest.mark.slow
-def test_dataset_split_and_preprocess(run, data, tmp_path):
-    """Without paths, the command predicts the labeled test split.
-
-    Probabilities equal those of the model after `preprocess`.
-    """
+def test_command_without_paths_predicts_the_test_split(run, data, tmp_path):
+    """Probabilities equal those of the model after `preprocess`, up to the canvas."""
     out = tmp_path / "split.csv"
     assert predict.main([f"--checkpoint={run}", f"--out={out}"]) == 0
     table = rows(out)
@@ -189,7 +187,9 @@ def test_dataset_split_and_preprocess(run, data, tmp_path):
         (["damaged"], "a.xlsx", 2, "ends in .csv or .jsonl"),
     ],
 )
-def test_errors(run, paths, out, code, message, tmp_path, monkeypatch, capsys):
+def test_unusable_paths_and_outputs_are_errors(
+    run, paths, out, code, message, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     for name in ("damaged", "empty"):
         (tmp_path / name).mkdir()
@@ -199,8 +199,8 @@ def test_errors(run, paths, out, code, message, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_features(run, shared, data, tmp_path):
-    """Pooled features and maps equal the model's; damaged files are left out."""
+def test_features_equal_the_pooled_features_of_the_model(run, shared, data, tmp_path):
+    """Damaged files are left out. With --pyramid, the file contains feature maps."""
     (tmp_path / "x.png").write_bytes(b"x")
     images = [str(tmp_path / "x.png"), str(data / "val")]
     out = tmp_path / "f.npz"
@@ -221,13 +221,14 @@ def test_features(run, shared, data, tmp_path):
     assert shapes == {
         "stride4": (1, 8, 8, 16), "stride8": (1, 4, 4, 32), "stride16": (1, 2, 2, 64)
     }  # fmt: skip
+    # Without any readable image, the command fails.
     assert features.main([*flags, f"--out={out}", images[0]]) == 4
 
 
 @pytest.mark.extras
 @pytest.mark.slow
-def test_arrays_of_16_bits_and_4_bands(tmp_path, minimal_output):
-    """A run and its saved model predict 16-bit arrays, and a figure shows errors."""
+def test_arrays_of_16_bits_and_4_bands_are_predicted(tmp_path, minimal_output):
+    """A run and its saved model predict them. A figure shows wrong predictions."""
     pixels = np.random.RandomState(0).randint(0, 10000, (8, 40, 48, 4), np.uint16)
     for k, array in enumerate(pixels):
         for split in ("train", "val"):
@@ -253,9 +254,9 @@ def test_arrays_of_16_bits_and_4_bands(tmp_path, minimal_output):
         table = rows(out)
         assert [row["label"] for row in table] == 4 * ["field"] + 4 * ["water"]
         assert not any(row["error"] for row in table)
-    wrong = sum(row["predicted"] != row["label"] for row in table)
-    assert (tmp_path / "run_worst.png").exists() == (wrong > 0)
-    assert wrong  # as expected of random pixels after one step
+    # After one step on random pixels, some predictions are wrong.
+    assert any(row["predicted"] != row["label"] for row in table)
+    assert (tmp_path / "run_worst.png").exists()
     preprocess = hivit_jax.preprocess(hivit_jax.load_pretrained(shared))
     images = preprocess(np.full((40, 48, 4), 7500, np.uint16))
     assert images.shape == (1, 32, 32, 4)

@@ -48,7 +48,7 @@ def size_of(jpeg: bytes) -> tuple[int, int]:
 
 @pytest.fixture(scope="module")
 def tars(tmp_path_factory):
-    """Return a directory for ImageNet's tar files."""
+    """Return an empty directory, into which `originals` writes ImageNet's tar files."""
     return tmp_path_factory.mktemp("tars")
 
 
@@ -60,7 +60,7 @@ def originals(tars):
 
 @pytest.fixture(scope="module")
 def flags(tars, originals):
-    """Return the flags of a preparation in shards of two images, without --data_dir."""
+    """Return flags for shards of two images; --data_dir must be added."""
     return [f"--manual_dir={tars}", "--shard_size=2"]
 
 
@@ -80,7 +80,7 @@ def small(flags, tmp_path_factory):
     return out
 
 
-def test_records(complete, originals):
+def test_records_contain_images_and_labels_of_the_tars(complete, originals):
     train = stored(complete / VERSION, "train")
     assert [e["file_name"].decode() for e in train] == list(originals["train"])
     assert [e["image"] for e in train] == list(originals["train"].values())
@@ -90,23 +90,23 @@ def test_records(complete, originals):
     assert [e["label"] for e in validation] == VALIDATION_LABELS
 
 
-def test_files(complete):
+def test_dataset_consists_of_shards_and_descriptions(complete):
     files = set(contents(complete / VERSION))
     shards = {
         f"imagenet2012-{split}.array_record-{i:05d}-of-{n:05d}"
         for split, n in (("train", 8), ("validation", 3))
         for i in range(n)
     }
-    described = {"dataset_info.json", "features.json", "label.labels.txt"}
-    assert files == shards | described | {"short_side=0"}
+    descriptions = {"dataset_info.json", "features.json", "label.labels.txt"}
+    assert files == shards | descriptions | {"short_side=0"}
     assert os.listdir(complete / VERSION.parent) == [VERSION.name]
     splits = tfds.builder("imagenet2012", data_dir=complete).info.splits
     assert splits["train"].shard_lengths == [2] * 7 + [1]
     assert splits["validation"].num_examples == 6
 
 
-def test_shrunk_images(complete, small):
-    """Only training images are shrunk; their aspect ratio is unchanged."""
+def test_only_training_images_are_shrunk(complete, small):
+    """Their aspect ratio is unchanged."""
     reduced = [e["image"] for e in stored(small / VERSION, "train")]
     assert {size_of(jpeg) for jpeg in reduced} == {(43, 32)}
     assert stored(small / VERSION, "validation") == stored(
@@ -114,8 +114,8 @@ def test_shrunk_images(complete, small):
     )
 
 
-def test_images_of_more_bits_are_not_shrunk():
-    """More than 8 bits do not fit a JPEG. PIL's mode hides the bits of color images."""
+def test_images_of_more_than_8_bits_are_not_shrunk():
+    """Shrunk images are JPEGs, which have 8 bits. Smaller images are unchanged too."""
     gray = np.arange(40 * 30, dtype=np.uint16).reshape(40, 30) * 50
     color = np.repeat(gray[..., None], 3, -1)
     tiff = io.BytesIO()
@@ -129,8 +129,8 @@ def test_images_of_more_bits_are_not_shrunk():
     assert record_shards.shrink(encoded, 30) == encoded
 
 
-def test_source(complete, originals):
-    """The source reads every example, also from many threads, and slices of splits."""
+def test_source_reads_every_example(complete, originals):
+    """The source also reads slices of splits, and serves many threads."""
     source = Tfds("imagenet2012", str(complete), "train")
     jpegs = list(originals["train"].values())
     expected = [(jpegs[i], LABELS[WNIDS[i // 5]]) for i in range(15)]
@@ -147,18 +147,18 @@ def test_source(complete, originals):
     ):
         Tfds("imagenet2012", str(complete), "test")
 
-    def many(seed):
+    def reads_in_random_order(seed):
         order = np.random.RandomState(seed).randint(0, 15, 300)
         return [mini_runs.sample(source, i) for i in order] == [
             expected[i] for i in order
         ]
 
     with ThreadPoolExecutor(8) as pool:
-        assert all(pool.map(many, range(16)))
+        assert all(pool.map(reads_in_random_order, range(16)))
 
 
-def test_limit_of_open_files(complete):
-    """Opening a dataset raises the limit of open files by one per shard."""
+def test_opening_a_split_raises_the_limit_of_open_files(complete):
+    """The limit rises by one per shard; the training split has eight."""
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (500, before[1]))
@@ -199,7 +199,7 @@ def test_complete_dataset_is_kept(complete, flags):
 
 @pytest.mark.processes
 def test_killed_process_resumes(small, flags, tmp_path):
-    """After SIGKILL in the fourth shard, the first three are kept."""
+    """After SIGKILL at the eighth image, in the fourth shard, the first three stay."""
     program = (
         "import os, signal, sys\n"
         "from hivit_jax.tools import prepare_data, record_shards\n"
@@ -215,8 +215,8 @@ def test_killed_process_resumes(small, flags, tmp_path):
     command = [*flags, f"--data_dir={tmp_path}", "--short_side=32"]
     code, _, _ = mini_runs.run_process("-c", program, *command)
     assert code == -signal.SIGKILL
-    half = tmp_path / f"{VERSION}.incomplete"
-    finished = sorted(half.glob("*.array_record-*"))
+    unfinished = tmp_path / f"{VERSION}.incomplete"
+    finished = sorted(unfinished.glob("*.array_record-*"))
     assert len(finished) == 3
     before = [(os.stat(p).st_ino, os.stat(p).st_mtime_ns) for p in finished]
 
@@ -228,12 +228,14 @@ def test_killed_process_resumes(small, flags, tmp_path):
     assert after == before
 
 
-def test_interrupted_anywhere(tars, tmp_path, monkeypatch, capsys):
-    """After SIGTERM before or after any rename, resuming gives identical files."""
+def test_preparation_resumes_after_sigterm_at_any_rename(
+    tars, originals, tmp_path, monkeypatch, capsys
+):
+    """Resuming gives identical files. SIGTERM is sent in turn before and after one."""
     replace = Path.replace
     renames, interrupted_rename = [], None
 
-    def moved(path, target):
+    def interrupting_replace(path, target):
         renames.append(target)
         if len(renames) - 1 == interrupted_rename:
             if interrupted_rename % 2:
@@ -241,10 +243,11 @@ def test_interrupted_anywhere(tars, tmp_path, monkeypatch, capsys):
             os.kill(os.getpid(), signal.SIGTERM)
         return replace(path, target)
 
-    monkeypatch.setattr(Path, "replace", moved)
+    monkeypatch.setattr(Path, "replace", interrupting_replace)
     command = [f"--manual_dir={tars}", "--shard_size=4"]
     assert main([*command, f"--data_dir={tmp_path / 'whole'}"]) == 0
     expected = contents(tmp_path / "whole" / VERSION)
+    # Each of the 4 + 2 shards is renamed twice, the directory once.
     assert len(renames) == 2 * (4 + 2) + 1
     for interrupted_rename in range(len(renames)):
         renames.clear()
@@ -255,19 +258,24 @@ def test_interrupted_anywhere(tars, tmp_path, monkeypatch, capsys):
         assert contents(out / VERSION) == expected
 
 
-def test_resume_with_another_option(complete, flags, tmp_path, capsys):
-    """Another --short_side is an error for finished and unfinished datasets."""
-    half = tmp_path / f"{VERSION}.incomplete"
-    half.mkdir(parents=True)
-    (half / "short_side=320").touch()
-    for out, option, begun in ((complete, 320, 0), (tmp_path, 0, 320)):
-        command = [*flags, f"--data_dir={out}", f"--short_side={option}"]
+def test_resuming_with_another_short_side_is_an_error(
+    complete, flags, tmp_path, capsys
+):
+    """The error occurs for finished and unfinished datasets."""
+    unfinished = tmp_path / f"{VERSION}.incomplete"
+    unfinished.mkdir(parents=True)
+    (unfinished / "short_side=320").touch()
+    for out, short_side, earlier in ((complete, 320, 0), (tmp_path, 0, 320)):
+        command = [*flags, f"--data_dir={out}", f"--short_side={short_side}"]
         assert main(command) == 2
-        fragments = [f"--short_side={option}", f"started with --short_side={begun}"]
+        fragments = [
+            f"--short_side={short_side}",
+            f"started with --short_side={earlier}",
+        ]
         check_message(capsys.readouterr().err, [str(out / VERSION), *fragments])
 
 
-def test_resume_with_other_images(tmp_path, capsys):
+def test_resuming_with_other_images_is_an_error(tmp_path, capsys):
     command = [f"--manual_dir={tmp_path}", f"--data_dir={tmp_path}"]
     write_tars(tmp_path, validation=[])
     assert main(command) == 4
@@ -278,7 +286,7 @@ def test_resume_with_other_images(tmp_path, capsys):
 
 
 class Rings(tfds.core.GeneratorBasedBuilder):
-    """TFDS dataset of generated grayscale images, whose splits are a dict."""
+    """TFDS dataset of three generated grayscale images."""
 
     VERSION = tfds.core.Version("1.0.0")
 
@@ -299,7 +307,7 @@ class Rings(tfds.core.GeneratorBasedBuilder):
             yield i, {"image": np.full((8, 8 + i, 1), i, np.uint8), "label": i % 2}
 
 
-def test_dataset_without_manual_files(tmp_path):
+def test_dataset_without_manual_files_is_prepared(tmp_path):
     assert main(["--name=rings", f"--data_dir={tmp_path}", "--short_side=4"]) == 0
     train = stored(tmp_path / "rings" / "1.0.0", "train")
     assert [e["label"] for e in train] == [0, 1, 0]
@@ -308,7 +316,7 @@ def test_dataset_without_manual_files(tmp_path):
 
 
 class Knots(Rings):
-    """TFDS dataset like `Rings`, whose images have any number of labels."""
+    """TFDS dataset like `Rings`, whose images have zero to two labels."""
 
     def _info(self):
         info = super()._info()
@@ -324,7 +332,7 @@ class Knots(Rings):
             yield i, example | {"label": [0, 1][:i]}
 
 
-def test_dataset_with_several_labels(tmp_path, capsys):
+def test_dataset_with_several_labels_is_prepared(tmp_path, capsys):
     assert main(["--name=knots", f"--data_dir={tmp_path}"]) == 0
     assert capsys.readouterr().out.endswith(" --config.data.multi_label=True\n")
     source = Tfds("knots", str(tmp_path), "train", multi_label=True)
@@ -380,8 +388,8 @@ def test_server_that_can_be_reached(status, tmp_path, monkeypatch, capsys):
     assert expected in captured.out + captured.err
 
 
-def test_tfrecords_of_tfds(tmp_path):
-    """TFRecords that TFDS wrote, with PNG images, are read without tensorflow."""
+def test_tfrecords_of_tfds_are_read(tmp_path):
+    """The records contain PNG images. A truncated file is an error."""
     Rings(data_dir=tmp_path, file_format="tfrecord").download_and_prepare()
     source = Tfds("rings", str(tmp_path), "train")
     examples = [mini_runs.sample(source, i) for i in range(3)]
@@ -414,7 +422,7 @@ def test_tfrecords_of_tfds(tmp_path):
         (["--short_sid=3"], ["--short_sid=3"]),
     ],
 )
-def test_bad_flag(options, fragments, flags, tmp_path, capsys):
+def test_bad_flag_exits_with_code_2(options, fragments, flags, tmp_path, capsys):
     assert main([*flags, f"--data_dir={tmp_path}", *options]) == 2
     check_message(capsys.readouterr().err, fragments)
     assert not os.listdir(tmp_path)
@@ -428,7 +436,7 @@ def check_refused(tars, exit_code, fragments, capsys):
     assert not out.exists()
 
 
-def test_missing_and_misnamed_tar(tmp_path, capsys):
+def test_missing_or_misnamed_tar_is_an_error(tmp_path, capsys):
     check_refused(
         tmp_path, 2, [prepare_data.TRAIN, prepare_data.VALIDATION, "nothing"], capsys
     )
@@ -439,25 +447,25 @@ def test_missing_and_misnamed_tar(tmp_path, capsys):
     check_refused(tmp_path, 2, [missing, existing], capsys)
 
 
-def test_validation_images_with_a_gap(tmp_path, capsys):
+def test_gap_in_the_validation_images_is_an_error(tmp_path, capsys):
     write_tars(tmp_path, validation=[1, 2, 4, 5])
     expected = "ILSVRC2012_val_00000003.JPEG, found ILSVRC2012_val_00000004.JPEG"
     check_refused(tmp_path, 4, [expected], capsys)
 
 
-def test_unknown_class(tmp_path, capsys):
+def test_unknown_class_is_an_error(tmp_path, capsys):
     write_tars(tmp_path, wnids=["n01440764", "n00000001"])
     check_refused(tmp_path, 4, ["found n00000001.tar"], capsys)
 
 
 @pytest.mark.parametrize("tar", [prepare_data.TRAIN, prepare_data.VALIDATION])
-def test_truncated_tar(tar, tmp_path, capsys):
+def test_truncated_tar_is_an_error(tar, tmp_path, capsys):
     write_tars(tmp_path)
     os.truncate(tmp_path / tar, 9000)
     check_refused(tmp_path, 4, [tar, "not a valid tar file"], capsys)
 
 
-def test_unreadable_image(tmp_path, capsys):
+def test_unreadable_image_cannot_be_shrunk(tmp_path, capsys):
     write_tars(tmp_path)
     classes = {"n01440764.tar": pack_tar({"n01440764_7.JPEG": b"nothing"})}
     (tmp_path / prepare_data.TRAIN).write_bytes(pack_tar(classes))
@@ -467,7 +475,7 @@ def test_unreadable_image(tmp_path, capsys):
     assert "error: image 'n01440764_7.JPEG' cannot be read" in err
 
 
-def test_truncated_class_tar(tmp_path, capsys):
+def test_truncated_tar_of_a_class_is_an_error(tmp_path, capsys):
     """TFDS's own reader detects a truncated tar file inside the tar file."""
     write_tars(tmp_path)
     class_tar = pack_tar({"n01440764_7.JPEG": b"nothing" * 1000})

@@ -28,25 +28,30 @@ def saved(tmp_path_factory):
 
 
 def write_noise(path, size=(120, 90)):
-    """Write an image of noise."""
+    """Write an image of noise; return its path.
+
+    Args:
+      size: (width, height).
+    """
     noise = np.random.RandomState(0).randint(0, 256, (*size[::-1], 3), np.uint8)
     Image.fromarray(noise).resize(size).save(path)
     return path
 
 
 @pytest.mark.slow
-def test_command(saved, tmp_path, capsys):
+def test_command_draws_a_row_of_panels_per_image(saved, tmp_path, capsys):
     images = [write_noise(tmp_path / name) for name in ("a.png", "b.jpg")]
     out = tmp_path / "out.png"
     flags = ["--checkpoint", saved / "mae_hivit_base", "--out", out, *images]
     flags = [str(flag) for flag in flags]
     assert command.main(flags) == 0
-    out_text = capsys.readouterr().out
-    assert "75.0% of each image masked" in out_text
+    printed = capsys.readouterr().out
+    assert "75.0% of each image masked" in printed
     text = "brightness and contrast of each true unit, unknown to the model"
-    assert text in out_text
+    assert text in printed
     with Image.open(out) as image:
-        assert image.width > image.height > 300  # two rows of four panels
+        # Two rows of four panels are wider than high, and higher than one row.
+        assert image.width > image.height > 300
     assert (
         command.main([str(x) for x in (*flags, *images, "--statistics=visible")]) == 0
     )
@@ -59,23 +64,25 @@ MEAN, STD = (0.8, 0.2, 0.4), (0.1, 0.3, 0.2)
 RECIPE = {"task": "mae", "mask_ratio": 0.375, "data": {"mean": MEAN, "std": STD}}
 
 
-def panels(directory, *options):
+def draw_panels(directory, *options):
     """Return the four panels, uint8, that the command draws of DIRECTORY/image.png."""
     out = directory / "out.png"
     flags = ["--checkpoint", directory, "--out", out, directory / "image.png"]
     assert command.main([*map(str, flags), *options]) == 0
     with Image.open(out) as image:
         pixels = np.asarray(image.convert("RGB"))
-    squares = []
-    for quarter in np.split(pixels, range(176, 704, 176), axis=1):  # of 704 columns
+    assert pixels.shape[1] == 704
+    panels = []
+    for quarter in np.split(pixels, 4, axis=1):
         colored = (quarter != 255).any(-1)
-        # A line of text has fewer rows than the panel.
+        # The panel has more consecutive colored rows than a line of text.
         rows = np.flatnonzero(colored.mean(1) > 0.6)
-        runs = np.split(rows, np.flatnonzero(np.diff(rows) > 1) + 1)
-        rows = max(runs, key=len)[4:-4]  # edges are blurred
+        blocks = np.split(rows, np.flatnonzero(np.diff(rows) > 1) + 1)
+        # Without the edges, which are blurred.
+        rows = max(blocks, key=len)[4:-4]
         columns = np.flatnonzero(colored[rows].all(0))[4:-4]
-        squares.append(quarter[np.ix_(rows, columns)])
-    return squares
+        panels.append(quarter[np.ix_(rows, columns)])
+    return panels
 
 
 def save_constant_model(directory, recipe, **overrides):
@@ -84,7 +91,7 @@ def save_constant_model(directory, recipe, **overrides):
     model = mini("mae_hivit_base", **overrides)
     kernel, bias = model.decoder_pred.kernel, model.decoder_pred.bias
     kernel[...] = jnp.zeros_like(kernel[...])
-    bias[...] = jnp.tile(jnp.float32([0.5, 1.0, -1.0]), 256)
+    bias[...] = jnp.tile(jnp.float32([0.5, 1.0, -1.0]), 16 * 16)  # pixels of a unit
     hivit_jax.save_pretrained(model, directory, recipe)
 
 
@@ -94,21 +101,22 @@ def close(panel, color):
 
 
 @pytest.mark.slow
-def test_mean_std_and_mask_ratio_of_the_recipe(tmp_path):
-    """Predicted pixels are mean + prediction * std of the run's recipe.
+def test_panels_use_mean_std_and_mask_ratio_of_the_recipe(tmp_path):
+    """Predicted pixels are mean + prediction * std.
 
-    The original is drawn unchanged. Flags select other ratios and masks.
+    The original is drawn unchanged. Flags replace the mask ratio and the seed.
     """
     save_constant_model(tmp_path, RECIPE, norm_pix_loss=False)
     color, gray = (200, 100, 50), 128
     Image.new("RGB", (64, 32), color).save(tmp_path / "image.png")
     expected = 255 * (np.array(MEAN) + np.array([0.5, 1, -1]) * STD)
     masks = []
+    # (flags, masked fraction of the eight units)
     for options, ratio in (
         ((), 3 / 8),
         (("--seed=1", "--mask_ratio=0.75"), 6 / 8),
     ):
-        original, masked, predicted, pasted = panels(tmp_path, *options)
+        original, masked, predicted, pasted = draw_panels(tmp_path, *options)
         assert close(original, color).all()
         assert close(predicted, expected).all()
         assert 1.8 < original.shape[1] / original.shape[0] < 2.2
@@ -117,23 +125,24 @@ def test_mean_std_and_mask_ratio_of_the_recipe(tmp_path):
             assert close(panel, hidden).mean() == pytest.approx(ratio, abs=0.05)
             assert close(panel, color).mean() == pytest.approx(1 - ratio, abs=0.05)
         masks.append(close(masked, gray))
-    assert not masks[1][masks[0]].all()  # another seed masks other units
+    # Another seed masks other units, not only more of them.
+    assert not masks[1][masks[0]].all()
 
 
 @pytest.mark.slow
-def test_statistics_flag(tmp_path):
-    """--statistics=visible predicts flat units as the mean of the visible units."""
+def test_visible_statistics_predict_the_mean_of_the_visible_units(tmp_path):
+    """Each unit of the image is flat, so that its normalized pixels are 0."""
     save_constant_model(
         tmp_path, RECIPE | {"data": {"mean": (0.0,) * 3, "std": (1.0,) * 3}}
     )
     levels = np.arange(40, 200, 20, np.uint8).reshape(2, 4)
     image = np.repeat(np.repeat(levels, 16, 0), 16, 1)
     Image.fromarray(image).convert("RGB").save(tmp_path / "image.png")
-    _, masked, predicted, _ = panels(tmp_path, "--statistics=visible")
+    _, masked, predicted, _ = draw_panels(tmp_path, "--statistics=visible")
     height, width = masked.shape[0] // 2, masked.shape[1] // 4
     middles = masked[height // 2 :: height, width // 2 :: width][:2, :4, 0]
     visible = levels[np.abs(middles.astype(int) - levels) <= 1]
-    assert len(visible) == 5
+    assert len(visible) == 5  # of 8 units, with mask_ratio=0.375
     assert close(predicted, (visible.mean(),) * 3).all()
 
 
@@ -147,7 +156,9 @@ def test_statistics_flag(tmp_path):
         ("nothing", "a.png", 5, "no checkpoint in"),
     ],
 )
-def test_bad_input(saved, tmp_path, capsys, model, name, code, message):
+def test_unsuitable_model_or_image_is_an_error(
+    saved, tmp_path, capsys, model, name, code, message
+):
     write_noise(tmp_path / "a.png")
     (tmp_path / "text.png").write_text("no image")
     flags = ["--checkpoint", str(saved / model), str(tmp_path / name)]
@@ -159,8 +170,8 @@ def test_bad_input(saved, tmp_path, capsys, model, name, code, message):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ratio", ["0", "0.0", "1", "-0.5", "nan"])
-def test_mask_ratios_out_of_range(ratio, saved, tmp_path, capsys):
-    """Mask ratios must be above 0 and below 1; 0 does not mean the default."""
+def test_mask_ratio_out_of_range_is_an_error(ratio, saved, tmp_path, capsys):
+    """A mask ratio must be above 0 and below 1; 0 does not select the default."""
     image, out = write_noise(tmp_path / "a.png"), tmp_path / "out.png"
     flags = ["--checkpoint", saved / "mae_hivit_base", "--out", out, image]
     assert command.main([*map(str, flags), f"--mask_ratio={ratio}"]) == 2
@@ -179,34 +190,35 @@ def test_inputs_are_not_overwritten(saved, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_statistics():
-    """Predictions use each unit's mean and deviation, or the visible units' average."""
+def test_statistics_are_those_of_each_unit_or_of_the_visible_units():
+    """The prediction is scaled by mean and standard deviation: own, or the average."""
     model, images = mini("mae_hivit_base"), random_array((2, 64, 64, 3))
-    by_own_statistics, is_masked = command.reconstruct(model, images)
-    by_unit, by_visible_units = command.reconstruct(model, images, statistics="visible")
-    assert (is_masked == by_visible_units).all()
+    with_own, is_masked = command.reconstruct(model, images)
+    with_visible, same_mask = command.reconstruct(model, images, statistics="visible")
+    assert (is_masked == same_mask).all()
     assert is_masked.mean() == 0.75
-    units = [
+    originals, with_own, with_visible = (
         np.asarray(patchify(jnp.asarray(x), 16))
-        for x in (images, by_own_statistics, by_unit)
-    ]
-    originals, by_own_statistics, by_unit = units
+        for x in (images, with_own, with_visible)
+    )
     is_visible = np.asarray(patchify(jnp.asarray(is_masked), 16))[..., 0] == 0
     mean, scale = originals.mean(-1), originals.std(-1, ddof=1)
-    normalized = (by_own_statistics - mean[..., None]) / scale[..., None]
-    for image in range(2):
-        of_visible = [x[image][is_visible[image]].mean() for x in (mean, scale)]
-        expected = normalized[image] * of_visible[1] + of_visible[0]
-        assert_allclose(by_unit[image], expected, atol=1e-4)
+    normalized = (with_own - mean[..., None]) / scale[..., None]
+    for i in range(2):
+        visible_mean, visible_scale = (
+            x[i][is_visible[i]].mean() for x in (mean, scale)
+        )
+        expected = normalized[i] * visible_scale + visible_mean
+        assert_allclose(with_visible[i], expected, atol=1e-4)
 
 
-def test_pixels_as_predicted():
+def test_model_of_raw_pixels_needs_no_statistics():
     model = mini("mae_hivit_base", norm_pix_loss=False)
     assert command.statistics_text(model, "unit") == "pixels as predicted"
 
 
 @pytest.mark.slow
-def test_example(saved, tmp_path):
+def test_example_draws_the_feature_maps(saved, tmp_path):
     out = tmp_path / "features.png"
     path = write_noise(tmp_path / "a.jpg")
     flags = ["--checkpoint", saved / "mae_hivit_base", "--out", out, path]
@@ -215,8 +227,8 @@ def test_example(saved, tmp_path):
         assert image.width > 5 * image.height
 
 
-def test_principal_components():
-    """If features vary along one direction, the first component is their variation."""
+def test_first_principal_component_is_the_direction_of_variation():
+    """The features are a plane along one direction, with little noise."""
     plane = np.linspace(0, 1, 48).reshape(6, 8)
     direction = reference.normal("direction", (5,))
     noise = 1e-3 * reference.normal("noise", (6, 8, 5))
@@ -225,5 +237,5 @@ def test_principal_components():
     assert abs(np.corrcoef(colors[..., 0].ravel(), plane.ravel())[0, 1]) > 0.99
 
 
-def test_photograph():
+def test_example_photograph_has_512x512_pixels():
     assert Image.open(io.BytesIO(example.photograph())).size == (512, 512)

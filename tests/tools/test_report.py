@@ -22,8 +22,8 @@ from hivit_jax.checkpoints.manager import Checkpoints
 from hivit_jax.reporting import figures
 from hivit_jax.tools import report
 
-# Batches of 16: 10 steps take 2 s, the next 3 take 0.5 s, the last 7 take 2 s. Step 13
-# is not a multiple of log_every.
+# Lines of metrics.jsonl with batches of 16: 10 steps take 2 s, the next 3 take 0.5 s,
+# the last 7 take 2 s. Step 13, not a multiple of log_every, ends an interrupted start.
 LINES = [
     {"step": 10, "loss": 0.5, "images_per_second": 80.0, "seconds_left": 2.0},
     {"step": 10, "eval/loss": 0.75, "eval/count": 360, "eval/unreadable": 0},
@@ -86,8 +86,8 @@ def test_metrics_are_embedded(tmp_path):
     assert run["seconds"] == {"step": [0, 10, 13, 20], "seconds": [0, 2, 2.5, 4.5]}
 
 
-def test_charts(tmp_path):
-    """Charts of losses come first, then evaluations. A metric of zeros has no chart."""
+def test_charts_begin_with_losses_and_evaluations(tmp_path):
+    """`eval/unreadable`, a metric of zeros, has no chart."""
     lines = [{"step": 1, "learning_rate": 1e-3, "top1": 0.5, "eval/top1": 0.25}]
     write_run(tmp_path / "a")
     write_run(tmp_path / "b", lines)
@@ -102,7 +102,7 @@ def test_charts(tmp_path):
     ]
 
 
-def test_config_keys(tmp_path):
+def test_config_table_marks_keys_that_differ(tmp_path):
     write_run(tmp_path / "a")
     write_run(tmp_path / "b", mask_ratio=0.5)
     rows = page_data(tmp_path / "a", tmp_path / "b")["config"]
@@ -113,8 +113,8 @@ def test_config_keys(tmp_path):
     assert values["model.depths"] == ["[1, 1, 2]"] * 2
 
 
-def test_events(tmp_path):
-    """Events of a run are starts with changed keys, an early end, and checkpoints."""
+def test_events_are_starts_interruptions_and_checkpoints(tmp_path):
+    """A later start lists the changed keys. Damaged checkpoints are events too."""
     run = write_run(tmp_path / "a")
     later = mini_runs.mae("digits", log_every=10, total_steps=20, seed=5)
     (run / "config-20260102T030405Z.json").write_text(configs.to_json(later))
@@ -137,7 +137,7 @@ def test_events(tmp_path):
 
 
 @pytest.mark.slow
-def test_summary(tmp_path):
+def test_summary_of_a_finished_run(tmp_path):
     run = write_run(tmp_path / "a")
     info = {"counts": {"train": 1437, "test": 360}, "classes": [*"0123456789"]}
     checkpoints = Checkpoints(run, keep=1, dataset=info)
@@ -159,8 +159,7 @@ def test_summary(tmp_path):
     }
 
 
-def test_metrics_alone(tmp_path):
-    """An unfinished run is reported, even without its config."""
+def test_unfinished_run_is_reported_without_checkpoint_or_config(tmp_path):
     run = write_run(tmp_path / "a", LINES[:3])
     facts = page_data(run)["runs"][0]["summary"]
     assert (facts["steps"], facts["state"]) == ("13 of 20", "not finished")
@@ -174,11 +173,8 @@ def test_metrics_alone(tmp_path):
     )
 
 
-def test_figures(tmp_path, monkeypatch):
-    """If a figure exists for many steps, the page shows an evenly spaced selection.
-
-    The selection includes the first and the last step.
-    """
+def test_figures_of_many_steps_are_an_evenly_spaced_selection(tmp_path, monkeypatch):
+    """The selection includes the first and the last step."""
     monkeypatch.setattr(report, "MAX_STEPS", 3)
     run = write_run(tmp_path / "a")
     for step in range(10, 60, 10):
@@ -221,8 +217,11 @@ def test_page_is_self_contained(tmp_path):
     ]
 
 
-def test_names_of_runs(tmp_path):
-    """Names include as many directories as make them unique; a run appears once."""
+def test_run_names_are_unique(tmp_path):
+    """Names include as many directories as make them unique.
+
+    A run that is given twice appears once.
+    """
     runs = [write_run(tmp_path / name) for name in ("x/a/run", "x/b/run", "y/a/run")]
     assert [run["name"] for run in page_data(*runs, runs[0])["runs"]] == [
         "x/a/run",
@@ -232,7 +231,7 @@ def test_names_of_runs(tmp_path):
     assert [run["name"] for run in page_data(runs[1])["runs"]] == ["run"]
 
 
-def test_command(tmp_path, capsys):
+def test_command_writes_the_page(tmp_path, capsys):
     run, out = write_run(tmp_path / "a"), tmp_path / "report.html"
     assert report.main([str(run), "--out", str(out)]) == 0
     assert out.read_text() == report.make_report([str(run)])
@@ -242,7 +241,7 @@ def test_command(tmp_path, capsys):
     assert setup["options.package_data"]["hivit_jax.tools"] == "report.html"
 
 
-def test_errors(tmp_path, capsys):
+def test_unusable_run_or_output_is_an_error(tmp_path, capsys):
     run = write_run(tmp_path / "runs" / "a")
     write_run(tmp_path / "empty", [])
     damaged = write_run(tmp_path / "damaged") / "config.json"
@@ -295,8 +294,8 @@ setTimeout(() => {
 
 @pytest.mark.browser
 @pytest.mark.processes
-def test_interactions(tmp_path):
-    """The page's interactions work in Chromium: hover, axes, hidden runs, slider."""
+def test_page_is_interactive_in_chromium(tmp_path):
+    """Hovering, axes, hidden runs and the slider of figures work."""
     browser = os.environ.get("CHROMIUM") or shutil.which("chromium")
     if not browser:
         pytest.skip("no Chromium; set CHROMIUM to its path")
