@@ -60,21 +60,21 @@ def attention_block(
     x: jax.Array,
     weights: Weights,
     bias: jax.Array | None,
-    image_scale: jax.Array | None,
+    branch_scale: jax.Array | None,
     plan: Plan,
 ) -> jax.Array:
     """Run the attention branch, [B*N, C] -> [B*N, C].
 
     Args:
       bias: added to the scores of every image, [heads, N, N] float32; or None.
-      image_scale: [B] float32, factor of the branch of each image; None: 1. These
+      branch_scale: [B] float32, factor of the branch of each image; None: 1. These
         factors have no gradient.
       plan: `rows` must be a multiple of N, so that blocks hold whole images.
     """
-    return _run(x, weights, bias, image_scale, replace(plan, keep=False))[0]
+    return _run(x, weights, bias, branch_scale, replace(plan, keep=False))[0]
 
 
-def _run(x, weights, bias, image_scale, plan):
+def _run(x, weights, bias, branch_scale, plan):
     """Return the output and a tuple of the saved arrays.
 
     With `plan.keep` these are q, k and v, [B*N, 3C], and the heads' outputs, [B*N, C].
@@ -128,20 +128,20 @@ def _run(x, weights, bias, image_scale, plan):
         [*weights, *biases],
         scratch=scratch,
         extra_widths=[3 * width, width] if plan.keep else [],
-        image_scale=image_scale,
+        branch_scale=branch_scale,
         flops=x.size * (8 * width + 4 * tokens),
         name="attention_block",
     )
     return out, tuple(kept)
 
 
-def _forward(x, weights, bias, image_scale, plan):
-    out, kept = _run(x, weights, bias, image_scale, plan)
-    return out, (x, weights, bias, image_scale, kept)
+def _forward(x, weights, bias, branch_scale, plan):
+    out, kept = _run(x, weights, bias, branch_scale, plan)
+    return out, (x, weights, bias, branch_scale, kept)
 
 
 def _backward(plan, saved, gradient):
-    x, weights, bias, image_scale, kept = saved
+    x, weights, bias, branch_scale, kept = saved
     tokens, rows, keep = plan.tokens, plan.rows, plan.keep
     width, dtype = x.shape[1], x.dtype
     head, groups = width // plan.heads, Groups(rows, tokens)
@@ -195,7 +195,7 @@ def _backward(plan, saved, gradient):
         [*weights, *biases],
         [*weights, *biases],
         [pltpu.VMEM((rows, n * width), F32) for n in (3, 1, 1)],
-        image_scale=image_scale,
+        branch_scale=branch_scale,
         flops=x.size * ((16 if keep else 22) * width + (12 if keep else 14) * tokens),
         name="attention_block_gradient",
     )

@@ -62,8 +62,8 @@ def mlp(x: jax.Array, norm: Any, mlp: Any, choice: str) -> Branch | None:
     product = 2 * width * hidden
     keep = target.should_keep(2 * product, 5 * product, product, width, 2 * hidden)
     plan = replace(plan, rows=rows, keep=keep)
-    return lambda image_scale: target.run(
-        mlp_block, x, (weights,), plan, (image_scale,)
+    return lambda branch_scale: target.run(
+        mlp_block, x, (weights,), plan, (branch_scale,)
     )
 
 
@@ -118,10 +118,10 @@ def attention(
         tokens=tokens,
     )
 
-    def run(image_scale):
-        if image_scale is not None and windows is not None:
-            image_scale = jnp.repeat(image_scale, len(x) // len(image_scale))
-        out = target.run(attention_block, x, (weights, bias), plan, (image_scale,))
+    def run(branch_scale):
+        if branch_scale is not None and windows is not None:
+            branch_scale = jnp.repeat(branch_scale, len(x) // len(branch_scale))
+        out = target.run(attention_block, x, (weights, bias), plan, (branch_scale,))
         return out if windows is None else windows.merge(out)
 
     return run

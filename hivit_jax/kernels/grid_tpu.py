@@ -27,7 +27,7 @@ def over_rows(
     scratch: Sequence[Any] = (),
     extra_widths: Sequence[int] = (),
     *,
-    image_scale: jax.Array | None,
+    branch_scale: jax.Array | None,
     flops: int,
     name: str,
 ) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
@@ -36,13 +36,13 @@ def over_rows(
     Args:
       kernel: (row refs, weight refs, output refs, refs of the sums in float32, scratch
         refs, scaled) -> None; called for each block. scaled(y) returns y times
-        `image_scale`.
+        `branch_scale`.
       rows: arrays [T, C]; a block gets `plan.rows` rows of each.
       weights: every block gets each array whole; vectors become [1, n].
       sums_like: one array per sum over all rows; only shape and dtype are used.
       scratch: scratch buffers of the kernel.
       extra_widths: widths of the outputs [T, width] after the first.
-      image_scale: [B] float32, a factor for the T / B rows of each image; None: 1.
+      branch_scale: [B] float32, a factor for the T / B rows of each image; None: 1.
       flops: operations of all blocks, for the compiler's estimates.
 
     Returns:
@@ -57,7 +57,7 @@ def over_rows(
     shapes = [(1, s.size) if s.ndim == 1 else s.shape for s in sums_like]
     pairs = zip(shapes, sums_like, strict=True)
     core_sums = [jax.ShapeDtypeStruct((cores, *x), s.dtype) for x, s in pairs]
-    scalars = [] if image_scale is None else [image_scale]
+    scalars = [] if branch_scale is None else [branch_scale]
     groups = rows, weights, scalars, outputs, core_sums, core_sums, scratch
     in_specs = [*_blocks(plan.rows, steps, rows), *map(_whole, weights)]
     in_specs += [pl.BlockSpec(memory_space=pltpu.SMEM)] * len(scalars)

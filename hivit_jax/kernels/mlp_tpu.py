@@ -41,18 +41,18 @@ from hivit_jax.kernels.numerics import (
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def mlp_block(
-    x: jax.Array, weights: Weights, image_scale: jax.Array | None, plan: Plan
+    x: jax.Array, weights: Weights, branch_scale: jax.Array | None, plan: Plan
 ) -> jax.Array:
     """Run the MLP branch, [T, C] -> [T, C].
 
     Args:
-      image_scale: [B] float32, factor of each image's branch; None: 1. An image is
+      branch_scale: [B] float32, factor of each image's branch; None: 1. An image is
         T / B consecutive rows. The gradient with respect to the factors is None.
     """
-    return _run(x, weights, image_scale, replace(plan, keep=False))[0]
+    return _run(x, weights, branch_scale, replace(plan, keep=False))[0]
 
 
-def _run(x, weights, image_scale, plan):
+def _run(x, weights, branch_scale, plan):
     """Return (output [T, C], saved).
 
     `saved` is (output of fc1 [T, H],) with `plan.keep`, otherwise ().
@@ -75,20 +75,20 @@ def _run(x, weights, image_scale, plan):
         [x],
         weights,
         extra_widths=[hidden_width] if plan.keep else [],
-        image_scale=image_scale,
+        branch_scale=branch_scale,
         flops=4 * x.size * hidden_width,
         name="mlp_block",
     )
     return out, tuple(saved)
 
 
-def _forward(x, weights, image_scale, plan):
-    out, saved = _run(x, weights, image_scale, plan)
-    return out, (x, weights, image_scale, saved)
+def _forward(x, weights, branch_scale, plan):
+    out, saved = _run(x, weights, branch_scale, plan)
+    return out, (x, weights, branch_scale, saved)
 
 
 def _backward(plan, residuals, gradient):
-    x, weights, image_scale, saved = residuals
+    x, weights, branch_scale, saved = residuals
     dtype = x.dtype
 
     def kernel(row_refs, weights, out_refs, sums, _scratch, scale_branch):
@@ -123,7 +123,7 @@ def _backward(plan, residuals, gradient):
         [x, gradient, *saved],
         weights,
         weights,
-        image_scale=image_scale,
+        branch_scale=branch_scale,
         flops=(8 if plan.keep else 10) * x.size * weights.w1.shape[1],
         name="mlp_block_gradient",
     )

@@ -59,7 +59,7 @@ class Weights(NamedTuple):
     b2: jax.Array
 
 
-def scale_images(x: jax.Array, scale: jax.Array) -> jax.Array:
+def scale_branches(x: jax.Array, scale: jax.Array) -> jax.Array:
     """Multiply the rows of each image by its factor.
 
     Args:

@@ -16,7 +16,7 @@ from hivit_jax.kernels.numerics import (
     gelu_slope,
     normal_cdf,
     normal_cdf_by_exp,
-    scale_images,
+    scale_branches,
 )
 from hivit_jax.models.arguments import make_key
 from hivit_jax.models.norms import LayerNorm
@@ -86,7 +86,7 @@ def drop_path(
         so that branches drop samples independently of each other.
     """
     scale = drop_path_scale(drop_path_rate, drop_path_keys, branch_index, x.dtype)
-    return x if scale is None else scale_images(x, scale)
+    return x if scale is None else scale_branches(x, scale)
 
 
 def drop_path_scale(

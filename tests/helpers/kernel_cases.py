@@ -27,8 +27,8 @@ class Case(NamedTuple):
     platform: backend of the kernel.
     shapes: shapes of the inputs: rows, LayerNorm's scale and bias, on TPUs also kernels
       and biases of two linear layers, and in some cases the bias of attention scores.
-    plain: (*inputs, image_scale) -> [T, C]; image_scale is [images] or None.
-    fused: (*inputs, image_scale, keep, interpret) -> [T, C], one kernel.
+    plain: (*inputs, branch_scale) -> [T, C]; branch_scale is [images] or None.
+    fused: (*inputs, branch_scale, keep, interpret) -> [T, C], one kernel.
     images: number of images that the rows belong to.
     keeps: the kernel implements `keep`.
     """
@@ -72,11 +72,11 @@ def layer_norm(x, scale, bias):
     return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + EPS) * scale + bias
 
 
-def add_branch(x, branch, image_scale):
-    """Add a branch to x, scaled by a factor per image unless `image_scale` is None."""
-    if image_scale is None:
+def add_branch(x, branch, branch_scale):
+    """Add a branch to x, scaled by a factor per image unless `branch_scale` is None."""
+    if branch_scale is None:
         return x + branch
-    return x + branch * jnp.repeat(image_scale, len(x) // len(image_scale))[:, None]
+    return x + branch * jnp.repeat(branch_scale, len(x) // len(branch_scale))[:, None]
 
 
 def drop_some_images(images):
@@ -84,19 +84,19 @@ def drop_some_images(images):
     return jnp.where(jnp.arange(images) % 3 == 1, 0, 1.25)
 
 
-def plain_mlp(x, scale, bias, w1, b1, w2, b2, image_scale=None):
+def plain_mlp(x, scale, bias, w1, b1, w2, b2, branch_scale=None):
     hidden = layer_norm(x, scale, bias).astype(w1.dtype) @ w1 + b1
     branch = jax.nn.gelu(hidden, approximate=False) @ w2 + b2
-    return add_branch(x, branch, image_scale)
+    return add_branch(x, branch, branch_scale)
 
 
-def plain_attention(x, *weights, heads, tokens, image_scale=None):
+def plain_attention(x, *weights, heads, tokens, branch_scale=None):
     scale, bias, qkv, qkv_bias, proj, proj_bias, *positions = weights
     y = layer_norm(x, scale, bias).astype(qkv.dtype) @ qkv + qkv_bias
     q, k, v = jnp.moveaxis(y.reshape(-1, tokens, 3, heads, x.shape[1] // heads), 2, 0)
     positions = positions[0][None] if positions else None
     y = jax.nn.dot_product_attention(q, k, v, bias=positions).reshape(x.shape)
-    return add_branch(x, y @ proj + proj_bias, image_scale)
+    return add_branch(x, y @ proj + proj_bias, branch_scale)
 
 
 def shapes_of(rows, width, middle, end):
@@ -111,33 +111,33 @@ def shapes_of(rows, width, middle, end):
 def mlp(rows, width, hidden, block):
     """Return the case of an MLP whose TPU kernel processes `block` rows at a time."""
 
-    def fused(x, *weights, image_scale=None, **options):
+    def fused(x, *weights, branch_scale=None, **options):
         plan = Plan(EPS, rows=block, **options)
-        return mlp_block(x, Weights(*weights), image_scale, plan)
+        return mlp_block(x, Weights(*weights), branch_scale, plan)
 
     # Images of 24 rows, so that images start inside of blocks.
     shapes = shapes_of(rows, width, hidden, hidden)
     return Case("tpu", shapes, plain_mlp, fused, rows // 24)
 
 
-def plain_norm(x, scale, bias, image_scale=None):
-    return add_branch(x, layer_norm(x, scale, bias).astype(x.dtype), image_scale)
+def plain_norm(x, scale, bias, branch_scale=None):
+    return add_branch(x, layer_norm(x, scale, bias).astype(x.dtype), branch_scale)
 
 
 def norm(rows, width):
-    def fused(x, scale, bias, image_scale=None, keep=False, **options):
+    def fused(x, scale, bias, branch_scale=None, keep=False, **options):
         x, normalized = skip_and_norm(x, scale, bias, Plan(EPS, **options))
-        return add_branch(x, normalized, image_scale)
+        return add_branch(x, normalized, branch_scale)
 
     shapes = [(rows, width), (width,), (width,)]
     return Case("gpu", shapes, plain_norm, fused, rows // 8, keeps=False)
 
 
 def attention(images, tokens, width, heads, block, bias=False):
-    def fused(x, *weights, image_scale=None, **options):
+    def fused(x, *weights, branch_scale=None, **options):
         plan = Plan(EPS, rows=block, heads=heads, tokens=tokens, **options)
         positions = weights[6] if bias else None
-        return attention_block(x, Weights(*weights[:6]), positions, image_scale, plan)
+        return attention_block(x, Weights(*weights[:6]), positions, branch_scale, plan)
 
     shapes = shapes_of(images * tokens, width, 3 * width, width)
     shapes += [(heads, tokens, tokens)] * bias

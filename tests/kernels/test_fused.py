@@ -163,8 +163,8 @@ def test_fused_equals_plain(name, drop, keep):
     case = CASES[name]
     inputs, direction = random_inputs(case)
     scale = drop_some_images(case.images) if drop else None
-    plain = partial(case.plain, image_scale=scale)
-    fused = partial(case.fused, image_scale=scale, keep=keep, interpret=True)
+    plain = partial(case.plain, branch_scale=scale)
+    fused = partial(case.fused, branch_scale=scale, keep=keep, interpret=True)
     expected = jax.jit(partial(output_and_gradients, plain))(inputs, direction)
     actual = fast_jit(partial(output_and_gradients, fused))(inputs, direction)
     for a, b in zip(actual, expected, strict=True):
