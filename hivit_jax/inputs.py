@@ -219,9 +219,8 @@ def some_test_examples(config: Any, count: int) -> Batch:
     task, source = make_task(config, split), open_source(config.data, split)
     transform = task.transform(train=False)
     buckets = _buckets(config, transform, source)
-    indices = np.flatnonzero(buckets == buckets[0])
-    spaced = np.linspace(0, len(indices) - 1, min(count, len(indices)), dtype=np.int64)
-    indices = indices[spaced]
+    same = np.flatnonzero(buckets == buckets[0])
+    indices = same[np.linspace(0, len(same) - 1, min(count, len(same)), dtype=np.int64)]
     plan = [order.PlannedBatch(int(buckets[0]), indices, np.zeros_like(indices))]
     return next(_load(config, task, transform, source, lambda: plan, len(indices)))
 
