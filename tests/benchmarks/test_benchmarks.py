@@ -14,6 +14,7 @@ from benchmarks import (
     accelerator,
     compiled,
     paper,
+    peer_rows,
     plain_config,
     small_data,
     tpu_cycles,
@@ -121,17 +122,19 @@ def test_accelerator_reports_failed_and_hanging_parts(tmp_path, monkeypatch, cap
 
 @pytest.mark.torch
 @pytest.mark.parametrize("task", ["pretrain", "classify", "inference"])
-def test_pytorch_copy_has_the_same_loss_before_training(task, tmp_path):
-    """The benchmark fails unless the copy receives all arrays of our model."""
-    out = tmp_path / "out.json"
-    code, _, error = mini_runs.run_process(
-        *("-m", "benchmarks.peers", "--task", task, "--batch", 1, "--threads", 1),
-        *("--rounds", 1, "--steps", 1, "--rows", "hivit_jax", "torch", "--out", out),
-        PYTHONPATH=mini_runs.ROOT,
+def test_pytorch_copy_has_the_same_loss_before_training(task, tmp_path, monkeypatch):
+    """The copy receives all arrays of our model, here with one block per stage."""
+    sizes = {"model.embed_dim": 64, "model.depths": "(1,1,1)", "model.num_heads": 2}
+    load = peer_rows.load_recipe
+    monkeypatch.setattr(
+        peer_rows, "load_recipe", lambda name, x, args: load(name, x | sizes, args)
     )
-    assert code == 0, error
-    ours, pytorch_copy = json.loads(out.read_text())["rows"].values()
-    assert ours["loss"] == pytest.approx(pytorch_copy["loss"], rel=1e-5)
+    monkeypatch.setitem(peer_rows.HIVIT, "HiViT-B", (64, (1, 1, 1), 2))
+    args = argparse.Namespace(task=task, batch=8, device="cpu", threads=1)
+    args.torch_mode, inputs = "default", tmp_path / "first_step.npz"
+    _, _, ours = peer_rows.start_ours(args, inputs)
+    copy = peer_rows.start_torch("HiViT-B", False, False, args, inputs)[2]
+    assert ours["loss"] == pytest.approx(copy["loss"], rel=1e-5)
 
 
 def test_accelerator_parts_cover_every_choice_of_kernels(capsys):

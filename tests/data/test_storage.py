@@ -110,7 +110,7 @@ def test_errors_contain_address_status_and_hint(bucket, scheme, status, hint):
     with pytest.raises(storage.StorageError) as error:
         storage.read(f"{scheme}://bucket/{KEY}", 5, 15)()
     assert error.value.exit_code == 4
-    first_line = rf"cannot first_line {scheme}://bucket/{KEY}: HTTP status {status} \("
+    first_line = rf"cannot access {scheme}://bucket/{KEY}: HTTP status {status} \("
     assert re.match(rf"{first_line}.*\)\n.*{hint}", str(error.value))
     assert str(error.value).count("\n") == 1
 

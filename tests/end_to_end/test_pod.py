@@ -252,7 +252,8 @@ sys.exit(main.main())
 def test_a_data_error_of_one_process(environment, tmp_path):
     """The error is printed at once and nothing is saved; the other process aborts."""
     address = mini_runs.free_address()
-    flags = [*mini_runs.arguments(**ONE_FAILS), f"--workdir={tmp_path}/run"]
+    options = ONE_FAILS | dict(stall_timeout=600)
+    flags = [*mini_runs.arguments(**options), f"--workdir={tmp_path}/run"]
     pod_flags = [f"--coordinator_address={address}", "--num_processes=2"]
     started = [
         mini_runs.start_process(

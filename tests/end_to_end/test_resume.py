@@ -146,7 +146,7 @@ def test_finished_run_only_evaluates(uninterrupted, synthetic, environment):
     arguments = command(workdir, "synthetic", **synthetic)
     code, out, err = mini_runs.run_process(*arguments, **environment)
     assert code == 0, err
-    assert not re.search(rf"^step \d+/{STEPS}|compil", out, re.M)
+    assert not re.search(rf"^step \d+/{STEPS}|compiling the train", out, re.M)
     evaluation = [line for line in before.splitlines() if "eval  loss" in line][-1]
     assert evaluation in out.splitlines()
     assert mini_runs.logged(workdir) == losses
