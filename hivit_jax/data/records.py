@@ -3,7 +3,9 @@
 import hashlib
 import io
 import os
+import threading
 import time
+from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -45,7 +47,9 @@ class Records:
     ):
         self._files, self._file_indices = files, file_indices
         self._starts, self._stops, self._cache = starts, stops, cache
-        self._asked: dict[int, storage.Waiter] = {}
+        # A record can be asked for twice before it is read, at the end of an epoch.
+        self._asked: defaultdict[int, deque[storage.Waiter]] = defaultdict(deque)
+        self._lock = threading.Lock()
 
     def file(self, i: int) -> str:
         """Return the path or address of the file that contains record i."""
@@ -53,10 +57,11 @@ class Records:
 
     def ask(self, i: int) -> None:
         """Start reading record i, unless it is in a local file."""
-        if i not in self._asked:
-            path = self._locate(i)
-            if storage.is_remote(path):
-                self._asked[i] = self._start(path, i)
+        path = self._locate(i)
+        if storage.is_remote(path):
+            wait = self._start(path, i)
+            with self._lock:
+                self._asked[i].append(wait)
 
     def read(self, i: int) -> bytes:
         """Return record i.
@@ -64,8 +69,12 @@ class Records:
         Raises:
           StorageError, OSError: as in `storage.read`.
         """
-        wait = self._asked.pop(i, None) or self._start(self._locate(i), i)
-        return wait()
+        with self._lock:
+            waiting = self._asked.get(i)
+            wait = waiting.popleft() if waiting else None
+            if not waiting:
+                self._asked.pop(i, None)
+        return wait() if wait else self._start(self._locate(i), i)()
 
     def forget(self) -> None:
         """Drop the records that were asked for but not read."""

@@ -12,6 +12,7 @@ from datasets import assert_batches_equal, folder_config
 from prepared import prepare
 
 from hivit_jax import inputs
+from hivit_jax.data.records import Records
 from hivit_jax.data.shard_cache import ShardCache
 from hivit_jax.data.sources import registry
 from hivit_jax.data.sources.tfds import OPENERS, Tfds
@@ -83,6 +84,20 @@ def test_one_thread_has_several_reads_in_flight(bucket):
     bucket.answering, bucket.delay = answering, 0.05
     list(inputs.train_batches(cfg, 0, 1))
     assert max(in_flight) >= 3
+
+
+def test_record_that_is_asked_for_twice_is_read_twice_ahead(tmp_path):
+    """At the end of an epoch, a record of the next epoch may already be in flight."""
+    (tmp_path / "objects").mkdir()
+    (tmp_path / "objects" / "one").write_bytes(b"first")
+    with serve(tmp_path / "objects") as bucket:
+        records = Records(["gs://bucket/one"])
+        for _ in range(2):
+            records.ask(0)
+        assert [records.read(0), records.read(0)] == [b"first"] * 2
+        assert bucket.reads("one") == 2
+        assert records.read(0) == b"first"
+        assert bucket.reads("one") == 3
 
 
 def test_index_of_a_read_only_bucket_is_cached_locally(
