@@ -1,4 +1,4 @@
-"""Replacement for ml_collections, with the features that recipes use.
+"""Minimal replacement for ml_collections, with which hivit_jax can load recipes.
 
 Import this module before hivit_jax. It has no effect if ml_collections is installed.
 """

@@ -16,9 +16,9 @@ class BalancedOrder:
 
     An epoch has as many examples as the dataset. Each class has an endless sequence of
     permutations of its examples. An epoch with m positions for the class uses the next
-    m examples of this sequence. After any number of epochs, two examples of a class
-    have therefore been used equally often, or one of them once more. Like
-    `order.permutation`, the order is a function of seed and epoch.
+    m examples of this sequence. After any number of epochs, the numbers of uses of two
+    examples of a class therefore differ by at most 1. Like `order.permutation`, the
+    order is a function of seed and epoch.
 
     Args:
       labels: class of each example, int [n].
@@ -37,10 +37,10 @@ class BalancedOrder:
     def samples_at(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the examples at positions of the endless sequence of all epochs.
 
-        Returns (example indices [b], passes [b]). The pass of an example is the number
-        of earlier passes over its class. The pass replaces the epoch as key of the
-        transform's random numbers, so that an example that occurs twice in an epoch is
-        augmented differently.
+        Returns (example indices [b], passes [b]). The pass of an example is the index,
+        from 0, of the permutation of its class that contains the position. The pass
+        replaces the epoch as key of the transform's random numbers, so that an example
+        that occurs twice in an epoch is augmented differently.
 
         Args:
           positions: int [b]; position p is in epoch ``p // n``.
@@ -56,15 +56,15 @@ class BalancedOrder:
     def _compute_epoch(self, epoch: int) -> np.ndarray:
         """Return the example indices and passes of an epoch, int64 [2, n]."""
         parts = []
-        for label, members in enumerate(self._members):
-            count = self.counts[label]
+        for class_index, members in enumerate(self._members):
+            count = self.counts[class_index]
             positions = np.arange(epoch * count, (epoch + 1) * count)
             passes, offsets = np.divmod(positions, len(members))
             indices = np.empty_like(offsets)
             for k in np.unique(passes):
                 selected = passes == k
-                # Labels count from 1 here, because SeedSequence ignores a trailing 0.
-                order = shuffled([self._seed, int(k), 1 + label], len(members))
+                # Classes count from 1 here, because SeedSequence ignores a trailing 0.
+                order = shuffled([self._seed, int(k), 1 + class_index], len(members))
                 indices[selected] = members[order[offsets[selected]]]
             parts.append(np.stack([indices, passes]))
         order = permutation(self._seed, epoch, self._n)

@@ -26,8 +26,9 @@ USAGE = """\
 python -m hivit_jax.tools.attention --checkpoint PATH IMAGE [IMAGE ...]
               [--out FILE.png] [--block INDEX] [--unit ROW,COLUMN]
 
-Draws, for each image, the attention weights of one unit to all units: the mean over
-the heads, and each head. Bright units have a large weight. A red frame marks the unit.
+Draws, for each image, the attention weights of a unit or class token to all units: the
+mean over the heads, and each head. Each map is scaled to its largest weight, which is
+bright. A red frame marks the unit.
 
 --checkpoint  workdir of a run, checkpoint, directory written by save_pretrained, .pth
               or .safetensors file, or hf://ORGANIZATION/NAME

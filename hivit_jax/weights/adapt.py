@@ -57,8 +57,8 @@ class LoadReport:
       unused: arrays of the pretrained model that are not copied.
       zero_init: relative position tables that the pretrained model does not have; they
         are initialized to 0.
-      newly_initialized: arrays of the head, of the norm before the head, or of the
-        decoder's prediction that are not copied.
+      newly_initialized: arrays that are not copied and belong to the head, the norm
+        before the head, or the prediction layer of a decoder.
       missing: other arrays that the pretrained model does not have.
       shape_mismatch: arrays whose shape differs and that cannot be resized.
     """

@@ -56,10 +56,11 @@ def open_together(caches, *directories):
     """Open datasets in several processes.
 
     Args:
-      caches: directory of each process that replaces the user's cache.
+      caches: one directory per process, which replaces the user's cache directory.
 
     Returns:
-      [(exit code, last line of stdout, stderr)].
+      [(exit code, last line of stdout, stderr)]; without the second item if stdout is
+        empty.
     """
     address = mini_runs.free_address()
     started = [
@@ -76,8 +77,11 @@ def open_together(caches, *directories):
     ]
 
 
-def headers_read(bucket):
-    """Return {(key, range): number of requests} of the headers, and forget them."""
+def record_header_reads(bucket):
+    """Return {(key, range): number of reads} of record headers.
+
+    Clears `bucket.requests`.
+    """
     found = Counter()
     for _, key, wanted in bucket.requests:
         first, _, last = wanted.removeprefix("bytes=").partition("-")
@@ -88,17 +92,17 @@ def headers_read(bucket):
 
 
 def test_each_file_is_indexed_once(bucket, tmp_path):
-    """Two processes together send the requests of one, and read the same images."""
+    """Two processes together read each record header once and get the same images."""
     [alone] = open_together([tmp_path / "alone"], "gs://bucket/one")
     assert alone[0] == 0, alone
     assert "indexing 4 of 4 files of gs://bucket/one/" in alone[2]
-    expected = headers_read(bucket)
+    expected = record_header_reads(bucket)
     assert len(expected) == 24
     caches = [tmp_path / name for name in "ab"]
     for code, images, err in open_together(caches, "gs://bucket/other"):
         assert (code, images) == (0, alone[1]), err
         assert "indexing 2 of 4 files of gs://bucket/other/" in err
-    found = headers_read(bucket)
+    found = record_header_reads(bucket)
     assert {*found.values()} == {1}
     renamed = {(key.replace("other/", "one/"), wanted) for key, wanted in found}
     assert renamed == expected.keys()
@@ -113,13 +117,13 @@ def test_index_of_some_processes_only(bucket, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(caches[0]))
     source = Tfds("noise_images", "gs://bucket/one", "train")
     assert len([*caches[0].glob("hivit_jax/*.npz")]) == 1
-    headers_read(bucket)
+    record_header_reads(bucket)
     for _ in range(2):
         results = open_together(caches, "gs://bucket/one")
         assert [code for code, *_ in results] == [0, 0], results
         assert len(json.loads(results[0][1])) == len(source)
         assert results[0][1] == results[1][1]
-        reads = headers_read(bucket)
+        reads = record_header_reads(bucket)
         assert [len([*cache.glob("hivit_jax/*.npz")]) for cache in caches] == [1, 1]
     assert not reads
 

@@ -39,12 +39,13 @@ pytestmark = [
 STEPS, DECAY = 4, 0.9
 
 
-# Arguments of the network that the recipe overrides
+# Sizes of the network, which override those of the recipe `linear`
 SIZES = dict(
     image_size=(32, 64), embed_dim=32, depths=(1, 1), inner_patches=2, num_heads=2
 )
 
 
+# All arguments of the network; the last two are as in the recipe
 NETWORK = SIZES | dict(relative_position=False, running_norm=True)
 
 
@@ -92,7 +93,7 @@ def probe(**overrides):
 
 
 @pytest.fixture(scope="module")
-def shared(tmp_path_factory):
+def pretrained_directory(tmp_path_factory):
     """Return the directory of a saved model with a head and running statistics."""
     directory = tmp_path_factory.mktemp("shared")
     hivit_jax.save_pretrained(mini("hivit_base", **NETWORK), directory)
@@ -100,9 +101,12 @@ def shared(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def interrupted(shared, tmp_path_factory):
+def interrupted(pretrained_directory, tmp_path_factory):
     """Return the workdir of a probe that was interrupted before its first step."""
-    workdir, config = tmp_path_factory.mktemp("interrupted"), probe(init_from=shared)
+    workdir, config = (
+        tmp_path_factory.mktemp("interrupted"),
+        probe(init_from=pretrained_directory),
+    )
     with pytest.raises(Interrupted):
         train(config, workdir, lambda step: "stop")
     return workdir
@@ -174,7 +178,7 @@ def evaluated(stored):
 # Checkpoints of a run
 
 
-def test_linear_probe_starts_with_a_new_head(shared, interrupted):
+def test_linear_probe_starts_with_a_new_head(pretrained_directory, interrupted):
     """Only the encoder is loaded. Head and statistics are newly initialized.
 
     The standard deviation of the new kernel is 0.01, as in MAE.
@@ -182,7 +186,7 @@ def test_linear_probe_starts_with_a_new_head(shared, interrupted):
     state = mini_runs.saved_arrays(interrupted, 0)
     mini_runs.assert_identical(state["ema"], state["params"])
     params = state["params"] | state["model_state"]
-    saved = load_file(shared / "model.safetensors")
+    saved = load_file(pretrained_directory / "model.safetensors")
     assert_array_equal(
         params["encoder/absolute_pos_embed"], saved["absolute_pos_embed"][0]
     )
@@ -209,7 +213,8 @@ def test_the_average_of_each_step(stored):
         for name, array in stored[step]["ema"].items():
             assert_allclose(array, average[name], rtol=2e-6, atol=1e-7, err_msg=name)
     distance = np.abs(stored[STEPS]["params"]["head/kernel"] - average["head/kernel"])
-    # The average differs from the parameters by half the initial standard deviation.
+    # For at least one weight, the difference exceeds half the initial standard
+    # deviation of the head's kernel, 0.01.
     assert distance.max() > 0.005
 
 
@@ -237,7 +242,7 @@ def test_best_evaluated_checkpoint_is_kept(interrupted, stored, tmp_path, capsys
     train(probe(keep_checkpoints=1), tmp_path)
     top1 = mini_runs.logged(tmp_path, "eval/top1")
     assert list(top1) == [2, 4]
-    # At least two of 64 images; if not, choose another seed.
+    # Top-1 must fall by at least two of 64 images. If this fails, choose another seed.
     assert top1[2] > top1[4] + 1.5 / 64
     assert mini_runs.saved_steps(tmp_path) == [2, 4]
     last = capsys.readouterr().out.splitlines()[-1]
@@ -341,7 +346,10 @@ def test_resuming_detects_a_flipped_bit_of_any_item(item, damaged):
 def test_only_the_requested_weights_are_read(
     item, other, step, options, run, damaged, stored, tmp_path
 ):
-    """Loading and converting read and verify only the parameters or the averages."""
+    """`load_pretrained` and `convert` read and verify only one kind of weights.
+
+    The kinds are the parameters and the averages.
+    """
     averaged = item == "ema"
     with pytest.raises(CheckpointError, match=f"1 of .* arrays of {item} do not"):
         hivit_jax.load_pretrained(damaged[item], averaged=averaged)
@@ -350,7 +358,7 @@ def test_only_the_requested_weights_are_read(
     expected = stored[4][item] | stored[4]["model_state"]
     mini_runs.assert_identical(arrays, {name: expected[name] for name in arrays})
 
-    target = tmp_path / "shared"
+    target = tmp_path / "converted"
     assert convert.main([str(damaged[item]), str(target), *options]) == 5
     source = run / "checkpoints" / str(step)
     assert convert.main([str(source), str(target), *options]) == 0

@@ -22,7 +22,8 @@ from hivit_jax.models import create_model
 from hivit_jax.models.windows import Windows
 from hivit_jax.tree import named_leaves
 
-# 3x3 windows do not fill the five rows and seven columns of units.
+# Neither 5 rows nor 7 columns of units are a multiple of 3, so the last windows are
+# padded.
 UNEVEN = dict(image_size=(80, 112), window_size=3)
 
 
@@ -77,7 +78,7 @@ def test_attention_in_one_window_is_global():
     ("image_size", "side"), [((80, 112), 3), ((64, 96), 2), ((32, 112), 4)]
 )
 def test_attention_in_windows_equals_numpy(image_size, side, relative_position):
-    """The attention has a key mask or none."""
+    """Compares the attention without and with a key mask."""
     sizes = dict(image_size=image_size, window_size=side)
     model = mini(**sizes, relative_position=relative_position)
     attention, grid = model.encoder.stages[-1][0].attn, model.encoder.grid

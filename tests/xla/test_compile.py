@@ -12,7 +12,7 @@ pytestmark = pytest.mark.usefixtures("minimal_output")
 
 
 @pytest.mark.parametrize(
-    ("key", "jax_setting", "expected"),
+    ("directory", "jax_setting", "expected"),
     [
         ("", None, "{}/run/compiled"),
         ("{}/programs", None, "{}/programs"),
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("minimal_output")
     ],
 )
 def test_programs_are_cached_in_the_workdir(
-    key, jax_setting, expected, run_main, tmp_path
+    directory, jax_setting, expected, run_main, tmp_path
 ):
     """`compilation_cache` selects another directory, unless JAX has its own setting."""
     name = "jax_compilation_cache_dir"
@@ -28,7 +28,7 @@ def test_programs_are_cached_in_the_workdir(
     jax.config.update(name, jax_setting)
     try:
         flags = ["--mode=eval", f"--workdir={tmp_path}/run"]
-        cache = f"--config.compilation_cache={key.format(tmp_path)}"
+        cache = f"--config.compilation_cache={directory.format(tmp_path)}"
         code, calls = run_main(*flags, cache)
         assert code == 5  # there is no checkpoint
         assert len(calls) == 1
@@ -47,4 +47,4 @@ def test_announce(capsys):
     assert [len(each) for each in lines] == [2, 0, 2, 0]
     start, end = lines[0]
     assert start == "compiling the doubling, which may take minutes ..."
-    assert re.fullmatch(r"compiled in \d+\.\d s", end)
+    assert re.fullmatch(r"(compiled|read from the cache) in \d+\.\d s", end)
