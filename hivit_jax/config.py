@@ -5,6 +5,7 @@
 
 import difflib
 import json
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from ml_collections.config_dict import FieldReference
 from hivit_jax import models, recipes, tasks
 from hivit_jax.aliases import unknown_key
 from hivit_jax.common_keys import KEYS, SCHEDULES_OF_KEY
-from hivit_jax.errors import ConfigError
+from hivit_jax.errors import ConfigError, run_command
 from hivit_jax.keys import TYPE_NAMES, Key, field_keys, show
 from hivit_jax.models.config import RunOptions
 
@@ -269,4 +270,4 @@ def _locked_config(keys: Mapping[str, Key], values: Mapping[str, Any]) -> Config
 
 
 if __name__ == "__main__":
-    print(to_markdown(), end="")
+    sys.exit(run_command(lambda: print(to_markdown(), end="")))

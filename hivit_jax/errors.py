@@ -5,11 +5,16 @@ A message has one to three lines: the cause, the expected value and what to do.
 
 import argparse
 import difflib
+import os
+import select
+import signal
 import sys
 from collections.abc import Callable, Iterable
 from importlib import import_module
 from types import ModuleType
 from typing import NoReturn
+
+STDOUT_CLOSED = 128 + signal.SIGPIPE  # exit code, as of other programs
 
 
 class HivitError(Exception):
@@ -74,6 +79,12 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}; --help shows the usage")
 
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        print(
+            end="", flush=True
+        )  # `run_command` handles errors, unlike the interpreter
+        super().exit(status, message)
+
 
 def import_class(key: str, name: str) -> type:
     """Import the user-defined class ``module:Class`` that a config key contains.
@@ -118,15 +129,45 @@ def first_line(error: Exception) -> str:
 
 
 def run_command(action: Callable[[], object]) -> int:
-    """Run a command, print a HivitError to stderr, and return the exit code."""
+    """Run a command, print a HivitError to stderr, and return the exit code.
+
+    If the reader of stdout has exited, as `head` does, the command ends without a
+    message, and further output is discarded.
+    """
     # Imported here, because `resources` imports JAX.
     from hivit_jax.resources import raise_resource_errors
 
     try:
         with raise_resource_errors():
             action()
+        print(end="", flush=True)
     except HivitError as error:
+        _discard_unread_output()
         label = "" if isinstance(error, Interrupted) else "error: "
         print(f"{label}{error}", file=sys.stderr, flush=True)
         return error.exit_code
+    except BrokenPipeError:
+        if not _discard_unread_output():
+            raise
+        return STDOUT_CLOSED
     return 0
+
+
+def _discard_unread_output() -> bool:
+    """Return True if the reader of stdout has exited; then discard all output.
+
+    Without this, the interpreter would print a traceback when it flushes stdout at
+    exit.
+    """
+    try:
+        stdout = sys.stdout.fileno()
+    except (AttributeError, OSError):  # stdout is closed, or is not a file
+        return False
+    poll = select.poll()
+    poll.register(stdout, 0)  # 0: only errors
+    if not poll.poll(0):
+        return False
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, stdout)
+    os.close(null)
+    return True

@@ -24,7 +24,7 @@ from hivit_jax.distributed.sharding import (
     state_shardings,
 )
 from hivit_jax.errors import ConfigError, DataError
-from hivit_jax.progress import Progress
+from hivit_jax.progress import Progress, counted
 from hivit_jax.reporting import console, metrics
 from hivit_jax.tree import leaf_name, split_state
 from hivit_jax.weights import adapt, load
@@ -106,8 +106,8 @@ def evaluate(
     expected = task.data.counts["test"]
     if count + unreadable != expected:
         raise DataError(
-            f"evaluated {count} images and could not read {unreadable}; expected "
-            f"{expected} in total, the size of the test split"
+            f"evaluated {counted(count, 'image')} and could not read {unreadable}; "
+            f"expected {expected} in total, the size of the test split"
         )
     check_unreadable(unreadable, config.data, "test")
     records = _merge_records(gather_objects(records))

@@ -1,4 +1,4 @@
-"""Progress lines of long operations."""
+"""Progress lines of long operations; text of counts and durations."""
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -63,6 +63,15 @@ class Progress:
         for item in items:
             self.update(1)
             yield item
+
+
+def counted(count: int, noun: str, plural: str = "") -> str:
+    """Format a count and its noun: ``1 image``, ``1,234 images``.
+
+    Args:
+      plural: "": the noun followed by an s.
+    """
+    return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
 
 
 def duration(seconds: float) -> str:

@@ -29,6 +29,7 @@ from hivit_jax.errors import (
     ResourceError,
 )
 from hivit_jax.paths import open_path
+from hivit_jax.progress import counted
 from hivit_jax.reporting import console, figures, metrics
 from hivit_jax.reporting.console import log
 from hivit_jax.tasks import Task
@@ -80,8 +81,8 @@ def train(
     devices, flops = [*mesh.devices.flat], task.training_flops(model)
     log(
         f"{config.model.name}: {model.parameter_count():,} parameters on {mesh.size} x "
-        f"{devices[0].device_kind}; {total_steps:,} steps of "
-        f"{config.batch_size:,} images"
+        f"{devices[0].device_kind}; {counted(total_steps, 'step')} of "
+        f"{counted(config.batch_size, 'image')}"
     )
     for warning in [*notes, *task.warnings(steps_per_epoch, total_steps)]:
         log(f"warning: {warning}")

@@ -1,6 +1,8 @@
-"""Tests of errors about missing packages."""
+"""Tests of errors about missing packages, and of commands whose output is not read."""
 
+import os
 import sys
+from contextlib import contextmanager, redirect_stdout
 
 import pytest
 
@@ -9,7 +11,13 @@ from hivit_jax import config as configs
 from hivit_jax import inputs
 from hivit_jax.data import tf_data
 from hivit_jax.data.sources import digits
-from hivit_jax.errors import ConfigError, MissingPackage, require
+from hivit_jax.errors import (
+    ConfigError,
+    MissingPackage,
+    Parser,
+    require,
+    run_command,
+)
 
 
 def test_require_names_the_package_to_install(tmp_path, monkeypatch):
@@ -72,3 +80,48 @@ def test_tf_data_requires_tensorflow(monkeypatch):
         hivit_jax.tf_dataset(config, 0, 1)
     with pytest.raises(ConfigError, match="reader='tfdata'; expected 'threads' or 'tf"):
         configs.load("digits_mae", ["--config.data.reader=tfdata"])
+
+
+@contextmanager
+def unread_stdout():
+    """Replace stdout by a pipe whose reader has exited."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stdout, redirect_stdout(stdout):
+        yield
+
+
+@pytest.mark.parametrize(
+    "action",
+    [
+        lambda: print("line", flush=True),
+        lambda: print("line"),
+        lambda: os.write(sys.stdout.fileno(), b"line"),  # as with PYTHONUNBUFFERED=1
+        lambda: Parser(prog="command").parse_args(["--help"]),
+    ],
+)
+def test_command_ends_quietly_if_stdout_is_not_read(action, capsys):
+    """The exit code is 128 + SIGPIPE. Later output is discarded without an error."""
+    with unread_stdout():
+        assert run_command(action) == 141
+        print("more", flush=True)
+    assert capsys.readouterr().err == ""
+
+
+def test_errors_are_printed_if_stdout_is_not_read(capsys):
+    def fail():
+        print("line")
+        raise ConfigError("bad flag")
+
+    with unread_stdout():
+        assert run_command(fail) == 2
+        print("more", flush=True)
+    assert capsys.readouterr().err == "error: bad flag\n"
+
+
+def test_other_broken_pipes_are_errors():
+    def fail():
+        raise BrokenPipeError("of a socket")
+
+    with pytest.raises(BrokenPipeError, match="of a socket"):
+        run_command(fail)

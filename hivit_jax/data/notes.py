@@ -7,6 +7,7 @@ import numpy as np
 from hivit_jax.data.rasters import read_values
 from hivit_jax.data.sources.base import Source
 from hivit_jax.data.sources.file_index import OUTSIDE
+from hivit_jax.progress import counted
 
 
 def split_notes(
@@ -22,8 +23,8 @@ def split_notes(
     if source.loose:
         count = source.ignored[OUTSIDE]
         notes.append(
-            f"{count:,} images of the {split} split are ignored, because they are "
-            f"outside of the class directories: {', '.join(source.loose)}"
+            f"{split} split: ignored {counted(count, 'image')} outside of the class "
+            f"directories: {', '.join(source.loose)}"
             f"{', ...' if count > len(source.loose) else ''}"
         )
     labels = np.asarray(source.labels)

@@ -6,12 +6,14 @@ while. The credentials of Google's or Amazon's tools are used. Public buckets ne
 
 import os
 import re
+import threading
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 from hivit_jax.errors import ConfigError, LocalDataError, require
+from hivit_jax.progress import EVERY, to_stderr
 
 DRIVERS = {"gs": "gcs", "s3": "s3"}  # scheme of an address -> driver of tensorstore
 RETRIES = {"max_retries": 8, "initial_delay": "500ms", "max_delay": "30s"}
@@ -82,7 +84,10 @@ def read(path: str, start: int = 0, stop: int | None = None) -> Waiter:
 
 
 def list_files(directory: str) -> list[str]:
-    """Return the sorted names of all files below a directory, relative to it."""
+    """Return the sorted names of all files below a directory, relative to it.
+
+    Prints a line if a bucket does not answer within `EVERY` seconds.
+    """
     directory = directory.rstrip("/")
     if not is_remote(directory):
         paths = Path(directory).rglob("*")
@@ -92,7 +97,12 @@ def list_files(directory: str) -> list[str]:
     store, key = _locate(f"{directory}/")
     successor = key[:-1] + chr(ord("/") + 1) if key else ""
     found = store.list(tensorstore.KvStore.KeyRange(key, successor), len(key.encode()))
-    names = sorted(os.fsdecode(name) for name in _result(directory, found))
+    notice = threading.Timer(EVERY, to_stderr, [f"listing {directory} ..."])
+    notice.start()
+    try:
+        names = sorted(os.fsdecode(name) for name in _result(directory, found))
+    finally:
+        notice.cancel()
     return [name for name in names if name and not name.endswith("/")]
 
 

@@ -7,6 +7,7 @@ from hivit_jax.data.loader import Batch
 from hivit_jax.data.sources.registry import num_examples
 from hivit_jax.distributed.processes import gather_objects
 from hivit_jax.errors import DataError
+from hivit_jax.progress import counted
 
 CHECK_HINT = (
     "python -m hivit_jax.tools.check_data, with the same --config flags, lists all "
@@ -56,7 +57,7 @@ def check_unreadable(count: int, data: Any, split: str) -> None:
     total = num_examples(data, split)
     if count / total > data.max_unreadable:
         raise DataError(
-            f"{count:,} images of {data.name} could not be read, {count / total:.2%} "
-            f"of the {total:,} in the {split} split; data.max_unreadable allows "
-            f"{data.max_unreadable:.2%}.\n{CHECK_HINT}"
+            f"{counted(count, 'image')} of {data.name} could not be read, "
+            f"{count / total:.2%} of the {total:,} in the {split} split; "
+            f"data.max_unreadable allows {data.max_unreadable:.2%}.\n{CHECK_HINT}"
         )

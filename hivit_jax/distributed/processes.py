@@ -58,9 +58,10 @@ def start(address: str, count: int, index: int, peer_timeout: float) -> None:
                 f"the processes cannot start together: {error}"
             ) from error
     except RuntimeError as error:
-        raise ConfigError(
-            f"process {index} of {count} cannot reach process 0 at {address}: {error}"
-        ) from error
+        process = "this process cannot reach the other processes of the run"
+        if address:
+            process = f"process {index} of {count} cannot reach process 0 at {address}"
+        raise ConfigError(f"{process}: {error}") from error
 
 
 def joined() -> bool:

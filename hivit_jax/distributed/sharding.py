@@ -11,6 +11,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from hivit_jax.errors import ConfigError
+from hivit_jax.progress import counted
 from hivit_jax.tree import leaf_name
 
 # Mesh axes. Their links are ordered from slowest to fastest. The replica axis connects
@@ -62,8 +63,8 @@ def make_mesh(
         shape[shape.index(-1)] = count // rest if rest > 0 else 0
     if min(shape) < 1 or math.prod(shape) != count:
         raise ConfigError(
-            f"mesh={dict(sizes)} does not fit {count} devices; expected sizes with "
-            f"product {count}, at most one of them -1"
+            f"mesh={dict(sizes)} does not fit {counted(count, 'device')}; expected "
+            f"sizes with product {count}, at most one of them -1"
         )
     shards = math.prod(shape[:3])
     divisor = shards * num_microbatches

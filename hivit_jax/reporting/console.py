@@ -5,7 +5,7 @@ from pathlib import Path
 
 import jax
 
-from hivit_jax.progress import duration
+from hivit_jax.progress import counted, duration
 from hivit_jax.reporting.metrics import Best, Scalars, best_evaluation, evaluations
 
 
@@ -37,7 +37,7 @@ def step_line(step: int, total: int, values: Scalars) -> str:
     if values["input_bound"] > 0.1:
         notes += f"  (waiting for images in {values['input_bound']:.0%} of steps)"
     if values["unreadable"]:
-        notes += f"  ({values['unreadable']:,} unreadable images)"
+        notes += f"  ({counted(values['unreadable'], 'unreadable image')})"
     return (
         f"step {step}/{total}  epoch {values['epoch']:.1f}  loss {values['loss']:.4f}  "
         f"grad {values['gradient_norm']:.3g}  lr {values['learning_rate']:.2e}  "
@@ -58,7 +58,7 @@ def eval_line(label: str, values: Scalars) -> str:
             if name.startswith("top") or name == "mAP":
                 text = f"{100 * value:.2f} %"
             parts.append(f"{name} {text}")
-    images = f"{values['eval/count']:,} images"
+    images = counted(values["eval/count"], "image")
     if values["eval/unreadable"]:
         images += f", {values['eval/unreadable']:,} unreadable"
     return f"{label}  eval  {'  '.join(parts)}  ({images})"

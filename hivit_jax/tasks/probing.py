@@ -17,7 +17,7 @@ from hivit_jax.data.sources.registry import open_source
 from hivit_jax.data.unreadable import check_unreadable
 from hivit_jax.distributed.sharding import BATCH, make_mesh, on_mesh, state_shardings
 from hivit_jax.errors import ConfigError
-from hivit_jax.progress import Progress
+from hivit_jax.progress import Progress, counted
 from hivit_jax.reporting.console import log
 from hivit_jax.tasks.base import Task
 from hivit_jax.tasks.classification import topk_correct
@@ -79,7 +79,8 @@ def nearest_neighbors(
         float(np.concatenate([chunk[name] for chunk in chunks]).mean())
         for name in ("top1", "top5")
     )
-    log(f"nearest neighbors  top1 {top1:.2%}  top5 {top5:.2%}  ({count:,} images)")
+    images = counted(count, "image")
+    log(f"nearest neighbors  top1 {top1:.2%}  top5 {top5:.2%}  ({images})")
     return {"knn/top1": top1, "knn/top5": top5, "knn/count": count}
 
 

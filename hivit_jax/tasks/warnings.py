@@ -3,6 +3,7 @@
 from typing import Any
 
 from hivit_jax.data.sources.base import DatasetInfo
+from hivit_jax.progress import counted
 from hivit_jax.training.schedule import peak_learning_rate
 
 # Usual range of AdamW's peak learning rate. With a smaller peak the weights hardly
@@ -59,16 +60,16 @@ def _length_warnings(
     ):
         if config[name] > total_steps:
             found.append(
-                f"{name}={config[name]} exceeds the {total_steps:,} steps of the run, "
-                f"which {consequence}"
+                f"{name}={config[name]} exceeds the {counted(total_steps, 'step')} of "
+                f"the run, which {consequence}"
             )
     decay = optimizer.ema_decay
     initial_weight = decay**total_steps
     if decay and initial_weight > 0.5:
         found.append(
-            f"optimizer.ema_decay={decay:g}: after {total_steps:,} steps, the initial "
-            f"parameters still have a weight of {initial_weight:.0%} in the averaged "
-            "parameters, which evaluation uses"
+            f"optimizer.ema_decay={decay:g}: after {counted(total_steps, 'step')}, the "
+            f"initial parameters still have a weight of {initial_weight:.0%} in the "
+            "averaged parameters, which evaluation uses"
         )
     return found
 

@@ -29,6 +29,7 @@ from hivit_jax.data.sources.splits import Selection
 from hivit_jax.data.transforms import Transform
 from hivit_jax.errors import ConfigError, DataError, Parser, run_command
 from hivit_jax.models import Model
+from hivit_jax.progress import counted
 from hivit_jax.reporting import figures
 from hivit_jax.tools.dataset_content import contact_sheet, content_report
 from hivit_jax.tools.dataset_split import (
@@ -48,9 +49,11 @@ TIMING_SECONDS = 3.0  # CPU time in which the loader's speed is measured
 def split_report(split: Split, faults: dict[str, list[str]]) -> str:
     """Return the report on a split: sizes, findings, and the first lines per fault."""
     n, k, classes = len(split.source), len(split.indices), len(split.source.classes)
-    labels = f"{classes:,} classes" if split.source.labeled else "no classes"
-    lines = [f"{split.title}: {n:,} images, {labels}"]
-    lines[0] += f"; {k:,} images checked" * (k < n)
+    labels = "no classes"
+    if split.source.labeled:
+        labels = counted(classes, "class", "classes")
+    lines = [f"{split.title}: {counted(n, 'image')}, {labels}"]
+    lines[0] += f"; {counted(k, 'image')} checked" * (k < n)
     lines += ["", _row("", "min", "median", "max")]
     heights, widths = split.sizes[split.sizes.all(1)].T
     rows = {"images per class": split.per_class(), "height": heights, "width": widths}
@@ -99,8 +102,8 @@ def speed_report(task: tasks.Task, model: Model, images_per_core_second: float) 
     """
     flops = task.training_flops(model)
     title = f"estimate at {UTILIZATION:.0%} of peak"
-    speed, cores = images_per_core_second, available_cores()
-    lines = [f"speed: {speed:,.0f} training images/s per core, {cores} cores here"]
+    speed, cores = images_per_core_second, counted(available_cores(), "core")
+    lines = [f"speed: {speed:,.0f} training images/s per core, {cores} here"]
     if not flops:
         return lines[0]
     lines += ["", _row(title, "images/s", "cores")]
@@ -182,8 +185,9 @@ def nested_classes(split: Split, data: Any) -> list[str]:
     if not nested:
         return []
     return [
-        f"{split.title}: {len(nested):,} images in subdirectories of the classes, e.g. "
-        f"{nested[0]}; data.class_level=leaf makes each subdirectory a class"
+        f"{split.title}: {counted(len(nested), 'image')} in subdirectories of the "
+        f"classes, e.g. {nested[0]}; data.class_level=leaf makes each subdirectory a "
+        "class"
     ]
 
 

@@ -19,6 +19,7 @@ from hivit_jax.config import step_options, to_json
 from hivit_jax.distributed.sharding import BATCH, make_mesh
 from hivit_jax.inputs import task_of_recipe
 from hivit_jax.paths import open_path
+from hivit_jax.progress import counted
 from hivit_jax.reporting.console import log
 from hivit_jax.reporting.metrics import prepare_workdir
 from hivit_jax.tools.describe import resolved_schedule
@@ -168,8 +169,9 @@ def summary(report: dict[str, Any]) -> str:
     total, limit = memory["total"], memory["limit"] / GIB
     needed = "more than" if total is None else f"{total / GIB:.2f} GiB of"
     lines = [
-        f"{report['model']} on {report['topology']}: {report['devices']} devices, "
-        f"{report['batch_per_device']} images per device",
+        f"{report['model']} on {report['topology']}: "
+        f"{counted(report['devices'], 'device')}, "
+        f"{counted(report['batch_per_device'], 'image')} per device",
         f"{'fits' if report['fits'] else 'does NOT fit'}: {needed} {limit:.2f} GiB "
         "per device",
     ]

@@ -7,6 +7,7 @@ import numpy as np
 from hivit_jax.data.summary import equal_files, shared_groups
 from hivit_jax.data.transforms import evaluation_image
 from hivit_jax.models import image_shape
+from hivit_jax.progress import counted
 from hivit_jax.reporting import figures
 from hivit_jax.tasks.defaults import pixel_scale
 from hivit_jax.tools.dataset_split import Split
@@ -68,7 +69,9 @@ def leak_lines(splits: Sequence[Split], group: str) -> tuple[list[str], list[str
     pairs = equal_files([split.summary.digests for split in splits])
     lines, problems = [], []
     if pairs:
-        problems.append(f"{len(pairs):,} files with equal content in both splits")
+        problems.append(
+            f"{counted(len(pairs), 'file')} with equal content in both splits"
+        )
         lines.append(problems[-1])
         for train_index, test_index in pairs[:MAX_PAIRS]:
             line = f"    {train.name(train_index)} = {test.name(test_index)}"
@@ -76,7 +79,7 @@ def leak_lines(splits: Sequence[Split], group: str) -> tuple[list[str], list[str
     if group:
         names = [[split.name(i) for i in split.indices.tolist()] for split in splits]
         if shared := shared_groups(group, names):
-            problems.append(f"{len(shared):,} groups in both splits")
+            problems.append(f"{counted(len(shared), 'group')} in both splits")
             listed = ", ".join(shared[:MAX_PAIRS])
             lines.append(
                 f"{problems[-1]}: {listed}{' ...' * (len(shared) > MAX_PAIRS)}"
@@ -98,7 +101,7 @@ def setting_lines(split: Split) -> list[str]:
     if split.summary.reduced:
         lines.append(
             f"  --config.data.dtype=uint16 keeps the 16 bits of "
-            f"{split.summary.reduced:,} files"
+            f"{counted(split.summary.reduced, 'file')}"
         )
     return lines
 

@@ -174,5 +174,7 @@ class Split:
             faults[fault] = [f"{self.name(i)}: {detail}" for i, detail in details]
         if len(self.indices) == len(self.source):
             empty = np.flatnonzero(self.per_class() == 0)
-            faults["classes without an image"] = [self.source.classes[i] for i in empty]
+            noun = "class" if len(empty) == 1 else "classes"
+            names = [self.source.classes[i] for i in empty]
+            faults[f"{noun} without an image"] = names
         return faults

@@ -15,6 +15,7 @@ from hivit_jax import platforms
 from hivit_jax.errors import ConfigError, run_command
 from hivit_jax.models import Model
 from hivit_jax.models.classifier import Classifier
+from hivit_jax.progress import counted
 from hivit_jax.reporting.console import log
 from hivit_jax.tools import files
 from hivit_jax.tools.outputs import output_path
@@ -114,7 +115,8 @@ def write_features(
     count = len(labels)
     if count:
         _save(out, arrays)
-        log(f"features of {count:,} of {len(source):,} images written to {out}")
+        total = counted(len(source), "image")
+        log(f"features of {count:,} of {total} written to {out}")
     if images and source.ignored:
         log(f"ignored files: {source.ignored_text()}")
     return count

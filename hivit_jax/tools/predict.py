@@ -11,6 +11,7 @@ from flax import nnx
 
 from hivit_jax import evaluate, platforms
 from hivit_jax.errors import ConfigError, run_command
+from hivit_jax.progress import counted
 from hivit_jax.reporting.console import log
 from hivit_jax.tools import files
 from hivit_jax.tools.outputs import output_path
@@ -76,7 +77,7 @@ def predict(
 
     num_readable = 0
 
-    def counted(batches):
+    def count_readable(batches):
         nonlocal num_readable
         for rows in batches:
             num_readable += int((rows["error"] == "").sum())
@@ -84,10 +85,13 @@ def predict(
 
     rows = files.compute(config, task, source, partial(step, variables), "predict")
     try:
-        task.stream_predictions(counted(rows), out, source)
+        task.stream_predictions(count_readable(rows), out, source)
+    except BrokenPipeError:  # of stdout, which receives progress lines
+        raise
     except OSError as error:
         raise ConfigError(f"--out={out}: {error.strerror}") from error
-    log(f"{num_readable:,} of {len(source):,} images predicted; written to {out}")
+    total = counted(len(source), "image")
+    log(f"{num_readable:,} of {total} predicted; written to {out}")
     if images and source.ignored:
         log(f"ignored files: {source.ignored_text()}")
     return num_readable

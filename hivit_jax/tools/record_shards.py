@@ -10,6 +10,7 @@ from typing import Any
 
 from hivit_jax.data.decoding import stored_values
 from hivit_jax.errors import ConfigError, DataError
+from hivit_jax.progress import counted
 
 # Uncompressed, because compressing JPEGs makes them slower to read but not smaller.
 OPTIONS = "group_size:1,uncompressed"
@@ -74,7 +75,7 @@ def write_dataset(
         info.write_to_directory(directory)
         directory.replace(final)
     for split in info.splits.values():
-        print(f"{split.name}: {split.num_examples:,} images")
+        print(f"{split.name}: {counted(split.num_examples, 'image')}")
     print(f"{final} is complete" + ("; nothing to do" if finished else ""))
 
 

@@ -14,6 +14,7 @@ from hivit_jax import record, tasks
 from hivit_jax.checkpoints import read
 from hivit_jax.data.sources.base import DatasetInfo
 from hivit_jax.errors import HivitError
+from hivit_jax.progress import counted
 from hivit_jax.reporting import metrics
 from hivit_jax.tasks import Task
 
@@ -69,7 +70,8 @@ def _task(workdir: Path, config: Mapping[str, Any]) -> tuple[Task | None, str]:
     except (HivitError, KeyError):  # no checkpoint, or one of another version
         return None, name
     counts = ", ".join(f"{n:,} {split}" for split, n in info["counts"].items())
-    return task, f"{name}: {counts}, {len(info['classes']):,} classes"
+    classes = counted(len(info["classes"]), "class", "classes")
+    return task, f"{name}: {counts}, {classes}"
 
 
 def _parameters(task: Task | None) -> str:
@@ -116,7 +118,7 @@ def events(workdir: Path, lines: Lines, starts: Starts) -> list[dict[str, Any]]:
         found.append({"step": step, "text": "damaged checkpoint, moved to damaged/"})
     unreadable = sum(line.get("unreadable", 0) for line in lines)
     if unreadable:
-        found.append({"text": f"images were unreadable {unreadable:,} times"})
+        found.append({"text": f"images were unreadable {counted(unreadable, 'time')}"})
     if kept:
         text = "checkpoints of steps " + ", ".join(f"{step:,}" for step in kept)
         found.append({"text": text})

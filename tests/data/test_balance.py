@@ -109,7 +109,7 @@ def test_batches(folder):
 
 
 @pytest.mark.parametrize("balance", [0.5, 1])
-def test_batches_of_two_processes_concatenate_to_the_batch(
+def test_balanced_batches_of_two_processes_concatenate_to_the_batch(
     folder, monkeypatch, balance
 ):
     """Steps 1 to 3 include the end of an epoch, 14 images in batches of 8."""

@@ -53,6 +53,15 @@ def test_listing(root, bucket):
     assert storage.list_files(f"{root}nowhere") == []
 
 
+def test_slow_listing_of_a_bucket_prints_a_line(bucket, monkeypatch, capsys):
+    assert storage.list_files("gs://bucket/data") == ["a b ä.bin"]
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(storage, "EVERY", 0.1)
+    bucket.delay = 0.5
+    assert storage.list_files("gs://bucket/data") == ["a b ä.bin"]
+    assert capsys.readouterr().err == "listing gs://bucket/data ...\n"
+
+
 @pytest.mark.parametrize("part_bytes", [len(DATA) // 4, 3000, 10**6])
 def test_copy(bucket, tmp_path, monkeypatch, part_bytes):
     """A copy is exact, even if the size is a multiple of the part size."""

@@ -25,6 +25,27 @@ def test_process_without_a_cluster_runs_alone(monkeypatch):
         processes.start("", -1, -1, 60.0)
 
 
+@pytest.mark.parametrize(
+    ("process", "message"),
+    [
+        (
+            ("host:1", 4, 3),
+            "process 3 of 4 cannot reach process 0 at host:1: no",
+        ),
+        (("", -1, -1), "this process cannot reach the other processes of the run: no"),
+    ],
+)
+def test_unreachable_process(process, message, monkeypatch):
+    """Without an address, the message contains no index and number of processes."""
+
+    def initialize(*args, **options):
+        raise RuntimeError("no answer")
+
+    monkeypatch.setattr(processes.jax.distributed, "initialize", initialize)
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        processes.start(*process, 60.0)
+
+
 def test_flags_of_one_process_of_several(run_main, tmp_path, capsys):
     """Flags and timeouts reach JAX; JAX's shutdown waits longer than `exit_now`."""
     address = "--coordinator_address=host:1234"

@@ -310,7 +310,7 @@ def test_eval_mode_prints_the_last_evaluation(
         ).replace("%", " %")
         # One of 11 images is unreadable.
         assert main([*command, "--config.data.max_unreadable=0.09"]) == 4
-        assert "1 images of folder could not be read, 9.09%" in capsys.readouterr().err
+        assert "1 image of folder could not be read, 9.09%" in capsys.readouterr().err
         all_batches = inputs.eval_batches
         monkeypatch.setattr(inputs, "eval_batches", lambda c: [next(all_batches(c))])
         assert main(command) == 4

@@ -49,6 +49,8 @@ def test_step_line_shows_progress_speed_and_warnings():
     assert line == (
         f"{expected}  (waiting for images in 50% of steps)  (1,234 unreadable images)"
     )
+    line = console.step_line(120, 1000, values | {"unreadable": 1})
+    assert line == f"{expected}  (1 unreadable image)"
     pod = dict(images_per_second_per_chip=802.6, mfu=0.412, device_memory=12.34 * 2**30)
     line = console.step_line(120, 1000, values | pod)
     assert line == f"{start}803 images/s/chip  MFU 41%  12.3 GiB  1:23 left"
@@ -66,6 +68,8 @@ def test_eval_line_shows_all_metrics_and_counts():
     )
     values["eval/unreadable"] = 2
     assert console.eval_line("step 120", values).endswith("(360 images, 2 unreadable)")
+    values["eval/count"] = 1
+    assert console.eval_line("step 120", values).endswith("(1 image, 2 unreadable)")
 
 
 def test_only_process_0_logs(monkeypatch, capsys):

@@ -161,7 +161,7 @@ def test_image_with_several_labels_counts_in_each_class(check, healthy, tmp_path
     assert row.split()[-2:] == ["4", "0"]
     assert (tmp_path / "sheet.png").is_file()
     assert code == 4
-    assert "1 classes without an image" in err
+    assert "1 class without an image" in err
 
 
 def test_speed_estimate_lists_images_per_second_and_cores(check, healthy):
@@ -358,7 +358,7 @@ def test_images_in_both_splits_are_reported(check, tmp_path):
     code, out, _ = check(tmp_path, r"--group=/0+(1\d)\.")
     assert code == 0
     assert f"    {photo(tmp_path, 0)} = {photo(tmp_path, 14, 'val')}\n" in out
-    assert "1 files with equal content in both splits" in out.splitlines()[-1]
+    assert "1 file with equal content in both splits" in out.splitlines()[-1]
     assert "4 groups in both splits" in out.splitlines()[-1]
     assert check(tmp_path, "--group=(")[0] == 2
 
@@ -438,11 +438,11 @@ def test_class_without_an_image_is_reported(check, tmp_path):
     code, out, err = check(tmp_path, data__max_unreadable=1.0)
     assert code == 4
     train, test = sections(out)
-    assert train[-2:] == ["1 classes without an image", "astronaut"]
+    assert train[-2:] == ["1 class without an image", "astronaut"]
     assert test[-3:] == ["2 classes without an image", *NAMES[5:]]
-    problem = "train: 1 classes without an image; test: 2 classes without an image"
+    problem = "train: 1 class without an image; test: 2 classes without an image"
     assert out.endswith(f"\n{problem}\n")
-    assert err.endswith("\ntrain: 1 classes without an image\n")
+    assert err.endswith("\ntrain: 1 class without an image\n")
 
 
 def test_invalid_labels_fail_the_check(check, healthy, monkeypatch):
