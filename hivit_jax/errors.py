@@ -80,9 +80,8 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}; --help shows the usage")
 
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
-        print(
-            end="", flush=True
-        )  # `run_command` handles errors, unlike the interpreter
+        # Flushed here, because the interpreter prints a traceback if this fails at exit.
+        print(end="", flush=True)
         super().exit(status, message)
 
 
