@@ -80,7 +80,7 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}; --help shows the usage")
 
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
-        # Flushed here, because the interpreter prints a traceback if this fails at exit.
+        # Flushed here, because the interpreter prints a traceback if it cannot flush.
         print(end="", flush=True)
         super().exit(status, message)
 
