@@ -10,7 +10,7 @@ import simplejpeg
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from hivit_jax.data.decoding import stored_values
-from hivit_jax.data.rasters import read_values
+from hivit_jax.data.rasters import has_other_bands, read_values
 
 LOST, CLIPPED = "with lost values", "clipped to data.value_range"
 
@@ -87,8 +87,11 @@ def _value_findings(
                 if low < high:
                     reason = "because the alpha channel is dropped"
                     return {LOST: f"one level remains, {reason}"}
-            stored = stored_values(image, encoded)
+            is_raster = has_other_bands(encoded)
+            stored = None if is_raster else stored_values(image, encoded)
     except UnidentifiedImageError:  # NumPy arrays and TIFF with many bands
+        is_raster = True
+    if is_raster:
         stored = read_values(encoded)
         stored = None if stored.array.dtype == np.uint8 else stored
     if stored is None:

@@ -38,8 +38,8 @@ def decode(
     - float32: values as stored, even if they are integers.
 
     For three channels, grayscale is repeated. For one channel, color is converted to
-    luminance. For one or three channels, an alpha channel is dropped unless the file is
-    a TIFF.
+    luminance. For one or three channels, an alpha channel is dropped; in TIFF files
+    only with uint8.
 
     Args:
       value_range: used only for uint8; see `decoding.decode`.
@@ -49,7 +49,8 @@ def decode(
       DataError: `dtype` cannot represent the values in the file.
       Exception: an error of any type if the image cannot be read.
     """
-    if dtype == "uint8" and channels in PIL_MODES and not encoded.startswith(NPY):
+    is_pillow_image = not encoded.startswith(NPY) and not has_other_bands(encoded)
+    if dtype == "uint8" and channels in PIL_MODES and is_pillow_image:
         try:
             return decoding.decode(encoded, channels, value_range)
         except OSError:
@@ -76,6 +77,22 @@ def decode(
             "data.dtype=float32 and data.scale, the value that becomes 1"
         )
     return values
+
+
+def has_other_bands(encoded: bytes) -> bool:
+    """Return True for a TIFF with bands that are neither color nor alpha.
+
+    PIL drops such bands, or cannot read them.
+    """
+    if not encoded.startswith(TIFF):
+        return False
+    import tifffile
+
+    try:
+        with tifffile.TiffFile(io.BytesIO(encoded)) as file:
+            return tifffile.EXTRASAMPLE.UNSPECIFIED in file.pages[0].extrasamples
+    except Exception:  # damaged files cause errors of many types; PIL reports them
+        return False
 
 
 def read_values(encoded: bytes, channels: int = 0) -> StoredValues:

@@ -11,7 +11,7 @@ from hivit_jax.progress import counted
 
 CHECK_HINT = (
     "python -m hivit_jax.tools.check_data, with the same --config flags, lists all "
-    "unreadable images"
+    "unreadable images; its --list FILE and data.exclude=FILE leave them out"
 )
 
 

@@ -14,9 +14,9 @@ from PIL import Image
 
 from hivit_jax import inputs
 from hivit_jax.augment import resample
-from hivit_jax.data import crops, decoding
+from hivit_jax.data import crops, decoding, findings
 from hivit_jax.data.crops import Box, Crop
-from hivit_jax.data.rasters import decode
+from hivit_jax.data.rasters import ChannelError, decode
 from hivit_jax.data.transforms import ImageTransform
 from hivit_jax.errors import ConfigError, DataError
 from hivit_jax.tasks import defaults
@@ -350,3 +350,27 @@ def test_training_transform_writes_16_bit_crops_into_the_canvas():
     assert out["box"].shape == (2, 5)
     assert out["image"].dtype == np.uint16
     assert np.isin(out["image"], [*NOISE.flat, 0]).all()
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("layout", ["planes", "pixels"])
+def test_bands_that_are_neither_color_nor_alpha_are_never_dropped(bits, layout):
+    """PIL drops the fourth band of interleaved pixels and cannot read planes."""
+    random = np.random.RandomState(0)
+    pixels = random.randint(0, 2**bits, (9, 8, 4)).astype(f"uint{bits}")
+    file = io.BytesIO()
+    if layout == "planes":
+        options = dict(photometric="minisblack", planarconfig="separate")
+        tifffile.imwrite(file, pixels.transpose(2, 0, 1), **options)
+    else:
+        options = dict(photometric="rgb", extrasamples=["unspecified"])
+        tifffile.imwrite(file, pixels, **options)
+    for dtype in ("uint8", "uint16"):
+        with pytest.raises(ChannelError, match="expected 3 channels, found 4"):
+            decode(file.getvalue(), 3, dtype=dtype)
+    expected = pixels if bits == 8 else np.rint(pixels / 257)
+    assert_array_equal(decode(file.getvalue(), 4), expected)
+    found = findings.image_findings(
+        file.getvalue(), lambda: "a.tif", expected.astype(np.uint8), (8, 8), 0, ()
+    )
+    assert findings.LOST not in found
