@@ -99,12 +99,12 @@ def panels(
     """Return {title: RGB pictures [B, H, W, 3] in 0..1}.
 
     Args:
-      images: [B, H, W, C] in 0..1; without three channels, the first is drawn in gray.
+      images: [B, H, W, C] in 0..1. The first three channels are drawn; of one or two
+        channels, the first is drawn in gray.
       maps: result of `attention_maps`.
       unit: row and column of the marked unit; None: no unit is marked.
     """
-    if images.shape[-1] != 3:
-        images = images[..., :1]
+    images = images[..., : 3 if images.shape[-1] >= 3 else 1]
     pictures = {"image": np.repeat(images, 3 // images.shape[-1], axis=-1)}
     side = images.shape[1] // maps.shape[2]
     if unit:

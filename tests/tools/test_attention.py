@@ -61,6 +61,9 @@ def test_panels():
     assert (pictures["image"][0][~red] == 0.5).all()
     unmarked = command.panels(image, maps, None)["image"]
     assert (unmarked == 0.5).all()
+    bands = np.random.RandomState(0).rand(1, 48, 80, 4).astype(np.float32)
+    unmarked = command.panels(bands, maps, None)["image"]
+    assert_array_equal(unmarked, bands[..., :3])
 
 
 def write_image(path):
