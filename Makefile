@@ -26,7 +26,7 @@ lint: install
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 
-# About one minute, for use between two edits; `make test` takes about 20 minutes.
+# About one minute, for use between two edits; `make test` takes 10 to 20 minutes.
 quick: install
 	$(PYTEST) -m "not slow and not processes and $(PLAIN)"
 

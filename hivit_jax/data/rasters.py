@@ -49,8 +49,9 @@ def decode(
       DataError: `dtype` cannot represent the values in the file.
       Exception: an error of any type if the image cannot be read.
     """
-    is_pillow_image = not encoded.startswith(NPY) and not has_other_bands(encoded)
-    if dtype == "uint8" and channels in PIL_MODES and is_pillow_image:
+    may_use_pil = dtype == "uint8" and channels in PIL_MODES
+    # Last, because has_other_bands parses the header of a TIFF.
+    if may_use_pil and not encoded.startswith(NPY) and not has_other_bands(encoded):
         try:
             return decoding.decode(encoded, channels, value_range)
         except OSError:
