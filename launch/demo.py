@@ -3,7 +3,7 @@
     python launch/demo.py [--workdir runs/demo]
 
 Pretrains a very small masked autoencoder. Then trains classifiers on four subsets of
-100 labeled digits, from the pretrained encoder and from scratch. Prints the equivalent
+100 labeled digits, from the pretrained encoder and from scratch. Prints an equivalent
 command before each run. An interrupted demo resumes.
 """
 
