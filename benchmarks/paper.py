@@ -10,8 +10,8 @@ TEXT ...` selects the cells whose names contain any TEXT. The jobs are:
 - pretrain: the train step of pretraining at 224x224, by masked autoencoding for HiViT
   and ViT, and by SimMIM for Swin. "Swin-B 192" is Swin-B at 192x192, the size in the
   official recipe of SimMIM.
-- classify: the train step of finetuning at 224x224. In hivit_jax it includes drop path,
-  Mixup, CutMix and random erasing; in PyTorch it does not.
+- classify: the train step of finetuning at 224x224. In hivit_jax, this step includes
+  drop path, Mixup, CutMix and random erasing; in PyTorch, it does not.
 - inference: the forward pass of the classifier.
 
 The programs are hivit_jax and, if torch is installed, the networks of
@@ -115,7 +115,7 @@ def model_flops(job: str, model: str, args: argparse.Namespace) -> int:
 
 
 def measure(names: list[str], args: argparse.Namespace) -> Results:
-    """Measure cells of one job in turns; leave out cells that cannot start."""
+    """Measure cells of one job, interleaved; leave out cells that cannot start."""
     from hivit_jax.errors import HivitError
     from hivit_jax.xla.chips import peak_flops
 
@@ -136,7 +136,7 @@ def measure(names: list[str], args: argparse.Namespace) -> Results:
         peak = peak_flops(result["gpu"] or "cpu")
         flops_per_second = result["images_per_second"] * flops
         result |= {
-            "run": run,  # cells with equal values were measured in turns
+            "run": run,  # cells with equal values were interleaved
             "model_flops_per_image": flops,
             "model_flop_utilization": flops_per_second / peak if peak else None,
             **run_facts(args),

@@ -1,7 +1,7 @@
 """Rows of `benchmarks.peers`: programs of hivit_jax and PyTorch for a job.
 
 jax and torch are imported inside functions, so that the process of a row imports only
-one of them. `benchmarks.paper` uses this module too.
+the packages that it needs. `benchmarks.paper` uses this module too.
 """
 
 import argparse

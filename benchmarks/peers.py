@@ -131,7 +131,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def wait_until_ready(pipe: Any, row: str) -> dict[str, Any]:
-    """Receive the facts about a row, print its first loss if known, return them."""
+    """Receive and return the facts about a row; print its first loss if known."""
     facts = receive(pipe, row)
     loss = "" if facts["loss"] is None else f"; first loss {facts['loss']}"
     print(f"{row}: ready{loss}", flush=True)
