@@ -140,7 +140,7 @@ KEYS = {
         "flip": Key(
             True, "flip each training image left to right with probability 1/2"
         ),
-        "randaugment": Key(False, "timm's RandAugment rand-m9-mstd0.5-inc1 in training"),
+        "randaugment": Key(False, "RandAugment in training (rand-m9-mstd0.5-inc1)"),
         "dtype": Key(
             "uint8",
             "dtype of pixels; `uint8`: images with more bits are reduced to 8; "
