@@ -38,7 +38,7 @@ Owner = dict[str, Any]
 
 
 def exclusive(run: Callable) -> Callable:
-    """Decorate a function so that it holds the lock of its argument `workdir`."""
+    """Decorate a function so that each call holds the lock of its `workdir`."""
 
     @wraps(run)
     def locked(*args, **kwargs):
@@ -189,8 +189,8 @@ def _send_heartbeats(path: Path, owner: Owner, released: threading.Event) -> Non
         text = json.dumps(owner | {"beats": f"{beats:010d}"})
         with suppress(Exception):  # because buckets cause exceptions of many types
             others = {*_lock_files(path.parent)} - {path}
-            # Another run has taken over only if two heartbeats in a row find its file,
-            # because `_acquire` may create a file and delete it at once.
+            # Two heartbeats in a row must find the same file of another run, because
+            # `_acquire` may create a file and delete it at once.
             if others & previous_others:
                 exit_now(
                     ConfigError.exit_code,
@@ -201,7 +201,7 @@ def _send_heartbeats(path: Path, owner: Owner, released: threading.Event) -> Non
             previous_others = others
             if is_bucket(path):
                 path.write_text(text)
-            else:  # in place, so that readers never see an incomplete file
+            else:  # overwritten in place, so that no reader finds an incomplete file
                 with open(path, "r+") as file:
                     file.write(text)
 
@@ -218,7 +218,7 @@ def _number(path: Path) -> int:
 
 def _read(path: Path) -> Owner | None:
     """Return the owner of a lock; {} for a damaged file, None for a deleted file."""
-    for _ in range(5):  # because the file is incomplete while it is being written
+    for _ in range(5):  # because a new file may not have its content yet
         with suppress(OSError, ValueError, TypeError):
             return {**json.loads(path.read_text())}
         if not path.exists():

@@ -21,7 +21,7 @@ from hivit_jax.tree import named_leaves
 
 COMMIT_FILE = "commit_success.txt"
 
-logging.set_verbosity(logging.FATAL)  # because Orbax also raises the errors it logs
+logging.set_verbosity(logging.FATAL)  # because Orbax logs an error before raising it
 
 
 def find_checkpoints(path: str | Path) -> list[Path]:
@@ -54,7 +54,7 @@ def find_checkpoints(path: str | Path) -> list[Path]:
 
 
 def is_complete(step_path: Path) -> bool:
-    """Return True for a checkpoint that has been written completely.
+    """Return True if a checkpoint has been written completely.
 
     In a bucket, where directories cannot be renamed atomically, Orbax writes
     `COMMIT_FILE` after all other files.

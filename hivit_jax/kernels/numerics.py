@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 F32 = jnp.float32
-ROWS = 8  # rows of a float32 tile; blocks of TPU kernels have a multiple of this
+ROWS = 8  # rows of a float32 tile; the rows of a TPU block are a multiple
 # x times this polynomial in x^2 approximates artanh(2 cdf(x) - 1). The fit minimizes
 # the largest error of x cdf(x).
 TANH_FIT = (
@@ -75,8 +75,8 @@ def scale_branches(x: jax.Array, scale: jax.Array) -> jax.Array:
 def dot(a: jax.Array, b: jax.Array, contract: tuple[int, int] = (1, 0)) -> jax.Array:
     """Matrix product over axis contract[0] of a and axis contract[1] of b, float32.
 
-    Float32 inputs use the highest precision, whatever JAX's default precision is.
-    For bfloat16 inputs there is only one precision.
+    For float32 inputs, the precision is the highest, whatever JAX's default is. For
+    bfloat16 inputs there is only one precision.
     """
     dims = (((contract[0],), (contract[1],)), ((), ()))
     precision = "highest" if a.dtype == F32 else "default"
