@@ -39,7 +39,7 @@ modes: train (default)  train; resume the run in DIR if there is one
        describe         print config, parameters, cost, schedule, estimated hours on
                         known chips, and DIR/compile.json if there is one
 
-Commands of their own, python -m hivit_jax.tools.NAME: check_data and prepare_data;
+Other commands, python -m hivit_jax.tools.NAME: check_data and prepare_data;
 predict, features, attention and reconstruct for image files; convert and export for
 weights; report on runs.
 

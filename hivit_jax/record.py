@@ -1,4 +1,4 @@
-"""Record the config of every start of a run, and report what changes at a resume.
+"""Record the config of every start of a run, and describe changes at a resume.
 
 ``config.json`` contains the config of the first start. Each later start that writes
 metrics adds a file such as ``config-20260101T120000Z.json``.

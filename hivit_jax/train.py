@@ -54,7 +54,7 @@ def train(
     Args:
       config: result of `hivit_jax.config.load`.
       workdir: directory for config.json, metrics.jsonl, checkpoints/ and figures/.
-        A finished run is only evaluated; nothing but a missing result is written.
+        For a finished run, only a missing evaluation result is written.
       stop_requested: called with the number of completed steps, after every step.
         Returns None or the reason to save and exit, the same on all processes.
       heartbeat: called after every step and every batch of an evaluation.

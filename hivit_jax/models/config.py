@@ -233,7 +233,7 @@ class DecoderConfig(EncoderConfig):
     decoder_depth: blocks of the decoder.
     decoder_num_heads: attention heads of the decoder.
     norm_pix_loss: normalize the targets of each unit. The official HiViT constructor
-      ignores the value False; `MaskedAutoencoder` does not.
+      ignores this argument and always normalizes.
     """
 
     decoder_embed_dim: int = setting(512, low=4, high=2**16)

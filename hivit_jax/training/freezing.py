@@ -76,10 +76,9 @@ def _choices(names: Iterable[str]) -> str:
 def freeze_updates(
     optimizer: optax.GradientTransformation, frozen: Collection[str]
 ) -> optax.GradientTransformation:
-    """Return an optimizer without updates and state for frozen parameters.
+    """Return an optimizer that has no updates and no state for frozen parameters.
 
-    The optimizer state contains the arrays of trained parameters under their usual
-    names.
+    In the optimizer state, freezing does not change the names of other arrays.
     """
 
     def without_frozen(tree):

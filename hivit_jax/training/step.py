@@ -27,8 +27,8 @@ from hivit_jax.training.accumulation import accumulate_gradients
 from hivit_jax.training.freezing import freeze_updates, select_frozen, stop_gradients
 from hivit_jax.tree import split_state
 
-# Has the keys "step" (int32), "params", "model_state" and "opt_state", and "ema" if
-# parameters are averaged.
+# A state has the keys "step" (int32), "params", "model_state" and "opt_state". With
+# averaged parameters, it also has the key "ema".
 State = dict[str, Any]
 
 
@@ -144,8 +144,11 @@ def make_train_step(
 
     All sums are over the global batch. If the loss, the gradient or any array of the
     new state is not finite, the step leaves the state unchanged. All later steps leave
-    the state unchanged too, because its step number is then smaller than `steps_done`.
-    `frozen_names` are the parameters that `optimizer` never changes.
+    the state unchanged too, because ``state["step"]`` is then smaller than
+    `steps_done`.
+
+    Args:
+      frozen_names: names of the parameters that `optimizer` never changes.
     """
     gradient = make_gradient(task, graphdef, frozen_names)
     if accumulate_steps > 1:

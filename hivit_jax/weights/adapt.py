@@ -90,7 +90,7 @@ def adapt(
 ) -> dict[str, np.ndarray]:
     """Return a model's initial arrays from a pretrained model.
 
-    Log the report unless all arrays match. For the arguments and the returned arrays
+    Logs the report unless all arrays match. For the arguments and the returned arrays
     see `match_arrays`.
 
     Raises:

@@ -36,7 +36,8 @@ def model_card(
         f"{model.architecture}: {model.description} for images of {height}x{width} "
         f"pixels with {info.channels} channels.",
         "",
-        "The license of the weights is not stated. State it above before sharing them.",
+        "The license of the weights is unknown. Add it above before you share the "
+        "weights.",
         "",
         f"- code: {_project()}",
         f"- citation: {model.architecture}",

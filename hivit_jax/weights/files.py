@@ -173,7 +173,7 @@ def import_torch(path: Path) -> Any:
 
 
 def _read_safetensors(path: Path) -> WeightFile:
-    # Not `safe_open`, because it does not read float8 into numpy arrays.
+    # Does not use `safe_open`, which cannot read float8 into numpy arrays.
     try:
         content = path.read_bytes()
         arrays = safetensors.deserialize(content)

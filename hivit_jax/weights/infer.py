@@ -24,14 +24,13 @@ def infer(
     Some arguments are guessed, because names and shapes do not determine them. A ViT of
     a registered size gets the number of heads of the registered model. Otherwise,
     attention heads are assumed to have 64 channels, unless relative position tables
-    determine their number. Decoder heads are assumed to have 32 channels. The LayerNorm
-    eps is assumed to be 1e-5 in MMPretrain's classifier and 1e-6 otherwise.
+    determine the number of heads. Decoder heads are assumed to have 32 channels. The
+    LayerNorm eps is assumed to be 1e-5 in MMPretrain's classifier and 1e-6 otherwise.
 
     Args:
       state: as in `from_official`.
-      image_size: the model's image size; required, and only used, if the grid of units
-        is not square.
-        For Swin, see `swin_arguments`.
+      image_size: the model's image size; required and used only if the grid of units is
+        not square. For Swin, see `swin_arguments`.
 
     Returns:
       The arguments, and {argument: reason} for the guessed arguments.

@@ -61,7 +61,7 @@ def locate(path: str | Path) -> Path:
 def read(path: str | Path, *, averaged: bool = True, **overrides: Any) -> Pretrained:
     """Read a pretrained model.
 
-    In a workdir, reads the newest intact checkpoint. Newer, damaged ones are logged.
+    In a workdir, reads the newest intact checkpoint and logs newer damaged checkpoints.
 
     Args:
       path: a run's workdir or one of its checkpoints; a directory written by
@@ -216,7 +216,7 @@ def _info_arguments(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_for(model: Mapping[str, Any], path: str | Path) -> Pretrained:
-    """Return `read(path)`, with the numbers of heads in a recipe's section `model`."""
+    """Call `read` with the numbers of heads in a recipe's section `model`."""
     heads = {key: model.get(key) for key in ("num_heads", "decoder_num_heads")}
     return read(path, **{key: value for key, value in heads.items() if value})
 

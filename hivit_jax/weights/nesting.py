@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 from hivit_jax.errors import CheckpointError
 from hivit_jax.weights.torch_format import StandIn, is_array
 
-# Keys under which programs save the state dict, in order of preference. "": the file
-# itself is the state dict.
+# Keys of the state dict in files of training programs, in order of preference. "": the
+# file itself is the state dict.
 STATE_DICT_KEYS = ("", "model", "state_dict", "module", "model_state_dict")
 # The state dict of every supported model has an entry with this name, possibly after
 # the prefix of a wrapper.

@@ -129,7 +129,7 @@ def is_array(value: Any) -> bool:
 class TorchFile:
     """Contents of a file of ``torch.save``, or of a plain pickle.
 
-    content: the saved object, with stand-ins for everything but plain values.
+    content: the saved object, with stand-ins for everything except plain values.
     """
 
     content: Any

@@ -1,4 +1,4 @@
-"""Compile train steps, log compilations; cache; memory allocation on CPUs."""
+"""Compilation of train steps: cache, memory and log lines; malloc settings."""
 
 import ctypes
 import time
@@ -112,7 +112,7 @@ def compile_step(
 
 @contextmanager
 def log_compilation(program: str) -> Iterator[None]:
-    """Context manager that logs that a program is compiled, and then the time."""
+    """Context manager that logs the start and the duration of a compilation."""
     log(f"compiling {program}, which may take minutes ...")
     start, hits = time.perf_counter(), len(_hits)
     yield

@@ -248,8 +248,8 @@ def test_models_accept_an_empty_batch():
 
 
 @pytest.mark.parametrize("units", [2, 3, 10, 49, 196, 1234])
-def test_suggested_mask_ratio_works(units):
-    """The mask ratio that the error message suggests keeps at least one unit."""
+def test_mask_ratio_that_the_error_suggests_is_valid(units):
+    """The suggested ratio keeps at least one unit."""
     with pytest.raises(ConfigError, match="at most ") as error:
         count_visible_units(units, 0.99999)
     suggested = float(str(error.value).rsplit(" ", 1)[1])

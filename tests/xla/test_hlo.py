@@ -128,7 +128,7 @@ ENTRY %main (a: bf16[64,49,512], b: f32[8,1024], c: f32[512,256]) -> f32[] {
 """  # noqa: E501
 
 
-def test_bytes_of_regions():
+def test_bytes_of_regions_include_padding_and_copies():
     """Tiles pad 49 rows to 56.
 
     An operation without a region belongs to its consumer, a copy out of VMEM to its
@@ -150,8 +150,8 @@ def test_bytes_of_regions():
     }
 
 
-def test_regions_of_a_compiled_program():
-    """The counts of a region include both passes. XLA:CPU does not pad arrays."""
+def test_counts_of_regions_include_both_passes():
+    """The test compiles a program for XLA:CPU, which does not pad arrays."""
 
     @jax.jit
     @jax.grad

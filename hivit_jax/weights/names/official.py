@@ -2,7 +2,7 @@
 
 Our parameters differ from the official parameters only in name and layout. Linear
 kernels are ``[in, out]``. The patch convolution is a Linear on the pixels of a cell.
-Attention heads have an axis of their own. The multi-scale latent has its cells in merge
+Attention heads have a separate axis. The multi-scale latent has its cells in merge
 order. The conversion permutes the latent's LayerNorm and the decoder embedding
 accordingly, so that the model does not have to permute activations.
 """
@@ -104,7 +104,7 @@ def _entry(path: str, shape: tuple[int, ...], model: Model) -> Entry:
         return Entry(name, lambda a: a.reshape(shape), lambda a: a[None, None])
     if leaf.endswith("_pos_embed"):
         return Entry(name, lambda a: a.reshape(shape), lambda a: a[None])
-    if parts[-2] == "qkv":  # kernel [E, 3, heads, E/heads], bias without the E
+    if parts[-2] == "qkv":  # kernel [E, 3, heads, E/heads], bias [3, heads, E/heads]
         flat = (shape[0], -1) if leaf == "kernel" else (-1,)
         return Entry(name, lambda a: a.T.reshape(shape), lambda a: a.reshape(flat).T)
     permuted = isinstance(model, MaskedAutoencoder) and config.multi_scale
@@ -138,12 +138,12 @@ def unneeded_entries(state: Mapping[str, np.ndarray], model: Model) -> list[str]
     """Return the names of official state dict entries that the model ignores.
 
     - The relative position index, and the shift masks of Swin: the model computes them.
-    - The norm of official masked autoencoders without multi-scale features, which they
-      store but do not apply.
-    - MMPretrain's decoder, which is not supported, because it treats HiViT's first
-      visible unit as a class token.
+    - The norm of official masked autoencoders without multi-scale features, because the
+      official code does not apply this norm.
+    - MMPretrain's decoder, which is not supported, because MMPretrain treats HiViT's
+      first visible unit as a class token.
     - The pooler of transformers' encoders, which is not part of a classifier.
-    - For a model without a decoder, the decoder and the norm of its input.
+    - For a model without a decoder, the decoder and the norm of the decoder's input.
     """
     if isinstance(model.config, SwinConfig):
         return [name for name in state if name.endswith(swin.BUFFERS)]
