@@ -168,8 +168,8 @@ def run(argv: Sequence[str], setup_process: bool) -> None:
         else:
             from hivit_jax.train import train
 
-            # Only process 0 uses wandb. All processes import it, so that all of them
-            # exit if it is missing.
+            # Only process 0 uses wandb. All processes import wandb, so that all of them
+            # exit if the package is missing.
             if config.wandb_project:
                 require("wandb", "hivit-jax[wandb]")
             train(config, flags.workdir, catch_signals(), heartbeat)

@@ -67,7 +67,7 @@ def has_chip(root: Path = Path("/")) -> bool:
 
 @contextmanager
 def _captured_stderr() -> Iterator:
-    """Context manager that captures stderr in a file and prints it at the end.
+    """Context manager that captures stderr in a file and prints the file at the end.
 
     Redirects file descriptor 2, because libraries in C++ do not write to `sys.stderr`.
     """

@@ -123,6 +123,6 @@ def check_batch_size(old: int, new: int, accumulate_steps: int, workdir: Any) ->
     )
     raise ConfigError(
         f"batch_size={new}; the run in {workdir} was trained with batch_size={old}, "
-        "which determines its learning rate, length and order of images.\n"
+        "which determines the learning rate, length and image order of the run.\n"
         f"Keep batch_size={old}; {advice}"
     )

@@ -176,7 +176,7 @@ def train(
                 log(console.step_line(step, total_steps, scalars))
                 check_unreadable(scalars["unreadable"], config.data, "train")
                 with throughput.pause():
-                    # Before the checkpoint, so that a resumed run never skips it.
+                    # Precedes the checkpoint, so that no resumed run skips this.
                     if due["eval"]:
                         results = run_evaluation()
                         stalled, improved = stop_early(step)
@@ -220,7 +220,7 @@ def start_record(config: Any, workdir: Path, step: int) -> metrics.Writer:
 
 
 def initial_state(config: Any, task: Task, training: Training) -> State:
-    """Return the state of a new run, initialized from `init_from` if it is set."""
+    """Return the state of a new run, initialized from `init_from` if set."""
     pretrained = config.init_from and read_initial(config.model, config.init_from)
     state = jax.jit(training.init, out_shardings=shardings_of(training.state))()
     if pretrained:

@@ -240,8 +240,8 @@ def _restore(
     Args:
       expected: shapes, dtypes and shardings by name.
       variables: names of the model's parameters and model state.
-      ignored: names of arrays that the item may contain, under any prefix, without
-        being expected. They are dropped.
+      ignored: names of unexpected arrays that the item may contain under any prefix.
+        These arrays are dropped.
     """
     with errors_as_damage(step_path):
         metadata = item_metadata(step_path, item)

@@ -41,8 +41,8 @@ def find_checkpoints(path: str | Path) -> list[Path]:
     if (path / "params").is_dir():
         raise CheckpointError(
             f"{path}: expected {COMMIT_FILE}, the last file of a checkpoint in a "
-            "bucket, found none\nIf this is a complete copy of a local checkpoint, add "
-            "an empty file of this name"
+            "bucket, found none\nIf the directory is a complete copy of a local "
+            "checkpoint, add an empty file of this name"
         )
     found = [p for p in path.glob("*") if p.name.isdigit() and is_complete(p)]
     if not found:

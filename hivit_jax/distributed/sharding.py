@@ -47,7 +47,7 @@ def make_mesh(
 
     Args:
       sizes: size of each axis; one may be -1, for the remaining devices.
-      batch_size: examples per step. It must be divisible by replica x data x fsdp x
+      batch_size: examples per step, divisible by replica x data x fsdp x
         `num_microbatches`.
       num_microbatches: microbatches per step (optimizer.accumulate_steps).
       devices: devices of the mesh; None: all devices of the run.
@@ -130,7 +130,7 @@ def arrange_across_slices(
 
     Raises:
       ConfigError: neither replica, data nor fsdp is divisible by the number of slices.
-        The tensor axis stays inside a slice, because it needs the fast links.
+        The tensor axis stays inside a slice, because only the links there are fast.
     """
     outer, inner = [1] * len(shape), list(shape)
     for axis, size in enumerate(shape[:3]):

@@ -11,12 +11,12 @@ sum of its gradient stay in VMEM while a core processes its images.
 
 A tile has 128 lanes. To select one of several narrower heads in a tile, the lanes of
 the other heads are set to 0, which costs the matrix unit no more than padding would.
-Images of few tokens share a softmax, in which they are masked from each other: two
-images of 49 tokens fill 98 of 128 lanes, whereas one would fill 49.
+Images of few tokens share a softmax, with a mask between images: two images of 49
+tokens fill 98 of 128 lanes, whereas one image would fill 49.
 
-The rows of the scores are queries in the forward pass. In the backward pass they are
-keys, and the scores of a tile's heads lie side by side. This makes the products fewer
-and larger, so that they keep four matrix units busy while the vector units compute the
+The rows of the scores are queries in the forward pass. In the backward pass, the rows
+are keys, and the scores of a tile's heads lie side by side. The products are therefore
+fewer and larger, and keep four matrix units busy while the vector units compute the
 softmax. Also, only one of the three products after the softmax needs a transposed
 operand.
 

@@ -124,7 +124,8 @@ def _body(
 ) -> Callable:
     """Return the function that runs the kernel of `over_rows` on one block.
 
-    The function zeroes the sums at a core's first block and writes them at its last.
+    The function zeroes the sums at the first block of a core, and writes the sums at
+    the last block.
 
     Args:
       groups: one sequence per group of refs; only its length is used. The sums occur

@@ -141,11 +141,11 @@ def normal_cdf(x: jax.Array, dtype: Any = F32) -> jax.Array:
 
 
 def normal_cdf_by_exp(x: jax.Array) -> jax.Array:
-    """Compute `normal_cdf` for bfloat16 outside of kernels, where GPUs need it fast.
+    """Compute `normal_cdf` for bfloat16 by operations that are fast on GPUs.
 
     The fitted tanh is computed by an exponential and a reciprocal square root. GPUs
     have units for these two, whereas XLA:GPU computes erf, tanh and divisions by many
-    operations.
+    operations. GELU outside of kernels uses this function.
     """
     return jnp.square(jax.lax.rsqrt(1.0 + jnp.exp(-2.0 * _artanh(x))))
 

@@ -15,7 +15,7 @@ from hivit_jax.models.windows import Windows, make_windows
 
 @dataclass(frozen=True)
 class RunOptions:
-    """Options that change how a model runs. Parameters do not depend on them.
+    """Options that change how a model runs, but not its parameters.
 
     dtype: compute dtype, "float32" or "bfloat16"; parameters are always float32.
     remat: in training, save only each block's input and recompute the rest in the

@@ -19,8 +19,8 @@ from hivit_jax.models.positions import Grid
 class BlockOutput(NamedTuple):
     """Output of a block with attention.
 
-    tokens: [B, N, E] in compute dtype, units in row-major order. A class token comes
-      first, and N counts it too.
+    tokens: [B, N, E] in compute dtype, units in row-major order. N includes a class
+      token, which comes first.
     attention: None, or attention weights, float32 [B, heads, N, N], query axis before
       key axis. With windows, [B, W, heads, S, S], see `windows.Windows`.
     """
@@ -36,7 +36,7 @@ class Encoder(nnx.Module):
     `features` and `layers` instead.
 
     Attributes:
-      config, run_options: architecture, and options that change how it runs.
+      config, run_options: architecture, and options that change how the encoder runs.
       patch_embed: embedding of the pixels.
       stages: residual blocks per stage. Only the blocks of the last stage have
         attention; in Swin, all blocks do.

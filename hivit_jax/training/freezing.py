@@ -62,7 +62,7 @@ def _number_of_stages(names: Iterable[str]) -> int:
 def _choices(names: Iterable[str]) -> str:
     """Return the prefixes that `model.freeze` may contain, as text.
 
-    These are the first component of each name, or the first two in the encoder.
+    A prefix is the first component of a name, or the first two in the encoder.
     """
     names = [*names]
     parts = [name.split("/") for name in names]

@@ -60,15 +60,15 @@ def make_optimizer(
     )
     learning_rate = optax.scale_by_learning_rate(schedule)
     if options.clip_norm:
-        adam = _preceded_by(optax.clip_by_global_norm(options.clip_norm), adam)
+        adam = _chain_with_stateless(optax.clip_by_global_norm(options.clip_norm), adam)
     if options.layer_decay != 1.0:
         layer_decay = optax.stateless(scale_by_layer)
-        learning_rate = _preceded_by(layer_decay, learning_rate)
+        learning_rate = _chain_with_stateless(layer_decay, learning_rate)
     weight_decay = optax.add_decayed_weights(options.weight_decay, mask)
     return optax.chain(adam, weight_decay, learning_rate)
 
 
-def _preceded_by(
+def _chain_with_stateless(
     stateless: optax.GradientTransformation, transform: optax.GradientTransformation
 ) -> optax.GradientTransformation:
     """Chain two transformations; only `transform` has a state."""

@@ -1,4 +1,7 @@
-"""Learning rate schedules. The argument `options` is ``config.optimizer``."""
+"""Learning rate schedules. The argument `options` is ``config.optimizer``.
+
+The key `schedule` selects the curve after the warmup.
+"""
 
 from typing import Any
 
@@ -25,9 +28,7 @@ def warmup_steps(options: Any, steps_per_epoch: float, total_steps: int) -> int:
 def make_schedule(
     options: Any, batch_size: int, steps_per_epoch: float, total_steps: int
 ) -> optax.Schedule:
-    """Return a function (step) -> learning rate.
-
-    The schedule is a linear warmup, followed by `options.schedule`:
+    """Return a function (step) -> learning rate: linear warmup, then the schedule.
 
     - cosine: a cosine from the peak at the end of the warmup down to the minimum.
     - cosine_from_start: as in the official ``supervised/lr_scheduler.py`` (timm). The

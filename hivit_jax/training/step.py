@@ -28,7 +28,7 @@ from hivit_jax.training.freezing import freeze_updates, select_frozen, stop_grad
 from hivit_jax.tree import split_state
 
 # A state has the keys "step" (int32), "params", "model_state" and "opt_state". With
-# averaged parameters, it also has the key "ema".
+# averaged parameters, a state also has the key "ema".
 State = dict[str, Any]
 
 
@@ -143,12 +143,9 @@ def make_train_step(
     """Return a function (state, frozen, batch, steps_done) -> (state, metrics).
 
     All sums are over the global batch. If the loss, the gradient or any array of the
-    new state is not finite, the step leaves the state unchanged. All later steps leave
-    the state unchanged too, because ``state["step"]`` is then smaller than
-    `steps_done`.
-
-    Args:
-      frozen_names: names of the parameters that `optimizer` never changes.
+    new state is not finite, the step leaves the state unchanged. Later steps do too,
+    because ``state["step"]`` is then smaller than `steps_done`. `frozen_names` are the
+    names of the parameters that `optimizer` never changes.
     """
     gradient = make_gradient(task, graphdef, frozen_names)
     if accumulate_steps > 1:

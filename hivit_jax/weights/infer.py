@@ -70,7 +70,7 @@ def infer(
 
 
 def _head_arguments(shapes: Shapes, is_vit: bool) -> dict[str, Any]:
-    """Return the arguments of a classifier that its encoder does not determine."""
+    """Return the arguments of a classifier that the encoder does not determine."""
     if is_vit:
         pooling = "token" if "norm.weight" in shapes else "mean"
         return dict(pooling=pooling) | shapes.head()

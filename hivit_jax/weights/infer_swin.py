@@ -20,8 +20,7 @@ def swin_arguments(
     so that the last stage is one window.
 
     Args:
-      image_size: image size that replaces the guess if the tables fit this size; or
-        None.
+      image_size: image size that replaces the guess if the tables fit it; or None.
 
     Raises:
       CheckpointError: the state dict is not from a Swin.

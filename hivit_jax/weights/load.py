@@ -125,7 +125,7 @@ def _read_file(path: Path, averaged: bool, overrides: Mapping[str, Any]) -> Pret
             state = from_transformers(state)
             notes.append("parameter names: transformers")
         elif "arguments" not in metadata:
-            notes.append(f"parameter names: {_program(state)}")
+            notes.append(f"parameter names: {_naming_scheme(state)}")
         if "arguments" in metadata:
             arguments = metadata["arguments"]
         else:
@@ -179,7 +179,7 @@ def _infer_arguments(
     ]
 
 
-def _program(state: Mapping[str, Any]) -> str:
+def _naming_scheme(state: Mapping[str, Any]) -> str:
     """Return the programs, except transformers, that use the names of a state dict."""
     if is_swin(state):
         return "official code or timm"

@@ -67,7 +67,7 @@ def save_pretrained(
     files.write(directory / WEIGHTS, state, text)
     files.write_bytes(directory / CONFIG, text.encode())
     if edited:
-        log(f"{directory / CARD} was edited and is kept; delete it for a new one")
+        log(f"{directory / CARD} was edited and is kept; delete the file for a new one")
     else:
         files.write_bytes(directory / CARD, card)
 

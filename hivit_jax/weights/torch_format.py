@@ -135,7 +135,7 @@ class TorchFile:
     content: Any
 
     def __init__(self, path: Path):
-        """Read a file except for its tensors.
+        """Read everything except the tensors of a file.
 
         Raises:
           CheckpointError: the file is damaged or has another format.

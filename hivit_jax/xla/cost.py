@@ -100,7 +100,7 @@ def matmul_flops_by_region(jaxpr: Any, loops: bool, outer: str = "") -> Counter:
 
 
 def _run_count(eqn: Any, loops: bool) -> int:
-    """Return how often an equation runs its program, summed over all devices."""
+    """Return the number of runs of an equation's program, summed over all devices."""
     match eqn.primitive.name:
         case "scan":
             return eqn.params["length"] if loops else 1
@@ -205,7 +205,7 @@ def bytes_by_region(text: str) -> Counter:
 def _regions(
     computation: Computation, computations: dict[str, Computation], outer: str
 ) -> dict[str, str]:
-    """Return the region of every instruction by name; "" where it is unknown.
+    """Return the region of every instruction by name; "" if unknown.
 
     The region comes from the first rule that yields one:
 

@@ -177,7 +177,7 @@ def test_run_whose_lock_was_taken_over_ends_itself(tmp_path, monkeypatch):
     monkeypatch.setattr(lock, "exit_now", exit_now)
     with lock.hold(tmp_path):
         path = tmp_path / "run-1.lock"
-        before = lock._read(path)
+        before = lock._read_owner(path)
         assert not lock.is_dead(before | {"machine": "other"}, path)
         assert not ended.is_set()
         write_lock(tmp_path, 2, pid=7, host="far", machine="other")

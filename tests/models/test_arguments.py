@@ -41,7 +41,7 @@ def abstract(*sizes, dtype=F32):
 def test_arguments_may_be_numbers_of_any_library(name, argument, stored):
     """Model arguments may be numbers, bools or sequences of Python, NumPy or JAX.
 
-    The config stores them as Python numbers, so that it can be saved as JSON.
+    The config stores them as Python numbers, so that JSON can represent the config.
     """
     _, config, _ = configure("hivit_base", **MINI | {name: argument})
     value = getattr(config, name)

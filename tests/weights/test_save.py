@@ -155,7 +155,7 @@ def test_info_is_saved_in_every_file(file, tmp_path):
     """A model that is loaded with another number of classes has no class names.
 
     A directory without config.json loads with the same info, because the weight files
-    contain it too.
+    contain the info too.
     """
     model = mini("hivit_base", num_classes=2)
     facts = dict(class_names=("cat", "dog"), crop=0.9, mean=(0.1, 0.2, 0.3))

@@ -120,8 +120,8 @@ def _entry(path: str, shape: tuple[int, ...], model: Model) -> Entry:
 def official_names(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Return a state dict with official names.
 
-    Names of MMPretrain's HiViT and of timm's Swin are translated. The names of ViT are
-    the same in MAE and timm. A state dict with a class token is a ViT's.
+    Names of MMPretrain's HiViT and of timm's Swin are translated. For ViT, MAE and timm
+    use equal names. A state dict with a class token belongs to a ViT.
     """
     if swin.is_swin(state):
         return swin.from_timm(state)
