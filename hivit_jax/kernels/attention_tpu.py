@@ -1,8 +1,8 @@
 """Attention branch ``x + proj(attention(LayerNorm(x)))`` as one TPU kernel, forward and
 backward.
 
-Shapes: x is [B*N, C], with N tokens of each of B images. Tokens attend to the tokens of
-their image. C is a multiple of 128, and heads are 32, 64 or 128 wide. The forward pass
+Shapes: x is [B*N, C], with N tokens per image. Tokens attend to the tokens of their
+image. C is a multiple of 128, and heads are 32, 64 or 128 wide. The forward pass
 saves x, and with `Plan.keep` also q, k, v and the outputs of the heads, which are
 otherwise recomputed.
 

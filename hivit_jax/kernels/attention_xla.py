@@ -57,8 +57,8 @@ def cudnn_attention(
     only for even numbers.
 
     The bias, [1, heads, N, N], is rounded to bfloat16, like q and k. cuDNN sums the
-    gradient of the bias over the images of a GPU and returns it in bfloat16, and GPUs
-    exchange it in bfloat16. Weight gradients have the same precision.
+    gradient of the bias over the images of a GPU and returns the sum in bfloat16. GPUs
+    exchange the sums in bfloat16 too, as they do weight gradients.
     """
     batch, tokens = q.shape[:2]
     options = {} if bias is None else {"bias": bias.astype(q.dtype)}

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 F32 = jnp.float32
-ROWS = 8  # rows of a float32 tile; the rows of a TPU block are a multiple
+ROWS = 8  # rows of a float32 tile; a TPU block has a multiple of this number of rows
 # x times this polynomial in x^2 approximates artanh(2 cdf(x) - 1). The fit minimizes
 # the largest error of x cdf(x).
 TANH_FIT = (

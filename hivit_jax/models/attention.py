@@ -82,7 +82,7 @@ class Attention(nnx.Module):
         """Return the attention weights, float32 [B, heads, K, K].
 
         The query axis is before the key axis, and each row sums to 1. With W windows of
-        S units, the shape is [B, W, heads, S, S]; queries of padding have no meaning.
+        S units, the shape is [B, W, heads, S, S]; rows of padding have no meaning.
         For the arguments see `__call__`.
         """
         q, k, _, bias, mask = self._softmax_inputs(x, relative_index, key_mask)

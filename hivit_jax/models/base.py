@@ -190,6 +190,6 @@ class Model(nnx.Module):
         return ids
 
     def _grid(self, image_size: int | Sequence[int] | None) -> positions.Grid:
-        """Return the grid of units for an image size; by default the model's."""
+        """Return the grid of units for an image size; None: the model's image size."""
         size = image_size or self.config.image_size
         return positions.check_grid(size, self.config.patch_size)

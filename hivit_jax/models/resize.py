@@ -38,8 +38,8 @@ def resize_relative_table(table: np.ndarray, grid: Grid, new_grid: Grid) -> np.n
 def resize_table_geometrically(table: np.ndarray, side: int, new: int) -> np.ndarray:
     """Resize a relative position table of square windows, as in SimMIM's finetuning.
 
-    [(2*side-1)**2, heads] -> [(2*new-1)**2, heads]. Interpolates with a cubic spline
-    whose knots are at geometrically growing distances.
+    The shape changes from [(2*side-1)**2, heads] to [(2*new-1)**2, heads]. Interpolates
+    with a cubic spline whose knots are at geometrically growing distances.
     """
     if side == new:
         return table

@@ -75,7 +75,7 @@ class SwinConfig(EncoderConfig):
         return tuple(self.embed_dim << stage for stage in range(len(self.depths)))
 
     def stage_grids(self, grid: Grid) -> list[Grid]:
-        """Return the grid of tokens of each stage; `grid` is the first stage's."""
+        """Return the token grids of all stages, given the grid of the first stage."""
         grids = [grid]
         for _ in self.depths[1:]:
             rows, columns = grids[-1]

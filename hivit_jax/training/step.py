@@ -143,9 +143,9 @@ def make_train_step(
     """Return a function (state, frozen, batch, steps_done) -> (state, metrics).
 
     All sums are over the global batch. If the loss, the gradient or any array of the
-    new state is not finite, the step leaves the state unchanged. Later steps do too,
-    because ``state["step"]`` is then smaller than `steps_done`. `frozen_names` are the
-    names of the parameters that `optimizer` never changes.
+    new state is not finite, this step and all later steps leave the state unchanged.
+    Later steps detect this, because ``state["step"]`` is smaller than `steps_done`.
+    `frozen_names` are the names of the parameters that `optimizer` never changes.
     """
     gradient = make_gradient(task, graphdef, frozen_names)
     if accumulate_steps > 1:

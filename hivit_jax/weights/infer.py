@@ -81,7 +81,7 @@ def _head_arguments(shapes: Shapes, is_vit: bool) -> dict[str, Any]:
 def _vit_arguments(
     shapes: Shapes, image_size: Any
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the arguments of a ViT's encoder, and reasons of the guesses."""
+    """Return the arguments of a ViT's encoder, and the reasons for guesses."""
     _, tokens, dim = shapes.require("pos_embed", 3)
     _, channels, patch_size, _ = shapes.require("patch_embed.proj.weight", 4)
     hidden, _ = shapes.require("blocks.0.mlp.fc1.weight", 2)
@@ -116,7 +116,7 @@ def _image_size(units: int, patch_size: int, image_size: Any) -> Any:
 def _hivit_arguments(
     shapes: Shapes, image_size: Any
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the arguments of a HiViT's encoder, and reasons of the guesses."""
+    """Return the arguments of a HiViT's encoder, and the reasons for guesses."""
     _, units, dim = shapes.require("absolute_pos_embed", 3)
     width, channels, cell, _ = shapes.require("patch_embed.proj.weight", 4)
     counts = shapes.blocks()

@@ -13,7 +13,7 @@ from hivit_jax.weights.shapes import Shapes, with_name
 def swin_arguments(
     shapes: Shapes, image_size: Any = None
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the arguments of a Swin or SimMIM, and reasons of the guessed arguments.
+    """Return the arguments of a Swin or SimMIM, and the reasons for guessed arguments.
 
     No parameter depends on the image size. Official files contain shift masks, which
     determine the size of square images. Without these masks, the image size is guessed

@@ -149,5 +149,5 @@ def _digest(content: bytes) -> str:
 
 
 def _json_value(value: Any) -> Any:
-    """Convert a number or array of numpy or JAX to a JSON value."""
+    """Convert a number or array of NumPy or JAX to a JSON value."""
     return value.tolist() if hasattr(value, "tolist") else str(value)

@@ -214,7 +214,7 @@ OTHER_KINDS = {
     "an xz archive": lzma.compress(b"weights"),
     "a tar archive": b"model.pth".ljust(257, b"\0") + b"ustar\x0000" + bytes(2000),
     "an HDF5 file": b"\x89HDF\r\n\x1a\n" + bytes(99),
-    "a numpy array": b"\x93NUMPY\1\0v\0{'descr': '<f4'}",
+    "a NumPy array": b"\x93NUMPY\1\0v\0{'descr': '<f4'}",
     "a JSON file": b'{"message": "Not Found", "status": "404"}',
     "a file of zeros": bytes(4096),
     "a text file": b"Repository not found\n",

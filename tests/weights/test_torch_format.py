@@ -1,6 +1,6 @@
 """Tests of reading files of ``torch.save`` without PyTorch and without running code.
 
-Every class and function that a file names is inert. Dense tensors and numpy arrays of
+Every class and function that a file names is inert. Dense tensors and NumPy arrays of
 numbers are read. Sparse, quantized, conjugated and big-endian tensors are refused, and
 so are inconsistent files.
 """

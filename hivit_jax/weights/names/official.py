@@ -168,7 +168,7 @@ def from_official(
     """Convert an official or MMPretrain state dict into parameters of `model`.
 
     Args:
-      state: numpy arrays by their PyTorch names.
+      state: NumPy arrays by their PyTorch names.
       model: a built or abstract model of the same configuration.
       allow_missing: return None for parameters that the state dict does not contain.
 
@@ -215,7 +215,7 @@ def from_official(
 
 
 def to_official(params: Mapping, model: Model) -> dict[str, np.ndarray]:
-    """Convert nested parameters of `model` to numpy arrays by their official names.
+    """Convert nested parameters of `model` to NumPy arrays by their official names.
 
     The arrays are C-contiguous copies, because other programs write the memory of an
     array to a file regardless of its strides.
@@ -242,7 +242,7 @@ def to_state_dict(
       layout: one of `LAYOUTS`.
 
     Returns:
-      A dict from the name in the other program to a C-contiguous numpy array. No two
+      A dict from the name in the other program to a C-contiguous NumPy array. No two
       arrays share memory.
 
     Raises:
