@@ -123,7 +123,7 @@ def require(module: str, requirement: str) -> ModuleType:
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of an error's message, or the type if there is none."""
+    """Return the first line of an error's message; if empty, the name of its type."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 

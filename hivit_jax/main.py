@@ -31,7 +31,7 @@ modes: train (default)  train; resume the run in DIR if there is one
        eval             evaluate DIR's newest checkpoint, or --checkpoint=PATH
        knn              evaluate the features of --config.init_from by k-nearest
                         neighbors; without --config, the features of the run in DIR
-       probe            as knn, but by a linear classifier fitted in closed form
+       probe            as knn, but with a linear classifier fitted in closed form
        compile          compile the train step ahead of time for --topology
                         (v5e:16x16, h100:8, ...), without the hardware; write
                         DIR/compile.json; --search_batch: also search for the largest

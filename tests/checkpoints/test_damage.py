@@ -1,4 +1,4 @@
-"""Tests of damaged, unfinished and foreign checkpoints."""
+"""Tests of damaged and unfinished checkpoints, and of those of another model."""
 
 import random
 
@@ -91,7 +91,7 @@ def test_damage_is_never_silent(two_steps, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_damage_of_all_checkpoints_is_an_error_and_moves_none(two_steps, tmp_path):
+def test_no_checkpoint_is_moved_if_all_are_damaged(two_steps, tmp_path):
     workdir = write_files(tmp_path, two_steps)
     for path in workdir.rglob("checkpoints/*/*/d/*"):
         path.write_bytes(path.read_bytes()[:-9])

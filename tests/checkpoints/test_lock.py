@@ -66,7 +66,7 @@ def test_lock_admits_one_run_at_a_time(tmp_path):
     assert lock_files(tmp_path / "new") == []
 
 
-def test_exclusive_function_receives_its_arguments(tmp_path):
+def test_exclusive_function_holds_the_lock_and_receives_its_arguments(tmp_path):
     @lock.exclusive
     def run(config, workdir, heartbeat=None):
         return config, lock_files(workdir), heartbeat
@@ -114,7 +114,9 @@ def test_lock_of_a_living_process_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("alive", [True, False])
-def test_lock_of_another_machine_is_refused_while_it_changes(alive, tmp_path, capsys):
+def test_run_is_refused_while_a_lock_of_another_machine_changes(
+    alive, tmp_path, capsys
+):
     """An owner on another machine is alive only if its heartbeat changes.
 
     The new run waits for a heartbeat and ignores the owner's clock.

@@ -109,12 +109,12 @@ def test_numpy_arguments_can_be_saved():
 @pytest.mark.parametrize(
     "seed", [3, np.int64(3), np.uint8(3), jnp.int32(3), jax.random.key(3)]
 )
-def test_seed_is_an_integer_or_a_key(seed):
+def test_seed_may_be_an_integer_or_a_key(seed):
     """An integer of Python, NumPy or JAX gives the same key as `jax.random.key`."""
     assert jax.random.key_data(make_key(seed)).tolist() == [0, 3]
 
 
-def test_seed_is_a_raw_key_or_a_traced_integer():
+def test_seed_may_be_a_raw_key_or_a_traced_integer():
     raw_key = jax.random.PRNGKey(3)
     assert make_key(raw_key) is raw_key
     assert jax.jit(lambda seed: jax.random.key_data(make_key(seed)))(3).tolist() == [

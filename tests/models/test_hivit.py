@@ -89,7 +89,7 @@ def test_autoencoder_cost_is_the_sum_of_its_parts():
 
 
 @pytest.mark.slow
-def test_larger_models_have_the_expected_number_of_parameters():
+def test_larger_models_have_known_numbers_of_parameters():
     deeper = abstract_model("mae_hivit_base", decoder_depth=8)
     assert f"{deeper.parameter_count() / 1e6:.2f}" == "93.35"
     assert f"{abstract_model('hivit_large').parameter_count() / 1e6:.1f}" == "290.7"

@@ -94,7 +94,7 @@ class Network(nnx.Module):
 @pytest.mark.slow
 @pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("sizes", [(1, 8, 1, 1), (2, 2, 2, 1), (1, 2, 4, 1)])
-def test_eight_devices_equal_one(sizes, parts):
+def test_eight_devices_give_the_results_of_one(sizes, parts):
     """Loss, gradients and statistics of eight devices equal those of one device.
 
     Some examples have weight 0. Each device has four examples. With `parts=2`,

@@ -125,7 +125,7 @@ def test_flops_of_a_kernel_count_devices_grid_and_inner_loops():
     assert flops == {"stem1": 8 * 4 * 3 * 2 * 16**3}
 
 
-def test_a_collective_in_several_kernels_counts_once():
+def test_collective_in_several_kernels_counts_once():
     hlo = """\
 %a (p: f32[32]) -> f32[256] {
   %p = f32[32]{0} parameter(0)
