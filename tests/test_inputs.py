@@ -10,7 +10,7 @@ from PIL import Image
 
 from hivit_jax import inputs, models
 from hivit_jax.augment import resample
-from hivit_jax.data import randaugment, transforms
+from hivit_jax.data import notes, randaugment, transforms
 from hivit_jax.data.order import permutation, samples_at
 from hivit_jax.data.sources import digits, registry
 from hivit_jax.data.sources.base import Source
@@ -429,6 +429,31 @@ def test_both_splits_are_read_before_the_first_step(opened, bad, message):
     cfg, task = opened(Listed(*bad), Listed(GOOD))
     with pytest.raises(DataError, match=message.replace("test split", "train split")):
         inputs.check_splits(cfg, task)
+
+
+def test_run_warns_of_small_classes_and_of_useless_exclusions(tmp_path, monkeypatch):
+    """Describing a recipe gives the same warnings. Pretraining ignores the classes."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for k, name in enumerate("abcdefg"):
+        (tmp_path / "own" / name).mkdir(parents=True)
+        for n in range(4 if k == 0 else 1):
+            (tmp_path / "own" / name / f"{n}.png").write_bytes(GOOD)
+    (tmp_path / "list.txt").write_text("a/0.png\nz/0.png\n*.png\n")
+    keys = dict(data__eval_fraction=0.3, data__exclude=tmp_path / "list.txt")
+    cfg = folder_config(tmp_path / "own", model__num_classes=0, **keys)
+    first, second = inputs.check_splits(cfg, inputs.make_task(cfg))
+    assert first == (
+        f"data.exclude={tmp_path}/list.txt: 2 entries match no image, the first is "
+        "'z/0.png'; expected paths as check_data --list writes them"
+    )
+    assert second == "the evaluation has no image of 6 classes: b, c, d, e, f, ..."
+    splits = inputs.used_splits(cfg)
+    assert notes.dataset_warnings(cfg.data, splits, True) == [first, second]
+    assert notes.dataset_warnings(cfg.data, splits, False) == [first]
+    # A split that does not exist is an error only where its images are read.
+    keys = dict(data__train_split=".", data__eval_split="nowhere")
+    cfg = folder_config(tmp_path / "own", **keys)
+    assert notes.dataset_warnings(cfg.data, splits, True) == []
 
 
 @pytest.mark.parametrize(
