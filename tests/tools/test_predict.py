@@ -124,6 +124,7 @@ def test_labeled_folder_is_predicted_and_scored(
     out = capsys.readouterr().out
     assert "predict  15/15 images  0:00 left" in out
     assert "15 of 15 images predicted" in out
+    assert f"model: {run}/checkpoints/24 (step 24, the newest and best)\n" in out
 
 
 @pytest.mark.slow
