@@ -237,9 +237,8 @@ def check_splits(config: Any, task: tasks.Task) -> list[str]:
     """
     if config.data.reader == tf_data.READER:
         tf_data.tensorflow()  # raises MissingPackage before the run starts
-    splits = used_splits(config)
-    notes = dataset_warnings(config.data, splits, task.needs_labels)
-    for split in splits:
+    notes = dataset_warnings(config.data, used_splits(config), task.needs_labels)
+    for split in used_splits(config):
         source = open_source(config.data, split)
         transform = task.transform(train=split == "train")
         if not source.encoded:
