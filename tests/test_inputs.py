@@ -8,7 +8,7 @@ from datasets import assert_batches_equal, digits_config, folder_config
 from numpy.testing import assert_array_equal
 from PIL import Image
 
-from hivit_jax import inputs, models
+from hivit_jax import evaluate, inputs, models
 from hivit_jax.augment import resample
 from hivit_jax.data import notes, randaugment, transforms
 from hivit_jax.data.order import permutation, samples_at
@@ -16,6 +16,7 @@ from hivit_jax.data.sources import digits, registry
 from hivit_jax.data.sources.base import Source
 from hivit_jax.data.unreadable import UnreadableImages, check_unreadable
 from hivit_jax.errors import ConfigError, DataError
+from hivit_jax.tasks import probing
 
 
 def test_model_with_fewer_classes_than_the_dataset_is_an_error():
@@ -454,6 +455,38 @@ def test_run_warns_of_small_classes_and_of_useless_exclusions(tmp_path, monkeypa
     keys = dict(data__train_split=".", data__eval_split="nowhere")
     cfg = folder_config(tmp_path / "own", **keys)
     assert notes.dataset_warnings(cfg.data, splits, True) == []
+
+
+def test_evaluations_warn_of_useless_exclusions(tmp_path, monkeypatch, capsys):
+    """`--mode eval` and the probes print the warning once, before they start."""
+
+    class Started(Exception):
+        pass
+
+    def start(*_):
+        raise Started
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for name in "ab":
+        for split in ("train", "val"):
+            path = tmp_path / "own" / split / name / f"{split}.png"
+            path.parent.mkdir(parents=True)
+            path.write_bytes(GOOD)
+    # The second entry belongs only to the training split.
+    (tmp_path / "list.txt").write_text("z.png\na/train.png\n")
+    keys = dict(data__exclude=tmp_path / "list.txt", model__num_classes=0)
+    cfg = folder_config(tmp_path / "own", **keys)
+    monkeypatch.setattr(evaluate.load, "read_for", lambda *_: None)
+    monkeypatch.setattr(evaluate, "make_mesh", start)
+    with pytest.raises(Started):
+        evaluate.evaluate_checkpoint(cfg, tmp_path)
+    monkeypatch.setattr(evaluate.load, "read_for", start)
+    with pytest.raises(Started):
+        probing.make_encoder(cfg, inputs.make_task(cfg), None, False)
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == second
+    assert first.startswith(f"warning: data.exclude={tmp_path}/list.txt: 1 entry match")
+    assert "the first is 'z.png'" in first
 
 
 @pytest.mark.parametrize(
