@@ -23,8 +23,9 @@ def dataset_warnings(data: Any, splits: Sequence[str], needs_labels: bool) -> li
       data, splits: see `exclusion_warnings`.
       needs_labels: False: there is no line about classes.
     """
-    sources, found = _open(data, splits), exclusion_warnings(data, splits)
-    counts = [*map(_class_counts, sources)] if needs_labels else []
+    found = exclusion_warnings(data, splits)
+    sources = _open(data, splits) if needs_labels else []
+    counts = [*map(_class_counts, sources)]
     if len(counts) == 2 and all(map(len, counts)):
         found += uncovered_classes(sources[0].classes, *counts)
     return found
@@ -58,7 +59,8 @@ def exclusion_notes(exclude: str, sources: Sequence[Source]) -> list[str]:
       exclude: `data.exclude`.
     """
     first, *others = [source.unmatched for source in sources] or [()]
-    entries = [x for x in first if all(x in each for each in others)]
+    in_all = {*first}.intersection(*others)
+    entries = [entry for entry in first if entry in in_all]
     if not entries:
         return []
     count = counted(len(entries), "entry matches", "entries match")
