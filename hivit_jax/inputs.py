@@ -16,7 +16,7 @@ from hivit_jax.data.loader import (
     local_positions,
     synthetic_batches,
 )
-from hivit_jax.data.notes import split_notes
+from hivit_jax.data.notes import dataset_warnings, split_notes
 from hivit_jax.data.sources.base import DatasetInfo, Source
 from hivit_jax.data.sources.registry import open_source, published_info
 from hivit_jax.data.sources.splits import NO_EVALUATION
@@ -237,7 +237,7 @@ def check_splits(config: Any, task: tasks.Task) -> list[str]:
     """
     if config.data.reader == tf_data.READER:
         tf_data.tensorflow()  # raises MissingPackage before the run starts
-    notes = []
+    notes = dataset_warnings(config.data, used_splits(config), task.needs_labels)
     for split in used_splits(config):
         source = open_source(config.data, split)
         transform = task.transform(train=split == "train")

@@ -8,14 +8,15 @@ from datasets import assert_batches_equal, digits_config, folder_config
 from numpy.testing import assert_array_equal
 from PIL import Image
 
-from hivit_jax import inputs, models
+from hivit_jax import evaluate, inputs, models
 from hivit_jax.augment import resample
-from hivit_jax.data import randaugment, transforms
+from hivit_jax.data import notes, randaugment, transforms
 from hivit_jax.data.order import permutation, samples_at
 from hivit_jax.data.sources import digits, registry
 from hivit_jax.data.sources.base import Source
 from hivit_jax.data.unreadable import UnreadableImages, check_unreadable
 from hivit_jax.errors import ConfigError, DataError
+from hivit_jax.tasks import probing
 
 
 def test_model_with_fewer_classes_than_the_dataset_is_an_error():
@@ -429,6 +430,63 @@ def test_both_splits_are_read_before_the_first_step(opened, bad, message):
     cfg, task = opened(Listed(*bad), Listed(GOOD))
     with pytest.raises(DataError, match=message.replace("test split", "train split")):
         inputs.check_splits(cfg, task)
+
+
+def test_run_warns_of_small_classes_and_of_useless_exclusions(tmp_path, monkeypatch):
+    """Describing a recipe gives the same warnings. Pretraining ignores the classes."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for k, name in enumerate("abcdefg"):
+        (tmp_path / "own" / name).mkdir(parents=True)
+        for n in range(4 if k == 0 else 1):
+            (tmp_path / "own" / name / f"{n}.png").write_bytes(GOOD)
+    (tmp_path / "list.txt").write_text("a/0.png\nz/0.png\n*.png\n")
+    keys = dict(data__eval_fraction=0.3, data__exclude=tmp_path / "list.txt")
+    cfg = folder_config(tmp_path / "own", model__num_classes=0, **keys)
+    first, second = inputs.check_splits(cfg, inputs.make_task(cfg))
+    assert first == (
+        f"data.exclude={tmp_path}/list.txt: 2 entries match no image, the first is "
+        "'z/0.png'; expected paths as check_data --list writes them"
+    )
+    assert second == "the evaluation has no image of 6 classes: b, c, d, e, f, ..."
+    splits = inputs.used_splits(cfg)
+    assert notes.dataset_warnings(cfg.data, splits, True) == [first, second]
+    assert notes.dataset_warnings(cfg.data, splits, False) == [first]
+    # A split that does not exist is an error only where its images are read.
+    keys = dict(data__train_split=".", data__eval_split="nowhere")
+    cfg = folder_config(tmp_path / "own", **keys)
+    assert notes.dataset_warnings(cfg.data, splits, True) == []
+
+
+def test_evaluations_warn_of_useless_exclusions(tmp_path, monkeypatch, capsys):
+    """`--mode eval` and the probes print the warning once, before they start."""
+
+    class Started(Exception):
+        pass
+
+    def start(*_):
+        raise Started
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for name in "ab":
+        for split in ("train", "val"):
+            path = tmp_path / "own" / split / name / f"{split}.png"
+            path.parent.mkdir(parents=True)
+            path.write_bytes(GOOD)
+    # The second entry belongs only to the training split.
+    (tmp_path / "list.txt").write_text("z.png\na/train.png\n")
+    keys = dict(data__exclude=tmp_path / "list.txt", model__num_classes=0)
+    cfg = folder_config(tmp_path / "own", **keys)
+    monkeypatch.setattr(evaluate.load, "read_for", lambda *_: None)
+    monkeypatch.setattr(evaluate, "make_mesh", start)
+    with pytest.raises(Started):
+        evaluate.evaluate_checkpoint(cfg, tmp_path)
+    monkeypatch.setattr(evaluate.load, "read_for", start)
+    with pytest.raises(Started):
+        probing.make_encoder(cfg, inputs.make_task(cfg), None, False)
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == second
+    assert first.startswith(f"warning: data.exclude={tmp_path}/list.txt: 1 entry match")
+    assert "the first is 'z.png'" in first
 
 
 @pytest.mark.parametrize(

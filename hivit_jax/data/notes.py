@@ -1,13 +1,98 @@
-"""Notes at the start of a run: ignored images, images of no class, 16-bit values."""
+"""Notes at the start of a run about data that it ignores, reduces or lacks."""
 
+from collections.abc import Sequence
 from contextlib import suppress
+from typing import Any
 
 import numpy as np
 
 from hivit_jax.data.rasters import read_values
 from hivit_jax.data.sources.base import Source
 from hivit_jax.data.sources.file_index import OUTSIDE
+from hivit_jax.data.sources.registry import open_source
+from hivit_jax.errors import DataError, MissingPackage
 from hivit_jax.progress import counted
+
+MAX_CLASSES = 5  # listed classes
+
+
+def dataset_warnings(data: Any, splits: Sequence[str], needs_labels: bool) -> list[str]:
+    """Return `exclusion_warnings`, and a line about classes without evaluation images.
+
+    Args:
+      data, splits: see `exclusion_warnings`.
+      needs_labels: False: there is no line about classes.
+    """
+    found = exclusion_warnings(data, splits)
+    sources = _open(data, splits) if needs_labels else []
+    counts = [*map(_class_counts, sources)]
+    if len(counts) == 2 and all(map(len, counts)):
+        found += uncovered_classes(sources[0].classes, *counts)
+    return found
+
+
+def exclusion_warnings(data: Any, splits: Sequence[str]) -> list[str]:
+    """Return a line about the entries of `data.exclude` that match no image.
+
+    Args:
+      data: `config.data`.
+      splits: all splits that the config uses, because an entry may belong to any.
+    """
+    return exclusion_notes(data.exclude, _open(data, splits)) if data.exclude else []
+
+
+def _open(data: Any, splits: Sequence[str]) -> list[Source]:
+    """Open the splits; return [] if one is missing.
+
+    A missing split is an error only where its images are needed.
+    """
+    try:
+        return [open_source(data, split) for split in splits]
+    except (DataError, MissingPackage):
+        return []
+
+
+def exclusion_notes(exclude: str, sources: Sequence[Source]) -> list[str]:
+    """Return a line about the entries of `exclude` that match no image of the sources.
+
+    Args:
+      exclude: `data.exclude`.
+    """
+    first, *others = [source.unmatched for source in sources] or [()]
+    in_all = {*first}.intersection(*others)
+    entries = [entry for entry in first if entry in in_all]
+    if not entries:
+        return []
+    count = counted(len(entries), "entry matches", "entries match")
+    return [
+        f"data.exclude={exclude}: {count} no image, the first is {entries[0]!r}; "
+        "expected paths as check_data --list writes them"
+    ]
+
+
+def uncovered_classes(
+    names: Sequence[str], train: Sequence[int], test: Sequence[int]
+) -> list[str]:
+    """Return a line about the classes that have training but no evaluation images.
+
+    Args:
+      names: names of all classes.
+      train, test: number of images per class in each split.
+    """
+    found = [n for n, k, m in zip(names, train, test, strict=True) if k and not m]
+    if not found:
+        return []
+    more = ", ..." if len(found) > MAX_CLASSES else ""
+    return [
+        f"the evaluation has no image of {counted(len(found), 'class', 'classes')}: "
+        f"{', '.join(found[:MAX_CLASSES])}{more}"
+    ]
+
+
+def _class_counts(source: Source) -> Sequence[int]:
+    """Return the number of images of each class; () if the labels are unknown."""
+    labels = np.asarray(source.labels)
+    return labels.sum(0, dtype=np.int64) if labels.ndim == 2 else source.class_counts()
 
 
 def split_notes(

@@ -13,6 +13,7 @@ from PIL import Image
 
 from hivit_jax.reporting import metrics
 
+TITLED_WIDTH = 2.4  # of an image with a title, in inches
 PANELS = ("original", "masked", "reconstruction", "with visible pasted")
 
 
@@ -131,16 +132,39 @@ def confusion_matrix(matrix: np.ndarray, names: Sequence[str]) -> np.ndarray:
 
 
 def titled_images(images: np.ndarray, titles: Sequence[str]) -> np.ndarray:
-    """Plot images [n, H, W, C] in 0..1 with titles, six per row."""
-    rows = -(-len(images) // 6)
-    figure = _figure(9.6, 2.0 * rows)
-    axes = figure.subplots(rows, 6, squeeze=False).flat
-    for axis, pixels, title in zip(axes, images, titles, strict=False):
-        _show(axis, pixels)
-        axis.set_title(title.replace("$", r"\$"), fontsize=7)
+    """Plot images [n, H, W, C] in 0..1 with titles, at most four per row.
+
+    Lines of titles that are wider than an image are shortened in the middle.
+    """
+    columns = min(len(images), 4)
+    rows = -(-len(images) // columns)
+    figure = _figure(TITLED_WIDTH * columns, (TITLED_WIDTH + 0.4) * rows)
+    axes = [*figure.subplots(rows, columns, squeeze=False).flat]
     for axis in axes:
         axis.set_axis_off()
+    for axis, pixels, title in zip(axes, images, titles, strict=False):
+        _show(axis, pixels)
+        lines = [shorten(line, 0.9 * TITLED_WIDTH, 7) for line in title.split("\n")]
+        axis.set_title("\n".join(lines).replace("$", r"\$"), fontsize=7)
     return _pixels(figure)
+
+
+def shorten(text: str, inches: float, fontsize: float) -> str:
+    """Replace the middle of a text by an ellipsis if the text is too wide.
+
+    Args:
+      inches: largest width of the text in the default font.
+      fontsize: size of the font in points.
+    """
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.textpath import text_to_path
+
+    measure = text_to_path.get_text_width_height_descent
+    font, kept, shortened = FontProperties(size=fontsize), len(text), text
+    while kept and measure(shortened, font, ismath=False)[0] > 72 * inches:
+        kept -= 1
+        shortened = f"{text[: -(-kept // 2)]}…{text[len(text) - kept // 2 :]}"
+    return shortened
 
 
 def image_grid(images: np.ndarray) -> np.ndarray:

@@ -9,6 +9,11 @@ from hivit_jax.training.schedule import peak_learning_rate
 # Usual range of AdamW's peak learning rate. With a smaller peak the weights hardly
 # change; with a larger peak the loss usually diverges.
 ADAM_PEAKS = (1e-6, 0.05)
+# Values that are harmless in any run. The recipes for small folders of images use them,
+# and their runs may be shorter. A run of 500 steps is over soon, and repeated images in
+# a batch of 64 get different crops.
+HARMLESS_INTERVALS = {"log_every": 50, "eval_every": 500, "checkpoint_every": 500}
+HARMLESS_BATCH = 64
 
 
 def common_warnings(
@@ -48,7 +53,7 @@ def _length_warnings(
         found.append(
             f"optimizer.milestones: {end}, before epoch {', '.join(unreached)}"
         )
-    if config.batch_size > num_images:
+    if config.batch_size > max(num_images, HARMLESS_BATCH):
         found.append(
             f"batch_size={config.batch_size} exceeds the {num_images:,} training "
             "images: a batch contains some images several times"
@@ -58,7 +63,7 @@ def _length_warnings(
         ("eval_every", "is evaluated only at its end"),
         ("checkpoint_every", "saves only its last step, so a killed run is lost"),
     ):
-        if config[name] > total_steps:
+        if config[name] > max(total_steps, HARMLESS_INTERVALS[name]):
             found.append(
                 f"{name}={config[name]} exceeds the {counted(total_steps, 'step')} of "
                 f"the run, which {consequence}"

@@ -17,9 +17,10 @@ from hivit_jax.paths import expand
 from hivit_jax.preprocessing import preprocess
 from hivit_jax.reporting import figures
 from hivit_jax.reporting.console import log
+from hivit_jax.tools.loading import read_model
 from hivit_jax.tools.outputs import output_path
 from hivit_jax.tree import split
-from hivit_jax.weights.load import load_pretrained
+from hivit_jax.weights.load import build
 from hivit_jax.xla.compile import announce
 
 USAGE = """\
@@ -146,7 +147,7 @@ def run(argv: Sequence[str] | None) -> None:
     out = output_path("--out", args.out, [args.checkpoint, *args.images])
     if out.is_dir():
         raise ConfigError(f"--out={args.out} is a directory; expected a .png file")
-    model = load_pretrained(args.checkpoint)
+    model = build(read_model(args.checkpoint))
     images = preprocess(model)(args.images)
     maps = attention_maps(model, images, block=args.block, unit=unit)
     if not model.config.class_tokens:

@@ -6,7 +6,7 @@ how many CPU cores keep one accelerator busy.
 
 A *finding* is an unusual property of an image. A *fault* is one of the findings in
 `dataset_split.FAULTS`, or a class without images. Depending on its kind and number, a
-fault fails the check, is noted, or is tolerated; see `check_dataset`.
+fault fails the check, is noted, or is tolerated; see `Verdict`.
 """
 
 import os
@@ -22,23 +22,17 @@ from flax import nnx
 
 from hivit_jax import config as configs
 from hivit_jax import inputs, platforms, tasks
-from hivit_jax.data.findings import CLIPPED, LOST
 from hivit_jax.data.loader import Loader, available_cores
 from hivit_jax.data.order import samples_at
 from hivit_jax.data.sources.splits import Selection
 from hivit_jax.data.transforms import Transform
-from hivit_jax.errors import ConfigError, DataError, Parser, run_command
+from hivit_jax.errors import ConfigError, Parser, run_command
 from hivit_jax.models import Model
 from hivit_jax.progress import counted
 from hivit_jax.reporting import figures
 from hivit_jax.tools.dataset_content import contact_sheet, content_report
-from hivit_jax.tools.dataset_split import (
-    BAD_CHECKSUM,
-    DROPPED,
-    IMAGES_PER_JOB,
-    UNREADABLE,
-    Split,
-)
+from hivit_jax.tools.dataset_split import IMAGES_PER_JOB, UNREADABLE, Split
+from hivit_jax.tools.dataset_verdict import Verdict, nested_classes
 from hivit_jax.tools.outputs import output_path
 from hivit_jax.xla.chips import CHIPS, UTILIZATION
 
@@ -116,8 +110,7 @@ def speed_report(task: tasks.Task, model: Model, images_per_core_second: float) 
 def check_dataset(
     config: Any,
     max_images: int,
-    listing: BinaryIO,
-    reasons: BinaryIO,
+    lists: Sequence[BinaryIO],
     group: str = "",
     sheet: Path | None = None,
 ) -> None:
@@ -125,70 +118,59 @@ def check_dataset(
 
     Args:
       max_images: number of random images to check per split; 0: all.
-      listing, reasons: files for unreadable images, see `Split.write_unreadable`.
+      lists: two files for unreadable images, see `Split.write_unreadable`.
       group: regular expression; values of its first group that occur in names of both
         splits are reported.
       sheet: PNG file for some images of each class.
 
     Raises:
       ConfigError: the dataset is synthetic.
-      DataError: the dataset cannot be opened; a class is empty; an image has an invalid
-        label, the wrong number of channels, or values that `data.dtype` and
-        `data.value_range` do not cover; or the fraction of images that are unreadable,
-        have a wrong checksum or lose values exceeds `data.max_unreadable`.
+      DataError: the dataset cannot be opened, or fails the check; see `Verdict`.
     """
-    data, failures, notes = config.data, [], []
+    data = config.data
     if data.name == "synthetic":
         raise ConfigError("data.name='synthetic' has no files; nothing to check")
     task = inputs.make_task(config)
     model = nnx.eval_shape(task.build_model)
     splits = [Split(config, split, max_images) for split in inputs.used_splits(config)]
+    verdict = Verdict(splits)
     print(f"{data.name} {data.dir}".rstrip())
     for split in splits:
         split.read()
         faults = split.faults()
         print(f"\n{split_report(split, faults)}", flush=True)
-        split.write_unreadable(listing, reasons)
-        tolerated = data.max_unreadable * len(split.indices)
-        allowed = dict.fromkeys((UNREADABLE, BAD_CHECKSUM, LOST), tolerated)
-        allowed |= {CLIPPED: np.inf, DROPPED: np.inf}
-        for fault, affected in faults.items():
-            text = f"{split.title}: {len(affected):,} {fault}"
-            if len(affected) > allowed.get(fault, 0):
-                failures.append(text)
-            elif affected and fault in (LOST, CLIPPED, DROPPED):
-                notes.append(text)
-        if split.source.loose:
-            notes.append(f"{split.title}: images outside the class directories")
-    notes += nested_classes(splits[0], data)
+        split.write_unreadable(*lists)
+        verdict.add(split, faults)
+    verdict.notes += nested_classes(splits[0])
     if splits[0].usable().any():
         speed = images_per_cpu_second(splits[0], task.transform(train=True))
         print(f"\n{speed_report(task, model, speed)}")
     text, problems = content_report(splits, group)
-    print(f"\n{text}\n\n{'; '.join(failures + notes + problems) or 'healthy'}")
+    verdict.notes += problems
+    print(f"\n{text}\n")
     if sheet:
         figures.write_png(sheet, contact_sheet(splits[0]))
-    if failures:
-        raise DataError(f"{data.name} failed the dataset check\n{failures[0]}")
+    names = [file.name if file.name != os.devnull else "" for file in lists]
+    written = written_lines(splits, *names, sheet)
+    print("\n".join([*written, *[""] * bool(written), verdict.text()]))
+    if verdict.failures:
+        raise verdict.error(names[0])
 
 
-def nested_classes(split: Split, data: Any) -> list[str]:
-    """Return a line if checked images are not directly in their class directory."""
-    source = split.source
-    if data.name != "folder" or data.class_level != "top" or not source.labeled:
-        return []
-    nested = []
-    for index in split.indices:
-        name, label = source.name(index), source.labels[index]
-        if os.path.basename(os.path.dirname(name)) != source.classes[label]:
-            nested.append(name)
-    if not nested:
-        return []
-    return [
-        f"{split.title}: {counted(len(nested), 'image')} in subdirectories of the "
-        f"classes, e.g. {nested[0]}; data.class_level=leaf makes each subdirectory a "
-        "class"
-    ]
+def written_lines(
+    splits: Sequence[Split], listing: str, reasons: str, sheet: Path | None
+) -> list[str]:
+    """Return a line for each file that the command has written.
+
+    Args:
+      listing, reasons: names of the files for unreadable images; "": not written.
+    """
+    count = sum(len(split.findings[UNREADABLE]) for split in splits)
+    images = counted(count, "unreadable image")
+    contents = {listing: f"names of {images}", reasons: f"reasons of {images}"}
+    if sheet:
+        contents[str(sheet)] = "the first images of each class"
+    return [f"written: {file} ({text})" for file, text in contents.items() if file]
 
 
 def run(argv: Sequence[str] | None) -> None:
@@ -237,7 +219,7 @@ def run(argv: Sequence[str] | None) -> None:
             except OSError as error:
                 raise ConfigError(f"--{name}={path}: {error.strerror}") from error
         sheet = flags.sheet and output_path("--sheet", flags.sheet, [])
-        check_dataset(config, flags.sample, *files, flags.group, sheet)
+        check_dataset(config, flags.sample, files, flags.group, sheet)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

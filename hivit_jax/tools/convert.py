@@ -15,6 +15,7 @@ from hivit_jax import platforms
 from hivit_jax.errors import ConfigError, Parser, run_command
 from hivit_jax.models import arguments_of, configure, variant
 from hivit_jax.reporting.console import log
+from hivit_jax.tools.loading import read_model
 from hivit_jax.tools.outputs import output_path
 from hivit_jax.tree import named_leaves, split
 from hivit_jax.weights import files, load
@@ -132,7 +133,7 @@ def convert(
         output_path("DST", target / files.WEIGHTS, [source])
     log(f"converting {source}, which may take a minute ...")
     start = time.perf_counter()
-    pretrained = load.read(source, averaged=averaged, **overrides)
+    pretrained = read_model(source, averaged=averaged, **overrides)
     model = build(pretrained, **overrides)
     if target.suffix in files.SUFFIXES:
         state = to_state_dict(split(model)[1], model, layout)

@@ -24,6 +24,7 @@ UNREADABLE, BAD_LABEL = "unreadable", "with an invalid label"
 BAD_CHECKSUM = "with a wrong checksum"
 OTHER_VALUES = "with values that data.dtype and data.value_range do not cover"
 CHANNELS, DROPPED = "with the wrong number of channels", "with dropped channels"
+NO_IMAGE = "without an image"  # of classes
 FAULTS = (
     UNREADABLE, BAD_CHECKSUM, BAD_LABEL, OTHER_VALUES, CHANNELS, LOST, CLIPPED, DROPPED
 )  # fmt: skip
@@ -36,6 +37,7 @@ class Split:
       max_images: number of images to select; 0: all.
 
     Attributes:
+      is_fraction: True if the config selects a fraction of images for evaluation.
       indices: indices of the k images in the dataset's split, int64 [k].
       labels: int64 [k], or [k, classes] of 0 and 1 with several labels per image. -1
         marks an image that cannot be decoded, or an invalid label. Without labels, all
@@ -50,6 +52,8 @@ class Split:
         data = config.data
         configured_split = data.train_split if split == "train" else data.eval_split
         self.title = f"{split} ({configured_split})" if configured_split else split
+        is_slice = data.eval_split.endswith("]")  # such as train[80%:]
+        self.is_fraction = split == "test" and (data.eval_fraction > 0 or is_slice)
         self.config, self.channels = config, image_shape(config.model)[2]
         self.source = open_source(data, split)
         n = len(self.source)
@@ -176,5 +180,5 @@ class Split:
             empty = np.flatnonzero(self.per_class() == 0)
             noun = "class" if len(empty) == 1 else "classes"
             names = [self.source.classes[i] for i in empty]
-            faults[f"{noun} without an image"] = names
+            faults[f"{noun} {NO_IMAGE}"] = names
         return faults

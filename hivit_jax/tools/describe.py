@@ -12,6 +12,7 @@ from flax import nnx
 
 from hivit_jax import config as configs
 from hivit_jax import inputs, rng, tasks
+from hivit_jax.data.notes import dataset_warnings
 from hivit_jax.errors import DataError, MissingPackage
 from hivit_jax.models import Model
 from hivit_jax.paths import open_path
@@ -31,7 +32,9 @@ def describe(config: Any) -> str:
     task = inputs.task_of_recipe(config)
     model = nnx.eval_shape(task.build_model)
     images_per_epoch = inputs.images_per_epoch(config, task)
-    warnings = task.warnings(*inputs.count_steps(config, images_per_epoch))
+    splits = inputs.used_splits(config)
+    warnings = dataset_warnings(config.data, splits, task.needs_labels)
+    warnings += task.warnings(*inputs.count_steps(config, images_per_epoch))
     head = ["\n".join(f"warning: {line}" for line in warnings)] if warnings else []
     tables = [
         parameter_table(model, task.frozen_parameters(model)),

@@ -248,9 +248,11 @@ def run(argv: Sequence[str] | None) -> None:
             f"--platforms={flags.platforms} does not apply to ONNX; remove it"
         )
     platforms.start()
-    from hivit_jax.weights.load import load_pretrained
+    from hivit_jax.tools.loading import read_model
+    from hivit_jax.weights.load import build
 
-    model = load_pretrained(flags.checkpoint, **{"dtype": "float32"} if onnx else {})
+    overrides = {"dtype": "float32"} if onnx else {}
+    model = build(read_model(flags.checkpoint, **overrides), **overrides)
     start = time.perf_counter()
     log(f"exporting {flags.what} of {model.name}, which may take a minute ...")
     if onnx:

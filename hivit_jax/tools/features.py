@@ -18,6 +18,7 @@ from hivit_jax.models.classifier import Classifier
 from hivit_jax.progress import counted
 from hivit_jax.reporting.console import log
 from hivit_jax.tools import files
+from hivit_jax.tools.loading import read_model
 from hivit_jax.tools.outputs import output_path
 from hivit_jax.tree import split
 from hivit_jax.weights import load
@@ -90,7 +91,7 @@ def write_features(
     out = output_path("--out", out, [checkpoint, *images])
     if out.suffix != ".npz":
         raise ConfigError(f"--out={out}: expected a name that ends in .npz")
-    pretrained = load.read(checkpoint)
+    pretrained = read_model(checkpoint)
     graphdef, params = split(load.build(pretrained))
     config = files.config_of(pretrained, batch_size)
     task, source = files.open_images(pretrained, config, images)

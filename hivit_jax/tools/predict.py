@@ -14,8 +14,8 @@ from hivit_jax.errors import ConfigError, run_command
 from hivit_jax.progress import counted
 from hivit_jax.reporting.console import log
 from hivit_jax.tools import files
+from hivit_jax.tools.loading import read_model
 from hivit_jax.tools.outputs import output_path
-from hivit_jax.weights import load
 
 USAGE = """\
 python -m hivit_jax.tools.predict --checkpoint PATH --out OUT [IMAGE|DIRECTORY ...]
@@ -60,7 +60,7 @@ def predict(
         has no predictions.
     """
     out = output_path("--out", out, [checkpoint, *images])
-    pretrained = load.read(checkpoint)
+    pretrained = read_model(checkpoint)
     if pretrained.arguments.get("num_classes") == 0:
         raise ConfigError(
             f"{pretrained.path} has no head; expected a classifier. "

@@ -20,9 +20,9 @@ from hivit_jax.models.masked import MaskedModel
 from hivit_jax.paths import expand
 from hivit_jax.reporting import figures
 from hivit_jax.reporting.console import log
+from hivit_jax.tools.loading import read_model
 from hivit_jax.tools.outputs import output_path
 from hivit_jax.tree import split
-from hivit_jax.weights import load
 from hivit_jax.weights.load import build
 from hivit_jax.xla.compile import announce
 
@@ -104,7 +104,7 @@ def run(argv: Sequence[str] | None) -> None:
     out = output_path("--out", args.out, [args.checkpoint, *args.images])
     if out.is_dir():
         raise ConfigError(f"--out={args.out} is a directory; expected a .png file")
-    pretrained = load.read(args.checkpoint)
+    pretrained = read_model(args.checkpoint)
     model = build(pretrained)
     if not isinstance(model, MaskedModel):
         raise ConfigError(

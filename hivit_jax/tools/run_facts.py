@@ -43,7 +43,7 @@ def summary(
         "dataset": dataset,
         "steps": f"{step:,}" + (f" of {total:,}" if total else ""),
         "state": "finished" if step == total else "not finished" if total else UNKNOWN,
-        "best evaluation": _best(lines, _best_metric(config)),
+        "best evaluation": _best(lines, best_metric(config)),
     }
     if training:
         speeds = [line["images_per_second"] for line in training]
@@ -80,16 +80,22 @@ def _parameters(task: Task | None) -> str:
     return f"{nnx.eval_shape(task.build_model).parameter_count():,}"
 
 
-def _best_metric(config: Mapping[str, Any]) -> metrics.Best:
+def best_metric(config: Mapping[str, Any]) -> metrics.Best:
+    """Return the metric that selects the best checkpoint, from a saved config."""
     try:
         return tasks.find(config["task"]).best_metric(config)
     except (HivitError, KeyError):
         return Task.best
 
 
+def finite_evaluations(lines: Lines, best: metrics.Best) -> Lines:
+    """Return the lines of metrics.jsonl with a finite value of the metric `best`."""
+    return [line for line in lines if math.isfinite(line.get(best[0], math.nan))]
+
+
 def _best(lines: Lines, best: metrics.Best) -> str:
     """Return the best evaluation as text; of equally good ones, the first."""
-    found = [line for line in lines if math.isfinite(line.get(best[0], math.nan))]
+    found = finite_evaluations(lines, best)
     if not found:
         return "none"
     line = metrics.best_evaluation(found, best)

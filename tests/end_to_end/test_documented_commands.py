@@ -16,7 +16,7 @@ from PIL import Image
 
 from hivit_jax.main import main
 from hivit_jax.tools import check_data
-from tests.test_documentation import commands
+from tests.test_documentation import blocks, commands
 
 pytestmark = [pytest.mark.extras, pytest.mark.slow]
 
@@ -91,7 +91,14 @@ def directory(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
+    write_shards()
     return tmp_path
+
+
+def write_shards():
+    """Run the program of docs/own_images.md that writes ~/photos to tar files."""
+    [program] = blocks(mini_runs.ROOT / "docs/own_images.md", "python")
+    exec(compile(program, "own_images.md", "exec"), {})
 
 
 def run(words):

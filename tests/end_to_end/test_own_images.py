@@ -13,8 +13,12 @@ from datasets import encode, noise_image
 from PIL import Image
 
 import hivit_jax
-from hivit_jax.main import main
+from hivit_jax import config as configs
+from hivit_jax import inputs
+from hivit_jax.data.sources.registry import open_source
+from hivit_jax.main import main, parse
 from hivit_jax.tools import convert, predict, prepare_data
+from tests.test_documentation import blocks, commands
 
 pytestmark = pytest.mark.usefixtures("cache_directory")
 
@@ -240,6 +244,30 @@ def test_several_labels(tmp_path, capsys):
     flags = arguments(**overrides, init_from=workdir)
     assert main([*flags, "--mode=knn", f"--workdir={tmp_path / 'knn'}"]) == 2
     assert "expect one label per image" in capsys.readouterr().err
+
+
+def test_documented_program_writes_tar_files(tmp_path, monkeypatch):
+    """docs/own_images.md shows a program, and the command that trains on its files."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    contents = {}
+    for k in range(24):
+        path = tmp_path / "photos" / ("dog", "cat")[k % 2] / f"{k}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encode(np.roll(noise_image(40, 36, 3), k, 0), "JPEG"))
+        contents[path.read_bytes()] = 1 - k % 2  # index in the sorted classes
+    page = mini_runs.ROOT / "docs" / "own_images.md"
+    [program] = blocks(page, "python")
+    exec(compile(program, page.name, "exec"), {})
+    [words] = [words for words in commands(page) if "shards" in words[-1]]
+    flags, overrides = parse(words[3:])
+    config = configs.load(flags.config, overrides)
+    sources = [open_source(config.data, split) for split in ("train", "test")]
+    samples = [source.sample(k) for source in sources for k in range(len(source))]
+    assert {sample["image"]: sample["label"] for sample in samples} == contents
+    assert len(samples) == 24
+    assert all(len(source) >= 2 for source in sources)
+    assert inputs.make_task(config).config.model.num_classes == 2
 
 
 @pytest.mark.extras

@@ -79,3 +79,29 @@ def test_figures_show_the_panels(tmp_path):
     row = pixels[pixels.shape[0] * 2 // 3].mean(-1)
     middles = row[[len(row) * (2 * k + 1) // 8 for k in range(4)]]
     assert_allclose(middles, [0, 127.5, 255, 0], atol=1)
+
+
+@pytest.mark.parametrize(("count", "columns"), [(1, 1), (2, 2), (3, 3), (7, 4)])
+def test_grid_of_titled_images_fits_their_number(count, columns):
+    """Titles are not cut at the margins, and cells without an image are white."""
+    title = f"true: {'long name ' * 20}, 1%\npredicted: $x, 99%"
+    pixels = figures.titled_images(np.zeros((count, 8, 8, 3)), [title] * count)
+    rows = -(-count // columns)
+    height, width = pixels.shape[0] // rows, pixels.shape[1] // columns
+    assert height > width > 200
+    assert (pixels[:, [0, 1, -2, -1]] == 255).all()
+    for row, column in np.ndindex(rows, columns):
+        cell = pixels[row * height :, column * width :][:height, :width]
+        is_used = row * columns + column < count
+        assert ((cell < 128).mean() > 0.5) == is_used
+        assert is_used or (cell == 255).all()
+
+
+def test_shorten_keeps_both_ends_of_a_text():
+    assert figures.shorten("true: cat, 1%", 2.0, 7) == "true: cat, 1%"
+    text = figures.shorten(f"true: {'x' * 200}, 1%", 2.0, 7)
+    assert text.startswith("true: xxx")
+    assert text.endswith("xxx, 1%")
+    assert text.count("…") == 1
+    wide, narrow = (figures.shorten(letter * 200, 2.0, 7) for letter in "Wi")
+    assert len(wide) < len(narrow) / 2

@@ -31,6 +31,17 @@ def test_recipes_give_no_warnings(name):
     assert task.warnings(*inputs.count_steps(config, task.data.counts["train"])) == []
 
 
+@pytest.mark.parametrize("images", [10, 20, 50, 100, 200])
+@pytest.mark.parametrize("name", ["folder_mae", "folder_finetune", "folder_linear"])
+def test_recipes_for_folders_give_no_warnings_for_small_folders(name, images):
+    """Runs may be shorter than the intervals, and datasets smaller than the batch."""
+    if name == "folder_linear" and images < 50:
+        pytest.skip("the warning about the learning rate of short probes is justified")
+    config = configs.load(name)
+    task = create(config, DatasetInfo({"train": images, "test": 9}, NAMES))
+    assert task.warnings(*inputs.count_steps(config, images)) == []
+
+
 RECIPE = "digits_finetune"
 USUAL = ["model.num_classes=9", "batch_size=50", "data.train_examples=0"]
 
@@ -136,6 +147,7 @@ def test_describe_prints_warnings_first(monkeypatch):
         monkeypatch.setattr(f"hivit_jax.tools.describe.{name}", lambda *_: "")
     monkeypatch.setattr(Task, "build_model", lambda self: Module())
     flags = ["--config.total_steps=400", "--config.mesh.data=1"]
+    flags.append("--config.eval_every=501")
     first, second, *_ = describe(configs.load("digits_mae", flags)).splitlines()
-    assert first.startswith("warning: eval_every=500 exceeds the 400 steps")
+    assert first.startswith("warning: eval_every=501 exceeds the 400 steps")
     assert second == ""

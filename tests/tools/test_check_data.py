@@ -10,7 +10,7 @@ from PIL import Image
 from prepared import prepare
 
 from benchmarks.photographs import photographs, write
-from hivit_jax.data.sources import folder
+from hivit_jax.data.sources import digits, folder
 from hivit_jax.data.sources.base import Source, multi_hot
 from hivit_jax.tools import check_data, dataset_split
 from hivit_jax.xla import chips
@@ -226,7 +226,12 @@ def test_damaged_dataset_lists_its_findings_and_fails(check, damaged):
     ]
     assert test[-1] == "with an invalid label 0 0.000%"
     assert out.endswith("\ntrain: 4 unreadable\n")
-    error = "error: folder failed the dataset check\ntrain: 4 unreadable\n"
+    failure = "train: 4 unreadable, data.max_unreadable=0.001 allows 0 of 35"
+    remedy = (
+        "leave the unreadable images out with data.exclude=FILE (--list FILE writes "
+        "their names), or set a larger data.max_unreadable"
+    )
+    error = f"error: folder failed the dataset check\n{failure}\n{remedy}\n"
     assert err.endswith(error)
 
 
@@ -244,8 +249,12 @@ def test_list_flags_write_all_unreadable_files(check, damaged, tmp_path, monkeyp
     """
     monkeypatch.setattr(check_data, "MAX_LISTED", 3)
     path, reasons = tmp_path / "broken.txt", tmp_path / "reasons.txt"
-    code, out, _ = check(damaged, f"--list={path}", f"--list_reasons={reasons}")
+    code, out, err = check(damaged, f"--list={path}", f"--list_reasons={reasons}")
     assert code == 4
+    written = f"written: {path} (names of 4 unreadable images)\n"
+    written += f"written: {reasons} (reasons of 4 unreadable images)\n"
+    assert out.endswith(f"\n\n{written}\ntrain: 4 unreadable\n")
+    assert f"\nleave the unreadable images out with data.exclude={path}, or" in err
     listed = path.read_text().splitlines()
     assert listed == sorted(str(photo(damaged, i)) for i in (0, 1, 2, 13))
     lines = [line.split("\t") for line in reasons.read_text().splitlines()]
@@ -275,7 +284,8 @@ def test_lost_values_count_as_unreadable(check, tmp_path):
     assert code == 4
     assert f"{photo(tmp_path, 0)}: 13 of 3072 levels remain; values are 0 to" in out
     assert "healthy" not in out
-    assert err.endswith("\ntrain: 1 with lost values\n")
+    failure = "train: 1 with lost values, data.max_unreadable=0.001 allows 0 of 14"
+    assert f"\n{failure}\nset data.value_range to " in err
     code, out, _ = check(tmp_path, data__max_unreadable=0.1)
     assert code == 0
     assert out.endswith("\ntrain: 1 with lost values\n")
@@ -302,6 +312,7 @@ def test_values_without_a_range_fail_the_check(check, tmp_path):
     assert f"{photo(tmp_path, 0)}: {detail}data.value_range=" in out
     assert err.endswith(
         "\ntrain: 1 with values that data.dtype and data.value_range do not cover\n"
+        "set data.dtype and data.value_range as the report says\n"
     )
 
 
@@ -328,6 +339,7 @@ def test_report_lists_classes_kinds_of_files_and_settings(check, healthy, tmp_pa
     sheet = tmp_path / "sheet.png"
     code, out, _ = check(healthy, f"--sheet={sheet}")
     assert code == 0
+    assert f"\nwritten: {sheet} (the first images of each class)\n\nhealthy\n" in out
     lines = lines_after_speed(out)
     assert lines[lines.index("class train test") + 1] == f"{NAMES[0]} 5 2"
     assert "imbalance, largest class / smallest class: 1.0" in lines
@@ -442,7 +454,49 @@ def test_class_without_an_image_is_reported(check, tmp_path):
     assert test[-3:] == ["2 classes without an image", *NAMES[5:]]
     problem = "train: 1 class without an image; test: 2 classes without an image"
     assert out.endswith(f"\n{problem}\n")
-    assert err.endswith("\ntrain: 1 class without an image\n")
+    # The error lists all failures, and one remedy for both.
+    remedy = "add images of every class, or remove the classes without an image"
+    assert err.endswith(f"\n{problem}\n{remedy}\n")
+
+
+def test_class_without_held_out_images_is_noted(check, tmp_path):
+    """A single image cannot be in both splits. Images of no class at all still fail."""
+    root = tmp_path / "own"
+    write(root, {".": 21}, (64, 48))
+    photo(root, 7, ".").unlink()
+    photo(root, 14, ".").unlink()
+    keys = dict(data__train_split=".", data__eval_fraction=0.3)
+    code, out, err = check(root, **keys)
+    assert code == 0, err
+    assert out.endswith("\nthe evaluation has no image of 1 class: astronaut\n")
+    photo(root, 0, ".").write_bytes(b"")
+    code, out, err = check(root, data__max_unreadable=1.0, **keys)
+    assert code == 4
+    assert out.endswith("\ntrain (.): 1 class without an image\n")
+    # A slice is a fraction too.
+    slices = dict(data__train_split=".[:80%]", data__eval_split=".[80%:]")
+    photo(root, 0, ".").write_bytes(photo(root, 1, ".").read_bytes())
+    code, out, _ = check(root, **slices)
+    assert "the evaluation has no image of 1 class: astronaut" in out
+
+
+def test_entries_of_data_exclude_without_an_image_are_noted(check, healthy, tmp_path):
+    """An entry may belong to either split."""
+    lines = [photo(healthy, 0), photo(healthy, 0, "val"), "nowhere.png", "*.JPEG"]
+    (tmp_path / "bad.txt").write_text("\n".join(map(str, lines)))
+    code, out, _ = check(healthy, data__exclude=tmp_path / "bad.txt")
+    assert code == 0
+    note = "2 entries match no image, the first is 'nowhere.png'; expected paths as "
+    assert f"\ndata.exclude={tmp_path}/bad.txt: {note}" in out
+
+
+def test_unreadable_images_of_other_datasets_have_another_remedy(capsys, monkeypatch):
+    """The digits do not support data.exclude."""
+    monkeypatch.setattr(digits.Digits, "sample", lambda self, index: {})
+    flags = mini_runs.arguments("digits", data__train_examples=100)
+    assert check_data.main([*flags, "--sample=10"]) == 4
+    remedy = "restore the unreadable images, or set a larger data.max_unreadable"
+    assert capsys.readouterr().err.endswith(f"\n{remedy}\n")
 
 
 def test_invalid_labels_fail_the_check(check, healthy, monkeypatch):
@@ -462,7 +516,8 @@ def test_invalid_labels_fail_the_check(check, healthy, monkeypatch):
     labels += [f"{healthy}/train/cat/00022.JPEG: 7"]
     assert train[-3:] == labels
     assert "images per class 4 5 5" in train
-    assert err.endswith("\ntrain: 2 with an invalid label\n")
+    assert "\ntrain: 2 with an invalid label; test: 2 with an invalid label\n" in err
+    assert err.endswith("\ncorrect the invalid labels\n")
 
 
 def test_invalid_label_vectors_are_findings(healthy, monkeypatch):

@@ -23,6 +23,7 @@ from hivit_jax.data.sources.archive_labels import (
     to_vectors,
 )
 from hivit_jax.data.sources.folder import SUFFIXES
+from hivit_jax.data.sources.layout import found_in
 from hivit_jax.data.sources.splits import FileSource
 from hivit_jax.errors import DataError
 
@@ -59,7 +60,7 @@ class Archives(FileSource):
         multi_label: bool = False,
     ):
         self._multi_label = multi_label
-        self.root = directory = directory.rstrip("/")
+        self.root = directory = directory.rstrip("/") if directory else "."
         files = self._files(directory, split)
         is_cached = cache_dir and storage.is_remote(directory)
         cache = ShardCache(cache_dir) if is_cached else None
@@ -144,22 +145,22 @@ class WebDataset(Archives):
     "label" in KEY.json, an integer or a list of integers.
 
     A split is a pattern of file names relative to the directory, such as
-    ``imagenet1k-train-{0000..1023}.tar``. A split without ``*`` and ``{`` stands for
-    all tar files whose names contain it.
+    ``imagenet1k-train-{0000..1023}.tar``. A split without ``*`` and ``{`` is the name
+    of a tar file, or stands for all tar files whose names contain it.
     """
 
     def _files(self, directory: str, split: str) -> list[str]:
         names = storage.list_files(directory)
         patterns = _expand_braces(split)
         if patterns == [split] and "*" not in split:
-            patterns = [f"*{split}*.tar"]
+            patterns = [f"*{split}*.tar", split]
         found = [n for n in names if any(fnmatch.fnmatch(n, p) for p in patterns)]
         if not found:
             raise DataError(
-                f"no tar file {split!r} in {directory}; found "
-                f"{', '.join(names[:5]) or 'nothing'}\n"
-                "Correct data.dir, or set data.train_split and data.eval_split to a "
-                "part of the names or a pattern such as '*.tar'"
+                f"no tar file {split!r}; {found_in(directory, names)}\n"
+                "Set data.dir to a directory of tar files, and data.train_split and "
+                "data.eval_split\nto parts of their names or patterns such as '*.tar'; "
+                "the defaults are 'train' and 'val'"
             )
         return [f"{directory}/{name}" for name in found]
 
@@ -174,18 +175,24 @@ class Zip(Archives):
     """
 
     def _files(self, directory: str, split: str) -> list[str]:
-        return [f"{directory}/{split}.zip"]
+        path = f"{directory}/{split}.zip"
+        for file in () if storage.is_remote(path) else (path, _map_path(path)):
+            if not os.path.isfile(file):
+                raise DataError(
+                    f"{file} does not exist; {found_in(directory)}\n"
+                    "Set data.dir to a directory with train.zip, train_map.txt, "
+                    "val.zip and val_map.txt,\nor data.train_split and "
+                    "data.eval_split to other names than 'train' and 'val'"
+                )
+        return [path]
 
     def _image(self, record: bytes) -> bytes:
         return zip.data_of(record)
 
     def _index_file(self, path: str) -> dict[str, Any]:
-        map_path = f"{path.removesuffix('.zip')}_map.txt"
-        try:
-            found = {member.name: member for member in zip.members(path)}
-            lines = storage.read(map_path)().decode().splitlines()
-        except FileNotFoundError as error:
-            raise DataError(f"{error.filename} does not exist") from error
+        map_path = _map_path(path)
+        found = {member.name: member for member in zip.members(path)}
+        lines = storage.read(map_path)().decode().splitlines()
         chosen, labels = [], []
         for number, line in enumerate(lines, 1):
             name, _, label = line.rstrip().rpartition("\t")
@@ -199,6 +206,11 @@ class Zip(Archives):
             chosen.append(found[name])
             labels.append(text)
         return _arrays(chosen, labels) | {"ignored": len(found) - len(chosen)}
+
+
+def _map_path(path: str) -> str:
+    """Return the path of the labels of a zip file."""
+    return f"{path.removesuffix('.zip')}_map.txt"
 
 
 INDEX = ("starts", "stops", "labels", "names")

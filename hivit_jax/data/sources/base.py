@@ -62,6 +62,7 @@ class Source:
       ignored: reason, such as a file name's ending, -> number of files in the split's
         directories that are ignored for this reason.
       loose: names of the first ignored images outside of the class directories.
+      unmatched: entries of `data.exclude` that are not the name of a file of the split.
       labeled: False if the images have no labels; all labels are then 0. With several
         labels per image, an image of no class counts as labeled; its vector is 0.
       labels: label of each example, int [n], or, with several labels per image, vectors
@@ -74,6 +75,7 @@ class Source:
     classes: Sequence[str] = ()
     ignored: Mapping[str, int] = {}
     loose: Sequence[str] = ()
+    unmatched: Sequence[str] = ()
     labeled: bool = True
     labels: Any = None
     encoded: bool = True

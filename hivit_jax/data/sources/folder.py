@@ -24,6 +24,7 @@ from hivit_jax.data.sources.file_index import (
     is_hidden,
     subdirectories,
 )
+from hivit_jax.data.sources.layout import found_in
 from hivit_jax.data.sources.splits import FileSource
 from hivit_jax.errors import DataError
 from hivit_jax.paths import expand
@@ -122,7 +123,7 @@ class Folder(FileSource):
         )
         for path in (train_root, self.root):
             if not is_directory(path):
-                raise _no_directory(path, root)
+                raise _no_directory(path, directory)
         if class_level == "top" and not subdirectories(train_root):
             class_level = "none"
         index = index_of(self.root, class_level)
@@ -145,7 +146,10 @@ class Folder(FileSource):
             )
         if empty or not len(self._files):
             path = "/".join([self.root, *filter(None, empty[:1])])
-            raise _no_images(path, self.ignored_text())
+            raise DataError(
+                f"{_no_images(path, self.ignored_text())}\nExpected images in "
+                f"data.dir={directory!r} as in docs/own_images.md, such as CLASS/1.jpg"
+            )
         labels = np.array([self.classes.index(name) for name in names], np.int32)
         self.labels = np.repeat(labels, index["counts"])
         self.classes = self.classes if self.labeled else ()
@@ -193,15 +197,13 @@ class _Paths:
         return f"{self._root}/{os.fsdecode(self._files[index])}"
 
 
-def _no_directory(required: str, root: str) -> DataError:
-    names = sorted(os.listdir(root)) if os.path.isdir(root) else []
-    names = [name for name in names if not is_hidden(name)]
+def _no_directory(required: str, directory: str) -> DataError:
     return DataError(
-        f"no directory {required}; data.dir={root!r} contains "
-        f"{', '.join(names[:8]) or 'nothing'}\n"
-        "Correct data.dir, data.train_split or data.eval_split. Or set "
-        "data.eval_fraction=0.1 to hold out images,\nor data.eval_split=none to train "
-        "without evaluation; then data.dir itself may contain the classes or images."
+        f"no directory {required}; {found_in(directory)}\n"
+        "Expected train/CLASS/1.jpg and val/CLASS/1.jpg, or other directories in "
+        "data.train_split and data.eval_split. Or set\ndata.eval_fraction=0.1 to hold "
+        "out images, or data.eval_split=none to train without evaluation; then "
+        "data.dir itself may contain the classes or images."
     )
 
 

@@ -87,15 +87,22 @@ class Subset(Source):
       source: the other source.
       indices: indices of the examples in `source`, int64 [k], increasing.
       excluded: number of examples that `data.exclude` leaves out.
+      unmatched: see `Source`.
     """
 
-    def __init__(self, source: FileSource, indices: np.ndarray, excluded: int = 0):
+    def __init__(
+        self,
+        source: FileSource,
+        indices: np.ndarray,
+        excluded: int = 0,
+        unmatched: Sequence[str] = (),
+    ):
         self._source, self._indices = source, indices
         self.classes, self.labeled = source.classes, source.labeled
         self.ignored, self.loose = dict(source.ignored), source.loose
         if excluded:
             self.ignored[EXCLUDED] = excluded
-        self.labels = source.labels[indices]
+        self.labels, self.unmatched = source.labels[indices], unmatched
         self.example_keys = source.example_keys
 
     def __len__(self) -> int:
@@ -168,11 +175,14 @@ def select(
     """
     if not (selection.exclude or selection.eval_fraction or percent != (0, 100)):
         return source
-    paths, excluded = source.relative_paths(), 0
+    paths, excluded, unmatched = source.relative_paths(), 0, []
     chosen = np.arange(len(source))
     if selection.exclude:
         listed = _listed_paths(selection.exclude, source.root)
-        chosen = np.array([i for i in chosen if paths[i] not in listed], np.int64)
+        known = {*paths}
+        unmatched = [entry for entry, names in listed.items() if not known & names]
+        names = set().union(*listed.values())
+        chosen = np.array([i for i in chosen if paths[i] not in names], np.int64)
         excluded = len(source) - len(chosen)
     paths, labels = [paths[i] for i in chosen], source.labels[chosen]
     if selection.eval_fraction:
@@ -181,11 +191,11 @@ def select(
         chosen = chosen[mask == held_out]
     elif percent != (0, 100):
         chosen = chosen[_slice_mask(paths, labels, percent)]
-    return Subset(source, chosen, excluded)
+    return Subset(source, chosen, excluded, unmatched)
 
 
-def _listed_paths(file: str, root: str) -> set[str]:
-    """Return the paths in a file, as written and relative to `root`.
+def _listed_paths(file: str, root: str) -> dict[str, set[str]]:
+    """Return each line of a file, and its path as written and relative to `root`.
 
     Line feeds in names are escaped, as check_data writes them.
     """
@@ -193,8 +203,8 @@ def _listed_paths(file: str, root: str) -> set[str]:
         lines = os.fsdecode(Path(expand(file)).read_bytes()).splitlines()
     except OSError as error:
         raise ConfigError(f"data.exclude={file}: {error.strerror}") from error
-    lines = [line.replace("\\n", "\n") for line in lines if line]
-    return {*lines, *(os.path.relpath(line, root) for line in lines)}
+    names = {line: line.replace("\\n", "\n") for line in lines if line}
+    return {k: {name, os.path.relpath(name, root)} for k, name in names.items()}
 
 
 def _groups(paths: Sequence[str], pattern: str) -> list[str]:

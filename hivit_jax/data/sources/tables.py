@@ -11,12 +11,17 @@ import numpy as np
 
 from hivit_jax.data.sources.base import SEPARATOR, multi_hot, split_labels
 from hivit_jax.data.sources.file_index import SUFFIXES
+from hivit_jax.data.sources.layout import found_in
 from hivit_jax.data.sources.splits import FileSource
 from hivit_jax.errors import DataError
 from hivit_jax.paths import expand
 
 PATH_COLUMNS = ("path", "file_name", "filename", "file", "image")
 LABEL_COLUMNS = ("label", "class", "class_name", "category")
+HINT = (
+    "Correct data.dir: expected a CSV file, a list of paths, or a directory with "
+    "train.csv and val.csv"
+)
 # Split -> values of the column "split" that are tried if the config specifies none.
 SPLIT_NAMES = {
     "train": ("train", "training"),
@@ -89,7 +94,7 @@ class Table(FileSource):
             del others[rows.splits[chosen[0]]]
             self.ignored = {f"of split {name!r}": n for name, n in others.items()}
         if not len(chosen):
-            raise DataError(f"{file}: expected at least one image, found none")
+            raise DataError(f"{file}: expected at least one image, found none\n{HINT}")
         self._paths = [rows.paths[i] for i in chosen]
         self.labels = np.zeros(len(chosen), np.int32)
         if not self.labeled:
@@ -142,8 +147,9 @@ def table_path(directory: str, name: str) -> Path:
     path = Path(expand(directory)) / name
     if not path.is_file():
         raise DataError(
-            f"{path}: expected a CSV file or a list of paths; set data.dir=FILE, or "
-            "data.dir=DIRECTORY with data.train_split=FILE and data.eval_split=FILE"
+            f"{path}: expected a CSV file or a list of paths; {found_in(directory)}\n"
+            "Set data.dir=FILE, or data.dir=DIRECTORY with data.train_split=FILE and "
+            "data.eval_split=FILE"
         )
     return path
 
@@ -157,7 +163,7 @@ def _read(file: Path) -> Rows:
     try:
         text = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file}: expected UTF-8 text; {error}") from error
+        raise DataError(f"{file}: expected UTF-8 text; {error}\n{HINT}") from error
     lines = [line for line in text.splitlines() if line.strip()]
     if file.suffix.lower() not in (".csv", ".tsv"):
         return _parse_list(lines)

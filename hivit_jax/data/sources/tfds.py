@@ -20,6 +20,7 @@ from hivit_jax.data.crc32c import FAST
 from hivit_jax.data.records import Records, load_index
 from hivit_jax.data.shard_cache import ShardCache
 from hivit_jax.data.sources.base import KNOWN_DATASETS, Record, Source, multi_hot
+from hivit_jax.data.sources.layout import found_in
 from hivit_jax.errors import DataError, first_line, require, unknown
 from hivit_jax.paths import expand
 
@@ -273,7 +274,8 @@ def _prepared_path(name: str, directory: str) -> str:
     """
     tfds = require("tensorflow_datasets", "tensorflow-datasets")
     base, _, version = name.partition(":")
-    root = f"{expand(directory or tfds.core.constants.DATA_DIR)}/{base}"
+    directory = directory or str(tfds.core.constants.DATA_DIR)
+    root = f"{expand(directory)}/{base}"
     if storage.is_remote(root):
         files = set(storage.list_files(root))
         names = sorted({file.partition("/")[0] for file in files})
@@ -281,19 +283,17 @@ def _prepared_path(name: str, directory: str) -> str:
     else:
         names = sorted(os.listdir(root)) if os.path.isdir(root) else []
         has_info = [n for n in names if os.path.exists(f"{root}/{n}/dataset_info.json")]
-    versions = [
-        candidate
-        for candidate in has_info
-        if tfds.core.Version.is_valid(candidate) and candidate == (version or candidate)
-    ]
+    is_valid = tfds.core.Version.is_valid
+    versions = [n for n in has_info if is_valid(n) and n == (version or n)]
     if versions:
         return f"{root}/{max(versions, key=tfds.core.Version)}"
     near = get_close_matches(base, KNOWN_DATASETS, cutoff=0.8)
     if near and base not in near:
         raise unknown("data.name", base, KNOWN_DATASETS)
+    found = found_in(directory, [base] * bool(names))  # of a bucket, only `base`
     raise DataError(
         f"{name} is not prepared in {root}: expected VERSION/dataset_info.json, found "
-        f"{', '.join(names[:5]) or 'nothing'}\n"
+        f"{', '.join(names[:5]) or 'nothing'}; {found}\n"
         f"Set --config.data.dir=DIR to the directory that contains {base}/, or prepare "
         f"it with python -m hivit_jax.tools.prepare_data --name {base}"
     )

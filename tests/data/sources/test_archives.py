@@ -327,10 +327,16 @@ def test_unusable_tar(tmp_path, members, message):
 
 def test_truncated_and_missing_tar(tmp_path):
     data = folder_config(tmp_path, data__name="webdataset").data
-    with pytest.raises(DataError, match="no tar file 'train' in .*; found nothing"):
+    with pytest.raises(
+        DataError, match="no tar file 'train'; data.dir=.* contains nothing"
+    ):
         registry.open_source(data, "train")
     path = tmp_path / "train.tar"
     write_tar(path, [("a.png", bytes(5000))])
+    named = folder_config(
+        tmp_path, data__name="webdataset", data__train_split=path.name
+    )
+    assert len(registry.open_source(named.data, "train")) == 1
     path.write_bytes(path.read_bytes()[:3000])
     with pytest.raises(DataError, match="truncated"):
         registry.open_source(data, "train")

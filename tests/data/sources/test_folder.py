@@ -124,7 +124,7 @@ def test_missing_split(root):
     assert str(error.value).startswith(
         f"no directory {root}/test; data.dir={str(root)!r} contains train, val\n"
     )
-    with pytest.raises(DataError, match="contains nothing"):
+    with pytest.raises(DataError, match="nowhere' does not exist"):
         folder.Folder(str(root / "nowhere"), "train")
 
 

@@ -154,6 +154,7 @@ def test_exclude(root, tmp_path_factory, monkeypatch):
     source = opened(root, "train", train_split=".", exclude=str(file))
     assert len(source) == 40
     assert source.ignored_text() == "4 excluded by data.exclude"
+    assert source.unmatched == ["elsewhere.png"]
     options = dict(eval_fraction=0.3, exclude=str(file))
     both = [opened(root, split, **options) for split in ("train", "test")]
     assert sum(map(len, both)) == 40

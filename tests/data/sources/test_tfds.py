@@ -55,11 +55,11 @@ def test_unprepared_dataset(tmp_path):
     assert message.count("\n") == 1
     (tmp_path / "imagenet2012/5.1.0").mkdir(parents=True)
     with pytest.raises(
-        DataError, match=r"expected VERSION/dataset_info.*found 5\.1\.0\n"
+        DataError, match=r"expected VERSION/dataset_info.*found 5\.1\.0; data\.dir="
     ):
         tfds.Tfds("imagenet2012", str(tmp_path), "train")
     prepared(tmp_path, version="5.0.0")
-    with pytest.raises(DataError, match=r"found 5\.0\.0, 5\.1\.0\n"):
+    with pytest.raises(DataError, match=r"found 5\.0\.0, 5\.1\.0; "):
         tfds.Tfds("imagenet2012:4.0.0", str(tmp_path), "train")
 
 

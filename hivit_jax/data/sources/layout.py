@@ -1,0 +1,31 @@
+"""Text about the content of `data.dir`, for errors about missing files."""
+
+import os
+from collections.abc import Iterable
+
+from hivit_jax.data import storage
+from hivit_jax.data.sources.file_index import is_hidden
+from hivit_jax.paths import expand
+
+MAX_NAMES = 8  # listed files and directories
+
+
+def found_in(directory: str, names: Iterable[str] = ()) -> str:
+    """Return the content of `data.dir` as text, such as ``data.dir='x' contains a, b``.
+
+    Args:
+      directory: `data.dir`; "": the current directory.
+      names: files in a bucket; local directories are listed.
+    """
+    text, path = f"data.dir={directory!r}", expand(directory) or "."
+    if not storage.is_remote(path):
+        if not os.path.exists(path):
+            return f"{text} does not exist"
+        if not os.path.isdir(path):
+            return f"{text} is a file"
+        if not directory:
+            text = "data.dir is not set, and the current directory"
+        names = os.listdir(path)
+    visible = sorted(name for name in names if not is_hidden(name))
+    more = ", ..." if len(visible) > MAX_NAMES else ""
+    return f"{text} contains {', '.join(visible[:MAX_NAMES]) or 'nothing'}{more}"

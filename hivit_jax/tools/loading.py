@@ -1,0 +1,48 @@
+"""Read the model of a command, and log which checkpoint it is."""
+
+from pathlib import Path
+from typing import Any
+
+from hivit_jax.checkpoints.read import find_checkpoints
+from hivit_jax.paths import open_path
+from hivit_jax.reporting import metrics
+from hivit_jax.reporting.console import log
+from hivit_jax.tools.run_facts import best_metric, finite_evaluations
+from hivit_jax.weights import load
+from hivit_jax.weights.adapt import Pretrained
+
+
+def read_model(path: str | Path, **options: Any) -> Pretrained:
+    """Read a pretrained model, and log its path; of a checkpoint, also its rank.
+
+    Args:
+      path: any path that `weights.load.read` accepts.
+      options: arguments of `weights.load.read`.
+
+    Raises:
+      CheckpointError: see `weights.load.read`.
+    """
+    pretrained = load.read(path, **options)
+    is_checkpoint = pretrained.label != pretrained.path
+    rank = f" ({checkpoint_rank(pretrained)})" if is_checkpoint else ""
+    log(f"model: {pretrained.path}{rank}")
+    return pretrained
+
+
+def checkpoint_rank(pretrained: Pretrained) -> str:
+    """Return the step of a checkpoint, and its relation to its run's others as text.
+
+    For example ``step 200, the newest; the best is step 120``. A checkpoint that was
+    not evaluated is never the best.
+    """
+    checkpoint = open_path(pretrained.path)
+    step, workdir = int(checkpoint.name), checkpoint.parent.parent
+    steps = [int(path.name) for path in find_checkpoints(checkpoint.parent)]
+    ranks = {"newest": max(steps)}
+    best = best_metric(pretrained.recipe)
+    lines = finite_evaluations(metrics.evaluations(workdir), best)
+    if lines := [line for line in lines if line["step"] in steps]:
+        ranks["best"] = metrics.best_evaluation(lines, best)["step"]
+    own = " and ".join(name for name, k in ranks.items() if k == step)
+    others = [f"the {name} is step {k}" for name, k in ranks.items() if k != step]
+    return "; ".join([pretrained.label + (f", the {own}" if own else ""), *others])

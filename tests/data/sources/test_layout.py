@@ -1,0 +1,64 @@
+"""Tests of errors about a `data.dir` that has not the expected layout."""
+
+import pytest
+
+from hivit_jax.data.sources import layout, registry
+from hivit_jax.errors import DataError
+
+pytestmark = pytest.mark.usefixtures("cache_directory")
+KEYS = dict(train_split="", eval_split="", train_examples=0, subset=0)
+# Source -> expected layout
+LAYOUTS = {
+    "folder": "train/CLASS/1.jpg",
+    "csv": "a CSV file",
+    "webdataset": "a directory of tar files",
+    "zip": "train_map.txt",
+    "mnist": "the directory that contains mnist/",
+}
+
+
+def error_of(name, directory, **keys):
+    """Return the error of opening the training split."""
+    registry._open.cache_clear()
+    with pytest.raises(DataError) as error:
+        registry.open_source(KEYS | dict(name=name, dir=str(directory)) | keys, "train")
+    return str(error.value)
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.1])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_errors_name_the_key_and_its_content_and_the_layout(name, fraction, tmp_path):
+    """`data.dir` is a file, does not exist, or contains other files."""
+    if name == "mnist" and fraction:
+        pytest.skip("not supported by TFDS")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "readme.md").touch()
+    (tmp_path / "other" / ".hidden").touch()
+    (tmp_path / "x.tar").write_bytes(b"\xff" * 100)
+    cases = {
+        "x.tar": "is a file",
+        "nowhere": "does not exist",
+        "other": "contains readme.md",
+    }
+    for directory, found in cases.items():
+        message = error_of(name, tmp_path / directory, eval_fraction=fraction)
+        assert len(message.splitlines()) <= 3
+        assert "data.dir" in message
+        if name == "csv" and directory == "x.tar":  # csv accepts a file
+            assert message.startswith(f"{tmp_path}/x.tar: expected UTF-8 text; ")
+        elif name == "folder" and fraction and directory == "other":
+            assert "Ignored files: 1 .md, 1 hidden" in message
+            assert "such as CLASS/1.jpg" in message
+            continue
+        else:
+            assert f"data.dir='{tmp_path}/{directory}' {found}" in message
+        assert LAYOUTS[name] in message
+
+
+def test_text_without_data_dir_names_the_current_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert layout.found_in("").endswith("the current directory contains nothing")
+    for k in range(layout.MAX_NAMES + 1):
+        (tmp_path / f"{k}").touch()
+    assert layout.found_in("").endswith(" contains 0, 1, 2, 3, 4, 5, 6, 7, ...")
+    assert layout.found_in("gs://b", ["a", "b"]) == "data.dir='gs://b' contains a, b"

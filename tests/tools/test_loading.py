@@ -1,0 +1,51 @@
+"""Tests of the line that names the model of a command."""
+
+import json
+
+import pytest
+from mini_runs import ROOT
+
+from hivit_jax.tools import loading
+from hivit_jax.weights.load import Pretrained
+
+CLASSIFY = {"task": "classify", "data": {}}
+ACCURACY = {10: 0.5, 20: 0.9, 30: float("nan"), 40: 0.9, 50: 1.0}  # step -> eval/top1
+
+
+@pytest.mark.parametrize(
+    ("step", "recipe", "expected"),
+    [
+        (20, CLASSIFY, "step 20, the best; the newest is step 40"),
+        (30, CLASSIFY, "step 30; the newest is step 40; the best is "),
+        (40, CLASSIFY, "step 40, the newest; the best is step 20"),
+        # Pretraining has no accuracy; the best evaluation has the smallest loss.
+        (40, {"task": "mae"}, "step 40, the newest and best"),
+    ],
+)
+def test_rank_of_a_checkpoint(step, recipe, expected, tmp_path):
+    """The first of equally good checkpoints is the best. Step 50 was deleted."""
+    for name in (10, 20, 30, 40):
+        (tmp_path / "checkpoints" / str(name) / "params").mkdir(parents=True)
+    lines = [
+        {"step": k, "eval/count": 9, "eval/top1": value, "eval/loss": 1 / k}
+        for k, value in ACCURACY.items()
+    ]
+    text = "\n".join(json.dumps(line) for line in lines)
+    (tmp_path / "metrics.jsonl").write_text(text + "\n")
+    pretrained = checkpoint(tmp_path / "checkpoints" / str(step), recipe)
+    assert loading.checkpoint_rank(pretrained).startswith(expected)
+    (tmp_path / "metrics.jsonl").unlink()
+    rank = "the newest" if step == 40 else "the newest is step 40"
+    assert loading.checkpoint_rank(pretrained).endswith(rank)
+
+
+def checkpoint(path, recipe):
+    """Return a pretrained model without arrays, read from a checkpoint."""
+    empty = dict(arguments={}, params={}, notes=[], unused=[], results={}, info={})
+    return Pretrained(str(path), f"step {path.name}", recipe=recipe, **empty)
+
+
+def test_file_has_no_rank(capsys):
+    path = ROOT / "tests/parity/golden/official_mae.pth"
+    loading.read_model(path)
+    assert f"model: {path}\n" in capsys.readouterr().out
