@@ -70,7 +70,7 @@ def over_rows(
             scratch_shapes=[*(pltpu.VMEM(s, F32) for s in shapes), *scratch],
         ),
         out_shape=[*outputs, *core_sums],
-        compiler_params=_compiler_params(plan.interpret),
+        compiler_params=compiler_params(plan.interpret),
         cost_estimate=_cost(flops, (*rows, *outputs), (*weights, *sums_like), cores),
         interpret=plan.interpret,
         name=name,
@@ -100,7 +100,7 @@ def _per_core(x):
     return pl.BlockSpec((1, *x.shape[1:]), lambda core, step: (core, *rest))
 
 
-def _compiler_params(interpret: bool) -> pltpu.CompilerParams:
+def compiler_params(interpret: bool) -> pltpu.CompilerParams:
     """Options of the TPU compiler: a VMEM limit and the order of the grid.
 
     The first axis is split over cores, and the second axis runs in order.
